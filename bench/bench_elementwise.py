@@ -1,0 +1,95 @@
+"""Elementwise ops: time and memory traffic, batched over threads against one token at a time on one thread.
+
+    python bench/bench_elementwise.py [--threads 2] [--rounds 15]
+
+Both forms and NumPy's sum of two arrays (one thread; what one core moves) run interleaved; medians count. GB/s counts
+what an op must read and write once.
+"""
+import argparse
+import time
+
+import numpy as np
+
+from lockstep.ops import add_cpu, rms_norm_cpu, silu_mul_cpu
+from lockstep.runtime.backend import Implementation
+from lockstep.runtime.executor import Executor, WeightStore
+from lockstep.runtime.kernel import kernel
+from lockstep.runtime.program import Program
+from lockstep.runtime.threads import Team
+from tests.ops.harness import ragged_step, weight
+
+SHAPES = [(1, 1024), (512, 1024), (512, 6144)]
+
+
+@kernel
+def nothing(op, step, thread, num_threads):
+    """Stands for the ops that made the inputs."""
+
+
+def emit(program, kind, width):
+    """Records one op; returns the float32 numbers it reads and writes per token."""
+    x, y = program.tensor("x", "T", width), program.tensor("y", "T", width)
+    program.emit("input", [x, y], [])
+    if kind == "silu_mul":
+        program.emit(kind, [program.tensor("out", "T", width // 2)], [x], width=width // 2)
+        return width + width // 2
+    out = program.tensor("out", "T", width)
+    if kind == "add":
+        program.emit(kind, [out], [x, y], width=width)
+        return 3 * width
+    program.emit(kind, [out], [x, weight(np.ones(width), f"norm{width}")], width=width, eps=1e-6, offset=0.0)
+    return 2 * width
+
+
+def build(table, kind, num_tokens, width, team):
+    program = Program()
+    numbers = emit(program, kind, width)
+    executor = Executor(program, {**table, "input": Implementation(nothing)}, team, WeightStore(),
+                        {"T": num_tokens, "R": 1, "S": 1}, {}, keep=True)
+    executor._memory.view(np.float32)[:] = 0.5
+    return executor, 4 * numbers * num_tokens
+
+
+def seconds(call, repeat):
+    started = time.perf_counter()
+    for _ in range(repeat):
+        call()
+    return (time.perf_counter() - started) / repeat
+
+
+def compare(kind, num_tokens, width, team, rounds):
+    tables = {"batched": {**add_cpu.CPU, **rms_norm_cpu.CPU, **silu_mul_cpu.CPU},
+              "per token": {**add_cpu.PER_TOKEN, **rms_norm_cpu.PER_TOKEN, **silu_mul_cpu.PER_TOKEN}}
+    step, held = ragged_step([num_tokens])
+    runs, moved = {}, 0
+    for name, table in tables.items():
+        executor, moved = build(table, kind, num_tokens, width, team)
+        runs[name] = lambda executor=executor: executor.run(step)
+    a, b, c = (np.full(num_tokens * width, 0.5, np.float32) for _ in range(3))
+    runs["numpy add"] = lambda: np.add(a, b, out=c)
+    repeat = max(1, (1 << 21) // (num_tokens * width))
+    times = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, call in runs.items():
+            times[name].append(seconds(call, repeat))
+    bytes_of = {"batched": moved, "per token": moved, "numpy add": 3 * a.nbytes}
+    return {name: (np.median(t), bytes_of[name] / np.median(t)) for name, t in times.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=15)
+    args = parser.parse_args()
+    team = Team(args.threads)
+    print(f"{'op':10} {'shape':14}" + "".join(f"{n:>24}" for n in ("batched", "per token", "numpy add")))
+    for kind in ("add", "silu_mul", "rms_norm"):
+        for num_tokens, width in SHAPES:
+            result = compare(kind, num_tokens, width, team, args.rounds)
+            cells = "".join(f"{1e6 * t:12.1f} us {rate / 1e9:5.1f} GB/s" for t, rate in result.values())
+            print(f"{kind:10} {f'[{num_tokens}, {width}]':14}{cells}")
+    team.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""The linear-attention layer's ops at the Qwen3.5-0.8B shape: time per token and layer, by op, and the ceiling.
+
+    python bench/bench_gated_delta.py [--threads 1] [--rounds 9]
+
+Fused and unfused inputs and the per-token recurrence run interleaved in one process; the best of the rounds counts,
+since the machine may be shared. The floor of the recurrence is 4 multiplications or FMAs for each element of the state,
+at this core's measured FMA rate.
+"""
+import argparse
+import time
+
+import numpy as np
+
+from lockstep.ops import conv1d_cpu, gated_delta_cpu, gated_norm_cpu
+from lockstep.runtime import step as words
+from lockstep.runtime.backend import Implementation
+from lockstep.runtime.executor import Executor, WeightStore
+from lockstep.runtime.kernel import kernel
+from lockstep.runtime.program import CacheArray, Program
+from lockstep.runtime.simd import fma, lanes, load, store
+from lockstep.runtime.step import word
+from lockstep.runtime.threads import Team
+from tests.ops.harness import ragged_step, weight
+
+G, H, K, V, J = 16, 16, 128, 128, 4
+C = 2 * G * K + H * V
+W = C + H * V + 2 * H
+ROUNDS = 1 << 16
+HALF = np.float32(0.5)
+
+
+@kernel
+def nothing(op, step, thread, num_threads):
+    """Stands for the projection."""
+
+
+@kernel
+def fma_rate(op, step, thread, num_threads):
+    """Six independent chains of FMAs on sixteen lanes."""
+    x, out = lanes(HALF), word(op, 0)
+    a, b, c, d, e, f = load(out), load(out + 4), load(out + 8), load(out + 12), load(out + 16), load(out + 20)
+    for _ in range(ROUNDS):
+        a, b, c, d, e, f = fma(a, x, a), fma(b, x, b), fma(c, x, c), fma(d, x, d), fma(e, x, e), fma(f, x, f)
+    store(out, a + b + c + d + e + f)
+
+
+BACKEND = {**conv1d_cpu.CPU, **gated_delta_cpu.CPU, **gated_norm_cpu.CPU, "input": Implementation(nothing),
+           "fma_rate": Implementation(fma_rate)}
+
+
+def layer(program, proj, i, fused, weights):
+    """One layer's ops; returns its caches."""
+    conv = program.cache(f"conv{i}", "state", "f32", (J - 1, C))
+    state = program.cache(f"state{i}", "state", "f32", (H, V // 16, K, 16))
+    w, a_log, dt_bias, norm = weights
+    u, gates = program.tensor("u", "T", C), program.tensor("gates", "T", 2 * H)
+    at = dict(a_offset=C + H * V, b_offset=C + H * V + H, num_v_heads=H)
+    if fused:
+        program.emit("delta_inputs", [u, gates], [proj, w, a_log, dt_bias, conv], x_width=W, conv_offset=0, channels=C,
+                     kernel=J, num_k_heads=G, k_size=K, **at)
+        qk, qk_width = u, C
+    else:
+        program.emit("conv1d", [u], [proj, w, conv], x_width=W, offset=0, channels=C, kernel=J)
+        qk, qk_width = program.tensor("qk", "T", 2 * G * K), 2 * G * K
+        program.emit("l2_norm", [qk], [u], x_width=C, num_k_heads=G, k_size=K)
+        program.emit("delta_gates", [gates], [proj, a_log, dt_bias], x_width=W, **at)
+    o = program.emit("gated_delta", [program.tensor("o", "T", H * V)], [qk, u, gates, state], qk_width=qk_width,
+                     v_width=C, v_offset=2 * G * K, num_k_heads=G, num_v_heads=H, k_size=K, v_size=V)
+    program.emit("gated_norm", [program.tensor("y", "T", H * V)], [o, proj, norm], z_width=W, z_offset=C, num_heads=H,
+                 head_size=V, eps=1e-6)
+
+
+def build(num_layers, num_slots, num_tokens, team, backend, fused):
+    """An executor of so many layers, with random weights and a random projection, and what keeps its caches alive."""
+    rng = np.random.default_rng(0)
+    weights = [weight(rng.standard_normal(s) * 0.3, n) for s, n in (((C, J), "w"), (H, "a"), (H, "d"), (V, "n"))]
+    program = Program()
+    proj = program.tensor("proj", "T", W)
+    program.emit("input", [proj], [])
+    for i in range(num_layers):
+        layer(program, proj, i, fused, weights)
+    memory = {c.name: np.zeros((num_slots, *c.shape), np.float32) for c in program.caches}
+    executor = Executor(program, backend, team, WeightStore(), dict(T=num_tokens, S=num_slots, R=num_slots),
+                        {n: a.ctypes.data for n, a in memory.items()})
+    executor.view(proj, num_tokens)[...] = rng.standard_normal((num_tokens, W))
+    return executor, memory
+
+
+def times(executor, step):
+    """Nanoseconds by op kind of one step."""
+    clock, total = np.zeros(len(executor.program.ops), np.int64), {}
+    executor.run(step, clock)
+    for op, spent in zip(executor.program.ops[1:], np.diff(clock)):
+        total[op.kind] = total.get(op.kind, 0) + int(spent)
+    return total
+
+
+def fma_floor():
+    """Microseconds that 4 H K V multiplications and FMAs take on one core."""
+    program = Program()
+    program.emit("fma_rate", [program.tensor("x", "T", 32)], [])
+    executor = Executor(program, BACKEND, Team(1), WeightStore(), dict(T=1, S=1, R=1), {})
+    step, keep = ragged_step([1])
+    spent = []
+    for _ in range(20):
+        start = time.perf_counter()
+        executor.run(step)
+        spent.append(time.perf_counter() - start)
+    return min(spent) / (ROUNDS * 6 * 16) * 4 * H * K * V * 1e6
+
+
+def measure(lengths, contexts, num_layers, team, rounds):
+    """Prints a line for each way: microseconds per token and layer of each op."""
+    step, keep = ragged_step(lengths, contexts)
+    per_token = {**BACKEND, **gated_delta_cpu.PER_TOKEN}
+    ways = {"unfused": (BACKEND, False), "fused": (BACKEND, True), "per token": (per_token, True)}
+    built = {name: build(num_layers, len(lengths), sum(lengths), team, *way) for name, way in ways.items()}
+    seen = {name: [] for name in ways}
+    for _ in range(rounds + 1):
+        for name, (executor, _) in built.items():
+            seen[name].append(times(executor, step))
+    print(f"{len(lengths)} requests, {sum(lengths)} tokens")
+    for name, rows in seen.items():
+        each = {kind: min(r[kind] for r in rows[1:]) / 1e3 / num_layers / sum(lengths) for kind in rows[0]}
+        parts = "".join(f" {kind} {us:.2f}" for kind, us in each.items())
+        print(f"  {name:10s}{parts} | {sum(each.values()):.2f} us per token and layer")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=9)
+    args = parser.parse_args()
+    team = Team(args.threads)
+    print(f"recurrence, floor on one core: {fma_floor():.1f} us per token and layer; {args.threads} threads")
+    for num_tokens in (512, 64):
+        measure([num_tokens], [num_tokens], 2, team, args.rounds)
+    for num_requests in (1, 8):
+        measure([1] * num_requests, [100] * num_requests, 18, team, args.rounds)
+    team.close()
+
+
+if __name__ == "__main__":
+    main()

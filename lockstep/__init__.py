@@ -1,0 +1,22 @@
+"""Lockstep: an LLM inference engine whose every path gives the same bits, at the speed of the fastest.
+
+Shape suffixes used in all names:
+
+    T  tokens of the step        H  query heads          N  pages of the KV cache
+    S  requests of the step      G  kv heads             B  tokens of a page
+    R  rows that sample          K  head size            P  pages of a request
+    D  model width               V  vocabulary           L  layers
+    F  feed-forward width        (in linear layers: N output features, K input features)
+"""
+import importlib
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "Completion", "SamplingParams"]
+_HOMES = {"LLM": "lockstep.serve.llm", "Completion": "lockstep.serve.llm", "SamplingParams": "lockstep.engine.request"}
+
+
+def __getattr__(name):
+    """Loads the public names when they are first used: importing lockstep stays cheap."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'lockstep' has no attribute {name!r}")

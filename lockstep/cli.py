@@ -1,0 +1,77 @@
+"""The command `lockstep`: finds the subcommand, runs it, and turns a user's mistake into one sentence and exit code 2.
+
+A subcommand is a module in `lockstep/commands` with a function `command`. Only the one that is asked for is imported,
+so that `lockstep --help` stays fast.
+"""
+import importlib
+import importlib.util
+import os
+import sys
+
+import typer
+
+from lockstep import __version__
+from lockstep.commands.errors import sentence
+
+COMMANDS = {
+    "generate": "Continue a text with a model.",
+    "chat": "Talk with a model.",
+    "parity": "Show that every path of a model gives the same bits.",
+    "bench": "Measure prefill and decode, A/B, and this machine's ceiling.",
+    "inspect": "Show a model's config, tensors, program and memory.",
+}
+# The base of all complaints about the command line; typer has no name for it.
+UsageError = typer.BadParameter.__mro__[2]
+CANNOT, INTERRUPTED = 2, 130
+
+
+def main(args=None):
+    """Runs a command line; returns the exit code."""
+    args = sys.argv[1:] if args is None else list(args)
+    # a terminal that cannot show a character shows another
+    sys.stdout.reconfigure(errors="replace")
+    try:
+        return application(args)(args, prog_name="lockstep", standalone_mode=False) or 0
+    except UsageError as error:
+        return _refuse(f"{error.format_message()} (lockstep --help lists commands and options)")
+    except (ValueError, OSError, MemoryError) as error:
+        if os.environ.get("LOCKSTEP_TRACEBACK"):
+            raise
+        return _refuse(sentence(error))
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+
+
+def application(args):
+    """The command line's parser: the subcommand that args ask for in full, the others by name only."""
+    made = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True, help=_top.__doc__)
+    made.callback()(_top)
+    wanted = next((a for a in args if not a.startswith("-")), None)
+    for name, summary in COMMANDS.items():
+        module = f"lockstep.commands.{name}"
+        if importlib.util.find_spec(module):
+            function = importlib.import_module(module).command if name == wanted else _not_asked_for
+            made.command(name, short_help=summary, help=function.__doc__ or summary)(function)
+    return made
+
+
+def _top(
+    version: bool = typer.Option(False, "--version", is_eager=True, callback=lambda asked: _show_version(asked),
+                                 help="Show the version."),
+):
+    """An LLM inference engine whose every path gives the same bits."""
+
+
+def _not_asked_for():
+    pass
+
+
+def _show_version(asked):
+    if asked:
+        print(f"lockstep {__version__}")
+        raise typer.Exit
+
+
+def _refuse(reason):
+    print(f"lockstep: {reason}", file=sys.stderr)
+    return CANNOT

@@ -1,0 +1,138 @@
+"""A conversation with a model: its messages, its settings, and the /commands that change them."""
+import json
+import signal
+import sys
+from contextlib import contextmanager
+
+from lockstep.commands.answer import answer
+from lockstep.commands.errors import sentence
+from lockstep.commands.output import write
+from lockstep.engine.request import SamplingParams
+
+HELP = """\
+/reset            forget the conversation
+/system [TEXT]    set the system message, or remove it; forgets the conversation
+/set [NAME VALUE] change a setting, or show all
+/save FILE        write the conversation as JSON
+/load FILE        continue a saved one
+/exit             end"""
+ROLES = ("system", "user", "assistant")
+
+
+class Conversation:
+    """What was said so far. `hear` takes one line that the user typed: a command or a message."""
+
+    def __init__(self, llm, settings, system=None):
+        self.llm, self.settings, self.open = llm, dict(settings), True
+        SamplingParams(**settings)
+        self.messages = [dict(role="system", content=system)] if system else []
+
+    def hear(self, line):
+        """Acts on a line. A mistake is told in a sentence and changes nothing."""
+        try:
+            if line.startswith("/"):
+                self._command(*line[1:].split(None, 1))
+            elif line.strip():
+                self._reply(line)
+        except (ValueError, OSError) as error:
+            tell(sentence(error))
+
+    def _command(self, name="", argument=""):
+        commands = dict(help=self._help, reset=self._reset, system=self._system, set=self._set, save=self._save,
+                        load=self._load, exit=self._exit, quit=self._exit)
+        if name not in commands:
+            raise ValueError(f"/{name}: no such command; /help lists them")
+        commands[name](argument.strip())
+
+    # ------------------------------------------------------------ answers
+
+    def _reply(self, line):
+        """Streams the answer to a message; both are kept unless nothing came."""
+        messages = [*self.messages, dict(role="user", content=line)]
+        ids = self.llm.chat_prompt(messages)
+        params = SamplingParams(**{**self.settings, "max_tokens": self._room(ids)})
+        with interruptible() as interrupted:
+            stream, timing = answer(self.llm, ids, params, write, interrupted)
+        write("\n")
+        tell("interrupted" if interrupted() else str(timing))
+        if stream.text:
+            self.messages = [*messages, dict(role="assistant", content=stream.text)]
+
+    def _room(self, ids):
+        room = self.llm.model.max_context - len(ids)
+        if room < 1:
+            raise ValueError(f"the conversation has {len(ids)} tokens and the context {self.llm.model.max_context}: "
+                             f"/reset it, or start with a larger --max-context if the model has more")
+        return min(room, self.settings["max_tokens"])
+
+    # ------------------------------------------------------------ commands
+
+    def _help(self, _):
+        print(HELP)
+
+    def _exit(self, _):
+        self.open = False
+
+    def _reset(self, _):
+        self.messages = [m for m in self.messages if m["role"] == "system"]
+        tell("forgotten")
+
+    def _system(self, text):
+        self.messages = [dict(role="system", content=text)] if text else []
+        tell("system message set, conversation forgotten" if text else "system message removed, conversation forgotten")
+
+    def _set(self, argument):
+        if argument:
+            name, _, value = argument.partition(" ")
+            if name not in self.settings:
+                raise ValueError(f"/set {name}: no such setting; there are {', '.join(self.settings)}")
+            changed = {**self.settings, name: _number(name, value.strip(), type(self.settings[name]))}
+            SamplingParams(**changed)
+            self.settings = changed
+        print(", ".join(f"{name} {value}" for name, value in self.settings.items()))
+
+    def _save(self, name):
+        with open(_named(name, "/save"), "w", encoding="utf-8") as file:
+            json.dump(self.messages, file, ensure_ascii=False, indent=1)
+        tell(f"{len(self.messages)} messages in {name}")
+
+    def _load(self, name):
+        with open(_named(name, "/load"), encoding="utf-8") as file:
+            messages = json.load(file)
+        if not isinstance(messages, list) or not all(map(_is_message, messages)):
+            raise ValueError(f"{name}: expected a list of messages, each with a role and a content")
+        self.messages = messages
+        tell(f"{len(messages)} messages from {name}")
+
+
+def _number(name, value, kind):
+    try:
+        return kind(value)
+    except ValueError:
+        raise ValueError(f"/set {name} {value}: expected a number") from None
+
+
+def _named(name, command):
+    if not name:
+        raise ValueError(f"{command}: expected a file name")
+    return name
+
+
+def _is_message(value):
+    return isinstance(value, dict) and value.get("role") in ROLES and isinstance(value.get("content"), str)
+
+
+@contextmanager
+def interruptible():
+    """Inside, Ctrl-C only sets what the yielded function returns; the engine's step is never cut in two."""
+    pressed = []
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def tell(what):
+    """A word to the user beside the conversation."""
+    print(f"({what})", file=sys.stderr, flush=True)

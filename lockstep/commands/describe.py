@@ -1,0 +1,132 @@
+"""What a model is made of, in numbers: tensors, ops with their shapes, bytes and FLOPs, and the memory they need."""
+import re
+from dataclasses import dataclass
+
+from lockstep.ops.kv_cache import PAGE_TOKENS
+from lockstep.runtime.program import DTYPES, Tensor, Weight
+from lockstep.weights.pack import PANEL, num_panels
+from lockstep.weights.pack_k import Q4_K_BYTES, Q6_K_BYTES
+
+LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
+SCRATCH = ("scratch", "softmax")  # ends of the names of tensors that only one op uses
+# bytes of a packed weight; the smaller formats carry a scale for 32 or 256 weights
+PACKED_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 1 + 2 / 32, "q4_0": 1 / 2 + 2 / 32,
+                "q4_k": Q4_K_BYTES / (PANEL * 256), "q6_k": Q6_K_BYTES / (PANEL * 256)}
+
+
+@dataclass(frozen=True)
+class OpCost:
+    """An op of the recorded program: what it writes, weight bytes it reads once a step, and its work for each row.
+
+    layer: number of the decoder layer it belongs to, None outside of all. label: its name without that number.
+    """
+
+    kind: str
+    label: str
+    layer: int | None
+    rows: str
+    width: int
+    weights: str
+    weight_bytes: int
+    row_bytes: int
+    flops: int
+
+
+def op_costs(program, context):
+    """Every op of a recorded program. context: how many tokens a row of attention looks back on."""
+    return [_op_cost(op, context) for op in program.ops]
+
+
+def _op_cost(op, context):
+    weights = [v for v in op.inputs if isinstance(v, Weight) and not v.name.startswith("rope.")]
+    tensors = {v for v in (*op.outputs, *op.inputs) if isinstance(v, Tensor) and not v.name.endswith(SCRATCH)}
+    name = op.outputs[0].name if op.outputs else op.inputs[0].name
+    found = LAYER.search(name)
+    return OpCost(
+        op.kind, LAYER.sub("*", name), int(found[0]) if found else None, op.rows, op.outputs[0].width,
+        ", ".join(f"{w.format} {'x'.join(map(str, w.shape))}" for w in weights), _read_bytes(op, weights),
+        sum(t.width * DTYPES[t.dtype].itemsize for t in tensors), int(flops(op, context)))
+
+
+def _read_bytes(op, weights):
+    if op.kind == "embed":
+        return 0  # one row is read per token
+    return sum(packed_bytes(w) if op.kind == "linear" else 4 * _size(w.shape) for w in weights)
+
+
+def _size(shape):
+    count = 1
+    for n in shape:
+        count *= n
+    return count
+
+
+def packed_bytes(weight):
+    """Bytes of a linear layer's weight as its kernel reads it, padding included."""
+    return int(num_panels(weight.shape[0]) * PANEL * weight.shape[1] * PACKED_BYTES[weight.format])
+
+
+def flops(op, context):
+    """Additions and multiplications for one row; exp and the like count as one, an op without a rule here as none."""
+    p = op.params
+    width = op.outputs[0].width if op.outputs else 0
+    match op.kind:
+        case "linear":
+            n, k = op.inputs[1].shape
+            return 2 * n * k
+        case "attention" | "gated_attention":
+            seen = min(context, p["window"] or context)
+            return p["num_heads"] * (4 * p["head_dim"] + 4) * seen
+        case "attention_inputs" | "normed_attention_inputs":
+            heads = p["num_heads"] + p["num_kv_heads"]
+            return heads * (3 * p["rope_dim"] + (5 * p["head_dim"] if op.kind.startswith("normed") else 0))
+        case "gated_delta":
+            return 7 * p["num_v_heads"] * p["k_head_dim"] * p["v_head_dim"]
+        case "delta_inputs":
+            return (2 * p["conv_width"] + 4) * p["channels"]
+    return {"rms_norm": 5, "gated_norm": 9, "silu_mul": 4, "add": 1, "add_bias": 1}.get(op.kind, 0) * width
+
+
+def collapsed(costs):
+    """Ops grouped by layer, equal layers shown once: [(layer numbers or None, [OpCost, ...]), ...] in order."""
+    groups, seen = [], {}
+    for layer, ops in _by_layer(costs):
+        key = tuple((c.kind, c.label, c.width, c.weights) for c in ops)
+        if layer is not None and key in seen:
+            seen[key][0].append(layer)
+            continue
+        group = ([layer] if layer is not None else None, ops)
+        groups.append(group)
+        seen[key] = group
+    return groups
+
+
+def _by_layer(costs):
+    runs = []
+    for cost in costs:
+        if not runs or runs[-1][0] != cost.layer:
+            runs.append((cost.layer, []))
+        runs[-1][1].append(cost)
+    return runs
+
+
+def memory(program):
+    """Bytes of packed weights, the embedding as stored, small constants, KV cache per token, state per request."""
+    linear = {w.name: w for op in program.ops if op.kind == "linear" for w in op.inputs if isinstance(w, Weight)}
+    tables = {w.name: w for op in program.ops if op.kind == "embed" for w in op.inputs}
+    small = [w for w in program.weights() if w.name not in linear and w.name not in tables]
+    pages = sum(c.bytes_each for c in program.caches if c.kind == "pages")
+    return dict(packed_weights=sum(map(packed_bytes, linear.values())),
+                embedding=sum(p.data.nbytes for w in tables.values() for p in w.parts),
+                constants=sum(4 * _size(w.shape) for w in small),
+                kv_cache_per_token=pages // PAGE_TOKENS,
+                state_per_request=sum(c.bytes_each for c in program.caches if c.kind == "state"))
+
+
+def formats(infos):
+    """{format: (number of tensors, parameters, bytes)} of a checkpoint, the largest first."""
+    totals = {}
+    for info in infos:
+        count, size, stored = totals.get(info.format, (0, 0, 0))
+        totals[info.format] = (count + 1, size + _size(info.shape), stored + info.num_bytes)
+    return dict(sorted(totals.items(), key=lambda item: -item[1][2]))

@@ -1,0 +1,126 @@
+"""`lockstep generate`: continue a text."""
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from lockstep.commands.options import KvDtype, MaxContext, ModelName, OpSwaps, Threads, Weights, load
+from lockstep.commands.output import write
+
+DEFAULT_TOKENS, DEFAULT_CONTEXT = 128, 4096
+
+
+def command(
+    model: ModelName = None,
+    source: Annotated[str | None, typer.Argument(metavar="[-]", help="- reads the prompt from standard input.",
+                                                 show_default=False)] = None,
+    prompt: Annotated[str | None, typer.Option("-p", "--prompt", metavar="TEXT", help="The prompt.")] = None,
+    file: Annotated[str | None, typer.Option("-f", "--file", metavar="FILE", help="A file with the prompt.")] = None,
+    num_tokens: Annotated[int | None, typer.Option("-n", "--max-tokens", min=1, help="Most tokens to generate.",
+                                                   show_default="128, or as many as fit")] = None,
+    temperature: Annotated[float, typer.Option(help="0 always takes the most probable token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Keep only the k most probable tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep the most probable tokens that reach this sum.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Drop tokens less probable than this part of the best.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Another seed, another sample; the same seed, the same bits.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this text. Repeatable.")] = None,
+    logprobs: Annotated[int | None, typer.Option(metavar="K", show_default=False, help="With --json: the K best "
+                                                 "alternatives of each token.")] = None,
+    echo: Annotated[bool, typer.Option("--echo", help="Print the prompt before its continuation.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")] = False,
+    weights: Weights = "auto",
+    kv_dtype: KvDtype = None,
+    threads: Threads = None,
+    max_context: MaxContext = None,
+    op: OpSwaps = None,
+):
+    """Continue a text with a model.
+
+    The continuation streams to standard output; progress and speed go to standard error.
+    """
+    model, source = (None, "-") if model == "-" and source is None else (model, source)
+    text = read_prompt(prompt, file, source)
+    fields = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, stop=tuple(stop or ()),
+                  logprobs=logprobs)
+    check_sampling(fields)
+    context = max_context or needed_context(model, text, num_tokens or DEFAULT_TOKENS)
+    llm = load(model, weights=weights, kv_dtype=kv_dtype, threads=threads, max_context=context, ops=op)
+    run(llm, text, num_tokens, fields, echo, as_json)
+
+
+def run(llm, text, num_tokens, fields, echo, as_json):
+    """Generates and prints."""
+    from lockstep.commands.answer import answer
+    from lockstep.engine.request import SamplingParams
+
+    ids = llm.encode(text)
+    room = max(1, llm.model.max_context - len(ids))
+    params = SamplingParams(max_tokens=num_tokens or min(DEFAULT_TOKENS, room), **fields)
+    show = (lambda piece: None) if as_json else write
+    if echo:
+        show(text)
+    stream, timing = answer(llm, ids, params, show)
+    write(json.dumps(described(stream, timing)) + "\n" if as_json else "\n")
+    print(timing, file=sys.stderr)
+    llm.close()
+
+
+def read_prompt(prompt, file, source):
+    """The prompt, from the one place that was given. Raises ValueError if none or several were, or it is not text."""
+    if source not in (None, "-"):
+        raise ValueError(f"{source!r}: expected a prompt as -p TEXT, -f FILE or -, and at most one model")
+    if sum(given is not None for given in (prompt, file, source)) != 1:
+        raise ValueError("expected one prompt: -p TEXT, -f FILE or - for standard input")
+    text = prompt if prompt is not None else read_text("-" if source else file)
+    if not text:
+        raise ValueError("the prompt is empty")
+    return text
+
+
+def read_text(name):
+    """A UTF-8 file, or standard input for -."""
+    raw = sys.stdin.buffer.read() if name == "-" else open(name, "rb").read()
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        where = "standard input" if name == "-" else name
+        raise ValueError(f"{where}: not UTF-8 text, byte {error.start} is 0x{raw[error.start]:02x}") from None
+
+
+def check_sampling(fields):
+    """Refuses what the engine would refuse, before a model is loaded."""
+    from lockstep.engine.request import SamplingParams
+
+    SamplingParams(**fields)
+
+
+def needed_context(model, text, num_tokens):
+    """Tokens of context for a prompt and its answer; a token has at least one byte, so that most need no count."""
+    if len(text.encode("utf-8", "replace")) + num_tokens < DEFAULT_CONTEXT:
+        return DEFAULT_CONTEXT
+    needed = len(tokenizer_of(model).encode(text)) + num_tokens
+    return max(DEFAULT_CONTEXT, -(-needed // 64) * 64)
+
+
+def tokenizer_of(model):
+    """A model's tokenizer, without loading the model."""
+    from lockstep.serve.hub import resolve_model
+    from lockstep.serve.tokenizer import load_tokenizer, tokenizer_from_gguf
+    from lockstep.weights.checkpoint import open_checkpoint
+
+    path = resolve_model(model)
+    if path.suffix == ".gguf":
+        return tokenizer_from_gguf(open_checkpoint(path).metadata)
+    return load_tokenizer(path if path.is_dir() else path.parent)
+
+
+def described(stream, timing):
+    """The answer as a JSON object."""
+    request = stream.request
+    made = dict(text=stream.text, token_ids=request.output_ids, logprobs=request.logprobs,
+                finish_reason=request.finish_reason, num_prompt_tokens=timing.num_prompt,
+                num_output_tokens=timing.num_output, prefill_tokens_per_second=round(timing.prefill_rate, 1),
+                decode_tokens_per_second=round(timing.decode_rate, 1),
+                seconds_to_first_token=round(timing.first_token, 4))
+    return made | (dict(top_logprobs=request.top_logprobs) if request.top_logprobs else {})

@@ -1,0 +1,144 @@
+"""`lockstep inspect`: what a model is made of."""
+import dataclasses
+import json
+from typing import Annotated
+
+import typer
+
+from lockstep.commands.options import KvDtype, ModelName, Weights
+
+WIDTH = 150  # where the output is no terminal
+
+
+def command(
+    model: ModelName = None,
+    weights: Weights = "auto",
+    kv_dtype: KvDtype = None,
+    context: Annotated[int, typer.Option(min=1, help="Count attention for a token with so many before it.")] = 1024,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor of the checkpoint.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="List every layer, equal ones too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with all of it.")] = False,
+):
+    """Show a model's config, tensors, recorded program and memory. No weights are read."""
+    from lockstep.engine.model import load_model
+    from lockstep.serve.hub import resolve_model
+    from lockstep.weights.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(resolve_model(model))
+    loaded = load_model(checkpoint, None, weights, kv_dtype)
+    if as_json:
+        print(json.dumps(described(checkpoint, loaded, context)))
+    else:
+        show(checkpoint, loaded, context, tensors, everything)
+
+
+def described(checkpoint, model, context):
+    """Everything, as a JSON object."""
+    from lockstep.commands.describe import memory, op_costs
+
+    return dict(
+        path=str(checkpoint.path), config=dataclasses.asdict(model.config), weights=model.weights,
+        kv_dtype=model.kv_dtype, context=context,
+        tensors=[dataclasses.asdict(info) for info in checkpoint.tensors.info.values()],
+        program=[dataclasses.asdict(cost) for cost in op_costs(model.recorded, context)], memory=memory(model.recorded))
+
+
+def show(checkpoint, model, context, tensors, everything):
+    """Prints the tables."""
+    from rich.console import Console
+
+    from lockstep.commands.describe import collapsed, memory, op_costs
+
+    console = Console()
+    console = console if console.is_terminal else Console(width=WIDTH)
+    costs = op_costs(model.recorded, context)
+    groups = [([c.layer] if c.layer is not None else None, [c]) for c in costs] if everything else collapsed(costs)
+    for table in (config_table(checkpoint, model.config), tensor_table(checkpoint.tensors.info, tensors),
+                  program_table(groups, context), memory_table(memory(model.recorded), model)):
+        console.print(table)
+
+
+def _table(title, *columns):
+    from rich import box
+    from rich.table import Table
+
+    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for column in columns:
+        made.add_column(column.strip(">"), justify="right" if column.startswith(">") else "left", overflow="fold")
+    return made
+
+
+def config_table(checkpoint, config):
+    """The numbers of a config that are set, layers counted by kind."""
+    table = _table(str(checkpoint.path), "config", "")
+    for name, value in dataclasses.asdict(config).items():
+        if name == "layers":
+            kinds = [f"{layer.mixer}{f' of {layer.window} keys' if layer.window else ''}" for layer in config.layers]
+            value = f"{len(kinds)}: " + ", ".join(f"{kinds.count(k)} {k}" for k in dict.fromkeys(kinds))
+        if value not in (None, False, {}):
+            table.add_row(name, _plain(value))
+    return table
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {v}" for k, v in value.items() if v is not None)
+    return ", ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+
+
+def tensor_table(infos, every):
+    """Tensors by format, or all of them."""
+    from lockstep.commands.describe import formats
+
+    if every:
+        table = _table(f"{len(infos)} tensors", "name", "format", ">shape", ">bytes")
+        for info in infos.values():
+            table.add_row(info.name, info.format, " x ".join(map(str, info.shape)), f"{info.num_bytes:,}")
+        return table
+    table = _table("Tensors (--tensors lists them)", "format", ">tensors", ">parameters", ">bytes")
+    for format, (count, size, stored) in formats(infos.values()).items():
+        table.add_row(format, str(count), f"{size:,}", f"{stored:,}")
+    return table
+
+
+def program_table(groups, context):
+    """Ops with what each costs; equal layers once."""
+    table = _table(f"Program: rows T tokens, R sampled; attention looks back on {context} tokens", "layers", "op",
+                   "output", "weights", ">weight bytes", ">bytes/row", ">FLOP/row")
+    for layers, ops in groups:
+        for i, cost in enumerate(ops):
+            table.add_row(spans(layers) if layers and not i else "", cost.kind,
+                          f"{short(cost)} [{cost.rows}, {cost.width}]", cost.weights, f"{cost.weight_bytes:,}",
+                          f"{cost.row_bytes:,}", f"{cost.flops:,}")
+        table.add_section()
+    total = [(len(layers or (0,)), cost) for layers, ops in groups for cost in ops]
+    table.add_row("all", "", "", "", *(f"{sum(n * getattr(c, name) for n, c in total):,}"
+                                       for name in ("weight_bytes", "row_bytes", "flops")))
+    return table
+
+
+def short(cost):
+    """An op's label without the path to its layer."""
+    return cost.label.rpartition("layers.*.")[2]
+
+
+def spans(numbers):
+    """[0, 1, 2, 4] as "0-2, 4"."""
+    runs = []
+    for n in numbers:
+        if runs and runs[-1][1] == n - 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def memory_table(needed, model):
+    """What must be resident, and what a request adds."""
+    table = _table("Memory", "for", ">bytes")
+    labels = dict(packed_weights="packed weights", embedding="embedding, mapped from the file",
+                  constants="norms, biases, rope", kv_cache_per_token=f"KV cache ({model.kv_dtype}), per token",
+                  state_per_request="recurrent state, per request")
+    for name, label in labels.items():
+        table.add_row(label, f"{needed[name]:,}")
+    return table

@@ -1,0 +1,35 @@
+"""Options that several commands share, and loading a model as they say."""
+from typing import Annotated
+
+import typer
+
+ModelName = Annotated[str | None, typer.Argument(
+    metavar="[MODEL]", show_default=False,
+    help="A Hugging Face folder, a .gguf file or a hub name like org/model. Nothing: the bundled model.")]
+Weights = Annotated[str, typer.Option(
+    metavar="FORMAT", help="How linear layers multiply: auto (as stored), f32, bf16, q8_0 or q4_0.")]
+KvDtype = Annotated[str | None, typer.Option(
+    metavar="DTYPE", help="KV cache in f32 or bf16.", show_default="bf16; f32 with --weights f32")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads.", show_default="all cores")]
+MaxContext = Annotated[int | None, typer.Option(min=1, help="Tokens that prompt and answer may have together.",
+                                                show_default="what is needed")]
+OpSwaps = Annotated[list[str] | None, typer.Option(
+    metavar="KIND=BACKEND", help="Run an op another way, such as linear=reference or attention=per_token. Repeatable.")]
+
+
+def parse_swaps(swaps):
+    """["linear=reference", ...] as a dict."""
+    pairs = [swap.partition("=") for swap in swaps or ()]
+    for swap, (kind, _, backend) in zip(swaps or (), pairs):
+        if not kind or not backend:
+            raise ValueError(f"--op {swap}: expected KIND=BACKEND, such as linear=reference")
+    return {kind: backend for kind, _, backend in pairs}
+
+
+def load(model, *, ops=None, max_requests=1, **options):
+    """The LLM, with progress on stderr. ops: what --op gave; options: as for LLM."""
+    from lockstep.commands.progress import Progress
+    from lockstep.serve.llm import LLM
+
+    with Progress() as progress:
+        return LLM(model, ops=parse_swaps(ops), max_requests=max_requests, progress=progress.packing, **options)

@@ -1,0 +1,18 @@
+"""Writing an answer to standard output."""
+import os
+import sys
+
+import typer
+
+PIPE_CLOSED = 141  # what a shell reports for a program that SIGPIPE ended
+
+
+def write(text):
+    """Shows text at once; ends the command quietly if nobody reads on."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # the interpreter flushes once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(PIPE_CLOSED) from None

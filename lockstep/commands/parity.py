@@ -1,0 +1,100 @@
+"""`lockstep parity`: show that every path gives the same bits, or the first op that does not."""
+import json
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lockstep import parity as paths
+from lockstep.commands.options import ModelName, OpSwaps, Threads, Weights, load, parse_swaps
+
+PROMPT = '''"""Heap queue algorithm (a.k.a. priority queue)."""
+
+def heappush(heap, item):
+    """Push item onto heap, maintaining the heap invariant."""
+    heap.append(item)
+    _siftdown(heap, 0, len(heap)-1)
+
+def heappop(heap):
+    """Pop the smallest item off the heap, maintaining the heap invariant."""
+    lastelt = heap.pop()    # raises appropriate IndexError if heap is empty
+    if heap:
+        returnitem = heap[0]
+        heap[0] = lastelt
+        _siftup(heap, 0)
+        return returnitem
+    return lastelt
+'''
+
+
+def prompt_ids(llm, prompt, length):
+    """Token ids of the prompt, repeated or cut to `length` if it is given; random ones for a model without tokenizer."""
+    if not llm.has_tokenizer:
+        return np.random.default_rng(0).integers(0, llm.model.config.vocab_size, length or 200).tolist()
+    ids = llm.encode(prompt)
+    return (ids * (length // len(ids) + 1))[:length] if length else ids
+
+
+def command(
+    model: ModelName = None,
+    prompt: Annotated[str, typer.Option("-p", "--prompt", help="The prompt to run.")] = PROMPT,
+    length: Annotated[int | None, typer.Option(help="Repeat or cut the prompt to so many tokens.")] = None,
+    weights: Weights = "auto",
+    threads: Threads = None,
+    op: OpSwaps = None,
+    first_difference: Annotated[str | None, typer.Option(
+        metavar="A:B", help="Instead: the first op that differs between two backends, e.g. cpu:reference.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+):
+    """Run one prompt along every path and compare each with one token at a time, bit for bit. Exit 1 on a difference."""
+    llm = load(model, weights=weights, threads=threads, max_context=max(4096, length or 0))
+    ids = prompt_ids(llm, prompt, length)
+    if not 2 <= len(ids) <= llm.model.max_context:
+        raise ValueError(f"prompt: expected 2 to {llm.model.max_context} tokens, got {len(ids)}")
+    swaps, max_threads = parse_swaps(op), llm.engine.team.num_threads
+    if first_difference:
+        report_first_difference(llm.model, ids, first_difference, swaps, max_threads, as_json)
+    else:
+        report_paths(llm.model, ids, swaps, max_threads, as_json)
+
+
+def report_paths(model, ids, swaps, max_threads, as_json):
+    """The table of all paths; exits with 1 if one differs."""
+    console = Console(stderr=as_json)
+    table = Table("path", "threads", "max_abs_diff", "argmax", "digest", title=f"{len(ids)} tokens, every path")
+    results = []
+    with console.status("running paths") as status:
+        for result in paths.run_parity(model, ids, max_threads, swaps):
+            status.update(f"after {result.path.name}")
+            results.append(result)
+            mark = "[green]same" if result.identical else "[red]DIFFERS"
+            table.add_row(result.path.name, str(result.path.threads), f"{result.max_abs_diff:g}",
+                          f"{result.argmax_agree:.0%}", f"{result.digest[:16]} {mark}")
+    identical = all(r.identical for r in results)
+    if as_json:
+        print(json.dumps([dict(path=r.path.name, threads=r.path.threads, max_abs_diff=r.max_abs_diff,
+                               argmax_agree=r.argmax_agree, digest=r.digest, identical=r.identical) for r in results]))
+    else:
+        console.print(table)
+        console.print(f"[green]{len(results)} paths, one answer." if identical else "[red]Paths differ.")
+    raise typer.Exit(0 if identical else 1)
+
+
+def report_first_difference(model, ids, backends, swaps, threads, as_json):
+    """Names the first op that differs; exits with 1 if there is one."""
+    names = backends.split(":")
+    if len(names) != 2 or not set(names) <= set(paths.BACKENDS):
+        raise ValueError(f"--first-difference {backends!r}: expected two of {', '.join(paths.BACKENDS)} as A:B")
+    found = paths.first_difference(model, ids, [(names[0], swaps), (names[1], None)], threads)
+    if as_json:
+        print(json.dumps(found and dict(op=str(found.op), index=found.index, tensor=found.tensor.name, row=found.row,
+                                        column=found.column, values=found.values, num_different=found.num_different)))
+    elif found:
+        Console().print(f"[red]op {found.index}[/] {found.op}\nfirst difference in [bold]{found.tensor.name}[/] at row "
+                        f"{found.row}, column {found.column}: {found.values[0]!r} and {found.values[1]!r}; "
+                        f"{found.num_different} values differ")
+    else:
+        Console().print(f"[green]Every op of {names[0]} and {names[1]} gives the same bits over {len(ids)} tokens.")
+    raise typer.Exit(1 if found else 0)

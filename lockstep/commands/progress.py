@@ -1,0 +1,62 @@
+"""Progress on stderr while a model is made ready: one live line on a terminal, a few plain ones anywhere else."""
+import sys
+import time
+
+QUIET_SECONDS = 1.0  # what takes less is not worth a line
+
+
+class Progress:
+    """A context: counts the kernels that are compiled in it, and the bytes that are packed."""
+
+    def __init__(self, stream=None):
+        self._stream, self._said, self._status = stream or sys.stderr, set(), None
+        self._started, self._num_kernels = time.perf_counter(), 0
+
+    def __enter__(self):
+        from lockstep.runtime.kernel import Kernel
+
+        Kernel.on_compile = self.compiling
+        return self
+
+    def __exit__(self, *error):
+        from lockstep.runtime.kernel import Kernel
+
+        Kernel.on_compile = None
+        if self._status:
+            self._status.stop()
+        if self._said and not any(error):
+            self._print(f"ready after {self._seconds:.1f} s; compiled kernels and packed weights are kept")
+
+    @property
+    def _seconds(self):
+        return time.perf_counter() - self._started
+
+    def packing(self, what, done, total):
+        """The callback of LLM."""
+        self._show(f"{what} weights", f"{done / 1e6:,.0f} MB{f' of {total / 1e6:,.0f}' if total else ''}")
+
+    def compiling(self, name):
+        """The hook of Kernel, called as each compilation starts."""
+        self._num_kernels += 1
+        self._show("compiling kernels for this CPU", f"{self._num_kernels} ({name})")
+
+    def _show(self, what, detail):
+        if self._seconds < QUIET_SECONDS:
+            return
+        if self._stream.isatty():
+            self._said.add(what)
+            self._live(f"{what}, first time only: {detail}, {self._seconds:.0f} s")
+        elif what not in self._said:
+            self._said.add(what)
+            self._print(f"{what}, first time only")
+
+    def _live(self, line):
+        from rich.console import Console
+
+        if self._status is None:
+            self._status = Console(file=self._stream).status(line)
+            self._status.start()
+        self._status.update(line)
+
+    def _print(self, line):
+        print(line, file=self._stream, flush=True)

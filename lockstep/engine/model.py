@@ -1,0 +1,79 @@
+"""A loaded model: its config, its program in recorded and in runnable form, and its weights."""
+import functools
+from dataclasses import dataclass
+
+from lockstep.models.decoder import record
+from lockstep.models.families import model_config
+from lockstep.ops import BACKENDS
+from lockstep.ops.sample import scratch_width
+from lockstep.runtime.backend import swapped
+from lockstep.runtime.rewrite import fuse, lower
+
+GROUPS = {  # what `--op GROUP=...` stands for
+    "linear": ("linear_", "quantize_q8", "round_bf16"), "attention": ("attention", "gated_attention"),
+    "elementwise": ("rms_norm", "add", "silu_mul"),
+}
+
+
+def expand_swaps(swaps, backend):
+    """Swaps of op groups ("linear", "attention", "elementwise") spelled out: {kind: backend name}."""
+    named = {}
+    for kind, name in swaps.items():
+        if kind in GROUPS:
+            members = [k for k in backend if k.startswith(GROUPS[kind])]
+            known = [k for k in members if k in BACKENDS.get(name, {})]
+            named.update({k: name for k in (known or [kind])})
+        else:
+            named[kind] = name
+    return named
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model ready to be run.
+
+    checkpoint: where it came from. config: ModelConfig. recorded: the unfused program. store: its packed weights.
+    """
+
+    checkpoint: object
+    config: object
+    recorded: object
+    logits: object
+    store: object
+    weights: str
+    kv_dtype: str
+    max_context: int
+
+    @functools.cached_property
+    def program(self):
+        """The program as the cpu backend runs it: lowered and fused, sampling included."""
+        return self.rewritten(BACKENDS["cpu"])
+
+    def rewritten(self, backend, fused=True):
+        """The program lowered for a backend, and fused as far as the backend has fused ops."""
+        lowered = lower(self.recorded)
+        return fuse(lowered, backend) if fused else lowered
+
+    def backend(self, swaps=None, base="cpu"):
+        """The op table, with swaps such as {"linear": "reference"}."""
+        table = {**BACKENDS["reference"], **BACKENDS[base]}
+        return swapped(table, expand_swaps(swaps or {}, table), BACKENDS)
+
+
+def load_model(checkpoint, store, weights="auto", kv_dtype=None, max_context=None):
+    """Records a checkpoint's program. kv_dtype: "f32" or "bf16"; by default f32 only where the weights are."""
+    config = model_config(checkpoint.config)
+    max_context = min(config.max_positions, max_context or 4096)
+    if kv_dtype not in (None, "f32", "bf16"):
+        raise ValueError(f"kv_dtype {kv_dtype!r}: expected f32 or bf16")
+    kv_dtype = kv_dtype or ("f32" if weights == "f32" else "bf16")
+    program, logits = record(config, checkpoint.tensors, weights, kv_dtype, max_context)
+    emit_sampling(program, logits, config.vocab_size)
+    return Model(checkpoint, config, program, logits, store, weights, kv_dtype, max_context)
+
+
+def emit_sampling(program, logits, vocab_size):
+    """Ends a program with the choice of a token for each row of logits (which may be wider than the vocabulary)."""
+    outs = [program.tensor("token", "R", 1, "i32"), program.tensor("logprob", "R", 1),
+            program.tensor("sample.scratch", "R", scratch_width(vocab_size))]
+    program.emit("sample", outs, [logits], vocab_size=vocab_size, width=logits.width)

@@ -1,0 +1,93 @@
+"""Runs steps of a model: cache memory, the step block, and the executor. Knows nothing of requests or schedules."""
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lockstep.ops.kv_cache import PAGE_TOKENS
+from lockstep.ops.sample import SAMPLING_RECORD
+from lockstep.runtime import step as words
+from lockstep.runtime.executor import Executor, aligned
+
+
+@dataclass
+class Span:
+    """The tokens of one request in a step: positions start .. start + len(token_ids).
+
+    pages: its page ids in order of position. slot: its recurrent state. sampled: which of its rows sample, and how
+    ({row: fields of a SAMPLING_RECORD}, rows counted from the span's first token).
+    """
+
+    token_ids: list
+    start: int
+    pages: list
+    slot: int
+    sampled: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The largest step: tokens, requests and sampling rows; pages of KV cache in all."""
+
+    max_step_tokens: int = 512
+    max_requests: int = 8
+    num_pages: int = 64
+    max_sampled: int = 8
+
+
+class Runner:
+    """A model bound to memory and threads. Everything is allocated here; `step` allocates nothing native."""
+
+    def __init__(self, model, team, limits, swaps=None, base="cpu", keep=False, fused=True):
+        self.model, self.limits, self.team = model, limits, team
+        backend = model.backend(swaps, base)
+        self.program = model.rewritten(backend, fused)
+        self.caches = {c.name: aligned(c.bytes_each * self._count(c)) for c in self.program.caches}
+        rows = {"T": limits.max_step_tokens, "R": limits.max_sampled, "S": limits.max_requests}
+        addresses = {name: array.ctypes.data for name, array in self.caches.items()}
+        self.executor = Executor(self.program, backend, team, model.store, rows, addresses, keep)
+        self.pages_per_request = -(-model.max_context // PAGE_TOKENS)
+        self._allocate()
+        tokens = self.program.ops[-1]
+        self._token, self._logprob, self._logits = tokens.outputs[0], tokens.outputs[1], tokens.inputs[0]
+
+    def _count(self, cache):
+        return self.limits.num_pages if cache.kind == "pages" else self.limits.max_requests
+
+    def _allocate(self):
+        T, S, R = self.limits.max_step_tokens, self.limits.max_requests, self.limits.max_sampled
+        shapes = {"TOKEN_IDS": T, "POSITION": T, "REQUEST": T, "QUERY_START": S + 1, "CONTEXT_LEN": S, "STATE_SLOT": S,
+                  "SAMPLED_ROW": R, "PAGE_TABLE": (S, self.pages_per_request)}
+        self._arrays = {name: np.zeros(shape, np.int32) for name, shape in shapes.items()}
+        self._sampling = np.zeros(R, SAMPLING_RECORD)
+        self._step = np.zeros(words.STEP_WORDS, np.int64)
+        for name, array in self._arrays.items():
+            self._step[getattr(words, name)] = array.ctypes.data
+        self._step[words.SAMPLING] = self._sampling.ctypes.data
+        self._step[words.PAGES_PER_REQUEST] = self.pages_per_request
+
+    def step(self, spans, clock=None):
+        """Runs one step. Returns (tokens int32 [R], logprobs float32 [R], logits float32 [R, V]): views that the next
+        step overwrites, rows in the order of spans and their sampled rows."""
+        num_sampled = self._fill(spans)
+        self.executor.run(self._step, clock)
+        view = self.executor.view
+        logits = view(self._logits, num_sampled)[:, :self.model.config.vocab_size]
+        return view(self._token, num_sampled)[:, 0], view(self._logprob, num_sampled)[:, 0], logits
+
+    def _fill(self, spans):
+        a, at, row = self._arrays, 0, 0
+        for s, span in enumerate(spans):
+            n = len(span.token_ids)
+            a["TOKEN_IDS"][at:at + n] = span.token_ids
+            a["POSITION"][at:at + n] = range(span.start, span.start + n) if n < 8 else np.arange(span.start, span.start + n)
+            a["REQUEST"][at:at + n] = s
+            a["CONTEXT_LEN"][s], a["STATE_SLOT"][s], a["QUERY_START"][s + 1] = span.start + n, span.slot, at + n
+            a["PAGE_TABLE"][s, :len(span.pages)] = span.pages
+            for offset, record in span.sampled.items():
+                a["SAMPLED_ROW"][row] = at + offset
+                for name, value in record.items():
+                    self._sampling[name][row] = value
+                row += 1
+            at += n
+        self._step[words.NUM_TOKENS], self._step[words.NUM_REQUESTS], self._step[words.NUM_SAMPLED] = at, len(spans), row
+        return row

@@ -1,0 +1,238 @@
+"""Self-check: before an engine starts, each of its kernels reproduces on this CPU what the definitions gave elsewhere.
+
+A tiny made-up model that uses the same kinds of op runs three steps; a digest of every activation is
+compared with digests recorded from the definitions (`golden_kernels.json`). Rows of quantized or bf16 activations have
+no digest of their own, since their layout depends on the target: what is multiplied with them has.
+"""
+import contextlib
+import hashlib
+import json
+import pathlib
+import platform
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import llvmlite
+import ml_dtypes
+import numba
+import numpy as np
+
+from lockstep.engine.model import emit_sampling
+from lockstep.engine.runner import Limits, Runner, Span
+from lockstep.models.decoder import record
+from lockstep.models.families import model_config
+from lockstep.runtime.executor import WeightStore
+from lockstep.runtime.kernel import fingerprint, target, user_cache
+from lockstep.runtime.rewrite import fuse, lower
+from lockstep.runtime.threads import Team
+from lockstep.weights import q4_0, q8_0
+from lockstep.weights.tensor import StoredTensor
+
+NUMERICS = 1  # version of the arithmetic: any change of any bit raises it
+GOLDEN = pathlib.Path(__file__).with_name("golden_kernels.json")
+FORMATS = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_k", "q6_k")
+WIDTH, VOCABULARY, CONTEXT = 256, 64, 128
+UNCHECKED = ("scratch", "softmax")  # what only its own kernel reads
+# token counts of two requests in each step: a page's end, tiles with rows to spare, decode beside prefill
+STEPS = ((61, 3), (5, 1), (1, 1))
+BASE = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 1,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "hidden_act": "silu", "rms_norm_eps": 1e-3,
+        "max_position_embeddings": CONTEXT, "tie_word_embeddings": False, "rope_theta": 500.0, "eos_token_id": 2}
+HYBRID = {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2, "linear_num_key_heads": 2,
+          "linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 64, "linear_conv_kernel_dim": 4}
+CONFIGS = {
+    "qwen3_5": {**BASE, **HYBRID, "model_type": "qwen3_5_text"},
+    "qwen3": {**BASE, "model_type": "qwen3"},
+    "qwen2": {**BASE, "model_type": "qwen2"},
+    "llama": {**BASE, "model_type": "llama"},
+    "qwen3_moe": {**BASE, "model_type": "qwen3_moe", "num_experts": 16, "num_experts_per_tok": 2,
+                  "moe_intermediate_size": 64, "norm_topk_prob": True},
+}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A made-up model: family (a key of CONFIGS), weight format, KV format."""
+
+    family: str
+    weights: str
+    kv_dtype: str
+
+    def __str__(self):
+        return f"{self.family} {self.weights} kv {self.kv_dtype}"
+
+
+def probes(program):
+    """The probes that together run every kind of op of a program."""
+    kinds = {op.kind for op in program.ops}
+    formats = {f for f in FORMATS if f"linear_{f}" in kinds or f"expert_linear_{f}" in kinds}
+    families = ["qwen3_5"] if "gated_delta" in kinds else []
+    if "attention" in kinds:
+        normed = "normed_attention_inputs" in kinds
+        families += ["qwen3_moe" if "route" in kinds else "qwen3"] if normed else ["qwen2" if "add_bias" in kinds else "llama"]
+    kv = sorted({("f32", "bf16")[op.params["bf16"]] for op in program.ops if "bf16" in op.params})
+    return [Probe(f, w, k) for f in families for w in FORMATS if w in formats for k in kv]
+
+
+# ---------------------------------------------------------------- the made-up model
+
+class Tensors(dict):
+    """Stored tensors of any name, made when they are first looked at."""
+
+    def __init__(self, config, format):
+        super().__init__()
+        self._shapes, self._format = shapes(config), format
+
+    def __contains__(self, name):
+        return name in self._shapes
+
+    def __missing__(self, name):
+        self[name] = stored(name, self._shapes[name], self._format)
+        return self[name]
+
+
+def shapes(c):
+    """{name: shape} of the tensors of a config."""
+    made = {"model.embed_tokens.weight": (VOCABULARY, WIDTH), "model.norm.weight": (WIDTH,), "lm_head.weight": (VOCABULARY, WIDTH)}
+    for i, kind in enumerate(c.get("layer_types", ["full_attention"])):
+        mixer = {f"linear_attn.{k}": v for k, v in delta_shapes(c).items()} if kind == "linear_attention" else {
+            f"self_attn.{k}": v for k, v in attention_shapes(c).items()}
+        layer = {"input_layernorm.weight": (WIDTH,), "post_attention_layernorm.weight": (WIDTH,), **mixer, **mlp_shapes(c)}
+        made.update({f"model.layers.{i}.{k}": v for k, v in layer.items()})
+    return made
+
+
+def attention_shapes(c):
+    q, kv = c["num_attention_heads"] * c["head_dim"], c["num_key_value_heads"] * c["head_dim"]
+    rows = {"q": q * (2 if c["model_type"] == "qwen3_5_text" else 1), "k": kv, "v": kv}
+    made = {f"{p}_proj.weight": (n, WIDTH) for p, n in rows.items()} | {"o_proj.weight": (WIDTH, q)}
+    made.update({f"{p}_norm.weight": (c["head_dim"],) for p in "qk"})
+    return made | {f"{p}_proj.bias": (n,) for p, n in rows.items()}
+
+
+def delta_shapes(c):
+    H, V = c["linear_num_value_heads"], c["linear_value_head_dim"]
+    channels = 2 * c["linear_num_key_heads"] * c["linear_key_head_dim"] + H * V
+    return {"in_proj_qkv.weight": (channels, WIDTH), "in_proj_z.weight": (H * V, WIDTH), "in_proj_b.weight": (H, WIDTH),
+            "in_proj_a.weight": (H, WIDTH), "conv1d.weight": (channels, 1, c["linear_conv_kernel_dim"]), "A_log": (H,),
+            "dt_bias": (H,), "norm.weight": (V,), "out_proj.weight": (WIDTH, H * V)}
+
+
+def mlp_shapes(c):
+    E = c.get("num_experts")
+    names = [f"mlp.experts.{e}" for e in range(E)] if E else ["mlp"]
+    made, width = {"mlp.gate.weight": (E, WIDTH)} if E else {}, c.get("moe_intermediate_size", WIDTH)
+    shape = {"gate": (width, WIDTH), "up": (width, WIDTH), "down": (WIDTH, width)}
+    return made | {f"{n}.{p}_proj.weight": s for n in names for p, s in shape.items()}
+
+
+def stored(name, shape, format):
+    """A tensor of numbers that follow from its name. Matrices have the format; everything else is float32."""
+    generator = np.random.RandomState(int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little"))
+    values = (generator.randint(-127, 128, shape) * np.float32(2.0**-10 if len(shape) == 2 else 2.0**-7)).astype(np.float32)
+    if len(shape) != 2:
+        return StoredTensor(name, "f32", shape, values)
+    makers = {"f32": lambda: values, "f16": lambda: values.astype(np.float16), "bf16": lambda: values.astype(ml_dtypes.bfloat16),
+              "q8_0": lambda: q8_0.quantize(values), "q4_0": lambda: q4_0.quantize(values),
+              "q4_k": lambda: blocks(generator, shape, 144, (0, 2), 2.0**-14), "q6_k": lambda: blocks(generator, shape, 210, (208,), 2.0**-18)}
+    return StoredTensor(name, format, shape, makers[format]())
+
+
+def blocks(generator, shape, size, scales, value):
+    """Blocks of 256 weights: any bytes, but the float16 scales at these bytes."""
+    made = generator.randint(0, 256, (shape[0], shape[1] // 256, size)).astype(np.uint8)
+    for at in scales:
+        made[..., at:at + 2] = np.array([value], np.float16).view(np.uint8)
+    return made.reshape(shape[0], -1)
+
+
+def probe_model(probe, table, fused):
+    """What a Runner wants of a model."""
+    config = model_config(CONFIGS[probe.family])
+    program, logits = record(config, Tensors(CONFIGS[probe.family], probe.weights), "auto", probe.kv_dtype, CONTEXT)
+    emit_sampling(program, logits, config.vocab_size)
+    lowered = lower(program)
+    rewritten = fuse(lowered, table) if fused else lowered
+    return SimpleNamespace(backend=lambda swaps, base: table, rewritten=lambda backend, fuse: rewritten, store=WeightStore(),
+                           max_context=CONTEXT, config=config)
+
+
+# ---------------------------------------------------------------- digests
+
+def digests(probe, table, fused=True):
+    """[(op, name, digest)] of what each op of a probe's program writes, in order, and of its cache."""
+    team = Team(1)
+    try:
+        runner = Runner(probe_model(probe, table, fused), team, Limits(64, 2, 4, 3), keep=True)
+        made, at = {}, [0, 0]
+        for counts in STEPS:
+            runner.step([span(i, start, n) for i, (start, n) in enumerate(zip(at, counts))])
+            at = [start + n for start, n in zip(at, counts)]
+            for op, tensor in visible(runner.program):
+                rows = {"T": sum(counts), "R": 3 if counts[0] > 1 else 2, "S": 2}[tensor.rows]
+                width = VOCABULARY if tensor.name == "logits" else tensor.width
+                made.setdefault((op, tensor.name), hashlib.sha256()).update(
+                    np.ascontiguousarray(runner.executor.view(tensor, rows)[:, :width]).tobytes())
+        return [(op, name, digest.hexdigest()[:16]) for (op, name), digest in made.items()]
+    finally:
+        team.close()
+
+
+def span(index, start, count):
+    """Tokens of a probe's request; its pages lie backwards. The first request also samples its first row."""
+    ids = [(7 * p * p + 13 * index + 3) % VOCABULARY for p in range(start, start + count)]
+    rows = sorted({0, count - 1}) if index == 0 else [count - 1]
+    how = [dict(temperature=0.8, top_p=0.9, top_k=20, min_p=0.01), dict(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0)]
+    sampled = {row: dict(how[(row + index) % 2], seed=index, position=start + row + 1) for row in rows}
+    return Span(ids, start, [3 - 2 * index, 2 - 2 * index], index, sampled)
+
+
+def visible(program):
+    """(op, tensor) for every output whose bytes are the same on all targets."""
+    return [(op, t) for op in program.ops for t in op.outputs if t.dtype != "i8" and not t.name.endswith(UNCHECKED)]
+
+
+# ---------------------------------------------------------------- the check
+
+def check(program, backend):
+    """Runs the probes of a program on an op table. RuntimeError at the first op whose bits are not the recorded ones.
+
+    What was found good is remembered in the user's cache folder for as long as sources, versions and CPU stay the same.
+    """
+    wanted = probes(program)
+    mark = user_cache() / "selfcheck" / identity(wanted, [backend[kind].kernel for kind in {op.kind for op in program.ops}])
+    if mark.exists():
+        return
+    golden = json.loads(GOLDEN.read_text())
+    for probe in wanted:
+        compare(probe, golden[str(probe)], digests(probe, backend))
+    with contextlib.suppress(OSError):
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+
+
+def compare(probe, golden, found):
+    for op, name, digest in found:
+        if golden[name] != digest:
+            raise RuntimeError(
+                f"self-check failed: op {op.kind} gives other bits on this machine than its definition (tensor {name} of probe "
+                f"{probe}: expected {golden[name]}, found {digest}; CPU {cpu()}, target {target()[1]}, numerics {NUMERICS}, "
+                f"numba {numba.__version__}, llvmlite {llvmlite.__version__}). Nothing it computes can be trusted; please "
+                f"report this. `--op {op.kind}=reference` runs the definition instead.")
+
+
+def identity(wanted, kernels):
+    """A name for everything that the outcome of a check depends on."""
+    sources = sorted((module, fingerprint(module)) for module in {k.function.__module__ for k in kernels})
+    names = sorted(k.name for k in kernels)
+    known = NUMERICS, cpu(), [str(p) for p in wanted], names, sources, GOLDEN.read_bytes(), pathlib.Path(__file__).read_bytes()
+    return hashlib.sha256(repr(known).encode()).hexdigest()[:32]
+
+
+def cpu():
+    """The CPU's name."""
+    with contextlib.suppress(OSError):
+        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("model name", "CPU part")):
+                return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,248 @@
+"""A checkpoint's config.json as the numbers that a model's program needs; what is not supported is refused by name."""
+from dataclasses import dataclass, replace
+
+from lockstep.ops.rope import RopeScaling
+
+# words in the name of a config key that suggest that it changes what is computed
+MATHS = ("scal", "softcap", "bias", "norm", "rope", "rotary", "window", "expert", "moe", "multiplier", "factor", "act",
+         "clip", "attention", "attn", "residual", "logit", "sink", "kv", "head", "layer", "mlp", "router", "quant",
+         "position", "linear", "temperature_tuning", "mtp", "embedd")
+
+# keys that every family reads; what else a family reads is listed in `families`
+READ = frozenset("""model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
+num_key_value_heads head_dim hidden_act rms_norm_eps tie_word_embeddings max_position_embeddings
+original_max_position_embeddings rope_theta rope_scaling rope_parameters partial_rotary_factor eos_token_id""".split())
+# keys that do not matter to inference on text
+NEUTRAL = frozenset("""architectures attention_dropout residual_dropout hidden_dropout classifier_dropout embd_pdrop
+attn_pdrop resid_pdrop initializer_range use_cache cache_implementation output_router_logits router_aux_loss_coef
+router_jitter_noise pretraining_tp mamba_ssm_dtype num_labels _attn_implementation attn_implementation
+output_attentions output_hidden_states chunk_size_feed_forward vision_config image_token_id video_token_id
+vision_start_token_id vision_end_token_id tie_encoder_decoder _attn_implementation_autoset _flash_attn_2_enabled use_flash_attn text_config""".split())
+ALLOWED_VALUES = {
+    "hidden_act": ("silu", "swish"), "mlp_bias": (False,), "attn_output_gate": (True,), "partial_rotary_factor": (1,),
+    "mtp_use_dedicated_embeddings": (False,), "decoder_sparse_step": (1,), "mlp_only_layers": ([],),
+}
+
+
+@dataclass(frozen=True)
+class LinearAttention:
+    """Shape of a gated delta rule layer."""
+
+    num_k_heads: int
+    num_v_heads: int
+    k_head_dim: int
+    v_head_dim: int
+    conv_width: int
+
+    @property
+    def qk_width(self):
+        return 2 * self.num_k_heads * self.k_head_dim
+
+    @property
+    def v_width(self):
+        return self.num_v_heads * self.v_head_dim
+
+    @property
+    def conv_channels(self):
+        return self.qk_width + self.v_width
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Shape of a mixture of experts."""
+
+    num_experts: int
+    num_per_token: int
+    width: int
+    renormalise: bool
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer: what mixes tokens ("attention" or "linear_attention") and how."""
+
+    mixer: str
+    rope: bool = True
+    window: int = 0  # keys that a token sees, itself included; 0: all
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything a decoder's program depends on. Sizes in elements; norm_offset is 1 where checkpoints store w - 1."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    ffn_width: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_eps: float
+    max_positions: int
+    layers: tuple[Layer, ...]
+    rope_dim: int
+    rope_theta: float
+    rope_scaling: RopeScaling
+    tied: bool
+    eos_ids: tuple[int, ...]
+    norm_offset: float = 0.0
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    output_gate: bool = False
+    linear_attention: LinearAttention | None = None
+    experts: Experts | None = None
+    num_mtp_layers: int = 0
+
+    @property
+    def num_layers(self):
+        return len(self.layers)
+
+
+def need(config, key, kind=int, low=1, high=1 << 31):
+    """A required number of a config, within bounds."""
+    value = config.get(key)
+    if not isinstance(value, (int, float) if kind is float else int) or isinstance(value, bool):
+        raise ValueError(f"config key {key!r}: expected a number, got {value!r}")
+    if not low <= value <= high:
+        raise ValueError(f"config key {key!r}: expected {low} to {high}, got {value}")
+    return kind(value)
+
+
+def check_keys(config, read=(), free=()):
+    """Refuses a key that seems to change the maths and is not supported, and a value that is not.
+
+    read: keys that the family reads besides READ. free: keys whose values the family checks itself.
+    """
+    for key, value in config.items():
+        allowed = ALLOWED_VALUES.get(key) if key not in free else None
+        if allowed and value is not None and value not in allowed:
+            values = " or ".join(repr(v) for v in allowed)
+            raise ValueError(f"config key {key!r}: {value!r} is not supported, only {values}")
+        if allowed or key in READ or key in read or key in NEUTRAL or value in (None, False, [], {}):
+            continue
+        if any(word in key.lower() for word in MATHS):
+            raise ValueError(f"config key {key!r} (value {value!r}) is not supported, and it may change the result")
+
+
+def text_config(config):
+    """The part of a config that describes the text model, with what is only said outside it."""
+    inner = config.get("text_config")
+    if not isinstance(inner, dict):
+        return config
+    check_keys(config)
+    outside = {k: config[k] for k in ("tie_word_embeddings", "eos_token_id") if config.get(k) is not None}
+    return {**outside, **inner, **{k: v for k, v in outside.items() if k == "tie_word_embeddings"}}
+
+
+ROPE_KEYS = {  # by rope type: parameters that must be there, and that may be
+    "default": ((), ()), "linear": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
+    "yarn": (("factor",), ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
+                           "mscale_all_dim", "truncate")),
+}
+ROPE_COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+MROPE = {"mrope_section", "mrope_interleaved"}  # for text all three position components are equal
+
+
+def rope(config, head_dim, theta=10000.0, partial=1.0, ignored=frozenset()):
+    """(rope_dim, theta, RopeScaling) from rope_parameters (transformers 5) or rope_theta and rope_scaling (before).
+
+    theta, partial: what the family takes where the config is silent. ignored: parameters that do not matter to text.
+    """
+    given = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    kind = given.get("rope_type") or given.get("type") or "default"
+    kind = "default" if kind == "mrope" and ignored else kind
+    if kind not in ROPE_KEYS:
+        raise ValueError(f"rope type {kind!r} is not supported; supported are {', '.join(ROPE_KEYS)}")
+    required, optional = ROPE_KEYS[kind]
+    unknown = {k for k, v in given.items() if v is not None} - ROPE_COMMON - ignored - set(required) - set(optional)
+    if unknown:
+        raise ValueError(f"rope parameter {sorted(unknown)[0]!r} is not supported with rope type {kind!r}")
+    numbers = {k: _rope_number(given, k) for k in (*required, *optional) if k in required or given.get(k) is not None}
+    rope_theta = _rope_number({"rope_theta": config.get("rope_theta") or theta, **given}, "rope_theta")
+    partial = _rope_number({"partial": given.get("partial_rotary_factor") or config.get("partial_rotary_factor") or partial}, "partial")
+    rope_dim = int(head_dim * partial)
+    if rope_dim % 2 or not 0 < rope_dim <= head_dim:
+        raise ValueError(f"config key 'partial_rotary_factor': {partial} of {head_dim} channels is not supported: it must "
+                         f"be an even number up to {head_dim}")
+    return rope_dim, rope_theta, RopeScaling(kind=kind, **_old_context(config, kind, numbers))
+
+
+def _rope_number(given, key):
+    value = given.get(key)
+    if key == "truncate" and isinstance(value, bool):
+        return value
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e12:
+        raise ValueError(f"rope parameter {key!r}: expected a positive number, got {value!r}")
+    return value if key == "original_max_position_embeddings" else float(value)
+
+
+def _old_context(config, kind, numbers):
+    """Scaling parameters with the context that the model was first trained on; said outside, it wins."""
+    key = "original_max_position_embeddings"
+    if kind in ("llama3", "yarn"):
+        numbers[key] = config.get(key) or numbers.get(key) or config["max_position_embeddings"]
+    return numbers
+
+
+def windows(config, types):
+    """For each layer the number of keys that a token sees, 0 for all. types: "sliding_attention" or "full_attention"."""
+    num_layers = need(config, "num_hidden_layers", high=1000)
+    if not isinstance(types, list) or len(types) != num_layers or set(types) - {"sliding_attention", "full_attention"}:
+        raise ValueError(f"config key 'layer_types': expected {num_layers} of full_attention and sliding_attention, "
+                         f"got {types!r}")
+    return [need(config, "sliding_window") if t == "sliding_attention" else 0 for t in types]
+
+
+def common(config, rope_defaults=None, tied=False, **family):
+    """The ModelConfig of a Llama-like config, all layers attention over all keys; `family` sets what differs.
+
+    rope_defaults: see `rope`. tied: whether the head is the embedding where the config is silent.
+    """
+    num_layers, num_heads = need(config, "num_hidden_layers", high=1000), need(config, "num_attention_heads")
+    head_dim = _optional(config, "head_dim", need(config, "hidden_size") // num_heads)
+    made = ModelConfig(
+        model_type=config["model_type"], vocab_size=need(config, "vocab_size"), hidden_size=need(config, "hidden_size"),
+        ffn_width=0 if "experts" in family else need(config, "intermediate_size"), num_heads=num_heads,
+        num_kv_heads=_optional(config, "num_key_value_heads", num_heads), head_dim=head_dim,
+        rms_eps=need(config, "rms_norm_eps", float, 0, 1), max_positions=need(config, "max_position_embeddings"),
+        layers=(Layer("attention"),) * num_layers, **_rope_fields(config, head_dim, rope_defaults or {}),
+        tied=bool(config.get("tie_word_embeddings", tied)), eos_ids=_eos_ids(config))
+    return checked(replace(made, **family))
+
+
+def _optional(config, key, default):
+    return default if config.get(key) is None else need(config, key)
+
+
+def _rope_fields(config, head_dim, defaults):
+    return dict(zip(("rope_dim", "rope_theta", "rope_scaling"), rope(config, head_dim, **defaults)))
+
+
+def _eos_ids(config):
+    eos = config.get("eos_token_id")
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(isinstance(i, int) for i in ids):
+        raise ValueError(f"config key 'eos_token_id': expected token ids, got {eos!r}")
+    return tuple(ids)
+
+
+def with_windows(made, config, types):
+    """A ModelConfig with sliding windows on the layers that have one."""
+    return replace(made, layers=tuple(replace(layer, window=w) for layer, w in zip(made.layers, windows(config, types))))
+
+
+def checked(config):
+    """Refuses shapes that the kernels cannot run."""
+    multiples = {"hidden_size": 32, "head_dim": 16, "ffn_width": 16}
+    for name, step in multiples.items():
+        if getattr(config, name) % step:
+            raise ValueError(f"{name} {getattr(config, name)} is not supported: it must be a multiple of {step}")
+    if config.experts and (config.experts.num_experts % 16 or config.experts.width % 32):
+        raise ValueError(f"{config.experts.num_experts} experts of width {config.experts.width} are not supported: the number "
+                         f"must be a multiple of 16, the width of 32")
+    if config.head_dim > 256 or config.num_heads % config.num_kv_heads:
+        raise ValueError(f"head_dim {config.head_dim} (at most 256) with {config.num_heads} heads and "
+                         f"{config.num_kv_heads} kv heads (a divisor of the heads) is not supported")
+    return config

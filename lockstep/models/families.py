@@ -1,0 +1,119 @@
+"""Model types: how each one's config.json becomes a ModelConfig. A new Llama-like model type is a function here."""
+from dataclasses import replace
+
+from lockstep.models.config import MROPE, Experts, Layer, LinearAttention, check_keys, common, need, text_config, with_windows
+
+WINDOW = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
+EXPERTS = ("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
+DELTA = ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
+         "linear_conv_kernel_dim")
+
+
+def llama(config):
+    """Llama 1 to 3; biases on all attention projections if attention_bias."""
+    check_keys(config, ["attention_bias"])
+    return common(config, **biases(config))
+
+
+def mistral(config):
+    """Llama with a sliding window on every layer, or none."""
+    check_keys(config, ["sliding_window"])
+    config = {"sliding_window": 4096, **config}
+    kind = "full_attention" if config["sliding_window"] is None else "sliding_attention"
+    made = common(config)
+    return with_windows(made, config, [kind] * made.num_layers)
+
+
+def qwen2(config):
+    """Llama with biases on q, k and v; a sliding window on some layers if use_sliding_window."""
+    check_keys(config, WINDOW)
+    return qwen_windows(common(config, qkv_bias=True), config)
+
+
+def qwen3(config):
+    """Llama with a norm on each query and key head; windows as in qwen2."""
+    check_keys(config, ["attention_bias", *WINDOW])
+    return qwen_windows(common(config, qk_norm=True, **biases(config)), config)
+
+
+def qwen3_moe(config):
+    """qwen3 with experts in place of every MLP; a sliding window on every layer if use_sliding_window."""
+    check_keys(config, ["attention_bias", *WINDOW, *EXPERTS])
+    total = "num_experts" if config.get("num_experts") is not None else "num_local_experts"
+    experts = Experts(need(config, total, high=4096), need(config, "num_experts_per_tok", high=256),
+                      need(config, "moe_intermediate_size"), bool(config.get("norm_topk_prob")))
+    if experts.num_per_token > experts.num_experts:
+        raise ValueError(f"config key 'num_experts_per_tok': expected at most {experts.num_experts}, got {experts.num_per_token}")
+    made = common(config, qk_norm=True, experts=experts, **biases(config))
+    kind = "sliding_attention" if config.get("use_sliding_window") else "full_attention"
+    return with_windows(made, {"sliding_window": 4096, **config}, [kind] * made.num_layers)
+
+
+def smollm3(config):
+    """Llama without rope on every fourth layer, which then may have a sliding window."""
+    check_keys(config, ["attention_bias", "no_rope_layers", "no_rope_layer_interval", *WINDOW])
+    made = common(config, rope_defaults={"theta": 2e6}, tied=True, **biases(config))
+    interval = config.get("no_rope_layer_interval") or 4
+    ropes = config.get("no_rope_layers") or [int((i + 1) % interval != 0) for i in range(made.num_layers)]
+    if not isinstance(ropes, list) or len(ropes) < made.num_layers or set(ropes) - {0, 1}:
+        raise ValueError(f"config key 'no_rope_layers': expected {made.num_layers} of 0 and 1, got {ropes!r}")
+    made = replace(made, layers=tuple(replace(layer, rope=bool(r)) for layer, r in zip(made.layers, ropes)))
+    if not config.get("use_sliding_window") or config.get("sliding_window") is None:
+        return made
+    types = config.get("layer_types") or ["full_attention" if r else "sliding_attention" for r in ropes[:made.num_layers]]
+    return with_windows(made, config, types)
+
+
+def qwen3_5(config):
+    """Gated delta rule layers with a gated attention layer among them; norms store w - 1; partial rope."""
+    check_keys(config, ["attention_bias", "layer_types", "full_attention_interval", "mtp_num_hidden_layers", *DELTA],
+               free=["partial_rotary_factor"])
+    made = common(config, rope_defaults={"partial": 0.25, "ignored": MROPE}, qk_norm=True, output_gate=True,
+                  norm_offset=1.0, num_mtp_layers=config.get("mtp_num_hidden_layers") or 0, **biases(config))
+    interval = config.get("full_attention_interval") or 4
+    types = config.get("layer_types") or [
+        "full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(made.num_layers)]
+    mixers = {"full_attention": "attention", "linear_attention": "linear_attention"}
+    if not isinstance(types, list) or set(types) - set(mixers) or len(types) != made.num_layers:
+        raise ValueError(f"config key 'layer_types': expected {made.num_layers} of {sorted(mixers)}, got {types!r}")
+    return replace(made, layers=tuple(Layer(mixers[t]) for t in types), linear_attention=delta_rule(config))
+
+
+def biases(config):
+    """Biases on all four attention projections if attention_bias."""
+    bias = bool(config.get("attention_bias"))
+    return {"qkv_bias": bias, "o_bias": bias}
+
+
+def qwen_windows(made, config):
+    """The layers from max_window_layers on, or those that layer_types names, have a sliding window if use_sliding_window."""
+    if not config.get("use_sliding_window"):
+        return made
+    first = config.get("max_window_layers", 28)
+    types = config.get("layer_types") or ["sliding_attention" if i >= first else "full_attention" for i in range(made.num_layers)]
+    return with_windows(made, {"sliding_window": 4096, **config}, types)
+
+
+def delta_rule(config):
+    """The shape of the gated delta rule layers."""
+    linear = LinearAttention(*(need(config, key) for key in DELTA))
+    if linear.k_head_dim % 16 or linear.v_head_dim % 16 or linear.num_v_heads % linear.num_k_heads:
+        raise ValueError(f"linear attention of {linear.num_v_heads} value heads of {linear.v_head_dim} and {linear.num_k_heads} "
+                         f"key heads of {linear.k_head_dim} is not supported: sizes must be multiples of 16, the value heads "
+                         f"a multiple of the key heads")
+    return linear
+
+
+FAMILIES = {
+    "llama": llama, "mistral": mistral, "qwen2": qwen2, "qwen3": qwen3, "qwen3_moe": qwen3_moe, "smollm3": smollm3,
+    "qwen3_5": qwen3_5, "qwen3_5_text": qwen3_5,
+}
+
+
+def model_config(config):
+    """The ModelConfig of a config.json; a ValueError names the key that is missing or not supported."""
+    inner = text_config(config)
+    model_type = inner.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ValueError(f"model_type {model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[model_type](inner)

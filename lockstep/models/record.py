@@ -1,0 +1,274 @@
+"""Recording: the vocabulary in which a model says what it computes. Each call appends an op to a program.
+
+A model names checkpoint tensors by their Hugging Face names; shapes are checked here, once, with a clear error.
+"""
+from lockstep.ops.activations import bf16_width, q8_width
+from lockstep.ops.embed import FORMATS as EMBED_FORMATS
+from lockstep.ops.embed import format_code
+from lockstep.ops.kv_cache import PAGE_TOKENS
+from lockstep.ops.rope import rope_table
+from lockstep.runtime.program import Program, Weight
+from lockstep.weights.pack import padded_width
+from lockstep.weights.tensor import StoredTensor
+
+INTEGER_FORMATS = ("q8_0", "q4_0", "q4_k", "q6_k")
+LINEAR_FORMATS = ("f32", "f16", "bf16", *INTEGER_FORMATS)
+CHOICES = ("auto", "f32", "bf16", "q8_0", "q4_0")
+# tensors that a text model's checkpoint may hold beside its own: draft heads, the part that sees, old rope tables
+NOT_TEXT = ("mtp.", "model.visual.", "visual.", "model.vision_tower.", "vision_tower.")
+
+
+EXPERT_FORMATS = ("f32", "f16", "bf16", "q8_0", "q4_0")  # experts in other formats become q8_0 when they are packed
+
+
+def expert_rows(format, width):
+    """How experts' weights in a format want their rows: (name, elements of a row)."""
+    kinds = {"f32": ("f32", width), "f16": ("f32", width), "bf16": ("bf16", bf16_width(width))}
+    return kinds.get(format, ("q8", q8_width(width)))
+
+
+def compute_format(stored, requested, width):
+    """The format in which a linear layer multiplies a tensor that is stored in another.
+
+    "auto" keeps what is stored, if there is a kernel for it. Formats that prepare activations take them in blocks of 32
+    (and K-quants of 256); another width falls back to a format that can.
+    """
+    if requested not in CHOICES:
+        raise ValueError(f"weights {requested!r}: expected one of {', '.join(CHOICES)}")
+    chosen = stored if requested == "auto" else requested
+    if chosen not in LINEAR_FORMATS:
+        chosen = "q8_0" if chosen.startswith("q") else "f32" if chosen == "f64" else "bf16"
+    if chosen not in ("f32", "f16") and width % 32:
+        return "f32"
+    return "bf16" if chosen.endswith("_k") and width % 256 else chosen
+
+
+class Recorder:
+    """Records a model's program.
+
+    tensors: HF name -> StoredTensor. weights: format of the linear layers (see CHOICES). kv_dtype: "f32" or "bf16".
+    """
+
+    def __init__(self, tensors, prefix, weights, kv_dtype, max_context):
+        self.program, self.tensors, self.prefix = Program(), tensors, prefix
+        self.weights, self.kv_dtype, self.max_context, self._constants = weights, kv_dtype, max_context, {}
+        self._used = set()
+
+    # ------------------------------------------------------------ tensors of the checkpoint
+
+    def stored(self, name, *shape):
+        """A tensor of the checkpoint, which must have this shape."""
+        if name not in self.tensors:
+            raise ValueError(f"tensor {name!r} of shape {list(shape)} is missing from the checkpoint")
+        self._used.add(name)
+        tensor = self.tensors[name]
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"tensor {name!r}: expected shape {list(shape)}, found {list(tensor.shape)}")
+        return tensor
+
+    def check_all_used(self):
+        """Refuses a checkpoint with tensors that the program does not read: the model is another than the config says."""
+        left = [n for n in self.tensors if n not in self._used and not n.startswith(NOT_TEXT) and "rotary_emb" not in n]
+        if left:
+            raise ValueError(f"tensor {left[0]!r} (and {len(left) - 1} more) is not used by a model as its config "
+                             f"describes it; the result would differ")
+
+    def constant(self, name, *shape):
+        """A small tensor (norm weight, bias) as float32."""
+        stored = self.stored(name, *shape)
+        return self._once(name, lambda: Weight(name, "f32", (shape[-1],) if len(shape) == 1 else shape, (stored,)))
+
+    def _once(self, name, make):
+        if name not in self._constants:
+            self._constants[name] = make()
+        return self._constants[name]
+
+    # ------------------------------------------------------------ ops
+
+    def embed(self, name, vocab_size, width):
+        table = self.stored(name, vocab_size, width)
+        if table.format not in EMBED_FORMATS:
+            raise ValueError(f"tensor {name!r}: format {table.format} is not supported, only {', '.join(EMBED_FORMATS)}")
+        out = self.program.tensor("embed", "T", width)
+        weight = Weight(name, table.format, table.shape, (table,))
+        return self.program.emit("embed", [out], [weight], width=width, format=format_code(table.format), scale=1.0)
+
+    def rms_norm(self, x, name, eps, offset):
+        out = self.program.tensor(name.removesuffix(".weight"), x.rows, x.width)
+        return self.program.emit("rms_norm", [out], [x, self.constant(name, x.width)], width=x.width, eps=eps, offset=offset)
+
+    def linear(self, x, layers, label=None, bias=False):
+        """x times one or several weights [N, K], their outputs side by side. layers: ((HF name, N), ...).
+
+        Neighbours of one format become one product. Returns the row tensor; output i starts at the sum of the N before.
+        """
+        parts = [self.stored(f"{name}.weight", n, x.width) for name, n in layers]
+        label = label or layers[0][0]
+        return self.product(x, parts, label, [f"{name}.bias" for name, _ in layers] if bias else None)
+
+    def product(self, x, parts, label, biases=None):
+        """`linear` on stored tensors."""
+        total = sum(p.shape[0] for p in parts)
+        if len(parts) > 1 and any(p.shape[0] % 16 for p in parts[:-1]):
+            raise ValueError(f"tensor {parts[0].name!r}: {parts[0].shape[0]} rows; projections that share an input must "
+                             f"have a multiple of 16")
+        out = self.program.tensor(label, x.rows, padded_width(total))
+        column = 0
+        for format, group in _runs(parts, lambda p: compute_format(p.format, self.weights, x.width)):
+            features = sum(p.shape[0] for p in group)
+            weight = Weight("|".join(p.name for p in group), format, (features, x.width), tuple(group))
+            self.program.emit("linear", [out], [x, weight], width=out.width, column=column)
+            column += features
+        return self.add_bias(out, biases, [p.shape[0] for p in parts]) if biases else out
+
+    def add_bias(self, x, names, widths):
+        parts = tuple(self.stored(name, n) for name, n in zip(names, widths))
+        weight = Weight("|".join(names), "f32", (1, x.width), parts)
+        out = self.program.tensor(f"{x.name}.biased", x.rows, x.width)
+        return self.program.emit("add_bias", [out], [x, weight], width=x.width)
+
+    def add(self, x, y):
+        out = self.program.tensor(f"{y.name}.residual", x.rows, x.width)
+        return self.program.emit("add", [out], [x, y], width=x.width)
+
+    def silu_mul(self, x, label):
+        """silu(first half of the row) * second half."""
+        out = self.program.tensor(f"{label}.act", x.rows, x.width // 2)
+        return self.program.emit("silu_mul", [out], [x], width=x.width // 2)
+
+    def experts(self, x, config, label):
+        """A mixture of experts: each row through the SwiGLU of its most probable experts, summed by their weights."""
+        m, D = config.experts, x.width
+        E, X = m.num_experts, m.num_per_token
+        tensor, emit = self.program.tensor, self.program.emit
+        logits = self.linear(x, [(f"{label}.gate", E)])
+        ids = emit("route", [tensor(f"{label}.expert_ids", "T", X, "i32"), tensor(f"{label}.weights", "T", X)], [logits],
+                   num_experts=E, top_k=X, renormalise=int(m.renormalise))
+        weights = self.program.ops[-1].outputs[1]
+        order = emit("group_experts", [tensor(f"{label}.order", "T", X, "i32"), tensor(f"{label}.expert_start", "T", E + 1, "i32")],
+                     [ids], num_experts=E, top_k=X)
+        start = self.program.ops[-1].outputs[1]
+        gate_up, down = self._expert_weights(label, m, D)
+        rows, width = expert_rows(gate_up.format, D)
+        h = emit(f"expert_rows_{rows}", [tensor(f"{label}.expert_rows", "T", X * width, "f32" if rows == "f32" else "i8")],
+                 [x, order], K=D, top_k=X)
+        h = emit(f"expert_linear_{gate_up.format}", [tensor(f"{label}.experts.gate_up", "T", X * 2 * m.width)],
+                 [h, start, gate_up], K=D, N=2 * m.width, num_experts=E)
+        rows, width = expert_rows(down.format, m.width)
+        h = emit(f"expert_gated_{rows}", [tensor(f"{label}.experts.act", "T", X * width, "f32" if rows == "f32" else "i8")],
+                 [h], K=m.width, top_k=X)
+        h = emit(f"expert_linear_{down.format}", [tensor(f"{label}.experts.down", "T", X * D)], [h, start, down],
+                 K=m.width, N=D, num_experts=E)
+        y = emit("expert_scatter", [tensor(f"{label}.experts", "T", X * D)], [h, order], D=D, top_k=X)
+        return emit("combine_experts", [tensor(f"{label}.combined", "T", D)], [weights, y], D=D, top_k=X)
+
+    def _expert_weights(self, label, m, D):
+        """All experts' gate and up, expert after expert, and all experts' down, as two weights."""
+        def joined(names, rows, width):
+            parts = tuple(self.stored(f"{label}.experts.{e}.{n}_proj.weight", rows, width) for e in range(m.num_experts) for n in names)
+            formats = {compute_format(p.format, self.weights, width) for p in parts}
+            format = formats.pop() if len(formats) == 1 and formats <= set(EXPERT_FORMATS) else "q8_0"
+            return Weight(f"{label}.experts.{'_'.join(names)}", format, (len(parts) * rows, width), parts)
+
+        return joined(("gate", "up"), m.width, D), joined(("down",), D, m.width)
+
+    def select_rows(self, x):
+        """The rows of the step that sample."""
+        out = self.program.tensor("sampled", "R", x.width)
+        return self.program.emit("select_rows", [out], [x], width=x.width)
+
+    # ------------------------------------------------------------ attention
+
+    def rope_tables(self, config):
+        """cos and sin of all positions up to max_context."""
+        return self._once("rope", lambda: self._make_rope_tables(config))
+
+    def _make_rope_tables(self, config):
+        tables = rope_table(self.max_context, config.rope_dim, config.rope_theta, config.rope_scaling)
+        return [Weight(f"rope.{name}", "f32", a.shape, (StoredTensor("rope", "f32", a.shape, a),))
+                for name, a in zip(("cos", "sin"), tables)]
+
+    def attention(self, x, config, layer, label):
+        """Grouped causal attention over the pages, from hidden rows x to the (gated) heads side by side [T, H K]."""
+        H, G, K = config.num_heads, config.num_kv_heads, config.head_dim
+        q_stride = 2 * K if config.output_gate else K
+        names = [(f"{label}.{p}_proj", n) for p, n in (("q", H * q_stride), ("k", G * K), ("v", G * K))]
+        qkv = self.linear(x, names, f"{label}.qkv", config.qkv_bias)
+        pages = [self.program.cache(f"{label}.{p}_pages", "pages", self.kv_dtype, shape)
+                 for p, shape in (("k", (G, K, PAGE_TOKENS)), ("v", (G, PAGE_TOKENS, K)))]
+        kinds = "normed_attention_inputs" if config.qk_norm else "attention_inputs"
+        norms = [self.constant(f"{label}.{p}_norm.weight", K) for p in "qk"] if config.qk_norm else []
+        q = self.program.emit(
+            kinds, [self.program.tensor(f"{label}.q", "T", H * K)], [qkv, *self.rope_tables(config), *pages, *norms],
+            num_heads=H, num_kv_heads=G, head_dim=K, rope_dim=config.rope_dim if layer.rope else 0, row_width=qkv.width,
+            q_offset=0, q_stride=q_stride, k_offset=H * q_stride, v_offset=H * q_stride + G * K,
+            bf16=int(self.kv_dtype == "bf16"), **(dict(eps=config.rms_eps, offset=config.norm_offset) if norms else {}))
+        outs = [self.program.tensor(f"{label}.heads", "T", H * K), self.program.tensor(f"{label}.softmax", "T", 2 * H)]
+        gate = dict(row_width=qkv.width, gate_offset=K, gate_stride=q_stride) if config.output_gate else {}
+        return self.program.emit(
+            "gated_attention" if gate else "attention", outs, [q, *pages, *([qkv] if gate else [])], num_heads=H,
+            num_kv_heads=G, head_dim=K, scale=float(K) ** -0.5, window=layer.window, soft_cap=0.0,
+            bf16=int(self.kv_dtype == "bf16"), **gate)
+
+    # ------------------------------------------------------------ gated delta rule
+
+    def linear_attention(self, x, config, label):
+        """The gated delta rule layer, from hidden rows x to the normed and gated heads [T, H V]."""
+        m = config.linear_attention
+        C, H, V, J = m.conv_channels, m.num_v_heads, m.v_head_dim, m.conv_width
+        names = [(f"{label}.in_proj_{p}", n) for p, n in (("qkv", C), ("z", m.v_width), ("b", H), ("a", H))]
+        parts = [self.stored(f"{name}.weight", n, x.width) for name, n in names]
+        proj = self.projected(x, parts, label)
+        state = self.program.cache(f"{label}.state", "state", "f32", (H, V // 16, m.k_head_dim, 16))
+        history = self.program.cache(f"{label}.conv_state", "state", "f32", (J - 1, C))
+        outs = [self.program.tensor(f"{label}.conv", "T", C), self.program.tensor(f"{label}.gates", "T", 2 * H)]
+        taps = self.stored(f"{label}.conv1d.weight", C, 1, J)
+        weights = [Weight(f"{label}.conv1d.weight", "f32", (C, J), (taps,)), self.constant(f"{label}.A_log", H),
+                   self.constant(f"{label}.dt_bias", H)]
+        z, b = C, padded_width(C + m.v_width)
+        a = b + padded_width(H)
+        self.program.emit("delta_inputs", outs, [proj, *weights, history], row_width=proj.width, offset=0, channels=C,
+                          conv_width=J, num_k_heads=m.num_k_heads, k_head_dim=m.k_head_dim, a_offset=a, b_offset=b,
+                          num_v_heads=H)
+        heads = self.program.emit(
+            "gated_delta", [self.program.tensor(f"{label}.heads", "T", H * V)], [outs[0], outs[0], outs[1], state],
+            qk_width=C, v_width=C, v_offset=m.qk_width, num_k_heads=m.num_k_heads, num_v_heads=H,
+            k_head_dim=m.k_head_dim, v_head_dim=V)
+        out = self.program.tensor(f"{label}.norm", "T", H * V)
+        return self.program.emit("gated_norm", [out], [heads, proj, self.constant(f"{label}.norm.weight", V)],
+                                 row_width=proj.width, z_offset=z, num_heads=H, head_dim=V, eps=config.rms_eps)
+
+    def projected(self, x, parts, label):
+        """Projections side by side, each starting at a multiple of 16."""
+        offsets = [0]
+        for part in parts:
+            offsets.append(offsets[-1] + padded_width(part.shape[0]))
+        out = self.program.tensor(f"{label}.proj", x.rows, offsets[-1])
+        start = 0
+        for format, group in _runs(parts, lambda p: compute_format(p.format, self.weights, x.width)):
+            for run in _aligned_runs(group):
+                weight = Weight("|".join(p.name for p in run), format, (sum(p.shape[0] for p in run), x.width), tuple(run))
+                self.program.emit("linear", [out], [x, weight], width=out.width, column=offsets[start])
+                start += len(run)
+        return out
+
+
+def _runs(items, key):
+    """Neighbours of equal key: [(key, [items]), ...]."""
+    runs = []
+    for item in items:
+        if runs and runs[-1][0] == key(item):
+            runs[-1][1].append(item)
+        else:
+            runs.append((key(item), [item]))
+    return runs
+
+
+def _aligned_runs(parts):
+    """Cuts a list of tensors after each one whose rows are no multiple of 16."""
+    runs = [[]]
+    for part in parts:
+        runs[-1].append(part)
+        if part.shape[0] % 16:
+            runs.append([])
+    return [run for run in runs if run]

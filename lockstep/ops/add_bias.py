@@ -1,0 +1,40 @@
+"""Adds the same row to every row: the definition and, as its plain loop vectorises, the kernel too.
+
+    out[t, i] = x[t, i] + bias[i]
+"""
+import numpy as np
+from numba import carray
+
+from lockstep.runtime.backend import Implementation
+from lockstep.runtime.kernel import definition, kernel
+from lockstep.runtime.machine import float_array
+from lockstep.runtime.step import num_rows, word
+
+
+
+
+@definition
+def add_bias(x_TD, bias_D, out_TD):
+    """Shapes: x, out [T, D], bias [D], float32. Error: half an ulp. Order: one addition per element."""
+    for t in range(x_TD.shape[0]):
+        for i in range(x_TD.shape[1]):
+            out_TD[t, i] = x_TD[t, i] + bias_D[i]
+
+
+def padded_bias(weight):
+    """The biases of all parts, end to end, then zeros up to the row's width."""
+    joined = np.concatenate([part.to_f32().reshape(-1) for part in weight.parts])
+    return (np.pad(joined, (0, weight.shape[-1] - len(joined))),)
+
+
+@kernel
+def _run(op, step, thread, num_threads):
+    T, D = num_rows(op, step), word(op, 3)
+    first, end = T * thread // num_threads, T * (thread + 1) // num_threads
+    x = carray(float_array(word(op, 1) + 4 * D * first), (end - first, D))
+    out = carray(float_array(word(op, 0) + 4 * D * first), (end - first, D))
+    add_bias(x, carray(float_array(word(op, 2)), (D,)), out)
+
+
+REFERENCE = {"add_bias": Implementation(_run, ("padded bias", padded_bias))}
+CPU = REFERENCE

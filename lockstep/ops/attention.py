@@ -1,0 +1,170 @@
+"""Causal attention of queries over the keys and values of their sequence: the definition.
+
+    out[h] = sum_j softmax_j(sm_scale * q[h] . k[j]) v[j]      j <= position, j > position - window; h reads kv head h // (H / G)
+
+The arithmetic depends only on the query's own position and keys: never on its batch, chunk or page placement.
+"""
+import numpy as np
+from numba import carray, int32
+
+from lockstep.ops.attention_math import BLOCK, ONE, SPAN, ZERO, exp2, score_scales, soft_capped
+from lockstep.ops.kv_cache import PAGE_TOKENS, k_index, read_number, v_index
+from lockstep.ops.math import sigmoid
+from lockstep.ops.reduce import tree_sum
+from lockstep.runtime.backend import Implementation
+from lockstep.runtime.kernel import definition, inlined, kernel
+from lockstep.runtime.machine import float_array
+from lockstep.runtime.simd import fma, maximum, peek
+from lockstep.runtime.step import (CONTEXT_LEN, NUM_REQUESTS, PAGE_TABLE, PAGES_PER_REQUEST, QUERY_START, number,
+                                   step_word, word)
+
+
+@definition
+def attend(q_K, k_CK, v_CK, position, window, scale, cap, out_K):
+    """One query head at one position over a sequence's keys and values; returns the maximum and the sum of its softmax.
+
+    Shapes: q, out [K]; k, v [C, K] float32, C > position; window 0: all keys up to position, else the last `window`.
+    Units: scale, cap from `score_scales`; the maximum is a score in units of log 2, sum = sum of 2**(score - maximum).
+    Error: 2e-6 of the float64 result for scores below 20 and |v| < 4, up to 2048 keys.
+    Order: keys in spans of 1024 at absolute positions 0, 1024, ...: `attend_span` each, merged in ascending order: with
+      M the larger maximum, a = 2**(m1 - M), b = 2**(m2 - M): sum = fma(sum1, a, sum2 * b), out = fma(out1, a, out2 * b).
+      Last, out / sum.
+    Source: online softmax, Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022.
+    """
+    first = max(0, position + 1 - window) if window > 0 else 0
+    top, total, span_K = ZERO, ZERO, np.empty(out_K.size, np.float32)
+    for span in range(first // SPAN, position // SPAN + 1):
+        start, stop = max(first, span * SPAN), min(position + 1, (span + 1) * SPAN)
+        span_top, span_total = attend_span(q_K, k_CK, v_CK, start, stop, scale, cap, span_K)
+        if span == first // SPAN:
+            top, total = span_top, span_total
+            for d in range(out_K.size):
+                out_K[d] = span_K[d]
+        else:
+            higher = maximum(span_top, top)
+            a, b = exp2(top - higher), exp2(span_top - higher)
+            top, total = higher, fma(total, a, span_total * b)
+            for d in range(out_K.size):
+                out_K[d] = fma(out_K[d], a, span_K[d] * b)
+    for d in range(out_K.size):
+        out_K[d] = out_K[d] / total
+    return top, total
+
+
+@definition
+def attend_span(q_K, k_CK, v_CK, start, stop, scale, cap, out_K):
+    """Keys start..stop of one span: out = sum of 2**(score - maximum) v, not yet divided; returns maximum and sum.
+
+    Order: keys in blocks of 64 at absolute positions. In a block: the scores; the new maximum of all keys so far; where
+      it grew, out and the 16 lanes of the sum are multiplied by 2**(old - new); then for each key in ascending order
+      p = 2**(score - maximum), lane j % 16 += p, out = fma(p, v, out). At the end the lanes by `tree_sum`.
+    """
+    lane, score, top = np.empty(16, np.float32), np.empty(BLOCK, np.float32), ZERO
+    for i in range(16):
+        lane[i] = ZERO
+    for d in range(out_K.size):
+        out_K[d] = ZERO
+    for block in range(start // BLOCK, (stop - 1) // BLOCK + 1):
+        low, high = max(start, block * BLOCK), min(stop, (block + 1) * BLOCK)
+        for j in range(low, high):
+            score[j - low] = score_of(q_K, k_CK[j], scale, cap)
+        highest = score[0]
+        for i in range(1, high - low):
+            highest = maximum(score[i], highest)
+        higher = highest + ZERO if low == start else maximum(highest, top) + ZERO  # + 0: one zero, not two
+        shrink = exp2(top - higher) if low > start else ONE
+        top = higher
+        for i in range(16):
+            lane[i] = lane[i] * shrink
+        for d in range(out_K.size):
+            out_K[d] = out_K[d] * shrink
+        for j in range(low, high):
+            p = exp2(score[j - low] - top)
+            lane[j % 16] = lane[j % 16] + p
+            for d in range(out_K.size):
+                out_K[d] = fma(p, v_CK[j, d], out_K[d])
+    return top, tree_sum(lane)
+
+
+@definition
+def score_of(q_K, k_K, scale, cap):
+    """The score of one key, in units of log 2.
+
+    Order: a chain of fma over d ascending from +0 of (q[d] * scale) and k[d]; then the soft cap if any (cap > 0):
+      cap * (1 - 2 / (1 + 2**score)), the score being limited to 64 from above.
+    """
+    score = ZERO
+    for d in range(q_K.size):
+        score = fma(q_K[d] * scale, k_K[d], score)
+    if cap > ZERO:
+        score = soft_capped(score, cap)
+    return score
+
+
+@definition
+def gated(out_K, gate_K):
+    """out *= sigmoid(gate), the gate of gated attention."""
+    for d in range(out_K.size):
+        out_K[d] = out_K[d] * sigmoid(gate_K[d])
+
+
+@inlined
+def request_word(step, array, index):
+    """Entry of one of the step's int32 arrays."""
+    return np.int64(peek(step_word(step, array) + 4 * index, int32))
+
+
+@definition
+def sequence(step, request, g, length, G, K, k_pages, v_pages, bf16):
+    """Keys and values of one kv head of a request, positions 0..length, gathered from its pages: (k [C, K], v [C, K])."""
+    k_CK, v_CK = np.empty((length, K), np.float32), np.empty((length, K), np.float32)
+    first_page = request * step_word(step, PAGES_PER_REQUEST)
+    for position in range(length):
+        page = request_word(step, PAGE_TABLE, first_page + position // PAGE_TOKENS)
+        for d in range(K):
+            k_CK[position, d] = read_number(k_pages, k_index(page, g, d, position % PAGE_TOKENS, G, K), bf16)
+            v_CK[position, d] = read_number(v_pages, v_index(page, g, d, position % PAGE_TOKENS, G, K), bf16)
+    return k_CK, v_CK
+
+
+@definition
+def _attention(op, step, base, has_gate):
+    G, K, bf16 = word(op, base + 1), word(op, base + 2), word(op, base + 6)
+    for s in range(step_word(step, NUM_REQUESTS)):
+        start, stop = request_word(step, QUERY_START, s), request_word(step, QUERY_START, s + 1)
+        length = request_word(step, CONTEXT_LEN, s)
+        for g in range(G):
+            k_CK, v_CK = sequence(step, s, g, length, G, K, word(op, 3), word(op, 4), bf16)
+            for t in range(start, stop):
+                _attend_group(op, base, has_gate, t, length - (stop - t), g, k_CK, v_CK)
+
+
+@definition
+def _attend_group(op, base, has_gate, t, position, g, k_CK, v_CK):
+    """All query heads of token t that read kv head g."""
+    H, G, K, window = word(op, base), word(op, base + 1), word(op, base + 2), word(op, base + 4)
+    scale, cap = score_scales(number(op, base + 3), number(op, base + 5))
+    stats_H2 = carray(float_array(word(op, 1) + 8 * H * t), (H, 2))
+    for h in range(g * (H // G), (g + 1) * (H // G)):
+        at = 4 * K * (H * t + h)
+        q_K, out_K = carray(float_array(word(op, 2) + at), (K,)), carray(float_array(word(op, 0) + at), (K,))
+        stats_H2[h, 0], stats_H2[h, 1] = attend(q_K, k_CK, v_CK, position, window, scale, cap, out_K)
+        if has_gate:
+            width, offset, stride = word(op, base + 7), word(op, base + 8), word(op, base + 9)
+            gate = word(op, 5) + 4 * (width * t + offset + stride * h)
+            gated(out_K, carray(float_array(gate), (K,)))
+
+
+@kernel
+def _run(op, step, thread, num_threads):
+    if thread == 0:
+        _attention(op, step, 5, 0)
+
+
+@kernel
+def _run_gated(op, step, thread, num_threads):
+    if thread == 0:
+        _attention(op, step, 6, 1)
+
+
+REFERENCE = {"attention": Implementation(_run), "gated_attention": Implementation(_run_gated)}

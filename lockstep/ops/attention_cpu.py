@@ -1,0 +1,184 @@
+"""Causal attention over a paged cache: the fast kernel.
+
+Many rows are bound by arithmetic, few rows by the read of K and V (2 * kv heads * K numbers a token of context). The
+work is cut into tiles (up to 96 query rows that share a kv head) which threads claim one by one, so that long and short
+requests balance. With few tiles each is cut again into spans of 1024 keys; a span's result is merged into the tile's
+row of `out` and `stats` in ascending order, whoever computed it: the thread that has one waits for its turn.
+"""
+import numpy as np
+from numba import float32, int32, int64
+
+from lockstep.ops.attention_block import (LANE, LANE_BYTES, O, Q, ROW_BYTES, ROWS, SCRATCH_BYTES, TOP, Call, Tile,
+                                          attend_span, first_key)
+from lockstep.ops.attention_math import BLOCK, SPAN, exp2, score_scales
+from lockstep.ops.math import sigmoid
+from lockstep.runtime.backend import Implementation
+from lockstep.runtime.kernel import inlined, kernel
+from lockstep.runtime.machine import fetch_add, load_acquire, pause, stack_memory, yield_core
+from lockstep.runtime.simd import fma, load, maximum, peek, poke, store, sum_lanes
+from lockstep.runtime.step import (CONTEXT_LEN, COUNTER, NUM_REQUESTS, PAGE_TABLE, PAGES_PER_REQUEST, QUERY_START,
+                                   number, step_word, word)
+
+TILES_PER_THREAD = 4  # with fewer, tiles are cut into spans
+MERGED = 1 << 32  # the counter's upper half counts the spans merged so far, the lower half the claims
+
+
+@inlined
+def read_call(op, base, has_gate, tokens_at_once):
+    """The op's operands; base: index of the first parameter. One token at once: one head, too.
+
+    tokens_at_once is never a literal 1: where a stride folds to 0, Numba's nested optimisation may take the other half
+    of an address for an offset from null, and drop the access (LLVM 22).
+    """
+    scale, cap = score_scales(number(op, base + 3), number(op, base + 5))
+    gate, gate_bytes, gate_stride = int64(0), int64(0), int64(0)
+    if has_gate:
+        gate = word(op, 5) + 4 * word(op, base + 8)
+        gate_bytes, gate_stride = 4 * word(op, base + 7), 4 * word(op, base + 9)
+    group = word(op, base) // word(op, base + 1) if tokens_at_once > 1 else tokens_at_once
+    return Call(word(op, 0), word(op, 1), word(op, 2), word(op, 3), word(op, 4), gate, gate_bytes, gate_stride,
+                word(op, base), word(op, base + 1), word(op, base + 2), group, word(op, base + 4), word(op, base + 6),
+                scale, cap)
+
+
+@inlined
+def entry(step, array, index):
+    """Entry of one of the step's int32 arrays."""
+    return np.int64(peek(step_word(step, array) + 4 * index, int32))
+
+
+@inlined
+def make_tile(call, step, request, first, tokens, unit):
+    """The tile of `tokens` tokens of a request from its token `first` of this step; unit: which group of heads."""
+    start, stop = entry(step, QUERY_START, request), entry(step, QUERY_START, request + 1)
+    position = entry(step, CONTEXT_LEN, request) - (stop - start) + first
+    table = step_word(step, PAGE_TABLE) + 4 * request * step_word(step, PAGES_PER_REQUEST)
+    head = unit * call.group
+    return Tile(start + first, tokens, position, head, head // (call.heads // call.kv_heads), table)
+
+
+@inlined
+def count_tiles(call, step, tokens_per_tile):
+    """Tiles of the step, and spans of its longest request."""
+    tiles, longest = int64(0), int64(0)
+    for s in range(step_word(step, NUM_REQUESTS)):
+        tokens = entry(step, QUERY_START, s + 1) - entry(step, QUERY_START, s)
+        tiles += (tokens + tokens_per_tile - 1) // tokens_per_tile * (call.heads // call.group)
+        longest = max(longest, entry(step, CONTEXT_LEN, s))
+    return tiles, (longest + SPAN - 1) // SPAN
+
+
+@inlined
+def run(op, step, num_threads, base, has_gate, tokens_at_once, cuts):
+    """One thread of an attention op: every thread walks the same list of items and works on those it has claimed.
+
+    An item is a tile or, where tiles are few and may be cut, one span of a tile, spans outermost, so that neighbours in
+    the list can run together. Later tokens, which see more keys, come first.
+    """
+    call, counter, memory = read_call(op, base, has_gate, tokens_at_once), peek(op + 8 * COUNTER, int64), stack_memory(SCRATCH_BYTES)
+    tokens_per_tile = max(1, tokens_at_once // call.group)
+    tiles, spans = count_tiles(call, step, tokens_per_tile)
+    cut = cuts and tiles < TILES_PER_THREAD * num_threads
+    index, claimed = int64(0), fetch_add(counter, 1) & (MERGED - 1)
+    for turn in range(spans if cut else 1):
+        for s in range(step_word(step, NUM_REQUESTS)):
+            tokens = entry(step, QUERY_START, s + 1) - entry(step, QUERY_START, s)
+            for i in range((tokens - 1) // tokens_per_tile, -1, -1):
+                for unit in range(call.heads // call.group):
+                    tile = make_tile(call, step, s, i * tokens_per_tile, min(tokens_per_tile, tokens - i * tokens_per_tile), unit)
+                    first, last = first_key(call, tile.position) // SPAN, (tile.position + tile.tokens - 1) // SPAN
+                    if cut and not first <= turn <= last:
+                        continue
+                    if index == claimed:
+                        load_queries(call, tile, memory)
+                        for span in range(turn if cut else first, (turn if cut else last) + 1):
+                            attend_span(call, tile, span, memory)
+                            if cut:
+                                wait_for_turn(counter, index)
+                            end_span(call, tile, span, memory)
+                        fetch_add(counter, MERGED)
+                        claimed = fetch_add(counter, 1) & (MERGED - 1)
+                    index += 1
+
+
+@inlined
+def load_queries(call, tile, memory):
+    """The tile's queries, scaled, one row after the other."""
+    for row in range(tile.tokens * call.group):
+        source = call.q + 4 * call.head_dim * (call.heads * (tile.token + row // call.group) + tile.head + row % call.group)
+        for i in range(0, 4 * call.head_dim, 64):
+            store(memory + Q + ROW_BYTES * row + i, load(source + i) * call.scale)
+
+
+@inlined
+def wait_for_turn(counter, index):
+    """Waits until all items before this one are merged: they were claimed earlier, so someone is working on them."""
+    spins = 0
+    while load_acquire(counter) // MERGED != index:
+        pause()
+        spins += 1
+        if spins > 50:
+            yield_core()
+
+
+@inlined
+def end_span(call, tile, span, memory):
+    """Merges a finished span into the rows that see it, and finishes the rows whose last one it is."""
+    for row in range(tile.tokens * call.group):
+        position, head = tile.position + row // call.group, tile.head + row % call.group
+        token = tile.token + row // call.group
+        out, stats = call.out + 4 * call.head_dim * (call.heads * token + head), call.stats + 8 * (call.heads * token + head)
+        if first_key(call, position) // SPAN <= span <= position // SPAN:
+            merge_row(call, out, stats, span == first_key(call, position) // SPAN, row, memory)
+            if span == position // SPAN:
+                total, gate = peek(stats + 4, float32), call.gate + call.gate_bytes * token + call.gate_stride * head
+                for i in range(0, 4 * call.head_dim, 64):
+                    value = load(out + i) / total
+                    store(out + i, value * sigmoid(load(gate + i)) if call.gate != 0 else value)
+
+
+@inlined
+def merge_row(call, out, stats, is_first, row, memory):
+    """One row of a span joins what earlier spans left in out and stats."""
+    o, top, total = memory + O + ROW_BYTES * row, peek(memory + TOP + 4 * row, float32), sum_lanes(load(memory + LANE + LANE_BYTES * row))
+    if is_first:
+        for i in range(0, 4 * call.head_dim, 64):
+            store(out + i, load(o + i))
+    else:
+        before = peek(stats, float32)
+        higher = maximum(top, before)
+        a, b = exp2(before - higher), exp2(top - higher)
+        top, total = higher, fma(peek(stats + 4, float32), a, total * b)
+        for i in range(0, 4 * call.head_dim, 64):
+            store(out + i, fma(load(out + i), a, load(o + i) * b))
+    poke(stats, top)
+    poke(stats + 4, total)
+
+
+@kernel
+def attention(op, step, thread, num_threads):
+    """All tokens and heads, in tiles."""
+    run(op, step, num_threads, 5, False, ROWS, num_threads > 1)
+
+
+@kernel
+def gated_attention(op, step, thread, num_threads):
+    """The same, each output times the sigmoid of its gate."""
+    run(op, step, num_threads, 6, True, ROWS, num_threads > 1)
+
+
+@kernel
+def attention_per_token(op, step, thread, num_threads):
+    """One token and one head at a time: nothing is shared."""
+    run(op, step, num_threads, 5, False, min(num_threads, 1), False)
+
+
+@kernel
+def gated_attention_per_token(op, step, thread, num_threads):
+    """One token and one head at a time, gated."""
+    run(op, step, num_threads, 6, True, min(num_threads, 1), False)
+
+
+CPU = {"attention": Implementation(attention), "gated_attention": Implementation(gated_attention)}
+PER_TOKEN = {"attention": Implementation(attention_per_token),
+             "gated_attention": Implementation(gated_attention_per_token)}

@@ -1,0 +1,119 @@
+"""Causal convolution: the fast kernel, and with it everything else that prepares the gated delta rule's inputs.
+
+Lanes are channels, so nothing is transposed: the weight is stored [J, C] and a row of 16 channels reads its J rows of x
+where the projection wrote them. Bound by exp in silu while x is in cache, else by 8 bytes per channel and token.
+A task is a run of channels through all requests: whoever reads a request's old state also writes the new one.
+"""
+import numpy as np
+from numba import int64
+
+from lockstep.ops.gated_delta_cpu import entry, gate_row, normalise_head
+from lockstep.ops.math import silu
+from lockstep.runtime.backend import Implementation, raw_weight
+from lockstep.runtime.kernel import inlined, kernel
+from lockstep.runtime.machine import stack_memory
+from lockstep.runtime.simd import fma, lanes, load, peek, poke, sqrt, store
+from lockstep.runtime.step import NUM_REQUESTS, NUM_TOKENS, POSITION, QUERY_START, STATE_SLOT, step_word, word
+
+ONE, ZERO = np.float32(1), np.float32(0)
+CHANNELS = 256  # of a task
+TABLE = 144  # bytes of pairs of addresses, as many as the widest kernel has weights, and an end
+
+
+def taps(weight):
+    """The weight as [J, C]; a vector stays as it is."""
+    return (np.ascontiguousarray(raw_weight(weight)[0].T),)
+
+
+@kernel
+def conv1d(op, step, thread, num_threads):
+    """Tasks are dealt to threads in turn."""
+    C, sizes = word(op, 6), (4 * word(op, 4), 4 * word(op, 6))
+    arrays = (word(op, 1) + 4 * word(op, 5), word(op, 2), word(op, 3), word(op, 0))
+    for channel in range(thread * CHANNELS, C, num_threads * CHANNELS):
+        convolve(step, arrays, sizes, word(op, 7), channel, min(CHANNELS, C - channel), (0, 0, 16))
+
+
+@kernel
+def delta_inputs(op, step, thread, num_threads):
+    """The same tasks, of whole heads, with q and k normalised while they are in L1; then the gates of some rows."""
+    T, C, G, K, H = step_word(step, NUM_TOKENS), word(op, 9), word(op, 11), word(op, 12), word(op, 15)
+    arrays = (word(op, 2) + 4 * word(op, 8), word(op, 3), word(op, 6), word(op, 0))
+    sizes, width = (4 * word(op, 7), 4 * C), max(CHANNELS // K, 1) * K
+    for channel in range(thread * width, C, num_threads * width):
+        heads = (G * K - channel, 2 * G * K - channel, K)
+        convolve(step, arrays, sizes, word(op, 10), channel, min(width, C - channel), heads)
+    for t in range(thread, T, num_threads):
+        x = word(op, 2) + 4 * word(op, 7) * t
+        gate_row(x + 4 * word(op, 13), x + 4 * word(op, 14), word(op, 4), word(op, 5), H, word(op, 1) + 8 * H * t)
+
+
+@inlined
+def convolve(step, arrays, sizes, J, channel, num, heads):
+    """All rows of num channels from `channel` on.
+
+    arrays: x, weight, state, out. sizes: bytes of a row of x, of a row of the others. heads: see `normalise_heads`.
+    """
+    x, weight, state, out = arrays
+    x_row, row = sizes
+    table, offset = stack_memory(TABLE), 4 * channel
+    for s in range(step_word(step, NUM_REQUESTS)):
+        first, skipped = entry(step, QUERY_START, s), 0
+        fresh, old = entry(step, POSITION, first) == 0, state + entry(step, STATE_SLOT, s) * (J - 1) * row + offset
+        for t in range(first, entry(step, QUERY_START, s + 1)):
+            before = max(J - 1 - (t - first), 0)
+            # zeros before position 0 are left out: they would leave the sum at +0
+            skipped = before if fresh else 0
+            find_rows(table, J, (old + (t - first) * row, row), before, (x + (t - J + 1) * x_row + offset, x_row),
+                      (weight + offset, row))
+            convolve_row(table + 16 * skipped, num, out + t * row + offset)
+            normalise_heads(heads, num, out + t * row + offset)
+        keep_rows(table, skipped, J, num, old, row)
+
+
+@inlined
+def normalise_heads(heads, num, x):
+    """Normalises in place those of num channels that are heads of q or k.
+
+    heads: how many channels from here on are q, how many q or k (none or fewer, if negative), channels of a head.
+    """
+    queries, both, K = heads
+    root = ONE / sqrt(np.float32(K))
+    for i in range(0, min(num, both), K):
+        normalise_head(x + 4 * i, 4 * K, root if i < queries else ONE, x + 4 * i)
+
+
+@inlined
+def find_rows(table, J, old, before, new, weight):
+    """Writes pairs of addresses, of a row and of the weight that it meets, ended by 0; the first `before` rows are old.
+
+    old, new, weight: (address for weight 0, bytes to the next).
+    """
+    for j in range(J):
+        poke(table + 16 * j, old[0] + j * old[1] if j < before else new[0] + j * new[1])
+        poke(table + 16 * j + 8, weight[0] + j * weight[1])
+    poke(table + 16 * J, 0)
+
+
+@inlined
+def convolve_row(place, num, out):
+    """One row of num channels from the pairs of addresses at place."""
+    for i in range(0, 4 * num, 64):
+        acc, pair = lanes(ZERO), place
+        while peek(pair, int64) != 0:
+            acc = fma(load(peek(pair, int64) + i), load(peek(pair + 8, int64) + i), acc)
+            pair += 16
+        store(out + i, silu(acc))
+
+
+@inlined
+def keep_rows(table, skipped, J, num, state, row):
+    """Keeps all rows that the last token met but the oldest; those before position 0 as zeros."""
+    for j in range(1, J):
+        for i in range(0, 4 * num, 64):
+            kept = lanes(ZERO) if j < skipped else load(peek(table + 16 * j, int64) + i)
+            store(state + (j - 1) * row + i, kept)
+
+
+CPU = {"conv1d": Implementation(conv1d, ("conv1d taps", taps)),
+       "delta_inputs": Implementation(delta_inputs, ("conv1d taps", taps))}

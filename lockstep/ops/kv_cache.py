@@ -1,0 +1,125 @@
+"""The KV cache and what enters it: the definitions of its layout and of the op that prepares attention's inputs.
+
+A page holds PAGE_TOKENS consecutive positions of one request, which is also one block of keys in attention. Position p
+of request s lives in page `page_table[s, p // 64]`, slot `p % 64`:
+
+    K page [G, K, 64]    one dimension of 64 keys side by side: the lanes of q . k are keys
+    V page [G, 64, K]    one value after the other: the lanes of p . v are dimensions
+
+Pages hold float32 or bfloat16 (the upper half of a float32, rounded to nearest even when written). Attention reads K
+and V back from here only, so a token sees the same numbers whether they were written in this step or long ago.
+"""
+import numpy as np
+from numba import carray, float32, int32
+
+from lockstep.ops.rms_norm import rms_norm
+from lockstep.ops.rope import rotate
+from lockstep.runtime.backend import Implementation
+from lockstep.runtime.kernel import definition, inlined, kernel
+from lockstep.runtime.machine import float_array
+from lockstep.runtime.simd import bf16_bits, peek, peek_bf16, poke, round_bf16
+from lockstep.runtime.step import PAGE_TABLE, PAGES_PER_REQUEST, POSITION, REQUEST, num_rows, number, step_word, word
+
+PAGE_TOKENS = 64
+
+
+def page_bytes(num_kv_heads, head_dim, bf16):
+    """Bytes of one page of K (or of V) of one layer."""
+    return PAGE_TOKENS * num_kv_heads * head_dim * (2 if bf16 else 4)
+
+
+@inlined
+def write_number(array, index, x, bf16):
+    """Stores one number of a cache array, rounded to its type."""
+    if bf16:
+        poke(array + 2 * index, bf16_bits(round_bf16(x)))
+    else:
+        poke(array + 4 * index, x)
+
+
+@inlined
+def read_number(array, index, bf16):
+    """One number of a cache array, as float32."""
+    return peek_bf16(array + 2 * index) if bf16 else peek(array + 4 * index, float32)
+
+
+@inlined
+def k_index(page, g, d, slot, G, K):
+    """Where dimension d of a slot's key is in the array of K pages [N, G, K, 64]."""
+    return ((page * G + g) * K + d) * PAGE_TOKENS + slot
+
+
+@inlined
+def v_index(page, g, d, slot, G, K):
+    """Where dimension d of a slot's value is in the array of V pages [N, G, 64, K]."""
+    return ((page * G + g) * PAGE_TOKENS + slot) * K + d
+
+
+@definition
+def heads_of(row_W, offset, stride, num_heads, head_dim):
+    """Copies the heads of a row of a projection: head h starts at column offset + h * stride."""
+    x_HK = np.empty((num_heads, head_dim), np.float32)
+    for h in range(num_heads):
+        for d in range(head_dim):
+            x_HK[h, d] = row_W[offset + h * stride + d]
+    return x_HK
+
+
+@definition
+def prepared(x_HK, norm_K, eps, norm_offset, cos_R, sin_R):
+    """Each head normed by itself (`rms_norm` with heads as rows; not if norm is empty), then rotated (`rope.rotate`)."""
+    out_HK = np.empty(x_HK.shape, np.float32)
+    if norm_K.size > 0:
+        rms_norm(x_HK, norm_K, eps, norm_offset, x_HK)
+    for h in range(x_HK.shape[0]):
+        rotate(x_HK[h], cos_R, sin_R, out_HK[h])
+    return out_HK
+
+
+@definition
+def _attention_inputs(op, step, base):
+    """For every token: its query heads, normed and rotated, to q; its keys (likewise) and values to the cache.
+
+    Shapes: qkv [T, row_width] float32, head h of q at column q_offset + h * q_stride, of k at k_offset + h * K, of v at
+      v_offset + h * K; q [T, H K]; cos, sin [positions, rope_dim / 2]; rope_dim 0: no rotation. base: first parameter.
+    Order: `rms_norm` of the head, then `rotate`, then for K and V one rounding to the cache's type.
+    """
+    H, G, K, R, width = word(op, base), word(op, base + 1), word(op, base + 2), word(op, base + 3) // 2, word(op, base + 4)
+    bf16, eps, norm_offset = word(op, base + 9), number(op, base + 10), number(op, base + 11)
+    has_norm = base == 8
+    q_norm_K = carray(float_array(word(op, 6)), (K if has_norm else 0,))
+    k_norm_K = carray(float_array(word(op, 7)), (K if has_norm else 0,))
+    for t in range(num_rows(op, step)):
+        position = np.int64(peek(step_word(step, POSITION) + 4 * t, int32))
+        request = np.int64(peek(step_word(step, REQUEST) + 4 * t, int32))
+        entry = request * step_word(step, PAGES_PER_REQUEST) + position // PAGE_TOKENS
+        page, slot = np.int64(peek(step_word(step, PAGE_TABLE) + 4 * entry, int32)), position % PAGE_TOKENS
+        row_W = carray(float_array(word(op, 1) + 4 * width * t), (width,))
+        cos_R = carray(float_array(word(op, 2) + 4 * R * position), (R,))
+        sin_R = carray(float_array(word(op, 3) + 4 * R * position), (R,))
+        q_HK = heads_of(row_W, word(op, base + 5), word(op, base + 6), H, K)
+        q_HK = prepared(q_HK, q_norm_K, eps, norm_offset, cos_R, sin_R)
+        k_GK = prepared(heads_of(row_W, word(op, base + 7), K, G, K), k_norm_K, eps, norm_offset, cos_R, sin_R)
+        v_GK = heads_of(row_W, word(op, base + 8), K, G, K)
+        for h in range(H):
+            for d in range(K):
+                poke(word(op, 0) + 4 * ((t * H + h) * K + d), q_HK[h, d])
+        for g in range(G):
+            for d in range(K):
+                write_number(word(op, 4), k_index(page, g, d, slot, G, K), k_GK[g, d], bf16)
+                write_number(word(op, 5), v_index(page, g, d, slot, G, K), v_GK[g, d], bf16)
+
+
+@kernel
+def _run(op, step, thread, num_threads):
+    if thread == 0:
+        _attention_inputs(op, step, 6)
+
+
+@kernel
+def _run_normed(op, step, thread, num_threads):
+    if thread == 0:
+        _attention_inputs(op, step, 8)
+
+
+REFERENCE = {"attention_inputs": Implementation(_run), "normed_attention_inputs": Implementation(_run_normed)}

@@ -1,0 +1,220 @@
+"""Linear layers: the fast kernels. Rows by panels of sixteen features, a register tile through all of K.
+
+One row is bound by the stream of weights; many rows by arithmetic. Threads claim runs of panels, so that uneven cores
+balance; a run's weights are read from memory once and serve all rows, up to MAX_ROWS of them at a time from registers.
+
+    panel (16 features)   [k block][16 features]...   one contiguous stream, see weights/pack.py
+    tile                  rows x COLS panels of accumulators, K from first to last, see runtime/tiles_linear.py
+"""
+from numba import int64, njit
+
+from lockstep.ops.activations import NATIVE_BF16
+from lockstep.ops.activations import row_bytes as q8_row_bytes
+from lockstep.runtime.backend import Implementation
+from lockstep.runtime.kernel import STRICT, inlined, kernel
+from lockstep.runtime.machine import fetch_add
+from lockstep.runtime.simd import peek
+from lockstep.runtime.step import COUNTER, num_rows, word
+from lockstep.runtime.targets import wide_registers
+from lockstep.runtime.tiles_k import Q4_K_BYTES, Q6_K_BYTES
+from lockstep.runtime.tiles_linear import BF16_TILE, F16_TILE, F32_TILE, Q4_0_TILE, Q4_K_TILE, Q6_K_TILE, Q8_0_TILE, linear_tile
+from lockstep.weights.pack import pack_bf16, pack_f16, pack_f32, pack_q4_0, pack_q8_0
+from lockstep.weights.pack_k import pack_q4_k, pack_q6_k
+
+COLS = 2 if wide_registers() else 1  # panels of a tile: 6 x 2 x 16 lanes fill 32 registers, 6 x 1 x 16 fill 16
+MAX_ROWS = 6
+CACHE_BYTES = 192 * 1024  # activations that stay in the second-level cache while panels pass by
+CLAIMS_PER_THREAD = 8
+MAX_CLAIM = 64  # panels
+BF16_BYTES = 2 if NATIVE_BF16 else 4
+
+
+def merged(function):
+    """Decorator: a helper that becomes part of its caller before types are inferred, so that LLVM sees its code once."""
+    return njit(inline="always", **STRICT)(function)
+
+
+@merged
+def together(format, x, row, w, panel, scales, K, residual, out, out_row, panels, left):
+    """COLS panels by `left` rows, in tiles of nearly equal height."""
+    while left > 0:
+        tiles = (left + MAX_ROWS - 1) // MAX_ROWS
+        rows = (left + tiles - 1) // tiles
+        if rows == 6:
+            linear_tile(format, 6, COLS, x, row, w, panel, scales, K, residual, out, out_row, panels)
+        elif rows == 5:
+            linear_tile(format, 5, COLS, x, row, w, panel, scales, K, residual, out, out_row, panels)
+        elif rows == 4:
+            linear_tile(format, 4, COLS, x, row, w, panel, scales, K, residual, out, out_row, panels)
+        elif rows == 3:
+            linear_tile(format, 3, COLS, x, row, w, panel, scales, K, residual, out, out_row, panels)
+        elif rows == 2:
+            linear_tile(format, 2, COLS, x, row, w, panel, scales, K, residual, out, out_row, panels)
+        else:
+            linear_tile(format, 1, COLS, x, row, w, panel, scales, K, residual, out, out_row, panels)
+        left, x, out, residual = left - rows, x + rows * row, out + rows * out_row, residual + rows * out_row if residual else 0
+
+
+@merged
+def alone(format, x, row, w, panel, scales, K, residual, out, out_row, panels, left):
+    """COLS panels by one row."""
+    linear_tile(format, 1, COLS, x, row, w, panel, scales, K, residual, out, out_row, panels)
+
+
+@inlined
+def claim_size(num_panels, num_threads):
+    """Panels that a thread claims at a time: enough claims to balance, few enough to stream."""
+    size = num_panels // (CLAIMS_PER_THREAD * num_threads)
+    return max(2, min(MAX_CLAIM, size - size % 2))
+
+
+@merged
+def drive(op, step, num_threads, format, sweep, unit, params, w, panel, scales, row):
+    """The thread's share of a linear layer: operands 0 to 2 of the op are out, x and the residual.
+
+    Claims are runs of panels by `unit` rows. params: index of the first parameter. They are K; the width of a row of out;
+    has_residual; the columns of out that are written: the first one and how many, multiples of 16.
+    """
+    K, out_row, has_residual = word(op, params), 4 * word(op, params + 1), word(op, params + 2)
+    T, first_byte, num_panels = num_rows(op, step), 4 * word(op, params + 3), word(op, params + 4) // 16
+    at_once = max(MAX_ROWS, CACHE_BYTES // row // MAX_ROWS * MAX_ROWS)
+    size = claim_size(num_panels, num_threads)
+    num_claims, counter = (num_panels + size - 1) // size, peek(op + 8 * COUNTER, int64)
+    claim = fetch_add(counter, 1)
+    while claim * unit < num_claims * T:
+        start, first = claim // num_claims * unit, claim % num_claims * size
+        end = min(start + unit, T)
+        for t in range(start, end, at_once):
+            for p in range(first, min(first + size, num_panels), COLS):
+                place = out_row * t + first_byte + 64 * p
+                sweep(format, word(op, 1) + row * t, row, w + panel * p, panel, scales + K * p, K,
+                      word(op, 2) + place if has_residual else 0, word(op, 0) + place, out_row, num_panels - p,
+                      min(at_once, end - t))
+        claim = fetch_add(counter, 1)
+
+
+@merged
+def f32(op, step, num_threads, sweep, unit):
+    drive(op, step, num_threads, F32_TILE, sweep, unit, 4, word(op, 3), 64 * word(op, 4), 0, 4 * word(op, 4))
+
+
+@merged
+def f16(op, step, num_threads, sweep, unit):
+    drive(op, step, num_threads, F16_TILE, sweep, unit, 4, word(op, 3), 32 * word(op, 4), 0, 4 * word(op, 4))
+
+
+@merged
+def bf16(op, step, num_threads, sweep, unit):
+    drive(op, step, num_threads, BF16_TILE, sweep, unit, 4, word(op, 3), 32 * word(op, 4), 0, BF16_BYTES * word(op, 4))
+
+
+@merged
+def q8_0(op, step, num_threads, sweep, unit):
+    drive(op, step, num_threads, Q8_0_TILE, sweep, unit, 5, word(op, 3), 16 * word(op, 5), word(op, 4), q8_row_bytes(word(op, 5)))
+
+
+@merged
+def q4_0(op, step, num_threads, sweep, unit):
+    drive(op, step, num_threads, Q4_0_TILE, sweep, unit, 5, word(op, 3), 8 * word(op, 5), word(op, 4), q8_row_bytes(word(op, 5)))
+
+
+@merged
+def q4_k(op, step, num_threads, sweep, unit):
+    drive(op, step, num_threads, Q4_K_TILE, sweep, unit, 4, word(op, 3), word(op, 4) // 256 * Q4_K_BYTES, 0, q8_row_bytes(word(op, 4)))
+
+
+@merged
+def q6_k(op, step, num_threads, sweep, unit):
+    drive(op, step, num_threads, Q6_K_TILE, sweep, unit, 4, word(op, 3), word(op, 4) // 256 * Q6_K_BYTES, 0, q8_row_bytes(word(op, 4)))
+
+
+@kernel
+def linear_f32(op, step, thread, num_threads):
+    f32(op, step, num_threads, together, num_rows(op, step))
+
+
+@kernel
+def linear_f16(op, step, thread, num_threads):
+    f16(op, step, num_threads, together, num_rows(op, step))
+
+
+@kernel
+def linear_bf16(op, step, thread, num_threads):
+    bf16(op, step, num_threads, together, num_rows(op, step))
+
+
+@kernel
+def linear_q8_0(op, step, thread, num_threads):
+    q8_0(op, step, num_threads, together, num_rows(op, step))
+
+
+@kernel
+def linear_q4_0(op, step, thread, num_threads):
+    q4_0(op, step, num_threads, together, num_rows(op, step))
+
+
+@kernel
+def linear_q4_k(op, step, thread, num_threads):
+    q4_k(op, step, num_threads, together, num_rows(op, step))
+
+
+@kernel
+def linear_q6_k(op, step, thread, num_threads):
+    q6_k(op, step, num_threads, together, num_rows(op, step))
+
+
+@kernel
+def linear_f32_per_token(op, step, thread, num_threads):
+    f32(op, step, num_threads, alone, 1)
+
+
+@kernel
+def linear_f16_per_token(op, step, thread, num_threads):
+    f16(op, step, num_threads, alone, 1)
+
+
+@kernel
+def linear_bf16_per_token(op, step, thread, num_threads):
+    bf16(op, step, num_threads, alone, 1)
+
+
+@kernel
+def linear_q8_0_per_token(op, step, thread, num_threads):
+    q8_0(op, step, num_threads, alone, 1)
+
+
+@kernel
+def linear_q4_0_per_token(op, step, thread, num_threads):
+    q4_0(op, step, num_threads, alone, 1)
+
+
+@kernel
+def linear_q4_k_per_token(op, step, thread, num_threads):
+    q4_k(op, step, num_threads, alone, 1)
+
+
+@kernel
+def linear_q6_k_per_token(op, step, thread, num_threads):
+    q6_k(op, step, num_threads, alone, 1)
+
+
+CPU = {
+    "linear_f32": Implementation(linear_f32, ("f32 panels", pack_f32)),
+    "linear_f16": Implementation(linear_f16, ("f16 panels", pack_f16)),
+    "linear_bf16": Implementation(linear_bf16, ("bf16 panels", pack_bf16), flushes=True),
+    "linear_q8_0": Implementation(linear_q8_0, ("q8_0 panels", pack_q8_0)),
+    "linear_q4_0": Implementation(linear_q4_0, ("q4_0 panels", pack_q4_0)),
+    "linear_q4_k": Implementation(linear_q4_k, ("q4_k panels", pack_q4_k)),
+    "linear_q6_k": Implementation(linear_q6_k, ("q6_k panels", pack_q6_k)),
+}
+
+# one row at a time: every row reads all weights anew, with the same one-row tile
+PER_TOKEN = {
+    "linear_f32": Implementation(linear_f32_per_token, ("f32 panels", pack_f32)),
+    "linear_f16": Implementation(linear_f16_per_token, ("f16 panels", pack_f16)),
+    "linear_bf16": Implementation(linear_bf16_per_token, ("bf16 panels", pack_bf16), flushes=True),
+    "linear_q8_0": Implementation(linear_q8_0_per_token, ("q8_0 panels", pack_q8_0)),
+    "linear_q4_0": Implementation(linear_q4_0_per_token, ("q4_0 panels", pack_q4_0)),
+    "linear_q4_k": Implementation(linear_q4_k_per_token, ("q4_k panels", pack_q4_k)),
+    "linear_q6_k": Implementation(linear_q6_k_per_token, ("q6_k panels", pack_q6_k)),
+}

@@ -1,0 +1,47 @@
+"""Root-mean-square norm of each row, times a weight: the definition.
+
+    out[t, i] = x[t, i] * rsqrt(mean(x[t]^2) + eps) * (w[i] + offset)
+"""
+import numpy as np
+from numba import float32, carray
+
+from lockstep.runtime.kernel import definition, kernel
+from lockstep.runtime.backend import Implementation
+from lockstep.runtime.machine import float_array
+from lockstep.runtime.simd import fma, sqrt
+from lockstep.runtime.step import num_rows, number, word
+from lockstep.ops.reduce import tree_sum
+
+ONE = np.float32(1)
+
+
+@definition
+def rms_norm(x_TD, weight_D, eps, offset, out_TD):
+    """Normalises every row of x and scales it; offset 1 for checkpoints that store w - 1.
+
+    Shapes: x, out [T, D] float32; weight [D] float32; D a multiple of 16.
+    Error: below 4 ulp of the float64 result for D up to 8192.
+    Order: squares are summed in 16 lanes, lane i taking elements i, i + 16, ... by FMA; the lanes by `tree_sum`; then
+      scale = 1 / sqrt(sum / D + eps) in that order, out = (x * scale) * (w + offset).
+    Source: Zhang and Sennrich 2019; "1 + w" as in Gemma and Qwen3-Next.
+    """
+    D = x_TD.shape[1]
+    lane = np.empty(16, np.float32)
+    for t in range(x_TD.shape[0]):
+        lane[:] = np.float32(0)
+        for i in range(D):
+            lane[i % 16] = fma(x_TD[t, i], x_TD[t, i], lane[i % 16])
+        scale = ONE / sqrt(tree_sum(lane) / np.float32(D) + eps)
+        for i in range(D):
+            out_TD[t, i] = (x_TD[t, i] * scale) * (weight_D[i] + offset)
+
+
+@kernel
+def _run(op, step, thread, num_threads):
+    if thread == 0:
+        T, D = num_rows(op, step), word(op, 3)
+        x_TD, out_TD = carray(float_array(word(op, 1)), (T, D)), carray(float_array(word(op, 0)), (T, D))
+        rms_norm(x_TD, carray(float_array(word(op, 2)), (D,)), number(op, 4), number(op, 5), out_TD)
+
+
+REFERENCE = {"rms_norm": Implementation(_run)}

@@ -1,0 +1,79 @@
+"""Compiles many kernels at once: one process for each core, each taking the next kernel that nobody has taken.
+
+LLVM is held by one lock in a process, so threads would not help. A helper that fails leaves its kernels to be compiled
+by whoever asks for them. Run as `python -m lockstep.runtime.compile FOLDER module:name ...` it is such a helper.
+"""
+import importlib
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+from lockstep.runtime.kernel import Kernel
+
+FEW = 4  # kernels that are compiled without help: a helper takes a second to start
+MAX_HELPERS = 7
+
+
+def compile_kernels(kernels, num_processes=None):
+    """Makes sure that all kernels are compiled and loaded. num_processes: in all; by default one for each core."""
+    missing = list(dict.fromkeys(k for k in kernels if not k.is_cached))
+    cores = num_processes or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    num_helpers = min(cores - 1, len(missing) // FEW, MAX_HELPERS)
+    if num_helpers > 0:
+        with tempfile.TemporaryDirectory(prefix="lockstep-compile-") as folder:
+            _share(missing, num_helpers, Path(folder))
+    for kernel in kernels:
+        kernel.address
+
+
+def _share(kernels, num_helpers, folder):
+    paths = {k.path: k for k in kernels}
+    command = [sys.executable, "-m", "lockstep.runtime.compile", str(folder), *reversed(paths)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    helpers = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+               for _ in range(num_helpers)]
+    readers = [threading.Thread(target=_report, args=(h,), daemon=True) for h in helpers]
+    for reader in readers:
+        reader.start()
+    try:
+        for path, kernel in paths.items():
+            if _take(folder, path):
+                kernel.address
+        for reader in readers:
+            reader.join()
+    finally:
+        for helper in helpers:
+            helper.terminate()
+            helper.wait()
+
+
+def _report(helper):
+    """Passes on the names that a helper prints as it goes."""
+    for line in helper.stdout:
+        if Kernel.on_compile:
+            Kernel.on_compile(line.strip())
+
+
+def _take(folder, path):
+    """Whether this process is the first to want a kernel."""
+    try:
+        os.close(os.open(folder / path.replace(":", "-"), os.O_CREAT | os.O_EXCL))
+        return True
+    except OSError:
+        return False
+
+
+def main(folder, *paths):
+    """A helper's work."""
+    Kernel.on_compile = lambda name: print(name, flush=True)
+    for path in paths:
+        if _take(Path(folder), path):
+            module, name = path.split(":")
+            getattr(importlib.import_module(module), name).address
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,131 @@
+"""Runs a program: lays out memory once, encodes every op as a row of a table, and walks the table with a team.
+
+After construction nothing is allocated or compiled: buffers are sized for max_step_tokens rows, and a step only changes
+the words of the step block.
+"""
+import numpy as np
+
+from lockstep.runtime.compile import compile_kernels
+from lockstep.runtime.program import DTYPES, ROW_COUNTS, CacheArray, Tensor, Weight
+from lockstep.runtime.step import COUNTER, FLAGS, FLUSHES, KERNEL, OPERANDS, ROW_WORDS, ROWS, STEP_WORDS
+
+ALIGNMENT = 64
+
+
+def aligned(num_bytes):
+    """A zeroed byte array that starts on a cache line."""
+    memory = np.zeros(num_bytes + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start:start + num_bytes]
+
+
+class WeightStore:
+    """Weights in the layouts that kernels read, each made once and shared by all executors of a model."""
+
+    def __init__(self):
+        self._arrays = {}
+
+    def arrays(self, weight, layout):
+        """The arrays of a weight in a layout: (name, function from Weight to a tuple of arrays)."""
+        key = weight.name, layout[0]
+        if key not in self._arrays:
+            self._arrays[key] = self.make(weight, layout)
+        return self._arrays[key]
+
+    def make(self, weight, layout):
+        return tuple(_line_aligned(a) for a in layout[1](weight))
+
+
+def _line_aligned(array):
+    """The array on a cache line; read-only ones are files in memory and stay where they lie."""
+    if not array.flags.writeable or array.ctypes.data % ALIGNMENT == 0 and array.flags.c_contiguous:
+        return array
+    copy = aligned(array.nbytes).view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+def last_uses(program):
+    """For every tensor, the index of the last op that touches it."""
+    return {value: i for i, op in enumerate(program.ops) for value in (*op.outputs, *op.inputs)
+            if isinstance(value, Tensor)}
+
+
+def lay_out(program, max_rows, keep):
+    """Offsets of all tensors in one block of memory, reusing the space of dead ones unless keep is true."""
+    offsets, free, end, last = {}, [], 0, last_uses(program)
+    for i, op in enumerate(program.ops):
+        for tensor in op.outputs:
+            if tensor in offsets:
+                continue
+            size = _tensor_bytes(tensor, max_rows)
+            fit = min((f for f in free if f[1] >= size), key=lambda f: f[1], default=None)
+            if fit:
+                free.remove(fit)
+                offsets[tensor], size = fit
+            else:
+                offsets[tensor], end = end, end + size
+        if not keep:
+            free += [(offsets[t], _tensor_bytes(t, max_rows)) for t, at in last.items() if at == i and t in offsets]
+    return offsets, end
+
+
+def _tensor_bytes(tensor, max_rows):
+    # one line more than asked for: a kernel may load whole lanes past the end of the last row
+    size = max_rows[tensor.rows] * tensor.width * DTYPES[tensor.dtype].itemsize + ALIGNMENT
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+class Executor:
+    """A program bound to a backend, memory and threads.
+
+    max_rows: the largest T, R and S of a step, by letter. caches: address of each CacheArray, by name. keep: give every
+    tensor memory of its own, so that all can be looked at after a step.
+    """
+
+    def __init__(self, program, backend, team, weights, max_rows, caches, keep=False):
+        self.program, self.backend, self.team, self.max_rows = program, backend, team, max_rows
+        self._weights, self._caches = weights, caches
+        self._offsets, size = lay_out(program, max_rows, keep)
+        self._memory = aligned(size)
+        self._counters = np.zeros(max(1, len(program.ops)), np.int64)
+        self._table = aligned(8 * ROW_WORDS * max(1, len(program.ops))).view(np.int64).reshape(-1, ROW_WORDS)
+        compile_kernels([backend[op.kind].kernel for op in program.ops])
+        for i, op in enumerate(program.ops):
+            self._encode(i, op)
+
+    def _encode(self, index, op):
+        implementation = self.backend[op.kind]
+        words = [w for value in (*op.outputs, *op.inputs) for w in self._addresses(value, implementation)]
+        words += [_param_word(v) for v in op.params.values()]
+        row = self._table[index]
+        row[KERNEL], row[FLAGS] = implementation.kernel.address, FLUSHES * implementation.flushes
+        row[ROWS], row[COUNTER] = ROW_COUNTS[op.rows], self._counters[index:].ctypes.data
+        row[OPERANDS:OPERANDS + len(words)] = words
+
+    def _addresses(self, value, implementation):
+        if isinstance(value, Tensor):
+            return [self._memory.ctypes.data + self._offsets[value]]
+        if isinstance(value, CacheArray):
+            return [self._caches[value.name]]
+        assert isinstance(value, Weight), value
+        return [a.ctypes.data for a in self._weights.arrays(value, implementation.layout)]
+
+    def view(self, tensor, num_rows):
+        """A tensor's first rows, as an array on the executor's own memory."""
+        dtype, start = DTYPES[tensor.dtype], self._offsets[tensor]
+        flat = self._memory[start:start + num_rows * tensor.width * dtype.itemsize]
+        return flat.view(dtype).reshape(num_rows, tensor.width)
+
+    def run(self, step, clock=None):
+        """Runs all ops on a step block (int64[STEP_WORDS]). clock: int64[len(ops)] that receives the time each op ended."""
+        assert step.shape == (STEP_WORDS,) and step.dtype == np.int64, (step.shape, step.dtype)
+        self._counters[:] = 0
+        self.team.run(self._table.ctypes.data, len(self.program.ops), step.ctypes.data,
+                      clock.ctypes.data if clock is not None else 0)
+
+
+def _param_word(value):
+    if isinstance(value, (float, np.floating)):
+        return int(np.float32(value).view(np.int32))
+    return int(value)

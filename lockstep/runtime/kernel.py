@@ -1,0 +1,157 @@
+"""How functions become machine code: compiled on first use, cached on disk under everything that can change a bit.
+
+Numba's own cache does not see that a function in another module has changed, so a module's kernels are cached in a folder
+named by a hash of its source and of all modules of this package that it imports, the versions of Numba and llvmlite, and
+the target CPU with its features.
+"""
+import ast
+import contextlib
+import functools
+import getpass
+import hashlib
+import os
+import pathlib
+import sys
+import tempfile
+
+import llvmlite
+import numba
+from numba import config, types
+from numba.core.registry import cpu_target
+
+PACKAGE = pathlib.Path(__file__).parents[1]
+SIGNATURE = types.void(types.int64, types.int64, types.int64, types.int64)
+STRICT = dict(error_model="numpy", fastmath=False, boundscheck=False, nogil=True)
+
+
+def target():
+    """(triple, cpu, features) that kernels are compiled for."""
+    return cpu_target.target_context.codegen().magic_tuple()
+
+
+@functools.cache
+def imported_sources(module):
+    """The source files of a module and of every module of this package that it imports, directly or not."""
+    path = PACKAGE.parent / (module.replace(".", "/") + ".py")
+    if not module.startswith(PACKAGE.name) or not path.exists():
+        return frozenset()
+    imports = [node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, ast.ImportFrom)]
+    names = {name for node in imports for name in (node.module, *(f"{node.module}.{a.name}" for a in node.names))}
+    return frozenset({path}.union(*map(imported_sources, names)))
+
+
+def fingerprint(module):
+    """Hash of whatever determines the machine code of a module's kernels."""
+    digest = hashlib.sha256()
+    for path in sorted(imported_sources(module)):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    digest.update(repr((numba.__version__, llvmlite.__version__, sys.version_info[:2], target(), config.OPT)).encode())
+    return digest.hexdigest()[:16]
+
+
+def user_cache():
+    """The user's cache folder for Lockstep; LOCKSTEP_CACHE names another."""
+    named = os.environ.get("LOCKSTEP_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return pathlib.Path(named) if named else pathlib.Path(base) / "lockstep"
+
+
+@functools.cache
+def kernel_cache(module):
+    """The folder of a module's compiled kernels; in the system's temporary folder where the user's cannot be written."""
+    for base in (user_cache(), pathlib.Path(tempfile.gettempdir()) / f"lockstep-{getpass.getuser()}"):
+        folder = base / "kernels" / fingerprint(module)
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK):
+                return folder
+    raise OSError(f"no folder for compiled kernels: cannot write {folder}; set LOCKSTEP_CACHE to one that can be written")
+
+
+@contextlib.contextmanager
+def cache_folder(function):
+    """Numba reads CACHE_DIR when a function is decorated; other users of Numba in the process keep theirs."""
+    before, config.CACHE_DIR = config.CACHE_DIR, str(kernel_cache(function.__module__))
+    try:
+        yield
+    finally:
+        config.CACHE_DIR = before
+
+
+def interpreted(function, _made=None):
+    """A definition (or a helper of one) as plain Python, its own helpers included: no compiler takes part.
+
+    Functions of Lockstep that the source refers to are replaced in a copy of its globals.
+    """
+    made = {} if _made is None else _made
+    source = function.py_func
+    if source not in made:
+        names = dict(source.__globals__)
+        made[source] = copy = type(source)(source.__code__, names, source.__name__, source.__defaults__, source.__closure__)
+        for name in source.__code__.co_names:
+            if hasattr(names.get(name), "py_func"):
+                names[name] = interpreted(names[name], made)
+    return made[source]
+
+
+def native(function):
+    """Decorator: strict native code of a plain function, compiled when first called and cached on disk."""
+    with cache_folder(function):
+        return numba.njit(cache=True, **STRICT)(function)
+
+
+def definition(function):
+    """Decorator for an op's definition: strict scalar float32. See `interpreted` for the uncompiled form."""
+    return native(function)
+
+
+def inlined(function):
+    """Decorator for a helper of kernels and definitions, always inlined by LLVM; it cannot be called from Python."""
+    return numba.njit(forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, **STRICT)(function)
+
+
+class Kernel:
+    """A native function (op, step, thread, num_threads) -> None over addresses, compiled when first asked for."""
+
+    on_compile = None  # called with the kernel's name before each compilation, not when it is loaded from the cache
+
+    def __init__(self, function):
+        self.name, self.function, self._compiled = function.__qualname__, function, None
+        self.__doc__ = function.__doc__
+
+    @property
+    def address(self):
+        """Address of the machine code; compiles or loads it on first use."""
+        if self._compiled is None:
+            self._compiled = self._compile()
+        return self._compiled.address
+
+    @property
+    def path(self):
+        """Where the kernel is found: "module:name"."""
+        return f"{self.function.__module__}:{self.name}"
+
+    @property
+    def is_cached(self):
+        """Whether a compiled form is (believed to be) on disk."""
+        return self._compiled is not None or self._mark.exists()
+
+    @property
+    def _mark(self):
+        # Numba's cache also depends on the time stamp of the source file
+        stamp = pathlib.Path(self.function.__code__.co_filename).stat().st_mtime_ns
+        return kernel_cache(self.function.__module__) / f"{self.name}-{stamp}.done"
+
+    def _compile(self):
+        if Kernel.on_compile and not self.is_cached:
+            Kernel.on_compile(self.name)
+        options = {k: v for k, v in STRICT.items() if k != "nogil"}
+        with cache_folder(self.function):
+            compiled = numba.cfunc(SIGNATURE, cache=True, **options)(self.function)
+        self._mark.touch()
+        return compiled
+
+
+def kernel(function):
+    """Decorator: a function of four int64 (op, step, thread, num_threads) becomes a `Kernel`."""
+    return Kernel(function)

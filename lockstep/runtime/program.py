@@ -1,0 +1,120 @@
+"""A model as a program: a flat list of ops over named tensors, recorded once when the model is loaded.
+
+The number of tokens is symbolic: a tensor's first dimension is "T" (tokens of the step), "R" (rows that sample) or "S"
+(requests), its second a number. Everything else is a way of running or rewriting this list.
+"""
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from lockstep.runtime.step import NUM_REQUESTS, NUM_SAMPLED, NUM_TOKENS
+
+ROW_COUNTS = {"T": NUM_TOKENS, "R": NUM_SAMPLED, "S": NUM_REQUESTS}
+DTYPES = {"f32": np.dtype(np.float32), "i32": np.dtype(np.int32), "bf16": np.dtype(np.uint16), "i8": np.dtype(np.int8)}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An activation [rows, width]; rows is "T", "R" or "S"."""
+
+    name: str
+    rows: str
+    width: int
+    dtype: str = "f32"
+
+    def __str__(self):
+        return f"{self.name} {self.dtype}[{self.rows}, {self.width}]"
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """A constant of the model: one stored tensor, or several with the same input joined along their rows.
+
+    shape is logical (output features, input features); format says how it is multiplied ("f32", "bf16", "q8_0", ...).
+    """
+
+    name: str
+    format: str
+    shape: tuple
+    parts: tuple  # StoredTensor, top to bottom
+
+
+@dataclass(frozen=True)
+class CacheArray:
+    """Memory that outlives a step: KV pages (kind "pages") or recurrent state (kind "state").
+
+    shape is that of one page or one state slot.
+    """
+
+    name: str
+    kind: str
+    dtype: str
+    shape: tuple
+
+    @property
+    def bytes_each(self):
+        return int(np.prod(self.shape)) * DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """One op: kind, what it writes, what it reads, and its integer and float32 parameters in order."""
+
+    kind: str
+    outputs: tuple
+    inputs: tuple
+    params: dict = field(default_factory=dict)
+
+    @property
+    def rows(self):
+        return self.outputs[0].rows if self.outputs else "T"
+
+    def __str__(self):
+        write = ", ".join(str(t) for t in self.outputs) or "cache"
+        return f"{write} = {self.kind}({', '.join(i.name for i in self.inputs)})"
+
+
+class Program:
+    """Ops in the order in which they run, and the names that users may ask for."""
+
+    def __init__(self):
+        self.ops, self.caches, self._names = [], [], set()
+
+    def tensor(self, name, rows, width, dtype="f32"):
+        """A new activation under a name of its own (a number is added to a name that is taken)."""
+        unique, count = name, 2
+        while unique in self._names:
+            unique, count = f"{name}.{count}", count + 1
+        self._names.add(unique)
+        return Tensor(unique, rows, width, dtype)
+
+    def emit(self, kind, outputs, inputs, **params):
+        """Appends an op and returns its first output."""
+        self.ops.append(Op(kind, tuple(outputs), tuple(inputs), params))
+        return outputs[0] if outputs else None
+
+    def cache(self, name, kind, dtype, shape):
+        """Declares memory that outlives a step."""
+        made = CacheArray(name, kind, dtype, tuple(shape))
+        self.caches.append(made)
+        return made
+
+    def rewritten(self, ops):
+        """The same program with another list of ops."""
+        other = Program()
+        other.ops, other.caches, other._names = list(ops), self.caches, self._names
+        return other
+
+    def weights(self):
+        """Every weight, in order of first use, once."""
+        seen = {}
+        for op in self.ops:
+            for value in op.inputs:
+                if isinstance(value, Weight):
+                    seen.setdefault(value.name, value)
+        return list(seen.values())
+
+
+def with_params(op, **params):
+    """The op with some parameters changed."""
+    return replace(op, params={**op.params, **params})

@@ -1,0 +1,131 @@
+"""A team of threads that walk one op table together.
+
+Every thread takes its share of each op's tiles and meets the others at a spin barrier before the next op. Between steps
+the helpers spin for a moment and then sleep; a step is entered with one native call, without the interpreter.
+"""
+import threading
+import weakref
+
+import numpy as np
+from numba import int64
+
+from lockstep.runtime.kernel import native
+from lockstep.runtime.machine import (FLUSH, IEEE, call_kernel, fetch_add, float_control, load_acquire, nanoseconds,
+                                      pause, set_float_control, sleep_while_equal, store_release, wake, yield_core)
+from lockstep.runtime.simd import peek, poke
+from lockstep.runtime.step import FLAGS, FLUSHES, ROW_WORDS
+
+LINE = 64  # bytes; each shared word has a cache line of its own
+GENERATION, ARRIVED, PASSED, SLEEPERS, QUIT = (i * LINE for i in range(5))
+TABLE, NUM_OPS, STEP, CLOCK = (5 * LINE + 8 * i for i in range(4))
+SHARED_BYTES = 6 * LINE
+SPINS_BEFORE_SLEEP = 2000
+
+
+@native
+def meet(shared, num_threads):
+    """Spin barrier. Yields at once when the others are late: cores may be shared with strangers."""
+    if num_threads == 1:
+        return
+    passed = load_acquire(shared + PASSED)
+    if fetch_add(shared + ARRIVED, 1) == num_threads - 1:
+        store_release(shared + ARRIVED, 0)
+        fetch_add(shared + PASSED, 1)
+        return
+    spins = 0
+    while load_acquire(shared + PASSED) == passed:
+        pause()
+        spins += 1
+        if spins > 50:
+            yield_core()
+
+
+@native
+def run_ops(shared, thread, num_threads):
+    """One thread's walk through the table of the current step."""
+    table, num_ops = peek(shared + TABLE, int64), peek(shared + NUM_OPS, int64)
+    step, clock = peek(shared + STEP, int64), peek(shared + CLOCK, int64)
+    before = float_control()
+    set_float_control(IEEE)
+    for i in range(num_ops):
+        row = table + 8 * ROW_WORDS * i
+        flushes = peek(row + 8 * FLAGS, int64) & FLUSHES
+        if flushes:
+            set_float_control(FLUSH)
+        call_kernel(peek(row, int64), row, step, thread, num_threads)
+        if flushes:
+            set_float_control(IEEE)
+        meet(shared, num_threads)
+        if clock != 0 and thread == 0:
+            poke(clock + 8 * i, nanoseconds())
+    set_float_control(before)
+
+
+@native
+def run_step(shared, table, num_ops, step, clock, num_threads):
+    """Runs one step on the whole team; returns when every thread is done."""
+    poke(shared + TABLE, table)
+    poke(shared + NUM_OPS, num_ops)
+    poke(shared + STEP, step)
+    poke(shared + CLOCK, clock)
+    fetch_add(shared + GENERATION, 1)  # a full fence: a helper either sees it or is counted as asleep
+    if load_acquire(shared + SLEEPERS) > 0:
+        wake(shared + GENERATION, num_threads)
+    run_ops(shared, 0, num_threads)
+
+
+@native
+def help_forever(shared, thread, num_threads, seen):
+    """A helper's life: wait for a step, walk the table, until told to quit."""
+    while True:
+        spins = 0
+        while load_acquire(shared + GENERATION) == seen:
+            pause()
+            spins += 1
+            if spins > 50:
+                yield_core()
+            if spins > SPINS_BEFORE_SLEEP:
+                fetch_add(shared + SLEEPERS, 1)
+                sleep_while_equal(shared + GENERATION, seen & 0xFFFFFFFF)
+                fetch_add(shared + SLEEPERS, -1)
+        seen += 1
+        if load_acquire(shared + QUIT) != 0:
+            return
+        run_ops(shared, thread, num_threads)
+
+
+class Team:
+    """num_threads threads, the caller's included. `close` ends the helpers."""
+
+    def __init__(self, num_threads):
+        self.num_threads = num_threads
+        self._memory = np.zeros(SHARED_BYTES + LINE, np.uint8)
+        self._shared = -(-self._memory.ctypes.data // LINE) * LINE
+        self._helpers = [threading.Thread(target=_live, args=(self._memory, self._shared, i, num_threads), daemon=True)
+                         for i in range(1, num_threads)]
+        for helper in self._helpers:
+            helper.start()
+        self._end = weakref.finalize(self, _quit, self._shared, num_threads)  # a team that is dropped ends, too
+
+    def run(self, table, num_ops, step, clock=0):
+        """Runs num_ops rows of the table (addresses) on a step block; clock: address of int64[num_ops] end times or 0."""
+        if num_ops:  # an empty table has no barrier at its end
+            run_step(self._shared, table, num_ops, step, clock, self.num_threads)
+
+    def close(self):
+        self._end()
+        for helper in self._helpers:
+            helper.join()
+        self._helpers = []
+
+
+def _live(memory, shared, thread, num_threads):
+    """A helper thread; it holds on to the memory that it watches."""
+    help_forever(shared, thread, num_threads, 0)
+
+
+@native
+def _quit(shared, num_threads):
+    store_release(shared + QUIT, 1)
+    fetch_add(shared + GENERATION, 1)
+    wake(shared + GENERATION, num_threads)

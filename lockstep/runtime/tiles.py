@@ -1,0 +1,137 @@
+"""Register tiles: rows of activations by panels of sixteen output features, kept in registers through a reduction.
+
+A panel holds the weights of sixteen consecutive output features. All addresses are in bytes; `rows` and `cols` are
+literal integers, so that a tile is a fixed set of registers.
+"""
+from llvmlite import ir
+from numba import types
+from numba.extending import models, register_model
+
+from lockstep.runtime.simd import F32, I16, I64, LANES, call, constant, f32x16, i32x16, primitive, splat
+
+V16F, V16I = f32x16.ir, i32x16.ir
+
+
+def vector(element, count):
+    return ir.VectorType(element, count)
+
+
+class Tile(types.Type):
+    """rows x cols vectors of sixteen float32 or int32."""
+
+    def __init__(self, lanes, rows, cols):
+        self.lanes, self.rows, self.cols = lanes, rows, cols
+        super().__init__(name=f"tile_{lanes.name}_{rows}x{cols}")
+
+
+@register_model(Tile)
+class TileModel(models.PrimitiveModel):
+    def __init__(self, manager, tile):
+        super().__init__(manager, tile, ir.ArrayType(tile.lanes.ir, tile.rows * tile.cols))
+
+
+def at(b, address, stride, index, offset=0):
+    """address + stride * index + offset."""
+    if index:
+        address = b.add(address, b.mul(stride, ir.Constant(I64, index)))
+    return b.add(address, ir.Constant(I64, offset)) if offset else address
+
+
+def read(b, address, llvm_type, align=1):
+    loaded = b.load(b.inttoptr(address, llvm_type.as_pointer()))
+    loaded.align = align
+    return loaded
+
+
+def cells(tile):
+    return [(r, c) for r in range(tile.rows) for c in range(tile.cols)]
+
+
+def unpack(b, tile, value):
+    return {(r, c): b.extract_value(value, r * tile.cols + c) for r, c in cells(tile)}
+
+
+def pack(b, tile, parts):
+    value = ir.Constant(ir.ArrayType(tile.lanes.ir, tile.rows * tile.cols), ir.Undefined)
+    for r, c in cells(tile):
+        value = b.insert_value(value, parts[r, c], r * tile.cols + c)
+    return value
+
+
+@primitive()
+def tile_zeros(context, rows, cols):
+    """A float32 tile of +0."""
+    tile = Tile(f32x16, rows.literal_value, cols.literal_value)
+
+    def codegen(ctx, b, sig, args):
+        return pack(b, tile, {cell: constant(V16F, 0.0) for cell in cells(tile)})
+
+    return tile(rows, cols), codegen
+
+
+FMA_OPERANDS = [types.int64] * 4  # x, bytes between rows of x, w, bytes between panels
+
+
+def _outer(b, tile, parts, x, x_row, columns, offset):
+    """parts[r, c] = fma(x[r], columns[c], parts[r, c]) for the float32 at x + offset of every row."""
+    for r in range(tile.rows):
+        value = splat(b, read(b, at(b, x, x_row, r, offset), F32, 4), V16F)
+        for c in range(tile.cols):
+            parts[r, c] = call(b, "llvm.fma.v16f32", V16F, [value, columns[c], parts[r, c]])
+
+
+def _fma_step(load_column):
+    def typer(_, tile, x, x_row, w, w_panel):
+        def codegen(ctx, b, sig, args):
+            value, x, x_row, w, w_panel = args
+            shape, parts = sig.args[0], unpack(b, sig.args[0], value)
+            columns = [load_column(b, at(b, w, w_panel, c)) for c in range(shape.cols)]
+            _outer(b, shape, parts, x, x_row, columns, 0)
+            return pack(b, shape, parts)
+
+        return tile(tile, *FMA_OPERANDS), codegen
+
+    return typer
+
+
+@primitive()
+def tile_fma_f32(context, tile, x, x_row, w, w_panel):
+    """tile[r, c] = fma(x[r], w[c], tile[r, c]): one step of the reduction, float32 weights."""
+    return _fma_step(lambda b, p: read(b, p, V16F, 64))(context, tile, x, x_row, w, w_panel)
+
+
+@primitive()
+def tile_store(context, tile, out, out_row, num_panels):
+    """Stores the first num_panels (at least 1) panels of a float32 tile: row r at out + r * out_row."""
+
+    def codegen(ctx, b, sig, args):
+        value, out, out_row, num_panels = args
+        shape = sig.args[0]
+        parts = unpack(b, shape, value)
+        for c in range(shape.cols):
+            wanted = b.icmp_signed(">", num_panels, ir.Constant(I64, c))
+            with b.if_then(wanted, likely=True):
+                for r in range(shape.rows):
+                    place = b.inttoptr(at(b, out, out_row, r, 64 * c), V16F.as_pointer())
+                    b.store(parts[r, c], place).align = 4
+        return ctx.get_dummy_value()
+
+    return types.void(tile, *[types.int64] * 3), codegen
+
+
+@primitive()
+def tile_load(context, rows, cols, place, row_bytes):
+    """The float32 tile stored at a place, to go on with a reduction."""
+    tile = Tile(f32x16, rows.literal_value, cols.literal_value)
+
+    def codegen(ctx, b, sig, args):
+        return pack(b, tile, {(r, c): read(b, at(b, args[2], args[3], r, 64 * c), V16F, 4) for r, c in cells(tile)})
+
+    return tile(rows, cols, types.int64, types.int64), codegen
+
+
+@primitive()
+def tile_fma_widened(context, tile, x, x_row, w, w_panel):
+    """`tile_fma_f32` with bfloat16 weights, widened exactly: one step at a time, denormals kept."""
+    widen = lambda b, raw: b.bitcast(b.shl(b.zext(raw, V16I), constant(V16I, 16)), V16F)
+    return _fma_step(lambda b, p: widen(b, read(b, p, vector(I16, LANES), 32)))(context, tile, x, x_row, w, w_panel)

@@ -1,0 +1,190 @@
+"""Linear layers as register tiles: rows of activations by panels of sixteen features, through all of K at once.
+
+A tile is `rows` x `cols` vectors of `lanes` features; what fits the registers is the target's choice, and so is how dots
+are made. Each format is one function of a `Site`, which emits the loop over K and returns the accumulators.
+"""
+from llvmlite import ir
+from numba import types
+
+from lockstep.runtime import targets
+from lockstep.runtime.emit import BF16, counted, fma, moved, pointer, read, spread, vector, write
+from lockstep.runtime.simd import F16, F32, I8, I32, I64, LANES, call, constant, primitive
+from lockstep.runtime.tiles_dots import q4_0, q8_0
+from lockstep.runtime.tiles_k import q4_k, q6_k
+
+
+class Site:
+    """Where a tile is emitted: its shape, the target's dot, and pointers to what it reads.
+
+    columns: for each vector of `lanes` features the number of its panel and its first feature there. x: a pointer to each
+    row; w, scales: to the panel of each column. The pointers do not change in the loop over K, so that an instruction
+    addresses by pointer, index and constant.
+    """
+
+    def __init__(self, b, magic, rows, columns, lanes, x, row, w, panel, scales, K):
+        self.b, self.how, self.bf16, self.K = b, targets.int_dot(magic), targets.bf16_dot(magic), K
+        self.rows, self.cols, self.lanes, self.panels = rows, len(columns), lanes, [p for p, _ in columns]
+        self.first = [first for _, first in columns]
+        self.cells = [(r, c) for r in range(self.rows) for c in range(self.cols)]
+        self.floats, self.ints = vector(F32, self.lanes), vector(I32, self.lanes)
+        self.x = self.pointers(x, row, range(rows))
+        self.w, self.scales = self.pointers(w, panel, self.panels), self.pointers(scales, K, self.panels)
+
+    def int(self, value):
+        return ir.Constant(I64, value)
+
+    def pointers(self, address, stride, numbers):
+        """Pointers to address + stride * n for each n of the numbers."""
+        return [pointer(self.b, self.b.add(address, self.b.mul(stride, self.int(n)))) for n in numbers]
+
+    def activation(self, r, i, offset):
+        """Something of row r's block i of quantized activations (see ops/activations.py)."""
+        return moved(self.b, moved(self.b, self.x[r], self.b.mul(i, self.int(44))), offset)
+
+    def code(self, r, i, offset):
+        return self.activation(r, i, offset)
+
+    def a_scale(self, r, i):
+        return self.activation(r, i, 32)
+
+    def bias(self, r, i):
+        return self.activation(r, i, 36)
+
+    def sums(self, r, i, offset=0):
+        return self.activation(r, i, 40 + offset)
+
+    def codes(self, c, start, offset):
+        """Four codes of each feature of column c, at start + offset."""
+        place = moved(self.b, moved(self.b, self.w[c], start), offset + 4 * self.first[c])
+        return read(self.b, place, vector(I8, 4 * self.lanes), 4 * self.lanes)
+
+    def blocks(self, size, body):
+        """The accumulators after body(i, accumulators) for each of K / size blocks."""
+        start = [constant(self.floats, 0.0)] * len(self.cells)
+
+
+        def step(i, values):
+            after = body(i, dict(zip(self.cells, values)))
+            return [after[cell] for cell in self.cells]
+
+        values = counted(self.b, self.b.udiv(self.K, self.int(size)), start, step)
+        return dict(zip(self.cells, values))
+
+
+def float_steps(s, size, column):
+    """acc = fma(x[k], w[k], acc), k ascending; column(place) reads one k of a panel, size bytes."""
+    b = s.b
+
+    def step(k, acc):
+        columns = [column(moved(b, w, b.mul(k, s.int(size)))) for w in s.w]
+        return outer(s, acc, b.mul(k, s.int(4)), 0, columns)
+
+    return s.blocks(1, step)
+
+
+def outer(s, acc, start, offset, columns):
+    """acc[r, c] = fma(x[r], columns[c], acc[r, c]) for the float32 at start + offset of every row."""
+    values = [spread(s.b, moved(s.b, moved(s.b, x, start), offset), F32, s.lanes) for x in s.x]
+    return {(r, c): fma(s.b, values[r], columns[c], acc[r, c]) for r, c in s.cells}
+
+
+def f32(s):
+    return float_steps(s, 64, lambda place: read(s.b, place, s.floats, 64))
+
+
+def f16(s):
+    return float_steps(s, 32, lambda place: s.b.fpext(read(s.b, place, vector(F16, s.lanes), 32), s.floats))
+
+
+def bf16(s):
+    """acc = fma(x[2i], w[2i], fma(x[2i+1], w[2i+1], acc)), flushed after each."""
+    return s.blocks(2, (_pairs_native if s.bf16 else _pairs_wide)(s))
+
+
+def _pair_columns(s, i):
+    return [read(s.b, moved(s.b, w, s.b.mul(i, s.int(64))), s.ints, 64) for w in s.w]
+
+
+def _pairs_native(s):
+    """VDPBF16PS: x holds bf16 pairs. Its denormals are zero and its results flushed, whatever MXCSR says."""
+    b = s.b
+
+    def step(i, acc):
+        columns = _pair_columns(s, i)
+        values = [spread(b, moved(b, x, b.mul(i, s.int(4))), I32, s.lanes) for x in s.x]
+        return {(r, c): dpbf16(b, acc[r, c], values[r], columns[c]) for r, c in s.cells}
+
+    return step
+
+
+def dpbf16(b, acc, x, w):
+    """The instruction, for pairs held as int32."""
+    pairs = vector(BF16, 32)
+    return call(b, "llvm.x86.avx512bf16.dpbf16ps.512", acc.type, [acc, b.bitcast(x, pairs), b.bitcast(w, pairs)])
+
+
+def _pairs_wide(s):
+    """The same in two steps: x holds float32 pairs. Needs FLUSH mode."""
+    b = s.b
+
+    def step(i, acc):
+        raw, place = _pair_columns(s, i), b.mul(i, s.int(8))
+        odd = [b.bitcast(b.and_(v, constant(s.ints, -65536)), s.floats) for v in raw]
+        even = [b.bitcast(b.shl(v, constant(s.ints, 16)), s.floats) for v in raw]
+        return outer(s, outer(s, acc, place, 4, odd), place, 0, even)
+
+    return step
+
+
+FORMATS = f32, f16, bf16, q8_0, q4_0, q4_k, q6_k
+F32_TILE, F16_TILE, BF16_TILE, Q8_0_TILE, Q4_0_TILE, Q4_K_TILE, Q6_K_TILE = range(7)
+
+
+FEW_ROWS = 2  # as many leave registers for whole panels where these are more than one vector
+
+
+def lanes_of(format, how):
+    """Features of a vector: integer dots fill the registers of narrower targets with eight."""
+    return LANES if how == "avx512_vnni" or format <= BF16_TILE else LANES // 2
+
+
+def finish(s, acc, residual, out, out_row, panels):
+    """Adds the residual, if there is one, and stores the tile's first `panels` panels."""
+    b, outs = s.b, s.pointers(out, out_row, range(s.rows))
+    with b.if_else(b.icmp_signed("!=", residual, s.int(0))) as (then, otherwise):
+        with then:
+            helds = s.pointers(residual, out_row, range(s.rows))
+            _store(s, panels, lambda r, c, at: write(b, moved(b, outs[r], at), b.fadd(
+                read(b, moved(b, helds[r], at), s.floats, 4), acc[r, c]), 4))
+        with otherwise:
+            _store(s, panels, lambda r, c, at: write(b, moved(b, outs[r], at), acc[r, c], 4))
+
+
+def _store(s, panels, store):
+    for c in range(s.cols):
+        with s.b.if_then(s.b.icmp_signed(">", panels, s.int(s.panels[c]))):
+            for r in range(s.rows):
+                store(r, c, 64 * s.panels[c] + 4 * s.first[c])
+
+
+ADDRESSES = 10  # x, row, w, w_panel, scales, K, residual, out, out_row, panels
+
+
+@primitive()
+def linear_tile(context, format, rows, cols, x, row, w, w_panel, scales, K, residual, out, out_row, panels):
+    """out = x W^T (+ residual) for literal rows x cols panels; residual is an address or 0.
+
+    Only the first `panels` of the cols panels are stored; all are read.
+    """
+    kind, num_rows, num_cols = format.literal_value, rows.literal_value, cols.literal_value
+
+    def codegen(ctx, b, sig, args):
+        magic = ctx.codegen().magic_tuple()
+        addresses, lanes = args[3:], lanes_of(kind, targets.int_dot(magic))
+        columns = [(p, first) for p in range(num_cols) for first in range(0, LANES, lanes)]
+        for group in [columns] if num_rows <= FEW_ROWS or lanes == LANES else [[column] for column in columns]:
+            s = Site(b, magic, num_rows, group, lanes, *addresses[:6])
+            finish(s, FORMATS[kind](s), *addresses[6:])
+        return ctx.get_dummy_value()
+
+    return types.void(format, rows, cols, *[types.int64] * ADDRESSES), codegen

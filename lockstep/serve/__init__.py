@@ -1,0 +1,1 @@
+"""Serving: tokenizer, chat templates, finding models."""

@@ -1,0 +1,150 @@
+"""`LLM`: offline generation from Python."""
+import functools
+from dataclasses import dataclass, field
+
+from lockstep.engine.engine import Engine, EngineOptions
+from lockstep.engine.model import load_model
+from lockstep.engine.request import SamplingParams
+from lockstep.serve.hub import resolve_model
+from lockstep.serve.tokenizer import Detokenizer, Tokenizer, load_tokenizer, tokenizer_from_gguf
+from lockstep.weights.checkpoint import open_checkpoint
+from lockstep.weights.store import PackedStore
+
+
+@dataclass
+class Completion:
+    """One answer: text, token ids, their log-probabilities (and alternatives, if asked for), and why it ended."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: str
+    prompt_token_ids: list[int]
+    top_logprobs: list[dict[int, float]] = field(default_factory=list)
+
+
+@dataclass
+class Stream:
+    """The text of a request so far; `new_text` is what the last step added."""
+
+    request: object
+    detokenizer: Detokenizer | None
+    text: str = ""
+    new_text: str = ""
+
+    def advance(self, engine):
+        """Takes the request's newest token in; ends the request at a stop string."""
+        if self.detokenizer is None:
+            return
+        self.new_text = self.detokenizer.push(self.request.output_ids[-1])
+        if self.request.finish_reason:
+            self.new_text += self.detokenizer.finish()
+        self.text += self.new_text
+        cut = min((at for at in (self.text.find(s) for s in self.request.params.stop) if at >= 0), default=None)
+        if cut is not None:
+            self.new_text = self.new_text[:max(0, len(self.new_text) - (len(self.text) - cut))]
+            self.text = self.text[:cut]
+            if self.request.finish_reason is None:
+                engine.finish(self.request, "stop")
+            self.request.finish_reason = "stop"
+
+
+class LLM:
+    """A model that answers.
+
+    model: a Hugging Face folder, a GGUF file, a hub name, or None for the bundled model. weights: "auto" (as stored),
+    "f32", "bf16", "q8_0" or "q4_0". kv_dtype: "bf16" or "f32". ops: swaps of the op table, such as
+    {"linear": "reference"}. progress: called with (what, done, total) while weights are packed. Raises ValueError, in
+    one sentence, for a model that cannot be loaded.
+    """
+
+    def __init__(self, model=None, *, weights="auto", kv_dtype=None, max_context=None, max_step_tokens=512,
+                 max_requests=16, kv_tokens=None, threads=None, ops=None, progress=None):
+        self.path = resolve_model(model)
+        checkpoint = open_checkpoint(self.path)
+        self.model = load_model(checkpoint, PackedStore(checkpoint, progress), weights, kv_dtype, max_context)
+        self._checkpoint = checkpoint
+        options = EngineOptions(max_step_tokens, max_requests, kv_tokens, threads)
+        self.engine = Engine(self.model, options, ops, self._eos_ids())
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer. ValueError if it has none: prompts must then be token ids."""
+        if "tokenizer.ggml.model" in self._checkpoint.metadata:
+            return tokenizer_from_gguf(self._checkpoint.metadata)
+        return load_tokenizer(self.path if self.path.is_dir() else self.path.parent)
+
+    @property
+    def has_tokenizer(self):
+        """Whether text can be encoded; without a tokenizer prompts are token ids and answers have no text."""
+        folder = self.path if self.path.is_dir() else self.path.parent
+        inside = self._checkpoint.metadata.get("tokenizer.ggml.model", "no_vocab") != "no_vocab"
+        return inside or (folder / "tokenizer.json").exists()
+
+    def _eos_ids(self):
+        """Every id that the config, the generation config or the tokenizer calls an end."""
+        given = self._checkpoint.generation_config.get("eos_token_id")
+        ids = {*self.model.config.eos_ids, *(given if isinstance(given, list) else [] if given is None else [given])}
+        return frozenset(ids | self.tokenizer.eos_ids if self.has_tokenizer else ids)
+
+    def encode(self, prompt):
+        """Token ids of a prompt: a string, or ids as they are."""
+        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+
+    def chat_prompt(self, messages, **options):
+        """Token ids of a conversation in the checkpoint's chat format. ValueError if it has none."""
+        return self.tokenizer.encode_chat(messages, **options)
+
+    def start(self, prompt, params=SamplingParams()):
+        """Queues one prompt; returns its Stream."""
+        request = self.engine.add(self.encode(prompt), params)
+        return Stream(request, Detokenizer(self.tokenizer) if self.has_tokenizer else None)
+
+    def stream(self, prompt, params=SamplingParams()):
+        """Yields the Stream of one prompt after every token. Closing the generator cancels the request."""
+        made = self.start(prompt, params)
+        try:
+            while made.request.finish_reason is None:
+                if made.request in self.engine.step():
+                    made.advance(self.engine)
+                    yield made
+        finally:
+            self.engine.cancel(made.request)
+
+    def generate(self, prompts, params=SamplingParams()):
+        """Answers all prompts (strings or lists of token ids) together; returns a Completion for each, in order.
+
+        params: one SamplingParams for all, or a list with one for each prompt.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        each = list(params) if isinstance(params, (list, tuple)) else [params] * len(prompts)
+        if len(each) != len(prompts):
+            raise ValueError(f"params: expected one or {len(prompts)}, got {len(each)}")
+        streams = self._start_all(prompts, each)
+        by_id = {s.request.id: s for s in streams}
+        while self.engine.has_work:
+            for request in self.engine.step():
+                by_id[request.id].advance(self.engine)
+        return [_completion(s) for s in streams]
+
+    def _start_all(self, prompts, each):
+        """Starts every prompt, or none if one of them is refused."""
+        streams = []
+        try:
+            for prompt, params in zip(prompts, each):
+                streams.append(self.start(prompt, params))
+        except ValueError:
+            for made in streams:
+                self.engine.cancel(made.request)
+            raise
+        return streams
+
+    def close(self):
+        """Ends the engine's threads."""
+        self.engine.close()
+
+
+def _completion(stream):
+    request = stream.request
+    return Completion(stream.text, request.output_ids, request.logprobs, request.finish_reason, request.prompt_ids,
+                      request.top_logprobs)

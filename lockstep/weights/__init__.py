@@ -1,0 +1,1 @@
+"""Weights: bytes on disk to arrays a kernel likes."""

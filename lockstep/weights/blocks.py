@@ -1,0 +1,104 @@
+"""What all block formats share: a row of K weights is K / block_size blocks of block_bytes bytes each."""
+
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+# Large enough for NumPy to be efficient, small enough to stay in a few MB.
+CHUNK_WEIGHTS = 1 << 18
+
+
+def row_bytes(columns: int, block_size: int, block_bytes: int) -> int:
+    """Bytes of one row of `columns` weights; raises ValueError unless blocks fill the row exactly."""
+    if columns % block_size:
+        raise ValueError(f"a row of {columns} weights is not a whole number of blocks of {block_size}")
+    return columns // block_size * block_bytes
+
+
+def joined(fields: np.ndarray) -> np.ndarray:
+    """Per-block fields [..., blocks, n] as per-row fields [..., blocks * n]."""
+    return fields.reshape(*fields.shape[:-2], fields.shape[-2] * fields.shape[-1])
+
+
+def as_blocks(packed: np.ndarray, block_bytes: int) -> np.ndarray:
+    """View packed rows uint8 [..., bytes] as uint8 [..., blocks, block_bytes].
+
+    Raises ValueError if the dtype is not uint8 or the last axis is not a whole number of blocks.
+    """
+    if packed.dtype != np.uint8:
+        raise ValueError(f"packed blocks must be uint8, got {packed.dtype}")
+    if packed.ndim == 0 or packed.shape[-1] % block_bytes:
+        raise ValueError(f"packed rows of shape {packed.shape} are not whole blocks of {block_bytes} bytes")
+    return packed.reshape(*packed.shape[:-1], packed.shape[-1] // block_bytes, block_bytes)
+
+
+def field_f16(blocks: np.ndarray, offset: int) -> np.ndarray:
+    """The little-endian float16 stored at byte `offset` of each block: [..., blocks]."""
+    return np.ascontiguousarray(blocks[..., offset : offset + 2]).view("<f2")[..., 0]
+
+
+def dequantize_in_chunks(
+    packed: np.ndarray, block_size: int, block_bytes: int, decode: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """Decode packed rows uint8 [..., bytes] to float32 [..., K], a few rows' worth of blocks at a time.
+
+    `decode` maps uint8 [blocks, block_bytes] to float32 [blocks, block_size].
+    """
+    blocks = as_blocks(packed, block_bytes)
+    flat = blocks.reshape(math.prod(blocks.shape[:-1]), block_bytes)
+    weights = np.empty((len(flat), block_size), np.float32)
+    # A damaged file may hold infinite scales: check_finite names them, NumPy's warnings would not.
+    with np.errstate(invalid="ignore", over="ignore"):
+        for chunk in _chunks(len(flat), CHUNK_WEIGHTS // block_size):
+            weights[chunk] = decode(flat[chunk])
+    return weights.reshape(*blocks.shape[:-2], blocks.shape[-2] * block_size)
+
+
+def _chunks(total: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, total)) for start in range(0, total, step))
+
+
+def round_half_away(values: np.ndarray) -> np.ndarray:
+    """C's roundf: to the nearest integer, halves away from zero (NumPy's rint rounds halves to even)."""
+    whole = np.trunc(values)
+    return whole + np.where(np.abs(values - whole) >= 0.5, np.copysign(np.float32(1), values), np.float32(0))
+
+
+def inverse_or_zero(scale: np.ndarray) -> np.ndarray:
+    """1 / scale in float32, and 0 where that is infinite: such a scale is 0 as a float16 too."""
+    tiny = np.abs(scale) < np.float32(2.0**-126)
+    return np.where(tiny, np.float32(0), np.float32(1) / np.where(tiny, np.float32(1), scale))
+
+
+def scale_to_f16(scale: np.ndarray) -> np.ndarray:
+    """Round block scales to little-endian float16; raises ValueError if one is too large for it."""
+    with np.errstate(over="ignore"):
+        rounded = scale.astype("<f2")
+    if not np.isfinite(rounded).all():
+        largest = np.abs(scale).max()
+        raise ValueError(f"block scale {largest} does not fit float16: the weights are too large for this format")
+    return rounded
+
+
+def split_rows(weights: np.ndarray, block_size: int) -> np.ndarray:
+    """View float32 weights [..., K] as [..., blocks, block_size]; ValueError unless K is a multiple."""
+    if weights.ndim == 0 or weights.shape[-1] % block_size:
+        raise ValueError(f"weights of shape {weights.shape} are not whole blocks of {block_size}")
+    blocks = (*weights.shape[:-1], weights.shape[-1] // block_size, block_size)
+    return weights.astype(np.float32, copy=False).reshape(blocks)
+
+
+def quantize_in_chunks(
+    weights: np.ndarray, block_size: int, block_bytes: int, encode: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """Encode weights [..., K] to packed rows uint8 [..., bytes], a few rows' worth of blocks at a time.
+
+    `encode` maps float32 [blocks, block_size] to uint8 [blocks, block_bytes].
+    """
+    blocks = split_rows(weights, block_size)
+    flat = blocks.reshape(math.prod(blocks.shape[:-1]), block_size)
+    packed = np.empty((len(flat), block_bytes), np.uint8)
+    for chunk in _chunks(len(flat), CHUNK_WEIGHTS // block_size):
+        packed[chunk] = encode(flat[chunk])
+    return packed.reshape(*blocks.shape[:-2], blocks.shape[-2] * block_bytes)

@@ -1,0 +1,72 @@
+"""Open a checkpoint, whatever its container: config and tensors under their Hugging Face names."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lockstep.weights import safetensors
+from lockstep.weights.gguf import GgufFile
+from lockstep.weights.gguf_model import open_gguf
+from lockstep.weights.mapped import read_json_object
+from lockstep.weights.safetensors import SafetensorsFile
+from lockstep.weights.tensor import TensorMap
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint; nothing is read until a tensor is asked for.
+
+    `config` is config.json (or its equivalent), `tensors` maps Hugging Face names to StoredTensor,
+    `metadata` is GGUF's own (empty for safetensors; it holds a GGUF file's tokenizer and chat template).
+    """
+
+    path: Path
+    config: dict
+    generation_config: dict
+    tensors: TensorMap
+    metadata: Mapping[str, object]
+    files: tuple[SafetensorsFile | GgufFile, ...] = field(repr=False)
+
+    def fingerprint(self) -> str:
+        """A hex id that changes when a file's name, size, time or header, or the config, does. Cheap."""
+        stats = [(file.path.name, file.path.stat()) for file in self.files]
+        known = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+        headers = [file.header_hash for file in self.files]
+        described = json.dumps([known, headers, self.config], sort_keys=True)
+        return hashlib.sha256(described.encode()).hexdigest()
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a Hugging Face folder, a .safetensors file beside its config.json, or a .gguf file.
+
+    Raises ValueError that names the file, and the tensor if it is one, what was expected and what was found.
+    """
+    path = Path(path)
+    if path.suffix == ".gguf":
+        return _open_gguf(path)
+    if path.suffix == ".safetensors":
+        return _open_safetensors(path, path.parent, [safetensors.open_file(path)])
+    if not path.is_dir():
+        raise ValueError(f"{path}: expected a folder, a .safetensors file or a .gguf file")
+    return _open_safetensors(path, path, safetensors.open_folder(path))
+
+
+def _open_safetensors(path: Path, folder: Path, files: list[SafetensorsFile]) -> Checkpoint:
+    generation = folder / "generation_config.json"
+    return Checkpoint(
+        path=path,
+        config=read_json_object(folder / "config.json"),
+        generation_config=read_json_object(generation) if generation.is_file() else {},
+        tensors=safetensors.merge(files),
+        metadata={},
+        files=tuple(files),
+    )
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    parts, config, tensors = open_gguf(path)
+    token_ids = ("bos_token_id", "eos_token_id")
+    generation = {key: config[key] for key in token_ids if key in config}
+    return Checkpoint(path, config, generation, tensors, parts[0].metadata, tuple(parts))

@@ -1,0 +1,136 @@
+"""GGUF metadata: a bounded reader of typed key-value pairs.
+
+Numbers become int, float or bool, strings str, arrays of numbers read-only NumPy views into the file,
+arrays of strings a StringArray that decodes on demand, arrays of arrays lists.
+"""
+
+import struct
+from array import array
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+MAX_KEY_BYTES = (1 << 16) - 1
+MAX_STRING_BYTES = 1 << 26
+MAX_ARRAY_ITEMS = 1 << 24
+MAX_ARRAY_DEPTH = 4
+
+DTYPE_OF_TYPE = {
+    0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8",
+}  # fmt: skip
+STRING_TYPE = 8
+ARRAY_TYPE = 9
+
+
+class Cursor:
+    """A position in mapped bytes that never reads past their end; errors start with `where` (the file)."""
+
+    def __init__(self, raw: np.ndarray, where: str):
+        self.buffer = memoryview(raw)
+        self.where = where
+        self.position = 0
+
+    def take(self, size: int, what: str) -> memoryview:
+        """The next `size` bytes. Raises ValueError naming `what` if the file ends before."""
+        end = self.position + size
+        if end > len(self.buffer):
+            left = len(self.buffer) - self.position
+            raise ValueError(f"{self.where}: {what} takes {size} bytes at byte {self.position}, {left} are left")
+        taken = self.buffer[self.position : end]
+        self.position = end
+        return taken
+
+    def unsigned(self, size: int, what: str) -> int:
+        """The next unsigned integer of `size` bytes."""
+        return int.from_bytes(self.take(size, what), "little")
+
+    def count(self, size: int, what: str, limit: int, item_bytes: int) -> int:
+        """The next unsigned integer, a number of items of at least `item_bytes` each that must follow."""
+        number = self.unsigned(size, what)
+        left = len(self.buffer) - self.position
+        allowed = min(limit, left // item_bytes)
+        if number > allowed:
+            raise ValueError(f"{self.where}: {what} is {number}, at most {allowed} are possible in {left} bytes")
+        return number
+
+    def string(self, what: str, limit: int) -> str:
+        """The next length-prefixed UTF-8 string of at most `limit` bytes."""
+        raw = self.take(self.count(8, f"length of {what}", limit, 1), what)
+        try:
+            return str(raw, "utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.where}: {what} is not UTF-8 ({error})") from None
+
+
+class StringArray(Sequence[str]):
+    """Length-prefixed strings in mapped bytes, decoded when asked for; bytes that are not UTF-8 become U+FFFD."""
+
+    def __init__(self, buffer: memoryview, begins: array, ends: array):
+        self._buffer, self._begins, self._ends = buffer, begins, ends
+
+    def __len__(self) -> int:
+        return len(self._begins)
+
+    def __getitem__(self, index: int) -> str:
+        return str(self._buffer[self._begins[index] : self._ends[index]], "utf-8", "replace")
+
+    def __iter__(self) -> Iterator[str]:
+        buffer = self._buffer
+        return (str(buffer[begin:end], "utf-8", "replace") for begin, end in zip(self._begins, self._ends))
+
+
+def read_metadata(cursor: Cursor, num_pairs: int) -> dict[str, object]:
+    """Read `num_pairs` key-value pairs. Raises ValueError for a duplicate key or an unreadable value."""
+    metadata: dict[str, object] = {}
+    for index in range(num_pairs):
+        key = cursor.string(f"metadata key {index}", MAX_KEY_BYTES)
+        if key in metadata:
+            raise ValueError(f"{cursor.where}: metadata key {key!r} appears twice")
+        metadata[key] = _read_value(cursor, cursor.unsigned(4, f"type of {key!r}"), f"metadata {key!r}")
+    return metadata
+
+
+def _read_value(cursor: Cursor, value_type: int, what: str, depth: int = 0) -> object:
+    if value_type == STRING_TYPE:
+        return cursor.string(what, MAX_STRING_BYTES)
+    if value_type == ARRAY_TYPE:
+        return _read_array(cursor, what, depth)
+    return _read_numbers(cursor, value_type, 1, what)[0].item()
+
+
+def _read_array(cursor: Cursor, what: str, depth: int) -> Sequence[object]:
+    if depth == MAX_ARRAY_DEPTH:
+        raise ValueError(f"{cursor.where}: {what} nests arrays deeper than {MAX_ARRAY_DEPTH}")
+    item_type = cursor.unsigned(4, f"item type of {what}")
+    if item_type in DTYPE_OF_TYPE:
+        length = cursor.count(8, f"length of {what}", MAX_ARRAY_ITEMS, np.dtype(DTYPE_OF_TYPE[item_type]).itemsize)
+        return _read_numbers(cursor, item_type, length, what)
+    # A string takes at least its 8-byte length, an array its item type and length.
+    length = cursor.count(8, f"length of {what}", MAX_ARRAY_ITEMS, 8 if item_type == STRING_TYPE else 12)
+    if item_type == STRING_TYPE:
+        return _read_strings(cursor, length, what)
+    if item_type != ARRAY_TYPE:
+        raise ValueError(f"{cursor.where}: {what} has items of unknown type {item_type}")
+    return [_read_array(cursor, what, depth + 1) for _ in range(length)]
+
+
+def _read_numbers(cursor: Cursor, value_type: int, length: int, what: str) -> np.ndarray:
+    if value_type not in DTYPE_OF_TYPE:
+        raise ValueError(f"{cursor.where}: {what} has unknown type {value_type}")
+    dtype = np.dtype(DTYPE_OF_TYPE[value_type])
+    return np.frombuffer(cursor.take(length * dtype.itemsize, what), dtype)
+
+
+def _read_strings(cursor: Cursor, length: int, what: str) -> StringArray:
+    buffer, position, size = cursor.buffer, cursor.position, len(cursor.buffer)
+    begins, ends = array("Q"), array("Q")
+    unpack_length = struct.Struct("<Q").unpack_from
+    for index in range(length):
+        begin = position + 8
+        position = begin + unpack_length(buffer, position)[0] if begin <= size else size + 1
+        if position > size:
+            raise ValueError(f"{cursor.where}: string {index} of {length} in {what} ends past the file's {size} bytes")
+        begins.append(begin)
+        ends.append(position)
+    cursor.position = position
+    return StringArray(buffer, begins, ends)

@@ -1,0 +1,122 @@
+"""A GGUF file as the Hugging Face checkpoint it was made from: config, names, and conversions undone."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from lockstep.weights.gguf import GgufFile, open_parts
+from lockstep.weights.gguf_config import architecture_of, hf_config
+from lockstep.weights.gguf_names import hf_name
+from lockstep.weights.gguf_undo import (
+    ConvChannels,
+    DecayLog,
+    Expert,
+    GroupedColumns,
+    GroupedRows,
+    HalfSplitRows,
+    MinusOne,
+    Undo,
+    ValueHeads,
+)
+from lockstep.weights.tensor import StoredTensor, TensorInfo, TensorMap
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Where a Hugging Face tensor comes from: `file` holds it as `source`, and `undo` brings it back."""
+
+    info: TensorInfo
+    file: GgufFile
+    source: str
+    undo: Undo
+
+    def load(self) -> StoredTensor:
+        """The tensor under its Hugging Face name and in its Hugging Face form."""
+        stored = replace(self.file.load(self.source), name=self.info.name)
+        try:
+            return self.undo.apply(stored)
+        except ValueError as error:
+            raise ValueError(f"{self.file.path}: tensor {self.source!r} {list(stored.shape)}: {error}") from None
+
+
+def open_gguf(path: Path) -> tuple[list[GgufFile], dict, TensorMap]:
+    """Open a GGUF file or split file: its parts, its Hugging Face config and its tensors by Hugging Face name."""
+    parts = open_parts(path)
+    metadata = parts[0].metadata
+    infos = {name: info for part in parts for name, info in part.infos.items()}
+    config = hf_config(metadata, infos, _rope_factors(parts), str(path))
+    recipes = _recipes(parts, architecture_of(metadata, str(path)), config)
+    tensors = TensorMap({name: recipe.info for name, recipe in recipes.items()}, lambda name: recipes[name].load())
+    return parts, config, tensors
+
+
+def _rope_factors(parts: list[GgufFile]) -> np.ndarray | None:
+    holders = [part for part in parts if "rope_freqs.weight" in part.infos]
+    return holders[0].load("rope_freqs.weight").to_f32() if holders else None
+
+
+def _recipes(parts: list[GgufFile], architecture: str, config: Mapping) -> dict[str, Recipe]:
+    recipes: dict[str, Recipe] = {}
+    for part in parts:
+        for source, info in part.infos.items():
+            for recipe in _recipes_of(part, info, architecture, config):
+                if recipe.info.name in recipes:
+                    other = recipes[recipe.info.name].source
+                    raise ValueError(f"{part.path}: tensors {source!r} and {other!r} are both {recipe.info.name!r}")
+                recipes[recipe.info.name] = recipe
+    return recipes
+
+
+def _recipes_of(part: GgufFile, info: TensorInfo, architecture: str, config: Mapping) -> list[Recipe]:
+    try:
+        name = hf_name(architecture, info.name, config["num_hidden_layers"])
+        undos = {} if name is None else _undos(name, info, architecture, config)
+        return [Recipe(replace(undo.info(info), name=hf), part, info.name, undo) for hf, undo in undos.items()]
+    except ValueError as error:
+        raise ValueError(f"{part.path}: tensor {info.name!r} {list(info.shape)}: {error}") from None
+
+
+def _undos(name: str, info: TensorInfo, architecture: str, config: Mapping) -> dict[str, Undo]:
+    """Hugging Face names made from one GGUF tensor (several for stacked experts), and how."""
+    if "{expert}" in name:
+        if len(info.shape) != 3 or info.shape[0] != config["num_experts"]:
+            raise ValueError(f"expected a stack of {config['num_experts']} experts' matrices")
+        return {name.format(expert=index): Expert(index) for index in range(info.shape[0])}
+    if architecture in ("llama", "smollm3"):
+        return {name: _undo_llama(name, config)}
+    return {name: _undo_qwen35(name, config) if architecture == "qwen35" else Undo()}
+
+
+def _undo_llama(name: str, config: Mapping) -> Undo:
+    if ".q_proj." in name:
+        return HalfSplitRows(config["num_attention_heads"])
+    if ".k_proj." in name:
+        return HalfSplitRows(config["num_key_value_heads"])
+    return Undo()
+
+
+def _undo_qwen35(name: str, config: Mapping) -> Undo:
+    heads = ValueHeads(config["linear_num_key_heads"], config["linear_num_value_heads"])
+    if heads.num_key_heads == 0 or heads.num_value_heads % heads.num_key_heads:
+        raise ValueError(f"{heads.num_value_heads} value heads do not divide over {heads.num_key_heads} key heads")
+    num_query_key_rows = 2 * heads.num_key_heads * config["linear_key_head_dim"]
+    stem = name.removesuffix(".weight").rpartition(".")[2]
+    if stem == "A_log":
+        return DecayLog(heads)
+    if stem == "conv1d":
+        return ConvChannels(heads, num_query_key_rows)
+    if stem.endswith("norm") or "_norm_" in stem:
+        return Undo() if ".linear_attn." in name else MinusOne()
+    if heads.num_key_heads == heads.num_value_heads:
+        return Undo()
+    return _regrouping(stem, heads, num_query_key_rows)
+
+
+def _regrouping(stem: str, heads: ValueHeads, num_query_key_rows: int) -> Undo:
+    if stem == "in_proj_qkv":
+        return GroupedRows(heads, num_query_key_rows)
+    if stem in ("in_proj_z", "in_proj_a", "in_proj_b", "dt_bias"):
+        return GroupedRows(heads)
+    return GroupedColumns(heads) if stem == "out_proj" else Undo()

@@ -1,0 +1,174 @@
+"""What conversion to GGUF did to a tensor, undone, so that it is again as in the Hugging Face checkpoint.
+
+Each class says what the tensor is afterwards (`info`, free of cost) and does it (`apply`, for one tensor).
+Source: conversion/llama.py and conversion/qwen.py of llama.cpp (modify_tensors).
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import ml_dtypes
+import numpy as np
+
+from lockstep.weights.tensor import BLOCK_FORMATS, StoredTensor, TensorInfo, stored_shape
+
+
+class Undo:
+    """Nothing to undo."""
+
+    def info(self, info: TensorInfo) -> TensorInfo:
+        """The tensor's format and Hugging Face shape after `apply`."""
+        return info
+
+    def apply(self, tensor: StoredTensor) -> StoredTensor:
+        """The tensor as in the Hugging Face checkpoint."""
+        return tensor
+
+
+@dataclass(frozen=True)
+class HalfSplitRows(Undo):
+    """Rotary pairs of a head's rows, neighbours (2i, 2i + 1) in GGUF, back to half a head apart."""
+
+    num_heads: int
+
+    def apply(self, tensor: StoredTensor) -> StoredTensor:
+        rows = np.arange(tensor.shape[0])
+        return _take(tensor, rows.reshape(self.num_heads, -1, 2).swapaxes(1, 2).ravel(), axis=0)
+
+
+@dataclass(frozen=True)
+class ValueHeads:
+    """Heads v of the delta rule: GGUF has them by rank within their group of one k head, Hugging Face by group."""
+
+    num_key_heads: int
+    num_value_heads: int
+
+    def order(self, length: int) -> np.ndarray:
+        """For each Hugging Face position along an axis of `length`, its position in GGUF."""
+        per_key = self.num_value_heads // self.num_key_heads
+        return np.arange(length).reshape(per_key, self.num_key_heads, -1).swapaxes(0, 1).ravel()
+
+
+@dataclass(frozen=True)
+class GroupedRows(Undo):
+    """Value heads regrouped along the first axis, from row `first` on (before it are q and k)."""
+
+    heads: ValueHeads
+    first: int = 0
+
+    def apply(self, tensor: StoredTensor) -> StoredTensor:
+        if tensor.shape[0] < self.first:
+            raise ValueError(f"expected at least {self.first} rows")
+        order = self.first + self.heads.order(tensor.shape[0] - self.first)
+        return _take(tensor, np.concatenate([np.arange(self.first), order]), axis=0)
+
+
+@dataclass(frozen=True)
+class GroupedColumns(Undo):
+    """Value heads regrouped along K: whole blocks move; where a block spans heads, weights become float32."""
+
+    heads: ValueHeads
+
+    def info(self, info: TensorInfo) -> TensorInfo:
+        return info if self._moves_whole_blocks(info.format, info.shape) else _as_f32(info)
+
+    def apply(self, tensor: StoredTensor) -> StoredTensor:
+        if not self._moves_whole_blocks(tensor.format, tensor.shape):
+            tensor = StoredTensor(tensor.name, "f32", tensor.shape, tensor.to_f32())
+        if tensor.format not in BLOCK_FORMATS:
+            return _take(tensor, self.heads.order(tensor.shape[-1]), axis=1)
+        block = BLOCK_FORMATS[tensor.format]
+        blocks = tensor.data.reshape(len(tensor.data), -1, block.BLOCK_BYTES)
+        moved = blocks[:, self.heads.order(blocks.shape[1])].reshape(tensor.data.shape)
+        return _with_data(tensor, moved)
+
+    def _moves_whole_blocks(self, format: str, shape: tuple[int, ...]) -> bool:
+        if format not in BLOCK_FORMATS:
+            return True
+        return shape[-1] // self.heads.num_value_heads % BLOCK_FORMATS[format].BLOCK_SIZE == 0
+
+
+class MinusOne(Undo):
+    """A norm stored as 1 + w. The difference is exact, and 1 + w in float32 gives the stored value again."""
+
+    def info(self, info: TensorInfo) -> TensorInfo:
+        return _as_f32(info)
+
+    def apply(self, tensor: StoredTensor) -> StoredTensor:
+        return _f32(tensor, tensor.to_f32() - np.float32(1))
+
+
+@dataclass(frozen=True)
+class DecayLog(Undo):
+    """A_log, stored as -exp(A_log).
+
+    Checkpoints keep A_log in bfloat16, so the nearest bfloat16 is taken where its exponential is the stored
+    value (within the error of a float32 exp), which makes the round trip exact; otherwise the float32 logarithm.
+    """
+
+    heads: ValueHeads
+
+    def info(self, info: TensorInfo) -> TensorInfo:
+        return _as_f32(info)
+
+    def apply(self, tensor: StoredTensor) -> StoredTensor:
+        decays = -tensor.to_f32()
+        if not (decays > 0).all():
+            raise ValueError(f"tensor {tensor.name!r}: expected -exp(A_log), all negative, found {-decays.min()}")
+        logs = np.array([_snapped_log(decay) for decay in decays.tolist()], np.float32)
+        return _f32(tensor, logs[self.heads.order(len(logs))])
+
+
+@dataclass(frozen=True)
+class ConvChannels(Undo):
+    """Convolution weights [channels, kernel] back to [channels, 1, kernel], value channels regrouped."""
+
+    heads: ValueHeads
+    first: int
+
+    def info(self, info: TensorInfo) -> TensorInfo:
+        channels, kernel = info.shape
+        return replace(info, shape=(channels, 1, kernel))
+
+    def apply(self, tensor: StoredTensor) -> StoredTensor:
+        channels, kernel = tensor.shape
+        grouped = GroupedRows(self.heads, self.first).apply(tensor).data
+        return StoredTensor(tensor.name, tensor.format, (channels, 1, kernel), grouped.reshape(channels, 1, -1))
+
+
+@dataclass(frozen=True)
+class Expert(Undo):
+    """One expert's matrix of a stack [experts, rows, K]: a view."""
+
+    index: int
+
+    def info(self, info: TensorInfo) -> TensorInfo:
+        return replace(info, shape=info.shape[1:], num_bytes=info.num_bytes // info.shape[0])
+
+    def apply(self, tensor: StoredTensor) -> StoredTensor:
+        return StoredTensor(tensor.name, tensor.format, tensor.shape[1:], tensor.data[self.index])
+
+
+def _snapped_log(decay: float) -> float:
+    log = math.log(decay)
+    snapped = float(ml_dtypes.bfloat16(log))
+    tolerance = 4 * float(np.spacing(np.float32(decay)))
+    return snapped if abs(math.exp(snapped) - decay) <= tolerance else log
+
+
+def _take(tensor: StoredTensor, order: np.ndarray, axis: int) -> StoredTensor:
+    return _with_data(tensor, tensor.data.take(order, axis))
+
+
+def _with_data(tensor: StoredTensor, data: np.ndarray) -> StoredTensor:
+    data.flags.writeable = False
+    return replace(tensor, data=data)
+
+
+def _f32(tensor: StoredTensor, data: np.ndarray) -> StoredTensor:
+    return _with_data(replace(tensor, format="f32"), data)
+
+
+def _as_f32(info: TensorInfo) -> TensorInfo:
+    shape, dtype = stored_shape("f32", info.shape)
+    return replace(info, format="f32", num_bytes=math.prod(shape) * dtype.itemsize)

@@ -1,0 +1,147 @@
+"""Weights in the layouts that kernels read: panels of sixteen output features, K in the order of the reduction.
+
+    f32, f16   [panel][k][16]                          bf16   [panel][k / 2][16][2]
+    q8_0       codes  [panel][k / 4][16][4]  8 bit     scales [panel][k / 32][16] float16
+    q4_0       codes  [panel][k / 8][16][4]  low nibbles k..k+3, high nibbles k+4..k+7; scales as q8_0
+
+The last panels are filled with zeros up to an even number of panels, so that a kernel may always take two.
+"""
+import ml_dtypes
+import numpy as np
+
+from lockstep.runtime.targets import unsigned_weights
+from lockstep.weights import q4_0, q8_0
+from lockstep.weights.tensor import check_finite
+
+PANEL = 16
+ROWS_AT_ONCE = 64 * PANEL  # packing works through a tensor in pieces of so many rows
+
+
+def num_panels(num_features):
+    """Panels of a packed weight: an even number."""
+    return -(-num_features // (2 * PANEL)) * 2
+
+
+def padded_width(num_features):
+    """Columns of a linear layer's output: features rounded up to whole panels."""
+    return -(-num_features // PANEL) * PANEL
+
+
+def _pieces(weight):
+    """(first row, float32 or stored blocks) of a weight, piece by piece: (row, part, slice)."""
+    row = 0
+    for part in weight.parts:
+        count = part.shape[0]
+        for start in range(0, count, ROWS_AT_ONCE):
+            rows = slice(start, min(start + ROWS_AT_ONCE, count))
+            yield row + start, part, rows
+        row += count
+
+
+def floats(part, rows):
+    """Finite float32 rows of a stored tensor."""
+    values = part.to_f32(rows)
+    check_finite(part, values)
+    return values
+
+
+def q8_0_fields(part, rows):
+    """(codes int8 [rows, K], scales float16 [rows, K / 32]): as stored, or quantized now."""
+    stored = part.data[rows] if part.format == "q8_0" else q8_0.quantize(floats(part, rows))
+    codes, scales = q8_0.split(stored)
+    check_finite(part, scales)
+    return codes, scales
+
+
+def q4_0_fields(part, rows):
+    """(codes uint8 0..15 [rows, K], scales float16 [rows, K / 32]): as stored, or quantized now."""
+    stored = part.data[rows] if part.format == "q4_0" else q4_0.quantize(floats(part, rows))
+    codes, scales = q4_0.split(stored)
+    check_finite(part, scales)
+    return codes, scales
+
+
+def scatter(weight, outputs, convert):
+    """Fills row-major staging of ROWS_AT_ONCE rows and writes it to the outputs' panels.
+
+    convert(part, rows) -> arrays [rows, ...]; outputs: (array [panels, ...], function from [panels, 16, ...] to it).
+    """
+    for row, part, rows in _pieces(weight):
+        for (array, arrange), values in zip(outputs, convert(part, rows)):
+            _place(array, arrange, values, row)
+
+
+def _place(array, arrange, values, row):
+    """Writes rows (starting anywhere) into panels; rows of a panel that is only partly covered keep the others."""
+    first, last = row // PANEL, -(-(row + len(values)) // PANEL)
+    if row % PANEL == 0 and len(values) % PANEL == 0:
+        array[first:last] = arrange(values.reshape(last - first, PANEL, *values.shape[1:]))
+        return
+    staged = np.zeros(((last - first) * PANEL, *values.shape[1:]), values.dtype)
+    mask = np.zeros(staged.shape, bool)
+    staged[row - first * PANEL:][:len(values)] = values
+    mask[row - first * PANEL:][:len(values)] = True
+    shape = (last - first, PANEL, *values.shape[1:])
+    np.copyto(array[first:last], arrange(staged.reshape(shape)), where=arrange(mask.reshape(shape)).astype(bool))
+
+
+def k_major(values):
+    """[panels, 16, K] to [panels, K, 16]."""
+    return values.transpose(0, 2, 1)
+
+
+def _grouped(size):
+    """[panels, 16, K] to [panels, K / size, 16, size]."""
+    return lambda v: v.reshape(v.shape[0], PANEL, -1, size).transpose(0, 2, 1, 3)
+
+
+def pack_f32(weight):
+    """float32 panels."""
+    panels = np.zeros((num_panels(weight.shape[0]), weight.shape[1], PANEL), np.float32)
+    scatter(weight, [(panels, k_major)], lambda part, rows: [floats(part, rows)])
+    return (panels,)
+
+
+def pack_f16(weight):
+    """float16 panels, for weights stored as float16."""
+    panels = np.zeros((num_panels(weight.shape[0]), weight.shape[1], PANEL), np.float16)
+    scatter(weight, [(panels, k_major)], lambda part, rows: [floats(part, rows).astype(np.float16)])
+    return (panels,)
+
+
+def pack_bf16(weight):
+    """bf16 pairs of panels, as uint16."""
+    panels = np.zeros((num_panels(weight.shape[0]), weight.shape[1] // 2, PANEL, 2), np.uint16)
+    convert = lambda part, rows: [floats(part, rows).astype(ml_dtypes.bfloat16).view(np.uint16)]
+    scatter(weight, [(panels, _grouped(2))], convert)
+    return (panels,)
+
+
+def pack_q8_0(weight):
+    """Codes (plus 128 where the target's dot takes unsigned weights) and scales."""
+    rows, width = num_panels(weight.shape[0]), weight.shape[1]
+    zero = 128 if unsigned_weights() else 0
+    codes = np.full((rows, width // 4, PANEL, 4), zero, np.uint8)
+    scales = np.zeros((rows, width // 32, PANEL), np.float16)
+
+    def convert(part, rows):
+        values, scale = q8_0_fields(part, rows)
+        return (values.view(np.uint8) + np.uint8(zero)), scale
+
+    scatter(weight, [(codes, _grouped(4)), (scales, k_major)], convert)
+    return codes, scales
+
+
+def nibble_pairs(values):
+    """Codes [panels, 16, K] to bytes [panels, K / 8, 16, 4]."""
+    grouped = values.reshape(values.shape[0], PANEL, -1, 2, 4).transpose(0, 2, 1, 3, 4)
+    return grouped[..., 0, :] | (grouped[..., 1, :] << 4)
+
+
+def pack_q4_0(weight):
+    """Four-bit codes and scales."""
+    rows, width = num_panels(weight.shape[0]), weight.shape[1]
+    codes = np.full((rows, width // 8, PANEL, 4), 0x88, np.uint8)
+    scales = np.zeros((rows, width // 32, PANEL), np.float16)
+    scatter(weight, [(codes, nibble_pairs), (scales, k_major)], q4_0_fields)
+    return codes, scales

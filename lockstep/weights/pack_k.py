@@ -1,0 +1,75 @@
+"""K-quants in panels of sixteen output features: one stream of blocks of 256, each a few whole cache lines.
+
+    q4_k   2368 bytes   d f16[16] | dmin f16[16] | sc u8[8][16] | m u8[8][16] | codes [32][16][4], nibbles as in q4_0
+    q6_k   3392 bytes   d f32[16] | sc i8[16][16] | low nibbles [32][16][4] as in q4_0 | high bits [16][16][4]
+
+The two high bits of q6_k's codes k, k + 4, k + 8, k + 12 share a byte, lowest first. 4.625 and 6.625 bits a weight.
+"""
+import numpy as np
+
+from lockstep.runtime.tiles_k import Q4_K_BYTES, Q6_K_BYTES
+from lockstep.weights import q4_k, q6_k
+from lockstep.weights.pack import PANEL, k_major, nibble_pairs, num_panels, scatter
+from lockstep.weights.tensor import check_finite
+
+
+def _stored(part, rows, format):
+    if part.format != format:
+        raise ValueError(f"tensor {part.name!r} is stored as {part.format}; a {format} linear layer takes only {format}")
+    return part.data[rows]
+
+
+def q4_k_fields(part, rows):
+    """Codes uint8 0..15 [rows, K], d and dmin float16 [rows, K / 256], sc and m uint8 [rows, K / 32]."""
+    codes, d, dmin, sc, m = q4_k.split(_stored(part, rows, "q4_k"))
+    check_finite(part, d)
+    check_finite(part, dmin)
+    return codes, d, dmin, sc, m
+
+
+def q6_k_fields(part, rows):
+    """Codes int8 -32..31 [rows, K], sc int8 [rows, K / 16] and d float16 [rows, K / 256]."""
+    codes, sc, d = q6_k.split(_stored(part, rows, "q6_k"))
+    check_finite(part, d)
+    return codes, sc, d
+
+
+def _blocks(arrange, per_block):
+    """An arrangement of [panels, 16, per_block * K / 256] as [panels, K / 256, values of a block]."""
+    return lambda v: arrange(v).reshape(v.shape[0], v.shape[2] // per_block, -1)
+
+
+def _high_bits(values):
+    """Codes 0..3 [panels, 16, K] to bytes [panels, K / 16, 16, 4]."""
+    four = values.reshape(values.shape[0], PANEL, -1, 4, 4).transpose(0, 2, 1, 3, 4)
+    return four[..., 0, :] | four[..., 1, :] << 2 | four[..., 2, :] << 4 | four[..., 3, :] << 6
+
+
+def _field(blocks, start, count, dtype=np.uint8):
+    """A field of every block: [panels, K / 256, count]."""
+    return blocks[..., start:start + count * np.dtype(dtype).itemsize].view(dtype)
+
+
+def pack_q4_k(weight):
+    """Blocks uint8 [panels, K / 256, 2368]."""
+    blocks = np.zeros((num_panels(weight.shape[0]), weight.shape[1] // 256, Q4_K_BYTES), np.uint8)
+    outputs = [(_field(blocks, 320, 2048), _blocks(nibble_pairs, 256)), (_field(blocks, 0, 16, np.float16), k_major),
+               (_field(blocks, 32, 16, np.float16), k_major), (_field(blocks, 64, 128), _blocks(k_major, 8)),
+               (_field(blocks, 192, 128), _blocks(k_major, 8))]
+    scatter(weight, outputs, q4_k_fields)
+    return (blocks,)
+
+
+def pack_q6_k(weight):
+    """Blocks uint8 [panels, K / 256, 3392]."""
+    blocks = np.zeros((num_panels(weight.shape[0]), weight.shape[1] // 256, Q6_K_BYTES), np.uint8)
+    outputs = [(_field(blocks, 320, 2048), _blocks(nibble_pairs, 256)), (_field(blocks, 2368, 1024), _blocks(_high_bits, 256)),
+               (_field(blocks, 64, 256, np.int8), _blocks(k_major, 16)), (_field(blocks, 0, 16, np.float32), k_major)]
+
+    def convert(part, rows):
+        codes, sc, d = q6_k_fields(part, rows)
+        codes = (codes + np.int8(32)).view(np.uint8)
+        return codes & 15, codes >> 4, sc, d.astype(np.float32)
+
+    scatter(weight, outputs, convert)
+    return (blocks,)

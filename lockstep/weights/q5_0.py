@@ -1,0 +1,27 @@
+"""Q5_0: 32 weights in 22 bytes, w = d * (q - 16).
+
+    byte 0..1   d, float16
+    byte 2..5   fifth bits, little-endian: bit i belongs to q[i]
+    byte 6..21  low four bits as in Q4_0
+
+Source: block_q5_0 in ggml-common.h.
+"""
+
+import numpy as np
+
+from lockstep.weights import blocks as blk
+from lockstep.weights.q4_0 import nibbles
+
+BLOCK_SIZE = 32
+BLOCK_BYTES = 22
+
+
+def dequantize(packed: np.ndarray) -> np.ndarray:
+    """Packed rows uint8 [..., bytes] to float32 [..., K]. Error: none, each product is exact in float32."""
+    return blk.dequantize_in_chunks(packed, BLOCK_SIZE, BLOCK_BYTES, _decode)
+
+
+def _decode(blocks: np.ndarray) -> np.ndarray:
+    fifth = np.unpackbits(blocks[:, 2:6], axis=1, bitorder="little")
+    codes = (nibbles(blocks[:, 6:]) | fifth << 4).astype(np.float32) - np.float32(16)
+    return codes * blk.field_f16(blocks, 0).astype(np.float32)[:, None]

@@ -1,0 +1,183 @@
+"""Safetensors: an 8-byte header length, a JSON header, then the tensors' bytes without gaps.
+
+Source: the format description in the README of github.com/huggingface/safetensors. Every length and
+offset is checked against the file before anything is read or allocated with it.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lockstep.weights.mapped import map_file, parse_json_object, read_json_object
+from lockstep.weights.tensor import PLAIN_FORMATS, StoredTensor, TensorInfo, TensorMap, view_tensor
+
+MAX_HEADER_BYTES = 100_000_000
+MAX_DIMS = 16
+MAX_DIM = 1 << 48
+INDEX_NAME = "model.safetensors.index.json"
+
+FORMAT_OF_DTYPE: Mapping[str, str] = {
+    "F64": "f64", "F32": "f32", "F16": "f16", "BF16": "bf16",
+    "F8_E4M3": "f8_e4m3", "F8_E5M2": "f8_e5m2", "F8_E8M0": "f8_e8m0",
+    "I64": "i64", "I32": "i32", "I16": "i16", "I8": "i8",
+    "U64": "u64", "U32": "u32", "U16": "u16", "U8": "u8", "BOOL": "bool",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SafetensorsFile:
+    """One mapped file: `infos` and `begins` (byte offsets in `raw`) by tensor name."""
+
+    path: Path
+    raw: np.ndarray
+    header_hash: str
+    infos: dict[str, TensorInfo]
+    begins: dict[str, int]
+
+    def load(self, name: str) -> StoredTensor:
+        """View one tensor of this file; nothing is copied."""
+        info, begin = self.infos[name], self.begins[name]
+        return view_tensor(self.raw[begin : begin + info.num_bytes], info)
+
+
+def open_file(path: Path) -> SafetensorsFile:
+    """Map one .safetensors file and check its whole header. Raises ValueError saying what is wrong with it."""
+    raw = map_file(path)
+    header_bytes = _header_length(raw, path)
+    data_start = 8 + header_bytes
+    header = raw[8:data_start].tobytes()
+    entries = parse_json_object(header, f"{path}: header")
+    _check_metadata(entries.pop("__metadata__", {}), path)
+    spans = {name: _parse_entry(name, entry, path) for name, entry in entries.items()}
+    _check_layout(spans, len(raw) - data_start, path)
+    infos = {name: info for name, (info, _) in spans.items()}
+    begins = {name: data_start + begin for name, (_, begin) in spans.items()}
+    return SafetensorsFile(path, raw, hashlib.sha256(header).hexdigest(), infos, begins)
+
+
+def open_folder(folder: Path) -> list[SafetensorsFile]:
+    """Open a folder's checkpoint: the shards its index names, or else its single .safetensors file.
+
+    Raises ValueError if a shard or a tensor that the index names is missing, or a file is broken.
+    """
+    index_path = folder / INDEX_NAME
+    if index_path.is_file():
+        return _open_shards(folder, index_path)
+    return [open_file(_only_file(folder))]
+
+
+def merge(files: list[SafetensorsFile]) -> TensorMap:
+    """All tensors of several files as one mapping. Raises ValueError if two files hold the same name."""
+    home: dict[str, SafetensorsFile] = {}
+    for file in files:
+        for name in file.infos:
+            if name in home:
+                raise ValueError(f"tensor {name!r} is in both {home[name].path} and {file.path}")
+            home[name] = file
+    infos = {name: file.infos[name] for name, file in home.items()}
+    return TensorMap(infos, lambda name: home[name].load(name))
+
+
+def _header_length(raw: np.ndarray, path: Path) -> int:
+    if len(raw) < 8:
+        raise ValueError(f"{path}: expected an 8-byte header length, the file has {len(raw)} bytes")
+    length = int.from_bytes(raw[:8].tobytes(), "little")
+    if length > MAX_HEADER_BYTES or length > len(raw) - 8:
+        allowed = min(MAX_HEADER_BYTES, len(raw) - 8)
+        raise ValueError(f"{path}: header of {length} bytes, at most {allowed} are possible in this file")
+    return length
+
+
+def _check_metadata(metadata: object, path: Path) -> None:
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"{path}: __metadata__ must be an object of strings")
+
+
+def _parse_entry(name: str, entry: object, path: Path) -> tuple[TensorInfo, int]:
+    """One header entry as its info and its begin within the data section."""
+    where = f"{path}: tensor {name!r}"
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{where}: expected an object with dtype, shape and data_offsets")
+    format = _format(entry["dtype"], where)
+    shape = tuple(_integers(entry["shape"], MAX_DIMS, f"{where}: shape"))
+    offsets = _integers(entry["data_offsets"], 2, f"{where}: data_offsets")
+    if len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"{where}: data_offsets must be [begin, end] with begin <= end, found {offsets}")
+    num_bytes = offsets[1] - offsets[0]
+    expected = math.prod(shape) * PLAIN_FORMATS[format].itemsize
+    if expected != num_bytes:
+        raise ValueError(f"{where}: {format} {list(shape)} takes {expected} bytes, data_offsets give {num_bytes}")
+    return TensorInfo(name, format, shape, num_bytes), offsets[0]
+
+
+def _format(dtype: object, where: str) -> str:
+    if not isinstance(dtype, str) or dtype not in FORMAT_OF_DTYPE:
+        raise ValueError(f"{where}: dtype {dtype!r} is not supported, only {', '.join(FORMAT_OF_DTYPE)}")
+    return FORMAT_OF_DTYPE[dtype]
+
+
+def _integers(value: object, max_length: int, where: str) -> list[int]:
+    if not isinstance(value, list) or len(value) > max_length:
+        raise ValueError(f"{where}: expected a list of at most {max_length} integers")
+    for item in value:
+        # bool is a kind of int in Python, not in JSON.
+        if type(item) is not int or not 0 <= item < MAX_DIM:
+            raise ValueError(f"{where}: expected integers from 0 to 2^48, found {item!r}")
+    return value
+
+
+def _check_layout(spans: dict[str, tuple[TensorInfo, int]], data_bytes: int, path: Path) -> None:
+    """Tensors must fill the data section exactly: no overlap, no gap, no end past the file."""
+    position = 0
+    for info, begin in sorted(spans.values(), key=lambda span: (span[1], span[0].num_bytes)):
+        end = begin + info.num_bytes
+        if end > data_bytes:
+            raise ValueError(f"{path}: tensor {info.name!r} ends at byte {end} of {data_bytes} bytes of data")
+        if begin != position:
+            problem = "overlaps the tensor before it" if begin < position else "leaves a gap before it"
+            raise ValueError(f"{path}: tensor {info.name!r} {problem}: begins at {begin}, expected {position}")
+        position = end
+    if position != data_bytes:
+        raise ValueError(f"{path}: tensors end at byte {position}, the file has {data_bytes} bytes of data")
+
+
+def _open_shards(folder: Path, index_path: Path) -> list[SafetensorsFile]:
+    weight_map = read_json_object(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index_path}: expected a weight_map from tensor names to shard files")
+    names_of_shard: dict[str, list[str]] = {}
+    for name, shard in weight_map.items():
+        names_of_shard.setdefault(_shard_name(shard, index_path), []).append(name)
+    return [_open_shard(folder / shard, names, index_path) for shard, names in sorted(names_of_shard.items())]
+
+
+def _shard_name(shard: object, index_path: Path) -> str:
+    plain = isinstance(shard, str) and shard.endswith(".safetensors") and not set(shard) & set("/\\:\0")
+    if not plain:
+        raise ValueError(f"{index_path}: expected a .safetensors file name in this folder, found {shard!r}")
+    return shard
+
+
+def _open_shard(path: Path, names: list[str], index_path: Path) -> SafetensorsFile:
+    if not path.is_file():
+        raise ValueError(f"{index_path}: shard {path.name} is missing (tensor {names[0]!r} and {len(names) - 1} more)")
+    file = open_file(path)
+    absent = [name for name in names if name not in file.infos]
+    if absent:
+        raise ValueError(f"{path}: tensor {absent[0]!r} is missing, {index_path.name} says it is in this shard")
+    return file
+
+
+def _only_file(folder: Path) -> Path:
+    default = folder / "model.safetensors"
+    if default.is_file():
+        return default
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found[:4]) or "none"
+        raise ValueError(f"{folder}: expected model.safetensors, {INDEX_NAME} or one .safetensors file, found {names}")
+    return found[0]

@@ -1,0 +1,69 @@
+"""Packed weights: made once, kept on disk, memory-mapped from then on."""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from lockstep.runtime.executor import WeightStore
+from lockstep.runtime.kernel import user_cache
+from lockstep.runtime.targets import name as target_name
+
+KEPT = "panels"  # layouts with this word in their name are kept on disk: the others are cheap to make
+FORMAT = 1  # of the packed files; a change of any layout raises it
+
+
+class PackedStore(WeightStore):
+    """The packed weights of a checkpoint, kept in the user's cache folder.
+
+    progress: called with ("packing", bytes done, None) as weights are packed. A folder that cannot be written, or a full
+    disk, only means that nothing is kept.
+    """
+
+    def __init__(self, checkpoint, progress=None):
+        super().__init__()
+        self.folder = user_cache() / "packed" / f"{checkpoint.fingerprint()[:32]}-{FORMAT}-{target_name()}"
+        self._progress, self._done = progress, 0
+
+    def make(self, weight, layout):
+        name, pack = layout
+        if KEPT not in name:
+            return super().make(weight, layout)
+        key = hashlib.sha256(f"{weight.name}\0{name}".encode()).hexdigest()[:24]
+        kept = self._load(key)
+        if kept is None:
+            kept = super().make(weight, layout)
+            self._keep(key, kept)
+            self._report(kept)
+        return kept
+
+    def _report(self, arrays):
+        self._done += sum(a.nbytes for a in arrays)
+        if self._progress:
+            self._progress("packing", self._done, None)
+
+    def _load(self, key):
+        """The arrays of a packed weight, memory-mapped; None where they are not there or not whole."""
+        folder = self.folder / key
+        try:
+            return tuple(np.load(folder / f"{i}.npy", mmap_mode="r") for i in range(len(os.listdir(folder))))
+        except (OSError, ValueError):
+            return None
+
+    def _keep(self, key, arrays):
+        """Writes arrays into a folder that appears whole or not at all, whatever other processes do."""
+        with contextlib.suppress(OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if shutil.disk_usage(self.folder).free < 4 * sum(a.nbytes for a in arrays):
+                return
+            made = Path(tempfile.mkdtemp(dir=self.folder, prefix=".making-"))
+            try:
+                for i, array in enumerate(arrays):
+                    np.save(made / f"{i}.npy", array)
+                os.replace(made, self.folder / key)
+            except OSError:
+                shutil.rmtree(made, ignore_errors=True)

@@ -1,0 +1,138 @@
+"""One tensor as a checkpoint stores it: plain floats or integers, or rows of quantized blocks."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+
+import ml_dtypes
+import numpy as np
+
+from lockstep.weights import q4_0, q4_1, q4_k, q5_0, q5_k, q6_k, q8_0
+from lockstep.weights.blocks import row_bytes
+
+PLAIN_FORMATS: Mapping[str, np.dtype] = {
+    "f64": np.dtype(np.float64),
+    "f32": np.dtype(np.float32),
+    "f16": np.dtype(np.float16),
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+    "f8_e4m3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "f8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
+    "f8_e8m0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "i64": np.dtype(np.int64),
+    "i32": np.dtype(np.int32),
+    "i16": np.dtype(np.int16),
+    "i8": np.dtype(np.int8),
+    "u64": np.dtype(np.uint64),
+    "u32": np.dtype(np.uint32),
+    "u16": np.dtype(np.uint16),
+    "u8": np.dtype(np.uint8),
+    "bool": np.dtype(np.bool_),
+}
+
+BLOCK_FORMATS: Mapping[str, ModuleType] = {
+    "q8_0": q8_0,
+    "q4_0": q4_0,
+    "q4_1": q4_1,
+    "q5_0": q5_0,
+    "q4_k": q4_k,
+    "q5_k": q5_k,
+    "q6_k": q6_k,
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a tensor without reading it: `shape` is logical, `num_bytes` as stored."""
+
+    name: str
+    format: str
+    shape: tuple[int, ...]
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as stored.
+
+    Shapes: `shape` is logical, output features first and K last, as Hugging Face has it. `data` is read-only:
+    floats and integers in that shape, block formats as uint8 [rows..., bytes per row].
+    """
+
+    name: str
+    format: str
+    shape: tuple[int, ...]
+    data: np.ndarray
+
+    def to_f32(self, rows: slice = slice(None)) -> np.ndarray:
+        """The weights of the chosen rows (of the first axis) as a new float32 array.
+
+        Error: none beyond the format's own definition (float64 is rounded).
+        """
+        data = self.data[rows] if self.shape else self.data
+        if self.format in BLOCK_FORMATS:
+            return BLOCK_FORMATS[self.format].dequantize(data)
+        return data.astype(np.float32)
+
+
+class TensorMap(Mapping[str, StoredTensor]):
+    """Tensors by name, each brought into its Hugging Face form only when it is asked for.
+
+    Names, shapes and formats (`info`) are known at once and cost nothing.
+    """
+
+    def __init__(self, infos: Mapping[str, TensorInfo], load: Callable[[str], StoredTensor]):
+        self.info = infos
+        self._load = load
+
+    def __getitem__(self, name: str) -> StoredTensor:
+        if name not in self.info:
+            raise KeyError(name)
+        return self._load(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.info
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.info)
+
+    def __len__(self) -> int:
+        return len(self.info)
+
+
+def stored_shape(format: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and dtype of the array that holds a tensor: itself, or uint8 rows for a block format."""
+    if format in PLAIN_FORMATS:
+        return shape, PLAIN_FORMATS[format]
+    block = BLOCK_FORMATS[format]
+    columns = shape[-1] if shape else 1
+    return (*shape[:-1], row_bytes(columns, block.BLOCK_SIZE, block.BLOCK_BYTES)), np.dtype(np.uint8)
+
+
+def view_tensor(raw: np.ndarray, info: TensorInfo) -> StoredTensor:
+    """See raw bytes uint8 [num_bytes] as the tensor that `info` describes, without copying.
+
+    A file may place a tensor at an address its dtype does not allow; only then it is copied.
+    """
+    shape, dtype = stored_shape(info.format, info.shape)
+    data = raw.view(dtype)
+    if not data.flags.aligned:
+        data = data.copy()
+    data = data.reshape(shape)
+    data.flags.writeable = False
+    return StoredTensor(info.name, info.format, info.shape, data)
+
+
+def check_finite(tensor: StoredTensor, array: np.ndarray) -> None:
+    """Raise ValueError naming the tensor, how many values are NaN or infinite, and the first one's index.
+
+    `array` is whatever part of the tensor is being packed, as floats.
+    """
+    finite = np.isfinite(array)
+    if finite.all():
+        return
+    first = tuple(int(i) for i in np.argwhere(~finite)[0])
+    count = array.size - int(np.count_nonzero(finite))
+    raise ValueError(
+        f"tensor {tensor.name!r}: expected finite weights, found {count} NaN or infinite, "
+        f"the first ({float(array[first])}) at index {list(first)}"
+    )

@@ -1,0 +1,123 @@
+"""The engine on a tiny model: who may enter, how requests end, and that none of it changes anybody's tokens."""
+import numpy as np
+import pytest
+
+from lockstep.engine.engine import Engine, EngineOptions
+from lockstep.engine.request import SamplingParams
+from tests.promise.models import Case, load
+
+PROMPTS = [np.random.RandomState(i).randint(3, 96, n).tolist() for i, n in enumerate((1, 70, 3, 33, 129, 16, 2, 64))]
+PARAMS = [SamplingParams(max_tokens=5 + 7 * i, temperature=(0, 0.9)[i % 2], top_p=0.95, seed=i, ignore_eos=True)
+          for i in range(len(PROMPTS))]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return load(Case("qwen3_5", "f32", "bf16"), tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def engine(model):
+    """Makes engines, and ends their threads."""
+    made = []
+
+    def make(**options):
+        made.append(Engine(model, EngineOptions(**{"threads": 2, "max_requests": 3, **options})))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def finish(engine):
+    while engine.has_work:
+        engine.step()
+
+
+def answers(engine):
+    """(tokens, logprobs, why it ended) of all prompts, run together."""
+    requests = [engine.add(p, s) for p, s in zip(PROMPTS, PARAMS)]
+    finish(engine)
+    return [(r.output_ids, r.logprobs, r.finish_reason) for r in requests]
+
+
+@pytest.fixture(scope="module")
+def alone(model):
+    """The answers of a small engine: one request and one token at a time."""
+    made = Engine(model, EngineOptions(max_step_tokens=1, max_requests=1, threads=1))
+    yield answers(made)
+    made.close()
+
+
+@pytest.mark.parametrize("options", [dict(max_step_tokens=512), dict(max_step_tokens=7), dict(max_step_tokens=64, max_requests=8),
+                                     dict(max_step_tokens=3, max_requests=1, threads=3), dict(kv_tokens=192)], ids=str)
+def test_more_requests_than_places_all_finish_with_their_own_tokens(engine, alone, options):
+    made = engine(**options)
+    assert answers(made) == alone
+    assert made.scheduler.pages.num_free == made.scheduler.limits.num_pages
+
+
+def test_cancelled_requests_free_their_pages_at_once_and_disturb_nobody(engine, alone):
+    made = engine(max_step_tokens=40)
+    requests = [made.add(p, s) for p, s in zip(PROMPTS, PARAMS)]
+    made.step()
+    running, waiting = made.scheduler.running[1], made.scheduler.waiting[-1]
+    free = made.scheduler.pages.num_free
+    held = len(running.pages)
+    made.cancel(running)
+    made.cancel(waiting)
+    assert made.scheduler.pages.num_free == free + held and running.pages == [] and held > 0
+    made.cancel(running)
+    finish(made)
+    for r, expected in zip(requests, alone):
+        if r in (running, waiting):
+            assert r.finish_reason == "cancelled"
+        else:
+            assert (r.output_ids, r.logprobs, r.finish_reason) == expected
+
+
+@pytest.mark.parametrize("prompt, max_tokens, message", [
+    ([], 5, "at least one token"), ([1, 96], 5, "0 to 95, got 1 to 96"), ([-1], 5, "0 to 95, got -1"),
+    ([1] * 2300, 5, "more than the context of 2304"), ([1], 2304, "more than the context of 2304")])
+def test_a_bad_prompt_is_refused_and_nothing_is_left_of_it(engine, prompt, max_tokens, message):
+    made = engine()
+    with pytest.raises(ValueError, match=message):
+        made.add(prompt, SamplingParams(max_tokens=max_tokens))
+    assert not made.has_work
+
+
+def test_a_prompt_may_fill_the_context_exactly(engine):
+    made = engine()
+    r = made.add([5] * 2303, SamplingParams(max_tokens=1))
+    finish(made)
+    assert (len(r.output_ids), r.finish_reason) == (1, "length")
+
+
+def test_end_tokens_end_a_request_unless_ignored(engine, alone):
+    tokens = alone[0][0]
+    made = engine()
+    made.eos_ids = frozenset({tokens[2]})
+    stop = tokens.index(tokens[2]) + 1
+    ends = made.add(PROMPTS[0], SamplingParams(max_tokens=5))
+    ignores = made.add(PROMPTS[0], SamplingParams(max_tokens=5, ignore_eos=True))
+    stops = made.add(PROMPTS[0], SamplingParams(max_tokens=5, ignore_eos=True, stop_token_ids=(tokens[2],)))
+    finish(made)
+    assert (ends.output_ids, ends.finish_reason) == (tokens[:stop], "stop")
+    assert (stops.output_ids, stops.finish_reason) == (tokens[:stop], "stop")
+    assert (ignores.output_ids, ignores.finish_reason) == (tokens, "length")
+
+
+def test_alternatives_are_those_of_the_logits(engine):
+    made = engine()
+    r = made.add(PROMPTS[1], SamplingParams(max_tokens=3, logprobs=4, ignore_eos=True))
+    finish(made)
+    for token, logprob, top in zip(r.output_ids, r.logprobs, r.top_logprobs):
+        assert len(top) == 4 and next(iter(top)) == token and abs(top[token] - logprob) < 1e-5
+        assert list(top.values()) == sorted(top.values(), reverse=True)
+
+
+@pytest.mark.parametrize("bad", [{"max_step_tokens": 0}, {"max_requests": 0}, {"kv_tokens": 63}, {"threads": 0}, {"max_requests": 1.5}])
+def test_a_bad_option_is_named(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        EngineOptions(**bad)

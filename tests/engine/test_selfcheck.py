@@ -1,0 +1,52 @@
+"""The self-check passes on sound kernels, names the op on wrong ones, and leaves no kind of op out."""
+import json
+
+import pytest
+
+from lockstep.engine import selfcheck
+from lockstep.ops import BACKENDS
+from tests.golden.record_kernels import recorded
+from tests.promise.faults import faulty
+from tests.promise.models import CASES, Case, load
+
+TABLE = {**BACKENDS["reference"], **BACKENDS["cpu"]}
+
+
+@pytest.fixture(autouse=True)
+def own_marks(monkeypatch, tmp_path):
+    monkeypatch.setattr(selfcheck, "user_cache", lambda: tmp_path / "cache")
+
+
+@pytest.fixture(scope="module", params=[Case("qwen3_5", "q8_0", "bf16"), Case("qwen2", "f32", "f32")], ids=str)
+def program(request, tmp_path_factory):
+    return load(request.param, tmp_path_factory.mktemp("tiny")).program
+
+
+def test_sound_kernels_pass_and_are_remembered(program, tmp_path, monkeypatch):
+    selfcheck.check(program, TABLE)
+    assert len(list((tmp_path / "cache" / "selfcheck").iterdir())) == 1
+    monkeypatch.setattr(selfcheck, "digests", lambda *_: pytest.fail("checked again"))
+    selfcheck.check(program, TABLE)
+
+
+def test_a_wrong_bit_in_any_kernel_is_refused_by_name(program):
+    [probe] = selfcheck.probes(program)
+    made = selfcheck.probe_model(probe, TABLE, True).rewritten(None, True)
+    for kind, output in sorted({(op.kind, op.outputs.index(t)) for op, t in selfcheck.visible(made)}):
+        with pytest.raises(RuntimeError, match=f"op {kind.replace('+', '.')} gives other bits.*expected [0-9a-f]+, found"):
+            selfcheck.check(program, {**TABLE, kind: faulty(TABLE[kind], output)})
+    for kind in {op.kind for op in made.ops if op.outputs[0].dtype == "i8"}:
+        with pytest.raises(RuntimeError, match="gives other bits"):
+            selfcheck.check(program, {**TABLE, kind: faulty(TABLE[kind], 0)})
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_kind_of_op_is_checked(case, tmp_path):
+    program = load(case, tmp_path).program
+    made = [selfcheck.probe_model(p, TABLE, True).rewritten(None, True) for p in selfcheck.probes(program)]
+    assert {op.kind for op in program.ops} <= {op.kind for m in made for op in m.ops}
+
+
+def test_the_recorded_digests_are_those_of_the_definitions():
+    probe = selfcheck.Probe("qwen2", "f32", "f32")
+    assert recorded(probe) == json.loads(selfcheck.GOLDEN.read_text())[str(probe)]

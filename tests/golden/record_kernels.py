@@ -1,0 +1,24 @@
+"""Records lockstep/engine/golden_kernels.json from the definitions: python -m tests.golden.record_kernels
+
+Only after a decision to change bits, together with a new NUMERICS version.
+"""
+import json
+
+from lockstep.engine.selfcheck import CONFIGS, FORMATS, GOLDEN, Probe, digests
+from lockstep.ops import BACKENDS
+
+EXPERT_FORMATS = ("f32", "f16", "bf16", "q8_0", "q4_0")
+
+
+def all_probes():
+    pairs = [(f, w) for f in CONFIGS for w in FORMATS if f != "qwen3_moe" or w in EXPERT_FORMATS]
+    return [Probe(f, w, kv) for f, w in pairs for kv in ("f32", "bf16")]
+
+
+def recorded(probe):
+    """{tensor name: digest}, from the definitions, unfused."""
+    return {name: digest for _, name, digest in digests(probe, BACKENDS["reference"], fused=False)}
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(json.dumps({str(p): recorded(p) for p in all_probes()}, indent=0) + "\n")

@@ -1,0 +1,54 @@
+"""Runs a checkpoint through the engine's runner and gives back the logits of every position."""
+import numpy as np
+
+from lockstep.engine.model import load_model
+from lockstep.engine.runner import Limits, Runner, Span
+from lockstep.ops.kv_cache import PAGE_TOKENS
+from lockstep.runtime.executor import WeightStore
+from lockstep.runtime.threads import Team
+from lockstep.weights.checkpoint import open_checkpoint
+
+TOLERANCE = 1e-4
+
+
+def load(folder, weights="f32", kv_dtype=None, max_context=256):
+    """A checkpoint's model, its packed weights in memory only."""
+    return load_model(open_checkpoint(folder), WeightStore(), weights, kv_dtype, max_context)
+
+
+def logits_of(model, ids, cuts=(), slots=None, num_threads=2, dirty=False, **runner):
+    """Logits [tokens, V] of a prompt fed in pieces that end at `cuts`.
+
+    slots: the state slot of each piece (all the same in a sound run). dirty: another prompt used the same memory before.
+    """
+    bounds = [0, *cuts, len(ids)]
+    num_pages = -(-len(ids) // PAGE_TOKENS)
+    team = Team(num_threads)
+    try:
+        made = Runner(model, team, Limits(len(ids), 3, num_pages + 2, len(ids)), **runner)
+        pages = list(range(num_pages + 1, 1, -1))
+        if dirty:
+            made.step([Span(ids[::-1], 0, pages, 1, {len(ids) - 1: {}})])
+        return np.concatenate([_piece(made, ids, start, stop, pages, slots[i] if slots else 1)
+                               for i, (start, stop) in enumerate(zip(bounds, bounds[1:]))])
+    finally:
+        team.close()
+
+
+def _piece(runner, ids, start, stop, pages, slot):
+    span = Span(ids[start:stop], start, pages, slot, {row: {} for row in range(stop - start)})
+    return runner.step([span])[2].copy()
+
+
+def difference(found, expected):
+    """(largest absolute difference, positions whose argmax differs); infinite where something is not finite."""
+    assert found.shape == expected.shape, (found.shape, expected.shape)
+    if not np.isfinite(found).all():
+        return float("inf"), len(found)
+    return float(np.abs(found - expected).max()), int((found.argmax(-1) != expected.argmax(-1)).sum())
+
+
+def check(found, expected, tolerance=TOLERANCE):
+    """Asserts that logits agree within the tolerance and in every argmax."""
+    worst, flips = difference(found, expected)
+    assert worst <= tolerance and flips == 0, f"max_abs_diff {worst:.3g} (allowed {tolerance:.3g}), {flips} argmax differ"

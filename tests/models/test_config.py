@@ -1,0 +1,200 @@
+"""What a config.json is understood as, and what is refused, and how."""
+import numpy as np
+import pytest
+
+from lockstep.models.config import Experts, LinearAttention
+from lockstep.models.families import model_config
+from lockstep.models.record import compute_format
+from lockstep.ops.rope import RopeScaling
+from tests.models import published as p
+from tests.models import tiny
+from tests.models.cases import CASES, SEED, case, hybrid, nested
+from tests.models.running import load
+
+
+@pytest.mark.parametrize("config, expected", [
+    (p.LLAMA_3_2_1B, dict(rope_dim=64, rope_theta=5e5, tied=True, eos_ids=(128001, 128008, 128009), num_kv_heads=8,
+                          rope_scaling=RopeScaling("llama3", 32.0, 1.0, 4.0, 8192), qkv_bias=False, o_bias=False)),
+    (p.LLAMA_2_7B, dict(rope_dim=128, rope_theta=1e4, tied=False, head_dim=128, rms_eps=1e-5)),
+    (p.SMOLLM2, dict(num_heads=9, head_dim=64, tied=True)),
+    (p.MISTRAL_7B_V0_3, dict(num_kv_heads=8, head_dim=128, rope_theta=1e6, tied=False)),
+    (p.QWEN2_5_0_5B, dict(qkv_bias=True, o_bias=False, qk_norm=False, head_dim=64, num_kv_heads=2)),
+    (p.QWEN3_0_6B, dict(qk_norm=True, qkv_bias=False, head_dim=128, norm_offset=0.0)),
+    (p.QWEN3_30B_A3B, dict(experts=Experts(128, 8, 768, True), ffn_width=0, qk_norm=True)),
+    (p.SMOLLM3_3B, dict(tied=True, rope_theta=5e6)),
+    (p.QWEN3_5_0_8B, dict(linear_attention=LinearAttention(16, 16, 128, 128, 4), rope_dim=64, rope_theta=1e7, tied=True,
+                          norm_offset=1.0, qk_norm=True, output_gate=True, eos_ids=(248044,), num_mtp_layers=1)),
+], ids=lambda v: v.get("model_type") if "model_type" in v else "")
+def test_published_configs(config, expected):
+    made = model_config(config)
+    assert {k: getattr(made, k) for k in expected} == expected
+    assert all(layer.window == 0 for layer in made.layers)
+
+
+def test_layers_of_published_configs():
+    assert [layer.rope for layer in model_config(p.SMOLLM3_3B).layers] == [True, True, True, False] * 9
+    mixers = [layer.mixer for layer in model_config(p.QWEN3_5_0_8B).layers]
+    assert mixers == (["linear_attention"] * 3 + ["attention"]) * 6
+
+
+def windows(config):
+    return [layer.window for layer in model_config(config).layers]
+
+
+def test_windows():
+    mistral = case("mistral")
+    assert windows(mistral) == [4096] * 3  # what transformers takes where the config is silent
+    assert windows({**mistral, "sliding_window": None}) == [0] * 3
+    sliding = dict(use_sliding_window=True, sliding_window=5)
+    assert windows(case("qwen2", max_window_layers=2, **sliding)) == [0, 0, 5]
+    assert windows(case("qwen3", layer_types=["sliding_attention", "full_attention", "full_attention"], **sliding)) == [5, 0, 0]
+    assert windows(case("qwen3", use_sliding_window=False, sliding_window=5, max_window_layers=0)) == [0] * 3
+    assert windows({**CASES["qwen3_moe"], **sliding, "max_window_layers": 48}) == [5] * 3
+    assert windows({**CASES["smollm3"], **sliding}) == [0, 5, 0, 5]
+
+
+def test_what_a_silent_config_means():
+    def without(config, *keys):
+        return {k: v for k, v in config.items() if k not in keys}
+
+    assert not model_config(without(case("llama"), "tie_word_embeddings")).tied
+    assert model_config(without(case("smollm3"), "tie_word_embeddings", "rope_theta")).tied
+    assert model_config(without(case("smollm3"), "rope_theta")).rope_theta == 2e6
+    assert model_config(without(case("llama"), "num_key_value_heads")).num_kv_heads == 4
+    plain = hybrid(rope_parameters={"rope_theta": 10.0, "rope_type": "default"})
+    assert model_config(without(plain, "layer_types")).layers == model_config(hybrid()).layers
+    assert model_config(plain).rope_dim == 8  # a quarter
+    outer = {"model_type": "qwen3_5", "eos_token_id": [7, 8], "text_config": without(hybrid(), "eos_token_id")}
+    assert model_config(outer).eos_ids == (7, 8)
+
+
+def test_experts_may_be_counted_under_either_name():
+    saved = dict(CASES["qwen3_moe"])  # transformers 5 writes num_local_experts
+    saved["num_local_experts"] = saved.pop("num_experts")
+    assert model_config(saved) == model_config(CASES["qwen3_moe"])
+
+
+def test_old_context_of_scaled_rope():
+    llama3 = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    assert model_config(case("llama", rope_scaling=llama3)).rope_scaling.original_max_position_embeddings == 256
+    outside = case("llama", rope_scaling=llama3, original_max_position_embeddings=64)
+    assert model_config(outside).rope_scaling.original_max_position_embeddings == 64
+
+
+REFUSED = [
+    (case("gpt2"), "model_type 'gpt2' is not supported; supported are llama, mistral"),
+    (case(None), "model_type None is not supported"),
+    (case("llama", attention_multiplier=0.5), "config key 'attention_multiplier' (value 0.5) is not supported"),
+    (case("llama", logits_scaling=8.0), "'logits_scaling'"), (case("llama", embedding_multiplier=12), "'embedding_multiplier'"),
+    (case("qwen3", final_logit_softcapping=30.0), "'final_logit_softcapping'"),
+    (case("llama", residual_multiplier=0.2), "'residual_multiplier'"), (case("llama", clip_qkv=8.0), "'clip_qkv'"),
+    (case("llama", quantization_config={"quant_method": "gptq"}), "'quantization_config'"),
+    (nested(hybrid()) | {"quantization_config": {"quant_method": "fp8"}}, "'quantization_config'"),
+    (case("llama", hidden_act="gelu"), "config key 'hidden_act': 'gelu' is not supported, only 'silu' or 'swish'"),
+    (case("llama", mlp_bias=True), "'mlp_bias'"), (case("llama", sliding_window=9), "'sliding_window'"),
+    (case("mistral", sliding_window=9, attention_bias=True), "'attention_bias'"),
+    (case("mistral", layer_types=["full_attention"] * 3), "'layer_types'"),
+    (case("qwen2", attention_bias=True), "'attention_bias'"), (case("qwen3", num_experts=8), "'num_experts'"),
+    (case("llama", partial_rotary_factor=0.5), "config key 'partial_rotary_factor': 0.5 is not supported, only 1"),
+    (case("llama", rope_scaling={"rope_type": "dynamic", "factor": 2.0}), "rope type 'dynamic' is not supported; supported are default, linear"),
+    (case("llama", rope_scaling={"rope_type": "longrope", "long_factor": [1.0]}), "rope type 'longrope'"),
+    (case("qwen2", rope_scaling={"type": "mrope", "mrope_section": [2, 3, 3]}), "rope type 'mrope'"),
+    (case("llama", rope_scaling={"rope_type": "linear"}), "rope parameter 'factor': expected a positive number, got None"),
+    (case("llama", rope_scaling={"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 4.0}), "rope parameter 'low_freq_factor'"),
+    (case("llama", rope_scaling={"rope_type": "linear", "factor": 2.0, "short_mscale": 1.1}), "rope parameter 'short_mscale'"),
+    (case("llama", rope_parameters={"full_attention": {"rope_theta": 5.0}}), "rope parameter 'full_attention'"),
+    (case("llama", rope_theta=-1.0), "rope parameter 'rope_theta': expected a positive number, got -1.0"),
+    ({**CASES["qwen3_moe"], "mlp_only_layers": [1]}, "config key 'mlp_only_layers': [1] is not supported, only []"),
+    ({**CASES["qwen3_moe"], "decoder_sparse_step": 2}, "'decoder_sparse_step'"),
+    ({**CASES["qwen3_moe"], "num_experts_per_tok": 17}, "config key 'num_experts_per_tok': expected at most 16, got 17"),
+    ({**CASES["qwen3_moe"], "num_experts": 8}, "8 experts of width 32 are not supported"),
+    ({**CASES["qwen3_moe"], "shared_expert_intermediate_size": 32}, "'shared_expert_intermediate_size'"),
+    (hybrid(attn_output_gate=False), "'attn_output_gate'"), (hybrid(mtp_use_dedicated_embeddings=True), "'mtp_use_dedicated_embeddings'"),
+    (hybrid(layer_types=["full_attention", "chunked_attention"] * 2), "config key 'layer_types': expected 4 of"),
+    (hybrid(layer_types=["full_attention"] * 3), "config key 'layer_types': expected 4 of"),
+    (hybrid(linear_key_head_dim=24), "key heads of 24 is not supported"),
+    (hybrid(linear_num_value_heads=3), "a multiple of the key heads"),
+    (case("smollm3", no_rope_layers=[1, 0]), "config key 'no_rope_layers': expected 3 of 0 and 1, got [1, 0]"),
+    (case("llama", head_dim=20), "head_dim 20 is not supported: it must be a multiple of 16"),
+    (case("llama", head_dim=512), "head_dim 512 (at most 256)"), (case("llama", num_key_value_heads=3), "3 kv heads (a divisor"),
+    (case("llama", hidden_size=80), "hidden_size 80"), (case("llama", intermediate_size=90), "ffn_width 90"),
+    (case("llama", vocab_size="many"), "config key 'vocab_size': expected a number, got 'many'"),
+    (case("llama", num_hidden_layers=0), "config key 'num_hidden_layers': expected 1 to 1000, got 0"),
+    (case("llama", num_hidden_layers=True), "config key 'num_hidden_layers': expected a number, got True"),
+    (case("llama", head_dim="64"), "config key 'head_dim': expected a number, got '64'"),
+    (case("llama", eos_token_id="</s>"), "config key 'eos_token_id': expected token ids, got '</s>'"),
+]
+
+
+@pytest.mark.parametrize("config, message", REFUSED, ids=[message[:60] for _, message in REFUSED])
+def test_refused(config, message):
+    with pytest.raises(ValueError) as raised:
+        model_config(config)
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps",
+                                 "num_attention_heads", "max_position_embeddings", "model_type"])
+def test_missing_key(key):
+    with pytest.raises(ValueError, match=key):
+        model_config({k: v for k, v in case("llama").items() if k != key})
+
+
+def altered(tmp_path, config, change):
+    """The message with which a checkpoint is refused after `change` was made to its tensors."""
+    arrays = tiny.tensors(config, SEED)
+    change(arrays)
+    with pytest.raises(ValueError) as raised:
+        load(tiny.write(tmp_path, config, arrays))
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight",
+                                  "model.layers.1.mlp.up_proj.weight", "model.layers.2.self_attn.q_norm.weight"])
+def test_missing_tensor(tmp_path, name):
+    message = altered(tmp_path, CASES["qwen3"], lambda arrays: arrays.pop(name))
+    assert f"tensor '{name}'" in message and "is missing from the checkpoint" in message
+
+
+@pytest.mark.parametrize("case_name, name", [
+    ("qwen3", "model.layers.0.self_attn.k_proj.weight"), ("qwen2", "model.layers.0.self_attn.k_proj.bias"),
+    ("qwen3_5", "model.layers.0.linear_attn.A_log"), ("qwen3_5", "model.layers.0.linear_attn.conv1d.weight")])
+def test_wrong_shape(tmp_path, case_name, name):
+    def change(arrays):
+        arrays[name] = np.concatenate([arrays[name], arrays[name]])
+
+    message = altered(tmp_path, CASES[case_name], change)
+    shape = list(tiny.shapes(CASES[case_name])[name])
+    assert message == f"tensor '{name}': expected shape {shape}, found {[2 * shape[0], *shape[1:]]}"
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.bias", "model.layers.3.mlp.up_proj.weight"])
+def test_a_tensor_that_the_config_does_not_announce(tmp_path, name):
+    message = altered(tmp_path, CASES["llama"], lambda arrays: arrays.update({name: np.ones(64, np.float32)}))
+    assert message.startswith(f"tensor '{name}'") and "is not used" in message
+
+
+def test_tensors_beside_the_text_model_are_left_alone(tmp_path):
+    arrays = tiny.tensors(CASES["llama"], SEED)
+    for name in ("mtp.fc.weight", "model.visual.merger.norm.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"):
+        arrays[name] = np.ones(8, np.float32)
+    assert load(tiny.write(tmp_path, CASES["llama"], arrays)).config.num_layers == 3
+
+
+def test_a_head_of_its_own_wins_over_a_config_that_ties_it(tmp_path):
+    tied = {**CASES["llama"], "tie_word_embeddings": True}
+    program = load(tiny.write(tmp_path, tied, tiny.tensors(CASES["llama"], SEED))).recorded
+    assert program.ops[-2].inputs[1].name == "lm_head.weight"
+
+
+@pytest.mark.parametrize("stored, requested, width, chosen", [
+    ("bf16", "auto", 64, "bf16"), ("f32", "auto", 64, "f32"), ("q5_k", "auto", 256, "q8_0"), ("f64", "auto", 64, "f32"),
+    ("bf16", "q8_0", 64, "q8_0"), ("bf16", "q8_0", 48, "f32"), ("bf16", "auto", 48, "f32"), ("f16", "auto", 48, "f16"),
+    ("q4_k", "auto", 256, "q4_k"), ("q4_k", "auto", 288, "bf16")])
+def test_format_of_a_linear_layer(stored, requested, width, chosen):
+    assert compute_format(stored, requested, width) == chosen
+
+
+def test_unknown_format_of_weights():
+    with pytest.raises(ValueError, match="weights 'int4': expected one of auto, f32"):
+        compute_format("bf16", "int4", 64)

@@ -1,0 +1,37 @@
+"""Every model type against logits that transformers computed in float32 (tests/golden/models.npz)."""
+import json
+
+import numpy as np
+import pytest
+
+from tests.golden.record_models import GOLDEN, NUM_TOKENS
+from tests.models import tiny
+from tests.models.cases import CASES, SEED
+from tests.models.running import check, load, logits_of
+
+CUTS = (1, 2, 5, 9, 23)
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return np.load(GOLDEN)
+
+
+@pytest.fixture(params=sorted(CASES))
+def case(request, golden, tmp_path):
+    """(loaded model, prompt, expected logits) of one tiny model."""
+    config = CASES[request.param]
+    assert json.loads(str(golden[f"{request.param}.config"])) == config, "cases.py changed: run tests.golden.record_models"
+    folder = tiny.write(tmp_path, config, tiny.tensors(config, SEED))
+    return load(folder), tiny.prompt(config, NUM_TOKENS), golden[f"{request.param}.logits"]
+
+
+def test_logits_equal_those_of_transformers(case):
+    model, ids, expected = case
+    check(logits_of(model, ids), expected)
+
+
+def test_pieces_and_used_memory_give_the_same_bits(case):
+    model, ids, _ = case
+    whole = logits_of(model, ids, num_threads=1)
+    assert whole.tobytes() == logits_of(model, ids, CUTS, dirty=True).tobytes()

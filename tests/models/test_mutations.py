@@ -1,0 +1,189 @@
+"""Each plausible mistake, planted: the comparison with transformers must turn red."""
+import dataclasses
+
+import numpy as np
+import pytest
+
+from lockstep.runtime.program import Weight, with_params
+from lockstep.weights.tensor import StoredTensor
+from tests.golden.record_models import GOLDEN, NUM_TOKENS
+from tests.models import tiny
+from tests.models.cases import CASES, SEED
+from tests.models.running import TOLERANCE, difference, load, logits_of
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return np.load(GOLDEN)
+
+
+def run(folder, name, arrays=None, ops=lambda op: op, config=None, **feeding):
+    """Logits of a case whose tensors or ops were changed. ops: op -> op, or None to leave it out."""
+    config = config or CASES[name]
+    model = load(tiny.write(folder, config, arrays or tiny.tensors(config, SEED)))
+    program = model.recorded.rewritten([op for op in map(ops, model.recorded.ops) if op is not None])
+    return logits_of(dataclasses.replace(model, recorded=program), tiny.prompt(config, NUM_TOKENS), **feeding)
+
+
+def is_red(found, golden, name):
+    worst, flips = difference(found, golden[f"{name}.logits"])
+    assert worst > 10 * TOLERANCE, f"the mistake only moves logits by {worst:.3g}"
+
+
+def params(kinds, **changed):
+    """Changes parameters of the ops of some kinds; a value may be a function of the op."""
+    def change(op):
+        if op.kind not in kinds:
+            return op
+        assert set(changed) <= set(op.params), (op.kind, op.params)
+        return with_params(op, **{k: v(op) if callable(v) else v for k, v in changed.items()})
+    return change
+
+
+def filled(value, like):
+    part = StoredTensor("mutant", "f32", like.shape, np.full(like.shape, value, np.float32))
+    return Weight(f"{like.name}.mutant", "f32", like.shape, (part,))
+
+
+def without_bias(op):
+    return dataclasses.replace(op, inputs=(op.inputs[0], filled(0, op.inputs[1]))) if op.kind == "add_bias" else op
+
+
+INPUTS, NORMED = ("attention_inputs",), ("normed_attention_inputs",)
+ATTENTION = ("attention", "gated_attention")
+OPS = {
+    "no +1 in norms": ("qwen3_5", params(["rms_norm"], offset=0.0)),
+    "no +1 in head norms": ("qwen3_5", params(NORMED, offset=0.0)),
+    "+1 in norms that have none": ("qwen3", params(["rms_norm"], offset=1.0)),
+    "eps as part of the sum, not of the mean": ("qwen3", params(["rms_norm"], eps=lambda op: op.params["eps"] / 64)),
+    "eps forgotten": ("llama", params(["rms_norm"], eps=0.0)),
+    "eps of head norms forgotten": ("qwen3", params(NORMED, eps=0.0)),
+    "eps of the gated norm forgotten": ("qwen3_5", params(["gated_norm"], eps=0.0)),
+    "query and gate swapped": ("qwen3_5", lambda op: params(NORMED, q_offset=32)(params(["gated_attention"], gate_offset=0)(op))),
+    "gate and queries as two halves": ("qwen3_5", lambda op: params(NORMED, q_stride=32)(
+        params(["gated_attention"], gate_offset=4 * 32, gate_stride=32)(op))),
+    "keys for values": ("llama", params(INPUTS, v_offset=lambda op: op.params["k_offset"])),
+    "no rope on partial heads": ("qwen3_5", params(NORMED, rope_dim=0)),
+    "rope on a layer without": ("smollm3", params(INPUTS, rope_dim=16)),
+    "no rope": ("llama", params(INPUTS, rope_dim=0)),
+    "scores not scaled": ("llama", params(ATTENTION, scale=1.0)),
+    "scores scaled by 1/K": ("qwen3_5", params(ATTENTION, scale=1 / 32)),
+    "window one too long": ("mistral_window", params(ATTENTION, window=lambda op: op.params["window"] + 1)),
+    "window one too short": ("mistral_window", params(ATTENTION, window=lambda op: op.params["window"] - 1)),
+    "window on every layer": ("qwen2_window", params(ATTENTION, window=7)),
+    "window forgotten": ("qwen2_window", params(ATTENTION, window=0)),
+    "biases forgotten": ("qwen2", without_bias),
+    "decay from b, beta from a": ("qwen3_5", params(["delta_inputs"], a_offset=lambda op: op.params["b_offset"],
+                                                    b_offset=lambda op: op.params["a_offset"])),
+    "gate of the gated norm misplaced": ("qwen3_5", params(["gated_norm"], z_offset=lambda op: op.params["z_offset"] - 16)),
+    "experts not renormalised": ("qwen3_moe", params(["route"], renormalise=0)),
+    "experts renormalised": ("qwen3_moe_not_renormalised", params(["route"], renormalise=1)),
+}
+
+
+@pytest.mark.parametrize("mistake", OPS)
+def test_a_mistake_in_the_program_is_seen(mistake, golden, tmp_path):
+    name, change = OPS[mistake]
+    is_red(run(tmp_path, name, ops=change), golden, name)
+
+
+def rows(kind, order):
+    """Takes the rows of all tensors of a kind in another order: what a loader or a head map could confuse."""
+    return {kind: lambda a, c: a[order(c, len(a))]}
+
+
+def blocks(*sizes):
+    """Row order that swaps two neighbours of so many rows."""
+    first, second = sizes
+    return lambda c, n: [*range(first, first + second), *range(first), *range(first + second, n)]
+
+
+def tiled(c, n):
+    """Query heads dealt to kv heads in turn (h % G), not in groups (h // (H / G))."""
+    H, G = c["num_attention_heads"], c["num_key_value_heads"]
+    return spread([h // G + h % G * (H // G) for h in range(H)], n)
+
+
+def spread(heads, n):
+    """Rows of whole heads in another order."""
+    size = n // len(heads)
+    return [h * size + i for h in heads for i in range(size)]
+
+
+def tiled_values(c, n):
+    """Value heads dealt to key heads in turn."""
+    H, G = c["linear_num_value_heads"], c["linear_num_key_heads"]
+    return spread([h // G + h % G * (H // G) for h in range(H)], n)
+
+
+def interleaved(c, n):
+    """Rope pairs (2i, 2i + 1) in place of (i, i + K / 2)."""
+    K = 16
+    return [h * K + i for h in range(n // K) for i in [*range(0, K, 2), *range(1, K, 2)]]
+
+
+WEIGHTS = {
+    "wrong head map": ("llama", {**rows("q_proj", tiled), "o_proj": lambda a, c: a[:, tiled(c, a.shape[1])]}),
+    "wrong head map of the delta rule": ("qwen3_5", {
+        **{k: v for n in ("in_proj_z", "in_proj_b", "in_proj_a", "A_log", "dt_bias") for k, v in rows(n, tiled_values).items()},
+        **{n: lambda a, c: np.concatenate([a[:64], a[64:][tiled_values(c, len(a) - 64)]]) for n in ("in_proj_qkv", "conv1d")},
+        "out_proj": lambda a, c: a[:, tiled_values(c, a.shape[1])]}),
+    "rope pairs side by side": ("llama", {**rows("q_proj", interleaved), **rows("k_proj", interleaved)}),
+    "gate and up swapped": ("llama", {"gate_proj": "up_proj", "up_proj": "gate_proj"}),
+    "queries and keys of the delta rule swapped": ("qwen3_5", {**rows("in_proj_qkv", blocks(32, 32)), **rows("conv1d", blocks(32, 32))}),
+    "taps backwards": ("qwen3_5", {"conv1d": lambda a, c: a[..., ::-1]}),
+    "A in place of its logarithm": ("qwen3_5", {"A_log": lambda a, c: np.exp(a)}),
+    "1 + w in the gated norm": ("qwen3_5", {"linear_attn.norm": lambda a, c: a + 1}),
+    "head norms of queries and keys swapped": ("qwen3", {"q_norm": "k_norm", "k_norm": "q_norm"}),
+    "the two norms of a layer swapped": ("llama", {"input_layernorm": "post_attention_layernorm",
+                                                   "post_attention_layernorm": "input_layernorm"}),
+    "gate and up of experts swapped": ("qwen3_moe", {"gate_proj": "up_proj", "up_proj": "gate_proj"}),
+    "neighbouring experts swapped": ("qwen3_moe", {"experts.2": "experts.3", "experts.3": "experts.2"}),
+}
+
+
+@pytest.mark.parametrize("mistake", WEIGHTS)
+def test_a_mistake_in_the_weights_is_seen(mistake, golden, tmp_path):
+    name, changes = WEIGHTS[mistake]
+    arrays = tiny.tensors(CASES[name], SEED)
+    changed = {n: a if (to := mapped(n, changes)) is None else to(a, arrays, n, tiny.text_part(CASES[name])) for n, a in arrays.items()}
+    assert any(changed[n] is not arrays[n] for n in arrays)
+    is_red(run(tmp_path, name, changed), golden, name)
+
+
+def mapped(name, changes):
+    """How a tensor is changed: taken from another name, or by a function; None if it is not."""
+    for part, change in changes.items():
+        if f".{part}." in f".{name}.":
+            if isinstance(change, str):
+                return lambda a, arrays, n, c: arrays[f".{n}.".replace(f".{part}.", f".{change}.").strip(".")]
+            return lambda a, arrays, n, c: np.ascontiguousarray(change(a, c))
+    return None
+
+
+CONFIGS = {
+    "llama3 scaling forgotten": ("llama_llama3", dict(rope_scaling=None)),
+    "linear scaling forgotten": ("llama_linear", dict(rope_scaling=None)),
+    "yarn as linear": ("qwen3_yarn_biased", dict(rope_scaling={"rope_type": "linear", "factor": 4.0})),
+    "yarn without its factor on the tables": ("qwen3_yarn_biased", dict(rope_scaling={
+        **CASES["qwen3_yarn_biased"]["rope_scaling"], "attention_factor": 1.0})),
+    "another theta": ("llama", dict(rope_theta=10000.0)),
+    "one expert too few": ("qwen3_moe", dict(num_experts_per_tok=2)),
+}
+
+
+@pytest.mark.parametrize("mistake", CONFIGS)
+def test_a_misread_config_is_seen(mistake, golden, tmp_path):
+    name, changes = CONFIGS[mistake]
+    arrays = tiny.tensors(CASES[name], SEED)
+    is_red(run(tmp_path, name, arrays, config={**CASES[name], **changes}), golden, name)
+
+
+def test_a_stale_state_slot_is_seen(golden, tmp_path):
+    is_red(run(tmp_path, "qwen3_5", cuts=(11,), slots=(1, 2)), golden, "qwen3_5")
+
+
+def test_unchanged_models_are_green(golden, tmp_path):
+    for name in sorted({name for table in (OPS, WEIGHTS, CONFIGS) for name, _ in table.values()}):
+        worst, flips = difference(run(tmp_path / name, name), golden[f"{name}.logits"])
+        assert worst <= TOLERANCE and flips == 0, (name, worst)

@@ -1,0 +1,115 @@
+"""Tiny random checkpoints, the same on every machine: config and seed in, a Hugging Face folder out.
+
+Names and shapes are written down here from the checkpoints' own conventions, not taken from the code under test; the
+recorder and the live comparison load the same folder into transformers, which refuses a wrong one. Norm weights, biases,
+decays and taps are far from their defaults, which would hide mistakes.
+"""
+import json
+import zlib
+
+import ml_dtypes
+import numpy as np
+
+DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+
+
+def text_part(config):
+    """The part of a config that describes the text model."""
+    return config.get("text_config", config)
+
+
+def prefix(config):
+    """What the names of all tensors but the head start with."""
+    return "model.language_model." if "text_config" in config else "model."
+
+
+def shapes(config):
+    """Every tensor of a checkpoint: {name: shape}."""
+    c = text_part(config)
+    width, made = c["hidden_size"], {"embed_tokens.weight": (c["vocab_size"], c["hidden_size"]), "norm.weight": (c["hidden_size"],)}
+    for i in range(c["num_hidden_layers"]):
+        linear = c.get("layer_types", [""] * (i + 1))[i] == "linear_attention"
+        mixer = {f"linear_attn.{k}": v for k, v in _delta(c).items()} if linear else {
+            f"self_attn.{k}": v for k, v in _attention(c).items()}
+        layer = {"input_layernorm.weight": (width,), "post_attention_layernorm.weight": (width,), **mixer,
+                 **{f"mlp.{k}": v for k, v in _mlp(c).items()}}
+        made.update({f"layers.{i}.{k}": v for k, v in layer.items()})
+    head = {} if config["tie_word_embeddings"] else {"lm_head.weight": (c["vocab_size"], width)}
+    return {**{prefix(config) + k: v for k, v in made.items()}, **head}
+
+
+def _attention(c):
+    K = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+    H, G, kind = c["num_attention_heads"], c["num_key_value_heads"], c["model_type"]
+    rows = {"q": H * K * (2 if kind.startswith("qwen3_5") else 1), "k": G * K, "v": G * K}
+    made = {f"{p}_proj.weight": (n, c["hidden_size"]) for p, n in rows.items()}
+    made["o_proj.weight"] = (c["hidden_size"], H * K)
+    if kind == "qwen2" or c.get("attention_bias"):
+        made.update({f"{p}_proj.bias": (n,) for p, n in rows.items()})
+    if c.get("attention_bias"):
+        made["o_proj.bias"] = (c["hidden_size"],)
+    if kind.startswith("qwen3"):
+        made.update({"q_norm.weight": (K,), "k_norm.weight": (K,)})
+    return made
+
+
+def _delta(c):
+    H, V, width = c["linear_num_value_heads"], c["linear_value_head_dim"], c["hidden_size"]
+    channels = 2 * c["linear_num_key_heads"] * c["linear_key_head_dim"] + H * V
+    return {"in_proj_qkv.weight": (channels, width), "in_proj_z.weight": (H * V, width), "in_proj_b.weight": (H, width),
+            "in_proj_a.weight": (H, width), "conv1d.weight": (channels, 1, c["linear_conv_kernel_dim"]), "A_log": (H,),
+            "dt_bias": (H,), "norm.weight": (V,), "out_proj.weight": (width, H * V)}
+
+
+def _mlp(c):
+    def swiglu(ffn):
+        return {"gate_proj.weight": (ffn, c["hidden_size"]), "up_proj.weight": (ffn, c["hidden_size"]),
+                "down_proj.weight": (c["hidden_size"], ffn)}
+
+    if c["model_type"] != "qwen3_moe":
+        return swiglu(c["intermediate_size"])
+    experts = {f"experts.{e}.{k}": v for e in range(c["num_experts"]) for k, v in swiglu(c["moe_intermediate_size"]).items()}
+    return {"gate.weight": (c["num_experts"], c["hidden_size"]), **experts}
+
+
+def interval(name, shape, config):
+    """Lowest and highest value of a tensor."""
+    kind, leaf = text_part(config)["model_type"], name.split(".")[-2]
+    if leaf.endswith("norm"):
+        return (-0.5, 0.5) if kind.startswith("qwen3_5") and "linear_attn" not in name else (0.5, 1.5)
+    fixed = {"A_log": (-1.5, 1.5), "dt_bias": (-2.0, 1.0), "bias": (-0.5, 0.5)}
+    if name.split(".")[-1] in fixed:
+        return fixed[name.split(".")[-1]]
+    gain = {"q_proj": 1.6, "k_proj": 1.6, "in_proj_a": 2.0, "in_proj_b": 2.0, "gate": 2.0, "lm_head": 2.0, "conv1d": 1.0}
+    bound = gain.get(leaf, 1.0) * (3.0 / (1 if leaf == "embed_tokens" else shape[-1])) ** 0.5
+    return -bound, bound
+
+
+def tensors(config, seed):
+    """Every tensor of a checkpoint as float32, each from its own stream of a frozen generator."""
+    made = {}
+    for name, shape in shapes(config).items():
+        low, high = interval(name, shape, config)
+        stream = np.random.RandomState(zlib.crc32(name.removeprefix(prefix(config)).encode()) ^ seed)
+        made[name] = (low + (high - low) * stream.random_sample(shape)).astype(np.float32)
+    return made
+
+
+def write(folder, config, arrays, dtype="F32"):
+    """Writes a checkpoint folder; returns it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[dtype]}))
+    header, at, blobs = {}, 0, []
+    for name, array in arrays.items():
+        blobs.append(array.astype(DTYPES[dtype]).tobytes())
+        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [at, at + len(blobs[-1])]}
+        at += len(blobs[-1])
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    text += b" " * (-len(text) % 8)
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"".join(blobs))
+    return folder
+
+
+def prompt(config, length, seed=0):
+    """Token ids."""
+    return np.random.RandomState(seed + 1).randint(0, text_part(config)["vocab_size"], length).tolist()

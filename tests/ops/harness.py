@@ -1,0 +1,91 @@
+"""Runs one op through the executor on arrays, as a model would, and compares backends bit for bit."""
+import numpy as np
+
+from lockstep.runtime import step as words
+from lockstep.runtime.executor import Executor, WeightStore, aligned
+from lockstep.runtime.program import DTYPES, CacheArray, Op, Program, Tensor, Weight
+from lockstep.runtime.threads import Team
+
+NAN_BYTES = 0xFF  # float32 and bf16 of all ones are NaN: what a kernel leaves unwritten shows
+
+
+class Constant:
+    """A float32 weight for an op under test, with the interface of a stored tensor."""
+
+    def __init__(self, array):
+        self.array, self.shape, self.format = np.asarray(array, np.float32), np.shape(array), "f32"
+
+    def to_f32(self, rows=slice(None)):
+        return self.array[rows]
+
+
+def weight(array, name="weight"):
+    """A Weight made from an array (or an object with to_f32, shape and format)."""
+    part = array if hasattr(array, "to_f32") else Constant(array)
+    return Weight(name, part.format, tuple(part.shape), (part,))
+
+
+def ragged_step(lengths=None, contexts=None, pages=None, **arrays):
+    """A step block (and what keeps its arrays alive) for requests with so many new tokens and so much context in all."""
+    lengths = np.asarray(lengths if lengths is not None else [1], np.int32)
+    contexts = np.asarray(contexts if contexts is not None else lengths, np.int32)
+    start = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    keep = {"QUERY_START": start, "CONTEXT_LEN": contexts, "STATE_SLOT": np.arange(len(lengths), dtype=np.int32),
+            "POSITION": np.concatenate([np.arange(c - n, c) for n, c in zip(lengths, contexts)]).astype(np.int32),
+            "REQUEST": np.repeat(np.arange(len(lengths)), lengths).astype(np.int32),
+            "TOKEN_IDS": np.zeros(start[-1], np.int32), "SAMPLED_ROW": (start[1:] - 1).astype(np.int32),
+            "PAGE_TABLE": np.asarray(pages if pages is not None else np.zeros((len(lengths), 1)), np.int32)}
+    keep.update({k: np.ascontiguousarray(v, np.int32) for k, v in arrays.items()})
+    step = np.zeros(words.STEP_WORDS, np.int64)
+    step[words.NUM_TOKENS], step[words.NUM_REQUESTS] = start[-1], len(lengths)
+    step[words.NUM_SAMPLED], step[words.PAGES_PER_REQUEST] = len(keep["SAMPLED_ROW"]), keep["PAGE_TABLE"].shape[1]
+    for name, array in keep.items():
+        step[getattr(words, name)] = array.ctypes.data
+    return step, keep
+
+
+def run_op(implementation, outputs, inputs, step=None, num_threads=1, **params):
+    """Runs one implementation of an op.
+
+    outputs: {name: (rows letter, width, dtype)}. inputs: arrays ([rows, width]; activations), Weight, or a pair
+    ("cache", array) for cache memory, changed in place. Returns {name: array}. All outputs start as NaN.
+    """
+    program, tensors, caches, values = Program(), [], {}, []
+    made = [program.tensor(n, rows, width, dtype) for n, (rows, width, dtype) in outputs.items()]
+    for i, value in enumerate(inputs):
+        if isinstance(value, Weight):
+            values.append(value)
+        elif isinstance(value, tuple):
+            caches[f"cache{i}"] = value[1].ctypes.data
+            values.append(CacheArray(f"cache{i}", "pages", "f32", value[1].shape[1:]))
+        else:
+            dtype = next(k for k, d in DTYPES.items() if d == value.dtype)
+            values.append(program.tensor(f"in{i}", "T", value.shape[1], dtype))
+            tensors.append((values[-1], value))
+    num_tokens = max([v.shape[0] for _, v in tensors], default=1)
+    if step is None:
+        step, held = ragged_step([num_tokens])
+    program.emit("input", [t for t, _ in tensors], [])
+    program.emit("op", made, values, **params)
+    rows = {"T": int(step[words.NUM_TOKENS]), "R": int(step[words.NUM_SAMPLED]), "S": int(step[words.NUM_REQUESTS])}
+    team = Team(num_threads)
+    try:
+        executor = Executor(program, {"input": implementation, "op": implementation}, team, WeightStore(), rows,
+                            caches, keep=True)
+        executor._memory[:] = NAN_BYTES
+        for tensor, value in tensors:
+            executor.view(tensor, value.shape[0])[...] = value
+        executor._table[0] = executor._table[1]  # only the op itself runs
+        team.run(executor._table[1:].ctypes.data, 1, step.ctypes.data)
+        return {t.name: executor.view(t, rows[t.rows]).copy() for t in made}
+    finally:
+        team.close()
+
+
+def same_bits(a, b):
+    """Asserts equality byte for byte, naming the first difference."""
+    assert a.shape == b.shape and a.dtype == b.dtype, (a.shape, b.shape, a.dtype, b.dtype)
+    if a.tobytes() != b.tobytes():
+        bits = np.ascontiguousarray(a).view(np.uint8).reshape(*a.shape, -1) != np.ascontiguousarray(b).view(np.uint8).reshape(*b.shape, -1)
+        where = tuple(int(i) for i in np.argwhere(bits.any(-1))[0])
+        raise AssertionError(f"first difference at {where}: {a[where]!r} and {b[where]!r}; {int(bits.any(-1).sum())} differ")

@@ -1,0 +1,46 @@
+"""Pages of random keys and values for tests of attention: scattered over the cache, everything unused a NaN."""
+import numpy as np
+
+from lockstep.runtime.executor import aligned
+
+NAN_BITS, NEVER = 0xFFFF, 1 << 24
+
+
+def round_bf16(x):
+    """The upper halves of float32, to nearest even."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32).astype(np.uint64)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def widen(x):
+    return (x.astype(np.uint32) << 16).view(np.float32) if x.dtype == np.uint16 else x
+
+
+def page_table(contexts, rng):
+    """i32[S, P] with pages in random order; entries past a request's last page point far outside the cache."""
+    counts = [-(-c // 64) for c in contexts]
+    order, table = rng.permutation(sum(counts) + 2), np.full((len(contexts), max(counts) + 1), NEVER, np.int32)
+    for s, count in enumerate(counts):
+        table[s, :count] = order[sum(counts[:s]):sum(counts[:s + 1])]
+    return table, len(order)
+
+
+def random_cache(contexts, G, K, bf16, rng):
+    """(k pages, v pages, table, k [S][C, G, K], v): what attention reads, and the same numbers in order."""
+    table, N = page_table(contexts, rng)
+    pages = [np.full(shape, np.nan, np.float32) for shape in ((N, G, K, 64), (N, G, 64, K))]
+    keys, values = ([rng.standard_normal((c, G, K), np.float32) for c in contexts] for _ in "kv")
+    if bf16:
+        keys, values = ([widen(round_bf16(x)) for x in xs] for xs in (keys, values))
+    for s, c in enumerate(contexts):
+        page, slot = table[s, np.arange(c) // 64], np.arange(c) % 64
+        pages[0][page, :, :, slot], pages[1][page, :, slot] = keys[s], values[s]
+    if bf16:
+        pages = [np.where(np.isnan(p), NAN_BITS, round_bf16(np.nan_to_num(p))).astype(np.uint16) for p in pages]
+    return *(on_cache_line(p) for p in pages), table, keys, values
+
+
+def on_cache_line(array):
+    copy = aligned(array.nbytes).view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy

@@ -1,0 +1,140 @@
+import numpy as np
+import pytest
+
+from lockstep.ops import attention, attention_cpu
+from lockstep.ops.attention_math import score_scales
+from lockstep.runtime.kernel import interpreted
+from tests.ops.harness import ragged_step, run_op, same_bits
+from tests.ops.pages import random_cache
+
+MIXED = [1, 65, 7, 130, 1], [1, 65, 1027, 1090, 2050]  # new tokens and context in all, of each request
+
+
+class Batch:
+    """Requests with random queries, keys and values, and what attention makes of them."""
+
+    def __init__(self, lengths, contexts, H, G, K, bf16=False, window=0, soft_cap=0.0, seed=0):
+        rng = np.random.default_rng(seed)
+        self.lengths, self.contexts, self.shape, self.bf16 = lengths, contexts, (H, G, K), bf16
+        self.window, self.soft_cap = window, soft_cap
+        self.k_pages, self.v_pages, self.table, self.keys, self.values = random_cache(contexts, G, K, bf16, rng)
+        self.q_TD = rng.standard_normal((sum(lengths), H * K), np.float32)
+        self.gate_TW = rng.standard_normal((sum(lengths), 2 * H * K + 5), np.float32)
+
+    def run(self, backend, num_threads=1, gated=False, rows=slice(None), lengths=None, contexts=None, requests=slice(None)):
+        """(out, stats); rows, lengths, contexts and requests choose a part of the batch."""
+        H, G, K = self.shape
+        step, _held = ragged_step(lengths or self.lengths, contexts or self.contexts, self.table[requests])
+        inputs = [self.q_TD[rows], ("cache", self.k_pages), ("cache", self.v_pages)]
+        gate = dict(gate_width=self.gate_TW.shape[1], gate_offset=5 + K, gate_stride=2 * K) if gated else {}
+        made = run_op(backend["gated_attention" if gated else "attention"],
+                      {"out": ("T", H * K, "f32"), "stats": ("T", 2 * H, "f32")},
+                      inputs + [self.gate_TW[rows]] * gated, step=step, num_threads=num_threads, num_heads=H,
+                      num_kv_heads=G, head_dim=K, sm_scale=K ** -0.5, sliding_window=self.window,
+                      soft_cap=self.soft_cap, kv_bf16=int(self.bf16), **gate)
+        return made["out"], made["stats"]
+
+    def exact(self):
+        """In float64, without blocks."""
+        (H, G, K), rows = self.shape, []
+        positions = [(s, c - n + i) for s, (n, c) in enumerate(zip(self.lengths, self.contexts)) for i in range(n)]
+        keys, values = ([x.transpose(1, 0, 2).astype(np.float64) for x in xs] for xs in (self.keys, self.values))
+        for (s, p), q_GJK in zip(positions, self.q_TD.reshape(-1, G, H // G, K).astype(np.float64)):
+            seen = slice(max(0, p + 1 - self.window) if self.window else 0, p + 1)
+            score = q_GJK @ keys[s][:, seen].transpose(0, 2, 1) * K ** -0.5
+            if self.soft_cap:
+                score = self.soft_cap * np.tanh(score / self.soft_cap)
+            weight = np.exp(score - score.max(-1, keepdims=True))
+            rows.append(weight @ values[s][:, seen] / weight.sum(-1, keepdims=True))
+        return np.array(rows).reshape(-1, H * K)
+
+
+CASES = {
+    "multi-head f32": dict(H=2, G=2, K=64),
+    "GQA 2 bf16": dict(H=4, G=2, K=32, bf16=True),
+    "GQA 4, odd width": dict(H=4, G=1, K=80),
+    "GQA 7 bf16": dict(H=7, G=1, K=16, bf16=True),
+    "GQA 16, wide": dict(H=16, G=1, K=256, bf16=True),
+    "window 1": dict(H=2, G=1, K=16, window=1),
+    "window 5 bf16": dict(H=3, G=3, K=16, window=5, bf16=True),
+    "window 64": dict(H=2, G=1, K=48, window=64),
+    "window 100, soft cap": dict(H=4, G=1, K=32, window=100, soft_cap=3.0, bf16=True),
+    "window 1500": dict(H=2, G=1, K=16, window=1500),
+    "soft cap": dict(H=2, G=2, K=32, soft_cap=30.0),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernel_equals_definition(name):
+    batch = Batch(*MIXED, **CASES[name])
+    expected = batch.run(attention.REFERENCE)
+    for num_threads in (1, 2, 5):
+        for made, want in zip(batch.run(attention_cpu.CPU, num_threads), expected):
+            same_bits(made, want)
+    for made, want in zip(batch.run(attention_cpu.PER_TOKEN, 3), expected):
+        same_bits(made, want)
+    assert np.abs(expected[0] - batch.exact()).max() < 5e-6
+
+
+@pytest.mark.parametrize("window", [0, 70])
+@pytest.mark.parametrize("num_threads", [1, 4])
+def test_chunks_give_the_same_bits_as_the_whole(window, num_threads):
+    batch = Batch([2060], [2060], 2, 1, 16, window=window)
+    whole = batch.run(attention_cpu.CPU, num_threads)
+    cuts = [0, 1, 2, 50, 63, 64, 65, 128, 200, 1023, 1024, 1025, 1100, 2047, 2049, 2060]
+    for first, last in zip(cuts, cuts[1:]):
+        part = batch.run(attention_cpu.CPU, num_threads, rows=slice(first, last), lengths=[last - first], contexts=[last])
+        for made, want in zip(part, whole):
+            same_bits(made, want[first:last])
+
+
+@pytest.mark.parametrize("num_threads", [2, 3, 8])
+def test_long_contexts_are_cut_into_spans_and_merged_in_order(num_threads):
+    batch = Batch([1, 3], [5000, 3073], 2, 1, 16)
+    for made, want in zip(batch.run(attention_cpu.CPU, num_threads), batch.run(attention_cpu.CPU)):
+        same_bits(made, want)
+
+
+def test_batch_mates_do_not_matter():
+    batch = Batch(*MIXED, H=4, G=2, K=32)
+    out, start = batch.run(attention_cpu.CPU)[0], 0
+    for s, (length, context) in enumerate(zip(*MIXED)):
+        alone, _ = batch.run(attention_cpu.CPU, rows=slice(start, start + length), lengths=[length], contexts=[context],
+                             requests=slice(s, s + 1))
+        same_bits(alone, out[start:start + length])
+        start += length
+
+
+@pytest.mark.parametrize("window", [0, 70])
+@pytest.mark.parametrize("spoilt", [0, 64, 80, 126, 127, 128, 190, 191, 192])
+def test_what_a_query_does_not_see_cannot_reach_it(spoilt, window):
+    batch = Batch([180, 2], [200, 200], 3, 1, 32, window=window)
+    clean, page = batch.run(attention_cpu.CPU)[0], batch.table[0, spoilt // 64]
+    batch.k_pages[page, :, :, spoilt % 64] = np.nan
+    batch.v_pages[page, :, spoilt % 64] = np.inf
+    out, position = batch.run(attention_cpu.CPU)[0], np.r_[20:200, 0, 0]
+    sees = (position >= spoilt) & (position < spoilt + window if window else True)
+    sees[180:] = False
+    same_bits(out[~sees], clean[~sees])
+    assert not np.isfinite(out[sees]).all(axis=-1).any()
+
+
+def test_gate():
+    batch = Batch([5, 1], [5, 70], 4, 2, 32)
+    for made, want in zip(batch.run(attention_cpu.CPU, 2, gated=True), batch.run(attention.REFERENCE, gated=True)):
+        same_bits(made, want)
+    gate = batch.gate_TW[:, 5:].reshape(-1, 4, 2, 32)[:, :, 1].reshape(-1, 128).astype(np.float64)
+    assert np.abs(batch.run(attention_cpu.CPU, gated=True)[0] - batch.exact() / (1 + np.exp(-gate))).max() < 5e-6
+
+
+@pytest.mark.parametrize("window, soft_cap", [(0, 0.0), (70, 5.0)])
+def test_definition_compiled_equals_interpreted(window, soft_cap):
+    rng = np.random.default_rng(0)
+    k, v = (rng.standard_normal((1030, 4), np.float32) for _ in "kv")
+    q, outs = rng.standard_normal(4, np.float32), np.empty((2, 4), np.float32)
+    scale, cap = interpreted(score_scales)(np.float32(0.5), np.float32(soft_cap))
+    position = 1026 if window else 130
+    results = [f(q, k, v, position, window, scale, cap, out)
+               for f, out in zip((attention.attend, interpreted(attention.attend)), outs)]
+    same_bits(outs[0], outs[1])
+    same_bits(*(np.array(r, np.float32) for r in results))

@@ -1,0 +1,169 @@
+import os
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from lockstep.ops import activations, activations_cpu, linear, linear_cpu
+from lockstep.ops.activations import bf16_width, q8_width
+from lockstep.runtime import targets
+from lockstep.runtime.kernel import interpreted
+from lockstep.runtime.program import Weight
+from lockstep.weights import q4_0, q4_k, q6_k, q8_0
+from lockstep.weights.pack import padded_width
+from lockstep.weights.tensor import StoredTensor
+from tests.ops import linear_target
+from tests.ops.harness import run_op, same_bits
+
+RNG = np.random.default_rng(1)
+PREPARE = {"f32": None, "f16": None, "bf16": "round_bf16", "q8_0": "quantize_q8", "q4_0": "quantize_q8",
+           "q4_k": "quantize_q8", "q6_k": "quantize_q8"}
+STORE = {"f32": lambda a: a, "f16": lambda a: a.astype(np.float16), "bf16": lambda a: a.astype(ml_dtypes.bfloat16),
+         "q8_0": q8_0.quantize, "q4_0": q4_0.quantize}
+FORMATS = list(PREPARE)
+
+
+def k_blocks(format, N, K):
+    """Random blocks: every code and every scale, with the float16 scales made small."""
+    size, scales = {"q4_k": (q4_k.BLOCK_BYTES, (0, 2)), "q6_k": (q6_k.BLOCK_BYTES, (208,))}[format]
+    blocks = RNG.integers(0, 256, (N, K // 256, size), np.uint8)
+    for start in scales:
+        blocks[..., start:start + 2] = RNG.normal(0, 2e-4, (N, K // 256, 1)).astype("<f2").view(np.uint8)
+    return blocks.reshape(N, -1)
+
+
+def stored(format, N, K, name="w"):
+    if format in ("q4_k", "q6_k"):
+        return StoredTensor(name, format, (N, K), k_blocks(format, N, K))
+    values = (RNG.standard_normal((N, K)) * 0.05).astype(np.float32)
+    return StoredTensor(name, format, (N, K), STORE[format](values))
+
+
+def prepared(format, x, table=activations_cpu.CPU):
+    kind = PREPARE[format]
+    if kind is None:
+        return x
+    width = bf16_width(x.shape[1]) if kind == "round_bf16" else q8_width(x.shape[1])
+    return run_op(table[kind], {"x": ("T", width, "i8")}, [x], K=x.shape[1])["x"]
+
+
+def run(table, format, x, parts, residual=None, num_threads=1):
+    N, K = sum(p.shape[0] for p in parts), parts[0].shape[1]
+    weight, row = Weight("w", format, (N, K), tuple(parts)), prepared(format, x)
+    width = padded_width(N)
+    held = residual if residual is not None else np.zeros((len(x), width), np.float32)
+    out = run_op(table[f"linear_{format}"], {"out": ("T", width + 48, "f32")}, [row, shifted(held), weight],
+                 num_threads=num_threads, K=K, width=width + 48, has_residual=int(residual is not None), column=32,
+                 features=width)["out"]
+    assert np.isnan(out[:, :32]).all() and np.isnan(out[:, 32 + width:]).all(), "wrote outside its columns"
+    return out[:, 32:32 + N]
+
+
+def shifted(x):
+    return np.pad(x, ((0, 0), (32, 16)))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 4, 5, 6, 7, 13])
+def test_kernel_equals_definition(format, num_tokens):
+    K = 512 if format in ("q4_k", "q6_k") else 96
+    parts = [stored(format, 37, K, "a"), stored(format, 16, K, "b"), stored(format, 22, K, "c")]
+    x = RNG.standard_normal((num_tokens, K)).astype(np.float32)
+    residual = RNG.standard_normal((num_tokens, padded_width(75))).astype(np.float32) if num_tokens % 2 else None
+    expected = run(linear.REFERENCE, format, x, parts, residual)
+    same_bits(run(linear_cpu.CPU, format, x, parts, residual, num_threads=3), expected)
+    weights = np.concatenate([p.to_f32() for p in parts])
+    exact = x.astype(np.float64) @ weights.T + (0 if residual is None else residual[:, :75])
+    assert np.abs(expected - exact).max() < {"f32": 1e-5, "f16": 1e-5, "q4_k": 0.1, "q6_k": 0.3}.get(format, 0.03)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_many_rows_equal_each_row_alone(format):
+    part = [stored(format, 96, 1024)]
+    x = RNG.standard_normal((200, 1024)).astype(np.float32)
+    together = run(linear_cpu.CPU, format, x, part, num_threads=2)
+    for t in (0, 5, 101, 199):
+        same_bits(together[t:t + 1], run(linear_cpu.CPU, format, x[t:t + 1], part))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_per_token_equals_together(format):
+    K = 512 if format in ("q4_k", "q6_k") else 96
+    part, x = [stored(format, 80, K)], RNG.standard_normal((9, K)).astype(np.float32)
+    residual = RNG.standard_normal((9, 80)).astype(np.float32)
+    same_bits(run(linear_cpu.PER_TOKEN, format, x, part, residual, num_threads=2), run(linear_cpu.CPU, format, x, part, residual))
+
+
+@pytest.mark.parametrize("kind", ["quantize_q8", "round_bf16"])
+def test_prepared_rows_equal_definition(kind):
+    x = RNG.standard_normal((5, 96)).astype(np.float32) * np.float32(10.0) ** RNG.integers(-20, 20, (5, 96)).astype(np.float32)
+    x[1, :32], x[2, 32:64], x[3] = 0, 1e-35, 2.5
+    format = "q8_0" if kind == "quantize_q8" else "bf16"
+    same_bits(prepared(format, x), prepared(format, x, activations.REFERENCE))
+
+
+@pytest.mark.parametrize("kind", ["quantize_q8", "round_bf16"])
+def test_fused_norm_and_gate_equal_their_parts(kind):
+    from lockstep.ops import rms_norm_cpu, silu_mul
+    from tests.ops.harness import weight
+    format = "q8_0" if kind == "quantize_q8" else "bf16"
+    x, w = RNG.standard_normal((5, 128)).astype(np.float32), weight(RNG.standard_normal(128).astype(np.float32))
+    width = lambda K: bf16_width(K) if format == "bf16" else q8_width(K)
+    normed = run_op(rms_norm_cpu.CPU["rms_norm"], {"o": ("T", 128, "f32")}, [x, w], width=128, eps=1e-6, offset=1.0)["o"]
+    fused = run_op(activations_cpu.CPU[f"rms_norm+{kind}"], {"o": ("T", width(128), "i8")}, [x, w], num_threads=2,
+                   K=128, eps=1e-6, offset=1.0)["o"]
+    same_bits(fused, prepared(format, normed))
+    gated = run_op(silu_mul.REFERENCE["silu_mul"], {"o": ("T", 64, "f32")}, [x], width=64)["o"]
+    fused = run_op(activations_cpu.CPU[f"silu_mul+{kind}"], {"o": ("T", width(64), "i8")}, [x], num_threads=2, K=64)["o"]
+    same_bits(fused, prepared(format, gated))
+
+
+def test_definitions_interpreted():
+    x, w = (RNG.standard_normal(64).astype(ml_dtypes.bfloat16).astype(np.float32) for _ in range(2))
+    x[3], w[3], x[8:10], w[8:10] = 2.0**-100, 2.0**-30, 0, -1
+    for dot in (linear.dot_f32, linear.dot_bf16):
+        assert np.float32(interpreted(dot)(x, w)).tobytes() == np.float32(dot(x, w)).tobytes()
+    a, codes = RNG.integers(-127, 128, (2, 64)).astype(np.int8)
+    scales = RNG.random((2, 2)).astype(np.float32)
+    args = a, scales[0], codes, scales[1]
+    assert np.float32(interpreted(linear.dot_q8)(*args)).tobytes() == np.float32(linear.dot_q8(*args)).tobytes()
+
+
+def test_bf16_flushes_denormals_everywhere():
+    K, N = 64, 16
+    x = (RNG.standard_normal((7, K)) * 2.0**-63).astype(np.float32)
+    w = (RNG.standard_normal((N, K)) * 2.0**-64).astype(ml_dtypes.bfloat16)
+    parts = [StoredTensor("w", "bf16", (N, K), w)]
+    expected = run(linear.REFERENCE, "bf16", x, parts)
+    same_bits(run(linear_cpu.CPU, "bf16", x, parts), expected)
+    assert (expected == 0).any() and (expected != 0).any()
+
+
+def test_nan_weight_is_refused():
+    bad = np.zeros((16, 32), np.float32)
+    bad[3, 5] = np.nan
+    with pytest.raises(ValueError, match="'spoilt'.*NaN"):
+        run(linear_cpu.CPU, "f32", np.ones((1, 32), np.float32), [StoredTensor("spoilt", "f32", (16, 32), bad)])
+
+
+@pytest.mark.parametrize("variant, cpu, formats", [("native", "haswell", ["q8_0"]), ("generic", "", ["q6_k"]),
+                                                   ("avx512", "", ["q8_0", "q4_k", "q6_k", "bf16"])])
+def test_other_targets_give_the_same_bits(variant, cpu, formats, tmp_path):
+    environment = {**os.environ, "LOCKSTEP_CACHE": str(tmp_path)}
+    if cpu:
+        environment.update(NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES="")
+    command = [sys.executable, "-m", "tests.ops.linear_target", variant, *formats]
+    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert printed.split() == [word for format in formats for word in (format, linear_target.digest(format))]
+
+
+def test_targets_by_name():
+    ask = lambda cpu, features="", triple="x86_64-unknown-linux-gnu": targets.int_dot((triple, cpu, features))
+    assert [ask(c) for c in ("znver5", "alderlake", "haswell", "znver3")] == ["avx512_vnni", "avx_vnni", "avx2", "avx2"]
+    assert ask("anything", "+avx2,+fma") == "avx2" and ask("anything", "+avx2,+avx512vnni") == "avx512_vnni"
+    assert ask("neoverse-n1", triple="aarch64-linux-gnu") == "sdot" and ask("generic", triple="aarch64-linux-gnu") == "generic"
+    assert ask("", triple="riscv64-linux-gnu") == "generic"
+    with pytest.raises(RuntimeError, match="AVX2.*'nehalem'"):
+        ask("nehalem")

@@ -1,0 +1,117 @@
+import numpy as np
+import pytest
+
+from lockstep.ops import sample, sample_cpu
+from lockstep.ops.philox import noise
+from lockstep.runtime import step as words
+from lockstep.runtime.kernel import interpreted
+from tests.ops.harness import ragged_step, run_op, same_bits
+
+RNG = np.random.default_rng(0)
+GREEDY = dict(temperature=0)
+
+
+def run(backend, logits, settings, num_threads=1):
+    """Tokens and logprobs of rows of logits, each with its settings (a dict of record fields)."""
+    records = np.zeros(len(settings), sample.SAMPLING_RECORD)
+    for record, chosen in zip(records, settings):
+        for name, value in {"temperature": 1, "top_p": 1, "seed": 5, "position": 9, **chosen}.items():
+            record[name] = value
+    step, held = ragged_step([1] * len(logits))
+    step[words.SAMPLING] = records.ctypes.data
+    outputs = {"token": ("R", 1, "i32"), "logprob": ("R", 1, "f32"),
+               "scratch": ("R", sample.scratch_width(logits.shape[1]), "f32")}
+    rows = np.pad(logits, ((0, 0), (0, 5)), constant_values=1e30)  # what lies beyond the vocabulary is not looked at
+    out = run_op(backend["sample"], outputs, [rows], step, num_threads, vocab_size=logits.shape[1], width=rows.shape[1])
+    return np.rec.fromarrays([out["token"][:, 0], out["logprob"][:, 0]], names="token,logprob")
+
+
+def logits_of(rows, vocabulary, scale=3.0):
+    return (scale * RNG.standard_normal((rows, vocabulary))).astype(np.float32)
+
+
+SETTINGS = [GREEDY, {}, dict(temperature=0.3), dict(top_k=1), dict(top_k=5, temperature=0.7),
+            dict(top_k=20, top_p=0.95), dict(top_p=0.9), dict(top_p=0.5, min_p=0.1), dict(min_p=0.05), dict(top_p=0),
+            dict(top_k=40, top_p=0.3, min_p=0.2), dict(temperature=3, top_p=0.999), dict(top_k=700, top_p=0.8),
+            dict(min_p=1), dict(seed=-2, position=2**33)]
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, 15, 16, 17, 63, 65, 255, 257, 1000, 4095, 4097, 20011])
+def test_kernel_equals_definition(vocabulary):
+    logits = logits_of(len(SETTINGS), vocabulary)
+    expected = run(sample.REFERENCE, logits, SETTINGS)
+    for threads in (1, 3):
+        same_bits(run(sample_cpu.CPU, logits, SETTINGS, threads), expected)
+
+
+@pytest.mark.parametrize("vocabulary", [3, 300, 5000])
+def test_ties_zeros_and_forbidden_tokens(vocabulary):
+    for levels in ([0.0, -0.0], [1.5], [2.0, 1.0, -np.inf], [-1.0, -np.inf, 0.0, -0.0], [-np.inf]):
+        logits = RNG.choice(np.array(levels, np.float32), (len(SETTINGS), vocabulary))
+        same_bits(run(sample_cpu.CPU, logits, SETTINGS, 2), run(sample.REFERENCE, logits, SETTINGS))
+
+
+@pytest.mark.parametrize("scale", [1e-3, 0.5, 30])
+@pytest.mark.parametrize("vocabulary", [9000, 40000])
+def test_flat_and_peaked_rows(scale, vocabulary):
+    logits = logits_of(len(SETTINGS), vocabulary, scale)
+    same_bits(run(sample_cpu.CPU, logits, SETTINGS, 2), run(sample.REFERENCE, logits, SETTINGS))
+
+
+def test_definition_compiled_equals_interpreted():
+    logits = logits_of(len(SETTINGS), 40)
+    expected = run(sample.REFERENCE, logits, SETTINGS)
+    for row, settings, (token, logprob) in zip(logits, SETTINGS, expected):
+        full = {"temperature": 1, "top_p": 1, "seed": 5, "position": 9, "top_k": 0, "min_p": 0, **settings}
+        with np.errstate(over="ignore", invalid="ignore"):
+            slow = interpreted(sample.sample_row)(
+                row, np.float32(full["temperature"]), full["top_k"], np.float32(full["top_p"]),
+                np.float32(full["min_p"]), np.int64(full["seed"]), np.int64(full["position"]))
+        assert (slow[0], np.float32(slow[1]).tobytes()) == (token, logprob.tobytes())
+
+
+def test_greedy_takes_the_first_largest_and_logprob_is_accurate():
+    logits = logits_of(20, 9000)
+    logits[:, [17, 5000, 8999]] = 20
+    out = run(sample.REFERENCE, logits, [GREEDY] * 20)
+    assert (out.token == 17).all()
+    x = logits.astype(np.float64)
+    exact = (x - np.log(np.exp(x).sum(1, keepdims=True)))[np.arange(20), out.token]
+    assert np.abs(out.logprob - exact).max() < 3e-6
+
+
+def kept_exactly(x, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """The kept tokens, straight from the description, in float64."""
+    order = np.argsort(-x, kind="stable")[:top_k or x.size]
+    p = np.exp((x[order] - x.max()) / temperature)
+    before = np.concatenate([[0], np.cumsum(p)[:-1]]) / p.sum()
+    return set(order[(before < top_p) & (p >= min_p) | (np.arange(p.size) == 0)])
+
+
+@pytest.mark.parametrize("settings", [dict(top_k=3), dict(top_p=0.7), dict(min_p=0.21),
+                                      dict(temperature=0.5, top_k=6, top_p=0.8),
+                                      dict(temperature=2, top_k=9, top_p=0.9, min_p=0.3)])
+def test_exactly_the_kept_tokens_are_drawn(settings):
+    row = np.log(np.array([1, 2, 30, 4, 11, 6, 7, 8, 9, 10, 5, 12, 3, 14, 20, 25], np.float32))
+    draws = run(sample_cpu.CPU, np.tile(row, (3000, 1)), [dict(settings, position=i) for i in range(3000)], 2).token
+    assert set(draws) == kept_exactly(row.astype(np.float64), **settings)
+
+
+def test_draws_follow_the_softmax():
+    row, draws = logits_of(1, 12, 1.0)[0], 40000
+    settings = [dict(temperature=0.8, seed=3, position=i) for i in range(draws)]
+    tokens = run(sample_cpu.CPU, np.tile(row, (draws, 1)), settings).token
+    p = np.exp(row.astype(np.float64) / 0.8)
+    expected = draws * p / p.sum()
+    chi2 = ((np.bincount(tokens, minlength=12) - expected) ** 2 / expected).sum()
+    assert chi2 < 31.3  # 11 degrees of freedom, 1 in 1000
+
+
+def test_choice_depends_on_seed_and_position_only():
+    logits, settings = np.tile(logits_of(1, 500), (4, 1)), dict(seed=7, position=3)
+    alone = run(sample_cpu.CPU, logits[:1], [settings]).token[0]
+    others = [dict(seed=8, position=3), settings, GREEDY, dict(seed=7, position=4)]
+    together = run(sample_cpu.CPU, logits, others).token
+    assert together[1] == alone
+    scores = logits[0] + np.array([noise(7, 3, i) for i in range(500)], np.float32)
+    assert alone == scores.argmax()

@@ -1,0 +1,24 @@
+import numpy as np
+import pytest
+
+from lockstep.ops import select_rows, select_rows_cpu
+from lockstep.runtime.kernel import interpreted
+from tests.ops.harness import ragged_step, run_op, same_bits
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize("lengths,rows", [([1], [0]), ([5, 1, 9], [4, 5, 14]), ([3, 4], [6, 2, 0, 6, 1]), ([2], [])])
+@pytest.mark.parametrize("backend", [select_rows.REFERENCE, select_rows_cpu.CPU])
+def test_takes_the_sampled_rows(backend, lengths, rows):
+    x = RNG.standard_normal((sum(lengths), 48)).astype(np.float32)
+    step, held = ragged_step(lengths, SAMPLED_ROW=rows)
+    for threads in 1, 3:
+        out = run_op(backend["select_rows"], {"out": ("R", 48, "f32")}, [x], step, threads, width=48)["out"]
+        same_bits(out, x[np.array(rows, int)])
+
+
+def test_definition_interpreted():
+    x, out = RNG.standard_normal((4, 16)).astype(np.float32), np.empty((2, 16), np.float32)
+    interpreted(select_rows.select_rows)(x, np.array([3, 1], np.int32), out)
+    same_bits(out, x[[3, 1]])

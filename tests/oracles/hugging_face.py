@@ -1,0 +1,22 @@
+"""What transformers computes for a checkpoint folder, in float32."""
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+
+def load(folder, dtype=torch.float32):
+    """The folder's model; a tensor that is missing, left over or of another shape is an error."""
+    config = AutoConfig.from_pretrained(folder)
+    kind = AutoModelForImageTextToText if hasattr(config, "text_config") else AutoModelForCausalLM
+    model, report = kind.from_pretrained(folder, dtype=dtype, attn_implementation="eager", output_loading_info=True)
+    missing = [k for k in report["missing_keys"] if ".visual." not in k]
+    unexpected = [k for k in report["unexpected_keys"] if not k.startswith("mtp.")]
+    assert not (missing or unexpected or report["mismatched_keys"]), report
+    return model.eval()
+
+
+def logits(folder, ids, dtype=torch.float32):
+    """Logits of every position, float32 [tokens, V]."""
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        return load(folder, dtype)(torch.tensor([ids])).logits[0].float().numpy().astype(np.float32)

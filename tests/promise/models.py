@@ -1,0 +1,62 @@
+"""The models on which the promise is tested: tiny random ones, and the one that comes with the package."""
+from dataclasses import dataclass
+
+import numpy as np
+
+from lockstep.engine.model import load_model
+from lockstep.runtime.executor import WeightStore
+from lockstep.serve.hub import resolve_model
+from lockstep.weights.checkpoint import open_checkpoint
+from tests.models import tiny
+from tests.models.cases import case, hybrid
+from tests.promise.trace import Sequence, trace
+
+LONG = 2150  # past two spans of attention (1024 keys each)
+CONFIGS = {
+    "qwen3_5": hybrid(max_position_embeddings=4096),
+    "qwen3": case("qwen3", head_dim=32, max_position_embeddings=4096),
+    "qwen2": case("qwen2", max_position_embeddings=4096),
+    "mistral_window": case("mistral", sliding_window=70, max_position_embeddings=4096),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model in one weight format and one KV format. lengths: tokens of its sequences."""
+
+    config: str
+    weights: str
+    kv_dtype: str
+    lengths: tuple = (1, 2, 65, 130, 300)
+
+    def __str__(self):
+        return f"{self.config}-{self.weights}-kv_{self.kv_dtype}"
+
+
+CASES = [
+    Case("qwen3_5", "f32", "f32", (1, 3, 64, 200, LONG)), Case("qwen3_5", "bf16", "bf16"), Case("qwen3_5", "q8_0", "bf16"),
+    Case("qwen3_5", "q4_0", "f32"), Case("qwen3", "q8_0", "bf16", (1, 64, 129, LONG)), Case("qwen3", "f32", "bf16"),
+    Case("mistral_window", "q4_0", "bf16"), Case("mistral_window", "bf16", "f32", (5, 63, 260)),
+    Case("bundled", "auto", "bf16", (1, 17, 150)), Case("bundled", "f32", "f32", (2, 90)),
+    Case("bundled", "q8_0", "bf16", (1, 66, 150)), Case("bundled", "q4_0", "bf16", (3, 140)),
+]
+
+
+def load(case, folder):
+    """The model of a case; tiny ones are written to the folder first."""
+    if case.config == "bundled":
+        path = resolve_model(None)
+    else:
+        config = CONFIGS[case.config]
+        path = tiny.write(folder, config, tiny.tensors(config, 11))
+    return load_model(open_checkpoint(path), WeightStore(), case.weights, case.kv_dtype, 2304)
+
+
+def library(model, lengths):
+    """[(Sequence, Trace), ...]: random token ids of these lengths, and what each gives alone."""
+    made = []
+    for i, length in enumerate(lengths):
+        ids = np.random.RandomState(i).randint(0, model.config.vocab_size, length).tolist()
+        sequence = Sequence(f"sequence of {length}", ids, seed=i)
+        made.append((sequence, trace(model, sequence)))
+    return made

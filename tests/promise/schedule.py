@@ -1,0 +1,191 @@
+"""Random schedules: everything a server may do to a request, each step compared bit for bit with the request alone.
+
+One `Walk` owns a runner whose memory is full of NaN bytes. A step takes any of the running requests, in any order, with
+any number of tokens each, on 1 to 8 threads, and asks for the logits of any rows. Requests arrive, end, are cancelled in
+the middle, and are recomputed from their first token on other pages; memory they leave is filled with NaN bytes again.
+"""
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from lockstep.engine.runner import Limits, Runner, Span
+from lockstep.ops.kv_cache import PAGE_TOKENS
+from lockstep.runtime.threads import Team
+from tests.promise.trace import positions, state_digest
+
+POISON = 0xFF  # float32, bfloat16 and int8 of all ones: NaN or -1
+CUTS = (1, 1, 1, 2, 3, 5, 8, 15, 16, 17, 31, 33, 63, 64, 65, 127, 130, 513)
+LONG_CUTS = (1, 64, 65, 130, 513, 600)
+NUM_THREADS = range(1, 9)
+
+
+class Differs(AssertionError):
+    """A path gave other bits than the reference."""
+
+
+@dataclass
+class Running:
+    """A request in flight."""
+
+    sequence: object
+    trace: object
+    pages: list
+    slot: int
+    stop_at: int  # cancelled there, if before its end
+    num_computed: int = 0
+
+    @property
+    def num_left(self):
+        return min(self.stop_at, len(self.sequence.token_ids)) - self.num_computed
+
+
+class Teams:
+    """One team of threads for each size, so that a step may run on any."""
+
+    def __init__(self):
+        self.by_size = {n: Team(n) for n in NUM_THREADS}
+
+    def close(self):
+        for team in self.by_size.values():
+            team.close()
+
+
+class Walk:
+    """A random walk through the states of an engine. library: [(Sequence, Trace), ...]; options: of the Runner."""
+
+    def __init__(self, model, library, teams, seed, limits, **options):
+        self.rng, self.library, self.teams, self.seed = np.random.default_rng(seed), library, teams, seed
+        self.limits, self.events = limits, Counter()
+        self.runner = Runner(model, teams.by_size[1], limits, **options)
+        for memory in self.runner.caches.values():
+            memory[:] = POISON
+        self.free_pages, self.free_slots = list(range(limits.num_pages)), list(range(limits.max_requests))
+        self.used_pages, self.used_slots, self.running = set(), set(), []
+
+    def run(self, num_steps):
+        """Runs steps; raises Differs at the first wrong bit."""
+        for number in range(num_steps):
+            self.arrive()
+            if self.running:
+                self.step(number)
+            self.disturb()
+        while self.running:
+            self.leave(self.running[0], "cancelled")
+        self.check_untouched()
+        return self.events
+
+    def take(self, free, used, count, what):
+        """Random members of a free list."""
+        taken = [free.pop(self.rng.integers(len(free))) for _ in range(count)]
+        self.events[f"{what} used again"] += len(used.intersection(taken))
+        used.update(taken)
+        return taken
+
+    def arrive(self):
+        """Random requests, as far as slots and pages go."""
+        while self.free_slots and (not self.running or self.rng.random() < 0.5):
+            # the longest goes first, and is not cut short
+            first = not self.events["arrived"]
+            sequence, trace = self.library[-1 if first else self.rng.integers(len(self.library))]
+            length = len(sequence.token_ids)
+            needed = -(-length // PAGE_TOKENS)
+            if needed > len(self.free_pages):
+                return
+            pages = self.take(self.free_pages, self.used_pages, needed, "pages")
+            slot = self.take(self.free_slots, self.used_slots, 1, "slots")[0]
+            stop_at = int(self.rng.integers(1, length + 1)) if self.rng.random() < 0.3 and not first else length
+            self.events["arrived"] += 1
+            self.events["pages out of order"] += pages != sorted(pages)
+            self.running.append(Running(sequence, trace, pages, slot, stop_at))
+
+    def step(self, number):
+        """One step of random tokens, on memory that held other things, compared with the reference."""
+        chosen = [self.running[i] for i in self.rng.permutation(len(self.running))[:self.rng.integers(1, len(self.running) + 1)]]
+        budget, spans, members = int(self.rng.integers(1, self.limits.max_step_tokens + 1)), [], []
+        for request in chosen:
+            cut = int(self.rng.choice(CUTS if request.num_left < 500 else LONG_CUTS))
+            count = min(cut, request.num_left, budget)
+            if count:
+                budget -= count
+                members.append((request, count))
+                spans.append(self.span(request, count))
+        threads = int(self.rng.choice(NUM_THREADS))
+        self.runner.executor.team = self.teams.by_size[threads]
+        self.runner.executor._memory[:] = POISON
+        tokens, logprobs, logits = self.runner.step(spans)
+        self.count(members, spans, threads)
+        where = f"seed {self.seed}, step {number}, {threads} threads, {[(r.sequence.name, r.num_computed, n) for r, n in members]}"
+        self.compare(members, spans, (logits, tokens, logprobs), where)
+
+    def span(self, request, count):
+        start, asked = request.num_computed, self.rng.choice(["all", "last", "some"])
+        rows = {"all": range(count), "last": [count - 1], "some": self.rng.permutation(count)[:3].tolist()}[asked]
+        sampled = {row: request.sequence.sampling(start + row) for row in rows}
+        return Span(request.sequence.token_ids[start:start + count], start, request.pages, request.slot, sampled)
+
+    def count(self, members, spans, threads):
+        """Notes which kinds of event happened."""
+        e, ends = self.events, [r.num_computed + n for r, n in members]
+        e["steps"] += 1
+        e["tokens"] += sum(n for _, n in members)
+        e[f"{threads} threads"] += 1
+        e["batch mates"] += len(members) > 1
+        e["prefill beside decode"] += len({n == 1 for _, n in members}) == 2
+        e["cut inside a page"] += sum(end % PAGE_TOKENS != 0 and n > 1 for end, (_, n) in zip(ends, members))
+        e["chunk over a page's end"] += sum((end - 1) // PAGE_TOKENS > (end - n) // PAGE_TOKENS for end, (_, n) in zip(ends, members))
+        e["past 2048"] += sum(end > 2048 for end in ends)
+        e["order changed"] += [r.slot for r, _ in members] != sorted(r.slot for r, _ in members)
+        e["rows out of order"] += sum(list(s.sampled) != sorted(s.sampled) for s in spans)
+
+    def compare(self, members, spans, found, where):
+        row = 0
+        for (request, count), span in zip(members, spans):
+            for offset in span.sampled:
+                expected = (request.trace.logits, request.trace.tokens, request.trace.logprobs)
+                for what, is_, should in zip(("logits", "token", "logprob"), found, expected):
+                    if is_[row].tobytes() != should[span.start + offset].tobytes():
+                        raise Differs(f"{what} of {request.sequence.name} at position {span.start + offset} ({where})")
+                row += 1
+            request.num_computed += count
+            if state_digest(self.runner, request.slot) != request.trace.states[request.num_computed - 1]:
+                raise Differs(f"recurrent state of {request.sequence.name} after {request.num_computed} tokens ({where})")
+
+    def disturb(self):
+        """Ends what is done; cancels and recomputes at random."""
+        for request in list(self.running):
+            if request.num_left == 0:
+                self.leave(request, "finished" if request.num_computed == len(request.sequence.token_ids) else "cancelled")
+            elif request.num_computed and self.rng.random() < 0.02:
+                self.recompute(request)
+
+    def recompute(self, request):
+        """Preemption: the request loses its memory and starts again from its first token on other pages."""
+        self.leave(request, "recomputed")
+        pages = self.take(self.free_pages, self.used_pages, len(request.pages), "pages")
+        slot = self.take(self.free_slots, self.used_slots, 1, "slots")[0]
+        self.running.append(Running(request.sequence, request.trace, pages, slot, request.stop_at))
+
+    def leave(self, request, how):
+        """Compares all that a request wrote, then poisons and frees its memory."""
+        self.events[how] += 1
+        for name, found in positions(self.runner, request.pages, request.num_computed).items():
+            different = np.flatnonzero((found != request.trace.cache[name][:request.num_computed]).any((1, 2, 3)))
+            if len(different):
+                raise Differs(f"{name} of {request.sequence.name} at position {different[0]} (seed {self.seed})")
+        self.running.remove(request)
+        for cache in self.runner.program.caches:
+            memory = self.runner.caches[cache.name].reshape(-1, cache.bytes_each)
+            memory[request.pages if cache.kind == "pages" else request.slot] = POISON
+        self.free_pages += request.pages
+        self.free_slots.append(request.slot)
+
+    def check_untouched(self):
+        """Free memory still holds what it was filled with: no step wrote to what is nobody's."""
+        for cache in self.runner.program.caches:
+            if not (self.runner.caches[cache.name] == POISON).all():
+                raise Differs(f"{cache.name}: memory that belongs to no request was written (seed {self.seed})")
+
+
+def limits(model, max_step_tokens, max_requests, num_pages):
+    return Limits(max_step_tokens, max_requests, num_pages, max_step_tokens)

@@ -1,0 +1,75 @@
+"""What a sequence gives when it runs alone, one token at a time, on one thread: the reference of the promise."""
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from lockstep.engine.runner import Limits, Runner, Span
+from lockstep.ops.kv_cache import PAGE_TOKENS
+from lockstep.runtime.threads import Team
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Token ids, and how each position would be sampled."""
+
+    name: str
+    token_ids: list
+    seed: int
+
+    def sampling(self, position):
+        """Fields of a SAMPLING_RECORD: every third position is greedy, the others draw."""
+        heat = (0.0, 0.8, 1.3)[(position + self.seed) % 3]
+        return dict(temperature=heat, top_p=(1.0, 0.9)[position % 2], min_p=0.0, top_k=(0, 40)[position // 2 % 2],
+                    seed=self.seed, position=position + 1)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """logits [n, V], tokens [n], logprobs [n]; states[n]: digest of the recurrent state after each token; cache: for each
+    array of pages, the bytes of every position [n, ...]."""
+
+    logits: np.ndarray
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    states: list
+    cache: dict
+
+
+def state_digest(runner, slot):
+    """Digest of all recurrent state of a slot."""
+    made = hashlib.blake2b(digest_size=16)
+    for cache in runner.program.caches:
+        if cache.kind == "state":
+            made.update(runner.caches[cache.name].reshape(-1, cache.bytes_each)[slot].tobytes())
+    return made.hexdigest()
+
+
+def positions(runner, pages, count):
+    """{name: bytes of positions 0 .. count [count, heads, head size, bytes]} of every array of pages."""
+    found = {}
+    for cache in (c for c in runner.program.caches if c.kind == "pages"):
+        memory = runner.caches[cache.name].reshape(-1, *cache.shape, cache.bytes_each // int(np.prod(cache.shape)))
+        slots_last = memory[pages].swapaxes(2, 3) if cache.shape[-1] == PAGE_TOKENS and "k_pages" in cache.name else memory[pages]
+        by_position = np.moveaxis(slots_last, 2, 1)
+        found[cache.name] = by_position.reshape(-1, *by_position.shape[2:])[:count]
+    return found
+
+
+def trace(model, sequence):
+    """Runs a sequence alone on fresh memory."""
+    n = len(sequence.token_ids)
+    pages = list(range(-(-n // PAGE_TOKENS)))
+    team = Team(1)
+    try:
+        runner = Runner(model, team, Limits(1, 1, len(pages), 1))
+        rows, states = [], []
+        for p, token in enumerate(sequence.token_ids):
+            tokens, logprobs, logits = runner.step([Span([token], p, pages, 0, {0: sequence.sampling(p)})])
+            rows.append((logits[0].copy(), tokens[0], logprobs[0]))
+            states.append(state_digest(runner, 0))
+        logits, tokens, logprobs = (np.array(column) for column in zip(*rows))
+        assert np.isfinite(logits).all(), f"{sequence.name}: logits are not finite"
+        return Trace(logits, tokens, logprobs, states, positions(runner, pages, n))
+    finally:
+        team.close()

@@ -1,0 +1,151 @@
+"""Programs, their layout in memory, and their rewrites, without a model."""
+import ctypes
+
+import numpy as np
+import pytest
+
+from lockstep.ops import BACKENDS
+from lockstep.runtime.backend import Implementation, swapped
+from lockstep.runtime.executor import Executor, WeightStore, aligned, lay_out
+from lockstep.runtime.program import Program, Weight
+from lockstep.runtime.rewrite import fuse, lower
+from lockstep.runtime.threads import Team
+from tests.promise.faults import NATIVE
+
+ROWS = {"T": 5, "R": 2, "S": 3}
+
+
+def chain(length=6):
+    """a -> add -> add -> ...: each tensor is read by the next op only."""
+    program = Program()
+    x = program.emit("embed", [program.tensor("x", "T", 16)], [])
+    for i in range(length):
+        x = program.emit("add", [program.tensor(f"x{i}", "T", 16)], [x, x], width=16)
+    return program
+
+
+def mlp(format="q8_0"):
+    """norm, linear, silu_mul, linear, add: all that can be fused."""
+    program, weight = Program(), lambda name, rows, columns: Weight(name, format, (rows, columns), ())
+    x = program.emit("embed", [program.tensor("x", "T", 32)], [])
+    h = program.emit("rms_norm", [program.tensor("h", "T", 32)], [x], width=32, eps=1e-6, offset=0.0)
+    both = program.emit("linear", [program.tensor("both", "T", 64)], [h, weight("up", 64, 32)], width=64, column=0)
+    act = program.emit("silu_mul", [program.tensor("act", "T", 32)], [both], width=32)
+    y = program.emit("linear", [program.tensor("y", "T", 32)], [act, weight("down", 32, 32)], width=32, column=0)
+    program.emit("add", [program.tensor("out", "T", 32)], [x, y], width=32)
+    return program
+
+
+def live_ranges(program):
+    last = {v: i for i, op in enumerate(program.ops) for v in (*op.outputs, *op.inputs)}
+    first = {t: i for i, op in reversed(list(enumerate(program.ops))) for t in op.outputs}
+    return {t: (first[t], last[t]) for t in first}
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_tensors_that_live_at_once_never_share_memory(keep):
+    program = chain()
+    offsets, size = lay_out(program, ROWS, keep)
+    ranges = live_ranges(program)
+    for a in offsets:
+        for b in offsets:
+            together = ranges[a][0] <= ranges[b][1] and ranges[b][0] <= ranges[a][1]
+            if a != b and (keep or together):
+                assert abs(offsets[a] - offsets[b]) >= 4 * 16 * ROWS["T"], (a, b)
+        assert offsets[a] % 64 == 0 and offsets[a] + 4 * 16 * ROWS["T"] <= size
+
+
+def test_memory_of_dead_tensors_is_used_again():
+    assert lay_out(chain(50), ROWS, False)[1] == lay_out(chain(2), ROWS, False)[1] < lay_out(chain(50), ROWS, True)[1]
+
+
+def test_names_are_unique():
+    program = Program()
+    assert [program.tensor("x", "T", 1).name for _ in range(3)] == ["x", "x.2", "x.3"]
+
+
+def test_lowering_prepares_rows_once():
+    program = mlp()
+    x = program.ops[1].outputs[0]
+    program.emit("linear", [program.tensor("again", "T", 32)], [x, Weight("other", "q4_0", (32, 32), ())], width=32, column=0)
+    kinds = [op.kind for op in lower(program).ops]
+    assert kinds.count("quantize_q8") == 2 and kinds[-1] == "linear_q4_0"
+    assert [op.kind for op in lower(mlp("f32")).ops if op.kind.startswith(("quantize", "round"))] == []
+
+
+def test_fusion_joins_what_the_backend_has_and_nothing_else():
+    fused = [op.kind for op in fuse(lower(mlp()), BACKENDS["cpu"]).ops]
+    assert fused == ["embed", "rms_norm+quantize_q8", "linear_q8_0", "silu_mul+quantize_q8", "linear_q8_0"]
+    assert [op.kind for op in fuse(lower(mlp()), BACKENDS["reference"]).ops] == [
+        "embed", "rms_norm", "quantize_q8", "linear_q8_0", "silu_mul", "quantize_q8", "linear_q8_0"]
+
+
+def test_a_tensor_that_somebody_else_reads_is_not_fused_away():
+    program = mlp()
+    y = program.ops[4].outputs[0]
+    program.emit("add", [program.tensor("reader", "T", 32)], [y, y], width=32)
+    ops = fuse(lower(program), BACKENDS["cpu"]).ops
+    assert [op.kind for op in ops][-2:] == ["add", "add"] and any(y in op.outputs for op in ops)
+
+
+def test_a_residual_reads_what_was_added():
+    program = mlp()
+    op = fuse(lower(program), BACKENDS["cpu"]).ops[-1]
+    assert op.params["has_residual"] == 1 and op.inputs[1].name == "x" and op.outputs[0].name == "out"
+
+
+def test_swaps_name_what_is_missing():
+    table = BACKENDS["cpu"]
+    assert swapped(table, {"add": "reference"}, BACKENDS)["add"] is BACKENDS["reference"]["add"]
+    with pytest.raises(ValueError, match="no such backend; there are cpu"):
+        swapped(table, {"add": "gpu"}, BACKENDS)
+    with pytest.raises(ValueError, match="reference has no op nothing"):
+        swapped(table, {"nothing": "reference"}, BACKENDS)
+
+
+def test_aligned_memory_starts_on_a_cache_line():
+    for size in (1, 63, 64, 1000):
+        memory = aligned(size)
+        assert memory.ctypes.data % 64 == 0 and len(memory) == size and not memory.any()
+
+
+def test_a_weight_is_laid_out_once_for_each_layout():
+    made, store, weight = [], WeightStore(), Weight("w", "f32", (2, 2), ())
+    layout = ("one", lambda w: made.append(w) or (np.zeros((2, 2), np.float32),))
+    assert store.arrays(weight, layout) is store.arrays(weight, layout) and len(made) == 1
+    store.arrays(weight, ("two", layout[1]))
+    assert len(made) == 2
+
+
+class Recorder:
+    """A kernel that notes how it was called."""
+
+    is_cached = True
+
+    def __init__(self):
+        self.calls = []
+        self._native = NATIVE(lambda op, step, thread, num_threads: self.calls.append((thread, num_threads)))
+        self.address = ctypes.cast(self._native, ctypes.c_void_p).value
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+def test_every_thread_meets_every_op_in_order(num_threads):
+    program, kernels = chain(3), [Recorder(), Recorder()]
+    backend = {"embed": Implementation(kernels[0]), "add": Implementation(kernels[1])}
+    team = Team(num_threads)
+    executor = Executor(program, backend, team, WeightStore(), ROWS, {})
+    for _ in range(20):
+        executor.run(np.zeros(16, np.int64), clock := np.zeros(4, np.int64))
+        assert (np.diff(clock) >= 0).all()
+    team.close()
+    assert len(kernels[0].calls) == 20 * num_threads and len(kernels[1].calls) == 60 * num_threads
+    everybody = sorted((i, num_threads) for i in range(num_threads))
+    calls = kernels[1].calls
+    for at in range(0, len(calls), num_threads):
+        assert sorted(calls[at:at + num_threads]) == everybody
+
+
+def test_closing_a_team_twice_is_harmless():
+    team = Team(3)
+    team.close()
+    team.close()

@@ -1,0 +1,214 @@
+"""The command line as a user meets it: answers, errors in one sentence, exit codes, interruptions."""
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from lockstep import LLM, SamplingParams, __version__
+from lockstep.cli import main
+from lockstep.commands import answer, generate
+from lockstep.commands.answer import Timing
+from lockstep.commands.options import parse_swaps
+from lockstep.commands.progress import Progress
+
+PROMPT = "def read_lines(path):\n"
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """What the bundled model answers to PROMPT, greedily, in twelve tokens."""
+    llm = LLM(max_requests=1)
+    yield llm.generate([PROMPT], SamplingParams(max_tokens=12))[0]
+    llm.close()
+
+
+class Output(io.TextIOWrapper):
+    """Standard input of given bytes."""
+
+    def __init__(self, raw):
+        super().__init__(io.BytesIO(raw), "utf-8")
+
+
+def run(*args):
+    return main(["generate", *args])
+
+
+def test_version_and_help(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"lockstep {__version__}\n"
+    assert main(["--help"]) == 0
+    assert "generate" in capsys.readouterr().out
+
+
+def test_help_loads_no_kernels():
+    code = ("import sys; from lockstep.cli import main; main(['--help']); "
+            "sys.exit(bool({'numpy', 'numba', 'rich'} & set(sys.modules)))")
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
+
+
+def test_generate_streams_what_the_engine_says(expected, capsys):
+    assert run("-p", PROMPT, "-n", "12") == 0
+    out, err = capsys.readouterr()
+    assert out == expected.text + "\n"
+    assert "prompt 7 tokens" in err and "tok/s" in err and "first token after" in err
+
+
+def test_json(expected, capsys):
+    assert run("-p", PROMPT, "-n", "12", "--json", "--logprobs", "2") == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["text"] == expected.text and made["token_ids"] == expected.token_ids
+    assert made["logprobs"] == expected.logprobs and made["finish_reason"] == "length"
+    assert made["num_prompt_tokens"] == 7 and made["num_output_tokens"] == 12
+    assert [len(each) for each in made["top_logprobs"]] == [2] * 12
+
+
+def test_prompt_from_a_file_and_from_standard_input(expected, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "prompt.txt"
+    path.write_bytes(PROMPT.encode())
+    answers = []
+    for args in (["-f", str(path)], ["-"], ["-f", "-"]):
+        monkeypatch.setattr(sys, "stdin", Output(PROMPT.encode()))
+        assert run(*args, "-n", "12") == 0
+        answers.append(capsys.readouterr().out)
+    assert set(answers) == {expected.text + "\n"}
+
+
+def test_echo_stop_and_other_ways_to_run(expected, capsys):
+    assert run("-p", PROMPT, "-n", "12", "--echo", "--threads", "1", "--op", "silu_mul=reference") == 0
+    assert capsys.readouterr().out == PROMPT + expected.text + "\n"
+    stop = expected.text[4:6]
+    assert run("-p", PROMPT, "-n", "12", "--stop", stop) == 0
+    assert capsys.readouterr().out == expected.text[:expected.text.index(stop)] + "\n"
+
+
+def test_a_seed_is_a_sample(capsys):
+    outs = []
+    for seed in ("1", "1", "2"):
+        assert run("-p", PROMPT, "-n", "12", "--temperature", "1.5", "--seed", seed) == 0
+        outs.append(capsys.readouterr().out)
+    assert outs[0] == outs[1] != outs[2]
+
+
+@pytest.mark.parametrize(("args", "said"), [
+    ([], "expected one prompt: -p TEXT, -f FILE or -"),
+    (["-p", "x", "-f", "y"], "expected one prompt"),
+    (["-p", ""], "the prompt is empty"),
+    (["-p", "x", "-n", "0"], "greater than or equal to 1"),
+    (["-p", "x", "-n", "many"], "-n"),
+    (["-p", "x", "-n", "5000"], "is more than the context of 4096 tokens"),
+    (["-p", "x " * 9000], "tokens plus max_tokens"),
+    (["-p", "x", "--top-p", "2"], "top_p: expected a number from"),
+    (["-p", "x", "--temperature", "nan"], "temperature: expected a number from"),
+    (["-p", "x", "--weights", "q9"], "weights 'q9': expected one of auto"),
+    (["-p", "x", "--kv-dtype", "f8"], "kv_dtype 'f8'"),
+    (["-p", "x", "--op", "linear"], "--op linear: expected KIND=BACKEND"),
+    (["-p", "x", "--op", "linear=gpu"], "no such backend"),
+    (["-p", "x", "--stop", ""], "stop: expected non-empty strings"),
+    (["nowhere", "-p", "x"], "nowhere: no such folder or file"),
+    (["a", "b", "-p", "x"], "'b': expected a prompt"),
+    (["-f", "nowhere.txt"], "nowhere.txt: No such file or directory"),
+    (["-p", "\udc80"], "surrogate"),
+    (["--bogus"], "--bogus"),
+])  # fmt: skip
+def test_a_mistake_is_one_sentence(args, said, capsys):
+    assert run(*args) == 2
+    out, err = capsys.readouterr()
+    assert not out and said in err
+    assert err.startswith("lockstep: ") and err.count("\n") == 1
+
+
+def test_bad_files(tmp_path, capsys):
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    assert run("-f", str(tmp_path / "latin.txt")) == 2
+    assert "latin.txt: not UTF-8 text, byte 0 is 0xe9" in capsys.readouterr().err
+    assert run(str(tmp_path), "-p", "x") == 2
+    assert f"{tmp_path}: expected" in capsys.readouterr().err
+    assert run("-f", str(tmp_path)) == 2
+    assert "Is a directory" in capsys.readouterr().err
+
+
+def test_a_hub_name_offline(capsys, monkeypatch):
+    def unreachable(*args, **options):
+        raise ConnectionError("network is unreachable")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    assert run("org/model", "-p", "x") == 2
+    assert "fetching org/model from the Hugging Face hub failed: network is unreachable" in capsys.readouterr().err
+
+
+def test_unknown_commands(capsys):
+    assert main(["compose"]) == 2
+    assert "compose" in capsys.readouterr().err
+
+
+def test_ctrl_c(monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(answer, "answer", interrupted)
+    assert run("-p", "x") == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_ctrl_c_and_a_closed_pipe_leave_no_traceback():
+    command = [sys.executable, "-m", "lockstep", "generate", "-p", PROMPT, "-n", "4000", "--temperature", "1.5"]
+    for close in (False, True):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdout.read(1)
+            process.stdout.close() if close else os.kill(process.pid, signal.SIGINT)
+            error = process.stderr.read().decode()
+            assert process.wait(60) == (141 if close else 130)
+            assert "Traceback" not in error and "Exception" not in error
+
+
+def test_context_grows_with_the_prompt(monkeypatch):
+    class Words:
+        def encode(self, text):
+            return text.split()
+
+    monkeypatch.setattr(generate, "tokenizer_of", lambda model: Words())
+    assert generate.needed_context(None, "word", 128) == 4096
+    assert generate.needed_context(None, "word " * 1000, 128) == 4096
+    assert generate.needed_context(None, "word " * 5000, 128) == 5184
+
+
+def test_swaps():
+    assert parse_swaps(["linear=reference", "add=cpu"]) == {"linear": "reference", "add": "cpu"}
+    assert parse_swaps(None) == {}
+
+
+def test_timing():
+    timing = Timing(num_prompt=100, num_output=21, first_token=0.5, total=2.5)
+    assert (timing.prefill_rate, timing.decode_rate) == (200, 10)
+    assert Timing(3, 1, 0.1, 0.1).decode_rate == 0
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("stream", [io.StringIO(), Terminal()], ids=["pipe", "terminal"])
+def test_progress(stream, monkeypatch):
+    from lockstep.runtime.kernel import Kernel
+
+    monkeypatch.setattr("lockstep.commands.progress.QUIET_SECONDS", 0)
+    with Progress(stream) as progress:
+        progress.packing("packing", 5_000_000, None)
+        Kernel.on_compile("one")
+        Kernel.on_compile("two")
+    assert Kernel.on_compile is None
+    said = stream.getvalue()
+    assert "compiling kernels for this CPU, first time only" in said and "ready after" in said
+    assert ("2 (two)" in said) == stream.isatty() != ("packing weights, first time only\n" in said)
+
+
+def test_progress_of_a_moment_is_silent():
+    stream = io.StringIO()
+    with Progress(stream) as progress:
+        progress.packing("packing", 1, None)
+    assert stream.getvalue() == ""

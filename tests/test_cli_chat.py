@@ -1,0 +1,162 @@
+"""`lockstep chat` and `lockstep inspect`."""
+import json
+import os
+import signal
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from lockstep import LLM
+from lockstep.cli import main
+from lockstep.commands import chat, conversation
+from lockstep.commands.conversation import Conversation
+from lockstep.commands.describe import collapsed, flops, memory, op_costs, packed_bytes
+from lockstep.commands.inspect import spans
+from lockstep.runtime.program import Weight
+from tests.test_cli import Output
+
+SETTINGS = dict(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, max_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def llm():
+    made = LLM(max_requests=1)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def talk(llm):
+    return Conversation(llm, SETTINGS, "Be brief.")
+
+
+def test_turns_add_up(talk, llm):
+    talk.hear("hello")
+    talk.hear("and now?")
+    assert [m["role"] for m in talk.messages] == ["system", "user", "assistant", "user", "assistant"]
+    again = llm.generate([llm.chat_prompt(talk.messages[:-1])], conversation.SamplingParams(**SETTINGS))[0]
+    assert talk.messages[-1]["content"] == again.text
+
+
+def test_ctrl_c_ends_the_answer_only(talk, monkeypatch, capsys):
+    shown = []
+
+    def write(text):
+        shown.append(text)
+        if len(shown) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(conversation, "write", write)
+    talk.settings["max_tokens"] = 1000
+    talk.hear("hello")
+    monkeypatch.undo()
+    assert "interrupted" in capsys.readouterr().err and len(shown) == 2 and talk.open
+    assert talk.messages[-1] == dict(role="assistant", content=shown[0])
+    talk.settings["max_tokens"] = 8
+    talk.hear("go on")
+    assert len(talk.messages) == 5 and not talk.llm.engine.has_work
+
+
+def test_commands(talk, tmp_path, capsys):
+    path = tmp_path / "talk.json"
+    for line in ("hello", f"/save {path}", "/reset"):
+        talk.hear(line)
+    assert [m["role"] for m in talk.messages] == ["system"]
+    talk.hear(f"/load {path}")
+    assert len(talk.messages) == 3 and talk.messages == json.loads(path.read_text())
+    talk.hear("/system Be long.")
+    assert talk.messages == [dict(role="system", content="Be long.")]
+    talk.hear("/system")
+    assert talk.messages == []
+    talk.hear("/set temperature 0.5")
+    talk.hear("/set top_k 3")
+    assert talk.settings == {**SETTINGS, "temperature": 0.5, "top_k": 3}
+    talk.hear("/help")
+    assert "/reset" in capsys.readouterr().out
+    talk.hear("/exit")
+    assert not talk.open
+
+
+@pytest.mark.parametrize(("line", "said"), [
+    ("/nothing", "/nothing: no such command"), ("/", "no such command"), ("/set speed 9", "no such setting"),
+    ("/set seed x", "expected a number"), ("/set top_p 7", "top_p: expected a number from"), ("/save", "expected a"),
+    ("/load /nowhere/x", "/nowhere/x: No such file"), ("/load {bad}", "expected a list of messages"),
+    ("x " * 9000, "tokens and the context"), ("\udc80", "surrogate"),
+])  # fmt: skip
+def test_a_mistake_changes_nothing(line, said, talk, tmp_path, capsys):
+    (tmp_path / "bad.json").write_text('[{"role": "system"}]')
+    before = list(talk.messages), dict(talk.settings)
+    talk.hear(line.replace("{bad}", str(tmp_path / "bad.json")))
+    assert said in capsys.readouterr().err
+    assert (talk.messages, talk.settings) == before and talk.open
+
+
+def test_piped(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", Output(b"/set\nhello\n/exit\nnever\n"))
+    assert main(["chat", "-n", "5", "--temperature", "0"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("temperature 0.0") and "decode 5 tokens" in err
+
+
+def test_a_model_that_cannot_chat(monkeypatch, capsys):
+    llm = SimpleNamespace(has_tokenizer=True, tokenizer=SimpleNamespace(has_chat_template=False))
+    monkeypatch.setattr(chat, "load", lambda *args, **options: llm)
+    assert main(["chat", "base-model"]) == 2
+    assert "base-model: has no chat template" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------ inspect
+
+
+def test_inspect_json(llm, capsys):
+    assert main(["inspect", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["config"]["model_type"] == llm.model.config.model_type
+    assert len(made["program"]) == len(llm.model.recorded.ops)
+    assert {t["name"] for t in made["tensors"]} == set(llm._checkpoint.tensors)
+
+
+def test_inspect_tables(capsys):
+    assert main(["inspect"]) == 0
+    short = capsys.readouterr().out
+    assert main(["inspect", "--all", "--tensors"]) == 0
+    full = capsys.readouterr().out
+    assert "0-2" in short and "gated_delta" in short and "KV cache" in short
+    assert full.count("gated_delta") == 3 * short.count("gated_delta")
+    assert "model.embed_tokens.weight" in full and "model.embed_tokens.weight" not in short
+
+
+@pytest.mark.parametrize("weights", ["auto", "f32", "bf16", "q8_0", "q4_0"])
+def test_packed_bytes_are_those_of_the_packed_arrays(weights, llm):
+    from lockstep.engine.model import load_model
+    from lockstep.runtime.executor import WeightStore
+
+    model, store = load_model(llm._checkpoint, None, weights), WeightStore()
+    backend = model.backend()
+    for op in model.program.ops:
+        if op.kind.startswith("linear_"):
+            arrays = store.arrays(op.inputs[2], backend[op.kind].layout)
+            assert packed_bytes(op.inputs[2]) == sum(a.nbytes for a in arrays)
+
+
+def test_memory_is_what_the_engine_takes(llm):
+    needed, runner = memory(llm.model.recorded), llm.engine.runner
+    taken = sum(a.nbytes for name, a in runner.caches.items() if name.endswith("_pages"))
+    assert needed["kv_cache_per_token"] * 64 * runner.limits.num_pages == taken
+    assert needed["state_per_request"] == sum(a.nbytes for n, a in runner.caches.items() if not n.endswith("_pages"))
+
+
+def test_costs(llm):
+    costs = op_costs(llm.model.recorded, 1000)
+    linear = sum(c.flops for c in costs if c.kind == "linear")
+    sizes = {w.name: w.shape for op in llm.model.recorded.ops if op.kind == "linear" for w in op.inputs
+             if isinstance(w, Weight)}
+    assert linear == 2 * sum(n * k for n, k in sizes.values())
+    assert [layers for layers, _ in collapsed(costs)] == [None, [0, 1, 2], [3], None]
+    attention = next(op for op in llm.model.recorded.ops if op.kind == "gated_attention")
+    assert flops(attention, 2000) == 2 * flops(attention, 1000) == 4 * (4 * 64 + 4) * 2000
+
+
+def test_spans():
+    assert spans([0, 1, 2, 4, 6, 7]) == "0-2, 4, 6-7"

@@ -1,0 +1,67 @@
+"""Imports only go down: folders in the order in which a token passes them.
+
+`weights` is below `ops`: an implementation of an op names the layout in which it reads its weights.
+"""
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+ORDER = ("__main__", "cli", "commands", "bench", "ceiling", "parity", "serve", "engine", "models", "ptq", "ops",
+         "weights", "runtime")
+EXCEPTIONS = {
+    ("runtime", "lockstep.ops.activations"),  # a rewrite knows how wide prepared rows are
+    ("bench", "lockstep.commands.describe"),  # bytes and FLOPs of an op
+}
+
+
+def part(module):
+    """Which of ORDER a module such as lockstep.ops.add belongs to; None for the bare package, which imports nothing."""
+    names = module.split(".")
+    return names[1] if len(names) > 1 else None
+
+
+def imported(path):
+    """Full names of what a file imports from lockstep, whether on top or inside functions."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import in line {node.lineno}"
+            if node.module == "lockstep":
+                yield from (f"lockstep.{alias.name}" for alias in node.names if alias.name != "__version__")
+            elif node.module.startswith("lockstep."):
+                yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("lockstep."))
+
+
+def upward(path):
+    """Imports of a file that go up: (its part, the imported module)."""
+    own = part(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    return [(own, module) for module in imported(path)
+            if own != "__init__" and part(module) and ORDER.index(part(module)) < ORDER.index(own)]
+
+
+FILES = sorted((ROOT / "lockstep").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_down(path):
+    assert not set(upward(path)) - EXCEPTIONS
+
+
+def test_every_exception_is_needed():
+    assert set.union(*(set(upward(path)) for path in FILES)) == EXCEPTIONS
+
+
+def test_the_package_itself_imports_nothing():
+    assert not list(imported(ROOT / "lockstep" / "__init__.py"))
+
+
+def test_an_upward_import_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    path = tmp_path / "lockstep" / "ops" / "add.py"
+    path.parent.mkdir(parents=True)
+    path.write_text("def f():\n    from lockstep import serve\n    from lockstep.engine.model import Model\n"
+                    "    import lockstep.runtime.step\n")
+    assert upward(path) == [("ops", "lockstep.serve"), ("ops", "lockstep.engine.model")]

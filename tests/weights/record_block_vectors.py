@@ -1,0 +1,55 @@
+"""Record block_vectors.json with the gguf package: python -m tests.weights.record_block_vectors
+
+Random blocks and what gguf.quants makes of them, and random weights and what it quantizes them to.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+BLOCK_BYTES = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210}
+# Bytes with the exponents of float16 fields: without their lowest exponent bit they are never NaN or infinite.
+HIGH_BYTES = {"Q4_1": (1, 3), "Q4_K": (1, 3), "Q5_K": (1, 3), "Q6_K": (209,)}
+
+
+def random_blocks(name: str, count: int, rng: np.random.Generator) -> np.ndarray:
+    """uint8 [2, count / 2 * block_bytes], two rows of blocks with random codes and finite scales."""
+    blocks = rng.integers(0, 256, (count, BLOCK_BYTES[name]), np.uint8)
+    for offset in HIGH_BYTES.get(name, (1,)):
+        blocks[:, offset] &= 0xBB
+    return blocks.reshape(2, -1)
+
+
+def awkward_weights(rng: np.random.Generator) -> np.ndarray:
+    """float32 [3, 128] with a block of zeros, ties, halves and a signed pair of equal magnitude."""
+    weights = rng.standard_normal((3, 128)).astype(np.float32)
+    weights[0, :32] = 0
+    weights[0, 32:64] = np.arange(32) - 15.5
+    weights[1, :2] = 7, -7
+    weights[1, 32:34] = -7, 7
+    weights[2, :32] = 127 * np.sign(weights[2, :32])
+    weights[2, 1:17] = np.arange(16) + 0.5
+    return weights
+
+
+def main() -> None:
+    """Write the vectors beside this file."""
+    from gguf import GGMLQuantizationType, quants
+
+    rng = np.random.default_rng(7)
+    vectors = {"dequantize": {}, "quantize": {}}
+    for name in BLOCK_BYTES:
+        packed = random_blocks(name, 4, rng)
+        weights = quants.dequantize(packed, GGMLQuantizationType[name]).astype("<f4")
+        vectors["dequantize"][name.lower()] = {"packed": packed.tobytes().hex(), "weights": weights.tobytes().hex()}
+    weights = awkward_weights(rng).astype("<f4")
+    vectors["weights"] = weights.tobytes().hex()
+    for name in ("Q8_0", "Q4_0"):
+        vectors["quantize"][name.lower()] = quants.quantize(weights, GGMLQuantizationType[name]).tobytes().hex()
+    path = Path(__file__).with_name("block_vectors.json")
+    path.write_text(json.dumps(vectors, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""Block formats against vectors recorded with the gguf package, and against it live where it is installed."""
+
+import json
+import tracemalloc
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from lockstep.weights import blocks, q4_0, q4_k, q6_k, q8_0
+from lockstep.weights.tensor import BLOCK_FORMATS
+from tests.weights.record_block_vectors import awkward_weights, random_blocks
+
+VECTORS = json.loads(Path(__file__).with_name("block_vectors.json").read_text())
+
+
+def bits(array):
+    return np.ascontiguousarray(array, np.float32).view(np.uint32)
+
+
+def recorded(name, block):
+    vector = VECTORS["dequantize"][name]
+    packed = np.frombuffer(bytes.fromhex(vector["packed"]), np.uint8).reshape(2, 2 * block.BLOCK_BYTES)
+    return packed, np.frombuffer(bytes.fromhex(vector["weights"]), "<f4").reshape(2, 2 * block.BLOCK_SIZE)
+
+
+@pytest.mark.parametrize("name", BLOCK_FORMATS)
+def test_dequantize_gives_the_recorded_bits(name):
+    packed, expected = recorded(name, BLOCK_FORMATS[name])
+    assert (bits(BLOCK_FORMATS[name].dequantize(packed)) == bits(expected)).all()
+
+
+@pytest.mark.parametrize("block", [q8_0, q4_0])
+def test_quantize_gives_the_recorded_bytes(block):
+    weights = np.frombuffer(bytes.fromhex(VECTORS["weights"]), "<f4").reshape(3, 128)
+    expected = np.frombuffer(bytes.fromhex(VECTORS["quantize"][block.__name__.rpartition(".")[2]]), np.uint8)
+    assert (block.quantize(weights).ravel() == expected).all()
+
+
+@pytest.mark.parametrize("name", BLOCK_FORMATS)
+def test_against_the_gguf_package(name):
+    gguf = pytest.importorskip("gguf")
+    rng = np.random.default_rng()
+    packed = random_blocks(name.upper(), 64, rng)
+    expected = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType[name.upper()])
+    assert (bits(BLOCK_FORMATS[name].dequantize(packed)) == bits(expected)).all()
+    if name in ("q8_0", "q4_0"):
+        weights = awkward_weights(rng)
+        assert (BLOCK_FORMATS[name].quantize(weights) == gguf.quants.quantize(
+            weights, gguf.GGMLQuantizationType[name.upper()])).all()  # fmt: skip
+
+
+def test_split_q8_0():
+    packed, weights = recorded("q8_0", q8_0)
+    codes, scales = q8_0.split(packed)
+    assert codes.dtype == np.int8 and codes.shape == (2, 64) and scales.shape == (2, 2)
+    assert (codes * np.repeat(scales, 32, 1).astype(np.float32) == weights).all()
+
+
+def test_split_q4_0():
+    packed, weights = recorded("q4_0", q4_0)
+    codes, scales = q4_0.split(packed)
+    assert codes.dtype == np.uint8 and codes.max() == 15 and scales.shape == (2, 2)
+    assert ((codes.astype(np.float32) - 8) * np.repeat(scales, 32, 1).astype(np.float32) == weights).all()
+
+
+def test_split_q4_k():
+    packed, weights = recorded("q4_k", q4_k)
+    codes, d, dmin, scales, minima = q4_k.split(packed)
+    assert codes.shape == (2, 512) and d.shape == dmin.shape == (2, 2) and scales.shape == minima.shape == (2, 16)
+    assert codes.dtype == scales.dtype == minima.dtype == np.uint8 and scales.max() < 64 and minima.max() < 64
+    scale = np.repeat(d.astype(np.float32), 8, 1) * scales
+    minimum = np.repeat(dmin.astype(np.float32), 8, 1) * minima
+    assert (np.repeat(scale, 32, 1) * codes - np.repeat(minimum, 32, 1) == weights).all()
+
+
+def test_split_q6_k():
+    packed, weights = recorded("q6_k", q6_k)
+    codes, scales, d = q6_k.split(packed)
+    assert codes.dtype == scales.dtype == np.int8 and codes.min() >= -32 and codes.max() <= 31
+    assert codes.shape == (2, 512) and scales.shape == (2, 32) and d.shape == (2, 2)
+    scale = np.repeat(d.astype(np.float32), 16, 1) * scales
+    assert (np.repeat(scale, 16, 1) * codes == weights).all()
+
+
+def test_leading_axes_are_kept():
+    packed = np.zeros((3, 5, 2 * q6_k.BLOCK_BYTES), np.uint8)
+    assert q6_k.dequantize(packed).shape == (3, 5, 512)
+    assert [field.shape for field in q6_k.split(packed)] == [(3, 5, 512), (3, 5, 32), (3, 5, 2)]
+    assert q8_0.quantize(np.zeros((3, 5, 64), np.float32)).shape == (3, 5, 68)
+
+
+def test_no_rows():
+    assert q8_0.dequantize(np.zeros((0, 34), np.uint8)).shape == (0, 32)
+    assert q4_0.quantize(np.zeros((0, 32), np.float32)).shape == (0, 18)
+
+
+@pytest.mark.parametrize("block", BLOCK_FORMATS.values())
+def test_bad_rows_are_refused(block):
+    with pytest.raises(ValueError, match="whole blocks"):
+        block.dequantize(np.zeros((2, block.BLOCK_BYTES + 1), np.uint8))
+    with pytest.raises(ValueError, match="uint8"):
+        block.dequantize(np.zeros((2, block.BLOCK_BYTES), np.int8))
+
+
+def test_weights_too_large_for_a_float16_scale():
+    with pytest.raises(ValueError, match="float16"):
+        q8_0.quantize(np.full((1, 32), 1e9, np.float32))
+
+
+finite = st.floats(-1000, 1000, width=32)
+
+
+@settings(max_examples=50, deadline=None)
+@given(arrays(np.float32, (2, 32), elements=finite))
+def test_q8_0_error_is_half_a_code(weights):
+    packed = q8_0.quantize(weights)
+    scale = np.abs(weights).max(axis=1, keepdims=True) / 127
+    # Half a code, the rounding of 127 codes' scale to float16, and the denormal scales' steps.
+    allowed = scale * (0.501 + 127 / 2048) + 127 * 2.0**-25
+    assert (np.abs(q8_0.dequantize(packed) - weights) <= allowed).all()
+
+
+@settings(max_examples=50, deadline=None)
+@given(arrays(np.float32, (2, 32), elements=finite))
+def test_q4_0_error_is_a_code(weights):
+    scale = np.abs(weights).max(axis=1, keepdims=True) / 8
+    allowed = scale * (1.001 + 8 / 2048) + 8 * 2.0**-25
+    assert (np.abs(q4_0.dequantize(q4_0.quantize(weights)) - weights) <= allowed).all()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.floats(-300, 300, width=32) | st.integers(-300, 300).map(lambda n: n + 0.5))
+def test_round_half_away_is_roundf(value):
+    rounded = float(blocks.round_half_away(np.array([value], np.float32))[0])
+    exact = Fraction(float(np.float32(value)))
+    away = int(abs(exact) + Fraction(1, 2)) * (1 if exact >= 0 else -1)
+    assert rounded == away
+
+
+def test_dequantize_needs_little_more_than_its_result():
+    packed = np.zeros((4096, 8 * q4_k.BLOCK_BYTES), np.uint8)
+    tracemalloc.start()
+    weights = q4_k.dequantize(packed)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < weights.nbytes + (16 << 20)

@@ -1,0 +1,140 @@
+"""Opening a checkpoint whatever its container, and what that must not cost."""
+
+import json
+import os
+import tracemalloc
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from lockstep.weights import q4_0, q8_0
+from lockstep.weights.checkpoint import open_checkpoint
+from lockstep.weights.tensor import StoredTensor
+from tests.weights.files import STRING, UINT32, gguf_bytes, plain_tensors, safetensors_bytes, write, write_folder
+
+WEIGHTS = {"model.norm.weight": np.arange(4, dtype=np.float32)}
+
+
+def test_a_folder_and_a_file_in_it(tmp_path):
+    folder = write_folder(tmp_path / "m", WEIGHTS, hidden_size=4)
+    write(folder / "generation_config.json", '{"eos_token_id": [1, 2]}')
+    for path in (folder, str(folder), folder / "model.safetensors"):
+        checkpoint = open_checkpoint(path)
+        assert checkpoint.path == Path(path) and checkpoint.metadata == {}
+        assert checkpoint.config == {"model_type": "qwen3", "hidden_size": 4}
+        assert checkpoint.generation_config == {"eos_token_id": [1, 2]}
+        assert (checkpoint.tensors["model.norm.weight"].data == WEIGHTS["model.norm.weight"]).all()
+
+
+def test_a_tensor_that_is_not_there(tmp_path):
+    tensors = open_checkpoint(write_folder(tmp_path / "m", WEIGHTS)).tensors
+    assert "lm_head.weight" not in tensors and len(tensors) == 1
+    with pytest.raises(KeyError):
+        tensors["lm_head.weight"]
+
+
+def test_what_is_missing_is_named(tmp_path):
+    with pytest.raises(ValueError, match="expected a folder, a .safetensors file or a .gguf file"):
+        open_checkpoint(tmp_path / "absent")
+    with pytest.raises(ValueError, match="no such file"):
+        open_checkpoint(tmp_path / "absent.gguf")
+    write(tmp_path / "model.safetensors", safetensors_bytes(WEIGHTS))
+    with pytest.raises(ValueError, match="config.json: no such file"):
+        open_checkpoint(tmp_path)
+    write(tmp_path / "config.json", "[]")
+    with pytest.raises(ValueError, match="config.json: expected a JSON object, found list"):
+        open_checkpoint(tmp_path)
+
+
+def test_fingerprint_follows_files_and_config(tmp_path):
+    folder = write_folder(tmp_path / "m", WEIGHTS)
+    first = open_checkpoint(folder).fingerprint()
+    assert first == open_checkpoint(folder).fingerprint() and len(first) == 64
+    os.utime(folder / "model.safetensors", ns=(0, 5))
+    touched = open_checkpoint(folder).fingerprint()
+    write(folder / "config.json", json.dumps({"model_type": "llama"}))
+    assert len({first, touched, open_checkpoint(folder).fingerprint()}) == 3
+
+
+def test_opening_does_not_read_the_weights(tmp_path):
+    """A file of 8 GB, of which the disk holds nothing but the header: opening takes no memory to speak of."""
+    rows = 1 << 20
+    norm = ("f32", (4,), bytes(16))
+    metadata = {"general.architecture": (STRING, "llama")}
+    for key, value in {
+        "block_count": 1,
+        "embedding_length": 2048,
+        "attention.head_count": 16,
+        "context_length": 64,
+    }.items():
+        metadata[f"llama.{key}"] = (UINT32, value)
+    metadata["llama.attention.layer_norm_rms_epsilon"] = (6, 1e-6)
+    content = gguf_bytes(metadata, {"output_norm.weight": norm, "token_embd.weight": ("f32", (rows, 2048), b"")})
+    path = write(tmp_path / "m.gguf", content)
+    os.truncate(path, len(content) + rows * 2048 * 4)
+    tracemalloc.start()
+    tensor = open_checkpoint(path).tensors["model.embed_tokens.weight"]
+    assert tensor.data.nbytes == 8 << 30 and tensor.to_f32(slice(7, 9)).shape == (2, 2048)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+def test_rows_of_every_format():
+    weights = np.random.default_rng(3).standard_normal((5, 64)).astype(np.float32)
+    stored = {
+        "f32": weights,
+        "bf16": weights.astype(ml_dtypes.bfloat16),
+        "f8_e4m3": weights.astype(ml_dtypes.float8_e4m3fn),
+        "q8_0": q8_0.quantize(weights),
+        "q4_0": q4_0.quantize(weights),
+    }
+    for format, data in stored.items():
+        tensor = StoredTensor("w", format, (5, 64), data)
+        whole = tensor.to_f32()
+        assert whole.dtype == np.float32 and whole.shape == (5, 64)
+        assert (tensor.to_f32(slice(1, 4)) == whole[1:4]).all()
+    assert StoredTensor("w", "i8", (2,), np.int8([-1, 5])).to_f32().tolist() == [-1, 5]
+
+
+def test_a_gguf_file_carries_its_metadata(tmp_path):
+    metadata = {"general.architecture": (STRING, "llama"), "tokenizer.chat_template": (STRING, "{{ 1 }}")}
+    for key, value in {
+        "block_count": 1,
+        "embedding_length": 4,
+        "attention.head_count": 1,
+        "context_length": 64,
+    }.items():
+        metadata[f"llama.{key}"] = (UINT32, value)
+    metadata["llama.attention.layer_norm_rms_epsilon"] = (6, 1e-6)
+    tensors = plain_tensors(
+        {"token_embd.weight": np.ones((3, 4), np.float32), "output_norm.weight": np.ones(4, np.float32)}
+    )
+    checkpoint = open_checkpoint(write(tmp_path / "m.gguf", gguf_bytes(metadata, tensors)))
+    assert checkpoint.metadata["tokenizer.chat_template"] == "{{ 1 }}"
+    assert checkpoint.config["rms_norm_eps"] == 1e-6 and checkpoint.config["rope_theta"] == 10000.0
+
+
+PEERS = Path(os.environ.get("PEERS_DIR", "")) / "models"
+
+
+@pytest.mark.skipif(not os.environ.get("PEERS_DIR"), reason="PEERS_DIR does not name a folder with converted models")
+@pytest.mark.parametrize("model", ["qwen3-0.6b", "qwen3.5-0.8b", "llama-3.2-1b"])
+@pytest.mark.parametrize("form", ["BF16", "Q8_0", "Q4_0-pure"])
+def test_models_converted_by_llama_cpp(model, form):
+    path = PEERS / f"{model}-{form}.gguf"
+    if not path.is_file():
+        pytest.skip(f"{path.name} has not been made")
+    expected, found = open_checkpoint(PEERS / f"{model}-hf").tensors, open_checkpoint(path).tensors
+    assert set(found) == set(expected)
+    quantize = {"q8_0": q8_0.quantize, "q4_0": q4_0.quantize}
+    for name in expected:
+        wanted, tensor = expected[name].to_f32(slice(0, 512)), found[name]
+        if tensor.format in quantize:
+            assert (tensor.data[:512] == quantize[tensor.format](wanted)).all(), name
+        elif "norm" in name and "3.5" in model and "linear_attn" not in name:
+            assert (tensor.to_f32(slice(0, 512)) + np.float32(1) == wanted + np.float32(1)).all(), name
+        else:
+            assert (tensor.to_f32(slice(0, 512)) == wanted).all(), name

@@ -1,0 +1,80 @@
+"""Check the training code: the chunked delta rule and the fused loss against their definitions, the model against transformers."""
+
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, models
+
+from delta_rule import delta_rule_chunked, delta_rule_recurrent
+from export import verify_folder, write_folder
+from head_loss import head_loss
+from model import Model, ModelConfig
+
+
+def worst_difference(results, expected):
+    """The largest difference, each tensor in units of its own largest entry."""
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(results, expected))
+
+
+def value_and_gradients(function, inputs, direction):
+    value = function(*inputs)
+    return value, *torch.autograd.grad((value * direction).sum(), inputs)
+
+
+def check_delta_rule():
+    """Keys that nearly repeat and hardly decay: the case in which a power series for the inverse explodes."""
+    batch, heads, num_tokens, size = 2, 4, 256, 64
+    q = F.normalize(torch.randn(batch, heads, num_tokens, size), dim=-1)
+    k = F.normalize(torch.randn(batch, heads, num_tokens, size) * 0.3 + torch.randn(size), dim=-1)
+    g, beta = -0.1 * torch.rand(batch, heads, num_tokens), torch.rand(batch, heads, num_tokens)
+    inputs = [x.requires_grad_() for x in (q, k, torch.randn(q.shape), g, beta)]
+    direction = torch.randn(q.shape)
+    expected = value_and_gradients(delta_rule_recurrent, inputs, direction)
+    difference = worst_difference(value_and_gradients(delta_rule_chunked, inputs, direction), expected)
+    print(f"delta rule, chunked against recurrent, values and gradients: {difference:.1e}")
+    assert difference < 1e-5
+
+
+def check_head_loss(model):
+    hidden = torch.randn(2, 300, model.c.hidden_size, requires_grad=True)
+    targets, weights = torch.randint(model.c.vocab_size, (2, 300)), (torch.rand(2, 300) < 0.5).float()
+    inputs = [hidden, model.model.embed_tokens.weight]
+
+    def plain(h, _):
+        each = F.cross_entropy(model.logits(h).flatten(0, 1), targets.flatten(), reduction="none")
+        return (each * weights.flatten()).sum() / weights.sum()
+
+    expected = value_and_gradients(plain, inputs, torch.ones(()))
+    fused = value_and_gradients(lambda h, _: head_loss(model, h, targets, weights), inputs, torch.ones(()))
+    print(f"loss, fused against cross_entropy, value and gradients: {worst_difference(fused, expected):.1e}")
+    assert worst_difference(fused, expected) < 1e-5
+
+
+def check_transformers(model):
+    """With random norms and gates too: at their initial values a forgotten +1 or a swapped gate could hide."""
+    for p in model.parameters():
+        p.data += 0.2 * torch.randn_like(p) * (p.ndim == 1)
+        p.data *= 1 + (p.ndim == 2)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = Tokenizer(models.BPE(byte_vocab(), [], unk_token="a"))
+        tokenizer.save(str(Path(folder) / "bytes.json"))
+        write_folder(model, Path(folder) / "bytes.json", Path(folder))
+        assert verify_folder(Path(folder)) < 1e-3
+
+
+def byte_vocab():
+    return {chr(i): i for i in range(32, 127)}
+
+
+def main():
+    torch.manual_seed(0)
+    model = Model(ModelConfig())
+    check_delta_rule()
+    check_head_loss(model)
+    check_transformers(model)
+
+
+if __name__ == "__main__":
+    main()

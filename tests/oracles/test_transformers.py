@@ -21,10 +21,10 @@ BUNDLED = pathlib.Path(lockstep.__file__).parent / "bundled"
 NUM_TOKENS = 70  # more than one page of keys
 
 
-def made(folder, name, dtype="F32"):
-    """(folder, prompt) of a tiny model with the session's seed."""
+def made(folder, name, dtype="F32", seed=SEED):
+    """(folder, prompt) of a tiny model with weights drawn from a seed."""
     config = CASES[name]
-    return tiny.write(folder, config, tiny.tensors(config, SEED), dtype), tiny.prompt(config, NUM_TOKENS, SEED)
+    return tiny.write(folder, config, tiny.tensors(config, seed), dtype), tiny.prompt(config, NUM_TOKENS, seed)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -39,12 +39,23 @@ def test_float32(name, tmp_path):
 
 @pytest.mark.parametrize("name", CASES)
 def test_bf16_checkpoint_as_stored(name, tmp_path):
-    """bf16 weights and cache: as near to the exact result as transformers' own bf16 is."""
-    folder, ids = made(tmp_path, name, "BF16")
+    """bf16 weights and cache: nearer to the exact result than transformers' own bf16 is (measured: 0.4 to 0.53 of its error).
+
+    The median over the tokens of three models: where the router's two best experts nearly tie, either side may pick the other
+    one for a few tokens, and a mean would measure only who was unlucky.
+    """
+    errors = np.concatenate([_bf16_errors(name, tmp_path / str(seed), seed) for seed in (SEED, SEED + 1, SEED + 2)], axis=1)
+    ours, theirs = np.median(errors, axis=1)
+    assert ours <= 0.8 * theirs, f"seed {SEED}: median rms error {ours:.3g}, transformers' own {theirs:.3g}"
+
+
+def _bf16_errors(name, folder, seed):
+    """Rms error over the logits of each token [2, tokens]: ours, transformers' bf16; both against its float32."""
+    folder.mkdir()
+    folder, ids = made(folder, name, "BF16", seed)
     exact, theirs = hugging_face.logits(folder, ids), hugging_face.logits(folder, ids, hugging_face.torch.bfloat16)
     ours = logits_of(load(folder, "auto"), ids)
-    error, allowed = np.sqrt(np.mean((ours - exact) ** 2)), np.sqrt(np.mean((theirs - exact) ** 2))
-    assert error <= 1.2 * allowed + 1e-3, f"seed {SEED}: rms error {error:.3g}, transformers' own {allowed:.3g}"
+    return np.stack([np.sqrt(np.mean((found - exact) ** 2, axis=-1)) for found in (ours, theirs)])
 
 
 @pytest.mark.parametrize("weights, worst_allowed", [("f32", 1e-4), ("auto", 0.1)])

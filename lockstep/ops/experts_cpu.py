@@ -104,8 +104,9 @@ def drive(op, step, format, params, w, panel, scales, row):
         for s in range(start, stop, at_once):
             for p in range(first, min(first + CLAIM, num_panels), COLS):
                 at = e * num_panels + p
-                together(format, word(op, 1) + row * s, row, w + panel * at, panel, scales + K * at, K, 0,
-                         word(op, 0) + 64 * (num_panels * s + p), 64 * num_panels, num_panels - p, min(at_once, stop - s))
+                together(format, word(op, 1) + row * s, row, w + panel * at, panel, scales + K * at, K, K, 0,
+                         word(op, 0) + 64 * (num_panels * s + p), 64 * num_panels, num_panels - p, 0,
+                         w + panel * (at + COLS), scales + K * (at + COLS), min(at_once, stop - s))
         task = fetch_add(counter, 1)
 
 

@@ -23,6 +23,9 @@ from lockstep.weights.pack_k import pack_q4_k, pack_q6_k
 
 COLS = 2 if wide_registers() else 1  # panels of a tile: 6 x 2 x 16 lanes fill 32 registers, 6 x 1 x 16 fill 16
 MAX_ROWS = 6
+ALL_PANELS = (1 << COLS) - 1  # a bit each
+NEAR_BYTES = 34 * 1024  # weights of a tile that stay in the first-level cache, beside six rows of activations
+K_UNIT = 256  # the largest block of a format
 CACHE_BYTES = 192 * 1024  # activations that stay in the second-level cache while panels pass by
 CLAIMS_PER_THREAD = 8
 MAX_CLAIM = 64  # panels
@@ -35,30 +38,40 @@ def merged(function):
 
 
 @merged
-def together(format, x, row, w, panel, scales, K, residual, out, out_row, panels, left):
-    """COLS panels by `left` rows, in tiles of nearly equal height."""
+def together(format, x, row, w, panel, scales, panel_scales, K, residual, out, out_row, panels, resume, next_codes, next_scales, left):
+    """COLS panels by `left` rows, in tiles of nearly equal height. The first tile brings what comes next near; of two the
+    second brings half of it."""
+    wanted, later = (ALL_PANELS, 0) if left <= MAX_ROWS else (ALL_PANELS // 2, ALL_PANELS - ALL_PANELS // 2)
     while left > 0:
         tiles = (left + MAX_ROWS - 1) // MAX_ROWS
         rows = (left + tiles - 1) // tiles
         if rows == 6:
-            linear_tile(format, 6, COLS, x, row, w, panel, scales, K, residual, out, out_row, panels)
+            linear_tile(format, 6, COLS, x, row, w, panel, scales, panel_scales, K, residual, out, out_row, panels, resume,
+                        next_codes, next_scales, wanted)
         elif rows == 5:
-            linear_tile(format, 5, COLS, x, row, w, panel, scales, K, residual, out, out_row, panels)
+            linear_tile(format, 5, COLS, x, row, w, panel, scales, panel_scales, K, residual, out, out_row, panels, resume,
+                        next_codes, next_scales, wanted)
         elif rows == 4:
-            linear_tile(format, 4, COLS, x, row, w, panel, scales, K, residual, out, out_row, panels)
+            linear_tile(format, 4, COLS, x, row, w, panel, scales, panel_scales, K, residual, out, out_row, panels, resume,
+                        next_codes, next_scales, wanted)
         elif rows == 3:
-            linear_tile(format, 3, COLS, x, row, w, panel, scales, K, residual, out, out_row, panels)
+            linear_tile(format, 3, COLS, x, row, w, panel, scales, panel_scales, K, residual, out, out_row, panels, resume,
+                        next_codes, next_scales, wanted)
         elif rows == 2:
-            linear_tile(format, 2, COLS, x, row, w, panel, scales, K, residual, out, out_row, panels)
+            linear_tile(format, 2, COLS, x, row, w, panel, scales, panel_scales, K, residual, out, out_row, panels, resume,
+                        next_codes, next_scales, wanted)
         else:
-            linear_tile(format, 1, COLS, x, row, w, panel, scales, K, residual, out, out_row, panels)
+            linear_tile(format, 1, COLS, x, row, w, panel, scales, panel_scales, K, residual, out, out_row, panels, resume,
+                        next_codes, next_scales, wanted)
         left, x, out, residual = left - rows, x + rows * row, out + rows * out_row, residual + rows * out_row if residual else 0
+        wanted, later = later, 0
 
 
 @merged
-def alone(format, x, row, w, panel, scales, K, residual, out, out_row, panels, left):
+def alone(format, x, row, w, panel, scales, panel_scales, K, residual, out, out_row, panels, resume, next_codes, next_scales, left):
     """COLS panels by one row."""
-    linear_tile(format, 1, COLS, x, row, w, panel, scales, K, residual, out, out_row, panels)
+    linear_tile(format, 1, COLS, x, row, w, panel, scales, panel_scales, K, residual, out, out_row, panels, resume, next_codes,
+                next_scales, 0)
 
 
 @inlined
@@ -68,29 +81,41 @@ def claim_size(num_panels, num_threads):
     return max(2, min(MAX_CLAIM, size - size % 2))
 
 
+@inlined
+def part_of_k(K, panel, rows):
+    """How much of K is worked on at a time, so that the panels of a tile stay in the nearest cache for all rows."""
+    part = NEAR_BYTES * K // (COLS * panel) // K_UNIT * K_UNIT
+    return K if rows <= MAX_ROWS else min(K, max(K_UNIT, part))
+
+
 @merged
 def drive(op, step, num_threads, format, sweep, unit, params, w, panel, scales, row):
     """The thread's share of a linear layer: operands 0 to 2 of the op are out, x and the residual.
 
     Claims are runs of panels by `unit` rows. params: index of the first parameter. They are K; the width of a row of out;
-    has_residual; the columns of out that are written: the first one and how many, multiples of 16.
+    has_residual; the columns of out that are written: the first one and how many, multiples of 16. A claim is taken while
+    the one before is worked on, so that its first panels can be brought near.
     """
     K, out_row, has_residual = word(op, params), 4 * word(op, params + 1), word(op, params + 2)
     T, first_byte, num_panels = num_rows(op, step), 4 * word(op, params + 3), word(op, params + 4) // 16
-    at_once = max(MAX_ROWS, CACHE_BYTES // row // MAX_ROWS * MAX_ROWS)
+    at_once, part = max(MAX_ROWS, CACHE_BYTES // row // MAX_ROWS * MAX_ROWS), part_of_k(K, panel, min(T, unit))
     size = claim_size(num_panels, num_threads)
     num_claims, counter = (num_panels + size - 1) // size, peek(op + 8 * COUNTER, int64)
-    claim = fetch_add(counter, 1)
+    claim, next_claim = fetch_add(counter, 1), fetch_add(counter, 1)
     while claim * unit < num_claims * T:
         start, first = claim // num_claims * unit, claim % num_claims * size
-        end = min(start + unit, T)
+        end, last = min(start + unit, T), min(first + size, num_panels)
         for t in range(start, end, at_once):
-            for p in range(first, min(first + size, num_panels), COLS):
-                place = out_row * t + first_byte + 64 * p
-                sweep(format, word(op, 1) + row * t, row, w + panel * p, panel, scales + K * p, K,
-                      word(op, 2) + place if has_residual else 0, word(op, 0) + place, out_row, num_panels - p,
-                      min(at_once, end - t))
-        claim = fetch_add(counter, 1)
+            after = first if t + at_once < end else next_claim % num_claims * size
+            for p in range(first, last, COLS):
+                place, next_p = out_row * t + first_byte + 64 * p, p + COLS if p + COLS < last else after
+                for k in range(0, K, part):
+                    next_k, q = (k + part, p) if k + part < K else (0, next_p)
+                    sweep(format, word(op, 1) + row * t + row * k // K, row, w + panel * p + panel * k // K, panel,
+                          scales + K * p + k, K, min(part, K - k),
+                          word(op, 2) + place if has_residual and next_k == 0 else 0, word(op, 0) + place, out_row, num_panels - p,
+                          k, w + panel * q + panel * next_k // K, scales + K * q + next_k, min(at_once, end - t))
+        claim, next_claim = next_claim, fetch_add(counter, 1)
 
 
 @merged

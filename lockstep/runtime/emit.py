@@ -51,6 +51,12 @@ def write(b, place, value, align=1):
     b.store(value, b.bitcast(place, value.type.as_pointer())).align = align
 
 
+def prefetch(b, place):
+    """Asks for the line at a pointer, which may point anywhere, into the nearest cache."""
+    hints = [ir.Constant(I32, hint) for hint in (0, 3, 1)]  # a read, to stay near, of data
+    call(b, "llvm.prefetch.p0", ir.VoidType(), [place, *hints])
+
+
 def spread(b, place, scalar, lanes, align=4):
     """The scalar at a pointer, in all lanes."""
     return splat(b, read(b, place, scalar, align), vector(scalar, lanes))

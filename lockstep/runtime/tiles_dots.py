@@ -59,7 +59,7 @@ WIDE = {"avx512_vnni": vnni512, "avx_vnni": vnni256, "sdot": sdot, "generic": wi
 def q8_0(s):
     """acc = fma(float(dot), w_scale * a_scale, acc)."""
     dots = _q8_avx2 if s.how == "avx2" else _q8_wide
-    return s.blocks(32, lambda i, acc: scale_add(s, acc, dots(s, i), w_scales(s, i), i))
+    return s.blocks(32, lambda i, acc: scale_add(s, acc, dots(s, i), w_scales(s, i), i), 512, 32)
 
 
 def w_scales(s, i):
@@ -145,7 +145,7 @@ def q4_0(s):
         start = s.b.mul(i, s.int(256))
         return scale_add(s, acc, dots_u4(s, i, start, zero_points(s, i, 4)), w_scales(s, i), i)
 
-    return s.blocks(32, block)
+    return s.blocks(32, block, 256, 32)
 
 
 def nibbles(b, v):

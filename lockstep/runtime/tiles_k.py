@@ -32,7 +32,7 @@ def q4_k(s):
                 acc[r, c] = fma(b, minima[c], splat(b, bias, s.floats), acc[r, c])
         return acc
 
-    return s.blocks(32, block)
+    return s.blocks(32, block, Q4_K_BYTES // 8)
 
 
 def _products(s, start, offset, small, small_offset):
@@ -58,7 +58,7 @@ def q6_k(s):
                 acc[r, c] = fma(b, b.sitofp(found[r], s.floats), factor, acc[r, c])
         return acc
 
-    return s.blocks(32, block)
+    return s.blocks(32, block, Q6_K_BYTES // 8)
 
 
 def _scale(s, scales, half):

@@ -1,4 +1,4 @@
-"""Linear layers as register tiles: rows of activations by panels of sixteen features, through all of K at once.
+"""Linear layers as register tiles: rows of activations by panels of sixteen features, through all of K or a part of it.
 
 A tile is `rows` x `cols` vectors of `lanes` features; what fits the registers is the target's choice, and so is how dots
 are made. Each format is one function of a `Site`, which emits the loop over K and returns the accumulators.
@@ -7,8 +7,8 @@ from llvmlite import ir
 from numba import types
 
 from lockstep.runtime import targets
-from lockstep.runtime.emit import BF16, counted, fma, moved, pointer, read, spread, vector, write
-from lockstep.runtime.simd import F16, F32, I8, I32, I64, LANES, call, constant, primitive
+from lockstep.runtime.emit import BF16, counted, fma, moved, pointer, prefetch, read, spread, vector, write
+from lockstep.runtime.simd import F16, F32, I1, I8, I32, I64, LANES, call, constant, primitive
 from lockstep.runtime.tiles_dots import q4_0, q8_0
 from lockstep.runtime.tiles_k import q4_k, q6_k
 
@@ -18,17 +18,19 @@ class Site:
 
     columns: for each vector of `lanes` features the number of its panel and its first feature there. x: a pointer to each
     row; w, scales: to the panel of each column. The pointers do not change in the loop over K, so that an instruction
-    addresses by pointer, index and constant.
+    addresses by pointer, index and constant. start: what the accumulators hold at first. coming: for each panel whether
+    what comes next is wanted, and pointers to its codes and scales.
     """
 
-    def __init__(self, b, magic, rows, columns, lanes, x, row, w, panel, scales, K):
+    def __init__(self, b, magic, rows, columns, lanes, x, row, w, panel, scales, panel_scales, K):
         self.b, self.how, self.bf16, self.K = b, targets.int_dot(magic), targets.bf16_dot(magic), K
         self.rows, self.cols, self.lanes, self.panels = rows, len(columns), lanes, [p for p, _ in columns]
         self.first = [first for _, first in columns]
         self.cells = [(r, c) for r in range(self.rows) for c in range(self.cols)]
         self.floats, self.ints = vector(F32, self.lanes), vector(I32, self.lanes)
         self.x = self.pointers(x, row, range(rows))
-        self.w, self.scales = self.pointers(w, panel, self.panels), self.pointers(scales, K, self.panels)
+        self.w, self.scales = self.pointers(w, panel, self.panels), self.pointers(scales, panel_scales, self.panels)
+        self.start, self.coming = {cell: constant(self.floats, 0.0) for cell in self.cells}, []
 
     def int(self, value):
         return ir.Constant(I64, value)
@@ -58,16 +60,34 @@ class Site:
         place = moved(self.b, moved(self.b, self.w[c], start), offset + 4 * self.first[c])
         return read(self.b, place, vector(I8, 4 * self.lanes), 4 * self.lanes)
 
-    def blocks(self, size, body):
-        """The accumulators after body(i, accumulators) for each of K / size blocks."""
-        start = [constant(self.floats, 0.0)] * len(self.cells)
+    def place(self, c):
+        """Bytes into a row of out where column c lies."""
+        return 64 * self.panels[c] + 4 * self.first[c]
 
+    def fetch(self, i, panel_bytes, scale_bytes):
+        """Asks for block i of the panels that come next: arithmetic of more rows than one hides the stream of weights
+        from the memory's own look-ahead."""
+        for wanted, codes, scales in self.coming:
+            with self.b.if_then(wanted):
+                block = moved(self.b, codes, self.b.mul(i, self.int(panel_bytes)))
+                for line in range(0, panel_bytes, 64):
+                    prefetch(self.b, moved(self.b, block, line))
+                if scale_bytes:
+                    prefetch(self.b, moved(self.b, scales, self.b.mul(i, self.int(scale_bytes))))
+
+    def blocks(self, size, body, panel_bytes=0, scale_bytes=0):
+        """The accumulators after body(i, accumulators) for each of K / size blocks.
+
+        panel_bytes, scale_bytes: of a block in a panel, where fetching the next panels ahead is worth it.
+        """
 
         def step(i, values):
+            if panel_bytes:
+                self.fetch(i, panel_bytes, scale_bytes)
             after = body(i, dict(zip(self.cells, values)))
             return [after[cell] for cell in self.cells]
 
-        values = counted(self.b, self.b.udiv(self.K, self.int(size)), start, step)
+        values = counted(self.b, self.b.udiv(self.K, self.int(size)), [self.start[cell] for cell in self.cells], step)
         return dict(zip(self.cells, values))
 
 
@@ -164,17 +184,51 @@ def _store(s, panels, store):
     for c in range(s.cols):
         with s.b.if_then(s.b.icmp_signed(">", panels, s.int(s.panels[c]))):
             for r in range(s.rows):
-                store(r, c, 64 * s.panels[c] + 4 * s.first[c])
+                store(r, c, s.place(c))
 
 
-ADDRESSES = 10  # x, row, w, w_panel, scales, K, residual, out, out_row, panels
+def begin(s, residual, out, out_row, resume):
+    """Takes up the sums of an earlier tile over the first part of K, if there was one; asks for the residual's lines."""
+    b, zeros = s.b, list(s.start.values())
+    with b.if_then(b.icmp_signed("!=", residual, s.int(0))):
+        for place in s.pointers(residual, out_row, range(s.rows)):
+            for p in sorted(set(s.panels)):
+                prefetch(b, moved(b, place, 64 * p))
+    with b.if_else(b.icmp_signed("!=", resume, s.int(0))) as (then, otherwise):
+        with then:
+            outs = s.pointers(out, out_row, range(s.rows))
+            held = [read(b, moved(b, outs[r], s.place(c)), s.floats, 4) for r, c in s.cells]
+            held_from = b.block
+        with otherwise:
+            zeros_from = b.block
+    for cell, value, zero in zip(s.cells, held, zeros):
+        s.start[cell] = b.phi(s.floats)
+        s.start[cell].add_incoming(value, held_from)
+        s.start[cell].add_incoming(zero, zeros_from)
+
+
+def look_ahead(s, panel, panel_scales, codes, scales, wanted):
+    """What comes next: panel p is asked for where bit p of `wanted` is set. One row needs no help, nor do targets whose
+    few rows are bound by arithmetic."""
+    if s.rows == 1 or s.lanes < LANES:
+        return
+    for p in sorted(set(s.panels)):
+        place = s.pointers(codes, panel, [p])[0], s.pointers(scales, panel_scales, [p])[0]
+        s.coming.append((s.b.trunc(s.b.lshr(wanted, s.int(p)), I1), *place))
+
+
+# x, row, w, panel, scales, panel_scales, K | residual, out, out_row, panels | resume | codes, scales, wanted
+ADDRESSES = 15
 
 
 @primitive()
-def linear_tile(context, format, rows, cols, x, row, w, w_panel, scales, K, residual, out, out_row, panels):
-    """out = x W^T (+ residual) for literal rows x cols panels; residual is an address or 0.
+def linear_tile(context, format, rows, cols, x, row, w, panel, scales, panel_scales, K, residual, out, out_row, panels, resume,
+                next_codes, next_scales, wanted):
+    """out = x W^T (+ residual) for literal rows x cols panels over K; residual is an address or 0.
 
-    Only the first `panels` of the cols panels are stored; all are read.
+    panel, panel_scales: bytes from one panel's codes and scales to the next's. Only the first `panels` of the cols
+    panels are stored; all are read. resume: whether out already holds the sums of what came before in K. next_codes,
+    next_scales: the panels that will be read next; those of `wanted` (a bit each) are brought near meanwhile.
     """
     kind, num_rows, num_cols = format.literal_value, rows.literal_value, cols.literal_value
 
@@ -183,8 +237,10 @@ def linear_tile(context, format, rows, cols, x, row, w, w_panel, scales, K, resi
         addresses, lanes = args[3:], lanes_of(kind, targets.int_dot(magic))
         columns = [(p, first) for p in range(num_cols) for first in range(0, LANES, lanes)]
         for group in [columns] if num_rows <= FEW_ROWS or lanes == LANES else [[column] for column in columns]:
-            s = Site(b, magic, num_rows, group, lanes, *addresses[:6])
-            finish(s, FORMATS[kind](s), *addresses[6:])
+            s = Site(b, magic, num_rows, group, lanes, *addresses[:7])
+            begin(s, *addresses[7:10], addresses[11])
+            look_ahead(s, addresses[3], addresses[5], *addresses[12:])
+            finish(s, FORMATS[kind](s), *addresses[7:11])
         return ctx.get_dummy_value()
 
     return types.void(format, rows, cols, *[types.int64] * ADDRESSES), codegen

@@ -10,7 +10,7 @@ import numpy as np
 
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.ops import BACKENDS
-from lockstep.ops.kv_cache import PAGE_TOKENS
+from lockstep.ops.kv_cache import PAGE_TOKENS, by_position
 from lockstep.runtime.program import Tensor
 from lockstep.runtime.threads import Team
 
@@ -109,9 +109,7 @@ def digest(logits, runner, pages, num_tokens):
 
 def _used(memory, cache, num_tokens):
     """The bytes of positions 0 .. num_tokens of pages [p, ...], position first."""
-    arrays = memory.reshape(len(memory), *cache.shape, -1)  # K pages [p, G, K, 64, bytes], V pages [p, G, 64, K, bytes]
-    by_position = np.moveaxis(arrays, 2 if cache.name.endswith("v_pages") else 3, 1)
-    return by_position.reshape(-1, *by_position.shape[2:])[:num_tokens]
+    return by_position(memory.reshape(len(memory), *cache.shape, -1), cache.name.endswith("k_pages"))[:num_tokens]
 
 
 def compare(reference, path, outcome):

@@ -28,7 +28,7 @@ from lockstep.runtime.threads import Team
 from lockstep.weights import q4_0, q8_0
 from lockstep.weights.tensor import StoredTensor
 
-NUMERICS = 1  # version of the arithmetic: any change of any bit raises it
+NUMERICS = 2  # version of the arithmetic: any change of any bit raises it
 GOLDEN = pathlib.Path(__file__).with_name("golden_kernels.json")
 FORMATS = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_k", "q6_k")
 WIDTH, VOCABULARY, CONTEXT = 256, 64, 128
@@ -67,7 +67,7 @@ def probes(program):
     kinds = {op.kind for op in program.ops}
     formats = {f for f in FORMATS if f"linear_{f}" in kinds or f"expert_linear_{f}" in kinds}
     families = ["qwen3_5"] if "gated_delta" in kinds else []
-    if "attention" in kinds:
+    if kinds & {"attention", "attention_bf16"}:
         normed = "normed_attention_inputs" in kinds
         families += ["qwen3_moe" if "route" in kinds else "qwen3"] if normed else ["qwen2" if "add_bias" in kinds else "llama"]
     kv = sorted({("f32", "bf16")[op.params["bf16"]] for op in program.ops if "bf16" in op.params})

@@ -5,7 +5,7 @@ A model names checkpoint tensors by their Hugging Face names; shapes are checked
 from lockstep.ops.activations import bf16_width, q8_width
 from lockstep.ops.embed import FORMATS as EMBED_FORMATS
 from lockstep.ops.embed import format_code
-from lockstep.ops.kv_cache import PAGE_TOKENS
+from lockstep.ops.kv_cache import page_shapes
 from lockstep.ops.rope import rope_table
 from lockstep.runtime.program import Program, Weight
 from lockstep.weights.pack import padded_width
@@ -195,7 +195,7 @@ class Recorder:
         names = [(f"{label}.{p}_proj", n) for p, n in (("q", H * q_stride), ("k", G * K), ("v", G * K))]
         qkv = self.linear(x, names, f"{label}.qkv", config.qkv_bias)
         pages = [self.program.cache(f"{label}.{p}_pages", "pages", self.kv_dtype, shape)
-                 for p, shape in (("k", (G, K, PAGE_TOKENS)), ("v", (G, PAGE_TOKENS, K)))]
+                 for p, shape in zip("kv", page_shapes(G, K, self.kv_dtype == "bf16"))]
         kinds = "normed_attention_inputs" if config.qk_norm else "attention_inputs"
         norms = [self.constant(f"{label}.{p}_norm.weight", K) for p in "qk"] if config.qk_norm else []
         q = self.program.emit(

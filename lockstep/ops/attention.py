@@ -7,35 +7,40 @@ The arithmetic depends only on the query's own position and keys: never on its b
 import numpy as np
 from numba import carray, int32
 
-from lockstep.ops.attention_math import BLOCK, ONE, SPAN, ZERO, exp2, score_scales, soft_capped
+from lockstep.ops.attention_math import BLOCK, ONE, SPAN, ZERO, cleared, exp2, score_scales, soft_capped
 from lockstep.ops.kv_cache import PAGE_TOKENS, k_index, read_number, v_index
+from lockstep.ops.linear import dot_bf16, flushed_fma
 from lockstep.ops.math import sigmoid
 from lockstep.ops.reduce import tree_sum
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import definition, inlined, kernel
 from lockstep.runtime.machine import float_array
-from lockstep.runtime.simd import fma, maximum, peek
+from lockstep.runtime.simd import fma, maximum, peek, round_bf16
 from lockstep.runtime.step import (CONTEXT_LEN, NUM_REQUESTS, PAGE_TABLE, PAGES_PER_REQUEST, QUERY_START, number,
                                    step_word, word)
 
 
 @definition
-def attend(q_K, k_CK, v_CK, position, window, scale, cap, out_K):
+def attend(q_K, k_CK, v_CK, position, window, scale, cap, pairs, out_K):
     """One query head at one position over a sequence's keys and values; returns the maximum and the sum of its softmax.
 
     Shapes: q, out [K]; k, v [C, K] float32, C > position; window 0: all keys up to position, else the last `window`.
+      pairs: k and v are bfloat16 values, and q and the weights are rounded to bfloat16, too.
     Units: scale, cap from `score_scales`; the maximum is a score in units of log 2, sum = sum of 2**(score - maximum).
-    Error: 2e-6 of the float64 result for scores below 20 and |v| < 4, up to 2048 keys.
-    Order: keys in spans of 1024 at absolute positions 0, 1024, ...: `attend_span` each, merged in ascending order: with
-      M the larger maximum, a = 2**(m1 - M), b = 2**(m2 - M): sum = fma(sum1, a, sum2 * b), out = fma(out1, a, out2 * b).
-      Last, out / sum.
+    Error: 2e-6 of the float64 result for scores below 20 and |v| < 4, up to 2048 keys; with pairs 2**-9 of a score and
+      of each weight, as in every attention that multiplies bfloat16.
+    Order: q * scale (cleared; with pairs rounded). Keys in spans of 1024 at absolute positions 0, 1024, ...: `attend_span`
+      each, merged in ascending order: with M the larger maximum, a = 2**(m1 - M), b = 2**(m2 - M): sum = fma(sum1, a,
+      sum2 * b), out = fma(out1, a, out2 * b). Last, out / sum. Whatever goes to out on the way is `cleared`.
     Source: online softmax, Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022.
     """
     first = max(0, position + 1 - window) if window > 0 else 0
-    top, total, span_K = ZERO, ZERO, np.empty(out_K.size, np.float32)
+    top, total, span_K, scaled_K = ZERO, ZERO, np.empty(out_K.size, np.float32), np.empty(out_K.size, np.float32)
+    for d in range(q_K.size):
+        scaled_K[d] = rounded(cleared(q_K[d] * scale), pairs)
     for span in range(first // SPAN, position // SPAN + 1):
         start, stop = max(first, span * SPAN), min(position + 1, (span + 1) * SPAN)
-        span_top, span_total = attend_span(q_K, k_CK, v_CK, start, stop, scale, cap, span_K)
+        span_top, span_total = attend_span(scaled_K, k_CK, v_CK, start, stop, cap, pairs, span_K)
         if span == first // SPAN:
             top, total = span_top, span_total
             for d in range(out_K.size):
@@ -45,19 +50,26 @@ def attend(q_K, k_CK, v_CK, position, window, scale, cap, out_K):
             a, b = exp2(top - higher), exp2(span_top - higher)
             top, total = higher, fma(total, a, span_total * b)
             for d in range(out_K.size):
-                out_K[d] = fma(out_K[d], a, span_K[d] * b)
+                out_K[d] = cleared(fma(out_K[d], a, cleared(span_K[d] * b)))
     for d in range(out_K.size):
-        out_K[d] = out_K[d] / total
+        out_K[d] = cleared(out_K[d] / total)
     return top, total
 
 
+@inlined
+def rounded(x, pairs):
+    """x, as a bfloat16 if it becomes part of a pair."""
+    return round_bf16(x) if pairs else x
+
+
 @definition
-def attend_span(q_K, k_CK, v_CK, start, stop, scale, cap, out_K):
+def attend_span(q_K, k_CK, v_CK, start, stop, cap, pairs, out_K):
     """Keys start..stop of one span: out = sum of 2**(score - maximum) v, not yet divided; returns maximum and sum.
 
     Order: keys in blocks of 64 at absolute positions. In a block: the scores; the new maximum of all keys so far; where
-      it grew, out and the 16 lanes of the sum are multiplied by 2**(old - new); then for each key in ascending order
-      p = 2**(score - maximum), lane j % 16 += p, out = fma(p, v, out). At the end the lanes by `tree_sum`.
+      it grew, out and the 16 lanes of the sum are multiplied by 2**(old - new) and cleared; then the weights, p =
+      2**(score - maximum) (with pairs rounded), key by key: lane j % 16 += p; then `add_values`. At the end the lanes by
+      `tree_sum`.
     """
     lane, score, top = np.empty(16, np.float32), np.empty(BLOCK, np.float32), ZERO
     for i in range(16):
@@ -67,7 +79,7 @@ def attend_span(q_K, k_CK, v_CK, start, stop, scale, cap, out_K):
     for block in range(start // BLOCK, (stop - 1) // BLOCK + 1):
         low, high = max(start, block * BLOCK), min(stop, (block + 1) * BLOCK)
         for j in range(low, high):
-            score[j - low] = score_of(q_K, k_CK[j], scale, cap)
+            score[j - low] = score_of(q_K, k_CK[j], cap, pairs)
         highest = score[0]
         for i in range(1, high - low):
             highest = maximum(score[i], highest)
@@ -75,27 +87,49 @@ def attend_span(q_K, k_CK, v_CK, start, stop, scale, cap, out_K):
         shrink = exp2(top - higher) if low > start else ONE
         top = higher
         for i in range(16):
-            lane[i] = lane[i] * shrink
+            lane[i] = cleared(lane[i] * shrink)
         for d in range(out_K.size):
-            out_K[d] = out_K[d] * shrink
+            out_K[d] = cleared(out_K[d] * shrink)
         for j in range(low, high):
-            p = exp2(score[j - low] - top)
-            lane[j % 16] = lane[j % 16] + p
-            for d in range(out_K.size):
-                out_K[d] = fma(p, v_CK[j, d], out_K[d])
+            score[j - low] = rounded(exp2(score[j - low] - top), pairs)
+            lane[j % 16] = lane[j % 16] + score[j - low]
+        add_values(score, v_CK, low, high, pairs, out_K)
     return top, tree_sum(lane)
 
 
 @definition
-def score_of(q_K, k_K, scale, cap):
-    """The score of one key, in units of log 2.
+def add_values(weight, v_CK, low, high, pairs, out_K):
+    """out += sum of weight[j - low] v[j] over the keys low <= j < high of a block.
 
-    Order: a chain of fma over d ascending from +0 of (q[d] * scale) and k[d]; then the soft cap if any (cap > 0):
-      cap * (1 - 2 / (1 + 2**score)), the score being limited to 64 from above.
+    Order: out = fma(p, v, out), key by key in ascending order. With pairs: an even key and the odd one after it, the odd
+      one first, each step flushed: out = f(p0, v0, f(p1, v1, out)) with f = `linear.flushed_fma`; a key of a pair that is
+      not among them counts as 0 times 0.
+    """
+    if not pairs:
+        for j in range(low, high):
+            for d in range(out_K.size):
+                out_K[d] = fma(weight[j - low], v_CK[j, d], out_K[d])
+        return
+    for j in range(low - low % 2, high, 2):
+        for d in range(out_K.size):
+            p0, v0 = (weight[j - low], v_CK[j, d]) if j >= low else (ZERO, ZERO)
+            p1, v1 = (weight[j + 1 - low], v_CK[j + 1, d]) if j + 1 < high else (ZERO, ZERO)
+            out_K[d] = flushed_fma(p0, v0, flushed_fma(p1, v1, out_K[d]))
+
+
+@definition
+def score_of(q_K, k_K, cap, pairs):
+    """The score of one key, in units of log 2, for a query that is scaled already.
+
+    Order: a chain of fma over d ascending from +0; with pairs that of `linear.dot_bf16`. Then the soft cap if any
+      (cap > 0): cap * (1 - 2 / (1 + 2**score)), the score being limited to 64 from above.
     """
     score = ZERO
-    for d in range(q_K.size):
-        score = fma(q_K[d] * scale, k_K[d], score)
+    if pairs:
+        score = dot_bf16(q_K, k_K)
+    else:
+        for d in range(q_K.size):
+            score = fma(q_K[d], k_K[d], score)
     if cap > ZERO:
         score = soft_capped(score, cap)
     return score
@@ -105,7 +139,7 @@ def score_of(q_K, k_K, scale, cap):
 def gated(out_K, gate_K):
     """out *= sigmoid(gate), the gate of gated attention."""
     for d in range(out_K.size):
-        out_K[d] = out_K[d] * sigmoid(gate_K[d])
+        out_K[d] = cleared(out_K[d] * sigmoid(gate_K[d]))
 
 
 @inlined
@@ -122,8 +156,8 @@ def sequence(step, request, g, length, G, K, k_pages, v_pages, bf16):
     for position in range(length):
         page = request_word(step, PAGE_TABLE, first_page + position // PAGE_TOKENS)
         for d in range(K):
-            k_CK[position, d] = read_number(k_pages, k_index(page, g, d, position % PAGE_TOKENS, G, K), bf16)
-            v_CK[position, d] = read_number(v_pages, v_index(page, g, d, position % PAGE_TOKENS, G, K), bf16)
+            k_CK[position, d] = read_number(k_pages, k_index(page, g, d, position % PAGE_TOKENS, G, K, bf16), bf16)
+            v_CK[position, d] = read_number(v_pages, v_index(page, g, d, position % PAGE_TOKENS, G, K, bf16), bf16)
     return k_CK, v_CK
 
 
@@ -148,7 +182,7 @@ def _attend_group(op, base, has_gate, t, position, g, k_CK, v_CK):
     for h in range(g * (H // G), (g + 1) * (H // G)):
         at = 4 * K * (H * t + h)
         q_K, out_K = carray(float_array(word(op, 2) + at), (K,)), carray(float_array(word(op, 0) + at), (K,))
-        stats_H2[h, 0], stats_H2[h, 1] = attend(q_K, k_CK, v_CK, position, window, scale, cap, out_K)
+        stats_H2[h, 0], stats_H2[h, 1] = attend(q_K, k_CK, v_CK, position, window, scale, cap, word(op, base + 6), out_K)
         if has_gate:
             width, offset, stride = word(op, base + 7), word(op, base + 8), word(op, base + 9)
             gate = word(op, 5) + 4 * (width * t + offset + stride * h)
@@ -167,4 +201,5 @@ def _run_gated(op, step, thread, num_threads):
         _attention(op, step, 6, 1)
 
 
-REFERENCE = {"attention": Implementation(_run), "gated_attention": Implementation(_run_gated)}
+REFERENCE = {"attention": Implementation(_run), "gated_attention": Implementation(_run_gated),
+             "attention_bf16": Implementation(_run), "gated_attention_bf16": Implementation(_run_gated)}

@@ -1,10 +1,12 @@
 """One block of keys against a tile of query rows: scores, softmax step, values. The inner part of the fast attention.
 
 A tile's rows are the query heads of one kv head for some consecutive tokens, so that a block of K and V is read from
-memory once for all of them, and widened to float32 once. Scratch memory, on the thread's stack:
+memory once for all of them. A page is worked on where it lies: 64 rows of 16-lane columns for float32, 32 rows of pairs
+for bfloat16 (ops/kv_cache.py), each multiplied by one number, or one pair, of every query row. Scratch memory, on the
+thread's stack:
 
-    q [ROWS, 256] scaled queries    o [ROWS, 256] sums of values    p [ROWS, 64] scores, then weights
-    lane [ROWS, 16] sums of weights    top [ROWS] largest score    panels [width / 16, rows of the page, 16] of K or V
+    q [ROWS, 256] scaled queries    o [ROWS, 256] sums of values    p [ROWS, 64] scores    w [ROWS, 64] weights
+    lane [ROWS, 16] sums of weights    top [ROWS] largest score
 
 Few, large functions: each level of nesting compiles everything below it again.
 """
@@ -13,28 +15,64 @@ from collections import namedtuple
 import numpy as np
 from numba import float32, int32
 
-from lockstep.ops.attention_math import BLOCK, SPAN, ZERO, exp2, soft_capped
+from lockstep.ops.activations import NATIVE_BF16
+from lockstep.ops.attention_math import BLOCK, SPAN, ZERO, cleared, exp2, soft_capped
 from lockstep.runtime.kernel import inlined
 from lockstep.runtime.machine import prefetch
-from lockstep.runtime.simd import lanes, load, load_bf16, max_lanes, maximum, peek, poke, store
+from lockstep.runtime.simd import (lane_numbers, lanes, load, max_lanes, maximum, peek, poke, round_bf16, store, store_bf16,
+                                   to_f32, where_below)
 from lockstep.runtime.targets import wide_registers
-from lockstep.runtime.tiles import tile_fma_f32, tile_fma_widened, tile_load, tile_store, tile_zeros
+from lockstep.runtime.tiles import tile_fma_f32, tile_load, tile_pairs, tile_store, tile_zeros
 
-COLS = 2 if wide_registers() else 1  # 6 x COLS x 16 lanes of accumulators fill the registers
-ROWS, FEW_ROWS = 96, 5  # of a tile at most; few rows work on the pages directly, many on panels
+HEIGHT, COLS = (6, 2) if wide_registers() else (5, 1)  # HEIGHT x COLS x 16 lanes of accumulators fill the registers
+FEW_COLS = 4 if wide_registers() else 2  # of two rows that see only some slots
+ROWS, FEW_ROWS = 96, 8  # of a tile at most; few rows are bound by the read of K and V
 MASKED = np.float32(-3e38)
 MAX_HEAD_DIM = 256
 ROW_BYTES, P_BYTES, LANE_BYTES = 4 * MAX_HEAD_DIM, 4 * BLOCK, 64
+K_ROW_BYTES = 4 * BLOCK  # of a K page, in either format; of a V page they are 4 * head_dim
+PAIR_BYTES = 4 if NATIVE_BF16 else 8  # of a query or weight: without an instruction for pairs they are kept as float32
+ALL = -1  # mask of both halves of a pair
 Q = 0
 O = Q + ROWS * ROW_BYTES
 P = O + ROWS * ROW_BYTES
-LANE = P + ROWS * P_BYTES
+W = P + ROWS * P_BYTES
+LANE = W + ROWS * P_BYTES
 TOP = LANE + ROWS * LANE_BYTES
-PANELS = TOP + 4 * ROWS
-SCRATCH_BYTES = PANELS + 4 * BLOCK * (MAX_HEAD_DIM + 64)
+SCRATCH_BYTES = TOP + 4 * ROWS
 
-Call = namedtuple("Call", "out stats q k_pages v_pages gate gate_bytes gate_stride heads kv_heads head_dim group window bf16 scale cap")
+Call = namedtuple("Call", "out stats q k_pages v_pages gate gate_bytes gate_stride heads kv_heads head_dim group window scale cap")
 Tile = namedtuple("Tile", "token tokens position head kv_head table")
+
+
+@inlined
+def single_step(acc, x, x_row, columns, mask):
+    """acc[r, c] = fma(x[r], columns[c], acc[r, c]) for one row of a float32 page."""
+    return tile_fma_f32(acc, x, x_row, columns, 64)
+
+
+@inlined
+def pair_step(acc, x, x_row, columns, mask):
+    """The same for one row of pairs; mask: which halves of the page's pairs count, the others are zero."""
+    return tile_pairs(acc, x, x_row, columns, 64, mask)
+
+
+@inlined
+def keep_single(place, i, x):
+    """Element i..i + 15 of a row of queries or weights; returns what is kept."""
+    store(place + 4 * i, x)
+    return x
+
+
+@inlined
+def keep_pairs(place, i, x):
+    """The same, rounded to bfloat16."""
+    x = round_bf16(x)
+    if NATIVE_BF16:
+        store_bf16(place + 2 * i, x)
+    else:
+        store(place + 4 * i, x)
+    return x
 
 
 @inlined
@@ -44,14 +82,23 @@ def first_key(call, position):
 
 
 @inlined
-def attend_span(call, tile, span, memory):
-    """Adds the blocks of one span to the rows that see any of their keys.
+def load_queries(call, tile, keep, memory):
+    """The tile's queries, scaled, one row after the other."""
+    for row in range(tile.tokens * call.group):
+        source = call.q + 4 * call.head_dim * (call.heads * (tile.token + row // call.group) + tile.head + row % call.group)
+        for d in range(0, call.head_dim, 16):
+            keep(memory + Q + ROW_BYTES * row, d, cleared(load(source + 4 * d) * call.scale))
+
+
+@inlined
+def attend_span(call, tile, span, each, step, keep, memory):
+    """Adds the blocks of one span to the rows that see any of their keys. each: numbers in a step, one or two.
 
     While a block's keys are worked on, its values come from memory, and then the next block's keys.
     """
     first_block = max(first_key(call, tile.position), span * SPAN) // BLOCK
     last_block = min(tile.position + tile.tokens - 1, (span + 1) * SPAN - 1) // BLOCK
-    size = (2 if call.bf16 else 4) * BLOCK * call.head_dim
+    size = 4 // each * BLOCK * call.head_dim
     ahead = size * (np.int64(peek(tile.table + 4 * first_block, int32)) * call.kv_heads + tile.kv_head)
     for block in range(first_block, last_block + 1):
         start, last, page = block * BLOCK, tile.tokens, ahead
@@ -60,167 +107,124 @@ def attend_span(call, tile, span, memory):
         first, last = max(0, start - tile.position) * call.group, last * call.group
         next_page = np.int64(peek(tile.table + 4 * min(block + 1, last_block), int32))
         ahead = size * (next_page * call.kv_heads + tile.kv_head)
-        few = last - first <= FEW_ROWS
-        if few:
-            direct_scores(call, call.k_pages + page, call.v_pages + page, first, last, memory)
-        else:
-            pack_panels(call.k_pages + page, call.v_pages + page, call.bf16, call.head_dim, BLOCK, memory + PANELS)
-            scores(call.head_dim, first, last, memory)
-        softmax_step(call, tile, block, first, last, memory)
-        if few:
-            direct_values(call, tile, call.v_pages + page, call.k_pages + ahead, start, first, last, memory)
-        else:
-            pack_panels(call.v_pages + page, call.k_pages + ahead, call.bf16, BLOCK, call.head_dim, memory + PANELS)
-            values(call, tile, block, first, last, memory)
+        scores(call, tile, call.k_pages + page, call.v_pages + page, start, first, last, each, step, memory)
+        softmax_step(call, tile, start, first, last, keep, memory)
+        values(call, tile, call.v_pages + page, call.k_pages + ahead, start, first, last, each, step, memory)
 
 
 @inlined
-def pack_panels(page, ahead, bf16, num_rows, width, panels):
-    """A page [num_rows, width] as float32 panels of sixteen columns: contiguous, so that they share a cache well.
+def scores(call, tile, k, ahead, start, first, last, each, step, memory):
+    """q . k of rows first..last and the slots that any of them sees: HEIGHT rows at a time, then two by two.
 
-    The lines at `ahead` are needed next: they come from memory while this page is worked on.
+    A row without a partner is its own. The first rows ask for the lines of V at `ahead`: out of order the memory gives
+    half its speed.
     """
-    if bf16:
-        for row in range(num_rows):
-            for i in range(0, width, 16):
-                prefetch(ahead + 2 * (row * width + i))
-                store(panels + 4 * (i * num_rows + 16 * row), load_bf16(page + 2 * (row * width + i)))
-    else:
-        for row in range(num_rows):
-            for i in range(0, width, 16):
-                prefetch(ahead + 4 * (row * width + i))
-                store(panels + 4 * (i * num_rows + 16 * row), load(page + 4 * (row * width + i)))
+    steps, x_bytes = call.head_dim // each, 4 if each == 1 else PAIR_BYTES
+    high = first + (last - first) // HEIGHT * HEIGHT if last - first > FEW_ROWS else first
+    for row in range(first, high, HEIGHT):
+        q = memory + Q + ROW_BYTES * row
+        for j in range(0, min(BLOCK, tile.position + (row + HEIGHT - 1) // call.group + 1 - start), 16 * COLS):
+            acc = tile_zeros(HEIGHT, COLS)
+            for i in range(steps):
+                acc = step(acc, q + x_bytes * i, ROW_BYTES, k + K_ROW_BYTES * i + 4 * j, ALL)
+            tile_store(acc, memory + P + P_BYTES * row + 4 * j, P_BYTES, COLS)
+    for row in range(high, last, 2):
+        pair, q, asked = 1 if row + 1 < last else 0, memory + Q + ROW_BYTES * row, ahead if row == first else k
+        for j in range(0, min(BLOCK, tile.position + (row + pair) // call.group + 1 - start), 32):
+            two = tile_zeros(2, 2)
+            for i in range(steps):
+                two = step(two, q + x_bytes * i, ROW_BYTES * pair, k + K_ROW_BYTES * i + 4 * j, ALL)
+                prefetch(asked + 4 * j * steps + 128 * i)
+                prefetch(asked + 4 * j * steps + 128 * i + 64)
+            tile_store(two, memory + P + P_BYTES * row + 4 * j, P_BYTES * pair, 2)
 
 
 @inlined
-def page_chain(acc, bf16, x, x_row, page, row_bytes, low, high, ahead):
-    """acc[r, c] = fma(x[r, i], row i of a page, acc[r, c]) for rows low..high: two rows of x by a few columns.
-
-    Meanwhile as much comes from memory at `ahead`, line after line: out of order the memory gives half its speed.
-    """
-    for i in range(low, high if bf16 else low):
-        acc = tile_fma_widened(acc, x + 4 * i, x_row, page + row_bytes * i, 32)
-        prefetch(ahead + 64 * i)
-    for i in range(low, low if bf16 else high):
-        acc = tile_fma_f32(acc, x + 4 * i, x_row, page + row_bytes * i, 64)
-        prefetch(ahead + 128 * i)
-        prefetch(ahead + 128 * i + 64)
-    return acc
-
-
-@inlined
-def direct_scores(call, k, ahead, first, last, memory):
-    """q . k of a few rows over the page itself, two at a time; a row without a partner is its own."""
-    size = 2 if call.bf16 else 4
-    for row in range(first, last, 2):
-        pair, asked = 1 if row + 1 < last else 0, ahead if row + 2 >= last else k
-        for j in range(0, BLOCK, 32):
-            acc = page_chain(tile_zeros(2, 2), call.bf16, memory + Q + ROW_BYTES * row, ROW_BYTES * pair, k + size * j,
-                             size * BLOCK, 0, call.head_dim, asked + size * call.head_dim * j)
-            tile_store(acc, memory + P + P_BYTES * row + 4 * j, P_BYTES * pair, 2)
-
-
-@inlined
-def direct_values(call, tile, v, ahead, start, first, last, memory):
-    """o += p . v of a few rows over the page itself, two at a time if they see the same slots: only those are visited."""
-    size, row, wide = 2 if call.bf16 else 4, first, call.head_dim // 32 * 32
-    while row < last:
-        position, p, o = tile.position + row // call.group, memory + P + P_BYTES * row, memory + O + ROW_BYTES * row
-        low, high = max(0, first_key(call, position) - start), min(BLOCK, position + 1 - start)
-        pair = 1 if row + 1 < last and (row + 1) // call.group == row // call.group else 0
-        asked = ahead if row + pair + 1 >= last else v
-        for d in range(0, wide, 32):
-            acc = page_chain(tile_load(2, 2, o + 4 * d, ROW_BYTES * pair), call.bf16, p, P_BYTES * pair, v + size * d,
-                             size * call.head_dim, low, high, asked + size * BLOCK * d)
-            tile_store(acc, o + 4 * d, ROW_BYTES * pair, 2)
-        for d in range(wide, call.head_dim, 16):
-            end = page_chain(tile_load(2, 1, o + 4 * d, ROW_BYTES * pair), call.bf16, p, P_BYTES * pair, v + size * d,
-                             size * call.head_dim, low, high, asked + size * BLOCK * d)
-            tile_store(end, o + 4 * d, ROW_BYTES * pair, 1)
-        row += 1 + pair
-
-
-@inlined
-def scores(head_dim, first, last, memory):
-    """q . k of rows first..last and all slots of the block: six rows at a time, then one by one."""
-    panel_bytes, six = 64 * head_dim, first + (last - first) // 6 * 6
-    for c in range(0, BLOCK // 16, COLS):
-        for row in range(first, six, 6):
-            q, panel, acc = memory + Q + ROW_BYTES * row, memory + PANELS + panel_bytes * c, tile_zeros(6, COLS)
-            for d in range(head_dim):
-                acc = tile_fma_f32(acc, q + 4 * d, ROW_BYTES, panel + 64 * d, panel_bytes)
-            tile_store(acc, memory + P + P_BYTES * row + 64 * c, P_BYTES, COLS)
-    for row in range(six, last):
-        q, one = memory + Q + ROW_BYTES * row, tile_zeros(1, 4)
-        for d in range(head_dim):
-            one = tile_fma_f32(one, q + 4 * d, 0, memory + PANELS + 64 * d, panel_bytes)
-        tile_store(one, memory + P + P_BYTES * row, 0, 4)
-
-
-@inlined
-def softmax_step(call, tile, block, first, last, memory):
+def softmax_step(call, tile, start, first, last, keep, memory):
     """Turns scores into weights, with the sums so far brought to the new maximum."""
-    start = block * BLOCK
     for row in range(first, last):
         position, p, lane = tile.position + row // call.group, memory + P + P_BYTES * row, memory + LANE + LANE_BYTES * row
-        top, o = memory + TOP + 4 * row, memory + O + ROW_BYTES * row
+        top, o, weights = memory + TOP + 4 * row, memory + O + ROW_BYTES * row, memory + W + P_BYTES * row
         if call.cap > ZERO:
             for i in range(0, P_BYTES, 64):
                 store(p + i, soft_capped(load(p + i), call.cap))
-        seen = first_key(call, position) - start
-        for j in range(0, seen):
-            poke(p + 4 * j, MASKED)
-        for j in range(position + 1 - start, BLOCK):
-            poke(p + 4 * j, MASKED)
+        low, high = first_key(call, position) - start, position + 1 - start
+        if low > 0 or high < BLOCK:
+            for j in range(0, BLOCK, 16):
+                slot = to_f32(lane_numbers()) + np.float32(j)
+                seen = where_below(slot, np.float32(high), load(p + 4 * j), lanes(MASKED))
+                store(p + 4 * j, where_below(slot, np.float32(low), lanes(MASKED), seen))
         higher = max_lanes(maximum(maximum(load(p), load(p + 64)), maximum(load(p + 128), load(p + 192)))) + ZERO
         total = lanes(ZERO)
-        if start % SPAN == 0 or seen >= 0 and call.window > 0:  # the row's first block of the span
+        if start % SPAN == 0 or low >= 0 and call.window > 0:  # the row's first block of the span
             for i in range(0, 4 * call.head_dim, 64):
                 store(o + i, total)
         else:
             before, total = peek(top, float32), load(lane)
             if higher > before:
                 shrink = exp2(before - higher)
-                total = total * shrink
+                total = cleared(total * shrink)
                 for i in range(0, 4 * call.head_dim, 64):
-                    store(o + i, load(o + i) * shrink)
+                    store(o + i, cleared(load(o + i) * shrink))
             else:  # the factor is exactly 1
                 higher = before
-        for i in range(0, P_BYTES, 64):
-            weight = exp2(load(p + i) - higher)
-            store(p + i, weight)
-            total = total + weight
+        for j in range(0, BLOCK, 16):
+            total = total + keep(weights, j, exp2(load(p + 4 * j) - higher))
         store(lane, total)
         poke(top, higher)
 
 
 @inlined
-def values(call, tile, block, first, last, memory):
-    """o += p . v of rows first..last: tiles of six rows where all see the whole block, other rows one by one.
+def values(call, tile, v, ahead, start, first, last, each, step, memory):
+    """o += w . v of rows first..last: HEIGHT rows at a time where all see the whole block, others by `ragged_values`.
 
     A slot that a row does not see must not reach it, not even as 0 * v: v may be anything there.
     """
-    start, panel_bytes = block * BLOCK, 64 * BLOCK
-    whole, end = first, last  # rows that see all slots
-    if start + BLOCK - 1 > tile.position:
+    whole, end, x_bytes = first, last, 4 if each == 1 else PAIR_BYTES
+    if start + BLOCK - 1 > tile.position:  # rows from `whole` to `end` see all slots
         whole = max(first, (start + BLOCK - 1 - tile.position) * call.group)
     if call.window > 0:
         end = min(last, (start + call.window - tile.position) * call.group)
-    six = whole + max(0, end - whole) // 6 * 6
-    for c in range(0, call.head_dim // 16, COLS):
-        for row in range(whole, six, 6):
-            p, panel, o = memory + P + P_BYTES * row, memory + PANELS + panel_bytes * c, memory + O + ROW_BYTES * row + 64 * c
-            acc = tile_load(6, COLS, o, ROW_BYTES)
-            for j in range(BLOCK):
-                acc = tile_fma_f32(acc, p + 4 * j, P_BYTES, panel + 64 * j, panel_bytes)
+    high = whole + max(0, end - whole) // HEIGHT * HEIGHT if last - first > FEW_ROWS else whole
+    wide = call.head_dim // (16 * COLS) * (16 * COLS)
+    for d in range(0, wide, 16 * COLS):
+        for row in range(whole, high, HEIGHT):
+            o = memory + O + ROW_BYTES * row + 4 * d
+            acc = tile_load(HEIGHT, COLS, o, ROW_BYTES)
+            for i in range(BLOCK // each):
+                acc = step(acc, memory + W + P_BYTES * row + x_bytes * i, P_BYTES, v + 4 * (call.head_dim * i + d), ALL)
             tile_store(acc, o, ROW_BYTES, COLS)
-    for c in range(0, call.head_dim // 16, 4):
-        for row in range(first, last):
-            if whole <= row < six:
-                continue
-            position = tile.position + row // call.group
-            p, panel, o = memory + P + P_BYTES * row, memory + PANELS + panel_bytes * c, memory + O + ROW_BYTES * row + 64 * c
-            one = tile_load(1, 4, o, 0)
-            for j in range(max(0, first_key(call, position) - start), min(BLOCK, position + 1 - start)):
-                one = tile_fma_f32(one, p + 4 * j, 0, panel + 64 * j, panel_bytes)
-            tile_store(one, o, 0, 4)
+    row = first
+    while row < last:
+        inside = whole <= row < high
+        pair = 1 if row + 1 < last and (row + 1) // call.group == row // call.group and (row + 1 < high or not inside) else 0
+        if not inside or wide < call.head_dim:
+            ragged_values(call, tile, v, ahead if row == first else v, start, row, pair, wide if inside else 0, each, step, memory)
+        row += 1 + pair
+
+
+@inlined
+def ragged_values(call, tile, v, ahead, start, row, pair, done, each, step, memory):
+    """o += w . v of a row, or of two that see the same slots, from dimension `done` on: only those slots are visited."""
+    position, x_bytes = tile.position + row // call.group, 4 if each == 1 else PAIR_BYTES
+    weights, o, width = memory + W + P_BYTES * row, memory + O + ROW_BYTES * row, 4 * call.head_dim
+    low, high = max(0, first_key(call, position) - start), min(BLOCK, position + 1 - start)
+    wide = done + (call.head_dim - done) // (16 * FEW_COLS) * (16 * FEW_COLS)
+    for d in range(done, wide, 16 * FEW_COLS):
+        two = tile_load(2, FEW_COLS, o + 4 * d, ROW_BYTES * pair)
+        for i in range(low // each, (high + each - 1) // each):
+            two = step(two, weights + x_bytes * i, P_BYTES * pair, v + width * i + 4 * d, halves(each * i, low, high))
+            for line in range(FEW_COLS):
+                prefetch(ahead + 4 * BLOCK // each * d + 64 * (FEW_COLS * i + line))
+        tile_store(two, o + 4 * d, ROW_BYTES * pair, FEW_COLS)
+    for d in range(wide, call.head_dim, 16):
+        one = tile_load(2, 1, o + 4 * d, ROW_BYTES * pair)
+        for i in range(low // each, (high + each - 1) // each):
+            one = step(one, weights + x_bytes * i, P_BYTES * pair, v + width * i + 4 * d, halves(each * i, low, high))
+        tile_store(one, o + 4 * d, ROW_BYTES * pair, 1)
+
+
+@inlined
+def halves(slot, low, high):
+    """Mask of a pair that begins at an even slot: the half of a slot outside low..high is not to be read."""
+    return (0xFFFF if slot >= low else 0) | (-65536 if slot + 1 < high else 0)

@@ -8,9 +8,9 @@ row of `out` and `stats` in ascending order, whoever computed it: the thread tha
 import numpy as np
 from numba import float32, int32, int64
 
-from lockstep.ops.attention_block import (LANE, LANE_BYTES, O, Q, ROW_BYTES, ROWS, SCRATCH_BYTES, TOP, Call, Tile,
-                                          attend_span, first_key)
-from lockstep.ops.attention_math import BLOCK, SPAN, exp2, score_scales
+from lockstep.ops.attention_block import (LANE, LANE_BYTES, O, ROW_BYTES, ROWS, SCRATCH_BYTES, TOP, Call, Tile, attend_span,
+                                          first_key, keep_pairs, keep_single, load_queries, pair_step, single_step)
+from lockstep.ops.attention_math import SPAN, cleared, exp2, score_scales
 from lockstep.ops.math import sigmoid
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import inlined, kernel
@@ -37,8 +37,7 @@ def read_call(op, base, has_gate, tokens_at_once):
         gate_bytes, gate_stride = 4 * word(op, base + 7), 4 * word(op, base + 9)
     group = word(op, base) // word(op, base + 1) if tokens_at_once > 1 else tokens_at_once
     return Call(word(op, 0), word(op, 1), word(op, 2), word(op, 3), word(op, 4), gate, gate_bytes, gate_stride,
-                word(op, base), word(op, base + 1), word(op, base + 2), group, word(op, base + 4), word(op, base + 6),
-                scale, cap)
+                word(op, base), word(op, base + 1), word(op, base + 2), group, word(op, base + 4), scale, cap)
 
 
 @inlined
@@ -69,7 +68,7 @@ def count_tiles(call, step, tokens_per_tile):
 
 
 @inlined
-def run(op, step, num_threads, base, has_gate, tokens_at_once, cuts):
+def run(op, step, num_threads, base, has_gate, tokens_at_once, cuts, each, multiply, keep):
     """One thread of an attention op: every thread walks the same list of items and works on those it has claimed.
 
     An item is a tile or, where tiles are few and may be cut, one span of a tile, spans outermost, so that neighbours in
@@ -90,24 +89,15 @@ def run(op, step, num_threads, base, has_gate, tokens_at_once, cuts):
                     if cut and not first <= turn <= last:
                         continue
                     if index == claimed:
-                        load_queries(call, tile, memory)
+                        load_queries(call, tile, keep, memory)
                         for span in range(turn if cut else first, (turn if cut else last) + 1):
-                            attend_span(call, tile, span, memory)
+                            attend_span(call, tile, span, each, multiply, keep, memory)
                             if cut:
                                 wait_for_turn(counter, index)
                             end_span(call, tile, span, memory)
                         fetch_add(counter, MERGED)
                         claimed = fetch_add(counter, 1) & (MERGED - 1)
                     index += 1
-
-
-@inlined
-def load_queries(call, tile, memory):
-    """The tile's queries, scaled, one row after the other."""
-    for row in range(tile.tokens * call.group):
-        source = call.q + 4 * call.head_dim * (call.heads * (tile.token + row // call.group) + tile.head + row % call.group)
-        for i in range(0, 4 * call.head_dim, 64):
-            store(memory + Q + ROW_BYTES * row + i, load(source + i) * call.scale)
 
 
 @inlined
@@ -133,8 +123,8 @@ def end_span(call, tile, span, memory):
             if span == position // SPAN:
                 total, gate = peek(stats + 4, float32), call.gate + call.gate_bytes * token + call.gate_stride * head
                 for i in range(0, 4 * call.head_dim, 64):
-                    value = load(out + i) / total
-                    store(out + i, value * sigmoid(load(gate + i)) if call.gate != 0 else value)
+                    value = cleared(load(out + i) / total)
+                    store(out + i, cleared(value * sigmoid(load(gate + i))) if call.gate != 0 else value)
 
 
 @inlined
@@ -150,35 +140,72 @@ def merge_row(call, out, stats, is_first, row, memory):
         a, b = exp2(before - higher), exp2(top - higher)
         top, total = higher, fma(peek(stats + 4, float32), a, total * b)
         for i in range(0, 4 * call.head_dim, 64):
-            store(out + i, fma(load(out + i), a, load(o + i) * b))
+            store(out + i, cleared(fma(load(out + i), a, cleared(load(o + i) * b))))
     poke(stats, top)
     poke(stats + 4, total)
+
+
+@inlined
+def single(op, step, num_threads, base, has_gate, tokens_at_once, cuts):
+    """float32 pages, number by number."""
+    run(op, step, num_threads, base, has_gate, tokens_at_once, cuts, 1, single_step, keep_single)
+
+
+@inlined
+def paired(op, step, num_threads, base, has_gate, tokens_at_once, cuts):
+    """bfloat16 pages, in pairs."""
+    run(op, step, num_threads, base, has_gate, tokens_at_once, cuts, 2, pair_step, keep_pairs)
 
 
 @kernel
 def attention(op, step, thread, num_threads):
     """All tokens and heads, in tiles."""
-    run(op, step, num_threads, 5, False, ROWS, num_threads > 1)
+    single(op, step, num_threads, 5, False, ROWS, num_threads > 1)
+
+
+@kernel
+def attention_bf16(op, step, thread, num_threads):
+    paired(op, step, num_threads, 5, False, ROWS, num_threads > 1)
 
 
 @kernel
 def gated_attention(op, step, thread, num_threads):
     """The same, each output times the sigmoid of its gate."""
-    run(op, step, num_threads, 6, True, ROWS, num_threads > 1)
+    single(op, step, num_threads, 6, True, ROWS, num_threads > 1)
+
+
+@kernel
+def gated_attention_bf16(op, step, thread, num_threads):
+    paired(op, step, num_threads, 6, True, ROWS, num_threads > 1)
 
 
 @kernel
 def attention_per_token(op, step, thread, num_threads):
     """One token and one head at a time: nothing is shared."""
-    run(op, step, num_threads, 5, False, min(num_threads, 1), False)
+    single(op, step, num_threads, 5, False, min(num_threads, 1), False)
+
+
+@kernel
+def attention_bf16_per_token(op, step, thread, num_threads):
+    paired(op, step, num_threads, 5, False, min(num_threads, 1), False)
 
 
 @kernel
 def gated_attention_per_token(op, step, thread, num_threads):
     """One token and one head at a time, gated."""
-    run(op, step, num_threads, 6, True, min(num_threads, 1), False)
+    single(op, step, num_threads, 6, True, min(num_threads, 1), False)
 
 
-CPU = {"attention": Implementation(attention), "gated_attention": Implementation(gated_attention)}
+@kernel
+def gated_attention_bf16_per_token(op, step, thread, num_threads):
+    paired(op, step, num_threads, 6, True, min(num_threads, 1), False)
+
+
+# pairs are flushed step by step; where that takes a mode it is the whole op's, which `cleared` makes invisible
+CPU = {"attention": Implementation(attention), "gated_attention": Implementation(gated_attention),
+       "attention_bf16": Implementation(attention_bf16, flushes=True),
+       "gated_attention_bf16": Implementation(gated_attention_bf16, flushes=True)}
 PER_TOKEN = {"attention": Implementation(attention_per_token),
-             "gated_attention": Implementation(gated_attention_per_token)}
+             "gated_attention": Implementation(gated_attention_per_token),
+             "attention_bf16": Implementation(attention_bf16_per_token, flushes=True),
+             "gated_attention_bf16": Implementation(gated_attention_bf16_per_token, flushes=True)}

@@ -2,10 +2,11 @@
 import numpy as np
 
 from lockstep.runtime.kernel import inlined
-from lockstep.runtime.simd import fma, maximum, minimum, pow2, rint, where_below
+from lockstep.runtime.simd import absolute, fma, maximum, minimum, pow2, rint, where_below
 
 BLOCK = 64  # keys that share one maximum: a page
 SPAN = 1024  # keys after which a partial result is merged; both are constants of the numerics
+SMALLEST_KEPT = np.float32(2.0**-125)
 ZERO, ONE, TWO, SIXTY_FOUR = np.float32(0), np.float32(1), np.float32(2), np.float32(64)
 LOG2E, LOWEST = np.float32(1.4426950408889634), np.float32(-126)
 C1, C2, C3, C4, C5, C6 = (np.float32(c) for c in (0.693147202855083, 0.24022647913626555, 0.05550332471099871,
@@ -23,6 +24,12 @@ def exp2(x):
     r = x - n
     p = fma(fma(fma(fma(C6, r, C5), r, C4), r, C3), r, C2)
     return where_below(x, LOWEST, ZERO, fma(fma(p, r, C1), r, ONE) * pow2(n))
+
+
+@inlined
+def cleared(x):
+    """x, or +0 if it is below 2**-125 in magnitude: so that modes that flush denormals and modes that keep them agree."""
+    return where_below(absolute(x), SMALLEST_KEPT, ZERO, x)
 
 
 @inlined

@@ -3,10 +3,12 @@
 A page holds PAGE_TOKENS consecutive positions of one request, which is also one block of keys in attention. Position p
 of request s lives in page `page_table[s, p // 64]`, slot `p % 64`:
 
-    K page [G, K, 64]    one dimension of 64 keys side by side: the lanes of q . k are keys
-    V page [G, 64, K]    one value after the other: the lanes of p . v are dimensions
+                 float32         bfloat16
+    K page    [G, K, 64]    [G, K / 2, 64, 2]    one dimension (or two) of 64 keys side by side: the lanes of q . k are keys
+    V page    [G, 64, K]    [G, 32, K, 2]        one value (or two) after the other: the lanes of p . v are dimensions
 
-Pages hold float32 or bfloat16 (the upper half of a float32, rounded to nearest even when written). Attention reads K
+A bfloat16 is the upper half of a float32, rounded to nearest even when written; two of them, neighbours in the sum that
+they enter, lie together as instructions for pairs want them. Attention reads K
 and V back from here only, so a token sees the same numbers whether they were written in this step or long ago.
 """
 import numpy as np
@@ -28,6 +30,21 @@ def page_bytes(num_kv_heads, head_dim, bf16):
     return PAGE_TOKENS * num_kv_heads * head_dim * (2 if bf16 else 4)
 
 
+def page_shapes(G, K, bf16):
+    """Shapes of a page of K and of a page of V."""
+    return ((G, K // 2, PAGE_TOKENS, 2), (G, PAGE_TOKENS // 2, K, 2)) if bf16 else ((G, K, PAGE_TOKENS), (G, PAGE_TOKENS, K))
+
+
+def by_position(pages, is_keys):
+    """Pages [N, *page shape, bytes] as what they hold for each position in turn, [64 N, G, K, bytes]."""
+    if pages.ndim == 6:
+        ordered = pages.transpose((0, 3, 1, 2, 4, 5) if is_keys else (0, 2, 4, 1, 3, 5))
+    else:
+        ordered = pages.transpose((0, 3, 1, 2, 4) if is_keys else (0, 2, 1, 3, 4))
+    G, K = (pages.shape[1], pages.shape[2] * (pages.ndim - 4)) if is_keys else (pages.shape[1], pages.shape[3])
+    return ordered.reshape(-1, G, K, pages.shape[-1])
+
+
 @inlined
 def write_number(array, index, x, bf16):
     """Stores one number of a cache array, rounded to its type."""
@@ -44,15 +61,17 @@ def read_number(array, index, bf16):
 
 
 @inlined
-def k_index(page, g, d, slot, G, K):
-    """Where dimension d of a slot's key is in the array of K pages [N, G, K, 64]."""
-    return ((page * G + g) * K + d) * PAGE_TOKENS + slot
+def k_index(page, g, d, slot, G, K, bf16):
+    """Where dimension d of a slot's key is in the array of K pages."""
+    head = (page * G + g) * K * PAGE_TOKENS
+    return head + (d // 2 * PAGE_TOKENS + slot) * 2 + d % 2 if bf16 else head + d * PAGE_TOKENS + slot
 
 
 @inlined
-def v_index(page, g, d, slot, G, K):
-    """Where dimension d of a slot's value is in the array of V pages [N, G, 64, K]."""
-    return ((page * G + g) * PAGE_TOKENS + slot) * K + d
+def v_index(page, g, d, slot, G, K, bf16):
+    """Where dimension d of a slot's value is in the array of V pages."""
+    head = (page * G + g) * PAGE_TOKENS * K
+    return head + (slot // 2 * K + d) * 2 + slot % 2 if bf16 else head + slot * K + d
 
 
 @definition
@@ -106,8 +125,8 @@ def _attention_inputs(op, step, base):
                 poke(word(op, 0) + 4 * ((t * H + h) * K + d), q_HK[h, d])
         for g in range(G):
             for d in range(K):
-                write_number(word(op, 4), k_index(page, g, d, slot, G, K), k_GK[g, d], bf16)
-                write_number(word(op, 5), v_index(page, g, d, slot, G, K), v_GK[g, d], bf16)
+                write_number(word(op, 4), k_index(page, g, d, slot, G, K, bf16), k_GK[g, d], bf16)
+                write_number(word(op, 5), v_index(page, g, d, slot, G, K, bf16), v_GK[g, d], bf16)
 
 
 @kernel

@@ -1,7 +1,7 @@
 """What enters attention: the fast kernel. One pass over a token's row: norm, rotation, and K and V into their page.
 
-Bound by the scattered writes of K (one line of memory for each dimension). A thread takes one kv head, with its query
-heads, of sixteen tokens in turn, so that those lines are written whole by one core while they are in its cache.
+Bound by the read of the projection, and by the scattered writes of K (one line of memory for each dimension or pair). A
+thread takes sixteen tokens at a time, so that those lines are written whole by one core while they are in its cache.
 """
 import numpy as np
 from numba import float32, int32
@@ -12,6 +12,7 @@ from lockstep.runtime.kernel import inlined, kernel
 from lockstep.runtime.machine import stack_memory
 from lockstep.runtime.simd import (bf16_bits, fma, lanes, load, peek, poke, round_bf16, sqrt, store, store_bf16,
                                    sum_lanes)
+from lockstep.runtime.tiles import store_pairs
 from lockstep.runtime.step import PAGE_TABLE, PAGES_PER_REQUEST, POSITION, REQUEST, num_rows, number, step_word, word
 
 ONE, ZERO = np.float32(1), np.float32(0)
@@ -43,10 +44,12 @@ def prepare_head(x, K, norm, eps, norm_offset, cos, sin, R, out):
 
 @inlined
 def keep_key(k, k_pages, at, K, bf16):
-    """Scatters a key over its page, from index at, one dimension every 64 numbers."""
+    """Scatters a key over its page, from index at, one dimension (or pair) every 64 of them."""
     if bf16:
-        for d in range(K):
-            poke(k_pages + 2 * (at + PAGE_TOKENS * d), bf16_bits(round_bf16(peek(k + 4 * d, float32))))
+        for d in range(0, K, 16):
+            store_bf16(k + 2 * d, round_bf16(load(k + 4 * d)))
+        for i in range(K // 2):
+            poke(k_pages + 2 * at + 4 * PAGE_TOKENS * i, peek(k + 4 * i, int32))
     else:
         for d in range(K):
             poke(k_pages + 4 * (at + PAGE_TOKENS * d), peek(k + 4 * d, float32))
@@ -54,12 +57,29 @@ def keep_key(k, k_pages, at, K, bf16):
 
 @inlined
 def keep_value(v, v_pages, at, K, bf16):
-    """Copies a value to index at of its page."""
-    for d in range(0, K, 16):
-        if bf16:
-            store_bf16(v_pages + 2 * (at + d), round_bf16(load(v + 4 * d)))
-        else:
+    """Copies a value to index at of its page; in pairs every other number there is a neighbour's."""
+    if bf16:
+        for d in range(K):
+            poke(v_pages + 2 * (at + 2 * d), bf16_bits(round_bf16(peek(v + 4 * d, float32))))
+    else:
+        for d in range(0, K, 16):
             store(v_pages + 4 * (at + d), load(v + 4 * d))
+
+
+@inlined
+def keep_two_values(v, row, v_pages, at, K):
+    """Copies an even position's value and the next one, `row` bytes on, to index at of their page of pairs."""
+    for d in range(0, K, 16):
+        store_pairs(v_pages + 2 * (at + 2 * d), round_bf16(load(v + 4 * d)), round_bf16(load(v + row + 4 * d)))
+
+
+@inlined
+def slot_of(step, t):
+    """(request, page, slot) of a token."""
+    position = np.int64(peek(step_word(step, POSITION) + 4 * t, int32))
+    request = np.int64(peek(step_word(step, REQUEST) + 4 * t, int32))
+    entry = request * step_word(step, PAGES_PER_REQUEST) + position // PAGE_TOKENS
+    return request, np.int64(peek(step_word(step, PAGE_TABLE) + 4 * entry, int32)), position % PAGE_TOKENS
 
 
 @inlined
@@ -73,21 +93,43 @@ def prepare_token(op, step, base, q_norm, k_norm, t, g, memory):
         prepare_head(x + 4 * (word(op, base + 5) + h * word(op, base + 6)), K, q_norm, eps, norm_offset, cos, sin, R,
                      word(op, 0) + 4 * K * (t * H + h))
     prepare_head(x + 4 * (word(op, base + 7) + g * K), K, k_norm, eps, norm_offset, cos, sin, R, memory)
-    request = np.int64(peek(step_word(step, REQUEST) + 4 * t, int32))
-    entry = request * step_word(step, PAGES_PER_REQUEST) + position // PAGE_TOKENS
-    page, slot = np.int64(peek(step_word(step, PAGE_TABLE) + 4 * entry, int32)), position % PAGE_TOKENS
-    keep_key(memory, word(op, 4), k_index(page, g, 0, slot, G, K), K, bf16)
-    keep_value(x + 4 * (word(op, base + 8) + g * K), word(op, 5), v_index(page, g, 0, slot, G, K), K, bf16)
+    _, page, slot = slot_of(step, t)
+    keep_key(memory, word(op, 4), k_index(page, g, 0, slot, G, K, bf16), K, bf16)
+
+
+@inlined
+def keep_values(op, step, base, first, last, g):
+    """One kv head's values of tokens first .. last: by two where they share a row of pairs."""
+    G, K, row, bf16, t = word(op, base + 1), word(op, base + 2), 4 * word(op, base + 4), word(op, base + 9), first
+    while t < last:
+        request, page, slot = slot_of(step, t)
+        v, at = word(op, 1) + row * t + 4 * (word(op, base + 8) + g * K), v_index(page, g, 0, slot, G, K, bf16)
+        if bf16 and slot % 2 == 0 and t + 1 < last and np.int64(peek(step_word(step, REQUEST) + 4 * t + 4, int32)) == request:
+            keep_two_values(v, row, word(op, 5), at, K)
+            t += 1
+        else:
+            keep_value(v, word(op, 5), at, K, bf16)
+        t += 1
 
 
 @inlined
 def prepare(op, step, thread, num_threads, base, q_norm, k_norm):
-    """The thread's share: kv heads of runs of tokens, dealt in turn."""
+    """The thread's share: runs of tokens, whole rows of the projection; few runs are cut by kv heads.
+
+    The runs of a thread are neighbours: where a run ends inside a line of K, two threads would take turns with the line.
+    """
     T, G, memory = num_rows(op, step), word(op, base + 1), stack_memory(MAX_HEAD_BYTES)
-    for item in range(thread, (T + TOKENS_AT_ONCE - 1) // TOKENS_AT_ONCE * G, num_threads):
-        first = item // G * TOKENS_AT_ONCE
-        for t in range(first, min(T, first + TOKENS_AT_ONCE)):
-            prepare_token(op, step, base, q_norm, k_norm, t, item % G, memory)
+    runs = (T + TOKENS_AT_ONCE - 1) // TOKENS_AT_ONCE
+    heads = G if runs >= 4 * num_threads else 1
+    parts = G // heads
+    for item in range(runs * parts * thread // num_threads, runs * parts * (thread + 1) // num_threads):
+        first, g0 = item // parts * TOKENS_AT_ONCE, item % parts * heads
+        last = min(T, first + TOKENS_AT_ONCE)
+        for t in range(first, last):
+            for g in range(g0, g0 + heads):
+                prepare_token(op, step, base, q_norm, k_norm, t, g, memory)
+        for g in range(g0, g0 + heads):
+            keep_values(op, step, base, first, last, g)
 
 
 @kernel

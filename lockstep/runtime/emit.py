@@ -130,3 +130,9 @@ def counted(b, count, carried, body):
         phi.add_incoming(value, end)
     b.position_at_end(done)
     return values
+
+
+def dpbf16(b, acc, x, w):
+    """VDPBF16PS, for pairs held as int32: odd halves first, denormals taken as zero and flushed, whatever MXCSR says."""
+    pairs = vector(BF16, 32)
+    return call(b, "llvm.x86.avx512bf16.dpbf16ps.512", acc.type, [acc, b.bitcast(x, pairs), b.bitcast(w, pairs)])

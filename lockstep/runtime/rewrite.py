@@ -12,10 +12,15 @@ PREPARATIONS = {"f32": None, "f16": None, "bf16": ("round_bf16", bf16_width), "q
                 "q4_0": ("quantize_q8", q8_width), "q4_k": ("quantize_q8", q8_width), "q6_k": ("quantize_q8", q8_width)}
 
 
+BY_CACHE = ("attention", "gated_attention")  # their arithmetic depends on the cache's type
+
+
 def lower(program):
-    """Every `linear` becomes `linear_<format>` on prepared rows; rows prepared alike are prepared once."""
+    """Attention over bfloat16 pages becomes that of pairs, and every `linear` becomes `linear_<format>` on prepared rows; rows prepared alike are prepared once."""
     ops, prepared = [], {}
     for op in program.ops:
+        if op.kind in BY_CACHE and op.params["bf16"]:
+            op = Op(f"{op.kind}_bf16", op.outputs, op.inputs, op.params)
         if op.kind != "linear":
             ops.append(op)
             continue

@@ -7,7 +7,9 @@ from llvmlite import ir
 from numba import types
 from numba.extending import models, register_model
 
-from lockstep.runtime.simd import F32, I16, I64, LANES, call, constant, f32x16, i32x16, primitive, splat
+from lockstep.runtime import targets
+from lockstep.runtime.emit import dpbf16
+from lockstep.runtime.simd import F32, I32, I64, call, constant, f32x16, i32x16, primitive, splat
 
 V16F, V16I = f32x16.ir, i32x16.ir
 
@@ -131,7 +133,46 @@ def tile_load(context, rows, cols, place, row_bytes):
 
 
 @primitive()
-def tile_fma_widened(context, tile, x, x_row, w, w_panel):
-    """`tile_fma_f32` with bfloat16 weights, widened exactly: one step at a time, denormals kept."""
-    widen = lambda b, raw: b.bitcast(b.shl(b.zext(raw, V16I), constant(V16I, 16)), V16F)
-    return _fma_step(lambda b, p: widen(b, read(b, p, vector(I16, LANES), 32)))(context, tile, x, x_row, w, w_panel)
+def tile_pairs(context, tile, x, x_row, w, w_panel, mask):
+    """tile[r, c] = f(x0[r], w0[c], f(x1[r], w1[c], tile[r, c])) for bfloat16 pairs (x0, x1), (w0, w1): two steps.
+
+    f = fma with denormals taken as zero and flushed. Where the target has an instruction for it, x is a pair; elsewhere
+    two float32, and FLUSH mode makes f of an FMA. mask: what remains of w's pairs, as 32 bits.
+    """
+
+    def codegen(ctx, b, sig, args):
+        value, x, x_row, w, w_panel, mask = args
+        shape, parts, native = sig.args[0], unpack(b, sig.args[0], value), targets.bf16_dot(ctx.codegen().magic_tuple())
+        kept = splat(b, b.trunc(mask, I32), V16I)
+        columns = [b.and_(read(b, at(b, w, w_panel, c), V16I, 64), kept) for c in range(shape.cols)]
+        (_dot_pairs if native else _fma_pairs)(b, shape, parts, x, x_row, columns)
+        return pack(b, shape, parts)
+
+    return tile(tile, *FMA_OPERANDS, types.int64), codegen
+
+
+def _dot_pairs(b, shape, parts, x, x_row, columns):
+    for r in range(shape.rows):
+        pair = splat(b, read(b, at(b, x, x_row, r), I32, 4), V16I)
+        for c in range(shape.cols):
+            parts[r, c] = dpbf16(b, parts[r, c], pair, columns[c])
+
+
+def _fma_pairs(b, shape, parts, x, x_row, columns):
+    odd = [b.bitcast(b.and_(v, constant(V16I, -65536)), V16F) for v in columns]
+    even = [b.bitcast(b.shl(v, constant(V16I, 16)), V16F) for v in columns]
+    _outer(b, shape, parts, x, x_row, odd, 4)
+    _outer(b, shape, parts, x, x_row, even, 0)
+
+
+@primitive()
+def store_pairs(context, address, even, odd):
+    """Stores bfloat16 (even[i], odd[i]) side by side, sixteen pairs: both must already be rounded."""
+
+    def codegen(ctx, b, sig, args):
+        low, high = (b.bitcast(v, V16I) for v in args[1:])
+        pairs = b.or_(high, b.lshr(low, constant(V16I, 16)))
+        b.store(pairs, b.inttoptr(args[0], V16I.as_pointer())).align = 4
+        return ctx.get_dummy_value()
+
+    return types.void(types.int64, f32x16, f32x16), codegen

@@ -7,7 +7,7 @@ from llvmlite import ir
 from numba import types
 
 from lockstep.runtime import targets
-from lockstep.runtime.emit import BF16, counted, fma, moved, pointer, prefetch, read, spread, vector, write
+from lockstep.runtime.emit import counted, dpbf16, fma, moved, pointer, prefetch, read, spread, vector, write
 from lockstep.runtime.simd import F16, F32, I1, I8, I32, I64, LANES, call, constant, primitive
 from lockstep.runtime.tiles_dots import q4_0, q8_0
 from lockstep.runtime.tiles_k import q4_k, q6_k
@@ -118,7 +118,7 @@ def f16(s):
 
 def bf16(s):
     """acc = fma(x[2i], w[2i], fma(x[2i+1], w[2i+1], acc)), flushed after each."""
-    return s.blocks(2, (_pairs_native if s.bf16 else _pairs_wide)(s))
+    return s.blocks(2, (_pairs_native if s.bf16 else _pairs_wide)(s), 64)
 
 
 def _pair_columns(s, i):
@@ -135,12 +135,6 @@ def _pairs_native(s):
         return {(r, c): dpbf16(b, acc[r, c], values[r], columns[c]) for r, c in s.cells}
 
     return step
-
-
-def dpbf16(b, acc, x, w):
-    """The instruction, for pairs held as int32."""
-    pairs = vector(BF16, 32)
-    return call(b, "llvm.x86.avx512bf16.dpbf16ps.512", acc.type, [acc, b.bitcast(x, pairs), b.bitcast(w, pairs)])
 
 
 def _pairs_wide(s):

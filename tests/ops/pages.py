@@ -36,8 +36,23 @@ def random_cache(contexts, G, K, bf16, rng):
         page, slot = table[s, np.arange(c) // 64], np.arange(c) % 64
         pages[0][page, :, :, slot], pages[1][page, :, slot] = keys[s], values[s]
     if bf16:
-        pages = [np.where(np.isnan(p), NAN_BITS, round_bf16(np.nan_to_num(p))).astype(np.uint16) for p in pages]
+        bits = [np.where(np.isnan(p), NAN_BITS, round_bf16(np.nan_to_num(p))).astype(np.uint16) for p in pages]
+        pages = [in_pairs(p) for p in bits]
     return *(on_cache_line(p) for p in pages), table, keys, values
+
+
+def in_pairs(pages):
+    """Pages [N, G, rows, width] of bfloat16 as they lie in a cache: two rows together, number by number."""
+    N, G, rows, width = pages.shape
+    return np.ascontiguousarray(pages.reshape(N, G, rows // 2, 2, width).swapaxes(3, 4))
+
+
+def by_row(pages):
+    """Pages as they lie in a cache, in pairs or not, as [N, G, rows, width]."""
+    if pages.ndim == 4:
+        return pages
+    N, G, pairs, width, _ = pages.shape
+    return pages.swapaxes(3, 4).reshape(N, G, 2 * pairs, width)
 
 
 def on_cache_line(array):

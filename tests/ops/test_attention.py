@@ -5,7 +5,7 @@ from lockstep.ops import attention, attention_cpu
 from lockstep.ops.attention_math import score_scales
 from lockstep.runtime.kernel import interpreted
 from tests.ops.harness import ragged_step, run_op, same_bits
-from tests.ops.pages import random_cache
+from tests.ops.pages import random_cache, round_bf16, widen
 
 MIXED = [1, 65, 7, 130, 1], [1, 65, 1027, 1090, 2050]  # new tokens and context in all, of each request
 
@@ -27,12 +27,27 @@ class Batch:
         step, _held = ragged_step(lengths or self.lengths, contexts or self.contexts, self.table[requests])
         inputs = [self.q_TD[rows], ("cache", self.k_pages), ("cache", self.v_pages)]
         gate = dict(gate_width=self.gate_TW.shape[1], gate_offset=5 + K, gate_stride=2 * K) if gated else {}
-        made = run_op(backend["gated_attention" if gated else "attention"],
+        made = run_op(backend[("gated_" if gated else "") + "attention" + ("_bf16" if self.bf16 else "")],
                       {"out": ("T", H * K, "f32"), "stats": ("T", 2 * H, "f32")},
                       inputs + [self.gate_TW[rows]] * gated, step=step, num_threads=num_threads, num_heads=H,
                       num_kv_heads=G, head_dim=K, sm_scale=K ** -0.5, sliding_window=self.window,
                       soft_cap=self.soft_cap, kv_bf16=int(self.bf16), **gate)
         return made["out"], made["stats"]
+
+    def spoil(self, request, position):
+        """Makes a slot's key and value NaN and infinite."""
+        page, slot, bits = self.table[request, position // 64], position % 64, self.bf16
+        self.k_pages[page, :, :, slot] = 0x7FC0 if bits else np.nan
+        if bits:
+            self.v_pages[page, :, slot // 2, :, slot % 2] = 0x7F80
+        else:
+            self.v_pages[page, :, slot] = np.inf
+
+    def shrink(self, factor):
+        """Multiplies queries and values by a factor."""
+        self.q_TD *= factor
+        values = widen(self.v_pages) * factor
+        self.v_pages[...] = round_bf16(values) if self.bf16 else values
 
     def exact(self):
         """In float64, without blocks."""
@@ -64,6 +79,11 @@ CASES = {
 }
 
 
+def tolerance(batch):
+    """Rounding queries and weights to bfloat16 costs 2**-9 of each: of scores around 1 and values around 1 that is this."""
+    return 0.012 if batch.bf16 else 5e-6
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_kernel_equals_definition(name):
     batch = Batch(*MIXED, **CASES[name])
@@ -73,13 +93,14 @@ def test_kernel_equals_definition(name):
             same_bits(made, want)
     for made, want in zip(batch.run(attention_cpu.PER_TOKEN, 3), expected):
         same_bits(made, want)
-    assert np.abs(expected[0] - batch.exact()).max() < 5e-6
+    assert np.abs(expected[0] - batch.exact()).max() < tolerance(batch)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("window", [0, 70])
 @pytest.mark.parametrize("num_threads", [1, 4])
-def test_chunks_give_the_same_bits_as_the_whole(window, num_threads):
-    batch = Batch([2060], [2060], 2, 1, 16, window=window)
+def test_chunks_give_the_same_bits_as_the_whole(window, num_threads, bf16):
+    batch = Batch([2060], [2060], 2, 1, 16, bf16, window)
     whole = batch.run(attention_cpu.CPU, num_threads)
     cuts = [0, 1, 2, 50, 63, 64, 65, 128, 200, 1023, 1024, 1025, 1100, 2047, 2049, 2060]
     for first, last in zip(cuts, cuts[1:]):
@@ -88,9 +109,10 @@ def test_chunks_give_the_same_bits_as_the_whole(window, num_threads):
             same_bits(made, want[first:last])
 
 
+@pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("num_threads", [2, 3, 8])
-def test_long_contexts_are_cut_into_spans_and_merged_in_order(num_threads):
-    batch = Batch([1, 3], [5000, 3073], 2, 1, 16)
+def test_long_contexts_are_cut_into_spans_and_merged_in_order(num_threads, bf16):
+    batch = Batch([1, 3], [5000, 3073], 2, 1, 16, bf16)
     for made, want in zip(batch.run(attention_cpu.CPU, num_threads), batch.run(attention_cpu.CPU)):
         same_bits(made, want)
 
@@ -105,13 +127,13 @@ def test_batch_mates_do_not_matter():
         start += length
 
 
+@pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("window", [0, 70])
 @pytest.mark.parametrize("spoilt", [0, 64, 80, 126, 127, 128, 190, 191, 192])
-def test_what_a_query_does_not_see_cannot_reach_it(spoilt, window):
-    batch = Batch([180, 2], [200, 200], 3, 1, 32, window=window)
-    clean, page = batch.run(attention_cpu.CPU)[0], batch.table[0, spoilt // 64]
-    batch.k_pages[page, :, :, spoilt % 64] = np.nan
-    batch.v_pages[page, :, spoilt % 64] = np.inf
+def test_what_a_query_does_not_see_cannot_reach_it(spoilt, window, bf16):
+    batch = Batch([180, 2], [200, 200], 3, 1, 32, bf16, window)
+    clean = batch.run(attention_cpu.CPU)[0]
+    batch.spoil(0, spoilt)
     out, position = batch.run(attention_cpu.CPU)[0], np.r_[20:200, 0, 0]
     sees = (position >= spoilt) & (position < spoilt + window if window else True)
     sees[180:] = False
@@ -119,22 +141,39 @@ def test_what_a_query_does_not_see_cannot_reach_it(spoilt, window):
     assert not np.isfinite(out[sees]).all(axis=-1).any()
 
 
-def test_gate():
-    batch = Batch([5, 1], [5, 70], 4, 2, 32)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_gate(bf16):
+    batch = Batch([5, 1], [5, 70], 4, 2, 32, bf16)
     for made, want in zip(batch.run(attention_cpu.CPU, 2, gated=True), batch.run(attention.REFERENCE, gated=True)):
         same_bits(made, want)
     gate = batch.gate_TW[:, 5:].reshape(-1, 4, 2, 32)[:, :, 1].reshape(-1, 128).astype(np.float64)
-    assert np.abs(batch.run(attention_cpu.CPU, gated=True)[0] - batch.exact() / (1 + np.exp(-gate))).max() < 5e-6
+    assert np.abs(batch.run(attention_cpu.CPU, gated=True)[0] - batch.exact() / (1 + np.exp(-gate))).max() < tolerance(batch)
 
 
-@pytest.mark.parametrize("window, soft_cap", [(0, 0.0), (70, 5.0)])
-def test_definition_compiled_equals_interpreted(window, soft_cap):
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("scale", [1e-38, 3e-39, 1e-19])
+def test_denormal_products_are_the_same_bits_everywhere(scale, bf16):
+    """Values and scores so small that sums and products fall below the normal numbers."""
+    batch = Batch(*MIXED, H=4, G=2, K=32, bf16=bf16)
+    batch.shrink(np.float32(scale))
+    expected = batch.run(attention.REFERENCE)
+    assert np.isfinite(expected[0]).all()
+    for backend in (attention_cpu.CPU, attention_cpu.PER_TOKEN):
+        for made, want in zip(batch.run(backend, 2), expected):
+            same_bits(made, want)
+
+
+@pytest.mark.parametrize("pairs", [0, 1])
+@pytest.mark.parametrize("window, soft_cap", [(0, 0.0), (71, 5.0)])
+def test_definition_compiled_equals_interpreted(window, soft_cap, pairs):
     rng = np.random.default_rng(0)
     k, v = (rng.standard_normal((1030, 4), np.float32) for _ in "kv")
+    if pairs:
+        k, v = widen(round_bf16(k)), widen(round_bf16(v))
     q, outs = rng.standard_normal(4, np.float32), np.empty((2, 4), np.float32)
     scale, cap = interpreted(score_scales)(np.float32(0.5), np.float32(soft_cap))
     position = 1026 if window else 130
-    results = [f(q, k, v, position, window, scale, cap, out)
+    results = [f(q, k, v, position, window, scale, cap, pairs, out)
                for f, out in zip((attention.attend, interpreted(attention.attend)), outs)]
     same_bits(outs[0], outs[1])
     same_bits(*(np.array(r, np.float32) for r in results))

@@ -5,7 +5,7 @@ from lockstep.ops import kv_cache, kv_cache_cpu
 from lockstep.ops.rope import rope_table
 from lockstep.runtime.kernel import interpreted
 from tests.ops.harness import ragged_step, run_op, same_bits, weight
-from tests.ops.pages import on_cache_line, page_table, round_bf16, widen
+from tests.ops.pages import by_row, in_pairs, on_cache_line, page_table, round_bf16, widen
 
 LENGTHS, CONTEXTS = [1, 30, 66, 2], [65, 30, 130, 64]
 SHAPES = {"plain": (4, 2, 32, 32, False), "normed": (4, 2, 32, 32, True), "partial, normed": (8, 2, 64, 16, True),
@@ -31,8 +31,8 @@ class Inputs:
         """(q, k pages, v pages) of one run."""
         H, G, K = self.shape
         dtype = np.dtype(np.uint16 if self.bf16 else np.uint32)
-        pages = [on_cache_line(np.full((self.num_pages, G, *cell), np.iinfo(dtype).max, dtype))
-                 for cell in ((K, 64), (64, K))]
+        pages = [np.full((self.num_pages, G, *cell), np.iinfo(dtype).max, dtype) for cell in ((K, 64), (64, K))]
+        pages = [on_cache_line(in_pairs(p) if self.bf16 else p) for p in pages]
         norms = [weight(n, name) for n, name in zip(self.norms, ("q_norm", "k_norm"))] if self.normed else []
         extra = dict(eps=1e-6, norm_offset=1.0) if self.normed else {}
         q = run_op(backend["normed_attention_inputs" if self.normed else "attention_inputs"],
@@ -42,7 +42,7 @@ class Inputs:
                    step=self.step, num_threads=num_threads, num_heads=H, num_kv_heads=G, head_dim=K,
                    rope_dim=self.rope_dim, row_width=self.x.shape[1], q_offset=GAP, q_stride=2 * K,
                    k_offset=self.k_offset, v_offset=self.v_offset, kv_bf16=int(self.bf16), **extra)["q"]
-        return q, *pages
+        return q, *(by_row(p) for p in pages)
 
     def exact(self, heads_THK, norm):
         """Norm and rotation in float64."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lockstep.engine.runner import Limits, Runner, Span
-from lockstep.ops.kv_cache import PAGE_TOKENS
+from lockstep.ops.kv_cache import PAGE_TOKENS, by_position
 from lockstep.runtime.threads import Team
 
 
@@ -50,9 +50,7 @@ def positions(runner, pages, count):
     found = {}
     for cache in (c for c in runner.program.caches if c.kind == "pages"):
         memory = runner.caches[cache.name].reshape(-1, *cache.shape, cache.bytes_each // int(np.prod(cache.shape)))
-        slots_last = memory[pages].swapaxes(2, 3) if cache.shape[-1] == PAGE_TOKENS and "k_pages" in cache.name else memory[pages]
-        by_position = np.moveaxis(slots_last, 2, 1)
-        found[cache.name] = by_position.reshape(-1, *by_position.shape[2:])[:count]
+        found[cache.name] = by_position(memory[pages], cache.name.endswith("k_pages"))[:count]
     return found
 
 

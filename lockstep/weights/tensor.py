@@ -64,6 +64,10 @@ class StoredTensor:
     shape: tuple[int, ...]
     data: np.ndarray
 
+    def __post_init__(self):
+        expected = stored_shape(self.format, self.shape)[0]
+        assert self.data.shape == expected, (self.name, self.format, self.shape, self.data.shape, expected)
+
     def read(self, rows: slice = slice(None)) -> np.ndarray:
         """The chosen rows (of the first axis) as stored, in memory of their own. ValueError if the file was truncated."""
         return read_array(self.data[rows] if self.shape else self.data)

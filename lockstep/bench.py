@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lockstep.describe import packed_bytes
 from lockstep.engine.model import GROUPS
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.ops import BACKENDS
@@ -126,11 +127,6 @@ def summed(profile, rows):
         total[0] += seconds
         if op.kind.startswith("linear_"):
             weight = next(v for v in op.inputs if isinstance(v, Weight))
-            total[1] += _packed_bytes(weight)
+            total[1] += packed_bytes(weight)
             total[2] += weight.shape[0] * weight.shape[1] * rows[op.rows]
     return sorted(((kind, *t) for kind, t in totals.items()), key=lambda row: -row[1])
-
-
-def _packed_bytes(weight):
-    from lockstep.commands.describe import packed_bytes
-    return packed_bytes(weight)

@@ -1,7 +1,8 @@
 """Parity: one prompt along every path, each compared bit for bit with the one-token-at-a-time reference.
 
 A path is a way of cutting the prompt into steps, a number of threads and, if it has company, other requests in the same
-steps. Compared are the logits of the last positions, and what the prompt leaves in the cache: keys, values, states.
+steps. Compared are the logits of the last positions, the tokens sampled from them, and what the prompt leaves in the
+cache: keys, values, states.
 """
 import hashlib
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import numpy as np
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.ops import BACKENDS
 from lockstep.ops.kv_cache import PAGE_TOKENS, by_position
-from lockstep.runtime.program import Tensor
+from lockstep.runtime.program import DTYPES, CacheArray, Tensor
 from lockstep.runtime.threads import Team
 
 AWKWARD = (1, 2, 3, 7, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 511, 512, 513, 1023, 1024, 1025, 2047, 2048, 2049)
@@ -32,21 +33,30 @@ class Path:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a path gave: logits [rows, V] of the last positions, and a digest of everything."""
+    """What a path gave: logits [rows, V] of the last positions, and digests of them, of the tokens, of each cache array."""
 
     logits: np.ndarray
-    digest: str
+    digests: dict[str, str]
+
+    @property
+    def digest(self):
+        """One digest of everything."""
+        return hashlib.sha256("".join(self.digests.values()).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A path against the reference."""
+    """A path against the reference. differing: what is not the same ("logits", "tokens", names of cache arrays)."""
 
     path: Path
     max_abs_diff: float
     argmax_agree: float
     digest: str
-    identical: bool
+    differing: tuple[str, ...]
+
+    @property
+    def identical(self):
+        return not self.differing
 
 
 def chunked(length, size):
@@ -74,13 +84,15 @@ def run_path(model, ids, path, swaps=None, num_rows=None):
     team = Team(path.threads)
     try:
         runner, rows = Runner(model, team, limits, swaps), []
+        choices = hashlib.sha256()
         for start, end in zip((0, *path.ends), path.ends):
             spans = [_span(o, i + 1, pages, start, end, ()) for i, o in enumerate(others)]
             spans.insert(len(spans) // 2, _span(ids, 0, pages, start, end, wanted))
-            logits = runner.step(spans)[2]
+            tokens, logprobs, logits = runner.step(spans)
             rows += [row.copy() for row in logits]
-        logits = np.stack(rows)
-        return Outcome(logits, digest(logits, runner, list(range(pages)), len(ids)))
+            for token, logprob in zip(tokens, logprobs):
+                choices.update(token.tobytes() + logprob.tobytes())
+        return _outcome(np.stack(rows), choices.hexdigest(), runner, pages, len(ids))
     finally:
         team.close()
 
@@ -90,33 +102,38 @@ def comparable_rows(model, length):
     return max(1, min(length, LOGIT_BYTES // (4 * model.config.vocab_size)))
 
 
+def sampling(position):
+    """How the token after a position is chosen: every other one is drawn, the others are the most probable."""
+    return {**GREEDY, **(dict(temperature=0.8, top_p=0.95) if position % 2 else {}), "position": position + 1}
+
+
 def _span(ids, slot, pages, start, end, wanted):
-    sampled = {i - start: GREEDY for i in wanted if start <= i < end}
+    sampled = {i - start: sampling(i) for i in wanted if start <= i < end}
     return Span(ids[start:end], start, list(range(slot * pages, (slot + 1) * pages)), slot, sampled)
 
 
-def digest(logits, runner, pages, num_tokens):
-    """SHA-256 of logits and of request 0's part of every cache array; unused slots of pages do not count."""
-    made = hashlib.sha256(np.ascontiguousarray(logits).tobytes())
-    for cache in runner.program.caches:
-        memory = runner.caches[cache.name].reshape(-1, cache.bytes_each)
-        if cache.kind == "state":
-            made.update(memory[0].tobytes())
-        else:
-            made.update(_used(memory[pages], cache, num_tokens).tobytes())
-    return made.hexdigest()
+def _outcome(logits, choices, runner, num_pages, num_tokens):
+    caches = {c.name: hashlib.sha256(_cached(runner, c, num_pages, num_tokens).tobytes()).hexdigest()
+              for c in runner.program.caches}
+    return Outcome(logits, {"logits": hashlib.sha256(logits.tobytes()).hexdigest(), "tokens": choices, **caches})
 
 
-def _used(memory, cache, num_tokens):
-    """The bytes of positions 0 .. num_tokens of pages [p, ...], position first."""
-    return by_position(memory.reshape(len(memory), *cache.shape, -1), cache.name.endswith("k_pages"))[:num_tokens]
+def _cached(runner, cache, num_pages, num_tokens):
+    """Request 0's part of a cache array, bf16 as uint16: [positions, width] of pages, [1, width] of a state."""
+    memory = runner.caches[cache.name].view(DTYPES[cache.dtype]).reshape(-1, *cache.shape)
+    if cache.kind == "state":
+        return memory[:1].reshape(1, -1)
+    # the unused slots of the last page do not count
+    positions = by_position(memory[:num_pages, ..., None], cache.name.endswith("k_pages"))
+    return np.ascontiguousarray(positions).reshape(num_pages * PAGE_TOKENS, -1)[:num_tokens]
 
 
 def compare(reference, path, outcome):
     """A path's outcome against the reference's."""
     diff = np.abs(outcome.logits.astype(np.float64) - reference.logits)
     agree = float((outcome.logits.argmax(-1) == reference.logits.argmax(-1)).mean())
-    return Comparison(path, float(diff.max()), agree, outcome.digest, outcome.digest == reference.digest)
+    differing = tuple(name for name, digest in outcome.digests.items() if digest != reference.digests[name])
+    return Comparison(path, float(diff.max()), agree, outcome.digest, differing)
 
 
 def run_parity(model, ids, max_threads, swaps=None):
@@ -130,11 +147,14 @@ def run_parity(model, ids, max_threads, swaps=None):
 
 @dataclass(frozen=True)
 class Difference:
-    """The first op whose output differs between two op tables."""
+    """The first op whose output differs between two op tables: an activation, or what the op wrote to the cache.
+
+    row: of the step; in pages of the cache a position, in a state 0. column: within all that is kept for the row.
+    """
 
     index: int
     op: object
-    tensor: Tensor
+    tensor: Tensor | CacheArray
     row: int
     column: int
     values: tuple[float, float]
@@ -159,15 +179,32 @@ def first_difference(model, ids, tables, threads):
 
 
 def _first_difference(one, two, num_tokens):
-    for index, (op, other) in enumerate(zip(one.program.ops, two.program.ops)):
-        for tensor, twin in zip(op.outputs, other.outputs):
-            if tensor.name.endswith(("scratch", "softmax")):
-                continue
-            rows = {"T": num_tokens, "R": 1, "S": 1}[tensor.rows]
-            a, b = one.executor.view(tensor, rows), two.executor.view(twin, rows)
-            different = a.view(np.uint8).reshape(*a.shape, -1) != b.view(np.uint8).reshape(*b.shape, -1)
-            if different.any():
-                row, column = (int(i) for i in np.argwhere(different.any(-1))[0])
-                values = float(a[row, column]), float(b[row, column])
-                return Difference(index, op, tensor, row, column, values, int(different.any(-1).sum()))
-    return None
+    pairs = zip(_written(one, num_tokens), _written(two, num_tokens))
+    return next((found for (index, op, value, a), (*_, b) in pairs if (found := _difference(index, op, value, a, b))), None)
+
+
+def _written(runner, num_tokens):
+    """(index, op, value, array [rows, width]) of whatever each op writes, in order. The first op to name a cache writes it."""
+    rows, num_pages, seen = {"T": num_tokens, "R": 1, "S": 1}, runner.limits.num_pages, set()
+    for index, op in enumerate(runner.program.ops):
+        for tensor in op.outputs:
+            if not tensor.name.endswith(("scratch", "softmax")):
+                yield index, op, tensor, runner.executor.view(tensor, rows[tensor.rows])
+        for cache in op.inputs:
+            if isinstance(cache, CacheArray) and cache not in seen:
+                seen.add(cache)
+                yield index, op, cache, _cached(runner, cache, num_pages, num_tokens)
+
+
+def _difference(index, op, value, a, b):
+    """The Difference between two arrays [rows, width], compared by their bytes; None if there is none."""
+    different = (a.view(np.uint8).reshape(*a.shape, -1) != b.view(np.uint8).reshape(*b.shape, -1)).any(-1)
+    if not different.any():
+        return None
+    row, column = (int(i) for i in np.argwhere(different)[0])
+    numbers = tuple(_number(array[row, column], value.dtype) for array in (a, b))
+    return Difference(index, op, value, row, column, numbers, int(different.sum()))
+
+
+def _number(stored, dtype):
+    return float((np.uint32(stored) << np.uint32(16)).view(np.float32)) if dtype == "bf16" else float(stored)

@@ -11,7 +11,7 @@ from lockstep import LLM
 from lockstep.cli import main
 from lockstep.commands import chat, conversation
 from lockstep.commands.conversation import Conversation
-from lockstep.commands.describe import collapsed, flops, memory, op_costs, packed_bytes
+from lockstep.describe import collapsed, flops, memory, op_costs, packed_bytes
 from lockstep.commands.inspect import spans
 from lockstep.runtime.program import Weight
 from tests.test_cli import Output

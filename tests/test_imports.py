@@ -8,11 +8,10 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-ORDER = ("__main__", "cli", "commands", "bench", "ceiling", "parity", "serve", "engine", "models", "ptq", "ops",
+ORDER = ("__main__", "cli", "commands", "bench", "describe", "ceiling", "parity", "serve", "engine", "models", "ptq", "ops",
          "weights", "runtime")
 EXCEPTIONS = {
     ("runtime", "lockstep.ops.activations"),  # a rewrite knows how wide prepared rows are
-    ("bench", "lockstep.commands.describe"),  # bytes and FLOPs of an op
 }
 
 

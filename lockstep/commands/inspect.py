@@ -34,7 +34,7 @@ def command(
 
 def described(checkpoint, model, context):
     """Everything, as a JSON object."""
-    from lockstep.commands.describe import memory, op_costs
+    from lockstep.describe import memory, op_costs
 
     return dict(
         path=str(checkpoint.path), config=dataclasses.asdict(model.config), weights=model.weights,
@@ -47,7 +47,7 @@ def show(checkpoint, model, context, tensors, everything):
     """Prints the tables."""
     from rich.console import Console
 
-    from lockstep.commands.describe import collapsed, memory, op_costs
+    from lockstep.describe import collapsed, memory, op_costs
 
     console = Console()
     console = console if console.is_terminal else Console(width=WIDTH)
@@ -88,7 +88,7 @@ def _plain(value):
 
 def tensor_table(infos, every):
     """Tensors by format, or all of them."""
-    from lockstep.commands.describe import formats
+    from lockstep.describe import formats
 
     if every:
         table = _table(f"{len(infos)} tensors", "name", "format", ">shape", ">bytes")

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import numpy as np
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -63,23 +64,31 @@ def command(
 def report_paths(model, ids, swaps, max_threads, as_json):
     """The table of all paths; exits with 1 if one differs."""
     console = Console(stderr=as_json)
-    table = Table("path", "threads", "max_abs_diff", "argmax", "digest", title=f"{len(ids)} tokens, every path")
+    table = Table("path", "threads", "max_abs_diff", "argmax", "digest", "bits", box=box.SIMPLE_HEAD,
+                  title=f"{len(ids)} tokens, every path", title_justify="left")
     results = []
     with console.status("running paths") as status:
         for result in paths.run_parity(model, ids, max_threads, swaps):
             status.update(f"after {result.path.name}")
             results.append(result)
-            mark = "[green]same" if result.identical else "[red]DIFFERS"
+            mark = "[green]same" if result.identical else f"[red]DIFFERS[/] ({_listed(result.differing)})"
             table.add_row(result.path.name, str(result.path.threads), f"{result.max_abs_diff:g}",
-                          f"{result.argmax_agree:.0%}", f"{result.digest[:16]} {mark}")
+                          f"{result.argmax_agree:.0%}", result.digest[:12], mark)
     identical = all(r.identical for r in results)
     if as_json:
         print(json.dumps([dict(path=r.path.name, threads=r.path.threads, max_abs_diff=r.max_abs_diff,
-                               argmax_agree=r.argmax_agree, digest=r.digest, identical=r.identical) for r in results]))
+                               argmax_agree=r.argmax_agree, digest=r.digest, identical=r.identical,
+                               differing=r.differing) for r in results]))
     else:
         console.print(table)
-        console.print(f"[green]{len(results)} paths, one answer." if identical else "[red]Paths differ.")
+        console.print(f"[green]{len(results)} paths, one answer: logits, sampled tokens and cache, bit for bit."
+                      if identical else "[red]Paths differ.")
     raise typer.Exit(0 if identical else 1)
+
+
+def _listed(names, most=2):
+    """The first few of some names."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def report_first_difference(model, ids, backends, swaps, threads, as_json):

@@ -127,11 +127,16 @@ def mlp_shapes(c):
 
 
 def stored(name, shape, format):
-    """A tensor of numbers that follow from its name. Matrices have the format; everything else is float32."""
+    """A tensor of numbers that follow from its name. Matrices have the format; everything else is float32.
+
+    Rows that blocks of 256 do not fill are bf16, as a linear layer would multiply them anyway.
+    """
     generator = np.random.RandomState(int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little"))
     values = (generator.randint(-127, 128, shape) * np.float32(2.0**-10 if len(shape) == 2 else 2.0**-7)).astype(np.float32)
     if len(shape) != 2:
         return StoredTensor(name, "f32", shape, values)
+    if format.endswith("_k") and shape[1] % 256:
+        format = "bf16"
     makers = {"f32": lambda: values, "f16": lambda: values.astype(np.float16), "bf16": lambda: values.astype(ml_dtypes.bfloat16),
               "q8_0": lambda: q8_0.quantize(values), "q4_0": lambda: q4_0.quantize(values),
               "q4_k": lambda: blocks(generator, shape, 144, (0, 2), 2.0**-14), "q6_k": lambda: blocks(generator, shape, 210, (208,), 2.0**-18)}

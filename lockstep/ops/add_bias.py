@@ -12,7 +12,6 @@ from lockstep.runtime.step import num_rows, word
 
 
 
-
 @definition
 def add_bias(x_TD, bias_D, out_TD):
     """Shapes: x, out [T, D], bias [D], float32. Error: half an ulp. Order: one addition per element."""
@@ -23,7 +22,7 @@ def add_bias(x_TD, bias_D, out_TD):
 
 def padded_bias(weight):
     """The biases of all parts, end to end, then zeros up to the row's width."""
-    joined = np.concatenate([part.to_f32().reshape(-1) for part in weight.parts])
+    joined = np.concatenate([part.finite_f32().reshape(-1) for part in weight.parts])
     return (np.pad(joined, (0, weight.shape[-1] - len(joined))),)
 
 

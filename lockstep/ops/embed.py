@@ -10,6 +10,7 @@ from lockstep.runtime.kernel import definition, inlined, kernel
 from lockstep.runtime.machine import byte_array, float_array, int_array
 from lockstep.runtime.simd import pow2
 from lockstep.runtime.step import TOKEN_IDS, num_rows, number, step_word, word
+from lockstep.weights.finite import finite_bytes
 
 FORMATS = ("f32", "bf16", "f16", "q8_0", "q4_0", "q6_k", "q4_k")
 F32, BF16, F16, Q8_0, Q4_0, Q6_K, Q4_K = range(7)
@@ -26,9 +27,9 @@ def format_code(format):
 
 
 def raw_bytes(weight):
-    """Weight layout: the stored bytes as they are, uint8 [V, bytes]."""
+    """Weight layout: the stored bytes as they are, uint8 [V, bytes], in memory of their own, and all finite."""
     assert len(weight.parts) == 1, weight.name
-    return (weight.parts[0].data.view(np.uint8),)
+    return (finite_bytes(weight.parts[0]),)
 
 
 RAW = ("stored bytes", raw_bytes)

@@ -8,7 +8,7 @@ from lockstep.runtime.kernel import Kernel
 def raw_weight(weight):
     """The default weight layout: float32 rows, as a definition reads them."""
     import numpy as np
-    return (np.concatenate([part.to_f32().reshape(-1, weight.shape[-1]) for part in weight.parts]),)
+    return (np.concatenate([part.finite_f32().reshape(-1, weight.shape[-1]) for part in weight.parts]),)
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ class GroupedColumns(Undo):
         if tensor.format not in BLOCK_FORMATS:
             return _take(tensor, self.heads.order(tensor.shape[-1]), axis=1)
         block = BLOCK_FORMATS[tensor.format]
-        blocks = tensor.data.reshape(len(tensor.data), -1, block.BLOCK_BYTES)
+        blocks = tensor.read().reshape(len(tensor.data), -1, block.BLOCK_BYTES)
         moved = blocks[:, self.heads.order(blocks.shape[1])].reshape(tensor.data.shape)
         return _with_data(tensor, moved)
 
@@ -157,7 +157,7 @@ def _snapped_log(decay: float) -> float:
 
 
 def _take(tensor: StoredTensor, order: np.ndarray, axis: int) -> StoredTensor:
-    return _with_data(tensor, tensor.data.take(order, axis))
+    return _with_data(tensor, tensor.read().take(order, axis))
 
 
 def _with_data(tensor: StoredTensor, data: np.ndarray) -> StoredTensor:

@@ -1,7 +1,13 @@
-"""Read-only memory maps of checkpoint files, and small JSON files beside them, both bounded."""
+"""Read-only memory maps of checkpoint files, and small JSON files beside them, both bounded.
+
+A map is for finding one's way: touching a page of a file that was truncated since would end the process (SIGBUS). The
+weights themselves are read with `read_array`, which finds out.
+"""
 
 import json
 import mmap
+import os
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -9,15 +15,59 @@ import numpy as np
 MAX_JSON_BYTES = 100 << 20
 
 
+class MappedFile(mmap.mmap):
+    """A read-only map that can also be read as a file: `path`, `descriptor` (closed with the map)."""
+
+    path: Path
+    descriptor: int
+
+
 def map_file(path: Path) -> np.ndarray:
     """The whole file as read-only uint8 [size], mapped, not read. Raises ValueError if it is empty or missing."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    with path.open("rb") as file:
-        size = file.seek(0, 2)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        size = os.fstat(descriptor).st_size
         if size == 0:
             raise ValueError(f"{path}: the file is empty")
-        return np.frombuffer(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ), np.uint8)
+        made = MappedFile(descriptor, size, access=mmap.ACCESS_READ)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    made.path, made.descriptor = path, descriptor
+    weakref.finalize(made, os.close, descriptor)
+    return np.frombuffer(made, np.uint8)
+
+
+def read_array(array: np.ndarray) -> np.ndarray:
+    """A copy of a C-contiguous array; one that lies in a mapped file is read from the file, not through the map.
+
+    Raises ValueError naming the file if it has become shorter since it was opened.
+    """
+    file = _mapped_file(array)
+    if file is None:
+        return array.copy()
+    assert array.flags.c_contiguous, array.strides
+    copy = np.empty(array.shape, array.dtype)
+    start = array.ctypes.data - np.frombuffer(file, np.uint8).ctypes.data
+    left = copy.reshape(-1).view(np.uint8)
+    while len(left):
+        count = os.preadv(file.descriptor, [left], start)
+        if count == 0:
+            size = os.fstat(file.descriptor).st_size
+            raise ValueError(f"{file.path}: the file had {len(file)} bytes when it was opened and now has {size}")
+        left, start = left[count:], start + count
+    return copy
+
+
+def _mapped_file(array: np.ndarray) -> MappedFile | None:
+    """The mapped file that an array is a view of."""
+    owner = array
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    owner = owner.obj if isinstance(owner, memoryview) else owner
+    return owner if isinstance(owner, MappedFile) else None
 
 
 def read_json_object(path: Path) -> dict:

@@ -40,25 +40,33 @@ def _pieces(weight):
 
 def floats(part, rows):
     """Finite float32 rows of a stored tensor."""
-    values = part.to_f32(rows)
-    check_finite(part, values)
-    return values
+    return part.finite_f32(rows)
+
+
+def block_fields(part, rows, block, format):
+    """The fields of rows of q8_0 or q4_0 blocks: as stored, or quantized now."""
+    codes, scales = block.split(part.read(rows) if part.format == format else quantized(part, rows, block))
+    check_finite(part, scales, rows.start or 0, "block scales")
+    return codes, scales
+
+
+def quantized(part, rows, block):
+    """Rows of a stored tensor as blocks of another format."""
+    values = floats(part, rows)
+    try:
+        return block.quantize(values)
+    except ValueError as error:
+        raise ValueError(f"tensor {part.name!r}: {error}") from None
 
 
 def q8_0_fields(part, rows):
     """(codes int8 [rows, K], scales float16 [rows, K / 32]): as stored, or quantized now."""
-    stored = part.data[rows] if part.format == "q8_0" else q8_0.quantize(floats(part, rows))
-    codes, scales = q8_0.split(stored)
-    check_finite(part, scales)
-    return codes, scales
+    return block_fields(part, rows, q8_0, "q8_0")
 
 
 def q4_0_fields(part, rows):
     """(codes uint8 0..15 [rows, K], scales float16 [rows, K / 32]): as stored, or quantized now."""
-    stored = part.data[rows] if part.format == "q4_0" else q4_0.quantize(floats(part, rows))
-    codes, scales = q4_0.split(stored)
-    check_finite(part, scales)
-    return codes, scales
+    return block_fields(part, rows, q4_0, "q4_0")
 
 
 def scatter(weight, outputs, convert):

@@ -16,21 +16,21 @@ from lockstep.weights.tensor import check_finite
 def _stored(part, rows, format):
     if part.format != format:
         raise ValueError(f"tensor {part.name!r} is stored as {part.format}; a {format} linear layer takes only {format}")
-    return part.data[rows]
+    return part.read(rows)
 
 
 def q4_k_fields(part, rows):
     """Codes uint8 0..15 [rows, K], d and dmin float16 [rows, K / 256], sc and m uint8 [rows, K / 32]."""
     codes, d, dmin, sc, m = q4_k.split(_stored(part, rows, "q4_k"))
-    check_finite(part, d)
-    check_finite(part, dmin)
+    check_finite(part, d, rows.start or 0, "block scales")
+    check_finite(part, dmin, rows.start or 0, "block scales")
     return codes, d, dmin, sc, m
 
 
 def q6_k_fields(part, rows):
     """Codes int8 -32..31 [rows, K], sc int8 [rows, K / 16] and d float16 [rows, K / 256]."""
     codes, sc, d = q6_k.split(_stored(part, rows, "q6_k"))
-    check_finite(part, d)
+    check_finite(part, d, rows.start or 0, "block scales")
     return codes, sc, d
 
 

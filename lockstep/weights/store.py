@@ -13,7 +13,9 @@ from lockstep.runtime.executor import WeightStore
 from lockstep.runtime.kernel import user_cache
 from lockstep.runtime.targets import name as target_name
 
-KEPT = "panels"  # layouts with this word in their name are kept on disk: the others are cheap to make
+# Layouts whose names end like this are kept on disk; the others are small. A kept table was checked when it was made,
+# and no step reads the checkpoint's file, which somebody might truncate.
+KEPT = ("panels", "stored bytes")
 FORMAT = 1  # of the packed files; a change of any layout raises it
 
 
@@ -31,7 +33,7 @@ class PackedStore(WeightStore):
 
     def make(self, weight, layout):
         name, pack = layout
-        if KEPT not in name:
+        if not name.endswith(KEPT):
             return super().make(weight, layout)
         key = hashlib.sha256(f"{weight.name}\0{name}".encode()).hexdigest()[:24]
         kept = self._load(key)

@@ -9,6 +9,7 @@ import numpy as np
 
 from lockstep.weights import q4_0, q4_1, q4_k, q5_0, q5_k, q6_k, q8_0
 from lockstep.weights.blocks import row_bytes
+from lockstep.weights.mapped import read_array
 
 PLAIN_FORMATS: Mapping[str, np.dtype] = {
     "f64": np.dtype(np.float64),
@@ -63,12 +64,26 @@ class StoredTensor:
     shape: tuple[int, ...]
     data: np.ndarray
 
+    def __post_init__(self):
+        expected = stored_shape(self.format, self.shape)[0]
+        assert self.data.shape == expected, (self.name, self.format, self.shape, self.data.shape, expected)
+
+    def read(self, rows: slice = slice(None)) -> np.ndarray:
+        """The chosen rows (of the first axis) as stored, in memory of their own. ValueError if the file was truncated."""
+        return read_array(self.data[rows] if self.shape else self.data)
+
+    def finite_f32(self, rows: slice = slice(None)) -> np.ndarray:
+        """`to_f32`, or a ValueError that names the tensor and the first value that is NaN or infinite."""
+        values = self.to_f32(rows)
+        check_finite(self, values, rows.start or 0)
+        return values
+
     def to_f32(self, rows: slice = slice(None)) -> np.ndarray:
         """The weights of the chosen rows (of the first axis) as a new float32 array.
 
         Error: none beyond the format's own definition (float64 is rounded).
         """
-        data = self.data[rows] if self.shape else self.data
+        data = self.read(rows)
         if self.format in BLOCK_FORMATS:
             return BLOCK_FORMATS[self.format].dequantize(data)
         return data.astype(np.float32)
@@ -122,17 +137,19 @@ def view_tensor(raw: np.ndarray, info: TensorInfo) -> StoredTensor:
     return StoredTensor(info.name, info.format, info.shape, data)
 
 
-def check_finite(tensor: StoredTensor, array: np.ndarray) -> None:
+def check_finite(tensor: StoredTensor, array: np.ndarray, first_row: int = 0, what: str = "weights") -> None:
     """Raise ValueError naming the tensor, how many values are NaN or infinite, and the first one's index.
 
-    `array` is whatever part of the tensor is being packed, as floats.
+    `array` is whatever part of the tensor is being packed, as floats: its values or its block scales (`what`), from row
+    `first_row` on.
     """
     finite = np.isfinite(array)
     if finite.all():
         return
     first = tuple(int(i) for i in np.argwhere(~finite)[0])
     count = array.size - int(np.count_nonzero(finite))
+    index = [first[0] + first_row, *first[1:]] if first else []
     raise ValueError(
-        f"tensor {tensor.name!r}: expected finite weights, found {count} NaN or infinite, "
-        f"the first ({float(array[first])}) at index {list(first)}"
+        f"tensor {tensor.name!r}: expected finite {what}, found {count} NaN or infinite, "
+        f"the first ({float(array[first])}) at index {index}"
     )

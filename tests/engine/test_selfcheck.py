@@ -47,6 +47,16 @@ def test_every_kind_of_op_is_checked(case, tmp_path):
     assert {op.kind for op in program.ops} <= {op.kind for m in made for op in m.ops}
 
 
+@pytest.mark.parametrize("family", selfcheck.CONFIGS)
+@pytest.mark.parametrize("weights", ["q4_k", "q6_k"])
+def test_models_in_k_quants_can_be_checked(family, weights):
+    """Rows that their blocks do not fill are bf16; experts are multiplied as q8_0 while attention keeps its format."""
+    probe = selfcheck.Probe(family, weights, "bf16")
+    program = selfcheck.probe_model(probe, TABLE, True).rewritten(None, True)
+    assert f"linear_{weights}" in {op.kind for op in program.ops} and str(probe) in map(str, selfcheck.probes(program))
+    selfcheck.check(program, TABLE)
+
+
 def test_the_recorded_digests_are_those_of_the_definitions():
     probe = selfcheck.Probe("qwen2", "f32", "f32")
     assert recorded(probe) == json.loads(selfcheck.GOLDEN.read_text())[str(probe)]

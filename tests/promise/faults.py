@@ -9,7 +9,7 @@ NATIVE = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)
 
 
 class Faulty:
-    """Stands in for a Kernel: runs it, and then flips the highest bit of the fourth byte of output number `output`.
+    """Stands in for a Kernel: runs it, and then flips the highest bit of the fourth byte of operand number `output`.
 
     That is a sign, whether the row holds float32, bfloat16 or int8: a small error can be lost, rightly, in the next
     rounding.
@@ -35,5 +35,5 @@ class Faulty:
 
 
 def faulty(implementation, output):
-    """The implementation with a fault in one of its outputs."""
+    """The implementation with a fault in one of its outputs, or in a cache array that is its operand of this number."""
     return Implementation(Faulty(implementation.kernel, output), implementation.layout, implementation.flushes)

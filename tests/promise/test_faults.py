@@ -4,6 +4,7 @@ import pytest
 
 from lockstep.ops import BACKENDS
 from lockstep.parity import Path, compare, first_difference, run_path
+from lockstep.runtime.program import CacheArray
 from tests.promise.faults import faulty
 from tests.promise.models import Case, library, load
 from tests.promise.schedule import Differs, Teams, Walk, limits
@@ -55,16 +56,51 @@ def test_a_wrong_bit_in_any_op_breaks_the_promise(model, teams, fused, monkeypat
     assert not missed
 
 
+# several steps: a wrong query or decay at position 0 has nothing to act on
+PATH = Path("chunks of 7", (7, 14, len(PROMPT)), 2)
+
+
 def test_parity_turns_red_and_names_the_op(model, monkeypatch):
-    # several steps: a wrong query or decay at position 0 has nothing to act on
-    path, tables = Path("chunks of 7", (7, 14, len(PROMPT)), 2), [("cpu", {}), ("cpu", {})]
-    reference = run_path(model, PROMPT, path)
+    tables, reference = [("cpu", {}), ("cpu", {})], run_path(model, PROMPT, PATH)
     assert first_difference(model, PROMPT, tables, 2) is None
+    assert compare(reference, PATH, run_path(model, PROMPT, PATH)).identical
     fused = {op.kind for op in model.program.ops}
     for kind, output in outputs(model.rewritten(model.backend(), fused=False)):
         swaps = plant(monkeypatch, model, kind, output)
         found = first_difference(model, PROMPT, [("cpu", {}), ("cpu", swaps)], 2)
         assert found is not None and found.op.kind == kind and found.tensor == found.op.outputs[output], (kind, found)
         assert (found.row, found.num_different) == (0, 1), (kind, found)
-        if kind in fused - {"sample"}:  # parity compares logits, not what is drawn from them
-            assert not compare(reference, path, run_path(model, PROMPT, path, swaps)).identical, (kind, output)
+        if kind in fused:
+            compared = compare(reference, PATH, run_path(model, PROMPT, PATH, swaps))
+            assert not compared.identical, (kind, output)
+            assert kind != "sample" or compared.differing == ("tokens",)
+
+
+def cache_writes(program):
+    """(kind, operand number, name) of every cache array, where it is written: by the first op that has it."""
+    seen, found = set(), []
+    for op in program.ops:
+        for i, value in enumerate(op.inputs):
+            if isinstance(value, CacheArray) and value.name not in seen:
+                seen.add(value.name)
+                found.append((op.kind, len(op.outputs) + i, value.name))
+    return found
+
+
+def test_a_wrong_cache_write_is_named_at_the_op_that_wrote_it(model, monkeypatch):
+    """Every kind of write, nothing else wrong: state that only the next step would read counts, too."""
+    reference, tried = run_path(model, PROMPT, PATH), set()
+    for kind, operand, name in cache_writes(model.rewritten(model.backend(), fused=False)):
+        if (kind, operand) in tried:
+            continue
+        tried.add((kind, operand))
+        swaps = plant(monkeypatch, model, kind, operand)
+        found = first_difference(model, PROMPT, [("cpu", {}), ("cpu", swaps)], 2)
+        assert found is not None and (found.op.kind, found.tensor.name) == (kind, name), (name, found)
+        # the fourth byte is the upper half of bfloat16 number 1 or of float32 number 0
+        at = (1, 0) if name.endswith("k_pages") else (0, 1)
+        expected = at if model.kv_dtype == "bf16" and found.tensor.dtype == "bf16" else (0, 0)
+        assert (found.row, found.column, found.num_different) == (*expected, 1), (name, found)
+        assert found.values[0] == -found.values[1]
+        assert name in compare(reference, PATH, run_path(model, PROMPT, PATH, swaps)).differing
+    assert tried

@@ -1,0 +1,46 @@
+"""A stored table, checked for NaN and infinity without decoding it: by the exponents of its floats or block scales."""
+
+import numpy as np
+
+from lockstep.weights.tensor import BLOCK_FORMATS, StoredTensor, check_finite
+
+# Where each block keeps its float16 scales.
+SCALES = {"q8_0": (0,), "q4_0": (0,), "q4_1": (0, 2), "q5_0": (0,), "q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,)}
+# Without the sign, a float's bits from here on are infinity or NaN.
+INFINITY = {"f32": (np.uint32, 0x7F800000), "f16": (np.uint16, 0x7C00), "bf16": (np.uint16, 0x7F80)}
+PIECE_BYTES = 4 << 20
+
+
+def finite_bytes(tensor: StoredTensor) -> np.ndarray:
+    """A matrix's bytes as stored, uint8 [rows, bytes], in memory of their own.
+
+    Raises ValueError that names the tensor and the first NaN or infinity ([row, column], or [row, block] of a scale), or
+    the file if it was truncated. Error: none.
+    """
+    num_rows = tensor.shape[0]
+    row_bytes = tensor.data.nbytes // num_rows
+    made = np.empty((num_rows, row_bytes), np.uint8)
+    step = max(1, PIECE_BYTES // row_bytes)
+    for start in range(0, num_rows, step):
+        piece = tensor.read(slice(start, start + step))
+        _check(tensor, piece, start)
+        made[start : start + step] = piece.reshape(len(piece), -1).view(np.uint8)
+    return made
+
+
+def _check(tensor: StoredTensor, piece: np.ndarray, first_row: int) -> None:
+    if tensor.format not in BLOCK_FORMATS:
+        _check_floats(tensor, piece, tensor.format, first_row, "weights")
+        return
+    size = BLOCK_FORMATS[tensor.format].BLOCK_BYTES
+    blocks = piece.reshape(len(piece), -1, size)
+    for at in SCALES[tensor.format]:
+        scales = np.ascontiguousarray(blocks[..., at : at + 2]).view("<f2")[..., 0]
+        _check_floats(tensor, scales, "f16", first_row, "block scales")
+
+
+def _check_floats(tensor: StoredTensor, values: np.ndarray, format: str, first_row: int, what: str) -> None:
+    unsigned, infinity = INFINITY[format]
+    # A shift drops the sign.
+    if (values.view(unsigned) << unsigned(1)).max(initial=0) >= 2 * infinity:
+        check_finite(tensor, values.astype(np.float32), first_row, what)

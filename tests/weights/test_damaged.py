@@ -1,0 +1,149 @@
+"""Files that turn bad where no header tells: NaN weights anywhere, and truncation after they were opened."""
+
+import os
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from lockstep.ops.embed import raw_bytes
+from lockstep.runtime.program import Weight
+from lockstep.serve.llm import LLM
+from lockstep.weights import finite, q4_0, q8_0
+from lockstep.weights.checkpoint import open_checkpoint
+from lockstep.weights.pack import pack_q8_0
+from lockstep.weights.tensor import StoredTensor
+from tests.models import tiny
+from tests.models.cases import CASES
+from tests.weights.files import write_folder
+
+WEIGHTS = np.random.default_rng(1).standard_normal((70, 256)).astype(np.float32)
+QWEN3 = CASES["qwen3"]
+
+
+def table(format):
+    """A valid table of a format, 70 rows of 256."""
+    rng = np.random.default_rng(2)
+    if format in ("q4_k", "q6_k"):
+        data = rng.integers(0, 256, (70, 144 if format == "q4_k" else 210), np.uint8)
+        data[:, [1, 3] if format == "q4_k" else [209]] &= 0x3B
+    elif format in ("q8_0", "q4_0"):
+        data = {"q8_0": q8_0, "q4_0": q4_0}[format].quantize(WEIGHTS)
+    else:
+        data = WEIGHTS.astype({"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}[format])
+    return StoredTensor("model.embed_tokens.weight", format, (70, 256), data)
+
+
+def spoil(tensor, row, column, bits):
+    """One float of a plain table, or the first scale of a block."""
+    raw = tensor.data.view(np.uint8).reshape(70, -1)
+    size = {"f32": 4, "f16": 2, "bf16": 2}.get(tensor.format)
+    at = column * size if size else {"q8_0": 34, "q4_0": 18, "q4_k": 144, "q6_k": 210}[tensor.format] * column
+    at += 208 if tensor.format == "q6_k" else 0
+    raw[row, at : at + (size or 2)] = np.frombuffer(bits.tobytes(), np.uint8)
+
+
+@pytest.mark.parametrize("format", ["f32", "f16", "bf16", "q8_0", "q4_0", "q4_k", "q6_k"])
+@pytest.mark.parametrize("negative", [False, True])
+def test_a_bad_place_of_a_table_is_named(format, negative, monkeypatch):
+    monkeypatch.setattr(finite, "PIECE_BYTES", 3000)
+    good = table(format)
+    assert (finite.finite_bytes(good) == good.data.view(np.uint8).reshape(70, -1)).all()
+    dtype = {"f32": np.float32, "bf16": ml_dtypes.bfloat16}.get(format, np.float16)
+    plain, column = format in ("f32", "f16", "bf16"), 1 if format in ("q8_0", "q4_0") else 0
+    for value in (np.inf, np.nan):
+        bad = table(format)
+        spoil(bad, 41, column, np.array([-value if negative else value], dtype))
+        what = "weights" if plain else "block scales"
+        with pytest.raises(ValueError, match=rf"'model.embed_tokens.weight': expected finite {what}.*\[41, {column}\]"):
+            raw_bytes(Weight("embed", format, (70, 256), (bad,)))
+
+
+def test_the_largest_and_smallest_numbers_are_finite():
+    for dtype in (np.float32, np.float16, ml_dtypes.bfloat16):
+        limits = ml_dtypes.finfo(dtype)
+        values = np.array([[limits.max, limits.min, limits.smallest_subnormal, -0.0]], dtype)
+        format = {4: "f32"}.get(values.itemsize, "f16" if dtype is np.float16 else "bf16")
+        finite.finite_bytes(StoredTensor("w", format, values.shape, values))
+
+
+def test_a_large_table_is_checked_in_pieces_of_the_right_row():
+    bad = table("bf16")
+    bad.data[69, 255] = np.nan
+    with pytest.raises(ValueError, match=r"\[69, 255\]"):
+        finite.finite_bytes(bad)
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_a_model_with_a_nan_is_refused_and_the_tensor_named(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCKSTEP_CACHE", str(tmp_path / "cache"))
+    arrays = tiny.tensors(QWEN3, 3)
+    arrays[name].flat[7] = np.nan
+    folder = tiny.write(tmp_path / "m", QWEN3, arrays)
+    for _ in range(2):  # a refused model leaves nothing behind that would let it pass
+        with pytest.raises(ValueError, match=f"tensor '{name}': expected finite weights, found 1 NaN"):
+            LLM(str(folder))
+
+
+def test_the_index_counts_from_the_first_row_of_the_tensor():
+    weights = np.ones((3000, 32), np.float32)
+    weights[2050, 5] = np.inf
+    tensor = StoredTensor("w", "f32", weights.shape, weights)
+    with pytest.raises(ValueError, match=r"tensor 'w': expected finite weights.*index \[2050, 5\]"):
+        pack_q8_0(Weight("w", "q8_0", weights.shape, (tensor,)))
+
+
+def test_weights_too_large_for_a_format_are_named():
+    tensor = StoredTensor("w", "f32", (16, 32), np.full((16, 32), 1e9, np.float32))
+    with pytest.raises(ValueError, match="tensor 'w': block scale .* does not fit float16"):
+        pack_q8_0(Weight("w", "q8_0", (16, 32), (tensor,)))
+
+
+def test_reading_a_file_that_was_truncated_since(tmp_path):
+    folder = write_folder(tmp_path / "m", {"w": WEIGHTS})
+    tensor, path = open_checkpoint(folder).tensors["w"], folder / "model.safetensors"
+    assert (tensor.read(slice(3, 9)) == WEIGHTS[3:9]).all() and not tensor.data.flags.owndata
+    size = path.stat().st_size
+    os.truncate(path, size - 40 * 256 * 4)
+    assert (tensor.read(slice(0, 30)) == WEIGHTS[:30]).all()
+    with pytest.raises(ValueError, match=f"model.safetensors: the file had {size} bytes when it was opened and now has"):
+        tensor.to_f32(slice(20, 40))
+
+
+TRUNCATED_WHILE_OPEN = """
+import os, sys
+from pathlib import Path
+from lockstep import LLM, SamplingParams
+from lockstep.engine.engine import Engine
+folder, when = sys.argv[1:]
+truncate = lambda: os.truncate(Path(folder) / "model.safetensors", 4096)
+if when == "loading":
+    made = Engine.__init__
+    Engine.__init__ = lambda *args: (truncate(), made(*args))[1]
+try:
+    llm = LLM(folder)
+    expected = llm.generate([[5, 6, 7]], SamplingParams(max_tokens=5, ignore_eos=True))
+    truncate()
+    again = llm.generate([[5, 6, 7]], SamplingParams(max_tokens=5, ignore_eos=True))
+    assert again[0].logprobs == expected[0].logprobs
+    print("same")
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("can_keep", [True, False])
+@pytest.mark.parametrize(("when", "said"), [("loading", "the file had"), ("running", "same")])
+def test_a_file_that_is_truncated_does_not_end_the_process(when, said, can_keep, tmp_path):
+    folder = tiny.write(tmp_path / "m", QWEN3, tiny.tensors(QWEN3, 3))
+    if not can_keep:
+        (tmp_path / "packed").write_text("a file where the folder of packed weights would be")
+    cache = tmp_path if not can_keep else tmp_path / "cache"
+    environment = {**os.environ, "LOCKSTEP_CACHE": str(cache), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    for _ in range(2 if when == "running" else 1):  # the second time from what the first has kept, if it could
+        code = [sys.executable, "-c", TRUNCATED_WHILE_OPEN, str(folder), when]
+        done = subprocess.run(code, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0 and said in done.stdout, (done.returncode, done.stdout, done.stderr[-2000:])
+        folder = tiny.write(tmp_path / "m", QWEN3, tiny.tensors(QWEN3, 3))

@@ -88,6 +88,7 @@ class Executor:
         self._weights, self._caches = weights, caches
         self._offsets, size = lay_out(program, max_rows, keep)
         self._memory = aligned(size)
+        self._memory.fill(0)  # pages that are touched now do not have to be faulted in by the first step
         self._counters = np.zeros(max(1, len(program.ops)), np.int64)
         self._table = aligned(8 * ROW_WORDS * max(1, len(program.ops))).view(np.int64).reshape(-1, ROW_WORDS)
         compile_kernels([backend[op.kind].kernel for op in program.ops])

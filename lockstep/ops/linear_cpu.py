@@ -27,7 +27,7 @@ ALL_PANELS = (1 << COLS) - 1  # a bit each
 NEAR_BYTES = 34 * 1024  # weights of a tile that stay in the first-level cache, beside six rows of activations
 K_UNIT = 256  # the largest block of a format
 CACHE_BYTES = 192 * 1024  # activations that stay in the second-level cache while panels pass by
-CLAIMS_PER_THREAD = 8
+CLAIMS_FEW_ROWS, CLAIMS_MANY_ROWS = 8, 16  # of a thread: long streams for memory, even ends for arithmetic
 MAX_CLAIM = 64  # panels
 BF16_BYTES = 2 if NATIVE_BF16 else 4
 
@@ -75,9 +75,9 @@ def alone(format, x, row, w, panel, scales, panel_scales, K, residual, out, out_
 
 
 @inlined
-def claim_size(num_panels, num_threads):
+def claim_size(num_panels, num_threads, rows):
     """Panels that a thread claims at a time: enough claims to balance, few enough to stream."""
-    size = num_panels // (CLAIMS_PER_THREAD * num_threads)
+    size = num_panels // ((CLAIMS_FEW_ROWS if rows <= 2 * MAX_ROWS else CLAIMS_MANY_ROWS) * num_threads)
     return max(2, min(MAX_CLAIM, size - size % 2))
 
 
@@ -99,7 +99,7 @@ def drive(op, step, num_threads, format, sweep, unit, params, w, panel, scales, 
     K, out_row, has_residual = word(op, params), 4 * word(op, params + 1), word(op, params + 2)
     T, first_byte, num_panels = num_rows(op, step), 4 * word(op, params + 3), word(op, params + 4) // 16
     at_once, part = max(MAX_ROWS, CACHE_BYTES // row // MAX_ROWS * MAX_ROWS), part_of_k(K, panel, min(T, unit))
-    size = claim_size(num_panels, num_threads)
+    size = claim_size(num_panels, num_threads, min(T, unit))
     num_claims, counter = (num_panels + size - 1) // size, peek(op + 8 * COUNTER, int64)
     claim, next_claim = fetch_add(counter, 1), fetch_add(counter, 1)
     while claim * unit < num_claims * T:

@@ -41,7 +41,7 @@ def prompt_ids(llm, prompt, length):
 def command(
     model: ModelName = None,
     prompt: Annotated[str, typer.Option("-p", "--prompt", help="The prompt to run.")] = PROMPT,
-    length: Annotated[int | None, typer.Option(help="Repeat or cut the prompt to so many tokens.")] = None,
+    length: Annotated[int | None, typer.Option(min=2, help="Repeat or cut the prompt to so many tokens.")] = None,
     weights: Weights = "auto",
     threads: Threads = None,
     op: OpSwaps = None,

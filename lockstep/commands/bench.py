@@ -24,7 +24,9 @@ def command(
     prompts: Annotated[str, typer.Option(help="Prompt lengths, comma-separated.")] = "64,512,1000",
     contexts: Annotated[str, typer.Option(help="Context lengths for decode, comma-separated.")] = "128,1024",
     repeat: Annotated[int, typer.Option(min=1, help="Runs of each measurement; medians are shown.")] = 3,
-    quick: Annotated[bool, typer.Option("--quick", help="Only the A/B of whole prompt against one token at a time.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Only the A/B of whole prompt against one token at a time.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     plot: Annotated[str | None, typer.Option(metavar="FILE.png", help="Draw the results.")] = None,
 ):
@@ -35,7 +37,9 @@ def command(
         check_plot(plot)
     llm = load(model, weights=weights, kv_dtype=kv_dtype, threads=threads, max_context=longest)
     if longest > llm.model.max_context:
-        raise ValueError(f"--prompts and --contexts: the model's context is {llm.model.max_context} tokens, got {longest}")
+        raise ValueError(
+            f"--prompts and --contexts: the model's context is {llm.model.max_context} tokens, got {longest}"
+        )
     console = Console(stderr=True)
     with console.status("measuring") as status:
         found = run(measure.Bench(llm.model, llm.engine.team, longest), lengths, depths, repeat, quick, status.update)

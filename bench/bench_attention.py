@@ -3,8 +3,8 @@ one token at a time.
 
     python bench/bench_attention.py [--threads 2] [--rounds 5] [--shape qwen3] [--context 1000]
 
-All variants run interleaved in one process; medians of the rounds. A multiply-add counts as two operations; only visible
-keys count. GB/s counts every byte of K and V once.
+All variants run interleaved in one process; medians of the rounds. A multiply-add counts as two operations; only
+visible keys count. GB/s counts every byte of K and V once.
 """
 import argparse
 import time
@@ -17,8 +17,7 @@ from lockstep.runtime.executor import Executor, WeightStore, aligned
 from lockstep.runtime.kernel import kernel
 from lockstep.runtime.machine import stack_memory
 from lockstep.runtime.program import CacheArray, Program
-from lockstep.runtime.simd import lanes, store, load
-from lockstep.runtime.step import word
+from lockstep.runtime.simd import lanes, store
 from lockstep.runtime.threads import Team
 from lockstep.runtime.tiles import tile_fma_f32, tile_store, tile_zeros
 from tests.ops.harness import ragged_step
@@ -46,7 +45,11 @@ def fma_peak(op, step, thread, num_threads):
 def executor(team, implementation, shape, tokens, pages, dtype):
     """Attention on random queries and the given pages."""
     (H, G, K), program = shape, Program()
-    q, out, stats = program.tensor("q", "T", H * K), program.tensor("out", "T", H * K), program.tensor("stats", "T", 2 * H)
+    q, out, stats = (
+        program.tensor("q", "T", H * K),
+        program.tensor("out", "T", H * K),
+        program.tensor("stats", "T", 2 * H),
+    )
     kinds = [CacheArray(n, "pages", dtype, p.shape[1:]) for n, p in zip("kv", pages)]
     program.emit("input", [q], [])
     program.emit("attention", [out, stats], [q, *kinds], num_heads=H, num_kv_heads=G, head_dim=K, sm_scale=K ** -0.5,
@@ -112,8 +115,11 @@ def main():
     print(f"FMA peak, {args.threads} threads: {top / 1e9:.0f} GFLOP/s; context {args.context}")
     for case, (*_, ops, num_bytes) in cases.items():
         took = np.median(times[case][1:])
-        print(f"{' '.join(case):24} {1e3 * took:9.3f} ms {ops / took / 1e9:7.1f} GFLOP/s = {100 * ops / took / top:3.0f} % of peak"
-              f" {num_bytes / took / 1e9:6.1f} GB/s")
+        print(
+            f"{' '.join(case):24} {1e3 * took:9.3f} ms {ops / took / 1e9:7.1f} GFLOP/s = "
+            f"{100 * ops / took / top:3.0f} % of peak"
+            f" {num_bytes / took / 1e9:6.1f} GB/s"
+        )
     team.close()
 
 

@@ -12,11 +12,10 @@ import time
 import numpy as np
 
 from lockstep.ops import conv1d_cpu, gated_delta_cpu, gated_norm_cpu
-from lockstep.runtime import step as words
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.executor import Executor, WeightStore
 from lockstep.runtime.kernel import kernel
-from lockstep.runtime.program import CacheArray, Program
+from lockstep.runtime.program import Program
 from lockstep.runtime.simd import fma, lanes, load, store
 from lockstep.runtime.step import word
 from lockstep.runtime.threads import Team

@@ -3,8 +3,8 @@
     python bench/bench_linear.py [--formats q8_0,bf16] [--rows 1,4,512] [--shapes 4096x1024] [--per-token] [--threads 2]
 
 One line for each format, shape and number of rows: time, GOP/s (two for each multiply-add), GB/s of packed weights, and
-both as shares of the ceilings. Weights of all copies together exceed the caches, so that one row reads from memory as in
-a model. Ceilings and rows are interleaved; medians of the rounds are reported.
+both as shares of the ceilings. Weights of all copies together exceed the caches, so that one row reads from memory as
+in a model. Ceilings and rows are interleaved; medians of the rounds are reported.
 """
 import argparse
 import itertools
@@ -86,14 +86,19 @@ class Ceilings:
         work = CHAINS * self.lanes * 2 * rounds * n / 1e9
         self.seen["float32"].append(work / in_threads(n, lambda i: spin_f32(rounds, out + 4096 * i)))
         self.seen["int8"].append(4 * work / in_threads(n, lambda i: spin_int8(rounds, out + 4096 * i)))
-        self.seen["read"].append(size * n / in_threads(n, lambda i: read_bytes(start + i * size, size, out + 4096 * i)) / 1e9)
+        self.seen["read"].append(
+            size * n / in_threads(n, lambda i: read_bytes(start + i * size, size, out + 4096 * i)) / 1e9
+        )
 
     def of(self, name):
         return statistics.median(self.seen[name])
 
     def __str__(self):
-        return (f"ceilings, {self.num_threads} threads: float32 {self.of('float32'):.0f} GOP/s, int8 {self.of('int8'):.0f} GOP/s,"
-                f" read {self.of('read'):.1f} GB/s")
+        return (
+            f"ceilings, {self.num_threads} threads: float32 {self.of('float32'):.0f} GOP/s, "
+            f"int8 {self.of('int8'):.0f} GOP/s,"
+            f" read {self.of('read'):.1f} GB/s"
+        )
 
 
 def stored(format, N, K):
@@ -147,7 +152,9 @@ class Case:
         out = program.tensor("out", "T", self.N)
         for i in range(self.copies):
             weight = Weight(f"w{i}", self.format, (self.N, K), (part,))
-            program.emit("linear", [out], [row, row, weight], K=K, width=self.N, has_residual=0, column=0, features=self.N)
+            program.emit(
+                "linear", [out], [row, row, weight], K=K, width=self.N, has_residual=0, column=0, features=self.N
+            )
         backend = {**activations_cpu.CPU, "linear": implementation, "input": implementation}
         executor = Executor(program, backend, team, Copies(), {"T": max_rows, "R": 1, "S": 1}, {}, keep=True)
         executor.view(x, max_rows)[...] = np.random.default_rng(1).standard_normal((max_rows, K), np.float32)
@@ -174,8 +181,12 @@ def report(case, rows, ceilings):
     seconds = statistics.median(case.times[rows])
     gops, read = 2 * rows * case.N * case.K / seconds / 1e9, case.weight_bytes / seconds / 1e9
     peak = ceilings.of("int8" if case.format.startswith("q") else "float32")
-    print(f"{case.format:5s} {case.N:6d}x{case.K:<5d} rows {rows:4d}  {seconds * 1e6:9.1f} us  {gops:7.1f} GOP/s {gops / peak:5.0%}"
-          f"  {read:5.1f} GB/s {read / ceilings.of('read'):5.0%}", flush=True)
+    print(
+        f"{case.format:5s} {case.N:6d}x{case.K:<5d} rows {rows:4d}  {seconds * 1e6:9.1f} us  "
+        f"{gops:7.1f} GOP/s {gops / peak:5.0%}"
+        f"  {read:5.1f} GB/s {read / ceilings.of('read'):5.0%}",
+        flush=True,
+    )
 
 
 def main():

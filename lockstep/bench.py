@@ -97,13 +97,15 @@ def paired(run_a, run_b, repeat):
 
 
 def against_per_token(bench, num_tokens, repeat):
-    """The prompt whole and in chunks against one token at a time: {name: Paired} and the largest difference of logits."""
+    """The prompt whole and in chunks against one token at a time: {name: Paired} and the largest difference of
+    logits."""
     reference = bench.per_token(num_tokens)[1]
     results, largest = {}, 0.0
     for name, size in (("chunks of 64", 64), ("chunks of 512", 512)):
         if size <= bench.chunk:
             largest = max(largest, float(np.abs(bench.prefill(num_tokens, size)[1] - reference).max()))
-            results[name] = paired(lambda: bench.per_token(num_tokens)[0], lambda: bench.prefill(num_tokens, size)[0], repeat)
+            results[name] = paired(
+                lambda: bench.per_token(num_tokens)[0], lambda: bench.prefill(num_tokens, size)[0], repeat)
     return results, largest
 
 
@@ -115,12 +117,14 @@ def switch_ratios(bench, num_tokens, repeat):
             continue
         swaps = {name: "per_token"}
         bench.prefill(num_tokens, swaps=swaps)
-        results[name] = paired(lambda: bench.prefill(num_tokens, swaps=swaps)[0], lambda: bench.prefill(num_tokens)[0], repeat)
+        results[name] = paired(
+            lambda: bench.prefill(num_tokens, swaps=swaps)[0], lambda: bench.prefill(num_tokens)[0], repeat)
     return results
 
 
 def summed(profile, rows):
-    """A profile by kind of op: [(kind, seconds, weight bytes read, multiply-adds of linear layers), ...], largest first."""
+    """A profile by kind of op: [(kind, seconds, weight bytes read, multiply-adds of linear layers), ...], largest
+    first."""
     totals = defaultdict(lambda: [0.0, 0, 0])
     for op, seconds in profile:
         total = totals[op.kind]

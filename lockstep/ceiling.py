@@ -60,7 +60,9 @@ def measure(team):
 
 def _seconds(team, kernel_, array, amount):
     program = Program()
-    program.emit("work", [program.tensor("out", "T", 512 * team.num_threads)], [], address=array.ctypes.data, amount=amount)
+    program.emit(
+        "work", [program.tensor("out", "T", 512 * team.num_threads)], [], address=array.ctypes.data, amount=amount
+    )
     executor = Executor(program, {"work": Implementation(kernel_)}, team, WeightStore(), {"T": 1}, {})
     step = np.zeros(STEP_WORDS, np.int64)
     step[NUM_TOKENS], times = 1, []

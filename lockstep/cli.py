@@ -12,6 +12,7 @@ import typer
 
 from lockstep import __version__
 from lockstep.commands.errors import sentence
+from lockstep.commands.output import unread
 
 COMMANDS = {
     "generate": "Continue a text with a model.",
@@ -27,7 +28,7 @@ CANNOT, INTERRUPTED = 2, 130
 
 def main(args=None):
     """Runs a command line; returns the exit code."""
-    args = sys.argv[1:] if args is None else list(args)
+    args = (sys.argv[1:] if args is None else list(args)) or ["--help"]
     # a terminal that cannot show a character shows another
     sys.stdout.reconfigure(errors="replace")
     try:
@@ -40,6 +41,9 @@ def main(args=None):
         return _refuse(sentence(error))
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
+    except SystemExit:
+        # how typer and rich end when nobody reads standard output; they would say 1, which has another meaning here
+        return unread()
 
 
 def application(args):

@@ -51,7 +51,12 @@ def _op_cost(op, context):
 def _read_bytes(op, weights):
     if op.kind == "embed":
         return 0  # one row is read per token
-    return sum(packed_bytes(w) if op.kind == "linear" else 4 * _size(w.shape) for w in weights)
+    return sum(packed_bytes(w) if is_linear(op) else 4 * _size(w.shape) for w in weights)
+
+
+def is_linear(op):
+    """Whether an op of a recorded program multiplies by packed weights (those of all experts, if it has experts)."""
+    return op.kind == "linear" or op.kind.startswith("expert_linear_")
 
 
 def _size(shape):
@@ -70,6 +75,8 @@ def flops(op, context):
     """Additions and multiplications for one row; exp and the like count as one, an op without a rule here as none."""
     p = op.params
     width = op.outputs[0].width if op.outputs else 0
+    if op.kind.startswith("expert_linear_"):
+        return 2 * p["K"] * width  # width: N for each of the row's experts
     match op.kind:
         case "linear":
             n, k = op.inputs[1].shape
@@ -112,7 +119,7 @@ def _by_layer(costs):
 
 def memory(program):
     """Bytes of packed weights, the embedding as stored, small constants, KV cache per token, state per request."""
-    linear = {w.name: w for op in program.ops if op.kind == "linear" for w in op.inputs if isinstance(w, Weight)}
+    linear = {w.name: w for op in program.ops if is_linear(op) for w in op.inputs if isinstance(w, Weight)}
     tables = {w.name: w for op in program.ops if op.kind == "embed" for w in op.inputs}
     small = [w for w in program.weights() if w.name not in linear and w.name not in tables]
     pages = sum(c.bytes_each for c in program.caches if c.kind == "pages")

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from lockstep.engine.runner import Limits, Runner, Span
-from lockstep.ops import BACKENDS
 from lockstep.ops.kv_cache import PAGE_TOKENS, by_position
 from lockstep.runtime.program import DTYPES, CacheArray, Tensor
 from lockstep.runtime.threads import Team
@@ -33,7 +32,8 @@ class Path:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a path gave: logits [rows, V] of the last positions, and digests of them, of the tokens, of each cache array."""
+    """What a path gave: logits [rows, V] of the last positions, and digests of them, of the tokens, of each cache
+    array."""
 
     logits: np.ndarray
     digests: dict[str, str]
@@ -75,7 +75,8 @@ def paths(length, max_threads):
 
 def run_path(model, ids, path, swaps=None, num_rows=None):
     """Runs a path on fresh memory: an Outcome."""
-    others = [list(np.random.default_rng(i).integers(0, model.config.vocab_size, len(ids))) for i in range(path.strangers)]
+    vocab_size = model.config.vocab_size
+    others = [list(np.random.default_rng(i).integers(0, vocab_size, len(ids))) for i in range(path.strangers)]
     largest = max(b - a for a, b in zip((0, *path.ends), path.ends))
     pages = -(-len(ids) // PAGE_TOKENS)
     wanted = range(len(ids) - (num_rows or comparable_rows(model, len(ids))), len(ids))
@@ -180,11 +181,13 @@ def first_difference(model, ids, tables, threads):
 
 def _first_difference(one, two, num_tokens):
     pairs = zip(_written(one, num_tokens), _written(two, num_tokens))
-    return next((found for (index, op, value, a), (*_, b) in pairs if (found := _difference(index, op, value, a, b))), None)
+    differences = (_difference(index, op, value, a, b) for (index, op, value, a), (*_, b) in pairs)
+    return next((found for found in differences if found), None)
 
 
 def _written(runner, num_tokens):
-    """(index, op, value, array [rows, width]) of whatever each op writes, in order. The first op to name a cache writes it."""
+    """(index, op, value, array [rows, width]) of whatever each op writes, in order; the first to name a cache writes
+    it."""
     rows, num_pages, seen = {"T": num_tokens, "R": 1, "S": 1}, runner.limits.num_pages, set()
     for index, op in enumerate(runner.program.ops):
         for tensor in op.outputs:

@@ -212,3 +212,42 @@ def test_progress_of_a_moment_is_silent():
     with Progress(stream) as progress:
         progress.packing("packing", 1, None)
     assert stream.getvalue() == ""
+
+
+@pytest.mark.parametrize(("args", "said"), [
+    (["generate", "no.gguf", "-p", "x"], "no.gguf: no such folder or file\n"),
+    (["inspect", "./no/model"], "./no/model: no such folder or file\n"),
+    (["generate", "-p", "x", "--threads", "257"], "--threads"),
+    (["parity", "--length", "1"], "--length"),
+    (["bench", "--plot", "/no/such/x.png"], "--plot /no/such/x.png: expected a file name ending in .png"),
+    (["bench", "--plot", "x.doc"], "--plot x.doc: expected a file name ending in .png"),
+])  # fmt: skip
+def test_a_mistake_is_found_before_anything_is_done(args, said, capsys):
+    if args[0] == "bench":
+        pytest.importorskip("matplotlib")
+    assert main(args) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_no_command_shows_the_help(capsys):
+    assert main([]) == 0
+    assert "generate" in capsys.readouterr().out
+
+
+def test_more_threads_than_cores_are_remarked_on(capsys):
+    assert run("-p", PROMPT, "-n", "2", "--threads", "64") == 0
+    assert "lockstep: 64 threads on" in capsys.readouterr().err
+
+
+def test_files_that_are_no_models_or_cannot_encode_text(tmp_path, capsys):
+    (tmp_path / "short.gguf").write_bytes(b"hi")
+    assert run(str(tmp_path / "short.gguf"), "-p", "x") == 2
+    assert "short.gguf: expected a GGUF file, it starts with b'hi'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("args", [["inspect"], ["inspect", "--json"]])
+def test_output_that_nobody_reads(args):
+    with subprocess.Popen([sys.executable, "-m", "lockstep", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait(60) == 141

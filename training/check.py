@@ -1,4 +1,5 @@
-"""Check the training code: the chunked delta rule and the fused loss against their definitions, the model against transformers."""
+"""Check the training code: the chunked delta rule and the fused loss against their definitions, the model against
+transformers."""
 
 import tempfile
 from pathlib import Path

@@ -21,7 +21,8 @@ def delta_rule_recurrent(q, k, v, g, beta):
 
 
 class UnitLowerInverse(torch.autograd.Function):
-    """(I - A)^-1 for strictly lower triangular A: inverse blocks of doubling size, stable where a power series is not."""
+    """(I - A)^-1 for strictly lower triangular A: inverse blocks of doubling size, stable where a power series is
+    not."""
 
     @staticmethod
     def forward(ctx, a):

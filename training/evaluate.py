@@ -1,7 +1,8 @@
-"""Evaluate an exported folder on the held-out files: losses, perplexities, how often the MTP head is right, and samples.
+"""Evaluate an exported folder on the held-out files: losses, perplexities, how often the MTP head is right, and
+samples.
 
-All numbers are for the bf16 weights as shipped, computed in float32, in windows of --length tokens without overlap (every --every-th
-of them, where time is short).
+All numbers are for the bf16 weights as shipped, computed in float32, in windows of --length tokens without overlap
+(every --every-th of them, where time is short).
 """
 
 import argparse
@@ -16,7 +17,11 @@ from export import load_folder
 from tokenizer import END_OF_TEXT, END_OF_TURN, chat_prompt, encode_documents, encode_pairs, read_jsonl
 
 TEXT_PROMPTS = ["import os\nimport sys\n\n\ndef main():\n", "class Stack:\n", "The :mod:`json` module"]
-REQUESTS = ["Return the sum of all values in a list.", "Read a file and return its lines.", "Return True if the path is a directory."]
+REQUESTS = [
+    "Return the sum of all values in a list.",
+    "Read a file and return its lines.",
+    "Return True if the path is a directory.",
+]
 # rows computed together; the delta rule wants a multiple of 64 tokens
 ROWS, CHUNK = 8, 64
 
@@ -50,7 +55,9 @@ def rows_of_pairs(ids, is_answer, starts, length):
 @torch.no_grad()
 def measure(model, rows, row_weights, sizes):
     """Sums over the tokens with a weight: nats, bytes, MTP nats, and agreements of the MTP argmax."""
-    total = dict.fromkeys(["tokens", "nats", "right", "bytes", "mtp_tokens", "mtp_nats", "mtp_right", "drafts", "accepted"], 0.0)
+    total = dict.fromkeys(
+        ["tokens", "nats", "right", "bytes", "mtp_tokens", "mtp_nats", "mtp_right", "drafts", "accepted"], 0.0
+    )
     for x, w in zip(rows.split(ROWS), row_weights.split(ROWS)):
         hidden = model(x[:, :-2])
         main, ahead = model.logits(hidden), model.logits(model.mtp_hidden(hidden, x[:, 1:-1]))
@@ -75,8 +82,10 @@ def nats(logits, targets):
 def report(name, t):
     loss, per_byte, mtp = t["nats"] / t["tokens"], t["nats"] / t["bytes"], t["mtp_tokens"]
     print(
-        f"| {name} | {t['tokens']:.0f} | {loss:.3f} | {np.exp(loss):.2f} | {np.exp(per_byte):.3f} | {per_byte / np.log(2):.3f} "
-        f"| {t['right'] / t['tokens']:.1%} | {t['mtp_nats'] / mtp:.3f} | {t['mtp_right'] / mtp:.1%} | {t['accepted'] / t['drafts']:.1%} |",
+        f"| {name} | {t['tokens']:.0f} | {loss:.3f} | {np.exp(loss):.2f} | {np.exp(per_byte):.3f} "
+        f"| {per_byte / np.log(2):.3f} "
+        f"| {t['right'] / t['tokens']:.1%} | {t['mtp_nats'] / mtp:.3f} | {t['mtp_right'] / mtp:.1%} "
+        f"| {t['accepted'] / t['drafts']:.1%} |",
         flush=True,
     )
 

@@ -1,4 +1,5 @@
-"""Write a training checkpoint as a Hugging Face folder in bf16, and check that transformers computes the same logits from it."""
+"""Write a training checkpoint as a Hugging Face folder in bf16, and check that transformers computes the same logits
+from it."""
 
 import argparse
 import json
@@ -102,7 +103,9 @@ def load_folder(folder):
     """The exported folder as a float32 model."""
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     known = {key: values[key] for key in ModelConfig().to_dict() if key in values}
-    c = ModelConfig(**{**known, "layer_types": tuple(values["layer_types"]), "rope_theta": values["rope_parameters"]["rope_theta"]})
+    c = ModelConfig(
+        **{**known, "layer_types": tuple(values["layer_types"]), "rope_theta": values["rope_parameters"]["rope_theta"]}
+    )
     model = Model(c)
     model.load_state_dict({name: t.float() for name, t in load_file(folder / "model.safetensors").items()})
     return model.eval()
@@ -120,7 +123,8 @@ def write_folder(model, tokenizer_file, folder):
 
 @torch.no_grad()
 def verify_folder(folder):
-    """The largest difference of the logits between this model and transformers, both in float32 from the exported weights."""
+    """The largest difference of the logits between this model and transformers, both in float32 from the exported
+    weights."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -130,9 +134,14 @@ def verify_folder(folder):
     ours = model.logits(model(ids))
     expected = theirs(ids).logits
     agreement = (ours.argmax(-1) == expected.argmax(-1)).float().mean()
-    print(f"transformers: max |difference| {(ours - expected).abs().max():.2e} at logit std {expected.std():.2f}, ", end="")
+    print(
+        f"transformers: max |difference| {(ours - expected).abs().max():.2e} at logit std {expected.std():.2f}, ",
+        end="",
+    )
     print(f"argmax agreement {agreement:.4f} over {ids.shape[1]} tokens")
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hello."}], tokenize=False, add_generation_prompt=True)
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hello."}], tokenize=False, add_generation_prompt=True
+    )
     print("chat template:", repr(chat), "eos:", tokenizer.eos_token_id)
     return (ours - expected).abs().max().item()
 

@@ -1,4 +1,5 @@
-"""Cross entropy through the tied head, with its gradients made in the same pass so that the logits never leave the cache."""
+"""Cross entropy through the tied head, with its gradients made in the same pass so that the logits never leave the
+cache."""
 
 import torch
 

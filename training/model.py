@@ -197,7 +197,8 @@ class Trunk(nn.Module):
 
 
 class MtpHead(nn.Module):
-    """From the final hidden state at t and the token at t + 1, the hidden state whose logits predict the token at t + 2."""
+    """From the final hidden state at t and the token at t + 1, the hidden state whose logits predict the token at t +
+    2."""
 
     def __init__(self, c):
         super().__init__()

@@ -1,4 +1,5 @@
-"""Collect the training text: the standard library's sources and documentation, and pairs made from documented functions.
+"""Collect the training text: the standard library's sources and documentation, and pairs made from documented
+functions.
 
 Writes train.jsonl, heldout.jsonl (whole files) and train_pairs.jsonl, heldout_pairs.jsonl (request, answer) into --out.
 A file is held out when the hash of its name says so, and its functions with it.
@@ -102,7 +103,9 @@ def write_jsonl(path, rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--docs", type=Path, required=True, help="folder of the documentation's .rst.txt files (html/_sources)")
+    parser.add_argument(
+        "--docs", type=Path, required=True, help="folder of the documentation's .rst.txt files (html/_sources)"
+    )
     parser.add_argument("--lib", type=Path, default=Path(sysconfig.get_paths()["stdlib"]))
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -114,7 +117,9 @@ def main():
         chosen = [row for row in rows if is_held_out(row["name"]) == held_out]
         write_jsonl(options.out / f"{part}.jsonl", chosen)
         sources = [row for row in chosen if row["kind"] == "source"]
-        write_jsonl(options.out / f"{part}_pairs.jsonl", [p for row in sources for p in collect_pairs(row["name"], row["text"])])
+        write_jsonl(
+            options.out / f"{part}_pairs.jsonl", [p for row in sources for p in collect_pairs(row["name"], row["text"])]
+        )
 
 
 if __name__ == "__main__":

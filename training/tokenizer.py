@@ -1,7 +1,7 @@
 """Train the byte-level BPE tokenizer and encode the text that prepare.py collected.
 
-A piece never mixes a newline with anything else, and a run of two or more spaces is one piece, so that an indentation is one token
-and a prompt may end after any line.
+A piece never mixes a newline with anything else, and a run of two or more spaces is one piece, so that an indentation
+is one token and a prompt may end after any line.
 """
 
 import argparse

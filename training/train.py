@@ -1,7 +1,9 @@
 """Train the model until a given time of day: first on text, then on text mixed with chat pairs.
 
-The rates and the stage follow the fraction of the time that has passed, so the run ends well whatever the machine's load was.
-Run it again with the same --out to resume. Data parallel over processes when started by torchrun, best with one thread each.
+The rates and the stage follow the fraction of the time that has passed, so the run ends well whatever the machine's
+load was.
+Run it again with the same --out to resume. Data parallel over processes when started by torchrun, best with one
+thread each.
 """
 
 import argparse
@@ -168,7 +170,11 @@ def train(run, options, windows, pairs, heldout):
                 entry["heldout"] = heldout_loss(run.average, heldout)
                 run.save()
                 checkpoint_at = time.time() + SECONDS_BETWEEN_CHECKPOINTS
-            print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in entry.items()}), file=log, flush=True)
+            print(
+                json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in entry.items()}),
+                file=log,
+                flush=True,
+            )
     if rank() == 0:
         run.save()
 

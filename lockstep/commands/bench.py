@@ -1,14 +1,19 @@
 """`lockstep bench`: this machine's ceiling, prefill and decode, paths A/B, and where the time goes."""
+import importlib.util
 import json
+import pathlib
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from lockstep import bench as measure
 from lockstep import ceiling as machine
 from lockstep.commands.options import KvDtype, ModelName, Threads, Weights, load
+
+PICTURES = (".png", ".svg", ".pdf")
 
 
 def command(
@@ -19,16 +24,22 @@ def command(
     prompts: Annotated[str, typer.Option(help="Prompt lengths, comma-separated.")] = "64,512,1000",
     contexts: Annotated[str, typer.Option(help="Context lengths for decode, comma-separated.")] = "128,1024",
     repeat: Annotated[int, typer.Option(min=1, help="Runs of each measurement; medians are shown.")] = 3,
-    quick: Annotated[bool, typer.Option("--quick", help="Only the A/B of whole prompt against one token at a time.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Only the A/B of whole prompt against one token at a time.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     plot: Annotated[str | None, typer.Option(metavar="FILE.png", help="Draw the results.")] = None,
 ):
     """Measure a model on this machine, each comparison interleaved in one process with paired ratios."""
     lengths, depths = _numbers("--prompts", prompts), _numbers("--contexts", contexts)
     longest = max(*lengths, *(d + 17 for d in depths), 64)
+    if plot:
+        check_plot(plot)
     llm = load(model, weights=weights, kv_dtype=kv_dtype, threads=threads, max_context=longest)
     if longest > llm.model.max_context:
-        raise ValueError(f"--prompts and --contexts: the model's context is {llm.model.max_context} tokens, got {longest}")
+        raise ValueError(
+            f"--prompts and --contexts: the model's context is {llm.model.max_context} tokens, got {longest}"
+        )
     console = Console(stderr=True)
     with console.status("measuring") as status:
         found = run(measure.Bench(llm.model, llm.engine.team, longest), lengths, depths, repeat, quick, status.update)
@@ -82,7 +93,7 @@ def show(found, console):
     console.print(f"ceiling of {found['threads']} threads: {c['bytes_per_second'] / 1e9:.1f} GB/s, "
                   f"{c['int8_per_second'] / 1e9:.0f} GOPS int8, {c['f32_per_second'] / 1e9:.0f} GFLOP/s float32")
     if found["prefill"]:
-        speed = Table("tokens", "prefill tok/s", "context", "decode tok/s")
+        speed = _table("tokens", "prefill tok/s", "context", "decode tok/s")
         rows = max(len(found["prefill"]), len(found["decode"]))
         cells = [[(str(k), f"{v:.1f}") for k, v in found[part].items()] for part in ("prefill", "decode")]
         for part in cells:
@@ -91,7 +102,7 @@ def show(found, console):
             speed.add_row(*a, *b)
         console.print(speed)
     against = found["per_token"]
-    table = Table("A", "B", "A s", "B s", "A / B", title=f"interleaved; max_abs_diff {against['max_abs_diff']:g}")
+    table = _table("A", "B", "A s", "B s", "A / B", title=f"interleaved; max_abs_diff {against['max_abs_diff']:g}")
     for name, r in against["ratios"].items():
         table.add_row(f"{against['tokens']} tokens one at a time", name, *_paired(r))
     for name, r in found["switches"].items():
@@ -101,13 +112,19 @@ def show(found, console):
         console.print(profile_table(name, rows, c))
 
 
+def _table(*columns, title=None):
+    return Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD)
+
+
 def _paired(r):
-    return f"{r['a_seconds']:.3f}", f"{r['b_seconds']:.3f}", f"{r['ratio']:.2f}x ({r['spread'][0]:.2f}..{r['spread'][1]:.2f})"
+    low, high = r["spread"]
+    return f"{r['a_seconds']:.3f}", f"{r['b_seconds']:.3f}", f"{r['ratio']:.2f}x ({low:.2f}..{high:.2f})"
 
 
 def profile_table(name, rows, ceiling):
     """Where a step's time goes, and how near each kind of linear layer is to what the machine can do."""
-    table, total = Table("op", "ms", "share", "GB/s", "GOPS", "% of ceiling", title=f"{name}, one step"), sum(r[1] for r in rows)
+    table = _table("op", "ms", "share", "GB/s", "GOPS", "% of ceiling", title=f"{name}, one step")
+    total = sum(r[1] for r in rows)
     for kind, seconds, num_bytes, macs in rows:
         if seconds < 0.002 * total:
             continue
@@ -119,12 +136,18 @@ def profile_table(name, rows, ceiling):
     return table
 
 
+def check_plot(path):
+    """Refuses, before anything is measured, a picture that could not be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install lockstep-llm[plot]")
+    if not pathlib.Path(path).parent.is_dir() or pathlib.Path(path).suffix not in PICTURES:
+        raise ValueError(f"--plot {path}: expected a file name ending in {', '.join(PICTURES)} in a folder that exists")
+
+
 def draw(found, path):
     """Prefill and decode speed, and the ratios, as a picture."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install lockstep-llm[plot]") from None
+    import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(2, 3))

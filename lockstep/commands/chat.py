@@ -54,7 +54,9 @@ def read_line(interactive):
     """The next line that was typed, or None at the end. Ctrl-C at the prompt only drops the line."""
     while True:
         try:
-            return input("> ") if interactive else input()
+            line = input("> ") if interactive else input()
+            line.encode()  # what was not UTF-8 has become lone surrogates
+            return line
         except EOFError:
             if interactive:
                 print(file=sys.stderr)
@@ -63,5 +65,5 @@ def read_line(interactive):
             if not interactive:
                 raise
             print("\n(Ctrl-D or /exit ends)", file=sys.stderr)
-        except UnicodeDecodeError:
+        except UnicodeError:
             print("that was not UTF-8 text", file=sys.stderr)

@@ -1,4 +1,5 @@
 """Options that several commands share, and loading a model as they say."""
+import sys
 from typing import Annotated
 
 import typer
@@ -10,7 +11,7 @@ Weights = Annotated[str, typer.Option(
     metavar="FORMAT", help="How linear layers multiply: auto (as stored), f32, bf16, q8_0 or q4_0.")]
 KvDtype = Annotated[str | None, typer.Option(
     metavar="DTYPE", help="KV cache in f32 or bf16.", show_default="bf16; f32 with --weights f32")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads.", show_default="all cores")]
+Threads = Annotated[int | None, typer.Option(min=1, max=256, help="Threads.", show_default="all cores")]
 MaxContext = Annotated[int | None, typer.Option(min=1, help="Tokens that prompt and answer may have together.",
                                                 show_default="what is needed")]
 OpSwaps = Annotated[list[str] | None, typer.Option(
@@ -29,7 +30,10 @@ def parse_swaps(swaps):
 def load(model, *, ops=None, max_requests=1, **options):
     """The LLM, with progress on stderr. ops: what --op gave; options: as for LLM."""
     from lockstep.commands.progress import Progress
+    from lockstep.engine.engine import num_cores
     from lockstep.serve.llm import LLM
 
+    if (options.get("threads") or 0) > num_cores():
+        print(f"lockstep: {options['threads']} threads on {num_cores()} cores only take turns", file=sys.stderr)
     with Progress() as progress:
         return LLM(model, ops=parse_swaps(ops), max_requests=max_requests, progress=progress.packing, **options)

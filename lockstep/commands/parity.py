@@ -10,6 +10,7 @@ from rich.table import Table
 
 from lockstep import parity as paths
 from lockstep.commands.options import ModelName, OpSwaps, Threads, Weights, load, parse_swaps
+from lockstep.ops import BACKENDS
 
 PROMPT = '''"""Heap queue algorithm (a.k.a. priority queue)."""
 
@@ -31,7 +32,8 @@ def heappop(heap):
 
 
 def prompt_ids(llm, prompt, length):
-    """Token ids of the prompt, repeated or cut to `length` if it is given; random ones for a model without tokenizer."""
+    """Token ids of the prompt, repeated or cut to `length` if it is given; random ones for a model without
+    tokenizer."""
     if not llm.has_tokenizer:
         return np.random.default_rng(0).integers(0, llm.model.config.vocab_size, length or 200).tolist()
     ids = llm.encode(prompt)
@@ -41,7 +43,7 @@ def prompt_ids(llm, prompt, length):
 def command(
     model: ModelName = None,
     prompt: Annotated[str, typer.Option("-p", "--prompt", help="The prompt to run.")] = PROMPT,
-    length: Annotated[int | None, typer.Option(help="Repeat or cut the prompt to so many tokens.")] = None,
+    length: Annotated[int | None, typer.Option(min=2, help="Repeat or cut the prompt to so many tokens.")] = None,
     weights: Weights = "auto",
     threads: Threads = None,
     op: OpSwaps = None,
@@ -49,7 +51,8 @@ def command(
         metavar="A:B", help="Instead: the first op that differs between two backends, e.g. cpu:reference.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ):
-    """Run one prompt along every path and compare each with one token at a time, bit for bit. Exit 1 on a difference."""
+    """Run one prompt along every path and compare each, bit for bit, with one token at a time. Exit 1 if one
+    differs."""
     llm = load(model, weights=weights, threads=threads, max_context=max(4096, length or 0))
     ids = prompt_ids(llm, prompt, length)
     if not 2 <= len(ids) <= llm.model.max_context:
@@ -94,8 +97,8 @@ def _listed(names, most=2):
 def report_first_difference(model, ids, backends, swaps, threads, as_json):
     """Names the first op that differs; exits with 1 if there is one."""
     names = backends.split(":")
-    if len(names) != 2 or not set(names) <= set(paths.BACKENDS):
-        raise ValueError(f"--first-difference {backends!r}: expected two of {', '.join(paths.BACKENDS)} as A:B")
+    if len(names) != 2 or not set(names) <= set(BACKENDS):
+        raise ValueError(f"--first-difference {backends!r}: expected two of {', '.join(BACKENDS)} as A:B")
     found = paths.first_difference(model, ids, [(names[0], swaps), (names[1], None)], threads)
     if as_json:
         print(json.dumps(found and dict(op=str(found.op), index=found.index, tensor=found.tensor.name, row=found.row,

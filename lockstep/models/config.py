@@ -13,11 +13,14 @@ READ = frozenset("""model_type vocab_size hidden_size intermediate_size num_hidd
 num_key_value_heads head_dim hidden_act rms_norm_eps tie_word_embeddings max_position_embeddings
 original_max_position_embeddings rope_theta rope_scaling rope_parameters partial_rotary_factor eos_token_id""".split())
 # keys that do not matter to inference on text
-NEUTRAL = frozenset("""architectures attention_dropout residual_dropout hidden_dropout classifier_dropout embd_pdrop
+NEUTRAL = frozenset(
+    """architectures attention_dropout residual_dropout hidden_dropout classifier_dropout embd_pdrop
 attn_pdrop resid_pdrop initializer_range use_cache cache_implementation output_router_logits router_aux_loss_coef
 router_jitter_noise pretraining_tp mamba_ssm_dtype num_labels _attn_implementation attn_implementation
 output_attentions output_hidden_states chunk_size_feed_forward vision_config image_token_id video_token_id
-vision_start_token_id vision_end_token_id tie_encoder_decoder _attn_implementation_autoset _flash_attn_2_enabled use_flash_attn text_config""".split())
+vision_start_token_id vision_end_token_id tie_encoder_decoder _attn_implementation_autoset _flash_attn_2_enabled
+use_flash_attn text_config""".split()
+)
 ALLOWED_VALUES = {
     "hidden_act": ("silu", "swish"), "mlp_bias": (False,), "attn_output_gate": (True,), "partial_rotary_factor": (1,),
     "mtp_use_dedicated_embeddings": (False,), "decoder_sparse_step": (1,), "mlp_only_layers": ([],),
@@ -161,11 +164,15 @@ def rope(config, head_dim, theta=10000.0, partial=1.0, ignored=frozenset()):
         raise ValueError(f"rope parameter {sorted(unknown)[0]!r} is not supported with rope type {kind!r}")
     numbers = {k: _rope_number(given, k) for k in (*required, *optional) if k in required or given.get(k) is not None}
     rope_theta = _rope_number({"rope_theta": config.get("rope_theta") or theta, **given}, "rope_theta")
-    partial = _rope_number({"partial": given.get("partial_rotary_factor") or config.get("partial_rotary_factor") or partial}, "partial")
+    partial = _rope_number(
+        {"partial": given.get("partial_rotary_factor") or config.get("partial_rotary_factor") or partial}, "partial"
+    )
     rope_dim = int(head_dim * partial)
     if rope_dim % 2 or not 0 < rope_dim <= head_dim:
-        raise ValueError(f"config key 'partial_rotary_factor': {partial} of {head_dim} channels is not supported: it must "
-                         f"be an even number up to {head_dim}")
+        raise ValueError(
+            f"config key 'partial_rotary_factor': {partial} of {head_dim} channels is not supported: it must "
+            f"be an even number up to {head_dim}"
+        )
     return rope_dim, rope_theta, RopeScaling(kind=kind, **_old_context(config, kind, numbers))
 
 
@@ -187,7 +194,8 @@ def _old_context(config, kind, numbers):
 
 
 def windows(config, types):
-    """For each layer the number of keys that a token sees, 0 for all. types: "sliding_attention" or "full_attention"."""
+    """For each layer the number of keys that a token sees, 0 for all. types: "sliding_attention" or
+    "full_attention"."""
     num_layers = need(config, "num_hidden_layers", high=1000)
     if not isinstance(types, list) or len(types) != num_layers or set(types) - {"sliding_attention", "full_attention"}:
         raise ValueError(f"config key 'layer_types': expected {num_layers} of full_attention and sliding_attention, "
@@ -230,7 +238,9 @@ def _eos_ids(config):
 
 def with_windows(made, config, types):
     """A ModelConfig with sliding windows on the layers that have one."""
-    return replace(made, layers=tuple(replace(layer, window=w) for layer, w in zip(made.layers, windows(config, types))))
+    return replace(
+        made, layers=tuple(replace(layer, window=w) for layer, w in zip(made.layers, windows(config, types)))
+    )
 
 
 def checked(config):
@@ -240,8 +250,10 @@ def checked(config):
         if getattr(config, name) % step:
             raise ValueError(f"{name} {getattr(config, name)} is not supported: it must be a multiple of {step}")
     if config.experts and (config.experts.num_experts % 16 or config.experts.width % 32):
-        raise ValueError(f"{config.experts.num_experts} experts of width {config.experts.width} are not supported: the number "
-                         f"must be a multiple of 16, the width of 32")
+        raise ValueError(
+            f"{config.experts.num_experts} experts of width {config.experts.width} are not supported: the number "
+            f"must be a multiple of 16, the width of 32"
+        )
     if config.head_dim > 256 or config.num_heads % config.num_kv_heads:
         raise ValueError(f"head_dim {config.head_dim} (at most 256) with {config.num_heads} heads and "
                          f"{config.num_kv_heads} kv heads (a divisor of the heads) is not supported")

@@ -45,7 +45,9 @@ def mlp(ops, h, config, label):
     """SwiGLU: down(silu(gate h) * (up h)); or the experts in its place."""
     if config.experts:
         return ops.experts(h, config, label)
-    both = ops.linear(h, [(f"{label}.gate_proj", config.ffn_width), (f"{label}.up_proj", config.ffn_width)], f"{label}.gate_up")
+    both = ops.linear(
+        h, [(f"{label}.gate_proj", config.ffn_width), (f"{label}.up_proj", config.ffn_width)], f"{label}.gate_up"
+    )
     return ops.linear(ops.silu_mul(both, label), [(f"{label}.down_proj", config.hidden_size)])
 
 

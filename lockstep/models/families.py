@@ -1,7 +1,17 @@
 """Model types: how each one's config.json becomes a ModelConfig. A new Llama-like model type is a function here."""
 from dataclasses import replace
 
-from lockstep.models.config import MROPE, Experts, Layer, LinearAttention, check_keys, common, need, text_config, with_windows
+from lockstep.models.config import (
+    MROPE,
+    Experts,
+    Layer,
+    LinearAttention,
+    check_keys,
+    common,
+    need,
+    text_config,
+    with_windows,
+)
 
 WINDOW = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
 EXPERTS = ("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
@@ -43,7 +53,9 @@ def qwen3_moe(config):
     experts = Experts(need(config, total, high=4096), need(config, "num_experts_per_tok", high=256),
                       need(config, "moe_intermediate_size"), bool(config.get("norm_topk_prob")))
     if experts.num_per_token > experts.num_experts:
-        raise ValueError(f"config key 'num_experts_per_tok': expected at most {experts.num_experts}, got {experts.num_per_token}")
+        raise ValueError(
+            f"config key 'num_experts_per_tok': expected at most {experts.num_experts}, got {experts.num_per_token}"
+        )
     made = common(config, qk_norm=True, experts=experts, **biases(config))
     kind = "sliding_attention" if config.get("use_sliding_window") else "full_attention"
     return with_windows(made, {"sliding_window": 4096, **config}, [kind] * made.num_layers)
@@ -60,7 +72,9 @@ def smollm3(config):
     made = replace(made, layers=tuple(replace(layer, rope=bool(r)) for layer, r in zip(made.layers, ropes)))
     if not config.get("use_sliding_window") or config.get("sliding_window") is None:
         return made
-    types = config.get("layer_types") or ["full_attention" if r else "sliding_attention" for r in ropes[:made.num_layers]]
+    types = config.get("layer_types") or [
+        "full_attention" if r else "sliding_attention" for r in ropes[: made.num_layers]
+    ]
     return with_windows(made, config, types)
 
 
@@ -86,11 +100,14 @@ def biases(config):
 
 
 def qwen_windows(made, config):
-    """The layers from max_window_layers on, or those that layer_types names, have a sliding window if use_sliding_window."""
+    """The layers from max_window_layers on, or those that layer_types names, have a sliding window if
+    use_sliding_window."""
     if not config.get("use_sliding_window"):
         return made
     first = config.get("max_window_layers", 28)
-    types = config.get("layer_types") or ["sliding_attention" if i >= first else "full_attention" for i in range(made.num_layers)]
+    types = config.get("layer_types") or [
+        "sliding_attention" if i >= first else "full_attention" for i in range(made.num_layers)
+    ]
     return with_windows(made, {"sliding_window": 4096, **config}, types)
 
 
@@ -98,9 +115,11 @@ def delta_rule(config):
     """The shape of the gated delta rule layers."""
     linear = LinearAttention(*(need(config, key) for key in DELTA))
     if linear.k_head_dim % 16 or linear.v_head_dim % 16 or linear.num_v_heads % linear.num_k_heads:
-        raise ValueError(f"linear attention of {linear.num_v_heads} value heads of {linear.v_head_dim} and {linear.num_k_heads} "
-                         f"key heads of {linear.k_head_dim} is not supported: sizes must be multiples of 16, the value heads "
-                         f"a multiple of the key heads")
+        raise ValueError(
+            f"linear attention of {linear.num_v_heads} value heads of {linear.v_head_dim} and {linear.num_k_heads} "
+            f"key heads of {linear.k_head_dim} is not supported: sizes must be multiples of 16, the value heads "
+            f"a multiple of the key heads"
+        )
     return linear
 
 

@@ -67,7 +67,8 @@ class Recorder:
         return tensor
 
     def check_all_used(self):
-        """Refuses a checkpoint with tensors that the program does not read: the model is another than the config says."""
+        """Refuses a checkpoint with tensors that the program does not read: the model is another than the config
+        says."""
         left = [n for n in self.tensors if n not in self._used and not n.startswith(NOT_TEXT) and "rotary_emb" not in n]
         if left:
             raise ValueError(f"tensor {left[0]!r} (and {len(left) - 1} more) is not used by a model as its config "
@@ -88,14 +89,18 @@ class Recorder:
     def embed(self, name, vocab_size, width):
         table = self.stored(name, vocab_size, width)
         if table.format not in EMBED_FORMATS:
-            raise ValueError(f"tensor {name!r}: format {table.format} is not supported, only {', '.join(EMBED_FORMATS)}")
+            raise ValueError(
+                f"tensor {name!r}: format {table.format} is not supported, only {', '.join(EMBED_FORMATS)}"
+            )
         out = self.program.tensor("embed", "T", width)
         weight = Weight(name, table.format, table.shape, (table,))
         return self.program.emit("embed", [out], [weight], width=width, format=format_code(table.format), scale=1.0)
 
     def rms_norm(self, x, name, eps, offset):
         out = self.program.tensor(name.removesuffix(".weight"), x.rows, x.width)
-        return self.program.emit("rms_norm", [out], [x, self.constant(name, x.width)], width=x.width, eps=eps, offset=offset)
+        return self.program.emit(
+            "rms_norm", [out], [x, self.constant(name, x.width)], width=x.width, eps=eps, offset=offset
+        )
 
     def linear(self, x, layers, label=None, bias=False):
         """x times one or several weights [N, K], their outputs side by side. layers: ((HF name, N), ...).
@@ -110,8 +115,10 @@ class Recorder:
         """`linear` on stored tensors."""
         total = sum(p.shape[0] for p in parts)
         if len(parts) > 1 and any(p.shape[0] % 16 for p in parts[:-1]):
-            raise ValueError(f"tensor {parts[0].name!r}: {parts[0].shape[0]} rows; projections that share an input must "
-                             f"have a multiple of 16")
+            raise ValueError(
+                f"tensor {parts[0].name!r}: {parts[0].shape[0]} rows; projections that share an input must "
+                f"have a multiple of 16"
+            )
         out = self.program.tensor(label, x.rows, padded_width(total))
         column = 0
         for format, group in _runs(parts, lambda p: compute_format(p.format, self.weights, x.width)):
@@ -142,21 +149,42 @@ class Recorder:
         E, X = m.num_experts, m.num_per_token
         tensor, emit = self.program.tensor, self.program.emit
         logits = self.linear(x, [(f"{label}.gate", E)])
-        ids = emit("route", [tensor(f"{label}.expert_ids", "T", X, "i32"), tensor(f"{label}.weights", "T", X)], [logits],
-                   num_experts=E, top_k=X, renormalise=int(m.renormalise))
+        ids = emit(
+            "route",
+            [tensor(f"{label}.expert_ids", "T", X, "i32"), tensor(f"{label}.weights", "T", X)],
+            [logits],
+            num_experts=E,
+            top_k=X,
+            renormalise=int(m.renormalise),
+        )
         weights = self.program.ops[-1].outputs[1]
-        order = emit("group_experts", [tensor(f"{label}.order", "T", X, "i32"), tensor(f"{label}.expert_start", "T", E + 1, "i32")],
-                     [ids], num_experts=E, top_k=X)
+        order = emit(
+            "group_experts",
+            [tensor(f"{label}.order", "T", X, "i32"), tensor(f"{label}.expert_start", "T", E + 1, "i32")],
+            [ids],
+            num_experts=E,
+            top_k=X,
+        )
         start = self.program.ops[-1].outputs[1]
         gate_up, down = self._expert_weights(label, m, D)
         rows, width = expert_rows(gate_up.format, D)
-        h = emit(f"expert_rows_{rows}", [tensor(f"{label}.expert_rows", "T", X * width, "f32" if rows == "f32" else "i8")],
-                 [x, order], K=D, top_k=X)
+        h = emit(
+            f"expert_rows_{rows}",
+            [tensor(f"{label}.expert_rows", "T", X * width, "f32" if rows == "f32" else "i8")],
+            [x, order],
+            K=D,
+            top_k=X,
+        )
         h = emit(f"expert_linear_{gate_up.format}", [tensor(f"{label}.experts.gate_up", "T", X * 2 * m.width)],
                  [h, start, gate_up], K=D, N=2 * m.width, num_experts=E)
         rows, width = expert_rows(down.format, m.width)
-        h = emit(f"expert_gated_{rows}", [tensor(f"{label}.experts.act", "T", X * width, "f32" if rows == "f32" else "i8")],
-                 [h], K=m.width, top_k=X)
+        h = emit(
+            f"expert_gated_{rows}",
+            [tensor(f"{label}.experts.act", "T", X * width, "f32" if rows == "f32" else "i8")],
+            [h],
+            K=m.width,
+            top_k=X,
+        )
         h = emit(f"expert_linear_{down.format}", [tensor(f"{label}.experts.down", "T", X * D)], [h, start, down],
                  K=m.width, N=D, num_experts=E)
         y = emit("expert_scatter", [tensor(f"{label}.experts", "T", X * D)], [h, order], D=D, top_k=X)
@@ -165,7 +193,8 @@ class Recorder:
     def _expert_weights(self, label, m, D):
         """All experts' gate and up, expert after expert, and all experts' down, as two weights."""
         def joined(names, rows, width):
-            parts = tuple(self.stored(f"{label}.experts.{e}.{n}_proj.weight", rows, width) for e in range(m.num_experts) for n in names)
+            each = [f"{label}.experts.{e}.{n}_proj.weight" for e in range(m.num_experts) for n in names]
+            parts = tuple(self.stored(name, rows, width) for name in each)
             formats = {compute_format(p.format, self.weights, width) for p in parts}
             format = formats.pop() if len(formats) == 1 and formats <= set(EXPERT_FORMATS) else "q8_0"
             return Weight(f"{label}.experts.{'_'.join(names)}", format, (len(parts) * rows, width), parts)
@@ -247,7 +276,8 @@ class Recorder:
         start = 0
         for format, group in _runs(parts, lambda p: compute_format(p.format, self.weights, x.width)):
             for run in _aligned_runs(group):
-                weight = Weight("|".join(p.name for p in run), format, (sum(p.shape[0] for p in run), x.width), tuple(run))
+                shape = sum(p.shape[0] for p in run), x.width
+                weight = Weight("|".join(p.name for p in run), format, shape, tuple(run))
                 self.program.emit("linear", [out], [x, weight], width=out.width, column=offsets[start])
                 start += len(run)
         return out

@@ -1,7 +1,7 @@
 """The linear layers of a mixture of experts: the definitions.
 
-A token's top_k experts make X pairs (token, rank). `group_experts` of `ops/moe.py` puts them in order of expert, and the
-ops here work on that order, T X rows in all, so that an expert's rows lie together and its weights are read once:
+A token's top_k experts make X pairs (token, rank). `group_experts` of `ops/moe.py` puts them in order of expert, and
+the ops here work on that order, T X rows in all, so that an expert's rows lie together and its weights are read once:
 
     expert_rows     row s = the prepared input of the token that pair order[s] belongs to
     expert_linear   out[s] = x[s] W[e]^T, where e is the expert of row s

@@ -93,7 +93,11 @@ def _yarn(plain, theta, scaling):
     rope_dim = 2 * len(plain)
 
     def channel(turns):  # the channel pair that turns so often in the trained context
-        return rope_dim * natural_log(scaling.original_max_position_embeddings / (turns * 2.0 * PI)) / (2.0 * natural_log(theta))
+        return (
+            rope_dim
+            * natural_log(scaling.original_max_position_embeddings / (turns * 2.0 * PI))
+            / (2.0 * natural_log(theta))
+        )
 
     low, high = channel(scaling.beta_fast), channel(scaling.beta_slow)
     if scaling.truncate:

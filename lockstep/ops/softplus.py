@@ -13,8 +13,8 @@ A15, A13, A11, A9, A7, A5, A3 = (np.float32(1 / n) for n in (15, 13, 11, 9, 7, 5
 def softplus(x):
     """log(1 + e**x), for any finite x.
 
-    Error: below 3 ulp. Order: z = e**-|x|, s = z / (2 + z), y = s * s; log(1 + z) = 2 atanh(s) = 2s + 2s * y * p(y) with
-    p of degree 6 by Horner's rule; then max(x, 0) + log(1 + z).
+    Error: below 3 ulp. Order: z = e**-|x|, s = z / (2 + z), y = s * s; log(1 + z) = 2 atanh(s) = 2s + 2s * y * p(y)
+    with p of degree 6 by Horner's rule; then max(x, 0) + log(1 + z).
     """
     z = exp(-absolute(x))
     s = z / (TWO + z)

@@ -15,7 +15,8 @@ def raw_weight(weight):
 class Implementation:
     """One way to run an op.
 
-    kernel: native code. An op row holds, in this order, the addresses of outputs, of inputs (of all arrays of a weight's
+    kernel: native code. An op row holds, in this order, the addresses of outputs, of inputs (of all arrays of a
+    weight's
     layout), then the parameters. layout: (name, function from a Weight to a tuple of arrays); arrays are kept by weight
     and layout name, so that implementations can share them. flushes: see `runtime.step.FLUSHES`.
     """
@@ -26,7 +27,8 @@ class Implementation:
 
 
 def swapped(backend, swaps, others):
-    """The backend with entries replaced: swaps maps an op kind to the name of the backend (in others) to take it from."""
+    """The backend with entries replaced: swaps maps an op kind to the name of the backend (in others) to take it
+    from."""
     table = dict(backend)
     for kind, name in swaps.items():
         if name not in others:

@@ -1,8 +1,9 @@
 """How functions become machine code: compiled on first use, cached on disk under everything that can change a bit.
 
-Numba's own cache does not see that a function in another module has changed, so a module's kernels are cached in a folder
-named by a hash of its source and of all modules of this package that it imports, the versions of Numba and llvmlite, and
-the target CPU with its features.
+Numba's own cache does not see that a function in another module has changed, so a module's kernels are cached in a
+folder
+named by a hash of its source and of all modules of this package that it imports, the versions of Numba and llvmlite,
+and the target CPU with its features.
 """
 import ast
 import contextlib
@@ -58,14 +59,17 @@ def user_cache():
 
 @functools.cache
 def kernel_cache(module):
-    """The folder of a module's compiled kernels; in the system's temporary folder where the user's cannot be written."""
+    """The folder of a module's compiled kernels; in the system's temporary folder where the user's cannot be
+    written."""
     for base in (user_cache(), pathlib.Path(tempfile.gettempdir()) / f"lockstep-{getpass.getuser()}"):
         folder = base / "kernels" / fingerprint(module)
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             if os.access(folder, os.W_OK):
                 return folder
-    raise OSError(f"no folder for compiled kernels: cannot write {folder}; set LOCKSTEP_CACHE to one that can be written")
+    raise OSError(
+        f"no folder for compiled kernels: cannot write {folder}; set LOCKSTEP_CACHE to one that can be written"
+    )
 
 
 @contextlib.contextmanager
@@ -87,7 +91,7 @@ def interpreted(function, _made=None):
     source = function.py_func
     if source not in made:
         names = dict(source.__globals__)
-        made[source] = copy = type(source)(source.__code__, names, source.__name__, source.__defaults__, source.__closure__)
+        made[source] = type(source)(source.__code__, names, source.__name__, source.__defaults__, source.__closure__)
         for name in source.__code__.co_names:
             if hasattr(names.get(name), "py_func"):
                 names[name] = interpreted(names[name], made)

@@ -46,7 +46,9 @@ def peak_int8(context, count, out):
             dot = lambda v: b.add(v, pair_sums(b, maddubs(b, fixed, as_bytes(v))))
         else:
             dot = lambda v: WIDE[how](b, v, fixed, fixed)
-        _spin(b, *args, [constant(vector(I32, lanes), k) for k in range(CHAINS)], lambda values: [dot(v) for v in values])
+        _spin(
+            b, *args, [constant(vector(I32, lanes), k) for k in range(CHAINS)], lambda values: [dot(v) for v in values]
+        )
         return ctx.get_dummy_value()
 
     return types.void(types.int64, types.int64), codegen

@@ -66,7 +66,9 @@ def _python_choose(x, bound, low, high):
 @primitive(_python_choose)
 def where_below(context, x, bound, low, high):
     """low if x < bound else high, lane by lane."""
-    return floats(4, lambda b, t, a: b.select(b.fcmp_ordered("<", a[0], a[1]), a[2], a[3]))(context, x, bound, low, high)
+    return floats(4, lambda b, t, a: b.select(b.fcmp_ordered("<", a[0], a[1]), a[2], a[3]))(
+        context, x, bound, low, high
+    )
 
 
 def _build_pow2(b, t, args):

@@ -42,8 +42,8 @@ class Primitive(_Intrinsic):
 def _null_is_valid(typer):
     """The typing function, its code marked so that an address computed from integers may be based on null.
 
-    LLVM's code generation rewrites `inttoptr` sums as offsets from null, Numba optimizes helpers again after it, and a load
-    from such an address would count as unreachable: loops disappeared.
+    LLVM's code generation rewrites `inttoptr` sums as offsets from null, Numba optimizes helpers again after it, and
+    a load from such an address would count as unreachable: loops disappeared.
     """
     @functools.wraps(typer)
     def typed(*args):

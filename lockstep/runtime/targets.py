@@ -1,14 +1,15 @@
-"""What the target CPU offers. Asked by target, never by host: an instruction that the target lacks aborts the process."""
+"""What the target CPU offers, asked by target, never by host: an instruction that it lacks aborts the process."""
 from lockstep.runtime.kernel import target
 
 # LLVM's names, or how they start: used where a target is named without its features
-AVX512_VNNI_CPUS = ("znver4", "znver5", "icelake", "cascadelake", "cooperlake", "tigerlake", "rocketlake", "sapphirerapids",
-                    "emeraldrapids", "graniterapids")
+AVX512_VNNI_CPUS = ("znver4", "znver5", "icelake", "cascadelake", "cooperlake", "tigerlake", "rocketlake",
+                    "sapphirerapids", "emeraldrapids", "graniterapids")
 AVX512_CPUS = (*AVX512_VNNI_CPUS, "skylake-avx512", "skx", "cannonlake", "x86-64-v4")
 AVX512_BF16_CPUS = ("znver4", "znver5", "cooperlake", "sapphirerapids", "emeraldrapids", "graniterapids")
 AVX_VNNI_CPUS = ("alderlake", "raptorlake", "meteorlake", "arrowlake", "lunarlake", "pantherlake", "sierraforest",
                  "grandridge", "clearwaterforest", "gracemont")
-AVX2_CPUS = (*AVX512_CPUS, *AVX_VNNI_CPUS, "haswell", "core-avx2", "broadwell", "skylake", "znver", "bdver4", "x86-64-v3")
+AVX2_CPUS = (*AVX512_CPUS, *AVX_VNNI_CPUS, "haswell", "core-avx2", "broadwell", "skylake", "znver", "bdver4",
+             "x86-64-v3")
 DOTPROD_CPUS = ("neoverse", "apple-m", "apple-a13", "apple-a14", "apple-a15", "apple-a16", "apple-a17", "cortex-a76",
                 "cortex-a78", "cortex-x", "cortex-a710", "ampere1", "grace")
 
@@ -31,7 +32,7 @@ def int_dot(magic=None):
     if not triple.startswith(("x86_64", "i686", "i386")):
         return "generic"
     if not _has("avx2", AVX2_CPUS, magic):
-        raise RuntimeError(f"Lockstep needs a CPU with AVX2 (any since 2015); the target is {cpu or 'unnamed'!r}, which has none")
+        raise RuntimeError(f"Lockstep needs a CPU with AVX2 (any since 2015); {cpu or 'unnamed'!r} has none")
     if _has("avx512vnni", AVX512_VNNI_CPUS, magic):
         return "avx512_vnni"
     return "avx_vnni" if _has("avxvnni", AVX_VNNI_CPUS, magic) else "avx2"

@@ -108,7 +108,8 @@ class Team:
         self._end = weakref.finalize(self, _quit, self._shared, num_threads)  # a team that is dropped ends, too
 
     def run(self, table, num_ops, step, clock=0):
-        """Runs num_ops rows of the table (addresses) on a step block; clock: address of int64[num_ops] end times or 0."""
+        """Runs num_ops rows of the table (addresses) on a step block; clock: address of int64[num_ops] end times or
+        0."""
         if num_ops:  # an empty table has no barrier at its end
             run_step(self._shared, table, num_ops, step, clock, self.num_threads)
 

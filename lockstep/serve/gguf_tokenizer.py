@@ -53,6 +53,8 @@ def build_tokenizer(metadata: Mapping[str, object]) -> Tokenizer:
     Raises ValueError if there is none, it is broken, or its model or pre-tokenizer is not supported.
     """
     kind = metadata.get("tokenizer.ggml.model")
+    if kind in (None, "no_vocab"):
+        raise ValueError("the file has no tokenizer: text cannot be encoded, only token ids be passed to lockstep.LLM")
     if kind not in ("gpt2", "llama"):
         raise ValueError(f"tokenizer.ggml.model {kind!r} is not supported, only gpt2 and llama")
     tokens = list(_array(metadata, "tokenizer.ggml.tokens"))

@@ -30,6 +30,8 @@ def resolve_model(name: str | None) -> Path:
         if path.suffix in (".gguf", ".safetensors"):
             return path
         raise ValueError(f"{name}: expected a model folder, a .gguf or a .safetensors file")
+    if path.is_absolute() or name.startswith(".") or (path.suffix in (".gguf", ".safetensors") and ":" not in name):
+        raise ValueError(f"{name}: no such folder or file")
     hub_name = HUB_NAME.fullmatch(name)
     if hub_name is None or ".." in name:
         raise ValueError(f"{name}: no such folder or file, and not a hub name like org/model or org/model:file.gguf")

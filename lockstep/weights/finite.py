@@ -14,8 +14,8 @@ PIECE_BYTES = 4 << 20
 def finite_bytes(tensor: StoredTensor) -> np.ndarray:
     """A matrix's bytes as stored, uint8 [rows, bytes], in memory of their own.
 
-    Raises ValueError that names the tensor and the first NaN or infinity ([row, column], or [row, block] of a scale), or
-    the file if it was truncated. Error: none.
+    Raises ValueError that names the tensor and the first NaN or infinity ([row, column], or [row, block] of a scale),
+    or the file if it was truncated. Error: none.
     """
     num_rows = tensor.shape[0]
     row_bytes = tensor.data.nbytes // num_rows

@@ -88,7 +88,7 @@ def open_file(path: Path) -> GgufFile:
 
 
 def _read_counts(cursor: Cursor) -> tuple[int, int]:
-    magic = bytes(cursor.take(4, "magic"))
+    magic = bytes(cursor.take(min(4, len(cursor.buffer)), "magic"))
     if magic != MAGIC:
         raise ValueError(f"{cursor.where}: expected a GGUF file, it starts with {magic!r}")
     version = cursor.unsigned(4, "version")

@@ -1,7 +1,8 @@
 """Read-only memory maps of checkpoint files, and small JSON files beside them, both bounded.
 
 A map is for finding one's way: touching a page of a file that was truncated since would end the process (SIGBUS). The
-weights themselves are read with `read_array`, which finds out.
+weights themselves are read with `read_array`, which finds out. What remains is a file that is truncated in the instant
+in which its header is parsed, and a truncated metadata array (a tokenizer's) between opening and its first use.
 """
 
 import json

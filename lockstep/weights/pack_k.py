@@ -15,7 +15,7 @@ from lockstep.weights.tensor import check_finite
 
 def _stored(part, rows, format):
     if part.format != format:
-        raise ValueError(f"tensor {part.name!r} is stored as {part.format}; a {format} linear layer takes only {format}")
+        raise ValueError(f"tensor {part.name!r} is stored as {part.format}: a {format} linear layer takes only that")
     return part.read(rows)
 
 
@@ -63,7 +63,8 @@ def pack_q4_k(weight):
 def pack_q6_k(weight):
     """Blocks uint8 [panels, K / 256, 3392]."""
     blocks = np.zeros((num_panels(weight.shape[0]), weight.shape[1] // 256, Q6_K_BYTES), np.uint8)
-    outputs = [(_field(blocks, 320, 2048), _blocks(nibble_pairs, 256)), (_field(blocks, 2368, 1024), _blocks(_high_bits, 256)),
+    outputs = [(_field(blocks, 320, 2048), _blocks(nibble_pairs, 256)),
+               (_field(blocks, 2368, 1024), _blocks(_high_bits, 256)),
                (_field(blocks, 64, 256, np.int8), _blocks(k_major, 16)), (_field(blocks, 0, 16, np.float32), k_major)]
 
     def convert(part, rows):

@@ -22,8 +22,8 @@ FORMAT = 1  # of the packed files; a change of any layout raises it
 class PackedStore(WeightStore):
     """The packed weights of a checkpoint, kept in the user's cache folder.
 
-    progress: called with ("packing", bytes done, None) as weights are packed. A folder that cannot be written, or a full
-    disk, only means that nothing is kept.
+    progress: called with ("packing", bytes done, None) as weights are packed. A folder that cannot be written, or a
+    full disk, only means that nothing is kept.
     """
 
     def __init__(self, checkpoint, progress=None):

@@ -69,7 +69,8 @@ class StoredTensor:
         assert self.data.shape == expected, (self.name, self.format, self.shape, self.data.shape, expected)
 
     def read(self, rows: slice = slice(None)) -> np.ndarray:
-        """The chosen rows (of the first axis) as stored, in memory of their own. ValueError if the file was truncated."""
+        """The chosen rows (of the first axis) as stored, in memory of their own. ValueError if the file was
+        truncated."""
         return read_array(self.data[rows] if self.shape else self.data)
 
     def finite_f32(self, rows: slice = slice(None)) -> np.ndarray:

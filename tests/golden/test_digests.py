@@ -10,13 +10,17 @@ RECORDED = json.loads(GOLDEN.read_text())
 
 
 def test_the_digests_belong_to_these_weights_and_this_numerics():
-    assert RECORDED["weights"] == weights_digest(), "the bundled weights changed: run python -m tests.golden.record_digests"
+    assert RECORDED["weights"] == weights_digest(), (
+        "the bundled weights changed: run python -m tests.golden.record_digests"
+    )
     assert RECORDED["numerics"] == NUMERICS, "NUMERICS changed: run python -m tests.golden.record_digests"
 
 
 @pytest.mark.parametrize("weights", FORMATS)
 def test_logits_are_the_recorded_ones(weights):
     assert logits_digest(weights) == RECORDED["logits"][weights], (
-        "The bits of the logits changed. That is a decision, not a repair: if an op's definition was changed on purpose, "
+        "The bits of the logits changed. That is a decision, not a repair: if an op's definition was changed on "
+        "purpose, "
         "raise NUMERICS in lockstep/engine/selfcheck.py, record both golden files again, and commit only that. "
-        "Otherwise a kernel or the order of its arithmetic is wrong: `lockstep parity --first-difference` names the op.")
+        "Otherwise a kernel or the order of its arithmetic is wrong: `lockstep parity --first-difference` names the op."
+    )

@@ -17,7 +17,8 @@ def hybrid(**changes):
     """qwen3_5: three gated delta layers to one gated attention layer, two value heads to a key head."""
     made = case("qwen3_5_text", head_dim=32, num_hidden_layers=4, layer_types=HYBRID, linear_num_key_heads=2,
                 linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=32, linear_conv_kernel_dim=4,
-                attn_output_gate=True, rope_parameters={"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5})
+                attn_output_gate=True, rope_parameters={"rope_type": "default", "rope_theta": 500.0,
+                                                        "partial_rotary_factor": 0.5})
     del made["rope_theta"]
     return {**made, **changes}
 

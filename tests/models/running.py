@@ -19,7 +19,8 @@ def load(folder, weights="f32", kv_dtype=None, max_context=256):
 def logits_of(model, ids, cuts=(), slots=None, num_threads=2, dirty=False, **runner):
     """Logits [tokens, V] of a prompt fed in pieces that end at `cuts`.
 
-    slots: the state slot of each piece (all the same in a sound run). dirty: another prompt used the same memory before.
+    slots: the state slot of each piece (all the same in a sound run). dirty: another prompt used the same memory
+    before.
     """
     bounds = [0, *cuts, len(ids)]
     num_pages = -(-len(ids) // PAGE_TOKENS)
@@ -51,4 +52,6 @@ def difference(found, expected):
 def check(found, expected, tolerance=TOLERANCE):
     """Asserts that logits agree within the tolerance and in every argmax."""
     worst, flips = difference(found, expected)
-    assert worst <= tolerance and flips == 0, f"max_abs_diff {worst:.3g} (allowed {tolerance:.3g}), {flips} argmax differ"
+    assert worst <= tolerance and flips == 0, (
+        f"max_abs_diff {worst:.3g} (allowed {tolerance:.3g}), {flips} argmax differ"
+    )

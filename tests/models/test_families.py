@@ -21,7 +21,9 @@ def golden():
 def case(request, golden, tmp_path):
     """(loaded model, prompt, expected logits) of one tiny model."""
     config = CASES[request.param]
-    assert json.loads(str(golden[f"{request.param}.config"])) == config, "cases.py changed: run tests.golden.record_models"
+    assert json.loads(str(golden[f"{request.param}.config"])) == config, (
+        "cases.py changed: run tests.golden.record_models"
+    )
     folder = tiny.write(tmp_path, config, tiny.tensors(config, SEED))
     return load(folder), tiny.prompt(config, NUM_TOKENS), golden[f"{request.param}.logits"]
 

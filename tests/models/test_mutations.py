@@ -59,9 +59,14 @@ OPS = {
     "eps forgotten": ("llama", params(["rms_norm"], eps=0.0)),
     "eps of head norms forgotten": ("qwen3", params(NORMED, eps=0.0)),
     "eps of the gated norm forgotten": ("qwen3_5", params(["gated_norm"], eps=0.0)),
-    "query and gate swapped": ("qwen3_5", lambda op: params(NORMED, q_offset=32)(params(["gated_attention"], gate_offset=0)(op))),
-    "gate and queries as two halves": ("qwen3_5", lambda op: params(NORMED, q_stride=32)(
-        params(["gated_attention"], gate_offset=4 * 32, gate_stride=32)(op))),
+    "query and gate swapped": (
+        "qwen3_5",
+        lambda op: params(NORMED, q_offset=32)(params(["gated_attention"], gate_offset=0)(op)),
+    ),
+    "gate and queries as two halves": (
+        "qwen3_5",
+        lambda op: params(NORMED, q_stride=32)(params(["gated_attention"], gate_offset=4 * 32, gate_stride=32)(op)),
+    ),
     "keys for values": ("llama", params(INPUTS, v_offset=lambda op: op.params["k_offset"])),
     "no rope on partial heads": ("qwen3_5", params(NORMED, rope_dim=0)),
     "rope on a layer without": ("smollm3", params(INPUTS, rope_dim=16)),
@@ -73,9 +78,14 @@ OPS = {
     "window on every layer": ("qwen2_window", params(ATTENTION, window=7)),
     "window forgotten": ("qwen2_window", params(ATTENTION, window=0)),
     "biases forgotten": ("qwen2", without_bias),
-    "decay from b, beta from a": ("qwen3_5", params(["delta_inputs"], a_offset=lambda op: op.params["b_offset"],
-                                                    b_offset=lambda op: op.params["a_offset"])),
-    "gate of the gated norm misplaced": ("qwen3_5", params(["gated_norm"], z_offset=lambda op: op.params["z_offset"] - 16)),
+    "decay from b, beta from a": (
+        "qwen3_5",
+        params(["delta_inputs"], a_offset=lambda op: op.params["b_offset"], b_offset=lambda op: op.params["a_offset"]),
+    ),
+    "gate of the gated norm misplaced": (
+        "qwen3_5",
+        params(["gated_norm"], z_offset=lambda op: op.params["z_offset"] - 16),
+    ),
     "experts not renormalised": ("qwen3_moe", params(["route"], renormalise=0)),
     "experts renormalised": ("qwen3_moe_not_renormalised", params(["route"], renormalise=1)),
 }
@@ -124,19 +134,35 @@ def interleaved(c, n):
 
 WEIGHTS = {
     "wrong head map": ("llama", {**rows("q_proj", tiled), "o_proj": lambda a, c: a[:, tiled(c, a.shape[1])]}),
-    "wrong head map of the delta rule": ("qwen3_5", {
-        **{k: v for n in ("in_proj_z", "in_proj_b", "in_proj_a", "A_log", "dt_bias") for k, v in rows(n, tiled_values).items()},
-        **{n: lambda a, c: np.concatenate([a[:64], a[64:][tiled_values(c, len(a) - 64)]]) for n in ("in_proj_qkv", "conv1d")},
-        "out_proj": lambda a, c: a[:, tiled_values(c, a.shape[1])]}),
+    "wrong head map of the delta rule": (
+        "qwen3_5",
+        {
+            **{
+                k: v
+                for n in ("in_proj_z", "in_proj_b", "in_proj_a", "A_log", "dt_bias")
+                for k, v in rows(n, tiled_values).items()
+            },
+            **{
+                n: lambda a, c: np.concatenate([a[:64], a[64:][tiled_values(c, len(a) - 64)]])
+                for n in ("in_proj_qkv", "conv1d")
+            },
+            "out_proj": lambda a, c: a[:, tiled_values(c, a.shape[1])],
+        },
+    ),
     "rope pairs side by side": ("llama", {**rows("q_proj", interleaved), **rows("k_proj", interleaved)}),
     "gate and up swapped": ("llama", {"gate_proj": "up_proj", "up_proj": "gate_proj"}),
-    "queries and keys of the delta rule swapped": ("qwen3_5", {**rows("in_proj_qkv", blocks(32, 32)), **rows("conv1d", blocks(32, 32))}),
+    "queries and keys of the delta rule swapped": (
+        "qwen3_5",
+        {**rows("in_proj_qkv", blocks(32, 32)), **rows("conv1d", blocks(32, 32))},
+    ),
     "taps backwards": ("qwen3_5", {"conv1d": lambda a, c: a[..., ::-1]}),
     "A in place of its logarithm": ("qwen3_5", {"A_log": lambda a, c: np.exp(a)}),
     "1 + w in the gated norm": ("qwen3_5", {"linear_attn.norm": lambda a, c: a + 1}),
     "head norms of queries and keys swapped": ("qwen3", {"q_norm": "k_norm", "k_norm": "q_norm"}),
-    "the two norms of a layer swapped": ("llama", {"input_layernorm": "post_attention_layernorm",
-                                                   "post_attention_layernorm": "input_layernorm"}),
+    "the two norms of a layer swapped": (
+        "llama",
+        {"input_layernorm": "post_attention_layernorm", "post_attention_layernorm": "input_layernorm"},
+    ),
     "gate and up of experts swapped": ("qwen3_moe", {"gate_proj": "up_proj", "up_proj": "gate_proj"}),
     "neighbouring experts swapped": ("qwen3_moe", {"experts.2": "experts.3", "experts.3": "experts.2"}),
 }
@@ -146,7 +172,10 @@ WEIGHTS = {
 def test_a_mistake_in_the_weights_is_seen(mistake, golden, tmp_path):
     name, changes = WEIGHTS[mistake]
     arrays = tiny.tensors(CASES[name], SEED)
-    changed = {n: a if (to := mapped(n, changes)) is None else to(a, arrays, n, tiny.text_part(CASES[name])) for n, a in arrays.items()}
+    changed = {
+        n: a if (to := mapped(n, changes)) is None else to(a, arrays, n, tiny.text_part(CASES[name]))
+        for n, a in arrays.items()
+    }
     assert any(changed[n] is not arrays[n] for n in arrays)
     is_red(run(tmp_path, name, changed), golden, name)
 

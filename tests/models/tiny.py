@@ -1,8 +1,8 @@
 """Tiny random checkpoints, the same on every machine: config and seed in, a Hugging Face folder out.
 
 Names and shapes are written down here from the checkpoints' own conventions, not taken from the code under test; the
-recorder and the live comparison load the same folder into transformers, which refuses a wrong one. Norm weights, biases,
-decays and taps are far from their defaults, which would hide mistakes.
+recorder and the live comparison load the same folder into transformers, which refuses a wrong one. Norm weights,
+biases, decays and taps are far from their defaults, which would hide mistakes.
 """
 import json
 import zlib
@@ -26,7 +26,8 @@ def prefix(config):
 def shapes(config):
     """Every tensor of a checkpoint: {name: shape}."""
     c = text_part(config)
-    width, made = c["hidden_size"], {"embed_tokens.weight": (c["vocab_size"], c["hidden_size"]), "norm.weight": (c["hidden_size"],)}
+    width = c["hidden_size"]
+    made = {"embed_tokens.weight": (c["vocab_size"], width), "norm.weight": (width,)}
     for i in range(c["num_hidden_layers"]):
         linear = c.get("layer_types", [""] * (i + 1))[i] == "linear_attention"
         mixer = {f"linear_attn.{k}": v for k, v in _delta(c).items()} if linear else {
@@ -68,7 +69,8 @@ def _mlp(c):
 
     if c["model_type"] != "qwen3_moe":
         return swiglu(c["intermediate_size"])
-    experts = {f"experts.{e}.{k}": v for e in range(c["num_experts"]) for k, v in swiglu(c["moe_intermediate_size"]).items()}
+    one = swiglu(c["moe_intermediate_size"])
+    experts = {f"experts.{e}.{k}": v for e in range(c["num_experts"]) for k, v in one.items()}
     return {"gate.weight": (c["num_experts"], c["hidden_size"]), **experts}
 
 
@@ -80,7 +82,8 @@ def interval(name, shape, config):
     fixed = {"A_log": (-1.5, 1.5), "dt_bias": (-2.0, 1.0), "bias": (-0.5, 0.5)}
     if name.split(".")[-1] in fixed:
         return fixed[name.split(".")[-1]]
-    gain = {"q_proj": 1.6, "k_proj": 1.6, "in_proj_a": 2.0, "in_proj_b": 2.0, "gate": 2.0, "lm_head": 2.0, "conv1d": 1.0}
+    gain = {"q_proj": 1.6, "k_proj": 1.6, "in_proj_a": 2.0, "in_proj_b": 2.0, "gate": 2.0, "lm_head": 2.0,
+            "conv1d": 1.0}
     bound = gain.get(leaf, 1.0) * (3.0 / (1 if leaf == "embed_tokens" else shape[-1])) ** 0.5
     return -bound, bound
 
@@ -98,7 +101,8 @@ def tensors(config, seed):
 def write(folder, config, arrays, dtype="F32"):
     """Writes a checkpoint folder; returns it."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({**config, "dtype": {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[dtype]}))
+    named = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[dtype]
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": named}))
     header, at, blobs = {}, 0, []
     for name, array in arrays.items():
         blobs.append(array.astype(DTYPES[dtype]).tobytes())

@@ -2,8 +2,8 @@
 import numpy as np
 
 from lockstep.runtime import step as words
-from lockstep.runtime.executor import Executor, WeightStore, aligned
-from lockstep.runtime.program import DTYPES, CacheArray, Op, Program, Tensor, Weight
+from lockstep.runtime.executor import Executor, WeightStore
+from lockstep.runtime.program import DTYPES, CacheArray, Program, Weight
 from lockstep.runtime.threads import Team
 
 NAN_BYTES = 0xFF  # float32 and bf16 of all ones are NaN: what a kernel leaves unwritten shows
@@ -26,7 +26,8 @@ def weight(array, name="weight"):
 
 
 def ragged_step(lengths=None, contexts=None, pages=None, **arrays):
-    """A step block (and what keeps its arrays alive) for requests with so many new tokens and so much context in all."""
+    """A step block (and what keeps its arrays alive) for requests with so many new tokens and so much context in
+    all."""
     lengths = np.asarray(lengths if lengths is not None else [1], np.int32)
     contexts = np.asarray(contexts if contexts is not None else lengths, np.int32)
     start = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
@@ -86,6 +87,10 @@ def same_bits(a, b):
     """Asserts equality byte for byte, naming the first difference."""
     assert a.shape == b.shape and a.dtype == b.dtype, (a.shape, b.shape, a.dtype, b.dtype)
     if a.tobytes() != b.tobytes():
-        bits = np.ascontiguousarray(a).view(np.uint8).reshape(*a.shape, -1) != np.ascontiguousarray(b).view(np.uint8).reshape(*b.shape, -1)
+        bits = np.ascontiguousarray(a).view(np.uint8).reshape(*a.shape, -1) != np.ascontiguousarray(b).view(
+            np.uint8
+        ).reshape(*b.shape, -1)
         where = tuple(int(i) for i in np.argwhere(bits.any(-1))[0])
-        raise AssertionError(f"first difference at {where}: {a[where]!r} and {b[where]!r}; {int(bits.any(-1).sum())} differ")
+        raise AssertionError(
+            f"first difference at {where}: {a[where]!r} and {b[where]!r}; {int(bits.any(-1).sum())} differ"
+        )

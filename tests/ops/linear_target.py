@@ -3,7 +3,8 @@
     python -m tests.ops.linear_target VARIANT FORMAT...
 
 VARIANT native: whatever NUMBA_CPU_NAME says. The others run anywhere, the code emitted for a target with its own
-instructions spelled out in others: "avx512" (AVX512-VNNI and BF16, 2 panels of 16 lanes), "generic" (no dot instruction).
+instructions spelled out in others: "avx512" (AVX512-VNNI and BF16, 2 panels of 16 lanes), "generic" (no dot
+instruction).
 """
 import hashlib
 import sys
@@ -17,7 +18,11 @@ ROWS, N = 9, 75
 
 def pretend(how, wide, bf16):
     """Makes every module ask for this target; called before they are imported."""
-    targets.int_dot, targets.wide_registers, targets.bf16_dot = lambda m=None: how, lambda m=None: wide, lambda m=None: bf16
+    targets.int_dot, targets.wide_registers, targets.bf16_dot = (
+        lambda m=None: how,
+        lambda m=None: wide,
+        lambda m=None: bf16,
+    )
 
 
 def spell_out():

@@ -1,4 +1,6 @@
-"""The experts' linear layers: fast kernels equal definitions bit for bit, and each row is the row of an ordinary linear layer."""
+"""The experts' linear layers: fast kernels equal definitions bit for bit, and each row is the row of an ordinary
+linear layer."""
+
 import numpy as np
 import pytest
 
@@ -40,7 +42,9 @@ def test_experts(format, T):
     rows, width = expert_rows(format, D)
     element = "f32" if rows == "f32" else "i8"
     prepared = both(f"expert_rows_{rows}", {"out": ("T", X * width, element)}, [x, order], T, K=D, top_k=X)
-    out = both(f"expert_linear_{format}", {"out": ("T", X * N, "f32")}, [prepared, start, weights], T, K=D, N=N, num_experts=E)
+    out = both(
+        f"expert_linear_{format}", {"out": ("T", X * N, "f32")}, [prepared, start, weights], T, K=D, N=N, num_experts=E
+    )
     gate_rows, gate_width = expert_rows(format, N // 2)
     both(f"expert_gated_{gate_rows}", {"out": ("T", X * gate_width, "f32" if gate_rows == "f32" else "i8")}, [out], T,
          K=N // 2, top_k=X) if N // 2 % 32 == 0 or gate_rows == "f32" else None
@@ -65,7 +69,9 @@ def test_a_row_is_that_of_an_ordinary_linear_layer():
     for part, name in zip(parts, "abcd"):
         part.name = name
     step, _held = ragged_step([9])
-    rows = run_op(experts_cpu.CPU["expert_rows_f32"], {"out": ("T", X * D, "f32")}, [x, order], step, K=D, top_k=X)["out"]
+    rows = run_op(experts_cpu.CPU["expert_rows_f32"], {"out": ("T", X * D, "f32")}, [x, order], step, K=D, top_k=X)[
+        "out"
+    ]
     found = run_op(experts_cpu.CPU["expert_linear_f32"], {"out": ("T", X * N, "f32")},
                    [rows, start, Weight("experts", "f32", (E * N, D), parts)], step, K=D, N=N, num_experts=E)["out"]
     for s, row in enumerate(found.reshape(-1, N)):

@@ -141,7 +141,7 @@ def test_delta_gates(H):
     x, a_log, dt_bias = floats(7, 2 * H + 9) * 5, floats(H) * 2, floats(H)
     want = gates(gated_delta.REFERENCE, x, a_log, dt_bias)
     same_bits(gates(gated_delta_cpu.CPU, x, a_log, dt_bias, 3), want)
-    a, b = x[:, 3:3 + H].astype(np.float64), x[:, 5 + H:5 + 2 * H].astype(np.float64)
+    b = x[:, 5 + H:5 + 2 * H].astype(np.float64)
     log_decay = -np.exp(a_log.astype(np.float64)) * np.logaddexp(0, x[:, 3:3 + H] + dt_bias)
     normal = log_decay > -80
     relative = np.abs(want[:, :H][normal] / np.exp(log_decay[normal]) - 1)
@@ -199,7 +199,7 @@ def test_a_layer_gives_the_numbers_of_transformers():
     golden = np.load(pathlib.Path(__file__).parents[1] / "golden" / "gated_delta.npz")
     G, H, K, V = (int(golden[n]) for n in ("num_k_heads", "num_v_heads", "k_size", "v_size"))
     C, x = 2 * G * K + H * V, golden["proj"]
-    state, step, keep = np.full((1, *state_shape(H, K, V)), np.nan, np.float32), *ragged_step([len(x)])
+    state, step, _keep = np.full((1, *state_shape(H, K, V)), np.nan, np.float32), *ragged_step([len(x)])
     made = run_op(conv1d_cpu.CPU["delta_inputs"], {"u": ("T", C, "f32"), "gates": ("T", 2 * H, "f32")},
                   [x, *(weight(golden[n], n) for n in ("conv", "a_log", "dt_bias")),
                    ("cache", np.full((1, 3, C), np.nan, np.float32))], step, x_width=x.shape[1], conv_offset=0,

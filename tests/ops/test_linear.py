@@ -93,12 +93,17 @@ def test_per_token_equals_together(format):
     K = 512 if format in ("q4_k", "q6_k") else 96
     part, x = [stored(format, 80, K)], RNG.standard_normal((9, K)).astype(np.float32)
     residual = RNG.standard_normal((9, 80)).astype(np.float32)
-    same_bits(run(linear_cpu.PER_TOKEN, format, x, part, residual, num_threads=2), run(linear_cpu.CPU, format, x, part, residual))
+    same_bits(
+        run(linear_cpu.PER_TOKEN, format, x, part, residual, num_threads=2),
+        run(linear_cpu.CPU, format, x, part, residual),
+    )
 
 
 @pytest.mark.parametrize("kind", ["quantize_q8", "round_bf16"])
 def test_prepared_rows_equal_definition(kind):
-    x = RNG.standard_normal((5, 96)).astype(np.float32) * np.float32(10.0) ** RNG.integers(-20, 20, (5, 96)).astype(np.float32)
+    x = RNG.standard_normal((5, 96)).astype(np.float32) * np.float32(10.0) ** RNG.integers(-20, 20, (5, 96)).astype(
+        np.float32
+    )
     x[1, :32], x[2, 32:64], x[3] = 0, 1e-35, 2.5
     format = "q8_0" if kind == "quantize_q8" else "bf16"
     same_bits(prepared(format, x), prepared(format, x, activations.REFERENCE))
@@ -111,12 +116,16 @@ def test_fused_norm_and_gate_equal_their_parts(kind):
     format = "q8_0" if kind == "quantize_q8" else "bf16"
     x, w = RNG.standard_normal((5, 128)).astype(np.float32), weight(RNG.standard_normal(128).astype(np.float32))
     width = lambda K: bf16_width(K) if format == "bf16" else q8_width(K)
-    normed = run_op(rms_norm_cpu.CPU["rms_norm"], {"o": ("T", 128, "f32")}, [x, w], width=128, eps=1e-6, offset=1.0)["o"]
+    normed = run_op(rms_norm_cpu.CPU["rms_norm"], {"o": ("T", 128, "f32")}, [x, w], width=128, eps=1e-6, offset=1.0)[
+        "o"
+    ]
     fused = run_op(activations_cpu.CPU[f"rms_norm+{kind}"], {"o": ("T", width(128), "i8")}, [x, w], num_threads=2,
                    K=128, eps=1e-6, offset=1.0)["o"]
     same_bits(fused, prepared(format, normed))
     gated = run_op(silu_mul.REFERENCE["silu_mul"], {"o": ("T", 64, "f32")}, [x], width=64)["o"]
-    fused = run_op(activations_cpu.CPU[f"silu_mul+{kind}"], {"o": ("T", width(64), "i8")}, [x], num_threads=2, K=64)["o"]
+    fused = run_op(activations_cpu.CPU[f"silu_mul+{kind}"], {"o": ("T", width(64), "i8")}, [x], num_threads=2, K=64)[
+        "o"
+    ]
     same_bits(fused, prepared(format, gated))
 
 
@@ -163,7 +172,10 @@ def test_targets_by_name():
     ask = lambda cpu, features="", triple="x86_64-unknown-linux-gnu": targets.int_dot((triple, cpu, features))
     assert [ask(c) for c in ("znver5", "alderlake", "haswell", "znver3")] == ["avx512_vnni", "avx_vnni", "avx2", "avx2"]
     assert ask("anything", "+avx2,+fma") == "avx2" and ask("anything", "+avx2,+avx512vnni") == "avx512_vnni"
-    assert ask("neoverse-n1", triple="aarch64-linux-gnu") == "sdot" and ask("generic", triple="aarch64-linux-gnu") == "generic"
+    assert (
+        ask("neoverse-n1", triple="aarch64-linux-gnu") == "sdot"
+        and ask("generic", triple="aarch64-linux-gnu") == "generic"
+    )
     assert ask("", triple="riscv64-linux-gnu") == "generic"
     with pytest.raises(RuntimeError, match="AVX2.*'nehalem'"):
         ask("nehalem")

@@ -1,10 +1,11 @@
-"""GGUF files that llama.cpp wrote, run by both engines. Opt-in: it needs models and an interpreter with llama-cpp-python.
+"""GGUF files that llama.cpp wrote, run by both engines. Opt-in: needs models and an interpreter with llama-cpp-python.
 
     PEERS_DIR=...          its folder `models` holds NAME-hf and NAME-FORM.gguf, all made from the same bf16 numbers
     LLAMA_CPP_PYTHON=...   an interpreter that can import llama_cpp
 
 Exact is the file's own numbers multiplied in float32, by Lockstep, whose float32 path is compared with transformers in
-test_transformers.py. Against it each engine has an error, from its activations of 8 or 16 bits; both errors are printed.
+test_transformers.py. Against it each engine has an error, from its activations of 8 or 16 bits; both errors are
+printed.
 """
 import functools
 import os
@@ -48,7 +49,8 @@ def rms(values):
 
 def agreement(found, exact):
     """Rms error over the exact logits' own rms, and in how many positions the argmax agrees."""
-    return f"rms error {rms(found - exact) / rms(exact):.2e}, argmax {(found.argmax(-1) == exact.argmax(-1)).mean():.0%}"
+    same = (found.argmax(-1) == exact.argmax(-1)).mean()
+    return f"rms error {rms(found - exact) / rms(exact):.2e}, argmax {same:.0%}"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -65,5 +67,6 @@ def test_as_near_to_exact_as_llama_cpp(name, form, tmp_path, capsys):
     original = ours(MODELS / f"{name}-BF16.gguf", "f32")
     with capsys.disabled():
         print(f"\n{path.name}: Lockstep {agreement(found, exact)}; llama.cpp {agreement(other, exact)}; "
-              f"the file against bf16 weights: Lockstep {agreement(found, original)}, llama.cpp {agreement(other, original)}")
+              f"the file against bf16 weights: Lockstep {agreement(found, original)}, "
+              f"llama.cpp {agreement(other, original)}")
     assert np.isfinite(found).all() and rms(found - exact) <= WORST_RATIO * rms(other - exact)

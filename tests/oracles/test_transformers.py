@@ -14,7 +14,9 @@ from tests.models import tiny
 from tests.models.cases import CASES
 from tests.models.running import check, difference, load, logits_of
 
-hugging_face = pytest.importorskip("tests.oracles.hugging_face", reason="torch and transformers are needed", exc_type=ImportError)
+hugging_face = pytest.importorskip(
+    "tests.oracles.hugging_face", reason="torch and transformers are needed", exc_type=ImportError
+)
 
 SEED = int(os.environ.get("LOCKSTEP_SEED") or secrets.randbelow(1 << 30))
 BUNDLED = pathlib.Path(lockstep.__file__).parent / "bundled"
@@ -39,12 +41,15 @@ def test_float32(name, tmp_path):
 
 @pytest.mark.parametrize("name", CASES)
 def test_bf16_checkpoint_as_stored(name, tmp_path):
-    """bf16 weights and cache: nearer to the exact result than transformers' own bf16 is (measured: 0.4 to 0.53 of its error).
+    """bf16 weights and cache: nearer to the exact result than transformers' own bf16 is (measured: 0.4 to 0.53 of its
+    error).
 
-    The median over the tokens of three models: where the router's two best experts nearly tie, either side may pick the other
-    one for a few tokens, and a mean would measure only who was unlucky.
+    The median over the tokens of three models: where the router's two best experts nearly tie, either side may pick
+    the other one for a few tokens, and a mean would measure only who was unlucky.
     """
-    errors = np.concatenate([_bf16_errors(name, tmp_path / str(seed), seed) for seed in (SEED, SEED + 1, SEED + 2)], axis=1)
+    errors = np.concatenate(
+        [_bf16_errors(name, tmp_path / str(seed), seed) for seed in (SEED, SEED + 1, SEED + 2)], axis=1
+    )
     ours, theirs = np.median(errors, axis=1)
     assert ours <= 0.8 * theirs, f"seed {SEED}: median rms error {ours:.3g}, transformers' own {theirs:.3g}"
 

@@ -67,7 +67,9 @@ def test_names_are_unique():
 def test_lowering_prepares_rows_once():
     program = mlp()
     x = program.ops[1].outputs[0]
-    program.emit("linear", [program.tensor("again", "T", 32)], [x, Weight("other", "q4_0", (32, 32), ())], width=32, column=0)
+    program.emit(
+        "linear", [program.tensor("again", "T", 32)], [x, Weight("other", "q4_0", (32, 32), ())], width=32, column=0
+    )
     kinds = [op.kind for op in lower(program).ops]
     assert kinds.count("quantize_q8") == 2 and kinds[-1] == "linear_q4_0"
     assert [op.kind for op in lower(mlp("f32")).ops if op.kind.startswith(("quantize", "round"))] == []

@@ -77,7 +77,7 @@ def test_the_bundled_model(tmp_path, monkeypatch):
 def test_what_is_no_name(name, tmp_path, monkeypatch, downloads):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
-    with pytest.raises(ValueError, match="no such folder or file, and not a hub name like org/model"):
+    with pytest.raises(ValueError, match="no such folder or file"):
         resolve_model(name)
     assert not downloads[0]
 

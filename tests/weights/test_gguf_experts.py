@@ -16,8 +16,18 @@ from tests.weights import convert
 from tests.weights.files import gguf_bytes, write
 
 NUM_EXPERTS, LAYERS, WIDTH = 16, 1, 256
-CONFIG = case("qwen3_moe", head_dim=32, num_attention_heads=8, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_experts=NUM_EXPERTS,
-              num_experts_per_tok=2, moe_intermediate_size=WIDTH, norm_topk_prob=True, rms_norm_eps=1e-6)
+CONFIG = case(
+    "qwen3_moe",
+    head_dim=32,
+    num_attention_heads=8,
+    hidden_size=WIDTH,
+    num_hidden_layers=LAYERS,
+    num_experts=NUM_EXPERTS,
+    num_experts_per_tok=2,
+    moe_intermediate_size=WIDTH,
+    norm_topk_prob=True,
+    rms_norm_eps=1e-6,
+)
 METADATA = convert.metadata(
     "qwen3moe", block_count=LAYERS, context_length=256, embedding_length=WIDTH, feed_forward_length=96,
     attention__head_count=8, attention__head_count_kv=2, attention__key_length=32, attention__value_length=32,
@@ -28,7 +38,8 @@ BLOCKS = {"q8_0": q8_0, "q4_0": q4_0, "q4_k": q4_k, "q6_k": q6_k}
 
 
 def encode(format, weights, rng):
-    """(bytes, the float32 weights that they mean) of a stack in a format; k-quants, for want of a quantizer, at random."""
+    """(bytes, the float32 weights that they mean) of a stack in a format; k-quants at random: nothing makes them
+    here."""
     if format in PLAIN:
         stored = weights.astype(PLAIN[format])
         return stored.tobytes(), stored.astype(np.float32)

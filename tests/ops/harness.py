@@ -5,23 +5,14 @@ from lockstep.runtime import step as words
 from lockstep.runtime.executor import Executor, WeightStore
 from lockstep.runtime.program import DTYPES, CacheArray, Program, Weight
 from lockstep.runtime.threads import Team
+from lockstep.weights.tensor import StoredTensor
 
 NAN_BYTES = 0xFF  # float32 and bf16 of all ones are NaN: what a kernel leaves unwritten shows
 
 
-class Constant:
-    """A float32 weight for an op under test, with the interface of a stored tensor."""
-
-    def __init__(self, array):
-        self.array, self.shape, self.format = np.asarray(array, np.float32), np.shape(array), "f32"
-
-    def to_f32(self, rows=slice(None)):
-        return self.array[rows]
-
-
 def weight(array, name="weight"):
     """A Weight made from an array (or an object with to_f32, shape and format)."""
-    part = array if hasattr(array, "to_f32") else Constant(array)
+    part = array if hasattr(array, "to_f32") else StoredTensor(name, "f32", np.shape(array), np.asarray(array, np.float32))
     return Weight(name, part.format, tuple(part.shape), (part,))
 
 

@@ -2,15 +2,15 @@
 import os
 from dataclasses import dataclass
 
-import numpy as np
-
 from lockstep.engine import selfcheck
 from lockstep.engine.request import Request
 from lockstep.engine.runner import Limits, Runner, Span
+from lockstep.engine.sampling import Refused, sampled_rows, take_prompt_rows, within_rows
 from lockstep.engine.scheduler import Scheduler
 from lockstep.ops.kv_cache import PAGE_TOKENS
 from lockstep.runtime.threads import Team
 
+PROMPT_ROWS = 64  # rows of a step that may report log-probabilities of prompts; their memory is touched when used
 CACHE_BYTES = 2 << 30  # KV pages are reserved up to this by default; memory is only touched when used
 
 
@@ -52,7 +52,8 @@ class Engine:
 
     def __init__(self, model, options=EngineOptions(), swaps=None, eos_ids=None):
         self.eos_ids = frozenset(model.config.eos_ids) if eos_ids is None else eos_ids
-        limits = Limits(options.max_step_tokens, options.max_requests, num_pages(model, options), options.max_requests)
+        num_sampled = max(options.max_requests, min(options.max_step_tokens, PROMPT_ROWS))
+        limits = Limits(options.max_step_tokens, options.max_requests, num_pages(model, options), num_sampled)
         self.model, self.team = model, Team(options.threads or num_cores())
         self.runner, self.scheduler = Runner(model, self.team, limits, swaps), Scheduler(limits)
         selfcheck.check(self.runner.program, self.runner.executor.backend)
@@ -72,6 +73,7 @@ class Engine:
             raise ValueError("prompt: expected at least one token, got none")
         if min(prompt_ids) < 0 or max(prompt_ids) >= vocab:
             raise ValueError(f"prompt: token ids must be 0 to {vocab - 1}, got {min(prompt_ids)} to {max(prompt_ids)}")
+        params.check_vocabulary(vocab)
         if len(prompt_ids) + params.max_tokens > limit:
             raise ValueError(f"prompt of {len(prompt_ids)} tokens plus max_tokens {params.max_tokens} is more than the "
                              f"context of {limit} tokens")
@@ -87,53 +89,58 @@ class Engine:
         return bool(self.scheduler.running or self.scheduler.waiting)
 
     def step(self):
-        """Runs one step; returns the requests that got a token."""
-        plan = self.scheduler.schedule()
-        spans = [self._span(request, count) for request, count in plan]
-        tokens, logprobs, logits = self.runner.step(spans)
-        sampled, row = [], 0
+        """Runs one step; returns the requests that got a token or failed."""
+        plan, spans, changed = [], [], []
+        for request, count in within_rows(self.scheduler.schedule(), self.runner.limits.max_sampled):
+            try:
+                spans.append(self._span(request, count))
+                plan.append((request, count))
+            except Refused as error:
+                changed.append(self.fail(request, error))
+        if not spans:
+            return changed
+        tokens, logprobs, _ = self.runner.step(spans)
+        row = 0
         for (request, count), span in zip(plan, spans):
             request.num_computed += count
-            if span.sampled:
-                self._take_token(request, int(tokens[row]), float(logprobs[row]), logits[row])
-                sampled.append(request)
+            row = take_prompt_rows(request, span, row, self.runner, logprobs)
+            if request.num_left == 0:
+                self._take_token(request, int(tokens[row]), float(logprobs[row]), row)
+                changed.append(request)
                 row += 1
-        return sampled
+        return changed
 
     def _span(self, request, count):
         start, end = request.num_computed, request.num_computed + count
-        sampled = {}
-        if end == request.num_tokens:
-            p = request.params
-            # fields by name: the record has reserved ones
-            sampled[count - 1] = dict(temperature=p.temperature, top_p=p.top_p, min_p=p.min_p, top_k=p.top_k, seed=p.seed,
-                                      position=end)
+        sampled = sampled_rows(request, start, end, self.eos_ids, self.model.config.vocab_size)
         return Span(request.token_ids(start, end), start, request.pages, request.slot, sampled)
 
-    def _take_token(self, request, token, logprob, logits):
+    def _take_token(self, request, token, logprob, row):
+        p = request.params
+        if request.adjustment and self.runner.is_forbidden(row, token):
+            self.fail(request, "no token is allowed by logits_mask, logit_bias and min_tokens together")
+            return
         request.output_ids.append(token)
         request.logprobs.append(logprob)
-        if request.params.logprobs:
-            request.top_logprobs.append(top_logprobs(logits, request.params.logprobs))
-        ends = token in self.eos_ids and not request.params.ignore_eos
-        if ends or token in request.params.stop_token_ids:
+        if p.logprobs:
+            request.top_logprobs.append(self.runner.alternatives(row, p.logprobs))
+        if token in p.stop_token_ids or token in self.eos_ids and not p.ignore_eos:
+            request.stop_reason = token
             self.finish(request, "stop")
-        elif len(request.output_ids) >= request.params.max_tokens:
+        elif len(request.output_ids) >= p.max_tokens:
             self.finish(request, "length")
 
+    def fail(self, request, error):
+        """Ends a running request that cannot go on; its batch mates do not notice. Returns the request."""
+        request.error = str(error)
+        self.finish(request, "error")
+        return request
+
     def finish(self, request, reason):
-        """Ends a running request for a reason ("stop" or "length")."""
+        """Ends a running request for a reason ("stop", "length" or "error")."""
         request.finish_reason = reason
         self.scheduler.remove(request)
 
     def close(self):
         """Ends the threads."""
         self.team.close()
-
-
-def top_logprobs(logits, count):
-    """The `count` most probable tokens and their log-probabilities, for display: {token id: logprob}, best first."""
-    order = np.lexsort((np.arange(len(logits)), -logits))[:count]
-    wide = logits.astype(np.float64)
-    normal = wide.max() + np.log(np.exp(wide - wide.max()).sum())
-    return {int(i): float(wide[i] - normal) for i in order}

@@ -81,8 +81,9 @@ def sampled_rows(request, start, end, eos_ids, vocab_size):
     p, prompt = request.params, request.prompt_ids
     rows = {}
     if p.prompt_logprobs is not None:
-        assert start <= max(len(request.prompt_logprobs), len(prompt) - 1), (start, len(request.prompt_logprobs))
-        for at in range(max(start, len(request.prompt_logprobs)), min(end, len(prompt) - 1)):
+        reported = len(request.prompt_logprobs)
+        assert start <= reported or reported == len(prompt) - 1, (start, reported)  # else a row was never computed
+        for at in range(max(start, reported), min(end, len(prompt) - 1)):
             rows[at - start] = dict(given=1 + prompt[at + 1], num_logprobs=p.prompt_logprobs)
     if end == request.num_tokens:
         if request.adjustment is None and adjusts(p):

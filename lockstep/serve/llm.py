@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.model import load_model
 from lockstep.engine.request import SamplingParams
+from lockstep.engine.stop_strings import StopStrings
 from lockstep.serve.hub import resolve_model
 from lockstep.serve.tokenizer import Detokenizer, Tokenizer, load_tokenizer, tokenizer_from_gguf
 from lockstep.weights.checkpoint import open_checkpoint
@@ -13,7 +14,11 @@ from lockstep.weights.store import PackedStore
 
 @dataclass
 class Completion:
-    """One answer: text, token ids, their log-probabilities (and alternatives, if asked for), and why it ended."""
+    """One answer: text, token ids, their log-probabilities (and alternatives, if asked for), and why it ended.
+
+    finish_reason is "stop", "length" or "error"; stop_reason is the token id or string that stopped it, error what went
+    wrong. prompt_logprobs begin with those of the prompt's second token. Alternatives are {token id: logprob}, best first.
+    """
 
     text: str
     token_ids: list[int]
@@ -21,32 +26,54 @@ class Completion:
     finish_reason: str
     prompt_token_ids: list[int]
     top_logprobs: list[dict[int, float]] = field(default_factory=list)
+    prompt_logprobs: list[float] = field(default_factory=list)
+    prompt_top_logprobs: list[dict[int, float]] = field(default_factory=list)
+    stop_reason: int | str | None = None
+    error: str | None = None
 
 
-@dataclass
 class Stream:
-    """The text of a request so far; `new_text` is what the last step added."""
+    """The text of a request so far; `new_text` is what the last step added.
 
-    request: object
-    detokenizer: Detokenizer | None
-    text: str = ""
-    new_text: str = ""
+    Text that may turn out to begin a stop string is held back, so that nothing shown is ever taken back.
+    """
+
+    def __init__(self, request, detokenizer):
+        p = request.params
+        self.request, self.detokenizer, self.text, self.new_text = request, detokenizer, "", ""
+        self._stops, self._num_taken = StopStrings(p.stop, p.include_stop_str_in_output), 0
 
     def advance(self, engine):
-        """Takes the request's newest token in; ends the request at a stop string."""
+        """Takes the request's new tokens in; ends the request at a stop string."""
+        self.new_text = ""
         if self.detokenizer is None:
             return
-        self.new_text = self.detokenizer.push(self.request.output_ids[-1])
-        if self.request.finish_reason:
-            self.new_text += self.detokenizer.finish()
+        request = self.request
+        for token in request.output_ids[self._num_taken:]:
+            self._num_taken += 1
+            if self._stops.found is None and not self._is_silent(token):
+                self.new_text += self._push(self.detokenizer.push(token))
+        if request.finish_reason and self._stops.found is None:
+            self.new_text += self._push(self.detokenizer.finish())
+        if self._stops.found is None and request.finish_reason:
+            self.new_text += self._stops.finish()
         self.text += self.new_text
-        cut = min((at for at in (self.text.find(s) for s in self.request.params.stop) if at >= 0), default=None)
-        if cut is not None:
-            self.new_text = self.new_text[:max(0, len(self.new_text) - (len(self.text) - cut))]
-            self.text = self.text[:cut]
-            if self.request.finish_reason is None:
-                engine.finish(self.request, "stop")
-            self.request.finish_reason = "stop"
+        if self._stops.found is not None:
+            self._end(engine)
+
+    def _push(self, piece):
+        return self._stops.push(piece, self._num_taken > self.request.params.min_tokens)
+
+    def _is_silent(self, token):
+        """Whether a token is the one that ended the answer, whose text is not part of it."""
+        last = self._num_taken == len(self.request.output_ids) and self.request.finish_reason == "stop"
+        return last and not self.request.params.include_stop_str_in_output
+
+    def _end(self, engine):
+        self.request.stop_reason = self._stops.found
+        if self.request.finish_reason is None:
+            engine.finish(self.request, "stop")
+        self.request.finish_reason = "stop"
 
 
 class LLM:
@@ -96,7 +123,9 @@ class LLM:
         return self.tokenizer.encode_chat(messages, **options)
 
     def start(self, prompt, params=SamplingParams()):
-        """Queues one prompt; returns its Stream."""
+        """Queues one prompt; returns its Stream. ValueError for stop strings where there is no tokenizer to read them."""
+        if params.stop and not self.has_tokenizer:
+            raise ValueError("stop: this model has no tokenizer, so its answers are no text; use stop_token_ids")
         request = self.engine.add(self.encode(prompt), params)
         return Stream(request, Detokenizer(self.tokenizer) if self.has_tokenizer else None)
 
@@ -147,4 +176,5 @@ class LLM:
 def _completion(stream):
     request = stream.request
     return Completion(stream.text, request.output_ids, request.logprobs, request.finish_reason, request.prompt_ids,
-                      request.top_logprobs)
+                      request.top_logprobs, request.prompt_logprobs, request.prompt_top_logprobs, request.stop_reason,
+                      request.error)

@@ -8,19 +8,20 @@ import numpy as np
 from numba import float32, int32, int64
 
 from lockstep.ops.math import exp, log
-from lockstep.ops.philox import noise_lanes, philox_lanes
+from lockstep.ops.philox import HALF_STEP, TO_UNIT, noise_lanes, philox_lanes
 from lockstep.ops.sample import (ADJUSTMENT, BLOCK, CHUNK, GIVEN, LOWEST, MAX_LOGPROBS, NUM_LOGPROBS, POSITION,
                                  RECORD_BYTES, SEED, TEMPERATURE, TOP_K, TOP_P, ZERO, scratch_width)
-from lockstep.ops.sample_cut_cpu import (BEST, BLOCKS, CUT, CUT_BYTES, INFINITY, ONE, SUM, TOKEN, TOTAL, WORDS,
+from lockstep.ops.sample_cut_cpu import (BAR, BEST, BLOCKS, CUT, CUT_BYTES, INFINITY, ONE, SUM, TOKEN, TOTAL, WORDS,
                                          block_bound, draws, entries, find_cut, row_maximum, weights_of)
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import inlined, kernel
 from lockstep.runtime.machine import fetch_add, load_acquire, pause, stack_memory, yield_core
-from lockstep.runtime.simd import (bit_and, fma, lane_numbers, lanes, load, load_i32, max_lanes, maximum, peek, poke,
-                                   shift_right, store, sum_lanes, to_f32, where_below)
+from lockstep.runtime.simd import (absolute, bit_and, fma, lane_numbers, lanes, load, load_i32, max_lanes, maximum,
+                                   minimum, peek, poke, shift_right, store, sum_lanes, to_f32, where_below)
 from lockstep.runtime.step import COUNTER, SAMPLING, num_rows, step_word, word
 
 GROUP, GROUP_BYTES = 64, 256  # tokens that share sixteen Philox counters, and the bytes of their scores
+SLACK, RELATIVE_SLACK = np.float32(1e-3), np.float32(2.0**-21)
 TOP_BYTES = MAX_LOGPROBS * WORDS
 scratch_words = inlined(scratch_width)
 
@@ -129,16 +130,19 @@ def weigh_chunk(logits, V, record, scratch, c, C):
 
 @inlined
 def score_chunk(logits, V, record, scratch, c, C):
-    """The best score of a chunk, and its first token."""
+    """The best score of a chunk, and its first token; LOWEST where another chunk has a better one."""
     scores, best, token, cut = stack_memory(GROUP_BYTES), LOWEST, int64(0), scratch + CUT * C
     temperature, end = peek(record + TEMPERATURE, float32), min(CHUNK * c + CHUNK, V)
     for g in range(CHUNK * c, end if draws(record) else 0, GROUP):
-        top = peek(scratch + WORDS * (g // BLOCK), float32)
-        offset = top / temperature - peek(cut + 12, float32)
-        if top >= peek(cut, float32) and offset >= peek(cut + 16, float32):
+        top, bar = peek(scratch + WORDS * (g // BLOCK), float32), peek(cut + BAR, float32)
+        scaled = top / temperature
+        is_kept = top >= peek(cut, float32) and scaled - peek(cut + 12, float32) >= peek(cut + 16, float32)
+        if is_kept and highest_unit(scaled, bar) >= HALF_STEP:
             highest = score_group(logits, V, record, cut, g, scores)
             if highest > best:
                 best, token = highest, first_equal(scores, g, g, end, highest)
+                # other threads may lose this, which costs them time and nothing else
+                poke(cut + BAR, maximum(bar, best))
     poke(scratch + BEST * C + WORDS * c, best)
     poke(scratch + TOKEN * C + WORDS * c, np.int32(token))
 
@@ -147,10 +151,14 @@ def score_chunk(logits, V, record, scratch, c, C):
 def score_group(logits, V, record, cut, g, scores):
     """Writes the scores of 64 tokens, minus infinity for those that are not kept; returns the highest.
 
-    cut: the lowest logit kept, the index up to which it is, the next logit above it, the largest logit / temperature,
-    and how far below that a kept one may lie.
+    Or returns minus infinity at once, if none can be as high as a score that is known. cut: see `find_cut`.
     """
     words = philox_lanes(g, peek(record + POSITION, int64), peek(record + SEED, int64))
+    top = maximum(maximum(entries(logits, g, V), entries(logits, g + 16, V)),
+                  maximum(entries(logits, g + 32, V), entries(logits, g + 48, V)))
+    lowest = minimum(minimum(unit(words[0]), unit(words[1])), minimum(unit(words[2]), unit(words[3])))
+    if -max_lanes(-lowest) > highest_unit(max_lanes(top) / peek(record + TEMPERATURE, float32), peek(cut + BAR, float32)):
+        return -INFINITY
     store(scores, words[0])
     store(scores + 64, words[1])
     store(scores + 128, words[2])
@@ -199,6 +207,22 @@ def chosen(logits, V, record, scratch, C):
             best = peek(scratch + BEST * C + WORDS * c, float32)
             token = int64(peek(scratch + TOKEN * C + WORDS * c, int32))
     return token
+
+
+@inlined
+def unit(words):
+    """The u of `gumbel`, without its last rounding."""
+    return to_f32(shift_right(words, 1)) * TO_UNIT
+
+
+@inlined
+def highest_unit(scaled, bar):
+    """No token of at most this scaled logit, and with a larger u than this, has a score of bar: noise is at most -log(u).
+
+    The slack is more than the roundings of noise and score.
+    """
+    slack = fma(absolute(bar), RELATIVE_SLACK, SLACK)
+    return exp(minimum(scaled - bar + slack, ZERO))
 
 
 @inlined

@@ -22,7 +22,7 @@ WORDS, BLOCKS = 4, CHUNK // BLOCK  # bytes of a word, blocks of a chunk
 # a row of scratch, by words per chunk: 16 maxima, sum of exp, best score, its token, total weight (two words); the cut;
 # maxima and sum of exp of the logits before adjustment, where there was one
 SUM, BEST, TOKEN, TOTAL, CUT = ((BLOCKS + n) * WORDS for n in (0, 1, 2, 3, 5))
-CUT_BYTES = 16 * WORDS
+CUT_BYTES, BAR = 16 * WORDS, 5 * WORDS
 
 
 @inlined
@@ -53,7 +53,11 @@ def weights_of(logits, temperature, largest):
 
 @inlined
 def find_cut(logits, V, record, scratch, C):
-    """Writes where the kept tokens of a row end; see `score_group`."""
+    """Writes where the kept tokens of a row end.
+
+    The lowest logit kept, the index up to which it is, the next logit above it, the largest logit / temperature, how far
+    below that a kept one may lie; and BAR, the best score known, at first none.
+    """
     temperature, top_p = peek(record + TEMPERATURE, float32), peek(record + TOP_P, float32)
     limit = peek(record + TOP_K, int32)
     top, limited, cut = row_maximum(scratch, C), 0 < limit < V, scratch + CUT * C
@@ -80,6 +84,7 @@ def find_cut(logits, V, record, scratch, C):
     poke(cut + 8, from_key((last >> INDEX_BITS) + 1))
     poke(cut + 12, largest)
     poke(cut + 16, lowest_offset(peek(record + MIN_P, float32)))
+    poke(cut + BAR, LOWEST)
 
 
 @inlined

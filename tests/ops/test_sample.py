@@ -192,3 +192,13 @@ def test_an_adjusted_row_chooses_by_adjusted_logits_and_reports_by_its_own(vocab
     x = logits.astype(np.float64)
     exact = (x - np.log(np.exp(x).sum(1, keepdims=True)))[np.arange(len(settings)), out["token"][:, 0]]
     assert np.abs(out["logprob"][:, 0] - exact).max() < 3e-6
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 0.02, 0.5, 1, 20, 1e4])
+def test_groups_that_cannot_win_are_left_out_and_nothing_else(temperature):
+    """Rows on which a draw is won by a narrow margin, at any size of logit: long, flat, and with many equal logits."""
+    rows = [logits_of(1, 20011, scale)[0] for scale in (1e-4, 1.0, 8.0)]
+    rows += [RNG.choice(np.array(levels, np.float32), 20011) for levels in ([0.0, 1.0], [-50.0, -50.5], [3e4, 3e4 - 8])]
+    logits = np.array(rows * 3)
+    settings = [dict(temperature=temperature, position=i, min_p=(0, 0.01)[i % 2]) for i in range(len(logits))]
+    same_outputs(logits, settings)

@@ -28,7 +28,7 @@ def command(
     min_tokens: Annotated[int, typer.Option(metavar="N", help="Do not end in the first N tokens.")] = 0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens of prompt and answer become less "
                                                       "probable.")] = 1.0,
-    presence_penalty: Annotated[float, typer.Option(help="Subtract this from the logits of the answer's tokens.")] = 0.0,
+    presence_penalty: Annotated[float, typer.Option(help="Subtract this from logits of tokens in the answer.")] = 0.0,
     frequency_penalty: Annotated[float, typer.Option(help="The same, for each time that a token is there.")] = 0.0,
     logit_bias: Annotated[list[str] | None, typer.Option(
         metavar="ID:BIAS", help="Add BIAS, from -100 to 100, to a token's logit. Repeatable.")] = None,

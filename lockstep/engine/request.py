@@ -12,24 +12,24 @@ class SamplingParams:
     """How tokens are chosen and when to stop. ValueError if a value is not allowed.
 
     Choice. temperature: 0 is greedy (the lowest id wins a tie), otherwise at least 0.001. top_k, top_p, min_p: keep the
-    k likeliest tokens, the likeliest ones that reach this sum, those at least this likely relative to the best; 0, 1 and
-    0 keep every token. seed: the noise is a function of seed, position and token id only.
+    k likeliest tokens, the likeliest that reach this sum, those at least this likely relative to the best; 0, 1 and 0
+    keep every token. seed: the noise is a function of seed, position and token id only.
 
-    Logits, changed before the choice in this order. repetition_penalty: divides the positive and multiplies the negative
-    logits of tokens in the prompt or the output; 1 changes nothing. frequency_penalty: subtracted for each time that the
-    output has a token. presence_penalty: subtracted once if it has it. logit_bias: {token id: -100 to 100} to add.
-    logits_mask: a function, called once for each token with the list of output ids so far (not to be changed), that
-    returns None or uint32[ceil(vocabulary / 32)], whose bit i % 32 of word i // 32 allows token i. If nothing is allowed,
-    or the function raises, the request ends with finish_reason "error".
+    Logits, changed before the choice in this order. repetition_penalty: divides the positive and multiplies the
+    negative logits of tokens in the prompt or the output; 1 changes nothing. frequency_penalty: subtracted for each
+    time that the output has a token. presence_penalty: subtracted once if it has it. logit_bias: {token id: -100 to
+    100} to add. logits_mask: a function, called once for each token with the list of output ids so far (not to be
+    changed), that returns None or uint32[ceil(vocabulary / 32)], whose bit i % 32 of word i // 32 allows token i. If
+    nothing is allowed, or the function raises, the request ends with finish_reason "error".
 
     End. max_tokens: of the output. stop: strings; the answer ends before the first of them to be complete, or after it
     with include_stop_str_in_output, which also keeps the text of a stop token. stop_token_ids: end an answer as the
-    model's own end tokens do; ignore_eos goes on after those. min_tokens: end tokens are not chosen, and stop strings not
-    looked at, in the first so many tokens.
+    model's own end tokens do; ignore_eos goes on after those. min_tokens: end tokens are not chosen, and stop strings
+    not looked at, in the first so many tokens.
 
     Report. logprobs, prompt_logprobs: how many alternatives (up to 20) to report for each token of the output, and of
-    the prompt but its first; None: none, and for the prompt no log-probabilities at all. They are the model's own, of the
-    logits before any of the changes above.
+    the prompt but its first; None: none, and for the prompt no log-probabilities at all. They are the model's own, of
+    the logits before any of the changes above.
     """
 
     max_tokens: int = 128
@@ -62,7 +62,7 @@ class SamplingParams:
 
     def _check_numbers(self):
         if 0 < self.temperature < MIN_TEMPERATURE:
-            raise ValueError(f"temperature: expected 0 (greedy) or at least {MIN_TEMPERATURE}, got {self.temperature!r}")
+            raise ValueError(f"temperature: expected 0 (greedy) or at least {MIN_TEMPERATURE}, got {self.temperature}")
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             if value is not None and not (_is_number(value, int) and 0 <= value <= MAX_LOGPROBS):

@@ -34,10 +34,11 @@ class Adjustment:
         self._bits = np.zeros(-(-vocab_size // 32), np.uint32)
         self._record = np.zeros(1, ADJUSTMENT_RECORD)
         memory = [a.ctypes.data for a in (self._seen, self._bias_ids, self._bias, self._banned)]
-        self._record[0] = (*memory, len(self._bias), params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
+        penalties = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
+        self._record[0] = (*memory, len(self._bias), *penalties)
 
     def fields(self, output_ids):
-        """Fields of the SAMPLING_RECORD of the token after these; none if it is free of wishes. Refused by a bad mask."""
+        """Fields of the SAMPLING_RECORD of the token after these; none if nothing is asked. Refused for a bad mask."""
         self._log(output_ids)
         num_seen = len(self._prompt) + self._num_logged
         num_banned = len(self._banned) if len(output_ids) < self._params.min_tokens else 0
@@ -65,7 +66,8 @@ class Adjustment:
             return 0
         bits = np.asarray(mask)
         if bits.dtype not in (np.uint32, np.int32) or bits.shape != self._bits.shape:
-            raise Refused(f"logits_mask: expected None or uint32 [{len(self._bits)}], got {bits.dtype} {list(bits.shape)}")
+            found = f"{bits.dtype} {list(bits.shape)}"
+            raise Refused(f"logits_mask: expected None or uint32 [{len(self._bits)}], got {found}")
         self._bits[:] = bits.view(np.uint32)
         return self._bits.ctypes.data
 
@@ -77,7 +79,7 @@ def adjusts(params):
 
 
 def sampled_rows(request, start, end, eos_ids, vocab_size):
-    """{row: fields of a SAMPLING_RECORD} for tokens start .. end of a request, rows counted from start. May be Refused."""
+    """{row: fields of a SAMPLING_RECORD} for tokens start .. end of a request, rows counted from start; or Refused."""
     p, prompt = request.params, request.prompt_ids
     rows = {}
     if p.prompt_logprobs is not None:
@@ -89,18 +91,18 @@ def sampled_rows(request, start, end, eos_ids, vocab_size):
         if request.adjustment is None and adjusts(p):
             request.adjustment = Adjustment(prompt, p, eos_ids, vocab_size)
         wishes = request.adjustment.fields(request.output_ids) if request.adjustment else {}
-        rows[end - 1 - start] = dict(temperature=p.temperature, top_p=p.top_p, min_p=p.min_p, top_k=p.top_k, seed=p.seed,
-                                     position=end, num_logprobs=p.logprobs or 0, **wishes)
+        rows[end - 1 - start] = dict(temperature=p.temperature, top_p=p.top_p, min_p=p.min_p, top_k=p.top_k,
+                                     seed=p.seed, position=end, num_logprobs=p.logprobs or 0, **wishes)
     return rows
 
 
 def take_prompt_rows(request, span, row, runner, logprobs):
     """Takes in what the rows of a span from `row` on say about the prompt; returns the row after them."""
-    count = len(span.sampled) - (request.num_left == 0)
-    request.prompt_logprobs += logprobs[row:row + count].tolist()
-    if request.params.prompt_logprobs:
-        request.prompt_top_logprobs += [runner.alternatives(r, request.params.prompt_logprobs) for r in range(row, row + count)]
-    return row + count
+    end, num_top = row + len(span.sampled) - (request.num_left == 0), request.params.prompt_logprobs
+    request.prompt_logprobs += logprobs[row:end].tolist()
+    if num_top:
+        request.prompt_top_logprobs += [runner.alternatives(r, num_top) for r in range(row, end)]
+    return end
 
 
 def within_rows(plan, max_sampled):

@@ -25,7 +25,8 @@ PENALTIES = dict(repetition_penalty=1.2, presence_penalty=0.4, frequency_penalty
 WISHES = (dict(), dict(temperature=0.7, logprobs=MAX_LOGPROBS), dict(**PENALTIES, logprobs=3), dict(min_tokens=5),
           dict(logits_mask=lambda _: ALLOWED), dict(temperature=1.3, top_p=0.9, **PENALTIES, min_tokens=5,
                                                     logits_mask=lambda _: ALLOWED),
-          dict(temperature=0.9, min_p=0.05, logit_bias={5: 100.0}), dict(presence_penalty=1.5, temperature=0.5, top_k=9))
+          dict(temperature=0.9, min_p=0.05, logit_bias={5: 100.0}),
+          dict(presence_penalty=1.5, temperature=0.5, top_k=9))
 
 
 def digests(table):
@@ -38,8 +39,8 @@ def digests(table):
         sampled = {r: record(r, w, a) for r, (w, a) in enumerate(zip(wishes, held))}
         sampled[0]["given"] = 1 + 4099
         runner.step([Span(list(range(ROWS)), 0, [0], 0, sampled)])
-        return [(op, t.name, digest(runner.executor.view(t, ROWS), t)) for op in runner.program.ops[2:] for t in op.outputs
-                if not t.name.endswith("scratch")]
+        written = [(op, t) for op in runner.program.ops[2:] for t in op.outputs if not t.name.endswith("scratch")]
+        return [(op, t.name, digest(runner.executor.view(t, ROWS), t)) for op, t in written]
     finally:
         team.close()
 
@@ -57,9 +58,8 @@ def probe_model(table):
                            store=WeightStore(), max_context=ROWS, config=SimpleNamespace(vocab_size=VOCABULARY))
 
 
-def record(row, wishes, adjustment):
-    """Fields of a row's SAMPLING_RECORD."""
-    p = wishes
+def record(row, p, adjustment):
+    """Fields of a row's SAMPLING_RECORD, for its SamplingParams."""
     return dict(temperature=p.temperature, top_p=p.top_p, min_p=p.min_p, top_k=p.top_k, seed=row, position=row + 1,
                 num_logprobs=p.logprobs or 0, **adjustment.fields(SEEN[:3]))
 

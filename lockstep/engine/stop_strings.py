@@ -4,8 +4,9 @@
 class StopStrings:
     """Lets text through up to the first stop string.
 
-    The match that is complete first wins, and of those complete at the same character the longest: so the answer does not
-    depend on where pieces end. found: the string that ended the text, None before that. include: it belongs to the text.
+    The match that is complete first wins, and of those complete at the same character the longest: so the answer does
+    not depend on where pieces end. found: the string that ended the text, None before that. include: whether it belongs
+    to the text.
     """
 
     def __init__(self, strings, include=False):

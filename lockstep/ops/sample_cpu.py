@@ -157,7 +157,8 @@ def score_group(logits, V, record, cut, g, scores):
     top = maximum(maximum(entries(logits, g, V), entries(logits, g + 16, V)),
                   maximum(entries(logits, g + 32, V), entries(logits, g + 48, V)))
     lowest = minimum(minimum(unit(words[0]), unit(words[1])), minimum(unit(words[2]), unit(words[3])))
-    if -max_lanes(-lowest) > highest_unit(max_lanes(top) / peek(record + TEMPERATURE, float32), peek(cut + BAR, float32)):
+    scaled = max_lanes(top) / peek(record + TEMPERATURE, float32)
+    if -max_lanes(-lowest) > highest_unit(scaled, peek(cut + BAR, float32)):
         return -INFINITY
     store(scores, words[0])
     store(scores + 64, words[1])
@@ -217,9 +218,9 @@ def unit(words):
 
 @inlined
 def highest_unit(scaled, bar):
-    """No token of at most this scaled logit, and with a larger u than this, has a score of bar: noise is at most -log(u).
+    """No token of at most this scaled logit, and with a larger u than this, has a score of bar.
 
-    The slack is more than the roundings of noise and score.
+    For noise is at most -log(u). The slack is more than the roundings of noise and score.
     """
     slack = fma(absolute(bar), RELATIVE_SLACK, SLACK)
     return exp(minimum(scaled - bar + slack, ZERO))

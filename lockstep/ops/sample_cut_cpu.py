@@ -55,8 +55,8 @@ def weights_of(logits, temperature, largest):
 def find_cut(logits, V, record, scratch, C):
     """Writes where the kept tokens of a row end.
 
-    The lowest logit kept, the index up to which it is, the next logit above it, the largest logit / temperature, how far
-    below that a kept one may lie; and BAR, the best score known, at first none.
+    The lowest logit kept, the index up to which it is, the next logit above it, the largest logit / temperature, how
+    far below that a kept one may lie; and BAR, the best score known, at first none.
     """
     temperature, top_p = peek(record + TEMPERATURE, float32), peek(record + TOP_P, float32)
     limit = peek(record + TOP_K, int32)

@@ -17,7 +17,7 @@ class Completion:
     """One answer: text, token ids, their log-probabilities (and alternatives, if asked for), and why it ended.
 
     finish_reason is "stop", "length" or "error"; stop_reason is the token id or string that stopped it, error what went
-    wrong. prompt_logprobs begin with those of the prompt's second token. Alternatives are {token id: logprob}, best first.
+    wrong. prompt_logprobs begin with the prompt's second token. Alternatives are {token id: logprob}, best first.
     """
 
     text: str
@@ -123,7 +123,7 @@ class LLM:
         return self.tokenizer.encode_chat(messages, **options)
 
     def start(self, prompt, params=SamplingParams()):
-        """Queues one prompt; returns its Stream. ValueError for stop strings where there is no tokenizer to read them."""
+        """Queues one prompt; returns its Stream. ValueError for stop strings where no tokenizer can read them."""
         if params.stop and not self.has_tokenizer:
             raise ValueError("stop: this model has no tokenizer, so its answers are no text; use stop_token_ids")
         request = self.engine.add(self.encode(prompt), params)

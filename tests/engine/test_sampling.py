@@ -33,7 +33,8 @@ PARAMS = [
     SamplingParams(max_tokens=25, **PENALTIES, ignore_eos=True, logprobs=20, prompt_logprobs=0),
     SamplingParams(max_tokens=30, temperature=0.9, seed=3, **PENALTIES, min_tokens=20, logprobs=1, prompt_logprobs=5),
     SamplingParams(max_tokens=20, logits_mask=odd_after_even, temperature=1.2, seed=4, logit_bias={9: 3.0, 95: -100}),
-    SamplingParams(max_tokens=20, temperature=0.7, seed=5, frequency_penalty=-1.0, min_p=0.02, ignore_eos=True, logprobs=3),
+    SamplingParams(max_tokens=20, temperature=0.7, seed=5, frequency_penalty=-1.0, min_p=0.02, ignore_eos=True,
+                   logprobs=3),
     SamplingParams(max_tokens=9, prompt_logprobs=20, logits_mask=odd_after_even, min_tokens=9, repetition_penalty=0.8),
     SamplingParams(max_tokens=12, temperature=1.0, seed=7, ignore_eos=True),
 ]
@@ -64,7 +65,8 @@ def finish(engine):
 
 
 def answer(r):
-    return (r.output_ids, r.logprobs, r.top_logprobs, r.prompt_logprobs, r.prompt_top_logprobs, r.finish_reason, r.error)
+    reports = r.logprobs, r.top_logprobs, r.prompt_logprobs, r.prompt_top_logprobs
+    return (r.output_ids, *reports, r.finish_reason, r.error)
 
 
 def answers(engine, prompts=PROMPTS, params=PARAMS):
@@ -81,8 +83,9 @@ def alone(model):
     made.close()
 
 
-@pytest.mark.parametrize("options", [dict(), dict(max_step_tokens=7), dict(max_step_tokens=64, max_requests=8, threads=3),
-                                     dict(max_step_tokens=3, max_requests=1)], ids=str)
+@pytest.mark.parametrize("options", [
+    dict(), dict(max_step_tokens=7), dict(max_step_tokens=64, max_requests=8, threads=3),
+    dict(max_step_tokens=3, max_requests=1)], ids=str)
 def test_everything_at_once_is_the_same_in_any_company(engine, alone, options):
     assert answers(engine(**options)) == alone
 
@@ -117,7 +120,7 @@ def logits_of(model):
     """A function from token ids to the logits of every position, float64."""
     team = Team(1)
     runner = Runner(model, team, Limits(256, 1, 4, 256))
-    yield lambda ids: runner.step([Span(ids, 0, [0, 1, 2, 3], 0, {i: {} for i in range(len(ids))})])[2].astype(np.float64)
+    yield lambda ids: runner.step([Span(ids, 0, [0, 1, 2, 3], 0, dict.fromkeys(range(len(ids)), {}))])[2].astype(float)
     team.close()
 
 
@@ -139,8 +142,9 @@ def changed(logits, prompt, output, p, eos_ids):
 
 @pytest.mark.parametrize("options", [
     dict(repetition_penalty=1.5), dict(repetition_penalty=0.6), dict(presence_penalty=2.0), dict(frequency_penalty=0.8),
-    dict(frequency_penalty=-1.5, presence_penalty=-2), dict(logit_bias={5: 2.0, 60: 100, 61: -100}), dict(logits_mask=odd_after_even),
-    dict(min_tokens=80, stop_token_ids=(7, 11)), dict(**PENALTIES, logit_bias={8: 2.5}, logits_mask=odd_after_even, min_tokens=3)],
+    dict(frequency_penalty=-1.5, presence_penalty=-2), dict(logit_bias={5: 2.0, 60: 100, 61: -100}),
+    dict(logits_mask=odd_after_even), dict(min_tokens=80, stop_token_ids=(7, 11)),
+    dict(**PENALTIES, logit_bias={8: 2.5}, logits_mask=odd_after_even, min_tokens=3)],
     ids=lambda o: " ".join(o))
 def test_a_greedy_answer_takes_the_largest_of_the_changed_logits(engine, logits_of, options):
     made, p = engine(), SamplingParams(max_tokens=80, ignore_eos="min_tokens" not in options, **options)
@@ -166,9 +170,10 @@ def test_end_tokens_wait_for_min_tokens(engine, logits_of):
     first = made.add(PROMPTS[0], SamplingParams(max_tokens=30))
     later = made.add(PROMPTS[0], SamplingParams(max_tokens=30, min_tokens=6, logit_bias={free.output_ids[0]: 100}))
     finish(made)
-    assert (first.output_ids, first.finish_reason, first.stop_reason) == (free.output_ids[:1], "stop", free.output_ids[0])
+    end = free.output_ids[0]
+    assert (first.output_ids, first.finish_reason, first.stop_reason) == ([end], "stop", end)
     assert len(later.output_ids) == 7 and not made.eos_ids.intersection(later.output_ids[:6])
-    assert (later.output_ids[6], later.finish_reason, later.stop_reason) == (free.output_ids[0], "stop", free.output_ids[0])
+    assert (later.output_ids[6], later.finish_reason, later.stop_reason) == (end, "stop", end)
 
 
 # ---------------------------------------------------------------- masks
@@ -186,6 +191,9 @@ def test_a_mask_is_asked_once_for_each_token(engine):
     assert r.output_ids == [10, 11, 12, 13] and asked == [[], [10], [10, 11], [10, 11, 12]]
 
 
+NOTHING_ALLOWED = "no token is allowed by logits_mask, logit_bias and min_tokens together"
+
+
 def raises(output_ids):
     if len(output_ids) == 2:
         raise KeyError("no such state")
@@ -195,8 +203,7 @@ def raises(output_ids):
     (raises, "logits_mask raised KeyError: 'no such state'"),
     (lambda ids: np.zeros(4, np.uint32), "logits_mask: expected None or uint32 [3], got uint32 [4]"),
     (lambda ids: np.ones(3), "logits_mask: expected None or uint32 [3], got float64 [3]"),
-    (lambda ids: None if len(ids) < 2 else allow(), "no token is allowed by logits_mask, logit_bias and min_tokens together"),
-    (lambda ids: allow(2), "no token is allowed by logits_mask, logit_bias and min_tokens together")])
+    (lambda ids: None if len(ids) < 2 else allow(), NOTHING_ALLOWED), (lambda ids: allow(2), NOTHING_ALLOWED)])
 def test_a_mask_that_fails_ends_its_request_and_no_other(engine, alone, mask, message):
     made = engine(max_requests=8)
     made.eos_ids = frozenset({2})
@@ -237,8 +244,8 @@ def request(num_prompt, computed, prompt_logprobs, reported=0):
 def test_prompts_that_want_logprobs_are_cut_to_the_rows_there_are():
     plain, a, b = request(50, 0, None), request(50, 10, 0, 10), request(9, 0, 3)
     again = request(60, 0, 0, 40)  # preempted after 40 reports
-    assert (num_rows(a, 5), num_rows(a, 39), num_rows(a, 40), num_rows(b, 9), num_rows(again, 40), num_rows(again, 60)) == (
-        5, 39, 40, 9, 0, 20)
+    assert [num_rows(a, n) for n in (5, 39, 40)] == [5, 39, 40]
+    assert [num_rows(b, 9), num_rows(again, 40), num_rows(again, 60)] == [9, 0, 20]
     assert within_rows([(plain, 50), (a, 30), (b, 9)], 64) == [(plain, 50), (a, 30), (b, 9)]
     assert within_rows([(plain, 50), (a, 40), (b, 9)], 16) == [(plain, 50), (a, 15)]
     assert within_rows([(b, 9), (plain, 50), (a, 40)], 12) == [(b, 9), (plain, 50), (a, 2)]

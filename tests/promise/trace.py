@@ -12,8 +12,8 @@ from lockstep.runtime.threads import Team
 
 ALTERNATIVES = 3
 # every tiny vocabulary has these tokens
-WISHES = Adjustment([3, 5, 3], SamplingParams(repetition_penalty=1.3, frequency_penalty=0.5, logit_bias={0: 1.5, 7: -2.0},
-                                              min_tokens=9), frozenset({2}), 90)
+WISHES = Adjustment([3, 5, 3], SamplingParams(repetition_penalty=1.3, frequency_penalty=0.5, min_tokens=9,
+                                              logit_bias={0: 1.5, 7: -2.0}), frozenset({2}), 90)
 
 
 @dataclass(frozen=True)

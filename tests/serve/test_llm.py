@@ -82,9 +82,10 @@ def parity_mask(output_ids):
     return np.full(128, 0x55555555 << len(output_ids) % 2, np.uint32)
 
 
-ALL = [SamplingParams(max_tokens=40, temperature=0.9, seed=i, repetition_penalty=1.2, frequency_penalty=0.2, presence_penalty=0.1,
-                      logit_bias={17: 2.0, 300 + i: -100}, logits_mask=parity_mask if i % 2 else None, min_tokens=8, logprobs=i,
-                      prompt_logprobs=4 * i, stop=("\n\n", "e\n")) for i in range(len(PROMPTS))]
+ALL = [SamplingParams(max_tokens=40, temperature=0.9, seed=i, repetition_penalty=1.2, frequency_penalty=0.2,
+                      presence_penalty=0.1, logit_bias={17: 2.0, 300 + i: -100}, min_tokens=8, logprobs=i,
+                      logits_mask=parity_mask if i % 2 else None, prompt_logprobs=4 * i, stop=("\n\n", "e\n"))
+       for i in range(len(PROMPTS))]
 
 
 def test_all_features_at_once_are_the_same_in_any_company(llm):
@@ -92,7 +93,8 @@ def test_all_features_at_once_are_the_same_in_any_company(llm):
     assert {a.finish_reason for a in together} == {"stop", "length"} and all(len(a.token_ids) > 8 for a in together)
     assert all(len(a.prompt_logprobs) == len(a.prompt_token_ids) - 1 for a in together)
     assert [llm.generate([p], s)[0] for p, s in zip(PROMPTS, ALL)] == together
-    for options in (dict(threads=1, max_requests=1, max_step_tokens=1), dict(threads=3, max_requests=2, max_step_tokens=13)):
+    for options in (dict(threads=1, max_requests=1, max_step_tokens=1),
+                    dict(threads=3, max_requests=2, max_step_tokens=13)):
         other = LLM(max_context=512, **options)
         assert other.generate(PROMPTS, ALL) == together
         other.close()

@@ -1,12 +1,16 @@
 """The engine: requests in, tokens out, one step at a time."""
+import itertools
 import os
 from dataclasses import dataclass
 
 from lockstep.engine import selfcheck
-from lockstep.engine.request import Request
+from lockstep.engine.memory import Memory
+from lockstep.engine.prefix import PrefixCache, model_identity
+from lockstep.engine.request import Request, samples
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.engine.sampling import Refused, sampled_rows, take_prompt_rows, within_rows
 from lockstep.engine.scheduler import Scheduler
+from lockstep.engine.states import StateStore
 from lockstep.ops.kv_cache import PAGE_TOKENS
 from lockstep.runtime.threads import Team
 
@@ -21,18 +25,29 @@ def num_cores():
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Sizes of an engine. kv_tokens: tokens of KV cache in all; None: what max_requests full contexts need, up to 2 GiB."""
+    """Sizes of an engine.
+
+    kv_tokens: tokens of KV cache in all; None: what max_requests full contexts need, up to 2 GiB. prefix_cache: whether
+    requests use what others computed for the same first tokens. state_bytes: host memory for checkpoints of recurrent
+    state, for models that have one; state_every: tokens from one checkpoint to the next, a multiple of 64.
+    """
 
     max_step_tokens: int = 512
     max_requests: int = 16
     kv_tokens: int | None = None
     threads: int | None = None
+    prefix_cache: bool = True
+    state_bytes: int = 512 << 20
+    state_every: int = 512
 
     def __post_init__(self):
-        for name, low in (("max_step_tokens", 1), ("max_requests", 1), ("kv_tokens", PAGE_TOKENS), ("threads", 1)):
+        for name, low in (("max_step_tokens", 1), ("max_requests", 1), ("kv_tokens", PAGE_TOKENS), ("threads", 1),
+                          ("state_bytes", 0), ("state_every", PAGE_TOKENS)):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < low):
                 raise ValueError(f"{name}: expected an integer of at least {low}, got {value!r}")
+        if self.state_every % PAGE_TOKENS:
+            raise ValueError(f"state_every: expected a multiple of {PAGE_TOKENS}, got {self.state_every}")
 
 
 def num_pages(model, options):
@@ -55,17 +70,42 @@ class Engine:
         num_sampled = max(options.max_requests, min(options.max_step_tokens, PROMPT_ROWS))
         limits = Limits(options.max_step_tokens, options.max_requests, num_pages(model, options), num_sampled)
         self.model, self.team = model, Team(options.threads or num_cores())
-        self.runner, self.scheduler = Runner(model, self.team, limits, swaps), Scheduler(limits)
+        self.runner = Runner(model, self.team, limits, swaps)
         selfcheck.check(self.runner.program, self.runner.executor.backend)
-        self._next_id = 0
+        self.scheduler = Scheduler(limits, self._prefix_cache(options))
+        self._ids = itertools.count()
 
-    def add(self, prompt_ids, params):
-        """Queues a prompt; returns its Request. ValueError if it cannot fit."""
+    def _prefix_cache(self, options):
+        """Makes the prefix cache, given the PageAllocator; None where it is not wanted or could keep nothing."""
+        memory = Memory(self.runner.program.caches, self.runner.caches)
+        states = StateStore(options.state_bytes, memory.state_bytes) if memory.state_bytes else None
+        if not options.prefix_cache or states is not None and not states.max_states:
+            return None
+        identity = model_identity(self.model, selfcheck.NUMERICS)
+        return lambda pages: PrefixCache(pages, memory, identity, states, state_every=options.state_every)
+
+    def add(self, prompt_ids, params, **options):
+        """Queues a prompt; returns its Request. options: see `make`. ValueError if it cannot fit."""
+        if params.n != 1:
+            raise ValueError(f"n: expected 1 where one request is added, got {params.n}")
+        return self.add_samples(prompt_ids, params, **options)[0]
+
+    def add_samples(self, prompt_ids, params, **options):
+        """Queues the `params.n` samples of a prompt, which share its pages; returns their Requests."""
+        made = self.make(prompt_ids, params, **options)
+        for request in made:
+            self.scheduler.add(request)
+        return made
+
+    def make(self, prompt_ids, params, priority=0, cache_salt=""):
+        """The Requests of a prompt's samples, not queued yet. Any thread may call this. ValueError if they cannot run.
+
+        priority: the lower goes first. cache_salt: requests share cached prefixes only with others of the same salt.
+        """
         self._check(prompt_ids, params)
-        request = Request(self._next_id, list(prompt_ids), params)
-        self._next_id += 1
-        self.scheduler.add(request)
-        return request
+        made = [Request(next(self._ids), list(prompt_ids), p, priority=priority, cache_salt=cache_salt) for p in samples(params)]
+        self.scheduler.check(made[0])
+        return made
 
     def _check(self, prompt_ids, params):
         limit, vocab = self.model.max_context, self.model.config.vocab_size
@@ -102,7 +142,7 @@ class Engine:
         tokens, logprobs, _ = self.runner.step(spans)
         row = 0
         for (request, count), span in zip(plan, spans):
-            request.num_computed += count
+            self.scheduler.computed(request, count)
             row = take_prompt_rows(request, span, row, self.runner, logprobs)
             if request.num_left == 0:
                 self._take_token(request, int(tokens[row]), float(logprobs[row]), row)

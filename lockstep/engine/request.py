@@ -1,7 +1,8 @@
 """What a user asks for and what comes back."""
+import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lockstep.ops.sample import MAX_LOGPROBS
@@ -30,6 +31,8 @@ class SamplingParams:
     Report. logprobs, prompt_logprobs: how many alternatives (up to 20) to report for each token of the output, and of
     the prompt but its first; None: none, and for the prompt no log-probabilities at all. They are the model's own, of
     the logits before any of the changes above.
+
+    n: how many samples of the prompt, each with a seed of its own (see `sample_seed`).
     """
 
     max_tokens: int = 128
@@ -50,6 +53,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] = field(default_factory=dict, hash=False)
     logits_mask: Callable[[list[int]], Any] | None = None
+    n: int = 1
 
     def __post_init__(self):
         for name, kind, low, high in BOUNDS:
@@ -109,10 +113,25 @@ MIN_TEMPERATURE = 0.001
 BOUNDS = (("max_tokens", int, 1, 1 << 30), ("temperature", (int, float), 0, 1e4), ("top_k", int, 0, (1 << 31) - 1),
           ("top_p", (int, float), 1e-9, 1), ("min_p", (int, float), 0, 1), ("seed", int, -(1 << 63), (1 << 63) - 1),
           ("min_tokens", int, 0, 1 << 30), ("repetition_penalty", (int, float), 0.01, 100),
-          ("presence_penalty", (int, float), -2, 2), ("frequency_penalty", (int, float), -2, 2))
+          ("presence_penalty", (int, float), -2, 2), ("frequency_penalty", (int, float), -2, 2),
+          ("n", int, 1, 128))
 
 
-@dataclass
+def sample_seed(seed, index):
+    """The seed of sample number `index` of a prompt: the seed itself for 0; else the first 8 bytes, as a little-endian
+    signed integer, of SHA-256("lockstep sample", seed as 8 and index as 4 little-endian bytes)."""
+    if index == 0:
+        return seed
+    known = b"lockstep sample" + seed.to_bytes(8, "little", signed=True) + index.to_bytes(4, "little")
+    return int.from_bytes(hashlib.sha256(known).digest()[:8], "little", signed=True)
+
+
+def samples(params):
+    """The n SamplingParams of a prompt's samples, each with a seed of its own."""
+    return [replace(params, seed=sample_seed(params.seed, i)) for i in range(params.n)]
+
+
+@dataclass(eq=False)
 class Request:
     """One sequence on its way: token ids known so far, and how many of them are in the cache."""
 
@@ -131,6 +150,21 @@ class Request:
     finish_reason: str | None = None  # "stop", "length", "cancelled" or "error"
     stop_reason: int | str | None = None  # the token or string that ended it
     error: str | None = None  # what was wrong, where finish_reason is "error"
+    priority: int = 0  # the lower goes first; then whoever came first
+    cache_salt: str = ""  # only requests with the same salt share cached prefixes
+    num_preemptions: int = 0
+    # what the prefix cache knows: names of full blocks, how many of its pages have theirs, where a known prefix ends
+    # that has no state, the newest kept state of its output, and the names of blocks that it is the first to compute
+    block_names: list[bytes] = field(default_factory=list)
+    num_named: int = 0
+    branch: int = 0
+    newest_state: bytes | None = None
+    leads: list[bytes] = field(default_factory=list)
+
+    @property
+    def reuses_prefix(self):
+        """Whether cached blocks may stand for computed ones: not where rows of the prompt have yet to be reported."""
+        return self.params.prompt_logprobs is None or len(self.prompt_logprobs) == len(self.prompt_ids) - 1
 
     @property
     def num_tokens(self):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from lockstep.engine import selfcheck
 from lockstep.engine.memory import Memory
 from lockstep.engine.prefix import PrefixCache, model_identity
+from lockstep.engine.prefix_disk import DiskStore
 from lockstep.engine.request import Request, samples
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.engine.sampling import Refused, sampled_rows, take_prompt_rows, within_rows
@@ -29,7 +30,8 @@ class EngineOptions:
 
     kv_tokens: tokens of KV cache in all; None: what max_requests full contexts need, up to 2 GiB. prefix_cache: whether
     requests use what others computed for the same first tokens. state_bytes: host memory for checkpoints of recurrent
-    state, for models that have one; state_every: tokens from one checkpoint to the next, a multiple of 64.
+    state, for models that have one; state_every: tokens from one checkpoint to the next, a multiple of 64. cache_dir:
+    a folder that keeps prefixes across restarts, of at most cache_dir_bytes.
     """
 
     max_step_tokens: int = 512
@@ -39,10 +41,12 @@ class EngineOptions:
     prefix_cache: bool = True
     state_bytes: int = 512 << 20
     state_every: int = 512
+    cache_dir: str | os.PathLike | None = None
+    cache_dir_bytes: int = 8 << 30
 
     def __post_init__(self):
         for name, low in (("max_step_tokens", 1), ("max_requests", 1), ("kv_tokens", PAGE_TOKENS), ("threads", 1),
-                          ("state_bytes", 0), ("state_every", PAGE_TOKENS)):
+                          ("state_bytes", 0), ("state_every", PAGE_TOKENS), ("cache_dir_bytes", 0)):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < low):
                 raise ValueError(f"{name}: expected an integer of at least {low}, got {value!r}")
@@ -80,9 +84,14 @@ class Engine:
         memory = Memory(self.runner.program.caches, self.runner.caches)
         states = StateStore(options.state_bytes, memory.state_bytes) if memory.state_bytes else None
         if not options.prefix_cache or states is not None and not states.max_states:
+            if options.cache_dir is not None:
+                raise ValueError("cache_dir: expected none without a prefix cache (prefix_cache is off, or state_bytes "
+                                 f"{options.state_bytes} is less than one state of {memory.state_bytes})")
             return None
         identity = model_identity(self.model, selfcheck.NUMERICS)
-        return lambda pages: PrefixCache(pages, memory, identity, states, state_every=options.state_every)
+        sizes = dict(page=memory.page_bytes, state=memory.state_bytes)
+        disk = None if options.cache_dir is None else DiskStore(options.cache_dir, options.cache_dir_bytes, sizes)
+        return lambda pages: PrefixCache(pages, memory, identity, states, disk, options.state_every)
 
     def add(self, prompt_ids, params, **options):
         """Queues a prompt; returns its Request. options: see `make`. ValueError if it cannot fit."""
@@ -103,7 +112,8 @@ class Engine:
         priority: the lower goes first. cache_salt: requests share cached prefixes only with others of the same salt.
         """
         self._check(prompt_ids, params)
-        made = [Request(next(self._ids), list(prompt_ids), p, priority=priority, cache_salt=cache_salt) for p in samples(params)]
+        made = [Request(next(self._ids), list(prompt_ids), p, priority=priority, cache_salt=cache_salt)
+                for p in samples(params)]
         self.scheduler.check(made[0])
         return made
 
@@ -182,5 +192,7 @@ class Engine:
         self.scheduler.remove(request)
 
     def close(self):
-        """Ends the threads."""
+        """Ends the threads; what is to be kept on disk is written first."""
+        if self.scheduler.prefix and self.scheduler.prefix.disk is not None:
+            self.scheduler.prefix.disk.close()
         self.team.close()

@@ -1,19 +1,21 @@
 """The prefix cache: what other requests computed for the same first tokens is found again, and gives the same bits.
 
-Tokens are named in blocks of one page (64): a block's name is the SHA-256 of the name before it and of its token ids,
-and the first name is made of the model's identity and the request's salt. So a name stands for all tokens from the first
-one on, for one model and one salt, and a page of keys and values can be shared under it.
+Tokens are named in blocks of one page (64): a block's name is the SHA-256 of the name before it and of its token
+ids, and the first name is made of the model's identity and the request's salt. So a name stands for all tokens from
+the first one on, for one model and one salt, and a page of keys and values can be shared under it.
 
 Layers with recurrent state need more: the state after the last shared token. States are kept (`StateStore`) where it
 pays: every `state_every` tokens, at the last whole block of a prompt, where two requests were seen to part, and at the
-newest quarter of `state_every` of an answer. A prompt's steps are cut there, so that the state can be copied. A prefix of
-such a model is as long as its pages are known and its state is kept.
+newest quarter of `state_every` of an answer. A prompt's steps are cut there, so that the state can be copied. A prefix
+of such a model is as long as its pages are known and its state is kept.
 
 At least the last known token is always computed: its logits are needed.
 """
 import hashlib
 from array import array
 from dataclasses import dataclass
+
+import numpy as np
 
 from lockstep.ops.kv_cache import PAGE_TOKENS
 
@@ -96,10 +98,10 @@ class PrefixCache:
         return Found(names[:count], sum(p is not None and not self.pages.is_idle(p) for p in pages))
 
     def _has_page(self, name):
-        return self.pages.find(name) is not None or self.disk is not None and self.disk.has_page(name)
+        return self.pages.find(name) is not None or self.disk is not None and self.disk.has("page", name)
 
     def _has_state(self, name):
-        return name in self.states or self.disk is not None and self.disk.has_state(name)
+        return name in self.states or self.disk is not None and self.disk.has("state", name)
 
     def attach(self, request, found):
         """Gives a request, which has a slot and no pages, the pages and the state of its known prefix."""
@@ -130,7 +132,7 @@ class PrefixCache:
     def _load_page(self, name):
         """A page with what the disk has for a name; None if that is damaged."""
         page = self.pages.take(1)
-        data = self.disk.load_page(name) if page else None
+        data = self.disk.load("page", name) if page else None
         if data is None:
             self.pages.give_back(page or [])
             return None
@@ -141,10 +143,10 @@ class PrefixCache:
     def _load_state(self, slot, name):
         data = self.states.get(name)
         if data is None:
-            data = self.disk.load_state(name)
+            data = self.disk.load("state", name)
             if data is None:
                 return False
-            self.states.put(name, lambda out: out.__setitem__(slice(None), data))
+            self.states.put(name, lambda out: np.copyto(out, data))
         self.memory.write_state(slot, data)
         return True
 
@@ -170,8 +172,9 @@ class PrefixCache:
         for name in request.leads:
             if self._awaited.get(name) is request:
                 del self._awaited[name]
-        if self.disk is not None and request.newest_state in (self.states or ()):
-            self.disk.save_state(request.newest_state, self.states.get(request.newest_state))
+        newest = request.newest_state
+        if self.disk is not None and self.states is not None and newest in self.states:
+            self.disk.save("state", newest, lambda out: np.copyto(out, self.states.get(newest)))
         request.leads = []
 
     # ------------------------------------------------------------ keeping
@@ -195,7 +198,8 @@ class PrefixCache:
 
     def _is_stop(self, request, end):
         """Whether the state after `end` tokens is worth keeping for good."""
-        return end % self.state_every == 0 or end in (self._prompt_stop(request), request.branch, len(request.prompt_ids))
+        prompt = len(request.prompt_ids)
+        return end % self.state_every == 0 or end in (self._prompt_stop(request), request.branch, prompt)
 
     def computed(self, request):
         """After a step: names the blocks that it filled, and keeps the state where it ended on such a place."""
@@ -205,8 +209,8 @@ class PrefixCache:
             self.pages.name(page, name)
             if self._awaited.get(name) is request:
                 del self._awaited[name]
-            if self.disk is not None and not self.disk.has_page(name):
-                self.disk.save_page(name, lambda out, page=page: self.memory.read_page(page, out))
+            if self.disk is not None:
+                self.disk.save("page", name, lambda out, page=page: self.memory.read_page(page, out))
         request.num_named = count
         if self.states is not None and request.num_computed == count * PAGE_TOKENS:
             self._keep_state(request, names[-1])
@@ -219,7 +223,7 @@ class PrefixCache:
         self.counts.kept_states += 1
         self.states.put(name, lambda out: self.memory.read_state(request.slot, out))
         if lasting and self.disk is not None:
-            self.disk.save_state(name, self.states.get(name))
+            self.disk.save("state", name, lambda out: np.copyto(out, self.states.get(name)))
         if end > len(request.prompt_ids):
             if request.newest_state is not None:
                 self.states.drop(request.newest_state)

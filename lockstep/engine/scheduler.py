@@ -117,7 +117,7 @@ class Scheduler:
                 return
 
     def _place(self, request):
-        """Gives a request its slot and pages for all that is known; False, and nothing changed, if there are too few."""
+        """Gives a request its slot and pages for all that is known; False if there are too few, and nothing changed."""
         needed, found = pages_for(request.num_tokens), self.prefix.find(request) if self.prefix else None
         if self.pages.num_free + (found.num_held if found else 0) - needed < len(self.running):
             return False

@@ -1,8 +1,9 @@
 """The prefix cache's second home: pages and states as files, which outlive the process and may be shared by several.
 
-An entry is a file named by its block's name: a header (magic, kind, name, length, checksum) and the bytes. It is written
-beside its place and renamed, so that it is there whole or not at all. What is not as its header says is dropped and
-counted, never used. The checksum finds damage, not malice: who may write to the folder may change what the model sees.
+An entry is a file named by its block's name: a header (magic, kind, name, length, checksum) and the bytes. It is
+written beside its place and renamed, so that it is there whole or not at all. What is not as its header says is dropped
+and counted, never used. The checksum finds damage, not malice: who may write to the folder may change what the model
+sees.
 """
 import contextlib
 import hashlib

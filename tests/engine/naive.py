@@ -13,7 +13,8 @@ class Naive:
         self.requests = []
 
     def add(self, name, prompt, max_tokens, priority, salt):
-        self.requests.append(dict(name=name, tokens=list(prompt), priority=priority, salt=salt, computed=0, pages=[], slot=None))
+        self.requests.append(dict(name=name, tokens=list(prompt), priority=priority, salt=salt, computed=0, pages=[],
+                                  slot=None))
         self.requests.sort(key=lambda r: (r["priority"], r["name"]))
 
     def running(self):
@@ -81,7 +82,8 @@ class Naive:
                 if r["slot"] is not None:
                     plan.append((r, 1))
                     left -= 1
-        prompts = [(r, len(r["tokens"]) - r["computed"]) for r in self.running() if len(r["tokens"]) - r["computed"] > 1]
+        prompts = [(r, len(r["tokens"]) - r["computed"]) for r in self.running()]
+        prompts = [(r, missing) for r, missing in prompts if missing > 1]
         if prompts and left:
             deal = {r["name"]: 0 for r, _ in prompts}
             half = min(prompts[0][1], (left + 1) // 2)

@@ -1,4 +1,4 @@
-"""What a prompt is answered with when it has the engine's kernels to itself: one token a step, one thread, nothing cached."""
+"""What a prompt is answered with when it is alone: one token a step, on one thread, with nothing cached."""
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +11,8 @@ from tests.promise.trace import positions, state_digest
 
 @dataclass(frozen=True)
 class Answer:
-    """known: prompt and answer [n + m]; logits [m, V] and logprobs [m] that each answer token was drawn from; states: digest
-    of the recurrent state after each computed token; cache: {name: bytes of every computed position}."""
+    """known: prompt and answer [n + m]; logits [m, V] and logprobs [m] that each answer token was drawn from; states:
+    digest of the recurrent state after each computed token; cache: {name: bytes of every computed position}."""
 
     known: list
     num_prompt: int

@@ -1,8 +1,9 @@
-"""The promise under the engine's own scheduler: preemption, shared prefixes, eviction, disk, cancel, samples (traffic.py).
+"""The promise under the engine's own scheduler: preemption, shared prefixes, eviction, disk, cancel, samples.
 
 Every walk is compared bit for bit with each request alone; the last test fails unless each kind of event occurred.
 LOCKSTEP_SOAK=minutes walks on with fresh seeds for so long (`make soak`).
 """
+import hashlib
 import os
 import time
 from collections import Counter
@@ -10,6 +11,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from lockstep.engine import prefix
 from lockstep.engine.states import StateStore
 from tests.promise.models import Case, load
 from tests.promise.schedule import Differs
@@ -19,10 +21,12 @@ CASES = [Case("qwen3_5", "f32", "f32"), Case("qwen3_5", "q8_0", "bf16"), Case("q
          Case("mistral_window", "q4_0", "bf16"), Case("bundled", "q8_0", "bf16")]
 STEPS = 200
 # the states of so many positions fit; budgets from less than a block to more than any prompt
-OPTIONS = (dict(max_step_tokens=70, threads=1, state_every=64, num_states=4), dict(max_step_tokens=300, threads=2, state_every=128),
+OPTIONS = (dict(max_step_tokens=70, threads=1, state_every=64, num_states=4),
+           dict(max_step_tokens=300, threads=2, state_every=128),
            dict(max_step_tokens=9, threads=3, state_every=64, num_states=30))
-HAPPENS = ("steps", "finished", "samples", "prefill beside decode", "cancelled running", "cancelled waiting", "preempted",
-           "second admission", "found after preemption", "hot hit", "cold hit", "hit with a state", "pages evicted",
+HAPPENS = ("steps", "finished", "samples", "prefill beside decode", "cancelled running", "cancelled waiting",
+           "preempted", "second admission", "found after preemption", "hot hit", "cold hit", "hit with a state",
+           "pages evicted",
            "kept states", "states evicted", "disk loaded", "disk damaged", "disk evicted", "hit from disk")
 NUM_STEPS = 3000
 
@@ -65,9 +69,11 @@ def test_every_kind_of_event_happened(events):
 
 # ---------------------------------------------------------------- what is wrong must be seen
 
-def differs(menu, **options):
+def differs(menu):
+    """Whether one of three walks finds a wrong bit."""
     try:
-        Traffic(menu, 0, **{**OPTIONS[0], **options}).run(100)
+        for seed in range(3):
+            Traffic(menu, seed, **{**OPTIONS[0], "num_states": 30}).run(150)
     except Differs:
         return True
     return False
@@ -79,8 +85,8 @@ def test_a_wrong_bit_in_a_kept_state_breaks_the_promise(menu, monkeypatch):
     def wrong(self, name):
         array = get(self, name)
         if array is not None:
-            array[len(array) // 2] ^= 1
-            flipped.append(name)
+            array, flipped[len(flipped):] = array.copy(), [name]
+            array[3] ^= 0x80  # a sign: a small error can be lost, rightly, in the next rounding
         return array
 
     assert not differs(menu)
@@ -91,19 +97,16 @@ def test_a_wrong_bit_in_a_kept_state_breaks_the_promise(menu, monkeypatch):
 
 def test_a_page_under_a_wrong_name_breaks_the_promise(menu, monkeypatch):
     # names made of a block's own tokens only: blocks after different beginnings are taken for one
-    monkeypatch.setattr("lockstep.engine.prefix.block_name", lambda before, ids: bytes(32 - len(ids) // 8) + bytes(ids[:8]))
-    assert differs(menu, state_every=64)
+    monkeypatch.setattr(prefix, "block_name", lambda before, ids: hashlib.sha256(repr(ids).encode()).digest())
+    assert differs(menu)
 
 
 def test_a_request_that_reads_the_page_of_its_last_token_from_the_cache_has_no_logits(menu, monkeypatch):
-    from lockstep.engine.prefix import PrefixCache
-
     def all_blocks(self, request):
         return self.names(request, request.num_tokens // 64)
 
-    monkeypatch.setattr(PrefixCache, "_usable", all_blocks)
-    with pytest.raises((AssertionError, IndexError, KeyError, ValueError)):
-        Traffic(menu, 0, **OPTIONS[0]).run(300)
+    monkeypatch.setattr(prefix.PrefixCache, "_usable", all_blocks)
+    assert differs(menu)
 
 
 @pytest.mark.skipif("LOCKSTEP_SOAK" not in os.environ, reason="a long run: set LOCKSTEP_SOAK=minutes")

@@ -1,8 +1,8 @@
 """Random traffic through the whole engine, each step compared bit for bit with every request alone and cold.
 
-Where `schedule.py` decides itself what runs in a step, here the engine's own scheduler and prefix cache do. Memory is too
-small for the requests, prompts share prefixes, requests have priorities, samples and salts, and are cancelled at any time.
-Every page that is taken and every slot that is left is filled with NaN bytes first.
+Where `schedule.py` decides itself what runs in a step, here the engine's own scheduler and prefix cache do. Memory is
+too small for the requests, prompts share prefixes, requests have priorities, samples and salts, and are cancelled at any
+time. Every page that is taken and every slot that is left is filled with NaN bytes first.
 """
 from collections import Counter
 from dataclasses import replace
@@ -17,6 +17,7 @@ from tests.promise.schedule import POISON, Differs
 from tests.promise.trace import positions, state_digest
 
 PAGES, SLOTS = 9, 5
+MOST_STEPS = 3000  # that what is left after a walk may take
 
 
 class Menu:
@@ -28,10 +29,11 @@ class Menu:
                                              for kind in ("pages", "state"))
         draw = np.random.RandomState(3).randint
         one, two, three = (draw(0, model.config.vocab_size, n).tolist() for n in (300, 300, 40))
-        self.prompts = [one[:200], one[:130] + two[:60], one[:65], one[:64], one[:129] + three, three[:3], two[:256], one[:128]]
+        self.prompts = [one[:200], one[:130] + two[:60], one[:65], one[:64], one[:129] + three, three[:3], two[:256],
+                        one[:128], two[:64] + one[64:150]]
         heats = (0.0, 0.9, 1.3)
-        self.params = [SamplingParams(max_tokens=(9, 60, 150, 90, 30, 200, 20, 5)[i], temperature=heats[i % 3], top_p=(1, 0.9)[i % 2], seed=i,
-                                      ignore_eos=True) for i in range(len(self.prompts))]
+        self.params = [SamplingParams(max_tokens=m, temperature=heats[i % 3], top_p=(1, 0.9)[i % 2], seed=i, ignore_eos=True)
+                       for i, m in enumerate((9, 60, 150, 90, 30, 200, 20, 5, 10))]
         # a second turn: the first one's prompt and answer, and more
         self.prompts.append(self.answer(0, self.params[0]).known + three[:20])
         self.params.append(self.params[1])
@@ -102,9 +104,11 @@ class Traffic:
                 self.cancel()
             if self.rng.random() < 0.02 and scheduler.running:
                 scheduler._preempt(scheduler.running[self.rng.integers(len(scheduler.running))])
-        while self.engine.has_work:
+        for _ in range(MOST_STEPS):
+            if not self.engine.has_work:
+                return self.finish()
             self.engine.step()
-        return self.finish()
+        raise Differs(f"requests that never end (seed {self.seed})")
 
     def arrive(self):
         index, n = int(self.rng.integers(len(self.menu.prompts))), int(self.rng.choice([1, 1, 1, 2, 3]))

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lockstep.commands.options import KvDtype, MaxContext, ModelName, OpSwaps, Threads, Weights, load
+from lockstep.commands.options import CacheDir, KvDtype, MaxContext, ModelName, OpSwaps, Threads, Weights, load
 from lockstep.commands.output import write
 
 DEFAULT_TOKENS, DEFAULT_CONTEXT = 128, 4096
@@ -40,6 +40,7 @@ def command(
     kv_dtype: KvDtype = None,
     threads: Threads = None,
     max_context: MaxContext = None,
+    cache_dir: CacheDir = None,
     op: OpSwaps = None,
 ):
     """Continue a text with a model.
@@ -54,7 +55,9 @@ def command(
                   logit_bias=parse_bias(logit_bias or ()))
     check_sampling(dict(fields, max_tokens=num_tokens or DEFAULT_TOKENS))
     context = max_context or needed_context(model, text, num_tokens or DEFAULT_TOKENS)
-    llm = load(model, weights=weights, kv_dtype=kv_dtype, threads=threads, max_context=context, ops=op)
+    # one prompt finds nothing in memory that it did not compute itself
+    llm = load(model, weights=weights, kv_dtype=kv_dtype, threads=threads, max_context=context, ops=op,
+               prefix_cache=cache_dir is not None, cache_dir=cache_dir)
     run(llm, text, num_tokens, fields, echo, as_json)
 
 

@@ -1,8 +1,11 @@
 """`LLM` on the bundled model: text, stop strings wherever tokens end, and everything at once in any company."""
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from lockstep import LLM, SamplingParams
+from lockstep.engine.request import samples
 
 PROMPT = "def read_lines(path):\n"
 PROMPTS = [PROMPT, "import os\n", "class Queue:\n    ", "x", "for i in range(10):\n    print(i)\n" * 12]
@@ -107,3 +110,25 @@ def test_an_answer_that_fails_says_why_and_keeps_its_text(llm):
     bad, good = llm.generate([PROMPT, PROMPT], [SamplingParams(logits_mask=mask), SamplingParams(max_tokens=8)])
     assert (bad.finish_reason, bad.text) == ("error", llm.tokenizer.decode(good.token_ids[:5]))
     assert bad.error.startswith("no token is allowed") and good.finish_reason == "length" and good.error is None
+
+
+def test_samples_of_a_prompt_are_what_their_seeds_give_alone(llm):
+    params = SamplingParams(max_tokens=12, temperature=1.0, seed=5, ignore_eos=True, n=3)
+    several, single = llm.generate(PROMPTS[:2], [params, SamplingParams(max_tokens=4)])
+    alone = [llm.generate([PROMPT], replace(p, n=1))[0] for p in samples(params)]
+    assert [c.token_ids for c in several.samples] == [c.token_ids for c in alone]
+    assert [c.text for c in several.samples] == [c.text for c in alone] and several.samples[0] is several
+    assert len({tuple(c.token_ids) for c in several.samples}) == 3 and single.samples == [single]
+    with pytest.raises(ValueError, match="n: expected 1"):
+        next(llm.stream(PROMPT, params))
+
+
+def test_an_answer_from_a_cache_dir_is_the_same(llm, tmp_path):
+    prompt = PROMPTS[4] * 2
+    cold = llm.generate([prompt], SamplingParams(max_tokens=8))[0]
+    for found in (False, True):
+        other = LLM(threads=1, max_requests=1, max_context=512, cache_dir=tmp_path)
+        warm = other.generate([prompt], SamplingParams(max_tokens=8))[0]
+        counts = other.engine.scheduler.prefix.counts
+        other.close()
+        assert (warm.token_ids, warm.logprobs, bool(counts.hit_tokens)) == (cold.token_ids, cold.logprobs, found)

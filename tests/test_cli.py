@@ -99,8 +99,9 @@ def test_penalties_biases_and_min_tokens_are_those_of_the_library(expected, caps
     assert run("-p", PROMPT, "-n", "12", "--json", *flags) == 0
     made = json.loads(capsys.readouterr().out)
     llm = LLM()
-    same = llm.generate([PROMPT], SamplingParams(max_tokens=12, repetition_penalty=1.3, presence_penalty=0.5, min_tokens=9,
-                                                 frequency_penalty=0.2, logit_bias={300: 4.5, 17: -100}))[0]
+    params = SamplingParams(max_tokens=12, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.2,
+                            logit_bias={300: 4.5, 17: -100}, min_tokens=9)
+    same = llm.generate([PROMPT], params)[0]
     llm.close()
     assert (made["token_ids"], made["logprobs"]) == (same.token_ids, same.logprobs)
     assert made["token_ids"] != expected.token_ids

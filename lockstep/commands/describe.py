@@ -8,7 +8,7 @@ from lockstep.weights.pack import PANEL, num_panels
 from lockstep.weights.pack_k import Q4_K_BYTES, Q6_K_BYTES
 
 LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
-# ends of the names of tensors that only one op uses, or that only rows write which ask for it; an op for such rows alone
+# ends of the names of tensors that only one op uses, or only rows that ask for it; an op that only such rows run
 SCRATCH, ASKED = ("scratch", "softmax", ".adjusted", "top_token", "top_logprob"), "adjust_logits"
 # bytes of a packed weight; the smaller formats carry a scale for 32 or 256 weights
 PACKED_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 1 + 2 / 32, "q4_0": 1 / 2 + 2 / 32,

@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 
 from lockstep.engine import selfcheck
+from lockstep.engine.answer_text import AnswerText
 from lockstep.engine.memory import Memory
 from lockstep.engine.prefix import PrefixCache, model_identity
 from lockstep.engine.prefix_disk import DiskStore
@@ -66,11 +67,13 @@ def num_pages(model, options):
 class Engine:
     """Runs requests of one model. Not thread-safe: one thread calls `add`, `cancel` and `step`.
 
-    Raises RuntimeError if a kernel does not give the recorded bits on this CPU.
+    new_detokenizer: makes what `AnswerText` reads tokens with; without it answers have no text. Raises RuntimeError if
+    a kernel does not give the recorded bits on this CPU.
     """
 
-    def __init__(self, model, options=EngineOptions(), swaps=None, eos_ids=None):
+    def __init__(self, model, options=EngineOptions(), swaps=None, eos_ids=None, new_detokenizer=None):
         self.eos_ids = frozenset(model.config.eos_ids) if eos_ids is None else eos_ids
+        self.new_detokenizer = new_detokenizer
         num_sampled = max(options.max_requests, min(options.max_step_tokens, PROMPT_ROWS))
         limits = Limits(options.max_step_tokens, options.max_requests, num_pages(model, options), num_sampled)
         self.model, self.team = model, Team(options.threads or num_cores())
@@ -124,6 +127,8 @@ class Engine:
         if min(prompt_ids) < 0 or max(prompt_ids) >= vocab:
             raise ValueError(f"prompt: token ids must be 0 to {vocab - 1}, got {min(prompt_ids)} to {max(prompt_ids)}")
         params.check_vocabulary(vocab)
+        if params.stop and self.new_detokenizer is None:
+            raise ValueError("stop: there is no tokenizer to read answers with; use stop_token_ids")
         if len(prompt_ids) + params.max_tokens > limit:
             raise ValueError(f"prompt of {len(prompt_ids)} tokens plus max_tokens {params.max_tokens} is more than the "
                              f"context of {limit} tokens")
@@ -174,11 +179,21 @@ class Engine:
         request.logprobs.append(logprob)
         if p.logprobs:
             request.top_logprobs.append(self.runner.alternatives(row, p.logprobs))
-        if token in p.stop_token_ids or token in self.eos_ids and not p.ignore_eos:
-            request.stop_reason = token
+        is_end = token in p.stop_token_ids or token in self.eos_ids and not p.ignore_eos
+        found = self._read(request, token, is_end)
+        if is_end or found is not None:
+            request.stop_reason = token if found is None else found
             self.finish(request, "stop")
         elif len(request.output_ids) >= p.max_tokens:
             self.finish(request, "length")
+
+    def _read(self, request, token, is_end):
+        """Adds a token to the request's text; returns the stop string that it completes, if any."""
+        if self.new_detokenizer is None:
+            return None
+        if request.answer is None:
+            request.answer = AnswerText(self.new_detokenizer(), request.params)
+        return request.answer.push(token, is_end)
 
     def fail(self, request, error):
         """Ends a running request that cannot go on; its batch mates do not notice. Returns the request."""
@@ -188,6 +203,8 @@ class Engine:
 
     def finish(self, request, reason):
         """Ends a running request for a reason ("stop", "length" or "error")."""
+        if request.answer is not None:
+            request.answer.finish()
         request.finish_reason = reason
         self.scheduler.remove(request)
 

@@ -144,6 +144,7 @@ class Request:
     prompt_logprobs: list[float] = field(default_factory=list)  # of each prompt token but the first, if asked for
     prompt_top_logprobs: list[dict[int, float]] = field(default_factory=list)
     adjustment: object = None  # a sampling.Adjustment, made with the first row that needs one
+    answer: object = None  # an answer_text.AnswerText, made with the first token, where there is a tokenizer
     num_computed: int = 0
     pages: list[int] = field(default_factory=list)
     slot: int | None = None
@@ -165,6 +166,11 @@ class Request:
     def reuses_prefix(self):
         """Whether cached blocks may stand for computed ones: not where rows of the prompt have yet to be reported."""
         return self.params.prompt_logprobs is None or len(self.prompt_logprobs) == len(self.prompt_ids) - 1
+
+    @property
+    def text(self):
+        """The answer's text as far as it is certain; it only grows."""
+        return "" if self.answer is None else self.answer.text
 
     @property
     def num_tokens(self):

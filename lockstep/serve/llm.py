@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.model import load_model
 from lockstep.engine.request import SamplingParams
-from lockstep.engine.stop_strings import StopStrings
 from lockstep.serve.hub import resolve_model
 from lockstep.serve.tokenizer import Detokenizer, Tokenizer, load_tokenizer, tokenizer_from_gguf
 from lockstep.weights.checkpoint import open_checkpoint
@@ -40,47 +39,15 @@ class Completion:
 
 
 class Stream:
-    """The text of a request so far; `new_text` is what the last step added.
+    """The text of a request so far; `new_text` is what came with the last `advance`, and is never taken back."""
 
-    Text that may turn out to begin a stop string is held back, so that nothing shown is ever taken back.
-    """
+    def __init__(self, request):
+        self.request, self.text, self.new_text = request, "", ""
 
-    def __init__(self, request, detokenizer):
-        p = request.params
-        self.request, self.detokenizer, self.text, self.new_text = request, detokenizer, "", ""
-        self._stops, self._num_taken = StopStrings(p.stop, p.include_stop_str_in_output), 0
-
-    def advance(self, engine):
-        """Takes the request's new tokens in; ends the request at a stop string."""
-        self.new_text = ""
-        if self.detokenizer is None:
-            return
-        request = self.request
-        for token in request.output_ids[self._num_taken:]:
-            self._num_taken += 1
-            if self._stops.found is None and not self._is_silent(token):
-                self.new_text += self._push(self.detokenizer.push(token))
-        if request.finish_reason and self._stops.found is None:
-            self.new_text += self._push(self.detokenizer.finish())
-        if self._stops.found is None and request.finish_reason:
-            self.new_text += self._stops.finish()
+    def advance(self):
+        """Takes in what the engine has added to the request."""
+        self.new_text = self.request.text[len(self.text):]
         self.text += self.new_text
-        if self._stops.found is not None:
-            self._end(engine)
-
-    def _push(self, piece):
-        return self._stops.push(piece, self._num_taken > self.request.params.min_tokens)
-
-    def _is_silent(self, token):
-        """Whether a token is the one that ended the answer, whose text is not part of it."""
-        last = self._num_taken == len(self.request.output_ids) and self.request.finish_reason == "stop"
-        return last and not self.request.params.include_stop_str_in_output
-
-    def _end(self, engine):
-        self.request.stop_reason = self._stops.found
-        if self.request.finish_reason is None:
-            engine.finish(self.request, "stop")
-        self.request.finish_reason = "stop"
 
 
 class LLM:
@@ -102,7 +69,8 @@ class LLM:
         self._checkpoint = checkpoint
         options = EngineOptions(max_step_tokens, max_requests, kv_tokens, threads, prefix_cache, cache_dir=cache_dir,
                                 cache_dir_bytes=cache_dir_bytes)
-        self.engine = Engine(self.model, options, ops, self._eos_ids())
+        reader = (lambda: Detokenizer(self.tokenizer)) if self.has_tokenizer else None
+        self.engine = Engine(self.model, options, ops, self._eos_ids(), reader)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -133,17 +101,14 @@ class LLM:
         return self.tokenizer.encode_chat(messages, **options)
 
     def start(self, prompt, params=SamplingParams()):
-        """Queues one prompt; returns its Stream. ValueError for stop strings where no tokenizer can read them."""
+        """Queues one prompt; returns its Stream."""
         if params.n != 1:
             raise ValueError(f"n: expected 1 where one stream is returned, got {params.n}")
         return self.start_samples(prompt, params)[0]
 
     def start_samples(self, prompt, params):
-        """Queues the `params.n` samples of a prompt; returns a Stream for each. ValueError as for `start`."""
-        if params.stop and not self.has_tokenizer:
-            raise ValueError("stop: this model has no tokenizer, so its answers are no text; use stop_token_ids")
-        requests = self.engine.add_samples(self.encode(prompt), params)
-        return [Stream(r, Detokenizer(self.tokenizer) if self.has_tokenizer else None) for r in requests]
+        """Queues the `params.n` samples of a prompt; returns a Stream for each."""
+        return [Stream(request) for request in self.engine.add_samples(self.encode(prompt), params)]
 
     def stream(self, prompt, params=SamplingParams()):
         """Yields the Stream of one prompt after every token. Closing the generator cancels the request."""
@@ -151,7 +116,7 @@ class LLM:
         try:
             while made.request.finish_reason is None:
                 if made.request in self.engine.step():
-                    made.advance(self.engine)
+                    made.advance()
                     yield made
         finally:
             self.engine.cancel(made.request)
@@ -170,7 +135,7 @@ class LLM:
         by_id = {s.request.id: s for streams in started for s in streams}
         while self.engine.has_work:
             for request in self.engine.step():
-                by_id[request.id].advance(self.engine)
+                by_id[request.id].advance()
         return [_completion(*streams) for streams in started]
 
     def _start_all(self, prompts, each):

@@ -250,3 +250,46 @@ def test_prompts_that_want_logprobs_are_cut_to_the_rows_there_are():
     assert within_rows([(plain, 50), (a, 40), (b, 9)], 16) == [(plain, 50), (a, 15)]
     assert within_rows([(b, 9), (plain, 50), (a, 40)], 12) == [(b, 9), (plain, 50), (a, 2)]
     assert within_rows([(again, 60)], 8) == [(again, 48)]
+
+
+# ---------------------------------------------------------------- text
+
+class Letters:
+    """A detokenizer of two letters for each token; the second comes with the next token, or the end."""
+
+    def __init__(self):
+        self._late = ""
+
+    def push(self, token):
+        shown, self._late = self._late + chr(0x100 + token), chr(0x400 + token)
+        return shown
+
+    def finish(self):
+        return self._late
+
+
+def letters(ids):
+    return "".join(chr(0x100 + t) + chr(0x400 + t) for t in ids)
+
+
+def test_the_engine_ends_a_request_at_a_stop_string_and_batch_mates_do_not_notice(model):
+    made = Engine(model, EngineOptions(threads=2), new_detokenizer=Letters)
+    options = dict(max_tokens=20, temperature=1.0, ignore_eos=True)
+    free = made.add(PROMPTS[0], SamplingParams(**options))
+    finish(made)
+    assert free.text == letters(free.output_ids)
+    stop = free.text[12:15]  # ends with the first letter of the eighth token
+    cut, other = (made.add(PROMPTS[0], SamplingParams(**options, stop=s)) for s in (stop, ()))
+    shown = []
+    while made.has_work:
+        made.step()
+        shown.append(cut.text)
+    assert (cut.text, cut.finish_reason, cut.stop_reason) == (free.text[:free.text.index(stop)], "stop", stop)
+    assert cut.output_ids == free.output_ids[:8] and answer(other) == answer(free)
+    assert all(cut.text.startswith(s) for s in shown)
+    made.close()
+
+
+def test_stop_strings_need_a_tokenizer(engine):
+    with pytest.raises(ValueError, match="stop: there is no tokenizer to read answers with; use stop_token_ids"):
+        engine().add([1], SamplingParams(stop="x"))

@@ -11,7 +11,7 @@ from lockstep.runtime.threads import Team
 from tests.promise.models import Case, load
 
 VOCABULARY = 96
-PROMPTS = [np.random.RandomState(i).randint(3, 96, n).tolist() for i, n in enumerate((5, 90, 1, 33, 130, 16))]
+PROMPTS = [np.random.RandomState(i).randint(3, 96, n).tolist() for i, n in enumerate((50, 110, 1, 55, 126, 16))]
 
 
 def allow(*tokens):
@@ -88,6 +88,15 @@ def alone(model):
     dict(max_step_tokens=3, max_requests=1)], ids=str)
 def test_everything_at_once_is_the_same_in_any_company(engine, alone, options):
     assert answers(engine(**options)) == alone
+
+
+def test_preempted_requests_and_known_prefixes_change_nothing(engine, alone):
+    made = engine(kv_tokens=320, max_requests=6, max_step_tokens=50)
+    rounds = [[made.add(p, s, priority=i) for i, (p, s) in enumerate(zip(PROMPTS, PARAMS))] for _ in range(3)]
+    finish(made)
+    assert [[answer(r) for r in requests] for requests in rounds] == [alone] * 3
+    preempted = [r for requests in rounds for r in requests if r.num_preemptions]
+    assert any(r.params.prompt_logprobs is not None for r in preempted) and any(r.adjustment for r in preempted)
 
 
 def test_answers_have_what_was_asked_for(alone):

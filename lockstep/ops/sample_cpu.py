@@ -103,14 +103,18 @@ def scan_chunk(logits, V, scratch, c, C):
     maxima, top, total = scratch + WORDS * BLOCKS * c, lanes(LOWEST), lanes(ZERO)
     store(maxima, top)  # the last chunk may have fewer blocks
     for b in range(first, last, BLOCK):
-        block = lanes(LOWEST)
-        for i in range(b, min(b + BLOCK, last), 16):
-            block = maximum(entries(logits, i, V), block)
+        block, end = lanes(LOWEST), min(b + BLOCK, last)
+        for i in range(b, end - 15, 16):
+            block = maximum(load(logits + WORDS * i), block)
+        if end % 16 != 0:
+            block = maximum(entries(logits, end - end % 16, V), block)
         poke(maxima + WORDS * ((b - first) // BLOCK), max_lanes(block))
         top = maximum(block, top)
     largest = max_lanes(top) + ZERO
-    for i in range(first, last, 16):
-        total = total + exp(entries(logits, i, V) - largest)
+    for i in range(first, last - 15, 16):
+        total = total + exp(load(logits + WORDS * i) - largest)
+    if last % 16 != 0:
+        total = total + exp(entries(logits, last - last % 16, V) - largest)
     poke(scratch + SUM * C + WORDS * c, sum_lanes(total))
 
 

@@ -136,19 +136,37 @@ def weigh_chunk(logits, V, record, scratch, c, C):
 def score_chunk(logits, V, record, scratch, c, C):
     """The best score of a chunk, and its first token; LOWEST where another chunk has a better one."""
     scores, best, token, cut = stack_memory(GROUP_BYTES), LOWEST, int64(0), scratch + CUT * C
-    temperature, end = peek(record + TEMPERATURE, float32), min(CHUNK * c + CHUNK, V)
-    for g in range(CHUNK * c, end if draws(record) else 0, GROUP):
-        top, bar = peek(scratch + WORDS * (g // BLOCK), float32), peek(cut + BAR, float32)
-        scaled = top / temperature
-        is_kept = top >= peek(cut, float32) and scaled - peek(cut + 12, float32) >= peek(cut + 16, float32)
-        if is_kept and highest_unit(scaled, bar) >= HALF_STEP:
-            highest = score_group(logits, V, record, cut, g, scores)
-            if highest > best:
-                best, token = highest, first_equal(scores, g, g, end, highest)
-                # other threads may lose this, which costs them time and nothing else
-                poke(cut + BAR, maximum(bar, best))
+    end = min(CHUNK * c + CHUNK, V)
+    for b in range(CHUNK * c, end if draws(record) else 0, BLOCK):
+        if may_win(record, peek(scratch + WORDS * (b // BLOCK), float32), cut, b):
+            for g in range(b, min(b + BLOCK, end), GROUP):
+                highest = score_group(logits, V, record, cut, g, scores)
+                if highest > best:
+                    best, token = highest, first_equal(scores, g, g, end, highest)
+                    # other threads may lose this, which costs them time and nothing else
+                    poke(cut + BAR, maximum(peek(cut + BAR, float32), best))
     poke(scratch + BEST * C + WORDS * c, best)
     poke(scratch + TOKEN * C + WORDS * c, np.int32(token))
+
+
+@inlined
+def may_win(record, top, cut, b):
+    """Whether a token of a block, whose largest logit is top, may be kept and have the best score; cut: see `find_cut`."""
+    scaled = top / peek(record + TEMPERATURE, float32)
+    limit = highest_unit(scaled, peek(cut + BAR, float32))
+    if top < peek(cut, float32) or scaled - peek(cut + 12, float32) < peek(cut + 16, float32) or limit < HALF_STEP:
+        return False
+    lowest, position, seed = lanes(INFINITY), peek(record + POSITION, int64), peek(record + SEED, int64)
+    for g in range(b, b + BLOCK, 2 * GROUP):  # two at a time: a generator waits for its own multiplications
+        one, other = philox_lanes(g, position, seed), philox_lanes(g + GROUP, position, seed)
+        lowest = minimum(minimum(lowest_unit(one), lowest_unit(other)), lowest)
+    return -max_lanes(-lowest) <= limit
+
+
+@inlined
+def lowest_unit(words):
+    """The smallest u of four tokens in each lane, without its last rounding."""
+    return minimum(minimum(unit(words[0]), unit(words[1])), minimum(unit(words[2]), unit(words[3])))
 
 
 @inlined
@@ -160,9 +178,8 @@ def score_group(logits, V, record, cut, g, scores):
     words = philox_lanes(g, peek(record + POSITION, int64), peek(record + SEED, int64))
     top = maximum(maximum(entries(logits, g, V), entries(logits, g + 16, V)),
                   maximum(entries(logits, g + 32, V), entries(logits, g + 48, V)))
-    lowest = minimum(minimum(unit(words[0]), unit(words[1])), minimum(unit(words[2]), unit(words[3])))
     scaled = max_lanes(top) / peek(record + TEMPERATURE, float32)
-    if -max_lanes(-lowest) > highest_unit(scaled, peek(cut + BAR, float32)):
+    if -max_lanes(-lowest_unit(words)) > highest_unit(scaled, peek(cut + BAR, float32)):
         return -INFINITY
     store(scores, words[0])
     store(scores + 64, words[1])

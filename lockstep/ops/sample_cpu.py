@@ -151,7 +151,7 @@ def score_chunk(logits, V, record, scratch, c, C):
 
 @inlined
 def may_win(record, top, cut, b):
-    """Whether a token of a block, whose largest logit is top, may be kept and have the best score; cut: see `find_cut`."""
+    """Whether a token of a block, whose largest logit is top, may be kept and win; cut: see `find_cut`."""
     scaled = top / peek(record + TEMPERATURE, float32)
     limit = highest_unit(scaled, peek(cut + BAR, float32))
     if top < peek(cut, float32) or scaled - peek(cut + 12, float32) < peek(cut + 16, float32) or limit < HALF_STEP:

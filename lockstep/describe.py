@@ -8,7 +8,8 @@ from lockstep.weights.pack import PANEL, num_panels
 from lockstep.weights.pack_k import Q4_K_BYTES, Q6_K_BYTES
 
 LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
-SCRATCH = ("scratch", "softmax")  # ends of the names of tensors that only one op uses
+# ends of the names of tensors that only one op uses, or only rows that ask for it; an op that only such rows run
+SCRATCH, ASKED = ("scratch", "softmax", ".adjusted", "top_token", "top_logprob"), "adjust_logits"
 # bytes of a packed weight; the smaller formats carry a scale for 32 or 256 weights
 PACKED_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 1 + 2 / 32, "q4_0": 1 / 2 + 2 / 32,
                 "q4_k": Q4_K_BYTES / (PANEL * 256), "q6_k": Q6_K_BYTES / (PANEL * 256)}
@@ -40,6 +41,8 @@ def op_costs(program, context):
 def _op_cost(op, context):
     weights = [v for v in op.inputs if isinstance(v, Weight) and not v.name.startswith("rope.")]
     tensors = {v for v in (*op.outputs, *op.inputs) if isinstance(v, Tensor) and not v.name.endswith(SCRATCH)}
+    if op.kind == ASKED:
+        tensors = set()
     name = op.outputs[0].name if op.outputs else op.inputs[0].name
     found = LAYER.search(name)
     return OpCost(

@@ -93,6 +93,20 @@ def test_a_seed_is_a_sample(capsys):
     assert outs[0] == outs[1] != outs[2]
 
 
+def test_penalties_biases_and_min_tokens_are_those_of_the_library(expected, capsys):
+    flags = ("--repetition-penalty", "1.3", "--presence-penalty", "0.5", "--frequency-penalty", "0.2", "--logit-bias",
+             "300:4.5", "--logit-bias", "17:-100", "--min-tokens", "9")
+    assert run("-p", PROMPT, "-n", "12", "--json", *flags) == 0
+    made = json.loads(capsys.readouterr().out)
+    llm = LLM()
+    params = SamplingParams(max_tokens=12, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.2,
+                            logit_bias={300: 4.5, 17: -100}, min_tokens=9)
+    same = llm.generate([PROMPT], params)[0]
+    llm.close()
+    assert (made["token_ids"], made["logprobs"]) == (same.token_ids, same.logprobs)
+    assert made["token_ids"] != expected.token_ids
+
+
 @pytest.mark.parametrize(("args", "said"), [
     ([], "expected one prompt: -p TEXT, -f FILE or -"),
     (["-p", "x", "-f", "y"], "expected one prompt"),
@@ -108,6 +122,10 @@ def test_a_seed_is_a_sample(capsys):
     (["-p", "x", "--op", "linear"], "--op linear: expected KIND=BACKEND"),
     (["-p", "x", "--op", "linear=gpu"], "no such backend"),
     (["-p", "x", "--stop", ""], "stop: expected non-empty strings"),
+    (["-p", "x", "--logit-bias", "5"], "--logit-bias 5: expected ID:BIAS, such as 42:-100"),
+    (["-p", "x", "--logit-bias", "4:1000"], "logit_bias of token 4: expected a number from -100 to 100, got 1000.0"),
+    (["-p", "x", "--logit-bias", "9999:1"], "logit_bias: token ids must be 0 to 4095, got 9999"),
+    (["-p", "x", "-n", "5", "--min-tokens", "6"], "min_tokens: expected at most max_tokens, 5, got 6"),
     (["nowhere", "-p", "x"], "nowhere: no such folder or file"),
     (["a", "b", "-p", "x"], "'b': expected a prompt"),
     (["-f", "nowhere.txt"], "nowhere.txt: No such file or directory"),

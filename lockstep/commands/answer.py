@@ -52,4 +52,4 @@ def _advance(llm, stream, timing, started):
     timing.total = time.perf_counter() - started
     timing.num_output += 1
     timing.first_token = timing.first_token or timing.total
-    stream.advance(llm.engine)
+    stream.advance()

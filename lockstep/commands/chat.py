@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from lockstep.commands.options import KvDtype, ModelName, OpSwaps, Threads, Weights, load
+from lockstep.commands.options import CacheDir, KvDtype, ModelName, OpSwaps, Threads, Weights, load
 
 
 def command(
@@ -20,13 +20,15 @@ def command(
     kv_dtype: KvDtype = None,
     threads: Threads = None,
     max_context: Annotated[int, typer.Option(min=1, help="Tokens that a conversation may have.")] = 8192,
+    cache_dir: CacheDir = None,
     op: OpSwaps = None,
 ):
     """Talk with a model. /help lists what can be typed; Ctrl-C interrupts an answer, Ctrl-D ends."""
     from lockstep.commands.conversation import Conversation
 
     settings = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, max_tokens=num_tokens)
-    llm = load(model, weights=weights, kv_dtype=kv_dtype, threads=threads, max_context=max_context, ops=op)
+    llm = load(model, weights=weights, kv_dtype=kv_dtype, threads=threads, max_context=max_context, ops=op,
+               cache_dir=cache_dir)
     if not llm.has_tokenizer or not llm.tokenizer.has_chat_template:
         raise ValueError(f"{model or 'the bundled model'}: has no chat template, so it can only continue text "
                          f"(lockstep generate); pass a chat model, such as lockstep chat Qwen/Qwen3-0.6B")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lockstep.commands.options import KvDtype, MaxContext, ModelName, OpSwaps, Threads, Weights, load
+from lockstep.commands.options import CacheDir, KvDtype, MaxContext, ModelName, OpSwaps, Threads, Weights, load
 from lockstep.commands.output import write
 
 DEFAULT_TOKENS, DEFAULT_CONTEXT = 128, 4096
@@ -25,6 +25,13 @@ def command(
     min_p: Annotated[float, typer.Option(help="Drop tokens less probable than this part of the best.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Another seed, another sample; the same seed, the same bits.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this text. Repeatable.")] = None,
+    min_tokens: Annotated[int, typer.Option(metavar="N", help="Do not end in the first N tokens.")] = 0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens of prompt and answer become less "
+                                                      "probable.")] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="Subtract this from logits of tokens in the answer.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="The same, for each time that a token is there.")] = 0.0,
+    logit_bias: Annotated[list[str] | None, typer.Option(
+        metavar="ID:BIAS", help="Add BIAS, from -100 to 100, to a token's logit. Repeatable.")] = None,
     logprobs: Annotated[int | None, typer.Option(metavar="K", show_default=False, help="With --json: the K best "
                                                  "alternatives of each token.")] = None,
     echo: Annotated[bool, typer.Option("--echo", help="Print the prompt before its continuation.")] = False,
@@ -33,6 +40,7 @@ def command(
     kv_dtype: KvDtype = None,
     threads: Threads = None,
     max_context: MaxContext = None,
+    cache_dir: CacheDir = None,
     op: OpSwaps = None,
 ):
     """Continue a text with a model.
@@ -42,10 +50,14 @@ def command(
     model, source = (None, "-") if model == "-" and source is None else (model, source)
     text = read_prompt(prompt, file, source)
     fields = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, stop=tuple(stop or ()),
-                  logprobs=logprobs)
-    check_sampling(fields)
+                  logprobs=logprobs, min_tokens=min_tokens, repetition_penalty=repetition_penalty,
+                  presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
+                  logit_bias=parse_bias(logit_bias or ()))
+    check_sampling(dict(fields, max_tokens=num_tokens or DEFAULT_TOKENS))
     context = max_context or needed_context(model, text, num_tokens or DEFAULT_TOKENS)
-    llm = load(model, weights=weights, kv_dtype=kv_dtype, threads=threads, max_context=context, ops=op)
+    # one prompt finds nothing in memory that it did not compute itself
+    llm = load(model, weights=weights, kv_dtype=kv_dtype, threads=threads, max_context=context, ops=op,
+               prefix_cache=cache_dir is not None, cache_dir=cache_dir)
     run(llm, text, num_tokens, fields, echo, as_json)
 
 
@@ -86,6 +98,18 @@ def read_text(name):
     except UnicodeDecodeError as error:
         where = "standard input" if name == "-" else name
         raise ValueError(f"{where}: not UTF-8 text, byte {error.start} is 0x{raw[error.start]:02x}") from None
+
+
+def parse_bias(pairs):
+    """["ID:BIAS", ...] as a dict."""
+    made = {}
+    for pair in pairs:
+        token, _, bias = pair.partition(":")
+        try:
+            made[int(token)] = float(bias)
+        except ValueError:
+            raise ValueError(f"--logit-bias {pair}: expected ID:BIAS, such as 42:-100") from None
+    return made
 
 
 def check_sampling(fields):

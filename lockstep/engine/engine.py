@@ -1,16 +1,22 @@
 """The engine: requests in, tokens out, one step at a time."""
+import itertools
 import os
 from dataclasses import dataclass
 
-import numpy as np
-
 from lockstep.engine import selfcheck
-from lockstep.engine.request import Request
+from lockstep.engine.answer_text import AnswerText
+from lockstep.engine.memory import Memory
+from lockstep.engine.prefix import PrefixCache, model_identity
+from lockstep.engine.prefix_disk import DiskStore
+from lockstep.engine.request import Request, samples
 from lockstep.engine.runner import Limits, Runner, Span
+from lockstep.engine.sampling import Refused, sampled_rows, take_prompt_rows, within_rows
 from lockstep.engine.scheduler import Scheduler
+from lockstep.engine.states import StateStore
 from lockstep.ops.kv_cache import PAGE_TOKENS
 from lockstep.runtime.threads import Team
 
+PROMPT_ROWS = 64  # rows of a step that may report log-probabilities of prompts; their memory is touched when used
 CACHE_BYTES = 2 << 30  # KV pages are reserved up to this by default; memory is only touched when used
 
 
@@ -21,18 +27,32 @@ def num_cores():
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Sizes of an engine. kv_tokens: tokens of KV cache in all; None: what max_requests full contexts need, up to 2 GiB."""
+    """Sizes of an engine.
+
+    kv_tokens: tokens of KV cache in all; None: what max_requests full contexts need, up to 2 GiB. prefix_cache: whether
+    requests use what others computed for the same first tokens. state_bytes: host memory for checkpoints of recurrent
+    state, for models that have one; state_every: tokens from one checkpoint to the next, a multiple of 64. cache_dir:
+    a folder that keeps prefixes across restarts, of at most cache_dir_bytes.
+    """
 
     max_step_tokens: int = 512
     max_requests: int = 16
     kv_tokens: int | None = None
     threads: int | None = None
+    prefix_cache: bool = True
+    state_bytes: int = 512 << 20
+    state_every: int = 512
+    cache_dir: str | os.PathLike | None = None
+    cache_dir_bytes: int = 8 << 30
 
     def __post_init__(self):
-        for name, low in (("max_step_tokens", 1), ("max_requests", 1), ("kv_tokens", PAGE_TOKENS), ("threads", 1)):
+        for name, low in (("max_step_tokens", 1), ("max_requests", 1), ("kv_tokens", PAGE_TOKENS), ("threads", 1),
+                          ("state_bytes", 0), ("state_every", PAGE_TOKENS), ("cache_dir_bytes", 0)):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < low):
                 raise ValueError(f"{name}: expected an integer of at least {low}, got {value!r}")
+        if self.state_every % PAGE_TOKENS:
+            raise ValueError(f"state_every: expected a multiple of {PAGE_TOKENS}, got {self.state_every}")
 
 
 def num_pages(model, options):
@@ -47,24 +67,58 @@ def num_pages(model, options):
 class Engine:
     """Runs requests of one model. Not thread-safe: one thread calls `add`, `cancel` and `step`.
 
-    Raises RuntimeError if a kernel does not give the recorded bits on this CPU.
+    new_detokenizer: makes what `AnswerText` reads tokens with; without it answers have no text. Raises RuntimeError if
+    a kernel does not give the recorded bits on this CPU.
     """
 
-    def __init__(self, model, options=EngineOptions(), swaps=None, eos_ids=None):
+    def __init__(self, model, options=EngineOptions(), swaps=None, eos_ids=None, new_detokenizer=None):
         self.eos_ids = frozenset(model.config.eos_ids) if eos_ids is None else eos_ids
-        limits = Limits(options.max_step_tokens, options.max_requests, num_pages(model, options), options.max_requests)
+        self.new_detokenizer = new_detokenizer
+        num_sampled = max(options.max_requests, min(options.max_step_tokens, PROMPT_ROWS))
+        limits = Limits(options.max_step_tokens, options.max_requests, num_pages(model, options), num_sampled)
         self.model, self.team = model, Team(options.threads or num_cores())
-        self.runner, self.scheduler = Runner(model, self.team, limits, swaps), Scheduler(limits)
+        self.runner = Runner(model, self.team, limits, swaps)
         selfcheck.check(self.runner.program, self.runner.executor.backend)
-        self._next_id = 0
+        self.scheduler = Scheduler(limits, self._prefix_cache(options))
+        self._ids = itertools.count()
 
-    def add(self, prompt_ids, params):
-        """Queues a prompt; returns its Request. ValueError if it cannot fit."""
+    def _prefix_cache(self, options):
+        """Makes the prefix cache, given the PageAllocator; None where it is not wanted or could keep nothing."""
+        memory = Memory(self.runner.program.caches, self.runner.caches)
+        states = StateStore(options.state_bytes, memory.state_bytes) if memory.state_bytes else None
+        if not options.prefix_cache or states is not None and not states.max_states:
+            if options.cache_dir is not None:
+                raise ValueError("cache_dir: expected none without a prefix cache (prefix_cache is off, or state_bytes "
+                                 f"{options.state_bytes} is less than one state of {memory.state_bytes})")
+            return None
+        identity = model_identity(self.model, selfcheck.NUMERICS)
+        sizes = dict(page=memory.page_bytes, state=memory.state_bytes)
+        disk = None if options.cache_dir is None else DiskStore(options.cache_dir, options.cache_dir_bytes, sizes)
+        return lambda pages: PrefixCache(pages, memory, identity, states, disk, options.state_every)
+
+    def add(self, prompt_ids, params, **options):
+        """Queues a prompt; returns its Request. options: see `make`. ValueError if it cannot fit."""
+        if params.n != 1:
+            raise ValueError(f"n: expected 1 where one request is added, got {params.n}")
+        return self.add_samples(prompt_ids, params, **options)[0]
+
+    def add_samples(self, prompt_ids, params, **options):
+        """Queues the `params.n` samples of a prompt, which share its pages; returns their Requests."""
+        made = self.make(prompt_ids, params, **options)
+        for request in made:
+            self.scheduler.add(request)
+        return made
+
+    def make(self, prompt_ids, params, priority=0, cache_salt=""):
+        """The Requests of a prompt's samples, not queued yet. Any thread may call this. ValueError if they cannot run.
+
+        priority: the lower goes first. cache_salt: requests share cached prefixes only with others of the same salt.
+        """
         self._check(prompt_ids, params)
-        request = Request(self._next_id, list(prompt_ids), params)
-        self._next_id += 1
-        self.scheduler.add(request)
-        return request
+        made = [Request(next(self._ids), list(prompt_ids), p, priority=priority, cache_salt=cache_salt)
+                for p in samples(params)]
+        self.scheduler.check(made[0])
+        return made
 
     def _check(self, prompt_ids, params):
         limit, vocab = self.model.max_context, self.model.config.vocab_size
@@ -72,6 +126,9 @@ class Engine:
             raise ValueError("prompt: expected at least one token, got none")
         if min(prompt_ids) < 0 or max(prompt_ids) >= vocab:
             raise ValueError(f"prompt: token ids must be 0 to {vocab - 1}, got {min(prompt_ids)} to {max(prompt_ids)}")
+        params.check_vocabulary(vocab)
+        if params.stop and self.new_detokenizer is None:
+            raise ValueError("stop: there is no tokenizer to read answers with; use stop_token_ids")
         if len(prompt_ids) + params.max_tokens > limit:
             raise ValueError(f"prompt of {len(prompt_ids)} tokens plus max_tokens {params.max_tokens} is more than the "
                              f"context of {limit} tokens")
@@ -87,53 +144,72 @@ class Engine:
         return bool(self.scheduler.running or self.scheduler.waiting)
 
     def step(self):
-        """Runs one step; returns the requests that got a token."""
-        plan = self.scheduler.schedule()
-        spans = [self._span(request, count) for request, count in plan]
-        tokens, logprobs, logits = self.runner.step(spans)
-        sampled, row = [], 0
+        """Runs one step; returns the requests that got a token or failed."""
+        plan, spans, changed = [], [], []
+        for request, count in within_rows(self.scheduler.schedule(), self.runner.limits.max_sampled):
+            try:
+                spans.append(self._span(request, count))
+                plan.append((request, count))
+            except Refused as error:
+                changed.append(self.fail(request, error))
+        if not spans:
+            return changed
+        tokens, logprobs, _ = self.runner.step(spans)
+        row = 0
         for (request, count), span in zip(plan, spans):
-            request.num_computed += count
-            if span.sampled:
-                self._take_token(request, int(tokens[row]), float(logprobs[row]), logits[row])
-                sampled.append(request)
+            self.scheduler.computed(request, count)
+            row = take_prompt_rows(request, span, row, self.runner, logprobs)
+            if request.num_left == 0:
+                self._take_token(request, int(tokens[row]), float(logprobs[row]), row)
+                changed.append(request)
                 row += 1
-        return sampled
+        return changed
 
     def _span(self, request, count):
         start, end = request.num_computed, request.num_computed + count
-        sampled = {}
-        if end == request.num_tokens:
-            p = request.params
-            # fields by name: the record has reserved ones
-            sampled[count - 1] = dict(temperature=p.temperature, top_p=p.top_p, min_p=p.min_p, top_k=p.top_k, seed=p.seed,
-                                      position=end)
+        sampled = sampled_rows(request, start, end, self.eos_ids, self.model.config.vocab_size)
         return Span(request.token_ids(start, end), start, request.pages, request.slot, sampled)
 
-    def _take_token(self, request, token, logprob, logits):
+    def _take_token(self, request, token, logprob, row):
+        p = request.params
+        if request.adjustment and self.runner.is_forbidden(row, token):
+            self.fail(request, "no token is allowed by logits_mask, logit_bias and min_tokens together")
+            return
         request.output_ids.append(token)
         request.logprobs.append(logprob)
-        if request.params.logprobs:
-            request.top_logprobs.append(top_logprobs(logits, request.params.logprobs))
-        ends = token in self.eos_ids and not request.params.ignore_eos
-        if ends or token in request.params.stop_token_ids:
+        if p.logprobs:
+            request.top_logprobs.append(self.runner.alternatives(row, p.logprobs))
+        is_end = token in p.stop_token_ids or token in self.eos_ids and not p.ignore_eos
+        found = self._read(request, token, is_end)
+        if is_end or found is not None:
+            request.stop_reason = token if found is None else found
             self.finish(request, "stop")
-        elif len(request.output_ids) >= request.params.max_tokens:
+        elif len(request.output_ids) >= p.max_tokens:
             self.finish(request, "length")
 
+    def _read(self, request, token, is_end):
+        """Adds a token to the request's text; returns the stop string that it completes, if any."""
+        if self.new_detokenizer is None:
+            return None
+        if request.answer is None:
+            request.answer = AnswerText(self.new_detokenizer(), request.params)
+        return request.answer.push(token, is_end)
+
+    def fail(self, request, error):
+        """Ends a running request that cannot go on; its batch mates do not notice. Returns the request."""
+        request.error = str(error)
+        self.finish(request, "error")
+        return request
+
     def finish(self, request, reason):
-        """Ends a running request for a reason ("stop" or "length")."""
+        """Ends a running request for a reason ("stop", "length" or "error")."""
+        if request.answer is not None:
+            request.answer.finish()
         request.finish_reason = reason
         self.scheduler.remove(request)
 
     def close(self):
-        """Ends the threads."""
+        """Ends the threads; what is to be kept on disk is written first."""
+        if self.scheduler.prefix and self.scheduler.prefix.disk is not None:
+            self.scheduler.prefix.disk.close()
         self.team.close()
-
-
-def top_logprobs(logits, count):
-    """The `count` most probable tokens and their log-probabilities, for display: {token id: logprob}, best first."""
-    order = np.lexsort((np.arange(len(logits)), -logits))[:count]
-    wide = logits.astype(np.float64)
-    normal = wide.max() + np.log(np.exp(wide - wide.max()).sum())
-    return {int(i): float(wide[i] - normal) for i in order}

@@ -1,23 +1,76 @@
-"""Which pages of the KV cache are free."""
+"""Which pages of the KV cache are whose: reference counts, and names for pages whose content is worth finding again."""
+from collections import OrderedDict
 
 
 class PageAllocator:
-    """Hands out page ids 0 .. num_pages - 1, the lowest free ones last returned first."""
+    """Hands out page ids 0 .. num_pages - 1.
+
+    A page is held by one request or shared by several. A named page that nobody holds keeps its content (it is idle)
+    until memory is needed: free pages are taken first, those freed last before others, then idle ones, least recently
+    used first.
+    """
 
     def __init__(self, num_pages):
-        self.num_pages = num_pages
+        self.num_pages, self.num_evicted = num_pages, 0
         self._free = list(range(num_pages - 1, -1, -1))
+        self._holders = [0] * num_pages
+        self._idle = OrderedDict()  # page -> None, least recently used first
+        self._page_of, self._name_of = {}, {}
 
     @property
     def num_free(self):
-        return len(self._free)
+        """Pages that can be taken: unused and idle ones."""
+        return len(self._free) + len(self._idle)
+
+    @property
+    def num_idle(self):
+        return len(self._idle)
 
     def take(self, count):
-        """`count` page ids, or None if there are not so many."""
-        if count > len(self._free):
+        """`count` page ids, or None if there are not so many. What idle pages held is forgotten."""
+        if count > self.num_free:
             return None
-        return [self._free.pop() for _ in range(count)]
+        pages = [self._free.pop() if self._free else self._evict() for _ in range(count)]
+        for page in pages:
+            self._holders[page] = 1
+        return pages
+
+    def _evict(self):
+        page, _ = self._idle.popitem(last=False)
+        del self._page_of[self._name_of.pop(page)]
+        self.num_evicted += 1
+        return page
+
+    def find(self, name):
+        """The page with a name, or None."""
+        return self._page_of.get(name)
+
+    def is_idle(self, page):
+        return page in self._idle
+
+    def share(self, page):
+        """One more holder for a named page."""
+        assert page in self._name_of, f"page {page} has no name"
+        self._idle.pop(page, None)
+        self._holders[page] += 1
+
+    def name(self, page, name):
+        """Names a held page by its content, unless that content is in another page already."""
+        assert self._holders[page], f"page {page} is held by nobody"
+        if name not in self._page_of and page not in self._name_of:
+            self._page_of[name], self._name_of[page] = page, name
+
+    def num_holders(self, page):
+        return self._holders[page]
 
     def give_back(self, pages):
-        self._free.extend(reversed(pages))
-        assert len(self._free) <= self.num_pages, "a page was given back twice"
+        """Ends a holder's claim on its pages, given in order of position: the last will be evicted first."""
+        for page in reversed(pages):
+            assert self._holders[page], f"page {page} was given back twice"
+            self._holders[page] -= 1
+            if self._holders[page]:
+                continue
+            if page in self._name_of:
+                self._idle[page] = None
+            else:
+                self._free.append(page)

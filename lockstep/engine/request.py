@@ -1,14 +1,38 @@
 """What a user asks for and what comes back."""
-from dataclasses import dataclass, field
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from lockstep.ops.sample import MAX_LOGPROBS
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen and when to stop.
+    """How tokens are chosen and when to stop. ValueError if a value is not allowed.
 
-    temperature 0 is greedy (the lowest id wins a tie). top_k 0, top_p 1 and min_p 0 keep every token. seed: the noise is a
-    function of seed, position and token id only. stop: strings; the answer ends before the first of them. logprobs: how
-    many alternatives to report for each token, None for none.
+    Choice. temperature: 0 is greedy (the lowest id wins a tie), otherwise at least 0.001. top_k, top_p, min_p: keep the
+    k likeliest tokens, the likeliest that reach this sum, those at least this likely relative to the best; 0, 1 and 0
+    keep every token. seed: the noise is a function of seed, position and token id only.
+
+    Logits, changed before the choice in this order. repetition_penalty: divides the positive and multiplies the
+    negative logits of tokens in the prompt or the output; 1 changes nothing. frequency_penalty: subtracted for each
+    time that the output has a token. presence_penalty: subtracted once if it has it. logit_bias: {token id: -100 to
+    100} to add. logits_mask: a function, called once for each token with the list of output ids so far (not to be
+    changed), that returns None or uint32[ceil(vocabulary / 32)], whose bit i % 32 of word i // 32 allows token i. If
+    nothing is allowed, or the function raises, the request ends with finish_reason "error".
+
+    End. max_tokens: of the output. stop: strings; the answer ends before the first of them to be complete, or after it
+    with include_stop_str_in_output, which also keeps the text of a stop token. stop_token_ids: end an answer as the
+    model's own end tokens do; ignore_eos goes on after those. min_tokens: end tokens are not chosen, and stop strings
+    not looked at, in the first so many tokens.
+
+    Report. logprobs, prompt_logprobs: how many alternatives (up to 20) to report for each token of the output, and of
+    the prompt but its first; None: none, and for the prompt no log-probabilities at all. They are the model's own, of
+    the logits before any of the changes above.
+
+    n: how many samples of the prompt, each with a seed of its own (see `sample_seed`).
     """
 
     max_tokens: int = 128
@@ -21,25 +45,93 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    min_tokens: int = 0
+    include_stop_str_in_output: bool = False
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict, hash=False)
+    logits_mask: Callable[[list[int]], Any] | None = None
+    n: int = 1
 
     def __post_init__(self):
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
         for name, kind, low, high in BOUNDS:
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+            if not _is_number(value, kind) or not low <= value <= high:
                 raise ValueError(f"{name}: expected a number from {low} to {high}, got {value!r}")
+        self._check_numbers()
+        self._check_strings()
+        self._check_bias()
+
+    def _check_numbers(self):
+        if 0 < self.temperature < MIN_TEMPERATURE:
+            raise ValueError(f"temperature: expected 0 (greedy) or at least {MIN_TEMPERATURE}, got {self.temperature}")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value, int) and 0 <= value <= MAX_LOGPROBS):
+                raise ValueError(f"{name}: expected 0 to {MAX_LOGPROBS} or None, got {value!r}")
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens: expected at most max_tokens, {self.max_tokens}, got {self.min_tokens}")
+        for name in ("ignore_eos", "include_stop_str_in_output"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+
+    def _check_strings(self):
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         if not all(isinstance(s, str) and s for s in self.stop):
             raise ValueError(f"stop: expected non-empty strings, got {self.stop!r}")
-        if self.logprobs is not None and not 0 <= self.logprobs <= 20:
-            raise ValueError(f"logprobs: expected 0 to 20 or None, got {self.logprobs!r}")
+        if not all(_is_number(i, int) and i >= 0 for i in self.stop_token_ids):
+            raise ValueError(f"stop_token_ids: expected token ids, got {self.stop_token_ids!r}")
+
+    def _check_bias(self):
+        if not isinstance(self.logit_bias, dict):
+            raise ValueError(f"logit_bias: expected {{token id: number}}, got {self.logit_bias!r}")
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+        for token, bias in self.logit_bias.items():
+            if not _is_number(token, int) or token < 0:
+                raise ValueError(f"logit_bias: expected token ids as keys, got {token!r}")
+            if not _is_number(bias, (int, float)) or not -100 <= bias <= 100:
+                raise ValueError(f"logit_bias of token {token}: expected a number from -100 to 100, got {bias!r}")
+        if self.logits_mask is not None and not callable(self.logits_mask):
+            raise ValueError(f"logits_mask: expected a function or None, got {self.logits_mask!r}")
+
+    def check_vocabulary(self, vocab_size):
+        """ValueError if a token id is not one of a vocabulary of this size."""
+        for name in ("logit_bias", "stop_token_ids"):
+            highest = max(getattr(self, name), default=0)
+            if highest >= vocab_size:
+                raise ValueError(f"{name}: token ids must be 0 to {vocab_size - 1}, got {highest}")
 
 
-BOUNDS = (("max_tokens", int, 1, 1 << 30), ("temperature", (int, float), 0, 1e4), ("top_k", int, 0, 1 << 30),
-          ("top_p", (int, float), 1e-9, 1), ("min_p", (int, float), 0, 1), ("seed", int, -(1 << 63), (1 << 63) - 1))
+def _is_number(value, kind):
+    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
 
 
-@dataclass
+MIN_TEMPERATURE = 0.001
+BOUNDS = (("max_tokens", int, 1, 1 << 30), ("temperature", (int, float), 0, 1e4), ("top_k", int, 0, (1 << 31) - 1),
+          ("top_p", (int, float), 1e-9, 1), ("min_p", (int, float), 0, 1), ("seed", int, -(1 << 63), (1 << 63) - 1),
+          ("min_tokens", int, 0, 1 << 30), ("repetition_penalty", (int, float), 0.01, 100),
+          ("presence_penalty", (int, float), -2, 2), ("frequency_penalty", (int, float), -2, 2),
+          ("n", int, 1, 128))
+
+
+def sample_seed(seed, index):
+    """The seed of sample number `index` of a prompt: the seed itself for 0; else the first 8 bytes, as a little-endian
+    signed integer, of SHA-256("lockstep sample", seed as 8 and index as 4 little-endian bytes)."""
+    if index == 0:
+        return seed
+    known = b"lockstep sample" + seed.to_bytes(8, "little", signed=True) + index.to_bytes(4, "little")
+    return int.from_bytes(hashlib.sha256(known).digest()[:8], "little", signed=True)
+
+
+def samples(params):
+    """The n SamplingParams of a prompt's samples, each with a seed of its own."""
+    return [replace(params, seed=sample_seed(params.seed, i)) for i in range(params.n)]
+
+
+@dataclass(eq=False)
 class Request:
     """One sequence on its way: token ids known so far, and how many of them are in the cache."""
 
@@ -49,10 +141,36 @@ class Request:
     output_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)  # of each output token
     top_logprobs: list[dict[int, float]] = field(default_factory=list)
+    prompt_logprobs: list[float] = field(default_factory=list)  # of each prompt token but the first, if asked for
+    prompt_top_logprobs: list[dict[int, float]] = field(default_factory=list)
+    adjustment: object = None  # a sampling.Adjustment, made with the first row that needs one
+    answer: object = None  # an answer_text.AnswerText, made with the first token, where there is a tokenizer
     num_computed: int = 0
     pages: list[int] = field(default_factory=list)
     slot: int | None = None
-    finish_reason: str | None = None  # "stop" or "length"
+    finish_reason: str | None = None  # "stop", "length", "cancelled" or "error"
+    stop_reason: int | str | None = None  # the token or string that ended it
+    error: str | None = None  # what was wrong, where finish_reason is "error"
+    priority: int = 0  # the lower goes first; then whoever came first
+    cache_salt: str = ""  # only requests with the same salt share cached prefixes
+    num_preemptions: int = 0
+    # what the prefix cache knows: names of full blocks, how many of its pages have theirs, where a known prefix ends
+    # that has no state, the newest kept state of its output, and the names of blocks that it is the first to compute
+    block_names: list[bytes] = field(default_factory=list)
+    num_named: int = 0
+    branch: int = 0
+    newest_state: bytes | None = None
+    leads: list[bytes] = field(default_factory=list)
+
+    @property
+    def reuses_prefix(self):
+        """Whether cached blocks may stand for computed ones: not where rows of the prompt have yet to be reported."""
+        return self.params.prompt_logprobs is None or len(self.prompt_logprobs) == len(self.prompt_ids) - 1
+
+    @property
+    def text(self):
+        """The answer's text as far as it is certain; it only grows."""
+        return "" if self.answer is None else self.answer.text
 
     @property
     def num_tokens(self):

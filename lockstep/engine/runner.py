@@ -47,8 +47,9 @@ class Runner:
         self.executor = Executor(self.program, backend, team, model.store, rows, addresses, keep)
         self.pages_per_request = -(-model.max_context // PAGE_TOKENS)
         self._allocate()
-        tokens = self.program.ops[-1]
-        self._token, self._logprob, self._logits = tokens.outputs[0], tokens.outputs[1], tokens.inputs[0]
+        sample = self.program.ops[-1]
+        self._token, self._logprob, self._top_token, self._top_logprob = sample.outputs[:4]
+        self._logits, self._adjusted = sample.inputs
 
     def _count(self, cache):
         return self.limits.num_pages if cache.kind == "pages" else self.limits.max_requests
@@ -74,8 +75,20 @@ class Runner:
         logits = view(self._logits, num_sampled)[:, :self.model.config.vocab_size]
         return view(self._token, num_sampled)[:, 0], view(self._logprob, num_sampled)[:, 0], logits
 
+    def alternatives(self, row, count):
+        """The `count` likeliest tokens of a row of the last step that asked for so many: {token id: logprob}."""
+        count = min(count, self.model.config.vocab_size)
+        ids, logprobs = (self.executor.view(t, row + 1)[row, :count] for t in (self._top_token, self._top_logprob))
+        return dict(zip(ids.tolist(), logprobs.tolist()))
+
+    def is_forbidden(self, row, token):
+        """Whether a row of the last step does not allow a token: such a token is only taken where none is allowed."""
+        adjusted = self._sampling["adjustment"][row] != 0
+        return bool(adjusted and np.isneginf(self.executor.view(self._adjusted, row + 1)[row, token]))
+
     def _fill(self, spans):
         a, at, row = self._arrays, 0, 0
+        self._sampling[:sum(len(span.sampled) for span in spans)] = 0  # a record need not name every field
         for s, span in enumerate(spans):
             n = len(span.token_ids)
             a["TOKEN_IDS"][at:at + n] = span.token_ids

@@ -1,57 +1,154 @@
 """Which tokens run in the next step. One rule: what is computed chases what is known, under a budget of tokens.
 
-Requests that have one token left (they decode) go first; the rest of the budget is filled with the oldest requests'
-prompts, in pieces as large as fit. A request is admitted when a slot and all the pages it can ever need are free.
+Requests are ranked by priority (the lowest number first), then by arrival. Those that have one token left (they decode)
+go first, in order of rank. Prompts fill the rest of the budget: the first in rank gets at least half of it, the others
+share what is left, the shortest first, so that a short prompt does not wait for a long one.
+
+A request is admitted when a slot is free and pages for all its known tokens, with a page to spare for each running
+request; it takes further pages as it grows. Where there are none, the running request of the lowest rank is preempted:
+it gives all back, waits again, and computes its known tokens once more (less what the prefix cache still has).
 """
-from collections import deque
+from bisect import insort
 
 from lockstep.engine.pages import PageAllocator
 from lockstep.ops.kv_cache import PAGE_TOKENS
 
 
-class Scheduler:
-    """Waiting and running requests, their pages and slots."""
+def rank(request):
+    """Who goes first: the lower."""
+    return request.priority, request.id
 
-    def __init__(self, limits):
+
+def pages_for(num_tokens):
+    return -(-num_tokens // PAGE_TOKENS)
+
+
+class Scheduler:
+    """Waiting and running requests in order of rank, their pages and slots.
+
+    prefix: makes the PrefixCache of these pages (a function of the PageAllocator), or None: every request starts cold.
+    """
+
+    def __init__(self, limits, prefix=None):
         self.limits, self.pages = limits, PageAllocator(limits.num_pages)
-        self.waiting, self.running = deque(), []
+        self.prefix = prefix(self.pages) if prefix else None
+        self.waiting, self.running, self.num_preempted = [], [], 0
         self._slots = list(range(limits.max_requests - 1, -1, -1))
+
+    def check(self, request):
+        """ValueError for a request that could never run."""
+        if pages_for(request.max_num_tokens) > self.limits.num_pages:
+            raise ValueError(f"prompt of {len(request.prompt_ids)} tokens and max_tokens {request.params.max_tokens}: "
+                             f"the KV cache holds {self.limits.num_pages * PAGE_TOKENS} tokens in all")
 
     def add(self, request):
         """Queues a request; ValueError if it could never run."""
-        needed = -(-request.max_num_tokens // PAGE_TOKENS)
-        if needed > self.limits.num_pages:
-            raise ValueError(f"prompt of {len(request.prompt_ids)} tokens and max_tokens {request.params.max_tokens}: "
-                             f"the KV cache holds {self.limits.num_pages * PAGE_TOKENS} tokens in all")
-        self.waiting.append(request)
+        self.check(request)
+        insort(self.waiting, request, key=rank)
 
     def remove(self, request):
         """Ends a request, wherever it is; its pages and slot are free at once."""
         if request.slot is None:
             self.waiting.remove(request)
-            return
+        else:
+            self._release(request)
+
+    def _release(self, request):
         self.running.remove(request)
+        if self.prefix:
+            self.prefix.leave(request)
+        self._strip(request)
+
+    def _strip(self, request):
         self.pages.give_back(request.pages)
         self._slots.append(request.slot)
-        request.pages, request.slot = [], None
+        request.pages, request.slot, request.num_computed, request.num_named = [], None, 0, 0
+
+    def computed(self, request, count):
+        """Notes that a step computed `count` more tokens of a request."""
+        request.num_computed += count
+        if self.prefix and request.num_computed // PAGE_TOKENS > request.num_named:
+            self.prefix.computed(request)
 
     def schedule(self):
         """[(request, number of its tokens to compute), ...] for the next step."""
-        self._admit()
-        budget, plan = self.limits.max_step_tokens, []
-        decoding = [r for r in self.running if r.num_left == 1]
-        for request in decoding + [r for r in self.running if r.num_left > 1]:
-            count = min(request.num_left, budget)
+        if self.waiting:
+            self._admit()
+        plan, budget = [], self.limits.max_step_tokens
+        for request in [r for r in self.running if r.num_left == 1]:
+            if budget and request.slot is not None and self._grow(request):
+                plan.append((request, 1))
+                budget -= 1
+        prompts = [r for r in self.running if r.num_left > 1]
+        return plan + self._prompts(prompts, budget) if prompts else plan
+
+    def _prompts(self, prompts, budget):
+        """Deals the budget to prompts: half to the first, then to the shortest, what is left to the first again."""
+        first, others = prompts[0], sorted(prompts[1:], key=lambda r: (r.priority, r.num_left, r.id))
+        most, plan = self._most(first, budget), []
+        sure = min(most, -(-budget // 2))
+        left = budget - sure
+        for request in others:
+            count = self._most(request, left)
             if count:
                 plan.append((request, count))
-                budget -= count
-        return plan
+                left -= count
+        count = sure + min(left, most - sure)
+        return [(first, count)] + plan if count else plan
+
+    def _most(self, request, budget):
+        """Tokens that a request may compute in a step: up to the budget, and to where its state is to be kept."""
+        count = min(request.num_left, budget)
+        return self.prefix.cut(request, count) if self.prefix else count
+
+    # ------------------------------------------------------------ memory
 
     def _admit(self):
-        while self.waiting and self._slots:
-            request = self.waiting[0]
-            pages = self.pages.take(-(-request.max_num_tokens // PAGE_TOKENS))
-            if pages is None:
+        """Places waiting requests in order of rank; nobody overtakes one who waits for memory."""
+        index = 0
+        while index < len(self.waiting) and self._slots:
+            request = self.waiting[index]
+            if self.prefix and self.prefix.is_being_computed(request):
+                index += 1
+            elif self._place(request):
+                del self.waiting[index]
+                insort(self.running, request, key=rank)
+            else:
                 return
-            request.pages, request.slot = pages, self._slots.pop()
-            self.running.append(self.waiting.popleft())
+
+    def _place(self, request):
+        """Gives a request its slot and pages for all that is known; False if there are too few, and nothing changed."""
+        needed, found = pages_for(request.num_tokens), self.prefix.find(request) if self.prefix else None
+        if self.pages.num_free + (found.num_held if found else 0) - needed < len(self.running):
+            return False
+        request.slot = self._slots.pop()
+        if found:
+            self.prefix.attach(request, found)
+        fresh = self.pages.take(needed - len(request.pages))
+        if fresh is None:  # what was found turned out to be damaged
+            self._strip(request)
+            return False
+        request.pages += fresh
+        if self.prefix:
+            self.prefix.enter(request)
+        return True
+
+    def _grow(self, request):
+        """A page for a request's next token, if it needs one; False if it was the one to be preempted for it."""
+        while request.num_computed == len(request.pages) * PAGE_TOKENS:
+            page = self.pages.take(1)
+            if page:
+                request.pages += page
+                return True
+            last = self.running[-1]
+            self._preempt(last)
+            if last is request:
+                return False
+        return True
+
+    def _preempt(self, request):
+        """Takes a running request's memory away; it waits again, with the tokens that it has."""
+        self._release(request)
+        request.num_preemptions += 1
+        self.num_preempted += 1
+        insort(self.waiting, request, key=rank)

@@ -17,6 +17,7 @@ import ml_dtypes
 import numba
 import numpy as np
 
+from lockstep.engine import selfcheck_sampling
 from lockstep.engine.model import emit_sampling
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.models.decoder import record
@@ -32,7 +33,8 @@ NUMERICS = 2  # version of the arithmetic: any change of any bit raises it
 GOLDEN = pathlib.Path(__file__).with_name("golden_kernels.json")
 FORMATS = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_k", "q6_k")
 WIDTH, VOCABULARY, CONTEXT = 256, 64, 128
-UNCHECKED = ("scratch", "softmax")  # what only its own kernel reads
+# what only its own kernel reads; what is written only where a row asks for it, and looked at by selfcheck_sampling
+UNCHECKED = ("scratch", "softmax", "logits.adjusted", "top_token", "top_logprob")
 # token counts of two requests in each step: a page's end, tiles with rows to spare, decode beside prefill
 STEPS = ((61, 3), (5, 1), (1, 1))
 BASE = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 1,
@@ -211,6 +213,7 @@ def check(program, backend):
     golden = json.loads(GOLDEN.read_text())
     for probe in wanted:
         compare(probe, golden[str(probe)], digests(probe, backend))
+    compare(selfcheck_sampling.NAME, golden[selfcheck_sampling.NAME], selfcheck_sampling.digests(backend))
     with contextlib.suppress(OSError):
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.touch()

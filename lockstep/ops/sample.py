@@ -1,8 +1,9 @@
-"""The choice of the next token from a row of logits: the definition.
+"""The choice of the next token from a row of logits, and its log-probability: the definition.
 
-    token[r] = argmax over the kept tokens i of  logits[r, i] / temperature + gumbel(seed, position, i)
+    token[r] = argmax over the kept tokens i of  adjusted[r, i] / temperature + gumbel(seed, position, i)
 
 which is a draw from the softmax, and a function of nothing but the row and its record: no generator has a state.
+Log-probabilities are the model's own: of the logits before adjustment, temperature and what is kept.
 """
 import numpy as np
 from numba import carray, float32, int32, int64
@@ -12,46 +13,65 @@ from lockstep.ops.philox import noise
 from lockstep.ops.reduce import tree_sum
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import definition, inlined, kernel
-from lockstep.runtime.machine import float_array
+from lockstep.runtime.machine import float_array, int_array
 from lockstep.runtime.simd import fma, maximum, minimum, peek, poke, rint, to_i32
 from lockstep.runtime.step import SAMPLING, num_rows, step_word, word
 
 CHUNK = 4096  # vocabulary entries per partial sum of the log-softmax: a numerics constant
 BLOCK = 256  # vocabulary entries per maximum that the fast kernel keeps
+MAX_LOGPROBS = 20  # alternatives that a row may ask for
 LOWEST, ZERO = np.float32(-3.4028235e38), np.float32(0)
 WEIGHT_UNITS = np.float32(2**30)  # in one weight of the likeliest token
 
+# adjustment, mask, num_seen, num_banned: see `adjust_logits`; adjustment 0: the row's logits are taken as they are.
+# given: 0, or one more than a token that is not chosen but known, and whose log-probability is asked for.
 SAMPLING_RECORD = np.dtype([
     ("temperature", np.float32), ("top_p", np.float32), ("min_p", np.float32), ("top_k", np.int32),
-    ("seed", np.int64), ("position", np.int64), ("reserved", np.uint8, 28), ("num_logprobs", np.int32)])
+    ("seed", np.int64), ("position", np.int64), ("adjustment", np.int64), ("mask", np.int64),
+    ("num_seen", np.int32), ("num_banned", np.int32), ("given", np.int32), ("num_logprobs", np.int32)])
 RECORD_BYTES = SAMPLING_RECORD.itemsize
-TEMPERATURE, TOP_P, MIN_P, TOP_K, SEED, POSITION = (
-    SAMPLING_RECORD.fields[name][1] for name in ("temperature", "top_p", "min_p", "top_k", "seed", "position"))
+TEMPERATURE, TOP_P, MIN_P, TOP_K, SEED, POSITION, ADJUSTMENT, MASK, NUM_SEEN, NUM_BANNED, GIVEN, NUM_LOGPROBS = (
+    SAMPLING_RECORD.fields[name][1] for name in SAMPLING_RECORD.names)
 
 
 def scratch_width(vocabulary):
-    """Width of the op's third output (float32, rows "R"), where the fast kernel keeps partial results."""
+    """Width of the op's last output (float32, rows "R"), where the fast kernel keeps partial results."""
     chunks = -(-vocabulary // CHUNK)
-    return chunks * (CHUNK // BLOCK + 5) + 16
+    return chunks * (2 * (CHUNK // BLOCK) + 6) + 16
 
 
 @definition
 def sample_row(logits_V, temperature, top_k, top_p, min_p, seed, position):
-    """Chooses a token; returns it and the logarithm of its probability under the softmax of the logits themselves.
+    """Chooses a token.
 
     Shapes: logits [V] float32 without NaN or +inf, V below 2**23; -inf forbids a token.
     Units: temperature 0 takes the largest logit (as does a row that forbids all), otherwise it is at least 1e-3; top_k
       below 1, top_p 1 and min_p 0 restrict nothing. top_k counts tokens, top_p is a share of what top_k leaves, min_p
       is relative to the likeliest token.
-    Error: logprob below 3e-6 + 1 ulp.
-    Order: ties go to the lowest index. `kept_token` and `log_probability` say the rest.
+    Order: ties go to the lowest index. `kept_token` says the rest.
     Source: Maddison, Tarlow and Minka 2014 (Gumbel argmax); Holtzman et al. 2020 (top-p); Nguyen et al. 2024 (min-p).
     """
     if temperature == ZERO or maximum_of(logits_V) == LOWEST:
-        token = argmax(logits_V)
-    else:
-        token = kept_token(logits_V, temperature, top_k, top_p, min_p, seed, position)
-    return token, log_probability(logits_V, token)
+        return argmax(logits_V)
+    return kept_token(logits_V, temperature, top_k, top_p, min_p, seed, position)
+
+
+@definition
+def report(logits_V, token, num_logprobs, top_token_N, top_logprob_N):
+    """Log-probability of a token under the softmax of the logits themselves, and the likeliest tokens with theirs.
+
+    Shapes: logits [V] as for `sample_row`; top_token [N] int32 and top_logprob [N] float32, of which the first
+      min(num_logprobs, V) are written, likeliest first; ties go to the lowest index.
+    Error: below 3e-6 + 1 ulp.
+    Order: (logit - largest) - log(sum); see `log_normalizer`.
+    """
+    largest, log_total = log_normalizer(logits_V)
+    if num_logprobs > 0:
+        order = descending(logits_V)
+        for n in range(min(num_logprobs, logits_V.size)):
+            top_token_N[n] = order[n]
+            top_logprob_N[n] = (logits_V[order[n]] - largest) - log_total
+    return (logits_V[token] - largest) - log_total
 
 
 @definition
@@ -133,11 +153,11 @@ def lowest_offset(min_p):
 
 
 @definition
-def log_probability(logits_V, token):
-    """log softmax of one token.
+def log_normalizer(logits_V):
+    """The largest logit, and the logarithm of the sum of exp(logit - largest).
 
     Order: chunks of 4096 by index; in a chunk, exp(logit - its maximum) summed in 16 lanes and a tree; the sums, each
-    times exp(its maximum - the largest of all), added by FMA in ascending order; then (logit - largest) - log(sum).
+    times exp(its maximum - the largest of all), added by FMA in ascending order.
     """
     largest, total = maximum_of(logits_V), ZERO
     lane = np.empty(16, np.float32)
@@ -148,7 +168,7 @@ def log_probability(logits_V, token):
         for i in range(chunk.size):
             lane[i % 16] += exp(chunk[i] - top)
         total = fma(tree_sum(lane), exp(top - largest), total)
-    return (logits_V[token] - largest) - log(total)
+    return largest, log(total)
 
 
 @definition
@@ -162,16 +182,23 @@ def maximum_of(x):
 
 @kernel
 def _run(op, step, thread, num_threads):
-    """Op row: token, logprob, scratch, logits, V, width of a row of logits."""
+    """Op row: token, logprob, top tokens, top logprobs, scratch, logits, adjusted, V, width of a row of logits."""
     if thread == 0:
-        V = word(op, 4)
+        V, N = word(op, 7), MAX_LOGPROBS
         for r in range(num_rows(op, step)):
-            logits_V = carray(float_array(word(op, 3) + 4 * word(op, 5) * r), (V,))
-            record = step_word(step, SAMPLING) + RECORD_BYTES * r
-            token, logprob = sample_row(
-                logits_V, peek(record + TEMPERATURE, float32), peek(record + TOP_K, int32),
-                peek(record + TOP_P, float32), peek(record + MIN_P, float32), peek(record + SEED, int64),
-                peek(record + POSITION, int64))
+            record, row = step_word(step, SAMPLING) + RECORD_BYTES * r, 4 * word(op, 8) * r
+            logits_V = carray(float_array(word(op, 5) + row), (V,))
+            adjusted = peek(record + ADJUSTMENT, int64) != 0
+            choice_V = carray(float_array(word(op, 6) + row), (V,)) if adjusted else logits_V
+            token = int64(peek(record + GIVEN, int32)) - 1
+            if token < 0:
+                token = sample_row(
+                    choice_V, peek(record + TEMPERATURE, float32), peek(record + TOP_K, int32),
+                    peek(record + TOP_P, float32), peek(record + MIN_P, float32), peek(record + SEED, int64),
+                    peek(record + POSITION, int64))
+            logprob = report(logits_V, token, peek(record + NUM_LOGPROBS, int32),
+                             carray(int_array(word(op, 2) + 4 * N * r), (N,)),
+                             carray(float_array(word(op, 3) + 4 * N * r), (N,)))
             poke(word(op, 0) + 4 * r, np.int32(token))
             poke(word(op, 1) + 4 * r, logprob)
 

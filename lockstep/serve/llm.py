@@ -13,7 +13,12 @@ from lockstep.weights.store import PackedStore
 
 @dataclass
 class Completion:
-    """One answer: text, token ids, their log-probabilities (and alternatives, if asked for), and why it ended."""
+    """One answer: text, token ids, their log-probabilities (and alternatives, if asked for), and why it ended.
+
+    finish_reason is "stop", "length" or "error"; stop_reason is the token id or string that stopped it, error what went
+    wrong. prompt_logprobs begin with the prompt's second token. Alternatives are {token id: logprob}, best first.
+    others: the samples after this one, where params asked for several.
+    """
 
     text: str
     token_ids: list[int]
@@ -21,32 +26,28 @@ class Completion:
     finish_reason: str
     prompt_token_ids: list[int]
     top_logprobs: list[dict[int, float]] = field(default_factory=list)
+    prompt_logprobs: list[float] = field(default_factory=list)
+    prompt_top_logprobs: list[dict[int, float]] = field(default_factory=list)
+    stop_reason: int | str | None = None
+    error: str | None = None
+    others: list["Completion"] = field(default_factory=list)
+
+    @property
+    def samples(self):
+        """All samples of the prompt, this one first."""
+        return [self, *self.others]
 
 
-@dataclass
 class Stream:
-    """The text of a request so far; `new_text` is what the last step added."""
+    """The text of a request so far; `new_text` is what came with the last `advance`, and is never taken back."""
 
-    request: object
-    detokenizer: Detokenizer | None
-    text: str = ""
-    new_text: str = ""
+    def __init__(self, request):
+        self.request, self.text, self.new_text = request, "", ""
 
-    def advance(self, engine):
-        """Takes the request's newest token in; ends the request at a stop string."""
-        if self.detokenizer is None:
-            return
-        self.new_text = self.detokenizer.push(self.request.output_ids[-1])
-        if self.request.finish_reason:
-            self.new_text += self.detokenizer.finish()
+    def advance(self):
+        """Takes in what the engine has added to the request."""
+        self.new_text = self.request.text[len(self.text):]
         self.text += self.new_text
-        cut = min((at for at in (self.text.find(s) for s in self.request.params.stop) if at >= 0), default=None)
-        if cut is not None:
-            self.new_text = self.new_text[:max(0, len(self.new_text) - (len(self.text) - cut))]
-            self.text = self.text[:cut]
-            if self.request.finish_reason is None:
-                engine.finish(self.request, "stop")
-            self.request.finish_reason = "stop"
 
 
 class LLM:
@@ -54,18 +55,22 @@ class LLM:
 
     model: a Hugging Face folder, a GGUF file, a hub name, or None for the bundled model. weights: "auto" (as stored),
     "f32", "bf16", "q8_0" or "q4_0". kv_dtype: "bf16" or "f32". ops: swaps of the op table, such as
-    {"linear": "reference"}. progress: called with (what, done, total) while weights are packed. Raises ValueError, in
-    one sentence, for a model that cannot be loaded.
+    {"linear": "reference"}. progress: called with (what, done, total) while weights are packed. prefix_cache: whether
+    requests use what earlier ones computed for the same first tokens; cache_dir: a folder of at most cache_dir_bytes
+    that keeps it across restarts. Raises ValueError, in one sentence, for a model that cannot be loaded.
     """
 
     def __init__(self, model=None, *, weights="auto", kv_dtype=None, max_context=None, max_step_tokens=512,
-                 max_requests=16, kv_tokens=None, threads=None, ops=None, progress=None):
+                 max_requests=16, kv_tokens=None, threads=None, ops=None, progress=None, prefix_cache=True,
+                 cache_dir=None, cache_dir_bytes=8 << 30):
         self.path = resolve_model(model)
         checkpoint = open_checkpoint(self.path)
         self.model = load_model(checkpoint, PackedStore(checkpoint, progress), weights, kv_dtype, max_context)
         self._checkpoint = checkpoint
-        options = EngineOptions(max_step_tokens, max_requests, kv_tokens, threads)
-        self.engine = Engine(self.model, options, ops, self._eos_ids())
+        options = EngineOptions(max_step_tokens, max_requests, kv_tokens, threads, prefix_cache, cache_dir=cache_dir,
+                                cache_dir_bytes=cache_dir_bytes)
+        reader = (lambda: Detokenizer(self.tokenizer)) if self.has_tokenizer else None
+        self.engine = Engine(self.model, options, ops, self._eos_ids(), reader)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -97,8 +102,13 @@ class LLM:
 
     def start(self, prompt, params=SamplingParams()):
         """Queues one prompt; returns its Stream."""
-        request = self.engine.add(self.encode(prompt), params)
-        return Stream(request, Detokenizer(self.tokenizer) if self.has_tokenizer else None)
+        if params.n != 1:
+            raise ValueError(f"n: expected 1 where one stream is returned, got {params.n}")
+        return self.start_samples(prompt, params)[0]
+
+    def start_samples(self, prompt, params):
+        """Queues the `params.n` samples of a prompt; returns a Stream for each."""
+        return [Stream(request) for request in self.engine.add_samples(self.encode(prompt), params)]
 
     def stream(self, prompt, params=SamplingParams()):
         """Yields the Stream of one prompt after every token. Closing the generator cancels the request."""
@@ -106,7 +116,7 @@ class LLM:
         try:
             while made.request.finish_reason is None:
                 if made.request in self.engine.step():
-                    made.advance(self.engine)
+                    made.advance()
                     yield made
         finally:
             self.engine.cancel(made.request)
@@ -114,37 +124,39 @@ class LLM:
     def generate(self, prompts, params=SamplingParams()):
         """Answers all prompts (strings or lists of token ids) together; returns a Completion for each, in order.
 
-        params: one SamplingParams for all, or a list with one for each prompt.
+        params: one SamplingParams for all, or a list with one for each prompt. With n > 1 the Completion is that of
+        the first sample, and its `samples` are all.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         each = list(params) if isinstance(params, (list, tuple)) else [params] * len(prompts)
         if len(each) != len(prompts):
             raise ValueError(f"params: expected one or {len(prompts)}, got {len(each)}")
-        streams = self._start_all(prompts, each)
-        by_id = {s.request.id: s for s in streams}
+        started = self._start_all(prompts, each)
+        by_id = {s.request.id: s for streams in started for s in streams}
         while self.engine.has_work:
             for request in self.engine.step():
-                by_id[request.id].advance(self.engine)
-        return [_completion(s) for s in streams]
+                by_id[request.id].advance()
+        return [_completion(*streams) for streams in started]
 
     def _start_all(self, prompts, each):
-        """Starts every prompt, or none if one of them is refused."""
-        streams = []
+        """Starts every prompt's samples, or none if one prompt is refused."""
+        started = []
         try:
             for prompt, params in zip(prompts, each):
-                streams.append(self.start(prompt, params))
+                started.append(self.start_samples(prompt, params))
         except ValueError:
-            for made in streams:
+            for made in (s for streams in started for s in streams):
                 self.engine.cancel(made.request)
             raise
-        return streams
+        return started
 
     def close(self):
         """Ends the engine's threads."""
         self.engine.close()
 
 
-def _completion(stream):
+def _completion(stream, *others):
     request = stream.request
     return Completion(stream.text, request.output_ids, request.logprobs, request.finish_reason, request.prompt_ids,
-                      request.top_logprobs)
+                      request.top_logprobs, request.prompt_logprobs, request.prompt_top_logprobs, request.stop_reason,
+                      request.error, [_completion(other) for other in others])

@@ -121,3 +121,31 @@ def test_alternatives_are_those_of_the_logits(engine):
 def test_a_bad_option_is_named(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         EngineOptions(**bad)
+
+
+def test_log_probabilities_of_a_prompt_are_all_there_whatever_is_cached_or_preempted(engine):
+    made = engine(max_step_tokens=50)
+    params = SamplingParams(max_tokens=3, prompt_logprobs=1, ignore_eos=True)
+    first = made.add(PROMPTS[4], params)
+    finish(made)
+    again, hot = made.add(PROMPTS[4], params), made.add(PROMPTS[4], SamplingParams(max_tokens=3, ignore_eos=True))
+    made.step()
+    made.step()
+    made.scheduler._preempt(again)
+    finish(made)
+    assert again.num_preemptions == 1 and len(again.prompt_logprobs) == 128
+    assert (again.prompt_logprobs, again.prompt_top_logprobs) == (first.prompt_logprobs, first.prompt_top_logprobs)
+    assert again.output_ids == first.output_ids == hot.output_ids
+    assert made.scheduler.prefix.counts.hit_tokens == 128, "who asks for less takes what is cached"
+
+
+def test_a_preempted_request_goes_on_where_it_was(engine, alone):
+    made = engine(max_step_tokens=64)
+    requests = [made.add(p, s) for p, s in zip(PROMPTS, PARAMS)]
+    for _ in range(40):
+        made.step()
+        if made.scheduler.running:
+            made.scheduler._preempt(made.scheduler.running[0])
+    finish(made)
+    assert [(r.output_ids, r.logprobs, r.finish_reason) for r in requests] == alone
+    assert sum(r.num_preemptions for r in requests) > 20

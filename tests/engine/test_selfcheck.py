@@ -3,9 +3,9 @@ import json
 
 import pytest
 
-from lockstep.engine import selfcheck
+from lockstep.engine import selfcheck, selfcheck_sampling
 from lockstep.ops import BACKENDS
-from tests.golden.record_kernels import recorded
+from tests.golden.record_kernels import recorded, recorded_sampling
 from tests.promise.faults import faulty
 from tests.promise.models import CASES, Case, load
 
@@ -35,6 +35,10 @@ def test_a_wrong_bit_in_any_kernel_is_refused_by_name(program):
     for kind, output in sorted({(op.kind, op.outputs.index(t)) for op, t in selfcheck.visible(made)}):
         with pytest.raises(RuntimeError, match=f"op {kind.replace('+', '.')} gives other bits.*expected [0-9a-f]+, found"):
             selfcheck.check(program, {**TABLE, kind: faulty(TABLE[kind], output)})
+    chosen = [(op.kind, i, t.name) for op in made.ops[-2:] for i, t in enumerate(op.outputs)]
+    for kind, output in [(kind, i) for kind, i, name in chosen if not name.endswith("scratch")]:
+        with pytest.raises(RuntimeError, match=f"op {kind} gives other bits"):
+            selfcheck.check(program, {**TABLE, kind: faulty(TABLE[kind], output)})
     for kind in {op.kind for op in made.ops if op.outputs[0].dtype == "i8"}:
         with pytest.raises(RuntimeError, match="gives other bits"):
             selfcheck.check(program, {**TABLE, kind: faulty(TABLE[kind], 0)})
@@ -58,5 +62,6 @@ def test_models_in_k_quants_can_be_checked(family, weights):
 
 
 def test_the_recorded_digests_are_those_of_the_definitions():
-    probe = selfcheck.Probe("qwen2", "f32", "f32")
-    assert recorded(probe) == json.loads(selfcheck.GOLDEN.read_text())[str(probe)]
+    probe, golden = selfcheck.Probe("qwen2", "f32", "f32"), json.loads(selfcheck.GOLDEN.read_text())
+    assert recorded(probe) == golden[str(probe)]
+    assert recorded_sampling() == golden[selfcheck_sampling.NAME]

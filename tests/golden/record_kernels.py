@@ -4,6 +4,7 @@ Only after a decision to change bits, together with a new NUMERICS version.
 """
 import json
 
+from lockstep.engine import selfcheck_sampling
 from lockstep.engine.selfcheck import CONFIGS, FORMATS, GOLDEN, Probe, digests
 from lockstep.ops import BACKENDS
 
@@ -17,5 +18,11 @@ def recorded(probe):
     return {name: digest for _, name, digest in digests(probe, BACKENDS["reference"], fused=False)}
 
 
+def recorded_sampling():
+    """{tensor name: digest} of the ops that choose tokens."""
+    return {name: digest for _, name, digest in selfcheck_sampling.digests(BACKENDS["reference"])}
+
+
 if __name__ == "__main__":
-    GOLDEN.write_text(json.dumps({str(p): recorded(p) for p in all_probes()}, indent=0) + "\n")
+    made = {str(p): recorded(p) for p in all_probes()} | {selfcheck_sampling.NAME: recorded_sampling()}
+    GOLDEN.write_text(json.dumps(made, indent=0) + "\n")

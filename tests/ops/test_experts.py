@@ -7,7 +7,8 @@ import pytest
 from lockstep.models.record import expert_rows
 from lockstep.ops import experts, experts_cpu, linear
 from lockstep.runtime.program import Weight
-from tests.ops.harness import Constant, ragged_step, run_op, same_bits
+from lockstep.weights.tensor import StoredTensor
+from tests.ops.harness import ragged_step, run_op, same_bits
 
 E, X, D, N = 4, 2, 64, 96
 
@@ -30,15 +31,19 @@ def both(kind, outputs, inputs, T, **params):
     return expected
 
 
+def experts_of(random):
+    """A stored matrix [N, D] for each expert, of float16 numbers."""
+    values = random.standard_normal((E, N, D)).astype(np.float16).astype(np.float32)
+    return tuple(StoredTensor(f"expert {e}", "f32", (N, D), values[e]) for e in range(E))
+
+
 @pytest.mark.parametrize("format", ["f32", "bf16", "q8_0", "q4_0", "f16"])
 @pytest.mark.parametrize("T", [1, 7, 33])
 def test_experts(format, T):
     random, (order, start) = np.random.RandomState(T), routed(T, 5)
     x = random.standard_normal((T, D)).astype(np.float32)
-    parts = tuple(Constant(random.standard_normal((N, D)).astype(np.float16)) for _ in range(E))
+    parts = experts_of(random)
     weights = Weight("experts", format, (E * N, D), parts)
-    for part, name in zip(parts, "abcd"):
-        part.name = name
     rows, width = expert_rows(format, D)
     element = "f32" if rows == "f32" else "i8"
     prepared = both(f"expert_rows_{rows}", {"out": ("T", X * width, element)}, [x, order], T, K=D, top_k=X)
@@ -58,16 +63,14 @@ def dense(x, parts, order, start):
     y = np.empty((len(x), X, N))
     for e in range(E):
         for pair in order[start[e]:start[e + 1]]:
-            y[pair // X, pair % X] = parts[e].array.astype(np.float64) @ x[pair // X]
+            y[pair // X, pair % X] = parts[e].data.astype(np.float64) @ x[pair // X]
     return y
 
 
 def test_a_row_is_that_of_an_ordinary_linear_layer():
     random, (order, start) = np.random.RandomState(0), routed(9, 5)
     x = random.standard_normal((9, D)).astype(np.float32)
-    parts = tuple(Constant(random.standard_normal((N, D))) for _ in range(E))
-    for part, name in zip(parts, "abcd"):
-        part.name = name
+    parts = experts_of(random)
     step, _held = ragged_step([9])
     rows = run_op(experts_cpu.CPU["expert_rows_f32"], {"out": ("T", X * D, "f32")}, [x, order], step, K=D, top_k=X)[
         "out"
@@ -77,4 +80,4 @@ def test_a_row_is_that_of_an_ordinary_linear_layer():
     for s, row in enumerate(found.reshape(-1, N)):
         e = int(np.searchsorted(start[0], s, "right")) - 1
         pair = int(order.reshape(-1)[s])
-        same_bits(row, np.array([linear.dot_f32(x[pair // X], w) for w in parts[e].array], np.float32))
+        same_bits(row, np.array([linear.dot_f32(x[pair // X], w) for w in parts[e].data], np.float32))

@@ -11,19 +11,39 @@ RNG = np.random.default_rng(0)
 GREEDY = dict(temperature=0)
 
 
-def run(backend, logits, settings, num_threads=1):
-    """Tokens and logprobs of rows of logits, each with its settings (a dict of record fields)."""
+def run_all(backend, logits, settings, num_threads=1, adjusted=None):
+    """Everything that the op writes for rows of logits, each row with its settings (a dict of record fields)."""
     records = np.zeros(len(settings), sample.SAMPLING_RECORD)
     for record, chosen in zip(records, settings):
         for name, value in {"temperature": 1, "top_p": 1, "seed": 5, "position": 9, **chosen}.items():
             record[name] = value
     step, held = ragged_step([1] * len(logits))
     step[words.SAMPLING] = records.ctypes.data
-    outputs = {"token": ("R", 1, "i32"), "logprob": ("R", 1, "f32"),
-               "scratch": ("R", sample.scratch_width(logits.shape[1]), "f32")}
-    rows = np.pad(logits, ((0, 0), (0, 5)), constant_values=1e30)  # what lies beyond the vocabulary is not looked at
-    out = run_op(backend["sample"], outputs, [rows], step, num_threads, vocab_size=logits.shape[1], width=rows.shape[1])
+    N = sample.MAX_LOGPROBS
+    outputs = {"token": ("R", 1, "i32"), "logprob": ("R", 1, "f32"), "top_token": ("R", N, "i32"),
+               "top_logprob": ("R", N, "f32"), "scratch": ("R", sample.scratch_width(logits.shape[1]), "f32")}
+    # what lies beyond the vocabulary is not looked at, nor a row of adjusted logits where nothing is
+    rows, wanted = (np.pad(x, ((0, 0), (0, 5)), constant_values=1e30)
+                    for x in (logits, np.full_like(logits, 1e30) if adjusted is None else adjusted))
+    out = run_op(backend["sample"], outputs, [rows, wanted], step, num_threads, vocab_size=logits.shape[1],
+                 width=rows.shape[1])
+    return {name: out[name] for name in ("token", "logprob", "top_token", "top_logprob")}
+
+
+def run(backend, logits, settings, num_threads=1):
+    """Tokens and logprobs."""
+    out = run_all(backend, logits, settings, num_threads)
     return np.rec.fromarrays([out["token"][:, 0], out["logprob"][:, 0]], names="token,logprob")
+
+
+def same_outputs(logits, settings, adjusted=None):
+    """The fast kernel, on one thread and on three, equals the definition in all that it writes, and writes no more."""
+    expected = run_all(sample.REFERENCE, logits, settings, 1, adjusted)
+    for threads in (1, 3):
+        found = run_all(sample_cpu.CPU, logits, settings, threads, adjusted)
+        for name in expected:
+            same_bits(found[name], expected[name])
+    return expected
 
 
 def logits_of(rows, vocabulary, scale=3.0):
@@ -67,7 +87,12 @@ def test_definition_compiled_equals_interpreted():
             slow = interpreted(sample.sample_row)(
                 row, np.float32(full["temperature"]), full["top_k"], np.float32(full["top_p"]),
                 np.float32(full["min_p"]), np.int64(full["seed"]), np.int64(full["position"]))
-        assert (slow[0], np.float32(slow[1]).tobytes()) == (token, logprob.tobytes())
+            likeliest, logprobs = np.zeros(20, np.int32), np.zeros(20, np.float32)
+            slow_logprob = interpreted(sample.report)(row, slow, 7, likeliest, logprobs)
+        assert (slow, np.float32(slow_logprob).tobytes()) == (token, logprob.tobytes())
+        fast = run_all(sample_cpu.CPU, row[None], [dict(settings, num_logprobs=7)])
+        same_bits(fast["top_token"][0, :7], likeliest[:7])
+        same_bits(fast["top_logprob"][0, :7], logprobs[:7])
 
 
 def test_greedy_takes_the_first_largest_and_logprob_is_accurate():
@@ -115,3 +140,65 @@ def test_choice_depends_on_seed_and_position_only():
     assert together[1] == alone
     scores = logits[0] + np.array([noise(7, 3, i) for i in range(500)], np.float32)
     assert alone == scores.argmax()
+
+
+# ---------------------------------------------------------------- log-probabilities
+
+ASKING = [dict(num_logprobs=n, temperature=t) for n in (0, 1, 2, 3, 5, 19, 20) for t in (0, 0.9)]
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, 3, 17, 31, 32, 33, 257, 4096 + 5, 9000])
+def test_likeliest_tokens_of_kernel_and_definition(vocabulary):
+    same_outputs(logits_of(len(ASKING), vocabulary), ASKING)
+
+
+@pytest.mark.parametrize("vocabulary", [3, 21, 300, 5000])
+def test_likeliest_tokens_with_ties_zeros_and_few_finite_logits(vocabulary):
+    for levels in ([0.0, -0.0], [1.5], [2.0, 1.0, -np.inf], [-np.inf], [-np.inf] * 200 + [1.0], [-3e38, -3.4028235e38]):
+        same_outputs(RNG.choice(np.array(levels, np.float32), (len(ASKING), vocabulary)), ASKING)
+
+
+def test_likeliest_tokens_in_float64():
+    logits = logits_of(6, 5003)
+    logits[:, [40, 41, 5000]] = 12
+    out = run_all(sample_cpu.CPU, logits, [dict(num_logprobs=20)] * 6, 2)
+    x = logits.astype(np.float64)
+    exact = x - np.log(np.exp(x).sum(1, keepdims=True))
+    for row, tokens, logprobs in zip(exact, out["top_token"], out["top_logprob"]):
+        assert tokens.tolist() == sorted(range(5003), key=lambda i: (-row[i], i))[:20]
+        assert np.abs(row[tokens] - logprobs).max() < 3e-6
+
+
+def test_a_given_token_is_not_chosen_and_its_logprob_is_that_of_the_same_token_chosen():
+    logits = logits_of(40, 4100)
+    chosen = run_all(sample_cpu.CPU, logits, [dict(position=i, num_logprobs=3) for i in range(40)])
+    settings = [dict(given=1 + t, num_logprobs=3, temperature=i % 2) for i, t in enumerate(chosen["token"][:, 0])]
+    given = same_outputs(logits, settings)
+    for name in chosen:
+        same_bits(given[name], chosen[name])
+    others = [dict(given=1 + (t + 1) % 4100) for t in chosen["token"][:, 0]]
+    assert (run(sample_cpu.CPU, logits, others).logprob != chosen["logprob"][:, 0]).all()
+
+
+@pytest.mark.parametrize("vocabulary", [2, 33, 4101])
+def test_an_adjusted_row_chooses_by_adjusted_logits_and_reports_by_its_own(vocabulary):
+    settings = [dict(s, adjustment=(i + 1) % 3 and 1, num_logprobs=i) for i, s in enumerate(SETTINGS)]
+    logits, adjusted = logits_of(len(settings), vocabulary), logits_of(len(settings), vocabulary)
+    adjusted[:, 1:][RNG.random((len(settings), vocabulary - 1)) < 0.3] = -np.inf
+    adjusted[4] = -np.inf
+    out = same_outputs(logits, settings, adjusted)
+    asked = np.array([s["adjustment"] != 0 for s in settings])
+    same_bits(out["token"][:, 0], run(sample.REFERENCE, np.where(asked[:, None], adjusted, logits), SETTINGS).token)
+    x = logits.astype(np.float64)
+    exact = (x - np.log(np.exp(x).sum(1, keepdims=True)))[np.arange(len(settings)), out["token"][:, 0]]
+    assert np.abs(out["logprob"][:, 0] - exact).max() < 3e-6
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 0.02, 0.5, 1, 20, 1e4])
+def test_groups_that_cannot_win_are_left_out_and_nothing_else(temperature):
+    """Rows on which a draw is won by a narrow margin, at any size of logit: long, flat, and with many equal logits."""
+    rows = [logits_of(1, 20011, scale)[0] for scale in (1e-4, 1.0, 8.0)]
+    rows += [RNG.choice(np.array(levels, np.float32), 20011) for levels in ([0.0, 1.0], [-50.0, -50.5], [3e4, 3e4 - 8])]
+    logits = np.array(rows * 3)
+    settings = [dict(temperature=temperature, position=i, min_p=(0, 0.01)[i % 2]) for i in range(len(logits))]
+    same_outputs(logits, settings)

@@ -12,7 +12,7 @@ import numpy as np
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.ops.kv_cache import PAGE_TOKENS
 from lockstep.runtime.threads import Team
-from tests.promise.trace import positions, state_digest
+from tests.promise.trace import positions, report, state_digest
 
 POISON = 0xFF  # float32, bfloat16 and int8 of all ones: NaN or -1
 CUTS = (1, 1, 1, 2, 3, 5, 8, 15, 16, 17, 31, 33, 63, 64, 65, 127, 130, 513)
@@ -146,6 +146,8 @@ class Walk:
                 for what, is_, should in zip(("logits", "token", "logprob"), found, expected):
                     if is_[row].tobytes() != should[span.start + offset].tobytes():
                         raise Differs(f"{what} of {request.sequence.name} at position {span.start + offset} ({where})")
+                if report(self.runner, row) != request.trace.reports[span.start + offset]:
+                    raise Differs(f"report on {request.sequence.name} at position {span.start + offset} ({where})")
                 row += 1
             request.num_computed += count
             if state_digest(self.runner, request.slot) != request.trace.states[request.num_computed - 1]:

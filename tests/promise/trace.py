@@ -4,9 +4,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lockstep.engine.request import SamplingParams
 from lockstep.engine.runner import Limits, Runner, Span
+from lockstep.engine.sampling import Adjustment
 from lockstep.ops.kv_cache import PAGE_TOKENS, by_position
 from lockstep.runtime.threads import Team
+
+ALTERNATIVES = 3
+# every tiny vocabulary has these tokens
+WISHES = Adjustment([3, 5, 3], SamplingParams(repetition_penalty=1.3, frequency_penalty=0.5, min_tokens=9,
+                                              logit_bias={0: 1.5, 7: -2.0}), frozenset({2}), 90)
 
 
 @dataclass(frozen=True)
@@ -18,22 +25,33 @@ class Sequence:
     seed: int
 
     def sampling(self, position):
-        """Fields of a SAMPLING_RECORD: every third position is greedy, the others draw."""
+        """Fields of a SAMPLING_RECORD: every third position is greedy, the others draw; two of three are adjusted."""
         heat = (0.0, 0.8, 1.3)[(position + self.seed) % 3]
         return dict(temperature=heat, top_p=(1.0, 0.9)[position % 2], min_p=0.0, top_k=(0, 40)[position // 2 % 2],
-                    seed=self.seed, position=position + 1)
+                    seed=self.seed, position=position + 1, num_logprobs=ALTERNATIVES,
+                    **(WISHES.fields([5, 8, 5]) if position % 3 else {}))
 
 
 @dataclass(frozen=True)
 class Trace:
-    """logits [n, V], tokens [n], logprobs [n]; states[n]: digest of the recurrent state after each token; cache: for each
-    array of pages, the bytes of every position [n, ...]."""
+    """logits [n, V], tokens [n], logprobs [n]; reports[n]: see `report`; states[n]: digest of the recurrent state after
+    each token; cache: for each array of pages, the bytes of every position [n, ...]."""
 
     logits: np.ndarray
     tokens: np.ndarray
     logprobs: np.ndarray
+    reports: list
     states: list
     cache: dict
+
+
+def report(runner, row):
+    """Bytes of a sampled row's likeliest tokens, their log-probabilities, and the logits as the row wants them."""
+    sample, V = runner.program.ops[-1], runner.model.config.vocab_size
+    wanted = [(t, ALTERNATIVES) for t in sample.outputs[2:4]]
+    if runner._sampling["adjustment"][row]:
+        wanted.append((sample.inputs[1], V))
+    return b"".join(runner.executor.view(t, row + 1)[row, :width].tobytes() for t, width in wanted)
 
 
 def state_digest(runner, slot):
@@ -61,13 +79,14 @@ def trace(model, sequence):
     team = Team(1)
     try:
         runner = Runner(model, team, Limits(1, 1, len(pages), 1))
-        rows, states = [], []
+        rows, reports, states = [], [], []
         for p, token in enumerate(sequence.token_ids):
             tokens, logprobs, logits = runner.step([Span([token], p, pages, 0, {0: sequence.sampling(p)})])
             rows.append((logits[0].copy(), tokens[0], logprobs[0]))
+            reports.append(report(runner, 0))
             states.append(state_digest(runner, 0))
         logits, tokens, logprobs = (np.array(column) for column in zip(*rows))
         assert np.isfinite(logits).all(), f"{sequence.name}: logits are not finite"
-        return Trace(logits, tokens, logprobs, states, positions(runner, pages, n))
+        return Trace(logits, tokens, logprobs, reports, states, positions(runner, pages, n))
     finally:
         team.close()

@@ -1,0 +1,230 @@
+"""The prefix cache: what other requests computed for the same first tokens is found again, and gives the same bits.
+
+Tokens are named in blocks of one page (64): a block's name is the SHA-256 of the name before it and of its token
+ids, and the first name is made of the model's identity and the request's salt. So a name stands for all tokens from
+the first one on, for one model and one salt, and a page of keys and values can be shared under it.
+
+Layers with recurrent state need more: the state after the last shared token. States are kept (`StateStore`) where it
+pays: every `state_every` tokens, at the last whole block of a prompt, where two requests were seen to part, and at the
+newest quarter of `state_every` of an answer. A prompt's steps are cut there, so that the state can be copied. A prefix
+of such a model is as long as its pages are known and its state is kept.
+
+At least the last known token is always computed: its logits are needed.
+"""
+import hashlib
+from array import array
+from dataclasses import dataclass
+
+import numpy as np
+
+from lockstep.ops.kv_cache import PAGE_TOKENS
+
+LAYOUT = 1  # of pages and states as bytes; a change of their layout raises it
+
+
+def model_identity(model, numerics):
+    """Names everything that a block's bytes depend on besides its tokens: files, formats, arithmetic and layout."""
+    caches = [(c.name, c.kind, c.dtype, c.shape) for c in model.recorded.caches]
+    known = LAYOUT, numerics, model.checkpoint.fingerprint(), model.weights, model.kv_dtype, PAGE_TOKENS, caches
+    return hashlib.sha256(repr(known).encode()).digest()
+
+
+def first_name(identity, salt):
+    """The name that the first block's name is made from."""
+    return hashlib.sha256(identity + salt.encode()).digest()
+
+
+def block_name(before, token_ids):
+    """The name of a block of tokens that follows the block named `before`."""
+    return hashlib.sha256(before + array("i", token_ids).tobytes()).digest()
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is known of a request's prefix: names of its blocks, how many of their pages are held by others."""
+
+    names: list
+    num_held: int
+
+
+@dataclass
+class Counts:
+    """Tokens asked for and found, over first admissions; states kept."""
+
+    query_tokens: int = 0
+    hit_tokens: int = 0
+    recovered_tokens: int = 0  # found by requests that had been preempted
+    kept_states: int = 0
+
+
+class PrefixCache:
+    """Finds and keeps computed prefixes.
+
+    pages: the PageAllocator. memory: copies pages and states. states: the StateStore; None where no layer has a state.
+    disk: a DiskStore behind memory, or None.
+    """
+
+    def __init__(self, pages, memory, identity, states=None, disk=None, state_every=512):
+        self.pages, self.memory, self.identity = pages, memory, identity
+        self.states, self.disk, self.state_every = states, disk, state_every
+        self.counts, self._awaited = Counts(), {}
+
+    # ------------------------------------------------------------ names
+
+    def names(self, request, count):
+        """Names of a request's first `count` blocks, which must be known."""
+        made = request.block_names
+        while len(made) < count:
+            start = len(made) * PAGE_TOKENS
+            before = made[-1] if made else first_name(self.identity, request.cache_salt)
+            made.append(block_name(before, request.token_ids(start, start + PAGE_TOKENS)))
+        return made[:count]
+
+    def _usable(self, request):
+        """Names of the blocks that may be taken from the cache: all whole ones before the last token."""
+        return self.names(request, (request.num_tokens - 1) // PAGE_TOKENS if request.reuses_prefix else 0)
+
+    # ------------------------------------------------------------ finding
+
+    def find(self, request):
+        """The longest known prefix of a request."""
+        names = self._usable(request)
+        count = num_pages = next((i for i, name in enumerate(names) if not self._has_page(name)), len(names))
+        if self.states is not None:
+            while count and not self._has_state(names[count - 1]):
+                count -= 1
+            request.branch = num_pages * PAGE_TOKENS if self._pays(num_pages * PAGE_TOKENS) else 0
+        pages = [self.pages.find(name) for name in names[:count]]
+        return Found(names[:count], sum(p is not None and not self.pages.is_idle(p) for p in pages))
+
+    def _has_page(self, name):
+        return self.pages.find(name) is not None or self.disk is not None and self.disk.has("page", name)
+
+    def _has_state(self, name):
+        return name in self.states or self.disk is not None and self.disk.has("state", name)
+
+    def attach(self, request, found):
+        """Gives a request, which has a slot and no pages, the pages and the state of its known prefix."""
+        while found.names and not self._load(request, found.names):
+            found = self.find(request)  # an entry on disk was damaged, and is gone
+        request.num_named, request.num_computed = len(request.pages), PAGE_TOKENS * len(request.pages)
+        if request.num_preemptions:
+            self.counts.recovered_tokens += request.num_computed
+        else:
+            self.counts.query_tokens += request.num_tokens
+            self.counts.hit_tokens += request.num_computed
+
+    def _load(self, request, names):
+        if self.states is not None and not self._load_state(request.slot, names[-1]):
+            return False
+        # those in memory are held before pages are taken for those on disk, which may evict what nobody holds
+        held = [self.pages.find(name) for name in names]
+        for page in held:
+            if page is not None:
+                self.pages.share(page)
+        made = [self._load_page(name) if page is None else page for page, name in zip(held, names)]
+        if None in made:
+            self.pages.give_back([page for page in made if page is not None])
+            return False
+        request.pages = made
+        return True
+
+    def _load_page(self, name):
+        """A page with what the disk has for a name; None if that is damaged."""
+        page = self.pages.take(1)
+        data = self.disk.load("page", name) if page else None
+        if data is None:
+            self.pages.give_back(page or [])
+            return None
+        self.memory.write_page(page[0], data)
+        self.pages.name(page[0], name)
+        return page[0]
+
+    def _load_state(self, slot, name):
+        data = self.states.get(name)
+        if data is None:
+            data = self.disk.load("state", name)
+            if data is None:
+                return False
+            self.states.put(name, lambda out: np.copyto(out, data))
+        self.memory.write_state(slot, data)
+        return True
+
+    # ------------------------------------------------------------ who computes what
+
+    def enter(self, request):
+        """A request begins to compute; others with the same prefix wait for its blocks rather than compute them too."""
+        names = self._usable(request)
+        ends = range(request.num_computed + PAGE_TOKENS, len(names) * PAGE_TOKENS + 1, PAGE_TOKENS)
+        ends = [end for end in ends if self.states is None or self._is_stop(request, end)]
+        request.leads = [names[end // PAGE_TOKENS - 1] for end in ends]
+        request.leads = [name for name in request.leads if self._awaited.setdefault(name, request) is request]
+
+    def is_being_computed(self, request):
+        """Whether a request that goes before this one is at work on a part of this one's prefix."""
+        if not self._awaited:
+            return False
+        leaders = (self._awaited.get(name) for name in self._usable(request))
+        return any(leader is not None and leader.priority <= request.priority for leader in leaders)
+
+    def leave(self, request):
+        """A request ends or is preempted: nobody waits for it any more."""
+        for name in request.leads:
+            if self._awaited.get(name) is request:
+                del self._awaited[name]
+        newest = request.newest_state
+        if self.disk is not None and self.states is not None and newest in self.states:
+            self.disk.save("state", newest, lambda out: np.copyto(out, self.states.get(newest)))
+        request.leads = []
+
+    # ------------------------------------------------------------ keeping
+
+    def cut(self, request, count):
+        """The largest part of a step of `count` tokens that does not run over a place where the state is kept."""
+        if self.states is None or count < 2:
+            return count
+        start = request.num_computed
+        stops = {(start // self.state_every + 1) * self.state_every, self._prompt_stop(request), request.branch}
+        return min([count, *(stop - start for stop in stops if stop > start)])
+
+    def _prompt_stop(self, request):
+        """The last whole block of a prompt before its last token, if its state is worth keeping, or 0."""
+        end = (len(request.prompt_ids) - 1) // PAGE_TOKENS * PAGE_TOKENS
+        return end if request.params.n > 1 or self._pays(end) else 0
+
+    def _pays(self, end):
+        """Whether a state after `end` tokens is far enough from the one before it."""
+        return end % self.state_every >= self.state_every // 4
+
+    def _is_stop(self, request, end):
+        """Whether the state after `end` tokens is worth keeping for good."""
+        prompt = len(request.prompt_ids)
+        return end % self.state_every == 0 or end in (self._prompt_stop(request), request.branch, prompt)
+
+    def computed(self, request):
+        """After a step: names the blocks that it filled, and keeps the state where it ended on such a place."""
+        count = request.num_computed // PAGE_TOKENS
+        names = self.names(request, count)
+        for name, page in zip(names[request.num_named:], request.pages[request.num_named:]):
+            self.pages.name(page, name)
+            if self._awaited.get(name) is request:
+                del self._awaited[name]
+            if self.disk is not None:
+                self.disk.save("page", name, lambda out, page=page: self.memory.read_page(page, out))
+        request.num_named = count
+        if self.states is not None and request.num_computed == count * PAGE_TOKENS:
+            self._keep_state(request, names[-1])
+
+    def _keep_state(self, request, name):
+        end = request.num_computed
+        lasting = self._is_stop(request, end)
+        if not lasting and (end < len(request.prompt_ids) or end % (self.state_every // 4)):
+            return
+        self.counts.kept_states += 1
+        self.states.put(name, lambda out: self.memory.read_state(request.slot, out))
+        if lasting and self.disk is not None:
+            self.disk.save("state", name, lambda out: np.copyto(out, self.states.get(name)))
+        if end > len(request.prompt_ids):
+            if request.newest_state is not None:
+                self.states.drop(request.newest_state)
+            request.newest_state = None if lasting else name

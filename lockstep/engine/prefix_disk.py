@@ -1,0 +1,186 @@
+"""The prefix cache's second home: pages and states as files, which outlive the process and may be shared by several.
+
+An entry is a file named by its block's name: a header (magic, kind, name, length, checksum) and the bytes. It is
+written beside its place and renamed, so that it is there whole or not at all. What is not as its header says is dropped
+and counted, never used. The checksum finds damage, not malice: who may write to the folder may change what the model
+sees.
+"""
+import contextlib
+import hashlib
+import os
+import struct
+import tempfile
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+
+import numpy as np
+
+MAGIC, HEADER = b"lockstep cache 1", struct.Struct("<16s8s32sQ16s")
+MAKING, FORGOTTEN_SECONDS = ".making-", 3600  # what a killed process left behind may go after so long
+
+
+@dataclass
+class DiskCounts:
+    """damaged: entries that were not what they should be. skipped: not written, since the disk was too slow or full."""
+
+    written: int = 0
+    loaded: int = 0
+    damaged: int = 0
+    skipped: int = 0
+    evicted: int = 0
+
+
+class DiskStore:
+    """Entries of two kinds in a folder of at most `max_bytes`; those used longest ago (by file time) go first.
+
+    sizes: {"page": bytes of a page, "state": bytes of a state}. A thread of its own writes; up to `max_pending` bytes
+    wait for it. Raises ValueError for a folder that cannot be made or written.
+    """
+
+    def __init__(self, folder, max_bytes, sizes, max_pending=256 << 20):
+        self.folder, self.max_bytes, self.sizes, self.max_pending = Path(folder), max_bytes, sizes, max_pending
+        self.counts, self._lock = DiskCounts(), threading.Lock()
+        self._files, self._pending, self._queue = OrderedDict(), {}, SimpleQueue()  # file name -> bytes; -> array
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                self._scan()
+        except OSError as error:
+            raise ValueError(f"cache_dir {str(folder)!r}: cannot be written ({error.strerror or error})") from None
+        self._writer = threading.Thread(target=self._write_all, name="lockstep prefix writer", daemon=True)
+        self._writer.start()
+
+    def _scan(self):
+        """Finds the entries that are there, in order of use."""
+        found = []
+        for file in os.scandir(self.folder):
+            with contextlib.suppress(OSError):
+                stat = file.stat()
+                if file.name.endswith(tuple("." + kind for kind in self.sizes)):
+                    found.append((stat.st_mtime_ns, file.name, stat.st_size))
+                elif file.name.startswith(MAKING) and time.time() - stat.st_mtime > FORGOTTEN_SECONDS:
+                    os.unlink(file.path)
+        self._files.update((name, size) for _, name, size in sorted(found))
+        self._total = sum(self._files.values())
+
+    # ------------------------------------------------------------ entries
+
+    def has(self, kind, name):
+        """Whether there is an entry, which may still turn out to be damaged."""
+        file = f"{name.hex()}.{kind}"
+        return file in self._files or file in self._pending
+
+    def save(self, kind, name, fill):
+        """Keeps an entry that is not there yet: fill(uint8 array) writes its bytes."""
+        file, size = f"{name.hex()}.{kind}", self.sizes[kind]
+        with self._lock:
+            if file in self._files or file in self._pending:
+                return
+            waiting = sum(a.nbytes for a in self._pending.values())
+            if size + HEADER.size > self.max_bytes or waiting + size > self.max_pending:
+                self.counts.skipped += 1
+                return
+            data = self._pending[file] = np.empty(size, np.uint8)
+            fill(data)
+        self._queue.put((kind, name, file))
+
+    def load(self, kind, name):
+        """The bytes of an entry, uint8 [size]; None if it is not there any more or is not what it should be."""
+        file = f"{name.hex()}.{kind}"
+        with self._lock:
+            if file in self._pending:
+                return self._pending[file]
+            try:
+                data = self._read(kind, name, self.folder / file)
+            except FileNotFoundError:  # another process made room
+                self._drop(file)
+                return None
+            except (OSError, ValueError):
+                self._drop(file)
+                self.counts.damaged += 1
+                return None
+            self._files.move_to_end(file)
+            self.counts.loaded += 1
+        with contextlib.suppress(OSError):
+            os.utime(self.folder / file)
+        return data
+
+    def _read(self, kind, name, path):
+        size = self.sizes[kind]
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size != HEADER.size + size:
+                raise ValueError("length")
+            header, data = file.read(HEADER.size), np.fromfile(file, np.uint8, size)
+        if header != _header(kind, name, data):
+            raise ValueError("header or checksum")
+        return data
+
+    def _drop(self, file):
+        self._total -= self._files.pop(file, 0)
+        with contextlib.suppress(OSError):
+            os.unlink(self.folder / file)
+
+    # ------------------------------------------------------------ the writer's thread
+
+    def _write_all(self):
+        while (item := self._queue.get()) is not None:
+            if isinstance(item, threading.Event):
+                item.set()
+            else:
+                self._write(*item)
+
+    def _write(self, kind, name, file):
+        data = self._pending[file]
+        try:
+            self._write_file(file, _header(kind, name, data), data)
+            written = True
+        except OSError:
+            written = False
+        with self._lock:
+            del self._pending[file]
+            if written:
+                self._files[file] = HEADER.size + data.nbytes
+                self._total += HEADER.size + data.nbytes
+                self.counts.written += 1
+                self._make_room()
+            else:
+                self.counts.skipped += 1
+
+    def _write_file(self, file, header, data):
+        handle, beside = tempfile.mkstemp(prefix=MAKING, dir=self.folder)
+        try:
+            with os.fdopen(handle, "wb") as out:
+                out.write(header)
+                out.write(data)
+            os.replace(beside, self.folder / file)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.unlink(beside)
+            raise
+
+    def _make_room(self):
+        while self._total > self.max_bytes:
+            self._drop(next(iter(self._files)))
+            self.counts.evicted += 1
+
+    def flush(self):
+        """Returns when all that was saved so far is on disk."""
+        done = threading.Event()
+        self._queue.put(done)
+        done.wait()
+
+    def close(self):
+        """Writes what is left and ends the thread."""
+        self._queue.put(None)
+        self._writer.join()
+
+
+def _header(kind, name, data):
+    known = MAGIC, kind.encode(), name, data.nbytes
+    checksum = hashlib.blake2b(repr(known).encode(), digest_size=16)
+    checksum.update(data)
+    return HEADER.pack(*known, checksum.digest())

@@ -1,0 +1,136 @@
+"""What a request asks of the rows in which it is sampled, and which rows those are.
+
+Log-probabilities of a prompt come from rows of their own: the row of token i says how likely token i + 1 was.
+"""
+from collections import Counter
+
+import numpy as np
+
+from lockstep.ops.adjust_logits import ADJUSTMENT_RECORD
+
+
+class Refused(Exception):
+    """A request that cannot be sampled, through a fault of its own; the message says why."""
+
+
+class Adjustment:
+    """Memory that the op `adjust_logits` reads for one request: what it has seen, biases, mask and banned tokens.
+
+    All of it is allocated here. What was seen is a log in the order of the output, so that any first part of it is what
+    had been seen at an earlier position.
+    """
+
+    def __init__(self, prompt_ids, params, eos_ids, vocab_size):
+        self._params, self._counts, self._num_logged = params, Counter(), 0
+        repeats = params.repetition_penalty != 1
+        self._prompt = list(dict.fromkeys(prompt_ids)) if repeats else []
+        self._counts_output = bool(repeats or params.presence_penalty or params.frequency_penalty)
+        self._seen = np.zeros((len(self._prompt) + params.max_tokens * self._counts_output, 2), np.int32)
+        self._seen[:len(self._prompt), 0] = self._prompt
+        ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_ids)
+        self._banned = np.array(sorted(i for i in ends if i < vocab_size), np.int32)
+        self._bias_ids = np.array(list(params.logit_bias), np.int32)
+        self._bias = np.array(list(params.logit_bias.values()), np.float32)
+        self._bits = np.zeros(-(-vocab_size // 32), np.uint32)
+        self._record = np.zeros(1, ADJUSTMENT_RECORD)
+        memory = [a.ctypes.data for a in (self._seen, self._bias_ids, self._bias, self._banned)]
+        penalties = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
+        self._record[0] = (*memory, len(self._bias), *penalties)
+
+    def fields(self, output_ids):
+        """Fields of the SAMPLING_RECORD of the token after these; none if nothing is asked. Refused for a bad mask."""
+        self._log(output_ids)
+        num_seen = len(self._prompt) + self._num_logged
+        num_banned = len(self._banned) if len(output_ids) < self._params.min_tokens else 0
+        mask = self._mask(output_ids)
+        if not (num_seen or num_banned or mask or len(self._bias)):
+            return {}
+        return dict(adjustment=self._record.ctypes.data, mask=mask, num_seen=num_seen, num_banned=num_banned)
+
+    def _log(self, output_ids):
+        if self._counts_output:
+            for token in output_ids[self._num_logged:]:
+                self._counts[token] += 1
+                self._seen[len(self._prompt) + self._num_logged] = token, self._counts[token]
+                self._num_logged += 1
+
+    def _mask(self, output_ids):
+        """Address of the mask of the token after these, 0 for none."""
+        if self._params.logits_mask is None:
+            return 0
+        try:
+            mask = self._params.logits_mask(output_ids)
+        except Exception as error:  # a caller's function: whatever it raises ends this request and no other
+            raise Refused(f"logits_mask raised {type(error).__name__}: {error}") from error
+        if mask is None:
+            return 0
+        bits = np.asarray(mask)
+        if bits.dtype not in (np.uint32, np.int32) or bits.shape != self._bits.shape:
+            found = f"{bits.dtype} {list(bits.shape)}"
+            raise Refused(f"logits_mask: expected None or uint32 [{len(self._bits)}], got {found}")
+        self._bits[:] = bits.view(np.uint32)
+        return self._bits.ctypes.data
+
+
+def adjusts(params):
+    """Whether a request may change its logits before a token is chosen."""
+    return bool(params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
+                or params.logit_bias or params.min_tokens or params.logits_mask)
+
+
+def sampled_rows(request, start, end, eos_ids, vocab_size):
+    """{row: fields of a SAMPLING_RECORD} for tokens start .. end of a request, rows counted from start; or Refused."""
+    p, prompt = request.params, request.prompt_ids
+    rows = {}
+    if p.prompt_logprobs is not None:
+        reported = len(request.prompt_logprobs)
+        assert start <= reported or reported == len(prompt) - 1, (start, reported)  # else a row was never computed
+        for at in range(max(start, reported), min(end, len(prompt) - 1)):
+            rows[at - start] = dict(given=1 + prompt[at + 1], num_logprobs=p.prompt_logprobs)
+    if end == request.num_tokens:
+        if request.adjustment is None and adjusts(p):
+            request.adjustment = Adjustment(prompt, p, eos_ids, vocab_size)
+        wishes = request.adjustment.fields(request.output_ids) if request.adjustment else {}
+        rows[end - 1 - start] = dict(temperature=p.temperature, top_p=p.top_p, min_p=p.min_p, top_k=p.top_k,
+                                     seed=p.seed, position=end, num_logprobs=p.logprobs or 0, **wishes)
+    return rows
+
+
+def take_prompt_rows(request, span, row, runner, logprobs):
+    """Takes in what the rows of a span from `row` on say about the prompt; returns the row after them."""
+    end, num_top = row + len(span.sampled) - (request.num_left == 0), request.params.prompt_logprobs
+    request.prompt_logprobs += logprobs[row:end].tolist()
+    if num_top:
+        request.prompt_top_logprobs += [runner.alternatives(r, num_top) for r in range(row, end)]
+    return end
+
+
+def within_rows(plan, max_sampled):
+    """The plan [(request, count), ...] with prompts that want log-probabilities cut so that all sampled rows fit.
+
+    There are at least as many rows as requests; what a prompt does not get now it gets in the next step.
+    """
+    left, made = max_sampled - sum(r.params.prompt_logprobs is None for r, _ in plan), []
+    for request, count in plan:
+        if request.params.prompt_logprobs is not None:
+            count = largest_within(request, count, left)
+            left -= num_rows(request, count)
+        if count:
+            made.append((request, count))
+    return made
+
+
+def num_rows(request, count):
+    """How many rows the next `count` tokens of a request need."""
+    start, end = request.num_computed, request.num_computed + count
+    prompt = max(0, min(end, len(request.prompt_ids) - 1) - max(start, len(request.prompt_logprobs)))
+    return prompt + (end == request.num_tokens and count > 0)
+
+
+def largest_within(request, count, rows):
+    """The most tokens, up to count, that need at most so many rows."""
+    spare = num_rows(request, count) - rows
+    while spare > 0:
+        count -= spare
+        spare = num_rows(request, count) - rows
+    return count

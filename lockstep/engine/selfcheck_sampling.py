@@ -1,0 +1,70 @@
+"""What the self-check asks of the ops that choose tokens: rows of logits with every kind of wish, and no model.
+
+The other probes choose tokens too, but ask for nothing; here every output of these ops is looked at.
+"""
+import hashlib
+from types import SimpleNamespace
+
+import numpy as np
+
+from lockstep.engine.model import emit_sampling
+from lockstep.engine.request import SamplingParams
+from lockstep.engine.runner import Limits, Runner, Span
+from lockstep.engine.sampling import Adjustment
+from lockstep.ops.embed import format_code
+from lockstep.ops.sample import MAX_LOGPROBS
+from lockstep.runtime.executor import WeightStore
+from lockstep.runtime.program import Program, Weight
+from lockstep.runtime.threads import Team
+from lockstep.weights.tensor import StoredTensor
+
+NAME = "sampling"
+ROWS, VOCABULARY, WIDTH = 8, 4101, 4112  # the last chunk of 4096 and the last word of a mask are not full
+SEEN, ALLOWED = [7, 4100, 7, 12], np.full(129, 0x5A5A5A5A, np.uint32)
+PENALTIES = dict(repetition_penalty=1.2, presence_penalty=0.4, frequency_penalty=-0.3, logit_bias={4099: 2.5, 3: -1.5})
+WISHES = (dict(), dict(temperature=0.7, logprobs=MAX_LOGPROBS), dict(**PENALTIES, logprobs=3), dict(min_tokens=5),
+          dict(logits_mask=lambda _: ALLOWED), dict(temperature=1.3, top_p=0.9, **PENALTIES, min_tokens=5,
+                                                    logits_mask=lambda _: ALLOWED),
+          dict(temperature=0.9, min_p=0.05, logit_bias={5: 100.0}),
+          dict(presence_penalty=1.5, temperature=0.5, top_k=9))
+
+
+def digests(table):
+    """[(op, tensor name, digest)] of what the ops after the logits write, on an op table."""
+    team = Team(1)
+    try:
+        runner = Runner(probe_model(table), team, Limits(ROWS, 1, 1, ROWS), keep=True)
+        wishes = [SamplingParams(**w) for w in WISHES]
+        held = [Adjustment(SEEN, w, frozenset({0, 9}), VOCABULARY) for w in wishes]
+        sampled = {r: record(r, w, a) for r, (w, a) in enumerate(zip(wishes, held))}
+        sampled[0]["given"] = 1 + 4099
+        runner.step([Span(list(range(ROWS)), 0, [0], 0, sampled)])
+        written = [(op, t) for op in runner.program.ops[2:] for t in op.outputs if not t.name.endswith("scratch")]
+        return [(op, t.name, digest(runner.executor.view(t, ROWS), t)) for op, t in written]
+    finally:
+        team.close()
+
+
+def probe_model(table):
+    """What a Runner wants of a model; its logits are the rows of a table."""
+    values = np.random.RandomState(5).randint(-4096, 4096, (ROWS, WIDTH)) * np.float32(2.0**-9)
+    stored = StoredTensor(NAME, "f32", values.shape, values.astype(np.float32))
+    program = Program()
+    rows = program.emit("embed", [program.tensor("rows", "T", WIDTH)], [Weight(NAME, "f32", values.shape, (stored,))],
+                        width=WIDTH, format=format_code("f32"), scale=1.0)
+    logits = program.emit("select_rows", [program.tensor("logits", "R", WIDTH)], [rows], width=WIDTH)
+    emit_sampling(program, logits, VOCABULARY)
+    return SimpleNamespace(backend=lambda swaps, base: table, rewritten=lambda backend, fused: program,
+                           store=WeightStore(), max_context=ROWS, config=SimpleNamespace(vocab_size=VOCABULARY))
+
+
+def record(row, p, adjustment):
+    """Fields of a row's SAMPLING_RECORD, for its SamplingParams."""
+    return dict(temperature=p.temperature, top_p=p.top_p, min_p=p.min_p, top_k=p.top_k, seed=row, position=row + 1,
+                num_logprobs=p.logprobs or 0, **adjustment.fields(SEEN[:3]))
+
+
+def digest(array, tensor):
+    """Of what the op must write: the padding of a row may hold anything."""
+    width = VOCABULARY if tensor.width == WIDTH else tensor.width
+    return hashlib.sha256(np.ascontiguousarray(array[:, :width]).tobytes()).hexdigest()[:16]

@@ -1,0 +1,83 @@
+"""Logits as a request wants them before a token is chosen: penalties, biases, masks. The definition.
+
+    adjusted = mask(logits - penalties + bias)        only in rows that ask for it
+
+A row that asks for nothing is neither read nor written.
+"""
+import numpy as np
+from numba import carray, float32, int32, int64
+
+from lockstep.ops.sample import ADJUSTMENT, MASK, NUM_BANNED, NUM_SEEN, RECORD_BYTES, ZERO
+from lockstep.runtime.backend import Implementation
+from lockstep.runtime.kernel import definition, inlined, kernel
+from lockstep.runtime.machine import float_array, int_array
+from lockstep.runtime.simd import fma, minimum, peek, to_f32
+from lockstep.runtime.step import SAMPLING, num_rows, step_word, word
+
+FORBIDDEN, HIGHEST = np.float32(-np.inf), np.float32(3.4028235e38)
+# what lasts as long as a request; addresses of seen int32 [.., 2], bias_ids int32, bias float32, banned int32
+ADJUSTMENT_RECORD = np.dtype([
+    ("seen", np.int64), ("bias_ids", np.int64), ("bias", np.int64), ("banned", np.int64), ("num_bias", np.int32),
+    ("repetition", np.float32), ("presence", np.float32), ("frequency", np.float32)])
+SEEN, BIAS_IDS, BIAS, BANNED, NUM_BIAS, REPETITION, PRESENCE, FREQUENCY = (
+    ADJUSTMENT_RECORD.fields[name][1] for name in ADJUSTMENT_RECORD.names)
+
+
+@definition
+def adjust_row(logits_V, seen_N2, repetition, presence, frequency, bias_ids_B, bias_B, banned_C, mask_W, out_V):
+    """Adjusts a row of logits, in this order: repetition, frequency, presence, bias, mask, banned tokens.
+
+    Shapes: logits, out [V] float32 without NaN or +inf; seen [N, 2] int32: a token of the prompt or the output, and how
+      often it is in the output up to here, of which a token's last entry counts; bias_ids [B] int32 without repeats,
+      bias [B] float32; banned [C] int32 tokens; mask [W] int32, whose bit i % 32 of word i // 32 allows token i, or no
+      words, which allow all.
+    Units: repetition, at least 0.01, divides a positive logit of a seen token and multiplies another; frequency is
+      subtracted for each time that the output has the token, presence once; 1, 0 and 0 change nothing.
+    Error: an ulp of each step.
+    Order: see `penalized`; then out + bias; a token that is not allowed is minus infinity.
+    Source: Keskar et al. 2019 (repetition); the OpenAI API reference (frequency, presence, bias).
+    """
+    for i in range(logits_V.size):
+        out_V[i] = logits_V[i]
+    for n in range(seen_N2.shape[0]):
+        i = seen_N2[n, 0]
+        out_V[i] = penalized(logits_V[i], repetition, presence, frequency, seen_N2[n, 1])
+    for b in range(bias_B.size):
+        out_V[bias_ids_B[b]] += bias_B[b]
+    for i in range(logits_V.size):
+        if mask_W.size > 0 and mask_W[i // 32] >> i % 32 & 1 == 0:
+            out_V[i] = FORBIDDEN
+    for c in range(banned_C.size):
+        out_V[banned_C[c]] = FORBIDDEN
+
+
+@inlined
+def penalized(x, repetition, presence, frequency, count):
+    """The logit of a seen token that is `count` times in the output. At most the largest finite number."""
+    x = minimum(x / repetition if x > ZERO else x * repetition, HIGHEST)
+    if count > 0:
+        x = fma(-frequency, to_f32(count), x) - presence
+    return minimum(x, HIGHEST)
+
+
+@kernel
+def _run(op, step, thread, num_threads):
+    """Op row: out, logits, V, width of a row of logits."""
+    if thread == 0:
+        V = word(op, 2)
+        for r in range(num_rows(op, step)):
+            record, row = step_word(step, SAMPLING) + RECORD_BYTES * r, 4 * word(op, 3) * r
+            a, mask = peek(record + ADJUSTMENT, int64), peek(record + MASK, int64)
+            if a != 0:
+                B = peek(a + NUM_BIAS, int32)
+                adjust_row(carray(float_array(word(op, 1) + row), (V,)),
+                           carray(int_array(peek(a + SEEN, int64)), (peek(record + NUM_SEEN, int32), 2)),
+                           peek(a + REPETITION, float32), peek(a + PRESENCE, float32), peek(a + FREQUENCY, float32),
+                           carray(int_array(peek(a + BIAS_IDS, int64)), (B,)),
+                           carray(float_array(peek(a + BIAS, int64)), (B,)),
+                           carray(int_array(peek(a + BANNED, int64)), (peek(record + NUM_BANNED, int32),)),
+                           carray(int_array(mask), ((V + 31) // 32 if mask != 0 else 0,)),
+                           carray(float_array(word(op, 0) + row), (V,)))
+
+
+REFERENCE = {"adjust_logits": Implementation(_run)}

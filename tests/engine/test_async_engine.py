@@ -1,0 +1,160 @@
+"""The engine in its own thread: many clients, cancel, errors, close; everybody gets the tokens of a request alone."""
+import asyncio
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from lockstep.engine.async_engine import AsyncEngine, EngineStopped
+from lockstep.engine.engine import Engine, EngineOptions
+from lockstep.engine.request import SamplingParams, samples
+from tests.promise.alone import answer
+from tests.promise.models import Case, load
+
+PROMPTS = [np.random.RandomState(i).randint(3, 96, n).tolist() for i, n in enumerate((1, 70, 3, 133, 16, 64))]
+PARAMS = [SamplingParams(max_tokens=5 + 7 * i, temperature=(0, 0.9)[i % 2], seed=i, ignore_eos=True)
+          for i in range(len(PROMPTS))]
+LONG = SamplingParams(max_tokens=2000, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return load(Case("qwen3_5", "f32", "bf16"), tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def alone(model):
+    return [answer(model, p, s).known[len(p):] for p, s in zip(PROMPTS, PARAMS)]
+
+
+@pytest.fixture
+def running(model):
+    made = AsyncEngine(Engine(model, EngineOptions(threads=1, max_requests=4, max_step_tokens=64)))
+    yield made
+    made.close()
+
+
+def test_many_threads_get_their_own_tokens(running, alone):
+    found, errors = {}, []
+
+    def client(number):
+        try:
+            for i in range(number, number + 3):
+                i %= len(PROMPTS)
+                stream = running.submit(PROMPTS[i], PARAMS[i])
+                tokens = list(stream)
+                assert [t.index for t in tokens] == list(range(len(tokens))) and stream.finish_reason == "length"
+                found.setdefault(i, []).append([t.id for t in tokens])
+        except BaseException as error:
+            errors.append(error)
+
+    clients = [threading.Thread(target=client, args=(n,)) for n in range(8)]
+    for one in clients:
+        one.start()
+    for one in clients:
+        one.join(60)
+    assert not errors
+    assert sorted(found) == list(range(len(PROMPTS))) and sum(map(len, found.values())) == 24
+    assert all(each == alone[i] for i, every in found.items() for each in every)
+
+
+def test_event_loops_read_streams_too(running, alone):
+    async def read(i):
+        return [token.id async for token in running.submit(PROMPTS[i], PARAMS[i])]
+
+    async def all_of_them():
+        return await asyncio.gather(*(read(i) for i in range(len(PROMPTS))))
+
+    assert asyncio.run(all_of_them()) == alone
+
+
+def test_samples_of_a_prompt_are_streams_of_their_own(running, model):
+    params = SamplingParams(max_tokens=6, temperature=1.0, seed=9, ignore_eos=True, n=3)
+    found = [[t.id for t in stream] for stream in running.submit_samples(PROMPTS[1], params)]
+    assert found == [answer(model, PROMPTS[1], p).known[70:] for p in samples(params)]
+    with pytest.raises(ValueError, match="n: expected 1"):
+        running.submit(PROMPTS[1], params)
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_a_cancelled_stream_ends_and_its_memory_is_free(running):
+    stream, never_read = running.submit(PROMPTS[0], LONG), running.submit(PROMPTS[1], LONG)
+    first = next(stream)
+    stream.cancel()
+    rest = list(stream)
+    assert first.index == 0 and len(rest) < 1999 and stream.finish_reason == "cancelled"
+    never_read.cancel()
+    wait_until(lambda: never_read.finish_reason)
+    scheduler = running.engine.scheduler
+    wait_until(lambda: scheduler.pages.num_free == scheduler.limits.num_pages)
+    stream.cancel()
+    assert [t.id for t in running.submit(PROMPTS[0], SamplingParams(max_tokens=1))] == [first.id], "it goes on"
+
+
+def test_a_cancel_may_overtake_the_start(running):
+    streams = [running.submit(PROMPTS[0], LONG) for _ in range(9)]
+    for stream in streams:
+        stream.cancel()
+    for stream in streams:
+        list(stream)
+    assert {stream.finish_reason for stream in streams} == {"cancelled"}
+
+
+def test_what_cannot_run_is_refused_where_it_is_submitted(running):
+    with pytest.raises(ValueError, match="0 to 95"):
+        running.submit([96], PARAMS[0])
+
+
+def test_an_error_in_a_step_reaches_every_reader_and_later_submitters(model):
+    made = AsyncEngine(Engine(model, EngineOptions(threads=1)))
+    step, broken = made.engine.step, threading.Event()
+
+    def fails():
+        if broken.is_set():
+            raise MemoryError("out of luck")
+        return step()
+
+    made.engine.step = fails
+    streams, caught = [made.submit(PROMPTS[0], LONG) for _ in range(3)], []
+
+    def reader(stream):
+        try:
+            list(stream)
+        except EngineStopped as error:
+            caught.append(error.__cause__)
+
+    async def async_reader(stream):
+        return [token async for token in stream]
+
+    threads = [threading.Thread(target=reader, args=(s,)) for s in streams[:2]]
+    for one in threads:
+        one.start()
+    broken.set()
+    with pytest.raises(EngineStopped, match="out of luck"):
+        asyncio.run(async_reader(streams[2]))
+    for one in threads:
+        one.join(60)
+    assert [type(e) for e in caught] == [MemoryError] * 2
+    with pytest.raises(EngineStopped, match="out of luck"):
+        made.submit(PROMPTS[0], LONG)
+    made.close()
+
+
+def test_close_ends_the_thread_and_open_streams(model):
+    made = AsyncEngine(Engine(model, EngineOptions(threads=1)))
+    stream = made.submit(PROMPTS[0], LONG)
+    next(stream)
+    made.close()
+    assert not made._thread.is_alive()
+    with pytest.raises(EngineStopped, match="closed"):
+        list(stream)
+    with pytest.raises(EngineStopped, match="closed"):
+        made.submit(PROMPTS[0], LONG)
+    made.close()

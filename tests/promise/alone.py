@@ -1,0 +1,47 @@
+"""What a prompt is answered with when it is alone: one token a step, on one thread, with nothing cached."""
+from dataclasses import dataclass
+
+import numpy as np
+
+from lockstep.engine.runner import Limits, Runner, Span
+from lockstep.ops.kv_cache import PAGE_TOKENS
+from lockstep.runtime.threads import Team
+from tests.promise.trace import positions, state_digest
+
+
+@dataclass(frozen=True)
+class Answer:
+    """known: prompt and answer [n + m]; logits [m, V] and logprobs [m] that each answer token was drawn from; states:
+    digest of the recurrent state after each computed token; cache: {name: bytes of every computed position}."""
+
+    known: list
+    num_prompt: int
+    logits: np.ndarray
+    logprobs: np.ndarray
+    states: list
+    cache: dict
+
+
+def sampling(params, position):
+    return dict(temperature=params.temperature, top_p=params.top_p, min_p=params.min_p, top_k=params.top_k,
+                seed=params.seed, position=position)
+
+
+def answer(model, prompt, params):
+    """Runs a prompt to its max_tokens (end tokens are ignored)."""
+    known, rows, states = list(prompt), [], []
+    pages = list(range(-(-(len(prompt) + params.max_tokens) // PAGE_TOKENS)))
+    team = Team(1)
+    try:
+        runner = Runner(model, team, Limits(1, 1, len(pages), 1))
+        for p in range(len(prompt) + params.max_tokens - 1):
+            sampled = {0: sampling(params, p + 1)} if p >= len(prompt) - 1 else {}
+            tokens, logprobs, logits = runner.step([Span([known[p]], p, pages, 0, sampled)])
+            if sampled:
+                known.append(int(tokens[0]))
+                rows.append((logits[0].copy(), logprobs[0]))
+            states.append(state_digest(runner, 0))
+        logits, logprobs = (np.array(column) for column in zip(*rows))
+        return Answer(known, len(prompt), logits, logprobs, states, positions(runner, pages, len(states)))
+    finally:
+        team.close()

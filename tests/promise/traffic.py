@@ -1,0 +1,187 @@
+"""Random traffic through the whole engine, each step compared bit for bit with every request alone and cold.
+
+Where `schedule.py` decides itself what runs in a step, here the engine's own scheduler and prefix cache do. Memory is
+too small for the requests, prompts share prefixes, requests have priorities, samples and salts, and are cancelled at any
+time. Every page that is taken and every slot that is left is filled with NaN bytes first.
+"""
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+
+from lockstep.engine.engine import Engine, EngineOptions
+from lockstep.engine.request import SamplingParams
+from lockstep.ops.kv_cache import PAGE_TOKENS
+from tests.promise.alone import answer
+from tests.promise.schedule import POISON, Differs
+from tests.promise.trace import positions, state_digest
+
+PAGES, SLOTS = 9, 5
+MOST_STEPS = 3000  # that what is left after a walk may take
+
+
+class Menu:
+    """Prompts that share prefixes, and what each is answered with alone."""
+
+    def __init__(self, model):
+        self.model, self._answers = model, {}
+        self.page_bytes, self.state_bytes = (sum(c.bytes_each for c in model.recorded.caches if c.kind == kind)
+                                             for kind in ("pages", "state"))
+        draw = np.random.RandomState(3).randint
+        one, two, three = (draw(0, model.config.vocab_size, n).tolist() for n in (300, 300, 40))
+        self.prompts = [one[:200], one[:130] + two[:60], one[:65], one[:64], one[:129] + three, three[:3], two[:256],
+                        one[:128], two[:64] + one[64:150]]
+        heats = (0.0, 0.9, 1.3)
+        self.params = [SamplingParams(max_tokens=m, temperature=heats[i % 3], top_p=(1, 0.9)[i % 2], seed=i, ignore_eos=True)
+                       for i, m in enumerate((9, 60, 150, 90, 30, 200, 20, 5, 10))]
+        # a second turn: the first one's prompt and answer, and more
+        self.prompts.append(self.answer(0, self.params[0]).known + three[:20])
+        self.params.append(self.params[1])
+
+    def answer(self, index, params):
+        """The Answer to prompt `index` for a sample's params."""
+        key = index, replace(params, n=1)
+        if key not in self._answers:
+            self._answers[key] = answer(self.model, self.prompts[index], params)
+        return self._answers[key]
+
+
+class Traffic:
+    """One engine under random requests. options: of the engine; num_states, num_entries: how many states fit in memory,
+    and how many states or pages on disk."""
+
+    def __init__(self, menu, seed, num_states=1000, num_entries=1000, **options):
+        self.rng, self.menu, self.seed, self.events = np.random.default_rng(seed), menu, seed, Counter()
+        options = {"kv_tokens": PAGE_TOKENS * PAGES, "max_requests": SLOTS, **options}
+        options["state_bytes"] = num_states * menu.state_bytes
+        options["cache_dir_bytes"] = num_entries * (max(menu.state_bytes, menu.page_bytes) + 100)
+        self.engine = Engine(menu.model, EngineOptions(**options))
+        self.memory = self.engine.runner.caches
+        for array in self.memory.values():
+            array[:] = POISON
+        self.expected, self.requests, self._plan, self._step = {}, [], [], self.engine.runner.step
+        self._watch()
+
+    def _watch(self):
+        """Puts checks between the parts of the engine."""
+        scheduler, pages = self.engine.scheduler, self.engine.scheduler.pages
+        schedule, take, strip = scheduler.schedule, pages.take, scheduler._strip
+
+        def taken(count):
+            made = take(count)
+            self._poison("pages", made or [])
+            return made
+
+        def stripped(request):
+            slot = request.slot
+            strip(request)
+            self._poison("state", slot)
+
+        def planned():
+            before = {r.id: r.slot for r in scheduler.running}
+            self._plan = schedule()
+            self._count_admissions([r for r in scheduler.running if r.id not in before])
+            return self._plan
+
+        scheduler.schedule, pages.take, scheduler._strip = planned, taken, stripped
+        self.engine.runner.step = self._checked_step
+
+    def _poison(self, kind, rows):
+        for cache in self.engine.runner.program.caches:
+            if cache.kind == kind:
+                self.memory[cache.name].reshape(-1, cache.bytes_each)[rows] = POISON
+
+    # ------------------------------------------------------------ running
+
+    def run(self, num_steps):
+        """Runs steps, then what is left; raises Differs at the first wrong bit. Returns what happened."""
+        scheduler = self.engine.scheduler
+        for _ in range(num_steps):
+            while len(self.engine.scheduler.waiting) < 3 and self.rng.random() < 0.5:
+                self.arrive()
+            self.engine.step()
+            if self.rng.random() < 0.06:
+                self.cancel()
+            if self.rng.random() < 0.02 and scheduler.running:
+                scheduler._preempt(scheduler.running[self.rng.integers(len(scheduler.running))])
+        for _ in range(MOST_STEPS):
+            if not self.engine.has_work:
+                return self.finish()
+            self.engine.step()
+        raise Differs(f"requests that never end (seed {self.seed})")
+
+    def arrive(self):
+        index, n = int(self.rng.integers(len(self.menu.prompts))), int(self.rng.choice([1, 1, 1, 2, 3]))
+        params = replace(self.menu.params[index], n=n)
+        made = self.engine.add_samples(self.menu.prompts[index], params, priority=int(self.rng.integers(-1, 2)),
+                                       cache_salt=str(self.rng.choice(["", "", "", "salt"])))
+        self.events["samples"] += n > 1
+        for request in made:
+            self.expected[request.id] = self.menu.answer(index, request.params)
+        self.requests += made
+
+    def cancel(self):
+        alive = [r for r in self.requests if r.finish_reason is None]
+        if alive:
+            request = alive[self.rng.integers(len(alive))]
+            free, held = self.engine.scheduler.pages.num_free, len(request.pages)
+            shared = sum(self.engine.scheduler.pages.num_holders(p) > 1 for p in request.pages)
+            self.events["cancelled running" if request.slot is not None else "cancelled waiting"] += 1
+            self.engine.cancel(request)
+            assert self.engine.scheduler.pages.num_free == free + held - shared and request.pages == []
+
+    def finish(self):
+        """After the last step: nobody holds anything, and every answer is the expected one."""
+        scheduler, counts = self.engine.scheduler, self.engine.scheduler.prefix.counts
+        assert scheduler.pages.num_free == PAGES and sorted(scheduler._slots) == list(range(SLOTS))
+        for request in self.requests:
+            answer = self.expected[request.id]
+            if request.finish_reason != "cancelled" and request.output_ids != answer.known[answer.num_prompt:]:
+                raise Differs(f"tokens of request {request.id} (seed {self.seed})")
+            self.events["finished"] += request.finish_reason == "length"
+        states = scheduler.prefix.states
+        self.events.update({"preempted": scheduler.num_preempted, "pages evicted": scheduler.pages.num_evicted,
+                            "found after preemption": counts.recovered_tokens, "kept states": counts.kept_states,
+                            "states evicted": states.num_evicted if states else 0})
+        self.engine.close()
+        if scheduler.prefix.disk is not None:
+            self.events.update({f"disk {name}": count for name, count in vars(scheduler.prefix.disk.counts).items()})
+        return self.events
+
+    # ------------------------------------------------------------ checks
+
+    def _count_admissions(self, admitted):
+        self._fresh, pages = {r.id for r in admitted}, self.engine.scheduler.pages
+        for r in admitted:
+            shared = r.pages[:r.num_computed // PAGE_TOKENS]
+            hot = any(pages.num_holders(p) > 1 for p in shared)
+            self.events["hot hit" if hot else "cold hit"] += bool(shared)
+            self.events["hit with a state"] += bool(shared) and self.engine.scheduler.prefix.states is not None
+            self.events["second admission"] += r.num_preemptions > 0
+
+    def _checked_step(self, spans):
+        found = self._step(spans)
+        row = 0
+        for (request, count), span in zip(self._plan, spans):
+            self._check(request, span, [x[row] for x in found] if span.sampled else None)
+            row += len(span.sampled)
+        self.events["steps"] += 1
+        self.events["prefill beside decode"] += len({count == 1 for _, count in self._plan}) == 2
+        return found
+
+    def _check(self, request, span, sampled):
+        runner, answer, end = self.engine.runner, self.expected[request.id], span.start + len(span.token_ids)
+        where = f"request {request.id} at {span.start} to {end}, seed {self.seed}, step {self.events['steps']}"
+        if sampled:
+            at = end - answer.num_prompt
+            if int(sampled[0]) != answer.known[end] or sampled[1].tobytes() != answer.logprobs[at].tobytes():
+                raise Differs(f"token or its log-probability ({where})")
+            if sampled[2].tobytes() != answer.logits[at].tobytes():
+                raise Differs(f"logits ({where})")
+        if state_digest(runner, span.slot) != answer.states[end - 1]:
+            raise Differs(f"recurrent state ({where})")
+        # what was not written in this step is looked at after a hit, and now and then
+        if len(span.token_ids) > 1 or request.id in self._fresh or self.rng.random() < 0.1:
+            for name, bytes_ in positions(runner, span.pages, end).items():
+                if (bytes_ != answer.cache[name][:end]).any():
+                    raise Differs(f"{name} ({where})")

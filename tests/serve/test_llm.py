@@ -1,0 +1,134 @@
+"""`LLM` on the bundled model: text, stop strings wherever tokens end, and everything at once in any company."""
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from lockstep import LLM, SamplingParams
+from lockstep.engine.request import samples
+
+PROMPT = "def read_lines(path):\n"
+PROMPTS = [PROMPT, "import os\n", "class Queue:\n    ", "x", "for i in range(10):\n    print(i)\n" * 12]
+
+
+@pytest.fixture(scope="module")
+def llm():
+    made = LLM(threads=2, max_requests=8, max_context=512)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def free(llm):
+    """An answer that nothing stops."""
+    return llm.generate([PROMPT], SamplingParams(max_tokens=60, ignore_eos=True))[0]
+
+
+def stream(llm, **options):
+    """(Stream, [new_text of each step])"""
+    pieces = []
+    for made in llm.stream(PROMPT, SamplingParams(max_tokens=60, ignore_eos=True, **options)):
+        pieces.append(made.new_text)
+    return made, pieces
+
+
+def token_ends(llm, ids):
+    """Length of the text after each token."""
+    return [len(llm.tokenizer.decode(ids[:n + 1])) for n in range(len(ids))]
+
+
+def test_every_stretch_of_an_answer_stops_it_at_its_first_end(llm, free):
+    text, ends = free.text, token_ends(llm, free.token_ids)
+    inside_tokens = 0
+    for start, size in [(0, 1), (3, 2), (7, 5), (11, 9), (20, 3), (26, 17), (40, 4), (58, 12), (66, 1)]:
+        string = text[start:start + size]
+        at = text.index(string)
+        made, pieces = stream(llm, stop=(string, "\0never"))
+        r = made.request
+        assert (made.text, r.finish_reason, r.stop_reason) == (text[:at], "stop", string)
+        assert "".join(pieces) == made.text  # nothing shown was taken back
+        assert len(r.output_ids) == next(n for n, end in enumerate(ends, 1) if end >= at + size)
+        inside_tokens += not {at, at + size} & set(ends)
+        kept, pieces = stream(llm, stop=string, include_stop_str_in_output=True)
+        assert kept.text == "".join(pieces) == text[:at + size]
+    assert inside_tokens > 2
+
+
+def test_text_is_held_back_only_while_it_could_be_cut(llm, free):
+    string = free.text[10:30] + "\0never"
+    made, pieces = stream(llm, stop=string)
+    assert made.text == "".join(pieces) == free.text and made.request.finish_reason == "length"
+    shown = np.cumsum([len(p) for p in pieces])
+    ends = np.array(token_ends(llm, free.token_ids))
+    assert (shown <= ends).all() and (shown < ends).any() and shown[-1] == len(free.text)
+
+
+def test_a_stop_string_does_not_count_in_the_first_min_tokens(llm, free):
+    ends, text = token_ends(llm, free.token_ids), free.text
+    string = next(c for c in text[:ends[5]] if c in text[ends[29]:])
+    made, pieces = stream(llm, stop=string, min_tokens=30)
+    at = text.index(string, ends[29])
+    assert made.text == "".join(pieces) == text[:at] and len(made.request.output_ids) > 30
+
+
+def test_a_stop_token_is_not_part_of_the_text_unless_asked_for(llm, free):
+    n = next(n for n, t in enumerate(free.token_ids) if n > 10 and t not in free.token_ids[:n])
+    token, before = free.token_ids[n], llm.tokenizer.decode(free.token_ids[:n])
+    made, _ = stream(llm, stop_token_ids=(token,))
+    assert (made.text, made.request.stop_reason, made.request.output_ids[-1]) == (before, token, token)
+    made, _ = stream(llm, stop_token_ids=(token,), include_stop_str_in_output=True)
+    assert made.text == llm.tokenizer.decode(free.token_ids[:n + 1]) != before
+
+
+def parity_mask(output_ids):
+    """Only even tokens after an odd count, and the other way round."""
+    return np.full(128, 0x55555555 << len(output_ids) % 2, np.uint32)
+
+
+ALL = [SamplingParams(max_tokens=40, temperature=0.9, seed=i, repetition_penalty=1.2, frequency_penalty=0.2,
+                      presence_penalty=0.1, logit_bias={17: 2.0, 300 + i: -100}, min_tokens=8, logprobs=i,
+                      logits_mask=parity_mask if i % 2 else None, prompt_logprobs=4 * i, stop=("\n\n", "e\n"))
+       for i in range(len(PROMPTS))]
+
+
+def test_all_features_at_once_are_the_same_in_any_company(llm):
+    together = llm.generate(PROMPTS, ALL)
+    assert {a.finish_reason for a in together} == {"stop", "length"} and all(len(a.token_ids) > 8 for a in together)
+    assert all(len(a.prompt_logprobs) == len(a.prompt_token_ids) - 1 for a in together)
+    assert [llm.generate([p], s)[0] for p, s in zip(PROMPTS, ALL)] == together
+    for options in (dict(threads=1, max_requests=1, max_step_tokens=1),
+                    dict(threads=3, max_requests=2, max_step_tokens=13)):
+        other = LLM(max_context=512, **options)
+        assert other.generate(PROMPTS, ALL) == together
+        other.close()
+
+
+def test_an_answer_that_fails_says_why_and_keeps_its_text(llm):
+    def mask(output_ids):
+        return None if len(output_ids) < 5 else np.zeros(128, np.uint32)
+
+    bad, good = llm.generate([PROMPT, PROMPT], [SamplingParams(logits_mask=mask), SamplingParams(max_tokens=8)])
+    assert (bad.finish_reason, bad.text) == ("error", llm.tokenizer.decode(good.token_ids[:5]))
+    assert bad.error.startswith("no token is allowed") and good.finish_reason == "length" and good.error is None
+
+
+def test_samples_of_a_prompt_are_what_their_seeds_give_alone(llm):
+    params = SamplingParams(max_tokens=12, temperature=1.0, seed=5, ignore_eos=True, n=3)
+    several, single = llm.generate(PROMPTS[:2], [params, SamplingParams(max_tokens=4)])
+    alone = [llm.generate([PROMPT], replace(p, n=1))[0] for p in samples(params)]
+    assert [c.token_ids for c in several.samples] == [c.token_ids for c in alone]
+    assert [c.text for c in several.samples] == [c.text for c in alone] and several.samples[0] is several
+    assert len({tuple(c.token_ids) for c in several.samples}) == 3 and single.samples == [single]
+    with pytest.raises(ValueError, match="n: expected 1"):
+        next(llm.stream(PROMPT, params))
+
+
+def test_an_answer_from_a_cache_dir_is_the_same(llm, tmp_path):
+    prompt = PROMPTS[4] * 2
+    cold = llm.generate([prompt], SamplingParams(max_tokens=8))[0]
+    for found in (False, True):
+        other = LLM(threads=1, max_requests=1, max_context=512, cache_dir=tmp_path)
+        warm = other.generate([prompt], SamplingParams(max_tokens=8))[0]
+        counts = other.engine.scheduler.prefix.counts
+        other.close()
+        assert (warm.token_ids, warm.logprobs, bool(counts.hit_tokens)) == (cold.token_ids, cold.logprobs, found)

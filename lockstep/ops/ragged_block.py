@@ -1,0 +1,281 @@
+"""One block of keys against a tile of rows, the keys wherever their pages are: the inner part of ragged attention.
+
+A tile's rows are the query heads that share a kv head (a "unit" of heads), for one or more units and some consecutive
+tokens; rows of a unit lie together. K and V are read in place, through tables of addresses with one entry for each
+position of the block, each line once for all rows of a unit. Slots that no row of the tile sees are entries of a row of
+zeros: they are not read. Scratch memory, on the thread's stack:
+
+    q [ROWS, 256] scaled queries    o [ROWS, 256] sums of values    p [ROWS, 64] scores, then weights
+    lane [ROWS, 16] sums of weights    top [ROWS] largest score    panels [columns / 16, rows, 16] of K or V
+    zeros [256]    k_rows 2 x [64], v_rows [64] addresses
+"""
+from collections import namedtuple
+
+import numpy as np
+from numba import float32, int32, int64
+
+from lockstep.ops.attention_math import BLOCK, SPAN, ZERO, exp2, soft_capped
+from lockstep.runtime.kernel import inlined
+from lockstep.runtime.simd import lanes, load, load_bf16, max_lanes, maximum, peek, poke, store
+from lockstep.runtime.targets import wide_registers
+from lockstep.runtime.tiles import tile_fma_f32, tile_load, tile_zeros
+from lockstep.runtime.tiles_rows import (ask, tile_fma_row_bf16, tile_fma_row_f32, tile_store_rows, transpose_bf16,
+                                         transpose_bf16_pairs, transpose_f32)
+
+COLS, MORE_COLS = (2, 4) if wide_registers() else (1, 1)  # 6 x COLS or 4 x MORE_COLS accumulators fill the registers
+ROWS, SPARE_ROWS, FEW_ROWS = 96, 6, 4  # of a tile at most; that a register tile may load past its end; worked on in place
+MASKED = np.float32(-3e38)
+MAX_HEAD_DIM = 256
+ROW_BYTES, P_BYTES, LANE_BYTES, TABLE_BYTES = 4 * MAX_HEAD_DIM, 4 * BLOCK, 64, 8 * BLOCK
+Q = 0
+O = Q + (ROWS + SPARE_ROWS) * ROW_BYTES
+P = O + (ROWS + SPARE_ROWS) * ROW_BYTES
+LANE = P + (ROWS + SPARE_ROWS) * P_BYTES
+TOP = LANE + ROWS * LANE_BYTES
+PANELS = TOP + 4 * ROWS
+ZEROS = PANELS + 4 * BLOCK * (MAX_HEAD_DIM + 64)
+K_ROWS = ZEROS + 4 * MAX_HEAD_DIM
+V_ROWS = K_ROWS + 2 * TABLE_BYTES
+SCRATCH_BYTES = V_ROWS + TABLE_BYTES
+
+Call = namedtuple("Call", "out q k v page_indices kv_lens cu_q_lens num_seqs sinks states turns out_token out_head q_token "
+                  "q_head k_page k_slot k_head v_page v_slot v_head table_row num_tokens heads kv_heads head_dim "
+                  "page_size group window q_bf16 kv_bf16 scale cap v_scale")
+Tile = namedtuple("Tile", "token tokens position unit units table")
+
+
+@inlined
+def first_key(call, position):
+    """The first key that a query sees."""
+    return max(0, position + 1 - call.window) if call.window > 0 else 0
+
+
+@inlined
+def kv_head_of(call, unit):
+    return unit * call.group // (call.heads // call.kv_heads)
+
+
+@inlined
+def name_rows(call, tile, block, pages, page_bytes, slot_bytes, rows, zeros):
+    """Fills a table with the addresses of a block's rows (of kv head 0) of K or V; what no row of the tile sees is 0."""
+    start = block * BLOCK
+    low, high = max(start, first_key(call, tile.position)), min(start + BLOCK, tile.position + tile.tokens)
+    for j in range(BLOCK):
+        poke(rows + 8 * j, zeros)
+    at, slot = tile.table + 4 * (low // call.page_size), low % call.page_size
+    while low < high:
+        page = pages + page_bytes * np.int64(peek(at, int32))
+        size = min(high - low, call.page_size - slot)
+        for i in range(size):
+            poke(rows + 8 * (low - start + i), page + slot_bytes * (slot + i))
+        at, slot, low = at + 4, int64(0), low + size
+
+
+@inlined
+def attend_span(call, tile, span, memory):
+    """Adds the blocks of one span to the rows that see any of their keys.
+
+    While keys are worked on, their values come from memory, and then the next keys: another unit's, or the next block's.
+    """
+    first_block = max(first_key(call, tile.position), span * SPAN) // BLOCK
+    last_block = min(tile.position + tile.tokens - 1, (span + 1) * SPAN - 1) // BLOCK
+    k_rows, next_rows, v_rows = memory + K_ROWS, memory + K_ROWS + TABLE_BYTES, memory + V_ROWS
+    name_rows(call, tile, first_block, call.k, call.k_page, call.k_slot, k_rows, memory + ZEROS)
+    for block in range(first_block, last_block + 1):
+        name_rows(call, tile, block, call.v, call.v_page, call.v_slot, v_rows, memory + ZEROS)
+        name_rows(call, tile, block + 1, call.k, call.k_page, call.k_slot, next_rows, memory + ZEROS)
+        start, last = block * BLOCK, tile.tokens
+        if call.window > 0:
+            last = min(last, start + BLOCK - 1 + call.window - tile.position)
+        first, last = max(0, start - tile.position) * call.group, last * call.group
+        few = last - first <= FEW_ROWS and last - first <= call.group
+        for u in range(tile.units):
+            g, base = kv_head_of(call, tile.unit + u), u * tile.tokens * call.group
+            q, o = memory + Q + ROW_BYTES * base, memory + O + ROW_BYTES * base
+            at_v, ahead, at_ahead = call.v_head * g, next_rows, call.k_head * kv_head_of(call, tile.unit)
+            if u + 1 < tile.units:
+                ahead, at_ahead = k_rows, call.k_head * kv_head_of(call, tile.unit + u + 1)
+            pack_keys(call, k_rows, call.k_head * g, v_rows, at_v, memory)
+            scores(call.head_dim, q, first, last, memory)
+            softmax_step(call, tile, block, base, first, last, memory)
+            if few:
+                row_values(call, tile, start, first, last, v_rows, at_v, ahead, at_ahead, o, memory)
+            else:
+                pack_values(call, v_rows, at_v, ahead, at_ahead, memory)
+                values(call, tile, start, first, last, o, memory)
+        k_rows, next_rows = next_rows, k_rows
+
+
+@inlined
+def pack_keys(call, rows, offset, ahead, at_ahead, memory):
+    """A head's keys as panels of sixteen keys: dimension d of panel c at 64 * (c * head_dim + d)."""
+    pairs = call.head_dim // 32 * 32 if call.kv_bf16 else 0
+    for c in range(BLOCK // 16):
+        panel, keys, values_ = memory + PANELS + 64 * call.head_dim * c, rows + 128 * c, ahead + 128 * c
+        if call.kv_bf16:
+            for d in range(0, pairs, 32):
+                transpose_bf16_pairs(keys, offset + 2 * d, panel + 64 * d, values_, at_ahead + 2 * d)
+            for d in range(pairs, call.head_dim, 16):
+                transpose_bf16(keys, offset + 2 * d, panel + 64 * d, values_, at_ahead + 2 * d)
+        else:
+            for d in range(0, call.head_dim, 16):
+                transpose_f32(keys, offset + 4 * d, panel + 64 * d, values_, at_ahead + 4 * d)
+
+
+@inlined
+def pack_values(call, rows, offset, ahead, at_ahead, memory):
+    """A head's values as panels of sixteen dimensions: value j of panel c at 64 * (64 * c + j)."""
+    for j in range(BLOCK):
+        value, panel = peek(rows + 8 * j, int64) + offset, memory + PANELS + 64 * j
+        if call.kv_bf16:
+            for d in range(0, call.head_dim, 16):
+                store(panel + 4 * BLOCK * d, load_bf16(value + 2 * d))
+            for d in range(0, call.head_dim, 32):
+                ask(ahead, j, at_ahead + 2 * d)
+        else:
+            for d in range(0, call.head_dim, 16):
+                store(panel + 4 * BLOCK * d, load(value + 4 * d))
+                ask(ahead, j, at_ahead + 4 * d)
+
+
+@inlined
+def next_rows_count(left):
+    """How many rows the next register tile takes: six, unless four (of which some may be spare) waste less."""
+    return min(left, 6) if left > 8 or 4 < left < 7 else min(left, 4)
+
+
+@inlined
+def scores(head_dim, q, first, last, memory):
+    """q . k of rows first..last and all slots of the block."""
+    panel_bytes = 64 * head_dim
+    row = first
+    while row < last:
+        n = next_rows_count(last - row)
+        x, p = q + ROW_BYTES * row, memory + P + P_BYTES * row
+        if n > 4:
+            for c in range(0, BLOCK // 16, COLS):
+                acc, panel = tile_zeros(6, COLS), memory + PANELS + panel_bytes * c
+                for d in range(head_dim):
+                    acc = tile_fma_f32(acc, x + 4 * d, ROW_BYTES, panel + 64 * d, panel_bytes)
+                tile_store_rows(acc, p + 64 * c, P_BYTES, n)
+        else:
+            for c in range(0, BLOCK // 16, MORE_COLS):
+                four, panel = tile_zeros(4, MORE_COLS), memory + PANELS + panel_bytes * c
+                for d in range(head_dim):
+                    four = tile_fma_f32(four, x + 4 * d, ROW_BYTES, panel + 64 * d, panel_bytes)
+                tile_store_rows(four, p + 64 * c, P_BYTES, n)
+        row += n
+
+
+@inlined
+def softmax_step(call, tile, block, base, first, last, memory):
+    """Turns scores into weights, with the sums so far brought to the new maximum. base: the unit's first row."""
+    start = block * BLOCK
+    for row in range(first, last):
+        position, p, lane = tile.position + row // call.group, memory + P + P_BYTES * row, memory + LANE + LANE_BYTES * (base + row)
+        top, o = memory + TOP + 4 * (base + row), memory + O + ROW_BYTES * (base + row)
+        if call.cap > ZERO:
+            for i in range(0, P_BYTES, 64):
+                store(p + i, soft_capped(load(p + i), call.cap))
+        seen = first_key(call, position) - start
+        for j in range(0, seen):
+            poke(p + 4 * j, MASKED)
+        for j in range(position + 1 - start, BLOCK):
+            poke(p + 4 * j, MASKED)
+        higher = max_lanes(maximum(maximum(load(p), load(p + 64)), maximum(load(p + 128), load(p + 192)))) + ZERO
+        total = lanes(ZERO)
+        if start % SPAN == 0 or seen >= 0 and call.window > 0:  # the row's first block of the span
+            for i in range(0, 4 * call.head_dim, 64):
+                store(o + i, total)
+        else:
+            before, total = peek(top, float32), load(lane)
+            if higher > before:
+                shrink = exp2(before - higher)
+                total = total * shrink
+                for i in range(0, 4 * call.head_dim, 64):
+                    store(o + i, load(o + i) * shrink)
+            else:  # the factor is exactly 1
+                higher = before
+        for i in range(0, P_BYTES, 64):
+            weight = exp2(load(p + i) - higher)
+            store(p + i, weight)
+            total = total + weight
+        store(lane, total)
+        poke(top, higher)
+
+
+@inlined
+def row_values(call, tile, start, first, last, rows, offset, ahead, at_ahead, o, memory):
+    """o += p . v of at most four rows of one token, over the values where they are: only those that it sees."""
+    position, n = tile.position + first // call.group, last - first
+    low, high = max(0, first_key(call, position) - start), min(BLOCK, position + 1 - start)
+    p, o, size = memory + P + P_BYTES * first, o + ROW_BYTES * first, 2 if call.kv_bf16 else 4
+    wide = call.head_dim // 16 // MORE_COLS * MORE_COLS * 16
+    for d in range(0, wide, 16 * MORE_COLS):
+        acc, column, line = tile_load(4, MORE_COLS, o + 4 * d, ROW_BYTES), offset + size * d, at_ahead + size * d
+        if call.kv_bf16:
+            for j in range(low, high):
+                acc = tile_fma_row_bf16(acc, p + 4 * j, P_BYTES, rows, j, column)
+                for i in range(0, 32 * MORE_COLS, 64):
+                    ask(ahead, j, line + i)
+        else:
+            for j in range(low, high):
+                acc = tile_fma_row_f32(acc, p + 4 * j, P_BYTES, rows, j, column)
+                for i in range(0, 64 * MORE_COLS, 64):
+                    ask(ahead, j, line + i)
+        tile_store_rows(acc, o + 4 * d, ROW_BYTES, n)
+    for d in range(wide, call.head_dim, 16):
+        end, column = tile_load(4, 1, o + 4 * d, ROW_BYTES), offset + size * d
+        if call.kv_bf16:
+            for j in range(low, high):
+                end = tile_fma_row_bf16(end, p + 4 * j, P_BYTES, rows, j, column)
+        else:
+            for j in range(low, high):
+                end = tile_fma_row_f32(end, p + 4 * j, P_BYTES, rows, j, column)
+        tile_store_rows(end, o + 4 * d, ROW_BYTES, n)
+
+
+@inlined
+def add_values(call, row, low, high, o, memory):
+    """o += p . v of one row and some slots."""
+    if low < high:
+        for c in range(0, call.head_dim // 16, 4):
+            p, panel, one = memory + P + P_BYTES * row, memory + PANELS + 64 * BLOCK * c, tile_load(1, 4, o + ROW_BYTES * row + 64 * c, 0)
+            for j in range(low, high):
+                one = tile_fma_f32(one, p + 4 * j, 0, panel + 64 * j, 64 * BLOCK)
+            tile_store_rows(one, o + ROW_BYTES * row + 64 * c, 0, 1)
+
+
+@inlined
+def values(call, tile, start, first, last, o, memory):
+    """o += p . v of rows first..last: register tiles over the slots that all their rows see, the others row by row.
+
+    A slot that a row does not see must not reach it, not even as 0 * v: v may be another row's NaN. The order of the
+    slots stays: what only the first rows of a tile see comes before, what only the last ones see after.
+    """
+    row = first
+    while row < last:
+        n = next_rows_count(last - row)
+        earliest, latest = tile.position + row // call.group, tile.position + (row + n - 1) // call.group
+        low, high = max(0, first_key(call, latest) - start), min(BLOCK, earliest + 1 - start)
+        if high <= low:  # nothing is seen by all
+            low = high = BLOCK
+        for i in range(row, row + n):
+            position = tile.position + i // call.group
+            add_values(call, i, max(0, first_key(call, position) - start), min(low, position + 1 - start), o, memory)
+        p, out = memory + P + P_BYTES * row, o + ROW_BYTES * row
+        if n > 4:
+            for c in range(0, call.head_dim // 16, COLS):
+                acc, panel = tile_load(6, COLS, out + 64 * c, ROW_BYTES), memory + PANELS + 64 * BLOCK * c
+                for j in range(low, high):
+                    acc = tile_fma_f32(acc, p + 4 * j, P_BYTES, panel + 64 * j, 64 * BLOCK)
+                tile_store_rows(acc, out + 64 * c, ROW_BYTES, n)
+        else:
+            for c in range(0, call.head_dim // 16, MORE_COLS):
+                four, panel = tile_load(4, MORE_COLS, out + 64 * c, ROW_BYTES), memory + PANELS + 64 * BLOCK * c
+                for j in range(low, high):
+                    four = tile_fma_f32(four, p + 4 * j, P_BYTES, panel + 64 * j, 64 * BLOCK)
+                tile_store_rows(four, out + 64 * c, ROW_BYTES, n)
+        for i in range(row, row + n):
+            add_values(call, i, high, min(BLOCK, tile.position + i // call.group + 1 - start), o, memory)
+        row += n

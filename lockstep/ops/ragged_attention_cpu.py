@@ -11,8 +11,8 @@ from numba import float32, int32, int64
 
 from lockstep.ops.attention_math import SPAN, ZERO, exp2
 from lockstep.ops.ragged_attention import kept_share
-from lockstep.ops.ragged_block import (LANE, LANE_BYTES, MAX_HEAD_DIM, O, Q, ROW_BYTES, ROWS, SCRATCH_BYTES, TOP, ZEROS,
-                                       Call, Tile, attend_span, first_key)
+from lockstep.ops.ragged_block import (LANE, LANE_BYTES, O, Q, ROW_BYTES, ROWS, SCRATCH_BYTES, TOP, Call,
+                                       Tile, attend_span, first_key)
 from lockstep.runtime.kernel import inlined, kernel
 from lockstep.runtime.machine import fetch_add, load_acquire, pause, stack_memory, yield_core
 from lockstep.runtime.simd import (fma, lanes, load, load_bf16, maximum, peek, poke, round_bf16, store, store_bf16,
@@ -82,8 +82,6 @@ def run(op, thread, num_threads):
     together. Later tokens, which see more keys, come first.
     """
     call, counter, memory = read_call(op), peek(op + 8 * COUNTER, int64), stack_memory(SCRATCH_BYTES)
-    for i in range(0, 4 * MAX_HEAD_DIM, 64):
-        store(memory + ZEROS + i, lanes(ZERO))
     clear_padding(call, thread, num_threads)
     together, enough = True, TILES_PER_THREAD * num_threads
     tiles, items, spans = count_work(call, together)

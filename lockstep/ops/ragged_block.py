@@ -2,12 +2,11 @@
 
 A tile's rows are the query heads that share a kv head (a "unit" of heads), for one or more units and some consecutive
 tokens; rows of a unit lie together. K and V are read in place, through tables of addresses with one entry for each
-position of the block, each line once for all rows of a unit. Slots that no row of the tile sees are entries of a row of
-zeros: they are not read. Scratch memory, on the thread's stack:
+position of the block, each line once for all rows of a unit. Slots that no row of the tile sees are not read. Scratch memory, on the thread's stack:
 
     q [ROWS, 256] scaled queries    o [ROWS, 256] sums of values    p [ROWS, 64] scores, then weights
     lane [ROWS, 16] sums of weights    top [ROWS] largest score    panels [columns / 16, rows, 16] of K or V
-    zeros [256]    k_rows 2 x [64], v_rows [64] addresses
+    tables 2 x 2 x [64] addresses: K and V of a block and of the next
 """
 from collections import namedtuple
 
@@ -33,10 +32,8 @@ P = O + (ROWS + SPARE_ROWS) * ROW_BYTES
 LANE = P + (ROWS + SPARE_ROWS) * P_BYTES
 TOP = LANE + ROWS * LANE_BYTES
 PANELS = TOP + 4 * ROWS
-ZEROS = PANELS + 4 * BLOCK * (MAX_HEAD_DIM + 64)
-K_ROWS = ZEROS + 4 * MAX_HEAD_DIM
-V_ROWS = K_ROWS + 2 * TABLE_BYTES
-SCRATCH_BYTES = V_ROWS + TABLE_BYTES
+TABLES = PANELS + 4 * BLOCK * (MAX_HEAD_DIM + 64)
+SCRATCH_BYTES = TABLES + 4 * TABLE_BYTES
 
 Call = namedtuple("Call", "out q k v page_indices kv_lens cu_q_lens num_seqs sinks states turns out_token out_head q_token "
                   "q_head k_page k_slot k_head v_page v_slot v_head table_row num_tokens heads kv_heads head_dim "
@@ -52,22 +49,28 @@ def first_key(call, position):
 
 @inlined
 def kv_head_of(call, unit):
-    return unit * call.group // (call.heads // call.kv_heads)
+    return unit if call.heads == call.group * call.kv_heads else unit * call.group // (call.heads // call.kv_heads)
 
 
 @inlined
-def name_rows(call, tile, block, pages, page_bytes, slot_bytes, rows, zeros):
-    """Fills a table with the addresses of a block's rows (of kv head 0) of K or V; what no row of the tile sees is 0."""
+def name_rows(call, tile, block, rows):
+    """Fills two tables with the addresses of a block's rows (of kv head 0) of K and of V, if the tile sees any of them.
+
+    Slots that no row of the tile sees must not be read: the first one that is seen stands for them.
+    """
     start = block * BLOCK
     low, high = max(start, first_key(call, tile.position)), min(start + BLOCK, tile.position + tile.tokens)
-    for j in range(BLOCK):
-        poke(rows + 8 * j, zeros)
     at, slot = tile.table + 4 * (low // call.page_size), low % call.page_size
+    if low < high < low + BLOCK:
+        page = np.int64(peek(at, int32))
+        for j in range(BLOCK):
+            poke(rows + 8 * j, call.k + call.k_page * page + call.k_slot * slot)
+            poke(rows + TABLE_BYTES + 8 * j, call.v + call.v_page * page + call.v_slot * slot)
     while low < high:
-        page = pages + page_bytes * np.int64(peek(at, int32))
-        size = min(high - low, call.page_size - slot)
+        page, size, here = np.int64(peek(at, int32)), min(high - low, call.page_size - slot), rows + 8 * (low - start)
         for i in range(size):
-            poke(rows + 8 * (low - start + i), page + slot_bytes * (slot + i))
+            poke(here + 8 * i, call.k + call.k_page * page + call.k_slot * (slot + i))
+            poke(here + TABLE_BYTES + 8 * i, call.v + call.v_page * page + call.v_slot * (slot + i))
         at, slot, low = at + 4, int64(0), low + size
 
 
@@ -75,35 +78,33 @@ def name_rows(call, tile, block, pages, page_bytes, slot_bytes, rows, zeros):
 def attend_span(call, tile, span, memory):
     """Adds the blocks of one span to the rows that see any of their keys.
 
-    While keys are worked on, their values come from memory, and then the next keys: another unit's, or the next block's.
+    While a unit's keys and values are worked on, the next ones come from memory: another unit's, or the next block's.
     """
     first_block = max(first_key(call, tile.position), span * SPAN) // BLOCK
-    last_block = min(tile.position + tile.tokens - 1, (span + 1) * SPAN - 1) // BLOCK
-    k_rows, next_rows, v_rows = memory + K_ROWS, memory + K_ROWS + TABLE_BYTES, memory + V_ROWS
-    name_rows(call, tile, first_block, call.k, call.k_page, call.k_slot, k_rows, memory + ZEROS)
-    for block in range(first_block, last_block + 1):
-        name_rows(call, tile, block, call.v, call.v_page, call.v_slot, v_rows, memory + ZEROS)
-        name_rows(call, tile, block + 1, call.k, call.k_page, call.k_slot, next_rows, memory + ZEROS)
+    end_block = (tile.position + tile.tokens - 1) // BLOCK
+    rows, next_rows = memory + TABLES, memory + TABLES + 2 * TABLE_BYTES
+    name_rows(call, tile, first_block, rows)
+    for block in range(first_block, min(end_block, (span + 1) * (SPAN // BLOCK) - 1) + 1):
+        name_rows(call, tile, block + 1, next_rows)
         start, last = block * BLOCK, tile.tokens
         if call.window > 0:
             last = min(last, start + BLOCK - 1 + call.window - tile.position)
         first, last = max(0, start - tile.position) * call.group, last * call.group
         few = last - first <= FEW_ROWS and last - first <= call.group
         for u in range(tile.units):
-            g, base = kv_head_of(call, tile.unit + u), u * tile.tokens * call.group
-            q, o = memory + Q + ROW_BYTES * base, memory + O + ROW_BYTES * base
-            at_v, ahead, at_ahead = call.v_head * g, next_rows, call.k_head * kv_head_of(call, tile.unit)
-            if u + 1 < tile.units:
-                ahead, at_ahead = k_rows, call.k_head * kv_head_of(call, tile.unit + u + 1)
-            pack_keys(call, k_rows, call.k_head * g, v_rows, at_v, memory)
+            g, base, more = kv_head_of(call, tile.unit + u), u * tile.tokens * call.group, u + 1 < tile.units
+            ahead = rows if more or block == end_block else next_rows
+            g_ahead = kv_head_of(call, tile.unit + (u + 1 if more else 0))
+            q, o, v_rows, v_ahead = memory + Q + ROW_BYTES * base, memory + O + ROW_BYTES * base, rows + TABLE_BYTES, ahead + TABLE_BYTES
+            pack_keys(call, rows, call.k_head * g, ahead, call.k_head * g_ahead, memory)
             scores(call.head_dim, q, first, last, memory)
             softmax_step(call, tile, block, base, first, last, memory)
             if few:
-                row_values(call, tile, start, first, last, v_rows, at_v, ahead, at_ahead, o, memory)
+                row_values(call, tile, start, first, last, v_rows, call.v_head * g, v_ahead, call.v_head * g_ahead, o, memory)
             else:
-                pack_values(call, v_rows, at_v, ahead, at_ahead, memory)
+                pack_values(call, v_rows, call.v_head * g, v_ahead, call.v_head * g_ahead, memory)
                 values(call, tile, start, first, last, o, memory)
-        k_rows, next_rows = next_rows, k_rows
+        rows, next_rows = next_rows, rows
 
 
 @inlined
@@ -111,15 +112,14 @@ def pack_keys(call, rows, offset, ahead, at_ahead, memory):
     """A head's keys as panels of sixteen keys: dimension d of panel c at 64 * (c * head_dim + d)."""
     pairs = call.head_dim // 32 * 32 if call.kv_bf16 else 0
     for c in range(BLOCK // 16):
-        panel, keys, values_ = memory + PANELS + 64 * call.head_dim * c, rows + 128 * c, ahead + 128 * c
-        if call.kv_bf16:
-            for d in range(0, pairs, 32):
-                transpose_bf16_pairs(keys, offset + 2 * d, panel + 64 * d, values_, at_ahead + 2 * d)
-            for d in range(pairs, call.head_dim, 16):
-                transpose_bf16(keys, offset + 2 * d, panel + 64 * d, values_, at_ahead + 2 * d)
-        else:
-            for d in range(0, call.head_dim, 16):
-                transpose_f32(keys, offset + 4 * d, panel + 64 * d, values_, at_ahead + 4 * d)
+        panel, keys, due = memory + PANELS + 64 * call.head_dim * c, rows + 128 * c, ahead + 128 * c
+        for d in range(0, pairs, 32):
+            transpose_bf16_pairs(keys, offset + 2 * d, panel + 64 * d, due, at_ahead + 2 * d)
+        for d in range(pairs, call.head_dim, 16):
+            if call.kv_bf16:
+                transpose_bf16(keys, offset + 2 * d, panel + 64 * d, due, at_ahead + 2 * d)
+            else:
+                transpose_f32(keys, offset + 4 * d, panel + 64 * d, due, at_ahead + 4 * d)
 
 
 @inlined
@@ -127,15 +127,14 @@ def pack_values(call, rows, offset, ahead, at_ahead, memory):
     """A head's values as panels of sixteen dimensions: value j of panel c at 64 * (64 * c + j)."""
     for j in range(BLOCK):
         value, panel = peek(rows + 8 * j, int64) + offset, memory + PANELS + 64 * j
+        for i in range(0, (2 if call.kv_bf16 else 4) * call.head_dim, 64):
+            ask(ahead, j, at_ahead + i)
         if call.kv_bf16:
             for d in range(0, call.head_dim, 16):
                 store(panel + 4 * BLOCK * d, load_bf16(value + 2 * d))
-            for d in range(0, call.head_dim, 32):
-                ask(ahead, j, at_ahead + 2 * d)
         else:
             for d in range(0, call.head_dim, 16):
                 store(panel + 4 * BLOCK * d, load(value + 4 * d))
-                ask(ahead, j, at_ahead + 4 * d)
 
 
 @inlined
@@ -210,29 +209,25 @@ def row_values(call, tile, start, first, last, rows, offset, ahead, at_ahead, o,
     position, n = tile.position + first // call.group, last - first
     low, high = max(0, first_key(call, position) - start), min(BLOCK, position + 1 - start)
     p, o, size = memory + P + P_BYTES * first, o + ROW_BYTES * first, 2 if call.kv_bf16 else 4
-    wide = call.head_dim // 16 // MORE_COLS * MORE_COLS * 16
-    for d in range(0, wide, 16 * MORE_COLS):
-        acc, column, line = tile_load(4, MORE_COLS, o + 4 * d, ROW_BYTES), offset + size * d, at_ahead + size * d
-        if call.kv_bf16:
-            for j in range(low, high):
+    columns = call.head_dim // 16 // MORE_COLS * MORE_COLS
+    for c in range(0, columns, MORE_COLS):
+        acc, column, line = tile_load(4, MORE_COLS, o + 64 * c, ROW_BYTES), offset + 16 * size * c, at_ahead + 16 * size * c
+        for j in range(low, high):
+            if call.kv_bf16:
                 acc = tile_fma_row_bf16(acc, p + 4 * j, P_BYTES, rows, j, column)
-                for i in range(0, 32 * MORE_COLS, 64):
-                    ask(ahead, j, line + i)
-        else:
-            for j in range(low, high):
+            else:
                 acc = tile_fma_row_f32(acc, p + 4 * j, P_BYTES, rows, j, column)
-                for i in range(0, 64 * MORE_COLS, 64):
-                    ask(ahead, j, line + i)
-        tile_store_rows(acc, o + 4 * d, ROW_BYTES, n)
-    for d in range(wide, call.head_dim, 16):
-        end, column = tile_load(4, 1, o + 4 * d, ROW_BYTES), offset + size * d
-        if call.kv_bf16:
-            for j in range(low, high):
+            for i in range(0, 16 * MORE_COLS * size, 64):
+                ask(ahead, j, line + i)
+        tile_store_rows(acc, o + 64 * c, ROW_BYTES, n)
+    for c in range(columns, call.head_dim // 16):
+        end, column = tile_load(4, 1, o + 64 * c, ROW_BYTES), offset + 16 * size * c
+        for j in range(low, high):
+            if call.kv_bf16:
                 end = tile_fma_row_bf16(end, p + 4 * j, P_BYTES, rows, j, column)
-        else:
-            for j in range(low, high):
+            else:
                 end = tile_fma_row_f32(end, p + 4 * j, P_BYTES, rows, j, column)
-        tile_store_rows(end, o + 4 * d, ROW_BYTES, n)
+        tile_store_rows(end, o + 64 * c, ROW_BYTES, n)
 
 
 @inlined

@@ -48,7 +48,8 @@ def _place(b, table, row, offset):
 
 
 def _ask(b, place):
-    call(b, "llvm.prefetch.p0", ir.VoidType(), [place, *(ir.Constant(I32, hint) for hint in (0, 3, 1))])
+    """A prefetch into the second-level cache: rows of a page are so far apart that the first would hold few of them."""
+    call(b, "llvm.prefetch.p0", ir.VoidType(), [place, *(ir.Constant(I32, hint) for hint in (0, 2, 1))])
 
 
 def _transposer(element, count, columns_of):
@@ -101,12 +102,16 @@ def transpose_bf16_pairs(context, rows, offset, panel, ahead, ahead_offset):
     return _transposer(I16, 32, _halves)(context, rows, offset, panel, ahead, ahead_offset)
 
 
+def _row(b, rows, row):
+    """A pointer to a row of a table."""
+    return pointer(b, read(b, moved(b, pointer(b, rows), b.mul(row, ir.Constant(I64, 8))), I64, 8))
+
+
 def _fma_row(load_column, size):
     def typer(_, tile, x, x_row, rows, row, offset):
         def codegen(ctx, b, sig, args):
             shape, parts = sig.args[0], unpack(b, sig.args[0], args[0])
-            start = moved(b, pointer(b, read(b, moved(b, pointer(b, args[3]), b.mul(args[4], ir.Constant(I64, 8))), I64, 8)),
-                          args[5])
+            start = moved(b, _row(b, args[3], args[4]), args[5])
             columns = [load_column(b, moved(b, start, 16 * size * c)) for c in range(shape.cols)]
             _outer(b, shape, parts, args[1], args[2], columns, 0)
             return pack(b, shape, parts)
@@ -147,11 +152,10 @@ def tile_store_rows(context, tile, out, out_row, num_rows):
 
 @primitive()
 def ask(context, rows, row, offset):
-    """Asks for the cache line at an offset of a row of a table."""
+    """Asks for the cache line at an offset of a row of a table; any address is allowed."""
 
     def codegen(ctx, b, sig, args):
-        table = moved(b, pointer(b, args[0]), b.mul(args[1], ir.Constant(I64, 8)))
-        _ask(b, moved(b, pointer(b, read(b, table, I64, 8)), args[2]))
+        _ask(b, moved(b, _row(b, args[0], args[1]), args[2]))
         return ctx.get_dummy_value()
 
     return types.void(*[types.int64] * 3), codegen

@@ -42,7 +42,7 @@ def ragged_paged_attention(q, kv_pages, kv_lens, page_indices, cu_q_lens, num_se
     """
     k, v = checks.pages(kv_pages)
     checks.shapes(q, k, v, kv_lens, page_indices, cu_q_lens, num_seqs)
-    checks.options(q.shape[1], sliding_window, soft_cap, mask_value, sinks, page_indices.shape[1], num_kv_pages_per_block,
+    checks.options(backend, q.shape[1], sliding_window, soft_cap, mask_value, sinks, page_indices.shape[1], num_kv_pages_per_block,
                    num_queries_per_block, vmem_limit_bytes)
     out = np.empty(q.shape, q.dtype) if out is None else checks.output(out, q)
     checks.metadata(q.shape[0], k.shape, kv_lens, page_indices, cu_q_lens, num_seqs, sliding_window)
@@ -50,8 +50,6 @@ def ragged_paged_attention(q, kv_pages, kv_lens, page_indices, cu_q_lens, num_se
     if backend == "reference":
         return define(attend_ragged, q, k, v, kv_lens, page_indices, cu_q_lens, num_seqs, scale, cap, sliding_window, sinks,
                       v_factor, out)
-    if backend != "cpu":
-        raise ValueError(f"backend must be 'cpu' or 'reference', got {backend!r}")
     workers(checks.thread_count(threads)).attend(q, k, v, kv_lens, page_indices, cu_q_lens, num_seqs, scale, cap,
                                                  sliding_window, sinks, v_factor, out)
     return out

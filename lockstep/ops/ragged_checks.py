@@ -1,5 +1,4 @@
 """What ragged paged attention refuses: each rule with what was wrong, what was given and what is allowed."""
-import math
 import os
 
 import ml_dtypes
@@ -11,6 +10,7 @@ from lockstep.runtime.simd import peek
 
 FLOATS = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16))
 MAX_HEAD_DIM, MAX_GROUP, MAX_PAGE_SIZE, MAX_THREADS = 256, 96, 1 << 20, 1024
+LARGEST = float(np.finfo(np.float32).max)
 HIDES = -1000.0  # a mask_value above it would, in a kernel that adds it, let hidden keys through
 
 
@@ -70,9 +70,11 @@ def shapes(q, k, v, kv_lens, page_indices, cu_q_lens, num_seqs):
         refuse("shape of cu_q_lens", cu_q_lens.shape, f"{(S + 1,)}, one more than rows of page_indices {page_indices.shape}")
 
 
-def options(num_heads, sliding_window, soft_cap, mask_value, sinks, pages_per_seq, num_kv_pages_per_block,
+def options(backend, num_heads, sliding_window, soft_cap, mask_value, sinks, pages_per_seq, num_kv_pages_per_block,
             num_queries_per_block, vmem_limit_bytes):
     """The keyword arguments. Finiteness of scales is `finite`'s."""
+    if backend not in ("cpu", "reference"):
+        refuse("backend", repr(backend), "'cpu' or 'reference'")
     if sliding_window is not None:
         whole("sliding_window", sliding_window, np.iinfo(np.int32).max)
     if soft_cap is not None and soft_cap == 0.0:
@@ -94,8 +96,7 @@ def whole(name, value, most):
 
 
 def finite(name, value):
-    if value is not None and not (isinstance(value, int | float | np.number) and math.isfinite(value)
-                                  and math.isfinite(np.float32(value))):
+    if value is not None and not (isinstance(value, int | float | np.number) and abs(value) <= LARGEST):
         refuse(name, repr(value), "a finite number that float32 holds")
 
 

@@ -82,13 +82,14 @@ def batch(q_lens, kv_lens, dtype, page_size):
 
 
 def ragged(b, threads):
-    ragged_paged_attention(b.q, b.kv, b.kv_lens, b.table, b.starts, b.num_seqs, sm_scale=SM_SCALE, out=b.out, threads=threads)
+    ragged_paged_attention(b.q, b.kv, b.kv_lens, b.table, b.starts, b.num_seqs, sm_scale=SM_SCALE, out=b.out,
+                           threads=threads)
 
 
 def ungrouped(b, threads):
     k, v = pages(b.kv)
-    workers(threads).attend(b.q, k, v, b.kv_lens, b.table, b.starts, b.num_seqs, *scales(SM_SCALE, None, None, None)[:2], None,
-                            None, np.float32(1), b.out, grouped=False)
+    workers(threads).attend(b.q, k, v, b.kv_lens, b.table, b.starts, b.num_seqs, None, None,
+                            scales(SM_SCALE, None, None, None), b.out, grouped=False)
 
 
 def transposed(b, threads):
@@ -151,8 +152,8 @@ def main():
 
 
 def show(made, took, f32_top, read_top, args):
-    print(f"{args.threads} threads, {f32_top / 1e9:.0f} GFLOP/s, {read_top / 1e9:.1f} GB/s; {HEADS} query heads, {KV_HEADS} kv"
-          f" heads, head_dim {HEAD_DIM}, pages of {args.page_size}")
+    print(f"{args.threads} threads, {f32_top / 1e9:.0f} GFLOP/s, {read_top / 1e9:.1f} GB/s; {HEADS} query heads, "
+          f"{KV_HEADS} kv heads, head_dim {HEAD_DIM}, pages of {args.page_size}")
     for name, (_, b, whole) in made.items():
         useful, done, read = whole.operations / took[name], b.operations / took[name], whole.bytes_read / took[name]
         ratio = took[name] / took[*name[:2], "ragged"]

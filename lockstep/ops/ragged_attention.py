@@ -1,8 +1,8 @@
 """Attention of a ragged batch over pages of any size: the definition.
 
-Sequence s owns rows cu_q_lens[s] .. cu_q_lens[s + 1] of q, the last tokens of the kv_lens[s] it has. Its position p lies
-in slot p % B of page page_indices[s, p // B]. Each row is `attention.attend`, so that its bits are those of the engine's
-attention, whatever the page size, the chunk and the rest of the batch; a sink then takes its share.
+Sequence s owns rows cu_q_lens[s] .. cu_q_lens[s + 1] of q, the last tokens of the kv_lens[s] it has. Its position p
+lies in slot p % B of page page_indices[s, p // B]. Each row is `attention.attend`, so that its bits are those of the
+engine's attention, whatever the page size, the chunk and the rest of the batch; a sink then takes its share.
 """
 import numpy as np
 

@@ -2,8 +2,8 @@
 
 Many rows are bound by arithmetic, few rows by the read of K and V (2 * kv heads * head_dim numbers a token of context).
 What each thread works on follows from cu_q_lens, kv_lens and num_seqs while it runs: nothing is prepared on the host.
-The work is cut into tiles of up to 96 rows, which threads claim one by one: the tokens of a short sequence with all its
-heads, or some tokens of a long one with one kv head. Where tiles are few, each is cut again into spans of 1024 keys, whose
+The work is cut into tiles of up to 96 rows, which threads claim one by one: the few tokens of a sequence with all
+heads, or some tokens of many with one kv head. Where tiles are few, each is cut again into spans of 1024 keys, whose
 results are merged in ascending order, whoever computed them: the thread that has one waits for its turn.
 """
 import numpy as np
@@ -51,12 +51,11 @@ def num_seqs(call):
 
 @inlined
 def tile_shape(call, tokens, together):
-    """(units, tokens) of the tiles of a sequence with so many rows: of equal size, as far as that goes."""
-    units = call.heads // call.group
+    """(units, tokens) of the tiles of a sequence with so many tokens: of equal size, as far as that goes."""
+    units, most = call.heads // call.group, ROWS // call.group
     if together and tokens * call.heads <= ROWS:
         return units, tokens
-    count = (tokens * call.group + ROWS - 1) // ROWS if call.group * (ROWS // call.group) == ROWS else (
-        tokens + ROWS // call.group - 1) // (ROWS // call.group)
+    count = (tokens + most - 1) // most
     return 1, (tokens + count - 1) // count
 
 
@@ -78,8 +77,8 @@ def count_work(call, together):
 def run(op, thread, num_threads):
     """One thread: it walks the same list of items as every other and works on those it has claimed.
 
-    An item is a tile or, where tiles are cut, one span of a tile, spans outermost, so that neighbours in the list can run
-    together. Later tokens, which see more keys, come first.
+    An item is a tile or, where tiles are cut, one span of a tile, spans outermost, so that neighbours in the list can
+    run together. Later tokens, which see more keys, come first.
     """
     call, counter, memory = read_call(op), peek(op + 8 * COUNTER, int64), stack_memory(SCRATCH_BYTES)
     clear_padding(call, thread, num_threads)
@@ -159,8 +158,10 @@ def end_span(call, tile, span, memory, state):
             first, last = first_key(call, tile.position + t) // SPAN, (tile.position + t) // SPAN
             for h in range(call.group):
                 if first <= span <= last:
-                    o, kept, head = memory + O + ROW_BYTES * row, state + STATE_ROW_BYTES * row, (tile.unit + u) * call.group + h
-                    top, total = peek(memory + TOP + 4 * row, float32), sum_lanes(load(memory + LANE + LANE_BYTES * row))
+                    o, kept = memory + O + ROW_BYTES * row, state + STATE_ROW_BYTES * row
+                    head = (tile.unit + u) * call.group + h
+                    top = peek(memory + TOP + 4 * row, float32)
+                    total = sum_lanes(load(memory + LANE + LANE_BYTES * row))
                     if span > first:
                         top, total = merge(call, kept, top, total, o)
                     if span < last:

@@ -2,7 +2,8 @@
 
 A tile's rows are the query heads that share a kv head (a "unit" of heads), for one or more units and some consecutive
 tokens; rows of a unit lie together. K and V are read in place, through tables of addresses with one entry for each
-position of the block, each line once for all rows of a unit. Slots that no row of the tile sees are not read. Scratch memory, on the thread's stack:
+position of the block, each line once for all rows of a unit. Slots that no row of the tile sees are not read.
+Scratch memory, on the thread's stack:
 
     q [ROWS, 256] scaled queries    o [ROWS, 256] sums of values    p [ROWS, 64] scores, then weights
     lane [ROWS, 16] sums of weights    top [ROWS] largest score    panels [columns / 16, rows, 16] of K or V
@@ -22,7 +23,8 @@ from lockstep.runtime.tiles_rows import (ask, tile_fma_row_bf16, tile_fma_row_f3
                                          transpose_bf16_pairs, transpose_f32)
 
 COLS, MORE_COLS = (2, 4) if wide_registers() else (1, 1)  # 6 x COLS or 4 x MORE_COLS accumulators fill the registers
-ROWS, SPARE_ROWS, FEW_ROWS = 96, 6, 4  # of a tile at most; that a register tile may load past its end; worked on in place
+ROWS, SPARE_ROWS = 96, 6  # of a tile at most; more that a register tile may load past its end
+FEW_ROWS = 4  # rows of one token that work on V where it is: packing it would take longer
 MASKED = np.float32(-3e38)
 MAX_HEAD_DIM = 256
 ROW_BYTES, P_BYTES, LANE_BYTES, TABLE_BYTES = 4 * MAX_HEAD_DIM, 4 * BLOCK, 64, 8 * BLOCK
@@ -35,9 +37,10 @@ PANELS = TOP + 4 * ROWS
 TABLES = PANELS + 4 * BLOCK * (MAX_HEAD_DIM + 64)
 SCRATCH_BYTES = TABLES + 4 * TABLE_BYTES
 
-Call = namedtuple("Call", "out q k v page_indices kv_lens cu_q_lens num_seqs sinks states turns out_token out_head q_token "
-                  "q_head k_page k_slot k_head v_page v_slot v_head table_row num_tokens heads kv_heads head_dim "
-                  "page_size group window q_bf16 kv_bf16 scale cap v_scale")
+# addresses, then strides in bytes, then counts and factors: the operands of the op, in this order
+Call = namedtuple("Call", "out q k v page_indices kv_lens cu_q_lens num_seqs sinks states turns out_token out_head "
+                  "q_token q_head k_page k_slot k_head v_page v_slot v_head table_row num_tokens heads kv_heads "
+                  "head_dim page_size group window q_bf16 kv_bf16 scale cap v_scale")
 Tile = namedtuple("Tile", "token tokens position unit units table")
 
 
@@ -95,12 +98,14 @@ def attend_span(call, tile, span, memory):
             g, base, more = kv_head_of(call, tile.unit + u), u * tile.tokens * call.group, u + 1 < tile.units
             ahead = rows if more or block == end_block else next_rows
             g_ahead = kv_head_of(call, tile.unit + (u + 1 if more else 0))
-            q, o, v_rows, v_ahead = memory + Q + ROW_BYTES * base, memory + O + ROW_BYTES * base, rows + TABLE_BYTES, ahead + TABLE_BYTES
+            q, o = memory + Q + ROW_BYTES * base, memory + O + ROW_BYTES * base
+            v_rows, v_ahead = rows + TABLE_BYTES, ahead + TABLE_BYTES
             pack_keys(call, rows, call.k_head * g, ahead, call.k_head * g_ahead, memory)
             scores(call.head_dim, q, first, last, memory)
             softmax_step(call, tile, block, base, first, last, memory)
             if few:
-                row_values(call, tile, start, first, last, v_rows, call.v_head * g, v_ahead, call.v_head * g_ahead, o, memory)
+                row_values(call, tile, start, first, last, v_rows, call.v_head * g, v_ahead, call.v_head * g_ahead, o,
+                           memory)
             else:
                 pack_values(call, v_rows, call.v_head * g, v_ahead, call.v_head * g_ahead, memory)
                 values(call, tile, start, first, last, o, memory)
@@ -171,8 +176,9 @@ def softmax_step(call, tile, block, base, first, last, memory):
     """Turns scores into weights, with the sums so far brought to the new maximum. base: the unit's first row."""
     start = block * BLOCK
     for row in range(first, last):
-        position, p, lane = tile.position + row // call.group, memory + P + P_BYTES * row, memory + LANE + LANE_BYTES * (base + row)
-        top, o = memory + TOP + 4 * (base + row), memory + O + ROW_BYTES * (base + row)
+        position, p = tile.position + row // call.group, memory + P + P_BYTES * row
+        lane, top = memory + LANE + LANE_BYTES * (base + row), memory + TOP + 4 * (base + row)
+        o = memory + O + ROW_BYTES * (base + row)
         if call.cap > ZERO:
             for i in range(0, P_BYTES, 64):
                 store(p + i, soft_capped(load(p + i), call.cap))
@@ -211,7 +217,8 @@ def row_values(call, tile, start, first, last, rows, offset, ahead, at_ahead, o,
     p, o, size = memory + P + P_BYTES * first, o + ROW_BYTES * first, 2 if call.kv_bf16 else 4
     columns = call.head_dim // 16 // MORE_COLS * MORE_COLS
     for c in range(0, columns, MORE_COLS):
-        acc, column, line = tile_load(4, MORE_COLS, o + 64 * c, ROW_BYTES), offset + 16 * size * c, at_ahead + 16 * size * c
+        acc = tile_load(4, MORE_COLS, o + 64 * c, ROW_BYTES)
+        column, line = offset + 16 * size * c, at_ahead + 16 * size * c
         for j in range(low, high):
             if call.kv_bf16:
                 acc = tile_fma_row_bf16(acc, p + 4 * j, P_BYTES, rows, j, column)
@@ -235,7 +242,8 @@ def add_values(call, row, low, high, o, memory):
     """o += p . v of one row and some slots."""
     if low < high:
         for c in range(0, call.head_dim // 16, 4):
-            p, panel, one = memory + P + P_BYTES * row, memory + PANELS + 64 * BLOCK * c, tile_load(1, 4, o + ROW_BYTES * row + 64 * c, 0)
+            p, panel = memory + P + P_BYTES * row, memory + PANELS + 64 * BLOCK * c
+            one = tile_load(1, 4, o + ROW_BYTES * row + 64 * c, 0)
             for j in range(low, high):
                 one = tile_fma_f32(one, p + 4 * j, 0, panel + 64 * j, 64 * BLOCK)
             tile_store_rows(one, o + ROW_BYTES * row + 64 * c, 0, 1)

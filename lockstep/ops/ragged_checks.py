@@ -59,7 +59,7 @@ def shapes(q, k, v, kv_lens, page_indices, cu_q_lens, num_seqs):
     if K % 16 or not 0 < K <= MAX_HEAD_DIM:
         refuse("head_dim", K, f"multiples of 16 up to {MAX_HEAD_DIM}")
     if G == 0 or H == 0 or H % G or H // G > MAX_GROUP:
-        refuse("query heads", f"{H} with {G} kv heads", f"a multiple of the kv heads, at most {MAX_GROUP} times as many")
+        refuse("query heads", f"{H} with {G} kv heads", f"a multiple of them, at most {MAX_GROUP} times as many")
     if not 0 < B <= MAX_PAGE_SIZE:
         refuse("page size, kv_pages.shape[1]", B, f"1 to {MAX_PAGE_SIZE}")
     if num_seqs.shape != (1,):
@@ -67,7 +67,7 @@ def shapes(q, k, v, kv_lens, page_indices, cu_q_lens, num_seqs):
     if kv_lens.shape != (S,):
         refuse("shape of kv_lens", kv_lens.shape, f"{(S,)}, one for each row of page_indices {page_indices.shape}")
     if cu_q_lens.shape != (S + 1,):
-        refuse("shape of cu_q_lens", cu_q_lens.shape, f"{(S + 1,)}, one more than rows of page_indices {page_indices.shape}")
+        refuse("shape of cu_q_lens", cu_q_lens.shape, f"{(S + 1,)}, one more than kv_lens has")
 
 
 def options(backend, num_heads, sliding_window, soft_cap, mask_value, sinks, pages_per_seq, num_kv_pages_per_block,
@@ -104,7 +104,7 @@ def output(out, q):
     """The given array, if results can be written to it."""
     array("out", out, 3, (q.dtype,))
     if out.shape != q.shape or not out.flags.writeable:
-        refuse("out", f"shape {out.shape}{'' if out.flags.writeable else ', read-only'}", f"a writeable array of shape {q.shape}")
+        refuse("out", f"shape {out.shape}{'' if out.flags.writeable else ', read-only'}", f"shape {q.shape}, writeable")
     return out
 
 

@@ -1,4 +1,4 @@
-"""Rows that lie anywhere in memory, named by a table of addresses: transposed into panels, or multiplied where they are.
+"""Rows that lie anywhere in memory, named by a table of addresses: transposed to panels, or multiplied where they are.
 
 A table holds one int64 address for each row. Rows may be anybody's memory: they need no alignment, and not a byte past
 their end is read.
@@ -85,8 +85,8 @@ def widened(b, raw):
 
 @primitive()
 def transpose_f32(context, rows, offset, panel, ahead, ahead_offset):
-    """Sixteen float32 of each of sixteen rows, to 16 columns; meanwhile asks for a line of the rows named by `ahead`."""
-    return _transposer(I32, 16, lambda b, values: transposed(b, values))(context, rows, offset, panel, ahead, ahead_offset)
+    """Sixteen float32 of each of sixteen rows, to 16 columns; asks for a line of the rows that `ahead` names."""
+    return _transposer(I32, 16, transposed)(context, rows, offset, panel, ahead, ahead_offset)
 
 
 @primitive()

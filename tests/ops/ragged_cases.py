@@ -21,7 +21,7 @@ def numbers(shape, seed):
 
 @dataclass(frozen=True)
 class Batch:
-    """What one call is about. keys, values [S][C, G, K] and q [T, H, K] are float32 numbers that dtype holds exactly."""
+    """What one call is about. All numbers are such that dtype holds them exactly."""
 
     lengths: list
     contexts: list
@@ -83,7 +83,8 @@ class Batch:
                 top = np.maximum(score.max(-1, keepdims=True), sink)
                 weight = np.exp(score - top)
                 share = weight / (weight.sum(-1, keepdims=True) + np.exp(sink - top))
-                rows.append(np.einsum("gjc,cgk->gjk", share, values[seen]).reshape(H, K) * (options.get("v_scale") or 1))
+                out_GJK = np.einsum("gjc,cgk->gjk", share, values[seen]) * (options.get("v_scale") or 1)
+                rows.append(out_GJK.reshape(H, K))
         return np.array(rows + [np.zeros((H, K))] * self.padding_rows).reshape(-1, H, K)
 
     def alone(self, s):
@@ -105,5 +106,6 @@ RECORDED = {
     "scales": Batch([3, 1], [60, 20], (4, 2, 128), 32, seed=3, options=dict(sm_scale=0.1, k_scale=0.5, v_scale=1.5)),
     "one to a page": Batch([4, 9], [6, 30], (4, 2, 80), 1, seed=4),
     "bf16": Batch([6, 1, 12], [33, 200, 12], (4, 1, 128), 16, BF16, 5, options=dict(sm_scale=0.09)),
-    "bf16, 16 query heads": Batch([1, 8], [90, 10], (16, 1, 64), 64, BF16, 6, options=dict(sm_scale=0.125, soft_cap=20.0)),
+    "bf16, 16 query heads": Batch([1, 8], [90, 10], (16, 1, 64), 64, BF16, 6,
+                                  options=dict(sm_scale=0.125, soft_cap=20.0)),
 }

@@ -1,4 +1,4 @@
-"""Prints the target and a digest of ragged paged attention; run once for each target: python -m tests.ops.ragged_isa."""
+"""Prints the target and a digest of ragged paged attention, once for each target: python -m tests.ops.ragged_isa."""
 import hashlib
 
 import numpy as np

@@ -86,7 +86,7 @@ def call(**arguments):
     return ragged_paged_attention(**given)
 
 
-@pytest.mark.parametrize("arguments, message", METADATA + SHAPES + OPTIONS, ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize("arguments, message", METADATA + SHAPES + OPTIONS, ids=lambda x: x if type(x) is str else "")
 def test_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         call(**arguments)
@@ -94,8 +94,8 @@ def test_refused(arguments, message):
 
 def test_accepted():
     expected = call()
-    for same in (dict(mask_value=-1e30), dict(num_kv_pages_per_block=2, num_queries_per_block=8, vmem_limit_bytes=1 << 20),
-                 dict(k_scale=1.0, v_scale=1.0), dict(sliding_window=np.int64(70)), dict(sm_scale=1)):
+    for same in (dict(mask_value=-1e30), dict(num_kv_pages_per_block=2, num_queries_per_block=8), dict(sm_scale=1),
+                 dict(vmem_limit_bytes=1 << 20), dict(k_scale=1.0, v_scale=1.0), dict(sliding_window=np.int64(70))):
         assert call(**same).tobytes() == expected.tobytes()
     assert call(soft_cap=-3.0).tobytes() == call(soft_cap=3).tobytes()
 
@@ -103,8 +103,9 @@ def test_accepted():
 def random_mix(rng):
     """Arguments of a random batch of up to twelve sequences, in float32 or bfloat16."""
     lengths = rng.integers(0, 40, rng.integers(1, 12))
-    batch = Batch(list(lengths), list(lengths + rng.integers(0, 200, len(lengths))), (4, 2, 32), int(rng.integers(1, 65)),
-                  F32 if rng.random() < 0.5 else BF16, int(rng.integers(1 << 20)))
+    contexts = list(lengths + rng.integers(0, 200, len(lengths)))
+    batch = Batch(list(lengths), contexts, (4, 2, 32), int(rng.integers(1, 65)), F32 if rng.random() < 0.5 else BF16,
+                  int(rng.integers(1 << 20)))
     return batch.arguments(), dict(sliding_window=int(rng.integers(1, 100)) if rng.random() < 0.3 else None,
                                    soft_cap=5.0 if rng.random() < 0.3 else None, threads=int(rng.integers(1, 4)))
 
@@ -118,7 +119,7 @@ def native_allocations():
 
 
 def python_bytes(run):
-    """The most that Python's allocators, NumPy's included, held at a time during a call, beyond what they held before."""
+    """The most that Python's allocators, NumPy's included, held during a call beyond what they held before."""
     gc.collect()
     tracemalloc.start()
     try:

@@ -33,7 +33,8 @@ CASES = {
     "window 1": Batch(*LONG, (2, 1, 16), options=dict(sliding_window=1)),
     "window 5 bf16": Batch(*LONG, (3, 3, 16), 3, BF16, options=dict(sliding_window=5)),
     "window 64": Batch(*LONG, (2, 1, 48), options=dict(sm_scale=0.1, sliding_window=64)),
-    "window 100, cap, sinks": Batch(*LONG, (4, 1, 32), 5, BF16, options=dict(sliding_window=100, soft_cap=3.0, sinks=SINKS[:4])),
+    "window 100, cap, sinks": Batch(*LONG, (4, 1, 32), 5, BF16,
+                                    options=dict(sliding_window=100, soft_cap=3.0, sinks=SINKS[:4])),
     "window 1500": Batch(*LONG, (2, 1, 16), 128, options=dict(sliding_window=1500)),
     "soft cap": Batch(*LONG, (2, 2, 32), 2, options=dict(soft_cap=30.0)),
     "sinks": Batch(*LONG, (8, 2, 128), options=dict(sm_scale=0.1, sinks=SINKS[:8])),
@@ -91,7 +92,7 @@ def test_a_row_has_the_bits_of_the_engine_s_attention():
     for t in range(3):
         for h in range(2):
             out = np.empty(16, np.float32)
-            attention.attend(batch.q[t, h], np.ascontiguousarray(k[:, 0]), np.ascontiguousarray(v[:, 0]), 1097 + t, 0, scale, cap, out)
+            attention.attend(batch.q[t, h], k[:, 0].copy(), v[:, 0].copy(), 1097 + t, 0, scale, cap, out)
             same_bits(made[t, h], out)
 
 
@@ -106,8 +107,8 @@ def test_page_size_and_layout_are_invisible(dtype):
     same_bits(ragged_paged_attention(q, pair, *rest, **batch.options), expected)
     by_head = tuple(np.ascontiguousarray(x.transpose(2, 0, 1, 3)).transpose(1, 2, 0, 3) for x in pair)
     out_HTK = np.empty((4, len(q), 64), dtype)
-    out = ragged_paged_attention(np.ascontiguousarray(q.transpose(1, 0, 2)).transpose(1, 0, 2), by_head, *rest, **batch.options,
-                                 out=out_HTK.transpose(1, 0, 2))
+    q_by_head = np.ascontiguousarray(q.transpose(1, 0, 2)).transpose(1, 0, 2)
+    out = ragged_paged_attention(q_by_head, by_head, *rest, **batch.options, out=out_HTK.transpose(1, 0, 2))
     same_bits(np.ascontiguousarray(out), expected)
 
 
@@ -120,7 +121,8 @@ def test_any_address_will_do():
         start = 2 - memory.ctypes.data % 2 + 2
         moved.append(memory[start:start + array.nbytes].view(array.dtype).reshape(array.shape))
         moved[-1][...] = array
-    same_bits(ragged_paged_attention(*moved, *rest, **batch.options), ragged_paged_attention(q, kv, *rest, **batch.options))
+    made = ragged_paged_attention(*moved, *rest, **batch.options)
+    same_bits(made, ragged_paged_attention(q, kv, *rest, **batch.options))
 
 
 @pytest.mark.parametrize("window", [None, 70])
@@ -155,7 +157,7 @@ def test_heads_that_read_alone_give_the_same_bits():
     batch = CASES["GQA 4, five columns"]
     q, kv, *rest = batch.arguments()
     out = np.empty_like(q)
-    workers(2).attend(q, *pages(kv), *rest, *scales(0.1, None, None, None)[:2], None, None, np.float32(1), out, grouped=False)
+    workers(2).attend(q, *pages(kv), *rest, None, None, scales(0.1, None, None, None), out, grouped=False)
     same_bits(out, ragged_paged_attention(q, kv, *rest, **batch.options))
 
 
@@ -198,7 +200,8 @@ def test_nothing_to_do_gives_zeros(backend):
     q, kv, kv_lens, table, starts, _ = Batch([0, 0], [5, 0]).arguments()
     for num_seqs in (0, 2):
         out = np.full(q.shape, np.nan, np.float32)
-        made = ragged_paged_attention(q, kv, kv_lens, table, starts, np.array([num_seqs], np.int32), out=out, backend=backend)
+        made = ragged_paged_attention(q, kv, kv_lens, table, starts, np.array([num_seqs], np.int32), out=out,
+                                      backend=backend)
         assert made is out and not made.any()
     empty = ragged_paged_attention(q[:0], kv, kv_lens, table, starts, np.zeros(1, np.int32), backend=backend)
     assert empty.shape == (0, 4, 32)
@@ -234,10 +237,17 @@ def test_callers_in_many_threads():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_a_forked_process_has_threads_of_its_own():
-    code = ("import os, numpy as np; from lockstep.ops import ragged_paged_attention as f; from tests.ops.ragged_cases import Batch\n"
-            "a = Batch([3], [40]).arguments(); x = f(*a, threads=2); pid = os.fork()\n"
-            "if pid == 0: os._exit(0 if f(*a, threads=2).tobytes() == x.tobytes() else 1)\n"
-            "assert os.waitpid(pid, 0)[1] == 0")
+    code = """if True:
+        import os
+        from lockstep.ops import ragged_paged_attention
+        from tests.ops.ragged_cases import Batch
+        arguments = Batch([3], [40]).arguments()
+        expected = ragged_paged_attention(*arguments, threads=2).tobytes()
+        child = os.fork()
+        if child == 0:
+            os._exit(int(ragged_paged_attention(*arguments, threads=2).tobytes() != expected))
+        assert os.waitpid(child, 0)[1] == 0
+    """
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, check=True, timeout=300)
 
 
@@ -248,7 +258,7 @@ def test_a_target_gives_the_bits_of_this_machine(cpu):
         pytest.skip(f"this CPU cannot run {cpu}: it lacks {', '.join(sorted(missing))}")
 
     def digest(**target):
-        return subprocess.run([sys.executable, "-m", "tests.ops.ragged_isa"], cwd=ROOT, env={**os.environ, **target}, check=True,
-                              capture_output=True, text=True, timeout=600).stdout.split()
+        return subprocess.run([sys.executable, "-m", "tests.ops.ragged_isa"], cwd=ROOT, env={**os.environ, **target},
+                              check=True, capture_output=True, text=True, timeout=600).stdout.split()
 
     assert digest(NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES="") == [cpu, digest()[1]]

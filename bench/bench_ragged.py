@@ -10,7 +10,8 @@ The mixes of lengths are those that JAX's own tests publish. Variants, on the sa
     transposed    q and the sequences' K and V copied to [heads, tokens, head_dim], attended, copied back
 
 All run interleaved in one process; medians of the rounds. A multiply-add counts as two operations, only visible keys
-count; "% done" also counts what padding adds. The copies of "transposed" are NumPy's, on one thread. The ceilings are measured in the same run (`lockstep.ceiling`).
+count; "% done" also counts what padding adds. The copies of "transposed" are NumPy's, on one thread. The ceilings are
+measured in the same run (`lockstep.ceiling`).
 """
 import argparse
 import statistics

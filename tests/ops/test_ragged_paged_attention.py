@@ -1,3 +1,5 @@
+import ctypes
+import mmap
 import os
 import pathlib
 import subprocess
@@ -14,7 +16,7 @@ from lockstep.ops.ragged_attention import attend_ragged
 from lockstep.ops.ragged_checks import pages
 from lockstep.runtime.kernel import interpreted
 from tests.ops.harness import same_bits
-from tests.ops.ragged_cases import BF16, MIXED, RECORDED, Batch
+from tests.ops.ragged_cases import BF16, F32, MIXED, RECORDED, Batch
 from tests.promise.test_isa import TARGETS, cpu_flags
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -96,7 +98,7 @@ def test_a_row_has_the_bits_of_the_engine_s_attention():
             same_bits(made[t, h], out)
 
 
-@pytest.mark.parametrize("dtype", [np.dtype(np.float32), BF16])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_page_size_and_layout_are_invisible(dtype):
     batch = Batch(*LONG, (4, 2, 64), 16, dtype, options=dict(sm_scale=0.125, sliding_window=700))
     expected = ragged_paged_attention(*batch.arguments(), **batch.options)
@@ -123,6 +125,34 @@ def test_any_address_will_do():
         moved[-1][...] = array
     made = ragged_paged_attention(*moved, *rest, **batch.options)
     same_bits(made, ragged_paged_attention(q, kv, *rest, **batch.options))
+
+
+def guarded(array, at_end):
+    """A copy that ends (or starts) at a page of memory which must not be touched; what keeps it alive; its guards."""
+    page, size = mmap.PAGESIZE, -(-array.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, size + 2 * page)
+    whole = np.frombuffer(memory, np.uint8)
+    start = page + (size - array.nbytes if at_end else 0)
+    copy = whole[start:start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy, whole, [whole.ctypes.data, whole.ctypes.data + page + size]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="protects memory with Linux's mprotect")
+@pytest.mark.parametrize("at_end", [True, False])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_nothing_outside_the_arrays_is_touched(dtype, at_end):
+    mprotect = ctypes.CDLL(None).mprotect
+    mprotect.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    for K in (16, 48, 80):
+        batch = Batch(*MIXED, (4, 2, K), 7, dtype, padding_rows=1)
+        arrays = (*batch.arguments(), np.empty_like(batch.q))
+        *arguments, out = copies = [guarded(array, at_end) for array in arrays]
+        guards = [address for _, _, addresses in copies for address in addresses]
+        assert not any(mprotect(address, mmap.PAGESIZE, 0) for address in guards)
+        ragged_paged_attention(*(copy for copy, *_ in arguments), out=out[0])
+        assert not any(mprotect(address, mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE) for address in guards)
+        same_bits(out[0], ragged_paged_attention(*arrays[:6]))
 
 
 @pytest.mark.parametrize("window", [None, 70])

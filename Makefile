@@ -13,7 +13,7 @@ LOCKSTEP := $(BIN)/lockstep
 help:
 	@echo "make demo          install into $(VENV) and generate with the bundled model"
 	@echo "make test          run the tests (without torch)"
-	@echo "make test-oracles  compare with transformers, live (installs torch into $(ORACLES))"
+	@echo "make test-oracles  compare with transformers and JAX, live (installs them and torch into $(ORACLES))"
 	@echo "make lint          run ruff"
 	@echo "make clean         remove the virtual environments and build leftovers"
 	@echo "PYTHON=python3.12 and the like choose the interpreter."
@@ -67,7 +67,7 @@ $(VENV)/.lint: $(BIN)/python pyproject.toml
 	@touch $@
 
 $(ORACLES)/.installed: pyproject.toml
-	@echo "installing torch and transformers into $(ORACLES)"
+	@echo "installing torch, transformers and jax into $(ORACLES)"
 	@$(PYTHON) -m venv $(ORACLES)
-	@$(ORACLES)/$(PIP_INSTALL) --editable '.[test]' torch==2.13.0 transformers==5.23.0
+	@$(ORACLES)/$(PIP_INSTALL) --editable '.[test]' torch==2.13.0 transformers==5.23.0 jax==0.10.2
 	@touch $@

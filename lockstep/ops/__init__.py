@@ -22,3 +22,11 @@ def _table(modules, name):
 
 BACKENDS = {"reference": _table(_DEFINITIONS, "REFERENCE"), "cpu": _table(_KERNELS, "CPU"),
             "per_token": _table(_KERNELS, "PER_TOKEN")}
+
+
+def __getattr__(name):
+    """The public op is imported when first asked for: whoever only runs models does not load it."""
+    if name == "ragged_paged_attention":
+        from lockstep.ops.ragged import ragged_paged_attention
+        return ragged_paged_attention
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

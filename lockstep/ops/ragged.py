@@ -1,0 +1,114 @@
+"""Ragged paged attention on NumPy arrays: prefill and decode in one call, over a paged cache.
+
+    from lockstep.ops import ragged_paged_attention
+"""
+import os
+import threading
+from functools import cache
+
+import ml_dtypes
+import numpy as np
+
+from lockstep.ops import ragged_checks as checks
+from lockstep.ops.attention_math import score_scales
+from lockstep.ops.ragged_attention import attend_ragged
+from lockstep.ops.ragged_attention_cpu import STATE_BYTES, TILES_PER_THREAD, ragged_attention
+from lockstep.runtime.executor import aligned
+from lockstep.runtime.kernel import interpreted
+from lockstep.runtime.step import COUNTER, KERNEL, OPERANDS, ROW_WORDS
+from lockstep.runtime.threads import Team
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def ragged_paged_attention(q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, *, sm_scale=1.0,
+                           sliding_window=None, soft_cap=None, mask_value=None, k_scale=None, v_scale=None, sinks=None,
+                           out=None, threads=None, backend="cpu", num_kv_pages_per_block=None,
+                           num_queries_per_block=None, vmem_limit_bytes=None):
+    """Causal attention of the last tokens of several sequences over their keys and values in pages.
+
+    Shapes: q, out [T, H, K], float32 or bfloat16, K a multiple of 16 up to 256; kv_pages [N, B, 2 G, K] with the key of
+      kv head g at 2 g and its value at 2 g + 1, or a pair (k_pages, v_pages) of [N, B, G, K]; int32: kv_lens [S],
+      page_indices [S, P], cu_q_lens [S + 1], num_seqs [1]; sinks float32 [H]. Arrays may be views with any strides, as
+      long as the numbers of a head lie together. out must not overlap an input.
+    Units: kv_lens counts tokens, this call's included: rows cu_q_lens[s] .. cu_q_lens[s + 1] of q are the last tokens
+      of sequence s, whose position p is in slot p % B of page page_indices[s, p // B]. Scores are q . k * sm_scale *
+      k_scale, then soft_cap * tanh(score / soft_cap); values are multiplied by v_scale. A row sees its own position
+      and, with a window, sliding_window positions in all. A sink joins the softmax as one more score, without a value.
+    Error, Order: see `ragged_attention.attend_ragged`; a bfloat16 result is that of float32, rounded once.
+    threads: how many; by default one for each core. backend: "cpu", or "reference" for the definition (slow).
+    mask_value and the last three arguments are accepted and change nothing: hidden keys are not read, and how the work
+    is cut is part of the numerics. Raises ValueError for arguments that break a rule. Returns out, with zeros in the
+    rows of no sequence. Thread-safe; calls with the same number of threads wait for each other.
+    """
+    k, v = checks.pages(kv_pages)
+    checks.shapes(q, k, v, kv_lens, page_indices, cu_q_lens, num_seqs)
+    checks.options(backend, q.shape[1], sliding_window, soft_cap, mask_value, sinks, page_indices.shape[1],
+                   num_kv_pages_per_block, num_queries_per_block, vmem_limit_bytes)
+    num_threads = checks.thread_count(threads)
+    out = np.empty(q.shape, q.dtype) if out is None else checks.output(out, q)
+    checks.metadata(q.shape[0], k.shape, kv_lens, page_indices, cu_q_lens, num_seqs, sliding_window)
+    arguments = (q, k, v, kv_lens, page_indices, cu_q_lens, num_seqs, sliding_window, sinks,
+                 scales(sm_scale, soft_cap, k_scale, v_scale), out)
+    if backend == "reference":
+        define(*arguments)
+    else:
+        workers(num_threads).attend(*arguments)
+    return out
+
+
+def scales(sm_scale, soft_cap, k_scale, v_scale):
+    """float32 (scale, cap, factor of the output); scale and cap as `score_scales` defines them."""
+    given = {"sm_scale": sm_scale, "soft_cap": soft_cap, "k_scale": k_scale, "v_scale": v_scale}
+    for name, value in given.items():
+        checks.finite(name, value)
+    factor = np.float32(sm_scale) * np.float32(1 if k_scale is None else k_scale)
+    scale, cap = interpreted(score_scales)(factor, np.float32(abs(soft_cap or 0)))
+    return np.float32(scale), np.float32(cap), np.float32(1 if v_scale is None else v_scale)
+
+
+def define(q, k, v, kv_lens, page_indices, cu_q_lens, num_seqs, sliding_window, sinks, factors, out):
+    """The definition on checked arguments: bfloat16 is widened, and the result rounded once."""
+    q_THK, k_NBGK, v_NBGK = (np.ascontiguousarray(x, np.float32) for x in (q, k, v))
+    lens_S, indices_SP, starts_S = (np.ascontiguousarray(x) for x in (kv_lens, page_indices, cu_q_lens))
+    sinks_H, out_THK = np.zeros(0, np.float32) if sinks is None else sinks, np.empty(q.shape, np.float32)
+    scale, cap, v_factor = factors
+    attend_ragged(q_THK, k_NBGK, v_NBGK, lens_S, indices_SP, starts_S, int(num_seqs[0]), scale, cap,
+                  sliding_window or 0, np.ascontiguousarray(sinks_H), v_factor, out_THK)
+    out[...] = out_THK
+
+
+class Workers:
+    """A team of threads with the memory that they need between the spans of a tile; made once, used by every call."""
+
+    def __init__(self, num_threads):
+        self.team, self._lock = Team(num_threads), threading.Lock()
+        num_tiles = TILES_PER_THREAD * num_threads
+        self._states, self._row = aligned(STATE_BYTES * num_tiles), aligned(8 * ROW_WORDS).view(np.int64)
+        self._turns = aligned(64 * num_tiles).view(np.int64)
+        self._counter = aligned(8).view(np.int64)
+        self._row[KERNEL], self._row[COUNTER] = ragged_attention.address, self._counter.ctypes.data
+
+    def attend(self, q, k, v, kv_lens, page_indices, cu_q_lens, num_seqs, sliding_window, sinks, factors, out,
+               grouped=True):
+        """One call of the kernel on checked arguments. grouped: the query heads of a kv head share one read of it."""
+        arrays, H, G = (out, q, k, v, page_indices, kv_lens, cu_q_lens, num_seqs), q.shape[1], k.shape[2]
+        words = [*(a.ctypes.data for a in arrays), 0 if sinks is None else sinks.ctypes.data, self._states.ctypes.data,
+                 self._turns.ctypes.data, *out.strides[:2], *q.strides[:2], *k.strides[:3], *v.strides[:3],
+                 page_indices.strides[0], q.shape[0], H, G, q.shape[2], k.shape[1], H // G if grouped else 1,
+                 sliding_window or 0, int(q.dtype == BF16), int(k.dtype == BF16),
+                 *(int(x.view(np.int32)) for x in factors)]
+        with self._lock:
+            self._row[OPERANDS:OPERANDS + len(words)] = words
+            self._turns[:], self._counter[:] = 0, 0
+            self.team.run(self._row.ctypes.data, 1, 0)
+
+
+@cache
+def workers(num_threads):
+    """The Workers of so many threads: one set for the whole process."""
+    return Workers(num_threads)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=workers.cache_clear)  # threads do not survive a fork

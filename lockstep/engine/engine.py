@@ -201,6 +201,14 @@ class Engine:
         self.finish(request, "error")
         return request
 
+    def counts(self):
+        """What happened so far, and what is there now: {name: number}, for reports and metrics. Any thread may call it."""
+        scheduler, pages, prefix = self.scheduler, self.scheduler.pages, self.scheduler.prefix
+        made = dict(running=len(scheduler.running), waiting=len(scheduler.waiting), preempted=scheduler.num_preempted,
+                    pages=pages.num_pages, pages_free=pages.num_free - pages.num_idle, pages_idle=pages.num_idle,
+                    pages_evicted=pages.num_evicted)
+        return made | (prefix.report() if prefix else {})
+
     def finish(self, request, reason):
         """Ends a running request for a reason ("stop", "length" or "error")."""
         if request.answer is not None:

@@ -69,6 +69,15 @@ class PrefixCache:
         self.states, self.disk, self.state_every = states, disk, state_every
         self.counts, self._awaited = Counts(), {}
 
+    def report(self):
+        """Counts of this cache, of its states and of its disk: {name: number}."""
+        made = dict(vars(self.counts))
+        if self.states is not None:
+            made |= dict(states=len(self.states), states_evicted=self.states.num_evicted)
+        if self.disk is not None:
+            made |= {f"disk_{name}": count for name, count in vars(self.disk.counts).items()}
+        return made
+
     # ------------------------------------------------------------ names
 
     def names(self, request, count):

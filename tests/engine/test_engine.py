@@ -131,7 +131,7 @@ def test_log_probabilities_of_a_prompt_are_all_there_whatever_is_cached_or_preem
     again, hot = made.add(PROMPTS[4], params), made.add(PROMPTS[4], SamplingParams(max_tokens=3, ignore_eos=True))
     made.step()
     made.step()
-    made.scheduler._preempt(again)
+    made.scheduler.preempt(again)
     finish(made)
     assert again.num_preemptions == 1 and len(again.prompt_logprobs) == 128
     assert (again.prompt_logprobs, again.prompt_top_logprobs) == (first.prompt_logprobs, first.prompt_top_logprobs)
@@ -145,7 +145,36 @@ def test_a_preempted_request_goes_on_where_it_was(engine, alone):
     for _ in range(40):
         made.step()
         if made.scheduler.running:
-            made.scheduler._preempt(made.scheduler.running[0])
+            made.scheduler.preempt(made.scheduler.running[0])
     finish(made)
     assert [(r.output_ids, r.logprobs, r.finish_reason) for r in requests] == alone
     assert sum(r.num_preemptions for r in requests) > 20
+
+
+def test_penalties_count_the_same_tokens_after_a_preemption(engine):
+    params = SamplingParams(max_tokens=30, temperature=0.9, seed=2, repetition_penalty=1.3, frequency_penalty=0.5,
+                            presence_penalty=0.2, logit_bias={7: 3.0}, ignore_eos=True)
+    made = engine()
+    calm = made.add(PROMPTS[3], params)
+    finish(made)
+    disturbed = made.add(PROMPTS[3], params)
+    for _ in range(9):
+        for _ in range(3):
+            made.step()
+        made.scheduler.preempt(disturbed)
+    finish(made)
+    assert (disturbed.output_ids, disturbed.logprobs) == (calm.output_ids, calm.logprobs)
+    assert disturbed.num_preemptions == 9
+
+
+def test_counts_say_what_happened(engine):
+    made = engine(max_requests=2)
+    for _ in range(2):
+        made.add(PROMPTS[4], SamplingParams(max_tokens=3, ignore_eos=True))
+    made.step()
+    found = made.counts()
+    assert (found["running"], found["waiting"], found["pages_idle"], found["query_tokens"]) == (1, 1, 0, 129)
+    finish(made)
+    found = made.counts()
+    assert (found["running"], found["waiting"], found["hit_tokens"]) == (0, 0, 128)
+    assert (found["pages_idle"], found["pages_free"]) == (2, found["pages"] - 2)

@@ -103,7 +103,7 @@ class Traffic:
             if self.rng.random() < 0.06:
                 self.cancel()
             if self.rng.random() < 0.02 and scheduler.running:
-                scheduler._preempt(scheduler.running[self.rng.integers(len(scheduler.running))])
+                scheduler.preempt(scheduler.running[self.rng.integers(len(scheduler.running))])
         for _ in range(MOST_STEPS):
             if not self.engine.has_work:
                 return self.finish()
@@ -132,20 +132,15 @@ class Traffic:
 
     def finish(self):
         """After the last step: nobody holds anything, and every answer is the expected one."""
-        scheduler, counts = self.engine.scheduler, self.engine.scheduler.prefix.counts
+        scheduler = self.engine.scheduler
         assert scheduler.pages.num_free == PAGES and sorted(scheduler._slots) == list(range(SLOTS))
         for request in self.requests:
             answer = self.expected[request.id]
             if request.finish_reason != "cancelled" and request.output_ids != answer.known[answer.num_prompt:]:
                 raise Differs(f"tokens of request {request.id} (seed {self.seed})")
             self.events["finished"] += request.finish_reason == "length"
-        states = scheduler.prefix.states
-        self.events.update({"preempted": scheduler.num_preempted, "pages evicted": scheduler.pages.num_evicted,
-                            "found after preemption": counts.recovered_tokens, "kept states": counts.kept_states,
-                            "states evicted": states.num_evicted if states else 0})
         self.engine.close()
-        if scheduler.prefix.disk is not None:
-            self.events.update({f"disk {name}": count for name, count in vars(scheduler.prefix.disk.counts).items()})
+        self.events.update(self.engine.counts())
         return self.events
 
     # ------------------------------------------------------------ checks

@@ -202,7 +202,7 @@ class Engine:
         return request
 
     def counts(self):
-        """What happened so far, and what is there now: {name: number}, for reports and metrics. Any thread may call it."""
+        """What happened so far and what is there now, for reports and metrics: {name: number}. For any thread."""
         scheduler, pages, prefix = self.scheduler, self.scheduler.pages, self.scheduler.prefix
         made = dict(running=len(scheduler.running), waiting=len(scheduler.waiting), preempted=scheduler.num_preempted,
                     pages=pages.num_pages, pages_free=pages.num_free - pages.num_idle, pages_idle=pages.num_idle,

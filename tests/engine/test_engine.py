@@ -50,7 +50,8 @@ def alone(model):
     made.close()
 
 
-@pytest.mark.parametrize("options", [dict(max_step_tokens=512), dict(max_step_tokens=7), dict(max_step_tokens=64, max_requests=8),
+@pytest.mark.parametrize("options", [dict(max_step_tokens=512), dict(max_step_tokens=7),
+                                     dict(max_step_tokens=64, max_requests=8),
                                      dict(max_step_tokens=3, max_requests=1, threads=3), dict(kv_tokens=192)], ids=str)
 def test_more_requests_than_places_all_finish_with_their_own_tokens(engine, alone, options):
     made = engine(**options)
@@ -117,7 +118,8 @@ def test_alternatives_are_those_of_the_logits(engine):
         assert list(top.values()) == sorted(top.values(), reverse=True)
 
 
-@pytest.mark.parametrize("bad", [{"max_step_tokens": 0}, {"max_requests": 0}, {"kv_tokens": 63}, {"threads": 0}, {"max_requests": 1.5}])
+@pytest.mark.parametrize("bad", [{"max_step_tokens": 0}, {"max_requests": 0}, {"kv_tokens": 63}, {"threads": 0},
+                                 {"max_requests": 1.5}, {"state_every": 100}, {"state_bytes": -1}])
 def test_a_bad_option_is_named(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         EngineOptions(**bad)

@@ -1,8 +1,8 @@
 """Random traffic through the whole engine, each step compared bit for bit with every request alone and cold.
 
 Where `schedule.py` decides itself what runs in a step, here the engine's own scheduler and prefix cache do. Memory is
-too small for the requests, prompts share prefixes, requests have priorities, samples and salts, and are cancelled at any
-time. Every page that is taken and every slot that is left is filled with NaN bytes first.
+too small for the requests, prompts share prefixes, requests have priorities, samples and salts, and are preempted and
+cancelled at any time. Every page that is taken and every slot that is left is filled with NaN bytes first.
 """
 from collections import Counter
 from dataclasses import replace
@@ -32,8 +32,8 @@ class Menu:
         self.prompts = [one[:200], one[:130] + two[:60], one[:65], one[:64], one[:129] + three, three[:3], two[:256],
                         one[:128], two[:64] + one[64:150]]
         heats = (0.0, 0.9, 1.3)
-        self.params = [SamplingParams(max_tokens=m, temperature=heats[i % 3], top_p=(1, 0.9)[i % 2], seed=i, ignore_eos=True)
-                       for i, m in enumerate((9, 60, 150, 90, 30, 200, 20, 5, 10))]
+        self.params = [SamplingParams(max_tokens=m, temperature=heats[i % 3], top_p=(1, 0.9)[i % 2], seed=i,
+                                      ignore_eos=True) for i, m in enumerate((9, 60, 150, 90, 30, 200, 20, 5, 10))]
         # a second turn: the first one's prompt and answer, and more
         self.prompts.append(self.answer(0, self.params[0]).known + three[:20])
         self.params.append(self.params[1])

@@ -118,6 +118,10 @@ class Engine:
         made = [Request(next(self._ids), list(prompt_ids), p, priority=priority, cache_salt=cache_salt)
                 for p in samples(params)]
         self.scheduler.check(made[0])
+        if self.scheduler.prefix:  # here, so that a long prompt is hashed in its own client's thread
+            names = self.scheduler.prefix.names(made[0], len(prompt_ids) // PAGE_TOKENS)
+            for request in made:
+                request.block_names = list(names)
         return made
 
     def _check(self, prompt_ids, params):

@@ -173,8 +173,15 @@ class PrefixCache:
         """Whether a request that goes before this one is at work on a part of this one's prefix."""
         if not self._awaited:
             return False
-        leaders = (self._awaited.get(name) for name in self._usable(request))
-        return any(leader is not None and leader.priority <= request.priority for leader in leaders)
+        if self._is_led(request, request.awaits):  # the answer of the step before, mostly
+            return True
+        # the last such block: it will be computed last
+        request.awaits = next((n for n in reversed(self._usable(request)) if self._is_led(request, n)), None)
+        return request.awaits is not None
+
+    def _is_led(self, request, name):
+        leader = self._awaited.get(name)
+        return leader is not None and leader.priority <= request.priority
 
     def leave(self, request):
         """A request ends or is preempted: nobody waits for it any more."""

@@ -2,7 +2,8 @@
 
 One `Walk` owns a runner whose memory is full of NaN bytes. A step takes any of the running requests, in any order, with
 any number of tokens each, on 1 to 8 threads, and asks for the logits of any rows. Requests arrive, end, are cancelled
-in the middle, and are recomputed from their first token on other pages; memory they leave is filled with NaN bytes again.
+in the middle, and are recomputed from their first token on other pages; memory they leave is filled with NaN bytes
+again.
 """
 from collections import Counter
 from dataclasses import dataclass

@@ -7,12 +7,13 @@ SOURCES := pyproject.toml $(wildcard lockstep/*.py lockstep/*/*.py lockstep/bund
 BIN := $(VENV)/bin
 LOCKSTEP := $(BIN)/lockstep
 
-.PHONY: help demo test test-oracles oracles lint clean
+.PHONY: help demo test soak test-oracles oracles lint clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo          install into $(VENV) and generate with the bundled model"
 	@echo "make test          run the tests (without torch)"
+	@echo "make soak          random schedules with fresh seeds, for SOAK minutes (10)"
 	@echo "make test-oracles  compare with transformers and JAX, live (installs them and torch into $(ORACLES))"
 	@echo "make lint          run ruff"
 	@echo "make clean         remove the virtual environments and build leftovers"
@@ -34,6 +35,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.test
 	@$(BIN)/python -m pytest -q
+
+SOAK ?= 10
+soak: $(VENV)/.test
+	@LOCKSTEP_SOAK=$(SOAK) $(BIN)/python -m pytest -q tests/test_lockstep.py tests/promise/test_traffic.py -k soak
 
 test-oracles: $(ORACLES)/.installed
 	@$(ORACLES)/bin/python -m pytest -q tests/oracles

@@ -57,6 +57,17 @@ def test_generate_streams_what_the_engine_says(expected, capsys):
     assert "prompt 7 tokens" in err and "tok/s" in err and "first token after" in err
 
 
+def test_a_second_run_finds_the_prompt_in_the_cache_dir_and_answers_the_same(capsys, tmp_path):
+    answers = []
+    for _ in range(2):
+        assert run("-p", PROMPT * 12, "-n", "5", "--cache-dir", str(tmp_path / "kept")) == 0
+        answers.append(capsys.readouterr().out)
+        files = {f: f.stat().st_mtime_ns for f in (tmp_path / "kept").iterdir()}
+    assert answers[0] == answers[1] and any(f.suffix == ".page" for f in files)
+    assert run("-p", PROMPT, "--cache-dir", str(next(iter(files)))) == 2
+    assert "cache_dir" in capsys.readouterr().err
+
+
 def test_json(expected, capsys):
     assert run("-p", PROMPT, "-n", "12", "--json", "--logprobs", "2") == 0
     made = json.loads(capsys.readouterr().out)

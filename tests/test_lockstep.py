@@ -2,7 +2,8 @@
 
 Random schedules (`promise/schedule.py`) on tiny random models and on the bundled one; every logits row that is asked for,
 every token and log-probability, the recurrent state after every step and every cached key and value are compared with the
-reference (`promise/trace.py`). LOCKSTEP_SOAK=minutes walks on with fresh seeds for so long.
+reference (`promise/trace.py`). `promise/test_traffic.py` does the same to whole engines, whose own scheduler preempts,
+shares prefixes and evicts them. LOCKSTEP_SOAK=minutes walks on with fresh seeds for so long.
 """
 import os
 import time

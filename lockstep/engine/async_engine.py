@@ -14,28 +14,31 @@ class EngineStopped(RuntimeError):
 
 @dataclass(frozen=True)
 class Token:
-    """One token of an answer: its place in it, id, log-probability, and alternatives if they were asked for."""
+    """One token of an answer: its place in it, id, log-probability, alternatives if they were asked for, and the text
+    that became certain with it (tokens may share a character, and what may begin a stop string is held back)."""
 
     index: int
     id: int
     logprob: float
     top_logprobs: dict[int, float] | None
+    text: str
 
 
 class TokenStream:
     """The tokens of one request, for one reader: `for token in stream` or `async for token in stream`.
 
-    After the last token `finish_reason` says why it ended. Raises EngineStopped if the engine ends first.
+    After the last token `finish_reason` says why it ended, and `request` has all that is known. Raises EngineStopped if
+    the engine ends first.
     """
 
     def __init__(self, engine, request):
         self.request, self._engine = request, engine
         self._tokens, self._ready, self._waiting = deque(), threading.Condition(), None
-        self._ended, self._error, self._num_sent = False, None, 0
+        self._ended, self._error, self._num_sent, self._text_sent = False, None, 0, 0
 
     @property
     def finish_reason(self):
-        """"stop", "length" or "cancelled"; None while it runs."""
+        """"stop", "length", "error" or "cancelled"; None while it runs."""
         return self.request.finish_reason if self._ended else None
 
     def cancel(self):
@@ -76,13 +79,15 @@ class TokenStream:
 
     def _advance(self):
         """Hands over what the request has got since the last time."""
-        request = self.request
+        request, count = self.request, len(self.request.output_ids)
+        text = request.answer.text if request.answer is not None else ""
         with self._ready:
-            for i in range(self._num_sent, len(request.output_ids)):
-                top = request.top_logprobs[i] if i < len(request.top_logprobs) else None
-                self._tokens.append(Token(i, request.output_ids[i], request.logprobs[i], top))
-            self._num_sent = len(request.output_ids)
-            self._ended = request.finish_reason is not None
+            for i in range(self._num_sent, count):
+                top = request.top_logprobs[i] if request.top_logprobs else None
+                new_text = text[self._text_sent:] if i == count - 1 else ""
+                self._tokens.append(Token(i, request.output_ids[i], request.logprobs[i], top, new_text))
+                self._text_sent += len(new_text)
+            self._num_sent, self._ended = count, request.finish_reason is not None
             self._wake()
 
     def _fail(self, error):
@@ -108,8 +113,8 @@ def _set(future):
 class AsyncEngine:
     """Runs an Engine in its own thread, which nobody else may use from then on.
 
-    `submit` and `cancel` may be called from any thread. An error in a step ends the engine: every open stream, and every
-    later `submit`, raises EngineStopped with that error as its cause. Also sets the interpreter's switch interval.
+    `submit` and `cancel` may be called from any thread. An error in a step ends the engine: every open stream, and
+    every later `submit`, raises EngineStopped with that error as its cause. Also sets the interpreter's switch interval.
     """
 
     def __init__(self, engine):

@@ -118,6 +118,10 @@ class Engine:
         made = [Request(next(self._ids), list(prompt_ids), p, priority=priority, cache_salt=cache_salt)
                 for p in samples(params)]
         self.scheduler.check(made[0])
+        if self.scheduler.prefix:  # here, so that a long prompt is hashed in its own client's thread
+            names = self.scheduler.prefix.names(made[0], len(prompt_ids) // PAGE_TOKENS)
+            for request in made:
+                request.block_names = list(names)
         return made
 
     def _check(self, prompt_ids, params):
@@ -200,6 +204,14 @@ class Engine:
         request.error = str(error)
         self.finish(request, "error")
         return request
+
+    def counts(self):
+        """What happened so far and what is there now, for reports and metrics: {name: number}. For any thread."""
+        scheduler, pages, prefix = self.scheduler, self.scheduler.pages, self.scheduler.prefix
+        made = dict(running=len(scheduler.running), waiting=len(scheduler.waiting), preempted=scheduler.num_preempted,
+                    pages=pages.num_pages, pages_free=pages.num_free - pages.num_idle, pages_idle=pages.num_idle,
+                    pages_evicted=pages.num_evicted)
+        return made | (prefix.report() if prefix else {})
 
     def finish(self, request, reason):
         """Ends a running request for a reason ("stop", "length" or "error")."""

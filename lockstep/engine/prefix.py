@@ -69,6 +69,15 @@ class PrefixCache:
         self.states, self.disk, self.state_every = states, disk, state_every
         self.counts, self._awaited = Counts(), {}
 
+    def report(self):
+        """Counts of this cache, of its states and of its disk: {name: number}."""
+        made = dict(vars(self.counts))
+        if self.states is not None:
+            made |= dict(states=len(self.states), states_evicted=self.states.num_evicted)
+        if self.disk is not None:
+            made |= {f"disk_{name}": count for name, count in vars(self.disk.counts).items()}
+        return made
+
     # ------------------------------------------------------------ names
 
     def names(self, request, count):
@@ -164,8 +173,15 @@ class PrefixCache:
         """Whether a request that goes before this one is at work on a part of this one's prefix."""
         if not self._awaited:
             return False
-        leaders = (self._awaited.get(name) for name in self._usable(request))
-        return any(leader is not None and leader.priority <= request.priority for leader in leaders)
+        if self._is_led(request, request.awaits):  # the answer of the step before, mostly
+            return True
+        # the last such block: it will be computed last
+        request.awaits = next((n for n in reversed(self._usable(request)) if self._is_led(request, n)), None)
+        return request.awaits is not None
+
+    def _is_led(self, request, name):
+        leader = self._awaited.get(name)
+        return leader is not None and leader.priority <= request.priority
 
     def leave(self, request):
         """A request ends or is preempted: nobody waits for it any more."""

@@ -21,6 +21,7 @@ import numpy as np
 
 MAGIC, HEADER = b"lockstep cache 1", struct.Struct("<16s8s32sQ16s")
 MAKING, FORGOTTEN_SECONDS = ".making-", 3600  # what a killed process left behind may go after so long
+RESCAN = 64  # writes after which the folder is looked at again: other processes write to it too
 
 
 @dataclass
@@ -44,7 +45,7 @@ class DiskStore:
     def __init__(self, folder, max_bytes, sizes, max_pending=256 << 20):
         self.folder, self.max_bytes, self.sizes, self.max_pending = Path(folder), max_bytes, sizes, max_pending
         self.counts, self._lock = DiskCounts(), threading.Lock()
-        self._files, self._pending, self._queue = OrderedDict(), {}, SimpleQueue()  # file name -> bytes; -> array
+        self._pending, self._queue = {}, SimpleQueue()  # file name -> array
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.folder):
@@ -55,7 +56,7 @@ class DiskStore:
         self._writer.start()
 
     def _scan(self):
-        """Finds the entries that are there, in order of use."""
+        """Finds the entries that are there and their bytes, in order of use."""
         found = []
         for file in os.scandir(self.folder):
             with contextlib.suppress(OSError):
@@ -64,7 +65,7 @@ class DiskStore:
                     found.append((stat.st_mtime_ns, file.name, stat.st_size))
                 elif file.name.startswith(MAKING) and time.time() - stat.st_mtime > FORGOTTEN_SECONDS:
                     os.unlink(file.path)
-        self._files.update((name, size) for _, name, size in sorted(found))
+        self._files = OrderedDict((name, size) for _, name, size in sorted(found))
         self._total = sum(self._files.values())
 
     # ------------------------------------------------------------ entries
@@ -146,6 +147,9 @@ class DiskStore:
                 self._files[file] = HEADER.size + data.nbytes
                 self._total += HEADER.size + data.nbytes
                 self.counts.written += 1
+                if self.counts.written % RESCAN == 0:
+                    with contextlib.suppress(OSError):  # the folder was removed: writes will say so
+                        self._scan()
                 self._make_room()
             else:
                 self.counts.skipped += 1
@@ -181,6 +185,6 @@ class DiskStore:
 
 def _header(kind, name, data):
     known = MAGIC, kind.encode(), name, data.nbytes
-    checksum = hashlib.blake2b(repr(known).encode(), digest_size=16)
+    checksum = hashlib.sha256(repr(known).encode())
     checksum.update(data)
-    return HEADER.pack(*known, checksum.digest())
+    return HEADER.pack(*known, checksum.digest()[:16])

@@ -155,12 +155,14 @@ class Request:
     cache_salt: str = ""  # only requests with the same salt share cached prefixes
     num_preemptions: int = 0
     # what the prefix cache knows: names of full blocks, how many of its pages have theirs, where a known prefix ends
-    # that has no state, the newest kept state of its output, and the names of blocks that it is the first to compute
+    # that has no state, the newest kept state of its output, the names of blocks that it is the first to compute, and
+    # that of a block for which it waits
     block_names: list[bytes] = field(default_factory=list)
     num_named: int = 0
     branch: int = 0
     newest_state: bytes | None = None
     leads: list[bytes] = field(default_factory=list)
+    awaits: bytes | None = None
 
     @property
     def reuses_prefix(self):

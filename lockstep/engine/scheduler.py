@@ -6,7 +6,8 @@ share what is left, the shortest first, so that a short prompt does not wait for
 
 A request is admitted when a slot is free and pages for all its known tokens, with a page to spare for each running
 request; it takes further pages as it grows. Where there are none, the running request of the lowest rank is preempted:
-it gives all back, waits again, and computes its known tokens once more (less what the prefix cache still has).
+it gives all back, waits again, and computes its known tokens once more (less what the prefix cache still has). Nobody
+is stopped for one that waits, whatever its priority.
 """
 from bisect import insort
 
@@ -118,7 +119,8 @@ class Scheduler:
 
     def _place(self, request):
         """Gives a request its slot and pages for all that is known; False if there are too few, and nothing changed."""
-        needed, found = pages_for(request.num_tokens), self.prefix.find(request) if self.prefix else None
+        needed = pages_for(request.num_tokens)
+        found = self.prefix.find(request) if self.prefix else None
         if self.pages.num_free + (found.num_held if found else 0) - needed < len(self.running):
             return False
         request.slot = self._slots.pop()
@@ -141,12 +143,12 @@ class Scheduler:
                 request.pages += page
                 return True
             last = self.running[-1]
-            self._preempt(last)
+            self.preempt(last)
             if last is request:
                 return False
         return True
 
-    def _preempt(self, request):
+    def preempt(self, request):
         """Takes a running request's memory away; it waits again, with the tokens that it has."""
         self._release(request)
         request.num_preemptions += 1

@@ -2,6 +2,7 @@
 import asyncio
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -158,3 +159,29 @@ def test_close_ends_the_thread_and_open_streams(model):
     with pytest.raises(EngineStopped, match="closed"):
         made.submit(PROMPTS[0], LONG)
     made.close()
+
+
+class Letters:
+    """A detokenizer: each token is a letter, shown with the next one."""
+
+    held = ""
+
+    def push(self, token):
+        shown, self.held = self.held, chr(65 + token % 26)
+        return shown
+
+    def finish(self):
+        return self.held
+
+
+def test_tokens_bring_the_text_that_is_certain_and_stop_strings_end_a_stream(model, alone):
+    made = AsyncEngine(Engine(model, EngineOptions(threads=1), new_detokenizer=Letters))
+    try:
+        whole = "".join(chr(65 + i % 26) for i in alone[5])
+        pieces = [t.text for t in made.submit(PROMPTS[5], PARAMS[5])]
+        assert "".join(pieces) == whole and pieces[0] == "" and len(pieces[-1]) == 2
+        stopped = made.submit(PROMPTS[5], replace(PARAMS[5], stop=(whole[9:12],)))
+        assert "".join(t.text for t in stopped) == whole[:whole.index(whole[9:12])]
+        assert (stopped.finish_reason, stopped.request.stop_reason) == ("stop", whole[9:12])
+    finally:
+        made.close()

@@ -50,7 +50,8 @@ def alone(model):
     made.close()
 
 
-@pytest.mark.parametrize("options", [dict(max_step_tokens=512), dict(max_step_tokens=7), dict(max_step_tokens=64, max_requests=8),
+@pytest.mark.parametrize("options", [dict(max_step_tokens=512), dict(max_step_tokens=7),
+                                     dict(max_step_tokens=64, max_requests=8),
                                      dict(max_step_tokens=3, max_requests=1, threads=3), dict(kv_tokens=192)], ids=str)
 def test_more_requests_than_places_all_finish_with_their_own_tokens(engine, alone, options):
     made = engine(**options)
@@ -117,7 +118,8 @@ def test_alternatives_are_those_of_the_logits(engine):
         assert list(top.values()) == sorted(top.values(), reverse=True)
 
 
-@pytest.mark.parametrize("bad", [{"max_step_tokens": 0}, {"max_requests": 0}, {"kv_tokens": 63}, {"threads": 0}, {"max_requests": 1.5}])
+@pytest.mark.parametrize("bad", [{"max_step_tokens": 0}, {"max_requests": 0}, {"kv_tokens": 63}, {"threads": 0},
+                                 {"max_requests": 1.5}, {"state_every": 100}, {"state_bytes": -1}])
 def test_a_bad_option_is_named(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         EngineOptions(**bad)
@@ -131,7 +133,7 @@ def test_log_probabilities_of_a_prompt_are_all_there_whatever_is_cached_or_preem
     again, hot = made.add(PROMPTS[4], params), made.add(PROMPTS[4], SamplingParams(max_tokens=3, ignore_eos=True))
     made.step()
     made.step()
-    made.scheduler._preempt(again)
+    made.scheduler.preempt(again)
     finish(made)
     assert again.num_preemptions == 1 and len(again.prompt_logprobs) == 128
     assert (again.prompt_logprobs, again.prompt_top_logprobs) == (first.prompt_logprobs, first.prompt_top_logprobs)
@@ -145,7 +147,36 @@ def test_a_preempted_request_goes_on_where_it_was(engine, alone):
     for _ in range(40):
         made.step()
         if made.scheduler.running:
-            made.scheduler._preempt(made.scheduler.running[0])
+            made.scheduler.preempt(made.scheduler.running[0])
     finish(made)
     assert [(r.output_ids, r.logprobs, r.finish_reason) for r in requests] == alone
     assert sum(r.num_preemptions for r in requests) > 20
+
+
+def test_penalties_count_the_same_tokens_after_a_preemption(engine):
+    params = SamplingParams(max_tokens=30, temperature=0.9, seed=2, repetition_penalty=1.3, frequency_penalty=0.5,
+                            presence_penalty=0.2, logit_bias={7: 3.0}, ignore_eos=True)
+    made = engine()
+    calm = made.add(PROMPTS[3], params)
+    finish(made)
+    disturbed = made.add(PROMPTS[3], params)
+    for _ in range(9):
+        for _ in range(3):
+            made.step()
+        made.scheduler.preempt(disturbed)
+    finish(made)
+    assert (disturbed.output_ids, disturbed.logprobs) == (calm.output_ids, calm.logprobs)
+    assert disturbed.num_preemptions == 9
+
+
+def test_counts_say_what_happened(engine):
+    made = engine(max_requests=2)
+    for _ in range(2):
+        made.add(PROMPTS[4], SamplingParams(max_tokens=3, ignore_eos=True))
+    made.step()
+    found = made.counts()
+    assert (found["running"], found["waiting"], found["pages_idle"], found["query_tokens"]) == (1, 1, 0, 129)
+    finish(made)
+    found = made.counts()
+    assert (found["running"], found["waiting"], found["hit_tokens"]) == (0, 0, 128)
+    assert (found["pages_idle"], found["pages_free"]) == (2, found["pages"] - 2)

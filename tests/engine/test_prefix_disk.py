@@ -5,6 +5,7 @@ import time
 import numpy as np
 import pytest
 
+from lockstep.engine import prefix_disk
 from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.model import load_model
 from lockstep.engine.prefix_disk import HEADER, MAKING, DiskStore
@@ -120,6 +121,21 @@ def test_the_folder_keeps_what_was_used_last_within_its_bytes(store):
     second.flush()
     kept = [i for i in range(4) if path(second, i).exists()]
     assert kept == [0, 2, 3] and second.counts.evicted == 1, "a load counts as use"
+
+
+def test_the_bytes_of_other_processes_count_too(store, monkeypatch):
+    monkeypatch.setattr(prefix_disk, "RESCAN", 2)
+    entry = HEADER.size + 100
+    one, other = store(max_bytes=4 * entry), store(max_bytes=4 * entry)
+    for i in range(4):
+        save(other, i)
+        other.flush()
+        os.utime(path(other, i), (time.time() - 100 + i,) * 2)
+    for i in (4, 5):
+        save(one, i)
+        one.flush()
+    assert [i for i in range(6) if path(one, i).exists()] == [2, 3, 4, 5]
+    assert loaded(one, 3) == [3] * 100 and loaded(other, 0) is None and other.counts.damaged == 0
 
 
 def test_what_is_too_much_to_write_is_skipped(store):

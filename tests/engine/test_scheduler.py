@@ -66,9 +66,11 @@ def test_plans_pages_and_slots_equal_those_of_a_naive_scheduler(budget, num_slot
 def test_they_are_equal_under_load_too_with_preemption_eviction_and_shared_pages():
     seen, rng = Counter(), random.Random(0)
     for _ in range(40):
-        steps = [([(rng.randrange(4), rng.randint(1, 200), rng.randint(1, 150), rng.randrange(3), rng.choice(["", "", "b"]))
-                   for _ in range(rng.randint(1, 2))], [rng.randrange(6)] * rng.randrange(2), rng.randint(1, 60))
-                 for _ in range(30)]
+        steps = []
+        for _ in range(30):
+            arrivals = [(rng.randrange(4), rng.randint(1, 200), rng.randint(1, 150), rng.randrange(3),
+                         rng.choice(["", "", "b"])) for _ in range(rng.randint(1, 2))]
+            steps.append((arrivals, [rng.randrange(6)] * rng.randrange(2), rng.randint(1, 60)))
         compare(rng.randint(20, 200), rng.randint(2, 4), rng.randint(6, 10), True, steps, seen)
     assert all(seen[what] > 20 for what in ("preempted", "evicted", "found", "recovered")), seen
 
@@ -203,8 +205,9 @@ def test_a_page_given_back_twice_is_noticed():
         pages.give_back(taken)
 
 
-@pytest.mark.parametrize("bad", [{"max_tokens": 0}, {"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.5},
-                                 {"min_p": 2}, {"top_k": -1}, {"top_k": True}, {"seed": 1 << 63}, {"stop": ("",)}, {"logprobs": 21}, {"n": 0},
+@pytest.mark.parametrize("bad", [{"max_tokens": 0}, {"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0},
+                                 {"top_p": 1.5}, {"min_p": 2}, {"top_k": -1}, {"top_k": True}, {"seed": 1 << 63},
+                                 {"stop": ("",)}, {"logprobs": 21}, {"n": 0},
                                  {"temperature": "1"}])
 def test_a_bad_sampling_parameter_is_named(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):

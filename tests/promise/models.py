@@ -34,7 +34,8 @@ class Case:
 
 
 CASES = [
-    Case("qwen3_5", "f32", "f32", (1, 3, 64, 200, LONG)), Case("qwen3_5", "bf16", "bf16"), Case("qwen3_5", "q8_0", "bf16"),
+    Case("qwen3_5", "f32", "f32", (1, 3, 64, 200, LONG)), Case("qwen3_5", "bf16", "bf16"),
+    Case("qwen3_5", "q8_0", "bf16"),
     Case("qwen3_5", "q4_0", "f32"), Case("qwen3", "q8_0", "bf16", (1, 64, 129, LONG)), Case("qwen3", "f32", "bf16"),
     Case("mistral_window", "q4_0", "bf16"), Case("mistral_window", "bf16", "f32", (5, 63, 260)),
     Case("bundled", "auto", "bf16", (1, 17, 150)), Case("bundled", "f32", "f32", (2, 90)),

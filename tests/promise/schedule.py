@@ -1,8 +1,9 @@
 """Random schedules: everything a server may do to a request, each step compared bit for bit with the request alone.
 
 One `Walk` owns a runner whose memory is full of NaN bytes. A step takes any of the running requests, in any order, with
-any number of tokens each, on 1 to 8 threads, and asks for the logits of any rows. Requests arrive, end, are cancelled in
-the middle, and are recomputed from their first token on other pages; memory they leave is filled with NaN bytes again.
+any number of tokens each, on 1 to 8 threads, and asks for the logits of any rows. Requests arrive, end, are cancelled
+in the middle, and are recomputed from their first token on other pages; memory they leave is filled with NaN bytes
+again.
 """
 from collections import Counter
 from dataclasses import dataclass
@@ -101,7 +102,8 @@ class Walk:
 
     def step(self, number):
         """One step of random tokens, on memory that held other things, compared with the reference."""
-        chosen = [self.running[i] for i in self.rng.permutation(len(self.running))[:self.rng.integers(1, len(self.running) + 1)]]
+        how_many = self.rng.integers(1, len(self.running) + 1)
+        chosen = [self.running[i] for i in self.rng.permutation(len(self.running))[:how_many]]
         budget, spans, members = int(self.rng.integers(1, self.limits.max_step_tokens + 1)), [], []
         for request in chosen:
             cut = int(self.rng.choice(CUTS if request.num_left < 500 else LONG_CUTS))
@@ -115,7 +117,8 @@ class Walk:
         self.runner.executor._memory[:] = POISON
         tokens, logprobs, logits = self.runner.step(spans)
         self.count(members, spans, threads)
-        where = f"seed {self.seed}, step {number}, {threads} threads, {[(r.sequence.name, r.num_computed, n) for r, n in members]}"
+        batch = [(r.sequence.name, r.num_computed, n) for r, n in members]
+        where = f"seed {self.seed}, step {number}, {threads} threads, {batch}"
         self.compare(members, spans, (logits, tokens, logprobs), where)
 
     def span(self, request, count):
@@ -133,7 +136,8 @@ class Walk:
         e["batch mates"] += len(members) > 1
         e["prefill beside decode"] += len({n == 1 for _, n in members}) == 2
         e["cut inside a page"] += sum(end % PAGE_TOKENS != 0 and n > 1 for end, (_, n) in zip(ends, members))
-        e["chunk over a page's end"] += sum((end - 1) // PAGE_TOKENS > (end - n) // PAGE_TOKENS for end, (_, n) in zip(ends, members))
+        e["chunk over a page's end"] += sum((end - 1) // PAGE_TOKENS > (end - n) // PAGE_TOKENS
+                                            for end, (_, n) in zip(ends, members))
         e["past 2048"] += sum(end > 2048 for end in ends)
         e["order changed"] += [r.slot for r, _ in members] != sorted(r.slot for r, _ in members)
         e["rows out of order"] += sum(list(s.sampled) != sorted(s.sampled) for s in spans)
@@ -151,13 +155,14 @@ class Walk:
                 row += 1
             request.num_computed += count
             if state_digest(self.runner, request.slot) != request.trace.states[request.num_computed - 1]:
-                raise Differs(f"recurrent state of {request.sequence.name} after {request.num_computed} tokens ({where})")
+                raise Differs(f"state of {request.sequence.name} after {request.num_computed} tokens ({where})")
 
     def disturb(self):
         """Ends what is done; cancels and recomputes at random."""
         for request in list(self.running):
             if request.num_left == 0:
-                self.leave(request, "finished" if request.num_computed == len(request.sequence.token_ids) else "cancelled")
+                whole = request.num_computed == len(request.sequence.token_ids)
+                self.leave(request, "finished" if whole else "cancelled")
             elif request.num_computed and self.rng.random() < 0.02:
                 self.recompute(request)
 

@@ -19,8 +19,8 @@ def cpu_flags():
 
 def digest(**target):
     """(CPU, digest) that tests.promise.isa prints in a process of its own."""
-    made = subprocess.run([sys.executable, "-m", "tests.promise.isa"], cwd=ROOT, env={**os.environ, **target}, capture_output=True,
-                          text=True, timeout=600)
+    made = subprocess.run([sys.executable, "-m", "tests.promise.isa"], cwd=ROOT, env={**os.environ, **target},
+                          capture_output=True, text=True, timeout=600)
     assert made.returncode == 0, made.stderr[-2000:]
     return made.stdout.split()
 

@@ -25,9 +25,9 @@ OPTIONS = (dict(max_step_tokens=70, threads=1, state_every=64, num_states=4),
            dict(max_step_tokens=300, threads=2, state_every=128),
            dict(max_step_tokens=9, threads=3, state_every=64, num_states=30))
 HAPPENS = ("steps", "finished", "samples", "prefill beside decode", "cancelled running", "cancelled waiting",
-           "preempted", "second admission", "found after preemption", "hot hit", "cold hit", "hit with a state",
-           "pages evicted",
-           "kept states", "states evicted", "disk loaded", "disk damaged", "disk evicted", "hit from disk")
+           "preempted", "second admission", "recovered_tokens", "hot hit", "cold hit", "hit with a state",
+           "pages_evicted", "kept_states", "states_evicted", "disk_written", "disk_damaged", "disk_evicted",
+           "hit from disk")
 NUM_STEPS = 3000
 
 
@@ -50,7 +50,7 @@ def test_a_request_gives_the_same_bits_under_any_traffic(menu, events):
 def test_prefixes_from_disk_give_the_same_bits_damaged_ones_or_not(menu, events, tmp_path):
     for seed in range(3):
         found = Traffic(menu, 10 + seed, threads=1, state_every=64, cache_dir=tmp_path, num_entries=25).run(STEPS // 2)
-        events.update(found, **{"hit from disk": found["disk loaded"] if seed else 0})
+        events.update(found, **{"hit from disk": found["disk_loaded"] if seed else 0})
         damage(tmp_path, seed)
 
 

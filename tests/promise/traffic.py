@@ -1,8 +1,8 @@
 """Random traffic through the whole engine, each step compared bit for bit with every request alone and cold.
 
 Where `schedule.py` decides itself what runs in a step, here the engine's own scheduler and prefix cache do. Memory is
-too small for the requests, prompts share prefixes, requests have priorities, samples and salts, and are cancelled at any
-time. Every page that is taken and every slot that is left is filled with NaN bytes first.
+too small for the requests, prompts share prefixes, requests have priorities, samples and salts, and are preempted and
+cancelled at any time. Every page that is taken and every slot that is left is filled with NaN bytes first.
 """
 from collections import Counter
 from dataclasses import replace
@@ -32,8 +32,8 @@ class Menu:
         self.prompts = [one[:200], one[:130] + two[:60], one[:65], one[:64], one[:129] + three, three[:3], two[:256],
                         one[:128], two[:64] + one[64:150]]
         heats = (0.0, 0.9, 1.3)
-        self.params = [SamplingParams(max_tokens=m, temperature=heats[i % 3], top_p=(1, 0.9)[i % 2], seed=i, ignore_eos=True)
-                       for i, m in enumerate((9, 60, 150, 90, 30, 200, 20, 5, 10))]
+        self.params = [SamplingParams(max_tokens=m, temperature=heats[i % 3], top_p=(1, 0.9)[i % 2], seed=i,
+                                      ignore_eos=True) for i, m in enumerate((9, 60, 150, 90, 30, 200, 20, 5, 10))]
         # a second turn: the first one's prompt and answer, and more
         self.prompts.append(self.answer(0, self.params[0]).known + three[:20])
         self.params.append(self.params[1])
@@ -103,7 +103,7 @@ class Traffic:
             if self.rng.random() < 0.06:
                 self.cancel()
             if self.rng.random() < 0.02 and scheduler.running:
-                scheduler._preempt(scheduler.running[self.rng.integers(len(scheduler.running))])
+                scheduler.preempt(scheduler.running[self.rng.integers(len(scheduler.running))])
         for _ in range(MOST_STEPS):
             if not self.engine.has_work:
                 return self.finish()
@@ -132,20 +132,15 @@ class Traffic:
 
     def finish(self):
         """After the last step: nobody holds anything, and every answer is the expected one."""
-        scheduler, counts = self.engine.scheduler, self.engine.scheduler.prefix.counts
+        scheduler = self.engine.scheduler
         assert scheduler.pages.num_free == PAGES and sorted(scheduler._slots) == list(range(SLOTS))
         for request in self.requests:
             answer = self.expected[request.id]
             if request.finish_reason != "cancelled" and request.output_ids != answer.known[answer.num_prompt:]:
                 raise Differs(f"tokens of request {request.id} (seed {self.seed})")
             self.events["finished"] += request.finish_reason == "length"
-        states = scheduler.prefix.states
-        self.events.update({"preempted": scheduler.num_preempted, "pages evicted": scheduler.pages.num_evicted,
-                            "found after preemption": counts.recovered_tokens, "kept states": counts.kept_states,
-                            "states evicted": states.num_evicted if states else 0})
         self.engine.close()
-        if scheduler.prefix.disk is not None:
-            self.events.update({f"disk {name}": count for name, count in vars(scheduler.prefix.disk.counts).items()})
+        self.events.update(self.engine.counts())
         return self.events
 
     # ------------------------------------------------------------ checks

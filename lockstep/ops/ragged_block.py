@@ -101,7 +101,7 @@ def attend_span(call, tile, span, memory):
             q, o = memory + Q + ROW_BYTES * base, memory + O + ROW_BYTES * base
             v_rows, v_ahead = rows + TABLE_BYTES, ahead + TABLE_BYTES
             pack_keys(call, rows, call.k_head * g, ahead, call.k_head * g_ahead, memory)
-            scores(call.head_dim, q, first, last, memory)
+            scores(call, tile, start, first, last, q, memory)
             softmax_step(call, tile, block, base, first, last, memory)
             if few:
                 row_values(call, tile, start, first, last, v_rows, call.v_head * g, v_ahead, call.v_head * g_ahead, o,
@@ -149,23 +149,24 @@ def next_rows_count(left):
 
 
 @inlined
-def scores(head_dim, q, first, last, memory):
-    """q . k of rows first..last and all slots of the block."""
-    panel_bytes = 64 * head_dim
-    row = first
+def scores(call, tile, start, first, last, q, memory):
+    """q . k of rows first..last and the slots of the block that they see, with some more to fill the registers."""
+    panel_bytes, row = 64 * call.head_dim, first
     while row < last:
         n = next_rows_count(last - row)
         x, p = q + ROW_BYTES * row, memory + P + P_BYTES * row
         if n > 4:
-            for c in range(0, BLOCK // 16, COLS):
+            low = max(0, first_key(call, tile.position + row // call.group) - start) // (16 * COLS) * COLS
+            high = (min(BLOCK, tile.position + (row + n - 1) // call.group + 1 - start) + 15) // 16
+            for c in range(low, high, COLS):
                 acc, panel = tile_zeros(6, COLS), memory + PANELS + panel_bytes * c
-                for d in range(head_dim):
+                for d in range(call.head_dim):
                     acc = tile_fma_f32(acc, x + 4 * d, ROW_BYTES, panel + 64 * d, panel_bytes)
                 tile_store_rows(acc, p + 64 * c, P_BYTES, n)
         else:
             for c in range(0, BLOCK // 16, MORE_COLS):
                 four, panel = tile_zeros(4, MORE_COLS), memory + PANELS + panel_bytes * c
-                for d in range(head_dim):
+                for d in range(call.head_dim):
                     four = tile_fma_f32(four, x + 4 * d, ROW_BYTES, panel + 64 * d, panel_bytes)
                 tile_store_rows(four, p + 64 * c, P_BYTES, n)
         row += n

@@ -29,7 +29,7 @@ def prompt(n, seed):
 def measure_lockstep(path, prefills, batches, tokens):
     """{metric: tok/s} of one round, in this process. A Q4_0 file's head stays in the format it is stored in."""
     from lockstep import LLM, SamplingParams
-    llm = LLM(str(path), max_requests=max(batches), max_context=2560, max_step_tokens=512)
+    llm = LLM(str(path), max_requests=max(batches), max_context=2560, max_step_tokens=512, prefix_cache=False)
     engine, found = llm.engine, {}
     _drain(engine, [engine.add(prompt(256, 0), SamplingParams(max_tokens=4, ignore_eos=True))])
     for n in prefills:

@@ -5,9 +5,9 @@ ids, and the first name is made of the model's identity and the request's salt. 
 the first one on, for one model and one salt, and a page of keys and values can be shared under it.
 
 Layers with recurrent state need more: the state after the last shared token. States are kept (`StateStore`) where it
-pays: every `state_every` tokens, at the last whole block of a prompt, where two requests were seen to part, and at the
-newest quarter of `state_every` of an answer. A prompt's steps are cut there, so that the state can be copied. A prefix
-of such a model is as long as its pages are known and its state is kept.
+pays: every `state_every` tokens, at the last whole block of a prompt of at least `prompt_state_from` tokens, where two
+requests were seen to part, and at the newest quarter of `state_every` of an answer. A prompt's steps are cut there, so
+that the state can be copied. A prefix of such a model is as long as its pages are known and its state is kept.
 
 At least the last known token is always computed: its logits are needed.
 """
@@ -64,9 +64,9 @@ class PrefixCache:
     disk: a DiskStore behind memory, or None.
     """
 
-    def __init__(self, pages, memory, identity, states=None, disk=None, state_every=512):
+    def __init__(self, pages, memory, identity, states=None, disk=None, state_every=512, prompt_state_from=0):
         self.pages, self.memory, self.identity = pages, memory, identity
-        self.states, self.disk, self.state_every = states, disk, state_every
+        self.states, self.disk, self.state_every, self.prompt_state_from = states, disk, state_every, prompt_state_from
         self.counts, self._awaited = Counts(), {}
 
     def report(self):
@@ -204,9 +204,9 @@ class PrefixCache:
         return min([count, *(stop - start for stop in stops if stop > start)])
 
     def _prompt_stop(self, request):
-        """The last whole block of a prompt before its last token, if its state is worth keeping, or 0."""
+        """The last whole block of a prompt before its last token, if its state is worth a step's end, or 0."""
         end = (len(request.prompt_ids) - 1) // PAGE_TOKENS * PAGE_TOKENS
-        return end if request.params.n > 1 or self._pays(end) else 0
+        return end if request.params.n > 1 or end >= self.prompt_state_from and self._pays(end) else 0
 
     def _pays(self, end):
         """Whether a state after `end` tokens is far enough from the one before it."""

@@ -22,7 +22,7 @@ def engine(model):
     made = []
 
     def make(**options):
-        made.append(Engine(model, EngineOptions(**{"threads": 2, "max_requests": 3, **options})))
+        made.append(Engine(model, EngineOptions(**{"threads": 2, "max_requests": 3, "prompt_state_from": 0, **options})))
         return made[-1]
 
     yield make

@@ -21,7 +21,7 @@ CASES = [Case("qwen3_5", "f32", "f32"), Case("qwen3_5", "q8_0", "bf16"), Case("q
          Case("mistral_window", "q4_0", "bf16"), Case("bundled", "q8_0", "bf16")]
 STEPS = 200
 # the states of so many positions fit; budgets from less than a block to more than any prompt
-OPTIONS = (dict(max_step_tokens=70, threads=1, state_every=64, num_states=4),
+OPTIONS = (dict(max_step_tokens=70, threads=1, state_every=64, num_states=4, prompt_state_from=0),
            dict(max_step_tokens=300, threads=2, state_every=128),
            dict(max_step_tokens=9, threads=3, state_every=64, num_states=30))
 HAPPENS = ("steps", "finished", "samples", "prefill beside decode", "cancelled running", "cancelled waiting",

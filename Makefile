@@ -29,7 +29,7 @@ endef
 export PROMPT
 
 demo: $(VENV)/.installed
-	@$(LOCKSTEP) generate --echo -p "$$PROMPT" -n 120 --temperature 0.8 --top-p 0.95 --seed 3
+	@$(LOCKSTEP) generate --echo -p "$$PROMPT" -n 110 --temperature 0.6 --top-p 0.95 --repetition-penalty 1.1 --seed 5
 	@if [ -f lockstep/commands/parity.py ]; then echo; $(LOCKSTEP) parity; fi
 	@if [ -f lockstep/commands/bench.py ]; then echo; $(LOCKSTEP) bench --quick; fi
 

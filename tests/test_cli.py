@@ -276,6 +276,7 @@ def test_files_that_are_no_models_or_cannot_encode_text(tmp_path, capsys):
 
 @pytest.mark.parametrize("args", [["inspect"], ["inspect", "--json"]])
 def test_output_that_nobody_reads(args):
-    with subprocess.Popen([sys.executable, "-m", "lockstep", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    command = [sys.executable, "-m", "lockstep", *args]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert process.stderr.read() == b"" and process.wait(60) == 141

@@ -1,9 +1,9 @@
 """The promise: whatever else happens, a request gives the bits it gives alone, one token at a time, on one thread.
 
-Random schedules (`promise/schedule.py`) on tiny random models and on the bundled one; every logits row that is asked for,
-every token and log-probability, the recurrent state after every step and every cached key and value are compared with the
-reference (`promise/trace.py`). `promise/test_traffic.py` does the same to whole engines, whose own scheduler preempts,
-shares prefixes and evicts them. LOCKSTEP_SOAK=minutes walks on with fresh seeds for so long.
+Random schedules (`promise/schedule.py`) on tiny random models and on the bundled one; every logits row that is asked
+for, every token and log-probability, the recurrent state after every step and every cached key and value are compared
+with the reference (`promise/trace.py`). `promise/test_traffic.py` does the same to whole engines, whose own scheduler
+preempts, shares prefixes and evicts them. LOCKSTEP_SOAK=minutes walks on with fresh seeds for so long.
 """
 import os
 import time
@@ -47,8 +47,8 @@ def walk(subject, teams, seed, num_steps=None, **options):
     case, model, sequences = subject
     num_steps = num_steps or STEPS * (3 if LONG in case.lengths else 1)
     max_step_tokens, max_requests = ((600, 5), (130, 8), (48, 3))[seed % 3]
-    pages = 3 * sum(-(-n // 64) for n in case.lengths)
-    return Walk(model, sequences, teams, seed, limits(model, max_step_tokens, max_requests, pages), **options).run(num_steps)
+    most = limits(model, max_step_tokens, max_requests, 3 * sum(-(-n // 64) for n in case.lengths))
+    return Walk(model, sequences, teams, seed, most, **options).run(num_steps)
 
 
 def test_a_request_gives_the_same_bits_under_any_schedule(subject, teams, events):

@@ -113,8 +113,9 @@ def _set(future):
 class AsyncEngine:
     """Runs an Engine in its own thread, which nobody else may use from then on.
 
-    `submit` and `cancel` may be called from any thread. An error in a step ends the engine: every open stream, and
-    every later `submit`, raises EngineStopped with that error as its cause. Also sets the interpreter's switch interval.
+    Any thread may call `submit`, `submit_samples` and a stream's `cancel`. An error in a step ends the engine: every
+    open stream, and every later `submit`, raises EngineStopped with that error as its cause. Also lowers the
+    interpreter's switch interval.
     """
 
     def __init__(self, engine):

@@ -26,15 +26,20 @@ def num_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+LOWEST = {"max_step_tokens": 1, "max_requests": 1, "kv_tokens": PAGE_TOKENS, "threads": 1, "state_bytes": 0,
+          "state_every": PAGE_TOKENS, "prompt_state_from": 0, "cache_dir_bytes": 0}
+
+
 @dataclass(frozen=True)
 class EngineOptions:
-    """Sizes of an engine.
+    """Sizes of an engine. ValueError for one that is not allowed.
 
-    kv_tokens: tokens of KV cache in all; None: what max_requests full contexts need, up to 2 GiB. prefix_cache: whether
-    requests use what others computed for the same first tokens. state_bytes: host memory for checkpoints of recurrent
-    state, for models that have one; state_every: tokens from one checkpoint to the next, a multiple of 64;
-    prompt_state_from: length from which prompts get one near their end, too (None: 2048, or any with a cache_dir): it
-    takes a step of its own, which costs a shorter prompt more than 3 %. cache_dir: a folder that keeps prefixes across restarts, of at most cache_dir_bytes.
+    kv_tokens: tokens of KV cache in all; None: what max_requests full contexts need, up to 2 GiB. threads: None: one
+    for each core. prefix_cache: whether requests use what others computed for the same first tokens. state_bytes: host
+    memory for checkpoints of recurrent state, for models that have one; state_every: tokens from one checkpoint to the
+    next, a multiple of 64; prompt_state_from: length from which prompts get one near their end, too (None: 2048, or any
+    with a cache_dir): it takes a step of its own, which costs a shorter prompt more than 3 %. cache_dir: a folder that
+    keeps prefixes across restarts, of at most cache_dir_bytes.
     """
 
     max_step_tokens: int = 512
@@ -49,8 +54,7 @@ class EngineOptions:
     cache_dir_bytes: int = 8 << 30
 
     def __post_init__(self):
-        for name, low in (("max_step_tokens", 1), ("max_requests", 1), ("kv_tokens", PAGE_TOKENS), ("threads", 1),
-                          ("state_bytes", 0), ("state_every", PAGE_TOKENS), ("prompt_state_from", 0), ("cache_dir_bytes", 0)):
+        for name, low in LOWEST.items():
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < low):
                 raise ValueError(f"{name}: expected an integer of at least {low}, got {value!r}")

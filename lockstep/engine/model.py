@@ -32,7 +32,8 @@ def expand_swaps(swaps, backend):
 class Model:
     """A model ready to be run.
 
-    checkpoint: where it came from. config: ModelConfig. recorded: the unfused program. store: its packed weights.
+    checkpoint: where it came from. config: ModelConfig. recorded: the unfused program. logits: the tensor of that name
+    in it. store: its packed weights. weights, kv_dtype: formats of the linear layers and of the KV cache.
     """
 
     checkpoint: object
@@ -61,7 +62,11 @@ class Model:
 
 
 def load_model(checkpoint, store, weights="auto", kv_dtype=None, max_context=None):
-    """Records a checkpoint's program. kv_dtype: "f32" or "bf16"; by default f32 only where the weights are."""
+    """Records a checkpoint's program. ValueError for a kv_dtype that there is not.
+
+    weights: a format for the linear layers, or "auto": that of the file. kv_dtype: "f32" or "bf16"; by default f32 only
+    where that is the format asked for the weights. max_context: positions, 4096 by default, and at most the model's.
+    """
     config = model_config(checkpoint.config)
     max_context = min(config.max_positions, max_context or 4096)
     if kv_dtype not in (None, "f32", "bf16"):

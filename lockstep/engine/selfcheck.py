@@ -1,8 +1,8 @@
 """Self-check: before an engine starts, each of its kernels reproduces on this CPU what the definitions gave elsewhere.
 
-A tiny made-up model that uses the same kinds of op runs three steps; a digest of every activation is
-compared with digests recorded from the definitions (`golden_kernels.json`). Rows of quantized or bf16 activations have
-no digest of their own, since their layout depends on the target: what is multiplied with them has.
+Tiny made-up models that use the same kinds of op run three steps; a digest of every activation is compared with digests
+recorded from the definitions (`golden_kernels.json`). Rows of quantized or bf16 activations have no digest of their
+own, since their layout depends on the target: what is multiplied with them has.
 """
 import contextlib
 import hashlib
@@ -41,7 +41,8 @@ BASE = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": WID
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "hidden_act": "silu", "rms_norm_eps": 1e-3,
         "max_position_embeddings": CONTEXT, "tie_word_embeddings": False, "rope_theta": 500.0, "eos_token_id": 2}
 HYBRID = {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2, "linear_num_key_heads": 2,
-          "linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 64, "linear_conv_kernel_dim": 4}
+          "linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 64,
+          "linear_conv_kernel_dim": 4}
 CONFIGS = {
     "qwen3_5": {**BASE, **HYBRID, "model_type": "qwen3_5_text"},
     "qwen3": {**BASE, "model_type": "qwen3"},
@@ -70,8 +71,9 @@ def probes(program):
     formats = {f for f in FORMATS if f"linear_{f}" in kinds or f"expert_linear_{f}" in kinds}
     families = ["qwen3_5"] if "gated_delta" in kinds else []
     if kinds & {"attention", "attention_bf16"}:
-        normed = "normed_attention_inputs" in kinds
-        families += ["qwen3_moe" if "route" in kinds else "qwen3"] if normed else ["qwen2" if "add_bias" in kinds else "llama"]
+        normed = "qwen3_moe" if "route" in kinds else "qwen3"
+        plain = "qwen2" if "add_bias" in kinds else "llama"
+        families += [normed if "normed_attention_inputs" in kinds else plain]
     kv = sorted({("f32", "bf16")[op.params["bf16"]] for op in program.ops if "bf16" in op.params})
     return [Probe(f, w, k) for f in families for w in FORMATS if w in formats for k in kv]
 
@@ -95,11 +97,12 @@ class Tensors(dict):
 
 def shapes(c):
     """{name: shape} of the tensors of a config."""
-    made = {"model.embed_tokens.weight": (VOCABULARY, WIDTH), "model.norm.weight": (WIDTH,), "lm_head.weight": (VOCABULARY, WIDTH)}
+    made = {"model.embed_tokens.weight": (VOCABULARY, WIDTH), "model.norm.weight": (WIDTH,),
+            "lm_head.weight": (VOCABULARY, WIDTH)}
     for i, kind in enumerate(c.get("layer_types", ["full_attention"])):
-        mixer = {f"linear_attn.{k}": v for k, v in delta_shapes(c).items()} if kind == "linear_attention" else {
-            f"self_attn.{k}": v for k, v in attention_shapes(c).items()}
-        layer = {"input_layernorm.weight": (WIDTH,), "post_attention_layernorm.weight": (WIDTH,), **mixer, **mlp_shapes(c)}
+        mixer, of = ("linear_attn", delta_shapes) if kind == "linear_attention" else ("self_attn", attention_shapes)
+        norms = {"input_layernorm.weight": (WIDTH,), "post_attention_layernorm.weight": (WIDTH,)}
+        layer = {**norms, **{f"{mixer}.{k}": v for k, v in of(c).items()}, **mlp_shapes(c)}
         made.update({f"model.layers.{i}.{k}": v for k, v in layer.items()})
     return made
 
@@ -134,14 +137,21 @@ def stored(name, shape, format):
     Rows that blocks of 256 do not fill are bf16, as a linear layer would multiply them anyway.
     """
     generator = np.random.RandomState(int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little"))
-    values = (generator.randint(-127, 128, shape) * np.float32(2.0**-10 if len(shape) == 2 else 2.0**-7)).astype(np.float32)
+    unit = np.float32(2.0**-10 if len(shape) == 2 else 2.0**-7)
+    values = (generator.randint(-127, 128, shape) * unit).astype(np.float32)
     if len(shape) != 2:
         return StoredTensor(name, "f32", shape, values)
     if format.endswith("_k") and shape[1] % 256:
         format = "bf16"
-    makers = {"f32": lambda: values, "f16": lambda: values.astype(np.float16), "bf16": lambda: values.astype(ml_dtypes.bfloat16),
-              "q8_0": lambda: q8_0.quantize(values), "q4_0": lambda: q4_0.quantize(values),
-              "q4_k": lambda: blocks(generator, shape, 144, (0, 2), 2.0**-14), "q6_k": lambda: blocks(generator, shape, 210, (208,), 2.0**-18)}
+    makers = {
+        "f32": lambda: values,
+        "f16": lambda: values.astype(np.float16),
+        "bf16": lambda: values.astype(ml_dtypes.bfloat16),
+        "q8_0": lambda: q8_0.quantize(values),
+        "q4_0": lambda: q4_0.quantize(values),
+        "q4_k": lambda: blocks(generator, shape, 144, (0, 2), 2.0**-14),
+        "q6_k": lambda: blocks(generator, shape, 210, (208,), 2.0**-18),
+    }
     return StoredTensor(name, format, shape, makers[format]())
 
 
@@ -160,14 +170,14 @@ def probe_model(probe, table, fused):
     emit_sampling(program, logits, config.vocab_size)
     lowered = lower(program)
     rewritten = fuse(lowered, table) if fused else lowered
-    return SimpleNamespace(backend=lambda swaps, base: table, rewritten=lambda backend, fuse: rewritten, store=WeightStore(),
-                           max_context=CONTEXT, config=config)
+    return SimpleNamespace(backend=lambda swaps, base: table, rewritten=lambda backend, fused: rewritten,
+                           store=WeightStore(), max_context=CONTEXT, config=config)
 
 
 # ---------------------------------------------------------------- digests
 
 def digests(probe, table, fused=True):
-    """[(op, name, digest)] of what each op of a probe's program writes, in order, and of its cache."""
+    """[(op, tensor name, digest)] of what each op of a probe's program writes, in order."""
     team = Team(1)
     try:
         runner = Runner(probe_model(probe, table, fused), team, Limits(64, 2, 4, 3), keep=True)
@@ -206,8 +216,8 @@ def check(program, backend):
 
     What was found good is remembered in the user's cache folder for as long as sources, versions and CPU stay the same.
     """
-    wanted = probes(program)
-    mark = user_cache() / "selfcheck" / identity(wanted, [backend[kind].kernel for kind in {op.kind for op in program.ops}])
+    wanted, kinds = probes(program), {op.kind for op in program.ops}
+    mark = user_cache() / "selfcheck" / identity(wanted, [backend[kind].kernel for kind in kinds])
     if mark.exists():
         return
     golden = json.loads(GOLDEN.read_text())
@@ -220,20 +230,22 @@ def check(program, backend):
 
 
 def compare(probe, golden, found):
+    """RuntimeError for the first digest found that is not the recorded one."""
     for op, name, digest in found:
         if golden[name] != digest:
             raise RuntimeError(
-                f"self-check failed: op {op.kind} gives other bits on this machine than its definition (tensor {name} of probe "
-                f"{probe}: expected {golden[name]}, found {digest}; CPU {cpu()}, target {target()[1]}, numerics {NUMERICS}, "
-                f"numba {numba.__version__}, llvmlite {llvmlite.__version__}). Nothing it computes can be trusted; please "
-                f"report this. `--op {op.kind}=reference` runs the definition instead.")
+                f"self-check failed: op {op.kind} gives other bits on this machine than its definition (tensor {name} "
+                f"of probe {probe}: expected {golden[name]}, found {digest}; CPU {cpu()}, target {target()[1]}, "
+                f"numerics {NUMERICS}, numba {numba.__version__}, llvmlite {llvmlite.__version__}). Nothing it "
+                f"computes can be trusted; please report this. `--op {op.kind}=reference` runs the definition instead.")
 
 
 def identity(wanted, kernels):
     """A name for everything that the outcome of a check depends on."""
     sources = sorted((module, fingerprint(module)) for module in {k.function.__module__ for k in kernels})
     names = sorted(k.name for k in kernels)
-    known = NUMERICS, cpu(), [str(p) for p in wanted], names, sources, GOLDEN.read_bytes(), pathlib.Path(__file__).read_bytes()
+    files = GOLDEN.read_bytes(), pathlib.Path(__file__).read_bytes()
+    known = NUMERICS, cpu(), [str(p) for p in wanted], names, sources, *files
     return hashlib.sha256(repr(known).encode()).hexdigest()[:32]
 
 

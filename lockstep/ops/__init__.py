@@ -1,7 +1,7 @@
 """Ops: each file is one op's definition; its `_cpu` twin is the fast kernel.
 
-BACKENDS are tables from op kind to implementation. "reference" runs definitions, "cpu" the fast kernels, "per_token" the
-fast arithmetic one token at a time (what the batched forms are measured against). All give the same bits.
+BACKENDS are tables from op kind to implementation. "reference" runs definitions, "cpu" the fast kernels, "per_token"
+the fast arithmetic one token at a time (what the batched forms are measured against). All give the same bits.
 """
 from lockstep.ops import (activations, activations_cpu, add, add_bias, add_cpu, adjust_logits, adjust_logits_cpu,
                           attention, attention_cpu, conv1d, conv1d_cpu, embed, embed_cpu, experts, experts_cpu,

@@ -5,8 +5,8 @@ activations rounded to bf16. Both are done per row, never per batch.
 
 A row of quantized activations is K / 32 blocks of 44 bytes, so that a kernel needs one pointer a row:
     32 int8 codes | float32 scale | int32 bias | int16 sum of the first 16 codes | int16 sum of the last 16
-where bias = -128 * (sum of the block's codes) is what weights stored as code + 128 add too much, and the half sums serve
-formats with a scale for every 16 weights (q6_k).
+where bias = -128 * (sum of the block's codes) is what weights stored as code + 128 add too much, and the half sums
+serve formats with a scale for every 16 weights (q6_k).
 """
 import numpy as np
 from numba import carray, float32, int32

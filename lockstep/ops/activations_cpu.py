@@ -6,8 +6,8 @@ read of the row. Fused kernels give the bits of the op followed by `quantize_q8`
 import numpy as np
 from numba import float32, int32
 
-from lockstep.ops.activations import (BIAS, BLOCK, BLOCK_BYTES, HIGHEST, NATIVE_BF16, ONE_127TH, SCALE, SMALLEST, SUMS, ZERO,
-                                      row_bytes)
+from lockstep.ops.activations import (BIAS, BLOCK, BLOCK_BYTES, HIGHEST, NATIVE_BF16, ONE_127TH, SCALE, SMALLEST, SUMS,
+                                      ZERO, row_bytes)
 from lockstep.ops.math import silu
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import inlined, kernel

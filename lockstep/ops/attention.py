@@ -1,11 +1,13 @@
 """Causal attention of queries over the keys and values of their sequence: the definition.
 
-    out[h] = sum_j softmax_j(sm_scale * q[h] . k[j]) v[j]      j <= position, j > position - window; h reads kv head h // (H / G)
+    out[h] = sum_j softmax_j(sm_scale * q[h] . k[j]) v[j]      position - window < j <= position
+
+where query head h reads the keys and values of kv head h // (H / G).
 
 The arithmetic depends only on the query's own position and keys: never on its batch, chunk or page placement.
 """
 import numpy as np
-from numba import carray, int32
+from numba import carray
 
 from lockstep.ops.attention_math import BLOCK, ONE, SPAN, ZERO, cleared, exp2, score_scales, soft_capped
 from lockstep.ops.kv_cache import PAGE_TOKENS, k_index, read_number, v_index
@@ -15,9 +17,9 @@ from lockstep.ops.reduce import tree_sum
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import definition, inlined, kernel
 from lockstep.runtime.machine import float_array
-from lockstep.runtime.simd import fma, maximum, peek, round_bf16
-from lockstep.runtime.step import (CONTEXT_LEN, NUM_REQUESTS, PAGE_TABLE, PAGES_PER_REQUEST, QUERY_START, number,
-                                   step_word, word)
+from lockstep.runtime.simd import fma, maximum, round_bf16
+from lockstep.runtime.step import (CONTEXT_LEN, NUM_REQUESTS, PAGE_TABLE, PAGES_PER_REQUEST, QUERY_START, entry,
+                                   number, step_word, word)
 
 
 @definition
@@ -29,9 +31,10 @@ def attend(q_K, k_CK, v_CK, position, window, scale, cap, pairs, out_K):
     Units: scale, cap from `score_scales`; the maximum is a score in units of log 2, sum = sum of 2**(score - maximum).
     Error: 2e-6 of the float64 result for scores below 20 and |v| < 4, up to 2048 keys; with pairs 2**-9 of a score and
       of each weight, as in every attention that multiplies bfloat16.
-    Order: q * scale (cleared; with pairs rounded). Keys in spans of 1024 at absolute positions 0, 1024, ...: `attend_span`
-      each, merged in ascending order: with M the larger maximum, a = 2**(m1 - M), b = 2**(m2 - M): sum = fma(sum1, a,
-      sum2 * b), out = fma(out1, a, out2 * b). Last, out / sum. Whatever goes to out on the way is `cleared`.
+    Order: q * scale (cleared; with pairs rounded). Keys in spans of 1024 at absolute positions 0, 1024, ...:
+      `attend_span` each, merged in ascending order: with M the larger maximum, a = 2**(m1 - M), b = 2**(m2 - M):
+      sum = fma(sum1, a, sum2 * b), out = fma(out1, a, out2 * b). Last, out / sum. out2 * b and whatever goes to out are
+      `cleared`.
     Source: online softmax, Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022.
     """
     first = max(0, position + 1 - window) if window > 0 else 0
@@ -67,9 +70,9 @@ def attend_span(q_K, k_CK, v_CK, start, stop, cap, pairs, out_K):
     """Keys start..stop of one span: out = sum of 2**(score - maximum) v, not yet divided; returns maximum and sum.
 
     Order: keys in blocks of 64 at absolute positions. In a block: the scores; the new maximum of all keys so far; where
-      it grew, out and the 16 lanes of the sum are multiplied by 2**(old - new) and cleared; then the weights, p =
-      2**(score - maximum) (with pairs rounded), key by key: lane j % 16 += p; then `add_values`. At the end the lanes by
-      `tree_sum`.
+      it grew, out and the 16 lanes of the sum are multiplied by 2**(old - new) and cleared; then the weights,
+      p = 2**(score - maximum) (with pairs rounded), key by key: lane j % 16 += p; then `add_values`. At the end the
+      lanes by `tree_sum`.
     """
     lane, score, top = np.empty(16, np.float32), np.empty(BLOCK, np.float32), ZERO
     for i in range(16):
@@ -101,9 +104,9 @@ def attend_span(q_K, k_CK, v_CK, start, stop, cap, pairs, out_K):
 def add_values(weight, v_CK, low, high, pairs, out_K):
     """out += sum of weight[j - low] v[j] over the keys low <= j < high of a block.
 
-    Order: out = fma(p, v, out), key by key in ascending order. With pairs: an even key and the odd one after it, the odd
-      one first, each step flushed: out = f(p0, v0, f(p1, v1, out)) with f = `linear.flushed_fma`; a key of a pair that is
-      not among them counts as 0 times 0.
+    Order: out = fma(p, v, out), key by key in ascending order. With pairs: an even key and the odd one after it, the
+      odd one first, each step flushed: out = f(p0, v0, f(p1, v1, out)) with f = `linear.flushed_fma`; a key of a pair
+      that is not among them counts as 0 times 0.
     """
     if not pairs:
         for j in range(low, high):
@@ -142,19 +145,13 @@ def gated(out_K, gate_K):
         out_K[d] = cleared(out_K[d] * sigmoid(gate_K[d]))
 
 
-@inlined
-def request_word(step, array, index):
-    """Entry of one of the step's int32 arrays."""
-    return np.int64(peek(step_word(step, array) + 4 * index, int32))
-
-
 @definition
 def sequence(step, request, g, length, G, K, k_pages, v_pages, bf16):
-    """Keys and values of one kv head of a request, positions 0..length, gathered from its pages: (k [C, K], v [C, K])."""
+    """Keys and values of one kv head of a request, gathered from its pages: (k [C, K], v [C, K]) with C = length."""
     k_CK, v_CK = np.empty((length, K), np.float32), np.empty((length, K), np.float32)
     first_page = request * step_word(step, PAGES_PER_REQUEST)
     for position in range(length):
-        page = request_word(step, PAGE_TABLE, first_page + position // PAGE_TOKENS)
+        page = entry(step, PAGE_TABLE, first_page + position // PAGE_TOKENS)
         for d in range(K):
             k_CK[position, d] = read_number(k_pages, k_index(page, g, d, position % PAGE_TOKENS, G, K, bf16), bf16)
             v_CK[position, d] = read_number(v_pages, v_index(page, g, d, position % PAGE_TOKENS, G, K, bf16), bf16)
@@ -163,10 +160,15 @@ def sequence(step, request, g, length, G, K, k_pages, v_pages, bf16):
 
 @definition
 def _attention(op, step, base, has_gate):
+    """The op on all requests.
+
+    Operands: out, stats, q, K pages, V pages, with a gate also the rows that hold it. Parameters, from `base` on: H, G,
+    K, sm_scale, window, soft cap, whether pages are bfloat16; of the gate the row's width, the first column, and the
+    columns from one head to the next. stats [T, H, 2] float32 receives the maximum and the sum of each softmax.
+    """
     G, K, bf16 = word(op, base + 1), word(op, base + 2), word(op, base + 6)
     for s in range(step_word(step, NUM_REQUESTS)):
-        start, stop = request_word(step, QUERY_START, s), request_word(step, QUERY_START, s + 1)
-        length = request_word(step, CONTEXT_LEN, s)
+        start, stop, length = entry(step, QUERY_START, s), entry(step, QUERY_START, s + 1), entry(step, CONTEXT_LEN, s)
         for g in range(G):
             k_CK, v_CK = sequence(step, s, g, length, G, K, word(op, 3), word(op, 4), bf16)
             for t in range(start, stop):
@@ -176,13 +178,14 @@ def _attention(op, step, base, has_gate):
 @definition
 def _attend_group(op, base, has_gate, t, position, g, k_CK, v_CK):
     """All query heads of token t that read kv head g."""
-    H, G, K, window = word(op, base), word(op, base + 1), word(op, base + 2), word(op, base + 4)
+    H, G, K = word(op, base), word(op, base + 1), word(op, base + 2)
+    window, pairs = word(op, base + 4), word(op, base + 6)
     scale, cap = score_scales(number(op, base + 3), number(op, base + 5))
     stats_H2 = carray(float_array(word(op, 1) + 8 * H * t), (H, 2))
     for h in range(g * (H // G), (g + 1) * (H // G)):
         at = 4 * K * (H * t + h)
         q_K, out_K = carray(float_array(word(op, 2) + at), (K,)), carray(float_array(word(op, 0) + at), (K,))
-        stats_H2[h, 0], stats_H2[h, 1] = attend(q_K, k_CK, v_CK, position, window, scale, cap, word(op, base + 6), out_K)
+        stats_H2[h, 0], stats_H2[h, 1] = attend(q_K, k_CK, v_CK, position, window, scale, cap, pairs, out_K)
         if has_gate:
             width, offset, stride = word(op, base + 7), word(op, base + 8), word(op, base + 9)
             gate = word(op, 5) + 4 * (width * t + offset + stride * h)

@@ -1,9 +1,9 @@
 """One block of keys against a tile of query rows: scores, softmax step, values. The inner part of the fast attention.
 
 A tile's rows are the query heads of one kv head for some consecutive tokens, so that a block of K and V is read from
-memory once for all of them. A page is worked on where it lies: 64 rows of 16-lane columns for float32, 32 rows of pairs
-for bfloat16 (ops/kv_cache.py), each multiplied by one number, or one pair, of every query row. Scratch memory, on the
-thread's stack:
+memory once for all of them. A page is worked on where it lies (ops/kv_cache.py), row by row: a row of K is a dimension
+of 64 keys, a row of V all dimensions of a key; of bfloat16 two dimensions or two keys, in pairs. A step multiplies
+16-lane columns of such a row by one number, or one pair, of every query row. Scratch memory, on the thread's stack:
 
     q [ROWS, 256] scaled queries    o [ROWS, 256] sums of values    p [ROWS, 64] scores    w [ROWS, 64] weights
     lane [ROWS, 16] sums of weights    top [ROWS] largest score
@@ -19,8 +19,8 @@ from lockstep.ops.activations import NATIVE_BF16
 from lockstep.ops.attention_math import BLOCK, SPAN, ZERO, cleared, exp2, soft_capped
 from lockstep.runtime.kernel import inlined
 from lockstep.runtime.machine import prefetch
-from lockstep.runtime.simd import (lane_numbers, lanes, load, max_lanes, maximum, peek, poke, round_bf16, store, store_bf16,
-                                   to_f32, where_below)
+from lockstep.runtime.simd import (lane_numbers, lanes, load, max_lanes, maximum, peek, poke, round_bf16, store,
+                                   store_bf16, to_f32, where_below)
 from lockstep.runtime.targets import wide_registers
 from lockstep.runtime.tiles import tile_fma_f32, tile_load, tile_pairs, tile_store, tile_zeros
 
@@ -41,7 +41,11 @@ LANE = W + ROWS * P_BYTES
 TOP = LANE + ROWS * LANE_BYTES
 SCRATCH_BYTES = TOP + 4 * ROWS
 
-Call = namedtuple("Call", "out stats q k_pages v_pages gate gate_bytes gate_stride heads kv_heads head_dim group window scale cap")
+# gate: address of the first gate, 0 for none; gate_bytes, gate_stride: to the next token's and to the next head's
+# group: query heads of a tile
+Call = namedtuple("Call", "out stats q k_pages v_pages gate gate_bytes gate_stride heads kv_heads head_dim group "
+                  "window scale cap")
+# table: address of the request's page ids
 Tile = namedtuple("Tile", "token tokens position head kv_head table")
 
 
@@ -85,16 +89,18 @@ def first_key(call, position):
 def load_queries(call, tile, keep, memory):
     """The tile's queries, scaled, one row after the other."""
     for row in range(tile.tokens * call.group):
-        source = call.q + 4 * call.head_dim * (call.heads * (tile.token + row // call.group) + tile.head + row % call.group)
+        token, head = tile.token + row // call.group, tile.head + row % call.group
+        source = call.q + 4 * call.head_dim * (call.heads * token + head)
         for d in range(0, call.head_dim, 16):
             keep(memory + Q + ROW_BYTES * row, d, cleared(load(source + 4 * d) * call.scale))
 
 
 @inlined
 def attend_span(call, tile, span, each, step, keep, memory):
-    """Adds the blocks of one span to the rows that see any of their keys. each: numbers in a step, one or two.
+    """Adds the blocks of one span to the rows that see any of their keys.
 
-    While a block's keys are worked on, its values come from memory, and then the next block's keys.
+    each, step: how many numbers of a reduction a step takes, one or two, and the step. While few rows work on a block's
+    keys, its values come from memory, and then the next block's keys.
     """
     first_block = max(first_key(call, tile.position), span * SPAN) // BLOCK
     last_block = min(tile.position + tile.tokens - 1, (span + 1) * SPAN - 1) // BLOCK
@@ -116,8 +122,8 @@ def attend_span(call, tile, span, each, step, keep, memory):
 def scores(call, tile, k, ahead, start, first, last, each, step, memory):
     """q . k of rows first..last and the slots that any of them sees: HEIGHT rows at a time, then two by two.
 
-    A row without a partner is its own. The first rows ask for the lines of V at `ahead`: out of order the memory gives
-    half its speed.
+    A row without a partner is its own. Of few rows the first two ask for the lines of V at `ahead`: out of order the
+    memory gives half its speed.
     """
     steps, x_bytes = call.head_dim // each, 4 if each == 1 else PAIR_BYTES
     high = first + (last - first) // HEIGHT * HEIGHT if last - first > FEW_ROWS else first
@@ -143,8 +149,9 @@ def scores(call, tile, k, ahead, start, first, last, each, step, memory):
 def softmax_step(call, tile, start, first, last, keep, memory):
     """Turns scores into weights, with the sums so far brought to the new maximum."""
     for row in range(first, last):
-        position, p, lane = tile.position + row // call.group, memory + P + P_BYTES * row, memory + LANE + LANE_BYTES * row
-        top, o, weights = memory + TOP + 4 * row, memory + O + ROW_BYTES * row, memory + W + P_BYTES * row
+        position, o = tile.position + row // call.group, memory + O + ROW_BYTES * row
+        p, weights = memory + P + P_BYTES * row, memory + W + P_BYTES * row
+        lane, top = memory + LANE + LANE_BYTES * row, memory + TOP + 4 * row
         if call.cap > ZERO:
             for i in range(0, P_BYTES, 64):
                 store(p + i, soft_capped(load(p + i), call.cap))
@@ -197,15 +204,19 @@ def values(call, tile, v, ahead, start, first, last, each, step, memory):
     row = first
     while row < last:
         inside = whole <= row < high
-        pair = 1 if row + 1 < last and (row + 1) // call.group == row // call.group and (row + 1 < high or not inside) else 0
+        same_token = row + 1 < last and (row + 1) // call.group == row // call.group
+        pair, done = 1 if same_token and (row + 1 < high or not inside) else 0, wide if inside else 0
         if not inside or wide < call.head_dim:
-            ragged_values(call, tile, v, ahead if row == first else v, start, row, pair, wide if inside else 0, each, step, memory)
+            ragged_values(call, tile, v, ahead if row == first else v, start, row, pair, done, each, step, memory)
         row += 1 + pair
 
 
 @inlined
 def ragged_values(call, tile, v, ahead, start, row, pair, done, each, step, memory):
-    """o += w . v of a row, or of two that see the same slots, from dimension `done` on: only those slots are visited."""
+    """o += w . v of a row, or of two that see the same slots, from dimension `done` on; only these slots are visited.
+
+    What lies at `ahead` is asked for meanwhile.
+    """
     position, x_bytes = tile.position + row // call.group, 4 if each == 1 else PAIR_BYTES
     weights, o, width = memory + W + P_BYTES * row, memory + O + ROW_BYTES * row, 4 * call.head_dim
     low, high = max(0, first_key(call, position) - start), min(BLOCK, position + 1 - start)

@@ -5,11 +5,11 @@ work is cut into tiles (up to 96 query rows that share a kv head) which threads 
 requests balance. With few tiles each is cut again into spans of 1024 keys; a span's result is merged into the tile's
 row of `out` and `stats` in ascending order, whoever computed it: the thread that has one waits for its turn.
 """
-import numpy as np
-from numba import float32, int32, int64
+from numba import float32, int64
 
-from lockstep.ops.attention_block import (LANE, LANE_BYTES, O, ROW_BYTES, ROWS, SCRATCH_BYTES, TOP, Call, Tile, attend_span,
-                                          first_key, keep_pairs, keep_single, load_queries, pair_step, single_step)
+from lockstep.ops.attention_block import (LANE, LANE_BYTES, O, ROW_BYTES, ROWS, SCRATCH_BYTES, TOP, Call, Tile,
+                                          attend_span, first_key, keep_pairs, keep_single, load_queries, pair_step,
+                                          single_step)
 from lockstep.ops.attention_math import SPAN, cleared, exp2, score_scales
 from lockstep.ops.math import sigmoid
 from lockstep.runtime.backend import Implementation
@@ -17,7 +17,7 @@ from lockstep.runtime.kernel import inlined, kernel
 from lockstep.runtime.machine import fetch_add, load_acquire, pause, stack_memory, yield_core
 from lockstep.runtime.simd import fma, load, maximum, peek, poke, store, sum_lanes
 from lockstep.runtime.step import (CONTEXT_LEN, COUNTER, NUM_REQUESTS, PAGE_TABLE, PAGES_PER_REQUEST, QUERY_START,
-                                   number, step_word, word)
+                                   entry, number, step_word, word)
 
 TILES_PER_THREAD = 4  # with fewer, tiles are cut into spans
 MERGED = 1 << 32  # the counter's upper half counts the spans merged so far, the lower half the claims
@@ -25,10 +25,11 @@ MERGED = 1 << 32  # the counter's upper half counts the spans merged so far, the
 
 @inlined
 def read_call(op, base, has_gate, tokens_at_once):
-    """The op's operands; base: index of the first parameter. One token at once: one head, too.
+    """The op's operands; base: index of the first parameter.
 
-    tokens_at_once is never a literal 1: where a stride folds to 0, Numba's nested optimisation may take the other half
-    of an address for an offset from null, and drop the access (LLVM 22).
+    tokens_at_once: query rows of a tile at most; 1: one token and one head. Never a literal 1: where a stride folds to
+    0, Numba's nested optimisation may take the other half of an address for an offset from null, and drop the access
+    (LLVM 22).
     """
     scale, cap = score_scales(number(op, base + 3), number(op, base + 5))
     gate, gate_bytes, gate_stride = int64(0), int64(0), int64(0)
@@ -38,12 +39,6 @@ def read_call(op, base, has_gate, tokens_at_once):
     group = word(op, base) // word(op, base + 1) if tokens_at_once > 1 else tokens_at_once
     return Call(word(op, 0), word(op, 1), word(op, 2), word(op, 3), word(op, 4), gate, gate_bytes, gate_stride,
                 word(op, base), word(op, base + 1), word(op, base + 2), group, word(op, base + 4), scale, cap)
-
-
-@inlined
-def entry(step, array, index):
-    """Entry of one of the step's int32 arrays."""
-    return np.int64(peek(step_word(step, array) + 4 * index, int32))
 
 
 @inlined
@@ -71,10 +66,12 @@ def count_tiles(call, step, tokens_per_tile):
 def run(op, step, num_threads, base, has_gate, tokens_at_once, cuts, each, multiply, keep):
     """One thread of an attention op: every thread walks the same list of items and works on those it has claimed.
 
-    An item is a tile or, where tiles are few and may be cut, one span of a tile, spans outermost, so that neighbours in
-    the list can run together. Later tokens, which see more keys, come first.
+    An item is a tile or, where tiles are few and may be cut (`cuts`), one span of a tile, spans outermost, so that
+    neighbours in the list can run together. Later tokens, which see more keys, come first. each, multiply, keep: how
+    many numbers a step takes, the step, and how queries and weights are stored for it.
     """
-    call, counter, memory = read_call(op, base, has_gate, tokens_at_once), peek(op + 8 * COUNTER, int64), stack_memory(SCRATCH_BYTES)
+    call, counter = read_call(op, base, has_gate, tokens_at_once), peek(op + 8 * COUNTER, int64)
+    memory = stack_memory(SCRATCH_BYTES)
     tokens_per_tile = max(1, tokens_at_once // call.group)
     tiles, spans = count_tiles(call, step, tokens_per_tile)
     cut = cuts and tiles < TILES_PER_THREAD * num_threads
@@ -84,7 +81,8 @@ def run(op, step, num_threads, base, has_gate, tokens_at_once, cuts, each, multi
             tokens = entry(step, QUERY_START, s + 1) - entry(step, QUERY_START, s)
             for i in range((tokens - 1) // tokens_per_tile, -1, -1):
                 for unit in range(call.heads // call.group):
-                    tile = make_tile(call, step, s, i * tokens_per_tile, min(tokens_per_tile, tokens - i * tokens_per_tile), unit)
+                    start = i * tokens_per_tile
+                    tile = make_tile(call, step, s, start, min(tokens_per_tile, tokens - start), unit)
                     first, last = first_key(call, tile.position) // SPAN, (tile.position + tile.tokens - 1) // SPAN
                     if cut and not first <= turn <= last:
                         continue
@@ -117,7 +115,8 @@ def end_span(call, tile, span, memory):
     for row in range(tile.tokens * call.group):
         position, head = tile.position + row // call.group, tile.head + row % call.group
         token = tile.token + row // call.group
-        out, stats = call.out + 4 * call.head_dim * (call.heads * token + head), call.stats + 8 * (call.heads * token + head)
+        place = call.heads * token + head
+        out, stats = call.out + 4 * call.head_dim * place, call.stats + 8 * place
         if first_key(call, position) // SPAN <= span <= position // SPAN:
             merge_row(call, out, stats, span == first_key(call, position) // SPAN, row, memory)
             if span == position // SPAN:
@@ -130,7 +129,8 @@ def end_span(call, tile, span, memory):
 @inlined
 def merge_row(call, out, stats, is_first, row, memory):
     """One row of a span joins what earlier spans left in out and stats."""
-    o, top, total = memory + O + ROW_BYTES * row, peek(memory + TOP + 4 * row, float32), sum_lanes(load(memory + LANE + LANE_BYTES * row))
+    o, top = memory + O + ROW_BYTES * row, peek(memory + TOP + 4 * row, float32)
+    total = sum_lanes(load(memory + LANE + LANE_BYTES * row))
     if is_first:
         for i in range(0, 4 * call.head_dim, 64):
             store(out + i, load(o + i))

@@ -28,7 +28,7 @@ def exp2(x):
 
 @inlined
 def cleared(x):
-    """x, or +0 if it is below 2**-125 in magnitude: so that modes that flush denormals and modes that keep them agree."""
+    """x, or +0 if its magnitude is below 2**-125: so that modes that flush denormals and modes that keep them agree."""
     return where_below(absolute(x), SMALLEST_KEPT, ZERO, x)
 
 

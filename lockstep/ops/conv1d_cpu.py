@@ -7,13 +7,13 @@ A task is a run of channels through all requests: whoever reads a request's old 
 import numpy as np
 from numba import int64
 
-from lockstep.ops.gated_delta_cpu import entry, gate_row, normalise_head
+from lockstep.ops.gated_delta_cpu import gate_row, normalise_head
 from lockstep.ops.math import silu
 from lockstep.runtime.backend import Implementation, raw_weight
 from lockstep.runtime.kernel import inlined, kernel
 from lockstep.runtime.machine import stack_memory
 from lockstep.runtime.simd import fma, lanes, load, peek, poke, sqrt, store
-from lockstep.runtime.step import NUM_REQUESTS, NUM_TOKENS, POSITION, QUERY_START, STATE_SLOT, step_word, word
+from lockstep.runtime.step import NUM_REQUESTS, NUM_TOKENS, POSITION, QUERY_START, STATE_SLOT, entry, step_word, word
 
 ONE, ZERO = np.float32(1), np.float32(0)
 CHANNELS = 256  # of a task

@@ -1,13 +1,13 @@
 """Rows of the embedding matrix: the fast kernel. Bound by the read of the rows needed; nothing else is touched."""
 import numpy as np
-from numba import int8, int32
+from numba import int8
 
 from lockstep.ops.embed import BF16, F16, F32, Q4_0, Q6_K, Q8_0, RAW, row_bytes
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import inlined, kernel
 from lockstep.runtime.simd import (bit_and, load, load_bf16, load_f16, load_i8, load_u8, peek, peek_f16, shift_right,
                                    store, to_f32)
-from lockstep.runtime.step import TOKEN_IDS, num_rows, number, step_word, word
+from lockstep.runtime.step import TOKEN_IDS, entry, num_rows, number, word
 
 EIGHT, SIXTEEN, THIRTY_TWO = np.int32(8), np.int32(16), np.int32(32)
 
@@ -18,7 +18,7 @@ def embed(op, step, thread, num_threads):
     out, table, D, format = word(op, 0), word(op, 1), word(op, 2), word(op, 3)
     size, scale = row_bytes(format, D), number(op, 4)
     for t in range(thread, num_rows(op, step), num_threads):
-        row = table + size * peek(step_word(step, TOKEN_IDS) + 4 * t, int32)
+        row = table + size * entry(step, TOKEN_IDS, t)
         decode_row(row, format, size, scale, out + 4 * D * t)
 
 

@@ -1,8 +1,8 @@
 """The linear layers of a mixture of experts: the fast kernels.
 
 One expert's rows lie together, so each expert is a linear layer of few rows, made of the tiles of `linear_cpu`. Few
-tokens are bound by the stream of the chosen experts' weights, many by arithmetic. Threads claim (expert, run of panels);
-an expert that no token chose costs one comparison.
+tokens are bound by the stream of the chosen experts' weights, many by arithmetic. Threads claim (expert, run of
+panels); an expert that no token chose costs one comparison.
 """
 from numba import int64
 

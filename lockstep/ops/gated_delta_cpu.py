@@ -12,7 +12,7 @@ bound by reading and writing 4 * H * K * V bytes of state.
     wide, and a target takes as many blocks at once as its registers hold: p, o and delta of each, plus k, q, k', decay.
 """
 import numpy as np
-from numba import float32, int32, int64
+from numba import float32, int64
 
 from lockstep.ops.gated_delta import BLOCK, L2_EPS, decay_gate
 from lockstep.ops.math import sigmoid
@@ -20,8 +20,8 @@ from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import inlined, kernel
 from lockstep.runtime.machine import fetch_add, prefetch
 from lockstep.runtime.simd import fma, lanes, load, peek, poke, sqrt, store, sum_lanes
-from lockstep.runtime.step import (COUNTER, NUM_REQUESTS, NUM_TOKENS, POSITION, QUERY_START, STATE_SLOT, num_rows,
-                                   step_word, word)
+from lockstep.runtime.step import (COUNTER, NUM_REQUESTS, NUM_TOKENS, POSITION, QUERY_START, STATE_SLOT, entry,
+                                   num_rows, step_word, word)
 from lockstep.runtime.targets import wide_registers
 
 ONE, ZERO = np.float32(1), np.float32(0)
@@ -188,12 +188,6 @@ def run_four(state, block, K, tokens, strides, num_tokens, fresh):
 
 
 # ---------------------------------------------------------------- tasks
-
-@inlined
-def entry(step, array, index):
-    """One number of an int32 array of the step."""
-    return int64(peek(step_word(step, array) + 4 * index, int32))
-
 
 @inlined
 def num_new(step, s):

@@ -3,16 +3,16 @@
 A page holds PAGE_TOKENS consecutive positions of one request, which is also one block of keys in attention. Position p
 of request s lives in page `page_table[s, p // 64]`, slot `p % 64`:
 
-                 float32         bfloat16
-    K page    [G, K, 64]    [G, K / 2, 64, 2]    one dimension (or two) of 64 keys side by side: the lanes of q . k are keys
-    V page    [G, 64, K]    [G, 32, K, 2]        one value (or two) after the other: the lanes of p . v are dimensions
+              float32       bfloat16
+    K page    [G, K, 64]    [G, K / 2, 64, 2]    a dimension (or two) of 64 keys a row: lanes of q . k are keys
+    V page    [G, 64, K]    [G, 32, K, 2]        a value (or two) a row: lanes of p . v are dimensions
 
 A bfloat16 is the upper half of a float32, rounded to nearest even when written; two of them, neighbours in the sum that
-they enter, lie together as instructions for pairs want them. Attention reads K
-and V back from here only, so a token sees the same numbers whether they were written in this step or long ago.
+they enter, lie together as instructions for pairs want them. Attention reads K and V back from here only, so a token
+sees the same numbers whether they were written in this step or long ago.
 """
 import numpy as np
-from numba import carray, float32, int32
+from numba import carray, float32
 
 from lockstep.ops.rms_norm import rms_norm
 from lockstep.ops.rope import rotate
@@ -20,7 +20,8 @@ from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import definition, inlined, kernel
 from lockstep.runtime.machine import float_array
 from lockstep.runtime.simd import bf16_bits, peek, peek_bf16, poke, round_bf16
-from lockstep.runtime.step import PAGE_TABLE, PAGES_PER_REQUEST, POSITION, REQUEST, num_rows, number, step_word, word
+from lockstep.runtime.step import (PAGE_TABLE, PAGES_PER_REQUEST, POSITION, REQUEST, entry, num_rows, number, step_word,
+                                   word)
 
 PAGE_TOKENS = 64
 
@@ -32,7 +33,9 @@ def page_bytes(num_kv_heads, head_dim, bf16):
 
 def page_shapes(G, K, bf16):
     """Shapes of a page of K and of a page of V."""
-    return ((G, K // 2, PAGE_TOKENS, 2), (G, PAGE_TOKENS // 2, K, 2)) if bf16 else ((G, K, PAGE_TOKENS), (G, PAGE_TOKENS, K))
+    if bf16:
+        return (G, K // 2, PAGE_TOKENS, 2), (G, PAGE_TOKENS // 2, K, 2)
+    return (G, K, PAGE_TOKENS), (G, PAGE_TOKENS, K)
 
 
 def by_position(pages, is_keys):
@@ -86,7 +89,7 @@ def heads_of(row_W, offset, stride, num_heads, head_dim):
 
 @definition
 def prepared(x_HK, norm_K, eps, norm_offset, cos_R, sin_R):
-    """Each head normed by itself (`rms_norm` with heads as rows; not if norm is empty), then rotated (`rope.rotate`)."""
+    """Each head normed by itself (`rms_norm` with heads as rows; not if norm is empty), then rotated by `rope`."""
     out_HK = np.empty(x_HK.shape, np.float32)
     if norm_K.size > 0:
         rms_norm(x_HK, norm_K, eps, norm_offset, x_HK)
@@ -103,16 +106,16 @@ def _attention_inputs(op, step, base):
       v_offset + h * K; q [T, H K]; cos, sin [positions, rope_dim / 2]; rope_dim 0: no rotation. base: first parameter.
     Order: `rms_norm` of the head, then `rotate`, then for K and V one rounding to the cache's type.
     """
-    H, G, K, R, width = word(op, base), word(op, base + 1), word(op, base + 2), word(op, base + 3) // 2, word(op, base + 4)
+    H, G, K = word(op, base), word(op, base + 1), word(op, base + 2)
+    R, width = word(op, base + 3) // 2, word(op, base + 4)
     bf16, eps, norm_offset = word(op, base + 9), number(op, base + 10), number(op, base + 11)
     has_norm = base == 8
     q_norm_K = carray(float_array(word(op, 6)), (K if has_norm else 0,))
     k_norm_K = carray(float_array(word(op, 7)), (K if has_norm else 0,))
     for t in range(num_rows(op, step)):
-        position = np.int64(peek(step_word(step, POSITION) + 4 * t, int32))
-        request = np.int64(peek(step_word(step, REQUEST) + 4 * t, int32))
-        entry = request * step_word(step, PAGES_PER_REQUEST) + position // PAGE_TOKENS
-        page, slot = np.int64(peek(step_word(step, PAGE_TABLE) + 4 * entry, int32)), position % PAGE_TOKENS
+        position, first_page = entry(step, POSITION, t), entry(step, REQUEST, t) * step_word(step, PAGES_PER_REQUEST)
+        page = entry(step, PAGE_TABLE, first_page + position // PAGE_TOKENS)
+        slot = position % PAGE_TOKENS
         row_W = carray(float_array(word(op, 1) + 4 * width * t), (width,))
         cos_R = carray(float_array(word(op, 2) + 4 * R * position), (R,))
         sin_R = carray(float_array(word(op, 3) + 4 * R * position), (R,))

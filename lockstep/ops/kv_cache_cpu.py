@@ -12,8 +12,9 @@ from lockstep.runtime.kernel import inlined, kernel
 from lockstep.runtime.machine import stack_memory
 from lockstep.runtime.simd import (bf16_bits, fma, lanes, load, peek, poke, round_bf16, sqrt, store, store_bf16,
                                    sum_lanes)
+from lockstep.runtime.step import (PAGE_TABLE, PAGES_PER_REQUEST, POSITION, REQUEST, entry, num_rows, number, step_word,
+                                   word)
 from lockstep.runtime.tiles import store_pairs
-from lockstep.runtime.step import PAGE_TABLE, PAGES_PER_REQUEST, POSITION, REQUEST, num_rows, number, step_word, word
 
 ONE, ZERO = np.float32(1), np.float32(0)
 TOKENS_AT_ONCE = 16
@@ -37,7 +38,8 @@ def prepare_head(x, K, norm, eps, norm_offset, cos, sin, R, out):
         store(out + i, fma(low, c, high * -s))
         store(out + 4 * R + i, fma(high, c, low * s))
     for i in range(4 * whole, 4 * R, 4):
-        low, high, c, s = peek(out + i, float32), peek(out + 4 * R + i, float32), peek(cos + i, float32), peek(sin + i, float32)
+        low, high = peek(out + i, float32), peek(out + 4 * R + i, float32)
+        c, s = peek(cos + i, float32), peek(sin + i, float32)
         poke(out + i, fma(low, c, high * -s))
         poke(out + 4 * R + i, fma(high, c, low * s))
 
@@ -76,18 +78,18 @@ def keep_two_values(v, row, v_pages, at, K):
 @inlined
 def slot_of(step, t):
     """(request, page, slot) of a token."""
-    position = np.int64(peek(step_word(step, POSITION) + 4 * t, int32))
-    request = np.int64(peek(step_word(step, REQUEST) + 4 * t, int32))
-    entry = request * step_word(step, PAGES_PER_REQUEST) + position // PAGE_TOKENS
-    return request, np.int64(peek(step_word(step, PAGE_TABLE) + 4 * entry, int32)), position % PAGE_TOKENS
+    position, request = entry(step, POSITION, t), entry(step, REQUEST, t)
+    index = request * step_word(step, PAGES_PER_REQUEST) + position // PAGE_TOKENS
+    return request, entry(step, PAGE_TABLE, index), position % PAGE_TOKENS
 
 
 @inlined
 def prepare_token(op, step, base, q_norm, k_norm, t, g, memory):
-    """One kv head of a token, with the query heads that read it."""
-    H, G, K, R, row = word(op, base), word(op, base + 1), word(op, base + 2), word(op, base + 3) // 2, word(op, base + 4)
+    """One kv head's key of a token, and the query heads that read it. memory: scratch for a head."""
+    H, G, K = word(op, base), word(op, base + 1), word(op, base + 2)
+    R, row = word(op, base + 3) // 2, word(op, base + 4)
     bf16, eps, norm_offset = word(op, base + 9), number(op, base + 10), number(op, base + 11)
-    x, position = word(op, 1) + 4 * row * t, np.int64(peek(step_word(step, POSITION) + 4 * t, int32))
+    x, position = word(op, 1) + 4 * row * t, entry(step, POSITION, t)
     cos, sin = word(op, 2) + 4 * R * position, word(op, 3) + 4 * R * position
     for h in range(g * (H // G), (g + 1) * (H // G)):
         prepare_head(x + 4 * (word(op, base + 5) + h * word(op, base + 6)), K, q_norm, eps, norm_offset, cos, sin, R,
@@ -104,7 +106,7 @@ def keep_values(op, step, base, first, last, g):
     while t < last:
         request, page, slot = slot_of(step, t)
         v, at = word(op, 1) + row * t + 4 * (word(op, base + 8) + g * K), v_index(page, g, 0, slot, G, K, bf16)
-        if bf16 and slot % 2 == 0 and t + 1 < last and np.int64(peek(step_word(step, REQUEST) + 4 * t + 4, int32)) == request:
+        if bf16 and slot % 2 == 0 and t + 1 < last and entry(step, REQUEST, t + 1) == request:
             keep_two_values(v, row, word(op, 5), at, K)
             t += 1
         else:
@@ -116,7 +118,7 @@ def keep_values(op, step, base, first, last, g):
 def prepare(op, step, thread, num_threads, base, q_norm, k_norm):
     """The thread's share: runs of tokens, whole rows of the projection; few runs are cut by kv heads.
 
-    The runs of a thread are neighbours: where a run ends inside a line of K, two threads would take turns with the line.
+    The runs of a thread are neighbours: where one ends inside a line of K, two threads would take turns with the line.
     """
     T, G, memory = num_rows(op, step), word(op, base + 1), stack_memory(MAX_HEAD_BYTES)
     runs = (T + TOKENS_AT_ONCE - 1) // TOKENS_AT_ONCE

@@ -182,7 +182,8 @@ def _linear_q4_k(op, step, thread, num_threads):
 def _linear_q6_k(op, step, thread, num_threads):
     K, N = word(op, 6), word(op, 10)
     for n in _share(N, thread, num_threads):
-        codes, sc = carray(byte_array(word(op, 3) + K * n), (K,)), carray(byte_array(word(op, 4) + K // 16 * n), (K // 16,))
+        codes = carray(byte_array(word(op, 3) + K * n), (K,))
+        sc = carray(byte_array(word(op, 4) + K // 16 * n), (K // 16,))
         d = _floats(op, 5, n, K // 256)
         for t in range(num_rows(op, step)):
             a, a_scale = quantized_row(word(op, 1) + row_bytes(K) * t, K)

@@ -17,7 +17,8 @@ from lockstep.runtime.simd import peek
 from lockstep.runtime.step import COUNTER, num_rows, word
 from lockstep.runtime.targets import wide_registers
 from lockstep.runtime.tiles_k import Q4_K_BYTES, Q6_K_BYTES
-from lockstep.runtime.tiles_linear import BF16_TILE, F16_TILE, F32_TILE, Q4_0_TILE, Q4_K_TILE, Q6_K_TILE, Q8_0_TILE, linear_tile
+from lockstep.runtime.tiles_linear import (BF16_TILE, F16_TILE, F32_TILE, Q4_0_TILE, Q4_K_TILE, Q6_K_TILE, Q8_0_TILE,
+                                           linear_tile)
 from lockstep.weights.pack import pack_bf16, pack_f16, pack_f32, pack_q4_0, pack_q8_0
 from lockstep.weights.pack_k import pack_q4_k, pack_q6_k
 
@@ -33,45 +34,50 @@ BF16_BYTES = 2 if NATIVE_BF16 else 4
 
 
 def merged(function):
-    """Decorator: a helper that becomes part of its caller before types are inferred, so that LLVM sees its code once."""
+    """Decorator: a helper that is part of its caller before types are inferred, so that LLVM sees its code once."""
     return njit(inline="always", **STRICT)(function)
 
 
 @merged
-def together(format, x, row, w, panel, scales, panel_scales, K, residual, out, out_row, panels, resume, next_codes, next_scales, left):
-    """COLS panels by `left` rows, in tiles of nearly equal height. The first tile brings what comes next near; of two the
-    second brings half of it."""
+def together(format, x, row, w, panel, scales, panel_scales, K, residual, out, out_row, panels, resume, next_codes,
+             next_scales, left):
+    """COLS panels by `left` rows, in tiles of nearly equal height. The arguments are those of `linear_tile`.
+
+    The first tile brings what comes next near; where there are several, the first two bring half of it each.
+    """
     wanted, later = (ALL_PANELS, 0) if left <= MAX_ROWS else (ALL_PANELS // 2, ALL_PANELS - ALL_PANELS // 2)
     while left > 0:
         tiles = (left + MAX_ROWS - 1) // MAX_ROWS
         rows = (left + tiles - 1) // tiles
         if rows == 6:
-            linear_tile(format, 6, COLS, x, row, w, panel, scales, panel_scales, K, residual, out, out_row, panels, resume,
-                        next_codes, next_scales, wanted)
+            linear_tile(format, 6, COLS, x, row, w, panel, scales, panel_scales, K, residual, out, out_row, panels,
+                        resume, next_codes, next_scales, wanted)
         elif rows == 5:
-            linear_tile(format, 5, COLS, x, row, w, panel, scales, panel_scales, K, residual, out, out_row, panels, resume,
-                        next_codes, next_scales, wanted)
+            linear_tile(format, 5, COLS, x, row, w, panel, scales, panel_scales, K, residual, out, out_row, panels,
+                        resume, next_codes, next_scales, wanted)
         elif rows == 4:
-            linear_tile(format, 4, COLS, x, row, w, panel, scales, panel_scales, K, residual, out, out_row, panels, resume,
-                        next_codes, next_scales, wanted)
+            linear_tile(format, 4, COLS, x, row, w, panel, scales, panel_scales, K, residual, out, out_row, panels,
+                        resume, next_codes, next_scales, wanted)
         elif rows == 3:
-            linear_tile(format, 3, COLS, x, row, w, panel, scales, panel_scales, K, residual, out, out_row, panels, resume,
-                        next_codes, next_scales, wanted)
+            linear_tile(format, 3, COLS, x, row, w, panel, scales, panel_scales, K, residual, out, out_row, panels,
+                        resume, next_codes, next_scales, wanted)
         elif rows == 2:
-            linear_tile(format, 2, COLS, x, row, w, panel, scales, panel_scales, K, residual, out, out_row, panels, resume,
-                        next_codes, next_scales, wanted)
+            linear_tile(format, 2, COLS, x, row, w, panel, scales, panel_scales, K, residual, out, out_row, panels,
+                        resume, next_codes, next_scales, wanted)
         else:
-            linear_tile(format, 1, COLS, x, row, w, panel, scales, panel_scales, K, residual, out, out_row, panels, resume,
-                        next_codes, next_scales, wanted)
-        left, x, out, residual = left - rows, x + rows * row, out + rows * out_row, residual + rows * out_row if residual else 0
+            linear_tile(format, 1, COLS, x, row, w, panel, scales, panel_scales, K, residual, out, out_row, panels,
+                        resume, next_codes, next_scales, wanted)
+        left, x, out = left - rows, x + rows * row, out + rows * out_row
+        residual = residual + rows * out_row if residual else 0
         wanted, later = later, 0
 
 
 @merged
-def alone(format, x, row, w, panel, scales, panel_scales, K, residual, out, out_row, panels, resume, next_codes, next_scales, left):
-    """COLS panels by one row."""
-    linear_tile(format, 1, COLS, x, row, w, panel, scales, panel_scales, K, residual, out, out_row, panels, resume, next_codes,
-                next_scales, 0)
+def alone(format, x, row, w, panel, scales, panel_scales, K, residual, out, out_row, panels, resume, next_codes,
+          next_scales, left):
+    """COLS panels by one row: `together` for left = 1, without bringing anything near."""
+    linear_tile(format, 1, COLS, x, row, w, panel, scales, panel_scales, K, residual, out, out_row, panels, resume,
+                next_codes, next_scales, 0)
 
 
 @inlined
@@ -92,9 +98,10 @@ def part_of_k(K, panel, rows):
 def drive(op, step, num_threads, format, sweep, unit, params, w, panel, scales, row):
     """The thread's share of a linear layer: operands 0 to 2 of the op are out, x and the residual.
 
-    Claims are runs of panels by `unit` rows. params: index of the first parameter. They are K; the width of a row of out;
-    has_residual; the columns of out that are written: the first one and how many, multiples of 16. A claim is taken while
-    the one before is worked on, so that its first panels can be brought near.
+    Claims are runs of panels by `unit` rows. params: index of the first parameter. They are K; the width of a row of
+    out; has_residual; the columns of out that are written: the first one and how many, multiples of 16. w, scales: the
+    packed weights; panel, row: bytes of a panel and of a row of x. A claim is taken while the one before is worked on,
+    so that its first panels can be brought near.
     """
     K, out_row, has_residual = word(op, params), 4 * word(op, params + 1), word(op, params + 2)
     T, first_byte, num_panels = num_rows(op, step), 4 * word(op, params + 3), word(op, params + 4) // 16
@@ -111,10 +118,11 @@ def drive(op, step, num_threads, format, sweep, unit, params, w, panel, scales, 
                 place, next_p = out_row * t + first_byte + 64 * p, p + COLS if p + COLS < last else after
                 for k in range(0, K, part):
                     next_k, q = (k + part, p) if k + part < K else (0, next_p)
+                    residual = word(op, 2) + place if has_residual and next_k == 0 else 0
                     sweep(format, word(op, 1) + row * t + row * k // K, row, w + panel * p + panel * k // K, panel,
-                          scales + K * p + k, K, min(part, K - k),
-                          word(op, 2) + place if has_residual and next_k == 0 else 0, word(op, 0) + place, out_row, num_panels - p,
-                          k, w + panel * q + panel * next_k // K, scales + K * q + next_k, min(at_once, end - t))
+                          scales + K * p + k, K, min(part, K - k), residual, word(op, 0) + place, out_row,
+                          num_panels - p, k, w + panel * q + panel * next_k // K, scales + K * q + next_k,
+                          min(at_once, end - t))
         claim, next_claim = next_claim, fetch_add(counter, 1)
 
 
@@ -135,22 +143,26 @@ def bf16(op, step, num_threads, sweep, unit):
 
 @merged
 def q8_0(op, step, num_threads, sweep, unit):
-    drive(op, step, num_threads, Q8_0_TILE, sweep, unit, 5, word(op, 3), 16 * word(op, 5), word(op, 4), q8_row_bytes(word(op, 5)))
+    panel, row = 16 * word(op, 5), q8_row_bytes(word(op, 5))
+    drive(op, step, num_threads, Q8_0_TILE, sweep, unit, 5, word(op, 3), panel, word(op, 4), row)
 
 
 @merged
 def q4_0(op, step, num_threads, sweep, unit):
-    drive(op, step, num_threads, Q4_0_TILE, sweep, unit, 5, word(op, 3), 8 * word(op, 5), word(op, 4), q8_row_bytes(word(op, 5)))
+    panel, row = 8 * word(op, 5), q8_row_bytes(word(op, 5))
+    drive(op, step, num_threads, Q4_0_TILE, sweep, unit, 5, word(op, 3), panel, word(op, 4), row)
 
 
 @merged
 def q4_k(op, step, num_threads, sweep, unit):
-    drive(op, step, num_threads, Q4_K_TILE, sweep, unit, 4, word(op, 3), word(op, 4) // 256 * Q4_K_BYTES, 0, q8_row_bytes(word(op, 4)))
+    panel, row = word(op, 4) // 256 * Q4_K_BYTES, q8_row_bytes(word(op, 4))
+    drive(op, step, num_threads, Q4_K_TILE, sweep, unit, 4, word(op, 3), panel, 0, row)
 
 
 @merged
 def q6_k(op, step, num_threads, sweep, unit):
-    drive(op, step, num_threads, Q6_K_TILE, sweep, unit, 4, word(op, 3), word(op, 4) // 256 * Q6_K_BYTES, 0, q8_row_bytes(word(op, 4)))
+    panel, row = word(op, 4) // 256 * Q6_K_BYTES, q8_row_bytes(word(op, 4))
+    drive(op, step, num_threads, Q6_K_TILE, sweep, unit, 4, word(op, 3), panel, 0, row)
 
 
 @kernel

@@ -3,7 +3,7 @@
     out[t, i] = x[t, i] * rsqrt(mean(x[t]^2) + eps) * (w[i] + offset)
 """
 import numpy as np
-from numba import float32, carray
+from numba import carray
 
 from lockstep.runtime.kernel import definition, kernel
 from lockstep.runtime.backend import Implementation

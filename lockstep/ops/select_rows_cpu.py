@@ -1,10 +1,8 @@
 """The rows of a step that sample: the fast kernel. Bound by memory, and rarely more than a few rows."""
-from numba import int32
-
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import kernel
-from lockstep.runtime.simd import load, peek, store
-from lockstep.runtime.step import SAMPLED_ROW, num_rows, step_word, word
+from lockstep.runtime.simd import load, store
+from lockstep.runtime.step import SAMPLED_ROW, entry, num_rows, word
 
 
 @kernel
@@ -12,7 +10,7 @@ def select_rows(op, step, thread, num_threads):
     """Rows are dealt to threads in turn; D a multiple of 16."""
     out, x, row = word(op, 0), word(op, 1), 4 * word(op, 2)
     for r in range(thread, num_rows(op, step), num_threads):
-        source = x + row * peek(step_word(step, SAMPLED_ROW) + 4 * r, int32)
+        source = x + row * entry(step, SAMPLED_ROW, r)
         for i in range(0, row, 64):
             store(out + row * r + i, load(source + i))
 

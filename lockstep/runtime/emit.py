@@ -97,9 +97,8 @@ def bytes_f32(b, place, lanes):
 
 def cut(b, v, start, count):
     """Lanes start .. start + count."""
-    return b.shuffle_vector(
-        v, ir.Constant(v.type, ir.Undefined), ir.Constant(vector(I32, count), list(range(start, start + count)))
-    )
+    lanes = ir.Constant(vector(I32, count), list(range(start, start + count)))
+    return b.shuffle_vector(v, ir.Constant(v.type, ir.Undefined), lanes)
 
 
 def join(b, low, high):
@@ -135,7 +134,6 @@ def counted(b, count, carried, body):
 
 
 def dpbf16(b, acc, x, w):
-    """VDPBF16PS, for pairs held as int32: odd halves first, denormals taken as zero and flushed, whatever MXCSR
-    says."""
+    """VDPBF16PS, for pairs held as int32: odd halves first, denormals zero and flushed, whatever MXCSR says."""
     pairs = vector(BF16, 32)
     return call(b, "llvm.x86.avx512bf16.dpbf16ps.512", acc.type, [acc, b.bitcast(x, pairs), b.bitcast(w, pairs)])

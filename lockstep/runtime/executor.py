@@ -119,7 +119,7 @@ class Executor:
         return flat.view(dtype).reshape(num_rows, tensor.width)
 
     def run(self, step, clock=None):
-        """Runs all ops on a step block (int64[STEP_WORDS]). clock: int64[len(ops)] that receives the time each op ended."""
+        """Runs all ops on a step block (int64[STEP_WORDS]). clock: int64[len(ops)] for the time when each op ended."""
         assert step.shape == (STEP_WORDS,) and step.dtype == np.int64, (step.shape, step.dtype)
         self._counters[:] = 0
         self.team.run(self._table.ctypes.data, len(self.program.ops), step.ctypes.data,

@@ -1,9 +1,8 @@
 """How functions become machine code: compiled on first use, cached on disk under everything that can change a bit.
 
 Numba's own cache does not see that a function in another module has changed, so a module's kernels are cached in a
-folder
-named by a hash of its source and of all modules of this package that it imports, the versions of Numba and llvmlite,
-and the target CPU with its features.
+folder named by a hash of its source and of all modules of this package that it imports, the versions of Python, Numba
+and llvmlite, and the target CPU with its features.
 """
 import ast
 import contextlib
@@ -59,8 +58,7 @@ def user_cache():
 
 @functools.cache
 def kernel_cache(module):
-    """The folder of a module's compiled kernels; in the system's temporary folder where the user's cannot be
-    written."""
+    """The folder of a module's compiled kernels: the user's, or a temporary one where that cannot be written."""
     for base in (user_cache(), pathlib.Path(tempfile.gettempdir()) / f"lockstep-{getpass.getuser()}"):
         folder = base / "kernels" / fingerprint(module)
         with contextlib.suppress(OSError):

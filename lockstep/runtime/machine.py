@@ -177,13 +177,6 @@ def byte_array(context, address):
 
 
 @primitive()
-def half_array(context, address):
-    """A float16 pointer for `numba.carray`."""
-    return (types.CPointer(types.uint16)(types.int64),
-            lambda ctx, b, sig, args: b.inttoptr(args[0], ir.IntType(16).as_pointer()))
-
-
-@primitive()
 def stack_memory(context, num_bytes):
     """Address of num_bytes (a literal) of the calling kernel's stack, on a cache line: a thread's own scratch."""
     size = num_bytes.literal_value
@@ -199,10 +192,10 @@ def stack_memory(context, num_bytes):
 
 @primitive()
 def prefetch(context, address):
-    """Asks for the cache line at an address, soon to be read and written; any address is allowed."""
+    """Asks for the cache line at an address into the nearest cache; any address is allowed."""
 
     def codegen(ctx, b, sig, args):
-        hints = [ir.Constant(I32, hint) for hint in (0, 3, 1)]  # a read, to stay in the nearest cache, of data
+        hints = [ir.Constant(I32, hint) for hint in (0, 3, 1)]  # a read, to stay near, of data
         call(b, "llvm.prefetch.p0", ir.VoidType(), [b.inttoptr(args[0], I8.as_pointer()), *hints])
         return ctx.get_dummy_value()
 

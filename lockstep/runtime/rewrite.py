@@ -10,13 +10,15 @@ from lockstep.runtime.program import Op, Tensor
 
 PREPARATIONS = {"f32": None, "f16": None, "bf16": ("round_bf16", bf16_width), "q8_0": ("quantize_q8", q8_width),
                 "q4_0": ("quantize_q8", q8_width), "q4_k": ("quantize_q8", q8_width), "q6_k": ("quantize_q8", q8_width)}
-
-
 BY_CACHE = ("attention", "gated_attention")  # their arithmetic depends on the cache's type
 
 
 def lower(program):
-    """Attention over bfloat16 pages becomes that of pairs, and every `linear` becomes `linear_<format>` on prepared rows; rows prepared alike are prepared once."""
+    """Names the arithmetic of ops that depends on a format.
+
+    Every `linear` becomes `linear_<format>` on prepared rows; rows prepared alike are prepared once. Attention over
+    bfloat16 pages becomes that of pairs.
+    """
     ops, prepared = [], {}
     for op in program.ops:
         if op.kind in BY_CACHE and op.params["bf16"]:
@@ -44,7 +46,8 @@ def _prepared(program, ops, prepared, x, format):
 
 
 def fuse(program, kinds):
-    """Joins residual additions, norms and gates with linear layers, where the backend has the fused op (kinds)."""
+    """Joins residual additions with linear layers; norms and silu_mul with the preparation of their rows, where the
+    backend has the fused op (kinds)."""
     return fuse_preparations(fuse_residuals(program), kinds)
 
 

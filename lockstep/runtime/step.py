@@ -4,7 +4,7 @@ A step is a ragged batch: the tokens of several requests laid end to end. Reques
 `query_start[s] .. query_start[s + 1]`, the last tokens of a sequence of `context_len[s]` tokens (this step's included).
 Nothing else is prepared on the host: which tile works on which rows and pages is found inside the kernels.
 """
-from numba import float32, int64
+from numba import float32, int32, int64
 
 from lockstep.runtime.kernel import inlined
 from lockstep.runtime.simd import peek
@@ -14,7 +14,7 @@ NUM_TOKENS, NUM_REQUESTS, NUM_SAMPLED = 0, 1, 2
 TOKEN_IDS = 3  # i32[T]
 QUERY_START = 4  # i32[S + 1]
 CONTEXT_LEN = 5  # i32[S]
-PAGE_TABLE = 6  # i32[S, P]: page_table[s, p] holds positions p * page_size .. (p + 1) * page_size
+PAGE_TABLE = 6  # i32[S, P]: page page_table[s, p] holds positions 64 p .. 64 (p + 1) of request s
 PAGES_PER_REQUEST = 7  # P, a count
 STATE_SLOT = 8  # i32[S]: row of each recurrent-state array that belongs to the request
 SAMPLED_ROW = 9  # i32[R]: rows of the step that reach the last norm and the head
@@ -26,7 +26,7 @@ STEP_WORDS = 16
 # an op row: ROW_WORDS int64 words
 KERNEL, FLAGS, ROWS, COUNTER, OPERANDS = 0, 1, 2, 3, 4
 ROW_WORDS = 48
-FLUSHES = 1  # flag: the kernel runs with denormals flushed (bf16 linear only)
+FLUSHES = 1  # flag: the kernel runs with denormals flushed (ops that multiply bfloat16 pairs, and no others)
 
 
 @inlined
@@ -49,4 +49,11 @@ def num_rows(op, step):
 
 @inlined
 def step_word(step, index):
+    """Word number `index` of a step block: a count or the address of an array."""
     return peek(step + 8 * index, int64)
+
+
+@inlined
+def entry(step, array, index):
+    """One number of an int32 array of the step, as int64; array: its word."""
+    return int64(peek(step_word(step, array) + 4 * index, int32))

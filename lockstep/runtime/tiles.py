@@ -1,7 +1,7 @@
-"""Register tiles: rows of activations by panels of sixteen output features, kept in registers through a reduction.
+"""Register tiles: rows of x by columns of sixteen lanes of w, kept in registers through a reduction, as attention does.
 
-A panel holds the weights of sixteen consecutive output features. All addresses are in bytes; `rows` and `cols` are
-literal integers, so that a tile is a fixed set of registers.
+All addresses are in bytes; `rows` and `cols` are literal integers, so that a tile is a fixed set of registers. Linear
+layers have tiles of their own, which hold the whole loop (tiles_linear.py).
 """
 from llvmlite import ir
 from numba import types
@@ -14,22 +14,22 @@ from lockstep.runtime.simd import F32, I32, I64, call, constant, f32x16, i32x16,
 V16F, V16I = f32x16.ir, i32x16.ir
 
 
-def vector(element, count):
-    return ir.VectorType(element, count)
-
-
 class Tile(types.Type):
-    """rows x cols vectors of sixteen float32 or int32."""
+    """rows x cols vectors of sixteen float32."""
 
-    def __init__(self, lanes, rows, cols):
-        self.lanes, self.rows, self.cols = lanes, rows, cols
-        super().__init__(name=f"tile_{lanes.name}_{rows}x{cols}")
+    def __init__(self, rows, cols):
+        self.rows, self.cols = rows, cols
+        super().__init__(name=f"tile_{rows}x{cols}")
+
+    @property
+    def ir(self):
+        return ir.ArrayType(V16F, self.rows * self.cols)
 
 
 @register_model(Tile)
 class TileModel(models.PrimitiveModel):
     def __init__(self, manager, tile):
-        super().__init__(manager, tile, ir.ArrayType(tile.lanes.ir, tile.rows * tile.cols))
+        super().__init__(manager, tile, tile.ir)
 
 
 def at(b, address, stride, index, offset=0):
@@ -54,7 +54,7 @@ def unpack(b, tile, value):
 
 
 def pack(b, tile, parts):
-    value = ir.Constant(ir.ArrayType(tile.lanes.ir, tile.rows * tile.cols), ir.Undefined)
+    value = ir.Constant(tile.ir, ir.Undefined)
     for r, c in cells(tile):
         value = b.insert_value(value, parts[r, c], r * tile.cols + c)
     return value
@@ -62,8 +62,8 @@ def pack(b, tile, parts):
 
 @primitive()
 def tile_zeros(context, rows, cols):
-    """A float32 tile of +0."""
-    tile = Tile(f32x16, rows.literal_value, cols.literal_value)
+    """A tile of +0."""
+    tile = Tile(rows.literal_value, cols.literal_value)
 
     def codegen(ctx, b, sig, args):
         return pack(b, tile, {cell: constant(V16F, 0.0) for cell in cells(tile)})
@@ -71,7 +71,7 @@ def tile_zeros(context, rows, cols):
     return tile(rows, cols), codegen
 
 
-FMA_OPERANDS = [types.int64] * 4  # x, bytes between rows of x, w, bytes between panels
+FMA_OPERANDS = [types.int64] * 4  # x, bytes between rows of x, w, bytes between columns of w
 
 
 def _outer(b, tile, parts, x, x_row, columns, offset):
@@ -82,36 +82,30 @@ def _outer(b, tile, parts, x, x_row, columns, offset):
             parts[r, c] = call(b, "llvm.fma.v16f32", V16F, [value, columns[c], parts[r, c]])
 
 
-def _fma_step(load_column):
-    def typer(_, tile, x, x_row, w, w_panel):
-        def codegen(ctx, b, sig, args):
-            value, x, x_row, w, w_panel = args
-            shape, parts = sig.args[0], unpack(b, sig.args[0], value)
-            columns = [load_column(b, at(b, w, w_panel, c)) for c in range(shape.cols)]
-            _outer(b, shape, parts, x, x_row, columns, 0)
-            return pack(b, shape, parts)
-
-        return tile(tile, *FMA_OPERANDS), codegen
-
-    return typer
-
-
 @primitive()
-def tile_fma_f32(context, tile, x, x_row, w, w_panel):
-    """tile[r, c] = fma(x[r], w[c], tile[r, c]): one step of the reduction, float32 weights."""
-    return _fma_step(lambda b, p: read(b, p, V16F, 64))(context, tile, x, x_row, w, w_panel)
-
-
-@primitive()
-def tile_store(context, tile, out, out_row, num_panels):
-    """Stores the first num_panels (at least 1) panels of a float32 tile: row r at out + r * out_row."""
+def tile_fma_f32(context, tile, x, x_row, w, w_column):
+    """tile[r, c] = fma(x[r], w[c], tile[r, c]): one step of the reduction over float32."""
 
     def codegen(ctx, b, sig, args):
-        value, out, out_row, num_panels = args
+        value, x, x_row, w, w_column = args
+        shape, parts = sig.args[0], unpack(b, sig.args[0], value)
+        columns = [read(b, at(b, w, w_column, c), V16F, 64) for c in range(shape.cols)]
+        _outer(b, shape, parts, x, x_row, columns, 0)
+        return pack(b, shape, parts)
+
+    return tile(tile, *FMA_OPERANDS), codegen
+
+
+@primitive()
+def tile_store(context, tile, out, out_row, num_cols):
+    """Stores the first num_cols (at least 1) columns of a tile: row r at out + r * out_row."""
+
+    def codegen(ctx, b, sig, args):
+        value, out, out_row, num_cols = args
         shape = sig.args[0]
         parts = unpack(b, shape, value)
         for c in range(shape.cols):
-            wanted = b.icmp_signed(">", num_panels, ir.Constant(I64, c))
+            wanted = b.icmp_signed(">", num_cols, ir.Constant(I64, c))
             with b.if_then(wanted, likely=True):
                 for r in range(shape.rows):
                     place = b.inttoptr(at(b, out, out_row, r, 64 * c), V16F.as_pointer())
@@ -123,8 +117,8 @@ def tile_store(context, tile, out, out_row, num_panels):
 
 @primitive()
 def tile_load(context, rows, cols, place, row_bytes):
-    """The float32 tile stored at a place, to go on with a reduction."""
-    tile = Tile(f32x16, rows.literal_value, cols.literal_value)
+    """The tile stored at a place, to go on with a reduction."""
+    tile = Tile(rows.literal_value, cols.literal_value)
 
     def codegen(ctx, b, sig, args):
         return pack(b, tile, {(r, c): read(b, at(b, args[2], args[3], r, 64 * c), V16F, 4) for r, c in cells(tile)})
@@ -133,7 +127,7 @@ def tile_load(context, rows, cols, place, row_bytes):
 
 
 @primitive()
-def tile_pairs(context, tile, x, x_row, w, w_panel, mask):
+def tile_pairs(context, tile, x, x_row, w, w_column, mask):
     """tile[r, c] = f(x0[r], w0[c], f(x1[r], w1[c], tile[r, c])) for bfloat16 pairs (x0, x1), (w0, w1): two steps.
 
     f = fma with denormals taken as zero and flushed. Where the target has an instruction for it, x is a pair; elsewhere
@@ -141,10 +135,11 @@ def tile_pairs(context, tile, x, x_row, w, w_panel, mask):
     """
 
     def codegen(ctx, b, sig, args):
-        value, x, x_row, w, w_panel, mask = args
-        shape, parts, native = sig.args[0], unpack(b, sig.args[0], value), targets.bf16_dot(ctx.codegen().magic_tuple())
+        value, x, x_row, w, w_column, mask = args
+        shape, parts = sig.args[0], unpack(b, sig.args[0], value)
+        native = targets.bf16_dot(ctx.codegen().magic_tuple())
         kept = splat(b, b.trunc(mask, I32), V16I)
-        columns = [b.and_(read(b, at(b, w, w_panel, c), V16I, 64), kept) for c in range(shape.cols)]
+        columns = [b.and_(read(b, at(b, w, w_column, c), V16I, 64), kept) for c in range(shape.cols)]
         (_dot_pairs if native else _fma_pairs)(b, shape, parts, x, x_row, columns)
         return pack(b, shape, parts)
 

@@ -65,7 +65,8 @@ def q8_0(s):
 def w_scales(s, i):
     """The weights' float16 scales of block i, as float32, for every panel."""
     start = s.b.mul(i, s.int(32))
-    return [halves_f32(s.b, moved(s.b, moved(s.b, place, start), 2 * first), s.lanes) for place, first in zip(s.scales, s.first)]
+    places = [moved(s.b, moved(s.b, place, start), 2 * first) for place, first in zip(s.scales, s.first)]
+    return [halves_f32(s.b, place, s.lanes) for place in places]
 
 
 def scale_add(s, acc, dots, scales, i):
@@ -139,7 +140,7 @@ def _q8_avx2_rows(s, i):
 # ---------------------------------------------------------------- 4 bits
 
 def q4_0(s):
-    """acc = fma(float(dot), w_scale * a_scale, acc), codes minus 8: the bias holds -128 * sum, so bias >> 4 is -8 * sum."""
+    """acc = fma(float(dot), w_scale * a_scale, acc), codes minus 8: bias is -128 * sum, so bias >> 4 is -8 * sum."""
 
     def block(i, acc):
         start = s.b.mul(i, s.int(256))

@@ -1,4 +1,4 @@
-"""Linear tiles of the K-quants: blocks of 256 weights with small integer scales, in the layouts of weights/pack_k.py."""
+"""Linear tiles of the K-quants: blocks of 256 weights with small integer scales, laid out as weights/pack_k.py says."""
 from lockstep.runtime.emit import bytes_f32, fma, halves_f32, moved, pinned, read, spread, spread4, vector, words
 from lockstep.runtime.simd import F32, I8, I32, call, constant, splat
 from lockstep.runtime.tiles_dots import WIDE, dots_u4, maddubs, maddwd, nibbles, scale_add
@@ -37,9 +37,12 @@ def q4_k(s):
 
 def _products(s, start, offset, small, small_offset):
     """A float16 for each feature, at start + offset, times a byte for each, for every panel."""
-    b = s.b
-    return [b.fmul(halves_f32(b, moved(b, moved(b, w, start), offset + 2 * first), s.lanes),
-                   bytes_f32(b, moved(b, moved(b, w, small), small_offset + first), s.lanes)) for w, first in zip(s.w, s.first)]
+    b, made = s.b, []
+    for w, first in zip(s.w, s.first):
+        half = halves_f32(b, moved(b, moved(b, w, start), offset + 2 * first), s.lanes)
+        byte = bytes_f32(b, moved(b, moved(b, w, small), small_offset + first), s.lanes)
+        made.append(b.fmul(half, byte))
+    return made
 
 
 def q6_k(s):
@@ -77,7 +80,7 @@ def _two_codes(s, low, high, half, first):
 
 
 def _zero_point(s, scale):
-    """Pairs of int16, -32 times the two scales: what codes 0..63 instead of -32..31 add too much for each activation."""
+    """Pairs of int16, -32 times the two scales: what codes 0..63 instead of -32..31 add too much per activation."""
     b = s.b
     both = b.or_(b.and_(scale[0], constant(s.ints, 0xFFFF)), b.shl(scale[1], constant(s.ints, 16)))
     return b.mul(words(b, both), constant(words(b, both).type, -32))
@@ -95,7 +98,8 @@ def _q6_wide(s, i, low, high, scale):
         products = [b.mul(v, scale[half]) for v in dots]
         totals = pinned(b, [b.add(t, v) for t, v in zip(totals, products)] if half else products)
     zero_point = _zero_point(s, scale)
-    return [PAIRS[s.how](b, t, zero_point, words(b, spread(b, s.sums(r, i), I32, s.lanes))) for r, t in enumerate(totals)]
+    sums = [words(b, spread(b, s.sums(r, i), I32, s.lanes)) for r in range(s.rows)]
+    return [PAIRS[s.how](b, total, zero_point, both) for total, both in zip(totals, sums)]
 
 
 def _pairs_vnni(b, acc, x, y):
@@ -125,7 +129,8 @@ def _q6_avx2(s, i, low, high, scale):
         for first in (0, 2):
             codes = _two_codes(s, low, high, half, first)
             for r in range(s.rows):
-                sums = [maddubs(b, codes[g], spread4(b, s.code(r, i, 16 * half + 4 * (first + g)), s.lanes)) for g in (0, 1)]
+                places = [s.code(r, i, 16 * half + 4 * (first + g)) for g in (0, 1)]
+                sums = [maddubs(b, code, spread4(b, place, s.lanes)) for code, place in zip(codes, places)]
                 totals[r] = b.add(totals[r], maddwd(b, b.add(*sums), words(b, twice)))
             totals = pinned(b, totals)
     return totals

@@ -1,14 +1,14 @@
-"""Linear layers as register tiles: rows of activations by panels of sixteen features, through all of K or a part of it.
+"""Linear layers as register tiles: rows of activations by panels of sixteen features, through all of K or a part.
 
-A tile is `rows` x `cols` vectors of `lanes` features; what fits the registers is the target's choice, and so is how dots
-are made. Each format is one function of a `Site`, which emits the loop over K and returns the accumulators.
+A tile is `rows` x `cols` vectors of `lanes` features; what fits the registers is the target's choice, and so is how
+dots are made. Each format is one function of a `Site`, which emits the loop over K and returns the accumulators.
 """
 from llvmlite import ir
 from numba import types
 
 from lockstep.runtime import targets
 from lockstep.runtime.emit import counted, dpbf16, fma, moved, pointer, prefetch, read, spread, vector, write
-from lockstep.runtime.simd import F16, F32, I1, I8, I32, I64, LANES, call, constant, primitive
+from lockstep.runtime.simd import F16, F32, I1, I8, I32, I64, LANES, constant, primitive
 from lockstep.runtime.tiles_dots import q4_0, q8_0
 from lockstep.runtime.tiles_k import q4_k, q6_k
 
@@ -16,10 +16,10 @@ from lockstep.runtime.tiles_k import q4_k, q6_k
 class Site:
     """Where a tile is emitted: its shape, the target's dot, and pointers to what it reads.
 
-    columns: for each vector of `lanes` features the number of its panel and its first feature there. x: a pointer to each
-    row; w, scales: to the panel of each column. The pointers do not change in the loop over K, so that an instruction
-    addresses by pointer, index and constant. start: what the accumulators hold at first. coming: for each panel whether
-    what comes next is wanted, and pointers to its codes and scales.
+    columns: for each vector of `lanes` features the number of its panel and its first feature there. x: a pointer to
+    each row; w, scales: to the panel of each column. The pointers do not change in the loop over K, so that an
+    instruction addresses by pointer, index and constant. start: what the accumulators hold at first. coming: for each
+    panel whether what comes next is wanted, and pointers to its codes and scales.
     """
 
     def __init__(self, b, magic, rows, columns, lanes, x, row, w, panel, scales, panel_scales, K):
@@ -182,7 +182,7 @@ def _store(s, panels, store):
 
 
 def begin(s, residual, out, out_row, resume):
-    """Takes up the sums of an earlier tile over the first part of K, if there was one; asks for the residual's lines."""
+    """Takes up the sums of an earlier tile over the first part of K, if there was one; prefetches the residual."""
     b, zeros = s.b, list(s.start.values())
     with b.if_then(b.icmp_signed("!=", residual, s.int(0))):
         for place in s.pointers(residual, out_row, range(s.rows)):
@@ -202,8 +202,10 @@ def begin(s, residual, out, out_row, resume):
 
 
 def look_ahead(s, panel, panel_scales, codes, scales, wanted):
-    """What comes next: panel p is asked for where bit p of `wanted` is set. One row needs no help, nor do targets whose
-    few rows are bound by arithmetic."""
+    """What comes next: panel p is asked for where bit p of `wanted` is set.
+
+    One row needs no help, nor do targets whose few rows are bound by arithmetic.
+    """
     if s.rows == 1 or s.lanes < LANES:
         return
     for p in sorted(set(s.panels)):
@@ -216,8 +218,8 @@ ADDRESSES = 15
 
 
 @primitive()
-def linear_tile(context, format, rows, cols, x, row, w, panel, scales, panel_scales, K, residual, out, out_row, panels, resume,
-                next_codes, next_scales, wanted):
+def linear_tile(context, format, rows, cols, x, row, w, panel, scales, panel_scales, K, residual, out, out_row, panels,
+                resume, next_codes, next_scales, wanted):
     """out = x W^T (+ residual) for literal rows x cols panels over K; residual is an address or 0.
 
     panel, panel_scales: bytes from one panel's codes and scales to the next's. Only the first `panels` of the cols

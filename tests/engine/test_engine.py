@@ -22,7 +22,8 @@ def engine(model):
     made = []
 
     def make(**options):
-        made.append(Engine(model, EngineOptions(**{"threads": 2, "max_requests": 3, "prompt_state_from": 0, **options})))
+        options = {"threads": 2, "max_requests": 3, "prompt_state_from": 0, **options}
+        made.append(Engine(model, EngineOptions(**options)))
         return made[-1]
 
     yield make

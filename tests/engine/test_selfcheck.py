@@ -1,5 +1,6 @@
 """The self-check passes on sound kernels, names the op on wrong ones, and leaves no kind of op out."""
 import json
+import re
 
 import pytest
 
@@ -33,7 +34,8 @@ def test_a_wrong_bit_in_any_kernel_is_refused_by_name(program):
     [probe] = selfcheck.probes(program)
     made = selfcheck.probe_model(probe, TABLE, True).rewritten(None, True)
     for kind, output in sorted({(op.kind, op.outputs.index(t)) for op, t in selfcheck.visible(made)}):
-        with pytest.raises(RuntimeError, match=f"op {kind.replace('+', '.')} gives other bits.*expected [0-9a-f]+, found"):
+        message = f"op {re.escape(kind)} gives other bits.*expected [0-9a-f]+, found"
+        with pytest.raises(RuntimeError, match=message):
             selfcheck.check(program, {**TABLE, kind: faulty(TABLE[kind], output)})
     chosen = [(op.kind, i, t.name) for op in made.ops[-2:] for i, t in enumerate(op.outputs)]
     for kind, output in [(kind, i) for kind, i, name in chosen if not name.endswith("scratch")]:

@@ -12,8 +12,9 @@ NAN_BYTES = 0xFF  # float32 and bf16 of all ones are NaN: what a kernel leaves u
 
 def weight(array, name="weight"):
     """A Weight made from an array (or an object with to_f32, shape and format)."""
-    part = array if hasattr(array, "to_f32") else StoredTensor(name, "f32", np.shape(array), np.asarray(array, np.float32))
-    return Weight(name, part.format, tuple(part.shape), (part,))
+    if not hasattr(array, "to_f32"):
+        array = StoredTensor(name, "f32", np.shape(array), np.asarray(array, np.float32))
+    return Weight(name, array.format, tuple(array.shape), (array,))
 
 
 def ragged_step(lengths=None, contexts=None, pages=None, **arrays):

@@ -21,7 +21,8 @@ class Batch:
         self.q_TD = rng.standard_normal((sum(lengths), H * K), np.float32)
         self.gate_TW = rng.standard_normal((sum(lengths), 2 * H * K + 5), np.float32)
 
-    def run(self, backend, num_threads=1, gated=False, rows=slice(None), lengths=None, contexts=None, requests=slice(None)):
+    def run(self, backend, num_threads=1, gated=False, rows=slice(None), lengths=None, contexts=None,
+            requests=slice(None)):
         """(out, stats); rows, lengths, contexts and requests choose a part of the batch."""
         H, G, K = self.shape
         step, _held = ragged_step(lengths or self.lengths, contexts or self.contexts, self.table[requests])
@@ -80,7 +81,7 @@ CASES = {
 
 
 def tolerance(batch):
-    """Rounding queries and weights to bfloat16 costs 2**-9 of each: of scores around 1 and values around 1 that is this."""
+    """Rounding queries and weights to bfloat16 costs 2**-9 of each: this, where scores and values are around 1."""
     return 0.012 if batch.bf16 else 5e-6
 
 
@@ -104,7 +105,8 @@ def test_chunks_give_the_same_bits_as_the_whole(window, num_threads, bf16):
     whole = batch.run(attention_cpu.CPU, num_threads)
     cuts = [0, 1, 2, 50, 63, 64, 65, 128, 200, 1023, 1024, 1025, 1100, 2047, 2049, 2060]
     for first, last in zip(cuts, cuts[1:]):
-        part = batch.run(attention_cpu.CPU, num_threads, rows=slice(first, last), lengths=[last - first], contexts=[last])
+        part = batch.run(attention_cpu.CPU, num_threads, rows=slice(first, last), lengths=[last - first],
+                         contexts=[last])
         for made, want in zip(part, whole):
             same_bits(made, want[first:last])
 
@@ -147,7 +149,8 @@ def test_gate(bf16):
     for made, want in zip(batch.run(attention_cpu.CPU, 2, gated=True), batch.run(attention.REFERENCE, gated=True)):
         same_bits(made, want)
     gate = batch.gate_TW[:, 5:].reshape(-1, 4, 2, 32)[:, :, 1].reshape(-1, 128).astype(np.float64)
-    assert np.abs(batch.run(attention_cpu.CPU, gated=True)[0] - batch.exact() / (1 + np.exp(-gate))).max() < tolerance(batch)
+    want = batch.exact() / (1 + np.exp(-gate))
+    assert np.abs(batch.run(attention_cpu.CPU, gated=True)[0] - want).max() < tolerance(batch)
 
 
 @pytest.mark.parametrize("bf16", [False, True])

@@ -120,8 +120,8 @@ def test_fused_norm_and_gate_equal_their_parts(kind):
         "o"
     ]
     for table in (activations_cpu.CPU, activations_cpu.PER_TOKEN):
-        fused = run_op(table[f"rms_norm+{kind}"], {"o": ("T", width(128), "i8")}, [x, w], num_threads=2, K=128, eps=1e-6,
-                       offset=1.0)["o"]
+        fused = run_op(table[f"rms_norm+{kind}"], {"o": ("T", width(128), "i8")}, [x, w], num_threads=2, K=128,
+                       eps=1e-6, offset=1.0)["o"]
         same_bits(fused, prepared(format, normed))
     gated = run_op(silu_mul.REFERENCE["silu_mul"], {"o": ("T", 64, "f32")}, [x], width=64)["o"]
     for table in (activations_cpu.CPU, activations_cpu.PER_TOKEN):

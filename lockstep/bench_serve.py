@@ -264,11 +264,12 @@ def _is_same(a, b):
 
 
 def spread(seconds):
-    """Mean, percentiles and largest of some seconds, in milliseconds: {name: number}; {} for none."""
+    """Mean, percentiles (the least that so many percent do not exceed) and largest of some seconds, in milliseconds:
+    {name: number}; {} for none."""
     if not len(seconds):
         return {}
     ms = np.asarray(seconds, np.float64) * 1e3
-    percentiles = {f"p{p}": float(np.percentile(ms, p)) for p in PERCENTILES}
+    percentiles = {f"p{p}": float(np.percentile(ms, p, method="inverted_cdf")) for p in PERCENTILES}
     return dict(mean=float(ms.mean()), **percentiles, max=float(ms.max()))
 
 

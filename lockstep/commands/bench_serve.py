@@ -22,8 +22,8 @@ def command(
     weights: Weights = "auto",
     kv_dtype: KvDtype = None,
     threads: Threads = None,
-    requests: Annotated[int, typer.Option(help="How many requests arrive.")] = 128,
-    rate: Annotated[float, typer.Option(help="Arrivals per second, at random moments (Poisson). 0: all at once.")] = 40,
+    requests: Annotated[int, typer.Option(help="How many requests arrive.")] = 192,
+    rate: Annotated[float, typer.Option(help="Arrivals per second, at random moments (Poisson). 0: all at once.")] = 80,
     burst: Annotated[int, typer.Option(help="Requests that arrive together.")] = 1,
     prompt: Annotated[str, typer.Option(metavar="MIN-MAX", help="Tokens of a prompt.")] = "32-512",
     output: Annotated[str, typer.Option(metavar="MIN-MAX", help="Tokens of an answer.")] = "16-64",
@@ -52,12 +52,14 @@ def command(
                max_requests=max_requests, max_step_tokens=max_step_tokens, kv_tokens=kv_tokens,
                prefix_cache=prefix_cache)
     _check_context(workload, llm.model)
+    visits = measure.prepare(llm.engine, workload)
     # no live display while it runs: another Python thread would delay steps
     print(f"lockstep: measuring {_arrivals(workload)}", file=sys.stderr)
-    measured = measure.measure(llm.engine, workload, concurrency)
+    measured = measure.measure(llm.engine, visits, concurrency)
     found = measure.plain(workload, measured) | dict(engine=_sizes(llm.engine, concurrency))
     if check:
-        found["check"] = dict(zip(("differing", "compared"), measure.differing(llm.engine, measured.visits, check_sample)))
+        different, count = measure.differing(llm.engine, visits, check_sample)
+        found["check"] = dict(differing=different, compared=count)
     llm.close()
     print(json.dumps(found)) if as_json else show(found, workload, Console())
     if plot:
@@ -110,7 +112,7 @@ def show(found, workload, console):
 
 def _headlines(w, e):
     prefix = f", {w.shared_prefix:,} more in front of each" if w.shared_prefix else ""
-    yield f"{_arrivals(w)}, seed {w.seed}"
+    yield f"{_arrivals(w)} (seed {w.seed})"
     yield f"prompts of {_between(w.prompt)} tokens{prefix}, answers of {_between(w.output)}"
     yield (f"engine: {e['threads']} threads; a step has up to {e['max_requests']} requests, {e['max_step_tokens']:,} "
            f"tokens")
@@ -185,14 +187,17 @@ def draw(measured, workload, path):
 def _draw_load(axis, measured):
     """Running and waiting requests, with the arrivals as strokes below them."""
     steps = measured.steps
-    at, ends = [s.started for s in steps], steps[-1].ended
-    for name, counts in (("running", [s.num_running for s in steps]), ("waiting", [s.num_waiting for s in steps])):
-        axis.step([*at, ends], [*counts, 0], where="post", color=COLOURS[name], linewidth=1, label=name)
+    at = [moment for s in steps for moment in (s.started, s.ended)]
+    for name, counts in (("running", [n for s in steps for n in (s.num_running, s.num_staying)]),
+                         ("waiting", [s.num_waiting for s in steps for _ in range(2)])):
+        axis.step(at, counts, where="post", color=COLOURS[name], linewidth=1, label=name)
     most = max(s.num_running + s.num_waiting for s in steps)
     axis.vlines([v.arrived for v in measured.visits], -0.09 * most, -0.03 * most, color="black", linewidth=0.6,
                 label="arrivals")
     axis.set_xlabel("seconds")
     axis.set_ylabel("requests")
+    axis.yaxis.get_major_locator().set_params(integer=True)
+    axis.set_yticks([tick for tick in axis.get_yticks() if 0 <= tick <= axis.get_ylim()[1]])
     axis.legend(frameon=False, fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
 
@@ -210,6 +215,7 @@ def _draw_latencies(axis, measured):
             axis.plot([known[f"p{p}"] for p in measure.PERCENTILES], [p / 100 for p in measure.PERCENTILES], "o",
                       color=COLOURS[name], markersize=4)
     axis.set_xscale("log")
+    axis.xaxis.set_major_formatter("{x:g}")
     axis.set_xlabel("milliseconds; dots: " + ", ".join(f"p{p}" for p in measure.PERCENTILES))
     axis.set_ylabel("share that came within")
     axis.legend(frameon=False, fontsize=8)

@@ -11,6 +11,7 @@ from rich.table import Table
 from lockstep import bench_serve as measure
 from lockstep.commands.bench import check_plot
 from lockstep.commands.options import KvDtype, ModelName, Threads, Weights, load
+from lockstep.commands.output import write
 from lockstep.ops.kv_cache import PAGE_TOKENS
 
 WIDTH = 80  # columns
@@ -61,7 +62,7 @@ def command(
         different, count = measure.differing(llm.engine, visits, check_sample)
         found["check"] = dict(differing=different, compared=count)
     llm.close()
-    print(json.dumps(found)) if as_json else show(found, workload, Console())
+    write(json.dumps(found) + "\n") if as_json else show(found, workload, Console())
     if plot:
         draw(measured, workload, plot)
     raise typer.Exit(1 if check and found["check"]["differing"] else 0)
@@ -136,7 +137,8 @@ def _throughput(found):
 
 def _latencies(found):
     names = ("mean", *(f"p{p}" for p in measure.PERCENTILES), "max")
-    table = Table("milliseconds", box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("milliseconds", no_wrap=True)
     for name in names:
         table.add_column(name, justify="right")
     rows = {"first token": "first_token_ms", "between tokens": "between_tokens_ms", "whole answer": "whole_answer_ms",
@@ -144,8 +146,12 @@ def _latencies(found):
     for label, key in rows.items():
         values = found[key]["ms"] if key == "steps" else found[key]
         if values:
-            table.add_row(label, *(f"{values[name]:,.2f}" for name in names))
+            table.add_row(label, *(_milliseconds(values[name]) for name in names))
     return table
+
+
+def _milliseconds(number):
+    return f"{number:,.2f}" if number < 1000 else f"{number:,.0f}"
 
 
 def _remarks(found):

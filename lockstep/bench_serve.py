@@ -239,8 +239,9 @@ def differing(engine, visits, sample):
     prefix cache; returns (ids of those whose tokens or log-probabilities differ in a bit, how many were run)."""
     chosen = [visits[i] for i in np.unique(np.linspace(0, len(visits) - 1, min(sample, len(visits))).astype(int))]
     tokens = max(visit.request.max_num_tokens for visit in chosen)
-    options = EngineOptions(engine.runner.limits.max_step_tokens, 1, max(PAGE_TOKENS, tokens), engine.team.num_threads, False)
-    alone = Engine(engine.model, options, None, engine.eos_ids)
+    options = EngineOptions(engine.runner.limits.max_step_tokens, max_requests=1, kv_tokens=max(PAGE_TOKENS, tokens),
+                            threads=engine.team.num_threads, prefix_cache=False)
+    alone = Engine(engine.model, options, eos_ids=engine.eos_ids)
     try:
         different = [visit.request.id for visit in chosen if not _is_same(visit.request, _answer(alone, visit.request))]
     finally:

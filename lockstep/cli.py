@@ -1,7 +1,7 @@
 """The command `lockstep`: finds the subcommand, runs it, and turns a user's mistake into one sentence and exit code 2.
 
-A subcommand is a module in `lockstep/commands` with a function `command`; `bench serve` is one, too, beside `bench`. Only the one that is asked for is imported,
-so that `lockstep --help` stays fast.
+A subcommand is a module in `lockstep/commands` with a function `command`; `bench serve`, too, is one of its own beside
+`bench`. Only the one that is asked for is imported, so that `lockstep --help` stays fast.
 """
 import importlib
 import importlib.util

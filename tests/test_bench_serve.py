@@ -38,7 +38,7 @@ def test_requests_depend_on_the_seed_only_and_keep_to_the_limits():
     assert made == Workload(**(vars(workload) | dict(rate=3.0, burst=7))).requests_of(50)
     assert made != Workload(**(vars(workload) | dict(seed=4))).requests_of(50)
     assert {len(ids) for ids, _ in made} == {8, 9, 10, 11} and {p.max_tokens for _, p in made} == {2, 3, 4}
-    assert {tuple(ids[:5]) for ids, _ in made} == {tuple(made[0][0][:5])} and len({tuple(ids[5:]) for ids, _ in made}) > 150
+    assert len({tuple(ids[:5]) for ids, _ in made}) == 1 and len({tuple(ids[5:]) for ids, _ in made}) > 150
     assert all(p.ignore_eos and p.temperature == 0.7 for _, p in made) and len({p.seed for _, p in made}) == 200
     assert max(i for ids, _ in made for i in ids) == 49 and workload.max_tokens == 15
 
@@ -145,7 +145,8 @@ def test_every_part_of_a_step_is_timed_and_the_engine_is_left_as_it_was():
     engine, steps, _ = drive([visit(i, 0.0, 1) for i in range(3)])
     first = steps[0]
     assert (first.started, first.scheduled, first.entered, first.left, first.ended) == (0.0, 0.125, 0.375, 0.875, 1.0)
-    assert (first.num_requests, first.num_tokens, first.num_running, first.num_waiting, first.num_staying) == (2, 2, 2, 1, 0)
+    assert (first.num_requests, first.num_tokens) == (2, 2)
+    assert (first.num_running, first.num_staying, first.num_waiting) == (2, 0, 1)
     assert "schedule" not in vars(engine.scheduler) and "run" not in vars(engine.runner.executor)
 
 
@@ -230,9 +231,9 @@ def test_preemptions_and_cache_hits_are_counted(llm):
 
 
 def test_a_request_that_can_never_run_is_refused_before_any_runs(llm):
-    with pytest.raises(ValueError, match="the KV cache holds 512 tokens"):
-        small = LLM(max_context=1200, max_requests=2, kv_tokens=512)
-        prepare(small.engine, Workload(prompt=(1000, 1000)))
+    workload = Workload(requests=20, rate=0.0, prompt=(1000, 1190), output=(50, 100))
+    with pytest.raises(ValueError, match="more than the context of 1200 tokens"):
+        prepare(llm.engine, workload)
     assert not llm.engine.has_work
 
 
@@ -267,7 +268,8 @@ def test_a_difference_is_exit_code_one(capsys, monkeypatch):
 
 @pytest.mark.parametrize(("args", "said"), [
     (["--prompt", "5-2"], "--prompt '5-2': expected MIN-MAX or one number"), (["--output", "x"], "--output 'x'"),
-    (["--prompt", "0-4"], "--prompt '0-4'"), (["--output", "4-"], "--output '4-'"), (["--rate", "nan"], "rate: expected"),
+    (["--prompt", "0-4"], "--prompt '0-4'"), (["--output", "4-"], "--output '4-'"),
+    (["--rate", "nan"], "rate: expected a number from 0"),
     (["--concurrency", "0"], "--concurrency"), (["--requests", "0"], "requests: expected a number from 1"),
     (["--prompt", "5000"], "together up to 5064 tokens, but the model's context is 4096"),
     (["--prompt", "300", "--kv-tokens", "128"], "the KV cache holds 128 tokens in all"),

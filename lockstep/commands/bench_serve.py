@@ -79,8 +79,8 @@ def _range(option, text):
 
 def _check_context(workload, model):
     if workload.max_tokens > model.max_context:
-        raise ValueError(f"--shared-prefix, --prompt and --output: together up to {workload.max_tokens} tokens, but the "
-                         f"model's context is {model.max_context}")
+        raise ValueError(f"--shared-prefix, --prompt and --output: together up to {workload.max_tokens} tokens, but "
+                         f"the model's context is {model.max_context}")
 
 
 def _sizes(engine, concurrency):
@@ -162,8 +162,8 @@ def _remarks(found):
     yield "preemptions", f"{counts['preempted']}; at most {steps['most_waiting']} requests waited"
     if found["num_held_back"]:
         yield "held back", f"{found['num_held_back']} requests found no place among the concurrent ones"
-    yield "steps", (f"{steps['count']:,} of {steps['mean_requests']:.1f} requests and {steps['mean_tokens']:.1f} tokens "
-                    f"on average; busy {steps['busy']:.0%}")
+    yield "steps", (f"{steps['count']:,} of {steps['mean_requests']:.1f} requests and {steps['mean_tokens']:.1f} "
+                    f"tokens on average; busy {steps['busy']:.0%}")
     share = steps["shares"]
     yield "host", (f"{steps['host_share']:.1%} of the steps' time (schedule {share['scheduling']:.1%}, build "
                    f"{share['building']:.1%}, take {share['taking']:.1%})")

@@ -8,6 +8,7 @@ import pytest
 from lockstep import LLM
 from lockstep.bench_serve import Driver, Measured, Step, Visit, Workload, differing, measure, plain, prepare, spread
 from lockstep.cli import main
+from lockstep.engine.engine import Engine
 from lockstep.engine.request import Request, SamplingParams
 
 SMALL = dict(requests=10, rate=0.0, prompt=(20, 90), output=(5, 12))
@@ -218,6 +219,21 @@ def test_one_changed_bit_or_token_is_found(llm):
     last.output_ids[1] ^= 1
     assert differing(llm.engine, visits, 3) == ([first.id, last.id], 3)
     assert differing(llm.engine, visits, 1) == ([first.id], 1)
+
+
+def test_alone_is_without_batch_mates_and_without_a_cache(llm, monkeypatch):
+    made = []
+
+    class Noted(Engine):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            made.append(self)
+
+    monkeypatch.setattr("lockstep.bench_serve.Engine", Noted)
+    visits = prepare(llm.engine, Workload(**SMALL | dict(requests=2)))
+    measure(llm.engine, visits)
+    differing(llm.engine, visits, 2)
+    assert [(e.runner.limits.max_requests, e.scheduler.prefix) for e in made] == [(1, None)]
 
 
 def test_preemptions_and_cache_hits_are_counted(llm):

@@ -1,7 +1,7 @@
 """The command `lockstep`: finds the subcommand, runs it, and turns a user's mistake into one sentence and exit code 2.
 
-A subcommand is a module in `lockstep/commands` with a function `command`. Only the one that is asked for is imported,
-so that `lockstep --help` stays fast.
+A subcommand is a module in `lockstep/commands` with a function `command`; `bench serve`, too, is one of its own beside
+`bench`. Only the one that is asked for is imported, so that `lockstep --help` stays fast.
 """
 import importlib
 import importlib.util
@@ -19,6 +19,7 @@ COMMANDS = {
     "chat": "Talk with a model.",
     "parity": "Show that every path of a model gives the same bits.",
     "bench": "Measure prefill and decode, A/B, and this machine's ceiling.",
+    "bench serve": "Drive arrivals against the engine, without HTTP; latencies and throughput.",
     "inspect": "Show a model's config, tensors, program and memory.",
 }
 # The base of all complaints about the command line; typer has no name for it.
@@ -28,7 +29,7 @@ CANNOT, INTERRUPTED = 2, 130
 
 def main(args=None):
     """Runs a command line; returns the exit code."""
-    args = (sys.argv[1:] if args is None else list(args)) or ["--help"]
+    args = _joined(sys.argv[1:] if args is None else list(args)) or ["--help"]
     # a terminal that cannot show a character shows another
     sys.stdout.reconfigure(errors="replace")
     try:
@@ -46,13 +47,18 @@ def main(args=None):
         return unread()
 
 
+def _joined(args):
+    """The arguments, with a command of two words as one of them."""
+    return [" ".join(args[:2]), *args[2:]] if " ".join(args[:2]) in COMMANDS else args
+
+
 def application(args):
     """The command line's parser: the subcommand that args ask for in full, the others by name only."""
     made = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True, help=_top.__doc__)
     made.callback()(_top)
     wanted = next((a for a in args if not a.startswith("-")), None)
     for name, summary in COMMANDS.items():
-        module = f"lockstep.commands.{name}"
+        module = f"lockstep.commands.{name.replace(' ', '_')}"
         if importlib.util.find_spec(module):
             function = importlib.import_module(module).command if name == wanted else _not_asked_for
             made.command(name, short_help=summary, help=function.__doc__ or summary)(function)

@@ -8,8 +8,8 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-ORDER = ("__main__", "cli", "commands", "bench", "describe", "ceiling", "parity", "serve", "engine", "models", "ptq",
-         "ops", "weights", "runtime")
+ORDER = ("__main__", "cli", "commands", "bench", "bench_serve", "describe", "ceiling", "parity", "serve", "engine",
+         "models", "ptq", "ops", "weights", "runtime")
 EXCEPTIONS = {
     ("runtime", "lockstep.ops.activations"),  # a rewrite knows how wide prepared rows are
 }

@@ -142,6 +142,9 @@ def draw(found, path):
         for axis, metric in zip(row, metrics):
             names = [n for n in engines if metric in engines[n]][::-1]
             values = [engines[n][metric] for n in names]
+            if not names:
+                axis.axis("off")
+                continue
             axis.barh(names, values, color=[colours[n.split()[0]] for n in names])
             axis.set_xlim(0, max(values) * 1.25)
             for i, value in enumerate(values):

@@ -192,10 +192,10 @@ def stack_memory(context, num_bytes):
 
 @primitive()
 def prefetch(context, address):
-    """Asks for the cache line at an address into the nearest cache; any address is allowed."""
+    """Asks for the cache line at an address into the second-level cache; any address is allowed."""
 
     def codegen(ctx, b, sig, args):
-        hints = [ir.Constant(I32, hint) for hint in (0, 3, 1)]  # a read, to stay near, of data
+        hints = [ir.Constant(I32, hint) for hint in (0, 2, 1)]  # a read, of data, not into the nearest cache
         call(b, "llvm.prefetch.p0", ir.VoidType(), [b.inttoptr(args[0], I8.as_pointer()), *hints])
         return ctx.get_dummy_value()
 

@@ -100,8 +100,7 @@ def attend_span(call, tile, span, each, step, keep, memory):
     """Adds the blocks of one span to the rows that see any of their keys.
 
     each, step: how many numbers of a reduction a step takes, one or two, and the step. While few rows work on a block's
-    keys, its values come from memory, and then the next block's keys: not to the nearest cache, which holds no more
-    than what is worked on.
+    keys, its values come from memory, and then the next block's keys.
     """
     first_block = max(first_key(call, tile.position), span * SPAN) // BLOCK
     last_block = min(tile.position + tile.tokens - 1, (span + 1) * SPAN - 1) // BLOCK

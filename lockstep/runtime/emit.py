@@ -51,9 +51,9 @@ def write(b, place, value, align=1):
     b.store(value, b.bitcast(place, value.type.as_pointer())).align = align
 
 
-def prefetch(b, place):
-    """Asks for the line at a pointer, which may point anywhere, into the nearest cache."""
-    hints = [ir.Constant(I32, hint) for hint in (0, 3, 1)]  # a read, to stay near, of data
+def prefetch(b, place, locality):
+    """Asks for the line at a pointer, which may point anywhere. locality: of `targets.prefetch_locality`."""
+    hints = [ir.Constant(I32, hint) for hint in (0, locality, 1)]  # a read, how near, of data
     call(b, "llvm.prefetch.p0", ir.VoidType(), [place, *hints])
 
 

@@ -6,6 +6,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
+from lockstep.runtime import targets
 from lockstep.runtime.simd import F32, I8, I32, I64, call, primitive
 
 IEEE, FLUSH = 0x1F80, 0x9FC0  # MXCSR: round to nearest, no traps; FLUSH adds flush-to-zero and denormals-are-zero
@@ -192,10 +193,11 @@ def stack_memory(context, num_bytes):
 
 @primitive()
 def prefetch(context, address):
-    """Asks for the cache line at an address into the second-level cache; any address is allowed."""
+    """Asks for the cache line at an address, which may be any; how near is the target's choice."""
 
     def codegen(ctx, b, sig, args):
-        hints = [ir.Constant(I32, hint) for hint in (0, 2, 1)]  # a read, of data, not into the nearest cache
+        locality = targets.prefetch_locality(ctx.codegen().magic_tuple())
+        hints = [ir.Constant(I32, hint) for hint in (0, locality, 1)]  # a read, how near, of data
         call(b, "llvm.prefetch.p0", ir.VoidType(), [b.inttoptr(args[0], I8.as_pointer()), *hints])
         return ctx.get_dummy_value()
 

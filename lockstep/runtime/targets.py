@@ -10,6 +10,9 @@ AVX_VNNI_CPUS = ("alderlake", "raptorlake", "meteorlake", "arrowlake", "lunarlak
                  "grandridge", "clearwaterforest", "gracemont")
 AVX2_CPUS = (*AVX512_CPUS, *AVX_VNNI_CPUS, "haswell", "core-avx2", "broadwell", "skylake", "znver", "bdver4",
              "x86-64-v3")
+# their nearest cache has 48 KB, the others' 32
+LARGE_NEAR_CACHE_CPUS = ("znver5", "icelake", "tigerlake", "rocketlake", "sapphirerapids", "emeraldrapids",
+                         "graniterapids", "alderlake", "raptorlake", "meteorlake", "arrowlake", "lunarlake", "pantherlake")
 DOTPROD_CPUS = ("neoverse", "apple-m", "apple-a13", "apple-a14", "apple-a15", "apple-a16", "apple-a17", "cortex-a76",
                 "cortex-a78", "cortex-x", "cortex-a710", "ampere1", "grace")
 
@@ -46,6 +49,12 @@ def bf16_dot(magic=None):
 def wide_registers(magic=None):
     """Whether a register holds sixteen lanes (and there are 32 of them)."""
     return _has("avx512f", AVX512_CPUS, magic)
+
+
+def prefetch_locality(magic=None):
+    """LLVM's number of the cache that weights and keys are asked into: 3, the nearest, where it has room for more than
+    what is worked on, else 2, the second (see studies/16-one-stream.md)."""
+    return 3 if (magic or target())[1].startswith(LARGE_NEAR_CACHE_CPUS) else 2
 
 
 def unsigned_weights(magic=None):

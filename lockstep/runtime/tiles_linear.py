@@ -32,7 +32,7 @@ class Site:
         self.x = self.pointers(x, row, range(rows))
         self.w, self.scales = self.pointers(w, panel, self.panels), self.pointers(scales, panel_scales, self.panels)
         self.start = {cell: constant(self.floats, 0.0) for cell in self.cells}
-        self.coming, self.ahead = [], 0
+        self.coming, self.ahead, self.near = [], 0, targets.prefetch_locality(magic)
 
     def int(self, value):
         return ir.Constant(I64, value)
@@ -69,14 +69,14 @@ class Site:
     def fetch(self, i, panel_bytes, scale_bytes):
         """Asks for the block that comes `ahead` after block i: arithmetic of more rows than one hides the stream of
         weights from the memory's own look-ahead."""
-        i = self.b.add(i, self.int(self.ahead // panel_bytes))
+        b, i = self.b, self.b.add(i, self.int(self.ahead // panel_bytes))
         for wanted, codes, scales in self.coming:
-            with self.b.if_then(wanted):
-                block = moved(self.b, codes, self.b.mul(i, self.int(panel_bytes)))
+            with b.if_then(wanted):
+                block = moved(b, codes, b.mul(i, self.int(panel_bytes)))
                 for line in range(0, panel_bytes, 64):
-                    prefetch(self.b, moved(self.b, block, line))
+                    prefetch(b, moved(b, block, line), self.near)
                 if scale_bytes:
-                    prefetch(self.b, moved(self.b, scales, self.b.mul(i, self.int(scale_bytes))))
+                    prefetch(b, moved(b, scales, b.mul(i, self.int(scale_bytes))), self.near)
 
     def blocks(self, size, body, panel_bytes=0, scale_bytes=0):
         """The accumulators after body(i, accumulators) for each of K / size blocks.
@@ -157,7 +157,7 @@ FORMATS = f32, f16, bf16, q8_0, q4_0, q4_k, q6_k
 F32_TILE, F16_TILE, BF16_TILE, Q8_0_TILE, Q4_0_TILE, Q4_K_TILE, Q6_K_TILE = range(7)
 
 
-AHEAD_BYTES = 4096  # of a single stream: what arrives while a block's latency passes
+AHEAD_BYTES = 8192  # of a single stream: what passes by in the time that memory takes to answer
 WHOLE_PANELS = 2  # so few rows leave registers for whole panels where these are more than one vector
 
 
@@ -191,7 +191,7 @@ def begin(s, residual, out, out_row, resume):
     with b.if_then(b.icmp_signed("!=", residual, s.int(0))):
         for place in s.pointers(residual, out_row, range(s.rows)):
             for p in sorted(set(s.panels)):
-                prefetch(b, moved(b, place, 64 * p))
+                prefetch(b, moved(b, place, 64 * p), s.near)
     with b.if_else(b.icmp_signed("!=", resume, s.int(0))) as (then, otherwise):
         with then:
             outs = s.pointers(out, out_row, range(s.rows))

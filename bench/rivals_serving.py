@@ -1,9 +1,9 @@
-"""Many requests at once: Lockstep beside other engines on this machine, in processes that take turns; medians and ratios.
+"""Many requests at once: Lockstep beside other engines, in processes that take turns; medians and ratios.
 
     python bench/rivals_serving.py PEERS_SCRIPTS PEERS_DIR --model qwen3-0.6b --requests 4,8,32 --rounds 3
 
-PEERS_SCRIPTS and PEERS_DIR: as for rivals.py; PEERS_DIR has the peers' environments and a folder `models`. Throughput is
-of generated tokens, with the prompts' work in the time; TTFT is the time from the arrival of all to a request's first token.
+PEERS_SCRIPTS: as for rivals.py; PEERS_DIR has the peers' environments and a folder `models`. Throughput is of generated
+tokens, with the prompts' work in the time; TTFT is the time from the arrival of all to a request's first token.
 """
 import argparse
 import json
@@ -28,8 +28,8 @@ def measure(name, a, requests):
     venv, model = PEERS[name]
     python = sys.executable if venv is None else a.peers / venv / "bin" / "python"
     command = [python, Path(__file__).with_name("serving_peers.py"), name, a.peers / "models" / model.format(a.model),
-               "--requests", str(requests), "--tokens", str(a.tokens), "--longest", str(a.longest), "--runs", str(a.runs),
-               "--scripts", a.scripts]
+               "--requests", str(requests), "--tokens", str(a.tokens), "--longest", str(a.longest),
+               "--runs", str(a.runs), "--scripts", a.scripts]
     own = {} if venv is None else VARIABLES
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **own}, timeout=900)
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

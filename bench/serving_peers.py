@@ -2,9 +2,9 @@
 
     python bench/serving_peers.py lockstep|vllm|openvino|llama.cpp MODEL --requests 8 [--scripts PEERS_SCRIPTS]
 
-All requests arrive together; an engine batches them as it likes. Every engine gets the same prompts, generates the same
-number of tokens greedily and may take 512 tokens a step. llama.cpp has batches but no scheduler in its library, so it gets
-this project's rule: one token for each running answer, then chunks of prompts.
+All requests arrive together; an engine batches them as it likes. Every engine gets the same prompts, generates the
+same number of tokens greedily and may take 512 tokens a step. llama.cpp has batches but no scheduler in its library,
+so it gets this project's rule: one token for each running answer, then chunks of prompts.
 """
 import argparse
 import json
@@ -47,12 +47,13 @@ class Vllm:
         from vllm import LLM, SamplingParams
 
         self.params, self.count = SamplingParams, 0
-        self.engine = LLM(model=path, skip_tokenizer_init=True, dtype="bfloat16", max_model_len=room, max_num_seqs=num_requests,
-                          max_num_batched_tokens=max(STEP_TOKENS, room), enable_prefix_caching=False,
-                          disable_log_stats=True).llm_engine
+        self.engine = LLM(model=path, skip_tokenizer_init=True, dtype="bfloat16", max_model_len=room,
+                          max_num_seqs=num_requests, max_num_batched_tokens=max(STEP_TOKENS, room),
+                          enable_prefix_caching=False, disable_log_stats=True).llm_engine
 
     def run(self, prompts, tokens):
-        params, started, first = self.params(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False), now(), {}
+        params = self.params(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False)
+        started, first = now(), {}
         for prompt in prompts:
             self.count += 1
             self.engine.add_request(str(self.count), {"prompt_token_ids": prompt}, params)

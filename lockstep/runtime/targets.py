@@ -12,7 +12,8 @@ AVX2_CPUS = (*AVX512_CPUS, *AVX_VNNI_CPUS, "haswell", "core-avx2", "broadwell", 
              "x86-64-v3")
 # their nearest cache has 48 KB, the others' 32
 LARGE_NEAR_CACHE_CPUS = ("znver5", "icelake", "tigerlake", "rocketlake", "sapphirerapids", "emeraldrapids",
-                         "graniterapids", "alderlake", "raptorlake", "meteorlake", "arrowlake", "lunarlake", "pantherlake")
+                         "graniterapids", "alderlake", "raptorlake", "meteorlake", "arrowlake", "lunarlake",
+                         "pantherlake")
 DOTPROD_CPUS = ("neoverse", "apple-m", "apple-a13", "apple-a14", "apple-a15", "apple-a16", "apple-a17", "cortex-a76",
                 "cortex-a78", "cortex-x", "cortex-a710", "ampere1", "grace")
 

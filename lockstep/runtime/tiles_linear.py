@@ -226,8 +226,8 @@ ADDRESSES = 15
 
 
 @primitive()
-def linear_tile(context, format, rows, cols, at_once, num_rows, x, row, w, panel, scales, panel_scales, K, residual, out,
-                out_row, panels, resume, next_codes, next_scales, wanted):
+def linear_tile(context, format, rows, cols, at_once, num_rows, x, row, w, panel, scales, panel_scales, K, residual,
+                out, out_row, panels, resume, next_codes, next_scales, wanted):
     """out = x W^T (+ residual) for num_rows rows (of the literal tuple `rows`) by cols panels, over K.
 
     at_once: panels that are worked on together; the others follow. residual: an address or 0. panel, panel_scales:

@@ -57,16 +57,19 @@ class LLM:
     "f32", "bf16", "q8_0" or "q4_0". kv_dtype: "bf16" or "f32". ops: swaps of the op table, such as
     {"linear": "reference"}. progress: called with (what, done, total) while weights are packed. prefix_cache: whether
     requests use what earlier ones computed for the same first tokens; cache_dir: a folder of at most cache_dir_bytes
-    that keeps it across restarts. Raises ValueError, in one sentence, for a model that cannot be loaded.
+    that keeps it across restarts. needs_chat: refuse a model without a chat template. Raises ValueError, in one
+    sentence, for a model that cannot be loaded.
     """
 
     def __init__(self, model=None, *, weights="auto", kv_dtype=None, max_context=None, max_step_tokens=512,
                  max_requests=16, kv_tokens=None, threads=None, ops=None, progress=None, prefix_cache=True,
-                 cache_dir=None, cache_dir_bytes=8 << 30):
+                 cache_dir=None, cache_dir_bytes=8 << 30, needs_chat=False):
         self.path = resolve_model(model)
-        checkpoint = open_checkpoint(self.path)
+        self._checkpoint = checkpoint = open_checkpoint(self.path)
+        if needs_chat and not (self.has_tokenizer and self.tokenizer.has_chat_template):
+            raise ValueError(f"{model or 'the bundled model'}: has no chat template, so it can only continue text "
+                             f"(lockstep generate); pass a chat model, such as Qwen/Qwen3-0.6B")
         self.model = load_model(checkpoint, PackedStore(checkpoint, progress), weights, kv_dtype, max_context)
-        self._checkpoint = checkpoint
         options = EngineOptions(max_step_tokens, max_requests, kv_tokens, threads, prefix_cache, cache_dir=cache_dir,
                                 cache_dir_bytes=cache_dir_bytes)
         reader = (lambda: Detokenizer(self.tokenizer)) if self.has_tokenizer else None

@@ -144,16 +144,17 @@ def search(logits, V, maxima, first, temperature, largest, weighted, wanted, tot
 def even_digits(logits, temperature, largest):
     """The first round's digits: they never fall as the logit rises, and what weighs nothing has digit 0."""
     below = (largest - logits / temperature) * DIGITS_PER_UNIT
-    return to_i32(TOP_DIGIT - minimum(maximum(below, ZERO), TOP_DIGIT))
+    return to_i32(TOP_DIGIT - minimum(below, TOP_DIGIT))
 
 
 @inlined
 def lowest_key(digit, temperature, largest):
-    """The lowest sort key with at least this digit in the first round, one above all for a digit that there is not."""
+    """The lowest sort key with at least this digit in the first round; one above all for a digit that there is not."""
     low, high = int64(0), int64(1 << 32)
     while low < high:
         middle = (low + high) // 2
-        if int64(even_digits(from_key(middle), temperature, largest)) < digit:
+        logit = from_key(middle)
+        if logit / temperature <= largest and int64(even_digits(logit, temperature, largest)) < digit:
             low = middle + 1
         else:
             high = middle

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from lockstep.engine import selfcheck
 from lockstep.engine.answer_text import AnswerText
+from lockstep.engine.embedding import Pool
 from lockstep.engine.memory import Memory
 from lockstep.engine.prefix import PrefixCache, model_identity
 from lockstep.engine.prefix_disk import DiskStore
@@ -127,6 +128,8 @@ class Engine:
         self._check(prompt_ids, params)
         made = [Request(next(self._ids), list(prompt_ids), p, priority=priority, cache_salt=cache_salt)
                 for p in samples(params)]
+        if params.pooling is not None:
+            made[0].pool = Pool(params.pooling, len(prompt_ids))
         self.scheduler.check(made[0])
         if self.scheduler.prefix:  # here, so that a long prompt is hashed in its own client's thread
             names = self.scheduler.prefix.names(made[0], len(prompt_ids) // PAGE_TOKENS)
@@ -158,7 +161,7 @@ class Engine:
         return bool(self.scheduler.running or self.scheduler.waiting)
 
     def step(self):
-        """Runs one step; returns the requests that got a token or failed."""
+        """Runs one step; returns the requests that got a token or their embedding, or failed."""
         plan, spans, changed = [], [], []
         for request, count in within_rows(self.scheduler.schedule(), self.runner.limits.max_sampled):
             try:
@@ -169,9 +172,16 @@ class Engine:
         if not spans:
             return changed
         tokens, logprobs, _ = self.runner.step(spans)
-        row = 0
+        row = hidden_row = 0
         for (request, count), span in zip(plan, spans):
             self.scheduler.computed(request, count)
+            if request.pool is not None:
+                request.pool.take(self.runner.hidden(hidden_row, len(span.embedded)))
+                hidden_row += len(span.embedded)
+                if request.num_left == 0:
+                    self.finish(request, "embedded")
+                    changed.append(request)
+                continue
             row = take_prompt_rows(request, span, row, self.runner, logprobs)
             if request.num_left == 0:
                 self._take_token(request, int(tokens[row]), float(logprobs[row]), row)
@@ -182,7 +192,8 @@ class Engine:
     def _span(self, request, count):
         start, end = request.num_computed, request.num_computed + count
         sampled = sampled_rows(request, start, end, self.eos_ids, self.model.config.vocab_size)
-        return Span(request.token_ids(start, end), start, request.pages, request.slot, sampled)
+        embedded = request.pool.rows(start, end) if request.pool is not None else range(0)
+        return Span(request.token_ids(start, end), start, request.pages, request.slot, sampled, embedded)
 
     def _take_token(self, request, token, logprob, row):
         p = request.params
@@ -224,7 +235,7 @@ class Engine:
         return made | (prefix.report() if prefix else {})
 
     def finish(self, request, reason):
-        """Ends a running request for a reason ("stop", "length" or "error")."""
+        """Ends a running request for a reason ("stop", "length", "embedded" or "error")."""
         if request.answer is not None:
             request.answer.finish()
         request.finish_reason = reason

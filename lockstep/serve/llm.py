@@ -2,6 +2,8 @@
 import functools
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.model import load_model
 from lockstep.engine.request import SamplingParams
@@ -140,6 +142,20 @@ class LLM:
             for request in self.engine.step():
                 by_id[request.id].advance()
         return [_completion(*streams) for streams in started]
+
+    def embed(self, prompts, pooling="last", normalize=True):
+        """Embeddings of prompts (strings or lists of token ids), float32 [prompts, D], the same bits in any company.
+
+        Each comes from the hidden states after the model's final norm: the last token's ("last"), or the mean over all
+        tokens ("mean"). normalize: to length 1. ValueError for a prompt that cannot run.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        params = SamplingParams(pooling=pooling)
+        started = self._start_all(prompts, [params] * len(prompts))
+        while self.engine.has_work:
+            self.engine.step()
+        made = [streams[0].request.pool.embedding(normalize) for streams in started]
+        return np.stack(made) if made else np.zeros((0, self.model.config.hidden_size), np.float32)
 
     def _start_all(self, prompts, each):
         """Starts every prompt's samples, or none if one prompt is refused."""

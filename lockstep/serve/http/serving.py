@@ -33,10 +33,10 @@ class Server(uvicorn.Server):
     """A server of an application and its Service. The first signal drains it, the second ends it at once."""
 
     def __init__(self, app, service):
-        config = uvicorn.Config(app, loop="asyncio", http=bounded_protocol(service.limits), ws="none", lifespan="on",
-                                log_config=None, log_level="error", access_log=False, server_header=False, backlog=BACKLOG,
-                                timeout_keep_alive=IDLE_SECONDS, timeout_graceful_shutdown=LAST_SECONDS)
-        super().__init__(config)
+        quiet = dict(log_config=None, log_level="error", access_log=False, server_header=False)
+        times = dict(timeout_keep_alive=IDLE_SECONDS, timeout_graceful_shutdown=LAST_SECONDS)
+        super().__init__(uvicorn.Config(app, loop="asyncio", http=bounded_protocol(service.limits), ws="none",
+                                        lifespan="on", backlog=BACKLOG, **quiet, **times))
         self._service, self._drained_by = service, None
 
     def handle_exit(self, sig, frame):

@@ -2,7 +2,6 @@
 import asyncio
 import time
 
-from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 
 from lockstep.engine.async_engine import batches
@@ -19,9 +18,9 @@ class Job:
     """
 
     def __init__(self, service, scope, receive):
-        self.service, self.scope, self.headers, self._receive = service, scope, Headers(scope=scope), receive
+        self.service, self.scope, self._receive = service, scope, receive
         self.streams, self.requests, self._prompts = [], [], []
-        self.num_sequences, self.num_queued_tokens, self.num_bytes = 1, 0, 0
+        self.num_sequences, self.num_queued_tokens = 1, 0
         self._ended_by, self._watcher, self._began = None, None, time.monotonic()
         self._last_tokens = None
 
@@ -34,19 +33,15 @@ class Job:
 
     async def read(self, fields):
         """The body, checked against a model of its fields. From then on the socket is watched."""
-        raw = await body.read_body(self._receive, self.headers, self.service)
+        raw = await body.read(self._receive, self.service.limits.body_seconds)
         self._watcher = asyncio.create_task(self._watch())
-        value = await self._beside(len(raw) > body.INLINE_BYTES, body.parse, raw, self.service.limits.max_depth)
-        return body.check(fields, value)
+        return await body.checked(self.service, fields, raw)
 
     async def offload(self, function, *args):
         """Runs a function in a worker thread, see `Service.offload`; raises if the request ended meanwhile."""
         made = await self.service.offload(function, *args)
         self._go_on()
         return made
-
-    async def _beside(self, is_long, function, *args):
-        return await self.offload(function, *args) if is_long else function(*args)
 
     async def _watch(self):
         while (await self._receive())["type"] != "http.disconnect":

@@ -5,7 +5,7 @@ import pathlib
 from starlette.responses import Response
 from starlette.routing import Route
 
-from lockstep.serve.http.encode import json_response
+from lockstep.serve.http.encode import to_json
 
 FOLDER = pathlib.Path(__file__).resolve().parent.parent / "page"
 TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8",
@@ -22,9 +22,10 @@ FILES = {("/" if path.name == "index.html" else f"/page/{path.name}"): path for 
 def routes(service):
     """The routes of this module."""
     async def figures(request):
-        return json_response(shown(service), headers={"cache-control": "no-store"})
+        return Response(to_json(shown(service)), headers={"cache-control": "no-store"}, media_type="application/json")
 
-    return [*(Route(where, File(path)) for where, path in FILES.items()), Route("/page/figures", figures)]
+    files = [Route(where, File(path), methods=["GET"]) for where, path in FILES.items()]
+    return [*files, Route("/page/figures", figures)]
 
 
 def shown(service):

@@ -52,9 +52,7 @@ async function refusal(response) {
   const said = await response.json().then(body => body.error.message, () => `it answered ${response.status}`);
   const seconds = response.headers.get("retry-after");
   const when = seconds ? ` Try again in ${seconds} s.` : "";
-  const before = { 401: "This server wants an API key.", 429: "Too much is going on here." }[response.status];
-  return new Refusal(`${before ?? sentence(said)}${before && response.status !== 401 ? " " + sentence(said) : ""}${when}`,
-    response.status);
+  return new Refusal(response.status === 401 ? "This server wants an API key." : sentence(said) + when, response.status);
 }
 
 function headers(key) {

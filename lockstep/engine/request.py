@@ -154,6 +154,7 @@ class Request:
     priority: int = 0  # the lower goes first; then whoever came first
     cache_salt: str = ""  # only requests with the same salt share cached prefixes
     num_preemptions: int = 0
+    num_cached: int = 0  # tokens of the prompt that the prefix cache had when it was first admitted
     # what the prefix cache knows: names of full blocks, how many of its pages have theirs, where a known prefix ends
     # that has no state, the newest kept state of its output, the names of blocks that it is the first to compute, and
     # that of a block for which it waits

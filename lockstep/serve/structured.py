@@ -5,16 +5,20 @@ A user's grammar is a program of a stranger, so its size, its nesting, the time 
 mask are all bounded.
 """
 import json
+import math
+import re
 import threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
+from fractions import Fraction
 
 import llguidance
 import numpy as np
 
 MAX_GRAMMAR_BYTES = 256 << 10
 MAX_NESTING = 64
+MAX_MULTIPLES = 10_000  # product of a schema's different multipleOf: the automaton has that many states
 MAX_KEPT, MAX_KEPT_BYTES = 64, 4 << 20
 COMPILE_SECONDS = 5.0
 MAX_SAMPLES = 128  # as many as one request may have
@@ -29,13 +33,15 @@ def json_schema(schema, strict=True):
 
     strict: a keyword that cannot be enforced is an error; otherwise it is ignored, and oneOf is read as anyOf.
     """
-    return llguidance.LLMatcher.grammar_from_json_schema(_dump(with_options(schema, strict)))
+    return llguidance.LLMatcher.grammar_from_json_schema(dump(with_options(schema, strict)))
 
 
 def with_options(schema, strict=True):
     """The schema with how llguidance is to read it; for `%json` inside a Lark grammar."""
     if not isinstance(schema, dict):
-        raise ValueError(f"JSON schema: expected an object, got {_dump(schema)[:80]}")
+        raise ValueError(f"JSON schema: expected an object, got {schema!r:.80}")
+    check_nesting(schema)
+    check_multiples(schema)
     options = dict(whitespace_pattern=JSON_WHITESPACE, lenient=not strict, coerce_one_of=not strict)
     return {**schema, "x-guidance": options}
 
@@ -54,7 +60,24 @@ def regex(pattern):
 def lark(text):
     """A grammar in llguidance's variant of Lark; its rule `start` is the answer."""
     _check_bytes(_string("Lark grammar", text))
-    return llguidance.LLMatcher.grammar_from_lark(text)
+    for begin in re.finditer(r"%json\s*", text):
+        check_multiples(_json_at(text, begin.end()))
+    return json.dumps({"grammars": [{"lark_grammar": text}]})
+
+
+def behind(head, grammar):
+    """A grammar behind the rules `head` of a Lark grammar, whose rule `head` says what comes first."""
+    first, *others = json.loads(grammar)["grammars"]
+    top = {"lark_grammar": f"start: head @answer\n{head}"}
+    return json.dumps({"grammars": [top, {**first, "name": "answer"}, *others]})
+
+
+def _json_at(text, start):
+    """The JSON value in a text from here on."""
+    try:
+        return json.JSONDecoder().raw_decode(text, start)[0]
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"Lark grammar: expected JSON after %json ({str(error)[:80]})") from None
 
 
 def choice(options):
@@ -142,7 +165,13 @@ class Vocabulary:
         self.special_token_ids = sorted(i for i in tokenizer.special_ids if i < vocab_size)
 
     def __call__(self, text):
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        """Token ids whose bytes are exactly those of a text; none if the tokenizer cannot give such."""
+        for marked in (text, "\n" + text):  # some tokenizers put a space before the first word, so before the mark
+            ids = self._tokenizer.encode(marked, add_special_tokens=False)
+            for skipped in range(min(4, len(ids))):
+                if b"".join(map(self._tokenizer.token_bytes, ids[skipped:])) == text.encode():
+                    return ids[skipped:]
+        return []
 
 
 class TokenMask:
@@ -206,9 +235,8 @@ def _check(matcher):
         raise ValueError(f"grammar: {matcher.get_error().replace('<non-verbose/>', '').strip()[:500]}")
 
 
-def _dump(value):
-    """JSON text of a schema, whose nesting and size are bounded."""
-    check_nesting(value)
+def dump(value):
+    """JSON text of a schema, whose size is bounded."""
     text = json.dumps(value)
     _check_bytes(text)
     return text
@@ -221,6 +249,17 @@ def check_nesting(value, what="JSON schema"):
         depth += 1
         if depth > MAX_NESTING:
             raise ValueError(f"{what}: nested more than {MAX_NESTING} deep")
+
+
+def check_multiples(schema):
+    """ValueError if a schema's multipleOf are so many or large that compiling them would take long."""
+    level, found = [schema], set()
+    while level:
+        found |= {Fraction(str(v["multipleOf"])).numerator for v in level
+                  if isinstance(v, dict) and type(v.get("multipleOf")) in (int, float)}
+        level = [child for v in level for child in _children(v)]
+    if math.prod(map(abs, found)) > MAX_MULTIPLES:
+        raise ValueError(f"JSON schema: multipleOf: at most {MAX_MULTIPLES} can be enforced, as the product of all")
 
 
 def _children(value):

@@ -38,8 +38,9 @@ class TokenStream:
 
     @property
     def finish_reason(self):
-        """"stop", "length", "error" or "cancelled"; None while it runs."""
-        return self.request.finish_reason if self._ended else None
+        """"stop", "length", "error" or "cancelled"; None until the last token was read."""
+        with self._ready:
+            return self.request.finish_reason if self._ended and not self._tokens else None
 
     def cancel(self):
         """Ends the request before the engine's next step. Any thread may call this, at any time."""
@@ -114,14 +115,15 @@ class TokenStream:
 
 
 async def batches(streams):
-    """Reads many streams at once: yields [(number of the stream, [Token, ...]), ...] until all have ended."""
+    """Reads many streams at once: yields lists of (number of the stream, its new Tokens, its finish_reason), which is
+    None before its last tokens, until all have ended."""
     left, loop = dict(enumerate(streams)), asyncio.get_running_loop()
     while left:
         woken, found, ended = loop.create_future(), [], []
         for number, stream in left.items():
             tokens = stream.take(woken)
             if tokens:
-                found.append((number, tokens))
+                found.append((number, tokens, stream.finish_reason))
             elif tokens is None:
                 ended.append(number)
         for number in ended:

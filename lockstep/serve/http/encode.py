@@ -1,6 +1,8 @@
 """Values as JSON bytes."""
 import json
 
+from starlette.responses import Response
+
 _encoder = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 
 
@@ -12,3 +14,8 @@ def to_text(value):
 def to_json(value):
     """The same as bytes."""
     return _encoder.encode(value).encode("ascii")
+
+
+def json_response(value, status=200):
+    """A value, or its JSON as bytes, as a response."""
+    return Response(value if isinstance(value, bytes) else to_json(value), status, media_type="application/json")

@@ -62,6 +62,8 @@ class Job:
         """
         num_sequences = sum(params.n for _, params in prompts)
         self._check_sequences(len(prompts), num_sequences)
+        for ids, params in prompts:
+            self._check_context(len(ids), params.max_tokens)
         self.service.admit(self, num_sequences, sum(len(ids) * params.n for ids, params in prompts))
         self._prompts = prompts
         await self.offload(self._submit, prompts, cache_salt)
@@ -81,8 +83,17 @@ class Job:
             raise bad_request(f"n: expected at most {limits.max_sequences} samples of all prompts together, got "
                               f"{num_sequences}", "n")
 
+    def _check_context(self, num_prompt, max_tokens):
+        limit = self.service.llm.model.max_context
+        if num_prompt + max_tokens > limit:
+            raise bad_request(f"the prompt has {num_prompt} tokens and max_tokens is {max_tokens}, together more than "
+                              f"the context of {limit} tokens", "prompt", "context_length_exceeded")
+
     async def tokens(self):
-        """Yields [(number of the sequence, [Token, ...]), ...] whenever a step brought some, until all have ended."""
+        """Yields lists of (number of a sequence, its new Tokens, its finish_reason) whenever a step brought some.
+
+        finish_reason is None before a sequence's last tokens. A sequence that failed raises ApiError 400 at the end.
+        """
         async for found in batches(self.streams):
             self._go_on()
             self._note(found)
@@ -100,7 +111,7 @@ class Job:
     def _note(self, found):
         """Metrics of a step's tokens; with the first of them the prompts no longer wait."""
         now, metrics = time.monotonic(), self.service.metrics
-        count = sum(len(tokens) for _, tokens in found)
+        count = sum(len(tokens) for _, tokens, _ in found)
         metrics.generated_tokens += count
         if self._last_tokens is None:
             metrics.first_token.add(now - self._began)

@@ -25,7 +25,7 @@ class Limits:
     max_logit_bias: int = 1024
     max_queued: int = 256
     max_queued_tokens: int = 1 << 18
-    max_offloaded: int = 64  # calls that wait for a worker, such as prompts to be tokenized
+    max_offloaded: int = 64  # calls that may wait for a worker before /tokenize and the like are refused
     offload_seconds: float = 20.0
     body_seconds: float = 30.0
     request_seconds: float = 600.0

@@ -1,8 +1,7 @@
 """/v1/models: the one model that there is."""
-from starlette.responses import Response
 from starlette.routing import Route
 
-from lockstep.serve.http.encode import to_json
+from lockstep.serve.http.encode import json_response
 from lockstep.serve.http.errors import ApiError
 
 
@@ -24,8 +23,3 @@ def described(service):
         raise ApiError(503, "the model is still loading", code="loading", retry_after=1)
     return dict(id=service.model_name, object="model", created=service.created, owned_by="lockstep",
                 max_model_len=service.llm.model.max_context, system_fingerprint=service.fingerprint)
-
-
-def json_response(value, status=200):
-    """A value as a JSON response."""
-    return Response(to_json(value), status, media_type="application/json")

@@ -96,6 +96,11 @@ class Service:
         """Sequences that may run and wait together."""
         return self.llm.engine.scheduler.limits.max_requests + self.limits.max_queued
 
+    def check_workers(self):
+        """ApiError 429 if too much waits for a worker. For routes that are not admitted as sequences are."""
+        if self._num_offloaded >= self.limits.max_offloaded:
+            raise self._full("workers_busy", f"{self._num_offloaded} requests wait to be prepared")
+
     def admit(self, job, num_sequences, num_tokens):
         """Counts a request's sequences and prompt tokens from now on. ApiError 429 if they are too many to wait."""
         others = self.num_sequences - job.num_sequences
@@ -136,11 +141,9 @@ class Service:
     async def offload(self, function, *args):
         """Runs a function in a worker thread; returns what it does.
 
-        A ValueError becomes ApiError 400. ApiError 429 if too many calls wait, 503 if it takes too long (it then goes
-        on without anybody waiting for it, so it must be bounded in itself, too).
+        A ValueError becomes ApiError 400. ApiError 503 if it takes too long: it then goes on without anybody waiting
+        for it, so it must be bounded in itself, too.
         """
-        if self._num_offloaded >= self.limits.max_offloaded:
-            raise self._full("workers_busy", f"{self._num_offloaded} requests wait to be prepared")
         self._num_offloaded += 1
         running = asyncio.get_running_loop().run_in_executor(self._workers, function, *args)
         running.add_done_callback(self._offloaded)

@@ -3,7 +3,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 from starlette.routing import Route
 
-from lockstep.serve.http.models import json_response
+from lockstep.serve.http.encode import json_response
 
 
 def routes(service):

@@ -25,12 +25,12 @@ def is_closed(prompt):
     return prompt.rstrip().endswith(CLOSE)
 
 
-def head(lark, opened):
-    """Adds the rule `head` for a thought before an answer. opened: the prompt began it, otherwise there may be none."""
+def add_rules(lark, opened):
+    """Adds rules for a thought; returns what stands for it in another. opened: the prompt began it, otherwise there
+    may be none."""
     lark.text_until("thought", CLOSE)
     parts = ["thought", r"/\n{0,2}/"]
-    lark.rule("head", *(parts if opened else ["(", lark.mark(OPEN), *parts, ")?"]))
-    return lark.text
+    return " ".join(parts if opened else ["(", lark.mark(OPEN), *parts, ")?"])
 
 
 def template_variables(given, effort=None):

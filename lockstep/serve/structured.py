@@ -65,11 +65,13 @@ def lark(text):
     return json.dumps({"grammars": [{"lark_grammar": text}]})
 
 
-def behind(head, grammar):
-    """A grammar behind the rules `head` of a Lark grammar, whose rule `head` says what comes first."""
-    first, *others = json.loads(grammar)["grammars"]
-    top = {"lark_grammar": f"start: head @answer\n{head}"}
-    return json.dumps({"grammars": [top, {**first, "name": "answer"}, *others]})
+def compose(rules, answer=None):
+    """A Lark grammar whose rules name another grammar, `answer`, as @answer."""
+    made = json.loads(lark(rules))["grammars"]
+    if answer is not None:
+        first, *others = json.loads(answer)["grammars"]
+        made += [{**first, "name": "answer"}, *others]
+    return json.dumps({"grammars": made})
 
 
 def _json_at(text, start):

@@ -13,7 +13,7 @@ from lockstep.serve.tool_calls.events import Arguments, CallStart, Content, Reas
 from lockstep.serve.tool_calls.grammar import Lark
 from lockstep.serve.tool_calls.parser import CallParser
 from lockstep.serve.tool_calls.styles import HERMES, LLAMA, MISTRAL, MISTRAL_NAMED, XML, style_of
-from lockstep.serve.tool_calls.tools import Tool, ToolUse, calls_grammar, written_out
+from lockstep.serve.tool_calls.tools import Tool, ToolUse, written_out
 from tests.serve.test_structured import GRAMMARS, TOKENIZERS, allows, random_answer
 
 WEATHER = Tool("get_weather", "The weather.", dict(
@@ -23,10 +23,19 @@ WEATHER = Tool("get_weather", "The weather.", dict(
     **{"$defs": dict(tag=dict(enum=["wind", "rain"]))}))
 EMPTY = Tool("now", "The time.", dict(type="object", properties={}, additionalProperties=False))
 TOOLS = (WEATHER, EMPTY)
+USE = ToolUse(TOOLS)
 # a text in XML ends with a mark that random tokens do not find
 CHOICE = replace(WEATHER, parameters=WEATHER.parameters | dict(
     properties=WEATHER.parameters["properties"] | dict(city=dict(enum=["Paris", "Rome"]))))
 CITY = '{"city": "Paris"}'
+
+
+def calls_grammar(style, use, special=None):
+    """The grammar of an answer that is nothing but calls."""
+    rules = Lark(special or {})
+    rules.rule("start", "calls")
+    style.rules(rules, use.callable, use.parallel)
+    return structured.lark(rules.text)
 
 
 def merged(events):
@@ -108,11 +117,11 @@ ANSWERS = [
 @pytest.mark.parametrize("style, text, expected", ANSWERS, ids=[f"{s.name}-{i}" for i, (s, *_) in enumerate(ANSWERS)])
 def test_calls_are_found_however_the_text_is_cut(style, text, expected):
     for pieces in ways_to_cut(text):
-        assert parse(CallParser(style, TOOLS), pieces) == expected, pieces
+        assert parse(CallParser(style, USE), pieces) == expected, pieces
 
 
 def test_arguments_come_as_they_are_written():
-    parser = CallParser(HERMES, TOOLS)
+    parser = CallParser(HERMES, USE)
     assert parser.push('<tool_call>{"name": "f", "argum') == []
     start, piece = parser.push('ents": {"ci')
     assert (start.name, piece.text) == ("f", '{"ci')
@@ -121,7 +130,7 @@ def test_arguments_come_as_they_are_written():
 
 
 def test_the_cost_of_a_long_answer_is_linear():
-    parser = CallParser(XML, TOOLS)
+    parser = CallParser(XML, USE)
     parser.push("<tool_call><function=get_weather><parameter=city>")
     for _ in range(20_000):
         assert len(parser.push("some text of a file ")) == 1
@@ -152,7 +161,7 @@ def test_thoughts_are_split_off_however_the_text_is_cut(text, opened, expected):
 def test_a_thought_before_a_call():
     text = '<think>\nI call <tool_call>\n</think>\n\n<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
     for pieces in ways_to_cut(text):
-        parser = ThoughtParser(CallParser(HERMES, TOOLS))
+        parser = ThoughtParser(CallParser(HERMES, USE))
         assert parse(parser, pieces) == [Reasoning("I call <tool_call>"), ("now", "{}")]
 
 
@@ -180,8 +189,8 @@ def test_what_a_grammar_holds_to_is_what_the_parser_reads(style, parallel):
     tools = (CHOICE if style is XML else WEATHER, EMPTY)
     for seed in range(12):
         use = ToolUse(tools, must_call=True, parallel=parallel)
-        answer = random_answer("byte_level", calls_grammar(style, use, {}), np.random.default_rng(seed))
-        found = parse(CallParser(style, tools), list(answer or ""))
+        answer = random_answer("byte_level", calls_grammar(style, use), np.random.default_rng(seed))
+        found = parse(CallParser(style, use), list(answer or ""))
         complete += answer is not None
         assert answer is None or found and all(isinstance(call, tuple) for call in found)
         assert len(found) <= 1 or parallel
@@ -193,7 +202,7 @@ def test_what_a_grammar_holds_to_is_what_the_parser_reads(style, parallel):
 
 
 def test_a_grammar_for_text_values():
-    grammar = calls_grammar(XML, ToolUse((WEATHER,), must_call=True, parallel=False), {})
+    grammar = calls_grammar(XML, ToolUse((WEATHER,), must_call=True, parallel=False))
     call = "<tool_call>\n<function=get_weather>\n{}</function>\n</tool_call>"
     city, days = (f"<parameter={n}>\n{v}\n</parameter>\n" for n, v in (("city", 'a "b"\n\n</p>'), ("days", "3")))
     assert [allows("byte_level", grammar, call.format(p)) for p in (city, city + days, days, "", city + city)] \
@@ -203,8 +212,8 @@ def test_a_grammar_for_text_values():
 @pytest.mark.parametrize("style", STYLES, ids=lambda s: s.name)
 def test_a_named_tool_is_the_only_one(style):
     use = ToolUse(TOOLS, must_call=True, allowed=("now",), parallel=False)
-    answer = random_answer("gguf", calls_grammar(style, use, {}), np.random.default_rng(0))
-    assert [name for name, _ in parse(CallParser(style, TOOLS), [answer])] == ["now"]
+    answer = random_answer("gguf", calls_grammar(style, use), np.random.default_rng(0))
+    assert [name for name, _ in parse(CallParser(style, USE), [answer])] == ["now"]
 
 
 def test_marks_that_are_special_tokens_are_named_by_their_id():
@@ -228,7 +237,7 @@ def test_marks_that_are_special_tokens_are_named_by_their_id():
     (lambda: calls_grammar(XML, ToolUse((Tool("x", "", dict(properties=3)),)), {}), "parameters of x"),
     (lambda: calls_grammar(XML, ToolUse((Tool("x", "", dict(properties={}, required=3)),)), {}), "parameters of x"),
     (lambda: GRAMMARS["gguf"].mask(calls_grammar(
-        HERMES, ToolUse((Tool("x", "", dict(uniqueItems=True), strict=True),)), {})), "uniqueItems"),
+        HERMES, ToolUse((Tool("x", "", dict(uniqueItems=True), strict=True),)))), "uniqueItems"),
 ])  # fmt: skip
 def test_mistakes_are_value_errors(make, message):
     with pytest.raises(ValueError, match=message):
@@ -240,9 +249,17 @@ def test_instructions_for_templates_without_tools():
     assert all(json.dumps(tool.parameters) in text for tool in TOOLS)
 
 
-def test_a_grammar_behind_a_thought():
-    for opened in (True, False):
-        grammar = structured.behind(reasoning.head(Lark({}), opened), structured.choice(["yes", "no"]))
+@pytest.mark.parametrize("opened", [True, False])
+def test_a_grammar_behind_a_thought(opened):
+    rules = Lark({})
+    rules.rule("start", reasoning.add_rules(rules, opened), "@answer")
+    for answer in (structured.choice(["yes", "no"]), structured.regex("yes|no"), structured.lark('start: "yes" | "no"')):
+        grammar = structured.compose(rules.text, answer)
         for text, good in [("Hm.</think>\n\nyes", opened), ("<think>Hm </th</think>no", True), ("yes", not opened),
                            ("Hm</think>maybe", False)]:
             assert allows("byte_level", grammar, text) == good, (text, opened)
+
+
+def test_only_the_first_call_where_they_may_not_be_parallel():
+    text = '<tool_call>{"name": "now"}</tool_call>\n<tool_call>{"name": "now", "arguments": {}}</tool_call> Done.'
+    assert parse(CallParser(HERMES, replace(USE, parallel=False)), list(text)) == [("now", "{}"), "Done."]

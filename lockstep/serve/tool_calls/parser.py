@@ -8,12 +8,13 @@ from lockstep.serve.tool_calls.readers import Calls, NotACall
 class CallParser:
     """Turns pieces of text into Content, CallStart and Arguments events; how the pieces are cut changes nothing.
 
-    style: how this model writes calls, see styles.py. What cannot be read as a call stays content. White space around
+    style: how this model writes calls, see styles.py. use: the ToolUse; of calls that may not be parallel only the
+    first is told. What cannot be read as a call stays content. White space around
     calls is dropped.
     """
 
-    def __init__(self, style, tools):
-        self._style, self._calls = style, Calls(tools)
+    def __init__(self, style, use):
+        self._style, self._calls = style, Calls(use.tools, None if use.parallel else 1)
         self._held, self._reader, self._raw, self._raw_count = "", None, [], 0
         self._at_start, self._after_call = True, False
 

@@ -16,10 +16,10 @@ class NotACall(Exception):
 
 
 class Calls:
-    """The calls of an answer so far; readers add to them. events: what was found since it was last emptied."""
+    """The calls of an answer so far; readers add to them. most: how many of them are told; None: all."""
 
-    def __init__(self, tools):
-        self.tools, self.events, self.count = tools, [], 0
+    def __init__(self, tools, most=None):
+        self.tools, self.events, self.count, self._most = tools, [], 0, most
         self._pieces = []
 
     def begin(self, name):
@@ -42,7 +42,7 @@ class Calls:
         """The events since the last time."""
         self.flush()
         taken, self.events = self.events, []
-        return taken
+        return taken if self._most is None else [event for event in taken if event.index < self._most]
 
 
 def after_space():

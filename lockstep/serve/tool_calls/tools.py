@@ -3,8 +3,7 @@ import json
 import re
 from dataclasses import dataclass
 
-from lockstep.serve.structured import check_nesting, lark
-from lockstep.serve.tool_calls.grammar import Lark
+from lockstep.serve.structured import check_nesting
 
 NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 MAX_TOOLS = 256
@@ -62,17 +61,6 @@ class ToolUse:
         return [tool for tool in self.tools if self.allowed is None or tool.name in self.allowed]
 
 
-def calls_grammar(style, use, special, only_one=False):
-    """The grammar of an answer that is nothing but calls. special: {text: id} of tokens that are not text.
-
-    only_one: of what follows the mark that begins one call.
-    """
-    rules = Lark(special)
-    rules.rule("start", "call" if only_one else "calls")
-    style.rules(rules, use.callable, use.parallel)
-    return lark(rules.text)
-
-
 def written_out(use):
     """Instructions for models whose chat template knows no tools; calls are then written in Hermes' style."""
     listed = "\n".join(as_line(tool) for tool in use.tools)
@@ -84,3 +72,9 @@ def written_out(use):
 def as_line(tool):
     """A tool as one line of JSON."""
     return json.dumps(tool.for_template(), ensure_ascii=False)
+
+
+def as_call(function):
+    """A call, {"name", "arguments"}, in Hermes' style."""
+    call = json.dumps(dict(name=function["name"], arguments=function["arguments"]), ensure_ascii=False)
+    return f"<tool_call>\n{call}\n</tool_call>"

@@ -8,11 +8,13 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
-from lockstep.serve.http import completions, models, status
+from lockstep.serve.http import chat, completions, messages, models, status
 from lockstep.serve.http.errors import ApiError, error_response
 
 ROUTES = [
+    chat,
     completions,
+    messages,
     models,
     status,
 ]

@@ -1,6 +1,8 @@
 """Grammars that hold a model to calls of the tools that there are, with arguments that their schemas allow."""
 from lockstep.serve.structured import dump, quote, with_options
 
+MAX_CALLS = 16
+
 
 class Lark:
     """The rules of a Lark grammar while it is written.
@@ -54,5 +56,5 @@ def json_object(lark, name, tool, keys):
 
 
 def several(call, separator, parallel):
-    """One call, or more with something between them."""
-    return f"{call} ({separator} {call})*" if parallel else call
+    """One call, or more with something between them (a weak model would never stop, so their number is bounded)."""
+    return f"{call} ({separator} {call}){{0,{MAX_CALLS - 1}}}" if parallel else call

@@ -1,6 +1,6 @@
 """Calls after [TOOL_CALLS]: Mistral's older models write a JSON array of them, the newer name[ARGS]{...} for each."""
 from lockstep.serve.structured import quote
-from lockstep.serve.tool_calls.grammar import either, json_object, several
+from lockstep.serve.tool_calls.grammar import MAX_CALLS, either, json_object, several
 from lockstep.serve.tool_calls.readers import MAX_NAME, NotACall, after_space, json_call, json_container
 
 KEYS = ("arguments", "parameters")
@@ -56,4 +56,4 @@ def named_rules(lark, tools, parallel):
         made.append(lark.rule(f"tool_{i}", quote(tool.name), lark.mark(ARGS), arguments))
     lark.rule("call", either(made))
     marked = lark.rule("marked", lark.mark("[TOOL_CALLS]"), "call")
-    lark.rule("calls", f"{marked}+" if parallel else marked)
+    lark.rule("calls", f"{marked}{{1,{MAX_CALLS}}}" if parallel else marked)

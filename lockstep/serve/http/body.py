@@ -21,34 +21,42 @@ class Fields(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, hide_input_in_errors=False)
 
 
-async def read_body(receive, headers, service):
-    """The bytes of a request's body. ApiError 413, 408 or 429; ClientDisconnect if the client leaves before its end."""
-    limit, declared = service.limits.max_body_bytes, headers.get("content-length", "")
-    if declared.isdecimal() and int(declared[:20]) > limit:
-        raise _too_large(limit)
+async def read_fields(request, service, fields):
+    """The body of a request that no Job reads, as a model of its fields. ApiError 4xx, ClientDisconnect."""
+    raw = await read(request.receive, service.limits.body_seconds)
+    return await checked(service, fields, raw)
+
+
+async def read(receive, seconds):
+    """The bytes of a body. ApiError 408 if they take too long; ClientDisconnect if the client leaves before the end."""
     try:
-        async with asyncio.timeout(service.limits.body_seconds):
-            return await _collect(receive, limit)
+        async with asyncio.timeout(seconds):
+            return await _collect(receive)
     except TimeoutError:
-        raise ApiError(408, f"the body did not arrive within {service.limits.body_seconds:g} s") from None
+        raise ApiError(408, f"the body did not arrive within {seconds:g} s", code="timeout") from None
 
 
-async def _collect(receive, limit):
-    pieces, size = [], 0
-    while True:
+async def _collect(receive):
+    pieces, more = [], True
+    while more:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientDisconnect
         pieces.append(message.get("body", b""))
-        size += len(pieces[-1])
-        if size > limit:
-            raise _too_large(limit)
-        if not message.get("more_body", False):
-            return b"".join(pieces)
+        more = message.get("more_body", False)
+    return b"".join(pieces)
 
 
-def _too_large(limit):
-    return ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large")
+async def checked(service, fields, raw):
+    """A body's bytes as a model of its fields. ApiError 400. Long ones are parsed beside the event loop."""
+    if len(raw) <= INLINE_BYTES:
+        return parsed(raw, fields, service.limits.max_depth)
+    return await service.offload(parsed, raw, fields, service.limits.max_depth)
+
+
+def parsed(raw, fields, max_depth):
+    """The same, at once."""
+    return check(fields, parse(raw, max_depth))
 
 
 def parse(body, max_depth):

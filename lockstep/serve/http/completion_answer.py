@@ -76,9 +76,9 @@ class Chunks:
 
     def chunk(self, tokens, reason):
         """The event of new tokens; nothing where there is nothing to tell yet."""
-        text, self._echo = self._echo + "".join([token.text for token in tokens]), ""
         if self._answer.is_empty:
-            text, tokens, reason = text[:-len(tokens[0].text)] if tokens[0].text else text, [], "length"
+            tokens, reason = [], "length"
+        text, self._echo = self._echo + "".join([token.text for token in tokens]), ""
         if not (text or reason or self._reader):
             return b""
         finish = "null" if reason is None else f'"{reason}"'

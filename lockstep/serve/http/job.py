@@ -1,13 +1,15 @@
 """One HTTP request that generates, from its admission to the end of its answer."""
 import asyncio
+import math
 import time
 
-from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 
 from lockstep.engine.async_engine import batches
 from lockstep.serve.http import body
 from lockstep.serve.http.errors import ApiError, bad_request
+
+FRAME_SECONDS = 1 / 60  # nobody sees tokens that come faster than this one by one
 
 
 class Job:
@@ -19,9 +21,9 @@ class Job:
     """
 
     def __init__(self, service, scope, receive):
-        self.service, self.scope, self.headers, self._receive = service, scope, Headers(scope=scope), receive
+        self.service, self.scope, self._receive = service, scope, receive
         self.streams, self.requests, self._prompts = [], [], []
-        self.num_sequences, self.num_queued_tokens, self.num_bytes = 1, 0, 0
+        self.num_sequences, self.num_queued_tokens = 1, 0
         self._ended_by, self._watcher, self._began = None, None, time.monotonic()
         self._last_tokens = None
 
@@ -34,19 +36,15 @@ class Job:
 
     async def read(self, fields):
         """The body, checked against a model of its fields. From then on the socket is watched."""
-        raw = await body.read_body(self._receive, self.headers, self.service)
+        raw = await body.read(self._receive, self.service.limits.body_seconds)
         self._watcher = asyncio.create_task(self._watch())
-        value = await self._beside(len(raw) > body.INLINE_BYTES, body.parse, raw, self.service.limits.max_depth)
-        return body.check(fields, value)
+        return await body.checked(self.service, fields, raw)
 
     async def offload(self, function, *args):
         """Runs a function in a worker thread, see `Service.offload`; raises if the request ended meanwhile."""
         made = await self.service.offload(function, *args)
         self._go_on()
         return made
-
-    async def _beside(self, is_long, function, *args):
-        return await self.offload(function, *args) if is_long else function(*args)
 
     async def _watch(self):
         while (await self._receive())["type"] != "http.disconnect":
@@ -89,12 +87,13 @@ class Job:
             raise bad_request(f"the prompt has {num_prompt} tokens and max_tokens is {max_tokens}, together more than "
                               f"the context of {limit} tokens", "prompt", "context_length_exceeded")
 
-    async def tokens(self):
+    async def tokens(self, pause=FRAME_SECONDS):
         """Yields lists of (number of a sequence, its new Tokens, its finish_reason) whenever a step brought some.
 
+        Tokens that come within `pause` seconds come together: each event costs as much as generating a few of them.
         finish_reason is None before a sequence's last tokens. A sequence that failed raises ApiError 400 at the end.
         """
-        async for found in batches(self.streams):
+        async for found in batches(self.streams, pause):
             self._go_on()
             self._note(found)
             yield found
@@ -104,7 +103,7 @@ class Job:
 
     async def finished(self):
         """Waits for the end of all sequences; returns their Requests."""
-        async for _ in self.tokens():
+        async for _ in self.tokens(math.inf):
             pass
         return self.requests
 

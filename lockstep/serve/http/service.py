@@ -92,7 +92,7 @@ class Service:
             raise ApiError(503, REFUSED.get(self.state, self.trouble or "the server is closed"), code=reason,
                            retry_after=1 if reason == "loading" else None)
         if self.num_sequences >= self.most_sequences:
-            raise self._full("queue_full", f"{self.num_sequences} sequences are being answered or wait")
+            raise self.full("queue_full", f"{self.num_sequences} sequences are being answered or wait")
 
     @property
     def most_sequences(self):
@@ -102,21 +102,22 @@ class Service:
     def check_workers(self):
         """ApiError 429 if too much waits for a worker. For routes that are not admitted as sequences are."""
         if self._num_offloaded >= self.limits.max_offloaded:
-            raise self._full("workers_busy", f"{self._num_offloaded} requests wait to be prepared")
+            raise self.full("workers_busy", f"{self._num_offloaded} requests wait to be prepared")
 
     def admit(self, job, num_sequences, num_tokens):
         """Counts a request's sequences and prompt tokens from now on. ApiError 429 if they are too many to wait."""
         others = self.num_sequences - job.num_sequences
         if others and others + num_sequences > self.most_sequences:
-            raise self._full("queue_full", f"{others} sequences are being answered or wait, of {self.most_sequences}")
+            raise self.full("queue_full", f"{others} sequences are being answered or wait, of {self.most_sequences}")
         if self.num_queued_tokens and self.num_queued_tokens + num_tokens > self.limits.max_queued_tokens:
-            raise self._full("queue_tokens_full", f"{self.num_queued_tokens} prompt tokens wait, of "
+            raise self.full("queue_tokens_full", f"{self.num_queued_tokens} prompt tokens wait, of "
                                                   f"{self.limits.max_queued_tokens}")
         self.num_sequences += num_sequences - job.num_sequences
         self.num_queued_tokens += num_tokens
         job.num_sequences, job.num_queued_tokens = num_sequences, num_tokens
 
-    def _full(self, reason, message):
+    def full(self, reason, message):
+        """ApiError 429, counted under its reason, which also is its code."""
         self.metrics.refuse(reason)
         return ApiError(429, f"the server is busy: {message}", code=reason, retry_after=self._retry_after())
 
@@ -135,7 +136,6 @@ class Service:
         self.jobs.discard(job)
         self.num_sequences -= job.num_sequences
         self.num_queued_tokens -= job.num_queued_tokens
-        self.num_bytes -= job.num_bytes
         if job.streams:
             self._seconds_each += 0.1 * (job.seconds - self._seconds_each)
 

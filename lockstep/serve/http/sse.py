@@ -51,8 +51,9 @@ class EventStream:
     async def _send_all(self, send, path):
         try:
             async for piece in self._events:
-                self._silent = False
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
+                if piece:
+                    self._silent = False
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
             last = self._end
         except ClientDisconnect:
             raise

@@ -6,7 +6,7 @@ import time
 from lockstep import LLM
 from lockstep.serve.http.app import make_app
 from lockstep.serve.http.limits import Limits
-from lockstep.serve.http.serving import bind, make_server
+from lockstep.serve.http.serving import Server, bind
 from lockstep.serve.http.service import Service
 
 SIZES = dict(threads=1, max_requests=8, max_context=1024)
@@ -24,7 +24,7 @@ def running(llm=None, limits=Limits(), api_keys=(), cors_origins=(), **sizes):
     """A Running server of an LLM: the bundled one, unless it is given. The LLM is closed in the end."""
     service = Service("lockstep", limits, api_keys)
     listening = bind("127.0.0.1", 0)
-    server = make_server(make_app(service, cors_origins), limits)
+    server = Server(make_app(service, cors_origins), service)
     thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
     service.open(llm or LLM(**{**SIZES, **sizes}))
     thread.start()

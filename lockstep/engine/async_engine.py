@@ -33,7 +33,7 @@ class TokenStream:
 
     def __init__(self, engine, request):
         self.request, self._engine = request, engine
-        self._tokens, self._ready, self._waiting = deque(), threading.Condition(), None
+        self._tokens, self._ready, self._waiting, self._for_end = deque(), threading.Condition(), None, False
         self._ended, self._error, self._num_sent, self._text_sent = False, None, 0, 0
 
     @property
@@ -65,7 +65,7 @@ class TokenStream:
             with self._ready:
                 if self._tokens or self._ended:
                     return self._next(StopAsyncIteration)
-                self._waiting = woken
+                self._waiting, self._for_end = woken, False
             await woken
 
     def take(self, woken):
@@ -74,10 +74,16 @@ class TokenStream:
             if not self._tokens and self._ended:
                 return self._next(None)
             if not self._tokens:
-                self._waiting = woken
+                self._waiting, self._for_end = woken, False
             taken = list(self._tokens)
             self._tokens.clear()
             return taken
+
+    def wait_for_end(self, woken):
+        """Has the future `woken` set at the stream's end. True, and nothing is set, if that has come."""
+        with self._ready:
+            self._waiting, self._for_end = woken, True
+            return self._ended
 
     def _next(self, end):
         if self._tokens:
@@ -110,28 +116,41 @@ class TokenStream:
 
     def _woken(self):
         self._ready.notify_all()
+        if self._for_end and not self._ended:
+            return None
         woken, self._waiting = self._waiting, None
         return woken
 
 
-async def batches(streams):
+async def batches(streams, pause=0.0):
     """Reads many streams at once: yields lists of (number of the stream, its new Tokens, its finish_reason), which is
-    None before its last tokens, until all have ended."""
+    None before its last tokens, until all have ended.
+
+    pause: seconds after tokens in which only a stream's end wakes the reader; what comes in them comes together.
+    """
     left, loop = dict(enumerate(streams)), asyncio.get_running_loop()
     while left:
-        woken, found, ended = loop.create_future(), [], []
-        for number, stream in left.items():
-            tokens = stream.take(woken)
-            if tokens:
-                found.append((number, tokens, stream.finish_reason))
-            elif tokens is None:
-                ended.append(number)
-        for number in ended:
-            del left[number]
+        woken = loop.create_future()
+        taken = [(number, stream, stream.take(woken)) for number, stream in left.items()]
+        left = {number: stream for number, stream, tokens in taken if tokens is not None}
+        found = [(number, tokens, stream.finish_reason) for number, stream, tokens in taken if tokens]
         if found:
+            until = loop.time() + pause
             yield found
+            if pause:
+                await _pause(left.values(), until, loop)
         elif left:
             await woken
+
+
+async def _pause(streams, until, loop):
+    """Waits until then, or for the end of a stream."""
+    woken = loop.create_future()
+    if until > loop.time() and not any([stream.wait_for_end(woken) for stream in streams]):
+        timer = None if until == float("inf") else loop.call_at(until, _set, [woken])
+        await woken
+        if timer is not None:
+            timer.cancel()
 
 
 def _wake(futures):

@@ -25,7 +25,8 @@ class SamplingParams:
     nothing is allowed, or the function raises, the request ends with finish_reason "error".
 
     End. max_tokens: of the output. stop: strings; the answer ends before the first of them to be complete, or after it
-    with include_stop_str_in_output, which also keeps the text of a stop token. stop_token_ids: end an answer as the
+    with include_stop_str_in_output, which also keeps the text of a stop token. skip_special_tokens: special tokens, such
+    as marks of a chat format, have no text. stop_token_ids: end an answer as the
     model's own end tokens do; ignore_eos goes on after those. min_tokens: end tokens are not chosen, and stop strings
     not looked at, in the first so many tokens.
 
@@ -52,6 +53,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     min_tokens: int = 0
     include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -89,7 +91,7 @@ class SamplingParams:
                 raise ValueError(f"{name}: expected 0 to {MAX_LOGPROBS} or None, got {value!r}")
         if self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens: expected at most max_tokens, {self.max_tokens}, got {self.min_tokens}")
-        for name in ("ignore_eos", "include_stop_str_in_output"):
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
 

@@ -74,7 +74,7 @@ class LLM:
         self.model = load_model(checkpoint, PackedStore(checkpoint, progress), weights, kv_dtype, max_context)
         options = EngineOptions(max_step_tokens, max_requests, kv_tokens, threads, prefix_cache, cache_dir=cache_dir,
                                 cache_dir_bytes=cache_dir_bytes)
-        reader = (lambda: Detokenizer(self.tokenizer)) if self.has_tokenizer else None
+        reader = functools.partial(Detokenizer, self.tokenizer) if self.has_tokenizer else None
         self.engine = Engine(self.model, options, ops, self._eos_ids(), reader)
 
     @functools.cached_property

@@ -6,13 +6,15 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
-from lockstep.serve.http import completions, embeddings, models, page, status, tokens
+from lockstep.serve.http import chat, completions, embeddings, messages, models, page, status, tokens
 from lockstep.serve.http.errors import ApiError, error_response
 from lockstep.serve.http.guard import Guard, Keys
 
 ROUTES = [
+    chat,
     completions,
     embeddings,
+    messages,
     models,
     page,
     status,

@@ -1,5 +1,6 @@
 """One HTTP request that generates, from its admission to the end of its answer."""
 import asyncio
+import math
 import time
 
 from starlette.requests import ClientDisconnect
@@ -7,6 +8,8 @@ from starlette.requests import ClientDisconnect
 from lockstep.engine.async_engine import batches
 from lockstep.serve.http import body
 from lockstep.serve.http.errors import ApiError, bad_request
+
+FRAME_SECONDS = 1 / 60  # nobody sees tokens that come faster than this one by one
 
 
 class Job:
@@ -84,12 +87,13 @@ class Job:
             raise bad_request(f"the prompt has {num_prompt} tokens and max_tokens is {max_tokens}, together more than "
                               f"the context of {limit} tokens", "prompt", "context_length_exceeded")
 
-    async def tokens(self):
+    async def tokens(self, pause=FRAME_SECONDS):
         """Yields lists of (number of a sequence, its new Tokens, its finish_reason) whenever a step brought some.
 
+        Tokens that come within `pause` seconds come together: each event costs as much as generating a few of them.
         finish_reason is None before a sequence's last tokens. A sequence that failed raises ApiError 400 at the end.
         """
-        async for found in batches(self.streams):
+        async for found in batches(self.streams, pause):
             self._go_on()
             self._note(found)
             yield found
@@ -99,7 +103,7 @@ class Job:
 
     async def finished(self):
         """Waits for the end of all sequences; returns their Requests."""
-        async for _ in self.tokens():
+        async for _ in self.tokens(math.inf):
             pass
         return self.requests
 

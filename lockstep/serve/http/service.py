@@ -10,6 +10,7 @@ import time
 from lockstep.engine.async_engine import AsyncEngine, EngineStopped
 from lockstep.engine.prefix import model_identity
 from lockstep.engine.selfcheck import NUMERICS
+from lockstep.serve.chat import ChatModel
 from lockstep.serve.http.errors import ApiError, bad_request, internal
 from lockstep.serve.http.limits import Limits
 from lockstep.serve.http.metrics import Metrics
@@ -24,14 +25,14 @@ class Service:
     """The state behind a server's routes. All but `offload`ed functions run on the event loop's thread.
 
     model_name: what clients call the model. state: "loading" until `open`, then "ready", "draining" after `drain`, and
-    "closed". llm, engine (an AsyncEngine), tokenizer and fingerprint are there from `open` on.
+    "closed". llm, engine (an AsyncEngine), tokenizer, chat (a ChatModel) and fingerprint are there from `open` on.
     """
 
     def __init__(self, model_name, limits=Limits(), api_keys=()):
         self.model_name, self.limits = model_name, limits
         self.api_keys = [key.encode() for key in api_keys]
         self.state, self.created = "loading", int(time.time())
-        self.llm = self.engine = self.tokenizer = self.fingerprint = None
+        self.llm = self.engine = self.tokenizer = self.chat = self.fingerprint = None
         self.jobs, self.num_sequences, self.num_queued_tokens, self.num_bytes = set(), 0, 0, 0
         self.metrics = Metrics(self)
         self._workers = concurrent.futures.ThreadPoolExecutor(WORKERS, "lockstep worker")
@@ -43,6 +44,8 @@ class Service:
         """Begins to answer with an LLM, which belongs to the service from then on."""
         self.llm, self.fingerprint = llm, system_fingerprint(llm)
         self.tokenizer = llm.tokenizer if llm.has_tokenizer else None
+        if llm.has_tokenizer:
+            self.chat = ChatModel(llm.tokenizer, llm.engine.eos_ids, llm.model.config.vocab_size)
         self.engine = AsyncEngine(llm.engine)
         self.state = "ready"
 

@@ -46,8 +46,9 @@ export class Answer {
     if (tokens.length) this.latest = performance.now();
     if (tokens.length) this.first ??= this.latest;
     if (thought || text) {
-      (text ? this.body : this.thought).append(...elements(thought + text, this.pending));
-      this.pending = [];
+      const { made, left } = elements(thought + text, this.pending);
+      (text ? this.body : this.thought).append(...made);
+      this.pending = left;
     }
     this.tell();
   }

@@ -100,9 +100,10 @@ $("toggle-settings").addEventListener("click", event => {
 });
 
 log.addEventListener("scroll", hide);
-$("shade").addEventListener("change", shade);
-shade();
+["shade", "fixed"].forEach(id => $(id).addEventListener("change", dress));
+dress();
 
-function shade() {
+function dress() {
   log.classList.toggle("shaded", $("shade").checked);
+  log.classList.toggle("code", $("fixed").checked);
 }

@@ -5,13 +5,25 @@ const considered = new WeakMap(); // token's element -> its tokens
 let open = null;
 
 /**
- * Elements of new text. tokens: those that it is made of, shared as {text, logprob, top}. Where they do not add up to
- * the text (a character may take several, a stop string is held back) one element stands for all of them.
+ * Elements of new text: {made, left}. tokens: those that it is made of, each {text, logprob, top}. What does not add up
+ * (a character of several tokens, text that a stop string held back) shares an element; left: tokens without text yet.
  */
 export function elements(text, tokens) {
-  const each = tokens.map(token => token.text);
-  if (each.join("") === text) return tokens.filter(token => token.text).map(token => element(token.text, [token]));
-  return text ? [element(text, tokens)] : [];
+  const begins = [], ends = [], left = [...tokens];
+  let rest = text;
+  while (left.length && rest.startsWith(left[0].text)) {
+    const token = left.shift();
+    rest = rest.slice(token.text.length);
+    begins.push(token);
+  }
+  while (rest && left.length > 1 && rest.endsWith(left.at(-1).text)) {
+    const token = left.pop();
+    rest = rest.slice(0, rest.length - token.text.length);
+    ends.unshift(token);
+  }
+  const own = token => element(token.text, [token]);
+  const between = rest ? [element(rest, left)] : [];
+  return { made: [...begins.map(own), ...between, ...ends.map(own)], left: rest ? [] : left };
 }
 
 function element(text, tokens) {
@@ -108,5 +120,6 @@ function visible(text) {
 
 export function percent(share) {
   const value = 100 * share;
+  if (!value) return "0 %";
   return value >= 99.95 ? "100 %" : value < 0.01 ? "< 0.01 %" : `${value.toPrecision(value < 1 ? 1 : value < 10 ? 2 : 3)} %`;
 }

@@ -1,6 +1,7 @@
 """The page in a real browser, against a real server."""
 import json
 import shutil
+import time
 
 import httpx
 import pytest
@@ -58,6 +59,14 @@ def ask(page, text, answers=1):
 def send(page, text):
     page.type("#prompt", text)
     page.press("Enter")
+
+
+@pytest.fixture
+def slow(server, monkeypatch):
+    """Steps that take their time, so that there is an answer to interrupt."""
+    engine = server.service.llm.engine
+    step = engine.step
+    monkeypatch.setattr(engine, "step", lambda: (time.sleep(0.03), step())[1])
 
 
 def facts(page):
@@ -130,9 +139,8 @@ def test_alternatives_on_hover_and_by_keyboard(page):
     assert not page.shown("#card")
 
 
-def test_stop_ends_the_answer_on_the_server_too(page, server):
+def test_stop_ends_the_answer_on_the_server_too(page, server, slow):
     setting(page, "max_tokens", 900)
-    setting(page, "temperature", 2)
     send(page, "Go on and on.")
     page.until(lambda: len(page.texts(TOKENS)) > 3)
     page.until(lambda: page.texts("#running") == ["1"])
@@ -140,15 +148,16 @@ def test_stop_ends_the_answer_on_the_server_too(page, server):
     page.until(lambda: page.shown(ENDED))
     page.until(lambda: server.service.num_open == 0 and not server.service.counts()["running"])
     assert "stopped" in facts(page) and page.shown("#send")
-    page.click(".again button:first-child")
+    page.click(".again button:first-child")  # as far as it came, and no further
     page.until(lambda: "✓ The same" in page.text(VERDICT))
     page.until(lambda: server.service.num_open == 0)
 
 
 def test_the_figures_are_the_server_s(page, server):
-    ask(page, "Count to ten. " * 20)
-    ask(page, "And again.", answers=2)
+    ask(page, "Count to ten. " * 130)
+    ask(page, "And again.", answers=2)  # after the same 512 tokens, where the model's state was kept
     counts = server.service.counts()
+    assert counts["hit_tokens"] > 0
     page.until(lambda: page.texts("#hits") == [f"{100 * counts['hit_tokens'] / counts['query_tokens']:.3g} %"])
     assert page.text("#pages") == f"0 of {counts['pages']}" and page.text("#waiting") == "0"
 
@@ -175,19 +184,31 @@ def test_a_refusal_is_told_in_words(chromium, server, monkeypatch, error, words)
     assert len(page.complaints()) == 1  # the browser itself reports the status
 
 
-def test_a_lost_connection_is_told_in_words(chromium, server):
+def test_a_lost_connection_is_told_in_words(chromium, server, slow):
     page = opened(chromium, server)
     setting(page, "max_tokens", 900)
     send(page, "Go on and on.")
     page.until(lambda: len(page.texts(TOKENS)) > 3)
-    offline = dict(latency=0, downloadThroughput=-1, uploadThroughput=-1)
-    page.protocol("Network.enable")
-    page.protocol("Network.emulateNetworkConditions", offline=True, **offline)
+    for connection in list(server.server.server_state.connections):
+        connection.loop.call_soon_threadsafe(connection.transport.abort)
     page.until(lambda: page.shown(".problem"))
     assert page.text(".problem") == "The connection broke off before the answer was complete."
-    page.until(lambda: "is not reachable" in page.text("#model"))
-    page.protocol("Network.emulateNetworkConditions", offline=False, **offline)
-    page.until(lambda: page.text("#model") == "lockstep" and server.service.num_open == 0)
+    page.until(lambda: server.service.num_open == 0)
+    page.complaints()
+
+
+def test_a_server_that_is_gone_is_noticed_and_so_is_its_return(chromium, server):
+    page, speed = opened(chromium, server), dict(latency=0, downloadThroughput=-1, uploadThroughput=-1)
+    page.protocol("Network.enable")
+    page.protocol("Network.emulateNetworkConditions", offline=True, **speed)
+    try:
+        page.until(lambda: "is not reachable" in page.text("#model"))
+        send(page, "Hello?")
+        page.until(lambda: page.shown(".problem"))
+        assert page.text(".problem") == "The server cannot be reached."
+    finally:
+        page.protocol("Network.emulateNetworkConditions", offline=False, **speed)
+    page.until(lambda: page.text("#model") == "lockstep")
     page.complaints()
 
 

@@ -29,7 +29,8 @@ def refused(found, status, says):
 
 @pytest.mark.parametrize("body, says", [
     (b"", "not valid JSON"), (b"{", "not valid JSON"), (b"[]", "must be a JSON object"),
-    (b"5", "must be a JSON object"), (b"null", "must be a JSON object"), (b'"x"', "must be a JSON object"), (b'{"prompt": NaN}', "NaN is not"),
+    (b"5", "must be a JSON object"), (b"null", "must be a JSON object"),
+    (b'"x"', "must be a JSON object"), (b'{"prompt": NaN}', "NaN is not"),
     (b'{"prompt": "x", "temperature": Infinity}', "Infinity is not"),
     (b'{"prompt": "x", "temperature": -Infinity}', "-Infinity is not"),
     (b'{"prompt": "x", "temperature": 1e999}', "too large for a number"),
@@ -158,7 +159,8 @@ class Some(Fields):
 @pytest.mark.parametrize("value, says", [
     (dict(count="5"), 'count: expected an integer, got "5"'), (dict(count=5.0), "count: expected an integer, got 5.0"),
     (dict(count=True), "count: expected an integer, got true"),
-    (dict(words=["a", 5]), "words[1]: expected a string, got 5"), (dict(words="abc"), 'words: expected a list, got "abc"'),
+    (dict(words=["a", 5]), "words[1]: expected a string, got 5"),
+    (dict(words="abc"), 'words: expected a list, got "abc"'),
     (dict(count=["x"] * 100), "count: expected an integer, got an array of 100"),
     (dict(count="x" * 500), '... (502 characters)')], ids=str)
 def test_errors_name_the_field_what_was_got_and_what_is_allowed(value, says):

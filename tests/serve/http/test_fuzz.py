@@ -32,14 +32,16 @@ BODIES = {
 }
 # values that some parser, somewhere, was surprised by
 ODD = [None, True, False, 0, -1, 1, 2, 5.5, -0.0, 1e308, 1 << 31, 1 << 63, -(1 << 63), 1 << 200, "", "x", "\0",
-       "\ud800", "\N{PILE OF POO}" * 9, "-1", "NaN", "x" * 3000, [], [None], [[]], [[[]]], {}, {"a": {}}, [1, "x"], [-1],
-       [1 << 40], {"": ""}, {"type": "x"}, [{}], [{"role": 5}], ["", ""], {"5": "x"}, {"$ref": "#"}, [True, False]]
+       "\ud800", "\N{PILE OF POO}" * 9, "-1", "NaN", "x" * 3000, [], [None], [[]], [[[]]], {}, {"a": {}}, [1, "x"],
+       [-1], [1 << 40], {"": ""}, {"type": "x"}, [{}], [{"role": 5}], ["", ""], {"5": "x"}, {"$ref": "#"},
+       [True, False]]
 HEADERS = ["Content-Length: 5", "Content-Length: -1", "Content-Length: 99999999999999999999", "Content-Length: 0x10",
            "Transfer-Encoding: chunked", "Transfer-Encoding: gzip", "Connection: upgrade\r\nUpgrade: websocket",
            "Connection: upgrade\r\nUpgrade: h2c", "Content-Type: text/xml", "Content-Encoding: gzip",
            "Expect: 100-continue", "Expect: x", "Host:", "Host: a\r\nHost: b", "Authorization: \xff\xfe", "X: \x00",
            "X" * 300 + ": y", ": y", "Accept-Encoding: br;q=nan", "Origin: null", "Cookie: " + "a" * 5000,
            "Range: bytes=0-", "X-HTTP-Method-Override: DELETE"]
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 CLEAR = {200, 400, 404, 405, 408, 413, 429, 431, 503}
 
 
@@ -98,10 +100,10 @@ def send(server, raw):
         try:
             connection.sendall(raw)
             while b"\r\n\r\n" not in answer and (piece := connection.recv(1 << 16)):
-                answer += piece
+                answer = (answer + piece).removeprefix(CONTINUE)
         except (BrokenPipeError, ConnectionResetError):
             pass
-    words = answer.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n").split()
+    words = answer.split()
     return int(words[1]) if len(words) > 1 else None, time.monotonic() - began, answer
 
 

@@ -88,7 +88,7 @@ class Engine:
         self.runner = Runner(model, self.team, limits, swaps)
         selfcheck.check(self.runner.program, self.runner.executor.backend)
         self.scheduler = Scheduler(limits, self._prefix_cache(options))
-        self._ids = itertools.count()
+        self._ids, self.num_generated = itertools.count(), 0
 
     def _prefix_cache(self, options):
         """Makes the prefix cache, given the PageAllocator; None where it is not wanted or could keep nothing."""
@@ -200,6 +200,7 @@ class Engine:
         if request.adjustment and self.runner.is_forbidden(row, token):
             self.fail(request, "no token is allowed by logits_mask, logit_bias and min_tokens together")
             return
+        self.num_generated += 1
         request.output_ids.append(token)
         request.logprobs.append(logprob)
         if p.logprobs:
@@ -232,7 +233,7 @@ class Engine:
         scheduler, pages, prefix = self.scheduler, self.scheduler.pages, self.scheduler.prefix
         made = dict(running=len(scheduler.running), waiting=len(scheduler.waiting), preempted=scheduler.num_preempted,
                     pages=pages.num_pages, pages_free=pages.num_free - pages.num_idle, pages_idle=pages.num_idle,
-                    pages_evicted=pages.num_evicted)
+                    pages_evicted=pages.num_evicted, generated_tokens=self.num_generated)
         return made | (prefix.report() if prefix else {})
 
     def finish(self, request, reason):

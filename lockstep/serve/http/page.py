@@ -15,6 +15,7 @@ POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'sel
           "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 HEADERS = {"content-security-policy": POLICY, "x-content-type-options": "nosniff", "referrer-policy": "no-referrer",
            "cross-origin-opener-policy": "same-origin", "cache-control": "no-cache"}
+COUNTS = ("running", "waiting", "pages", "query_tokens", "hit_tokens", "generated_tokens")
 FILES = {("/" if path.name == "index.html" else f"/page/{path.name}"): path for path in sorted(FOLDER.iterdir())
          if path.suffix in TYPES}
 
@@ -29,14 +30,11 @@ def routes(service):
 
 
 def shown(service):
-    """What the page knows of the server: {name: value}. Counts are missing while the model is loading."""
+    """What the page knows of the server: {name: value}. Counts are 0 while the model is loading."""
     made = dict(model=service.model_name, state=service.state, system_fingerprint=service.fingerprint,
-                can_chat=service.tokenizer is not None and service.tokenizer.has_chat_template,
-                generated_tokens=service.metrics.generated_tokens)
-    counts = {name: 0 for name in ("running", "waiting", "pages", "query_tokens", "hit_tokens")}
-    found = counts | service.counts()
-    made |= {name: found[name] for name in counts}
-    return made | dict(pages_used=found["pages"] - found.get("pages_free", 0) - found.get("pages_idle", 0))
+                can_chat=service.tokenizer is not None and service.tokenizer.has_chat_template)
+    found = dict.fromkeys(COUNTS, 0) | service.counts()
+    return made | {name: found[name] for name in COUNTS} | dict(pages_used=found["pages"] - found.get("pages_free", 0) - found.get("pages_idle", 0))
 
 
 class File:

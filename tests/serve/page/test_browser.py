@@ -143,7 +143,7 @@ def test_stop_ends_the_answer_on_the_server_too(page, server, slow):
     setting(page, "max_tokens", 900)
     send(page, "Go on and on.")
     page.until(lambda: len(page.texts(TOKENS)) > 3)
-    page.until(lambda: page.texts("#running") == ["1"])
+    page.until(lambda: page.texts("#running") == ["1"] and page.text("#rate").replace(".", "").isdigit())
     page.click("#stop")
     page.until(lambda: page.shown(ENDED))
     page.until(lambda: server.service.num_open == 0 and not server.service.counts()["running"])
@@ -167,6 +167,39 @@ def test_markup_stays_text(page):
     ask(page, "<img src=x onerror=alert(1)><script>document.title='x'</script>")
     assert page.text(".said").startswith("<img src=x") and page.run("return document.title") == "Lockstep"
     assert page.run("return document.images.length") == images
+
+
+def test_tokens_find_their_text(page):
+    """Each token has the text that is its own; what only several give together they share."""
+    script = """const [text, tokens] = arguments;
+        const {elements} = await import("/page/tokens.js");
+        const {made, left} = elements(text, tokens.map(text => ({text, logprob: -1, top: []})));
+        return [made.map(e => e.textContent), left.map(t => t.text)];"""
+    def placed(text, *tokens):
+        return page.run(f"return (async function() {{ {script} }})(...arguments)", text, tokens)
+
+    assert placed("def f", "def", " f") == [["def", " f"], []]
+    assert placed("def f", "def", " f", "<|end|>") == [["def", " f"], ["<|end|>"]]
+    assert placed("", "bytes:\\xf0") == [[], ["bytes:\\xf0"]]
+    assert placed("a🙂b", "a", "bytes:\\xf0", "bytes:\\x9f", "b") == [["a", "🙂", "b"], []]
+    assert placed("word x", " word", " x") == [["word", " x"], []]
+    assert placed("no log-probabilities") == [["no log-probabilities"], []]
+
+
+def test_thoughts_and_errors_in_a_stream(page):
+    """A server that thinks aloud and then fails, played by the test."""
+    choice = dict(index=0, finish_reason=None)
+    events = [dict(choices=[dict(choice, delta=dict(reasoning_content="Hm."))]),
+              dict(choices=[dict(choice, delta=dict(content="Yes"))]), dict(error=dict(message="the engine stopped"))]
+    stream = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
+    page.run("""const send = fetch, stream = arguments[0];
+        window.fetch = (path, options) => path.startsWith("/v1") ? Promise.resolve(new Response(stream))
+            : send(path, options);""", stream)
+    send(page, "Well?")
+    page.until(lambda: page.shown(".problem"))
+    assert (page.text(".thought"), page.text(".answer .text"), page.text(".problem")) == (
+        "Hm.", "Yes", "The engine stopped.")
+    assert page.shown("#send") and not page.shown(ENDED)
 
 
 @pytest.mark.parametrize("error, words", [

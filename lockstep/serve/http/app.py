@@ -6,7 +6,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
-from lockstep.serve.http import chat, completions, messages, models, status, tokens
+from lockstep.serve.http import chat, completions, messages, models, responses, status, tokens
 from lockstep.serve.http.errors import ApiError, error_response
 from lockstep.serve.http.guard import Guard, Keys
 
@@ -15,6 +15,7 @@ ROUTES = [
     completions,
     messages,
     models,
+    responses,
     status,
     tokens,
 ]

@@ -1,5 +1,4 @@
-"""Answers as blocks one after the other: thoughts, texts and tool calls, the form of Anthropic's and OpenAI's newer APIs.
-"""
+"""Answers as blocks, one after the other: thoughts, texts and tool calls, as Anthropic's API and OpenAI's newer have."""
 from dataclasses import dataclass, field
 
 from lockstep.serve.tool_calls.events import CallStart, Content, Reasoning

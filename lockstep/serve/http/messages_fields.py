@@ -56,7 +56,7 @@ class ToolChoice(Fields):
 class Thinking(Fields):
     """Whether the model is to think first."""
 
-    type: Literal["enabled", "disabled", "adaptive"]
+    type: Literal["enabled", "disabled", "adaptive", "between_tools"]
     budget_tokens: int | None = None
 
 
@@ -71,6 +71,7 @@ class OutputConfig(Fields):
     """The same, where newer clients put it."""
 
     format: OutputFormat | None = None
+    effort: str | None = None
 
 
 class CountFields(Fields):
@@ -101,11 +102,12 @@ def conversation(fields):
     messages = [made for i, turn in enumerate(fields.messages) for made in turn_messages(f"messages[{i}]", turn)]
     if fields.system:
         messages.insert(0, dict(role="system", content=text_of(fields.system, "system")))
-    wanted = fields.output_format or (fields.output_config and fields.output_config.format)
-    return Conversation(
-        messages, tool_use(fields), structured.json_schema(wanted.schema_, strict=False) if wanted else None,
-        template_variables(dict(enable_thinking=fields.thinking.type != "disabled") if fields.thinking else None),
-        continues=fields.messages[-1].role == "assistant")
+    output = fields.output_config or OutputConfig()
+    wanted = fields.output_format or output.format
+    grammar = structured.json_schema(wanted.schema_, strict=False) if wanted else None
+    thinking = dict(enable_thinking=fields.thinking.type != "disabled") if fields.thinking else None
+    return Conversation(messages, tool_use(fields), grammar, template_variables(thinking, output.effort),
+                        continues=fields.messages[-1].role == "assistant")
 
 
 def tool_use(fields):

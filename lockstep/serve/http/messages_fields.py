@@ -5,7 +5,7 @@ from pydantic import Field
 
 from lockstep.serve import structured
 from lockstep.serve.chat import Conversation
-from lockstep.serve.http.body import Fields, shown
+from lockstep.serve.http.body import Fields, shown, simple_or
 from lockstep.serve.http.chat_fields import NO_PARAMETERS, called, choose
 from lockstep.serve.http.errors import bad_request
 from lockstep.serve.http.sampling import Count, SamplingFields
@@ -32,7 +32,7 @@ class Turn(Fields):
     """One message."""
 
     role: Literal["user", "assistant", "system"]
-    content: str | list[ContentBlock]
+    content: simple_or(str, list[ContentBlock])
 
 
 class ToolFields(Fields):
@@ -79,7 +79,7 @@ class CountFields(Fields):
 
     model: str | None = None
     messages: list[Turn]
-    system: str | list[ContentBlock] | None = None
+    system: simple_or(str, list[ContentBlock]) | None = None
     tools: list[ToolFields] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None

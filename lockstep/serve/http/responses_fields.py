@@ -5,7 +5,7 @@ from pydantic import Field
 
 from lockstep.serve import structured
 from lockstep.serve.chat import Conversation
-from lockstep.serve.http.body import Fields, shown
+from lockstep.serve.http.body import Fields, shown, simple_or
 from lockstep.serve.http.chat_fields import NO_PARAMETERS, called, choose
 from lockstep.serve.http.errors import bad_request
 from lockstep.serve.http.sampling import Count, SamplingFields
@@ -28,12 +28,12 @@ class Item(Fields):
 
     type: str | None = None
     role: Literal["system", "developer", "user", "assistant"] | None = None
-    content: str | list[Part] | None = None
+    content: simple_or(str, list[Part]) | None = None
     summary: list[Part] | None = None
     call_id: str | None = None
     name: str | None = None
     arguments: str | None = None
-    output: str | list[Part] | None = None
+    output: simple_or(str, list[Part]) | None = None
 
 
 class ToolFields(Fields):
@@ -80,11 +80,11 @@ class ResponsesFields(SamplingFields):
     """The body of a request."""
 
     model: str | None = None
-    input: str | list[Item]
+    input: simple_or(str, list[Item])
     instructions: str | None = None
     max_output_tokens: Annotated[Count, Field(ge=1)] | None = None
     tools: list[ToolFields] | None = None
-    tool_choice: Literal["none", "auto", "required"] | Choice | None = None
+    tool_choice: simple_or(Literal["none", "auto", "required"], Choice) | None = None
     parallel_tool_calls: bool | None = None
     text: TextFields | None = None
     reasoning: ReasoningFields | None = None

@@ -18,6 +18,7 @@ from lockstep.engine.async_engine import batches
 from lockstep.engine.request import SamplingParams
 
 PROMPT_TOKENS = 16
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: bench\r\nContent-Length: %d\r\n\r\n"
 END = b"0\r\n\r\n"
 
 
@@ -60,7 +61,7 @@ def over_http(port, each, num_tokens):
     for ids in each:
         body = json.dumps(dict(prompt=ids, max_tokens=num_tokens, stream=True, ignore_eos=True, temperature=0)).encode()
         made = socket.create_connection(("127.0.0.1", port))
-        made.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: bench\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+        made.sendall(HEAD % len(body) + body)
         made.setblocking(False)
         open_sockets.register(made, selectors.EVENT_READ, bytearray())
     while open_sockets.get_map():

@@ -12,8 +12,9 @@ from lockstep.serve.http.errors import ApiError, bad_request
 
 INLINE_BYTES = 32 << 10  # bodies up to here are parsed on the event loop
 SHOWN_CHARS = 80
-SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89abAB]")
+SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 CONTAINERS = (dict, list)
+UNION_MEMBERS = ("str", "int", "float", "bool", "dict", "list")  # how pydantic names them in the place of an error
 
 
 class Fields(BaseModel):
@@ -136,7 +137,7 @@ def place(location):
     for part in location:
         if isinstance(part, int):
             made += f"[{part}]"
-        elif re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", part):
+        elif part.isidentifier() and part not in UNION_MEMBERS:
             made += f".{part}" if made else part
     return made
 

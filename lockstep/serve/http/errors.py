@@ -23,6 +23,12 @@ def bad_request(message, param=None, code=None):
     return ApiError(400, message, param, code)
 
 
+def not_allowed(error):
+    """A ValueError of the engine's as an ApiError; those about a field begin with its name."""
+    field, colon, _ = str(error).partition(":")
+    return bad_request(str(error), field if colon and field.isidentifier() else None, "invalid_value")
+
+
 def internal():
     """What a client gets to know of an error of the server's own."""
     return ApiError(500, INTERNAL, code="internal_error")

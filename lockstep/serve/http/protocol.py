@@ -18,7 +18,9 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_made(self, transport):
         """Takes a connection, or answers 503 at once if there are too many."""
         super().connection_made(transport)
-        self._timer, self._num_head_bytes, self._num_unread, self._is_in_head, self._refused = None, 0, 0, True, False
+        # bytes of the head so far, and bytes since anything became of them
+        self._num_head_bytes, self._num_pending = 0, 0
+        self._timer, self._is_in_head, self._has_progress, self._refused = None, True, False, False
         if len(self.connections) > self.limits.max_connections:
             self._refuse(ApiError(503, f"more than {self.limits.max_connections} connections", code="connections_full"))
         else:
@@ -36,9 +38,10 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._is_in_head and self._timer is None:
             self._unset_keepalive_if_required()
             self._set_timer()
-        self._num_unread += len(data)
+        self._has_progress = False
         super().data_received(data)
-        if not self._refused and max(self._num_unread, self._num_head_bytes) > self.limits.max_header_bytes:
+        self._num_pending = 0 if self._has_progress else self._num_pending + len(data)
+        if not self._refused and max(self._num_pending, self._num_head_bytes) > self.limits.max_header_bytes:
             self._refuse_head()
 
     def on_message_begin(self):
@@ -48,22 +51,18 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_url(self, url):
         """A part of the path."""
-        self._count(len(url))
+        self._num_head_bytes += len(url)
         super().on_url(url)
 
     def on_header(self, name, value):
         """A header; trailers after a body in chunks are counted, and not kept."""
-        self._count(len(name) + len(value) + HEADER_COST)
+        self._num_head_bytes += len(name) + len(value) + HEADER_COST
         if self._is_in_head:
             super().on_header(name, value)
 
-    def _count(self, size):
-        self._num_unread = 0
-        self._num_head_bytes += size
-
     def on_headers_complete(self):
         """A head is there; one that is too large never becomes a request."""
-        self._num_unread = 0
+        self._has_progress = True
         if self._num_head_bytes > self.limits.max_header_bytes:
             return
         self._is_in_head = False
@@ -72,13 +71,13 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_body(self, body):
         """A part of a body."""
-        self._num_unread = 0
+        self._has_progress = True
         if self._num_head_bytes <= self.limits.max_header_bytes:
             super().on_body(body)
 
     def on_message_complete(self):
         """The end of a request. What follows belongs to the next one."""
-        self._num_unread = 0
+        self._has_progress = True
         if self._num_head_bytes > self.limits.max_header_bytes:
             return
         if self.cycle.response_complete:
@@ -114,11 +113,16 @@ class BoundedProtocol(HttpToolsProtocol):
         self._refuse(ApiError(400, message, code="bad_http"))
 
     def _refuse(self, error):
-        """Answers, unless an answer is under way, and closes the connection."""
+        """Closes the connection, with an answer if the request that arrives has none yet."""
         self._refused = True
         self._clear_timer()
-        if self.cycle is None or self.cycle.response_complete:
+        if self._is_unanswered():
             body = to_json(openai_shape(error))
             head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
             self.transport.write(STATUS_LINE[error.status] + head + body)
         self.transport.close()
+
+    def _is_unanswered(self):
+        if self._is_in_head:
+            return self.cycle is None or self.cycle.response_complete
+        return not self.cycle.response_started

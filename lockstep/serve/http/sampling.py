@@ -6,7 +6,7 @@ from pydantic import Field
 
 from lockstep.engine.request import SamplingParams
 from lockstep.serve.http.body import Fields
-from lockstep.serve.http.errors import bad_request
+from lockstep.serve.http.errors import bad_request, not_allowed
 
 INT64 = dict(ge=-(1 << 63), le=(1 << 63) - 1)
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
@@ -58,7 +58,7 @@ def sampling_params(fields, limits, max_tokens, **more):
                               stop_token_ids=_stop_ids(fields.stop_token_ids or [], limits),
                               logit_bias=_bias(fields.logit_bias or {}, limits), **chosen, **more)
     except ValueError as error:
-        raise bad_request(str(error), str(error).partition(":")[0], "invalid_value") from None
+        raise not_allowed(error) from None
 
 
 def _check_n(n, limits):

@@ -11,7 +11,7 @@ from lockstep.engine.async_engine import AsyncEngine, EngineStopped
 from lockstep.engine.prefix import model_identity
 from lockstep.engine.selfcheck import NUMERICS
 from lockstep.serve.chat import ChatModel
-from lockstep.serve.http.errors import ApiError, bad_request, internal
+from lockstep.serve.http.errors import ApiError, internal, not_allowed
 from lockstep.serve.http.limits import Limits
 from lockstep.serve.http.metrics import Metrics
 
@@ -153,7 +153,7 @@ class Service:
         try:
             return await asyncio.wait_for(asyncio.shield(running), self.limits.offload_seconds)
         except ValueError as error:
-            raise bad_request(str(error)) from None
+            raise not_allowed(error) from None
         except TimeoutError:
             running.cancel()
             raise ApiError(503, f"preparing the request took more than {self.limits.offload_seconds:g} s",

@@ -75,8 +75,8 @@ def num_pages(model, options):
 class Engine:
     """Runs requests of one model. Not thread-safe: one thread calls `add`, `cancel` and `step`.
 
-    new_detokenizer: makes what `AnswerText` reads tokens with, given skip_special_tokens; without it answers have no text. Raises RuntimeError if
-    a kernel does not give the recorded bits on this CPU.
+    new_detokenizer: given skip_special_tokens, makes what `AnswerText` reads tokens with; without it answers have no
+    text. Raises RuntimeError if a kernel does not give the recorded bits on this CPU.
     """
 
     def __init__(self, model, options=EngineOptions(), swaps=None, eos_ids=None, new_detokenizer=None):

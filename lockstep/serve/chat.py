@@ -2,16 +2,16 @@
 
 Every route that talks (chat, responses, messages) makes a Conversation of its request and sends it through here.
 """
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from lockstep.serve import reasoning, structured
 from lockstep.serve.reasoning import PlainParser, ThoughtParser
 from lockstep.serve.structured import Grammars
+from lockstep.serve.tool_calls.events import short_id
 from lockstep.serve.tool_calls.grammar import Lark
 from lockstep.serve.tool_calls.parser import CallParser
-from lockstep.serve.tool_calls.styles import HERMES, style_of
+from lockstep.serve.tool_calls.styles import HERMES, MISTRAL, style_of
 from lockstep.serve.tool_calls.tools import ToolUse, as_call, written_out
 
 CUT = "\ufdd0cut here\ufdd0"  # noncharacters, which no text has
@@ -79,6 +79,8 @@ class ChatModel:
         messages, tools = conversation.messages, [tool.for_template() for tool in conversation.tools.tools] or None
         if not self._knows_developer:
             messages = [m | dict(role="system") if m["role"] == "developer" else m for m in messages]
+        if self._style.begin == MISTRAL.begin:
+            messages = [with_short_ids(message) for message in messages]
         if not self._knows_tools:
             messages, tools = without_tools(messages, conversation.tools), None
         if not conversation.continues:
@@ -126,6 +128,16 @@ class ChatModel:
             if any(tool.strict for tool in use.tools):
                 raise
             return None
+
+
+def with_short_ids(message):
+    """A message whose ids of tool calls are such as Mistral's templates accept."""
+    made = dict(message)
+    if "tool_call_id" in made:
+        made["tool_call_id"] = short_id(made["tool_call_id"])
+    if "tool_calls" in made:
+        made["tool_calls"] = [call | dict(id=short_id(call["id"])) for call in made["tool_calls"]]
+    return made
 
 
 def without_tools(messages, use):

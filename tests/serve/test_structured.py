@@ -58,8 +58,10 @@ PERSON = dict(type="object", required=["name", "age"], additionalProperties=Fals
 
 @pytest.mark.parametrize("kind", ["byte_level", "gguf"])
 @pytest.mark.parametrize("grammar, good, bad", [
-    (structured.json_schema(PERSON), ['{"name": "Bo", "age": 7}', '{\n  "name":"",\n  "age":150}', '{"name":"日本","age":1}'],
-     ['{"name": "Bo"}', '{"name": "Bo", "age": 151}', '{"name": "Bobbie", "age": 7}', '[]', '', '{"age": 7, "name": "Bo"}',
+    (structured.json_schema(PERSON),
+     ['{"name": "Bo", "age": 7}', '{\n  "name":"",\n  "age":150}', '{"name":"日本","age":1}'],
+     ['{"name": "Bo"}', '{"name": "Bo", "age": 151}', '{"name": "Bobbie", "age": 7}', '[]', '',
+      '{"age": 7, "name": "Bo"}',
       '{"name": "Bo", "age": 7, "x": 1}', '{\n\n\n\n"name":"a","age":1}']),
     (structured.json_object(), ['{}', '{"a": [1, {"b": null}]}'], ['[]', '1', '{"a": }', '{"a": 1']),
     (structured.regex(r"[a-c]{2,3}\d?"), ["ab", "abc1"], ["a", "abcd", "ab12", ""]),

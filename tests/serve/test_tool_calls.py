@@ -19,7 +19,8 @@ from tests.serve.test_structured import GRAMMARS, TOKENIZERS, allows, random_ans
 WEATHER = Tool("get_weather", "The weather.", dict(
     type="object", required=["city"], additionalProperties=False,
     properties=dict(city=dict(type="string", maxLength=6), days=dict(type="integer", minimum=1, maximum=9),
-                    units=dict(enum=["C", "F"]), tags={"type": "array", "maxItems": 2, "items": {"$ref": "#/$defs/tag"}}),
+                    units=dict(enum=["C", "F"]),
+                    tags={"type": "array", "maxItems": 2, "items": {"$ref": "#/$defs/tag"}}),
     **{"$defs": dict(tag=dict(enum=["wind", "rain"]))}))
 EMPTY = Tool("now", "The time.", dict(type="object", properties={}, additionalProperties=False))
 TOOLS = (WEATHER, EMPTY)
@@ -75,7 +76,8 @@ WEATHER_CALL = ("get_weather", CITY)
 ANSWERS = [
     (HERMES, '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>', [WEATHER_CALL]),
     (HERMES, 'Let me see.\n\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>\n'
-             '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>', ["Let me see.", WEATHER_CALL, ("now", "{}")]),
+             '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>',
+     ["Let me see.", WEATHER_CALL, ("now", "{}")]),
     (HERMES, '<tool_call>{"arguments":{"a":"}\\"{<tool_call>"},"id":[1,{}],"name":"f"}</tool_call> Done.',
      [("f", '{"a":"}\\"{<tool_call>"}'), "Done."]),
     (HERMES, '<tool_call>{"name":"now"}</tool_call>', [("now", "{}")]),
@@ -253,7 +255,8 @@ def test_instructions_for_templates_without_tools():
 def test_a_grammar_behind_a_thought(opened):
     rules = Lark({})
     rules.rule("start", reasoning.add_rules(rules, opened), "@answer")
-    for answer in (structured.choice(["yes", "no"]), structured.regex("yes|no"), structured.lark('start: "yes" | "no"')):
+    answers = structured.choice(["yes", "no"]), structured.regex("yes|no"), structured.lark('start: "yes" | "no"')
+    for answer in answers:
         grammar = structured.compose(rules.text, answer)
         for text, good in [("Hm.</think>\n\nyes", opened), ("<think>Hm </th</think>no", True), ("yes", not opened),
                            ("Hm</think>maybe", False)]:

@@ -6,7 +6,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
-from lockstep.serve.http import chat, completions, embeddings, messages, models, page, status, tokens
+from lockstep.serve.http import chat, completions, embeddings, messages, models, page, responses, status, tokens
 from lockstep.serve.http.errors import ApiError, error_response
 from lockstep.serve.http.guard import Guard, Keys
 
@@ -17,6 +17,7 @@ ROUTES = [
     messages,
     models,
     page,
+    responses,
     status,
     tokens,
 ]

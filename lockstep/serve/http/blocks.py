@@ -1,5 +1,4 @@
-"""Answers as blocks one after the other: thoughts, texts and tool calls, the form of Anthropic's and OpenAI's newer APIs.
-"""
+"""Answers as blocks: thoughts, texts and tool calls, one after the other, in Anthropic's and OpenAI's newer API."""
 from dataclasses import dataclass, field
 
 from lockstep.serve.tool_calls.events import CallStart, Content, Reasoning

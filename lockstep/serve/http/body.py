@@ -3,8 +3,9 @@ import asyncio
 import json
 import math
 import re
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Tag, ValidationError
 from starlette.requests import ClientDisconnect
 
 from lockstep.serve.http.errors import ApiError, bad_request
@@ -26,6 +27,14 @@ async def read_fields(request, service, fields):
     """The body of a request that no Job reads, as a model of its fields. ApiError 4xx, ClientDisconnect."""
     raw = await read(request.receive, service.limits.body_seconds)
     return await checked(service, fields, raw)
+
+
+def simple_or(simple, container):
+    """The type of a field that is either a simple value or an array or object. Errors are those of what was meant."""
+    def meant(value):
+        return "(simple)" if value is None or isinstance(value, (str, int, float)) else "(container)"
+    either = Annotated[simple, Tag("(simple)")] | Annotated[container, Tag("(container)")]
+    return Annotated[either, Discriminator(meant)]
 
 
 async def read(receive, seconds):

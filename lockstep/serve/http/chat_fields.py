@@ -6,7 +6,7 @@ from pydantic import Field
 
 from lockstep.serve import structured
 from lockstep.serve.chat import Conversation
-from lockstep.serve.http.body import Fields, shown
+from lockstep.serve.http.body import Fields, shown, simple_or
 from lockstep.serve.http.errors import bad_request
 from lockstep.serve.http.sampling import Count, SamplingFields
 from lockstep.serve.reasoning import template_variables
@@ -27,7 +27,7 @@ class CalledFunction(Fields):
     """What was called, with arguments as JSON text."""
 
     name: str
-    arguments: str | dict | None = None
+    arguments: simple_or(str, dict) | None = None
 
 
 class Call(Fields):
@@ -41,7 +41,7 @@ class Message(Fields):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[Part] | None = None
+    content: simple_or(str, list[Part]) | None = None
     name: str | None = None
     tool_calls: list[Call] | None = None
     tool_call_id: str | None = None
@@ -99,7 +99,7 @@ class ResponseFormat(Fields):
 class StructuredOutputs(Fields):
     """vLLM's extension: one of these."""
 
-    json_: dict | str | None = Field(None, alias="json")
+    json_: simple_or(str, dict) | None = Field(None, alias="json")
     regex: str | None = None
     choice: list[str] | None = None
     grammar: str | None = None
@@ -124,11 +124,11 @@ class ChatFields(SamplingFields):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     tools: list[ToolFields] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: simple_or(Literal["none", "auto", "required"], NamedTool) | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    guided_json: dict | str | None = None
+    guided_json: simple_or(str, dict) | None = None
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None

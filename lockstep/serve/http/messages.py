@@ -6,8 +6,9 @@ from starlette.routing import Route
 
 from lockstep.serve.http import talk
 from lockstep.serve.http.blocks import Blocks, collect
+from lockstep.serve.http.body import read_fields
 from lockstep.serve.http.encode import json_response
-from lockstep.serve.http.errors import bad_request
+from lockstep.serve.http.errors import ApiError, bad_request
 from lockstep.serve.http.job import Generates
 from lockstep.serve.http.messages_fields import CountFields, MessagesFields, conversation
 from lockstep.serve.http.sse import EventStream, named
@@ -32,13 +33,16 @@ def routes(service):
         await job.finished()
         return json_response(await job.offload(answer.whole))
 
-    async def count(job):
-        fields = await job.read(CountFields)
+    async def count(request):
+        if service.llm is None:
+            raise ApiError(503, "the model is still loading", code="loading", retry_after=1)
+        service.check_workers()
+        fields = await read_fields(request, service, CountFields)
         service.check_model(fields.model)
-        return json_response(dict(input_tokens=await job.offload(count_tokens, service, fields)))
+        return json_response(dict(input_tokens=await service.offload(count_tokens, service, fields)))
 
     return [Route("/v1/messages", Generates(service, messages), methods=["POST"]),
-            Route("/v1/messages/count_tokens", Generates(service, count), methods=["POST"])]
+            Route("/v1/messages/count_tokens", count, methods=["POST"])]
 
 
 def count_tokens(service, fields):

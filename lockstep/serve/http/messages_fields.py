@@ -5,7 +5,7 @@ from pydantic import Field
 
 from lockstep.serve import structured
 from lockstep.serve.chat import Conversation
-from lockstep.serve.http.body import Fields, shown
+from lockstep.serve.http.body import Fields, shown, simple_or
 from lockstep.serve.http.chat_fields import NO_PARAMETERS, called, choose
 from lockstep.serve.http.errors import bad_request
 from lockstep.serve.http.sampling import Count, SamplingFields
@@ -32,7 +32,7 @@ class Turn(Fields):
     """One message."""
 
     role: Literal["user", "assistant", "system"]
-    content: str | list[ContentBlock]
+    content: simple_or(str, list[ContentBlock])
 
 
 class ToolFields(Fields):
@@ -56,7 +56,7 @@ class ToolChoice(Fields):
 class Thinking(Fields):
     """Whether the model is to think first."""
 
-    type: Literal["enabled", "disabled", "adaptive"]
+    type: Literal["enabled", "disabled", "adaptive", "between_tools"]
     budget_tokens: int | None = None
 
 
@@ -71,6 +71,7 @@ class OutputConfig(Fields):
     """The same, where newer clients put it."""
 
     format: OutputFormat | None = None
+    effort: str | None = None
 
 
 class CountFields(Fields):
@@ -78,7 +79,7 @@ class CountFields(Fields):
 
     model: str | None = None
     messages: list[Turn]
-    system: str | list[ContentBlock] | None = None
+    system: simple_or(str, list[ContentBlock]) | None = None
     tools: list[ToolFields] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
@@ -101,11 +102,12 @@ def conversation(fields):
     messages = [made for i, turn in enumerate(fields.messages) for made in turn_messages(f"messages[{i}]", turn)]
     if fields.system:
         messages.insert(0, dict(role="system", content=text_of(fields.system, "system")))
-    wanted = fields.output_format or (fields.output_config and fields.output_config.format)
-    return Conversation(
-        messages, tool_use(fields), structured.json_schema(wanted.schema_, strict=False) if wanted else None,
-        template_variables(dict(enable_thinking=fields.thinking.type != "disabled") if fields.thinking else None),
-        continues=fields.messages[-1].role == "assistant")
+    output = fields.output_config or OutputConfig()
+    wanted = fields.output_format or output.format
+    grammar = structured.json_schema(wanted.schema_, strict=False) if wanted else None
+    thinking = dict(enable_thinking=fields.thinking.type != "disabled") if fields.thinking else None
+    return Conversation(messages, tool_use(fields), grammar, template_variables(thinking, output.effort),
+                        continues=fields.messages[-1].role == "assistant")
 
 
 def tool_use(fields):

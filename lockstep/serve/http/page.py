@@ -34,7 +34,8 @@ def shown(service):
     made = dict(model=service.model_name, state=service.state, system_fingerprint=service.fingerprint,
                 can_chat=service.tokenizer is not None and service.tokenizer.has_chat_template)
     found = dict.fromkeys(COUNTS, 0) | service.counts()
-    return made | {name: found[name] for name in COUNTS} | dict(pages_used=found["pages"] - found.get("pages_free", 0) - found.get("pages_idle", 0))
+    made |= {name: found[name] for name in COUNTS}
+    return made | dict(pages_used=found["pages"] - found.get("pages_free", 0) - found.get("pages_idle", 0))
 
 
 class File:

@@ -37,7 +37,8 @@ class SamplingFields(Fields):
 
 # API field -> default; those of SamplingParams have the same names
 DEFAULTS = dict(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, n=1, ignore_eos=False, min_tokens=0,
-                include_stop_str_in_output=False, skip_special_tokens=True, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0)
+                include_stop_str_in_output=False, skip_special_tokens=True, repetition_penalty=1.0,
+                presence_penalty=0.0, frequency_penalty=0.0)
 LEAST_TOP_P = 1e-9
 
 

@@ -1,4 +1,6 @@
 """What a parser finds in an answer: pieces of text and of tool calls, in the order in which they come."""
+import hashlib
+import re
 import secrets
 import string
 from typing import NamedTuple
@@ -36,6 +38,13 @@ class Arguments(NamedTuple):
 def new_id():
     """A fresh id for a call: nine letters and digits, which is what the strictest chat templates (Mistral's) accept."""
     return "".join(secrets.choice(ID_CHARACTERS) for _ in range(9))
+
+
+def short_id(call_id):
+    """Any client's id for a call as one that those templates accept; ours stay as they are."""
+    if call_id and re.fullmatch("[A-Za-z0-9]{9}", call_id):
+        return call_id
+    return hashlib.sha256((call_id or "").encode()).hexdigest()[:9]
 
 
 def partial(text, marker):

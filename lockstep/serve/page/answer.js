@@ -1,7 +1,7 @@
 // One answer: its text as it comes, the facts about it, and the proof that it can be had again.
 
 import { answer as stream } from "/page/client.js";
-import { elements, hide, reachable, watch } from "/page/tokens.js";
+import { elements, reachable, watch } from "/page/tokens.js";
 
 const CROWD = 4; // strangers beside an answer that is run again in a crowd
 
@@ -123,7 +123,7 @@ export class Answer {
   /** The same answer once more: {text, tokens}; as far as this one came, if it was stopped. */
   async collect(signal) {
     const found = { text: "", tokens: [] };
-    for await (const { text, thought, tokens } of stream(this.request, this.key(), signal)) {
+    for await (const { text, tokens } of stream(this.request, this.key(), signal)) {
       if (this.stopped && found.tokens.length >= this.tokens.length) break;
       found.text += text;
       found.tokens.push(...tokens);
@@ -157,11 +157,6 @@ export class Answer {
 
   key() {
     return document.getElementById("key").value;
-  }
-
-  remove() {
-    hide();
-    this.root.remove();
   }
 }
 

@@ -51,7 +51,8 @@ async function ask(text) {
   $("welcome").hidden = true;
   prompt.value = "";
   grow();
-  const asked = [...messages, { role: "user", content: text }];
+  const known = messages;
+  const asked = [...known, { role: "user", content: text }];
   const system = $("system").value.trim();
   const before = system ? [{ role: "system", content: system }] : [];
   const request = canChat ? chat([...before, ...asked], settings()) : continuation(text, settings());
@@ -60,7 +61,9 @@ async function ask(text) {
   log.append(answer.root);
   log.scrollTop = log.scrollHeight;
   await stream(answer);
+  if (messages !== known) return; // forgotten meanwhile
   if (canChat && answer.text) messages = [...asked, { role: "assistant", content: answer.text }];
+  if (!answer.text && !prompt.value) prompt.value = text; // to be sent again
 }
 
 async function stream(answer) {

@@ -38,6 +38,8 @@ function element(text, tokens) {
   return made;
 }
 
+document.addEventListener("click", event => considered.has(event.target) || hide());
+
 /** Shows alternatives on hover, focus and tap inside a container; arrow keys go from token to token. */
 export function watch(container) {
   container.addEventListener("pointerover", event => event.pointerType === "mouse" && show(event.target));

@@ -101,6 +101,20 @@ def test_a_conversation_goes_on_and_can_be_forgotten(page, server):
     assert page.shown("#welcome") and not page.shown(".answer")
 
 
+def test_a_conversation_that_is_forgotten_while_it_is_answered_stays_forgotten(page, server, slow):
+    send(page, "One.")
+    page.until(lambda: len(page.texts(TOKENS)) > 3)
+    page.click("#clear")
+    page.until(lambda: page.shown("#send") and server.service.num_open == 0)
+    page.run("""const send = fetch;
+        window.fetch = (path, options) => {
+          if (options?.body) window.sent = JSON.parse(options.body).messages;
+          return send(path, options);
+        };""")
+    ask(page, "Two.")
+    assert page.run("return sent") == [dict(role="user", content="Two.")] and page.texts(".said") == ["Two."]
+
+
 def test_run_again_gives_the_same_alone_and_in_a_crowd(page):
     ask(page, "Write a class.")
     for button, words in (("first-child", "✓ The same: all 24 tokens"), ("nth-child(2)", "✓ The same beside 4 others")):

@@ -175,25 +175,34 @@ class Engine:
         row = hidden_row = 0
         for (request, count), span in zip(plan, spans):
             self.scheduler.computed(request, count)
-            if request.pool is not None:
-                request.pool.take(self.runner.hidden(hidden_row, len(span.embedded)))
-                hidden_row += len(span.embedded)
-                if request.num_left == 0:
-                    self.finish(request, "embedded")
-                    changed.append(request)
-                continue
-            row = take_prompt_rows(request, span, row, self.runner, logprobs)
             if request.num_left == 0:
-                self._take_token(request, int(tokens[row]), float(logprobs[row]), row)
                 changed.append(request)
-                row += 1
+            if request.pool is None:
+                row = self._take_sampled(request, span, row, tokens, logprobs)
+            else:
+                hidden_row = self._take_hidden(request, span, hidden_row)
         return changed
 
     def _span(self, request, count):
         start, end = request.num_computed, request.num_computed + count
         sampled = sampled_rows(request, start, end, self.eos_ids, self.model.config.vocab_size)
-        embedded = request.pool.rows(start, end) if request.pool is not None else range(0)
+        embedded = request.pool.rows(start, end) if request.pool is not None else ()
         return Span(request.token_ids(start, end), start, request.pages, request.slot, sampled, embedded)
+
+    def _take_sampled(self, request, span, row, tokens, logprobs):
+        """Takes in the sampled rows of a span, the first of which is `row`; returns the row after them."""
+        row = take_prompt_rows(request, span, row, self.runner, logprobs)
+        if request.num_left:
+            return row
+        self._take_token(request, int(tokens[row]), float(logprobs[row]), row)
+        return row + 1
+
+    def _take_hidden(self, request, span, row):
+        """The same for its embedded rows."""
+        request.pool.take(self.runner.hidden(row, len(span.embedded)))
+        if request.num_left == 0:
+            self.finish(request, "embedded")
+        return row + len(span.embedded)
 
     def _take_token(self, request, token, logprob, row):
         p = request.params

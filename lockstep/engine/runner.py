@@ -1,4 +1,5 @@
 """Runs steps of a model: cache memory, the step block, and the executor. Knows nothing of requests or schedules."""
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,7 +24,7 @@ class Span:
     pages: list
     slot: int
     sampled: dict = field(default_factory=dict)
-    embedded: range = range(0)
+    embedded: Sequence[int] = ()
 
 
 @dataclass(frozen=True)

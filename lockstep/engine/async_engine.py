@@ -34,17 +34,30 @@ class TokenStream:
     def __init__(self, engine, request):
         self.request, self._engine = request, engine
         self._tokens, self._ready, self._waiting, self._for_end = deque(), threading.Condition(), None, False
-        self._ended, self._error, self._num_sent, self._text_sent = False, None, 0, 0
+        self._ended, self._left, self._error, self._num_sent, self._text_sent = False, False, None, 0, 0
 
     @property
     def finish_reason(self):
-        """"stop", "length", "error" or "cancelled"; None until the last token was read."""
+        """"stop", "length", "error" or "cancelled"; None while it runs."""
+        return self.request.finish_reason if self._ended else None
+
+    @property
+    def is_read(self):
+        """Whether it has ended and nothing is left to be read."""
         with self._ready:
-            return self.request.finish_reason if self._ended and not self._tokens else None
+            return self._ended and not self._tokens
 
     def cancel(self):
         """Ends the request before the engine's next step. Any thread may call this, at any time."""
         self._engine._send("cancel", self)
+
+    def leave(self):
+        """Cancels; for its reader the stream has ended already, even if the engine's step never does."""
+        self.cancel()
+        with self._ready:
+            self._left = self._ended = True
+            woken = self._woken()
+        _wake([woken])
 
     # ------------------------------------------------------------ the reader's side
 
@@ -106,7 +119,7 @@ class TokenStream:
                 new_text = text[self._text_sent:] if i == count - 1 else ""
                 self._tokens.append(Token(i, request.output_ids[i], request.logprobs[i], top, new_text))
                 self._text_sent += len(new_text)
-            self._num_sent, self._ended = count, request.finish_reason is not None
+            self._num_sent, self._ended = count, self._left or request.finish_reason is not None
             return self._woken()
 
     def _fail(self, error):
@@ -122,23 +135,24 @@ class TokenStream:
         return woken
 
 
-async def batches(streams, pause=0.0):
+async def batches(streams, pause=lambda: 0.0):
     """Reads many streams at once: yields lists of (number of the stream, its new Tokens, its finish_reason), which is
     None before its last tokens, until all have ended.
 
-    pause: seconds after tokens in which only a stream's end wakes the reader; what comes in them comes together.
+    pause: a function; the seconds that it gives after tokens came are those in which only a stream's end wakes the
+    reader: what comes in them comes together.
     """
     left, loop = dict(enumerate(streams)), asyncio.get_running_loop()
     while left:
         woken = loop.create_future()
         taken = [(number, stream, stream.take(woken)) for number, stream in left.items()]
         left = {number: stream for number, stream, tokens in taken if tokens is not None}
-        found = [(number, tokens, stream.finish_reason) for number, stream, tokens in taken if tokens]
+        found = [(number, tokens, stream.request.finish_reason if stream.is_read else None)
+                 for number, stream, tokens in taken if tokens]
         if found:
-            until = loop.time() + pause
+            until = loop.time() + pause()
             yield found
-            if pause:
-                await _pause(left.values(), until, loop)
+            await _pause(left.values(), until, loop)
         elif left:
             await woken
 

@@ -38,7 +38,8 @@ test: $(VENV)/.test
 
 SOAK ?= 10
 soak: $(VENV)/.test
-	@LOCKSTEP_SOAK=$(SOAK) $(BIN)/python -m pytest -q tests/test_lockstep.py tests/promise/test_traffic.py -k soak
+	@LOCKSTEP_SOAK=$(SOAK) $(BIN)/python -m pytest -q tests/test_lockstep.py tests/promise/test_traffic.py \
+		tests/serve/http -k soak
 
 test-oracles: $(ORACLES)/.installed
 	@$(ORACLES)/bin/python -m pytest -q tests/oracles

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close with a reset
 ASKED = [dict(), dict(stream=True), dict(n=3), dict(stream=True, n=2), dict(prompt=["x", "import os\n", "def f("]),
          dict(echo=True, logprobs=2)]
@@ -31,7 +32,7 @@ def body(rng, max_tokens):
 def encoded(sent):
     """It as HTTP."""
     raw = json.dumps(sent).encode()
-    return b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(raw) + raw
+    return HEAD % len(raw) + raw
 
 
 # ---------------------------------------------------------------- overload

@@ -8,32 +8,14 @@ import jsonschema
 import openai
 import pytest
 
-from lockstep import LLM, SamplingParams
-from tests.serve.http.chatting import HELLO, PLOT, POINT, THINKING, saying, talking
-from tests.serve.http.server import SIZES, running
+from lockstep import SamplingParams
+from tests.serve.http.chatting import HELLO, PLOT, POINT, saying
 
 TOOLS = [dict(type="function", function=PLOT), dict(type="function", function=dict(name="now"))]
 
 
 def client_of(server):
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0, timeout=120)
-
-
-@pytest.fixture(scope="module")
-def server():
-    with running() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def thinker():
-    with talking(THINKING) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    return client_of(server)
 
 
 def ask(client, **options):
@@ -64,12 +46,10 @@ def message_parts(choice):
     return message.content or "", getattr(message, "reasoning_content", None) or "", calls, choice.finish_reason
 
 
-def test_an_answer_is_the_engines(client, server):
+def test_an_answer_is_the_engines(client, server, llm):
     found = ask(client, temperature=0.8, seed=5, logprobs=True, top_logprobs=2)
-    llm = LLM(**SIZES)
     ids = llm.chat_prompt(HELLO)
     alone = llm.generate([ids], SamplingParams(max_tokens=24, temperature=0.8, seed=5, logprobs=2))[0]
-    llm.close()
     choice = found.choices[0]
     assert choice.message.content == alone.text and choice.finish_reason == alone.finish_reason
     assert [t.logprob for t in choice.logprobs.content] == alone.logprobs
@@ -261,10 +241,8 @@ def test_effort_and_earlier_thoughts_reach_the_template(thinker):
         > prompt(messages=[*HELLO, earlier, *HELLO])
 
 
-def test_a_message_is_continued(client):
+def test_a_message_is_continued(client, llm):
     begun = [*HELLO, dict(role="assistant", content="def f(x):\n    return")]
     found = ask(client, messages=begun, temperature=0, extra_body=dict(continue_final_message=True))
-    llm = LLM(**SIZES)
     prompt = llm.tokenizer.render_chat(HELLO) + begun[-1]["content"]
     assert found.choices[0].message.content == llm.generate([prompt], SamplingParams(max_tokens=24))[0].text
-    llm.close()

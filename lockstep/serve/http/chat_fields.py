@@ -134,7 +134,6 @@ class ChatFields(SamplingFields):
     guided_grammar: str | None = None
     reasoning_effort: str | None = None
     chat_template_kwargs: dict | None = None
-    add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     return_token_ids: bool | None = None
 
@@ -157,17 +156,15 @@ def conversation(fields):
 def message(index, given):
     """A message as chat templates know one."""
     where = f"messages[{index}]"
-    made = dict(role="tool" if given.role == "function" else given.role, content=text_of(given.content, where))
-    thought = given.reasoning_content if given.reasoning_content is not None else given.reasoning
-    if given.role == "assistant":
-        if given.tool_calls:
-            made["tool_calls"] = [called(c.id, c.function.name, c.function.arguments, where) for c in given.tool_calls]
-        if thought is not None:
-            made["reasoning_content"] = thought
-    elif made["content"] is None:
+    content = text_of(given.content, where)
+    if content is None and given.role != "assistant":
         raise bad_request(f"{where}.content: expected a text for role {given.role}, got null", f"{where}.content",
                           "invalid_value")
-    more = dict(name=given.name, tool_call_id=given.tool_call_id)
+    made = dict(role="tool" if given.role == "function" else given.role, content=content or "")
+    if given.tool_calls:
+        made["tool_calls"] = [called(c.id, c.function.name, c.function.arguments, where) for c in given.tool_calls]
+    thought = given.reasoning_content if given.reasoning_content is not None else given.reasoning
+    more = dict(name=given.name, tool_call_id=given.tool_call_id, reasoning_content=thought)
     return made | {name: value for name, value in more.items() if value is not None}
 
 

@@ -122,6 +122,7 @@ def test_content_in_parts_null_content_and_all_roles(client):
                     dict(id="a1", type="function", function=dict(name="now", arguments=""))]),
                 dict(role="tool", tool_call_id="a1", content="noon")]
     assert ask(client, messages=messages).choices[0].message.content
+    assert ask(client, messages=[*HELLO, dict(role="assistant", content=None), *HELLO]).choices[0].message.content
 
 
 def test_fields_that_nobody_knows_and_nulls_are_ignored(client):
@@ -153,6 +154,17 @@ def test_json_schema(client, strict):
         found = ask(client, response_format=wanted, temperature=1.0, seed=seed, max_tokens=300)
         jsonschema.validate(json.loads(found.choices[0].message.content), POINT)
         assert found.choices[0].finish_reason == "stop"
+
+
+def test_several_samples_under_one_grammar(client):
+    wanted = dict(type="json_schema", json_schema=dict(name="point", strict=True, schema=POINT))
+    options = dict(response_format=wanted, temperature=1.0, seed=3, max_tokens=300)
+    found = ask(client, n=4, **options).choices
+    points = [json.loads(choice.message.content) for choice in found]
+    for point in points:
+        jsonschema.validate(point, POINT)
+    assert len({json.dumps(point) for point in points}) > 1
+    assert ask(client, **options).choices[0].message == found[0].message
 
 
 def test_json_object(client):

@@ -6,6 +6,8 @@ from dataclasses import replace
 import jsonschema
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lockstep.serve import reasoning, structured
 from lockstep.serve.reasoning import PlainParser, ThoughtParser
@@ -266,3 +268,18 @@ def test_a_grammar_behind_a_thought(opened):
 def test_only_the_first_call_where_they_may_not_be_parallel():
     text = '<tool_call>{"name": "now"}</tool_call>\n<tool_call>{"name": "now", "arguments": {}}</tool_call> Done.'
     assert parse(CallParser(HERMES, replace(USE, parallel=False)), list(text)) == [("now", "{}"), "Done."]
+
+
+FRAGMENTS = ["<tool_call>", "</tool_call>", "<function=", "</function>", "<parameter=", "</parameter>", ">",
+             "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>", "<think>", "</think>", "\n", " ", "{", "}", "[", "]", '"', ":",
+             ",", ";", "\\", '{"name": "now"', '"arguments": {', '"parameters":', "city", "days", "now", "3", "é", "<",
+             "/"]
+
+
+@pytest.mark.parametrize("style", STYLES, ids=lambda s: s.name)
+@settings(max_examples=150, deadline=None)
+@given(pieces=st.lists(st.sampled_from(FRAGMENTS), max_size=25), opened=st.booleans())
+def test_any_text_gives_the_same_events_however_it_is_cut(style, pieces, opened):
+    text = "".join(pieces)
+    made = [parse(ThoughtParser(CallParser(style, USE), opened), each) for each in ([text], pieces, list(text))]
+    assert made[0] == made[1] == made[2]

@@ -8,14 +8,19 @@ Python can, but on the same cores: what it takes, the engine does not get.
 import argparse
 import asyncio
 import json
+import math
 import multiprocessing
 import selectors
 import socket
 import statistics
+import threading
 import time
 
+from lockstep import LLM, SamplingParams
 from lockstep.engine.async_engine import batches
-from lockstep.engine.request import SamplingParams
+from lockstep.serve.http.app import make_app
+from lockstep.serve.http.service import Service
+from lockstep.serve.http.serving import Server, bind
 
 PROMPT_TOKENS = 16
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: bench\r\nContent-Length: %d\r\n\r\n"
@@ -32,22 +37,22 @@ def prompts(count, round_number, vocab_size):
 
 def serve(pipe, model, threads, weights):
     """Says where it listens, then runs what is asked for without HTTP, until it is told to end."""
-    from lockstep import LLM
-    from tests.serve.http.server import running
-
     llm = LLM(model, weights=weights, threads=threads, max_requests=32, max_context=512)
-    with running(llm) as server:
-        pipe.send((server.port, llm.model.config.vocab_size))
-        while (asked := pipe.recv()) is not None:
-            pipe.send(asyncio.run(direct(server.service.engine, *asked)))
+    service, listening = Service("model"), bind("127.0.0.1", 0)
+    service.open(llm)
+    server = Server(make_app(service), service)
+    threading.Thread(target=server.run, args=([listening],), daemon=True).start()
+    pipe.send((listening.getsockname()[1], llm.model.config.vocab_size))
+    while (asked := pipe.recv()) is not None:
+        pipe.send(asyncio.run(direct(service.engine, *asked)))
 
 
 async def direct(engine, each, num_tokens):
-    """Seconds that the AsyncEngine takes."""
+    """Seconds that the AsyncEngine takes for a reader who only waits for the end, so that nothing takes its time."""
     began = time.perf_counter()
     params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
     streams = engine.submit_all([(ids, params) for ids in each])
-    async for _ in batches(streams):
+    async for _ in batches(streams, pause=lambda: math.inf):
         pass
     assert all(len(stream.request.output_ids) == num_tokens for stream in streams)
     return time.perf_counter() - began

@@ -38,9 +38,14 @@ class TokenStream:
 
     @property
     def finish_reason(self):
-        """"stop", "length", "error" or "cancelled"; None until the last token was read."""
+        """"stop", "length", "error" or "cancelled"; None while it runs."""
+        return self.request.finish_reason if self._ended else None
+
+    @property
+    def is_read(self):
+        """Whether it has ended and nothing is left to be read."""
         with self._ready:
-            return self.request.finish_reason if self._ended and not self._tokens else None
+            return self._ended and not self._tokens
 
     def cancel(self):
         """Ends the request before the engine's next step. Any thread may call this, at any time."""
@@ -122,23 +127,24 @@ class TokenStream:
         return woken
 
 
-async def batches(streams, pause=0.0):
+async def batches(streams, pause=lambda: 0.0):
     """Reads many streams at once: yields lists of (number of the stream, its new Tokens, its finish_reason), which is
     None before its last tokens, until all have ended.
 
-    pause: seconds after tokens in which only a stream's end wakes the reader; what comes in them comes together.
+    pause: a function; the seconds that it gives after tokens came are those in which only a stream's end wakes the
+    reader: what comes in them comes together.
     """
     left, loop = dict(enumerate(streams)), asyncio.get_running_loop()
     while left:
         woken = loop.create_future()
         taken = [(number, stream, stream.take(woken)) for number, stream in left.items()]
         left = {number: stream for number, stream, tokens in taken if tokens is not None}
-        found = [(number, tokens, stream.finish_reason) for number, stream, tokens in taken if tokens]
+        found = [(number, tokens, stream.request.finish_reason if stream.is_read else None)
+                 for number, stream, tokens in taken if tokens]
         if found:
-            until = loop.time() + pause
+            until = loop.time() + pause()
             yield found
-            if pause:
-                await _pause(left.values(), until, loop)
+            await _pause(left.values(), until, loop)
         elif left:
             await woken
 

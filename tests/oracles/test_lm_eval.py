@@ -61,8 +61,9 @@ def test_scores_are_the_engines_own_bits(found):
 
 
 def score(llm, text, choice):
-    """(sum of the choice's log-probabilities, whether each of its tokens is the likeliest), as lm-eval adds them up."""
-    context, whole = llm.encode(text), llm.encode(text + choice)
+    """(sum of the choice's log-probabilities, whether each of its tokens is the likeliest), as lm-eval adds them up:
+    spaces at the end of the text belong to the choice."""
+    context, whole = llm.encode(text.rstrip()), llm.encode(text + choice)
     answer = llm.generate([whole], SamplingParams(max_tokens=1, prompt_logprobs=1))[0]
     start = len(context) - 1  # the first token has no log-probability
     own, best = answer.prompt_logprobs[start:], [max(top.values()) for top in answer.prompt_top_logprobs[start:]]

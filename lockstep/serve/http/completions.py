@@ -43,7 +43,7 @@ def routes(service):
         fields = await job.read(CompletionFields)
         service.check_model(fields.model)
         _refuse_unsupported(fields, service.limits)
-        texts, ids = await job.offload(read_prompts, service, fields.prompt, fields.add_special_tokens)
+        texts, ids = await job.prepare(read_prompts, service, fields.prompt, fields.add_special_tokens)
         answer = Answer(job, fields, texts)
         await job.start([(each, _params(fields, service, len(each))) for each in ids], fields.cache_salt or "")
         if fields.stream:

@@ -7,9 +7,11 @@ from starlette.requests import ClientDisconnect
 
 from lockstep.engine.async_engine import batches
 from lockstep.serve.http import body
-from lockstep.serve.http.errors import ApiError, bad_request
+from lockstep.serve.http.errors import ApiError, bad_request, not_allowed
 
+SHORT_BYTES = 2048  # of a body
 FRAME_SECONDS = 1 / 60  # nobody sees tokens that come faster than this one by one
+EVENT_SECONDS = 1e-3  # between events of all streams together
 
 
 class Job:
@@ -25,7 +27,7 @@ class Job:
         self.streams, self.requests, self._prompts = [], [], []
         self.num_sequences, self.num_queued_tokens = 1, 0
         self._ended_by, self._watcher, self._began = None, None, time.monotonic()
-        self._last_tokens = None
+        self._last_tokens, self._is_short = None, False
 
     @property
     def seconds(self):
@@ -37,6 +39,7 @@ class Job:
     async def read(self, fields):
         """The body, checked against a model of its fields. From then on the socket is watched."""
         raw = await body.read(self._receive, self.service.limits.body_seconds)
+        self._is_short = len(raw) <= SHORT_BYTES
         self._watcher = asyncio.create_task(self._watch())
         return await body.checked(self.service, fields, raw)
 
@@ -45,6 +48,18 @@ class Job:
         made = await self.service.offload(function, *args)
         self._go_on()
         return made
+
+    async def prepare(self, function, *args):
+        """Runs a function whose time is in proportion to the body: at once where that is short, else as `offload`.
+
+        A hop to a thread and back costs as much as generating a few tokens.
+        """
+        if not self._is_short:
+            return await self.offload(function, *args)
+        try:
+            return function(*args)
+        except ValueError as error:
+            raise not_allowed(error) from None
 
     async def _watch(self):
         while (await self._receive())["type"] != "http.disconnect":
@@ -64,7 +79,7 @@ class Job:
             self._check_context(len(ids), params.max_tokens)
         self.service.admit(self, num_sequences, sum(len(ids) * params.n for ids, params in prompts))
         self._prompts = prompts
-        await self.offload(self._submit, prompts, cache_salt)
+        await self.prepare(self._submit, prompts, cache_salt)
         return self.requests
 
     def _submit(self, prompts, cache_salt):
@@ -87,13 +102,13 @@ class Job:
             raise bad_request(f"the prompt has {num_prompt} tokens and max_tokens is {max_tokens}, together more than "
                               f"the context of {limit} tokens", "prompt", "context_length_exceeded")
 
-    async def tokens(self, pause=FRAME_SECONDS):
+    async def tokens(self, pause=None):
         """Yields lists of (number of a sequence, its new Tokens, its finish_reason) whenever a step brought some.
 
-        Tokens that come within `pause` seconds come together: each event costs as much as generating a few of them.
+        Tokens that come within `pause()` seconds come together, by default as long as nobody sees a difference.
         finish_reason is None before a sequence's last tokens. A sequence that failed raises ApiError 400 at the end.
         """
-        async for found in batches(self.streams, pause):
+        async for found in batches(self.streams, pause or self._frame):
             self._go_on()
             self._note(found)
             yield found
@@ -101,9 +116,13 @@ class Job:
         self._check_errors()
         self.service.metrics.whole_answer.add(self.seconds)
 
+    def _frame(self):
+        """Seconds between two events of a stream: longer where there are many, since each costs several tokens."""
+        return max(FRAME_SECONDS, EVENT_SECONDS * self.service.num_open)
+
     async def finished(self):
         """Waits for the end of all sequences; returns their Requests."""
-        async for _ in self.tokens(math.inf):
+        async for _ in self.tokens(pause=lambda: math.inf):
             pass
         return self.requests
 

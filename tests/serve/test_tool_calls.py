@@ -19,7 +19,7 @@ from lockstep.serve.tool_calls.tools import Tool, ToolUse, written_out
 from tests.serve.test_structured import GRAMMARS, TOKENIZERS, allows, random_answer
 
 WEATHER = Tool("get_weather", "The weather.", dict(
-    type="object", required=["city"], additionalProperties=False,
+    type="object", description="as %json: x", required=["city"], additionalProperties=False,
     properties=dict(city=dict(type="string", maxLength=6), days=dict(type="integer", minimum=1, maximum=9),
                     units=dict(enum=["C", "F"]),
                     tags={"type": "array", "maxItems": 2, "items": {"$ref": "#/$defs/tag"}}),
@@ -38,7 +38,7 @@ def calls_grammar(style, use, special=None):
     rules = Lark(special or {})
     rules.rule("start", "calls")
     style.rules(rules, use.callable, use.parallel)
-    return structured.lark(rules.text)
+    return structured.compose(rules.text)
 
 
 def merged(events):

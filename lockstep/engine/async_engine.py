@@ -34,7 +34,7 @@ class TokenStream:
     def __init__(self, engine, request):
         self.request, self._engine = request, engine
         self._tokens, self._ready, self._waiting, self._for_end = deque(), threading.Condition(), None, False
-        self._ended, self._error, self._num_sent, self._text_sent = False, None, 0, 0
+        self._ended, self._left, self._error, self._num_sent, self._text_sent = False, False, None, 0, 0
 
     @property
     def finish_reason(self):
@@ -50,6 +50,14 @@ class TokenStream:
     def cancel(self):
         """Ends the request before the engine's next step. Any thread may call this, at any time."""
         self._engine._send("cancel", self)
+
+    def leave(self):
+        """Cancels; for its reader the stream has ended already, even if the engine's step never does."""
+        self.cancel()
+        with self._ready:
+            self._left = self._ended = True
+            woken = self._woken()
+        _wake([woken])
 
     # ------------------------------------------------------------ the reader's side
 
@@ -111,7 +119,7 @@ class TokenStream:
                 new_text = text[self._text_sent:] if i == count - 1 else ""
                 self._tokens.append(Token(i, request.output_ids[i], request.logprobs[i], top, new_text))
                 self._text_sent += len(new_text)
-            self._num_sent, self._ended = count, request.finish_reason is not None
+            self._num_sent, self._ended = count, self._left or request.finish_reason is not None
             return self._woken()
 
     def _fail(self, error):

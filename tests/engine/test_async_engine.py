@@ -217,6 +217,21 @@ def test_a_pause_brings_tokens_together_and_ends_with_the_stream(running):
     assert len(asyncio.run(read(lambda: 3600.0))) == 2 and time.monotonic() - began < 600
 
 
+def test_a_reader_that_leaves_does_not_wait_for_the_step(running):
+    hold, step = threading.Event(), running.engine.step
+    running.engine.step = lambda: hold.wait(60) and step()
+
+    async def read():
+        [stream] = running.submit_all([(PROMPTS[0], LONG)])
+        asyncio.get_running_loop().call_later(0.05, stream.leave)
+        return [found async for found in batches([stream])]
+
+    assert asyncio.run(read()) == []
+    hold.set()
+    scheduler = running.engine.scheduler
+    wait_until(lambda: not running.engine.has_work and scheduler.pages.num_free == scheduler.limits.num_pages)
+
+
 def test_all_prompts_are_queued_or_none(running):
     with pytest.raises(ValueError, match="0 to 95"):
         running.submit_all([(PROMPTS[0], LONG), ([96], PARAMS[0])])

@@ -49,7 +49,7 @@ def routes(service):
         if fields.stream:
             return EventStream(job, answer.events())
         await job.finished()
-        return json_response(await job.offload(answer.whole))
+        return json_response(answer.whole() if fields.logprobs is None else await job.offload(answer.whole))
 
     return [Route("/v1/completions", Generates(service, complete), methods=["POST"])]
 

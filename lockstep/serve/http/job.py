@@ -171,7 +171,7 @@ class Job:
     def _cancel(self):
         for stream in self.streams:
             if stream.request.finish_reason is None:
-                stream.cancel()
+                stream.leave()
 
     def _go_on(self):
         if self._ended_by is not None:

@@ -20,7 +20,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         # bytes of the head so far, and bytes since anything became of them
         self._num_head_bytes, self._num_pending = 0, 0
-        self._timer, self._is_in_head, self._has_progress, self._refused = None, True, False, False
+        self._timer, self._stalled, self._is_in_head, self._has_progress, self._refused = None, None, True, False, False
         if len(self.connections) > self.limits.max_connections:
             self._refuse(ApiError(503, f"more than {self.limits.max_connections} connections", code="connections_full"))
         else:
@@ -29,7 +29,20 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_lost(self, error):
         """The connection is gone."""
         self._clear_timer()
+        self.resume_writing()
         super().connection_lost(error)
+
+    def pause_writing(self):
+        """The client does not read what it asked for; it must go on in time."""
+        super().pause_writing()
+        self._stalled = self.loop.call_later(self.limits.body_seconds, self.transport.abort)
+
+    def resume_writing(self):
+        """The client reads again."""
+        super().resume_writing()
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
 
     def data_received(self, data):
         """Takes bytes in. What grows without becoming a header or a part of a body is bounded here."""
@@ -121,6 +134,7 @@ class BoundedProtocol(HttpToolsProtocol):
             head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
             self.transport.write(STATUS_LINE[error.status] + head + body)
         self.transport.close()
+        self.loop.call_later(self.limits.body_seconds, self.transport.abort)  # where nobody takes the answer
 
     def _is_unanswered(self):
         if self._is_in_head:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import math
+import threading
 import time
 
 from lockstep.engine.async_engine import AsyncEngine, EngineStopped
@@ -18,6 +19,7 @@ from lockstep.serve.http.metrics import Metrics
 WORKERS = 2  # threads for tokenizers, templates and grammars
 REFUSED = {"loading": "the model is still loading", "draining": "the server is shutting down"}
 LONGEST_RETRY = 60
+CLOSE_SECONDS = 20  # what is to be kept on disk is written in them
 log = logging.getLogger("lockstep.http")
 
 
@@ -60,11 +62,13 @@ class Service:
             job.end(ApiError(503, "the server shut down before this answer was complete", code="shutting_down"))
 
     def close(self):
-        """Ends the engine and the workers."""
+        """Ends the engine and the workers. A step that does not end is not waited for."""
         self.state = "closed"
         self._workers.shutdown(wait=False, cancel_futures=True)
         if self.engine is not None:
-            self.engine.close()
+            closing = threading.Thread(target=self.engine.close, daemon=True)
+            closing.start()
+            closing.join(CLOSE_SECONDS)
 
     @property
     def trouble(self):

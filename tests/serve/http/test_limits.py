@@ -1,5 +1,6 @@
 """Requests that no client library would send: sizes, encodings, slowness, and nothing but clear answers."""
 import json
+import socket
 import time
 
 import pytest
@@ -111,6 +112,16 @@ def test_the_rest_of_a_refused_body_may_not_trickle_for_ever(small):
         connection.sendall(b"x" * 1000)
         answer += read_all(connection)  # it is closed before all came
     assert answer.startswith(b"HTTP/1.1 413") and answer.count(b"HTTP/1.1") == 1
+
+
+def test_a_client_that_does_not_read_is_dropped(small):
+    whole = request(dict(prompt="x" * 500, n=60, max_tokens=1, logprobs=20, echo=True))
+    with connect(small) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.sendall(whole * 4)  # more than buffers take
+        wait_until(lambda: any(c.flow.write_paused for c in small.server.server_state.connections))
+        wait_until(lambda: not small.server.server_state.connections)
+    wait_until(lambda: not small.service.num_open)
 
 
 def test_too_many_connections_are_answered_and_the_others_go_on(small):

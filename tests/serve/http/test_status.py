@@ -7,6 +7,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from lockstep import LLM
+from lockstep.serve.http.limits import Limits
 from lockstep.serve.http.service import Service, system_fingerprint
 from tests.serve.http.server import SIZES, running, wait_until
 
@@ -128,6 +129,23 @@ def test_a_fault_of_the_server_says_nothing_about_itself(caplog):
         got = httpx.post(f"{made.url}/v1/completions", json=dict(prompt="x"))
     assert got.status_code == 500 and set(got.json()["error"]) == {"message", "type", "param", "code"}
     assert "NoneType" not in got.text and "encode" not in got.text and "encode" in caplog.text
+
+
+def test_an_engine_that_is_stuck_does_not_keep_a_server_from_ending(monkeypatch):
+    monkeypatch.setattr("lockstep.serve.http.service.CLOSE_SECONDS", 0.2)
+    hold = threading.Event()
+    with running(limits=Limits(drain_seconds=0.1)) as made:
+        made.service.engine.engine.step = lambda: hold.wait(60) and []
+        answers = []
+        asking = threading.Thread(target=lambda: answers.append(
+            httpx.post(f"{made.url}/v1/completions", json=dict(prompt="x"), timeout=60)))
+        asking.start()
+        wait_until(lambda: made.service.engine.seconds_in_step > 0)
+        made.server.handle_exit(15, None)
+        wait_until(lambda: made.service.state == "closed")
+        asking.join(60)
+        assert (answers[0].status_code, answers[0].json()["error"]["code"]) == (503, "shutting_down")
+        hold.set()
 
 
 # ---------------------------------------------------------------- who may ask

@@ -21,7 +21,7 @@ MAX_NESTING = 64
 MAX_MULTIPLES = 10_000  # product of a schema's different multipleOf: the automaton has that many states
 MAX_KEPT, MAX_KEPT_BYTES = 64, 4 << 20
 COMPILE_SECONDS = 5.0
-MAX_SAMPLES = 128  # as many as one request may have
+MAX_SAMPLES = 128  # of one prompt, as many as there may be
 LIMITS = dict(initial_lexer_fuel=500_000, step_lexer_fuel=100_000, step_max_items=20_000, max_lexer_states=20_000,
               max_grammar_size=200_000, verbose_errors=False)
 JSON_INSIDE = re.compile(r"%json\s*")

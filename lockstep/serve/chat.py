@@ -123,7 +123,7 @@ class ChatModel:
         after = self._added.get(reasoning.CLOSE) if reasoning.is_open(prompt) else None
         try:
             self._style.rules(rules, use.callable, use.parallel)
-            return self.grammars.mask(structured.lark(rules.text), trigger, after)
+            return self.grammars.mask(structured.compose(rules.text), trigger, after)
         except ValueError:
             if any(tool.strict for tool in use.tools):
                 raise

@@ -136,8 +136,6 @@ class ThoughtParser:
 class PlainParser:
     """Every piece of text is Content."""
 
-    num_calls = 0
-
     def push(self, text):
         """The events of a piece of text."""
         return [Content(text)] if text else []

@@ -21,9 +21,10 @@ MAX_NESTING = 64
 MAX_MULTIPLES = 10_000  # product of a schema's different multipleOf: the automaton has that many states
 MAX_KEPT, MAX_KEPT_BYTES = 64, 4 << 20
 COMPILE_SECONDS = 5.0
-MAX_SAMPLES = 128  # as many as one request may have
+MAX_SAMPLES = 128  # of one prompt, as many as there may be
 LIMITS = dict(initial_lexer_fuel=500_000, step_lexer_fuel=100_000, step_max_items=20_000, max_lexer_states=20_000,
               max_grammar_size=200_000, verbose_errors=False)
+JSON_INSIDE = re.compile(r"%json\s*")
 # One space, or a line break and its indentation: without a bound a weak model writes white space for ever.
 JSON_WHITESPACE = r"(\r?\n[ \t]{0,64}|[ \t])"
 
@@ -60,26 +61,28 @@ def regex(pattern):
 def lark(text):
     """A grammar in llguidance's variant of Lark; its rule `start` is the answer."""
     _check_bytes(_string("Lark grammar", text))
-    for begin in re.finditer(r"%json\s*", text):
-        check_multiples(_json_at(text, begin.end()))
-    return json.dumps({"grammars": [{"lark_grammar": text}]})
+    end = 0
+    while begin := JSON_INSIDE.search(text, end):
+        schema, end = _json_at(text, begin.end())
+        check_multiples(schema)
+    return compose(text)
+
+
+def _json_at(text, start):
+    """The JSON value in a text from here on, and where it ends."""
+    try:
+        return json.JSONDecoder().raw_decode(text, start)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"Lark grammar: expected JSON after %json ({str(error)[:80]})") from None
 
 
 def compose(rules, answer=None):
-    """A Lark grammar whose rules name another grammar, `answer`, as @answer."""
-    made = json.loads(lark(rules))["grammars"]
+    """The grammar of Lark rules that we wrote. answer: a grammar that they name as @answer."""
+    made = [{"lark_grammar": rules}]
     if answer is not None:
         first, *others = json.loads(answer)["grammars"]
         made += [{**first, "name": "answer"}, *others]
     return json.dumps({"grammars": made})
-
-
-def _json_at(text, start):
-    """The JSON value in a text from here on."""
-    try:
-        return json.JSONDecoder().raw_decode(text, start)[0]
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"Lark grammar: expected JSON after %json ({str(error)[:80]})") from None
 
 
 def choice(options):

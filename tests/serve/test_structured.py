@@ -66,6 +66,7 @@ PERSON = dict(type="object", required=["name", "age"], additionalProperties=Fals
     (structured.json_object(), ['{}', '{"a": [1, {"b": null}]}'], ['[]', '1', '{"a": }', '{"a": 1']),
     (structured.regex(r"[a-c]{2,3}\d?"), ["ab", "abc1"], ["a", "abcd", "ab12", ""]),
     (structured.lark('start: "a" inner "b"\ninner: "(" inner ")" | ""'), ["ab", "a((()))b"], ["a(b", "a)(b", ""]),
+    (structured.lark('start: %json {"const": "%json"}'), ['"%json"'], ['"a"']),
     (structured.choice(["yes", "no", "né\n\"🙂"]), ["yes", "no", "né\n\"🙂"], ["y", "yesno", "", "maybe"]),
 ])  # fmt: skip
 def test_what_grammars_allow(kind, grammar, good, bad):
@@ -175,6 +176,8 @@ def nested(levels):
     (lambda: structured.lark("start: missing"), "missing"),
     (lambda: structured.lark("start: " + "(" * 5000 + '"a"' + ")" * 5000), "nested"),
     (lambda: structured.lark("x" * 300_000), "at most 262144"),
+    (lambda: structured.lark("start: %json nothing"), "expected JSON after %json"),
+    (lambda: structured.lark("start: %json " + "[" * 90_000), "expected JSON after %json"),
     (lambda: structured.choice([]), "choice"),
     (lambda: structured.choice(["a", 1]), "choice"),
 ])  # fmt: skip

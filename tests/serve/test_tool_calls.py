@@ -6,6 +6,8 @@ from dataclasses import replace
 import jsonschema
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lockstep.serve import reasoning, structured
 from lockstep.serve.reasoning import PlainParser, ThoughtParser
@@ -17,7 +19,7 @@ from lockstep.serve.tool_calls.tools import Tool, ToolUse, written_out
 from tests.serve.test_structured import GRAMMARS, TOKENIZERS, allows, random_answer
 
 WEATHER = Tool("get_weather", "The weather.", dict(
-    type="object", required=["city"], additionalProperties=False,
+    type="object", description="as %json: x", required=["city"], additionalProperties=False,
     properties=dict(city=dict(type="string", maxLength=6), days=dict(type="integer", minimum=1, maximum=9),
                     units=dict(enum=["C", "F"]),
                     tags={"type": "array", "maxItems": 2, "items": {"$ref": "#/$defs/tag"}}),
@@ -36,7 +38,7 @@ def calls_grammar(style, use, special=None):
     rules = Lark(special or {})
     rules.rule("start", "calls")
     style.rules(rules, use.callable, use.parallel)
-    return structured.lark(rules.text)
+    return structured.compose(rules.text)
 
 
 def merged(events):
@@ -266,3 +268,18 @@ def test_a_grammar_behind_a_thought(opened):
 def test_only_the_first_call_where_they_may_not_be_parallel():
     text = '<tool_call>{"name": "now"}</tool_call>\n<tool_call>{"name": "now", "arguments": {}}</tool_call> Done.'
     assert parse(CallParser(HERMES, replace(USE, parallel=False)), list(text)) == [("now", "{}"), "Done."]
+
+
+FRAGMENTS = ["<tool_call>", "</tool_call>", "<function=", "</function>", "<parameter=", "</parameter>", ">",
+             "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>", "<think>", "</think>", "\n", " ", "{", "}", "[", "]", '"', ":",
+             ",", ";", "\\", '{"name": "now"', '"arguments": {', '"parameters":', "city", "days", "now", "3", "é", "<",
+             "/"]
+
+
+@pytest.mark.parametrize("style", STYLES, ids=lambda s: s.name)
+@settings(max_examples=150, deadline=None)
+@given(pieces=st.lists(st.sampled_from(FRAGMENTS), max_size=25), opened=st.booleans())
+def test_any_text_gives_the_same_events_however_it_is_cut(style, pieces, opened):
+    text = "".join(pieces)
+    made = [parse(ThoughtParser(CallParser(style, USE), opened), each) for each in ([text], pieces, list(text))]
+    assert made[0] == made[1] == made[2]

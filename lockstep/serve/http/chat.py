@@ -22,7 +22,8 @@ def routes(service):
         if fields.stream:
             return EventStream(job, answer.events())
         await job.finished()
-        return json_response(await job.offload(answer.whole))
+        is_quick = logprobs is None and not fields.tools
+        return json_response(answer.whole() if is_quick else await job.offload(answer.whole))
 
     return [Route("/v1/chat/completions", Generates(service, chat), methods=["POST"])]
 

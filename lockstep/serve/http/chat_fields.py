@@ -4,10 +4,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lockstep.serve import structured
 from lockstep.serve.chat import Conversation
 from lockstep.serve.http.body import Fields, shown, simple_or
 from lockstep.serve.http.errors import bad_request
+from lockstep.serve.http.forms import FormFields, grammar_of
 from lockstep.serve.http.sampling import Count, SamplingFields
 from lockstep.serve.reasoning import template_variables
 from lockstep.serve.tool_calls.tools import Tool, ToolUse
@@ -78,41 +78,13 @@ class NamedTool(Fields):
     function: NamedFunction
 
 
-class SchemaFields(Fields):
-    """A JSON schema with OpenAI's wrapping."""
-
-    name: str | None = None
-    schema_: dict | None = Field(None, alias="schema")
-    strict: bool | None = None
-
-
-class ResponseFormat(Fields):
-    """What the answer's text has to be."""
-
-    type: str
-    json_schema: SchemaFields | None = None
-    schema_: dict | None = Field(None, alias="schema")
-    pattern: str | None = None
-    grammar: str | None = None
-
-
-class StructuredOutputs(Fields):
-    """vLLM's extension: one of these."""
-
-    json_: simple_or(str, dict) | None = Field(None, alias="json")
-    regex: str | None = None
-    choice: list[str] | None = None
-    grammar: str | None = None
-    json_object: bool | None = None
-
-
 class StreamOptions(Fields):
     """What a stream has besides the answer."""
 
     include_usage: bool | None = None
 
 
-class ChatFields(SamplingFields):
+class ChatFields(SamplingFields, FormFields):
     """The body of a request."""
 
     model: str | None = None
@@ -126,15 +98,8 @@ class ChatFields(SamplingFields):
     tools: list[ToolFields] | None = None
     tool_choice: simple_or(Literal["none", "auto", "required"], NamedTool) | None = None
     parallel_tool_calls: bool | None = None
-    response_format: ResponseFormat | None = None
-    structured_outputs: StructuredOutputs | None = None
-    guided_json: simple_or(str, dict) | None = None
-    guided_regex: str | None = None
-    guided_choice: list[str] | None = None
-    guided_grammar: str | None = None
     reasoning_effort: str | None = None
     chat_template_kwargs: dict | None = None
-    add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     return_token_ids: bool | None = None
 
@@ -157,17 +122,15 @@ def conversation(fields):
 def message(index, given):
     """A message as chat templates know one."""
     where = f"messages[{index}]"
-    made = dict(role="tool" if given.role == "function" else given.role, content=text_of(given.content, where))
-    thought = given.reasoning_content if given.reasoning_content is not None else given.reasoning
-    if given.role == "assistant":
-        if given.tool_calls:
-            made["tool_calls"] = [called(c.id, c.function.name, c.function.arguments, where) for c in given.tool_calls]
-        if thought is not None:
-            made["reasoning_content"] = thought
-    elif made["content"] is None:
+    content = text_of(given.content, where)
+    if content is None and given.role != "assistant":
         raise bad_request(f"{where}.content: expected a text for role {given.role}, got null", f"{where}.content",
                           "invalid_value")
-    more = dict(name=given.name, tool_call_id=given.tool_call_id)
+    made = dict(role="tool" if given.role == "function" else given.role, content=content or "")
+    if given.tool_calls:
+        made["tool_calls"] = [called(c.id, c.function.name, c.function.arguments, where) for c in given.tool_calls]
+    thought = given.reasoning_content if given.reasoning_content is not None else given.reasoning
+    more = dict(name=given.name, tool_call_id=given.tool_call_id, reasoning_content=thought)
     return made | {name: value for name, value in more.items() if value is not None}
 
 
@@ -211,54 +174,3 @@ def choose(tools, mode, allowed=None, parallel=True):
     if mode == "none":
         return ToolUse()
     return ToolUse(tuple(tools), mode == "required", None if allowed is None else tuple(allowed), parallel)
-
-
-# ---------------------------------------------------------------- the form of the text
-
-def grammar_of(fields):
-    """The grammar that response_format or one of vLLM's extensions asks for; None where the text is free."""
-    options, extension = fields.response_format, fields.structured_outputs or StructuredOutputs()
-    given = {
-        "response_format": _format_grammar(options) if options else None,
-        "guided_json": _maybe(json_schema, fields.guided_json, extension.json_),
-        "guided_regex": _maybe(structured.regex, fields.guided_regex, extension.regex),
-        "guided_choice": _maybe(structured.choice, fields.guided_choice, extension.choice),
-        "guided_grammar": _maybe(structured.lark, fields.guided_grammar, extension.grammar),
-        "json_object": structured.json_object() if extension.json_object else None,
-    }
-    found = {name: grammar for name, grammar in given.items() if grammar is not None}
-    if len(found) > 1:
-        raise bad_request(f"expected at most one form of the answer, got {' and '.join(found)}", next(iter(found)))
-    return next(iter(found.values()), None)
-
-
-def _maybe(make, first, second):
-    value = first if first is not None else second
-    return None if value is None else make(value)
-
-
-def json_schema(schema, strict=True):
-    """The grammar of a schema, which may be JSON text."""
-    if isinstance(schema, str):
-        try:
-            schema = json.loads(schema)
-        except (ValueError, RecursionError):
-            raise ValueError("JSON schema: expected an object or its JSON text") from None
-    return structured.json_schema(schema, strict)
-
-
-def _format_grammar(options):
-    kind, wrapped = options.type, options.json_schema
-    schema = options.schema_ if wrapped is None else wrapped.schema_
-    if kind == "text":
-        return None
-    if kind in ("json_object", "json_schema") and schema is not None:
-        return structured.json_schema(schema, bool(wrapped and wrapped.strict))
-    if kind == "json_object":
-        return structured.json_object()
-    if kind == "regex" and options.pattern is not None:
-        return structured.regex(options.pattern)
-    if kind == "grammar" and options.grammar is not None:
-        return structured.lark(options.grammar)
-    expected = "text, json_object, json_schema with its schema, regex with a pattern, or grammar with a grammar"
-    raise bad_request(f"response_format: expected {expected}, got {shown(kind)}", "response_format", "invalid_value")

@@ -8,6 +8,7 @@ from lockstep.serve.http.body import Fields, shown
 from lockstep.serve.http.completion_answer import Answer
 from lockstep.serve.http.encode import json_response
 from lockstep.serve.http.errors import bad_request
+from lockstep.serve.http.forms import FormFields, masks
 from lockstep.serve.http.job import Generates
 from lockstep.serve.http.sampling import Count, SamplingFields, sampling_params
 from lockstep.serve.http.sse import EventStream
@@ -21,7 +22,7 @@ class StreamOptions(Fields):
     include_usage: bool = False
 
 
-class CompletionFields(SamplingFields):
+class CompletionFields(SamplingFields, FormFields):
     """The body of a request."""
 
     model: str | None = None
@@ -44,8 +45,10 @@ def routes(service):
         service.check_model(fields.model)
         _refuse_unsupported(fields, service.limits)
         texts, ids = await job.prepare(read_prompts, service, fields.prompt, fields.add_special_tokens)
+        each_mask = await job.offload(masks, service, fields, len(ids)) if fields.has_form else [None] * len(ids)
         answer = Answer(job, fields, texts)
-        await job.start([(each, _params(fields, service, len(each))) for each in ids], fields.cache_salt or "")
+        await job.start([(each, _params(fields, service, len(each), mask)) for each, mask in zip(ids, each_mask)],
+                        fields.cache_salt or "")
         if fields.stream:
             return EventStream(job, answer.events())
         await job.finished()
@@ -64,12 +67,12 @@ def _refuse_unsupported(fields, limits):
                           "invalid_value")
 
 
-def _params(fields, service, num_prompt):
+def _params(fields, service, num_prompt, mask):
     """SamplingParams of one prompt. A request for no tokens runs for one, which nobody gets to see."""
     room = max(1, service.llm.model.max_context - num_prompt)
     max_tokens = min(DEFAULT_TOKENS, room) if fields.max_tokens is None else max(1, fields.max_tokens)
     wants_prompt = fields.echo and fields.logprobs is not None
-    return sampling_params(fields, service.limits, max_tokens, logprobs=fields.logprobs,
+    return sampling_params(fields, service.limits, max_tokens, logprobs=fields.logprobs, logits_mask=mask,
                            prompt_logprobs=fields.logprobs if wants_prompt else None)
 
 

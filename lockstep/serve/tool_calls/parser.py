@@ -18,11 +18,6 @@ class CallParser:
         self._held, self._reader, self._raw, self._raw_count = "", None, [], 0
         self._at_start, self._after_call = True, False
 
-    @property
-    def num_calls(self):
-        """Calls that have begun."""
-        return self._calls.count
-
     def push(self, text):
         """The events that a piece of text completes."""
         made = []

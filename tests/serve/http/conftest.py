@@ -3,6 +3,7 @@ import openai
 import pytest
 
 from lockstep import LLM
+from tests.serve.http.chatting import THINKING, talking
 from tests.serve.http.server import SIZES, running
 
 
@@ -10,6 +11,13 @@ from tests.serve.http.server import SIZES, running
 def server():
     """A Running server of the bundled model."""
     with running() as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def thinker():
+    """A Running server of the same model with a chat template that knows tools and thoughts."""
+    with talking(THINKING) as made:
         yield made
 
 

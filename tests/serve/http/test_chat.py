@@ -8,32 +8,14 @@ import jsonschema
 import openai
 import pytest
 
-from lockstep import LLM, SamplingParams
-from tests.serve.http.chatting import HELLO, PLOT, POINT, THINKING, saying, talking
-from tests.serve.http.server import SIZES, running
+from lockstep import SamplingParams
+from tests.serve.http.chatting import HELLO, PLOT, POINT, saying
 
 TOOLS = [dict(type="function", function=PLOT), dict(type="function", function=dict(name="now"))]
 
 
 def client_of(server):
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0, timeout=120)
-
-
-@pytest.fixture(scope="module")
-def server():
-    with running() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def thinker():
-    with talking(THINKING) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    return client_of(server)
 
 
 def ask(client, **options):
@@ -64,12 +46,10 @@ def message_parts(choice):
     return message.content or "", getattr(message, "reasoning_content", None) or "", calls, choice.finish_reason
 
 
-def test_an_answer_is_the_engines(client, server):
+def test_an_answer_is_the_engines(client, server, llm):
     found = ask(client, temperature=0.8, seed=5, logprobs=True, top_logprobs=2)
-    llm = LLM(**SIZES)
     ids = llm.chat_prompt(HELLO)
     alone = llm.generate([ids], SamplingParams(max_tokens=24, temperature=0.8, seed=5, logprobs=2))[0]
-    llm.close()
     choice = found.choices[0]
     assert choice.message.content == alone.text and choice.finish_reason == alone.finish_reason
     assert [t.logprob for t in choice.logprobs.content] == alone.logprobs
@@ -142,6 +122,7 @@ def test_content_in_parts_null_content_and_all_roles(client):
                     dict(id="a1", type="function", function=dict(name="now", arguments=""))]),
                 dict(role="tool", tool_call_id="a1", content="noon")]
     assert ask(client, messages=messages).choices[0].message.content
+    assert ask(client, messages=[*HELLO, dict(role="assistant", content=None), *HELLO]).choices[0].message.content
 
 
 def test_fields_that_nobody_knows_and_nulls_are_ignored(client):
@@ -173,6 +154,17 @@ def test_json_schema(client, strict):
         found = ask(client, response_format=wanted, temperature=1.0, seed=seed, max_tokens=300)
         jsonschema.validate(json.loads(found.choices[0].message.content), POINT)
         assert found.choices[0].finish_reason == "stop"
+
+
+def test_several_samples_under_one_grammar(client):
+    wanted = dict(type="json_schema", json_schema=dict(name="point", strict=True, schema=POINT))
+    options = dict(response_format=wanted, temperature=1.0, seed=3, max_tokens=300)
+    found = ask(client, n=4, **options).choices
+    points = [json.loads(choice.message.content) for choice in found]
+    for point in points:
+        jsonschema.validate(point, POINT)
+    assert len({json.dumps(point) for point in points}) > 1
+    assert ask(client, **options).choices[0].message == found[0].message
 
 
 def test_json_object(client):
@@ -261,10 +253,8 @@ def test_effort_and_earlier_thoughts_reach_the_template(thinker):
         > prompt(messages=[*HELLO, earlier, *HELLO])
 
 
-def test_a_message_is_continued(client):
+def test_a_message_is_continued(client, llm):
     begun = [*HELLO, dict(role="assistant", content="def f(x):\n    return")]
     found = ask(client, messages=begun, temperature=0, extra_body=dict(continue_final_message=True))
-    llm = LLM(**SIZES)
     prompt = llm.tokenizer.render_chat(HELLO) + begun[-1]["content"]
     assert found.choices[0].message.content == llm.generate([prompt], SamplingParams(max_tokens=24))[0].text
-    llm.close()

@@ -8,16 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.serve.http.chatting import HELLO, PLOT, POINT, talking
-from tests.serve.http.server import running
 
 CHAT = "/v1/chat/completions"
 TOOL = dict(type="function", function=PLOT)
-
-
-@pytest.fixture(scope="module")
-def server():
-    with running() as made:
-        yield made
 
 
 @pytest.fixture(scope="module")

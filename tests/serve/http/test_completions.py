@@ -1,5 +1,6 @@
 """/v1/completions with the real openai client: every form of it, compared bit for bit with LLM.generate."""
 import json
+import re
 
 import httpx
 import openai
@@ -224,3 +225,16 @@ def test_a_missing_prompt_and_another_model_are_refused(client, server):
 def test_unknown_fields_are_ignored(server):
     got = post(server, prompt="x", max_tokens=1, user="me", metadata={"a": 1}, store=True, frobnicate=[None])
     assert got.status_code == 200
+
+
+def test_answers_in_a_form(client):
+    """Each sample of each prompt is held to it, and a form that cannot be is refused."""
+    form = dict(extra_body=dict(guided_regex="[a-c]{2,4}-[0-9]"))
+    options = dict(model="lockstep", prompt=PROMPTS, n=2, temperature=1, seed=1, max_tokens=20)
+    made = client.completions.create(**options, **form)
+    assert all(re.fullmatch("[a-c]{2,4}-[0-9]", choice.text) and choice.finish_reason == "stop"
+               for choice in made.choices) and len({choice.text for choice in made.choices}) > 2
+    free = client.completions.create(prompt=PROMPT, extra_body=dict(response_format=dict(type="text")), **GREEDY)
+    assert free.choices[0].text == client.completions.create(prompt=PROMPT, **GREEDY).choices[0].text
+    with pytest.raises(openai.BadRequestError, match="unclosed"):
+        client.completions.create(prompt=PROMPT, extra_body=dict(guided_regex="["), **GREEDY)

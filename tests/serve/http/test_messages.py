@@ -6,7 +6,7 @@ import httpx
 import jsonschema
 import pytest
 
-from tests.serve.http.chatting import HELLO, PLOT, POINT, THINKING, saying, talking
+from tests.serve.http.chatting import HELLO, PLOT, POINT, saying
 from tests.serve.http.server import running
 
 TOOLS = [dict(name=PLOT["name"], description=PLOT["description"], input_schema=POINT),
@@ -17,12 +17,6 @@ SAID = 'I think.\n</think>\n\nSo:\n<tool_call>\n{"name": "plot", "arguments": {"
 @pytest.fixture(scope="module")
 def server():
     with running(api_keys=["right"]) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def thinker():
-    with talking(THINKING) as made:
         yield made
 
 

@@ -6,24 +6,11 @@ import jsonschema
 import openai
 import pytest
 
-from tests.serve.http.chatting import HELLO, PLOT, POINT, THINKING, saying, talking
-from tests.serve.http.server import running
+from tests.serve.http.chatting import HELLO, PLOT, POINT, saying
 
 TOOLS = [dict(type="function", **PLOT), dict(type="web_search"), dict(type="custom", name="apply_patch")]
 SAID = 'I think.\n</think>\n\nSo:\n<tool_call>\n{"name": "plot", "arguments": {"x": 3, "side": "left"}}\n</tool_call>'
 THINK = dict(chat_template_kwargs=dict(enable_thinking=True))
-
-
-@pytest.fixture(scope="module")
-def server():
-    with running() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def thinker():
-    with talking(THINKING) as made:
-        yield made
 
 
 def client_of(server):

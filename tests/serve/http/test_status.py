@@ -150,11 +150,12 @@ def test_an_engine_that_is_stuck_does_not_keep_a_server_from_ending(monkeypatch)
 
 # ---------------------------------------------------------------- who may ask
 
-def test_a_key_opens_everything_and_only_health_is_open_without():
+def test_a_key_opens_everything_and_only_health_and_the_page_s_files_are_open_without():
     with running(api_keys=["right", "other"]) as made:
-        paths = ["/health", "/ready", "/metrics", "/v1/models", "/tokenizer_info", "/nowhere", "/", "/v1/completions"]
+        paths = ["/health", "/ready", "/", "/metrics", "/v1/models", "/tokenizer_info", "/nowhere", "/page/figures",
+                 "/v1/completions"]
         status = {path: httpx.get(made.url + path).status_code for path in paths}
-        assert status == {path: 401 for path in paths} | {"/health": 200, "/ready": 200}
+        assert status == {path: 401 for path in paths} | {"/health": 200, "/ready": 200, "/": 200}
         wrong = [{"Authorization": "Bearer wrong"}, {"Authorization": "Bearer"}, {"Authorization": "Basic right"},
                  {"Authorization": "right"}, {"x-api-key": "righ"}, {"Authorization": "Bearer right2"}]
         assert {httpx.get(f"{made.url}/v1/models", headers=h).status_code for h in wrong} == {401}

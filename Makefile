@@ -14,7 +14,7 @@ help:
 	@echo "make demo          install into $(VENV) and generate with the bundled model"
 	@echo "make test          run the tests (without torch)"
 	@echo "make soak          random schedules with fresh seeds, for SOAK minutes (10)"
-	@echo "make test-oracles  compare with transformers and JAX, live (installs them and torch into $(ORACLES))"
+	@echo "make test-oracles  compare with transformers, JAX and lm-eval, live (installs them and torch into $(ORACLES))"
 	@echo "make lint          run ruff"
 	@echo "make clean         remove the virtual environments and build leftovers"
 	@echo "PYTHON=python3.12 and the like choose the interpreter."
@@ -38,7 +38,8 @@ test: $(VENV)/.test
 
 SOAK ?= 10
 soak: $(VENV)/.test
-	@LOCKSTEP_SOAK=$(SOAK) $(BIN)/python -m pytest -q tests/test_lockstep.py tests/promise/test_traffic.py -k soak
+	@LOCKSTEP_SOAK=$(SOAK) $(BIN)/python -m pytest -q tests/test_lockstep.py tests/promise/test_traffic.py \
+		tests/serve/http -k soak
 
 test-oracles: $(ORACLES)/.installed
 	@$(ORACLES)/bin/python -m pytest -q tests/oracles
@@ -72,7 +73,8 @@ $(VENV)/.lint: $(BIN)/python pyproject.toml
 	@touch $@
 
 $(ORACLES)/.installed: pyproject.toml
-	@echo "installing torch, transformers and jax into $(ORACLES)"
+	@echo "installing torch, transformers, jax and lm-eval into $(ORACLES)"
 	@$(PYTHON) -m venv $(ORACLES)
-	@$(ORACLES)/$(PIP_INSTALL) --editable '.[test]' torch==2.13.0 transformers==5.23.0 jax==0.10.2
+	@$(ORACLES)/$(PIP_INSTALL) --editable '.[test]' torch==2.13.0 transformers==5.23.0 jax==0.10.2 \
+		'lm-eval[api]==0.4.13'
 	@touch $@

@@ -18,6 +18,7 @@ from lockstep.ops import BACKENDS
 from lockstep.ops.embed import format_code
 from lockstep.runtime.executor import WeightStore
 from lockstep.runtime.program import Program, Weight
+from lockstep.runtime.step import SAMPLED_ROW
 from lockstep.runtime.threads import Team
 from lockstep.weights.tensor import StoredTensor
 
@@ -39,7 +40,8 @@ def model(vocabulary, flat):
     table = Weight("logits", "f32", logits.shape, (stored,))
     rows = program.emit("embed", [program.tensor("rows", "T", vocabulary)], [table], width=vocabulary,
                         format=format_code("f32"), scale=1.0)
-    made = program.emit("select_rows", [program.tensor("logits", "R", vocabulary)], [rows], width=vocabulary)
+    made = program.emit("select_rows", [program.tensor("logits", "R", vocabulary)], [rows], width=vocabulary,
+                        selected=SAMPLED_ROW)
     emit_sampling(program, made, vocabulary)
     ops = {**BACKENDS["reference"], **BACKENDS["cpu"]}
     return SimpleNamespace(backend=lambda swaps, base: ops, rewritten=lambda backend, fused: program,

@@ -17,6 +17,7 @@ from lockstep.commands.output import unread
 COMMANDS = {
     "generate": "Continue a text with a model.",
     "chat": "Talk with a model.",
+    "serve": "Answer requests over HTTP, as OpenAI's API does.",
     "parity": "Show that every path of a model gives the same bits.",
     "bench": "Measure prefill and decode, A/B, and this machine's ceiling.",
     "bench serve": "Drive arrivals against the engine, without HTTP; latencies and throughput.",

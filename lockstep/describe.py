@@ -41,14 +41,15 @@ def op_costs(program, context):
 def _op_cost(op, context):
     weights = [v for v in op.inputs if isinstance(v, Weight) and not v.name.startswith("rope.")]
     tensors = {v for v in (*op.outputs, *op.inputs) if isinstance(v, Tensor) and not v.name.endswith(SCRATCH)}
-    if op.kind == ASKED:
+    asked = op.kind == ASKED or op.rows == "E"
+    if asked:
         tensors = set()
     name = op.outputs[0].name if op.outputs else op.inputs[0].name
     found = LAYER.search(name)
     return OpCost(
         op.kind, LAYER.sub("*", name), int(found[0]) if found else None, op.rows, op.outputs[0].width,
         ", ".join(f"{w.format} {'x'.join(map(str, w.shape))}" for w in weights), _read_bytes(op, weights),
-        sum(t.width * DTYPES[t.dtype].itemsize for t in tensors), int(flops(op, context)))
+        sum(t.width * DTYPES[t.dtype].itemsize for t in tensors), 0 if asked else int(flops(op, context)))
 
 
 def _read_bytes(op, weights):

@@ -1,8 +1,8 @@
 """Parity: one prompt along every path, each compared bit for bit with the one-token-at-a-time reference.
 
 A path is a way of cutting the prompt into steps, a number of threads and, if it has company, other requests in the same
-steps. Compared are the logits of the last positions, the tokens sampled from them, and what the prompt leaves in the
-cache: keys, values, states.
+steps. Compared are the logits and hidden states of the last positions, the tokens sampled from them, and what the
+prompt leaves in the cache: keys, values, states.
 """
 import hashlib
 from dataclasses import dataclass
@@ -32,8 +32,8 @@ class Path:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a path gave: logits [rows, V] of the last positions, and digests of them, of the tokens, of each cache
-    array."""
+    """What a path gave: logits [rows, V] of the last positions, and digests of them, of the tokens, of the hidden
+    states, of each cache array."""
 
     logits: np.ndarray
     digests: dict[str, str]
@@ -46,7 +46,8 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A path against the reference. differing: what is not the same ("logits", "tokens", names of cache arrays)."""
+    """A path against the reference. differing: what is not the same ("logits", "tokens", "hidden",
+    names of cache arrays)."""
 
     path: Path
     max_abs_diff: float
@@ -85,7 +86,7 @@ def run_path(model, ids, path, swaps=None, num_rows=None):
     team = Team(path.threads)
     try:
         runner, rows = Runner(model, team, limits, swaps), []
-        choices = hashlib.sha256()
+        choices, hidden = hashlib.sha256(), hashlib.sha256()
         for start, end in zip((0, *path.ends), path.ends):
             spans = [_span(o, i + 1, pages, start, end, ()) for i, o in enumerate(others)]
             spans.insert(len(spans) // 2, _span(ids, 0, pages, start, end, wanted))
@@ -93,7 +94,9 @@ def run_path(model, ids, path, swaps=None, num_rows=None):
             rows += [row.copy() for row in logits]
             for token, logprob in zip(tokens, logprobs):
                 choices.update(token.tobytes() + logprob.tobytes())
-        return _outcome(np.stack(rows), choices.hexdigest(), runner, pages, len(ids))
+            hidden.update(runner.hidden(0, len(range(max(start, wanted.start), end))).tobytes())
+        seen = dict(tokens=choices.hexdigest(), hidden=hidden.hexdigest())
+        return _outcome(np.stack(rows), seen, runner, pages, len(ids))
     finally:
         team.close()
 
@@ -109,14 +112,15 @@ def sampling(position):
 
 
 def _span(ids, slot, pages, start, end, wanted):
-    sampled = {i - start: sampling(i) for i in wanted if start <= i < end}
-    return Span(ids[start:end], start, list(range(slot * pages, (slot + 1) * pages)), slot, sampled)
+    rows = [i - start for i in wanted if start <= i < end]
+    sampled = {row: sampling(start + row) for row in rows}
+    return Span(ids[start:end], start, list(range(slot * pages, (slot + 1) * pages)), slot, sampled, rows)
 
 
-def _outcome(logits, choices, runner, num_pages, num_tokens):
+def _outcome(logits, seen, runner, num_pages, num_tokens):
     caches = {c.name: hashlib.sha256(_cached(runner, c, num_pages, num_tokens).tobytes()).hexdigest()
               for c in runner.program.caches}
-    return Outcome(logits, {"logits": hashlib.sha256(logits.tobytes()).hexdigest(), "tokens": choices, **caches})
+    return Outcome(logits, {"logits": hashlib.sha256(logits.tobytes()).hexdigest(), **seen, **caches})
 
 
 def _cached(runner, cache, num_pages, num_tokens):
@@ -188,7 +192,7 @@ def _first_difference(one, two, num_tokens):
 def _written(runner, num_tokens):
     """(index, op, value, array [rows, width]) of whatever each op writes, in order; the first to name a cache writes
     it."""
-    rows, num_pages, seen = {"T": num_tokens, "R": 1, "S": 1}, runner.limits.num_pages, set()
+    rows, num_pages, seen = {"T": num_tokens, "R": 1, "E": 1, "S": 1}, runner.limits.num_pages, set()
     for index, op in enumerate(runner.program.ops):
         for tensor in op.outputs:
             if not tensor.name.endswith(("scratch", "softmax")):

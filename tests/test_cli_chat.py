@@ -1,19 +1,21 @@
 """`lockstep chat` and `lockstep inspect`."""
 import json
 import os
+import shutil
 import signal
 import sys
-from types import SimpleNamespace
 
 import pytest
 
 from lockstep import LLM
 from lockstep.cli import main
-from lockstep.commands import chat, conversation
+from lockstep.commands import conversation
 from lockstep.commands.conversation import Conversation
 from lockstep.describe import collapsed, flops, memory, op_costs, packed_bytes
 from lockstep.commands.inspect import spans
+from lockstep.runtime.executor import WeightStore
 from lockstep.runtime.program import Weight
+from lockstep.serve.hub import resolve_model
 from tests.test_cli import Output
 
 SETTINGS = dict(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, max_tokens=8)
@@ -99,11 +101,19 @@ def test_piped(monkeypatch, capsys):
     assert out.startswith("temperature 0.0") and "decode 5 tokens" in err
 
 
-def test_a_model_that_cannot_chat(monkeypatch, capsys):
-    llm = SimpleNamespace(has_tokenizer=True, tokenizer=SimpleNamespace(has_chat_template=False))
-    monkeypatch.setattr(chat, "load", lambda *args, **options: llm)
-    assert main(["chat", "base-model"]) == 2
-    assert "base-model: has no chat template" in capsys.readouterr().err
+@pytest.mark.parametrize("tokenizer", [True, False])
+def test_a_model_that_cannot_chat_is_refused_before_anything_is_packed(tokenizer, tmp_path, monkeypatch, capsys):
+    bundled = resolve_model(None)
+    shutil.copytree(bundled, tmp_path / "base", ignore=None if tokenizer else shutil.ignore_patterns("tokenizer*"))
+    settings = tmp_path / "base" / "tokenizer_config.json"
+    if tokenizer:
+        known = json.loads(settings.read_text())
+        del known["chat_template"]
+        settings.write_text(json.dumps(known))
+    packed = []
+    monkeypatch.setattr(WeightStore, "make", lambda *args: packed.append(args))
+    assert main(["chat", str(tmp_path / "base")]) == 2
+    assert f"{tmp_path / 'base'}: has no chat template" in capsys.readouterr().err and not packed
 
 
 # ------------------------------------------------------------ inspect

@@ -28,10 +28,7 @@ def command(
 
     settings = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, max_tokens=num_tokens)
     llm = load(model, weights=weights, kv_dtype=kv_dtype, threads=threads, max_context=max_context, ops=op,
-               cache_dir=cache_dir)
-    if not llm.has_tokenizer or not llm.tokenizer.has_chat_template:
-        raise ValueError(f"{model or 'the bundled model'}: has no chat template, so it can only continue text "
-                         f"(lockstep generate); pass a chat model, such as lockstep chat Qwen/Qwen3-0.6B")
+               cache_dir=cache_dir, needs_chat=True)
     talk = Conversation(llm, settings, system)
     _greet(sys.stdin.isatty())
     while talk.open:

@@ -2,8 +2,9 @@
 import asyncio
 import sys
 import threading
+import time
 from collections import deque
-from dataclasses import dataclass
+from typing import NamedTuple
 
 SWITCH_SECONDS = 5e-5  # a busy Python thread hands over after so long; the default of 5 ms would delay every step
 
@@ -12,8 +13,7 @@ class EngineStopped(RuntimeError):
     """The engine ended before the request did: it was closed, or a step failed (then that error is the cause)."""
 
 
-@dataclass(frozen=True)
-class Token:
+class Token(NamedTuple):
     """One token of an answer: its place in it, id, log-probability, alternatives if they were asked for, and the text
     that became certain with it (tokens may share a character, and what may begin a stop string is held back)."""
 
@@ -33,17 +33,31 @@ class TokenStream:
 
     def __init__(self, engine, request):
         self.request, self._engine = request, engine
-        self._tokens, self._ready, self._waiting = deque(), threading.Condition(), None
-        self._ended, self._error, self._num_sent, self._text_sent = False, None, 0, 0
+        self._tokens, self._ready, self._waiting, self._for_end = deque(), threading.Condition(), None, False
+        self._ended, self._left, self._error, self._num_sent, self._text_sent = False, False, None, 0, 0
 
     @property
     def finish_reason(self):
         """"stop", "length", "error" or "cancelled"; None while it runs."""
         return self.request.finish_reason if self._ended else None
 
+    @property
+    def is_read(self):
+        """Whether it has ended and nothing is left to be read."""
+        with self._ready:
+            return self._ended and not self._tokens
+
     def cancel(self):
         """Ends the request before the engine's next step. Any thread may call this, at any time."""
         self._engine._send("cancel", self)
+
+    def leave(self):
+        """Cancels; for its reader the stream has ended already, even if the engine's step never does."""
+        self.cancel()
+        with self._ready:
+            self._left = self._ended = True
+            woken = self._woken()
+        _wake([woken])
 
     # ------------------------------------------------------------ the reader's side
 
@@ -60,25 +74,43 @@ class TokenStream:
 
     async def __anext__(self):
         while True:
+            woken = asyncio.get_running_loop().create_future()
             with self._ready:
                 if self._tokens or self._ended:
                     return self._next(StopAsyncIteration)
-                loop = asyncio.get_running_loop()
-                woken = loop.create_future()
-                self._waiting = loop, woken
+                self._waiting, self._for_end = woken, False
             await woken
+
+    def take(self, woken):
+        """All tokens that are there; none: the future `woken` is set when there are some. None after the last token."""
+        with self._ready:
+            if not self._tokens and self._ended:
+                return self._next(None)
+            if not self._tokens:
+                self._waiting, self._for_end = woken, False
+            taken = list(self._tokens)
+            self._tokens.clear()
+            return taken
+
+    def wait_for_end(self, woken):
+        """Has the future `woken` set at the stream's end. True, and nothing is set, if that has come."""
+        with self._ready:
+            self._waiting, self._for_end = woken, True
+            return self._ended
 
     def _next(self, end):
         if self._tokens:
             return self._tokens.popleft()
         if self._error is not None:
             raise EngineStopped(str(self._error)) from self._error
-        raise end
+        if end is not None:
+            raise end
 
     # ------------------------------------------------------------ the engine's side
 
     def _advance(self):
-        """Hands over what the request has got since the last time."""
+        """Hands over what the request has got since the last time; returns the future that its reader awaits, if any.
+        """
         request, count = self.request, len(self.request.output_ids)
         text = request.answer.text if request.answer is not None else ""
         with self._ready:
@@ -87,27 +119,71 @@ class TokenStream:
                 new_text = text[self._text_sent:] if i == count - 1 else ""
                 self._tokens.append(Token(i, request.output_ids[i], request.logprobs[i], top, new_text))
                 self._text_sent += len(new_text)
-            self._num_sent, self._ended = count, request.finish_reason is not None
-            self._wake()
+            self._num_sent, self._ended = count, self._left or request.finish_reason is not None
+            return self._woken()
 
     def _fail(self, error):
         with self._ready:
             self._ended, self._error = True, error
-            self._wake()
+            return self._woken()
 
-    def _wake(self):
+    def _woken(self):
         self._ready.notify_all()
-        if self._waiting is not None:
-            (loop, woken), self._waiting = self._waiting, None
-            try:
-                loop.call_soon_threadsafe(_set, woken)
-            except RuntimeError:  # the reader's event loop is closed: nobody waits any more
-                pass
+        if self._for_end and not self._ended:
+            return None
+        woken, self._waiting = self._waiting, None
+        return woken
 
 
-def _set(future):
-    if not future.done():
-        future.set_result(None)
+async def batches(streams, pause=lambda: 0.0):
+    """Reads many streams at once: yields lists of (number of the stream, its new Tokens, its finish_reason), which is
+    None before its last tokens, until all have ended.
+
+    pause: a function; the seconds that it gives after tokens came are those in which only a stream's end wakes the
+    reader: what comes in them comes together.
+    """
+    left, loop = dict(enumerate(streams)), asyncio.get_running_loop()
+    while left:
+        woken = loop.create_future()
+        taken = [(number, stream, stream.take(woken)) for number, stream in left.items()]
+        left = {number: stream for number, stream, tokens in taken if tokens is not None}
+        found = [(number, tokens, stream.request.finish_reason if stream.is_read else None)
+                 for number, stream, tokens in taken if tokens]
+        if found:
+            until = loop.time() + pause()
+            yield found
+            await _pause(left.values(), until, loop)
+        elif left:
+            await woken
+
+
+async def _pause(streams, until, loop):
+    """Waits until then, or for the end of a stream."""
+    woken = loop.create_future()
+    if until > loop.time() and not any([stream.wait_for_end(woken) for stream in streams]):
+        timer = None if until == float("inf") else loop.call_at(until, _set, [woken])
+        await woken
+        if timer is not None:
+            timer.cancel()
+
+
+def _wake(futures):
+    """Sets futures of any event loops, with one call for each loop: it costs the engine's thread a system call."""
+    by_loop = {}
+    for future in futures:
+        if future is not None:
+            by_loop.setdefault(future.get_loop(), []).append(future)
+    for loop, waiting in by_loop.items():
+        try:
+            loop.call_soon_threadsafe(_set, waiting)
+        except RuntimeError:  # the readers' event loop is closed: nobody waits any more
+            pass
+
+
+def _set(futures):
+    for future in futures:
+        if not future.done():
+            future.set_result(None)
 
 
 class AsyncEngine:
@@ -120,7 +196,7 @@ class AsyncEngine:
 
     def __init__(self, engine):
         self.engine, self._inbox, self._open = engine, deque(), {}
-        self._changed, self._closing, self._error = threading.Condition(), False, None
+        self._changed, self._closing, self._error, self._step_began = threading.Condition(), False, None, None
         sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_SECONDS))
         self._thread = threading.Thread(target=self._run, name="lockstep engine", daemon=True)
         self._thread.start()
@@ -133,7 +209,12 @@ class AsyncEngine:
 
     def submit_samples(self, prompt_ids, params, **options):
         """Queues the `params.n` samples of a prompt; returns a TokenStream for each."""
-        streams = [TokenStream(self, request) for request in self.engine.make(prompt_ids, params, **options)]
+        return self.submit_all([(prompt_ids, params)], **options)
+
+    def submit_all(self, prompts, **options):
+        """Queues every sample of all (prompt ids, SamplingParams), in order, or none if one is refused."""
+        made = [self.engine.make(prompt_ids, params, **options) for prompt_ids, params in prompts]
+        streams = [TokenStream(self, request) for requests in made for request in requests]
         self._send("submit", *streams)
         return streams
 
@@ -143,6 +224,17 @@ class AsyncEngine:
                 raise EngineStopped(str(self._error or "the engine is closed")) from self._error
             self._inbox.extend((what, stream) for stream in streams)
             self._changed.notify()
+
+    @property
+    def error(self):
+        """What ended the engine; None while it runs."""
+        return self._error
+
+    @property
+    def seconds_in_step(self):
+        """How long the step that runs now has taken so far; 0 between steps."""
+        began = self._step_began
+        return 0.0 if began is None else time.monotonic() - began
 
     def close(self):
         """Ends the thread after the step that it is in; open streams raise EngineStopped. Then closes the engine."""
@@ -177,12 +269,15 @@ class AsyncEngine:
                 self.engine.scheduler.add(stream.request)
             elif stream.request.id in self._open:
                 self.engine.cancel(stream.request)
-                self._open.pop(stream.request.id)._advance()
+                _wake([self._open.pop(stream.request.id)._advance()])
         return True
 
     def _step(self):
-        for request in self.engine.step():
-            self._open[request.id]._advance()
+        self._step_began = time.monotonic()
+        changed = self.engine.step()
+        self._step_began = None
+        _wake([self._open[request.id]._advance() for request in changed])
+        for request in changed:
             if request.finish_reason is not None:
                 del self._open[request.id]
 
@@ -191,6 +286,5 @@ class AsyncEngine:
             self._error = error
             left = [stream for what, stream in self._inbox if what == "submit"]
             self._inbox.clear()
-        for stream in [*self._open.values(), *left]:
-            stream._fail(error)
+        _wake([stream._fail(error) for stream in [*self._open.values(), *left]])
         self._open.clear()

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from lockstep.engine import selfcheck
 from lockstep.engine.answer_text import AnswerText
+from lockstep.engine.embedding import Pool
 from lockstep.engine.memory import Memory
 from lockstep.engine.prefix import PrefixCache, model_identity
 from lockstep.engine.prefix_disk import DiskStore
@@ -74,8 +75,8 @@ def num_pages(model, options):
 class Engine:
     """Runs requests of one model. Not thread-safe: one thread calls `add`, `cancel` and `step`.
 
-    new_detokenizer: makes what `AnswerText` reads tokens with; without it answers have no text. Raises RuntimeError if
-    a kernel does not give the recorded bits on this CPU.
+    new_detokenizer: given skip_special_tokens, makes what `AnswerText` reads tokens with; without it answers have no
+    text. Raises RuntimeError if a kernel does not give the recorded bits on this CPU.
     """
 
     def __init__(self, model, options=EngineOptions(), swaps=None, eos_ids=None, new_detokenizer=None):
@@ -87,7 +88,7 @@ class Engine:
         self.runner = Runner(model, self.team, limits, swaps)
         selfcheck.check(self.runner.program, self.runner.executor.backend)
         self.scheduler = Scheduler(limits, self._prefix_cache(options))
-        self._ids = itertools.count()
+        self._ids, self.num_generated = itertools.count(), 0
 
     def _prefix_cache(self, options):
         """Makes the prefix cache, given the PageAllocator; None where it is not wanted or could keep nothing."""
@@ -127,6 +128,8 @@ class Engine:
         self._check(prompt_ids, params)
         made = [Request(next(self._ids), list(prompt_ids), p, priority=priority, cache_salt=cache_salt)
                 for p in samples(params)]
+        if params.pooling is not None:
+            made[0].pool = Pool(params.pooling, len(prompt_ids))
         self.scheduler.check(made[0])
         if self.scheduler.prefix:  # here, so that a long prompt is hashed in its own client's thread
             names = self.scheduler.prefix.names(made[0], len(prompt_ids) // PAGE_TOKENS)
@@ -158,7 +161,7 @@ class Engine:
         return bool(self.scheduler.running or self.scheduler.waiting)
 
     def step(self):
-        """Runs one step; returns the requests that got a token or failed."""
+        """Runs one step; returns the requests that got a token or their embedding, or failed."""
         plan, spans, changed = [], [], []
         for request, count in within_rows(self.scheduler.schedule(), self.runner.limits.max_sampled):
             try:
@@ -169,26 +172,44 @@ class Engine:
         if not spans:
             return changed
         tokens, logprobs, _ = self.runner.step(spans)
-        row = 0
+        row = hidden_row = 0
         for (request, count), span in zip(plan, spans):
             self.scheduler.computed(request, count)
-            row = take_prompt_rows(request, span, row, self.runner, logprobs)
             if request.num_left == 0:
-                self._take_token(request, int(tokens[row]), float(logprobs[row]), row)
                 changed.append(request)
-                row += 1
+            if request.pool is None:
+                row = self._take_sampled(request, span, row, tokens, logprobs)
+            else:
+                hidden_row = self._take_hidden(request, span, hidden_row)
         return changed
 
     def _span(self, request, count):
         start, end = request.num_computed, request.num_computed + count
         sampled = sampled_rows(request, start, end, self.eos_ids, self.model.config.vocab_size)
-        return Span(request.token_ids(start, end), start, request.pages, request.slot, sampled)
+        embedded = request.pool.rows(start, end) if request.pool is not None else ()
+        return Span(request.token_ids(start, end), start, request.pages, request.slot, sampled, embedded)
+
+    def _take_sampled(self, request, span, row, tokens, logprobs):
+        """Takes in the sampled rows of a span, the first of which is `row`; returns the row after them."""
+        row = take_prompt_rows(request, span, row, self.runner, logprobs)
+        if request.num_left:
+            return row
+        self._take_token(request, int(tokens[row]), float(logprobs[row]), row)
+        return row + 1
+
+    def _take_hidden(self, request, span, row):
+        """The same for its embedded rows."""
+        request.pool.take(self.runner.hidden(row, len(span.embedded)))
+        if request.num_left == 0:
+            self.finish(request, "embedded")
+        return row + len(span.embedded)
 
     def _take_token(self, request, token, logprob, row):
         p = request.params
         if request.adjustment and self.runner.is_forbidden(row, token):
             self.fail(request, "no token is allowed by logits_mask, logit_bias and min_tokens together")
             return
+        self.num_generated += 1
         request.output_ids.append(token)
         request.logprobs.append(logprob)
         if p.logprobs:
@@ -206,7 +227,8 @@ class Engine:
         if self.new_detokenizer is None:
             return None
         if request.answer is None:
-            request.answer = AnswerText(self.new_detokenizer(), request.params)
+            reader = self.new_detokenizer(request.params.skip_special_tokens)
+            request.answer = AnswerText(reader, request.params)
         return request.answer.push(token, is_end)
 
     def fail(self, request, error):
@@ -220,11 +242,11 @@ class Engine:
         scheduler, pages, prefix = self.scheduler, self.scheduler.pages, self.scheduler.prefix
         made = dict(running=len(scheduler.running), waiting=len(scheduler.waiting), preempted=scheduler.num_preempted,
                     pages=pages.num_pages, pages_free=pages.num_free - pages.num_idle, pages_idle=pages.num_idle,
-                    pages_evicted=pages.num_evicted)
+                    pages_evicted=pages.num_evicted, generated_tokens=self.num_generated)
         return made | (prefix.report() if prefix else {})
 
     def finish(self, request, reason):
-        """Ends a running request for a reason ("stop", "length" or "error")."""
+        """Ends a running request for a reason ("stop", "length", "embedded" or "error")."""
         if request.answer is not None:
             request.answer.finish()
         request.finish_reason = reason

@@ -120,6 +120,7 @@ class PrefixCache:
         if request.num_preemptions:
             self.counts.recovered_tokens += request.num_computed
         else:
+            request.num_cached = request.num_computed
             self.counts.query_tokens += request.num_tokens
             self.counts.hit_tokens += request.num_computed
 

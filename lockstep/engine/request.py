@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from lockstep.engine.embedding import POOLINGS
 from lockstep.ops.sample import MAX_LOGPROBS
 
 
@@ -26,13 +27,16 @@ class SamplingParams:
     End. max_tokens: of the output. stop: strings; the answer ends before the first of them to be complete, or after it
     with include_stop_str_in_output, which also keeps the text of a stop token. stop_token_ids: end an answer as the
     model's own end tokens do; ignore_eos goes on after those. min_tokens: end tokens are not chosen, and stop strings
-    not looked at, in the first so many tokens.
+    not looked at, in the first so many tokens. skip_special_tokens: those, as marks of a chat format, have no text.
 
     Report. logprobs, prompt_logprobs: how many alternatives (up to 20) to report for each token of the output, and of
     the prompt but its first; None: none, and for the prompt no log-probabilities at all. They are the model's own, of
     the logits before any of the changes above.
 
     n: how many samples of the prompt, each with a seed of its own (see `sample_seed`).
+
+    pooling: "last" or "mean": no token is chosen, and max_tokens is 0; the request ends with its prompt's embedding
+    (see `embedding.Pool`).
     """
 
     max_tokens: int = 128
@@ -48,21 +52,34 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     min_tokens: int = 0
     include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] = field(default_factory=dict, hash=False)
     logits_mask: Callable[[list[int]], Any] | None = None
     n: int = 1
+    pooling: str | None = None
 
     def __post_init__(self):
         for name, kind, low, high in BOUNDS:
             value = getattr(self, name)
             if not _is_number(value, kind) or not low <= value <= high:
                 raise ValueError(f"{name}: expected a number from {low} to {high}, got {value!r}")
+        self._check_pooling()
         self._check_numbers()
         self._check_strings()
         self._check_bias()
+
+    def _check_pooling(self):
+        if self.pooling not in (None, *POOLINGS):
+            raise ValueError(f"pooling: expected None or one of {', '.join(POOLINGS)}, got {self.pooling!r}")
+        if self.pooling is not None:
+            object.__setattr__(self, "max_tokens", 0)
+        elif self.max_tokens < 1:
+            raise ValueError(f"max_tokens: expected a number from 1 to {MAX_TOKENS}, got {self.max_tokens!r}")
+        if self.pooling is not None and (self.n > 1 or self.prompt_logprobs is not None):
+            raise ValueError("pooling: expected none with n or prompt_logprobs, an embedding has no samples")
 
     def _check_numbers(self):
         if 0 < self.temperature < MIN_TEMPERATURE:
@@ -73,7 +90,7 @@ class SamplingParams:
                 raise ValueError(f"{name}: expected 0 to {MAX_LOGPROBS} or None, got {value!r}")
         if self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens: expected at most max_tokens, {self.max_tokens}, got {self.min_tokens}")
-        for name in ("ignore_eos", "include_stop_str_in_output"):
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
 
@@ -110,7 +127,8 @@ def _is_number(value, kind):
 
 
 MIN_TEMPERATURE = 0.001
-BOUNDS = (("max_tokens", int, 1, 1 << 30), ("temperature", (int, float), 0, 1e4), ("top_k", int, 0, (1 << 31) - 1),
+MAX_TOKENS = 1 << 30
+BOUNDS = (("max_tokens", int, 0, MAX_TOKENS), ("temperature", (int, float), 0, 1e4), ("top_k", int, 0, (1 << 31) - 1),
           ("top_p", (int, float), 1e-9, 1), ("min_p", (int, float), 0, 1), ("seed", int, -(1 << 63), (1 << 63) - 1),
           ("min_tokens", int, 0, 1 << 30), ("repetition_penalty", (int, float), 0.01, 100),
           ("presence_penalty", (int, float), -2, 2), ("frequency_penalty", (int, float), -2, 2),
@@ -145,15 +163,17 @@ class Request:
     prompt_top_logprobs: list[dict[int, float]] = field(default_factory=list)
     adjustment: object = None  # a sampling.Adjustment, made with the first row that needs one
     answer: object = None  # an answer_text.AnswerText, made with the first token, where there is a tokenizer
+    pool: object = None  # an embedding.Pool, where the prompt's embedding is wanted
     num_computed: int = 0
     pages: list[int] = field(default_factory=list)
     slot: int | None = None
-    finish_reason: str | None = None  # "stop", "length", "cancelled" or "error"
+    finish_reason: str | None = None  # "stop", "length", "embedded", "cancelled" or "error"
     stop_reason: int | str | None = None  # the token or string that ended it
     error: str | None = None  # what was wrong, where finish_reason is "error"
     priority: int = 0  # the lower goes first; then whoever came first
     cache_salt: str = ""  # only requests with the same salt share cached prefixes
     num_preemptions: int = 0
+    num_cached: int = 0  # tokens of the prompt that the prefix cache had when it was first admitted
     # what the prefix cache knows: names of full blocks, how many of its pages have theirs, where a known prefix ends
     # that has no state, the newest kept state of its output, the names of blocks that it is the first to compute, and
     # that of a block for which it waits
@@ -167,6 +187,8 @@ class Request:
     @property
     def reuses_prefix(self):
         """Whether cached blocks may stand for computed ones: not where rows of the prompt have yet to be reported."""
+        if self.pool is not None:
+            return self.pool.needs_only_last
         return self.params.prompt_logprobs is None or len(self.prompt_logprobs) == len(self.prompt_ids) - 1
 
     @property

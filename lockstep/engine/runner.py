@@ -1,4 +1,5 @@
 """Runs steps of a model: cache memory, the step block, and the executor. Knows nothing of requests or schedules."""
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +15,8 @@ class Span:
     """The tokens of one request in a step: positions start .. start + len(token_ids).
 
     pages: its page ids in order of position. slot: its recurrent state. sampled: which of its rows sample, and how
-    ({row: fields of a SAMPLING_RECORD}, rows counted from the span's first token).
+    ({row: fields of a SAMPLING_RECORD}, rows counted from the span's first token). embedded: rows whose last hidden
+    state is wanted.
     """
 
     token_ids: list
@@ -22,6 +24,7 @@ class Span:
     pages: list
     slot: int
     sampled: dict = field(default_factory=dict)
+    embedded: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ class Runner:
         backend = model.backend(swaps, base)
         self.program = model.rewritten(backend, fused)
         self.caches = {c.name: aligned(c.bytes_each * self._count(c)) for c in self.program.caches}
-        rows = {"T": limits.max_step_tokens, "R": limits.max_sampled, "S": limits.max_requests}
+        rows = {"T": limits.max_step_tokens, "R": limits.max_sampled, "E": limits.max_step_tokens,
+                "S": limits.max_requests}
         addresses = {name: array.ctypes.data for name, array in self.caches.items()}
         self.executor = Executor(self.program, backend, team, model.store, rows, addresses, keep)
         self.pages_per_request = -(-model.max_context // PAGE_TOKENS)
@@ -57,7 +61,7 @@ class Runner:
     def _allocate(self):
         T, S, R = self.limits.max_step_tokens, self.limits.max_requests, self.limits.max_sampled
         shapes = {"TOKEN_IDS": T, "POSITION": T, "REQUEST": T, "QUERY_START": S + 1, "CONTEXT_LEN": S, "STATE_SLOT": S,
-                  "SAMPLED_ROW": R, "PAGE_TABLE": (S, self.pages_per_request)}
+                  "SAMPLED_ROW": R, "EMBEDDED_ROW": T, "PAGE_TABLE": (S, self.pages_per_request)}
         self._arrays = {name: np.zeros(shape, np.int32) for name, shape in shapes.items()}
         self._sampling = np.zeros(R, SAMPLING_RECORD)
         self._step = np.zeros(words.STEP_WORDS, np.int64)
@@ -84,6 +88,10 @@ class Runner:
         ids, logprobs = (self.executor.view(t, row + 1)[row, :count] for t in (self._top_token, self._top_logprob))
         return dict(zip(ids.tolist(), logprobs.tolist()))
 
+    def hidden(self, first, count):
+        """Last hidden states, after the final norm, of embedded rows of the last step, in order: float32 [count, D]."""
+        return self.executor.view(self.program.results["hidden"], first + count)[first:]
+
     def is_forbidden(self, row, token):
         """Whether a row of the last step does not allow a token: such a token is only taken where none is allowed."""
         adjusted = self._sampling["adjustment"][row] != 0
@@ -91,7 +99,7 @@ class Runner:
 
     def _fill(self, spans):
         """Writes the spans into the step block; returns the number of rows that sample."""
-        a, at, row = self._arrays, 0, 0
+        a, at, row, num_embedded = self._arrays, 0, 0, 0
         self._sampling[:sum(len(span.sampled) for span in spans)] = 0  # a record need not name every field
         for s, span in enumerate(spans):
             n = len(span.token_ids)
@@ -107,7 +115,10 @@ class Runner:
                 for name, value in record.items():
                     self._sampling[name][row] = value
                 row += 1
+            for offset in span.embedded:
+                a["EMBEDDED_ROW"][num_embedded] = at + offset
+                num_embedded += 1
             at += n
         self._step[words.NUM_TOKENS], self._step[words.NUM_REQUESTS] = at, len(spans)
-        self._step[words.NUM_SAMPLED] = row
+        self._step[words.NUM_SAMPLED], self._step[words.NUM_EMBEDDED] = row, num_embedded
         return row

@@ -87,7 +87,7 @@ def sampled_rows(request, start, end, eos_ids, vocab_size):
         assert start <= reported or reported == len(prompt) - 1, (start, reported)  # else a row was never computed
         for at in range(max(start, reported), min(end, len(prompt) - 1)):
             rows[at - start] = dict(given=1 + prompt[at + 1], num_logprobs=p.prompt_logprobs)
-    if end == request.num_tokens:
+    if end == request.num_tokens and request.pool is None:
         if request.adjustment is None and adjusts(p):
             request.adjustment = Adjustment(prompt, p, eos_ids, vocab_size)
         wishes = request.adjustment.fields(request.output_ids) if request.adjustment else {}

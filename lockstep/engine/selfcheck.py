@@ -33,8 +33,9 @@ NUMERICS = 2  # version of the arithmetic: any change of any bit raises it
 GOLDEN = pathlib.Path(__file__).with_name("golden_kernels.json")
 FORMATS = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_k", "q6_k")
 WIDTH, VOCABULARY, CONTEXT = 256, 64, 128
-# what only its own kernel reads; what is written only where a row asks for it, and looked at by selfcheck_sampling
-UNCHECKED = ("scratch", "softmax", "logits.adjusted", "top_token", "top_logprob")
+# what only its own kernel reads; what is written only where a row asks for it: selfcheck_sampling looks at some of it,
+# and embedded rows pass the kernels of sampled ones
+UNCHECKED = ("scratch", "softmax", "logits.adjusted", "top_token", "top_logprob", "embedded", "hidden")
 # token counts of two requests in each step: a page's end, tiles with rows to spare, decode beside prefill
 STEPS = ((61, 3), (5, 1), (1, 1))
 BASE = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 1,

@@ -15,6 +15,7 @@ from lockstep.ops.embed import format_code
 from lockstep.ops.sample import MAX_LOGPROBS
 from lockstep.runtime.executor import WeightStore
 from lockstep.runtime.program import Program, Weight
+from lockstep.runtime.step import SAMPLED_ROW
 from lockstep.runtime.threads import Team
 from lockstep.weights.tensor import StoredTensor
 
@@ -52,7 +53,8 @@ def probe_model(table):
     program = Program()
     rows = program.emit("embed", [program.tensor("rows", "T", WIDTH)], [Weight(NAME, "f32", values.shape, (stored,))],
                         width=WIDTH, format=format_code("f32"), scale=1.0)
-    logits = program.emit("select_rows", [program.tensor("logits", "R", WIDTH)], [rows], width=WIDTH)
+    logits = program.emit("select_rows", [program.tensor("logits", "R", WIDTH)], [rows], width=WIDTH,
+                          selected=SAMPLED_ROW)
     emit_sampling(program, logits, VOCABULARY)
     return SimpleNamespace(backend=lambda swaps, base: table, rewritten=lambda backend, fused: program,
                            store=WeightStore(), max_context=ROWS, config=SimpleNamespace(vocab_size=VOCABULARY))

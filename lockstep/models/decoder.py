@@ -3,8 +3,10 @@
     x = embed(token)
     each layer:  x += mixer(norm(x));  x += mlp(norm(x))
     logits = head(norm(x)), only for rows that sample
+    hidden = norm(x), only for rows that are embedded
 """
 from lockstep.models.record import Recorder
+from lockstep.runtime.step import EMBEDDED_ROW, SAMPLED_ROW
 
 PREFIXES = ("model.language_model.", "language_model.model.", "model.", "")
 
@@ -21,8 +23,10 @@ def record(config, tensors, weights="auto", kv_dtype="bf16", max_context=4096):
     x = ops.embed(f"{prefix}embed_tokens.weight", config.vocab_size, config.hidden_size)
     for i, layer in enumerate(config.layers):
         x = decoder_layer(ops, x, config, layer, f"{prefix}layers.{i}")
-    x = ops.rms_norm(ops.select_rows(x), f"{prefix}norm.weight", config.rms_eps, config.norm_offset)
-    logits = head(ops, x, config, prefix)
+    norm = f"{prefix}norm.weight", config.rms_eps, config.norm_offset
+    h = ops.rms_norm(ops.select_rows(x, "sampled", "R", SAMPLED_ROW), *norm)
+    ops.result("hidden", ops.rms_norm(ops.select_rows(x, "embedded", "E", EMBEDDED_ROW), *norm, "hidden"))
+    logits = head(ops, h, config, prefix)
     ops.check_all_used()
     return ops.program, logits
 

@@ -96,8 +96,8 @@ class Recorder:
         weight = Weight(name, table.format, table.shape, (table,))
         return self.program.emit("embed", [out], [weight], width=width, format=format_code(table.format), scale=1.0)
 
-    def rms_norm(self, x, name, eps, offset):
-        out = self.program.tensor(name.removesuffix(".weight"), x.rows, x.width)
+    def rms_norm(self, x, name, eps, offset, label=None):
+        out = self.program.tensor(label or name.removesuffix(".weight"), x.rows, x.width)
         return self.program.emit(
             "rms_norm", [out], [x, self.constant(name, x.width)], width=x.width, eps=eps, offset=offset
         )
@@ -201,10 +201,14 @@ class Recorder:
 
         return joined(("gate", "up"), m.width, D), joined(("down",), D, m.width)
 
-    def select_rows(self, x):
-        """The rows of the step that sample."""
-        out = self.program.tensor("sampled", "R", x.width)
-        return self.program.emit("select_rows", [out], [x], width=x.width)
+    def select_rows(self, x, label, rows, selected):
+        """Some rows of the step. rows: "R" or "E"; selected: the word of the step block that says which."""
+        out = self.program.tensor(label, rows, x.width)
+        return self.program.emit("select_rows", [out], [x], width=x.width, selected=selected)
+
+    def result(self, name, x):
+        """Makes a tensor readable after a step, under a name."""
+        self.program.results[name] = x
 
     # ------------------------------------------------------------ attention
 

@@ -11,12 +11,13 @@ from lockstep.ops.sample import (BLOCK, CHUNK, GIVEN, LOWEST, MIN_P, TEMPERATURE
                                  lowest_offset, nucleus)
 from lockstep.runtime.kernel import inlined
 from lockstep.runtime.machine import stack_memory
-from lockstep.runtime.simd import (lane_numbers, lanes, load, max_lanes, maximum, peek, poke, rint, store, to_f32,
-                                   to_i32, where_below)
+from lockstep.runtime.simd import (bit_and, bit_xor, lane_numbers, lanes, load, load_i32, max_lanes, maximum, minimum,
+                                   peek, poke, rint, shift_right, store, to_f32, to_i32, where_below)
 
 FEW = 64  # blocks in which a nucleus is looked for first
-DIGIT_BITS, HISTOGRAM_BYTES, LANE_BYTES = 11, 8 << 11, 64
-INDEX_BITS, RANK_BITS, ALL_INDICES = 23, 55, (1 << 23) - 1  # a rank is a sort key of 32 bits, then the index inverted
+DIGITS, HISTOGRAM_BYTES, GROUP, GROUP_BYTES = 2048, 2 * 8 * 2048, 64, 256
+EVEN, TOP_DIGIT, DIGITS_PER_UNIT = 64, np.float32(2047), np.float32(93)  # exp(-2047 / 93) weighs nothing
+INDEX_BITS, ALL_INDICES = 23, (1 << 23) - 1  # a token's rank is its key, then its index inverted
 ONE, INFINITY = np.float32(1), np.float32(np.inf)
 WORDS, BLOCKS = 4, CHUNK // BLOCK  # bytes of a word, blocks of a chunk
 # a row of scratch, by words per chunk: 16 maxima, sum of exp, best score, its token, total weight (two words); the cut;
@@ -105,62 +106,131 @@ def search(logits, V, maxima, first, temperature, largest, weighted, wanted, tot
     """Rank of the token at which the running sum reaches its target.
 
     Only tokens whose rank is at least `first` count, each as one or by its weight; total 0 stands for the sum of all of
-    them. -1 where they hold too little. A radix search, eleven bits of the rank at a time.
+    them. -1 where they hold too little. Each round leaves the tokens of one digit: first of an even division of the
+    logits, then of what is left of the sort keys; those of one key weigh the same and are counted.
     """
-    histogram, target = stack_memory(HISTOGRAM_BYTES), np.float64(wanted)
-    # the leading one marks how many bits are known; the optimizer cannot count the rounds and so does not unroll them
-    prefix, before, shift, low, high = int64(1), int64(0), int64(RANK_BITS), from_key(first >> INDEX_BITS), INFINITY
-    while prefix < 1 << RANK_BITS:
-        shift -= DIGIT_BITS
-        digit = int64((1 << DIGIT_BITS) - 1)
-        mass = tally(logits, V, maxima, first, low, high, temperature, largest, weighted, prefix, shift, histogram)
-        if weighted and prefix == 1:
+    histogram, target, before, shift = stack_memory(HISTOGRAM_BYTES), np.float64(wanted), int64(0), int64(EVEN)
+    start, end = first >> INDEX_BITS, int64(1 << 32)
+    while end - start > 1:
+        tally(logits, V, maxima, first, start, end, temperature, largest, weighted, shift, histogram)
+        if weighted and shift == EVEN:
+            mass = int64(0)
+            for d in range(DIGITS):
+                mass += amount(histogram, d)
             target = nucleus(total if total > 0 else mass, top_p)
             if mass < target:
                 return int64(-1)
-        while digit > 0 and before + peek(histogram + 8 * digit, int64) < target:
-            before += peek(histogram + 8 * digit, int64)
+        digit = int64(DIGITS - 1)
+        while digit > 0 and before + amount(histogram, digit) < target:
+            before += amount(histogram, digit)
             digit -= 1
-        prefix = prefix << DIGIT_BITS | digit
-        lowest = (prefix << shift) - (1 << RANK_BITS)
-        if not weighted and before + peek(histogram + 8 * digit, int64) == target:
-            return max(first, lowest)  # all that begin like this
-        low, high = from_key(lowest >> INDEX_BITS), from_key(lowest + (1 << shift) - 1 >> INDEX_BITS)
-    return prefix - (1 << RANK_BITS)
+        if shift == EVEN:
+            start, end = (max(start, lowest_key(digit, temperature, largest)),
+                          lowest_key(digit + 1, temperature, largest))
+        else:
+            start, end = start + (digit << shift), min(end, start + (digit + 1 << shift))
+        if not weighted and before + amount(histogram, digit) == target:
+            return max(first, start << INDEX_BITS)  # all from here on
+        shift = int64(0)
+        while end - start > DIGITS << shift:
+            shift += 1
+    each, logit = int64(1), from_key(start)
+    if weighted:
+        each = int64(weights_of(logit, temperature, largest))
+    return start << INDEX_BITS | ALL_INDICES - reaching(logits, V, maxima, logit, before, each, target)
 
 
 @inlined
-def tally(logits, V, maxima, first, low, high, temperature, largest, weighted, prefix, shift, histogram):
-    """Sums amounts by the next digit, over the ranks from first on that begin with prefix; returns the sum of all.
+def even_digits(logits, temperature, largest):
+    """The first round's digits: they never fall as the logit rises, and what weighs nothing has digit 0."""
+    below = (largest - logits / temperature) * DIGITS_PER_UNIT
+    return to_i32(TOP_DIGIT - minimum(below, TOP_DIGIT))
 
-    Those ranks are of logits between low and high: a comparison of sixteen passes over most of the others.
+
+@inlined
+def lowest_key(digit, temperature, largest):
+    """The lowest sort key with at least this digit in the first round; one above all for a digit that there is not."""
+    low, high = int64(0), int64(1 << 32)
+    while low < high:
+        middle = (low + high) // 2
+        logit = from_key(middle)
+        if logit / temperature <= largest and int64(even_digits(logit, temperature, largest)) < digit:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@inlined
+def tally(logits, V, maxima, first, start, end, temperature, largest, weighted, shift, histogram):
+    """Sums amounts by digit over tokens of rank `first` or more with sort keys from start to end - 1.
+
+    There are several sums for each digit: one alone would wait for its own last addition.
     """
-    weights, mass = stack_memory(LANE_BYTES), int64(0)
-    for d in range(0, HISTOGRAM_BYTES, 8):
-        poke(histogram + d, int64(0))
+    amounts, digits, low, above = stack_memory(GROUP_BYTES), stack_memory(GROUP_BYTES), from_key(start), from_key(end)
+    first_logit, after = from_key(first >> INDEX_BITS), from_key((first >> INDEX_BITS) + 1)
+    for d in range(0, HISTOGRAM_BYTES, 64):
+        store(histogram + d, lanes(ZERO))
+    for b in range(0, V, GROUP):
+        if peek(maxima + WORDS * (b // BLOCK), float32) < low or none_between(logits, b, V, low, above):
+            continue
+        filled = int64(0)
+        for g in range(b, min(b + GROUP, V), 16):
+            logit, beyond = entries(logits, g, V), np.float32(ALL_INDICES + 1 - (first & ALL_INDICES) - g)
+            lowest = maximum(where_below(to_f32(lane_numbers()), beyond, first_logit, after), low)
+            counts = where_below(logit, lowest, ZERO, where_below(logit, above, ONE, ZERO))
+            counts = where_below(to_f32(lane_numbers()), np.float32(V - g), counts, ZERO)
+            if weighted:
+                counts = counts * rint(exp(logit / temperature - largest) * WEIGHT_UNITS)
+            store(amounts + filled, to_i32(counts))
+            if shift == EVEN:
+                store(digits + filled, even_digits(logit, temperature, largest))
+            else:
+                store(digits + filled, bit_and(shift_right(sort_keys(logit) - np.int32(start), shift), DIGITS - 1))
+            filled += 64
+        for i in range(0, filled, 8):
+            one, other = 16 * int64(peek(digits + i, int32)), 16 * int64(peek(digits + i + 4, int32)) + 8
+            add_to(histogram + one, int64(peek(amounts + i, int32)))
+            add_to(histogram + other, int64(peek(amounts + i + 4, int32)))
+
+
+@inlined
+def none_between(logits, g, V, low, above):
+    """Whether no token of a group has a logit of at least low and below above."""
+    found = lanes(-INFINITY)
+    for i in range(g, g + GROUP, 16):
+        logit = entries(logits, i, V)
+        found = maximum(where_below(logit, above, logit, -INFINITY), found)
+    return max_lanes(found) < low
+
+
+@inlined
+def add_to(address, amount):
+    poke(address, peek(address, int64) + amount)
+
+
+@inlined
+def amount(histogram, digit):
+    """What the tokens of a digit sum to."""
+    return peek(histogram + 16 * digit, int64) + peek(histogram + 16 * digit + 8, int64)
+
+
+@inlined
+def reaching(logits, V, maxima, x, before, each, target):
+    """The first token of logit x, each adding the same to a running sum, with which it reaches its target."""
     for b in range(0, V, BLOCK):
-        if peek(maxima + WORDS * (b // BLOCK), float32) < low:
+        if peek(maxima + WORDS * (b // BLOCK), float32) < x:
             continue
         for g in range(b, min(b + BLOCK, V), 16):
             logit = entries(logits, g, V)
-            if max_lanes(where_below(logit, low, -INFINITY, where_below(high, logit, -INFINITY, logit))) == -INFINITY:
+            if max_lanes(where_below(logit, x, ZERO, where_below(x, logit, ZERO, ONE))) == ZERO:
                 continue
-            store(weights, weights_of(logit, temperature, largest))
             for i in range(g, min(g + 16, V)):
-                place = rank(logits, i)
-                if (place | 1 << RANK_BITS) >> shift + DIGIT_BITS == prefix and place >= first:
-                    amount, at = int64(1), histogram + 8 * (place >> shift & (1 << DIGIT_BITS) - 1)
-                    if weighted:
-                        amount = int64(peek(weights + 4 * (i - g), int32))
-                    poke(at, peek(at, int64) + amount)
-                    mass += amount
-    return mass
-
-
-@inlined
-def rank(logits, i):
-    """An integer that falls along the order (logit descending, index ascending)."""
-    return sort_key(peek(logits + 4 * i, float32)) << INDEX_BITS | ALL_INDICES - i
+                if peek(logits + 4 * i, float32) == x:
+                    before += each
+                    if before >= target:
+                        return int64(i)
+    return int64(V - 1)
 
 
 @inlined
@@ -168,6 +238,15 @@ def sort_key(x):
     """A float32 as an integer of 32 bits in the same order; both zeros alike."""
     bits = int64(np.float32(x + ZERO).view(np.int32))
     return (bits ^ (bits >> 63 & 0x7FFFFFFF)) + 0x80000000
+
+
+@inlined
+def sort_keys(x):
+    """`sort_key` of lanes, as bit patterns."""
+    memory = stack_memory(64)
+    store(memory, x + ZERO)
+    bits = load_i32(memory)
+    return bit_xor(bits, shift_right(bits, 31) * np.int32(0x7FFFFFFF) + np.int32(-0x80000000))
 
 
 @inlined

@@ -66,7 +66,8 @@ def lay_out(program, max_rows, keep):
             else:
                 offsets[tensor], end = end, end + size
         if not keep:
-            free += [(offsets[t], _tensor_bytes(t, max_rows)) for t, at in last.items() if at == i and t in offsets]
+            dead = [t for t, at in last.items() if at == i and t in offsets and t not in program.results.values()]
+            free += [(offsets[t], _tensor_bytes(t, max_rows)) for t in dead]
     return offsets, end
 
 
@@ -79,8 +80,8 @@ def _tensor_bytes(tensor, max_rows):
 class Executor:
     """A program bound to a backend, memory and threads.
 
-    max_rows: the largest T, R and S of a step, by letter. caches: address of each CacheArray, by name. keep: give every
-    tensor memory of its own, so that all can be looked at after a step.
+    max_rows: the largest T, R, E and S of a step, by letter. caches: address of each CacheArray, by name. keep: give
+    every tensor memory of its own, so that all can be looked at after a step.
     """
 
     def __init__(self, program, backend, team, weights, max_rows, caches, keep=False):

@@ -1,21 +1,22 @@
 """A model as a program: a flat list of ops over named tensors, recorded once when the model is loaded.
 
-The number of tokens is symbolic: a tensor's first dimension is "T" (tokens of the step), "R" (rows that sample) or "S"
-(requests), its second a number. Everything else is a way of running or rewriting this list.
+The number of tokens is symbolic: a tensor's first dimension is "T" (tokens of the step), "R" (rows that sample), "E"
+(rows whose hidden state is wanted) or "S" (requests), its second a number. Everything else is a way of running or
+rewriting this list.
 """
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from lockstep.runtime.step import NUM_REQUESTS, NUM_SAMPLED, NUM_TOKENS
+from lockstep.runtime.step import NUM_EMBEDDED, NUM_REQUESTS, NUM_SAMPLED, NUM_TOKENS
 
-ROW_COUNTS = {"T": NUM_TOKENS, "R": NUM_SAMPLED, "S": NUM_REQUESTS}
+ROW_COUNTS = {"T": NUM_TOKENS, "R": NUM_SAMPLED, "E": NUM_EMBEDDED, "S": NUM_REQUESTS}
 DTYPES = {"f32": np.dtype(np.float32), "i32": np.dtype(np.int32), "bf16": np.dtype(np.uint16), "i8": np.dtype(np.int8)}
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """An activation [rows, width]; rows is "T", "R" or "S"."""
+    """An activation [rows, width]; rows is "T", "R", "E" or "S"."""
 
     name: str
     rows: str
@@ -75,10 +76,13 @@ class Op:
 
 
 class Program:
-    """Ops in the order in which they run, and the names that users may ask for."""
+    """Ops in the order in which they run, and the names that users may ask for.
+
+    results: {name: Tensor} that is read after a step, and whose memory no later op may use.
+    """
 
     def __init__(self):
-        self.ops, self.caches, self._names = [], [], set()
+        self.ops, self.caches, self.results, self._names = [], [], {}, set()
 
     def tensor(self, name, rows, width, dtype="f32"):
         """A new activation under a name of its own (a number is added to a name that is taken)."""
@@ -102,7 +106,7 @@ class Program:
     def rewritten(self, ops):
         """The same program with another list of ops."""
         other = Program()
-        other.ops, other.caches, other._names = list(ops), self.caches, self._names
+        other.ops, other.caches, other.results, other._names = list(ops), self.caches, self.results, self._names
         return other
 
     def weights(self):

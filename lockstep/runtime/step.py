@@ -21,6 +21,8 @@ SAMPLED_ROW = 9  # i32[R]: rows of the step that reach the last norm and the hea
 POSITION = 10  # i32[T]: position of each token in its sequence
 REQUEST = 11  # i32[T]: which request of the step each token belongs to
 SAMPLING = 12  # one record of ops.sample.SAMPLING_RECORD per sampled row
+NUM_EMBEDDED = 13  # E, a count
+EMBEDDED_ROW = 14  # i32[E]: rows of the step whose last hidden state is wanted for itself
 STEP_WORDS = 16
 
 # an op row: ROW_WORDS int64 words
@@ -43,7 +45,7 @@ def number(op, index):
 
 @inlined
 def num_rows(op, step):
-    """How many rows the op's first output has in this step (T, R or S, by the op's ROWS word)."""
+    """How many rows the op's first output has in this step (T, R, E or S, by the op's ROWS word)."""
     return peek(step + 8 * peek(op + 8 * ROWS, int64), int64)
 
 

@@ -2,6 +2,8 @@
 import functools
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.model import load_model
 from lockstep.engine.request import SamplingParams
@@ -57,19 +59,22 @@ class LLM:
     "f32", "bf16", "q8_0" or "q4_0". kv_dtype: "bf16" or "f32". ops: swaps of the op table, such as
     {"linear": "reference"}. progress: called with (what, done, total) while weights are packed. prefix_cache: whether
     requests use what earlier ones computed for the same first tokens; cache_dir: a folder of at most cache_dir_bytes
-    that keeps it across restarts. Raises ValueError, in one sentence, for a model that cannot be loaded.
+    that keeps it across restarts. needs_chat: refuse a model without a chat template. Raises ValueError, in one
+    sentence, for a model that cannot be loaded.
     """
 
     def __init__(self, model=None, *, weights="auto", kv_dtype=None, max_context=None, max_step_tokens=512,
                  max_requests=16, kv_tokens=None, threads=None, ops=None, progress=None, prefix_cache=True,
-                 cache_dir=None, cache_dir_bytes=8 << 30):
+                 cache_dir=None, cache_dir_bytes=8 << 30, needs_chat=False):
         self.path = resolve_model(model)
-        checkpoint = open_checkpoint(self.path)
+        self._checkpoint = checkpoint = open_checkpoint(self.path)
+        if needs_chat and not (self.has_tokenizer and self.tokenizer.has_chat_template):
+            raise ValueError(f"{model or 'the bundled model'}: has no chat template, so it can only continue text "
+                             f"(lockstep generate); pass a chat model, such as Qwen/Qwen3-0.6B")
         self.model = load_model(checkpoint, PackedStore(checkpoint, progress), weights, kv_dtype, max_context)
-        self._checkpoint = checkpoint
         options = EngineOptions(max_step_tokens, max_requests, kv_tokens, threads, prefix_cache, cache_dir=cache_dir,
                                 cache_dir_bytes=cache_dir_bytes)
-        reader = (lambda: Detokenizer(self.tokenizer)) if self.has_tokenizer else None
+        reader = functools.partial(Detokenizer, self.tokenizer) if self.has_tokenizer else None
         self.engine = Engine(self.model, options, ops, self._eos_ids(), reader)
 
     @functools.cached_property
@@ -137,6 +142,20 @@ class LLM:
             for request in self.engine.step():
                 by_id[request.id].advance()
         return [_completion(*streams) for streams in started]
+
+    def embed(self, prompts, pooling="last", normalize=True):
+        """Embeddings of prompts (strings or lists of token ids), float32 [prompts, D], the same bits in any company.
+
+        Each comes from the hidden states after the model's final norm: the last token's ("last"), or the mean over all
+        tokens ("mean"). normalize: to length 1. ValueError for a prompt that cannot run.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        params = SamplingParams(pooling=pooling)
+        started = self._start_all(prompts, [params] * len(prompts))
+        while self.engine.has_work:
+            self.engine.step()
+        made = [streams[0].request.pool.embedding(normalize) for streams in started]
+        return np.stack(made) if made else np.zeros((0, self.model.config.hidden_size), np.float32)
 
     def _start_all(self, prompts, each):
         """Starts every prompt's samples, or none if one prompt is refused."""

@@ -1,5 +1,6 @@
 """The engine in its own thread: many clients, cancel, errors, close; everybody gets the tokens of a request alone."""
 import asyncio
+import math
 import threading
 import time
 from dataclasses import replace
@@ -7,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lockstep.engine.async_engine import AsyncEngine, EngineStopped
+from lockstep.engine.async_engine import AsyncEngine, EngineStopped, batches
 from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.request import SamplingParams, samples
 from tests.promise.alone import answer
@@ -175,7 +176,7 @@ class Letters:
 
 
 def test_tokens_bring_the_text_that_is_certain_and_stop_strings_end_a_stream(model, alone):
-    made = AsyncEngine(Engine(model, EngineOptions(threads=1), new_detokenizer=Letters))
+    made = AsyncEngine(Engine(model, EngineOptions(threads=1), new_detokenizer=lambda skip_special_tokens: Letters()))
     try:
         whole = "".join(chr(65 + i % 26) for i in alone[5])
         pieces = [t.text for t in made.submit(PROMPTS[5], PARAMS[5])]
@@ -185,3 +186,71 @@ def test_tokens_bring_the_text_that_is_certain_and_stop_strings_end_a_stream(mod
         assert (stopped.finish_reason, stopped.request.stop_reason) == ("stop", whole[9:12])
     finally:
         made.close()
+
+
+def test_batches_read_many_streams_at_once_and_each_ends_with_its_reason(running, alone):
+    async def read(pause):
+        streams = running.submit_all(list(zip(PROMPTS, PARAMS)))
+        ids, reasons, rounds = [[] for _ in streams], [[] for _ in streams], 0
+        async for found in batches(streams, pause):
+            rounds += 1
+            for number, tokens, reason in found:
+                ids[number] += [token.id for token in tokens]
+                reasons[number].append(reason)
+        assert all(each == [None] * (len(each) - 1) + ["length"] for each in reasons)
+        return ids, rounds
+
+    every, rounds = asyncio.run(read(lambda: 0.0))
+    at_the_end, few = asyncio.run(read(lambda: math.inf))
+    assert every == at_the_end == alone
+    assert few <= 2 * len(PROMPTS) < rounds  # the first tokens and the ends
+
+
+def test_a_pause_brings_tokens_together_and_ends_with_the_stream(running):
+    async def read(pause):
+        [stream] = running.submit_all([(PROMPTS[0], replace(LONG, max_tokens=300))])
+        return [len(tokens) async for [(_, tokens, _)] in batches([stream], pause)]
+
+    single, together = asyncio.run(read(lambda: 0.0)), asyncio.run(read(lambda: 0.05))
+    assert sum(single) == sum(together) == 300 and max(together) > 2 and len(together) < len(single)
+    began = time.monotonic()
+    assert len(asyncio.run(read(lambda: 3600.0))) == 2 and time.monotonic() - began < 600
+
+
+def test_a_reader_that_leaves_does_not_wait_for_the_step(running):
+    hold, step = threading.Event(), running.engine.step
+    running.engine.step = lambda: hold.wait(60) and step()
+
+    async def read():
+        [stream] = running.submit_all([(PROMPTS[0], LONG)])
+        asyncio.get_running_loop().call_later(0.05, stream.leave)
+        return [found async for found in batches([stream])]
+
+    assert asyncio.run(read()) == []
+    hold.set()
+    scheduler = running.engine.scheduler
+    wait_until(lambda: not running.engine.has_work and scheduler.pages.num_free == scheduler.limits.num_pages)
+
+
+def test_all_prompts_are_queued_or_none(running):
+    with pytest.raises(ValueError, match="0 to 95"):
+        running.submit_all([(PROMPTS[0], LONG), ([96], PARAMS[0])])
+    assert not running.engine.has_work and not running._inbox
+
+
+def test_readers_of_a_failed_engine_are_told(model):
+    made = AsyncEngine(Engine(model, EngineOptions(threads=1)))
+
+    def fails():
+        assert made.seconds_in_step > 0
+        raise MemoryError("out of luck")
+
+    made.engine.step = fails
+
+    async def read():
+        return [found async for found in batches(made.submit_all([(PROMPTS[0], LONG)]))]
+
+    with pytest.raises(EngineStopped, match="out of luck"):
+        asyncio.run(read())
+    assert isinstance(made.error, MemoryError)
+    made.close()

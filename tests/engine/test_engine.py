@@ -180,4 +180,4 @@ def test_counts_say_what_happened(engine):
     finish(made)
     found = made.counts()
     assert (found["running"], found["waiting"], found["hit_tokens"]) == (0, 0, 128)
-    assert (found["pages_idle"], found["pages_free"]) == (2, found["pages"] - 2)
+    assert (found["pages_idle"], found["pages_free"], found["generated_tokens"]) == (2, found["pages"] - 2, 6)

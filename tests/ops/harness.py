@@ -3,7 +3,7 @@ import numpy as np
 
 from lockstep.runtime import step as words
 from lockstep.runtime.executor import Executor, WeightStore
-from lockstep.runtime.program import DTYPES, CacheArray, Program, Weight
+from lockstep.runtime.program import DTYPES, ROW_COUNTS, CacheArray, Program, Weight
 from lockstep.runtime.threads import Team
 from lockstep.weights.tensor import StoredTensor
 
@@ -60,7 +60,7 @@ def run_op(implementation, outputs, inputs, step=None, num_threads=1, **params):
         step, held = ragged_step([num_tokens])
     program.emit("input", [t for t, _ in tensors], [])
     program.emit("op", made, values, **params)
-    rows = {"T": int(step[words.NUM_TOKENS]), "R": int(step[words.NUM_SAMPLED]), "S": int(step[words.NUM_REQUESTS])}
+    rows = {letter: int(step[count]) for letter, count in ROW_COUNTS.items()}
     team = Team(num_threads)
     try:
         executor = Executor(program, {"input": implementation, "op": implementation}, team, WeightStore(), rows,

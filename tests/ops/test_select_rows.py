@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from lockstep.ops import select_rows, select_rows_cpu
+from lockstep.runtime import step as words
 from lockstep.runtime.kernel import interpreted
 from tests.ops.harness import ragged_step, run_op, same_bits
 
@@ -10,11 +11,14 @@ RNG = np.random.default_rng(0)
 
 @pytest.mark.parametrize("lengths,rows", [([1], [0]), ([5, 1, 9], [4, 5, 14]), ([3, 4], [6, 2, 0, 6, 1]), ([2], [])])
 @pytest.mark.parametrize("backend", [select_rows.REFERENCE, select_rows_cpu.CPU])
-def test_takes_the_sampled_rows(backend, lengths, rows):
+@pytest.mark.parametrize("letter,array", [("R", "SAMPLED_ROW"), ("E", "EMBEDDED_ROW")])
+def test_takes_the_rows_asked_for(backend, lengths, rows, letter, array):
     x = RNG.standard_normal((sum(lengths), 48)).astype(np.float32)
-    step, held = ragged_step(lengths, SAMPLED_ROW=rows)
+    step, held = ragged_step(lengths, **{array: rows})
+    step[words.NUM_EMBEDDED] = len(rows)
     for threads in 1, 3:
-        out = run_op(backend["select_rows"], {"out": ("R", 48, "f32")}, [x], step, threads, width=48)["out"]
+        out = run_op(backend["select_rows"], {"out": (letter, 48, "f32")}, [x], step, threads, width=48,
+                     selected=getattr(words, array))["out"]
         same_bits(out, x[np.array(rows, int)])
 
 

@@ -20,3 +20,13 @@ def logits(folder, ids, dtype=torch.float32):
     torch.set_num_threads(1)
     with torch.no_grad():
         return load(folder, dtype)(torch.tensor([ids])).logits[0].float().numpy().astype(np.float32)
+
+
+def hidden_states(folder, ids):
+    """What the head reads at every position, in float32 [tokens, D]."""
+    torch.set_num_threads(1)
+    model, found = load(folder), []
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, args: found.append(args[0]))
+    with torch.no_grad():
+        model(torch.tensor([ids]))
+    return found[0][0].numpy()

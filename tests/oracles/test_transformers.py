@@ -63,6 +63,18 @@ def _bf16_errors(name, folder, seed):
     return np.stack([np.sqrt(np.mean((found - exact) ** 2, axis=-1)) for found in (ours, theirs)])
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3", "qwen3_5", "qwen3_5_nested", "qwen3_moe"])
+def test_embeddings(name, tmp_path):
+    folder, ids = made(tmp_path, name)
+    states = hugging_face.hidden_states(folder, ids)
+    llm = lockstep.LLM(folder, weights="f32", max_context=256, threads=1)
+    for pooling, expected in (("last", states[-1]), ("mean", states.mean(0))):
+        found = llm.embed([ids], pooling, normalize=False)[0]
+        assert np.abs(found - expected).max() <= 1e-4, f"seed {SEED}"
+        assert np.abs(llm.embed([ids], pooling)[0] - expected / np.linalg.norm(expected)).max() <= 1e-5, f"seed {SEED}"
+    llm.close()
+
+
 @pytest.mark.parametrize("weights, worst_allowed", [("f32", 1e-4), ("auto", 0.1)])
 def test_bundled_model(weights, worst_allowed):
     ids = [1, *np.random.RandomState(SEED).randint(0, 4096, NUM_TOKENS - 1).tolist()]

@@ -1,9 +1,9 @@
 """Random schedules: everything a server may do to a request, each step compared bit for bit with the request alone.
 
 One `Walk` owns a runner whose memory is full of NaN bytes. A step takes any of the running requests, in any order, with
-any number of tokens each, on 1 to 8 threads, and asks for the logits of any rows. Requests arrive, end, are cancelled
-in the middle, and are recomputed from their first token on other pages; memory they leave is filled with NaN bytes
-again.
+any number of tokens each, on 1 to 8 threads, and asks for the logits of any rows and the hidden states of some.
+Requests arrive, end, are cancelled in the middle, and are recomputed from their first token on other pages; memory they
+leave is filled with NaN bytes again.
 """
 from collections import Counter
 from dataclasses import dataclass
@@ -125,7 +125,9 @@ class Walk:
         start, asked = request.num_computed, self.rng.choice(["all", "last", "some"])
         rows = {"all": range(count), "last": [count - 1], "some": self.rng.permutation(count)[:3].tolist()}[asked]
         sampled = {row: request.sequence.sampling(start + row) for row in rows}
-        return Span(request.sequence.token_ids[start:start + count], start, request.pages, request.slot, sampled)
+        embedded = range(int(self.rng.integers(count)), count)
+        return Span(request.sequence.token_ids[start:start + count], start, request.pages, request.slot, sampled,
+                    embedded)
 
     def count(self, members, spans, threads):
         """Notes which kinds of event happened."""
@@ -143,8 +145,12 @@ class Walk:
         e["rows out of order"] += sum(list(s.sampled) != sorted(s.sampled) for s in spans)
 
     def compare(self, members, spans, found, where):
-        row = 0
+        row = hidden_row = 0
         for (request, count), span in zip(members, spans):
+            for offset, hidden in zip(span.embedded, self.runner.hidden(hidden_row, len(span.embedded))):
+                if hidden.tobytes() != request.trace.hidden[span.start + offset].tobytes():
+                    raise Differs(f"hidden state of {request.sequence.name} at {span.start + offset} ({where})")
+            hidden_row += len(span.embedded)
             for offset in span.sampled:
                 expected = (request.trace.logits, request.trace.tokens, request.trace.logprobs)
                 for what, is_, should in zip(("logits", "token", "logprob"), found, expected):

@@ -34,10 +34,11 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Trace:
-    """logits [n, V], tokens [n], logprobs [n]; reports[n]: see `report`; states[n]: digest of the recurrent state after
-    each token; cache: for each array of pages, the bytes of every position [n, ...]."""
+    """logits [n, V], hidden [n, D], tokens [n], logprobs [n]; reports[n]: see `report`; states[n]: digest of
+    the recurrent state after each token; cache: for each array of pages, the bytes of every position [n, ...]."""
 
     logits: np.ndarray
+    hidden: np.ndarray
     tokens: np.ndarray
     logprobs: np.ndarray
     reports: list
@@ -81,12 +82,12 @@ def trace(model, sequence):
         runner = Runner(model, team, Limits(1, 1, len(pages), 1))
         rows, reports, states = [], [], []
         for p, token in enumerate(sequence.token_ids):
-            tokens, logprobs, logits = runner.step([Span([token], p, pages, 0, {0: sequence.sampling(p)})])
-            rows.append((logits[0].copy(), tokens[0], logprobs[0]))
+            tokens, logprobs, logits = runner.step([Span([token], p, pages, 0, {0: sequence.sampling(p)}, [0])])
+            rows.append((logits[0].copy(), runner.hidden(0, 1)[0].copy(), tokens[0], logprobs[0]))
             reports.append(report(runner, 0))
             states.append(state_digest(runner, 0))
-        logits, tokens, logprobs = (np.array(column) for column in zip(*rows))
+        logits, hidden, tokens, logprobs = (np.array(column) for column in zip(*rows))
         assert np.isfinite(logits).all(), f"{sequence.name}: logits are not finite"
-        return Trace(logits, tokens, logprobs, reports, states, positions(runner, pages, n))
+        return Trace(logits, hidden, tokens, logprobs, reports, states, positions(runner, pages, n))
     finally:
         team.close()

@@ -132,3 +132,21 @@ def test_an_answer_from_a_cache_dir_is_the_same(llm, tmp_path):
         counts = other.engine.scheduler.prefix.counts
         other.close()
         assert (warm.token_ids, warm.logprobs, bool(counts.hit_tokens)) == (cold.token_ids, cold.logprobs, found)
+
+
+def test_embeddings_are_the_same_in_any_company(llm):
+    together = llm.embed(PROMPTS)
+    assert together.shape == (len(PROMPTS), llm.model.config.hidden_size) and together.dtype == np.float32
+    assert np.abs(np.linalg.norm(together.astype(np.float64), axis=1) - 1).max() < 1e-6
+    for prompt, row in zip(PROMPTS, together):
+        assert llm.embed(prompt)[0].tobytes() == llm.embed([llm.encode(prompt)])[0].tobytes() == row.tobytes()
+    raw, mean = llm.embed(PROMPTS, normalize=False), llm.embed(PROMPTS, pooling="mean")
+    lengths = np.linalg.norm(raw.astype(np.float64), axis=1, keepdims=True)
+    assert np.abs(raw / lengths - together).max() < 1e-6 and np.abs(mean - together).max() > 0.1
+    assert llm.embed([]).shape == (0, together.shape[1])
+
+
+def test_one_bad_prompt_leaves_no_embedding_behind(llm):
+    with pytest.raises(ValueError, match="at least one token"):
+        llm.embed([PROMPT, []])
+    assert not llm.engine.has_work

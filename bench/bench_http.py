@@ -1,0 +1,122 @@
+"""What HTTP costs: streams over HTTP beside the same requests through the AsyncEngine, in turns, on one engine.
+
+    python bench/bench_http.py [MODEL] [--streams 8 32] [--tokens 128] [--rounds 5]
+
+The server is a process of its own; this one sends the requests over plain sockets and reads what comes, as cheaply as
+Python can, but on the same cores: what it takes, the engine does not get.
+"""
+import argparse
+import asyncio
+import json
+import math
+import multiprocessing
+import selectors
+import socket
+import statistics
+import threading
+import time
+
+from lockstep import LLM, SamplingParams
+from lockstep.engine.async_engine import batches
+from lockstep.serve.http.app import make_app
+from lockstep.serve.http.service import Service
+from lockstep.serve.http.serving import Server, bind
+
+PROMPT_TOKENS = 16
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: bench\r\nContent-Length: %d\r\n\r\n"
+END = b"0\r\n\r\n"
+
+
+def prompts(count, round_number, vocab_size):
+    """Token ids that no earlier round had."""
+    return [[(7 * i + 31 * stream + 1013 * round_number) % (vocab_size - 8) + 4 for i in range(PROMPT_TOKENS)]
+            for stream in range(count)]
+
+
+# ---------------------------------------------------------------- the server's process
+
+def serve(pipe, model, threads, weights):
+    """Says where it listens, then runs what is asked for without HTTP, until it is told to end."""
+    llm = LLM(model, weights=weights, threads=threads, max_requests=32, max_context=512)
+    service, listening = Service("model"), bind("127.0.0.1", 0)
+    service.open(llm)
+    server = Server(make_app(service), service)
+    threading.Thread(target=server.run, args=([listening],), daemon=True).start()
+    pipe.send((listening.getsockname()[1], llm.model.config.vocab_size))
+    while (asked := pipe.recv()) is not None:
+        pipe.send(asyncio.run(direct(service.engine, *asked)))
+
+
+async def direct(engine, each, num_tokens):
+    """Seconds that the AsyncEngine takes for a reader who only waits for the end, so that nothing takes its time."""
+    began = time.perf_counter()
+    params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
+    streams = engine.submit_all([(ids, params) for ids in each])
+    async for _ in batches(streams, pause=lambda: math.inf):
+        pass
+    assert all(len(stream.request.output_ids) == num_tokens for stream in streams)
+    return time.perf_counter() - began
+
+
+# ---------------------------------------------------------------- the clients' process
+
+def over_http(port, each, num_tokens):
+    """Seconds until every stream has ended, from the moment before the first request is sent."""
+    began, open_sockets = time.perf_counter(), selectors.DefaultSelector()
+    for ids in each:
+        body = json.dumps(dict(prompt=ids, max_tokens=num_tokens, stream=True, ignore_eos=True, temperature=0)).encode()
+        made = socket.create_connection(("127.0.0.1", port))
+        made.sendall(HEAD % len(body) + body)
+        made.setblocking(False)
+        open_sockets.register(made, selectors.EVENT_READ, bytearray())
+    while open_sockets.get_map():
+        for key, _ in open_sockets.select():
+            key.data.extend(key.fileobj.recv(1 << 16))
+            if key.data.endswith(END):
+                assert key.data.startswith(b"HTTP/1.1 200") and b'"finish_reason":"length"' in key.data
+                open_sockets.unregister(key.fileobj)
+                key.fileobj.close()
+    return time.perf_counter() - began
+
+
+def compare(pipe, port, vocab_size, num_streams, args):
+    """Prints tokens per second of both, medians of all rounds, and their ratio."""
+    times = {"engine": [], "http": []}
+    for number in range(args.rounds + 1):
+        for name in ("engine", "http") if number % 2 else ("http", "engine"):
+            each = prompts(num_streams, 2 * number + (name == "http"), vocab_size)
+            if name == "http":
+                seconds = over_http(port, each, args.tokens)
+            else:
+                pipe.send((each, args.tokens))
+                seconds = pipe.recv()
+            if number:  # the first round warms both up
+                times[name].append(seconds)
+    rate = {name: num_streams * args.tokens / statistics.median(each) for name, each in times.items()}
+    ratio = statistics.median([a / b for a, b in zip(times["engine"], times["http"])])
+    print(f"{num_streams:3d} streams: engine {rate['engine']:8.1f} tok/s   HTTP {rate['http']:8.1f} tok/s   "
+          f"HTTP / engine {ratio:.3f}", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--streams", type=int, nargs="+", default=[8, 32])
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--weights", default="auto")
+    args = parser.parse_args()
+    context = multiprocessing.get_context("spawn")
+    pipe, theirs = context.Pipe()
+    server = context.Process(target=serve, args=(theirs, args.model, args.threads, args.weights), daemon=True)
+    server.start()
+    port, vocab_size = pipe.recv()
+    for num_streams in args.streams:
+        compare(pipe, port, vocab_size, num_streams, args)
+    pipe.send(None)
+    server.join()
+
+
+if __name__ == "__main__":
+    main()

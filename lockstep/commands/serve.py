@@ -1,0 +1,104 @@
+"""`lockstep serve`: answer requests over HTTP."""
+import os
+import threading
+from typing import Annotated
+
+import typer
+
+from lockstep.commands.options import CacheDir, KvDtype, ModelName, OpSwaps, Threads, Weights, load
+
+KEY_VARIABLE = "LOCKSTEP_API_KEY"
+
+
+def command(
+    model: ModelName = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: every one that this machine has.")]
+    = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any that is free.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="What clients call the model.", show_default="its own name")] = None,
+    api_key: Annotated[list[str] | None, typer.Option(
+        metavar="KEY", show_default=f"${KEY_VARIABLE}, or none needed", help="A key that clients must send. "
+        "Repeatable.")] = None,
+    cors_origin: Annotated[list[str] | None, typer.Option(
+        metavar="ORIGIN", show_default="none", help="A web page that may call the server, such as "
+        "https://example.org. Repeatable.")] = None,
+    max_requests: Annotated[int, typer.Option(min=1, help="Most sequences in a step.")] = 32,
+    max_step_tokens: Annotated[int, typer.Option(min=1, help="Most tokens in a step.")] = 512,
+    max_queued: Annotated[int, typer.Option(min=1, help="Sequences that may wait; more are refused.")] = 256,
+    max_queued_tokens: Annotated[int, typer.Option(
+        min=1, help="Prompt tokens that may wait; more are refused.")] = 1 << 18,
+    max_body_mb: Annotated[int, typer.Option(min=1, max=1024, help="Megabytes of a request's body.")] = 8,
+    request_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that an answer may take.")] = 600,
+    drain_timeout: Annotated[float, typer.Option(
+        min=0.1, help="Seconds that answers may go on after a signal to end.")] = 30,
+    stuck_timeout: Annotated[float, typer.Option(min=1, help="Seconds of one step that make /health red.")] = 120,
+    kv_tokens: Annotated[int | None, typer.Option(
+        min=1, show_default="what all requests of a step need, up to 2 GiB", help="Tokens of KV cache in all.")] = None,
+    prefix_cache: Annotated[bool, typer.Option(help="Use what was computed for the same first tokens.")] = True,
+    max_context: Annotated[int | None, typer.Option(
+        min=1, show_default="4096, or the model's", help="Tokens that a prompt and its answer may have.")] = None,
+    weights: Weights = "auto",
+    kv_dtype: KvDtype = None,
+    threads: Threads = None,
+    cache_dir: CacheDir = None,
+    op: OpSwaps = None,
+):
+    """Answer requests over HTTP, as OpenAI's API does: see docs/server.md.
+
+    The first SIGTERM or Ctrl-C refuses new requests and lets those that run come to their end; a second ends at once.
+    """
+    from lockstep.serve.http.limits import Limits
+
+    limits = Limits(max_queued=max_queued, max_queued_tokens=max_queued_tokens, max_body_bytes=max_body_mb << 20,
+                    request_seconds=request_timeout, drain_seconds=drain_timeout, stuck_seconds=stuck_timeout)
+    sizes = dict(ops=op, weights=weights, kv_dtype=kv_dtype, threads=threads, max_context=max_context,
+                 max_requests=max_requests, max_step_tokens=max_step_tokens, kv_tokens=kv_tokens,
+                 prefix_cache=prefix_cache, cache_dir=cache_dir)
+    serve(lambda: load(model, **sizes), name or model_name(model), host, port, limits, keys(api_key),
+          cors_origin or ())
+
+
+def serve(load_model, name, host, port, limits, api_keys, cors_origins):
+    """Listens at once, answers when the model is loaded, and returns when it was told to end."""
+    from lockstep.serve.http.app import make_app
+    from lockstep.serve.http.service import Service
+    from lockstep.serve.http.serving import Server, bind
+
+    listening = bind(host, port)
+    service = Service(name, limits, api_keys)
+    server, failed = Server(make_app(service, cors_origins), service), []
+    threading.Thread(target=_open, args=(load_model, service, server, failed, listening), daemon=True).start()
+    server.run([listening])
+    if failed:
+        raise failed[0]
+
+
+def _open(load_model, service, server, failed, listening):
+    """Loads the model beside the event loop. What goes wrong ends the server."""
+    try:
+        service.open(load_model())
+    except Exception as error:
+        failed.append(error)
+        server.should_exit = True
+        return
+    print(ready_line(service, *listening.getsockname()[:2]), flush=True)
+
+
+def ready_line(service, host, port):
+    """What is said when requests are answered."""
+    llm, host = service.llm, f"[{host}]" if ":" in host else host
+    return (f"lockstep: {service.model_name} is ready at http://{host}:{port}/v1 (context {llm.model.max_context} "
+            f"tokens, {llm.engine.scheduler.limits.max_requests} sequences at once)")
+
+
+def keys(given):
+    """The API keys: those of the command line, or that of the environment. ValueError for an empty one."""
+    found = list(given or ()) or [key for key in [os.environ.get(KEY_VARIABLE)] if key is not None]
+    if not all(key.isascii() and key.strip() == key and key for key in found):
+        raise ValueError("--api-key: expected ASCII characters without spaces around them")
+    return found
+
+
+def model_name(model):
+    """What clients call a model that was given no name: the last part of where it is."""
+    return "lockstep" if model is None else os.path.basename(str(model).rstrip("/")).removesuffix(".gguf") or str(model)

@@ -1,0 +1,39 @@
+"""Embeddings: a prompt's last hidden states, after the final norm, become one vector."""
+import math
+
+import numpy as np
+
+POOLINGS = ("last", "mean")
+
+
+class Pool:
+    """Takes in the hidden states of a prompt as steps compute them.
+
+    pooling: "last" is that of the last token; "mean" the mean over all tokens, each computed (the prefix cache has no
+    hidden states), summed in float64 in the order of their positions. Neither depends on how steps cut the prompt.
+    """
+
+    def __init__(self, pooling, num_tokens):
+        self.pooling, self.num_tokens, self._num_taken, self._sum = pooling, num_tokens, 0, np.float64(0)
+
+    @property
+    def needs_only_last(self):
+        """Whether no hidden state is wanted but that of the last token."""
+        return self.pooling == "last" or self._num_taken == self.num_tokens - 1
+
+    def rows(self, start, end):
+        """Which rows of a step on tokens start .. end are wanted, counted from start."""
+        first = self.num_tokens - 1 if self.pooling == "last" else self._num_taken
+        return range(max(first, start) - start, end - start)
+
+    def take(self, hidden_ED):
+        """Takes in the rows that `rows` asked for."""
+        for row in hidden_ED:
+            self._sum = self._sum + row
+        self._num_taken += len(hidden_ED)
+
+    def embedding(self, normalize=True):
+        """The vector, float32 [D]. normalize: to length 1, with the exact sum of squares; a zero vector stays."""
+        mean = self._sum / self._num_taken
+        length = math.sqrt(math.fsum(mean * mean)) if normalize else 0.0
+        return (mean / (length or 1.0)).astype(np.float32)

@@ -1,0 +1,158 @@
+"""A conversation as what the engine runs: a prompt, a mask that holds the answer to what was asked for, and a parser.
+
+Every route that talks (chat, responses, messages) makes a Conversation of its request and sends it through here.
+"""
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from lockstep.serve import reasoning, structured
+from lockstep.serve.reasoning import PlainParser, ThoughtParser
+from lockstep.serve.structured import Grammars
+from lockstep.serve.tool_calls.events import short_id
+from lockstep.serve.tool_calls.grammar import Lark
+from lockstep.serve.tool_calls.parser import CallParser
+from lockstep.serve.tool_calls.styles import HERMES, MISTRAL, style_of
+from lockstep.serve.tool_calls.tools import ToolUse, as_call, written_out
+
+CUT = "\ufdd0cut here\ufdd0"  # noncharacters, which no text has
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a request says and wants.
+
+    messages: as chat templates know them; the arguments of tool calls are objects. grammar: of structured.py, for the
+    text of the answer. variables: of the chat template. continues: the last message is the beginning of the answer.
+    """
+
+    messages: list[dict]
+    tools: ToolUse = ToolUse()
+    grammar: str | None = None
+    variables: Mapping = field(default_factory=dict)
+    continues: bool = False
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a Conversation comes to: the prompt's token ids, arguments for SamplingParams, and what makes a parser for
+    the text of one answer: its `push` and `finish` return events, see tool_calls/events.py."""
+
+    ids: list[int]
+    options: dict
+    new_parser: Callable
+
+
+class ChatModel:
+    """What a model's tokenizer and chat template say about conversations. Any thread may use it."""
+
+    def __init__(self, tokenizer, eos_ids, vocab_size):
+        self._tokenizer = tokenizer
+        self.grammars = Grammars(tokenizer, eos_ids, vocab_size)
+        template = "\n".join(tokenizer.chat_templates.values())
+        self._knows_tools, self._thinks = style_of(template) is not None, reasoning.thinks(template)
+        self._knows_developer = "developer" in template
+        self._style = style_of(template) or HERMES
+        added = tokenizer.backend.get_added_tokens_decoder()
+        self._added = {token.content: token_id for token_id, token in added.items()}
+        self._special = {token.content: token_id for token_id, token in added.items() if token.special}
+
+    def prepare(self, conversation):
+        """The Prepared of a Conversation: it renders, tokenizes and compiles, so it may take a while.
+
+        ValueError if the model has no chat template, the template refuses, or the grammar is wrong.
+        """
+        prompt = self.prompt(conversation)
+        uses_tools, opened = bool(conversation.tools.tools), reasoning.is_open(prompt)
+        options = dict(logits_mask=self._mask(conversation, prompt))
+        marks = (self._style.begin, *self._style.after) if uses_tools else ()
+        if self._special.keys() & {*marks, *((reasoning.OPEN, reasoning.CLOSE) if self._thinks else ())}:
+            options["skip_special_tokens"] = False  # the parser has to see them
+
+        def new_parser():
+            made = CallParser(self._style, conversation.tools) if uses_tools else PlainParser()
+            return ThoughtParser(made, opened) if self._thinks else made
+
+        return Prepared(self._tokenizer.encode(prompt, add_special_tokens=False), options, new_parser)
+
+    def prompt(self, conversation):
+        """The text of the prompt. ValueError if the model has no chat template or it refuses."""
+        messages, tools = conversation.messages, [tool.for_template() for tool in conversation.tools.tools] or None
+        if not self._knows_developer:
+            messages = [m | dict(role="system") if m["role"] == "developer" else m for m in messages]
+        if self._style.begin == MISTRAL.begin:
+            messages = [with_short_ids(message) for message in messages]
+        if not self._knows_tools:
+            messages, tools = without_tools(messages, conversation.tools), None
+        if not conversation.continues:
+            return self._tokenizer.render_chat(messages, tools, **conversation.variables)
+        last = messages[-1]
+        marked = [*messages[:-1], last | dict(content=(last["content"] or "") + CUT)]
+        return self._tokenizer.render_chat(marked, tools, add_generation_prompt=False,
+                                           **conversation.variables).partition(CUT)[0]
+
+    # ------------------------------------------------------------ what the answer may be
+
+    def _mask(self, conversation, prompt):
+        """The mask that the conversation asks for; None where the answer is free."""
+        use, grammar = conversation.tools, conversation.grammar
+        if not use.must_call and grammar is None:
+            return self._mask_of_free_calls(use, prompt) if use.tools else None
+        rules = Lark(self._special)
+        parts = [*(["calls"] if use.tools else []), *(["@answer"] if not use.must_call else [])]
+        before = self._before_answer(rules, prompt)
+        if parts == ["@answer"] and not before:
+            return self.grammars.mask(grammar)
+        rules.rule("start", before, f"({' | '.join(parts)})")
+        if use.tools:
+            self._style.rules(rules, use.callable, use.parallel)
+        return self.grammars.mask(structured.compose(rules.text, None if use.must_call else grammar))
+
+    def _before_answer(self, rules, prompt):
+        """The part of a grammar for what the model thinks; empty where it does not."""
+        if not self._thinks or reasoning.is_closed(prompt):
+            return ""
+        return reasoning.add_rules(rules, reasoning.is_open(prompt))
+
+    def _mask_of_free_calls(self, use, prompt):
+        """A mask that makes calls valid once the model has begun one; None where that cannot be seen or enforced."""
+        trigger = self._added.get(self._style.begin)
+        if trigger is None:
+            return None
+        rules = Lark(self._special)
+        rules.rule("start", "call")
+        after = self._added.get(reasoning.CLOSE) if reasoning.is_open(prompt) else None
+        try:
+            self._style.rules(rules, use.callable, use.parallel)
+            return self.grammars.mask(structured.compose(rules.text), trigger, after)
+        except ValueError:
+            if any(tool.strict for tool in use.tools):
+                raise
+            return None
+
+
+def with_short_ids(message):
+    """A message whose ids of tool calls are such as Mistral's templates accept."""
+    made = dict(message)
+    if "tool_call_id" in made:
+        made["tool_call_id"] = short_id(made["tool_call_id"])
+    if "tool_calls" in made:
+        made["tool_calls"] = [call | dict(id=short_id(call["id"])) for call in made["tool_calls"]]
+    return made
+
+
+def without_tools(messages, use):
+    """Messages for a template that knows no tools: what it would say about them is written out."""
+    made = [_written(message) for message in messages]
+    if not use.tools:
+        return made
+    first = made[0] if made and made[0]["role"] == "system" else None
+    text = written_out(use) if first is None else f"{first['content']}\n\n{written_out(use)}"
+    return [dict(role="system", content=text), *(made if first is None else made[1:])]
+
+
+def _written(message):
+    content = message.get("content") or ""
+    if message["role"] == "tool":
+        return dict(role="user", content=f"<tool_response>\n{content}\n</tool_response>")
+    calls = [as_call(call["function"]) for call in message.get("tool_calls") or ()]
+    return message | dict(content="\n".join([content, *calls] if content else calls))

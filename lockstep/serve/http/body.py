@@ -1,0 +1,156 @@
+"""Request bodies: read under a limit, parsed strictly, checked field by field."""
+import asyncio
+import json
+import math
+import re
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Tag, ValidationError
+from starlette.requests import ClientDisconnect
+
+from lockstep.serve.http.errors import ApiError, bad_request
+
+INLINE_BYTES = 32 << 10  # bodies up to here are parsed on the event loop
+SHOWN_CHARS = 80
+SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
+CONTAINERS = (dict, list)
+UNION_MEMBERS = ("str", "int", "float", "bool", "dict", "list")  # how pydantic names them in the place of an error
+
+
+class Fields(BaseModel):
+    """The fields of a body that a route reads. Types are strict; fields that nobody knows are ignored."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, hide_input_in_errors=False)
+
+
+async def read_fields(request, service, fields):
+    """The body of a request that no Job reads, as a model of its fields. ApiError 4xx, ClientDisconnect."""
+    raw = await read(request.receive, service.limits.body_seconds)
+    return await checked(service, fields, raw)
+
+
+def simple_or(simple, container):
+    """The type of a field that is either a simple value or an array or object. Errors are those of what was meant."""
+    def meant(value):
+        return "(simple)" if value is None or isinstance(value, (str, int, float)) else "(container)"
+    either = Annotated[simple, Tag("(simple)")] | Annotated[container, Tag("(container)")]
+    return Annotated[either, Discriminator(meant)]
+
+
+async def read(receive, seconds):
+    """The bytes of a body. ApiError 408 if they take too long; ClientDisconnect if the client leaves before the end."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await _collect(receive)
+    except TimeoutError:
+        raise ApiError(408, f"the body did not arrive within {seconds:g} s", code="timeout") from None
+
+
+async def _collect(receive):
+    pieces, more = [], True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        pieces.append(message.get("body", b""))
+        more = message.get("more_body", False)
+    return b"".join(pieces)
+
+
+async def checked(service, fields, raw):
+    """A body's bytes as a model of its fields. ApiError 400. Long ones are parsed beside the event loop."""
+    if len(raw) <= INLINE_BYTES:
+        return parsed(raw, fields, service.limits.max_depth)
+    return await service.offload(parsed, raw, fields, service.limits.max_depth)
+
+
+def parsed(raw, fields, max_depth):
+    """The same, at once."""
+    return check(fields, parse(raw, max_depth))
+
+
+def parse(body, max_depth):
+    """A body as a JSON object. ApiError 400 for anything else, including NaN, infinity and lone surrogates."""
+    try:
+        value = json.loads(body.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite)
+    except UnicodeDecodeError as error:
+        raise bad_request(f"the body is not UTF-8 text: byte {error.start} is 0x{body[error.start]:02x}") from None
+    except RecursionError:
+        raise bad_request(f"the body is nested more than {max_depth} deep") from None
+    except ValueError as error:
+        raise bad_request(f"the body is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise bad_request(f"the body must be a JSON object, got {shown(value)}")
+    _check_depth(value, max_depth)
+    # surrogates can only come as escapes: the bytes themselves were valid UTF-8
+    if SURROGATE_ESCAPE.search(body):
+        _check_surrogates(value)
+    return value
+
+
+def _no_constant(name):
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite(text):
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:SHOWN_CHARS]} is too large for a number")
+    return value
+
+
+def _check_depth(value, max_depth):
+    level = [value]
+    for _ in range(max_depth):
+        inner = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [v for values in inner for v in values if isinstance(v, CONTAINERS)]
+        if not level:
+            return
+    raise bad_request(f"the body is nested more than {max_depth} deep")
+
+
+def _check_surrogates(value):
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        code = ord(error.object[error.start])
+        raise bad_request(f"the body has a lone surrogate, U+{code:04X}, which is not text") from None
+
+
+def check(fields, value):
+    """A JSON object as a model of its fields. ApiError 400 that names the field, what was got and what is allowed."""
+    try:
+        return fields.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+    except RecursionError:
+        raise bad_request("the body is nested too deeply") from None
+    where = place(first["loc"])
+    if first["type"] == "missing":
+        raise bad_request(f"{where}: this field is required", where, "missing_field")
+    raise bad_request(f"{where}: {wanted(first)}, got {shown(first['input'])}", where, "invalid_value")
+
+
+def place(location):
+    """("stop", 2) as stop[2]. What unions add to say which of their members they tried is left out."""
+    made = ""
+    for part in location:
+        if isinstance(part, int):
+            made += f"[{part}]"
+        elif part.isidentifier() and part not in UNION_MEMBERS:
+            made += f".{part}" if made else part
+    return made
+
+
+def wanted(error):
+    """What pydantic says would have been right, in our words."""
+    return error["msg"].removeprefix("Value error, ").replace("Input should be", "expected")\
+        .replace("a valid integer", "an integer").replace("a valid ", "a ")
+
+
+def shown(value):
+    """A value as JSON, cut to what fits a sentence."""
+    if isinstance(value, CONTAINERS) and len(value) > 8:
+        return f"{'an object' if isinstance(value, dict) else 'an array'} of {len(value)}"
+    text = json.dumps(value, default=repr)
+    return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}... ({len(text)} characters)"

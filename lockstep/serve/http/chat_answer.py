@@ -1,0 +1,142 @@
+"""The answer of /v1/chat/completions, whole or in chunks."""
+import secrets
+import time
+
+from lockstep.serve.http import talk
+from lockstep.serve.http.chat_logprobs import chat_logprobs
+from lockstep.serve.http.encode import to_json, to_text
+from lockstep.serve.http.sse import data
+from lockstep.serve.reasoning import PlainParser
+from lockstep.serve.tool_calls.events import Arguments, CallStart, Content, Reasoning
+
+
+class Answer:
+    """The answer to one request. new_parser: makes what reads the text of one sample."""
+
+    def __init__(self, job, fields, new_parser):
+        self.job, self.fields, self.new_parser = job, fields, new_parser
+        service = job.service
+        self.tokenizer = service.tokenizer
+        self._head = dict(id=f"chatcmpl-{secrets.token_hex(12)}", created=int(time.time()), model=service.model_name,
+                          system_fingerprint=service.fingerprint)
+
+    def head(self, kind):
+        """The fields that all objects of the answer have."""
+        return dict(object=kind, **self._head)
+
+    # ------------------------------------------------------------ whole
+
+    def whole(self):
+        """The response as JSON bytes."""
+        choices = [self._choice(number, request) for number, request in enumerate(self.job.requests)]
+        made = self.head("chat.completion") | dict(choices=choices, usage=self.job.usage())
+        if self.fields.return_token_ids:
+            made["prompt_token_ids"] = self.job.requests[0].prompt_ids
+        return to_json(made)
+
+    def _choice(self, number, request):
+        events = talk.read_all(self.new_parser, request)
+        reason = talk.finish_reason(request, talk.count_calls(events))
+        made = dict(index=number, message=message(events), logprobs=None, finish_reason=reason)
+        if self.fields.logprobs:
+            made["logprobs"] = chat_logprobs(self.tokenizer, request, 0, len(request.output_ids))
+        if self.fields.return_token_ids:
+            made["token_ids"] = request.output_ids
+        return made
+
+    # ------------------------------------------------------------ in chunks
+
+    async def events(self):
+        """The chunks of a stream, those of one step together."""
+        options = self.fields.stream_options
+        with_usage = options is not None and bool(options.include_usage)
+        sequences = [Chunks(self, number, with_usage) for number in range(len(self.job.requests))]
+        async for found in self.job.tokens():
+            yield b"".join([sequences[number].chunks(tokens, reason) for number, tokens, reason in found])
+        if with_usage:
+            yield data(self.head("chat.completion.chunk") | dict(choices=[], usage=self.job.usage()))
+
+
+def message(events):
+    """The assistant's message that events amount to."""
+    text = "".join([event.text for event in events if isinstance(event, Content)])
+    thought = "".join([event.text for event in events if isinstance(event, Reasoning)])
+    made = dict(role="assistant", content=text, refusal=None)
+    if thought:
+        made["reasoning_content"] = thought
+    calls = [delta for event in events if isinstance(event, CallStart) for delta in [_call(event)]]
+    for event in events:
+        if isinstance(event, Arguments):
+            calls[event.index]["function"]["arguments"] += event.text
+    if calls:
+        made |= dict(content=text or None, tool_calls=calls)
+    return made
+
+
+def _call(event):
+    return dict(id=event.id, type="function", function=dict(name=event.name, arguments=""))
+
+
+def delta(event):
+    """What an event adds to the message."""
+    if isinstance(event, Content):
+        return dict(content=event.text)
+    if isinstance(event, Reasoning):
+        return dict(reasoning_content=event.text)
+    if isinstance(event, CallStart):
+        return dict(tool_calls=[dict(index=event.index, **_call(event))])
+    return dict(tool_calls=[dict(index=event.index, function=dict(arguments=event.text))])
+
+
+class Chunks:
+    """The chunks of one sample. What they have in common is encoded once."""
+
+    def __init__(self, answer, number, with_usage):
+        self._answer, self._request, self._parser = answer, answer.job.requests[number], answer.new_parser()
+        self._is_plain = isinstance(self._parser, PlainParser)
+        head = to_text(answer.head("chat.completion.chunk"))[:-1]
+        self._before = f'data: {head},"choices":[{{"index":{number},"delta":'
+        self._after = '}],"usage":null}\n\n' if with_usage else "}]}\n\n"
+        self._num_sent, self._num_calls, self._begun = 0, 0, False
+
+    def chunks(self, tokens, reason):
+        """The events of new tokens; nothing where there is nothing to tell yet."""
+        text = "".join([token.text for token in tokens])
+        deltas = self._plain(text) if self._is_plain else self._parsed(text, reason)
+        made = [] if self._begun else [self._chunk('{"role":"assistant","content":""}')]
+        self._begun = True
+        details = self._details(tokens)
+        if details and not deltas:
+            deltas = ["{}"]
+        for each in deltas:
+            made.append(self._chunk(each, details))
+            details = ""
+        if reason is not None:
+            finish = talk.finish_reason(self._request, self._num_calls)
+            made.append(self._chunk("{}", f',"finish_reason":"{finish}"'))
+        return "".join(made).encode("ascii")
+
+    def _plain(self, text):
+        return [f'{{"content":{to_text(text)}}}'] if text else []
+
+    def _parsed(self, text, reason):
+        events = self._parser.push(text) if text else []
+        if reason is not None:
+            events += self._parser.finish()
+        self._num_calls += talk.count_calls(events)
+        return [to_text(delta(event)) for event in events]
+
+    def _chunk(self, encoded_delta, details=""):
+        finish = "" if "finish_reason" in details else ',"finish_reason":null'
+        return f"{self._before}{encoded_delta}{details}{finish}{self._after}"
+
+    def _details(self, tokens):
+        """Log-probabilities and ids of new tokens, as far as they were asked for."""
+        fields, start, made = self._answer.fields, self._num_sent, ""
+        self._num_sent += len(tokens)
+        if fields.logprobs:
+            found = chat_logprobs(self._answer.tokenizer, self._request, start, self._num_sent)
+            made = f',"logprobs":{to_text(found)}'
+        if fields.return_token_ids:
+            made += f',"token_ids":{to_text([token.id for token in tokens])}'
+        return made

@@ -1,0 +1,176 @@
+"""The body of /v1/chat/completions, and the Conversation that it asks for."""
+import json
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from lockstep.serve.chat import Conversation
+from lockstep.serve.http.body import Fields, shown, simple_or
+from lockstep.serve.http.errors import bad_request
+from lockstep.serve.http.forms import FormFields, grammar_of
+from lockstep.serve.http.sampling import Count, SamplingFields
+from lockstep.serve.reasoning import template_variables
+from lockstep.serve.tool_calls.tools import Tool, ToolUse
+
+NO_PARAMETERS = {"type": "object", "properties": {}}
+
+
+class Part(Fields):
+    """A part of a message's content."""
+
+    type: str
+    text: str | None = None
+    refusal: str | None = None
+
+
+class CalledFunction(Fields):
+    """What was called, with arguments as JSON text."""
+
+    name: str
+    arguments: simple_or(str, dict) | None = None
+
+
+class Call(Fields):
+    """A tool call of an earlier answer."""
+
+    id: str | None = None
+    function: CalledFunction
+
+
+class Message(Fields):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: simple_or(str, list[Part]) | None = None
+    name: str | None = None
+    tool_calls: list[Call] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+
+
+class FunctionFields(Fields):
+    """A function that the model may call."""
+
+    name: str
+    description: str | None = None
+    parameters: dict | None = None
+    strict: bool | None = None
+
+
+class ToolFields(Fields):
+    """A tool; only functions are used."""
+
+    type: str = "function"
+    function: FunctionFields | None = None
+
+
+class NamedFunction(Fields):
+    """The name of a function."""
+
+    name: str
+
+
+class NamedTool(Fields):
+    """A tool that has to be called."""
+
+    type: Literal["function"] = "function"
+    function: NamedFunction
+
+
+class StreamOptions(Fields):
+    """What a stream has besides the answer."""
+
+    include_usage: bool | None = None
+
+
+class ChatFields(SamplingFields, FormFields):
+    """The body of a request."""
+
+    model: str | None = None
+    messages: list[Message]
+    max_tokens: Annotated[Count, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[Count, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    tools: list[ToolFields] | None = None
+    tool_choice: simple_or(Literal["none", "auto", "required"], NamedTool) | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
+    chat_template_kwargs: dict | None = None
+    continue_final_message: bool | None = None
+    return_token_ids: bool | None = None
+
+
+def conversation(fields):
+    """The Conversation of ChatFields. ValueError or ApiError 400 for what cannot be."""
+    messages = [message(i, each) for i, each in enumerate(fields.messages)]
+    continues = bool(fields.continue_final_message)
+    if not messages:
+        raise bad_request("messages: expected at least one message, got none", "messages", "invalid_value")
+    if continues and messages[-1]["role"] != "assistant":
+        raise bad_request("continue_final_message: expected the last message to be the assistant's",
+                          "continue_final_message")
+    variables = template_variables(fields.chat_template_kwargs, fields.reasoning_effort)
+    return Conversation(messages, tool_use(fields), grammar_of(fields), variables, continues)
+
+
+# ---------------------------------------------------------------- messages
+
+def message(index, given):
+    """A message as chat templates know one."""
+    where = f"messages[{index}]"
+    content = text_of(given.content, where)
+    if content is None and given.role != "assistant":
+        raise bad_request(f"{where}.content: expected a text for role {given.role}, got null", f"{where}.content",
+                          "invalid_value")
+    made = dict(role="tool" if given.role == "function" else given.role, content=content or "")
+    if given.tool_calls:
+        made["tool_calls"] = [called(c.id, c.function.name, c.function.arguments, where) for c in given.tool_calls]
+    thought = given.reasoning_content if given.reasoning_content is not None else given.reasoning
+    more = dict(name=given.name, tool_call_id=given.tool_call_id, reasoning_content=thought)
+    return made | {name: value for name, value in more.items() if value is not None}
+
+
+def text_of(content, where):
+    """The text of content that is a text, parts or null, which stays None."""
+    if not isinstance(content, list):
+        return content
+    for i, part in enumerate(content):
+        if part.type not in ("text", "input_text", "output_text", "refusal"):
+            raise bad_request(f"{where}.content[{i}]: this model reads only text, got a part of type "
+                              f"{shown(part.type)}", f"{where}.content[{i}].type", "unsupported")
+    return "\n".join(part.text or part.refusal or "" for part in content)
+
+
+def called(call_id, name, arguments, where):
+    """A call of an earlier answer as chat templates know one: with its arguments as an object."""
+    try:
+        value = json.loads(arguments or "{}") if not isinstance(arguments, dict) else arguments
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise bad_request(f"{where}.tool_calls: arguments of {name[:80]}: expected JSON text of an object, got "
+                          f"{shown(arguments)}", f"{where}.tool_calls", "invalid_value")
+    return dict(id=call_id, type="function", function=dict(name=name, arguments=value))
+
+
+# ---------------------------------------------------------------- tools
+
+def tool_use(fields):
+    """The ToolUse of the tools and tool_choice of ChatFields."""
+    functions = [tool.function for tool in fields.tools or () if tool.type == "function" and tool.function is not None]
+    tools = [Tool(f.name, f.description or "", f.parameters or NO_PARAMETERS, bool(f.strict)) for f in functions]
+    named = isinstance(fields.tool_choice, NamedTool)
+    return choose(tools, "required" if named else fields.tool_choice or "auto",
+                  [fields.tool_choice.function.name] if named else None,
+                  fields.parallel_tool_calls is not False and not named)
+
+
+def choose(tools, mode, allowed=None, parallel=True):
+    """A ToolUse. mode: "none", "auto" or "required"; allowed: names, where not all tools are."""
+    if mode == "none":
+        return ToolUse()
+    return ToolUse(tuple(tools), mode == "required", None if allowed is None else tuple(allowed), parallel)

@@ -1,0 +1,88 @@
+"""/v1/embeddings: texts as vectors, each the model's last hidden state of its text."""
+import base64
+from typing import Literal
+
+from starlette.routing import Route
+
+from lockstep.engine.request import SamplingParams
+from lockstep.serve.http.body import Fields, shown
+from lockstep.serve.http.completions import check_ids
+from lockstep.serve.http.encode import json_response, to_json
+from lockstep.serve.http.errors import bad_request
+from lockstep.serve.http.job import Generates
+
+
+class EmbeddingFields(Fields):
+    """The body of a request. pooling and normalize: see LLM.embed."""
+
+    model: str | None = None
+    input: object
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = None
+    pooling: Literal["last", "mean"] | None = None
+    normalize: bool | None = None
+
+
+def routes(service):
+    """The routes of this module."""
+    async def embed(job):
+        fields = await job.read(EmbeddingFields)
+        service.check_model(fields.model)
+        _check_dimensions(fields.dimensions, service.llm.model.config.hidden_size)
+        inputs = await job.offload(read_inputs, service, fields.input)
+        params = SamplingParams(pooling=fields.pooling or "last")
+        await job.start([(ids, params) for ids in inputs])
+        await job.finished()
+        service.metrics.prompt_tokens += sum(map(len, inputs))
+        return json_response(await job.offload(_answer, service, job.requests, fields))
+
+    return [Route("/v1/embeddings", Generates(service, embed), methods=["POST"])]
+
+
+def _check_dimensions(wanted, found):
+    # the first numbers of a vector only mean something by themselves for models that were trained so
+    if wanted not in (None, found):
+        raise bad_request(f"dimensions: this model's embeddings have {found}, and cannot be shortened to {wanted}",
+                          "dimensions", "unsupported")
+
+
+def read_inputs(service, given):
+    """Lists of token ids: of a string, an array of strings, token ids, or an array of arrays of them. ApiError 400."""
+    inputs = given if isinstance(given, list) and given and not isinstance(given[0], int) else [given]
+    if len(inputs) > service.limits.max_prompts:
+        raise bad_request(f"input: expected at most {service.limits.max_prompts} inputs, got {len(inputs)}", "input",
+                          "invalid_value")
+    return [_ids(service, each) for each in inputs]
+
+
+def _ids(service, given):
+    if isinstance(given, str) and service.tokenizer is not None:
+        ids = service.tokenizer.encode(given)
+    elif isinstance(given, list):
+        ids = check_ids(service, given, "input")
+    else:
+        strings = "a string, an array of strings, " if service.tokenizer is not None else ""
+        raise bad_request(f"input: expected {strings}an array of token ids or an array of such arrays, got "
+                          f"{shown(given)}", "input", "invalid_type")
+    limit = service.llm.model.max_context
+    if not ids:
+        raise bad_request("input: expected at least one token, got none", "input", "invalid_value")
+    if len(ids) > limit:
+        raise bad_request(f"input: one has {len(ids)} tokens, more than the context of {limit}", "input",
+                          "context_length_exceeded")
+    return ids
+
+
+def _answer(service, requests, fields):
+    """The response as JSON bytes."""
+    encoded = _as_base64 if fields.encoding_format == "base64" else lambda vector: vector.tolist()
+    vectors = [request.pool.embedding(fields.normalize is not False) for request in requests]
+    data = [dict(object="embedding", index=i, embedding=encoded(vector)) for i, vector in enumerate(vectors)]
+    count = sum(len(request.prompt_ids) for request in requests)
+    return to_json(dict(object="list", data=data, model=service.model_name, system_fingerprint=service.fingerprint,
+                        usage=dict(prompt_tokens=count, total_tokens=count)))
+
+
+def _as_base64(vector):
+    """float32, little-endian."""
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii")

@@ -1,0 +1,60 @@
+"""Refusals and errors as clients know them: OpenAI's nested object, and Anthropic's on its own routes."""
+from starlette.responses import Response
+
+from lockstep.serve.http.encode import to_json
+
+OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+ANTHROPIC_TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
+                   404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error"}
+INTERNAL = "the server failed to answer this request; its log says why"
+
+
+class ApiError(Exception):
+    """An answer other than success. param: the field of the request that is wrong; code: for programs to tell errors
+    apart; retry_after: seconds, where it pays to ask again."""
+
+    def __init__(self, status, message, param=None, code=None, retry_after=None):
+        super().__init__(message)
+        self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after
+
+
+def bad_request(message, param=None, code=None):
+    """A request that is wrong in itself: asking again does not help."""
+    return ApiError(400, message, param, code)
+
+
+def not_allowed(error):
+    """A ValueError of the engine's as an ApiError; those about a field begin with its name."""
+    field, colon, _ = str(error).partition(":")
+    return bad_request(str(error), field if colon and field.isidentifier() else None, "invalid_value")
+
+
+def internal():
+    """What a client gets to know of an error of the server's own."""
+    return ApiError(500, INTERNAL, code="internal_error")
+
+
+def openai_shape(error):
+    """{"error": {"message", "type", "param", "code"}}"""
+    default = "invalid_request_error" if error.status < 500 else "server_error"
+    kind = OPENAI_TYPES.get(error.status, default)
+    return {"error": dict(message=error.message, type=kind, param=error.param, code=error.code)}
+
+
+def anthropic_shape(error):
+    """{"type": "error", "error": {"type", "message"}}"""
+    default = "invalid_request_error" if error.status < 500 else "api_error"
+    return {"type": "error", "error": dict(type=ANTHROPIC_TYPES.get(error.status, default), message=error.message)}
+
+
+def shape_for(path):
+    """The function that makes the error's object for a route."""
+    return anthropic_shape if path.startswith("/v1/messages") else openai_shape
+
+
+def error_response(error, path):
+    """The Response for an ApiError on a route."""
+    headers = {} if error.retry_after is None else {"retry-after": str(error.retry_after)}
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return Response(to_json(shape_for(path)(error)), error.status, headers, "application/json")

@@ -1,0 +1,109 @@
+"""The form that an answer has to have: OpenAI's response_format, and vLLM's names for the same and more."""
+import json
+
+from pydantic import Field
+
+from lockstep.serve import structured
+from lockstep.serve.http.body import Fields, shown, simple_or
+from lockstep.serve.http.errors import bad_request
+
+
+class SchemaFields(Fields):
+    """A JSON schema with OpenAI's wrapping."""
+
+    name: str | None = None
+    schema_: dict | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Fields):
+    """What the answer's text has to be."""
+
+    type: str
+    json_schema: SchemaFields | None = None
+    schema_: dict | None = Field(None, alias="schema")
+    pattern: str | None = None
+    grammar: str | None = None
+
+
+class StructuredOutputs(Fields):
+    """vLLM's extension: one of these."""
+
+    json_: simple_or(str, dict) | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+
+class FormFields(Fields):
+    """The fields of a request that say it."""
+
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: simple_or(str, dict) | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+
+    @property
+    def has_form(self):
+        """Whether any of them is there."""
+        return any(getattr(self, name) is not None for name in FormFields.model_fields)
+
+
+def masks(service, fields, count):
+    """A mask for each of so many prompts of a request with FormFields. ApiError 400 for a form that cannot be."""
+    if service.chat is None:
+        raise bad_request("this model has no tokenizer, so its answers have no form", "response_format", "no_tokenizer")
+    grammar = grammar_of(fields)
+    return [None if grammar is None else service.chat.grammars.mask(grammar) for _ in range(count)]
+
+
+def grammar_of(fields):
+    """The grammar that response_format or one of vLLM's extensions asks for; None where the text is free."""
+    options, extension = fields.response_format, fields.structured_outputs or StructuredOutputs()
+    given = {
+        "response_format": _format_grammar(options) if options else None,
+        "guided_json": _maybe(json_schema, fields.guided_json, extension.json_),
+        "guided_regex": _maybe(structured.regex, fields.guided_regex, extension.regex),
+        "guided_choice": _maybe(structured.choice, fields.guided_choice, extension.choice),
+        "guided_grammar": _maybe(structured.lark, fields.guided_grammar, extension.grammar),
+        "json_object": structured.json_object() if extension.json_object else None,
+    }
+    found = {name: grammar for name, grammar in given.items() if grammar is not None}
+    if len(found) > 1:
+        raise bad_request(f"expected at most one form of the answer, got {' and '.join(found)}", next(iter(found)))
+    return next(iter(found.values()), None)
+
+
+def _maybe(make, first, second):
+    value = first if first is not None else second
+    return None if value is None else make(value)
+
+
+def json_schema(schema, strict=True):
+    """The grammar of a schema, which may be JSON text."""
+    if isinstance(schema, str):
+        try:
+            schema = json.loads(schema)
+        except (ValueError, RecursionError):
+            raise ValueError("JSON schema: expected an object or its JSON text") from None
+    return structured.json_schema(schema, strict)
+
+
+def _format_grammar(options):
+    kind, wrapped = options.type, options.json_schema
+    schema = options.schema_ if wrapped is None else wrapped.schema_
+    if kind == "text":
+        return None
+    if kind in ("json_object", "json_schema") and schema is not None:
+        return structured.json_schema(schema, bool(wrapped and wrapped.strict))
+    if kind == "json_object":
+        return structured.json_object()
+    if kind == "regex" and options.pattern is not None:
+        return structured.regex(options.pattern)
+    if kind == "grammar" and options.grammar is not None:
+        return structured.lark(options.grammar)
+    expected = "text, json_object, json_schema with its schema, regex with a pattern, or grammar with a grammar"
+    raise bad_request(f"response_format: expected {expected}, got {shown(kind)}", "response_format", "invalid_value")

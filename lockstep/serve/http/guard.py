@@ -1,0 +1,98 @@
+"""What every request passes on its way to a route: counted, held to the size of a body, and let in by its key."""
+import hmac
+
+from starlette.requests import ClientDisconnect
+
+from lockstep.serve.http.errors import ApiError, error_response
+from lockstep.serve.http.page import FILES
+
+OPEN_PATHS = frozenset(["/health", "/ready", *FILES])  # these need no key; the page asks for one itself
+
+
+class Guard:
+    """Turns every exception into an error object, counts answers and bounds bodies, each one and all together."""
+
+    def __init__(self, app, service):
+        self._app, self._service = app, service
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        passage = Passage(self._service, receive, send)
+        try:
+            passage.check_length(dict(scope["headers"]).get(b"content-length", b"0"))
+            await self._app(scope, passage.receive, passage.send)
+        except ClientDisconnect:
+            self._service.metrics.cancelled += 1
+        except Exception as error:
+            if passage.started:
+                raise
+            await error_response(self._service.explain(error), scope["path"])(scope, receive, passage.send)
+        finally:
+            passage.close()
+
+
+class Passage:
+    """One request and its answer. started: whether the answer began."""
+
+    def __init__(self, service, receive, send):
+        self._service, self._receive, self._send = service, receive, send
+        self.started, self._num_bytes = False, 0
+
+    def check_length(self, declared):
+        """ApiError 413 for a Content-Length that is too large."""
+        if not declared.isdigit() or len(declared) > 20 or int(declared) > self._service.limits.max_body_bytes:
+            raise self._too_large()
+
+    async def receive(self):
+        """The next part of the body, or the client's leaving. ApiError 413 or 429 where that makes too many bytes."""
+        message = await self._receive()
+        size = len(message.get("body", b""))
+        if size:
+            self._take(size)
+        return message
+
+    def _take(self, size):
+        limits = self._service.limits
+        self._num_bytes += size
+        self._service.num_bytes += size
+        if self._num_bytes > limits.max_body_bytes:
+            raise self._too_large()
+        if self._service.num_bytes > limits.max_pending_bytes and self._service.num_bytes > self._num_bytes:
+            raise self._service.full("bodies_full", "the bodies of the requests in work take too much memory")
+
+    def _too_large(self):
+        limit = self._service.limits.max_body_bytes
+        return ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large")
+
+    async def send(self, message):
+        """The next part of the answer."""
+        if message["type"] == "http.response.start":
+            self.started = True
+            self._service.metrics.answer(message["status"])
+        await self._send(message)
+
+    def close(self):
+        """The body's memory is free."""
+        self._service.num_bytes -= self._num_bytes
+
+
+class Keys:
+    """Lets requests pass that carry one of the service's API keys, if it has any."""
+
+    def __init__(self, app, service):
+        self._app, self._service = app, service
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] == "http" and self._service.api_keys and scope["path"] not in OPEN_PATHS:
+            self._check(dict(scope["headers"]))
+        await self._app(scope, receive, send)
+
+    def _check(self, headers):
+        """ApiError 401 without a right key, as OpenAI's clients send it or as Anthropic's do."""
+        kind, _, given = headers.get(b"authorization", b"").partition(b" ")
+        found = [given.strip() if kind.lower() == b"bearer" else b"", headers.get(b"x-api-key", b"")]
+        # every comparison is made, so that the time says nothing about which key came close
+        matches = [hmac.compare_digest(key, each) for key in self._service.api_keys for each in found]
+        if not any(matches):
+            raise ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")

@@ -1,0 +1,208 @@
+"""One HTTP request that generates, from its admission to the end of its answer."""
+import asyncio
+import math
+import time
+
+from starlette.requests import ClientDisconnect
+
+from lockstep.engine.async_engine import batches
+from lockstep.serve.http import body
+from lockstep.serve.http.errors import ApiError, bad_request, not_allowed
+
+SHORT_BYTES = 2048  # of a body
+FRAME_SECONDS = 1 / 60  # nobody sees tokens that come faster than this one by one
+EVENT_SECONDS = 1e-3  # between events of all streams together
+
+
+class Job:
+    """A request in work: its body, its sequences in the engine, and what ends it early.
+
+    The order of use: `read`, then `start`, then `tokens` (or `finished`) until all sequences have ended. A client that
+    leaves, the time limit and the end of the server cancel the sequences, wherever they are, and make the next of these
+    calls raise. requests: the engine's, one for each sequence, with what is known of it.
+    """
+
+    def __init__(self, service, scope, receive):
+        self.service, self.scope, self._receive = service, scope, receive
+        self.streams, self.requests, self._prompts = [], [], []
+        self.num_sequences, self.num_queued_tokens = 1, 0
+        self._ended_by, self._watcher, self._began = None, None, time.monotonic()
+        self._last_tokens, self._is_short = None, False
+
+    @property
+    def seconds(self):
+        """Since the request came."""
+        return time.monotonic() - self._began
+
+    # ------------------------------------------------------------ the request
+
+    async def read(self, fields):
+        """The body, checked against a model of its fields. From then on the socket is watched."""
+        raw = await body.read(self._receive, self.service.limits.body_seconds)
+        self._is_short = len(raw) <= SHORT_BYTES
+        self._watcher = asyncio.create_task(self._watch())
+        return await body.checked(self.service, fields, raw)
+
+    async def offload(self, function, *args):
+        """Runs a function in a worker thread, see `Service.offload`; raises if the request ended meanwhile."""
+        made = await self.service.offload(function, *args)
+        self._go_on()
+        return made
+
+    async def prepare(self, function, *args):
+        """Runs a function whose time is in proportion to the body: at once where that is short, else as `offload`.
+
+        A hop to a thread and back costs as much as generating a few tokens.
+        """
+        if not self._is_short:
+            return await self.offload(function, *args)
+        try:
+            return function(*args)
+        except ValueError as error:
+            raise not_allowed(error) from None
+
+    async def _watch(self):
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self.end(ClientDisconnect())
+
+    # ------------------------------------------------------------ its answer
+
+    async def start(self, prompts, cache_salt=""):
+        """Queues all samples of [(token ids, SamplingParams), ...] in order; returns the engine's Requests.
+
+        ApiError 400 for what cannot run, 429 where it would have to wait behind too much.
+        """
+        num_sequences = sum(params.n for _, params in prompts)
+        self._check_sequences(len(prompts), num_sequences)
+        for ids, params in prompts:
+            self._check_context(len(ids), params.max_tokens)
+        self.service.admit(self, num_sequences, sum(len(ids) * params.n for ids, params in prompts))
+        self._prompts = prompts
+        await self.prepare(self._submit, prompts, cache_salt)
+        return self.requests
+
+    def _submit(self, prompts, cache_salt):
+        self.streams = self.service.engine.submit_all(prompts, cache_salt=cache_salt)
+        self.requests = [stream.request for stream in self.streams]
+        if self._ended_by is not None:  # while they were being prepared
+            self._cancel()
+
+    def _check_sequences(self, num_prompts, num_sequences):
+        limits = self.service.limits
+        if num_prompts > limits.max_prompts:
+            raise bad_request(f"prompt: expected at most {limits.max_prompts} prompts, got {num_prompts}", "prompt")
+        if num_sequences > limits.max_sequences:
+            raise bad_request(f"n: expected at most {limits.max_sequences} samples of all prompts together, got "
+                              f"{num_sequences}", "n")
+
+    def _check_context(self, num_prompt, max_tokens):
+        limit = self.service.llm.model.max_context
+        if num_prompt + max_tokens > limit:
+            raise bad_request(f"the prompt has {num_prompt} tokens and max_tokens is {max_tokens}, together more than "
+                              f"the context of {limit} tokens", "prompt", "context_length_exceeded")
+
+    async def tokens(self, pause=None):
+        """Yields lists of (number of a sequence, its new Tokens, its finish_reason) whenever a step brought some.
+
+        Tokens that come within `pause()` seconds come together, by default as long as nobody sees a difference.
+        finish_reason is None before a sequence's last tokens. A sequence that failed raises ApiError 400 at the end.
+        """
+        async for found in batches(self.streams, pause or self._frame):
+            self._go_on()
+            self._note(found)
+            yield found
+        self._go_on()
+        self._check_errors()
+        self.service.metrics.whole_answer.add(self.seconds)
+
+    def _frame(self):
+        """Seconds between two events of a stream: longer where there are many, since each costs several tokens."""
+        return max(FRAME_SECONDS, EVENT_SECONDS * self.service.num_open)
+
+    async def finished(self):
+        """Waits for the end of all sequences; returns their Requests."""
+        async for _ in self.tokens(pause=lambda: math.inf):
+            pass
+        return self.requests
+
+    def _note(self, found):
+        """Metrics of a step's tokens; with the first of them the prompts no longer wait."""
+        now, metrics = time.monotonic(), self.service.metrics
+        count = sum(len(tokens) for _, tokens, _ in found)
+        metrics.generated_tokens += count
+        if self._last_tokens is None:
+            metrics.first_token.add(now - self._began)
+            metrics.prompt_tokens += sum(len(ids) for ids, _ in self._prompts)
+            self.service.num_queued_tokens -= self.num_queued_tokens
+            self.num_queued_tokens = 0
+        else:
+            metrics.between_tokens.add((now - self._last_tokens) * len(found) / count, count)
+        self._last_tokens = now
+
+    def _check_errors(self):
+        failed = next((request for request in self.requests if request.finish_reason == "error"), None)
+        if failed is not None:
+            raise ApiError(400, failed.error, code="generation_failed")
+
+    def usage(self):
+        """OpenAI's usage object: each prompt counts once, however many samples it has."""
+        num_prompt = sum(len(ids) for ids, _ in self._prompts)
+        num_output = sum(len(request.output_ids) for request in self.requests)
+        cached, first = 0, 0
+        for _, params in self._prompts:
+            cached += self.requests[first].num_cached
+            first += params.n
+        return dict(prompt_tokens=num_prompt, completion_tokens=num_output, total_tokens=num_prompt + num_output,
+                    prompt_tokens_details=dict(cached_tokens=cached))
+
+    # ------------------------------------------------------------ its end
+
+    def explain(self, error):
+        """Any exception as the ApiError that the client may see."""
+        return self.service.explain(error)
+
+    def end(self, reason):
+        """Cancels all sequences; the handler meets the exception `reason` at its next step."""
+        if self._ended_by is None:
+            self._ended_by = reason
+            self._cancel()
+
+    def _cancel(self):
+        for stream in self.streams:
+            if stream.request.finish_reason is None:
+                stream.leave()
+
+    def _go_on(self):
+        if self._ended_by is not None:
+            raise self._ended_by
+
+    def __enter__(self):
+        self.service.enter(self)
+        limit = self.service.limits.request_seconds
+        too_long = ApiError(504, f"the answer took more than {limit:g} s", code="timeout")
+        self._timer = asyncio.get_running_loop().call_later(limit, self.end, too_long)
+        return self
+
+    def __exit__(self, *_):
+        self._timer.cancel()
+        if self._watcher is not None:
+            self._watcher.cancel()
+        self.end(ClientDisconnect())
+        self.service.leave(self)
+
+
+class Generates:
+    """The ASGI endpoint of a handler: `await handler(job)` returns an ASGI response, such as a Response or EventStream.
+
+    Admits the request, and ends all that it started, whether its answer was complete or not.
+    """
+
+    def __init__(self, service, handler):
+        self._service, self._handler = service, handler
+
+    async def __call__(self, scope, receive, send):
+        self._service.check_open()
+        with Job(self._service, scope, receive) as job:
+            response = await self._handler(job)
+            await response(scope, receive, send)

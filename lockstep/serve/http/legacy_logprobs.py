@@ -1,0 +1,56 @@
+"""Log-probabilities in the shape of /v1/completions: parallel lists, alternatives by their text."""
+from lockstep.serve.tokenizer import Detokenizer
+
+
+def token_text(tokenizer, token_id):
+    """A token as text; its bytes, where they are no text by themselves; its id, where there is no tokenizer."""
+    if tokenizer is None:
+        return f"token_id:{token_id}"
+    raw = tokenizer.token_bytes(token_id)
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+class LegacyLogprobs:
+    """Those of one sequence, asked for from its beginning to its end. text_offset counts characters of the answer."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer, self._offset = tokenizer, 0
+        self._reader = Detokenizer(tokenizer) if tokenizer else None
+
+    def prompt(self, request):
+        """Those of the prompt: nothing is known of its first token."""
+        made = self._part(request.prompt_ids, [None, *request.prompt_logprobs], [None, *request.prompt_top_logprobs])
+        made["top_logprobs"][0] = None
+        return made
+
+    def output(self, request, start, end):
+        """Those of output tokens start .. end."""
+        return self._part(request.output_ids[start:end], request.logprobs[start:end], request.top_logprobs[start:end])
+
+    def _part(self, ids, logprobs, tops):
+        tops = tops + [{}] * (len(ids) - len(tops))
+        top_logprobs = [self._alternatives(*each) for each in zip(ids, logprobs, tops)]
+        return dict(tokens=[token_text(self._tokenizer, i) for i in ids], token_logprobs=logprobs,
+                    top_logprobs=top_logprobs, text_offset=[self._advance(i) for i in ids])
+
+    def _alternatives(self, token_id, logprob, top):
+        """{text: log-probability}, best first and with the token itself; of ids with the same text the best counts."""
+        made = {}
+        for other, value in top.items() if top else ():
+            made.setdefault(token_text(self._tokenizer, other), value)
+        made.setdefault(token_text(self._tokenizer, token_id), logprob)
+        return made
+
+    def _advance(self, token_id):
+        """Where a token's text begins."""
+        at = self._offset
+        self._offset += len(self._reader.push(token_id)) if self._reader else 0
+        return at
+
+
+def joined(first, second):
+    """Two parts, one after the other."""
+    return {name: first[name] + second[name] for name in first}

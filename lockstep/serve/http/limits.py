@@ -1,0 +1,40 @@
+"""What a server allows. Everything that a client sends is held against one of these."""
+from dataclasses import dataclass, fields
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of a server. ValueError for one that is not a positive number.
+
+    A sequence is one sample of one prompt. max_queued: sequences that may wait beside those that the engine runs;
+    max_queued_tokens: prompt tokens of sequences that have no token of an answer yet. A request that is alone may pass
+    both, so that whatever the model can do can be asked for.
+    """
+
+    max_header_bytes: int = 32 << 10
+    max_body_bytes: int = 8 << 20
+    max_pending_bytes: int = 256 << 20  # of bodies that are being read or answered, in all
+    max_depth: int = 64  # of nested arrays and objects in a body
+    max_connections: int = 1024
+    max_prompts: int = 256  # of one request
+    max_samples: int = 64  # of one prompt: n
+    max_sequences: int = 256  # of one request: prompts times samples
+    max_logprobs: int = 20
+    max_stop: int = 16
+    max_stop_chars: int = 256
+    max_logit_bias: int = 1024
+    max_queued: int = 256
+    max_queued_tokens: int = 1 << 18
+    max_offloaded: int = 64  # calls that may wait for a worker before /tokenize and the like are refused
+    offload_seconds: float = 20.0
+    body_seconds: float = 30.0
+    request_seconds: float = 600.0
+    keep_alive_seconds: float = 15.0  # between the comments that keep a silent stream open
+    drain_seconds: float = 30.0
+    stuck_seconds: float = 120.0  # a step that takes longer makes /health red
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1 << 40:
+                raise ValueError(f"{field.name}: expected a positive number, got {value!r}")

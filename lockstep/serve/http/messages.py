@@ -1,0 +1,138 @@
+"""/v1/messages, Anthropic's form of a conversation."""
+import json
+import secrets
+
+from starlette.routing import Route
+
+from lockstep.serve.http import talk
+from lockstep.serve.http.blocks import Blocks, collect
+from lockstep.serve.http.body import read_fields
+from lockstep.serve.http.encode import json_response
+from lockstep.serve.http.errors import ApiError, bad_request
+from lockstep.serve.http.job import Generates
+from lockstep.serve.http.messages_fields import CountFields, MessagesFields, conversation
+from lockstep.serve.http.sse import EventStream, named
+
+STOP_REASONS = dict(stop="end_turn", length="max_tokens", tool_calls="tool_use")
+DELTAS = dict(text=("text_delta", "text"), thought=("thinking_delta", "thinking"),
+              call=("input_json_delta", "partial_json"))
+
+
+def routes(service):
+    """The routes of this module."""
+    async def messages(job):
+        fields = await job.read(MessagesFields)
+        service.check_model(fields.model)
+        if fields.n not in (None, 1):
+            raise bad_request(f"n: expected 1, got {fields.n}", "n")
+        fields.stop = [text for text in fields.stop_sequences or () if text] or None
+        new_parser = await talk.start(job, fields, lambda: conversation(fields), fields.max_tokens)
+        answer = Answer(job, new_parser)
+        if fields.stream:
+            return EventStream(job, answer.events(), end=b"")
+        await job.finished()
+        return json_response(await job.offload(answer.whole))
+
+    async def count(request):
+        if service.llm is None:
+            raise ApiError(503, "the model is still loading", code="loading", retry_after=1)
+        service.check_workers()
+        fields = await read_fields(request, service, CountFields)
+        service.check_model(fields.model)
+        return json_response(dict(input_tokens=await service.offload(count_tokens, service, fields)))
+
+    return [Route("/v1/messages", Generates(service, messages), methods=["POST"]),
+            Route("/v1/messages/count_tokens", count, methods=["POST"])]
+
+
+def count_tokens(service, fields):
+    """How many tokens the prompt of a request has."""
+    prompt = talk.chat_model(service).prompt(conversation(fields))
+    return len(service.tokenizer.encode(prompt, add_special_tokens=False))
+
+
+class Answer:
+    """The answer to one request."""
+
+    def __init__(self, job, new_parser):
+        self._job, self._request, self._new_parser = job, job.requests[0], new_parser
+        self._head = dict(id=f"msg_{secrets.token_hex(12)}", type="message", role="assistant",
+                          model=job.service.model_name)
+
+    def whole(self):
+        """The response."""
+        blocks = collect(talk.read_all(self._new_parser, self._request))
+        return self._head | dict(content=[whole_block(block) for block in blocks], **self._end(blocks),
+                                 usage=self._usage())
+
+    async def events(self):
+        """The events of a stream, those of one step together."""
+        parser, blocks, begun = self._new_parser(), Blocks(), False
+        async for ((_, tokens, reason),) in self._job.tokens():
+            made = [] if begun else [self._message_start()]
+            begun = True
+            found = parser.push("".join([token.text for token in tokens]))
+            changes = list(blocks.add(found + (parser.finish() if reason else [])))
+            changes += blocks.close() if reason else ()
+            made += [block_event(*change) for change in changes]
+            yield b"".join(made)
+        yield named("message_delta", dict(type="message_delta", delta=self._end(blocks.all), usage=self._usage()))
+        yield named("message_stop", dict(type="message_stop"))
+
+    def _message_start(self):
+        message = self._head | dict(content=[], stop_reason=None, stop_sequence=None,
+                                    usage=self._usage() | dict(output_tokens=1))
+        return named("message_start", dict(type="message_start", message=message))
+
+    def _end(self, blocks):
+        """Why the answer ended."""
+        sequence = self._request.stop_reason if isinstance(self._request.stop_reason, str) else None
+        calls = sum(block.kind == "call" for block in blocks)
+        reason = STOP_REASONS[talk.finish_reason(self._request, calls)]
+        return dict(stop_reason="stop_sequence" if sequence else reason, stop_sequence=sequence)
+
+    def _usage(self):
+        usage = self._job.usage()
+        cached = usage["prompt_tokens_details"]["cached_tokens"]
+        return dict(input_tokens=usage["prompt_tokens"] - cached, cache_creation_input_tokens=0,
+                    cache_read_input_tokens=cached, output_tokens=usage["completion_tokens"])
+
+
+def whole_block(block):
+    """A Block in Anthropic's form."""
+    if block.kind == "call":
+        return dict(type="tool_use", id=tool_id(block), name=block.call.name, input=arguments(block.text))
+    if block.kind == "thought":
+        return dict(type="thinking", thinking=block.text, signature="")
+    return dict(type="text", text=block.text)
+
+
+def arguments(text):
+    """The arguments of a call as an object; those of one that was cut off as far as they go."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    return value if isinstance(value, dict) else dict(incomplete_json=text)
+
+
+def tool_id(block):
+    """A call's id as Anthropic's clients expect one."""
+    return f"toolu_{block.call.id}"
+
+
+def block_event(what, block, text):
+    """What a change of a Block looks like in a stream."""
+    if what == "open":
+        empty = dict(text=dict(type="text", text=""), thought=dict(type="thinking", thinking="", signature=""))
+        start = empty.get(block.kind) or dict(type="tool_use", id=tool_id(block), name=block.call.name, input={})
+        return named("content_block_start", dict(type="content_block_start", index=block.index, content_block=start))
+    if what == "piece":
+        kind, key = DELTAS[block.kind]
+        changed = {"type": kind, key: text}
+        return named("content_block_delta", dict(type="content_block_delta", index=block.index, delta=changed))
+    signed = b""
+    if block.kind == "thought":
+        delta = dict(type="signature_delta", signature="")
+        signed = named("content_block_delta", dict(type="content_block_delta", index=block.index, delta=delta))
+    return signed + named("content_block_stop", dict(type="content_block_stop", index=block.index))

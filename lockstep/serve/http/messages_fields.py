@@ -1,0 +1,174 @@
+"""The body of /v1/messages, Anthropic's form, and the Conversation that it asks for."""
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from lockstep.serve import structured
+from lockstep.serve.chat import Conversation
+from lockstep.serve.http.body import Fields, shown, simple_or
+from lockstep.serve.http.chat_fields import NO_PARAMETERS, called, choose
+from lockstep.serve.http.errors import bad_request
+from lockstep.serve.http.sampling import Count, SamplingFields
+from lockstep.serve.reasoning import template_variables
+from lockstep.serve.tool_calls.tools import Tool
+
+IGNORED = ("redacted_thinking", "server_tool_use", "web_search_tool_result")
+
+
+class ContentBlock(Fields):
+    """A block of content; which fields it has depends on its type."""
+
+    type: str
+    text: str | None = None
+    thinking: str | None = None
+    id: str | None = None
+    name: str | None = None
+    input: dict | None = None
+    tool_use_id: str | None = None
+    content: Any = None
+
+
+class Turn(Fields):
+    """One message."""
+
+    role: Literal["user", "assistant", "system"]
+    content: simple_or(str, list[ContentBlock])
+
+
+class ToolFields(Fields):
+    """A tool. Those with a type of Anthropic's own run on their servers and are not offered to the model."""
+
+    type: str | None = None
+    name: str
+    description: str | None = None
+    input_schema: dict | None = None
+    strict: bool | None = None
+
+
+class ToolChoice(Fields):
+    """What the model is to do with the tools."""
+
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
+
+
+class Thinking(Fields):
+    """Whether the model is to think first."""
+
+    type: Literal["enabled", "disabled", "adaptive", "between_tools"]
+    budget_tokens: int | None = None
+
+
+class OutputFormat(Fields):
+    """What the answer's text has to be."""
+
+    type: Literal["json_schema"]
+    schema_: dict = Field(alias="schema")
+
+
+class OutputConfig(Fields):
+    """The same, where newer clients put it."""
+
+    format: OutputFormat | None = None
+    effort: str | None = None
+
+
+class CountFields(Fields):
+    """The body of a request to count tokens."""
+
+    model: str | None = None
+    messages: list[Turn]
+    system: simple_or(str, list[ContentBlock]) | None = None
+    tools: list[ToolFields] | None = None
+    tool_choice: ToolChoice | None = None
+    thinking: Thinking | None = None
+    output_format: OutputFormat | None = None
+    output_config: OutputConfig | None = None
+
+
+class MessagesFields(CountFields, SamplingFields):
+    """The body of a request for an answer."""
+
+    max_tokens: Annotated[Count, Field(ge=1)]
+    stop_sequences: list[str] | None = None
+    stream: bool | None = None
+
+
+def conversation(fields):
+    """The Conversation of CountFields. ValueError or ApiError 400 for what cannot be."""
+    if not fields.messages:
+        raise bad_request("messages: expected at least one message, got none", "messages")
+    messages = [made for i, turn in enumerate(fields.messages) for made in turn_messages(f"messages[{i}]", turn)]
+    if fields.system:
+        messages.insert(0, dict(role="system", content=text_of(fields.system, "system")))
+    output = fields.output_config or OutputConfig()
+    wanted = fields.output_format or output.format
+    grammar = structured.json_schema(wanted.schema_, strict=False) if wanted else None
+    thinking = dict(enable_thinking=fields.thinking.type != "disabled") if fields.thinking else None
+    return Conversation(messages, tool_use(fields), grammar, template_variables(thinking, output.effort),
+                        continues=fields.messages[-1].role == "assistant")
+
+
+def tool_use(fields):
+    """The ToolUse of Anthropic's tools and tool_choice."""
+    tools = [Tool(t.name, t.description or "", t.input_schema or NO_PARAMETERS, bool(t.strict))
+             for t in fields.tools or () if t.type in (None, "custom")]
+    choice = fields.tool_choice or ToolChoice(type="auto")
+    if choice.type == "tool" and not choice.name:
+        raise bad_request("tool_choice: expected the name of a tool, got none", "tool_choice")
+    mode = dict(auto="auto", none="none", any="required", tool="required")[choice.type]
+    return choose(tools, mode, [choice.name] if choice.type == "tool" else None,
+                  not choice.disable_parallel_tool_use and choice.type != "tool")
+
+
+# ---------------------------------------------------------------- messages
+
+def turn_messages(where, turn):
+    """The messages that one turn stands for: results of tools are messages of their own."""
+    if isinstance(turn.content, str):
+        return [dict(role=turn.role, content=turn.content)]
+    return _assistant(where, turn.content) if turn.role == "assistant" else _user(where, turn.role, turn.content)
+
+
+def _user(where, role, blocks):
+    results = [dict(role="tool", tool_call_id=block.tool_use_id, content=_result(f"{where}.content[{i}]", block))
+               for i, block in enumerate(blocks) if block.type == "tool_result"]
+    others = [block for block in blocks if block.type != "tool_result"]
+    return results + ([dict(role=role, content=text_of(others, where))] if others or not results else [])
+
+
+def _result(where, block):
+    if block.content is None or isinstance(block.content, str):
+        return block.content or ""
+    if not isinstance(block.content, list) or not all(isinstance(part, dict) for part in block.content):
+        raise bad_request(f"{where}.content: expected a text or blocks, got {shown(block.content)}", where)
+    return text_of([_loose(part) for part in block.content], where)
+
+
+def _loose(part):
+    """A block inside of a result, of which only the type and the text count."""
+    texts = {name: value for name in ("type", "text") if isinstance(value := part.get(name), str)}
+    return ContentBlock(**{"type": "missing", **texts})
+
+
+def _assistant(where, blocks):
+    calls = [called(b.id, b.name or "", b.input or {}, where) for b in blocks if b.type == "tool_use"]
+    thought = "".join(b.thinking or "" for b in blocks if b.type == "thinking")
+    texts = [b for b in blocks if b.type not in ("tool_use", "thinking")]
+    made = dict(role="assistant", content=text_of(texts, where))
+    return [made | (dict(tool_calls=calls) if calls else {}) | (dict(reasoning_content=thought) if thought else {})]
+
+
+def text_of(content, where):
+    """The text of a text or of blocks."""
+    if isinstance(content, str):
+        return content
+    texts = []
+    for i, block in enumerate(content):
+        if block.type == "text":
+            texts.append(block.text or "")
+        elif block.type not in IGNORED:
+            raise bad_request(f"{where}[{i}]: this model reads only text, got a block of type {shown(block.type)}",
+                              where)
+    return "\n".join(texts)

@@ -1,0 +1,97 @@
+"""What happened, counted on the event loop and shown in Prometheus' text form."""
+from bisect import bisect_left
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+
+FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+BETWEEN_TOKENS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+WHOLE_ANSWER = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+GAUGES = {"running": "Sequences that the engine runs", "waiting": "Sequences that wait for the engine",
+          "pages": "Pages of KV cache", "pages_free": "Pages that hold nothing",
+          "pages_idle": "Pages that are only kept for later prompts"}
+COUNTERS = {"preempted": ("preemptions", "Sequences that had to give their memory back and start again"),
+            "query_tokens": ("prefix_query_tokens", "Prompt tokens looked for in the prefix cache"),
+            "hit_tokens": ("prefix_hit_tokens", "Prompt tokens found in the prefix cache"),
+            "pages_evicted": ("pages_evicted", "Kept pages that were needed for others")}
+
+
+class Histogram:
+    """Counts of values up to each bound. For one thread: prometheus_client's own takes a lock for each value."""
+
+    def __init__(self, bounds):
+        self._bounds, self._counts, self._sum = bounds, [0] * (len(bounds) + 1), 0.0
+
+    def add(self, value, count=1):
+        """Takes in a value, or `count` that are the same."""
+        self._counts[bisect_left(self._bounds, value)] += count
+        self._sum += value * count
+
+    def family(self, name, text):
+        """The metric as Prometheus knows it."""
+        total, buckets = 0, []
+        for bound, count in zip((*map(str, self._bounds), "+Inf"), self._counts):
+            total += count
+            buckets.append((bound, total))
+        return HistogramMetricFamily(name, text, buckets=buckets, sum_value=self._sum)
+
+
+class Metrics:
+    """Counters and histograms of a server. Only its event loop may change them.
+
+    refused: {reason: requests}. answered: {HTTP status: requests}.
+    """
+
+    def __init__(self, service):
+        self._service = service
+        self.prompt_tokens = self.generated_tokens = self.cancelled = 0
+        self.refused, self.answered = {}, {}
+        self.first_token, self.between_tokens = Histogram(FIRST_TOKEN), Histogram(BETWEEN_TOKENS)
+        self.whole_answer = Histogram(WHOLE_ANSWER)
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+
+    def refuse(self, reason):
+        """Counts a request that was refused without being looked at closely."""
+        self.refused[reason] = self.refused.get(reason, 0) + 1
+
+    def answer(self, status):
+        """Counts an answer by its HTTP status."""
+        self.answered[status] = self.answered.get(status, 0) + 1
+
+    def text(self):
+        """All metrics in Prometheus' text form, as bytes."""
+        return generate_latest(self._registry)
+
+    def collect(self):
+        """The metrics as prometheus_client asks for them."""
+        yield _counter("prompt_tokens", "Prompt tokens of requests that began to be answered", self.prompt_tokens)
+        yield _counter("generated_tokens", "Tokens generated", self.generated_tokens)
+        yield _counter("cancelled_requests", "Requests whose client left", self.cancelled)
+        yield _labelled("refused_requests", "Requests refused, by reason", "reason", self.refused)
+        yield _labelled("responses", "Responses, by HTTP status", "status", self.answered)
+        yield self.first_token.family("lockstep_time_to_first_token_seconds", "From the request to its first token")
+        yield self.between_tokens.family("lockstep_inter_token_seconds", "From one token of a sequence to the next")
+        yield self.whole_answer.family("lockstep_request_seconds", "From the request to the end of its answer")
+        yield GaugeMetricFamily("lockstep_open_requests", "Requests being answered", self._service.num_open)
+        yield GaugeMetricFamily("lockstep_queued_tokens", "Prompt tokens of sequences without a token of an answer",
+                                self._service.num_queued_tokens)
+        yield from self._engine()
+
+    def _engine(self):
+        counts = self._service.counts()
+        for name, text in GAUGES.items():
+            yield GaugeMetricFamily(f"lockstep_{name}", text, counts.get(name, 0))
+        for name, (shown, text) in COUNTERS.items():
+            yield _counter(shown, text, counts.get(name, 0))
+
+
+def _counter(name, text, value):
+    return CounterMetricFamily(f"lockstep_{name}", text, value)
+
+
+def _labelled(name, text, label, values):
+    made = CounterMetricFamily(f"lockstep_{name}", text, labels=[label])
+    for value, count in sorted(values.items()):
+        made.add_metric([str(value)], count)
+    return made

@@ -1,0 +1,147 @@
+"""/v1/responses, OpenAI's newer form of a conversation; stateless."""
+import secrets
+import time
+
+from starlette.requests import ClientDisconnect
+from starlette.routing import Route
+
+from lockstep.serve.http import talk
+from lockstep.serve.http.blocks import Blocks, collect
+from lockstep.serve.http.encode import json_response
+from lockstep.serve.http.errors import openai_shape
+from lockstep.serve.http.job import Generates
+from lockstep.serve.http.responses_fields import ResponsesFields, conversation, refuse_state
+from lockstep.serve.http.sse import EventStream, named
+
+PARTS = dict(text="output_text", thought="reasoning_text")
+PIECES = dict(text="response.output_text", thought="response.reasoning_text", call="response.function_call_arguments")
+
+
+def routes(service):
+    """The routes of this module."""
+    async def responses(job):
+        fields = await job.read(ResponsesFields)
+        service.check_model(fields.model)
+        refuse_state(fields)
+        new_parser = await talk.start(job, fields, lambda: conversation(fields), fields.max_output_tokens)
+        answer = Answer(job, fields, new_parser)
+        if fields.stream:
+            return EventStream(job, answer.events(), end=b"")
+        await job.finished()
+        return json_response(await job.offload(answer.whole))
+
+    return [Route("/v1/responses", Generates(service, responses), methods=["POST"])]
+
+
+class Answer:
+    """The answer to one request."""
+
+    def __init__(self, job, fields, new_parser):
+        self._job, self._request, self._new_parser = job, job.requests[0], new_parser
+        self._number, self._ids = 0, {}
+        self._head = dict(id=f"resp_{secrets.token_hex(16)}", object="response", created_at=int(time.time()),
+                          model=job.service.model_name, **_echoed(fields))
+
+    def whole(self):
+        """The response."""
+        return self._response(collect(talk.read_all(self._new_parser, self._request)))
+
+    async def events(self):
+        """The events of a stream, those of one step together."""
+        parser, blocks = self._new_parser(), Blocks()
+        started = self._head | dict(status="in_progress", output=[], usage=None, incomplete_details=None)
+        yield self._event("response.created", response=started) + self._event("response.in_progress", response=started)
+        try:
+            async for ((_, tokens, reason),) in self._job.tokens():
+                found = parser.push("".join([token.text for token in tokens]))
+                changes = list(blocks.add(found + (parser.finish() if reason else [])))
+                changes += blocks.close() if reason else ()
+                yield b"".join([self._change(*change) for change in changes])
+        except ClientDisconnect:
+            raise
+        except Exception as error:
+            yield self._failed(started, self._job.explain(error))
+            return
+        response = self._response(blocks.all)
+        yield self._event(f"response.{response['status']}", response=response)
+
+    def _failed(self, started, error):
+        shaped = openai_shape(error)["error"]
+        problem = dict(code=shaped["code"] or shaped["type"], message=shaped["message"])
+        return self._event("response.failed", response=started | dict(status="failed", error=problem))
+
+    def _event(self, name, **fields):
+        made = named(name, dict(type=name, sequence_number=self._number, **fields))
+        self._number += 1
+        return made
+
+    def _change(self, what, block, text):
+        """The events of a change of a Block."""
+        where = dict(item_id=self._id(block), output_index=block.index)
+        part = where if block.kind == "call" else where | dict(content_index=0)
+        logprobs = dict(logprobs=[]) if block.kind == "text" else {}
+        if what == "piece":
+            return self._event(f"{PIECES[block.kind]}.delta", **part, delta=text, **logprobs)
+        if what == "open":
+            made = self._event("response.output_item.added", output_index=block.index, item=self._item(block, True))
+            if block.kind != "call":
+                made += self._event("response.content_part.added", **part, part=_part(block, ""))
+            return made
+        key = "arguments" if block.kind == "call" else "text"
+        made = self._event(f"{PIECES[block.kind]}.done", **part, **{key: block.text}, **logprobs)
+        if block.kind != "call":
+            made += self._event("response.content_part.done", **part, part=_part(block, block.text))
+        return made + self._event("response.output_item.done", output_index=block.index, item=self._item(block))
+
+    # ------------------------------------------------------------ the response object
+
+    def _response(self, blocks):
+        is_cut = self._request.finish_reason == "length"
+        return self._head | dict(
+            status="incomplete" if is_cut else "completed", usage=self._usage(blocks),
+            output=[self._item(block) for block in blocks],
+            incomplete_details=dict(reason="max_output_tokens") if is_cut else None)
+
+    def _item(self, block, is_new=False):
+        """A Block as an item of the output."""
+        is_cut = self._request.finish_reason == "length" and not is_new
+        status = "in_progress" if is_new else "incomplete" if is_cut else "completed"
+        made = dict(id=self._id(block), status=status)
+        if block.kind == "call":
+            return made | dict(type="function_call", call_id=f"call_{block.call.id}", name=block.call.name,
+                               arguments="" if is_new else block.text)
+        content = [] if is_new else [_part(block, block.text)]
+        if block.kind == "thought":
+            return made | dict(type="reasoning", summary=[], content=content)
+        return made | dict(type="message", role="assistant", content=content)
+
+    def _id(self, block):
+        prefix = dict(text="msg", thought="rs", call="fc")[block.kind]
+        return self._ids.setdefault(block.index, f"{prefix}_{secrets.token_hex(16)}")
+
+    def _usage(self, blocks):
+        usage, tokenizer = self._job.usage(), self._job.service.tokenizer
+        thoughts = [block.text for block in blocks if block.kind == "thought"]
+        num_thought = sum(len(tokenizer.encode(text, add_special_tokens=False)) for text in thoughts)
+        cached = usage["prompt_tokens_details"]["cached_tokens"]
+        return dict(input_tokens=usage["prompt_tokens"], output_tokens=usage["completion_tokens"],
+                    total_tokens=usage["total_tokens"],
+                    input_tokens_details=dict(cached_tokens=cached, cache_write_tokens=0),
+                    output_tokens_details=dict(reasoning_tokens=num_thought))
+
+
+def _part(block, text):
+    made = dict(type=PARTS[block.kind], text=text)
+    return made | dict(annotations=[], logprobs=[]) if block.kind == "text" else made
+
+
+def _echoed(fields):
+    """What the response repeats of the request."""
+    dump = fields.model_dump(mode="json", by_alias=True, exclude_none=True)
+    return dict(
+        error=None, instructions=fields.instructions, metadata=fields.metadata or {}, tools=dump.get("tools", []),
+        tool_choice=dump.get("tool_choice", "auto"), parallel_tool_calls=fields.parallel_tool_calls is not False,
+        temperature=1.0 if fields.temperature is None else fields.temperature,
+        top_p=1.0 if fields.top_p is None else fields.top_p, max_output_tokens=fields.max_output_tokens,
+        text=dump.get("text", dict(format=dict(type="text"))), reasoning=dict(effort=dump.get("reasoning", {}).get(
+            "effort"), summary=None), previous_response_id=None, store=False, background=False, truncation="disabled")

@@ -1,0 +1,203 @@
+"""The body of /v1/responses, and the Conversation that it asks for. Nothing is stored between requests."""
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from lockstep.serve import structured
+from lockstep.serve.chat import Conversation
+from lockstep.serve.http.body import Fields, shown, simple_or
+from lockstep.serve.http.chat_fields import NO_PARAMETERS, called, choose
+from lockstep.serve.http.errors import bad_request
+from lockstep.serve.http.sampling import Count, SamplingFields
+from lockstep.serve.reasoning import template_variables
+from lockstep.serve.tool_calls.tools import Tool
+
+TEXTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text", "refusal")
+
+
+class Part(Fields):
+    """A part of a message's content."""
+
+    type: str
+    text: str | None = None
+    refusal: str | None = None
+
+
+class Item(Fields):
+    """An item of the input; which fields it has depends on its type, which a message may leave out."""
+
+    type: str | None = None
+    role: Literal["system", "developer", "user", "assistant"] | None = None
+    content: simple_or(str, list[Part]) | None = None
+    summary: list[Part] | None = None
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str | None = None
+    output: simple_or(str, list[Part]) | None = None
+
+
+class ToolFields(Fields):
+    """A tool; only functions are used, others are not offered to the model."""
+
+    type: str
+    name: str | None = None
+    description: str | None = None
+    parameters: dict | None = None
+    strict: bool | None = None
+
+
+class Choice(Fields):
+    """What the model is to do with the tools."""
+
+    type: str
+    name: str | None = None
+    mode: Literal["auto", "required"] | None = None
+    tools: list[dict[str, Any]] | None = None
+
+
+class TextFormat(Fields):
+    """What the answer's text has to be."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    schema_: dict | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class TextFields(Fields):
+    """Settings of the answer's text."""
+
+    format: TextFormat | None = None
+
+
+class ReasoningFields(Fields):
+    """How much the model is to think."""
+
+    effort: str | None = None
+
+
+class ResponsesFields(SamplingFields):
+    """The body of a request."""
+
+    model: str | None = None
+    input: simple_or(str, list[Item])
+    instructions: str | None = None
+    max_output_tokens: Annotated[Count, Field(ge=1)] | None = None
+    tools: list[ToolFields] | None = None
+    tool_choice: simple_or(Literal["none", "auto", "required"], Choice) | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextFields | None = None
+    reasoning: ReasoningFields | None = None
+    stream: bool | None = None
+    background: bool | None = None
+    previous_response_id: str | None = None
+    conversation: Any = None
+    metadata: dict[str, Any] | None = None
+    chat_template_kwargs: dict | None = None
+
+
+def conversation(fields):
+    """The Conversation of ResponsesFields. ValueError or ApiError 400 for what cannot be."""
+    effort = fields.reasoning.effort if fields.reasoning else None
+    return Conversation(input_messages(fields), tool_use(fields), grammar_of(fields),
+                        template_variables(fields.chat_template_kwargs, effort))
+
+
+def refuse_state(fields):
+    """ApiError 400 for what would need a server that remembers."""
+    for name in ("previous_response_id", "conversation"):
+        if getattr(fields, name) is not None:
+            raise bad_request(f"{name}: this server keeps nothing between requests, send the whole input", name,
+                              "unsupported")
+    if fields.background:
+        raise bad_request("background: this server answers while the client waits, expected false", "background",
+                          "unsupported")
+    if fields.n not in (None, 1):
+        raise bad_request(f"n: expected 1, got {fields.n}", "n", "invalid_value")
+
+
+# ---------------------------------------------------------------- input
+
+def input_messages(fields):
+    """The messages that instructions and input stand for; items that are not for the model are left out."""
+    items = [Item(role="user", content=fields.input)] if isinstance(fields.input, str) else fields.input
+    made = [dict(role="system", content=fields.instructions)] if fields.instructions else []
+    for i, item in enumerate(items):
+        _add(made, f"input[{i}]", item)
+    if not any(message["role"] != "system" for message in made):
+        raise bad_request("input: expected at least one message, got none", "input")
+    return made
+
+
+def _add(made, where, item):
+    kind = item.type or "message"
+    if kind == "message":
+        _add_message(made, where, item)
+    elif kind == "reasoning":
+        _answer(made)["reasoning_content"] = text_of(item.content or item.summary or "", where)
+    elif kind == "function_call":
+        call = called(item.call_id, item.name or "", item.arguments, where)
+        _answer(made).setdefault("tool_calls", []).append(call)
+    elif kind == "function_call_output":
+        made.append(dict(role="tool", tool_call_id=item.call_id, content=text_of(item.output or "", where)))
+    elif kind == "item_reference":
+        raise bad_request(f"{where}: this server keeps no items, send them whole", where, "unsupported")
+
+
+def _add_message(made, where, item):
+    if item.role is None:
+        raise bad_request(f"{where}.role: this field is required", f"{where}.role", "missing_field")
+    content = text_of(item.content or "", where)
+    if item.role != "assistant":
+        made.append(dict(role=item.role, content=content))
+        return
+    answer = _answer(made)
+    answer["content"] = "\n".join(text for text in (answer["content"], content) if text)
+
+
+def _answer(made):
+    """The assistant's message that the items at the end belong to."""
+    if not made or made[-1]["role"] != "assistant":
+        made.append(dict(role="assistant", content=""))
+    return made[-1]
+
+
+def text_of(content, where):
+    """The text of a text or of parts."""
+    if isinstance(content, str):
+        return content
+    for part in content:
+        if part.type not in TEXTS:
+            raise bad_request(f"{where}: this model reads only text, got a part of type {shown(part.type)}", where,
+                              "unsupported")
+    return "\n".join(part.text or part.refusal or "" for part in content)
+
+
+# ---------------------------------------------------------------- tools and the form of the text
+
+def tool_use(fields):
+    """The ToolUse of tools and tool_choice."""
+    tools = [Tool(t.name, t.description or "", t.parameters or NO_PARAMETERS, bool(t.strict))
+             for t in fields.tools or () if t.type == "function"]
+    choice, parallel = fields.tool_choice or "auto", fields.parallel_tool_calls is not False
+    if isinstance(choice, str):
+        return choose(tools, choice, None, parallel)
+    if choice.type == "function":
+        return choose(tools, "required", [choice.name], False)
+    if choice.type == "allowed_tools":
+        names = [tool.get("name") for tool in choice.tools or () if tool.get("type") == "function"]
+        return choose(tools, choice.mode or "auto", names, parallel)
+    raise bad_request(f"tool_choice: expected none, auto, required, a function or allowed_tools, got "
+                      f"{shown(choice.type)}", "tool_choice", "unsupported")
+
+
+def grammar_of(fields):
+    """The grammar that text.format asks for; None where the text is free."""
+    wanted = fields.text.format if fields.text else None
+    if wanted is None or wanted.type == "text":
+        return None
+    if wanted.type == "json_object":
+        return structured.json_object()
+    if wanted.schema_ is None:
+        raise bad_request("text.format.schema: this field is required", "text.format.schema", "missing_field")
+    return structured.json_schema(wanted.schema_, bool(wanted.strict))

@@ -1,0 +1,198 @@
+"""What the routes share: the model and its engine, what a client may ask for, who is being answered, and metrics."""
+import asyncio
+import concurrent.futures
+import hashlib
+import json
+import logging
+import math
+import threading
+import time
+
+from lockstep.engine.async_engine import AsyncEngine, EngineStopped
+from lockstep.engine.prefix import model_identity
+from lockstep.engine.selfcheck import NUMERICS
+from lockstep.serve.chat import ChatModel
+from lockstep.serve.http.errors import ApiError, internal, not_allowed
+from lockstep.serve.http.limits import Limits
+from lockstep.serve.http.metrics import Metrics
+
+WORKERS = 2  # threads for tokenizers, templates and grammars
+REFUSED = {"loading": "the model is still loading", "draining": "the server is shutting down"}
+LONGEST_RETRY = 60
+CLOSE_SECONDS = 20  # what is to be kept on disk is written in them
+log = logging.getLogger("lockstep.http")
+
+
+class Service:
+    """The state behind a server's routes. All but `offload`ed functions run on the event loop's thread.
+
+    model_name: what clients call the model. state: "loading" until `open`, then "ready", "draining" after `drain`, and
+    "closed". llm, engine (an AsyncEngine), tokenizer, chat (a ChatModel) and fingerprint are there from `open` on.
+    """
+
+    def __init__(self, model_name, limits=Limits(), api_keys=()):
+        self.model_name, self.limits = model_name, limits
+        self.api_keys = [key.encode() for key in api_keys]
+        self.state, self.created = "loading", int(time.time())
+        self.llm = self.engine = self.tokenizer = self.chat = self.fingerprint = None
+        self.jobs, self.num_sequences, self.num_queued_tokens, self.num_bytes = set(), 0, 0, 0
+        self.metrics = Metrics(self)
+        self._workers = concurrent.futures.ThreadPoolExecutor(WORKERS, "lockstep worker")
+        self._num_offloaded, self._seconds_each = 0, 1.0
+
+    # ------------------------------------------------------------ life
+
+    def open(self, llm):
+        """Begins to answer with an LLM, which belongs to the service from then on."""
+        self.llm, self.fingerprint = llm, system_fingerprint(llm)
+        self.tokenizer = llm.tokenizer if llm.has_tokenizer else None
+        if llm.has_tokenizer:
+            self.chat = ChatModel(llm.tokenizer, llm.engine.eos_ids, llm.model.config.vocab_size)
+        self.engine = AsyncEngine(llm.engine)
+        self.state = "ready"
+
+    def drain(self):
+        """Refuses new requests from now on; those that run go on."""
+        if self.state != "closed":
+            self.state = "draining"
+
+    def cut_off(self):
+        """Ends what is still being answered, with an error that says why."""
+        for job in list(self.jobs):
+            job.end(ApiError(503, "the server shut down before this answer was complete", code="shutting_down"))
+
+    def close(self):
+        """Ends the engine and the workers. A step that does not end is not waited for."""
+        self.state = "closed"
+        self._workers.shutdown(wait=False, cancel_futures=True)
+        if self.engine is not None:
+            closing = threading.Thread(target=self.engine.close, daemon=True)
+            closing.start()
+            closing.join(CLOSE_SECONDS)
+
+    @property
+    def trouble(self):
+        """Why the engine does not work, or None."""
+        if self.engine is None:
+            return None
+        if self.engine.error is not None:
+            return f"the engine stopped: {type(self.engine.error).__name__}"
+        if self.engine.seconds_in_step > self.limits.stuck_seconds:
+            return f"the engine is stuck: one step has taken {self.engine.seconds_in_step:.0f} s"
+        return None
+
+    # ------------------------------------------------------------ admission
+
+    @property
+    def num_open(self):
+        """Requests that are being answered."""
+        return len(self.jobs)
+
+    def check_open(self):
+        """ApiError 503 unless requests are answered, 429 if no sequence more may wait. Before anything is read."""
+        if self.state in REFUSED or self.state == "closed" or self.trouble:
+            reason = self.state if self.state != "ready" else "engine"
+            self.metrics.refuse(reason)
+            raise ApiError(503, REFUSED.get(self.state, self.trouble or "the server is closed"), code=reason,
+                           retry_after=1 if reason == "loading" else None)
+        if self.num_sequences >= self.most_sequences:
+            raise self.full("queue_full", f"{self.num_sequences} sequences are being answered or wait")
+
+    @property
+    def most_sequences(self):
+        """Sequences that may run and wait together."""
+        return self.llm.engine.scheduler.limits.max_requests + self.limits.max_queued
+
+    def check_workers(self):
+        """ApiError 429 if too much waits for a worker. For routes that are not admitted as sequences are."""
+        if self._num_offloaded >= self.limits.max_offloaded:
+            raise self.full("workers_busy", f"{self._num_offloaded} requests wait to be prepared")
+
+    def admit(self, job, num_sequences, num_tokens):
+        """Counts a request's sequences and prompt tokens from now on. ApiError 429 if they are too many to wait."""
+        others = self.num_sequences - job.num_sequences
+        if others and others + num_sequences > self.most_sequences:
+            raise self.full("queue_full", f"{others} sequences are being answered or wait, of {self.most_sequences}")
+        if self.num_queued_tokens and self.num_queued_tokens + num_tokens > self.limits.max_queued_tokens:
+            raise self.full("queue_tokens_full", f"{self.num_queued_tokens} prompt tokens wait, of "
+                                                  f"{self.limits.max_queued_tokens}")
+        self.num_sequences += num_sequences - job.num_sequences
+        self.num_queued_tokens += num_tokens
+        job.num_sequences, job.num_queued_tokens = num_sequences, num_tokens
+
+    def full(self, reason, message):
+        """ApiError 429, counted under its reason, which also is its code."""
+        self.metrics.refuse(reason)
+        return ApiError(429, f"the server is busy: {message}", code=reason, retry_after=self._retry_after())
+
+    def _retry_after(self):
+        """Seconds until what waits now will be answered, judged by how long answers took."""
+        slots = self.most_sequences - self.limits.max_queued
+        return max(1, min(LONGEST_RETRY, math.ceil(self._seconds_each * self.num_sequences / slots)))
+
+    def enter(self, job):
+        """A request begins to be answered: it counts as one sequence until `admit` knows better."""
+        self.jobs.add(job)
+        self.num_sequences += job.num_sequences
+
+    def leave(self, job):
+        """A request's answer ended, however it did."""
+        self.jobs.discard(job)
+        self.num_sequences -= job.num_sequences
+        self.num_queued_tokens -= job.num_queued_tokens
+        if job.streams:
+            self._seconds_each += 0.1 * (job.seconds - self._seconds_each)
+
+    # ------------------------------------------------------------ work beside the event loop
+
+    async def offload(self, function, *args):
+        """Runs a function in a worker thread; returns what it does.
+
+        A ValueError becomes ApiError 400. ApiError 503 if it takes too long: it then goes on without anybody waiting
+        for it, so it must be bounded in itself, too.
+        """
+        self._num_offloaded += 1
+        running = asyncio.get_running_loop().run_in_executor(self._workers, function, *args)
+        running.add_done_callback(self._offloaded)
+        try:
+            return await asyncio.wait_for(asyncio.shield(running), self.limits.offload_seconds)
+        except ValueError as error:
+            raise not_allowed(error) from None
+        except TimeoutError:
+            running.cancel()
+            raise ApiError(503, f"preparing the request took more than {self.limits.offload_seconds:g} s",
+                           code="timeout") from None
+
+    def _offloaded(self, running):
+        self._num_offloaded -= 1
+        if not running.cancelled():
+            running.exception()  # marks it as seen, where nobody waited any more
+
+    # ------------------------------------------------------------ reports
+
+    def counts(self):
+        """Counts of the engine: {name: number}."""
+        return {} if self.llm is None else self.llm.engine.counts()
+
+    def explain(self, error):
+        """Any exception as the ApiError that a client may see; what is the server's own fault is logged."""
+        if isinstance(error, ApiError):
+            return error
+        if isinstance(error, EngineStopped):
+            return ApiError(503, "the engine stopped before this answer was complete", code="engine")
+        log.error("a request failed", exc_info=error)
+        return internal()
+
+    def check_model(self, name):
+        """ApiError 404 unless clients may call the model so; None stands for the model that there is."""
+        if name is not None and name != self.model_name:
+            raise ApiError(404, f"model: there is no {name[:200]!r} here, only {self.model_name!r}", "model",
+                           "model_not_found")
+
+
+def system_fingerprint(llm):
+    """Names all that an answer depends on besides the request: arithmetic, weights, tokenizer and template."""
+    known = [hashlib.sha256(model_identity(llm.model, NUMERICS)).hexdigest()]
+    if llm.has_tokenizer:
+        known += [llm.tokenizer.backend.to_str(), dict(llm.tokenizer.chat_templates)]
+    return "fp_" + hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,69 @@
+"""Answers that come in pieces: server-sent events."""
+import asyncio
+import contextlib
+
+from starlette.requests import ClientDisconnect
+
+from lockstep.serve.http.encode import to_json
+from lockstep.serve.http.errors import shape_for
+
+DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
+HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"),
+           (b"x-accel-buffering", b"no")]
+
+
+def data(value):
+    """An event in OpenAI's form."""
+    return b"data: %b\n\n" % to_json(value)
+
+
+def named(name, value):
+    """An event with a name of its own, in Anthropic's form."""
+    return b"event: %b\ndata: %b\n\n" % (name.encode(), to_json(value))
+
+
+def error_event(error, path):
+    """An error that is found after the response began."""
+    shaped = shape_for(path)(error)
+    return named("error", shaped) if "type" in shaped else data(shaped)
+
+
+class EventStream:
+    """An ASGI response that sends what an async generator yields: bytes, each one or more whole events.
+
+    Comments keep it open while nothing comes. An ApiError that the generator raises becomes an event; any other is
+    logged and becomes a general one. end: sent after the last event, also after an error.
+    """
+
+    def __init__(self, job, events, end=DONE):
+        self._job, self._events, self._end, self._silent = job, events, end, True
+
+    async def __call__(self, scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+        comments = asyncio.create_task(self._keep_alive(send))
+        try:
+            async with contextlib.aclosing(self._events):
+                await self._send_all(send, scope["path"])
+        finally:
+            comments.cancel()
+
+    async def _send_all(self, send, path):
+        try:
+            async for piece in self._events:
+                if piece:
+                    self._silent = False
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+            last = self._end
+        except ClientDisconnect:
+            raise
+        except Exception as error:
+            last = error_event(self._job.explain(error), path) + self._end
+        await send({"type": "http.response.body", "body": last, "more_body": False})
+
+    async def _keep_alive(self, send):
+        while True:
+            await asyncio.sleep(self._job.service.limits.keep_alive_seconds)
+            if self._silent:
+                await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
+            self._silent = True

@@ -1,0 +1,49 @@
+"""What /v1/chat/completions, /v1/responses and /v1/messages share: a Conversation is started, its answer is read."""
+from lockstep.serve.http.errors import bad_request
+from lockstep.serve.http.sampling import sampling_params
+from lockstep.serve.tool_calls.events import CallStart
+
+
+async def start(job, fields, make_conversation, max_tokens, logprobs=None):
+    """Queues the samples of a conversation; returns what makes a parser for each.
+
+    fields: the SamplingFields of the request; make_conversation: called in a worker thread, returns the Conversation;
+    max_tokens: None for as many as the context has room for, which is also the most that there can be.
+    """
+    service = job.service
+    prepared = await job.offload(lambda: chat_model(service).prepare(make_conversation()))
+    room = service.llm.model.max_context - len(prepared.ids)
+    if room < 1:
+        raise bad_request(f"the conversation has {len(prepared.ids)} tokens, which leaves no room for an answer in the "
+                          f"context of {service.llm.model.max_context} tokens", "messages", "context_length_exceeded")
+    options = prepared.options
+    if not options.get("skip_special_tokens", True):
+        fields.skip_special_tokens = False
+    params = sampling_params(fields, service.limits, min(room, max_tokens or room), logprobs=logprobs,
+                             logits_mask=options["logits_mask"])
+    await job.start([(prepared.ids, params)], fields.cache_salt or "")
+    return prepared.new_parser
+
+
+def chat_model(service):
+    """The service's ChatModel. ApiError 400 where the model has no tokenizer or no chat template."""
+    if service.chat is None or not service.tokenizer.has_chat_template:
+        raise bad_request("this model has no chat template, so it can only continue text: use /v1/completions",
+                          "messages", "no_chat_template")
+    return service.chat
+
+
+def read_all(new_parser, request):
+    """The events of a finished request's whole text."""
+    parser = new_parser()
+    return parser.push(request.text) + parser.finish()
+
+
+def finish_reason(request, num_calls):
+    """"stop", "length" or "tool_calls"."""
+    return "tool_calls" if num_calls and request.finish_reason == "stop" else request.finish_reason
+
+
+def count_calls(events):
+    """How many tool calls begin among these events."""
+    return sum(isinstance(event, CallStart) for event in events)

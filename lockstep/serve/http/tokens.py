@@ -1,0 +1,90 @@
+"""/tokenize, /detokenize and /tokenizer_info: the model's tokenizer, for clients that count or score tokens.
+
+The shapes are vLLM's, which lm-eval reads.
+"""
+from typing import Any
+
+from starlette.routing import Route
+
+from lockstep.serve.http.body import Fields, read_fields
+from lockstep.serve.http.completions import check_ids, text_tokenizer
+from lockstep.serve.http.encode import json_response, to_json
+from lockstep.serve.http.errors import ApiError, bad_request
+from lockstep.serve.http.legacy_logprobs import token_text
+
+
+class TokenizeFields(Fields):
+    """A text, or a conversation, to be turned into token ids."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    return_token_strs: bool = False
+
+
+class DetokenizeFields(Fields):
+    """Token ids to be turned into text."""
+
+    model: str | None = None
+    tokens: list[int]
+
+
+def routes(service):
+    """The routes of this module."""
+    async def prepare(request, fields):
+        if service.llm is None:
+            raise ApiError(503, "the model is still loading", code="loading", retry_after=1)
+        service.check_workers()
+        found = await read_fields(request, service, fields)
+        service.check_model(found.model)
+        return found
+
+    async def tokenize(request):
+        fields = await prepare(request, TokenizeFields)
+        return json_response(await service.offload(tokenized, service, fields))
+
+    async def detokenize(request):
+        fields = await prepare(request, DetokenizeFields)
+        return json_response(await service.offload(detokenized, service, fields))
+
+    async def info(request):
+        if service.llm is None:
+            raise ApiError(503, "the model is still loading", code="loading", retry_after=1)
+        return json_response(tokenizer_info(service))
+
+    return [Route("/tokenize", tokenize, methods=["POST"]), Route("/detokenize", detokenize, methods=["POST"]),
+            Route("/tokenizer_info", info)]
+
+
+def tokenized(service, fields):
+    """The answer of /tokenize as JSON bytes. ApiError 400 unless there is one of prompt and messages."""
+    if (fields.prompt is None) == (fields.messages is None):
+        raise bad_request("expected either prompt or messages", "prompt", "invalid_value")
+    tokenizer = text_tokenizer(service)
+    if fields.prompt is not None:
+        ids = tokenizer.encode(fields.prompt, fields.add_special_tokens)
+    else:
+        ids = tokenizer.encode_chat(fields.messages, fields.tools, fields.add_generation_prompt)
+    made = dict(count=len(ids), max_model_len=service.llm.model.max_context, tokens=ids)
+    if fields.return_token_strs:
+        made["token_strs"] = [token_text(tokenizer, i) for i in ids]
+    return to_json(made)
+
+
+def detokenized(service, fields):
+    """The answer of /detokenize as JSON bytes: special tokens are shown."""
+    ids = check_ids(service, fields.tokens, "tokens")
+    return to_json(dict(prompt=text_tokenizer(service).decode(ids, skip_special_tokens=False)))
+
+
+def tokenizer_info(service):
+    """What a client needs to know to count and score as the model does."""
+    tokenizer = text_tokenizer(service)
+    special = {name: tokenizer.special_tokens.get(name) for name in ("bos_token", "eos_token", "pad_token")}
+    ids = {f"{name}_id": tokenizer.backend.token_to_id(text or "") for name, text in special.items()}
+    template = tokenizer.chat_templates.get("default")
+    return dict(tokenizer_class="PreTrainedTokenizerFast", vocab_size=tokenizer.vocab_size,
+                max_model_len=service.llm.model.max_context, chat_template=template, **special, **ids)

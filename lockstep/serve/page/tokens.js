@@ -1,0 +1,127 @@
+// The words of an answer, each with what the model considered in its place.
+
+const card = document.getElementById("card");
+const considered = new WeakMap(); // token's element -> its tokens
+let open = null;
+
+/**
+ * Elements of new text: {made, left}. tokens: those that it is made of, each {text, logprob, top}. What does not add up
+ * (a character of several tokens, text that a stop string held back) shares an element; left: tokens without text yet.
+ */
+export function elements(text, tokens) {
+  const begins = [], ends = [], left = [...tokens];
+  let rest = text;
+  while (left.length && rest.startsWith(left[0].text)) {
+    const token = left.shift();
+    rest = rest.slice(token.text.length);
+    begins.push(token);
+  }
+  while (rest && left.length > 1 && rest.endsWith(left.at(-1).text)) {
+    const token = left.pop();
+    rest = rest.slice(0, rest.length - token.text.length);
+    ends.unshift(token);
+  }
+  const own = token => element(token.text, [token]);
+  const between = rest ? [element(rest, left)] : [];
+  return { made: [...begins.map(own), ...between, ...ends.map(own)], left: rest ? [] : left };
+}
+
+function element(text, tokens) {
+  const made = document.createElement("span");
+  made.className = "token";
+  made.textContent = text;
+  made.tabIndex = -1;
+  // no token: text without log-probabilities
+  const sure = tokens.reduce((least, token) => Math.min(least, Math.exp(token.logprob)), 1);
+  made.style.setProperty("--doubt-share", (1 - sure).toFixed(3));
+  considered.set(made, tokens);
+  return made;
+}
+
+document.addEventListener("click", event => considered.has(event.target) || hide());
+
+/** Shows alternatives on hover, focus and tap inside a container; arrow keys go from token to token. */
+export function watch(container) {
+  container.addEventListener("pointerover", event => event.pointerType === "mouse" && show(event.target));
+  container.addEventListener("pointerout", event => event.pointerType === "mouse" && hide());
+  container.addEventListener("click", event => show(event.target));
+  container.addEventListener("focusin", event => show(event.target));
+  container.addEventListener("focusout", hide);
+  container.addEventListener("keydown", event => {
+    const at = document.activeElement;
+    const next = { ArrowRight: at.nextElementSibling, ArrowLeft: at.previousElementSibling,
+      Home: at.parentElement.firstElementChild, End: at.parentElement.lastElementChild }[event.key];
+    if (event.key === "Escape") hide();
+    if (!considered.has(at) || !next) return;
+    event.preventDefault();
+    at.tabIndex = -1;
+    next.tabIndex = 0;
+    next.focus();
+  });
+}
+
+/** Makes the first of them reachable with the Tab key; the others follow with the arrow keys. */
+export function reachable(container) {
+  const first = container.querySelector(".token");
+  if (first && !container.querySelector(".token[tabindex='0']")) first.tabIndex = 0;
+}
+
+function show(target) {
+  if (!considered.get(target)?.length) return hide();
+  hide();
+  open = target;
+  open.classList.add("open");
+  open.setAttribute("aria-describedby", "card");
+  card.replaceChildren(...considered.get(target).map(table));
+  card.hidden = false;
+  place(target.getClientRects()[0]);
+}
+
+export function hide() {
+  open?.classList.remove("open");
+  open?.removeAttribute("aria-describedby");
+  open = null;
+  card.hidden = true;
+}
+
+/** Below the token, or above it where there is no room. */
+function place(at) {
+  const gap = 8;
+  const { width, height } = card.getBoundingClientRect();
+  const below = at.bottom + gap + height < innerHeight;
+  card.style.left = `${Math.max(gap, Math.min(at.left, innerWidth - width - gap))}px`;
+  card.style.top = `${below ? at.bottom + gap : Math.max(gap, at.top - gap - height)}px`;
+}
+
+function table({ text, logprob, top }) {
+  const made = document.createElement("table");
+  const all = top.some(other => other.text === text) ? top : [...top, { text, logprob }];
+  made.append(...all.map(other => row(other, other.text === text)));
+  return made;
+}
+
+function row({ text, logprob }, chosen) {
+  const made = document.createElement("tr");
+  const bar = document.createElement("i");
+  bar.style.setProperty("--share", Math.exp(logprob).toFixed(4));
+  const cells = [visible(text), bar, percent(Math.exp(logprob))].map(content => {
+    const cell = document.createElement("td");
+    cell.append(content);
+    return cell;
+  });
+  cells[1].className = "bar";
+  made.className = chosen ? "chosen" : "";
+  made.append(...cells);
+  return made;
+}
+
+/** White space that a reader can see. */
+function visible(text) {
+  return text.replaceAll("\n", "⏎").replaceAll("\t", "⇥").replace(/^ +| +$/g, spaces => "␣".repeat(spaces.length));
+}
+
+export function percent(share) {
+  const value = 100 * share;
+  if (!value) return "0 %";
+  return value >= 99.95 ? "100 %" : value < 0.01 ? "< 0.01 %" : `${value.toPrecision(value < 1 ? 1 : value < 10 ? 2 : 3)} %`;
+}

@@ -1,0 +1,286 @@
+"""Structured output: which tokens a grammar allows next, as masks for SamplingParams.logits_mask.
+
+Grammars are llguidance's: JSON schemas, regular expressions (without lookaround: they run in linear time) and Lark.
+A user's grammar is a program of a stranger, so its size, its nesting, the time it takes to compile and the work of one
+mask are all bounded.
+"""
+import json
+import math
+import re
+import threading
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from fractions import Fraction
+
+import llguidance
+import numpy as np
+
+MAX_GRAMMAR_BYTES = 256 << 10
+MAX_NESTING = 64
+MAX_MULTIPLES = 10_000  # product of a schema's different multipleOf: the automaton has that many states
+MAX_KEPT, MAX_KEPT_BYTES = 64, 4 << 20
+COMPILE_SECONDS = 5.0
+MAX_SAMPLES = 128  # of one prompt, as many as there may be
+LIMITS = dict(initial_lexer_fuel=500_000, step_lexer_fuel=100_000, step_max_items=20_000, max_lexer_states=20_000,
+              max_grammar_size=200_000, verbose_errors=False)
+JSON_INSIDE = re.compile(r"%json\s*")
+# One space, or a line break and its indentation: without a bound a weak model writes white space for ever.
+JSON_WHITESPACE = r"(\r?\n[ \t]{0,64}|[ \t])"
+
+
+def json_schema(schema, strict=True):
+    """The grammar of JSON texts that a schema allows.
+
+    strict: a keyword that cannot be enforced is an error; otherwise it is ignored, and oneOf is read as anyOf.
+    """
+    return llguidance.LLMatcher.grammar_from_json_schema(dump(with_options(schema, strict)))
+
+
+def with_options(schema, strict=True):
+    """The schema with how llguidance is to read it; for `%json` inside a Lark grammar."""
+    if not isinstance(schema, dict):
+        raise ValueError(f"JSON schema: expected an object, got {schema!r:.80}")
+    check_nesting(schema)
+    check_multiples(schema)
+    options = dict(whitespace_pattern=JSON_WHITESPACE, lenient=not strict, coerce_one_of=not strict)
+    return {**schema, "x-guidance": options}
+
+
+def json_object():
+    """The grammar of all JSON objects."""
+    return json_schema({"type": "object"})
+
+
+def regex(pattern):
+    """The grammar of texts that match a regular expression as a whole (Rust's syntax, without lookaround)."""
+    _check_bytes(_string("regular expression", pattern))
+    return llguidance.LLMatcher.grammar_from_regex(pattern)
+
+
+def lark(text):
+    """A grammar in llguidance's variant of Lark; its rule `start` is the answer."""
+    _check_bytes(_string("Lark grammar", text))
+    end = 0
+    while begin := JSON_INSIDE.search(text, end):
+        schema, end = _json_at(text, begin.end())
+        check_multiples(schema)
+    return compose(text)
+
+
+def _json_at(text, start):
+    """The JSON value in a text from here on, and where it ends."""
+    try:
+        return json.JSONDecoder().raw_decode(text, start)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"Lark grammar: expected JSON after %json ({str(error)[:80]})") from None
+
+
+def compose(rules, answer=None):
+    """The grammar of Lark rules that we wrote. answer: a grammar that they name as @answer."""
+    made = [{"lark_grammar": rules}]
+    if answer is not None:
+        first, *others = json.loads(answer)["grammars"]
+        made += [{**first, "name": "answer"}, *others]
+    return json.dumps({"grammars": made})
+
+
+def choice(options):
+    """The grammar of a list of texts."""
+    if not isinstance(options, list) or not options or not all(isinstance(o, str) and o for o in options):
+        raise ValueError("choice: expected a list of one or more texts")
+    return lark("start: " + " | ".join(map(quote, options)))
+
+
+def quote(text):
+    """A text as a literal in a Lark grammar."""
+    return json.dumps(text)
+
+
+class Grammars:
+    """Compiles grammars for one tokenizer and keeps the most recent ones. Any thread may use it.
+
+    eos_ids end an answer: they are allowed where the grammar is complete. vocab_size: rows of the model.
+    """
+
+    def __init__(self, tokenizer, eos_ids, vocab_size):
+        self.num_words = -(-vocab_size // 32)
+        self._tokenizer, self._eos_ids, self._vocab_size = tokenizer, sorted(eos_ids), vocab_size
+        self._reader, self._lock = None, threading.Lock()
+        self._kept, self._kept_bytes = OrderedDict(), 0
+        self._compilers = ThreadPoolExecutor(2, "lockstep grammar")
+
+    def mask(self, grammar, trigger=None, after=None):
+        """A mask that holds an answer to a grammar made by one of this module's functions.
+
+        trigger: a token id; the grammar then holds from that token on until it is complete, and again from the next
+        such token; everything else is free. after: a token id before which no trigger counts. ValueError, with the
+        reason, for a grammar that is wrong, too large or too slow to compile.
+        """
+        return TokenMask(self._compiled(grammar), self.num_words, trigger, after)
+
+    def _compiled(self, grammar):
+        with self._lock:
+            if grammar in self._kept:
+                self._kept.move_to_end(grammar)
+                return self._kept[grammar]
+        _check_bytes(grammar)
+        try:
+            matcher = self._compilers.submit(self._compile, grammar).result(COMPILE_SECONDS)
+        except FutureTimeout:
+            raise ValueError(f"the grammar did not compile within {COMPILE_SECONDS:g} s") from None
+        self._keep(grammar, matcher)
+        return matcher
+
+    def _compile(self, grammar):
+        matcher = llguidance.LLMatcher(self._tokens(), grammar, log_level=0, limits=llguidance.LLParserLimits(**LIMITS))
+        _check(matcher)
+        fill(matcher, np.zeros(self.num_words, np.uint32))  # most of the work of a first mask is done only once
+        return matcher
+
+    def _keep(self, grammar, matcher):
+        with self._lock:
+            if grammar in self._kept:
+                return
+            self._kept[grammar] = matcher
+            self._kept_bytes += len(grammar)
+            while len(self._kept) > MAX_KEPT or self._kept_bytes > MAX_KEPT_BYTES:
+                self._kept_bytes -= len(self._kept.popitem(last=False)[0])
+
+    def _tokens(self):
+        """llguidance's form of the vocabulary, made once: half a second for 150 000 tokens."""
+        with self._lock:
+            if self._reader is None:
+                self._reader = llguidance.LLTokenizer(
+                    Vocabulary(self._tokenizer, self._eos_ids, self._vocab_size), self._vocab_size, self._eos_ids)
+            return self._reader
+
+
+class Vocabulary:
+    """A Tokenizer with the attributes that llguidance reads."""
+
+    is_tokenizer_wrapper = True
+
+    def __init__(self, tokenizer, eos_ids, vocab_size):
+        if not eos_ids:
+            raise ValueError("this model has no end token, so it cannot end an answer when a grammar is complete")
+        self._tokenizer = tokenizer
+        self.eos_token_id, self.bos_token_id = eos_ids[0], tokenizer.bos_id
+        self.tokens = [tokenizer.token_bytes(i) for i in range(min(tokenizer.vocab_size, vocab_size))]
+        self.special_token_ids = sorted(i for i in tokenizer.special_ids if i < vocab_size)
+
+    def __call__(self, text):
+        """Token ids whose bytes are exactly those of a text; none if the tokenizer cannot give such."""
+        for marked in (text, "\n" + text):  # some tokenizers put a space before the first word, so before the mark
+            ids = self._tokenizer.encode(marked, add_special_tokens=False)
+            for skipped in range(min(4, len(ids))):
+                if b"".join(map(self._tokenizer.token_bytes, ids[skipped:])) == text.encode():
+                    return ids[skipped:]
+        return []
+
+
+class TokenMask:
+    """The function for SamplingParams.logits_mask: given the output so far, the tokens allowed next.
+
+    Works for all samples of a request; each has a matcher that advances with its output. The array it returns is
+    used again by the next call.
+    """
+
+    def __init__(self, compiled, num_words, trigger=None, after=None):
+        self._compiled, self._trigger, self._after = compiled, trigger, after
+        self._words = np.zeros(num_words, np.uint32)
+        self._samples = OrderedDict()
+
+    def __call__(self, output_ids):
+        sample = self._sample(output_ids)
+        for token in output_ids[sample.num_read:]:
+            self._read(sample, token)
+        return None if sample.matcher is None else fill(sample.matcher, self._words)
+
+    def _sample(self, output_ids):
+        """What is known of this list, which only ever grows; a new list is read from its beginning."""
+        known = self._samples.get(id(output_ids))
+        if known is None or known.num_read > len(output_ids):
+            known = self._samples[id(output_ids)] = _Sample(output_ids, self._start(), self._after is None)
+            if len(self._samples) > MAX_SAMPLES:
+                self._samples.popitem(last=False)
+        return known
+
+    def _start(self):
+        return None if self._trigger is not None else self._compiled.deep_copy()
+
+    def _read(self, sample, token):
+        sample.num_read += 1
+        if sample.matcher is not None:
+            sample.matcher.consume_token(token) or _check(sample.matcher)
+            if self._trigger is not None and sample.matcher.is_stopped():
+                sample.matcher = None
+        elif token == self._after:
+            sample.armed = True
+        elif token == self._trigger and sample.armed:
+            sample.matcher = self._compiled.deep_copy()
+
+
+class _Sample:
+    """One output (kept, so that its id stays its own), how much of it was read, and the matcher behind that."""
+
+    def __init__(self, output_ids, matcher, armed):
+        self.output_ids, self.num_read, self.matcher, self.armed = output_ids, 0, matcher, armed
+
+
+def fill(matcher, words):
+    """Writes a matcher's mask into uint32 words and returns them. ValueError if it reached a limit."""
+    matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+    _check(matcher)
+    return words
+
+
+def _check(matcher):
+    if matcher.is_error():
+        raise ValueError(f"grammar: {matcher.get_error().replace('<non-verbose/>', '').strip()[:500]}")
+
+
+def dump(value):
+    """JSON text of a schema, whose size is bounded."""
+    text = json.dumps(value)
+    _check_bytes(text)
+    return text
+
+
+def check_nesting(value, what="JSON schema"):
+    """ValueError if objects and lists are nested more than MAX_NESTING deep."""
+    level, depth = [value], 0
+    while level := [child for v in level for child in _children(v)]:
+        depth += 1
+        if depth > MAX_NESTING:
+            raise ValueError(f"{what}: nested more than {MAX_NESTING} deep")
+
+
+def check_multiples(schema):
+    """ValueError if a schema's multipleOf are so many or large that compiling them would take long."""
+    level, found = [schema], set()
+    while level:
+        found |= {Fraction(str(v["multipleOf"])).numerator for v in level
+                  if isinstance(v, dict) and type(v.get("multipleOf")) in (int, float)}
+        level = [child for v in level for child in _children(v)]
+    if math.prod(map(abs, found)) > MAX_MULTIPLES:
+        raise ValueError(f"JSON schema: multipleOf: at most {MAX_MULTIPLES} can be enforced, as the product of all")
+
+
+def _children(value):
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def _check_bytes(text):
+    if len(text) > MAX_GRAMMAR_BYTES:
+        raise ValueError(f"grammar of {len(text)} characters, at most {MAX_GRAMMAR_BYTES} are allowed")
+
+
+def _string(what, value):
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{what}: expected a text, got {value!r:.80}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{what}: has a lone surrogate, which is not text") from None
+    return value

@@ -1,0 +1,60 @@
+"""Grammars that hold a model to calls of the tools that there are, with arguments that their schemas allow."""
+from lockstep.serve.structured import dump, quote, with_options
+
+MAX_CALLS = 16
+
+
+class Lark:
+    """The rules of a Lark grammar while it is written.
+
+    special: {text: id} of the tokens that stand for no text; a grammar names those by their id.
+    """
+
+    def __init__(self, special):
+        self._special, self._lines = special, []
+
+    def rule(self, name, *parts, options=""):
+        """Adds a rule; returns its name."""
+        self._lines.append(f"{name}{options}: {' '.join(part for part in parts if part)}")
+        return name
+
+    def mark(self, text):
+        """A text that may be a special token."""
+        return f"<[{self._special[text]}]>" if text in self._special else quote(text)
+
+    def json(self, name, schema, strict):
+        """A rule for JSON that a schema allows."""
+        return self.rule(name, "%json " + dump(with_options(schema, strict)))
+
+    def text_until(self, name, end):
+        """A rule for any text up to and with its first `end`."""
+        if end in self._special:
+            return self.rule(name, r"/(?s:.*)/", self.mark(end))
+        return self.rule(name, rf"/(?s:.*){regex_quote(end)}/", options="[lazy]")
+
+    @property
+    def text(self):
+        """The grammar."""
+        return "\n".join(self._lines)
+
+
+def regex_quote(text):
+    """A text as it stands in a regular expression of a Lark grammar."""
+    return "".join(c if c.isalnum() or c in "_ <>=" else "\\n" if c == "\n" else "\\" + c for c in text)
+
+
+def either(options):
+    """One of several parts of a rule."""
+    return f"({' | '.join(options)})"
+
+
+def json_object(lark, name, tool, keys):
+    """Rules for {"name": ..., "arguments": {...}} of one tool. keys: what the two are called."""
+    arguments = lark.json(f"{name}_arguments", tool.parameters, tool.strict)
+    head = f'{{"{keys[0]}": {quote(tool.name)}, "{keys[1]}": '
+    return lark.rule(name, quote(head), arguments, quote("}"))
+
+
+def several(call, separator, parallel):
+    """One call, or more with something between them (a weak model would never stop, so their number is bounded)."""
+    return f"{call} ({separator} {call}){{0,{MAX_CALLS - 1}}}" if parallel else call

@@ -1,0 +1,19 @@
+"""<tool_call>\\n{"name": ..., "arguments": {...}}\\n</tool_call>, as Hermes, Qwen and SmolLM3 write calls."""
+from lockstep.serve.structured import quote
+from lockstep.serve.tool_calls.grammar import either, json_object, several
+from lockstep.serve.tool_calls.readers import after_space, json_call
+
+KEYS = ("arguments", "parameters")
+
+
+def read(calls):
+    """Reads one call from behind its mark."""
+    yield from json_call(calls, (yield from after_space()), KEYS)
+
+
+def rules(lark, tools, parallel):
+    """Adds rules `call`, for what follows the mark of one call, and `calls`."""
+    objects = [json_object(lark, f"tool_{i}", tool, ("name", "arguments")) for i, tool in enumerate(tools)]
+    lark.rule("call", quote("\n"), either(objects), quote("\n"), lark.mark("</tool_call>"))
+    marked = lark.rule("marked", lark.mark("<tool_call>"), "call")
+    lark.rule("calls", several(marked, quote("\n"), parallel))

@@ -1,0 +1,18 @@
+"""{"name": ..., "parameters": {...}} as a whole answer, as Llama 3 writes calls; more of them after semicolons."""
+from lockstep.serve.structured import quote
+from lockstep.serve.tool_calls.grammar import either, json_object, several
+from lockstep.serve.tool_calls.readers import after_space, json_call
+
+KEYS = ("parameters", "arguments")
+
+
+def read(calls):
+    """Reads one call. Any JSON may be an answer, so nothing else may stand beside the name and its parameters."""
+    yield from json_call(calls, (yield from after_space()), KEYS, others=("type", "id"))
+
+
+def rules(lark, tools, parallel):
+    """Adds rules `call`, for what follows the mark of one call, and `calls`."""
+    objects = [json_object(lark, f"tool_{i}", tool, ("name", "parameters")) for i, tool in enumerate(tools)]
+    lark.rule("call", either(objects))
+    lark.rule("calls", several("call", quote("; "), parallel))

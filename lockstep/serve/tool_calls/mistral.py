@@ -1,0 +1,59 @@
+"""Calls after [TOOL_CALLS]: Mistral's older models write a JSON array of them, the newer name[ARGS]{...} for each."""
+from lockstep.serve.structured import quote
+from lockstep.serve.tool_calls.grammar import MAX_CALLS, either, json_object, several
+from lockstep.serve.tool_calls.readers import MAX_NAME, NotACall, after_space, json_call, json_container
+
+KEYS = ("arguments", "parameters")
+CALL_ID, ARGS = "[CALL_ID]", "[ARGS]"
+
+
+def read(calls):
+    """Reads the array, or the one call, behind a mark."""
+    character = yield from after_space()
+    if character == "[":
+        yield from _array(calls)
+    else:
+        yield from _named(calls, character)
+
+
+def _array(calls):
+    while True:
+        yield from json_call(calls, (yield from after_space()), KEYS)
+        character = yield from after_space()
+        if character == "]":
+            return
+        if character != ",":
+            raise NotACall
+
+
+def _named(calls, character):
+    head = ""
+    while character != "{":
+        head += character
+        if len(head) > MAX_NAME:
+            raise NotACall
+        character = yield
+    name = head.removesuffix(ARGS).partition(CALL_ID)[0].strip()
+    if not name:
+        raise NotACall
+    calls.begin(name)
+    yield from json_container("{", calls.add)
+
+
+def rules(lark, tools, parallel):
+    """Adds rules `call`, for what follows the mark, and `calls`."""
+    objects = [json_object(lark, f"tool_{i}", tool, ("name", "arguments")) for i, tool in enumerate(tools)]
+    one = lark.rule("one", either(objects))
+    lark.rule("call", quote("["), several(one, quote(", "), parallel), quote("]"))
+    lark.rule("calls", lark.mark("[TOOL_CALLS]"), "call")
+
+
+def named_rules(lark, tools, parallel):
+    """The same for name[ARGS]{...}."""
+    made = []
+    for i, tool in enumerate(tools):
+        arguments = lark.json(f"tool_{i}_arguments", tool.parameters, tool.strict)
+        made.append(lark.rule(f"tool_{i}", quote(tool.name), lark.mark(ARGS), arguments))
+    lark.rule("call", either(made))
+    marked = lark.rule("marked", lark.mark("[TOOL_CALLS]"), "call")
+    lark.rule("calls", f"{marked}{{1,{MAX_CALLS}}}" if parallel else marked)

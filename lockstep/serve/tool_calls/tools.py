@@ -1,0 +1,80 @@
+"""The tools of a request, and what the model is to do with them."""
+import json
+import re
+from dataclasses import dataclass
+
+from lockstep.serve.structured import check_nesting
+
+NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+MAX_TOOLS = 256
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function that a model may call. parameters: the JSON schema of its arguments; strict: every keyword of that
+    schema is enforced or refused."""
+
+    name: str
+    description: str
+    parameters: dict
+    strict: bool = False
+
+    def __post_init__(self):
+        if not isinstance(self.name, str) or not NAME.fullmatch(self.name):
+            raise ValueError(f"tools: a name has 1 to 128 letters, digits or _.:-, got {self.name!r:.80}")
+        if not isinstance(self.parameters, dict):
+            raise ValueError(f"tools: parameters of {self.name}: expected a JSON schema, got {self.parameters!r:.80}")
+        check_nesting(self.parameters, f"tools: parameters of {self.name}")
+
+    def for_template(self):
+        """The tool as chat templates know one."""
+        function = dict(name=self.name, description=self.description, parameters=self.parameters)
+        return dict(type="function", function=function)
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """The tools of a request. must_call: an answer has to be a call of one of `allowed` (names); parallel: it may have
+    several."""
+
+    tools: tuple[Tool, ...] = ()
+    must_call: bool = False
+    allowed: tuple[str, ...] | None = None
+    parallel: bool = True
+
+    def __post_init__(self):
+        names = [tool.name for tool in self.tools]
+        if len(names) > MAX_TOOLS:
+            raise ValueError(f"tools: expected at most {MAX_TOOLS}, got {len(names)}")
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise ValueError(f"tools: {sorted(twice)[0]} is there more than once")
+        unknown = set(self.allowed or ()) - set(names)
+        if unknown:
+            raise ValueError(f"tool_choice: there is no tool {sorted(unknown)[0]!r:.100}")
+        if self.must_call and not names:
+            raise ValueError("tool_choice: a call is required, but there are no tools")
+
+    @property
+    def callable(self):
+        """The tools that may be called."""
+        return [tool for tool in self.tools if self.allowed is None or tool.name in self.allowed]
+
+
+def written_out(use):
+    """Instructions for models whose chat template knows no tools; calls are then written in Hermes' style."""
+    listed = "\n".join(as_line(tool) for tool in use.tools)
+    return (f"You can call functions. These are their signatures:\n<tools>\n{listed}\n</tools>\n"
+            "To call one, write its name and arguments as JSON:\n"
+            '<tool_call>\n{"name": NAME, "arguments": {...}}\n</tool_call>')
+
+
+def as_line(tool):
+    """A tool as one line of JSON."""
+    return json.dumps(tool.for_template(), ensure_ascii=False)
+
+
+def as_call(function):
+    """A call, {"name", "arguments"}, in Hermes' style."""
+    call = json.dumps(dict(name=function["name"], arguments=function["arguments"]), ensure_ascii=False)
+    return f"<tool_call>\n{call}\n</tool_call>"

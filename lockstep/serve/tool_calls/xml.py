@@ -1,0 +1,119 @@
+"""<tool_call><function=name><parameter=key>value</parameter></function></tool_call>, as Qwen3-Coder and Qwen3.5 write.
+
+Values stand there as plain text: what is a string and what is JSON only the tool's schema tells.
+"""
+import json
+
+from lockstep.serve.structured import quote
+from lockstep.serve.tool_calls.grammar import either, several
+from lockstep.serve.tool_calls.readers import NotACall, after_space, expect, name_until, until
+
+FUNCTION, PARAMETER, END = "function=", "parameter=", "</parameter>"
+LITERALS = {"True": True, "False": False, "None": None}
+
+
+def read(calls):
+    """Reads one call from behind its mark."""
+    if (yield from after_space()) != "<":
+        raise NotACall
+    yield from expect(FUNCTION)
+    name = (yield from name_until(">")).strip()
+    calls.begin(name)
+    schema = next((tool.parameters for tool in calls.tools if tool.name == name), {})
+    calls.add("{")
+    yield from _parameters(calls, schema.get("properties"))
+    calls.add("}")
+
+
+def _parameters(calls, properties):
+    """Reads parameters up to </function>."""
+    separator = ""
+    while True:
+        if (yield from after_space()) != "<":
+            continue
+        character = yield
+        if character == "/":
+            return (yield from until(">", lambda _: None))
+        if character != PARAMETER[0]:
+            raise NotACall
+        yield from expect(PARAMETER[1:])
+        key = (yield from name_until(">")).strip()
+        calls.add(f"{separator}{json.dumps(key)}: ")
+        separator = ", "
+        yield from _value(calls, properties.get(key) if isinstance(properties, dict) else None)
+
+
+def _value(calls, schema):
+    if is_text(schema):
+        calls.add('"')
+        yield from until(END, Lines(lambda text: calls.add(json.dumps(text)[1:-1])).add)
+        calls.add('"')
+    else:
+        pieces = []
+        yield from until(END, Lines(pieces.append).add)
+        calls.add(json.dumps(_decoded("".join(pieces), schema)))
+
+
+class Lines:
+    """Passes characters on without the line break that follows <parameter=key> and the one before its end."""
+
+    def __init__(self, out):
+        self._out, self._held, self._first = out, "", True
+
+    def add(self, character):
+        """Takes the next character."""
+        if self._held:
+            self._out(self._held)
+        self._held = character if character == "\n" and not self._first else ""
+        if character != "\n":
+            self._out(character)
+        self._first = False
+
+
+def is_text(schema):
+    """Whether a value with this schema is a string, whatever it looks like."""
+    if not isinstance(schema, dict):
+        return True
+    values = schema.get("enum") or [schema["const"]] if "enum" in schema or "const" in schema else None
+    if values is not None and "type" not in schema:
+        return all(isinstance(value, str) for value in values)
+    return schema.get("type", "string" if not schema else None) == "string"
+
+
+def _decoded(text, schema):
+    """The value that a text stands for; the text itself where it is no JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return LITERALS.get(text.strip(), text)
+
+
+def rules(lark, tools, parallel):
+    """Adds rules `call`, for what follows the mark of one call, and `calls`. Parameters come in the schema's order."""
+    made = [_function(lark, f"tool_{i}", tool) for i, tool in enumerate(tools)]
+    lark.rule("call", quote("\n"), either(made), quote("\n"), lark.mark("</tool_call>"))
+    marked = lark.rule("marked", lark.mark("<tool_call>"), "call")
+    lark.rule("calls", several(marked, quote("\n"), parallel))
+
+
+def _function(lark, name, tool):
+    properties, required = tool.parameters.get("properties") or {}, tool.parameters.get("required") or []
+    if not isinstance(properties, dict) or not isinstance(required, list):
+        raise ValueError(f"tools: parameters of {tool.name}: expected an object of properties and a list of required")
+    parts = []
+    for i, (key, schema) in enumerate(properties.items()):
+        made = _parameter(lark, f"{name}_{i}", key, schema, tool)
+        parts.append(made if key in required else f"{made}?")
+    return lark.rule(name, quote(f"<function={tool.name}>\n"), *parts, quote("</function>"))
+
+
+def _parameter(lark, name, key, schema, tool):
+    head = quote(f"<parameter={key}>\n")
+    if not is_text(schema):
+        shared = {word: tool.parameters[word] for word in ("$defs", "definitions") if word in tool.parameters}
+        value = lark.json(f"{name}_value", {**shared, **schema}, tool.strict)
+        return lark.rule(name, head, value, quote(f"\n{END}\n"))
+    options = schema.get("enum") or ([schema["const"]] if "const" in schema else []) if isinstance(schema, dict) else []
+    if options and all(isinstance(option, str) for option in options):
+        return lark.rule(name, head, either(map(quote, options)), quote(f"\n{END}\n"))
+    return lark.rule(name, head, lark.text_until(f"{name}_value", f"\n{END}\n"))

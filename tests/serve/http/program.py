@@ -1,0 +1,59 @@
+"""The program `lockstep serve` as users run it: a process of its own, with the bundled model."""
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+ROOT = Path(__file__).parents[3]
+
+
+class Program:
+    """A running server process. port, url: where it listens."""
+
+    def __init__(self, process, port):
+        self.process, self.port, self.url = process, port, f"http://127.0.0.1:{port}"
+
+    def signal(self, number=signal.SIGTERM):
+        """Sends a signal."""
+        self.process.send_signal(number)
+
+    def metrics(self):
+        """{name and labels: value} of /metrics."""
+        text = httpx.get(f"{self.url}/metrics", timeout=60).text
+        return {(s.name.removeprefix("lockstep_"), *s.labels.values()): s.value
+                for family in text_string_to_metric_families(text) for s in family.samples}
+
+    def is_idle(self):
+        """Whether nothing is in work and no memory of the engine is held."""
+        found = {name: value for (name, *_), value in self.metrics().items()}
+        held = found["pages"] - found["pages_free"] - found["pages_idle"]
+        return not (held or found["running"] or found["waiting"] or found["open_requests"] or found["queued_tokens"])
+
+    @property
+    def rss_mb(self):
+        """Resident memory."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.search(r"VmRSS:\s*(\d+)", status)[1]) / 1024
+
+
+@contextlib.contextmanager
+def program(*options):
+    """A Program that is ready; killed in the end if it still runs."""
+    command = [sys.executable, "-m", "lockstep", "serve", "--port", "0", "--threads", "1", *map(str, options)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    try:
+        line = process.stdout.readline()
+        ready = re.search(r"is ready at http://127\.0\.0\.1:(\d+)/v1", line)
+        assert ready, line + process.stdout.read()
+        yield Program(process, int(ready[1]))
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()

@@ -1,0 +1,43 @@
+"""HTTP by hand, for what no client library would send."""
+import json
+import socket
+
+
+def connect(server):
+    """A socket to a Running server."""
+    return socket.create_connection(("127.0.0.1", server.port), timeout=60)
+
+
+def head(path="/v1/completions", method="POST", **headers):
+    """A request's head."""
+    lines = [f"{method} {path} HTTP/1.1", "Host: test", *(f"{n.replace('_', '-')}: {v}" for n, v in headers.items())]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+
+def request(body, **headers):
+    """A whole request with a body: bytes, or something for JSON."""
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return head(Content_Length=len(raw), **headers) + raw
+
+
+def read_all(connection):
+    """Everything until the server closes."""
+    made = bytearray()
+    try:
+        while piece := connection.recv(1 << 16):
+            made += piece
+    except ConnectionResetError:
+        pass
+    return bytes(made)
+
+
+def exchange(server, raw):
+    """(status, body) of what is answered to these bytes; the connection is asked to close after it."""
+    with connect(server) as connection:
+        try:
+            connection.sendall(raw)
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+        answer = read_all(connection)
+    first, _, rest = answer.partition(b"\r\n\r\n")
+    return (int(first.split()[1]) if first else None), rest

@@ -1,0 +1,80 @@
+"""`lockstep serve`: what it says, and how it refuses to start."""
+import os
+import socket
+import subprocess
+import sys
+
+import httpx
+import pytest
+
+from lockstep.commands.serve import keys, model_name
+from lockstep.serve.http.service import Service
+from lockstep.serve.http.serving import bind
+from tests.serve.http.program import ROOT, program
+
+
+def refused(*options):
+    """What the command says when it cannot start."""
+    command = [sys.executable, "-m", "lockstep", "serve", *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 2 and not done.stdout, done
+    return done.stderr
+
+
+def test_options_reach_the_server():
+    options = ("--name", "mine", "--api-key", "a", "--api-key", "b", "--max-requests", 3, "--max-context", 640,
+               "--max-body-mb", 1, "--cors-origin", "https://example.org")
+    with program(*options) as made, httpx.Client(base_url=made.url, headers={"Authorization": "Bearer b"}) as client:
+        [model] = client.get("/v1/models", headers={"Origin": "https://example.org"}).json()["data"]
+        assert (model["id"], model["max_model_len"]) == ("mine", 640)
+        assert client.post("/v1/completions", content=b"x" * (1 << 20) + b"x").status_code == 413
+        assert httpx.get(f"{made.url}/v1/models").status_code == 401
+
+
+@pytest.mark.parametrize("options, says", [
+    (("no/such/model/here",), "no such folder or file"), (("--max-context", 0), "max-context"),
+    (("--port", 70000), "port"), (("--api-key", ""), "--api-key: expected ASCII"),
+    (("--host", "no.such.host.invalid"), "cannot listen on no.such.host.invalid")], ids=str)
+def test_what_cannot_work_is_said_in_one_sentence(options, says):
+    said = refused(*options)
+    assert says in said and said.startswith("lockstep: ") and said.count("\n") == 1
+
+
+def test_a_port_in_use_is_said_before_a_model_is_loaded():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert refused("--port", port) == f"lockstep: cannot listen on 127.0.0.1 port {port}: address already in use\n"
+
+
+def test_a_server_listens_on_an_ipv6_address_too():
+    try:
+        made = bind("::1", 0)
+    except ValueError as error:
+        pytest.skip(str(error))
+    assert made.getsockname()[1] > 0
+    made.close()
+
+
+def test_while_it_loads_requests_are_told_to_come_back():
+    service = Service("lockstep")
+    from lockstep.serve.http.errors import ApiError
+    with pytest.raises(ApiError) as caught:
+        service.check_open()
+    assert (caught.value.status, caught.value.code, caught.value.retry_after) == (503, "loading", 1)
+    service.close()
+
+
+def test_keys_come_from_options_or_the_environment(monkeypatch):
+    monkeypatch.setenv("LOCKSTEP_API_KEY", "secret")
+    assert keys(None) == ["secret"] and keys(["a", "b"]) == ["a", "b"]
+    monkeypatch.setenv("LOCKSTEP_API_KEY", "")
+    with pytest.raises(ValueError, match="--api-key"):
+        keys(None)
+
+
+def test_a_model_is_called_by_the_end_of_its_path():
+    assert [model_name(m) for m in (None, "org/Model", "/a/b/", "x/Model-Q8_0.gguf")] \
+        == ["lockstep", "Model", "b", "Model-Q8_0"]

@@ -1,0 +1,178 @@
+"""Models, tokenizer, health, readiness, metrics, keys and CORS."""
+import threading
+
+import httpx
+import openai
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from lockstep import LLM
+from lockstep.serve.http.limits import Limits
+from lockstep.serve.http.service import Service, system_fingerprint
+from tests.serve.http.server import SIZES, running, wait_until
+
+
+def metrics(server):
+    """{name and labels: value} of /metrics."""
+    text = httpx.get(f"{server.url}/metrics").text
+    return {(s.name, *s.labels.values()): s.value for family in text_string_to_metric_families(text)
+            for s in family.samples}
+
+
+# ---------------------------------------------------------------- models and tokenizer
+
+def test_the_model_is_listed_and_found_by_its_name(client, server, llm):
+    [listed] = client.models.list().data
+    assert listed == client.models.retrieve("lockstep") and (listed.id, listed.object) == ("lockstep", "model")
+    assert listed.max_model_len == 1024 and listed.system_fingerprint == system_fingerprint(llm)
+    with pytest.raises(openai.NotFoundError, match="there is no 'other/model' here"):
+        client.models.retrieve("other/model")
+
+
+def test_the_fingerprint_is_on_answers_and_names_the_arithmetic(client, llm):
+    made = client.completions.create(model="lockstep", prompt="x", max_tokens=1)
+    assert made.system_fingerprint == system_fingerprint(llm)
+    other = LLM(**SIZES, weights="f32")
+    assert system_fingerprint(other) != system_fingerprint(llm)
+    other.close()
+
+
+@pytest.mark.parametrize("text", ["def f(x):\n    return x", "x = '\N{SNOWMAN}'", ""])
+def test_text_becomes_tokens_and_text_again(server, llm, text):
+    found = httpx.post(f"{server.url}/tokenize", json=dict(prompt=text, return_token_strs=True)).json()
+    assert found["tokens"] == llm.encode(text) and found["count"] == len(found["tokens"]) == len(found["token_strs"])
+    assert found["max_model_len"] == 1024
+    assert httpx.post(f"{server.url}/detokenize", json=dict(tokens=found["tokens"])).json() == dict(prompt=text)
+
+
+def test_tokenizer_info_has_what_lm_eval_asks_for(server, llm):
+    info = httpx.get(f"{server.url}/tokenizer_info").json()
+    assert info["eos_token"] == llm.tokenizer.special_tokens["eos_token"] and info["eos_token_id"] in llm.engine.eos_ids
+    assert {"bos_token", "pad_token", "chat_template", "tokenizer_class"} <= set(info)
+
+
+@pytest.mark.parametrize("path, body", [("/tokenize", {}), ("/tokenize", dict(prompt="x", messages=[])),
+                                        ("/tokenize", dict(prompt=5)), ("/detokenize", {}),
+                                        ("/detokenize", dict(tokens=[-1])), ("/detokenize", dict(tokens=[1 << 40])),
+                                        ("/detokenize", dict(tokens="x"))], ids=str)
+def test_what_cannot_be_tokenized_is_refused(server, path, body):
+    got = httpx.post(server.url + path, json=body)
+    assert got.status_code == 400 and got.json()["error"]["param"] in ("prompt", "tokens", "tokens[0]")
+
+
+# ---------------------------------------------------------------- health and metrics
+
+def test_an_unknown_path_and_method_have_error_objects(server):
+    for got, status in ((httpx.get(f"{server.url}/v2/models"), 404), (httpx.get(f"{server.url}/v1/completions"), 405)):
+        assert got.status_code == status and set(got.json()["error"]) == {"message", "type", "param", "code"}
+    assert got.headers["allow"] == "POST"
+
+
+def test_metrics_count_tokens_answers_and_times(server, client):
+    before = metrics(server)
+    answer = client.completions.create(model="lockstep", prompt="def f(", max_tokens=9, temperature=0,
+                                       extra_body=dict(ignore_eos=True), n=2)
+    list(client.completions.create(model="lockstep", prompt="def f(", max_tokens=5, stream=True))
+    httpx.post(f"{server.url}/v1/completions", content=b"{")
+    after = metrics(server)
+    moved = {name: after[name] - before.get(name, 0) for name in after if after[name] != before.get(name, 0)}
+    assert moved[("lockstep_prompt_tokens_total",)] == 2 * answer.usage.prompt_tokens
+    assert 18 < moved[("lockstep_generated_tokens_total",)] <= 23
+    assert moved[("lockstep_responses_total", "200")] == 3 and moved[("lockstep_responses_total", "400")] == 1
+    for name in ("time_to_first_token", "request"):
+        assert moved[(f"lockstep_{name}_seconds_count",)] == moved[(f"lockstep_{name}_seconds_bucket", "+Inf")] == 2
+    assert moved[("lockstep_inter_token_seconds_count",)] > 0 and moved[("lockstep_inter_token_seconds_sum",)] > 0
+    assert after[("lockstep_open_requests",)] == after[("lockstep_running",)] == after[("lockstep_waiting",)] == 0
+
+
+def test_health_and_readiness_follow_the_engine():
+    service = Service("lockstep")
+    assert service.state == "loading"
+    with running(max_requests=2) as made:
+        health, ready = f"{made.url}/health", f"{made.url}/ready"
+        assert httpx.get(health).status_code == httpx.get(ready).status_code == 200
+        step, hold, failing = made.service.engine.engine.step, threading.Event(), []
+
+        def slow_step():
+            hold.wait(60)
+            if failing:
+                raise RuntimeError("secret detail")
+            return step()
+
+        made.service.engine.engine.step = slow_step
+        answers = []
+
+        def ask():
+            answers.append(httpx.post(f"{made.url}/v1/completions", json=dict(prompt="x", max_tokens=2), timeout=60))
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        wait_until(lambda: made.service.engine.seconds_in_step > 0.2)
+        assert httpx.get(health).status_code == 200
+        object.__setattr__(made.service.limits, "stuck_seconds", 0.2)
+        stuck = httpx.get(health)
+        assert stuck.status_code == httpx.get(ready).status_code == 503 and "stuck" in stuck.json()["reason"]
+        refused = httpx.post(f"{made.url}/v1/completions", json=dict(prompt="x"))
+        assert refused.status_code == 503 and refused.json()["error"]["code"] == "engine"
+        failing.append(True)
+        hold.set()
+        asking.join(60)
+        dead = httpx.get(health)
+        assert dead.status_code == 503 and dead.json()["reason"] == "the engine stopped: RuntimeError"
+        assert answers[0].status_code == 503 and "secret" not in answers[0].text
+        assert answers[0].json()["error"]["type"] == "server_error"
+
+
+def test_a_fault_of_the_server_says_nothing_about_itself(caplog):
+    with running() as made:
+        made.service.tokenizer = None.__class__  # anything that does not work
+        got = httpx.post(f"{made.url}/v1/completions", json=dict(prompt="x"))
+    assert got.status_code == 500 and set(got.json()["error"]) == {"message", "type", "param", "code"}
+    assert "NoneType" not in got.text and "encode" not in got.text and "encode" in caplog.text
+
+
+def test_an_engine_that_is_stuck_does_not_keep_a_server_from_ending(monkeypatch):
+    monkeypatch.setattr("lockstep.serve.http.service.CLOSE_SECONDS", 0.2)
+    hold = threading.Event()
+    with running(limits=Limits(drain_seconds=0.1)) as made:
+        made.service.engine.engine.step = lambda: hold.wait(60) and []
+        answers = []
+        asking = threading.Thread(target=lambda: answers.append(
+            httpx.post(f"{made.url}/v1/completions", json=dict(prompt="x"), timeout=60)))
+        asking.start()
+        wait_until(lambda: made.service.engine.seconds_in_step > 0)
+        made.server.handle_exit(15, None)
+        wait_until(lambda: made.service.state == "closed")
+        asking.join(60)
+        assert (answers[0].status_code, answers[0].json()["error"]["code"]) == (503, "shutting_down")
+        hold.set()
+
+
+# ---------------------------------------------------------------- who may ask
+
+def test_a_key_opens_everything_and_only_health_and_the_page_s_files_are_open_without():
+    with running(api_keys=["right", "other"]) as made:
+        paths = ["/health", "/ready", "/", "/metrics", "/v1/models", "/tokenizer_info", "/nowhere", "/page/figures",
+                 "/v1/completions"]
+        status = {path: httpx.get(made.url + path).status_code for path in paths}
+        assert status == {path: 401 for path in paths} | {"/health": 200, "/ready": 200, "/": 200}
+        wrong = [{"Authorization": "Bearer wrong"}, {"Authorization": "Bearer"}, {"Authorization": "Basic right"},
+                 {"Authorization": "right"}, {"x-api-key": "righ"}, {"Authorization": "Bearer right2"}]
+        assert {httpx.get(f"{made.url}/v1/models", headers=h).status_code for h in wrong} == {401}
+        right = [{"Authorization": "Bearer right"}, {"Authorization": "bearer other"}, {"x-api-key": "right"}]
+        assert {httpx.get(f"{made.url}/v1/models", headers=h).status_code for h in right} == {200}
+        with pytest.raises(openai.AuthenticationError) as caught:
+            openai.OpenAI(base_url=f"{made.url}/v1", api_key="wrong").models.list()
+        assert caught.value.code == "invalid_api_key"
+        assert httpx.get(f"{made.url}/v1/messages").json()["type"] == "error"
+
+
+def test_other_pages_may_call_only_where_they_are_allowed(server):
+    asked = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
+    assert "access-control-allow-origin" not in httpx.options(f"{server.url}/v1/completions", headers=asked).headers
+    assert "access-control-allow-origin" not in httpx.get(f"{server.url}/health", headers=asked).headers
+    with running(cors_origins=["https://example.org"]) as made:
+        got = httpx.options(f"{made.url}/v1/completions", headers=asked)
+        assert got.headers["access-control-allow-origin"] == "https://example.org" and got.status_code == 200
+        other = httpx.options(f"{made.url}/v1/completions", headers=asked | {"Origin": "https://evil.example"})
+        assert "access-control-allow-origin" not in other.headers

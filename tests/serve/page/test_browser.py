@@ -1,0 +1,297 @@
+"""The page in a real browser, against a real server."""
+import json
+import shutil
+import time
+
+import httpx
+import pytest
+
+from lockstep import LLM
+from lockstep.serve.hub import resolve_model
+from lockstep.serve.http.errors import ApiError
+from tests.serve.http.server import SIZES, running
+from tests.serve.page import browser as driver
+
+pytestmark = pytest.mark.skipif(driver.missing() is not None, reason=f"{driver.missing()}: the page is not tested")
+ENDED, TOKENS = ".again", ".answer:last-child .token"
+VERDICT = ".answer:last-child .verdict"
+
+
+@pytest.fixture(scope="module")
+def server():
+    with running() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with driver.chromium() as made:
+        yield made
+
+
+@pytest.fixture
+def page(chromium, server):
+    """The browser on a fresh page, with few tokens to an answer; nothing may complain."""
+    yield opened(chromium, server)
+    assert chromium.complaints() == []
+
+
+def opened(chromium, server, width=1100):
+    chromium.look(width, 800)
+    chromium.open(server.url)
+    chromium.run("sessionStorage.clear(); location.reload()")
+    chromium.until(lambda: chromium.texts("#running") == ["0"])
+    setting(chromium, "max_tokens", 24)
+    return chromium
+
+
+def setting(page, name, value):
+    page.run("const e = document.getElementById(arguments[0]); e.value = arguments[1];"
+             "e.dispatchEvent(new Event('input', {bubbles: true}))", name, str(value))
+
+
+def ask(page, text, answers=1):
+    """Sends a message; waits for the end of its answer."""
+    send(page, text)
+    page.until(lambda: page.shown(ENDED) == answers)
+
+
+def send(page, text):
+    page.type("#prompt", text)
+    page.press("Enter")
+
+
+@pytest.fixture
+def slow(server, monkeypatch):
+    """Steps that take their time, so that there is an answer to interrupt."""
+    engine = server.service.llm.engine
+    step = engine.step
+    monkeypatch.setattr(engine, "step", lambda: (time.sleep(0.03), step())[1])
+
+
+def facts(page):
+    return page.texts(".answer:last-child .facts li")
+
+
+def test_an_answer_is_what_the_api_gives_for_its_seed(page, server):
+    ask(page, "Write a loop.")
+    assert page.text(".said") == "Write a loop." and not page.shown("#welcome")
+    found = facts(page)
+    seed = int(found[0].removeprefix("seed "))
+    assert found[1:3] == [server.service.fingerprint, "24 tokens"]
+    body = dict(messages=[dict(role="user", content="Write a loop.")], seed=seed, max_tokens=24, temperature=0.7,
+                top_p=0.95)
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()
+    assert page.text(".answer .text") == answer["choices"][0]["message"]["content"]
+    assert 1 < len(page.texts(TOKENS)) <= 24
+
+
+def test_a_conversation_goes_on_and_can_be_forgotten(page, server):
+    setting(page, "seed", 7)
+    setting(page, "system", "Be brief.")
+    ask(page, "One.")
+    ask(page, "Two.", answers=2)
+    first = page.texts(".answer .text")[0]
+    messages = [dict(role="system", content="Be brief."), dict(role="user", content="One."),
+                dict(role="assistant", content=first), dict(role="user", content="Two.")]
+    body = dict(messages=messages, seed=7, max_tokens=24, temperature=0.7, top_p=0.95)
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()
+    assert page.texts(".answer .text")[1] == answer["choices"][0]["message"]["content"]
+    page.click("#clear")
+    assert page.shown("#welcome") and not page.shown(".answer")
+
+
+def test_a_conversation_that_is_forgotten_while_it_is_answered_stays_forgotten(page, server, slow):
+    send(page, "One.")
+    page.until(lambda: len(page.texts(TOKENS)) > 3)
+    page.click("#clear")
+    page.until(lambda: page.shown("#send") and server.service.num_open == 0)
+    page.run("""const send = fetch;
+        window.fetch = (path, options) => {
+          if (options?.body) window.sent = JSON.parse(options.body).messages;
+          return send(path, options);
+        };""")
+    ask(page, "Two.")
+    assert page.run("return sent") == [dict(role="user", content="Two.")] and page.texts(".said") == ["Two."]
+
+
+def test_run_again_gives_the_same_alone_and_in_a_crowd(page):
+    ask(page, "Write a class.")
+    for button, words in (("first-child", "✓ The same: all 24 tokens"), ("nth-child(2)", "✓ The same beside 4 others")):
+        page.click(f".again button:{button}")
+        page.until(lambda: words in page.text(VERDICT))
+        assert page.shown(f"{VERDICT}.same")
+
+
+def test_run_again_notices_a_difference(page):
+    ask(page, "Write a class.")
+    page.run("""const send = fetch;
+        window.fetch = (path, options) => send(path, options?.body ? {...options, body: JSON.stringify(
+            {...JSON.parse(options.body), seed: JSON.parse(options.body).seed + 1})} : options);""")
+    page.click(".again button:first-child")
+    page.until(lambda: page.shown(f"{VERDICT}.differs"))
+    assert "✗ Not the same, from token" in page.text(VERDICT)
+
+
+def test_alternatives_on_hover_and_by_keyboard(page):
+    ask(page, "Write a test.")
+    assert not page.shown("#card")
+    page.hover(f"{TOKENS}:nth-child(3)")
+    page.until(lambda: page.shown("#card"))
+    rows = page.run("return [...document.querySelectorAll('#card tr')].map(r => [r.className, r.cells[2].textContent])")
+    assert 5 <= len(rows) <= 6 and [kind for kind, _ in rows].count("chosen") == 1
+    shares = [float(words.strip("< %")) for _, words in rows[:5]]
+    assert shares == sorted(shares, reverse=True) and 0 < sum(shares) < 101
+    page.hover("#greeting, h1")
+    page.until(lambda: not page.shown("#card"))
+    page.run(f"document.querySelector({json.dumps(TOKENS)}).focus()")
+    page.press("ArrowRight", "ArrowRight")
+    place = "return [...document.activeElement.parentElement.children].indexOf(document.activeElement)"
+    assert page.shown("#card") and page.run(place) == 2
+    assert page.run("return document.activeElement.getAttribute('aria-describedby')") == "card"
+    page.press("Escape")
+    assert not page.shown("#card")
+
+
+def test_stop_ends_the_answer_on_the_server_too(page, server, slow):
+    setting(page, "max_tokens", 900)
+    send(page, "Go on and on.")
+    page.until(lambda: len(page.texts(TOKENS)) > 3)
+    page.until(lambda: page.texts("#running") == ["1"] and page.text("#rate").replace(".", "").isdigit())
+    page.click("#stop")
+    page.until(lambda: page.shown(ENDED))
+    page.until(lambda: server.service.num_open == 0 and not server.service.counts()["running"])
+    assert "stopped" in facts(page) and page.shown("#send")
+    page.click(".again button:first-child")  # as far as it came, and no further
+    page.until(lambda: "✓ The same" in page.text(VERDICT))
+    page.until(lambda: server.service.num_open == 0)
+
+
+def test_the_figures_are_the_server_s(page, server):
+    ask(page, "Count to ten. " * 130)
+    ask(page, "And again.", answers=2)  # after the same 512 tokens, where the model's state was kept
+    counts = server.service.counts()
+    assert counts["hit_tokens"] > 0
+    page.until(lambda: page.texts("#hits") == [f"{100 * counts['hit_tokens'] / counts['query_tokens']:.3g} %"])
+    assert page.text("#pages") == f"0 of {counts['pages']}" and page.text("#waiting") == "0"
+
+
+def test_markup_stays_text(page):
+    images = page.run("return document.images.length")
+    ask(page, "<img src=x onerror=alert(1)><script>document.title='x'</script>")
+    assert page.text(".said").startswith("<img src=x") and page.run("return document.title") == "Lockstep"
+    assert page.run("return document.images.length") == images
+
+
+def test_tokens_find_their_text(page):
+    """Each token has the text that is its own; what only several give together they share."""
+    script = """const [text, tokens] = arguments;
+        const {elements} = await import("/page/tokens.js");
+        const {made, left} = elements(text, tokens.map(text => ({text, logprob: -1, top: []})));
+        return [made.map(e => e.textContent), left.map(t => t.text)];"""
+    def placed(text, *tokens):
+        return page.run(f"return (async function() {{ {script} }})(...arguments)", text, tokens)
+
+    assert placed("def f", "def", " f") == [["def", " f"], []]
+    assert placed("def f", "def", " f", "<|end|>") == [["def", " f"], ["<|end|>"]]
+    assert placed("", "bytes:\\xf0") == [[], ["bytes:\\xf0"]]
+    assert placed("a🙂b", "a", "bytes:\\xf0", "bytes:\\x9f", "b") == [["a", "🙂", "b"], []]
+    assert placed("word x", " word", " x") == [["word", " x"], []]
+    assert placed("no log-probabilities") == [["no log-probabilities"], []]
+
+
+def test_thoughts_and_errors_in_a_stream(page):
+    """A server that thinks aloud and then fails, played by the test."""
+    choice = dict(index=0, finish_reason=None)
+    events = [dict(choices=[dict(choice, delta=dict(reasoning_content="Hm."))]),
+              dict(choices=[dict(choice, delta=dict(content="Yes"))]), dict(error=dict(message="the engine stopped"))]
+    stream = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
+    page.run("""const send = fetch, stream = arguments[0];
+        window.fetch = (path, options) => path.startsWith("/v1") ? Promise.resolve(new Response(stream))
+            : send(path, options);""", stream)
+    send(page, "Well?")
+    page.until(lambda: page.shown(".problem"))
+    assert (page.text(".thought"), page.text(".answer .text"), page.text(".problem")) == (
+        "Hm.", "Yes", "The engine stopped.")
+    assert page.shown("#send") and not page.shown(ENDED)
+
+
+@pytest.mark.parametrize("error, words", [
+    (ApiError(429, "the server is busy: 9 wait", retry_after=7), "The server is busy: 9 wait. Try again in 7 s."),
+    (ApiError(503, "the server is shutting down"), "The server is shutting down.")])
+def test_a_refusal_is_told_in_words(chromium, server, monkeypatch, error, words):
+    def refuse():
+        raise error
+
+    page = opened(chromium, server)
+    monkeypatch.setattr(server.service, "check_open", refuse)
+    send(page, "Hello?")
+    page.until(lambda: page.shown(".problem"))
+    assert page.text(".problem") == words and page.shown("#send")
+    assert len(page.complaints()) == 1  # the browser itself reports the status
+
+
+def test_a_lost_connection_is_told_in_words(chromium, server, slow):
+    page = opened(chromium, server)
+    setting(page, "max_tokens", 900)
+    send(page, "Go on and on.")
+    page.until(lambda: len(page.texts(TOKENS)) > 3)
+    for connection in list(server.server.server_state.connections):
+        connection.loop.call_soon_threadsafe(connection.transport.abort)
+    page.until(lambda: page.shown(".problem"))
+    assert page.text(".problem") == "The connection broke off before the answer was complete."
+    page.until(lambda: server.service.num_open == 0)
+    page.complaints()
+
+
+def test_a_server_that_is_gone_is_noticed_and_so_is_its_return(chromium, server):
+    page, speed = opened(chromium, server), dict(latency=0, downloadThroughput=-1, uploadThroughput=-1)
+    page.protocol("Network.enable")
+    page.protocol("Network.emulateNetworkConditions", offline=True, **speed)
+    try:
+        page.until(lambda: "is not reachable" in page.text("#model"))
+        send(page, "Hello?")
+        page.until(lambda: page.shown(".problem"))
+        assert page.text(".problem") == "The server cannot be reached."
+    finally:
+        page.protocol("Network.emulateNetworkConditions", offline=False, **speed)
+    page.until(lambda: page.text("#model") == "lockstep")
+    page.complaints()
+
+
+@pytest.mark.parametrize("width", [360, 820, 1400])
+def test_nothing_is_cut_off_at_any_width(chromium, server, width):
+    page = opened(chromium, server, width)
+    ask(page, "x" * 300)
+    over = "return document.scrollingElement.scrollWidth - innerWidth"
+    assert page.run(over) <= 0
+    if page.shown("#toggle-settings"):
+        assert not page.shown("#settings")
+        page.click("#toggle-settings")
+        assert page.shown("#settings") and page.run(over) <= 0
+    assert page.shown("#temperature") and page.complaints() == []
+
+
+def test_a_base_model_behind_a_key_continues_text(chromium, tmp_path):
+    shutil.copytree(resolve_model(None), tmp_path / "base")
+    settings = tmp_path / "base" / "tokenizer_config.json"
+    known = json.loads(settings.read_text())
+    del known["chat_template"]
+    settings.write_text(json.dumps(known))
+    with running(LLM(str(tmp_path / "base"), **SIZES), api_keys=["s3cret"]) as server:
+        chromium.look(1100, 800)
+        chromium.open(server.url)
+        chromium.until(lambda: chromium.shown("#key"))
+        assert "wants an API key" in chromium.text("#model")
+        chromium.type("#key", "s3cret")
+        chromium.until(lambda: chromium.text("#greeting") == "Begin a text.")
+        setting(chromium, "max_tokens", 12)
+        chromium.complaints()
+        ask(chromium, "def add(a, b):")
+        seed = int(facts(chromium)[0].removeprefix("seed "))
+        body = dict(prompt="def add(a, b):", seed=seed, max_tokens=12, temperature=0.7, top_p=0.95)
+        answer = httpx.post(f"{server.url}/v1/completions", json=body, headers={"x-api-key": "s3cret"}, timeout=60)
+        assert chromium.text(".answer .text") == "def add(a, b):" + answer.json()["choices"][0]["text"]
+        chromium.click(".again button:first-child")
+        chromium.until(lambda: chromium.shown(f"{VERDICT}.same"))
+        assert chromium.complaints() == []

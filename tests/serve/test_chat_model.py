@@ -1,0 +1,148 @@
+"""Conversations as prompts, masks and parsers, for chat templates of different kinds."""
+import numpy as np
+import pytest
+from tokenizers import AddedToken
+
+from lockstep.serve import structured
+from lockstep.serve.chat import ChatModel, Conversation
+from lockstep.serve.tokenizer import Detokenizer, Tokenizer
+from lockstep.serve.tool_calls.events import Content, Reasoning
+from lockstep.serve.tool_calls.tools import Tool, ToolUse
+from tests.serve.test_tool_calls import parse
+from tests.serve.vocabularies import byte_level
+
+NOW = Tool("now", "The time.", dict(type="object", properties={}, additionalProperties=False))
+USE = ToolUse((NOW,))
+PLAIN = ("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+         "{% if add_generation_prompt %}<answer>{% endif %}")
+KNOWS_TOOLS = "{{ tools | tojson }}" + PLAIN + "{# <tool_call> #}"
+OPENS = KNOWS_TOOLS + "{% if add_generation_prompt %}<think>\n{% endif %}{# </think> #}"
+MISTRAL = "{{ tools | tojson }}{% for m in messages %}{{ m | tojson }}{% endfor %}{# [TOOL_CALLS] #}"
+HELLO = [dict(role="user", content="hello")]
+CALLED = [*HELLO, dict(role="assistant", content=None, tool_calls=[
+    dict(id="call_123", type="function", function=dict(name="now", arguments={}))]),
+    dict(role="tool", tool_call_id="call_123", content="noon")]
+
+
+def model(template, special=(), added=("<tool_call>", "</tool_call>", "</think>")):
+    backend = byte_level()
+    backend.add_special_tokens(list(special))
+    backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in added])
+    tokenizer = Tokenizer(backend, frozenset({0}), None, {}, {"default": template})
+    return tokenizer, ChatModel(tokenizer, {0}, tokenizer.vocab_size)
+
+
+def allowed(words):
+    return set(np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).tolist())
+
+
+def ids_of(tokenizer, *tokens):
+    return [tokenizer.backend.token_to_id(token) for token in tokens]
+
+
+def test_a_plain_conversation():
+    tokenizer, chat = model(PLAIN)
+    made = chat.prepare(Conversation([dict(role="developer", content="Be brief."), *HELLO]))
+    assert tokenizer.decode(made.ids) == "<system>Be brief.<user>hello<answer>"
+    assert made.options == dict(logits_mask=None) and parse(made.new_parser(), ["a <tool_call>"]) == ["a <tool_call>"]
+
+
+def test_developers_speak_where_the_template_knows_them():
+    _, chat = model(PLAIN + "{# developer #}")
+    assert chat.prompt(Conversation([dict(role="developer", content="x"), *HELLO])).startswith("<developer>x")
+
+
+def test_tools_for_a_template_that_knows_none():
+    _, chat = model(PLAIN)
+    prompt = chat.prompt(Conversation([dict(role="system", content="Be brief."), *CALLED], USE))
+    assert prompt.startswith("<system>Be brief.\n\nYou can call functions.") and '"name": "now"' in prompt
+    assert '<assistant><tool_call>\n{"name": "now", "arguments": {}}\n</tool_call><user><tool_response>\nnoon' in prompt
+    assert chat.prompt(Conversation(HELLO, USE)).startswith("<system>You can call")
+
+
+def test_the_beginning_of_an_answer():
+    _, chat = model(PLAIN)
+    begun = Conversation([*HELLO, dict(role="assistant", content="Well, ")], continues=True)
+    assert chat.prompt(begun) == "<user>hello<assistant>Well, "
+
+
+def test_a_free_answer_is_held_to_the_tools_once_it_calls():
+    tokenizer, chat = model(OPENS)
+    begin, end, close = ids_of(tokenizer, "<tool_call>", "</tool_call>", "</think>")
+    made = chat.prepare(Conversation(HELLO, USE))
+    mask, text = made.options["logits_mask"], [*tokenizer.encode("hm "), begin]
+    assert mask(text) is None, "thoughts are free"
+    assert mask([*text, close]) is None
+    call = [*text, close, begin]
+    assert allowed(mask(call)) == {tokenizer.encode("\n")[0]}
+    call += tokenizer.encode('\n{"name": "now", "arguments": {}}\n')
+    assert allowed(mask(call)) == {end}
+    assert mask([*call, end]) is None
+
+
+def test_a_schema_that_cannot_be_enforced():
+    odd = dict(type="object", properties=dict(a={"type": "string", "pattern": "(?=a)"}))
+    _, chat = model(KNOWS_TOOLS)
+    for strict in (False, True):
+        use = ToolUse((Tool("f", "", odd, strict),))
+        if strict:
+            with pytest.raises(ValueError, match="look"):
+                chat.prepare(Conversation(HELLO, use))
+        else:
+            assert chat.prepare(Conversation(HELLO, use)).options["logits_mask"] is None
+        with pytest.raises(ValueError, match="look"):
+            chat.prepare(Conversation(HELLO, ToolUse(use.tools, must_call=True)))
+
+
+def test_an_answer_in_a_form_may_still_be_a_call():
+    tokenizer, chat = model(KNOWS_TOOLS)
+    begin = ids_of(tokenizer, "<tool_call>")[0]
+    made = chat.prepare(Conversation(HELLO, USE, structured.choice(["yes", "no"])))
+    assert {begin, *tokenizer.encode("y"), *tokenizer.encode("n")} <= allowed(made.options["logits_mask"]([]))
+    forced = chat.prepare(Conversation(HELLO, ToolUse((NOW,), must_call=True))).options["logits_mask"]
+    assert begin in allowed(forced([])) and not set(tokenizer.encode("yn")) & allowed(forced([]))
+
+
+def test_a_form_holds_after_a_thought():
+    tokenizer, chat = model(OPENS)
+    close = ids_of(tokenizer, "</think>")[0]
+    made = chat.prepare(Conversation(HELLO, grammar=structured.choice(["yes"])))
+    mask, thought = made.options["logits_mask"], tokenizer.encode("anything")
+    assert len(allowed(mask(thought))) > 100
+    after = allowed(mask([*thought, close]))
+    assert set(tokenizer.encode("y")) <= after and not set(tokenizer.encode("n")) & after
+    assert parse(made.new_parser(), ["any", "thing</thi", "nk>\n\nyes"]) == [Reasoning("anything"), "yes"]
+
+
+def test_marks_that_are_special_tokens_are_seen():
+    tokenizer, chat = model(MISTRAL, special=["[TOOL_CALLS]"])
+    made = chat.prepare(Conversation(HELLO, ToolUse((NOW,), must_call=True, parallel=False)))
+    assert made.options["skip_special_tokens"] is False
+    mask, ids = made.options["logits_mask"], []
+    begin = ids_of(tokenizer, "[TOOL_CALLS]")
+    for token in [*begin, *tokenizer.encode('[{"name": "now", "arguments": {}}]')]:
+        assert token in allowed(mask(ids))
+        ids.append(token)
+    detokenizer = Detokenizer(tokenizer, skip_special_tokens=False)
+    assert parse(made.new_parser(), [detokenizer.push(token) for token in ids]) == [("now", "{}")]
+    assert "skip_special_tokens" not in chat.prepare(Conversation(HELLO)).options
+
+
+def test_ids_of_calls_that_mistrals_templates_accept():
+    _, chat = model(MISTRAL)
+    prompt = chat.prompt(Conversation(CALLED, USE))
+    assert "call_123" not in prompt
+    one, other = (piece[:9] for piece in (prompt.split('"id": "')[1], prompt.split('"tool_call_id": "')[1]))
+    assert one == other and one.isalnum()
+
+
+def test_no_template():
+    tokenizer = Tokenizer(byte_level(), frozenset({0}), None, {}, {})
+    with pytest.raises(ValueError, match="no chat template"):
+        ChatModel(tokenizer, {0}, tokenizer.vocab_size).prepare(Conversation(HELLO))
+
+
+def test_plain_text_is_one_event_a_piece():
+    _, chat = model(PLAIN)
+    parser = chat.prepare(Conversation(HELLO)).new_parser()
+    assert [parser.push("a "), parser.push(""), parser.finish()] == [[Content("a ")], [], []]

@@ -1,0 +1,254 @@
+"""Grammars as token masks: what they allow is exactly the grammar, and no grammar costs more than a little time."""
+import json
+import re
+import time
+
+import jsonschema
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lockstep.serve import structured
+from lockstep.serve.structured import Grammars
+from lockstep.serve.tokenizer import Tokenizer, tokenizer_from_gguf
+from tests.serve.vocabularies import byte_fallback, byte_level, gguf_metadata, sentencepiece_metadata
+
+
+def known(backend):
+    return Tokenizer(backend, frozenset({0}), None, {}, {})
+
+
+TOKENIZERS = dict(byte_level=known(byte_level()), byte_fallback=known(byte_fallback()),
+                  gguf=tokenizer_from_gguf(gguf_metadata(byte_level(), "gpt-2", eos_token_id=0)),
+                  sentencepiece=tokenizer_from_gguf(sentencepiece_metadata(byte_fallback())))
+GRAMMARS = {name: Grammars(t, t.eos_ids, t.vocab_size + 5) for name, t in TOKENIZERS.items()}
+KINDS = pytest.mark.parametrize("kind", TOKENIZERS)
+
+
+def allowed(words):
+    return np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))
+
+
+def allows(kind, grammar, text):
+    """Whether the whole text, token by token, and then an end token are allowed."""
+    tokenizer, mask, ids = TOKENIZERS[kind], GRAMMARS[kind].mask(grammar), []
+    for token in [*tokenizer.encode(text, add_special_tokens=False), min(tokenizer.eos_ids)]:
+        if token not in allowed(mask(ids)):
+            return False
+        ids.append(token)
+    return True
+
+
+def random_answer(kind, grammar, rng, most=400):
+    """A text made of random allowed tokens; None if it did not end."""
+    tokenizer, mask, ids = TOKENIZERS[kind], GRAMMARS[kind].mask(grammar), []
+    for _ in range(most):
+        options = allowed(mask(ids))
+        assert len(options) and max(options) < tokenizer.vocab_size
+        ids.append(int(rng.choice(options)))
+        if ids[-1] in tokenizer.eos_ids:
+            return tokenizer.decode(ids[:-1])
+    return None
+
+
+PERSON = dict(type="object", required=["name", "age"], additionalProperties=False,
+              properties=dict(name=dict(type="string", maxLength=5), age=dict(type="integer", minimum=0, maximum=150)))
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "gguf"])
+@pytest.mark.parametrize("grammar, good, bad", [
+    (structured.json_schema(PERSON),
+     ['{"name": "Bo", "age": 7}', '{\n  "name":"",\n  "age":150}', '{"name":"日本","age":1}'],
+     ['{"name": "Bo"}', '{"name": "Bo", "age": 151}', '{"name": "Bobbie", "age": 7}', '[]', '',
+      '{"age": 7, "name": "Bo"}',
+      '{"name": "Bo", "age": 7, "x": 1}', '{\n\n\n\n"name":"a","age":1}']),
+    (structured.json_object(), ['{}', '{"a": [1, {"b": null}]}'], ['[]', '1', '{"a": }', '{"a": 1']),
+    (structured.regex(r"[a-c]{2,3}\d?"), ["ab", "abc1"], ["a", "abcd", "ab12", ""]),
+    (structured.lark('start: "a" inner "b"\ninner: "(" inner ")" | ""'), ["ab", "a((()))b"], ["a(b", "a)(b", ""]),
+    (structured.lark('start: %json {"const": "%json"}'), ['"%json"'], ['"a"']),
+    (structured.choice(["yes", "no", "né\n\"🙂"]), ["yes", "no", "né\n\"🙂"], ["y", "yesno", "", "maybe"]),
+])  # fmt: skip
+def test_what_grammars_allow(kind, grammar, good, bad):
+    assert [text for text in good if not allows(kind, grammar, text)] == []
+    assert [text for text in bad if allows(kind, grammar, text)] == []
+
+
+schemas = st.recursive(
+    st.sampled_from([dict(type="boolean"), dict(type="null"), dict(type="integer", minimum=-5, maximum=99),
+                     dict(enum=["a", "b b", 3, None]), dict(const="c"), dict(type="string", maxLength=4),
+                     dict(type="string", pattern="^[a-f]{1,3}[0-9]?$"), dict(type="number", minimum=0, maximum=2)]),
+    lambda inner: st.one_of(
+        st.builds(lambda i, n: dict(type="array", items=i, minItems=n, maxItems=n + 2), inner, st.integers(0, 2)),
+        st.builds(lambda a, b: dict(anyOf=[a, b]), inner, inner),
+        st.builds(lambda p, r: dict(type="object", properties=p, required=[k for k in p if k in r],
+                                    additionalProperties=False),
+                  st.dictionaries(st.sampled_from("abcd"), inner, max_size=3), st.sets(st.sampled_from("abcd")))),
+    max_leaves=6)
+
+
+@KINDS
+@settings(max_examples=15, deadline=None)
+@given(schema=schemas, seed=st.integers(0, 99))
+def test_random_answers_validate(kind, schema, seed):
+    answer = random_answer(kind, structured.json_schema(schema), np.random.default_rng(seed))
+    if answer is not None:
+        jsonschema.validate(json.loads(answer), schema)
+
+
+def test_most_random_answers_end():
+    answers = [random_answer("byte_level", structured.json_schema(PERSON), np.random.default_rng(s)) for s in range(8)]
+    assert sum(a is not None for a in answers) >= 7
+
+
+def test_regex_answers_match():
+    pattern = r"(\w{1,4}-)?[0-9]{3}(\.[0-9])?"
+    for seed in range(10):
+        answer = random_answer("sentencepiece", structured.regex(pattern), np.random.default_rng(seed))
+        assert re.fullmatch(pattern, answer)
+
+
+def test_each_sample_has_its_own_state():
+    tokenizer, mask = TOKENIZERS["byte_level"], GRAMMARS["byte_level"].mask(structured.choice(["ab", "cd"]))
+    a, b, c, d = (tokenizer.encode(letter)[0] for letter in "abcd")
+    first, second = [], []
+    assert {a, c} <= set(allowed(mask(first)))
+    first.append(a)
+    assert {a, c} <= set(allowed(mask(second)))
+    second.append(c)
+    assert list(allowed(mask(first))) == [b] and list(allowed(mask(second))) == [d]
+    assert list(allowed(mask([c]))) == [d]
+    del first[:]
+    assert {a, c} <= set(allowed(mask(first)))
+
+
+def test_a_trigger_starts_and_ends_the_grammar():
+    tokenizer = TOKENIZERS["byte_level"]
+    trigger, after = tokenizer.backend.token_to_id("<tool call>"), tokenizer.encode("!")[0]
+    one, two = tokenizer.encode("1")[0], tokenizer.encode("2")[0]
+    grammar = structured.choice(["12"])
+    mask, ids = GRAMMARS["byte_level"].mask(grammar, trigger, after), []
+    expected = [(trigger, None), (after, None), (two, None), (trigger, [one]), (one, [two]), (two, None),
+                (two, None), (trigger, [one])]
+    for token, options in expected:
+        ids.append(token)
+        words = mask(ids)
+        assert (words if words is None else list(allowed(words))) == options
+
+
+def test_end_tokens_only_where_the_grammar_is_complete():
+    tokenizer, mask = TOKENIZERS["byte_level"], GRAMMARS["byte_level"].mask(structured.regex("a+"))
+    a = tokenizer.encode("a")[0]
+    assert 0 not in allowed(mask([]))
+    assert {0, a} <= set(allowed(mask([a])))
+    done = GRAMMARS["byte_level"].mask(structured.choice(["a"]))
+    assert list(allowed(done([a]))) == [0] and list(allowed(done([a, 0]))) == [0]
+
+
+def test_a_token_that_was_not_allowed_is_an_error():
+    mask = GRAMMARS["byte_level"].mask(structured.choice(["a"]))
+    with pytest.raises(ValueError, match="grammar"):
+        mask([TOKENIZERS["byte_level"].encode("b")[0]])
+
+
+def nested(levels):
+    schema = dict(type="string")
+    for _ in range(levels):
+        schema = dict(type="array", items=schema)
+    return schema
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: structured.json_schema(nested(40000)), "nested more than 64"),
+    (lambda: structured.json_schema(dict(enum=["x" * 99] * 9999)), "at most 262144"),
+    (lambda: structured.json_schema([]), "expected an object"),
+    (lambda: structured.json_schema(dict(type="nonsense")), "nonsense"),
+    (lambda: structured.json_schema(dict(pattern="\ud800")), "."),
+    (lambda: structured.json_schema(dict(type="array", uniqueItems=True)), "uniqueItems"),
+    (lambda: structured.json_schema({"$ref": "http://127.0.0.1/schema"}), "127.0.0.1"),
+    (lambda: structured.json_schema({"$ref": "file:///etc/passwd"}), "etc/passwd"),
+    (lambda: structured.json_schema(dict(type="string", pattern="(")), "regex"),
+    (lambda: structured.regex("a(?=b)"), "look"),
+    (lambda: structured.regex("[ab"), "unclosed"),
+    (lambda: structured.regex("\ud800"), "surrogate"),
+    (lambda: structured.regex(3), "expected a text"),
+    (lambda: structured.regex("(" * 5000 + ")" * 5000), "."),
+    (lambda: structured.lark("start: missing"), "missing"),
+    (lambda: structured.lark("start: " + "(" * 5000 + '"a"' + ")" * 5000), "nested"),
+    (lambda: structured.lark("x" * 300_000), "at most 262144"),
+    (lambda: structured.lark("start: %json nothing"), "expected JSON after %json"),
+    (lambda: structured.lark("start: %json " + "[" * 90_000), "expected JSON after %json"),
+    (lambda: structured.choice([]), "choice"),
+    (lambda: structured.choice(["a", 1]), "choice"),
+])  # fmt: skip
+def test_mistakes_are_value_errors(make, message):
+    with pytest.raises(ValueError, match=message):
+        GRAMMARS["byte_level"].mask(make())([])
+
+
+def all_of(levels):
+    return dict(type="string") if levels == 0 else dict(allOf=[all_of(levels - 1)] * 2)
+
+
+def chain(n):
+    two = lambda i: [{"$ref": f"#/$defs/d{i}"}, dict(type="array", items={"$ref": f"#/$defs/d{i}"})]
+    return {"$ref": "#/$defs/d0", "$defs": {f"d{i}": dict(anyOf=two(i + 1)) for i in range(n)} | {f"d{n}": {}}}
+
+
+BOMBS = dict(
+    all_of=lambda: structured.json_schema(all_of(12)),
+    references=lambda: structured.json_schema(chain(40)),
+    items=lambda: structured.json_schema(dict(type="array", items={}, minItems=10**9)),
+    length=lambda: structured.json_schema(dict(type="string", minLength=10**8, maxLength=10**9)),
+    pattern=lambda: structured.json_schema(dict(type="string", pattern="^((a{1,500}){1,500}){1,500}$")),
+    multiple=lambda: structured.json_schema(dict(type="integer", multipleOf=999983)),
+    multiples=lambda: structured.json_schema(dict(allOf=[dict(type="integer", multipleOf=n) for n in (991, 997)])),
+    fraction=lambda: structured.json_schema(dict(type="number", multipleOf=0.999983)),
+    in_lark=lambda: structured.lark('start: %json {"properties": {"a": {"multiple\\u004ff": 999983}}}'),
+    nine=lambda: structured.json_schema(dict(type="integer", multipleOf=9973)),
+    properties=lambda: structured.json_schema(dict(properties={f"p{i}": {} for i in range(5000)})),
+    repeats=lambda: structured.regex("((a{1,1000}){1,1000}){1,1000}"),
+    backtracking=lambda: structured.regex("(x+x+)+y"),
+    states=lambda: structured.regex("(a|b)*a(a|b){900}"),
+    letters=lambda: structured.regex(r"(\p{L}{1,100}\p{N}{1,100}){1,100}"),
+    ambiguous=lambda: structured.lark('start: a\na: a a | a a a | "x" | ""'),
+    intersection=lambda: structured.lark(
+        "start: X\nX: " + " & ".join(f"/(?s:.*a.{{{i}}}.*)/" for i in range(1, 20))),
+    repeated_rule=lambda: structured.lark('start: ("a" | "b"){1000000000}'),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_bombs_cost_little(name):
+    """Refused, or compiled; in either case soon, and so is each mask, whatever the answer."""
+    started = time.process_time()
+    try:
+        random_answer("byte_level", BOMBS[name](), np.random.default_rng(1), most=40)
+    except ValueError as error:
+        assert len(str(error)) < 1000
+    assert time.process_time() - started < 5
+
+
+def test_what_compiles_for_long_is_refused(monkeypatch):
+    monkeypatch.setattr(structured, "COMPILE_SECONDS", 0.0)
+    with pytest.raises(ValueError, match="did not compile within 0 s"):
+        GRAMMARS["byte_level"].mask(structured.regex("z[a-z]+"))
+
+
+def test_compiled_grammars_are_bounded(monkeypatch):
+    monkeypatch.setattr(structured, "MAX_KEPT", 4)
+    tokenizer = TOKENIZERS["byte_level"]
+    grammars = Grammars(tokenizer, tokenizer.eos_ids, tokenizer.vocab_size)
+    made = [structured.regex(f"a{{{n}}}") for n in range(1, 8)]
+    for grammar in made:
+        grammars.mask(grammar)
+    assert list(grammars._kept) == made[-4:]
+    monkeypatch.setattr(structured, "MAX_KEPT_BYTES", len(made[-1]))
+    grammars.mask(structured.regex("b"))
+    assert grammars._kept_bytes == sum(map(len, grammars._kept)) <= len(made[-1])
+
+
+def test_a_model_without_end_token_is_refused():
+    tokenizer = TOKENIZERS["byte_level"]
+    with pytest.raises(ValueError, match="no end token"):
+        Grammars(tokenizer, (), tokenizer.vocab_size).mask(structured.json_object())

@@ -83,14 +83,15 @@ def compare(pipe, port, vocab_size, num_streams, args):
     """Prints tokens per second of both, medians of all rounds, and their ratio."""
     times = {"engine": [], "http": []}
     for number in range(args.rounds + 1):
+        num_tokens = args.tokens if number else 8  # the first round warms both up
         for name in ("engine", "http") if number % 2 else ("http", "engine"):
             each = prompts(num_streams, 2 * number + (name == "http"), vocab_size)
             if name == "http":
-                seconds = over_http(port, each, args.tokens)
+                seconds = over_http(port, each, num_tokens)
             else:
-                pipe.send((each, args.tokens))
+                pipe.send((each, num_tokens))
                 seconds = pipe.recv()
-            if number:  # the first round warms both up
+            if number:
                 times[name].append(seconds)
     rate = {name: num_streams * args.tokens / statistics.median(each) for name, each in times.items()}
     ratio = statistics.median([a / b for a, b in zip(times["engine"], times["http"])])

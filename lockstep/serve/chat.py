@@ -56,14 +56,14 @@ class ChatModel:
         self._added = {token.content: token_id for token_id, token in added.items()}
         self._special = {token.content: token_id for token_id, token in added.items() if token.special}
 
-    def prepare(self, conversation):
-        """The Prepared of a Conversation: it renders, tokenizes and compiles, so it may take a while.
+    def prepare(self, conversation, num_samples=1):
+        """The Prepared of a Conversation, for so many samples. It renders, tokenizes and compiles: it may take a while.
 
         ValueError if the model has no chat template, the template refuses, or the grammar is wrong.
         """
         prompt = self.prompt(conversation)
         uses_tools, opened = bool(conversation.tools.tools), reasoning.is_open(prompt)
-        options = dict(logits_mask=self._mask(conversation, prompt))
+        options = dict(logits_mask=self._mask(conversation, prompt, num_samples))
         marks = (self._style.begin, *self._style.after) if uses_tools else ()
         if self._special.keys() & {*marks, *((reasoning.OPEN, reasoning.CLOSE) if self._thinks else ())}:
             options["skip_special_tokens"] = False  # the parser has to see them
@@ -92,20 +92,20 @@ class ChatModel:
 
     # ------------------------------------------------------------ what the answer may be
 
-    def _mask(self, conversation, prompt):
+    def _mask(self, conversation, prompt, num_samples):
         """The mask that the conversation asks for; None where the answer is free."""
         use, grammar = conversation.tools, conversation.grammar
         if not use.must_call and grammar is None:
-            return self._mask_of_free_calls(use, prompt) if use.tools else None
+            return self._mask_of_free_calls(use, prompt, num_samples) if use.tools else None
         rules = Lark(self._special)
         parts = [*(["calls"] if use.tools else []), *(["@answer"] if not use.must_call else [])]
         before = self._before_answer(rules, prompt)
         if parts == ["@answer"] and not before:
-            return self.grammars.mask(grammar)
+            return self.grammars.mask(grammar, num_samples)
         rules.rule("start", before, f"({' | '.join(parts)})")
         if use.tools:
             self._style.rules(rules, use.callable, use.parallel)
-        return self.grammars.mask(structured.compose(rules.text, None if use.must_call else grammar))
+        return self.grammars.mask(structured.compose(rules.text, None if use.must_call else grammar), num_samples)
 
     def _before_answer(self, rules, prompt):
         """The part of a grammar for what the model thinks; empty where it does not."""
@@ -113,7 +113,7 @@ class ChatModel:
             return ""
         return reasoning.add_rules(rules, reasoning.is_open(prompt))
 
-    def _mask_of_free_calls(self, use, prompt):
+    def _mask_of_free_calls(self, use, prompt, num_samples):
         """A mask that makes calls valid once the model has begun one; None where that cannot be seen or enforced."""
         trigger = self._added.get(self._style.begin)
         if trigger is None:
@@ -123,7 +123,7 @@ class ChatModel:
         after = self._added.get(reasoning.CLOSE) if reasoning.is_open(prompt) else None
         try:
             self._style.rules(rules, use.callable, use.parallel)
-            return self.grammars.mask(structured.compose(rules.text), trigger, after)
+            return self.grammars.mask(structured.compose(rules.text), num_samples, trigger, after)
         except ValueError:
             if any(tool.strict for tool in use.tools):
                 raise

@@ -4,10 +4,12 @@ Grammars are llguidance's: JSON schemas, regular expressions (without lookaround
 A user's grammar is a program of a stranger, so its size, its nesting, the time it takes to compile and the work of one
 mask are all bounded.
 """
+import functools
 import json
 import math
 import re
 import threading
+import time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -19,7 +21,6 @@ import numpy as np
 MAX_GRAMMAR_BYTES = 256 << 10
 MAX_NESTING = 64
 MAX_MULTIPLES = 10_000  # product of a schema's different multipleOf: the automaton has that many states
-MAX_KEPT, MAX_KEPT_BYTES = 64, 4 << 20
 COMPILE_SECONDS = 5.0
 MAX_SAMPLES = 128  # of one prompt, as many as there may be
 LIMITS = dict(initial_lexer_fuel=500_000, step_lexer_fuel=100_000, step_max_items=20_000, max_lexer_states=20_000,
@@ -98,8 +99,10 @@ def quote(text):
 
 
 class Grammars:
-    """Compiles grammars for one tokenizer and keeps the most recent ones. Any thread may use it.
+    """Compiles grammars for one tokenizer. Any thread may use it.
 
+    Nothing compiled is kept for other requests: copies of an llguidance matcher share an automaton that grows with what
+    they read, so that its limits would be reached sooner or later depending on who else had asked.
     eos_ids end an answer: they are allowed where the grammar is complete. vocab_size: rows of the model.
     """
 
@@ -107,45 +110,35 @@ class Grammars:
         self.num_words = -(-vocab_size // 32)
         self._tokenizer, self._eos_ids, self._vocab_size = tokenizer, sorted(eos_ids), vocab_size
         self._reader, self._lock = None, threading.Lock()
-        self._kept, self._kept_bytes = OrderedDict(), 0
         self._compilers = ThreadPoolExecutor(2, "lockstep grammar")
 
-    def mask(self, grammar, trigger=None, after=None):
-        """A mask that holds an answer to a grammar made by one of this module's functions.
+    def mask(self, grammar, num_samples=1, trigger=None, after=None):
+        """A mask that holds answers, so many samples, to a grammar made by one of this module's functions.
 
         trigger: a token id; the grammar then holds from that token on until it is complete, and again from the next
         such token; everything else is free. after: a token id before which no trigger counts. ValueError, with the
         reason, for a grammar that is wrong, too large or too slow to compile.
         """
-        return TokenMask(self._compiled(grammar), self.num_words, trigger, after)
-
-    def _compiled(self, grammar):
-        with self._lock:
-            if grammar in self._kept:
-                self._kept.move_to_end(grammar)
-                return self._kept[grammar]
         _check_bytes(grammar)
         try:
-            matcher = self._compilers.submit(self._compile, grammar).result(COMPILE_SECONDS)
+            matchers = self._compilers.submit(self._compile_all, grammar, num_samples).result(COMPILE_SECONDS)
         except FutureTimeout:
             raise ValueError(f"the grammar did not compile within {COMPILE_SECONDS:g} s") from None
-        self._keep(grammar, matcher)
-        return matcher
+        return TokenMask(matchers, functools.partial(self._compile, grammar), self.num_words, trigger, after)
+
+    def _compile_all(self, grammar, count):
+        """So many matchers; fewer if the time is up, when nobody waits for them any more."""
+        deadline = time.monotonic() + COMPILE_SECONDS
+        made = [self._compile(grammar)]
+        while len(made) < count and time.monotonic() < deadline:
+            made.append(self._compile(grammar))
+        return made
 
     def _compile(self, grammar):
         matcher = llguidance.LLMatcher(self._tokens(), grammar, log_level=0, limits=llguidance.LLParserLimits(**LIMITS))
         _check(matcher)
-        fill(matcher, np.zeros(self.num_words, np.uint32))  # most of the work of a first mask is done only once
+        fill(matcher, np.zeros(self.num_words, np.uint32))  # most of a first mask's work is done here, in this thread
         return matcher
-
-    def _keep(self, grammar, matcher):
-        with self._lock:
-            if grammar in self._kept:
-                return
-            self._kept[grammar] = matcher
-            self._kept_bytes += len(grammar)
-            while len(self._kept) > MAX_KEPT or self._kept_bytes > MAX_KEPT_BYTES:
-                self._kept_bytes -= len(self._kept.popitem(last=False)[0])
 
     def _tokens(self):
         """llguidance's form of the vocabulary, made once: half a second for 150 000 tokens."""
@@ -182,12 +175,12 @@ class Vocabulary:
 class TokenMask:
     """The function for SamplingParams.logits_mask: given the output so far, the tokens allowed next.
 
-    Works for all samples of a request; each has a matcher that advances with its output. The array it returns is
-    used again by the next call.
+    Works for all samples of a request; each has a matcher of its own, of those given or made by new_matcher, that
+    advances with its output. The array it returns is used again by the next call.
     """
 
-    def __init__(self, compiled, num_words, trigger=None, after=None):
-        self._compiled, self._trigger, self._after = compiled, trigger, after
+    def __init__(self, matchers, new_matcher, num_words, trigger=None, after=None):
+        self._unused, self._new_matcher, self._trigger, self._after = matchers, new_matcher, trigger, after
         self._words = np.zeros(num_words, np.uint32)
         self._samples = OrderedDict()
 
@@ -201,13 +194,13 @@ class TokenMask:
         """What is known of this list, which only ever grows; a new list is read from its beginning."""
         known = self._samples.get(id(output_ids))
         if known is None or known.num_read > len(output_ids):
-            known = self._samples[id(output_ids)] = _Sample(output_ids, self._start(), self._after is None)
+            compiled = self._unused.pop() if self._unused else self._new_matcher()
+            known = self._samples[id(output_ids)] = _Sample(output_ids, compiled)
+            known.matcher = compiled if self._trigger is None else None
+            known.armed = self._after is None
             if len(self._samples) > MAX_SAMPLES:
                 self._samples.popitem(last=False)
         return known
-
-    def _start(self):
-        return None if self._trigger is not None else self._compiled.deep_copy()
 
     def _read(self, sample, token):
         sample.num_read += 1
@@ -218,14 +211,16 @@ class TokenMask:
         elif token == self._after:
             sample.armed = True
         elif token == self._trigger and sample.armed:
-            sample.matcher = self._compiled.deep_copy()
+            sample.matcher = sample.compiled.deep_copy()
 
 
 class _Sample:
-    """One output (kept, so that its id stays its own), how much of it was read, and the matcher behind that."""
+    """One output (kept, so that its id stays its own), how much of it was read, the compiled grammar, the matcher that
+    is at work, if any, and whether triggers count."""
 
-    def __init__(self, output_ids, matcher, armed):
-        self.output_ids, self.num_read, self.matcher, self.armed = output_ids, 0, matcher, armed
+    def __init__(self, output_ids, compiled):
+        self.output_ids, self.num_read, self.compiled = output_ids, 0, compiled
+        self.matcher, self.armed = None, True
 
 
 def fill(matcher, words):

@@ -127,7 +127,7 @@ def test_a_trigger_starts_and_ends_the_grammar():
     trigger, after = tokenizer.backend.token_to_id("<tool call>"), tokenizer.encode("!")[0]
     one, two = tokenizer.encode("1")[0], tokenizer.encode("2")[0]
     grammar = structured.choice(["12"])
-    mask, ids = GRAMMARS["byte_level"].mask(grammar, trigger, after), []
+    mask, ids = GRAMMARS["byte_level"].mask(grammar, 1, trigger, after), []
     expected = [(trigger, None), (after, None), (two, None), (trigger, [one]), (one, [two]), (two, None),
                 (two, None), (trigger, [one])]
     for token, options in expected:
@@ -235,17 +235,15 @@ def test_what_compiles_for_long_is_refused(monkeypatch):
         GRAMMARS["byte_level"].mask(structured.regex("z[a-z]+"))
 
 
-def test_compiled_grammars_are_bounded(monkeypatch):
-    monkeypatch.setattr(structured, "MAX_KEPT", 4)
-    tokenizer = TOKENIZERS["byte_level"]
-    grammars = Grammars(tokenizer, tokenizer.eos_ids, tokenizer.vocab_size)
-    made = [structured.regex(f"a{{{n}}}") for n in range(1, 8)]
-    for grammar in made:
-        grammars.mask(grammar)
-    assert list(grammars._kept) == made[-4:]
-    monkeypatch.setattr(structured, "MAX_KEPT_BYTES", len(made[-1]))
-    grammars.mask(structured.regex("b"))
-    assert grammars._kept_bytes == sum(map(len, grammars._kept)) <= len(made[-1])
+def test_a_limit_is_reached_by_ones_own_answer_only(monkeypatch):
+    """Each of these answers takes many of the automaton's states, and none has fewer for those before it."""
+    monkeypatch.setitem(structured.LIMITS, "max_lexer_states", 300)
+    for seed in range(8):
+        mask = GRAMMARS["byte_level"].mask(structured.regex("[abcd]*a[abcd]{40}x"), 3)
+        for _ in range(4):
+            ids, rng = [], np.random.default_rng(seed)
+            for _ in range(60):
+                ids.append(int(rng.choice(allowed(mask(ids)))))
 
 
 def test_a_model_without_end_token_is_refused():

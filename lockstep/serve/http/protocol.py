@@ -4,6 +4,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from lockstep.serve.http.encode import to_json
 from lockstep.serve.http.errors import ApiError, openai_shape
 
+LAST_LOOK_SECONDS = 0.05
 HEADER_COST = 32  # bytes that a header counts beside its own
 
 
@@ -106,12 +107,16 @@ class BoundedProtocol(HttpToolsProtocol):
             self._set_timer()
 
     def _set_timer(self):
-        self._timer = self.loop.call_later(self.limits.body_seconds, self._too_slow)
+        self._timer = self.loop.call_later(self.limits.body_seconds, self._last_look)
 
     def _clear_timer(self):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def _last_look(self):
+        """Time is up; but where the whole process was stopped, what came meanwhile has yet to be read."""
+        self._timer = self.loop.call_later(LAST_LOOK_SECONDS, self._too_slow)
 
     def _too_slow(self):
         seconds = self.limits.body_seconds

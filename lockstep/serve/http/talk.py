@@ -11,7 +11,7 @@ async def start(job, fields, make_conversation, max_tokens, logprobs=None):
     max_tokens: None for as many as the context has room for, which is also the most that there can be.
     """
     service = job.service
-    prepared = await job.offload(lambda: chat_model(service).prepare(make_conversation()))
+    prepared = await job.offload(lambda: chat_model(service).prepare(make_conversation(), fields.n or 1))
     room = service.llm.model.max_context - len(prepared.ids)
     if room < 1:
         raise bad_request(f"the conversation has {len(prepared.ids)} tokens, which leaves no room for an answer in the "

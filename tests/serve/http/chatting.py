@@ -58,7 +58,7 @@ def talking(template):
 def saying(server, text):
     """Inside, every answer of a route that talks is this text."""
     before = ChatModel._mask
-    ChatModel._mask = lambda self, conversation, prompt: Script(server.service.llm, text)
+    ChatModel._mask = lambda *_: Script(server.service.llm, text)
     try:
         yield
     finally:

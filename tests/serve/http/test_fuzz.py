@@ -47,7 +47,7 @@ CLEAR = {200, 400, 404, 405, 408, 413, 429, 431, 503}
 
 @pytest.fixture(scope="module")
 def server():
-    with running(limits=Limits(body_seconds=0.25, request_seconds=30)) as made:
+    with running(limits=Limits(body_seconds=0.1, request_seconds=30)) as made:
         yield made
 
 

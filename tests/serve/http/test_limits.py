@@ -11,7 +11,7 @@ from lockstep.serve.http.limits import Limits
 from tests.serve.http.raw import connect, exchange, head, read_all, request
 from tests.serve.http.server import running, wait_until
 
-SMALL = Limits(max_body_bytes=100_000, max_header_bytes=8192, max_connections=20, body_seconds=1.0, max_depth=10,
+SMALL = Limits(max_body_bytes=100_000, max_header_bytes=8192, max_connections=20, body_seconds=0.5, max_depth=10,
                max_pending_bytes=150_000)
 CLOSE = dict(Connection="close")
 
@@ -102,7 +102,7 @@ def test_what_does_not_arrive_in_time_is_answered(small, raw):
     with connect(small) as connection:
         connection.sendall(raw)
         answer = read_all(connection) if b"\r\n\r\n" not in raw else connection.recv(1 << 16)
-    assert answer.startswith(b"HTTP/1.1 408") and time.monotonic() - began >= 0.9
+    assert answer.startswith(b"HTTP/1.1 408") and time.monotonic() - began >= 0.4
 
 
 def test_the_rest_of_a_refused_body_may_not_trickle_for_ever(small):

@@ -128,7 +128,7 @@ def test_refusals(server, body, message):
 
 
 def test_a_failure_in_a_stream_is_an_event(server):
-    def fails(conversation, prompt):
+    def fails(*_):
         def mask(output_ids):
             raise ValueError("the grammar is too complex")
         return mask

@@ -35,6 +35,10 @@ class Program:
         held = found["pages"] - found["pages_free"] - found["pages_idle"]
         return not (held or found["running"] or found["waiting"] or found["open_requests"] or found["queued_tokens"])
 
+    def check_alive(self):
+        """AssertionError with what it said last if it has ended."""
+        assert self.process.poll() is None, f"exit code {self.process.returncode}: {self.process.stdout.read()}"
+
     @property
     def rss_mb(self):
         """Resident memory."""
@@ -46,7 +50,7 @@ class Program:
 def program(*options):
     """A Program that is ready; killed in the end if it still runs."""
     command = [sys.executable, "-m", "lockstep", "serve", "--port", "0", "--threads", "1", *map(str, options)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     try:
         line = process.stdout.readline()

@@ -37,6 +37,7 @@ def answer(server):
 def test_under_overload_everybody_is_answered(small):
     before = answer(small)
     found = visits("overload", small.port, 4, 250, 1)
+    small.check_alive()
     statuses = {status: sum(s == status for s, *_ in found) for status in {s for s, *_ in found}}
     assert all(whole for _, _, whole, _ in found), [f for f in found if not f[2]][:3]
     assert set(statuses) == {200, 429} and statuses[429] > statuses[200] > 10, statuses
@@ -52,6 +53,7 @@ def test_soak_overload_keeps_memory_flat_and_refusals_fast():
     with program(*SMALL, "--no-prefix-cache") as made:  # its memory is bounded, too, but takes minutes to fill
         while time.monotonic() < deadline:
             found = visits("overload", made.port, 20, 250, len(memory))
+            made.check_alive()
             assert all(whole for _, _, whole, _ in found), [f for f in found if not f[2]][:3]
             times += [seconds for status, seconds, *_ in found if status == 429]
             memory.append(made.rss_mb)

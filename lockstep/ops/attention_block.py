@@ -6,7 +6,7 @@ of 64 keys, a row of V all dimensions of a key; of bfloat16 two dimensions or tw
 16-lane columns of such a row by one number, or one pair, of every query row. Scratch memory, on the thread's stack:
 
     q [ROWS, 256] scaled queries    o [ROWS, 256] sums of values    p [ROWS, 64] scores    w [ROWS, 64] weights
-    lane [ROWS, 16] sums of weights    top [ROWS] largest score
+    lane [ROWS, 16] sums of weights    top [ROWS] largest score    scales [2, 64] of a block's keys and values, if any
 
 Few, large functions: each level of nesting compiles everything below it again.
 """
@@ -39,7 +39,8 @@ P = O + ROWS * ROW_BYTES
 W = P + ROWS * P_BYTES
 LANE = W + ROWS * P_BYTES
 TOP = LANE + ROWS * LANE_BYTES
-SCRATCH_BYTES = TOP + 4 * ROWS
+SCALES = TOP + 4 * ROWS
+SCRATCH_BYTES = SCALES + 8 * BLOCK
 
 # gate: address of the first gate, 0 for none; gate_bytes, gate_stride: to the next token's and to the next head's
 # group: query heads of a tile
@@ -86,8 +87,9 @@ def first_key(call, position):
 
 
 @inlined
-def load_queries(call, tile, keep, memory):
-    """The tile's queries, scaled, one row after the other."""
+def load_queries(call, tile, how, memory):
+    """The tile's queries, scaled, one row after the other. how: see `attend_span`."""
+    _, _, keep = how
     for row in range(tile.tokens * call.group):
         token, head = tile.token + row // call.group, tile.head + row % call.group
         source = call.q + 4 * call.head_dim * (call.heads * token + head)
@@ -96,12 +98,13 @@ def load_queries(call, tile, keep, memory):
 
 
 @inlined
-def attend_span(call, tile, span, each, step, keep, memory):
+def attend_span(call, tile, span, how, memory):
     """Adds the blocks of one span to the rows that see any of their keys.
 
-    each, step: how many numbers of a reduction a step takes, one or two, and the step. While few rows work on a block's
-    keys, its values come from memory, and then the next block's keys.
+    how: how many numbers of a reduction a step takes, one or two; the step; how queries and weights are stored for it.
+    While few rows work on a block's keys, its values come from memory, and then the next block's keys.
     """
+    each, step, keep = how
     first_block = max(first_key(call, tile.position), span * SPAN) // BLOCK
     last_block = min(tile.position + tile.tokens - 1, (span + 1) * SPAN - 1) // BLOCK
     size = 4 // each * BLOCK * call.head_dim

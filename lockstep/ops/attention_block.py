@@ -18,14 +18,14 @@ from numba import float32, int32
 from lockstep.ops.activations import NATIVE_BF16
 from lockstep.ops.attention_math import BLOCK, SPAN, ZERO, cleared, exp2, soft_capped
 from lockstep.runtime.kernel import inlined
-from lockstep.runtime.machine import prefetch
+from lockstep.runtime.machine import prefetch_second
 from lockstep.runtime.simd import (lane_numbers, lanes, load, max_lanes, maximum, peek, poke, round_bf16, store,
                                    store_bf16, to_f32, where_below)
 from lockstep.runtime.targets import wide_registers
 from lockstep.runtime.tiles import tile_fma_f32, tile_load, tile_pairs, tile_store, tile_zeros
 
 HEIGHT, COLS = (6, 2) if wide_registers() else (5, 1)  # HEIGHT x COLS x 16 lanes of accumulators fill the registers
-FEW_COLS = 4 if wide_registers() else 2  # of two rows that see only some slots
+FEW_COLS = 4 if wide_registers() else 2  # of two rows: lines in the order in which they lie, and registers to spare
 ROWS, FEW_ROWS = 96, 8  # of a tile at most; few rows are bound by the read of K and V
 MASKED = np.float32(-3e38)
 MAX_HEAD_DIM = 256
@@ -125,8 +125,8 @@ def attend_span(call, tile, span, how, memory):
 def scores(call, tile, k, ahead, start, first, last, each, step, memory):
     """q . k of rows first..last and the slots that any of them sees: HEIGHT rows at a time, then two by two.
 
-    A row without a partner is its own. Of few rows the first two ask for the lines of V at `ahead`: out of order the
-    memory gives half its speed.
+    A row without a partner is its own. Of few rows the first two ask for the lines of V at `ahead`, in order and into
+    the second-level cache: otherwise the memory gives half its speed.
     """
     steps, x_bytes = call.head_dim // each, 4 if each == 1 else PAIR_BYTES
     high = first + (last - first) // HEIGHT * HEIGHT if last - first > FEW_ROWS else first
@@ -139,13 +139,13 @@ def scores(call, tile, k, ahead, start, first, last, each, step, memory):
             tile_store(acc, memory + P + P_BYTES * row + 4 * j, P_BYTES, COLS)
     for row in range(high, last, 2):
         pair, q, asked = 1 if row + 1 < last else 0, memory + Q + ROW_BYTES * row, ahead if row == first else k
-        for j in range(0, min(BLOCK, tile.position + (row + pair) // call.group + 1 - start), 32):
-            two = tile_zeros(2, 2)
+        for j in range(0, min(BLOCK, tile.position + (row + pair) // call.group + 1 - start), 16 * FEW_COLS):
+            two = tile_zeros(2, FEW_COLS)
             for i in range(steps):
                 two = step(two, q + x_bytes * i, ROW_BYTES * pair, k + K_ROW_BYTES * i + 4 * j, ALL)
-                prefetch(asked + 4 * j * steps + 128 * i)
-                prefetch(asked + 4 * j * steps + 128 * i + 64)
-            tile_store(two, memory + P + P_BYTES * row + 4 * j, P_BYTES * pair, 2)
+                for line in range(FEW_COLS):
+                    prefetch_second(asked + 4 * j * steps + 64 * (FEW_COLS * i + line))
+            tile_store(two, memory + P + P_BYTES * row + 4 * j, P_BYTES * pair, FEW_COLS)
 
 
 @inlined
@@ -229,7 +229,7 @@ def ragged_values(call, tile, v, ahead, start, row, pair, done, each, step, memo
         for i in range(low // each, (high + each - 1) // each):
             two = step(two, weights + x_bytes * i, P_BYTES * pair, v + width * i + 4 * d, halves(each * i, low, high))
             for line in range(FEW_COLS):
-                prefetch(ahead + 4 * BLOCK // each * d + 64 * (FEW_COLS * i + line))
+                prefetch_second(ahead + 4 * BLOCK // each * d + 64 * (FEW_COLS * i + line))
         tile_store(two, o + 4 * d, ROW_BYTES * pair, FEW_COLS)
     for d in range(wide, call.head_dim, 16):
         one = tile_load(2, 1, o + 4 * d, ROW_BYTES * pair)

@@ -18,7 +18,7 @@ from lockstep.ops.attention_math import BLOCK, SPAN, ZERO, cleared, exp2, soft_c
 from lockstep.ops.attention_q8 import MOST, ONE_MOST
 from lockstep.ops.kv_cache_q8 import head_place, scale_place
 from lockstep.runtime.kernel import inlined
-from lockstep.runtime.machine import prefetch
+from lockstep.runtime.machine import prefetch_second
 from lockstep.runtime.simd import (absolute, lane_numbers, lanes, load, load_bf16, load_i32, max_lanes, maximum, peek,
                                    poke, rint, store, store_i8, sum_lanes, to_f32, to_i32, where_below)
 from lockstep.runtime.targets import unsigned_weights
@@ -95,8 +95,8 @@ def scales(call, head, ahead, memory):
         store(memory + SCALES + 4 * j, load_bf16(call.k_pages + head + at + 2 * j))
         store(memory + SCALES + 4 * (BLOCK + j), load_bf16(call.v_pages + head + at + 2 * j))
     for line in range(0, 2 * BLOCK, 64):
-        prefetch(call.k_pages + ahead + at + line)
-        prefetch(call.v_pages + ahead + at + line)
+        prefetch_second(call.k_pages + ahead + at + line)
+        prefetch_second(call.v_pages + ahead + at + line)
 
 
 @inlined
@@ -116,13 +116,13 @@ def scores(call, tile, k, ahead, start, first, last, memory):
             tile_store(acc, memory + P + P_BYTES * row + 4 * j, P_BYTES, COLS)
     for row in range(high, last, 2):
         pair, q, asked = 1 if row + 1 < last else 0, memory + Q + ROW_BYTES * row, ahead if row == first else k
-        for j in range(0, min(BLOCK, tile.position + (row + pair) // call.group + 1 - start), 32):
-            two = tile_int_spread(2, 2, q + Q_START, ROW_BYTES * pair)
+        for j in range(0, min(BLOCK, tile.position + (row + pair) // call.group + 1 - start), 16 * FEW_COLS):
+            two = tile_int_spread(2, FEW_COLS, q + Q_START, ROW_BYTES * pair)
             for i in range(steps):
                 two = tile_add_bytes(two, q + Q_BYTES * i, ROW_BYTES * pair, k + K_ROW_BYTES * i + 4 * j, 64)
-                prefetch(asked + 4 * j * steps + 128 * i)
-                prefetch(asked + 4 * j * steps + 128 * i + 64)
-            tile_store(two, memory + P + P_BYTES * row + 4 * j, P_BYTES * pair, 2)
+                for line in range(FEW_COLS):
+                    prefetch_second(asked + 4 * j * steps + 64 * (FEW_COLS * i + line))
+            tile_store(two, memory + P + P_BYTES * row + 4 * j, P_BYTES * pair, FEW_COLS)
 
 
 @inlined
@@ -213,7 +213,7 @@ def two_rows(call, v, ahead, row, pair, done, memory):
         for i in range(BLOCK // 4):
             two = tile_add_words(two, weights + 8 * i, P_BYTES * pair, v + 4 * (call.head_dim * i + d), 64)
             for line in range(FEW_COLS):
-                prefetch(ahead + BLOCK * d + 64 * (FEW_COLS * i + line))
+                prefetch_second(ahead + BLOCK * d + 64 * (FEW_COLS * i + line))
         tile_add_scaled(two, weights + W_SCALE, P_BYTES * pair, o + 4 * d, ROW_BYTES * pair)
     for d in range(wide, call.head_dim, 16):
         one = tile_int_zeros(2, 1)

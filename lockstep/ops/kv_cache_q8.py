@@ -10,7 +10,7 @@ Four neighbours in the sum that they enter lie together, as instructions for dot
 import numpy as np
 from numba import int8
 
-from lockstep.ops.activations import HIGHEST, ONE_127TH, SMALLEST, ZERO
+from lockstep.ops.activations import ONE_127TH, SMALLEST, ZERO
 from lockstep.ops.kv_cache import PAGE_TOKENS, SCALE_BYTES, token_inputs
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import definition, inlined, kernel

@@ -190,13 +190,25 @@ def stack_memory(context, num_bytes):
     return types.int64(num_bytes), codegen
 
 
+def _prefetcher(nearness):
+    def typer(_, address):
+        def codegen(ctx, b, sig, args):
+            hints = [ir.Constant(I32, hint) for hint in (0, nearness, 1)]  # a read of data
+            call(b, "llvm.prefetch.p0", ir.VoidType(), [b.inttoptr(args[0], I8.as_pointer()), *hints])
+            return ctx.get_dummy_value()
+
+        return types.void(types.int64), codegen
+
+    return typer
+
+
 @primitive()
 def prefetch(context, address):
     """Asks for the cache line at an address into the nearest cache; any address is allowed."""
+    return _prefetcher(3)(context, address)
 
-    def codegen(ctx, b, sig, args):
-        hints = [ir.Constant(I32, hint) for hint in (0, 3, 1)]  # a read, to stay near, of data
-        call(b, "llvm.prefetch.p0", ir.VoidType(), [b.inttoptr(args[0], I8.as_pointer()), *hints])
-        return ctx.get_dummy_value()
 
-    return types.void(types.int64), codegen
+@primitive()
+def prefetch_second(context, address):
+    """Asks for the cache line at an address into the second-level cache, which can wait for many more lines at once."""
+    return _prefetcher(2)(context, address)

@@ -30,7 +30,8 @@ class Batch:
         step, _held = ragged_step(lengths or self.lengths, contexts or self.contexts, self.table[requests])
         inputs = [self.q_TD[rows], ("cache", self.k_pages), ("cache", self.v_pages)]
         gate = dict(gate_width=self.gate_TW.shape[1], gate_offset=5 + K, gate_stride=2 * K) if gated else {}
-        made = run_op(backend[("gated_" if gated else "") + "attention" + ("" if self.kv_dtype == "f32" else f"_{self.kv_dtype}")],
+        kind = ("gated_" if gated else "") + "attention" + ("" if self.kv_dtype == "f32" else f"_{self.kv_dtype}")
+        made = run_op(backend[kind],
                       {"out": ("T", H * K, "f32"), "stats": ("T", 2 * H, "f32")},
                       inputs + [self.gate_TW[rows]] * gated, step=step, num_threads=num_threads, num_heads=H,
                       num_kv_heads=G, head_dim=K, sm_scale=K ** -0.5, sliding_window=self.window,

@@ -54,7 +54,8 @@ class Inputs:
                     *(("cache", p) for p in pages), *norms],
                    step=self.step, num_threads=num_threads, num_heads=H, num_kv_heads=G, head_dim=K,
                    rope_dim=self.rope_dim, row_width=self.x.shape[1], q_offset=GAP, q_stride=2 * K,
-                   k_offset=self.k_offset, v_offset=self.v_offset, kv_dtype=KV_DTYPES.index(self.kv_dtype), **extra)["q"]
+                   k_offset=self.k_offset, v_offset=self.v_offset, kv_dtype=KV_DTYPES.index(self.kv_dtype),
+                   **extra)["q"]
         if self.kv_dtype == "q8":
             return q, *codes_and_scales(pages[0], K, (K, 64)), *codes_and_scales(pages[1], K, (64, K))
         return q, *(by_row(p) for p in pages)

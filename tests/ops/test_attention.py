@@ -1,3 +1,8 @@
+import os
+import pathlib
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -5,8 +10,12 @@ from lockstep.ops import BACKENDS, attention, attention_q8
 from lockstep.ops.attention_math import score_scales
 from lockstep.ops.kv_cache import KV_DTYPES
 from lockstep.runtime.kernel import interpreted
+from tests.ops import q8_target
 from tests.ops.harness import ragged_step, run_op, same_bits
 from tests.ops.pages import quantize, random_cache, round_bf16, scales_of, widen
+from tests.promise.test_isa import cpu_flags
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 REFERENCE, CPU, PER_TOKEN = (BACKENDS[name] for name in ("reference", "cpu", "per_token"))
 MIXED = [1, 65, 7, 130, 1], [1, 65, 1027, 1090, 2050]  # new tokens and context in all, of each request
@@ -209,3 +218,14 @@ def test_definition_over_8_bits_compiled_equals_interpreted(window, soft_cap):
                for f, out in zip((attention_q8.attend, interpreted(attention_q8.attend)), outs)]
     same_bits(outs[0], outs[1])
     same_bits(*(np.array(r, np.float32) for r in results))
+
+
+@pytest.mark.parametrize("variant, cpu", [("native", "haswell"), ("avx_vnni", ""), ("generic", "")])
+def test_8_bit_attention_gives_the_same_bits_for_another_target(variant, cpu, tmp_path):
+    needed = {"avx2", "fma"} if cpu else {"avx512vl", "avx512_vnni"} if variant == "avx_vnni" else set()
+    if needed - cpu_flags():
+        pytest.skip(f"this CPU lacks {', '.join(sorted(needed - cpu_flags()))}")
+    named = dict(NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES="") if cpu else {}
+    printed = subprocess.run([sys.executable, "-m", "tests.ops.q8_target", variant], cwd=ROOT, text=True, check=True,
+                             env={**os.environ, **named, "LOCKSTEP_CACHE": str(tmp_path)}, capture_output=True)
+    assert printed.stdout.split() == q8_target.digests()

@@ -152,36 +152,44 @@ def scores(call, tile, k, ahead, start, first, last, each, step, memory):
 def softmax_step(call, tile, start, first, last, keep, memory):
     """Turns scores into weights, with the sums so far brought to the new maximum."""
     for row in range(first, last):
-        position, o = tile.position + row // call.group, memory + O + ROW_BYTES * row
         p, weights = memory + P + P_BYTES * row, memory + W + P_BYTES * row
-        lane, top = memory + LANE + LANE_BYTES * row, memory + TOP + 4 * row
-        if call.cap > ZERO:
-            for i in range(0, P_BYTES, 64):
-                store(p + i, soft_capped(load(p + i), call.cap))
-        low, high = first_key(call, position) - start, position + 1 - start
-        if low > 0 or high < BLOCK:
-            for j in range(0, BLOCK, 16):
-                slot = to_f32(lane_numbers()) + np.float32(j)
-                seen = where_below(slot, np.float32(high), load(p + 4 * j), lanes(MASKED))
-                store(p + 4 * j, where_below(slot, np.float32(low), lanes(MASKED), seen))
-        higher = max_lanes(maximum(maximum(load(p), load(p + 64)), maximum(load(p + 128), load(p + 192)))) + ZERO
-        total = lanes(ZERO)
-        if start % SPAN == 0 or low >= 0 and call.window > 0:  # the row's first block of the span
-            for i in range(0, 4 * call.head_dim, 64):
-                store(o + i, total)
-        else:
-            before, total = peek(top, float32), load(lane)
-            if higher > before:
-                shrink = exp2(before - higher)
-                total = cleared(total * shrink)
-                for i in range(0, 4 * call.head_dim, 64):
-                    store(o + i, cleared(load(o + i) * shrink))
-            else:  # the factor is exactly 1
-                higher = before
+        higher, total = raise_maximum(call, tile, start, row, memory)
         for j in range(0, BLOCK, 16):
             total = total + keep(weights, j, exp2(load(p + 4 * j) - higher))
-        store(lane, total)
-        poke(top, higher)
+        store(memory + LANE + LANE_BYTES * row, total)
+
+
+@inlined
+def raise_maximum(call, tile, start, row, memory):
+    """Caps and masks a row's scores, and brings its sums so far to the new maximum; returns that and the sums of
+    weights."""
+    position, p, o = tile.position + row // call.group, memory + P + P_BYTES * row, memory + O + ROW_BYTES * row
+    top = memory + TOP + 4 * row
+    if call.cap > ZERO:
+        for i in range(0, P_BYTES, 64):
+            store(p + i, soft_capped(load(p + i), call.cap))
+    low, high = first_key(call, position) - start, position + 1 - start
+    if low > 0 or high < BLOCK:
+        for j in range(0, BLOCK, 16):
+            slot = to_f32(lane_numbers()) + np.float32(j)
+            seen = where_below(slot, np.float32(high), load(p + 4 * j), lanes(MASKED))
+            store(p + 4 * j, where_below(slot, np.float32(low), lanes(MASKED), seen))
+    higher = max_lanes(maximum(maximum(load(p), load(p + 64)), maximum(load(p + 128), load(p + 192)))) + ZERO
+    total = lanes(ZERO)
+    if start % SPAN == 0 or low >= 0 and call.window > 0:  # the row's first block of the span
+        for i in range(0, 4 * call.head_dim, 64):
+            store(o + i, total)
+    else:
+        before, total = peek(top, float32), load(memory + LANE + LANE_BYTES * row)
+        if higher > before:
+            shrink = exp2(before - higher)
+            total = cleared(total * shrink)
+            for i in range(0, 4 * call.head_dim, 64):
+                store(o + i, cleared(load(o + i) * shrink))
+        else:  # the factor is exactly 1
+            higher = before
+    poke(top, higher)
+    return higher, total
 
 
 @inlined

@@ -6,21 +6,21 @@
     w   codes of weights (int16), then their scale (float32)
 
 A row of a page is four dimensions of 64 keys, or all dimensions of four values. Slots that a row does not see have
-weight 0: whatever codes they hold, they add nothing to an integer sum. Their scales are never multiplied.
+weight 0: whatever codes they hold, they add nothing to an integer sum, and what their scales make is not taken.
 """
 import numpy as np
 from numba import float32, int32
 
 from lockstep.ops.activations import HIGHEST, ONE_127TH, SMALLEST
-from lockstep.ops.attention_block import (COLS, FEW_COLS, FEW_ROWS, HEIGHT, LANE, LANE_BYTES, MASKED, P_BYTES,
-                                          ROW_BYTES, SCALES, TOP, O, P, Q, W, first_key)
-from lockstep.ops.attention_math import BLOCK, SPAN, ZERO, cleared, exp2, soft_capped
+from lockstep.ops.attention_block import (COLS, FEW_COLS, FEW_ROWS, HEIGHT, LANE, LANE_BYTES, P_BYTES, ROW_BYTES,
+                                          SCALES, O, P, Q, W, first_key, raise_maximum)
+from lockstep.ops.attention_math import BLOCK, SPAN, ZERO, cleared, exp2
 from lockstep.ops.attention_q8 import MOST, ONE_MOST
 from lockstep.ops.kv_cache_q8 import head_place, scale_place
 from lockstep.runtime.kernel import inlined
 from lockstep.runtime.machine import prefetch_second
-from lockstep.runtime.simd import (absolute, lane_numbers, lanes, load, load_bf16, load_i32, max_lanes, maximum, peek,
-                                   poke, rint, store, store_i8, sum_lanes, to_f32, to_i32, where_below)
+from lockstep.runtime.simd import (absolute, lanes, load, load_bf16, load_i32, max_lanes, maximum, peek, poke, rint,
+                                   store, store_i8, sum_lanes, to_f32, to_i32, where_below)
 from lockstep.runtime.targets import unsigned_weights
 from lockstep.runtime.tiles import tile_store
 from lockstep.runtime.tiles_bytes import (OFFSET, store_words, tile_add_bytes, tile_add_scaled, tile_add_words,
@@ -103,9 +103,9 @@ def scales(call, head, ahead, memory):
 def scores(call, tile, k, ahead, start, first, last, memory):
     """Dots of rows first..last with the slots that any of them sees: HEIGHT rows at a time, then two by two.
 
-    A row without a partner is its own. Of few rows the first two ask for the lines of V at `ahead`.
+    A row without a partner is its own. Few rows ask for the lines of V at `ahead`, each pair for its share.
     """
-    steps = call.head_dim // 4
+    steps, share, asked = call.head_dim // 4, lines_a_step(first, last), ahead
     high = first + (last - first) // HEIGHT * HEIGHT if last - first > FEW_ROWS else first
     for row in range(first, high, HEIGHT):
         q = memory + Q + ROW_BYTES * row
@@ -115,14 +115,33 @@ def scores(call, tile, k, ahead, start, first, last, memory):
                 acc = tile_add_bytes(acc, q + Q_BYTES * i, ROW_BYTES, k + K_ROW_BYTES * i + 4 * j, 64)
             tile_store(acc, memory + P + P_BYTES * row + 4 * j, P_BYTES, COLS)
     for row in range(high, last, 2):
-        pair, q, asked = 1 if row + 1 < last else 0, memory + Q + ROW_BYTES * row, ahead if row == first else k
+        pair, q = 1 if row + 1 < last else 0, memory + Q + ROW_BYTES * row
         for j in range(0, min(BLOCK, tile.position + (row + pair) // call.group + 1 - start), 16 * FEW_COLS):
             two = tile_int_spread(2, FEW_COLS, q + Q_START, ROW_BYTES * pair)
             for i in range(steps):
                 two = tile_add_bytes(two, q + Q_BYTES * i, ROW_BYTES * pair, k + K_ROW_BYTES * i + 4 * j, 64)
-                for line in range(FEW_COLS):
-                    prefetch_second(asked + 4 * j * steps + 64 * (FEW_COLS * i + line))
+                asked = ask(asked, share)
             tile_store(two, memory + P + P_BYTES * row + 4 * j, P_BYTES * pair, FEW_COLS)
+
+
+@inlined
+def ask(place, share):
+    """Asks for 0, 1, 2 or 4 lines; returns where the next ones are."""
+    if share > 0:
+        prefetch_second(place)
+        if share > 1:
+            prefetch_second(place + 64)
+            if share > 2:
+                prefetch_second(place + 128)
+                prefetch_second(place + 192)
+    return place + 64 * share
+
+
+@inlined
+def lines_a_step(first, last):
+    """How many of the lines that come next few rows ask for at each step, so that all pairs of rows ask for as many."""
+    pairs = (last - first + 1) // 2
+    return (FEW_COLS + pairs - 1) // pairs if last - first <= FEW_ROWS else 0
 
 
 @inlined
@@ -130,45 +149,19 @@ def softmax_step(call, tile, start, first, last, memory):
     """Turns dots into scores and those into quantized weights, with the sums so far brought to the new maximum."""
     k_scales, v_scales = memory + SCALES, memory + SCALES + 4 * BLOCK
     for row in range(first, last):
-        position, o = tile.position + row // call.group, memory + O + ROW_BYTES * row
-        p, weights = memory + P + P_BYTES * row, memory + W + P_BYTES * row
-        lane, top = memory + LANE + LANE_BYTES * row, memory + TOP + 4 * row
+        p, most = memory + P + P_BYTES * row, lanes(ZERO)
         q_scale = peek(memory + Q + ROW_BYTES * row + Q_SCALE, float32)
         for i in range(0, P_BYTES, 64):
             store(p + i, to_f32(load_i32(p + i)) * (load(k_scales + i) * q_scale))
-        if call.cap > ZERO:
-            for i in range(0, P_BYTES, 64):
-                store(p + i, soft_capped(load(p + i), call.cap))
-        low, high = first_key(call, position) - start, position + 1 - start
-        if low > 0 or high < BLOCK:
-            for j in range(0, BLOCK, 16):
-                slot = to_f32(lane_numbers()) + np.float32(j)
-                seen = where_below(slot, np.float32(high), load(p + 4 * j), lanes(MASKED))
-                store(p + 4 * j, where_below(slot, np.float32(low), lanes(MASKED), seen))
-        higher = max_lanes(maximum(maximum(load(p), load(p + 64)), maximum(load(p + 128), load(p + 192)))) + ZERO
-        total = lanes(ZERO)
-        if start % SPAN == 0 or low >= 0 and call.window > 0:  # the row's first block of the span
-            for i in range(0, 4 * call.head_dim, 64):
-                store(o + i, total)
-        else:
-            before, total = peek(top, float32), load(lane)
-            if higher > before:
-                shrink = exp2(before - higher)
-                total = cleared(total * shrink)
-                for i in range(0, 4 * call.head_dim, 64):
-                    store(o + i, cleared(load(o + i) * shrink))
-            else:  # the factor is exactly 1
-                higher = before
-        most = lanes(ZERO)
+        higher, total = raise_maximum(call, tile, start, row, memory)
         for i in range(0, P_BYTES, 64):
             x = exp2(load(p + i) - higher)
             total = total + x
             x = where_below(ZERO, x, x * load(v_scales + i), ZERO)
             store(p + i, x)
             most = maximum(x, most)
-        store(lane, total)
-        poke(top, higher)
-        quantize_weights(p, max_lanes(most), weights)
+        store(memory + LANE + LANE_BYTES * row, total)
+        quantize_weights(p, max_lanes(most), memory + W + P_BYTES * row)
 
 
 @inlined
@@ -184,8 +177,8 @@ def quantize_weights(p, most, weights):
 
 @inlined
 def values(call, v, ahead, first, last, memory):
-    """o += w . v of rows first..last: HEIGHT rows at a time, others two by two, of which the first ask for what lies
-    at `ahead`."""
+    """o += w . v of rows first..last: HEIGHT rows at a time, others two by two. Few rows ask for lines at `ahead`."""
+    share, asked = lines_a_step(first, last), ahead
     high = first + (last - first) // HEIGHT * HEIGHT if last - first > FEW_ROWS else first
     wide = call.head_dim // (16 * COLS) * (16 * COLS)
     for d in range(0, wide, 16 * COLS):
@@ -199,21 +192,22 @@ def values(call, v, ahead, first, last, memory):
     while row < last:
         pair, done = 1 if row + 1 < last and row + 1 != high else 0, wide if row < high else 0
         if done < call.head_dim:
-            two_rows(call, v, ahead if row == first else v, row, pair, done, memory)
+            two_rows(call, v, asked, share, row, pair, done, memory)
+            asked += call.head_dim // (16 * FEW_COLS) * BLOCK // 4 * 64 * share
         row += 1 + pair
 
 
 @inlined
-def two_rows(call, v, ahead, row, pair, done, memory):
-    """o += w . v of a row and the next (or, pair 0, itself), from dimension `done` on."""
+def two_rows(call, v, asked, share, row, pair, done, memory):
+    """o += w . v of a row and the next (or, pair 0, itself), from dimension `done` on; at each step asks for `share`
+    lines from `asked` on."""
     weights, o = memory + W + P_BYTES * row, memory + O + ROW_BYTES * row
     wide = done + (call.head_dim - done) // (16 * FEW_COLS) * (16 * FEW_COLS)
     for d in range(done, wide, 16 * FEW_COLS):
         two = tile_int_zeros(2, FEW_COLS)
         for i in range(BLOCK // 4):
             two = tile_add_words(two, weights + 8 * i, P_BYTES * pair, v + 4 * (call.head_dim * i + d), 64)
-            for line in range(FEW_COLS):
-                prefetch_second(ahead + BLOCK * d + 64 * (FEW_COLS * i + line))
+            asked = ask(asked, share)
         tile_add_scaled(two, weights + W_SCALE, P_BYTES * pair, o + 4 * d, ROW_BYTES * pair)
     for d in range(wide, call.head_dim, 16):
         one = tile_int_zeros(2, 1)

@@ -121,6 +121,16 @@ def test_kernel_equals_definition(name):
     assert np.abs(expected[0] - batch.exact()).max() < tolerance(batch)
 
 
+@pytest.mark.parametrize(("kv_dtype", "cached", "in_all"), [("bf16", 0.002, 0.0035), ("q8", 0.006, 0.012)])
+def test_relative_error_from_the_cache_and_from_the_numbers_before_it(kv_dtype, cached, in_all):
+    shape = dict(H=8, G=2, K=128)
+    batch, before = Batch(*MIXED, **shape, kv_dtype=kv_dtype), Batch(*MIXED, **shape)
+    same_bits(batch.q_TD, before.q_TD)
+    made, rms = batch.run(CPU, 2)[0], lambda x: np.sqrt((x ** 2).mean())
+    for exact, allowed in ((batch.exact(), cached), (before.exact(), in_all)):
+        assert rms(made - exact) < allowed * rms(exact)
+
+
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("window", [0, 70])
 @pytest.mark.parametrize("num_threads", [1, 4])

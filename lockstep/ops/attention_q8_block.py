@@ -126,14 +126,9 @@ def scores(call, tile, k, ahead, start, first, last, memory):
 
 @inlined
 def ask(place, share):
-    """Asks for 0, 1, 2 or 4 lines; returns where the next ones are."""
-    if share > 0:
-        prefetch_second(place)
-        if share > 1:
-            prefetch_second(place + 64)
-            if share > 2:
-                prefetch_second(place + 128)
-                prefetch_second(place + 192)
+    """Asks for 1, 2 or 4 lines, as they are shared; returns where the next ones are."""
+    for line in range(FEW_COLS):
+        prefetch_second(place + 64 * (line & share - 1))
     return place + 64 * share
 
 
@@ -141,7 +136,7 @@ def ask(place, share):
 def lines_a_step(first, last):
     """How many of the lines that come next few rows ask for at each step, so that all pairs of rows ask for as many."""
     pairs = (last - first + 1) // 2
-    return (FEW_COLS + pairs - 1) // pairs if last - first <= FEW_ROWS else 0
+    return (FEW_COLS + pairs - 1) // pairs if last - first <= FEW_ROWS else 1
 
 
 @inlined

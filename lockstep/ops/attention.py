@@ -168,7 +168,7 @@ def _attention(op, step, base, has_gate):
     """The op on all requests.
 
     Operands: out, stats, q, K pages, V pages, with a gate also the rows that hold it. Parameters, from `base` on: H, G,
-    K, sm_scale, window, soft cap, whether pages are bfloat16; of the gate the row's width, the first column, and the
+    K, sm_scale, window, soft cap, type of the pages (KV_DTYPES); of the gate the row's width, the first column, and the
     columns from one head to the next. stats [T, H, 2] float32 receives the maximum and the sum of each softmax.
     """
     G, K, bf16 = word(op, base + 1), word(op, base + 2), word(op, base + 6)

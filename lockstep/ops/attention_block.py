@@ -18,7 +18,7 @@ from numba import float32, int32
 from lockstep.ops.activations import NATIVE_BF16
 from lockstep.ops.attention_math import BLOCK, SPAN, ZERO, cleared, exp2, soft_capped
 from lockstep.runtime.kernel import inlined
-from lockstep.runtime.machine import prefetch_second
+from lockstep.runtime.machine import prefetch
 from lockstep.runtime.simd import (lane_numbers, lanes, load, max_lanes, maximum, peek, poke, round_bf16, store,
                                    store_bf16, to_f32, where_below)
 from lockstep.runtime.targets import wide_registers
@@ -102,7 +102,8 @@ def attend_span(call, tile, span, how, memory):
     """Adds the blocks of one span to the rows that see any of their keys.
 
     how: how many numbers of a reduction a step takes, one or two; the step; how queries and weights are stored for it.
-    While few rows work on a block's keys, its values come from memory, and then the next block's keys.
+    While few rows work on a block's keys, its values come from memory, and then the next block's keys: not to the
+    nearest cache, which holds no more than what is worked on.
     """
     each, step, keep = how
     first_block = max(first_key(call, tile.position), span * SPAN) // BLOCK
@@ -144,7 +145,7 @@ def scores(call, tile, k, ahead, start, first, last, each, step, memory):
             for i in range(steps):
                 two = step(two, q + x_bytes * i, ROW_BYTES * pair, k + K_ROW_BYTES * i + 4 * j, ALL)
                 for line in range(FEW_COLS):
-                    prefetch_second(asked + 4 * j * steps + 64 * (FEW_COLS * i + line))
+                    prefetch(asked + 4 * j * steps + 64 * (FEW_COLS * i + line))
             tile_store(two, memory + P + P_BYTES * row + 4 * j, P_BYTES * pair, FEW_COLS)
 
 
@@ -237,7 +238,7 @@ def ragged_values(call, tile, v, ahead, start, row, pair, done, each, step, memo
         for i in range(low // each, (high + each - 1) // each):
             two = step(two, weights + x_bytes * i, P_BYTES * pair, v + width * i + 4 * d, halves(each * i, low, high))
             for line in range(FEW_COLS):
-                prefetch_second(ahead + 4 * BLOCK // each * d + 64 * (FEW_COLS * i + line))
+                prefetch(ahead + 4 * BLOCK // each * d + 64 * (FEW_COLS * i + line))
         tile_store(two, o + 4 * d, ROW_BYTES * pair, FEW_COLS)
     for d in range(wide, call.head_dim, 16):
         one = tile_load(2, 1, o + 4 * d, ROW_BYTES * pair)

@@ -18,7 +18,7 @@ from lockstep.ops.attention_math import BLOCK, SPAN, ZERO, cleared, exp2
 from lockstep.ops.attention_q8 import MOST, ONE_MOST
 from lockstep.ops.kv_cache_q8 import head_place, scale_place
 from lockstep.runtime.kernel import inlined
-from lockstep.runtime.machine import prefetch_second
+from lockstep.runtime.machine import prefetch
 from lockstep.runtime.simd import (absolute, lanes, load, load_bf16, load_i32, max_lanes, maximum, peek, poke, rint,
                                    store, store_i8, sum_lanes, to_f32, to_i32, where_below)
 from lockstep.runtime.targets import unsigned_weights
@@ -95,8 +95,8 @@ def scales(call, head, ahead, memory):
         store(memory + SCALES + 4 * j, load_bf16(call.k_pages + head + at + 2 * j))
         store(memory + SCALES + 4 * (BLOCK + j), load_bf16(call.v_pages + head + at + 2 * j))
     for line in range(0, 2 * BLOCK, 64):
-        prefetch_second(call.k_pages + ahead + at + line)
-        prefetch_second(call.v_pages + ahead + at + line)
+        prefetch(call.k_pages + ahead + at + line)
+        prefetch(call.v_pages + ahead + at + line)
 
 
 @inlined
@@ -128,7 +128,7 @@ def scores(call, tile, k, ahead, start, first, last, memory):
 def ask(place, share):
     """Asks for 1, 2 or 4 lines, as they are shared; returns where the next ones are."""
     for line in range(FEW_COLS):
-        prefetch_second(place + 64 * (line & share - 1))
+        prefetch(place + 64 * (line & share - 1))
     return place + 64 * share
 
 

@@ -1,10 +1,11 @@
 """Linear layers: the fast kernels. Rows by panels of sixteen features, a register tile through all of K.
 
-One row is bound by the stream of weights; many rows by arithmetic. Threads claim runs of panels, so that uneven cores
+A few rows are bound by the stream of weights; many by arithmetic. Threads claim runs of panels, so that uneven cores
 balance; a run's weights are read from memory once and serve all rows, up to MAX_ROWS of them at a time from registers.
 
     panel (16 features)   [k block][16 features]...   one contiguous stream, see weights/pack.py
-    tile                  rows x COLS panels of accumulators, K from first to last, see runtime/tiles_linear.py
+    tile, few rows        all rows x 1 panel of accumulators: panel follows panel, one stream of memory
+    tile, many rows       MAX_ROWS x COLS panels: fewest loads for each dot, see runtime/tiles_linear.py
 """
 from numba import int64, njit
 
@@ -23,7 +24,8 @@ from lockstep.weights.pack import pack_bf16, pack_f16, pack_f32, pack_q4_0, pack
 from lockstep.weights.pack_k import pack_q4_k, pack_q6_k
 
 COLS = 2 if wide_registers() else 1  # panels of a tile: 6 x 2 x 16 lanes fill 32 registers, 6 x 1 x 16 fill 16
-MAX_ROWS = 6
+MIN_ROWS, MAX_ROWS = 3, 6
+FEW_ROWS = 8 if COLS == 2 else MAX_ROWS  # they share each panel while it streams by, one panel at a time
 ALL_PANELS = (1 << COLS) - 1  # a bit each
 NEAR_BYTES = 34 * 1024  # weights of a tile that stay in the first-level cache, beside six rows of activations
 K_UNIT = 256  # the largest block of a format
@@ -41,32 +43,20 @@ def merged(function):
 @merged
 def together(format, x, row, w, panel, scales, panel_scales, K, residual, out, out_row, panels, resume, next_codes,
              next_scales, left):
-    """COLS panels by `left` rows, in tiles of nearly equal height. The arguments are those of `linear_tile`.
+    """COLS panels by `left` rows, as one tile or in tiles of nearly equal height. Arguments as of `linear_tile`.
 
     The first tile brings what comes next near; where there are several, the first two bring half of it each.
     """
-    wanted, later = (ALL_PANELS, 0) if left <= MAX_ROWS else (ALL_PANELS // 2, ALL_PANELS - ALL_PANELS // 2)
+    if left <= FEW_ROWS:
+        linear_tile(format, (1, FEW_ROWS), COLS, 1, left, x, row, w, panel, scales, panel_scales, K, residual, out,
+                    out_row, panels, resume, next_codes, next_scales, ALL_PANELS)
+        return
+    wanted, later = ALL_PANELS // 2, ALL_PANELS - ALL_PANELS // 2
     while left > 0:
         tiles = (left + MAX_ROWS - 1) // MAX_ROWS
         rows = (left + tiles - 1) // tiles
-        if rows == 6:
-            linear_tile(format, 6, COLS, x, row, w, panel, scales, panel_scales, K, residual, out, out_row, panels,
-                        resume, next_codes, next_scales, wanted)
-        elif rows == 5:
-            linear_tile(format, 5, COLS, x, row, w, panel, scales, panel_scales, K, residual, out, out_row, panels,
-                        resume, next_codes, next_scales, wanted)
-        elif rows == 4:
-            linear_tile(format, 4, COLS, x, row, w, panel, scales, panel_scales, K, residual, out, out_row, panels,
-                        resume, next_codes, next_scales, wanted)
-        elif rows == 3:
-            linear_tile(format, 3, COLS, x, row, w, panel, scales, panel_scales, K, residual, out, out_row, panels,
-                        resume, next_codes, next_scales, wanted)
-        elif rows == 2:
-            linear_tile(format, 2, COLS, x, row, w, panel, scales, panel_scales, K, residual, out, out_row, panels,
-                        resume, next_codes, next_scales, wanted)
-        else:
-            linear_tile(format, 1, COLS, x, row, w, panel, scales, panel_scales, K, residual, out, out_row, panels,
-                        resume, next_codes, next_scales, wanted)
+        linear_tile(format, (MIN_ROWS, MAX_ROWS), COLS, COLS, rows, x, row, w, panel, scales, panel_scales, K, residual,
+                    out, out_row, panels, resume, next_codes, next_scales, wanted)
         left, x, out = left - rows, x + rows * row, out + rows * out_row
         residual = residual + rows * out_row if residual else 0
         wanted, later = later, 0
@@ -75,9 +65,9 @@ def together(format, x, row, w, panel, scales, panel_scales, K, residual, out, o
 @merged
 def alone(format, x, row, w, panel, scales, panel_scales, K, residual, out, out_row, panels, resume, next_codes,
           next_scales, left):
-    """COLS panels by one row: `together` for left = 1, without bringing anything near."""
-    linear_tile(format, 1, COLS, x, row, w, panel, scales, panel_scales, K, residual, out, out_row, panels, resume,
-                next_codes, next_scales, 0)
+    """COLS panels by one row: `together` for left = 1."""
+    linear_tile(format, (1, 1), COLS, 1, 1, x, row, w, panel, scales, panel_scales, K, residual, out, out_row, panels,
+                resume, next_codes, next_scales, 0)
 
 
 @inlined
@@ -91,7 +81,7 @@ def claim_size(num_panels, num_threads, rows):
 def part_of_k(K, panel, rows):
     """How much of K is worked on at a time, so that the panels of a tile stay in the nearest cache for all rows."""
     part = NEAR_BYTES * K // (COLS * panel) // K_UNIT * K_UNIT
-    return K if rows <= MAX_ROWS else min(K, max(K_UNIT, part))
+    return K if rows <= FEW_ROWS else min(K, max(K_UNIT, part))
 
 
 @merged

@@ -190,25 +190,13 @@ def stack_memory(context, num_bytes):
     return types.int64(num_bytes), codegen
 
 
-def _prefetcher(nearness):
-    def typer(_, address):
-        def codegen(ctx, b, sig, args):
-            hints = [ir.Constant(I32, hint) for hint in (0, nearness, 1)]  # a read of data
-            call(b, "llvm.prefetch.p0", ir.VoidType(), [b.inttoptr(args[0], I8.as_pointer()), *hints])
-            return ctx.get_dummy_value()
-
-        return types.void(types.int64), codegen
-
-    return typer
-
-
 @primitive()
 def prefetch(context, address):
-    """Asks for the cache line at an address into the nearest cache; any address is allowed."""
-    return _prefetcher(3)(context, address)
+    """Asks for the cache line at an address into the second-level cache; any address is allowed."""
 
+    def codegen(ctx, b, sig, args):
+        hints = [ir.Constant(I32, hint) for hint in (0, 2, 1)]  # a read, of data, not into the nearest cache
+        call(b, "llvm.prefetch.p0", ir.VoidType(), [b.inttoptr(args[0], I8.as_pointer()), *hints])
+        return ctx.get_dummy_value()
 
-@primitive()
-def prefetch_second(context, address):
-    """Asks for the cache line at an address into the second-level cache, which can wait for many more lines at once."""
-    return _prefetcher(2)(context, address)
+    return types.void(types.int64), codegen

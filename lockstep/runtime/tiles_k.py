@@ -53,7 +53,7 @@ def q6_k(s):
         start, j = _block(s, i, Q6_K_BYTES)
         for c, w in enumerate(s.w):
             low, high, scales = (moved(b, moved(b, w, _inside(s, start, j, size)), offset + each * s.first[c])
-                                 for size, offset, each in ((256, 320, 4), (128, 2368, 4), (32, 64, 1)))
+                                 for size, offset, each in ((384, 320, 4), (384, 576, 4), (32, 64, 1)))
             found = dots(s, i, low, high, [_scale(s, scales, half) for half in (0, 1)])
             d = read(b, moved(b, moved(b, w, start), 4 * s.first[c]), s.floats, 4 * s.lanes)
             for r in range(s.rows):

@@ -19,7 +19,8 @@ class Site:
     columns: for each vector of `lanes` features the number of its panel and its first feature there. x: a pointer to
     each row; w, scales: to the panel of each column. The pointers do not change in the loop over K, so that an
     instruction addresses by pointer, index and constant. start: what the accumulators hold at first. coming: for each
-    panel whether what comes next is wanted, and pointers to its codes and scales.
+    panel whether what comes next is wanted, and pointers to its codes and scales; ahead: how many bytes after those of
+    the block at hand.
     """
 
     def __init__(self, b, magic, rows, columns, lanes, x, row, w, panel, scales, panel_scales, K):
@@ -30,7 +31,8 @@ class Site:
         self.floats, self.ints = vector(F32, self.lanes), vector(I32, self.lanes)
         self.x = self.pointers(x, row, range(rows))
         self.w, self.scales = self.pointers(w, panel, self.panels), self.pointers(scales, panel_scales, self.panels)
-        self.start, self.coming = {cell: constant(self.floats, 0.0) for cell in self.cells}, []
+        self.start = {cell: constant(self.floats, 0.0) for cell in self.cells}
+        self.coming, self.ahead = [], 0
 
     def int(self, value):
         return ir.Constant(I64, value)
@@ -65,8 +67,9 @@ class Site:
         return 64 * self.panels[c] + 4 * self.first[c]
 
     def fetch(self, i, panel_bytes, scale_bytes):
-        """Asks for block i of the panels that come next: arithmetic of more rows than one hides the stream of weights
-        from the memory's own look-ahead."""
+        """Asks for the block that comes `ahead` after block i: arithmetic of more rows than one hides the stream of
+        weights from the memory's own look-ahead."""
+        i = self.b.add(i, self.int(self.ahead // panel_bytes))
         for wanted, codes, scales in self.coming:
             with self.b.if_then(wanted):
                 block = moved(self.b, codes, self.b.mul(i, self.int(panel_bytes)))
@@ -154,7 +157,8 @@ FORMATS = f32, f16, bf16, q8_0, q4_0, q4_k, q6_k
 F32_TILE, F16_TILE, BF16_TILE, Q8_0_TILE, Q4_0_TILE, Q4_K_TILE, Q6_K_TILE = range(7)
 
 
-FEW_ROWS = 2  # as many leave registers for whole panels where these are more than one vector
+AHEAD_BYTES = 4096  # of a single stream: what arrives while a block's latency passes
+WHOLE_PANELS = 2  # so few rows leave registers for whole panels where these are more than one vector
 
 
 def lanes_of(format, how):
@@ -202,11 +206,15 @@ def begin(s, residual, out, out_row, resume):
 
 
 def look_ahead(s, panel, panel_scales, codes, scales, wanted):
-    """What comes next: panel p is asked for where bit p of `wanted` is set.
+    """What comes next: of a single panel the bytes that follow, of several the next ones, p where bit p of `wanted` is
+    set.
 
     One row needs no help, nor do targets whose few rows are bound by arithmetic.
     """
     if s.rows == 1 or s.lanes < LANES:
+        return
+    if s.cols == 1:
+        s.coming, s.ahead = [(constant(I1, 1), s.w[0], s.scales[0])], AHEAD_BYTES
         return
     for p in sorted(set(s.panels)):
         place = s.pointers(codes, panel, [p])[0], s.pointers(scales, panel_scales, [p])[0]
@@ -218,25 +226,39 @@ ADDRESSES = 15
 
 
 @primitive()
-def linear_tile(context, format, rows, cols, x, row, w, panel, scales, panel_scales, K, residual, out, out_row, panels,
-                resume, next_codes, next_scales, wanted):
-    """out = x W^T (+ residual) for literal rows x cols panels over K; residual is an address or 0.
+def linear_tile(context, format, rows, cols, at_once, num_rows, x, row, w, panel, scales, panel_scales, K, residual, out,
+                out_row, panels, resume, next_codes, next_scales, wanted):
+    """out = x W^T (+ residual) for num_rows rows (of the literal tuple `rows`) by cols panels, over K.
 
-    panel, panel_scales: bytes from one panel's codes and scales to the next's. Only the first `panels` of the cols
-    panels are stored; all are read. resume: whether out already holds the sums of what came before in K. next_codes,
-    next_scales: the panels that will be read next; those of `wanted` (a bit each) are brought near meanwhile.
+    at_once: panels that are worked on together; the others follow. residual: an address or 0. panel, panel_scales:
+    bytes from one panel's codes and scales to the next's. Only the first `panels` of the cols panels are stored; all
+    are read. resume: whether out already holds the sums of what came before in K. next_codes, next_scales: the panels
+    that will be read next; those of `wanted` (a bit each) are brought near meanwhile.
     """
-    kind, num_rows, num_cols = format.literal_value, rows.literal_value, cols.literal_value
+    kind, heights = format.literal_value, range(rows[0].literal_value, rows[1].literal_value + 1)
+    num_cols, together = cols.literal_value, at_once.literal_value
 
     def codegen(ctx, b, sig, args):
         magic = ctx.codegen().magic_tuple()
-        addresses, lanes = args[3:], lanes_of(kind, targets.int_dot(magic))
-        columns = [(p, first) for p in range(num_cols) for first in range(0, LANES, lanes)]
-        for group in [columns] if num_rows <= FEW_ROWS or lanes == LANES else [[column] for column in columns]:
-            s = Site(b, magic, num_rows, group, lanes, *addresses[:7])
+        choice = b.switch(args[4], end := b.append_basic_block("no_rows"))
+        for height in heights:
+            choice.add_case(ir.Constant(I64, height), block := b.append_basic_block(f"rows_{height}"))
+            b.position_at_start(block)
+            _tile(b, magic, kind, height, num_cols, together, args[5:])
+            b.branch(end)
+        b.position_at_start(end)
+        return ctx.get_dummy_value()
+
+    return types.void(format, rows, cols, at_once, *[types.int64] * (ADDRESSES + 1)), codegen
+
+
+def _tile(b, magic, kind, height, num_cols, at_once, addresses):
+    lanes = lanes_of(kind, targets.int_dot(magic))
+    whole = height <= WHOLE_PANELS or lanes == LANES
+    for start in range(0, num_cols, at_once):
+        columns = [(p, first) for p in range(start, start + at_once) for first in range(0, LANES, lanes)]
+        for group in [columns] if whole else [[column] for column in columns]:
+            s = Site(b, magic, height, group, lanes, *addresses[:7])
             begin(s, *addresses[7:10], addresses[11])
             look_ahead(s, addresses[3], addresses[5], *addresses[12:])
             finish(s, FORMATS[kind](s), *addresses[7:11])
-        return ctx.get_dummy_value()
-
-    return types.void(format, rows, cols, *[types.int64] * ADDRESSES), codegen

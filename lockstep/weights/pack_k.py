@@ -1,9 +1,10 @@
 """K-quants in panels of sixteen output features: one stream of blocks of 256, each a few whole cache lines.
 
     q4_k   2368 bytes   d f16[16] | dmin f16[16] | sc u8[8][16] | m u8[8][16] | codes [32][16][4], nibbles as in q4_0
-    q6_k   3392 bytes   d f32[16] | sc i8[16][16] | low nibbles [32][16][4] as in q4_0 | high bits [16][16][4]
+    q6_k   3392 bytes   d f32[16] | sc i8[16][16] | 8 times: low nibbles [4][16][4] as in q4_0, high bits [2][16][4]
 
-The two high bits of q6_k's codes k, k + 4, k + 8, k + 12 share a byte, lowest first. 4.625 and 6.625 bits a weight.
+The two high bits of q6_k's codes k, k + 4, k + 8, k + 12 share a byte, lowest first; they lie beside the low nibbles of
+the same 32 k, so that one row reads one stream. 4.625 and 6.625 bits a weight.
 """
 import numpy as np
 
@@ -39,6 +40,11 @@ def _blocks(arrange, per_block):
     return lambda v: arrange(v).reshape(v.shape[0], v.shape[2] // per_block, -1)
 
 
+def _eighths(arrange):
+    """An arrangement of [panels, 16, K] as [panels, K / 256, 8, bytes of 32 k]."""
+    return lambda v: arrange(v).reshape(v.shape[0], v.shape[2] // 256, 8, -1)
+
+
 def _high_bits(values):
     """Codes 0..3 [panels, 16, K] to bytes [panels, K / 16, 16, 4]."""
     four = values.reshape(values.shape[0], PANEL, -1, 4, 4).transpose(0, 2, 1, 3, 4)
@@ -63,8 +69,8 @@ def pack_q4_k(weight):
 def pack_q6_k(weight):
     """Blocks uint8 [panels, K / 256, 3392]."""
     blocks = np.zeros((num_panels(weight.shape[0]), weight.shape[1] // 256, Q6_K_BYTES), np.uint8)
-    outputs = [(_field(blocks, 320, 2048), _blocks(nibble_pairs, 256)),
-               (_field(blocks, 2368, 1024), _blocks(_high_bits, 256)),
+    codes = _field(blocks, 320, 3072).reshape(*blocks.shape[:2], 8, 384)
+    outputs = [(codes[..., :256], _eighths(nibble_pairs)), (codes[..., 256:], _eighths(_high_bits)),
                (_field(blocks, 64, 256, np.int8), _blocks(k_major, 16)), (_field(blocks, 0, 16, np.float32), k_major)]
 
     def convert(part, rows):

@@ -1,0 +1,81 @@
+"""Many requests at once: Lockstep beside other engines on this machine, in processes that take turns; medians and ratios.
+
+    python bench/rivals_serving.py PEERS_SCRIPTS PEERS_DIR --model qwen3-0.6b --requests 4,8,32 --rounds 3
+
+PEERS_SCRIPTS and PEERS_DIR: as for rivals.py; PEERS_DIR has the peers' environments and a folder `models`. Throughput is
+of generated tokens, with the prompts' work in the time; TTFT is the time from the arrival of all to a request's first token.
+"""
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+PEERS = {"lockstep": (None, "{}-Q8_0.gguf"), "vllm": ("venv-vllm-cpu", "{}-w8a8"),
+         "openvino": ("venv-openvino", "{}-ov-int8"), "llama.cpp": ("venv-llama.cpp", "{}-Q8_0.gguf")}
+# two cores each, as in the peers' own scripts
+VARIABLES = {"OMP_NUM_THREADS": "2", "VLLM_CPU_OMP_THREADS_BIND": "0-1", "VLLM_CPU_KVCACHE_SPACE": "4",
+             "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
+
+
+def measure(name, a, requests):
+    """[{seconds, first, ...}] of one process of an engine."""
+    venv, model = PEERS[name]
+    python = sys.executable if venv is None else a.peers / venv / "bin" / "python"
+    command = [python, Path(__file__).with_name("serving_peers.py"), name, a.peers / "models" / model.format(a.model),
+               "--requests", str(requests), "--tokens", str(a.tokens), "--longest", str(a.longest), "--runs", str(a.runs),
+               "--scripts", a.scripts]
+    own = {} if venv is None else VARIABLES
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **own}, timeout=900)
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    if not rows:
+        print(f"{name}: no result: {(done.stderr.strip().splitlines() or ['no output'])[-1][:300]}", file=sys.stderr)
+    return rows
+
+
+def summary(rows):
+    """(output tokens a second, the 95th percentile of TTFT in seconds), medians over runs."""
+    return (statistics.median(r["output_tokens"] / r["seconds"] for r in rows),
+            statistics.median(float(np.percentile(r["first"], 95)) for r in rows))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scripts", type=Path)
+    parser.add_argument("peers", type=Path)
+    parser.add_argument("--model", default="qwen3-0.6b")
+    parser.add_argument("--engines", default=",".join(PEERS))
+    parser.add_argument("--requests", default="4,8,32")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--longest", type=int, default=512)
+    parser.add_argument("--runs", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    a = parser.parse_args()
+    found = {}
+    for requests in map(int, a.requests.split(",")):
+        rows = defaultdict(list)
+        for _ in range(a.rounds):
+            for name in a.engines.split(","):
+                rows[name] += measure(name, a, requests)
+        found[requests] = {name: summary(runs) for name, runs in rows.items() if runs}
+        report(requests, found[requests])
+    if a.json:
+        known = json.loads(a.json.read_text()) if a.json.exists() else {}
+        a.json.write_text(json.dumps({**known, a.model: found}, indent=1) + "\n")
+
+
+def report(requests, found):
+    own = found["lockstep"]
+    for name, (rate, ttft) in found.items():
+        print(f"{requests:3d} requests  {name:10s} {rate:7.1f} tok/s (lockstep {own[0] / rate:.2f}x)   "
+              f"TTFT p95 {ttft:6.2f} s (lockstep {own[1] / ttft:.2f}x)", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -57,6 +57,16 @@ def test_generate_streams_what_the_engine_says(expected, capsys):
     assert "prompt 7 tokens" in err and "tok/s" in err and "first token after" in err
 
 
+def test_an_8_bit_cache_answers_alike_however_the_prompt_is_cut(capsys):
+    """Its kernels pass the self-check; a run that finds the prompt's pages answers as one that computes them."""
+    llm = LLM(kv_dtype="q8", max_requests=2, max_step_tokens=50, threads=2)
+    first, second = (llm.generate([PROMPT * 20], SamplingParams(max_tokens=12))[0] for _ in range(2))
+    llm.close()
+    assert run("-p", PROMPT * 20, "-n", "12", "--kv-dtype", "q8") == 0
+    assert first.text == second.text == capsys.readouterr().out.removesuffix("\n")
+    assert first.logprobs == second.logprobs
+
+
 def test_a_second_run_finds_the_prompt_in_the_cache_dir_and_answers_the_same(capsys, tmp_path):
     answers = []
     for _ in range(2):

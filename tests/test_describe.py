@@ -1,7 +1,10 @@
 """What `lockstep inspect` counts, for models with experts (for the others see test_cli_chat.py)."""
+import dataclasses
+
 import pytest
 
 from lockstep.describe import is_linear, memory, op_costs, packed_bytes
+from lockstep.engine.engine import EngineOptions, num_pages
 from lockstep.ops import BACKENDS
 from tests.models import tiny
 from tests.models.cases import CASES
@@ -22,6 +25,17 @@ def test_experts_are_counted_as_they_are_packed(weights, tmp_path):
     assert memory(program)["packed_weights"] == sum(map(packed_bytes, linear))
     # norms and rope tables, no expert among them
     assert memory(program)["constants"] < 4 * CONFIG["num_experts"] * CONFIG["moe_intermediate_size"] * 64
+
+
+@pytest.mark.parametrize(("kv_dtype", "bytes_each"), [("f32", 4), ("bf16", 2), ("q8", 1)])
+def test_an_8_bit_cache_takes_a_byte_and_a_scale_for_each_head(kv_dtype, bytes_each, tmp_path):
+    config = CASES["qwen3"]
+    model = load(tiny.write(tmp_path / "m", config, tiny.tensors(config, 1)), "f32", kv_dtype)
+    G, K, scale = config["num_key_value_heads"], config["head_dim"], 2 if kv_dtype == "q8" else 0
+    taken = memory(model.recorded)["kv_cache_per_token"]
+    assert taken == 2 * config["num_hidden_layers"] * G * (K * bytes_each + scale)
+    plenty = dataclasses.replace(model, max_context=1 << 22)
+    assert num_pages(plenty, EngineOptions(max_requests=1 << 20)) == max(1 << 16, (2 << 30) // (64 * taken))
 
 
 def test_experts_work_for_the_rows_that_chose_them(tmp_path):

@@ -10,7 +10,7 @@ ModelName = Annotated[str | None, typer.Argument(
 Weights = Annotated[str, typer.Option(
     metavar="FORMAT", help="How linear layers multiply: auto (as stored), f32, bf16, q8_0 or q4_0.")]
 KvDtype = Annotated[str | None, typer.Option(
-    metavar="DTYPE", help="KV cache in f32 or bf16.", show_default="bf16; f32 with --weights f32")]
+    metavar="DTYPE", help="KV cache in f32, bf16 or q8 (8 bits).", show_default="bf16; f32 with --weights f32")]
 Threads = Annotated[int | None, typer.Option(min=1, max=256, help="Threads.", show_default="all cores")]
 MaxContext = Annotated[int | None, typer.Option(min=1, help="Tokens that prompt and answer may have together.",
                                                 show_default="what is needed")]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from lockstep.models.decoder import record
 from lockstep.models.families import model_config
 from lockstep.ops import BACKENDS
+from lockstep.ops.kv_cache import KV_DTYPES
 from lockstep.ops.sample import MAX_LOGPROBS, scratch_width
 from lockstep.runtime.backend import swapped
 from lockstep.runtime.rewrite import fuse, lower
@@ -64,13 +65,14 @@ class Model:
 def load_model(checkpoint, store, weights="auto", kv_dtype=None, max_context=None):
     """Records a checkpoint's program. ValueError for a kv_dtype that there is not.
 
-    weights: a format for the linear layers, or "auto": that of the file. kv_dtype: "f32" or "bf16"; by default f32 only
-    where that is the format asked for the weights. max_context: positions, 4096 by default, and at most the model's.
+    weights: a format for the linear layers, or "auto": that of the file. kv_dtype: "f32", "bf16" or "q8"; by default
+    f32 only where that is the format asked for the weights, else bf16. max_context: positions, 4096 by default, and at
+    most the model's.
     """
     config = model_config(checkpoint.config)
     max_context = min(config.max_positions, max_context or 4096)
-    if kv_dtype not in (None, "f32", "bf16"):
-        raise ValueError(f"kv_dtype {kv_dtype!r}: expected f32 or bf16")
+    if kv_dtype not in (None, *KV_DTYPES):
+        raise ValueError(f"kv_dtype {kv_dtype!r}: expected one of {', '.join(KV_DTYPES)}")
     kv_dtype = kv_dtype or ("f32" if weights == "f32" else "bf16")
     program, logits = record(config, checkpoint.tensors, weights, kv_dtype, max_context)
     emit_sampling(program, logits, config.vocab_size)

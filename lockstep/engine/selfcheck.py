@@ -22,6 +22,7 @@ from lockstep.engine.model import emit_sampling
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.models.decoder import record
 from lockstep.models.families import model_config
+from lockstep.ops.kv_cache import KV_DTYPES
 from lockstep.runtime.executor import WeightStore
 from lockstep.runtime.kernel import fingerprint, target, user_cache
 from lockstep.runtime.rewrite import fuse, lower
@@ -71,11 +72,11 @@ def probes(program):
     kinds = {op.kind for op in program.ops}
     formats = {f for f in FORMATS if f"linear_{f}" in kinds or f"expert_linear_{f}" in kinds}
     families = ["qwen3_5"] if "gated_delta" in kinds else []
-    if kinds & {"attention", "attention_bf16"}:
+    if kinds & {"attention", "attention_bf16", "attention_q8"}:
         normed = "qwen3_moe" if "route" in kinds else "qwen3"
         plain = "qwen2" if "add_bias" in kinds else "llama"
-        families += [normed if "normed_attention_inputs" in kinds else plain]
-    kv = sorted({("f32", "bf16")[op.params["bf16"]] for op in program.ops if "bf16" in op.params})
+        families += [normed if kinds & {"normed_attention_inputs", "normed_attention_inputs_q8"} else plain]
+    kv = sorted({KV_DTYPES[op.params["kv_dtype"]] for op in program.ops if "kv_dtype" in op.params})
     return [Probe(f, w, k) for f in families for w in FORMATS if w in formats for k in kv]
 
 

@@ -44,19 +44,24 @@ def attend(q_K, k_CK, v_CK, position, window, scale, cap, pairs, out_K):
     for span in range(first // SPAN, position // SPAN + 1):
         start, stop = max(first, span * SPAN), min(position + 1, (span + 1) * SPAN)
         span_top, span_total = attend_span(scaled_K, k_CK, v_CK, start, stop, cap, pairs, span_K)
-        if span == first // SPAN:
-            top, total = span_top, span_total
-            for d in range(out_K.size):
-                out_K[d] = span_K[d]
-        else:
-            higher = maximum(span_top, top)
-            a, b = exp2(top - higher), exp2(span_top - higher)
-            top, total = higher, fma(total, a, span_total * b)
-            for d in range(out_K.size):
-                out_K[d] = cleared(fma(out_K[d], a, cleared(span_K[d] * b)))
+        top, total = merge(top, total, out_K, span_top, span_total, span_K, span == first // SPAN)
     for d in range(out_K.size):
         out_K[d] = cleared(out_K[d] / total)
     return top, total
+
+
+@definition
+def merge(top, total, out_K, span_top, span_total, span_K, is_first):
+    """A span joins what earlier spans left in out (see `attend`); returns the new maximum and sum."""
+    if is_first:
+        for d in range(out_K.size):
+            out_K[d] = span_K[d]
+        return span_top, span_total
+    higher = maximum(span_top, top)
+    a, b = exp2(top - higher), exp2(span_top - higher)
+    for d in range(out_K.size):
+        out_K[d] = cleared(fma(out_K[d], a, cleared(span_K[d] * b)))
+    return higher, fma(total, a, span_total * b)
 
 
 @inlined
@@ -163,7 +168,7 @@ def _attention(op, step, base, has_gate):
     """The op on all requests.
 
     Operands: out, stats, q, K pages, V pages, with a gate also the rows that hold it. Parameters, from `base` on: H, G,
-    K, sm_scale, window, soft cap, whether pages are bfloat16; of the gate the row's width, the first column, and the
+    K, sm_scale, window, soft cap, type of the pages (KV_DTYPES); of the gate the row's width, the first column, and the
     columns from one head to the next. stats [T, H, 2] float32 receives the maximum and the sum of each softmax.
     """
     G, K, bf16 = word(op, base + 1), word(op, base + 2), word(op, base + 6)

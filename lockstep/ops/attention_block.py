@@ -6,7 +6,7 @@ of 64 keys, a row of V all dimensions of a key; of bfloat16 two dimensions or tw
 16-lane columns of such a row by one number, or one pair, of every query row. Scratch memory, on the thread's stack:
 
     q [ROWS, 256] scaled queries    o [ROWS, 256] sums of values    p [ROWS, 64] scores    w [ROWS, 64] weights
-    lane [ROWS, 16] sums of weights    top [ROWS] largest score
+    lane [ROWS, 16] sums of weights    top [ROWS] largest score    scales [2, 64] of a block's keys and values, if any
 
 Few, large functions: each level of nesting compiles everything below it again.
 """
@@ -25,7 +25,7 @@ from lockstep.runtime.targets import wide_registers
 from lockstep.runtime.tiles import tile_fma_f32, tile_load, tile_pairs, tile_store, tile_zeros
 
 HEIGHT, COLS = (6, 2) if wide_registers() else (5, 1)  # HEIGHT x COLS x 16 lanes of accumulators fill the registers
-FEW_COLS = 4 if wide_registers() else 2  # of two rows that see only some slots
+FEW_COLS = 4 if wide_registers() else 2  # of two rows: lines in the order in which they lie, and registers to spare
 ROWS, FEW_ROWS = 96, 8  # of a tile at most; few rows are bound by the read of K and V
 MASKED = np.float32(-3e38)
 MAX_HEAD_DIM = 256
@@ -39,7 +39,8 @@ P = O + ROWS * ROW_BYTES
 W = P + ROWS * P_BYTES
 LANE = W + ROWS * P_BYTES
 TOP = LANE + ROWS * LANE_BYTES
-SCRATCH_BYTES = TOP + 4 * ROWS
+SCALES = TOP + 4 * ROWS
+SCRATCH_BYTES = SCALES + 8 * BLOCK
 
 # gate: address of the first gate, 0 for none; gate_bytes, gate_stride: to the next token's and to the next head's
 # group: query heads of a tile
@@ -86,8 +87,9 @@ def first_key(call, position):
 
 
 @inlined
-def load_queries(call, tile, keep, memory):
-    """The tile's queries, scaled, one row after the other."""
+def load_queries(call, tile, how, memory):
+    """The tile's queries, scaled, one row after the other. how: see `attend_span`."""
+    _, _, keep = how
     for row in range(tile.tokens * call.group):
         token, head = tile.token + row // call.group, tile.head + row % call.group
         source = call.q + 4 * call.head_dim * (call.heads * token + head)
@@ -96,12 +98,13 @@ def load_queries(call, tile, keep, memory):
 
 
 @inlined
-def attend_span(call, tile, span, each, step, keep, memory):
+def attend_span(call, tile, span, how, memory):
     """Adds the blocks of one span to the rows that see any of their keys.
 
-    each, step: how many numbers of a reduction a step takes, one or two, and the step. While few rows work on a block's
-    keys, its values come from memory, and then the next block's keys.
+    how: how many numbers of a reduction a step takes, one or two; the step; how queries and weights are stored for it.
+    While few rows work on a block's keys, its values come from memory, and then the next block's keys.
     """
+    each, step, keep = how
     first_block = max(first_key(call, tile.position), span * SPAN) // BLOCK
     last_block = min(tile.position + tile.tokens - 1, (span + 1) * SPAN - 1) // BLOCK
     size = 4 // each * BLOCK * call.head_dim
@@ -122,8 +125,8 @@ def attend_span(call, tile, span, each, step, keep, memory):
 def scores(call, tile, k, ahead, start, first, last, each, step, memory):
     """q . k of rows first..last and the slots that any of them sees: HEIGHT rows at a time, then two by two.
 
-    A row without a partner is its own. Of few rows the first two ask for the lines of V at `ahead`: out of order the
-    memory gives half its speed.
+    A row without a partner is its own. Of few rows the first two ask for the lines of V at `ahead`, in order and into
+    the second-level cache: otherwise the memory gives half its speed.
     """
     steps, x_bytes = call.head_dim // each, 4 if each == 1 else PAIR_BYTES
     high = first + (last - first) // HEIGHT * HEIGHT if last - first > FEW_ROWS else first
@@ -136,49 +139,57 @@ def scores(call, tile, k, ahead, start, first, last, each, step, memory):
             tile_store(acc, memory + P + P_BYTES * row + 4 * j, P_BYTES, COLS)
     for row in range(high, last, 2):
         pair, q, asked = 1 if row + 1 < last else 0, memory + Q + ROW_BYTES * row, ahead if row == first else k
-        for j in range(0, min(BLOCK, tile.position + (row + pair) // call.group + 1 - start), 32):
-            two = tile_zeros(2, 2)
+        for j in range(0, min(BLOCK, tile.position + (row + pair) // call.group + 1 - start), 16 * FEW_COLS):
+            two = tile_zeros(2, FEW_COLS)
             for i in range(steps):
                 two = step(two, q + x_bytes * i, ROW_BYTES * pair, k + K_ROW_BYTES * i + 4 * j, ALL)
-                prefetch(asked + 4 * j * steps + 128 * i)
-                prefetch(asked + 4 * j * steps + 128 * i + 64)
-            tile_store(two, memory + P + P_BYTES * row + 4 * j, P_BYTES * pair, 2)
+                for line in range(FEW_COLS):
+                    prefetch(asked + 4 * j * steps + 64 * (FEW_COLS * i + line))
+            tile_store(two, memory + P + P_BYTES * row + 4 * j, P_BYTES * pair, FEW_COLS)
 
 
 @inlined
 def softmax_step(call, tile, start, first, last, keep, memory):
     """Turns scores into weights, with the sums so far brought to the new maximum."""
     for row in range(first, last):
-        position, o = tile.position + row // call.group, memory + O + ROW_BYTES * row
         p, weights = memory + P + P_BYTES * row, memory + W + P_BYTES * row
-        lane, top = memory + LANE + LANE_BYTES * row, memory + TOP + 4 * row
-        if call.cap > ZERO:
-            for i in range(0, P_BYTES, 64):
-                store(p + i, soft_capped(load(p + i), call.cap))
-        low, high = first_key(call, position) - start, position + 1 - start
-        if low > 0 or high < BLOCK:
-            for j in range(0, BLOCK, 16):
-                slot = to_f32(lane_numbers()) + np.float32(j)
-                seen = where_below(slot, np.float32(high), load(p + 4 * j), lanes(MASKED))
-                store(p + 4 * j, where_below(slot, np.float32(low), lanes(MASKED), seen))
-        higher = max_lanes(maximum(maximum(load(p), load(p + 64)), maximum(load(p + 128), load(p + 192)))) + ZERO
-        total = lanes(ZERO)
-        if start % SPAN == 0 or low >= 0 and call.window > 0:  # the row's first block of the span
-            for i in range(0, 4 * call.head_dim, 64):
-                store(o + i, total)
-        else:
-            before, total = peek(top, float32), load(lane)
-            if higher > before:
-                shrink = exp2(before - higher)
-                total = cleared(total * shrink)
-                for i in range(0, 4 * call.head_dim, 64):
-                    store(o + i, cleared(load(o + i) * shrink))
-            else:  # the factor is exactly 1
-                higher = before
+        higher, total = raise_maximum(call, tile, start, row, memory)
         for j in range(0, BLOCK, 16):
             total = total + keep(weights, j, exp2(load(p + 4 * j) - higher))
-        store(lane, total)
-        poke(top, higher)
+        store(memory + LANE + LANE_BYTES * row, total)
+
+
+@inlined
+def raise_maximum(call, tile, start, row, memory):
+    """Caps and masks a row's scores, and brings its sums so far to the new maximum; returns that and the sums of
+    weights."""
+    position, p, o = tile.position + row // call.group, memory + P + P_BYTES * row, memory + O + ROW_BYTES * row
+    top = memory + TOP + 4 * row
+    if call.cap > ZERO:
+        for i in range(0, P_BYTES, 64):
+            store(p + i, soft_capped(load(p + i), call.cap))
+    low, high = first_key(call, position) - start, position + 1 - start
+    if low > 0 or high < BLOCK:
+        for j in range(0, BLOCK, 16):
+            slot = to_f32(lane_numbers()) + np.float32(j)
+            seen = where_below(slot, np.float32(high), load(p + 4 * j), lanes(MASKED))
+            store(p + 4 * j, where_below(slot, np.float32(low), lanes(MASKED), seen))
+    higher = max_lanes(maximum(maximum(load(p), load(p + 64)), maximum(load(p + 128), load(p + 192)))) + ZERO
+    total = lanes(ZERO)
+    if start % SPAN == 0 or low >= 0 and call.window > 0:  # the row's first block of the span
+        for i in range(0, 4 * call.head_dim, 64):
+            store(o + i, total)
+    else:
+        before, total = peek(top, float32), load(memory + LANE + LANE_BYTES * row)
+        if higher > before:
+            shrink = exp2(before - higher)
+            total = cleared(total * shrink)
+            for i in range(0, 4 * call.head_dim, 64):
+                store(o + i, cleared(load(o + i) * shrink))
+        else:  # the factor is exactly 1
+            higher = before
+    poke(top, higher)
+    return higher, total
 
 
 @inlined

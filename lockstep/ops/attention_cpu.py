@@ -63,12 +63,12 @@ def count_tiles(call, step, tokens_per_tile):
 
 
 @inlined
-def run(op, step, num_threads, base, has_gate, tokens_at_once, cuts, each, multiply, keep):
+def run(op, step, num_threads, base, has_gate, tokens_at_once, cuts, load, attend, how):
     """One thread of an attention op: every thread walks the same list of items and works on those it has claimed.
 
     An item is a tile or, where tiles are few and may be cut (`cuts`), one span of a tile, spans outermost, so that
-    neighbours in the list can run together. Later tokens, which see more keys, come first. each, multiply, keep: how
-    many numbers a step takes, the step, and how queries and weights are stored for it.
+    neighbours in the list can run together. Later tokens, which see more keys, come first. load, attend: take the
+    queries of a tile, and a span of its keys, from a cache of one type; how: what they are told.
     """
     call, counter = read_call(op, base, has_gate, tokens_at_once), peek(op + 8 * COUNTER, int64)
     memory = stack_memory(SCRATCH_BYTES)
@@ -87,9 +87,9 @@ def run(op, step, num_threads, base, has_gate, tokens_at_once, cuts, each, multi
                     if cut and not first <= turn <= last:
                         continue
                     if index == claimed:
-                        load_queries(call, tile, keep, memory)
+                        load(call, tile, how, memory)
                         for span in range(turn if cut else first, (turn if cut else last) + 1):
-                            attend_span(call, tile, span, each, multiply, keep, memory)
+                            attend(call, tile, span, how, memory)
                             if cut:
                                 wait_for_turn(counter, index)
                             end_span(call, tile, span, memory)
@@ -148,13 +148,15 @@ def merge_row(call, out, stats, is_first, row, memory):
 @inlined
 def single(op, step, num_threads, base, has_gate, tokens_at_once, cuts):
     """float32 pages, number by number."""
-    run(op, step, num_threads, base, has_gate, tokens_at_once, cuts, 1, single_step, keep_single)
+    run(op, step, num_threads, base, has_gate, tokens_at_once, cuts, load_queries, attend_span,
+        (1, single_step, keep_single))
 
 
 @inlined
 def paired(op, step, num_threads, base, has_gate, tokens_at_once, cuts):
     """bfloat16 pages, in pairs."""
-    run(op, step, num_threads, base, has_gate, tokens_at_once, cuts, 2, pair_step, keep_pairs)
+    run(op, step, num_threads, base, has_gate, tokens_at_once, cuts, load_queries, attend_span,
+        (2, pair_step, keep_pairs))
 
 
 @kernel

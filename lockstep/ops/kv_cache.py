@@ -3,13 +3,14 @@
 A page holds PAGE_TOKENS consecutive positions of one request, which is also one block of keys in attention. Position p
 of request s lives in page `page_table[s, p // 64]`, slot `p % 64`:
 
-              float32       bfloat16
-    K page    [G, K, 64]    [G, K / 2, 64, 2]    a dimension (or two) of 64 keys a row: lanes of q . k are keys
-    V page    [G, 64, K]    [G, 32, K, 2]        a value (or two) a row: lanes of p . v are dimensions
+              f32           bf16                 q8
+    K page    [G, K, 64]    [G, K / 2, 64, 2]    [G, (K / 4, 64, 4) and scales]    lanes of q . k are keys
+    V page    [G, 64, K]    [G, 32, K, 2]        [G, (16, K, 4) and scales]        lanes of p . v are dimensions
 
-A bfloat16 is the upper half of a float32, rounded to nearest even when written; two of them, neighbours in the sum that
-they enter, lie together as instructions for pairs want them. Attention reads K and V back from here only, so a token
-sees the same numbers whether they were written in this step or long ago.
+A row holds a dimension of 64 keys, or all dimensions of a value; or two or four of them, neighbours in the sum that
+they enter, as instructions for pairs and fours want them. A bfloat16 is the upper half of a float32, rounded to nearest
+even when written; q8 is described in `kv_cache_q8`. Attention reads K and V back from here only, so a token sees the
+same numbers whether they were written in this step or long ago.
 """
 import numpy as np
 from numba import carray, float32
@@ -24,28 +25,43 @@ from lockstep.runtime.step import (PAGE_TABLE, PAGES_PER_REQUEST, POSITION, REQU
                                    word)
 
 PAGE_TOKENS = 64
+KV_DTYPES = ("f32", "bf16", "q8")  # of a cache; ops name one by its number
+ELEMENTS = {"f32": "f32", "bf16": "bf16", "q8": "i8"}  # what a page is an array of
+SCALE_BYTES = 2  # of a q8 head: a bfloat16
 
 
-def page_bytes(num_kv_heads, head_dim, bf16):
-    """Bytes of one page of K (or of V) of one layer."""
-    return PAGE_TOKENS * num_kv_heads * head_dim * (2 if bf16 else 4)
-
-
-def page_shapes(G, K, bf16):
-    """Shapes of a page of K and of a page of V."""
-    if bf16:
+def page_shapes(G, K, kv_dtype):
+    """Shapes of a page of K and of a page of V, in elements."""
+    if kv_dtype == "q8":
+        return ((G, PAGE_TOKENS * (K + SCALE_BYTES)),) * 2
+    if kv_dtype == "bf16":
         return (G, K // 2, PAGE_TOKENS, 2), (G, PAGE_TOKENS // 2, K, 2)
     return (G, K, PAGE_TOKENS), (G, PAGE_TOKENS, K)
 
 
 def by_position(pages, is_keys):
-    """Pages [N, *page shape, bytes] as what they hold for each position in turn, [64 N, G, K, bytes]."""
+    """Pages [N, *page shape, bytes] as what they hold for each position in turn, [64 N, G, K, bytes].
+
+    Of q8 pages [64 N, G, K + 2, 1]: the codes, then the scale.
+    """
+    if pages.ndim == 4:
+        return _q8_by_position(pages[..., 0], is_keys)[..., None]
     if pages.ndim == 6:
         ordered = pages.transpose((0, 3, 1, 2, 4, 5) if is_keys else (0, 2, 4, 1, 3, 5))
     else:
         ordered = pages.transpose((0, 3, 1, 2, 4) if is_keys else (0, 2, 1, 3, 4))
     G, K = (pages.shape[1], pages.shape[2] * (pages.ndim - 4)) if is_keys else (pages.shape[1], pages.shape[3])
     return ordered.reshape(-1, G, K, pages.shape[-1])
+
+
+def _q8_by_position(pages, is_keys):
+    """Bytes of q8 pages [N, G, 64 (K + 2)] as [64 N, G, K + 2]."""
+    N, G, size = pages.shape
+    K = size // PAGE_TOKENS - SCALE_BYTES
+    codes, scales = pages[..., :PAGE_TOKENS * K], pages[..., PAGE_TOKENS * K:].reshape(N, G, PAGE_TOKENS, SCALE_BYTES)
+    fours = codes.reshape(N, G, -1, PAGE_TOKENS if is_keys else K, 4)
+    ordered = fours.transpose((0, 3, 1, 2, 4) if is_keys else (0, 2, 4, 1, 3)).reshape(-1, G, K)
+    return np.concatenate([ordered, scales.swapaxes(1, 2).reshape(-1, G, SCALE_BYTES)], axis=-1)
 
 
 @inlined
@@ -99,33 +115,38 @@ def prepared(x_HK, norm_K, eps, norm_offset, cos_R, sin_R):
 
 
 @definition
-def _attention_inputs(op, step, base):
-    """For every token: its query heads, normed and rotated, to q; its keys (likewise) and values to the cache.
+def token_inputs(op, step, base, t):
+    """Writes a token's query heads, normed and rotated, to q; returns its keys (likewise), values, page and slot.
 
     Shapes: qkv [T, row_width] float32, head h of q at column q_offset + h * q_stride, of k at k_offset + h * K, of v at
       v_offset + h * K; q [T, H K]; cos, sin [positions, rope_dim / 2]; rope_dim 0: no rotation. base: first parameter.
-    Order: `rms_norm` of the head, then `rotate`, then for K and V one rounding to the cache's type.
+    Order: `rms_norm` of the head, then `rotate`.
     """
     H, G, K = word(op, base), word(op, base + 1), word(op, base + 2)
     R, width = word(op, base + 3) // 2, word(op, base + 4)
-    bf16, eps, norm_offset = word(op, base + 9), number(op, base + 10), number(op, base + 11)
-    has_norm = base == 8
+    eps, norm_offset, has_norm = number(op, base + 10), number(op, base + 11), base == 8
     q_norm_K = carray(float_array(word(op, 6)), (K if has_norm else 0,))
     k_norm_K = carray(float_array(word(op, 7)), (K if has_norm else 0,))
+    position, first_page = entry(step, POSITION, t), entry(step, REQUEST, t) * step_word(step, PAGES_PER_REQUEST)
+    row_W = carray(float_array(word(op, 1) + 4 * width * t), (width,))
+    cos_R = carray(float_array(word(op, 2) + 4 * R * position), (R,))
+    sin_R = carray(float_array(word(op, 3) + 4 * R * position), (R,))
+    q_HK = heads_of(row_W, word(op, base + 5), word(op, base + 6), H, K)
+    q_HK = prepared(q_HK, q_norm_K, eps, norm_offset, cos_R, sin_R)
+    k_GK = prepared(heads_of(row_W, word(op, base + 7), K, G, K), k_norm_K, eps, norm_offset, cos_R, sin_R)
+    for h in range(H):
+        for d in range(K):
+            poke(word(op, 0) + 4 * ((t * H + h) * K + d), q_HK[h, d])
+    page = entry(step, PAGE_TABLE, first_page + position // PAGE_TOKENS)
+    return k_GK, heads_of(row_W, word(op, base + 8), K, G, K), page, position % PAGE_TOKENS
+
+
+@definition
+def _attention_inputs(op, step, base):
+    """For every token: its query heads to q, its keys and values (`token_inputs`) to the cache, rounded to its type."""
+    G, K, bf16 = word(op, base + 1), word(op, base + 2), word(op, base + 9)
     for t in range(num_rows(op, step)):
-        position, first_page = entry(step, POSITION, t), entry(step, REQUEST, t) * step_word(step, PAGES_PER_REQUEST)
-        page = entry(step, PAGE_TABLE, first_page + position // PAGE_TOKENS)
-        slot = position % PAGE_TOKENS
-        row_W = carray(float_array(word(op, 1) + 4 * width * t), (width,))
-        cos_R = carray(float_array(word(op, 2) + 4 * R * position), (R,))
-        sin_R = carray(float_array(word(op, 3) + 4 * R * position), (R,))
-        q_HK = heads_of(row_W, word(op, base + 5), word(op, base + 6), H, K)
-        q_HK = prepared(q_HK, q_norm_K, eps, norm_offset, cos_R, sin_R)
-        k_GK = prepared(heads_of(row_W, word(op, base + 7), K, G, K), k_norm_K, eps, norm_offset, cos_R, sin_R)
-        v_GK = heads_of(row_W, word(op, base + 8), K, G, K)
-        for h in range(H):
-            for d in range(K):
-                poke(word(op, 0) + 4 * ((t * H + h) * K + d), q_HK[h, d])
+        k_GK, v_GK, page, slot = token_inputs(op, step, base, t)
         for g in range(G):
             for d in range(K):
                 write_number(word(op, 4), k_index(page, g, d, slot, G, K, bf16), k_GK[g, d], bf16)

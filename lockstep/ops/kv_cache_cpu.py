@@ -45,8 +45,10 @@ def prepare_head(x, K, norm, eps, norm_offset, cos, sin, R, out):
 
 
 @inlined
-def keep_key(k, k_pages, at, K, bf16):
-    """Scatters a key over its page, from index at, one dimension (or pair) every 64 of them."""
+def keep_key(op, base, k, page, slot, g):
+    """Scatters a key over its page, one dimension (or pair) every 64 of them."""
+    G, K, bf16, k_pages = word(op, base + 1), word(op, base + 2), word(op, base + 9), word(op, 4)
+    at = k_index(page, g, 0, slot, G, K, bf16)
     if bf16:
         for d in range(0, K, 16):
             store_bf16(k + 2 * d, round_bf16(load(k + 4 * d)))
@@ -84,11 +86,11 @@ def slot_of(step, t):
 
 
 @inlined
-def prepare_token(op, step, base, q_norm, k_norm, t, g, memory):
+def prepare_token(op, step, base, q_norm, k_norm, t, g, keep, memory):
     """One kv head's key of a token, and the query heads that read it. memory: scratch for a head."""
     H, G, K = word(op, base), word(op, base + 1), word(op, base + 2)
     R, row = word(op, base + 3) // 2, word(op, base + 4)
-    bf16, eps, norm_offset = word(op, base + 9), number(op, base + 10), number(op, base + 11)
+    eps, norm_offset = number(op, base + 10), number(op, base + 11)
     x, position = word(op, 1) + 4 * row * t, entry(step, POSITION, t)
     cos, sin = word(op, 2) + 4 * R * position, word(op, 3) + 4 * R * position
     for h in range(g * (H // G), (g + 1) * (H // G)):
@@ -96,11 +98,11 @@ def prepare_token(op, step, base, q_norm, k_norm, t, g, memory):
                      word(op, 0) + 4 * K * (t * H + h))
     prepare_head(x + 4 * (word(op, base + 7) + g * K), K, k_norm, eps, norm_offset, cos, sin, R, memory)
     _, page, slot = slot_of(step, t)
-    keep_key(memory, word(op, 4), k_index(page, g, 0, slot, G, K, bf16), K, bf16)
+    keep(op, base, memory, page, slot, g)
 
 
 @inlined
-def keep_values(op, step, base, first, last, g):
+def keep_values(op, step, base, first, last, g, memory):
     """One kv head's values of tokens first .. last: by two where they share a row of pairs."""
     G, K, row, bf16, t = word(op, base + 1), word(op, base + 2), 4 * word(op, base + 4), word(op, base + 9), first
     while t < last:
@@ -115,10 +117,11 @@ def keep_values(op, step, base, first, last, g):
 
 
 @inlined
-def prepare(op, step, thread, num_threads, base, q_norm, k_norm):
+def prepare(op, step, thread, num_threads, base, q_norm, k_norm, keep, keep_all):
     """The thread's share: runs of tokens, whole rows of the projection; few runs are cut by kv heads.
 
     The runs of a thread are neighbours: where one ends inside a line of K, two threads would take turns with the line.
+    keep, keep_all: write a key, and a run's values, to pages of one type (as `keep_key` and `keep_values`).
     """
     T, G, memory = num_rows(op, step), word(op, base + 1), stack_memory(MAX_HEAD_BYTES)
     runs = (T + TOKENS_AT_ONCE - 1) // TOKENS_AT_ONCE
@@ -129,21 +132,21 @@ def prepare(op, step, thread, num_threads, base, q_norm, k_norm):
         last = min(T, first + TOKENS_AT_ONCE)
         for t in range(first, last):
             for g in range(g0, g0 + heads):
-                prepare_token(op, step, base, q_norm, k_norm, t, g, memory)
+                prepare_token(op, step, base, q_norm, k_norm, t, g, keep, memory)
         for g in range(g0, g0 + heads):
-            keep_values(op, step, base, first, last, g)
+            keep_all(op, step, base, first, last, g, memory)
 
 
 @kernel
 def attention_inputs(op, step, thread, num_threads):
     """Rotation only."""
-    prepare(op, step, thread, num_threads, 6, 0, 0)
+    prepare(op, step, thread, num_threads, 6, 0, 0, keep_key, keep_values)
 
 
 @kernel
 def normed_attention_inputs(op, step, thread, num_threads):
     """Norm of each query and key head, then rotation."""
-    prepare(op, step, thread, num_threads, 8, word(op, 6), word(op, 7))
+    prepare(op, step, thread, num_threads, 8, word(op, 6), word(op, 7), keep_key, keep_values)
 
 
 CPU = {"attention_inputs": Implementation(attention_inputs),

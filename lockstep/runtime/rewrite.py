@@ -4,25 +4,28 @@ A recorded program is unfused; `lower` turns linear layers into what kernels do 
 joins neighbours so that rows pass through memory less often.
 """
 from collections import Counter
+from dataclasses import replace
 
 from lockstep.ops.activations import bf16_width, q8_width
 from lockstep.runtime.program import Op, Tensor
 
 PREPARATIONS = {"f32": None, "f16": None, "bf16": ("round_bf16", bf16_width), "q8_0": ("quantize_q8", q8_width),
                 "q4_0": ("quantize_q8", q8_width), "q4_k": ("quantize_q8", q8_width), "q6_k": ("quantize_q8", q8_width)}
-BY_CACHE = ("attention", "gated_attention")  # their arithmetic depends on the cache's type
+# what is added to the name of an op whose arithmetic depends on the cache's type: f32, bf16, q8
+BY_CACHE = {"attention": ("", "_bf16", "_q8"), "gated_attention": ("", "_bf16", "_q8"),
+            "attention_inputs": ("", "", "_q8"), "normed_attention_inputs": ("", "", "_q8")}
 
 
 def lower(program):
     """Names the arithmetic of ops that depends on a format.
 
-    Every `linear` becomes `linear_<format>` on prepared rows; rows prepared alike are prepared once. Attention over
-    bfloat16 pages becomes that of pairs.
+    Every `linear` becomes `linear_<format>` on prepared rows; rows prepared alike are prepared once. Attention becomes
+    that over the cache's type.
     """
     ops, prepared = [], {}
     for op in program.ops:
-        if op.kind in BY_CACHE and op.params["bf16"]:
-            op = Op(f"{op.kind}_bf16", op.outputs, op.inputs, op.params)
+        if op.kind in BY_CACHE:
+            op = replace(op, kind=op.kind + BY_CACHE[op.kind][op.params["kv_dtype"]])
         if op.kind != "linear":
             ops.append(op)
             continue

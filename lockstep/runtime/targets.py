@@ -54,7 +54,7 @@ def wide_registers(magic=None):
 
 def prefetch_locality(magic=None):
     """LLVM's number of the cache that weights and keys are asked into: 3, the nearest, where it has room for more than
-    what is worked on, else 2, the second (see studies/16-one-stream.md)."""
+    what is worked on, else 2, the second (see studies/15-one-stream.md)."""
     return 3 if (magic or target())[1].startswith(LARGE_NEAR_CACHE_CPUS) else 2
 
 

@@ -15,15 +15,15 @@ V16F, V16I = f32x16.ir, i32x16.ir
 
 
 class Tile(types.Type):
-    """rows x cols vectors of sixteen float32."""
+    """rows x cols vectors of sixteen float32, or int32."""
 
-    def __init__(self, rows, cols):
-        self.rows, self.cols = rows, cols
-        super().__init__(name=f"tile_{rows}x{cols}")
+    def __init__(self, rows, cols, lanes=f32x16):
+        self.rows, self.cols, self.lanes = rows, cols, lanes
+        super().__init__(name=f"tile_{rows}x{cols}_{lanes}")
 
     @property
     def ir(self):
-        return ir.ArrayType(V16F, self.rows * self.cols)
+        return ir.ArrayType(self.lanes.ir, self.rows * self.cols)
 
 
 @register_model(Tile)
@@ -108,7 +108,7 @@ def tile_store(context, tile, out, out_row, num_cols):
             wanted = b.icmp_signed(">", num_cols, ir.Constant(I64, c))
             with b.if_then(wanted, likely=True):
                 for r in range(shape.rows):
-                    place = b.inttoptr(at(b, out, out_row, r, 64 * c), V16F.as_pointer())
+                    place = b.inttoptr(at(b, out, out_row, r, 64 * c), shape.lanes.ir.as_pointer())
                     b.store(parts[r, c], place).align = 4
         return ctx.get_dummy_value()
 

@@ -56,7 +56,7 @@ class LLM:
     """A model that answers.
 
     model: a Hugging Face folder, a GGUF file, a hub name, or None for the bundled model. weights: "auto" (as stored),
-    "f32", "bf16", "q8_0" or "q4_0". kv_dtype: "bf16" or "f32". ops: swaps of the op table, such as
+    "f32", "bf16", "q8_0" or "q4_0". kv_dtype: "bf16", "f32" or "q8". ops: swaps of the op table, such as
     {"linear": "reference"}. progress: called with (what, done, total) while weights are packed. prefix_cache: whether
     requests use what earlier ones computed for the same first tokens; cache_dir: a folder of at most cache_dir_bytes
     that keeps it across restarts. needs_chat: refuse a model without a chat template. Raises ValueError, in one

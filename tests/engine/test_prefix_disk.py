@@ -221,7 +221,7 @@ def test_damage_on_disk_costs_time_and_no_bits(model, tmp_path):
 def test_another_kv_format_finds_nothing(tmp_path):
     config = CONFIGS["qwen3"]
     checkpoint = open_checkpoint(tiny.write(tmp_path, config, tiny.tensors(config, 11)))
-    for kv_dtype, found in (("bf16", 0), ("f32", 0), ("f32", 256)):
+    for kv_dtype, found in (("bf16", 0), ("f32", 0), ("q8", 0), ("f32", 256), ("q8", 256)):
         model = load_model(checkpoint, WeightStore(), "f32", kv_dtype, 2304)
         assert run(model, PROMPT, cache_dir=tmp_path / "cache")[1].hit_tokens == found
 

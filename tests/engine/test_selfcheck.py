@@ -18,7 +18,8 @@ def own_marks(monkeypatch, tmp_path):
     monkeypatch.setattr(selfcheck, "user_cache", lambda: tmp_path / "cache")
 
 
-@pytest.fixture(scope="module", params=[Case("qwen3_5", "q8_0", "bf16"), Case("qwen2", "f32", "f32")], ids=str)
+@pytest.fixture(scope="module", params=[Case("qwen3_5", "q8_0", "bf16"), Case("qwen2", "f32", "f32"),
+                                        Case("qwen3", "q4_0", "q8")], ids=str)
 def program(request, tmp_path_factory):
     return load(request.param, tmp_path_factory.mktemp("tiny")).program
 
@@ -64,6 +65,7 @@ def test_models_in_k_quants_can_be_checked(family, weights):
 
 
 def test_the_recorded_digests_are_those_of_the_definitions():
-    probe, golden = selfcheck.Probe("qwen2", "f32", "f32"), json.loads(selfcheck.GOLDEN.read_text())
-    assert recorded(probe) == golden[str(probe)]
+    golden = json.loads(selfcheck.GOLDEN.read_text())
+    for probe in (selfcheck.Probe("qwen2", "f32", "f32"), selfcheck.Probe("qwen3_5", "q8_0", "q8")):
+        assert recorded(probe) == golden[str(probe)]
     assert recorded_sampling() == golden[selfcheck_sampling.NAME]

@@ -24,14 +24,15 @@ def weights_digest():
     return hashlib.sha256((resolve_model(None) / "model.safetensors").read_bytes()).hexdigest()
 
 
-def logits_digest(weights):
+def logits_digest(weights, kv_dtype=None):
     """SHA-256 of the logits of all positions of the prompt, computed whole on two threads."""
-    model = load_model(open_checkpoint(resolve_model(None)), WeightStore(), weights, max_context=128)
+    model = load_model(open_checkpoint(resolve_model(None)), WeightStore(), weights, kv_dtype, max_context=128)
     return hashlib.sha256(run_path(model, PROMPT, Path("whole", (len(PROMPT),), 2)).logits.tobytes()).hexdigest()
 
 
 def record():
-    return {"numerics": NUMERICS, "weights": weights_digest(), "logits": {w: logits_digest(w) for w in FORMATS}}
+    return {"numerics": NUMERICS, "weights": weights_digest(), "logits": {w: logits_digest(w) for w in FORMATS},
+            "logits, q8 cache": {w: logits_digest(w, "q8") for w in FORMATS}}
 
 
 if __name__ == "__main__":

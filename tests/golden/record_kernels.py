@@ -7,10 +7,11 @@ import json
 from lockstep.engine import selfcheck_sampling
 from lockstep.engine.selfcheck import CONFIGS, FORMATS, GOLDEN, Probe, digests
 from lockstep.ops import BACKENDS
+from lockstep.ops.kv_cache import KV_DTYPES
 
 
 def all_probes():
-    return [Probe(f, w, kv) for f in CONFIGS for w in FORMATS for kv in ("f32", "bf16")]
+    return [Probe(f, w, kv) for f in CONFIGS for w in FORMATS for kv in KV_DTYPES]
 
 
 def recorded(probe):

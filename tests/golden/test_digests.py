@@ -16,9 +16,10 @@ def test_the_digests_belong_to_these_weights_and_this_numerics():
     assert RECORDED["numerics"] == NUMERICS, "NUMERICS changed: run python -m tests.golden.record_digests"
 
 
+@pytest.mark.parametrize(("kv_dtype", "recorded"), [(None, "logits"), ("q8", "logits, q8 cache")])
 @pytest.mark.parametrize("weights", FORMATS)
-def test_logits_are_the_recorded_ones(weights):
-    assert logits_digest(weights) == RECORDED["logits"][weights], (
+def test_logits_are_the_recorded_ones(weights, kv_dtype, recorded):
+    assert logits_digest(weights, kv_dtype) == RECORDED[recorded][weights], (
         "The bits of the logits changed. That is a decision, not a repair: if an op's definition was changed on "
         "purpose, "
         "raise NUMERICS in lockstep/engine/selfcheck.py, record both golden files again, and commit only that. "

@@ -25,11 +25,19 @@ def page_table(contexts, rng):
     return table, len(order)
 
 
-def random_cache(contexts, G, K, bf16, rng):
+def quantize(x):
+    """Codes int8 and scales bfloat16 [..., 1] of heads [..., K]."""
+    scale = round_bf16(np.abs(x).max(-1, keepdims=True) * np.float32(1 / 127))
+    return np.rint(x * (np.float32(1) / widen(scale))).astype(np.int8), scale
+
+
+def random_cache(contexts, G, K, kv_dtype, rng):
     """(k pages, v pages, table, k [S][C, G, K], v): what attention reads, and the same numbers in order."""
     table, N = page_table(contexts, rng)
-    pages = [np.full(shape, np.nan, np.float32) for shape in ((N, G, K, 64), (N, G, 64, K))]
     keys, values = ([rng.standard_normal((c, G, K), np.float32) for c in contexts] for _ in "kv")
+    if kv_dtype == "q8":
+        return quantized_cache(table, N, keys, values)
+    bf16, pages = kv_dtype == "bf16", [np.full(shape, np.nan, np.float32) for shape in ((N, G, K, 64), (N, G, 64, K))]
     if bf16:
         keys, values = ([widen(round_bf16(x)) for x in xs] for xs in (keys, values))
     for s, c in enumerate(contexts):
@@ -41,18 +49,46 @@ def random_cache(contexts, G, K, bf16, rng):
     return *(on_cache_line(p) for p in pages), table, keys, values
 
 
+def quantized_cache(table, N, keys, values):
+    """`random_cache` in 8 bits, from the numbers to be cached."""
+    G, K = keys[0].shape[1:]
+    codes = [np.full(shape, -1, np.int8) for shape in ((N, G, K, 64), (N, G, 64, K))]
+    scales = [np.full((N, G, 64), NAN_BITS, np.uint16) for _ in "kv"]
+    kept = [[], []]
+    for s, parts in enumerate(zip(keys, values)):
+        slots = np.arange(len(parts[0]))
+        page, slot = table[s, slots // 64], slots % 64
+        for i, (made, scale) in enumerate(map(quantize, parts)):
+            codes[i][(page, slice(None), slice(None), slot) if i == 0 else (page, slice(None), slot)] = made
+            scales[i][page, :, slot] = scale[..., 0]
+            kept[i].append(made * widen(scale))
+    return *(on_cache_line(in_fours(c, s)) for c, s in zip(codes, scales)), table, *kept
+
+
+def in_fours(codes, scales):
+    """Codes [N, G, rows, width] int8 and scales [N, G, 64] as they lie in a cache: [N, G, 64 (K + 2)] int8."""
+    N, G, rows, width = codes.shape
+    fours = np.ascontiguousarray(codes.reshape(N, G, rows // 4, 4, width).swapaxes(3, 4)).reshape(N, G, -1)
+    return np.concatenate([fours, np.ascontiguousarray(scales).view(np.int8).reshape(N, G, -1)], axis=-1)
+
+
+def scales_of(pages):
+    """The scales [N, G, 64] of q8 pages, to be changed in place."""
+    return pages[..., -128:].view(np.uint16)
+
+
 def in_pairs(pages):
     """Pages [N, G, rows, width] of bfloat16 as they lie in a cache: two rows together, number by number."""
     N, G, rows, width = pages.shape
     return np.ascontiguousarray(pages.reshape(N, G, rows // 2, 2, width).swapaxes(3, 4))
 
 
-def by_row(pages):
-    """Pages as they lie in a cache, in pairs or not, as [N, G, rows, width]."""
+def by_row(pages, together=2):
+    """Pages as they lie in a cache, so many rows together or one by one, as [N, G, rows, width]."""
     if pages.ndim == 4:
         return pages
-    N, G, pairs, width, _ = pages.shape
-    return pages.swapaxes(3, 4).reshape(N, G, 2 * pairs, width)
+    N, G, groups, width, _ = pages.shape
+    return np.ascontiguousarray(pages.swapaxes(3, 4)).reshape(N, G, together * groups, width)
 
 
 def on_cache_line(array):

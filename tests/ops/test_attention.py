@@ -1,23 +1,34 @@
+import os
+import pathlib
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
-from lockstep.ops import attention, attention_cpu
+from lockstep.ops import BACKENDS, attention, attention_q8
 from lockstep.ops.attention_math import score_scales
+from lockstep.ops.kv_cache import KV_DTYPES
 from lockstep.runtime.kernel import interpreted
+from tests.ops import q8_target
 from tests.ops.harness import ragged_step, run_op, same_bits
-from tests.ops.pages import random_cache, round_bf16, widen
+from tests.ops.pages import quantize, random_cache, round_bf16, scales_of, widen
+from tests.promise.test_isa import cpu_flags
 
+ROOT = pathlib.Path(__file__).parents[2]
+
+REFERENCE, CPU, PER_TOKEN = (BACKENDS[name] for name in ("reference", "cpu", "per_token"))
 MIXED = [1, 65, 7, 130, 1], [1, 65, 1027, 1090, 2050]  # new tokens and context in all, of each request
 
 
 class Batch:
     """Requests with random queries, keys and values, and what attention makes of them."""
 
-    def __init__(self, lengths, contexts, H, G, K, bf16=False, window=0, soft_cap=0.0, seed=0):
+    def __init__(self, lengths, contexts, H, G, K, kv_dtype="f32", window=0, soft_cap=0.0, seed=0):
         rng = np.random.default_rng(seed)
-        self.lengths, self.contexts, self.shape, self.bf16 = lengths, contexts, (H, G, K), bf16
+        self.lengths, self.contexts, self.shape, self.kv_dtype = lengths, contexts, (H, G, K), kv_dtype
         self.window, self.soft_cap = window, soft_cap
-        self.k_pages, self.v_pages, self.table, self.keys, self.values = random_cache(contexts, G, K, bf16, rng)
+        self.k_pages, self.v_pages, self.table, self.keys, self.values = random_cache(contexts, G, K, kv_dtype, rng)
         self.q_TD = rng.standard_normal((sum(lengths), H * K), np.float32)
         self.gate_TW = rng.standard_normal((sum(lengths), 2 * H * K + 5), np.float32)
 
@@ -28,16 +39,20 @@ class Batch:
         step, _held = ragged_step(lengths or self.lengths, contexts or self.contexts, self.table[requests])
         inputs = [self.q_TD[rows], ("cache", self.k_pages), ("cache", self.v_pages)]
         gate = dict(gate_width=self.gate_TW.shape[1], gate_offset=5 + K, gate_stride=2 * K) if gated else {}
-        made = run_op(backend[("gated_" if gated else "") + "attention" + ("_bf16" if self.bf16 else "")],
+        kind = ("gated_" if gated else "") + "attention" + ("" if self.kv_dtype == "f32" else f"_{self.kv_dtype}")
+        made = run_op(backend[kind],
                       {"out": ("T", H * K, "f32"), "stats": ("T", 2 * H, "f32")},
                       inputs + [self.gate_TW[rows]] * gated, step=step, num_threads=num_threads, num_heads=H,
                       num_kv_heads=G, head_dim=K, sm_scale=K ** -0.5, sliding_window=self.window,
-                      soft_cap=self.soft_cap, kv_bf16=int(self.bf16), **gate)
+                      soft_cap=self.soft_cap, kv_dtype=KV_DTYPES.index(self.kv_dtype), **gate)
         return made["out"], made["stats"]
 
     def spoil(self, request, position):
         """Makes a slot's key and value NaN and infinite."""
-        page, slot, bits = self.table[request, position // 64], position % 64, self.bf16
+        page, slot, bits = self.table[request, position // 64], position % 64, self.kv_dtype == "bf16"
+        if self.kv_dtype == "q8":
+            scales_of(self.k_pages)[page, :, slot], scales_of(self.v_pages)[page, :, slot] = 0x7FC0, 0x7F80
+            return
         self.k_pages[page, :, :, slot] = 0x7FC0 if bits else np.nan
         if bits:
             self.v_pages[page, :, slot // 2, :, slot % 2] = 0x7F80
@@ -47,8 +62,8 @@ class Batch:
     def shrink(self, factor):
         """Multiplies queries and values by a factor."""
         self.q_TD *= factor
-        values = widen(self.v_pages) * factor
-        self.v_pages[...] = round_bf16(values) if self.bf16 else values
+        values = scales_of(self.v_pages) if self.kv_dtype == "q8" else self.v_pages
+        values[...] = widen(values) * factor if self.kv_dtype == "f32" else round_bf16(widen(values) * factor)
 
     def exact(self):
         """In float64, without blocks."""
@@ -67,101 +82,121 @@ class Batch:
 
 CASES = {
     "multi-head f32": dict(H=2, G=2, K=64),
-    "GQA 2 bf16": dict(H=4, G=2, K=32, bf16=True),
+    "GQA 2 bf16": dict(H=4, G=2, K=32, kv_dtype="bf16"),
     "GQA 4, odd width": dict(H=4, G=1, K=80),
-    "GQA 7 bf16": dict(H=7, G=1, K=16, bf16=True),
-    "GQA 16, wide": dict(H=16, G=1, K=256, bf16=True),
+    "GQA 7 bf16": dict(H=7, G=1, K=16, kv_dtype="bf16"),
+    "GQA 16, wide": dict(H=16, G=1, K=256, kv_dtype="bf16"),
     "window 1": dict(H=2, G=1, K=16, window=1),
-    "window 5 bf16": dict(H=3, G=3, K=16, window=5, bf16=True),
+    "window 5 bf16": dict(H=3, G=3, K=16, window=5, kv_dtype="bf16"),
     "window 64": dict(H=2, G=1, K=48, window=64),
-    "window 100, soft cap": dict(H=4, G=1, K=32, window=100, soft_cap=3.0, bf16=True),
+    "window 100, soft cap": dict(H=4, G=1, K=32, window=100, soft_cap=3.0, kv_dtype="bf16"),
     "window 1500": dict(H=2, G=1, K=16, window=1500),
     "soft cap": dict(H=2, G=2, K=32, soft_cap=30.0),
+    "multi-head q8": dict(H=2, G=2, K=64, kv_dtype="q8"),
+    "GQA 4 q8, odd width": dict(H=4, G=1, K=80, kv_dtype="q8"),
+    "GQA 2 q8": dict(H=4, G=2, K=96, kv_dtype="q8"),
+    "GQA 7 q8": dict(H=7, G=1, K=128, kv_dtype="q8"),
+    "GQA 16 q8, wide": dict(H=16, G=1, K=256, kv_dtype="q8"),
+    "window 1 q8": dict(H=2, G=1, K=16, window=1, kv_dtype="q8"),
+    "window 5 q8": dict(H=3, G=3, K=16, window=5, kv_dtype="q8"),
+    "window 100 q8, soft cap": dict(H=4, G=1, K=32, window=100, soft_cap=3.0, kv_dtype="q8"),
+    "window 1500 q8": dict(H=2, G=1, K=48, window=1500, kv_dtype="q8"),
 }
 
 
 def tolerance(batch):
-    """Rounding queries and weights to bfloat16 costs 2**-9 of each: this, where scores and values are around 1."""
-    return 0.012 if batch.bf16 else 5e-6
+    """What rounding queries and weights (to bfloat16: 2**-9 of each) costs where scores and values are around 1."""
+    return {"f32": 5e-6, "bf16": 0.012, "q8": 0.03}[batch.kv_dtype]
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_kernel_equals_definition(name):
     batch = Batch(*MIXED, **CASES[name])
-    expected = batch.run(attention.REFERENCE)
+    expected = batch.run(REFERENCE)
     for num_threads in (1, 2, 5):
-        for made, want in zip(batch.run(attention_cpu.CPU, num_threads), expected):
+        for made, want in zip(batch.run(CPU, num_threads), expected):
             same_bits(made, want)
-    for made, want in zip(batch.run(attention_cpu.PER_TOKEN, 3), expected):
+    for made, want in zip(batch.run(PER_TOKEN, 3), expected):
         same_bits(made, want)
     assert np.abs(expected[0] - batch.exact()).max() < tolerance(batch)
 
 
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(("kv_dtype", "cached", "in_all"), [("bf16", 0.002, 0.0035), ("q8", 0.006, 0.012)])
+def test_relative_error_from_the_cache_and_from_the_numbers_before_it(kv_dtype, cached, in_all):
+    shape = dict(H=8, G=2, K=128)
+    batch, before = Batch(*MIXED, **shape, kv_dtype=kv_dtype), Batch(*MIXED, **shape)
+    same_bits(batch.q_TD, before.q_TD)
+    made, rms = batch.run(CPU, 2)[0], lambda x: np.sqrt((x ** 2).mean())
+    for exact, allowed in ((batch.exact(), cached), (before.exact(), in_all)):
+        assert rms(made - exact) < allowed * rms(exact)
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("window", [0, 70])
 @pytest.mark.parametrize("num_threads", [1, 4])
-def test_chunks_give_the_same_bits_as_the_whole(window, num_threads, bf16):
-    batch = Batch([2060], [2060], 2, 1, 16, bf16, window)
-    whole = batch.run(attention_cpu.CPU, num_threads)
+def test_chunks_give_the_same_bits_as_the_whole(window, num_threads, kv_dtype):
+    batch = Batch([2060], [2060], 2, 1, 16, kv_dtype, window)
+    whole = batch.run(CPU, num_threads)
     cuts = [0, 1, 2, 50, 63, 64, 65, 128, 200, 1023, 1024, 1025, 1100, 2047, 2049, 2060]
     for first, last in zip(cuts, cuts[1:]):
-        part = batch.run(attention_cpu.CPU, num_threads, rows=slice(first, last), lengths=[last - first],
+        part = batch.run(CPU, num_threads, rows=slice(first, last), lengths=[last - first],
                          contexts=[last])
         for made, want in zip(part, whole):
             same_bits(made, want[first:last])
 
 
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("num_threads", [2, 3, 8])
-def test_long_contexts_are_cut_into_spans_and_merged_in_order(num_threads, bf16):
-    batch = Batch([1, 3], [5000, 3073], 2, 1, 16, bf16)
-    for made, want in zip(batch.run(attention_cpu.CPU, num_threads), batch.run(attention_cpu.CPU)):
+def test_long_contexts_are_cut_into_spans_and_merged_in_order(num_threads, kv_dtype):
+    batch = Batch([1, 3], [5000, 3073], 2, 1, 16, kv_dtype)
+    for made, want in zip(batch.run(CPU, num_threads), batch.run(CPU)):
         same_bits(made, want)
 
 
-def test_batch_mates_do_not_matter():
-    batch = Batch(*MIXED, H=4, G=2, K=32)
-    out, start = batch.run(attention_cpu.CPU)[0], 0
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_batch_mates_do_not_matter(kv_dtype):
+    batch = Batch(*MIXED, H=4, G=2, K=32, kv_dtype=kv_dtype)
+    out, start = batch.run(CPU)[0], 0
     for s, (length, context) in enumerate(zip(*MIXED)):
-        alone, _ = batch.run(attention_cpu.CPU, rows=slice(start, start + length), lengths=[length], contexts=[context],
+        alone, _ = batch.run(CPU, rows=slice(start, start + length), lengths=[length], contexts=[context],
                              requests=slice(s, s + 1))
         same_bits(alone, out[start:start + length])
         start += length
 
 
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("window", [0, 70])
 @pytest.mark.parametrize("spoilt", [0, 64, 80, 126, 127, 128, 190, 191, 192])
-def test_what_a_query_does_not_see_cannot_reach_it(spoilt, window, bf16):
-    batch = Batch([180, 2], [200, 200], 3, 1, 32, bf16, window)
-    clean = batch.run(attention_cpu.CPU)[0]
+def test_what_a_query_does_not_see_cannot_reach_it(spoilt, window, kv_dtype):
+    batch = Batch([180, 2], [200, 200], 3, 1, 32, kv_dtype, window)
+    clean = batch.run(CPU)[0]
     batch.spoil(0, spoilt)
-    out, position = batch.run(attention_cpu.CPU)[0], np.r_[20:200, 0, 0]
+    out, position = batch.run(CPU)[0], np.r_[20:200, 0, 0]
     sees = (position >= spoilt) & (position < spoilt + window if window else True)
     sees[180:] = False
     same_bits(out[~sees], clean[~sees])
     assert not np.isfinite(out[sees]).all(axis=-1).any()
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_gate(bf16):
-    batch = Batch([5, 1], [5, 70], 4, 2, 32, bf16)
-    for made, want in zip(batch.run(attention_cpu.CPU, 2, gated=True), batch.run(attention.REFERENCE, gated=True)):
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_gate(kv_dtype):
+    batch = Batch([5, 1], [5, 70], 4, 2, 32, kv_dtype)
+    for made, want in zip(batch.run(CPU, 2, gated=True), batch.run(REFERENCE, gated=True)):
         same_bits(made, want)
     gate = batch.gate_TW[:, 5:].reshape(-1, 4, 2, 32)[:, :, 1].reshape(-1, 128).astype(np.float64)
     want = batch.exact() / (1 + np.exp(-gate))
-    assert np.abs(batch.run(attention_cpu.CPU, gated=True)[0] - want).max() < tolerance(batch)
+    assert np.abs(batch.run(CPU, gated=True)[0] - want).max() < tolerance(batch)
 
 
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("scale", [1e-38, 3e-39, 1e-19])
-def test_denormal_products_are_the_same_bits_everywhere(scale, bf16):
+def test_denormal_products_are_the_same_bits_everywhere(scale, kv_dtype):
     """Values and scores so small that sums and products fall below the normal numbers."""
-    batch = Batch(*MIXED, H=4, G=2, K=32, bf16=bf16)
+    batch = Batch(*MIXED, H=4, G=2, K=32, kv_dtype=kv_dtype)
     batch.shrink(np.float32(scale))
-    expected = batch.run(attention.REFERENCE)
+    expected = batch.run(REFERENCE)
     assert np.isfinite(expected[0]).all()
-    for backend in (attention_cpu.CPU, attention_cpu.PER_TOKEN):
+    for backend in (CPU, PER_TOKEN):
         for made, want in zip(batch.run(backend, 2), expected):
             same_bits(made, want)
 
@@ -180,3 +215,27 @@ def test_definition_compiled_equals_interpreted(window, soft_cap, pairs):
                for f, out in zip((attention.attend, interpreted(attention.attend)), outs)]
     same_bits(outs[0], outs[1])
     same_bits(*(np.array(r, np.float32) for r in results))
+
+
+@pytest.mark.parametrize("window, soft_cap", [(0, 0.0), (71, 5.0)])
+def test_definition_over_8_bits_compiled_equals_interpreted(window, soft_cap):
+    rng = np.random.default_rng(0)
+    (k, k_scale), (v, v_scale) = (quantize(rng.standard_normal((1030, 4), np.float32)) for _ in "kv")
+    q, outs = rng.standard_normal(4, np.float32), np.empty((2, 4), np.float32)
+    scale, cap = interpreted(score_scales)(np.float32(0.5), np.float32(soft_cap))
+    position = 1026 if window else 130
+    results = [f(q, k, widen(k_scale)[:, 0], v, widen(v_scale)[:, 0], position, window, scale, cap, out)
+               for f, out in zip((attention_q8.attend, interpreted(attention_q8.attend)), outs)]
+    same_bits(outs[0], outs[1])
+    same_bits(*(np.array(r, np.float32) for r in results))
+
+
+@pytest.mark.parametrize("variant, cpu", [("native", "haswell"), ("avx_vnni", ""), ("generic", "")])
+def test_8_bit_attention_gives_the_same_bits_for_another_target(variant, cpu, tmp_path):
+    needed = {"avx2", "fma"} if cpu else {"avx512vl", "avx512_vnni"} if variant == "avx_vnni" else set()
+    if needed - cpu_flags():
+        pytest.skip(f"this CPU lacks {', '.join(sorted(needed - cpu_flags()))}")
+    named = dict(NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES="") if cpu else {}
+    printed = subprocess.run([sys.executable, "-m", "tests.ops.q8_target", variant], cwd=ROOT, text=True, check=True,
+                             env={**os.environ, **named, "LOCKSTEP_CACHE": str(tmp_path)}, capture_output=True)
+    assert printed.stdout.split() == q8_target.digests()

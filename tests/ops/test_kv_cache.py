@@ -1,25 +1,34 @@
 import numpy as np
 import pytest
 
-from lockstep.ops import kv_cache, kv_cache_cpu
+from lockstep.ops import BACKENDS, kv_cache, kv_cache_q8
+from lockstep.ops.kv_cache import KV_DTYPES
 from lockstep.ops.rope import rope_table
 from lockstep.runtime.kernel import interpreted
 from tests.ops.harness import ragged_step, run_op, same_bits, weight
-from tests.ops.pages import by_row, in_pairs, on_cache_line, page_table, round_bf16, widen
+from tests.ops.pages import by_row, in_fours, in_pairs, on_cache_line, page_table, quantize, round_bf16, widen
 
 LENGTHS, CONTEXTS = [1, 30, 66, 2], [65, 30, 130, 64]
 SHAPES = {"plain": (4, 2, 32, 32, False), "normed": (4, 2, 32, 32, True), "partial, normed": (8, 2, 64, 16, True),
           "odd rotation, normed": (3, 3, 80, 40, True), "no rotation": (7, 1, 16, 0, False),
           "wide, no rotation, normed": (2, 1, 256, 0, True)}  # H, G, K, rope_dim, normed
+UNTOUCHED = np.iinfo(np.uint32).max
 GAP = 3  # columns between the parts of a row
+
+
+def codes_and_scales(pages, K, cell):
+    """q8 pages as codes [N, G, *cell] and scales uint16 [N, G, 64]."""
+    rows, width = cell
+    codes = pages[..., :64 * K].reshape(*pages.shape[:2], rows // 4, width, 4)
+    return by_row(codes, 4), pages[..., 64 * K:].view(np.uint16)
 
 
 class Inputs:
     """A projection of random numbers, its q and gate interleaved by head, and empty pages."""
 
-    def __init__(self, H, G, K, rope_dim, normed, bf16):
+    def __init__(self, H, G, K, rope_dim, normed, kv_dtype):
         rng = np.random.default_rng(0)
-        self.shape, self.rope_dim, self.normed, self.bf16 = (H, G, K), rope_dim, normed, bf16
+        self.shape, self.rope_dim, self.normed, self.kv_dtype = (H, G, K), rope_dim, normed, kv_dtype
         self.k_offset, self.v_offset = GAP + 2 * H * K, 2 * GAP + 2 * H * K + G * K
         self.x = rng.standard_normal((sum(LENGTHS), self.v_offset + G * K + GAP), np.float32)
         self.norms = [rng.standard_normal(K, np.float32) for _ in "qk"]
@@ -30,18 +39,25 @@ class Inputs:
     def run(self, backend, num_threads=1):
         """(q, k pages, v pages) of one run."""
         H, G, K = self.shape
-        dtype = np.dtype(np.uint16 if self.bf16 else np.uint32)
-        pages = [np.full((self.num_pages, G, *cell), np.iinfo(dtype).max, dtype) for cell in ((K, 64), (64, K))]
-        pages = [on_cache_line(in_pairs(p) if self.bf16 else p) for p in pages]
+        dtype = {"f32": np.uint32, "bf16": np.uint16, "q8": np.int8}[self.kv_dtype]
+        pages = [np.full((self.num_pages, G, *cell), UNTOUCHED, np.uint32).astype(dtype)
+                 for cell in ((K, 64), (64, K))]
+        scales = np.full((self.num_pages, G, 64), 0xFFFF, np.uint16)
+        kept = {"f32": lambda p: p, "bf16": in_pairs, "q8": lambda p: in_fours(p, scales)}[self.kv_dtype]
+        pages = [on_cache_line(kept(p)) for p in pages]
         norms = [weight(n, name) for n, name in zip(self.norms, ("q_norm", "k_norm"))] if self.normed else []
         extra = dict(eps=1e-6, norm_offset=1.0) if self.normed else {}
-        q = run_op(backend["normed_attention_inputs" if self.normed else "attention_inputs"],
+        kind = ("normed_" if self.normed else "") + "attention_inputs" + ("_q8" if self.kv_dtype == "q8" else "")
+        q = run_op(backend[kind],
                    {"q": ("T", H * K, "f32")},
                    [self.x, weight(self.tables[0], "cos"), weight(self.tables[1], "sin"),
                     *(("cache", p) for p in pages), *norms],
                    step=self.step, num_threads=num_threads, num_heads=H, num_kv_heads=G, head_dim=K,
                    rope_dim=self.rope_dim, row_width=self.x.shape[1], q_offset=GAP, q_stride=2 * K,
-                   k_offset=self.k_offset, v_offset=self.v_offset, kv_bf16=int(self.bf16), **extra)["q"]
+                   k_offset=self.k_offset, v_offset=self.v_offset, kv_dtype=KV_DTYPES.index(self.kv_dtype),
+                   **extra)["q"]
+        if self.kv_dtype == "q8":
+            return q, *codes_and_scales(pages[0], K, (K, 64)), *codes_and_scales(pages[1], K, (64, K))
         return q, *(by_row(p) for p in pages)
 
     def exact(self, heads_THK, norm):
@@ -57,22 +73,22 @@ class Inputs:
         return out
 
 
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("name", SHAPES)
-def test_kernel_equals_definition(name, bf16):
-    inputs = Inputs(*SHAPES[name], bf16)
-    expected = inputs.run(kv_cache.REFERENCE)
+def test_kernel_equals_definition(name, kv_dtype):
+    inputs = Inputs(*SHAPES[name], kv_dtype)
+    expected = inputs.run(BACKENDS["reference"])
     for num_threads in (1, 3):
-        for made, want in zip(inputs.run(kv_cache_cpu.CPU, num_threads), expected):
+        for made, want in zip(inputs.run(BACKENDS["cpu"], num_threads), expected):
             same_bits(made, want)
 
 
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("kv_dtype", ["f32", "bf16"])
 @pytest.mark.parametrize("name", SHAPES)
-def test_queries_keys_and_values_are_right_and_in_place(name, bf16):
-    inputs = Inputs(*SHAPES[name], bf16)
+def test_queries_keys_and_values_are_right_and_in_place(name, kv_dtype):
+    inputs = Inputs(*SHAPES[name], kv_dtype)
     (H, G, K), T = inputs.shape, sum(LENGTHS)
-    q, k_pages, v_pages = inputs.run(kv_cache_cpu.CPU, 2)
+    q, k_pages, v_pages = inputs.run(BACKENDS["cpu"], 2)
     heads = lambda offset, num, stride: np.stack([inputs.x[:, offset + h * stride:][:, :K] for h in range(num)], axis=1)
     assert np.abs(q.reshape(T, H, K) - inputs.exact(heads(GAP, H, 2 * K), inputs.norms[0])).max() < 3e-6
     k, v = inputs.exact(heads(inputs.k_offset, G, K), inputs.norms[1]), heads(inputs.v_offset, G, K)
@@ -81,7 +97,7 @@ def test_queries_keys_and_values_are_right_and_in_place(name, bf16):
         for position in range(c - n, c):
             page, slot = inputs.table[s, position // 64], position % 64
             written[page, slot] = True
-            if bf16:
+            if kv_dtype == "bf16":
                 same_bits(v_pages[page, :, slot], round_bf16(v[t]))
                 assert np.abs(widen(k_pages[page, :, :, slot]) - k[t]).max() <= np.abs(k[t]).max() / 256 + 3e-6
             else:
@@ -91,6 +107,38 @@ def test_queries_keys_and_values_are_right_and_in_place(name, bf16):
     untouched = np.iinfo(k_pages.dtype).max
     assert (k_pages.transpose(0, 3, 1, 2)[~written] == untouched).all()
     assert (v_pages.transpose(0, 2, 1, 3)[~written] == untouched).all()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_keys_and_values_in_8_bits_are_right_and_in_place(name):
+    """Keys are what a float32 cache holds, quantized by NumPy: the same codes and scales; unwritten slots stay."""
+    found = Inputs(*SHAPES[name], "q8").run(BACKENDS["cpu"], 2)[1:]
+    plain = Inputs(*SHAPES[name], "f32")
+    exact = [p.view(np.float32) for p in plain.run(BACKENDS["cpu"], 2)[1:]]
+    written = np.zeros((plain.num_pages, 64), bool)
+    for s, (n, c) in enumerate(zip(LENGTHS, CONTEXTS)):
+        for position in range(c - n, c):
+            written[plain.table[s, position // 64], position % 64] = True
+    for pages, codes, scales, slots in ((exact[0], *found[:2], 3), (exact[1], *found[2:], 2)):
+        by_slot = lambda x: np.moveaxis(x, slots, 1)[written]  # [slot, G, K]
+        same_bits(by_slot(codes), quantize(by_slot(pages))[0])
+        same_bits(scales.transpose(0, 2, 1)[written], quantize(by_slot(pages))[1][..., 0])
+        error = np.abs(by_slot(codes) * widen(scales).transpose(0, 2, 1)[written][..., None] - by_slot(pages))
+        assert (error <= np.abs(by_slot(pages)).max(-1, keepdims=True) / 254 * (1 + 2 ** -8)).all()
+        assert (np.moveaxis(codes, slots, 1)[~written] == -1).all()
+        assert (scales.transpose(0, 2, 1)[~written] == 0xFFFF).all()
+
+
+@pytest.mark.parametrize("x", [np.zeros(16), np.full(16, 1e-31), np.full(16, 1e-38), np.r_[3.0, np.zeros(15)],
+                               np.full(16, 3e38), np.r_[-1e-30, np.full(15, 1.7e-31)], np.linspace(-254, 254, 16)])
+def test_heads_of_extreme_size_are_quantized_as_numpy_does(x):
+    x, codes = x.astype(np.float32), np.full((2, 16), 99, np.int8)
+    scales = [f(x, c) for f, c in zip((kv_cache_q8.quantize_head, interpreted(kv_cache_q8.quantize_head)), codes)]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        want, scale = quantize(x) if np.abs(x).max() >= 1e-30 else (np.zeros(16, np.int8), np.zeros(1, np.uint16))
+    same_bits(codes[0], want)
+    same_bits(codes[1], want)
+    assert [float(s) for s in scales] == [float(widen(scale)[0])] * 2 and codes.min() >= -127
 
 
 def test_definition_compiled_equals_interpreted():

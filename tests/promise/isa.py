@@ -1,4 +1,4 @@
-"""Prints a digest of a tiny model's logits and cache; run once for each target: python -m tests.promise.isa."""
+"""Prints digests of tiny models' logits and caches; run once for each target: python -m tests.promise.isa."""
 import pathlib
 import tempfile
 
@@ -7,10 +7,15 @@ from lockstep.runtime.kernel import target
 from tests.models import tiny
 from tests.promise.models import Case, load
 
-CASE = Case("qwen3_5", "q8_0", "bf16")
+CASES = Case("qwen3_5", "q8_0", "bf16"), Case("qwen3_5", "q8_0", "q8")
+
+
+def digest(case, folder):
+    model = load(case, folder)
+    ids = tiny.prompt(model.checkpoint.config, 40)
+    return run_path(model, ids, Path("cut after 33", (33, 40), 2)).digest
+
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        model = load(CASE, pathlib.Path(folder))
-        ids = tiny.prompt(model.checkpoint.config, 40)
-        print(target()[1], run_path(model, ids, Path("cut after 33", (33, 40), 2)).digest)
+        print(target()[1], *(digest(case, pathlib.Path(folder) / str(case)) for case in CASES))

@@ -40,6 +40,8 @@ CASES = [
     Case("mistral_window", "q4_0", "bf16"), Case("mistral_window", "bf16", "f32", (5, 63, 260)),
     Case("bundled", "auto", "bf16", (1, 17, 150)), Case("bundled", "f32", "f32", (2, 90)),
     Case("bundled", "q8_0", "bf16", (1, 66, 150)), Case("bundled", "q4_0", "bf16", (3, 140)),
+    Case("qwen3_5", "q8_0", "q8", (1, 3, 64, 200, LONG)), Case("qwen3", "q4_0", "q8"), Case("qwen2", "f32", "q8"),
+    Case("mistral_window", "bf16", "q8", (5, 63, 260)), Case("bundled", "auto", "q8", (1, 66, 150)),
 ]
 
 

@@ -10,7 +10,8 @@ from tests.promise.models import Case, library, load
 from tests.promise.schedule import Differs, Teams, Walk, limits
 
 CASES = [Case("qwen3_5", "q8_0", "bf16"), Case("qwen3_5", "f32", "f32"), Case("qwen3_5", "bf16", "bf16"),
-         Case("mistral_window", "q4_0", "bf16"), Case("qwen2", "f32", "f32")]
+         Case("mistral_window", "q4_0", "bf16"), Case("qwen2", "f32", "f32"), Case("qwen3_5", "q4_0", "q8"),
+         Case("mistral_window", "bf16", "q8")]
 LENGTHS = (9, 70)
 PROMPT = np.random.RandomState(5).randint(0, 90, 20).tolist()
 UNSEEN = ("scratch", "softmax")  # outputs that only their own kernel reads
@@ -97,10 +98,10 @@ def test_a_wrong_cache_write_is_named_at_the_op_that_wrote_it(model, monkeypatch
         swaps = plant(monkeypatch, model, kind, operand)
         found = first_difference(model, PROMPT, [("cpu", {}), ("cpu", swaps)], 2)
         assert found is not None and (found.op.kind, found.tensor.name) == (kind, name), (name, found)
-        # the fourth byte is the upper half of bfloat16 number 1 or of float32 number 0
-        at = (1, 0) if name.endswith("v_pages") else (0, 1)
-        expected = at if model.kv_dtype == "bf16" and found.tensor.dtype == "bf16" else (0, 0)
+        # the fourth byte is the upper half of bfloat16 number 1 or of float32 number 0, or int8 number 3
+        number = {"f32": 0, "bf16": 1, "i8": 3}[found.tensor.dtype]
+        expected = (number, 0) if name.endswith("v_pages") else (0, number)
         assert (found.row, found.column, found.num_different) == (*expected, 1), (name, found)
-        assert found.values[0] == -found.values[1]
+        assert abs(found.values[0] - found.values[1]) == (128 if number == 3 else 2 * abs(found.values[0]))
         assert name in compare(reference, PATH, run_path(model, PROMPT, PATH, swaps)).differing
     assert tried

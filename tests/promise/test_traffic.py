@@ -18,7 +18,7 @@ from tests.promise.schedule import Differs
 from tests.promise.traffic import Menu, Traffic
 
 CASES = [Case("qwen3_5", "f32", "f32"), Case("qwen3_5", "q8_0", "bf16"), Case("qwen3", "q8_0", "bf16"),
-         Case("mistral_window", "q4_0", "bf16"), Case("bundled", "q8_0", "bf16")]
+         Case("mistral_window", "q4_0", "bf16"), Case("bundled", "q8_0", "bf16"), Case("qwen3_5", "bf16", "q8")]
 STEPS = 200
 # the states of so many positions fit; budgets from less than a block to more than any prompt
 OPTIONS = (dict(max_step_tokens=70, threads=1, state_every=64, num_states=4, prompt_state_from=0),

@@ -5,7 +5,7 @@ Shape suffixes used in all names:
     T  tokens of the step        H  query heads          N  pages of the KV cache
     S  requests of the step      G  kv heads             B  tokens of a page
     R  rows that sample          K  head size            P  pages of a request
-    E  rows that are embedded
+    E  rows that are embedded    O  rows of either sort
     D  model width               V  vocabulary           L  layers
     F  feed-forward width        (in linear layers: N output features, K input features)
 """

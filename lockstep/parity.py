@@ -192,7 +192,7 @@ def _first_difference(one, two, num_tokens):
 def _written(runner, num_tokens):
     """(index, op, value, array [rows, width]) of whatever each op writes, in order; the first to name a cache writes
     it."""
-    rows, num_pages, seen = {"T": num_tokens, "R": 1, "E": 1, "S": 1}, runner.limits.num_pages, set()
+    rows, num_pages, seen = {"T": num_tokens, "O": 1, "R": 1, "E": 1, "S": 1}, runner.limits.num_pages, set()
     for index, op in enumerate(runner.program.ops):
         for tensor in op.outputs:
             if not tensor.name.endswith(("scratch", "softmax")):

@@ -80,7 +80,7 @@ def run(bench, lengths, depths, repeat, quick=False, say=lambda text: None):
     for name, (tokens, context) in dict(prefill=(min(512, max(lengths)), 0), decode=(1, depths[0])).items():
         say(f"profile of {name}")
         profile = bench.profile(tokens, context)
-        found["profiles"][name] = measure.summed(profile, {"T": tokens, "R": 1, "E": 0, "S": 1})
+        found["profiles"][name] = measure.summed(profile, {"T": tokens, "O": 1, "R": 1, "E": 0, "S": 1})
     say("machine ceiling again")  # cores may be shared with strangers: the better of two moments counts
     again = vars(machine.measure(bench.team))
     found["ceiling"] = {k: max(v, again[k]) for k, v in found["ceiling"].items()}

@@ -35,12 +35,13 @@ LOWEST = {"max_step_tokens": 1, "max_requests": 1, "kv_tokens": PAGE_TOKENS, "th
 class EngineOptions:
     """Sizes of an engine. ValueError for one that is not allowed.
 
-    kv_tokens: tokens of KV cache in all; None: what max_requests full contexts need, up to 2 GiB. threads: None: one
-    for each core. prefix_cache: whether requests use what others computed for the same first tokens. state_bytes: host
-    memory for checkpoints of recurrent state, for models that have one; state_every: tokens from one checkpoint to the
-    next, a multiple of 64; prompt_state_from: length from which prompts get one near their end, too (None: 2048, or any
-    with a cache_dir): it takes a step of its own, which costs a shorter prompt more than 3 %. cache_dir: a folder that
-    keeps prefixes across restarts, of at most cache_dir_bytes.
+    kv_tokens: tokens of KV cache in all, whose memory is claimed at once; None: what max_requests full contexts need, up
+    to 2 GiB, claimed as it is used. threads: None: one for each core. prefix_cache: whether requests use what others
+    computed for the same first tokens. state_bytes: host memory for checkpoints of recurrent state, for models that
+    have one; state_every: tokens from one checkpoint to the next, a multiple of 64; prompt_state_from: length from
+    which prompts get one near their end, too (None: 2048, or any with a cache_dir): it takes a step of its own, which
+    costs a shorter prompt more than 3 %. cache_dir: a folder that keeps prefixes across restarts, of at most
+    cache_dir_bytes.
     """
 
     max_step_tokens: int = 512
@@ -64,11 +65,15 @@ class EngineOptions:
 
 
 def num_pages(model, options):
-    """Pages of KV cache for these options."""
+    """Pages of KV cache for these options. ValueError for more than this machine's memory."""
     a_request = -(-model.max_context // PAGE_TOKENS)
-    if options.kv_tokens is not None:
-        return -(-options.kv_tokens // PAGE_TOKENS)
     per_page = sum(c.bytes_each for c in model.recorded.caches if c.kind == "pages") or 1
+    if options.kv_tokens is not None:
+        asked, memory = -(-options.kv_tokens // PAGE_TOKENS), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if asked * per_page > memory:
+            raise ValueError(f"kv_tokens: {options.kv_tokens} tokens take {asked * per_page / 2**30:.1f} GiB; this "
+                             f"machine has {memory / 2**30:.1f}, enough for {memory // per_page * PAGE_TOKENS}")
+        return asked
     return max(a_request, min(a_request * options.max_requests, CACHE_BYTES // per_page))
 
 
@@ -86,6 +91,9 @@ class Engine:
         limits = Limits(options.max_step_tokens, options.max_requests, num_pages(model, options), num_sampled)
         self.model, self.team = model, Team(options.threads or num_cores())
         self.runner = Runner(model, self.team, limits, swaps)
+        if options.kv_tokens is not None:
+            for array in self.runner.caches.values():
+                array.fill(0)  # the system hands out pages at the first touch: better now than within a request
         selfcheck.check(self.runner.program, self.runner.executor.backend)
         self.scheduler = Scheduler(limits, self._prefix_cache(options))
         self._ids, self.num_generated = itertools.count(), 0

@@ -45,8 +45,8 @@ class Runner:
         backend = model.backend(swaps, base)
         self.program = model.rewritten(backend, fused)
         self.caches = {c.name: aligned(c.bytes_each * self._count(c)) for c in self.program.caches}
-        rows = {"T": limits.max_step_tokens, "R": limits.max_sampled, "E": limits.max_step_tokens,
-                "S": limits.max_requests}
+        T = limits.max_step_tokens
+        rows = {"T": T, "O": T, "R": limits.max_sampled, "E": T, "S": limits.max_requests}
         addresses = {name: array.ctypes.data for name, array in self.caches.items()}
         self.executor = Executor(self.program, backend, team, model.store, rows, addresses, keep)
         self.pages_per_request = -(-model.max_context // PAGE_TOKENS)
@@ -61,7 +61,7 @@ class Runner:
     def _allocate(self):
         T, S, R = self.limits.max_step_tokens, self.limits.max_requests, self.limits.max_sampled
         shapes = {"TOKEN_IDS": T, "POSITION": T, "REQUEST": T, "QUERY_START": S + 1, "CONTEXT_LEN": S, "STATE_SLOT": S,
-                  "SAMPLED_ROW": R, "EMBEDDED_ROW": T, "PAGE_TABLE": (S, self.pages_per_request)}
+                  "OUTPUT_ROW": T, "SAMPLED_ROW": R, "EMBEDDED_ROW": T, "PAGE_TABLE": (S, self.pages_per_request)}
         self._arrays = {name: np.zeros(shape, np.int32) for name, shape in shapes.items()}
         self._sampling = np.zeros(R, SAMPLING_RECORD)
         self._step = np.zeros(words.STEP_WORDS, np.int64)
@@ -99,8 +99,7 @@ class Runner:
 
     def _fill(self, spans):
         """Writes the spans into the step block; returns the number of rows that sample."""
-        a, at, row, num_embedded = self._arrays, 0, 0, 0
-        self._sampling[:sum(len(span.sampled) for span in spans)] = 0  # a record need not name every field
+        a, at = self._arrays, 0
         for s, span in enumerate(spans):
             n = len(span.token_ids)
             a["TOKEN_IDS"][at:at + n] = span.token_ids
@@ -110,15 +109,27 @@ class Runner:
             a["REQUEST"][at:at + n] = s
             a["CONTEXT_LEN"][s], a["STATE_SLOT"][s], a["QUERY_START"][s + 1] = span.start + n, span.slot, at + n
             a["PAGE_TABLE"][s, :len(span.pages)] = span.pages
+            at += n
+        self._step[words.NUM_TOKENS], self._step[words.NUM_REQUESTS] = at, len(spans)
+        return self._fill_outputs(spans)
+
+    def _fill_outputs(self, spans):
+        """Writes which rows have an output, and how those sample that do."""
+        a, at, row, output, embedded = self._arrays, 0, 0, 0, 0
+        self._sampling[:sum(len(span.sampled) for span in spans)] = 0  # a record need not name every field
+        for span in spans:
+            output_of = {offset: output + i for i, offset in enumerate(sorted({*span.sampled, *span.embedded}))}
+            for offset, o in output_of.items():
+                a["OUTPUT_ROW"][o] = at + offset
             for offset, record in span.sampled.items():
-                a["SAMPLED_ROW"][row] = at + offset
+                a["SAMPLED_ROW"][row] = output_of[offset]
                 for name, value in record.items():
                     self._sampling[name][row] = value
                 row += 1
             for offset in span.embedded:
-                a["EMBEDDED_ROW"][num_embedded] = at + offset
-                num_embedded += 1
-            at += n
-        self._step[words.NUM_TOKENS], self._step[words.NUM_REQUESTS] = at, len(spans)
-        self._step[words.NUM_SAMPLED], self._step[words.NUM_EMBEDDED] = row, num_embedded
+                a["EMBEDDED_ROW"][embedded] = output_of[offset]
+                embedded += 1
+            at, output = at + len(span.token_ids), output + len(output_of)
+        self._step[words.NUM_SAMPLED], self._step[words.NUM_EMBEDDED] = row, embedded
+        self._step[words.NUM_OUTPUTS] = output
         return row

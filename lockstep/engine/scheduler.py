@@ -1,8 +1,8 @@
 """Which tokens run in the next step. One rule: what is computed chases what is known, under a budget of tokens.
 
 Requests are ranked by priority (the lowest number first), then by arrival. Those that have one token left (they decode)
-go first, in order of rank. Prompts fill the rest of the budget: the first in rank gets at least half of it, the others
-share what is left, the shortest first, so that a short prompt does not wait for a long one.
+go first, in order of rank. Prompts fill the rest of the budget, those with the least left first, so that a short prompt
+does not wait for a long one; but half of it is kept for the first in rank, so that a long one does not wait for ever.
 
 A request is admitted when a slot is free and pages for all its known tokens, with a page to spare for each running
 request; it takes further pages as it grows. Where there are none, the running request of the lowest rank is preempted:
@@ -84,18 +84,16 @@ class Scheduler:
         return plan + self._prompts(prompts, budget) if prompts else plan
 
     def _prompts(self, prompts, budget):
-        """Deals the budget to prompts: half to the first, then to the shortest, what is left to the first again."""
-        first, others = prompts[0], sorted(prompts[1:], key=lambda r: (r.priority, r.num_left, r.id))
-        most, plan = self._most(first, budget), []
-        sure = min(most, -(-budget // 2))
-        left = budget - sure
-        for request in others:
-            count = self._most(request, left)
+        """Deals the budget to prompts, the one with the least left first; half is kept for the first in rank."""
+        plan, first = [], prompts[0]
+        kept = self._most(first, -(-budget // 2))
+        for request in sorted(prompts, key=lambda r: (r.priority, r.num_left, r.id)):
+            kept = 0 if request is first else kept
+            count = self._most(request, budget - kept)
             if count:
                 plan.append((request, count))
-                left -= count
-        count = sure + min(left, most - sure)
-        return [(first, count)] + plan if count else plan
+                budget -= count
+        return plan
 
     def _most(self, request, budget):
         """Tokens that a request may compute in a step: up to the budget, and to where its state is to be kept."""

@@ -188,7 +188,7 @@ def digests(probe, table, fused=True):
             runner.step([span(i, start, n) for i, (start, n) in enumerate(zip(at, counts))])
             at = [start + n for start, n in zip(at, counts)]
             for op, tensor in visible(runner.program):
-                rows = {"T": sum(counts), "R": 3 if counts[0] > 1 else 2, "S": 2}[tensor.rows]
+                rows = {"T": sum(counts), "O": sum(counts), "R": 3 if counts[0] > 1 else 2, "S": 2}[tensor.rows]
                 width = VOCABULARY if tensor.name == "logits" else tensor.width
                 made.setdefault((op, tensor.name), hashlib.sha256()).update(
                     np.ascontiguousarray(runner.executor.view(tensor, rows)[:, :width]).tobytes())
@@ -198,12 +198,15 @@ def digests(probe, table, fused=True):
 
 
 def span(index, start, count):
-    """Tokens of a probe's request; its pages lie backwards. The first request also samples its first row."""
+    """Tokens of a probe's request; its pages lie backwards. The first request also samples its first row.
+
+    All rows are embedded, so that the ops after the last mixer see as many rows as those before.
+    """
     ids = [(7 * p * p + 13 * index + 3) % VOCABULARY for p in range(start, start + count)]
     rows = sorted({0, count - 1}) if index == 0 else [count - 1]
     how = [dict(temperature=0.8, top_p=0.9, top_k=20, min_p=0.01), dict(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0)]
     sampled = {row: dict(how[(row + index) % 2], seed=index, position=start + row + 1) for row in rows}
-    return Span(ids, start, [3 - 2 * index, 2 - 2 * index], index, sampled)
+    return Span(ids, start, [3 - 2 * index, 2 - 2 * index], index, sampled, range(count))
 
 
 def visible(program):

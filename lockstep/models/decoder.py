@@ -4,9 +4,12 @@
     each layer:  x += mixer(norm(x));  x += mlp(norm(x))
     logits = head(norm(x)), only for rows that sample
     hidden = norm(x), only for rows that are embedded
+
+After the last mixer no row is read by another, so only rows with an output (sampled or embedded) go on from there: a
+prompt has one, and nearly the whole last layer of its other tokens is not computed.
 """
 from lockstep.models.record import Recorder
-from lockstep.runtime.step import EMBEDDED_ROW, SAMPLED_ROW
+from lockstep.runtime.step import EMBEDDED_ROW, OUTPUT_ROW, SAMPLED_ROW
 
 PREFIXES = ("model.language_model.", "language_model.model.", "model.", "")
 
@@ -22,7 +25,7 @@ def record(config, tensors, weights="auto", kv_dtype="bf16", max_context=4096):
     ops = Recorder(tensors, prefix, weights, kv_dtype, max_context)
     x = ops.embed(f"{prefix}embed_tokens.weight", config.vocab_size, config.hidden_size)
     for i, layer in enumerate(config.layers):
-        x = decoder_layer(ops, x, config, layer, f"{prefix}layers.{i}")
+        x = decoder_layer(ops, x, config, layer, f"{prefix}layers.{i}", is_last=i == len(config.layers) - 1)
     norm = f"{prefix}norm.weight", config.rms_eps, config.norm_offset
     h = ops.rms_norm(ops.select_rows(x, "sampled", "R", SAMPLED_ROW), *norm)
     ops.result("hidden", ops.rms_norm(ops.select_rows(x, "embedded", "E", EMBEDDED_ROW), *norm, "hidden"))
@@ -31,16 +34,17 @@ def record(config, tensors, weights="auto", kv_dtype="bf16", max_context=4096):
     return ops.program, logits
 
 
-def decoder_layer(ops, x, config, layer, label):
-    """One layer, with its two residual additions."""
+def decoder_layer(ops, x, config, layer, label, is_last):
+    """One layer, with its two residual additions. is_last: its mixer's rows without an output are dropped."""
     h = ops.rms_norm(x, f"{label}.input_layernorm.weight", config.rms_eps, config.norm_offset)
-    if layer.mixer == "attention":
-        heads = ops.attention(h, config, layer, f"{label}.self_attn")
-        y = ops.linear(heads, [(f"{label}.self_attn.o_proj", config.hidden_size)], bias=config.o_bias)
+    is_attention = layer.mixer == "attention"
+    if is_attention:
+        heads, out = ops.attention(h, config, layer, f"{label}.self_attn"), f"{label}.self_attn.o_proj"
     else:
-        heads = ops.linear_attention(h, config, f"{label}.linear_attn")
-        y = ops.linear(heads, [(f"{label}.linear_attn.out_proj", config.hidden_size)])
-    x = ops.add(x, y)
+        heads, out = ops.linear_attention(h, config, f"{label}.linear_attn"), f"{label}.linear_attn.out_proj"
+    if is_last:
+        heads, x = (ops.select_rows(t, f"{t.name}.output", "O", OUTPUT_ROW) for t in (heads, x))
+    x = ops.add(x, ops.linear(heads, [(out, config.hidden_size)], bias=is_attention and config.o_bias))
     h = ops.rms_norm(x, f"{label}.post_attention_layernorm.weight", config.rms_eps, config.norm_offset)
     return ops.add(x, mlp(ops, h, config, f"{label}.mlp"))
 

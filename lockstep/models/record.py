@@ -151,7 +151,7 @@ class Recorder:
         logits = self.linear(x, [(f"{label}.gate", E)])
         ids = emit(
             "route",
-            [tensor(f"{label}.expert_ids", "T", X, "i32"), tensor(f"{label}.weights", "T", X)],
+            [tensor(f"{label}.expert_ids", x.rows, X, "i32"), tensor(f"{label}.weights", x.rows, X)],
             [logits],
             num_experts=E,
             top_k=X,
@@ -160,7 +160,7 @@ class Recorder:
         weights = self.program.ops[-1].outputs[1]
         order = emit(
             "group_experts",
-            [tensor(f"{label}.order", "T", X, "i32"), tensor(f"{label}.expert_start", "T", E + 1, "i32")],
+            [tensor(f"{label}.order", x.rows, X, "i32"), tensor(f"{label}.expert_start", x.rows, E + 1, "i32")],
             [ids],
             num_experts=E,
             top_k=X,
@@ -170,25 +170,25 @@ class Recorder:
         rows, width = expert_rows(gate_up.format, D)
         h = emit(
             f"expert_rows_{rows}",
-            [tensor(f"{label}.expert_rows", "T", X * width, "f32" if rows == "f32" else "i8")],
+            [tensor(f"{label}.expert_rows", x.rows, X * width, "f32" if rows == "f32" else "i8")],
             [x, order],
             K=D,
             top_k=X,
         )
-        h = emit(f"expert_linear_{gate_up.format}", [tensor(f"{label}.experts.gate_up", "T", X * 2 * m.width)],
+        h = emit(f"expert_linear_{gate_up.format}", [tensor(f"{label}.experts.gate_up", x.rows, X * 2 * m.width)],
                  [h, start, gate_up], K=D, N=2 * m.width, num_experts=E)
         rows, width = expert_rows(down.format, m.width)
         h = emit(
             f"expert_gated_{rows}",
-            [tensor(f"{label}.experts.act", "T", X * width, "f32" if rows == "f32" else "i8")],
+            [tensor(f"{label}.experts.act", x.rows, X * width, "f32" if rows == "f32" else "i8")],
             [h],
             K=m.width,
             top_k=X,
         )
-        h = emit(f"expert_linear_{down.format}", [tensor(f"{label}.experts.down", "T", X * D)], [h, start, down],
+        h = emit(f"expert_linear_{down.format}", [tensor(f"{label}.experts.down", x.rows, X * D)], [h, start, down],
                  K=m.width, N=D, num_experts=E)
-        y = emit("expert_scatter", [tensor(f"{label}.experts", "T", X * D)], [h, order], D=D, top_k=X)
-        return emit("combine_experts", [tensor(f"{label}.combined", "T", D)], [weights, y], D=D, top_k=X)
+        y = emit("expert_scatter", [tensor(f"{label}.experts", x.rows, X * D)], [h, order], D=D, top_k=X)
+        return emit("combine_experts", [tensor(f"{label}.combined", x.rows, D)], [weights, y], D=D, top_k=X)
 
     def _expert_weights(self, label, m, D):
         """All experts' gate and up, expert after expert, and all experts' down, as two weights."""
@@ -202,7 +202,7 @@ class Recorder:
         return joined(("gate", "up"), m.width, D), joined(("down",), D, m.width)
 
     def select_rows(self, x, label, rows, selected):
-        """Some rows of the step. rows: "R" or "E"; selected: the word of the step block that says which."""
+        """Some rows of x. rows: "O", "R" or "E"; selected: the word of the step block that says which."""
         out = self.program.tensor(label, rows, x.width)
         return self.program.emit("select_rows", [out], [x], width=x.width, selected=selected)
 

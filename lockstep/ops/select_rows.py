@@ -1,4 +1,4 @@
-"""Some rows of a step, those that sample or are embedded: the definition.
+"""Some rows of a tensor, those with an output: the definition.
 
     out[r] = x[selected[r]]
 """
@@ -12,9 +12,9 @@ from lockstep.runtime.step import NUM_TOKENS, num_rows, step_word, word
 
 @definition
 def select_rows(x_TD, selected_R, out_RD):
-    """Copies the rows that reach the last norm.
+    """Copies the rows that go on.
 
-    Shapes: x [T, D] float32; selected [R] int32, each below T; out [R, D].
+    Shapes: x [T, D] float32; selected [R] int32, each a row of x; out [R, D].
     Error: none.
     Order: none.
     """

@@ -1,22 +1,22 @@
 """A model as a program: a flat list of ops over named tensors, recorded once when the model is loaded.
 
 The number of tokens is symbolic: a tensor's first dimension is "T" (tokens of the step), "R" (rows that sample), "E"
-(rows whose hidden state is wanted) or "S" (requests), its second a number. Everything else is a way of running or
-rewriting this list.
+(rows whose hidden state is wanted), "O" (rows of either sort) or "S" (requests), its second a number. Everything else
+is a way of running or rewriting this list.
 """
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from lockstep.runtime.step import NUM_EMBEDDED, NUM_REQUESTS, NUM_SAMPLED, NUM_TOKENS
+from lockstep.runtime.step import NUM_EMBEDDED, NUM_OUTPUTS, NUM_REQUESTS, NUM_SAMPLED, NUM_TOKENS
 
-ROW_COUNTS = {"T": NUM_TOKENS, "R": NUM_SAMPLED, "E": NUM_EMBEDDED, "S": NUM_REQUESTS}
+ROW_COUNTS = {"T": NUM_TOKENS, "O": NUM_OUTPUTS, "R": NUM_SAMPLED, "E": NUM_EMBEDDED, "S": NUM_REQUESTS}
 DTYPES = {"f32": np.dtype(np.float32), "i32": np.dtype(np.int32), "bf16": np.dtype(np.uint16), "i8": np.dtype(np.int8)}
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """An activation [rows, width]; rows is "T", "R", "E" or "S"."""
+    """An activation [rows, width]; rows is "T", "O", "R", "E" or "S"."""
 
     name: str
     rows: str

@@ -17,13 +17,15 @@ CONTEXT_LEN = 5  # i32[S]
 PAGE_TABLE = 6  # i32[S, P]: page page_table[s, p] holds positions 64 p .. 64 (p + 1) of request s
 PAGES_PER_REQUEST = 7  # P, a count
 STATE_SLOT = 8  # i32[S]: row of each recurrent-state array that belongs to the request
-SAMPLED_ROW = 9  # i32[R]: rows of the step that reach the last norm and the head
+SAMPLED_ROW = 9  # i32[R]: output rows that reach the last norm and the head
 POSITION = 10  # i32[T]: position of each token in its sequence
 REQUEST = 11  # i32[T]: which request of the step each token belongs to
 SAMPLING = 12  # one record of ops.sample.SAMPLING_RECORD per sampled row
 NUM_EMBEDDED = 13  # E, a count
-EMBEDDED_ROW = 14  # i32[E]: rows of the step whose last hidden state is wanted for itself
-STEP_WORDS = 16
+EMBEDDED_ROW = 14  # i32[E]: output rows whose last hidden state is wanted for itself
+NUM_OUTPUTS = 15  # O, a count
+OUTPUT_ROW = 16  # i32[O]: rows of the step that are sampled or embedded
+STEP_WORDS = 24
 
 # an op row: ROW_WORDS int64 words
 KERNEL, FLAGS, ROWS, COUNTER, OPERANDS = 0, 1, 2, 3, 4
@@ -45,7 +47,7 @@ def number(op, index):
 
 @inlined
 def num_rows(op, step):
-    """How many rows the op's first output has in this step (T, R, E or S, by the op's ROWS word)."""
+    """How many rows the op's first output has in this step (T, O, R, E or S, by the op's ROWS word)."""
     return peek(step + 8 * peek(op + 8 * ROWS, int64), int64)
 
 

@@ -85,13 +85,14 @@ class Naive:
         prompts = [(r, len(r["tokens"]) - r["computed"]) for r in self.running()]
         prompts = [(r, missing) for r, missing in prompts if missing > 1]
         if prompts and left:
-            deal = {r["name"]: 0 for r, _ in prompts}
-            half = min(prompts[0][1], (left + 1) // 2)
-            shares = [(prompts[0][0], half)] + sorted(prompts[1:], key=lambda p: (p[0]["priority"], p[1], p[0]["name"]))
-            for r, most in [*shares, (prompts[0][0], prompts[0][1] - half)]:
-                deal[r["name"]] += min(most, left)
-                left -= min(most, left)
-            plan += [(r, deal[r["name"]]) for r, _ in shares if deal[r["name"]]]
+            first, missing = prompts[0]
+            half, order = min(missing, (left + 1) // 2), sorted(
+                prompts, key=lambda p: (p[0]["priority"], p[1], p[0]["name"]))
+            turn = [r for r, _ in order].index(first)
+            for i, (r, missing) in enumerate(order):
+                count = min(missing, left - half if i < turn else left)
+                left -= count
+                plan += [(r, count)] * (count > 0)
         return [(r["name"], count, list(r["pages"]), r["slot"]) for r, count in plan]
 
     def done(self, plan, token):

@@ -126,6 +126,11 @@ def test_a_bad_option_is_named(bad):
         EngineOptions(**bad)
 
 
+def test_more_cache_than_the_machine_has_memory_is_refused_with_what_would_fit(engine):
+    with pytest.raises(ValueError, match=r"kv_tokens: 1000000000000 tokens take .* GiB; this machine has .*, enough for \d+"):
+        engine(kv_tokens=10**12)
+
+
 def test_log_probabilities_of_a_prompt_are_all_there_whatever_is_cached_or_preempted(engine):
     made = engine(max_step_tokens=50)
     params = SamplingParams(max_tokens=3, prompt_logprobs=1, ignore_eos=True)

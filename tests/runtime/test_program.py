@@ -9,6 +9,7 @@ from lockstep.runtime.backend import Implementation, swapped
 from lockstep.runtime.executor import Executor, WeightStore, aligned, lay_out
 from lockstep.runtime.program import Program, Weight
 from lockstep.runtime.rewrite import fuse, lower
+from lockstep.runtime.step import STEP_WORDS
 from lockstep.runtime.threads import Team
 from tests.promise.faults import NATIVE
 
@@ -137,7 +138,7 @@ def test_every_thread_meets_every_op_in_order(num_threads):
     team = Team(num_threads)
     executor = Executor(program, backend, team, WeightStore(), ROWS, {})
     for _ in range(20):
-        executor.run(np.zeros(16, np.int64), clock := np.zeros(4, np.int64))
+        executor.run(np.zeros(STEP_WORDS, np.int64), clock := np.zeros(4, np.int64))
         assert (np.diff(clock) >= 0).all()
     team.close()
     assert len(kernels[0].calls) == 20 * num_threads and len(kernels[1].calls) == 60 * num_threads

@@ -209,9 +209,9 @@ def look_ahead(s, panel, panel_scales, codes, scales, wanted):
     """What comes next: of a single panel the bytes that follow, of several the next ones, p where bit p of `wanted` is
     set.
 
-    One row needs no help, nor do targets whose few rows are bound by arithmetic.
+    Targets whose few rows are bound by arithmetic need no help.
     """
-    if s.rows == 1 or s.lanes < LANES:
+    if s.lanes < LANES:
         return
     if s.cols == 1:
         s.coming, s.ahead = [(constant(I1, 1), s.w[0], s.scales[0])], AHEAD_BYTES

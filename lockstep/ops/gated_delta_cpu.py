@@ -74,6 +74,17 @@ def gate_row(a, b, a_log, dt_bias, H, out):
 # ---------------------------------------------------------------- two blocks of the state
 
 @inlined
+def load_pair(place, other):
+    return load(place), load(place + other)
+
+
+@inlined
+def store_pair(place, other, pair):
+    store(place, pair[0])
+    store(place + other, pair[1])
+
+
+@inlined
 def forget_read(row, other, k, decay, read):
     """One row of two blocks: decays it and adds what it holds for k."""
     s0, s1 = load(row) * decay, load(row + other) * decay
@@ -92,26 +103,26 @@ def write_out(row, other, k, q, delta, out):
 
 
 @inlined
-def write_read(row, other, k, q, delta, decay, k_next, out, read):
-    """One row: writes a token and adds to its output, then decays it and adds what it holds for the next k."""
-    s0, s1 = fma(k, delta[0], load(row)), fma(k, delta[1], load(row + other))
+def written_read(s, k, q, delta, decay, k_next, out, read):
+    """One row s: writes a token and adds to its output, then decays it and adds what it holds for the next k."""
+    s0, s1 = fma(k, delta[0], s[0]), fma(k, delta[1], s[1])
     out = fma(s0, q, out[0]), fma(s1, q, out[1])
     s0, s1 = s0 * decay, s1 * decay
-    store(row, s0)
-    store(row + other, s1)
-    return out, (fma(s0, k_next, read[0]), fma(s1, k_next, read[1]))
+    return out, (fma(s0, k_next, read[0]), fma(s1, k_next, read[1])), (s0, s1)
+
+
+@inlined
+def write_read(row, other, k, q, delta, decay, k_next, out, read):
+    """The same on a row in memory."""
+    out, read, s = written_read(load_pair(row, other), k, q, delta, decay, k_next, out, read)
+    store_pair(row, other, s)
+    return out, read
 
 
 @inlined
 def correction(v, other, beta, read):
     """beta * (v - what the state holds for k)."""
     return (load(v) - read[0]) * beta, (load(v + other) - read[1]) * beta
-
-
-@inlined
-def store_pair(out, other, pair):
-    store(out, pair[0])
-    store(out + other, pair[1])
 
 
 @inlined
@@ -171,8 +182,11 @@ def run_four(state, block, K, tokens, strides, num_tokens, fresh):
         for i in range(K):
             row, key, query, key_next = (state + 64 * i, peek(k + 4 * i, float32), peek(q + 4 * i, float32),
                                          peek(k_next + 4 * i, float32))
-            out_low, low = write_read(row, block, key, query, delta_low, kept, key_next, out_low, low)
-            out_high, high = write_read(row + pair, block, key, query, delta_high, kept, key_next, out_high, high)
+            s_low, s_high = load_pair(row, block), load_pair(row + pair, block)  # before a store: see studies/17
+            out_low, low, s_low = written_read(s_low, key, query, delta_low, kept, key_next, out_low, low)
+            out_high, high, s_high = written_read(s_high, key, query, delta_high, kept, key_next, out_high, high)
+            store_pair(row, block, s_low)
+            store_pair(row + pair, block, s_high)
         store_pair(out, 64, out_low)
         store_pair(out + 128, 64, out_high)
         q, k, v, beta, out = q + strides[0], k_next, v + strides[1], beta + strides[2], out + strides[3]

@@ -43,7 +43,8 @@ def decoder_layer(ops, x, config, layer, label, is_last):
     else:
         heads, out = ops.linear_attention(h, config, f"{label}.linear_attn"), f"{label}.linear_attn.out_proj"
     if is_last:
-        heads, x = (ops.select_rows(t, f"{t.name}.output", "O", OUTPUT_ROW) for t in (heads, x))
+        heads = ops.select_rows(heads, f"{label}.heads.output", "O", OUTPUT_ROW)
+        x = ops.select_rows(x, f"{label}.residual.output", "O", OUTPUT_ROW)
     x = ops.add(x, ops.linear(heads, [(out, config.hidden_size)], bias=is_attention and config.o_bias))
     h = ops.rms_norm(x, f"{label}.post_attention_layernorm.weight", config.rms_eps, config.norm_offset)
     return ops.add(x, mlp(ops, h, config, f"{label}.mlp"))

@@ -74,8 +74,9 @@ class ChatModel:
 
         return Prepared(self._tokenizer.encode(prompt, add_special_tokens=False), options, new_parser)
 
-    def prompt(self, conversation):
-        """The text of the prompt. ValueError if the model has no chat template or it refuses."""
+    def prompt(self, conversation, asks=True):
+        """The text of the prompt. asks: it ends where an answer begins. ValueError if the model has no chat template or
+        it refuses."""
         messages, use, variables = conversation.messages, conversation.tools, conversation.variables
         if not self._knows_developer:
             messages = [m | dict(role="system") if m["role"] == "developer" else m for m in messages]
@@ -83,7 +84,7 @@ class ChatModel:
             messages = [with_short_ids(message) for message in messages]
         messages, known = adapted(messages, use, self._abilities), self._abilities.tools
         if not conversation.continues:
-            return render(self._tokenizer, known, messages, use.tools, **variables)
+            return render(self._tokenizer, known, messages, use.tools, add_generation_prompt=asks, **variables)
         last = messages[-1]
         marked = [*messages[:-1], last | dict(content=(last["content"] or "") + CUT)]
         text = render(self._tokenizer, known, marked, use.tools, add_generation_prompt=False, **variables)

@@ -45,6 +45,18 @@ def test_text_becomes_tokens_and_text_again(server, llm, text):
     assert httpx.post(f"{server.url}/detokenize", json=dict(tokens=found["tokens"])).json() == dict(prompt=text)
 
 
+def test_a_conversation_has_the_tokens_of_its_prompt(thinker):
+    """The same as when it is answered, whatever the form of its messages."""
+    tools = [dict(type="function", function=dict(name="now"))]
+    body = dict(messages=[dict(role="developer", content="Be brief."), dict(role="user", content=[
+        dict(type="text", text="hello")])], tools=tools, chat_template_kwargs=dict(enable_thinking=False))
+    found = httpx.post(f"{thinker.url}/tokenize", json=body).json()
+    answer = httpx.post(f"{thinker.url}/v1/chat/completions", json=body | dict(max_tokens=1, return_token_ids=True))
+    assert found["tokens"] == answer.json()["prompt_token_ids"]
+    shorter = httpx.post(f"{thinker.url}/tokenize", json=body | dict(add_generation_prompt=False)).json()["tokens"]
+    assert shorter == found["tokens"][:len(shorter)] and len(shorter) < len(found["tokens"])
+
+
 def test_tokenizer_info_has_what_lm_eval_asks_for(server, llm):
     info = httpx.get(f"{server.url}/tokenizer_info").json()
     assert info["eos_token"] == llm.tokenizer.special_tokens["eos_token"] and info["eos_token_id"] in llm.engine.eos_ids

@@ -121,7 +121,7 @@ def tool_id(block):
     return f"toolu_{block.call.id}"
 
 
-def block_event(what, block, text):
+def block_event(what, block, event):
     """What a change of a Block looks like in a stream."""
     if what == "open":
         empty = dict(text=dict(type="text", text=""), thought=dict(type="thinking", thinking="", signature=""))
@@ -129,7 +129,7 @@ def block_event(what, block, text):
         return named("content_block_start", dict(type="content_block_start", index=block.index, content_block=start))
     if what == "piece":
         kind, key = DELTAS[block.kind]
-        changed = {"type": kind, key: text}
+        changed = {"type": kind, key: event.text}
         return named("content_block_delta", dict(type="content_block_delta", index=block.index, delta=changed))
     signed = b""
     if block.kind == "thought":

@@ -82,6 +82,8 @@ class ResponsesFields(SamplingFields):
     model: str | None = None
     input: simple_or(str, list[Item])
     instructions: str | None = None
+    include: list[str] | None = None
+    top_logprobs: Annotated[int, Field(ge=0)] | None = None
     max_output_tokens: Annotated[Count, Field(ge=1)] | None = None
     tools: list[ToolFields] | None = None
     tool_choice: simple_or(Literal["none", "auto", "required"], Choice) | None = None
@@ -94,6 +96,15 @@ class ResponsesFields(SamplingFields):
     conversation: Any = None
     metadata: dict[str, Any] | None = None
     chat_template_kwargs: dict | None = None
+
+
+def num_logprobs(fields, limits):
+    """How many alternatives to report for each token of the text; None for no log-probabilities."""
+    if (fields.top_logprobs or 0) > limits.max_logprobs:
+        raise bad_request(f"top_logprobs: expected at most {limits.max_logprobs}, got {fields.top_logprobs}",
+                          "top_logprobs", "invalid_value")
+    wanted = fields.top_logprobs or "message.output_text.logprobs" in (fields.include or ())
+    return (fields.top_logprobs or 0) if wanted else None
 
 
 def conversation(fields):

@@ -23,7 +23,7 @@ MAX_NESTING = 64
 MAX_MULTIPLES = 10_000  # product of a schema's different multipleOf: the automaton has that many states
 COMPILE_SECONDS = 5.0
 MAX_SAMPLES = 128  # of one prompt, as many as there may be
-LIMITS = dict(initial_lexer_fuel=500_000, step_lexer_fuel=100_000, step_max_items=20_000, max_lexer_states=20_000,
+LIMITS = dict(initial_lexer_fuel=500_000, step_lexer_fuel=100_000, step_max_items=20_000, max_lexer_states=250_000,
               max_grammar_size=200_000, verbose_errors=False)
 JSON_INSIDE = re.compile(r"%json\s*")
 # One space, or a line break and its indentation: without a bound a weak model writes white space for ever.

@@ -246,6 +246,14 @@ def test_a_limit_is_reached_by_ones_own_answer_only(monkeypatch):
                 ids.append(int(rng.choice(allowed(mask(ids)))))
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_long_text_may_be_bounded(strict):
+    """Each character of a string with a maxLength takes states of the automaton; a page of text has to fit."""
+    text = "It was a dark and stormy night. " * 250
+    schema = dict(type="string", maxLength=20_000)
+    assert len(text) == 8000 and allows("byte_level", structured.json_schema(schema, strict), json.dumps(text))
+
+
 def test_a_model_without_end_token_is_refused():
     tokenizer = TOKENIZERS["byte_level"]
     with pytest.raises(ValueError, match="no end token"):

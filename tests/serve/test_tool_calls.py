@@ -15,6 +15,7 @@ from lockstep.serve.tool_calls.events import Arguments, CallStart, Content, Reas
 from lockstep.serve.tool_calls.grammar import Lark
 from lockstep.serve.tool_calls.parser import CallParser
 from lockstep.serve.tool_calls.styles import HERMES, LLAMA, MISTRAL, MISTRAL_NAMED, XML, style_of
+from lockstep.serve.tool_calls.texts import alternatives
 from lockstep.serve.tool_calls.tools import Tool, ToolUse, written_out
 from tests.serve.test_structured import GRAMMARS, TOKENIZERS, allows, random_answer
 
@@ -225,7 +226,6 @@ STRINGS = [
     (dict(anyOf=[dict(type="null"), {"$ref": "#/$defs/short"}]), ["ab", "null"], ["abc"]),
     (dict(enum=["a", None]), ["a", "null"], ["b"]),
     (dict(allOf=[{"$ref": "#/$defs/short"}]), ["ab"], ["abc"]),
-    ({"$ref": "#/$defs/loop"}, ["{}"], ["a"]),
     (dict(type=["string", "integer"]), ['"ab"', "5"], ["ab"]),
     (dict(type="array", items=dict(type="integer", maximum=3), maxItems=2), ["[1, 2]", "[]"], ["[1,2,3]", "[4]", "1"]),
     (dict(type="object", required=["a"], properties=dict(a=dict(type="number", minimum=0))), ['{"a": 0.5}'], ["{}"]),
@@ -233,7 +233,7 @@ STRINGS = [
 
 
 def one_parameter(schema, strict=False):
-    defs = {"$defs": dict(short=dict(type="string", maxLength=2), loop=dict(anyOf=[{"$ref": "#/$defs/loop"}] * 2))}
+    defs = {"$defs": dict(short=dict(type="string", maxLength=2))}
     return Tool("f", "", dict(type="object", properties=dict(a=schema), required=["a"], **defs), strict)
 
 
@@ -245,8 +245,22 @@ def test_a_parameter_in_xml_is_held_to_its_schema(schema, good, bad):
     assert [text for text in good + bad if allows("byte_level", grammar, call.format(text))] == good
     for text in good:
         [(_, arguments)] = parse(CallParser(XML, use), [call.format(text)])
-        if "loop" not in str(schema) and bad:  # which jsonschema would follow for ever, or which is not held to
+        if bad:  # otherwise its keywords are not held to
             jsonschema.validate(json.loads(arguments), use.tools[0].parameters)
+
+
+def test_references_that_lead_nowhere_end():
+    loops = {f"d{i}": dict(anyOf=[{"$ref": f"#/$defs/d{j}"} for j in range(40)]) for i in range(40)}
+    for reference in ("#/$defs/d0", "#", "#/$defs", "#/nowhere", "elsewhere", 5, None):
+        assert alternatives({"$ref": reference}, {"$defs": loops})[0].get("type", "object") == "object"
+
+
+@pytest.mark.parametrize("pattern", ["a/b", "a\nb", "a\\\nb", "a\\/b", "[/]", "a\\\rb"])
+def test_patterns_cannot_leave_their_place_in_the_grammar(pattern):
+    grammar = calls_grammar(XML, ToolUse((one_parameter(dict(type="string", pattern=pattern)),)))
+    assert json.loads(grammar)["grammars"][0]["lark_grammar"].count("\n") == json.loads(calls_grammar(XML, ToolUse(
+        (one_parameter(dict(type="string", pattern="a")),))))["grammars"][0]["lark_grammar"].count("\n")
+    GRAMMARS["byte_level"].mask(grammar)
 
 
 def test_null_stands_there_without_quotes_and_so_does_a_text():

@@ -9,6 +9,7 @@ from lockstep.serve.tool_calls.grammar import regex_quote
 MAX_STEPS = 1000  # of a schema's references and alternatives
 MAX_LENGTH = 20_000  # what is longer cannot be counted by an automaton of a sensible size
 ASCII = {"d": "0-9", "w": "A-Za-z0-9_"}  # what a schema's patterns mean by them; ours would know all alphabets
+WRITTEN = {"/": r"\/", "\n": r"\n", "\r": r"\r"}  # what would end a regular expression in a grammar
 DAY = r"[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])"
 CLOCK = r"([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]+)?"
 ZONE = r"(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
@@ -119,7 +120,7 @@ def _ascii(piece, in_class):
     characters = ASCII.get(piece[1:]) if piece.startswith("\\") else None
     if characters is not None:
         return characters if in_class else f"[{characters}]"
-    return {"/": r"\/", "\n": r"\n"}.get(piece, piece)
+    return WRITTEN.get(piece[-1], piece)
 
 
 def _anchored(pattern):

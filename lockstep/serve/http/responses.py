@@ -35,7 +35,15 @@ def routes(service):
         tokens = [token async for ((_, found, _),) in job.tokens(pause=lambda: math.inf) for token in found]
         return json_response(await job.offload(answer.whole, tokens))
 
-    return [Route("/v1/responses", Generates(service, responses), methods=["POST"])]
+    async def count(request):
+        def counted(fields):
+            refuse_state(fields)
+            return conversation(fields)
+        made = await talk.count(request, service, ResponsesFields, counted)
+        return json_response(dict(object="response.input_tokens", input_tokens=made))
+
+    return [Route("/v1/responses", Generates(service, responses), methods=["POST"]),
+            Route("/v1/responses/input_tokens", count, methods=["POST"])]
 
 
 class Answer:

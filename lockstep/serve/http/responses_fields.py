@@ -94,6 +94,7 @@ class ResponsesFields(SamplingFields):
     background: bool | None = None
     previous_response_id: str | None = None
     conversation: Any = None
+    prompt: Any = None
     metadata: dict[str, Any] | None = None
     chat_template_kwargs: dict | None = None
 
@@ -116,7 +117,7 @@ def conversation(fields):
 
 def refuse_state(fields):
     """ApiError 400 for what would need a server that remembers."""
-    for name in ("previous_response_id", "conversation"):
+    for name in ("previous_response_id", "conversation", "prompt"):
         if getattr(fields, name) is not None:
             raise bad_request(f"{name}: this server keeps nothing between requests, send the whole input", name,
                               "unsupported")
@@ -147,7 +148,7 @@ def _add(made, where, item):
     elif kind == "reasoning":
         _answer(made)["reasoning_content"] = text_of(item.content or item.summary or "", where)
     elif kind == "function_call":
-        call = called(item.call_id, item.name or "", item.arguments, where)
+        call = called(item.call_id, item.name or "", item.arguments)
         _answer(made).setdefault("tool_calls", []).append(call)
     elif kind == "function_call_output":
         made.append(dict(role="tool", tool_call_id=item.call_id, content=text_of(item.output or "", where)))

@@ -96,6 +96,8 @@ def test_items_are_the_same_conversation(server):
     chat = client_of(server).chat.completions.create(model="lockstep", messages=messages, max_tokens=24, temperature=0)
     found = ask(server, input=items, instructions="Be brief.")
     assert found.usage.input_tokens == chat.usage.prompt_tokens
+    assert client_of(server).responses.input_tokens.count(model="lockstep", input=items, instructions="Be brief.") \
+        .input_tokens == chat.usage.prompt_tokens
     assert found.output_text == chat.choices[0].message.content
 
 
@@ -113,6 +115,7 @@ def test_any_object_as_text(server):
 
 @pytest.mark.parametrize("body, message", [
     (dict(previous_response_id="resp_1"), "keeps nothing"), (dict(conversation="c"), "keeps nothing"),
+    (dict(prompt=dict(id="p")), "keeps nothing"),
     (dict(background=True), "background"), (dict(n=2), "n: expected 1"), (dict(input=[]), "at least one message"),
     (dict(input=3), "input"), (dict(input=[dict(type="item_reference", id="x")]), "keeps no items"),
     (dict(input=[dict(content="x")]), "role"), (dict(input=[dict(role="bot", content="x")]), "role"),

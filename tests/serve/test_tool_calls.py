@@ -220,6 +220,7 @@ STRINGS = [
     (dict(type="string", pattern="a", maxLength=3), ["a", "xax", "\na\n"], ["xyz", "xxxa"]),
     (dict(type="string", format="date"), ["2024-02-29"], ["2024-13-01", "today"]),
     (dict(type="string", pattern="(?=a)", format="odd"), ["b"], []),
+    (dict(type="string", format=[], pattern={}, maxLength="3", minLength=-1, enum=3), ["b"], []),
     (dict(enum=["a", "b\nc"]), ["a", "b\nc"], ["", "c"]),
     (dict(const=""), [""], ["null", "a"]),
     (dict(type=["string", "null"], maxLength=2), ["ab", "null", "5"], ["abc"]),

@@ -87,7 +87,7 @@ def _length(schema):
 
 def _patterns(schema, strict):
     made, known = [], schema.get("format")
-    if strict and known is not None and known not in FORMATS:
+    if strict and known is not None and known not in tuple(FORMATS):
         raise ValueError(f"format: {known!r:.80} cannot be enforced, only {', '.join(FORMATS)}")
     for pattern in (schema.get("pattern"), FORMATS.get(known) if isinstance(known, str) else None):
         if isinstance(pattern, str):

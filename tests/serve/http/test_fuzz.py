@@ -19,7 +19,8 @@ ROUNDS = 500
 MESSAGES = [dict(role="user", content="hello")]
 SCHEMA = dict(type="object", required=["a"], properties=dict(
     a=dict(type="string", maxLength=3, pattern="^a", format="date"), c=dict(enum=["x", None]),
-    b=dict(anyOf=[dict(type="null"), {"$ref": "#/$defs/x"}])), **{"$defs": dict(x=dict(type="array", items=dict(type="integer", maximum=3)))})
+    b=dict(anyOf=[dict(type="null"), {"$ref": "#/$defs/x"}])),
+    **{"$defs": dict(x=dict(type="array", items=dict(type="integer", maximum=3)))})
 TOOL = dict(name="f", description="d", parameters=SCHEMA, strict=False)
 CALL = dict(id="c", type="function", function=dict(name="f", arguments='{"a": 1}'))
 TALK = [dict(role="system", content="s"), *MESSAGES, dict(role="assistant", content=None, tool_calls=[CALL]),

@@ -55,7 +55,7 @@ HEADERS = ["Content-Length: 5", "Content-Length: -1", "Content-Length: 999999999
            "X" * 300 + ": y", ": y", "Accept-Encoding: br;q=nan", "Origin: null", "Cookie: " + "a" * 5000,
            "Range: bytes=0-", "X-HTTP-Method-Override: DELETE"]
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-CLEAR = {200, 400, 404, 405, 408, 413, 429, 431, 503}
+CLEAR = {200, 400, 403, 404, 405, 408, 413, 429, 431, 503}
 
 
 @pytest.fixture(scope="module")

@@ -66,7 +66,8 @@ def serve(load_model, name, host, port, limits, api_keys, cors_origins):
 
     listening = bind(host, port)
     service = Service(name, limits, api_keys)
-    server, failed = Server(make_app(service, cors_origins), service), []
+    is_local = listening.getsockname()[0] in ("127.0.0.1", "::1")
+    server, failed = Server(make_app(service, cors_origins, is_local), service), []
     threading.Thread(target=_open, args=(load_model, service, server, failed, listening), daemon=True).start()
     server.run([listening])
     if failed:

@@ -6,15 +6,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from lockstep.serve import reasoning, structured
+from lockstep.serve.adapt import adapted
 from lockstep.serve.reasoning import PlainParser, ThoughtParser
 from lockstep.serve.structured import Grammars
+from lockstep.serve.template_abilities import CUT, abilities_of, render
 from lockstep.serve.tool_calls.events import short_id
 from lockstep.serve.tool_calls.grammar import Lark
 from lockstep.serve.tool_calls.parser import CallParser
-from lockstep.serve.tool_calls.styles import HERMES, MISTRAL, style_of
-from lockstep.serve.tool_calls.tools import ToolUse, as_call, written_out
-
-CUT = "\ufdd0cut here\ufdd0"  # noncharacters, which no text has
+from lockstep.serve.tool_calls.styles import MISTRAL
+from lockstep.serve.tool_calls.tools import ToolUse
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class ChatModel:
         self._tokenizer = tokenizer
         self.grammars = Grammars(tokenizer, eos_ids, vocab_size)
         template = "\n".join(tokenizer.chat_templates.values())
-        self._knows_tools, self._thinks = style_of(template) is not None, reasoning.thinks(template)
+        self._abilities = abilities_of(tokenizer)
+        self._style, self._thinks = self._abilities.style, reasoning.thinks(template)
         self._knows_developer = "developer" in template
-        self._style = style_of(template) or HERMES
         added = tokenizer.backend.get_added_tokens_decoder()
         self._added = {token.content: token_id for token_id, token in added.items()}
         self._special = {token.content: token_id for token_id, token in added.items() if token.special}
@@ -74,21 +74,21 @@ class ChatModel:
 
         return Prepared(self._tokenizer.encode(prompt, add_special_tokens=False), options, new_parser)
 
-    def prompt(self, conversation):
-        """The text of the prompt. ValueError if the model has no chat template or it refuses."""
-        messages, tools = conversation.messages, [tool.for_template() for tool in conversation.tools.tools] or None
+    def prompt(self, conversation, asks=True):
+        """The text of the prompt. asks: it ends where an answer begins. ValueError if the model has no chat template or
+        it refuses."""
+        messages, use, variables = conversation.messages, conversation.tools, conversation.variables
         if not self._knows_developer:
             messages = [m | dict(role="system") if m["role"] == "developer" else m for m in messages]
         if self._style.begin == MISTRAL.begin:
             messages = [with_short_ids(message) for message in messages]
-        if not self._knows_tools:
-            messages, tools = without_tools(messages, conversation.tools), None
+        messages, known = adapted(messages, use, self._abilities), self._abilities.tools
         if not conversation.continues:
-            return self._tokenizer.render_chat(messages, tools, **conversation.variables)
+            return render(self._tokenizer, known, messages, use.tools, add_generation_prompt=asks, **variables)
         last = messages[-1]
         marked = [*messages[:-1], last | dict(content=(last["content"] or "") + CUT)]
-        return self._tokenizer.render_chat(marked, tools, add_generation_prompt=False,
-                                           **conversation.variables).partition(CUT)[0]
+        text = render(self._tokenizer, known, marked, use.tools, add_generation_prompt=False, **variables)
+        return text.partition(CUT)[0]
 
     # ------------------------------------------------------------ what the answer may be
 
@@ -104,7 +104,7 @@ class ChatModel:
             return self.grammars.mask(grammar, num_samples)
         rules.rule("start", before, f"({' | '.join(parts)})")
         if use.tools:
-            self._style.rules(rules, use.callable, use.parallel)
+            self._style.rules(rules, use.callable, use.parallel and self._abilities.several_calls)
         return self.grammars.mask(structured.compose(rules.text, None if use.must_call else grammar), num_samples)
 
     def _before_answer(self, rules, prompt):
@@ -122,7 +122,7 @@ class ChatModel:
         rules.rule("start", "call")
         after = self._added.get(reasoning.CLOSE) if reasoning.is_open(prompt) else None
         try:
-            self._style.rules(rules, use.callable, use.parallel)
+            self._style.rules(rules, use.callable, use.parallel and self._abilities.several_calls)
             return self.grammars.mask(structured.compose(rules.text), num_samples, trigger, after)
         except ValueError:
             if any(tool.strict for tool in use.tools):
@@ -139,20 +139,3 @@ def with_short_ids(message):
         made["tool_calls"] = [call | dict(id=short_id(call["id"])) for call in made["tool_calls"]]
     return made
 
-
-def without_tools(messages, use):
-    """Messages for a template that knows no tools: what it would say about them is written out."""
-    made = [_written(message) for message in messages]
-    if not use.tools:
-        return made
-    first = made[0] if made and made[0]["role"] == "system" else None
-    text = written_out(use) if first is None else f"{first['content']}\n\n{written_out(use)}"
-    return [dict(role="system", content=text), *(made if first is None else made[1:])]
-
-
-def _written(message):
-    content = message.get("content") or ""
-    if message["role"] == "tool":
-        return dict(role="user", content=f"<tool_response>\n{content}\n</tool_response>")
-    calls = [as_call(call["function"]) for call in message.get("tool_calls") or ()]
-    return message | dict(content="\n".join([content, *calls] if content else calls))

@@ -19,12 +19,17 @@ import llguidance
 import numpy as np
 
 MAX_GRAMMAR_BYTES = 256 << 10
+MAX_PATTERN_BYTES = 32 << 10  # of a user's regular expression or Lark grammar, whose compilation is not linear
+MAX_RULES = 1000  # of a user's Lark grammar
 MAX_NESTING = 64
+STACK_BYTES = 256 << 20  # llguidance follows references by recursion: a chain as long as a schema may be takes 100 MB
+LEAST_NUMBER = -(1 << 62)  # llguidance refuses ranges from about -2^63, or recurs in them until the process dies
 MAX_MULTIPLES = 10_000  # product of a schema's different multipleOf: the automaton has that many states
 COMPILE_SECONDS = 5.0
 MAX_SAMPLES = 128  # of one prompt, as many as there may be
-LIMITS = dict(initial_lexer_fuel=500_000, step_lexer_fuel=100_000, step_max_items=20_000, max_lexer_states=20_000,
+LIMITS = dict(initial_lexer_fuel=500_000, step_lexer_fuel=100_000, step_max_items=20_000, max_lexer_states=250_000,
               max_grammar_size=200_000, verbose_errors=False)
+RULE = re.compile(r"^[ \t]*[?!]?[A-Za-z_]", re.MULTILINE)  # the first line of one
 JSON_INSIDE = re.compile(r"%json\s*")
 # One space, or a line break and its indentation: without a bound a weak model writes white space for ever.
 JSON_WHITESPACE = r"(\r?\n[ \t]{0,64}|[ \t])"
@@ -43,7 +48,7 @@ def with_options(schema, strict=True):
     if not isinstance(schema, dict):
         raise ValueError(f"JSON schema: expected an object, got {schema!r:.80}")
     check_nesting(schema)
-    check_multiples(schema)
+    check_numbers(schema)
     options = dict(whitespace_pattern=JSON_WHITESPACE, lenient=not strict, coerce_one_of=not strict)
     return {**schema, "x-guidance": options}
 
@@ -55,17 +60,19 @@ def json_object():
 
 def regex(pattern):
     """The grammar of texts that match a regular expression as a whole (Rust's syntax, without lookaround)."""
-    _check_bytes(_string("regular expression", pattern))
+    _check_bytes(_string("regular expression", pattern), MAX_PATTERN_BYTES)
     return llguidance.LLMatcher.grammar_from_regex(pattern)
 
 
 def lark(text):
     """A grammar in llguidance's variant of Lark; its rule `start` is the answer."""
-    _check_bytes(_string("Lark grammar", text))
+    _check_bytes(_string("Lark grammar", text), MAX_PATTERN_BYTES)
+    if len(RULE.findall(text)) > MAX_RULES:
+        raise ValueError(f"Lark grammar: at most {MAX_RULES} rules are allowed")
     end = 0
     while begin := JSON_INSIDE.search(text, end):
         schema, end = _json_at(text, begin.end())
-        check_multiples(schema)
+        check_numbers(schema)
     return compose(text)
 
 
@@ -90,7 +97,9 @@ def choice(options):
     """The grammar of a list of texts."""
     if not isinstance(options, list) or not options or not all(isinstance(o, str) and o for o in options):
         raise ValueError("choice: expected a list of one or more texts")
-    return lark("start: " + " | ".join(map(quote, options)))
+    for option in options:
+        _string("choice", option)
+    return compose("start: " + " | ".join(map(quote, options)))
 
 
 def quote(text):
@@ -110,7 +119,7 @@ class Grammars:
         self.num_words = -(-vocab_size // 32)
         self._tokenizer, self._eos_ids, self._vocab_size = tokenizer, sorted(eos_ids), vocab_size
         self._reader, self._lock = None, threading.Lock()
-        self._compilers = ThreadPoolExecutor(2, "lockstep grammar")
+        self._compilers = _with_deep_stacks(2)
 
     def mask(self, grammar, num_samples=1, trigger=None, after=None):
         """A mask that holds answers, so many samples, to a grammar made by one of this module's functions.
@@ -147,6 +156,19 @@ class Grammars:
                 self._reader = llguidance.LLTokenizer(
                     Vocabulary(self._tokenizer, self._eos_ids, self._vocab_size), self._vocab_size, self._eos_ids)
             return self._reader
+
+
+def _with_deep_stacks(count):
+    """An executor of so many threads that have been started with large stacks."""
+    made, all_there = ThreadPoolExecutor(count, "lockstep grammar"), threading.Barrier(count + 1)
+    usual = threading.stack_size(STACK_BYTES)
+    try:
+        for _ in range(count):
+            made.submit(all_there.wait)
+    finally:
+        threading.stack_size(usual)
+    all_there.wait()
+    return made
 
 
 class Vocabulary:
@@ -251,12 +273,16 @@ def check_nesting(value, what="JSON schema"):
             raise ValueError(f"{what}: nested more than {MAX_NESTING} deep")
 
 
-def check_multiples(schema):
-    """ValueError if a schema's multipleOf are so many or large that compiling them would take long."""
+def check_numbers(schema):
+    """ValueError if a schema's multipleOf are so many or large that compiling them would take long, or a number is so
+    far below zero that it would not end."""
     level, found = [schema], set()
     while level:
         found |= {Fraction(str(v["multipleOf"])).numerator for v in level
                   if isinstance(v, dict) and type(v.get("multipleOf")) in (int, float)}
+        lowest = min((v for v in level if type(v) in (int, float)), default=0)
+        if lowest < LEAST_NUMBER:
+            raise ValueError(f"JSON schema: {lowest} is too small a number, expected at least {LEAST_NUMBER}")
         level = [child for v in level for child in _children(v)]
     if math.prod(map(abs, found)) > MAX_MULTIPLES:
         raise ValueError(f"JSON schema: multipleOf: at most {MAX_MULTIPLES} can be enforced, as the product of all")
@@ -266,9 +292,9 @@ def _children(value):
     return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
-def _check_bytes(text):
-    if len(text) > MAX_GRAMMAR_BYTES:
-        raise ValueError(f"grammar of {len(text)} characters, at most {MAX_GRAMMAR_BYTES} are allowed")
+def _check_bytes(text, most=MAX_GRAMMAR_BYTES):
+    if len(text) > most:
+        raise ValueError(f"grammar of {len(text)} characters, at most {most} are allowed")
 
 
 def _string(what, value):

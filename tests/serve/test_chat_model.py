@@ -17,7 +17,9 @@ PLAIN = ("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
          "{% if add_generation_prompt %}<answer>{% endif %}")
 KNOWS_TOOLS = "{{ tools | tojson }}" + PLAIN + "{# <tool_call> #}"
 OPENS = KNOWS_TOOLS + "{% if add_generation_prompt %}<think>\n{% endif %}{# </think> #}"
-MISTRAL = "{{ tools | tojson }}{% for m in messages %}{{ m | tojson }}{% endfor %}{# [TOOL_CALLS] #}"
+MISTRAL = ("{{ tools | tojson }}{% for m in messages %}{% if m.tool_calls %}[TOOL_CALLS][{% for call in m.tool_calls %}"
+           """{{ (call.function | tojson)[:-1] }}, "id": "{{ call.id }}"}{% endfor %}]"""
+           "{% else %}{{ m | tojson }}{% endif %}{% endfor %}")
 HELLO = [dict(role="user", content="hello")]
 CALLED = [*HELLO, dict(role="assistant", content=None, tool_calls=[
     dict(id="call_123", type="function", function=dict(name="now", arguments={}))]),

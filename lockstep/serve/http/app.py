@@ -8,7 +8,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from lockstep.serve.http import chat, completions, embeddings, messages, models, page, responses, status, tokens
 from lockstep.serve.http.errors import ApiError, error_response
-from lockstep.serve.http.guard import Guard, Keys
+from lockstep.serve.http.guard import Guard, Keys, Origins
 
 ROUTES = [
     chat,
@@ -23,10 +23,12 @@ ROUTES = [
 ]
 
 
-def make_app(service, cors_origins=()):
-    """The ASGI application of a Service. cors_origins: web pages that may call it, besides its own."""
+def make_app(service, cors_origins=(), is_local=True):
+    """The ASGI application of a Service. cors_origins: web pages that may call it, besides its own; is_local: only this
+    machine can reach it."""
     routes = [route for module in ROUTES for route in module.routes(service)]
-    passed = [Middleware(Guard, service=service), Middleware(Keys, service=service)]
+    passed = [Middleware(Guard, service=service), Middleware(Origins, allowed=cors_origins, is_local=is_local),
+              Middleware(Keys, service=service)]
     if cors_origins:
         allowed = dict(allow_origins=list(cors_origins), allow_methods=["GET", "POST"], allow_headers=["*"])
         passed.insert(0, Middleware(CORSMiddleware, **allowed))

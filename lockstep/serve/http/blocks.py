@@ -9,12 +9,13 @@ KINDS = {Content: "text", Reasoning: "thought", CallStart: "call"}
 @dataclass
 class Block:
     """One block. kind: "text", "thought" or "call"; index: its place; call: the CallStart of a call; pieces: its text,
-    or the JSON text of its arguments."""
+    or the JSON text of its arguments; tokens: those that the pieces of a text came from, as far as they are known."""
 
     kind: str
     index: int
     call: CallStart | None = None
     pieces: list[str] = field(default_factory=list)
+    tokens: list = field(default_factory=list)
 
     @property
     def text(self):
@@ -30,22 +31,23 @@ class Blocks:
         self._open = None
 
     def add(self, events):
-        """Yields what events do, in order: ("open", block, ""), ("piece", block, text) and ("close", block, "")."""
+        """Yields what events do, in order: ("open", block, None), ("piece", block, event), ("close", block, None)."""
         for event in events:
             kind = KINDS.get(type(event), "call")
             if self._open is None or kind != self._open.kind or isinstance(event, CallStart):
                 yield from self.close()
                 self._open = Block(kind, len(self.all), event if kind == "call" else None)
                 self.all.append(self._open)
-                yield "open", self._open, ""
+                yield "open", self._open, None
             if not isinstance(event, CallStart):
                 self._open.pieces.append(event.text)
-                yield "piece", self._open, event.text
+                self._open.tokens += getattr(event, "tokens", ())
+                yield "piece", self._open, event
 
     def close(self):
         """Closes the block that is open, if there is one."""
         if self._open is not None:
-            yield "close", self._open, ""
+            yield "close", self._open, None
             self._open = None
 
 

@@ -71,11 +71,19 @@ class NamedFunction(Fields):
     name: str
 
 
-class NamedTool(Fields):
-    """A tool that has to be called."""
+class AllowedTools(Fields):
+    """The tools that may be called."""
 
-    type: Literal["function"] = "function"
-    function: NamedFunction
+    mode: Literal["auto", "required"]
+    tools: list[ToolFields]
+
+
+class ToolChoice(Fields):
+    """A tool that has to be called, or the tools that may be."""
+
+    type: Literal["function", "allowed_tools"] = "function"
+    function: NamedFunction | None = None
+    allowed_tools: AllowedTools | None = None
 
 
 class StreamOptions(Fields):
@@ -96,7 +104,7 @@ class ChatFields(SamplingFields, FormFields):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     tools: list[ToolFields] | None = None
-    tool_choice: simple_or(Literal["none", "auto", "required"], NamedTool) | None = None
+    tool_choice: simple_or(Literal["none", "auto", "required"], ToolChoice) | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
     chat_template_kwargs: dict | None = None
@@ -128,7 +136,7 @@ def message(index, given):
                           "invalid_value")
     made = dict(role="tool" if given.role == "function" else given.role, content=content or "")
     if given.tool_calls:
-        made["tool_calls"] = [called(c.id, c.function.name, c.function.arguments, where) for c in given.tool_calls]
+        made["tool_calls"] = [called(c.id, c.function.name, c.function.arguments) for c in given.tool_calls]
     thought = given.reasoning_content if given.reasoning_content is not None else given.reasoning
     more = dict(name=given.name, tool_call_id=given.tool_call_id, reasoning_content=thought)
     return made | {name: value for name, value in more.items() if value is not None}
@@ -145,16 +153,19 @@ def text_of(content, where):
     return "\n".join(part.text or part.refusal or "" for part in content)
 
 
-def called(call_id, name, arguments, where):
+def called(call_id, name, arguments):
     """A call of an earlier answer as chat templates know one: with its arguments as an object."""
+    value = arguments if isinstance(arguments, dict) else arguments_of(arguments or "{}")
+    return dict(id=call_id, type="function", function=dict(name=name, arguments=value))
+
+
+def arguments_of(text):
+    """The arguments of a call as an object; those of one that was cut off, or written badly, as far as they go."""
     try:
-        value = json.loads(arguments or "{}") if not isinstance(arguments, dict) else arguments
+        value = json.loads(text)
     except (ValueError, RecursionError):
         value = None
-    if not isinstance(value, dict):
-        raise bad_request(f"{where}.tool_calls: arguments of {name[:80]}: expected JSON text of an object, got "
-                          f"{shown(arguments)}", f"{where}.tool_calls", "invalid_value")
-    return dict(id=call_id, type="function", function=dict(name=name, arguments=value))
+    return value if isinstance(value, dict) else dict(incomplete_json=text)
 
 
 # ---------------------------------------------------------------- tools
@@ -163,10 +174,15 @@ def tool_use(fields):
     """The ToolUse of the tools and tool_choice of ChatFields."""
     functions = [tool.function for tool in fields.tools or () if tool.type == "function" and tool.function is not None]
     tools = [Tool(f.name, f.description or "", f.parameters or NO_PARAMETERS, bool(f.strict)) for f in functions]
-    named = isinstance(fields.tool_choice, NamedTool)
-    return choose(tools, "required" if named else fields.tool_choice or "auto",
-                  [fields.tool_choice.function.name] if named else None,
-                  fields.parallel_tool_calls is not False and not named)
+    choice, parallel = fields.tool_choice or "auto", fields.parallel_tool_calls is not False
+    if isinstance(choice, str):
+        return choose(tools, choice, None, parallel)
+    given = getattr(choice, choice.type)
+    if given is None:
+        raise bad_request(f"tool_choice.{choice.type}: this field is required", "tool_choice", "missing_field")
+    if choice.type == "function":
+        return choose(tools, "required", [given.name], False)
+    return choose(tools, given.mode, [tool.function.name for tool in given.tools if tool.function], parallel)
 
 
 def choose(tools, mode, allowed=None, parallel=True):

@@ -6,12 +6,13 @@ def chat_logprobs(tokenizer, request, start, end):
     """Those of output tokens start .. end of a request."""
     tops = request.top_logprobs or [{}] * end
     each = zip(request.output_ids[start:end], request.logprobs[start:end], tops[start:end])
-    return dict(content=[_token(tokenizer, token_id, logprob, top) for token_id, logprob, top in each], refusal=None)
+    return dict(content=[one_logprob(tokenizer, *of_token) for of_token in each], refusal=None)
 
 
-def _token(tokenizer, token_id, logprob, top):
+def one_logprob(tokenizer, token_id, logprob, top):
+    """That of one token. top: {id: log-probability} of the likeliest in its place, or None."""
     made = _described(tokenizer, token_id, logprob)
-    return made | dict(top_logprobs=[_described(tokenizer, other, value) for other, value in top.items()])
+    return made | dict(top_logprobs=[_described(tokenizer, other, value) for other, value in (top or {}).items()])
 
 
 def _described(tokenizer, token_id, logprob):

@@ -1,5 +1,6 @@
 """What every request passes on its way to a route: counted, held to the size of a body, and let in by its key."""
 import hmac
+import ipaddress
 
 from starlette.requests import ClientDisconnect
 
@@ -96,3 +97,38 @@ class Keys:
         matches = [hmac.compare_digest(key, each) for key in self._service.api_keys for each in found]
         if not any(matches):
             raise ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
+
+
+class Origins:
+    """Refuses requests of web pages from elsewhere, which browsers send without asking first where they look simple.
+
+    allowed: origins of pages that may. is_local: the server listens on this machine only, where another name than
+    localhost is that of a page that had its name changed to here (DNS rebinding), unless TLS shows a proxy.
+    """
+
+    def __init__(self, app, allowed=(), is_local=True):
+        self._app, self._is_local = app, is_local
+        self._allowed = frozenset(each.lower().rstrip("/") for each in allowed)
+
+    async def __call__(self, scope, receive, send):
+        headers = dict(scope["headers"]) if scope["type"] == "http" else {}
+        origin = headers.get(b"origin", b"").decode("latin-1").lower()
+        if origin and scope["path"] not in OPEN_PATHS and not self._may(origin, headers.get(b"host", b"")):
+            raise ApiError(403, f"web pages of {origin[:200]!r} may not call this server, unless it is started with "
+                                f"--cors-origin", code="origin_not_allowed")
+        await self._app(scope, receive, send)
+
+    def _may(self, origin, host):
+        scheme, _, place = origin.partition("://")
+        if self._allowed & {origin, "*"} or scheme not in ("http", "https", "null"):  # others are applications
+            return True
+        return place == host.decode("latin-1").lower() and (scheme == "https" or not self._is_local or is_here(place))
+
+
+def is_here(place):
+    """Whether a host, with or without a port, is an address or a name of this machine, which no one else can give."""
+    name = place.rpartition(":")[0] if place.rpartition(":")[2].isdigit() else place
+    try:
+        return name == "localhost" or name.endswith(".localhost") or bool(ipaddress.ip_address(name.strip("[]")))
+    except ValueError:
+        return False

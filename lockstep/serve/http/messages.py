@@ -1,14 +1,13 @@
 """/v1/messages, Anthropic's form of a conversation."""
-import json
 import secrets
 
 from starlette.routing import Route
 
 from lockstep.serve.http import talk
 from lockstep.serve.http.blocks import Blocks, collect
-from lockstep.serve.http.body import read_fields
+from lockstep.serve.http.chat_fields import arguments_of
 from lockstep.serve.http.encode import json_response
-from lockstep.serve.http.errors import ApiError, bad_request
+from lockstep.serve.http.errors import bad_request
 from lockstep.serve.http.job import Generates
 from lockstep.serve.http.messages_fields import CountFields, MessagesFields, conversation
 from lockstep.serve.http.sse import EventStream, named
@@ -34,21 +33,10 @@ def routes(service):
         return json_response(await job.offload(answer.whole))
 
     async def count(request):
-        if service.llm is None:
-            raise ApiError(503, "the model is still loading", code="loading", retry_after=1)
-        service.check_workers()
-        fields = await read_fields(request, service, CountFields)
-        service.check_model(fields.model)
-        return json_response(dict(input_tokens=await service.offload(count_tokens, service, fields)))
+        return json_response(dict(input_tokens=await talk.count(request, service, CountFields, conversation)))
 
     return [Route("/v1/messages", Generates(service, messages), methods=["POST"]),
             Route("/v1/messages/count_tokens", count, methods=["POST"])]
-
-
-def count_tokens(service, fields):
-    """How many tokens the prompt of a request has."""
-    prompt = talk.chat_model(service).prompt(conversation(fields))
-    return len(service.tokenizer.encode(prompt, add_special_tokens=False))
 
 
 class Answer:
@@ -101,19 +89,10 @@ class Answer:
 def whole_block(block):
     """A Block in Anthropic's form."""
     if block.kind == "call":
-        return dict(type="tool_use", id=tool_id(block), name=block.call.name, input=arguments(block.text))
+        return dict(type="tool_use", id=tool_id(block), name=block.call.name, input=arguments_of(block.text))
     if block.kind == "thought":
         return dict(type="thinking", thinking=block.text, signature="")
     return dict(type="text", text=block.text)
-
-
-def arguments(text):
-    """The arguments of a call as an object; those of one that was cut off as far as they go."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = None
-    return value if isinstance(value, dict) else dict(incomplete_json=text)
 
 
 def tool_id(block):
@@ -121,7 +100,7 @@ def tool_id(block):
     return f"toolu_{block.call.id}"
 
 
-def block_event(what, block, text):
+def block_event(what, block, event):
     """What a change of a Block looks like in a stream."""
     if what == "open":
         empty = dict(text=dict(type="text", text=""), thought=dict(type="thinking", thinking="", signature=""))
@@ -129,7 +108,7 @@ def block_event(what, block, text):
         return named("content_block_start", dict(type="content_block_start", index=block.index, content_block=start))
     if what == "piece":
         kind, key = DELTAS[block.kind]
-        changed = {"type": kind, key: text}
+        changed = {"type": kind, key: event.text}
         return named("content_block_delta", dict(type="content_block_delta", index=block.index, delta=changed))
     signed = b""
     if block.kind == "thought":

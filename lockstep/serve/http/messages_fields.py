@@ -26,6 +26,7 @@ class ContentBlock(Fields):
     input: dict | None = None
     tool_use_id: str | None = None
     content: Any = None
+    source: Any = None
 
 
 class Turn(Fields):
@@ -135,7 +136,7 @@ def _user(where, role, blocks):
     results = [dict(role="tool", tool_call_id=block.tool_use_id, content=_result(f"{where}.content[{i}]", block))
                for i, block in enumerate(blocks) if block.type == "tool_result"]
     others = [block for block in blocks if block.type != "tool_result"]
-    return results + ([dict(role=role, content=text_of(others, where))] if others or not results else [])
+    return results + ([dict(role=role, content=text_of(others, f"{where}.content"))] if others or not results else [])
 
 
 def _result(where, block):
@@ -149,14 +150,14 @@ def _result(where, block):
 def _loose(part):
     """A block inside of a result, of which only the type and the text count."""
     texts = {name: value for name in ("type", "text") if isinstance(value := part.get(name), str)}
-    return ContentBlock(**{"type": "missing", **texts})
+    return ContentBlock(**{"type": "missing", **texts}, source=part.get("source"))
 
 
 def _assistant(where, blocks):
-    calls = [called(b.id, b.name or "", b.input or {}, where) for b in blocks if b.type == "tool_use"]
+    calls = [called(b.id, b.name or "", b.input or {}) for b in blocks if b.type == "tool_use"]
     thought = "".join(b.thinking or "" for b in blocks if b.type == "thinking")
     texts = [b for b in blocks if b.type not in ("tool_use", "thinking")]
-    made = dict(role="assistant", content=text_of(texts, where))
+    made = dict(role="assistant", content=text_of(texts, f"{where}.content"))
     return [made | (dict(tool_calls=calls) if calls else {}) | (dict(reasoning_content=thought) if thought else {})]
 
 
@@ -166,8 +167,9 @@ def text_of(content, where):
         return content
     texts = []
     for i, block in enumerate(content):
-        if block.type == "text":
-            texts.append(block.text or "")
+        source = block.source if block.type == "document" and isinstance(block.source, dict) else {}
+        if block.type == "text" or source.get("type") == "text" and isinstance(source.get("data"), str):
+            texts.append(source.get("data") or block.text or "")
         elif block.type not in IGNORED:
             raise bad_request(f"{where}[{i}]: this model reads only text, got a block of type {shown(block.type)}",
                               where)

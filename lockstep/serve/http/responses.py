@@ -1,4 +1,5 @@
 """/v1/responses, OpenAI's newer form of a conversation; stateless."""
+import math
 import secrets
 import time
 
@@ -7,12 +8,15 @@ from starlette.routing import Route
 
 from lockstep.serve.http import talk
 from lockstep.serve.http.blocks import Blocks, collect
+from lockstep.serve.http.chat_logprobs import one_logprob
 from lockstep.serve.http.encode import json_response
 from lockstep.serve.http.errors import openai_shape
 from lockstep.serve.http.job import Generates
-from lockstep.serve.http.responses_fields import ResponsesFields, conversation, refuse_state
+from lockstep.serve.http.placed import Placed
+from lockstep.serve.http.responses_fields import ResponsesFields, conversation, num_logprobs, refuse_state
 from lockstep.serve.http.sse import EventStream, named
 
+ENDS = {False: "completed", True: "incomplete"}  # by whether the answer was cut off in it
 PARTS = dict(text="output_text", thought="reasoning_text")
 PIECES = dict(text="response.output_text", thought="response.reasoning_text", call="response.function_call_arguments")
 
@@ -23,40 +27,54 @@ def routes(service):
         fields = await job.read(ResponsesFields)
         service.check_model(fields.model)
         refuse_state(fields)
-        new_parser = await talk.start(job, fields, lambda: conversation(fields), fields.max_output_tokens)
-        answer = Answer(job, fields, new_parser)
+        logprobs = num_logprobs(fields, service.limits)
+        new_parser = await talk.start(job, fields, lambda: conversation(fields), fields.max_output_tokens, logprobs)
+        answer = Answer(job, fields, new_parser, logprobs is not None)
         if fields.stream:
             return EventStream(job, answer.events(), end=b"")
-        await job.finished()
-        return json_response(await job.offload(answer.whole))
+        tokens = [token async for ((_, found, _),) in job.tokens(pause=lambda: math.inf) for token in found]
+        return json_response(await job.offload(answer.whole, tokens))
 
-    return [Route("/v1/responses", Generates(service, responses), methods=["POST"])]
+    async def count(request):
+        def counted(fields):
+            refuse_state(fields)
+            return conversation(fields)
+        made = await talk.count(request, service, ResponsesFields, counted)
+        return json_response(dict(object="response.input_tokens", input_tokens=made))
+
+    return [Route("/v1/responses", Generates(service, responses), methods=["POST"]),
+            Route("/v1/responses/input_tokens", count, methods=["POST"])]
 
 
 class Answer:
-    """The answer to one request."""
+    """The answer to one request. with_logprobs: of the tokens of its text."""
 
-    def __init__(self, job, fields, new_parser):
-        self._job, self._request, self._new_parser = job, job.requests[0], new_parser
+    def __init__(self, job, fields, new_parser, with_logprobs=False):
+        self._job, self._request = job, job.requests[0]
+        self._with_logprobs, self._parser = with_logprobs, Placed(new_parser()) if with_logprobs else new_parser()
         self._number, self._ids = 0, {}
         self._head = dict(id=f"resp_{secrets.token_hex(16)}", object="response", created_at=int(time.time()),
                           model=job.service.model_name, **_echoed(fields))
 
-    def whole(self):
-        """The response."""
-        return self._response(collect(talk.read_all(self._new_parser, self._request)))
+    def whole(self, tokens):
+        """The response, of all Tokens."""
+        return self._response(collect(self._read(tokens) + self._parser.finish()))
+
+    def _read(self, tokens):
+        return self._parser.push(tokens if self._with_logprobs else "".join([token.text for token in tokens]))
 
     async def events(self):
         """The events of a stream, those of one step together."""
-        parser, blocks = self._new_parser(), Blocks()
+        blocks = Blocks()
         started = self._head | dict(status="in_progress", output=[], usage=None, incomplete_details=None)
         yield self._event("response.created", response=started) + self._event("response.in_progress", response=started)
         try:
             async for ((_, tokens, reason),) in self._job.tokens():
-                found = parser.push("".join([token.text for token in tokens]))
-                changes = list(blocks.add(found + (parser.finish() if reason else [])))
-                changes += blocks.close() if reason else ()
-                yield b"".join([self._change(*change) for change in changes])
+                found = self._read(tokens) + (self._parser.finish() if reason else [])
+                made = [self._change(*change) for change in blocks.add(found)]
+                if reason:
+                    made += [self._change(*change, reason == "length") for change in blocks.close()]
+                yield b"".join(made)
         except ClientDisconnect:
             raise
         except Exception as error:
@@ -75,23 +93,26 @@ class Answer:
         self._number += 1
         return made
 
-    def _change(self, what, block, text):
-        """The events of a change of a Block."""
+    def _change(self, what, block, event, is_cut=False):
+        """The events of a change of a Block. is_cut: the answer ends in it, as it was long enough."""
         where = dict(item_id=self._id(block), output_index=block.index)
         part = where if block.kind == "call" else where | dict(content_index=0)
-        logprobs = dict(logprobs=[]) if block.kind == "text" else {}
+        told = event.tokens if what == "piece" and block.kind == "text" else block.tokens
+        logprobs = dict(logprobs=self._logprobs(told)) if block.kind == "text" else {}
         if what == "piece":
-            return self._event(f"{PIECES[block.kind]}.delta", **part, delta=text, **logprobs)
+            return self._event(f"{PIECES[block.kind]}.delta", **part, delta=event.text, **logprobs)
         if what == "open":
-            made = self._event("response.output_item.added", output_index=block.index, item=self._item(block, True))
+            item = self._item(block, "in_progress")
+            made = self._event("response.output_item.added", output_index=block.index, item=item)
             if block.kind != "call":
-                made += self._event("response.content_part.added", **part, part=_part(block, ""))
+                made += self._event("response.content_part.added", **part, part=self._part(block, True))
             return made
         key = "arguments" if block.kind == "call" else "text"
         made = self._event(f"{PIECES[block.kind]}.done", **part, **{key: block.text}, **logprobs)
         if block.kind != "call":
-            made += self._event("response.content_part.done", **part, part=_part(block, block.text))
-        return made + self._event("response.output_item.done", output_index=block.index, item=self._item(block))
+            made += self._event("response.content_part.done", **part, part=self._part(block))
+        item = self._item(block, ENDS[is_cut])
+        return made + self._event("response.output_item.done", output_index=block.index, item=item)
 
     # ------------------------------------------------------------ the response object
 
@@ -99,21 +120,29 @@ class Answer:
         is_cut = self._request.finish_reason == "length"
         return self._head | dict(
             status="incomplete" if is_cut else "completed", usage=self._usage(blocks),
-            output=[self._item(block) for block in blocks],
+            output=[self._item(block, ENDS[is_cut and block is blocks[-1]]) for block in blocks],
             incomplete_details=dict(reason="max_output_tokens") if is_cut else None)
 
-    def _item(self, block, is_new=False):
+    def _item(self, block, status):
         """A Block as an item of the output."""
-        is_cut = self._request.finish_reason == "length" and not is_new
-        status = "in_progress" if is_new else "incomplete" if is_cut else "completed"
-        made = dict(id=self._id(block), status=status)
+        made, is_new = dict(id=self._id(block), status=status), status == "in_progress"
         if block.kind == "call":
             return made | dict(type="function_call", call_id=f"call_{block.call.id}", name=block.call.name,
                                arguments="" if is_new else block.text)
-        content = [] if is_new else [_part(block, block.text)]
+        content = [] if is_new else [self._part(block)]
         if block.kind == "thought":
             return made | dict(type="reasoning", summary=[], content=content)
         return made | dict(type="message", role="assistant", content=content)
+
+    def _part(self, block, is_new=False):
+        made = dict(type=PARTS[block.kind], text="" if is_new else block.text)
+        if block.kind != "text":
+            return made
+        return made | dict(annotations=[], logprobs=[] if is_new else self._logprobs(block.tokens))
+
+    def _logprobs(self, tokens):
+        tokenizer = self._job.service.tokenizer
+        return [one_logprob(tokenizer, token.id, token.logprob, token.top_logprobs) for token in tokens]
 
     def _id(self, block):
         prefix = dict(text="msg", thought="rs", call="fc")[block.kind]
@@ -130,11 +159,6 @@ class Answer:
                     output_tokens_details=dict(reasoning_tokens=num_thought))
 
 
-def _part(block, text):
-    made = dict(type=PARTS[block.kind], text=text)
-    return made | dict(annotations=[], logprobs=[]) if block.kind == "text" else made
-
-
 def _echoed(fields):
     """What the response repeats of the request."""
     dump = fields.model_dump(mode="json", by_alias=True, exclude_none=True)
@@ -143,5 +167,6 @@ def _echoed(fields):
         tool_choice=dump.get("tool_choice", "auto"), parallel_tool_calls=fields.parallel_tool_calls is not False,
         temperature=1.0 if fields.temperature is None else fields.temperature,
         top_p=1.0 if fields.top_p is None else fields.top_p, max_output_tokens=fields.max_output_tokens,
-        text=dump.get("text", dict(format=dict(type="text"))), reasoning=dict(effort=dump.get("reasoning", {}).get(
-            "effort"), summary=None), previous_response_id=None, store=False, background=False, truncation="disabled")
+        top_logprobs=fields.top_logprobs or 0, text=dump.get("text", dict(format=dict(type="text"))),
+        reasoning=dict(effort=dump.get("reasoning", {}).get("effort"), summary=None),
+        previous_response_id=None, store=False, background=False, truncation="disabled")

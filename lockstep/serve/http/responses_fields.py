@@ -82,6 +82,8 @@ class ResponsesFields(SamplingFields):
     model: str | None = None
     input: simple_or(str, list[Item])
     instructions: str | None = None
+    include: list[str] | None = None
+    top_logprobs: Annotated[int, Field(ge=0)] | None = None
     max_output_tokens: Annotated[Count, Field(ge=1)] | None = None
     tools: list[ToolFields] | None = None
     tool_choice: simple_or(Literal["none", "auto", "required"], Choice) | None = None
@@ -92,8 +94,18 @@ class ResponsesFields(SamplingFields):
     background: bool | None = None
     previous_response_id: str | None = None
     conversation: Any = None
+    prompt: Any = None
     metadata: dict[str, Any] | None = None
     chat_template_kwargs: dict | None = None
+
+
+def num_logprobs(fields, limits):
+    """How many alternatives to report for each token of the text; None for no log-probabilities."""
+    if (fields.top_logprobs or 0) > limits.max_logprobs:
+        raise bad_request(f"top_logprobs: expected at most {limits.max_logprobs}, got {fields.top_logprobs}",
+                          "top_logprobs", "invalid_value")
+    wanted = fields.top_logprobs or "message.output_text.logprobs" in (fields.include or ())
+    return (fields.top_logprobs or 0) if wanted else None
 
 
 def conversation(fields):
@@ -105,7 +117,7 @@ def conversation(fields):
 
 def refuse_state(fields):
     """ApiError 400 for what would need a server that remembers."""
-    for name in ("previous_response_id", "conversation"):
+    for name in ("previous_response_id", "conversation", "prompt"):
         if getattr(fields, name) is not None:
             raise bad_request(f"{name}: this server keeps nothing between requests, send the whole input", name,
                               "unsupported")
@@ -136,7 +148,7 @@ def _add(made, where, item):
     elif kind == "reasoning":
         _answer(made)["reasoning_content"] = text_of(item.content or item.summary or "", where)
     elif kind == "function_call":
-        call = called(item.call_id, item.name or "", item.arguments, where)
+        call = called(item.call_id, item.name or "", item.arguments)
         _answer(made).setdefault("tool_calls", []).append(call)
     elif kind == "function_call_output":
         made.append(dict(role="tool", tool_call_id=item.call_id, content=text_of(item.output or "", where)))

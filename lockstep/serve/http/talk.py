@@ -1,5 +1,6 @@
 """What /v1/chat/completions, /v1/responses and /v1/messages share: a Conversation is started, its answer is read."""
-from lockstep.serve.http.errors import bad_request
+from lockstep.serve.http.body import read_fields
+from lockstep.serve.http.errors import ApiError, bad_request
 from lockstep.serve.http.sampling import sampling_params
 from lockstep.serve.tool_calls.events import CallStart
 
@@ -31,6 +32,21 @@ def chat_model(service):
         raise bad_request("this model has no chat template, so it can only continue text: use /v1/completions",
                           "messages", "no_chat_template")
     return service.chat
+
+
+async def count(request, service, fields_type, make_conversation):
+    """How many tokens the prompt of a request has, which is read as fields_type."""
+    if service.llm is None:
+        raise ApiError(503, "the model is still loading", code="loading", retry_after=1)
+    service.check_workers()
+    fields = await read_fields(request, service, fields_type)
+    service.check_model(fields.model)
+
+    def counted():
+        prompt = chat_model(service).prompt(make_conversation(fields))
+        return len(service.tokenizer.encode(prompt, add_special_tokens=False))
+
+    return await service.offload(counted)
 
 
 def read_all(new_parser, request):

@@ -2,24 +2,22 @@
 
 The shapes are vLLM's, which lm-eval reads.
 """
-from typing import Any
-
 from starlette.routing import Route
 
+from lockstep.serve.http import talk
 from lockstep.serve.http.body import Fields, read_fields
+from lockstep.serve.http.chat_fields import ChatFields, Message, conversation
 from lockstep.serve.http.completions import check_ids, text_tokenizer
 from lockstep.serve.http.encode import json_response, to_json
 from lockstep.serve.http.errors import ApiError, bad_request
 from lockstep.serve.http.legacy_logprobs import token_text
 
 
-class TokenizeFields(Fields):
-    """A text, or a conversation, to be turned into token ids."""
+class TokenizeFields(ChatFields):
+    """A text, or a conversation as /v1/chat/completions takes it, to be turned into token ids."""
 
-    model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
-    tools: list[dict[str, Any]] | None = None
+    messages: list[Message] | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     return_token_strs: bool = False
@@ -67,7 +65,8 @@ def tokenized(service, fields):
     if fields.prompt is not None:
         ids = tokenizer.encode(fields.prompt, fields.add_special_tokens)
     else:
-        ids = tokenizer.encode_chat(fields.messages, fields.tools, fields.add_generation_prompt)
+        prompt = talk.chat_model(service).prompt(conversation(fields), fields.add_generation_prompt)
+        ids = tokenizer.encode(prompt, add_special_tokens=False)
     made = dict(count=len(ids), max_model_len=service.llm.model.max_context, tokens=ids)
     if fields.return_token_strs:
         made["token_strs"] = [token_text(tokenizer, i) for i in ids]

@@ -9,9 +9,10 @@ ID_CHARACTERS = string.ascii_letters + string.digits
 
 
 class Content(NamedTuple):
-    """A piece of the answer's text."""
+    """A piece of the answer's text. tokens: those that it came from, where somebody asks for them (http/placed.py)."""
 
     text: str
+    tokens: tuple = ()
 
 
 class Reasoning(NamedTuple):

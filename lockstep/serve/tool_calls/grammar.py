@@ -48,11 +48,11 @@ def either(options):
     return f"({' | '.join(options)})"
 
 
-def json_object(lark, name, tool, keys):
-    """Rules for {"name": ..., "arguments": {...}} of one tool. keys: what the two are called."""
+def json_object(lark, name, tool, keys, more=""):
+    """Rules for {"name": ..., "arguments": {...}} of one tool. keys: what the two are called; more: what may follow."""
     arguments = lark.json(f"{name}_arguments", tool.parameters, tool.strict)
     head = f'{{"{keys[0]}": {quote(tool.name)}, "{keys[1]}": '
-    return lark.rule(name, quote(head), arguments, quote("}"))
+    return lark.rule(name, quote(head), arguments, more, quote("}"))
 
 
 def several(call, separator, parallel):

@@ -5,6 +5,7 @@ from lockstep.serve.tool_calls.readers import MAX_NAME, NotACall, after_space, j
 
 KEYS = ("arguments", "parameters")
 CALL_ID, ARGS = "[CALL_ID]", "[ARGS]"
+ID = "/[A-Za-z0-9]{9}/"  # a call's own, which these models were trained to write
 
 
 def read(calls):
@@ -42,7 +43,9 @@ def _named(calls, character):
 
 def rules(lark, tools, parallel):
     """Adds rules `call`, for what follows the mark, and `calls`."""
-    objects = [json_object(lark, f"tool_{i}", tool, ("name", "arguments")) for i, tool in enumerate(tools)]
+    begin, end = quote(', "id": "'), quote('"')
+    objects = [json_object(lark, f"tool_{i}", tool, ("name", "arguments"), f"({begin} {ID} {end})?")
+               for i, tool in enumerate(tools)]
     one = lark.rule("one", either(objects))
     lark.rule("call", quote("["), several(one, quote(", "), parallel), quote("]"))
     lark.rule("calls", lark.mark("[TOOL_CALLS]"), "call")
@@ -50,10 +53,10 @@ def rules(lark, tools, parallel):
 
 def named_rules(lark, tools, parallel):
     """The same for name[ARGS]{...}."""
-    made = []
+    made, identity = [], f"({lark.mark(CALL_ID)} {ID})?"
     for i, tool in enumerate(tools):
         arguments = lark.json(f"tool_{i}_arguments", tool.parameters, tool.strict)
-        made.append(lark.rule(f"tool_{i}", quote(tool.name), lark.mark(ARGS), arguments))
+        made.append(lark.rule(f"tool_{i}", quote(tool.name), identity, lark.mark(ARGS), arguments))
     lark.rule("call", either(made))
     marked = lark.rule("marked", lark.mark("[TOOL_CALLS]"), "call")
     lark.rule("calls", f"{marked}{{1,{MAX_CALLS}}}" if parallel else marked)

@@ -27,6 +27,7 @@ XML = Style("xml", "<tool_call>", xml.read, xml.rules, after=("</tool_call>",))
 MISTRAL = Style("mistral", "[TOOL_CALLS]", mistral.read, mistral.rules)
 MISTRAL_NAMED = Style("mistral_named", "[TOOL_CALLS]", mistral.read, mistral.named_rules)
 LLAMA = Style("llama", "<|python_tag|>", llama.read, llama.rules, after=(";",), first="{")
+STYLES = (HERMES, XML, MISTRAL, MISTRAL_NAMED, LLAMA)
 
 
 def style_of(template):

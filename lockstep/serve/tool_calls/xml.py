@@ -7,8 +7,10 @@ import json
 from lockstep.serve.structured import quote
 from lockstep.serve.tool_calls.grammar import either, several
 from lockstep.serve.tool_calls.readers import NotACall, after_space, expect, name_until, until
+from lockstep.serve.tool_calls.texts import alternatives, is_null, is_string, text_rule
 
 FUNCTION, PARAMETER, END = "function=", "parameter=", "</parameter>"
+NOTHING = ("null", "None")
 LITERALS = {"True": True, "False": False, "None": None}
 
 
@@ -21,13 +23,13 @@ def read(calls):
     calls.begin(name)
     schema = next((tool.parameters for tool in calls.tools if tool.name == name), {})
     calls.add("{")
-    yield from _parameters(calls, schema.get("properties"))
+    yield from _parameters(calls, schema)
     calls.add("}")
 
 
-def _parameters(calls, properties):
-    """Reads parameters up to </function>."""
-    separator = ""
+def _parameters(calls, schema):
+    """Reads parameters up to </function>. schema: of all arguments."""
+    separator, properties = "", schema.get("properties")
     while True:
         if (yield from after_space()) != "<":
             continue
@@ -40,18 +42,19 @@ def _parameters(calls, properties):
         key = (yield from name_until(">")).strip()
         calls.add(f"{separator}{json.dumps(key)}: ")
         separator = ", "
-        yield from _value(calls, properties.get(key) if isinstance(properties, dict) else None)
+        known = properties.get(key) if isinstance(properties, dict) else None
+        yield from _value(calls, alternatives(known, schema))
 
 
-def _value(calls, schema):
-    if is_text(schema):
+def _value(calls, kinds):
+    if all(map(is_string, kinds)):
         calls.add('"')
         yield from until(END, Lines(lambda text: calls.add(json.dumps(text)[1:-1])).add)
         calls.add('"')
     else:
         pieces = []
         yield from until(END, Lines(pieces.append).add)
-        calls.add(json.dumps(_decoded("".join(pieces), schema)))
+        calls.add(json.dumps(_decoded("".join(pieces), kinds)))
 
 
 class Lines:
@@ -70,18 +73,10 @@ class Lines:
         self._first = False
 
 
-def is_text(schema):
-    """Whether a value with this schema is a string, whatever it looks like."""
-    if not isinstance(schema, dict):
-        return True
-    values = schema.get("enum") or [schema["const"]] if "enum" in schema or "const" in schema else None
-    if values is not None and "type" not in schema:
-        return all(isinstance(value, str) for value in values)
-    return schema.get("type", "string" if not schema else None) == "string"
-
-
-def _decoded(text, schema):
-    """The value that a text stands for; the text itself where it is no JSON."""
+def _decoded(text, kinds):
+    """The value that a text stands for; the text itself where it is no JSON, or may be nothing else but null."""
+    if is_text(kinds) and text.strip() not in NOTHING:
+        return text
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -107,13 +102,16 @@ def _function(lark, name, tool):
     return lark.rule(name, quote(f"<function={tool.name}>\n"), *parts, quote("</function>"))
 
 
+def is_text(kinds):
+    """Whether a value of these alternatives stands there without quotes: it is a string, or perhaps null."""
+    return any(map(is_string, kinds)) and all(is_string(kind) or is_null(kind) for kind in kinds)
+
+
 def _parameter(lark, name, key, schema, tool):
-    head = quote(f"<parameter={key}>\n")
-    if not is_text(schema):
+    head, kinds, end = quote(f"<parameter={key}>\n"), alternatives(schema, tool.parameters), f"\n{END}\n"
+    if not is_text(kinds):
         shared = {word: tool.parameters[word] for word in ("$defs", "definitions") if word in tool.parameters}
         value = lark.json(f"{name}_value", {**shared, **schema}, tool.strict)
-        return lark.rule(name, head, value, quote(f"\n{END}\n"))
-    options = schema.get("enum") or ([schema["const"]] if "const" in schema else []) if isinstance(schema, dict) else []
-    if options and all(isinstance(option, str) for option in options):
-        return lark.rule(name, head, either(map(quote, options)), quote(f"\n{END}\n"))
-    return lark.rule(name, head, lark.text_until(f"{name}_value", f"\n{END}\n"))
+        return lark.rule(name, head, value, quote(end))
+    texts = [text_rule(lark, f"{name}_{i}", kind, tool.strict, end) for i, kind in enumerate(kinds)]
+    return lark.rule(name, head, either(texts))

@@ -192,7 +192,9 @@ def test_other_forms(client, more, pattern):
 
 # ---------------------------------------------------------------- tools
 
-@pytest.mark.parametrize("choice", ["required", dict(type="function", function=dict(name="plot"))], ids=str)
+@pytest.mark.parametrize("choice", [
+    "required", dict(type="function", function=dict(name="plot")), dict(type="allowed_tools", allowed_tools=dict(
+        mode="required", tools=[dict(type="function", function=dict(name="plot"))]))], ids=str)
 @pytest.mark.parametrize("which", ["server", "thinker"])
 def test_calls_that_are_asked_for(which, choice, request):
     """By a template that knows no tools, and by one that does; the model alone would call nothing."""
@@ -240,6 +242,15 @@ def test_a_call_that_is_cut_off(thinker):
     with saying(thinker, CALL):
         found = parts_of(client_of(thinker), tools=TOOLS, max_tokens=20)
     assert found[4] == "length" and ARGUMENTS.startswith(found[3][0][1])
+
+
+@pytest.mark.parametrize("arguments", ['{"x": 1, "si', "not json", "[1]", "[" * 9000, "", "5"])
+def test_a_call_that_was_cut_off_may_be_sent_back(server, arguments):
+    call = dict(id="c", type="function", function=dict(name="plot", arguments=arguments))
+    messages = [*HELLO, dict(role="assistant", tool_calls=[call]), dict(role="tool", tool_call_id="c", content="bad")]
+    tokens = httpx.post(f"{server.url}/tokenize", json=dict(messages=messages)).json()["tokens"]
+    text = httpx.post(f"{server.url}/detokenize", json=dict(tokens=tokens)).json()
+    assert arguments.replace('"', "\\\"") in text["prompt"]
 
 
 def test_effort_and_earlier_thoughts_reach_the_template(thinker):

@@ -124,6 +124,14 @@ def test_system_texts_and_stop_sequences(server):
         == (free[:free.index(free[4:7])], "stop_sequence", free[4:7])
 
 
+def test_documents_that_are_texts_are_read(server):
+    def size(*blocks):
+        return client_of(server).messages.count_tokens(model="lockstep", messages=[
+            dict(role="user", content=[*blocks, dict(type="text", text="And now?")])]).input_tokens
+    document = dict(type="document", title="t", source=dict(type="text", media_type="text/plain", data="It is noon."))
+    assert size(document) == size(dict(type="text", text="It is noon.")) > size()
+
+
 def test_an_answer_is_begun_by_the_client(server):
     begun = [*HELLO, dict(role="assistant", content="def add(a, b):\n    return")]
     assert ask(server, messages=begun).content[0].text.startswith(" ")
@@ -137,7 +145,9 @@ def test_a_schema_for_the_answer(server):
 @pytest.mark.parametrize("body, message", [
     (dict(messages=[]), "messages"), (dict(messages=[dict(role="bot", content="x")]), "role"),
     (dict(max_tokens=0), "max_tokens"), (dict(max_tokens=None), "max_tokens"), (dict(system=3), "system"),
-    (dict(messages=[dict(role="user", content=[dict(type="image", source={})])]), "reads only text"),
+    (dict(messages=[dict(role="user", content=[dict(type="image", source={})])]), "messages[0].content[0]: this model"),
+    (dict(messages=[dict(role="user", content=[dict(type="document", source=dict(type="base64", data="x"))])]),
+     "reads only text"),
     (dict(messages=[dict(role="user", content=[dict(type="tool_result", content=[dict(type="image")])])]), "only text"),
     (dict(messages=[dict(role="user", content=[dict(type="tool_result", content=3)])]), "text or blocks"),
     (dict(tools=[dict(name="bad name", input_schema={})]), "a name has"),

@@ -96,6 +96,8 @@ def test_items_are_the_same_conversation(server):
     chat = client_of(server).chat.completions.create(model="lockstep", messages=messages, max_tokens=24, temperature=0)
     found = ask(server, input=items, instructions="Be brief.")
     assert found.usage.input_tokens == chat.usage.prompt_tokens
+    assert client_of(server).responses.input_tokens.count(model="lockstep", input=items, instructions="Be brief.") \
+        .input_tokens == chat.usage.prompt_tokens
     assert found.output_text == chat.choices[0].message.content
 
 
@@ -113,6 +115,7 @@ def test_any_object_as_text(server):
 
 @pytest.mark.parametrize("body, message", [
     (dict(previous_response_id="resp_1"), "keeps nothing"), (dict(conversation="c"), "keeps nothing"),
+    (dict(prompt=dict(id="p")), "keeps nothing"),
     (dict(background=True), "background"), (dict(n=2), "n: expected 1"), (dict(input=[]), "at least one message"),
     (dict(input=3), "input"), (dict(input=[dict(type="item_reference", id="x")]), "keeps no items"),
     (dict(input=[dict(content="x")]), "role"), (dict(input=[dict(role="bot", content="x")]), "role"),
@@ -120,6 +123,7 @@ def test_any_object_as_text(server):
     (dict(text=dict(format=dict(type="json_schema", name="x"))), "schema"),
     (dict(tool_choice=dict(type="function", name="other"), tools=TOOLS), "no tool 'other'"),
     (dict(tool_choice=dict(type="file_search"), tools=TOOLS), "tool_choice"), (dict(max_output_tokens=0), "max_output"),
+    (dict(top_logprobs=21), "top_logprobs: expected at most 20"), (dict(top_logprobs=-1), "top_logprobs"),
     (dict(reasoning=dict(effort="some")), "reasoning_effort"), (dict(instructions=[]), "instructions"),
 ])
 def test_refusals(server, body, message):
@@ -140,3 +144,39 @@ def test_a_failure_in_a_stream_is_an_event(server):
         del chat._mask
     assert [event.type for event in events] == ["response.created", "response.in_progress", "response.failed"]
     assert "the grammar is too complex" in events[-1].response.error.message
+
+
+WITH_LOGPROBS = dict(include=["message.output_text.logprobs"], top_logprobs=2, temperature=0.8)
+
+
+def test_logprobs_are_those_of_chat_completions(server):
+    options = dict(extra_body=dict(seed=3), **WITH_LOGPROBS)
+    whole, events = ask(server, **options), events_of(server, **options)
+    chat = client_of(server).chat.completions.create(model="lockstep", messages=HELLO, max_tokens=24, temperature=0.8,
+                                                     seed=3, logprobs=True, top_logprobs=2)
+    part = whole.output[0].content[0]
+    assert [token.model_dump() for token in part.logprobs] \
+        == [token.model_dump() for token in chat.choices[0].logprobs.content]
+    assert whole.top_logprobs == 2 and without_ids(events[-1].response) == without_ids(whole)
+    told = [token.logprob for event in events if event.type == "response.output_text.delta" for token in event.logprobs]
+    done = next(event for event in events if event.type == "response.output_text.done")
+    assert told == [token.logprob for token in part.logprobs] == [token.logprob for token in done.logprobs]
+    assert ask(server, include=["reasoning.encrypted_content"]).output[0].content[0].logprobs == []
+
+
+def test_logprobs_are_of_the_text_only(thinker):
+    with saying(thinker, SAID):
+        options = dict(tools=TOOLS, extra_body=THINK, max_output_tokens=200, **WITH_LOGPROBS)
+        whole, events = ask(thinker, **options), events_of(thinker, **options)
+    part = whole.output[1].content[0]
+    assert part.text == "So:" and bytes(b for token in part.logprobs for b in token.bytes).decode().strip() == "So:"
+    assert without_ids(events[-1].response) == without_ids(whole)
+
+
+def test_only_the_item_in_which_an_answer_is_cut_off_is_incomplete(thinker):
+    with saying(thinker, SAID):
+        options = dict(tools=TOOLS, extra_body=THINK, max_output_tokens=len(thinker.service.tokenizer.encode(SAID)) - 9)
+        whole, events = ask(thinker, **options), events_of(thinker, **options)
+    assert [item.status for item in whole.output] == ["completed", "completed", "incomplete"]
+    assert [e.item.status for e in events if e.type == "response.output_item.done"] \
+        == [item.status for item in events[-1].response.output] == [item.status for item in whole.output]

@@ -45,6 +45,18 @@ def test_text_becomes_tokens_and_text_again(server, llm, text):
     assert httpx.post(f"{server.url}/detokenize", json=dict(tokens=found["tokens"])).json() == dict(prompt=text)
 
 
+def test_a_conversation_has_the_tokens_of_its_prompt(thinker):
+    """The same as when it is answered, whatever the form of its messages."""
+    tools = [dict(type="function", function=dict(name="now"))]
+    body = dict(messages=[dict(role="developer", content="Be brief."), dict(role="user", content=[
+        dict(type="text", text="hello")])], tools=tools, chat_template_kwargs=dict(enable_thinking=False))
+    found = httpx.post(f"{thinker.url}/tokenize", json=body).json()
+    answer = httpx.post(f"{thinker.url}/v1/chat/completions", json=body | dict(max_tokens=1, return_token_ids=True))
+    assert found["tokens"] == answer.json()["prompt_token_ids"]
+    shorter = httpx.post(f"{thinker.url}/tokenize", json=body | dict(add_generation_prompt=False)).json()["tokens"]
+    assert shorter == found["tokens"][:len(shorter)] and len(shorter) < len(found["tokens"])
+
+
 def test_tokenizer_info_has_what_lm_eval_asks_for(server, llm):
     info = httpx.get(f"{server.url}/tokenizer_info").json()
     assert info["eos_token"] == llm.tokenizer.special_tokens["eos_token"] and info["eos_token_id"] in llm.engine.eos_ids
@@ -176,3 +188,18 @@ def test_other_pages_may_call_only_where_they_are_allowed(server):
         assert got.headers["access-control-allow-origin"] == "https://example.org" and got.status_code == 200
         other = httpx.options(f"{made.url}/v1/completions", headers=asked | {"Origin": "https://evil.example"})
         assert "access-control-allow-origin" not in other.headers
+        sent = dict(json=dict(prompt="x", max_tokens=1))
+        assert httpx.post(f"{made.url}/v1/completions", headers=asked, **sent).status_code == 200
+
+
+@pytest.mark.parametrize("origin, host, status", [
+    ("http://evil.example", None, 403), ("null", None, 403), ("https://evil.example", "127.0.0.1", 403),
+    ("http://evil.example:8000", "evil.example:8000", 403),  # a page that had its name changed to here
+    ("http://127.0.0.1:9", None, 403), ("http://localhost:80", "localhost:80", 200), ("http://[::1]", "[::1]", 200),
+    ("https://my.site", "my.site", 200), ("vscode-file://vscode-app", None, 200), (None, "my.site", 200)])
+def test_pages_from_elsewhere_are_refused(server, origin, host, status):
+    """Browsers send a text/plain body anywhere without asking."""
+    headers = {"Origin": origin, "Host": host or f"127.0.0.1:{server.port}", "Content-Type": "text/plain"}
+    got = httpx.post(f"{server.url}/v1/completions", content='{"prompt": "x", "max_tokens": 1}',
+                     headers={name: value for name, value in headers.items() if value})
+    assert got.status_code == status and (status == 200 or got.json()["error"]["code"] == "origin_not_allowed")

@@ -1,0 +1,132 @@
+"""What a chat template can say, found out by trying it.
+
+Templates drop or refuse what their authors did not think of: tools under their usual name, calls, results, a second
+system message, two messages of the user in a row. What one cannot say is put otherwise, see adapt.py.
+"""
+import json
+from dataclasses import dataclass
+from os.path import commonprefix
+
+from lockstep.serve.tool_calls.events import Arguments, CallStart, partial
+from lockstep.serve.tool_calls.parser import CallParser
+from lockstep.serve.tool_calls.styles import HERMES, STYLES, Style, style_of
+from lockstep.serve.tool_calls.tools import Tool, ToolUse
+
+AMBER, BIRCH, CEDAR = "amberword", "birchword", "cedarword"  # none begins like another
+PLACES = dict(type="object", properties=dict(place=dict(type="string")), required=["place"])
+PROBE = Tool("probe_place", "Probes a place.", PLACES)
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """Each is true if the template shows such messages and false if it drops or refuses them.
+
+    tools: the name of its variable for tools; None if it has none, or teaches calls that we cannot read: then all about
+    tools is written out, in the style of Hermes. style: how calls are written. after_results: the assistant's text that
+    has to stand between a result and a message of the user; None for nothing.
+    """
+
+    system: bool
+    several_systems: bool
+    late_systems: bool
+    several_users: bool
+    tools: str | None = None
+    style: Style = HERMES
+    calls: bool = False
+    several_calls: bool = True
+    results: bool = False
+    after_results: str | None = None
+
+
+def abilities_of(tokenizer):
+    """The Abilities of a Tokenizer's chat templates."""
+    probe = _Probe(tokenizer)
+    user, last = said("user", AMBER), said("user", CEDAR)
+    late = [said("system", AMBER), said("user", "Hello."), said("assistant", BIRCH), said("system", CEDAR)]
+    return Abilities(
+        system=probe.shows([said("system", BIRCH), user]),
+        several_systems=probe.shows([said("system", BIRCH), said("system", CEDAR), user]),
+        late_systems=probe.shows([*late, said("user", "Hello.")]),
+        several_users=probe.shows([user, last]), **probe.about_tools(user, last))
+
+
+def said(role, text):
+    """A message."""
+    return dict(role=role, content=text)
+
+
+class _Probe:
+    def __init__(self, tokenizer):
+        self._tokenizer, self._source = tokenizer, "\n".join(tokenizer.chat_templates.values())
+        self._variable = None
+        found = (name for name in ("tools", "xml_tools") if name in self._source and self._has_variable(name))
+        self._variable = next(found, None)
+
+    def text(self, messages):
+        """What becomes of messages; nothing where they are refused."""
+        try:
+            return render(self._tokenizer, self._variable, messages, [PROBE], add_generation_prompt=False)
+        except ValueError:
+            return ""
+
+    def shows(self, messages):
+        """Whether the texts of all messages, and of their calls, are there."""
+        found, given = self.text(messages), json.dumps(messages)
+        return bool(found) and all(word in found for word in (AMBER, BIRCH, CEDAR) if word in given)
+
+    def _has_variable(self, name):
+        self._variable = name
+        return PROBE.name in self.text([said("user", AMBER)])
+
+    def about_tools(self, user, last):
+        """The abilities that have to do with tools."""
+        call, style = calling(BIRCH), style_of(self._source) or HERMES
+        calls = self.shows([user, call])
+        read = next((s for s in (style, *STYLES) if self._reads(s, user, call)), None)
+        if self._variable is None or read is None and (calls or style.begin not in self._source):
+            return {}
+        asked = [user, call if calls else said("assistant", BIRCH)]
+        both = [user, calling(BIRCH, CEDAR), answering(1, "Yes."), answering(2, "No.")]
+        return dict(
+            tools=self._variable, style=read or style, calls=calls, several_calls=not calls or self.shows(both),
+            results=self.shows([*asked, answering(1, CEDAR)]),
+            after_results=self._after_results([*asked, answering(1, "Yes.")], last))
+
+    def _after_results(self, messages, last):
+        tried = ([], [said("assistant", "")], [said("assistant", "OK.")])
+        found = next((between for between in tried if self.shows([*messages, *between, last])), [])
+        return found[0]["content"] if found else None
+
+    def _reads(self, style, user, call):
+        """Whether a style reads what the template makes of a call."""
+        text, plain = self.text([user, call]), self.text([user, said("assistant", CUT)])
+        before = commonprefix([text, plain])
+        at = len(before) - partial(before, style.begin)
+        parser = CallParser(style, ToolUse((PROBE,)))
+        events = parser.push(text[at:]) + parser.finish()
+        names = [event.name for event in events if isinstance(event, CallStart)]
+        arguments = "".join([event.text for event in events if isinstance(event, Arguments)])
+        return names == [PROBE.name] and arguments.endswith("}") and json.loads(arguments) == dict(place=BIRCH)
+
+
+CUT = "\ufdd0cut here\ufdd0"  # noncharacters, which no text has
+
+
+def render(tokenizer, variable, messages, tools, **variables):
+    """The text of a prompt. variable: the name under which the template knows tools, or None."""
+    if variable == "xml_tools" and tools:
+        return tokenizer.render_chat(messages, **variables, xml_tools=[t.for_template()["function"] for t in tools])
+    usual = [tool.for_template() for tool in tools] if variable == "tools" and tools else None
+    return tokenizer.render_chat(messages, usual, **variables)
+
+
+def calling(*places):
+    """A message that calls PROBE for each of these places."""
+    calls = [dict(id=f"probecal{i}", type="function", function=dict(name=PROBE.name, arguments=dict(place=place)))
+             for i, place in enumerate(places, 1)]
+    return dict(role="assistant", content="", tool_calls=calls)
+
+
+def answering(number, text):
+    """The message with the result of a call."""
+    return dict(role="tool", tool_call_id=f"probecal{number}", content=text)

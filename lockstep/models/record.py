@@ -156,6 +156,7 @@ class Recorder:
             num_experts=E,
             top_k=X,
             renormalise=int(m.renormalise),
+            width=logits.width,
         )
         weights = self.program.ops[-1].outputs[1]
         order = emit(

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import tokenizers
 from hypothesis import given, settings
@@ -339,9 +340,16 @@ def test_sentencepiece_without_the_space_prefix():
         ({"merges": ["no-space"]}, "inconsistent|tokenizer"),
         ({"merges": ["zzzz yyyy"]}, "inconsistent"),
         ({"token_type": [1]}, "tokenizer.ggml.token_type has 1 entries"),
+        ({"token_type": 1}, "tokenizer.ggml.token_type is missing or empty"),
+        ({"token_type": ["1"]}, "tokenizer.ggml.token_type must be an array of numbers, found '1' in it"),
+        ({"model": np.array([1, 2])}, "tokenizer.ggml.model must be a string, found array"),
+        ({"pre": 7}, "tokenizer.ggml.pre must be a string, found 7"),
+        ({"add_bos_token": np.array([], np.int32)}, "tokenizer.ggml.add_bos_token must be a bool, found array"),
+        ({"add_eos_token": "no"}, "tokenizer.ggml.add_eos_token must be a bool, found 'no'"),
         ({"bos_token_id": 1 << 30}, "tokenizer.ggml.bos_token_id must be one of"),
         ({"eot_token_id": "x"}, "tokenizer.ggml.eot_token_id must be one of"),
         ({"model": "llama", "scores": [1.0]}, "tokenizer.ggml.scores has 1 entries"),
+        ({"model": "llama", "pre": np.array([1, 2])}, "tokenizer.ggml"),
         ({"model": "llama"}, "tokenizer.ggml.scores is missing"),
     ],
 )

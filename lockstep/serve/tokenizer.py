@@ -260,10 +260,17 @@ def _eos_ids(folder: Path, backend: tokenizers.Tokenizer, special_tokens: Mappin
     return frozenset(listed) | (frozenset() if named is None else {named})
 
 
+def _utf8(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error})") from None
+
+
 def _chat_templates(folder: Path, config: Mapping) -> dict[str, str]:
     own_file = folder / "chat_template.jinja"
     if own_file.is_file():
-        return {"default": own_file.read_text("utf-8")}
+        return {"default": _utf8(own_file)}
     template = config.get("chat_template")
     if isinstance(template, list):
         return {str(entry.get("name")): str(entry.get("template")) for entry in template if isinstance(entry, dict)}

@@ -154,6 +154,9 @@ def test_where_the_chat_template_comes_from(tmp_path):
     assert tokenizer.render_chat(messages) == "plain" and tokenizer.render_chat(messages, tools=[]) == "tools"
     (folder / "chat_template.jinja").write_text("own file")
     assert load_tokenizer(folder).render_chat(messages, tools=[]) == "own file"
+    (folder / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="chat_template.jinja: not UTF-8 text"):
+        load_tokenizer(folder)
 
 
 def test_settings_of_training_do_not_cut_prompts(tmp_path):

@@ -52,6 +52,11 @@ def _op_cost(op, context):
         sum(t.width * DTYPES[t.dtype].itemsize for t in tensors), 0 if asked else int(flops(op, context)))
 
 
+def _table_bytes(weight, stored):
+    """Bytes of an embedding table in memory: those of the file, or float32."""
+    return stored.data.nbytes if stored.format == weight.format else 4 * _size(stored.shape)
+
+
 def _read_bytes(op, weights):
     if op.kind == "embed":
         return 0  # one row is read per token
@@ -128,7 +133,7 @@ def memory(program):
     small = [w for w in program.weights() if w.name not in linear and w.name not in tables]
     pages = sum(c.bytes_each for c in program.caches if c.kind == "pages")
     return dict(packed_weights=sum(map(packed_bytes, linear.values())),
-                embedding=sum(p.data.nbytes for w in tables.values() for p in w.parts),
+                embedding=sum(_table_bytes(w, p) for w in tables.values() for p in w.parts),
                 constants=sum(4 * _size(w.shape) for w in small),
                 kv_cache_per_token=pages // PAGE_TOKENS,
                 state_per_request=sum(c.bytes_each for c in program.caches if c.kind == "state"))

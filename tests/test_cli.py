@@ -259,6 +259,7 @@ def test_progress_of_a_moment_is_silent():
     (["inspect", "./no/model"], "./no/model: no such folder or file\n"),
     (["generate", "-p", "x", "--threads", "257"], "--threads"),
     (["parity", "--length", "1"], "--length"),
+    (["parity", "-p", "", "--length", "5"], "the prompt is empty\n"),
     (["bench", "--plot", "/no/such/x.png"], "--plot /no/such/x.png: expected a file name ending in .png"),
     (["bench", "--plot", "x.doc"], "--plot x.doc: expected a file name ending in .png"),
 ])  # fmt: skip

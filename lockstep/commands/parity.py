@@ -37,6 +37,8 @@ def prompt_ids(llm, prompt, length):
     if not llm.has_tokenizer:
         return np.random.default_rng(0).integers(0, llm.model.config.vocab_size, length or 200).tolist()
     ids = llm.encode(prompt)
+    if not ids:
+        raise ValueError("the prompt is empty")
     return (ids * (length // len(ids) + 1))[:length] if length else ids
 
 

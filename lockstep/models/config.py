@@ -67,6 +67,7 @@ class Layer:
     mixer: str
     rope: bool = True
     window: int = 0  # keys that a token sees, itself included; 0: all
+    dense: bool = False  # an MLP where the model's other layers have experts
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,38 @@ def need(config, key, kind=int, low=1, high=1 << 31):
     return kind(value)
 
 
+def optional(config, key, default, low=1):
+    """A number of a config that may be absent."""
+    return default if config.get(key) is None else need(config, key, low=low)
+
+
+def flag(config, key, default=False):
+    """A switch of a config that may be absent."""
+    value = config.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"config key {key!r}: expected true or false, got {value!r}")
+    return default if value is None else value
+
+
+def end_ids(config, where="config"):
+    """The ids in eos_token_id: one, several or none."""
+    eos = config.get("eos_token_id")
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(type(i) is int and 0 <= i < 1 << 31 for i in ids):
+        raise ValueError(f"{where} key 'eos_token_id': expected token ids, got {eos!r}")
+    return tuple(ids)
+
+
+def layer_types(config, *kinds):
+    """What a config says each layer is, one of `kinds`; None where it is silent."""
+    types, num_layers = config.get("layer_types"), need(config, "num_hidden_layers", high=1000)
+    if types is None:
+        return None
+    if not isinstance(types, list) or len(types) != num_layers or any(t not in kinds for t in types):
+        raise ValueError(f"config key 'layer_types': expected {num_layers} of {' and '.join(kinds)}, got {types!r}")
+    return types
+
+
 def check_keys(config, read=(), free=()):
     """Refuses a key that seems to change the maths and is not supported, and a value that is not.
 
@@ -148,32 +181,53 @@ ROPE_COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 MROPE = {"mrope_section", "mrope_interleaved"}  # for text all three position components are equal
 
 
-def rope(config, head_dim, theta=10000.0, partial=1.0, ignored=frozenset()):
+def rope(config, head_dim, theta=10000.0, partial=None, ignored=frozenset()):
     """(rope_dim, theta, RopeScaling) from rope_parameters (transformers 5) or rope_theta and rope_scaling (before).
 
-    theta, partial: what the family takes where the config is silent. ignored: parameters that do not matter to text.
+    theta, partial: what the family takes where the config is silent; partial None: the family turns all channels.
+    ignored: parameters that do not matter to text.
     """
-    given = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    given = {**_rope_object(config, "rope_scaling"), **_rope_object(config, "rope_parameters")}
     kind = given.get("rope_type") or given.get("type") or "default"
     kind = "default" if kind == "mrope" and ignored else kind
-    if kind not in ROPE_KEYS:
+    if not isinstance(kind, str) or kind not in ROPE_KEYS:
         raise ValueError(f"rope type {kind!r} is not supported; supported are {', '.join(ROPE_KEYS)}")
-    required, optional = ROPE_KEYS[kind]
-    unknown = {k for k, v in given.items() if v is not None} - ROPE_COMMON - ignored - set(required) - set(optional)
+    required, allowed = ROPE_KEYS[kind]
+    unknown = {k for k, v in given.items() if v is not None} - ROPE_COMMON - ignored - set(required) - set(allowed)
     if unknown:
         raise ValueError(f"rope parameter {sorted(unknown)[0]!r} is not supported with rope type {kind!r}")
-    numbers = {k: _rope_number(given, k) for k in (*required, *optional) if k in required or given.get(k) is not None}
-    rope_theta = _rope_number({"rope_theta": config.get("rope_theta") or theta, **given}, "rope_theta")
-    partial = _rope_number(
-        {"partial": given.get("partial_rotary_factor") or config.get("partial_rotary_factor") or partial}, "partial"
-    )
-    rope_dim = int(head_dim * partial)
+    numbers = {k: _rope_number(given, k) for k in (*required, *allowed) if k in required or given.get(k) is not None}
+    rope_theta = _first("rope_theta", theta, given, config)
+    if kind == "yarn" and rope_theta <= 1:
+        raise ValueError(f"rope parameter 'rope_theta': expected more than 1 with rope type 'yarn', got {rope_theta}")
+    share = _first("partial_rotary_factor", partial or 1.0, given, config)
+    if partial is None and share != 1:
+        raise ValueError(f"rope parameter 'partial_rotary_factor': {share} is not supported, only 1")
+    return _rope_dim(head_dim, share), rope_theta, RopeScaling(kind=kind, **_old_context(config, kind, numbers))
+
+
+def _rope_dim(head_dim, share):
+    """How many of a head's channels turn."""
+    rope_dim = int(head_dim * share)
     if rope_dim % 2 or not 0 < rope_dim <= head_dim:
         raise ValueError(
-            f"config key 'partial_rotary_factor': {partial} of {head_dim} channels is not supported: it must "
+            f"config key 'partial_rotary_factor': {share} of {head_dim} channels is not supported: it must "
             f"be an even number up to {head_dim}"
         )
-    return rope_dim, rope_theta, RopeScaling(kind=kind, **_old_context(config, kind, numbers))
+    return rope_dim
+
+
+def _rope_object(config, key):
+    """The parameters under a key; none where the config is silent."""
+    value = config.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"config key {key!r}: expected an object, got {value!r}")
+    return value or {}
+
+
+def _first(key, default, *places):
+    """A positive number from the first place that has it."""
+    return _rope_number({key: next((p[key] for p in places if p.get(key) is not None), default)}, key)
 
 
 def _rope_number(given, key):
@@ -189,18 +243,8 @@ def _old_context(config, kind, numbers):
     """Scaling parameters with the context that the model was first trained on; said outside, it wins."""
     key = "original_max_position_embeddings"
     if kind in ("llama3", "yarn"):
-        numbers[key] = config.get(key) or numbers.get(key) or config["max_position_embeddings"]
+        numbers[key] = _first(key, need(config, "max_position_embeddings"), config, numbers)
     return numbers
-
-
-def windows(config, types):
-    """For each layer the number of keys that a token sees, 0 for all. types: "sliding_attention" or
-    "full_attention"."""
-    num_layers = need(config, "num_hidden_layers", high=1000)
-    if not isinstance(types, list) or len(types) != num_layers or set(types) - {"sliding_attention", "full_attention"}:
-        raise ValueError(f"config key 'layer_types': expected {num_layers} of full_attention and sliding_attention, "
-                         f"got {types!r}")
-    return [need(config, "sliding_window") if t == "sliding_attention" else 0 for t in types]
 
 
 def common(config, rope_defaults=None, tied=False, **family):
@@ -209,38 +253,25 @@ def common(config, rope_defaults=None, tied=False, **family):
     rope_defaults: see `rope`. tied: whether the head is the embedding where the config is silent.
     """
     num_layers, num_heads = need(config, "num_hidden_layers", high=1000), need(config, "num_attention_heads")
-    head_dim = _optional(config, "head_dim", need(config, "hidden_size") // num_heads)
+    head_dim = optional(config, "head_dim", need(config, "hidden_size") // num_heads)
     made = ModelConfig(
         model_type=config["model_type"], vocab_size=need(config, "vocab_size"), hidden_size=need(config, "hidden_size"),
         ffn_width=0 if "experts" in family else need(config, "intermediate_size"), num_heads=num_heads,
-        num_kv_heads=_optional(config, "num_key_value_heads", num_heads), head_dim=head_dim,
+        num_kv_heads=optional(config, "num_key_value_heads", num_heads), head_dim=head_dim,
         rms_eps=need(config, "rms_norm_eps", float, 0, 1), max_positions=need(config, "max_position_embeddings"),
         layers=(Layer("attention"),) * num_layers, **_rope_fields(config, head_dim, rope_defaults or {}),
-        tied=bool(config.get("tie_word_embeddings", tied)), eos_ids=_eos_ids(config))
+        tied=flag(config, "tie_word_embeddings", tied), eos_ids=end_ids(config))
     return checked(replace(made, **family))
-
-
-def _optional(config, key, default):
-    return default if config.get(key) is None else need(config, key)
 
 
 def _rope_fields(config, head_dim, defaults):
     return dict(zip(("rope_dim", "rope_theta", "rope_scaling"), rope(config, head_dim, **defaults)))
 
 
-def _eos_ids(config):
-    eos = config.get("eos_token_id")
-    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if not all(isinstance(i, int) for i in ids):
-        raise ValueError(f"config key 'eos_token_id': expected token ids, got {eos!r}")
-    return tuple(ids)
-
-
 def with_windows(made, config, types):
-    """A ModelConfig with sliding windows on the layers that have one."""
-    return replace(
-        made, layers=tuple(replace(layer, window=w) for layer, w in zip(made.layers, windows(config, types)))
-    )
+    """A ModelConfig whose layers of type "sliding_attention" see so many keys as sliding_window says."""
+    sizes = [need(config, "sliding_window") if t == "sliding_attention" else 0 for t in types]
+    return replace(made, layers=tuple(replace(layer, window=size) for layer, size in zip(made.layers, sizes)))
 
 
 def checked(config):
@@ -249,11 +280,8 @@ def checked(config):
     for name, step in multiples.items():
         if getattr(config, name) % step:
             raise ValueError(f"{name} {getattr(config, name)} is not supported: it must be a multiple of {step}")
-    if config.experts and (config.experts.num_experts % 16 or config.experts.width % 32):
-        raise ValueError(
-            f"{config.experts.num_experts} experts of width {config.experts.width} are not supported: the number "
-            f"must be a multiple of 16, the width of 32"
-        )
+    if config.experts and config.experts.width % 16:
+        raise ValueError(f"experts of width {config.experts.width} are not supported: it must be a multiple of 16")
     if config.head_dim > 256 or config.num_heads % config.num_kv_heads:
         raise ValueError(f"head_dim {config.head_dim} (at most 256) with {config.num_heads} heads and "
                          f"{config.num_kv_heads} kv heads (a divisor of the heads) is not supported")

@@ -47,12 +47,12 @@ def decoder_layer(ops, x, config, layer, label, is_last):
         x = ops.select_rows(x, f"{label}.residual.output", "O", OUTPUT_ROW)
     x = ops.add(x, ops.linear(heads, [(out, config.hidden_size)], bias=is_attention and config.o_bias))
     h = ops.rms_norm(x, f"{label}.post_attention_layernorm.weight", config.rms_eps, config.norm_offset)
-    return ops.add(x, mlp(ops, h, config, f"{label}.mlp"))
+    return ops.add(x, mlp(ops, h, config, layer, f"{label}.mlp"))
 
 
-def mlp(ops, h, config, label):
+def mlp(ops, h, config, layer, label):
     """SwiGLU: down(silu(gate h) * (up h)); or the experts in its place."""
-    if config.experts:
+    if config.experts and not layer.dense:
         return ops.experts(h, config, label)
     both = ops.linear(
         h, [(f"{label}.gate_proj", config.ffn_width), (f"{label}.up_proj", config.ffn_width)], f"{label}.gate_up"

@@ -7,14 +7,20 @@ from lockstep.models.config import (
     Layer,
     LinearAttention,
     check_keys,
+    checked,
     common,
+    flag,
+    layer_types,
     need,
+    optional,
     text_config,
     with_windows,
 )
 
+WINDOW_TYPES = ("full_attention", "sliding_attention")
 WINDOW = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
-EXPERTS = ("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
+EXPERTS = ("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob",
+           "decoder_sparse_step", "mlp_only_layers")
 DELTA = ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
          "linear_conv_kernel_dim")
 
@@ -47,35 +53,43 @@ def qwen3(config):
 
 
 def qwen3_moe(config):
-    """qwen3 with experts in place of every MLP; a sliding window on every layer if use_sliding_window."""
-    check_keys(config, ["attention_bias", *WINDOW, *EXPERTS])
+    """qwen3 with experts in place of most MLPs; a sliding window on every layer if use_sliding_window."""
+    check_keys(config, ["attention_bias", *WINDOW, *EXPERTS], free=["decoder_sparse_step", "mlp_only_layers"])
     total = "num_experts" if config.get("num_experts") is not None else "num_local_experts"
     experts = Experts(need(config, total, high=4096), need(config, "num_experts_per_tok", high=256),
-                      need(config, "moe_intermediate_size"), bool(config.get("norm_topk_prob")))
+                      need(config, "moe_intermediate_size"), flag(config, "norm_topk_prob"))
     if experts.num_per_token > experts.num_experts:
         raise ValueError(
             f"config key 'num_experts_per_tok': expected at most {experts.num_experts}, got {experts.num_per_token}"
         )
-    made = common(config, qk_norm=True, experts=experts, **biases(config))
-    kind = "sliding_attention" if config.get("use_sliding_window") else "full_attention"
-    return with_windows(made, {"sliding_window": 4096, **config}, [kind] * made.num_layers)
+    made = with_dense_layers(common(config, qk_norm=True, experts=experts, **biases(config)), config)
+    config = {"sliding_window": 4096, **config}
+    slides = flag(config, "use_sliding_window") and config["sliding_window"] is not None
+    return with_windows(made, config, ["sliding_attention" if slides else "full_attention"] * made.num_layers)
+
+
+def with_dense_layers(made, config):
+    """A ModelConfig with experts only in every decoder_sparse_step-th layer, and in none of mlp_only_layers."""
+    step, listed = optional(config, "decoder_sparse_step", 1), config.get("mlp_only_layers") or []
+    if not isinstance(listed, list) or not all(type(i) is int and 0 <= i < made.num_layers for i in listed):
+        raise ValueError(f"config key 'mlp_only_layers': expected layers below {made.num_layers}, got {listed!r}")
+    dense = [i in listed or (i + 1) % step != 0 for i in range(made.num_layers)]
+    layers = tuple(replace(layer, dense=d) for layer, d in zip(made.layers, dense))
+    return checked(replace(made, layers=layers, ffn_width=need(config, "intermediate_size") if any(dense) else 0))
 
 
 def smollm3(config):
-    """Llama without rope on every fourth layer, which then may have a sliding window."""
+    """Llama without rope on every fourth layer, which has a sliding window if use_sliding_window; layer_types wins."""
     check_keys(config, ["attention_bias", "no_rope_layers", "no_rope_layer_interval", *WINDOW])
     made = common(config, rope_defaults={"theta": 2e6}, tied=True, **biases(config))
-    interval = config.get("no_rope_layer_interval") or 4
+    interval = optional(config, "no_rope_layer_interval", 4)
     ropes = config.get("no_rope_layers") or [int((i + 1) % interval != 0) for i in range(made.num_layers)]
-    if not isinstance(ropes, list) or len(ropes) < made.num_layers or set(ropes) - {0, 1}:
+    if not isinstance(ropes, list) or len(ropes) < made.num_layers or any(r not in (0, 1) for r in ropes):
         raise ValueError(f"config key 'no_rope_layers': expected {made.num_layers} of 0 and 1, got {ropes!r}")
     made = replace(made, layers=tuple(replace(layer, rope=bool(r)) for layer, r in zip(made.layers, ropes)))
-    if not config.get("use_sliding_window") or config.get("sliding_window") is None:
-        return made
-    types = config.get("layer_types") or [
-        "full_attention" if r else "sliding_attention" for r in ropes[: made.num_layers]
-    ]
-    return with_windows(made, config, types)
+    slides = flag(config, "use_sliding_window") and config.get("sliding_window") is not None
+    silent = ["sliding_attention" if slides and not r else "full_attention" for r in ropes]
+    return with_windows(made, config, layer_types(config, *WINDOW_TYPES) or silent)
 
 
 def qwen3_5(config):
@@ -83,32 +97,32 @@ def qwen3_5(config):
     check_keys(config, ["attention_bias", "layer_types", "full_attention_interval", "mtp_num_hidden_layers", *DELTA],
                free=["partial_rotary_factor"])
     made = common(config, rope_defaults={"partial": 0.25, "ignored": MROPE}, qk_norm=True, output_gate=True,
-                  norm_offset=1.0, num_mtp_layers=config.get("mtp_num_hidden_layers") or 0, **biases(config))
-    interval = config.get("full_attention_interval") or 4
-    types = config.get("layer_types") or [
-        "full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(made.num_layers)]
+                  norm_offset=1.0, num_mtp_layers=optional(config, "mtp_num_hidden_layers", 0, low=0), **biases(config))
+    interval = optional(config, "full_attention_interval", 4)
     mixers = {"full_attention": "attention", "linear_attention": "linear_attention"}
-    if not isinstance(types, list) or set(types) - set(mixers) or len(types) != made.num_layers:
-        raise ValueError(f"config key 'layer_types': expected {made.num_layers} of {sorted(mixers)}, got {types!r}")
+    types = layer_types(config, *mixers) or [
+        "full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(made.num_layers)]
     return replace(made, layers=tuple(Layer(mixers[t]) for t in types), linear_attention=delta_rule(config))
 
 
 def biases(config):
     """Biases on all four attention projections if attention_bias."""
-    bias = bool(config.get("attention_bias"))
+    bias = flag(config, "attention_bias")
     return {"qkv_bias": bias, "o_bias": bias}
 
 
 def qwen_windows(made, config):
     """The layers from max_window_layers on, or those that layer_types names, have a sliding window if
     use_sliding_window."""
-    if not config.get("use_sliding_window"):
-        return made
-    first = config.get("max_window_layers", 28)
-    types = config.get("layer_types") or [
-        "sliding_attention" if i >= first else "full_attention" for i in range(made.num_layers)
+    config = {"sliding_window": 4096, **config}
+    slides = flag(config, "use_sliding_window") and config["sliding_window"] is not None
+    first = optional(config, "max_window_layers", 28, low=0)
+    types = layer_types(config, *WINDOW_TYPES) or [
+        "sliding_attention" if slides and i >= first else "full_attention" for i in range(made.num_layers)
     ]
-    return with_windows(made, {"sliding_window": 4096, **config}, types)
+    if "sliding_attention" in types and not slides:
+        raise ValueError("config key 'layer_types': sliding_attention needs use_sliding_window and a sliding_window")
+    return with_windows(made, config, types)
 
 
 def delta_rule(config):

@@ -4,7 +4,7 @@ A model names checkpoint tensors by their Hugging Face names; shapes are checked
 """
 from lockstep.ops.activations import bf16_width, q8_width
 from lockstep.ops.embed import FORMATS as EMBED_FORMATS
-from lockstep.ops.embed import format_code
+from lockstep.ops.embed import format_code, table_format
 from lockstep.ops.kv_cache import ELEMENTS, KV_DTYPES, page_shapes
 from lockstep.ops.rope import rope_table
 from lockstep.runtime.program import Program, Weight
@@ -88,13 +88,12 @@ class Recorder:
 
     def embed(self, name, vocab_size, width):
         table = self.stored(name, vocab_size, width)
-        if table.format not in EMBED_FORMATS:
-            raise ValueError(
-                f"tensor {name!r}: format {table.format} is not supported, only {', '.join(EMBED_FORMATS)}"
-            )
+        format = table_format(table)
+        if format not in EMBED_FORMATS:
+            raise ValueError(f"tensor {name!r}: format {format} is not supported, only {', '.join(EMBED_FORMATS)}")
         out = self.program.tensor("embed", "T", width)
-        weight = Weight(name, table.format, table.shape, (table,))
-        return self.program.emit("embed", [out], [weight], width=width, format=format_code(table.format), scale=1.0)
+        weight = Weight(name, format, table.shape, (table,))
+        return self.program.emit("embed", [out], [weight], width=width, format=format_code(format), scale=1.0)
 
     def rms_norm(self, x, name, eps, offset, label=None):
         out = self.program.tensor(label or name.removesuffix(".weight"), x.rows, x.width)
@@ -156,6 +155,7 @@ class Recorder:
             num_experts=E,
             top_k=X,
             renormalise=int(m.renormalise),
+            width=logits.width,
         )
         weights = self.program.ops[-1].outputs[1]
         order = emit(

@@ -11,11 +11,13 @@ from lockstep.runtime.machine import byte_array, float_array, int_array
 from lockstep.runtime.simd import pow2
 from lockstep.runtime.step import TOKEN_IDS, num_rows, number, step_word, word
 from lockstep.weights.finite import finite_bytes
+from lockstep.weights.tensor import BLOCK_FORMATS
 
 FORMATS = ("f32", "bf16", "f16", "q8_0", "q4_0", "q6_k", "q4_k")
 F32, BF16, F16, Q8_0, Q4_0, Q6_K, Q4_K = range(7)
 BLOCK_WEIGHTS = np.array([1, 1, 1, 32, 32, 256, 256])
 BLOCK_BYTES = np.array([4, 2, 2, 34, 18, 210, 144])
+ROWS_AT_ONCE = 1024
 SMALLEST_F16 = np.float32(2.0**-24)
 
 
@@ -26,10 +28,22 @@ def format_code(format):
     return FORMATS.index(format)
 
 
+def table_format(tensor):
+    """The format in which a table is kept: as stored, or float32 for a block format that has no decoder here."""
+    return "f32" if tensor.format in BLOCK_FORMATS and tensor.format not in FORMATS else tensor.format
+
+
 def raw_bytes(weight):
-    """Weight layout: the stored bytes as they are, uint8 [V, bytes], in memory of their own, and all finite."""
+    """Weight layout: uint8 [V, bytes] in the weight's format, in memory of their own, and all finite."""
     assert len(weight.parts) == 1, weight.name
-    return (finite_bytes(weight.parts[0]),)
+    table = weight.parts[0]
+    if table.format == weight.format:
+        return (finite_bytes(table),)
+    decoded = np.empty(table.shape, np.float32)
+    for start in range(0, len(decoded), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        decoded[rows] = table.finite_f32(rows)
+    return (decoded.view(np.uint8),)
 
 
 RAW = ("stored bytes", raw_bytes)

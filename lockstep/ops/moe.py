@@ -100,11 +100,11 @@ def combine_experts(weights_TX, y_TXD, out_TD):
 
 @kernel
 def _route(op, step, thread, num_threads):
-    """Op row: expert_ids, weights, logits, E, X, renormalize."""
+    """Op row: expert_ids, weights, logits, E, X, renormalize, width of a row of logits."""
     if thread == 0:
         T, E, X = num_rows(op, step), word(op, 3), word(op, 4)
-        route(carray(float_array(word(op, 2)), (T, E)), X, word(op, 5), carray(int_array(word(op, 0)), (T, X)),
-              carray(float_array(word(op, 1)), (T, X)))
+        route(carray(float_array(word(op, 2)), (T, word(op, 6)))[:, :E], X, word(op, 5),
+              carray(int_array(word(op, 0)), (T, X)), carray(float_array(word(op, 1)), (T, X)))
 
 
 @kernel

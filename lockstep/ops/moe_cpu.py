@@ -17,7 +17,7 @@ def route(op, step, thread, num_threads):
     """Tokens are dealt to threads in turn."""
     E, X = word(op, 3), word(op, 4)
     for t in range(thread, num_rows(op, step), num_threads):
-        logits, ids, weights = word(op, 2) + 4 * E * t, word(op, 0) + 4 * X * t, word(op, 1) + 4 * X * t
+        logits, ids, weights = word(op, 2) + 4 * word(op, 6) * t, word(op, 0) + 4 * X * t, word(op, 1) + 4 * X * t
         rank_experts(logits, E, X, ids, weights)
         weigh_experts(logits, E, X, word(op, 5), weights)
 

@@ -17,7 +17,10 @@ import tempfile
 import llvmlite
 import numba
 from numba import config, types
+from numba.core import caching
 from numba.core.registry import cpu_target
+
+from lockstep.runtime.kernel_files import CheckedFiles
 
 PACKAGE = pathlib.Path(__file__).parents[1]
 SIGNATURE = types.void(types.int64, types.int64, types.int64, types.int64)
@@ -72,12 +75,13 @@ def kernel_cache(module):
 
 @contextlib.contextmanager
 def cache_folder(function):
-    """Numba reads CACHE_DIR when a function is decorated; other users of Numba in the process keep theirs."""
-    before, config.CACHE_DIR = config.CACHE_DIR, str(kernel_cache(function.__module__))
+    """Numba looks up where and how to cache when a function is decorated; others in the process keep their ways."""
+    before = config.CACHE_DIR, caching.IndexDataCacheFile
+    config.CACHE_DIR, caching.IndexDataCacheFile = str(kernel_cache(function.__module__)), CheckedFiles
     try:
         yield
     finally:
-        config.CACHE_DIR = before
+        config.CACHE_DIR, caching.IndexDataCacheFile = before
 
 
 def interpreted(function, _made=None):

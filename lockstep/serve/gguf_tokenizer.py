@@ -6,6 +6,7 @@ and of the models' own tokenizer.json.
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
@@ -52,15 +53,13 @@ def build_tokenizer(metadata: Mapping[str, object]) -> Tokenizer:
 
     Raises ValueError if there is none, it is broken, or its model or pre-tokenizer is not supported.
     """
-    kind = metadata.get("tokenizer.ggml.model")
-    if kind in (None, "no_vocab"):
+    kind = _typed(metadata, "tokenizer.ggml.model", str, "no_vocab")
+    if kind == "no_vocab":
         raise ValueError("the file has no tokenizer: text cannot be encoded, only token ids be passed to lockstep.LLM")
     if kind not in ("gpt2", "llama"):
         raise ValueError(f"tokenizer.ggml.model {kind!r} is not supported, only gpt2 and llama")
     tokens = list(_array(metadata, "tokenizer.ggml.tokens"))
-    types = [int(number) for number in metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))]
-    if len(types) != len(tokens):
-        raise ValueError(f"tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens")
+    types = _numbers(metadata, "tokenizer.ggml.token_type", len(tokens), [NORMAL] * len(tokens))
     build = _byte_level_bpe if kind == "gpt2" else _sentencepiece_bpe
     try:
         tokenizer = build(metadata, tokens, types)
@@ -83,7 +82,7 @@ def end_token_ids(metadata: Mapping[str, object], tokenizer: Tokenizer) -> froze
 
 
 def _byte_level_bpe(metadata: Mapping[str, object], tokens: list[str], types: list[int]) -> Tokenizer:
-    kind = metadata.get("tokenizer.ggml.pre", "default")
+    kind = _typed(metadata, "tokenizer.ggml.pre", str, "default")
     if kind not in PATTERNS:
         raise ValueError(f"tokenizer.ggml.pre {kind!r} is not supported, only {', '.join(PATTERNS)}")
     # A merge is two tokens with a space between; no token of this kind contains one.
@@ -100,15 +99,13 @@ def _byte_level_bpe(metadata: Mapping[str, object], tokens: list[str], types: li
 
 
 def _sentencepiece_bpe(metadata: Mapping[str, object], tokens: list[str], types: list[int]) -> Tokenizer:
-    scores = [float(score) for score in _array(metadata, "tokenizer.ggml.scores")]
-    if len(scores) != len(tokens):
-        raise ValueError(f"tokenizer.ggml.scores has {len(scores)} entries for {len(tokens)} tokens")
+    scores = _numbers(metadata, "tokenizer.ggml.scores", len(tokens))
     vocabulary = {token: index for index, token in enumerate(tokens) if types[index] != UNUSED}
     unknown = tokens[_token_id(metadata, "tokenizer.ggml.unknown_token_id", len(tokens)) or 0]
     merges = _merges_by_score(vocabulary, scores, types)
     model = models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(model)
-    prefix = [normalizers.Prepend("▁")] if metadata.get("tokenizer.ggml.add_space_prefix", True) else []
+    prefix = [normalizers.Prepend("▁")] if _typed(metadata, "tokenizer.ggml.add_space_prefix", bool, True) else []
     tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []
     tokenizer.decoder = decoders.Sequence(
@@ -139,11 +136,12 @@ def _add_special(tokenizer: Tokenizer, tokens: list[str], types: list[int]) -> N
 
 def _add_template(tokenizer: Tokenizer, metadata: Mapping[str, object], tokens: list[str]) -> None:
     """Make encode add BOS and EOS if the metadata says so, or by default where the kind does."""
-    starts = metadata.get("tokenizer.ggml.pre") in WHOLE_WORDS_FIRST or metadata["tokenizer.ggml.model"] == "llama"
+    pre = _typed(metadata, "tokenizer.ggml.pre", str, "")
+    starts = pre in WHOLE_WORDS_FIRST or metadata["tokenizer.ggml.model"] == "llama"
     begin = _token_id(metadata, "tokenizer.ggml.bos_token_id", len(tokens))
     end = _token_id(metadata, "tokenizer.ggml.eos_token_id", len(tokens))
-    begins = begin is not None and metadata.get("tokenizer.ggml.add_bos_token", starts)
-    ends = end is not None and metadata.get("tokenizer.ggml.add_eos_token", False)
+    begins = _typed(metadata, "tokenizer.ggml.add_bos_token", bool, starts) and begin is not None
+    ends = _typed(metadata, "tokenizer.ggml.add_eos_token", bool, False) and end is not None
     if begins or ends:
         special = [(name, number) for name, number in (("bos", begin), ("eos", end)) if number is not None]
         single = f"{'bos ' if begins else ''}$A{' eos' if ends else ''}"
@@ -155,6 +153,26 @@ def _array(metadata: Mapping[str, object], key: str) -> Sequence:
     if value is None or isinstance(value, (str, bytes, int, float)) or len(value) == 0:
         raise ValueError(f"{key} is missing or empty: this GGUF file has no usable tokenizer")
     return value
+
+
+def _typed(metadata: Mapping[str, object], key: str, kind: type, default: object) -> object:
+    value = default if metadata.get(key) is None else metadata[key]
+    if not isinstance(value, kind):
+        raise ValueError(f"{key} must be a {'string' if kind is str else 'bool'}, found {value!r:.80}")
+    return value
+
+
+def _numbers(metadata: Mapping[str, object], key: str, count: int, default: list | None = None) -> list:
+    """An array of one number for each token."""
+    if key not in metadata and default is not None:
+        return default
+    array = _array(metadata, key)
+    values = array.tolist() if isinstance(array, np.ndarray) else list(array)
+    if not all(isinstance(value, (int, float)) for value in values):
+        raise ValueError(f"{key} must be an array of numbers, found {values[0]!r:.80} in it")
+    if len(values) != count:
+        raise ValueError(f"{key} has {len(values)} entries for {count} tokens")
+    return values
 
 
 def _token_id(metadata: Mapping[str, object], key: str, num_tokens: int) -> int | None:

@@ -7,6 +7,7 @@ import numpy as np
 from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.model import load_model
 from lockstep.engine.request import SamplingParams
+from lockstep.models.config import end_ids
 from lockstep.serve.hub import resolve_model
 from lockstep.serve.tokenizer import Detokenizer, Tokenizer, load_tokenizer, tokenizer_from_gguf
 from lockstep.weights.checkpoint import open_checkpoint
@@ -93,8 +94,7 @@ class LLM:
 
     def _eos_ids(self):
         """Every id that the config, the generation config or the tokenizer calls an end."""
-        given = self._checkpoint.generation_config.get("eos_token_id")
-        ids = {*self.model.config.eos_ids, *(given if isinstance(given, list) else [] if given is None else [given])}
+        ids = {*self.model.config.eos_ids, *end_ids(self._checkpoint.generation_config, "generation_config.json")}
         return frozenset(ids | self.tokenizer.eos_ids if self.has_tokenizer else ids)
 
     def encode(self, prompt):

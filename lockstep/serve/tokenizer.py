@@ -8,6 +8,7 @@ from pathlib import Path
 
 import tokenizers
 
+from lockstep.models.config import end_ids
 from lockstep.serve.chat_template import ChatTemplate
 from lockstep.serve.decoder_rules import DecoderRules, rules_of
 from lockstep.serve.gguf_tokenizer import build_tokenizer, end_token_ids
@@ -253,19 +254,23 @@ def _special_tokens(config: Mapping) -> dict[str, str]:
 
 
 def _eos_ids(folder: Path, backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str]) -> frozenset[int]:
-    configs = [_optional_json(folder / name) for name in ("generation_config.json", "config.json")]
-    listed = next((config["eos_token_id"] for config in configs if config.get("eos_token_id") is not None), [])
+    paths = [folder / name for name in ("generation_config.json", "config.json")]
+    listed = next((ids for path in paths if (ids := end_ids(_optional_json(path), f"{path}:"))), ())
     named = backend.token_to_id(special_tokens.get("eos_token", ""))
-    ids = set(listed if isinstance(listed, list) else [listed]) | ({named} if named is not None else set())
-    if not all(type(token_id) is int for token_id in ids):
-        raise ValueError(f"{folder}: eos_token_id must be a token id or a list of them, found {listed!r}")
-    return frozenset(ids)
+    return frozenset(listed) | (frozenset() if named is None else {named})
+
+
+def _utf8(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error})") from None
 
 
 def _chat_templates(folder: Path, config: Mapping) -> dict[str, str]:
     own_file = folder / "chat_template.jinja"
     if own_file.is_file():
-        return {"default": own_file.read_text("utf-8")}
+        return {"default": _utf8(own_file)}
     template = config.get("chat_template")
     if isinstance(template, list):
         return {str(entry.get("name")): str(entry.get("template")) for entry in template if isinstance(entry, dict)}

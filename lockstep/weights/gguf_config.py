@@ -20,6 +20,7 @@ MODEL_TYPES: Mapping[str, tuple[str, str]] = {
     "qwen3moe": ("qwen3_moe", "Qwen3MoeForCausalLM"),
     "qwen35": ("qwen3_5_text", "Qwen3_5ForCausalLM"),
 }
+MAX_FLOAT32 = 3.4e38
 HARMLESS = {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "expert_feed_forward_length"}
 # Values that mean "as usual" wherever these keys appear.
 USUAL = {"expert_count": 0, "expert_used_count": 0, "attention.causal": True, "nextn_predict_layers": 0}
@@ -49,14 +50,18 @@ class Keys:
     def number(self, key: str, default: float | None = None) -> float:
         """A finite number; a float32 comes as the shortest decimal that means it, as config.json would have it."""
         value = self._get(key, default)
-        if type(value) not in (int, float) or not math.isfinite(value):
+        if type(value) not in (int, float) or not abs(value) < MAX_FLOAT32:
             raise ValueError(f"{self._where}: {self._prefix}{key} must be a finite number, found {value!r}")
         return float(str(np.float32(value)))
 
     def values(self, key: str) -> list | None:
-        """An array as a list, or None if the key is absent."""
-        value = self._get(key, None) if key in self else None
-        return value.tolist() if isinstance(value, np.ndarray) else value
+        """An array of numbers as a list, or None if the key is absent."""
+        if key not in self:
+            return None
+        value = self._get(key, None)
+        if not isinstance(value, np.ndarray):
+            raise ValueError(f"{self._where}: {self._prefix}{key} must be an array of numbers, found {value!r:.80}")
+        return value.tolist()
 
     def text(self, key: str, default: str) -> str:
         """A string."""
@@ -221,9 +226,9 @@ def _rope(keys: Keys, config: dict, factors: np.ndarray | None, where: str) -> d
     if rope_dim % 2 or not 0 < rope_dim <= head_dim or theta < 1:
         raise ValueError(f"{where}: rope.dimension_count {rope_dim}, base {theta} do not fit heads of {head_dim}")
     scaling = _scaling(keys, theta, rope_dim, factors, where)
-    partial = {} if rope_dim == head_dim else {"partial_rotary_factor": rope_dim / head_dim}
+    partial = {"partial_rotary_factor": rope_dim / head_dim}
     if config["model_type"] != "qwen3_5_text":
-        return {"rope_theta": theta, "rope_scaling": scaling, **partial}
+        return {"rope_theta": theta, "rope_scaling": scaling, **(partial if rope_dim != head_dim else {})}
     sections = (keys.values("rope.dimension_sections") or [11, 11, 10])[:3]
     mrope = {"mrope_section": sections, "mrope_interleaved": True}
     return {"rope_parameters": {"rope_type": "default", "rope_theta": theta, **partial, **(scaling or {}), **mrope}}

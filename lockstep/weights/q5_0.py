@@ -21,7 +21,11 @@ def dequantize(packed: np.ndarray) -> np.ndarray:
     return blk.dequantize_in_chunks(packed, BLOCK_SIZE, BLOCK_BYTES, _decode)
 
 
+def five_bits(fifth: np.ndarray, low: np.ndarray) -> np.ndarray:
+    """Codes 0..31 of blocks, uint8 [blocks, 32], from their fifth bits [blocks, 4] and low bits [blocks, 16]."""
+    return nibbles(low) | np.unpackbits(fifth, axis=1, bitorder="little") << 4
+
+
 def _decode(blocks: np.ndarray) -> np.ndarray:
-    fifth = np.unpackbits(blocks[:, 2:6], axis=1, bitorder="little")
-    codes = (nibbles(blocks[:, 6:]) | fifth << 4).astype(np.float32) - np.float32(16)
+    codes = five_bits(blocks[:, 2:6], blocks[:, 6:]).astype(np.float32) - np.float32(16)
     return codes * blk.field_f16(blocks, 0).astype(np.float32)[:, None]

@@ -16,7 +16,7 @@ from lockstep.runtime.targets import name as target_name
 # Layouts whose names end like this are kept on disk; the others are small. A kept table was checked when it was made,
 # and no step reads the checkpoint's file, which somebody might truncate.
 KEPT = ("panels", "stored bytes")
-FORMAT = 2  # of the packed files; a change of any layout raises it
+FORMAT = 3  # of the packed files; a change of any layout raises it
 
 
 class PackedStore(WeightStore):
@@ -50,10 +50,10 @@ class PackedStore(WeightStore):
 
     def _load(self, key):
         """The arrays of a packed weight, memory-mapped; None where they are not there or not whole."""
-        folder = self.folder / key
         try:
-            return tuple(np.load(folder / f"{i}.npy", mmap_mode="r") for i in range(len(os.listdir(folder))))
-        except (OSError, ValueError):
+            names = file_names(len(os.listdir(self.folder / key)))
+            return tuple(np.load(self.folder / key / name, mmap_mode="r") for name in names) or None
+        except (OSError, ValueError, EOFError):
             return None
 
     def _keep(self, key, arrays):
@@ -64,8 +64,15 @@ class PackedStore(WeightStore):
                 return
             made = Path(tempfile.mkdtemp(dir=self.folder, prefix=".making-"))
             try:
-                for i, array in enumerate(arrays):
-                    np.save(made / f"{i}.npy", array)
+                for name, array in zip(file_names(len(arrays)), arrays):
+                    np.save(made / name, array)
+                if self._load(key) is None:
+                    shutil.rmtree(self.folder / key, ignore_errors=True)  # a damaged one
                 os.replace(made, self.folder / key)
             except OSError:
                 shutil.rmtree(made, ignore_errors=True)
+
+
+def file_names(count):
+    """Files of so many arrays; the count is in each name, so that a missing one is noticed."""
+    return [f"{i}-of-{count}.npy" for i in range(count)]

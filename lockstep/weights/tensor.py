@@ -7,7 +7,7 @@ from types import ModuleType
 import ml_dtypes
 import numpy as np
 
-from lockstep.weights import q4_0, q4_1, q4_k, q5_0, q5_k, q6_k, q8_0
+from lockstep.weights import q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0
 from lockstep.weights.blocks import row_bytes
 from lockstep.weights.mapped import read_array
 
@@ -35,6 +35,7 @@ BLOCK_FORMATS: Mapping[str, ModuleType] = {
     "q4_0": q4_0,
     "q4_1": q4_1,
     "q5_0": q5_0,
+    "q5_1": q5_1,
     "q4_k": q4_k,
     "q5_k": q5_k,
     "q6_k": q6_k,

@@ -44,6 +44,8 @@ CASES = {
     "qwen2_window": case("qwen2", use_sliding_window=True, sliding_window=7, max_window_layers=1),
     "qwen3": case("qwen3", head_dim=32),
     "qwen3_yarn_biased": case("qwen3", head_dim=32, attention_bias=True, rope_scaling=YARN),
+    "smollm3_window_by_type": case("smollm3", no_rope_layers=[0, 1, 0], sliding_window=9, use_sliding_window=False,
+                                   layer_types=["full_attention", "sliding_attention", "sliding_attention"]),
     "smollm3": case("smollm3", num_hidden_layers=4, tie_word_embeddings=True, no_rope_layers=[1, 0, 1, 0]),
     "qwen3_5": hybrid(),
     "qwen3_5_tied_equal_heads": hybrid(tie_word_embeddings=True, linear_num_value_heads=2, linear_value_head_dim=16),
@@ -52,5 +54,8 @@ CASES = {
                       norm_topk_prob=True, num_key_value_heads=1),
     "qwen3_moe_not_renormalised": case("qwen3_moe", head_dim=16, num_experts=32, num_experts_per_tok=2,
                                        moe_intermediate_size=64, norm_topk_prob=False),
+    "qwen3_moe_some_dense": case("qwen3_moe", head_dim=16, num_experts=6, num_experts_per_tok=2, num_hidden_layers=4,
+                                 moe_intermediate_size=48, norm_topk_prob=True, decoder_sparse_step=2,
+                                 mlp_only_layers=[1]),
 }
 SEED = 7

@@ -8,7 +8,7 @@ from lockstep.models.record import compute_format
 from lockstep.ops.rope import RopeScaling
 from tests.models import published as p
 from tests.models import tiny
-from tests.models.cases import CASES, SEED, case, hybrid, nested
+from tests.models.cases import CASES, LLAMA3, SEED, YARN, case, hybrid, nested
 from tests.models.running import load
 
 
@@ -54,7 +54,15 @@ def test_windows():
     ]
     assert windows(case("qwen3", use_sliding_window=False, sliding_window=5, max_window_layers=0)) == [0] * 3
     assert windows({**CASES["qwen3_moe"], **sliding, "max_window_layers": 48}) == [5] * 3
+    for name in ("qwen2", "qwen3", "qwen3_moe"):  # nothing to slide
+        assert windows({**CASES[name], **sliding, "sliding_window": None, "max_window_layers": 0}) == [0] * 3
     assert windows({**CASES["smollm3"], **sliding}) == [0, 5, 0, 5]
+    assert windows({**CASES["smollm3_window_by_type"], "layer_types": None}) == [0] * 3
+
+
+def test_layers_without_experts():
+    assert [layer.dense for layer in model_config(CASES["qwen3_moe_some_dense"]).layers] == [True, True, True, False]
+    assert model_config(CASES["qwen3_moe_some_dense"]).ffn_width == 96
 
 
 def test_what_a_silent_config_means():
@@ -123,14 +131,39 @@ REFUSED = [
         "rope parameter 'short_mscale'",
     ),
     (case("llama", rope_parameters={"full_attention": {"rope_theta": 5.0}}), "rope parameter 'full_attention'"),
+    (case("llama", rope_scaling=[2.0]), "config key 'rope_scaling': expected an object, got [2.0]"),
+    (case("llama", rope_parameters=1), "config key 'rope_parameters': expected an object, got 1"),
+    (case("llama", rope_scaling={"type": ["linear"]}), "rope type ['linear'] is not supported"),
+    (case("llama", rope_theta=0), "rope parameter 'rope_theta': expected a positive number, got 0"),
+    (case("llama", rope_scaling=LLAMA3, original_max_position_embeddings="64"),
+     "rope parameter 'original_max_position_embeddings': expected a positive number, got '64'"),
+    (case("qwen3", rope_scaling=YARN, rope_theta=1), "rope parameter 'rope_theta': expected more than 1"),
+    (case("llama", rope_parameters={"partial_rotary_factor": 0.5}),
+     "rope parameter 'partial_rotary_factor': 0.5 is not supported, only 1"),
+    (hybrid(partial_rotary_factor=0, rope_parameters={}), "rope parameter 'partial_rotary_factor': expected a"),
+    (case("qwen2", layer_types=["sliding_attention"] * 3), "config key 'layer_types': sliding_attention needs"),
+    (case("qwen3", max_window_layers="2"), "config key 'max_window_layers': expected a number, got '2'"),
+    (case("qwen3", use_sliding_window="false"), "config key 'use_sliding_window': expected true or false, got 'false'"),
+    (case("qwen3", attention_bias=[1]), "config key 'attention_bias': expected true or false, got [1]"),
+    (case("llama", tie_word_embeddings="false"), "config key 'tie_word_embeddings': expected true or false"),
+    ({**CASES["qwen3_moe"], "norm_topk_prob": 1}, "config key 'norm_topk_prob': expected true or false, got 1"),
+    (case("llama", eos_token_id=-1), "config key 'eos_token_id': expected token ids, got -1"),
+    (case("llama", eos_token_id=[2, True]), "config key 'eos_token_id': expected token ids, got [2, True]"),
+    (case("smollm3", no_rope_layers=[[1], 0, 1]), "config key 'no_rope_layers': expected 3 of 0 and 1, got [[1], "),
+    (case("smollm3", no_rope_layer_interval=0), "config key 'no_rope_layer_interval': expected 1 to"),
+    (hybrid(layer_types=[[1]]), "config key 'layer_types': expected 4 of full_attention and linear_attention"),
+    (hybrid(layer_types=None, full_attention_interval="4"), "config key 'full_attention_interval': expected a number"),
+    (hybrid(mtp_num_hidden_layers="one"), "config key 'mtp_num_hidden_layers': expected a number, got 'one'"),
     (case("llama", rope_theta=-1.0), "rope parameter 'rope_theta': expected a positive number, got -1.0"),
-    ({**CASES["qwen3_moe"], "mlp_only_layers": [1]}, "config key 'mlp_only_layers': [1] is not supported, only []"),
-    ({**CASES["qwen3_moe"], "decoder_sparse_step": 2}, "'decoder_sparse_step'"),
+    ({**CASES["qwen3_moe"], "mlp_only_layers": [3]}, "config key 'mlp_only_layers': expected layers below 3, got [3]"),
+    ({**CASES["qwen3_moe"], "mlp_only_layers": 1}, "config key 'mlp_only_layers': expected layers below 3, got 1"),
+    ({**CASES["qwen3_moe"], "decoder_sparse_step": 0}, "config key 'decoder_sparse_step': expected 1 to"),
+    ({**CASES["qwen3_moe"], "decoder_sparse_step": 2, "intermediate_size": 90}, "ffn_width 90 is not supported"),
     (
         {**CASES["qwen3_moe"], "num_experts_per_tok": 17},
         "config key 'num_experts_per_tok': expected at most 16, got 17",
     ),
-    ({**CASES["qwen3_moe"], "num_experts": 8}, "8 experts of width 32 are not supported"),
+    ({**CASES["qwen3_moe"], "moe_intermediate_size": 40}, "experts of width 40 are not supported"),
     ({**CASES["qwen3_moe"], "shared_expert_intermediate_size": 32}, "'shared_expert_intermediate_size'"),
     (hybrid(attn_output_gate=False), "'attn_output_gate'"),
     (hybrid(mtp_use_dedicated_embeddings=True), "'mtp_use_dedicated_embeddings'"),

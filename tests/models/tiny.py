@@ -33,7 +33,7 @@ def shapes(config):
         mixer = {f"linear_attn.{k}": v for k, v in _delta(c).items()} if linear else {
             f"self_attn.{k}": v for k, v in _attention(c).items()}
         layer = {"input_layernorm.weight": (width,), "post_attention_layernorm.weight": (width,), **mixer,
-                 **{f"mlp.{k}": v for k, v in _mlp(c).items()}}
+                 **{f"mlp.{k}": v for k, v in _mlp(c, i).items()}}
         made.update({f"layers.{i}.{k}": v for k, v in layer.items()})
     head = {} if config["tie_word_embeddings"] else {"lm_head.weight": (c["vocab_size"], width)}
     return {**{prefix(config) + k: v for k, v in made.items()}, **head}
@@ -62,12 +62,13 @@ def _delta(c):
             "dt_bias": (H,), "norm.weight": (V,), "out_proj.weight": (width, H * V)}
 
 
-def _mlp(c):
+def _mlp(c, layer):
     def swiglu(ffn):
         return {"gate_proj.weight": (ffn, c["hidden_size"]), "up_proj.weight": (ffn, c["hidden_size"]),
                 "down_proj.weight": (c["hidden_size"], ffn)}
 
-    if c["model_type"] != "qwen3_moe":
+    dense = layer in c.get("mlp_only_layers", []) or (layer + 1) % c.get("decoder_sparse_step", 1)
+    if c["model_type"] != "qwen3_moe" or dense:
         return swiglu(c["intermediate_size"])
     one = swiglu(c["moe_intermediate_size"])
     experts = {f"experts.{e}.{k}": v for e in range(c["num_experts"]) for k, v in one.items()}

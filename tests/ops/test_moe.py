@@ -16,9 +16,11 @@ def logits_of(num_tokens, experts):
 
 
 def route(backend, logits, top_k, renormalize=1, num_threads=1):
+    """Rows of logits are as wide as a linear layer's output, with anything after the experts'."""
     outputs = {"ids": ("T", top_k, "i32"), "weights": ("T", top_k, "f32")}
-    return run_op(backend["route"], outputs, [logits], num_threads=num_threads, experts=logits.shape[1], top_k=top_k,
-                  renormalize=renormalize)
+    padded = np.pad(logits, ((0, 0), (0, -logits.shape[1] % 16)), constant_values=1e9)
+    return run_op(backend["route"], outputs, [padded], num_threads=num_threads, experts=logits.shape[1], top_k=top_k,
+                  renormalize=renormalize, width=padded.shape[1])
 
 
 def group(backend, ids, experts, num_threads=1):

@@ -6,6 +6,8 @@ import pytest
 
 from lockstep import LLM, SamplingParams
 from lockstep.engine.request import samples
+from tests.models import tiny
+from tests.models.cases import CASES
 
 PROMPT = "def read_lines(path):\n"
 PROMPTS = [PROMPT, "import os\n", "class Queue:\n    ", "x", "for i in range(10):\n    print(i)\n" * 12]
@@ -150,3 +152,10 @@ def test_one_bad_prompt_leaves_no_embedding_behind(llm):
     with pytest.raises(ValueError, match="at least one token"):
         llm.embed([PROMPT, []])
     assert not llm.engine.has_work
+
+
+def test_ends_of_a_generation_config_that_are_no_token_ids(tmp_path):
+    folder = tiny.write(tmp_path, CASES["llama"], tiny.tensors(CASES["llama"], 3))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [[2]]}')
+    with pytest.raises(ValueError, match=r"generation_config.json key 'eos_token_id': expected token ids"):
+        LLM(str(folder))

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import tokenizers
 from hypothesis import given, settings
@@ -139,7 +140,7 @@ def test_a_folder(tmp_path):
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [8, 9]}')
     assert load_tokenizer(tmp_path).eos_ids == {end, 8, 9}
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": "x"}')
-    with pytest.raises(ValueError, match="eos_token_id must be a token id"):
+    with pytest.raises(ValueError, match="generation_config.json: key 'eos_token_id': expected token ids, got 'x'"):
         load_tokenizer(tmp_path)
 
 
@@ -153,6 +154,9 @@ def test_where_the_chat_template_comes_from(tmp_path):
     assert tokenizer.render_chat(messages) == "plain" and tokenizer.render_chat(messages, tools=[]) == "tools"
     (folder / "chat_template.jinja").write_text("own file")
     assert load_tokenizer(folder).render_chat(messages, tools=[]) == "own file"
+    (folder / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="chat_template.jinja: not UTF-8 text"):
+        load_tokenizer(folder)
 
 
 def test_settings_of_training_do_not_cut_prompts(tmp_path):
@@ -339,9 +343,16 @@ def test_sentencepiece_without_the_space_prefix():
         ({"merges": ["no-space"]}, "inconsistent|tokenizer"),
         ({"merges": ["zzzz yyyy"]}, "inconsistent"),
         ({"token_type": [1]}, "tokenizer.ggml.token_type has 1 entries"),
+        ({"token_type": 1}, "tokenizer.ggml.token_type is missing or empty"),
+        ({"token_type": ["1"]}, "tokenizer.ggml.token_type must be an array of numbers, found '1' in it"),
+        ({"model": np.array([1, 2])}, "tokenizer.ggml.model must be a string, found array"),
+        ({"pre": 7}, "tokenizer.ggml.pre must be a string, found 7"),
+        ({"add_bos_token": np.array([], np.int32)}, "tokenizer.ggml.add_bos_token must be a bool, found array"),
+        ({"add_eos_token": "no"}, "tokenizer.ggml.add_eos_token must be a bool, found 'no'"),
         ({"bos_token_id": 1 << 30}, "tokenizer.ggml.bos_token_id must be one of"),
         ({"eot_token_id": "x"}, "tokenizer.ggml.eot_token_id must be one of"),
         ({"model": "llama", "scores": [1.0]}, "tokenizer.ggml.scores has 1 entries"),
+        ({"model": "llama", "pre": np.array([1, 2])}, "tokenizer.ggml"),
         ({"model": "llama"}, "tokenizer.ggml.scores is missing"),
     ],
 )

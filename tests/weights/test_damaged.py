@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from lockstep.engine.request import SamplingParams
 from lockstep.ops.embed import raw_bytes
 from lockstep.runtime.program import Weight
 from lockstep.serve.llm import LLM
@@ -111,6 +112,29 @@ def test_reading_a_file_that_was_truncated_since(tmp_path):
     assert (tensor.read(slice(0, 30)) == WEIGHTS[:30]).all()
     with pytest.raises(ValueError, match=f"model.safetensors: the file had {size} bytes when it was opened"):
         tensor.to_f32(slice(20, 40))
+
+
+def remove(path):
+    path.unlink()
+
+
+@pytest.mark.parametrize("which", ["0-of-1.npy", "0-of-2.npy", "1-of-2.npy", ".npy"])
+@pytest.mark.parametrize("damage", [remove, lambda path: os.truncate(path, 0), lambda path: os.truncate(path, 200)])
+def test_damaged_packed_weights_are_packed_again(damage, which, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCKSTEP_CACHE", str(tmp_path / "cache"))
+    folder, answers = tiny.write(tmp_path / "m", QWEN3, tiny.tensors(QWEN3, 3)), []
+    for packed in (True, True, False):  # damaged: packed again; whole again: not
+        reports = []
+        llm = LLM(str(folder), weights="q8_0", progress=lambda *report: reports.append(report))
+        answers.append(llm.generate([[5, 6, 7]], SamplingParams(max_tokens=5, ignore_eos=True))[0].logprobs)
+        llm.close()
+        assert bool(reports) == packed
+        if len(answers) == 1:
+            damaged = [path for path in (tmp_path / "cache" / "packed").rglob("*.npy") if path.name.endswith(which)]
+            assert damaged
+            for path in damaged:
+                damage(path)
+    assert answers[0] == answers[1] == answers[2]
 
 
 TRUNCATED_WHILE_OPEN = """

@@ -4,6 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from lockstep.models.families import model_config
 from lockstep.weights import q4_0, q8_0
 from lockstep.weights.checkpoint import open_checkpoint
 from tests.weights import convert
@@ -271,6 +272,14 @@ def test_qwen35(num_keys, num_values, mtp, tmp_path):
         "rope_type": "default", "rope_theta": 500000.0, "partial_rotary_factor": 0.25, "mrope_section": [11, 11, 10],
         "mrope_interleaved": True,
     }  # fmt: skip
+
+
+def test_qwen35_heads_that_turn_whole(tmp_path):
+    tensors = qwen35_tensors(np.random.default_rng(12), 2, 2, mtp=False)
+    path = write_qwen35(tmp_path / "m.gguf", tensors, 2, 2, rope__dimension_count=16)
+    assert model_config(open_checkpoint(path).config).rope_dim == 16  # a silent config means a quarter
+    with pytest.raises(ValueError, match="qwen35.rope.dimension_sections must be an array of numbers, found 11"):
+        open_checkpoint(write_qwen35(path, tensors, 2, 2, rope__dimension_sections=11))
 
 
 def test_qwen35_layer_types_by_interval(tmp_path):

@@ -9,7 +9,7 @@ from lockstep.engine.embedding import Pool
 from lockstep.engine.memory import Memory
 from lockstep.engine.prefix import PrefixCache, model_identity
 from lockstep.engine.prefix_disk import DiskStore
-from lockstep.engine.request import Request, samples
+from lockstep.engine.request import Request, check_params, check_single, samples, token_list
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.engine.sampling import Refused, sampled_rows, take_prompt_rows, within_rows
 from lockstep.engine.scheduler import Scheduler
@@ -109,8 +109,7 @@ class Engine:
 
     def add(self, prompt_ids, params, **options):
         """Queues a prompt; returns its Request. options: see `make`. ValueError if it cannot fit."""
-        if params.n != 1:
-            raise ValueError(f"n: expected 1 where one request is added, got {params.n}")
+        check_single(params)
         return self.add_samples(prompt_ids, params, **options)[0]
 
     def add_samples(self, prompt_ids, params, **options):
@@ -125,7 +124,8 @@ class Engine:
 
         priority: the lower goes first. cache_salt: requests share cached prefixes only with others of the same salt.
         """
-        self._check(prompt_ids, params)
+        prompt_ids = token_list(prompt_ids)
+        self._check(prompt_ids, params, priority, cache_salt)
         made = [Request(next(self._ids), list(prompt_ids), p, priority=priority, cache_salt=cache_salt)
                 for p in samples(params)]
         if params.pooling is not None:
@@ -137,7 +137,12 @@ class Engine:
                 request.block_names = list(names)
         return made
 
-    def _check(self, prompt_ids, params):
+    def _check(self, prompt_ids, params, priority, cache_salt):
+        check_params(params)
+        if not isinstance(priority, int):
+            raise ValueError(f"priority: expected an integer, got {priority!r}")
+        if not isinstance(cache_salt, str):
+            raise ValueError(f"cache_salt: expected a string, got {cache_salt!r}")
         limit, vocab = self.model.max_context, self.model.config.vocab_size
         if not prompt_ids:
             raise ValueError("prompt: expected at least one token, got none")
@@ -162,18 +167,12 @@ class Engine:
 
     def step(self):
         """Runs one step; returns the requests that got a token or their embedding, or failed."""
-        plan, spans, changed = [], [], []
-        for request, count in within_rows(self.scheduler.schedule(), self.runner.limits.max_sampled):
-            try:
-                spans.append(self._span(request, count))
-                plan.append((request, count))
-            except Refused as error:
-                changed.append(self.fail(request, error))
-        if not spans:
+        plan, changed = self._prepare()
+        if not plan:
             return changed
-        tokens, logprobs, _ = self.runner.step(spans)
+        tokens, logprobs, _ = self.runner.step([span for _, _, span in plan])
         row = hidden_row = 0
-        for (request, count), span in zip(plan, spans):
+        for request, count, span in plan:
             self.scheduler.computed(request, count)
             if request.num_left == 0:
                 changed.append(request)
@@ -182,6 +181,17 @@ class Engine:
             else:
                 hidden_row = self._take_hidden(request, span, hidden_row)
         return changed
+
+    def _prepare(self):
+        """What runs in the next step, [(request, number of tokens, Span), ...], and the requests that failed."""
+        plan, failed = [], []
+        for request, count in within_rows(self.scheduler.schedule(), self.runner.limits.max_sampled):
+            try:
+                if request.finish_reason is None:
+                    plan.append((request, count, self._span(request, count)))
+            except Refused as error:
+                failed.append(self.fail(request, error))
+        return [each for each in plan if each[0].finish_reason is None], failed  # a mask may have cancelled some
 
     def _span(self, request, count):
         start, end = request.num_computed, request.num_computed + count

@@ -96,7 +96,7 @@ def help_forever(shared, thread, num_threads, seen):
 
 
 class Team:
-    """num_threads threads, the caller's included. `close` ends the helpers. A forked process gets helpers of its own."""
+    """num_threads threads, the caller's included; a forked process gets its own. `close` ends the helpers."""
 
     def __init__(self, num_threads):
         self.num_threads = num_threads

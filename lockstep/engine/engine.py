@@ -27,8 +27,10 @@ def num_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+MANY = (1 << 31) - 1
 LOWEST = {"max_step_tokens": 1, "max_requests": 1, "kv_tokens": PAGE_TOKENS, "threads": 1, "state_bytes": 0,
           "state_every": PAGE_TOKENS, "prompt_state_from": 0, "cache_dir_bytes": 0}
+MAY_BE_NONE = ("kv_tokens", "threads", "prompt_state_from")
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,14 @@ class EngineOptions:
 
     def __post_init__(self):
         for name, low in LOWEST.items():
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < low):
-                raise ValueError(f"{name}: expected an integer of at least {low}, got {value!r}")
+            value, high = getattr(self, name), 1 << 62 if name.endswith("_bytes") else MANY
+            if type(value) is int and low <= value <= high or value is None and name in MAY_BE_NONE:
+                continue
+            raise ValueError(f"{name}: expected an integer of at least {low} (and at most {high}), got {value!r:.80}")
+        if not isinstance(self.prefix_cache, bool):
+            raise ValueError(f"prefix_cache: expected True or False, got {self.prefix_cache!r}")
+        if self.cache_dir is not None and not (isinstance(self.cache_dir, (str, os.PathLike)) and str(self.cache_dir)):
+            raise ValueError(f"cache_dir: expected a folder or None, got {self.cache_dir!r}")
         if self.state_every % PAGE_TOKENS:
             raise ValueError(f"state_every: expected a multiple of {PAGE_TOKENS}, got {self.state_every}")
 
@@ -85,7 +92,10 @@ class Engine:
         num_sampled = max(options.max_requests, min(options.max_step_tokens, PROMPT_ROWS))
         limits = Limits(options.max_step_tokens, options.max_requests, num_pages(model, options), num_sampled)
         self.model, self.team = model, Team(options.threads or num_cores())
-        self.runner = Runner(model, self.team, limits, swaps)
+        try:
+            self.runner = Runner(model, self.team, limits, swaps)
+        except MemoryError as error:
+            raise ValueError(f"max_step_tokens, max_requests or kv_tokens: not enough memory ({error})") from None
         selfcheck.check(self.runner.program, self.runner.executor.backend)
         self.scheduler = Scheduler(limits, self._prefix_cache(options))
         self._ids, self.num_generated = itertools.count(), 0

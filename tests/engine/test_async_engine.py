@@ -230,6 +230,8 @@ def test_batches_read_many_streams_at_once_and_each_ends_with_its_reason(running
         assert all(each == [None] * (len(each) - 1) + ["length"] for each in reasons)
         return ids, rounds
 
+    step = running.engine.step
+    running.engine.step = lambda: time.sleep(0.01) or step()  # slow enough for any reader to see each step
     every, rounds = asyncio.run(read(lambda: 0.0))
     at_the_end, few = asyncio.run(read(lambda: math.inf))
     assert every == at_the_end == alone

@@ -58,7 +58,7 @@ class EngineOptions:
 
     def __post_init__(self):
         for name, low in LOWEST.items():
-            value, high = getattr(self, name), 1 << 62 if name.endswith("_bytes") else MANY
+            value, high = getattr(self, name), 1 << 62 if name.endswith(("_bytes", "kv_tokens")) else MANY
             if type(value) is int and low <= value <= high or value is None and name in MAY_BE_NONE:
                 continue
             raise ValueError(f"{name}: expected an integer of at least {low} (and at most {high}), got {value!r:.80}")

@@ -15,6 +15,7 @@ from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.request import Request, SamplingParams
 from lockstep.ops.kv_cache import PAGE_TOKENS
 
+LOWEST_RATE = 1e-3  # arrivals a second: a wait has to end
 PERCENTILES = (50, 95, 99)
 LIMITS = {  # of a workload's numbers: kind, least, largest
     "requests": (int, 1, 1_000_000), "rate": ((int, float), 0, 1e6), "burst": (int, 1, 1_000_000),
@@ -46,6 +47,8 @@ class Workload:
             value = getattr(self, name)
             if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
                 raise ValueError(f"{name}: expected a number from {low} to {high:g}, got {value!r}")
+        if 0 < self.rate < LOWEST_RATE:
+            raise ValueError(f"rate: expected 0 (all at once) or at least {LOWEST_RATE}, got {self.rate!r}")
         for name in ("prompt", "output"):
             low, high = getattr(self, name)
             if not 1 <= low <= high:

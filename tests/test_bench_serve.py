@@ -46,7 +46,8 @@ def test_requests_depend_on_the_seed_only_and_keep_to_the_limits():
 
 @pytest.mark.parametrize(("wrong", "said"), [
     (dict(requests=0), "requests: expected a number from 1"), (dict(requests=1.5), "requests"),
-    (dict(rate=float("nan")), "rate: expected a number from 0"), (dict(rate=-1), "rate"), (dict(burst=0), "burst"),
+    (dict(rate=float("nan")), "rate: expected a number from 0"), (dict(rate=-1), "rate"),
+    (dict(rate=1e-300), r"rate: expected 0 \(all at once\) or at least 0.001, got 1e-300"), (dict(burst=0), "burst"),
     (dict(prompt=(0, 4)), "prompt: expected at least 1 token"), (dict(output=(5, 4)), "output"),
     (dict(shared_prefix=-1), "shared_prefix"), (dict(seed=-1), "seed"), (dict(temperature=-0.5), "temperature"),
 ])  # fmt: skip

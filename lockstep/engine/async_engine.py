@@ -6,6 +6,8 @@ import time
 from collections import deque
 from typing import NamedTuple
 
+from lockstep.engine.request import check_single
+
 SWITCH_SECONDS = 5e-5  # a busy Python thread hands over after so long; the default of 5 ms would delay every step
 
 
@@ -203,8 +205,7 @@ class AsyncEngine:
 
     def submit(self, prompt_ids, params, **options):
         """Queues one request; returns its TokenStream. options: of Engine.make. ValueError for one that cannot run."""
-        if params.n != 1:
-            raise ValueError(f"n: expected 1 where one stream is returned, got {params.n}")
+        check_single(params)
         return self.submit_samples(prompt_ids, params, **options)[0]
 
     def submit_samples(self, prompt_ids, params, **options):
@@ -219,6 +220,10 @@ class AsyncEngine:
         return streams
 
     def _send(self, what, *streams):
+        if not self._thread.is_alive():  # and if the process was forked, its locks may be held for ever
+            if what == "submit":
+                raise EngineStopped(str(self._error or "the engine does not run in this process")) from self._error
+            return
         with self._changed:
             if what == "submit" and (self._closing or self._error is not None):
                 raise EngineStopped(str(self._error or "the engine is closed")) from self._error

@@ -9,7 +9,7 @@ from lockstep.engine.embedding import Pool
 from lockstep.engine.memory import Memory
 from lockstep.engine.prefix import PrefixCache, model_identity
 from lockstep.engine.prefix_disk import DiskStore
-from lockstep.engine.request import Request, samples
+from lockstep.engine.request import Request, check_params, check_single, samples, token_list
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.engine.sampling import Refused, sampled_rows, take_prompt_rows, within_rows
 from lockstep.engine.scheduler import Scheduler
@@ -27,8 +27,10 @@ def num_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+MANY = (1 << 31) - 1
 LOWEST = {"max_step_tokens": 1, "max_requests": 1, "kv_tokens": PAGE_TOKENS, "threads": 1, "state_bytes": 0,
           "state_every": PAGE_TOKENS, "prompt_state_from": 0, "cache_dir_bytes": 0}
+MAY_BE_NONE = ("kv_tokens", "threads", "prompt_state_from")
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,14 @@ class EngineOptions:
 
     def __post_init__(self):
         for name, low in LOWEST.items():
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < low):
-                raise ValueError(f"{name}: expected an integer of at least {low}, got {value!r}")
+            value, high = getattr(self, name), 1 << 62 if name.endswith(("_bytes", "kv_tokens")) else MANY
+            if type(value) is int and low <= value <= high or value is None and name in MAY_BE_NONE:
+                continue
+            raise ValueError(f"{name}: expected an integer of at least {low} (and at most {high}), got {value!r:.80}")
+        if not isinstance(self.prefix_cache, bool):
+            raise ValueError(f"prefix_cache: expected True or False, got {self.prefix_cache!r}")
+        if self.cache_dir is not None and not (isinstance(self.cache_dir, (str, os.PathLike)) and str(self.cache_dir)):
+            raise ValueError(f"cache_dir: expected a folder or None, got {self.cache_dir!r}")
         if self.state_every % PAGE_TOKENS:
             raise ValueError(f"state_every: expected a multiple of {PAGE_TOKENS}, got {self.state_every}")
 
@@ -90,7 +97,10 @@ class Engine:
         num_sampled = max(options.max_requests, min(options.max_step_tokens, PROMPT_ROWS))
         limits = Limits(options.max_step_tokens, options.max_requests, num_pages(model, options), num_sampled)
         self.model, self.team = model, Team(options.threads or num_cores())
-        self.runner = Runner(model, self.team, limits, swaps)
+        try:
+            self.runner = Runner(model, self.team, limits, swaps)
+        except MemoryError as error:
+            raise ValueError(f"max_step_tokens, max_requests or kv_tokens: not enough memory ({error})") from None
         if options.kv_tokens is not None:
             for array in self.runner.caches.values():
                 array.fill(0)  # the system hands out pages at the first touch: better now than within a request
@@ -117,8 +127,7 @@ class Engine:
 
     def add(self, prompt_ids, params, **options):
         """Queues a prompt; returns its Request. options: see `make`. ValueError if it cannot fit."""
-        if params.n != 1:
-            raise ValueError(f"n: expected 1 where one request is added, got {params.n}")
+        check_single(params)
         return self.add_samples(prompt_ids, params, **options)[0]
 
     def add_samples(self, prompt_ids, params, **options):
@@ -133,7 +142,8 @@ class Engine:
 
         priority: the lower goes first. cache_salt: requests share cached prefixes only with others of the same salt.
         """
-        self._check(prompt_ids, params)
+        prompt_ids = token_list(prompt_ids)
+        self._check(prompt_ids, params, priority, cache_salt)
         made = [Request(next(self._ids), list(prompt_ids), p, priority=priority, cache_salt=cache_salt)
                 for p in samples(params)]
         if params.pooling is not None:
@@ -145,7 +155,12 @@ class Engine:
                 request.block_names = list(names)
         return made
 
-    def _check(self, prompt_ids, params):
+    def _check(self, prompt_ids, params, priority, cache_salt):
+        check_params(params)
+        if not isinstance(priority, int):
+            raise ValueError(f"priority: expected an integer, got {priority!r}")
+        if not isinstance(cache_salt, str):
+            raise ValueError(f"cache_salt: expected a string, got {cache_salt!r}")
         limit, vocab = self.model.max_context, self.model.config.vocab_size
         if not prompt_ids:
             raise ValueError("prompt: expected at least one token, got none")
@@ -170,18 +185,12 @@ class Engine:
 
     def step(self):
         """Runs one step; returns the requests that got a token or their embedding, or failed."""
-        plan, spans, changed = [], [], []
-        for request, count in within_rows(self.scheduler.schedule(), self.runner.limits.max_sampled):
-            try:
-                spans.append(self._span(request, count))
-                plan.append((request, count))
-            except Refused as error:
-                changed.append(self.fail(request, error))
-        if not spans:
+        plan, changed = self._prepare()
+        if not plan:
             return changed
-        tokens, logprobs, _ = self.runner.step(spans)
+        tokens, logprobs, _ = self.runner.step([span for _, _, span in plan])
         row = hidden_row = 0
-        for (request, count), span in zip(plan, spans):
+        for request, count, span in plan:
             self.scheduler.computed(request, count)
             if request.num_left == 0:
                 changed.append(request)
@@ -190,6 +199,17 @@ class Engine:
             else:
                 hidden_row = self._take_hidden(request, span, hidden_row)
         return changed
+
+    def _prepare(self):
+        """What runs in the next step, [(request, number of tokens, Span), ...], and the requests that failed."""
+        plan, failed = [], []
+        for request, count in within_rows(self.scheduler.schedule(), self.runner.limits.max_sampled):
+            try:
+                if request.finish_reason is None:
+                    plan.append((request, count, self._span(request, count)))
+            except Refused as error:
+                failed.append(self.fail(request, error))
+        return [each for each in plan if each[0].finish_reason is None], failed  # a mask may have cancelled some
 
     def _span(self, request, count):
         start, end = request.num_computed, request.num_computed + count

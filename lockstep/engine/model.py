@@ -63,12 +63,14 @@ class Model:
 
 
 def load_model(checkpoint, store, weights="auto", kv_dtype=None, max_context=None):
-    """Records a checkpoint's program. ValueError for a kv_dtype that there is not.
+    """Records a checkpoint's program. ValueError for a kv_dtype or max_context that cannot be.
 
     weights: a format for the linear layers, or "auto": that of the file. kv_dtype: "f32", "bf16" or "q8"; by default
     f32 only where that is the format asked for the weights, else bf16. max_context: positions, 4096 by default, and at
     most the model's.
     """
+    if max_context is not None and not (type(max_context) is int and max_context > 0):
+        raise ValueError(f"max_context: expected a positive integer or None, got {max_context!r:.80}")
     config = model_config(checkpoint.config)
     max_context = min(config.max_positions, max_context or 4096)
     if kv_dtype not in (None, *KV_DTYPES):

@@ -31,7 +31,7 @@ def model_identity(model, numerics):
 
 def first_name(identity, salt):
     """The name that the first block's name is made from."""
-    return hashlib.sha256(identity + salt.encode()).digest()
+    return hashlib.sha256(identity + salt.encode("utf-8", "surrogatepass")).digest()
 
 
 def block_name(before, token_ids):

@@ -144,8 +144,9 @@ class DiskStore:
         with self._lock:
             del self._pending[file]
             if written:
-                self._files[file] = HEADER.size + data.nbytes
-                self._total += HEADER.size + data.nbytes
+                size = HEADER.size + data.nbytes
+                self._total += size - self._files.get(file, 0)  # another process may have written it, too
+                self._files[file] = size
                 self.counts.written += 1
                 if self.counts.written % RESCAN == 0:
                     with contextlib.suppress(OSError):  # the folder was removed: writes will say so

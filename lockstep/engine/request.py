@@ -1,6 +1,7 @@
 """What a user asks for and what comes back."""
 import hashlib
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -65,19 +66,20 @@ class SamplingParams:
         for name, kind, low, high in BOUNDS:
             value = getattr(self, name)
             if not _is_number(value, kind) or not low <= value <= high:
-                raise ValueError(f"{name}: expected a number from {low} to {high}, got {value!r}")
+                a_number = "an integer" if kind is int else "a number"
+                raise ValueError(f"{name}: expected {a_number} from {low} to {high}, got {value!r:.80}")
         self._check_pooling()
         self._check_numbers()
         self._check_strings()
         self._check_bias()
 
     def _check_pooling(self):
-        if self.pooling not in (None, *POOLINGS):
+        if not (self.pooling is None or isinstance(self.pooling, str) and self.pooling in POOLINGS):
             raise ValueError(f"pooling: expected None or one of {', '.join(POOLINGS)}, got {self.pooling!r}")
         if self.pooling is not None:
             object.__setattr__(self, "max_tokens", 0)
         elif self.max_tokens < 1:
-            raise ValueError(f"max_tokens: expected a number from 1 to {MAX_TOKENS}, got {self.max_tokens!r}")
+            raise ValueError(f"max_tokens: expected an integer from 1 to {MAX_TOKENS}, got {self.max_tokens!r}")
         if self.pooling is not None and (self.n > 1 or self.prompt_logprobs is not None):
             raise ValueError("pooling: expected none with n or prompt_logprobs, an embedding has no samples")
 
@@ -95,8 +97,12 @@ class SamplingParams:
                 raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
 
     def _check_strings(self):
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        for name in ("stop", "stop_token_ids"):
+            if not isinstance(getattr(self, name), (list, tuple, set, frozenset)):
+                raise ValueError(f"{name}: expected a list, got {getattr(self, name)!r:.80}")
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if not all(isinstance(s, str) and s for s in self.stop):
             raise ValueError(f"stop: expected non-empty strings, got {self.stop!r}")
         if not all(_is_number(i, int) and i >= 0 for i in self.stop_token_ids):
@@ -123,7 +129,7 @@ class SamplingParams:
 
 
 def _is_number(value, kind):
-    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kind) and not isinstance(value, bool) and (isinstance(value, int) or math.isfinite(value))
 
 
 MIN_TEMPERATURE = 0.001
@@ -133,6 +139,27 @@ BOUNDS = (("max_tokens", int, 0, MAX_TOKENS), ("temperature", (int, float), 0, 1
           ("min_tokens", int, 0, 1 << 30), ("repetition_penalty", (int, float), 0.01, 100),
           ("presence_penalty", (int, float), -2, 2), ("frequency_penalty", (int, float), -2, 2),
           ("n", int, 1, 128))
+
+
+def token_list(prompt_ids):
+    """A prompt's token ids as a list of integers. ValueError for anything else."""
+    try:
+        return list(map(operator.index, prompt_ids))
+    except TypeError:
+        raise ValueError(f"prompt: expected text or a list of token ids, got {prompt_ids!r:.80}") from None
+
+
+def check_params(params):
+    """ValueError for what are no SamplingParams."""
+    if not isinstance(params, SamplingParams):
+        raise ValueError(f"params: expected SamplingParams, got {params!r:.80}")
+
+
+def check_single(params):
+    """ValueError for params of several samples."""
+    check_params(params)
+    if params.n != 1:
+        raise ValueError(f"n: expected 1 where one sample is asked for, got {params.n}")
 
 
 def sample_seed(seed, index):

@@ -60,11 +60,11 @@ class Adjustment:
             return 0
         try:
             mask = self._params.logits_mask(output_ids)
+            bits = None if mask is None else np.asarray(mask)
         except Exception as error:  # a caller's function: whatever it raises ends this request and no other
             raise Refused(f"logits_mask raised {type(error).__name__}: {error}") from error
-        if mask is None:
+        if bits is None:
             return 0
-        bits = np.asarray(mask)
         if bits.dtype not in (np.uint32, np.int32) or bits.shape != self._bits.shape:
             found = f"{bits.dtype} {list(bits.shape)}"
             raise Refused(f"logits_mask: expected None or uint32 [{len(self._bits)}], got {found}")

@@ -46,7 +46,8 @@ def ragged_paged_attention(q, kv_pages, kv_lens, page_indices, cu_q_lens, num_se
     checks.options(backend, q.shape[1], sliding_window, soft_cap, mask_value, sinks, page_indices.shape[1],
                    num_kv_pages_per_block, num_queries_per_block, vmem_limit_bytes)
     num_threads = checks.thread_count(threads)
-    out = np.empty(q.shape, q.dtype) if out is None else checks.output(out, q)
+    inputs = q, k, v, kv_lens, page_indices, cu_q_lens, num_seqs, sinks
+    out = np.empty(q.shape, q.dtype) if out is None else checks.output(out, q, inputs)
     checks.metadata(q.shape[0], k.shape, kv_lens, page_indices, cu_q_lens, num_seqs, sliding_window)
     arguments = (q, k, v, kv_lens, page_indices, cu_q_lens, num_seqs, sliding_window, sinks,
                  scales(sm_scale, soft_cap, k_scale, v_scale), out)
@@ -62,8 +63,10 @@ def scales(sm_scale, soft_cap, k_scale, v_scale):
     given = {"sm_scale": sm_scale, "soft_cap": soft_cap, "k_scale": k_scale, "v_scale": v_scale}
     for name, value in given.items():
         checks.finite(name, value)
-    factor = np.float32(sm_scale) * np.float32(1 if k_scale is None else k_scale)
-    scale, cap = interpreted(score_scales)(factor, np.float32(abs(soft_cap or 0)))
+    with np.errstate(over="ignore"):
+        factor = np.float32(sm_scale) * np.float32(1 if k_scale is None else k_scale)
+        scale, cap = interpreted(score_scales)(factor, np.float32(abs(soft_cap or 0)))
+    checks.finite("sm_scale * k_scale / soft_cap", scale)
     return np.float32(scale), np.float32(cap), np.float32(1 if v_scale is None else v_scale)
 
 

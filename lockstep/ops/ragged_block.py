@@ -25,7 +25,7 @@ from lockstep.runtime.tiles_rows import (ask, tile_fma_row_bf16, tile_fma_row_f3
 COLS, MORE_COLS = (2, 4) if wide_registers() else (1, 1)  # 6 x COLS or 4 x MORE_COLS accumulators fill the registers
 ROWS, SPARE_ROWS = 96, 6  # of a tile at most; more that a register tile may load past its end
 FEW_ROWS = 4  # rows of one token that work on V where it is: packing it would take longer
-MASKED = np.float32(-3e38)
+MASKED = np.float32(-np.inf)  # below any score, even one that overflows
 MAX_HEAD_DIM = 256
 ROW_BYTES, P_BYTES, LANE_BYTES, TABLE_BYTES = 4 * MAX_HEAD_DIM, 4 * BLOCK, 64, 8 * BLOCK
 Q = 0

@@ -11,6 +11,8 @@ from lockstep.runtime.simd import peek
 FLOATS = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16))
 MAX_HEAD_DIM, MAX_GROUP, MAX_PAGE_SIZE, MAX_THREADS = 256, 96, 1 << 20, 1024
 LARGEST = float(np.finfo(np.float32).max)
+REAL = int | float | np.integer | np.floating
+OVERLAP_WORK = 1000  # steps to tell interleaved arrays from overlapping ones
 HIDES = -1000.0  # a mask_value above it would, in a kernel that adds it, let hidden keys through
 
 
@@ -40,6 +42,8 @@ def array(name, value, rank, dtypes):
         refuse(name, got, f"a NumPy array of rank {rank}")
     if value.dtype not in dtypes:
         refuse(f"dtype of {name}", value.dtype, " or ".join(d.name for d in dtypes))
+    if value.size == 0:  # NumPy says nothing of such strides, and nothing is read
+        return value
     if value.shape[-1] > 1 and value.strides[-1] != value.itemsize:
         refuse(f"last stride of {name}", f"{value.strides[-1]} bytes", f"{value.itemsize}: the last axis contiguous")
     if any(stride % value.itemsize for stride in value.strides) or value.ctypes.data % value.itemsize:
@@ -73,14 +77,16 @@ def shapes(q, k, v, kv_lens, page_indices, cu_q_lens, num_seqs):
 def options(backend, num_heads, sliding_window, soft_cap, mask_value, sinks, pages_per_seq, num_kv_pages_per_block,
             num_queries_per_block, vmem_limit_bytes):
     """The keyword arguments. Finiteness of scales is `finite`'s."""
-    if backend not in ("cpu", "reference"):
+    if not (isinstance(backend, str) and backend in ("cpu", "reference")):
         refuse("backend", repr(backend), "'cpu' or 'reference'")
     if sliding_window is not None:
         whole("sliding_window", sliding_window, np.iinfo(np.int32).max)
-    if soft_cap is not None and soft_cap == 0.0:
-        refuse("soft_cap", soft_cap, "any number but 0.0, or None for no cap")
-    if mask_value is not None and not mask_value <= HIDES:
-        refuse("mask_value", mask_value, f"None or at most {HIDES}: hidden keys have no weight at all")
+    if soft_cap is not None:
+        finite("soft_cap", soft_cap)
+        if not np.float32(soft_cap):
+            refuse("soft_cap", soft_cap, "any number but 0.0 that float32 holds, or None for no cap")
+    if mask_value is not None and not (isinstance(mask_value, REAL) and mask_value <= HIDES):
+        refuse("mask_value", repr(mask_value), f"None or at most {HIDES}: hidden keys have no weight at all")
     if sinks is not None and array("sinks", sinks, 1, FLOATS[:1]).shape != (num_heads,):
         refuse("shape of sinks", sinks.shape, f"{(num_heads,)}, one for each query head")
     if num_kv_pages_per_block is not None:
@@ -92,19 +98,22 @@ def options(backend, num_heads, sliding_window, soft_cap, mask_value, sinks, pag
 
 def whole(name, value, most):
     if not isinstance(value, int | np.integer) or isinstance(value, bool) or not 0 < value <= most:
-        refuse(name, repr(value), f"None or an integer from 1 to {most}")
+        refuse(name, f"{value!r:.80}", f"None or an integer from 1 to {most}")
 
 
 def finite(name, value):
-    if value is not None and not (isinstance(value, int | float | np.number) and abs(value) <= LARGEST):
-        refuse(name, repr(value), "a finite number that float32 holds")
+    if value is not None and not (isinstance(value, REAL) and abs(value) <= LARGEST):
+        refuse(name, f"{value!r:.80}", "a finite number that float32 holds")
 
 
-def output(out, q):
-    """The given array, if results can be written to it."""
+def output(out, q, inputs):
+    """The given array, if results can be written to it without changing an input."""
     array("out", out, 3, (q.dtype,))
     if out.shape != q.shape or not out.flags.writeable:
         refuse("out", f"shape {out.shape}{'' if out.flags.writeable else ', read-only'}", f"shape {q.shape}, writeable")
+    for one in inputs:
+        if one is not None and np.may_share_memory(out, one, OVERLAP_WORK):
+            refuse("out", f"memory of an input of shape {one.shape}", "memory of its own")
     return out
 
 

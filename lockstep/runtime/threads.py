@@ -3,6 +3,7 @@
 Every thread takes its share of each op's tiles and meets the others at a spin barrier before the next op. Between steps
 the helpers spin for a moment and then sleep; a step is entered with one native call, without the interpreter.
 """
+import os
 import threading
 import weakref
 
@@ -95,21 +96,30 @@ def help_forever(shared, thread, num_threads, seen):
 
 
 class Team:
-    """num_threads threads, the caller's included. `close` ends the helpers."""
+    """num_threads threads, the caller's included; a forked process gets its own. `close` ends the helpers."""
 
     def __init__(self, num_threads):
         self.num_threads = num_threads
-        self._memory = np.zeros(SHARED_BYTES + LINE, np.uint8)
-        self._shared = -(-self._memory.ctypes.data // LINE) * LINE
-        self._helpers = [threading.Thread(target=_live, args=(self._memory, self._shared, i, num_threads), daemon=True)
-                         for i in range(1, num_threads)]
+        self._start()
+
+    def _start(self):
+        self._process, memory = os.getpid(), np.zeros(SHARED_BYTES + LINE, np.uint8)
+        self._shared = -(-memory.ctypes.data // LINE) * LINE
+        self._helpers = [threading.Thread(target=_live, args=(memory, self._shared, i, self.num_threads), daemon=True)
+                         for i in range(1, self.num_threads)]
         for helper in self._helpers:
             helper.start()
-        self._end = weakref.finalize(self, _quit, self._shared, num_threads)  # a team that is dropped ends, too
+        self._memory = memory
+        self._end = weakref.finalize(self, _quit, self._shared, self.num_threads)  # a team that is dropped ends, too
 
     def run(self, table, num_ops, step, clock=0):
         """Runs num_ops rows of the table (addresses) on a step block; clock: address of int64[num_ops] end times or
-        0."""
+        0. RuntimeError once the team is closed."""
+        if not self._end.alive:
+            raise RuntimeError("the threads are closed: nothing can run any more")
+        if self._process != os.getpid():  # helpers do not survive a fork
+            self._end.detach()
+            self._start()
         if num_ops:  # an empty table has no barrier at its end
             run_step(self._shared, table, num_ops, step, clock, self.num_threads)
 

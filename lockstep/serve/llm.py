@@ -4,9 +4,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from lockstep.engine.embedding import POOLINGS
 from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.model import load_model
-from lockstep.engine.request import SamplingParams
+from lockstep.engine.request import SamplingParams, check_single, token_list
 from lockstep.models.config import end_ids
 from lockstep.serve.hub import resolve_model
 from lockstep.serve.tokenizer import Detokenizer, Tokenizer, load_tokenizer, tokenizer_from_gguf
@@ -99,7 +100,7 @@ class LLM:
 
     def encode(self, prompt):
         """Token ids of a prompt: a string, or ids as they are."""
-        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else token_list(prompt)
 
     def chat_prompt(self, messages, **options):
         """Token ids of a conversation in the checkpoint's chat format. ValueError if it has none."""
@@ -107,8 +108,7 @@ class LLM:
 
     def start(self, prompt, params=SamplingParams()):
         """Queues one prompt; returns its Stream."""
-        if params.n != 1:
-            raise ValueError(f"n: expected 1 where one stream is returned, got {params.n}")
+        check_single(params)
         return self.start_samples(prompt, params)[0]
 
     def start_samples(self, prompt, params):
@@ -116,13 +116,20 @@ class LLM:
         return [Stream(request) for request in self.engine.add_samples(self.encode(prompt), params)]
 
     def stream(self, prompt, params=SamplingParams()):
-        """Yields the Stream of one prompt after every token. Closing the generator cancels the request."""
-        made = self.start(prompt, params)
+        """Yields the Stream of one prompt after every token, or after several that came with another call's steps.
+
+        Closing the generator cancels the request.
+        """
+        made, known = self.start(prompt, params), (0, None)
         try:
-            while made.request.finish_reason is None:
-                if made.request in self.engine.step():
-                    made.advance()
-                    yield made
+            while known[1] is None:
+                now = len(made.request.output_ids), made.request.finish_reason
+                if now == known:
+                    self.engine.step()
+                    continue
+                known = now
+                made.advance()
+                yield made
         finally:
             self.engine.cancel(made.request)
 
@@ -132,15 +139,12 @@ class LLM:
         params: one SamplingParams for all, or a list with one for each prompt. With n > 1 the Completion is that of
         the first sample, and its `samples` are all.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        prompts = _prompt_list(prompts)
         each = list(params) if isinstance(params, (list, tuple)) else [params] * len(prompts)
         if len(each) != len(prompts):
             raise ValueError(f"params: expected one or {len(prompts)}, got {len(each)}")
         started = self._start_all(prompts, each)
-        by_id = {s.request.id: s for streams in started for s in streams}
-        while self.engine.has_work:
-            for request in self.engine.step():
-                by_id[request.id].advance()
+        self._run([s for streams in started for s in streams])
         return [_completion(*streams) for streams in started]
 
     def embed(self, prompts, pooling="last", normalize=True):
@@ -149,11 +153,11 @@ class LLM:
         Each comes from the hidden states after the model's final norm: the last token's ("last"), or the mean over all
         tokens ("mean"). normalize: to length 1. ValueError for a prompt that cannot run.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        params = SamplingParams(pooling=pooling)
+        if pooling is None:
+            raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got None")
+        prompts, params = _prompt_list(prompts), SamplingParams(pooling=pooling)
         started = self._start_all(prompts, [params] * len(prompts))
-        while self.engine.has_work:
-            self.engine.step()
+        self._run([s for streams in started for s in streams])
         made = [streams[0].request.pool.embedding(normalize) for streams in started]
         return np.stack(made) if made else np.zeros((0, self.model.config.hidden_size), np.float32)
 
@@ -163,15 +167,40 @@ class LLM:
         try:
             for prompt, params in zip(prompts, each):
                 started.append(self.start_samples(prompt, params))
-        except ValueError:
-            for made in (s for streams in started for s in streams):
-                self.engine.cancel(made.request)
+        except BaseException:
+            self._cancel([s for streams in started for s in streams])
             raise
         return started
+
+    def _run(self, streams):
+        """Runs steps until these have ended; if that is interrupted, they are cancelled."""
+        left = list(streams)
+        try:
+            while left:
+                if left[-1].request.finish_reason is None:
+                    self.engine.step()
+                else:
+                    left.pop().advance()
+        finally:
+            self._cancel(left)
+
+    def _cancel(self, streams):
+        for stream in streams:
+            self.engine.cancel(stream.request)
 
     def close(self):
         """Ends the engine's threads."""
         self.engine.close()
+
+
+def _prompt_list(prompts):
+    """One prompt or several as a list."""
+    if isinstance(prompts, str):
+        return [prompts]
+    try:
+        return list(prompts)
+    except TypeError:
+        raise ValueError(f"prompts: expected text or a list of prompts, got {prompts!r:.80}") from None
 
 
 def _completion(stream, *others):

@@ -1,6 +1,7 @@
 """The engine in its own thread: many clients, cancel, errors, close; everybody gets the tokens of a request alone."""
 import asyncio
 import math
+import os
 import threading
 import time
 from dataclasses import replace
@@ -114,6 +115,35 @@ def test_what_cannot_run_is_refused_where_it_is_submitted(running):
         running.submit([96], PARAMS[0])
 
 
+@pytest.mark.parametrize("prompt, params, options, message", [
+    ([1, 2], LONG, dict(priority="high"), "priority: expected an integer, got 'high'"),
+    ([1, 2], LONG, dict(priority=math.nan), "priority: expected an integer, got nan"),
+    ([1, 2], LONG, dict(cache_salt=None), "cache_salt: expected a string, got None"),
+    ([1.5], LONG, {}, r"prompt: expected text or a list of token ids, got \[1.5\]"),
+    (["a"], LONG, {}, "prompt: expected text or a list of token ids"),
+    (None, LONG, {}, "prompt: expected text or a list of token ids, got None"),
+    ([1, 2], None, {}, "params: expected SamplingParams, got None")], ids=str)
+def test_what_is_of_the_wrong_type_is_refused_there_and_the_engine_goes_on(running, prompt, params, options, message):
+    beside = running.submit(PROMPTS[0], LONG)  # two that wait are compared by priority
+    with pytest.raises(ValueError, match=message):
+        running.submit(prompt, params, **options)
+    beside.cancel()
+    assert len(list(running.submit(np.array([1, 2]), PARAMS[0], cache_salt="\ud800"))) == PARAMS[0].max_tokens
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_process_is_told_that_no_engine_runs_in_it(running):
+    child = os.fork()
+    if child == 0:
+        try:
+            running.submit(PROMPTS[0], LONG)
+        except EngineStopped:
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
 def test_an_error_in_a_step_reaches_every_reader_and_later_submitters(model):
     made = AsyncEngine(Engine(model, EngineOptions(threads=1)))
     step, broken = made.engine.step, threading.Event()
@@ -200,6 +230,8 @@ def test_batches_read_many_streams_at_once_and_each_ends_with_its_reason(running
         assert all(each == [None] * (len(each) - 1) + ["length"] for each in reasons)
         return ids, rounds
 
+    step = running.engine.step
+    running.engine.step = lambda: time.sleep(0.01) or step()  # slow enough for any reader to see each step
     every, rounds = asyncio.run(read(lambda: 0.0))
     at_the_end, few = asyncio.run(read(lambda: math.inf))
     assert every == at_the_end == alone

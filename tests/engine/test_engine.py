@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from lockstep.engine.engine import Engine, EngineOptions
+from lockstep.engine.model import load_model
 from lockstep.engine.request import SamplingParams
 from tests.promise.models import Case, load
 
@@ -120,7 +121,9 @@ def test_alternatives_are_those_of_the_logits(engine):
 
 
 @pytest.mark.parametrize("bad", [{"max_step_tokens": 0}, {"max_requests": 0}, {"kv_tokens": 63}, {"threads": 0},
-                                 {"max_requests": 1.5}, {"state_every": 100}, {"state_bytes": -1}])
+                                 {"max_requests": 1.5}, {"state_every": 100}, {"state_bytes": -1},
+                                 {"max_requests": None}, {"max_step_tokens": True}, {"kv_tokens": 10 ** 30},
+                                 {"prefix_cache": "yes"}, {"cache_dir": 5}, {"cache_dir": ""}])
 def test_a_bad_option_is_named(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         EngineOptions(**bad)
@@ -130,6 +133,17 @@ def test_more_cache_than_the_machine_has_memory_is_refused_with_what_would_fit(e
     expected = rf"kv_tokens: {10**12} tokens take .* GiB; this machine has .*, enough for \d+"
     with pytest.raises(ValueError, match=expected):
         engine(kv_tokens=10**12)
+
+
+def test_more_memory_than_there_is_is_refused(engine):
+    with pytest.raises(ValueError, match="kv_tokens: not enough memory"):
+        engine(max_step_tokens=(1 << 31) - 1)
+
+
+@pytest.mark.parametrize("bad", [0, -5, 2.5, "64", True])
+def test_a_bad_context_is_named(bad):
+    with pytest.raises(ValueError, match="max_context: expected a positive integer"):
+        load_model(None, None, max_context=bad)
 
 
 def test_log_probabilities_of_a_prompt_are_all_there_whatever_is_cached_or_preempted(engine):

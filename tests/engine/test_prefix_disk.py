@@ -1,5 +1,6 @@
 """Prefixes on disk: they survive a restart, a damaged one is dropped and counted, and the folder stays small."""
 import os
+import threading
 import time
 
 import numpy as np
@@ -136,6 +137,26 @@ def test_the_bytes_of_other_processes_count_too(store, monkeypatch):
         one.flush()
     assert [i for i in range(6) if path(one, i).exists()] == [2, 3, 4, 5]
     assert loaded(one, 3) == [3] * 100 and loaded(other, 0) is None and other.counts.damaged == 0
+
+
+def test_what_two_processes_write_counts_once(store, monkeypatch):
+    monkeypatch.setattr(prefix_disk, "RESCAN", 2)
+    one, other = (store(max_bytes=3 * (HEADER.size + 100)) for _ in range(2))
+    write, go_on = one._write_file, threading.Event()
+
+    def slow(*entry):
+        go_on.wait()
+        write(*entry)
+
+    one._write_file = slow
+    for i in (0, 1, 2):
+        save(one, i)
+    for i in (1, 2):
+        save(other, i)
+    other.flush()
+    go_on.set()
+    one.flush()
+    assert all(path(one, i).exists() for i in range(3)) and one.counts.evicted == 0
 
 
 def test_what_is_too_much_to_write_is_skipped(store):

@@ -1,5 +1,7 @@
 """Penalties, biases, masks, min_tokens and log-probabilities through the engine: what they mean, and that company and
 chunks change nothing of it."""
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -211,6 +213,7 @@ def raises(output_ids):
 @pytest.mark.parametrize("mask, message", [
     (raises, "logits_mask raised KeyError: 'no such state'"),
     (lambda ids: np.zeros(4, np.uint32), "logits_mask: expected None or uint32 [3], got uint32 [4]"),
+    (lambda ids: [[1], [1, 2]], "logits_mask raised ValueError: setting an array element with a sequence"),
     (lambda ids: np.ones(3), "logits_mask: expected None or uint32 [3], got float64 [3]"),
     (lambda ids: None if len(ids) < 2 else allow(), NOTHING_ALLOWED), (lambda ids: allow(2), NOTHING_ALLOWED)])
 def test_a_mask_that_fails_ends_its_request_and_no_other(engine, alone, mask, message):
@@ -221,9 +224,30 @@ def test_a_mask_that_fails_ends_its_request_and_no_other(engine, alone, mask, me
     others = [made.add(p, s) for p, s in zip(PROMPTS, PARAMS)]
     while made.has_work:
         seen += [r for r in made.step() if r is bad and r.finish_reason]
-    assert (bad.finish_reason, bad.error, seen) == ("error", message, [bad])
+    assert (bad.finish_reason, seen) == ("error", [bad]) and bad.error.startswith(message)
     assert len(bad.output_ids) in (0, 2)
     assert [answer(r) for r in others] == alone
+    assert made.scheduler.pages.num_free == made.scheduler.limits.num_pages
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_mask_may_cancel_others_of_its_step(engine, first):
+    made, others, free = engine(max_requests=8), [], SamplingParams(max_tokens=9, temperature=0.9, ignore_eos=True)
+    expected = made.add(PROMPTS[2], free)
+    finish(made)
+
+    def cancels(output_ids):
+        if len(output_ids) == 2:
+            made.cancel(others[0])
+
+    other = lambda: others.append(made.add([1, 2], free))
+    if first:
+        other()
+    r = made.add(PROMPTS[2], replace(free, logits_mask=cancels))
+    if not first:
+        other()
+    finish(made)
+    assert answer(r) == answer(expected) and others[0].finish_reason == "cancelled" and len(others[0].output_ids) == 2
     assert made.scheduler.pages.num_free == made.scheduler.limits.num_pages
 
 

@@ -50,6 +50,7 @@ SHAPES = [
     (dict(kv_pages=KV[:, :, :3]), r"kv_pages.shape\[2\].*got 3, allowed: an even number"),
     (dict(kv_pages=(KV, KV, KV)), "kv_pages as separate arrays: got 3 of them"),
     (dict(kv_pages=(KV, KV.astype(BF16))), "k_pages and v_pages: .* allowed: the same shape and dtype"),
+    (dict(kv_pages=np.zeros((4, 16, 0, 32), np.float32)), "query heads: got 4 with 0 kv heads"),
     (dict(kv_pages=KV[:, :0]), r"page size, kv_pages.shape\[1\]: got 0"),
     (dict(kv_lens=KV_LENS.astype(np.int64)), "dtype of kv_lens: got int64, allowed: int32"),
     (dict(kv_lens=KV_LENS[:3]), r"shape of kv_lens: got \(3,\), allowed: \(4,\)"),
@@ -62,6 +63,14 @@ OPTIONS = [
     (dict(sliding_window=0), "sliding_window: got 0, allowed: None or an integer from 1"),
     (dict(sliding_window=2.5), "sliding_window: got 2.5"),
     (dict(soft_cap=0.0), "soft_cap: got 0.0, allowed: any number but 0.0"),
+    (dict(soft_cap=1e-60), "soft_cap: got 1e-60, allowed: any number but 0.0 that float32 holds"),
+    (dict(soft_cap=1e-45), "sm_scale [*] k_scale / soft_cap: got .*inf"),
+    (dict(soft_cap=np.array([1.0, 2.0])), "soft_cap: got array"),
+    (dict(sm_scale=1e38, k_scale=1e38), "sm_scale [*] k_scale / soft_cap: got .*inf"),
+    (dict(k_scale=np.complex64(1j)), "k_scale: got .*allowed: a finite number"),
+    (dict(mask_value="low"), "mask_value: got 'low', allowed: None or at most -1000"),
+    (dict(backend=np.array(["cpu", "gpu"])), "backend: got array"),
+    (dict(out=Q), r"out: got memory of an input of shape \(9, 4, 32\), allowed: memory of its own"),
     (dict(soft_cap=float("nan")), "soft_cap: got nan"),
     (dict(sm_scale=float("inf")), "sm_scale: got inf, allowed: a finite number"),
     (dict(sm_scale="1"), "sm_scale: got '1'"),
@@ -97,6 +106,20 @@ def test_accepted():
                  dict(vmem_limit_bytes=1 << 20), dict(k_scale=1.0, v_scale=1.0), dict(sliding_window=np.int64(70))):
         assert call(**same).tobytes() == expected.tobytes()
     assert call(soft_cap=-3.0).tobytes() == call(soft_cap=3).tobytes()
+
+
+def test_arrays_without_anything_in_them_are_accepted():
+    nothing = dict(kv_pages=KV[:0].copy(), kv_lens=i32(), page_indices=np.zeros((0, 3), np.int32),
+                   cu_q_lens=i32(0), num_seqs=i32(0))
+    assert not call(**nothing).any() and call(q=np.zeros((0, 4, 32), np.float32), **nothing).shape == (0, 4, 32)
+    rows = dict(kv_lens=i32(0), page_indices=np.zeros((1, 0), np.int32), cu_q_lens=i32(0, 0), num_seqs=i32(1))
+    assert not call(**rows).any()
+
+
+def test_out_may_lie_between_the_rows_of_an_input():
+    both = np.zeros((9, 8, 32), np.float32)
+    both[:, 4:] = Q
+    assert np.array_equal(call(q=both[:, 4:], out=both[:, :4]), call())
 
 
 def random_mix(rng):

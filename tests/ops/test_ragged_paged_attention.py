@@ -205,6 +205,17 @@ def test_what_a_query_does_not_see_cannot_reach_it(spoilt, window):
     assert sees.any() and not np.isfinite(out[sees]).all(axis=-1).any()
 
 
+@pytest.mark.parametrize("score", [-2.2e38, -4e38])
+def test_scores_that_nearly_overflow_are_not_below_what_is_hidden(score):
+    batch = Batch([1, 70], [1, 70], (8, 1, 16), 16, padding_rows=0)
+    q, kv, *rest = batch.arguments()
+    q[..., 1:], kv[:, :, 0] = 0, 1e37
+    q[..., 0] = score / 1e37
+    expected = ragged_paged_attention(q, kv, *rest, backend="reference")
+    made = ragged_paged_attention(q, kv, *rest)
+    assert np.array_equal(made, expected, equal_nan=True) and np.isfinite(expected).all() == (score > -3e38)
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_pages_before_the_window_may_be_freed(backend):
     batch = Batch([1, 30], [300, 200], (2, 1, 32), options=dict(sliding_window=70))

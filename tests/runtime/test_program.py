@@ -1,5 +1,9 @@
 """Programs, their layout in memory, and their rewrites, without a model."""
 import ctypes
+import os
+import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +17,7 @@ from lockstep.runtime.step import STEP_WORDS
 from lockstep.runtime.threads import Team
 from tests.promise.faults import NATIVE
 
+ROOT = pathlib.Path(__file__).parents[2]
 ROWS = {"T": 5, "R": 2, "S": 3}
 
 
@@ -152,3 +157,28 @@ def test_closing_a_team_twice_is_harmless():
     team = Team(3)
     team.close()
     team.close()
+
+
+def test_a_closed_team_says_so_instead_of_waiting_for_its_threads():
+    team = Team(2)
+    team.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        team.run(0, 1, 0)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_team_goes_on_in_a_forked_process():
+    code = """if True:
+        import os, signal
+        from lockstep import LLM, SamplingParams
+        llm = LLM(threads=2, max_context=64)
+        answer = lambda: llm.generate(["import"], SamplingParams(max_tokens=3))[0].token_ids
+        expected = answer()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(100)
+            os._exit(int(answer() != expected))
+        assert os.waitpid(child, 0)[1] == 0
+        assert answer() == expected
+    """
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, check=True, timeout=300)

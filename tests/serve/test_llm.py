@@ -159,3 +159,50 @@ def test_ends_of_a_generation_config_that_are_no_token_ids(tmp_path):
     (folder / "generation_config.json").write_text('{"eos_token_id": [[2]]}')
     with pytest.raises(ValueError, match=r"generation_config.json key 'eos_token_id': expected token ids"):
         LLM(str(folder))
+
+
+SHORT, LONG = SamplingParams(max_tokens=4, ignore_eos=True), SamplingParams(max_tokens=30, ignore_eos=True)
+
+
+def test_an_open_stream_and_other_calls_do_not_disturb_each_other(llm):
+    expected = [answer.token_ids for answer in llm.generate([PROMPT, "x"], [LONG, SHORT])]
+    opened = llm.stream(PROMPT, LONG)
+    next(opened)
+    assert llm.generate(["x"], SHORT)[0].token_ids == expected[1] and llm.engine.has_work
+    *_, last = opened
+    assert last.request.output_ids == expected[0] and last.text == last.request.text
+    opened = llm.stream("x", SHORT)
+    next(opened)
+    llm.generate([PROMPT], LONG)
+    *_, last = opened  # its last tokens came with the other call's steps
+    assert last.request.output_ids == expected[1] and last.text == last.request.text
+
+
+def test_an_interrupted_call_leaves_nothing_behind(llm):
+    def interrupts(output_ids):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([PROMPT, "x"], [LONG, replace(SHORT, logits_mask=interrupts)])
+    assert not llm.engine.has_work
+    llm.generate(["x"], SHORT)
+
+
+@pytest.mark.parametrize("prompts, params, message", [
+    ([1, 2, 3], SHORT, "prompt: expected text or a list of token ids, got 1"),
+    ([[1.0]], SHORT, "prompt: expected text or a list of token ids"),
+    (["x", None], SHORT, "prompt: expected text or a list of token ids, got None"),
+    (None, SHORT, "prompts: expected text or a list of prompts, got None"),
+    (["x"], None, "params: expected SamplingParams, got None"),
+    (["x"], {"max_tokens": 3}, "params: expected SamplingParams, got {'max_tokens': 3}")], ids=str)
+def test_what_is_no_prompt_or_params_is_named(llm, prompts, params, message):
+    with pytest.raises(ValueError, match=message):
+        llm.generate(prompts, params)
+    assert not llm.engine.has_work
+
+
+def test_a_closed_llm_says_so():
+    closed = LLM(threads=2, max_context=64)
+    closed.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        closed.generate(["x"], SHORT)

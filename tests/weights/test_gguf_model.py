@@ -1,5 +1,4 @@
 """A GGUF file gives back the Hugging Face checkpoint it was converted from: names, config and every value."""
-
 import ml_dtypes
 import numpy as np
 import pytest
@@ -15,8 +14,7 @@ BF16 = ml_dtypes.bfloat16
 LLAMA = dict(
     block_count=2, context_length=128, embedding_length=32, feed_forward_length=64, attention__head_count=4,
     attention__head_count_kv=2, attention__layer_norm_rms_epsilon=1e-5, rope__dimension_count=8, vocab_size=40,
-    rope__freq_base=500000.0,
-)  # fmt: skip
+    rope__freq_base=500000.0)  # fmt: skip
 
 
 def draw(rng, *shape):
@@ -275,9 +273,9 @@ def test_qwen35(num_keys, num_values, mtp, tmp_path):
 
 
 def test_qwen35_heads_that_turn_whole(tmp_path):
-    tensors = qwen35_tensors(np.random.default_rng(12), 2, 2, mtp=False)
-    path = write_qwen35(tmp_path / "m.gguf", tensors, 2, 2, rope__dimension_count=16)
-    assert model_config(open_checkpoint(path).config).rope_dim == 16  # a silent config means a quarter
+    tensors, path = qwen35_tensors(np.random.default_rng(12), 2, 2, mtp=False), tmp_path / "m.gguf"
+    config = open_checkpoint(write_qwen35(path, tensors, 2, 2, rope__dimension_count=16)).config
+    assert model_config(config).rope_dim == 16  # a silent config means a quarter
     with pytest.raises(ValueError, match="qwen35.rope.dimension_sections must be an array of numbers, found 11"):
         open_checkpoint(write_qwen35(path, tensors, 2, 2, rope__dimension_sections=11))
 

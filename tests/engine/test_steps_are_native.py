@@ -73,5 +73,5 @@ def test_a_step_compiles_and_allocates_nothing_and_runs_no_python(engine, watche
     assert len(watched) == steps > 60
     assert not compiled and not recorder.buffer
     assert {allocations for allocations, *_ in watched} == {0}
-    assert {tuple(frames) for *_, frames in watched} == {("run", "alive", "run_step")}, "Team.run, is it closed, the native call"
+    assert {tuple(frames) for *_, frames in watched} == {("run", "alive", "run_step")}, "no Python below Team.run"
     assert max(held for _, held, _ in watched) < 2048, "the words of the call"

@@ -27,7 +27,7 @@ from lockstep.runtime.tiles import tile_fma_f32, tile_load, tile_pairs, tile_sto
 HEIGHT, COLS = (6, 2) if wide_registers() else (5, 1)  # HEIGHT x COLS x 16 lanes of accumulators fill the registers
 FEW_COLS = 4 if wide_registers() else 2  # of two rows: lines in the order in which they lie, and registers to spare
 ROWS, FEW_ROWS = 96, 8  # of a tile at most; few rows are bound by the read of K and V
-MASKED = np.float32(-3e38)
+MASKED = np.float32(-np.inf)  # below any score, even one that overflows
 MAX_HEAD_DIM = 256
 ROW_BYTES, P_BYTES, LANE_BYTES = 4 * MAX_HEAD_DIM, 4 * BLOCK, 64
 K_ROW_BYTES = 4 * BLOCK  # of a K page, in either format; of a V page they are 4 * head_dim

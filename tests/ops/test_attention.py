@@ -178,6 +178,16 @@ def test_what_a_query_does_not_see_cannot_reach_it(spoilt, window, kv_dtype):
     assert not np.isfinite(out[sees]).all(axis=-1).any()
 
 
+@pytest.mark.parametrize("kv_dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("query", [-5.5, -10])
+def test_scores_that_nearly_overflow_are_not_below_what_is_hidden(query, kv_dtype):
+    batch = Batch([1, 70], [1, 70], 2, 1, 16, kv_dtype)
+    batch.q_TD[...], large = query, np.array([1e37], np.float32)
+    batch.k_pages[...] = large if kv_dtype == "f32" else round_bf16(large)
+    expected, made = batch.run(REFERENCE)[0], batch.run(CPU)[0]
+    assert np.array_equal(made, expected, equal_nan=True) and np.isfinite(expected).all() == (query > -6)
+
+
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 def test_gate(kv_dtype):
     batch = Batch([5, 1], [5, 70], 4, 2, 32, kv_dtype)

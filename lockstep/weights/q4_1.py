@@ -21,7 +21,11 @@ def dequantize(packed: np.ndarray) -> np.ndarray:
     return blk.dequantize_in_chunks(packed, BLOCK_SIZE, BLOCK_BYTES, _decode)
 
 
+def scaled(blocks: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """d * q + m of blocks that begin with d and m, for their codes q [blocks, 32]."""
+    scale, minimum = (blk.field_f16(blocks, at).astype(np.float32)[:, None] for at in (0, 2))
+    return scale * codes.astype(np.float32) + minimum
+
+
 def _decode(blocks: np.ndarray) -> np.ndarray:
-    scale = blk.field_f16(blocks, 0).astype(np.float32)[:, None]
-    minimum = blk.field_f16(blocks, 2).astype(np.float32)[:, None]
-    return scale * nibbles(blocks[:, 4:]).astype(np.float32) + minimum
+    return scaled(blocks, nibbles(blocks[:, 4:]))

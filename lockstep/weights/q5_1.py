@@ -11,6 +11,7 @@ Source: block_q5_1 in ggml-common.h.
 import numpy as np
 
 from lockstep.weights import blocks as blk
+from lockstep.weights.q4_1 import scaled
 from lockstep.weights.q5_0 import five_bits
 
 BLOCK_SIZE = 32
@@ -23,6 +24,4 @@ def dequantize(packed: np.ndarray) -> np.ndarray:
 
 
 def _decode(blocks: np.ndarray) -> np.ndarray:
-    scale = blk.field_f16(blocks, 0).astype(np.float32)[:, None]
-    minimum = blk.field_f16(blocks, 2).astype(np.float32)[:, None]
-    return scale * five_bits(blocks[:, 4:8], blocks[:, 8:]).astype(np.float32) + minimum
+    return scaled(blocks, five_bits(blocks[:, 4:8], blocks[:, 8:]))

@@ -54,7 +54,7 @@ class Conversation:
         with interruptible() as interrupted:
             stream, timing = answer(self.llm, ids, params, write, interrupted)
         write("\n")
-        tell("interrupted" if interrupted() else str(timing))
+        tell("interrupted" if interrupted() else stream.request.error or str(timing))
         if stream.text:
             self.messages = [*messages, dict(role="assistant", content=stream.text)]
 

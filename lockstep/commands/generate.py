@@ -76,6 +76,8 @@ def run(llm, text, num_tokens, fields, echo, as_json):
     write(json.dumps(described(stream, timing)) + "\n" if as_json else "\n")
     print(timing, file=sys.stderr)
     llm.close()
+    if stream.request.error is not None:
+        raise ValueError(stream.request.error)
 
 
 def read_prompt(prompt, file, source):
@@ -147,4 +149,5 @@ def described(stream, timing):
                 num_output_tokens=timing.num_output, prefill_tokens_per_second=round(timing.prefill_rate, 1),
                 decode_tokens_per_second=round(timing.decode_rate, 1),
                 seconds_to_first_token=round(timing.first_token, 4))
-    return made | (dict(top_logprobs=request.top_logprobs) if request.top_logprobs else {})
+    made |= dict(top_logprobs=request.top_logprobs) if request.top_logprobs else {}
+    return made if request.error is None else made | dict(error=request.error)

@@ -21,6 +21,11 @@ class Pool:
         """Whether no hidden state is wanted but that of the last token."""
         return self.pooling == "last" or self._num_taken == self.num_tokens - 1
 
+    @property
+    def is_finite(self):
+        """Whether all numbers that were taken in are numbers."""
+        return bool(np.isfinite(self._sum).all())
+
     def rows(self, start, end):
         """Which rows of a step on tokens start .. end are wanted, counted from start."""
         first = self.num_tokens - 1 if self.pooling == "last" else self._num_taken
@@ -28,8 +33,9 @@ class Pool:
 
     def take(self, hidden_ED):
         """Takes in the rows that `rows` asked for."""
-        for row in hidden_ED:
-            self._sum = self._sum + row
+        with np.errstate(invalid="ignore"):  # of a broken model: `is_finite` will say so
+            for row in hidden_ED:
+                self._sum = self._sum + row
         self._num_taken += len(hidden_ED)
 
     def embedding(self, normalize=True):

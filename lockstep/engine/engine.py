@@ -11,7 +11,7 @@ from lockstep.engine.prefix import PrefixCache, model_identity
 from lockstep.engine.prefix_disk import DiskStore
 from lockstep.engine.request import Request, check_params, check_single, samples, token_list
 from lockstep.engine.runner import Limits, Runner, Span
-from lockstep.engine.sampling import Refused, sampled_rows, take_prompt_rows, within_rows
+from lockstep.engine.sampling import Refused, is_finite, sampled_rows, take_prompt_rows, within_rows
 from lockstep.engine.scheduler import Scheduler
 from lockstep.engine.states import StateStore
 from lockstep.ops.kv_cache import PAGE_TOKENS
@@ -106,7 +106,7 @@ class Engine:
                 array.fill(0)  # the system hands out pages at the first touch: better now than within a request
         selfcheck.check(self.runner.program, self.runner.executor.backend)
         self.scheduler = Scheduler(limits, self._prefix_cache(options))
-        self._ids, self.num_generated = itertools.count(), 0
+        self._ids, self.num_generated, self.num_not_finite = itertools.count(), 0, 0
 
     def _prefix_cache(self, options):
         """Makes the prefix cache, given the PageAllocator; None where it is not wanted or could keep nothing."""
@@ -228,12 +228,18 @@ class Engine:
     def _take_hidden(self, request, span, row):
         """The same for its embedded rows."""
         request.pool.take(self.runner.hidden(row, len(span.embedded)))
-        if request.num_left == 0:
+        if request.num_left == 0 and request.pool.is_finite:
             self.finish(request, "embedded")
+        elif request.num_left == 0:
+            self._fail_not_finite(request, "hidden states")
         return row + len(span.embedded)
 
     def _take_token(self, request, token, logprob, row):
         p = request.params
+        top = self.runner.alternatives(row, p.logprobs) if p.logprobs else {}
+        if not is_finite(request, logprob, top):
+            self._fail_not_finite(request, "logits")
+            return
         if request.adjustment and self.runner.is_forbidden(row, token):
             self.fail(request, "no token is allowed by logits_mask, logit_bias and min_tokens together")
             return
@@ -241,7 +247,7 @@ class Engine:
         request.output_ids.append(token)
         request.logprobs.append(logprob)
         if p.logprobs:
-            request.top_logprobs.append(self.runner.alternatives(row, p.logprobs))
+            request.top_logprobs.append(top)
         is_end = token in p.stop_token_ids or token in self.eos_ids and not p.ignore_eos
         found = self._read(request, token, is_end)
         if is_end or found is not None:
@@ -265,12 +271,21 @@ class Engine:
         self.finish(request, "error")
         return request
 
+    def _fail_not_finite(self, request, what):
+        """Ends a request for which the model gave no numbers. Nobody finds what was computed for it."""
+        self.num_not_finite += 1
+        request.is_fault = True
+        if self.scheduler.prefix:
+            self.scheduler.prefix.forget(request)
+        self.fail(request, f"the model's {what} are not finite")
+
     def counts(self):
         """What happened so far and what is there now, for reports and metrics: {name: number}. For any thread."""
         scheduler, pages, prefix = self.scheduler, self.scheduler.pages, self.scheduler.prefix
         made = dict(running=len(scheduler.running), waiting=len(scheduler.waiting), preempted=scheduler.num_preempted,
                     pages=pages.num_pages, pages_free=pages.num_free - pages.num_idle, pages_idle=pages.num_idle,
-                    pages_evicted=pages.num_evicted, generated_tokens=self.num_generated)
+                    pages_evicted=pages.num_evicted, generated_tokens=self.num_generated,
+                    not_finite=self.num_not_finite)
         return made | (prefix.report() if prefix else {})
 
     def finish(self, request, reason):

@@ -45,6 +45,15 @@ class PageAllocator:
         """The page with a name, or None."""
         return self._page_of.get(name)
 
+    def forget(self, name):
+        """Takes a name back: its page, if there is one, is found no more."""
+        page = self._page_of.pop(name, None)
+        if page is not None:
+            del self._name_of[page]
+            if page in self._idle:
+                del self._idle[page]
+                self._free.append(page)
+
     def is_idle(self, page):
         return page in self._idle
 

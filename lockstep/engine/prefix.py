@@ -194,6 +194,16 @@ class PrefixCache:
             self.disk.save("state", newest, lambda out: np.copyto(out, self.states.get(newest)))
         request.leads = []
 
+    def forget(self, request):
+        """What a request's blocks hold is wrong: nobody finds them again, in memory or on disk."""
+        for name in request.block_names:
+            self.pages.forget(name)
+            if self.states is not None:
+                self.states.drop(name)
+            if self.disk is not None:
+                self.disk.forget("page", name)
+                self.disk.forget("state", name)
+
     # ------------------------------------------------------------ keeping
 
     def cut(self, request, count):

@@ -6,6 +6,7 @@ and counted, never used. The checksum finds damage, not malice: who may write to
 sees.
 """
 import contextlib
+import functools
 import hashlib
 import os
 import struct
@@ -110,6 +111,14 @@ class DiskStore:
             os.utime(self.folder / file)
         return data
 
+    def forget(self, kind, name):
+        """Removes an entry, if there is one, as soon as all that was saved before is written."""
+        self._queue.put(functools.partial(self._forget, f"{name.hex()}.{kind}"))
+
+    def _forget(self, file):
+        with self._lock:
+            self._drop(file)
+
     def _read(self, kind, name, path):
         size = self.sizes[kind]
         with open(path, "rb") as file:
@@ -129,8 +138,8 @@ class DiskStore:
 
     def _write_all(self):
         while (item := self._queue.get()) is not None:
-            if isinstance(item, threading.Event):
-                item.set()
+            if callable(item):
+                item()
             else:
                 self._write(*item)
 
@@ -175,7 +184,7 @@ class DiskStore:
     def flush(self):
         """Returns when all that was saved so far is on disk."""
         done = threading.Event()
-        self._queue.put(done)
+        self._queue.put(done.set)
         done.wait()
 
     def close(self):

@@ -2,6 +2,7 @@
 
 Log-probabilities of a prompt come from rows of their own: the row of token i says how likely token i + 1 was.
 """
+import math
 from collections import Counter
 
 import numpy as np
@@ -103,6 +104,16 @@ def take_prompt_rows(request, span, row, runner, logprobs):
     if num_top:
         request.prompt_top_logprobs += [runner.alternatives(r, num_top) for r in range(row, end)]
     return end
+
+
+def is_finite(request, logprob, alternatives):
+    """Whether the log-probabilities that come with a token are all numbers; with the first token, the prompt's, too."""
+    found = [logprob, *alternatives.values()]
+    if not request.output_ids:
+        found += request.prompt_logprobs
+        for each in request.prompt_top_logprobs:
+            found += each.values()
+    return all(map(math.isfinite, found))
 
 
 def within_rows(plan, max_sampled):

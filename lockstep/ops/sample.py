@@ -4,6 +4,10 @@
 
 which is a draw from the softmax, and a function of nothing but the row and its record: no generator has a state.
 Log-probabilities are the model's own: of the logits before adjustment, temperature and what is kept.
+
+A row with a logit that is NaN or +inf, which only a broken model or machine makes, has no softmax: its token is 0, its
+likeliest tokens are 0, 1, 2, ..., and every log-probability is NaN, by which the engine knows it. Whatever the logits
+are, a token is one of the vocabulary.
 """
 import numpy as np
 from numba import carray, float32, int32, int64
@@ -14,13 +18,14 @@ from lockstep.ops.reduce import tree_sum
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import definition, inlined, kernel
 from lockstep.runtime.machine import float_array, int_array
-from lockstep.runtime.simd import fma, maximum, minimum, peek, poke, rint, to_i32
+from lockstep.runtime.simd import absolute, fma, maximum, minimum, peek, poke, rint, to_i32
 from lockstep.runtime.step import SAMPLING, num_rows, step_word, word
 
 CHUNK = 4096  # vocabulary entries per partial sum of the log-softmax: a numerics constant
 BLOCK = 256  # vocabulary entries per maximum that the fast kernel keeps
 MAX_LOGPROBS = 20  # alternatives that a row may ask for
-LOWEST, ZERO = np.float32(-3.4028235e38), np.float32(0)
+LOWEST, ZERO, INFINITY = np.float32(-3.4028235e38), np.float32(0), np.float32(np.inf)
+UNKNOWN = np.float32(np.nan)  # a log-probability of a row that has none
 WEIGHT_UNITS = np.float32(2**30)  # in one weight of the likeliest token
 
 # adjustment, mask, num_seen, num_banned: see `adjust_logits`; adjustment 0: the row's logits are taken as they are.
@@ -44,14 +49,17 @@ def scratch_width(vocabulary):
 def sample_row(logits_V, temperature, top_k, top_p, min_p, seed, position):
     """Chooses a token.
 
-    Shapes: logits [V] float32 without NaN or +inf, V below 2**23; -inf forbids a token.
-    Units: temperature 0 takes the largest logit (as does a row that forbids all), otherwise it is at least 1e-3; top_k
-      below 1, top_p 1 and min_p 0 restrict nothing. top_k counts tokens, top_p is a share of what top_k leaves, min_p
-      is relative to the likeliest token.
+    Shapes: logits [V] float32, V below 2**23; -inf forbids a token; a row that is not sound gives token 0.
+    Units: temperature 0 takes the largest logit (as does a row that forbids all, or whose largest logit / temperature
+      overflows), otherwise it is at least 1e-3; top_k below 1, top_p 1 and min_p 0 restrict nothing. top_k counts
+      tokens, top_p is a share of what top_k leaves, min_p is relative to the likeliest token.
     Order: ties go to the lowest index. `kept_token` says the rest.
     Source: Maddison, Tarlow and Minka 2014 (Gumbel argmax); Holtzman et al. 2020 (top-p); Nguyen et al. 2024 (min-p).
     """
-    if temperature == ZERO or maximum_of(logits_V) == LOWEST:
+    if not is_sound(logits_V):
+        return 0
+    largest = maximum_of(logits_V)
+    if temperature == ZERO or largest == LOWEST or absolute(largest / temperature) == INFINITY:
         return argmax(logits_V)
     return kept_token(logits_V, temperature, top_k, top_p, min_p, seed, position)
 
@@ -63,8 +71,12 @@ def report(logits_V, token, num_logprobs, top_token_N, top_logprob_N):
     Shapes: logits [V] as for `sample_row`; top_token [N] int32 and top_logprob [N] float32, of which the first
       min(num_logprobs, V) are written, likeliest first; ties go to the lowest index.
     Error: below 3e-6 + 1 ulp.
-    Order: (logit - largest) - log(sum); see `log_normalizer`.
+    Order: (logit - largest) - log(sum); see `log_normalizer`. NaN throughout for a row that is not sound.
     """
+    if not is_sound(logits_V):
+        for n in range(min(num_logprobs, logits_V.size)):
+            top_token_N[n], top_logprob_N[n] = n, UNKNOWN
+        return UNKNOWN
     largest, log_total = log_normalizer(logits_V)
     if num_logprobs > 0:
         order = descending(logits_V)
@@ -72,6 +84,15 @@ def report(logits_V, token, num_logprobs, top_token_N, top_logprob_N):
             top_token_N[n] = order[n]
             top_logprob_N[n] = (logits_V[order[n]] - largest) - log_total
     return (logits_V[token] - largest) - log_total
+
+
+@definition
+def is_sound(logits_V):
+    """Whether no logit is NaN or +inf."""
+    for i in range(logits_V.size):
+        if not logits_V[i] < INFINITY:
+            return False
+    return True
 
 
 @definition
@@ -200,7 +221,7 @@ def _run(op, step, thread, num_threads):
                              carray(int_array(word(op, 2) + 4 * N * r), (N,)),
                              carray(float_array(word(op, 3) + 4 * N * r), (N,)))
             poke(word(op, 0) + 4 * r, np.int32(token))
-            poke(word(op, 1) + 4 * r, logprob)
+            poke(word(op, 1) + 4 * r, logprob if is_sound(choice_V) else UNKNOWN)
 
 
 REFERENCE = {"sample": Implementation(_run)}

@@ -9,10 +9,10 @@ from numba import float32, int32, int64
 
 from lockstep.ops.math import exp, log
 from lockstep.ops.philox import HALF_STEP, TO_UNIT, noise_lanes, philox_lanes
-from lockstep.ops.sample import (ADJUSTMENT, BLOCK, CHUNK, GIVEN, LOWEST, MAX_LOGPROBS, NUM_LOGPROBS, POSITION,
-                                 RECORD_BYTES, SEED, TEMPERATURE, TOP_K, TOP_P, ZERO, scratch_width)
-from lockstep.ops.sample_cut_cpu import (BAR, BEST, BLOCKS, CUT, CUT_BYTES, INFINITY, ONE, SUM, TOKEN, TOTAL, WORDS,
-                                         block_bound, draws, entries, find_cut, row_maximum, weights_of)
+from lockstep.ops.sample import (ADJUSTMENT, BLOCK, CHUNK, GIVEN, INFINITY, LOWEST, MAX_LOGPROBS, NUM_LOGPROBS,
+                                 POSITION, RECORD_BYTES, SEED, TEMPERATURE, TOP_K, TOP_P, UNKNOWN, ZERO, scratch_width)
+from lockstep.ops.sample_cut_cpu import (BAR, BEST, BLOCKS, CUT, CUT_BYTES, ONE, SUM, TOKEN, TOTAL, WORDS, block_bound,
+                                         draws, entries, find_cut, has_scores, is_sound, row_maximum, weights_of)
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import inlined, kernel
 from lockstep.runtime.machine import fetch_add, load_acquire, pause, stack_memory, yield_core
@@ -98,7 +98,7 @@ def wait_for_all(op, arrivals):
 
 @inlined
 def scan_chunk(logits, V, scratch, c, C):
-    """Maximum of each block, and the sum of exp(logit - the chunk's maximum)."""
+    """Maximum of each block, and the sum of exp(logit - the chunk's maximum), NaN where a logit is NaN or +inf."""
     first, last = CHUNK * c, min(CHUNK * c + CHUNK, V)
     maxima, top, total = scratch + WORDS * BLOCKS * c, lanes(LOWEST), lanes(ZERO)
     store(maxima, top)  # the last chunk may have fewer blocks
@@ -112,17 +112,23 @@ def scan_chunk(logits, V, scratch, c, C):
         top = maximum(block, top)
     largest = max_lanes(top) + ZERO
     for i in range(first, last - 15, 16):
-        total = total + exp(load(logits + WORDS * i) - largest)
+        total = total + weight(load(logits + WORDS * i), largest)
     if last % 16 != 0:
-        total = total + exp(entries(logits, last - last % 16, V) - largest)
+        total = total + weight(entries(logits, last - last % 16, V), largest)
     poke(scratch + SUM * C + WORDS * c, sum_lanes(total))
+
+
+@inlined
+def weight(logits, largest):
+    """exp(logit - largest), NaN for one that is NaN or +inf."""
+    return where_below(logits, INFINITY, exp(logits - largest), UNKNOWN)
 
 
 @inlined
 def weigh_chunk(logits, V, record, scratch, c, C):
     """Total weight of a chunk, exactly: low and high halves of the weights are summed apart, in int32."""
     temperature, limit = peek(record + TEMPERATURE, float32), int64(peek(record + TOP_K, int32))
-    if not draws(record) or peek(record + TOP_P, float32) >= ONE or 0 < limit < V:
+    if not has_scores(record, scratch, C) or peek(record + TOP_P, float32) >= ONE or 0 < limit < V:
         return
     largest, low = row_maximum(scratch, C) / temperature, bit_and(lane_numbers(), 0)
     high = low
@@ -137,7 +143,7 @@ def score_chunk(logits, V, record, scratch, c, C):
     """The best score of a chunk, and its first token; LOWEST where another chunk has a better one."""
     scores, best, token, cut = stack_memory(GROUP_BYTES), LOWEST, int64(0), scratch + CUT * C
     end = min(CHUNK * c + CHUNK, V)
-    for b in range(CHUNK * c, end if draws(record) else 0, BLOCK):
+    for b in range(CHUNK * c, end if has_scores(record, scratch, C) else 0, BLOCK):
         if may_win(record, peek(scratch + WORDS * (b // BLOCK), float32), cut, b):
             for g in range(b, min(b + BLOCK, end), GROUP):
                 highest = score_group(logits, V, record, cut, g, scores)
@@ -206,23 +212,41 @@ def finish_row(op, records, r, V, scratch, C):
     if is_adjusted(record):
         maxima = unadjusted(scratch, C)
     largest, total, token = row_maximum(maxima, C), ZERO, int64(peek(record + GIVEN, int32)) - 1
+    sound = is_sound(maxima, C)
     for c in range(C):
         top = max_lanes(load(maxima + WORDS * BLOCKS * c)) + ZERO
         total = fma(peek(maxima + SUM * C + WORDS * c, float32), exp(top - largest), total)
     if token < 0:
         token = chosen(choice(op, records, r), V, record, scratch, C)
+    logprob = UNKNOWN
+    if sound and is_sound(scratch, C):
+        logprob = (peek(logits + WORDS * token, float32) - largest) - log(total)
     poke(word(op, 0) + WORDS * r, np.int32(token))
-    poke(word(op, 1) + WORDS * r, (peek(logits + WORDS * token, float32) - largest) - log(total))
-    if peek(record + NUM_LOGPROBS, int32) > 0:
-        top_logprobs(logits, V, maxima, C, peek(record + NUM_LOGPROBS, int32), largest, log(total),
-                     word(op, 2) + TOP_BYTES * r, word(op, 3) + TOP_BYTES * r)
+    poke(word(op, 1) + WORDS * r, logprob)
+    count, top_token, top_logprob = peek(record + NUM_LOGPROBS, int32), word(op, 2), word(op, 3)
+    if count > 0 and sound:
+        top_logprobs(logits, V, maxima, C, count, largest, log(total), top_token + TOP_BYTES * r,
+                     top_logprob + TOP_BYTES * r)
+    elif count > 0:
+        no_logprobs(min(int64(count), V), top_token + TOP_BYTES * r, top_logprob + TOP_BYTES * r)
+
+
+@inlined
+def no_logprobs(count, tokens, logprobs):
+    """What is written of the likeliest tokens of a row that is not sound."""
+    for n in range(count):
+        poke(tokens + WORDS * n, np.int32(n))
+        poke(logprobs + WORDS * n, UNKNOWN)
 
 
 @inlined
 def chosen(logits, V, record, scratch, C):
-    """The best of the chunks' tokens, or the first of the largest logits."""
-    largest, token, best = row_maximum(scratch, C), int64(0), LOWEST
-    if not draws(record) or largest == LOWEST:
+    """The best of the chunks' tokens, or the first of the largest logits; 0 in a row that is not sound."""
+    token, best = int64(0), LOWEST
+    if not is_sound(scratch, C):
+        return token
+    if not has_scores(record, scratch, C):
+        largest = row_maximum(scratch, C)
         return first_equal(logits, int64(0), block_of(scratch, V, largest), V, largest)
     for c in range(C):
         if peek(scratch + BEST * C + WORDS * c, float32) > best:

@@ -7,18 +7,18 @@ import numpy as np
 from numba import float32, int32, int64
 
 from lockstep.ops.math import exp
-from lockstep.ops.sample import (BLOCK, CHUNK, GIVEN, LOWEST, MIN_P, TEMPERATURE, TOP_K, TOP_P, WEIGHT_UNITS, ZERO,
-                                 lowest_offset, nucleus)
+from lockstep.ops.sample import (BLOCK, CHUNK, GIVEN, INFINITY, LOWEST, MIN_P, TEMPERATURE, TOP_K, TOP_P, WEIGHT_UNITS,
+                                 ZERO, lowest_offset, nucleus)
 from lockstep.runtime.kernel import inlined
 from lockstep.runtime.machine import stack_memory
-from lockstep.runtime.simd import (bit_and, bit_xor, lane_numbers, lanes, load, load_i32, max_lanes, maximum, minimum,
-                                   peek, poke, rint, shift_right, store, to_f32, to_i32, where_below)
+from lockstep.runtime.simd import (absolute, bit_and, bit_xor, lane_numbers, lanes, load, load_i32, max_lanes, maximum,
+                                   minimum, peek, poke, rint, shift_right, store, to_f32, to_i32, where_below)
 
 FEW = 64  # blocks in which a nucleus is looked for first
 DIGITS, HISTOGRAM_BYTES, GROUP, GROUP_BYTES = 2048, 2 * 8 * 2048, 64, 256
 EVEN, TOP_DIGIT, DIGITS_PER_UNIT = 64, np.float32(2047), np.float32(93)  # exp(-2047 / 93) weighs nothing
 INDEX_BITS, ALL_INDICES = 23, (1 << 23) - 1  # a token's rank is its key, then its index inverted
-ONE, INFINITY = np.float32(1), np.float32(np.inf)
+ONE = np.float32(1)
 WORDS, BLOCKS = 4, CHUNK // BLOCK  # bytes of a word, blocks of a chunk
 # a row of scratch, by words per chunk: 16 maxima, sum of exp, best score, its token, total weight (two words); the cut;
 # maxima and sum of exp of the logits before adjustment, where there was one
@@ -48,6 +48,25 @@ def row_maximum(scratch, C):
 
 
 @inlined
+def is_sound(scratch, C):
+    """Whether a row has no logit that is NaN or +inf: the sum of its chunk would be NaN."""
+    for c in range(C):
+        total = peek(scratch + SUM * C + WORDS * c, float32)
+        if not total == total:
+            return False
+    return True
+
+
+@inlined
+def has_scores(record, scratch, C):
+    """Whether a row's token is drawn, and there is a softmax to draw from."""
+    if not draws(record) or not is_sound(scratch, C):
+        return False
+    top = row_maximum(scratch, C)
+    return top > LOWEST and absolute(top / peek(record + TEMPERATURE, float32)) < INFINITY
+
+
+@inlined
 def weights_of(logits, temperature, largest):
     return to_i32(rint(exp(logits / temperature - largest) * WEIGHT_UNITS))
 
@@ -68,7 +87,7 @@ def find_cut(logits, V, record, scratch, C):
         wanted = int64(limit)
     for c in range(0 if limited else C):
         total += peek(scratch + TOTAL * C + 8 * c, int64)
-    if draws(record) and top > LOWEST and (limited or top_p < ONE):
+    if has_scores(record, scratch, C) and (limited or top_p < ONE):
         bound = sort_key(block_bound(scratch, C, wanted)) << INDEX_BITS
         weighted = not limited
         while top_p < ONE or not weighted:

@@ -151,13 +151,17 @@ class LLM:
         """Embeddings of prompts (strings or lists of token ids), float32 [prompts, D], the same bits in any company.
 
         Each comes from the hidden states after the model's final norm: the last token's ("last"), or the mean over all
-        tokens ("mean"). normalize: to length 1. ValueError for a prompt that cannot run.
+        tokens ("mean"). normalize: to length 1. ValueError for a prompt that cannot run, or for which the model gives
+        no finite numbers.
         """
         if pooling is None:
             raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got None")
         prompts, params = _prompt_list(prompts), SamplingParams(pooling=pooling)
         started = self._start_all(prompts, [params] * len(prompts))
         self._run([s for streams in started for s in streams])
+        failed = next((s.request.error for streams in started for s in streams if s.request.error), None)
+        if failed is not None:
+            raise ValueError(failed)
         made = [streams[0].request.pool.embedding(normalize) for streams in started]
         return np.stack(made) if made else np.zeros((0, self.model.config.hidden_size), np.float32)
 

@@ -202,3 +202,56 @@ def test_groups_that_cannot_win_are_left_out_and_nothing_else(temperature):
     logits = np.array(rows * 3)
     settings = [dict(temperature=temperature, position=i, min_p=(0, 0.01)[i % 2]) for i in range(len(logits))]
     same_outputs(logits, settings)
+
+
+# ---------------------------------------------------------------- what only a broken model or machine makes
+
+BROKEN = [np.float32(np.nan), np.float32(np.inf), np.array(0xFFC12345, np.uint32).view(np.float32)]
+ASKED = [dict(s, num_logprobs=3 + i % 3) for i, s in enumerate(SETTINGS)]
+
+
+@pytest.mark.parametrize("vocabulary", [1, 17, 257, 4101])
+@pytest.mark.parametrize("value", BROKEN, ids=["nan", "inf", "payload"])
+def test_a_row_that_is_not_sound_has_no_logprobs_and_a_token_of_the_vocabulary(vocabulary, value):
+    """One bad logit at any place, or nothing but bad ones; a neighbour's row is what it is without them."""
+    logits = logits_of(len(ASKED), vocabulary)
+    for r in range(0, len(ASKED) - 1):
+        logits[r, RNG.integers(vocabulary) if r % 3 else slice(None)] = value
+    out = same_outputs(logits, ASKED)
+    assert (out["token"][:-1] == 0).all() and np.isnan(out["logprob"][:-1]).all()
+    for settings, tokens, logprobs in zip(ASKED[:-1], out["top_token"], out["top_logprob"]):
+        count = min(settings["num_logprobs"], vocabulary)
+        assert tokens[:count].tolist() == list(range(count)) and np.isnan(logprobs[:count]).all()
+    alone = same_outputs(logits[-1:], ASKED[-1:])
+    for name in alone:
+        same_bits(out[name][-1:], alone[name])
+
+
+@pytest.mark.parametrize("vocabulary", [5, 4101])
+def test_adjusted_rows_of_which_one_side_is_not_sound(vocabulary):
+    settings = [dict(s, adjustment=1) for s in ASKED]
+    sound, broken = logits_of(len(settings), vocabulary), logits_of(len(settings), vocabulary)
+    broken[:, vocabulary // 2] = np.nan
+    for logits, adjusted in ((sound, broken), (broken, sound), (broken, broken)):
+        out = same_outputs(logits, settings, adjusted)
+        assert np.isnan(out["logprob"]).all() and (out["token"] >= 0).all() and (out["token"] < vocabulary).all()
+    given = same_outputs(broken, [dict(given=1 + vocabulary // 2, num_logprobs=2)] * len(settings))
+    assert (given["token"] == vocabulary // 2).all() and np.isnan(given["logprob"]).all()
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 0.5])
+def test_logits_at_the_end_of_the_range_are_chosen_like_others(temperature):
+    """Their division by the temperature overflows: then the largest is taken, as at temperature 0."""
+    for levels in ([3.4e38, 3e38, 1.0], [-3.4e38, -3e38], [3.4e38, -3.4e38, -np.inf], [3.4e35, 1e35, 0]):
+        logits = RNG.choice(np.array(levels, np.float32), (len(ASKED), 4101))
+        out = same_outputs(logits, [dict(s, temperature=temperature) for s in ASKED])
+        assert (logits[np.arange(len(ASKED)), out["token"][:, 0]] == logits.max(1)).all()
+
+
+def test_rows_that_are_not_sound_by_the_interpreted_definition():
+    row = logits_of(1, 9)[0]
+    row[4] = np.nan
+    tokens, logprobs = np.zeros(20, np.int32), np.zeros(20, np.float32)
+    choose, one = interpreted(sample.sample_row), np.float32(1)
+    chosen = choose(row, one, 0, one, np.float32(0), np.int64(1), np.int64(2))
+    assert chosen == 0 and np.isnan(interpreted(sample.report)(row, 0, 2, tokens, logprobs)) and tokens[1] == 1

@@ -29,6 +29,11 @@ def not_allowed(error):
     return bad_request(str(error), field if colon and field.isidentifier() else None, "invalid_value")
 
 
+def not_finite(reason):
+    """An answer that the model or the machine could not give, whoever asks; reason: the engine's words."""
+    return ApiError(500, reason, code="not_finite")
+
+
 def internal():
     """What a client gets to know of an error of the server's own."""
     return ApiError(500, INTERNAL, code="internal_error")

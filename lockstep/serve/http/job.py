@@ -7,7 +7,7 @@ from starlette.requests import ClientDisconnect
 
 from lockstep.engine.async_engine import batches
 from lockstep.serve.http import body
-from lockstep.serve.http.errors import ApiError, bad_request, not_allowed
+from lockstep.serve.http.errors import ApiError, bad_request, not_allowed, not_finite
 
 SHORT_BYTES = 2048  # of a body
 FRAME_SECONDS = 1 / 60  # nobody sees tokens that come faster than this one by one
@@ -106,7 +106,8 @@ class Job:
         """Yields lists of (number of a sequence, its new Tokens, its finish_reason) whenever a step brought some.
 
         Tokens that come within `pause()` seconds come together, by default as long as nobody sees a difference.
-        finish_reason is None before a sequence's last tokens. A sequence that failed raises ApiError 400 at the end.
+        finish_reason is None before a sequence's last tokens. A sequence that failed raises ApiError at the end: 400,
+        or 500 where the fault is the model's.
         """
         async for found in batches(self.streams, pause or self._frame):
             self._go_on()
@@ -141,9 +142,13 @@ class Job:
         self._last_tokens = now
 
     def _check_errors(self):
-        failed = next((request for request in self.requests if request.finish_reason == "error"), None)
-        if failed is not None:
-            raise ApiError(400, failed.error, code="generation_failed")
+        failed = [request for request in self.requests if request.finish_reason == "error"]
+        faulty = next((request for request in failed if request.is_fault), None)
+        self.service.note_end(faulty is not None)
+        if faulty is not None:
+            raise not_finite(faulty.error)
+        if failed:
+            raise ApiError(400, failed[0].error, code="generation_failed")
 
     def usage(self):
         """OpenAI's usage object: each prompt counts once, however many samples it has."""

@@ -32,6 +32,7 @@ class Limits:
     keep_alive_seconds: float = 15.0  # between the comments that keep a silent stream open
     drain_seconds: float = 30.0
     stuck_seconds: float = 120.0  # a step that takes longer makes /health red
+    max_faults: int = 3  # requests in a row for which the model gave no finite numbers make /health red
 
     def __post_init__(self):
         for field in fields(self):

@@ -12,6 +12,7 @@ GAUGES = {"running": "Sequences that the engine runs", "waiting": "Sequences tha
           "pages_idle": "Pages that are only kept for later prompts"}
 COUNTERS = {"preempted": ("preemptions", "Sequences that had to give their memory back and start again"),
             "query_tokens": ("prefix_query_tokens", "Prompt tokens looked for in the prefix cache"),
+            "not_finite": ("not_finite", "Sequences that failed as the model gave no finite numbers"),
             "hit_tokens": ("prefix_hit_tokens", "Prompt tokens found in the prefix cache"),
             "pages_evicted": ("pages_evicted", "Kept pages that were needed for others")}
 

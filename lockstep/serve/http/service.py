@@ -36,7 +36,7 @@ class Service:
         self.state, self.created = "loading", int(time.time())
         self.llm = self.engine = self.tokenizer = self.chat = self.fingerprint = None
         self.jobs, self.num_sequences, self.num_queued_tokens, self.num_bytes = set(), 0, 0, 0
-        self.metrics = Metrics(self)
+        self.metrics, self.num_faults = Metrics(self), 0
         self._workers = concurrent.futures.ThreadPoolExecutor(WORKERS, "lockstep worker")
         self._num_offloaded, self._seconds_each = 0, 1.0
 
@@ -72,6 +72,13 @@ class Service:
 
     @property
     def trouble(self):
+        """Why only a restart is likely to help, or None."""
+        if self.num_faults >= self.limits.max_faults:
+            return f"{self.num_faults} requests in a row failed, as the model's logits are not finite"
+        return self.engine_trouble
+
+    @property
+    def engine_trouble(self):
         """Why the engine does not work, or None."""
         if self.engine is None:
             return None
@@ -90,10 +97,11 @@ class Service:
 
     def check_open(self):
         """ApiError 503 unless requests are answered, 429 if no sequence more may wait. Before anything is read."""
-        if self.state in REFUSED or self.state == "closed" or self.trouble:
+        trouble = self.engine_trouble
+        if self.state in REFUSED or self.state == "closed" or trouble:
             reason = self.state if self.state != "ready" else "engine"
             self.metrics.refuse(reason)
-            raise ApiError(503, REFUSED.get(self.state, self.trouble or "the server is closed"), code=reason,
+            raise ApiError(503, REFUSED.get(self.state, trouble or "the server is closed"), code=reason,
                            retry_after=1 if reason == "loading" else None)
         if self.num_sequences >= self.most_sequences:
             raise self.full("queue_full", f"{self.num_sequences} sequences are being answered or wait")
@@ -142,6 +150,13 @@ class Service:
         self.num_queued_tokens -= job.num_queued_tokens
         if job.streams:
             self._seconds_each += 0.1 * (job.seconds - self._seconds_each)
+
+    def note_end(self, is_fault):
+        """A request's sequences ended. is_fault: the model gave no finite numbers for one of them.
+
+        Faults in a row make `trouble`; requests are still answered, and one that goes well ends it.
+        """
+        self.num_faults = self.num_faults + 1 if is_fault else 0
 
     # ------------------------------------------------------------ work beside the event loop
 

@@ -241,7 +241,7 @@ class Engine:
             self._fail_not_finite(request, "logits")
             return
         if request.adjustment and self.runner.is_forbidden(row, token):
-            self.fail(request, "no token is allowed by logits_mask, logit_bias and min_tokens together")
+            self.fail(request, "no token is allowed by logits_mask, suppress_tokens and min_tokens together")
             return
         self.num_generated += 1
         request.output_ids.append(token)

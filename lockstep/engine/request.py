@@ -21,9 +21,10 @@ class SamplingParams:
     Logits, changed before the choice in this order. repetition_penalty: divides the positive and multiplies the
     negative logits of tokens in the prompt or the output; 1 changes nothing. frequency_penalty: subtracted for each
     time that the output has a token. presence_penalty: subtracted once if it has it. logit_bias: {token id: -100 to
-    100} to add. logits_mask: a function, called once for each token with the list of output ids so far (not to be
-    changed), that returns None or uint32[ceil(vocabulary / 32)], whose bit i % 32 of word i // 32 allows token i. If
-    nothing is allowed, or the function raises, the request ends with finish_reason "error".
+    100} to add. suppress_tokens: ids that are never chosen. logits_mask: a function, called once for each token with
+    the list of output ids so far (not to be changed), that returns None or uint32[ceil(vocabulary / 32)], whose bit
+    i % 32 of word i // 32 allows token i. If nothing is allowed, or the function raises, the request ends with
+    finish_reason "error".
 
     End. max_tokens: of the output. stop: strings; the answer ends before the first of them to be complete, or after it
     with include_stop_str_in_output, which also keeps the text of a stop token. stop_token_ids: end an answer as the
@@ -58,6 +59,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] = field(default_factory=dict, hash=False)
+    suppress_tokens: tuple[int, ...] = ()
     logits_mask: Callable[[list[int]], Any] | None = None
     n: int = 1
     pooling: str | None = None
@@ -99,14 +101,15 @@ class SamplingParams:
     def _check_strings(self):
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        for name in ("stop", "stop_token_ids"):
+        for name in ("stop", *ID_LISTS):
             if not isinstance(getattr(self, name), (list, tuple, set, frozenset)):
                 raise ValueError(f"{name}: expected a list, got {getattr(self, name)!r:.80}")
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if not all(isinstance(s, str) and s for s in self.stop):
             raise ValueError(f"stop: expected non-empty strings, got {self.stop!r}")
-        if not all(_is_number(i, int) and i >= 0 for i in self.stop_token_ids):
-            raise ValueError(f"stop_token_ids: expected token ids, got {self.stop_token_ids!r}")
+        for name in ID_LISTS:
+            if not all(_is_number(i, int) and i >= 0 for i in getattr(self, name)):
+                raise ValueError(f"{name}: expected token ids, got {getattr(self, name)!r:.80}")
 
     def _check_bias(self):
         if not isinstance(self.logit_bias, dict):
@@ -122,7 +125,7 @@ class SamplingParams:
 
     def check_vocabulary(self, vocab_size):
         """ValueError if a token id is not one of a vocabulary of this size."""
-        for name in ("logit_bias", "stop_token_ids"):
+        for name in ("logit_bias", *ID_LISTS):
             highest = max(getattr(self, name), default=0)
             if highest >= vocab_size:
                 raise ValueError(f"{name}: token ids must be 0 to {vocab_size - 1}, got {highest}")
@@ -134,6 +137,7 @@ def _is_number(value, kind):
 
 MIN_TEMPERATURE = 0.001
 MAX_TOKENS = 1 << 30
+ID_LISTS = ("stop_token_ids", "suppress_tokens")
 BOUNDS = (("max_tokens", int, 0, MAX_TOKENS), ("temperature", (int, float), 0, 1e4), ("top_k", int, 0, (1 << 31) - 1),
           ("top_p", (int, float), 1e-9, 1), ("min_p", (int, float), 0, 1), ("seed", int, -(1 << 63), (1 << 63) - 1),
           ("min_tokens", int, 0, 1 << 30), ("repetition_penalty", (int, float), 0.01, 100),

@@ -30,8 +30,9 @@ class Adjustment:
         self._seen[:len(self._prompt), 0] = self._prompt
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_ids)
         self._banned = np.array(sorted(i for i in ends if i < vocab_size), np.int32)
-        self._bias_ids = np.array(list(params.logit_bias), np.int32)
-        self._bias = np.array(list(params.logit_bias.values()), np.float32)
+        biases = {**params.logit_bias, **dict.fromkeys(params.suppress_tokens, -np.inf)}
+        self._bias_ids = np.array(list(biases), np.int32)
+        self._bias = np.array(list(biases.values()), np.float32)
         self._bits = np.zeros(-(-vocab_size // 32), np.uint32)
         self._record = np.zeros(1, ADJUSTMENT_RECORD)
         memory = [a.ctypes.data for a in (self._seen, self._bias_ids, self._bias, self._banned)]
@@ -76,7 +77,7 @@ class Adjustment:
 def adjusts(params):
     """Whether a request may change its logits before a token is chosen."""
     return bool(params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
-                or params.logit_bias or params.min_tokens or params.logits_mask)
+                or params.logit_bias or params.suppress_tokens or params.min_tokens or params.logits_mask)
 
 
 def sampled_rows(request, start, end, eos_ids, vocab_size):

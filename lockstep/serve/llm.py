@@ -9,6 +9,7 @@ from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.model import load_model
 from lockstep.engine.request import SamplingParams, check_single, token_list
 from lockstep.models.config import end_ids
+from lockstep.serve.generation_config import sampling_defaults
 from lockstep.serve.hub import resolve_model
 from lockstep.serve.tokenizer import Detokenizer, Tokenizer, load_tokenizer, tokenizer_from_gguf
 from lockstep.weights.checkpoint import open_checkpoint
@@ -61,19 +62,25 @@ class LLM:
     "f32", "bf16", "q8_0" or "q4_0". kv_dtype: "bf16", "f32" or "q8". ops: swaps of the op table, such as
     {"linear": "reference"}. progress: called with (what, done, total) while weights are packed. prefix_cache: whether
     requests use what earlier ones computed for the same first tokens; cache_dir: a folder of at most cache_dir_bytes
-    that keeps it across restarts. needs_chat: refuse a model without a chat template. Raises ValueError, in one
-    sentence, for a model that cannot be loaded.
+    that keeps it across restarts. needs_chat: refuse a model without a chat template. generation_config: where
+    sampling_defaults come from: "auto" (the model's own), "none", or a folder with a generation_config.json. Raises
+    ValueError, in one sentence, for a model that cannot be loaded.
+
+    sampling_defaults: {field of SamplingParams: value} as the model's makers want it sampled; `chat` and
+    `default_params` begin with them, `generate` does not.
     """
 
     def __init__(self, model=None, *, weights="auto", kv_dtype=None, max_context=None, max_step_tokens=512,
                  max_requests=16, kv_tokens=None, threads=None, ops=None, progress=None, prefix_cache=True,
-                 cache_dir=None, cache_dir_bytes=8 << 30, needs_chat=False):
+                 cache_dir=None, cache_dir_bytes=8 << 30, needs_chat=False, generation_config="auto"):
         self.path = resolve_model(model)
         self._checkpoint = checkpoint = open_checkpoint(self.path)
         if needs_chat and not (self.has_tokenizer and self.tokenizer.has_chat_template):
             raise ValueError(f"{model or 'the bundled model'}: has no chat template, so it can only continue text "
                              f"(lockstep generate); pass a chat model, such as Qwen/Qwen3-0.6B")
         self.model = load_model(checkpoint, PackedStore(checkpoint, progress), weights, kv_dtype, max_context)
+        self.sampling_defaults = sampling_defaults(generation_config, checkpoint.generation_config,
+                                                   checkpoint.metadata, self.model.config.vocab_size)
         options = EngineOptions(max_step_tokens, max_requests, kv_tokens, threads, prefix_cache, cache_dir=cache_dir,
                                 cache_dir_bytes=cache_dir_bytes)
         reader = functools.partial(Detokenizer, self.tokenizer) if self.has_tokenizer else None
@@ -106,6 +113,24 @@ class LLM:
         """Token ids of a conversation in the checkpoint's chat format. ValueError if it has none."""
         return self.tokenizer.encode_chat(messages, **options)
 
+    def default_params(self, **fields) -> SamplingParams:
+        """SamplingParams as the model's makers want them; fields that are given come first.
+
+        Where nobody says a temperature it is 1, as in OpenAI's API.
+        """
+        return SamplingParams(**{"temperature": 1.0, **self.sampling_defaults, **fields})
+
+    def chat(self, messages, params: SamplingParams | None = None, **options) -> Completion:
+        """The model's answer to a conversation: a list of {"role", "content"}, as its chat template knows them.
+
+        params: None for `default_params`, and as many tokens as the context has room for. options: of `chat_prompt`,
+        such as tools or variables of the template. ValueError if the model has no chat template or it refuses.
+        """
+        ids = self.chat_prompt(messages, **options)
+        if params is None:
+            params = self.default_params(max_tokens=max(1, self.model.max_context - len(ids)))
+        return self.generate([ids], params)[0]
+
     def start(self, prompt, params=SamplingParams()):
         """Queues one prompt; returns its Stream."""
         check_single(params)
@@ -136,7 +161,8 @@ class LLM:
     def generate(self, prompts, params=SamplingParams()):
         """Answers all prompts (strings or lists of token ids) together; returns a Completion for each, in order.
 
-        params: one SamplingParams for all, or a list with one for each prompt. With n > 1 the Completion is that of
+        params: one SamplingParams for all, or a list with one for each prompt; by default the most probable tokens,
+        whatever the model's makers ask for (that is `default_params`). With n > 1 the Completion is that of
         the first sample, and its `samples` are all.
         """
         prompts = _prompt_list(prompts)

@@ -33,6 +33,8 @@ BAD = [
     ({"seed": 10 ** 400}, "seed: expected an integer from -"),
     ({"temperature": 10 ** 400}, "temperature: expected a number from 0"),
     ({"stop_token_ids": 5}, "stop_token_ids: expected a list, got 5"),
+    ({"suppress_tokens": [True]}, "suppress_tokens: expected token ids, got .True"),
+    ({"suppress_tokens": 3}, "suppress_tokens: expected a list, got 3"),
     ({"stop_token_ids": None}, "stop_token_ids: expected a list, got None"),
     ({"stop": None}, "stop: expected a list, got None"),
     ({"stop": b"x"}, "stop: expected a list, got b'x'"),

@@ -143,6 +143,7 @@ def changed(logits, prompt, output, p, eos_ids):
         x[t] -= p.frequency_penalty * output.count(t) + p.presence_penalty * (t in output)
     for t, bias in p.logit_bias.items():
         x[t] += bias
+    x[list(p.suppress_tokens)] = -np.inf
     mask = p.logits_mask(output) if p.logits_mask else None
     if mask is not None:
         x[~np.unpackbits(mask.view(np.uint8), bitorder="little").astype(bool)[:len(x)]] = -np.inf
@@ -155,7 +156,8 @@ def changed(logits, prompt, output, p, eos_ids):
     dict(repetition_penalty=1.5), dict(repetition_penalty=0.6), dict(presence_penalty=2.0), dict(frequency_penalty=0.8),
     dict(frequency_penalty=-1.5, presence_penalty=-2), dict(logit_bias={5: 2.0, 60: 100, 61: -100}),
     dict(logits_mask=odd_after_even), dict(min_tokens=80, stop_token_ids=(7, 11)),
-    dict(**PENALTIES, logit_bias={8: 2.5}, logits_mask=odd_after_even, min_tokens=3)],
+    dict(suppress_tokens=tuple(range(0, 96, 3)), logit_bias={3: 100}),
+    dict(**PENALTIES, logit_bias={8: 2.5}, logits_mask=odd_after_even, min_tokens=3, suppress_tokens=(8, 50))],
     ids=lambda o: " ".join(o))
 def test_a_greedy_answer_takes_the_largest_of_the_changed_logits(engine, logits_of, options):
     made, p = engine(), SamplingParams(max_tokens=80, ignore_eos="min_tokens" not in options, **options)
@@ -166,7 +168,7 @@ def test_a_greedy_answer_takes_the_largest_of_the_changed_logits(engine, logits_
     differs = 0
     for n, token in enumerate(r.output_ids):
         x = changed(logits[n], PROMPTS[3], r.output_ids[:n], p, made.eos_ids)
-        assert x[token] >= x.max() - 1e-4, (n, token)
+        assert np.isfinite(x[token]) and x[token] >= x.max() - 1e-4, (n, token)
         exact = logits[n][token] - np.log(np.exp(logits[n] - logits[n].max()).sum()) - logits[n].max()
         assert abs(r.logprobs[n] - exact) < 1e-5
         differs += token != logits[n].argmax()
@@ -202,7 +204,7 @@ def test_a_mask_is_asked_once_for_each_token(engine):
     assert r.output_ids == [10, 11, 12, 13] and asked == [[], [10], [10, 11], [10, 11, 12]]
 
 
-NOTHING_ALLOWED = "no token is allowed by logits_mask, logit_bias and min_tokens together"
+NOTHING_ALLOWED = "no token is allowed by logits_mask, suppress_tokens and min_tokens together"
 
 
 def raises(output_ids):
@@ -259,7 +261,8 @@ def test_a_request_that_fails_alone_leaves_nothing(engine):
 
 @pytest.mark.parametrize("options, message", [
     (dict(logit_bias={96: 1}), "logit_bias: token ids must be 0 to 95, got 96"),
-    (dict(stop_token_ids=(1, 300)), "stop_token_ids: token ids must be 0 to 95, got 300")])
+    (dict(stop_token_ids=(1, 300)), "stop_token_ids: token ids must be 0 to 95, got 300"),
+    (dict(suppress_tokens=[96]), "suppress_tokens: token ids must be 0 to 95, got 96")])
 def test_token_ids_that_are_none_are_refused(engine, options, message):
     made = engine()
     with pytest.raises(ValueError, match=message):

@@ -72,8 +72,8 @@ def _params(fields, service, num_prompt, mask):
     room = max(1, service.llm.model.max_context - num_prompt)
     max_tokens = min(DEFAULT_TOKENS, room) if fields.max_tokens is None else max(1, fields.max_tokens)
     wants_prompt = fields.echo and fields.logprobs is not None
-    return sampling_params(fields, service.limits, max_tokens, logprobs=fields.logprobs, logits_mask=mask,
-                           prompt_logprobs=fields.logprobs if wants_prompt else None)
+    return sampling_params(fields, service.limits, max_tokens, service.llm.sampling_defaults, logprobs=fields.logprobs,
+                           logits_mask=mask, prompt_logprobs=fields.logprobs if wants_prompt else None)
 
 
 # ---------------------------------------------------------------- prompts

@@ -54,7 +54,7 @@ class Answer:
         self._with_logprobs, self._parser = with_logprobs, Placed(new_parser()) if with_logprobs else new_parser()
         self._number, self._ids = 0, {}
         self._head = dict(id=f"resp_{secrets.token_hex(16)}", object="response", created_at=int(time.time()),
-                          model=job.service.model_name, **_echoed(fields))
+                          model=job.service.model_name, **_echoed(fields, self._request.params))
 
     def whole(self, tokens):
         """The response, of all Tokens."""
@@ -159,14 +159,14 @@ class Answer:
                     output_tokens_details=dict(reasoning_tokens=num_thought))
 
 
-def _echoed(fields):
-    """What the response repeats of the request."""
+def _echoed(fields, params):
+    """What the response repeats of the request. params: the SamplingParams that were made of it."""
     dump = fields.model_dump(mode="json", by_alias=True, exclude_none=True)
     return dict(
         error=None, instructions=fields.instructions, metadata=fields.metadata or {}, tools=dump.get("tools", []),
         tool_choice=dump.get("tool_choice", "auto"), parallel_tool_calls=fields.parallel_tool_calls is not False,
-        temperature=1.0 if fields.temperature is None else fields.temperature,
-        top_p=1.0 if fields.top_p is None else fields.top_p, max_output_tokens=fields.max_output_tokens,
+        temperature=params.temperature if fields.temperature is None else fields.temperature,
+        top_p=params.top_p if fields.top_p is None else fields.top_p, max_output_tokens=fields.max_output_tokens,
         top_logprobs=fields.top_logprobs or 0, text=dump.get("text", dict(format=dict(type="text"))),
         reasoning=dict(effort=dump.get("reasoning", {}).get("effort"), summary=None),
         previous_response_id=None, store=False, background=False, truncation="disabled")

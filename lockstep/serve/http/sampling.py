@@ -32,27 +32,30 @@ class SamplingFields(Fields):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    suppress_tokens: list[TokenId] | None = None
     cache_salt: Annotated[str, Field(max_length=256)] | None = None
 
 
 # API field -> default; those of SamplingParams have the same names
 DEFAULTS = dict(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, n=1, ignore_eos=False, min_tokens=0,
                 include_stop_str_in_output=False, skip_special_tokens=True, repetition_penalty=1.0,
-                presence_penalty=0.0, frequency_penalty=0.0)
+                presence_penalty=0.0, frequency_penalty=0.0, suppress_tokens=())
 LEAST_TOP_P = 1e-9
 
 
-def sampling_params(fields, limits, max_tokens, **more):
+def sampling_params(fields, limits, max_tokens, defaults, **more):
     """SamplingParams of a request's SamplingFields. ApiError 400 for a value that is not allowed.
 
-    more: other arguments of SamplingParams, such as logprobs. Without a seed each request draws with one of its own.
+    defaults: the model's, for fields that the request does not have; those of the API come after them. more: other
+    arguments of SamplingParams, such as logprobs. Without a seed each request draws with one of its own.
     """
     chosen = {name: default if getattr(fields, name) is None else getattr(fields, name)
-              for name, default in DEFAULTS.items()}
+              for name, default in {**DEFAULTS, **defaults}.items()}
     chosen["top_p"] = max(chosen["top_p"], LEAST_TOP_P)  # 0 means the most probable token, for OpenAI
     chosen["top_k"] = max(chosen["top_k"], 0)  # -1 means all, for vLLM
     seed = secrets.randbits(63) if fields.seed is None else fields.seed
     _check_n(chosen["n"], limits)
+    _check_suppressed(fields.suppress_tokens or (), limits)
     try:
         return SamplingParams(max_tokens=max_tokens, seed=seed, stop=_stop(fields.stop, limits),
                               stop_token_ids=_stop_ids(fields.stop_token_ids or [], limits),
@@ -64,6 +67,12 @@ def sampling_params(fields, limits, max_tokens, **more):
 def _check_n(n, limits):
     if n > limits.max_samples:
         raise bad_request(f"n: expected at most {limits.max_samples}, got {n}", "n", "invalid_value")
+
+
+def _check_suppressed(ids, limits):
+    if len(ids) > limits.max_logit_bias:
+        raise bad_request(f"suppress_tokens: expected at most {limits.max_logit_bias}, got {len(ids)}",
+                          "suppress_tokens")
 
 
 def _stop(stop, limits):

@@ -20,8 +20,8 @@ async def start(job, fields, make_conversation, max_tokens, logprobs=None):
     options = prepared.options
     if not options.get("skip_special_tokens", True):
         fields.skip_special_tokens = False
-    params = sampling_params(fields, service.limits, min(room, max_tokens or room), logprobs=logprobs,
-                             logits_mask=options["logits_mask"])
+    params = sampling_params(fields, service.limits, min(room, max_tokens or room), service.llm.sampling_defaults,
+                             logprobs=logprobs, logits_mask=options["logits_mask"])
     await job.start([(prepared.ids, params)], fields.cache_salt or "")
     return prepared.new_parser
 

@@ -1,0 +1,114 @@
+"""How the makers of a model want it sampled: generation_config.json, or the general.sampling keys of a GGUF file."""
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lockstep.engine.request import MIN_TEMPERATURE, SamplingParams
+from lockstep.weights.mapped import read_json_object
+
+FILE = "generation_config.json"
+KNOWN = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "suppress_tokens")
+CHOICE = ("temperature", "top_k", "top_p", "min_p")  # how a token is drawn, where tokens are drawn at all
+GGUF_KEYS = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
+             "penalty_repeat": "repetition_penalty"}
+GGUF_PREFIX = "general.sampling."
+# what would change answers and is not done here -> the values that ask for nothing
+NOT_DONE = {
+    "typical_p": (1, 1.0), "epsilon_cutoff": (0, 0.0), "eta_cutoff": (0, 0.0), "num_beams": (1,), "penalty_alpha": (0,),
+    "no_repeat_ngram_size": (0,), "bad_words_ids": ([],), "begin_suppress_tokens": ([],), "force_words_ids": ([],),
+    "sequence_bias": ({}, []), "guidance_scale": (1, 1.0), "forced_bos_token_id": (), "forced_eos_token_id": (),
+    "min_length": (0,), "min_new_tokens": (0,), "exponential_decay_length_penalty": (), "top_h": (),
+}
+GGUF_NOT_DONE = {"xtc_probability": (0, 0.0), "mirostat": (0,), "sequence": ()}
+log = logging.getLogger("lockstep.generation_config")
+
+
+def sampling_defaults(source: str, config: Mapping[str, Any], metadata: Mapping[str, Any],
+                      vocab_size: int) -> dict[str, Any]:
+    """The fields of SamplingParams that a model's makers set: {name: value}; empty where they are silent.
+
+    source: "auto": config (its generation_config.json) or metadata (of its GGUF file); "none": they are not asked;
+    else a folder or file with another generation_config.json. A value that is not allowed is ignored with a warning
+    that names it. ValueError for a source that cannot be read.
+    """
+    if source == "none":
+        return {}
+    if source != "auto":
+        path = Path(source)
+        path = path / FILE if path.is_dir() else path
+        if not path.is_file():
+            raise ValueError(f"generation_config: expected auto, none or a folder with {FILE}, got {source!r:.200}")
+        return _checked(read_json_object(path), str(path), vocab_size, NOT_DONE)
+    if any(key.startswith(GGUF_PREFIX) for key in metadata):
+        return _checked(_of_gguf(metadata), "the GGUF file's general.sampling", vocab_size, GGUF_NOT_DONE)
+    return _checked(config, FILE, vocab_size, NOT_DONE)
+
+
+def described(defaults: Mapping[str, Any]) -> str:
+    """Defaults in words, such as "temperature 0.6, top_k 20"; suppressed tokens are only counted."""
+    words = [f"{name} {value:g}" for name, value in defaults.items() if name != "suppress_tokens"]
+    suppressed = defaults.get("suppress_tokens")
+    return ", ".join([*words, *([f"{len(suppressed)} tokens suppressed"] if suppressed else [])])
+
+
+def _of_gguf(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The general.sampling keys under the names of generation_config.json."""
+    given = {key.removeprefix(GGUF_PREFIX): _shortest(value) for key, value in metadata.items()
+             if key.startswith(GGUF_PREFIX)}
+    if given.get("penalty_last_n") == 0:
+        given.pop("penalty_repeat", None)  # of no token at all
+    elif given.get("penalty_last_n", -1) != -1 and given.get("penalty_repeat", 1) != 1:
+        log.warning("the GGUF file's general.sampling: penalty_last_n %s is ignored, repetition_penalty looks at the "
+                    "whole prompt and answer", given["penalty_last_n"])
+    return {GGUF_KEYS.get(name, name): value for name, value in given.items()}
+
+
+def _shortest(value: Any) -> Any:
+    """A float that was stored with 32 bits as it was meant: 0.95, not 0.949999988."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def _checked(given: Mapping[str, Any], where: str, vocab_size: int, not_done: Mapping[str, tuple]) -> dict[str, Any]:
+    """The fields of `given` that can be had; all others that would change answers are warned about."""
+    made = {}
+    for name in KNOWN:
+        if given.get(name) is None:
+            continue
+        try:
+            made |= _field(name, given[name], vocab_size)
+        except ValueError as error:
+            log.warning("%s: %s; ignored", where, error)
+    for name, neutral in not_done.items():
+        if given.get(name) is not None and not _is_one_of(given[name], neutral):
+            log.warning("%s: %s %.80r is not supported; ignored", where, name, given[name])
+    return _drawn(given.get("do_sample"), made, where)
+
+
+def _is_one_of(value: Any, neutral: tuple) -> bool:
+    return isinstance(value, (int, float, str, list, dict)) and value in neutral
+
+
+def _field(name: str, value: Any, vocab_size: int) -> dict[str, Any]:
+    """A field as SamplingParams takes it. ValueError if that is not possible."""
+    if name == "top_k" and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if name == "top_k" and value == -1:
+        value = 0
+    if name == "temperature" and type(value) is float and 0 < value < MIN_TEMPERATURE:
+        value = MIN_TEMPERATURE
+    made = getattr(SamplingParams(**{name: value}), name)
+    if name == "suppress_tokens":
+        SamplingParams(suppress_tokens=made).check_vocabulary(vocab_size)
+    return {name: made}
+
+
+def _drawn(do_sample: Any, made: dict[str, Any], where: str) -> dict[str, Any]:
+    """What do_sample makes of the fields: without sampling the most probable token is taken, however it was drawn."""
+    if do_sample is False:
+        return {"temperature": 0.0} | {name: value for name, value in made.items() if name not in CHOICE}
+    if do_sample not in (None, True):
+        log.warning("%s: do_sample: expected true or false, got %.80r; ignored", where, do_sample)
+    return made

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from lockstep import LLM
+from lockstep import LLM, SamplingParams
 from lockstep.cli import main
 from lockstep.commands import conversation
 from lockstep.commands.conversation import Conversation
@@ -37,7 +37,7 @@ def test_turns_add_up(talk, llm):
     talk.hear("hello")
     talk.hear("and now?")
     assert [m["role"] for m in talk.messages] == ["system", "user", "assistant", "user", "assistant"]
-    again = llm.generate([llm.chat_prompt(talk.messages[:-1])], conversation.SamplingParams(**SETTINGS))[0]
+    again = llm.generate([llm.chat_prompt(talk.messages[:-1])], SamplingParams(**SETTINGS))[0]
     assert talk.messages[-1]["content"] == again.text
 
 

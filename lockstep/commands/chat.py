@@ -4,16 +4,25 @@ from typing import Annotated
 
 import typer
 
-from lockstep.commands.options import CacheDir, KvDtype, ModelName, OpSwaps, Threads, Weights, load
+from lockstep.commands.options import CacheDir, GenerationConfig, KvDtype, ModelName, OpSwaps, Threads, Weights, load
+
+MODELS = "the model's"  # defaults of sampling
 
 
 def command(
     model: ModelName = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.", show_default=False)] = None,
-    temperature: Annotated[float, typer.Option(help="0 always takes the most probable token.")] = 0.7,
-    top_k: Annotated[int, typer.Option(help="Keep only the k most probable tokens; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Keep the most probable tokens that reach this sum.")] = 0.95,
-    min_p: Annotated[float, typer.Option(help="Drop tokens less probable than this part of the best.")] = 0.0,
+    temperature: Annotated[float | None, typer.Option(
+        help="0 always takes the most probable token.", show_default=f"{MODELS}, or 0.7")] = None,
+    top_k: Annotated[int | None, typer.Option(
+        help="Keep only the k most probable tokens; 0: all.", show_default=MODELS)] = None,
+    top_p: Annotated[float | None, typer.Option(
+        help="Keep the most probable tokens that reach this sum.", show_default=f"{MODELS}, or 0.95")] = None,
+    min_p: Annotated[float | None, typer.Option(
+        help="Drop tokens less probable than this part of the best.", show_default=MODELS)] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(
+        help="Above 1: tokens of the conversation become less probable.", show_default=MODELS)] = None,
+    generation_config: GenerationConfig = "auto",
     seed: Annotated[int, typer.Option(help="Another seed, another sample.")] = 0,
     num_tokens: Annotated[int, typer.Option("-n", "--max-tokens", min=1, help="Most tokens of an answer.")] = 1024,
     weights: Weights = "auto",
@@ -25,11 +34,15 @@ def command(
 ):
     """Talk with a model. /help lists what can be typed; Ctrl-C interrupts an answer, Ctrl-D ends."""
     from lockstep.commands.conversation import Conversation
+    from lockstep.engine.request import SamplingParams
 
-    settings = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, max_tokens=num_tokens)
+    asked = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
+    asked = {name: value for name, value in asked.items() if value is not None} | dict(seed=seed, max_tokens=num_tokens)
+    SamplingParams(**asked)  # refuses before a model is loaded
     llm = load(model, weights=weights, kv_dtype=kv_dtype, threads=threads, max_context=max_context, ops=op,
-               cache_dir=cache_dir, needs_chat=True)
-    talk = Conversation(llm, settings, system)
+               cache_dir=cache_dir, needs_chat=True, generation_config=generation_config)
+    talk = Conversation(llm, first_settings(llm.sampling_defaults, asked), system)
+    print(first_line(llm, talk.settings), file=sys.stderr, flush=True)
     _greet(sys.stdin.isatty())
     while talk.open:
         line = read_line(sys.stdin.isatty())
@@ -37,6 +50,22 @@ def command(
             break
         talk.hear(line)
     llm.close()
+
+
+def first_settings(defaults, asked):
+    """What `/set` shows at the start: options that were given, before the model's defaults."""
+    from lockstep.serve.generation_config import for_talking
+
+    return for_talking(defaults) | asked
+
+
+def first_line(llm, settings):
+    """What is said before the first message: the context, and how answers are sampled."""
+    from lockstep.serve.generation_config import described
+
+    shown = {name: settings.get(name, value) for name, value in (settings | llm.sampling_defaults).items()
+             if name not in ("seed", "max_tokens")}
+    return f"(context {llm.model.max_context} tokens; {described(shown)})"
 
 
 def _greet(interactive):

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from lockstep.commands.answer import answer
 from lockstep.commands.errors import sentence
 from lockstep.commands.output import write
-from lockstep.engine.request import SamplingParams
 
 HELP = """\
 /reset            forget the conversation
@@ -24,7 +23,7 @@ class Conversation:
 
     def __init__(self, llm, settings, system=None):
         self.llm, self.settings, self.open = llm, dict(settings), True
-        SamplingParams(**settings)
+        llm.default_params(**settings)  # refuses what is not allowed
         self.messages = [dict(role="system", content=system)] if system else []
 
     def hear(self, line):
@@ -50,7 +49,7 @@ class Conversation:
         """Streams the answer to a message; both are kept unless nothing came."""
         messages = [*self.messages, dict(role="user", content=line)]
         ids = self.llm.chat_prompt(messages)
-        params = SamplingParams(**{**self.settings, "max_tokens": self._room(ids)})
+        params = self.llm.default_params(**{**self.settings, "max_tokens": self._room(ids)})
         with interruptible() as interrupted:
             stream, timing = answer(self.llm, ids, params, write, interrupted)
         write("\n")
@@ -87,7 +86,7 @@ class Conversation:
             if name not in self.settings:
                 raise ValueError(f"/set {name}: no such setting; there are {', '.join(self.settings)}")
             changed = {**self.settings, name: _number(name, value.strip(), type(self.settings[name]))}
-            SamplingParams(**changed)
+            self.llm.default_params(**changed)
             self.settings = changed
         print(", ".join(f"{name} {value}" for name, value in self.settings.items()))
 

@@ -43,7 +43,7 @@ def command(
     cache_dir: CacheDir = None,
     op: OpSwaps = None,
 ):
-    """Continue a text with a model.
+    """Continue a text with a model, with the most probable tokens unless options say otherwise.
 
     The continuation streams to standard output; progress and speed go to standard error.
     """

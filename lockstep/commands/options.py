@@ -14,6 +14,9 @@ KvDtype = Annotated[str | None, typer.Option(
 Threads = Annotated[int | None, typer.Option(min=1, max=256, help="Threads.", show_default="all cores")]
 MaxContext = Annotated[int | None, typer.Option(min=1, help="Tokens that prompt and answer may have together.",
                                                 show_default="what is needed")]
+GenerationConfig = Annotated[str, typer.Option(
+    metavar="SOURCE", help="Whose sampling is the default: auto (the model's makers'), none, or a folder with a "
+    "generation_config.json.")]
 CacheDir = Annotated[str | None, typer.Option(
     metavar="FOLDER", show_default="none", help="Keep computed prompts in this folder, for this and later runs.")]
 OpSwaps = Annotated[list[str] | None, typer.Option(

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lockstep.commands.options import CacheDir, KvDtype, ModelName, OpSwaps, Threads, Weights, load
+from lockstep.commands.options import CacheDir, GenerationConfig, KvDtype, ModelName, OpSwaps, Threads, Weights, load
 
 KEY_VARIABLE = "LOCKSTEP_API_KEY"
 
@@ -37,6 +37,7 @@ def command(
     prefix_cache: Annotated[bool, typer.Option(help="Use what was computed for the same first tokens.")] = True,
     max_context: Annotated[int | None, typer.Option(
         min=1, show_default="4096, or the model's", help="Tokens that a prompt and its answer may have.")] = None,
+    generation_config: GenerationConfig = "auto",
     weights: Weights = "auto",
     kv_dtype: KvDtype = None,
     threads: Threads = None,
@@ -53,7 +54,7 @@ def command(
                     request_seconds=request_timeout, drain_seconds=drain_timeout, stuck_seconds=stuck_timeout)
     sizes = dict(ops=op, weights=weights, kv_dtype=kv_dtype, threads=threads, max_context=max_context,
                  max_requests=max_requests, max_step_tokens=max_step_tokens, kv_tokens=kv_tokens,
-                 prefix_cache=prefix_cache, cache_dir=cache_dir)
+                 prefix_cache=prefix_cache, cache_dir=cache_dir, generation_config=generation_config)
     serve(lambda: load(model, **sizes), name or model_name(model), host, port, limits, keys(api_key),
           cors_origin or ())
 
@@ -82,7 +83,7 @@ def _open(load_model, service, server, failed, listening):
         failed.append(error)
         server.should_exit = True
         return
-    print(ready_line(service, *listening.getsockname()[:2]), flush=True)
+    print("\n".join([ready_line(service, *listening.getsockname()[:2]), *notes(service.llm)]), flush=True)
 
 
 def ready_line(service, host, port):
@@ -90,6 +91,15 @@ def ready_line(service, host, port):
     llm, host = service.llm, f"[{host}]" if ":" in host else host
     return (f"lockstep: {service.model_name} is ready at http://{host}:{port}/v1 (context {llm.model.max_context} "
             f"tokens, {llm.engine.scheduler.limits.max_requests} sequences at once)")
+
+
+def notes(llm):
+    """What a user should know beside it."""
+    from lockstep.serve.generation_config import described
+
+    asked = described(llm.sampling_defaults)
+    return [f"lockstep: what a request leaves open is as the model's makers ask: {asked} (--generation-config none: as "
+            f"OpenAI's API has it)"] if asked else []
 
 
 def keys(given):

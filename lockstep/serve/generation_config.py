@@ -11,7 +11,10 @@ from lockstep.weights.mapped import read_json_object
 
 FILE = "generation_config.json"
 KNOWN = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "suppress_tokens")
-CHOICE = ("temperature", "top_k", "top_p", "min_p")  # how a token is drawn, where tokens are drawn at all
+# numbers that change nothing
+NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+DRAWS = NEUTRAL.keys() - {"repetition_penalty"}  # they say how a token is drawn, where tokens are drawn at all
+CAUTIOUS = {"temperature": 0.7, "top_p": 0.95}  # for people who talk with a model whose makers say nothing
 GGUF_KEYS = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
              "penalty_repeat": "repetition_penalty"}
 GGUF_PREFIX = "general.sampling."
@@ -47,9 +50,18 @@ def sampling_defaults(source: str, config: Mapping[str, Any], metadata: Mapping[
     return _checked(config, FILE, vocab_size, NOT_DONE)
 
 
+def for_talking(defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers that the settings of `lockstep chat` and of the page begin with, each with a value: the defaults, or a
+    cautious choice where those do not say how a token is drawn."""
+    made = NEUTRAL | (defaults if DRAWS & defaults.keys() else CAUTIOUS | defaults)
+    return {name: made[name] for name in NEUTRAL}
+
+
 def described(defaults: Mapping[str, Any]) -> str:
-    """Defaults in words, such as "temperature 0.6, top_k 20"; suppressed tokens are only counted."""
-    words = [f"{name} {value:g}" for name, value in defaults.items() if name != "suppress_tokens"]
+    """Defaults in words, such as "temperature 0.6, top_k 20"; suppressed tokens are only counted. Numbers that change
+    nothing are left out, but a temperature."""
+    words = [f"{name} {value:g}" for name, value in defaults.items()
+             if name == "temperature" or value != NEUTRAL.get(name, value)]
     suppressed = defaults.get("suppress_tokens")
     return ", ".join([*words, *([f"{len(suppressed)} tokens suppressed"] if suppressed else [])])
 
@@ -102,13 +114,13 @@ def _field(name: str, value: Any, vocab_size: int) -> dict[str, Any]:
     made = getattr(SamplingParams(**{name: value}), name)
     if name == "suppress_tokens":
         SamplingParams(suppress_tokens=made).check_vocabulary(vocab_size)
-    return {name: made}
+    return {name: float(made) if isinstance(NEUTRAL.get(name), float) else made}
 
 
 def _drawn(do_sample: Any, made: dict[str, Any], where: str) -> dict[str, Any]:
     """What do_sample makes of the fields: without sampling the most probable token is taken, however it was drawn."""
     if do_sample is False:
-        return {"temperature": 0.0} | {name: value for name, value in made.items() if name not in CHOICE}
+        return {"temperature": 0.0} | {name: value for name, value in made.items() if name not in DRAWS}
     if do_sample not in (None, True):
         log.warning("%s: do_sample: expected true or false, got %.80r; ignored", where, do_sample)
     return made

@@ -7,9 +7,14 @@ import numpy as np
 import pytest
 
 from lockstep import LLM, SamplingParams
-from lockstep.serve.generation_config import described, sampling_defaults
+from lockstep.cli import main
+from lockstep.commands.chat import first_settings
+from lockstep.commands.conversation import Conversation
+from lockstep.commands.serve import notes
+from lockstep.serve.generation_config import described, for_talking, sampling_defaults
 from lockstep.serve.hub import resolve_model
 from tests.serve.http.server import SIZES, running
+from tests.test_cli import Output
 
 VOCABULARY = 100
 QWEN = dict(do_sample=True, temperature=0.6, top_k=20, top_p=0.95, repetition_penalty=1.05, eos_token_id=[1],
@@ -94,8 +99,17 @@ def test_another_source(tmp_path):
 
 
 def test_defaults_in_words():
-    assert described(dict(temperature=0.6, top_k=20, suppress_tokens=(1, 2))) \
+    assert described(dict(temperature=0.6, top_k=20, top_p=1.0, suppress_tokens=(1, 2))) \
         == "temperature 0.6, top_k 20, 2 tokens suppressed"
+    assert described(dict(temperature=1.0, min_p=0.0, repetition_penalty=1.0)) == "temperature 1"
+    assert described({}) == described(dict(top_k=0)) == ""
+
+
+def test_people_who_talk_get_a_cautious_choice_where_makers_are_silent():
+    cautious = dict(temperature=0.7, top_k=0, top_p=0.95, min_p=0.0, repetition_penalty=1.0)
+    assert for_talking({}) == cautious
+    assert for_talking(dict(repetition_penalty=1.1, suppress_tokens=(3,))) == cautious | dict(repetition_penalty=1.1)
+    assert for_talking(dict(top_k=5)) == dict(temperature=1.0, top_k=5, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
 
 
 # ------------------------------------------------------------ a model with wishes
@@ -171,3 +185,29 @@ def test_they_can_be_left_out(folder):
     assert made.sampling_defaults == {} and made.default_params() == SamplingParams(temperature=1.0)
     assert made.engine.eos_ids == frozenset({0, 2})
     made.close()
+
+
+def test_the_server_says_them_and_the_page_shows_them(server, llm):
+    [line] = notes(llm)
+    assert "temperature 0.8, top_k 7, repetition_penalty 1.2, 2 tokens suppressed" in line
+    found = httpx.get(f"{server.url}/page/figures", timeout=60).json()["sampling"]
+    assert found == dict(temperature=0.8, top_k=7, top_p=1.0, min_p=0.0, repetition_penalty=1.2)
+
+
+def test_chat_begins_with_them_and_options_come_first(folder, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", Output(b"/set\n/set temperature 0.5\n/exit\n"))
+    assert main(["chat", str(folder), "--top-k", "3"]) == 0
+    out, err = capsys.readouterr()
+    first = "temperature 0.8, top_k 3, top_p 1.0, min_p 0.0, repetition_penalty 1.2, seed 0, max_tokens 1024"
+    assert out.splitlines() == [first, first.replace("0.8", "0.5")]
+    assert "temperature 0.8, top_k 3, repetition_penalty 1.2, 2 tokens suppressed)\n" in err
+    monkeypatch.setattr("sys.stdin", Output(b"/set\n"))
+    assert main(["chat", str(folder), "--generation-config", "none", "--min-p", "0.1"]) == 0
+    assert capsys.readouterr().out.startswith("temperature 0.7, top_k 0, top_p 0.95, min_p 0.1, repetition_penalty 1.0")
+
+
+def test_an_answer_of_chat_never_has_what_is_suppressed(llm):
+    talk = Conversation(llm, first_settings(llm.sampling_defaults, dict(seed=4, max_tokens=20)))
+    talk.hear(TALK[0]["content"])
+    expected = llm.generate([llm.chat_prompt(TALK)], llm.default_params(seed=4, max_tokens=20))[0]
+    assert talk.messages[-1]["content"] == expected.text and not {13, 14} & {*expected.token_ids}

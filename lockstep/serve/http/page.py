@@ -5,6 +5,7 @@ import pathlib
 from starlette.responses import Response
 from starlette.routing import Route
 
+from lockstep.serve.generation_config import for_talking
 from lockstep.serve.http.encode import to_json
 
 FOLDER = pathlib.Path(__file__).resolve().parent.parent / "page"
@@ -30,9 +31,13 @@ def routes(service):
 
 
 def shown(service):
-    """What the page knows of the server: {name: value}. Counts are 0 while the model is loading."""
+    """What the page knows of the server: {name: value}. Counts are 0 while the model is loading.
+
+    sampling: what the page's controls show until somebody moves them.
+    """
     made = dict(model=service.model_name, state=service.state, system_fingerprint=service.fingerprint,
                 can_chat=service.tokenizer is not None and service.tokenizer.has_chat_template)
+    made["sampling"] = None if service.llm is None else for_talking(service.llm.sampling_defaults)
     found = dict.fromkeys(COUNTS, 0) | service.counts()
     made |= {name: found[name] for name in COUNTS}
     return made | dict(pages_used=found["pages"] - found.get("pages_free", 0) - found.get("pages_idle", 0))

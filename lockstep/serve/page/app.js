@@ -2,7 +2,7 @@
 
 import { Answer, make } from "/page/answer.js";
 import { chat, continuation } from "/page/client.js";
-import { settings, keepSettings } from "/page/settings.js";
+import { settings, keepSettings, offer } from "/page/settings.js";
 import { follow } from "/page/figures.js";
 import { hide } from "/page/tokens.js";
 
@@ -16,6 +16,7 @@ let running = null; // the AbortController of the answer that streams
 keepSettings();
 follow(found => {
   if (found.can_chat !== model?.can_chat) introduce(found);
+  offer(found.sampling ?? {});
   model = found;
 });
 

@@ -1,9 +1,10 @@
-// How answers are sampled, as the form says. It is remembered in this tab; the API key is not.
+// How answers are sampled, as the form says. What was set is remembered in this tab; the API key is not.
 
 const form = document.getElementById("sampling");
 const field = name => document.getElementById(name);
 const NUMBERS = ["temperature", "top_p", "min_p", "top_k", "max_tokens"];
 const KEPT = [...NUMBERS, "seed", "system"];
+const kept = JSON.parse(sessionStorage.getItem("settings") ?? "{}"); // what somebody set, and nothing else
 
 /** The sampling fields of a request. A seed is drawn where none is given, so that every answer can be had again. */
 export function settings() {
@@ -17,17 +18,41 @@ function drawn() {
 
 /** Restores the form, and keeps it and its readings up to date from then on. */
 export function keepSettings() {
-  const known = JSON.parse(sessionStorage.getItem("settings") ?? "{}");
-  KEPT.filter(name => name in known).forEach(name => { field(name).value = known[name]; });
+  KEPT.filter(name => name in kept).forEach(name => put(name, kept[name]));
   form.addEventListener("submit", event => event.preventDefault());
-  form.addEventListener("input", update);
-  update();
+  form.addEventListener("input", event => keep(event.target));
+  read();
 }
 
-function update() {
-  for (const output of form.querySelectorAll("output")) {
-    output.textContent = Number(field(output.htmlFor.value).value).toFixed(2);
+/** Shows the model's defaults, {name: number}, in the controls that nobody has touched. */
+export function offer(defaults) {
+  NUMBERS.filter(name => name in defaults && !(name in kept)).forEach(name => put(name, String(defaults[name])));
+  read();
+}
+
+/** Gives a control a value as it is, even between the steps of a slider or beyond its ends. */
+function put(name, value) {
+  const control = field(name);
+  if (control.type === "range") {
+    control.min = Math.min(control.min, value);
+    control.max = Math.max(control.max, value);
   }
-  const values = Object.fromEntries(KEPT.map(name => [name, field(name).value]));
-  sessionStorage.setItem("settings", JSON.stringify(values));
+  control.value = value;
+  if (control.type === "range" && Number(control.value) !== Number(value)) {
+    control.step = "any";
+    control.value = value;
+  }
+}
+
+function keep(control) {
+  if (KEPT.includes(control.id)) kept[control.id] = control.value;
+  sessionStorage.setItem("settings", JSON.stringify(kept));
+  read();
+}
+
+function read() {
+  for (const output of form.querySelectorAll("output")) {
+    const value = Number(field(output.htmlFor.value).value);
+    output.textContent = Number(value.toFixed(2)) === value ? value.toFixed(2) : value;
+  }
 }

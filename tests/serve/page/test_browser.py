@@ -13,6 +13,7 @@ from tests.serve.http.server import SIZES, running
 from tests.serve.page import browser as driver
 
 pytestmark = pytest.mark.skipif(driver.missing() is not None, reason=f"{driver.missing()}: the page is not tested")
+SET = dict(max_tokens=24, temperature=0.7, top_p=0.95)
 ENDED, TOKENS = ".again", ".answer:last-child .token"
 VERDICT = ".answer:last-child .verdict"
 
@@ -41,7 +42,8 @@ def opened(chromium, server, width=1100):
     chromium.open(server.url)
     chromium.run("sessionStorage.clear(); location.reload()")
     chromium.until(lambda: chromium.texts("#running") == ["0"])
-    setting(chromium, "max_tokens", 24)
+    for name, value in SET.items():
+        setting(chromium, name, value)
     return chromium
 
 
@@ -84,6 +86,34 @@ def test_an_answer_is_what_the_api_gives_for_its_seed(page, server):
     assert found[1:3] == [server.service.fingerprint, f"{answer['usage']['completion_tokens']} tokens"]
     assert page.text(".answer .text") == answer["choices"][0]["message"]["content"]
     assert 1 < len(page.texts(TOKENS)) <= 24
+
+
+def controls(page):
+    """What the controls of sampling show."""
+    names = ["temperature", "top_p", "min_p", "top_k"]
+    return page.run("return arguments[0].map(name => Number(document.getElementById(name).value))", names)
+
+
+def test_controls_show_the_model_s_defaults_until_they_are_moved(chromium, server, monkeypatch):
+    monkeypatch.setattr(server.service.llm, "sampling_defaults", dict(temperature=2.5, top_p=0.935, top_k=7))
+    page = chromium
+    page.look(1100, 800)
+    page.open(server.url)
+    page.run("sessionStorage.clear(); location.reload()")
+    page.until(lambda: controls(page) == [2.5, 0.935, 0, 7])
+    assert page.texts("#sampling output") == ["2.50", "0.935", "0.00"]
+    setting(page, "max_tokens", 12)
+    ask(page, "Write a loop.")
+    body = dict(messages=[dict(role="user", content="Write a loop.")], max_tokens=12,
+                seed=int(facts(page)[0].removeprefix("seed ")))
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()
+    assert page.text(".answer .text") == answer["choices"][0]["message"]["content"]
+    setting(page, "top_k", 3)
+    page.run("location.reload()")
+    page.until(lambda: controls(page) == [2.5, 0.935, 0, 3])
+    monkeypatch.setattr(server.service.llm, "sampling_defaults", dict(temperature=0.25))  # another model is served now
+    page.until(lambda: controls(page) == [0.25, 1, 0, 3])
+    assert page.complaints() == []
 
 
 def test_a_conversation_goes_on_and_can_be_forgotten(page, server):
@@ -286,6 +316,8 @@ def test_a_base_model_behind_a_key_continues_text(chromium, tmp_path):
         chromium.type("#key", "s3cret")
         chromium.until(lambda: chromium.text("#greeting") == "Begin a text.")
         setting(chromium, "max_tokens", 12)
+        setting(chromium, "temperature", 0.7)
+        setting(chromium, "top_p", 0.95)
         chromium.complaints()
         ask(chromium, "def add(a, b):")
         seed = int(facts(chromium)[0].removeprefix("seed "))

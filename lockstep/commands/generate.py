@@ -132,13 +132,11 @@ def needed_context(model, text, num_tokens):
 def tokenizer_of(model):
     """A model's tokenizer, without loading the model."""
     from lockstep.serve.hub import resolve_model
-    from lockstep.serve.tokenizer import load_tokenizer, tokenizer_from_gguf
+    from lockstep.serve.tokenizer import find_tokenizer
     from lockstep.weights.checkpoint import open_checkpoint
 
     path = resolve_model(model)
-    if path.suffix == ".gguf":
-        return tokenizer_from_gguf(open_checkpoint(path).metadata)
-    return load_tokenizer(path if path.is_dir() else path.parent)
+    return find_tokenizer(path, open_checkpoint(path).metadata)
 
 
 def described(stream, timing):

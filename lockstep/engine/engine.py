@@ -87,7 +87,7 @@ def num_pages(model, options):
 class Engine:
     """Runs requests of one model. Not thread-safe: one thread calls `add`, `cancel` and `step`.
 
-    new_detokenizer: given skip_special_tokens, makes what `AnswerText` reads tokens with; without it answers have no
+    new_detokenizer: given a Request, makes what `AnswerText` reads tokens with; without it answers have no
     text. Raises RuntimeError if a kernel does not give the recorded bits on this CPU.
     """
 
@@ -261,8 +261,7 @@ class Engine:
         if self.new_detokenizer is None:
             return None
         if request.answer is None:
-            reader = self.new_detokenizer(request.params.skip_special_tokens)
-            request.answer = AnswerText(reader, request.params)
+            request.answer = AnswerText(self.new_detokenizer(request), request.params)
         return request.answer.push(token, is_end)
 
     def fail(self, request, error):

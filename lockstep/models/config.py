@@ -127,10 +127,10 @@ def flag(config, key, default=False):
 
 
 def end_ids(config, where="config"):
-    """The ids in eos_token_id: one, several or none."""
+    """The ids in eos_token_id: one, several or none. Some files name ids that no token has."""
     eos = config.get("eos_token_id")
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if not all(type(i) is int and 0 <= i < 1 << 31 for i in ids):
+    if not all(type(i) is int for i in ids):
         raise ValueError(f"{where} key 'eos_token_id': expected token ids, got {eos!r}")
     return tuple(ids)
 
@@ -253,14 +253,16 @@ def common(config, rope_defaults=None, tied=False, **family):
     rope_defaults: see `rope`. tied: whether the head is the embedding where the config is silent.
     """
     num_layers, num_heads = need(config, "num_hidden_layers", high=1000), need(config, "num_attention_heads")
+    vocab_size = need(config, "vocab_size")
+    eos_ids = tuple(i for i in end_ids(config) if 0 <= i < vocab_size)
     head_dim = optional(config, "head_dim", need(config, "hidden_size") // num_heads)
     made = ModelConfig(
-        model_type=config["model_type"], vocab_size=need(config, "vocab_size"), hidden_size=need(config, "hidden_size"),
+        model_type=config["model_type"], vocab_size=vocab_size, hidden_size=need(config, "hidden_size"),
         ffn_width=0 if "experts" in family else need(config, "intermediate_size"), num_heads=num_heads,
         num_kv_heads=optional(config, "num_key_value_heads", num_heads), head_dim=head_dim,
         rms_eps=need(config, "rms_norm_eps", float, 0, 1), max_positions=need(config, "max_position_embeddings"),
         layers=(Layer("attention"),) * num_layers, **_rope_fields(config, head_dim, rope_defaults or {}),
-        tied=flag(config, "tie_word_embeddings", tied), eos_ids=end_ids(config))
+        tied=flag(config, "tie_word_embeddings", tied), eos_ids=eos_ids)
     return checked(replace(made, **family))
 
 

@@ -12,6 +12,7 @@ from jinja2 import Template, TemplateError
 from lockstep.serve.template_sandbox import BoundedSandbox, bound_loops
 
 MAX_TEMPLATE_CHARS = 1 << 20
+CUT = "\ufdd0cut here\ufdd0"  # marks a place in what is rendered: noncharacters, which no text has
 
 
 class ChatTemplate:

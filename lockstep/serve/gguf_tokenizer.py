@@ -4,6 +4,8 @@ Source: the tokenizer section of docs/gguf.md, the pre-tokenizer patterns of src
 and of the models' own tokenizer.json.
 """
 
+import logging
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -42,24 +44,40 @@ PATTERNS: Mapping[str, tuple[str, ...]] = {
 WHOLE_WORDS_FIRST = {"llama-bpe", "llama3", "llama-v3", "falcon3", "lfm2", "tekken"}
 NORMALIZED_TO_NFC = {"qwen2", "deepseek-r1-qwen", "qwen35"}
 
-END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
-END_TOKENS = (
-    "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>", "<EOT>",
-)  # fmt: skip
+NO_TOKENIZER = ("no_vocab", "none")
+BUILT = ("gpt2", "llama")
+IDS = dict(bos="bos_token_id", eos="eos_token_id", eot="eot_token_id", eom="eom_token_id", unk="unknown_token_id",
+           pad="padding_token_id")  # fmt: skip
+# Marks of chat formats, which no text has: they are control tokens, whatever type a conversion gave them.
+END_MARKS = {
+    "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>",
+    "<end_of_utterance>", "<｜end▁of▁sentence｜>",
+}  # fmt: skip
+TURN_MARKS = {
+    "<|im_start|>", "<|start_header_id|>", "<|end_header_id|>", "<|begin_of_text|>", "<start_of_turn>", "<|system|>",
+    "<|user|>", "<|assistant|>",
+}  # fmt: skip
+# These are words of other languages, too, so they only end an answer if they are typed as control tokens.
+END_WORDS = {"</s>", "<eos>", "<EOT>", "[EOT]", "[EOS]"}
+MARK = re.compile(r"<.+>|\[.+\]")
+log = logging.getLogger("lockstep.tokenizer")
 
 
 def build_tokenizer(metadata: Mapping[str, object]) -> Tokenizer:
     """The tokenizer in a GGUF file's metadata.
 
-    Raises ValueError if there is none, it is broken, or its model or pre-tokenizer is not supported.
+    Raises ValueError if there is none, it is broken, or its model is not supported. With an unknown pre-tokenizer (see
+    `unknown_pre_tokenizer`) it can only decode.
     """
-    kind = _typed(metadata, "tokenizer.ggml.model", str, "no_vocab")
-    if kind == "no_vocab":
+    kind = _typed(metadata, "tokenizer.ggml.model", str, NO_TOKENIZER[0])
+    if kind in NO_TOKENIZER:
         raise ValueError("the file has no tokenizer: text cannot be encoded, only token ids be passed to lockstep.LLM")
-    if kind not in ("gpt2", "llama"):
-        raise ValueError(f"tokenizer.ggml.model {kind!r} is not supported, only gpt2 and llama")
+    if kind not in BUILT:
+        raise ValueError(f"tokenizer.ggml.model {kind!r} is not supported, only {' and '.join(BUILT)}: prompts must be "
+                         f"token ids")
     tokens = list(_array(metadata, "tokenizer.ggml.tokens"))
-    types = _numbers(metadata, "tokenizer.ggml.token_type", len(tokens), [NORMAL] * len(tokens))
+    _warn_of_strange_ids(metadata, len(tokens))
+    types = _types(metadata, tokens)
     build = _byte_level_bpe if kind == "gpt2" else _sentencepiece_bpe
     try:
         tokenizer = build(metadata, tokens, types)
@@ -72,26 +90,47 @@ def build_tokenizer(metadata: Mapping[str, object]) -> Tokenizer:
     return tokenizer
 
 
+def has_tokenizer(metadata: Mapping[str, object]) -> bool:
+    """Whether a GGUF file's metadata has a tokenizer of a kind that can be built."""
+    return _typed(metadata, "tokenizer.ggml.model", str, NO_TOKENIZER[0]) in BUILT
+
+
+def unknown_pre_tokenizer(metadata: Mapping[str, object]) -> str | None:
+    """Why texts cannot be encoded, where nobody here knows how their words are split; None where somebody does."""
+    kind = _pre_tokenizer(metadata)
+    if metadata["tokenizer.ggml.model"] != "gpt2" or kind in PATTERNS:
+        return None
+    return f"tokenizer.ggml.pre {kind!r} is not supported, only {', '.join(PATTERNS)}: prompts must be token ids"
+
+
+def named_ids(metadata: Mapping[str, object]) -> dict[str, int]:
+    """The ids of the tokens that metadata names: bos, eos, eot, eom, unk and pad, those of them that are there.
+
+    One that is no token's id is ignored, with a warning: some conversions write 2^32 - 1 for none.
+    """
+    num_tokens = len(_array(metadata, "tokenizer.ggml.tokens"))
+    given = {name: _integer(metadata, f"tokenizer.ggml.{key}") for name, key in IDS.items()}
+    return {name: token_id for name, token_id in given.items() if token_id is not None and 0 <= token_id < num_tokens}
+
+
 def end_token_ids(metadata: Mapping[str, object], tokenizer: Tokenizer) -> frozenset[int]:
     """Ids that end a generation: those the metadata names, and control tokens known to mean it."""
     special = {token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    known = {tokenizer.token_to_id(token) for token in END_TOKENS} & special
-    num_tokens = len(_array(metadata, "tokenizer.ggml.tokens"))
-    named = {_token_id(metadata, f"tokenizer.ggml.{key}", num_tokens) for key in END_KEYS}
-    return frozenset((known | named) - {None})
+    known = {tokenizer.token_to_id(token) for token in END_MARKS | END_WORDS} & special
+    ids = named_ids(metadata)
+    listed = _listed_ends(metadata)
+    return frozenset(known | listed | {ids[name] for name in ("eos", "eot", "eom") if name in ids})
 
 
 def _byte_level_bpe(metadata: Mapping[str, object], tokens: list[str], types: list[int]) -> Tokenizer:
-    kind = _typed(metadata, "tokenizer.ggml.pre", str, "default")
-    if kind not in PATTERNS:
-        raise ValueError(f"tokenizer.ggml.pre {kind!r} is not supported, only {', '.join(PATTERNS)}")
+    kind = _pre_tokenizer(metadata)
     # A merge is two tokens with a space between; no token of this kind contains one.
     merges = [tuple(merge.split(" ", 1)) for merge in _array(metadata, "tokenizer.ggml.merges")]
     vocabulary = {token: index for index, token in enumerate(tokens) if types[index] != UNUSED}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=kind in WHOLE_WORDS_FIRST))
     if kind in NORMALIZED_TO_NFC:
         tokenizer.normalizer = normalizers.NFC()
-    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in PATTERNS[kind]]
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in PATTERNS.get(kind, ())]
     bytes_shown = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, bytes_shown])
     tokenizer.decoder = decoders.ByteLevel()
@@ -101,7 +140,7 @@ def _byte_level_bpe(metadata: Mapping[str, object], tokens: list[str], types: li
 def _sentencepiece_bpe(metadata: Mapping[str, object], tokens: list[str], types: list[int]) -> Tokenizer:
     scores = _numbers(metadata, "tokenizer.ggml.scores", len(tokens))
     vocabulary = {token: index for index, token in enumerate(tokens) if types[index] != UNUSED}
-    unknown = tokens[_token_id(metadata, "tokenizer.ggml.unknown_token_id", len(tokens)) or 0]
+    unknown = tokens[named_ids(metadata).get("unk", 0)]
     merges = _merges_by_score(vocabulary, scores, types)
     model = models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(model)
@@ -136,16 +175,47 @@ def _add_special(tokenizer: Tokenizer, tokens: list[str], types: list[int]) -> N
 
 def _add_template(tokenizer: Tokenizer, metadata: Mapping[str, object], tokens: list[str]) -> None:
     """Make encode add BOS and EOS if the metadata says so, or by default where the kind does."""
-    pre = _typed(metadata, "tokenizer.ggml.pre", str, "")
-    starts = pre in WHOLE_WORDS_FIRST or metadata["tokenizer.ggml.model"] == "llama"
-    begin = _token_id(metadata, "tokenizer.ggml.bos_token_id", len(tokens))
-    end = _token_id(metadata, "tokenizer.ggml.eos_token_id", len(tokens))
+    starts = _pre_tokenizer(metadata) in WHOLE_WORDS_FIRST or metadata["tokenizer.ggml.model"] == "llama"
+    begin, end = map(named_ids(metadata).get, ("bos", "eos"))
     begins = _typed(metadata, "tokenizer.ggml.add_bos_token", bool, starts) and begin is not None
     ends = _typed(metadata, "tokenizer.ggml.add_eos_token", bool, False) and end is not None
     if begins or ends:
         special = [(name, number) for name, number in (("bos", begin), ("eos", end)) if number is not None]
         single = f"{'bos ' if begins else ''}$A{' eos' if ends else ''}"
         tokenizer.post_processor = TemplateProcessing(single=single, pair=None, special_tokens=special)
+
+
+def _pre_tokenizer(metadata: Mapping[str, object]) -> str:
+    return _typed(metadata, "tokenizer.ggml.pre", str, "default")
+
+
+def _warn_of_strange_ids(metadata: Mapping[str, object], num_tokens: int) -> None:
+    known = named_ids(metadata)
+    for name, key in IDS.items():
+        found = metadata.get(f"tokenizer.ggml.{key}")
+        if found is not None and name not in known:
+            log.warning("tokenizer.ggml.%s %s is none of %d token ids: it is ignored", key, found, num_tokens)
+
+
+def _types(metadata: Mapping[str, object], tokens: list[str]) -> list[int]:
+    """The tokens' types. Marks are control tokens, and so are named ends and beginnings that look like one."""
+    types = list(_numbers(metadata, "tokenizer.ggml.token_type", len(tokens), [NORMAL] * len(tokens)))
+    named = [token_id for name, token_id in named_ids(metadata).items() if name in ("bos", "eos", "eot", "eom")]
+    marks = [token_id for token_id in named if MARK.fullmatch(tokens[token_id])]
+    marks += [index for index, token in enumerate(tokens) if token in END_MARKS or token in TURN_MARKS]
+    for token_id in marks:
+        types[token_id] = CONTROL if types[token_id] in (NORMAL, USER_DEFINED) else types[token_id]
+    return types
+
+
+def _listed_ends(metadata: Mapping[str, object]) -> set[int]:
+    """The ids in Ollama's list of end tokens."""
+    key = "tokenizer.ggml.eos_token_ids"
+    listed = np.asarray(metadata.get(key, np.empty(0, np.int64)))
+    if listed.dtype.kind not in "iu":
+        raise ValueError(f"{key} must be an array of token ids, found {metadata[key]!r:.80}")
+    num_tokens = len(_array(metadata, "tokenizer.ggml.tokens"))
+    return {token_id for token_id in listed.ravel().tolist() if 0 <= token_id < num_tokens}
 
 
 def _array(metadata: Mapping[str, object], key: str) -> Sequence:
@@ -175,8 +245,8 @@ def _numbers(metadata: Mapping[str, object], key: str, count: int, default: list
     return values
 
 
-def _token_id(metadata: Mapping[str, object], key: str, num_tokens: int) -> int | None:
+def _integer(metadata: Mapping[str, object], key: str) -> int | None:
     value = metadata.get(key)
-    if value is not None and (type(value) is not int or not 0 <= value < num_tokens):
-        raise ValueError(f"{key} must be one of {num_tokens} token ids, found {value!r}")
+    if value is not None and type(value) is not int:
+        raise ValueError(f"{key} must be a token id, found {value!r:.80}")
     return value

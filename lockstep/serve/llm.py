@@ -1,5 +1,6 @@
 """`LLM`: offline generation from Python."""
 import functools
+import logging
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -8,12 +9,14 @@ from lockstep.engine.embedding import POOLINGS
 from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.model import load_model
 from lockstep.engine.request import SamplingParams, check_single, token_list
-from lockstep.models.config import end_ids
+from lockstep.models.config import end_ids, text_config
 from lockstep.serve.generation_config import sampling_defaults
 from lockstep.serve.hub import resolve_model
-from lockstep.serve.tokenizer import Detokenizer, Tokenizer, load_tokenizer, tokenizer_from_gguf
+from lockstep.serve.tokenizer import Tokenizer, answer_reader, find_tokenizer, has_tokenizer
 from lockstep.weights.checkpoint import open_checkpoint
 from lockstep.weights.store import PackedStore
+
+log = logging.getLogger("lockstep.model")
 
 
 @dataclass
@@ -83,27 +86,28 @@ class LLM:
                                                    checkpoint.metadata, self.model.config.vocab_size)
         options = EngineOptions(max_step_tokens, max_requests, kv_tokens, threads, prefix_cache, cache_dir=cache_dir,
                                 cache_dir_bytes=cache_dir_bytes)
-        reader = functools.partial(Detokenizer, self.tokenizer) if self.has_tokenizer else None
+        reader = functools.partial(answer_reader, self.tokenizer) if self.has_tokenizer else None
         self.engine = Engine(self.model, options, ops, self._eos_ids(), reader)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer. ValueError if it has none: prompts must then be token ids."""
-        if "tokenizer.ggml.model" in self._checkpoint.metadata:
-            return tokenizer_from_gguf(self._checkpoint.metadata)
-        return load_tokenizer(self.path if self.path.is_dir() else self.path.parent)
+        return find_tokenizer(self.path, self._checkpoint.metadata)
 
     @property
     def has_tokenizer(self):
         """Whether text can be encoded; without a tokenizer prompts are token ids and answers have no text."""
-        folder = self.path if self.path.is_dir() else self.path.parent
-        inside = self._checkpoint.metadata.get("tokenizer.ggml.model", "no_vocab") != "no_vocab"
-        return inside or (folder / "tokenizer.json").exists()
+        return has_tokenizer(self.path, self._checkpoint.metadata)
 
     def _eos_ids(self):
         """Every id that the config, the generation config or the tokenizer calls an end."""
-        ids = {*self.model.config.eos_ids, *end_ids(self._checkpoint.generation_config, "generation_config.json")}
-        return frozenset(ids | self.tokenizer.eos_ids if self.has_tokenizer else ids)
+        ids = {*end_ids(text_config(self._checkpoint.config)),
+               *end_ids(self._checkpoint.generation_config, "generation_config.json")}
+        ids |= self.tokenizer.eos_ids if self.has_tokenizer else set()
+        vocab_size = self.model.config.vocab_size
+        if strange := sorted(i for i in ids if not 0 <= i < vocab_size):
+            log.warning("%s: end tokens %s are ignored: the model has %d tokens", self.path, strange, vocab_size)
+        return frozenset(ids.difference(strange))
 
     def encode(self, prompt):
         """Token ids of a prompt: a string, or ids as they are."""

@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from os.path import commonprefix
 
+from lockstep.serve.chat_template import CUT
 from lockstep.serve.tool_calls.events import Arguments, CallStart, partial
 from lockstep.serve.tool_calls.parser import CallParser
 from lockstep.serve.tool_calls.styles import HERMES, STYLES, Style, style_of
@@ -107,9 +108,6 @@ class _Probe:
         names = [event.name for event in events if isinstance(event, CallStart)]
         arguments = "".join([event.text for event in events if isinstance(event, Arguments)])
         return names == [PROBE.name] and arguments.endswith("}") and json.loads(arguments) == dict(place=BIRCH)
-
-
-CUT = "\ufdd0cut here\ufdd0"  # noncharacters, which no text has
 
 
 def render(tokenizer, variable, messages, tools, **variables):

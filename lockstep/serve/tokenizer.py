@@ -2,19 +2,29 @@
 
 import codecs
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tokenizers
 
-from lockstep.models.config import end_ids
+from lockstep.serve import gguf_tokenizer
 from lockstep.serve.chat_template import ChatTemplate
 from lockstep.serve.decoder_rules import DecoderRules, rules_of
-from lockstep.serve.gguf_tokenizer import build_tokenizer, end_token_ids
-from lockstep.weights.mapped import read_json_object
+from lockstep.serve.end_mark import end_mark
+from lockstep.serve.folder_tokenizer import (
+    add_missing_tokens,
+    chat_templates,
+    eos_ids,
+    optional_json,
+    read_backend,
+    special_tokens,
+    written,
+)
 
-MAX_TOKENIZER_BYTES = 256 << 20
+if TYPE_CHECKING:
+    from lockstep.engine.request import Request
 
 
 @dataclass(frozen=True)
@@ -22,7 +32,8 @@ class Tokenizer:
     """A model's tokenizer.
 
     `eos_ids` end a generation, `bos_id` is None where the tokenizer has none, `special_tokens` maps names such
-    as "eos_token" to text, `chat_templates` holds templates by name ("default", sometimes "tool_use").
+    as "eos_token" to text, `chat_templates` holds templates by name ("default", sometimes "tool_use"), none of them
+    empty. `only_decodes` is why texts cannot be encoded, or None if they can.
     """
 
     backend: tokenizers.Tokenizer
@@ -30,15 +41,21 @@ class Tokenizer:
     bos_id: int | None
     special_tokens: Mapping[str, str]
     chat_templates: Mapping[str, str]
+    only_decodes: str | None = None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; special tokens written out in it are recognised.
 
         `add_special_tokens` adds what the model expects around a text, such as its beginning-of-sequence token;
-        pass False for a rendered chat. Raises ValueError for lone surrogates, which are not text.
+        pass False for a rendered chat. A text that begins with that token gets no second one. Raises ValueError for
+        lone surrogates, which are not text, and where texts cannot be encoded.
         """
         check_text(text)
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        if self.only_decodes is not None:
+            raise ValueError(self.only_decodes)
+        ids = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        begins_twice = add_special_tokens and self._first_added is not None and ids[:2] == [self._first_added] * 2
+        return ids[1:] if begins_twice else ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids: exactly what a Detokenizer emits for them in total. Ids without a token are empty."""
@@ -70,8 +87,8 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the model says how to write a conversation."""
-        return bool(self.chat_templates)
+        """Whether the model says how to write a conversation, in tokens that it can be given."""
+        return bool(self.chat_templates) and self.only_decodes is None
 
     def chat_template(self, with_tools: bool = False) -> ChatTemplate:
         """The compiled template for conversations with or without tools. Raises ValueError if there is none."""
@@ -110,6 +127,12 @@ class Tokenizer:
         return rules_of(self.backend.decoder)
 
     @cached_property
+    def _first_added(self) -> int | None:
+        """The token that `encode` puts before every text, if any."""
+        with_special, plain = (self.backend.encode("a", add_special_tokens=flag).ids for flag in (True, False))
+        return with_special[0] if with_special[:1] != plain[:1] else None
+
+    @cached_property
     def _bytes_of_id(self) -> dict[int, bytes]:
         return {}
 
@@ -121,18 +144,25 @@ class Tokenizer:
 class Detokenizer:
     """Streaming decode: `push` returns the text that a token completes, never part of a character.
 
-    What all pushes and the final `finish` return is, joined, Tokenizer.decode of all ids; bytes that are
-    not UTF-8 become U+FFFD, one for each maximal part that could have begun a character (the tokenizers library
-    does the same for byte-level vocabularies, and one per byte for those with byte fallback).
+    What all pushes and the final `finish` return is, joined, Tokenizer.decode of all ids. SentencePiece writes a space
+    before the first word of a text, which is dropped again here; with `begins_text` False the ids go on with a text
+    that has begun, so nothing is dropped. Bytes that are not UTF-8 become U+FFFD, one for each maximal part that could
+    have begun a character (the tokenizers library does the same for byte-level vocabularies, and one per byte for those
+    with byte fallback).
     The cost per token does not depend on how many came before.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True, begins_text: bool = True):
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._strip_left = tokenizer.rules.strip_left
-        self._at_start = True
+        self._strip_left = tokenizer.rules.strip_left if begins_text else 0
+        self._at_start = begins_text
+
+    @property
+    def at_start(self) -> bool:
+        """Whether no text has come yet, so that the next token may lose the space that begins a text."""
+        return self._at_start
 
     def push(self, token_id: int) -> str:
         """Text completed by this token; empty while a character is incomplete or for a skipped token."""
@@ -161,6 +191,18 @@ class Detokenizer:
         return text
 
 
+def answer_reader(tokenizer: Tokenizer, request: "Request") -> Detokenizer:
+    """The Detokenizer for a request's answer, which goes on with the text of its prompt.
+
+    The answer begins a text itself if the prompt has none, such as one of BOS alone. Under a mask it does not: grammars
+    count every byte of a token.
+    """
+    params = request.params
+    skipped = tokenizer.special_ids if params.skip_special_tokens else frozenset()
+    has_text = any(tokenizer.token_bytes(i) for i in request.prompt_ids if i not in skipped)
+    return Detokenizer(tokenizer, params.skip_special_tokens, not has_text and params.logits_mask is None)
+
+
 def check_text(text: str) -> None:
     """Raise ValueError if `text` has a lone surrogate: it has no UTF-8 form."""
     try:
@@ -170,108 +212,69 @@ def check_text(text: str) -> None:
         raise ValueError(f"text must be valid Unicode, found a lone surrogate U+{code:04X} at {error.start}") from None
 
 
+def find_tokenizer(path: Path, metadata: Mapping[str, object]) -> Tokenizer:
+    """The tokenizer of a checkpoint: in a GGUF file's metadata, or in the folder that is `path` or has it.
+
+    Raises ValueError if there is none, or it is broken or not supported.
+    """
+    folder = path if path.is_dir() else path.parent
+    inside = gguf_tokenizer.has_tokenizer(metadata) or path.suffix == ".gguf" and not _is_in(folder)
+    return tokenizer_from_gguf(metadata) if inside else load_tokenizer(folder)
+
+
+def has_tokenizer(path: Path, metadata: Mapping[str, object]) -> bool:
+    """Whether `find_tokenizer` would find one, or one that is broken."""
+    return gguf_tokenizer.has_tokenizer(metadata) or _is_in(path if path.is_dir() else path.parent)
+
+
+def _is_in(folder: Path) -> bool:
+    return (folder / "tokenizer.json").is_file()
+
+
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer in a Hugging Face folder: tokenizer.json and what tokenizer_config.json adds to it.
+    """The tokenizer in a Hugging Face folder: tokenizer.json and what the JSON files beside it add to it.
 
     Raises ValueError that names the file if it is missing, broken or inconsistent.
     """
     folder = Path(folder)
-    backend = _read_backend(folder / "tokenizer.json")
-    config = _optional_json(folder / "tokenizer_config.json")
-    _add_missing_tokens(backend, config.get("added_tokens_decoder", {}), folder)
-    special_tokens = _special_tokens(config)
-    bos_token = special_tokens.get("bos_token")
-    return Tokenizer(
+    backend = read_backend(folder / "tokenizer.json")
+    config = optional_json(folder / "tokenizer_config.json")
+    add_missing_tokens(backend, config.get("added_tokens_decoder", {}), folder)
+    named = special_tokens({**optional_json(folder / "special_tokens_map.json"), **config})
+    bos_token = named.get("bos_token")
+    return _with_end_mark(Tokenizer(
         backend=backend,
-        eos_ids=_eos_ids(folder, backend, special_tokens),
+        eos_ids=eos_ids(folder, backend, named),
         bos_id=None if bos_token is None else backend.token_to_id(bos_token),
-        special_tokens=special_tokens,
-        chat_templates=_chat_templates(folder, config),
-    )
+        special_tokens=named,
+        chat_templates=chat_templates(folder, config),
+    ))
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, object]) -> Tokenizer:
-    """The tokenizer in a GGUF file's metadata. Raises ValueError if there is none or its kind is not supported."""
-    backend = build_tokenizer(metadata)
-    names = {"bos_token": "tokenizer.ggml.bos_token_id", "eos_token": "tokenizer.ggml.eos_token_id"}
-    tokens = {name: backend.id_to_token(metadata[key]) for name, key in names.items() if key in metadata}
-    template = metadata.get("tokenizer.chat_template")
-    return Tokenizer(
+    """The tokenizer in a GGUF file's metadata. Raises ValueError if there is none or its kind is not supported.
+
+    One with an unknown pre-tokenizer turns ids into text, but refuses to encode.
+    """
+    backend, ids = gguf_tokenizer.build_tokenizer(metadata), gguf_tokenizer.named_ids(metadata)
+    tokens = {f"{name}_token": backend.id_to_token(token_id) for name, token_id in ids.items()}
+    return _with_end_mark(Tokenizer(
         backend=backend,
-        eos_ids=end_token_ids(metadata, backend),
-        bos_id=metadata.get("tokenizer.ggml.bos_token_id"),
+        eos_ids=gguf_tokenizer.end_token_ids(metadata, backend),
+        bos_id=ids.get("bos"),
         special_tokens={name: token for name, token in tokens.items() if token is not None},
-        chat_templates={"default": template} if isinstance(template, str) else {},
-    )
+        chat_templates=_templates_of_gguf(metadata),
+        only_decodes=gguf_tokenizer.unknown_pre_tokenizer(metadata),
+    ))
 
 
-def _read_backend(path: Path) -> tokenizers.Tokenizer:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file, and other tokenizer files are not supported")
-    if path.stat().st_size > MAX_TOKENIZER_BYTES:
-        raise ValueError(f"{path}: larger than {MAX_TOKENIZER_BYTES} bytes")
-    try:
-        backend = tokenizers.Tokenizer.from_str(path.read_text("utf-8"))
-    except Exception as error:  # the library raises plain Exception for a file it cannot read
-        raise ValueError(f"{path}: not a readable tokenizer ({error})") from None
-    # Some files carry the settings of their training runs, which would cut prompts off.
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
+def _with_end_mark(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer with the mark that its chat template ends an answer with among its ends, whatever files say."""
+    mark = end_mark(tokenizer)
+    return tokenizer if mark is None else replace(tokenizer, eos_ids=tokenizer.eos_ids | {mark})
 
 
-def _optional_json(path: Path) -> dict:
-    return read_json_object(path) if path.is_file() else {}
-
-
-def _add_missing_tokens(backend: tokenizers.Tokenizer, entries: object, folder: Path) -> None:
-    """Add tokens that only tokenizer_config.json knows, with the ids it gives them."""
-    present = backend.get_added_tokens_decoder()
-    for token_id, entry in _added_entries(entries, folder):
-        if token_id in present:
-            continue
-        flags = {name: bool(entry.get(name)) for name in ("single_word", "lstrip", "rstrip", "normalized", "special")}
-        backend.add_tokens([tokenizers.AddedToken(entry["content"], **flags)])
-        if backend.token_to_id(entry["content"]) != token_id:
-            raise ValueError(f"{folder}: added token {entry['content']!r} cannot have id {token_id}")
-
-
-def _added_entries(entries: object, folder: Path) -> list[tuple[int, Mapping]]:
-    valid = isinstance(entries, dict) and all(
-        key.isdecimal() and isinstance(entry, dict) and isinstance(entry.get("content"), str)
-        for key, entry in entries.items()
-    )
-    if not valid:
-        raise ValueError(f"{folder}: added_tokens_decoder must map token ids to objects with a content")
-    return sorted(((int(key), entry) for key, entry in entries.items()), key=lambda pair: pair[0])
-
-
-def _special_tokens(config: Mapping) -> dict[str, str]:
-    """Names such as "eos_token" to their text, which the config gives as a string or an object."""
-    tokens = {name: value for name, value in config.items() if name.endswith("_token")}
-    texts = {name: value.get("content") if isinstance(value, Mapping) else value for name, value in tokens.items()}
-    return {name: text for name, text in texts.items() if isinstance(text, str)}
-
-
-def _eos_ids(folder: Path, backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str]) -> frozenset[int]:
-    paths = [folder / name for name in ("generation_config.json", "config.json")]
-    listed = next((ids for path in paths if (ids := end_ids(_optional_json(path), f"{path}:"))), ())
-    named = backend.token_to_id(special_tokens.get("eos_token", ""))
-    return frozenset(listed) | (frozenset() if named is None else {named})
-
-
-def _utf8(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error})") from None
-
-
-def _chat_templates(folder: Path, config: Mapping) -> dict[str, str]:
-    own_file = folder / "chat_template.jinja"
-    if own_file.is_file():
-        return {"default": _utf8(own_file)}
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        return {str(entry.get("name")): str(entry.get("template")) for entry in template if isinstance(entry, dict)}
-    return {"default": template} if isinstance(template, str) else {}
+def _templates_of_gguf(metadata: Mapping[str, object]) -> dict[str, str]:
+    key = "tokenizer.chat_template"
+    named = {name.removeprefix(f"{key}."): value for name, value in metadata.items() if name.startswith(f"{key}.")}
+    return written({"default": metadata.get(key), **named})

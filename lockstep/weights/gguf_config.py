@@ -157,7 +157,7 @@ def _common(
         "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
         "tie_word_embeddings": "output.weight" not in infos,
         **_biases(architecture, infos),
-        **_token_ids(metadata),
+        **_token_ids(metadata, infos["token_embd.weight"].shape[0]),
     }
 
 
@@ -168,9 +168,11 @@ def _biases(architecture: str, infos: Mapping[str, TensorInfo]) -> dict[str, boo
     return biases | ({"mlp_bias": "blk.0.ffn_gate.bias" in infos} if architecture in ("llama", "smollm3") else {})
 
 
-def _token_ids(metadata: Mapping[str, object]) -> dict[str, object]:
-    names = ("bos_token_id", "eos_token_id")
-    return {name: metadata[f"tokenizer.ggml.{name}"] for name in names if f"tokenizer.ggml.{name}" in metadata}
+def _token_ids(metadata: Mapping[str, object], vocab_size: int) -> dict[str, object]:
+    """Without ids that no token has: some conversions write 2^32 - 1 for none, see serve/gguf_tokenizer.py."""
+    given = {name: metadata.get(f"tokenizer.ggml.{name}") for name in ("bos_token_id", "eos_token_id")}
+    is_there = lambda value: type(value) is not int or 0 <= value < vocab_size  # noqa: E731
+    return {name: value for name, value in given.items() if value is not None and is_there(value)}
 
 
 def _smollm3(keys: Keys, config: dict) -> dict:

@@ -206,7 +206,7 @@ class Letters:
 
 
 def test_tokens_bring_the_text_that_is_certain_and_stop_strings_end_a_stream(model, alone):
-    made = AsyncEngine(Engine(model, EngineOptions(threads=1), new_detokenizer=lambda skip_special_tokens: Letters()))
+    made = AsyncEngine(Engine(model, EngineOptions(threads=1), new_detokenizer=lambda request: Letters()))
     try:
         whole = "".join(chr(65 + i % 26) for i in alone[5])
         pieces = [t.text for t in made.submit(PROMPTS[5], PARAMS[5])]

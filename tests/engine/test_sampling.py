@@ -309,7 +309,7 @@ def letters(ids):
 
 
 def test_the_engine_ends_a_request_at_a_stop_string_and_batch_mates_do_not_notice(model):
-    made = Engine(model, EngineOptions(threads=2), new_detokenizer=lambda skip_special_tokens: Letters())
+    made = Engine(model, EngineOptions(threads=2), new_detokenizer=lambda request: Letters())
     options = dict(max_tokens=20, temperature=1.0, ignore_eos=True)
     free = made.add(PROMPTS[0], SamplingParams(**options))
     finish(made)

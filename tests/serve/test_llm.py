@@ -161,6 +161,15 @@ def test_ends_of_a_generation_config_that_are_no_token_ids(tmp_path):
         LLM(str(folder))
 
 
+def test_ends_out_of_range_are_warned_about_and_ignored(tmp_path, caplog):
+    folder = tiny.write(tmp_path, {**CASES["llama"], "eos_token_id": [2, -1]}, tiny.tensors(CASES["llama"], 3))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 96]}')
+    llm = LLM(str(folder), threads=1, max_requests=1)
+    llm.close()
+    assert llm.engine.eos_ids == {2, 5}
+    assert "end tokens [-1, 96] are ignored: the model has 96 tokens" in caplog.text
+
+
 SHORT, LONG = SamplingParams(max_tokens=4, ignore_eos=True), SamplingParams(max_tokens=30, ignore_eos=True)
 
 

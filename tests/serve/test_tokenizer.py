@@ -176,9 +176,15 @@ def test_tokens_only_the_config_knows(tmp_path):
     tokenizer = load_tokenizer(write_folder(tmp_path, byte_level(), added_tokens_decoder=added))
     assert tokenizer.encode("<|new|><think>") == [size, size + 1]
     assert tokenizer.decode([size, size + 1]) == "<think>"
-    gap = {str(size + 5): {"content": "<|new|>", "special": True}}
-    with pytest.raises(ValueError, match="'<|new|>' cannot have id"):
-        load_tokenizer(write_folder(tmp_path, byte_level(), added_tokens_decoder=gap))
+    taken = {str(size): {"content": "a", "special": True}}
+    with pytest.raises(ValueError, match="'a' cannot have id"):
+        load_tokenizer(write_folder(tmp_path, byte_level(), added_tokens_decoder=taken))
+
+
+def test_added_tokens_out_of_range_are_ignored(tmp_path, caplog):
+    gap = {str(BYTE_LEVEL.vocab_size + 5): {"content": "<|new|>", "special": True}}
+    tokenizer = load_tokenizer(write_folder(tmp_path, byte_level(), added_tokens_decoder=gap))
+    assert tokenizer.vocab_size == BYTE_LEVEL.vocab_size and "'<|new|>' has id" in caplog.text
 
 
 @pytest.mark.parametrize("entries", [[], {"x": {"content": "a"}}, {"1": "a"}, {"1": {}}, {"1": {"content": 3}}])
@@ -336,7 +342,7 @@ def test_sentencepiece_without_the_space_prefix():
     [
         ({"model": "no_vocab"}, "the file has no tokenizer"),
         ({"model": None}, "the file has no tokenizer"),
-        ({"pre": "kimi-k2"}, "tokenizer.ggml.pre 'kimi-k2' is not supported, only default"),
+        ({"model": "t5"}, "tokenizer.ggml.model 't5' is not supported, only gpt2 and llama"),
         ({"tokens": []}, "tokenizer.ggml.tokens is missing or empty"),
         ({"tokens": "abc"}, "tokenizer.ggml.tokens is missing or empty"),
         ({"merges": None}, "tokenizer.ggml.merges is missing"),
@@ -349,8 +355,8 @@ def test_sentencepiece_without_the_space_prefix():
         ({"pre": 7}, "tokenizer.ggml.pre must be a string, found 7"),
         ({"add_bos_token": np.array([], np.int32)}, "tokenizer.ggml.add_bos_token must be a bool, found array"),
         ({"add_eos_token": "no"}, "tokenizer.ggml.add_eos_token must be a bool, found 'no'"),
-        ({"bos_token_id": 1 << 30}, "tokenizer.ggml.bos_token_id must be one of"),
-        ({"eot_token_id": "x"}, "tokenizer.ggml.eot_token_id must be one of"),
+        ({"eot_token_id": "x"}, "tokenizer.ggml.eot_token_id must be a token id, found 'x'"),
+        ({"eos_token_ids": ["x"]}, "tokenizer.ggml.eos_token_ids must be an array of token ids"),
         ({"model": "llama", "scores": [1.0]}, "tokenizer.ggml.scores has 1 entries"),
         ({"model": "llama", "pre": np.array([1, 2])}, "tokenizer.ggml"),
         ({"model": "llama"}, "tokenizer.ggml.scores is missing"),

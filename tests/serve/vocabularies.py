@@ -92,3 +92,18 @@ def sentencepiece_metadata(tokenizer: Tokenizer, **extra: object) -> dict[str, o
         "eos_token_id": 2,
     }
     return {f"tokenizer.ggml.{key}": value for key, value in {**ggml, **extra}.items()}
+
+
+def words_metadata() -> dict[str, object]:
+    """GGUF metadata of a SentencePiece tokenizer that knows a few whole words and every byte."""
+    words = ["▁", *"thecasdfr():x", "▁the", "▁cat", "▁▁▁", "▁return"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
+    ggml = {
+        "model": "llama",
+        "tokens": tokens,
+        "token_type": [2, 3, 3, *[6] * 256, *[1] * len(words)],
+        "scores": [-float(index) for index in range(len(tokens))],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return {f"tokenizer.ggml.{key}": value for key, value in ggml.items()}

@@ -1,5 +1,5 @@
 """Log-probabilities in the shape of /v1/completions: parallel lists, alternatives by their text."""
-from lockstep.serve.tokenizer import Detokenizer
+from lockstep.serve.tokenizer import Detokenizer, answer_reader
 
 
 def token_text(tokenizer, token_id):
@@ -17,24 +17,26 @@ class LegacyLogprobs:
     """Those of one sequence, asked for from its beginning to its end. text_offset counts characters of the answer."""
 
     def __init__(self, tokenizer):
-        self._tokenizer, self._offset = tokenizer, 0
-        self._reader = Detokenizer(tokenizer) if tokenizer else None
+        self._tokenizer, self._offset, self._reader = tokenizer, 0, None
 
     def prompt(self, request):
         """Those of the prompt: nothing is known of its first token."""
+        self._reader = Detokenizer(self._tokenizer) if self._tokenizer else None
         made = self._part(request.prompt_ids, [None, *request.prompt_logprobs], [None, *request.prompt_top_logprobs])
         made["top_logprobs"][0] = None
         return made
 
     def output(self, request, start, end):
         """Those of output tokens start .. end."""
+        if self._reader is None and self._tokenizer is not None:
+            self._reader = answer_reader(self._tokenizer, request)
         return self._part(request.output_ids[start:end], request.logprobs[start:end], request.top_logprobs[start:end])
 
     def _part(self, ids, logprobs, tops):
         tops = tops + [{}] * (len(ids) - len(tops))
         top_logprobs = [self._alternatives(*each) for each in zip(ids, logprobs, tops)]
-        return dict(tokens=[token_text(self._tokenizer, i) for i in ids], token_logprobs=logprobs,
-                    top_logprobs=top_logprobs, text_offset=[self._advance(i) for i in ids])
+        offsets, texts = zip(*map(self._advance, ids)) if ids else ((), ())
+        return dict(tokens=list(texts), token_logprobs=logprobs, top_logprobs=top_logprobs, text_offset=list(offsets))
 
     def _alternatives(self, token_id, logprob, top):
         """{text: log-probability}, best first and with the token itself; of ids with the same text the best counts."""
@@ -45,10 +47,13 @@ class LegacyLogprobs:
         return made
 
     def _advance(self, token_id):
-        """Where a token's text begins."""
-        at = self._offset
-        self._offset += len(self._reader.push(token_id)) if self._reader else 0
-        return at
+        """Where a token's text begins, and the text: for the first of a text without the space that begins one."""
+        at, text = self._offset, token_text(self._tokenizer, token_id)
+        if self._reader is None:
+            return at, text
+        begins_text, shown = self._reader.at_start, self._reader.push(token_id)
+        self._offset += len(shown)
+        return at, shown if begins_text and text == " " + shown else text
 
 
 def joined(first, second):

@@ -15,6 +15,7 @@ import time
 import numpy as np
 from numba import njit
 
+from lockstep.models.record import INTEGER_FORMATS
 from lockstep.ops import activations_cpu, linear_cpu
 from lockstep.ops.activations import bf16_width, q8_width
 from lockstep.runtime.executor import Executor, WeightStore, aligned
@@ -25,12 +26,13 @@ from lockstep.runtime.simd import load, store
 from lockstep.runtime.step import NUM_REQUESTS, NUM_SAMPLED, NUM_TOKENS, STEP_WORDS
 from lockstep.runtime.threads import Team
 from lockstep.weights import q4_0, q8_0
-from lockstep.weights.tensor import StoredTensor
+from lockstep.weights.tensor import StoredTensor, stored_shape
 
 SHAPES = ["4096x1024", "1024x2048", "6144x1024", "1024x3072", "151936x1024"]
-FORMATS = ["f32", "bf16", "q8_0", "q4_0", "q4_k", "q6_k"]
+FORMATS = ["f32", "bf16", *INTEGER_FORMATS]
 CACHES = 96 * 2**20  # bytes of weights that no cache holds
-BLOCK_BYTES = {"q4_k": 144, "q6_k": 210}
+STORE = {"f32": lambda v: v, "bf16": lambda v: v.astype("bfloat16"), "f16": lambda v: v.astype(np.float16),
+         "q8_0": q8_0.quantize, "q4_0": q4_0.quantize}
 
 
 @njit(**STRICT)
@@ -104,13 +106,11 @@ class Ceilings:
 def stored(format, N, K):
     """A random weight as a checkpoint would hold it."""
     rng = np.random.default_rng(0)
-    if format in BLOCK_BYTES:
-        data = rng.integers(0, 60, (N, K // 256 * BLOCK_BYTES[format]), np.uint8)
-    else:
+    if format in STORE:
         values = rng.standard_normal((N, K), np.float32) * np.float32(0.05)
-        data = {"f32": lambda v: v, "bf16": lambda v: v.astype("bfloat16"), "f16": lambda v: v.astype(np.float16),
-                "q8_0": q8_0.quantize, "q4_0": q4_0.quantize}[format](values)
-    return StoredTensor("w", format, (N, K), data)
+        return StoredTensor("w", format, (N, K), STORE[format](values))
+    shape, _ = stored_shape(format, (N, K))
+    return StoredTensor("w", format, (N, K), rng.integers(0, 60, shape, np.uint8))  # no byte makes a scale infinite
 
 
 class Copies(WeightStore):

@@ -4,8 +4,11 @@ import dataclasses
 import pytest
 
 from lockstep.describe import is_linear, memory, op_costs, packed_bytes
+from lockstep.engine import selfcheck
 from lockstep.engine.engine import EngineOptions, num_pages
+from lockstep.models.record import INTEGER_FORMATS
 from lockstep.ops import BACKENDS
+from lockstep.runtime.program import Weight
 from tests.models import tiny
 from tests.models.cases import CASES
 from tests.models.running import load
@@ -25,6 +28,14 @@ def test_experts_are_counted_as_they_are_packed(weights, tmp_path):
     assert memory(program)["packed_weights"] == sum(map(packed_bytes, linear))
     # norms and rope tables, no expert among them
     assert memory(program)["constants"] < 4 * CONFIG["num_experts"] * CONFIG["moe_intermediate_size"] * 64
+
+
+@pytest.mark.parametrize("format", INTEGER_FORMATS)
+def test_every_format_is_counted_as_it_is_packed(format):
+    stored = selfcheck.stored("w", (40, 512), format)
+    weight = Weight("w", format, stored.shape, (stored,))
+    packed = BACKENDS["cpu"][f"linear_{format}"].layout[1](weight)
+    assert packed_bytes(weight) == sum(a.nbytes for a in packed)
 
 
 @pytest.mark.parametrize(("kv_dtype", "bytes_each"), [("f32", 4), ("bf16", 2), ("q8", 1)])

@@ -22,18 +22,22 @@ from lockstep.engine.model import emit_sampling
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.models.decoder import record
 from lockstep.models.families import model_config
+from lockstep.models.record import LINEAR_FORMATS
 from lockstep.ops.kv_cache import KV_DTYPES
 from lockstep.runtime.executor import WeightStore
 from lockstep.runtime.kernel import fingerprint, target, user_cache
 from lockstep.runtime.rewrite import fuse, lower
 from lockstep.runtime.threads import Team
 from lockstep.weights import q4_0, q8_0
-from lockstep.weights.tensor import StoredTensor
+from lockstep.weights.finite import SCALES
+from lockstep.weights.tensor import BLOCK_FORMATS, StoredTensor
 
-NUMERICS = 2  # version of the arithmetic: any change of any bit raises it
+NUMERICS = 3  # version of the arithmetic: any change of any bit raises it
 GOLDEN = pathlib.Path(__file__).with_name("golden_kernels.json")
-FORMATS = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_k", "q6_k")
+FORMATS = LINEAR_FORMATS
 WIDTH, VOCABULARY, CONTEXT = 256, 64, 128
+# the float16 scales of made-up blocks, in formats that nothing is quantized to
+BLOCK_SCALES = {"q4_1": 2.0**-8, "q5_0": 2.0**-8, "q5_1": 2.0**-9, "q4_k": 2.0**-14, "q5_k": 2.0**-15, "q6_k": 2.0**-18}
 # what only its own kernel reads; what is written only where a row asks for it: selfcheck_sampling looks at some of it,
 # and embedded rows pass the kernels of sampled ones
 UNCHECKED = ("scratch", "softmax", "logits.adjusted", "top_token", "top_logprob", "embedded", "hidden")
@@ -151,17 +155,17 @@ def stored(name, shape, format):
         "bf16": lambda: values.astype(ml_dtypes.bfloat16),
         "q8_0": lambda: q8_0.quantize(values),
         "q4_0": lambda: q4_0.quantize(values),
-        "q4_k": lambda: blocks(generator, shape, 144, (0, 2), 2.0**-14),
-        "q6_k": lambda: blocks(generator, shape, 210, (208,), 2.0**-18),
     }
-    return StoredTensor(name, format, shape, makers[format]())
+    make = makers.get(format, lambda: blocks(generator, shape, format))
+    return StoredTensor(name, format, shape, make())
 
 
-def blocks(generator, shape, size, scales, value):
-    """Blocks of 256 weights: any bytes, but the float16 scales at these bytes."""
-    made = generator.randint(0, 256, (shape[0], shape[1] // 256, size)).astype(np.uint8)
-    for at in scales:
-        made[..., at:at + 2] = np.array([value], np.float16).view(np.uint8)
+def blocks(generator, shape, format):
+    """Blocks of a format: any bytes, but the float16 scales."""
+    block = BLOCK_FORMATS[format]
+    made = generator.randint(0, 256, (shape[0], shape[1] // block.BLOCK_SIZE, block.BLOCK_BYTES)).astype(np.uint8)
+    for at in SCALES[format]:
+        made[..., at:at + 2] = np.array([BLOCK_SCALES[format]], np.float16).view(np.uint8)
     return made.reshape(shape[0], -1)
 
 

@@ -4,14 +4,14 @@ A model names checkpoint tensors by their Hugging Face names; shapes are checked
 """
 from lockstep.ops.activations import bf16_width, q8_width
 from lockstep.ops.embed import FORMATS as EMBED_FORMATS
-from lockstep.ops.embed import format_code, table_format
+from lockstep.ops.embed import format_code
 from lockstep.ops.kv_cache import ELEMENTS, KV_DTYPES, page_shapes
 from lockstep.ops.rope import rope_table
 from lockstep.runtime.program import Program, Weight
 from lockstep.weights.pack import padded_width
 from lockstep.weights.tensor import StoredTensor
 
-INTEGER_FORMATS = ("q8_0", "q4_0", "q4_k", "q6_k")
+INTEGER_FORMATS = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
 LINEAR_FORMATS = ("f32", "f16", "bf16", *INTEGER_FORMATS)
 CHOICES = ("auto", "f32", "bf16", "q8_0", "q4_0")
 # tensors that a text model's checkpoint may hold beside its own: draft heads, the part that sees, old rope tables
@@ -88,12 +88,13 @@ class Recorder:
 
     def embed(self, name, vocab_size, width):
         table = self.stored(name, vocab_size, width)
-        format = table_format(table)
-        if format not in EMBED_FORMATS:
-            raise ValueError(f"tensor {name!r}: format {format} is not supported, only {', '.join(EMBED_FORMATS)}")
+        if table.format not in EMBED_FORMATS:
+            raise ValueError(
+                f"tensor {name!r}: format {table.format} is not supported, only {', '.join(EMBED_FORMATS)}"
+            )
         out = self.program.tensor("embed", "T", width)
-        weight = Weight(name, format, table.shape, (table,))
-        return self.program.emit("embed", [out], [weight], width=width, format=format_code(format), scale=1.0)
+        weight = Weight(name, table.format, table.shape, (table,))
+        return self.program.emit("embed", [out], [weight], width=width, format=format_code(table.format), scale=1.0)
 
     def rms_norm(self, x, name, eps, offset, label=None):
         out = self.program.tensor(label or name.removesuffix(".weight"), x.rows, x.width)

@@ -13,11 +13,11 @@ from lockstep.runtime.step import TOKEN_IDS, num_rows, number, step_word, word
 from lockstep.weights.finite import finite_bytes
 from lockstep.weights.tensor import BLOCK_FORMATS
 
-FORMATS = ("f32", "bf16", "f16", "q8_0", "q4_0", "q6_k", "q4_k")
-F32, BF16, F16, Q8_0, Q4_0, Q6_K, Q4_K = range(7)
-BLOCK_WEIGHTS = np.array([1, 1, 1, 32, 32, 256, 256])
-BLOCK_BYTES = np.array([4, 2, 2, 34, 18, 210, 144])
-ROWS_AT_ONCE = 1024
+FORMATS = ("f32", "bf16", "f16", "q8_0", "q4_0", "q6_k", "q4_k", "q5_k", "q5_0", "q4_1", "q5_1")
+F32, BF16, F16, Q8_0, Q4_0, Q6_K, Q4_K, Q5_K, Q5_0, Q4_1, Q5_1 = range(11)
+_BLOCKS = [BLOCK_FORMATS[f] for f in FORMATS[Q8_0:]]
+BLOCK_WEIGHTS = np.array([1, 1, 1, *(block.BLOCK_SIZE for block in _BLOCKS)])
+BLOCK_BYTES = np.array([4, 2, 2, *(block.BLOCK_BYTES for block in _BLOCKS)])
 SMALLEST_F16 = np.float32(2.0**-24)
 
 
@@ -28,22 +28,10 @@ def format_code(format):
     return FORMATS.index(format)
 
 
-def table_format(tensor):
-    """The format in which a table is kept: as stored, or float32 for a block format that has no decoder here."""
-    return "f32" if tensor.format in BLOCK_FORMATS and tensor.format not in FORMATS else tensor.format
-
-
 def raw_bytes(weight):
-    """Weight layout: uint8 [V, bytes] in the weight's format, in memory of their own, and all finite."""
+    """Weight layout: uint8 [V, bytes] as stored, in memory of their own, and all finite."""
     assert len(weight.parts) == 1, weight.name
-    table = weight.parts[0]
-    if table.format == weight.format:
-        return (finite_bytes(table),)
-    decoded = np.empty(table.shape, np.float32)
-    for start in range(0, len(decoded), ROWS_AT_ONCE):
-        rows = slice(start, start + ROWS_AT_ONCE)
-        decoded[rows] = table.finite_f32(rows)
-    return (decoded.view(np.uint8),)
+    return (finite_bytes(weight.parts[0]),)
 
 
 RAW = ("stored bytes", raw_bytes)
@@ -60,8 +48,8 @@ def embed(token_ids_T, table_VB, format, scale, out_TD):
     """Looks up and decodes one row per token.
 
     Shapes: token_ids [T] int32; table [V, B] int8, rows of D weights in a GGUF block format or little-endian floats;
-      out [T, D] float32; D a multiple of 32 (256 for q4_k and q6_k).
-    Error: none but q4_k's one subtraction and the product with scale.
+      out [T, D] float32; D a multiple of 32 (256 for k-quants).
+    Error: none but the addition of a minimum, in formats that have one, and the product with scale.
     Order: w * scale, w as the format defines it: products of the block's float16 scale and small integers, each exact.
     Source: block_* in ggml-common.h.
     """
@@ -85,10 +73,35 @@ def stored_weight(row_B, i, format):
         return half(row_B, block) * np.float32(row_B[block + 2 + i % 32])
     if format == Q4_0:
         block = 18 * (i // 32)
-        return half(row_B, block) * np.float32(nibble(row_B, block + 2 + i % 16, i % 32 // 16) - 8)
+        return half(row_B, block) * np.float32(low_bits(row_B, block + 2, i) - 8)
+    if format == Q5_0:
+        block = 22 * (i // 32)
+        return half(row_B, block) * np.float32(five_bits(row_B, block + 2, i) - 16)
+    if format == Q4_1:
+        block = 20 * (i // 32)
+        return half(row_B, block) * np.float32(low_bits(row_B, block + 4, i)) + half(row_B, block + 2)
+    if format == Q5_1:
+        block = 24 * (i // 32)
+        return half(row_B, block) * np.float32(five_bits(row_B, block + 4, i)) + half(row_B, block + 2)
     if format == Q6_K:
         return q6_k(row_B[210 * (i // 256):], i % 256)
-    return q4_k(row_B[144 * (i // 256):], i % 256)
+    if format == Q5_K:
+        block_B, j = row_B[176 * (i // 256):], i % 256
+        return k_weight(block_B, j, k_nibble(block_B, 48, j) | (byte(block_B, 16 + j % 32) >> j // 32 & 1) << 4)
+    block_B, j = row_B[144 * (i // 256):], i % 256
+    return k_weight(block_B, j, k_nibble(block_B, 16, j))
+
+
+@definition
+def low_bits(row_B, at, i):
+    """The low four bits of weight i, of a block whose 16 bytes of nibbles start at a byte."""
+    return nibble(row_B, at + i % 16, i % 32 // 16)
+
+
+@definition
+def five_bits(row_B, at, i):
+    """The code of weight i: four bytes of fifth bits, then 16 of nibbles."""
+    return low_bits(row_B, at + 4, i) | (byte(row_B, at + i % 32 // 8) >> i % 8 & 1) << 4
 
 
 @definition
@@ -101,13 +114,18 @@ def q6_k(block_B, i):
 
 
 @definition
-def q4_k(block_B, i):
-    """d * sc * q - dmin * m: bytes 4..15 hold eight scales and eight minima of six bits, bytes 16..143 the codes."""
+def k_nibble(block_B, at, i):
+    """The low four bits of weight i of q4_k or q5_k: 32 bytes hold 64 weights, the first 32 in their low nibbles."""
+    return nibble(block_B, at + 32 * (i // 64) + i % 32, i // 32 % 2)
+
+
+@definition
+def k_weight(block_B, i, code):
+    """d * sc * code - dmin * m: bytes 4..15 hold eight scales and eight minima of six bits."""
     j = i // 32
     first, second = byte(block_B, 4 + j % 4), byte(block_B, 8 + j % 4)
     scale = first & 63 if j < 4 else nibble(block_B, 12 + j % 4, 0) | first >> 6 << 4
     minimum = second & 63 if j < 4 else nibble(block_B, 12 + j % 4, 1) | second >> 6 << 4
-    code = nibble(block_B, 16 + 32 * (i // 64) + i % 32, j % 2)
     return half(block_B, 0) * np.float32(scale) * np.float32(code) - half(block_B, 2) * np.float32(minimum)
 
 

@@ -13,7 +13,8 @@ from lockstep.runtime.machine import byte_array, float_array
 from lockstep.runtime.simd import bf16_f32, fma, peek, poke
 from lockstep.runtime.step import num_rows, word
 from lockstep.weights.pack import floats, padded_width, q4_0_fields, q8_0_fields
-from lockstep.weights.pack_k import q4_k_fields, q6_k_fields
+from lockstep.weights.pack_k import q4_k_fields, q5_k_fields, q6_k_fields
+from lockstep.weights.pack_q5 import q4_1_fields, q5_0_fields, q5_1_fields
 
 ZERO, ONE_128TH = np.float32(0), np.float32(1 / 128)
 SMALLEST_NORMAL = np.float32(2.0**-126)
@@ -63,7 +64,7 @@ def dot_bf16(x_K, w_K):
 
 @definition
 def dot_q8(a_K, a_scale, w_K, w_scale):
-    """sum over blocks of 32 of (integer dot) * scales, for int8 or 4-bit signed codes.
+    """sum over blocks of 32 of (integer dot) * scales, for signed codes of 4, 5 or 8 bits.
 
     Order: acc = fma(float(dot of the block), w_scale * a_scale, acc), blocks ascending from +0; the dot is exact.
     """
@@ -77,8 +78,29 @@ def dot_q8(a_K, a_scale, w_K, w_scale):
 
 
 @definition
+def dot_q4_1(a_K, a_scale, codes_K, d, m):
+    """sum of a_scale * a[k] * (d * code[k] + m), with a_scale, d and m for 32 weights.
+
+    Order, for each block of 32, ascending from acc = +0, dots exact:
+      acc = fma(float(dot), d * a_scale, acc)
+      acc = fma(m * (-1 / 128), float(-128 * sum of a) * a_scale, acc), where dividing by 128 is exact.
+    """
+    acc = ZERO
+    for b in range(a_scale.size):
+        dot, total = 0, 0
+        for k in range(32 * b, 32 * b + 32):
+            dot += np.int64(a_K[k]) * np.int64(codes_K[k])
+            total += np.int64(a_K[k])
+        acc = fma(np.float32(dot), d[b] * a_scale[b], acc)
+        acc = fma(m[b] * -ONE_128TH, np.float32(-128 * total) * a_scale[b], acc)
+    return acc
+
+
+@definition
 def dot_q4_k(a_K, a_scale, codes_K, d, dmin, sc, m):
     """sum of a_scale * a[k] * (d * sc * code[k] - dmin * m), with d, dmin for 256 weights and a_scale, sc, m for 32.
+
+    Codes of 4 or 5 bits; d * sc and dmin * m are exact.
 
     Order, for each block of 32, ascending from acc = +0, dots exact:
       acc = fma(float(dot), (d * sc) * a_scale, acc)
@@ -167,6 +189,17 @@ def _linear_q8(op, step, thread, num_threads):
 
 
 @kernel
+def _linear_q4_1(op, step, thread, num_threads):
+    K, N = word(op, 6), word(op, 10)
+    for n in _share(N, thread, num_threads):
+        codes = carray(byte_array(word(op, 3) + K * n), (K,))
+        d, m = _floats(op, 4, n, K // 32), _floats(op, 5, n, K // 32)
+        for t in range(num_rows(op, step)):
+            a, a_scale = quantized_row(word(op, 1) + row_bytes(K) * t, K)
+            _finish(op, t, n, 6, dot_q4_1(a, a_scale, codes, d, m))
+
+
+@kernel
 def _linear_q4_k(op, step, thread, num_threads):
     K, N = word(op, 8), word(op, 12)
     for n in _share(N, thread, num_threads):
@@ -220,10 +253,36 @@ def q4_0_rows(weight):
     return codes.astype(np.int8) - np.int8(8), scales.astype(np.float32)
 
 
-def q4_k_rows(weight):
-    """Codes as int8 [N, K]; d, dmin float32 [N, K / 256]; sc, m as float32 [N, K / 32]."""
-    codes, *rest = _rows(weight, q4_k_fields)
+def q5_0_rows(weight):
+    """Codes -16..15 as int8 [N, K] and scales float32 [N, K / 32]."""
+    codes, scales = _rows(weight, q5_0_fields)
+    return codes.astype(np.int8) - np.int8(16), scales.astype(np.float32)
+
+
+def _as_floats(fields):
+    """Codes as int8, everything else as float32."""
+    codes, *rest = fields
     return codes.astype(np.int8), *[a.astype(np.float32) for a in rest]
+
+
+def q4_1_rows(weight):
+    """Codes 0..15 as int8 [N, K]; d, m float32 [N, K / 32]."""
+    return _as_floats(_rows(weight, q4_1_fields))
+
+
+def q5_1_rows(weight):
+    """Codes 0..31 as int8 [N, K]; d, m float32 [N, K / 32]."""
+    return _as_floats(_rows(weight, q5_1_fields))
+
+
+def q4_k_rows(weight):
+    """Codes 0..15 as int8 [N, K]; d, dmin float32 [N, K / 256]; sc, m as float32 [N, K / 32]."""
+    return _as_floats(_rows(weight, q4_k_fields))
+
+
+def q5_k_rows(weight):
+    """The same with codes 0..31."""
+    return _as_floats(_rows(weight, q5_k_fields))
 
 
 def q6_k_rows(weight):
@@ -238,6 +297,10 @@ REFERENCE = {
     "linear_bf16": Implementation(_linear_bf16, ("bf16 rows", bf16_rows)),
     "linear_q8_0": Implementation(_linear_q8, ("q8_0 rows", q8_0_rows)),
     "linear_q4_0": Implementation(_linear_q8, ("q4_0 rows", q4_0_rows)),
+    "linear_q5_0": Implementation(_linear_q8, ("q5_0 rows", q5_0_rows)),
+    "linear_q4_1": Implementation(_linear_q4_1, ("q4_1 rows", q4_1_rows)),
+    "linear_q5_1": Implementation(_linear_q4_1, ("q5_1 rows", q5_1_rows)),
     "linear_q4_k": Implementation(_linear_q4_k, ("q4_k rows", q4_k_rows)),
+    "linear_q5_k": Implementation(_linear_q4_k, ("q5_k rows", q5_k_rows)),
     "linear_q6_k": Implementation(_linear_q6_k, ("q6_k rows", q6_k_rows)),
 }

@@ -17,11 +17,13 @@ from lockstep.runtime.machine import fetch_add
 from lockstep.runtime.simd import peek
 from lockstep.runtime.step import COUNTER, num_rows, word
 from lockstep.runtime.targets import wide_registers
-from lockstep.runtime.tiles_k import Q4_K_BYTES, Q6_K_BYTES
-from lockstep.runtime.tiles_linear import (BF16_TILE, F16_TILE, F32_TILE, Q4_0_TILE, Q4_K_TILE, Q6_K_TILE, Q8_0_TILE,
-                                           linear_tile)
+from lockstep.runtime.tiles_dots import Q4_1_BYTES, Q5_0_BYTES, Q5_1_BYTES
+from lockstep.runtime.tiles_k import Q4_K_BYTES, Q5_K_BYTES, Q6_K_BYTES
+from lockstep.runtime.tiles_linear import (BF16_TILE, F16_TILE, F32_TILE, Q4_0_TILE, Q4_1_TILE, Q4_K_TILE, Q5_0_TILE,
+                                           Q5_1_TILE, Q5_K_TILE, Q6_K_TILE, Q8_0_TILE, linear_tile)
 from lockstep.weights.pack import pack_bf16, pack_f16, pack_f32, pack_q4_0, pack_q8_0
-from lockstep.weights.pack_k import pack_q4_k, pack_q6_k
+from lockstep.weights.pack_k import pack_q4_k, pack_q5_k, pack_q6_k
+from lockstep.weights.pack_q5 import pack_q4_1, pack_q5_0, pack_q5_1
 
 COLS = 2 if wide_registers() else 1  # panels of a tile: 6 x 2 x 16 lanes fill 32 registers, 6 x 1 x 16 fill 16
 MIN_ROWS, MAX_ROWS = 3, 6
@@ -144,9 +146,33 @@ def q4_0(op, step, num_threads, sweep, unit):
 
 
 @merged
+def q4_1(op, step, num_threads, sweep, unit):
+    panel, row = word(op, 4) // 32 * Q4_1_BYTES, q8_row_bytes(word(op, 4))
+    drive(op, step, num_threads, Q4_1_TILE, sweep, unit, 4, word(op, 3), panel, 0, row)
+
+
+@merged
+def q5_0(op, step, num_threads, sweep, unit):
+    panel, row = word(op, 5) // 32 * Q5_0_BYTES, q8_row_bytes(word(op, 5))
+    drive(op, step, num_threads, Q5_0_TILE, sweep, unit, 5, word(op, 3), panel, word(op, 4), row)
+
+
+@merged
+def q5_1(op, step, num_threads, sweep, unit):
+    panel, row = word(op, 4) // 32 * Q5_1_BYTES, q8_row_bytes(word(op, 4))
+    drive(op, step, num_threads, Q5_1_TILE, sweep, unit, 4, word(op, 3), panel, 0, row)
+
+
+@merged
 def q4_k(op, step, num_threads, sweep, unit):
     panel, row = word(op, 4) // 256 * Q4_K_BYTES, q8_row_bytes(word(op, 4))
     drive(op, step, num_threads, Q4_K_TILE, sweep, unit, 4, word(op, 3), panel, 0, row)
+
+
+@merged
+def q5_k(op, step, num_threads, sweep, unit):
+    panel, row = word(op, 4) // 256 * Q5_K_BYTES, q8_row_bytes(word(op, 4))
+    drive(op, step, num_threads, Q5_K_TILE, sweep, unit, 4, word(op, 3), panel, 0, row)
 
 
 @merged
@@ -181,8 +207,28 @@ def linear_q4_0(op, step, thread, num_threads):
 
 
 @kernel
+def linear_q4_1(op, step, thread, num_threads):
+    q4_1(op, step, num_threads, together, num_rows(op, step))
+
+
+@kernel
+def linear_q5_0(op, step, thread, num_threads):
+    q5_0(op, step, num_threads, together, num_rows(op, step))
+
+
+@kernel
+def linear_q5_1(op, step, thread, num_threads):
+    q5_1(op, step, num_threads, together, num_rows(op, step))
+
+
+@kernel
 def linear_q4_k(op, step, thread, num_threads):
     q4_k(op, step, num_threads, together, num_rows(op, step))
+
+
+@kernel
+def linear_q5_k(op, step, thread, num_threads):
+    q5_k(op, step, num_threads, together, num_rows(op, step))
 
 
 @kernel
@@ -216,8 +262,28 @@ def linear_q4_0_per_token(op, step, thread, num_threads):
 
 
 @kernel
+def linear_q4_1_per_token(op, step, thread, num_threads):
+    q4_1(op, step, num_threads, alone, 1)
+
+
+@kernel
+def linear_q5_0_per_token(op, step, thread, num_threads):
+    q5_0(op, step, num_threads, alone, 1)
+
+
+@kernel
+def linear_q5_1_per_token(op, step, thread, num_threads):
+    q5_1(op, step, num_threads, alone, 1)
+
+
+@kernel
 def linear_q4_k_per_token(op, step, thread, num_threads):
     q4_k(op, step, num_threads, alone, 1)
+
+
+@kernel
+def linear_q5_k_per_token(op, step, thread, num_threads):
+    q5_k(op, step, num_threads, alone, 1)
 
 
 @kernel
@@ -231,7 +297,11 @@ CPU = {
     "linear_bf16": Implementation(linear_bf16, ("bf16 panels", pack_bf16), flushes=True),
     "linear_q8_0": Implementation(linear_q8_0, ("q8_0 panels", pack_q8_0)),
     "linear_q4_0": Implementation(linear_q4_0, ("q4_0 panels", pack_q4_0)),
+    "linear_q4_1": Implementation(linear_q4_1, ("q4_1 panels", pack_q4_1)),
+    "linear_q5_0": Implementation(linear_q5_0, ("q5_0 panels", pack_q5_0)),
+    "linear_q5_1": Implementation(linear_q5_1, ("q5_1 panels", pack_q5_1)),
     "linear_q4_k": Implementation(linear_q4_k, ("q4_k panels", pack_q4_k)),
+    "linear_q5_k": Implementation(linear_q5_k, ("q5_k panels", pack_q5_k)),
     "linear_q6_k": Implementation(linear_q6_k, ("q6_k panels", pack_q6_k)),
 }
 
@@ -242,6 +312,10 @@ PER_TOKEN = {
     "linear_bf16": Implementation(linear_bf16_per_token, ("bf16 panels", pack_bf16), flushes=True),
     "linear_q8_0": Implementation(linear_q8_0_per_token, ("q8_0 panels", pack_q8_0)),
     "linear_q4_0": Implementation(linear_q4_0_per_token, ("q4_0 panels", pack_q4_0)),
+    "linear_q4_1": Implementation(linear_q4_1_per_token, ("q4_1 panels", pack_q4_1)),
+    "linear_q5_0": Implementation(linear_q5_0_per_token, ("q5_0 panels", pack_q5_0)),
+    "linear_q5_1": Implementation(linear_q5_1_per_token, ("q5_1 panels", pack_q5_1)),
     "linear_q4_k": Implementation(linear_q4_k_per_token, ("q4_k panels", pack_q4_k)),
+    "linear_q5_k": Implementation(linear_q5_k_per_token, ("q5_k panels", pack_q5_k)),
     "linear_q6_k": Implementation(linear_q6_k_per_token, ("q6_k panels", pack_q6_k)),
 }

@@ -9,8 +9,10 @@ from dataclasses import replace
 from lockstep.ops.activations import bf16_width, q8_width
 from lockstep.runtime.program import Op, Tensor
 
-PREPARATIONS = {"f32": None, "f16": None, "bf16": ("round_bf16", bf16_width), "q8_0": ("quantize_q8", q8_width),
-                "q4_0": ("quantize_q8", q8_width), "q4_k": ("quantize_q8", q8_width), "q6_k": ("quantize_q8", q8_width)}
+QUANTIZED = ("quantize_q8", q8_width)
+PREPARATIONS = {"f32": None, "f16": None, "bf16": ("round_bf16", bf16_width), "q8_0": QUANTIZED, "q4_0": QUANTIZED,
+                "q4_1": QUANTIZED, "q5_0": QUANTIZED, "q5_1": QUANTIZED, "q4_k": QUANTIZED, "q5_k": QUANTIZED,
+                "q6_k": QUANTIZED}
 # what is added to the name of an op whose arithmetic depends on the cache's type: f32, bf16, q8
 BY_CACHE = {"attention": ("", "_bf16", "_q8"), "gated_attention": ("", "_bf16", "_q8"),
             "attention_inputs": ("", "", "_q8"), "normed_attention_inputs": ("", "", "_q8")}

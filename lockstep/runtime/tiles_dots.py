@@ -1,12 +1,14 @@
-"""Linear tiles of 4-, 6- and 8-bit weights: exact integer dots over blocks of 32, then the block's scales.
+"""Linear tiles of 4-, 5- and 8-bit weights: exact integer dots over blocks of 32, then the block's scales.
 
 Which instruction makes the dots is the target's (`targets.int_dot`). The integers are exact, so all give the same bits;
 the float32 steps that follow are those of the definitions in `ops/linear.py`.
 """
 from llvmlite import ir
 
-from lockstep.runtime.emit import cut, fma, halves_f32, join, moved, pinned, spread, spread4, vector, words
-from lockstep.runtime.simd import F32, I1, I16, I32, call, constant
+from lockstep.runtime.emit import cut, fma, halves_f32, join, moved, pinned, read, spread, spread4, vector, words
+from lockstep.runtime.simd import F32, I1, I16, I32, call, constant, splat
+
+Q4_1_BYTES, Q5_0_BYTES, Q5_1_BYTES = 320, 320, 384  # of a panel's stream, for 32 k (see weights/pack_q5.py)
 
 
 def vnni512(b, acc, w, a):
@@ -156,32 +158,122 @@ def nibbles(b, v):
 
 
 def dots_u4(s, i, start, first):
-    """Dots of a block with codes 0..15, `start` bytes into the panels, on top of first[row] (or of zero)."""
-    return (_u4_avx2 if s.how == "avx2" else _u4_wide)(s, i, start, first)
+    """Dots of a block with codes 0..15, `start` bytes into the panels, on top of first[row] (or of zero).
+
+    AVX2's 16-bit sums of pairs stay below 8 * 2 * 15 * 127 = 30480 over a whole block.
+    """
+    columns = lambda g: [nibbles(s.b, s.codes(c, start, 32 * g)) for c in range(s.cols)]
+    return unsigned_dots(s, i, columns, first, 8)
 
 
-def _u4_wide(s, i, start, first):
+def unsigned_dots(s, i, columns, first, groups):
+    """Dots of block i with unsigned codes, on top of first[row] (or of zero).
+
+    columns(g): for each column the codes of groups g and g + 1. groups: how many groups' sums of pairs, each twice a
+    code times 127 at most, 16 bits hold.
+    """
+    return _unsigned_avx2(s, i, columns, first, groups) if s.how == "avx2" else _unsigned_wide(s, i, columns, first)
+
+
+def _unsigned_wide(s, i, columns, first):
     b, dot = s.b, WIDE[s.how]
     dots = {(r, c): first[r] if first else constant(s.ints, 0) for r, c in s.cells}
     for g in range(0, 8, 2):
-        columns = [nibbles(b, s.codes(c, start, 32 * g)) for c in range(s.cols)]
+        codes = columns(g)
         for half in (0, 1):
             for r in range(s.rows):
                 a = spread4(b, s.code(r, i, 4 * (g + half)), s.lanes)
                 for c in range(s.cols):
-                    dots[r, c] = dot(b, dots[r, c], columns[c][half], a)
+                    dots[r, c] = dot(b, dots[r, c], codes[c][half], a)
     return dots
 
 
-def _u4_avx2(s, i, start, first):
-    """16-bit sums of pairs: over a block of 32 they stay below 8 * 2 * 15 * 127 = 30480."""
-    b, sums = s.b, {}
+def _unsigned_avx2(s, i, columns, first, groups):
+    b, sums, dots = s.b, {}, {}
     for g in range(0, 8, 2):
-        columns = [nibbles(b, s.codes(c, start, 32 * g)) for c in range(s.cols)]
+        codes = columns(g)
         for half in (0, 1):
             for r, c in s.cells:
-                pairs = maddubs(b, columns[c][half], spread4(b, s.code(r, i, 4 * (g + half)), s.lanes))
-                sums[r, c] = b.add(sums[r, c], pairs) if g + half else pairs
+                pairs = maddubs(b, codes[c][half], spread4(b, s.code(r, i, 4 * (g + half)), s.lanes))
+                sums[r, c] = b.add(sums[r, c], pairs) if (g + half) % groups else pairs
             sums = dict(zip(sums, pinned(b, sums.values())))
-    dots = {cell: pair_sums(b, v) for cell, v in sums.items()}
+        if (g + 2) % groups == 0:
+            wide = {cell: pair_sums(b, v) for cell, v in sums.items()}
+            dots = {cell: b.add(dots[cell], v) for cell, v in wide.items()} if dots else wide
     return {(r, c): b.add(v, first[r]) if first else v for (r, c), v in dots.items()}
+
+
+# ---------------------------------------------------------------- 5 bits
+
+def q5_0(s):
+    """acc = fma(float(dot), w_scale * a_scale, acc), codes minus 16: bias is -128 * sum, so bias >> 3 is -16 * sum."""
+
+    def block(i, acc):
+        start = s.b.mul(i, s.int(Q5_0_BYTES))
+        return scale_add(s, acc, dots_u5(s, i, start, zero_points(s, i, 3)), w_scales(s, i), i)
+
+    return s.blocks(32, block, Q5_0_BYTES, 32)
+
+
+def dots_u5(s, i, start, first):
+    """`dots_u4` with codes 0..31: fifth bits, then the low ones.
+
+    Byte j of a feature's four has in bit g the fifth bit of code 4 g + j. AVX2's sums of pairs stay below
+    4 * 2 * 31 * 127 = 31496 over half a block.
+    """
+    b, fifths = s.b, [s.codes(c, start, 0) for c in range(s.cols)]
+
+    def columns(g):
+        low = [nibbles(b, s.codes(c, start, 64 + 32 * g)) for c in range(s.cols)]
+        return [[b.or_(v, fifth_bit(b, bits, g + half)) for half, v in enumerate(pair)]
+                for pair, bits in zip(low, fifths)]
+
+    return unsigned_dots(s, i, columns, first, 4)
+
+
+def fifth_bit(b, v, g):
+    """Bit g of every byte, moved to bit 4."""
+    bits = words(b, v)
+    if g != 4:
+        bits = (b.shl if g < 4 else b.lshr)(bits, constant(bits.type, abs(4 - g)))
+    return b.and_(b.bitcast(bits, v.type), constant(v.type, 16))
+
+
+# ---------------------------------------------------------------- a scale and a minimum for 32 weights
+
+def q4_1(s):
+    """acc = fma(-m / 128, float(bias) * a_scale, fma(float(dot), d * a_scale, acc)), codes 0..15."""
+    return _with_minima(s, dots_u4, Q4_1_BYTES)
+
+
+def q5_1(s):
+    """The same with codes 0..31."""
+    return _with_minima(s, dots_u5, Q5_1_BYTES)
+
+
+def _with_minima(s, dots, num_bytes):
+    b = s.b
+
+    def block(i, acc):
+        start = b.mul(i, s.int(num_bytes))
+        found = dots(s, i, b.add(start, s.int(64)), None)
+        acc = scale_add(s, acc, found, feature_halves(s, start, 0), i)
+        return minimum_add(s, acc, [b.fmul(m, constant(m.type, -(2.0**-7))) for m in feature_halves(s, start, 32)], i)
+
+    return s.blocks(32, block, num_bytes)
+
+
+def feature_halves(s, start, offset):
+    """A float16 for each feature, at start + offset of every panel, as float32."""
+    b = s.b
+    return [halves_f32(b, moved(b, moved(b, w, start), offset + 2 * first), s.lanes) for w, first in zip(s.w, s.first)]
+
+
+def minimum_add(s, acc, minima, i):
+    """acc = fma(minima, float(bias) * a_scale, acc), cell by cell."""
+    b, made = s.b, {}
+    for r in range(s.rows):
+        bias = b.fmul(b.sitofp(read(b, s.bias(r, i), I32, 4), F32), read(b, s.a_scale(r, i), F32, 4))
+        for c in range(s.cols):
+            made[r, c] = fma(b, minima[c], splat(b, bias, s.floats), acc[r, c])
+    return made

@@ -1,9 +1,19 @@
 """Linear tiles of the K-quants: blocks of 256 weights with small integer scales, laid out as weights/pack_k.py says."""
-from lockstep.runtime.emit import bytes_f32, fma, halves_f32, moved, pinned, read, spread, spread4, vector, words
-from lockstep.runtime.simd import F32, I8, I32, call, constant, splat
-from lockstep.runtime.tiles_dots import WIDE, dots_u4, maddubs, maddwd, nibbles, scale_add
+from lockstep.runtime.emit import bytes_f32, fma, moved, pinned, read, spread, spread4, vector, words
+from lockstep.runtime.simd import F32, I8, I32, call, constant
+from lockstep.runtime.tiles_dots import (
+    WIDE,
+    dots_u4,
+    dots_u5,
+    feature_halves,
+    maddubs,
+    maddwd,
+    minimum_add,
+    nibbles,
+    scale_add,
+)
 
-Q4_K_BYTES, Q6_K_BYTES = 2368, 3392  # of a panel, for 256 k
+Q4_K_BYTES, Q5_K_BYTES, Q6_K_BYTES = 2368, 2880, 3392  # of a panel, for 256 k
 
 
 def _block(s, i, num_bytes):
@@ -18,28 +28,33 @@ def _inside(s, start, j, size):
 
 def q4_k(s):
     """acc = fma((dmin * m) / 128, float(bias) * a_scale, fma(float(dot), (d * sc) * a_scale, acc))."""
+    return _with_minima(s, dots_u4, Q4_K_BYTES, 256)
+
+
+def q5_k(s):
+    """The same with codes 0..31."""
+    return _with_minima(s, dots_u5, Q5_K_BYTES, 320)
+
+
+def _with_minima(s, dots, num_bytes, code_bytes):
+    """code_bytes: of the codes of 32 k in a panel, which follow the scales."""
     b = s.b
 
     def block(i, acc):
-        start, j = _block(s, i, Q4_K_BYTES)
-        dots = dots_u4(s, i, b.add(_inside(s, start, j, 256), s.int(320)), None)
+        start, j = _block(s, i, num_bytes)
+        found = dots(s, i, b.add(_inside(s, start, j, code_bytes), s.int(320)), None)
         small = _inside(s, start, j, 16)
-        acc = scale_add(s, acc, dots, _products(s, start, 0, small, 64), i)
+        acc = scale_add(s, acc, found, _products(s, start, 0, small, 64), i)
         minima = [b.fmul(v, constant(v.type, 2.0**-7)) for v in _products(s, start, 32, small, 192)]
-        for r in range(s.rows):
-            bias = b.fmul(b.sitofp(read(b, s.bias(r, i), I32, 4), F32), read(b, s.a_scale(r, i), F32, 4))
-            for c in range(s.cols):
-                acc[r, c] = fma(b, minima[c], splat(b, bias, s.floats), acc[r, c])
-        return acc
+        return minimum_add(s, acc, minima, i)
 
-    return s.blocks(32, block, Q4_K_BYTES // 8)
+    return s.blocks(32, block, num_bytes // 8)
 
 
 def _products(s, start, offset, small, small_offset):
     """A float16 for each feature, at start + offset, times a byte for each, for every panel."""
     b, made = s.b, []
-    for w, first in zip(s.w, s.first):
-        half = halves_f32(b, moved(b, moved(b, w, start), offset + 2 * first), s.lanes)
+    for half, w, first in zip(feature_halves(s, start, offset), s.w, s.first):
         byte = bytes_f32(b, moved(b, moved(b, w, small), small_offset + first), s.lanes)
         made.append(b.fmul(half, byte))
     return made

@@ -9,8 +9,8 @@ from numba import types
 from lockstep.runtime import targets
 from lockstep.runtime.emit import counted, dpbf16, fma, moved, pointer, prefetch, read, spread, vector, write
 from lockstep.runtime.simd import F16, F32, I1, I8, I32, I64, LANES, constant, primitive
-from lockstep.runtime.tiles_dots import q4_0, q8_0
-from lockstep.runtime.tiles_k import q4_k, q6_k
+from lockstep.runtime.tiles_dots import q4_0, q4_1, q5_0, q5_1, q8_0
+from lockstep.runtime.tiles_k import q4_k, q5_k, q6_k
 
 
 class Site:
@@ -153,8 +153,9 @@ def _pairs_wide(s):
     return step
 
 
-FORMATS = f32, f16, bf16, q8_0, q4_0, q4_k, q6_k
+FORMATS = f32, f16, bf16, q8_0, q4_0, q4_k, q6_k, q4_1, q5_0, q5_1, q5_k
 F32_TILE, F16_TILE, BF16_TILE, Q8_0_TILE, Q4_0_TILE, Q4_K_TILE, Q6_K_TILE = range(7)
+Q4_1_TILE, Q5_0_TILE, Q5_1_TILE, Q5_K_TILE = range(7, 11)
 
 
 AHEAD_BYTES = 8192  # of a single stream: what passes by in the time that memory takes to answer

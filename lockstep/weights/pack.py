@@ -69,6 +69,17 @@ def q4_0_fields(part, rows):
     return block_fields(part, rows, q4_0, "q4_0")
 
 
+def stored_fields(part, rows, block, format):
+    """Fields of rows that are stored in a block format, which nothing is quantized to; every float16 is checked."""
+    if part.format != format:
+        raise ValueError(f"tensor {part.name!r} is stored as {part.format}: a {format} linear layer takes only that")
+    fields = block.split(part.read(rows))
+    for field in fields:
+        if field.dtype == np.float16:
+            check_finite(part, field, rows.start or 0, "block scales")
+    return fields
+
+
 def scatter(weight, outputs, convert):
     """Fills row-major staging of ROWS_AT_ONCE rows and writes it to the outputs' panels.
 
@@ -144,6 +155,18 @@ def nibble_pairs(values):
     """Codes [panels, 16, K] to bytes [panels, K / 8, 16, 4]."""
     grouped = values.reshape(values.shape[0], PANEL, -1, 2, 4).transpose(0, 2, 1, 3, 4)
     return grouped[..., 0, :] | (grouped[..., 1, :] << 4)
+
+
+def fifth_bits(values):
+    """Bits 0 or 1 [panels, 16, K] to bytes [panels, K / 32, 16, 4]: bit g of byte j is that of k = 4 g + j."""
+    eight = values.reshape(values.shape[0], PANEL, -1, 8, 4)
+    shifts = np.arange(8, dtype=np.uint8)[:, None]
+    return np.bitwise_or.reduce(eight.astype(np.uint8) << shifts, axis=3).transpose(0, 2, 1, 3)
+
+
+def block_field(blocks, start, count, dtype=np.uint8):
+    """A field of every block, `start` bytes into it: uint8 [panels, blocks, bytes] as dtype [panels, blocks, count]."""
+    return blocks[..., start:start + count * np.dtype(dtype).itemsize].view(dtype)
 
 
 def pack_q4_0(weight):

@@ -1,38 +1,41 @@
 """K-quants in panels of sixteen output features: one stream of blocks of 256, each a few whole cache lines.
 
     q4_k   2368 bytes   d f16[16] | dmin f16[16] | sc u8[8][16] | m u8[8][16] | codes [32][16][4], nibbles as in q4_0
+    q5_k   2880 bytes   d, dmin, sc and m as in q4_k | 8 times: fifth bits and low nibbles as in q5_0 (pack_q5.py)
     q6_k   3392 bytes   d f32[16] | sc i8[16][16] | 8 times: low nibbles [4][16][4] as in q4_0, high bits [2][16][4]
 
 The two high bits of q6_k's codes k, k + 4, k + 8, k + 12 share a byte, lowest first; they lie beside the low nibbles of
-the same 32 k, so that one row reads one stream. 4.625 and 6.625 bits a weight.
+the same 32 k, so that one row reads one stream. 4.625, 5.625 and 6.625 bits a weight.
 """
 import numpy as np
 
-from lockstep.runtime.tiles_k import Q4_K_BYTES, Q6_K_BYTES
-from lockstep.weights import q4_k, q6_k
-from lockstep.weights.pack import PANEL, k_major, nibble_pairs, num_panels, scatter
-from lockstep.weights.tensor import check_finite
-
-
-def _stored(part, rows, format):
-    if part.format != format:
-        raise ValueError(f"tensor {part.name!r} is stored as {part.format}: a {format} linear layer takes only that")
-    return part.read(rows)
+from lockstep.runtime.tiles_k import Q4_K_BYTES, Q5_K_BYTES, Q6_K_BYTES
+from lockstep.weights import q4_k, q5_k, q6_k
+from lockstep.weights.pack import (
+    PANEL,
+    block_field,
+    fifth_bits,
+    k_major,
+    nibble_pairs,
+    num_panels,
+    scatter,
+    stored_fields,
+)
 
 
 def q4_k_fields(part, rows):
     """Codes uint8 0..15 [rows, K], d and dmin float16 [rows, K / 256], sc and m uint8 [rows, K / 32]."""
-    codes, d, dmin, sc, m = q4_k.split(_stored(part, rows, "q4_k"))
-    check_finite(part, d, rows.start or 0, "block scales")
-    check_finite(part, dmin, rows.start or 0, "block scales")
-    return codes, d, dmin, sc, m
+    return stored_fields(part, rows, q4_k, "q4_k")
+
+
+def q5_k_fields(part, rows):
+    """The same with codes 0..31."""
+    return stored_fields(part, rows, q5_k, "q5_k")
 
 
 def q6_k_fields(part, rows):
     """Codes int8 -32..31 [rows, K], sc int8 [rows, K / 16] and d float16 [rows, K / 256]."""
-    codes, sc, d = q6_k.split(_stored(part, rows, "q6_k"))
-    check_finite(part, d, rows.start or 0, "block scales")
-    return codes, sc, d
+    return stored_fields(part, rows, q6_k, "q6_k")
 
 
 def _blocks(arrange, per_block):
@@ -51,27 +54,40 @@ def _high_bits(values):
     return four[..., 0, :] | four[..., 1, :] << 2 | four[..., 2, :] << 4 | four[..., 3, :] << 6
 
 
-def _field(blocks, start, count, dtype=np.uint8):
-    """A field of every block: [panels, K / 256, count]."""
-    return blocks[..., start:start + count * np.dtype(dtype).itemsize].view(dtype)
-
-
 def pack_q4_k(weight):
     """Blocks uint8 [panels, K / 256, 2368]."""
     blocks = np.zeros((num_panels(weight.shape[0]), weight.shape[1] // 256, Q4_K_BYTES), np.uint8)
-    outputs = [(_field(blocks, 320, 2048), _blocks(nibble_pairs, 256)), (_field(blocks, 0, 16, np.float16), k_major),
-               (_field(blocks, 32, 16, np.float16), k_major), (_field(blocks, 64, 128), _blocks(k_major, 8)),
-               (_field(blocks, 192, 128), _blocks(k_major, 8))]
-    scatter(weight, outputs, q4_k_fields)
+    scatter(weight, [(block_field(blocks, 320, 2048), _blocks(nibble_pairs, 256)), *_scales(blocks)], q4_k_fields)
     return (blocks,)
+
+
+def pack_q5_k(weight):
+    """Blocks uint8 [panels, K / 256, 2880]."""
+    blocks = np.zeros((num_panels(weight.shape[0]), weight.shape[1] // 256, Q5_K_BYTES), np.uint8)
+    codes = block_field(blocks, 320, 2560).reshape(*blocks.shape[:2], 8, 320)
+    outputs = [(codes[..., :64], _eighths(fifth_bits)), (codes[..., 64:], _eighths(nibble_pairs)), *_scales(blocks)]
+
+    def convert(part, rows):
+        codes, *scales = q5_k_fields(part, rows)
+        return codes >> 4, codes & 15, *scales
+
+    scatter(weight, outputs, convert)
+    return (blocks,)
+
+
+def _scales(blocks):
+    """Outputs for d, dmin, sc and m."""
+    return [(block_field(blocks, 0, 16, np.float16), k_major), (block_field(blocks, 32, 16, np.float16), k_major),
+            (block_field(blocks, 64, 128), _blocks(k_major, 8)), (block_field(blocks, 192, 128), _blocks(k_major, 8))]
 
 
 def pack_q6_k(weight):
     """Blocks uint8 [panels, K / 256, 3392]."""
     blocks = np.zeros((num_panels(weight.shape[0]), weight.shape[1] // 256, Q6_K_BYTES), np.uint8)
-    codes = _field(blocks, 320, 3072).reshape(*blocks.shape[:2], 8, 384)
+    codes = block_field(blocks, 320, 3072).reshape(*blocks.shape[:2], 8, 384)
     outputs = [(codes[..., :256], _eighths(nibble_pairs)), (codes[..., 256:], _eighths(_high_bits)),
-               (_field(blocks, 64, 256, np.int8), _blocks(k_major, 16)), (_field(blocks, 0, 16, np.float32), k_major)]
+               (block_field(blocks, 64, 256, np.int8), _blocks(k_major, 16)),
+               (block_field(blocks, 0, 16, np.float32), k_major)]
 
     def convert(part, rows):
         codes, sc, d = q6_k_fields(part, rows)

@@ -16,14 +16,20 @@ BLOCK_SIZE = 32
 BLOCK_BYTES = 22
 
 
+def split(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Fields of packed rows uint8 [..., bytes]: codes q uint8 0..31 [..., K] and scales float16 [..., K / 32]."""
+    blocks = blk.as_blocks(packed, BLOCK_BYTES)
+    return blk.joined(five_bits(blocks[..., 2:6], blocks[..., 6:])), blk.field_f16(blocks, 0)
+
+
 def dequantize(packed: np.ndarray) -> np.ndarray:
     """Packed rows uint8 [..., bytes] to float32 [..., K]. Error: none, each product is exact in float32."""
     return blk.dequantize_in_chunks(packed, BLOCK_SIZE, BLOCK_BYTES, _decode)
 
 
 def five_bits(fifth: np.ndarray, low: np.ndarray) -> np.ndarray:
-    """Codes 0..31 of blocks, uint8 [blocks, 32], from their fifth bits [blocks, 4] and low bits [blocks, 16]."""
-    return nibbles(low) | np.unpackbits(fifth, axis=1, bitorder="little") << 4
+    """Codes 0..31 of blocks, uint8 [..., 32], from their fifth bits [..., 4] and low bits [..., 16]."""
+    return nibbles(low) | np.unpackbits(fifth, axis=-1, bitorder="little") << 4
 
 
 def _decode(blocks: np.ndarray) -> np.ndarray:

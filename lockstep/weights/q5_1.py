@@ -18,6 +18,13 @@ BLOCK_SIZE = 32
 BLOCK_BYTES = 24
 
 
+def split(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Fields of packed rows uint8 [..., bytes]: codes uint8 0..31 [..., K], d and m float16 [..., K / 32]."""
+    blocks = blk.as_blocks(packed, BLOCK_BYTES)
+    codes = five_bits(blocks[..., 4:8], blocks[..., 8:])
+    return blk.joined(codes), blk.field_f16(blocks, 0), blk.field_f16(blocks, 2)
+
+
 def dequantize(packed: np.ndarray) -> np.ndarray:
     """Packed rows uint8 [..., bytes] to float32 [..., K]. Error: one rounding, of the addition."""
     return blk.dequantize_in_chunks(packed, BLOCK_SIZE, BLOCK_BYTES, _decode)

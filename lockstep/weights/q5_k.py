@@ -11,10 +11,19 @@ import numpy as np
 
 from lockstep.weights import blocks as blk
 from lockstep.weights.q4_0 import nibbles
-from lockstep.weights.q4_k import affine
+from lockstep.weights.q4_k import affine, scales_and_minima
 
 BLOCK_SIZE = 256
 BLOCK_BYTES = 176
+
+
+def split(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Fields of packed rows uint8 [..., bytes]: as `q4_k.split`, with codes 0..31."""
+    blocks = blk.as_blocks(packed, BLOCK_BYTES)
+    scales, minima = scales_and_minima(blocks[..., 4:16])
+    codes = _codes(blocks).reshape(*blocks.shape[:-1], BLOCK_SIZE)
+    d, dmin = blk.field_f16(blocks, 0), blk.field_f16(blocks, 2)
+    return blk.joined(codes), d, dmin, blk.joined(scales), blk.joined(minima)
 
 
 def dequantize(packed: np.ndarray) -> np.ndarray:
@@ -22,8 +31,13 @@ def dequantize(packed: np.ndarray) -> np.ndarray:
     return blk.dequantize_in_chunks(packed, BLOCK_SIZE, BLOCK_BYTES, _decode)
 
 
-def _decode(blocks: np.ndarray) -> np.ndarray:
-    low = nibbles(blocks[:, 48:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
+def _codes(blocks: np.ndarray) -> np.ndarray:
+    """Codes 0..31 of blocks uint8 [..., 176]: [..., 8, 32]."""
+    shape = blocks.shape[:-1]
+    low = nibbles(blocks[..., 48:].reshape(*shape, 4, 32)).reshape(*shape, 8, 32)
     groups = np.arange(8, dtype=np.uint8)[:, None]
-    fifth = blocks[:, None, 16:48] >> groups & 1
-    return affine(blocks, low | fifth << 4)
+    return low | (blocks[..., None, 16:48] >> groups & 1) << 4
+
+
+def _decode(blocks: np.ndarray) -> np.ndarray:
+    return affine(blocks, _codes(blocks))

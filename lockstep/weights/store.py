@@ -16,7 +16,7 @@ from lockstep.runtime.targets import name as target_name
 # Layouts whose names end like this are kept on disk; the others are small. A kept table was checked when it was made,
 # and no step reads the checkpoint's file, which somebody might truncate.
 KEPT = ("panels", "stored bytes")
-FORMAT = 3  # of the packed files; a change of any layout raises it
+FORMAT = 4  # of the packed files; a change of any layout raises it
 
 
 class PackedStore(WeightStore):

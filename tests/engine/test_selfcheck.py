@@ -55,8 +55,8 @@ def test_every_kind_of_op_is_checked(case, tmp_path):
 
 
 @pytest.mark.parametrize("family", selfcheck.CONFIGS)
-@pytest.mark.parametrize("weights", ["q4_k", "q6_k"])
-def test_models_in_k_quants_can_be_checked(family, weights):
+@pytest.mark.parametrize("weights", selfcheck.BLOCK_SCALES)
+def test_models_in_formats_of_gguf_files_can_be_checked(family, weights):
     """Rows that their blocks do not fill are bf16; experts are multiplied as q8_0 while attention keeps its format."""
     probe = selfcheck.Probe(family, weights, "bf16")
     program = selfcheck.probe_model(probe, TABLE, True).rewritten(None, True)

@@ -251,8 +251,10 @@ def test_a_head_of_its_own_wins_over_a_config_that_ties_it(tmp_path):
 
 
 @pytest.mark.parametrize("stored, requested, width, chosen", [
-    ("bf16", "auto", 64, "bf16"), ("f32", "auto", 64, "f32"), ("q5_k", "auto", 256, "q8_0"), ("f64", "auto", 64, "f32"),
+    ("bf16", "auto", 64, "bf16"), ("f32", "auto", 64, "f32"), ("q5_k", "auto", 256, "q5_k"), ("f64", "auto", 64, "f32"),
     ("bf16", "q8_0", 64, "q8_0"), ("bf16", "q8_0", 48, "f32"), ("bf16", "auto", 48, "f32"), ("f16", "auto", 48, "f16"),
+    ("q4_1", "auto", 32, "q4_1"), ("q5_0", "auto", 96, "q5_0"), ("q5_1", "auto", 64, "q5_1"),
+    ("q5_1", "q8_0", 64, "q8_0"),
     ("q4_k", "auto", 256, "q4_k"), ("q4_k", "auto", 288, "bf16")])
 def test_format_of_a_linear_layer(stored, requested, width, chosen):
     assert compute_format(stored, requested, width) == chosen

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from lockstep.weights import blocks, q4_0, q4_k, q6_k, q8_0
+from lockstep.weights import blocks, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0
 from lockstep.weights.tensor import BLOCK_FORMATS
 from tests.weights.record_block_vectors import awkward_weights, random_blocks
 
@@ -68,9 +68,27 @@ def test_split_q4_0():
     assert ((codes.astype(np.float32) - 8) * np.repeat(scales, 32, 1).astype(np.float32) == weights).all()
 
 
-def test_split_q4_k():
-    packed, weights = recorded("q4_k", q4_k)
-    codes, d, dmin, scales, minima = q4_k.split(packed)
+def test_split_q5_0():
+    packed, weights = recorded("q5_0", q5_0)
+    codes, scales = q5_0.split(packed)
+    assert codes.dtype == np.uint8 and codes.max() == 31 and scales.shape == (2, 2)
+    assert ((codes.astype(np.float32) - 16) * np.repeat(scales, 32, 1).astype(np.float32) == weights).all()
+
+
+@pytest.mark.parametrize(("block", "name", "largest"), [(q4_1, "q4_1", 15), (q5_1, "q5_1", 31)])
+def test_split_into_codes_a_scale_and_a_minimum(block, name, largest):
+    packed, weights = recorded(name, block)
+    codes, d, m = block.split(packed)
+    assert codes.dtype == np.uint8 and codes.max() == largest and d.shape == m.shape == (2, 2)
+    scale, minimum = (np.repeat(field.astype(np.float32), 32, 1) for field in (d, m))
+    assert (scale * codes + minimum == weights).all()
+
+
+@pytest.mark.parametrize(("block", "name", "largest"), [(q4_k, "q4_k", 15), (q5_k, "q5_k", 31)])
+def test_split_into_codes_and_scales_of_scales(block, name, largest):
+    packed, weights = recorded(name, block)
+    codes, d, dmin, scales, minima = block.split(packed)
+    assert codes.max() == largest
     assert codes.shape == (2, 512) and d.shape == dmin.shape == (2, 2) and scales.shape == minima.shape == (2, 16)
     assert codes.dtype == scales.dtype == minima.dtype == np.uint8 and scales.max() < 64 and minima.max() < 64
     scale = np.repeat(d.astype(np.float32), 8, 1) * scales

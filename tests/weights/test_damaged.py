@@ -12,10 +12,10 @@ from lockstep.engine.request import SamplingParams
 from lockstep.ops.embed import raw_bytes
 from lockstep.runtime.program import Weight
 from lockstep.serve.llm import LLM
-from lockstep.weights import finite, q4_0, q8_0
+from lockstep.weights import finite
 from lockstep.weights.checkpoint import open_checkpoint
 from lockstep.weights.pack import pack_q8_0
-from lockstep.weights.tensor import StoredTensor
+from lockstep.weights.tensor import BLOCK_FORMATS, StoredTensor
 from tests.models import tiny
 from tests.models.cases import CASES
 from tests.weights.files import write_folder
@@ -26,34 +26,34 @@ QWEN3 = CASES["qwen3"]
 
 def table(format):
     """A valid table of a format, 70 rows of 256."""
-    rng = np.random.default_rng(2)
-    if format in ("q4_k", "q6_k"):
-        data = rng.integers(0, 256, (70, 144 if format == "q4_k" else 210), np.uint8)
-        data[:, [1, 3] if format == "q4_k" else [209]] &= 0x3B
-    elif format in ("q8_0", "q4_0"):
-        data = {"q8_0": q8_0, "q4_0": q4_0}[format].quantize(WEIGHTS)
+    if format in BLOCK_FORMATS:
+        block = BLOCK_FORMATS[format]
+        shape = 70, 256 // block.BLOCK_SIZE, block.BLOCK_BYTES
+        blocks = np.random.default_rng(2).integers(0, 256, shape, np.uint8)
+        for at in finite.SCALES[format]:
+            blocks[..., at + 1] &= 0x3B
+        data = blocks.reshape(70, -1)
     else:
         data = WEIGHTS.astype({"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}[format])
     return StoredTensor("model.embed_tokens.weight", format, (70, 256), data)
 
 
 def spoil(tensor, row, column, bits):
-    """One float of a plain table, or the first scale of a block."""
+    """One float of a plain table, or the last scale of a block."""
     raw = tensor.data.view(np.uint8).reshape(70, -1)
     size = {"f32": 4, "f16": 2, "bf16": 2}.get(tensor.format)
-    at = column * size if size else {"q8_0": 34, "q4_0": 18, "q4_k": 144, "q6_k": 210}[tensor.format] * column
-    at += 208 if tensor.format == "q6_k" else 0
+    at = column * size if size else BLOCK_FORMATS[tensor.format].BLOCK_BYTES * column + finite.SCALES[tensor.format][-1]
     raw[row, at : at + (size or 2)] = np.frombuffer(bits.tobytes(), np.uint8)
 
 
-@pytest.mark.parametrize("format", ["f32", "f16", "bf16", "q8_0", "q4_0", "q4_k", "q6_k"])
+@pytest.mark.parametrize("format", ["f32", "f16", "bf16", *BLOCK_FORMATS])
 @pytest.mark.parametrize("negative", [False, True])
 def test_a_bad_place_of_a_table_is_named(format, negative, monkeypatch):
     monkeypatch.setattr(finite, "PIECE_BYTES", 3000)
     good = table(format)
     assert (finite.finite_bytes(good) == good.data.view(np.uint8).reshape(70, -1)).all()
     dtype = {"f32": np.float32, "bf16": ml_dtypes.bfloat16}.get(format, np.float16)
-    plain, column = format in ("f32", "f16", "bf16"), 1 if format in ("q8_0", "q4_0") else 0
+    plain, column = format not in BLOCK_FORMATS, 0 if format.endswith("_k") else 1
     for value in (np.inf, np.nan):
         bad = table(format)
         spoil(bad, 41, column, np.array([-value if negative else value], dtype))

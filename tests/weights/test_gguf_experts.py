@@ -6,9 +6,10 @@ import pytest
 
 from lockstep import LLM, SamplingParams
 from lockstep.runtime.program import Weight
-from lockstep.weights import q4_0, q4_k, q6_k, q8_0
 from lockstep.weights.checkpoint import open_checkpoint
+from lockstep.weights.finite import SCALES
 from lockstep.weights.pack import pack_q8_0
+from lockstep.weights.tensor import BLOCK_FORMATS
 from tests.models import tiny
 from tests.models.cases import case
 from tests.models.running import load, logits_of
@@ -34,24 +35,24 @@ METADATA = convert.metadata(
     attention__layer_norm_rms_epsilon=1e-6, rope__dimension_count=32, rope__freq_base=500.0, vocab_size=96,
     expert_count=NUM_EXPERTS, expert_used_count=2, expert_feed_forward_length=WIDTH)  # fmt: skip
 PLAIN = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
-BLOCKS = {"q8_0": q8_0, "q4_0": q4_0, "q4_k": q4_k, "q6_k": q6_k}
 
 
 def encode(format, weights, rng):
-    """(bytes, the float32 weights that they mean) of a stack in a format; k-quants at random: nothing makes them
-    here."""
+    """(bytes, the float32 weights that they mean) of a stack in a format; random ones where nothing quantizes to it."""
     if format in PLAIN:
         stored = weights.astype(PLAIN[format])
         return stored.tobytes(), stored.astype(np.float32)
-    block = BLOCKS[format]
-    packed = block.quantize(weights) if format in ("q8_0", "q4_0") else random_blocks(block, weights.shape, rng)
+    block = BLOCK_FORMATS[format]
+    packed = block.quantize(weights) if format in ("q8_0", "q4_0") else random_blocks(format, weights.shape, rng)
     return packed.tobytes(), block.dequantize(packed)
 
 
-def random_blocks(block, shape, rng):
-    blocks = rng.integers(0, 256, (*shape[:-1], shape[-1] // 256, block.BLOCK_BYTES), np.uint8)
-    for at in (0, 2) if block is q4_k else (208,):
-        scales = rng.uniform(1e-4, 2e-4, blocks.shape[:-1]).astype("<f2")
+def random_blocks(format, shape, rng):
+    block = BLOCK_FORMATS[format]
+    blocks = rng.integers(0, 256, (*shape[:-1], shape[-1] // block.BLOCK_SIZE, block.BLOCK_BYTES), np.uint8)
+    size = 1e-4 if block.BLOCK_SIZE == 256 else 4e-3
+    for at in SCALES[format]:
+        scales = rng.uniform(size, 2 * size, blocks.shape[:-1]).astype("<f2")
         blocks[..., at : at + 2] = scales[..., None].view(np.uint8)
     return blocks.reshape(*shape[:-1], -1)
 
@@ -110,8 +111,8 @@ def test_experts_of_the_formats_that_kernels_take_stay_as_they_are(tmp_path):
         assert np.isfinite(logits_of(load(fused, "auto"), tiny.prompt(CONFIG, 9))).all()
 
 
-@pytest.mark.parametrize("attention", ["q4_k", "q6_k"])
-def test_a_file_of_k_quants_is_loaded_and_answers_as_its_definitions_do(attention, tmp_path, monkeypatch):
+@pytest.mark.parametrize("attention", ["q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k"])
+def test_a_file_of_one_format_is_loaded_and_answers_as_its_definitions_do(attention, tmp_path, monkeypatch):
     monkeypatch.setattr("lockstep.weights.store.user_cache", lambda: tmp_path / "cache")
     path, _ = fused_and_not(tmp_path, ("q4_k", "q4_k", "q6_k"), attention)
     answers = []

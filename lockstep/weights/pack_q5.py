@@ -1,0 +1,86 @@
+"""Q4_1, Q5_0 and Q5_1 in panels of sixteen output features: one stream of blocks of 32, each whole cache lines.
+
+    q4_1   320 bytes   d f16[16] | m f16[16] | low nibbles [4][16][4] as in q4_0
+    q5_0   320 bytes   fifth bits [16][4] | low nibbles; scales in a stream of their own, as q8_0's
+    q5_1   384 bytes   d f16[16] | m f16[16] | fifth bits | low nibbles
+
+Bit g of a feature's byte j of fifth bits belongs to the code of k = 4 g + j. 5, 5.5 and 6 bits a weight.
+"""
+import numpy as np
+
+from lockstep.runtime.tiles_dots import Q4_1_BYTES, Q5_0_BYTES, Q5_1_BYTES
+from lockstep.weights import q4_1, q5_0, q5_1
+from lockstep.weights.pack import (
+    PANEL,
+    block_field,
+    fifth_bits,
+    k_major,
+    nibble_pairs,
+    num_panels,
+    scatter,
+    stored_fields,
+)
+
+
+def q4_1_fields(part, rows):
+    """Codes uint8 0..15 [rows, K], d and m float16 [rows, K / 32]."""
+    return stored_fields(part, rows, q4_1, "q4_1")
+
+
+def q5_0_fields(part, rows):
+    """Codes uint8 0..31, which mean -16..15, [rows, K] and scales float16 [rows, K / 32]."""
+    return stored_fields(part, rows, q5_0, "q5_0")
+
+
+def q5_1_fields(part, rows):
+    """Codes uint8 0..31 [rows, K], d and m float16 [rows, K / 32]."""
+    return stored_fields(part, rows, q5_1, "q5_1")
+
+
+def _blocks(arrange):
+    """An arrangement of [panels, 16, K] as [panels, K / 32, bytes]."""
+    return lambda v: arrange(v).reshape(v.shape[0], v.shape[2] // 32, -1)
+
+
+def _empty(weight, num_bytes):
+    return np.zeros((num_panels(weight.shape[0]), weight.shape[1] // 32, num_bytes), np.uint8)
+
+
+def _five_bits(blocks, start):
+    """Outputs for fifth bits and low nibbles, `start` bytes into a block."""
+    return [(block_field(blocks, start, 64), _blocks(fifth_bits)),
+            (block_field(blocks, start + 64, 256), _blocks(nibble_pairs))]
+
+
+def _split_codes(fields):
+    codes, *rest = fields
+    return codes >> 4, codes & 15, *rest
+
+
+def _scale_and_minimum(blocks):
+    return [(block_field(blocks, at, PANEL, np.float16), k_major) for at in (0, 32)]
+
+
+def pack_q4_1(weight):
+    """Blocks uint8 [panels, K / 32, 320]."""
+    blocks = _empty(weight, Q4_1_BYTES)
+    outputs = [(block_field(blocks, 64, 256), _blocks(nibble_pairs)), *_scale_and_minimum(blocks)]
+    scatter(weight, outputs, q4_1_fields)
+    return (blocks,)
+
+
+def pack_q5_0(weight):
+    """Blocks uint8 [panels, K / 32, 320] and scales float16 [panels, K / 32, 16]."""
+    blocks = _empty(weight, Q5_0_BYTES)
+    scales = np.zeros((*blocks.shape[:2], PANEL), np.float16)
+    outputs = [*_five_bits(blocks, 0), (scales, k_major)]
+    scatter(weight, outputs, lambda part, rows: _split_codes(q5_0_fields(part, rows)))
+    return blocks, scales
+
+
+def pack_q5_1(weight):
+    """Blocks uint8 [panels, K / 32, 384]."""
+    blocks = _empty(weight, Q5_1_BYTES)
+    outputs = [*_five_bits(blocks, 64), *_scale_and_minimum(blocks)]
+    scatter(weight, outputs, lambda part, rows: _split_codes(q5_1_fields(part, rows)))
+    return (blocks,)

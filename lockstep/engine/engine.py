@@ -157,6 +157,8 @@ class Engine:
 
     def _check(self, prompt_ids, params, priority, cache_salt):
         check_params(params)
+        if params.pooling is None and not self.model.can_generate:
+            raise ValueError("this checkpoint has no lm_head: it makes embeddings, and no text")
         if not isinstance(priority, int):
             raise ValueError(f"priority: expected an integer, got {priority!r}")
         if not isinstance(cache_salt, str):

@@ -2,7 +2,7 @@
 import functools
 from dataclasses import dataclass
 
-from lockstep.models.decoder import record
+from lockstep.models.decoder import can_generate, record
 from lockstep.models.families import model_config
 from lockstep.ops import BACKENDS
 from lockstep.ops.kv_cache import KV_DTYPES
@@ -45,6 +45,11 @@ class Model:
     weights: str
     kv_dtype: str
     max_context: int
+
+    @functools.cached_property
+    def can_generate(self):
+        """Whether it has a head; without one it only makes embeddings."""
+        return can_generate(self.config, self.checkpoint.tensors)
 
     @functools.cached_property
     def program(self):

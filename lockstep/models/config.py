@@ -97,6 +97,7 @@ class ModelConfig:
     linear_attention: LinearAttention | None = None
     experts: Experts | None = None
     num_mtp_layers: int = 0
+    headless: bool = False  # of a class that ends with the final norm, as embedding models are
 
     @property
     def num_layers(self):
@@ -135,6 +136,12 @@ def end_ids(config, where="config"):
     return tuple(ids)
 
 
+def is_headless(config):
+    """Whether the class that a config names has no head: Qwen3Model, not Qwen3ForCausalLM."""
+    names = config.get("architectures")
+    return isinstance(names, list) and bool(names) and all(isinstance(n, str) and n.endswith("Model") for n in names)
+
+
 def layer_types(config, *kinds):
     """What a config says each layer is, one of `kinds`; None where it is silent."""
     types, num_layers = config.get("layer_types"), need(config, "num_hidden_layers", high=1000)
@@ -167,7 +174,8 @@ def text_config(config):
     if not isinstance(inner, dict):
         return config
     check_keys(config)
-    outside = {k: config[k] for k in ("tie_word_embeddings", "eos_token_id") if config.get(k) is not None}
+    keys = ("tie_word_embeddings", "eos_token_id", "architectures")
+    outside = {k: config[k] for k in keys if config.get(k) is not None}
     return {**outside, **inner, **{k: v for k, v in outside.items() if k == "tie_word_embeddings"}}
 
 
@@ -262,7 +270,8 @@ def common(config, rope_defaults=None, tied=False, **family):
         num_kv_heads=optional(config, "num_key_value_heads", num_heads), head_dim=head_dim,
         rms_eps=need(config, "rms_norm_eps", float, 0, 1), max_positions=need(config, "max_position_embeddings"),
         layers=(Layer("attention"),) * num_layers, **_rope_fields(config, head_dim, rope_defaults or {}),
-        tied=flag(config, "tie_word_embeddings", tied), eos_ids=eos_ids)
+        tied=flag(config, "tie_word_embeddings", tied), eos_ids=eos_ids,
+        headless=is_headless(config))
     return checked(replace(made, **family))
 
 

@@ -11,6 +11,7 @@ prompt has one, and nearly the whole last layer of its other tokens is not compu
 from lockstep.models.record import Recorder
 from lockstep.runtime.step import EMBEDDED_ROW, OUTPUT_ROW, SAMPLED_ROW
 
+HEAD = "lm_head.weight"
 PREFIXES = ("model.language_model.", "language_model.model.", "model.", "")
 
 
@@ -61,7 +62,15 @@ def mlp(ops, h, config, layer, label):
 
 
 def head(ops, x, config, prefix):
-    """Logits of the rows that sample. A head of its own wins over a config that says it is the embedding."""
-    own = "lm_head.weight"
-    name = f"{prefix}embed_tokens.weight" if config.tied and own not in ops.tensors else own
+    """Logits of the rows that sample. A head of its own wins over a config that says it is the embedding.
+
+    Where there is none at all, see `can_generate`, the embedding stands in for it: a program always has one.
+    """
+    has_own = HEAD in ops.tensors or not (config.tied or config.headless)
+    name = HEAD if has_own else f"{prefix}embed_tokens.weight"
     return ops.product(x, [ops.stored(name, config.vocab_size, config.hidden_size)], "logits")
+
+
+def can_generate(config, tensors):
+    """Whether a checkpoint has a head, its own or its embedding; otherwise it is only good for embeddings."""
+    return config.tied or not config.headless or HEAD in tensors

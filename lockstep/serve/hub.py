@@ -13,6 +13,7 @@ MAX_PARTS = 1000
 WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 # Subfolders hold other forms of the same weights, consolidated files a vendor's own form.
 UNWANTED = ("*/*", "consolidated*")
+WANTED_OF_SUBFOLDERS = ("additional_chat_templates/*.jinja", "1_Pooling/config.json")
 
 
 def resolve_model(name: str | None) -> Path:
@@ -55,6 +56,8 @@ def _download(name: str, repo: str, file: str | None, revision: str | None) -> P
     folder = _ask_hub(name, repo, revision, list(WANTED), list(UNWANTED))
     if not any(folder.glob("*.safetensors")):
         raise ValueError(f"{name}: the hub repository has no .safetensors file{_gguf_hint(repo, revision)}")
+    # The folder is named after its commit: what is asked for now belongs to the same one.
+    _ask_hub(name, repo, folder.name, list(WANTED_OF_SUBFOLDERS), [])
     return folder
 
 

@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lockstep.engine.embedding import POOLINGS
 from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.model import load_model
 from lockstep.engine.request import SamplingParams, check_single, token_list
 from lockstep.models.config import end_ids, text_config
 from lockstep.serve.generation_config import sampling_defaults
 from lockstep.serve.hub import resolve_model
+from lockstep.serve.pooling import default_pooling
 from lockstep.serve.tokenizer import Tokenizer, answer_reader, find_tokenizer, has_tokenizer
 from lockstep.weights.checkpoint import open_checkpoint
 from lockstep.weights.store import PackedStore
@@ -177,16 +177,19 @@ class LLM:
         self._run([s for streams in started for s in streams])
         return [_completion(*streams) for streams in started]
 
-    def embed(self, prompts, pooling="last", normalize=True):
+    @functools.cached_property
+    def pooling(self) -> str:
+        """How the model's makers want embeddings pooled; "last" where they do not say."""
+        return default_pooling(self.path, self._checkpoint.config)
+
+    def embed(self, prompts, pooling=None, normalize=True):
         """Embeddings of prompts (strings or lists of token ids), float32 [prompts, D], the same bits in any company.
 
         Each comes from the hidden states after the model's final norm: the last token's ("last"), or the mean over all
-        tokens ("mean"). normalize: to length 1. ValueError for a prompt that cannot run, or for which the model gives
-        no finite numbers.
+        tokens ("mean"); None: as the model's makers want it. normalize: to length 1. ValueError for a prompt that
+        cannot run, or for which the model gives no finite numbers.
         """
-        if pooling is None:
-            raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got None")
-        prompts, params = _prompt_list(prompts), SamplingParams(pooling=pooling)
+        prompts, params = _prompt_list(prompts), SamplingParams(pooling=self.pooling if pooling is None else pooling)
         started = self._start_all(prompts, [params] * len(prompts))
         self._run([s for streams in started for s in streams])
         failed = next((s.request.error for streams in started for s in streams if s.request.error), None)

@@ -5,11 +5,11 @@ error, because it might change the arithmetic. Source: src/llama-arch.cpp, src/l
 conversion/*.py of llama.cpp.
 """
 
-import math
 from collections.abc import Mapping
 
 import numpy as np
 
+from lockstep.weights.gguf_rope import LLAMA3_CONTEXT, llama3_scaling
 from lockstep.weights.tensor import TensorInfo
 
 MODEL_TYPES: Mapping[str, tuple[str, str]] = {
@@ -24,7 +24,9 @@ MAX_FLOAT32 = 3.4e38
 HARMLESS = {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "expert_feed_forward_length"}
 # Values that mean "as usual" wherever these keys appear.
 USUAL = {"expert_count": 0, "expert_used_count": 0, "attention.causal": True, "nextn_predict_layers": 0}
-LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+# By llama.cpp's numbers; None: nothing is said. What is missing is refused by its name.
+POOLINGS: Mapping[int, str | None] = {0: None, 1: "mean", 3: "last"}
+OTHER_POOLINGS = {2: "cls", 4: "rank"}
 
 
 class Keys:
@@ -157,6 +159,7 @@ def _common(
         "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
         "tie_word_embeddings": "output.weight" not in infos,
         **_biases(architecture, infos),
+        **_pooling(keys, where),
         **_token_ids(metadata, infos["token_embd.weight"].shape[0]),
     }
 
@@ -166,6 +169,16 @@ def _biases(architecture: str, infos: Mapping[str, TensorInfo]) -> dict[str, boo
         return {}
     biases = {"attention_bias": "blk.0.attn_q.bias" in infos}
     return biases | ({"mlp_bias": "blk.0.ffn_gate.bias" in infos} if architecture in ("llama", "smollm3") else {})
+
+
+def _pooling(keys: Keys, where: str) -> dict[str, str]:
+    """How the hidden states of a text become its embedding, as `pooling_type`, which config.json does not know."""
+    number = keys.integer("pooling_type", 0)
+    if number not in POOLINGS:
+        found = OTHER_POOLINGS.get(number, number)
+        raise ValueError(f"{where}: pooling_type {found} is not supported, only none, mean and last")
+    pooling = POOLINGS[number]
+    return {} if pooling is None else {"pooling_type": pooling}
 
 
 def _token_ids(metadata: Mapping[str, object], vocab_size: int) -> dict[str, object]:
@@ -237,9 +250,10 @@ def _rope(keys: Keys, config: dict, factors: np.ndarray | None, where: str) -> d
 
 
 def _scaling(keys: Keys, theta: float, rope_dim: int, factors: np.ndarray | None, where: str) -> dict | None:
-    if factors is not None:
-        return _llama3_scaling(theta, rope_dim, factors, where)
     kind = keys.text("rope.scaling.type", "none")
+    if factors is not None and kind in ("none", "llama3"):
+        original = keys.integer("rope.scaling.original_context_length", LLAMA3_CONTEXT)
+        return llama3_scaling(theta, rope_dim, factors, original, where)
     if kind == "none":
         return None
     if kind == "linear":
@@ -258,21 +272,3 @@ def _yarn_scaling(keys: Keys) -> dict:
     renamed = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow", "yarn_attn_factor": "attention_factor"}
     present = {name: key for key, name in renamed.items() if f"rope.scaling.{key}" in keys}
     return scaling | {name: keys.number(f"rope.scaling.{key}") for name, key in present.items()}
-
-
-def _llama3_scaling(theta: float, rope_dim: int, factors: np.ndarray, where: str) -> dict:
-    """The llama3 parameters that give these factors; only the largest factor varies between models."""
-    scaling = {"rope_type": "llama3", "factor": float(factors.max()), **LLAMA3_SCALING}
-    expected = None
-    if factors.shape == (rope_dim // 2,) and scaling["factor"] >= 1:
-        expected = [_llama3_factor(theta ** (-2 * i / rope_dim), scaling) for i in range(rope_dim // 2)]
-    if expected is None or not np.allclose(factors, expected, rtol=1e-3):
-        raise ValueError(f"{where}: tensor 'rope_freqs.weight' holds factors other than llama3's, not supported")
-    return scaling
-
-
-def _llama3_factor(frequency: float, scaling: dict) -> float:
-    turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    smooth = min(max((turns - low) / (high - low), 0.0), 1.0)
-    return 1 / ((1 - smooth) / scaling["factor"] + smooth)

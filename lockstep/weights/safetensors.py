@@ -7,7 +7,7 @@ offset is checked against the file before anything is read or allocated with it.
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +62,7 @@ def open_file(path: Path) -> SafetensorsFile:
 def open_folder(folder: Path) -> list[SafetensorsFile]:
     """Open a folder's checkpoint: the shards its index names, or else its single .safetensors file.
 
+    Tensors that the index does not list, or lists in another shard, are not there.
     Raises ValueError if a shard or a tensor that the index names is missing, or a file is broken.
     """
     index_path = folder / INDEX_NAME
@@ -169,7 +170,8 @@ def _open_shard(path: Path, names: list[str], index_path: Path) -> SafetensorsFi
     absent = [name for name in names if name not in file.infos]
     if absent:
         raise ValueError(f"{path}: tensor {absent[0]!r} is missing, {index_path.name} says it is in this shard")
-    return file
+    listed = set(names)
+    return replace(file, infos={name: info for name, info in file.infos.items() if name in listed})
 
 
 def _only_file(folder: Path) -> Path:

@@ -1,6 +1,7 @@
 """Names of models: bundled, local, or on the hub; the hub itself is replaced by a folder here."""
 
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
 from lockstep.serve import hub
 from lockstep.serve.hub import resolve_model
@@ -86,12 +87,24 @@ def test_a_repository_of_safetensors(tmp_path, downloads):
     (tmp_path / "cache" / "model.safetensors").write_bytes(b"")
     assert resolve_model("org/model") == tmp_path / "cache"
     assert resolve_model("org/model.v2@refs/pr/1") == tmp_path / "cache"
-    (first, options), (second, at_revision) = downloads[0]
+    (first, options), (_, of_subfolders), (second, at_revision), _ = downloads[0]
     assert (first, options["revision"]) == ("org/model", None)
     assert (second, at_revision["revision"]) == ("org/model.v2", "refs/pr/1")
     assert "*.safetensors" in options["allow_patterns"] and not any(
         "bin" in wanted for wanted in options["allow_patterns"]
     )
+    assert of_subfolders["revision"] == "cache", "the commit that the first files came from"
+
+
+def test_which_files_of_a_repository_are_downloaded(tmp_path, downloads):
+    (tmp_path / "cache" / "model.safetensors").write_bytes(b"")
+    resolve_model("org/model")
+    files = ["config.json", "model-00001-of-00002.safetensors", "chat_template.jinja",
+             "additional_chat_templates/rag.jinja", "1_Pooling/config.json", "onnx/config.json", "onnx/model.safetensors", "consolidated.safetensors", "a.bin",
+             "additional_chat_templates/notes.txt", "2_Dense/model.safetensors"]
+    patterns = [{name: options[name] for name in ("allow_patterns", "ignore_patterns")} for _, options in downloads[0]]
+    found = [set(filter_repo_objects(files, **each)) for each in patterns]
+    assert found == [set(files[:3]), set(files[3:5])]
 
 
 def test_a_repository_of_other_files(downloads):

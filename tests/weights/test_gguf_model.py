@@ -6,6 +6,7 @@ import pytest
 from lockstep.models.families import model_config
 from lockstep.weights import q4_0, q8_0
 from lockstep.weights.checkpoint import open_checkpoint
+from lockstep.weights.gguf_rope import llama3_scaling
 from tests.weights import convert
 from tests.weights.files import FLOAT32, STRING, UINT32, gguf_bytes, plain_tensors, write
 from tests.weights.fuzz import mutations
@@ -121,13 +122,13 @@ def test_rope_scaling(tmp_path):
         config(rope__scaling__type="longrope")
 
 
-def llama3_factors(factor):
+def llama3_factors(factor, context=8192, low=1.0, high=4.0, size=8):
     """As conversion writes them: float32 [head size / 2]."""
-    frequencies = 1 / 500000 ** (np.arange(0, 8, 2) / 8)
+    frequencies = 1 / 500000 ** (np.arange(0, size, 2) / size)
     lengths = 2 * np.pi / frequencies
-    smooth = (8192 / lengths - 1) / 3
+    smooth = (context / lengths - low) / (high - low)
     middle = 1 / ((1 - smooth) / factor + smooth)
-    return np.where(lengths < 2048, 1, np.where(lengths > 8192, factor, middle)).astype(np.float32)
+    return np.where(lengths < context / high, 1, np.where(lengths > context / low, factor, middle)).astype(np.float32)
 
 
 def test_llama3_rope_factors(tmp_path):
@@ -147,6 +148,35 @@ def test_llama3_rope_factors(tmp_path):
         path = write_dense(tmp_path / "m.gguf", tensors, "llama", plain_tensors({"rope_freqs.weight": factors}), rotary)
         with pytest.raises(ValueError, match="rope_freqs.weight"):
             open_checkpoint(path)
+
+
+@pytest.mark.parametrize("context, high", [
+    (4096, 4.0), (2048, 4.0), (131072, 4.0), (1500, 4.0), (8192, 8.0), (700, 2.5)])
+def test_llama3_rope_of_another_context(context, high, tmp_path):
+    """What is inferred turns each pair as far as what the factors were made of."""
+    found = llama3_scaling(500000.0, 64, llama3_factors(32.0, context, 1.0, high, 64), 8192, "m.gguf")
+    assert (found["original_max_position_embeddings"], found["high_freq_factor"]) == (context, high)
+    doubled = llama3_scaling(500000.0, 64, llama3_factors(32.0, context, 2.0, high + 4, 64), 8192, "m.gguf")
+    assert doubled["low_freq_factor"] == 1.0
+    again = llama3_factors(32.0, doubled["original_max_position_embeddings"], 1.0, doubled["high_freq_factor"], 64)
+    assert np.allclose(again, llama3_factors(32.0, context, 2.0, high + 4, 64), rtol=1e-3)
+
+
+def test_an_original_context_in_the_metadata_is_tried_first(tmp_path):
+    """With heads this small only one pair lies between the ends, too few to find an unusual context by."""
+    extra = plain_tensors({"rope_freqs.weight": llama3_factors(32.0, 9000)})
+    values, tensors = {"rope__scaling__original_context_length": 9000}, dense_tensors(np.random.default_rng(8))
+    path = write_dense(tmp_path / "m.gguf", tensors, "llama", extra, rotary, **values)
+    assert open_checkpoint(path).config["rope_scaling"]["original_max_position_embeddings"] == 9000
+    with pytest.raises(ValueError, match="rope_freqs.weight"):
+        open_checkpoint(write_dense(tmp_path / "m.gguf", tensors, "llama", extra, rotary))
+
+
+@pytest.mark.parametrize("number, pooling", [(0, None), (1, "mean"), (3, "last"), (None, None)])
+def test_pooling(number, pooling, tmp_path):
+    values = {} if number is None else {"pooling_type": number}
+    path = write_dense(tmp_path / "m.gguf", dense_tensors(np.random.default_rng(9)), "llama", change=rotary, **values)
+    assert open_checkpoint(path).config.get("pooling_type") == pooling
 
 
 def test_a_sliding_window_makes_it_mistral(tmp_path):
@@ -341,6 +371,9 @@ def test_decay_that_is_no_bfloat16_logarithm(tmp_path):
         ({"block_count": 1 << 30}, "1073741824 layers do not fit a file of 20 tensors"),
         ({"block_count": 0}, "0 layers do not fit"),
         ({"rope__freq_base": 0.0}, "base 0.0"),
+        ({"pooling_type": 2}, "pooling_type cls is not supported, only none, mean and last"),
+        ({"pooling_type": 4}, "pooling_type rank is not supported"),
+        ({"pooling_type": 9}, "pooling_type 9 is not supported"),
     ],
 )
 def test_metadata_that_is_not_understood(values, message, tmp_path):
@@ -385,6 +418,9 @@ def test_token_ids_of_the_metadata(tmp_path):
     checkpoint = open_checkpoint(write(tmp_path / "m.gguf", gguf_bytes(metadata, tensors)))
     assert checkpoint.generation_config == {"bos_token_id": 1, "eos_token_id": 2}
     assert checkpoint.metadata["unrelated.key"] == 1.0
+    metadata["tokenizer.ggml.bos_token_id"] = (UINT32, 0xFFFFFFFF)
+    checkpoint = open_checkpoint(write(tmp_path / "m.gguf", gguf_bytes(metadata, tensors)))
+    assert checkpoint.generation_config == {"eos_token_id": 2}
 
 
 def test_damaged_files_only_raise_value_errors(tmp_path):

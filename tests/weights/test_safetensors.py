@@ -163,11 +163,19 @@ def test_index_naming_what_is_not_there(tmp_path):
         safetensors.open_folder(tmp_path)
 
 
-def test_tensor_in_two_shards(tmp_path):
-    write_shards(tmp_path)
-    write(tmp_path / "two.safetensors", safetensors_bytes(small_tensors()))
-    with pytest.raises(ValueError, match="is in both"):
-        safetensors.merge(safetensors.open_folder(tmp_path))
+def test_a_tensor_is_where_the_index_says(tmp_path):
+    expected = write_shards(tmp_path)
+    strange = {"a.weight": np.zeros((3, 5), np.float32), "left.over": np.ones(3, np.float32)}
+    write(tmp_path / "two.safetensors", safetensors_bytes({**expected, **strange}))
+    tensors = safetensors.merge(safetensors.open_folder(tmp_path))
+    assert set(tensors) == set(expected) == set(tensors.info)
+    assert all(tensors[name].data.tobytes() == array.tobytes() for name, array in expected.items())
+
+
+def test_a_tensor_in_two_files(tmp_path):
+    files = [safetensors.open_file(write(tmp_path / f"{name}.safetensors", one_tensor())) for name in "ab"]
+    with pytest.raises(ValueError, match="tensor 'w' is in both .*a.safetensors and .*b.safetensors"):
+        safetensors.merge(files)
 
 
 def test_index_without_a_map(tmp_path):

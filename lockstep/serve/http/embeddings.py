@@ -30,7 +30,7 @@ def routes(service):
         service.check_model(fields.model)
         _check_dimensions(fields.dimensions, service.llm.model.config.hidden_size)
         inputs = await job.offload(read_inputs, service, fields.input)
-        params = SamplingParams(pooling=fields.pooling or "last")
+        params = SamplingParams(pooling=fields.pooling or service.llm.pooling)
         await job.start([(ids, params) for ids in inputs])
         await job.finished()
         service.metrics.prompt_tokens += sum(map(len, inputs))

@@ -28,8 +28,9 @@ class SamplingParams:
 
     End. max_tokens: of the output. stop: strings; the answer ends before the first of them to be complete, or after it
     with include_stop_str_in_output, which also keeps the text of a stop token. stop_token_ids: end an answer as the
-    model's own end tokens do; ignore_eos goes on after those. min_tokens: end tokens are not chosen, and stop strings
-    not looked at, in the first so many tokens. skip_special_tokens: those, as marks of a chat format, have no text.
+    model's own end tokens do; ignore_eos goes on after those. min_tokens: end tokens are not chosen, unless logits_mask
+    allows no other, and stop strings are not looked at, in the first so many tokens. skip_special_tokens: those, as
+    marks of a chat format, have no text.
 
     Report. logprobs, prompt_logprobs: how many alternatives (up to 20) to report for each token of the output, and of
     the prompt but its first; None: none, and for the prompt no log-probabilities at all. They are the model's own, of

@@ -43,8 +43,10 @@ class Adjustment:
         """Fields of the SAMPLING_RECORD of the token after these; none if nothing is asked. Refused for a bad mask."""
         self._log(output_ids)
         num_seen = len(self._prompt) + self._num_logged
-        num_banned = len(self._banned) if len(output_ids) < self._params.min_tokens else 0
         mask = self._mask(output_ids)
+        num_banned = len(self._banned) if len(output_ids) < self._params.min_tokens else 0
+        if mask and num_banned and not self._may_go_on():
+            num_banned = 0  # a grammar that is complete ends the answer: nothing else is allowed
         if not (num_seen or num_banned or mask or len(self._bias)):
             return {}
         return dict(adjustment=self._record.ctypes.data, mask=mask, num_seen=num_seen, num_banned=num_banned)
@@ -55,6 +57,12 @@ class Adjustment:
                 self._counts[token] += 1
                 self._seen[len(self._prompt) + self._num_logged] = token, self._counts[token]
                 self._num_logged += 1
+
+    def _may_go_on(self):
+        """Whether the mask allows a token that ends nothing."""
+        others = self._bits.copy()
+        np.bitwise_and.at(others, self._banned // 32, ~(np.uint32(1) << (self._banned % 32).astype(np.uint32)))
+        return others.any()
 
     def _mask(self, output_ids):
         """Address of the mask of the token after these, 0 for none."""

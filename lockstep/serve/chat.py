@@ -14,7 +14,7 @@ from lockstep.serve.tool_calls.events import short_id
 from lockstep.serve.tool_calls.grammar import Lark
 from lockstep.serve.tool_calls.parser import CallParser
 from lockstep.serve.tool_calls.styles import MISTRAL
-from lockstep.serve.tool_calls.tools import ToolUse
+from lockstep.serve.tool_calls.tools import Tool, ToolUse
 
 
 @dataclass(frozen=True)
@@ -97,15 +97,18 @@ class ChatModel:
         use, grammar = conversation.tools, conversation.grammar
         if not use.must_call and grammar is None:
             return self._mask_of_free_calls(use, prompt, num_samples) if use.tools else None
-        rules = Lark(self._special)
         parts = [*(["calls"] if use.tools else []), *(["@answer"] if not use.must_call else [])]
-        before = self._before_answer(rules, prompt)
-        if parts == ["@answer"] and not before:
+        if parts == ["@answer"] and not self._before_answer(Lark(self._special), prompt):
             return self.grammars.mask(grammar, num_samples)
-        rules.rule("start", before, f"({' | '.join(parts)})")
-        if use.tools:
-            self._style.rules(rules, use.callable, use.parallel and self._abilities.several_calls)
-        return self.grammars.mask(structured.compose(rules.text, None if use.must_call else grammar), num_samples)
+
+        def mask_with(tools):
+            rules = Lark(self._special)
+            rules.rule("start", self._before_answer(rules, prompt), f"({' | '.join(parts)})")
+            if tools:
+                self._style.rules(rules, tools, use.parallel and self._abilities.several_calls)
+            return self.grammars.mask(structured.compose(rules.text, None if use.must_call else grammar), num_samples)
+
+        return self._with_enforceable(use.callable, mask_with)
 
     def _before_answer(self, rules, prompt):
         """The part of a grammar for what the model thinks; empty where it does not."""
@@ -118,16 +121,45 @@ class ChatModel:
         trigger = self._added.get(self._style.begin)
         if trigger is None:
             return None
-        rules = Lark(self._special)
-        rules.rule("start", "call")
         after = self._added.get(reasoning.CLOSE) if reasoning.is_open(prompt) else None
+        parallel = use.parallel and self._abilities.several_calls
         try:
-            self._style.rules(rules, use.callable, use.parallel and self._abilities.several_calls)
-            return self.grammars.mask(structured.compose(rules.text), num_samples, trigger, after)
+            return self._with_enforceable(use.callable, lambda tools: self.grammars.mask(
+                self._calls_grammar(tools, parallel, "call"), num_samples, trigger, after))
         except ValueError:
             if any(tool.strict for tool in use.tools):
                 raise
             return None
+
+    def _calls_grammar(self, tools, parallel, start):
+        rules = Lark(self._special)
+        rules.rule("start", start)
+        self._style.rules(rules, tools, parallel)
+        return structured.compose(rules.text)
+
+    def _with_enforceable(self, tools: list[Tool], make: Callable[[list[Tool]], object]) -> object:
+        """What is made of tools; where that cannot be, of tools whose schemas say no more than can be enforced.
+
+        A schema that cannot be enforced so takes nothing from the tools beside it, unless its tool is strict.
+        """
+        try:
+            return make(tools)
+        except structured.TooSlow:
+            raise
+        except ValueError:
+            loose = [tool if tool.strict or self._is_enforceable(tool) else tool.without_schema() for tool in tools]
+            if loose == tools:
+                raise
+            return make(loose)
+
+    def _is_enforceable(self, tool: Tool) -> bool:
+        try:
+            self.grammars.mask(self._calls_grammar([tool], False, "calls"))
+        except structured.TooSlow:
+            raise
+        except ValueError:
+            return False
+        return True
 
 
 def with_short_ids(message):

@@ -6,31 +6,30 @@ mask are all bounded.
 """
 import functools
 import json
-import math
 import re
 import threading
 import time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
-from fractions import Fraction
 
 import llguidance
 import numpy as np
 
+from lockstep.serve.schemas import MAX_PATTERN_BYTES, check_numbers, check_size, loosened
+
 MAX_GRAMMAR_BYTES = 256 << 10
-MAX_PATTERN_BYTES = 32 << 10  # of a user's regular expression or Lark grammar, whose compilation is not linear
 MAX_RULES = 1000  # of a user's Lark grammar
-MAX_NESTING = 64
 STACK_BYTES = 256 << 20  # llguidance follows references by recursion: a chain as long as a schema may be takes 100 MB
-LEAST_NUMBER = -(1 << 62)  # llguidance refuses ranges from about -2^63, or recurs in them until the process dies
-MAX_MULTIPLES = 10_000  # product of a schema's different multipleOf: the automaton has that many states
 COMPILE_SECONDS = 5.0
 MAX_SAMPLES = 128  # of one prompt, as many as there may be
 LIMITS = dict(initial_lexer_fuel=500_000, step_lexer_fuel=100_000, step_max_items=20_000, max_lexer_states=250_000,
               max_grammar_size=200_000, verbose_errors=False)
 RULE = re.compile(r"^[ \t]*[?!]?[A-Za-z_]", re.MULTILINE)  # the first line of one
 JSON_INSIDE = re.compile(r"%json\s*")
+GIVEN = "given"  # the name of a Lark grammar that a user wrote
+# Where llguidance found a mistake: a place in the grammar, lines of it, and a place in its own source.
+PLACE, LINES, SOURCE = r"(at )?\d+\(\d+\): ", r"\n +(\d+ \||\^).*", r"\S*\.rs:\d+(:\d+)?:?"
 # One space, or a line break and its indentation: without a bound a weak model writes white space for ever.
 JSON_WHITESPACE = r"(\r?\n[ \t]{0,64}|[ \t])"
 
@@ -38,7 +37,8 @@ JSON_WHITESPACE = r"(\r?\n[ \t]{0,64}|[ \t])"
 def json_schema(schema, strict=True):
     """The grammar of JSON texts that a schema allows.
 
-    strict: a keyword that cannot be enforced is an error; otherwise it is ignored, and oneOf is read as anyOf.
+    strict: a keyword that cannot be enforced is an error; otherwise it is ignored (as are patterns with lookaround, or
+    numbers that are too large), and oneOf is read as anyOf.
     """
     return llguidance.LLMatcher.grammar_from_json_schema(dump(with_options(schema, strict)))
 
@@ -47,7 +47,8 @@ def with_options(schema, strict=True):
     """The schema with how llguidance is to read it; for `%json` inside a Lark grammar."""
     if not isinstance(schema, dict):
         raise ValueError(f"JSON schema: expected an object, got {schema!r:.80}")
-    check_nesting(schema)
+    check_size(schema)
+    schema = schema if strict else loosened(schema)
     check_numbers(schema)
     options = dict(whitespace_pattern=JSON_WHITESPACE, lenient=not strict, coerce_one_of=not strict)
     return {**schema, "x-guidance": options}
@@ -73,7 +74,7 @@ def lark(text):
     while begin := JSON_INSIDE.search(text, end):
         schema, end = _json_at(text, begin.end())
         check_numbers(schema)
-    return compose(text)
+    return json.dumps({"grammars": [{"lark_grammar": text, "name": GIVEN}]})
 
 
 def _json_at(text, start):
@@ -107,6 +108,10 @@ def quote(text):
     return json.dumps(text)
 
 
+class TooSlow(ValueError):
+    """A grammar that takes too long to compile, which is not to be tried again in parts."""
+
+
 class Grammars:
     """Compiles grammars for one tokenizer. Any thread may use it.
 
@@ -132,7 +137,7 @@ class Grammars:
         try:
             matchers = self._compilers.submit(self._compile_all, grammar, num_samples).result(COMPILE_SECONDS)
         except FutureTimeout:
-            raise ValueError(f"the grammar did not compile within {COMPILE_SECONDS:g} s") from None
+            raise TooSlow(f"the grammar did not compile within {COMPILE_SECONDS:g} s") from None
         return TokenMask(matchers, functools.partial(self._compile, grammar), self.num_words, trigger, after)
 
     def _compile_all(self, grammar, count):
@@ -145,7 +150,7 @@ class Grammars:
 
     def _compile(self, grammar):
         matcher = llguidance.LLMatcher(self._tokens(), grammar, log_level=0, limits=llguidance.LLParserLimits(**LIMITS))
-        _check(matcher)
+        _check(matcher, f'"name": "{GIVEN}"' in grammar)
         fill(matcher, np.zeros(self.num_words, np.uint32))  # most of a first mask's work is done here, in this thread
         return matcher
 
@@ -252,9 +257,20 @@ def fill(matcher, words):
     return words
 
 
-def _check(matcher):
+def _check(matcher, shows_lines=False):
     if matcher.is_error():
-        raise ValueError(f"grammar: {matcher.get_error().replace('<non-verbose/>', '').strip()[:500]}")
+        raise ValueError(f"grammar: {readable(matcher.get_error(), shows_lines)[:500]}")
+
+
+def readable(message, shows_lines=False):
+    """What llguidance says about a grammar, for the user who wrote it, or only what it was made of.
+
+    shows_lines: its lines are the user's own. What it says of its own source is of no use to either.
+    """
+    if "panic" in message:
+        return "it cannot be compiled, or is too large to be followed"
+    message = re.sub(SOURCE, "", message.replace("<non-verbose/>", ""))
+    return (message if shows_lines else re.sub(PLACE, "", re.sub(LINES, "", message))).strip()
 
 
 def dump(value):
@@ -262,34 +278,6 @@ def dump(value):
     text = json.dumps(value)
     _check_bytes(text)
     return text
-
-
-def check_nesting(value, what="JSON schema"):
-    """ValueError if objects and lists are nested more than MAX_NESTING deep."""
-    level, depth = [value], 0
-    while level := [child for v in level for child in _children(v)]:
-        depth += 1
-        if depth > MAX_NESTING:
-            raise ValueError(f"{what}: nested more than {MAX_NESTING} deep")
-
-
-def check_numbers(schema):
-    """ValueError if a schema's multipleOf are so many or large that compiling them would take long, or a number is so
-    far below zero that it would not end."""
-    level, found = [schema], set()
-    while level:
-        found |= {Fraction(str(v["multipleOf"])).numerator for v in level
-                  if isinstance(v, dict) and type(v.get("multipleOf")) in (int, float)}
-        lowest = min((v for v in level if type(v) in (int, float)), default=0)
-        if lowest < LEAST_NUMBER:
-            raise ValueError(f"JSON schema: {lowest} is too small a number, expected at least {LEAST_NUMBER}")
-        level = [child for v in level for child in _children(v)]
-    if math.prod(map(abs, found)) > MAX_MULTIPLES:
-        raise ValueError(f"JSON schema: multipleOf: at most {MAX_MULTIPLES} can be enforced, as the product of all")
-
-
-def _children(value):
-    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def _check_bytes(text, most=MAX_GRAMMAR_BYTES):

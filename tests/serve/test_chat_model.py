@@ -82,18 +82,38 @@ def test_a_free_answer_is_held_to_the_tools_once_it_calls():
     assert mask([*call, end]) is None
 
 
-def test_a_schema_that_cannot_be_enforced():
-    odd = dict(type="object", properties=dict(a={"type": "string", "pattern": "(?=a)"}))
+ODD = dict(type="object", properties=dict(a={"type": "string", "pattern": "(?=a)"}), required=["a"])
+OUTSIDE = dict(type="object", properties=dict(a={"$ref": "http://127.0.0.1/schema"}))
+
+
+def is_allowed(tokenizer, mask, before, text):
+    """Whether a mask allows the tokens of a text after these, one after the other."""
+    ids = list(before)
+    for token in tokenizer.encode(text):
+        if token not in allowed(mask(ids)):
+            return False
+        ids.append(token)
+    return True
+
+
+@pytest.mark.parametrize("schema, bad", [(ODD, '{"a": 1}'), (OUTSIDE, "[")])
+@pytest.mark.parametrize("must_call", [False, True])
+def test_a_schema_that_cannot_be_enforced_takes_nothing_from_the_others(schema, bad, must_call):
+    tokenizer, chat = model(KNOWS_TOOLS)
+    use = ToolUse((NOW, Tool("f", "", schema)), must_call)
+    mask = chat.prepare(Conversation(HELLO, use)).options["logits_mask"]
+    begin, call = ids_of(tokenizer, "<tool_call>"), '\n{{"name": "{}", "arguments": {}}}\n'
+    assert is_allowed(tokenizer, mask, begin, call.format("f", '{"a": "bcd"}'))
+    assert is_allowed(tokenizer, mask, begin, call.format("now", "{}"))
+    wrong = [("now", '{"x": 1}'), ("then", "{}"), ("f", bad)]
+    assert not any(is_allowed(tokenizer, mask, begin, call.format(*each)) for each in wrong)
+
+
+@pytest.mark.parametrize("must_call", [False, True])
+def test_a_strict_schema_that_cannot_be_enforced_is_refused(must_call):
     _, chat = model(KNOWS_TOOLS)
-    for strict in (False, True):
-        use = ToolUse((Tool("f", "", odd, strict),))
-        if strict:
-            with pytest.raises(ValueError, match="look"):
-                chat.prepare(Conversation(HELLO, use))
-        else:
-            assert chat.prepare(Conversation(HELLO, use)).options["logits_mask"] is None
-        with pytest.raises(ValueError, match="look"):
-            chat.prepare(Conversation(HELLO, ToolUse(use.tools, must_call=True)))
+    with pytest.raises(ValueError, match="look"):
+        chat.prepare(Conversation(HELLO, ToolUse((NOW, Tool("f", "", ODD, strict=True)), must_call)))
 
 
 def test_an_answer_in_a_form_may_still_be_a_call():

@@ -178,12 +178,78 @@ def nested(levels):
     (lambda: structured.lark("x" * 300_000), "at most 32768"),
     (lambda: structured.lark("start: %json nothing"), "expected JSON after %json"),
     (lambda: structured.lark("start: %json " + "[" * 30_000), "expected JSON after %json"),
+    (lambda: structured.json_schema(dict(type="integer", multipleOf=0)), "multipleOf: expected a number above 0"),
+    (lambda: structured.json_schema(dict(type="integer", multipleOf=-3), strict=False), "a number above 0, got -3"),
     (lambda: structured.choice([]), "choice"),
     (lambda: structured.choice(["a", 1]), "choice"),
 ])  # fmt: skip
 def test_mistakes_are_value_errors(make, message):
     with pytest.raises(ValueError, match=message):
         GRAMMARS["byte_level"].mask(make())([])
+
+
+LOOSE = [
+    (dict(type="string", pattern="^(?!x)[a-z]+$"), ['"xa"'], ["1"]),
+    (dict(type="object", properties=dict(a=dict(type="string", pattern=r"\bx"), b=dict(type="string", pattern="^y$")),
+          required=["a", "b"]), ['{"a": "z", "b": "y"}'], ['{"a": 1, "b": "y"}', '{"a": "x", "b": "z"}']),
+    (dict(type="object", patternProperties={"(?=a)": dict(type="integer"), "^b": dict(type="null")},
+          additionalProperties=False), ['{"c": 1}', '{"b": null}', "{}"], ['{"c": "d"}', '{"b": 1}']),
+    (dict(type="object", patternProperties={"(?=a)": dict(type="integer")}, additionalProperties=dict(type="null")),
+     ['{"c": 1}', '{"c": null}'], ['{"c": "d"}']),
+    (dict(type="integer", minimum=-(1 << 63), maximum=(1 << 63) - 1), ["-5"], ["1.5"]),
+    (dict(type="integer", minimum=-(1 << 63), maximum=9), ["-5"], ["10"]),
+    (dict(type="number", exclusiveMaximum=1e19, minimum=1e-300), ["0.5"], ['"a"']),
+    (dict(type="integer", multipleOf=99999989), ["7"], ["0.5"]),
+    (dict(items=dict(type="integer", multipleOf=99), prefixItems=[dict(type="integer", multipleOf=9999)]), ["[7, 198]"],
+     ["[7, 199]"]),
+    (dict(type="object", properties=dict(a={}), minProperties=2, maxProperties=2), ['{"a": 1, "b": 2}'], ["[]"]),
+    (dict(type="integer", multipleOf=3, examples=[dict(multipleOf=0), dict(multipleOf=99999989)]), ["9"], ["7"]),
+]
+
+
+@pytest.mark.parametrize("schema, good, bad", LOOSE, ids=range(len(LOOSE)))
+def test_what_cannot_be_enforced_is_ignored_unless_strict(schema, good, bad):
+    grammar = structured.json_schema(schema, strict=False)
+    assert [text for text in good + bad if allows("byte_level", grammar, text)] == good
+    if "examples" not in schema:
+        with pytest.raises(ValueError):
+            GRAMMARS["byte_level"].mask(structured.json_schema(schema, strict=True))
+
+
+MULTIPLES = dict(
+    schema=lambda many: structured.json_schema(dict(allOf=[dict(multipleOf=each) for each in many])),
+    elsewhere=lambda many: structured.json_schema(dict(x=[dict(multipleOf=each) for each in many])),
+    lark=lambda many: structured.lark("start: %json " + json.dumps(dict(anyOf=[dict(multipleOf=n) for n in many]))))
+
+
+@pytest.mark.parametrize("where", MULTIPLES)
+def test_a_product_of_many_numbers_is_never_computed(where):
+    for count in (60, 5000, 100_000):
+        numbers, started = [float(f"1.{i:06d}1e300") for i in range(count)], time.process_time()
+        try:
+            MULTIPLES[where](numbers)
+            assert where == "elsewhere" and count < 100_000
+        except ValueError as error:
+            assert any(why in str(error) for why in ("multipleOf: at most", "at most so many", "at most 32768"))
+        assert time.process_time() - started < 1
+
+
+@pytest.mark.parametrize("make, shown, hidden", [
+    (lambda: structured.regex("(?=a)b"), "look-ahead", "start:"),
+    (lambda: structured.json_schema(dict(type="string", pattern="(")), "unclosed group", "%json"),
+    (lambda: structured.compose('start: "a" nowhere'), "unknown name", "at 1("),
+    (lambda: structured.lark('start: "a" nowhere'), 'at 1(8): unknown name: "nowhere"', ".rs"),
+])  # fmt: skip
+def test_places_in_a_grammar_are_told_to_those_who_wrote_it(make, shown, hidden):
+    with pytest.raises(ValueError) as caught:
+        GRAMMARS["byte_level"].mask(make())
+    assert shown in str(caught.value) and hidden not in str(caught.value)
+
+
+def test_places_in_a_librarys_source_are_told_to_nobody():
+    for message in ("panic: index out of bounds at parser/src/earley/lexer.rs:44:9 <backtrace>", "a b.rs:3: c"):
+        assert ".rs" not in structured.readable(message, shows_lines=True)
+    assert structured.readable("a src/b.rs:3: c") == "a  c"
 
 
 def all_of(levels):

@@ -127,8 +127,8 @@ def test_arguments_come_as_they_are_written():
     assert parser.push('<tool_call>{"name": "f", "argum') == []
     start, piece = parser.push('ents": {"ci')
     assert (start.name, piece.text) == ("f", '{"ci')
-    assert [e.text for e in parser.push('ty": 1')] == ['ty": 1']
-    assert [e.text for e in parser.push("}}")] == ["}"]
+    assert [e.text for e in parser.push('ty": 1')] == ['ty": ']
+    assert [e.text for e in parser.push("}}")] == ["1}"], "what has no quotes is told when it is known what it is"
 
 
 def test_the_cost_of_a_long_answer_is_linear():

@@ -172,7 +172,11 @@ def arguments_of(text):
 
 def tool_use(fields):
     """The ToolUse of the tools and tool_choice of ChatFields."""
-    functions = [tool.function for tool in fields.tools or () if tool.type == "function" and tool.function is not None]
+    functions = [tool.function for tool in fields.tools or () if tool.type == "function"]
+    if None in functions:
+        where = f"tools[{[tool.type == 'function' and tool.function is None for tool in fields.tools].index(True)}]"
+        raise bad_request(f"{where}.function: this field is required for a tool of type function", f"{where}.function",
+                          "missing_field")
     tools = [Tool(f.name, f.description or "", f.parameters or NO_PARAMETERS, bool(f.strict)) for f in functions]
     choice, parallel = fields.tool_choice or "auto", fields.parallel_tool_calls is not False
     if isinstance(choice, str):

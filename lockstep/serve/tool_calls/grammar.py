@@ -1,5 +1,5 @@
 """Grammars that hold a model to calls of the tools that there are, with arguments that their schemas allow."""
-from lockstep.serve.structured import dump, quote, with_options
+from lockstep.serve.structured import MAX_GRAMMAR_BYTES, dump, quote, with_options
 
 MAX_CALLS = 16
 
@@ -11,11 +11,15 @@ class Lark:
     """
 
     def __init__(self, special):
-        self._special, self._lines = special, []
+        self._special, self._lines, self._size = special, [], 0
 
     def rule(self, name, *parts, options=""):
-        """Adds a rule; returns its name."""
-        self._lines.append(f"{name}{options}: {' '.join(part for part in parts if part)}")
+        """Adds a rule; returns its name. ValueError where the grammar becomes too large."""
+        line = f"{name}{options}: {' '.join(part for part in parts if part)}"
+        self._size += len(line)
+        if self._size > MAX_GRAMMAR_BYTES:
+            raise ValueError(f"tools: their grammar has more than {MAX_GRAMMAR_BYTES} characters")
+        self._lines.append(line)
         return name
 
     def mark(self, text):
@@ -50,7 +54,7 @@ def either(options):
 
 def json_object(lark, name, tool, keys, more=""):
     """Rules for {"name": ..., "arguments": {...}} of one tool. keys: what the two are called; more: what may follow."""
-    arguments = lark.json(f"{name}_arguments", tool.parameters, tool.strict)
+    arguments = lark.json(f"{name}_arguments", tool.arguments, tool.strict)
     head = f'{{"{keys[0]}": {quote(tool.name)}, "{keys[1]}": '
     return lark.rule(name, quote(head), arguments, more, quote("}"))
 

@@ -1,7 +1,8 @@
 """Calls after [TOOL_CALLS]: Mistral's older models write a JSON array of them, the newer name[ARGS]{...} for each."""
 from lockstep.serve.structured import quote
 from lockstep.serve.tool_calls.grammar import MAX_CALLS, either, json_object, several
-from lockstep.serve.tool_calls.readers import MAX_NAME, NotACall, after_space, json_call, json_container
+from lockstep.serve.tool_calls.json_text import json_container
+from lockstep.serve.tool_calls.readers import MAX_NAME, NotACall, after_space, json_call
 
 KEYS = ("arguments", "parameters")
 CALL_ID, ARGS = "[CALL_ID]", "[ARGS]"
@@ -55,7 +56,7 @@ def named_rules(lark, tools, parallel):
     """The same for name[ARGS]{...}."""
     made, identity = [], f"({lark.mark(CALL_ID)} {ID})?"
     for i, tool in enumerate(tools):
-        arguments = lark.json(f"tool_{i}_arguments", tool.parameters, tool.strict)
+        arguments = lark.json(f"tool_{i}_arguments", tool.arguments, tool.strict)
         made.append(lark.rule(f"tool_{i}", quote(tool.name), identity, lark.mark(ARGS), arguments))
     lark.rule("call", either(made))
     marked = lark.rule("marked", lark.mark("[TOOL_CALLS]"), "call")

@@ -26,14 +26,19 @@ class CallParser:
         return made + self._calls.take()
 
     def finish(self):
-        """What was held back, now that nothing follows. A call that is not complete stays as it is."""
+        """What was held back, now that nothing follows. A first call that was cut off before its name stays text; of
+        another one, and of a mark after a call, nothing is told."""
         made = self._calls.take()
-        in_call = self._reader is not None and self._raw_count != self._calls.count
-        rest = "" if in_call else "".join(self._raw) if self._reader else self._held
+        cut = self._calls.count if self._reader is not None else self._is_cut_mark()
+        rest = "" if cut else "".join(self._raw) if self._reader else self._held
         if rest.strip() or rest and not self._calls.count:
             made.append(Content(rest))
         self._reader, self._held, self._raw = None, "", []
         return made
+
+    def _is_cut_mark(self):
+        marks, held = (self._style.begin, *self._style.after), self._held.strip()
+        return self._after_call and any(mark.startswith(held) for mark in marks)
 
     # ------------------------------------------------------------ text between calls
 
@@ -64,7 +69,7 @@ class CallParser:
             if found is None:
                 break
             text = text[len(found):]
-        self._after_call = not text or any(mark.startswith(text) for mark in dropped)
+        self._after_call = not text or any(mark.startswith(text) for mark in (self._style.begin, *dropped))
         return text
 
     def _to_hold(self, text):
@@ -99,14 +104,16 @@ class CallParser:
                 self._reader, self._after_call = None, True
                 return text[at + 1:]
             except NotACall:
-                return self._give_up(text[:at + 1], made) + text[at + 1:]
+                self._give_up(text[:at], made)
+                return text[at:]
         if self._raw_count == self._calls.count:
             self._raw.append(text)
         return ""
 
     def _give_up(self, text, made):
-        """What was read is no call. Returns what is to be scanned again."""
+        """What was read is no call, or the end of one is missing."""
         self._reader = None
         if self._raw_count == self._calls.count:
             self._content("".join(self._raw) + text, made)
-        return ""
+        else:
+            self._after_call = True

@@ -4,10 +4,12 @@ Each gets characters by `yield` and ends when it has read what it is for. NotACa
 """
 import json
 
-from lockstep.serve.tool_calls.events import Arguments, CallStart, new_id
+from collections.abc import Callable
 
-SPACE = " \t\r\n"
-CLOSING = {"{": "}", "[": "]"}
+from lockstep.serve.tool_calls.events import Arguments, CallStart, new_id
+from lockstep.serve.tool_calls.json_text import CLOSING, SPACE, json_container, json_string, json_value
+
+NOTHING = ("null", "None")
 MAX_NAME = 256
 
 
@@ -20,7 +22,7 @@ class Calls:
 
     def __init__(self, tools, most=None):
         self.tools, self.events, self.count, self._most = tools, [], 0, most
-        self._pieces = []
+        self._pieces, self._memory = [], {}
 
     def begin(self, name):
         """The next call begins."""
@@ -43,6 +45,13 @@ class Calls:
         self.flush()
         taken, self.events = self.events, []
         return taken if self._most is None else [event for event in taken if event.index < self._most]
+
+
+    def remembered(self, key: str, make: Callable[[], object]) -> object:
+        """What `make` made when it was first asked for under this key."""
+        if key not in self._memory:
+            self._memory[key] = make()
+        return self._memory[key]
 
 
 def after_space():
@@ -84,38 +93,12 @@ def _bounded(pieces, character):
         raise NotACall
 
 
-def json_string(out):
-    """The rest of a JSON string after its opening quote, as it is written."""
-    while True:
-        character = yield
-        out(character)
-        if character == '"':
-            return
-        if character == "\\":
-            out((yield))
-
-
-def json_container(opening, out):
-    """The rest of a JSON object or array after its opening bracket, as it is written."""
-    out(opening)
-    open_brackets = [CLOSING[opening]]
-    while open_brackets:
-        character = yield
-        out(character)
-        if character == '"':
-            yield from json_string(out)
-        elif character in CLOSING:
-            open_brackets.append(CLOSING[character])
-        elif character in "}]" and character != open_brackets.pop():
-            raise NotACall
-
-
 def json_text():
     """The rest of a JSON string after its opening quote, decoded."""
-    pieces = ['"']
+    pieces = []
     yield from json_string(pieces.append)
     try:
-        return json.loads("".join(pieces), strict=False)
+        return json.loads("".join(pieces))
     except ValueError:
         raise NotACall from None
 
@@ -156,7 +139,7 @@ class _Member:
         if key == "name" and first == '"' and self._name is None:
             self._name = yield from json_text()
         elif key in self._keys and not self._begun and not self._early:
-            yield from self._arguments(first)
+            return (yield from self._arguments(first))
         elif self._others is not None and key not in self._others:
             raise NotACall
         else:
@@ -164,15 +147,22 @@ class _Member:
         return (yield from after_space())
 
     def _arguments(self, first):
+        """Reads the arguments; returns the character after them."""
         if first == '"':
-            self._early.append((yield from json_text()))
-        elif first != "{":
-            raise NotACall
-        elif self._name is None:
-            yield from json_container(first, self._early.append)
+            self._early.append(_object_text((yield from json_text())))
+        elif first == "{":
+            out = self._early.append
+            if self._name is not None:
+                self._begin()
+                out = self._calls.add
+            yield from json_container(first, out)
         else:
-            self._begin()
-            yield from json_container(first, self._calls.add)
+            word, character = yield from _bare(first)
+            if word not in NOTHING:
+                raise NotACall
+            self._early.append("{}")
+            return character
+        return (yield from after_space())
 
     def _begin(self):
         self._calls.begin(self._name)
@@ -186,6 +176,16 @@ class _Member:
             self._calls.add("".join(self._early) or "{}")
 
 
+def _object_text(text):
+    """Arguments that were written as a string, as the text of an object."""
+    if not text.strip() or text.strip() in NOTHING:
+        return "{}"
+    value = json_value(text, None)
+    if not isinstance(value, dict):
+        raise NotACall
+    return json.dumps(value, ensure_ascii=False)
+
+
 def _skip_value(first):
     """Reads a JSON value that nobody needs; returns the character after it."""
     if first == '"':
@@ -193,10 +193,18 @@ def _skip_value(first):
     elif first in CLOSING:
         yield from json_container(first, _ignore)
     else:
-        while (character := (yield)) not in ",}" + SPACE:
-            pass
-        return character if character not in SPACE else (yield from after_space())
+        return (yield from _bare(first))[1]
     return (yield from after_space())
+
+
+def _bare(first):
+    """A value without quotes, and the character after it that is no white space."""
+    word = first
+    while (character := (yield)) not in ",}" + SPACE:
+        word += character
+        if len(word) > MAX_NAME:
+            raise NotACall
+    return word, character if character not in SPACE else (yield from after_space())
 
 
 def _ignore(_):

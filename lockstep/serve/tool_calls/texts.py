@@ -3,7 +3,8 @@ import re
 
 import llguidance
 
-from lockstep.serve.structured import quote
+from lockstep.serve.schemas import MAX_PATTERN_BYTES, resolved
+from lockstep.serve.structured import quote, readable
 from lockstep.serve.tool_calls.grammar import regex_quote
 
 MAX_STEPS = 1000  # of a schema's references and alternatives
@@ -16,55 +17,87 @@ ZONE = r"(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
 FORMATS = {"date": f"^{DAY}$", "time": f"^{CLOCK}{ZONE}$", "date-time": f"^{DAY}T{CLOCK}{ZONE}$",
            "uuid": "^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$", "ipv4": r"^([0-9]{1,3}\.){3}[0-9]{1,3}$",
            "email": r"^[^\s@]+@[^\s@]+\.[^\s@]+$", "uri": r"^[A-Za-z][A-Za-z0-9+.-]*:[^\s]*$"}
+# Keywords that say nothing about which values are allowed.
+NOTES = frozenset("""title description default examples example deprecated readOnly writeOnly $comment $id id $schema
+    $anchor $defs definitions contentMediaType contentEncoding nullable""".split())
+TEXT_KEYWORDS = NOTES | frozenset("type const minLength maxLength pattern format".split())
+OBJECT = {"type": "object"}
 
 
-def alternatives(schema, root):
+def alternatives(schema: object, root: dict) -> list[dict]:
     """The schemas of which a value has to fit one, without anyOf, lists of types, enum or references to root."""
     made, left = [], [schema]
     for _ in range(MAX_STEPS):
         if not left:
-            return made
+            return [kind for kind in made if _is_possible(kind)]
         each = left.pop()
         parts = _parts(each, root)
         made += [each] if parts is None else []
         left += reversed(parts or [])
-    return [{"type": "object"}]
+    return [OBJECT]
 
 
 def _parts(schema, root):
     """The alternatives that a schema is made of; None if it is one itself."""
-    if not isinstance(schema, dict) or not schema:
+    if schema is False:
+        return []
+    if not isinstance(schema, dict) or not schema.keys() - NOTES:
         return [{"type": "string"}]
     if "$ref" in schema:
-        return [_resolved(schema["$ref"], root)]
+        return [both(_target(schema["$ref"], root), _without(schema, "$ref"))]
     if isinstance(schema.get("enum"), list):
-        return [{"const": value} for value in schema["enum"]]
+        return [both({"const": value}, _without(schema, "enum")) for value in schema["enum"]]
     if isinstance(schema.get("type"), list):
         return [schema | {"type": kind} for kind in schema["type"]]
-    several = schema.get("anyOf", schema.get("oneOf"))
-    if isinstance(several, list):
-        return several
+    for word in ("anyOf", "oneOf"):
+        if isinstance(schema.get(word), list):
+            return [both(part, _without(schema, word)) for part in schema[word]]
     whole = schema.get("allOf")
-    return whole if isinstance(whole, list) and len(whole) == 1 else None
+    return [both(whole[0], _without(schema, "allOf"))] if isinstance(whole, list) and len(whole) == 1 else None
 
 
-def _resolved(reference, root):
-    found = root
-    for step in str(reference).removeprefix("#").strip("/").split("/"):
-        found = found.get(step) if isinstance(found, dict) else None
-    return found if isinstance(found, dict) and found is not root else {"type": "object"}
+def _without(schema, word):
+    return {keyword: value for keyword, value in schema.items() if keyword != word and keyword not in NOTES}
 
 
-def is_string(alternative):
+def both(one: object, other: object) -> object:
+    """The schema of what fits two schemas."""
+    if one is False or other is False:
+        return False
+    if not isinstance(one, dict) or not isinstance(other, dict) or one == other:
+        return one if isinstance(one, dict) else other
+    shared = [word for word in one.keys() & other.keys() - NOTES if one[word] != other[word]]
+    return {**other, **one} if not shared else {"allOf": [one, other]}
+
+
+def _target(reference, root):
+    found = resolved(reference, root)
+    return found if isinstance(found, (dict, bool)) and found is not root else OBJECT
+
+
+def is_string(alternative: dict) -> bool:
     """Whether an alternative allows strings only."""
     if "const" in alternative:
         return isinstance(alternative["const"], str)
     return alternative.get("type") == "string"
 
 
-def is_null(alternative):
+def is_null(alternative: dict) -> bool:
     """Whether an alternative allows nothing but null."""
     return alternative.get("const", 0) is None or alternative.get("type") == "null"
+
+
+def is_text(kinds: list[dict]) -> bool:
+    """Whether a value of these alternatives stands there without quotes: it is a string, or perhaps null."""
+    return any(map(is_string, kinds)) and all(is_string(kind) or is_null(kind) for kind in kinds)
+
+
+def _is_possible(alternative):
+    """False for a constant that is not of the type which stands beside it."""
+    kind = alternative.get("type")
+    if "const" not in alternative or kind not in ("string", "null"):
+        return True
+    return is_string(alternative) if kind == "string" else alternative["const"] is None
 
 
 def text_rule(lark, name, schema, strict, end):
@@ -72,6 +105,8 @@ def text_rule(lark, name, schema, strict, end):
 
     strict: what cannot be enforced is a ValueError; otherwise it is not.
     """
+    if strict and schema.keys() - TEXT_KEYWORDS:
+        raise ValueError(f"{min(schema.keys() - TEXT_KEYWORDS)}: cannot be enforced for a string")
     if "const" in schema or is_null(schema):
         return lark.rule(name, quote((schema.get("const") or "" if is_string(schema) else "null") + end))
     parts = [*_length(schema), *_patterns(schema, strict)] or [rf"~/(?s:.*){regex_quote(end.strip())}(?s:.*)/"]
@@ -91,16 +126,34 @@ def _patterns(schema, strict):
         raise ValueError(f"format: {known!r:.80} cannot be enforced, only {', '.join(FORMATS)}")
     for pattern in (schema.get("pattern"), FORMATS.get(known) if isinstance(known, str) else None):
         if isinstance(pattern, str):
-            made += _pattern(pattern, strict)
+            made += pattern_part(pattern, strict)
     return made
 
 
-def _pattern(pattern, strict):
+def pattern_part(pattern: str, strict: bool) -> list[str]:
+    """What a rule says for texts in which a schema's pattern is found; nothing where it cannot be enforced.
+
+    strict: that is a ValueError.
+    """
     whole = searched(pattern)
-    problem = llguidance.LLMatcher.validate_grammar(llguidance.LLMatcher.grammar_from_regex(whole))
+    problem = f"more than {MAX_PATTERN_BYTES} characters" if len(whole) > MAX_PATTERN_BYTES else problem_with(whole)
     if problem and strict:
-        raise ValueError(f"pattern: {pattern!r:.200} cannot be enforced: {problem.splitlines()[0][:200]}")
+        raise ValueError(f"pattern: {pattern!r:.200} cannot be enforced: {problem.splitlines()[-1][:200]}")
     return [] if problem else [f"/{whole}/"]
+
+
+def problem_with(regex: str) -> str:
+    """Why a regular expression cannot be enforced; empty if it can."""
+    return readable(llguidance.LLMatcher.validate_grammar(llguidance.LLMatcher.grammar_from_regex(regex)))
+
+
+def matches(pattern: str, text: str) -> bool:
+    """Whether a schema's pattern is found in a text, in linear time. False for one that cannot be enforced."""
+    if not pattern_part(pattern, False):
+        return False
+    grammar = llguidance.LLMatcher.grammar_from_regex(searched(pattern))
+    matcher, read = llguidance.LLMatcher(llguidance.LLTokenizer("byte"), grammar, log_level=0), list(text.encode())
+    return matcher.try_consume_tokens(read) == len(read) and matcher.is_accepting()
 
 
 def searched(pattern):

@@ -1,9 +1,9 @@
 """The tools of a request, and what the model is to do with them."""
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from lockstep.serve.structured import check_nesting
+from lockstep.serve.schemas import check_size
 
 NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 MAX_TOOLS = 256
@@ -24,7 +24,18 @@ class Tool:
             raise ValueError(f"tools: a name has 1 to 128 letters, digits or _.:-, got {self.name!r:.80}")
         if not isinstance(self.parameters, dict):
             raise ValueError(f"tools: parameters of {self.name}: expected a JSON schema, got {self.parameters!r:.80}")
-        check_nesting(self.parameters, f"tools: parameters of {self.name}")
+        check_size(self.parameters, f"tools: parameters of {self.name}")
+        if "object" not in (kinds if isinstance(kinds := self.parameters.get("type") or "object", list) else [kinds]):
+            raise ValueError(f"tools: parameters of {self.name}: expected a schema of type object, got {kinds!r:.80}")
+
+    @property
+    def arguments(self) -> dict:
+        """The JSON schema of its arguments, which says that they are an object."""
+        return {**self.parameters, "type": "object"}
+
+    def without_schema(self) -> "Tool":
+        """The tool with any object for its arguments."""
+        return replace(self, parameters={"type": "object"})
 
     def for_template(self):
         """The tool as chat templates know one."""

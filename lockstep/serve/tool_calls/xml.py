@@ -4,14 +4,20 @@ Values stand there as plain text: what is a string and what is JSON only the too
 """
 import json
 
+from lockstep.serve.schemas import self_contained
 from lockstep.serve.structured import quote
 from lockstep.serve.tool_calls.grammar import either, several
-from lockstep.serve.tool_calls.readers import NotACall, after_space, expect, name_until, until
-from lockstep.serve.tool_calls.texts import alternatives, is_null, is_string, text_rule
+from lockstep.serve.tool_calls.json_text import json_value
+from lockstep.serve.tool_calls.readers import MAX_NAME, NotACall, after_space, expect, name_until, until
+from lockstep.serve.tool_calls.shapes import IGNORED, MAX_NAMES, Shape, kinds, shapes
+from lockstep.serve.tool_calls.texts import alternatives, is_string, is_text, pattern_part, text_rule
 
 FUNCTION, PARAMETER, END = "function=", "parameter=", "</parameter>"
+END_OF_NAME = ">\n"
 NOTHING = ("null", "None")
 LITERALS = {"True": True, "False": False, "None": None}
+WRITABLE = r"/[!-;=?-~]([ -;=?-~]{0,62}[!-;=?-~])?/"  # names of a model's own choice
+MAX_COUNTED = 500  # rules of a call whose parameters have to be counted
 
 
 def read(calls):
@@ -21,15 +27,24 @@ def read(calls):
     yield from expect(FUNCTION)
     name = (yield from name_until(">")).strip()
     calls.begin(name)
-    schema = next((tool.parameters for tool in calls.tools if tool.name == name), {})
     calls.add("{")
-    yield from _parameters(calls, schema)
+    yield from _parameters(calls, calls.remembered(name, lambda: _written(calls.tools, name)))
     calls.add("}")
 
 
-def _parameters(calls, schema):
-    """Reads parameters up to </function>. schema: of all arguments."""
-    separator, properties = "", schema.get("properties")
+def _written(tools, name):
+    """The function that says which kinds of values a parameter of a tool may have; any text where nobody knows."""
+    tool = next((tool for tool in tools if tool.name == name), None)
+    try:
+        found = shapes(tool.arguments) if tool else []
+    except ValueError:
+        found = []
+    return lambda key: kinds(found, key, tool.parameters if tool else {})
+
+
+def _parameters(calls, kinds_of):
+    """Reads parameters up to </function>."""
+    separator = ""
     while True:
         if (yield from after_space()) != "<":
             continue
@@ -42,12 +57,11 @@ def _parameters(calls, schema):
         key = (yield from name_until(">")).strip()
         calls.add(f"{separator}{json.dumps(key)}: ")
         separator = ", "
-        known = properties.get(key) if isinstance(properties, dict) else None
-        yield from _value(calls, alternatives(known, schema))
+        yield from _value(calls, kinds_of(key))
 
 
 def _value(calls, kinds):
-    if all(map(is_string, kinds)):
+    if kinds and all(map(is_string, kinds)):
         calls.add('"')
         yield from until(END, Lines(lambda text: calls.add(json.dumps(text)[1:-1])).add)
         calls.add('"')
@@ -77,10 +91,12 @@ def _decoded(text, kinds):
     """The value that a text stands for; the text itself where it is no JSON, or may be nothing else but null."""
     if is_text(kinds) and text.strip() not in NOTHING:
         return text
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return LITERALS.get(text.strip(), text)
+    return LITERALS.get(text.strip(), json_value(text, text))
+
+
+def is_writable(key):
+    """Whether a parameter may have this name: it has to be read again."""
+    return key == key.strip() and 0 < len(key) <= MAX_NAME and ">" not in key and key.isprintable()
 
 
 def rules(lark, tools, parallel):
@@ -92,26 +108,89 @@ def rules(lark, tools, parallel):
 
 
 def _function(lark, name, tool):
-    properties, required = tool.parameters.get("properties") or {}, tool.parameters.get("required") or []
-    if not isinstance(properties, dict) or not isinstance(required, list):
-        raise ValueError(f"tools: parameters of {tool.name}: expected an object of properties and a list of required")
-    parts = []
-    for i, (key, schema) in enumerate(properties.items()):
-        made = _parameter(lark, f"{name}_{i}", key, schema, tool)
-        parts.append(made if key in required else f"{made}?")
-    return lark.rule(name, quote(f"<function={tool.name}>\n"), *parts, quote("</function>"))
+    try:
+        parameters = _Parameters(lark, name, tool).any
+        return lark.rule(name, quote(f"<function={tool.name}>\n"), parameters, quote("</function>"))
+    except ValueError as error:
+        raise ValueError(f"tools: parameters of {tool.name}: {error}") from None
 
 
-def is_text(kinds):
-    """Whether a value of these alternatives stands there without quotes: it is a string, or perhaps null."""
-    return any(map(is_string, kinds)) and all(is_string(kind) or is_null(kind) for kind in kinds)
+class _Parameters:
+    """Writes rules for the parameters of one tool. any: what stands for them in a rule."""
 
+    def __init__(self, lark, name, tool):
+        self._lark, self._name, self._tool, self._count = lark, name, tool, 0
+        if tool.strict and tool.parameters.keys() & IGNORED:
+            raise ValueError(f"{min(tool.parameters.keys() & IGNORED)}: cannot be enforced")
+        self._shapes = shapes(tool.arguments)
+        self.any = either([self._members(shape) for shape in self._shapes])
 
-def _parameter(lark, name, key, schema, tool):
-    head, kinds, end = quote(f"<parameter={key}>\n"), alternatives(schema, tool.parameters), f"\n{END}\n"
-    if not is_text(kinds):
-        shared = {word: tool.parameters[word] for word in ("$defs", "definitions") if word in tool.parameters}
-        value = lark.json(f"{name}_value", {**shared, **schema}, tool.strict)
-        return lark.rule(name, head, value, quote(end))
-    texts = [text_rule(lark, f"{name}_{i}", kind, tool.strict, end) for i, kind in enumerate(kinds)]
-    return lark.rule(name, head, either(texts))
+    def _new_name(self):
+        self._count += 1
+        return f"{self._name}_{self._count}"
+
+    def _members(self, shape: Shape) -> str:
+        """The members of one Shape, as many as there may be."""
+        needed = [(self._known(key, schema), key in shape.required) for key, schema in shape.members.items()
+                  if schema is not False and (key in shape.required or is_writable(key))]
+        unknown = self._unknown(shape)
+        least, most = max(0, shape.least - len(shape.required)), shape.most
+        if not least and (most is None or most >= len(needed) + MAX_NAMES * bool(unknown)):
+            return " ".join([*(part if must else f"{part}?" for part, must in needed),
+                             f"{unknown}{{0,{MAX_NAMES}}}" if unknown else "", '""'])
+        return self._counted(needed, unknown, shape)
+
+    def _counted(self, parts, unknown, shape) -> str:
+        """The same where their number matters: a rule for what follows each part after each number of parts."""
+        most = len(parts) + max(MAX_NAMES, shape.least) if shape.most is None else shape.most
+        top = min(most, len(parts)) + 1
+        if len(parts) * top > MAX_COUNTED or shape.least > MAX_COUNTED:
+            raise ValueError(f"minProperties, maxProperties: expected at most {MAX_COUNTED} counts of properties")
+        after = {count: self._rest(unknown, shape.least - count, most - count) for count in range(top)}
+        for part, must in reversed(parts):
+            after = {count: self._either([
+                [part, after.get(count + 1)], *([] if must else [["", after.get(count)]])]) for count in after}
+        if after.get(0) is None:
+            raise ValueError("minProperties, maxProperties: no object fits the schema")
+        return after[0]
+
+    def _rest(self, unknown, least, most):
+        """As many members of other names; None if that is impossible."""
+        if least > 0 and not unknown or most < 0:
+            return None
+        return f"{unknown}{{{max(0, least)},{min(most, max(least, MAX_NAMES))}}}" if unknown else '""'
+
+    def _either(self, options):
+        possible = [" ".join(option) for option in options if option[-1] is not None]
+        return self._lark.rule(self._new_name(), " | ".join(possible)) if possible else None
+
+    def _known(self, key, schema) -> str:
+        if not is_writable(key):
+            raise ValueError(f"properties: {key!r:.100} cannot be written in this model's calls")
+        return self._parameter(quote(f"<parameter={key}>\n"), kinds(self._shapes, key, self._tool.parameters), schema)
+
+    def _unknown(self, shape) -> str:
+        """Any member of the Shape whose name its schema does not know; empty if there is none."""
+        of_any = kinds(self._shapes, None, self._tool.parameters)
+        known = "".join(f" & ~{quote(key)}" for key in dict.fromkeys(n for each in self._shapes for n in each.members))
+        found, made = [part for pattern in shape.patterns for part in pattern_part(pattern, self._tool.strict)], []
+        for pattern, schema in shape.unknown.items():
+            where = pattern_part(pattern, self._tool.strict) if pattern is not None else [f"~{part}" for part in found]
+            if schema is False or pattern is not None and not where:
+                continue
+            key = self._lark.rule(f"{self._new_name()}_key".upper(), " & ".join([WRITABLE, *where]) + known)
+            made.append(self._parameter(f'{quote("<parameter=")} {key} {quote(END_OF_NAME)}', of_any, schema))
+        return either(made) if made else ""
+
+    def _parameter(self, head, written, schema) -> str:
+        """A rule for one parameter. written: the alternatives that say how its value is written."""
+        name, end, tool = self._new_name(), f"\n{END}\n", self._tool
+        if not is_text(written):
+            whole = schema if isinstance(schema, dict) else {}
+            value = self._lark.json(f"{name}_value", self_contained(whole, tool.parameters), tool.strict)
+            return self._lark.rule(name, head, value, quote(end))
+        own = alternatives(schema, tool.parameters)
+        texts = [text_rule(self._lark, self._new_name(), kind, tool.strict, end) for kind in own]
+        if not texts:
+            raise ValueError("enum: no value fits the schema")
+        return self._lark.rule(name, head, either(texts))

@@ -184,6 +184,7 @@ def test_json_object(client):
     (dict(response_format=dict(type="regex", pattern="a{2,3}")), "a{2,3}"),
     (dict(response_format=dict(type="grammar", grammar='start: "b"')), "b"),
     (dict(response_format=dict(type="text")), "(?s:.*)"),
+    (dict(guided_regex="ab", min_tokens=10), "ab"),
 ])
 def test_other_forms(client, more, pattern):
     found = ask(client, temperature=1.0, seed=4, max_tokens=300, extra_body=more).choices[0]
@@ -242,6 +243,30 @@ def test_a_call_that_is_cut_off(thinker):
     with saying(thinker, CALL):
         found = parts_of(client_of(thinker), tools=TOOLS, max_tokens=20)
     assert found[4] == "length" and ARGUMENTS.startswith(found[3][0][1])
+
+
+def test_a_call_that_is_cut_off_in_its_closing_mark(thinker):
+    length = len(thinker.service.tokenizer.encode(CALL, add_special_tokens=False))
+    for missing in range(1, 8):
+        with saying(thinker, CALL):
+            found = parts_of(client_of(thinker), tools=TOOLS, max_tokens=length - missing)
+        assert found[1:] == ("", "", [("plot", ARGUMENTS)], "length")
+
+
+NO_LOOKAHEAD = dict(type="object", properties=dict(to=dict(type="string", pattern="^(?!x)[a-z]+$", maxLength=9)),
+                    required=["to"], additionalProperties=False)
+
+
+def test_a_pattern_that_cannot_be_enforced_is_ignored_unless_strict(client):
+    wanted = dict(type="json_schema", json_schema=dict(name="n", strict=False, schema=NO_LOOKAHEAD))
+    assert set(json.loads(ask(client, response_format=wanted, max_tokens=200).choices[0].message.content)) == {"to"}
+    mail = dict(type="function", function=dict(name="mail", parameters=NO_LOOKAHEAD))
+    options = dict(tool_choice="required", parallel_tool_calls=False, temperature=1.0, max_tokens=400)
+    for seed in range(4):
+        [(name, arguments)] = message_parts(ask(client, tools=[*TOOLS, mail], seed=seed, **options).choices[0])[2]
+        if name in ("plot", "mail"):
+            jsonschema.validate(json.loads(arguments), POINT if name == "plot" else NO_LOOKAHEAD | {"properties": {}}
+                                | {"additionalProperties": True})
 
 
 @pytest.mark.parametrize("arguments", ['{"x": 1, "si', "not json", "[1]", "[" * 9000, "", "5"])

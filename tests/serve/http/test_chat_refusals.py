@@ -59,6 +59,8 @@ def schema(value, strict=True):
     (dict(stop=["x"] * 99), "stop"), (dict(seed="a"), "seed"), (dict(logit_bias={"x": 1}), "logit_bias"),
     (dict(logit_bias={"99999": 1}), "logit_bias"), (dict(stream_options=[]), "stream_options"),
     (dict(tools=3), "tools"), (dict(tools=[dict(type="function", function=dict(name=""))]), "a name has"),
+    (dict(tools=[TOOL, dict(type="function")]), "tools[1].function: this field is required"),
+    (dict(tools=[dict(type="function", function=dict(name="f", parameters=dict(type="string")))]), "of type object"),
     (dict(tools=[TOOL, TOOL]), "more than once"), (dict(tools=[TOOL] * 300), "at most 256"),
     (dict(tools=[TOOL], tool_choice="always"), "tool_choice: expected 'none'"),
     (dict(tools=[TOOL], tool_choice=dict(type="function")), "tool_choice.function"),

@@ -1,0 +1,242 @@
+"""JSON schemas of strangers: where their parts are, where references lead, and what in them cannot be enforced."""
+import json
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from urllib.parse import unquote
+
+import llguidance
+
+MAX_NESTING = 64
+MAX_SCHEMA_BYTES = 256 << 10
+MAX_PATTERN_BYTES = 32 << 10  # of a regular expression, whose compilation is not linear
+LEAST_NUMBER = -(1 << 62)  # llguidance refuses ranges from about -2^63, or recurs in them until the process dies
+EXACT_NUMBER = 1 << 53  # every range up to it can be enforced; larger and very small ones have to be tried
+SMALL_NUMBER = 1e-6
+MAX_MULTIPLES = 10_000  # product of a schema's different multipleOf: the automaton has that many states
+MAX_REFERENCES = 1000  # different ones that a part of a schema may need
+
+NAMED_PARTS = frozenset("properties patternProperties $defs definitions dependentSchemas".split())
+LISTED_PARTS = frozenset("allOf anyOf oneOf prefixItems items".split())
+SINGLE_PARTS = frozenset("""items additionalItems unevaluatedItems contains additionalProperties unevaluatedProperties
+    propertyNames not if then else contentSchema""".split())
+RANGES = frozenset("minimum maximum exclusiveMinimum exclusiveMaximum".split())
+COUNTS = frozenset("minProperties maxProperties".split())
+PLACES = frozenset("$id id $schema $anchor $defs definitions".split())  # where a schema is, not what it allows
+
+
+def check_size(value: object, what: str = "JSON schema") -> None:
+    """ValueError if objects and lists are nested more than MAX_NESTING deep, or are so many that no schema has them."""
+    level, depth, count = [value], 0, 0
+    while level := [child for each in level for child in _children(each)]:
+        depth, count = depth + 1, count + len(level)
+        if depth > MAX_NESTING:
+            raise ValueError(f"{what}: nested more than {MAX_NESTING} deep")
+        if 2 * count > MAX_SCHEMA_BYTES:  # a value and what follows it
+            raise ValueError(f"{what}: more than {MAX_SCHEMA_BYTES} characters, at most so many are allowed")
+
+
+def parts_of(schema: object) -> Iterator[object]:
+    """The schemas that a schema has directly under its keywords."""
+    if not isinstance(schema, dict):
+        return
+    for keyword, value in schema.items():
+        if keyword in NAMED_PARTS and isinstance(value, dict):
+            yield from value.values()
+        elif keyword in LISTED_PARTS and isinstance(value, list):
+            yield from value
+        elif keyword in SINGLE_PARTS:
+            yield value
+
+
+def subschemas(root: dict) -> Iterator[dict]:
+    """Every schema inside of a schema, itself first, and those elsewhere in it to which references lead."""
+    left, seen = [root], set()
+    while left:
+        each = left.pop()
+        if not isinstance(each, dict) or id(each) in seen:
+            continue
+        seen.add(id(each))
+        yield each
+        left += reversed([*parts_of(each), *([resolved(each["$ref"], root)] if "$ref" in each else [])])
+
+
+def rewritten(schema: object, change: Callable[[dict], dict]) -> object:
+    """A schema with every schema inside of it replaced by change(it), the inner ones first."""
+    if not isinstance(schema, dict):
+        return schema
+    made = {}
+    for keyword, value in schema.items():
+        if keyword in NAMED_PARTS and isinstance(value, dict):
+            value = {name: rewritten(part, change) for name, part in value.items()}
+        elif keyword in LISTED_PARTS and isinstance(value, list):
+            value = [rewritten(part, change) for part in value]
+        elif keyword in SINGLE_PARTS:
+            value = rewritten(value, change)
+        made[keyword] = value
+    return change(made)
+
+
+# ---------------------------------------------------------------- references
+
+def resolved(reference: object, root: dict) -> object:
+    """What a reference leads to inside of a schema; None if that is nothing."""
+    if not isinstance(reference, str):
+        return None
+    own, _, fragment = reference.partition("#")
+    if own and own != root.get("$id"):
+        return None
+    if fragment and not fragment.startswith("/"):
+        return next((each for each in _own_parts(root) if each.get("$anchor") == fragment), None)
+    found = root
+    for step in unquote(fragment).split("/")[1:]:
+        found = _member(found, step.replace("~1", "/").replace("~0", "~"))
+    return found
+
+
+def _own_parts(root):
+    left = [root]
+    while left:
+        each = left.pop()
+        if isinstance(each, dict):
+            yield each
+            left += parts_of(each)
+
+
+def _member(value, step):
+    if isinstance(value, dict):
+        return value.get(step)
+    if isinstance(value, list) and step.isascii() and step.isdigit() and len(step) < 8 and int(step) < len(value):
+        return value[int(step)]
+    return None
+
+
+def self_contained(schema: dict, root: dict) -> dict:
+    """A part of a schema on its own: what its references to root lead to becomes its own definitions.
+
+    ValueError for references that lead nowhere, or are too many.
+    """
+    names, left = {}, []
+
+    def change(part):
+        kept = {keyword: value for keyword, value in part.items() if keyword not in PLACES}
+        if "$ref" not in kept:
+            return kept
+        reference = kept["$ref"]
+        if not isinstance(reference, str) or reference not in names:
+            left.append(_target(reference, root))
+            names[reference] = f"d{len(names)}"
+        return kept | {"$ref": f"#/$defs/{names[reference]}"}
+
+    made, definitions, size = rewritten(schema, change), {}, 0
+    while left:
+        definitions[f"d{len(definitions)}"] = rewritten(left.pop(0), change)
+        size += len(json.dumps(definitions[f"d{len(definitions) - 1}"]))
+        if len(names) > MAX_REFERENCES or size > MAX_SCHEMA_BYTES:
+            raise ValueError(f"$ref: expected at most {MAX_REFERENCES} different ones, and {MAX_SCHEMA_BYTES} "
+                             "characters that they lead to")
+    return made | ({"$defs": definitions} if definitions else {})
+
+
+def _target(reference, root):
+    found = resolved(reference, root)
+    if not isinstance(found, (dict, bool)):
+        raise ValueError(f"$ref: {reference!r:.200} leads to no schema inside of the schema")
+    return found
+
+
+# ---------------------------------------------------------------- what can be enforced
+
+def loosened(schema: dict) -> dict:
+    """A schema without those patterns, ranges and multipleOf that cannot be enforced."""
+    found = set()
+
+    def change(part):
+        kept = {keyword: value for keyword, value in part.items() if _is_within(keyword, value)}
+        if not _has_room(kept.get("multipleOf"), found):
+            del kept["multipleOf"]
+        kept = _with_known_names(kept)
+        if kept.keys() & COUNTS and not _compiles(_outline(kept)):
+            kept = {keyword: value for keyword, value in kept.items() if keyword not in COUNTS}
+        return kept
+
+    return rewritten(schema, change)
+
+
+def _outline(schema):
+    """The names and numbers of an object's members without their schemas."""
+    named = {word: dict.fromkeys(schema[word], True) for word in ("properties", "patternProperties")
+             if isinstance(schema.get(word), dict)}
+    others = {word: schema[word] for word in (*COUNTS, "required") if word in schema}
+    is_free = schema.get("additionalProperties") is not False
+    return {"type": "object", **named, **others, "additionalProperties": is_free}
+
+
+def _is_within(keyword, value):
+    if keyword in RANGES and type(value) in (int, float):
+        if not LEAST_NUMBER <= value <= -LEAST_NUMBER:
+            return False
+        exact = abs(value) <= EXACT_NUMBER and (value == 0 or abs(value) >= SMALL_NUMBER)
+        return exact or _compiles({"type": "number", keyword: value})
+    return keyword != "pattern" or not isinstance(value, str) or _is_pattern(value)
+
+
+def _is_pattern(pattern):
+    return len(pattern) <= MAX_PATTERN_BYTES and _compiles({"type": "string", "pattern": pattern})
+
+
+def _compiles(schema):
+    made = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema))
+    return not llguidance.LLMatcher.validate_grammar(made)
+
+
+def _with_known_names(schema):
+    """patternProperties whose pattern cannot be enforced may then have any name that the others leave."""
+    given = schema.get("patternProperties")
+    if not isinstance(given, dict):
+        return schema
+    kept = {pattern: part for pattern, part in given.items() if _is_pattern(pattern)}
+    if len(kept) == len(given):
+        return schema
+    others = [part for pattern, part in given.items() if pattern not in kept]
+    if schema.get("additionalProperties", True) is not False:
+        others.append(schema.get("additionalProperties", True))
+    free = others[0] if len(others) == 1 else {"anyOf": others}
+    return {**schema, "patternProperties": kept, "additionalProperties": free}
+
+
+def check_numbers(schema: dict) -> None:
+    """ValueError if a schema's multipleOf are none, or so many or large that compiling them would take long, or if a
+    number is so far below zero that it would not end."""
+    found = set()
+    for part in subschemas(schema):
+        _check_least([part.get("const"), part.get("enum"), *(part.get(keyword) for keyword in RANGES)])
+        if not _has_room(part.get("multipleOf"), found):
+            raise ValueError(f"JSON schema: multipleOf: at most {MAX_MULTIPLES} can be enforced, as the product of all")
+
+
+def _has_room(multiple, found):
+    """Whether the product of those found and of this multipleOf, which is added to them, can be enforced."""
+    if type(multiple) not in (int, float):
+        return True
+    if not 0 < multiple < float("inf"):
+        raise ValueError(f"JSON schema: multipleOf: expected a number above 0, got {multiple!r:.40}")
+    numerator, product = Fraction(str(multiple)).numerator, 1
+    for other in {*found, numerator}:
+        product *= other
+        if product > MAX_MULTIPLES:
+            return False
+    found.add(numerator)
+    return True
+
+
+def _check_least(values):
+    level = values
+    while level:
+        lowest = min((each for each in level if type(each) in (int, float)), default=0)
+        if lowest < LEAST_NUMBER:
+            raise ValueError(f"JSON schema: {lowest} is too small a number, expected at least {LEAST_NUMBER}")
+        level = [child for each in level for child in _children(each)]
+
+
+def _children(value):
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()

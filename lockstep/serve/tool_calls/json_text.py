@@ -1,0 +1,205 @@
+"""JSON as models write it, one character at a time, passed on as JSON that every client can read.
+
+What is valid stays as it is written. Trailing and missing commas, raw line breaks in strings, single or missing quotes,
+Python's constants and brackets that do not match are repaired.
+"""
+import json
+import re
+from collections.abc import Callable, Generator
+
+Out = Callable[[str], object]
+Reader = Generator[None, str, None]
+
+SPACE = " \t\r\n"
+CLOSING = {"{": "}", "[": "]"}
+CONSTANTS = {"true": "true", "false": "false", "null": "null", "True": "true", "False": "false", "None": "null",
+             "undefined": "null", "NaN": "null", "Infinity": "null", "-Infinity": "null"}
+NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
+NEARLY_NUMBER = re.compile(r"[+-]?([1-9][0-9]*\.?|0?\.[0-9]+|[1-9][0-9]*\.[0-9]+)")
+KEY, COLON, VALUE, END = range(4)  # what may come next: a key, what follows a key, a value, what follows a value
+
+
+def json_container(opening: str, out: Out) -> Reader:
+    """Reads the rest of a JSON object or array after its opening bracket; `out` gets the whole of it, repaired."""
+    writer, character = _Writer(out), ""
+    writer.open(opening)
+    while writer.is_open:
+        character = character or (yield)
+        if character in "\"'":
+            writer.value()
+            yield from json_string(out, character)
+            writer.ended()
+        elif character in PUNCTUATION or character.isspace():
+            PUNCTUATION.get(character, _Writer.space)(writer, character)
+        else:
+            word, character = yield from _word(character, ":" if writer.wants_key else "")
+            writer.value()
+            out(_repaired_word(word, writer.expects == KEY))
+            writer.ended()
+            continue
+        character = ""
+
+
+class _Writer:
+    """Writes what the next part of a text needs before it, and keeps commas until something follows them."""
+
+    def __init__(self, out):
+        self._out, self._open, self._comma, self.expects = out, [], "", VALUE
+
+    @property
+    def is_open(self):
+        return bool(self._open)
+
+    @property
+    def wants_key(self):
+        return self.expects == KEY or self.expects == END and self._open[-1] == "}"
+
+    def _next(self):
+        self.expects = KEY if self._open[-1] == "}" else VALUE
+
+    def value(self):
+        """A key or a value begins."""
+        if self.expects == END:
+            self._comma = ", "
+            self._next()
+        self._out(self._comma)
+        if self.expects == COLON:
+            self._out(": ")
+            self.expects = VALUE
+        self._comma = ""
+
+    def ended(self):
+        """A key or a value that is no container has been written."""
+        self.expects = COLON if self.expects == KEY else END
+
+    def open(self, character):
+        self.value()
+        if self.expects == KEY:
+            self._out('"": ')
+        self._out(character)
+        self._open.append(CLOSING[character])
+        self._next()
+
+    def close(self, character):
+        if character not in self._open:
+            return
+        closed = ""
+        while closed != character:
+            self._complete()
+            closed = self._open.pop()
+            self._out(closed)
+            self.expects, self._comma = END, ""
+
+    def comma(self, character):
+        self._complete()
+        if self.expects == END:
+            self._comma = character
+            self._next()
+
+    def colon(self, character):
+        if self.expects == COLON:
+            self._out(character)
+            self.expects = VALUE
+
+    def space(self, character):
+        character = character if character in SPACE else " "
+        if self._comma:
+            self._comma += character
+        else:
+            self._out(character)
+
+    def _complete(self):
+        """Writes the value that a member lacks."""
+        if self._open[-1] == "}" and self.expects in (COLON, VALUE):
+            self._out("null" if self.expects == VALUE else ": null")
+            self.expects = END
+
+
+PUNCTUATION = {"{": _Writer.open, "[": _Writer.open, "}": _Writer.close, "]": _Writer.close, ",": _Writer.comma,
+               ":": _Writer.colon}
+
+
+def json_string(out: Out, quote: str = '"') -> Reader:
+    """Reads the rest of a string after its opening quote; `out` gets all of it, as a JSON string."""
+    out('"')
+    while (character := (yield)) != quote:
+        while character == "\\":
+            character = yield from _escape(out)
+        if character is not None:
+            out(json.dumps(character, ensure_ascii=False)[1:-1])
+    out('"')
+
+
+def _escape(out):
+    """Reads what follows a backslash; returns the character that belongs to no escape, or None."""
+    character = yield
+    if character == "u":
+        return (yield from _code(out))
+    if character in '"\\/bfnrt':
+        out("\\" + character)
+        return None
+    if character not in "'\n":  # \d of a regular expression
+        out("\\\\")
+    return character
+
+
+def _code(out):
+    digits = ""
+    while len(digits) < 4:
+        character = yield
+        if character not in "0123456789abcdefABCDEF":
+            out("\\\\u" + digits)
+            return character
+        digits += character
+    out("\\u" + digits)
+    return None
+
+
+def _word(first, ends):
+    """A value without quotes, or a key, and the character after it."""
+    pieces = [first]
+    while (character := (yield)) not in ',{}[]"\n' + ends:
+        pieces.append(character)
+    return "".join(pieces).strip(), character
+
+
+def _repaired_word(word, is_key):
+    if not is_key:
+        if NUMBER.fullmatch(word):
+            return word
+        if word in CONSTANTS:
+            return CONSTANTS[word]
+        if NEARLY_NUMBER.fullmatch(word) and len(word) < 20:
+            return json.dumps(float(word))
+    return json.dumps(word, ensure_ascii=False)
+
+
+def json_value(text: str, default: object) -> object:
+    """The value of a JSON text, which may need to be repaired; default where it is none."""
+    for made in (text, repaired(text)):
+        try:
+            value = json.loads(made, parse_constant=_refuse)
+            json.dumps(value, allow_nan=False)
+            return value
+        except (ValueError, RecursionError):
+            pass
+    return default
+
+
+def repaired(text: str) -> str:
+    """A JSON object or array, repaired; empty where the text is no such thing, or more than one."""
+    text, pieces = text.strip(), []
+    if not text or text[0] not in CLOSING:
+        return ""
+    reader = json_container(text[0], pieces.append)
+    next(reader)
+    for at, character in enumerate(text[1:], 2):
+        try:
+            reader.send(character)
+        except StopIteration:
+            return "".join(pieces) if at == len(text) else ""
+    return ""
+
+
+def _refuse(constant):
+    raise ValueError(f"{constant} is not JSON")

@@ -147,11 +147,13 @@ def _target(reference, root):
 # ---------------------------------------------------------------- what can be enforced
 
 def loosened(schema: dict) -> dict:
-    """A schema without those patterns, ranges and multipleOf that cannot be enforced."""
+    """A schema without those patterns, ranges and multipleOf that cannot be enforced; ranges of 64 bits become such as
+    can be."""
     found = set()
 
     def change(part):
-        kept = {keyword: value for keyword, value in part.items() if _is_within(keyword, value)}
+        kept = {keyword: value for keyword, given in part.items()
+                if _is_within(keyword, value := _narrowed(keyword, given))}
         if not _has_room(kept.get("multipleOf"), found):
             del kept["multipleOf"]
         kept = _with_known_names(kept)
@@ -169,6 +171,12 @@ def _outline(schema):
     others = {word: schema[word] for word in (*COUNTS, "required") if word in schema}
     is_free = schema.get("additionalProperties") is not False
     return {"type": "object", **named, **others, "additionalProperties": is_free}
+
+
+def _narrowed(keyword, value):
+    if keyword in RANGES and type(value) in (int, float):
+        return max(value, LEAST_NUMBER) if "inimum" in keyword else min(value, -LEAST_NUMBER)
+    return value
 
 
 def _is_within(keyword, value):

@@ -42,7 +42,7 @@ def op_costs(program, context):
 
 
 def _op_cost(op, context):
-    weights = [v for v in op.inputs if isinstance(v, Weight) and not v.name.startswith("rope.")]
+    weights = [v for v in op.inputs if isinstance(v, Weight)]
     tensors = {v for v in (*op.outputs, *op.inputs) if isinstance(v, Tensor) and not v.name.endswith(SCRATCH)}
     asked = op.kind == ASKED or op.rows == "E"
     if asked:

@@ -48,6 +48,7 @@ class Runner:
         T = limits.max_step_tokens
         rows = {"T": T, "O": T, "R": limits.max_sampled, "E": T, "S": limits.max_requests}
         addresses = {name: array.ctypes.data for name, array in self.caches.items()}
+        self._sources = self.program.sources()
         self.executor = Executor(self.program, backend, team, model.store, rows, addresses, keep)
         self.pages_per_request = -(-model.max_context // PAGE_TOKENS)
         self._allocate()
@@ -99,9 +100,10 @@ class Runner:
 
     def _fill(self, spans):
         """Writes the spans into the step block; returns the number of rows that sample."""
-        a, at = self._arrays, 0
+        a, at, longest = self._arrays, 0, 0
         for s, span in enumerate(spans):
             n = len(span.token_ids)
+            longest = max(longest, span.start + n)
             a["TOKEN_IDS"][at:at + n] = span.token_ids
             positions = range(span.start, span.start + n)
             # a range is the faster for few tokens
@@ -110,6 +112,8 @@ class Runner:
             a["CONTEXT_LEN"][s], a["STATE_SLOT"][s], a["QUERY_START"][s + 1] = span.start + n, span.slot, at + n
             a["PAGE_TABLE"][s, :len(span.pages)] = span.pages
             at += n
+        for source in self._sources:
+            source.cover(longest)
         self._step[words.NUM_TOKENS], self._step[words.NUM_REQUESTS] = at, len(spans)
         return self._fill_outputs(spans)
 

@@ -6,10 +6,9 @@ from lockstep.ops.activations import bf16_width, q8_width
 from lockstep.ops.embed import FORMATS as EMBED_FORMATS
 from lockstep.ops.embed import format_code
 from lockstep.ops.kv_cache import ELEMENTS, KV_DTYPES, page_shapes
-from lockstep.ops.rope import rope_table
-from lockstep.runtime.program import Program, Weight
+from lockstep.ops.rope import RopeTables
+from lockstep.runtime.program import Program, Table, Weight
 from lockstep.weights.pack import padded_width
-from lockstep.weights.tensor import StoredTensor
 
 INTEGER_FORMATS = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
 LINEAR_FORMATS = ("f32", "f16", "bf16", *INTEGER_FORMATS)
@@ -218,9 +217,9 @@ class Recorder:
         return self._once("rope", lambda: self._make_rope_tables(config))
 
     def _make_rope_tables(self, config):
-        tables = rope_table(self.max_context, config.rope_dim, config.rope_theta, config.rope_scaling)
-        return [Weight(f"rope.{name}", "f32", a.shape, (StoredTensor("rope", "f32", a.shape, a),))
-                for name, a in zip(("cos", "sin"), tables)]
+        made = RopeTables(self.max_context, config.rope_dim, config.rope_theta, config.rope_scaling)
+        made.cover(1)  # what it runs is compiled now
+        return [Table("rope.cos", made.cos_PR, made), Table("rope.sin", made.sin_PR, made)]
 
     def attention(self, x, config, layer, label):
         """Grouped causal attention over the pages, from hidden rows x to the (gated) heads side by side [T, H K]."""

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lockstep.runtime.executor import aligned
 from lockstep.runtime.kernel import definition
 from lockstep.runtime.simd import fma
+
+POSITIONS_AT_ONCE = 512  # 64 frequencies: 0.8 ms
 
 LN2, PI = 0.6931471805599453, 3.141592653589793
 # pi/2 in two parts; the first has 33 bits, so that its product with an integer below 2^20 is exact
@@ -128,20 +131,41 @@ def attention_factor(scaling):
     return mscale(1.0)
 
 
-def rope_table(num_positions, rope_dim, theta, scaling=RopeScaling()):
-    """The tables (cos, sin), each float32 [num_positions, rope_dim / 2], times the attention factor.
+class RopeTables:
+    """The tables of all positions, times the attention factor, computed as far as steps come.
 
-    Error: 0.5 ulp of float32 and 1e-15, for num_positions up to 2^20.
+    Memory that was not computed is not touched, so that a long context costs nothing before it is used. A row is a
+    function of its position only: it does not matter when, or with which others, it was computed.
+
+    Shapes: cos_PR, sin_PR float32 [num_positions, rope_dim / 2], zero from num_covered on. Error: 0.5 ulp of float32
+      and 1e-15, for positions below 2^20.
     """
-    shape = num_positions, rope_dim // 2
-    cos_PR, sin_PR = np.empty(shape, np.float32), np.empty(shape, np.float32)
-    fill_table(inverse_frequencies(rope_dim, theta, scaling), attention_factor(scaling), cos_PR, sin_PR)
-    return cos_PR, sin_PR
+
+    def __init__(self, num_positions, rope_dim, theta, scaling=RopeScaling()):
+        self._frequency_R, self._factor = inverse_frequencies(rope_dim, theta, scaling), attention_factor(scaling)
+        shape = num_positions, rope_dim // 2
+        self.cos_PR, self.sin_PR = (aligned(4 * shape[0] * shape[1]).view(np.float32).reshape(shape) for _ in range(2))
+        self.num_covered = 0
+
+    def cover(self, num_positions):
+        """Computes the rows of the first so many positions, as far as they are not there yet, and some more."""
+        start = self.num_covered
+        if num_positions > start:
+            end = min(-(-num_positions // POSITIONS_AT_ONCE) * POSITIONS_AT_ONCE, len(self.cos_PR))
+            fill_table(self._frequency_R, self._factor, start, self.cos_PR[start:end], self.sin_PR[start:end])
+            self.num_covered = end
+
+
+def rope_table(num_positions, rope_dim, theta, scaling=RopeScaling()):
+    """The tables (cos, sin) of so many positions, complete: see RopeTables."""
+    made = RopeTables(num_positions, rope_dim, theta, scaling)
+    made.cover(num_positions)
+    return made.cos_PR, made.sin_PR
 
 
 @definition
-def fill_table(frequency_R, factor, cos_PR, sin_PR):
-    """cos and sin of position * frequency, times factor.
+def fill_table(frequency_R, factor, start, cos_PR, sin_PR):
+    """cos and sin of position * frequency, times factor, for positions from `start` on.
 
     Order: in float64: the angle (exact), less n * pi/2 in two steps with n the nearest integer, two Taylor polynomials
       by Horner's rule, swapped and negated by n mod 4, times factor; then one rounding to float32.
@@ -149,7 +173,7 @@ def fill_table(frequency_R, factor, cos_PR, sin_PR):
     for i in range(frequency_R.size):
         frequency = np.float64(frequency_R[i])
         for p in range(cos_PR.shape[0]):
-            angle = np.float64(p) * frequency
+            angle = np.float64(start + p) * frequency
             n = math.floor(angle * TWO_OVER_PI + 0.5)
             turn = np.float64(n)
             r = (angle - turn * HALF_PI_HIGH) - turn * HALF_PI_LOW

@@ -6,7 +6,7 @@ the words of the step block.
 import numpy as np
 
 from lockstep.runtime.compile import compile_kernels
-from lockstep.runtime.program import DTYPES, ROW_COUNTS, CacheArray, Tensor, Weight
+from lockstep.runtime.program import DTYPES, ROW_COUNTS, CacheArray, Table, Tensor, Weight
 from lockstep.runtime.step import COUNTER, FLAGS, FLUSHES, KERNEL, OPERANDS, ROW_WORDS, ROWS, STEP_WORDS
 
 ALIGNMENT = 64
@@ -110,6 +110,8 @@ class Executor:
             return [self._memory.ctypes.data + self._offsets[value]]
         if isinstance(value, CacheArray):
             return [self._caches[value.name]]
+        if isinstance(value, Table):
+            return [value.rows.ctypes.data]
         assert isinstance(value, Weight), value
         return [a.ctypes.data for a in self._weights.arrays(value, implementation.layout)]
 

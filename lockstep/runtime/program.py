@@ -5,6 +5,7 @@ The number of tokens is symbolic: a tensor's first dimension is "T" (tokens of t
 is a way of running or rewriting this list.
 """
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 
@@ -12,6 +13,13 @@ from lockstep.runtime.step import NUM_EMBEDDED, NUM_OUTPUTS, NUM_REQUESTS, NUM_S
 
 ROW_COUNTS = {"T": NUM_TOKENS, "O": NUM_OUTPUTS, "R": NUM_SAMPLED, "E": NUM_EMBEDDED, "S": NUM_REQUESTS}
 DTYPES = {"f32": np.dtype(np.float32), "i32": np.dtype(np.int32), "bf16": np.dtype(np.uint16), "i8": np.dtype(np.int8)}
+
+
+class PositionSource(Protocol):
+    """What computes a Table."""
+
+    def cover(self, num_positions: int) -> None:
+        """Computes the rows of the first so many positions, as far as they are not there yet."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,19 @@ class Weight:
     format: str
     shape: tuple
     parts: tuple  # StoredTensor, top to bottom
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Constants with a row for each position, which are computed as far as steps come.
+
+    rows: float32 [positions, width], on a cache line. source: its `cover(num_positions)` computes the first so many
+    rows, of this table and of others that share it.
+    """
+
+    name: str
+    rows: np.ndarray
+    source: PositionSource
 
 
 @dataclass(frozen=True)
@@ -117,6 +138,11 @@ class Program:
                 if isinstance(value, Weight):
                     seen.setdefault(value.name, value)
         return list(seen.values())
+
+    def sources(self) -> list[PositionSource]:
+        """What computes the tables of positions, each once."""
+        found = {id(v.source): v.source for op in self.ops for v in op.inputs if isinstance(v, Table)}
+        return list(found.values())
 
 
 def with_params(op, **params):

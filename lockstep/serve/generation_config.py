@@ -51,8 +51,8 @@ def sampling_defaults(source: str, config: Mapping[str, Any], metadata: Mapping[
 
 
 def for_talking(defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers that the settings of `lockstep chat` and of the page begin with, each with a value: the defaults, or a
-    cautious choice where those do not say how a token is drawn."""
+    """The numbers that the settings of `lockstep chat` and of the page begin with: the defaults, or a cautious choice
+    where those do not say how a token is drawn. All of NEUTRAL have a value."""
     made = NEUTRAL | (defaults if DRAWS & defaults.keys() else CAUTIOUS | defaults)
     return {name: made[name] for name in NEUTRAL}
 

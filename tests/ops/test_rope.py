@@ -53,9 +53,21 @@ def test_tables_are_accurate_far_out(scaling):
 def test_table_compiled_equals_interpreted():
     frequency = rope.inverse_frequencies(8, 1e4)
     tables = np.full((2, 2, 40, 4), np.nan, np.float32)
-    rope.fill_table(frequency, 1.1, *tables[0])
-    interpreted(rope.fill_table)(frequency, 1.1, *tables[1])
+    rope.fill_table(frequency, 1.1, 5, *tables[0])
+    interpreted(rope.fill_table)(frequency, 1.1, 5, *tables[1])
     same_bits(tables[0], tables[1])
+
+
+@pytest.mark.parametrize("cuts", [[1, 511, 512, 513, 700, 3000], [2900], [5, 5, 4, 3000]])
+def test_rows_are_the_same_however_far_the_table_went_before(cuts):
+    whole = rope.rope_table(3000, 8, 1e4, RopeScaling("yarn", 4.0))
+    made = rope.RopeTables(3000, 8, 1e4, RopeScaling("yarn", 4.0))
+    for cut in cuts:
+        made.cover(cut)
+        assert cut <= made.num_covered <= min(3000, max(cuts) + 511)
+        same_bits(made.cos_PR[:cut], whole[0][:cut])
+        same_bits(made.sin_PR[:cut], whole[1][:cut])
+        assert not made.cos_PR[made.num_covered:].any()
 
 
 def test_rotation():

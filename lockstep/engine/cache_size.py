@@ -1,0 +1,136 @@
+"""How many tokens a context may have and a KV cache holds, by this machine's memory. It changes no bit of an answer."""
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lockstep.ops.kv_cache import PAGE_TOKENS
+from lockstep.weights.tensor import stored_shape
+
+SHARE = 2  # one half of the memory that is free beside the weights may become KV cache
+LEAST_CONTEXT = 4096  # whatever is free: what nobody uses takes no memory
+MAX_CONTEXT = 1 << 20  # positions that a rope table is exact for
+CGROUPS = Path("/sys/fs/cgroup")
+# a limit on memory and what counts against it, in the folder of a control group, of its second and first version
+CGROUP_FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
+
+
+@dataclass(frozen=True)
+class ContextSize:
+    """A context, and what keeps it below the model's own: "memory", "kv_tokens", "max_context" or None."""
+
+    num_tokens: int
+    limit: str | None = None
+
+
+def context_size(model, options, max_context=None):
+    """The ContextSize of a model with EngineOptions: the model's own, as far as memory (or kv_tokens) holds its KV cache.
+
+    model: recorded for all its positions. max_context: tokens, where the user chose.
+    """
+    most = min(model.config.max_positions, MAX_CONTEXT)
+    if max_context is not None:
+        return ContextSize(min(most, max_context), "max_context" if max_context < most else None)
+    if options.kv_tokens is not None:
+        held, limit = -(-options.kv_tokens // PAGE_TOKENS) * PAGE_TOKENS, "kv_tokens"
+    else:
+        held, limit = max(LEAST_CONTEXT, _pages_in(model, _cache_bytes(model, options)) * PAGE_TOKENS), "memory"
+    return ContextSize(min(most, held), limit if held < most else None)
+
+
+def num_pages(model, options):
+    """Pages of KV cache for these options: what max_requests full contexts need, as far as memory holds them, and those
+    of one in any case. ValueError for kv_tokens that are more than this machine's memory."""
+    a_request = -(-model.max_context // PAGE_TOKENS)
+    if options.kv_tokens is None:
+        return max(a_request, min(a_request * options.max_requests, _pages_in(model, _cache_bytes(model, options))))
+    asked, memory = -(-options.kv_tokens // PAGE_TOKENS), _physical_bytes()
+    taken = asked * _bytes_each(model, "pages")
+    if taken > memory:
+        raise ValueError(f"kv_tokens: {options.kv_tokens} tokens take {taken / 2**30:.1f} GiB; this machine has "
+                         f"{memory / 2**30:.1f}, enough for {_pages_in(model, memory) * PAGE_TOKENS}")
+    return asked
+
+
+def _pages_in(model, num_bytes):
+    return num_bytes // (_bytes_each(model, "pages") or 1)
+
+
+def _bytes_each(model, kind):
+    """Bytes of a page ("pages") or of a request's state ("state"), over all layers."""
+    return sum(c.bytes_each for c in model.recorded.caches if c.kind == kind)
+
+
+def _cache_bytes(model, options):
+    """Bytes that KV pages may take beside weights and recurrent states."""
+    state = _bytes_each(model, "state")
+    states = options.max_requests * state + (options.state_bytes if state and options.prefix_cache else 0)
+    return max(0, (available_bytes() - weight_bytes(model.recorded)) // SHARE - states)
+
+
+def weight_bytes(program):
+    """Bytes of a program's weights, packed as their formats are stored."""
+    sizes = [stored_shape(weight.format, tuple(weight.shape)) for weight in program.weights()]
+    return sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in sizes)
+
+
+# ---------------------------------------------------------------- the machine
+
+def available_bytes():
+    """Memory that this process may still take without others being pushed out: free, or holding files."""
+    return max(0, min([_free_bytes(), *_cgroup_bytes(), *_address_bytes()]))
+
+
+def _physical_bytes():
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _free_bytes():
+    """The system's own estimate; half of the memory where it gives none."""
+    found = _numbers("/proc/meminfo")
+    free = found.get("MemAvailable", _physical_bytes() // 2048) << 10
+    if _text("/proc/sys/vm/overcommit_memory") == "2":  # memory is refused even where nobody touches it
+        free = min(free, found["CommitLimit"] - found["Committed_AS"] << 10)
+    return free
+
+
+def _cgroup_bytes():
+    """What the control groups of this process leave, one number for each limit. Pages that only hold files count as
+    free."""
+    for line in _text("/proc/self/cgroup").splitlines():
+        _, names, path = line.split(":", 2)
+        root = CGROUPS / "memory" if "memory" in names.split(",") else CGROUPS
+        here = root / path.lstrip("/")
+        for folder in (here, *here.parents):
+            if not folder.is_relative_to(root):
+                break
+            for limit, used in CGROUP_FILES:
+                most, taken = _text(folder / limit), _text(folder / used)
+                if most.isdigit() and taken.isdigit():
+                    yield int(most) - int(taken) + _numbers(folder / "memory.stat").get("inactive_file", 0)
+
+
+def _address_bytes():
+    """What `ulimit -v` leaves, if there is such a limit."""
+    try:
+        import resource
+    except ImportError:
+        return
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    taken = _text("/proc/self/statm").split()[:1]
+    if limit != resource.RLIM_INFINITY and taken:
+        yield limit - int(taken[0]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _text(path):
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
+
+
+def _numbers(path):
+    """A file of lines such as "name: 12 kB" as {name: 12}."""
+    rows = [line.replace(":", " ").split() for line in _text(path).splitlines()]
+    return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +14,9 @@ from lockstep.commands import conversation
 from lockstep.commands.conversation import Conversation
 from lockstep.describe import collapsed, flops, memory, op_costs, packed_bytes
 from lockstep.commands.inspect import spans
+from lockstep.commands.options import context_words
+from lockstep.engine import cache_size
+from lockstep.engine.cache_size import ContextSize
 from lockstep.runtime.executor import WeightStore
 from lockstep.runtime.program import Weight
 from lockstep.serve.hub import resolve_model
@@ -114,6 +118,32 @@ def test_a_model_that_cannot_chat_is_refused_before_anything_is_packed(tokenizer
     monkeypatch.setattr(WeightStore, "make", lambda *args: packed.append(args))
     assert main(["chat", str(tmp_path / "base")]) == 2
     assert f"{tmp_path / 'base'}: has no chat template" in capsys.readouterr().err and not packed
+
+
+@pytest.mark.parametrize(("size", "kv_dtype", "words"), [
+    (ContextSize(4096), "bf16", ("context 4096 tokens", None)),
+    (ContextSize(640, "max_context"), "bf16", ("context 640 of the model's 4096 tokens", None)),
+    (ContextSize(1024, "kv_tokens"), "bf16",
+     ("context 1024 of the model's 4096 tokens", "more --kv-tokens would give a longer context")),
+    (ContextSize(2048, "memory"), "bf16",
+     ("context 2048 of the model's 4096 tokens",
+      "--kv-dtype q8, more free memory, or --max-context in spite of it, would give a longer context")),
+    (ContextSize(2048, "memory"), "q8",
+     ("context 2048 of the model's 4096 tokens",
+      "more free memory, or --max-context in spite of it, would give a longer context"))])
+def test_a_context_says_what_would_give_more(size, kv_dtype, words):
+    model = SimpleNamespace(config=SimpleNamespace(max_positions=4096), kv_dtype=kv_dtype)
+    assert context_words(SimpleNamespace(context=size, model=model)) == words
+
+
+def test_the_first_line_says_the_context(monkeypatch, capsys):
+    monkeypatch.setattr(cache_size, "LEAST_CONTEXT", 1024)
+    monkeypatch.setattr(cache_size, "available_bytes", lambda: 0)
+    for options, said in (([], "(context 1024 of the model's 4096 tokens; --kv-dtype q8, more free memory, or"),
+                          (["--max-context", "2048"], "(context 2048 of the model's 4096 tokens; temperature 0)")):
+        monkeypatch.setattr(sys, "stdin", Output(b""))
+        assert main(["chat", *options]) == 0
+        assert capsys.readouterr().err.startswith(said)
 
 
 # ------------------------------------------------------------ inspect

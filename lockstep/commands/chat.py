@@ -4,7 +4,17 @@ from typing import Annotated
 
 import typer
 
-from lockstep.commands.options import CacheDir, GenerationConfig, KvDtype, ModelName, OpSwaps, Threads, Weights, load
+from lockstep.commands.options import (
+    CacheDir,
+    GenerationConfig,
+    KvDtype,
+    ModelName,
+    OpSwaps,
+    Threads,
+    Weights,
+    context_words,
+    load,
+)
 
 MODELS = "the model's"  # defaults of sampling
 
@@ -28,7 +38,9 @@ def command(
     weights: Weights = "auto",
     kv_dtype: KvDtype = None,
     threads: Threads = None,
-    max_context: Annotated[int, typer.Option(min=1, help="Tokens that a conversation may have.")] = 8192,
+    max_context: Annotated[int | None, typer.Option(
+        min=1, help="Tokens that a conversation may have.",
+        show_default="the model's, as far as memory holds it")] = None,
     cache_dir: CacheDir = None,
     op: OpSwaps = None,
 ):
@@ -65,7 +77,7 @@ def first_line(llm, settings):
 
     shown = {name: settings.get(name, value) for name, value in (settings | llm.sampling_defaults).items()
              if name not in ("seed", "max_tokens")}
-    return f"(context {llm.model.max_context} tokens; {described(shown)})"
+    return f"({'; '.join([*filter(None, context_words(llm)), described(shown)])})"
 
 
 def _greet(interactive):

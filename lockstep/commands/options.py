@@ -32,6 +32,18 @@ def parse_swaps(swaps):
     return {kind: backend for kind, _, backend in pairs}
 
 
+def context_words(llm):
+    """("context 4096 of the model's 32768 tokens", what would give more); the second is None where nothing would, or
+    where --max-context chose it."""
+    size, most = llm.context, llm.model.config.max_positions
+    shown = f"context {size.num_tokens} tokens" if size.num_tokens == most else \
+        f"context {size.num_tokens} of the model's {most} tokens"
+    smaller = "" if llm.model.kv_dtype == "q8" else "--kv-dtype q8, "
+    more = {"kv_tokens": "more --kv-tokens would give a longer context",
+            "memory": f"{smaller}more free memory, or --max-context in spite of it, would give a longer context"}
+    return shown, more.get(size.limit)
+
+
 def load(model, *, ops=None, max_requests=1, **options):
     """The LLM, with progress on stderr. ops: what --op gave; options: as for LLM."""
     from lockstep.commands.progress import Progress

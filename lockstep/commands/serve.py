@@ -5,7 +5,17 @@ from typing import Annotated
 
 import typer
 
-from lockstep.commands.options import CacheDir, GenerationConfig, KvDtype, ModelName, OpSwaps, Threads, Weights, load
+from lockstep.commands.options import (
+    CacheDir,
+    GenerationConfig,
+    KvDtype,
+    ModelName,
+    OpSwaps,
+    Threads,
+    Weights,
+    context_words,
+    load,
+)
 
 KEY_VARIABLE = "LOCKSTEP_API_KEY"
 
@@ -33,10 +43,12 @@ def command(
         min=0.1, help="Seconds that answers may go on after a signal to end.")] = 30,
     stuck_timeout: Annotated[float, typer.Option(min=1, help="Seconds of one step that make /health red.")] = 120,
     kv_tokens: Annotated[int | None, typer.Option(
-        min=1, show_default="what all requests of a step need, up to 2 GiB", help="Tokens of KV cache in all.")] = None,
+        min=1, show_default="what all requests of a step need, up to half of the free memory",
+        help="Tokens of KV cache in all.")] = None,
     prefix_cache: Annotated[bool, typer.Option(help="Use what was computed for the same first tokens.")] = True,
     max_context: Annotated[int | None, typer.Option(
-        min=1, show_default="4096, or the model's", help="Tokens that a prompt and its answer may have.")] = None,
+        min=1, show_default="the model's, as far as memory holds it",
+        help="Tokens that a prompt and its answer may have.")] = None,
     generation_config: GenerationConfig = "auto",
     weights: Weights = "auto",
     kv_dtype: KvDtype = None,
@@ -89,17 +101,18 @@ def _open(load_model, service, server, failed, listening):
 def ready_line(service, host, port):
     """What is said when requests are answered."""
     llm, host = service.llm, f"[{host}]" if ":" in host else host
-    return (f"lockstep: {service.model_name} is ready at http://{host}:{port}/v1 (context {llm.model.max_context} "
-            f"tokens, {llm.engine.scheduler.limits.max_requests} sequences at once)")
+    return (f"lockstep: {service.model_name} is ready at http://{host}:{port}/v1 ({context_words(llm)[0]}, "
+            f"{llm.engine.scheduler.limits.max_requests} sequences at once)")
 
 
 def notes(llm):
     """What a user should know beside it."""
     from lockstep.serve.generation_config import described
 
-    asked = described(llm.sampling_defaults)
-    return [f"lockstep: what a request leaves open is as the model's makers ask: {asked} (--generation-config none: as "
-            f"OpenAI's API has it)"] if asked else []
+    asked, more = described(llm.sampling_defaults), context_words(llm)[1]
+    sampling = asked and (f"what a request leaves open is as the model's makers ask: {asked} (--generation-config "
+                          f"none: as OpenAI's API has it)")
+    return [f"lockstep: {words}" for words in (more, sampling) if words]
 
 
 def keys(given):

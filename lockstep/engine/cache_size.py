@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from lockstep.ops.kv_cache import PAGE_TOKENS
+from lockstep.ops.rope import MAX_POSITIONS
 from lockstep.weights.tensor import stored_shape
 
 SHARE = 2  # one half of the memory that is free beside the weights may become KV cache
 LEAST_CONTEXT = 4096  # whatever is free: what nobody uses takes no memory
-MAX_CONTEXT = 1 << 20  # positions that a rope table is exact for
 CGROUPS = Path("/sys/fs/cgroup")
 # a limit on memory and what counts against it, in the folder of a control group, of its second and first version
 CGROUP_FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
@@ -25,13 +25,13 @@ class ContextSize:
 
 
 def context_size(model, options, max_context=None):
-    """The ContextSize of a model with EngineOptions: the model's own, as far as memory (or kv_tokens) holds its KV cache.
+    """The ContextSize of a model with EngineOptions: the model's own, as far as memory or kv_tokens hold its KV cache.
 
-    model: recorded for all its positions. max_context: tokens, where the user chose.
+    max_context: what the model was loaded with. None: for all its positions.
     """
-    most = min(model.config.max_positions, MAX_CONTEXT)
+    most = min(model.config.max_positions, MAX_POSITIONS)
     if max_context is not None:
-        return ContextSize(min(most, max_context), "max_context" if max_context < most else None)
+        return ContextSize(model.max_context, "max_context" if model.max_context < most else None)
     if options.kv_tokens is not None:
         held, limit = -(-options.kv_tokens // PAGE_TOKENS) * PAGE_TOKENS, "kv_tokens"
     else:
@@ -91,7 +91,7 @@ def _free_bytes():
     found = _numbers("/proc/meminfo")
     free = found.get("MemAvailable", _physical_bytes() // 2048) << 10
     if _text("/proc/sys/vm/overcommit_memory") == "2":  # memory is refused even where nobody touches it
-        free = min(free, found["CommitLimit"] - found["Committed_AS"] << 10)
+        free = min(free, (found["CommitLimit"] - found["Committed_AS"]) << 10)
     return free
 
 
@@ -108,7 +108,8 @@ def _cgroup_bytes():
             for limit, used in CGROUP_FILES:
                 most, taken = _text(folder / limit), _text(folder / used)
                 if most.isdigit() and taken.isdigit():
-                    yield int(most) - int(taken) + _numbers(folder / "memory.stat").get("inactive_file", 0)
+                    known = _numbers(folder / "memory.stat")
+                    yield int(most) - int(taken) + known.get("total_inactive_file", known.get("inactive_file", 0))
 
 
 def _address_bytes():

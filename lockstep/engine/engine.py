@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from lockstep.engine import selfcheck
 from lockstep.engine.answer_text import AnswerText
+from lockstep.engine.cache_size import num_pages
 from lockstep.engine.embedding import Pool
 from lockstep.engine.memory import Memory
 from lockstep.engine.prefix import PrefixCache, model_identity
@@ -19,7 +20,6 @@ from lockstep.runtime.threads import Team
 
 PROMPT_ROWS = 64  # rows of a step that may report log-probabilities of prompts; their memory is touched when used
 LONG_PROMPT = 2048  # tokens that make an extra step cheap
-CACHE_BYTES = 2 << 30  # KV pages are reserved up to this by default; memory is only touched when used
 
 
 def num_cores():
@@ -38,12 +38,12 @@ class EngineOptions:
     """Sizes of an engine. ValueError for one that is not allowed.
 
     kv_tokens: tokens of KV cache in all, its memory claimed at once; None: what max_requests full contexts need, up to
-    2 GiB, claimed as it is used. threads: None: one for each core. prefix_cache: whether requests use what others
-    computed for the same first tokens. state_bytes: host memory for checkpoints of recurrent state, for models that
-    have one; state_every: tokens from one checkpoint to the next, a multiple of 64; prompt_state_from: length from
-    which prompts get one near their end, too (None: 2048, or any with a cache_dir): it takes a step of its own, which
-    costs a shorter prompt more than 3 %. cache_dir: a folder that keeps prefixes across restarts, of at most
-    cache_dir_bytes.
+    half of the memory that is free (see cache_size.py), claimed as it is used. threads: None: one for each core.
+    prefix_cache: whether requests use what others computed for the same first tokens. state_bytes: host memory for
+    checkpoints of recurrent state, for models that have one; state_every: tokens from one checkpoint to the next, a
+    multiple of 64; prompt_state_from: length from which prompts get one near their end, too (None: 2048, or any with
+    a cache_dir): it takes a step of its own, which costs a shorter prompt more than 3 %. cache_dir: a folder that
+    keeps prefixes across restarts, of at most cache_dir_bytes.
     """
 
     max_step_tokens: int = 512
@@ -71,19 +71,6 @@ class EngineOptions:
             raise ValueError(f"state_every: expected a multiple of {PAGE_TOKENS}, got {self.state_every}")
 
 
-def num_pages(model, options):
-    """Pages of KV cache for these options. ValueError for more than this machine's memory."""
-    a_request = -(-model.max_context // PAGE_TOKENS)
-    per_page = sum(c.bytes_each for c in model.recorded.caches if c.kind == "pages") or 1
-    if options.kv_tokens is not None:
-        asked, memory = -(-options.kv_tokens // PAGE_TOKENS), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if asked * per_page > memory:
-            raise ValueError(f"kv_tokens: {options.kv_tokens} tokens take {asked * per_page / 2**30:.1f} GiB; this "
-                             f"machine has {memory / 2**30:.1f}, enough for {memory // per_page * PAGE_TOKENS}")
-        return asked
-    return max(a_request, min(a_request * options.max_requests, CACHE_BYTES // per_page))
-
-
 class Engine:
     """Runs requests of one model. Not thread-safe: one thread calls `add`, `cancel` and `step`.
 
@@ -100,7 +87,8 @@ class Engine:
         try:
             self.runner = Runner(model, self.team, limits, swaps)
         except MemoryError as error:
-            raise ValueError(f"max_step_tokens, max_requests or kv_tokens: not enough memory ({error})") from None
+            raise ValueError("max_step_tokens, max_requests, max_context or kv_tokens: not enough memory "
+                             f"({error})") from None
         if options.kv_tokens is not None:
             for array in self.runner.caches.values():
                 array.fill(0)  # the system hands out pages at the first touch: better now than within a request

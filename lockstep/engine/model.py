@@ -6,6 +6,7 @@ from lockstep.models.decoder import can_generate, record
 from lockstep.models.families import model_config
 from lockstep.ops import BACKENDS
 from lockstep.ops.kv_cache import KV_DTYPES
+from lockstep.ops.rope import MAX_POSITIONS
 from lockstep.ops.sample import MAX_LOGPROBS, scratch_width
 from lockstep.runtime.backend import swapped
 from lockstep.runtime.rewrite import fuse, lower
@@ -71,13 +72,13 @@ def load_model(checkpoint, store, weights="auto", kv_dtype=None, max_context=Non
     """Records a checkpoint's program. ValueError for a kv_dtype or max_context that cannot be.
 
     weights: a format for the linear layers, or "auto": that of the file. kv_dtype: "f32", "bf16" or "q8"; by default
-    f32 only where that is the format asked for the weights, else bf16. max_context: positions, 4096 by default, and at
-    most the model's.
+    f32 only where that is the format asked for the weights, else bf16. max_context: positions, by default and at most
+    the model's; see `cache_size.context_size` for how many of them have room.
     """
     if max_context is not None and not (type(max_context) is int and max_context > 0):
         raise ValueError(f"max_context: expected a positive integer or None, got {max_context!r:.80}")
     config = model_config(checkpoint.config)
-    max_context = min(config.max_positions, max_context or 4096)
+    max_context = min(config.max_positions, max_context or MAX_POSITIONS)
     if kv_dtype not in (None, *KV_DTYPES):
         raise ValueError(f"kv_dtype {kv_dtype!r}: expected one of {', '.join(KV_DTYPES)}")
     kv_dtype = kv_dtype or ("f32" if weights == "f32" else "bf16")

@@ -13,6 +13,7 @@ from lockstep.runtime.executor import aligned
 from lockstep.runtime.kernel import definition
 from lockstep.runtime.simd import fma
 
+MAX_POSITIONS = 1 << 20  # up to here the tables are as accurate as they say
 POSITIONS_AT_ONCE = 512  # 64 frequencies: 0.8 ms
 
 LN2, PI = 0.6931471805599453, 3.141592653589793
@@ -138,7 +139,7 @@ class RopeTables:
     function of its position only: it does not matter when, or with which others, it was computed.
 
     Shapes: cos_PR, sin_PR float32 [num_positions, rope_dim / 2], zero from num_covered on. Error: 0.5 ulp of float32
-      and 1e-15, for positions below 2^20.
+      and 1e-15, for positions below MAX_POSITIONS.
     """
 
     def __init__(self, num_positions, rope_dim, theta, scaling=RopeScaling()):

@@ -1,10 +1,11 @@
 """`LLM`: offline generation from Python."""
 import functools
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from lockstep.engine.cache_size import context_size
 from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.model import load_model
 from lockstep.engine.request import SamplingParams, check_single, token_list
@@ -66,11 +67,13 @@ class LLM:
     {"linear": "reference"}. progress: called with (what, done, total) while weights are packed. prefix_cache: whether
     requests use what earlier ones computed for the same first tokens; cache_dir: a folder of at most cache_dir_bytes
     that keeps it across restarts. needs_chat: refuse a model without a chat template. generation_config: where
-    sampling_defaults come from: "auto" (the model's own), "none", or a folder with a generation_config.json. Raises
-    ValueError, in one sentence, for a model that cannot be loaded.
+    sampling_defaults come from: "auto" (the model's own), "none", or a folder with a generation_config.json.
+    max_context: tokens that a prompt and its answer may have; None: the model's own, as far as its KV cache has room
+    (in kv_tokens, or in half of the memory that is free beside the weights). Raises ValueError, in one sentence, for a
+    model that cannot be loaded.
 
     sampling_defaults: {field of SamplingParams: value} as the model's makers want it sampled; `chat` and
-    `default_params` begin with them, `generate` does not.
+    `default_params` begin with them, `generate` does not. context: the ContextSize that came of it.
     """
 
     def __init__(self, model=None, *, weights="auto", kv_dtype=None, max_context=None, max_step_tokens=512,
@@ -81,11 +84,13 @@ class LLM:
         if needs_chat and not (self.has_tokenizer and self.tokenizer.has_chat_template):
             raise ValueError(f"{model or 'the bundled model'}: has no chat template, so it can only continue text "
                              f"(lockstep generate); pass a chat model, such as Qwen/Qwen3-0.6B")
-        self.model = load_model(checkpoint, PackedStore(checkpoint, progress), weights, kv_dtype, max_context)
-        self.sampling_defaults = sampling_defaults(generation_config, checkpoint.generation_config,
-                                                   checkpoint.metadata, self.model.config.vocab_size)
+        loaded = load_model(checkpoint, PackedStore(checkpoint, progress), weights, kv_dtype, max_context)
         options = EngineOptions(max_step_tokens, max_requests, kv_tokens, threads, prefix_cache, cache_dir=cache_dir,
                                 cache_dir_bytes=cache_dir_bytes)
+        self.context = context_size(loaded, options, max_context)
+        self.model = replace(loaded, max_context=self.context.num_tokens)
+        self.sampling_defaults = sampling_defaults(generation_config, checkpoint.generation_config,
+                                                   checkpoint.metadata, loaded.config.vocab_size)
         reader = functools.partial(answer_reader, self.tokenizer) if self.has_tokenizer else None
         self.engine = Engine(self.model, options, ops, self._eos_ids(), reader)
 

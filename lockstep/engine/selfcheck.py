@@ -78,8 +78,9 @@ def probes(program):
     families = ["qwen3_5"] if "gated_delta" in kinds else []
     if kinds & {"attention", "attention_bf16", "attention_q8"}:
         normed = "qwen3_moe" if "route" in kinds else "qwen3"
-        plain = "qwen2" if "add_bias" in kinds else "llama"
-        families += [normed if kinds & {"normed_attention_inputs", "normed_attention_inputs_q8"} else plain]
+        plain = [] if "add_bias" in kinds else ["llama"]
+        families += [normed] if kinds & {"normed_attention_inputs", "normed_attention_inputs_q8"} else plain
+    families += ["qwen2"] if "add_bias" in kinds else []
     kv = sorted({KV_DTYPES[op.params["kv_dtype"]] for op in program.ops if "kv_dtype" in op.params})
     return [Probe(f, w, k) for f in families for w in FORMATS if w in formats for k in kv]
 

@@ -93,6 +93,7 @@ class ModelConfig:
     qk_norm: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
+    mlp_bias: bool = False
     output_gate: bool = False
     linear_attention: LinearAttention | None = None
     experts: Experts | None = None

@@ -52,13 +52,12 @@ def decoder_layer(ops, x, config, layer, label, is_last):
 
 
 def mlp(ops, h, config, layer, label):
-    """SwiGLU: down(silu(gate h) * (up h)); or the experts in its place."""
+    """SwiGLU: down(silu(gate h) * (up h)), each with its bias if mlp_bias; or the experts in its place."""
     if config.experts and not layer.dense:
         return ops.experts(h, config, label)
-    both = ops.linear(
-        h, [(f"{label}.gate_proj", config.ffn_width), (f"{label}.up_proj", config.ffn_width)], f"{label}.gate_up"
-    )
-    return ops.linear(ops.silu_mul(both, label), [(f"{label}.down_proj", config.hidden_size)])
+    names, bias = [(f"{label}.{p}_proj", config.ffn_width) for p in ("gate", "up")], config.mlp_bias
+    both = ops.linear(h, names, f"{label}.gate_up", bias)
+    return ops.linear(ops.silu_mul(both, label), [(f"{label}.down_proj", config.hidden_size)], bias=bias)
 
 
 def head(ops, x, config, prefix):

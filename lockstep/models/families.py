@@ -26,9 +26,9 @@ DELTA = ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim"
 
 
 def llama(config):
-    """Llama 1 to 3; biases on all attention projections if attention_bias."""
-    check_keys(config, ["attention_bias"])
-    return common(config, **biases(config))
+    """Llama 1 to 3; biases on all attention projections if attention_bias, on the MLP's if mlp_bias."""
+    check_keys(config, ["attention_bias", "mlp_bias"], free=["mlp_bias"])
+    return common(config, mlp_bias=flag(config, "mlp_bias"), **biases(config))
 
 
 def mistral(config):
@@ -80,8 +80,9 @@ def with_dense_layers(made, config):
 
 def smollm3(config):
     """Llama without rope on every fourth layer, which has a sliding window if use_sliding_window; layer_types wins."""
-    check_keys(config, ["attention_bias", "no_rope_layers", "no_rope_layer_interval", *WINDOW])
-    made = common(config, rope_defaults={"theta": 2e6}, tied=True, **biases(config))
+    check_keys(config, ["attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval", *WINDOW],
+               free=["mlp_bias"])
+    made = common(config, rope_defaults={"theta": 2e6}, tied=True, mlp_bias=flag(config, "mlp_bias"), **biases(config))
     interval = optional(config, "no_rope_layer_interval", 4)
     ropes = config.get("no_rope_layers") or [int((i + 1) % interval != 0) for i in range(made.num_layers)]
     if not isinstance(ropes, list) or len(ropes) < made.num_layers or any(r not in (0, 1) for r in ropes):

@@ -7,6 +7,9 @@ import pytest
 from lockstep.engine import selfcheck, selfcheck_sampling
 from lockstep.ops import BACKENDS
 from tests.golden.record_kernels import recorded, recorded_sampling
+from tests.models import tiny
+from tests.models.cases import CASES as FAMILY_CASES
+from tests.models.running import load as load_tiny
 from tests.promise.faults import faulty
 from tests.promise.models import CASES, Case, load
 
@@ -52,6 +55,14 @@ def test_every_kind_of_op_is_checked(case, tmp_path):
     program = load(case, tmp_path).program
     made = [selfcheck.probe_model(p, TABLE, True).rewritten(None, True) for p in selfcheck.probes(program)]
     assert {op.kind for op in program.ops} <= {op.kind for m in made for op in m.ops}
+
+
+@pytest.mark.parametrize("name", ["llama_mlp_biased", "qwen3_yarn_biased"])
+def test_biases_are_checked_in_every_family(name, tmp_path):
+    config = FAMILY_CASES[name]
+    program = load_tiny(tiny.write(tmp_path, config, tiny.tensors(config, 1))).program
+    assert "add_bias" in {op.kind for op in program.ops}
+    assert "qwen2" in {probe.family for probe in selfcheck.probes(program)}
 
 
 @pytest.mark.parametrize("family", selfcheck.CONFIGS)

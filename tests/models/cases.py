@@ -36,6 +36,7 @@ def nested(config):
 CASES = {
     "llama": case("llama"),
     "llama_tied_biased": case("llama", attention_bias=True, tie_word_embeddings=True, num_key_value_heads=1),
+    "llama_mlp_biased": case("llama", mlp_bias=True, intermediate_size=112),
     "llama_llama3": case("llama", rope_scaling=LLAMA3, head_dim=32),
     "llama_linear": case("llama", rope_scaling={"type": "linear", "factor": 2.5}, num_key_value_heads=4),
     "mistral": case("mistral", sliding_window=None, head_dim=32),
@@ -46,6 +47,7 @@ CASES = {
     "qwen3_yarn_biased": case("qwen3", head_dim=32, attention_bias=True, rope_scaling=YARN),
     "smollm3_window_by_type": case("smollm3", no_rope_layers=[0, 1, 0], sliding_window=9, use_sliding_window=False,
                                    layer_types=["full_attention", "sliding_attention", "sliding_attention"]),
+    "smollm3_all_biased": case("smollm3", attention_bias=True, mlp_bias=True, no_rope_layers=[1, 0, 1]),
     "smollm3": case("smollm3", num_hidden_layers=4, tie_word_embeddings=True, no_rope_layers=[1, 0, 1, 0]),
     "qwen3_5": hybrid(),
     "qwen3_5_tied_equal_heads": hybrid(tie_word_embeddings=True, linear_num_value_heads=2, linear_value_head_dim=16),

@@ -49,6 +49,11 @@ def without_bias(op):
     return dataclasses.replace(op, inputs=(op.inputs[0], filled(0, op.inputs[1]))) if op.kind == "add_bias" else op
 
 
+def without_bias_of(name):
+    """Only of the projections whose names have this in them."""
+    return lambda op: without_bias(op) if any(name in x.name for x in op.inputs[1:]) else op
+
+
 INPUTS, NORMED = ("attention_inputs",), ("normed_attention_inputs",)
 ATTENTION = ("attention", "gated_attention")
 OPS = {
@@ -78,6 +83,8 @@ OPS = {
     "window on every layer": ("qwen2_window", params(ATTENTION, window=7)),
     "window forgotten": ("qwen2_window", params(ATTENTION, window=0)),
     "biases forgotten": ("qwen2", without_bias),
+    "biases of gate and up forgotten": ("llama_mlp_biased", without_bias_of("gate_proj")),
+    "bias of down forgotten": ("llama_mlp_biased", without_bias_of("down_proj")),
     "decay from b, beta from a": (
         "qwen3_5",
         params(["delta_inputs"], a_offset=lambda op: op.params["b_offset"], b_offset=lambda op: op.params["a_offset"]),

@@ -69,7 +69,9 @@ def _mlp(c, layer):
 
     dense = layer in c.get("mlp_only_layers", []) or (layer + 1) % c.get("decoder_sparse_step", 1)
     if c["model_type"] != "qwen3_moe" or dense:
-        return swiglu(c["intermediate_size"])
+        made = swiglu(c["intermediate_size"])
+        rows = {name.replace(".weight", ".bias"): shape[:1] for name, shape in made.items()}
+        return made | (rows if c.get("mlp_bias") else {})
     one = swiglu(c["moe_intermediate_size"])
     experts = {f"experts.{e}.{k}": v for e in range(c["num_experts"]) for k, v in one.items()}
     return {"gate.weight": (c["num_experts"], c["hidden_size"]), **experts}

@@ -22,7 +22,7 @@ def draw(rng, *shape):
     return rng.standard_normal(shape).astype(np.float32).astype(BF16)
 
 
-def dense_tensors(rng, head_norms=False, biases=False, tied=True):
+def dense_tensors(rng, head_norms=False, biases=False, tied=True, mlp_biases=False):
     """A two-layer decoder: width 32, 4 heads of 8, 2 kv heads."""
     tensors = {"model.embed_tokens.weight": draw(rng, 40, 32), "model.norm.weight": draw(rng, 32)}
     if not tied:
@@ -37,6 +37,8 @@ def dense_tensors(rng, head_norms=False, biases=False, tied=True):
             tensors[f"{at}self_attn.{name}.weight"] = draw(rng, 8)
         for name, shape in (("gate_proj", (64, 32)), ("up_proj", (64, 32)), ("down_proj", (32, 64))):
             tensors[f"{at}mlp.{name}.weight"] = draw(rng, *shape)
+            if mlp_biases:
+                tensors[f"{at}mlp.{name}.bias"] = draw(rng, shape[0])
         for name in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{at}{name}.weight"] = draw(rng, 32)
     return tensors
@@ -76,6 +78,7 @@ def assert_same(checkpoint, expected):
     [
         ("llama", "llama", {}, rotary),
         ("llama", "llama", {"biases": True, "tied": False}, rotary),
+        ("llama", "llama", {"mlp_biases": True}, rotary),
         ("smollm3", "smollm3", {}, rotary),
         ("qwen2", "qwen2", {"biases": True}, lambda name, array: array),
         ("qwen3", "qwen3", {"head_norms": True, "tied": False}, lambda name, array: array),
@@ -92,6 +95,7 @@ def test_dense_architectures(architecture, model_type, options, change, tmp_path
     assert config["rms_norm_eps"] == 1e-5 and config["rope_theta"] == 500000.0 and config["rope_scaling"] is None
     assert config["num_hidden_layers"] == 2 and config["intermediate_size"] == 64
     assert config.get("attention_bias", True) == options.get("biases", architecture == "qwen2")
+    assert config.get("mlp_bias", False) == options.get("mlp_biases", False)
     if architecture == "smollm3":
         assert config["no_rope_layers"] == [1, 1] and config["no_rope_layer_interval"] == 4
 

@@ -3,12 +3,17 @@ from itertools import takewhile
 
 from lockstep.serve.tool_calls.tools import as_call, written_out
 
+SPOKEN = ("content", "reasoning_content")
+
 
 def adapted(messages, use, abilities):
     """Messages for a template with these Abilities."""
     if not abilities.several_calls:
         messages = one_call_each(messages)
     messages = [_written(message, abilities) for message in messages]
+    if not (abilities.several_users and abilities.several_assistants):
+        messages = [_as_text(message) if _lacks_results(messages, at) else message
+                    for at, message in enumerate(messages)]
     if use.tools and abilities.tools is None:
         messages = _with_instructions(messages, written_out(use))
     return _with_systems(messages, abilities)
@@ -42,11 +47,20 @@ def _written(message, abilities):
     content = message.get("content") or ""
     if message["role"] == "tool" and not abilities.results:
         return dict(role="user", content=f"<tool_response>\n{content}\n</tool_response>")
-    if message.get("tool_calls") and not abilities.calls:
-        calls = [as_call(call["function"]) for call in message["tool_calls"]]
-        kept = {name: value for name, value in message.items() if name != "tool_calls"}
-        return kept | dict(content="\n".join([content, *calls] if content else calls))
-    return message
+    return message if abilities.calls else _as_text(message)
+
+
+def _as_text(message):
+    """A message whose calls are a part of its text."""
+    calls = [as_call(call["function"]) for call in message.get("tool_calls") or ()]
+    kept = {name: value for name, value in message.items() if name != "tool_calls"}
+    return kept | dict(content="\n".join(filter(None, [_text_of(message), *calls]))) if calls else message
+
+
+def _lacks_results(messages, at):
+    """Whether a message has calls that nothing answers, though the conversation goes on: no turn of the tools."""
+    following = messages[at + 1:at + 2]
+    return bool(messages[at].get("tool_calls")) and bool(following) and following[0]["role"] != "tool"
 
 
 def _with_instructions(messages, text):
@@ -55,7 +69,7 @@ def _with_instructions(messages, text):
 
 
 def _with_systems(messages, abilities):
-    """Messages with only such of the system as the template shows, and no more of the user in a row than it takes."""
+    """Messages with only such of the system as the template shows, and with turns where it wants turns."""
     systems = list(takewhile(_is_system, messages))
     others = messages[len(systems):]
     if len(systems) > 1 and not abilities.several_systems:
@@ -65,23 +79,29 @@ def _with_systems(messages, abilities):
     if not abilities.late_systems:
         others = [message | dict(role="user") if _is_system(message) else message for message in others]
     made = list(systems)
+    if others and others[0]["role"] == "assistant" and abilities.opening is not None:
+        made.append(dict(role="user", content=abilities.opening))
     for message in others:
         _add(made, message, abilities)
     return made
 
 
 def _add(made, message, abilities):
-    before = made[-1]["role"] if made and message["role"] == "user" else None
-    if before == "user" and not abilities.several_users:
+    roles = made[-1]["role"] if made else None, message["role"]
+    joins = dict(user=not abilities.several_users, assistant=not abilities.several_assistants)
+    if roles[0] == roles[1] and joins.get(roles[0]):
         made[-1] = _as_one([made[-1], message])
         return
-    if before == "tool" and abilities.after_results is not None:
+    if roles == ("tool", "user") and abilities.after_results is not None:
         made.append(dict(role="assistant", content=abilities.after_results))
     made.append(message)
 
 
 def _as_one(messages):
-    return messages[0] | dict(content="\n\n".join(map(_text_of, messages)))
+    """Messages of one role as one: their texts, and what else the last of them has, such as calls."""
+    texts = {name: "\n\n".join(filter(None, (message.get(name) for message in messages))) for name in SPOKEN
+             if name == "content" or any(message.get(name) for message in messages)}
+    return messages[0] | messages[-1] | texts
 
 
 def _is_system(message):

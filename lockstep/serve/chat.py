@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 
 from lockstep.serve import reasoning, structured
 from lockstep.serve.adapt import adapted
+from lockstep.serve.beside_calls import rendered
 from lockstep.serve.reasoning import PlainParser, ThoughtParser
 from lockstep.serve.structured import Grammars
-from lockstep.serve.template_abilities import CUT, abilities_of, render
+from lockstep.serve.template_abilities import CUT, abilities_of
 from lockstep.serve.tool_calls.events import short_id
 from lockstep.serve.tool_calls.grammar import Lark
 from lockstep.serve.tool_calls.parser import CallParser
@@ -49,7 +50,7 @@ class ChatModel:
         self._tokenizer = tokenizer
         self.grammars = Grammars(tokenizer, eos_ids, vocab_size)
         template = "\n".join(tokenizer.chat_templates.values())
-        self._abilities = abilities_of(tokenizer)
+        self._abilities, self._without_tools = abilities_of(tokenizer), abilities_of(tokenizer, with_tools=False)
         self._style, self._thinks = self._abilities.style, reasoning.thinks(template)
         self._knows_developer = "developer" in template
         added = tokenizer.backend.get_added_tokens_decoder()
@@ -82,12 +83,13 @@ class ChatModel:
             messages = [m | dict(role="system") if m["role"] == "developer" else m for m in messages]
         if self._style.begin == MISTRAL.begin:
             messages = [with_short_ids(message) for message in messages]
-        messages, known = adapted(messages, use, self._abilities), self._abilities.tools
+        abilities = self._abilities if use.tools else self._without_tools
+        messages = adapted(messages, use, abilities)
         if not conversation.continues:
-            return render(self._tokenizer, known, messages, use.tools, add_generation_prompt=asks, **variables)
+            return rendered(self._tokenizer, abilities, messages, use.tools, add_generation_prompt=asks, **variables)
         last = messages[-1]
         marked = [*messages[:-1], last | dict(content=(last["content"] or "") + CUT)]
-        text = render(self._tokenizer, known, marked, use.tools, add_generation_prompt=False, **variables)
+        text = rendered(self._tokenizer, abilities, marked, use.tools, add_generation_prompt=False, **variables)
         return text.partition(CUT)[0]
 
     # ------------------------------------------------------------ what the answer may be

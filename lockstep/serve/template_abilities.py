@@ -22,33 +22,39 @@ PROBE = Tool("probe_place", "Probes a place.", PLACES)
 class Abilities:
     """Each is true if the template shows such messages and false if it drops or refuses them.
 
-    tools: the name of its variable for tools; None if it has none, or teaches calls that we cannot read: then all about
-    tools is written out, in the style of Hermes. style: how calls are written. after_results: the assistant's text that
-    has to stand between a result and a message of the user; None for nothing.
+    opening: the user's text that has to stand before what the assistant says first; None for nothing. tools: the name
+    of its variable for tools; None if it has none, or teaches calls that we cannot read: then all about tools is
+    written out, in the style of Hermes. style: how calls are written. beside_calls: text in a message with calls.
+    after_results: the assistant's text that has to stand between a result and a message of the user; None for nothing.
     """
 
     system: bool
     several_systems: bool
     late_systems: bool
     several_users: bool
+    several_assistants: bool
+    opening: str | None
     tools: str | None = None
     style: Style = HERMES
     calls: bool = False
     several_calls: bool = True
+    beside_calls: bool = True
     results: bool = False
     after_results: str | None = None
 
 
-def abilities_of(tokenizer):
-    """The Abilities of a Tokenizer's chat templates."""
-    probe = _Probe(tokenizer)
+def abilities_of(tokenizer, with_tools=True):
+    """The Abilities of a Tokenizer's chat template for conversations with tools, or of that for those without."""
+    probe = _Probe(tokenizer, with_tools)
     user, last = said("user", AMBER), said("user", CEDAR)
     late = [said("system", AMBER), said("user", "Hello."), said("assistant", BIRCH), said("system", CEDAR)]
     return Abilities(
         system=probe.shows([said("system", BIRCH), user]),
         several_systems=probe.shows([said("system", BIRCH), said("system", CEDAR), user]),
         late_systems=probe.shows([*late, said("user", "Hello.")]),
-        several_users=probe.shows([user, last]), **probe.about_tools(user, last))
+        several_users=probe.shows([user, last]),
+        several_assistants=probe.shows([user, said("assistant", BIRCH), said("assistant", CEDAR)]),
+        opening=probe.first_text("user", [], [said("assistant", BIRCH), last]), **probe.about_tools(user, last))
 
 
 def said(role, text):
@@ -57,16 +63,16 @@ def said(role, text):
 
 
 class _Probe:
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer, with_tools):
         self._tokenizer, self._source = tokenizer, "\n".join(tokenizer.chat_templates.values())
-        self._variable = None
+        self._variable, self._tools = None, [PROBE] if with_tools else []
         found = (name for name in ("tools", "xml_tools") if name in self._source and self._has_variable(name))
         self._variable = next(found, None)
 
     def text(self, messages):
         """What becomes of messages; nothing where they are refused."""
         try:
-            return render(self._tokenizer, self._variable, messages, [PROBE], add_generation_prompt=False)
+            return render(self._tokenizer, self._variable, messages, self._tools, add_generation_prompt=False)
         except ValueError:
             return ""
 
@@ -79,24 +85,27 @@ class _Probe:
         self._variable = name
         return PROBE.name in self.text([said("user", AMBER)])
 
+    def first_text(self, role, before, after):
+        """The shortest text, said in a role, with which what is before and after it can be shown; None for nothing."""
+        tried = ([], [said(role, "")], [said(role, "OK." if role == "assistant" else "Hello.")])
+        found = next((between for between in tried if self.shows([*before, *between, *after])), [])
+        return found[0]["content"] if found else None
+
     def about_tools(self, user, last):
         """The abilities that have to do with tools."""
         call, style = calling(BIRCH), style_of(self._source) or HERMES
         calls = self.shows([user, call])
         read = next((s for s in (style, *STYLES) if self._reads(s, user, call)), None)
-        if self._variable is None or read is None and (calls or style.begin not in self._source):
+        unknown = self._variable is None and self._tools
+        if unknown or read is None and (calls or style.begin not in self._source):
             return {}
         asked = [user, call if calls else said("assistant", BIRCH)]
         both = [user, calling(BIRCH, CEDAR), answering(1, "Yes."), answering(2, "No.")]
         return dict(
             tools=self._variable, style=read or style, calls=calls, several_calls=not calls or self.shows(both),
+            beside_calls=not calls or self.shows([said("user", "Hello."), calling(BIRCH) | dict(content=AMBER)]),
             results=self.shows([*asked, answering(1, CEDAR)]),
-            after_results=self._after_results([*asked, answering(1, "Yes.")], last))
-
-    def _after_results(self, messages, last):
-        tried = ([], [said("assistant", "")], [said("assistant", "OK.")])
-        found = next((between for between in tried if self.shows([*messages, *between, last])), [])
-        return found[0]["content"] if found else None
+            after_results=self.first_text("assistant", [*asked, answering(1, "Yes.")], [last]))
 
     def _reads(self, style, user, call):
         """Whether a style reads what the template makes of a call."""

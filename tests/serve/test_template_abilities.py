@@ -1,9 +1,10 @@
 """Conversations for templates that drop or refuse what their authors did not think of, as real ones do."""
 import re
+from dataclasses import replace
 
 import pytest
 
-from lockstep.serve.chat import Conversation
+from lockstep.serve.chat import ChatModel, Conversation
 from lockstep.serve.tool_calls.styles import HERMES, LLAMA, MISTRAL, MISTRAL_NAMED, XML
 from lockstep.serve.tool_calls.tools import Tool, ToolUse
 from tests.serve.test_chat_model import allowed, model
@@ -55,8 +56,14 @@ NO_SYSTEM = """{% for m in messages %}{% if (m.role == 'user') != (loop.index0 %
 {{- raise_exception('no turns') }}{% endif %}<{{ m.role }}>{{ m.content }}{% endfor %}""" + END
 LAST_SYSTEM = """{% set ns = namespace(s='') %}{% for m in messages if m.role == 'system' %}{% set ns.s = m.content %}
 {%- endfor %}{{ ns.s }}{% for m in messages if m.role != 'system' %}<{{ m.role }}>{{ m.content }}{% endfor %}""" + END
+# as Llama 2's: what the system says is a part of the first message, which has to be the user's and cannot be empty
+IN_FIRST_USER = """{% if messages[0].role == 'system' %}{% set rest, system = messages[1:], messages[0].content %}
+{%- else %}{% set rest, system = messages, '' %}{% endif %}{% for m in rest %}
+{%- if (m.role == 'user') != (loop.index0 % 2 == 0) or m.role == 'user' and not m.content %}
+{{- raise_exception('no turns') }}{% endif %}
+{{- '<' + m.role + '>' + (system if loop.first else '') + m.content }}{% endfor %}""" + END
 ALL = dict(FIRST_SYSTEM=FIRST_SYSTEM, OTHER_NAME=OTHER_NAME, ONE_CALL=ONE_CALL, TURNS=TURNS, NAMED=NAMED,
-           UNREADABLE=UNREADABLE, NO_SYSTEM=NO_SYSTEM, LAST_SYSTEM=LAST_SYSTEM)
+           UNREADABLE=UNREADABLE, NO_SYSTEM=NO_SYSTEM, LAST_SYSTEM=LAST_SYSTEM, IN_FIRST_USER=IN_FIRST_USER)
 
 
 def said(role, text):
@@ -79,7 +86,19 @@ CONVERSATIONS = dict(
     users_in_a_row=[said("system", "One."), said("user", "Two."), said("user", "Three.")],
     a_call=[said("system", "One."), said("user", "Two."), calling("Rome"), result("Rome", "Three.")],
     two_calls=[said("user", "One."), calling("Rome", "Oslo"), result("Oslo", "Two."), result("Rome", "Three.")],
-    after_a_result=[said("user", "One."), calling("Rome"), result("Rome", "Two."), said("user", "Three.")])
+    after_a_result=[said("user", "One."), calling("Rome"), result("Rome", "Two."), said("user", "Three.")],
+    assistant_first=[said("assistant", "One."), said("user", "Two.")],
+    assistant_after_the_system=[said("system", "One."), said("assistant", "Two."), said("user", "Three.")],
+    only_the_assistant=[said("assistant", "One.")],
+    assistants_in_a_row=[said("user", "One."), said("assistant", "Two."), said("assistant", "Three."),
+                         said("user", "Four.")],
+    text_beside_calls=[said("user", "One."), calling("Rome", "Oslo") | dict(content="Two {x}."),
+                       result("Rome", "Three."), result("Oslo", "Four."),
+                       calling("Bonn") | dict(content="Five."), result("Bonn", "Six."),
+                       said("assistant", "Seven."), said("user", "Eight.")],
+    text_before_a_call=[said("user", "One."), said("assistant", "Two."), calling("Rome"), result("Rome", "Three.")],
+    unanswered_call=[said("user", "One."), calling("Rome") | dict(content="Two."), said("user", "Three.")],
+    unanswered_call_and_text=[said("user", "One."), calling("Rome"), said("assistant", "Two."), said("user", "Three.")])
 
 
 @pytest.mark.parametrize("with_tools", [True, False])
@@ -92,6 +111,48 @@ def test_nothing_that_was_said_is_dropped_or_refused(template, conversation, wit
     for message in messages:
         assert message["content"] in prompt
         assert all(call["function"]["arguments"]["name"] in prompt for call in message.get("tool_calls", ()))
+
+
+@pytest.mark.parametrize("template", ALL)
+def test_what_was_said_stays_in_its_order(template):
+    prompt = model(ALL[template])[1].prompt(Conversation(CONVERSATIONS["text_beside_calls"], USE))
+    places = [prompt.index(text) for text in ("One.", "Two {x}.", "Three.", "Five.", "Six.", "Seven.", "Eight.")]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize("template, expected", [
+    (ONE_CALL, '<assistant>Well.\n{"name": "find", "parameters": {"name": "Rome"}}<tool>'),
+    (TURNS, 'Well.\n[TOOL_CALLS][{"name": "find", "arguments": {"name": "Rome"}, "id": "'),
+    (NAMED, "Well.\n[TOOL_CALLS]find[CALL_ID]"),
+    (FIRST_SYSTEM, "Well.\n<tool_call>\n<function=find>\n<parameter=name>\nRome\n"),
+    (ONE_CALL.replace('"{" + ', "").replace("'{\"name\"", "'<|python_tag|> {\"name\""),
+     '<assistant>Well.\n<|python_tag|> {"name": "find", ')])
+def test_text_beside_a_call_stands_before_it(template, expected):
+    messages = [said("user", "call0of"), calling("Rome") | dict(content="Well."), result("Rome", "Two.")]
+    prompt = model(template)[1].prompt(Conversation(messages, USE))
+    assert expected in prompt and prompt.count("Well.") == 1 and prompt.count("call0of") == 1
+
+
+def test_a_begun_answer_goes_on_after_what_was_said_before_it():
+    messages = [said("user", "One."), said("assistant", "Two."), said("assistant", "Three")]
+    prompt = model(NO_SYSTEM)[1].prompt(Conversation(messages, continues=True))
+    assert prompt == "<user>One.<assistant>Two.\n\nThree"
+
+
+def test_turns_are_only_mended_where_they_have_to_be():
+    messages = [said("assistant", "a"), said("assistant", "b"), said("user", "c")]
+    assert model(LAST_SYSTEM)[1].prompt(Conversation(messages)) == "<assistant>a<assistant>b<user>c<answer>"
+    for template, expected in ((NO_SYSTEM, "<user><assistant>a\n\nb<user>c<answer>"),
+                               (IN_FIRST_USER, "<user>Hello.<assistant>a\n\nb<user>c<answer>")):
+        assert model(template)[1].prompt(Conversation(messages)) == expected
+
+
+def test_each_of_two_named_templates_gets_what_it_can_say():
+    tokenizer, _ = model(NO_SYSTEM)
+    chat = ChatModel(replace(tokenizer, chat_templates=dict(default=NO_SYSTEM, tool_use=FIRST_SYSTEM)), {0}, 100)
+    messages = [said("system", "a"), said("user", "b")]
+    assert chat.prompt(Conversation(messages)) == "<user>a\n\nb<answer>"
+    assert chat.prompt(Conversation(messages, USE)).endswith("<system>a<user>b<answer>")
 
 
 def test_several_calls_become_pairs_of_a_call_and_its_result():

@@ -1,5 +1,6 @@
 """Small tokenizers of both common kinds, as Hugging Face folders and as GGUF metadata."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -18,6 +19,11 @@ SPECIAL = ["<|end|>", "<|begin|>"]
 
 def byte_level(pattern: str | None = None, size: int = 500, nfc: bool = False) -> Tokenizer:
     """A GPT-2 style tokenizer trained on TEXT; `pattern` splits words, None is GPT-2's own way."""
+    return Tokenizer.from_str(_trained(pattern, size, nfc))
+
+
+@functools.cache
+def _trained(pattern: str | None, size: int, nfc: bool) -> str:
     tokenizer = Tokenizer(models.BPE())
     shown = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
     splits = [] if pattern is None else [pre_tokenizers.Split(Regex(pattern), "isolated")]
@@ -31,7 +37,7 @@ def byte_level(pattern: str | None = None, size: int = 500, nfc: bool = False) -
     )
     tokenizer.train_from_iterator(TEXT * 3, trainer)
     tokenizer.add_tokens([AddedToken("<tool call>", special=False, normalized=False)])
-    return tokenizer
+    return tokenizer.to_str()
 
 
 def byte_fallback() -> Tokenizer:

@@ -1,0 +1,46 @@
+"""What the assistant said beside its calls, for chat templates that show only the calls.
+
+A model writes such text before its calls, in the same turn, so that is where it is put into the rendered prompt.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import count
+
+from lockstep.serve.template_abilities import Abilities, render
+from lockstep.serve.tool_calls.styles import Style
+from lockstep.serve.tool_calls.tools import Tool
+
+
+def rendered(tokenizer, abilities: Abilities, messages: Sequence[Mapping], tools: Sequence[Tool], **variables) -> str:
+    """The text of a prompt; see `render`. Nothing that was said beside calls is missing."""
+    beside = {} if abilities.beside_calls else {
+        number: message["content"] for number, message in enumerate(messages)
+        if message.get("tool_calls") and message.get("content")}
+    if not beside:
+        return render(tokenizer, abilities.tools, messages, tools, **variables)
+    said = repr(messages)
+    mark = next(made for n in count() if (made := f"call{n}of") not in said)
+    marked = [_marked(message, f"{mark}{number}_") if number in beside else message
+              for number, message in enumerate(messages)]
+    text = render(tokenizer, abilities.tools, marked, tools, **variables)
+    for number, content in beside.items():
+        text = _with_text(text, f"{mark}{number}_", content, abilities.style)
+    return text
+
+
+def _marked(message: Mapping, mark: str) -> dict:
+    """A message whose first call is of a function of a name that begins with a mark."""
+    first, *others = message["tool_calls"]
+    function = first["function"] | {"name": mark + first["function"]["name"]}
+    return {**message, "tool_calls": [first | {"function": function}, *others]}
+
+
+def _with_text(text: str, mark: str, content: str, style: Style) -> str:
+    """A prompt without the mark, and with `content` before the call that has it; unchanged if no call has it."""
+    before, found, after = text.partition(mark)
+    if not found:
+        return text
+    begin = max(before.rfind(each) for each in (style.begin, style.first) if each is not None)
+    if style.first is not None and before[:begin].rstrip().endswith(style.begin):
+        begin = before.rindex(style.begin)
+    return f"{before[:begin]}{content}\n{before[begin:]}{after.replace(mark, '')}"

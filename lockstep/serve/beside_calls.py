@@ -3,19 +3,38 @@
 A model writes such text before its calls, in the same turn, so that is where it is put into the rendered prompt.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 
-from lockstep.serve.template_abilities import Abilities, render
+from lockstep.serve.adapt import adapted
+from lockstep.serve.chat_template import check_messages
+from lockstep.serve.template_abilities import Abilities, abilities_of, render
 from lockstep.serve.tool_calls.styles import Style
-from lockstep.serve.tool_calls.tools import Tool
+from lockstep.serve.tool_calls.tools import Tool, ToolUse
+
+
+def prompts_without_tools(tokenizer) -> Callable[..., str]:
+    """What turns messages, and variables of the chat template, into the text of a prompt; found out once for a model.
+
+    Messages whose content is no text, as some templates know them, are given to the template as they are.
+    """
+    abilities = abilities_of(tokenizer, with_tools=False)
+
+    def prompt(messages: Sequence[Mapping], **variables) -> str:
+        check_messages(messages)
+        plain = [dict(message) for message in messages]
+        if all(isinstance(message.get("content"), (str, type(None))) for message in plain):
+            plain = adapted(plain, ToolUse(), abilities)
+        return rendered(tokenizer, abilities, plain, (), **variables)
+
+    return prompt
 
 
 def rendered(tokenizer, abilities: Abilities, messages: Sequence[Mapping], tools: Sequence[Tool], **variables) -> str:
     """The text of a prompt; see `render`. Nothing that was said beside calls is missing."""
     beside = {} if abilities.beside_calls else {
         number: message["content"] for number, message in enumerate(messages)
-        if message.get("tool_calls") and message.get("content")}
+        if message.get("tool_calls") and isinstance(message.get("content"), str) and message["content"]}
     if not beside:
         return render(tokenizer, abilities.tools, messages, tools, **variables)
     said = repr(messages)

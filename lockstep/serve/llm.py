@@ -118,9 +118,21 @@ class LLM:
         """Token ids of a prompt: a string, or ids as they are."""
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else token_list(prompt)
 
-    def chat_prompt(self, messages, **options):
-        """Token ids of a conversation in the checkpoint's chat format. ValueError if it has none."""
-        return self.tokenizer.encode_chat(messages, **options)
+    def chat_prompt(self, messages, tools=None, **options):
+        """Token ids of a conversation in the checkpoint's chat format. ValueError if it has none, or refuses.
+
+        What the chat template cannot say is put otherwise (serve/adapt.py), unless there are tools: then it gets all as
+        it is.
+        """
+        if tools is not None:
+            return self.tokenizer.encode_chat(messages, tools, **options)
+        return self.tokenizer.encode(self._without_tools(messages, **options), add_special_tokens=False)
+
+    @functools.cached_property
+    def _without_tools(self):
+        from lockstep.serve.beside_calls import prompts_without_tools  # grammars take a while to import
+
+        return prompts_without_tools(self.tokenizer)
 
     def default_params(self, **fields) -> SamplingParams:
         """SamplingParams as the model's makers want them; fields that are given come first.

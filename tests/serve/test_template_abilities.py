@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from lockstep.serve.beside_calls import prompts_without_tools
 from lockstep.serve.chat import ChatModel, Conversation
 from lockstep.serve.tool_calls.styles import HERMES, LLAMA, MISTRAL, MISTRAL_NAMED, XML
 from lockstep.serve.tool_calls.tools import Tool, ToolUse
@@ -145,6 +146,21 @@ def test_turns_are_only_mended_where_they_have_to_be():
     for template, expected in ((NO_SYSTEM, "<user><assistant>a\n\nb<user>c<answer>"),
                                (IN_FIRST_USER, "<user>Hello.<assistant>a\n\nb<user>c<answer>")):
         assert model(template)[1].prompt(Conversation(messages)) == expected
+
+
+def test_conversations_from_python_are_put_so_too():
+    tokenizer, chat = model(NO_SYSTEM)
+    prompt = prompts_without_tools(tokenizer)
+    messages = [said("system", "a"), said("user", "b")]
+    assert prompt(messages) == "<user>a\n\nb<answer>"
+    assert prompt(messages, add_generation_prompt=False) == "<user>a\n\nb"
+    parts = [said("user", [dict(type="text", text="a")])]
+    assert "'text': 'a'" in prompts_without_tools(model(LAST_SYSTEM)[0])(parts)
+    for wrong, message in (("a", "must be a list"), ([dict(content="a")], "message 0 must be an object with a role")):
+        with pytest.raises(ValueError, match=message):
+            prompt(wrong)
+    with pytest.raises(ValueError, match="no chat template"):
+        prompts_without_tools(replace(tokenizer, chat_templates={}))(messages)
 
 
 def test_each_of_two_named_templates_gets_what_it_can_say():

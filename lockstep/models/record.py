@@ -17,7 +17,8 @@ CHOICES = ("auto", "f32", "bf16", "q8_0", "q4_0")
 NOT_TEXT = ("mtp.", "model.visual.", "visual.", "model.vision_tower.", "vision_tower.")
 
 
-EXPERT_FORMATS = ("f32", "f16", "bf16", "q8_0", "q4_0")  # experts in other formats become q8_0 when they are packed
+# experts in other formats become q8_0 when they are packed
+EXPERT_FORMATS = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q5_k")
 
 
 def expert_rows(format, width):

@@ -15,7 +15,8 @@ import numpy as np
 from numba import carray, float32, int32
 
 from lockstep.ops.activations import NATIVE_BF16, quantize_row, quantized_row, row_bytes
-from lockstep.ops.linear import (bf16_rows, dot_bf16, dot_f32, dot_q8, f32_rows, q4_0_rows, q8_0_rows)
+from lockstep.ops.linear import (bf16_rows, dot_bf16, dot_f32, dot_q4_1, dot_q4_k, dot_q8, f32_rows, q4_0_rows,
+                                 q4_1_rows, q5_0_rows, q5_1_rows, q5_k_rows, q8_0_rows)
 from lockstep.ops.math import silu
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import definition, inlined, kernel
@@ -165,6 +166,33 @@ def _linear_q8(op, step, thread, num_threads):
                 poke(word(op, 0) + 4 * (N * s + n), dot_q8(a, a_scale, codes, scale))
 
 
+@kernel
+def _linear_q4_1(op, step, thread, num_threads):
+    """Op row: out, x, expert_start, codes [E N, K], d [E N, K / 32], m [E N, K / 32], K, N, E."""
+    K, N, E = word(op, 6), word(op, 7), word(op, 8)
+    for e in range(E if thread == 0 else 0):
+        for s in range(pair_at(word(op, 2), e), pair_at(word(op, 2), e + 1)):
+            a, a_scale = quantized_row(word(op, 1) + row_bytes(K) * s, K)
+            for n in range(e * N, e * N + N):
+                codes = carray(byte_array(word(op, 3) + K * n), (K,))
+                d, m = _floats(word(op, 4) + K // 8 * n, K // 32), _floats(word(op, 5) + K // 8 * n, K // 32)
+                poke(word(op, 0) + 4 * (N * s + n - e * N), dot_q4_1(a, a_scale, codes, d, m))
+
+
+@kernel
+def _linear_q5_k(op, step, thread, num_threads):
+    """Op row: out, x, expert_start, codes [E N, K], d, dmin [E N, K / 256], sc, m [E N, K / 32], K, N, E."""
+    K, N, E = word(op, 8), word(op, 9), word(op, 10)
+    for e in range(E if thread == 0 else 0):
+        for s in range(pair_at(word(op, 2), e), pair_at(word(op, 2), e + 1)):
+            a, a_scale = quantized_row(word(op, 1) + row_bytes(K) * s, K)
+            for n in range(e * N, e * N + N):
+                codes = carray(byte_array(word(op, 3) + K * n), (K,))
+                d, dmin = _floats(word(op, 4) + K // 64 * n, K // 256), _floats(word(op, 5) + K // 64 * n, K // 256)
+                sc, m = _floats(word(op, 6) + K // 8 * n, K // 32), _floats(word(op, 7) + K // 8 * n, K // 32)
+                poke(word(op, 0) + 4 * (N * s + n - e * N), dot_q4_k(a, a_scale, codes, d, dmin, sc, m))
+
+
 REFERENCE = {
     "expert_rows_f32": Implementation(_rows_f32), "expert_rows_bf16": Implementation(_rows_bf16),
     "expert_rows_q8": Implementation(_rows_q8), "expert_gated_f32": Implementation(_gated_f32),
@@ -175,4 +203,8 @@ REFERENCE = {
     "expert_linear_bf16": Implementation(_linear_bf16, ("bf16 rows", bf16_rows)),
     "expert_linear_q8_0": Implementation(_linear_q8, ("q8_0 rows", q8_0_rows)),
     "expert_linear_q4_0": Implementation(_linear_q8, ("q4_0 rows", q4_0_rows)),
+    "expert_linear_q4_1": Implementation(_linear_q4_1, ("q4_1 rows", q4_1_rows)),
+    "expert_linear_q5_0": Implementation(_linear_q8, ("q5_0 rows", q5_0_rows)),
+    "expert_linear_q5_1": Implementation(_linear_q4_1, ("q5_1 rows", q5_1_rows)),
+    "expert_linear_q5_k": Implementation(_linear_q5_k, ("q5_k rows", q5_k_rows)),
 }

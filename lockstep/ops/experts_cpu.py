@@ -16,8 +16,13 @@ from lockstep.runtime.kernel import inlined, kernel
 from lockstep.runtime.machine import fetch_add
 from lockstep.runtime.simd import load, peek, store
 from lockstep.runtime.step import COUNTER, num_rows, word
-from lockstep.runtime.tiles_linear import BF16_TILE, F16_TILE, F32_TILE, Q4_0_TILE, Q8_0_TILE
+from lockstep.runtime.tiles_dots import Q4_1_BYTES, Q5_0_BYTES, Q5_1_BYTES
+from lockstep.runtime.tiles_k import Q5_K_BYTES
+from lockstep.runtime.tiles_linear import (BF16_TILE, F16_TILE, F32_TILE, Q4_0_TILE, Q4_1_TILE, Q5_0_TILE, Q5_1_TILE,
+                                           Q5_K_TILE, Q8_0_TILE)
 from lockstep.weights.pack import pack_bf16, pack_f16, pack_f32, pack_q4_0, pack_q8_0
+from lockstep.weights.pack_k import pack_q5_k
+from lockstep.weights.pack_q5 import pack_q4_1, pack_q5_0, pack_q5_1
 
 CLAIM = 8  # panels that a thread takes at a time
 
@@ -135,6 +140,30 @@ def linear_q4_0(op, step, thread, num_threads):
     drive(op, step, Q4_0_TILE, 5, word(op, 3), 8 * word(op, 5), word(op, 4), q8_row_bytes(word(op, 5)))
 
 
+@kernel
+def linear_q4_1(op, step, thread, num_threads):
+    panel, row = word(op, 4) // 32 * Q4_1_BYTES, q8_row_bytes(word(op, 4))
+    drive(op, step, Q4_1_TILE, 4, word(op, 3), panel, 0, row)
+
+
+@kernel
+def linear_q5_0(op, step, thread, num_threads):
+    panel, row = word(op, 5) // 32 * Q5_0_BYTES, q8_row_bytes(word(op, 5))
+    drive(op, step, Q5_0_TILE, 5, word(op, 3), panel, word(op, 4), row)
+
+
+@kernel
+def linear_q5_1(op, step, thread, num_threads):
+    panel, row = word(op, 4) // 32 * Q5_1_BYTES, q8_row_bytes(word(op, 4))
+    drive(op, step, Q5_1_TILE, 4, word(op, 3), panel, 0, row)
+
+
+@kernel
+def linear_q5_k(op, step, thread, num_threads):
+    panel, row = word(op, 4) // 256 * Q5_K_BYTES, q8_row_bytes(word(op, 4))
+    drive(op, step, Q5_K_TILE, 4, word(op, 3), panel, 0, row)
+
+
 CPU = {
     "expert_rows_f32": Implementation(rows_f32), "expert_rows_bf16": Implementation(rows_bf16),
     "expert_rows_q8": Implementation(rows_q8), "expert_gated_f32": Implementation(gated_f32),
@@ -145,4 +174,8 @@ CPU = {
     "expert_linear_bf16": Implementation(linear_bf16, ("bf16 panels", pack_bf16), flushes=True),
     "expert_linear_q8_0": Implementation(linear_q8_0, ("q8_0 panels", pack_q8_0)),
     "expert_linear_q4_0": Implementation(linear_q4_0, ("q4_0 panels", pack_q4_0)),
+    "expert_linear_q4_1": Implementation(linear_q4_1, ("q4_1 panels", pack_q4_1)),
+    "expert_linear_q5_0": Implementation(linear_q5_0, ("q5_0 panels", pack_q5_0)),
+    "expert_linear_q5_1": Implementation(linear_q5_1, ("q5_1 panels", pack_q5_1)),
+    "expert_linear_q5_k": Implementation(linear_q5_k, ("q5_k panels", pack_q5_k)),
 }

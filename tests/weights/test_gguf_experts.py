@@ -82,7 +82,8 @@ def expert_weights(program):
 
 
 @pytest.mark.parametrize("formats", [("f32",) * 3, ("f16",) * 3, ("bf16",) * 3, ("q8_0",) * 3, ("q4_0",) * 3,
-                                     ("q4_k", "q4_k", "q6_k"), ("q6_k", "q4_k", "q8_0"), ("q4_0", "f16", "q6_k")],
+                                     ("q4_k", "q4_k", "q6_k"), ("q6_k", "q4_k", "q8_0"), ("q4_0", "f16", "q6_k"),
+                                     ("q5_k", "q5_k", "q5_1"), ("q5_0", "q5_0", "q4_1")],
                          ids="-".join)  # fmt: skip
 def test_fused_experts_are_the_experts_one_by_one(formats, tmp_path):
     fused, unfused = fused_and_not(tmp_path, formats)
@@ -105,7 +106,7 @@ def test_the_usual_q4_k_m_experts_are_multiplied_as_q8_0(tmp_path):
 
 
 def test_experts_of_the_formats_that_kernels_take_stay_as_they_are(tmp_path):
-    for format in ("f16", "bf16", "q8_0", "q4_0"):
+    for format in ("f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q5_k"):
         fused, _ = fused_and_not(tmp_path, (format,) * 3)
         assert {w.format for w in expert_weights(load(fused, "auto").recorded)} == {format}
         assert np.isfinite(logits_of(load(fused, "auto"), tiny.prompt(CONFIG, 9))).all()

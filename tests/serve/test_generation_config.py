@@ -13,10 +13,13 @@ from lockstep.commands.conversation import Conversation
 from lockstep.commands.serve import notes
 from lockstep.serve.generation_config import described, for_talking, sampling_defaults
 from lockstep.serve.hub import resolve_model
+from lockstep.weights import gguf
 from tests.serve.http.server import SIZES, running
 from tests.test_cli import Output
+from tests.weights.files import gguf_bytes, write
 
 VOCABULARY = 100
+INT32, FLOAT32, STRING = 5, 6, 8  # types of a GGUF file's keys
 QWEN = dict(do_sample=True, temperature=0.6, top_k=20, top_p=0.95, repetition_penalty=1.05, eos_token_id=[1],
             transformers_version="5.0")
 
@@ -49,6 +52,17 @@ def test_a_gguf_file_says_the_same_as_the_folder_it_was_made_of(caplog):
                    xtc_probability=0.0, mirostat=0, mirostat_tau=5.0)
     assert made == of_folder(**QWEN) and not caplog.records
     assert of_gguf(temp=0, penalty_repeat=1.5, penalty_last_n=0) == dict(temperature=0)
+
+
+def test_the_keys_of_a_file(tmp_path, caplog):
+    keys = dict(temp=(FLOAT32, 0.6), top_k=(INT32, 20), top_p=(FLOAT32, 0.95), min_p=(FLOAT32, 0.01),
+                penalty_repeat=(FLOAT32, 1.05), sequence=(STRING, "k;p;t"), xtc_probability=(FLOAT32, 0.1))
+    content = gguf_bytes({f"general.sampling.{name}": value for name, value in keys.items()}, {})
+    metadata = gguf.open_file(write(tmp_path / "m.gguf", content)).metadata
+    assert sampling_defaults("auto", {}, metadata, VOCABULARY) \
+        == dict(temperature=0.6, top_k=20, top_p=0.95, min_p=0.01, repetition_penalty=1.05)
+    assert [record.getMessage().split(": ")[1] for record in caplog.records] \
+        == ["xtc_probability 0.1 is not supported; ignored", "sequence 'k;p;t' is not supported; ignored"]
 
 
 def test_without_sampling_the_most_probable_token_is_taken():

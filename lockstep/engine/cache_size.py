@@ -7,6 +7,7 @@ import numpy as np
 
 from lockstep.ops.kv_cache import PAGE_TOKENS
 from lockstep.ops.rope import MAX_POSITIONS
+from lockstep.runtime.program import Weight
 from lockstep.weights.tensor import stored_shape
 
 SHARE = 2  # one half of the memory that is free beside the weights may become KV cache
@@ -70,8 +71,9 @@ def _cache_bytes(model, options):
 
 
 def weight_bytes(program):
-    """Bytes of a program's weights, packed as their formats are stored."""
-    sizes = [stored_shape(weight.format, tuple(weight.shape)) for weight in program.weights()]
+    """Bytes of a program's weights in memory. A table of embeddings is there beside the head that is made of it."""
+    weights = {(op.kind == "embed", w.name): w for op in program.ops for w in op.inputs if isinstance(w, Weight)}
+    sizes = [stored_shape(weight.format, tuple(weight.shape)) for weight in weights.values()]
     return sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in sizes)
 
 

@@ -3,6 +3,7 @@ import dataclasses
 
 import pytest
 
+from lockstep.describe import memory as memory_of
 from lockstep.engine import cache_size
 from lockstep.engine.cache_size import ContextSize, context_size, num_pages, weight_bytes
 from lockstep.engine.engine import Engine, EngineOptions
@@ -11,7 +12,7 @@ from lockstep.engine.request import SamplingParams
 from lockstep.runtime.executor import WeightStore
 from lockstep.weights.checkpoint import open_checkpoint
 from tests.models import tiny
-from tests.models.cases import case, hybrid
+from tests.models.cases import CASES, case, hybrid
 from tests.models.running import load
 
 MANY = 1 << 17
@@ -82,6 +83,16 @@ def test_a_smaller_cache_holds_more(kv_dtype, folders, memory):
     memory(weight_bytes(model.recorded) + 200 * page_bytes(loaded(folders["qwen3"])))
     expected = {"f32": 100, "bf16": 200, "q8": 100 * 128 // 34}[kv_dtype]  # q8: 32 numbers and a scale of 2 bytes
     assert context_size(model, EngineOptions()).num_tokens == 64 * expected
+
+
+@pytest.mark.parametrize("weights", ["auto", "f32", "bf16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3_moe"])  # of qwen2 the head is the table
+def test_weights_are_counted_as_they_are_in_memory(name, weights, tmp_path):
+    config = CASES[name]
+    program = load(tiny.write(tmp_path / "m", config, tiny.tensors(config, 1)), weights).recorded
+    shown = memory_of(program)
+    taken = shown["packed_weights"] + shown["embedding"] + shown["constants"]
+    assert abs(weight_bytes(program) - taken) <= 0.03 * taken  # panels are padded
 
 
 # ------------------------------------------------------------ nothing is touched, no bit changes

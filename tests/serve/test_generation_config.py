@@ -194,6 +194,14 @@ def test_what_a_request_says_comes_first_field_by_field(server, llm):
     assert greedy == llm.generate([PROMPT], SamplingParams(max_tokens=24))[0].text
 
 
+@pytest.mark.parametrize("ids, says", [
+    ([5] * 1025, "suppress_tokens: expected at most 1024, got 1025"), (5, "suppress_tokens: expected a list"),
+    ([1 << 20], "suppress_tokens: token ids must be 0 to"), ([-1], "suppress_tokens[0]: expected")], ids=str)
+def test_suppressed_tokens_of_a_request_are_checked(server, ids, says):
+    answer = httpx.post(f"{server.url}/v1/completions", json=dict(prompt=PROMPT, suppress_tokens=ids), timeout=60)
+    assert answer.status_code == 400 and answer.json()["error"]["message"].startswith(says)
+
+
 def test_they_can_be_left_out(folder):
     made = LLM(str(folder), generation_config="none", **SIZES)
     assert made.sampling_defaults == {} and made.default_params() == SamplingParams(temperature=1.0)

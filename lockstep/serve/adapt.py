@@ -1,7 +1,7 @@
 """Conversations put so that a chat template says all of them, whatever it can say: see template_abilities.py."""
 from itertools import takewhile
 
-from lockstep.serve.tool_calls.tools import as_call, written_out
+from lockstep.serve.tool_calls.tools import HOW_TO_CALL, as_call, written_out
 
 SPOKEN = ("content", "reasoning_content")
 
@@ -14,8 +14,8 @@ def adapted(messages, use, abilities):
     if not (abilities.several_users and abilities.several_assistants):
         messages = [_as_text(message) if _lacks_results(messages, at) else message
                     for at, message in enumerate(messages)]
-    if use.tools and abilities.tools is None:
-        messages = _with_instructions(messages, written_out(use))
+    if use.tools and not abilities.teaches:
+        messages = _with_instructions(messages, written_out(use) if abilities.tools is None else HOW_TO_CALL)
     return _with_systems(messages, abilities)
 
 

@@ -13,7 +13,7 @@ from lockstep.models.config import end_ids, text_config
 from lockstep.serve.generation_config import sampling_defaults
 from lockstep.serve.hub import resolve_model
 from lockstep.serve.pooling import default_pooling
-from lockstep.serve.tokenizer import Tokenizer, answer_reader, find_tokenizer, has_tokenizer
+from lockstep.serve.tokenizer import Tokenizer, answer_reader, check_can_chat, find_tokenizer, has_tokenizer
 from lockstep.weights.checkpoint import open_checkpoint
 from lockstep.weights.store import PackedStore
 
@@ -81,9 +81,8 @@ class LLM:
                  cache_dir=None, cache_dir_bytes=8 << 30, needs_chat=False, generation_config="auto"):
         self.path = resolve_model(model)
         self._checkpoint = checkpoint = open_checkpoint(self.path)
-        if needs_chat and not (self.has_tokenizer and self.tokenizer.has_chat_template):
-            raise ValueError(f"{model or 'the bundled model'}: has no chat template, so it can only continue text "
-                             f"(lockstep generate); pass a chat model, such as Qwen/Qwen3-0.6B")
+        if needs_chat:
+            check_can_chat(self.tokenizer if self.has_tokenizer else None, model or "the bundled model")
         loaded = load_model(checkpoint, PackedStore(checkpoint, progress), weights, kv_dtype, max_context)
         options = EngineOptions(max_step_tokens, max_requests, kv_tokens, threads, prefix_cache, cache_dir=cache_dir,
                                 cache_dir_bytes=cache_dir_bytes)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from os.path import commonprefix
 
 from lockstep.serve.chat_template import CUT
+from lockstep.serve.tokenizer import TOOL_TEMPLATE
 from lockstep.serve.tool_calls.events import Arguments, CallStart, partial
 from lockstep.serve.tool_calls.parser import CallParser
 from lockstep.serve.tool_calls.styles import HERMES, STYLES, Style, style_of
@@ -24,8 +25,9 @@ class Abilities:
 
     opening: the user's text that has to stand before what the assistant says first; None for nothing. tools: the name
     of its variable for tools; None if it has none, or teaches calls that we cannot read: then all about tools is
-    written out, in the style of Hermes. style: how calls are written. beside_calls: text in a message with calls.
-    after_results: the assistant's text that has to stand between a result and a message of the user; None for nothing.
+    written out, in the style of Hermes. teaches: it shows how to call. style: how calls are written. beside_calls:
+    text in a message with calls. after_results: the assistant's text that has to stand between a result and a message
+    of the user; None for nothing.
     """
 
     system: bool
@@ -35,6 +37,7 @@ class Abilities:
     several_assistants: bool
     opening: str | None
     tools: str | None = None
+    teaches: bool = False
     style: Style = HERMES
     calls: bool = False
     several_calls: bool = True
@@ -96,13 +99,16 @@ class _Probe:
         call, style = calling(BIRCH), style_of(self._source) or HERMES
         calls = self.shows([user, call])
         read = next((s for s in (style, *STYLES) if self._reads(s, user, call)), None)
-        unknown = self._variable is None and self._tools
-        if unknown or read is None and (calls or style.begin not in self._source):
+        teaches = read is not None or not calls and style.begin in self._source
+        # a template for tools by its name is right for them even if it does not teach anything
+        is_meant = TOOL_TEMPLATE in self._tokenizer.chat_templates and not calls
+        if self._variable is None and self._tools or not (teaches or is_meant):
             return {}
         asked = [user, call if calls else said("assistant", BIRCH)]
         both = [user, calling(BIRCH, CEDAR), answering(1, "Yes."), answering(2, "No.")]
         return dict(
-            tools=self._variable, style=read or style, calls=calls, several_calls=not calls or self.shows(both),
+            tools=self._variable, teaches=teaches, style=read or style if teaches else HERMES, calls=calls,
+            several_calls=not calls or self.shows(both),
             beside_calls=not calls or self.shows([said("user", "Hello."), calling(BIRCH) | dict(content=AMBER)]),
             results=self.shows([*asked, answering(1, CEDAR)]),
             after_results=self.first_text("assistant", [*asked, answering(1, "Yes.")], [last]))

@@ -26,13 +26,15 @@ from lockstep.serve.folder_tokenizer import (
 if TYPE_CHECKING:
     from lockstep.engine.request import Request
 
+TOOL_TEMPLATE = "tool_use"  # the name of a model's second chat template, for conversations with tools
+
 
 @dataclass(frozen=True)
 class Tokenizer:
     """A model's tokenizer.
 
     `eos_ids` end a generation, `bos_id` is None where the tokenizer has none, `special_tokens` maps names such
-    as "eos_token" to text, `chat_templates` holds templates by name ("default", sometimes "tool_use"), none of them
+    as "eos_token" to text, `chat_templates` holds templates by name ("default", sometimes TOOL_TEMPLATE), none of them
     empty. `only_decodes` is why texts cannot be encoded, or None if they can.
     """
 
@@ -94,7 +96,7 @@ class Tokenizer:
         """The compiled template for conversations with or without tools. Raises ValueError if there is none."""
         if not self.chat_templates:
             raise ValueError("this model has no chat template: it continues text, use generate or pass a template")
-        wanted = "tool_use" if with_tools and "tool_use" in self.chat_templates else "default"
+        wanted = TOOL_TEMPLATE if with_tools and TOOL_TEMPLATE in self.chat_templates else "default"
         name = wanted if wanted in self.chat_templates else next(iter(self.chat_templates))
         if name not in self._compiled:
             self._compiled[name] = ChatTemplate(self.chat_templates[name])
@@ -201,6 +203,15 @@ def answer_reader(tokenizer: Tokenizer, request: "Request") -> Detokenizer:
     skipped = tokenizer.special_ids if params.skip_special_tokens else frozenset()
     has_text = any(tokenizer.token_bytes(i) for i in request.prompt_ids if i not in skipped)
     return Detokenizer(tokenizer, params.skip_special_tokens, not has_text and params.logits_mask is None)
+
+
+def check_can_chat(tokenizer: Tokenizer | None, name: str) -> None:
+    """Raise ValueError unless the model, called `name`, can be given conversations."""
+    if tokenizer is not None and tokenizer.only_decodes is not None:
+        raise ValueError(f"{name}: {tokenizer.only_decodes}")
+    if tokenizer is None or not tokenizer.chat_templates:
+        raise ValueError(f"{name}: has no chat template, so it can only continue text (lockstep generate); pass a chat "
+                         f"model, such as Qwen/Qwen3-0.6B")
 
 
 def check_text(text: str) -> None:

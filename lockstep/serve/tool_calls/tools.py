@@ -72,12 +72,17 @@ class ToolUse:
         return [tool for tool in self.tools if self.allowed is None or tool.name in self.allowed]
 
 
+# Instructions for models whose chat template shows tools, and teaches no way to call them: Hermes' style.
+HOW_TO_CALL = """To call one, write its name and arguments as JSON:
+<tool_call>
+{"name": NAME, "arguments": {...}}
+</tool_call>"""
+
+
 def written_out(use):
     """Instructions for models whose chat template knows no tools; calls are then written in Hermes' style."""
     listed = "\n".join(as_line(tool) for tool in use.tools)
-    return (f"You can call functions. These are their signatures:\n<tools>\n{listed}\n</tools>\n"
-            "To call one, write its name and arguments as JSON:\n"
-            '<tool_call>\n{"name": NAME, "arguments": {...}}\n</tool_call>')
+    return f"You can call functions. These are their signatures:\n<tools>\n{listed}\n</tools>\n{HOW_TO_CALL}"
 
 
 def as_line(tool):

@@ -64,14 +64,14 @@ def command(
     llm.close()
 
 
-def first_settings(defaults, asked):
+def first_settings(defaults: dict, asked: dict) -> dict:
     """What `/set` shows at the start: options that were given, before the model's defaults."""
     from lockstep.serve.generation_config import for_talking
 
     return for_talking(defaults) | asked
 
 
-def first_line(llm, settings):
+def first_line(llm, settings: dict) -> str:
     """What is said before the first message: the context, and how answers are sampled."""
     from lockstep.serve.generation_config import described
 

@@ -32,7 +32,7 @@ def parse_swaps(swaps):
     return {kind: backend for kind, _, backend in pairs}
 
 
-def context_words(llm):
+def context_words(llm) -> tuple[str, str | None]:
     """("context 4096 of the model's 32768 tokens", what would give more); the second is None where nothing would, or
     where --max-context chose it."""
     size, most = llm.context, llm.model.config.max_positions

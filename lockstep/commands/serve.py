@@ -105,7 +105,7 @@ def ready_line(service, host, port):
             f"{llm.engine.scheduler.limits.max_requests} sequences at once)")
 
 
-def notes(llm):
+def notes(llm) -> list[str]:
     """What a user should know beside it."""
     from lockstep.serve.generation_config import described
 

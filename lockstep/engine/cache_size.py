@@ -1,14 +1,20 @@
 """How many tokens a context may have and a KV cache holds, by this machine's memory. It changes no bit of an answer."""
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lockstep.ops.kv_cache import PAGE_TOKENS
 from lockstep.ops.rope import MAX_POSITIONS
-from lockstep.runtime.program import Weight
+from lockstep.runtime.program import Program, Weight
 from lockstep.weights.tensor import stored_shape
+
+if TYPE_CHECKING:
+    from lockstep.engine.engine import EngineOptions
+    from lockstep.engine.model import Model
 
 SHARE = 2  # one half of the memory that is free beside the weights may become KV cache
 LEAST_CONTEXT = 4096  # whatever is free: what nobody uses takes no memory
@@ -25,7 +31,7 @@ class ContextSize:
     limit: str | None = None
 
 
-def context_size(model, options, max_context=None):
+def context_size(model: "Model", options: "EngineOptions", max_context: int | None = None) -> ContextSize:
     """The ContextSize of a model with EngineOptions: the model's own, as far as memory or kv_tokens hold its KV cache.
 
     max_context: what the model was loaded with. None: for all its positions.
@@ -40,7 +46,7 @@ def context_size(model, options, max_context=None):
     return ContextSize(min(most, held), limit if held < most else None)
 
 
-def num_pages(model, options):
+def num_pages(model: "Model", options: "EngineOptions") -> int:
     """Pages of KV cache for these options: what max_requests full contexts need, as far as memory holds them, and those
     of one in any case. ValueError for kv_tokens that are more than this machine's memory."""
     a_request = -(-model.max_context // PAGE_TOKENS)
@@ -54,23 +60,23 @@ def num_pages(model, options):
     return asked
 
 
-def _pages_in(model, num_bytes):
+def _pages_in(model: "Model", num_bytes: int) -> int:
     return num_bytes // (_bytes_each(model, "pages") or 1)
 
 
-def _bytes_each(model, kind):
+def _bytes_each(model: "Model", kind: str) -> int:
     """Bytes of a page ("pages") or of a request's state ("state"), over all layers."""
     return sum(c.bytes_each for c in model.recorded.caches if c.kind == kind)
 
 
-def _cache_bytes(model, options):
+def _cache_bytes(model: "Model", options: "EngineOptions") -> int:
     """Bytes that KV pages may take beside weights and recurrent states."""
     state = _bytes_each(model, "state")
     states = options.max_requests * state + (options.state_bytes if state and options.prefix_cache else 0)
     return max(0, (available_bytes() - weight_bytes(model.recorded)) // SHARE - states)
 
 
-def weight_bytes(program):
+def weight_bytes(program: Program) -> int:
     """Bytes of a program's weights in memory. A table of embeddings is there beside the head that is made of it."""
     weights = {(op.kind == "embed", w.name): w for op in program.ops for w in op.inputs if isinstance(w, Weight)}
     sizes = [stored_shape(weight.format, tuple(weight.shape)) for weight in weights.values()]
@@ -79,16 +85,16 @@ def weight_bytes(program):
 
 # ---------------------------------------------------------------- the machine
 
-def available_bytes():
+def available_bytes() -> int:
     """Memory that this process may still take without others being pushed out: free, or holding files."""
     return max(0, min([_free_bytes(), *_cgroup_bytes(), *_address_bytes()]))
 
 
-def _physical_bytes():
+def _physical_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _free_bytes():
+def _free_bytes() -> int:
     """The system's own estimate; half of the memory where it gives none."""
     found = _numbers("/proc/meminfo")
     free = found.get("MemAvailable", _physical_bytes() // 2048) << 10
@@ -97,7 +103,7 @@ def _free_bytes():
     return free
 
 
-def _cgroup_bytes():
+def _cgroup_bytes() -> Iterator[int]:
     """What the control groups of this process leave, one number for each limit. Pages that only hold files count as
     free."""
     for line in _text("/proc/self/cgroup").splitlines():
@@ -114,7 +120,7 @@ def _cgroup_bytes():
                     yield int(most) - int(taken) + known.get("total_inactive_file", known.get("inactive_file", 0))
 
 
-def _address_bytes():
+def _address_bytes() -> Iterator[int]:
     """What `ulimit -v` leaves, if there is such a limit."""
     try:
         import resource
@@ -126,14 +132,14 @@ def _address_bytes():
         yield limit - int(taken[0]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def _text(path):
+def _text(path: str | Path) -> str:
     try:
         return Path(path).read_text().strip()
     except OSError:
         return ""
 
 
-def _numbers(path):
+def _numbers(path: str | Path) -> dict[str, int]:
     """A file of lines such as "name: 12 kB" as {name: 12}."""
     rows = [line.replace(":", " ").split() for line in _text(path).splitlines()]
     return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}

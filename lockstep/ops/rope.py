@@ -142,13 +142,13 @@ class RopeTables:
       and 1e-15, for positions below MAX_POSITIONS.
     """
 
-    def __init__(self, num_positions, rope_dim, theta, scaling=RopeScaling()):
+    def __init__(self, num_positions: int, rope_dim: int, theta: float, scaling: RopeScaling = RopeScaling()):
         self._frequency_R, self._factor = inverse_frequencies(rope_dim, theta, scaling), attention_factor(scaling)
         shape = num_positions, rope_dim // 2
         self.cos_PR, self.sin_PR = (aligned(4 * shape[0] * shape[1]).view(np.float32).reshape(shape) for _ in range(2))
         self.num_covered = 0
 
-    def cover(self, num_positions):
+    def cover(self, num_positions: int) -> None:
         """Computes the rows of the first so many positions, as far as they are not there yet, and some more."""
         start = self.num_covered
         if num_positions > start:

@@ -38,7 +38,7 @@ def prompts(count, round_number, vocab_size):
 def serve(pipe, model, threads, weights):
     """Says where it listens, then runs what is asked for without HTTP, until it is told to end."""
     llm = LLM(model, weights=weights, threads=threads, max_requests=32, max_context=512)
-    service, listening = Service("model"), bind("127.0.0.1", 0)
+    service, [listening] = Service("model"), bind("127.0.0.1", 0)
     service.open(llm)
     server = Server(make_app(service), service)
     threading.Thread(target=server.run, args=([listening],), daemon=True).start()

@@ -22,10 +22,15 @@ KEY_VARIABLE = "LOCKSTEP_API_KEY"
 
 def command(
     model: ModelName = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: every one that this machine has.")]
+    host: Annotated[str, typer.Option(
+        help="Address to listen on; localhost: 127.0.0.1 and ::1; 0.0.0.0: every one that this machine has.")]
     = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any that is free.")] = 8000,
-    name: Annotated[str | None, typer.Option(help="What clients call the model.", show_default="its own name")] = None,
+    name: Annotated[list[str] | None, typer.Option(
+        help="What clients call the model. Repeatable: it answers to each; the first is for requests that give none.",
+        show_default="its own name")] = None,
+    any_model: Annotated[bool, typer.Option(
+        "--any-model", help="Answer whatever name clients call the model, and repeat that name.")] = False,
     api_key: Annotated[list[str] | None, typer.Option(
         metavar="KEY", show_default=f"${KEY_VARIABLE}, or none needed", help="A key that clients must send. "
         "Repeatable.")] = None,
@@ -67,22 +72,26 @@ def command(
     sizes = dict(ops=op, weights=weights, kv_dtype=kv_dtype, threads=threads, max_context=max_context,
                  max_requests=max_requests, max_step_tokens=max_step_tokens, kv_tokens=kv_tokens,
                  prefix_cache=prefix_cache, cache_dir=cache_dir, generation_config=generation_config)
-    serve(lambda: load(model, **sizes), name or model_name(model), host, port, limits, keys(api_key),
-          cors_origin or ())
+    names = model_names(name, model)
+    service = dict(model_name=names[0], limits=limits, api_keys=keys(api_key), names=None if any_model else names)
+    serve(lambda: load(model, **sizes), service, host, port, cors_origin or ())
 
 
-def serve(load_model, name, host, port, limits, api_keys, cors_origins):
-    """Listens at once, answers when the model is loaded, and returns when it was told to end."""
+def serve(load_model, service_options, host, port, cors_origins):
+    """Listens at once, answers when the model is loaded, and returns when it was told to end.
+
+    service_options: the arguments of Service.
+    """
     from lockstep.serve.http.app import make_app
     from lockstep.serve.http.service import Service
     from lockstep.serve.http.serving import Server, bind
 
     listening = bind(host, port)
-    service = Service(name, limits, api_keys)
-    is_local = listening.getsockname()[0] in ("127.0.0.1", "::1")
+    service = Service(**service_options)
+    is_local = all(each.getsockname()[0] in ("127.0.0.1", "::1") for each in listening)
     server, failed = Server(make_app(service, cors_origins, is_local), service), []
     threading.Thread(target=_open, args=(load_model, service, server, failed, listening), daemon=True).start()
-    server.run([listening])
+    server.run(listening)
     if failed:
         raise failed[0]
 
@@ -95,7 +104,7 @@ def _open(load_model, service, server, failed, listening):
         failed.append(error)
         server.should_exit = True
         return
-    print("\n".join([ready_line(service, *listening.getsockname()[:2]), *notes(service.llm)]), flush=True)
+    print("\n".join([ready_line(service, *listening[0].getsockname()[:2]), *notes(service.llm)]), flush=True)
 
 
 def ready_line(service, host, port):
@@ -121,6 +130,13 @@ def keys(given):
     if not all(key.isascii() and key.strip() == key and key for key in found):
         raise ValueError("--api-key: expected ASCII characters without spaces around them")
     return found
+
+
+def model_names(given: list[str] | None, model: str | None) -> list[str]:
+    """What clients may call the model: the names of the command line, or its own. ValueError for an empty one."""
+    if given and not all(name.strip() for name in given):
+        raise ValueError('--name: expected a name, got ""')
+    return list(given or ()) or [model_name(model)]
 
 
 def model_name(model):

@@ -1,15 +1,22 @@
 """The application: its routes, and what wraps them."""
 import contextlib
+import re
+from collections.abc import Sequence
 
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lockstep.serve.http import chat, completions, embeddings, messages, models, page, responses, status, tokens
 from lockstep.serve.http.errors import ApiError, error_response
 from lockstep.serve.http.guard import Guard, Keys, Origins
+from lockstep.serve.http.unpack import Unpack
 
+PRIVATE_NETWORK_ASKED = b"access-control-request-private-network"
 ROUTES = [
     chat,
     completions,
@@ -27,11 +34,11 @@ def make_app(service, cors_origins=(), is_local=True):
     """The ASGI application of a Service. cors_origins: web pages that may call it, besides its own; is_local: only this
     machine can reach it."""
     routes = [route for module in ROUTES for route in module.routes(service)]
-    passed = [Middleware(Guard, service=service), Middleware(Origins, allowed=cors_origins, is_local=is_local),
+    passed = [Middleware(OneSlash), Middleware(Unpack, max_bytes=service.limits.max_body_bytes),
+              Middleware(Guard, service=service), Middleware(Origins, allowed=cors_origins, is_local=is_local),
               Middleware(Keys, service=service)]
     if cors_origins:
-        allowed = dict(allow_origins=list(cors_origins), allow_methods=["GET", "POST"], allow_headers=["*"])
-        passed.insert(0, Middleware(CORSMiddleware, **allowed))
+        passed.insert(0, Middleware(Cors, allowed=cors_origins))
 
     @contextlib.asynccontextmanager
     async def lifespan(app):
@@ -39,6 +46,34 @@ def make_app(service, cors_origins=(), is_local=True):
         service.close()
 
     return Starlette(routes=routes, middleware=passed, lifespan=lifespan, exception_handlers={HTTPException: _as_api})
+
+
+class OneSlash:
+    """Takes several slashes in a row of a path as one: clients join a base URL that ends with "/" and "/v1/..."."""
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and "//" in scope["path"]:
+            scope = {**scope, "path": re.sub("/{2,}", "/", scope["path"])}
+        await self._app(scope, receive, send)
+
+
+class Cors(CORSMiddleware):
+    """Lets web pages of allowed origins call the server, also from the public internet into a private network."""
+
+    def __init__(self, app: ASGIApp, allowed: Sequence[str]):
+        super().__init__(app, allow_origins=list(allowed), allow_methods=["GET", "POST"], allow_headers=["*"])
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """The answer to what a browser asks before a request. What starlette makes of a private network depends on its
+        version, so it does not see that part."""
+        asked = Headers(raw=[each for each in request_headers.raw if each[0] != PRIVATE_NETWORK_ASKED])
+        made = super().preflight_response(asked)
+        if len(asked.raw) < len(request_headers.raw) and self.is_allowed_origin(request_headers["origin"]):
+            made.headers["access-control-allow-private-network"] = "true"
+        return made
 
 
 async def _as_api(request, error):

@@ -5,7 +5,7 @@ import math
 import re
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Tag, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Tag, ValidationError
 from starlette.requests import ClientDisconnect
 
 from lockstep.serve.http.errors import ApiError, bad_request
@@ -17,8 +17,19 @@ CONTAINERS = (dict, list)
 UNION_MEMBERS = ("str", "int", "float", "bool", "dict", "list")  # how pydantic names them in the place of an error
 
 
+def whole(value):
+    """A number without a fraction, such as 5.0, as an integer; anything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(whole)]  # an integer, which some clients write as 5.0
+
+
 class Fields(BaseModel):
-    """The fields of a body that a route reads. Types are strict; fields that nobody knows are ignored."""
+    """The fields of a body that a route reads. Types are strict; fields that nobody knows are ignored.
+
+    Integers are of type Whole.
+    """
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, hide_input_in_errors=False)
 

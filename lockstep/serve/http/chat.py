@@ -7,25 +7,37 @@ from lockstep.serve.http.chat_fields import ChatFields, conversation
 from lockstep.serve.http.encode import json_response
 from lockstep.serve.http.errors import bad_request
 from lockstep.serve.http.job import Generates
+from lockstep.serve.http.prompt_logprobs import check_prompt_logprobs
 from lockstep.serve.http.sse import EventStream
+
+
+MOST_TOKENS = ("n_predict", "max_completion_tokens", "max_tokens")  # names of the same, the first that is given counts
 
 
 def routes(service):
     """The routes of this module."""
     async def chat(job):
         fields = await job.read(ChatFields)
-        service.check_model(fields.model)
         logprobs = _logprobs(fields, service.limits)
-        max_tokens = fields.max_completion_tokens or fields.max_tokens
-        new_parser = await talk.start(job, fields, lambda: conversation(fields), max_tokens, logprobs)
+        check_prompt_logprobs(fields)
+        _check_generation_prompt(fields)
+        new_parser = await talk.start(job, fields, lambda: conversation(fields), MOST_TOKENS, logprobs=logprobs,
+                                      prompt_logprobs=fields.prompt_logprobs)
         answer = Answer(job, fields, new_parser)
         if fields.stream:
             return EventStream(job, answer.events())
         await job.finished()
-        is_quick = logprobs is None and not fields.tools
+        is_quick = logprobs is fields.prompt_logprobs is None and not fields.tools
         return json_response(answer.whole() if is_quick else await job.offload(answer.whole))
 
     return [Route("/v1/chat/completions", Generates(service, chat), methods=["POST"])]
+
+
+def _check_generation_prompt(fields):
+    """vLLM's clients switch it off where they continue a message, which is all that it can mean here."""
+    if fields.add_generation_prompt is False and not fields.continue_final_message:
+        raise bad_request("add_generation_prompt: expected true or none without continue_final_message, got false",
+                          "add_generation_prompt", "unsupported")
 
 
 def _logprobs(fields, limits):

@@ -5,6 +5,7 @@ import time
 from lockstep.serve.http import talk
 from lockstep.serve.http.chat_logprobs import chat_logprobs
 from lockstep.serve.http.encode import to_json, to_text
+from lockstep.serve.http.prompt_logprobs import prompt_logprobs
 from lockstep.serve.http.sse import data
 from lockstep.serve.reasoning import PlainParser
 from lockstep.serve.tool_calls.events import Arguments, CallStart, Content, Reasoning
@@ -17,7 +18,7 @@ class Answer:
         self.job, self.fields, self.new_parser = job, fields, new_parser
         service = job.service
         self.tokenizer = service.tokenizer
-        self._head = dict(id=f"chatcmpl-{secrets.token_hex(12)}", created=int(time.time()), model=service.model_name,
+        self._head = dict(id=f"chatcmpl-{secrets.token_hex(12)}", created=int(time.time()), model=job.model_name,
                           system_fingerprint=service.fingerprint)
 
     def head(self, kind):
@@ -30,6 +31,8 @@ class Answer:
         """The response as JSON bytes."""
         choices = [self._choice(number, request) for number, request in enumerate(self.job.requests)]
         made = self.head("chat.completion") | dict(choices=choices, usage=self.job.usage())
+        if self.fields.prompt_logprobs is not None:
+            made["prompt_logprobs"] = prompt_logprobs(self.tokenizer, self.job.requests[0])
         if self.fields.return_token_ids:
             made["prompt_token_ids"] = self.job.requests[0].prompt_ids
         return to_json(made)
@@ -48,8 +51,7 @@ class Answer:
 
     async def events(self):
         """The chunks of a stream, those of one step together."""
-        options = self.fields.stream_options
-        with_usage = options is not None and bool(options.include_usage)
+        with_usage = self.fields.streams_usage
         sequences = [Chunks(self, number, with_usage) for number in range(len(self.job.requests))]
         async for found in self.job.tokens():
             yield b"".join([sequences[number].chunks(tokens, reason) for number, tokens, reason in found])

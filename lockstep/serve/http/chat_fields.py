@@ -5,10 +5,11 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from lockstep.serve.chat import Conversation
-from lockstep.serve.http.body import Fields, shown, simple_or
+from lockstep.serve.http.body import Fields, Whole, shown, simple_or
 from lockstep.serve.http.errors import bad_request
 from lockstep.serve.http.forms import FormFields, grammar_of
-from lockstep.serve.http.sampling import Count, SamplingFields
+from lockstep.serve.http.sampling import MostTokens, SamplingFields
+from lockstep.serve.http.stream_fields import StreamFields
 from lockstep.serve.reasoning import template_variables
 from lockstep.serve.tool_calls.tools import Tool, ToolUse
 
@@ -86,29 +87,24 @@ class ToolChoice(Fields):
     allowed_tools: AllowedTools | None = None
 
 
-class StreamOptions(Fields):
-    """What a stream has besides the answer."""
-
-    include_usage: bool | None = None
-
-
-class ChatFields(SamplingFields, FormFields):
+class ChatFields(SamplingFields, FormFields, StreamFields):
     """The body of a request."""
 
     model: str | None = None
     messages: list[Message]
-    max_tokens: Annotated[Count, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[Count, Field(ge=1)] | None = None
+    max_tokens: MostTokens | None = None
+    max_completion_tokens: MostTokens | None = None
+    n_predict: MostTokens | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0)] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    top_logprobs: Annotated[Whole, Field(ge=0)] | None = None
+    prompt_logprobs: Annotated[Whole, Field(ge=0)] | None = None
     tools: list[ToolFields] | None = None
     tool_choice: simple_or(Literal["none", "auto", "required"], ToolChoice) | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
     chat_template_kwargs: dict | None = None
     continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
     return_token_ids: bool | None = None
 
 

@@ -4,6 +4,7 @@ import time
 
 from lockstep.serve.http.encode import to_json, to_text
 from lockstep.serve.http.legacy_logprobs import LegacyLogprobs, joined
+from lockstep.serve.http.prompt_logprobs import prompt_logprobs
 from lockstep.serve.http.sse import data
 
 
@@ -12,9 +13,9 @@ class Answer:
 
     def __init__(self, job, fields, texts):
         self.job, self.fields, self._texts = job, fields, texts
-        self.tokenizer, self.is_empty = job.service.tokenizer, fields.max_tokens == 0
+        self.tokenizer, self.is_empty = job.service.tokenizer, fields.is_empty
         self.head = dict(id=f"cmpl-{secrets.token_hex(12)}", object="text_completion", created=int(time.time()),
-                         model=job.service.model_name, system_fingerprint=job.service.fingerprint)
+                         model=job.model_name, system_fingerprint=job.service.fingerprint)
 
     def whole(self):
         """The response as JSON bytes."""
@@ -28,6 +29,8 @@ class Answer:
         made = dict(index=number, text=self.echoed(number) + text, logprobs=None, finish_reason=reason)
         if self.fields.logprobs is not None:
             made["logprobs"] = self.logprobs(LegacyLogprobs(self.tokenizer), request, 0, num_output)
+        if self.fields.prompt_logprobs is not None:
+            made["prompt_logprobs"] = prompt_logprobs(self.tokenizer, request)
         if self.fields.return_token_ids:
             made |= dict(prompt_token_ids=request.prompt_ids, token_ids=request.output_ids[:num_output])
         return made
@@ -55,8 +58,7 @@ class Answer:
 
     async def events(self):
         """The chunks of a stream, those of one step together."""
-        options = self.fields.stream_options
-        with_usage = options is not None and options.include_usage
+        with_usage = self.fields.streams_usage
         sequences = [Chunks(self, number, with_usage) for number in range(len(self.job.requests))]
         async for found in self.job.tokens():
             yield b"".join([sequences[number].chunk(tokens, reason) for number, tokens, reason in found])

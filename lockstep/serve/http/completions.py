@@ -4,119 +4,87 @@ from typing import Annotated
 from pydantic import Field
 from starlette.routing import Route
 
-from lockstep.serve.http.body import Fields, shown
+from lockstep.serve.http.body import Whole
 from lockstep.serve.http.completion_answer import Answer
 from lockstep.serve.http.encode import json_response
 from lockstep.serve.http.errors import bad_request
 from lockstep.serve.http.forms import FormFields, masks
 from lockstep.serve.http.job import Generates
-from lockstep.serve.http.sampling import Count, SamplingFields, sampling_params
+from lockstep.serve.http.prompt_logprobs import check_prompt_logprobs
+from lockstep.serve.http.prompts import read_prompts
+from lockstep.serve.http.sampling import UNTIL_FULL, MostTokens, SamplingFields, most_tokens, sampling_params
 from lockstep.serve.http.sse import EventStream
+from lockstep.serve.http.stream_fields import StreamFields
+from lockstep.serve.http.token_masks import token_mask
 
 DEFAULT_TOKENS = 16
+MOST_TOKENS = ("n_predict", "max_completion_tokens", "max_tokens")  # names of the same, the first that is given counts
+MostTokensOrNone = Annotated[Whole, Field(ge=UNTIL_FULL)]
 
 
-class StreamOptions(Fields):
-    """What a stream has besides text."""
-
-    include_usage: bool = False
-
-
-class CompletionFields(SamplingFields, FormFields):
+class CompletionFields(SamplingFields, FormFields, StreamFields):
     """The body of a request."""
 
     model: str | None = None
     prompt: object
-    max_tokens: Count | None = None
+    max_tokens: MostTokensOrNone | None = None
+    max_completion_tokens: MostTokensOrNone | None = None
+    n_predict: MostTokensOrNone | None = None
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0)] | None = None
-    best_of: int | None = None
-    suffix: str | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    add_special_tokens: bool = True
-    return_token_ids: bool = False
+    logprobs: Annotated[Whole, Field(ge=0)] | None = None
+    prompt_logprobs: Annotated[Whole, Field(ge=0)] | None = None
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: MostTokens | None = None
+    return_token_ids: bool | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no token of an answer is wanted."""
+        return most_tokens(self, MOST_TOKENS, 1, DEFAULT_TOKENS) == 0
 
 
 def routes(service):
     """The routes of this module."""
     async def complete(job):
         fields = await job.read(CompletionFields)
-        service.check_model(fields.model)
-        _refuse_unsupported(fields, service.limits)
-        texts, ids = await job.prepare(read_prompts, service, fields.prompt, fields.add_special_tokens)
+        _check_logprobs(fields, service.limits)
+        texts, ids = await job.prepare(read_prompts, service, fields.prompt, fields.add_special_tokens is not False,
+                                       _most_prompt(fields, service.llm.model.max_context))
         each_mask = await job.offload(masks, service, fields, len(ids)) if fields.has_form else [None] * len(ids)
+        if (leaves_out := await job.prepare(token_mask, service, fields)) is not None:
+            each_mask = [leaves_out(mask) for mask in each_mask]
         answer = Answer(job, fields, texts)
         await job.start([(each, _params(fields, service, len(each), mask)) for each, mask in zip(ids, each_mask)],
                         fields.cache_salt or "")
         if fields.stream:
             return EventStream(job, answer.events())
         await job.finished()
-        return json_response(answer.whole() if fields.logprobs is None else await job.offload(answer.whole))
+        is_quick = fields.logprobs is fields.prompt_logprobs is None
+        return json_response(answer.whole() if is_quick else await job.offload(answer.whole))
 
     return [Route("/v1/completions", Generates(service, complete), methods=["POST"])]
 
 
-def _refuse_unsupported(fields, limits):
-    if fields.suffix:
-        raise bad_request("suffix: filling in the middle is not supported, expected none", "suffix", "unsupported")
-    if fields.best_of is not None and fields.best_of != (fields.n or 1):
-        raise bad_request(f"best_of: expected none or the value of n, got {fields.best_of}", "best_of", "unsupported")
+def _check_logprobs(fields, limits):
+    check_prompt_logprobs(fields)
     if fields.logprobs is not None and fields.logprobs > limits.max_logprobs:
         raise bad_request(f"logprobs: expected at most {limits.max_logprobs}, got {fields.logprobs}", "logprobs",
                           "invalid_value")
 
 
+def _most_prompt(fields, max_context):
+    """How many tokens of a prompt are kept: with UNTIL_FULL those that leave room for the answer; None: all."""
+    if fields.truncate_prompt_tokens != UNTIL_FULL:
+        return fields.truncate_prompt_tokens
+    wanted = most_tokens(fields, MOST_TOKENS, max_context, DEFAULT_TOKENS)
+    return max_context - (wanted if 1 <= wanted < max_context else 1)
+
+
 def _params(fields, service, num_prompt, mask):
     """SamplingParams of one prompt. A request for no tokens runs for one, which nobody gets to see."""
     room = max(1, service.llm.model.max_context - num_prompt)
-    max_tokens = min(DEFAULT_TOKENS, room) if fields.max_tokens is None else max(1, fields.max_tokens)
+    max_tokens = max(1, most_tokens(fields, MOST_TOKENS, room, DEFAULT_TOKENS))
     wants_prompt = fields.echo and fields.logprobs is not None
     return sampling_params(fields, service.limits, max_tokens, service.llm.sampling_defaults, logprobs=fields.logprobs,
-                           logits_mask=mask, prompt_logprobs=fields.logprobs if wants_prompt else None)
-
-
-# ---------------------------------------------------------------- prompts
-
-def read_prompts(service, prompt, add_special_tokens):
-    """(texts, lists of token ids) of a prompt in any of its four forms; the text of ids is None. ApiError 400."""
-    prompts = prompt if isinstance(prompt, list) and not _is_ids(prompt) else [prompt]
-    if len(prompts) > service.limits.max_prompts:
-        raise bad_request(f"prompt: expected at most {service.limits.max_prompts} prompts, got {len(prompts)}",
-                          "prompt", "invalid_value")
-    texts = [each if isinstance(each, str) else None for each in prompts]
-    return texts, [_ids(service, each, add_special_tokens) for each in prompts]
-
-
-def _is_ids(prompt):
-    return not prompt or isinstance(prompt[0], int)
-
-
-def _ids(service, prompt, add_special_tokens):
-    if isinstance(prompt, str):
-        ids = text_tokenizer(service).encode(prompt, add_special_tokens)
-    elif isinstance(prompt, list):
-        ids = check_ids(service, prompt, "prompt")
-    else:
-        raise bad_request(f"prompt: expected a string, an array of strings, an array of token ids or an array of such "
-                          f"arrays, got {shown(prompt)}", "prompt", "invalid_type")
-    if not ids:
-        raise bad_request("prompt: expected at least one token, got none", "prompt", "invalid_value")
-    return ids
-
-
-def text_tokenizer(service):
-    """The tokenizer. ApiError 400 where there is none."""
-    if service.tokenizer is None:
-        raise bad_request("this model has no tokenizer: prompts must be arrays of token ids", "prompt", "no_tokenizer")
-    return service.tokenizer
-
-
-def check_ids(service, ids, where):
-    """Token ids that the model has. ApiError 400 for anything else."""
-    vocab = service.llm.model.config.vocab_size
-    for each in ids:
-        if type(each) is not int or not 0 <= each < vocab:
-            raise bad_request(f"{where}: expected token ids from 0 to {vocab - 1}, got {shown(each)}", where,
-                              "invalid_value")
-    return ids
+                           logits_mask=mask,
+                           prompt_logprobs=fields.logprobs if wants_prompt else fields.prompt_logprobs)

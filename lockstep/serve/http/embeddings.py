@@ -1,40 +1,45 @@
 """/v1/embeddings: texts as vectors, each the model's last hidden state of its text."""
 import base64
-from typing import Literal
+from typing import ClassVar, Literal
 
 from starlette.routing import Route
 
 from lockstep.engine.request import SamplingParams
-from lockstep.serve.http.body import Fields, shown
-from lockstep.serve.http.completions import check_ids
+from lockstep.serve.http.body import Whole, shown
 from lockstep.serve.http.encode import json_response, to_json
 from lockstep.serve.http.errors import bad_request
 from lockstep.serve.http.job import Generates
+from lockstep.serve.http.known_fields import EMBEDDING, KnownFields
+from lockstep.serve.http.prompts import check_ids, shortened
+from lockstep.serve.http.sampling import UNTIL_FULL, MostTokens
 
 
-class EmbeddingFields(Fields):
+class EmbeddingFields(KnownFields):
     """The body of a request. pooling and normalize: see LLM.embed."""
+
+    refused: ClassVar = EMBEDDING
 
     model: str | None = None
     input: object
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: int | None = None
+    dimensions: Whole | None = None
     pooling: Literal["last", "mean"] | None = None
     normalize: bool | None = None
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: MostTokens | None = None
 
 
 def routes(service):
     """The routes of this module."""
     async def embed(job):
         fields = await job.read(EmbeddingFields)
-        service.check_model(fields.model)
         _check_dimensions(fields.dimensions, service.llm.model.config.hidden_size)
-        inputs = await job.offload(read_inputs, service, fields.input)
+        inputs = await job.offload(read_inputs, service, fields)
         params = SamplingParams(pooling=fields.pooling or service.llm.pooling)
         await job.start([(ids, params) for ids in inputs])
         await job.finished()
         service.metrics.prompt_tokens += sum(map(len, inputs))
-        return json_response(await job.offload(_answer, service, job.requests, fields))
+        return json_response(await job.offload(_answer, job, fields))
 
     return [Route("/v1/embeddings", Generates(service, embed), methods=["POST"])]
 
@@ -46,18 +51,19 @@ def _check_dimensions(wanted, found):
                           "dimensions", "unsupported")
 
 
-def read_inputs(service, given):
+def read_inputs(service, fields):
     """Lists of token ids: of a string, an array of strings, token ids, or an array of arrays of them. ApiError 400."""
-    inputs = given if isinstance(given, list) and given and not isinstance(given[0], int) else [given]
+    given = fields.input
+    inputs = given if isinstance(given, list) and given and not isinstance(given[0], (int, float)) else [given]
     if len(inputs) > service.limits.max_prompts:
         raise bad_request(f"input: expected at most {service.limits.max_prompts} inputs, got {len(inputs)}", "input",
                           "invalid_value")
-    return [_ids(service, each) for each in inputs]
+    return [_ids(service, each, fields) for each in inputs]
 
 
-def _ids(service, given):
+def _ids(service, given, fields):
     if isinstance(given, str) and service.tokenizer is not None:
-        ids = service.tokenizer.encode(given)
+        ids = service.tokenizer.encode(given, fields.add_special_tokens is not False)
     elif isinstance(given, list):
         ids = check_ids(service, given, "input")
     else:
@@ -67,19 +73,23 @@ def _ids(service, given):
     limit = service.llm.model.max_context
     if not ids:
         raise bad_request("input: expected at least one token, got none", "input", "invalid_value")
+    if fields.truncate_prompt_tokens is not None:
+        most = limit if fields.truncate_prompt_tokens == UNTIL_FULL else fields.truncate_prompt_tokens
+        ids = shortened(service, given, ids, most, keep_end=False)
     if len(ids) > limit:
         raise bad_request(f"input: one has {len(ids)} tokens, more than the context of {limit}", "input",
                           "context_length_exceeded")
     return ids
 
 
-def _answer(service, requests, fields):
+def _answer(job, fields):
     """The response as JSON bytes."""
+    requests = job.requests
     encoded = _as_base64 if fields.encoding_format == "base64" else lambda vector: vector.tolist()
     vectors = [request.pool.embedding(fields.normalize is not False) for request in requests]
     data = [dict(object="embedding", index=i, embedding=encoded(vector)) for i, vector in enumerate(vectors)]
     count = sum(len(request.prompt_ids) for request in requests)
-    return to_json(dict(object="list", data=data, model=service.model_name, system_fingerprint=service.fingerprint,
+    return to_json(dict(object="list", data=data, model=job.model_name, system_fingerprint=job.service.fingerprint,
                         usage=dict(prompt_tokens=count, total_tokens=count)))
 
 

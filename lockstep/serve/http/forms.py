@@ -1,11 +1,13 @@
 """The form that an answer has to have: OpenAI's response_format, and vLLM's names for the same and more."""
 import json
+from typing import ClassVar
 
 from pydantic import Field
 
 from lockstep.serve import structured
 from lockstep.serve.http.body import Fields, shown, simple_or
 from lockstep.serve.http.errors import bad_request
+from lockstep.serve.http.known_fields import STRUCTURED, KnownFields
 
 
 class SchemaFields(Fields):
@@ -26,8 +28,11 @@ class ResponseFormat(Fields):
     grammar: str | None = None
 
 
-class StructuredOutputs(Fields):
+class StructuredOutputs(KnownFields):
     """vLLM's extension: one of these."""
+
+    refused: ClassVar = STRUCTURED
+    inside: ClassVar = "structured_outputs."
 
     json_: simple_or(str, dict) | None = Field(None, alias="json")
     regex: str | None = None
@@ -45,6 +50,7 @@ class FormFields(Fields):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
+    json_schema: simple_or(str, dict) | None = None  # llama.cpp's name for guided_json
 
     @property
     def has_form(self):
@@ -69,6 +75,7 @@ def grammar_of(fields):
         "guided_regex": _maybe(structured.regex, fields.guided_regex, extension.regex),
         "guided_choice": _maybe(structured.choice, fields.guided_choice, extension.choice),
         "guided_grammar": _maybe(structured.lark, fields.guided_grammar, extension.grammar),
+        "json_schema": _maybe(json_schema, fields.json_schema, None),
         "json_object": structured.json_object() if extension.json_object else None,
     }
     found = {name: grammar for name, grammar in given.items() if grammar is not None}

@@ -19,12 +19,14 @@ class Job:
 
     The order of use: `read`, then `start`, then `tokens` (or `finished`) until all sequences have ended. A client that
     leaves, the time limit and the end of the server cancel the sequences, wherever they are, and make the next of these
-    calls raise. requests: the engine's, one for each sequence, with what is known of it.
+    calls raise. model_name: what the answer calls the model, from `read` on. requests: the engine's, one for each
+    sequence, with what is known of it.
     """
 
     def __init__(self, service, scope, receive):
         self.service, self.scope, self._receive = service, scope, receive
         self.streams, self.requests, self._prompts = [], [], []
+        self.model_name = service.model_name
         self.num_sequences, self.num_queued_tokens = 1, 0
         self._ended_by, self._watcher, self._began = None, None, time.monotonic()
         self._last_tokens, self._is_short = None, False
@@ -37,11 +39,16 @@ class Job:
     # ------------------------------------------------------------ the request
 
     async def read(self, fields):
-        """The body, checked against a model of its fields. From then on the socket is watched."""
+        """The body, checked against a model of its fields, of which one is `model`. From then on the socket is watched.
+
+        ApiError 404 for a model that is not here.
+        """
         raw = await body.read(self._receive, self.service.limits.body_seconds)
         self._is_short = len(raw) <= SHORT_BYTES
         self._watcher = asyncio.create_task(self._watch())
-        return await body.checked(self.service, fields, raw)
+        made = await body.checked(self.service, fields, raw)
+        self.model_name = self.service.name_in_answers(made.model)
+        return made
 
     async def offload(self, function, *args):
         """Runs a function in a worker thread, see `Service.offload`; raises if the request ended meanwhile."""

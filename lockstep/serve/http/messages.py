@@ -21,11 +21,11 @@ def routes(service):
     """The routes of this module."""
     async def messages(job):
         fields = await job.read(MessagesFields)
-        service.check_model(fields.model)
         if fields.n not in (None, 1):
             raise bad_request(f"n: expected 1, got {fields.n}", "n")
-        fields.stop = [text for text in fields.stop_sequences or () if text] or None
-        new_parser = await talk.start(job, fields, lambda: conversation(fields), fields.max_tokens)
+        stop = [fields.stop] if isinstance(fields.stop, str) else fields.stop or []
+        fields.stop = [*stop, *(fields.stop_sequences or ())]
+        new_parser = await talk.start(job, fields, lambda: conversation(fields), ["max_tokens"])
         answer = Answer(job, new_parser)
         if fields.stream:
             return EventStream(job, answer.events(), end=b"")
@@ -45,7 +45,7 @@ class Answer:
     def __init__(self, job, new_parser):
         self._job, self._request, self._new_parser = job, job.requests[0], new_parser
         self._head = dict(id=f"msg_{secrets.token_hex(12)}", type="message", role="assistant",
-                          model=job.service.model_name)
+                          model=job.model_name)
 
     def whole(self):
         """The response."""

@@ -1,14 +1,15 @@
 """The body of /v1/messages, Anthropic's form, and the Conversation that it asks for."""
-from typing import Annotated, Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from lockstep.serve import structured
 from lockstep.serve.chat import Conversation
-from lockstep.serve.http.body import Fields, shown, simple_or
+from lockstep.serve.http.body import Fields, Whole, shown, simple_or
 from lockstep.serve.http.chat_fields import NO_PARAMETERS, called, choose
 from lockstep.serve.http.errors import bad_request
-from lockstep.serve.http.sampling import Count, SamplingFields
+from lockstep.serve.http.known_fields import GENERATION, PROMPT, KnownFields
+from lockstep.serve.http.sampling import MostTokens, SamplingFields
 from lockstep.serve.reasoning import template_variables
 from lockstep.serve.tool_calls.tools import Tool
 
@@ -58,7 +59,7 @@ class Thinking(Fields):
     """Whether the model is to think first."""
 
     type: Literal["enabled", "disabled", "adaptive", "between_tools"]
-    budget_tokens: int | None = None
+    budget_tokens: Whole | None = None
 
 
 class OutputFormat(Fields):
@@ -75,8 +76,10 @@ class OutputConfig(Fields):
     effort: str | None = None
 
 
-class CountFields(Fields):
+class CountFields(KnownFields):
     """The body of a request to count tokens."""
+
+    refused: ClassVar = PROMPT
 
     model: str | None = None
     messages: list[Turn]
@@ -91,7 +94,9 @@ class CountFields(Fields):
 class MessagesFields(CountFields, SamplingFields):
     """The body of a request for an answer."""
 
-    max_tokens: Annotated[Count, Field(ge=1)]
+    refused: ClassVar = GENERATION
+
+    max_tokens: MostTokens | None
     stop_sequences: list[str] | None = None
     stream: bool | None = None
 

@@ -1,4 +1,4 @@
-"""/v1/models: the one model that there is."""
+"""/v1/models: the one model that there is, once for each of its names."""
 from starlette.routing import Route
 
 from lockstep.serve.http.encode import json_response
@@ -8,18 +8,18 @@ from lockstep.serve.http.errors import ApiError
 def routes(service):
     """The routes of this module."""
     async def listed(request):
-        return json_response({"object": "list", "data": [described(service)]})
+        names = service.names or [service.model_name]
+        return json_response({"object": "list", "data": [described(service, name) for name in names]})
 
     async def one(request):
-        service.check_model(request.path_params["name"])
-        return json_response(described(service))
+        return json_response(described(service, service.name_in_answers(request.path_params["name"])))
 
     return [Route("/v1/models", listed), Route("/v1/models/{name:path}", one)]
 
 
-def described(service):
-    """The model as OpenAI describes one. ApiError 503 while it is loading."""
+def described(service, name):
+    """The model under one of its names, as OpenAI describes one. ApiError 503 while it is loading."""
     if service.llm is None:
         raise ApiError(503, "the model is still loading", code="loading", retry_after=1)
-    return dict(id=service.model_name, object="model", created=service.created, owned_by="lockstep",
+    return dict(id=name, object="model", created=service.created, owned_by="lockstep",
                 max_model_len=service.llm.model.max_context, system_fingerprint=service.fingerprint)

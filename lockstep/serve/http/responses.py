@@ -25,10 +25,10 @@ def routes(service):
     """The routes of this module."""
     async def responses(job):
         fields = await job.read(ResponsesFields)
-        service.check_model(fields.model)
         refuse_state(fields)
         logprobs = num_logprobs(fields, service.limits)
-        new_parser = await talk.start(job, fields, lambda: conversation(fields), fields.max_output_tokens, logprobs)
+        new_parser = await talk.start(job, fields, lambda: conversation(fields), ["max_output_tokens"],
+                                      logprobs=logprobs)
         answer = Answer(job, fields, new_parser, logprobs is not None)
         if fields.stream:
             return EventStream(job, answer.events(), end=b"")
@@ -54,7 +54,7 @@ class Answer:
         self._with_logprobs, self._parser = with_logprobs, Placed(new_parser()) if with_logprobs else new_parser()
         self._number, self._ids = 0, {}
         self._head = dict(id=f"resp_{secrets.token_hex(16)}", object="response", created_at=int(time.time()),
-                          model=job.service.model_name, **_echoed(fields, self._request.params))
+                          model=job.model_name, **_echoed(fields, self._request.params))
 
     def whole(self, tokens):
         """The response, of all Tokens."""

@@ -5,10 +5,10 @@ from pydantic import Field
 
 from lockstep.serve import structured
 from lockstep.serve.chat import Conversation
-from lockstep.serve.http.body import Fields, shown, simple_or
+from lockstep.serve.http.body import Fields, Whole, shown, simple_or
 from lockstep.serve.http.chat_fields import NO_PARAMETERS, called, choose
 from lockstep.serve.http.errors import bad_request
-from lockstep.serve.http.sampling import Count, SamplingFields
+from lockstep.serve.http.sampling import MostTokens, SamplingFields
 from lockstep.serve.reasoning import template_variables
 from lockstep.serve.tool_calls.tools import Tool
 
@@ -83,8 +83,8 @@ class ResponsesFields(SamplingFields):
     input: simple_or(str, list[Item])
     instructions: str | None = None
     include: list[str] | None = None
-    top_logprobs: Annotated[int, Field(ge=0)] | None = None
-    max_output_tokens: Annotated[Count, Field(ge=1)] | None = None
+    top_logprobs: Annotated[Whole, Field(ge=0)] | None = None
+    max_output_tokens: MostTokens | None = None
     tools: list[ToolFields] | None = None
     tool_choice: simple_or(Literal["none", "auto", "required"], Choice) | None = None
     parallel_tool_calls: bool | None = None

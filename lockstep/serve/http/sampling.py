@@ -1,38 +1,61 @@
 """The fields that say how tokens are chosen, the same on every route that generates."""
 import secrets
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from typing import Annotated, ClassVar
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from lockstep.engine.request import SamplingParams
-from lockstep.serve.http.body import Fields
+from lockstep.engine.request import MIN_TEMPERATURE, SamplingParams
+from lockstep.serve.http.body import Whole, shown
 from lockstep.serve.http.errors import bad_request, not_allowed
+from lockstep.serve.http.known_fields import GENERATION, KnownFields
+from lockstep.serve.http.limits import Limits
 
 INT64 = dict(ge=-(1 << 63), le=(1 << 63) - 1)
-TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
-Count = Annotated[int, Field(ge=0, le=1 << 30)]
+TokenId = Annotated[Whole, Field(ge=0, lt=1 << 31)]
+Count = Annotated[Whole, Field(ge=0, le=1 << 30)]
+UNTIL_FULL = RANDOM = -1  # as max_tokens, and as seed
 
 
-class SamplingFields(Fields):
+def _check_most(value: int) -> int:
+    if value < 1 and value != UNTIL_FULL:
+        raise ValueError("expected at least 1, or -1 for as many as the context has room for")
+    return value
+
+
+# of an answer: as many as the context has room for where it is more, or UNTIL_FULL
+MostTokens = Annotated[Whole, AfterValidator(_check_most)]
+Penalty = Annotated[float, Field(ge=0.01, le=100)]
+
+
+class SamplingFields(KnownFields):
     """OpenAI's sampling fields and the usual extensions. null stands for the default."""
+
+    refused: ClassVar = GENERATION
 
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=(1 << 31) - 1)] | None = None
+    top_k: Annotated[Whole, Field(ge=-1, le=(1 << 31) - 1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    seed: Annotated[int, Field(**INT64)] | None = None
-    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    seed: Annotated[Whole, Field(**INT64)] | None = None
+    n: Annotated[Whole, Field(ge=1, le=128)] | None = None
+    best_of: Whole | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[TokenId] | None = None
     ignore_eos: bool | None = None
     min_tokens: Count | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    repetition_penalty: Penalty | None = None
+    repeat_penalty: Penalty | None = None  # llama.cpp's name
+    repeat_last_n: Whole | None = None
+    penalize_nl: bool | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     suppress_tokens: list[TokenId] | None = None
+    allowed_token_ids: list[Whole] | None = None
+    bad_words: list[str] | None = None
     cache_salt: Annotated[str, Field(max_length=256)] | None = None
 
 
@@ -43,18 +66,23 @@ DEFAULTS = dict(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, n=1, ignore_eos=
 LEAST_TOP_P = 1e-9
 
 
-def sampling_params(fields, limits, max_tokens, defaults, **more):
+def sampling_params(fields: SamplingFields, limits: Limits, max_tokens: int, defaults: Mapping,
+                    **more) -> SamplingParams:
     """SamplingParams of a request's SamplingFields. ApiError 400 for a value that is not allowed.
 
     defaults: the model's, for fields that the request does not have; those of the API come after them. more: other
-    arguments of SamplingParams, such as logprobs. Without a seed each request draws with one of its own.
+    arguments of SamplingParams, such as logprobs. Without a seed, or with RANDOM, each request draws with one of its
+    own.
     """
     chosen = {name: default if getattr(fields, name) is None else getattr(fields, name)
               for name, default in {**DEFAULTS, **defaults}.items()}
     chosen["top_p"] = max(chosen["top_p"], LEAST_TOP_P)  # 0 means the most probable token, for OpenAI
     chosen["top_k"] = max(chosen["top_k"], 0)  # -1 means all, for vLLM
-    seed = secrets.randbits(63) if fields.seed is None else fields.seed
-    _check_n(chosen["n"], limits)
+    chosen["temperature"] = chosen["temperature"] and max(chosen["temperature"], MIN_TEMPERATURE)
+    chosen["repetition_penalty"] = _repetition_penalty(fields, chosen["repetition_penalty"])
+    seed = secrets.randbits(63) if fields.seed in (None, RANDOM) else fields.seed
+    _check_n(chosen["n"], fields.best_of, limits)
+    _check_window(fields, chosen)
     _check_suppressed(fields.suppress_tokens or (), limits)
     try:
         return SamplingParams(max_tokens=max_tokens, seed=seed, stop=_stop(fields.stop, limits),
@@ -64,9 +92,42 @@ def sampling_params(fields, limits, max_tokens, defaults, **more):
         raise not_allowed(error) from None
 
 
-def _check_n(n, limits):
+def most_tokens(fields: SamplingFields, names: Sequence[str], room: int, default: int | None = None) -> int:
+    """How many tokens an answer may have: the first of these fields that is not null, and at most `room`.
+
+    default: for a body that has none of the fields, where that is not all the room.
+    """
+    given = next((value for name in names if (value := getattr(fields, name)) is not None), None)
+    if given is None and not fields.model_fields_set & set(names):
+        given = default
+    return room if given in (None, UNTIL_FULL) else min(given, room)
+
+
+def _repetition_penalty(fields: SamplingFields, chosen: float) -> float:
+    first, second = fields.repetition_penalty, fields.repeat_penalty
+    if None not in (first, second) and first != second:
+        raise bad_request(f"repeat_penalty: expected the value of repetition_penalty, {shown(first)}, or none, got "
+                          f"{shown(second)}", "repeat_penalty", "invalid_value")
+    return chosen if second is None else second
+
+
+def _check_window(fields: SamplingFields, chosen: dict) -> None:
+    """ApiError 400 for penalties that are to look at a part of the tokens only, as llama.cpp's do."""
+    if chosen["repetition_penalty"] == 1 and not chosen["presence_penalty"] and not chosen["frequency_penalty"]:
+        return
+    if fields.repeat_last_n not in (None, -1):
+        raise bad_request(f"repeat_last_n: penalties look at all tokens, expected -1 or none, got "
+                          f"{fields.repeat_last_n}", "repeat_last_n", "unsupported")
+    if fields.penalize_nl is False:
+        raise bad_request("penalize_nl: penalties look at all tokens, expected true or none, got false", "penalize_nl",
+                          "unsupported")
+
+
+def _check_n(n: int, best_of: int | None, limits: Limits) -> None:
     if n > limits.max_samples:
         raise bad_request(f"n: expected at most {limits.max_samples}, got {n}", "n", "invalid_value")
+    if best_of not in (None, n):
+        raise bad_request(f"best_of: expected none or the value of n, {n}, got {best_of}", "best_of", "unsupported")
 
 
 def _check_suppressed(ids, limits):
@@ -76,7 +137,7 @@ def _check_suppressed(ids, limits):
 
 
 def _stop(stop, limits):
-    strings = [stop] if isinstance(stop, str) else stop or []
+    strings = [each for each in ([stop] if isinstance(stop, str) else stop or []) if each]
     if len(strings) > limits.max_stop:
         raise bad_request(f"stop: expected at most {limits.max_stop} strings, got {len(strings)}", "stop")
     longest = max(map(len, strings), default=0)

@@ -7,6 +7,7 @@ import logging
 import math
 import threading
 import time
+from collections.abc import Sequence
 
 from lockstep.engine.async_engine import AsyncEngine, EngineStopped
 from lockstep.engine.prefix import model_identity
@@ -26,12 +27,14 @@ log = logging.getLogger("lockstep.http")
 class Service:
     """The state behind a server's routes. All but `offload`ed functions run on the event loop's thread.
 
-    model_name: what clients call the model. state: "loading" until `open`, then "ready", "draining" after `drain`, and
+    model_name: what clients call the model; names: what else they may call it, or None for anything.
+    state: "loading" until `open`, then "ready", "draining" after `drain`, and
     "closed". llm, engine (an AsyncEngine), tokenizer, chat (a ChatModel) and fingerprint are there from `open` on.
     """
 
-    def __init__(self, model_name, limits=Limits(), api_keys=()):
+    def __init__(self, model_name, limits=Limits(), api_keys=(), names: Sequence[str] | None = ()):
         self.model_name, self.limits = model_name, limits
+        self.names = None if names is None else [model_name, *(name for name in names if name != model_name)]
         self.api_keys = [key.encode() for key in api_keys]
         self.state, self.created = "loading", int(time.time())
         self.llm = self.engine = self.tokenizer = self.chat = self.fingerprint = None
@@ -198,11 +201,17 @@ class Service:
         log.error("a request failed", exc_info=error)
         return internal()
 
-    def check_model(self, name):
-        """ApiError 404 unless clients may call the model so; None stands for the model that there is."""
-        if name is not None and name != self.model_name:
-            raise ApiError(404, f"model: there is no {name[:200]!r} here, only {self.model_name!r}", "model",
-                           "model_not_found")
+    def name_in_answers(self, name: str | None) -> str:
+        """The model's name in an answer to a request for `name`; None and "" ask for the one model that there is.
+
+        ApiError 404 for a name that the model does not answer to.
+        """
+        if not name:
+            return self.model_name
+        if self.names is not None and name not in self.names:
+            raise ApiError(404, f"model: there is no {name[:200]!r} here, only {', '.join(map(repr, self.names))}",
+                           "model", "model_not_found")
+        return name
 
 
 def system_fingerprint(llm):

@@ -1,5 +1,6 @@
 """Listening: the socket, uvicorn, and how a server ends."""
 import asyncio
+import errno
 import socket
 import time
 
@@ -12,21 +13,55 @@ IDLE_SECONDS = 75  # how long a connection may wait for its next request
 LAST_SECONDS = 5  # for answers that were cut off to reach their clients
 
 
-def bind(host, port):
-    """A socket that listens. ValueError, in one sentence, if that is not possible."""
-    made = None
+def bind(host: str, port: int) -> list[socket.socket]:
+    """Sockets that listen on one port of every address of a host. "localhost" has 127.0.0.1 and ::1: clients try both.
+
+    An address that this machine does not have is left out, unless none is left. ValueError, in one sentence, if that is
+    not possible, such as where one of the addresses is in use.
+    """
+    made: list[socket.socket] = []
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        made = socket.socket(family, kind, protocol)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind(address)
-        made.listen(BACKLOG)
+        _bind_all(made, _addresses(host), port)
     except (OSError, OverflowError) as error:
-        if made is not None:
-            made.close()
+        for each in made:
+            each.close()
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"cannot listen on {host} port {port}: {str(reason).lower()}") from None
     return made
+
+
+def _addresses(host: str) -> list[tuple[int, tuple]]:
+    """(family, socket address) of a host, each once, IPv4 first. OSError for a host that there is not."""
+    if host.lower() == "localhost":
+        return [(socket.AF_INET, ("127.0.0.1", 0)), (socket.AF_INET6, ("::1", 0))]
+    found = [(each[0], each[4]) for each in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
+    return sorted(dict.fromkeys(found), key=lambda each: each[0] != socket.AF_INET)
+
+
+def _bind_all(made: list[socket.socket], addresses: list[tuple[int, tuple]], port: int) -> None:
+    """Adds to `made` a socket for each address that this machine has. OSError where one cannot listen, or none is."""
+    missing = None
+    for family, (address, _, *scope) in addresses:
+        try:
+            one = socket.socket(family, socket.SOCK_STREAM)
+        except OSError as error:  # no IPv6 here
+            missing = error
+            continue
+        made.append(one)
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6 and len(addresses) > 1:
+            one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        try:
+            # port 0 is any free one for the first address, and that one for the others
+            one.bind((address, made[0].getsockname()[1] if len(made) > 1 else port, *scope))
+            one.listen(BACKLOG)
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL:
+                raise
+            missing = error
+            made.pop().close()
+    if not made and missing is not None:
+        raise missing
 
 
 class Server(uvicorn.Server):

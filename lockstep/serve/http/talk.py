@@ -1,18 +1,21 @@
 """What /v1/chat/completions, /v1/responses and /v1/messages share: a Conversation is started, its answer is read."""
 from lockstep.serve.http.body import read_fields
 from lockstep.serve.http.errors import ApiError, bad_request
-from lockstep.serve.http.sampling import sampling_params
+from lockstep.serve.http.sampling import most_tokens, sampling_params
+from lockstep.serve.http.token_masks import token_mask
 from lockstep.serve.tool_calls.events import CallStart
 
 
-async def start(job, fields, make_conversation, max_tokens, logprobs=None):
+async def start(job, fields, make_conversation, max_tokens_names, **reports):
     """Queues the samples of a conversation; returns what makes a parser for each.
 
     fields: the SamplingFields of the request; make_conversation: called in a worker thread, returns the Conversation;
-    max_tokens: None for as many as the context has room for, which is also the most that there can be.
+    max_tokens_names: the fields that say how long an answer may be, see `most_tokens`; reports: arguments of
+    SamplingParams, such as logprobs.
     """
     service = job.service
-    prepared = await job.offload(lambda: chat_model(service).prepare(make_conversation(), fields.n or 1))
+    prepared, leaves_out = await job.offload(lambda: (
+        chat_model(service).prepare(make_conversation(), fields.n or 1), token_mask(service, fields)))
     room = service.llm.model.max_context - len(prepared.ids)
     if room < 1:
         raise bad_request(f"the conversation has {len(prepared.ids)} tokens, which leaves no room for an answer in the "
@@ -20,8 +23,9 @@ async def start(job, fields, make_conversation, max_tokens, logprobs=None):
     options = prepared.options
     if not options.get("skip_special_tokens", True):
         fields.skip_special_tokens = False
-    params = sampling_params(fields, service.limits, min(room, max_tokens or room), service.llm.sampling_defaults,
-                             logprobs=logprobs, logits_mask=options["logits_mask"])
+    mask = options["logits_mask"] if leaves_out is None else leaves_out(options["logits_mask"])
+    params = sampling_params(fields, service.limits, most_tokens(fields, max_tokens_names, room),
+                             service.llm.sampling_defaults, logits_mask=mask, **reports)
     await job.start([(prepared.ids, params)], fields.cache_salt or "")
     return prepared.new_parser
 
@@ -40,7 +44,7 @@ async def count(request, service, fields_type, make_conversation):
         raise ApiError(503, "the model is still loading", code="loading", retry_after=1)
     service.check_workers()
     fields = await read_fields(request, service, fields_type)
-    service.check_model(fields.model)
+    service.name_in_answers(fields.model)
 
     def counted():
         prompt = chat_model(service).prompt(make_conversation(fields))

@@ -5,12 +5,12 @@ The shapes are vLLM's, which lm-eval reads.
 from starlette.routing import Route
 
 from lockstep.serve.http import talk
-from lockstep.serve.http.body import Fields, read_fields
+from lockstep.serve.http.body import Fields, Whole, read_fields
 from lockstep.serve.http.chat_fields import ChatFields, Message, conversation
-from lockstep.serve.http.completions import check_ids, text_tokenizer
 from lockstep.serve.http.encode import json_response, to_json
 from lockstep.serve.http.errors import ApiError, bad_request
 from lockstep.serve.http.legacy_logprobs import token_text
+from lockstep.serve.http.prompts import check_ids, text_tokenizer
 
 
 class TokenizeFields(ChatFields):
@@ -18,16 +18,15 @@ class TokenizeFields(ChatFields):
 
     prompt: str | None = None
     messages: list[Message] | None = None
-    add_special_tokens: bool = True
-    add_generation_prompt: bool = True
-    return_token_strs: bool = False
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
 
 
 class DetokenizeFields(Fields):
     """Token ids to be turned into text."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: list[Whole]
 
 
 def routes(service):
@@ -37,7 +36,7 @@ def routes(service):
             raise ApiError(503, "the model is still loading", code="loading", retry_after=1)
         service.check_workers()
         found = await read_fields(request, service, fields)
-        service.check_model(found.model)
+        service.name_in_answers(found.model)
         return found
 
     async def tokenize(request):
@@ -63,9 +62,9 @@ def tokenized(service, fields):
         raise bad_request("expected either prompt or messages", "prompt", "invalid_value")
     tokenizer = text_tokenizer(service)
     if fields.prompt is not None:
-        ids = tokenizer.encode(fields.prompt, fields.add_special_tokens)
+        ids = tokenizer.encode(fields.prompt, fields.add_special_tokens is not False)
     else:
-        prompt = talk.chat_model(service).prompt(conversation(fields), fields.add_generation_prompt)
+        prompt = talk.chat_model(service).prompt(conversation(fields), fields.add_generation_prompt is not False)
         ids = tokenizer.encode(prompt, add_special_tokens=False)
     made = dict(count=len(ids), max_model_len=service.llm.model.max_context, tokens=ids)
     if fields.return_token_strs:

@@ -53,9 +53,11 @@ def program(*options):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     try:
-        line = process.stdout.readline()
-        ready = re.search(r"is ready at http://127\.0\.0\.1:(\d+)/v1", line)
-        assert ready, line + process.stdout.read()
+        said, ready = "", None
+        while ready is None:  # where it takes long, it says first what it does
+            said += (line := process.stdout.readline())
+            assert line, said
+            ready = re.search(r"is ready at http://127\.0\.0\.1:(\d+)/v1", line)
         yield Program(process, int(ready[1]))
     finally:
         process.kill()

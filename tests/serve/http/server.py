@@ -20,10 +20,10 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(llm=None, limits=Limits(), api_keys=(), cors_origins=(), **sizes):
+def running(llm=None, limits=Limits(), api_keys=(), cors_origins=(), names=(), **sizes):
     """A Running server of an LLM: the bundled one, unless it is given. The LLM is closed in the end."""
-    service = Service("lockstep", limits, api_keys)
-    listening = bind("127.0.0.1", 0)
+    service = Service("lockstep", limits, api_keys, names)
+    [listening] = bind("127.0.0.1", 0)
     server = Server(make_app(service, cors_origins), service)
     thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
     service.open(llm or LLM(**{**SIZES, **sizes}))

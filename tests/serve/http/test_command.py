@@ -7,7 +7,7 @@ import sys
 import httpx
 import pytest
 
-from lockstep.commands.serve import keys, model_name
+from lockstep.commands.serve import keys, model_name, model_names
 from lockstep.serve.http.service import Service
 from lockstep.serve.http.serving import bind
 from tests.serve.http.program import ROOT, program
@@ -23,10 +23,11 @@ def refused(*options):
 
 
 def test_options_reach_the_server():
-    options = ("--name", "mine", "--api-key", "a", "--api-key", "b", "--max-requests", 3, "--max-context", 640,
-               "--max-body-mb", 1, "--cors-origin", "https://example.org")
+    options = ("--name", "mine", "--name", "gpt-4", "--host", "localhost", "--api-key", "a", "--api-key", "b",
+               "--max-requests", 3, "--max-context", 640, "--max-body-mb", 1, "--cors-origin", "https://example.org")
     with program(*options) as made, httpx.Client(base_url=made.url, headers={"Authorization": "Bearer b"}) as client:
-        [model] = client.get("/v1/models", headers={"Origin": "https://example.org"}).json()["data"]
+        model, other = client.get("/v1/models", headers={"Origin": "https://example.org"}).json()["data"]
+        assert other == model | dict(id="gpt-4")
         assert (model["id"], model["max_model_len"]) == ("mine", 640)
         assert client.post("/v1/completions", content=b"x" * (1 << 20) + b"x").status_code == 413
         assert httpx.get(f"{made.url}/v1/models").status_code == 401
@@ -35,6 +36,7 @@ def test_options_reach_the_server():
 @pytest.mark.parametrize("options, says", [
     (("no/such/model/here",), "no such folder or file"), (("--max-context", 0), "max-context"),
     (("--port", 70000), "port"), (("--api-key", ""), "--api-key: expected ASCII"),
+    (("--name", ""), '--name: expected a name, got ""'),
     (("--host", "no.such.host.invalid"), "cannot listen on no.such.host.invalid")], ids=str)
 def test_what_cannot_work_is_said_in_one_sentence(options, says):
     said = refused(*options)
@@ -51,11 +53,42 @@ def test_a_port_in_use_is_said_before_a_model_is_loaded():
 
 def test_a_server_listens_on_an_ipv6_address_too():
     try:
-        made = bind("::1", 0)
+        [made] = bind("::1", 0)
     except ValueError as error:
         pytest.skip(str(error))
     assert made.getsockname()[1] > 0
     made.close()
+
+
+@pytest.fixture
+def has_ipv6():
+    """Whether this machine has the address ::1."""
+    try:
+        [made] = bind("::1", 0)
+    except ValueError:
+        return False
+    made.close()
+    return True
+
+
+def test_localhost_is_both_of_its_addresses_on_one_port(has_ipv6):
+    made = bind("localhost", 0)
+    assert [each.getsockname()[0] for each in made] == ["127.0.0.1", "::1"][:1 + has_ipv6]
+    port = {each.getsockname()[1] for each in made}
+    assert len(port) == 1
+    for each in made:
+        socket.create_connection(each.getsockname()[:2], timeout=60).close()
+        each.close()
+
+
+def test_an_address_of_localhost_that_is_in_use_is_said(has_ipv6):
+    if not has_ipv6:
+        pytest.skip("no ::1 on this machine")
+    [taken] = bind("::1", 0)
+    port = taken.getsockname()[1]
+    with pytest.raises(ValueError, match=f"cannot listen on localhost port {port}: address already in use"):
+        bind("localhost", port)
+    taken.close()
 
 
 def test_while_it_loads_requests_are_told_to_come_back():
@@ -78,3 +111,4 @@ def test_keys_come_from_options_or_the_environment(monkeypatch):
 def test_a_model_is_called_by_the_end_of_its_path():
     assert [model_name(m) for m in (None, "org/Model", "/a/b/", "x/Model-Q8_0.gguf")] \
         == ["lockstep", "Model", "b", "Model-Q8_0"]
+    assert model_names(None, "/a/b/") == ["b"] and model_names(["x", "y"], "/a/b/") == ["x", "y"]

@@ -27,7 +27,7 @@ TALK = [dict(role="system", content="s"), *MESSAGES, dict(role="assistant", cont
         dict(role="tool", tool_call_id="c", content=[dict(type="text", text="r")])]
 BODIES = {
     "/v1/completions": dict(prompt="x", max_tokens=2, temperature=0.5, top_p=0.9, n=2, stop=["a"], logprobs=1,
-                            echo=True, logit_bias={"5": 1}, stream=False, stream_options=dict(include_usage=True),
+                            echo=True, logit_bias={"5": 1}, stream=True, stream_options=dict(include_usage=True),
                             seed=1),
     "/v1/chat/completions": dict(messages=MESSAGES, max_tokens=2, temperature=0.5, n=1, stop="a", logprobs=True,
                                  top_logprobs=1, stream=False, seed=1, tools=[], tool_choice="none",
@@ -55,7 +55,7 @@ HEADERS = ["Content-Length: 5", "Content-Length: -1", "Content-Length: 999999999
            "X" * 300 + ": y", ": y", "Accept-Encoding: br;q=nan", "Origin: null", "Cookie: " + "a" * 5000,
            "Range: bytes=0-", "X-HTTP-Method-Override: DELETE"]
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-CLEAR = {200, 400, 403, 404, 405, 408, 413, 429, 431, 503}
+CLEAR = {200, 400, 403, 404, 405, 408, 413, 415, 429, 431, 503}
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,12 @@
 """Requests that no client library would send: sizes, encodings, slowness, and nothing but clear answers."""
+import gzip
 import json
 import socket
 import time
 
 import pytest
 
-from lockstep.serve.http.body import Fields, check, parse
+from lockstep.serve.http.body import Fields, Whole, check, parse
 from lockstep.serve.http.errors import ApiError
 from lockstep.serve.http.limits import Limits
 from tests.serve.http.raw import connect, exchange, head, read_all, request
@@ -67,6 +68,35 @@ def test_bodies_of_many_requests_are_bounded_together(small):
         refused(exchange(small, head(Content_Length=99_000, **CLOSE) + b"x" * 90_000), 429, "too much memory")
     wait_until(lambda: small.service.num_bytes == 0)
     assert exchange(small, request(dict(prompt="x", max_tokens=1), **CLOSE))[0] == 200
+
+
+def test_a_gzip_body_is_unpacked(small):
+    body = json.dumps(dict(prompt="x", max_tokens=1)).encode()
+    packed = gzip.compress(body)
+    for coding in ("gzip", "GZIP", "x-gzip", "identity, gzip"):
+        assert exchange(small, request(packed, Content_Encoding=coding, **CLOSE))[0] == 200
+    assert exchange(small, request(body, Content_Encoding="identity", **CLOSE))[0] == 200
+    assert exchange(small, request(gzip.compress(body[:9]) + gzip.compress(body[9:]), Content_Encoding="gzip",
+                                   **CLOSE))[0] == 200
+    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in packed) + b"0\r\n\r\n"
+    assert exchange(small, head(Transfer_Encoding="chunked", Content_Encoding="gzip", **CLOSE) + chunks)[0] == 200
+    two = request(packed, Content_Encoding="gzip") + request(body, **CLOSE)
+    with connect(small) as connection:
+        connection.sendall(two)
+        assert read_all(connection).count(b"HTTP/1.1 200") == 2
+
+
+@pytest.mark.parametrize("raw, coding, status, says", [
+    (gzip.compress(b" " * 50_000_000), "gzip", 413, "larger than 100000 bytes"),
+    (gzip.compress(b"") * 6000, "gzip", 413, "larger than 100000 bytes"),
+    (gzip.compress(b"{")[:-9], "gzip", 400, "ends too soon"), (b"", "gzip", 400, "ends too soon"),
+    (b"{}", "gzip", 400, "not valid gzip"), (gzip.compress(b"{}") + b"x", "gzip", 400, "not valid gzip"),
+    (b"{}", "br", 415, "expected gzip or none, got br"), (b"{}", "zstd", 415, "got zstd"),
+    (gzip.compress(gzip.compress(b"{}")), "gzip, gzip", 415, "got gzip, gzip"), (b"{}", "x" * 500, 415, "got xxx"),
+], ids=lambda value: str(value)[:20])
+def test_a_packed_body_is_bounded_and_other_encodings_are_refused(small, raw, coding, status, says):
+    refused(exchange(small, request(raw, Content_Encoding=coding, **CLOSE)), status, says)
+    wait_until(lambda: small.service.num_bytes == small.service.num_open == 0)
 
 
 def test_a_body_in_many_chunks_of_one_byte_is_read(small):
@@ -164,12 +194,12 @@ def test_limits_are_positive_numbers():
 class Some(Fields):
     """Fields for the test below."""
 
-    count: int | None = None
+    count: Whole | None = None
     words: list[str] = []
 
 
 @pytest.mark.parametrize("value, says", [
-    (dict(count="5"), 'count: expected an integer, got "5"'), (dict(count=5.0), "count: expected an integer, got 5.0"),
+    (dict(count="5"), 'count: expected an integer, got "5"'), (dict(count=5.5), "count: expected an integer, got 5.5"),
     (dict(count=True), "count: expected an integer, got true"),
     (dict(words=["a", 5]), "words[1]: expected a string, got 5"),
     (dict(words="abc"), 'words: expected a list, got "abc"'),

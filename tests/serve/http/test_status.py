@@ -9,6 +9,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from lockstep import LLM
 from lockstep.serve.http.limits import Limits
 from lockstep.serve.http.service import Service, system_fingerprint
+from tests.serve.http.chatting import HELLO
+from tests.serve.http.raw import exchange, head
 from tests.serve.http.server import SIZES, running, wait_until
 
 
@@ -27,6 +29,24 @@ def test_the_model_is_listed_and_found_by_its_name(client, server, llm):
     assert listed.max_model_len == 1024 and listed.system_fingerprint == system_fingerprint(llm)
     with pytest.raises(openai.NotFoundError, match="there is no 'other/model' here"):
         client.models.retrieve("other/model")
+
+
+def test_a_model_answers_to_each_of_its_names_and_repeats_the_one_that_was_used():
+    fields = {"/v1/completions": dict(prompt="x", max_tokens=1), "/v1/embeddings": dict(input="x"),
+              "/v1/chat/completions": dict(messages=HELLO, max_tokens=1),
+              "/v1/messages": dict(messages=HELLO, max_tokens=1), "/v1/responses": dict(input="x", max_output_tokens=1)}
+    with running(names=["gpt-4"]) as made, httpx.Client(base_url=made.url, timeout=60) as http:
+        assert [each["id"] for each in http.get("/v1/models").json()["data"]] == ["lockstep", "gpt-4"]
+        for path, body in fields.items():
+            for asked, said in (("gpt-4", "gpt-4"), (None, "lockstep"), ("", "lockstep"), ("lockstep", "lockstep")):
+                assert http.post(path, json=body | dict(model=asked)).json()["model"] == said, path
+            other = http.post(path, json=body | dict(model="gpt-5"))
+            assert other.status_code == 404 and "only 'lockstep', 'gpt-4'" in other.json()["error"]["message"]
+        made.service.names = None  # --any-model
+        for path, body in fields.items():
+            assert http.post(path, json=body | dict(model="whatever")).json()["model"] == "whatever"
+        assert http.get("/v1/models/what/ever").json()["id"] == "what/ever"
+        assert [each["id"] for each in http.get("/v1/models").json()["data"]] == ["lockstep"]
 
 
 def test_the_fingerprint_is_on_answers_and_names_the_arithmetic(client, llm):
@@ -78,6 +98,13 @@ def test_an_unknown_path_and_method_have_error_objects(server):
     for got, status in ((httpx.get(f"{server.url}/v2/models"), 404), (httpx.get(f"{server.url}/v1/completions"), 405)):
         assert got.status_code == status and set(got.json()["error"]) == {"message", "type", "param", "code"}
     assert got.headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize("path", ["//v1/models", "/v1//models", "///v1/models"])
+def test_slashes_in_a_row_are_one(server, path):
+    assert exchange(server, head(path, "GET", Connection="close"))[0] == 200
+    with running(api_keys=["right"]) as made:
+        assert exchange(made, head(path, "GET", Connection="close"))[0] == 401
 
 
 def test_metrics_count_tokens_answers_and_times(server, client):
@@ -188,6 +215,14 @@ def test_other_pages_may_call_only_where_they_are_allowed(server):
         assert got.headers["access-control-allow-origin"] == "https://example.org" and got.status_code == 200
         other = httpx.options(f"{made.url}/v1/completions", headers=asked | {"Origin": "https://evil.example"})
         assert "access-control-allow-origin" not in other.headers
+        granted = "access-control-allow-private-network"
+        assert granted not in got.headers
+        asked_more = asked | {"Access-Control-Request-Private-Network": "true"}
+        got = httpx.options(f"{made.url}/v1/completions", headers=asked_more)
+        assert got.status_code == 200 and got.headers[granted] == "true"
+        other = httpx.options(f"{made.url}/v1/completions", headers=asked_more | {"Origin": "https://evil.example"})
+        assert other.status_code == 400 and granted not in other.headers
+        assert granted not in httpx.options(f"{server.url}/v1/completions", headers=asked_more).headers
         sent = dict(json=dict(prompt="x", max_tokens=1))
         assert httpx.post(f"{made.url}/v1/completions", headers=asked, **sent).status_code == 200
 

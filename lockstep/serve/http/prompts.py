@@ -1,0 +1,82 @@
+"""Prompts in the forms that a body may give them, as token ids."""
+from lockstep.serve.http.body import shown, whole
+from lockstep.serve.http.errors import bad_request
+
+STRING_OR_IDS = "a string, an array of strings, an array of token ids or an array of such arrays"
+
+
+def read_prompts(service, prompt, add_special_tokens=True, most=None, keep_end=True):
+    """(texts, lists of token ids) of a prompt in any of its four forms; the text of ids, or of a cut text, is None.
+
+    most: tokens of each prompt, of whose content the end is kept, or else the beginning. ApiError 400.
+    """
+    prompts = prompt if isinstance(prompt, list) and not _is_ids(prompt) else [prompt]
+    if len(prompts) > service.limits.max_prompts:
+        raise bad_request(f"prompt: expected at most {service.limits.max_prompts} prompts, got {len(prompts)}",
+                          "prompt", "invalid_value")
+    found = [_ids(service, each, add_special_tokens) for each in prompts]
+    cut = [ids if most is None else shortened(service, each, ids, most, keep_end)
+           for each, ids in zip(prompts, found, strict=True)]
+    is_whole = [isinstance(each, str) and len(ids) == len(kept)
+                for each, ids, kept in zip(prompts, found, cut, strict=True)]
+    return [each if whole_text else None for each, whole_text in zip(prompts, is_whole, strict=True)], cut
+
+
+def _is_ids(prompt):
+    return not prompt or isinstance(prompt[0], (int, float))
+
+
+def _ids(service, prompt, add_special_tokens):
+    if isinstance(prompt, str):
+        ids = text_tokenizer(service).encode(prompt, add_special_tokens)
+    elif isinstance(prompt, list):
+        ids = check_ids(service, prompt, "prompt")
+    else:
+        raise bad_request(f"prompt: expected {STRING_OR_IDS}, got {shown(prompt)}", "prompt", "invalid_type")
+    if not ids:
+        raise bad_request("prompt: expected at least one token, got none", "prompt", "invalid_value")
+    return ids
+
+
+def text_tokenizer(service):
+    """The tokenizer. ApiError 400 where there is none."""
+    if service.tokenizer is None:
+        raise bad_request("this model has no tokenizer: prompts must be arrays of token ids", "prompt", "no_tokenizer")
+    return service.tokenizer
+
+
+def check_ids(service, ids, where):
+    """Token ids that the model has. ApiError 400 for anything else."""
+    vocab, made = service.llm.model.config.vocab_size, [whole(each) for each in ids]
+    for each in made:
+        if type(each) is not int or not 0 <= each < vocab:
+            raise bad_request(f"{where}: expected token ids from 0 to {vocab - 1}, got {shown(each)}", where,
+                              "invalid_value")
+    return made
+
+
+def shortened(service, given, ids: list[int], most: int, keep_end: bool) -> list[int]:
+    """At most so many of a prompt's ids. What the tokenizer put around a text stays, and its content is cut.
+
+    given: the text or ids that the ids are of; keep_end: whether to keep the end of the content, or its beginning.
+    ApiError 400 where nothing of the content would be left.
+    """
+    if len(ids) <= most:
+        return ids
+    before, after = _marks_around(service.tokenizer, given, ids) if isinstance(given, str) else (0, 0)
+    left = most - before - after
+    if left < 1:
+        raise bad_request(f"truncate_prompt_tokens: expected more than the {before + after} tokens that are put around "
+                          f"a text, got {most}", "truncate_prompt_tokens", "invalid_value")
+    content = ids[before:len(ids) - after]
+    kept = content[-left:] if keep_end else content[:left]
+    return ids[:before] + kept + ids[len(ids) - after:]
+
+
+def _marks_around(tokenizer, text: str, ids: list[int]) -> tuple[int, int]:
+    """How many of a text's ids the tokenizer put before and after it, such as the beginning of the sequence."""
+    content = tokenizer.encode(text, add_special_tokens=False)
+    for before in range(len(ids) - len(content) + 1):
+        if ids[before:before + len(content)] == content:
+            return before, len(ids) - len(content) - before
+    return 0, 0

@@ -29,8 +29,10 @@ def text_of(answer):
     """The text of an answer of any route."""
     if "output" in answer:
         return answer["output"][0]["content"][0]["text"]
-    choice = answer.get("choices", [answer])[0]
-    return choice["text"] if "text" in choice else choice.get("message", {}).get("content") or choice["content"][0]["text"]
+    if "content" in answer:
+        return answer["content"][0]["text"]
+    choice = answer["choices"][0]
+    return choice["text"] if "text" in choice else choice["message"]["content"]
 
 
 @by_route
@@ -159,9 +161,10 @@ def test_token_ids_may_be_written_with_a_point(server, llm):
 
 def test_stop_in_messages_adds_to_stop_sequences(server):
     text = text_of(post(server, "/v1/messages", temperature=0))
-    for fields in (dict(stop=text[3]), dict(stop_sequences=["", text[3]]), dict(stop=["never"], stop_sequences=[text[3]])):
+    end = text[3]
+    for fields in (dict(stop=end), dict(stop_sequences=["", end]), dict(stop=["never"], stop_sequences=[end])):
         found = post(server, "/v1/messages", temperature=0, **fields)
-        assert (found["stop_reason"], found["stop_sequence"]) == ("stop_sequence", text[3])
+        assert (found["stop_reason"], found["stop_sequence"]) == ("stop_sequence", end)
 
 
 def test_a_message_is_continued_without_a_prompt_for_another(server):

@@ -144,7 +144,7 @@ def test_a_schema_for_the_answer(server):
 
 @pytest.mark.parametrize("body, message", [
     (dict(messages=[]), "messages"), (dict(messages=[dict(role="bot", content="x")]), "role"),
-    (dict(max_tokens=0), "max_tokens"), (dict(max_tokens=None), "max_tokens"), (dict(system=3), "system"),
+    (dict(max_tokens=0), "max_tokens"), (dict(max_tokens=-2), "max_tokens"), (dict(system=3), "system"),
     (dict(messages=[dict(role="user", content=[dict(type="image", source={})])]), "messages[0].content[0]: this model"),
     (dict(messages=[dict(role="user", content=[dict(type="document", source=dict(type="base64", data="x"))])]),
      "reads only text"),

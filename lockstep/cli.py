@@ -6,6 +6,7 @@ A subcommand is a module in `lockstep/commands` with a function `command`; `benc
 import importlib
 import importlib.util
 import os
+import signal
 import sys
 
 import typer
@@ -29,7 +30,9 @@ CANNOT, INTERRUPTED = 2, 130
 
 
 def main(args=None):
-    """Runs a command line; returns the exit code."""
+    """Runs a command line; returns the exit code. args: those of the process, if there are none."""
+    if args is None:
+        heed_interrupts()
     args = _joined(sys.argv[1:] if args is None else list(args)) or ["--help"]
     # a terminal that cannot show a character shows another
     sys.stdout.reconfigure(errors="replace")
@@ -46,6 +49,13 @@ def main(args=None):
     except SystemExit:
         # how typer and rich end when nobody reads standard output; they would say 1, which has another meaning here
         return unread()
+
+
+def heed_interrupts() -> None:
+    """Lets Ctrl-C end this process, also where it was started with SIGINT ignored, as scripts start what they put into
+    the background: Python itself then ignores it, too."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _joined(args):

@@ -190,7 +190,8 @@ def test_ctrl_c(monkeypatch, capsys):
 
     monkeypatch.setattr(answer, "answer", interrupted)
     assert run("-p", "x") == 130
-    assert capsys.readouterr().err == ""
+    said = capsys.readouterr().err  # where kernels are not there yet, that they are compiled
+    assert "Traceback" not in said and "KeyboardInterrupt" not in said
 
 
 GENERATE = [sys.executable, "-m", "lockstep", "generate", "-p", PROMPT, "-n", "4000", "--temperature", "1.5",

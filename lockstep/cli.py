@@ -1,7 +1,7 @@
 """The command `lockstep`: finds the subcommand, runs it, and turns a user's mistake into one sentence and exit code 2.
 
-A subcommand is a module in `lockstep/commands` with a function `command`; `bench serve`, too, is one of its own beside
-`bench`. Only the one that is asked for is imported, so that `lockstep --help` stays fast.
+A subcommand is a module in `lockstep/commands` with a function `command`; `bench serve` and `cache prune`, too, are ones
+of their own beside `bench` and `cache`. Only the one that is asked for is imported, so that `lockstep --help` stays fast.
 """
 import importlib
 import importlib.util
@@ -23,6 +23,8 @@ COMMANDS = {
     "bench": "Measure prefill and decode, A/B, and this machine's ceiling.",
     "bench serve": "Drive arrivals against the engine, without HTTP; latencies and throughput.",
     "inspect": "Show a model's config, tensors, program and memory.",
+    "cache": "List what is kept on disk: packed weights, compiled kernels.",
+    "cache prune": "Remove what is kept on disk.",
 }
 # The base of all complaints about the command line; typer has no name for it.
 UsageError = typer.BadParameter.__mro__[2]

@@ -11,6 +11,7 @@ from lockstep.commands.options import (
     ModelName,
     OpSwaps,
     Threads,
+    VerifyWeights,
     Weights,
     context_words,
     load,
@@ -42,6 +43,7 @@ def command(
         min=1, help="Tokens that a conversation may have.",
         show_default="the model's, as far as memory holds it")] = None,
     cache_dir: CacheDir = None,
+    verify_weights: VerifyWeights = False,
     op: OpSwaps = None,
 ):
     """Talk with a model. /help lists what can be typed; Ctrl-C interrupts an answer, Ctrl-D ends."""
@@ -52,7 +54,7 @@ def command(
     asked = {name: value for name, value in asked.items() if value is not None} | dict(seed=seed, max_tokens=num_tokens)
     SamplingParams(**asked)  # refuses before a model is loaded
     llm = load(model, weights=weights, kv_dtype=kv_dtype, threads=threads, max_context=max_context, ops=op,
-               cache_dir=cache_dir, needs_chat=True, generation_config=generation_config)
+               cache_dir=cache_dir, needs_chat=True, generation_config=generation_config, verify_weights=verify_weights)
     talk = Conversation(llm, first_settings(llm.sampling_defaults, asked), system)
     print(first_line(llm, talk.settings), file=sys.stderr, flush=True)
     _greet(sys.stdin.isatty())

@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
-from lockstep.commands.options import CacheDir, KvDtype, MaxContext, ModelName, OpSwaps, Threads, Weights, load
+from lockstep.commands.options import (
+    CacheDir, KvDtype, MaxContext, ModelName, OpSwaps, Threads, VerifyWeights, Weights, load,
+)
 from lockstep.commands.output import write
 
 DEFAULT_TOKENS, DEFAULT_CONTEXT = 128, 4096
@@ -41,6 +43,7 @@ def command(
     threads: Threads = None,
     max_context: MaxContext = None,
     cache_dir: CacheDir = None,
+    verify_weights: VerifyWeights = False,
     op: OpSwaps = None,
 ):
     """Continue a text with a model, with the most probable tokens unless options say otherwise.
@@ -57,7 +60,7 @@ def command(
     context = max_context or needed_context(model, text, num_tokens or DEFAULT_TOKENS)
     # one prompt finds nothing in memory that it did not compute itself
     llm = load(model, weights=weights, kv_dtype=kv_dtype, threads=threads, max_context=context, ops=op,
-               prefix_cache=cache_dir is not None, cache_dir=cache_dir)
+               prefix_cache=cache_dir is not None, cache_dir=cache_dir, verify_weights=verify_weights)
     run(llm, text, num_tokens, fields, echo, as_json)
 
 

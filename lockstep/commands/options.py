@@ -19,6 +19,8 @@ GenerationConfig = Annotated[str, typer.Option(
     "generation_config.json.")]
 CacheDir = Annotated[str | None, typer.Option(
     metavar="FOLDER", show_default="none", help="Keep computed prompts in this folder, for this and later runs.")]
+VerifyWeights = Annotated[bool, typer.Option(
+    "--verify-weights", help="Read all of the weights and check their hashes, although they were checked before.")]
 OpSwaps = Annotated[list[str] | None, typer.Option(
     metavar="KIND=BACKEND", help="Run an op another way, such as linear=reference or attention=per_token. Repeatable.")]
 
@@ -44,8 +46,11 @@ def context_words(llm) -> tuple[str, str | None]:
     return shown, more.get(size.limit)
 
 
-def load(model, *, ops=None, max_requests=1, **options):
-    """The LLM, with progress on stderr. ops: what --op gave; options: as for LLM."""
+def load(model, *, ops=None, max_requests=1, wait_for_content=False, **options):
+    """The LLM, with progress on stderr. ops: what --op gave; options: as for LLM.
+
+    wait_for_content: return only when the model's content hash is known.
+    """
     from lockstep.commands.progress import Progress
     from lockstep.engine.engine import num_cores
     from lockstep.serve.llm import LLM
@@ -53,4 +58,10 @@ def load(model, *, ops=None, max_requests=1, **options):
     if (options.get("threads") or 0) > num_cores():
         print(f"lockstep: {options['threads']} threads on {num_cores()} cores only take turns", file=sys.stderr)
     with Progress() as progress:
-        return LLM(model, ops=parse_swaps(ops), max_requests=max_requests, progress=progress.packing, **options)
+        llm = LLM(model, ops=parse_swaps(ops), max_requests=max_requests, progress=progress.packing, **options)
+        if wait_for_content:
+            llm.content.wait(progress.packing)
+    if llm.num_bytes_not_kept:
+        print(f"lockstep: {llm.num_bytes_not_kept / 1e9:.1f} GB of packed weights were not kept, so the next start packs "
+              "them again: the cache is full or cannot be written (see lockstep cache)", file=sys.stderr)
+    return llm

@@ -6,7 +6,7 @@ QUIET_SECONDS = 1.0  # what takes less is not worth a line
 
 
 class Progress:
-    """A context: counts the kernels that are compiled in it, and the bytes that are packed."""
+    """A context: counts the kernels that are compiled in it, and the bytes that are packed or read."""
 
     def __init__(self, stream=None):
         self._stream, self._said, self._status = stream or sys.stderr, set(), None
@@ -25,7 +25,7 @@ class Progress:
         if self._status:
             self._status.stop()
         if self._said and not any(error):
-            self._print(f"ready after {self._seconds:.1f} s; compiled kernels and packed weights are kept")
+            self._print(f"ready after {self._seconds:.1f} s; later starts use what was made now")
 
     @property
     def _seconds(self):
@@ -33,7 +33,8 @@ class Progress:
 
     def packing(self, what, done, total):
         """The callback of LLM."""
-        self._show(f"{what} weights", f"{done / 1e6:,.0f} MB{f' of {total / 1e6:,.0f}' if total else ''}")
+        amount = f"{done / 1e6:,.0f}" + (f" of {total / 1e6:,.0f}" if total else "")
+        self._show(f"{what} weights", f"{amount} MB")
 
     def compiling(self, name):
         """The hook of Kernel, called as each compilation starts."""

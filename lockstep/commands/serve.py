@@ -12,6 +12,7 @@ from lockstep.commands.options import (
     ModelName,
     OpSwaps,
     Threads,
+    VerifyWeights,
     Weights,
     context_words,
     load,
@@ -59,6 +60,9 @@ def command(
     kv_dtype: KvDtype = None,
     threads: Threads = None,
     cache_dir: CacheDir = None,
+    early: Annotated[bool, typer.Option("--early", help="Answer before all of a new model's file has been read for its "
+                                        "content hash; such answers have no system_fingerprint.")] = False,
+    verify_weights: VerifyWeights = False,
     op: OpSwaps = None,
 ):
     """Answer requests over HTTP, as OpenAI's API does: see docs/server.md.
@@ -71,7 +75,8 @@ def command(
                     request_seconds=request_timeout, drain_seconds=drain_timeout, stuck_seconds=stuck_timeout)
     sizes = dict(ops=op, weights=weights, kv_dtype=kv_dtype, threads=threads, max_context=max_context,
                  max_requests=max_requests, max_step_tokens=max_step_tokens, kv_tokens=kv_tokens,
-                 prefix_cache=prefix_cache, cache_dir=cache_dir, generation_config=generation_config)
+                 prefix_cache=prefix_cache, cache_dir=cache_dir, generation_config=generation_config,
+                 wait_for_content=not early, verify_weights=verify_weights)
     names = model_names(name, model)
     service = dict(model_name=names[0], limits=limits, api_keys=keys(api_key), names=None if any_model else names)
     serve(lambda: load(model, **sizes), service, host, port, cors_origin or ())

@@ -107,7 +107,9 @@ class Engine:
             return None
         identity = model_identity(self.model, selfcheck.NUMERICS)
         sizes = dict(page=memory.page_bytes, state=memory.state_bytes)
-        disk = None if options.cache_dir is None else DiskStore(options.cache_dir, options.cache_dir_bytes, sizes)
+        disk = None
+        if options.cache_dir is not None:
+            disk = DiskStore(options.cache_dir, options.cache_dir_bytes, sizes, self.model.checkpoint.content)
         long_from = options.prompt_state_from
         if long_from is None:
             long_from = LONG_PROMPT if disk is None else 0

@@ -23,9 +23,12 @@ LAYOUT = 1  # of pages and states as bytes; a change of their layout raises it
 
 
 def model_identity(model, numerics):
-    """Names everything that a block's bytes depend on besides its tokens: files, formats, arithmetic and layout."""
+    """Names all that a block's bytes depend on besides its tokens and the weights: formats, arithmetic and layout.
+
+    It is enough where there are no other weights: in one process. What outlives it is named by the content, too.
+    """
     caches = [(c.name, c.kind, c.dtype, c.shape) for c in model.recorded.caches]
-    known = LAYOUT, numerics, model.checkpoint.fingerprint(), model.weights, model.kv_dtype, PAGE_TOKENS, caches
+    known = LAYOUT, numerics, model.weights, model.kv_dtype, PAGE_TOKENS, caches
     return hashlib.sha256(repr(known).encode()).digest()
 
 

@@ -1,6 +1,7 @@
 """The prefix cache's second home: pages and states as files, which outlive the process and may be shared by several.
 
-An entry is a file named by its block's name: a header (magic, kind, name, length, checksum) and the bytes. It is
+An entry is a file named by the model's content hash and its block's name: a header (magic, kind, name, length, checksum)
+and the bytes. Until the content hash is known, entries wait in memory. An entry is
 written beside its place and renamed, so that it is there whole or not at all. What is not as its header says is dropped
 and counted, never used. The checksum finds damage, not malice: who may write to the folder may change what the model
 sees.
@@ -20,8 +21,12 @@ from queue import SimpleQueue
 
 import numpy as np
 
+from lockstep.runtime.user_cache import NotPrivate, make_private
+
 MAGIC, HEADER = b"lockstep cache 1", struct.Struct("<16s8s32sQ16s")
 MAKING, FORGOTTEN_SECONDS = ".making-", 3600  # what a killed process left behind may go after so long
+GRACE_SECONDS = 2  # that closing waits for the content hash, if something is to be written
+WAIT_SECONDS = 0.05  # between two looks whether the content hash is known
 RESCAN = 64  # writes after which the folder is looked at again: other processes write to it too
 
 
@@ -39,18 +44,21 @@ class DiskCounts:
 class DiskStore:
     """Entries of two kinds in a folder of at most `max_bytes`; those used longest ago (by file time) go first.
 
-    sizes: {"page": bytes of a page, "state": bytes of a state}. A thread of its own writes; up to `max_pending` bytes
-    wait for it. Raises ValueError for a folder that cannot be made or written.
+    sizes: {"page": bytes of a page, "state": bytes of a state}. content: the model's ContentHash. A thread of its own
+    writes; up to `max_pending` bytes wait for it. Raises ValueError for a folder that cannot be made or written, or that
+    others can write to.
     """
 
-    def __init__(self, folder, max_bytes, sizes, max_pending=256 << 20):
+    def __init__(self, folder, max_bytes, sizes, content, max_pending=256 << 20):
         self.folder, self.max_bytes, self.sizes, self.max_pending = Path(folder), max_bytes, sizes, max_pending
-        self.counts, self._lock = DiskCounts(), threading.Lock()
-        self._pending, self._queue = {}, SimpleQueue()  # file name -> array
+        self.counts, self._lock, self._content = DiskCounts(), threading.Lock(), content
+        self._pending, self._queue, self._closing = {}, SimpleQueue(), threading.Event()  # (kind, name) -> array
         try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_private(self.folder)
             with tempfile.TemporaryFile(dir=self.folder):
                 self._scan()
+        except NotPrivate as error:
+            raise ValueError(f"cache_dir: {error}") from None
         except OSError as error:
             raise ValueError(f"cache_dir {str(folder)!r}: cannot be written ({error.strerror or error})") from None
         self._writer = threading.Thread(target=self._write_all, name="lockstep prefix writer", daemon=True)
@@ -71,33 +79,46 @@ class DiskStore:
 
     # ------------------------------------------------------------ entries
 
+    def _on_disk(self, name):
+        """What an entry is called on disk; None as long as the model's content hash is not known."""
+        try:
+            content = self._content.known
+        except (OSError, ValueError):  # whoever loaded the model was told; nothing can be kept for it
+            return None
+        return None if content is None else hashlib.sha256(content.encode() + name).digest()
+
+    def _file(self, kind, name):
+        on_disk = self._on_disk(name)
+        return None if on_disk is None else f"{on_disk.hex()}.{kind}"
+
     def has(self, kind, name):
         """Whether there is an entry, which may still turn out to be damaged."""
-        file = f"{name.hex()}.{kind}"
-        return file in self._files or file in self._pending
+        return (kind, name) in self._pending or self._file(kind, name) in self._files
 
     def save(self, kind, name, fill):
         """Keeps an entry that is not there yet: fill(uint8 array) writes its bytes."""
-        file, size = f"{name.hex()}.{kind}", self.sizes[kind]
+        size = self.sizes[kind]
         with self._lock:
-            if file in self._files or file in self._pending:
+            if self.has(kind, name):
                 return
             waiting = sum(a.nbytes for a in self._pending.values())
             if size + HEADER.size > self.max_bytes or waiting + size > self.max_pending:
                 self.counts.skipped += 1
                 return
-            data = self._pending[file] = np.empty(size, np.uint8)
+            data = self._pending[kind, name] = np.empty(size, np.uint8)
             fill(data)
-        self._queue.put((kind, name, file))
+        self._queue.put((kind, name))
 
     def load(self, kind, name):
         """The bytes of an entry, uint8 [size]; None if it is not there any more or is not what it should be."""
-        file = f"{name.hex()}.{kind}"
+        file = self._file(kind, name)
         with self._lock:
-            if file in self._pending:
-                return self._pending[file]
+            if (kind, name) in self._pending:
+                return self._pending[kind, name]
+            if file not in self._files:
+                return None
             try:
-                data = self._read(kind, name, self.folder / file)
+                data = self._read(kind, self._on_disk(name), self.folder / file)
             except FileNotFoundError:  # another process made room
                 self._drop(file)
                 return None
@@ -143,15 +164,16 @@ class DiskStore:
             else:
                 self._write(*item)
 
-    def _write(self, kind, name, file):
-        data = self._pending[file]
+    def _write(self, kind, name):
+        data, file = self._pending[kind, name], self._file_when_known(kind, name)
         try:
-            self._write_file(file, _header(kind, name, data), data)
-            written = True
+            if file is not None:
+                self._write_file(file, _header(kind, self._on_disk(name), data), data)
+            written = file is not None
         except OSError:
             written = False
         with self._lock:
-            del self._pending[file]
+            del self._pending[kind, name]
             if written:
                 size = HEADER.size + data.nbytes
                 self._total += size - self._files.get(file, 0)  # another process may have written it, too
@@ -163,6 +185,14 @@ class DiskStore:
                 self._make_room()
             else:
                 self.counts.skipped += 1
+
+    def _file_when_known(self, kind, name):
+        """The file of an entry, once the content hash is known; None if it is not soon after this store is closed."""
+        with contextlib.suppress(OSError, ValueError):
+            while self._content.known is None and not self._closing.wait(WAIT_SECONDS):
+                pass
+            self._content.wait(timeout=GRACE_SECONDS)
+        return self._file(kind, name)
 
     def _write_file(self, file, header, data):
         handle, beside = tempfile.mkstemp(prefix=MAKING, dir=self.folder)
@@ -188,7 +218,8 @@ class DiskStore:
         done.wait()
 
     def close(self):
-        """Writes what is left and ends the thread."""
+        """Writes what is left (nothing, if the content hash is not known yet) and ends the thread."""
+        self._closing.set()
         self._queue.put(None)
         self._writer.join()
 

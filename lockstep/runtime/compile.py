@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 
 from lockstep.runtime.kernel import Kernel
+from lockstep.runtime.user_cache import VARIABLE, user_cache
 
 FEW = 4  # kernels that are compiled without help: a helper takes a second to start
 MAX_HELPERS = 7
@@ -32,7 +33,7 @@ def compile_kernels(kernels, num_processes=None):
 def _share(kernels, num_helpers, folder):
     paths = {k.path: k for k in kernels}
     command = [sys.executable, "-m", "lockstep.runtime.compile", str(folder), *reversed(paths)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    environment = {**os.environ, VARIABLE: str(user_cache()), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     helpers = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
                for _ in range(num_helpers)]
     readers = [threading.Thread(target=_report, args=(h,), daemon=True) for h in helpers]

@@ -7,12 +7,10 @@ and llvmlite, and the target CPU with its features.
 import ast
 import contextlib
 import functools
-import getpass
 import hashlib
 import os
 import pathlib
 import sys
-import tempfile
 
 import llvmlite
 import numba
@@ -21,6 +19,7 @@ from numba.core import caching
 from numba.core.registry import cpu_target
 
 from lockstep.runtime.kernel_files import CheckedFiles
+from lockstep.runtime.user_cache import user_cache
 
 PACKAGE = pathlib.Path(__file__).parents[1]
 SIGNATURE = types.void(types.int64, types.int64, types.int64, types.int64)
@@ -52,36 +51,46 @@ def fingerprint(module):
     return digest.hexdigest()[:16]
 
 
-def user_cache():
-    """The user's cache folder for Lockstep; LOCKSTEP_CACHE names another."""
-    named = os.environ.get("LOCKSTEP_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return pathlib.Path(named) if named else pathlib.Path(base) / "lockstep"
-
-
 @functools.cache
 def kernel_cache(module):
-    """The folder of a module's compiled kernels: the user's, or a temporary one where that cannot be written."""
-    for base in (user_cache(), pathlib.Path(tempfile.gettempdir()) / f"lockstep-{getpass.getuser()}"):
-        folder = base / "kernels" / fingerprint(module)
-        with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            if os.access(folder, os.W_OK):
-                return folder
-    raise OSError(
-        f"no folder for compiled kernels: cannot write {folder}; set LOCKSTEP_CACHE to one that can be written"
-    )
+    """The folder of a module's compiled kernels, named by all that they are made from."""
+    folder = user_cache() / "kernels" / fingerprint(module)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):
+        os.utime(folder)  # what has not been used for long is what `lockstep cache prune` removes
+    return folder
+
+
+class ContentLocator(caching._CacheLocator):
+    """Tells Numba where a function is cached: in a folder named by content, whatever its file's path and time are."""
+
+    def __init__(self, function):
+        self._folder, self._line = str(kernel_cache(function.__module__)), function.__code__.co_firstlineno
+
+    def get_cache_path(self):
+        return self._folder
+
+    def get_source_stamp(self):
+        return "the folder is named by the content of all sources"
+
+    def get_disambiguator(self):
+        return str(self._line)
+
+    @classmethod
+    def from_function(cls, py_func, py_file):
+        return cls(py_func)
 
 
 @contextlib.contextmanager
-def cache_folder(function):
+def cache_folder():
     """Numba looks up where and how to cache when a function is decorated; others in the process keep their ways."""
-    before = config.CACHE_DIR, caching.IndexDataCacheFile
-    config.CACHE_DIR, caching.IndexDataCacheFile = str(kernel_cache(function.__module__)), CheckedFiles
+    before = config.CACHE_LOCATOR_CLASSES, caching.CacheImpl._locator_classes, caching.IndexDataCacheFile
+    config.CACHE_LOCATOR_CLASSES, caching.CacheImpl._locator_classes = "", [ContentLocator]
+    caching.IndexDataCacheFile = CheckedFiles
     try:
         yield
     finally:
-        config.CACHE_DIR, caching.IndexDataCacheFile = before
+        config.CACHE_LOCATOR_CLASSES, caching.CacheImpl._locator_classes, caching.IndexDataCacheFile = before
 
 
 def interpreted(function, _made=None):
@@ -102,7 +111,7 @@ def interpreted(function, _made=None):
 
 def native(function):
     """Decorator: strict native code of a plain function, compiled when first called and cached on disk."""
-    with cache_folder(function):
+    with cache_folder():
         return numba.njit(cache=True, **STRICT)(function)
 
 
@@ -144,15 +153,13 @@ class Kernel:
 
     @property
     def _mark(self):
-        # Numba's cache also depends on the time stamp of the source file
-        stamp = pathlib.Path(self.function.__code__.co_filename).stat().st_mtime_ns
-        return kernel_cache(self.function.__module__) / f"{self.name}-{stamp}.done"
+        return kernel_cache(self.function.__module__) / f"{self.name}.done"
 
     def _compile(self):
         if Kernel.on_compile and not self.is_cached:
             Kernel.on_compile(self.name)
         options = {k: v for k, v in STRICT.items() if k != "nogil"}
-        with cache_folder(self.function):
+        with cache_folder():
             compiled = numba.cfunc(SIGNATURE, cache=True, **options)(self.function)
         self._mark.touch()
         return compiled

@@ -15,6 +15,7 @@ from lockstep.serve.hub import resolve_model
 from lockstep.serve.pooling import default_pooling
 from lockstep.serve.tokenizer import Tokenizer, answer_reader, check_can_chat, find_tokenizer, has_tokenizer
 from lockstep.weights.checkpoint import open_checkpoint
+from lockstep.weights.content import ContentHash
 from lockstep.weights.store import PackedStore
 
 log = logging.getLogger("lockstep.model")
@@ -69,7 +70,8 @@ class LLM:
     that keeps it across restarts. needs_chat: refuse a model without a chat template. generation_config: where
     sampling_defaults come from: "auto" (the model's own), "none", or a folder with a generation_config.json.
     max_context: tokens that a prompt and its answer may have; None: the model's own, as far as its KV cache has room
-    (in kv_tokens, or in half of the memory that is free beside the weights). Raises ValueError, in one sentence, for a
+    (in kv_tokens, or in half of the memory that is free beside the weights). verify_weights: read all of the weights,
+    packed ones too, and check their hashes, although they were checked before. Raises ValueError, in one sentence, for a
     model that cannot be loaded.
 
     sampling_defaults: {field of SamplingParams: value} as the model's makers want it sampled; `chat` and
@@ -78,9 +80,10 @@ class LLM:
 
     def __init__(self, model=None, *, weights="auto", kv_dtype=None, max_context=None, max_step_tokens=512,
                  max_requests=16, kv_tokens=None, threads=None, ops=None, progress=None, prefix_cache=True,
-                 cache_dir=None, cache_dir_bytes=8 << 30, needs_chat=False, generation_config="auto"):
+                 cache_dir=None, cache_dir_bytes=8 << 30, needs_chat=False, generation_config="auto",
+                 verify_weights=False):
         self.path = resolve_model(model)
-        self._checkpoint = checkpoint = open_checkpoint(self.path)
+        self._checkpoint = checkpoint = open_checkpoint(self.path, verify=verify_weights)
         if needs_chat:
             check_can_chat(self.tokenizer if self.has_tokenizer else None, model or "the bundled model")
         loaded = load_model(checkpoint, PackedStore(checkpoint, progress), weights, kv_dtype, max_context)
@@ -92,6 +95,16 @@ class LLM:
                                                    checkpoint.metadata, loaded.config.vocab_size)
         reader = functools.partial(answer_reader, self.tokenizer) if self.has_tokenizer else None
         self.engine = Engine(self.model, options, ops, self._eos_ids(), reader)
+
+    @property
+    def content(self) -> ContentHash:
+        """The hash of the model's weight files and config, which is its name."""
+        return self._checkpoint.content
+
+    @property
+    def num_bytes_not_kept(self) -> int:
+        """Bytes of packed weights that the cache folder had no room for: they are packed again at the next start."""
+        return self.model.store.num_bytes_not_kept
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:

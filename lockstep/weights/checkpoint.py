@@ -1,5 +1,6 @@
 """Open a checkpoint, whatever its container: config and tensors under their Hugging Face names."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -7,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lockstep.weights import safetensors
+from lockstep.weights.content import ContentHash, Stamp, stamp
 from lockstep.weights.gguf import GgufFile
 from lockstep.weights.gguf_model import open_gguf
-from lockstep.weights.mapped import read_json_object
+from lockstep.weights.mapped import descriptor_of, read_json_object
 from lockstep.weights.safetensors import SafetensorsFile
 from lockstep.weights.tensor import TensorMap
 
@@ -20,6 +22,7 @@ class Checkpoint:
 
     `config` is config.json (or its equivalent), `tensors` maps Hugging Face names to StoredTensor,
     `metadata` is GGUF's own (empty for safetensors; it holds a GGUF file's tokenizer and chat template).
+    `verify`: its content is read and hashed although its hash may be known.
     """
 
     path: Path
@@ -28,32 +31,43 @@ class Checkpoint:
     tensors: TensorMap
     metadata: Mapping[str, object]
     files: tuple[SafetensorsFile | GgufFile, ...] = field(repr=False)
+    verify: bool = False
 
-    def fingerprint(self) -> str:
-        """A hex id that changes when a file's name, size, time or header, or the config, does. Cheap."""
-        stats = [(file.path.name, file.path.stat()) for file in self.files]
-        known = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-        headers = [file.header_hash for file in self.files]
-        described = json.dumps([known, headers, self.config], sort_keys=True)
+    @functools.cached_property
+    def stamps(self) -> tuple[Stamp, ...]:
+        """The weight files as they were when they were opened."""
+        return tuple(stamp(file.path, descriptor_of(file.raw)) for file in self.files)
+
+    @functools.cached_property
+    def content(self) -> ContentHash:
+        """What the checkpoint is called: a hash of its weight files and its config. Begins to read what is unknown."""
+        return ContentHash([file.path for file in self.files], self.stamps, self.config, self.verify)
+
+    @property
+    def header_hash(self) -> str:
+        """A cheap hash of the files' headers and the config, which all fine-tunes of a model may share."""
+        described = json.dumps([sorted(file.header_hash for file in self.files), self.config], sort_keys=True)
         return hashlib.sha256(described.encode()).hexdigest()
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, *, verify: bool = False) -> Checkpoint:
     """Open a Hugging Face folder, a .safetensors file beside its config.json, or a .gguf file.
+
+    verify: hash all of the weights, although their hash may be known.
 
     Raises ValueError that names the file, and the tensor if it is one, what was expected and what was found.
     """
     path = Path(path)
     if path.suffix == ".gguf":
-        return _open_gguf(path)
+        return _open_gguf(path, verify)
     if path.suffix == ".safetensors":
-        return _open_safetensors(path, path.parent, [safetensors.open_file(path)])
+        return _open_safetensors(path, path.parent, [safetensors.open_file(path)], verify)
     if not path.is_dir():
         raise ValueError(f"{path}: expected a folder, a .safetensors file or a .gguf file")
-    return _open_safetensors(path, path, safetensors.open_folder(path))
+    return _open_safetensors(path, path, safetensors.open_folder(path), verify)
 
 
-def _open_safetensors(path: Path, folder: Path, files: list[SafetensorsFile]) -> Checkpoint:
+def _open_safetensors(path: Path, folder: Path, files: list[SafetensorsFile], verify: bool) -> Checkpoint:
     generation = folder / "generation_config.json"
     return Checkpoint(
         path=path,
@@ -62,11 +76,12 @@ def _open_safetensors(path: Path, folder: Path, files: list[SafetensorsFile]) ->
         tensors=safetensors.merge(files),
         metadata={},
         files=tuple(files),
+        verify=verify,
     )
 
 
-def _open_gguf(path: Path) -> Checkpoint:
+def _open_gguf(path: Path, verify: bool) -> Checkpoint:
     parts, config, tensors = open_gguf(path)
     token_ids = ("bos_token_id", "eos_token_id")
     generation = {key: config[key] for key in token_ids if key in config}
-    return Checkpoint(path, config, generation, tensors, parts[0].metadata, tuple(parts))
+    return Checkpoint(path, config, generation, tensors, parts[0].metadata, tuple(parts), verify)

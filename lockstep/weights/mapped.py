@@ -62,6 +62,13 @@ def read_array(array: np.ndarray) -> np.ndarray:
     return copy
 
 
+def descriptor_of(array: np.ndarray) -> int:
+    """The open file that a mapped array lies in."""
+    file = _mapped_file(array)
+    assert file is not None, array.shape
+    return file.descriptor
+
+
 def _mapped_file(array: np.ndarray) -> MappedFile | None:
     """The mapped file that an array is a view of."""
     owner = array

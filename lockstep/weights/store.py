@@ -1,45 +1,66 @@
-"""Packed weights: made once, kept on disk, memory-mapped from then on."""
+"""Packed weights: made once, kept on disk under the content of what they were made from, memory-mapped from then on."""
 
 import contextlib
+import functools
 import hashlib
 import os
-import shutil
-import tempfile
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from lockstep.runtime.executor import WeightStore
-from lockstep.runtime.kernel import user_cache
+from lockstep.runtime.program import Weight
 from lockstep.runtime.targets import name as target_name
+from lockstep.runtime.user_cache import user_cache
+from lockstep.weights import packed_cache, packed_file
+from lockstep.weights.checkpoint import Checkpoint
+from lockstep.weights.content import Progress, stamp, stamps_name
 
 # Layouts whose names end like this are kept on disk; the others are small. A kept table was checked when it was made,
 # and no step reads the checkpoint's file, which somebody might truncate.
 KEPT = ("panels", "stored bytes")
-FORMAT = 4  # of the packed files; a change of any layout raises it
+
+Layout = tuple[str, Callable[[Weight], tuple[np.ndarray, ...]]]
 
 
 class PackedStore(WeightStore):
     """The packed weights of a checkpoint, kept in the user's cache folder.
 
-    progress: called with ("packing", bytes done, None) as weights are packed. A folder that cannot be written, or a
-    full disk, only means that nothing is kept.
+    progress: called with ("packing", bytes done, None) as weights are packed, and with ("reading", bytes done, bytes in
+    all) while the content hash is waited for. Until that hash is known, weights are kept under the checkpoint's stamps.
+    A folder that cannot be written, or a full disk, only means that nothing is kept: `num_bytes_not_kept` counts it.
     """
 
-    def __init__(self, checkpoint, progress=None):
+    def __init__(self, checkpoint: Checkpoint, progress: Progress | None = None):
         super().__init__()
-        self.folder = user_cache() / "packed" / f"{checkpoint.fingerprint()[:32]}-{FORMAT}-{target_name()}"
-        self._progress, self._done = progress, 0
+        self._checkpoint, self._progress, self._done = checkpoint, progress, 0
+        self._root, self._lock = user_cache() / "packed", threading.Lock()
+        self._suffix, self.num_bytes_not_kept = f"{packing_version()}-{target_name()}", 0
+        self._used: int | None = None  # bytes of all packed models, once they were counted
+        self.folder = self._root / f"{packed_cache.PROVISIONAL}{stamps_name(checkpoint.stamps)}-{self._suffix}"
+        if checkpoint.verify or checkpoint.content.known is None and self._is_like_a_packed_one():
+            checkpoint.content.wait(progress)
+        checkpoint.content.when_known(self._adopt)
 
-    def make(self, weight, layout):
-        name, pack = layout
+    def _is_like_a_packed_one(self) -> bool:
+        """Whether a model with the same headers was packed: probably this one, so it pays to read its content first."""
+        header = self._checkpoint.header_hash
+        if self.folder.is_dir():  # what an earlier process packed of this very file
+            return False
+        return any(model.about.get("header") == header for model in packed_cache.models(self._root)
+                   if model.folder.name.endswith(self._suffix))
+
+    def make(self, weight: Weight, layout: Layout) -> tuple[np.ndarray, ...]:
+        name = layout[0]
         if not name.endswith(KEPT):
             return super().make(weight, layout)
-        key = hashlib.sha256(f"{weight.name}\0{name}".encode()).hexdigest()[:24]
-        kept = self._load(key)
+        what = described(weight, name)
+        kept = self._load(what)
         if kept is None:
             kept = super().make(weight, layout)
-            self._keep(key, kept)
+            self._keep(what, kept)
             self._report(kept)
         return kept
 
@@ -48,31 +69,76 @@ class PackedStore(WeightStore):
         if self._progress:
             self._progress("packing", self._done, None)
 
-    def _load(self, key):
-        """The arrays of a packed weight, memory-mapped; None where they are not there or not whole."""
-        try:
-            names = file_names(len(os.listdir(self.folder / key)))
-            return tuple(np.load(self.folder / key / name, mmap_mode="r") for name in names) or None
-        except (OSError, ValueError, EOFError):
-            return None
+    def _load(self, what: str) -> tuple[np.ndarray, ...] | None:
+        """The arrays of a packed weight, memory-mapped; None where they are not there or not as they were written."""
+        with self._lock, contextlib.suppress(OSError, packed_file.Damaged):
+            return packed_file.read(self.folder / file_name(what), what, self._checkpoint.verify)
+        return None
 
-    def _keep(self, key, arrays):
-        """Writes arrays into a folder that appears whole or not at all, whatever other processes do."""
-        with contextlib.suppress(OSError):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if shutil.disk_usage(self.folder).free < 4 * sum(a.nbytes for a in arrays):
+    def _keep(self, what: str, arrays: tuple[np.ndarray, ...]) -> None:
+        size = sum(a.nbytes for a in arrays)
+        with self._lock, contextlib.suppress(OSError):
+            self._open_folder()
+            if self._has_room(size) and self._is_unchanged():
+                packed_file.write(self.folder / file_name(what), what, arrays)
                 return
-            made = Path(tempfile.mkdtemp(dir=self.folder, prefix=".making-"))
-            try:
-                for name, array in zip(file_names(len(arrays)), arrays):
-                    np.save(made / name, array)
-                if self._load(key) is None:
-                    shutil.rmtree(self.folder / key, ignore_errors=True)  # a damaged one
-                os.replace(made, self.folder / key)
-            except OSError:
-                shutil.rmtree(made, ignore_errors=True)
+        self.num_bytes_not_kept += size
+
+    def _open_folder(self) -> None:
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not (self.folder / packed_cache.ABOUT).exists():
+            packed_cache.write_about(self.folder, self._about())
+
+    def _about(self) -> dict:
+        return dict(model=os.path.abspath(self._checkpoint.path), header=self._checkpoint.header_hash,
+                    target=target_name())
+
+    def _has_room(self, size: int) -> bool:
+        """Whether so many bytes more may be kept; makes room by removing the models that were used longest ago."""
+        if self._used is None:
+            self._used = sum(model.num_bytes for model in packed_cache.models(self._root))
+        allowed = packed_cache.allowed_bytes(self._root, self._used)
+        if self._used + size > allowed:
+            own = self.folder
+            self._used = packed_cache.prune(self._root, allowed - size, lambda model: model.folder != own)
+        self._used += size if self._used + size <= allowed else 0
+        return self._used <= allowed
+
+    def _is_unchanged(self) -> bool:
+        """Whether the checkpoint's files still are what was opened."""
+        checkpoint = self._checkpoint
+        return all(stamp(file.path) == known for file, known in zip(checkpoint.files, checkpoint.stamps, strict=True))
+
+    def _adopt(self, content: str) -> None:
+        """Keeps everything under the content hash from now on."""
+        provisional, final = self.folder, self._root / f"{content[:32]}-{self._suffix}"
+        with self._lock, contextlib.suppress(OSError):
+            self.folder = final
+            if provisional.is_dir():
+                final.mkdir(mode=0o700, parents=True, exist_ok=True)
+                for entry in os.scandir(provisional):
+                    os.replace(entry.path, final / entry.name)
+                packed_cache.remove(provisional)
+            if final.is_dir():
+                packed_cache.write_about(final, self._about())  # also says that it is used now
 
 
-def file_names(count):
-    """Files of so many arrays; the count is in each name, so that a missing one is noticed."""
-    return [f"{i}-of-{count}.npy" for i in range(count)]
+def described(weight: Weight, layout: str) -> str:
+    """All that a packed weight is made from, within its checkpoint."""
+    parts = [(part.name, part.format, part.shape) for part in weight.parts]
+    made_from = hashlib.sha256(repr((weight.format, weight.shape, parts)).encode()).hexdigest()[:16]
+    return f"{weight.name[:500]} as {layout} from {made_from}"
+
+
+def file_name(what: str) -> str:
+    """The file of a packed weight."""
+    return hashlib.sha256(what.encode()).hexdigest()[:24] + ".packed"
+
+
+@functools.cache
+def packing_version() -> str:
+    """Changes with the source of anything that turns a checkpoint's bytes into packed ones."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:8]

@@ -2,6 +2,7 @@
 import os
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from tests.promise.models import CONFIGS, Case, load
 NAMES = [bytes([i]) * 32 for i in range(20)]
 DATA = [np.full(100, i, np.uint8) for i in range(20)]
 SIZES = dict(page=100, state=300)
+CONTENT = SimpleNamespace(known="c" * 64, wait=lambda **_: "c" * 64)
 
 
 @pytest.fixture
@@ -27,7 +29,7 @@ def store(tmp_path):
     made = []
 
     def opened(max_bytes=1 << 20, sizes=SIZES, **options):
-        made.append(DiskStore(tmp_path / "cache", max_bytes, sizes, **options))
+        made.append(DiskStore(tmp_path / "cache", max_bytes, sizes, **{"content": CONTENT, **options}))
         return made[-1]
 
     yield opened
@@ -45,7 +47,7 @@ def loaded(store, i, kind="page"):
 
 
 def path(store, i, kind="page"):
-    return store.folder / f"{NAMES[i].hex()}.{kind}"
+    return store.folder / store._file(kind, NAMES[i])
 
 
 def test_entries_are_there_at_once_and_after_a_restart(store):
@@ -75,7 +77,7 @@ DAMAGE = {
     "a bit": flip, "a bit of the header": flip_header, "cut": lambda f: f.write_bytes(f.read_bytes()[:-1]),
     "empty": lambda f: f.write_bytes(b""), "longer": lambda f: f.write_bytes(f.read_bytes() + b"x"),
     "zeros": lambda f: f.write_bytes(bytes(HEADER.size + 100)),
-    "another's": lambda f: f.write_bytes((f.parent / f"{NAMES[2].hex()}.page").read_bytes()),
+    "another's": lambda f: f.write_bytes(sorted(f.parent.glob("*.page"), key=lambda g: g == f)[0].read_bytes()),
     "unreadable": lambda f: (f.unlink(), f.mkdir()),
 }
 
@@ -193,7 +195,42 @@ def test_leftovers_of_a_killed_writer_are_removed_and_never_read(store):
 def test_a_folder_that_cannot_be_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cache_dir .*file/cache"):
-        DiskStore(tmp_path / "file" / "cache", 1 << 20, SIZES)
+        DiskStore(tmp_path / "file" / "cache", 1 << 20, SIZES, CONTENT)
+
+
+def test_a_folder_that_others_can_write_to_is_refused(tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o777)
+    with pytest.raises(ValueError, match="cache_dir: .*other users can write here.*mode 777"):
+        DiskStore(tmp_path / "cache", 1 << 20, SIZES, CONTENT)
+
+
+class Hashing:
+    """The hash of a model that is still being read."""
+
+    known = None
+
+    def wait(self, timeout):
+        if self.known is None:
+            raise TimeoutError
+
+
+def test_nothing_is_on_disk_until_the_content_hash_is_known(store):
+    hashing = Hashing()
+    first = store(content=hashing)
+    save(first, 1)
+    assert loaded(first, 1) == [1] * 100 and not list(first.folder.iterdir())
+    hashing.known = "a" * 64
+    first.flush()
+    assert loaded(store(content=hashing), 1) == [1] * 100
+    assert not store().has("page", NAMES[1]), "another model's entry"
+
+
+def test_what_is_never_known_is_never_written(store, monkeypatch):
+    first = store(content=Hashing())
+    save(first, 1)
+    first.close()
+    assert not list(first.folder.iterdir()) and first.counts.skipped == 1
 
 
 # ---------------------------------------------------------------- with an engine

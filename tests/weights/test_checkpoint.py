@@ -48,16 +48,6 @@ def test_what_is_missing_is_named(tmp_path):
         open_checkpoint(tmp_path)
 
 
-def test_fingerprint_follows_files_and_config(tmp_path):
-    folder = write_folder(tmp_path / "m", WEIGHTS)
-    first = open_checkpoint(folder).fingerprint()
-    assert first == open_checkpoint(folder).fingerprint() and len(first) == 64
-    os.utime(folder / "model.safetensors", ns=(0, 5))
-    touched = open_checkpoint(folder).fingerprint()
-    write(folder / "config.json", json.dumps({"model_type": "llama"}))
-    assert len({first, touched, open_checkpoint(folder).fingerprint()}) == 3
-
-
 def test_opening_does_not_read_the_weights(tmp_path):
     """A file of 8 GB, of which the disk holds nothing but the header: opening takes no memory to speak of."""
     rows = 1 << 20

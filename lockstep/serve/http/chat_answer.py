@@ -19,7 +19,7 @@ class Answer:
         service = job.service
         self.tokenizer = service.tokenizer
         self._head = dict(id=f"chatcmpl-{secrets.token_hex(12)}", created=int(time.time()), model=job.model_name,
-                          system_fingerprint=service.fingerprint)
+                          **service.fingerprint_field)
 
     def head(self, kind):
         """The fields that all objects of the answer have."""

@@ -15,7 +15,7 @@ class Answer:
         self.job, self.fields, self._texts = job, fields, texts
         self.tokenizer, self.is_empty = job.service.tokenizer, fields.is_empty
         self.head = dict(id=f"cmpl-{secrets.token_hex(12)}", object="text_completion", created=int(time.time()),
-                         model=job.model_name, system_fingerprint=job.service.fingerprint)
+                         model=job.model_name, **job.service.fingerprint_field)
 
     def whole(self):
         """The response as JSON bytes."""

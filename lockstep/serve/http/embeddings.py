@@ -89,7 +89,7 @@ def _answer(job, fields):
     vectors = [request.pool.embedding(fields.normalize is not False) for request in requests]
     data = [dict(object="embedding", index=i, embedding=encoded(vector)) for i, vector in enumerate(vectors)]
     count = sum(len(request.prompt_ids) for request in requests)
-    return to_json(dict(object="list", data=data, model=job.model_name, system_fingerprint=job.service.fingerprint,
+    return to_json(dict(object="list", data=data, model=job.model_name, **job.service.fingerprint_field,
                         usage=dict(prompt_tokens=count, total_tokens=count)))
 
 

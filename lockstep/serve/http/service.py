@@ -1,6 +1,7 @@
 """What the routes share: the model and its engine, what a client may ask for, who is being answered, and metrics."""
 import asyncio
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import logging
@@ -29,7 +30,7 @@ class Service:
 
     model_name: what clients call the model; names: what else they may call it, or None for anything.
     state: "loading" until `open`, then "ready", "draining" after `drain`, and
-    "closed". llm, engine (an AsyncEngine), tokenizer, chat (a ChatModel) and fingerprint are there from `open` on.
+    "closed". llm, engine (an AsyncEngine), tokenizer and chat (a ChatModel) are there from `open` on.
     """
 
     def __init__(self, model_name, limits=Limits(), api_keys=(), names: Sequence[str] | None = ()):
@@ -37,7 +38,7 @@ class Service:
         self.names = None if names is None else [model_name, *(name for name in names if name != model_name)]
         self.api_keys = [key.encode() for key in api_keys]
         self.state, self.created = "loading", int(time.time())
-        self.llm = self.engine = self.tokenizer = self.chat = self.fingerprint = None
+        self.llm = self.engine = self.tokenizer = self.chat = self._fingerprint = None
         self.jobs, self.num_sequences, self.num_queued_tokens, self.num_bytes = set(), 0, 0, 0
         self.metrics, self.num_faults = Metrics(self), 0
         self._workers = concurrent.futures.ThreadPoolExecutor(WORKERS, "lockstep worker")
@@ -47,12 +48,25 @@ class Service:
 
     def open(self, llm):
         """Begins to answer with an LLM, which belongs to the service from then on."""
-        self.llm, self.fingerprint = llm, system_fingerprint(llm)
+        self.llm = llm
         self.tokenizer = llm.tokenizer if llm.has_tokenizer else None
         if llm.has_tokenizer:
             self.chat = ChatModel(llm.tokenizer, llm.engine.eos_ids, llm.model.config.vocab_size)
         self.engine = AsyncEngine(llm.engine)
         self.state = "ready"
+
+    @property
+    def fingerprint(self):
+        """The system_fingerprint of answers; None as long as the model's content hash is not known."""
+        if self._fingerprint is None and self.llm is not None:
+            with contextlib.suppress(OSError, ValueError):  # a file that changed while it was loaded is never named
+                self._fingerprint = system_fingerprint(self.llm) if self.llm.content.known else None
+        return self._fingerprint
+
+    @property
+    def fingerprint_field(self):
+        """What an answer says of it: nothing, as long as it is not known."""
+        return {} if self.fingerprint is None else {"system_fingerprint": self.fingerprint}
 
     def drain(self):
         """Refuses new requests from now on; those that run go on."""
@@ -215,8 +229,12 @@ class Service:
 
 
 def system_fingerprint(llm):
-    """Names all that an answer depends on besides the request: arithmetic, weights, tokenizer and template."""
-    known = [hashlib.sha256(model_identity(llm.model, NUMERICS)).hexdigest()]
+    """Names all that an answer depends on besides the request: arithmetic, weights, tokenizer, template and defaults.
+
+    Waits for the model's content hash.
+    """
+    known = [hashlib.sha256(model_identity(llm.model, NUMERICS)).hexdigest(), llm.content.wait(),
+             sorted(llm.engine.eos_ids), sorted(llm.sampling_defaults.items())]
     if llm.has_tokenizer:
         known += [llm.tokenizer.backend.to_str(), dict(llm.tokenizer.chat_templates)]
     return "fp_" + hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,74 @@
+"""`lockstep cache`: what is kept on disk for models, and how to make it less."""
+import time
+from typing import Annotated
+
+import typer
+
+DAY = 86400
+WIDTH = 120  # where the output is no terminal
+
+
+def command(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+):
+    """List what is kept on disk: packed weights by model, compiled kernels, hashes of files.
+
+    All of it is made again when it is missing. `lockstep cache prune` removes it.
+    """
+    from lockstep.runtime.user_cache import user_cache
+
+    found = described(user_cache())
+    if as_json:
+        import json
+
+        print(json.dumps(found))
+    else:
+        show(found)
+
+
+def described(root):
+    """What is kept below a folder, as a JSON object."""
+    from lockstep.weights import packed_cache
+
+    packed = root / "packed"
+    models = packed_cache.models(packed)
+    used = sum(model.num_bytes for model in models)
+    others = {name: packed_cache.num_bytes(root / name) for name in ("kernels", "hashes", "selfcheck")}
+    return dict(
+        folder=str(root), packed_bytes=used, allowed_bytes=packed_cache.allowed_bytes(root, used),
+        models=[dict(model=m.model, folder=str(m.folder), target=m.about.get("target"), bytes=m.num_bytes,
+                     last_used=m.last_used) for m in reversed(models)],
+        **{f"{name}_bytes": size for name, size in others.items()})
+
+
+def show(found):
+    """Prints the tables."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console = console if console.is_terminal else Console(width=WIDTH)
+    table = Table("packed weights of", "for", "size", "last used", title=found["folder"], title_justify="left")
+    for model in found["models"]:
+        table.add_row(model["model"], model["target"] or "", size(model["bytes"]), ago(model["last_used"]))
+    console.print(table)
+    console.print(f"packed weights {size(found['packed_bytes'])}, at most {size(found['allowed_bytes'])} (LOCKSTEP_CACHE_GB "
+                  f"changes that); compiled kernels {size(found['kernels_bytes'])}; hashes of files "
+                  f"{size(found['hashes_bytes'] + found['selfcheck_bytes'])}", highlight=False)
+
+
+def size(num_bytes):
+    """Bytes for people."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:.1f} {unit}"
+    return f"{num_bytes / 1e3:.0f} kB"
+
+
+def ago(when):
+    """How long ago a time was, for people."""
+    seconds = time.time() - when
+    for unit, length in (("days", DAY), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit} ago"
+    return "just now"

@@ -1,0 +1,57 @@
+"""`lockstep cache prune`: remove what is kept on disk for models."""
+from typing import Annotated
+
+import typer
+
+
+def command(
+    older_than: Annotated[float | None, typer.Option(
+        metavar="DAYS", min=0, show_default=False, help="Remove what was last used more than so many days ago.")] = None,
+    max_gb: Annotated[float | None, typer.Option(
+        "--max-gb", min=0, show_default=False, help="Remove the models used longest ago until packed weights take so "
+        "many GB.")] = None,
+    model: Annotated[str | None, typer.Option(
+        metavar="TEXT", show_default=False, help="Remove the models whose path contains this text.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Remove all packed weights, kernels and hashes.")] = False,
+):
+    """Remove packed weights, and with --older-than or --all compiled kernels and hashes of files, too.
+
+    Running processes go on: they keep what they use until they end. Nothing: what is above the limit is removed.
+    """
+    from lockstep.commands.cache import size
+    from lockstep.runtime.user_cache import user_cache
+
+    if sum(given is not None for given in (older_than, max_gb, model)) + everything > 1:
+        raise ValueError("expected at most one of --older-than, --max-gb, --model and --all")
+    root = user_cache()
+    before = _total(root)
+    _prune(root, older_than, max_gb, model, everything)
+    after = _total(root)
+    print(f"removed {size(before - after)}; {size(after)} are kept in {root}")
+
+
+KINDS = ("packed", "kernels", "hashes", "selfcheck")
+
+
+def _total(root):
+    from lockstep.weights.packed_cache import num_bytes
+
+    return sum(num_bytes(root / kind) for kind in KINDS)
+
+
+def _prune(root, older_than, max_gb, model, everything):
+    from lockstep.weights import packed_cache
+
+    packed, allowed = root / "packed", 0
+    may_go = lambda one: True
+    if older_than is not None:
+        may_go = packed_cache.older_than(older_than)
+    elif model is not None:
+        may_go = lambda one: model in one.model
+    elif not everything:
+        used = packed_cache.num_bytes(packed)
+        allowed = packed_cache.allowed_bytes(root, used) if max_gb is None else int(max_gb * 1e9)
+    packed_cache.prune(packed, allowed, may_go)
+    if everything or older_than is not None:
+        for kind in KINDS[1:]:
+            packed_cache.remove_old(root / kind, 0 if everything else older_than)

@@ -1,0 +1,119 @@
+"""The user's cache folder, and who may write to it.
+
+Compiled kernels are machine code behind pickles, packed weights decide answers: whoever can write to their folder can
+run code or change answers. So a cache folder is used only if it belongs to this user (or to root), nobody else may
+write to it, and nobody else can put another folder in its place.
+"""
+
+import atexit
+import contextlib
+import functools
+import os
+import shutil
+import stat
+import tempfile
+from pathlib import Path
+
+VARIABLE = "LOCKSTEP_CACHE"
+PRIVATE = 0o700
+
+
+class NotPrivate(ValueError):
+    """A folder to which somebody else can write."""
+
+
+def make_private(folder: Path) -> Path:
+    """Makes a folder (mode 0700) where there is none, and checks that nobody else can write to it.
+
+    Raises NotPrivate, naming the folder or its parent, its owner and its mode; OSError where it cannot be made.
+    """
+    folder.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
+    resolved = folder.resolve()
+    check_private(resolved)
+    for parent in resolved.parents:
+        check_parent(parent)
+    return folder
+
+
+def check_private(folder: Path) -> None:
+    """NotPrivate unless a folder belongs to this user or root and nobody else may write to it."""
+    found = folder.stat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise NotADirectoryError(f"{folder} is no folder")
+    if found.st_uid not in (os.getuid(), 0) or _others_may_write(found):
+        raise _not_private(folder, found)
+
+
+def check_parent(folder: Path) -> None:
+    """NotPrivate if somebody else could rename what lies in a folder; a sticky one, such as /tmp, forbids that."""
+    found = folder.stat()
+    is_trusted = found.st_uid in (os.getuid(), 0)
+    if not (is_trusted and (found.st_mode & stat.S_ISVTX or not _others_may_write(found))):
+        raise _not_private(folder, found)
+
+
+def _others_may_write(found: os.stat_result) -> bool:
+    if found.st_mode & stat.S_IWOTH:
+        return True
+    return bool(found.st_mode & stat.S_IWGRP) and not _is_own_group(found.st_gid)
+
+
+def _is_own_group(gid: int) -> bool:
+    """Whether a group has this user as its only member, as where every user has a group of their own name."""
+    import grp
+    import pwd
+
+    try:
+        user, group = pwd.getpwuid(os.getuid()), grp.getgrgid(gid)
+    except KeyError:
+        return False
+    return gid == user.pw_gid and group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}
+
+
+def _not_private(folder: Path, found: os.stat_result) -> NotPrivate:
+    return NotPrivate(f"{folder}: other users can write here (owner {found.st_uid}, mode {stat.S_IMODE(found.st_mode):o}"
+                      f", this is user {os.getuid()}); expected a folder of one's own, such as after "
+                      f"`chmod go-w {folder}`, below folders that only their owner can write to")
+
+
+def user_cache() -> Path:
+    """The user's cache folder for Lockstep, private to this user; LOCKSTEP_CACHE names another.
+
+    Where the usual one cannot be written or is not private, a private one in the temporary directory takes its place.
+    Raises ValueError if it is LOCKSTEP_CACHE that names such a folder.
+    """
+    named = os.environ.get(VARIABLE)
+    return _named_folder(named) if named else _usual_folder(os.environ.get("XDG_CACHE_HOME"), os.environ.get("HOME"))
+
+
+@functools.cache
+def _named_folder(named: str) -> Path:
+    folder = Path(named)
+    try:
+        make_private(folder)
+        _check_writable(folder)
+    except NotPrivate as error:
+        raise ValueError(f"{VARIABLE}: {error}") from None
+    except OSError as error:
+        raise ValueError(f"{VARIABLE} {named!r}: cannot be written ({error.strerror or error}); expected a folder that "
+                         "can hold compiled kernels") from None
+    return folder
+
+
+@functools.cache
+def _usual_folder(xdg: str | None, home: str | None) -> Path:
+    base = Path(xdg or Path(home or os.path.expanduser("~")) / ".cache")
+    for folder in (base / "lockstep", Path(tempfile.gettempdir()) / f"lockstep-{os.getuid()}"):
+        with contextlib.suppress(OSError, NotPrivate):
+            if folder.is_absolute():  # "~" stays as it is for a user without a home
+                make_private(folder)
+                _check_writable(folder)
+                return folder
+    folder = Path(tempfile.mkdtemp(prefix="lockstep-"))  # somebody else has taken our place: one for this process only
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _check_writable(folder: Path) -> None:
+    with tempfile.TemporaryFile(dir=folder):
+        pass

@@ -1,0 +1,126 @@
+"""A packed weight as a file: a page with its description and checksum, then its arrays, each from a page's start.
+
+The file's modification time is made from its checksum, and from the boot of this machine, when the checksum was found
+to be right. A file that somebody has written to, or cut, since then has another time, and after a crash there is another
+boot: such a file is checked again before it is used.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+MAGIC = b"lockstep packed1"
+MAKING = ".making-"  # how files begin that are not whole yet
+PAGE = 4096
+DIGEST_BYTES = hashlib.sha256().digest_size
+CHECKED_SINCE_S = 1 << 29  # 1987: times that no file has by itself
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Damaged(ValueError):
+    """A file that is not what was written."""
+
+
+def write(path: Path, what: str, arrays: Sequence[np.ndarray]) -> None:
+    """Writes a packed weight so that it is there whole or not at all.
+
+    what: names the weight and all that its arrays were made from. Raises OSError where the file cannot be written.
+    """
+    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=MAKING)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            digest = _write(file, what, arrays)
+        _mark_checked(beside, digest)
+        os.replace(beside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
+        raise
+
+
+def _write(file, what: str, arrays: Sequence[np.ndarray]) -> bytes:
+    digest, described, end = hashlib.sha256(), [], PAGE
+    for array in arrays:
+        raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        described.append([array.dtype.str, array.shape, end])
+        file.seek(end)
+        file.write(raw.data)
+        digest.update(raw.data)
+        end += -(-array.nbytes // PAGE) * PAGE
+    file.truncate(end)
+    header = json.dumps(dict(what=what, arrays=described, size=end, sha256=digest.hexdigest())).encode()
+    head = MAGIC + hashlib.sha256(header).digest() + len(header).to_bytes(8, "little") + header
+    assert len(head) <= PAGE, (what, len(head))
+    file.seek(0)
+    file.write(head)
+    return digest.digest()
+
+
+def read(path: Path, what: str, verify: bool = False) -> tuple[np.ndarray, ...]:
+    """The arrays of a packed weight, mapped and read-only.
+
+    verify: check the checksum although it was found to be right before. Raises Damaged if the file is another weight's,
+    was cut or was written to; OSError if there is none.
+    """
+    with open(path, "rb") as file:
+        header = _header(file.read(PAGE), path)
+        found = os.fstat(file.fileno())
+        if header["what"] != what or header["size"] != found.st_size:
+            raise Damaged(f"{path}: {found.st_size} bytes of {header['what']!r}, expected {header['size']} of {what!r}")
+        raw = np.memmap(file, np.uint8, "r")
+    arrays = tuple(_array(raw, *described, path=path) for described in header["arrays"])
+    if verify or found.st_mtime_ns != _checked_time_ns(bytes.fromhex(header["sha256"])):
+        _check(path, arrays, header["sha256"])
+    return arrays
+
+
+def _header(page: bytes, path: Path) -> dict:
+    start = len(MAGIC) + DIGEST_BYTES + 8
+    digest, length = page[len(MAGIC):start - 8], int.from_bytes(page[start - 8:start], "little")
+    header = page[start:start + length]
+    if not page.startswith(MAGIC) or hashlib.sha256(header).digest() != digest:
+        raise Damaged(f"{path}: not a packed weight, or its first page is damaged")
+    return json.loads(header)
+
+
+def _array(raw: np.ndarray, dtype: str, shape: Sequence[int], begin: int, path: Path) -> np.ndarray:
+    end = begin + math.prod(shape) * np.dtype(dtype).itemsize
+    if end > len(raw):
+        raise Damaged(f"{path}: cut after {len(raw)} bytes, an array ends at {end}")
+    return raw[begin:end].view(dtype).reshape(shape)
+
+
+def _check(path: Path, arrays: Sequence[np.ndarray], expected: str) -> None:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    if digest.hexdigest() != expected:
+        raise Damaged(f"{path}: its content is {digest.hexdigest()}, its description says {expected}")
+    with contextlib.suppress(OSError):
+        _mark_checked(path, digest.digest())
+
+
+def _mark_checked(path: Path | str, digest: bytes) -> None:
+    when = _checked_time_ns(digest)
+    os.utime(path, ns=(when, when))
+
+
+def _checked_time_ns(digest: bytes) -> int:
+    drawn = int.from_bytes(hashlib.sha256(digest + _boot()).digest()[:8], "little")
+    return (CHECKED_SINCE_S + drawn % CHECKED_SINCE_S) * 1_000_000_000 + drawn // CHECKED_SINCE_S % 1_000_000_000
+
+
+@functools.cache
+def _boot() -> bytes:
+    """Names the time since this machine was started; empty where the system does not say."""
+    with contextlib.suppress(OSError):
+        return BOOT_ID.read_bytes()
+    return b""

@@ -1,0 +1,71 @@
+"""`lockstep cache`: what is kept, and how it is removed."""
+import json
+import os
+
+import pytest
+
+from lockstep.cli import main
+from lockstep.weights import packed_cache
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache of three models, used 10, 2 and 0 days ago, and of kernels and hashes."""
+    folder = tmp_path / "cache"
+    folder.mkdir(mode=0o700)
+    monkeypatch.setenv("LOCKSTEP_CACHE", str(folder))
+    for name, days in (("old", 10), ("newer", 2), ("new", 0)):
+        made = folder / "packed" / name
+        made.mkdir(parents=True)
+        (made / "w.packed").write_bytes(bytes(1_000_000))
+        packed_cache.write_about(made, dict(model=f"/models/{name}", target="avx2"))
+        when = (made / packed_cache.ABOUT).stat().st_mtime - days * 86400
+        os.utime(made / packed_cache.ABOUT, (when, when))
+    for kind in ("kernels", "hashes"):
+        (folder / kind / "x").mkdir(parents=True)
+        (folder / kind / "x" / "y").write_bytes(bytes(5000))
+    return folder
+
+
+def listed(capsys):
+    assert main(["cache", "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def models(capsys):
+    return [model["model"].removeprefix("/models/") for model in listed(capsys)["models"]]
+
+
+def test_the_list_says_what_each_model_takes_and_when_it_was_used(cache, capsys):
+    found = listed(capsys)
+    assert found["folder"] == str(cache) and found["kernels_bytes"] == 5000 and found["hashes_bytes"] == 5000
+    assert 3_000_000 < found["packed_bytes"] < 3_001_000 and found["allowed_bytes"] > 0
+    assert [m["target"] for m in found["models"]] == ["avx2"] * 3
+    assert main(["cache"]) == 0
+    shown = capsys.readouterr().out
+    assert "/models/new " in shown and "10 days ago" in shown and "just now" in shown and "1.0 MB" in shown
+    assert "LOCKSTEP_CACHE_GB" in shown
+
+
+@pytest.mark.parametrize("options, left", [
+    ([], ["new", "newer", "old"]), (["--older-than", "5"], ["new", "newer"]), (["--older-than", "1"], ["new"]),
+    (["--max-gb", "0.0021"], ["new", "newer"]), (["--max-gb", "0"], []), (["--model", "newer"], ["new", "old"]),
+    (["--all"], []),
+])
+def test_pruning_removes_what_it_is_told_to(options, left, cache, capsys):
+    assert main(["cache", "prune", *options]) == 0
+    removed = f"removed {3 - len(left)}.0 MB" if len(left) < 3 else "removed 0 kB"
+    assert removed in capsys.readouterr().out
+    assert models(capsys) == left
+    assert (cache / "kernels" / "x").exists() == (options != ["--all"])
+
+
+def test_two_ways_at_once_are_refused(cache, capsys):
+    assert main(["cache", "prune", "--all", "--max-gb", "1"]) == 2
+    assert "expected at most one of --older-than" in capsys.readouterr().err
+
+
+def test_an_empty_cache_is_listed_and_pruned(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LOCKSTEP_CACHE", str(tmp_path / "none"))
+    assert main(["cache"]) == 0 and main(["cache", "prune", "--all"]) == 0
+    assert "removed 0 kB" in capsys.readouterr().out

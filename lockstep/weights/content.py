@@ -158,6 +158,7 @@ class ContentHash:
     def __init__(self, paths: Sequence[Path], stamps: Sequence[Stamp], config: Mapping[str, object],
                  verify: bool = False):
         self._paths, self._stamps, self._config, self._found = paths, stamps, config, Future()
+        self._lock, self._callbacks = threading.Lock(), []
         self._digests = [None if verify else known_digest(path, one) for path, one in zip(paths, stamps, strict=True)]
         self._total, self._done = sum(one.size for one, digest in zip(stamps, self._digests) if digest is None), 0
         if None in self._digests:
@@ -182,11 +183,19 @@ class ContentHash:
 
     def when_known(self, callback: Callable[[str], None]) -> None:
         """Calls back with the 64 hex digits, now or in the reading thread; never, if they cannot be found."""
-        self._found.add_done_callback(lambda found: found.exception() or callback(found.result()))
+        with self._lock:
+            if not self._found.done():
+                self._callbacks.append(callback)
+            elif self._found.exception() is None:
+                callback(self._found.result())
 
     def _read(self) -> None:
         try:
-            self._found.set_result(content_hash([*map(self._digest, range(len(self._paths)))], self._config))
+            digest = content_hash([*map(self._digest, range(len(self._paths)))], self._config)
+            with self._lock:  # whoever waits finds what callbacks do done
+                for callback in self._callbacks:
+                    callback(digest)
+                self._found.set_result(digest)
         except BaseException as error:
             self._found.set_exception(error)
 

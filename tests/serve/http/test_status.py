@@ -1,5 +1,6 @@
 """Models, tokenizer, health, readiness, metrics, keys and CORS."""
 import threading
+from types import SimpleNamespace
 
 import httpx
 import openai
@@ -55,6 +56,29 @@ def test_the_fingerprint_is_on_answers_and_names_the_arithmetic(client, llm):
     other = LLM(**SIZES, weights="f32")
     assert system_fingerprint(other) != system_fingerprint(llm)
     other.close()
+
+
+def test_as_long_as_the_content_of_a_model_is_not_known_answers_carry_no_fingerprint(llm, monkeypatch):
+    content, early = llm.content, SimpleNamespace(known=None)
+    monkeypatch.setattr(LLM, "content", early)
+    service = Service("m")
+    assert service.fingerprint_field == {}, "nothing is loaded"
+    service.llm = llm
+    assert service.fingerprint_field == {}
+    early.known, early.wait = content.wait(), content.wait
+    assert service.fingerprint_field == {"system_fingerprint": system_fingerprint(llm)}
+
+
+def test_a_model_whose_file_changed_while_it_was_loaded_is_never_named(llm, monkeypatch):
+    class Failed:
+        @property
+        def known(self):
+            raise ValueError("m.safetensors: the file changed")
+
+    monkeypatch.setattr(LLM, "content", Failed())
+    service = Service("m")
+    service.llm = llm
+    assert service.fingerprint_field == {}
 
 
 @pytest.mark.parametrize("text", ["def f(x):\n    return x", "x = '\N{SNOWMAN}'", ""])

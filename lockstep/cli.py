@@ -1,7 +1,7 @@
 """The command `lockstep`: finds the subcommand, runs it, and turns a user's mistake into one sentence and exit code 2.
 
-A subcommand is a module in `lockstep/commands` with a function `command`; `bench serve` and `cache prune`, too, are ones
-of their own beside `bench` and `cache`. Only the one that is asked for is imported, so that `lockstep --help` stays fast.
+A subcommand is a module in `lockstep/commands` with a function `command`; `bench serve` and `cache prune`, too, have
+modules of their own. Only the one that is asked for is imported, so that `lockstep --help` stays fast.
 """
 import importlib
 import importlib.util

@@ -52,8 +52,8 @@ def show(found):
     for model in found["models"]:
         table.add_row(model["model"], model["target"] or "", size(model["bytes"]), ago(model["last_used"]))
     console.print(table)
-    console.print(f"packed weights {size(found['packed_bytes'])}, at most {size(found['allowed_bytes'])} (LOCKSTEP_CACHE_GB "
-                  f"changes that); compiled kernels {size(found['kernels_bytes'])}; hashes of files "
+    console.print(f"packed weights {size(found['packed_bytes'])}, at most {size(found['allowed_bytes'])} "
+                  f"(LOCKSTEP_CACHE_GB changes that); compiled kernels {size(found['kernels_bytes'])}; hashes of files "
                   f"{size(found['hashes_bytes'] + found['selfcheck_bytes'])}", highlight=False)
 
 

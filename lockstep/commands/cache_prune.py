@@ -6,7 +6,7 @@ import typer
 
 def command(
     older_than: Annotated[float | None, typer.Option(
-        metavar="DAYS", min=0, show_default=False, help="Remove what was last used more than so many days ago.")] = None,
+        metavar="DAYS", min=0, show_default=False, help="Remove what was not used for so many days.")] = None,
     max_gb: Annotated[float | None, typer.Option(
         "--max-gb", min=0, show_default=False, help="Remove the models used longest ago until packed weights take so "
         "many GB.")] = None,

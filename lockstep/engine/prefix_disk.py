@@ -1,7 +1,7 @@
 """The prefix cache's second home: pages and states as files, which outlive the process and may be shared by several.
 
-An entry is a file named by the model's content hash and its block's name: a header (magic, kind, name, length, checksum)
-and the bytes. Until the content hash is known, entries wait in memory. An entry is
+An entry is a file named by the model's content hash and its block's name: a header (magic, kind, name, length,
+checksum) and the bytes. Until the content hash is known, entries wait in memory. An entry is
 written beside its place and renamed, so that it is there whole or not at all. What is not as its header says is dropped
 and counted, never used. The checksum finds damage, not malice: who may write to the folder may change what the model
 sees.
@@ -45,8 +45,8 @@ class DiskStore:
     """Entries of two kinds in a folder of at most `max_bytes`; those used longest ago (by file time) go first.
 
     sizes: {"page": bytes of a page, "state": bytes of a state}. content: the model's ContentHash. A thread of its own
-    writes; up to `max_pending` bytes wait for it. Raises ValueError for a folder that cannot be made or written, or that
-    others can write to.
+    writes; up to `max_pending` bytes wait for it. Raises ValueError for a folder that cannot be made or written, or
+    that others can write to.
     """
 
     def __init__(self, folder, max_bytes, sizes, content, max_pending=256 << 20):

@@ -71,8 +71,8 @@ class LLM:
     sampling_defaults come from: "auto" (the model's own), "none", or a folder with a generation_config.json.
     max_context: tokens that a prompt and its answer may have; None: the model's own, as far as its KV cache has room
     (in kv_tokens, or in half of the memory that is free beside the weights). verify_weights: read all of the weights,
-    packed ones too, and check their hashes, although they were checked before. Raises ValueError, in one sentence, for a
-    model that cannot be loaded.
+    packed ones too, and check their hashes, although they were checked before. Raises ValueError, in one sentence, for
+    a model that cannot be loaded.
 
     sampling_defaults: {field of SamplingParams: value} as the model's makers want it sampled; `chat` and
     `default_params` begin with them, `generate` does not. context: the ContextSize that came of it.

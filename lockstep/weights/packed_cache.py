@@ -94,7 +94,7 @@ def allowed_bytes(root: Path, used: int) -> int:
 
 
 def remove(folder: Path) -> None:
-    """Removes a folder of the cache. A process that has its files mapped keeps them; one that looks for them packs again.
+    """Removes a folder of the cache. A process that has its files mapped keeps them; another packs again.
 
     It gets a name of its own first, so that nobody finds half of it.
     """
@@ -105,7 +105,7 @@ def remove(folder: Path) -> None:
 
 
 def prune(root: Path, most_bytes: int, may_go: Callable[[PackedModel], bool] = lambda model: True) -> int:
-    """Removes models, those used longest ago first, until all take at most so many bytes; returns what all take then."""
+    """Removes models, those used longest ago first, until all take at most so many bytes; returns their bytes."""
     found = models(root)
     used = sum(model.num_bytes for model in found)
     for model in found:

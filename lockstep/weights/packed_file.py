@@ -1,8 +1,8 @@
 """A packed weight as a file: a page with its description and checksum, then its arrays, each from a page's start.
 
 The file's modification time is made from its checksum, and from the boot of this machine, when the checksum was found
-to be right. A file that somebody has written to, or cut, since then has another time, and after a crash there is another
-boot: such a file is checked again before it is used.
+to be right. A file that somebody has written to, or cut, since then has another time, and after a crash there is
+another boot: such a file is checked again before it is used.
 """
 
 import contextlib

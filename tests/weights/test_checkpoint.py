@@ -1,6 +1,5 @@
 """Opening a checkpoint whatever its container, and what that must not cost."""
 
-import json
 import os
 import tracemalloc
 from pathlib import Path

@@ -151,7 +151,7 @@ def test_a_copy_is_not_packed_again(tmp_path, cache):
     assert len(packed_cache.models(cache / "packed")) == 1
 
 
-def test_until_the_content_is_known_packed_weights_wait_under_a_name_that_no_other_file_has(tmp_path, cache, monkeypatch):
+def test_until_the_content_is_known_packed_weights_wait_under_a_name_of_that_file(tmp_path, cache, monkeypatch):
     read, go_on = content.read_digest, threading.Event()
     monkeypatch.setattr(content, "read_digest", lambda *args: (go_on.wait(), read(*args))[1])
     checkpoint = open_checkpoint(model(tmp_path / "a"))

@@ -4,7 +4,7 @@
 
 One line for each format, shape and number of rows: time, GOP/s (two for each multiply-add), GB/s of packed weights, and
 both as shares of the ceilings. Weights of all copies together exceed the caches, so that one row reads from memory as
-in a model. Ceilings and rows are interleaved; medians of the rounds are reported.
+in a model. Ceilings, formats and rows are interleaved; medians of the rounds are reported.
 """
 import argparse
 import itertools
@@ -201,14 +201,14 @@ def main():
     table = linear_cpu.PER_TOKEN if args.per_token else linear_cpu.CPU
     rows = [int(r) for r in args.rows.split(",")]
     team, ceilings = Team(args.threads), Ceilings(args.threads)
-    for format, shape in itertools.product(args.formats.split(","), args.shapes.split(",")):
+    for shape in args.shapes.split(","):
         N, K = map(int, shape.split("x"))
-        case = Case(format, N, K, max(rows), team, table)
+        cases = [Case(format, N, K, max(rows), team, table) for format in args.formats.split(",")]
         for _ in range(args.rounds):
             ceilings.measure()
-            for r in rows:
+            for case, r in itertools.product(cases, rows):
                 case.run(r)
-        for r in rows:
+        for case, r in itertools.product(cases, rows):
             report(case, r, ceilings)
     print(ceilings)
     team.close()

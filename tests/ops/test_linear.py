@@ -104,7 +104,7 @@ def test_keeping_a_format_is_nearer_than_requantizing_it(format):
     part, x = [stored(format, 256, 1024)], RNG.standard_normal((16, 1024)).astype(np.float32)
     exact = x.astype(np.float64) @ part[0].to_f32().T
     error = {f: np.sqrt(np.mean((run(linear_cpu.CPU, f, x, part) - exact) ** 2)) for f in (format, "q8_0")}
-    assert error["q8_0"] > 1.15 * error[format], error
+    assert error["q8_0"] > 1.1 * error[format], error  # measured: 1.21 to 1.24 times
 
 
 @pytest.mark.parametrize("format", FORMATS)

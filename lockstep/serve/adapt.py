@@ -74,7 +74,8 @@ def _with_systems(messages, abilities):
     others = messages[len(systems):]
     if len(systems) > 1 and not abilities.several_systems:
         systems = [_as_one(systems)]
-    if not abilities.system:
+    drops = not abilities.system_at_results and bool(others) and others[-1]["role"] == "tool"
+    if not abilities.system or drops:
         systems, others = [], [message | dict(role="user") for message in systems] + others
     if not abilities.late_systems:
         others = [message | dict(role="user") if _is_system(message) else message for message in others]

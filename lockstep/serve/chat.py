@@ -52,7 +52,6 @@ class ChatModel:
         template = "\n".join(tokenizer.chat_templates.values())
         self._abilities, self._without_tools = abilities_of(tokenizer), abilities_of(tokenizer, with_tools=False)
         self._style, self._thinks = self._abilities.style, reasoning.thinks(template)
-        self._knows_developer = "developer" in template
         added = tokenizer.backend.get_added_tokens_decoder()
         self._added = {token.content: token_id for token_id, token in added.items()}
         self._special = {token.content: token_id for token_id, token in added.items() if token.special}
@@ -79,11 +78,11 @@ class ChatModel:
         """The text of the prompt. asks: it ends where an answer begins. ValueError if the model has no chat template or
         it refuses."""
         messages, use, variables = conversation.messages, conversation.tools, conversation.variables
-        if not self._knows_developer:
+        abilities = self._abilities if use.tools else self._without_tools
+        if not abilities.developer:
             messages = [m | dict(role="system") if m["role"] == "developer" else m for m in messages]
         if self._style.begin == MISTRAL.begin:
             messages = [with_short_ids(message) for message in messages]
-        abilities = self._abilities if use.tools else self._without_tools
         messages = adapted(messages, use, abilities)
         if not conversation.continues:
             return rendered(self._tokenizer, abilities, messages, use.tools, add_generation_prompt=asks, **variables)

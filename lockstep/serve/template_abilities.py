@@ -23,15 +23,17 @@ PROBE = Tool("probe_place", "Probes a place.", PLACES)
 class Abilities:
     """Each is true if the template shows such messages and false if it drops or refuses them.
 
-    opening: the user's text that has to stand before what the assistant says first; None for nothing. tools: the name
-    of its variable for tools; None if it has none, or teaches calls that we cannot read: then all about tools is
-    written out, in the style of Hermes. teaches: it shows how to call. style: how calls are written. beside_calls:
-    text in a message with calls. after_results: the assistant's text that has to stand between a result and a message
-    of the user; None for nothing.
+    developer: messages of that role, beside the system's. opening: the user's text that has to stand before what the
+    assistant says first; None for nothing. tools: the name of its variable for tools; None if it has none, or teaches
+    calls that we cannot read: then all about tools is written out, in the style of Hermes. teaches: it shows how to
+    call. style: how calls are written. beside_calls: text in a message with calls. system_at_results: what the system
+    said, while a result is the last message. after_results: the assistant's text that has to stand between a result and
+    a message of the user; None for nothing.
     """
 
     system: bool
     several_systems: bool
+    developer: bool
     late_systems: bool
     several_users: bool
     several_assistants: bool
@@ -43,6 +45,7 @@ class Abilities:
     several_calls: bool = True
     beside_calls: bool = True
     results: bool = False
+    system_at_results: bool = True
     after_results: str | None = None
 
 
@@ -54,6 +57,7 @@ def abilities_of(tokenizer, with_tools=True):
     return Abilities(
         system=probe.shows([said("system", BIRCH), user]),
         several_systems=probe.shows([said("system", BIRCH), said("system", CEDAR), user]),
+        developer=probe.names("developer") and probe.shows([said("system", BIRCH), said("developer", CEDAR), user]),
         late_systems=probe.shows([*late, said("user", "Hello.")]),
         several_users=probe.shows([user, last]),
         several_assistants=probe.shows([user, said("assistant", BIRCH), said("assistant", CEDAR)]),
@@ -71,6 +75,10 @@ class _Probe:
         self._variable, self._tools = None, [PROBE] if with_tools else []
         found = (name for name in ("tools", "xml_tools") if name in self._source and self._has_variable(name))
         self._variable = next(found, None)
+
+    def names(self, word):
+        """Whether the template mentions a word."""
+        return word in self._source
 
     def text(self, messages):
         """What becomes of messages; nothing where they are refused."""
@@ -105,13 +113,14 @@ class _Probe:
         if self._variable is None and self._tools or not (teaches or is_meant):
             return {}
         asked = [user, call if calls else said("assistant", BIRCH)]
-        both = [user, calling(BIRCH, CEDAR), answering(1, "Yes."), answering(2, "No.")]
+        at_results = [said("system", BIRCH), user, calling(CEDAR) if calls else said("assistant", CEDAR), YES]
+        both = [user, calling(BIRCH, CEDAR), YES, answering(2, "No.")]
         return dict(
             tools=self._variable, teaches=teaches, style=read or style if teaches else HERMES, calls=calls,
             several_calls=not calls or self.shows(both),
             beside_calls=not calls or self.shows([said("user", "Hello."), calling(BIRCH) | dict(content=AMBER)]),
-            results=self.shows([*asked, answering(1, CEDAR)]),
-            after_results=self.first_text("assistant", [*asked, answering(1, "Yes.")], [last]))
+            results=self.shows([*asked, answering(1, CEDAR)]), system_at_results=self.shows(at_results),
+            after_results=self.first_text("assistant", [*asked, YES], [last]))
 
     def _reads(self, style, user, call):
         """Whether a style reads what the template makes of a call."""
@@ -143,3 +152,6 @@ def calling(*places):
 def answering(number, text):
     """The message with the result of a call."""
     return dict(role="tool", tool_call_id=f"probecal{number}", content=text)
+
+
+YES = answering(1, "Yes.")

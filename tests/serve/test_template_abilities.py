@@ -1,4 +1,5 @@
 """Conversations for templates that drop or refuse what their authors did not think of, as real ones do."""
+import functools
 import re
 from dataclasses import replace
 
@@ -63,8 +64,15 @@ IN_FIRST_USER = """{% if messages[0].role == 'system' %}{% set rest, system = me
 {%- if (m.role == 'user') != (loop.index0 % 2 == 0) or m.role == 'user' and not m.content %}
 {{- raise_exception('no turns') }}{% endif %}
 {{- '<' + m.role + '>' + (system if loop.first else '') + m.content }}{% endfor %}""" + END
+# as Mistral Nemo's: what the system says stands in the last message, but only if that is the user's
+IN_LAST_USER = TURNS.replace("{% else %}<{{ m.role }}>{{ m.content }}", """{% elif m.role == 'system' %}{% else %}
+{{- '<' + m.role + '>' }}{% if loop.last and m.role == 'user' and messages[0].role == 'system' %}
+{{- messages[0].content }}{% endif %}{{ m.content }}""")
+# as Command R7B's: it mentions developers, and drops what they say
+NO_DEVELOPER = "{% for m in messages if m.role != 'developer' %}<{{ m.role }}>{{ m.content }}{% endfor %}" + END
 ALL = dict(FIRST_SYSTEM=FIRST_SYSTEM, OTHER_NAME=OTHER_NAME, ONE_CALL=ONE_CALL, TURNS=TURNS, NAMED=NAMED,
-           UNREADABLE=UNREADABLE, NO_SYSTEM=NO_SYSTEM, LAST_SYSTEM=LAST_SYSTEM, IN_FIRST_USER=IN_FIRST_USER)
+           UNREADABLE=UNREADABLE, NO_SYSTEM=NO_SYSTEM, LAST_SYSTEM=LAST_SYSTEM, IN_FIRST_USER=IN_FIRST_USER,
+           IN_LAST_USER=IN_LAST_USER, NO_DEVELOPER=NO_DEVELOPER)
 
 
 def said(role, text):
@@ -102,12 +110,17 @@ CONVERSATIONS = dict(
     unanswered_call_and_text=[said("user", "One."), calling("Rome"), said("assistant", "Two."), said("user", "Three.")])
 
 
+@functools.cache
+def chat_of(template):
+    return model(ALL[template])[1]
+
+
 @pytest.mark.parametrize("with_tools", [True, False])
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("template", ALL)
 def test_nothing_that_was_said_is_dropped_or_refused(template, conversation, with_tools):
     messages = CONVERSATIONS[conversation]
-    prompt = model(ALL[template])[1].prompt(Conversation(messages, USE if with_tools else ToolUse()))
+    prompt = chat_of(template).prompt(Conversation(messages, USE if with_tools else ToolUse()))
     assert prompt.endswith("<answer>") and "find" in prompt or not with_tools
     for message in messages:
         assert message["content"] in prompt
@@ -116,7 +129,7 @@ def test_nothing_that_was_said_is_dropped_or_refused(template, conversation, wit
 
 @pytest.mark.parametrize("template", ALL)
 def test_what_was_said_stays_in_its_order(template):
-    prompt = model(ALL[template])[1].prompt(Conversation(CONVERSATIONS["text_beside_calls"], USE))
+    prompt = chat_of(template).prompt(Conversation(CONVERSATIONS["text_beside_calls"], USE))
     places = [prompt.index(text) for text in ("One.", "Two {x}.", "Three.", "Five.", "Six.", "Seven.", "Eight.")]
     assert places == sorted(places)
 

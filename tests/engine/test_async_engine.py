@@ -87,13 +87,30 @@ def wait_until(condition):
         time.sleep(0.001)
 
 
+def hold_after(engine, num_tokens):
+    """Makes the steps of an AsyncEngine wait once a request has so many tokens, until the event returned is set."""
+    go, step, seen = threading.Event(), engine.engine.step, []
+
+    def step_or_wait():
+        if any(len(request.output_ids) >= num_tokens for request in seen):
+            go.wait(300)
+        made = step()
+        seen.extend(made)
+        return made
+
+    engine.engine.step = step_or_wait
+    return go
+
+
 def test_a_cancelled_stream_ends_and_its_memory_is_free(running):
+    go = hold_after(running, 3)
     stream, never_read = running.submit(PROMPTS[0], LONG), running.submit(PROMPTS[1], LONG)
     first = next(stream)
     stream.cancel()
+    never_read.cancel()
+    go.set()
     rest = list(stream)
     assert first.index == 0 and len(rest) < 1999 and stream.finish_reason == "cancelled"
-    never_read.cancel()
     wait_until(lambda: never_read.finish_reason)
     scheduler = running.engine.scheduler
     wait_until(lambda: scheduler.pages.num_free == scheduler.limits.num_pages)
@@ -102,9 +119,11 @@ def test_a_cancelled_stream_ends_and_its_memory_is_free(running):
 
 
 def test_a_cancel_may_overtake_the_start(running):
+    go = hold_after(running, 3)
     streams = [running.submit(PROMPTS[0], LONG) for _ in range(9)]
     for stream in streams:
         stream.cancel()
+    go.set()
     for stream in streams:
         list(stream)
     assert {stream.finish_reason for stream in streams} == {"cancelled"}
@@ -146,10 +165,11 @@ def test_a_forked_process_is_told_that_no_engine_runs_in_it(running):
 
 def test_an_error_in_a_step_reaches_every_reader_and_later_submitters(model):
     made = AsyncEngine(Engine(model, EngineOptions(threads=1)))
-    step, broken = made.engine.step, threading.Event()
+    step, broken, steps = made.engine.step, threading.Event(), []
 
     def fails():
-        if broken.is_set():
+        steps.append(1)
+        if broken.is_set() or len(steps) > 5 and broken.wait(300):
             raise MemoryError("out of luck")
         return step()
 
@@ -181,6 +201,15 @@ def test_an_error_in_a_step_reaches_every_reader_and_later_submitters(model):
 
 def test_close_ends_the_thread_and_open_streams(model):
     made = AsyncEngine(Engine(model, EngineOptions(threads=1)))
+    step, begun = made.engine.step, threading.Event()
+
+    def step_or_wait():
+        if begun.is_set():
+            wait_until(lambda: made._closing)
+        begun.set()
+        return step()
+
+    made.engine.step = step_or_wait
     stream = made.submit(PROMPTS[0], LONG)
     next(stream)
     made.close()
@@ -219,34 +248,55 @@ def test_tokens_bring_the_text_that_is_certain_and_stop_strings_end_a_stream(mod
 
 
 def test_batches_read_many_streams_at_once_and_each_ends_with_its_reason(running, alone):
-    async def read(pause):
+    async def read(pause, read_so_far=None):
         streams = running.submit_all(list(zip(PROMPTS, PARAMS)))
         ids, reasons, rounds = [[] for _ in streams], [[] for _ in streams], 0
         async for found in batches(streams, pause):
             rounds += 1
             for number, tokens, reason in found:
+                if read_so_far is not None:
+                    read_so_far.extend(tokens)
                 ids[number] += [token.id for token in tokens]
                 reasons[number].append(reason)
         assert all(each == [None] * (len(each) - 1) + ["length"] for each in reasons)
         return ids, rounds
 
-    step = running.engine.step
-    running.engine.step = lambda: time.sleep(0.01) or step()  # slow enough for any reader to see each step
-    every, rounds = asyncio.run(read(lambda: 0.0))
     at_the_end, few = asyncio.run(read(lambda: math.inf))
+    step, brought, read_so_far = running.engine.step, [], []
+
+    def step_once_all_is_read():
+        wait_until(lambda: len(read_so_far) == len(brought))
+        made = step()
+        brought.extend(made)
+        return made
+
+    running.engine.step = step_once_all_is_read
+    every, rounds = asyncio.run(read(lambda: 0.0, read_so_far))
     assert every == at_the_end == alone
     assert few <= 2 * len(PROMPTS) < rounds  # the first tokens and the ends
 
 
 def test_a_pause_brings_tokens_together_and_ends_with_the_stream(running):
-    async def read(pause):
+    async def read(pause, engine_waits_at=300):
+        go = hold_after(running, engine_waits_at)
         [stream] = running.submit_all([(PROMPTS[0], replace(LONG, max_tokens=300))])
-        return [len(tokens) async for [(_, tokens, _)] in batches([stream], pause)]
 
-    single, together = asyncio.run(read(lambda: 0.0)), asyncio.run(read(lambda: 0.05))
-    assert sum(single) == sum(together) == 300 and max(together) > 2 and len(together) < len(single)
-    began = time.monotonic()
-    assert len(asyncio.run(read(lambda: 3600.0))) == 2 and time.monotonic() - began < 600
+        def pause_of():
+            wait_until(lambda: len(stream.request.output_ids) >= engine_waits_at)
+            return pause
+
+        found = []
+        async for [(_, tokens, _)] in batches([stream], pause_of if pause else lambda: 0.0):
+            found.append(len(tokens))
+            if sum(found) == engine_waits_at:
+                go.set()
+        return found
+
+    assert sum(asyncio.run(read(0.0))) == 300
+    # the engine waits for what came in a pause to be read, so the pause ends before the stream does
+    first, second, *_ = together = asyncio.run(read(0.05, engine_waits_at=100))
+    assert first + second == 100 and sum(together) == 300
+    assert len(asyncio.run(read(3600.0))) == 2
 
 
 def test_a_reader_that_leaves_does_not_wait_for_the_step(running):

@@ -1,10 +1,22 @@
 """One server for all tests that do not need limits of their own, and the same model without HTTP."""
+import functools
+
+import httpx
 import openai
 import pytest
 
 from lockstep import LLM
 from tests.serve.http.chatting import THINKING, talking
 from tests.serve.http.server import SIZES, running
+
+
+@pytest.fixture(scope="session", autouse=True)
+def patience():
+    """No answer is late only because the machine is slow: httpx itself waits for five seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("get", "post", "options", "stream"):
+            patch.setattr(httpx, name, functools.partial(getattr(httpx, name), timeout=300))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,8 @@ def refused(*options):
 def test_options_reach_the_server():
     options = ("--name", "mine", "--name", "gpt-4", "--host", "localhost", "--api-key", "a", "--api-key", "b",
                "--max-requests", 3, "--max-context", 640, "--max-body-mb", 1, "--cors-origin", "https://example.org")
-    with program(*options) as made, httpx.Client(base_url=made.url, headers={"Authorization": "Bearer b"}) as client:
+    with program(*options) as made, httpx.Client(
+            base_url=made.url, headers={"Authorization": "Bearer b"}, timeout=300) as client:
         model, other = client.get("/v1/models", headers={"Origin": "https://example.org"}).json()["data"]
         assert other == model | dict(id="gpt-4")
         assert (model["id"], model["max_model_len"]) == ("mine", 640)

@@ -43,7 +43,7 @@ def test_a_browser_that_has_a_file_does_not_get_it_again(server):
 @pytest.mark.parametrize("path", ["/page/", "/page/nothing.js", "/page/../http/page.py", "/page/%2e%2e/llm.py",
                                   "/page/index.html/x"])
 def test_nothing_else_can_be_had(server, path):
-    with httpx.Client(base_url=server.url, headers={"authorization": f"Bearer {KEY}"}) as client:
+    with httpx.Client(base_url=server.url, headers={"authorization": f"Bearer {KEY}"}, timeout=300) as client:
         assert client.get(path).status_code == 404
 
 

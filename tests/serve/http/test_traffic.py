@@ -2,16 +2,19 @@
 
 LOCKSTEP_SOAK=minutes overloads a server for so long, with memory and times of refusals checked (`make soak`).
 """
+import contextlib
 import json
 import os
 import signal
 import threading
 import time
+from collections import Counter
 
 import httpx
 import numpy as np
 import pytest
 
+from lockstep.serve.http.limits import Limits
 from tests.serve.http.program import program
 from tests.serve.http.server import running, wait_until
 from tests.serve.http.visitors import visits
@@ -19,6 +22,7 @@ from tests.serve.http.visitors import visits
 SMALL = ("--max-requests", 4, "--max-queued", 8, "--max-queued-tokens", 2000, "--max-context", 1024)
 LONG = dict(prompt="x", max_tokens=3500, ignore_eos=True, stream=True)
 REFUSAL_SECONDS = 0.05
+READERS = 4
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +40,17 @@ def answer(server):
 
 def test_under_overload_everybody_is_answered(small):
     before = answer(small)
-    found = visits("overload", small.port, 4, 250, 1)
-    small.check_alive()
-    statuses = {status: sum(s == status for s, *_ in found) for status in {s for s, *_ in found}}
-    assert all(whole for _, _, whole, _ in found), [f for f in found if not f[2]][:3]
-    assert set(statuses) == {200, 429} and statuses[429] > statuses[200] > 10, statuses
+    statuses, rate = Counter(), 250
+    while not statuses[429]:  # a faster machine needs more
+        found = visits("overload", small.port, 4, rate, 1)
+        statuses += Counter(status for status, *_ in found)
+        rate *= 4
+        small.check_alive()
+        assert all(whole for _, _, whole, _ in found), [f for f in found if not f[2]][:3]
+    assert set(statuses) == {200, 429}, statuses
     wait_until(small.is_idle)
     refused = {name: n for name, n in small.metrics().items() if name[0] == "refused_requests_total"}
-    assert sum(refused.values()) == statuses[429] and ("refused_requests_total", "queue_full") in refused
+    assert sum(refused.values()) == statuses[429]
     assert answer(small) == before
 
 
@@ -64,8 +71,6 @@ def test_soak_overload_keeps_memory_flat_and_refusals_fast():
 
 
 def test_the_queue_is_bounded_by_sequences_and_by_tokens():
-    from lockstep.serve.http.limits import Limits
-
     hold = threading.Event()
     with running(max_requests=2, limits=Limits(max_queued=4, max_queued_tokens=1000)) as made:
         step = made.service.engine.engine.step
@@ -107,17 +112,18 @@ def test_the_queue_is_bounded_by_sequences_and_by_tokens():
 
 
 def test_an_answer_that_takes_too_long_is_ended():
-    from lockstep.serve.http.limits import Limits
-
     with running(max_requests=2, max_context=4096, limits=Limits(request_seconds=0.3)) as made:
         engine = made.service.engine.engine
         step = engine.step
         engine.step = lambda: time.sleep(0.01) or step()
         got = httpx.post(f"{made.url}/v1/completions", json=LONG | dict(stream=False), timeout=60)
         assert got.status_code == 504 and got.json()["error"]["code"] == "timeout"
-        lines = httpx.post(f"{made.url}/v1/completions", json=LONG, timeout=60).text.strip().split("\n\n")
-        assert json.loads(lines[-2].removeprefix("data: "))["error"]["code"] == "timeout"
-        assert lines[-1] == "data: [DONE]" and '"text":' in lines[0]
+        got = httpx.post(f"{made.url}/v1/completions", json=LONG, timeout=60)
+        if got.status_code == 200:  # the stream had begun
+            *_, error, done = got.text.strip().split("\n\n")
+            assert json.loads(error.removeprefix("data: "))["error"]["code"] == "timeout" and done == "data: [DONE]"
+        else:
+            assert got.status_code == 504 and got.json()["error"]["code"] == "timeout"
         wait_until(lambda: not engine.has_work)
 
 
@@ -171,35 +177,66 @@ class Reader(threading.Thread):
 
 
 def read_until_started(url, **fields):
-    readers = [Reader(url, LONG | fields) for _ in range(4)]
+    readers = [Reader(url, LONG | fields) for _ in range(READERS)]
     for reader in readers:
         assert reader.started.wait(120)
     return readers
 
 
-def test_sigterm_lets_streams_end_and_refuses_new_requests():
-    with program("--max-requests", 8) as made:
-        readers = read_until_started(made.url)
-        made.signal()
-        wait_until(lambda: httpx.get(f"{made.url}/ready").json()["status"] == "draining")
+@contextlib.contextmanager
+def answering(**limits):
+    """A Running server and the readers of streams that have begun, and an event, without which they do not end."""
+    go = threading.Event()
+    with running(max_requests=32, limits=Limits(**limits)) as made:
+        engine, jobs = made.service.engine.engine, made.service.jobs
+        step = engine.step
+
+        def step_or_wait():
+            wait_until(lambda: len(jobs) == READERS and all(job.requests for job in list(jobs)) or go.is_set())
+            if all(request.output_ids for job in list(jobs) for request in job.requests):
+                go.wait(300)
+            return step()
+
+        engine.step = step_or_wait
+        try:
+            yield made, read_until_started(made.url, max_tokens=200, n=4), go
+        finally:
+            go.set()
+
+
+def test_a_signal_lets_streams_end_and_refuses_new_requests():
+    with answering(drain_seconds=3600) as (made, readers, go):
+        made.server.handle_exit(signal.SIGTERM, None)
+        assert httpx.get(f"{made.url}/ready").json()["status"] == "draining"
         refused = httpx.post(f"{made.url}/v1/completions", json=dict(prompt="x"))
         assert refused.status_code == 503 and refused.json()["error"]["code"] == "draining"
         assert httpx.get(f"{made.url}/health").status_code == 200
+        go.set()
         for reader in readers:
             reader.join(120)
-        assert all(r.text.endswith("data: [DONE]\n\n") and '"finish_reason":"length"' in r.text for r in readers)
-        assert made.process.wait(60) == 0
+        assert all(r.text.endswith("data: [DONE]\n\n") and r.text.count('"finish_reason":"length"') == 4
+                   for r in readers)
+        wait_until(lambda: made.server.should_exit)
 
 
-@pytest.mark.parametrize("again, options", [(True, ()), (False, ("--drain-timeout", 0.1))], ids=["twice", "time is up"])
-def test_what_does_not_end_in_time_is_cut_off_with_an_error(again, options):
-    with program("--max-requests", 32, *options) as made:
-        readers = read_until_started(made.url, n=8)
-        made.signal()
-        if again:
-            made.signal(signal.SIGINT)
+@pytest.mark.parametrize("signals, seconds", [(2, 3600), (1, 0.1)], ids=["twice", "time is up"])
+def test_what_does_not_end_in_time_is_cut_off_with_an_error(signals, seconds):
+    with answering(drain_seconds=seconds) as (made, readers, _):
+        for _ in range(signals):
+            made.server.handle_exit(signal.SIGINT, None)
         for reader in readers:
             reader.join(120)
         events = [json.loads(r.text.strip().split("\n\n")[-2].removeprefix("data: ")) for r in readers]
-        assert [event["error"]["code"] for event in events] == ["shutting_down"] * 4
-        assert made.process.wait(60) == 0
+        assert [event["error"]["code"] for event in events] == ["shutting_down"] * READERS
+
+
+@pytest.mark.parametrize("numbers", [(signal.SIGTERM,), (signal.SIGINT, signal.SIGTERM)], ids=str)
+def test_a_process_ends_well_after_signals(numbers):
+    """Every stream has its end, whether it was complete by then or not."""
+    with program("--max-requests", 8, "--drain-timeout", 3600) as made:
+        readers = read_until_started(made.url)
+        for number in numbers:
+            made.signal(number)
+        for reader in readers:
+            reader.join(120)
+        assert all(r.text.endswith("data: [DONE]\n\n") for r in readers) and made.process.wait(60) == 0

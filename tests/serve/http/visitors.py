@@ -13,6 +13,7 @@ import time
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close with a reset
+PATIENCE = 300
 ASKED = [dict(), dict(stream=True), dict(n=3), dict(stream=True, n=2), dict(prompt=["x", "import os\n", "def f("]),
          dict(echo=True, logprobs=2)]
 
@@ -98,9 +99,11 @@ async def visit(port, rng):
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     sent = raw if rng.random() < 0.9 else raw[:rng.randrange(len(raw))]
     writer.write(sent)
-    deadline, got = time.monotonic() + rng.choice([0, 0.002, 0.02, 0.1, 0.4]) * rng.random(), b""
+    # some wait for what comes first, however long that takes
+    seconds, patient = rng.choice([0, 0.002, 0.02, 0.1, 0.4]) * rng.random(), rng.random() < 0.3 and sent == raw
+    deadline, got = time.monotonic() + (PATIENCE if patient else seconds), b""
     try:
-        while len(got) < 10_000:
+        while len(got) < 10_000 and not (patient and got):
             async with asyncio.timeout(max(0, deadline - time.monotonic())):
                 piece = await reader.read(4096)
             if not piece:

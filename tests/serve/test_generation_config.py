@@ -12,6 +12,7 @@ from lockstep.commands.chat import first_settings
 from lockstep.commands.conversation import Conversation
 from lockstep.commands.serve import notes
 from lockstep.serve.generation_config import described, for_talking, sampling_defaults
+from lockstep.serve.http.service import system_fingerprint
 from lockstep.serve.hub import resolve_model
 from lockstep.weights import gguf
 from tests.serve.http.server import SIZES, running
@@ -202,10 +203,12 @@ def test_suppressed_tokens_of_a_request_are_checked(server, ids, says):
     assert answer.status_code == 400 and answer.json()["error"]["message"].startswith(says)
 
 
-def test_they_can_be_left_out(folder):
+def test_they_can_be_left_out(folder, llm):
     made = LLM(str(folder), generation_config="none", **SIZES)
     assert made.sampling_defaults == {} and made.default_params() == SamplingParams(temperature=1.0)
     assert made.engine.eos_ids == frozenset({0, 2})
+    # a request that is silent gets another answer
+    assert system_fingerprint(made) != system_fingerprint(llm)
     made.close()
 
 

@@ -13,7 +13,7 @@ import typer
 
 from lockstep import __version__
 from lockstep.commands.errors import sentence
-from lockstep.commands.output import unread
+from lockstep.commands.output import shown, unread
 
 COMMANDS = {
     "generate": "Continue a text with a model.",
@@ -96,5 +96,5 @@ def _show_version(asked):
 
 
 def _refuse(reason):
-    print(f"lockstep: {reason}", file=sys.stderr)
+    print(shown(f"lockstep: {reason}", sys.stderr), file=sys.stderr)
     return CANNOT

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from lockstep.commands.answer import answer
 from lockstep.commands.errors import sentence
-from lockstep.commands.output import write
+from lockstep.commands.output import shown, write
 
 HELP = """\
 /reset            forget the conversation
@@ -134,4 +134,4 @@ def interruptible():
 
 def tell(what):
     """A word to the user beside the conversation."""
-    print(f"({what})", file=sys.stderr, flush=True)
+    print(shown(f"({what})", sys.stderr), file=sys.stderr, flush=True)

@@ -1,11 +1,13 @@
 """`lockstep inspect`: what a model is made of."""
 import dataclasses
 import json
+import sys
 from typing import Annotated
 
 import typer
 
 from lockstep.commands.options import KvDtype, ModelName, Weights
+from lockstep.commands.output import shown
 
 WIDTH = 150  # where the output is no terminal
 
@@ -88,12 +90,14 @@ def _plain(value):
 
 def tensor_table(infos, every):
     """Tensors by format, or all of them."""
+    from rich.text import Text
+
     from lockstep.describe import formats
 
     if every:
         table = _table(f"{len(infos)} tensors", "name", "format", ">shape", ">bytes")
         for info in infos.values():
-            table.add_row(info.name, info.format, " x ".join(map(str, info.shape)), f"{info.num_bytes:,}")
+            table.add_row(Text(shown(info.name, sys.stdout)), info.format, " x ".join(map(str, info.shape)), f"{info.num_bytes:,}")
         return table
     table = _table("Tensors (--tensors lists them)", "format", ">tensors", ">parameters", ">bytes")
     for format, (count, size, stored) in formats(infos.values()).items():

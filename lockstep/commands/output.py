@@ -1,16 +1,23 @@
-"""Writing an answer to standard output."""
+"""Writing answers, and words beside them, so that no text of a model's or a file's acts on the terminal."""
 import os
 import sys
 
 import typer
 
 PIPE_CLOSED = 141  # what a shell reports for a program that SIGPIPE ended
+# control characters, with which a terminal's title, colours, clipboard and what was shown before can be changed
+CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+
+
+def shown(text, stream):
+    """Text for a stream: on a terminal control characters are written out, such as \\x1b; elsewhere it is as it is."""
+    return text.translate(CONTROLS) if stream.isatty() else text
 
 
 def write(text):
     """Shows text at once; ends the command quietly if nobody reads on."""
     try:
-        sys.stdout.write(text)
+        sys.stdout.write(shown(text, sys.stdout))
         sys.stdout.flush()
     except BrokenPipeError:
         raise typer.Exit(unread()) from None

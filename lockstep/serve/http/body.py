@@ -83,7 +83,8 @@ def parsed(raw, fields, max_depth):
 def parse(body, max_depth):
     """A body as a JSON object. ApiError 400 for anything else, including NaN, infinity and lone surrogates."""
     try:
-        value = json.loads(body.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite)
+        value = json.loads(body.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_constant,
+                           parse_float=_finite)
     except UnicodeDecodeError as error:
         raise bad_request(f"the body is not UTF-8 text: byte {error.start} is 0x{body[error.start]:02x}") from None
     except RecursionError:
@@ -97,6 +98,15 @@ def parse(body, max_depth):
     if SURROGATE_ESCAPE.search(body):
         _check_surrogates(value)
     return value
+
+
+def _object(pairs):
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        seen = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise bad_request(f"the body has the field {shown(twice)} twice in one object")
+    return made
 
 
 def _no_constant(name):

@@ -16,6 +16,8 @@ class Limits:
     max_pending_bytes: int = 256 << 20  # of bodies that are being read or answered, in all
     max_depth: int = 64  # of nested arrays and objects in a body
     max_connections: int = 1024
+    max_address_connections: int = 512  # of them from one address
+    spare_connections: int = 16  # beyond both, for /health and /ready alone
     max_prompts: int = 256  # of one request
     max_samples: int = 64  # of one prompt: n
     max_sequences: int = 256  # of one request: prompts times samples

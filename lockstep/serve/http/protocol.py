@@ -1,37 +1,79 @@
-"""Connections with bounds that uvicorn does not set: sizes of heads, connections in all, time for what arrives."""
+"""Connections with bounds that uvicorn does not set: sizes of heads, how many there are, time for what arrives."""
+import asyncio
+
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from lockstep.serve.http import target
+from lockstep.serve.http.connections import Connections
 from lockstep.serve.http.encode import to_json
 from lockstep.serve.http.errors import ApiError, openai_shape
 
+ALIVE = (b"/health", b"/ready")  # what may be asked where there are too many connections
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+PROBE_SECONDS, LONGEST_PROBE = 0.05, 1.0
 LAST_LOOK_SECONDS = 0.05
 HEADER_COST = 32  # bytes that a header counts beside its own
 
 
 def bounded_protocol(limits):
     """The class of uvicorn's protocol for these limits."""
-    return type("Bounded", (BoundedProtocol,), {"limits": limits})
+    return type("Bounded", (BoundedProtocol,), {"limits": limits, "held": Connections(limits)})
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol with httptools' parser, held to `limits`, an attribute of the class."""
+    """uvicorn's protocol with httptools' parser, held to `limits`, an attribute of the class.
+
+    held: the Connections that it is one of, also of the class.
+    """
 
     def connection_made(self, transport):
-        """Takes a connection, or answers 503 at once if there are too many."""
+        """Takes a connection; where there are too many, it may only ask whether the server is alive."""
         super().connection_made(transport)
         # bytes of the head so far, and bytes since anything became of them
         self._num_head_bytes, self._num_pending = 0, 0
         self._timer, self._stalled, self._is_in_head, self._has_progress, self._refused = None, None, True, False, False
-        if len(self.connections) > self.limits.max_connections:
-            self._refuse(ApiError(503, f"more than {self.limits.max_connections} connections", code="connections_full"))
-        else:
+        self._has_ended, self._probe = asyncio.Event(), None
+        self._is_spare = not self.held.enter(self, self.client[0] if self.client else "")
+        if not self._refused:
             self._set_timer()
 
     def connection_lost(self, error):
         """The connection is gone."""
+        self.held.leave(self)
         self._clear_timer()
+        if self._probe is not None:
+            self._probe.cancel()
         self.resume_writing()
         super().connection_lost(error)
+
+    def crowded_out(self):
+        """Others want to know whether the server is alive."""
+        self._refuse(self._too_many())
+
+    def _too_many(self):
+        in_all, each = self.limits.max_connections, self.limits.max_address_connections
+        return ApiError(503, f"more than {in_all} connections, or {each} from one address", code="connections_full",
+                        retry_after=1)
+
+    def eof_received(self):
+        """The client sends no more. It gets the answers to what it has sent in full (True); else it has left.
+
+        One that closed altogether looks the same until it is written to: see `_look`.
+        """
+        waits = self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body
+        if not waits or self._refused:
+            return False
+        self._has_ended.set()
+        self._look(PROBE_SECONDS)
+        return True
+
+    def _look(self, seconds):
+        """Finds out whether the client is still there, before its answer begins, by an interim response."""
+        if self.cycle.response_started or self.transport.is_closing():
+            return
+        if self.cycle.scope["http_version"] == "1.1" and not self.pipeline:  # else it would stand in another's answer
+            self.transport.write(CONTINUE)
+        self._probe = self.loop.call_later(seconds, self._look, min(2 * seconds, LONGEST_PROBE))
 
     def pause_writing(self):
         """The client does not read what it asked for; it must go on in time."""
@@ -75,24 +117,34 @@ class BoundedProtocol(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self):
-        """A head is there; one that is too large never becomes a request."""
+        """A head is there; one that is too large or means nothing never becomes a request."""
         self._has_progress = True
-        if self._num_head_bytes > self.limits.max_header_bytes:
+        if self._num_head_bytes > self.limits.max_header_bytes or self._refused:
+            return
+        version = self.parser.get_http_version()
+        problem = target.problem(self.parser.get_method(), version, self.url, self.headers)
+        if problem is not None:
+            self.send_400_response(problem)
+            return
+        if self._is_spare and self.url.partition(b"?")[0] not in ALIVE:
+            self._refuse(self._too_many())
             return
         self._is_in_head = False
         self._clear_timer()
+        self.scope["lockstep.has_ended"] = self._has_ended
         super().on_headers_complete()
+        self.cycle.keep_alive = self.cycle.keep_alive and not self._is_spare
 
     def on_body(self, body):
         """A part of a body."""
         self._has_progress = True
-        if self._num_head_bytes <= self.limits.max_header_bytes:
+        if self._num_head_bytes <= self.limits.max_header_bytes and not self._refused:
             super().on_body(body)
 
     def on_message_complete(self):
         """The end of a request. What follows belongs to the next one."""
         self._has_progress = True
-        if self._num_head_bytes > self.limits.max_header_bytes:
+        if self._num_head_bytes > self.limits.max_header_bytes or self._refused:
             return
         if self.cycle.response_complete:
             self._clear_timer()
@@ -101,7 +153,10 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self):
         """An answer was sent; the rest of its request, if it has not come, must not take for ever."""
+        is_last = not self.pipeline
         super().on_response_complete()
+        if self._has_ended.is_set() and is_last:
+            self.transport.close()
         if self.cycle.more_body and not self.transport.is_closing():
             self._unset_keepalive_if_required()
             self._set_timer()
@@ -136,12 +191,14 @@ class BoundedProtocol(HttpToolsProtocol):
         self._clear_timer()
         if self._is_unanswered():
             body = to_json(openai_shape(error))
-            head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
-            self.transport.write(STATUS_LINE[error.status] + head + body)
+            head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n" % len(body)
+            if error.retry_after is not None:
+                head += b"retry-after: %d\r\n" % error.retry_after
+            self.transport.write(STATUS_LINE[error.status] + head + b"\r\n" + body)
         self.transport.close()
         self.loop.call_later(self.limits.body_seconds, self.transport.abort)  # where nobody takes the answer
 
     def _is_unanswered(self):
-        if self._is_in_head:
+        if self._is_in_head or self.cycle is None:
             return self.cycle is None or self.cycle.response_complete
         return not self.cycle.response_started

@@ -1,7 +1,10 @@
 """Listening: the socket, uvicorn, and how a server ends."""
 import asyncio
+import contextlib
 import errno
+import signal
 import socket
+import threading
 import time
 
 import uvicorn
@@ -65,7 +68,10 @@ def _bind_all(made: list[socket.socket], addresses: list[tuple[int, tuple]], por
 
 
 class Server(uvicorn.Server):
-    """A server of an application and its Service. The first signal drains it, the second ends it at once."""
+    """A server of an application and its Service. The first signal drains it, the second ends it at once.
+
+    A terminal that closes only drains it, however often it says so. Where it is ignored (nohup), it still is.
+    """
 
     def __init__(self, app, service):
         quiet = dict(log_config=None, log_level="error", access_log=False, server_header=False)
@@ -74,12 +80,22 @@ class Server(uvicorn.Server):
                                         lifespan="on", backlog=BACKLOG, **quiet, **times))
         self._service, self._drained_by = service, None
 
+    @contextlib.contextmanager
+    def capture_signals(self):
+        """Inside, signals are handled by `handle_exit`."""
+        with contextlib.ExitStack() as stack:
+            is_main = threading.current_thread() is threading.main_thread()
+            if is_main and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+                stack.callback(signal.signal, signal.SIGHUP, signal.signal(signal.SIGHUP, self.handle_exit))
+            stack.enter_context(super().capture_signals())
+            yield
+
     def handle_exit(self, sig, frame):
         """A signal: new requests are refused from now on, those that run may end in their time."""
         if self._drained_by is None:
             self._service.drain()
             self._drained_by = time.monotonic() + self._service.limits.drain_seconds
-        else:
+        elif sig != signal.SIGHUP:  # which comes twice from some shells
             self._drained_by = 0.0
 
     async def on_tick(self, counter):

@@ -9,6 +9,7 @@ from lockstep.serve.http.errors import shape_for
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
+LOOK_SECONDS = 0.05
 HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"),
            (b"x-accel-buffering", b"no")]
 
@@ -41,7 +42,7 @@ class EventStream:
 
     async def __call__(self, scope, receive, send):
         await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
-        comments = asyncio.create_task(self._keep_alive(send))
+        comments = asyncio.create_task(self._keep_alive(send, scope["lockstep.has_ended"]))
         try:
             async with contextlib.aclosing(self._events):
                 await self._send_all(send, scope["path"])
@@ -61,9 +62,16 @@ class EventStream:
             last = error_event(self._job.explain(error), path) + self._end
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
-    async def _keep_alive(self, send):
+    async def _keep_alive(self, send, has_ended):
+        """has_ended: set when the client sends no more; comments then come soon, to show whether it is still there."""
+        longest, pause = self._job.service.limits.keep_alive_seconds, LOOK_SECONDS
         while True:
-            await asyncio.sleep(self._job.service.limits.keep_alive_seconds)
+            if has_ended.is_set():
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, longest)
+            else:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(has_ended.wait(), longest)
             if self._silent:
                 await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
             self._silent = True

@@ -10,7 +10,8 @@ def connect(server):
 
 def head(path="/v1/completions", method="POST", **headers):
     """A request's head."""
-    lines = [f"{method} {path} HTTP/1.1", "Host: test", *(f"{n.replace('_', '-')}: {v}" for n, v in headers.items())]
+    lines = [f"{method} {path} HTTP/1.1", "Host: localhost"]
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
 

@@ -12,8 +12,8 @@ from lockstep.serve.http.limits import Limits
 from tests.serve.http.raw import connect, exchange, head, read_all, request
 from tests.serve.http.server import running, wait_until
 
-SMALL = Limits(max_body_bytes=100_000, max_header_bytes=8192, max_connections=20, body_seconds=0.5, max_depth=10,
-               max_pending_bytes=150_000)
+SMALL = Limits(max_body_bytes=100_000, max_header_bytes=8192, max_connections=20, spare_connections=3,
+               body_seconds=0.5, max_depth=10, max_pending_bytes=150_000)
 CLOSE = dict(Connection="close")
 
 
@@ -47,9 +47,16 @@ def test_a_body_that_is_not_a_sound_object_is_refused(small, body, says):
     refused(exchange(small, request(body, **CLOSE)), 400, says)
 
 
-def test_a_pair_of_surrogates_and_a_repeated_field_are_fine(small):
-    body = b'{"prompt": "\\ud83d\\ude00", "max_tokens": -1, "max_tokens": 1}'
-    assert exchange(small, request(body, **CLOSE))[0] == 200
+def test_a_pair_of_surrogates_is_fine(small):
+    assert exchange(small, request(b'{"prompt": "\\ud83d\\ude00", "max_tokens": 1}', **CLOSE))[0] == 200
+
+
+@pytest.mark.parametrize("body", [
+    b'{"prompt": "x", "max_tokens": -1, "max_tokens": 1}', b'{"a": {"max_tokens": 1, "b": 2, "max\\u005ftokens": 1}}',
+    b'{"messages": [{"role": "user", "max_tokens": 1, "max_tokens": 1}]}'], ids=str)
+def test_a_field_that_is_there_twice_is_refused(small, body):
+    """Else a proxy that reads the first and a server that reads the last would see different requests."""
+    refused(exchange(small, request(body, **CLOSE)), 400, 'the field "max_tokens" twice')
 
 
 def test_a_body_that_is_too_large_is_refused_before_it_is_read(small):
@@ -157,9 +164,8 @@ def test_a_client_that_does_not_read_is_dropped(small):
 def test_too_many_connections_are_answered_and_the_others_go_on(small):
     idle = [connect(small) for _ in range(20)]
     wait_until(lambda: len(small.server.server_state.connections) >= 20)
-    with connect(small) as one_more:
-        answer = read_all(one_more)
-    assert answer.startswith(b"HTTP/1.1 503") and b"connections_full" in answer
+    found = exchange(small, request(dict(prompt="x", max_tokens=1)))
+    refused(found, 503, "more than 20 connections")
     for each in idle:
         each.close()
     wait_until(lambda: not small.server.server_state.connections)

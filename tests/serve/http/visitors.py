@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 
-HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close with a reset
 PATIENCE = 300
 ASKED = [dict(), dict(stream=True), dict(n=3), dict(stream=True, n=2), dict(prompt=["x", "import os\n", "def f("]),

@@ -1,0 +1,48 @@
+"""What a request asks, and of whom: its method, its target and its Host."""
+import ipaddress
+import re
+
+import httptools
+
+PLACE = re.compile(r"(\[[^]]*\]|[^:]*)(?::\d*)?")  # a name or an address in brackets, and a port
+
+
+def problem(method, version, target, headers):
+    """What is wrong with a request's head, in one sentence, or None.
+
+    method, target: bytes; version: such as "1.1"; headers: [(name in lower case, value), ...].
+    """
+    hosts = [value for name, value in headers if name == b"host"]
+    if len(hosts) > 1 or version == "1.1" and not hosts:
+        return f"expected one Host header, got {len(hosts)}"
+    if method == b"CONNECT":
+        return "CONNECT: this server is no proxy"
+    try:
+        parsed = httptools.parse_url(target)
+    except httptools.HttpParserInvalidURLError:
+        return f"the request's target is neither a path nor a URL: {shown(target)}"
+    if not parsed.path or not parsed.path.isascii():
+        return f"the request's target has no path of ASCII characters: {shown(target)}"
+    if parsed.host is not None and hosts and name_of(parsed.host) != name_of(hosts[0]):
+        return f"the request's target and its Host name different hosts: {shown(target)} and {shown(hosts[0])}"
+    return None
+
+
+def shown(raw):
+    """Bytes of a client's, cut to what fits a sentence."""
+    return repr(raw[:80].decode("latin-1"))
+
+
+def name_of(host):
+    """The name or address in a Host header, bytes: in lower case, without port, brackets and the dot of a full name."""
+    text = host.decode("latin-1").strip().lower()
+    found = PLACE.fullmatch(text)
+    return (found[1] if found else text).strip("[]").removesuffix(".")
+
+
+def is_here(name):
+    """Whether a name (as of `name_of`) is an address, or one of this machine that no one else can give."""
+    try:
+        return name == "localhost" or name.endswith(".localhost") or bool(ipaddress.ip_address(name))
+    except ValueError:
+        return False

@@ -1,5 +1,6 @@
 """`lockstep serve`: answer requests over HTTP."""
 import os
+import socket
 import threading
 from typing import Annotated
 
@@ -38,6 +39,14 @@ def command(
     cors_origin: Annotated[list[str] | None, typer.Option(
         metavar="ORIGIN", show_default="none", help="A web page that may call the server, such as "
         "https://example.org. Repeatable.")] = None,
+    allowed_host: Annotated[list[str] | None, typer.Option(
+        metavar="NAME", show_default="addresses, localhost, --host and this machine's name", help="A name that clients "
+        "may call the server by where no key is asked for; *: any. Repeatable.")] = None,
+    share_prefixes: Annotated[bool, typer.Option(
+        "--share-prefixes", help="Let one API key's requests use what another's computed for the same first "
+        "tokens.")] = False,
+    max_connections_per_address: Annotated[int, typer.Option(
+        min=1, help="Connections from one address; more may only ask for /health and /ready.")] = 512,
     max_requests: Annotated[int, typer.Option(min=1, help="Most sequences in a step.")] = 32,
     max_step_tokens: Annotated[int, typer.Option(min=1, help="Most tokens in a step.")] = 512,
     max_queued: Annotated[int, typer.Option(min=1, help="Sequences that may wait; more are refused.")] = 256,
@@ -67,34 +76,32 @@ def command(
 ):
     """Answer requests over HTTP, as OpenAI's API does: see docs/server.md.
 
-    The first SIGTERM or Ctrl-C refuses new requests and lets those that run come to their end; a second ends at once.
+    The first SIGTERM, SIGHUP or Ctrl-C refuses new requests and lets those that run come to their end; a second SIGTERM or
+    Ctrl-C ends at once.
     """
+    from lockstep.serve.http.app import make_app
     from lockstep.serve.http.limits import Limits
+    from lockstep.serve.http.service import Service
 
     limits = Limits(max_queued=max_queued, max_queued_tokens=max_queued_tokens, max_body_bytes=max_body_mb << 20,
-                    request_seconds=request_timeout, drain_seconds=drain_timeout, stuck_seconds=stuck_timeout)
+                    request_seconds=request_timeout, drain_seconds=drain_timeout, stuck_seconds=stuck_timeout,
+                    max_address_connections=max_connections_per_address)
     sizes = dict(ops=op, weights=weights, kv_dtype=kv_dtype, threads=threads, max_context=max_context,
                  max_requests=max_requests, max_step_tokens=max_step_tokens, kv_tokens=kv_tokens,
                  prefix_cache=prefix_cache, cache_dir=cache_dir, generation_config=generation_config,
                  wait_for_content=not early, verify_weights=verify_weights)
     names = model_names(name, model)
-    service = dict(model_name=names[0], limits=limits, api_keys=keys(api_key), names=None if any_model else names)
-    serve(lambda: load(model, **sizes), service, host, port, cors_origin or ())
+    service = Service(names[0], limits, keys(api_key), None if any_model else names, share_prefixes)
+    app = make_app(service, cors_origin or (), [host, socket.gethostname(), *(allowed_host or ())])
+    serve(lambda: load(model, **sizes), service, app, host, port)
 
 
-def serve(load_model, service_options, host, port, cors_origins):
-    """Listens at once, answers when the model is loaded, and returns when it was told to end.
-
-    service_options: the arguments of Service.
-    """
-    from lockstep.serve.http.app import make_app
-    from lockstep.serve.http.service import Service
+def serve(load_model, service, app, host, port):
+    """Listens at once, answers when the model is loaded, and returns when it was told to end."""
     from lockstep.serve.http.serving import Server, bind
 
     listening = bind(host, port)
-    service = Service(**service_options)
-    is_local = all(each.getsockname()[0] in ("127.0.0.1", "::1") for each in listening)
-    server, failed = Server(make_app(service, cors_origins, is_local), service), []
+    server, failed = Server(app, service), []
     threading.Thread(target=_open, args=(load_model, service, server, failed, listening), daemon=True).start()
     server.run(listening)
     if failed:

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lockstep.serve.http import chat, completions, embeddings, messages, models, page, responses, status, tokens
 from lockstep.serve.http.errors import ApiError, error_response
-from lockstep.serve.http.guard import Guard, Keys, Origins
+from lockstep.serve.http.guard import Guard, Hosts, Keys, Origins
 from lockstep.serve.http.unpack import Unpack
 
 PRIVATE_NETWORK_ASKED = b"access-control-request-private-network"
@@ -30,13 +30,18 @@ ROUTES = [
 ]
 
 
-def make_app(service, cors_origins=(), is_local=True):
-    """The ASGI application of a Service. cors_origins: web pages that may call it, besides its own; is_local: only this
-    machine can reach it."""
+def make_app(service, cors_origins=(), allowed_hosts=()):
+    """The ASGI application of a Service.
+
+    cors_origins: web pages that may call it, besides its own. allowed_hosts: names that it may be called by, besides
+    addresses and localhost, where no key is asked for.
+    """
     routes = [route for module in ROUTES for route in module.routes(service)]
     passed = [Middleware(OneSlash), Middleware(Unpack, max_bytes=service.limits.max_body_bytes),
-              Middleware(Guard, service=service), Middleware(Origins, allowed=cors_origins, is_local=is_local),
+              Middleware(Guard, service=service), Middleware(Origins, allowed=cors_origins),
               Middleware(Keys, service=service)]
+    if not service.api_keys:
+        passed.insert(3, Middleware(Hosts, allowed=allowed_hosts))
     if cors_origins:
         passed.insert(0, Middleware(Cors, allowed=cors_origins))
 
@@ -45,7 +50,9 @@ def make_app(service, cors_origins=(), is_local=True):
         yield
         service.close()
 
-    return Starlette(routes=routes, middleware=passed, lifespan=lifespan, exception_handlers={HTTPException: _as_api})
+    app = Starlette(routes=routes, middleware=passed, lifespan=lifespan, exception_handlers={HTTPException: _as_api})
+    app.router.redirect_slashes = False  # a redirect would go wherever the request's Host says
+    return app
 
 
 class OneSlash:

@@ -1,9 +1,10 @@
 """What every request passes on its way to a route: counted, held to the size of a body, and let in by its key."""
+import hashlib
 import hmac
-import ipaddress
 
 from starlette.requests import ClientDisconnect
 
+from lockstep.serve.http import target
 from lockstep.serve.http.errors import ApiError, error_response
 from lockstep.serve.http.page import FILES
 
@@ -79,36 +80,67 @@ class Passage:
 
 
 class Keys:
-    """Lets requests pass that carry one of the service's API keys, if it has any."""
+    """Lets requests pass that carry one of the service's API keys, if it has any, and notes whose they are.
+
+    scope["lockstep.tenant"]: the key's digest, "" without a key.
+    """
 
     def __init__(self, app, service):
-        self._app, self._service = app, service
+        self._app, self._tenants = app, {key: tenant(key) for key in service.api_keys}
 
     async def __call__(self, scope, receive, send):
-        if scope["type"] == "http" and self._service.api_keys and scope["path"] not in OPEN_PATHS:
-            self._check(dict(scope["headers"]))
+        if scope["type"] == "http":
+            scope["lockstep.tenant"] = ""
+            if self._tenants and scope["path"] not in OPEN_PATHS:
+                scope["lockstep.tenant"] = self._check(dict(scope["headers"]))
         await self._app(scope, receive, send)
 
     def _check(self, headers):
-        """ApiError 401 without a right key, as OpenAI's clients send it or as Anthropic's do."""
+        """Whose key it is. ApiError 401 without a right key, as OpenAI's clients send it or as Anthropic's do."""
         kind, _, given = headers.get(b"authorization", b"").partition(b" ")
-        found = [given.strip() if kind.lower() == b"bearer" else b"", headers.get(b"x-api-key", b"")]
+        sent = [given.strip() if kind.lower() == b"bearer" else b"", headers.get(b"x-api-key", b"")]
         # every comparison is made, so that the time says nothing about which key came close
-        matches = [hmac.compare_digest(key, each) for key in self._service.api_keys for each in found]
-        if not any(matches):
+        found = [name for key, name in self._tenants.items() for each in sent if hmac.compare_digest(key, each)]
+        if not found:
             raise ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
+        return found[0]
+
+
+def tenant(key):
+    """What stands for the owner of a key where the key itself must not be: 32 hexadecimal digits."""
+    return hashlib.sha256(b"lockstep tenant " + key).hexdigest()[:32]
+
+
+class Hosts:
+    """Refuses requests that call this server by a name which could be another's; for servers without keys.
+
+    A web page from elsewhere can have its own name changed to this machine's address (DNS rebinding), and would then
+    read all that this server says. allowed: names that may be used besides addresses and localhost; "*": any.
+    """
+
+    def __init__(self, app, allowed=()):
+        self._app, self._allowed = app, frozenset(target.name_of(each.encode("latin-1", "replace")) for each in allowed)
+
+    async def __call__(self, scope, receive, send):
+        host = dict(scope["headers"]).get(b"host") if scope["type"] == "http" else None
+        if host is not None and not self._may(target.name_of(host)):
+            raise ApiError(403, f"this server may not be called {target.shown(host)}, unless it is started with "
+                                f"--allowed-host, or with an --api-key", code="host_not_allowed")
+        await self._app(scope, receive, send)
+
+    def _may(self, name):
+        return target.is_here(name) or name in self._allowed or "*" in self._allowed
 
 
 class Origins:
     """Refuses requests of web pages from elsewhere, which browsers send without asking first where they look simple.
 
-    allowed: origins of pages that may. is_local: the server listens on this machine only, where another name than
-    localhost is that of a page that had its name changed to here (DNS rebinding), unless TLS shows a proxy.
+    allowed: origins of pages that may, "*": of all. Pages of other schemes, such as those of extensions and files, are
+    from elsewhere, too.
     """
 
-    def __init__(self, app, allowed=(), is_local=True):
-        self._app, self._is_local = app, is_local
-        self._allowed = frozenset(each.lower().rstrip("/") for each in allowed)
+    def __init__(self, app, allowed=()):
+        self._app, self._allowed = app, frozenset(each.lower().rstrip("/") for each in allowed)
 
     async def __call__(self, scope, receive, send):
         headers = dict(scope["headers"]) if scope["type"] == "http" else {}
@@ -120,15 +152,5 @@ class Origins:
 
     def _may(self, origin, host):
         scheme, _, place = origin.partition("://")
-        if self._allowed & {origin, "*"} or scheme not in ("http", "https", "null"):  # others are applications
-            return True
-        return place == host.decode("latin-1").lower() and (scheme == "https" or not self._is_local or is_here(place))
-
-
-def is_here(place):
-    """Whether a host, with or without a port, is an address or a name of this machine, which no one else can give."""
-    name = place.rpartition(":")[0] if place.rpartition(":")[2].isdigit() else place
-    try:
-        return name == "localhost" or name.endswith(".localhost") or bool(ipaddress.ip_address(name.strip("[]")))
-    except ValueError:
-        return False
+        own = scheme in ("http", "https") and place == host.decode("latin-1").lower()
+        return own or bool(self._allowed & {origin, "*"})

@@ -86,7 +86,7 @@ class Job:
             self._check_context(len(ids), params.max_tokens)
         self.service.admit(self, num_sequences, sum(len(ids) * params.n for ids, params in prompts))
         self._prompts = prompts
-        await self.prepare(self._submit, prompts, cache_salt)
+        await self.prepare(self._submit, prompts, self.service.salt(self.scope["lockstep.tenant"], cache_salt))
         return self.requests
 
     def _submit(self, prompts, cache_salt):

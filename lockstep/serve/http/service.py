@@ -28,15 +28,18 @@ log = logging.getLogger("lockstep.http")
 class Service:
     """The state behind a server's routes. All but `offload`ed functions run on the event loop's thread.
 
-    model_name: what clients call the model; names: what else they may call it, or None for anything.
-    state: "loading" until `open`, then "ready", "draining" after `drain`, and
-    "closed". llm, engine (an AsyncEngine), tokenizer and chat (a ChatModel) are there from `open` on.
+    model_name: what clients call the model; names: what else they may call it, or None for anything. share_prefixes:
+    whether one key's requests may use what another's computed for the same first tokens, which tells whether somebody
+    asked the same. state: "loading" until `open`, then "ready", "draining" after `drain`, and "closed". llm, engine (an
+    AsyncEngine), tokenizer and chat (a ChatModel) are there from `open` on.
     """
 
-    def __init__(self, model_name, limits=Limits(), api_keys=(), names: Sequence[str] | None = ()):
+    def __init__(self, model_name, limits=Limits(), api_keys=(), names: Sequence[str] | None = (),
+                 share_prefixes: bool = False):
         self.model_name, self.limits = model_name, limits
         self.names = None if names is None else [model_name, *(name for name in names if name != model_name)]
-        self.api_keys = [key.encode() for key in api_keys]
+        self.api_keys = list(dict.fromkeys(key.encode() for key in api_keys))
+        self.shares_prefixes = share_prefixes or len(self.api_keys) < 2
         self.state, self.created = "loading", int(time.time())
         self.llm = self.engine = self.tokenizer = self.chat = self._fingerprint = None
         self.jobs, self.num_sequences, self.num_queued_tokens, self.num_bytes = set(), 0, 0, 0
@@ -144,6 +147,10 @@ class Service:
         self.num_sequences += num_sequences - job.num_sequences
         self.num_queued_tokens += num_tokens
         job.num_sequences, job.num_queued_tokens = num_sequences, num_tokens
+
+    def salt(self, tenant, cache_salt):
+        """What a request of a tenant's must have in common with another to share prefixes, in memory and on disk."""
+        return cache_salt if self.shares_prefixes else f"{tenant}:{cache_salt}"
 
     def full(self, reason, message):
         """ApiError 429, counted under its reason, which also is its code."""

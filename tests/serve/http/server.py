@@ -20,11 +20,12 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(llm=None, limits=Limits(), api_keys=(), cors_origins=(), names=(), **sizes):
+def running(llm=None, limits=Limits(), api_keys=(), cors_origins=(), names=(), allowed_hosts=(), share_prefixes=False,
+            **sizes):
     """A Running server of an LLM: the bundled one, unless it is given. The LLM is closed in the end."""
-    service = Service("lockstep", limits, api_keys, names)
+    service = Service("lockstep", limits, api_keys, names, share_prefixes)
     [listening] = bind("127.0.0.1", 0)
-    server = Server(make_app(service, cors_origins), service)
+    server = Server(make_app(service, cors_origins, allowed_hosts), service)
     thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
     service.open(llm or LLM(**{**SIZES, **sizes}))
     thread.start()

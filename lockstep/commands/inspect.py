@@ -97,7 +97,8 @@ def tensor_table(infos, every):
     if every:
         table = _table(f"{len(infos)} tensors", "name", "format", ">shape", ">bytes")
         for info in infos.values():
-            table.add_row(Text(shown(info.name, sys.stdout)), info.format, " x ".join(map(str, info.shape)), f"{info.num_bytes:,}")
+            name, shape = Text(shown(info.name, sys.stdout)), " x ".join(map(str, info.shape))
+            table.add_row(name, info.format, shape, f"{info.num_bytes:,}")
         return table
     table = _table("Tensors (--tensors lists them)", "format", ">tensors", ">parameters", ">bytes")
     for format, (count, size, stored) in formats(infos.values()).items():

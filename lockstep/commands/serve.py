@@ -76,8 +76,8 @@ def command(
 ):
     """Answer requests over HTTP, as OpenAI's API does: see docs/server.md.
 
-    The first SIGTERM, SIGHUP or Ctrl-C refuses new requests and lets those that run come to their end; a second SIGTERM or
-    Ctrl-C ends at once.
+    The first SIGTERM, SIGHUP or Ctrl-C refuses new requests and lets those that run come to their end; a second SIGTERM
+    or Ctrl-C ends at once.
     """
     from lockstep.serve.http.app import make_app
     from lockstep.serve.http.limits import Limits

@@ -23,7 +23,8 @@ def test_pages_from_elsewhere_are_refused(server, origin, host, status):
 @pytest.mark.parametrize("host, allowed", [
     ("evil.example", False), ("evil.example:8000", False), ("localhost.evil.example", False), ("", False),
     ("127.0.0.1.nip.io", False), ("a:b:c", False), ("[evil]", False), ("localhost", True), ("LOCALHOST:80", True),
-    ("localhost.", True), ("x.localhost:1", True), ("127.0.0.1", True), ("10.1.2.3:80", True), ("[::1]:80", True), ("[fe80::1]", True)])
+    ("localhost.", True), ("x.localhost:1", True), ("127.0.0.1", True), ("10.1.2.3:80", True), ("[::1]:80", True),
+    ("[fe80::1]", True)])
 def test_without_keys_a_name_that_could_be_another_s_is_refused_on_every_route(server, host, allowed):
     """A page that had its own name changed to this machine's address reads as if it were ours."""
     for path in PATHS:

@@ -49,7 +49,7 @@ def routes(service):
         fields = await job.read(CompletionFields)
         _check_logprobs(fields, service.limits)
         texts, ids = await job.prepare(read_prompts, service, fields.prompt, fields.add_special_tokens is not False,
-                                       _most_prompt(fields, service.llm.model.max_context))
+                                       _most_prompt(fields, service.max_context))
         each_mask = await job.offload(masks, service, fields, len(ids)) if fields.has_form else [None] * len(ids)
         if (leaves_out := await job.prepare(token_mask, service, fields)) is not None:
             each_mask = [leaves_out(mask) for mask in each_mask]
@@ -82,7 +82,7 @@ def _most_prompt(fields, max_context):
 
 def _params(fields, service, num_prompt, mask):
     """SamplingParams of one prompt. A request for no tokens runs for one, which nobody gets to see."""
-    room = max(1, service.llm.model.max_context - num_prompt)
+    room = max(1, service.max_context - num_prompt)
     max_tokens = max(1, most_tokens(fields, MOST_TOKENS, room, DEFAULT_TOKENS))
     wants_prompt = fields.echo and fields.logprobs is not None
     return sampling_params(fields, service.limits, max_tokens, service.llm.sampling_defaults, logprobs=fields.logprobs,

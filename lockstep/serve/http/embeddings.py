@@ -70,7 +70,7 @@ def _ids(service, given, fields):
         strings = "a string, an array of strings, " if service.tokenizer is not None else ""
         raise bad_request(f"input: expected {strings}an array of token ids or an array of such arrays, got "
                           f"{shown(given)}", "input", "invalid_type")
-    limit = service.llm.model.max_context
+    limit = service.max_context
     if not ids:
         raise bad_request("input: expected at least one token, got none", "input", "invalid_value")
     if fields.truncate_prompt_tokens is not None:

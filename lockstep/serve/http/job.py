@@ -104,7 +104,7 @@ class Job:
                               f"{num_sequences}", "n")
 
     def _check_context(self, num_prompt, max_tokens):
-        limit = self.service.llm.model.max_context
+        limit = self.service.max_context
         if num_prompt + max_tokens > limit:
             raise bad_request(f"the prompt has {num_prompt} tokens and max_tokens is {max_tokens}, together more than "
                               f"the context of {limit} tokens", "prompt", "context_length_exceeded")

@@ -22,4 +22,4 @@ def described(service, name):
     if service.llm is None:
         raise ApiError(503, "the model is still loading", code="loading", retry_after=1)
     return dict(id=name, object="model", created=service.created, owned_by="lockstep",
-                max_model_len=service.llm.model.max_context, **service.fingerprint_field)
+                max_model_len=service.max_context, **service.fingerprint_field)

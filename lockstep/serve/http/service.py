@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from lockstep.engine.async_engine import AsyncEngine, EngineStopped
 from lockstep.engine.prefix import model_identity
 from lockstep.engine.selfcheck import NUMERICS
+from lockstep.ops.kv_cache import PAGE_TOKENS
 from lockstep.serve.chat import ChatModel
 from lockstep.serve.http.errors import ApiError, internal, not_allowed
 from lockstep.serve.http.limits import Limits
@@ -125,6 +126,11 @@ class Service:
                            retry_after=1 if reason == "loading" else None)
         if self.num_sequences >= self.most_sequences:
             raise self.full("queue_full", f"{self.num_sequences} sequences are being answered or wait")
+
+    @property
+    def max_context(self) -> int:
+        """Tokens that a prompt and its answer may have: the model's context, or the KV cache where that is smaller."""
+        return min(self.llm.model.max_context, self.llm.engine.scheduler.limits.num_pages * PAGE_TOKENS)
 
     @property
     def most_sequences(self):

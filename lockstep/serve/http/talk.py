@@ -16,10 +16,10 @@ async def start(job, fields, make_conversation, max_tokens_names, **reports):
     service = job.service
     prepared, leaves_out = await job.offload(lambda: (
         chat_model(service).prepare(make_conversation(), fields.n or 1), token_mask(service, fields)))
-    room = service.llm.model.max_context - len(prepared.ids)
+    room = service.max_context - len(prepared.ids)
     if room < 1:
         raise bad_request(f"the conversation has {len(prepared.ids)} tokens, which leaves no room for an answer in the "
-                          f"context of {service.llm.model.max_context} tokens", "messages", "context_length_exceeded")
+                          f"context of {service.max_context} tokens", "messages", "context_length_exceeded")
     options = prepared.options
     if not options.get("skip_special_tokens", True):
         fields.skip_special_tokens = False

@@ -66,7 +66,7 @@ def tokenized(service, fields):
     else:
         prompt = talk.chat_model(service).prompt(conversation(fields), fields.add_generation_prompt is not False)
         ids = tokenizer.encode(prompt, add_special_tokens=False)
-    made = dict(count=len(ids), max_model_len=service.llm.model.max_context, tokens=ids)
+    made = dict(count=len(ids), max_model_len=service.max_context, tokens=ids)
     if fields.return_token_strs:
         made["token_strs"] = [token_text(tokenizer, i) for i in ids]
     return to_json(made)
@@ -85,4 +85,4 @@ def tokenizer_info(service):
     ids = {f"{name}_id": tokenizer.backend.token_to_id(text or "") for name, text in special.items()}
     template = tokenizer.chat_templates.get("default")
     return dict(tokenizer_class="PreTrainedTokenizerFast", vocab_size=tokenizer.vocab_size,
-                max_model_len=service.llm.model.max_context, chat_template=template, **special, **ids)
+                max_model_len=service.max_context, chat_template=template, **special, **ids)

@@ -7,10 +7,12 @@ from lockstep import SamplingParams
 from lockstep.serve.http.prompts import shortened
 from lockstep.serve.http.token_masks import TokenMask
 from tests.serve.http.chatting import HELLO
+from tests.serve.http.server import running
 
 PROMPT = "def read_lines(path):\n"
 ASKED = {"/v1/completions": dict(prompt=PROMPT), "/v1/chat/completions": dict(messages=HELLO),
          "/v1/responses": dict(input="hello"), "/v1/messages": dict(messages=HELLO, max_tokens=12)}
+TOKENS = ("prompt_tokens", "input_tokens", "cache_read_input_tokens", "completion_tokens", "output_tokens")
 by_route = pytest.mark.parametrize("path", ASKED)
 
 
@@ -46,9 +48,15 @@ def test_a_seed_of_minus_one_draws_another_answer_each_time(server, path):
 @pytest.mark.parametrize("count", [-1, None, 2**31 - 1])
 def test_an_answer_may_fill_the_context(server, path, count):
     usage = post(server, path, temperature=0, ignore_eos=True, **length(path, count))["usage"]
-    total = sum(usage.get(name, 0) for name in ("prompt_tokens", "input_tokens", "cache_read_input_tokens",
-                                                "completion_tokens", "output_tokens"))
-    assert total == 1024
+    assert sum(usage.get(name, 0) for name in TOKENS) == 1024
+
+
+def test_an_answer_may_fill_a_kv_cache_that_is_smaller_than_the_context():
+    with running(max_context=1024, kv_tokens=300) as made:
+        for path in ASKED:
+            usage = post(made, path, temperature=0, ignore_eos=True, **length(path, -1))["usage"]
+            assert sum(usage.get(name, 0) for name in TOKENS) == made.service.max_context == 320
+        assert post(made, prompt=[5] * 320, status=400)["error"]["code"] == "context_length_exceeded"
 
 
 @by_route

@@ -117,6 +117,8 @@ def _open(load_model, service, server, failed, listening):
         server.should_exit = True
         return
     print("\n".join([ready_line(service, *listening[0].getsockname()[:2]), *notes(service.llm)]), flush=True)
+    if service.chat is not None:
+        service.chat.grammars.warm()
 
 
 def ready_line(service, host, port):

@@ -8,28 +8,24 @@ import functools
 import json
 import re
 import threading
-import time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
 
 import llguidance
 import numpy as np
 
+from lockstep.serve.grammar_proofs import Busy, Proofs, TooSlow
+from lockstep.serve.matchers import GIVEN, MAX_GRAMMAR_BYTES, STACK_BYTES, Vocabulary, check, new_matcher, new_reader
 from lockstep.serve.schemas import MAX_PATTERN_BYTES, check_numbers, check_size, loosened
 
-MAX_GRAMMAR_BYTES = 256 << 10
 MAX_RULES = 1000  # of a user's Lark grammar
-STACK_BYTES = 256 << 20  # llguidance follows references by recursion: a chain as long as a schema may be takes 100 MB
-COMPILE_SECONDS = 5.0
+QUICK_SECONDS = 0.25  # of the processor, to compile a grammar once beside others
+MANY_SECONDS = 1.5  # to compile one that is quick for all samples
+COMPILE_SECONDS = 3.0  # for all samples of a request
+COMPILE_BYTES = 192 << 20  # for all samples of a request
 MAX_SAMPLES = 128  # of one prompt, as many as there may be
-LIMITS = dict(initial_lexer_fuel=500_000, step_lexer_fuel=100_000, step_max_items=20_000, max_lexer_states=250_000,
-              max_grammar_size=200_000, verbose_errors=False)
 RULE = re.compile(r"^[ \t]*[?!]?[A-Za-z_]", re.MULTILINE)  # the first line of one
 JSON_INSIDE = re.compile(r"%json\s*")
-GIVEN = "given"  # the name of a Lark grammar that a user wrote
-# Where llguidance found a mistake: a place in the grammar, lines of it, and a place in its own source.
-PLACE, LINES, SOURCE = r"(at )?\d+\(\d+\): ", r"\n +(\d+ \||\^).*", r"\S*\.rs:\d+(:\d+)?:?"
 # One space, or a line break and its indentation: without a bound a weak model writes white space for ever.
 JSON_WHITESPACE = r"(\r?\n[ \t]{0,64}|[ \t])"
 
@@ -108,13 +104,10 @@ def quote(text):
     return json.dumps(text)
 
 
-class TooSlow(ValueError):
-    """A grammar that takes too long to compile, which is not to be tried again in parts."""
-
-
 class Grammars:
     """Compiles grammars for one tokenizer. Any thread may use it.
 
+    Each is compiled in another process first, which may be ended, and here only if that showed that it costs little.
     Nothing compiled is kept for other requests: copies of an llguidance matcher share an automaton that grows with what
     they read, so that its limits would be reached sooner or later depending on who else had asked.
     eos_ids end an answer: they are allowed where the grammar is complete. vocab_size: rows of the model.
@@ -123,44 +116,80 @@ class Grammars:
     def __init__(self, tokenizer, eos_ids, vocab_size):
         self.num_words = -(-vocab_size // 32)
         self._tokenizer, self._eos_ids, self._vocab_size = tokenizer, sorted(eos_ids), vocab_size
-        self._reader, self._lock = None, threading.Lock()
+        self._special_ids = sorted(i for i in tokenizer.special_ids if i < vocab_size)
+        self._reader, self._lock, self._slow = None, threading.Lock(), threading.Lock()
         self._compilers = _with_deep_stacks(2)
+        self._proofs = Proofs(vocab_size, {i: tokenizer.token_bytes(i) for i in self._special_ids}, self._eos_ids)
+
+    def warm(self) -> None:
+        """Makes ready what the first grammar would wait for. It may take a second."""
+        if self._eos_ids:
+            self._proofs.warm()
+            self._tokens()
+
+    def close(self) -> None:
+        """Ends the threads and the process that compile; a grammar that comes later is refused."""
+        self._compilers.shutdown(wait=False)
+        self._proofs.close()
 
     def mask(self, grammar, num_samples=1, trigger=None, after=None):
         """A mask that holds answers, so many samples, to a grammar made by one of this module's functions.
 
         trigger: a token id; the grammar then holds from that token on until it is complete, and again from the next
         such token; everything else is free. after: a token id before which no trigger counts. ValueError, with the
-        reason, for a grammar that is wrong, too large or too slow to compile.
+        reason, for a grammar that is wrong, too large or too slow to compile; Busy if others are being compiled that
+        are as slow.
         """
         _check_bytes(grammar)
+        if not self._eos_ids:
+            raise ValueError("this model has no end token, so it cannot end an answer when a grammar is complete")
+        new_matcher = functools.partial(self._compile, grammar)
+        return TokenMask(self._compiled(grammar, num_samples), new_matcher, self.num_words, trigger, after)
+
+    def _compiled(self, grammar, count):
+        """So many matchers. What takes long is done one at a time: it delays no grammar that does not."""
+        cost = self._proofs.cost(grammar, QUICK_SECONDS, COMPILE_BYTES)
+        if cost is not None and cost.seconds * count <= MANY_SECONDS and cost.num_bytes * count <= COMPILE_BYTES:
+            return self._compilers.submit(self._compile_all, grammar, count).result()
+        if not self._slow.acquire(blocking=False):
+            raise Busy("another grammar that takes long to compile is being compiled")
         try:
-            matchers = self._compilers.submit(self._compile_all, grammar, num_samples).result(COMPILE_SECONDS)
-        except FutureTimeout:
-            raise TooSlow(f"the grammar did not compile within {COMPILE_SECONDS:g} s") from None
-        return TokenMask(matchers, functools.partial(self._compile, grammar), self.num_words, trigger, after)
+            cost = cost or self._proofs.cost(grammar, COMPILE_SECONDS, COMPILE_BYTES)
+            if cost is None or cost.seconds * count > COMPILE_SECONDS:
+                raise TooSlow(f"the grammar did not compile {f'{count} times ' * (count > 1)}within "
+                              f"{COMPILE_SECONDS:g} s")
+            if cost.num_bytes * count > COMPILE_BYTES:
+                raise TooSlow(f"the grammar takes more than {COMPILE_BYTES >> 20} MB")
+            return self._compilers.submit(self._compile_all, grammar, count).result()
+        finally:
+            self._slow.release()
 
     def _compile_all(self, grammar, count):
-        """So many matchers; fewer if the time is up, when nobody waits for them any more."""
-        deadline = time.monotonic() + COMPILE_SECONDS
-        made = [self._compile(grammar)]
-        while len(made) < count and time.monotonic() < deadline:
-            made.append(self._compile(grammar))
-        return made
+        return [self._compile(grammar) for _ in range(count)]
 
     def _compile(self, grammar):
-        matcher = llguidance.LLMatcher(self._tokens(), grammar, log_level=0, limits=llguidance.LLParserLimits(**LIMITS))
-        _check(matcher, f'"name": "{GIVEN}"' in grammar)
+        matcher = new_matcher(self._tokens(), grammar)
         fill(matcher, np.zeros(self.num_words, np.uint32))  # most of a first mask's work is done here, in this thread
         return matcher
 
     def _tokens(self):
-        """llguidance's form of the vocabulary, made once: half a second for 150 000 tokens."""
+        """llguidance's form of the vocabulary, made once."""
         with self._lock:
             if self._reader is None:
-                self._reader = llguidance.LLTokenizer(
-                    Vocabulary(self._tokenizer, self._eos_ids, self._vocab_size), self._vocab_size, self._eos_ids)
+                known = range(min(self._tokenizer.vocab_size, self._vocab_size))
+                vocabulary = Vocabulary([self._tokenizer.token_bytes(i) for i in known], self._special_ids,
+                                        self._eos_ids[0], self._tokenizer.bos_id, self._exact_ids)
+                self._reader = new_reader(vocabulary, self._vocab_size, self._eos_ids)
             return self._reader
+
+    def _exact_ids(self, text):
+        """Token ids whose bytes are exactly those of a text; none if the tokenizer cannot give such."""
+        for marked in (text, "\n" + text):  # some tokenizers put a space before the first word, so before the mark
+            ids = self._tokenizer.encode(marked, add_special_tokens=False)
+            for skipped in range(min(4, len(ids))):
+                if b"".join(map(self._tokenizer.token_bytes, ids[skipped:])) == text.encode():
+                    return ids[skipped:]
+        return []
 
 
 def _with_deep_stacks(count):
@@ -174,29 +203,6 @@ def _with_deep_stacks(count):
         threading.stack_size(usual)
     all_there.wait()
     return made
-
-
-class Vocabulary:
-    """A Tokenizer with the attributes that llguidance reads."""
-
-    is_tokenizer_wrapper = True
-
-    def __init__(self, tokenizer, eos_ids, vocab_size):
-        if not eos_ids:
-            raise ValueError("this model has no end token, so it cannot end an answer when a grammar is complete")
-        self._tokenizer = tokenizer
-        self.eos_token_id, self.bos_token_id = eos_ids[0], tokenizer.bos_id
-        self.tokens = [tokenizer.token_bytes(i) for i in range(min(tokenizer.vocab_size, vocab_size))]
-        self.special_token_ids = sorted(i for i in tokenizer.special_ids if i < vocab_size)
-
-    def __call__(self, text):
-        """Token ids whose bytes are exactly those of a text; none if the tokenizer cannot give such."""
-        for marked in (text, "\n" + text):  # some tokenizers put a space before the first word, so before the mark
-            ids = self._tokenizer.encode(marked, add_special_tokens=False)
-            for skipped in range(min(4, len(ids))):
-                if b"".join(map(self._tokenizer.token_bytes, ids[skipped:])) == text.encode():
-                    return ids[skipped:]
-        return []
 
 
 class TokenMask:
@@ -232,7 +238,7 @@ class TokenMask:
     def _read(self, sample, token):
         sample.num_read += 1
         if sample.matcher is not None:
-            sample.matcher.consume_token(token) or _check(sample.matcher)
+            sample.matcher.consume_token(token) or check(sample.matcher)
             if self._trigger is not None and sample.matcher.is_stopped():
                 sample.matcher = None
         elif token == self._after:
@@ -253,24 +259,8 @@ class _Sample:
 def fill(matcher, words):
     """Writes a matcher's mask into uint32 words and returns them. ValueError if it reached a limit."""
     matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-    _check(matcher)
+    check(matcher)
     return words
-
-
-def _check(matcher, shows_lines=False):
-    if matcher.is_error():
-        raise ValueError(f"grammar: {readable(matcher.get_error(), shows_lines)[:500]}")
-
-
-def readable(message, shows_lines=False):
-    """What llguidance says about a grammar, for the user who wrote it, or only what it was made of.
-
-    shows_lines: its lines are the user's own. What it says of its own source is of no use to either.
-    """
-    if "panic" in message:
-        return "it cannot be compiled, or is too large to be followed"
-    message = re.sub(SOURCE, "", message.replace("<non-verbose/>", ""))
-    return (message if shows_lines else re.sub(PLACE, "", re.sub(LINES, "", message))).strip()
 
 
 def dump(value):

@@ -15,6 +15,7 @@ from lockstep.engine.prefix import model_identity
 from lockstep.engine.selfcheck import NUMERICS
 from lockstep.ops.kv_cache import PAGE_TOKENS
 from lockstep.serve.chat import ChatModel
+from lockstep.serve.grammar_proofs import Busy
 from lockstep.serve.http.errors import ApiError, internal, not_allowed
 from lockstep.serve.http.limits import Limits
 from lockstep.serve.http.metrics import Metrics
@@ -193,8 +194,8 @@ class Service:
     async def offload(self, function, *args):
         """Runs a function in a worker thread; returns what it does.
 
-        A ValueError becomes ApiError 400. ApiError 503 if it takes too long: it then goes on without anybody waiting
-        for it, so it must be bounded in itself, too.
+        A ValueError becomes ApiError 400, Busy a 429. ApiError 503 if it takes too long: it then goes on without
+        anybody waiting for it, so it must be bounded in itself, too.
         """
         self._num_offloaded += 1
         running = asyncio.get_running_loop().run_in_executor(self._workers, function, *args)
@@ -203,6 +204,8 @@ class Service:
             return await asyncio.wait_for(asyncio.shield(running), self.limits.offload_seconds)
         except ValueError as error:
             raise not_allowed(error) from None
+        except Busy as error:
+            raise self.full("grammars_busy", str(error)) from None
         except TimeoutError:
             running.cancel()
             raise ApiError(503, f"preparing the request took more than {self.limits.offload_seconds:g} s",

@@ -4,7 +4,8 @@ import re
 import llguidance
 
 from lockstep.serve.schemas import MAX_PATTERN_BYTES, resolved
-from lockstep.serve.structured import quote, readable
+from lockstep.serve.matchers import readable
+from lockstep.serve.structured import quote
 from lockstep.serve.tool_calls.grammar import regex_quote
 
 MAX_STEPS = 1000  # of a schema's references and alternatives

@@ -1,6 +1,7 @@
 """What the routes that talk refuse: mistakes, attacks, and what random bodies hold; never with a 500, never late."""
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -98,6 +99,29 @@ def test_mistakes(http, body, message):
                                    '"messages":[{"role":"user","content":"x"}],"stop":"\\ud800x"'])
 def test_lone_surrogates(http, where):
     assert "surrogate" in refusal(http, ("{" + where + "}").encode())
+
+
+def test_grammars_that_take_long_make_nobody_elses_request_a_mistake(http, server):
+    """Their own come to their end, or are told to come again; /health and small grammars are answered meanwhile."""
+    def ask(url=server.url, **more):
+        return httpx.post(f"{url}/v1/completions", json=dict(prompt="x", max_tokens=9) | more, timeout=120)
+
+    def ask_slow(number):
+        return ask(guided_json=dict(properties={f"p{number}_{i}": {} for i in range(3000)}))
+
+    with ThreadPoolExecutor(4) as others:
+        asked, small, silences, last = [others.submit(ask_slow, n) for n in range(4)], [], [], time.monotonic()
+        while not all(each.done() for each in asked):
+            assert http.get("/health").status_code == 200
+            silences.append(time.monotonic() - last)
+            last = time.monotonic()
+            if len(small) < 20:
+                small.append(others.submit(ask, guided_regex=f"[ab]{{{len(small) + 1}}}"))
+            time.sleep(0.01)
+    assert {each.result().status_code for each in small} == {200}
+    found = {each.result().status_code for each in asked}
+    assert 200 in found and found <= {200, 429}
+    assert max(silences) < 1
 
 
 def deep(levels):

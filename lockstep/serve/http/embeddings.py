@@ -35,7 +35,7 @@ def routes(service):
         fields = await job.read(EmbeddingFields)
         _check_dimensions(fields.dimensions, service.llm.model.config.hidden_size)
         inputs = await job.offload(read_inputs, service, fields)
-        params = SamplingParams(pooling=fields.pooling or service.llm.pooling)
+        params = SamplingParams(pooling=fields.pooling or await job.offload(lambda: service.llm.pooling))
         await job.start([(ids, params) for ids in inputs])
         await job.finished()
         service.metrics.prompt_tokens += sum(map(len, inputs))

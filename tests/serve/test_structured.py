@@ -13,6 +13,7 @@ from lockstep.serve import matchers, structured
 from lockstep.serve.structured import Grammars
 from lockstep.serve.tokenizer import Tokenizer, tokenizer_from_gguf
 from tests.serve.vocabularies import byte_fallback, byte_level, gguf_metadata, sentencepiece_metadata
+from tests.slowness import is_within
 
 
 def known(backend):
@@ -232,7 +233,7 @@ def test_a_product_of_many_numbers_is_never_computed(where):
             assert where == "elsewhere" and count < 100_000
         except ValueError as error:
             assert any(why in str(error) for why in ("multipleOf: at most", "at most so many", "at most 32768"))
-        assert time.process_time() - started < 1
+        assert is_within(time.process_time() - started, 1)
 
 
 @pytest.mark.parametrize("make, shown, hidden", [
@@ -293,7 +294,7 @@ def test_bombs_cost_little(name):
         random_answer("byte_level", BOMBS[name](), np.random.default_rng(1), most=40)
     except ValueError as error:
         assert len(str(error)) < 1000
-    assert time.process_time() - started < 5
+    assert is_within(time.process_time() - started, 5)
 
 
 def test_a_limit_is_reached_by_ones_own_answer_only(monkeypatch):

@@ -5,7 +5,7 @@ USUAL_SECONDS = 0.08  # of `work`, where the bounds were chosen: a core of a Zen
 
 
 def is_within(seconds: float, bound: float) -> bool:
-    """Whether so many seconds on the processor are less than a bound, or would be on the machine where it was chosen."""
+    """Whether so many seconds on the processor are below a bound, or would be on the machine where it was chosen."""
     return seconds < bound or seconds < bound * slowness()
 
 

@@ -252,5 +252,8 @@ def system_fingerprint(llm):
     known = [hashlib.sha256(model_identity(llm.model, NUMERICS)).hexdigest(), llm.content.wait(),
              sorted(llm.engine.eos_ids), sorted(llm.sampling_defaults.items())]
     if llm.has_tokenizer:
-        known += [llm.tokenizer.backend.to_str(), dict(llm.tokenizer.chat_templates)]
+        tokenizer = llm.tokenizer
+        known += [tokenizer.backend.to_str(), dict(tokenizer.chat_templates), dict(tokenizer.special_tokens)]
+    with contextlib.suppress(ValueError):  # one that is not supported makes no embeddings unless they ask for another
+        known.append(llm.pooling)
     return "fp_" + hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]

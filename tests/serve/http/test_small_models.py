@@ -1,11 +1,14 @@
 """Models whose tokenizers or heads are unlike the bundled one's, over HTTP."""
 import contextlib
+import json
+from dataclasses import replace
 
 import httpx
 import numpy as np
 import pytest
 
 from lockstep import LLM
+from lockstep.serve.http.service import system_fingerprint
 from tests.serve.http.server import running
 from tests.serve.test_pooling import embedding_folder, pooled
 from tests.serve.test_small_gguf import chatml, write
@@ -51,8 +54,8 @@ def test_a_sentencepiece_answer_goes_on_with_its_prompt(words):
     assert complete(words, **asked | dict(prompt=""))["text"] == "cat cat"
     body = asked | dict(stream=True, temperature=0)
     with httpx.stream("POST", f"{words.url}/v1/completions", json=body, timeout=60) as answer:
-        streamed = [line for line in answer.iter_lines() if '"text":" cat"' in line]
-    assert len(streamed) == 2
+        sent = [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {")]
+    assert "".join(chunk["choices"][0]["text"] for chunk in sent) == " cat cat"
 
 
 def test_logprobs_of_a_sentencepiece_answer_are_of_its_text(words):
@@ -74,6 +77,16 @@ def test_a_prompt_with_bos_has_one(words):
     assert asked[0] == asked[1] and asked[0].count(1) == 1
 
 
+def test_the_fingerprint_names_special_tokens_and_pooling(words, monkeypatch):
+    llm = words.service.llm
+    found = [system_fingerprint(llm)]
+    for name, value in (("tokenizer", replace(llm.tokenizer, special_tokens={})), ("pooling", "mean")):
+        with monkeypatch.context() as patch:
+            patch.setitem(vars(llm), name, value)
+            found.append(system_fingerprint(llm))
+    assert len(set(found)) == 3 and system_fingerprint(llm) == found[0]
+
+
 def test_an_unknown_pre_tokenizer_takes_token_ids(tmp_path):
     with serving(write(tmp_path / "m.gguf", chatml(pre="kimi-k2"))) as server:
         assert complete(server, prompt=[5, 6], max_tokens=2)["text"]
@@ -84,14 +97,15 @@ def test_an_unknown_pre_tokenizer_takes_token_ids(tmp_path):
 
 def test_a_checkpoint_without_a_head_only_embeds(tmp_path):
     folder = embedding_folder(tmp_path)
+    with pytest.raises(ValueError, match="cls"):
+        pooled(folder, pooling_mode="cls")
     with serving(folder) as server:
         refused = complete(server, prompt=[5, 6])
         assert "no lm_head: it makes embeddings" in refused["message"] and refused["type"] == "invalid_request_error"
-        with pytest.raises(ValueError, match="cls"):
-            pooled(folder, pooling_mode="cls")
         asked = [post(server, "/v1/embeddings", input=[5, 6], **body) for body in ({}, dict(pooling="mean"))]
-        assert [answer.status_code for answer in asked] == [400, 200]
-        assert "pooling by cls is not supported" in asked[0].json()["error"]["message"]
-        pooled(folder, pooling_mode="mean")
+    assert [answer.status_code for answer in asked] == [400, 200]
+    assert "pooling by cls is not supported" in asked[0].json()["error"]["message"]
+    pooled(folder, pooling_mode="mean")
+    with serving(folder) as server:
         default = post(server, "/v1/embeddings", input=[5, 6]).json()
     assert np.array_equal(default["data"][0]["embedding"], asked[1].json()["data"][0]["embedding"])

@@ -73,8 +73,8 @@ def _is_own_group(gid: int) -> bool:
 def _not_private(folder: Path, found: os.stat_result) -> NotPrivate:
     mode, user = stat.S_IMODE(found.st_mode), os.getuid()
     return NotPrivate(f"{folder}: other users can write here (owner {found.st_uid}, mode {mode:o}, this is user "
-                      f"{user}); expected a folder of one's own, such as after `chmod go-w {folder}`, below folders that only "
-                      "their owner can write to")
+                      f"{user}); expected a folder of one's own, such as after `chmod go-w {folder}`, below "
+                      "folders that only their owner can write to")
 
 
 def user_cache() -> Path:

@@ -34,7 +34,7 @@ class PackedModel:
 
 def models(root: Path) -> list[PackedModel]:
     """All models that are packed, the one used longest ago first."""
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         return sorted(map(_model, _folders(root)), key=lambda model: model.last_used)
     return []
 
@@ -122,7 +122,7 @@ def older_than(days: float) -> Callable[[PackedModel], bool]:
 
 def remove_old(folder: Path, days: float) -> None:
     """Removes what lies in a folder and was last used more than so many days ago."""
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for entry in os.scandir(folder):
             with contextlib.suppress(OSError):
                 if time.time() - entry.stat(follow_symlinks=False).st_mtime >= days * DAY_SECONDS:

@@ -118,9 +118,9 @@ def remove(path):
     path.unlink()
 
 
-@pytest.mark.parametrize("which", ["0-of-1.npy", "0-of-2.npy", "1-of-2.npy", ".npy"])
-@pytest.mark.parametrize("damage", [remove, lambda path: os.truncate(path, 0), lambda path: os.truncate(path, 200)])
-def test_damaged_packed_weights_are_packed_again(damage, which, tmp_path, monkeypatch):
+@pytest.mark.parametrize("damage", [remove, lambda path: os.truncate(path, 0), lambda path: os.truncate(path, 200),
+                                    lambda path: os.truncate(path, path.stat().st_size - 1)])
+def test_damaged_packed_weights_are_packed_again(damage, tmp_path, monkeypatch):
     monkeypatch.setenv("LOCKSTEP_CACHE", str(tmp_path / "cache"))
     folder, answers = tiny.write(tmp_path / "m", QWEN3, tiny.tensors(QWEN3, 3)), []
     for packed in (True, True, False):  # damaged: packed again; whole again: not
@@ -128,10 +128,10 @@ def test_damaged_packed_weights_are_packed_again(damage, which, tmp_path, monkey
         llm = LLM(str(folder), weights="q8_0", progress=lambda *report: reports.append(report))
         answers.append(llm.generate([[5, 6, 7]], SamplingParams(max_tokens=5, ignore_eos=True))[0].logprobs)
         llm.close()
-        assert bool(reports) == packed
+        assert ("packing" in {what for what, *_ in reports}) == packed
         if len(answers) == 1:
-            damaged = [path for path in (tmp_path / "cache" / "packed").rglob("*.npy") if path.name.endswith(which)]
-            assert damaged
+            damaged = list((tmp_path / "cache" / "packed").rglob("*.packed"))
+            assert len(damaged) > 4
             for path in damaged:
                 damage(path)
     assert answers[0] == answers[1] == answers[2]

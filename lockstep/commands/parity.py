@@ -32,9 +32,9 @@ def heappop(heap):
 
 
 def prompt_ids(llm, prompt, length):
-    """Token ids of the prompt, repeated or cut to `length` if it is given; random ones for a model without
-    tokenizer."""
-    if not llm.has_tokenizer:
+    """Token ids of the prompt, repeated or cut to `length` if it is given; random ones for a model that is given no
+    texts."""
+    if not llm.has_tokenizer or llm.tokenizer.only_decodes is not None:
         return np.random.default_rng(0).integers(0, llm.model.config.vocab_size, length or 200).tolist()
     ids = llm.encode(prompt)
     if not ids:

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from lockstep import LLM, SamplingParams
+from lockstep.commands.parity import prompt_ids
 from lockstep.serve import structured
 from lockstep.serve.chat import ChatModel, Conversation
 from lockstep.serve.structured import Grammars
@@ -120,6 +121,7 @@ def test_token_ids_with_an_unknown_pre_tokenizer(load, tmp_path):
     for refused in (lambda: llm.encode("text"), lambda: llm.chat_prompt([dict(role="user", content="hi")])):
         with pytest.raises(ValueError, match="tokenizer.ggml.pre 'kimi-k2' is not supported.*must be token ids"):
             refused()
+    assert len(prompt_ids(llm, "text", 7)) == 7
     with pytest.raises(ValueError, match="tokenizer.ggml.pre 'kimi-k2' is not supported"):
         LLM(str(tmp_path / "m.gguf"), needs_chat=True)
 

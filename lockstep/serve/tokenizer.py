@@ -282,7 +282,9 @@ def tokenizer_from_gguf(metadata: Mapping[str, object]) -> Tokenizer:
 def _with_end_mark(tokenizer: Tokenizer) -> Tokenizer:
     """The tokenizer with the mark that its chat template ends an answer with among its ends, whatever files say."""
     mark = end_mark(tokenizer)
-    return tokenizer if mark is None else replace(tokenizer, eos_ids=tokenizer.eos_ids | {mark})
+    made = tokenizer if mark is None else replace(tokenizer, eos_ids=tokenizer.eos_ids | {mark})
+    made._compiled.update(tokenizer._compiled)
+    return made
 
 
 def _templates_of_gguf(metadata: Mapping[str, object]) -> dict[str, str]:

@@ -27,12 +27,13 @@ PLACES = frozenset("$id id $schema $anchor $defs definitions".split())  # where 
 def check_size(value: object, what: str = "JSON schema") -> None:
     """ValueError if objects and lists are nested more than MAX_NESTING deep, or are so many that no schema has them."""
     level, depth, count = [value], 0, 0
-    while level := [child for each in level for child in _children(each)]:
-        depth, count = depth + 1, count + len(level)
+    while more := sum(map(len, map(_children, level))):
+        depth, count = depth + 1, count + more
         if depth > MAX_NESTING:
             raise ValueError(f"{what}: nested more than {MAX_NESTING} deep")
         if 2 * count > MAX_SCHEMA_BYTES:  # a value and what follows it
             raise ValueError(f"{what}: more than {MAX_SCHEMA_BYTES} characters, at most so many are allowed")
+        level = [child for each in level for child in _children(each) if isinstance(child, (dict, list))]
 
 
 def parts_of(schema: object) -> Iterator[object]:

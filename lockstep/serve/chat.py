@@ -106,7 +106,7 @@ class ChatModel:
             rules = Lark(self._special)
             rules.rule("start", self._before_answer(rules, prompt), f"({' | '.join(parts)})")
             if tools:
-                self._style.rules(rules, tools, use.parallel and self._abilities.several_calls)
+                self._add_calls(rules, tools, use.parallel and self._abilities.several_calls)
             return self.grammars.mask(structured.compose(rules.text, None if use.must_call else grammar), num_samples)
 
         return self._with_enforceable(use.callable, mask_with)
@@ -135,8 +135,14 @@ class ChatModel:
     def _calls_grammar(self, tools, parallel, start):
         rules = Lark(self._special)
         rules.rule("start", start)
-        self._style.rules(rules, tools, parallel)
+        self._add_calls(rules, tools, parallel)
         return structured.compose(rules.text)
+
+    def _add_calls(self, rules, tools, parallel):
+        for tool in tools:
+            if tool.strict and self._style.takes_apart:
+                self.grammars.check(structured.json_schema(tool.arguments))
+        self._style.rules(rules, tools, parallel)
 
     def _with_enforceable(self, tools: list[Tool], make: Callable[[list[Tool]], object]) -> object:
         """What is made of tools; where that cannot be, of tools whose schemas say no more than can be enforced.

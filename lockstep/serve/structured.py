@@ -146,6 +146,10 @@ class Grammars:
         new_matcher = functools.partial(self._compile, grammar)
         return TokenMask(self._compiled(grammar, num_samples), new_matcher, self.num_words, trigger, after)
 
+    def check(self, grammar: str) -> None:
+        """ValueError for a grammar that `mask` would refuse."""
+        self.mask(grammar)
+
     def _compiled(self, grammar, count):
         """So many matchers. What takes long is done one at a time: it delays no grammar that does not."""
         cost = self._proofs.cost(grammar, QUICK_SECONDS, COMPILE_BYTES)

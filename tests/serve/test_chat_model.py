@@ -109,6 +109,28 @@ def test_a_schema_that_cannot_be_enforced_takes_nothing_from_the_others(schema, 
     assert not any(is_allowed(tokenizer, mask, begin, call.format(*each)) for each in wrong)
 
 
+XML = ("{{ tools | tojson }}{% for m in messages %}{{ m.content }}{% for call in m.tool_calls or [] %}<tool_call>\n"
+       "<function={{ call.function.name }}>\n{% for k, v in call.function.arguments.items() %}<parameter={{ k }}>\n"
+       "{{ v }}\n</parameter>\n{% endfor %}</function>\n</tool_call>{% endfor %}{% endfor %}")
+
+
+@pytest.mark.parametrize("more, message", [({"not": {"required": ["b"]}}, "not"), ({"dependentRequired": {}}, "depend"),
+                                           ({"oneOf": [{}, {"required": ["a"]}]}, "oneOf"),
+                                           ({"anyOf": [{"properties": {"b": {"uniqueItems": True}}}]}, "uniqueItems")])
+def test_a_strict_schema_is_enforced_or_refused_where_calls_are_written_apart(more, message):
+    _, chat = model(XML)
+    schema = dict(type="object", properties=dict(a=dict(type="string")), additionalProperties=False)
+    use = ToolUse((Tool("f", "", schema, strict=True),), must_call=True)
+    assert chat.prepare(Conversation(HELLO, use)).options["logits_mask"] is not None
+    for strict in (False, True):
+        use = ToolUse((Tool("f", "", schema | more, strict),), must_call=True)
+        if strict:
+            with pytest.raises(ValueError, match=message):
+                chat.prepare(Conversation(HELLO, use))
+        else:
+            assert chat.prepare(Conversation(HELLO, use)).options["logits_mask"] is not None
+
+
 @pytest.mark.parametrize("must_call", [False, True])
 def test_a_strict_schema_that_cannot_be_enforced_is_refused(must_call):
     _, chat = model(KNOWS_TOOLS)

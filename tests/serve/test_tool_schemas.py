@@ -245,6 +245,15 @@ def test_values_in_xml_that_are_no_json_are_texts(value):
     assert json.loads(arguments, parse_constant=pytest.fail)["v"] in (value, [None])
 
 
+def test_a_mark_inside_of_a_string_in_json_is_a_part_of_it():
+    use = ToolUse((Tool("f", "", {"properties": {"v": {"type": "array"}, "w": {}}}),))
+    value = ["a</parameter>\\", '"</parameter>', {"k": "</function>"}]
+    call = written(XML, "f", {"v": value, "w": '"</'})
+    for pieces in ([call], list(call)):
+        [(_, arguments)] = parse(CallParser(XML, use), pieces)
+        assert json.loads(arguments) == {"v": value, "w": '"</'}
+
+
 @BY_STYLE
 def test_a_call_that_is_cut_off_in_its_marks_leaves_nothing_in_the_text(style):
     use = ToolUse((Tool("f", "", {}),))

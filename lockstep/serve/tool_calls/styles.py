@@ -10,7 +10,8 @@ class Style:
     """How calls are written.
 
     begin: the text that begins one; first: what begins one at the start of an answer, if that is another. after: texts
-    that end or separate calls. read: makes the coroutine that reads what follows `begin` into a Calls. rules: see
+    that end or separate calls. takes_apart: values stand there without quotes, so that a schema is not enforced as a
+    whole. read: makes the coroutine that reads what follows `begin` into a Calls. rules: see
     grammar.py.
     """
 
@@ -20,10 +21,11 @@ class Style:
     rules: Callable
     after: tuple[str, ...] = ()
     first: str | None = None
+    takes_apart: bool = False
 
 
 HERMES = Style("hermes", "<tool_call>", hermes.read, hermes.rules, after=("</tool_call>",))
-XML = Style("xml", "<tool_call>", xml.read, xml.rules, after=("</tool_call>",))
+XML = Style("xml", "<tool_call>", xml.read, xml.rules, after=("</tool_call>",), takes_apart=True)
 MISTRAL = Style("mistral", "[TOOL_CALLS]", mistral.read, mistral.rules)
 MISTRAL_NAMED = Style("mistral_named", "[TOOL_CALLS]", mistral.read, mistral.named_rules)
 LLAMA = Style("llama", "<|python_tag|>", llama.read, llama.rules, after=(";",), first="{")

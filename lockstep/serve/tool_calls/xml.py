@@ -3,11 +3,12 @@
 Values stand there as plain text: what is a string and what is JSON only the tool's schema tells.
 """
 import json
+import re
 
 from lockstep.serve.schemas import self_contained
 from lockstep.serve.structured import quote
 from lockstep.serve.tool_calls.grammar import either, several
-from lockstep.serve.tool_calls.json_text import json_value
+from lockstep.serve.tool_calls.json_text import json_value, repaired
 from lockstep.serve.tool_calls.readers import MAX_NAME, NotACall, after_space, expect, name_until, until
 from lockstep.serve.tool_calls.shapes import IGNORED, MAX_NAMES, Shape, kinds, shapes
 from lockstep.serve.tool_calls.texts import alternatives, is_string, is_text, pattern_part, text_rule
@@ -66,9 +67,25 @@ def _value(calls, kinds):
         yield from until(END, Lines(lambda text: calls.add(json.dumps(text)[1:-1])).add)
         calls.add('"')
     else:
+        calls.add(json.dumps(_decoded((yield from _until_end(is_text(kinds))), kinds)))
+
+
+def _until_end(is_plain):
+    """Reads a value and its end. In the strings of JSON an end is none."""
+    parts, num_quotes = [], 0
+    while True:
         pieces = []
         yield from until(END, Lines(pieces.append).add)
-        calls.add(json.dumps(_decoded("".join(pieces), kinds)))
+        part = "".join(pieces)
+        num_quotes += re.findall(r'\\.|"', part, re.DOTALL).count('"')
+        if is_plain or num_quotes % 2 == 0 or not parts and not _is_begun(part):
+            return "".join([*parts, part])
+        parts += [part, END]
+
+
+def _is_begun(text):
+    """Whether a text is the beginning of JSON, and no more."""
+    return text.lstrip().startswith(("{", "[", '"')) and not repaired(text)
 
 
 class Lines:

@@ -7,6 +7,7 @@ from lockstep.serve.http.chat_logprobs import chat_logprobs
 from lockstep.serve.http.encode import to_json, to_text
 from lockstep.serve.http.prompt_logprobs import prompt_logprobs
 from lockstep.serve.http.sse import data
+from lockstep.serve.http.stream_fields import ChunkEnd
 from lockstep.serve.reasoning import PlainParser
 from lockstep.serve.tool_calls.events import Arguments, CallStart, Content, Reasoning
 
@@ -51,11 +52,10 @@ class Answer:
 
     async def events(self):
         """The chunks of a stream, those of one step together."""
-        with_usage = self.fields.streams_usage
-        sequences = [Chunks(self, number, with_usage) for number in range(len(self.job.requests))]
+        sequences = [Chunks(self, number) for number in range(len(self.job.requests))]
         async for found in self.job.tokens():
             yield b"".join([sequences[number].chunks(tokens, reason) for number, tokens, reason in found])
-        if with_usage:
+        if self.fields.streams_usage:
             yield data(self.head("chat.completion.chunk") | dict(choices=[], usage=self.job.usage()))
 
 
@@ -93,12 +93,12 @@ def delta(event):
 class Chunks:
     """The chunks of one sample. What they have in common is encoded once."""
 
-    def __init__(self, answer, number, with_usage):
+    def __init__(self, answer, number):
         self._answer, self._request, self._parser = answer, answer.job.requests[number], answer.new_parser()
         self._is_plain = isinstance(self._parser, PlainParser)
         head = to_text(answer.head("chat.completion.chunk"))[:-1]
         self._before = f'data: {head},"choices":[{{"index":{number},"delta":'
-        self._after = '}],"usage":null}\n\n' if with_usage else "}]}\n\n"
+        self._end = ChunkEnd(answer.fields, self._request)
         self._num_sent, self._num_calls, self._begun = 0, 0, False
 
     def chunks(self, tokens, reason):
@@ -130,7 +130,7 @@ class Chunks:
 
     def _chunk(self, encoded_delta, details=""):
         finish = "" if "finish_reason" in details else ',"finish_reason":null'
-        return f"{self._before}{encoded_delta}{details}{finish}{self._after}"
+        return f"{self._before}{encoded_delta}{details}{finish}{self._end.after(self._num_sent)}"
 
     def _details(self, tokens):
         """Log-probabilities and ids of new tokens, as far as they were asked for."""

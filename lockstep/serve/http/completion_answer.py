@@ -6,6 +6,7 @@ from lockstep.serve.http.encode import to_json, to_text
 from lockstep.serve.http.legacy_logprobs import LegacyLogprobs, joined
 from lockstep.serve.http.prompt_logprobs import prompt_logprobs
 from lockstep.serve.http.sse import data
+from lockstep.serve.http.stream_fields import ChunkEnd
 
 
 class Answer:
@@ -58,21 +59,20 @@ class Answer:
 
     async def events(self):
         """The chunks of a stream, those of one step together."""
-        with_usage = self.fields.streams_usage
-        sequences = [Chunks(self, number, with_usage) for number in range(len(self.job.requests))]
+        sequences = [Chunks(self, number) for number in range(len(self.job.requests))]
         async for found in self.job.tokens():
             yield b"".join([sequences[number].chunk(tokens, reason) for number, tokens, reason in found])
-        if with_usage:
+        if self.fields.streams_usage:
             yield data(self.head | dict(choices=[], usage=self._usage()))
 
 
 class Chunks:
     """The chunks of one sequence. What they have in common is encoded once."""
 
-    def __init__(self, answer, number, with_usage):
+    def __init__(self, answer, number):
         self._answer, self._request = answer, answer.job.requests[number]
         self._before = f'data: {to_text(answer.head)[:-1]},"choices":[{{"index":{number},"text":'
-        self._after = '}],"usage":null}\n\n' if with_usage else "}]}\n\n"
+        self._end = ChunkEnd(answer.fields, self._request)
         self._echo, self._num_sent = answer.echoed(number), 0
         self._reader = LegacyLogprobs(answer.tokenizer) if answer.fields.logprobs is not None else None
 
@@ -81,17 +81,16 @@ class Chunks:
         if self._answer.is_empty:
             tokens, reason = [], "length"
         text, self._echo = self._echo + "".join([token.text for token in tokens]), ""
+        start, self._num_sent = self._num_sent, self._num_sent + len(tokens)
         if not (text or reason or self._reader):
             return b""
         finish = "null" if reason is None else f'"{reason}"'
-        return f'{self._before}{to_text(text)},"logprobs":{self._logprobs(tokens)},"finish_reason":{finish}' \
-               f'{self._token_ids(tokens)}{self._after}'.encode("ascii")
+        return f'{self._before}{to_text(text)},"logprobs":{self._logprobs(start)},"finish_reason":{finish}' \
+               f'{self._token_ids(tokens)}{self._end.after(self._num_sent)}'.encode("ascii")
 
-    def _logprobs(self, tokens):
+    def _logprobs(self, start):
         if self._reader is None:
             return "null"
-        start = self._num_sent
-        self._num_sent += len(tokens)
         return to_text(self._answer.logprobs(self._reader, self._request, start, self._num_sent))
 
     def _token_ids(self, tokens):

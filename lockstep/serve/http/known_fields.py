@@ -26,7 +26,7 @@ class Known:
 class KnownFields(Fields):
     """Fields of a body beside which other servers know more: those of `refused`, as far as they are no fields of this.
 
-    inside: the place of an object that is not the whole body, such as "stream_options.".
+    inside: the place of an object that is not the whole body, such as "structured_outputs.".
     """
 
     refused: ClassVar[Mapping[str, Known]] = {}
@@ -64,6 +64,11 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+# the names that routes have for the same
+EFFORT = "it is reasoning.effort in /v1/responses, output_config.effort in /v1/messages"
+SHAPE = "it is text.format in /v1/responses, output_config.format in /v1/messages"
+LENGTH = "it is max_output_tokens in /v1/responses, max_tokens elsewhere"
+
 PROMPT = {
     "add_generation_prompt": _only(True),
     "add_special_tokens": _only(False),
@@ -80,7 +85,7 @@ PROMPT = {
     "multimodal_data": _only([], {}),
     "previous_input_messages": _only([]),
     "prompt_embeds": _only([]),
-    "reasoning_effort": _only(),
+    "reasoning_effort": _only(instead=EFFORT),
     "system_prompt": _only("", {}, instead="put it into a message"),
     "tool_choice": _only("none", "auto"),
     "tools": _only([]),
@@ -95,12 +100,12 @@ FORM = {
     "grammar_triggers": _only([]),
     "guided_choice": _only(),
     "guided_grammar": _only(),
-    "guided_json": _only(),
+    "guided_json": _only(instead=SHAPE),
     "guided_regex": _only(),
     "guided_whitespace_pattern": _only(),
-    "json_schema": _only(),
+    "json_schema": _only(instead=SHAPE),
     "preserved_tokens": _only([]),
-    "response_format": _only({"type": "text"}),
+    "response_format": _only({"type": "text"}, instead=SHAPE),
     "structural_tag": _only(),
     "structured_outputs": _only({}),
 }
@@ -126,11 +131,11 @@ CHOICE = {
 }
 
 END = {
-    "max_completion_tokens": _only(-1),
-    "max_output_tokens": _only(-1),
-    "max_tokens": _only(-1),
+    "max_completion_tokens": _only(-1, instead=LENGTH),
+    "max_output_tokens": _only(-1, instead=LENGTH),
+    "max_tokens": _only(-1, instead=LENGTH),
     "n_indent": _only(0),
-    "n_predict": _only(-1),
+    "n_predict": _only(-1, instead=LENGTH),
     "stop_sequences": _only([], instead="use stop"),
     "t_max_predict_ms": _at_most(0),
     "thinking_token_budget": _only(-1),
@@ -165,8 +170,6 @@ EMBEDDING = {name: PROMPT[name] for name in (
     "endianness": _only("native", "little"),
     "use_activation": _only(True, instead="use normalize"),
 }
-
-STREAM = {"continuous_usage_stats": _only(False)}
 
 STRUCTURED = {
     "disable_additional_properties": _only(False),

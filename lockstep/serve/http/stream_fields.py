@@ -1,20 +1,18 @@
-"""The fields that ask for a stream, as OpenAI has them."""
-from typing import ClassVar, Self
+"""The fields that ask for a stream, as OpenAI and vLLM have them, and the usage that its chunks report."""
+from typing import Self
 
 from pydantic import model_validator
 
 from lockstep.serve.http.body import Fields
+from lockstep.serve.http.encode import to_text
 from lockstep.serve.http.errors import bad_request
-from lockstep.serve.http.known_fields import STREAM, KnownFields
 
 
-class StreamOptions(KnownFields):
-    """What a stream has besides the answer."""
-
-    refused: ClassVar = STREAM
-    inside: ClassVar = "stream_options."
+class StreamOptions(Fields):
+    """What a stream has besides the answer. continuous_usage_stats: with include_usage, in every chunk."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class StreamFields(Fields):
@@ -33,3 +31,20 @@ class StreamFields(Fields):
     def streams_usage(self) -> bool:
         """Whether a stream ends with how many tokens there were."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+class ChunkEnd:
+    """The end of a chunk's JSON: its usage, as far as StreamFields ask for it, of one of the engine's requests."""
+
+    def __init__(self, fields: StreamFields, request):
+        self._num_prompt = len(request.prompt_ids)
+        self._is_continuous = fields.streams_usage and bool(fields.stream_options.continuous_usage_stats)
+        self._fixed = '}],"usage":null}\n\n' if fields.streams_usage else "}]}\n\n"
+
+    def after(self, num_output: int) -> str:
+        """The end of a chunk with which so many tokens of the answer have been sent."""
+        if not self._is_continuous:
+            return self._fixed
+        usage = dict(prompt_tokens=self._num_prompt, completion_tokens=num_output,
+                     total_tokens=self._num_prompt + num_output)
+        return f'}}],"usage":{to_text(usage)}}}\n\n'

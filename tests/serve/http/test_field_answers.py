@@ -1,4 +1,6 @@
 """Fields as clients mean them, in the answers of a server."""
+import json
+
 import httpx
 import numpy as np
 import pytest
@@ -165,6 +167,24 @@ def test_token_ids_may_be_written_with_a_point(server, llm):
     post(server, "/v1/embeddings", input=[float(i) for i in ids])
     assert post(server, "/detokenize", tokens=[float(i) for i in ids])["prompt"] == PROMPT
     assert "token ids from 0" in post(server, prompt=[5.5], status=400)["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_every_chunk_has_the_usage_so_far_where_that_is_asked_for(server, path):
+    asked = ASKED[path] | dict(max_tokens=9, ignore_eos=True, stream=True, n=2, temperature=1, seed=1)
+    options = dict(include_usage=True, continuous_usage_stats=True)
+    text = httpx.post(server.url + path, json=asked | dict(stream_options=options), timeout=120).text
+    *chunks, last = [json.loads(line.removeprefix("data: ")) for line in text.split("\n\n")[:-2]]
+    for index in range(2):
+        mine = [chunk["usage"] for chunk in chunks if chunk["choices"][0]["index"] == index]
+        counts = [usage["completion_tokens"] for usage in mine]
+        assert counts == sorted(counts) and counts[-1] == 9
+        assert all(usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"] for usage in mine)
+        assert {usage["prompt_tokens"] for usage in mine} == {last["usage"]["prompt_tokens"]}
+    assert last["choices"] == [] and last["usage"]["completion_tokens"] == 18
+    del options["include_usage"]
+    text = httpx.post(server.url + path, json=asked | dict(stream_options=options), timeout=120).text
+    assert '"usage"' not in text
 
 
 def test_stop_in_messages_adds_to_stop_sequences(server):

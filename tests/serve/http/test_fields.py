@@ -9,7 +9,7 @@ from lockstep.serve.http.chat_fields import ChatFields
 from lockstep.serve.http.completions import MOST_TOKENS, CompletionFields
 from lockstep.serve.http.embeddings import EmbeddingFields
 from lockstep.serve.http.errors import ApiError
-from lockstep.serve.http.known_fields import EMBEDDING, GENERATION, STREAM, STRUCTURED
+from lockstep.serve.http.known_fields import EMBEDDING, GENERATION, STRUCTURED
 from lockstep.serve.http.limits import Limits
 from lockstep.serve.http.messages_fields import MessagesFields
 from lockstep.serve.http.responses_fields import ResponsesFields
@@ -174,8 +174,6 @@ def test_known_fields_of_embeddings_and_within_objects():
     for name in EMBEDDING:
         assert refusal(EmbeddingFields, **{name: "surely not"}).param == name
     read(EmbeddingFields, embd_normalize=2, embed_dtype="float32", endianness="little", use_activation=True, seed=5)
-    assert refusal(ChatFields, stream=True, stream_options=dict(continuous_usage_stats=True)).param \
-        == "stream_options.continuous_usage_stats"
     assert refusal(CompletionFields, structured_outputs=dict(regex="a", whitespace_pattern=" ")).param \
         == "structured_outputs.whitespace_pattern"
 
@@ -197,5 +195,5 @@ def test_fields_that_nobody_knows_or_that_change_no_answer_are_ignored(route):
 def test_the_documentation_lists_every_known_field():
     section = DOCS.read_text().partition("### Fields of other servers")[2].partition("\n## ")[0]
     said = set(re.findall(r"`([a-z_.]+)`", section))
-    nested = {f"stream_options.{name}" for name in STREAM} | {f"structured_outputs.{name}" for name in STRUCTURED}
+    nested = {f"structured_outputs.{name}" for name in STRUCTURED}
     assert said >= {*GENERATION, *EMBEDDING, *nested}, {*GENERATION, *EMBEDDING, *nested} - said

@@ -2,12 +2,19 @@
 PYTHON ?= python3
 VENV := .venv
 ORACLES := .venv-oracles
+DEV := .venv-dev
 PIP_INSTALL := bin/python -m pip install -qq --disable-pip-version-check
+# every package in the version and with the bytes that a lock file names; this one is built by the locked setuptools
+LOCKED := $(PIP_INSTALL) --require-hashes -r
+ITSELF := $(PIP_INSTALL) --no-deps --no-build-isolation
+COMPILE := bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --annotation-style line \
+	--no-header --no-emit-index-url --no-emit-find-links
+AUDIT := bin/pip-audit --strict --progress-spinner off --disable-pip
 SOURCES := pyproject.toml $(wildcard lockstep/*.py lockstep/*/*.py lockstep/bundled/*)
 BIN := $(VENV)/bin
 LOCKSTEP := $(BIN)/lockstep
 
-.PHONY: help demo test soak test-oracles oracles lint clean
+.PHONY: help demo test soak test-oracles oracles lint lock audit clean
 .DEFAULT_GOAL := help
 
 help:
@@ -16,6 +23,8 @@ help:
 	@echo "make soak          random schedules with fresh seeds, for SOAK minutes (10)"
 	@echo "make test-oracles  compare with transformers, JAX and lm-eval, live (installs them and torch into $(ORACLES))"
 	@echo "make lint          run ruff"
+	@echo "make audit         ask whether locked or lowest allowed packages have known holes (needs the network)"
+	@echo "make lock          renew the lock files: the newest allowed packages, with the hashes of all their files"
 	@echo "make clean         remove the virtual environments and build leftovers"
 	@echo "PYTHON=python3.12 and the like choose the interpreter."
 
@@ -48,29 +57,50 @@ test-oracles: $(ORACLES)/.installed
 # Only the installation: it fails where the registry has no torch for this machine.
 oracles: $(ORACLES)/.installed
 
-lint: $(VENV)/.lint
-	@$(BIN)/ruff check lockstep tests bench training
+lint: $(DEV)/.installed
+	@$(DEV)/bin/ruff check lockstep tests bench training
+
+lock: $(DEV)/.installed
+	@echo setuptools | $(DEV)/$(COMPILE) --upgrade pyproject.toml - -o requirements.lock
+	@echo setuptools | $(DEV)/$(COMPILE) --upgrade -c requirements.lock --extra test pyproject.toml - \
+		-o requirements-test.lock
+	@$(DEV)/bin/python -c 'import tomllib; \
+		print("\n".join(tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["dev"]))' \
+		| $(DEV)/$(COMPILE) --upgrade - -o requirements-dev.lock
+
+# A package that cannot be asked after is a failure, too.
+audit: $(DEV)/.installed
+	@for lock in requirements.lock requirements-test.lock requirements-dev.lock; do \
+		echo "$$lock"; $(DEV)/$(AUDIT) --require-hashes -r $$lock || exit 1; done
+	@echo "the lowest versions that pyproject.toml allows"
+	@$(DEV)/bin/uv pip compile --quiet --python-version 3.11 --resolution lowest-direct --no-header --extra test \
+		--extra plot pyproject.toml -o $(DEV)/lowest.txt
+	@$(DEV)/$(AUDIT) --no-deps -r $(DEV)/lowest.txt
 
 clean:
-	rm -rf $(VENV) $(ORACLES) build dist *.egg-info
+	rm -rf $(VENV) $(ORACLES) $(DEV) build dist *.egg-info
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	@echo "making $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: $(BIN)/python $(SOURCES)
+$(VENV)/.installed: $(BIN)/python requirements.lock $(SOURCES)
 	@echo "installing lockstep into $(VENV)"
-	@$(VENV)/$(PIP_INSTALL) .
+	@$(VENV)/$(LOCKED) requirements.lock
+	@$(VENV)/$(ITSELF) .
 	@touch $@
 
-$(VENV)/.test: $(BIN)/python pyproject.toml
+$(VENV)/.test: $(BIN)/python requirements-test.lock pyproject.toml
 	@echo "installing lockstep and its tests' packages into $(VENV)"
-	@$(VENV)/$(PIP_INSTALL) --editable '.[test]'
+	@$(VENV)/$(LOCKED) requirements-test.lock
+	@$(VENV)/$(ITSELF) --editable .
 	@touch $@
 
-$(VENV)/.lint: $(BIN)/python pyproject.toml
-	@$(VENV)/$(PIP_INSTALL) 'ruff>=0.15'
+$(DEV)/.installed: requirements-dev.lock
+	@echo "installing ruff, pip-audit and uv into $(DEV)"
+	@$(PYTHON) -m venv $(DEV)
+	@$(DEV)/$(LOCKED) requirements-dev.lock
 	@touch $@
 
 $(ORACLES)/.installed: pyproject.toml

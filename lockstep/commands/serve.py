@@ -58,7 +58,7 @@ def command(
         min=0.1, help="Seconds that answers may go on after a signal to end.")] = 30,
     stuck_timeout: Annotated[float, typer.Option(min=1, help="Seconds of one step that make /health red.")] = 120,
     kv_tokens: Annotated[int | None, typer.Option(
-        min=1, show_default="what all requests of a step need, up to half of the free memory",
+        min=1, show_default="what all requests of a step need, up to 2 GiB, or one full context",
         help="Tokens of KV cache in all.")] = None,
     prefix_cache: Annotated[bool, typer.Option(help="Use what was computed for the same first tokens.")] = True,
     max_context: Annotated[int | None, typer.Option(

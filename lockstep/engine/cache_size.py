@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lockstep.engine.model import Model
 
 SHARE = 2  # one half of the memory that is free beside the weights may become KV cache
+CACHE_BYTES = 2 << 30  # what serves many requests and keeps prefixes; a single long context may take more
 LEAST_CONTEXT = 4096  # whatever is free: what nobody uses takes no memory
 CGROUPS = Path("/sys/fs/cgroup")
 # a limit on memory and what counts against it, in the folder of a control group, of its second and first version
@@ -47,11 +48,12 @@ def context_size(model: "Model", options: "EngineOptions", max_context: int | No
 
 
 def num_pages(model: "Model", options: "EngineOptions") -> int:
-    """Pages of KV cache for these options: what max_requests full contexts need, as far as memory holds them, and those
-    of one in any case. ValueError for kv_tokens that are more than this machine's memory."""
+    """Pages of KV cache for these options: what max_requests full contexts need, up to CACHE_BYTES and to what memory
+    holds, and those of one context in any case. ValueError for kv_tokens that are more than this machine's memory."""
     a_request = -(-model.max_context // PAGE_TOKENS)
     if options.kv_tokens is None:
-        return max(a_request, min(a_request * options.max_requests, _pages_in(model, _cache_bytes(model, options))))
+        most = min(CACHE_BYTES, _cache_bytes(model, options))
+        return max(a_request, min(a_request * options.max_requests, _pages_in(model, most)))
     asked, memory = -(-options.kv_tokens // PAGE_TOKENS), _physical_bytes()
     taken = asked * _bytes_each(model, "pages")
     if taken > memory:

@@ -38,7 +38,7 @@ class EngineOptions:
     """Sizes of an engine. ValueError for one that is not allowed.
 
     kv_tokens: tokens of KV cache in all, its memory claimed at once; None: what max_requests full contexts need, up to
-    half of the memory that is free (see cache_size.py), claimed as it is used. threads: None: one for each core.
+    2 GiB, or what one full context needs (see cache_size.py), claimed as it is used. threads: None: one for each core.
     prefix_cache: whether requests use what others computed for the same first tokens. state_bytes: host memory for
     checkpoints of recurrent state, for models that have one; state_every: tokens from one checkpoint to the next, a
     multiple of 64; prompt_state_from: length from which prompts get one near their end, too (None: 2048, or any with

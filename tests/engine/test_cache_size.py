@@ -109,7 +109,7 @@ def test_a_long_context_takes_no_memory_before_it_is_used(name, folders, memory)
     before = resident()
     long = Engine(loaded(folders[name]), EngineOptions(max_requests=16, threads=1, prefix_cache=False))
     reserved = sum(array.nbytes for array in long.runner.caches.values())
-    assert long.runner.limits.num_pages == 16 * MANY // 64 and reserved > GIB // 2
+    assert long.runner.limits.num_pages >= MANY // 64 and GIB // 2 < reserved <= 2 * GIB
     assert resident() - before < 64 << 20
     for made in (short, long):
         made.close()

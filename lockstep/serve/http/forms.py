@@ -5,6 +5,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from lockstep.serve import structured
+from lockstep.serve.gbnf import is_gbnf, to_lark
 from lockstep.serve.http.body import Fields, shown, simple_or
 from lockstep.serve.http.errors import bad_request
 from lockstep.serve.http.known_fields import STRUCTURED, KnownFields
@@ -51,11 +52,13 @@ class FormFields(Fields):
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
     json_schema: simple_or(str, dict) | None = None  # llama.cpp's name for guided_json
+    grammar: str | None = None  # llama.cpp's, in GBNF; "" is none
 
     @property
     def has_form(self):
         """Whether any of them is there."""
-        return any(getattr(self, name) is not None for name in FormFields.model_fields)
+        return bool(self.grammar) or any(getattr(self, name) is not None for name in FormFields.model_fields
+                                         if name != "grammar")
 
 
 def masks(service, fields, count):
@@ -74,7 +77,8 @@ def grammar_of(fields):
         "guided_json": _maybe(json_schema, fields.guided_json, extension.json_),
         "guided_regex": _maybe(structured.regex, fields.guided_regex, extension.regex),
         "guided_choice": _maybe(structured.choice, fields.guided_choice, extension.choice),
-        "guided_grammar": _maybe(structured.lark, fields.guided_grammar, extension.grammar),
+        "guided_grammar": _maybe(lark_or_gbnf, fields.guided_grammar, extension.grammar),
+        "grammar": _maybe(lark_or_gbnf, fields.grammar or None, None),
         "json_schema": _maybe(json_schema, fields.json_schema, None),
         "json_object": structured.json_object() if extension.json_object else None,
     }
@@ -87,6 +91,11 @@ def grammar_of(fields):
 def _maybe(make, first, second):
     value = first if first is not None else second
     return None if value is None else make(value)
+
+
+def lark_or_gbnf(text: str) -> str:
+    """The grammar of a text in Lark, or in llama.cpp's GBNF."""
+    return structured.lark(to_lark(text) if is_gbnf(text) else text)
 
 
 def json_schema(schema, strict=True):
@@ -111,6 +120,6 @@ def _format_grammar(options):
     if kind == "regex" and options.pattern is not None:
         return structured.regex(options.pattern)
     if kind == "grammar" and options.grammar is not None:
-        return structured.lark(options.grammar)
+        return lark_or_gbnf(options.grammar)
     expected = "text, json_object, json_schema with its schema, regex with a pattern, or grammar with a grammar"
     raise bad_request(f"response_format: expected {expected}, got {shown(kind)}", "response_format", "invalid_value")

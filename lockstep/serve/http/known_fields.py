@@ -95,7 +95,7 @@ PROMPT = {
 }
 
 FORM = {
-    "grammar": _only("", instead="grammars in GBNF are not read, guided_grammar takes one in Lark"),
+    "grammar": _only(""),
     "grammar_lazy": _only(False),
     "grammar_triggers": _only([]),
     "guided_choice": _only(),

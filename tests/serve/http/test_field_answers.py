@@ -1,5 +1,6 @@
 """Fields as clients mean them, in the answers of a server."""
 import json
+import re
 
 import httpx
 import numpy as np
@@ -85,6 +86,12 @@ def test_a_grammar_and_left_out_tokens_hold_together(server, llm):
     [b] = llm.encode("b")
     assert "a" in text_of(post(server, **asked))
     assert text_of(post(server, **asked, allowed_token_ids=[b, *llm.engine.eos_ids])) == "bbbbbb"
+    gbnf = dict(temperature=1, seed=3, max_tokens=20, grammar='root ::= "-" letter{6}\nletter ::= [ab] # one of two')
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        assert re.fullmatch("-[ab]{6}", text_of(post(server, path, **gbnf)))
+        wrong = post(server, path, **gbnf | dict(grammar="root ::= letter"), status=400)
+        assert "rule letter, which is nowhere given" in wrong["error"]["message"]
+        assert text_of(post(server, path, temperature=0, grammar="")) == text_of(post(server, path, temperature=0))
     schema = dict(type="object", properties=dict(x=dict(enum=[5])), required=["x"], additionalProperties=False)
     assert text_of(post(server, json_schema=schema, temperature=0, max_tokens=40)) \
         == text_of(post(server, guided_json=schema, temperature=0, max_tokens=40))

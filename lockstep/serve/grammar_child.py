@@ -1,7 +1,7 @@
 """The process in which grammars are compiled first: `python -m lockstep.serve.grammar_child SOCKET`.
 
-It compiles nothing itself: for each grammar it makes a copy of itself, with limits of its own on time and memory, that
-says what the grammar cost. So no grammar takes anything from another one, and all that is needed is there already.
+It compiles nothing itself: for each grammar there is a copy of it, with limits of its own on time and memory, that says
+what the grammar cost. So no grammar takes anything from another one, and all that is needed is there already.
 See grammar_proofs.py for the other side.
 """
 import contextlib
@@ -20,33 +20,45 @@ import time
 from lockstep.serve.matchers import STACK_BYTES, Vocabulary, check, new_matcher, new_reader
 
 LENGTH = struct.Struct("<I")
+NUM_READY = 2  # copies that wait for an order
 OVERHEAD_BYTES = 128 << 20  # of addresses that a thread and its allocator take before they use them
 
 
 def main(descriptor: int) -> None:
-    """Serves jobs, which come as sockets over a socket, until that is closed."""
+    """Hands out copies of itself, each as a socket that takes one order, until the socket that they go over is closed.
+
+    A byte that comes over it asks for one more: a few are there before they are needed.
+    """
     control = socket.socket(fileno=descriptor)
-    reader = _reader(json.loads(receive(control)))
+    reader, running = _reader(json.loads(receive(control))), {}
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     gc.disable()  # a copy shares the memory that it does not write to
     wakes, waker = socket.socketpair()
     waker.setblocking(False)
     signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    ready, running = selectors.DefaultSelector(), {}
+    ready = selectors.DefaultSelector()
     ready.register(control, selectors.EVENT_READ)
     ready.register(wakes, selectors.EVENT_READ)
+    for _ in range(NUM_READY):
+        _add_copy(control, reader, running)
     while True:
         for key, _ in ready.select():
             if key.fileobj is wakes:
                 wakes.recv(4096)
                 _bury(running)
-                continue
-            _, descriptors, *_ = socket.recv_fds(control, 1, 1)
-            if not descriptors:
+            elif _is_asked(control):
+                _add_copy(control, reader, running)
+            else:
                 return
-            job = socket.socket(fileno=descriptors[0])
-            running[_copy(job, reader)] = job
+
+
+def _is_asked(control: socket.socket) -> bool:
+    """Whether one more copy is asked for; False where the other side has ended."""
+    try:
+        return bool(control.recv(1))
+    except ConnectionError:  # it left sockets that it never took
+        return False
 
 
 def _bury(running: dict[int, socket.socket]) -> None:
@@ -59,14 +71,24 @@ def _bury(running: dict[int, socket.socket]) -> None:
             job.sendall(json.dumps({"signal": os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0}).encode() + b"\n")
 
 
-def _copy(job: socket.socket, reader) -> int:
-    """Starts a copy of this process for one job; returns its id."""
+def _add_copy(control: socket.socket, reader, running: dict[int, socket.socket]) -> None:
+    """Starts a copy of this process and sends the socket that it takes its order from."""
+    own, other = socket.socketpair()
     pid = os.fork()
-    if pid:
-        return pid
+    if pid == 0:
+        control.close()
+        other.close()
+        _serve(own, reader)
+    running[pid] = own
+    with other:
+        socket.send_fds(control, [b"c"], [other.fileno()])
+
+
+def _serve(job: socket.socket, reader) -> None:
+    """Carries out one order and ends the process."""
     try:
         signal.set_wakeup_fd(-1)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what the library says as it fails
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what the library says as it fails, or we where nobody asks
         order = json.loads(receive(job))
         job.sendall(json.dumps(_cost(reader, **order)).encode() + b"\n")
     finally:

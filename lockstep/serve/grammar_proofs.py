@@ -76,39 +76,42 @@ class Proofs:
         order = json.dumps({"grammar": grammar, "seconds": seconds, "num_bytes": num_bytes})
         for is_last in (False, True):
             answer = self._ask(order)
-            if answer is not None:
-                break
+            if answer is not None and answer.get("signal") not in (0, signal.SIGKILL, signal.SIGTERM):
+                break  # else somebody ended it from outside
             if is_last:
                 raise RuntimeError(GONE)
         if "signal" not in answer:
             return answer["error"] or Cost(answer["seconds"], answer["num_bytes"])
-        if answer["signal"] in (signal.SIGPROF, signal.SIGXCPU, signal.SIGKILL):
+        if answer["signal"] in (signal.SIGPROF, signal.SIGXCPU):
             return None
         raise TooSlow("grammar: it takes too much memory, or refers to itself too deeply")
 
     def _ask(self, order):
         """The answer to an order; None if the process has gone. Busy where it gives none in time."""
-        own, other = socket.socketpair()
-        with own:
-            own.settimeout(WAIT_SECONDS)
-            try:
-                with other:
-                    self._hand_over(other)
-                send(own, order)
-                line = own.makefile("rb").readline()
-            except TimeoutError:
-                raise Busy(f"a grammar was not compiled in {WAIT_SECONDS:g} s") from None
-            except OSError:
-                line = b""
+        try:
+            with self._copy() as job:
+                job.settimeout(WAIT_SECONDS)
+                send(job, order)
+                line = job.makefile("rb").readline()
+        except TimeoutError:
+            raise Busy(f"a grammar was not compiled in {WAIT_SECONDS:g} s") from None
+        except OSError:
+            line = b""
         if not line:
             self.close()
         return json.loads(line) if line else None
 
-    def _hand_over(self, job):
+    def _copy(self):
+        """A socket to a process that takes one order. OSError if there is none any more."""
         with self._lock:
             if self._control is None:
                 self._start()
-            socket.send_fds(self._control, [b"j"], [job.fileno()])
+            _, descriptors, *_ = socket.recv_fds(self._control, 1, 1)
+            if not descriptors:
+                raise ConnectionError(GONE)
+            job = socket.socket(fileno=descriptors[0])
+            self._control.sendall(b"c")  # for the next
+            return job
 
     def warm(self) -> None:
         """Starts the process, so that the first grammar does not wait for it."""

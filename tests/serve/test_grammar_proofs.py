@@ -88,7 +88,9 @@ def child_of(proofs):
 def test_a_process_that_ends_is_started_again(proofs):
     first = child_of(proofs)
     os.kill(first, signal.SIGKILL)
-    assert proofs.cost(structured.regex("after"), **SIZES) and child_of(proofs) != first
+    for i in range(5):  # some copies of it were there already
+        assert proofs.cost(structured.regex(f"after{i}"), **SIZES)
+    assert child_of(proofs) != first
 
 
 def test_the_process_ends_with_the_object():

@@ -1,9 +1,11 @@
 """GBNF, llama.cpp's notation of grammars, as Lark (see structured.py).
 
-A grammar in GBNF is one of characters: it has no lexer that takes the longest match. So every terminal here is a single
-character, and the two notations are alike beyond that. Source: grammars/README.md of llama.cpp.
+A grammar in GBNF is one of characters: it has no lexer that takes the longest match. So a grammar without recursion
+becomes one terminal, and in any other every terminal is a single character; the two notations are alike beyond that.
+Source: grammars/README.md of llama.cpp.
 """
 import re
+from graphlib import CycleError, TopologicalSorter
 from collections.abc import Iterator
 
 MAX_GBNF_BYTES = 32 << 10
@@ -26,7 +28,8 @@ def to_lark(text: str) -> str:
         raise ValueError(f"GBNF grammar: at most {MAX_GBNF_BYTES} bytes are allowed")
     tokens = list(_tokens(text))
     rules = [value for kind, value, _ in tokens if kind == "rule"]
-    names = {name: "start" if name == "root" else f"rule{i}" for i, name in enumerate(dict.fromkeys(rules))}
+    is_regular = not _is_recursive(tokens)
+    names = {name: f"RULE{i}" if is_regular else f"rule{i}" for i, name in enumerate(dict.fromkeys(rules))}
     if "root" not in names:
         raise ValueError("GBNF grammar: expected a rule root, got none")
     repeated = next((name for name in names if rules.count(name) > 1), None) if len(names) < len(rules) else None
@@ -41,7 +44,23 @@ def to_lark(text: str) -> str:
         _check(kind, before, depth, text, at)
         made.append(_written(kind, value, names, text, at))
         before = value if kind == "mark" else kind
-    return "".join(made)
+    return f"start: {names['root']}{''.join(made)}"
+
+
+def _is_recursive(tokens: list[tuple[str, str, int]]) -> bool:
+    """Whether a rule stands for a part of itself."""
+    inside: dict[str, set[str]] = {}
+    rule = ""
+    for kind, value, _ in tokens:
+        if kind == "rule":
+            rule = value
+        elif kind == "name":
+            inside.setdefault(rule, set()).add(value)
+    try:
+        TopologicalSorter(inside).prepare()
+    except CycleError:
+        return True
+    return False
 
 
 def _tokens(text: str) -> Iterator[tuple[str, str, int]]:

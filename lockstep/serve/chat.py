@@ -17,6 +17,8 @@ from lockstep.serve.tool_calls.parser import CallParser
 from lockstep.serve.tool_calls.styles import MISTRAL
 from lockstep.serve.tool_calls.tools import Tool, ToolUse
 
+MAX_TRIES = 64  # to find the tools of a request whose schemas cannot be enforced
+
 
 @dataclass(frozen=True)
 class Conversation:
@@ -154,14 +156,26 @@ class ChatModel:
         except structured.TooSlow:
             raise
         except ValueError:
-            loose = [tool if tool.strict or self._is_enforceable(tool) else tool.without_schema() for tool in tools]
+            good = self._enforceable([tool for tool in tools if not tool.strict])
+            loose = [tool if tool.strict or tool.name in good else tool.without_schema() for tool in tools]
             if loose == tools:
                 raise
             return make(loose)
 
-    def _is_enforceable(self, tool: Tool) -> bool:
+    def _enforceable(self, tools: list[Tool]) -> set[str]:
+        """The names of the tools whose schemas can be enforced, found by halves; too many that cannot hide others."""
+        good, groups, tries = set(), [tools] if tools else [], 0
+        while groups and tries < MAX_TRIES:
+            group, tries = groups.pop(), tries + 1
+            if self._compiles(group):
+                good |= {tool.name for tool in group}
+            elif len(group) > 1:
+                groups += [group[len(group) // 2:], group[:len(group) // 2]]
+        return good
+
+    def _compiles(self, tools: list[Tool]) -> bool:
         try:
-            self.grammars.mask(self._calls_grammar([tool], False, "calls"))
+            self.grammars.check(self._calls_grammar(tools, False, "calls"))
         except structured.TooSlow:
             raise
         except ValueError:

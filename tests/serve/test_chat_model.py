@@ -4,7 +4,7 @@ import pytest
 from tokenizers import AddedToken
 
 from lockstep.serve import structured
-from lockstep.serve.chat import ChatModel, Conversation
+from lockstep.serve.chat import MAX_TRIES, ChatModel, Conversation
 from lockstep.serve.tokenizer import Detokenizer, Tokenizer
 from lockstep.serve.tool_calls.events import Content, Reasoning
 from lockstep.serve.tool_calls.tools import Tool, ToolUse
@@ -129,6 +129,23 @@ def test_a_strict_schema_is_enforced_or_refused_where_calls_are_written_apart(mo
                 chat.prepare(Conversation(HELLO, use))
         else:
             assert chat.prepare(Conversation(HELLO, use)).options["logits_mask"] is not None
+
+
+def test_a_few_of_many_schemas_that_cannot_be_enforced_are_found():
+    tokenizer, chat = model(KNOWS_TOOLS)
+    tools = tuple(Tool(f"f{i}", "", OUTSIDE if i in (3, 17, 18) else NOW.parameters) for i in range(24))
+    mask = chat.prepare(Conversation(HELLO, ToolUse(tools, must_call=True))).options["logits_mask"]
+    begin, call = ids_of(tokenizer, "<tool_call>"), '\n{{"name": "f{}", "arguments": {{"a": 1}}}}\n'
+    assert [i for i in range(24) if is_allowed(tokenizer, mask, begin, call.format(i))] == [3, 17, 18]
+
+
+def test_schemas_that_cannot_be_enforced_are_looked_for_in_a_bounded_number_of_tries(monkeypatch):
+    _, chat = model(KNOWS_TOOLS)
+    tools = tuple(Tool(f"f{i}", "", OUTSIDE) for i in range(250))
+    tried, check = [], chat.grammars.check
+    monkeypatch.setattr(chat.grammars, "check", lambda grammar: (tried.append(grammar), check(grammar)))
+    assert chat.prepare(Conversation(HELLO, ToolUse(tools, must_call=True))).options["logits_mask"] is not None
+    assert len(tried) == MAX_TRIES
 
 
 @pytest.mark.parametrize("must_call", [False, True])

@@ -149,6 +149,12 @@ BOMBS = dict(
     enum=schema(dict(enum=[f"v{i}" for i in range(10_000)])), backtracking=dict(guided_regex="(x+x+)+y"),
     repeats=dict(guided_regex="((a{1,1000}){1,1000}){1,1000}"), letters=dict(guided_regex=r"(\p{L}{1,99}\w{1,99}){99}"),
     ambiguous=dict(guided_grammar='start: a\na: a a | a a a | "x" | ""'),
+    products=dict(guided_json=dict(allOf=[dict(multipleOf=float(f"1.{i:06d}1e300")) for i in range(5000)])),
+    product_tools=dict(tool_choice="required", tools=[dict(type="function", function=dict(name="f", parameters=dict(
+        allOf=[dict(multipleOf=i) for i in range(2, 400)])))]),
+    zero=dict(guided_json=dict(type="integer", multipleOf=99999989, examples=[dict(multipleOf=0)])),
+    hidden=dict(guided_json={"$ref": "http://a/b#/x", "$defs": {"c": {
+        "$id": "http://a/b", "x": dict(type="integer", multipleOf=99999989)}}}),
     large=dict(guided_grammar="start: " + '"a" ' * 80_000),
     tools=dict(tools=[dict(type="function", function=dict(name=f"f{i}", parameters=all_of(8))) for i in range(64)],
                tool_choice="required"))

@@ -52,6 +52,9 @@ def command(
     max_queued: Annotated[int, typer.Option(min=1, help="Sequences that may wait; more are refused.")] = 256,
     max_queued_tokens: Annotated[int, typer.Option(
         min=1, help="Prompt tokens that may wait; more are refused.")] = 1 << 18,
+    max_answer_values: Annotated[int, typer.Option(
+        min=1, help="Tokens and log-probabilities that an answer may have, and log-probabilities of all answers in "
+        "work.")] = 3 << 19,
     max_body_mb: Annotated[int, typer.Option(min=1, max=1024, help="Megabytes of a request's body.")] = 8,
     request_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that an answer may take.")] = 600,
     drain_timeout: Annotated[float, typer.Option(
@@ -85,7 +88,8 @@ def command(
 
     limits = Limits(max_queued=max_queued, max_queued_tokens=max_queued_tokens, max_body_bytes=max_body_mb << 20,
                     request_seconds=request_timeout, drain_seconds=drain_timeout, stuck_seconds=stuck_timeout,
-                    max_address_connections=max_connections_per_address)
+                    max_address_connections=max_connections_per_address, max_answer_values=max_answer_values,
+                    max_pending_logprobs=max_answer_values)
     sizes = dict(ops=op, weights=weights, kv_dtype=kv_dtype, threads=threads, max_context=max_context,
                  max_requests=max_requests, max_step_tokens=max_step_tokens, kv_tokens=kv_tokens,
                  prefix_cache=prefix_cache, cache_dir=cache_dir, generation_config=generation_config,

@@ -4,9 +4,9 @@ from starlette.routing import Route
 from lockstep.serve.http import talk
 from lockstep.serve.http.chat_answer import Answer
 from lockstep.serve.http.chat_fields import ChatFields, conversation
-from lockstep.serve.http.encode import json_response
 from lockstep.serve.http.errors import bad_request
 from lockstep.serve.http.job import Generates
+from lockstep.serve.http.pieces import json_answer
 from lockstep.serve.http.prompt_logprobs import check_prompt_logprobs
 from lockstep.serve.http.sse import EventStream
 
@@ -28,7 +28,7 @@ def routes(service):
             return EventStream(job, answer.events())
         await job.finished()
         is_quick = logprobs is fields.prompt_logprobs is None and not fields.tools
-        return json_response(answer.whole() if is_quick else await job.offload(answer.whole))
+        return await json_answer(job, answer.whole, is_quick)
 
     return [Route("/v1/chat/completions", Generates(service, chat), methods=["POST"])]
 

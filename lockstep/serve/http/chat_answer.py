@@ -3,8 +3,8 @@ import secrets
 import time
 
 from lockstep.serve.http import talk
-from lockstep.serve.http.chat_logprobs import chat_logprobs
-from lockstep.serve.http.encode import to_json, to_text
+from lockstep.serve.http.chat_logprobs import chat_logprobs, whole_logprobs
+from lockstep.serve.http.encode import to_text
 from lockstep.serve.http.prompt_logprobs import prompt_logprobs
 from lockstep.serve.http.sse import data
 from lockstep.serve.http.stream_fields import ChunkEnd
@@ -29,21 +29,21 @@ class Answer:
     # ------------------------------------------------------------ whole
 
     def whole(self):
-        """The response as JSON bytes."""
+        """The response; arrays that may be long are Parts."""
         choices = [self._choice(number, request) for number, request in enumerate(self.job.requests)]
         made = self.head("chat.completion") | dict(choices=choices, usage=self.job.usage())
         if self.fields.prompt_logprobs is not None:
             made["prompt_logprobs"] = prompt_logprobs(self.tokenizer, self.job.requests[0])
         if self.fields.return_token_ids:
             made["prompt_token_ids"] = self.job.requests[0].prompt_ids
-        return to_json(made)
+        return made
 
     def _choice(self, number, request):
         events = talk.read_all(self.new_parser, request)
         reason = talk.finish_reason(request, talk.count_calls(events))
         made = dict(index=number, message=message(events), logprobs=None, finish_reason=reason)
         if self.fields.logprobs:
-            made["logprobs"] = chat_logprobs(self.tokenizer, request, 0, len(request.output_ids))
+            made["logprobs"] = whole_logprobs(self.tokenizer, request)
         if self.fields.return_token_ids:
             made["token_ids"] = request.output_ids
         return made

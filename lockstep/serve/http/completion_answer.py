@@ -2,7 +2,7 @@
 import secrets
 import time
 
-from lockstep.serve.http.encode import to_json, to_text
+from lockstep.serve.http.encode import to_text
 from lockstep.serve.http.legacy_logprobs import LegacyLogprobs, joined
 from lockstep.serve.http.prompt_logprobs import prompt_logprobs
 from lockstep.serve.http.sse import data
@@ -19,9 +19,9 @@ class Answer:
                          model=job.model_name, **job.service.fingerprint_field)
 
     def whole(self):
-        """The response as JSON bytes."""
+        """The response; arrays that may be long are Parts."""
         choices = [self._choice(number, request) for number, request in enumerate(self.job.requests)]
-        return to_json(self.head | dict(choices=choices, usage=self._usage()))
+        return self.head | dict(choices=choices, usage=self._usage())
 
     def _choice(self, number, request):
         num_output = 0 if self.is_empty else len(request.output_ids)
@@ -29,7 +29,7 @@ class Answer:
         reason = "length" if self.is_empty else request.finish_reason
         made = dict(index=number, text=self.echoed(number) + text, logprobs=None, finish_reason=reason)
         if self.fields.logprobs is not None:
-            made["logprobs"] = self.logprobs(LegacyLogprobs(self.tokenizer), request, 0, num_output)
+            made["logprobs"] = LegacyLogprobs(self.tokenizer).whole(request, bool(self.fields.echo), num_output)
         if self.fields.prompt_logprobs is not None:
             made["prompt_logprobs"] = prompt_logprobs(self.tokenizer, request)
         if self.fields.return_token_ids:

@@ -6,10 +6,10 @@ from starlette.routing import Route
 
 from lockstep.serve.http.body import Whole
 from lockstep.serve.http.completion_answer import Answer
-from lockstep.serve.http.encode import json_response
 from lockstep.serve.http.errors import bad_request
 from lockstep.serve.http.forms import FormFields, masks
 from lockstep.serve.http.job import Generates
+from lockstep.serve.http.pieces import json_answer
 from lockstep.serve.http.prompt_logprobs import check_prompt_logprobs
 from lockstep.serve.http.prompts import read_prompts
 from lockstep.serve.http.sampling import UNTIL_FULL, MostTokens, SamplingFields, most_tokens, sampling_params
@@ -60,7 +60,7 @@ def routes(service):
             return EventStream(job, answer.events())
         await job.finished()
         is_quick = fields.logprobs is fields.prompt_logprobs is None
-        return json_response(answer.whole() if is_quick else await job.offload(answer.whole))
+        return await json_answer(job, answer.whole, is_quick)
 
     return [Route("/v1/completions", Generates(service, complete), methods=["POST"])]
 

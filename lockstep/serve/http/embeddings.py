@@ -6,9 +6,10 @@ from starlette.routing import Route
 
 from lockstep.engine.request import SamplingParams
 from lockstep.serve.http.body import Whole, shown
-from lockstep.serve.http.encode import json_response, to_json
+from lockstep.serve.http.encode import Parts
 from lockstep.serve.http.errors import bad_request
 from lockstep.serve.http.job import Generates
+from lockstep.serve.http.pieces import json_answer
 from lockstep.serve.http.known_fields import EMBEDDING, KnownFields
 from lockstep.serve.http.prompts import check_ids, shortened
 from lockstep.serve.http.sampling import UNTIL_FULL, MostTokens
@@ -39,7 +40,8 @@ def routes(service):
         await job.start([(ids, params) for ids in inputs])
         await job.finished()
         service.metrics.prompt_tokens += sum(map(len, inputs))
-        return json_response(await job.offload(_answer, job, fields))
+        size = len(inputs) * service.llm.model.config.hidden_size
+        return await json_answer(job, lambda: _answer(job, fields), size=size)
 
     return [Route("/v1/embeddings", Generates(service, embed), methods=["POST"])]
 
@@ -83,14 +85,14 @@ def _ids(service, given, fields):
 
 
 def _answer(job, fields):
-    """The response as JSON bytes."""
+    """The response, its vectors one by one."""
     requests = job.requests
     encoded = _as_base64 if fields.encoding_format == "base64" else lambda vector: vector.tolist()
     vectors = [request.pool.embedding(fields.normalize is not False) for request in requests]
-    data = [dict(object="embedding", index=i, embedding=encoded(vector)) for i, vector in enumerate(vectors)]
+    data = ([dict(object="embedding", index=i, embedding=encoded(vector))] for i, vector in enumerate(vectors))
     count = sum(len(request.prompt_ids) for request in requests)
-    return to_json(dict(object="list", data=data, model=job.model_name, **job.service.fingerprint_field,
-                        usage=dict(prompt_tokens=count, total_tokens=count)))
+    return dict(object="list", data=Parts(data), model=job.model_name, **job.service.fingerprint_field,
+                usage=dict(prompt_tokens=count, total_tokens=count))
 
 
 def _as_base64(vector):

@@ -8,6 +8,7 @@ from starlette.requests import ClientDisconnect
 from lockstep.engine.async_engine import batches
 from lockstep.serve.http import body
 from lockstep.serve.http.errors import ApiError, bad_request, not_allowed, not_finite
+from lockstep.serve.http.values import num_logprobs, within
 
 SHORT_BYTES = 2048  # of a body
 FRAME_SECONDS = 1 / 60  # nobody sees tokens that come faster than this one by one
@@ -27,7 +28,7 @@ class Job:
         self.service, self.scope, self._receive = service, scope, receive
         self.streams, self.requests, self._prompts = [], [], []
         self.model_name = service.model_name
-        self.num_sequences, self.num_queued_tokens = 1, 0
+        self.num_sequences, self.num_queued_tokens, self.num_logprobs = 1, 0, 0
         self._ended_by, self._watcher, self._began = None, None, time.monotonic()
         self._last_tokens, self._is_short = None, False
 
@@ -53,7 +54,7 @@ class Job:
     async def offload(self, function, *args):
         """Runs a function in a worker thread, see `Service.offload`; raises if the request ended meanwhile."""
         made = await self.service.offload(function, *args)
-        self._go_on()
+        self.go_on()
         return made
 
     async def prepare(self, function, *args):
@@ -84,7 +85,9 @@ class Job:
         self._check_sequences(len(prompts), num_sequences)
         for ids, params in prompts:
             self._check_context(len(ids), params.max_tokens)
-        self.service.admit(self, num_sequences, sum(len(ids) * params.n for ids, params in prompts))
+        prompts = within(prompts, self.service.limits.max_answer_values, self.service.max_context)
+        self.service.admit(self, num_sequences, sum(len(ids) * params.n for ids, params in prompts),
+                           num_logprobs(prompts))
         self._prompts = prompts
         await self.prepare(self._submit, prompts, self.service.salt(self.scope["lockstep.tenant"], cache_salt))
         return self.requests
@@ -117,10 +120,10 @@ class Job:
         or 500 where the fault is the model's.
         """
         async for found in batches(self.streams, pause or self._frame):
-            self._go_on()
+            self.go_on()
             self._note(found)
             yield found
-        self._go_on()
+        self.go_on()
         self._check_errors()
         self.service.metrics.whole_answer.add(self.seconds)
 
@@ -185,7 +188,8 @@ class Job:
             if stream.request.finish_reason is None:
                 stream.leave()
 
-    def _go_on(self):
+    def go_on(self):
+        """Raises what ended the request early, if something did."""
         if self._ended_by is not None:
             raise self._ended_by
 

@@ -1,4 +1,5 @@
 """Log-probabilities in the shape of /v1/completions: parallel lists, alternatives by their text."""
+from lockstep.serve.http.encode import in_parts
 from lockstep.serve.tokenizer import Detokenizer, answer_reader
 
 
@@ -32,11 +33,38 @@ class LegacyLogprobs:
             self._reader = answer_reader(self._tokenizer, request)
         return self._part(request.output_ids[start:end], request.logprobs[start:end], request.top_logprobs[start:end])
 
+    def whole(self, request, with_prompt, num_output):
+        """Those of a finished request's first output tokens, after the prompt's if it is wanted, as Parts.
+
+        The alternatives, of which there are most, come first: the other lists are filled meanwhile.
+        """
+        ids, logprobs, tops = request.output_ids[:num_output], request.logprobs, request.top_logprobs
+        if with_prompt:
+            num_prompt = len(request.prompt_ids)
+            tops = [*self._tops([None, *request.prompt_top_logprobs], num_prompt), *tops]
+            ids, logprobs = request.prompt_ids + ids, [None, *request.prompt_logprobs, *logprobs]
+            self._reader = Detokenizer(self._tokenizer) if self._tokenizer else None
+        elif self._tokenizer is not None:
+            self._reader = answer_reader(self._tokenizer, request)
+        columns = dict(tokens=[], token_logprobs=[], text_offset=[])
+
+        def alternatives(start, end):
+            made = self._part(ids[start:end], logprobs[start:end], tops[start:end])
+            for name, column in columns.items():
+                column += made[name]
+            return [None, *made["top_logprobs"][1:]] if with_prompt and not start else made["top_logprobs"]
+
+        filled = {name: in_parts(len(ids), lambda start, end, column=column: column[start:end])
+                  for name, column in columns.items()}
+        return dict(top_logprobs=in_parts(len(ids), alternatives), **filled)
+
     def _part(self, ids, logprobs, tops):
-        tops = tops + [{}] * (len(ids) - len(tops))
-        top_logprobs = [self._alternatives(*each) for each in zip(ids, logprobs, tops)]
+        top_logprobs = [self._alternatives(*each) for each in zip(ids, logprobs, self._tops(tops, len(ids)))]
         offsets, texts = zip(*map(self._advance, ids)) if ids else ((), ())
         return dict(tokens=list(texts), token_logprobs=logprobs, top_logprobs=top_logprobs, text_offset=list(offsets))
+
+    def _tops(self, tops, count):
+        return tops + [{}] * (count - len(tops))
 
     def _alternatives(self, token_id, logprob, top):
         """{text: log-probability}, best first and with the token itself; of ids with the same text the best counts."""

@@ -8,7 +8,7 @@ class Limits:
 
     A sequence is one sample of one prompt. max_queued: sequences that may wait beside those that the engine runs;
     max_queued_tokens: prompt tokens of sequences that have no token of an answer yet. A request that is alone may pass
-    both, so that whatever the model can do can be asked for.
+    both, and max_pending_logprobs, so that whatever the model can do can be asked for.
     """
 
     max_header_bytes: int = 32 << 10
@@ -21,6 +21,8 @@ class Limits:
     max_prompts: int = 256  # of one request
     max_samples: int = 64  # of one prompt: n
     max_sequences: int = 256  # of one request: prompts times samples
+    max_answer_values: int = 3 << 19  # tokens and log-probabilities of one answer, of some 140 bytes each: see `values`
+    max_pending_logprobs: int = 3 << 19  # of all answers in work
     max_logprobs: int = 20
     max_stop: int = 16
     max_stop_chars: int = 256

@@ -1,4 +1,5 @@
 """Log-probabilities of a prompt in vLLM's shape: an object for each token, from token ids to what is known of them."""
+from lockstep.serve.http.encode import Parts, in_parts
 from lockstep.serve.http.errors import bad_request
 from lockstep.serve.http.legacy_logprobs import token_text
 
@@ -15,12 +16,17 @@ def check_prompt_logprobs(fields) -> None:
                           "prompt_logprobs", "unsupported")
 
 
-def prompt_logprobs(tokenizer, request) -> list[dict | None]:
-    """Those of a finished request: None for the first token, then {id: {"logprob", "rank", "decoded_token"}} of the
-    likeliest tokens and of the prompt's own, whose rank is None where it is not among them."""
+def prompt_logprobs(tokenizer, request) -> Parts:
+    """Those of a finished request, an array: None for the first token, then {id: {"logprob", "rank", "decoded_token"}}
+    of the likeliest tokens and of the prompt's own, whose rank is None where it is not among them."""
     tops = request.prompt_top_logprobs or [{}] * len(request.prompt_logprobs)
-    each = zip(request.prompt_ids[1:], request.prompt_logprobs, tops, strict=True)
-    return [None, *(_of_token(tokenizer, *known) for known in each)]
+    known = list(zip(request.prompt_ids[1:], request.prompt_logprobs, tops, strict=True))
+
+    def of_tokens(start: int, end: int) -> list[dict | None]:
+        made = [_of_token(tokenizer, *each) for each in known[max(0, start - 1):end - 1]]
+        return made if start else [None, *made]
+
+    return in_parts(1 + len(known), of_tokens)
 
 
 def _of_token(tokenizer, token_id: int, logprob: float, top: dict[int, float]) -> dict:

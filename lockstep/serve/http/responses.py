@@ -9,9 +9,10 @@ from starlette.routing import Route
 from lockstep.serve.http import talk
 from lockstep.serve.http.blocks import Blocks, collect
 from lockstep.serve.http.chat_logprobs import one_logprob
-from lockstep.serve.http.encode import json_response
+from lockstep.serve.http.encode import in_parts, json_response
 from lockstep.serve.http.errors import openai_shape
 from lockstep.serve.http.job import Generates
+from lockstep.serve.http.pieces import json_answer
 from lockstep.serve.http.placed import Placed
 from lockstep.serve.http.responses_fields import ResponsesFields, conversation, num_logprobs, refuse_state
 from lockstep.serve.http.sse import EventStream, named
@@ -33,7 +34,7 @@ def routes(service):
         if fields.stream:
             return EventStream(job, answer.events(), end=b"")
         tokens = [token async for ((_, found, _),) in job.tokens(pause=lambda: math.inf) for token in found]
-        return json_response(await job.offload(answer.whole, tokens))
+        return await json_answer(job, lambda: answer.whole(tokens))
 
     async def count(request):
         def counted(fields):
@@ -142,7 +143,8 @@ class Answer:
 
     def _logprobs(self, tokens):
         tokenizer = self._job.service.tokenizer
-        return [one_logprob(tokenizer, token.id, token.logprob, token.top_logprobs) for token in tokens]
+        return in_parts(len(tokens), lambda start, end: [
+            one_logprob(tokenizer, token.id, token.logprob, token.top_logprobs) for token in tokens[start:end]])
 
     def _id(self, block):
         prefix = dict(text="msg", thought="rs", call="fc")[block.kind]

@@ -45,6 +45,7 @@ class Service:
         self.state, self.created = "loading", int(time.time())
         self.llm = self.engine = self.tokenizer = self.chat = self._fingerprint = None
         self.jobs, self.num_sequences, self.num_queued_tokens, self.num_bytes = set(), 0, 0, 0
+        self.num_logprobs = 0  # the most that the answers in work may have
         self.metrics, self.num_faults = Metrics(self), 0
         self._workers = concurrent.futures.ThreadPoolExecutor(WORKERS, "lockstep worker")
         self._num_offloaded, self._seconds_each = 0, 1.0
@@ -143,17 +144,22 @@ class Service:
         if self._num_offloaded >= self.limits.max_offloaded:
             raise self.full("workers_busy", f"{self._num_offloaded} requests wait to be prepared")
 
-    def admit(self, job, num_sequences, num_tokens):
-        """Counts a request's sequences and prompt tokens from now on. ApiError 429 if they are too many to wait."""
+    def admit(self, job, num_sequences, num_tokens, num_logprobs=0):
+        """Counts a request's sequences, prompt tokens and log-probabilities from now on. ApiError 429 if they are too
+        many beside those of others."""
         others = self.num_sequences - job.num_sequences
         if others and others + num_sequences > self.most_sequences:
             raise self.full("queue_full", f"{others} sequences are being answered or wait, of {self.most_sequences}")
         if self.num_queued_tokens and self.num_queued_tokens + num_tokens > self.limits.max_queued_tokens:
             raise self.full("queue_tokens_full", f"{self.num_queued_tokens} prompt tokens wait, of "
                                                   f"{self.limits.max_queued_tokens}")
+        if self.num_logprobs and num_logprobs and self.num_logprobs + num_logprobs > self.limits.max_pending_logprobs:
+            raise self.full("answers_full", f"{self.num_logprobs} log-probabilities are asked for, of "
+                                            f"{self.limits.max_pending_logprobs}")
         self.num_sequences += num_sequences - job.num_sequences
         self.num_queued_tokens += num_tokens
-        job.num_sequences, job.num_queued_tokens = num_sequences, num_tokens
+        self.num_logprobs += num_logprobs
+        job.num_sequences, job.num_queued_tokens, job.num_logprobs = num_sequences, num_tokens, num_logprobs
 
     def salt(self, tenant, cache_salt):
         """What a request of a tenant's must have in common with another to share prefixes, in memory and on disk."""
@@ -179,6 +185,7 @@ class Service:
         self.jobs.discard(job)
         self.num_sequences -= job.num_sequences
         self.num_queued_tokens -= job.num_queued_tokens
+        self.num_logprobs -= job.num_logprobs
         if job.streams:
             self._seconds_each += 0.1 * (job.seconds - self._seconds_each)
 

@@ -102,8 +102,9 @@ def command(
 
 def serve(load_model, service, app, host, port):
     """Listens at once, answers when the model is loaded, and returns when it was told to end."""
-    from lockstep.serve.http.serving import Server, bind
+    from lockstep.serve.http.serving import Server, allow_files, bind
 
+    allow_files(service.limits)
     listening = bind(host, port)
     server, failed = Server(app, service), []
     threading.Thread(target=_open, args=(load_model, service, server, failed, listening), daemon=True).start()

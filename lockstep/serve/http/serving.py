@@ -2,6 +2,7 @@
 import asyncio
 import contextlib
 import errno
+import resource
 import signal
 import socket
 import threading
@@ -9,11 +10,28 @@ import time
 
 import uvicorn
 
+from lockstep.serve.http.limits import Limits
 from lockstep.serve.http.protocol import bounded_protocol
 
 BACKLOG = 1024
 IDLE_SECONDS = 75  # how long a connection may wait for its next request
+OWN_FILES = 256  # sockets that listen, models, caches, pipes
 LAST_SECONDS = 5  # for answers that were cut off to reach their clients
+
+
+def allow_files(limits: Limits) -> None:
+    """Lets this process have a file open for each connection that there may be, beside its own.
+
+    Else the system refuses connections, /health too, before they can be counted. ValueError where it may not have so
+    many.
+    """
+    wanted = limits.max_connections + limits.spare_connections + OWN_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        if hard != resource.RLIM_INFINITY and hard < wanted:
+            raise ValueError(f"{limits.max_connections} connections need {wanted} open files, and this process may have "
+                             f"{hard} (ulimit -n)")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def bind(host: str, port: int) -> list[socket.socket]:

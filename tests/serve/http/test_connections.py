@@ -1,5 +1,6 @@
 """Heads that mean nothing, clients that send no more, too many of them, and terminals that close."""
 import json
+import resource
 import signal
 import socket
 import time
@@ -9,6 +10,7 @@ import pytest
 
 from lockstep.serve.http.connections import Connections
 from lockstep.serve.http.limits import Limits
+from lockstep.serve.http.serving import OWN_FILES, allow_files
 from lockstep.serve.http.target import name_of
 from tests.serve.http.program import program
 from tests.serve.http.raw import connect, exchange, head, read_all, request
@@ -148,3 +150,19 @@ def test_sighup_drains_however_often_it_comes():
             reader.join(120)
         assert all(r.text.endswith("data: [DONE]\n\n") and '"finish_reason":"length"' in r.text for r in readers)
         assert made.process.wait(60) == 0
+
+
+# ---------------------------------------------------------------- files
+
+def test_a_process_may_open_a_file_for_each_connection():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        allow_files(Limits(max_connections=300, spare_connections=4))
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (304 + OWN_FILES, hard)
+        allow_files(Limits(max_connections=8))  # it is never lowered
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 304 + OWN_FILES
+        with pytest.raises(ValueError, match=r"10000000 connections need 10000272 open files, .* \(ulimit -n\)"):
+            allow_files(Limits(max_connections=10_000_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

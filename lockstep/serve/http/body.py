@@ -3,12 +3,14 @@ import asyncio
 import json
 import math
 import re
-from typing import Annotated
+from functools import partial
+from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Tag, ValidationError
 from starlette.requests import ClientDisconnect
 
 from lockstep.serve.http.errors import ApiError, bad_request
+from lockstep.serve.http.json_size import check_size
 
 INLINE_BYTES = 32 << 10  # bodies up to here are parsed on the event loop
 SHOWN_CHARS = 80
@@ -25,10 +27,25 @@ def whole(value):
 Whole = Annotated[int, BeforeValidator(whole)]  # an integer, which some clients write as 5.0
 
 
+
+class UntilFirstError:
+    """Marks the type of an array that is not read beyond its first wrong item.
+
+    Millions of wrong items would otherwise be as many errors, all made in one call that nothing interrupts.
+    """
+
+    def __get_pydantic_core_schema__(self, source, handler):
+        return {**handler(source), "fail_fast": True}
+
+
+T = TypeVar("T")
+Items = Annotated[list[T], UntilFirstError()]
+
+
 class Fields(BaseModel):
     """The fields of a body that a route reads. Types are strict; fields that nobody knows are ignored.
 
-    Integers are of type Whole.
+    Integers are of type Whole, arrays of type Items.
     """
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, hide_input_in_errors=False)
@@ -71,20 +88,22 @@ async def _collect(receive):
 async def checked(service, fields, raw):
     """A body's bytes as a model of its fields. ApiError 400. Long ones are parsed beside the event loop."""
     if len(raw) <= INLINE_BYTES:
-        return parsed(raw, fields, service.limits.max_depth)
-    return await service.offload(parsed, raw, fields, service.limits.max_depth)
+        return parsed(raw, fields, service.limits)
+    return await service.offload(parsed, raw, fields, service.limits)
 
 
-def parsed(raw, fields, max_depth):
+def parsed(raw, fields, limits):
     """The same, at once."""
-    return check(fields, parse(raw, max_depth))
+    return check(fields, parse(raw, limits))
 
 
-def parse(body, max_depth):
+def parse(body, limits):
     """A body as a JSON object. ApiError 400 for anything else, including NaN, infinity and lone surrogates."""
+    check_size(body, limits)
+    max_depth, max_fields = limits.max_depth, limits.max_object_fields
     try:
-        value = json.loads(body.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_constant,
-                           parse_float=_finite)
+        value = json.loads(body.decode("utf-8"), object_pairs_hook=partial(_object, max_fields=max_fields),
+                           parse_constant=_no_constant, parse_float=_finite)
     except UnicodeDecodeError as error:
         raise bad_request(f"the body is not UTF-8 text: byte {error.start} is 0x{body[error.start]:02x}") from None
     except RecursionError:
@@ -100,7 +119,9 @@ def parse(body, max_depth):
     return value
 
 
-def _object(pairs):
+def _object(pairs, max_fields):
+    if len(pairs) > max_fields:
+        raise bad_request(f"the body has an object of {len(pairs)} fields, at most {max_fields} are allowed")
     made = dict(pairs)
     if len(made) < len(pairs):
         seen = set()

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from lockstep.serve.chat import Conversation
-from lockstep.serve.http.body import Fields, Whole, shown, simple_or
+from lockstep.serve.http.body import Fields, Items, Whole, shown, simple_or
 from lockstep.serve.http.errors import bad_request
 from lockstep.serve.http.forms import FormFields, grammar_of
 from lockstep.serve.http.sampling import MostTokens, SamplingFields
@@ -42,9 +42,9 @@ class Message(Fields):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: simple_or(str, list[Part]) | None = None
+    content: simple_or(str, Items[Part]) | None = None
     name: str | None = None
-    tool_calls: list[Call] | None = None
+    tool_calls: Items[Call] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
@@ -76,7 +76,7 @@ class AllowedTools(Fields):
     """The tools that may be called."""
 
     mode: Literal["auto", "required"]
-    tools: list[ToolFields]
+    tools: Items[ToolFields]
 
 
 class ToolChoice(Fields):
@@ -91,14 +91,14 @@ class ChatFields(SamplingFields, FormFields, StreamFields):
     """The body of a request."""
 
     model: str | None = None
-    messages: list[Message]
+    messages: Items[Message]
     max_tokens: MostTokens | None = None
     max_completion_tokens: MostTokens | None = None
     n_predict: MostTokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[Whole, Field(ge=0)] | None = None
     prompt_logprobs: Annotated[Whole, Field(ge=0)] | None = None
-    tools: list[ToolFields] | None = None
+    tools: Items[ToolFields] | None = None
     tool_choice: simple_or(Literal["none", "auto", "required"], ToolChoice) | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None

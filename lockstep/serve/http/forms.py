@@ -6,7 +6,7 @@ from pydantic import Field
 
 from lockstep.serve import structured
 from lockstep.serve.gbnf import is_gbnf, to_lark
-from lockstep.serve.http.body import Fields, shown, simple_or
+from lockstep.serve.http.body import Fields, Items, shown, simple_or
 from lockstep.serve.http.errors import bad_request
 from lockstep.serve.http.known_fields import STRUCTURED, KnownFields
 
@@ -37,7 +37,7 @@ class StructuredOutputs(KnownFields):
 
     json_: simple_or(str, dict) | None = Field(None, alias="json")
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Items[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
 
@@ -49,7 +49,7 @@ class FormFields(Fields):
     structured_outputs: StructuredOutputs | None = None
     guided_json: simple_or(str, dict) | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Items[str] | None = None
     guided_grammar: str | None = None
     json_schema: simple_or(str, dict) | None = None  # llama.cpp's name for guided_json
     grammar: str | None = None  # llama.cpp's, in GBNF; "" is none

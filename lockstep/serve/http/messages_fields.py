@@ -5,7 +5,7 @@ from pydantic import Field
 
 from lockstep.serve import structured
 from lockstep.serve.chat import Conversation
-from lockstep.serve.http.body import Fields, Whole, shown, simple_or
+from lockstep.serve.http.body import Fields, Items, Whole, shown, simple_or
 from lockstep.serve.http.chat_fields import NO_PARAMETERS, called, choose
 from lockstep.serve.http.errors import bad_request
 from lockstep.serve.http.known_fields import GENERATION, PROMPT, KnownFields
@@ -34,7 +34,7 @@ class Turn(Fields):
     """One message."""
 
     role: Literal["user", "assistant", "system"]
-    content: simple_or(str, list[ContentBlock])
+    content: simple_or(str, Items[ContentBlock])
 
 
 class ToolFields(Fields):
@@ -82,9 +82,9 @@ class CountFields(KnownFields):
     refused: ClassVar = PROMPT
 
     model: str | None = None
-    messages: list[Turn]
-    system: simple_or(str, list[ContentBlock]) | None = None
-    tools: list[ToolFields] | None = None
+    messages: Items[Turn]
+    system: simple_or(str, Items[ContentBlock]) | None = None
+    tools: Items[ToolFields] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_format: OutputFormat | None = None
@@ -97,7 +97,7 @@ class MessagesFields(CountFields, SamplingFields):
     refused: ClassVar = GENERATION
 
     max_tokens: MostTokens | None
-    stop_sequences: list[str] | None = None
+    stop_sequences: Items[str] | None = None
     stream: bool | None = None
 
 

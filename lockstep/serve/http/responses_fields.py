@@ -5,7 +5,7 @@ from pydantic import Field
 
 from lockstep.serve import structured
 from lockstep.serve.chat import Conversation
-from lockstep.serve.http.body import Fields, Whole, shown, simple_or
+from lockstep.serve.http.body import Fields, Items, Whole, shown, simple_or
 from lockstep.serve.http.chat_fields import NO_PARAMETERS, called, choose
 from lockstep.serve.http.errors import bad_request
 from lockstep.serve.http.sampling import MostTokens, SamplingFields
@@ -28,12 +28,12 @@ class Item(Fields):
 
     type: str | None = None
     role: Literal["system", "developer", "user", "assistant"] | None = None
-    content: simple_or(str, list[Part]) | None = None
-    summary: list[Part] | None = None
+    content: simple_or(str, Items[Part]) | None = None
+    summary: Items[Part] | None = None
     call_id: str | None = None
     name: str | None = None
     arguments: str | None = None
-    output: simple_or(str, list[Part]) | None = None
+    output: simple_or(str, Items[Part]) | None = None
 
 
 class ToolFields(Fields):
@@ -52,7 +52,7 @@ class Choice(Fields):
     type: str
     name: str | None = None
     mode: Literal["auto", "required"] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Items[dict[str, Any]] | None = None
 
 
 class TextFormat(Fields):
@@ -80,12 +80,12 @@ class ResponsesFields(SamplingFields):
     """The body of a request."""
 
     model: str | None = None
-    input: simple_or(str, list[Item])
+    input: simple_or(str, Items[Item])
     instructions: str | None = None
-    include: list[str] | None = None
+    include: Items[str] | None = None
     top_logprobs: Annotated[Whole, Field(ge=0)] | None = None
     max_output_tokens: MostTokens | None = None
-    tools: list[ToolFields] | None = None
+    tools: Items[ToolFields] | None = None
     tool_choice: simple_or(Literal["none", "auto", "required"], Choice) | None = None
     parallel_tool_calls: bool | None = None
     text: TextFields | None = None

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar
 from pydantic import AfterValidator, Field
 
 from lockstep.engine.request import MIN_TEMPERATURE, SamplingParams
-from lockstep.serve.http.body import Whole, shown
+from lockstep.serve.http.body import Items, Whole, shown
 from lockstep.serve.http.errors import bad_request, not_allowed
 from lockstep.serve.http.known_fields import GENERATION, KnownFields
 from lockstep.serve.http.limits import Limits
@@ -40,8 +40,8 @@ class SamplingFields(KnownFields):
     seed: Annotated[Whole, Field(**INT64)] | None = None
     n: Annotated[Whole, Field(ge=1, le=128)] | None = None
     best_of: Whole | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop: str | Items[str] | None = None
+    stop_token_ids: Items[TokenId] | None = None
     ignore_eos: bool | None = None
     min_tokens: Count | None = None
     include_stop_str_in_output: bool | None = None
@@ -53,9 +53,9 @@ class SamplingFields(KnownFields):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
-    suppress_tokens: list[TokenId] | None = None
-    allowed_token_ids: list[Whole] | None = None
-    bad_words: list[str] | None = None
+    suppress_tokens: Items[TokenId] | None = None
+    allowed_token_ids: Items[Whole] | None = None
+    bad_words: Items[str] | None = None
     cache_salt: Annotated[str, Field(max_length=256)] | None = None
 
 

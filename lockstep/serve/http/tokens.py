@@ -5,7 +5,7 @@ The shapes are vLLM's, which lm-eval reads.
 from starlette.routing import Route
 
 from lockstep.serve.http import talk
-from lockstep.serve.http.body import Fields, Whole, read_fields
+from lockstep.serve.http.body import Fields, Items, Whole, read_fields
 from lockstep.serve.http.chat_fields import ChatFields, Message, conversation
 from lockstep.serve.http.encode import json_response, to_json
 from lockstep.serve.http.errors import ApiError, bad_request
@@ -17,7 +17,7 @@ class TokenizeFields(ChatFields):
     """A text, or a conversation as /v1/chat/completions takes it, to be turned into token ids."""
 
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: Items[Message] | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 
@@ -26,7 +26,7 @@ class DetokenizeFields(Fields):
     """Token ids to be turned into text."""
 
     model: str | None = None
-    tokens: list[Whole]
+    tokens: Items[Whole]
 
 
 def routes(service):

@@ -218,6 +218,6 @@ def test_errors_name_the_field_what_was_got_and_what_is_allowed(value, says):
 
 
 def test_depth_is_counted_as_it_looks():
-    assert parse(b'{"a": [[1]]}', 3) == {"a": [[1]]}
+    assert parse(b'{"a": [[1]]}', Limits(max_depth=3)) == {"a": [[1]]}
     with pytest.raises(ApiError, match="more than 2 deep"):
-        parse(b'{"a": [[1]]}', 2)
+        parse(b'{"a": [[1]]}', Limits(max_depth=2))

@@ -29,8 +29,8 @@ def allow_files(limits: Limits) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         if hard != resource.RLIM_INFINITY and hard < wanted:
-            raise ValueError(f"{limits.max_connections} connections need {wanted} open files, and this process may have "
-                             f"{hard} (ulimit -n)")
+            raise ValueError(f"{limits.max_connections} connections need {wanted} open files, and this process may "
+                             f"have {hard} (ulimit -n)")
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 

@@ -14,7 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 import llguidance
 import numpy as np
 
-from lockstep.serve.grammar_proofs import Busy, Proofs, TooSlow
+from lockstep.serve.grammar_proofs import Proofs, TooSlow
+from lockstep.serve.job_process import Busy
 from lockstep.serve.matchers import GIVEN, MAX_GRAMMAR_BYTES, STACK_BYTES, Vocabulary, check, new_matcher, new_reader
 from lockstep.serve.schemas import MAX_PATTERN_BYTES, check_numbers, check_size, loosened
 
@@ -156,7 +157,7 @@ class Grammars:
         if cost is not None and cost.seconds * count <= MANY_SECONDS and cost.num_bytes * count <= COMPILE_BYTES:
             return self._compilers.submit(self._compile_all, grammar, count).result()
         if not self._slow.acquire(blocking=False):
-            raise Busy("another grammar that takes long to compile is being compiled")
+            raise Busy("another grammar that takes long to compile is being compiled", "grammars_busy")
         try:
             cost = cost or self._proofs.cost(grammar, COMPILE_SECONDS, COMPILE_BYTES)
             if cost is None or cost.seconds * count > COMPILE_SECONDS:

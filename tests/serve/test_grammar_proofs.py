@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from lockstep.serve import structured
-from lockstep.serve.grammar_proofs import Busy, Proofs, TooSlow
+from lockstep.serve.grammar_proofs import Proofs, TooSlow
+from lockstep.serve.job_process import Busy
 from lockstep.serve.structured import Grammars
 from tests.serve.test_structured import MIN, TOKENIZERS, allowed
 

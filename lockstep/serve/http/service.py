@@ -15,10 +15,10 @@ from lockstep.engine.prefix import model_identity
 from lockstep.engine.selfcheck import NUMERICS
 from lockstep.ops.kv_cache import PAGE_TOKENS
 from lockstep.serve.chat import ChatModel
-from lockstep.serve.grammar_proofs import Busy
 from lockstep.serve.http.errors import ApiError, internal, not_allowed
 from lockstep.serve.http.limits import Limits
 from lockstep.serve.http.metrics import Metrics
+from lockstep.serve.job_process import Busy
 
 WORKERS = 2  # threads for tokenizers, templates and grammars
 REFUSED = {"loading": "the model is still loading", "draining": "the server is shutting down"}
@@ -212,7 +212,7 @@ class Service:
         except ValueError as error:
             raise not_allowed(error) from None
         except Busy as error:
-            raise self.full("grammars_busy", str(error)) from None
+            raise self.full(error.code, str(error)) from None
         except TimeoutError:
             running.cancel()
             raise ApiError(503, f"preparing the request took more than {self.limits.offload_seconds:g} s",

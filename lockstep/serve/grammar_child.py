@@ -1,12 +1,10 @@
 """The process in which grammars are compiled first: see job_server.py, and grammar_proofs.py for the other side."""
 import json
-import resource
-import sys
 import threading
 import time
 from collections.abc import Callable
 
-from lockstep.serve.job_server import limit, serve
+from lockstep.serve.job_server import limit, peak_bytes, serve
 from lockstep.serve.matchers import STACK_BYTES, Vocabulary, check, new_matcher, new_reader
 
 OVERHEAD_BYTES = 128 << 20  # of addresses that a thread and its allocator take before they use them
@@ -18,8 +16,8 @@ def prepare(about: bytes) -> Callable[[bytes], bytes]:
     return lambda order: json.dumps(_cost(reader, **json.loads(order))).encode()
 
 
-def _cost(reader, grammar: str, seconds: float, num_bytes: int) -> dict[str, object]:
-    """What a grammar and its first mask cost, or what is wrong with it. Where it costs too much the process ends."""
+def _cost(reader, grammar: str, seconds: float, num_bytes: int) -> dict[str, float]:
+    """What a grammar and its first mask cost. ValueError for one that is wrong; what costs too much ends the process."""
     made: dict[str, object] = {}
 
     def compile_it():
@@ -33,17 +31,13 @@ def _cost(reader, grammar: str, seconds: float, num_bytes: int) -> dict[str, obj
 
     threading.stack_size(STACK_BYTES)
     limit(seconds, STACK_BYTES + OVERHEAD_BYTES + num_bytes)
-    before, began = _peak_bytes(), time.process_time()
+    before, began = peak_bytes(), time.process_time()
     thread = threading.Thread(target=compile_it)
     thread.start()
     thread.join()
-    if "matcher" not in made and "error" not in made:
-        return {"error": "grammar: it cannot be compiled"}
-    return {"error": made.get("error"), "seconds": time.process_time() - began, "num_bytes": _peak_bytes() - before}
-
-
-def _peak_bytes():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if "matcher" not in made:
+        raise ValueError(made.get("error", "grammar: it cannot be compiled"))
+    return {"seconds": time.process_time() - began, "num_bytes": peak_bytes() - before}
 
 
 def _reader(given):

@@ -64,12 +64,13 @@ class Proofs:
         """A Cost, what is wrong with the grammar, or None if it takes too much."""
         order = json.dumps({"grammar": grammar, "seconds": seconds, "num_bytes": num_bytes})
         try:
-            answer = json.loads(self._jobs.ask(order.encode()))
+            return Cost(**json.loads(self._jobs.ask(order.encode())))
+        except ValueError as error:
+            return str(error)
         except Ended as ended:
             if ended.took_too_long:
                 return None
             raise TooSlow("grammar: it takes too much memory, or refers to itself too deeply") from None
-        return answer["error"] or Cost(answer["seconds"], answer["num_bytes"])
 
     @property
     def process_id(self) -> int | None:

@@ -1,4 +1,5 @@
 """Jobs in a process that may be ended, so that none takes time, memory or this process from anybody else."""
+import contextlib
 import os
 import socket
 import subprocess
@@ -7,7 +8,7 @@ import threading
 import weakref
 from pathlib import Path
 
-from lockstep.serve.job_server import OUTSIDE, Ended, receive, send
+from lockstep.serve.job_server import OUTSIDE, REFUSAL, Ended, receive, send
 
 WAIT_SECONDS = 15.0  # for a process that is kept from working
 KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "PYTHONHOME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH",
@@ -26,28 +27,32 @@ class JobProcess:
     """Another process, which is started with the first order and ends with this object, or with this process.
 
     module: of lockstep, whose `main` calls job_server.serve. about: what it is told first. name: what it works at, in
-    messages and codes, such as "grammars". Any thread may use it, and so may a process that was forked: it starts one
-    of its own.
+    messages and codes, such as "grammars". max_idle: copies of it that are kept for further orders. Any thread may use
+    it, and so may a process that was forked: it starts one of its own.
     """
 
-    def __init__(self, module: str, name: str, about: bytes = b""):
-        self._module, self._name, self._about = module, name, about
+    def __init__(self, module: str, name: str, about: bytes = b"", max_idle: int = 0):
+        self._module, self._name, self._about, self._max_idle = module, name, about, max_idle
+        self.process_id: int | None = None
+        self._forget()
+
+    def _forget(self):
+        """Begins anew. What this process has inherited, where it was forked, belongs to the other one."""
         self._lock, self._owner = threading.Lock(), os.getpid()
         self._control = self._end = None
-        self.process_id: int | None = None
+        self._idle: list[tuple[socket.socket, socket.socket]] = []  # copies, each with what led to it
 
     def ask(self, order: bytes) -> bytearray:
         """The answer to an order. Where the process was ended from outside another one is asked.
 
-        Ended if the order reached a limit; Busy where there is no answer in time; ValueError for one that is too large.
+        ValueError where the order is refused, or too large; Ended if it reached a limit; Busy where there is no answer
+        in time.
         """
-        for _ in range(2):
+        for _ in range(2 + self._max_idle):
             control = self.start()
             try:
-                with self._copy(control) as job:
-                    job.settimeout(WAIT_SECONDS)
-                    send(job, order)
-                    return receive(job)
+                control, job = self._copy(control)
+                return self._answer(control, job, order)
             except TimeoutError:
                 raise Busy(f"the process for {self._name} gave no answer in {WAIT_SECONDS:g} s",
                            f"{self._name}_busy") from None
@@ -58,19 +63,40 @@ class JobProcess:
                     raise
         raise RuntimeError(f"the process for {self._name} ended")
 
-    def _copy(self, control: socket.socket) -> socket.socket:
-        """A socket to a process that takes one order. OSError if there is none any more."""
+    def _copy(self, control: socket.socket) -> tuple[socket.socket, socket.socket]:
+        """A copy that takes orders, with what led to it. OSError if there is none any more."""
         with self._lock:
+            while self._idle:
+                found = self._idle.pop()
+                if _is_quiet(found[1]):
+                    return found
+                found[1].close()
             _, descriptors, *_ = socket.recv_fds(control, 1, 1)
             if not descriptors:
                 raise ConnectionError("the other side ended")
             job = socket.socket(fileno=descriptors[0])
             control.sendall(b"c")  # for the next
-            return job
+            return control, job
+
+    def _answer(self, control, job, order):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(job)
+            job.settimeout(WAIT_SECONDS)
+            send(job, order)
+            answer, mark = receive(job)
+            with self._lock:
+                if len(self._idle) < self._max_idle:
+                    self._idle.append((control, job))
+                    stack.pop_all()
+        if mark == REFUSAL:
+            raise ValueError(answer.decode("utf-8", "surrogatepass"))
+        return answer
 
     def start(self) -> socket.socket:
         """Starts the process if it is not there, so that the first order does not wait; returns what leads to it."""
         if self._owner != os.getpid():
+            if self._end is not None:
+                self._end.detach()
             self._forget()
         with self._lock:
             if self._control is None:
@@ -79,17 +105,10 @@ class JobProcess:
                 send(self._control, self._about)
             return self._control
 
-    def _forget(self):
-        """Leaves to the process that this one was forked from what belongs to it."""
-        if self._end is not None:
-            self._end.detach()
-        self._lock, self._owner = threading.Lock(), os.getpid()
-        self._control = self._end = None
-
     def _leave(self, control):
         """Ends a process that has ended or does not follow, unless another thread did."""
         with self._lock:
-            if self._control is control:
+            if self._control is control and control is not None:
                 self._end()
                 self._control = self._end = None
 
@@ -97,6 +116,21 @@ class JobProcess:
         """Ends the process; the next order starts another one."""
         if self._owner == os.getpid():
             self._leave(self._control)
+            with self._lock:
+                while self._idle:
+                    self._idle.pop()[1].close()
+
+
+def _is_quiet(job: socket.socket) -> bool:
+    """Whether a copy that waits for an order is still there: else it would say so."""
+    job.settimeout(0)
+    try:
+        job.recv(1)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def _started(module: str) -> tuple[socket.socket, subprocess.Popen]:
@@ -104,10 +138,11 @@ def _started(module: str) -> tuple[socket.socket, subprocess.Popen]:
     control.settimeout(WAIT_SECONDS)
     root = Path(__file__).parents[2]
     path = [str(root), *filter(os.path.isabs, sys.path)]
-    environment = {name: os.environ[name] for name in KEPT if name in os.environ} | {"PYTHONPATH": os.pathsep.join(path)}
-    with other:  # -P: not from the folder that we are in. In a session of its own: a terminal's Ctrl-C is not for it
-        process = subprocess.Popen([sys.executable, "-P", "-m", module], stdin=other, stdout=subprocess.DEVNULL,
-                                   env=environment, start_new_session=True)
+    kept = {name: os.environ[name] for name in KEPT if name in os.environ}
+    command = [sys.executable, "-P", "-m", module]  # -P: nothing comes from the current folder
+    with other:  # in a session of its own: what a terminal sends to this process is not for that one
+        process = subprocess.Popen(command, stdin=other, stdout=subprocess.DEVNULL, start_new_session=True,
+                                   env=kept | {"PYTHONPATH": os.pathsep.join(path)})
     return control, process
 
 

@@ -1,7 +1,7 @@
 """Jobs in a process that may be ended: the side of that process. The other one is job_process.py.
 
-It does no job itself: for each there is a copy of it, with limits of its own on time and memory, that takes one order
-and answers it. So no job takes anything from another one, and all that is needed is there already.
+It does no job itself: copies of it do, each with limits of its own on time and memory, one order after the other. So no
+job takes anything from one beside it, and all that is needed is there already.
 """
 import contextlib
 import gc
@@ -11,13 +11,17 @@ import selectors
 import signal
 import socket
 import struct
+import sys
+import time
 from collections.abc import Callable
 
 LENGTH = struct.Struct("<I")
 MAX_BYTES = 256 << 20  # of one order or answer
-COMPLETE = b"\xa5"  # ends what is sent: a copy that was ended while it answered has not sent it, and a notice has none
+# What is sent ends with one of them: a copy that is ended while it answers has not sent it, and a notice has none.
+COMPLETE, REFUSAL = b"\xa5", b"\xa6"
 NOTICE = 0x7F000000  # instead of a length: the copy has ended, with the signal that is added to it
-NUM_READY = 2  # copies that wait for an order
+NUM_READY = 2  # copies that wait for their first order
+MAX_KEPT_BYTES = 128 << 20  # that a copy has used at most: one that needed more is not used again
 OUTSIDE = (0, signal.SIGKILL, signal.SIGTERM)  # how a copy ends that did not reach its limits
 
 
@@ -37,13 +41,15 @@ class Ended(Exception):
 def serve(prepare: Callable[[bytes], Callable[[bytes], bytes]]) -> None:
     """Hands out copies of this process, over the socket that is its standard input, until the other side ends.
 
-    prepare is given what comes first and returns what makes the answer of an order. Each copy is sent as a socket. A
-    byte that comes asks for one more: a few are there before they are needed.
+    prepare is given what comes first and returns what makes the answer of an order, or raises ValueError, which then is
+    the answer. Each copy is sent as a socket. A byte that comes asks for one more: a few are there before they are
+    needed.
     """
     _settle()
     control = socket.socket(fileno=0)
-    answer, running = prepare(receive(control)), {}
+    answer, running = prepare(receive(control)[0]), {}
     gc.disable()  # a copy shares the memory that it does not write to
+    gc.freeze()
     wakes = _wakes()
     ready = selectors.DefaultSelector()
     ready.register(control, selectors.EVENT_READ)
@@ -58,6 +64,8 @@ def serve(prepare: Callable[[bytes], Callable[[bytes], bytes]]) -> None:
             elif _is_asked(control):
                 _add_copy(control, answer, running)
             else:
+                for pid in running:
+                    os.kill(pid, signal.SIGKILL)
                 os._exit(0)
 
 
@@ -103,53 +111,78 @@ def _bury(running: dict[int, socket.socket]) -> None:
 
 
 def _add_copy(control: socket.socket, answer: Callable[[bytes], bytes], running: dict[int, socket.socket]) -> None:
-    """Starts a copy of this process and sends the socket that it takes its order from."""
+    """Starts a copy of this process and sends the socket that it takes its orders from."""
     own, other = socket.socketpair()
     pid = os.fork()
     if pid == 0:
         for theirs in (control, other, *running.values()):
             theirs.close()
-        _serve_one(own, answer)
+        _serve_orders(own, answer)
     running[pid] = own
     with other:
         socket.send_fds(control, [b"c"], [other.fileno()])
 
 
-def _serve_one(job: socket.socket, answer: Callable[[bytes], bytes]) -> None:
-    """Carries out one order and ends the process."""
+def _serve_orders(job: socket.socket, answer: Callable[[bytes], bytes]) -> None:
+    """Carries out orders until no more come, and ends the process."""
     try:
         signal.set_wakeup_fd(-1)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what a library says as it fails, or we where nobody asks
-        send(job, answer(receive(job)))
+        while peak_bytes() <= MAX_KEPT_BYTES:
+            order, _ = receive(job)
+            try:
+                found, mark = answer(order), COMPLETE
+            except ValueError as error:
+                found, mark = str(error).encode("utf-8", "surrogatepass"), REFUSAL
+            _unlimit()
+            send(job, found, mark)
+            del order, found
+            gc.collect()
     finally:
         os._exit(0)
 
 
 def limit(seconds: float, num_bytes: int) -> None:
-    """Bounds what this process may take from now on: time of the processor, which ends it, and memory.
+    """Bounds what an order may take from now on: time of the processor, which ends the process, and memory.
 
     Memory is bounded where the system holds to it, which Linux does and macOS does not.
     """
     signal.setitimer(signal.ITIMER_PROF, seconds)  # ends the process: a limit of the processor has whole seconds only
-    whole = int(seconds) + 2
-    resource.setrlimit(resource.RLIMIT_CPU, (whole, whole))
+    _set_limit(resource.RLIMIT_CPU, int(time.process_time() + seconds) + 2)
     with contextlib.suppress(FileNotFoundError, ValueError, OSError):
         with open("/proc/self/statm") as file:
             used = int(file.read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + num_bytes, used + num_bytes))
+        _set_limit(resource.RLIMIT_AS, used + num_bytes)
 
 
-def send(connection: socket.socket, data: bytes) -> None:
+def _unlimit() -> None:
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    for bounded in (resource.RLIMIT_CPU, resource.RLIMIT_AS):
+        _set_limit(bounded, resource.RLIM_INFINITY)
+
+
+def _set_limit(what: int, most: int) -> None:
+    hard = resource.getrlimit(what)[1]
+    least = most if hard == resource.RLIM_INFINITY else hard if most == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(what, (least, hard))
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has used."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def send(connection: socket.socket, data: bytes, mark: bytes = COMPLETE) -> None:
     """Sends an order or an answer. ValueError if it is too large."""
     if len(data) > MAX_BYTES:
         raise ValueError(f"{len(data)} bytes, at most {MAX_BYTES} can be sent to another process")
     connection.sendall(LENGTH.pack(len(data)))
     connection.sendall(data)
-    connection.sendall(COMPLETE)
+    connection.sendall(mark)
 
 
-def receive(connection: socket.socket) -> bytearray:
-    """What `send` sent, and nothing of what comes after it.
+def receive(connection: socket.socket) -> tuple[bytearray, bytes]:
+    """What `send` sent, with its mark, and nothing of what comes after it.
 
     Ended if the copy that was to send it has ended; ConnectionError if the other side went away.
     """
@@ -158,10 +191,10 @@ def receive(connection: socket.socket) -> bytearray:
         raise Ended(length - NOTICE)
     if length > MAX_BYTES:
         raise ConnectionError(f"{length} bytes were announced")
-    data = _exactly(connection, length)
-    if _exactly(connection, 1) != COMPLETE:
+    data, mark = _exactly(connection, length), _exactly(connection, 1)
+    if mark not in (COMPLETE, REFUSAL):
         raise ConnectionError("the other side ended while it answered")
-    return data
+    return data, mark
 
 
 def _exactly(connection: socket.socket, count: int) -> bytearray:

@@ -2,7 +2,7 @@
 
 import codecs
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import tokenizers
 
 from lockstep.serve import gguf_tokenizer
-from lockstep.serve.chat_template import ChatTemplate
+from lockstep.serve.chat_template import ChatTemplate, TemplateProcess
 from lockstep.serve.decoder_rules import DecoderRules, rules_of
 from lockstep.serve.end_mark import end_mark
 from lockstep.serve.folder_tokenizer import (
@@ -35,7 +35,8 @@ class Tokenizer:
 
     `eos_ids` end a generation, `bos_id` is None where the tokenizer has none, `special_tokens` maps names such
     as "eos_token" to text, `chat_templates` holds templates by name ("default", sometimes TOOL_TEMPLATE), none of them
-    empty. `only_decodes` is why texts cannot be encoded, or None if they can.
+    empty. `only_decodes` is why texts cannot be encoded, or None if they can. `template_process` is where templates
+    run: it is started when the first one is used.
     """
 
     backend: tokenizers.Tokenizer
@@ -44,6 +45,7 @@ class Tokenizer:
     special_tokens: Mapping[str, str]
     chat_templates: Mapping[str, str]
     only_decodes: str | None = None
+    template_process: TemplateProcess = field(default_factory=TemplateProcess, repr=False, compare=False)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; special tokens written out in it are recognised.
@@ -99,7 +101,7 @@ class Tokenizer:
         wanted = TOOL_TEMPLATE if with_tools and TOOL_TEMPLATE in self.chat_templates else "default"
         name = wanted if wanted in self.chat_templates else next(iter(self.chat_templates))
         if name not in self._compiled:
-            self._compiled[name] = ChatTemplate(self.chat_templates[name])
+            self._compiled[name] = ChatTemplate(self.chat_templates[name], self.template_process)
         return self._compiled[name]
 
     @cached_property

@@ -1,12 +1,18 @@
 """Chat templates: what ordinary ones need works, and no template can escape, hang or fill the memory."""
 
-import tracemalloc
+import resource
+import threading
+import time
+from collections import OrderedDict
 from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
 
 import pytest
 
-from lockstep.serve import template_sandbox
-from lockstep.serve.chat_template import ChatTemplate, apply_chat_template
+from lockstep.serve.chat_template import ChatTemplate, TemplateProcess
+
+HAS_LIMIT = Path("/proc/self/statm").exists()  # elsewhere memory is bounded by the time alone
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "<b>Hé & 🙂</b>"}]
 
@@ -32,7 +38,33 @@ CHATML = """
 """
 
 
-def test_a_usual_template():
+@pytest.fixture(scope="module")
+def process():
+    made = TemplateProcess()
+    yield made
+    made.jobs.close()
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A process whose limits are reached soon."""
+    made = TemplateProcess(seconds=0.25, num_bytes=128 << 20)
+    yield made
+    made.jobs.close()
+
+
+@pytest.fixture
+def apply_chat_template(process):
+    """Compiles and renders in one go."""
+    return lambda template, *args, **kwargs: ChatTemplate(template, process).render(*args, **kwargs)
+
+
+@pytest.fixture
+def render(apply_chat_template):
+    return lambda template, **variables: apply_chat_template(template, MESSAGES, **variables)
+
+
+def test_a_usual_template(apply_chat_template):
     conversation = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<b>Hé & 🙂</b><|im_end|>\n"
     assert apply_chat_template(CHATML, MESSAGES) == conversation + "<|im_start|>assistant\n"
     assert apply_chat_template(CHATML, MESSAGES, add_generation_prompt=False) == conversation
@@ -42,10 +74,6 @@ def test_a_usual_template():
     assert '\n{"name": "weather", "description": "<é> & \'more\'"}<|im_end|>\n' in apply_chat_template(
         CHATML, MESSAGES, tools
     )
-
-
-def render(template, **variables):
-    return apply_chat_template(template, MESSAGES, **variables)
 
 
 @pytest.mark.parametrize(
@@ -78,15 +106,15 @@ def render(template, **variables):
         ("{{ 'text' | indent(2, true) }}{{ 'abc' | center(5) }}", "  text abc "),
     ],
 )
-def test_what_templates_use(template, expected):
+def test_what_templates_use(render, template, expected):
     assert render(template, bos_token="<s>") == expected
 
 
-def test_the_date():
+def test_the_date(render):
     assert render("{{ strftime_now('%Y') }}") in {str(datetime.now().year), str(datetime.now().year - 1)}
 
 
-def test_a_template_refuses_a_conversation():
+def test_a_template_refuses_a_conversation(render):
     with pytest.raises(ValueError, match="^chat template: Roles must alternate$"):
         render("{{ raise_exception('Roles must alternate') }}")
 
@@ -100,20 +128,24 @@ def test_a_template_refuses_a_conversation():
         ("{{ messages[9].content }}", "no element 9"),
         ("{{ 1 + 'a' }}", "unsupported operand"),
         ("{{ 1 / 0 }}", "division by zero"),
-        ("{{ {} | tojson(indent='x' * 99) }}", "indent"),
         ("{% include 'other' %}", "failed"),
         ("{{ messages | tojson(3, 4, 5, 6, 7, 8) }}", "argument"),
         ("{{ (" * 500 + ") }}" * 500, "not valid|deeply"),
         ("x" * 2_000_000, "at most 1048576"),
+        ("{% for a in b %}" * 21 + "{% endfor %}" * 21, "not valid: too many statically nested blocks"),
+        ("{% if a %}" + "{% elif b %}" * 20_000 + "{% endif %}", "not valid|deeply|to compile"),
+        ("{{ " + "9" * 5000 + " }}", "not valid: Exceeds the limit"),
+        ("{{ [1, 2] | random }}", "not valid: No filter named 'random'"),
+        ("{{ lipsum() }}", "'lipsum' is undefined"),
     ],
 )
-def test_mistakes_are_value_errors(template, message):
+def test_mistakes_are_value_errors(render, template, message):
     with pytest.raises(ValueError, match=message):
         render(template)
 
 
 @pytest.mark.parametrize("messages", ["text", {"role": "user"}, None, [1], [{"content": "x"}], [{"role": 3}], ["x"]])
-def test_messages_that_are_none(messages):
+def test_messages_that_are_none(apply_chat_template, messages):
     with pytest.raises(ValueError, match="must be"):
         apply_chat_template("{{ messages }}", messages)
 
@@ -172,40 +204,113 @@ ATTACKS = [
 ]
 
 
-@pytest.mark.parametrize("template", ATTACKS)
-def test_attacks_are_refused(template, monkeypatch):
-    monkeypatch.setattr(template_sandbox, "MAX_STEPS", 5_000)
-    monkeypatch.setattr(template_sandbox, "MAX_ITEMS", 50_000)
-    messages = [dict(message) for message in MESSAGES]
-    tracemalloc.start()
-    with pytest.raises(ValueError, match="chat template"):
-        apply_chat_template(template, messages)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 200 << 20
+# What one expression can do in one call of C, in straight lines, or when it is compiled: constants are folded then.
+ATTACKS += [
+    "{{ 1 | round(30000000, 'floor') }}",
+    "{{ 1 | round(-6000000) }}",
+    "{{ messages | length | round(90000000, 'floor') }}",
+    "{{ ('f' * 1600000) | int(base=16) // (('e' * 800000) | int(base=16)) }}",
+    "{{ ('f' * 3200000) | int(base=16) % (('e' * 1600000) | int(base=16)) }}",
+    "{{ (('f' * 1600000) | int(base=16)) | string }}",
+    "{{ ([1] * 16777216) | sort | length }}" * 30,
+    "{{ ([1] * 16777216) | sum }}" * 60,
+    "{{ ([1] * 16777216) | unique | list }}",
+    "{{ ('a' * 4000000) | wordwrap(1) }}",
+    "{% set s = 'x' * 16777216 %}{{ ''.join([s] * 100) | length }}",
+    "{{ [messages[0].content * 1000000] * 100 | join }}",
+    "{{ ('{0:99999}' * 10000).format(1) }}",
+    "{{ ('%99999d' * 10000) % ((1,) * 10000) }}",
+    "{{ ('\t' * 1000).expandtabs(1048576) | length }}",
+    "{% set b1 = 'a' * 16777216 %}" + "".join(f"{{% set b{i} = b1 ~ {i} %}}" for i in range(60)) + "{{ b9 | length }}",
+    "{{ messages | tojson(indent=1000000000) }}",
+    "{{ range(1000000000000) | list }}",
+    "{% for i in range(20000000) %}x{% endfor %}",
+]
+HARMLESS = {"{{ strftime_now('%1000000000d') }}"}
+
+
+@pytest.mark.parametrize("template", ATTACKS, ids=lambda template: template[:60])
+def test_attacks_are_refused(small, template):
+    if "'" in template and not HAS_LIMIT:
+        pytest.skip("memory is not bounded here")
+    messages, before, began = [dict(message) for message in MESSAGES], _peak(), time.monotonic()
+    try:
+        found = ChatTemplate(template, small).render(messages)
+        assert template in HARMLESS and len(found) < 100
+    except ValueError as error:
+        assert "chat template" in str(error) and len(str(error)) < 2100
+    assert time.monotonic() - began < 10 and _peak() - before < 64 << 20
     assert messages == MESSAGES
+    assert ChatTemplate("{{ messages[1].role }}", small).render(MESSAGES) == "user"
 
 
-def test_time_is_bounded(monkeypatch):
-    monkeypatch.setattr(template_sandbox, "MAX_SECONDS", 0.0)
-    with pytest.raises(ValueError, match="seconds"):
-        render("{% for i in range(10) %}{% endfor %}")
+def _peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
-def test_output_is_bounded(monkeypatch):
-    monkeypatch.setattr(template_sandbox, "MAX_CHARS", 100)
-    with pytest.raises(ValueError, match="more than 100 characters"):
-        render("{% for i in range(101) %}x{% endfor %}")
+def test_a_slow_template_delays_nobody(process):
+    slow, quick = (ChatTemplate(text, process) for text in (
+        "{% for i in range(1000000000) %}{% endfor %}", "{{ messages[1].content }}"))
+    found = []
+
+    def refused():
+        with pytest.raises(ValueError, match="more than 2 s of the processor to render") as error:
+            slow.render(MESSAGES)
+        found.append(error)
+
+    threads = [threading.Thread(target=refused) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    gaps = []
+    while any(thread.is_alive() for thread in threads):
+        began = time.monotonic()
+        assert quick.render(MESSAGES) == "<b>Hé & 🙂</b>"
+        gaps.append(time.monotonic() - began)
+        time.sleep(0.01)
+    assert len(found) == 2 and len(gaps) > 20 and max(gaps) < 1.5
 
 
-def test_renderings_do_not_share_a_budget(monkeypatch):
-    monkeypatch.setattr(template_sandbox, "MAX_STEPS", 100)
-    template = ChatTemplate("{% for i in range(60) %}x{% endfor %}")
-    assert [template.render(MESSAGES) for _ in range(3)] == ["x" * 60] * 3
-    with pytest.raises(ValueError, match="more than 100 steps"):
-        render("{% for i in range(60) %}{% endfor %}{% macro f() %}{% endmacro %}" + "{{ f() }}" * 41)
+def test_what_the_limits_are(process):
+    with pytest.raises(ValueError, match="more than 16777216 characters"):
+        ChatTemplate("{% set s = 'x' * 9999999 %}{{ s }}{{ s }}", process).render(MESSAGES)
+    if HAS_LIMIT:
+        with pytest.raises(ValueError, match="takes more than 256 MB of memory"):
+            ChatTemplate("{{ [0] * 99999999 }}", process).render(MESSAGES)
 
 
-def test_long_conversations_are_fine():
+def test_one_rendering_leaves_nothing_to_the_next(process):
+    template = ChatTemplate("{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}"
+                            "{{ ns.n }}{{ extra }}", process)
+    assert [template.render(MESSAGES, extra=i) for i in range(3)] == ["20", "21", "22"]
+    assert template.render(MESSAGES) == "2"
+
+
+class Role(StrEnum):
+    USER = "user"
+
+
+def test_values_of_other_types_are_given_as_plain_ones(apply_chat_template):
+    message = OrderedDict(role=Role.USER, content="x", parts=({"n": 1.5}, True))
+    assert apply_chat_template("{{ messages | tojson }}", (message,)) == (
+        '[{"role": "user", "content": "x", "parts": [{"n": 1.5}, true]}]')
+    with pytest.raises(ValueError, match="a object is neither text"):
+        apply_chat_template("{{ x }}", MESSAGES, x=object())
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(ValueError, match="nested too deeply"):
+        apply_chat_template("{{ x }}", MESSAGES, x=deep)
+
+
+def test_lone_surrogates_stay_what_they_are(render):
+    assert render("{{ x }}", x="a\ud800b") == "a\ud800b"
+
+
+def test_long_conversations_are_fine(apply_chat_template):
     messages = [{"role": "user", "content": "word " * 200}] * 2000
     assert len(apply_chat_template(CHATML, messages)) > 2_000_000
+
+
+def test_a_conversation_of_very_many_messages(apply_chat_template):
+    messages = [{"role": "user", "content": "x"}] * 300_000
+    assert apply_chat_template(CHATML, messages).count("<|im_start|>") == 300_001

@@ -1,0 +1,65 @@
+"""The process in which chat templates are compiled and rendered: see job_server.py, and chat_template.py for the other
+side. It imports nothing but jinja2."""
+
+import marshal
+from collections.abc import Callable
+
+from jinja2 import Template, TemplateError
+
+from lockstep.serve.job_server import limit, serve
+from lockstep.serve.template_sandbox import Sandbox
+
+MAX_CHARS = 1 << 24  # of what a template renders
+MAX_CODE_BYTES = 1 << 24  # of what a template is compiled to
+MAX_REASON_CHARS = 2000
+USUAL = "{% for m in messages %}{{ '<' + m.role + '>' + m['content'] | trim }}{{ m | tojson }}{% endfor %}"
+
+
+def prepare(_about: bytes) -> Callable[[bytes], bytes]:
+    """What answers orders; it has once done what all of them need, which copies then share."""
+    _rendered(_compiled(USUAL), {"messages": [{"role": "user", "content": "Hello."}]})
+    return answer
+
+
+def answer(order: bytes) -> bytes:
+    """The compiled code of a template or, where there are variables, what it renders. ValueError for all that fails."""
+    seconds, num_bytes, template, variables = marshal.loads(order)
+    limit(seconds, num_bytes)
+    try:
+        if variables is None:
+            return _compiled(template)
+        return _rendered(template, variables).encode("utf-8", "surrogatepass")
+    except Exception as error:  # whatever it is, the template or the conversation is the cause
+        reason = _reason(error, num_bytes, "is not valid" if variables is None else "failed")
+        raise ValueError(reason[:MAX_REASON_CHARS]) from None
+
+
+def _compiled(source: str) -> bytes:
+    code = marshal.dumps(Sandbox().compile(source))
+    if len(code) > MAX_CODE_BYTES:
+        raise ValueError(f"it is compiled to more than {MAX_CODE_BYTES} bytes")
+    return code
+
+
+def _rendered(code: bytes, variables: dict[str, object]) -> str:
+    sandbox, pieces, length = Sandbox(), [], 0
+    for piece in Template.from_code(sandbox, marshal.loads(code), sandbox.globals).generate(**variables):
+        length += len(piece)
+        if length > MAX_CHARS:
+            raise ValueError(f"more than {MAX_CHARS} characters")
+        pieces.append(piece)
+    return "".join(pieces)
+
+
+def _reason(error: Exception, num_bytes: int, what: str) -> str:
+    if isinstance(error, MemoryError):
+        return f"chat template is nested too deeply, or takes more than {num_bytes >> 20} MB of memory"
+    if isinstance(error, RecursionError):
+        return "chat template is nested too deeply, or calls itself without end"
+    if isinstance(error, TemplateError) and what == "failed":
+        return f"chat template: {error}"  # its own words
+    return f"chat template {what}: {error}"
+
+
+if __name__ == "__main__":
+    serve(prepare)

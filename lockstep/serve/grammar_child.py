@@ -17,7 +17,7 @@ def prepare(about: bytes) -> Callable[[bytes], bytes]:
 
 
 def _cost(reader, grammar: str, seconds: float, num_bytes: int) -> dict[str, float]:
-    """What a grammar and its first mask cost. ValueError for one that is wrong; what costs too much ends the process."""
+    """What a grammar and its first mask cost. ValueError for one that is wrong; too costly ones end the process."""
     made: dict[str, object] = {}
 
     def compile_it():

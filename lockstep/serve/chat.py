@@ -46,10 +46,13 @@ class Prepared:
 
 
 class ChatModel:
-    """What a model's tokenizer and chat template say about conversations. Any thread may use it."""
+    """What a model's tokenizer and chat template say about conversations. Any thread may use it.
 
-    def __init__(self, tokenizer, eos_ids, vocab_size):
-        self._tokenizer = tokenizer
+    max_context: tokens that a prompt may have, where a longer one need not be tokenized.
+    """
+
+    def __init__(self, tokenizer, eos_ids, vocab_size, max_context=None):
+        self._tokenizer, self._max_context = tokenizer, max_context
         self.grammars = Grammars(tokenizer, eos_ids, vocab_size)
         template = "\n".join(tokenizer.chat_templates.values())
         self._abilities, self._without_tools = abilities_of(tokenizer), abilities_of(tokenizer, with_tools=False)
@@ -61,7 +64,8 @@ class ChatModel:
     def prepare(self, conversation, num_samples=1):
         """The Prepared of a Conversation, for so many samples. It renders, tokenizes and compiles: it may take a while.
 
-        ValueError if the model has no chat template, the template refuses, or the grammar is wrong.
+        ValueError if the model has no chat template, the template refuses, the prompt is far too long, or the grammar
+        is wrong.
         """
         prompt = self.prompt(conversation)
         uses_tools, opened = bool(conversation.tools.tools), reasoning.is_open(prompt)
@@ -74,7 +78,8 @@ class ChatModel:
             made = CallParser(self._style, conversation.tools) if uses_tools else PlainParser()
             return ThoughtParser(made, opened) if self._thinks else made
 
-        return Prepared(self._tokenizer.encode(prompt, add_special_tokens=False), options, new_parser)
+        ids = self._tokenizer.encode(prompt, add_special_tokens=False, most=self._max_context)
+        return Prepared(ids, options, new_parser)
 
     def prompt(self, conversation, asks=True):
         """The text of the prompt. asks: it ends where an answer begins. ValueError if the model has no chat template or

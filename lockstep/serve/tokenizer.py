@@ -26,7 +26,14 @@ from lockstep.serve.folder_tokenizer import (
 if TYPE_CHECKING:
     from lockstep.engine.request import Request
 
+PIECE_CHARS = 1 << 16  # of a long text, whose tokens are counted in pieces
+CUT_TOKENS = 64  # that a text may have less than its pieces, for each place where it is cut
+CHARS_PER_TOKEN = 8  # a text with more than so many for each token that is allowed is counted in pieces first
 TOOL_TEMPLATE = "tool_use"  # the name of a model's second chat template, for conversations with tools
+
+
+class TooManyTokens(ValueError):
+    """A text has more tokens than may be asked for."""
 
 
 @dataclass(frozen=True)
@@ -47,19 +54,37 @@ class Tokenizer:
     only_decodes: str | None = None
     template_process: TemplateProcess = field(default_factory=TemplateProcess, repr=False, compare=False)
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True, most: int | None = None) -> list[int]:
         """Token ids of `text`; special tokens written out in it are recognised.
 
         `add_special_tokens` adds what the model expects around a text, such as its beginning-of-sequence token;
-        pass False for a rendered chat. A text that begins with that token gets no second one. Raises ValueError for
-        lone surrogates, which are not text, and where texts cannot be encoded.
+        pass False for a rendered chat. A text that begins with that token gets no second one. `most`: a text that has
+        far more tokens is not worth the time and memory of finding all of them. Raises TooManyTokens for such a text,
+        ValueError for lone surrogates, which are not text, and where texts cannot be encoded. Other threads run
+        meanwhile.
         """
         check_text(text)
         if self.only_decodes is not None:
             raise ValueError(self.only_decodes)
-        ids = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        if most is not None and len(text) > max(PIECE_CHARS, CHARS_PER_TOKEN * most):
+            self._check_length(text, most)
+        ids = self._ids(text, add_special_tokens)
         begins_twice = add_special_tokens and self._first_added is not None and ids[:2] == [self._first_added] * 2
         return ids[1:] if begins_twice else ids
+
+    def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
+        # Encoding one text holds Python's global lock until its end; encoding a list of texts does not.
+        return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+
+    def _check_length(self, text: str, most: int) -> None:
+        """Raise TooManyTokens as soon as the first pieces of a text have more tokens than the text may have."""
+        found = 0
+        for begin in range(0, len(text), PIECE_CHARS):
+            found += max(0, len(self._ids(text[begin:begin + PIECE_CHARS], False)) - CUT_TOKENS)
+            if found > most:
+                first = min(begin + PIECE_CHARS, len(text))
+                raise TooManyTokens(f"the text has {len(text)} characters, of which the first {first} are more than "
+                                    f"the {most} tokens that it may have")
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids: exactly what a Detokenizer emits for them in total. Ids without a token are empty."""

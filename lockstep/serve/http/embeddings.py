@@ -65,7 +65,8 @@ def read_inputs(service, fields):
 
 def _ids(service, given, fields):
     if isinstance(given, str) and service.tokenizer is not None:
-        ids = service.tokenizer.encode(given, fields.add_special_tokens is not False)
+        most = service.max_context if fields.truncate_prompt_tokens is None else service.max_counted
+        ids = service.tokenizer.encode(given, fields.add_special_tokens is not False, most)
     elif isinstance(given, list):
         ids = check_ids(service, given, "input")
     else:

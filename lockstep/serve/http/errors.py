@@ -2,6 +2,7 @@
 from starlette.responses import Response
 
 from lockstep.serve.http.encode import to_json
+from lockstep.serve.tokenizer import TooManyTokens
 
 OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 ANTHROPIC_TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
@@ -26,7 +27,8 @@ def bad_request(message, param=None, code=None):
 def not_allowed(error):
     """A ValueError of the engine's as an ApiError; those about a field begin with its name."""
     field, colon, _ = str(error).partition(":")
-    return bad_request(str(error), field if colon and field.isidentifier() else None, "invalid_value")
+    code = "context_length_exceeded" if isinstance(error, TooManyTokens) else "invalid_value"
+    return bad_request(str(error), field if colon and field.isidentifier() else None, code)
 
 
 def not_finite(reason):

@@ -33,6 +33,7 @@ class Limits:
     max_logit_bias: int = 1024
     max_queued: int = 256
     max_queued_tokens: int = 1 << 18
+    max_counted_tokens: int = 1 << 18  # of a text to be counted, or cut; more where the context is longer
     max_offloaded: int = 64  # calls that may wait for a worker before /tokenize and the like are refused
     offload_seconds: float = 20.0
     body_seconds: float = 30.0

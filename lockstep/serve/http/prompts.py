@@ -14,21 +14,24 @@ def read_prompts(service, prompt, add_special_tokens=True, most=None, keep_end=T
     if len(prompts) > service.limits.max_prompts:
         raise bad_request(f"prompt: expected at most {service.limits.max_prompts} prompts, got {len(prompts)}",
                           "prompt", "invalid_value")
-    found = [_ids(service, each, add_special_tokens) for each in prompts]
-    cut = [ids if most is None else shortened(service, each, ids, most, keep_end)
-           for each, ids in zip(prompts, found, strict=True)]
-    is_whole = [isinstance(each, str) and len(ids) == len(kept)
-                for each, ids, kept in zip(prompts, found, cut, strict=True)]
-    return [each if whole_text else None for each, whole_text in zip(prompts, is_whole, strict=True)], cut
+    found = [_read(service, each, add_special_tokens, most, keep_end) for each in prompts]
+    return [text for text, _ in found], [ids for _, ids in found]
+
+
+def _read(service, prompt, add_special_tokens, most, keep_end) -> tuple[str | None, list[int]]:
+    """The text of one prompt, unless it was cut or given as ids, and its ids."""
+    ids = _ids(service, prompt, add_special_tokens, service.max_context if most is None else service.max_counted)
+    kept = ids if most is None else shortened(service, prompt, ids, most, keep_end)
+    return prompt if isinstance(prompt, str) and len(kept) == len(ids) else None, kept
 
 
 def _is_ids(prompt):
     return not prompt or isinstance(prompt[0], (int, float))
 
 
-def _ids(service, prompt, add_special_tokens):
+def _ids(service, prompt, add_special_tokens, most):
     if isinstance(prompt, str):
-        ids = text_tokenizer(service).encode(prompt, add_special_tokens)
+        ids = text_tokenizer(service).encode(prompt, add_special_tokens, most)
     elif isinstance(prompt, list):
         ids = check_ids(service, prompt, "prompt")
     else:

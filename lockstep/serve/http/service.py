@@ -57,7 +57,7 @@ class Service:
         self.llm = llm
         self.tokenizer = llm.tokenizer if llm.has_tokenizer else None
         if llm.has_tokenizer:
-            self.chat = ChatModel(llm.tokenizer, llm.engine.eos_ids, llm.model.config.vocab_size)
+            self.chat = ChatModel(llm.tokenizer, llm.engine.eos_ids, llm.model.config.vocab_size, self.max_context)
         self.engine = AsyncEngine(llm.engine)
         self.state = "ready"
 
@@ -133,6 +133,11 @@ class Service:
     def max_context(self) -> int:
         """Tokens that a prompt and its answer may have: the model's context, or the KV cache where that is smaller."""
         return min(self.llm.model.max_context, self.llm.engine.scheduler.limits.num_pages * PAGE_TOKENS)
+
+    @property
+    def max_counted(self) -> int:
+        """Tokens of a text that is only counted, or of which a part is kept, and so may be longer than the context."""
+        return max(self.max_context, self.limits.max_counted_tokens)
 
     @property
     def most_sequences(self):

@@ -48,7 +48,7 @@ async def count(request, service, fields_type, make_conversation):
 
     def counted():
         prompt = chat_model(service).prompt(make_conversation(fields))
-        return len(service.tokenizer.encode(prompt, add_special_tokens=False))
+        return len(service.tokenizer.encode(prompt, False, service.max_counted))
 
     return await service.offload(counted)
 

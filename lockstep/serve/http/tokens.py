@@ -62,10 +62,10 @@ def tokenized(service, fields):
         raise bad_request("expected either prompt or messages", "prompt", "invalid_value")
     tokenizer = text_tokenizer(service)
     if fields.prompt is not None:
-        ids = tokenizer.encode(fields.prompt, fields.add_special_tokens is not False)
+        ids = tokenizer.encode(fields.prompt, fields.add_special_tokens is not False, service.max_counted)
     else:
         prompt = talk.chat_model(service).prompt(conversation(fields), fields.add_generation_prompt is not False)
-        ids = tokenizer.encode(prompt, add_special_tokens=False)
+        ids = tokenizer.encode(prompt, False, service.max_counted)
     made = dict(count=len(ids), max_model_len=service.max_context, tokens=ids)
     if fields.return_token_strs:
         made["token_strs"] = [token_text(tokenizer, i) for i in ids]

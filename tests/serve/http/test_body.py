@@ -1,7 +1,4 @@
 """Bodies within the limit of bytes that hold so many values that reading them would hold up everything else."""
-import threading
-import time
-
 import pytest
 
 from lockstep.serve.http import body
@@ -10,9 +7,9 @@ from lockstep.serve.http.body import Fields, Items
 from lockstep.serve.http.chat_fields import ChatFields
 from lockstep.serve.http.errors import ApiError
 from lockstep.serve.http.limits import Limits
+from tests.serve.stalls import BRIEF, longest_stall
 
 MB = 1_000_000
-BRIEF = 0.4  # seconds; half of it on a machine that does nothing else
 
 
 def filled(head: str, item: str, tail: str, size: int = 8 * MB) -> bytes:
@@ -21,25 +18,13 @@ def filled(head: str, item: str, tail: str, size: int = 8 * MB) -> bytes:
 
 def refusal_and_stall(raw: bytes, fields: type) -> tuple[str | None, float]:
     """What a body is refused with, and the longest time in which no other thread could run meanwhile."""
-    longest, done = [0.0], threading.Event()
-
-    def watch():
-        last = time.perf_counter()
-        while not done.wait(0.001):
-            now = time.perf_counter()
-            longest[0], last = max(longest[0], now - last), now
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        body.parsed(raw, fields, Limits())
-        return None, longest[0]
-    except ApiError as error:
-        assert error.status == 400
-        return error.message, longest[0]
-    finally:
-        done.set()
-        watcher.join()
+    with longest_stall() as longest:
+        try:
+            body.parsed(raw, fields, Limits())
+            return None, longest[0]
+        except ApiError as error:
+            assert error.status == 400
+            return error.message, longest[0]
 
 
 MESSAGE = '{"role":"user","content":""}'

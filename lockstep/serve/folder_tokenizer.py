@@ -7,6 +7,7 @@ from pathlib import Path
 import tokenizers
 
 from lockstep.models.config import end_ids
+from lockstep.serve.tokenizer_growth import check_growth
 from lockstep.weights.mapped import read_json_object
 
 MAX_TOKENIZER_BYTES = 256 << 20
@@ -15,13 +16,18 @@ log = logging.getLogger("lockstep.tokenizer")
 
 
 def read_backend(path: Path) -> tokenizers.Tokenizer:
-    """The tokenizer in a tokenizer.json. Raises ValueError if it is missing, too large or not readable."""
+    """The tokenizer in a tokenizer.json.
+
+    Raises ValueError if it is missing, too large, not readable, or makes texts far longer than they are.
+    """
     if not path.is_file():
         raise ValueError(f"{path}: no such file, and other tokenizer files are not supported")
     if path.stat().st_size > MAX_TOKENIZER_BYTES:
         raise ValueError(f"{path}: larger than {MAX_TOKENIZER_BYTES} bytes")
+    text = _utf8(path)
+    check_growth(text, path)
     try:
-        backend = tokenizers.Tokenizer.from_str(path.read_text("utf-8"))
+        backend = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises plain Exception for a file it cannot read
         raise ValueError(f"{path}: not a readable tokenizer ({error})") from None
     # Some files carry the settings of their training runs, which would cut prompts off.

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from lockstep.weights.gguf_metadata import Cursor, read_metadata
+from lockstep.weights.gguf_metadata import Allowance, Cursor, read_metadata
 from lockstep.weights.mapped import map_file
 from lockstep.weights.tensor import StoredTensor, TensorInfo, stored_shape, view_tensor
 
 MAGIC = b"GGUF"
-MAX_TENSORS = 1 << 20
+MAX_TENSORS = 1 << 17
 MAX_DIMS = 4
 MAX_DIM = 1 << 48
 MAX_NAME_BYTES = 1 << 10
@@ -64,17 +64,21 @@ def open_parts(path: Path) -> list[GgufFile]:
     count = _unsigned(first.metadata, "split.count", 1, MAX_PARTS, path)
     if count <= 1:
         return [first]
-    parts = [open_file(part) for part in _part_paths(path, count)]
+    allowance = Allowance()
+    parts = [open_file(part, allowance) for part in _part_paths(path, count)]
     for number, part in enumerate(parts):
         _check_part(part, number, count)
     _check_no_repeats(parts)
     return parts
 
 
-def open_file(path: Path) -> GgufFile:
-    """Map one .gguf file and check its whole header. Raises ValueError saying what is wrong with it."""
+def open_file(path: Path, allowance: Allowance | None = None) -> GgufFile:
+    """Map one .gguf file and check its whole header, whose metadata is taken from the allowance.
+
+    Raises ValueError saying what is wrong with it.
+    """
     raw = map_file(path)
-    cursor = Cursor(raw, str(path))
+    cursor = Cursor(raw, str(path), allowance)
     num_tensors, num_pairs = _read_counts(cursor)
     metadata = read_metadata(cursor, num_pairs)
     alignment = _alignment(metadata, path)

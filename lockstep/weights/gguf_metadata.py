@@ -7,12 +7,15 @@ arrays of strings a StringArray that decodes on demand, arrays of arrays lists.
 import struct
 from array import array
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 MAX_KEY_BYTES = (1 << 16) - 1
 MAX_STRING_BYTES = 1 << 26
 MAX_ARRAY_ITEMS = 1 << 24
+MAX_NESTED_ARRAYS = 1 << 16
+MAX_TEXT_BYTES = 1 << 27
 MAX_ARRAY_DEPTH = 4
 
 DTYPE_OF_TYPE = {
@@ -22,13 +25,40 @@ STRING_TYPE = 8
 ARRAY_TYPE = 9
 
 
+@dataclass
+class Allowance:
+    """What all metadata of a model may still hold, over all files of a split one. Files may be sparse, so that their
+    sizes bound nothing.
+
+    items: of all arrays; arrays: inside of other arrays; text_bytes: of keys and of values that are one string.
+    """
+
+    items: int = MAX_ARRAY_ITEMS
+    arrays: int = MAX_NESTED_ARRAYS
+    text_bytes: int = MAX_TEXT_BYTES
+
+    def spend(self, name: str, count: int, what: str) -> None:
+        """Raise ValueError, starting with `what`, if fewer than `count` of `name` are left."""
+        left = getattr(self, name)
+        if count > left:
+            allowed = {field.name: field.default for field in fields(self)}[name]
+            raise ValueError(f"{what} has {count} {name.replace('_', ' ')}: {allowed} are allowed in all metadata, "
+                             f"{left} are left")
+        setattr(self, name, left - count)
+
+
 class Cursor:
     """A position in mapped bytes that never reads past their end; errors start with `where` (the file)."""
 
-    def __init__(self, raw: np.ndarray, where: str):
+    def __init__(self, raw: np.ndarray, where: str, allowance: Allowance | None = None):
         self.buffer = memoryview(raw)
         self.where = where
         self.position = 0
+        self.allowance = allowance or Allowance()
+
+    def spend(self, name: str, count: int, what: str) -> None:
+        """Take `count` from the allowance. Raises ValueError if it is not there."""
+        self.allowance.spend(name, count, f"{self.where}: {what}")
 
     def take(self, size: int, what: str) -> memoryview:
         """The next `size` bytes. Raises ValueError naming `what` if the file ends before."""
@@ -56,6 +86,7 @@ class Cursor:
     def string(self, what: str, limit: int) -> str:
         """The next length-prefixed UTF-8 string of at most `limit` bytes."""
         raw = self.take(self.count(8, f"length of {what}", limit, 1), what)
+        self.spend("text_bytes", len(raw), what)
         try:
             return str(raw, "utf-8")
         except UnicodeDecodeError as error:
@@ -104,13 +135,16 @@ def _read_array(cursor: Cursor, what: str, depth: int) -> Sequence[object]:
     item_type = cursor.unsigned(4, f"item type of {what}")
     if item_type in DTYPE_OF_TYPE:
         length = cursor.count(8, f"length of {what}", MAX_ARRAY_ITEMS, np.dtype(DTYPE_OF_TYPE[item_type]).itemsize)
+        cursor.spend("items", length, what)
         return _read_numbers(cursor, item_type, length, what)
     # A string takes at least its 8-byte length, an array its item type and length.
     length = cursor.count(8, f"length of {what}", MAX_ARRAY_ITEMS, 8 if item_type == STRING_TYPE else 12)
     if item_type == STRING_TYPE:
+        cursor.spend("items", length, what)
         return _read_strings(cursor, length, what)
     if item_type != ARRAY_TYPE:
         raise ValueError(f"{cursor.where}: {what} has items of unknown type {item_type}")
+    cursor.spend("arrays", length, what)
     return [_read_array(cursor, what, depth + 1) for _ in range(length)]
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 
 MAX_JSON_BYTES = 100 << 20
+MAX_JSON_FIELDS = 5 << 17  # a safetensors header has 4 for each of its tensors
+MAX_JSON_VALUES = 12 << 17
 
 
 class MappedFile(mmap.mmap):
@@ -107,6 +109,10 @@ def _check_density(raw: bytes, where: str) -> None:
     containers = raw.count(b"[") + raw.count(b"{")
     if containers > (1 << 16) + len(raw) // 10:
         raise ValueError(f"{where}: {containers} lists and objects in {len(raw)} bytes of JSON")
+    for mark, most in ((b":", MAX_JSON_FIELDS), (b",", MAX_JSON_VALUES)):
+        if (found := raw.count(mark)) > most:
+            raise ValueError(f"{where}: {found} times {mark.decode()!r} in {len(raw)} bytes of JSON, at most {most} "
+                             f"are allowed")
 
 
 def _without_duplicates(pairs: list[tuple[str, object]]) -> dict:

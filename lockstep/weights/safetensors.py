@@ -15,7 +15,8 @@ import numpy as np
 from lockstep.weights.mapped import map_file, parse_json_object, read_json_object
 from lockstep.weights.tensor import PLAIN_FORMATS, StoredTensor, TensorInfo, TensorMap, view_tensor
 
-MAX_HEADER_BYTES = 100_000_000
+MAX_HEADER_BYTES = 32 << 20
+MAX_TENSORS = 1 << 17
 MAX_DIMS = 16
 MAX_DIM = 1 << 48
 INDEX_NAME = "model.safetensors.index.json"
@@ -52,6 +53,8 @@ def open_file(path: Path) -> SafetensorsFile:
     header = raw[8:data_start].tobytes()
     entries = parse_json_object(header, f"{path}: header")
     _check_metadata(entries.pop("__metadata__", {}), path)
+    if len(entries) > MAX_TENSORS:
+        raise ValueError(f"{path}: header of {len(entries)} tensors, at most {MAX_TENSORS} are allowed")
     spans = {name: _parse_entry(name, entry, path) for name, entry in entries.items()}
     _check_layout(spans, len(raw) - data_start, path)
     infos = {name: info for name, (info, _) in spans.items()}

@@ -134,11 +134,13 @@ class DiskStore:
 
     def forget(self, kind, name):
         """Removes an entry, if there is one, as soon as all that was saved before is written."""
-        self._queue.put(functools.partial(self._forget, f"{name.hex()}.{kind}"))
+        self._queue.put(functools.partial(self._forget, kind, name))
 
-    def _forget(self, file):
+    def _forget(self, kind, name):
+        file = self._file(kind, name)  # known, if anything was written or could be found
         with self._lock:
-            self._drop(file)
+            if file is not None:
+                self._drop(file)
 
     def _read(self, kind, name, path):
         size = self.sizes[kind]

@@ -14,14 +14,14 @@ from numba import carray, float32, int32
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import definition, inlined, kernel
 from lockstep.runtime.machine import byte_array, float_array
-from lockstep.runtime.simd import absolute, bf16_bits, maximum, peek, poke, rint, round_bf16, to_i32
+from lockstep.runtime.simd import absolute, bf16_bits, maximum, peek, poke, rint, round_bf16, to_i32, where_below
 from lockstep.runtime.step import num_rows, word
 from lockstep.runtime.targets import bf16_dot
 
 BLOCK, BLOCK_BYTES = 32, 44
 SCALE, BIAS, SUMS = 32, 36, 40  # bytes into a block
 NATIVE_BF16 = bf16_dot()
-ZERO, ONE_127TH, HIGHEST = np.float32(0), np.float32(1 / 127), np.float32(127)
+ZERO, ONE_127TH, HIGHEST, INFINITY = np.float32(0), np.float32(1 / 127), np.float32(127), np.float32(np.inf)
 SMALLEST = np.float32(1e-30)  # a block whose largest value is below this is taken as zero: 127 / amax must stay finite
 
 
@@ -38,16 +38,26 @@ def bf16_width(width):
 row_bytes = inlined(q8_width)
 
 
+@inlined
+def magnitude(x):
+    """The absolute value; infinity for NaN."""
+    return where_below(absolute(x), INFINITY, absolute(x), INFINITY)
+
+
 @definition
 def quantize_block(x, codes):
     """Quantizes 32 float32 to int8 codes; returns the scale and the sums of the first and the last 16 codes.
 
     Error: half a code, amax / 254. Order: amax exactly; scale = amax * (1 / 127); inverse = 127 / amax;
-      code = rint(x * inverse), ties to even; blocks with amax < 1e-30 are all zero.
+      code = rint(x * inverse), ties to even; blocks with amax < 1e-30 are all zero. A block with a NaN or an infinity
+      has codes of zero and an infinite scale, so that what is multiplied with it is NaN.
     """
     amax = ZERO
     for i in range(BLOCK):
-        amax = maximum(absolute(x[i]), amax)
+        amax = maximum(magnitude(x[i]), amax)
+    if amax == INFINITY:
+        codes[:] = np.int8(0)
+        return INFINITY, 0, 0
     if amax < SMALLEST:
         codes[:] = np.int8(0)
         return ZERO, 0, 0

@@ -6,26 +6,32 @@ read of the row. Fused kernels give the bits of the op followed by `quantize_q8`
 import numpy as np
 from numba import float32, int32
 
-from lockstep.ops.activations import (BIAS, BLOCK, BLOCK_BYTES, HIGHEST, NATIVE_BF16, ONE_127TH, SCALE, SMALLEST, SUMS,
-                                      ZERO, row_bytes)
+from lockstep.ops.activations import (BIAS, BLOCK, BLOCK_BYTES, HIGHEST, INFINITY, NATIVE_BF16, ONE_127TH, SCALE,
+                                      SMALLEST, SUMS, ZERO, magnitude, row_bytes)
 from lockstep.ops.math import silu
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import inlined, kernel
 from lockstep.runtime.simd import (absolute, fma, lanes, load, max_lanes, maximum, poke, rint, round_bf16, sqrt, store,
-                                   store_bf16, store_i8, sum_lanes, to_i32)
+                                   store_bf16, store_i8, sum_lanes, to_i32, where_below)
 from lockstep.runtime.step import num_rows, number, word
 
 ONE = np.float32(1)
 
 
 @inlined
+def finite(x):
+    """x, or zero for NaN and infinities."""
+    return where_below(absolute(x), INFINITY, x, ZERO)
+
+
+@inlined
 def store_q8(low, high, out, K, i):
     """Quantizes elements i .. i + 31 of a row, given as two vectors."""
-    amax = max_lanes(maximum(absolute(low), absolute(high)))
+    amax = max_lanes(maximum(magnitude(low), magnitude(high)))
     scale, inverse = amax * ONE_127TH, HIGHEST / amax
     if amax < SMALLEST:
         scale, inverse = ZERO, ZERO
-    a, b = to_i32(rint(low * inverse)), to_i32(rint(high * inverse))
+    a, b = to_i32(rint(finite(low) * inverse)), to_i32(rint(finite(high) * inverse))
     first, last, place = sum_lanes(a), sum_lanes(b), out + i // BLOCK * BLOCK_BYTES
     store_i8(place, a)
     store_i8(place + 16, b)

@@ -137,6 +137,20 @@ def test_prepared_rows_equal_definition(kind):
     same_bits(prepared(format, x), prepared(format, x, activations.REFERENCE))
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_row_that_is_not_finite_gives_no_finite_number(format):
+    """Else a quantized layer would turn NaN into an ordinary answer. Its neighbours are what they are without it."""
+    x = RNG.standard_normal((6, narrow(format))).astype(np.float32)
+    parts, sound = [stored(format, 40, x.shape[1])], x.copy()
+    x[1], x[2, 5], x[3, 40], x[4, 40] = np.nan, np.nan, np.inf, -np.inf
+    for table in (linear_cpu.CPU, linear_cpu.PER_TOKEN, linear.REFERENCE):
+        out, expected = run(table, format, x, parts), run(table, format, sound, parts)
+        assert not np.isfinite(out[1:5]).any()
+        same_bits(out[[0, 5]], expected[[0, 5]])
+    if PREPARE[format] == "quantize_q8":
+        same_bits(prepared(format, x), prepared(format, x, activations.REFERENCE))
+
+
 @pytest.mark.parametrize("kind", ["quantize_q8", "round_bf16"])
 def test_fused_norm_and_gate_equal_their_parts(kind):
     from lockstep.ops import rms_norm_cpu, silu_mul

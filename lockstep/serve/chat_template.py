@@ -18,11 +18,16 @@ MAX_IDLE = 2  # copies of the process that are kept, as many as render at once i
 CUT = "\ufdd0cut here\ufdd0"  # marks a place in what is rendered: noncharacters, which no text has
 
 
+class TooMuch(ValueError):
+    """A template that reached a limit of time or memory."""
+
+
 class TemplateProcess:
     """The process in which the templates of a model are compiled and rendered, started when the first one is.
 
     Compiling, and each rendering, may take so many seconds of the processor and so much memory, beside the
-    conversation. Any thread may use it; none waits for another one.
+    conversation: more is TooMuch. Any thread may use it, and none waits for another one. Busy where the machine gives
+    it no time.
     """
 
     def __init__(self, seconds: float = SECONDS, num_bytes: int = NUM_BYTES):
@@ -30,11 +35,11 @@ class TemplateProcess:
         self.jobs = JobProcess("lockstep.serve.template_child", "templates", max_idle=MAX_IDLE)
 
     def compile(self, source: str) -> bytes:
-        """Compiled code, for `render`. ValueError for a template that is not valid or takes too much to compile."""
+        """Compiled code, for `render`. ValueError for a template that is not valid; TooMuch."""
         return bytes(self._ask(source, None, "to compile"))
 
     def render(self, code: bytes, variables: Mapping[str, object]) -> str:
-        """What a template makes of plain values. ValueError if it refuses or fails; Busy where it gets no time."""
+        """What a template makes of plain values. ValueError if it refuses or fails; TooMuch; Busy."""
         return self._ask(code, dict(variables), "to render").decode("utf-8", "surrogatepass")
 
     def _ask(self, template, variables, what):
@@ -42,7 +47,7 @@ class TemplateProcess:
             return self.jobs.ask(_packed((self.seconds, self.num_bytes, template, variables)))
         except Ended as ended:
             much = f"more than {self.seconds:g} s of the processor" if ended.took_too_long else "too much memory"
-            raise ValueError(f"chat template takes {much} {what}") from None
+            raise TooMuch(f"chat template takes {much} {what}") from None
 
 
 class ChatTemplate:

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from os.path import commonprefix
 
-from lockstep.serve.chat_template import CUT
+from lockstep.serve.chat_template import CUT, TooMuch
 from lockstep.serve.tokenizer import TOOL_TEMPLATE
 from lockstep.serve.tool_calls.events import Arguments, CallStart, partial
 from lockstep.serve.tool_calls.parser import CallParser
@@ -72,7 +72,7 @@ def said(role, text):
 class _Probe:
     def __init__(self, tokenizer, with_tools):
         self._tokenizer, self._source = tokenizer, "\n".join(tokenizer.chat_templates.values())
-        self._variable, self._tools = None, [PROBE] if with_tools else []
+        self._variable, self._tools, self._is_hopeless = None, [PROBE] if with_tools else [], False
         found = (name for name in ("tools", "xml_tools") if name in self._source and self._has_variable(name))
         self._variable = next(found, None)
 
@@ -81,10 +81,13 @@ class _Probe:
         return word in self._source
 
     def text(self, messages):
-        """What becomes of messages; nothing where they are refused."""
+        """What becomes of messages; nothing where they are refused, or once the template has taken too much."""
+        if self._is_hopeless:
+            return ""
         try:
             return render(self._tokenizer, self._variable, messages, self._tools, add_generation_prompt=False)
-        except ValueError:
+        except ValueError as error:
+            self._is_hopeless = isinstance(error, TooMuch)
             return ""
 
     def shows(self, messages):

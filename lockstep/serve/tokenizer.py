@@ -120,14 +120,20 @@ class Tokenizer:
         return bool(self.chat_templates) and self.only_decodes is None
 
     def chat_template(self, with_tools: bool = False) -> ChatTemplate:
-        """The compiled template for conversations with or without tools. Raises ValueError if there is none."""
+        """The compiled template for conversations with or without tools. ValueError if there is none, or it is not valid."""
         if not self.chat_templates:
             raise ValueError("this model has no chat template: it continues text, use generate or pass a template")
         wanted = TOOL_TEMPLATE if with_tools and TOOL_TEMPLATE in self.chat_templates else "default"
         name = wanted if wanted in self.chat_templates else next(iter(self.chat_templates))
         if name not in self._compiled:
-            self._compiled[name] = ChatTemplate(self.chat_templates[name], self.template_process)
-        return self._compiled[name]
+            try:
+                self._compiled[name] = ChatTemplate(self.chat_templates[name], self.template_process)
+            except ValueError as error:  # so would the next time be, and it may take as long
+                self._compiled[name] = str(error)
+        found = self._compiled[name]
+        if isinstance(found, str):
+            raise ValueError(found)
+        return found
 
     @cached_property
     def vocab_size(self) -> int:
@@ -166,7 +172,8 @@ class Tokenizer:
         return {}
 
     @cached_property
-    def _compiled(self) -> dict[str, ChatTemplate]:
+    def _compiled(self) -> dict[str, ChatTemplate | str]:
+        """Templates, or what is wrong with them, by name."""
         return {}
 
 

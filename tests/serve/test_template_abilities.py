@@ -7,6 +7,8 @@ import pytest
 
 from lockstep.serve.beside_calls import prompts_without_tools
 from lockstep.serve.chat import ChatModel, Conversation
+from lockstep.serve.chat_template import TemplateProcess
+from lockstep.serve.template_abilities import abilities_of
 from lockstep.serve.tool_calls.styles import HERMES, LLAMA, MISTRAL, MISTRAL_NAMED, XML
 from lockstep.serve.tool_calls.tools import Tool, ToolUse
 from tests.serve.test_chat_model import allowed, model
@@ -225,3 +227,18 @@ def test_no_more_calls_are_asked_for_than_the_template_can_show():
     mask = chat.prepare(Conversation([said("user", "One.")], ToolUse((PLACE,), must_call=True))).options["logits_mask"]
     ids = tokenizer.encode('{"name": "find", "parameters": {"name": "Rome"}}')
     assert allowed(mask(ids)) == {0}
+
+
+@pytest.mark.parametrize("template, num_renders", [
+    ("{% for i in range(1000000000) %}{% endfor %}", 1), ("{{ 1 | round(90000000, 'floor') }}", 0)])
+def test_a_template_that_takes_too_much_is_tried_once(template, num_renders):
+    process, rendered, compiled = TemplateProcess(seconds=0.1), [], []
+    render, compile_it = process.render, process.compile
+    process.render = lambda *args: rendered.append(args) or render(*args)
+    process.compile = lambda *args: compiled.append(args) or compile_it(*args)
+    tokenizer = replace(model(NO_SYSTEM)[0], chat_templates=dict(default=template), template_process=process)
+    assert not abilities_of(tokenizer).system and len(rendered) == num_renders and len(compiled) == 1
+    for _ in range(2):
+        with pytest.raises(ValueError, match="chat template takes more than 0.1 s of the processor"):
+            tokenizer.render_chat([said("user", "hello")])
+    assert len(compiled) == 1

@@ -120,7 +120,7 @@ class Tokenizer:
         return bool(self.chat_templates) and self.only_decodes is None
 
     def chat_template(self, with_tools: bool = False) -> ChatTemplate:
-        """The compiled template for conversations with or without tools. ValueError if there is none, or it is not valid."""
+        """The compiled template for conversations with or without tools. ValueError if there is none or it is wrong."""
         if not self.chat_templates:
             raise ValueError("this model has no chat template: it continues text, use generate or pass a template")
         wanted = TOOL_TEMPLATE if with_tools and TOOL_TEMPLATE in self.chat_templates else "default"

@@ -163,6 +163,7 @@ ATTACKS = [
     "{{ raise_exception.__globals__ }}",
     "{{ messages.append(1) }}",
     "{{ messages[0].update({'role': 'x'}) }}",
+    "{{ messages | indent }}",  # which adds to the list that it is given
     "{% import 'os' as os %}",
     "{{ environment.step() }}",
     "{% for i in range(1000000000) %}{% endfor %}",

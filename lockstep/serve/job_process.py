@@ -11,7 +11,7 @@ from pathlib import Path
 from lockstep.serve.job_server import OUTSIDE, REFUSAL, Ended, receive, send
 
 WAIT_SECONDS = 15.0  # for a process that is kept from working
-KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "PYTHONHOME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH",
+KEPT = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TZDIR", "PYTHONHOME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH",
         "DYLD_FALLBACK_LIBRARY_PATH")  # variables that Python starts with; keys and tokens are not among them
 
 
@@ -49,8 +49,9 @@ class JobProcess:
         in time.
         """
         for _ in range(2 + self._max_idle):
-            control = self.start()
+            control = None
             try:
+                control = self.start()
                 control, job = self._copy(control)
                 return self._answer(control, job, order)
             except TimeoutError:
@@ -93,7 +94,10 @@ class JobProcess:
         return answer
 
     def start(self) -> socket.socket:
-        """Starts the process if it is not there, so that the first order does not wait; returns what leads to it."""
+        """Starts the process if it is not there, so that the first order does not wait; returns what leads to it.
+
+        OSError if it ends at once.
+        """
         if self._owner != os.getpid():
             if self._end is not None:
                 self._end.detach()
@@ -102,15 +106,22 @@ class JobProcess:
             if self._control is None:
                 self._control, process = _started(self._module)
                 self.process_id, self._end = process.pid, weakref.finalize(self, _end, self._control, process)
-                send(self._control, self._about)
+                try:
+                    send(self._control, self._about)
+                except OSError:
+                    self._drop()
+                    raise
             return self._control
 
     def _leave(self, control):
         """Ends a process that has ended or does not follow, unless another thread did."""
         with self._lock:
             if self._control is control and control is not None:
-                self._end()
-                self._control = self._end = None
+                self._drop()
+
+    def _drop(self):
+        self._end()
+        self._control = self._end = None
 
     def close(self) -> None:
         """Ends the process; the next order starts another one."""

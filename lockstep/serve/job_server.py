@@ -157,14 +157,16 @@ def limit(seconds: float, num_bytes: int) -> None:
 
 def _unlimit() -> None:
     signal.setitimer(signal.ITIMER_PROF, 0)
-    for bounded in (resource.RLIMIT_CPU, resource.RLIMIT_AS):
-        _set_limit(bounded, resource.RLIM_INFINITY)
+    _set_limit(resource.RLIMIT_CPU, resource.RLIM_INFINITY)
+    with contextlib.suppress(ValueError, OSError):
+        _set_limit(resource.RLIMIT_AS, resource.RLIM_INFINITY)
 
 
 def _set_limit(what: int, most: int) -> None:
+    """Sets a limit that may be raised again, as far as this process was given."""
     hard = resource.getrlimit(what)[1]
-    least = most if hard == resource.RLIM_INFINITY else hard if most == resource.RLIM_INFINITY else min(most, hard)
-    resource.setrlimit(what, (least, hard))
+    given = [limit for limit in (most, hard) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(what, (min(given, default=resource.RLIM_INFINITY), hard))
 
 
 def peak_bytes() -> int:

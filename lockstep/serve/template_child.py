@@ -26,12 +26,25 @@ def answer(order: bytes) -> bytes:
     seconds, num_bytes, template, variables = marshal.loads(order)
     limit(seconds, num_bytes)
     try:
+        return _answer(template, variables)
+    except MemoryError:
+        much = f"more than {num_bytes >> 20} MB of memory"
+        raise ValueError(f"chat template is nested too deeply, or takes {much}") from None
+
+
+def _answer(template: str | bytes, variables: dict[str, object] | None) -> bytes:
+    try:
         if variables is None:
             return _compiled(template)
         return _rendered(template, variables).encode("utf-8", "surrogatepass")
+    except MemoryError:
+        raise
+    except RecursionError:
+        raise ValueError("chat template is nested too deeply, or calls itself without end") from None
     except Exception as error:  # whatever it is, the template or the conversation is the cause
-        reason = _reason(error, num_bytes, "is not valid" if variables is None else "failed")
-        raise ValueError(reason[:MAX_REASON_CHARS]) from None
+        own_words = isinstance(error, TemplateError) and variables is not None
+        what = "" if own_words else " is not valid" if variables is None else " failed"
+        raise ValueError(f"chat template{what}: {str(error)[:MAX_REASON_CHARS]}") from None
 
 
 def _compiled(source: str) -> bytes:
@@ -49,16 +62,6 @@ def _rendered(code: bytes, variables: dict[str, object]) -> str:
             raise ValueError(f"more than {MAX_CHARS} characters")
         pieces.append(piece)
     return "".join(pieces)
-
-
-def _reason(error: Exception, num_bytes: int, what: str) -> str:
-    if isinstance(error, MemoryError):
-        return f"chat template is nested too deeply, or takes more than {num_bytes >> 20} MB of memory"
-    if isinstance(error, RecursionError):
-        return "chat template is nested too deeply, or calls itself without end"
-    if isinstance(error, TemplateError) and what == "failed":
-        return f"chat template: {error}"  # its own words
-    return f"chat template {what}: {error}"
 
 
 if __name__ == "__main__":

@@ -225,6 +225,8 @@ ATTACKS += [
     "{% set b1 = 'a' * 16777216 %}" + "".join(f"{{% set b{i} = b1 ~ {i} %}}" for i in range(60)) + "{{ b9 | length }}",
     "{{ messages | tojson(indent=1000000000) }}",
     "{{ range(1000000000000) | list }}",
+    "{{ raise_exception('x' * 100000000) }}",
+    "{{ {}['x' * 60000000].y }}",
     "{% for i in range(20000000) %}x{% endfor %}",
 ]
 HARMLESS = {"{{ strftime_now('%1000000000d') }}"}

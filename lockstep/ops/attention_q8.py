@@ -9,7 +9,7 @@ cost what bfloat16 weights would, and the error of 8 bits would show where one k
 import numpy as np
 from numba import carray, int64
 
-from lockstep.ops.activations import HIGHEST, ONE_127TH, SMALLEST
+from lockstep.ops.activations import HIGHEST, INFINITY, ONE_127TH, SMALLEST, magnitude
 from lockstep.ops.attention import gated, merge
 from lockstep.ops.attention_math import BLOCK, ONE, SPAN, ZERO, cleared, exp2, score_scales, soft_capped
 from lockstep.ops.kv_cache import PAGE_TOKENS
@@ -18,7 +18,7 @@ from lockstep.ops.reduce import tree_sum
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import definition, kernel
 from lockstep.runtime.machine import float_array
-from lockstep.runtime.simd import absolute, fma, maximum, rint, to_f32, to_i32
+from lockstep.runtime.simd import fma, maximum, rint, to_f32, to_i32
 from lockstep.runtime.step import (CONTEXT_LEN, NUM_REQUESTS, PAGE_TABLE, PAGES_PER_REQUEST, QUERY_START, entry,
                                    number, step_word, word)
 
@@ -53,11 +53,15 @@ def quantize_query(q_K, scale, codes_K):
     """Codes of q * scale; returns their scale.
 
     Order: x = cleared(q * scale); amax exactly; the scale is amax * (1 / 127), a code rint(x * (127 / amax)), ties to
-      even. With amax < 1e-30 scale and codes are zero.
+      even. With amax < 1e-30 scale and codes are zero; with a NaN or an infinity the codes are, and the scale is
+      infinite.
     """
     amax = ZERO
     for d in range(q_K.size):
-        amax = maximum(absolute(cleared(q_K[d] * scale)), amax)
+        amax = maximum(magnitude(cleared(q_K[d] * scale)), amax)
+    if amax == INFINITY:
+        codes_K[:] = np.int8(0)
+        return INFINITY
     if amax < SMALLEST:
         codes_K[:] = np.int8(0)
         return ZERO

@@ -11,7 +11,8 @@ weight 0: whatever codes they hold, they add nothing to an integer sum, and what
 import numpy as np
 from numba import float32, int32
 
-from lockstep.ops.activations import HIGHEST, ONE_127TH, SMALLEST
+from lockstep.ops.activations import HIGHEST, ONE_127TH, SMALLEST, magnitude
+from lockstep.ops.activations_cpu import finite
 from lockstep.ops.attention_block import (COLS, FEW_COLS, FEW_ROWS, HEIGHT, LANE, LANE_BYTES, P_BYTES, ROW_BYTES,
                                           SCALES, O, P, Q, W, first_key, raise_maximum)
 from lockstep.ops.attention_math import BLOCK, SPAN, ZERO, cleared, exp2
@@ -19,7 +20,7 @@ from lockstep.ops.attention_q8 import MOST, ONE_MOST
 from lockstep.ops.kv_cache_q8 import head_place, scale_place
 from lockstep.runtime.kernel import inlined
 from lockstep.runtime.machine import prefetch
-from lockstep.runtime.simd import (absolute, lanes, load, load_bf16, load_i32, max_lanes, maximum, peek, poke, rint,
+from lockstep.runtime.simd import (lanes, load, load_bf16, load_i32, max_lanes, maximum, peek, poke, rint,
                                    store, store_i8, sum_lanes, to_f32, to_i32, where_below)
 from lockstep.runtime.targets import unsigned_weights
 from lockstep.runtime.tiles import tile_store
@@ -44,13 +45,13 @@ def load_queries(call, tile, how, memory):
         for i in range(0, 4 * call.head_dim, 64):
             x = cleared(load(source + i) * call.scale)
             store(scaled + i, x)
-            top = maximum(absolute(x), top)
+            top = maximum(magnitude(x), top)
         amax = max_lanes(top)
         scale, inverse = amax * ONE_127TH, HIGHEST / amax
         if amax < SMALLEST:
             scale, inverse = ZERO, ZERO
         for d in range(0, call.head_dim, 16):
-            codes = to_i32(rint(load(scaled + 4 * d) * inverse))
+            codes = to_i32(rint(finite(load(scaled + 4 * d)) * inverse))
             sums = sums + codes
             if BYTES:
                 store_i8(q + d, codes)

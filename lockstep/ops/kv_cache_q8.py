@@ -10,11 +10,11 @@ Four neighbours in the sum that they enter lie together, as instructions for dot
 import numpy as np
 from numba import int8
 
-from lockstep.ops.activations import ONE_127TH, SMALLEST, ZERO
+from lockstep.ops.activations import INFINITY, ONE_127TH, SMALLEST, ZERO, magnitude
 from lockstep.ops.kv_cache import PAGE_TOKENS, SCALE_BYTES, token_inputs
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import definition, inlined, kernel
-from lockstep.runtime.simd import absolute, bf16_bits, maximum, peek, peek_bf16, poke, rint, round_bf16, to_i32
+from lockstep.runtime.simd import bf16_bits, maximum, peek, peek_bf16, poke, rint, round_bf16, to_i32
 from lockstep.runtime.step import num_rows, word
 
 ONE = np.float32(1)
@@ -50,11 +50,15 @@ def quantize_head(x_K, codes_K):
 
     Error: half a code, at most (1 + 2**-8) amax / 254. Order: amax exactly; scale = bfloat16(amax * (1 / 127)), to
       nearest even; inverse = 1 / scale; code = rint(x * inverse), ties to even, which is at most 127 in size since a
-      scale is rounded by 2**-9 of it at most. With amax < 1e-30 scale and codes are zero.
+      scale is rounded by 2**-9 of it at most. With amax < 1e-30 scale and codes are zero. With a NaN or an infinity
+      the codes are zero and the scale is infinite, so that what is multiplied with it is NaN.
     """
     amax = ZERO
     for d in range(x_K.size):
-        amax = maximum(absolute(x_K[d]), amax)
+        amax = maximum(magnitude(x_K[d]), amax)
+    if amax == INFINITY:
+        codes_K[:] = np.int8(0)
+        return INFINITY
     if amax < SMALLEST:
         codes_K[:] = np.int8(0)
         return ZERO

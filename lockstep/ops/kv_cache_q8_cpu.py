@@ -5,12 +5,13 @@ Four values that share a row of their page are written together, a whole line at
 import numpy as np
 from numba import int8, int32
 
-from lockstep.ops.activations import ONE_127TH, SMALLEST, ZERO
+from lockstep.ops.activations import ONE_127TH, SMALLEST, ZERO, magnitude
+from lockstep.ops.activations_cpu import finite
 from lockstep.ops.kv_cache_cpu import prepare, slot_of
 from lockstep.ops.kv_cache_q8 import ONE, head_place, k_place, scale_place, v_place
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import inlined, kernel
-from lockstep.runtime.simd import (absolute, bf16_bits, bit_and, lanes, load, max_lanes, maximum, peek, poke, rint,
+from lockstep.runtime.simd import (bf16_bits, bit_and, lanes, load, max_lanes, maximum, peek, poke, rint,
                                    round_bf16, store, store_i8, to_i32)
 from lockstep.runtime.step import REQUEST, entry, word
 
@@ -22,7 +23,7 @@ def keep_scale(x, K, place):
     """Writes the scale of K float32 at x; returns what they are multiplied with."""
     top = lanes(ZERO)
     for i in range(0, 4 * K, 64):
-        top = maximum(absolute(load(x + i)), top)
+        top = maximum(magnitude(load(x + i)), top)
     amax = max_lanes(top)
     scale = round_bf16(amax * ONE_127TH)
     inverse = ONE / scale
@@ -35,7 +36,7 @@ def keep_scale(x, K, place):
 @inlined
 def codes_of(x, inverse):
     """Sixteen codes as int32."""
-    return to_i32(rint(load(x) * inverse))
+    return to_i32(rint(finite(load(x)) * inverse))
 
 
 @inlined

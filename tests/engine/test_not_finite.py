@@ -75,3 +75,24 @@ def test_hidden_states_that_are_not_finite_fail_as_logits_do(tmp_path):
         assert [r.error for r in found] == ["the model's hidden states are not finite"] * 2 + [SAID]
     finally:
         engine.close()
+
+
+# what overflows: all of a layer's queries, keys and values, or one of these, in the first layer or in the last
+OVERFLOWS = [("layers.0.input_layernorm", "f32"), ("layers.1.input_layernorm", "q8_0"),
+             ("layers.0.self_attn.v_proj", "f32"), ("layers.1.self_attn.k_proj", "f32"),
+             ("layers.1.self_attn.q_proj", "f32")]
+
+
+@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "q8"])
+@pytest.mark.parametrize(("name", "weights"), OVERFLOWS)
+def test_no_type_of_cache_hides_what_overflows(name, weights, kv_dtype, tmp_path):
+    config = case("llama")
+    arrays = tiny.tensors(config, 11)
+    large = arrays[f"model.{name}.weight"]
+    large[:] = np.sign(large) * np.float32(3e38)
+    model = load_model(open_checkpoint(tiny.write(tmp_path, config, arrays)), WeightStore(), weights, kv_dtype, 256)
+    engine = Engine(model, EngineOptions(threads=1, max_requests=1, max_step_tokens=32))
+    try:
+        assert run(engine, PROMPTS[:1], WISHES[:1])[0].error == SAID
+    finally:
+        engine.close()

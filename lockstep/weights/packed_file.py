@@ -14,8 +14,12 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+
+from lockstep.runtime.executor import aligned
+from lockstep.weights.leased_map import LeasedMaps
 
 MAGIC = b"lockstep packed1"
 MAKING = ".making-"  # how files begin that are not whole yet
@@ -64,22 +68,31 @@ def _write(file, what: str, arrays: Sequence[np.ndarray]) -> bytes:
     return digest.digest()
 
 
-def read(path: Path, what: str, verify: bool = False) -> tuple[np.ndarray, ...]:
-    """The arrays of a packed weight, mapped and read-only.
+def read(path: Path, what: str, maps: LeasedMaps, verify: bool = False) -> tuple[np.ndarray, ...]:
+    """The arrays of a packed weight, read-only: mapped where the file cannot change meanwhile, else read.
 
     verify: check the checksum although it was found to be right before. Raises Damaged if the file is another weight's,
     was cut or was written to; OSError if there is none.
     """
     with open(path, "rb") as file:
-        header = _header(file.read(PAGE), path)
-        found = os.fstat(file.fileno())
-        if header["what"] != what or header["size"] != found.st_size:
-            raise Damaged(f"{path}: {found.st_size} bytes of {header['what']!r}, expected {header['size']} of {what!r}")
-        raw = np.memmap(file, np.uint8, "r")
+        raw = maps.map(file.fileno())
+        if raw is None:
+            raw = _contents(file)
+        found = os.fstat(file.fileno())  # after it was read, so that what was written meanwhile shows
+    header = _header(raw[:PAGE].tobytes(), path)
+    if header["what"] != what or not header["size"] == found.st_size == len(raw):
+        raise Damaged(f"{path}: {found.st_size} bytes of {header['what']!r}, expected {header['size']} of {what!r}")
     arrays = tuple(_array(raw, *described, path=path) for described in header["arrays"])
     if verify or found.st_mtime_ns != _checked_time_ns(bytes.fromhex(header["sha256"])):
         _check(path, arrays, header["sha256"])
     return arrays
+
+
+def _contents(file: BinaryIO) -> np.ndarray:
+    raw = aligned(os.fstat(file.fileno()).st_size)
+    raw = raw[:file.readinto(raw.data)]
+    raw.flags.writeable = False
+    return raw
 
 
 def _header(page: bytes, path: Path) -> dict:

@@ -1,4 +1,4 @@
-"""Packed weights: made once, kept on disk under the content of what they were made from, memory-mapped from then on."""
+"""Packed weights: made once, kept on disk under the content of what they were made from, and mapped from then on."""
 
 import contextlib
 import functools
@@ -17,6 +17,7 @@ from lockstep.runtime.user_cache import user_cache
 from lockstep.weights import packed_cache, packed_file
 from lockstep.weights.checkpoint import Checkpoint
 from lockstep.weights.content import Progress, stamp, stamps_name
+from lockstep.weights.leased_map import LeasedMaps
 
 # Layouts whose names end like this are kept on disk; the others are small. A kept table was checked when it was made,
 # and no step reads the checkpoint's file, which somebody might truncate.
@@ -36,7 +37,7 @@ class PackedStore(WeightStore):
     def __init__(self, checkpoint: Checkpoint, progress: Progress | None = None):
         super().__init__()
         self._checkpoint, self._progress, self._done = checkpoint, progress, 0
-        self._root, self._lock = user_cache() / "packed", threading.Lock()
+        self._root, self._lock, self._maps = user_cache() / "packed", threading.Lock(), LeasedMaps()
         self._suffix, self.num_bytes_not_kept = f"{packing_version()}-{target_name()}", 0
         self._used: int | None = None  # bytes of all packed models, once they were counted
         self.folder = self._root / f"{packed_cache.PROVISIONAL}{stamps_name(checkpoint.stamps)}-{self._suffix}"
@@ -70,9 +71,9 @@ class PackedStore(WeightStore):
             self._progress("packing", self._done, None)
 
     def _load(self, what: str) -> tuple[np.ndarray, ...] | None:
-        """The arrays of a packed weight, memory-mapped; None where they are not there or not as they were written."""
+        """The arrays of a packed weight; None where they are not there or not as they were written."""
         with self._lock, contextlib.suppress(OSError, packed_file.Damaged):
-            return packed_file.read(self.folder / file_name(what), what, self._checkpoint.verify)
+            return packed_file.read(self.folder / file_name(what), what, self._maps, self._checkpoint.verify)
         return None
 
     def _keep(self, what: str, arrays: tuple[np.ndarray, ...]) -> None:

@@ -8,6 +8,7 @@ import pytest
 from lockstep.runtime.program import Weight
 from lockstep.weights import content, packed_cache, packed_file, store
 from lockstep.weights.checkpoint import open_checkpoint
+from lockstep.weights.leased_map import LeasedMaps
 from lockstep.weights.pack import pack_f32
 from lockstep.weights.packed_file import Damaged
 from lockstep.weights.store import PackedStore
@@ -30,9 +31,21 @@ def path(tmp_path):
     return tmp_path / "w.packed"
 
 
-def test_what_was_written_is_read_from_lines_of_its_own_and_read_only(path):
-    found = packed_file.read(path, "w")
-    assert equal(found, ARRAYS) and equal(packed_file.read(path, "w", verify=True), ARRAYS)
+class NoLeases:
+    """A system, or a file, without leases."""
+
+    def map(self, descriptor):
+        return None
+
+
+@pytest.fixture(params=[LeasedMaps, NoLeases])
+def maps(request):
+    return request.param()
+
+
+def test_what_was_written_is_read_from_lines_of_its_own_and_read_only(path, maps):
+    found = packed_file.read(path, "w", maps)
+    assert equal(found, ARRAYS) and equal(packed_file.read(path, "w", maps, verify=True), ARRAYS)
     assert all(a.ctypes.data % 64 == 0 and not a.flags.writeable for a in found)
     assert [p.name for p in path.parent.iterdir() if p.is_file()] == ["w.packed"]
 
@@ -62,38 +75,38 @@ DAMAGES["a bit, in place"] = in_place
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_a_damaged_file_is_refused(how, path):
+def test_a_damaged_file_is_refused(how, path, maps):
     DAMAGES[how](path)
     with pytest.raises(Damaged):
-        packed_file.read(path, "w")
+        packed_file.read(path, "w", maps)
 
 
-def test_damage_that_keeps_the_time_is_found_by_verification(path):
+def test_damage_that_keeps_the_time_is_found_by_verification(path, maps):
     before = path.stat()
     in_place(path)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    packed_file.read(path, "w")
+    packed_file.read(path, "w", maps)
     with pytest.raises(Damaged, match="its content is"):
-        packed_file.read(path, "w", verify=True)
+        packed_file.read(path, "w", maps, verify=True)
 
 
-def test_another_weights_file_is_refused(path):
+def test_another_weights_file_is_refused(path, maps):
     with pytest.raises(Damaged, match="'w', expected .* of 'v'"):
-        packed_file.read(path, "v")
+        packed_file.read(path, "v", maps)
 
 
-def test_a_checked_file_is_not_checked_again_until_the_machine_was_started_again(path, monkeypatch):
+def test_a_checked_file_is_not_checked_again_until_the_machine_was_started_again(path, monkeypatch, maps):
     checks, check = [], packed_file._check
     monkeypatch.setattr(packed_file, "_check", lambda *args: (checks.append(args), check(*args)))
-    packed_file.read(path, "w")
+    packed_file.read(path, "w", maps)
     assert not checks
     os.utime(path)
-    packed_file.read(path, "w")
-    packed_file.read(path, "w")
+    packed_file.read(path, "w", maps)
+    packed_file.read(path, "w", maps)
     assert len(checks) == 1
     monkeypatch.setattr(packed_file, "_boot", lambda: b"another boot")
-    packed_file.read(path, "w")
-    packed_file.read(path, "w")
+    packed_file.read(path, "w", maps)
+    packed_file.read(path, "w", maps)
     assert len(checks) == 2
 
 

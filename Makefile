@@ -48,7 +48,7 @@ test: $(VENV)/.test
 SOAK ?= 10
 soak: $(VENV)/.test
 	@LOCKSTEP_SOAK=$(SOAK) $(BIN)/python -m pytest -q tests/test_lockstep.py tests/promise/test_traffic.py \
-		tests/serve/http -k soak
+		tests/serve/http tests/serve/test_template_fuzz.py -k soak
 
 test-oracles: $(ORACLES)/.installed
 	@$(ORACLES)/bin/python -m pytest -q tests/oracles --ignore tests/oracles/test_lm_eval.py

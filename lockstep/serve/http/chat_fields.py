@@ -1,5 +1,4 @@
 """The body of /v1/chat/completions, and the Conversation that it asks for."""
-import json
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -8,6 +7,7 @@ from lockstep.serve.chat import Conversation
 from lockstep.serve.http.body import Fields, Items, Whole, shown, simple_or
 from lockstep.serve.http.errors import bad_request
 from lockstep.serve.http.forms import FormFields, grammar_of
+from lockstep.serve.http.json_size import loads
 from lockstep.serve.http.sampling import MostTokens, SamplingFields
 from lockstep.serve.http.stream_fields import StreamFields
 from lockstep.serve.reasoning import template_variables
@@ -158,7 +158,7 @@ def called(call_id, name, arguments):
 def arguments_of(text):
     """The arguments of a call as an object; those of one that was cut off, or written badly, as far as they go."""
     try:
-        value = json.loads(text)
+        value = loads(text, "the text of a call's arguments")
     except (ValueError, RecursionError):
         value = None
     return value if isinstance(value, dict) else dict(incomplete_json=text)

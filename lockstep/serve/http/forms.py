@@ -1,5 +1,4 @@
 """The form that an answer has to have: OpenAI's response_format, and vLLM's names for the same and more."""
-import json
 from typing import ClassVar
 
 from pydantic import Field
@@ -8,6 +7,7 @@ from lockstep.serve import structured
 from lockstep.serve.gbnf import is_gbnf, to_lark
 from lockstep.serve.http.body import Fields, Items, shown, simple_or
 from lockstep.serve.http.errors import bad_request
+from lockstep.serve.http.json_size import loads
 from lockstep.serve.http.known_fields import STRUCTURED, KnownFields
 
 
@@ -102,7 +102,7 @@ def json_schema(schema, strict=True):
     """The grammar of a schema, which may be JSON text."""
     if isinstance(schema, str):
         try:
-            schema = json.loads(schema)
+            schema = loads(schema, "a JSON schema")
         except (ValueError, RecursionError):
             raise ValueError("JSON schema: expected an object or its JSON text") from None
     return structured.json_schema(schema, strict)

@@ -4,6 +4,7 @@ Parsing a text, and freeing what came of it, are single calls that no other thre
 values in one body would hold up every other request.
 """
 
+import json
 import re
 
 from lockstep.serve.http.errors import bad_request
@@ -12,8 +13,8 @@ from lockstep.serve.http.limits import Limits
 MARKS = re.compile(rb'\\.|["\[{:,]', re.DOTALL)
 
 
-def check_size(raw: bytes, limits: Limits) -> None:
-    """Raise ApiError 400 if a body has more arrays and objects, fields, or values than are allowed."""
+def check_size(raw: bytes, limits: Limits, what: str = "the body") -> None:
+    """Raise ApiError 400 if a text of JSON has more arrays and objects, fields, or values than are allowed."""
     # Nearly every body passes by these counts, which take in what only stands inside of strings.
     if not _passed(raw.count(b"[") + raw.count(b"{"), raw.count(b":"), raw.count(b","), limits):
         return
@@ -27,8 +28,15 @@ def check_size(raw: bytes, limits: Limits) -> None:
             containers += mark in b"[{"
             fields += mark == ord(":")
             values += mark == ord(",")
-            if what := _passed(containers, fields, values, limits):
-                raise bad_request(f"the body has more than {what}")
+            if allowed := _passed(containers, fields, values, limits):
+                raise bad_request(f"{what} has more than {allowed}")
+
+
+def loads(text: str, what: str) -> object:
+    """The value of JSON that stands in a string of a body. ApiError 400 where it has too many values,
+    ValueError where it is no JSON, RecursionError where it is nested too deeply."""
+    check_size(text.encode(), Limits(), what)
+    return json.loads(text)
 
 
 def _passed(containers: int, fields: int, values: int, limits: Limits) -> str | None:

@@ -15,8 +15,8 @@ class Limits:
     max_body_bytes: int = 8 << 20
     max_pending_bytes: int = 256 << 20  # of bodies that are being read or answered, in all
     max_depth: int = 64  # of nested arrays and objects in a body
-    max_containers: int = 1 << 17  # arrays and objects in a body
-    max_fields: int = 1 << 18  # of all objects in a body
+    max_containers: int = 1 << 15  # arrays and objects in a body
+    max_fields: int = 1 << 17  # of all objects in a body
     max_object_fields: int = 1 << 14
     max_values: int = 1 << 20  # in a body, such as token ids
     max_connections: int = 1024

@@ -4,8 +4,9 @@ import pytest
 from lockstep.serve.http import body
 from lockstep.serve.http.app import make_app  # noqa: F401  makes every route's fields known
 from lockstep.serve.http.body import Fields, Items
-from lockstep.serve.http.chat_fields import ChatFields
+from lockstep.serve.http.chat_fields import ChatFields, arguments_of
 from lockstep.serve.http.errors import ApiError
+from lockstep.serve.http.forms import json_schema
 from lockstep.serve.http.limits import Limits
 from tests.serve.stalls import BRIEF, longest_stall
 
@@ -31,10 +32,10 @@ MESSAGE = '{"role":"user","content":""}'
 
 
 @pytest.mark.parametrize("raw, says", [
-    (filled('{"x":[', "[]", "]}"), "more than 131072 arrays and objects"),
-    (filled('{"x":[', "{}", "]}"), "more than 131072 arrays and objects"),
-    (filled('{"messages":[', MESSAGE, "]}"), "more than 131072 arrays and objects"),
-    (filled('{"x":[', '{"a" :1,"b" :1,"c" :1,"d" :1}', "]}"), "more than 262144 fields"),
+    (filled('{"x":[', "[]", "]}"), "more than 32768 arrays and objects"),
+    (filled('{"x":[', "{}", "]}"), "more than 32768 arrays and objects"),
+    (filled('{"messages":[', MESSAGE, "]}"), "more than 32768 arrays and objects"),
+    (filled('{"x":[', '{"a" :1,"b" :1,"c" :1,"d" :1,"e" :1,"f" :1}', "]}"), "more than 131072 fields"),
     (filled('{"x":[', "1", "]}"), "more than 1048576 values"),
     (('{"x":{' + ",".join(f'"{i}":1' for i in range(20_000)) + "}}").encode(), "object of 20000 fields, at most 16384"),
     (filled('{"messages":[', "1", "]}", 2 * MB), "messages[0]: expected"),
@@ -52,6 +53,16 @@ def test_what_stands_inside_of_strings_does_not_count(text):
     content = text * (2 * MB // len(text))
     raw = f'{{"messages":[{{"role":"user","content":"{content}"}}]}}'.encode()
     assert refusal_and_stall(raw, ChatFields)[0] is None
+
+
+@pytest.mark.parametrize("read, says", [
+    (arguments_of, "the text of a call's arguments has more than 32768 arrays"),
+    (json_schema, "a JSON schema has more than 32768 arrays")])
+def test_json_in_a_string_is_bounded_as_the_body_is(read, says):
+    text = '{"a":[' + "[]," * 2_000_000 + "[]]}"
+    with longest_stall() as longest, pytest.raises(ApiError, match=says):
+        read(text)
+    assert longest[0] < BRIEF
 
 
 def test_arrays_of_all_fields_end_at_their_first_wrong_item():

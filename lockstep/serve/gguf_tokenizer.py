@@ -60,6 +60,8 @@ TURN_MARKS = {
 # These are words of other languages, too, so they only end an answer if they are typed as control tokens.
 END_WORDS = {"</s>", "<eos>", "<EOT>", "[EOT]", "[EOS]"}
 MARK = re.compile(r"<.+>|\[.+\]")
+MOST = {"tokenizer.ggml.tokens": 1 << 21, "tokenizer.ggml.merges": 1 << 22}
+MAX_TOKEN_CHARS = 1024
 log = logging.getLogger("lockstep.tokenizer")
 
 
@@ -76,6 +78,9 @@ def build_tokenizer(metadata: Mapping[str, object]) -> Tokenizer:
         raise ValueError(f"tokenizer.ggml.model {kind!r} is not supported, only {' and '.join(BUILT)}: prompts must be "
                          f"token ids")
     tokens = list(_array(metadata, "tokenizer.ggml.tokens"))
+    if (longest := max(map(len, map(str, tokens)))) > MAX_TOKEN_CHARS:
+        raise ValueError(f"tokenizer.ggml.tokens has a token of {longest} characters, at most {MAX_TOKEN_CHARS} are "
+                         f"allowed")
     _warn_of_strange_ids(metadata, len(tokens))
     types = _types(metadata, tokens)
     build = _byte_level_bpe if kind == "gpt2" else _sentencepiece_bpe
@@ -222,6 +227,8 @@ def _array(metadata: Mapping[str, object], key: str) -> Sequence:
     value = metadata.get(key)
     if value is None or isinstance(value, (str, bytes, int, float)) or len(value) == 0:
         raise ValueError(f"{key} is missing or empty: this GGUF file has no usable tokenizer")
+    if len(value) > MOST.get(key, len(value)):
+        raise ValueError(f"{key} has {len(value)} entries, at most {MOST[key]} are allowed")
     return value
 
 

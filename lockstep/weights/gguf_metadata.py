@@ -21,6 +21,7 @@ MAX_ARRAY_DEPTH = 4
 DTYPE_OF_TYPE = {
     0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8",
 }  # fmt: skip
+LENGTH_BYTES = 8  # of the length before a string
 STRING_TYPE = 8
 ARRAY_TYPE = 9
 
@@ -94,20 +95,27 @@ class Cursor:
 
 
 class StringArray(Sequence[str]):
-    """Length-prefixed strings in mapped bytes, decoded when asked for; bytes that are not UTF-8 become U+FFFD."""
+    """Length-prefixed strings in mapped bytes, decoded when asked for; bytes that are not UTF-8 become U+FFFD.
 
-    def __init__(self, buffer: memoryview, begins: array, ends: array):
-        self._buffer, self._begins, self._ends = buffer, begins, ends
+    start: where the first one's length is. ends: where each ends, and the next one's length is.
+    """
+
+    def __init__(self, buffer: memoryview, start: int, ends: array):
+        self._buffer, self._start, self._ends = buffer, start, ends
 
     def __len__(self) -> int:
-        return len(self._begins)
+        return len(self._ends)
 
     def __getitem__(self, index: int) -> str:
-        return str(self._buffer[self._begins[index] : self._ends[index]], "utf-8", "replace")
+        number = range(len(self._ends))[index]
+        begin = self._ends[number - 1] if number else self._start
+        return str(self._buffer[begin + LENGTH_BYTES : self._ends[number]], "utf-8", "replace")
 
     def __iter__(self) -> Iterator[str]:
-        buffer = self._buffer
-        return (str(buffer[begin:end], "utf-8", "replace") for begin, end in zip(self._begins, self._ends))
+        begin = self._start
+        for end in self._ends:
+            yield str(self._buffer[begin + LENGTH_BYTES : end], "utf-8", "replace")
+            begin = end
 
 
 def read_metadata(cursor: Cursor, num_pairs: int) -> dict[str, object]:
@@ -156,15 +164,14 @@ def _read_numbers(cursor: Cursor, value_type: int, length: int, what: str) -> np
 
 
 def _read_strings(cursor: Cursor, length: int, what: str) -> StringArray:
-    buffer, position, size = cursor.buffer, cursor.position, len(cursor.buffer)
-    begins, ends = array("Q"), array("Q")
+    buffer, start, size = cursor.buffer, cursor.position, len(cursor.buffer)
+    ends, position = array("Q"), start
     unpack_length = struct.Struct("<Q").unpack_from
     for index in range(length):
-        begin = position + 8
+        begin = position + LENGTH_BYTES
         position = begin + unpack_length(buffer, position)[0] if begin <= size else size + 1
         if position > size:
             raise ValueError(f"{cursor.where}: string {index} of {length} in {what} ends past the file's {size} bytes")
-        begins.append(begin)
         ends.append(position)
     cursor.position = position
-    return StringArray(buffer, begins, ends)
+    return StringArray(buffer, start, ends)

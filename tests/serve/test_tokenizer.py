@@ -345,6 +345,9 @@ def test_sentencepiece_without_the_space_prefix():
         ({"model": "t5"}, "tokenizer.ggml.model 't5' is not supported, only gpt2 and llama"),
         ({"tokens": []}, "tokenizer.ggml.tokens is missing or empty"),
         ({"tokens": "abc"}, "tokenizer.ggml.tokens is missing or empty"),
+        ({"tokens": ["a"] * ((1 << 21) + 1)}, "tokenizer.ggml.tokens has 2097153 entries, at most 2097152"),
+        ({"tokens": ["a", "b" * 1025]}, "tokenizer.ggml.tokens has a token of 1025 characters, at most 1024"),
+        ({"merges": ["a b"] * ((1 << 22) + 1)}, "tokenizer.ggml.merges has 4194305 entries, at most 4194304"),
         ({"merges": None}, "tokenizer.ggml.merges is missing"),
         ({"merges": ["no-space"]}, "inconsistent|tokenizer"),
         ({"merges": ["zzzz yyyy"]}, "inconsistent"),
@@ -361,6 +364,7 @@ def test_sentencepiece_without_the_space_prefix():
         ({"model": "llama", "pre": np.array([1, 2])}, "tokenizer.ggml"),
         ({"model": "llama"}, "tokenizer.ggml.scores is missing"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_broken_gguf_tokenizers(changes, message):
     metadata = gguf_metadata(BYTE_LEVEL.backend, "qwen2") | {

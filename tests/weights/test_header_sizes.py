@@ -73,6 +73,9 @@ def test_the_largest_vocabularies_are_read(tmp_path):
     content += array("tokenizer.ggml.token_type", INT32, 300_000) + bytes(1_200_000)
     metadata = gguf.open_file(write(tmp_path / "m.gguf", content)).metadata
     assert [len(value) for value in metadata.values()] == [300_000, 600_000, 300_000, 300_000]
+    tokens = metadata["tokenizer.ggml.tokens"]
+    assert list(tokens) == [f"word {i}" for i in range(300_000)]
+    assert [tokens[i] for i in (0, 1, 299_999, -1)] == ["word 0", "word 1", "word 299999", "word 299999"]
 
 
 def test_files_of_many_tensors_are_read(tmp_path):

@@ -74,7 +74,12 @@ class Tokenizer:
 
     def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
         # Encoding one text holds Python's global lock until its end; encoding a list of texts does not.
-        return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        try:
+            return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        except BaseException as error:  # the library raises plain Exception, and where it panics no Exception at all
+            if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+                raise ValueError(f"the model's tokenizer cannot read this text ({error})") from None
+            raise
 
     def _check_length(self, text: str, most: int) -> None:
         """Raise TooManyTokens as soon as the first pieces of a text have more tokens than the text may have."""

@@ -3,6 +3,10 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex
+from tokenizers import Tokenizer as Backend
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
 
 from lockstep.serve.tokenizer import PIECE_CHARS, TooManyTokens
 from tests.serve.stalls import BRIEF, longest_stall
@@ -46,3 +50,14 @@ def test_a_text_that_may_fit_is_tokenized(tokenizer):
     text = "the cat sat on the mat " * 10_000
     ids = tokenizer.encode(text)
     assert tokenizer.encode(text, most=len(ids)) == ids
+
+
+@pytest.mark.parametrize("broken, says", [
+    (Split(Regex("(a+)+$"), "isolated"), "retry-limit"), (None, "Missing .* token")], ids=["regex", "no unknown token"])
+def test_a_tokenizer_that_fails_on_a_text_is_a_clear_error(broken, says):
+    backend = Backend(WordLevel({"a": 0}, unk_token="<unk>"))
+    if broken is not None:
+        backend = byte_level()
+        backend.pre_tokenizer = broken
+    with pytest.raises(ValueError, match=f"the model's tokenizer cannot read this text .*{says}"):
+        plain(backend).encode("a" * 40 + "b")

@@ -5,7 +5,8 @@ mapped under a read lease (Linux, `fcntl` F_SETLEASE): whoever opens it for writ
 kernel, which tells the holder of the lease. A copy of the file then takes the place of the map, at the same addresses
 and in one step, and the lease is given back. Threads that read the map notice nothing.
 
-The kernel waits for 45 s (/proc/sys/fs/lease-break-time): a process that is stopped for longer is not protected.
+The kernel waits for 45 s (/proc/sys/fs/lease-break-time). A process that could not make its copy in that time, since it
+was stopped, or has no memory left, ends instead of reading what the file has become.
 """
 
 import ctypes
@@ -23,6 +24,7 @@ import numpy as np
 
 F_SETOWN_EX, F_OWNER_TID = 15, 0
 MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
+PROT_NONE = 0
 FAILED = ctypes.c_void_p(-1).value
 log = logging.getLogger("lockstep.weights")
 
@@ -115,9 +117,12 @@ class LeasedMaps:
             _read(descriptor, memoryview((ctypes.c_uint8 * size).from_address(copy)).cast("B"))
             _check(_libc().mprotect(copy, size, mmap.PROT_READ))
             _check(_libc().mremap(copy, size, size, MREMAP_MAYMOVE | MREMAP_FIXED, address))
+            fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)  # fails where the kernel did not wait any longer
         except OSError as error:
-            log.error("packed weights of %d bytes are about to be changed by somebody, and could not be copied: %s",
-                      size, error)
+            # Rather no answer than a wrong one: the next step that reads here ends the process.
+            _libc().mprotect(address, size, PROT_NONE)
+            log.critical("packed weights were changed on disk before they could be copied (%s): this process ends with "
+                         "its next step", error)
         self._held[address] = size, None
         os.close(descriptor)
 

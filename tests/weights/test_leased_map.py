@@ -3,6 +3,7 @@
 import fcntl
 import gc
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -106,6 +107,29 @@ def test_what_nobody_reads_any_more_is_given_back(path):
         time.sleep(0.01)
     path.write_bytes(b"nobody minds")
     assert mapped(maps, path).tobytes() == b"nobody minds"
+
+
+LOST = """
+import fcntl, sys, time
+from lockstep.weights.leased_map import LeasedMaps
+
+maps = LeasedMaps()
+with open(sys.argv[1], "rb") as file:
+    array = maps.map(file.fileno())
+[(address, (size, descriptor))] = maps._held.items()
+print(array.sum(), flush=True)
+fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)  # as the kernel does after 45 s
+maps._wake()
+while maps._held[address][1] is not None:
+    time.sleep(0.01)
+print("read", array.sum())
+"""
+
+
+def test_whoever_lost_a_lease_ends_instead_of_reading_what_the_file_has_become(path):
+    found = subprocess.run([sys.executable, "-c", LOST, str(path)], capture_output=True, text=True, timeout=100)
+    assert found.returncode == -signal.SIGSEGV and found.stdout == f"{CONTENT.sum()}\n", found.stderr
+    assert "changed on disk before they could be copied" in found.stderr
 
 
 PROGRAM = """

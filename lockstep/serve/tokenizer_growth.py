@@ -5,28 +5,29 @@ and end the process, while the file is read (added tokens are normalized, too) o
 """
 
 import base64
+import contextlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 MAX_GROWTH = 64  # bytes for one; SentencePiece's usual chains make 2 to 44
 MAX_STEPS = 64
 MAX_PREPENDED_BYTES = 1024
-GROWING = ('"Replace"', '"Precompiled"', '"Prepend"')
-FEW_BYTE_LEVELS = 4  # each can double a text
+SEQUENCES = ("normalizers", "pretokenizers")
+MODEL = re.compile(r'"model"\s*:\s*\{')  # the vocabulary, which is nearly all of a file, and usually its end
+ESCAPED = re.compile(r"\\u00[4-7]")  # a letter of a name
 
 
 def check_growth(text: str, path: Path) -> None:
     """Raise ValueError naming the file if the tokenizer.json `text` can make texts far longer than they are."""
-    if _says_none(text):
-        return
     try:
-        content = json.loads(text, object_pairs_hook=_step)
+        content = _settings(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a readable tokenizer ({error})") from None
     if not isinstance(content, dict):
         return
-    steps = [*_steps(content.get("normalizer"), path), *_steps(content.get("pre_tokenizer"), path)]
+    steps = [*_steps(content.get("normalizer")), *_steps(content.get("pre_tokenizer"))]
     if len(steps) > MAX_STEPS:
         raise ValueError(f"{path}: {len(steps)} normalizers and pre-tokenizers, at most {MAX_STEPS} are allowed")
     growth = 1
@@ -37,42 +38,47 @@ def check_growth(text: str, path: Path) -> None:
                              f"most {MAX_GROWTH} times is allowed")
 
 
-def _says_none(text: str) -> bool:
-    """Whether a text has no step that grows, told without parsing it: vocabularies have millions of characters."""
-    is_plain = "\\u00" not in text  # the name of a step could be written with escapes
-    return is_plain and text.count('"ByteLevel"') <= FEW_BYTE_LEVELS and not any(name in text for name in GROWING)
+def _settings(text: str) -> object:
+    """A tokenizer.json, without its model where that can be left out: that saves the time and memory of parsing it."""
+    found = MODEL.search(text)
+    rest = "" if found is None else text[found.start():]
+    if rest and not ('"normalizer"' in rest or '"pre_tokenizer"' in rest or ESCAPED.search(rest)):
+        with contextlib.suppress(ValueError):
+            return json.loads(f'{text[:found.start()]}"model":null}}', object_pairs_hook=_step)
+    return json.loads(text, object_pairs_hook=_step)
 
 
 def _step(pairs: list[tuple[str, object]]) -> dict:
     made = dict(pairs)
-    if len(made) < len(pairs) and "type" in made:
-        raise ValueError(f"an object of type {made['type']!r} has a name twice")
+    if len(made) < len(pairs) and not made.keys().isdisjoint({"type", "pattern", *SEQUENCES}):
+        raise ValueError(f"an object has a name twice, of {', '.join(made)}")
     return made
 
 
-def _steps(found: object, path: Path) -> Iterator[Mapping]:
+def _steps(found: object) -> Iterator[Mapping]:
     """A step, or those of a sequence."""
     if not isinstance(found, dict):
         return
-    inner = found.get("normalizers", found.get("pretokenizers")) if found.get("type") == "Sequence" else None
-    if not isinstance(inner, list):
+    inner = [each for name in SEQUENCES if isinstance(found.get(name), list) for each in found[name]]
+    if not inner:
         yield found
-        return
     for each in inner:
-        yield from _steps(each, path)
+        yield from _steps(each)
 
 
 def _growth(step: Mapping, path: Path) -> int:
-    """How many bytes a step can make of one. Unicode's own forms count as one: they do not grow again in a chain."""
-    kind = step.get("type")
-    if kind == "Replace":
+    """How many bytes a step can make of one. Unicode's own forms count as one: they do not grow again in a chain.
+
+    The library also takes steps without a type, by the names of their fields.
+    """
+    if "pattern" in step and "content" in step:
         return _replaced(step)
-    if kind == "Precompiled":
+    if "precompiled_charsmap" in step:
         return _longest_mapped(step, path)
-    if kind == "Prepend" and len(str(step.get("prepend")).encode()) > MAX_PREPENDED_BYTES:
+    if len(str(step.get("prepend", "")).encode()) > MAX_PREPENDED_BYTES:
         raise ValueError(f"{path}: a normalizer prepends {len(str(step['prepend']))} characters to every text, at most "
                          f"{MAX_PREPENDED_BYTES} bytes are allowed")
-    return 2 if kind == "ByteLevel" else 1
+    return 2 if step.get("type", "ByteLevel") == "ByteLevel" else 1
 
 
 def _replaced(step: Mapping) -> int:

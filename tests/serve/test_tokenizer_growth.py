@@ -12,6 +12,8 @@ from tests.serve.vocabularies import byte_fallback, byte_level
 
 REPLACE = dict(type="Replace", pattern=dict(String="a"), content="a" * 8)
 
+UNTYPED = dict(pattern=dict(String="a"), content="a" * 8)  # which the library takes for the same
+
 
 def written(tmp_path, text):
     path = tmp_path / "tokenizer.json"
@@ -36,6 +38,7 @@ def charsmap(text):
 @pytest.mark.parametrize("normalizer, says", [
     (chained(*[REPLACE] * 12), "times as long, at most 64"),
     (chained(chained(REPLACE), chained(chained(REPLACE, REPLACE))), "512 times as long"),
+    (dict(normalizers=[UNTYPED] * 12), "512 times as long"),
     (REPLACE | dict(content="b" * 65), "65 times as long"),
     (REPLACE | dict(pattern=dict(Regex=""), content="b" * 64), "65 times as long"),
     (REPLACE | dict(pattern=dict(String=""), content="b" * 64), "65 times as long"),
@@ -58,9 +61,19 @@ def test_chains_are_found_in_pre_tokenizers_behind_escapes_and_given_twice(tmp_p
     with pytest.raises(ValueError, match="times as long"):
         read_backend(written(tmp_path, text.replace('"Replace"', r'"\u0052eplace"').replace('"normalizer"',
                                                                                          r'"\u006eormalizer"')))
+    moved = text[:-1] + ', "normalizer": ' + json.dumps(chained(*[REPLACE] * 12)) + "}"
+    with pytest.raises(ValueError, match="times as long"):
+        read_backend(written(tmp_path, moved.replace(', "normalizer"', ', "other"', 1)))
     twice = '{"type": "Replace", "pattern": {"String": "a"}, "content": "a", "content": "aaaaaaaa"}'
-    with pytest.raises(ValueError, match="has a name twice"):
+    with pytest.raises(ValueError, match="an object has a name twice, of type, pattern, content"):
         read_backend(written(tmp_path, text.replace(json.dumps(chained(*[REPLACE] * 12)), twice)))
+
+
+@pytest.mark.parametrize("normalizer", [5, [], dict(normalizers=5), dict(type="Replace", pattern=5, content=5),
+                                        dict(type="Sequence", normalizers=[5, None, []]), dict(prepend=5)], ids=str)
+def test_steps_that_are_none_are_clear_errors(tmp_path, normalizer):
+    with pytest.raises(ValueError, match="tokenizer.json: not a readable tokenizer"):
+        read_backend(file_of(tmp_path, normalizer=normalizer))
 
 
 @pytest.mark.parametrize("normalizer", [

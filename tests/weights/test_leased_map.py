@@ -14,9 +14,20 @@ import pytest
 
 from lockstep.weights.leased_map import LeasedMaps
 
-pytestmark = pytest.mark.skipif(not hasattr(fcntl, "F_SETLEASE"), reason="leases are Linux's")
-
 CONTENT = np.random.default_rng(0).integers(0, 256, 300_000, np.uint8)
+
+
+@pytest.fixture(autouse=True)
+def leases(tmp_path):
+    """Skips where the system or the file system has none."""
+    if not hasattr(fcntl, "F_SETLEASE"):
+        pytest.skip("leases are Linux's")
+    (tmp_path / "empty").touch()
+    with open(tmp_path / "empty", "rb") as file:
+        try:
+            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        except OSError as error:
+            pytest.skip(f"no leases on this file system: {error}")
 
 
 @pytest.fixture

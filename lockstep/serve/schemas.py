@@ -22,6 +22,9 @@ SINGLE_PARTS = frozenset("""items additionalItems unevaluatedItems contains addi
 RANGES = frozenset("minimum maximum exclusiveMinimum exclusiveMaximum".split())
 COUNTS = frozenset("minProperties maxProperties".split())
 PLACES = frozenset("$id id $schema $anchor $defs definitions".split())  # where a schema is, not what it allows
+# Keywords that say nothing about which values are allowed.
+NOTES = frozenset("""title description default examples example deprecated readOnly writeOnly $comment $id id $schema
+    $anchor $defs definitions contentMediaType contentEncoding nullable""".split())
 
 
 def check_size(value: object, what: str = "JSON schema") -> None:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lockstep.serve import reasoning, structured
+from lockstep.serve.http.chat_fields import NO_PARAMETERS
 from lockstep.serve.reasoning import PlainParser, ThoughtParser
 from lockstep.serve.tool_calls.events import Arguments, CallStart, Content, Reasoning
 from lockstep.serve.tool_calls.grammar import Lark
@@ -344,3 +345,14 @@ def test_any_text_gives_the_same_events_however_it_is_cut(style, pieces, opened)
     text = "".join(pieces)
     made = [parse(ThoughtParser(CallParser(style, USE), opened), each) for each in ([text], pieces, list(text))]
     assert made[0] == made[1] == made[2]
+
+
+@pytest.mark.parametrize("style", STYLES, ids=lambda s: s.name)
+@pytest.mark.parametrize("parameters", [NO_PARAMETERS, dict(type="object", properties={}),
+                                        dict(properties={}, required=[], title="none")], ids=str)
+def test_a_function_without_parameters_takes_none(style, parameters):
+    use = ToolUse((Tool("now", "", parameters),), must_call=True, parallel=False)
+    for seed in range(3):
+        answer = random_answer("byte_level", calls_grammar(style, use), np.random.default_rng(seed))
+        [(_, arguments)] = parse(CallParser(style, use), [answer])
+        assert json.loads(arguments) == {}

@@ -70,6 +70,7 @@ SHAPES = {
                       "required": ["a"], "additionalProperties": False}, {"a": "aba"}),
     "constants of one type": ({"properties": {"a": {"type": "string", "enum": ["b", None, 3]}}, "required": ["a"],
                                "additionalProperties": False}, {"a": "b"}),
+    "no parameters": ({"type": "object", "properties": {}, "required": [], "description": "None."}, {}),
     "no schema": ({"properties": {"a": True, "b": False, "c": {"description": "x"}}, "required": ["a", "c"],
                    "additionalProperties": False}, {"a": "text", "c": "text"}),
 }  # fmt: skip
@@ -160,6 +161,52 @@ def test_a_parameter_that_cannot_be_written_in_xml(key):
     assert allows("byte_level", grammar, written(XML, "g", {"b": 1}))
     with pytest.raises(ValueError, match="cannot be written"):
         calls_grammar(XML, ToolUse((Tool("g", "", properties | {"required": [key]}),)))
+
+
+ENDING = ["a</parameter>", "</parameter>b", "a\n</parameter>\nb", "</parameter>", "<</parameter>"]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("kind", [
+    {}, {"minLength": 1}, {"maxLength": 80}, {"pattern": "^[^q]*$"}, {"pattern": "[ab]|<"}, {"format": "uri"},
+    {"minLength": 2, "maxLength": 60, "pattern": "."}], ids=str)
+def test_no_text_in_xml_has_an_end_in_itself(kind, strict):
+    begin = "a:" if "format" in kind else ""
+    schema = {"properties": {"v": {"type": "string", **kind}}, "required": ["v"], "additionalProperties": False}
+    use = ToolUse((Tool("g", "", schema, strict),), must_call=True, parallel=False)
+    grammar = calls_grammar(XML, use)
+    for text in ENDING:
+        assert not allows("byte_level", grammar, written(XML, "g", {"v": begin + text})), text
+    for text in ("a<parameter>", "b</function>", "</tool_call>a", "</paramete>a<", "</</parame</function></tool_call>"):
+        call = written(XML, "g", {"v": begin + text})
+        assert allows("byte_level", grammar, call)
+        [(_, arguments)] = parse(CallParser(XML, use), list(call))
+        assert json.loads(arguments) == {"v": begin + text}
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("text", ENDING)
+def test_a_constant_with_an_end_in_itself_stands_there_as_json(text, strict):
+    schema = {"properties": {"v": {"enum": [text, "x"]}}, "required": ["v"], "additionalProperties": False}
+    use = ToolUse((Tool("g", "", schema, strict),), must_call=True, parallel=False)
+    grammar = calls_grammar(XML, use)
+    for seed in range(4):
+        answer = random_answer("byte_level", grammar, np.random.default_rng(seed))
+        [(_, arguments)] = parse(CallParser(XML, use), list(answer))
+        jsonschema.validate(json.loads(arguments), schema)
+    for value in (text, "x"):
+        call = written(XML, "g", {"v": 0}).replace("0", json.dumps(value))
+        assert allows("byte_level", grammar, call)
+        [(_, arguments)] = parse(CallParser(XML, use), list(call))
+        assert json.loads(arguments) == {"v": value}
+
+
+def test_a_pattern_that_only_texts_with_an_end_fit():
+    schema = {"properties": {"v": {"type": "string", "pattern": "a</parameter>b"}}, "required": ["v"]}
+    with pytest.raises(ValueError, match="parameters of g: no text that can stand in this model's calls fits"):
+        calls_grammar(XML, ToolUse((Tool("g", "", schema, strict=True),)))
+    grammar = calls_grammar(XML, ToolUse((Tool("g", "", schema),), parallel=False))
+    assert allows("byte_level", grammar, written(XML, "g", {"v": "any"}))
 
 
 def doubled(levels):

@@ -13,7 +13,7 @@ from lockstep.serve.http.stream_fields import StreamFields
 from lockstep.serve.reasoning import template_variables
 from lockstep.serve.tool_calls.tools import Tool, ToolUse
 
-NO_PARAMETERS = {"type": "object", "properties": {}}
+NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
 class Part(Fields):

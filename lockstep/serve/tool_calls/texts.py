@@ -1,9 +1,10 @@
 """Arguments that stand in a call as plain text, without quotes: which are strings, and what a schema allows of them."""
+import json
 import re
 
 import llguidance
 
-from lockstep.serve.schemas import MAX_PATTERN_BYTES, resolved
+from lockstep.serve.schemas import MAX_PATTERN_BYTES, NOTES, resolved
 from lockstep.serve.matchers import readable
 from lockstep.serve.structured import quote
 from lockstep.serve.tool_calls.grammar import regex_quote
@@ -18,11 +19,9 @@ ZONE = r"(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
 FORMATS = {"date": f"^{DAY}$", "time": f"^{CLOCK}{ZONE}$", "date-time": f"^{DAY}T{CLOCK}{ZONE}$",
            "uuid": "^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$", "ipv4": r"^([0-9]{1,3}\.){3}[0-9]{1,3}$",
            "email": r"^[^\s@]+@[^\s@]+\.[^\s@]+$", "uri": r"^[A-Za-z][A-Za-z0-9+.-]*:[^\s]*$"}
-# Keywords that say nothing about which values are allowed.
-NOTES = frozenset("""title description default examples example deprecated readOnly writeOnly $comment $id id $schema
-    $anchor $defs definitions contentMediaType contentEncoding nullable""".split())
 TEXT_KEYWORDS = NOTES | frozenset("type const minLength maxLength pattern format".split())
 OBJECT = {"type": "object"}
+END = "</parameter>"  # of a value that stands there as plain text
 
 
 def alternatives(schema: object, root: dict) -> list[dict]:
@@ -89,8 +88,10 @@ def is_null(alternative: dict) -> bool:
 
 
 def is_text(kinds: list[dict]) -> bool:
-    """Whether a value of these alternatives stands there without quotes: it is a string, or perhaps null."""
-    return any(map(is_string, kinds)) and all(is_string(kind) or is_null(kind) for kind in kinds)
+    """Whether a value of these alternatives stands there without quotes: it is a string, or perhaps null, and none that
+    has an end in itself."""
+    return any(map(is_string, kinds)) and all(is_string(kind) or is_null(kind) for kind in kinds) \
+        and not any(END in kind["const"] for kind in kinds if isinstance(kind.get("const"), str))
 
 
 def _is_possible(alternative):
@@ -101,18 +102,44 @@ def _is_possible(alternative):
     return is_string(alternative) if kind == "string" else alternative["const"] is None
 
 
-def text_rule(lark, name, schema, strict, end):
+def text_rule(lark, name, schema, strict):
     """A rule for the text of what an alternative allows, a string or null, and what ends it: a line break and a mark.
 
     strict: what cannot be enforced is a ValueError; otherwise it is not.
     """
     if strict and schema.keys() - TEXT_KEYWORDS:
         raise ValueError(f"{min(schema.keys() - TEXT_KEYWORDS)}: cannot be enforced for a string")
+    end = f"\n{END}\n"
     if "const" in schema or is_null(schema):
         return lark.rule(name, quote((schema.get("const") or "" if is_string(schema) else "null") + end))
-    parts = [*_length(schema), *_patterns(schema, strict)] or [rf"~/(?s:.*){regex_quote(end.strip())}(?s:.*)/"]
-    value = lark.rule(f"{name}_text".upper(), " & ".join([*parts, "/(?s:.*)/"]))
+    parts, free = [*_length(schema), *_patterns(schema, strict)], f"/{without(END)}/"
+    if parts and not _fits_a_text([*parts, free]):
+        if strict:
+            raise ValueError(f"no text that can stand in this model's calls fits {json.dumps(schema)[:200]}")
+        parts = []
+    value = lark.rule(f"{name}_text".upper(), " & ".join([*parts, free]))
     return lark.rule(name, value, quote(end), options="[lazy]")
+
+
+def without(mark: str) -> str:
+    """A regular expression for all texts that a mark is not in, whose first character it has only once.
+
+    Said so, rather than as what is no text with the mark, it can be intersected with bounds of a text's length: that
+    such an intersection with a negation is empty takes llguidance more work than one mask may be.
+    """
+    first, found = regex_quote(mark[0]), ""
+    for character in map(regex_quote, reversed(mark[1:])):
+        found = f"([^{first}{character}][^{first}]*{f'|{character}{found}' if found else ''})?"
+    return f"[^{first}]*({first}{found})*"
+
+
+def _fits_a_text(parts):
+    """Whether there is a text that matches all of so many terminals."""
+    grammar = json.dumps({"grammars": [{"lark_grammar": f"start: TEXT\nTEXT: {' & '.join(parts)}"}]})
+    matcher = llguidance.LLMatcher(llguidance.LLTokenizer("byte"), grammar, log_level=0)
+    if not matcher.is_error():
+        matcher.compute_bitmask()  # only this finds out
+    return not matcher.is_error()
 
 
 def _length(schema):

@@ -3,7 +3,7 @@ import json
 import re
 from dataclasses import dataclass, replace
 
-from lockstep.serve.schemas import check_size
+from lockstep.serve.schemas import NOTES, check_size
 
 NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 MAX_TOOLS = 256
@@ -30,8 +30,11 @@ class Tool:
 
     @property
     def arguments(self) -> dict:
-        """The JSON schema of its arguments, which says that they are an object."""
-        return {**self.parameters, "type": "object"}
+        """The JSON schema of its arguments, which says that they are an object: an empty one where no property is
+        listed and nothing else is said."""
+        stated = {word: value for word, value in self.parameters.items() if word not in NOTES and value != []}
+        is_empty = stated in ({"properties": {}}, {"properties": {}, "type": "object"})
+        return {**self.parameters, "type": "object"} | ({"additionalProperties": False} if is_empty else {})
 
     def without_schema(self) -> "Tool":
         """The tool with any object for its arguments."""

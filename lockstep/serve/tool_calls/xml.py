@@ -11,9 +11,9 @@ from lockstep.serve.tool_calls.grammar import either, several
 from lockstep.serve.tool_calls.json_text import json_value, repaired
 from lockstep.serve.tool_calls.readers import MAX_NAME, NotACall, after_space, expect, name_until, until
 from lockstep.serve.tool_calls.shapes import IGNORED, MAX_NAMES, Shape, kinds, shapes
-from lockstep.serve.tool_calls.texts import alternatives, is_string, is_text, pattern_part, text_rule
+from lockstep.serve.tool_calls.texts import END, alternatives, is_null, is_text, pattern_part, text_rule
 
-FUNCTION, PARAMETER, END = "function=", "parameter=", "</parameter>"
+FUNCTION, PARAMETER = "function=", "parameter="
 END_OF_NAME = ">\n"
 NOTHING = ("null", "None")
 LITERALS = {"True": True, "False": False, "None": None}
@@ -62,7 +62,7 @@ def _parameters(calls, kinds_of):
 
 
 def _value(calls, kinds):
-    if kinds and all(map(is_string, kinds)):
+    if is_text(kinds) and not any(map(is_null, kinds)):
         calls.add('"')
         yield from until(END, Lines(lambda text: calls.add(json.dumps(text)[1:-1])).add)
         calls.add('"')
@@ -201,13 +201,13 @@ class _Parameters:
 
     def _parameter(self, head, written, schema) -> str:
         """A rule for one parameter. written: the alternatives that say how its value is written."""
-        name, end, tool = self._new_name(), f"\n{END}\n", self._tool
+        name, tool = self._new_name(), self._tool
         if not is_text(written):
             whole = schema if isinstance(schema, dict) else {}
             value = self._lark.json(f"{name}_value", self_contained(whole, tool.parameters), tool.strict)
-            return self._lark.rule(name, head, value, quote(end))
+            return self._lark.rule(name, head, value, quote(f"\n{END}\n"))
         own = alternatives(schema, tool.parameters)
-        texts = [text_rule(self._lark, self._new_name(), kind, tool.strict, end) for kind in own]
+        texts = [text_rule(self._lark, self._new_name(), kind, tool.strict) for kind in own]
         if not texts:
             raise ValueError("enum: no value fits the schema")
         return self._lark.rule(name, head, either(texts))

@@ -78,7 +78,8 @@ class Cors(CORSMiddleware):
         version, so it does not see that part."""
         asked = Headers(raw=[each for each in request_headers.raw if each[0] != PRIVATE_NETWORK_ASKED])
         made = super().preflight_response(asked)
-        if len(asked.raw) < len(request_headers.raw) and self.is_allowed_origin(request_headers["origin"]):
+        wanted = [value.strip().lower() for name, value in request_headers.raw if name == PRIVATE_NETWORK_ASKED]
+        if b"true" in wanted and self.is_allowed_origin(request_headers["origin"]):
             made.headers["access-control-allow-private-network"] = "true"
         return made
 

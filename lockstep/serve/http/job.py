@@ -108,9 +108,9 @@ class Job:
 
     def _check_context(self, num_prompt, max_tokens):
         limit = self.service.max_context
-        if num_prompt + max_tokens > limit:
-            raise bad_request(f"the prompt has {num_prompt} tokens and max_tokens is {max_tokens}, together more than "
-                              f"the context of {limit} tokens", "prompt", "context_length_exceeded")
+        if num_prompt + max_tokens > limit:  # the routes ask for no more than there is room for, and for one at least
+            raise bad_request(f"prompt: it has {num_prompt} tokens, which leaves no room for an answer in the context "
+                              f"of {limit} tokens", "prompt", "context_length_exceeded")
 
     async def tokens(self, pause=None):
         """Yields lists of (number of a sequence, its new Tokens, its finish_reason) whenever a step brought some.

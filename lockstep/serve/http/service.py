@@ -46,7 +46,7 @@ class Service:
         self.llm = self.engine = self.tokenizer = self.chat = self._fingerprint = None
         self.jobs, self.num_sequences, self.num_queued_tokens, self.num_bytes = set(), 0, 0, 0
         self.num_logprobs = 0  # the most that the answers in work may have
-        self.metrics, self.num_faults = Metrics(self), 0
+        self.metrics, self.num_faults, self._has_logged_stop = Metrics(self), 0, False
         self._workers = concurrent.futures.ThreadPoolExecutor(WORKERS, "lockstep worker")
         self._num_offloaded, self._seconds_each = 0, 1.0
 
@@ -106,7 +106,7 @@ class Service:
         if self.engine is None:
             return None
         if self.engine.error is not None:
-            return f"the engine stopped: {type(self.engine.error).__name__}"
+            return "the engine stopped, the log says why"
         if self.engine.seconds_in_step > self.limits.stuck_seconds:
             return f"the engine is stuck: one step has taken {self.engine.seconds_in_step:.0f} s"
         return None
@@ -239,9 +239,16 @@ class Service:
         if isinstance(error, ApiError):
             return error
         if isinstance(error, EngineStopped):
+            self._log_stop(error.__cause__)
             return ApiError(503, "the engine stopped before this answer was complete", code="engine")
         log.error("a request failed", exc_info=error)
         return internal()
+
+    def _log_stop(self, cause: BaseException | None) -> None:
+        """Says once why the engine stopped; a service that was closed is no news."""
+        if cause is not None and not self._has_logged_stop:
+            self._has_logged_stop = True
+            log.error("the engine stopped", exc_info=cause)
 
     def name_in_answers(self, name: str | None) -> str:
         """The model's name in an answer to a request for `name`; None and "" ask for the one model that there is.

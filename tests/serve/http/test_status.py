@@ -148,7 +148,7 @@ def test_metrics_count_tokens_answers_and_times(server, client):
     assert after[("lockstep_open_requests",)] == after[("lockstep_running",)] == after[("lockstep_waiting",)] == 0
 
 
-def test_health_and_readiness_follow_the_engine():
+def test_health_and_readiness_follow_the_engine(caplog):
     service = Service("lockstep")
     assert service.state == "loading"
     with running(max_requests=2) as made:
@@ -181,9 +181,11 @@ def test_health_and_readiness_follow_the_engine():
         hold.set()
         asking.join(60)
         dead = httpx.get(health)
-        assert dead.status_code == 503 and dead.json()["reason"] == "the engine stopped: RuntimeError"
+        assert dead.status_code == 503 and dead.json()["reason"] == "the engine stopped, the log says why"
         assert answers[0].status_code == 503 and "secret" not in answers[0].text
         assert answers[0].json()["error"]["type"] == "server_error"
+        [logged] = [record for record in caplog.records if record.message == "the engine stopped"]
+        assert "secret detail" in str(logged.exc_info[1])
 
 
 def test_a_fault_of_the_server_says_nothing_about_itself(caplog):
@@ -244,6 +246,10 @@ def test_other_pages_may_call_only_where_they_are_allowed(server):
         asked_more = asked | {"Access-Control-Request-Private-Network": "true"}
         got = httpx.options(f"{made.url}/v1/completions", headers=asked_more)
         assert got.status_code == 200 and got.headers[granted] == "true"
+        for other in ("false", "", "0"):
+            not_asked = asked_more | {"Access-Control-Request-Private-Network": other}
+            got = httpx.options(f"{made.url}/v1/completions", headers=not_asked)
+            assert got.status_code == 200 and granted not in got.headers
         other = httpx.options(f"{made.url}/v1/completions", headers=asked_more | {"Origin": "https://evil.example"})
         assert other.status_code == 400 and granted not in other.headers
         assert granted not in httpx.options(f"{server.url}/v1/completions", headers=asked_more).headers

@@ -4,9 +4,9 @@ import json
 import math
 import re
 from functools import partial
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Tag, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Tag, ValidationError, model_validator
 from starlette.requests import ClientDisconnect
 
 from lockstep.serve.http.errors import ApiError, bad_request
@@ -16,6 +16,10 @@ INLINE_BYTES = 32 << 10  # bodies up to here are parsed on the event loop
 SHOWN_CHARS = 80
 SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 CONTAINERS = (dict, list)
+# what pydantic calls by the names of Python's types and of our classes
+JSON_NAMES = dict(int_type="an integer", int_from_float="an integer", float_type="a number", bool_type="true or false",
+                  string_type="a string", dict_type="an object", list_type="an array", model_type="an object",
+                  model_attributes_type="an object")
 UNION_MEMBERS = ("str", "int", "float", "bool", "dict", "list")  # how pydantic names them in the place of an error
 
 
@@ -26,6 +30,10 @@ def whole(value):
 
 Whole = Annotated[int, BeforeValidator(whole)]  # an integer, which some clients write as 5.0
 
+
+def or_default(kind, default):
+    """The type of a field that has a default, which null stands for."""
+    return Annotated[kind, BeforeValidator(lambda value: default if value is None else value)]
 
 
 class UntilFirstError:
@@ -49,6 +57,18 @@ class Fields(BaseModel):
     """
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, hide_input_in_errors=False)
+
+
+class Kinds(Fields):
+    """An object of one of many kinds, which `type` names. Those that are not `read` may have any other fields."""
+
+    read: ClassVar[tuple[str, ...]] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_type(cls, value: Any) -> Any:
+        kind = value.get("type") if isinstance(value, dict) else None
+        return dict(type=kind) if isinstance(kind, str) and kind not in cls.read else value
 
 
 async def read_fields(request, service, fields):
@@ -185,9 +205,10 @@ def place(location):
 
 
 def wanted(error):
-    """What pydantic says would have been right, in our words."""
-    return error["msg"].removeprefix("Value error, ").replace("Input should be", "expected")\
-        .replace("a valid integer", "an integer").replace("a valid ", "a ")
+    """What pydantic says would have been right, in our words and JSON's."""
+    if error["type"] in JSON_NAMES:
+        return f"expected {JSON_NAMES[error['type']]}"
+    return error["msg"].removeprefix("Value error, ").replace("Input should be", "expected").replace("a valid ", "a ")
 
 
 def shown(value):

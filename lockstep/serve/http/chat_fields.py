@@ -1,10 +1,10 @@
 """The body of /v1/chat/completions, and the Conversation that it asks for."""
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from lockstep.serve.chat import Conversation
-from lockstep.serve.http.body import Fields, Items, Whole, shown, simple_or
+from lockstep.serve.http.body import Fields, Items, Kinds, Whole, or_default, shown, simple_or
 from lockstep.serve.http.errors import bad_request
 from lockstep.serve.http.forms import FormFields, grammar_of
 from lockstep.serve.http.json_size import loads
@@ -59,10 +59,12 @@ class FunctionFields(Fields):
     strict: bool | None = None
 
 
-class ToolFields(Fields):
+class ToolFields(Kinds):
     """A tool; only functions are used."""
 
-    type: str = "function"
+    read: ClassVar = ("function",)
+
+    type: or_default(str, "function") = "function"
     function: FunctionFields | None = None
 
 
@@ -82,7 +84,7 @@ class AllowedTools(Fields):
 class ToolChoice(Fields):
     """A tool that has to be called, or the tools that may be."""
 
-    type: Literal["function", "allowed_tools"] = "function"
+    type: or_default(Literal["function", "allowed_tools"], "function") = "function"
     function: NamedFunction | None = None
     allowed_tools: AllowedTools | None = None
 
@@ -183,6 +185,14 @@ def tool_use(fields):
     if choice.type == "function":
         return choose(tools, "required", [given.name], False)
     return choose(tools, given.mode, [tool.function.name for tool in given.tools if tool.function], parallel)
+
+
+def name_of(index: int, tool: Fields) -> str:
+    """The name of a tool that the model may call, one of a body's. ApiError 400 where it has none."""
+    if tool.name is None:
+        where = f"tools[{index}].name"
+        raise bad_request(f"{where}: this field is required for a tool that the model calls", where, "missing_field")
+    return tool.name
 
 
 def choose(tools, mode, allowed=None, parallel=True):

@@ -46,7 +46,7 @@ class Answer:
         """What comes before a sequence's own text: its prompt, if that is wanted."""
         if not self.fields.echo:
             return ""
-        text = self._texts[number // (self.fields.n or 1)]
+        text = self._texts[number // (self.fields.num_samples)]
         if text is None and self.tokenizer is not None:
             return self.tokenizer.decode(self.job.requests[number].prompt_ids)
         return text or ""

@@ -12,7 +12,7 @@ from lockstep.serve.http.job import Generates
 from lockstep.serve.http.pieces import json_answer
 from lockstep.serve.http.known_fields import EMBEDDING, KnownFields
 from lockstep.serve.http.prompts import check_ids, shortened
-from lockstep.serve.http.sampling import UNTIL_FULL, MostTokens
+from lockstep.serve.http.sampling import UNTIL_FULL, CacheSalt, MostTokens
 
 
 class EmbeddingFields(KnownFields):
@@ -28,6 +28,7 @@ class EmbeddingFields(KnownFields):
     normalize: bool | None = None
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: MostTokens | None = None
+    cache_salt: CacheSalt | None = None
 
 
 def routes(service):
@@ -37,7 +38,7 @@ def routes(service):
         _check_dimensions(fields.dimensions, service.llm.model.config.hidden_size)
         inputs = await job.offload(read_inputs, service, fields)
         params = SamplingParams(pooling=fields.pooling or await job.offload(lambda: service.llm.pooling))
-        await job.start([(ids, params) for ids in inputs])
+        await job.start([(ids, params) for ids in inputs], fields.cache_salt or "")
         await job.finished()
         service.metrics.prompt_tokens += sum(map(len, inputs))
         size = len(inputs) * service.llm.model.config.hidden_size

@@ -66,7 +66,7 @@ def masks(service, fields, count):
     if service.chat is None:
         raise bad_request("this model has no tokenizer, so its answers have no form", "response_format", "no_tokenizer")
     grammar = grammar_of(fields)
-    return [None if grammar is None else service.chat.grammars.mask(grammar, fields.n or 1) for _ in range(count)]
+    return [None if grammar is None else service.chat.grammars.mask(grammar, fields.num_samples) for _ in range(count)]
 
 
 def grammar_of(fields):

@@ -7,9 +7,9 @@ from lockstep.serve.http import talk
 from lockstep.serve.http.blocks import Blocks, collect
 from lockstep.serve.http.chat_fields import arguments_of
 from lockstep.serve.http.encode import json_response
-from lockstep.serve.http.errors import bad_request
 from lockstep.serve.http.job import Generates
 from lockstep.serve.http.messages_fields import CountFields, MessagesFields, conversation
+from lockstep.serve.http.sampling import check_single
 from lockstep.serve.http.sse import EventStream, named
 
 STOP_REASONS = dict(stop="end_turn", length="max_tokens", tool_calls="tool_use")
@@ -21,8 +21,7 @@ def routes(service):
     """The routes of this module."""
     async def messages(job):
         fields = await job.read(MessagesFields)
-        if fields.n not in (None, 1):
-            raise bad_request(f"n: expected 1, got {fields.n}", "n")
+        check_single(fields)
         stop = [fields.stop] if isinstance(fields.stop, str) else fields.stop or []
         fields.stop = [*stop, *(fields.stop_sequences or ())]
         new_parser = await talk.start(job, fields, lambda: conversation(fields), ["max_tokens"])

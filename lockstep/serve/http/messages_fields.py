@@ -5,11 +5,12 @@ from pydantic import Field
 
 from lockstep.serve import structured
 from lockstep.serve.chat import Conversation
-from lockstep.serve.http.body import Fields, Items, Whole, shown, simple_or
-from lockstep.serve.http.chat_fields import NO_PARAMETERS, called, choose
+from lockstep.serve.http.body import Fields, Items, Kinds, Whole, shown, simple_or
+from lockstep.serve.http.chat_fields import NO_PARAMETERS, called, choose, name_of
 from lockstep.serve.http.errors import bad_request
 from lockstep.serve.http.known_fields import GENERATION, PROMPT, KnownFields
 from lockstep.serve.http.sampling import MostTokens, SamplingFields
+from lockstep.serve.http.stream_fields import OwnStreamFields
 from lockstep.serve.reasoning import template_variables
 from lockstep.serve.tool_calls.tools import Tool
 
@@ -37,11 +38,13 @@ class Turn(Fields):
     content: simple_or(str, Items[ContentBlock])
 
 
-class ToolFields(Fields):
+class ToolFields(Kinds):
     """A tool. Those with a type of Anthropic's own run on their servers and are not offered to the model."""
 
+    read: ClassVar = ("custom",)
+
     type: str | None = None
-    name: str
+    name: str | None = None
     description: str | None = None
     input_schema: dict | None = None
     strict: bool | None = None
@@ -91,14 +94,13 @@ class CountFields(KnownFields):
     output_config: OutputConfig | None = None
 
 
-class MessagesFields(CountFields, SamplingFields):
+class MessagesFields(CountFields, SamplingFields, OwnStreamFields):
     """The body of a request for an answer."""
 
     refused: ClassVar = GENERATION
 
     max_tokens: MostTokens | None
     stop_sequences: Items[str] | None = None
-    stream: bool | None = None
 
 
 def conversation(fields):
@@ -118,8 +120,8 @@ def conversation(fields):
 
 def tool_use(fields):
     """The ToolUse of Anthropic's tools and tool_choice."""
-    tools = [Tool(t.name, t.description or "", t.input_schema or NO_PARAMETERS, bool(t.strict))
-             for t in fields.tools or () if t.type in (None, "custom")]
+    tools = [Tool(name_of(i, t), t.description or "", t.input_schema or NO_PARAMETERS, bool(t.strict))
+             for i, t in enumerate(fields.tools or ()) if t.type in (None, "custom")]
     choice = fields.tool_choice or ToolChoice(type="auto")
     if choice.type == "tool" and not choice.name:
         raise bad_request("tool_choice: expected the name of a tool, got none", "tool_choice")

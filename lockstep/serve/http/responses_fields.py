@@ -1,14 +1,15 @@
 """The body of /v1/responses, and the Conversation that it asks for. Nothing is stored between requests."""
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from lockstep.serve import structured
 from lockstep.serve.chat import Conversation
-from lockstep.serve.http.body import Fields, Items, Whole, shown, simple_or
-from lockstep.serve.http.chat_fields import NO_PARAMETERS, called, choose
+from lockstep.serve.http.body import Fields, Items, Kinds, Whole, shown, simple_or
+from lockstep.serve.http.chat_fields import NO_PARAMETERS, called, choose, name_of
 from lockstep.serve.http.errors import bad_request
-from lockstep.serve.http.sampling import MostTokens, SamplingFields
+from lockstep.serve.http.sampling import MostTokens, SamplingFields, check_single
+from lockstep.serve.http.stream_fields import OwnStreamFields
 from lockstep.serve.reasoning import template_variables
 from lockstep.serve.tool_calls.tools import Tool
 
@@ -23,8 +24,10 @@ class Part(Fields):
     refusal: str | None = None
 
 
-class Item(Fields):
+class Item(Kinds):
     """An item of the input; which fields it has depends on its type, which a message may leave out."""
+
+    read: ClassVar = ("message", "reasoning", "function_call", "function_call_output", "item_reference")
 
     type: str | None = None
     role: Literal["system", "developer", "user", "assistant"] | None = None
@@ -36,8 +39,10 @@ class Item(Fields):
     output: simple_or(str, Items[Part]) | None = None
 
 
-class ToolFields(Fields):
+class ToolFields(Kinds):
     """A tool; only functions are used, others are not offered to the model."""
+
+    read: ClassVar = ("function",)
 
     type: str
     name: str | None = None
@@ -76,7 +81,7 @@ class ReasoningFields(Fields):
     effort: str | None = None
 
 
-class ResponsesFields(SamplingFields):
+class ResponsesFields(SamplingFields, OwnStreamFields):
     """The body of a request."""
 
     model: str | None = None
@@ -90,7 +95,6 @@ class ResponsesFields(SamplingFields):
     parallel_tool_calls: bool | None = None
     text: TextFields | None = None
     reasoning: ReasoningFields | None = None
-    stream: bool | None = None
     background: bool | None = None
     previous_response_id: str | None = None
     conversation: Any = None
@@ -124,8 +128,7 @@ def refuse_state(fields):
     if fields.background:
         raise bad_request("background: this server answers while the client waits, expected false", "background",
                           "unsupported")
-    if fields.n not in (None, 1):
-        raise bad_request(f"n: expected 1, got {fields.n}", "n", "invalid_value")
+    check_single(fields)
 
 
 # ---------------------------------------------------------------- input
@@ -189,8 +192,8 @@ def text_of(content, where):
 
 def tool_use(fields):
     """The ToolUse of tools and tool_choice."""
-    tools = [Tool(t.name, t.description or "", t.parameters or NO_PARAMETERS, bool(t.strict))
-             for t in fields.tools or () if t.type == "function"]
+    tools = [Tool(name_of(i, t), t.description or "", t.parameters or NO_PARAMETERS, bool(t.strict))
+             for i, t in enumerate(fields.tools or ()) if t.type == "function"]
     choice, parallel = fields.tool_choice or "auto", fields.parallel_tool_calls is not False
     if isinstance(choice, str):
         return choose(tools, choice, None, parallel)

@@ -3,10 +3,10 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from lockstep.engine.request import MIN_TEMPERATURE, SamplingParams
-from lockstep.serve.http.body import Items, Whole, shown
+from lockstep.serve.http.body import Items, Whole, shown, whole
 from lockstep.serve.http.errors import bad_request, not_allowed
 from lockstep.serve.http.known_fields import GENERATION, KnownFields
 from lockstep.serve.http.limits import Limits
@@ -25,7 +25,21 @@ def _check_most(value: int) -> int:
 
 # of an answer: as many as the context has room for where it is more, or UNTIL_FULL
 MostTokens = Annotated[Whole, AfterValidator(_check_most)]
+CacheSalt = Annotated[str, Field(max_length=256)]
 Penalty = Annotated[float, Field(ge=0.01, le=100)]
+
+
+def _as_object(biases: object) -> object:
+    """llama.cpp's form of logit_bias, an array of [token id, bias], as OpenAI's; anything else as it is."""
+    if not isinstance(biases, list):
+        return biases
+    for each in biases:
+        if not (isinstance(each, list) and len(each) == 2 and type(whole(each[0])) is int):
+            raise ValueError("expected an object from token ids to numbers, or an array of [token id, number]")
+    return {str(whole(token)): bias for token, bias in biases}
+
+
+Biases = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_as_object)]
 
 
 class SamplingFields(KnownFields):
@@ -39,6 +53,7 @@ class SamplingFields(KnownFields):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Annotated[Whole, Field(**INT64)] | None = None
     n: Annotated[Whole, Field(ge=1, le=128)] | None = None
+    n_cmpl: Annotated[Whole, Field(ge=1, le=128)] | None = None  # llama.cpp's name, which counts more
     best_of: Whole | None = None
     stop: str | Items[str] | None = None
     stop_token_ids: Items[TokenId] | None = None
@@ -52,11 +67,16 @@ class SamplingFields(KnownFields):
     penalize_nl: bool | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Biases | None = None
     suppress_tokens: Items[TokenId] | None = None
     allowed_token_ids: Items[Whole] | None = None
     bad_words: Items[str] | None = None
-    cache_salt: Annotated[str, Field(max_length=256)] | None = None
+    cache_salt: CacheSalt | None = None
+
+    @property
+    def num_samples(self) -> int:
+        """Of each prompt."""
+        return self.n_cmpl or self.n or 1
 
 
 # API field -> default; those of SamplingParams have the same names
@@ -81,7 +101,8 @@ def sampling_params(fields: SamplingFields, limits: Limits, max_tokens: int, def
     chosen["temperature"] = chosen["temperature"] and max(chosen["temperature"], MIN_TEMPERATURE)
     chosen["repetition_penalty"] = _repetition_penalty(fields, chosen["repetition_penalty"])
     seed = secrets.randbits(63) if fields.seed in (None, RANDOM) else fields.seed
-    _check_n(chosen["n"], fields.best_of, limits)
+    chosen["n"] = fields.num_samples
+    _check_samples(fields, limits)
     _check_window(fields, chosen)
     _check_suppressed(fields.suppress_tokens or (), limits)
     try:
@@ -123,11 +144,24 @@ def _check_window(fields: SamplingFields, chosen: dict) -> None:
                           "unsupported")
 
 
-def _check_n(n: int, best_of: int | None, limits: Limits) -> None:
+def check_single(fields: SamplingFields) -> None:
+    """ApiError 400 for several samples, for routes whose answers have one."""
+    if fields.num_samples != 1:
+        name = _name_of_n(fields)
+        raise bad_request(f"{name}: expected 1, got {fields.num_samples}", name, "invalid_value")
+
+
+def _name_of_n(fields: SamplingFields) -> str:
+    return "n" if fields.n_cmpl is None else "n_cmpl"
+
+
+def _check_samples(fields: SamplingFields, limits: Limits) -> None:
+    n, name = fields.num_samples, _name_of_n(fields)
     if n > limits.max_samples:
-        raise bad_request(f"n: expected at most {limits.max_samples}, got {n}", "n", "invalid_value")
-    if best_of not in (None, n):
-        raise bad_request(f"best_of: expected none or the value of n, {n}, got {best_of}", "best_of", "unsupported")
+        raise bad_request(f"{name}: expected at most {limits.max_samples}, got {n}", name, "invalid_value")
+    if fields.best_of not in (None, n):
+        raise bad_request(f"best_of: expected none or the value of {name}, {n}, got {fields.best_of}", "best_of",
+                          "unsupported")
 
 
 def _check_suppressed(ids, limits):

@@ -1,11 +1,12 @@
 """The fields that ask for a stream, as OpenAI and vLLM have them, and the usage that its chunks report."""
-from typing import Self
+from typing import ClassVar, Self
 
 from pydantic import model_validator
 
 from lockstep.serve.http.body import Fields
 from lockstep.serve.http.encode import to_text
 from lockstep.serve.http.errors import bad_request
+from lockstep.serve.http.known_fields import STREAM, KnownFields
 
 
 class StreamOptions(Fields):
@@ -31,6 +32,21 @@ class StreamFields(Fields):
     def streams_usage(self) -> bool:
         """Whether a stream ends with how many tokens there were."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+class OwnStreamOptions(KnownFields):
+    """The options of a stream whose events are those of another API, which always end with the usage."""
+
+    refused: ClassVar = STREAM
+    inside: ClassVar = "stream_options."
+
+    include_usage: bool | None = None
+
+
+class OwnStreamFields(StreamFields):
+    """The same where the events of a stream are those of another API."""
+
+    stream_options: OwnStreamOptions | None = None
 
 
 class ChunkEnd:

@@ -15,7 +15,7 @@ async def start(job, fields, make_conversation, max_tokens_names, **reports):
     """
     service = job.service
     prepared, leaves_out = await job.offload(lambda: (
-        chat_model(service).prepare(make_conversation(), fields.n or 1), token_mask(service, fields)))
+        chat_model(service).prepare(make_conversation(), fields.num_samples), token_mask(service, fields)))
     room = service.max_context - len(prepared.ids)
     if room < 1:
         raise bad_request(f"the conversation has {len(prepared.ids)} tokens, which leaves no room for an answer in the "

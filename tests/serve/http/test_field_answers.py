@@ -62,6 +62,11 @@ def test_an_answer_may_fill_a_kv_cache_that_is_smaller_than_the_context():
         assert post(made, prompt=[5] * 320, status=400)["error"]["code"] == "context_length_exceeded"
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_n_cmpl_gives_as_many_choices(server, path):
+    assert len(post(server, path, n_cmpl=3, n=2, temperature=1, max_tokens=2)["choices"]) == 3
+
+
 @by_route
 def test_a_temperature_near_nothing_is_the_least_there_is(server, path):
     asked = dict(seed=5, **length(path, 12))
@@ -140,6 +145,10 @@ def test_prompts_are_cut_where_that_is_asked_for(server, llm):
         asked = dict(prompt=[ids], truncate_prompt_tokens=-1, max_tokens=count, return_token_ids=True)
         assert post(server, **asked)["choices"][0]["prompt_token_ids"] == ids[room - 1024:]
     assert post(server, prompt=text, max_tokens=5, status=400)["error"]["code"] == "context_length_exceeded"
+    for most in (2000, 1024):  # of a prompt of more
+        refused = post(server, prompt=[ids], truncate_prompt_tokens=most, max_tokens=30, status=400)["error"]
+        assert (refused["param"], refused["code"]) == ("prompt", "context_length_exceeded")
+        assert f"it has {min(most, len(ids))} tokens, which leaves no room for an answer" in refused["message"]
     vector, first = (post(server, "/v1/embeddings", input=given, **more)["data"][0]["embedding"]
                      for given, more in ((text, dict(truncate_prompt_tokens=20)), (ids[:20], {})))
     assert vector == first

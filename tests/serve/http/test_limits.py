@@ -208,7 +208,7 @@ class Some(Fields):
     (dict(count="5"), 'count: expected an integer, got "5"'), (dict(count=5.5), "count: expected an integer, got 5.5"),
     (dict(count=True), "count: expected an integer, got true"),
     (dict(words=["a", 5]), "words[1]: expected a string, got 5"),
-    (dict(words="abc"), 'words: expected a list, got "abc"'),
+    (dict(words="abc"), 'words: expected an array, got "abc"'),
     (dict(count=["x"] * 100), "count: expected an integer, got an array of 100"),
     (dict(count="x" * 500), '... (502 characters)')], ids=str)
 def test_errors_name_the_field_what_was_got_and_what_is_allowed(value, says):

@@ -117,7 +117,8 @@ class Grammars:
     def __init__(self, tokenizer, eos_ids, vocab_size):
         self.num_words = -(-vocab_size // 32)
         self._tokenizer, self._eos_ids, self._vocab_size = tokenizer, sorted(eos_ids), vocab_size
-        self._special_ids = sorted(i for i in tokenizer.special_ids if i < vocab_size)
+        self._special = frozenset(tokenizer.special_ids) | frozenset(eos_ids)
+        self._special_ids = sorted(i for i in self._special if i < vocab_size)
         self._reader, self._lock, self._slow = None, threading.Lock(), threading.Lock()
         self._compilers = _with_deep_stacks(2)
         self._proofs = Proofs(vocab_size, {i: tokenizer.token_bytes(i) for i in self._special_ids}, self._eos_ids)
@@ -188,7 +189,19 @@ class Grammars:
             return self._reader
 
     def _exact_ids(self, text):
-        """Token ids whose bytes are exactly those of a text; none if the tokenizer cannot give such."""
+        """Ids of ordinary tokens whose bytes are exactly those of a text; none if the tokenizer cannot give such.
+
+        Where the text of a special token stands in it, it is cut there: what a grammar quotes is text, and the special
+        token would be none of it, but end the answer or stand for something else.
+        """
+        if self._special.isdisjoint(self._tokenizer.encode(text, add_special_tokens=False)):
+            return self._ids_of(text)
+        middle = len(text) // 2
+        halves = [self._exact_ids(half) for half in (text[:middle], text[middle:])] if middle else []
+        return [token for half in halves for token in half] if all(halves) else []
+
+    def _ids_of(self, text):
+        """The same for a text without that of a special token."""
         for marked in (text, "\n" + text):  # some tokenizers put a space before the first word, so before the mark
             ids = self._tokenizer.encode(marked, add_special_tokens=False)
             for skipped in range(min(4, len(ids))):

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lockstep.serve import matchers, structured
+from lockstep.serve.gbnf import to_lark
 from lockstep.serve.structured import Grammars
 from lockstep.serve.tokenizer import Tokenizer, tokenizer_from_gguf
 from tests.serve.vocabularies import byte_fallback, byte_level, gguf_metadata, sentencepiece_metadata
@@ -355,3 +356,39 @@ def test_a_model_without_end_token_is_refused():
     tokenizer = TOKENIZERS["byte_level"]
     with pytest.raises(ValueError, match="no end token"):
         Grammars(tokenizer, (), tokenizer.vocab_size).mask(structured.json_object())
+
+
+def quoting(text):
+    """Grammars that allow a text, perhaps in quotes, and no other."""
+    escaped = re.escape(text)
+    yield structured.choice([text])
+    yield structured.regex(escaped)
+    yield structured.lark("start: " + structured.quote(text))
+    yield structured.lark(to_lark(f"root ::= {json.dumps(text)}"))
+    yield structured.lark(to_lark(f"root ::= inner\ninner ::= {json.dumps(text)} | {json.dumps('(' + text)} inner"))
+    yield structured.json_schema({"const": text})
+    yield structured.json_schema({"enum": [text]})
+    yield structured.json_schema({"type": "object", "properties": {text: {"const": 1}}, "required": [text],
+                                  "additionalProperties": False})
+
+
+@KINDS
+@pytest.mark.parametrize("form", ["{}", "a{}b", "{0}{0}", "x {} y", "{}é", "日{}"])
+def test_the_text_of_a_special_token_is_written_with_ordinary_ones(kind, form):
+    tokenizer = TOKENIZERS[kind]
+    for special in sorted(tokenizer.special_ids):
+        text = form.format(tokenizer.backend.id_to_token(special))
+        for seed, grammar in enumerate(quoting(text)):
+            answer = random_answer(kind, grammar, np.random.default_rng(seed))
+            assert answer is not None and text in answer, (text, grammar)
+
+
+def test_a_token_that_ends_answers_is_no_text_though_it_is_not_marked_so():
+    tokenizer = TOKENIZERS["byte_level"]
+    end = tokenizer.backend.token_to_id("<tool call>")
+    assert end not in tokenizer.special_ids
+    grammars = Grammars(tokenizer, {end}, tokenizer.vocab_size)
+    mask, ids = grammars.mask(structured.choice(["<tool call>!"])), []
+    while end not in (options := allowed(mask(ids))):
+        ids.append(int(max(options, key=lambda token: len(tokenizer.token_bytes(token)))))
+    assert tokenizer.decode(ids) == "<tool call>!" and list(options) == [end]

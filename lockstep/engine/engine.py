@@ -12,7 +12,7 @@ from lockstep.engine.prefix import PrefixCache, model_identity
 from lockstep.engine.prefix_disk import DiskStore
 from lockstep.engine.request import Request, check_params, check_single, samples, token_list
 from lockstep.engine.runner import Limits, Runner, Span
-from lockstep.engine.sampling import Refused, is_finite, sampled_rows, take_prompt_rows, within_rows
+from lockstep.engine.sampling import NothingAllowed, Refused, is_finite, sampled_rows, take_prompt_rows, within_rows
 from lockstep.engine.scheduler import Scheduler
 from lockstep.engine.states import StateStore
 from lockstep.ops.kv_cache import PAGE_TOKENS
@@ -233,7 +233,7 @@ class Engine:
             self._fail_not_finite(request, "logits")
             return
         if request.adjustment and self.runner.is_forbidden(row, token):
-            self.fail(request, "no token is allowed by logits_mask, suppress_tokens and min_tokens together")
+            self.fail(request, NothingAllowed())
             return
         self.num_generated += 1
         request.output_ids.append(token)
@@ -257,8 +257,11 @@ class Engine:
         return request.answer.push(token, is_end)
 
     def fail(self, request, error):
-        """Ends a running request that cannot go on; its batch mates do not notice. Returns the request."""
-        request.error = str(error)
+        """Ends a running request that cannot go on; its batch mates do not notice. Returns the request.
+
+        error: a Refused, or what was wrong in words.
+        """
+        request.error, request.refused = str(error), error if isinstance(error, Refused) else None
         self.finish(request, "error")
         return request
 

@@ -202,6 +202,7 @@ class Request:
     finish_reason: str | None = None  # "stop", "length", "embedded", "cancelled" or "error"
     stop_reason: int | str | None = None  # the token or string that ended it
     error: str | None = None  # what was wrong, where finish_reason is "error"
+    refused: Exception | None = None  # the sampling.Refused that says so, if one does
     is_fault: bool = False  # whether that lies with the model or the machine, and not with the request
     priority: int = 0  # the lower goes first; then whoever came first
     cache_salt: str = ""  # only requests with the same salt share cached prefixes

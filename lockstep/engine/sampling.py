@@ -14,6 +14,13 @@ class Refused(Exception):
     """A request that cannot be sampled, through a fault of its own; the message says why."""
 
 
+class NothingAllowed(Refused):
+    """What a request asks for leaves no token to choose."""
+
+    def __init__(self) -> None:
+        super().__init__("no token is allowed by logits_mask, suppress_tokens and min_tokens together")
+
+
 class Adjustment:
     """Memory that the op `adjust_logits` reads for one request: what it has seen, biases, mask and banned tokens.
 

@@ -15,7 +15,7 @@ from lockstep.serve.http.prompts import read_prompts
 from lockstep.serve.http.sampling import UNTIL_FULL, MostTokens, SamplingFields, most_tokens, sampling_params
 from lockstep.serve.http.sse import EventStream
 from lockstep.serve.http.stream_fields import StreamFields
-from lockstep.serve.http.token_masks import token_mask
+from lockstep.serve.http.token_masks import UntilComplete, narrowing, token_mask
 
 DEFAULT_TOKENS = 16
 MOST_TOKENS = ("n_predict", "max_completion_tokens", "max_tokens")  # names of the same, the first that is given counts
@@ -50,12 +50,16 @@ def routes(service):
         _check_logprobs(fields, service.limits)
         texts, ids = await job.prepare(read_prompts, service, fields.prompt, fields.add_special_tokens is not False,
                                        _most_prompt(fields, service.max_context))
-        each_mask = await job.offload(masks, service, fields, len(ids)) if fields.has_form else [None] * len(ids)
+        each_mask = await job.offload(masks, service, fields, len(ids)) if fields.form_names else [None] * len(ids)
+        has_form = each_mask[0] is not None
         if (leaves_out := await job.prepare(token_mask, service, fields)) is not None:
             each_mask = [leaves_out(mask) for mask in each_mask]
+        if has_form and fields.ignore_eos:
+            each_mask = [UntilComplete(mask, service.llm) for mask in each_mask]
+            fields.ignore_eos = False
         answer = Answer(job, fields, texts)
         await job.start([(each, _params(fields, service, len(each), mask)) for each, mask in zip(ids, each_mask)],
-                        fields.cache_salt or "")
+                        fields.cache_salt or "", narrowing(fields))
         if fields.stream:
             return EventStream(job, answer.events())
         await job.finished()

@@ -1,6 +1,9 @@
 """Refusals and errors as clients know them: OpenAI's nested object, and Anthropic's on its own routes."""
+from collections.abc import Sequence
+
 from starlette.responses import Response
 
+from lockstep.engine.sampling import NothingAllowed
 from lockstep.serve.http.encode import to_json
 from lockstep.serve.tokenizer import TooManyTokens
 
@@ -34,6 +37,22 @@ def not_allowed(error):
 def not_finite(reason):
     """An answer that the model or the machine could not give, whoever asks; reason: the engine's words."""
     return ApiError(500, reason, code="not_finite")
+
+
+def not_generated(request, fields: Sequence[str]) -> Exception:
+    """Why an answer ended where it could not go on. request: the engine's, which failed; fields: those of the body that
+    say which tokens there may be, see `token_masks.narrowing`. What is no fault of theirs is the server's own."""
+    refused, cause = request.refused, request.refused and request.refused.__cause__
+    if isinstance(refused, NothingAllowed):
+        which = f" that {' and '.join(fields)} allow{'' if len(fields) > 1 else 's'}" if fields else ""
+        return _in_field(next(iter(fields), None), f"the answer cannot go on, there is no token left{which}")
+    if isinstance(cause, ValueError):  # a grammar reached one of its limits
+        return _in_field(next(reversed(fields), None), str(cause).removeprefix("grammar: "))
+    return refused or RuntimeError(request.error)
+
+
+def _in_field(field: str | None, message: str) -> ApiError:
+    return ApiError(400, f"{field}: {message}" if field else message, field, "generation_failed")
 
 
 def internal():

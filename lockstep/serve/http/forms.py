@@ -55,10 +55,10 @@ class FormFields(Fields):
     grammar: str | None = None  # llama.cpp's, in GBNF; "" is none
 
     @property
-    def has_form(self):
-        """Whether any of them is there."""
-        return bool(self.grammar) or any(getattr(self, name) is not None for name in FormFields.model_fields
-                                         if name != "grammar")
+    def form_names(self) -> list[str]:
+        """Those of them that are there."""
+        return [name for name in FormFields.model_fields
+                if (value := getattr(self, name)) is not None and not (name == "grammar" and not value)]
 
 
 def masks(service, fields, count):

@@ -2,12 +2,13 @@
 import asyncio
 import math
 import time
+from collections.abc import Sequence
 
 from starlette.requests import ClientDisconnect
 
 from lockstep.engine.async_engine import batches
 from lockstep.serve.http import body
-from lockstep.serve.http.errors import ApiError, bad_request, not_allowed, not_finite
+from lockstep.serve.http.errors import ApiError, bad_request, not_allowed, not_finite, not_generated
 from lockstep.serve.http.values import num_logprobs, within
 
 SHORT_BYTES = 2048  # of a body
@@ -26,7 +27,7 @@ class Job:
 
     def __init__(self, service, scope, receive):
         self.service, self.scope, self._receive = service, scope, receive
-        self.streams, self.requests, self._prompts = [], [], []
+        self.streams, self.requests, self._prompts, self._narrowing = [], [], [], []
         self.model_name = service.model_name
         self.num_sequences, self.num_queued_tokens, self.num_logprobs = 1, 0, 0
         self._ended_by, self._watcher, self._began = None, None, time.monotonic()
@@ -76,9 +77,10 @@ class Job:
 
     # ------------------------------------------------------------ its answer
 
-    async def start(self, prompts, cache_salt=""):
+    async def start(self, prompts, cache_salt="", narrowing: Sequence[str] = ()):
         """Queues all samples of [(token ids, SamplingParams), ...] in order; returns the engine's Requests.
 
+        narrowing: fields that may leave an answer without a token to choose, see `token_masks.narrowing`.
         ApiError 400 for what cannot run, 429 where it would have to wait behind too much.
         """
         num_sequences = sum(params.n for _, params in prompts)
@@ -88,7 +90,7 @@ class Job:
         prompts = within(prompts, self.service.limits.max_answer_values, self.service.max_context)
         self.service.admit(self, num_sequences, sum(len(ids) * params.n for ids, params in prompts),
                            num_logprobs(prompts))
-        self._prompts = prompts
+        self._prompts, self._narrowing = prompts, narrowing
         await self.prepare(self._submit, prompts, self.service.salt(self.scope["lockstep.tenant"], cache_salt))
         return self.requests
 
@@ -158,7 +160,7 @@ class Job:
         if faulty is not None:
             raise not_finite(faulty.error)
         if failed:
-            raise ApiError(400, failed[0].error, code="generation_failed")
+            raise not_generated(failed[0], self._narrowing)
 
     def usage(self):
         """OpenAI's usage object: each prompt counts once, however many samples it has."""

@@ -102,6 +102,13 @@ class MessagesFields(CountFields, SamplingFields, OwnStreamFields):
     max_tokens: MostTokens | None
     stop_sequences: Items[str] | None = None
 
+    @property
+    def form_names(self) -> list[str]:
+        """The field that says what form the text has, if there is one."""
+        if self.output_format is not None:
+            return ["output_format"]
+        return ["output_config.format"] if self.output_config is not None and self.output_config.format else []
+
 
 def conversation(fields):
     """The Conversation of CountFields. ValueError or ApiError 400 for what cannot be."""

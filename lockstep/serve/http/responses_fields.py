@@ -102,6 +102,11 @@ class ResponsesFields(SamplingFields, OwnStreamFields):
     metadata: dict[str, Any] | None = None
     chat_template_kwargs: dict | None = None
 
+    @property
+    def form_names(self) -> list[str]:
+        """The field that says what form the text has, if there is one."""
+        return ["text.format"] if self.text is not None and self.text.format is not None else []
+
 
 def num_logprobs(fields, limits):
     """How many alternatives to report for each token of the text; None for no log-probabilities."""

@@ -2,7 +2,7 @@
 from lockstep.serve.http.body import read_fields
 from lockstep.serve.http.errors import ApiError, bad_request
 from lockstep.serve.http.sampling import most_tokens, sampling_params
-from lockstep.serve.http.token_masks import token_mask
+from lockstep.serve.http.token_masks import UntilComplete, narrowing, token_mask
 from lockstep.serve.tool_calls.events import CallStart
 
 
@@ -14,8 +14,13 @@ async def start(job, fields, make_conversation, max_tokens_names, **reports):
     SamplingParams, such as logprobs.
     """
     service = job.service
-    prepared, leaves_out = await job.offload(lambda: (
-        chat_model(service).prepare(make_conversation(), fields.num_samples), token_mask(service, fields)))
+
+    def prepare():
+        made = make_conversation()
+        has_form = made.grammar is not None or made.tools.must_call
+        return chat_model(service).prepare(made, fields.num_samples), has_form, token_mask(service, fields)
+
+    prepared, has_form, leaves_out = await job.offload(prepare)
     room = service.max_context - len(prepared.ids)
     if room < 1:
         raise bad_request(f"the conversation has {len(prepared.ids)} tokens, which leaves no room for an answer in the "
@@ -24,9 +29,11 @@ async def start(job, fields, make_conversation, max_tokens_names, **reports):
     if not options.get("skip_special_tokens", True):
         fields.skip_special_tokens = False
     mask = options["logits_mask"] if leaves_out is None else leaves_out(options["logits_mask"])
+    if has_form and fields.ignore_eos:
+        mask, fields.ignore_eos = UntilComplete(mask, service.llm), False
     params = sampling_params(fields, service.limits, most_tokens(fields, max_tokens_names, room),
                              service.llm.sampling_defaults, logits_mask=mask, **reports)
-    await job.start([(prepared.ids, params)], fields.cache_salt or "")
+    await job.start([(prepared.ids, params)], fields.cache_salt or "", narrowing(fields))
     return prepared.new_parser
 
 

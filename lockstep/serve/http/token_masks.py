@@ -11,16 +11,19 @@ class TokenMask:
     """A logits_mask (see SamplingParams) that leaves out tokens, and what another mask does not allow.
 
     allowed: token ids, or None for all; banned: sequences of token ids, whose last token is not allowed after the
-    others. It has no state of its own, so that several samples may share it.
+    others; ends: the tokens that end an answer, which the other mask may do where it leaves nothing else. It has no
+    state of its own, so that several samples may share it.
     """
 
-    def __init__(self, vocab_size: int, allowed: Sequence[int] | None, banned: Sequence[Sequence[int]], other=None):
+    def __init__(self, vocab_size: int, allowed: Sequence[int] | None, banned: Sequence[Sequence[int]], other=None,
+                 ends: Sequence[int] = ()):
         self._bits = np.zeros(-(-vocab_size // 32), np.uint32)
         self._set(self._bits, np.arange(vocab_size) if allowed is None else np.array(allowed, np.int64))
         single = [ids[0] for ids in banned if len(ids) == 1]
         self._clear(self._bits, single)
         self._longer = [(list(ids[:-1]), ids[-1]) for ids in banned if len(ids) > 1]
-        self._other = other
+        self._other, self._ends = other, np.zeros_like(self._bits)
+        self._set(self._ends, np.array(ends, np.int64))
 
     @staticmethod
     def _set(bits: np.ndarray, ids: np.ndarray) -> None:
@@ -37,9 +40,37 @@ class TokenMask:
         found = None if self._other is None else self._other(output_ids)
         if found is None and not ended:
             return self._bits
-        bits = self._bits.copy() if found is None else self._bits & np.asarray(found).view(np.uint32)
+        if found is None:
+            bits = self._bits.copy()
+            self._clear(bits, ended)
+            return bits
+        found = np.asarray(found).view(np.uint32)
+        bits = self._bits & found
         self._clear(bits, ended)
-        return bits
+        return bits if bits.any() else found & self._ends
+
+
+class UntilComplete:
+    """A logits_mask for a grammar and ignore_eos: the tokens of another mask, but those that end an answer only where
+    there are no others. The answer then ends: there is nothing that it could go on with."""
+
+    def __init__(self, other: Callable, llm):
+        self._other = other
+        self._ends = TokenMask(llm.model.config.vocab_size, sorted(llm.engine.eos_ids), [])([])
+
+    def __call__(self, output_ids: list[int]) -> np.ndarray:
+        """uint32 [ceil(vocabulary / 32)] for the token after these."""
+        found = np.asarray(self._other(output_ids)).view(np.uint32)
+        others = found & ~self._ends
+        return others if others.any() else found
+
+
+def narrowing(fields) -> list[str]:
+    """The names of a request's fields that may leave it without a token to choose: first those that leave out tokens,
+    then those that give the answer a form."""
+    left_out = [name for name in ("allowed_token_ids", "bad_words", "suppress_tokens", "min_tokens")
+                if getattr(fields, name)]
+    return left_out + fields.form_names + (["tools"] if getattr(fields, "tools", None) else [])
 
 
 def token_mask(service, fields) -> Callable | None:
@@ -54,7 +85,8 @@ def token_mask(service, fields) -> Callable | None:
                               "invalid_value")
         allowed = check_ids(service, allowed, "allowed_token_ids")
     banned = bad_sequences(service, words or [])
-    return lambda other: TokenMask(service.llm.model.config.vocab_size, allowed, banned, other)
+    vocab_size, ends = service.llm.model.config.vocab_size, sorted(service.llm.engine.eos_ids)
+    return lambda other: TokenMask(vocab_size, allowed, banned, other, ends)
 
 
 def bad_sequences(service, words: list[str]) -> list[list[int]]:

@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 
 from lockstep import SamplingParams
+from lockstep.engine.request import Request
+from lockstep.engine.sampling import Refused
+from lockstep.serve.http.errors import not_generated
 from lockstep.serve.http.prompts import shortened
 from lockstep.serve.http.token_masks import TokenMask
 from tests.serve.http.chatting import HELLO
@@ -117,6 +120,56 @@ def test_a_mask_leaves_out_the_last_token_of_each_sequence():
     inner[0] = 0b110
     assert bits(TokenMask(70, [1, 5], [], lambda output_ids: inner), []) == {1}
     assert bits(TokenMask(70, [1, 5], [], lambda output_ids: None), []) == {1, 5}
+    only = lambda *ids: TokenMask(70, ids, [])
+    assert bits(TokenMask(70, [1], [], only(5, 69), ends=[69]), []) == {69}
+    assert bits(TokenMask(70, [1], [], only(1, 5, 69), ends=[69]), []) == {1}
+    assert bits(TokenMask(70, [1], [], only(5), ends=[69]), []) == set()
+
+
+@by_route
+def test_a_complete_grammar_ends_the_answer_whatever_else_is_asked_for(server, llm, path):
+    a, b = llm.encode("a") + llm.encode("b")
+    schema = dict(type="object", properties=dict(x=dict(enum=[5])), required=["x"], additionalProperties=False)
+    forms = {"/v1/responses": dict(text=dict(format=dict(type="json_schema", name="x", schema=schema, strict=True))),
+             "/v1/messages": dict(output_config=dict(format=dict(type="json_schema", schema=schema)))}
+    form = forms.get(path, dict(guided_json=schema))
+    plain = text_of(post(server, path, temperature=0, **form, **length(path, 60)))
+    found = post(server, path, temperature=0, ignore_eos=True, **form, **length(path, 60))
+    assert text_of(found) == plain and json.loads(plain) == dict(x=5)
+    assert sum(found["usage"].get(name, 0) for name in TOKENS[3:]) < 60
+    if path in forms:
+        return
+    if path == "/v1/chat/completions":
+        tools = [dict(type="function", function=dict(name="f", parameters=schema, strict=True))]
+        called = post(server, path, tools=tools, tool_choice="required", parallel_tool_calls=False, temperature=0,
+                      ignore_eos=True, max_tokens=200)
+        assert called["choices"][0]["finish_reason"] == "tool_calls" and called["usage"]["completion_tokens"] < 200
+    asked = dict(temperature=1, seed=2, ignore_eos=True, max_tokens=30)
+    free = post(server, path, guided_regex="[ab]*", **asked)
+    assert free["choices"][0]["finish_reason"] == "length" and free["usage"]["completion_tokens"] == 30
+    short = post(server, path, guided_regex="[ab]{3}", allowed_token_ids=[a, b], **asked)
+    assert len(text_of(short)) == 3 and short["choices"][0]["finish_reason"] == "stop"
+
+
+@by_route
+def test_an_answer_without_a_token_left_is_an_error_that_names_the_fields(server, llm, path):
+    [a] = llm.encode("a")
+    schema = dict(type="object", required=["x"], properties=dict(x=dict(enum=[5])), additionalProperties=False)
+    name, form = {
+        "/v1/responses": ("text.format", dict(text=dict(format=dict(type="json_schema", name="x", schema=schema)))),
+        "/v1/messages": ("output_format", dict(output_format=dict(type="json_schema", schema=schema))),
+    }.get(path, ("guided_regex", dict(guided_regex="ba+")))
+    every = [i for i in range(llm.model.config.vocab_size) if i != a and i not in llm.engine.eos_ids]
+    for field, fields in (("allowed_token_ids", dict(allowed_token_ids=[a])),
+                          ("suppress_tokens", dict(suppress_tokens=every[:1024]))):
+        asked = form | fields | dict(temperature=0, **length(path, 20))
+        error = post(server, path, **asked, status=400)["error"]
+        assert error["message"] == (f"{field}: the answer cannot go on, there is no token left that {field} and {name} "
+                                    f"allow")
+        if path != "/v1/messages":
+            assert (error["param"], error["code"]) == (field, "generation_failed")
+        streamed = httpx.post(server.url + path, json=ASKED[path] | asked | dict(stream=True), timeout=120)
+        assert f"{field}: the answer cannot go on" in streamed.text and "logits_mask" not in streamed.text
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
@@ -218,3 +271,15 @@ def test_a_message_is_continued_without_a_prompt_for_another(server):
     assert text_of(post(server, "/v1/chat/completions", add_generation_prompt=False, **asked)) == text_of(plain)
     refused = post(server, "/v1/chat/completions", add_generation_prompt=False, status=400)
     assert refused["error"]["param"] == "add_generation_prompt"
+
+
+def test_a_grammar_that_cannot_be_followed_is_named_and_a_fault_of_ours_is_not():
+    def failed(cause):
+        request = Request(0, [1], SamplingParams())
+        request.refused = Refused(f"logits_mask raised {type(cause).__name__}: {cause}")
+        request.refused.__cause__, request.error = cause, str(request.refused)
+        return not_generated(request, ["bad_words", "guided_regex"])
+
+    error = failed(ValueError("grammar: too much work"))
+    assert (error.status, error.message, error.param) == (400, "guided_regex: too much work", "guided_regex")
+    assert isinstance(failed(KeyError("x")), Refused)  # which becomes a 500 that says nothing, and is logged

@@ -1,7 +1,7 @@
 """What the files of a Hugging Face folder say about its tokenizer, its special tokens and its chat templates."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import tokenizers
@@ -75,12 +75,17 @@ def special_tokens(config: Mapping) -> dict[str, str]:
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
-def eos_ids(folder: Path, backend: tokenizers.Tokenizer, named: Mapping[str, str]) -> frozenset[int]:
-    """The ids that the configs or the special tokens `named` say end a generation."""
-    paths = [folder / name for name in ("generation_config.json", "config.json")]
-    listed = next((ids for path in paths if (ids := end_ids(optional_json(path), f"{path}:"))), ())
-    end = backend.token_to_id(named.get("eos_token", ""))
-    return frozenset(listed) | (frozenset() if end is None else {end})
+def eos_ids(folder: Path, backend: tokenizers.Tokenizer, named: Iterable[str]) -> frozenset[int]:
+    """Every id that ends a generation: those that either config lists, and those of the tokens `named`.
+
+    A name that no token has is ignored, with a warning.
+    """
+    configs = [(optional_json(path), f"{path}:") for path in (folder / "generation_config.json", folder / "config.json")]
+    listed = {token_id for config, where in configs for token_id in end_ids(config, where)}
+    found = {text: backend.token_to_id(text) for text in named}
+    for text in (text for text, token_id in found.items() if text and token_id is None):
+        log.warning("%s: eos_token %r is no token: it is ignored", folder, text)
+    return frozenset(listed | {token_id for token_id in found.values() if token_id is not None})
 
 
 def chat_templates(folder: Path, config: Mapping) -> dict[str, str]:

@@ -199,7 +199,11 @@ def _warn_of_strange_ids(metadata: Mapping[str, object], num_tokens: int) -> Non
     for name, key in IDS.items():
         found = metadata.get(f"tokenizer.ggml.{key}")
         if found is not None and name not in known:
-            log.warning("tokenizer.ggml.%s %s is none of %d token ids: it is ignored", key, found, num_tokens)
+            _warn_of_strange_id(key, found, num_tokens)
+
+
+def _warn_of_strange_id(key: str, token_id: int, num_tokens: int) -> None:
+    log.warning("tokenizer.ggml.%s %d is none of %d token ids: it is ignored", key, token_id, num_tokens)
 
 
 def _types(metadata: Mapping[str, object], tokens: list[str]) -> list[int]:
@@ -214,13 +218,17 @@ def _types(metadata: Mapping[str, object], tokens: list[str]) -> list[int]:
 
 
 def _listed_ends(metadata: Mapping[str, object]) -> set[int]:
-    """The ids in Ollama's list of end tokens."""
+    """The ids in Ollama's list of end tokens. One that is no token's id is ignored, with a warning."""
     key = "tokenizer.ggml.eos_token_ids"
     listed = np.asarray(metadata.get(key, np.empty(0, np.int64)))
     if listed.dtype.kind not in "iu":
         raise ValueError(f"{key} must be an array of token ids, found {metadata[key]!r:.80}")
     num_tokens = len(_array(metadata, "tokenizer.ggml.tokens"))
-    return {token_id for token_id in listed.ravel().tolist() if 0 <= token_id < num_tokens}
+    given = set(listed.ravel().tolist())
+    known = {token_id for token_id in given if 0 <= token_id < num_tokens}
+    for token_id in sorted(given - known):
+        _warn_of_strange_id("eos_token_ids", token_id, num_tokens)
+    return known
 
 
 def _array(metadata: Mapping[str, object], key: str) -> Sequence:

@@ -290,11 +290,12 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     backend = read_backend(folder / "tokenizer.json")
     config = optional_json(folder / "tokenizer_config.json")
     add_missing_tokens(backend, config.get("added_tokens_decoder", {}), folder)
-    named = special_tokens({**optional_json(folder / "special_tokens_map.json"), **config})
+    by_file = [special_tokens(given) for given in (optional_json(folder / "special_tokens_map.json"), config)]
+    named = by_file[0] | by_file[1]
     bos_token = named.get("bos_token")
     return _with_end_mark(Tokenizer(
         backend=backend,
-        eos_ids=eos_ids(folder, backend, named),
+        eos_ids=eos_ids(folder, backend, [tokens["eos_token"] for tokens in by_file if "eos_token" in tokens]),
         bos_id=None if bos_token is None else backend.token_to_id(bos_token),
         special_tokens=named,
         chat_templates=chat_templates(folder, config),

@@ -41,11 +41,35 @@ def test_special_tokens_map(tmp_path):
     tokenizer = folder(tmp_path, {"special_tokens_map.json": json.dumps(named)}, pad_token=None)
     end, begin = map(tokenizer.backend.token_to_id, ("<|end|>", "<|begin|>"))
     assert tokenizer.eos_ids == {end} and tokenizer.bos_id == begin
-    assert tokenizer.special_tokens == dict(eos_token="<|end|>", bos_token="<|begin|>")
-    assert folder(tmp_path, eos_token="<|begin|>").eos_ids == {begin}
+    assert tokenizer.special_tokens == dict(eos_token="<|end|>", bos_token="<|begin|>", pad_token="<|end|>")
+    both = folder(tmp_path, eos_token="<|begin|>")
+    assert both.eos_ids == {begin, end} and both.special_tokens["eos_token"] == "<|begin|>"
     (tmp_path / "special_tokens_map.json").write_text("[]")
     with pytest.raises(ValueError, match="special_tokens_map.json: expected a JSON object"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("silent", [{}, *({"eos_token": value} for value in (None, [], {}, 7, {"content": None}))])
+@pytest.mark.parametrize("name", ["special_tokens_map.json", "tokenizer_config.json"])
+def test_a_file_that_says_nothing_hides_no_end_of_the_other(name, silent, tmp_path):
+    said = dict(eos_token="<|end|>")
+    of_map, of_config = (said, silent) if name == "special_tokens_map.json" else (silent, said)
+    tokenizer = folder(tmp_path, {"special_tokens_map.json": json.dumps(of_map)}, **of_config)
+    assert tokenizer.eos_ids == {tokenizer.backend.token_to_id("<|end|>")} and tokenizer.special_tokens == said
+
+
+def test_every_file_that_names_an_end_is_heard(tmp_path):
+    files = {"config.json": dict(eos_token_id=[5, 6]), "generation_config.json": dict(eos_token_id=7),
+             "special_tokens_map.json": dict(eos_token="<|end|>")}
+    tokenizer = folder(tmp_path, {name: json.dumps(text) for name, text in files.items()}, eos_token="<|begin|>")
+    assert tokenizer.eos_ids == {5, 6, 7, *map(tokenizer.backend.token_to_id, ("<|begin|>", "<|end|>"))}
+
+
+def test_an_end_that_is_no_token_is_warned_about(tmp_path, caplog):
+    files = {"special_tokens_map.json": json.dumps(dict(eos_token="<|stop|>"))}
+    assert len(folder(tmp_path, files, eos_token="<|end|>").eos_ids) == 1
+    [record] = caplog.records
+    assert record.getMessage() == f"{tmp_path}: eos_token '<|stop|>' is no token: it is ignored"
 
 
 @pytest.mark.parametrize("template, mark", [

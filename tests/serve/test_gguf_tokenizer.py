@@ -47,9 +47,12 @@ def test_named_marks_are_control_tokens_and_named_words_are_not():
     assert tokenizer.eos_ids >= {size - 2, comma} and tokenizer.encode("</s>,") == [size - 2, comma]
 
 
-def test_a_list_of_ends():
-    listed = np.array([3, 5, 1 << 30], np.int32)
-    assert {3, 5} <= tokenizer_from_gguf(metadata(eos_token_ids=listed)).eos_ids
+def test_a_list_of_ends(caplog):
+    made = metadata(eos_token_ids=np.array([3, 5, 1 << 30, -1], np.int32))
+    ends, num_tokens = tokenizer_from_gguf(made).eos_ids, len(made["tokenizer.ggml.tokens"])
+    assert {3, 5} <= ends and not ends & {1 << 30, -1}
+    assert [record.getMessage() for record in caplog.records] == [
+        f"tokenizer.ggml.eos_token_ids {i} is none of {num_tokens} token ids: it is ignored" for i in (-1, 1 << 30)]
     assert tokenizer_from_gguf(metadata(eos_token_ids=np.array([], np.int32))).eos_ids
 
 

@@ -138,7 +138,7 @@ def test_a_folder(tmp_path):
     (tmp_path / "config.json").write_text('{"eos_token_id": 7}')
     assert load_tokenizer(tmp_path).eos_ids == {end, 7}
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [8, 9]}')
-    assert load_tokenizer(tmp_path).eos_ids == {end, 8, 9}
+    assert load_tokenizer(tmp_path).eos_ids == {end, 7, 8, 9}
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": "x"}')
     with pytest.raises(ValueError, match="generation_config.json: key 'eos_token_id': expected token ids, got 'x'"):
         load_tokenizer(tmp_path)

@@ -60,6 +60,36 @@ def test_pruning_removes_what_it_is_told_to(options, left, cache, capsys):
     assert (cache / "kernels" / "x").exists() == (options != ["--all"])
 
 
+def test_names_of_models_are_no_markup_and_move_no_terminal(cache, capsys):
+    packed_cache.write_about(cache / "packed" / "new", dict(model="/x[/y]/[red]m", target="avx2"))
+    assert main(["cache"]) == 0
+    assert "/x[/y]/[red]m" in capsys.readouterr().out
+
+
+def test_what_killed_processes_left_behind_is_not_listed_and_goes(cache, capsys):
+    removed, making = cache / "packed" / ".removed-1-old", cache / "packed" / "new" / ".making-x"
+    removed.mkdir()
+    for path in (removed / "w.packed", making):
+        path.write_bytes(bytes(1000))
+    assert models(capsys) == ["new", "newer", "old"]
+    assert main(["cache", "prune"]) == 0
+    assert not removed.exists() and making.exists(), "somebody may be at work on it"
+    os.utime(making, (1, 1))
+    assert main(["cache", "prune"]) == 0
+    assert not making.exists()
+
+
+@pytest.mark.parametrize("size", ["inf", "1e300"])
+def test_no_limit_removes_nothing(size, cache, capsys):
+    assert main(["cache", "prune", "--max-gb", size]) == 0
+    assert "removed 0 kB" in capsys.readouterr().out and len(models(capsys)) == 3
+
+
+def test_a_part_of_a_name_is_no_empty_text(cache, capsys):
+    assert main(["cache", "prune", "--model", ""]) == 2
+    assert "--model: expected a part of a model's path, got nothing" in capsys.readouterr().err
+
+
 def test_two_ways_at_once_are_refused(cache, capsys):
     assert main(["cache", "prune", "--all", "--max-gb", "1"]) == 2
     assert "expected at most one of --older-than" in capsys.readouterr().err

@@ -1,4 +1,5 @@
 """`lockstep cache`: what is kept on disk for models, and how to make it less."""
+import sys
 import time
 from typing import Annotated
 
@@ -45,12 +46,17 @@ def show(found):
     """Prints the tables."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
+
+    from lockstep.commands.output import shown
 
     console = Console()
     console = console if console.is_terminal else Console(width=WIDTH)
-    table = Table("packed weights of", "for", "size", "last used", title=found["folder"], title_justify="left")
+    title = Text(shown(found["folder"], sys.stdout))
+    table = Table("packed weights of", "for", "size", "last used", title=title, title_justify="left")
     for model in found["models"]:
-        table.add_row(model["model"], model["target"] or "", size(model["bytes"]), ago(model["last_used"]))
+        name, used = Text(shown(model["model"], sys.stdout)), ago(model["last_used"])
+        table.add_row(name, model["target"] or "", size(model["bytes"]), used)
     console.print(table)
     console.print(f"packed weights {size(found['packed_bytes'])}, at most {size(found['allowed_bytes'])} "
                   f"(LOCKSTEP_CACHE_GB changes that); compiled kernels {size(found['kernels_bytes'])}; hashes of files "

@@ -21,6 +21,8 @@ def command(
     from lockstep.commands.cache import size
     from lockstep.runtime.user_cache import user_cache
 
+    if model == "":
+        raise ValueError("--model: expected a part of a model's path, got nothing")
     if sum(given is not None for given in (older_than, max_gb, model)) + everything > 1:
         raise ValueError("expected at most one of --older-than, --max-gb, --model and --all")
     root = user_cache()
@@ -30,6 +32,7 @@ def command(
     print(f"removed {size(before - after)}; {size(after)} are kept in {root}")
 
 
+MOST_GB = 1e9  # as good as no limit
 KINDS = ("packed", "kernels", "hashes", "selfcheck")
 
 
@@ -50,7 +53,7 @@ def _prune(root, older_than, max_gb, model, everything):
         may_go = lambda one: model in one.model
     elif not everything:
         used = packed_cache.num_bytes(packed)
-        allowed = packed_cache.allowed_bytes(root, used) if max_gb is None else int(max_gb * 1e9)
+        allowed = packed_cache.allowed_bytes(root, used) if max_gb is None else int(min(max_gb, MOST_GB) * 1e9)
     packed_cache.prune(packed, allowed, may_go)
     if everything or older_than is not None:
         for kind in KINDS[1:]:

@@ -62,6 +62,6 @@ def load(model, *, ops=None, max_requests=1, wait_for_content=False, **options):
         if wait_for_content:
             llm.content.wait(progress.packing)
     if llm.num_bytes_not_kept:
-        print(f"lockstep: {llm.num_bytes_not_kept / 1e9:.1f} GB of packed weights were not kept, so the next start "
+        print(f"lockstep: {llm.num_bytes_not_kept / 1e6:,.0f} MB of packed weights were not kept, so the next start "
               "packs them again: the cache is full or cannot be written (see lockstep cache)", file=sys.stderr)
     return llm

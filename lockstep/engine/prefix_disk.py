@@ -54,7 +54,7 @@ class DiskStore:
         self.counts, self._lock, self._content = DiskCounts(), threading.Lock(), content
         self._pending, self._queue, self._closing = {}, SimpleQueue(), threading.Event()  # (kind, name) -> array
         try:
-            make_private(self.folder)
+            self.folder = make_private(self.folder.absolute())
             with tempfile.TemporaryFile(dir=self.folder):
                 self._scan()
         except NotPrivate as error:

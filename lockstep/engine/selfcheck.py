@@ -25,7 +25,8 @@ from lockstep.models.families import model_config
 from lockstep.models.record import LINEAR_FORMATS
 from lockstep.ops.kv_cache import KV_DTYPES
 from lockstep.runtime.executor import WeightStore
-from lockstep.runtime.kernel import fingerprint, target, user_cache
+from lockstep.runtime.kernel import fingerprint, target
+from lockstep.runtime.user_cache import cache_subfolder
 from lockstep.runtime.rewrite import fuse, lower
 from lockstep.runtime.threads import Team
 from lockstep.weights import q4_0, q8_0
@@ -227,15 +228,16 @@ def check(program, backend):
     What was found good is remembered in the user's cache folder for as long as sources, versions and CPU stay the same.
     """
     wanted, kinds = probes(program), {op.kind for op in program.ops}
-    mark = user_cache() / "selfcheck" / identity(wanted, [backend[kind].kernel for kind in kinds])
+    mark = cache_subfolder("selfcheck") / identity(wanted, [backend[kind].kernel for kind in kinds])
     if mark.exists():
+        with contextlib.suppress(OSError):
+            mark.touch()  # it is used: `lockstep cache prune --older-than` leaves it
         return
     golden = json.loads(GOLDEN.read_text())
     for probe in wanted:
         compare(probe, golden[str(probe)], digests(probe, backend))
     compare(selfcheck_sampling.NAME, golden[selfcheck_sampling.NAME], selfcheck_sampling.digests(backend))
     with contextlib.suppress(OSError):
-        mark.parent.mkdir(parents=True, exist_ok=True)
         mark.touch()
 
 

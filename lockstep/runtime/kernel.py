@@ -19,7 +19,7 @@ from numba.core import caching
 from numba.core.registry import cpu_target
 
 from lockstep.runtime.kernel_files import CheckedFiles
-from lockstep.runtime.user_cache import user_cache
+from lockstep.runtime.user_cache import cache_subfolder
 
 PACKAGE = pathlib.Path(__file__).parents[1]
 SIGNATURE = types.void(types.int64, types.int64, types.int64, types.int64)
@@ -54,8 +54,7 @@ def fingerprint(module):
 @functools.cache
 def kernel_cache(module):
     """The folder of a module's compiled kernels, named by all that they are made from."""
-    folder = user_cache() / "kernels" / fingerprint(module)
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder = cache_subfolder("kernels", fingerprint(module))
     with contextlib.suppress(OSError):
         os.utime(folder)  # what has not been used for long is what `lockstep cache prune` removes
     return folder

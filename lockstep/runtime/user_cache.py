@@ -25,13 +25,30 @@ class NotPrivate(ValueError):
 def make_private(folder: Path) -> Path:
     """Makes a folder (mode 0700) where there is none, and checks that nobody else can write to it.
 
-    Raises NotPrivate, naming the folder or its parent, its owner and its mode; OSError where it cannot be made.
+    Returns its real path, of which all parts were checked. Raises NotPrivate, naming the folder or its parent, its
+    owner and its mode; OSError where it cannot be made.
     """
-    folder.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
+    _make(folder)
     resolved = folder.resolve()
+    if folder.is_symlink() and os.lstat(folder).st_uid not in (os.getuid(), 0):
+        raise _not_private(folder, os.lstat(folder))  # its owner may let it lead elsewhere at any time
     check_private(resolved)
     for parent in resolved.parents:
         check_parent(parent)
+    return resolved
+
+
+def _make(folder: Path) -> None:
+    """Makes a folder and what is missing above it, each for this user alone, whatever the umask."""
+    for missing in reversed([path for path in (folder, *folder.parents) if not os.path.lexists(path)]):
+        missing.mkdir(mode=PRIVATE, exist_ok=True)
+
+
+def cache_subfolder(*names: str) -> Path:
+    """A folder in the user's cache, made and checked like the cache itself. Raises as `make_private` does."""
+    folder = user_cache()
+    for name in names:
+        folder = make_private(folder / name)
     return folder
 
 
@@ -84,14 +101,22 @@ def user_cache() -> Path:
     Raises ValueError if it is LOCKSTEP_CACHE that names such a folder.
     """
     named = os.environ.get(VARIABLE)
-    return _named_folder(named) if named else _usual_folder(os.environ.get("XDG_CACHE_HOME"), os.environ.get("HOME"))
+    return _named_folder(named) if named else _usual_folder(os.environ.get("XDG_CACHE_HOME"), _home())
+
+
+def _home() -> str:
+    """The user's home; empty where nothing says it."""
+    import pwd
+
+    with contextlib.suppress(KeyError):
+        return os.environ.get("HOME") or pwd.getpwuid(os.getuid()).pw_dir
+    return ""
 
 
 @functools.cache
 def _named_folder(named: str) -> Path:
-    folder = Path(named)
     try:
-        make_private(folder)
+        folder = make_private(Path(os.path.abspath(os.path.expanduser(named))))
         _check_writable(folder)
     except NotPrivate as error:
         raise ValueError(f"{VARIABLE}: {error}") from None
@@ -102,14 +127,13 @@ def _named_folder(named: str) -> Path:
 
 
 @functools.cache
-def _usual_folder(xdg: str | None, home: str | None) -> Path:
-    base = Path(xdg or Path(home or os.path.expanduser("~")) / ".cache")
-    for folder in (base / "lockstep", Path(tempfile.gettempdir()) / f"lockstep-{os.getuid()}"):
+def _usual_folder(xdg: str | None, home: str) -> Path:
+    usual = [Path(xdg)] if xdg and os.path.isabs(xdg) else [Path(home) / ".cache"] if home else []
+    for folder in (*(base / "lockstep" for base in usual), Path(tempfile.gettempdir()) / f"lockstep-{os.getuid()}"):
         with contextlib.suppress(OSError, NotPrivate):
-            if folder.is_absolute():  # "~" stays as it is for a user without a home
-                make_private(folder)
-                _check_writable(folder)
-                return folder
+            made = make_private(folder.absolute())
+            _check_writable(made)
+            return made
     folder = Path(tempfile.mkdtemp(prefix="lockstep-"))  # somebody else has taken our place: one for this process only
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder

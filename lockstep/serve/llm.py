@@ -95,6 +95,11 @@ class LLM:
                                                    checkpoint.metadata, loaded.config.vocab_size)
         reader = functools.partial(answer_reader, self.tokenizer) if self.has_tokenizer else None
         self.engine = Engine(self.model, options, ops, self._eos_ids(), reader)
+        try:
+            checkpoint.check_unchanged()  # all weights have been read
+        except ValueError:
+            self.engine.close()
+            raise
 
     @property
     def content(self) -> ContentHash:

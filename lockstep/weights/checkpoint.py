@@ -2,13 +2,12 @@
 
 import functools
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lockstep.weights import safetensors
-from lockstep.weights.content import ContentHash, Stamp, stamp
+from lockstep.weights.content import ContentHash, Stamp, check_unchanged, content_hash, stamp
 from lockstep.weights.gguf import GgufFile
 from lockstep.weights.gguf_model import open_gguf
 from lockstep.weights.mapped import descriptor_of, read_json_object
@@ -41,13 +40,26 @@ class Checkpoint:
     @functools.cached_property
     def content(self) -> ContentHash:
         """What the checkpoint is called: a hash of its weight files and its config. Begins to read what is unknown."""
-        return ContentHash([file.path for file in self.files], self.stamps, self.config, self.verify)
+        paths, tensors = [file.path for file in self.files], [file.infos.keys() for file in self.files]
+        return ContentHash(paths, self.stamps, tensors, self.config, self.verify)
 
     @property
     def header_hash(self) -> str:
-        """A cheap hash of the files' headers and the config, which all fine-tunes of a model may share."""
-        described = json.dumps([sorted(file.header_hash for file in self.files), self.config], sort_keys=True)
-        return hashlib.sha256(described.encode()).hexdigest()
+        """A cheap hash of the files' headers, the tensors taken from each and the config, which all fine-tunes of a
+        model may share."""
+        return content_hash([file.header_hash for file in self.files], [file.infos.keys() for file in self.files],
+                            self.config)
+
+    @property
+    def provisional_name(self) -> str:
+        """What it is called before its content is known: by the stamps of these very files."""
+        known = [*(one.name for one in self.stamps), self.header_hash]
+        return hashlib.sha256(repr(known).encode()).hexdigest()[:40]
+
+    def check_unchanged(self) -> None:
+        """ValueError if a weight file is not what was opened."""
+        for file, stamped in zip(self.files, self.stamps, strict=True):
+            check_unchanged(file.path, stamped)
 
 
 def open_checkpoint(path: str | Path, *, verify: bool = False) -> Checkpoint:

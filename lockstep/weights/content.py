@@ -14,12 +14,12 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from lockstep.runtime.user_cache import user_cache
+from lockstep.runtime.user_cache import cache_subfolder
 
 PIECE = 4 << 20  # bytes that are read at once
 # A file that is written to again within the file system's tick keeps its times; what is younger is not remembered.
@@ -55,15 +55,13 @@ def stamp(path: Path, descriptor: int | None = None) -> Stamp:
                  found.st_ino)
 
 
-def stamps_name(stamps: Sequence[Stamp]) -> str:
-    """One name for several files as they were stamped."""
-    return hashlib.sha256(repr([one.name for one in stamps]).encode()).hexdigest()[:40]
+def content_hash(digests: Sequence[str], tensors: Sequence[Collection[str]], config: Mapping[str, object]) -> str:
+    """A checkpoint's name: of its weight files' digests and the names of the tensors taken from each, and its config.
 
-
-def content_hash(digests: Sequence[str], config: Mapping[str, object]) -> str:
-    """A checkpoint's name: of the digests of its weight files, in whatever order or names they lie, and its config."""
-    described = json.dumps([sorted(digests), config], sort_keys=True)
-    return hashlib.sha256(described.encode()).hexdigest()
+    Names and order of the files do not matter. An index may take a tensor from one of several files that have it.
+    """
+    files = sorted((digest, sorted(names)) for digest, names in zip(digests, tensors, strict=True))
+    return hashlib.sha256(json.dumps([files, config], sort_keys=True).encode()).hexdigest()
 
 
 # ------------------------------------------------------------ digests of files
@@ -118,18 +116,19 @@ def check_unchanged(path: Path, stamped: Stamp) -> None:
 
 def _remembered(stamped: Stamp) -> str | None:
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        digest = (user_cache() / "hashes" / stamped.name).read_text("ascii")
+        kept = cache_subfolder("hashes") / stamped.name
+        digest = kept.read_text("ascii")
+        os.utime(kept)  # it is used: `lockstep cache prune --older-than` leaves it
         return digest if DIGEST.fullmatch(digest) else None
     return None
 
 
 def remember(stamped: Stamp, digest: str) -> None:
     """Keeps a digest for later runs, if the file has been left alone for a while."""
-    if time.time_ns() - max(stamped.mtime_ns, stamped.ctime_ns) < SETTLED_NS:
+    if time.time_ns() - stamped.ctime_ns < SETTLED_NS:
         return
-    folder = user_cache() / "hashes"
     with contextlib.suppress(OSError):
-        folder.mkdir(mode=0o700, exist_ok=True)
+        folder = cache_subfolder("hashes")
         handle, beside = tempfile.mkstemp(dir=folder, prefix=".")
         with os.fdopen(handle, "w") as file:
             file.write(digest)
@@ -150,21 +149,22 @@ def _forget_oldest(folder: Path) -> None:
 class ContentHash:
     """The content hash of a checkpoint, known at once or found in a thread of its own.
 
-    paths, stamps: the weight files, as they were when they were opened. verify: read all of them, known or not. What
-    goes wrong is raised by `known` and `wait`: ValueError for a file that changed meanwhile, or that is not what its
-    name in the hub's cache says; OSError where one cannot be read.
+    paths, stamps: the weight files, as they were when they were opened; tensors: the names of those taken from each.
+    verify: read all of them, known or not. What goes wrong is raised by `known` and `wait`: ValueError for a file that
+    changed meanwhile, or that is not what its name in the hub's cache says; OSError where one cannot be read.
     """
 
-    def __init__(self, paths: Sequence[Path], stamps: Sequence[Stamp], config: Mapping[str, object],
-                 verify: bool = False):
-        self._paths, self._stamps, self._config, self._found = paths, stamps, config, Future()
+    def __init__(self, paths: Sequence[Path], stamps: Sequence[Stamp], tensors: Sequence[Collection[str]],
+                 config: Mapping[str, object], verify: bool = False):
+        self._paths, self._stamps, self._tensors, self._config = paths, stamps, tensors, config
+        self._found: Future[str] = Future()
         self._lock, self._callbacks = threading.Lock(), []
         self._digests = [None if verify else known_digest(path, one) for path, one in zip(paths, stamps, strict=True)]
         self._total, self._done = sum(one.size for one, digest in zip(stamps, self._digests) if digest is None), 0
         if None in self._digests:
             threading.Thread(target=self._read, name="lockstep content hash", daemon=True).start()
         else:
-            self._found.set_result(content_hash(self._digests, config))
+            self._found.set_result(content_hash(self._digests, tensors, config))
 
     @property
     def known(self) -> str | None:
@@ -191,7 +191,7 @@ class ContentHash:
 
     def _read(self) -> None:
         try:
-            digest = content_hash([*map(self._digest, range(len(self._paths)))], self._config)
+            digest = content_hash([*map(self._digest, range(len(self._paths)))], self._tensors, self._config)
             with self._lock:  # whoever waits finds what callbacks do done
                 for callback in self._callbacks:
                     callback(digest)

@@ -4,16 +4,22 @@ import contextlib
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from lockstep.weights.packed_file import MAKING
 
 LIMIT_VARIABLE = "LOCKSTEP_CACHE_GB"
 MOST_BYTES = 64_000_000_000
 SHARE_OF_FREE = 0.2
 DAY_SECONDS = 86400
 ABOUT = "about.json"
+HIDDEN = "."
+REMOVED = ".removed-"  # how folders begin that are being removed
+FORGOTTEN_SECONDS = 3600  # what is still being made after so long has been left behind
 PROVISIONAL = "provisional-"  # how folders begin whose model's content hash is not known yet
 
 
@@ -40,7 +46,8 @@ def models(root: Path) -> list[PackedModel]:
 
 
 def _folders(root: Path) -> list[Path]:
-    return [Path(entry.path) for entry in os.scandir(root) if entry.is_dir(follow_symlinks=False)]
+    return [Path(entry.path) for entry in os.scandir(root)
+            if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(HIDDEN)]
 
 
 def _model(folder: Path) -> PackedModel:
@@ -61,9 +68,14 @@ def read_about(folder: Path) -> dict:
 
 def write_about(folder: Path, about: dict) -> None:
     """Says what a folder is made from, and that it is used now."""
-    beside = folder / f".{ABOUT}.{os.getpid()}"
-    beside.write_text(json.dumps(about))
-    os.replace(beside, folder / ABOUT)
+    handle, beside = tempfile.mkstemp(dir=folder, prefix=MAKING)
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump(about, file)
+        os.replace(beside, folder / ABOUT)
+    except OSError:
+        os.unlink(beside)
+        raise
 
 
 def num_bytes(folder: Path) -> int:
@@ -82,7 +94,7 @@ def allowed_bytes(root: Path, used: int) -> int:
     LOCKSTEP_CACHE_GB names another number of gigabytes. Raises ValueError if it is none.
     """
     told = os.environ.get(LIMIT_VARIABLE)
-    if told is None:
+    if not told:
         return min(MOST_BYTES, int(SHARE_OF_FREE * (shutil.disk_usage(root).free + used)))
     try:
         gigabytes = float(told)
@@ -98,14 +110,26 @@ def remove(folder: Path) -> None:
 
     It gets a name of its own first, so that nobody finds half of it.
     """
-    gone = folder.with_name(f".removed-{os.getpid()}-{folder.name}")
+    gone = folder.with_name(f"{REMOVED}{os.getpid()}-{folder.name}")
     with contextlib.suppress(OSError):
         os.rename(folder, gone)
         shutil.rmtree(gone, ignore_errors=True)
 
 
+def remove_leftovers(root: Path) -> None:
+    """Removes what killed processes left behind: folders that were being removed, files that were being made."""
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(root):
+            if entry.name.startswith(REMOVED):
+                shutil.rmtree(entry.path, ignore_errors=True)
+        for path in root.glob(f"*/{MAKING}*"):
+            if time.time() - path.stat().st_mtime > FORGOTTEN_SECONDS:
+                path.unlink()
+
+
 def prune(root: Path, most_bytes: int, may_go: Callable[[PackedModel], bool] = lambda model: True) -> int:
     """Removes models, those used longest ago first, until all take at most so many bytes; returns their bytes."""
+    remove_leftovers(root)
     found = models(root)
     used = sum(model.num_bytes for model in found)
     for model in found:

@@ -68,6 +68,11 @@ def _write(file, what: str, arrays: Sequence[np.ndarray]) -> bytes:
     return digest.digest()
 
 
+def num_bytes(arrays: Sequence[np.ndarray]) -> int:
+    """How large the file of a packed weight is."""
+    return PAGE + sum(-(-array.nbytes // PAGE) * PAGE for array in arrays)
+
+
 def read(path: Path, what: str, maps: LeasedMaps, verify: bool = False) -> tuple[np.ndarray, ...]:
     """The arrays of a packed weight, read-only: mapped where the file cannot change meanwhile, else read.
 

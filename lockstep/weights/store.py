@@ -13,10 +13,10 @@ import numpy as np
 from lockstep.runtime.executor import WeightStore
 from lockstep.runtime.program import Weight
 from lockstep.runtime.targets import name as target_name
-from lockstep.runtime.user_cache import user_cache
+from lockstep.runtime.user_cache import cache_subfolder, make_private, user_cache
 from lockstep.weights import packed_cache, packed_file
 from lockstep.weights.checkpoint import Checkpoint
-from lockstep.weights.content import Progress, stamp, stamps_name
+from lockstep.weights.content import Progress
 from lockstep.weights.leased_map import LeasedMaps
 
 # Layouts whose names end like this are kept on disk; the others are small. A kept table was checked when it was made,
@@ -37,10 +37,10 @@ class PackedStore(WeightStore):
     def __init__(self, checkpoint: Checkpoint, progress: Progress | None = None):
         super().__init__()
         self._checkpoint, self._progress, self._done = checkpoint, progress, 0
-        self._root, self._lock, self._maps = user_cache() / "packed", threading.Lock(), LeasedMaps()
+        self._root, self._lock, self._maps = _packed_folder(), threading.Lock(), LeasedMaps()
         self._suffix, self.num_bytes_not_kept = f"{packing_version()}-{target_name()}", 0
         self._used: int | None = None  # bytes of all packed models, once they were counted
-        self.folder = self._root / f"{packed_cache.PROVISIONAL}{stamps_name(checkpoint.stamps)}-{self._suffix}"
+        self.folder = self._root / f"{packed_cache.PROVISIONAL}{checkpoint.provisional_name}-{self._suffix}"
         if checkpoint.verify or checkpoint.content.known is None and self._is_like_a_packed_one():
             checkpoint.content.wait(progress)
         checkpoint.content.when_known(self._adopt)
@@ -77,7 +77,7 @@ class PackedStore(WeightStore):
         return None
 
     def _keep(self, what: str, arrays: tuple[np.ndarray, ...]) -> None:
-        size = sum(a.nbytes for a in arrays)
+        size = packed_file.num_bytes(arrays)
         with self._lock, contextlib.suppress(OSError):
             self._open_folder()
             if self._has_room(size) and self._is_unchanged():
@@ -86,7 +86,7 @@ class PackedStore(WeightStore):
         self.num_bytes_not_kept += size
 
     def _open_folder(self) -> None:
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(self.folder)
         if not (self.folder / packed_cache.ABOUT).exists():
             packed_cache.write_about(self.folder, self._about())
 
@@ -97,6 +97,7 @@ class PackedStore(WeightStore):
     def _has_room(self, size: int) -> bool:
         """Whether so many bytes more may be kept; makes room by removing the models that were used longest ago."""
         if self._used is None:
+            packed_cache.remove_leftovers(self._root)
             self._used = sum(model.num_bytes for model in packed_cache.models(self._root))
         allowed = packed_cache.allowed_bytes(self._root, self._used)
         if self._used + size > allowed:
@@ -107,8 +108,10 @@ class PackedStore(WeightStore):
 
     def _is_unchanged(self) -> bool:
         """Whether the checkpoint's files still are what was opened."""
-        checkpoint = self._checkpoint
-        return all(stamp(file.path) == known for file, known in zip(checkpoint.files, checkpoint.stamps, strict=True))
+        with contextlib.suppress(ValueError):
+            self._checkpoint.check_unchanged()
+            return True
+        return False
 
     def _adopt(self, content: str) -> None:
         """Keeps everything under the content hash from now on."""
@@ -116,12 +119,19 @@ class PackedStore(WeightStore):
         with self._lock, contextlib.suppress(OSError):
             self.folder = final
             if provisional.is_dir():
-                final.mkdir(mode=0o700, parents=True, exist_ok=True)
+                make_private(final)
                 for entry in os.scandir(provisional):
                     os.replace(entry.path, final / entry.name)
                 packed_cache.remove(provisional)
             if final.is_dir():
                 packed_cache.write_about(final, self._about())  # also says that it is used now
+
+
+def _packed_folder() -> Path:
+    """Where packed weights are kept. NotPrivate if others can write there; where it cannot be made nothing is kept."""
+    with contextlib.suppress(OSError):
+        return cache_subfolder("packed")
+    return user_cache() / "packed"
 
 
 def described(weight: Weight, layout: str) -> str:

@@ -18,7 +18,7 @@ TABLE = {**BACKENDS["reference"], **BACKENDS["cpu"]}
 
 @pytest.fixture(autouse=True)
 def own_marks(monkeypatch, tmp_path):
-    monkeypatch.setattr(selfcheck, "user_cache", lambda: tmp_path / "cache")
+    monkeypatch.setenv("LOCKSTEP_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module", params=[Case("qwen3_5", "q8_0", "bf16"), Case("qwen2", "f32", "f32"),

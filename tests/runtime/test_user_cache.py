@@ -89,6 +89,39 @@ def test_a_link_counts_as_what_it_leads_to(tmp_path):
         user_cache.make_private(tmp_path / "link")
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a link away")
+def test_a_link_of_another_user_is_refused(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path)
+    os.chown(tmp_path / "link", 12345, 12345, follow_symlinks=False)
+    with pytest.raises(user_cache.NotPrivate, match="link: other users can write here .owner 12345"):
+        user_cache.make_private(tmp_path / "link")
+
+
+def test_what_was_checked_is_what_is_used(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    assert user_cache.make_private(tmp_path / "link" / "new") == tmp_path / "folder" / "new"
+    assert shown(LOCKSTEP_CACHE=str(tmp_path / "link"))[0] == str(tmp_path / "folder")
+
+
+def test_folders_inside_are_made_private_whatever_the_umask_and_checked(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCKSTEP_CACHE", str(tmp_path / "a" / "b"))
+    before = os.umask(0)
+    try:
+        made = user_cache.cache_subfolder("kernels", "x")
+    finally:
+        os.umask(before)
+    assert [mode(folder) for folder in (made, *made.parents[:3])] == [0o700] * 4
+    made.parent.chmod(0o777)
+    with pytest.raises(ValueError, match="kernels: other users can write here"):
+        user_cache.cache_subfolder("kernels")
+
+
+def test_odd_environments_name_no_folder_in_the_current_one(tmp_path):
+    assert shown(XDG_CACHE_HOME="relative", HOME=str(tmp_path))[0] == str(tmp_path / ".cache" / "lockstep")
+    assert shown(LOCKSTEP_CACHE="~/x", HOME=str(tmp_path))[0] == str(tmp_path / "x")
+
+
 # ---------------------------------------------------------------- another environment of the same sources
 
 COMPILED = """

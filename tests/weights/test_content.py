@@ -18,8 +18,7 @@ OTHER = {"w": np.arange(1, 5, dtype=np.float32).reshape(2, 2)}
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     """A user cache of the test's own."""
-    (tmp_path / "cache").mkdir(mode=0o700)
-    monkeypatch.setattr(content, "user_cache", lambda: tmp_path / "cache")
+    monkeypatch.setenv("LOCKSTEP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(content, "SETTLED_NS", 0)  # files of a test are young
     return tmp_path / "cache"
 
@@ -62,10 +61,36 @@ def test_the_config_belongs_to_the_name(tmp_path):
     assert hash_of(model(tmp_path / "m")) != hash_of(model(tmp_path / "n", config={"model_type": "qwen3"}))
 
 
-def test_a_file_is_read_once_until_it_changes(tmp_path, reads):
+def test_an_index_that_takes_another_files_tensor_makes_another_model(tmp_path):
+    """Two folders of the same files, of which both have the tensor."""
+    names = []
+    for chosen in ("1", "2"):
+        folder = tmp_path / chosen
+        folder.mkdir()
+        for number, weights in (("1", WEIGHTS), ("2", OTHER)):
+            raw = safetensors_bytes({**weights, f"only in {number}": WEIGHTS["w"]})
+            (folder / f"model-{number}.safetensors").write_bytes(raw)
+        shards = {"w": chosen, "only in 1": "1", "only in 2": "2"}
+        index = {"weight_map": {name: f"model-{number}.safetensors" for name, number in shards.items()}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+        names.append((hash_of(folder), open_checkpoint(folder).header_hash))
+    assert len({name for name, _ in names}) == 2 and len({header for _, header in names}) == 2
+
+
+def test_a_file_from_the_future_is_read_once_too(tmp_path, reads):
+    folder = model(tmp_path / "m")
+    os.utime(folder / "model.safetensors", (4e9, 4e9))
+    assert hash_of(folder) == hash_of(folder) and len(reads) == 1
+
+
+def test_a_file_is_read_once_until_it_changes(tmp_path, reads, cache):
     folder = model(tmp_path / "m")
     first = hash_of(folder)
+    [kept] = (cache / "hashes").iterdir()
+    os.utime(kept, (1, 1))
     assert hash_of(folder) == first and len(reads) == 1
+    assert kept.stat().st_mtime > 1, "what is used is not pruned as old"
     path = folder / "model.safetensors"
     before = path.stat()
     path.write_bytes(safetensors_bytes(OTHER))

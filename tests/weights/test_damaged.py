@@ -15,6 +15,7 @@ from lockstep.serve.llm import LLM
 from lockstep.weights import finite
 from lockstep.weights.checkpoint import open_checkpoint
 from lockstep.weights.pack import pack_q8_0
+from lockstep.weights.store import PackedStore
 from lockstep.weights.tensor import BLOCK_FORMATS, StoredTensor
 from tests.models import tiny
 from tests.models.cases import CASES
@@ -135,6 +136,23 @@ def test_damaged_packed_weights_are_packed_again(damage, tmp_path, monkeypatch):
             for path in damaged:
                 damage(path)
     assert answers[0] == answers[1] == answers[2]
+
+
+def test_a_model_that_is_written_to_while_it_is_loaded_is_refused(tmp_path, monkeypatch):
+    """Also after its content is known: some weights were read before, others after."""
+    monkeypatch.setenv("LOCKSTEP_CACHE", str(tmp_path / "cache"))
+    folder, make = tiny.write(tmp_path / "m", QWEN3, tiny.tensors(QWEN3, 3)), PackedStore.make
+
+    def writing(store, weight, layout):
+        store._checkpoint.content.wait()
+        with open(folder / "model.safetensors", "r+b") as file:
+            file.seek(-4, os.SEEK_END)
+            file.write(bytes(4))
+        return make(store, weight, layout)
+
+    monkeypatch.setattr(PackedStore, "make", writing)
+    with pytest.raises(ValueError, match="model.safetensors: the file changed while the model was being loaded"):
+        LLM(str(folder))
 
 
 TRUNCATED_WHILE_OPEN = """

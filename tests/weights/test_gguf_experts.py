@@ -114,7 +114,7 @@ def test_experts_of_the_formats_that_kernels_take_stay_as_they_are(tmp_path):
 
 @pytest.mark.parametrize("attention", ["q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k"])
 def test_a_file_of_one_format_is_loaded_and_answers_as_its_definitions_do(attention, tmp_path, monkeypatch):
-    monkeypatch.setattr("lockstep.weights.store.user_cache", lambda: tmp_path / "cache")
+    monkeypatch.setenv("LOCKSTEP_CACHE", str(tmp_path / "cache"))
     path, _ = fused_and_not(tmp_path, ("q4_k", "q4_k", "q6_k"), attention)
     answers = []
     for ops in (None, None, {"linear": "reference"}):  # packed now, packed before, defined

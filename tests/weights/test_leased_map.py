@@ -147,10 +147,9 @@ PROGRAM = """
 import os, sys
 from pathlib import Path
 from lockstep import LLM, SamplingParams
-from lockstep.weights import content, store
 
 folder = Path(sys.argv[1])
-content.user_cache = store.user_cache = lambda: folder  # kernels need not be compiled again
+os.environ["LOCKSTEP_CACHE"] = str(folder)  # after the import: kernels need not be compiled again
 
 def answers(llm):
     made = llm.generate(["Once upon a time", "The sea"], SamplingParams(max_tokens=12, logprobs=2, ignore_eos=True))

@@ -1,4 +1,5 @@
 """Packed weights on disk: found again by content, checked, made again where damaged, and bounded."""
+import json
 import os
 import threading
 
@@ -6,12 +7,13 @@ import numpy as np
 import pytest
 
 from lockstep.runtime.program import Weight
-from lockstep.weights import content, packed_cache, packed_file, store
+from lockstep.weights import content, packed_cache, packed_file
 from lockstep.weights.checkpoint import open_checkpoint
 from lockstep.weights.leased_map import LeasedMaps
 from lockstep.weights.pack import pack_f32
 from lockstep.weights.packed_file import Damaged
 from lockstep.weights.store import PackedStore
+from tests.weights.files import safetensors_bytes
 from tests.weights.test_content import OTHER, WEIGHTS, model
 
 ARRAYS = (np.arange(7, dtype=np.float32), np.arange(5000, dtype=np.uint8).reshape(50, 100), np.ones((3, 2), np.float16))
@@ -117,9 +119,7 @@ def test_a_checked_file_is_not_checked_again_until_the_machine_was_started_again
 def cache(tmp_path, monkeypatch):
     """A user cache of the test's own."""
     folder = tmp_path / "cache"
-    folder.mkdir(mode=0o700)
-    for module in (content, store):
-        monkeypatch.setattr(module, "user_cache", lambda: folder)
+    monkeypatch.setenv("LOCKSTEP_CACHE", str(folder))
     monkeypatch.setattr(content, "SETTLED_NS", 0)
     return folder
 
@@ -154,6 +154,25 @@ def test_two_models_with_equal_headers_and_times_never_share_packed_weights(tmp_
     assert first[0, :2, :2].T.tolist() == WEIGHTS["w"].tolist()
     assert second[0, :2, :2].T.tolist() == OTHER["w"].tolist()
     assert packing.count == 2
+
+
+def test_two_indexes_over_the_same_files_never_share_packed_weights(tmp_path):
+    """By links, so that even the files' stamps are the same."""
+    files, packing, found = tmp_path / "files", Packing(), []
+    files.mkdir()
+    for number, weights in (("1", WEIGHTS), ("2", OTHER)):
+        (files / f"{number}.safetensors").write_bytes(safetensors_bytes({**weights, f"only in {number}": OTHER["w"]}))
+    for chosen in ("1", "2"):
+        folder = tmp_path / f"index {chosen}"
+        folder.mkdir()
+        for number in ("1", "2"):
+            (folder / f"{number}.safetensors").symlink_to(files / f"{number}.safetensors")
+        index = {"w": chosen, "only in 1": "1", "only in 2": "2"}
+        index = {"weight_map": {name: f"{number}.safetensors" for name, number in index.items()}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+        found.append(packing.arrays(folder)[0, :2, :2].T.tolist())
+    assert found == [WEIGHTS["w"].tolist(), OTHER["w"].tolist()] and packing.count == 2
 
 
 def test_a_copy_is_not_packed_again(tmp_path, cache):
@@ -236,7 +255,9 @@ def test_packed_weights_take_a_fifth_of_what_is_free_and_64_gb_at_most(tmp_path,
     assert packed_cache.allowed_bytes(tmp_path, 0) == 64_000_000_000
     monkeypatch.setenv("LOCKSTEP_CACHE_GB", "1.5")
     assert packed_cache.allowed_bytes(tmp_path, 0) == 1_500_000_000
-    for wrong in ("much", "-1", "nan", "inf", ""):
+    monkeypatch.setenv("LOCKSTEP_CACHE_GB", "")
+    assert packed_cache.allowed_bytes(tmp_path, 0) == 64_000_000_000, "as if it were not set"
+    for wrong in ("much", "-1", "nan", "inf"):
         monkeypatch.setenv("LOCKSTEP_CACHE_GB", wrong)
         with pytest.raises(ValueError, match="LOCKSTEP_CACHE_GB: expected a number of gigabytes"):
             packed_cache.allowed_bytes(tmp_path, 0)

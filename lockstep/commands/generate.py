@@ -1,7 +1,7 @@
 """`lockstep generate`: continue a text."""
 import json
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -9,6 +9,9 @@ from lockstep.commands.options import (
     CacheDir, KvDtype, MaxContext, ModelName, OpSwaps, Threads, VerifyWeights, Weights, load,
 )
 from lockstep.commands.output import write
+
+if TYPE_CHECKING:
+    from lockstep.engine.request import SamplingParams
 
 DEFAULT_TOKENS, DEFAULT_CONTEXT = 128, 4096
 
@@ -46,7 +49,8 @@ def command(
     verify_weights: VerifyWeights = False,
     op: OpSwaps = None,
 ):
-    """Continue a text with a model, with the most probable tokens unless options say otherwise.
+    """Continue a text with a model, with the most probable tokens unless options say otherwise, whatever sampling the
+    model's makers ask for (chat and serve begin with that).
 
     The continuation streams to standard output; progress and speed go to standard error.
     """
@@ -73,6 +77,8 @@ def run(llm, text, num_tokens, fields, echo, as_json):
     room = max(1, llm.model.max_context - len(ids))
     params = SamplingParams(max_tokens=num_tokens or min(DEFAULT_TOKENS, room), **fields)
     show = (lambda piece: None) if as_json else write
+    if unheard := unheard_wishes(llm.makers_sampling(), params):
+        print(f"(greedy, not as the model's makers ask: {unheard})", file=sys.stderr, flush=True)
     if echo:
         show(text)
     stream, timing = answer(llm, ids, params, show)
@@ -81,6 +87,16 @@ def run(llm, text, num_tokens, fields, echo, as_json):
     llm.close()
     if stream.request.error is not None:
         raise ValueError(stream.request.error)
+
+
+def unheard_wishes(asked: dict[str, Any], params: "SamplingParams") -> str:
+    """In words: how the model's makers ask to sample, where the answer is greedy and would be another by that. Empty
+    where options ask for sampling."""
+    from lockstep.serve.generation_config import DRAWS, described
+
+    counts = {name for name in asked if name not in DRAWS or asked.get("temperature") != 0 or name == "temperature"}
+    as_asked = all(asked[name] == getattr(params, name) for name in counts)
+    return "" if params.temperature > 0 or as_asked else described(asked)
 
 
 def read_prompt(prompt, file, source):

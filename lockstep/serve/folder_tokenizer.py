@@ -80,8 +80,8 @@ def eos_ids(folder: Path, backend: tokenizers.Tokenizer, named: Iterable[str]) -
 
     A name that no token has is ignored, with a warning.
     """
-    configs = [(optional_json(path), f"{path}:") for path in (folder / "generation_config.json", folder / "config.json")]
-    listed = {token_id for config, where in configs for token_id in end_ids(config, where)}
+    paths = [folder / name for name in ("generation_config.json", "config.json")]
+    listed = {token_id for path in paths for token_id in end_ids(optional_json(path), f"{path}:")}
     found = {text: backend.token_to_id(text) for text in named}
     for text in (text for text, token_id in found.items() if text and token_id is None):
         log.warning("%s: eos_token %r is no token: it is ignored", folder, text)

@@ -1,6 +1,6 @@
 """How the makers of a model want it sampled: generation_config.json, or the general.sampling keys of a GGUF file."""
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ DRAWS = NEUTRAL.keys() - {"repetition_penalty"}  # they say how a token is drawn
 CAUTIOUS = {"temperature": 0.7, "top_p": 0.95}  # for people who talk with a model whose makers say nothing
 GGUF_KEYS = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
              "penalty_repeat": "repetition_penalty"}
-GGUF_PREFIX = "general.sampling."
+GGUF, GGUF_PREFIX = "the GGUF file's general.sampling", "general.sampling."
 # what would change answers and is not done here -> the values that ask for nothing
 NOT_DONE = {
     "typical_p": (1, 1.0), "epsilon_cutoff": (0, 0.0), "eta_cutoff": (0, 0.0), "num_beams": (1,), "penalty_alpha": (0,),
@@ -27,15 +27,16 @@ NOT_DONE = {
 }
 GGUF_NOT_DONE = {"xtc_probability": (0, 0.0), "mirostat": (0,), "sequence": ()}
 log = logging.getLogger("lockstep.generation_config")
+Warn = Callable[..., None]  # called with a format and its arguments, as loggers are
 
 
-def sampling_defaults(source: str, config: Mapping[str, Any], metadata: Mapping[str, Any],
-                      vocab_size: int) -> dict[str, Any]:
+def sampling_defaults(source: str, config: Mapping[str, Any], metadata: Mapping[str, Any], vocab_size: int,
+                      warn: Warn = log.warning) -> dict[str, Any]:
     """The fields of SamplingParams that a model's makers set: {name: value}; empty where they are silent.
 
     source: "auto": config (its generation_config.json) or metadata (of its GGUF file); "none": they are not asked;
-    else a folder or file with another generation_config.json. A value that is not allowed is ignored with a warning
-    that names it. ValueError for a source that cannot be read.
+    else a folder or file with another generation_config.json. A value that is not allowed is ignored; warn is told,
+    by its name. ValueError for a source that cannot be read.
     """
     if source == "none":
         return {}
@@ -44,10 +45,10 @@ def sampling_defaults(source: str, config: Mapping[str, Any], metadata: Mapping[
         path = path / FILE if path.is_dir() else path
         if not path.is_file():
             raise ValueError(f"generation_config: expected auto, none or a folder with {FILE}, got {source!r:.200}")
-        return _checked(read_json_object(path), str(path), vocab_size, NOT_DONE)
+        return _checked(read_json_object(path), str(path), vocab_size, NOT_DONE, warn)
     if any(key.startswith(GGUF_PREFIX) for key in metadata):
-        return _checked(_of_gguf(metadata), "the GGUF file's general.sampling", vocab_size, GGUF_NOT_DONE)
-    return _checked(config, FILE, vocab_size, NOT_DONE)
+        return _checked(_of_gguf(metadata, warn), GGUF, vocab_size, GGUF_NOT_DONE, warn)
+    return _checked(config, FILE, vocab_size, NOT_DONE, warn)
 
 
 def for_talking(defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,28 +64,33 @@ def described(defaults: Mapping[str, Any]) -> str:
     words = [f"{name} {value:g}" for name, value in defaults.items()
              if name == "temperature" or value != NEUTRAL.get(name, value)]
     suppressed = defaults.get("suppress_tokens")
-    return ", ".join([*words, *([f"{len(suppressed)} tokens suppressed"] if suppressed else [])])
+    counted = [f"{len(suppressed)} token{'s' * (len(suppressed) != 1)} suppressed"] if suppressed else []
+    return ", ".join([*words, *counted])
 
 
-def _of_gguf(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The general.sampling keys under the names of generation_config.json."""
+def _of_gguf(metadata: Mapping[str, Any], warn: Warn) -> dict[str, Any]:
+    """The general.sampling keys under the names of generation_config.json, with values as JSON would have them."""
     given = {key.removeprefix(GGUF_PREFIX): _shortest(value) for key, value in metadata.items()
              if key.startswith(GGUF_PREFIX)}
     if given.get("penalty_last_n") == 0:
         given.pop("penalty_repeat", None)  # of no token at all
     elif given.get("penalty_last_n", -1) != -1 and given.get("penalty_repeat", 1) != 1:
-        log.warning("the GGUF file's general.sampling: penalty_last_n %s is ignored, repetition_penalty looks at the "
-                    "whole prompt and answer", given["penalty_last_n"])
+        warn("%s: penalty_last_n %.80r is ignored, repetition_penalty looks at the whole prompt and answer", GGUF,
+             given["penalty_last_n"])
     return {GGUF_KEYS.get(name, name): value for name, value in given.items()}
 
 
 def _shortest(value: Any) -> Any:
-    """A float that was stored with 32 bits as it was meant: 0.95, not 0.949999988."""
-    return float(str(np.float32(value))) if isinstance(value, float) else value
+    """A float that was stored with 32 bits as it was meant: 0.95, not 0.949999988; an array as a list."""
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    with np.errstate(over="ignore"):  # one that 32 bits cannot hold becomes infinite, which is refused by name
+        return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
-def _checked(given: Mapping[str, Any], where: str, vocab_size: int, not_done: Mapping[str, tuple]) -> dict[str, Any]:
-    """The fields of `given` that can be had; all others that would change answers are warned about."""
+def _checked(given: Mapping[str, Any], where: str, vocab_size: int, not_done: Mapping[str, tuple],
+             warn: Warn) -> dict[str, Any]:
+    """The fields of `given` that can be had; warn is told of all others that would change answers."""
     made = {}
     for name in KNOWN:
         if given.get(name) is None:
@@ -92,11 +98,11 @@ def _checked(given: Mapping[str, Any], where: str, vocab_size: int, not_done: Ma
         try:
             made |= _field(name, given[name], vocab_size)
         except ValueError as error:
-            log.warning("%s: %s; ignored", where, error)
+            warn("%s: %s; ignored", where, error)
     for name, neutral in not_done.items():
         if given.get(name) is not None and not _is_one_of(given[name], neutral):
-            log.warning("%s: %s %.80r is not supported; ignored", where, name, given[name])
-    return _drawn(given.get("do_sample"), made, where)
+            warn("%s: %s %.80r is not supported; ignored", where, name, given[name])
+    return _drawn(given.get("do_sample"), made, where, warn)
 
 
 def _is_one_of(value: Any, neutral: tuple) -> bool:
@@ -117,10 +123,10 @@ def _field(name: str, value: Any, vocab_size: int) -> dict[str, Any]:
     return {name: float(made) if isinstance(NEUTRAL.get(name), float) else made}
 
 
-def _drawn(do_sample: Any, made: dict[str, Any], where: str) -> dict[str, Any]:
+def _drawn(do_sample: Any, made: dict[str, Any], where: str, warn: Warn) -> dict[str, Any]:
     """What do_sample makes of the fields: without sampling the most probable token is taken, however it was drawn."""
     if do_sample is False:
         return {"temperature": 0.0} | {name: value for name, value in made.items() if name not in DRAWS}
     if do_sample not in (None, True):
-        log.warning("%s: do_sample: expected true or false, got %.80r; ignored", where, do_sample)
+        warn("%s: do_sample: expected true or false, got %.80r; ignored", where, do_sample)
     return made

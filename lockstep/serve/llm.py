@@ -2,6 +2,7 @@
 import functools
 import logging
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -74,8 +75,7 @@ class LLM:
     packed ones too, and check their hashes, although they were checked before. Raises ValueError, in one sentence, for
     a model that cannot be loaded.
 
-    sampling_defaults: {field of SamplingParams: value} as the model's makers want it sampled; `chat` and
-    `default_params` begin with them, `generate` does not. context: the ContextSize that came of it.
+    context: the ContextSize that came of it.
     """
 
     def __init__(self, model=None, *, weights="auto", kv_dtype=None, max_context=None, max_step_tokens=512,
@@ -91,8 +91,9 @@ class LLM:
                                 cache_dir_bytes=cache_dir_bytes)
         self.context = context_size(loaded, options, max_context)
         self.model = replace(loaded, max_context=self.context.num_tokens)
-        self.sampling_defaults = sampling_defaults(generation_config, checkpoint.generation_config,
-                                                   checkpoint.metadata, loaded.config.vocab_size)
+        self._makers_sampling = functools.partial(sampling_defaults, generation_config, checkpoint.generation_config,
+                                                  checkpoint.metadata, loaded.config.vocab_size)
+        self.makers_sampling()  # refuses a source that cannot be read
         reader = functools.partial(answer_reader, self.tokenizer) if self.has_tokenizer else None
         self.engine = Engine(self.model, options, ops, self._eos_ids(), reader)
         try:
@@ -100,6 +101,16 @@ class LLM:
         except ValueError:
             self.engine.close()
             raise
+
+    @functools.cached_property
+    def sampling_defaults(self) -> dict[str, Any]:
+        """{field of SamplingParams: value} as the model's makers want it sampled; `chat` and `default_params` begin
+        with them, `generate` does not. When they are first asked for, what cannot be had of them is warned about."""
+        return self._makers_sampling()
+
+    def makers_sampling(self) -> dict[str, Any]:
+        """The same without warnings, for those who do not sample so."""
+        return self._makers_sampling(warn=lambda *_: None)
 
     @property
     def content(self) -> ContentHash:

@@ -10,6 +10,7 @@ from lockstep import LLM, SamplingParams
 from lockstep.cli import main
 from lockstep.commands.chat import first_settings
 from lockstep.commands.conversation import Conversation
+from lockstep.commands.generate import unheard_wishes
 from lockstep.commands.serve import notes
 from lockstep.serve.generation_config import described, for_talking, sampling_defaults
 from lockstep.serve.http.service import system_fingerprint
@@ -103,6 +104,17 @@ def test_the_same_of_a_gguf_file(bad, says, caplog):
     assert record.getMessage().startswith("the GGUF file's general.sampling: ") and says in record.getMessage()
 
 
+@pytest.mark.parametrize("name", ["top_k", "temp", "top_p", "min_p", "penalty_repeat", "penalty_last_n", "mirostat"])
+@pytest.mark.parametrize("value", [np.array([20, 40], np.int32), np.zeros(0, np.float32), "k", 1e300, True], ids=str)
+def test_a_key_of_another_type_is_named(name, value, caplog, recwarn):
+    found = of_gguf(**dict(penalty_repeat=1.5, min_p=0.1) | {name: value})
+    assert (found.get("min_p"), found.get("repetition_penalty")) in ((0.1, 1.5), (0.1, None), (None, 1.5))
+    shown = {"temp": "temperature", "penalty_repeat": "repetition_penalty"}.get(name, name)
+    said = [record.getMessage() for record in caplog.records]
+    assert all(f"sampling: {shown}" in line and "truth value" not in line for line in said) and not recwarn
+    assert len(said) == 1
+
+
 def test_another_source(tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps(dict(top_k=3)))
     config = dict(temperature=0.5)
@@ -117,6 +129,7 @@ def test_defaults_in_words():
     assert described(dict(temperature=0.6, top_k=20, top_p=1.0, suppress_tokens=(1, 2))) \
         == "temperature 0.6, top_k 20, 2 tokens suppressed"
     assert described(dict(temperature=1.0, min_p=0.0, repetition_penalty=1.0)) == "temperature 1"
+    assert described(dict(suppress_tokens=(1,))) == "1 token suppressed"
     assert described({}) == described(dict(top_k=0)) == ""
 
 
@@ -172,6 +185,31 @@ def test_chat_takes_them_and_generate_does_not(llm, folder):
     assert llm.chat(TALK, SamplingParams(max_tokens=9)) == llm.generate([ids], SamplingParams(max_tokens=9))[0]
 
 
+def test_who_does_not_sample_so_hears_of_nothing(folder, tmp_path, caplog, capsys):
+    made = shutil.copytree(folder, tmp_path / "model")
+    asked = json.loads((made / "generation_config.json").read_text())
+    (made / "generation_config.json").write_text(json.dumps(asked | dict(num_beams=4, min_p=7)))
+    assert main(["generate", str(made), "-p", PROMPT, "-n", "2"]) == 0
+    assert "(greedy, not as the model's makers ask: temperature 0.8, top_k 7, repetition_penalty 1.2, 2 tokens " \
+        "suppressed)\n" in capsys.readouterr().err
+    llm = LLM(str(made), **SIZES)
+    llm.generate([PROMPT], SamplingParams(max_tokens=2))
+    assert not caplog.records
+    llm.chat(TALK), llm.chat(TALK)
+    assert [record.getMessage().split()[1] for record in caplog.records] == ["min_p:", "num_beams"]
+    llm.close()
+
+
+@pytest.mark.parametrize("asked, given, says", [
+    (dict(temperature=0.8), {}, "temperature 0.8"), (dict(temperature=0.8), dict(temperature=0.1), ""),
+    (dict(temperature=0.0, top_k=5), {}, ""), (dict(top_k=5), {}, "top_k 5"), ({}, {}, ""),
+    (dict(temperature=0.0, repetition_penalty=1.5), {}, "temperature 0, repetition_penalty 1.5"),
+    (dict(temperature=0.0, repetition_penalty=1.5), dict(repetition_penalty=1.5), ""),
+    (dict(suppress_tokens=(3,)), {}, "1 token suppressed")], ids=str)
+def test_generate_says_what_it_does_not_do(asked, given, says):
+    assert unheard_wishes(asked, SamplingParams(**given)) == says
+
+
 def test_every_route_takes_them_where_a_request_is_silent(server, llm):
     params = llm.default_params(seed=3, max_tokens=24)
     [text] = [made.text for made in llm.generate([PROMPT], params)]
@@ -196,7 +234,7 @@ def test_what_a_request_says_comes_first_field_by_field(server, llm):
 
 
 @pytest.mark.parametrize("ids, says", [
-    ([5] * 1025, "suppress_tokens: expected at most 1024, got 1025"), (5, "suppress_tokens: expected a list"),
+    ([5] * 1025, "suppress_tokens: expected at most 1024, got 1025"), (5, "suppress_tokens: expected an array"),
     ([1 << 20], "suppress_tokens: token ids must be 0 to"), ([-1], "suppress_tokens[0]: expected")], ids=str)
 def test_suppressed_tokens_of_a_request_are_checked(server, ids, says):
     answer = httpx.post(f"{server.url}/v1/completions", json=dict(prompt=PROMPT, suppress_tokens=ids), timeout=60)

@@ -289,7 +289,7 @@ def test_a_difference_is_exit_code_one(capsys, monkeypatch):
     (["--rate", "nan"], "rate: expected a number from 0"),
     (["--concurrency", "0"], "--concurrency"), (["--requests", "0"], "requests: expected a number from 1"),
     (["--prompt", "5000"], "together up to 5064 tokens, but the model's context is 4096"),
-    (["--prompt", "300", "--kv-tokens", "128"], "the KV cache holds 128 tokens in all"),
+    (["--prompt", "300", "--kv-tokens", "128"], "together up to 364 tokens, but --kv-tokens hold 128"),
     (["no.gguf"], "no.gguf: no such folder or file"),
 ])  # fmt: skip
 def test_a_mistake_is_one_sentence(args, said, capsys):

@@ -52,7 +52,7 @@ def command(
     llm = load(model, weights=weights, kv_dtype=kv_dtype, threads=threads, max_context=workload.max_tokens,
                max_requests=max_requests, max_step_tokens=max_step_tokens, kv_tokens=kv_tokens,
                prefix_cache=prefix_cache)
-    _check_context(workload, llm.model)
+    _check_context(workload, llm)
     visits = measure.prepare(llm.engine, workload)
     # no live display while it runs: another Python thread would delay steps
     print(f"lockstep: measuring {_arrivals(workload)}", file=sys.stderr)
@@ -77,10 +77,12 @@ def _range(option, text):
     return int(numbers[0]), int(numbers[1])
 
 
-def _check_context(workload, model):
-    if workload.max_tokens > model.max_context:
+def _check_context(workload, llm):
+    size = llm.context
+    if workload.max_tokens > size.num_tokens:
+        what = "--kv-tokens hold" if size.limit == "kv_tokens" else "the model's context is"
         raise ValueError(f"--shared-prefix, --prompt and --output: together up to {workload.max_tokens} tokens, but "
-                         f"the model's context is {model.max_context}")
+                         f"{what} {size.num_tokens}")
 
 
 def _sizes(engine, concurrency):

@@ -26,25 +26,28 @@ CGROUP_FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "mem
 
 @dataclass(frozen=True)
 class ContextSize:
-    """A context, and what keeps it below the model's own: "memory", "kv_tokens", "max_context" or None."""
+    """A context, and what keeps it below the model's own: "memory", "kv_tokens", "max_context", "positions" (more than
+    MAX_POSITIONS must be asked for) or None."""
 
     num_tokens: int
     limit: str | None = None
 
 
 def context_size(model: "Model", options: "EngineOptions", max_context: int | None = None) -> ContextSize:
-    """The ContextSize of a model with EngineOptions: the model's own, as far as memory or kv_tokens hold its KV cache.
+    """The ContextSize of a model with EngineOptions: the model's own, as far as max_context and kv_tokens allow; where
+    neither is given, as far as memory holds its KV cache.
 
-    max_context: what the model was loaded with. None: for all its positions.
+    max_context: what the model was loaded with. None: for all its positions, up to MAX_POSITIONS.
     """
-    most = min(model.config.max_positions, MAX_POSITIONS)
-    if max_context is not None:
-        return ContextSize(model.max_context, "max_context" if model.max_context < most else None)
+    bounds = [ContextSize(model.config.max_positions)]
+    bounds.append(ContextSize(MAX_POSITIONS, "positions") if max_context is None else
+                  ContextSize(max_context, "max_context"))
     if options.kv_tokens is not None:
-        held, limit = -(-options.kv_tokens // PAGE_TOKENS) * PAGE_TOKENS, "kv_tokens"
-    else:
-        held, limit = max(LEAST_CONTEXT, _pages_in(model, _cache_bytes(model, options)) * PAGE_TOKENS), "memory"
-    return ContextSize(min(most, held), limit if held < most else None)
+        bounds.append(ContextSize(-(-options.kv_tokens // PAGE_TOKENS) * PAGE_TOKENS, "kv_tokens"))
+    elif max_context is None:
+        held = _pages_in(model, _cache_bytes(model, options)) * PAGE_TOKENS
+        bounds.append(ContextSize(max(LEAST_CONTEXT, held), "memory"))
+    return min(bounds, key=lambda bound: bound.num_tokens)  # the first of equal ones: more of the others gives no more
 
 
 def num_pages(model: "Model", options: "EngineOptions") -> int:

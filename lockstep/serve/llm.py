@@ -70,10 +70,10 @@ class LLM:
     requests use what earlier ones computed for the same first tokens; cache_dir: a folder of at most cache_dir_bytes
     that keeps it across restarts. needs_chat: refuse a model without a chat template. generation_config: where
     sampling_defaults come from: "auto" (the model's own), "none", or a folder with a generation_config.json.
-    max_context: tokens that a prompt and its answer may have; None: the model's own, as far as its KV cache has room
-    (in kv_tokens, or in half of the memory that is free beside the weights). verify_weights: read all of the weights,
-    packed ones too, and check their hashes, although they were checked before. Raises ValueError, in one sentence, for
-    a model that cannot be loaded.
+    max_context: tokens that a prompt and its answer may have, never more than kv_tokens hold; None: the model's own, as
+    far as its KV cache has room (in kv_tokens, or in half of the memory that is free beside the weights).
+    verify_weights: read all of the weights, packed ones too, and check their hashes, although they were checked before.
+    Raises ValueError, in one sentence, for a model that cannot be loaded.
 
     context: the ContextSize that came of it.
     """

@@ -77,6 +77,26 @@ def test_what_a_user_chose_comes_before_memory(folders, memory):
     assert context_size(loaded(folders["qwen3"], 2 * MANY), EngineOptions(), 2 * MANY) == ContextSize(MANY)
 
 
+@pytest.mark.parametrize(("max_context", "kv_tokens", "expected"), [
+    (5000, 300, ContextSize(320, "kv_tokens")), (5000, 6000, ContextSize(5000, "max_context")),
+    (320, 300, ContextSize(320, "max_context")), (300, 300, ContextSize(300, "max_context")),
+    (2 * MANY, 300, ContextSize(320, "kv_tokens")), (2 * MANY, 2 * MANY, ContextSize(MANY))])
+def test_of_two_choices_the_smaller_one_counts(max_context, kv_tokens, expected, folders, memory):
+    memory(0)
+    model = loaded(folders["qwen3"], max_context)
+    assert context_size(model, EngineOptions(kv_tokens=kv_tokens), max_context) == expected
+
+
+@pytest.mark.parametrize(("max_context", "expected"), [
+    (None, ContextSize(1 << 20, "positions")), (1 << 30, ContextSize(1 << 22)),
+    (1 << 21, ContextSize(1 << 21, "max_context")), (4096, ContextSize(4096, "max_context"))])
+def test_more_positions_than_are_exact_must_be_asked_for(max_context, expected, folders, memory):
+    memory(1 << 50)
+    model = loaded(folders["qwen3"])
+    model = dataclasses.replace(model, config=dataclasses.replace(model.config, max_positions=1 << 22))
+    assert context_size(model, EngineOptions(), max_context) == expected
+
+
 @pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "q8"])
 def test_a_smaller_cache_holds_more(kv_dtype, folders, memory):
     model = load(folders["qwen3"], "f32", kv_dtype, MANY)

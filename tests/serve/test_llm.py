@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from lockstep import LLM, SamplingParams
+from lockstep.engine.cache_size import ContextSize
 from lockstep.engine.request import samples
 from tests.models import tiny
 from tests.models.cases import CASES
@@ -215,3 +216,13 @@ def test_a_closed_llm_says_so():
     closed.close()
     with pytest.raises(RuntimeError, match="closed"):
         closed.generate(["x"], SHORT)
+
+
+def test_a_conversation_ends_with_the_kv_cache_where_that_is_smaller_than_the_context():
+    made = LLM(threads=1, max_requests=1, max_context=4096, kv_tokens=100)
+    assert made.context == ContextSize(128, "kv_tokens") and made.model.max_context == 128
+    answer = made.chat([dict(role="user", content="Write a loop.")])
+    assert len(answer.prompt_token_ids) + len(answer.token_ids) <= 128 and answer.finish_reason in ("stop", "length")
+    with pytest.raises(ValueError, match="is more than the context of 128 tokens"):
+        made.generate([[5] * 100], SamplingParams(max_tokens=29))
+    made.close()

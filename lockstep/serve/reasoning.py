@@ -83,12 +83,12 @@ class ThoughtParser:
             text = state(text, made)
         return made
 
-    def finish(self):
-        """What was held back, now that nothing follows."""
+    def finish(self, is_cut=False):
+        """What was held back, now that nothing follows. is_cut: the answer was as long as it might be."""
         rest, self._held = self._held, ""
         inside = self._state in (self._inside_start, self._inside)
         made = [Reasoning(rest)] if inside and rest.strip() else self._rest.push(rest) if rest and not inside else []
-        return made + self._rest.finish()
+        return made + self._rest.finish(is_cut)
 
     # Each state takes what it can out of the text and either holds the rest back or hands it to the next state.
 
@@ -140,6 +140,6 @@ class PlainParser:
         """The events of a piece of text."""
         return [Content(text)] if text else []
 
-    def finish(self):
+    def finish(self, is_cut=False):
         """Nothing is ever held back."""
         return []

@@ -57,8 +57,8 @@ def merged(events):
     return [m.text if isinstance(m, Content) else tuple(m) if isinstance(m, list) else m for m in made]
 
 
-def parse(parser, pieces):
-    return merged([event for piece in pieces for event in parser.push(piece)] + parser.finish())
+def parse(parser, pieces, is_cut=False):
+    return merged([event for piece in pieces for event in parser.push(piece)] + parser.finish(is_cut))
 
 
 def ways_to_cut(text):
@@ -88,7 +88,7 @@ ANSWERS = [
     (HERMES, "<tool_call>\nnot json</tool_call> and on", ["<tool_call>\nnot json</tool_call> and on"]),
     (HERMES, 'so: <tool_call>\n{"nam": 1}', ['so: <tool_call>\n{"nam": 1}']),
     (HERMES, 'so: <tool_call>\n{"name": "get', ['so: <tool_call>\n{"name": "get']),
-    (HERMES, '<tool_call>\n{"name": "f", "arguments": {"city": "Par', [("f", '{"city": "Par')]),
+    (HERMES, '<tool_call>\n{"name": "f", "arguments": {"city": "Par', [("f", '{"city": "Par"}')]),
     (HERMES, "", []),
     (XML, "<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n<parameter=days>\n3\n"
           "</parameter>\n</function>\n</tool_call>", [("get_weather", '{"city": "Paris", "days": 3}')]),

@@ -9,13 +9,15 @@ KINDS = {Content: "text", Reasoning: "thought", CallStart: "call"}
 @dataclass
 class Block:
     """One block. kind: "text", "thought" or "call"; index: its place; call: the CallStart of a call; pieces: its text,
-    or the JSON text of its arguments; tokens: those that the pieces of a text came from, as far as they are known."""
+    or the JSON text of its arguments; tokens: those that the pieces of a text came from, as far as they are known;
+    is_cut: the answer ended within its arguments, which were completed."""
 
     kind: str
     index: int
     call: CallStart | None = None
     pieces: list[str] = field(default_factory=list)
     tokens: list = field(default_factory=list)
+    is_cut: bool = False
 
     @property
     def text(self):
@@ -42,6 +44,7 @@ class Blocks:
             if not isinstance(event, CallStart):
                 self._open.pieces.append(event.text)
                 self._open.tokens += getattr(event, "tokens", ())
+                self._open.is_cut = getattr(event, "is_cut", False)
                 yield "piece", self._open, event
 
     def close(self):

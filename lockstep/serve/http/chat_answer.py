@@ -124,8 +124,8 @@ class Chunks:
     def _parsed(self, text, reason):
         events = self._parser.push(text) if text else []
         if reason is not None:
-            events += self._parser.finish()
-        self._num_calls += talk.count_calls(events)
+            events += self._parser.finish(reason == "length")
+        self._num_calls = talk.count_calls(events, self._num_calls)
         return [to_text(delta(event)) for event in events]
 
     def _chunk(self, encoded_delta, details=""):

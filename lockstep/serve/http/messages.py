@@ -59,7 +59,7 @@ class Answer:
             made = [] if begun else [self._message_start()]
             begun = True
             found = parser.push("".join([token.text for token in tokens]))
-            changes = list(blocks.add(found + (parser.finish() if reason else [])))
+            changes = list(blocks.add(found + (parser.finish(reason == "length") if reason else [])))
             changes += blocks.close() if reason else ()
             made += [block_event(*change) for change in changes]
             yield b"".join(made)
@@ -74,7 +74,7 @@ class Answer:
     def _end(self, blocks):
         """Why the answer ended."""
         sequence = self._request.stop_reason if isinstance(self._request.stop_reason, str) else None
-        calls = sum(block.kind == "call" for block in blocks)
+        calls = 0 if blocks and blocks[-1].is_cut else sum(block.kind == "call" for block in blocks)
         reason = STOP_REASONS[talk.finish_reason(self._request, calls)]
         return dict(stop_reason="stop_sequence" if sequence else reason, stop_sequence=sequence)
 

@@ -17,9 +17,9 @@ class Placed:
         """The events that tokens complete."""
         return [event for token in tokens for event in self._push(token)]
 
-    def finish(self):
-        """What was held back, now that nothing follows."""
-        return [self._placed(event, 0) for event in self._parser.finish()]
+    def finish(self, is_cut=False):
+        """What was held back, now that nothing follows. is_cut: the answer was as long as it might be."""
+        return [self._placed(event, 0) for event in self._parser.finish(is_cut)]
 
     def _push(self, token):
         begin = len(self._text)

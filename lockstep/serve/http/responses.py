@@ -59,7 +59,8 @@ class Answer:
 
     def whole(self, tokens):
         """The response, of all Tokens."""
-        return self._response(collect(self._read(tokens) + self._parser.finish()))
+        found = self._read(tokens) + self._parser.finish(self._request.finish_reason == "length")
+        return self._response(collect(found))
 
     def _read(self, tokens):
         return self._parser.push(tokens if self._with_logprobs else "".join([token.text for token in tokens]))
@@ -71,7 +72,7 @@ class Answer:
         yield self._event("response.created", response=started) + self._event("response.in_progress", response=started)
         try:
             async for ((_, tokens, reason),) in self._job.tokens():
-                found = self._read(tokens) + (self._parser.finish() if reason else [])
+                found = self._read(tokens) + (self._parser.finish(reason == "length") if reason else [])
                 made = [self._change(*change) for change in blocks.add(found)]
                 if reason:
                     made += [self._change(*change, reason == "length") for change in blocks.close()]
@@ -112,7 +113,7 @@ class Answer:
         made = self._event(f"{PIECES[block.kind]}.done", **part, **{key: block.text}, **logprobs)
         if block.kind != "call":
             made += self._event("response.content_part.done", **part, part=self._part(block))
-        item = self._item(block, ENDS[is_cut])
+        item = self._item(block, ENDS[is_cut or block.is_cut])
         return made + self._event("response.output_item.done", output_index=block.index, item=item)
 
     # ------------------------------------------------------------ the response object
@@ -121,7 +122,7 @@ class Answer:
         is_cut = self._request.finish_reason == "length"
         return self._head | dict(
             status="incomplete" if is_cut else "completed", usage=self._usage(blocks),
-            output=[self._item(block, ENDS[is_cut and block is blocks[-1]]) for block in blocks],
+            output=[self._item(block, ENDS[is_cut and block is blocks[-1] or block.is_cut]) for block in blocks],
             incomplete_details=dict(reason="max_output_tokens") if is_cut else None)
 
     def _item(self, block, status):

@@ -3,7 +3,7 @@ from lockstep.serve.http.body import read_fields
 from lockstep.serve.http.errors import ApiError, bad_request
 from lockstep.serve.http.sampling import most_tokens, sampling_params
 from lockstep.serve.http.token_masks import UntilComplete, narrowing, token_mask
-from lockstep.serve.tool_calls.events import CallStart
+from lockstep.serve.tool_calls.events import Arguments, CallStart
 
 
 async def start(job, fields, make_conversation, max_tokens_names, **reports):
@@ -63,7 +63,7 @@ async def count(request, service, fields_type, make_conversation):
 def read_all(new_parser, request):
     """The events of a finished request's whole text."""
     parser = new_parser()
-    return parser.push(request.text) + parser.finish()
+    return parser.push(request.text) + parser.finish(request.finish_reason == "length")
 
 
 def finish_reason(request, num_calls):
@@ -71,6 +71,9 @@ def finish_reason(request, num_calls):
     return "tool_calls" if num_calls and request.finish_reason == "stop" else request.finish_reason
 
 
-def count_calls(events):
-    """How many tool calls begin among these events."""
-    return sum(isinstance(event, CallStart) for event in events)
+def count_calls(events, before=0):
+    """How many tool calls there are after these events; before: how many there were before them. 0 where the answer
+    ended within the arguments of one, which were completed for it: such an answer asks for no call."""
+    if events and isinstance(events[-1], Arguments) and events[-1].is_cut:
+        return 0
+    return before + sum(isinstance(event, CallStart) for event in events)

@@ -30,10 +30,20 @@ class CallStart(NamedTuple):
 
 
 class Arguments(NamedTuple):
-    """A piece of the JSON text of a call's arguments."""
+    """A piece of the JSON text of a call's arguments. is_cut: it is not the model's: the answer ended within them."""
 
     index: int
     text: str
+    is_cut: bool = False
+
+
+class CallEnd(Exception):
+    """What is being read ends here, though it is not complete: with the answer, or at text that is no part of it, which
+    has been read and begins with a mark."""
+
+    def __init__(self, text: str = ""):
+        super().__init__(text)
+        self.text = text
 
 
 def new_id():

@@ -1,8 +1,18 @@
 """Calls after [TOOL_CALLS]: Mistral's older models write a JSON array of them, the newer name[ARGS]{...} for each."""
 from lockstep.serve.structured import quote
+from lockstep.serve.tool_calls.events import CallEnd
 from lockstep.serve.tool_calls.grammar import MAX_CALLS, either, json_object, several
 from lockstep.serve.tool_calls.json_text import json_container
-from lockstep.serve.tool_calls.readers import MAX_NAME, NotACall, after_space, json_call
+from lockstep.serve.tool_calls.readers import (
+    MAX_NAME,
+    NotACall,
+    after_comment,
+    after_space,
+    ignore,
+    json_call,
+    json_text,
+    object_text,
+)
 
 KEYS = ("arguments", "parameters")
 CALL_ID, ARGS = "[CALL_ID]", "[ARGS]"
@@ -19,27 +29,38 @@ def read(calls):
 
 
 def _array(calls):
-    while True:
-        yield from json_call(calls, (yield from after_space()), KEYS)
-        character = yield from after_space()
-        if character == "]":
-            return
-        if character != ",":
-            raise NotACall
+    before, opening = calls.count, (yield from after_space())
+    while opening != "]" or calls.count == before:
+        try:
+            end = yield from json_call(calls, opening, KEYS)
+        except NotACall:
+            if calls.count == before or opening != "{":
+                raise
+            return (yield from json_container("[", ignore, calls.marks))
+        opening = end if end == "]" else (yield from after_space())
+        while opening in ",}/":
+            opening = yield from (after_comment() if opening == "/" else after_space())
 
 
 def _named(calls, character):
     head = ""
-    while character != "{":
+    while character not in '{"':
         head += character
+        if head.endswith(calls.marks):
+            raise CallEnd(calls.marks[0])
         if len(head) > MAX_NAME:
             raise NotACall
         character = yield
-    name = head.removesuffix(ARGS).partition(CALL_ID)[0].strip()
-    if not name:
+    name = head.rstrip().removesuffix(ARGS).partition(CALL_ID)[0].strip()
+    if not name or "[" in name:
         raise NotACall
+    if character == "{":
+        calls.begin(name)
+        yield from json_container("{", calls.add, calls.marks)
+        return
+    arguments = object_text((yield from json_text()))
     calls.begin(name)
-    yield from json_container("{", calls.add)
+    calls.add(arguments)
 
 
 def rules(lark, tools, parallel):

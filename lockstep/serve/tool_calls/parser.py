@@ -1,8 +1,11 @@
 """Finds tool calls in the text of an answer, which comes in pieces."""
 import re
 
-from lockstep.serve.tool_calls.events import Content, partial
+from lockstep.serve.tool_calls.events import CallEnd, Content, partial
 from lockstep.serve.tool_calls.readers import Calls, NotACall
+
+SPACE_AND_BRACKETS = " \t\r\n}]"
+MAX_REST = 200  # characters between a call and its end
 
 
 class CallParser:
@@ -14,9 +17,9 @@ class CallParser:
     """
 
     def __init__(self, style, use):
-        self._style, self._calls = style, Calls(use.tools, None if use.parallel else 1)
+        self._style, self._calls = style, Calls(use.tools, None if use.parallel else 1, style.marks)
         self._held, self._reader, self._raw, self._raw_count = "", None, [], 0
-        self._at_start, self._after_call = True, False
+        self._at_start, self._after_call, self._lacks_end = True, False, False
 
     def push(self, text):
         """The events that a piece of text completes."""
@@ -25,16 +28,34 @@ class CallParser:
             text = self._scan(text, made) if self._reader is None else self._read(text, made)
         return made + self._calls.take()
 
-    def finish(self):
+    def finish(self, is_cut=False):
         """What was held back, now that nothing follows. A first call that was cut off before its name stays text; of
-        another one, and of a mark after a call, nothing is told."""
+        another one, and of a mark after a call, nothing is told. Arguments that are not complete are completed, so that
+        they are JSON, unless is_cut: the answer was as long as it might be, and more of them would have followed."""
         made = self._calls.take()
+        if self._reader is not None and self._calls.count > self._raw_count and not is_cut:
+            return made + self._closed()
         cut = self._calls.count if self._reader is not None else self._is_cut_mark()
         rest = "" if cut else "".join(self._raw) if self._reader else self._held
         if rest.strip() or rest and not self._calls.count:
             made.append(Content(rest))
         self._reader, self._held, self._raw = None, "", []
         return made
+
+    def _closed(self):
+        """The events that are left where the answer ended within a call that is told."""
+        rest = ""
+        try:
+            self._reader.throw(CallEnd())
+        except CallEnd as end:
+            rest = end.text
+        except (NotACall, StopIteration):
+            pass
+        made = self._calls.take()
+        if made and not rest:
+            made[-1] = made[-1]._replace(is_cut=True)
+        self._over()
+        return made + self.push(rest) + self.finish()
 
     def _is_cut_mark(self):
         marks, held = (self._style.begin, *self._style.after), self._held.strip()
@@ -61,16 +82,26 @@ class CallParser:
         return ""
 
     def _after(self, text):
-        """Drops what ends or separates calls."""
-        dropped = self._style.after
+        """Drops what ends or separates calls, and what stands between a call and its end."""
+        marks, end = self._style.after, self._style.end
         while True:
-            text = text.lstrip()
-            found = next((mark for mark in dropped if text.startswith(mark)), None)
+            text = text.lstrip(SPACE_AND_BRACKETS if self._lacks_end else None)
+            found = next((mark for mark in marks if text.startswith(mark)), None) or self._rest_of_call(text)
             if found is None:
                 break
             text = text[len(found):]
-        self._after_call = not text or any(mark.startswith(text) for mark in (self._style.begin, *dropped))
+            self._lacks_end = self._lacks_end and end is not None and not found.endswith(end)
+        may_end = self._lacks_end and end and len(text) < MAX_REST and self._style.begin not in text
+        self._after_call = not text or bool(may_end) or any(m.startswith(text) for m in (self._style.begin, *marks))
         return text
+
+    def _rest_of_call(self, text):
+        """The beginning of a text up to a mark that belongs to the call before it; None if there is none."""
+        if not self._lacks_end or self._style.end is None:
+            return None
+        before = text[:MAX_REST].partition(self._style.begin)[0]
+        places = [(at, mark) for mark in self._style.after if (at := before.find(mark)) >= 0]
+        return before[:min(places)[0] + len(min(places)[1])] if places else None
 
     def _to_hold(self, text):
         """From where on text may yet belong to a call: white space, or what could begin one."""
@@ -101,19 +132,25 @@ class CallParser:
             try:
                 send(character)
             except StopIteration:
-                self._reader, self._after_call = None, True
+                self._over()
                 return text[at + 1:]
             except NotACall:
-                self._give_up(text[:at], made)
+                self._give_up(text[:at], "", made)
                 return text[at:]
+            except CallEnd as end:
+                self._give_up(text[:at + 1], end.text, made)
+                return end.text + text[at + 1:]
         if self._raw_count == self._calls.count:
             self._raw.append(text)
         return ""
 
-    def _give_up(self, text, made):
-        """What was read is no call, or the end of one is missing."""
+    def _over(self):
+        self._reader, self._after_call, self._lacks_end = None, True, True
+
+    def _give_up(self, text, mark, made):
+        """What was read is no call, or not all of one. mark: what ended it, which is read again."""
+        if self._raw_count < self._calls.count:
+            self._over()
+            return
         self._reader = None
-        if self._raw_count == self._calls.count:
-            self._content("".join(self._raw) + text, made)
-        else:
-            self._after_call = True
+        self._content(("".join(self._raw) + text).removesuffix(mark), made)

@@ -18,10 +18,11 @@ class NotACall(Exception):
 
 
 class Calls:
-    """The calls of an answer so far; readers add to them. most: how many of them are told; None: all."""
+    """The calls of an answer so far; readers add to them. most: how many of them are told; None: all. marks: texts that
+    are no part of a call's JSON, unless they stand in a string."""
 
-    def __init__(self, tools, most=None):
-        self.tools, self.events, self.count, self._most = tools, [], 0, most
+    def __init__(self, tools, most=None, marks=()):
+        self.tools, self.events, self.count, self.marks, self._most = tools, [], 0, marks, most
         self._pieces, self._memory = [], {}
 
     def begin(self, name):
@@ -46,7 +47,6 @@ class Calls:
         taken, self.events = self.events, []
         return taken if self._most is None else [event for event in taken if event.index < self._most]
 
-
     def remembered(self, key: str, make: Callable[[], object]) -> object:
         """What `make` made when it was first asked for under this key."""
         if key not in self._memory:
@@ -68,14 +68,14 @@ def expect(text):
             raise NotACall
 
 
-def until(marker, out):
-    """Passes on to `out` what comes before a marker, which is read, too."""
+def until(markers, out):
+    """Passes on to `out` what comes before a marker, which is read, too; returns the marker."""
     held = ""
     while True:
         held += yield
-        if held == marker:
-            return
-        while held and not marker.startswith(held):
+        if held in markers:
+            return held
+        while held and not any(marker.startswith(held) for marker in markers):
             out(held[0])
             held = held[1:]
 
@@ -83,7 +83,7 @@ def until(marker, out):
 def name_until(marker):
     """A name that ends with a marker."""
     name = []
-    yield from until(marker, lambda character: _bounded(name, character))
+    yield from until((marker,), lambda character: _bounded(name, character))
     return "".join(name)
 
 
@@ -104,10 +104,10 @@ def json_text():
 
 
 def json_call(calls, opening, keys, others=None):
-    """The rest of {"name": ..., <one of keys>: {...}} after its opening bracket.
+    """The rest of {"name": ..., <one of keys>: {...}} after its opening bracket; returns the bracket that ended it.
 
-    The members may come in any order; arguments that come after the name are passed on as they are read. others: names
-    of the members that there may be besides; None: any.
+    The members may come in any order; arguments that come after the name are passed on as they are read, and what
+    follows them is read as anything like JSON. others: names of the members that there may be besides; None: any.
     """
     if opening != "{":
         raise NotACall
@@ -120,11 +120,33 @@ def json_call(calls, opening, keys, others=None):
         if (yield from after_space()) != ":":
             raise NotACall
         character = yield from member.read(key, (yield from after_space()))
+        if member.is_told:
+            return (yield from _rest_of_call(calls, character))
         if character == ",":
             character = yield from after_space()
         elif character != "}":
             raise NotACall
     member.finish(needs_arguments=others is not None)
+    return "}"
+
+
+def _rest_of_call(calls, character):
+    """Reads what follows the arguments of a call up to the bracket that ends it, which is returned."""
+    if character == "/":
+        character = yield from after_comment()
+    if character == ",":
+        yield from json_container("{", ignore, calls.marks)
+        return "}"
+    if character not in "}]":
+        raise NotACall
+    return character
+
+
+def after_comment():
+    """The next character that is not white space after a comment, of which the first slash has been read."""
+    yield from expect("/")
+    yield from until(("\n",), ignore)
+    return (yield from after_space())
 
 
 class _Member:
@@ -132,15 +154,15 @@ class _Member:
 
     def __init__(self, calls, keys, others):
         self._calls, self._keys, self._others = calls, keys, others
-        self._name, self._early, self._begun = None, [], False
+        self._name, self._early, self.is_told = "", [], False
 
     def read(self, key, first):
         """Reads a member's value, whose first character is there; returns the character after it."""
-        if key == "name" and first == '"' and self._name is None:
+        if key == "name" and first == '"' and not self._name:
             self._name = yield from json_text()
-        elif key in self._keys and not self._begun and not self._early:
+        elif key in self._keys and not self._early:
             return (yield from self._arguments(first))
-        elif self._others is not None and key not in self._others:
+        elif self._others is not None and key not in ("name", *self._keys, *self._others):
             raise NotACall
         else:
             return (yield from _skip_value(first))
@@ -149,13 +171,13 @@ class _Member:
     def _arguments(self, first):
         """Reads the arguments; returns the character after them."""
         if first == '"':
-            self._early.append(_object_text((yield from json_text())))
+            self._early.append(object_text((yield from json_text())))
         elif first == "{":
             out = self._early.append
-            if self._name is not None:
+            if self._name:
                 self._begin()
                 out = self._calls.add
-            yield from json_container(first, out)
+            yield from json_container(first, out, self._calls.marks)
         else:
             word, character = yield from _bare(first)
             if word not in NOTHING:
@@ -166,17 +188,17 @@ class _Member:
 
     def _begin(self):
         self._calls.begin(self._name)
-        self._begun = True
+        self.is_told = True
 
     def finish(self, needs_arguments):
-        if not self._name or needs_arguments and not (self._begun or self._early):
+        """Tells of a call whose arguments came before its name, or were no object, or are none."""
+        if not self._name or needs_arguments and not self._early:
             raise NotACall
-        if not self._begun:
-            self._begin()
-            self._calls.add("".join(self._early) or "{}")
+        self._begin()
+        self._calls.add("".join(self._early) or "{}")
 
 
-def _object_text(text):
+def object_text(text):
     """Arguments that were written as a string, as the text of an object."""
     if not text.strip() or text.strip() in NOTHING:
         return "{}"
@@ -189,9 +211,9 @@ def _object_text(text):
 def _skip_value(first):
     """Reads a JSON value that nobody needs; returns the character after it."""
     if first == '"':
-        yield from json_string(_ignore)
+        yield from json_string(ignore)
     elif first in CLOSING:
-        yield from json_container(first, _ignore)
+        yield from json_container(first, ignore)
     else:
         return (yield from _bare(first))[1]
     return (yield from after_space())
@@ -207,5 +229,5 @@ def _bare(first):
     return word, character if character not in SPACE else (yield from after_space())
 
 
-def _ignore(_):
-    pass
+def ignore(_):
+    """For what nobody needs."""

@@ -10,9 +10,9 @@ class Style:
     """How calls are written.
 
     begin: the text that begins one; first: what begins one at the start of an answer, if that is another. after: texts
-    that end or separate calls. takes_apart: values stand there without quotes, so that a schema is not enforced as a
-    whole. read: makes the coroutine that reads what follows `begin` into a Calls. rules: see
-    grammar.py.
+    that end or separate calls; end: the one that ends every call, if there is such. takes_apart: values stand there
+    without quotes, so that a schema is not enforced as a whole. read: makes the coroutine that reads what follows
+    `begin` into a Calls. rules: see grammar.py.
     """
 
     name: str
@@ -22,10 +22,17 @@ class Style:
     after: tuple[str, ...] = ()
     first: str | None = None
     takes_apart: bool = False
+    end: str | None = None
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """Texts that are no part of a call's JSON."""
+        return (self.begin, self.end) if self.end else (self.begin,)
 
 
-HERMES = Style("hermes", "<tool_call>", hermes.read, hermes.rules, after=("</tool_call>",))
-XML = Style("xml", "<tool_call>", xml.read, xml.rules, after=("</tool_call>",), takes_apart=True)
+HERMES = Style("hermes", "<tool_call>", hermes.read, hermes.rules, after=("</tool_call>",), end="</tool_call>")
+XML = Style("xml", "<tool_call>", xml.read, xml.rules, after=("</tool_call>", xml.FUNCTION_END, xml.END),
+            takes_apart=True, end="</tool_call>")
 MISTRAL = Style("mistral", "[TOOL_CALLS]", mistral.read, mistral.rules)
 MISTRAL_NAMED = Style("mistral_named", "[TOOL_CALLS]", mistral.read, mistral.named_rules)
 LLAMA = Style("llama", "<|python_tag|>", llama.read, llama.rules, after=(";",), first="{")

@@ -7,13 +7,18 @@ import re
 
 from lockstep.serve.schemas import self_contained
 from lockstep.serve.structured import quote
+from lockstep.serve.tool_calls.events import CallEnd
 from lockstep.serve.tool_calls.grammar import either, several
 from lockstep.serve.tool_calls.json_text import json_value, repaired
-from lockstep.serve.tool_calls.readers import MAX_NAME, NotACall, after_space, expect, name_until, until
+from lockstep.serve.tool_calls.readers import MAX_NAME, NotACall, after_space, expect, ignore, name_until, until
 from lockstep.serve.tool_calls.shapes import IGNORED, MAX_NAMES, Shape, kinds, shapes
 from lockstep.serve.tool_calls.texts import END, alternatives, is_null, is_text, pattern_part, text_rule
 
-FUNCTION, PARAMETER = "function=", "parameter="
+FUNCTION, PARAMETER, FUNCTION_END = "function=", "parameter=", "</function>"
+ENDS = (END, FUNCTION_END, "</tool_call>", f"<{PARAMETER}")  # of a value that is JSON, outside of its strings
+PARAMETER_TAG = re.compile(r"parameter(=(?P<key>.*)|\s+name\s*=(?P<name>.*))", re.DOTALL)
+NEXT_CALL = re.compile(rf"{FUNCTION_END}\s*</tool_call>\s*<tool_call>\s*<{FUNCTION}\Z")
+MAX_NEXT = 100  # characters of that
 END_OF_NAME = ">\n"
 NOTHING = ("null", "None")
 LITERALS = {"True": True, "False": False, "None": None}
@@ -27,9 +32,15 @@ def read(calls):
         raise NotACall
     yield from expect(FUNCTION)
     name = (yield from name_until(">")).strip()
+    if not name:
+        raise NotACall
     calls.begin(name)
     calls.add("{")
-    yield from _parameters(calls, calls.remembered(name, lambda: _written(calls.tools, name)))
+    try:
+        yield from _parameters(calls, calls.remembered(name, lambda: _written(calls.tools, name)))
+    except CallEnd:
+        calls.add("}")
+        raise
     calls.add("}")
 
 
@@ -44,43 +55,118 @@ def _written(tools, name):
 
 
 def _parameters(calls, kinds_of):
-    """Reads parameters up to </function>."""
-    separator = ""
+    """Reads parameters up to </function>. Tags that are none of a call are dropped, and so is text between them."""
+    separator, tag = "", ""
     while True:
-        if (yield from after_space()) != "<":
-            continue
-        character = yield
-        if character == "/":
-            return (yield from until(">", lambda _: None))
-        if character != PARAMETER[0]:
-            raise NotACall
-        yield from expect(PARAMETER[1:])
-        key = (yield from name_until(">")).strip()
-        calls.add(f"{separator}{json.dumps(key)}: ")
-        separator = ", "
-        yield from _value(calls, kinds_of(key))
+        tag = tag or (yield from _tag(""))
+        if tag == "/function":
+            return
+        if tag in ("/tool_call", "tool_call"):
+            raise CallEnd(f"<{tag}>")
+        if tag.startswith(FUNCTION):
+            raise CallEnd(f"<tool_call><{tag}>")
+        named, tag = PARAMETER_TAG.fullmatch(tag), ""
+        if named:
+            key = named["key"].strip() if named["key"] is not None else named["name"].strip(" \t\r\n\"'")
+            calls.add(f"{separator}{json.dumps(key)}: ")
+            separator = ", "
+            tag = yield from _value(calls, kinds_of(key))
+
+
+def _tag(begun):
+    """What stands between the brackets of the next tag, of which `begun` has been read; empty: not even its bracket."""
+    if not begun:
+        yield from until(("<",), ignore)
+    text = begun
+    while (character := (yield)) != ">":
+        if character == "<" and not text.startswith(PARAMETER):
+            text = ""
+        elif len(text) < MAX_NAME + len(PARAMETER):
+            text += character
+    return text.strip()
 
 
 def _value(calls, kinds):
+    """Reads a value and what ends it; returns the tag that did where it is another one's, or empty."""
+    pieces = []
     if is_text(kinds) and not any(map(is_null, kinds)):
         calls.add('"')
-        yield from until(END, Lines(lambda text: calls.add(json.dumps(text)[1:-1])).add)
-        calls.add('"')
-    else:
-        calls.add(json.dumps(_decoded((yield from _until_end(is_text(kinds))), kinds)))
+        try:
+            yield from _text(lambda text: calls.add(json.dumps(text)[1:-1]))
+        finally:
+            calls.add('"')
+        return ""
+    is_cut, end = True, ""
+    try:
+        end = yield from (_text(pieces.append) if is_text(kinds) else _json(pieces))
+        is_cut = False
+    finally:
+        calls.add(json.dumps(_decoded("".join(pieces), kinds, is_cut)))
+    return (yield from _tag(PARAMETER)) if end == f"<{PARAMETER}" else end[1:-1] if end else ""
 
 
-def _until_end(is_plain):
-    """Reads a value and its end. In the strings of JSON an end is none."""
-    parts, num_quotes = [], 0
+def _json(pieces):
+    """Reads a value that is to be JSON, and its end, which is none in a string; returns that of another one."""
+    num_quotes = 0
     while True:
-        pieces = []
-        yield from until(END, Lines(pieces.append).add)
-        part = "".join(pieces)
+        first = len(pieces)
+        end = yield from until(ENDS, pieces.append)
+        part = "".join(pieces[first:])
         num_quotes += re.findall(r'\\.|"', part, re.DOTALL).count('"')
-        if is_plain or num_quotes % 2 == 0 or not parts and not _is_begun(part):
-            return "".join([*parts, part])
-        parts += [part, END]
+        if num_quotes % 2 == 0 or part.endswith("\n") or first == 0 and not _is_begun(part):
+            break
+        pieces += end
+    pieces[:] = "".join(pieces).removeprefix("\n").removesuffix("\n")
+    return "" if end == END else end
+
+
+def _text(out):
+    """Passes a text on to `out` as it is read, with its end."""
+    text = _Text(Lines(out).add)
+    try:
+        yield from until((END,), text.add)
+    except CallEnd:
+        text.end()
+        raise
+    text.release()
+
+
+class _Text:
+    """A text in which </function> may stand; where the text's own end is missing, it ends there. So everything from
+    there on waits for that end, for the next call or for the end of the answer."""
+
+    def __init__(self, out):
+        self._out, self._held, self._waiting = out, "", []
+
+    def add(self, character):
+        """Takes the next character. CallEnd where the next call begins."""
+        if self._waiting:
+            self._waiting.append(character)
+            if character == "=" and (found := NEXT_CALL.search("".join(self._waiting[-MAX_NEXT:]))):
+                self._end_at(len(self._waiting) - len(found[0]))
+            return
+        self._held += character
+        if self._held == FUNCTION_END:
+            self._waiting, self._held = list(FUNCTION_END), ""
+        while self._held and not FUNCTION_END.startswith(self._held):
+            self._out(self._held[0])
+            self._held = self._held[1:]
+
+    def release(self):
+        """The text's own end was read."""
+        for character in self._waiting or self._held:
+            self._out(character)
+
+    def end(self):
+        """The answer has ended. CallEnd with what follows the text, if that ended before."""
+        if self._waiting:
+            self._end_at("".join(self._waiting).rindex(FUNCTION_END))
+
+    def _end_at(self, at):
+        rest = "".join(self._waiting[at + len(FUNCTION_END):])
+        del self._waiting[at:]
+        self.release()
+        raise CallEnd(rest)
 
 
 def _is_begun(text):
@@ -104,11 +190,11 @@ class Lines:
         self._first = False
 
 
-def _decoded(text, kinds):
+def _decoded(text, kinds, is_cut):
     """The value that a text stands for; the text itself where it is no JSON, or may be nothing else but null."""
     if is_text(kinds) and text.strip() not in NOTHING:
         return text
-    return LITERALS.get(text.strip(), json_value(text, text))
+    return LITERALS.get(text.strip(), json_value(text, text, is_cut))
 
 
 def is_writable(key):

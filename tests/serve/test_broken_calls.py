@@ -152,7 +152,7 @@ def damaged(draw, style):
 
 
 @BY_STYLE
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 9))
 def test_whatever_is_damaged_arguments_are_json_and_no_mark_is_text(style, data, seed):
     text = data.draw(damaged(style))

@@ -1,4 +1,5 @@
-"""The command `lockstep`: finds the subcommand, runs it, and turns a user's mistake into one sentence and exit code 2.
+"""The command `lockstep`: finds the subcommand, runs it, and turns a user's mistake, or a lack of memory, into one
+sentence and exit code 2.
 
 A subcommand is a module in `lockstep/commands` with a function `command`; `bench serve` and `cache prune`, too, have
 modules of their own. Only the one that is asked for is imported, so that `lockstep --help` stays fast.
@@ -12,7 +13,7 @@ import sys
 import typer
 
 from lockstep import __version__
-from lockstep.commands.errors import sentence
+from lockstep.commands.errors import is_told, sentence
 from lockstep.commands.output import shown, unread
 
 COMMANDS = {
@@ -42,12 +43,12 @@ def main(args=None):
         return application(args)(args, prog_name="lockstep", standalone_mode=False) or 0
     except UsageError as error:
         return _refuse(f"{error.format_message()} (lockstep --help lists commands and options)")
-    except (ValueError, OSError, MemoryError) as error:
-        if os.environ.get("LOCKSTEP_TRACEBACK"):
-            raise
-        return _refuse(sentence(error))
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
+    except Exception as error:
+        if os.environ.get("LOCKSTEP_TRACEBACK") or not is_told(error):
+            raise
+        return _refuse(sentence(error))
     except SystemExit:
         # how typer and rich end when nobody reads standard output; they would say 1, which has another meaning here
         return unread()

@@ -1,4 +1,5 @@
 """The command line as a user meets it: answers, errors in one sentence, exit codes, interruptions."""
+import errno
 import io
 import json
 import os
@@ -168,6 +169,40 @@ def test_bad_files(tmp_path, capsys):
     assert f"{tmp_path}: expected" in capsys.readouterr().err
     assert run("-f", str(tmp_path)) == 2
     assert "Is a directory" in capsys.readouterr().err
+
+
+def caused(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(("error", "said"), [
+    (MemoryError(), "not enough memory"), (MemoryError("for 3 GiB"), "not enough memory: for 3 GiB"),
+    (OSError(errno.ENOMEM, "Cannot allocate memory"), "not enough memory"),
+    (OSError(errno.ENOMEM, "Cannot allocate memory", "m.gguf"), "not enough memory: m.gguf"),
+    (ImportError("a.so: failed to map segment from shared object"), "not enough memory: a.so: failed to map segment"),
+    (caused(OSError("cannot load b.so"), OSError("b.so: failed to map segment")), "not enough memory: b.so: failed"),
+    (RuntimeError("can't start new thread"), "no thread can be started: there is no memory for it, or"),
+    (caused(RuntimeError("no loop"), RuntimeError("can't start new thread")), "no thread can be started"),
+    (OSError(errno.ENOSPC, "No space left on device"), "No space left on device\n"),
+    (PermissionError(errno.EACCES, "Permission denied", "m.gguf"), "m.gguf: Permission denied\n")], ids=repr)
+def test_what_a_machine_lacks_is_one_sentence(error, said, monkeypatch, capsys):
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr("lockstep.commands.generate.load", fail)
+    assert main(["generate", "-p", "x"]) == 2
+    assert capsys.readouterr().err.startswith(f"lockstep: {said}")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("two ops differ"), ImportError("no module"), ZeroDivisionError()])
+def test_a_fault_of_the_program_shows_where_it_is(error, monkeypatch):
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr("lockstep.commands.generate.load", fail)
+    with pytest.raises(type(error)):
+        main(["generate", "-p", "x"])
 
 
 def test_a_hub_name_offline(capsys, monkeypatch):

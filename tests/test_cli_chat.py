@@ -98,6 +98,18 @@ def test_a_mistake_changes_nothing(line, said, talk, tmp_path, capsys):
     assert (talk.messages, talk.settings) == before and talk.open
 
 
+@pytest.mark.parametrize(("error", "said"), [
+    (MemoryError(), "(not enough memory)"), (RuntimeError("can't start new thread"), "(no thread can be started: ")])
+def test_a_lack_of_memory_ends_no_conversation(error, said, talk, monkeypatch, capsys):
+    def fail(*args, **options):
+        raise error
+
+    before = list(talk.messages)
+    monkeypatch.setattr(talk.llm, "start", fail)
+    talk.hear("hello")
+    assert capsys.readouterr().err.startswith(said) and talk.messages == before and talk.open
+
+
 def test_piped(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", Output(b"/set\nhello\n/exit\nnever\n"))
     assert main(["chat", "-n", "5", "--temperature", "0"]) == 0

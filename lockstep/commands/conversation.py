@@ -5,7 +5,7 @@ import sys
 from contextlib import contextmanager
 
 from lockstep.commands.answer import answer
-from lockstep.commands.errors import sentence
+from lockstep.commands.errors import is_told, sentence
 from lockstep.commands.output import shown, write
 
 HELP = """\
@@ -27,13 +27,15 @@ class Conversation:
         self.messages = [dict(role="system", content=system)] if system else []
 
     def hear(self, line):
-        """Acts on a line. A mistake is told in a sentence and changes nothing."""
+        """Acts on a line. A mistake, or a lack of memory, is told in a sentence and changes nothing."""
         try:
             if line.startswith("/"):
                 self._command(*line[1:].split(None, 1))
             elif line.strip():
                 self._reply(line)
-        except (ValueError, OSError) as error:
+        except Exception as error:
+            if not is_told(error):
+                raise
             tell(sentence(error))
 
     def _command(self, name="", argument=""):

@@ -281,6 +281,9 @@ def test_timing():
     timing = Timing(num_prompt=100, num_output=21, first_token=0.5, total=2.5)
     assert (timing.prefill_rate, timing.decode_rate) == (200, 10)
     assert Timing(3, 1, 0.1, 0.1).decode_rate == 0
+    assert str(timing) == "prompt 100 tokens at 200.0 tok/s, decode 21 tokens at 10.0 tok/s, first token after 500 ms"
+    assert str(Timing(1, 1, 0.1, 0.1)) == "prompt 1 token at 10.0 tok/s, decode 1 token, first token after 100 ms"
+    assert str(Timing(1)) == "prompt 1 token at 0.0 tok/s, decode 0 tokens, first token after 0 ms"
 
 
 class Terminal(io.StringIO):

@@ -2,6 +2,8 @@
 import time
 from dataclasses import dataclass
 
+from lockstep.commands.output import counted
+
 
 @dataclass
 class Timing:
@@ -24,8 +26,9 @@ class Timing:
         return (self.num_output - 1) / seconds if self.num_output > 1 and seconds > 0 else 0.0
 
     def __str__(self):
-        decode = f"{self.num_output} tokens at {self.decode_rate:.1f} tok/s" if self.decode_rate else "1 token"
-        return (f"prompt {self.num_prompt} tokens at {self.prefill_rate:.1f} tok/s, decode {decode}, "
+        rate = f" at {self.decode_rate:.1f} tok/s" if self.decode_rate else ""
+        decode = f"{counted(self.num_output, 'token')}{rate}"
+        return (f"prompt {counted(self.num_prompt, 'token')} at {self.prefill_rate:.1f} tok/s, decode {decode}, "
                 f"first token after {1000 * self.first_token:.0f} ms")
 
 

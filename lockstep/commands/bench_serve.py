@@ -11,7 +11,7 @@ from rich.table import Table
 from lockstep import bench_serve as measure
 from lockstep.commands.bench import check_plot
 from lockstep.commands.options import KvDtype, ModelName, Threads, Weights, load
-from lockstep.commands.output import write
+from lockstep.commands.output import counted, write
 from lockstep.ops.kv_cache import PAGE_TOKENS
 
 WIDTH = 80  # columns
@@ -95,7 +95,7 @@ def _sizes(engine, concurrency):
 def _arrivals(w):
     """A workload's arrivals in words."""
     groups = f" in groups of {w.burst}" if w.burst > 1 and w.rate else ""
-    return f"{w.requests} requests, " + (f"{w.rate:g} a second{groups}" if w.rate else "all at once")
+    return f"{counted(w.requests, 'request')}, " + (f"{w.rate:g} a second{groups}" if w.rate else "all at once")
 
 
 # ------------------------------------------------------------ report
@@ -117,9 +117,9 @@ def _headlines(w, e):
     prefix = f", {w.shared_prefix:,} more in front of each" if w.shared_prefix else ""
     yield f"{_arrivals(w)} (seed {w.seed})"
     yield f"prompts of {_between(w.prompt)} tokens{prefix}, answers of {_between(w.output)}"
-    yield (f"engine: {e['threads']} threads; a step has up to {e['max_requests']} requests, {e['max_step_tokens']:,} "
-           f"tokens")
-    cap = f"; up to {e['concurrency']} requests under way" if e["concurrency"] else ""
+    yield (f"engine: {counted(e['threads'], 'thread')}; a step has up to {counted(e['max_requests'], 'request')}, "
+           f"{e['max_step_tokens']:,} tokens")
+    cap = f"; up to {counted(e['concurrency'], 'request')} under way" if e["concurrency"] else ""
     yield f"KV cache of {e['kv_tokens']:,} tokens{cap}"
 
 
@@ -161,9 +161,9 @@ def _remarks(found):
     counts, steps, rate = found["counts"], found["steps"], found["hit_rate"]
     hits = "off" if rate is None else f"{rate:.1%} of {counts['query_tokens']:,} prompt tokens were in it"
     yield "prefix cache", hits
-    yield "preemptions", f"{counts['preempted']}; at most {steps['most_waiting']} requests waited"
+    yield "preemptions", f"{counts['preempted']}; at most {counted(steps['most_waiting'], 'request')} waited"
     if found["num_held_back"]:
-        yield "held back", f"{found['num_held_back']} requests found no place among the concurrent ones"
+        yield "held back", f"{counted(found['num_held_back'], 'request')} found no place among the concurrent ones"
     yield "steps", (f"{steps['count']:,} of {steps['mean_requests']:.1f} requests and {steps['mean_tokens']:.1f} "
                     f"tokens on average; busy {steps['busy']:.0%}")
     share = steps["shares"]

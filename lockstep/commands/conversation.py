@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from lockstep.commands.answer import answer
 from lockstep.commands.errors import is_told, sentence
-from lockstep.commands.output import shown, write
+from lockstep.commands.output import counted, shown, write
 
 HELP = """\
 /reset            forget the conversation
@@ -95,7 +95,7 @@ class Conversation:
     def _save(self, name):
         with open(_named(name, "/save"), "w", encoding="utf-8") as file:
             json.dump(self.messages, file, ensure_ascii=False, indent=1)
-        tell(f"{len(self.messages)} messages in {name}")
+        tell(f"{counted(len(self.messages), 'message')} in {name}")
 
     def _load(self, name):
         with open(_named(name, "/load"), encoding="utf-8") as file:
@@ -103,7 +103,7 @@ class Conversation:
         if not isinstance(messages, list) or not all(map(_is_message, messages)):
             raise ValueError(f"{name}: expected a list of messages, each with a role and a content")
         self.messages = messages
-        tell(f"{len(messages)} messages from {name}")
+        tell(f"{counted(len(messages), 'message')} from {name}")
 
 
 def _number(name, value, kind):

@@ -14,6 +14,11 @@ def shown(text, stream):
     return text.translate(CONTROLS) if stream.isatty() else text
 
 
+def counted(count: int, noun: str) -> str:
+    """A number and what it counts: "1 token", "12 tokens"."""
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
 def write(text):
     """Shows text at once; ends the command quietly if nobody reads on."""
     try:

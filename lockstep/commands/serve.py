@@ -18,6 +18,7 @@ from lockstep.commands.options import (
     context_words,
     load,
 )
+from lockstep.commands.output import counted
 
 KEY_VARIABLE = "LOCKSTEP_API_KEY"
 
@@ -130,7 +131,7 @@ def ready_line(service, host, port):
     """What is said when requests are answered."""
     llm, host = service.llm, f"[{host}]" if ":" in host else host
     return (f"lockstep: {service.model_name} is ready at http://{host}:{port}/v1 ({context_words(llm)[0]}, "
-            f"{llm.engine.scheduler.limits.max_requests} sequences at once)")
+            f"{counted(llm.engine.scheduler.limits.max_requests, 'sequence')} at once)")
 
 
 def notes(llm) -> list[str]:

@@ -118,7 +118,7 @@ def _open(load_model, service, server, failed, listening):
     """Loads the model beside the event loop. What goes wrong ends the server."""
     try:
         service.open(load_model())
-    except Exception as error:
+    except BaseException as error:  # a library in Rust that panics raises no Exception
         failed.append(error)
         server.should_exit = True
         return

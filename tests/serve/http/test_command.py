@@ -7,7 +7,8 @@ import sys
 import httpx
 import pytest
 
-from lockstep.commands.serve import keys, model_name, model_names
+from lockstep.commands.serve import keys, model_name, model_names, serve
+from lockstep.serve.http.app import make_app
 from lockstep.serve.http.service import Service
 from lockstep.serve.http.serving import bind
 from tests.serve.http.program import ROOT, program
@@ -98,6 +99,21 @@ def test_while_it_loads_requests_are_told_to_come_back():
     with pytest.raises(ApiError) as caught:
         service.check_open()
     assert (caught.value.status, caught.value.code, caught.value.retry_after) == (503, "loading", 1)
+    service.close()
+
+
+class Panic(BaseException):
+    """As libraries in Rust raise where they cannot go on."""
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't start new thread"), Panic()], ids=repr)
+def test_whatever_goes_wrong_while_it_loads_ends_the_server(error):
+    def fail():
+        raise error
+
+    service = Service("lockstep")
+    with pytest.raises(type(error)):
+        serve(fail, service, make_app(service), "127.0.0.1", 0)
     service.close()
 
 

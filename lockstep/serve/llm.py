@@ -134,7 +134,8 @@ class LLM:
 
     def _eos_ids(self):
         """Every id that the config, the generation config or the tokenizer calls an end."""
-        ids = {*end_ids(text_config(self._checkpoint.config)),
+        config = self._checkpoint.config
+        ids = {*end_ids(config), *end_ids(text_config(config)),
                *end_ids(self._checkpoint.generation_config, "generation_config.json")}
         ids |= self.tokenizer.eos_ids if self.has_tokenizer else set()
         vocab_size = self.model.config.vocab_size

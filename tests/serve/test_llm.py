@@ -171,6 +171,14 @@ def test_ends_out_of_range_are_warned_about_and_ignored(tmp_path, caplog):
     assert "end tokens [-1, 96] are ignored: the model has 96 tokens" in caplog.text
 
 
+def test_the_ends_of_a_config_and_of_its_text_part_are_both_ends(tmp_path):
+    config = CASES["qwen3_5_nested"]
+    config = {**config, "eos_token_id": [3, 4], "text_config": {**config["text_config"], "eos_token_id": 5}}
+    llm = LLM(str(tiny.write(tmp_path, config, tiny.tensors(CASES["qwen3_5_nested"], 3))), threads=1, max_requests=1)
+    llm.close()
+    assert llm.engine.eos_ids == {3, 4, 5}
+
+
 SHORT, LONG = SamplingParams(max_tokens=4, ignore_eos=True), SamplingParams(max_tokens=30, ignore_eos=True)
 
 

@@ -133,7 +133,7 @@ class ChatModel:
         parallel = use.parallel and self._abilities.several_calls
         try:
             return self._with_enforceable(use.callable, lambda tools: self.grammars.mask(
-                self._calls_grammar(tools, parallel, "call"), num_samples, trigger, after))
+                self._calls_grammar(tools, parallel, "call"), num_samples, trigger, after, not use.parallel))
         except ValueError:
             if any(tool.strict for tool in use.tools):
                 raise

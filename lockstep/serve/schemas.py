@@ -1,5 +1,6 @@
 """JSON schemas of strangers: where their parts are, where references lead, and what in them cannot be enforced."""
 import json
+import math
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from urllib.parse import unquote
@@ -175,6 +176,52 @@ def _outline(schema):
     others = {word: schema[word] for word in (*COUNTS, "required") if word in schema}
     is_free = schema.get("additionalProperties") is not False
     return {"type": "object", **named, **others, "additionalProperties": is_free}
+
+
+def exact(schema: dict) -> dict:
+    """A schema that allows the same, or a little less, whose numbers are held to as they stand there.
+
+    Ranges are held to as float64: those of integers beyond 2^53 end at the next one inside of them. ValueError for
+    other ranges so large, and for a number of properties that a name of the model's choice could reach by coming twice.
+    """
+    def change(part):
+        _check_names(part)
+        is_integer = part.get("type") == "integer"
+        large = [word for word in part.keys() & RANGES if type(part[word]) in (int, float)
+                 and abs(part[word]) > EXACT_NUMBER - is_integer]
+        if not large:
+            return part
+        if not is_integer:
+            raise ValueError(f"JSON schema: {min(large)}: beyond 2^53 it can be enforced for type integer only")
+        kept = {word: value for word, value in part.items() if word not in large}
+        for word in large:
+            is_least = "inimum" in word
+            bound = _inner_bound(part[word], is_least, word.startswith("exclusive"))
+            word, choose = ("minimum", max) if is_least else ("maximum", min)
+            kept[word] = choose(kept.get(word, bound), bound)
+        return kept
+
+    return rewritten(schema, change)
+
+
+def _inner_bound(value, is_least, is_exclusive):
+    """The first integer that is a float64 inside of a range which begins, or ends, at a value."""
+    if value in (math.inf, -math.inf):
+        return value
+    inner = int(value) + is_exclusive * (1 if is_least else -1)
+    near = float(inner)
+    if near < inner if is_least else near > inner:
+        near = math.nextafter(near, math.inf if is_least else -math.inf)
+    return int(near)
+
+
+def _check_names(part):
+    least, required = part.get("minProperties"), part.get("required")
+    has_names = part.get("patternProperties") or part.get("additionalProperties", True) is not False
+    most = 1 + (len(set(required)) if isinstance(required, list) and all(isinstance(n, str) for n in required) else 0)
+    if type(least) is int and least > most and has_names:
+        raise ValueError(f"JSON schema: minProperties: at most {most} can be enforced where names are not given by the "
+                         f"schema, one more than are required, got {least}")
 
 
 def _narrowed(keyword, value):

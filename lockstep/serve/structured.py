@@ -17,7 +17,7 @@ import numpy as np
 from lockstep.serve.grammar_proofs import Proofs, TooSlow
 from lockstep.serve.job_process import Busy
 from lockstep.serve.matchers import GIVEN, MAX_GRAMMAR_BYTES, STACK_BYTES, Vocabulary, check, new_matcher, new_reader
-from lockstep.serve.schemas import MAX_PATTERN_BYTES, check_numbers, check_size, loosened
+from lockstep.serve.schemas import MAX_PATTERN_BYTES, check_numbers, check_size, exact, loosened
 
 MAX_RULES = 1000  # of a user's Lark grammar
 QUICK_SECONDS = 0.25  # of the processor, to compile a grammar once beside others
@@ -45,7 +45,7 @@ def with_options(schema, strict=True):
     if not isinstance(schema, dict):
         raise ValueError(f"JSON schema: expected an object, got {schema!r:.80}")
     check_size(schema)
-    schema = schema if strict else loosened(schema)
+    schema = exact(schema) if strict else loosened(schema)
     check_numbers(schema)
     options = dict(whitespace_pattern=JSON_WHITESPACE, lenient=not strict, coerce_one_of=not strict)
     return {**schema, "x-guidance": options}
@@ -134,19 +134,19 @@ class Grammars:
         self._compilers.shutdown(wait=False)
         self._proofs.close()
 
-    def mask(self, grammar, num_samples=1, trigger=None, after=None):
+    def mask(self, grammar, num_samples=1, trigger=None, after=None, once=False):
         """A mask that holds answers, so many samples, to a grammar made by one of this module's functions.
 
         trigger: a token id; the grammar then holds from that token on until it is complete, and again from the next
-        such token; everything else is free. after: a token id before which no trigger counts. ValueError, with the
-        reason, for a grammar that is wrong, too large or too slow to compile; Busy if others are being compiled that
-        are as slow.
+        such token; everything else is free. after: a token id before which no trigger counts. once: the answer ends
+        where the grammar that a trigger began is complete. ValueError, with the reason, for a grammar that is wrong,
+        too large or too slow to compile; Busy if others are being compiled that are as slow.
         """
         _check_bytes(grammar)
         if not self._eos_ids:
             raise ValueError("this model has no end token, so it cannot end an answer when a grammar is complete")
         new_matcher = functools.partial(self._compile, grammar)
-        return TokenMask(self._compiled(grammar, num_samples), new_matcher, self.num_words, trigger, after)
+        return TokenMask(self._compiled(grammar, num_samples), new_matcher, self.num_words, trigger, after, once)
 
     def check(self, grammar: str) -> None:
         """ValueError for a grammar that `mask` would refuse."""
@@ -230,8 +230,9 @@ class TokenMask:
     advances with its output. The array it returns is used again by the next call.
     """
 
-    def __init__(self, matchers, new_matcher, num_words, trigger=None, after=None):
+    def __init__(self, matchers, new_matcher, num_words, trigger=None, after=None, once=False):
         self._unused, self._new_matcher, self._trigger, self._after = matchers, new_matcher, trigger, after
+        self._once = once
         self._words = np.zeros(num_words, np.uint32)
         self._samples = OrderedDict()
 
@@ -257,7 +258,7 @@ class TokenMask:
         sample.num_read += 1
         if sample.matcher is not None:
             sample.matcher.consume_token(token) or check(sample.matcher)
-            if self._trigger is not None and sample.matcher.is_stopped():
+            if self._trigger is not None and not self._once and sample.matcher.is_stopped():
                 sample.matcher = None
         elif token == self._after:
             sample.armed = True

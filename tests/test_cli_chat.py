@@ -139,7 +139,7 @@ def test_a_model_that_cannot_chat_is_refused_before_anything_is_packed(tokenizer
      ("context 1024 of the model's 4096 tokens", "more --kv-tokens would give a longer context")),
     (ContextSize(2048, "positions"), "bf16",
      ("context 2048 of the model's 4096 tokens",
-      "--max-context would give a longer context, whose later positions are less exact")),
+      "--max-context would give a longer context, whose later positions have no proven accuracy")),
     (ContextSize(2048, "memory"), "bf16",
      ("context 2048 of the model's 4096 tokens",
       "--kv-dtype q8, more free memory, or --max-context in spite of it, would give a longer context")),

@@ -42,7 +42,7 @@ def context_words(llm) -> tuple[str, str | None]:
         f"context {size.num_tokens} of the model's {most} tokens"
     smaller = "" if llm.model.kv_dtype == "q8" else "--kv-dtype q8, "
     more = {"kv_tokens": "more --kv-tokens would give a longer context",
-            "positions": "--max-context would give a longer context, whose later positions are less exact",
+            "positions": "--max-context would give a longer context, whose later positions have no proven accuracy",
             "memory": f"{smaller}more free memory, or --max-context in spite of it, would give a longer context"}
     return shown, more.get(size.limit)
 

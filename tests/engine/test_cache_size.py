@@ -90,7 +90,7 @@ def test_of_two_choices_the_smaller_one_counts(max_context, kv_tokens, expected,
 @pytest.mark.parametrize(("max_context", "expected"), [
     (None, ContextSize(1 << 20, "positions")), (1 << 30, ContextSize(1 << 22)),
     (1 << 21, ContextSize(1 << 21, "max_context")), (4096, ContextSize(4096, "max_context"))])
-def test_more_positions_than_are_exact_must_be_asked_for(max_context, expected, folders, memory):
+def test_more_positions_than_have_a_proven_accuracy_must_be_asked_for(max_context, expected, folders, memory):
     memory(1 << 50)
     model = loaded(folders["qwen3"])
     model = dataclasses.replace(model, config=dataclasses.replace(model.config, max_positions=1 << 22))

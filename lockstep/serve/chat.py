@@ -25,7 +25,8 @@ class Conversation:
     """What a request says and wants.
 
     messages: as chat templates know them; the arguments of tool calls are objects. grammar: of structured.py, for the
-    text of the answer. variables: of the chat template. continues: the last message is the beginning of the answer.
+    text of the answer; form: the request's field that asks for it. variables: of the chat template. continues: the last
+    message is the beginning of the answer.
     """
 
     messages: list[dict]
@@ -33,6 +34,7 @@ class Conversation:
     grammar: str | None = None
     variables: Mapping = field(default_factory=dict)
     continues: bool = False
+    form: str = "grammar"
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,8 @@ class ChatModel:
             return self._mask_of_free_calls(use, prompt, num_samples) if use.tools else None
         parts = [*(["calls"] if use.tools else []), *(["@answer"] if not use.must_call else [])]
         if parts == ["@answer"] and not self._before_answer(Lark(self._special), prompt):
-            return self.grammars.mask(grammar, num_samples)
+            with structured.told_as(conversation.form):
+                return self.grammars.mask(grammar, num_samples)
 
         def mask_with(tools):
             rules = Lark(self._special)
@@ -116,7 +119,7 @@ class ChatModel:
                 self._add_calls(rules, tools, use.parallel and self._abilities.several_calls)
             return self.grammars.mask(structured.compose(rules.text, None if use.must_call else grammar), num_samples)
 
-        return self._with_enforceable(use.callable, mask_with)
+        return self._with_enforceable(use.callable, mask_with, conversation.form if grammar else "tools")
 
     def _before_answer(self, rules, prompt):
         """The part of a grammar for what the model thinks; empty where it does not."""
@@ -151,10 +154,11 @@ class ChatModel:
                 self.grammars.check(structured.json_schema(tool.arguments))
         self._style.rules(rules, tools, parallel)
 
-    def _with_enforceable(self, tools: list[Tool], make: Callable[[list[Tool]], object]) -> object:
+    def _with_enforceable(self, tools: list[Tool], make: Callable[[list[Tool]], object], form: str = "tools") -> object:
         """What is made of tools; where that cannot be, of tools whose schemas say no more than can be enforced.
 
-        A schema that cannot be enforced so takes nothing from the tools beside it, unless its tool is strict.
+        A schema that cannot be enforced so takes nothing from the tools beside it, unless its tool is strict: the error
+        then names that tool, and otherwise the form of the answer.
         """
         try:
             return make(tools)
@@ -162,9 +166,11 @@ class ChatModel:
             raise
         except ValueError:
             good = self._enforceable([tool for tool in tools if not tool.strict])
-            loose = [tool if tool.strict or tool.name in good else tool.without_schema() for tool in tools]
-            if loose == tools:
-                raise
+        loose = [tool if tool.strict or tool.name in good else tool.without_schema() for tool in tools]
+        for tool in [tool for tool in tools if tool.strict][:MAX_TRIES]:
+            with structured.told_as(f"tools: parameters of {tool.name}"):
+                self.grammars.check(self._calls_grammar([tool], False, "calls"))
+        with structured.told_as(form):
             return make(loose)
 
     def _enforceable(self, tools: list[Tool]) -> set[str]:

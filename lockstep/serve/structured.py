@@ -9,7 +9,9 @@ import json
 import re
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import llguidance
 import numpy as np
@@ -29,6 +31,17 @@ RULE = re.compile(r"^[ \t]*[?!]?[A-Za-z_]", re.MULTILINE)  # the first line of o
 JSON_INSIDE = re.compile(r"%json\s*")
 # One space, or a line break and its indentation: without a bound a weak model writes white space for ever.
 JSON_WHITESPACE = r"(\r?\n[ \t]{0,64}|[ \t])"
+
+
+@contextmanager
+def told_as(field: str) -> Iterator[None]:
+    """Errors inside of it begin with the field of a request that they are about."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error).removeprefix("grammar: ")
+        is_named = text.startswith(f"{field.partition(':')[0]}: ")
+        raise type(error)(text if is_named else f"{field}: {text}") from None
 
 
 def json_schema(schema, strict=True):

@@ -7,6 +7,7 @@ from lockstep.serve import structured
 from lockstep.serve.chat import MAX_TRIES, ChatModel, Conversation
 from lockstep.serve.tokenizer import Detokenizer, Tokenizer
 from lockstep.serve.tool_calls.events import Content, Reasoning
+from lockstep.serve.http.chat_fields import ChatFields, conversation
 from lockstep.serve.tool_calls.tools import Tool, ToolUse
 from tests.serve.test_tool_calls import parse
 from tests.serve.vocabularies import byte_level
@@ -207,3 +208,43 @@ def test_plain_text_is_one_event_a_piece():
     _, chat = model(PLAIN)
     parser = chat.prepare(Conversation(HELLO)).new_parser()
     assert [parser.push("a "), parser.push(""), parser.finish()] == [[Content("a ")], [], []]
+
+
+def test_a_call_that_may_not_be_parallel_ends_the_answer():
+    tokenizer, chat = model(KNOWS_TOOLS)
+    begin, end = ids_of(tokenizer, "<tool_call>", "</tool_call>")
+    mask = chat.prepare(Conversation(HELLO, ToolUse((NOW,), parallel=False))).options["logits_mask"]
+    call = [begin, *tokenizer.encode('\n{"name": "now", "arguments": {}}\n'), end]
+    assert mask([]) is None and allowed(mask(call)) == {0}
+
+
+def asked(**fields):
+    return conversation(ChatFields.model_validate(dict(messages=HELLO, **fields)))
+
+
+def tool(name, schema, strict):
+    return dict(type="function", function=dict(name=name, parameters=schema, strict=strict))
+
+
+FORMED = dict(type="json_schema", json_schema=dict(schema={"$ref": "http://127.0.0.1/x"}))
+TWO = [tool("good", NOW.parameters, True), tool("bad", dict(properties=dict(a=dict(uniqueItems=True))), True)]
+
+
+@pytest.mark.parametrize("template", [KNOWS_TOOLS, XML], ids=["hermes", "xml"])
+@pytest.mark.parametrize("fields, message", [
+    (dict(response_format=FORMED), "response_format: "),
+    (dict(guided_json=dict(items=dict(uniqueItems=True))), "guided_json: "),
+    (dict(guided_regex="(?=a)"), "guided_regex: "),
+    (dict(guided_choice=[""]), "guided_choice: choice: expected"),
+    (dict(guided_grammar="start: ("), "guided_grammar: "),
+    (dict(grammar="root ::= ("), "grammar: GBNF grammar: "),
+    (dict(json_schema=dict(type="object", minProperties=2)), "json_schema: JSON schema: minProperties"),
+    (dict(tools=TWO), "tools: parameters of bad: "),
+    (dict(tools=TWO, tool_choice="required"), "tools: parameters of bad: "),
+    (dict(tools=TWO[:1], response_format=FORMED), "response_format: "),
+])  # fmt: skip
+def test_errors_name_the_field_and_the_tool_that_they_are_about(fields, message, template):
+    _, chat = model(template)
+    with pytest.raises(ValueError) as caught:
+        chat.prepare(asked(**fields))
+    assert str(caught.value).startswith(message) and str(caught.value).count("grammar: ") == message.count("grammar: ")

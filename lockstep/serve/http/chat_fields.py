@@ -6,7 +6,7 @@ from pydantic import Field
 from lockstep.serve.chat import Conversation
 from lockstep.serve.http.body import Fields, Items, Kinds, Whole, or_default, shown, simple_or
 from lockstep.serve.http.errors import bad_request
-from lockstep.serve.http.forms import FormFields, grammar_of
+from lockstep.serve.http.forms import FormFields, form_of, grammar_of
 from lockstep.serve.http.json_size import loads
 from lockstep.serve.http.sampling import MostTokens, SamplingFields
 from lockstep.serve.http.stream_fields import StreamFields
@@ -120,7 +120,7 @@ def conversation(fields):
         raise bad_request("continue_final_message: expected the last message to be the assistant's",
                           "continue_final_message")
     variables = template_variables(fields.chat_template_kwargs, fields.reasoning_effort)
-    return Conversation(messages, tool_use(fields), grammar_of(fields), variables, continues)
+    return Conversation(messages, tool_use(fields), grammar_of(fields), variables, continues, form_of(fields))
 
 
 # ---------------------------------------------------------------- messages

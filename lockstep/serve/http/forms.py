@@ -4,6 +4,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from lockstep.serve import structured
+from lockstep.serve.structured import told_as
 from lockstep.serve.gbnf import is_gbnf, to_lark
 from lockstep.serve.http.body import Fields, Items, shown, simple_or
 from lockstep.serve.http.errors import bad_request
@@ -66,11 +67,23 @@ def masks(service, fields, count):
     if service.chat is None:
         raise bad_request("this model has no tokenizer, so its answers have no form", "response_format", "no_tokenizer")
     grammar = grammar_of(fields)
-    return [None if grammar is None else service.chat.grammars.mask(grammar, fields.num_samples) for _ in range(count)]
+    with told_as(form_of(fields)):
+        return [None if grammar is None else service.chat.grammars.mask(grammar, fields.num_samples)
+                for _ in range(count)]
+
+
+def form_of(fields) -> str:
+    """The field of a request with FormFields that asks for a form of the answer."""
+    return (fields.form_names or ["grammar"])[0]
 
 
 def grammar_of(fields):
     """The grammar that response_format or one of vLLM's extensions asks for; None where the text is free."""
+    with told_as(form_of(fields)):
+        return _grammar_of(fields)
+
+
+def _grammar_of(fields):
     options, extension = fields.response_format, fields.structured_outputs or StructuredOutputs()
     given = {
         "response_format": _format_grammar(options) if options else None,

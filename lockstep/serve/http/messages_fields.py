@@ -119,10 +119,12 @@ def conversation(fields):
         messages.insert(0, dict(role="system", content=text_of(fields.system, "system")))
     output = fields.output_config or OutputConfig()
     wanted = fields.output_format or output.format
-    grammar = structured.json_schema(wanted.schema_, strict=False) if wanted else None
+    form = "output_format" if fields.output_format else "output_config"
+    with structured.told_as(form):
+        grammar = structured.json_schema(wanted.schema_, strict=False) if wanted else None
     thinking = dict(enable_thinking=fields.thinking.type != "disabled") if fields.thinking else None
     return Conversation(messages, tool_use(fields), grammar, template_variables(thinking, output.effort),
-                        continues=fields.messages[-1].role == "assistant")
+                        continues=fields.messages[-1].role == "assistant", form=form)
 
 
 def tool_use(fields):

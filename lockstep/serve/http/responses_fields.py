@@ -121,7 +121,7 @@ def conversation(fields):
     """The Conversation of ResponsesFields. ValueError or ApiError 400 for what cannot be."""
     effort = fields.reasoning.effort if fields.reasoning else None
     return Conversation(input_messages(fields), tool_use(fields), grammar_of(fields),
-                        template_variables(fields.chat_template_kwargs, effort))
+                        template_variables(fields.chat_template_kwargs, effort), form="text")
 
 
 def refuse_state(fields):
@@ -220,4 +220,5 @@ def grammar_of(fields):
         return structured.json_object()
     if wanted.schema_ is None:
         raise bad_request("text.format.schema: this field is required", "text.format.schema", "missing_field")
-    return structured.json_schema(wanted.schema_, bool(wanted.strict))
+    with structured.told_as("text"):
+        return structured.json_schema(wanted.schema_, bool(wanted.strict))

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lockstep.serve.http.blocks import collect
 from lockstep.serve.http.talk import count_calls
 from lockstep.serve.tool_calls.events import Arguments, CallStart, Content
 from lockstep.serve.tool_calls.parser import CallParser
@@ -185,3 +186,9 @@ def test_a_long_broken_call_costs_no_more_than_its_length(text):
     began = time.process_time()
     parse(CallParser(style, USE), list(text))
     assert time.process_time() - began < 8, "hardly two where the machine is free, and hours if it were quadratic"
+
+
+def test_a_block_knows_that_the_answer_ended_in_it():
+    for end, is_cut in [('{"a": 1', True), ('{"a": 1}', False), ('{"a": 1}}\n</tool_call> Done.', False)]:
+        events = (parser := CallParser(HERMES, USE)).push(BEGIN + end) + parser.finish()
+        assert [block.is_cut for block in collect(events)] == [is_cut] + [False] * ("Done" in end)

@@ -5,7 +5,7 @@ import re
 import llguidance
 
 from lockstep.serve.schemas import MAX_PATTERN_BYTES, NOTES, resolved
-from lockstep.serve.matchers import readable
+from lockstep.serve.matchers import check, new_matcher, readable
 from lockstep.serve.structured import quote
 from lockstep.serve.tool_calls.grammar import regex_quote
 
@@ -112,8 +112,9 @@ def text_rule(lark, name, schema, strict):
     end = f"\n{END}\n"
     if "const" in schema or is_null(schema):
         return lark.rule(name, quote((schema.get("const") or "" if is_string(schema) else "null") + end))
-    parts, free = [*_length(schema), *_patterns(schema, strict)], f"/{without(END)}/"
-    if parts and not _fits_a_text([*parts, free]):
+    patterns, free = _patterns(schema, strict), f"/{without(END)}/"
+    parts = [*_length(schema), *patterns]
+    if patterns and not _fits_a_text([*parts, free]):
         if strict:
             raise ValueError(f"no text that can stand in this model's calls fits {json.dumps(schema)[:200]}")
         parts = []
@@ -136,10 +137,13 @@ def without(mark: str) -> str:
 def _fits_a_text(parts):
     """Whether there is a text that matches all of so many terminals."""
     grammar = json.dumps({"grammars": [{"lark_grammar": f"start: TEXT\nTEXT: {' & '.join(parts)}"}]})
-    matcher = llguidance.LLMatcher(llguidance.LLTokenizer("byte"), grammar, log_level=0)
-    if not matcher.is_error():
+    try:
+        matcher = new_matcher(llguidance.LLTokenizer("byte"), grammar)
         matcher.compute_bitmask()  # only this finds out
-    return not matcher.is_error()
+        check(matcher)
+    except ValueError:
+        return False
+    return True
 
 
 def _length(schema):

@@ -23,7 +23,7 @@ from lockstep.serve.http.service import Service
 from lockstep.serve.http.serving import Server, bind
 
 PROMPT_TOKENS = 16
-HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: bench\r\nContent-Length: %d\r\n\r\n"
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
 END = b"0\r\n\r\n"
 
 

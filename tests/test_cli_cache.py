@@ -90,6 +90,12 @@ def test_a_part_of_a_name_is_no_empty_text(cache, capsys):
     assert "--model: expected a part of a model's path, got nothing" in capsys.readouterr().err
 
 
+def test_a_model_that_is_not_there_is_named(cache, capsys):
+    assert main(["cache", "prune", "--model", "nobody"]) == 2
+    said = capsys.readouterr().err
+    assert "--model 'nobody': no packed model's path contains it, there are /models/old, /models/newer" in said
+
+
 def test_two_ways_at_once_are_refused(cache, capsys):
     assert main(["cache", "prune", "--all", "--max-gb", "1"]) == 2
     assert "expected at most one of --older-than" in capsys.readouterr().err

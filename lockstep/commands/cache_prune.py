@@ -27,6 +27,8 @@ def command(
         raise ValueError("expected at most one of --older-than, --max-gb, --model and --all")
     root = user_cache()
     before = _total(root)
+    if model is not None:
+        _check_named(root, model)
     _prune(root, older_than, max_gb, model, everything)
     after = _total(root)
     print(f"removed {size(before - after)}; {size(after)} are kept in {root}")
@@ -34,6 +36,16 @@ def command(
 
 MOST_GB = 1e9  # as good as no limit
 KINDS = ("packed", "kernels", "hashes", "selfcheck")
+
+
+def _check_named(root, model):
+    """ValueError unless a packed model's path contains the text."""
+    from lockstep.weights.packed_cache import models
+
+    known = [one.model for one in models(root / "packed")]
+    if not any(model in path for path in known):
+        raise ValueError(f"--model {model!r}: no packed model's path contains it, there "
+                         f"{'are ' + ', '.join(known) if known else 'is none'}")
 
 
 def _total(root):

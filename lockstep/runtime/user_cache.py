@@ -90,8 +90,15 @@ def _is_own_group(gid: int) -> bool:
 def _not_private(folder: Path, found: os.stat_result) -> NotPrivate:
     mode, user = stat.S_IMODE(found.st_mode), os.getuid()
     return NotPrivate(f"{folder}: other users can write here (owner {found.st_uid}, mode {mode:o}, this is user "
-                      f"{user}); expected a folder of one's own, such as after `chmod go-w {folder}`, below "
-                      "folders that only their owner can write to")
+                      f"{user}); expected {_better(folder, found)}")
+
+
+def _better(folder: Path, found: os.stat_result) -> str:
+    """What to use in the place of a folder to which others can write. A shared one is not to be closed to others."""
+    if found.st_mode & stat.S_ISVTX:
+        return f"a folder of one's own, such as {folder / f'lockstep-{os.getuid()}'}"
+    own = f", such as this one after `chmod go-w {folder}`" if found.st_uid == os.getuid() else ""
+    return f"a folder that only its owner can write to{own}"
 
 
 def user_cache() -> Path:

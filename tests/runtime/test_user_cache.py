@@ -77,6 +77,15 @@ def test_a_folder_named_by_the_user_that_others_can_write_to_is_an_error(tmp_pat
     assert "ValueError: LOCKSTEP_CACHE '/proc/nowhere': cannot be written" in error
 
 
+def test_a_shared_folder_is_not_to_be_closed_to_others(tmp_path):
+    tmp_path.chmod(0o1777)
+    with pytest.raises(user_cache.NotPrivate, match=f"a folder of one's own, such as .*lockstep-{os.getuid()}"):
+        user_cache.make_private(tmp_path)
+    tmp_path.chmod(0o777)
+    with pytest.raises(user_cache.NotPrivate, match="such as this one after `chmod go-w"):
+        user_cache.make_private(tmp_path)
+
+
 def test_a_sticky_folder_of_roots_may_lie_above():
     user_cache.check_parent(Path("/tmp"))
 

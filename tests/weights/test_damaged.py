@@ -160,7 +160,12 @@ import os, sys
 from pathlib import Path
 from lockstep import LLM, SamplingParams
 from lockstep.engine.engine import Engine
-folder, when = sys.argv[1:]
+from lockstep.ops import BACKENDS
+folder, when, cache = sys.argv[1:]
+for table in BACKENDS.values():
+    for one in table.values():
+        one.kernel.is_cached  # finds the folder of the kernels, which need not be compiled again
+os.environ["LOCKSTEP_CACHE"] = cache
 truncate = lambda: os.truncate(Path(folder) / "model.safetensors", 4096)
 if when == "loading":
     made = Engine.__init__
@@ -184,9 +189,9 @@ def test_a_file_that_is_truncated_does_not_end_the_process(when, said, can_keep,
     if not can_keep:
         (tmp_path / "packed").write_text("a file where the folder of packed weights would be")
     cache = tmp_path if not can_keep else tmp_path / "cache"
-    environment = {**os.environ, "LOCKSTEP_CACHE": str(cache), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     for _ in range(2 if when == "running" else 1):  # the second time from what the first has kept, if it could
-        code = [sys.executable, "-c", TRUNCATED_WHILE_OPEN, str(folder), when]
+        code = [sys.executable, "-c", TRUNCATED_WHILE_OPEN, str(folder), when, str(cache)]
         done = subprocess.run(code, capture_output=True, text=True, env=environment)
         assert done.returncode == 0 and said in done.stdout, (done.returncode, done.stdout, done.stderr[-2000:])
         folder = tiny.write(tmp_path / "m", QWEN3, tiny.tensors(QWEN3, 3))

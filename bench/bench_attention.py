@@ -8,6 +8,7 @@ All variants run interleaved in one process; medians of the rounds. A multiply-a
 visible keys count. GB/s counts every byte of K and V once. Decode runs on the pages of as many layers as do not fit in
 any cache, one after the other as in a model.
 """
+
 import argparse
 import time
 
@@ -42,14 +43,31 @@ class Case:
         made = [program.tensor(n, "T", w) for n, w in (("q", H * K), ("out", H * K), ("stats", 2 * H))]
         program.emit("input", made[:1], [])
         for i in range(layers):
-            caches = [CacheArray(f"{i}{part}", "pages", ELEMENTS[dtype], pages[2 * i + part].shape[1:])
-                      for part in (0, 1)]
-            program.emit("attention", made[1:], [made[0], *caches], num_heads=H, num_kv_heads=G, head_dim=K,
-                         sm_scale=K ** -0.5, sliding_window=0, soft_cap=0.0, kv_dtype=KV_DTYPES.index(dtype))
+            caches = [
+                CacheArray(f"{i}{part}", "pages", ELEMENTS[dtype], pages[2 * i + part].shape[1:]) for part in (0, 1)
+            ]
+            program.emit(
+                "attention",
+                made[1:],
+                [made[0], *caches],
+                num_heads=H,
+                num_kv_heads=G,
+                head_dim=K,
+                sm_scale=K**-0.5,
+                sliding_window=0,
+                soft_cap=0.0,
+                kv_dtype=KV_DTYPES.index(dtype),
+            )
         kind = "attention" if dtype == "f32" else f"attention_{dtype}"
         backend = {"input": Implementation(nothing), "attention": BACKENDS[backend][kind]}
-        self._executor = Executor(program, backend, team, WeightStore(), {"T": tokens, "R": 1, "S": 1},
-                                  {f"{i // 2}{i % 2}": p.ctypes.data for i, p in enumerate(pages)})
+        self._executor = Executor(
+            program,
+            backend,
+            team,
+            WeightStore(),
+            {"T": tokens, "R": 1, "S": 1},
+            {f"{i // 2}{i % 2}": p.ctypes.data for i, p in enumerate(pages)},
+        )
         self._executor.view(made[0], tokens)[...] = np.random.default_rng(0).standard_normal((tokens, H * K))
         table = np.random.default_rng(2).permutation(len(pages[0]))[None]
         self._step, self._held = ragged_step([tokens], [context], table)
@@ -72,7 +90,7 @@ def random_pages(shape, context, dtype, part):
     pages = aligned(size * kind.itemsize).view(kind).reshape(-1, *cell)
     if dtype == "q8":
         pages[...] = rng.integers(-127, 128, pages.shape, np.int8)
-        pages[..., -SCALE_BYTES * PAGE_TOKENS:].view(np.uint16)[...] = SCALE
+        pages[..., -SCALE_BYTES * PAGE_TOKENS :].view(np.uint16)[...] = SCALE
     else:
         numbers = rng.standard_normal(pages.shape, np.float32)
         pages[...] = numbers.view(np.uint16).reshape(*pages.shape, 2)[..., 1] if dtype == "bf16" else numbers
@@ -118,8 +136,10 @@ def main():
     for case, one in made.items():
         took = np.median(times[case][1:])
         ops, read = one.ops / took, one.num_bytes / took
-        print(f"{' '.join(case):26} {1e3 * took:9.3f} ms {ops / 1e9:7.1f} GFLOP/s = {100 * ops / f32:3.0f} % of float32"
-              f" {read / 1e9:6.1f} GB/s = {100 * read / memory:3.0f} %")
+        print(
+            f"{' '.join(case):26} {1e3 * took:9.3f} ms {ops / 1e9:7.1f} GFLOP/s = {100 * ops / f32:3.0f} % of float32"
+            f" {read / 1e9:6.1f} GB/s = {100 * read / memory:3.0f} %"
+        )
     team.close()
 
 

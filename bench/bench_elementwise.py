@@ -5,6 +5,7 @@
 Both forms and NumPy's sum of two arrays (one thread; what one core moves) run interleaved; medians count. GB/s counts
 what an op must read and write once.
 """
+
 import argparse
 import time
 
@@ -44,8 +45,15 @@ def emit(program, kind, width):
 def build(table, kind, num_tokens, width, team):
     program = Program()
     numbers = emit(program, kind, width)
-    executor = Executor(program, {**table, "input": Implementation(nothing)}, team, WeightStore(),
-                        {"T": num_tokens, "R": 1, "S": 1}, {}, keep=True)
+    executor = Executor(
+        program,
+        {**table, "input": Implementation(nothing)},
+        team,
+        WeightStore(),
+        {"T": num_tokens, "R": 1, "S": 1},
+        {},
+        keep=True,
+    )
     executor._memory.view(np.float32)[:] = 0.5
     return executor, 4 * numbers * num_tokens
 
@@ -58,8 +66,10 @@ def seconds(call, repeat):
 
 
 def compare(kind, num_tokens, width, team, rounds):
-    tables = {"batched": {**add_cpu.CPU, **rms_norm_cpu.CPU, **silu_mul_cpu.CPU},
-              "per token": {**add_cpu.PER_TOKEN, **rms_norm_cpu.PER_TOKEN, **silu_mul_cpu.PER_TOKEN}}
+    tables = {
+        "batched": {**add_cpu.CPU, **rms_norm_cpu.CPU, **silu_mul_cpu.CPU},
+        "per token": {**add_cpu.PER_TOKEN, **rms_norm_cpu.PER_TOKEN, **silu_mul_cpu.PER_TOKEN},
+    }
     step, held = ragged_step([num_tokens])
     runs, moved = {}, 0
     for name, table in tables.items():

@@ -6,6 +6,7 @@ Fused and unfused inputs and the per-token recurrence run interleaved in one pro
 since the machine may be shared. The floor of the recurrence is 4 multiplications or FMAs for each element of the state,
 at this core's measured FMA rate.
 """
+
 import argparse
 import time
 
@@ -43,8 +44,13 @@ def fma_rate(op, step, thread, num_threads):
     store(out, a + b + c + d + e + f)
 
 
-BACKEND = {**conv1d_cpu.CPU, **gated_delta_cpu.CPU, **gated_norm_cpu.CPU, "input": Implementation(nothing),
-           "fma_rate": Implementation(fma_rate)}
+BACKEND = {
+    **conv1d_cpu.CPU,
+    **gated_delta_cpu.CPU,
+    **gated_norm_cpu.CPU,
+    "input": Implementation(nothing),
+    "fma_rate": Implementation(fma_rate),
+}
 
 
 def layer(program, proj, i, fused, weights):
@@ -55,18 +61,46 @@ def layer(program, proj, i, fused, weights):
     u, gates = program.tensor("u", "T", C), program.tensor("gates", "T", 2 * H)
     at = dict(a_offset=C + H * V, b_offset=C + H * V + H, num_v_heads=H)
     if fused:
-        program.emit("delta_inputs", [u, gates], [proj, w, a_log, dt_bias, conv], x_width=W, conv_offset=0, channels=C,
-                     kernel=J, num_k_heads=G, k_size=K, **at)
+        program.emit(
+            "delta_inputs",
+            [u, gates],
+            [proj, w, a_log, dt_bias, conv],
+            x_width=W,
+            conv_offset=0,
+            channels=C,
+            kernel=J,
+            num_k_heads=G,
+            k_size=K,
+            **at,
+        )
         qk, qk_width = u, C
     else:
         program.emit("conv1d", [u], [proj, w, conv], x_width=W, offset=0, channels=C, kernel=J)
         qk, qk_width = program.tensor("qk", "T", 2 * G * K), 2 * G * K
         program.emit("l2_norm", [qk], [u], x_width=C, num_k_heads=G, k_size=K)
         program.emit("delta_gates", [gates], [proj, a_log, dt_bias], x_width=W, **at)
-    o = program.emit("gated_delta", [program.tensor("o", "T", H * V)], [qk, u, gates, state], qk_width=qk_width,
-                     v_width=C, v_offset=2 * G * K, num_k_heads=G, num_v_heads=H, k_size=K, v_size=V)
-    program.emit("gated_norm", [program.tensor("y", "T", H * V)], [o, proj, norm], z_width=W, z_offset=C, num_heads=H,
-                 head_size=V, eps=1e-6)
+    o = program.emit(
+        "gated_delta",
+        [program.tensor("o", "T", H * V)],
+        [qk, u, gates, state],
+        qk_width=qk_width,
+        v_width=C,
+        v_offset=2 * G * K,
+        num_k_heads=G,
+        num_v_heads=H,
+        k_size=K,
+        v_size=V,
+    )
+    program.emit(
+        "gated_norm",
+        [program.tensor("y", "T", H * V)],
+        [o, proj, norm],
+        z_width=W,
+        z_offset=C,
+        num_heads=H,
+        head_size=V,
+        eps=1e-6,
+    )
 
 
 def build(num_layers, num_slots, num_tokens, team, backend, fused):
@@ -79,8 +113,14 @@ def build(num_layers, num_slots, num_tokens, team, backend, fused):
     for i in range(num_layers):
         layer(program, proj, i, fused, weights)
     memory = {c.name: np.zeros((num_slots, *c.shape), np.float32) for c in program.caches}
-    executor = Executor(program, backend, team, WeightStore(), dict(T=num_tokens, S=num_slots, R=num_slots),
-                        {n: a.ctypes.data for n, a in memory.items()})
+    executor = Executor(
+        program,
+        backend,
+        team,
+        WeightStore(),
+        dict(T=num_tokens, S=num_slots, R=num_slots),
+        {n: a.ctypes.data for n, a in memory.items()},
+    )
     executor.view(proj, num_tokens)[...] = rng.standard_normal((num_tokens, W))
     return executor, memory
 

@@ -5,6 +5,7 @@
 The server is a process of its own; this one sends the requests over plain sockets and reads what comes, as cheaply as
 Python can, but on the same cores: what it takes, the engine does not get.
 """
+
 import argparse
 import asyncio
 import json
@@ -29,11 +30,14 @@ END = b"0\r\n\r\n"
 
 def prompts(count, round_number, vocab_size):
     """Token ids that no earlier round had."""
-    return [[(7 * i + 31 * stream + 1013 * round_number) % (vocab_size - 8) + 4 for i in range(PROMPT_TOKENS)]
-            for stream in range(count)]
+    return [
+        [(7 * i + 31 * stream + 1013 * round_number) % (vocab_size - 8) + 4 for i in range(PROMPT_TOKENS)]
+        for stream in range(count)
+    ]
 
 
 # ---------------------------------------------------------------- the server's process
+
 
 def serve(pipe, model, threads, weights):
     """Says where it listens, then runs what is asked for without HTTP, until it is told to end."""
@@ -59,6 +63,7 @@ async def direct(engine, each, num_tokens):
 
 
 # ---------------------------------------------------------------- the clients' process
+
 
 def over_http(port, each, num_tokens):
     """Seconds until every stream has ended, from the moment before the first request is sent."""
@@ -95,8 +100,11 @@ def compare(pipe, port, vocab_size, num_streams, args):
                 times[name].append(seconds)
     rate = {name: num_streams * args.tokens / statistics.median(each) for name, each in times.items()}
     ratio = statistics.median([a / b for a, b in zip(times["engine"], times["http"])])
-    print(f"{num_streams:3d} streams: engine {rate['engine']:8.1f} tok/s   HTTP {rate['http']:8.1f} tok/s   "
-          f"HTTP / engine {ratio:.3f}", flush=True)
+    print(
+        f"{num_streams:3d} streams: engine {rate['engine']:8.1f} tok/s   HTTP {rate['http']:8.1f} tok/s   "
+        f"HTTP / engine {ratio:.3f}",
+        flush=True,
+    )
 
 
 def main():

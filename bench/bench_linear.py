@@ -6,6 +6,7 @@ One line for each format, shape and number of rows: time, GOP/s (two for each mu
 both as shares of the ceilings. Weights of all copies together exceed the caches, so that one row reads from memory as
 in a model. Ceilings, formats and rows are interleaved; medians of the rounds are reported.
 """
+
 import argparse
 import itertools
 import statistics
@@ -31,8 +32,13 @@ from lockstep.weights.tensor import StoredTensor, stored_shape
 SHAPES = ["4096x1024", "1024x2048", "6144x1024", "1024x3072", "151936x1024"]
 FORMATS = ["f32", "bf16", *INTEGER_FORMATS]
 CACHES = 96 * 2**20  # bytes of weights that no cache holds
-STORE = {"f32": lambda v: v, "bf16": lambda v: v.astype("bfloat16"), "f16": lambda v: v.astype(np.float16),
-         "q8_0": q8_0.quantize, "q4_0": q4_0.quantize}
+STORE = {
+    "f32": lambda v: v,
+    "bf16": lambda v: v.astype("bfloat16"),
+    "f16": lambda v: v.astype(np.float16),
+    "q8_0": q8_0.quantize,
+    "q4_0": q4_0.quantize,
+}
 
 
 @njit(**STRICT)
@@ -145,7 +151,8 @@ class Case:
     def _executor(self, implementation, part, max_rows, team):
         program, K = Program(), self.K
         prepare, width = {"f32": (None, 4 * K), "f16": (None, 4 * K), "bf16": ("round_bf16", bf16_width(K))}.get(
-            self.format, ("quantize_q8", q8_width(K)))
+            self.format, ("quantize_q8", q8_width(K))
+        )
         x = program.tensor("x", "T", K)
         program.emit("input", [x], [])
         row = program.emit(prepare, [program.tensor("row", "T", width, "i8")], [x], K=K) if prepare else x

@@ -13,6 +13,7 @@ All run interleaved in one process; medians of the rounds. A multiply-add counts
 count; "% done" also counts what padding adds. The copies of "transposed" are NumPy's, on one thread. The ceilings are
 measured in the same run (`lockstep.ceiling`).
 """
+
 import argparse
 import statistics
 import time
@@ -29,10 +30,13 @@ from lockstep.runtime.executor import aligned
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 KV = [18, 129, 597, 122, 64, 322, 463, 181, 1107, 123, 31, 18, 1229, 229, 87, 1328]
-MIXES = {"mixed": [5, 1, 120, 1, 1, 32, 251, 1, 1, 99, 1, 5, 3, 117, 1, 1],
-         "prefill": [5, 15, 120, 100, 21, 32, 251, 40, 64, 99, 10, 5, 3, 120, 9, 2], "decode": [1] * 16}
+MIXES = {
+    "mixed": [5, 1, 120, 1, 1, 32, 251, 1, 1, 99, 1, 5, 3, 117, 1, 1],
+    "prefill": [5, 15, 120, 100, 21, 32, 251, 40, 64, 99, 10, 5, 3, 120, 9, 2],
+    "decode": [1] * 16,
+}
 DTYPES = {"f32": np.dtype(np.float32), "bf16": np.dtype(ml_dtypes.bfloat16)}
-SM_SCALE = HEAD_DIM ** -0.5
+SM_SCALE = HEAD_DIM**-0.5
 
 
 @dataclass
@@ -75,7 +79,7 @@ def batch(q_lens, kv_lens, dtype, page_size):
     counts = [-(-c // page_size) for c in kv_lens]
     order, table = np.random.default_rng(2).permutation(sum(counts)), np.zeros((len(counts), max(counts)), np.int32)
     for s, count in enumerate(counts):
-        table[s, :count] = order[sum(counts[:s]):sum(counts[:s + 1])]
+        table[s, :count] = order[sum(counts[:s]) : sum(counts[: s + 1])]
     q = numbers((sum(q_lens), HEADS, HEAD_DIM), dtype, 0)
     kv = numbers((sum(counts), page_size, 2 * KV_HEADS, HEAD_DIM), dtype, 1)
     starts = np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32)
@@ -83,14 +87,27 @@ def batch(q_lens, kv_lens, dtype, page_size):
 
 
 def ragged(b, threads):
-    ragged_paged_attention(b.q, b.kv, b.kv_lens, b.table, b.starts, b.num_seqs, sm_scale=SM_SCALE, out=b.out,
-                           threads=threads)
+    ragged_paged_attention(
+        b.q, b.kv, b.kv_lens, b.table, b.starts, b.num_seqs, sm_scale=SM_SCALE, out=b.out, threads=threads
+    )
 
 
 def ungrouped(b, threads):
     k, v = pages(b.kv)
-    workers(threads).attend(b.q, k, v, b.kv_lens, b.table, b.starts, b.num_seqs, None, None,
-                            scales(SM_SCALE, None, None, None), b.out, grouped=False)
+    workers(threads).attend(
+        b.q,
+        k,
+        v,
+        b.kv_lens,
+        b.table,
+        b.starts,
+        b.num_seqs,
+        None,
+        None,
+        scales(SM_SCALE, None, None, None),
+        b.out,
+        grouped=False,
+    )
 
 
 def transposed(b, threads):
@@ -100,13 +117,22 @@ def transposed(b, threads):
     kept = np.concatenate([b.table[s, :count] for s, count in enumerate(counts)])
     table = np.zeros_like(b.table)
     for s, count in enumerate(counts):
-        table[s, :count] = np.arange(counts[:s].sum(), counts[:s + 1].sum())
+        table[s, :count] = np.arange(counts[:s].sum(), counts[: s + 1].sum())
     copies = [np.ascontiguousarray(x[kept].reshape(-1, KV_HEADS, HEAD_DIM).transpose(1, 0, 2)) for x in kinds]
     k, v = (x.reshape(KV_HEADS, len(kept), page_size, HEAD_DIM).transpose(1, 2, 0, 3) for x in copies)
     q_HTK = np.ascontiguousarray(b.q.transpose(1, 0, 2))
     out_HTK = np.empty_like(q_HTK)
-    ragged_paged_attention(q_HTK.transpose(1, 0, 2), (k, v), b.kv_lens, table, b.starts, b.num_seqs, sm_scale=SM_SCALE,
-                           out=out_HTK.transpose(1, 0, 2), threads=threads)
+    ragged_paged_attention(
+        q_HTK.transpose(1, 0, 2),
+        (k, v),
+        b.kv_lens,
+        table,
+        b.starts,
+        b.num_seqs,
+        sm_scale=SM_SCALE,
+        out=out_HTK.transpose(1, 0, 2),
+        threads=threads,
+    )
     b.out[...] = out_HTK.transpose(1, 0, 2)
 
 
@@ -123,8 +149,12 @@ def cases(args):
         for mix in args.mix or MIXES:
             whole = batch(MIXES[mix], KV, DTYPES[dtype], args.page_size)
             padded = batch([max(MIXES[mix])] * len(KV), [max(KV)] * len(KV), DTYPES[dtype], args.page_size)
-            for name, run, b in (("ragged", ragged, whole), ("padded", ragged, padded), ("ungrouped", ungrouped, whole),
-                                 ("transposed", transposed, whole)):
+            for name, run, b in (
+                ("ragged", ragged, whole),
+                ("padded", ragged, padded),
+                ("ungrouped", ungrouped, whole),
+                ("transposed", transposed, whole),
+            ):
                 made[dtype, mix, name] = run, b, whole
         for context in args.contexts:
             one = batch([1], [context], DTYPES[dtype], args.page_size)
@@ -148,19 +178,28 @@ def main():
         tops.append(ceiling.measure(team))
         for name, (run, b, _whole) in made.items():
             times[name].append(seconds(run, b, args.threads))
-    show(made, {name: statistics.median(t[1:]) for name, t in times.items()},
-         statistics.median(t.f32_per_second for t in tops), statistics.median(t.bytes_per_second for t in tops), args)
+    show(
+        made,
+        {name: statistics.median(t[1:]) for name, t in times.items()},
+        statistics.median(t.f32_per_second for t in tops),
+        statistics.median(t.bytes_per_second for t in tops),
+        args,
+    )
 
 
 def show(made, took, f32_top, read_top, args):
-    print(f"{args.threads} threads, {f32_top / 1e9:.0f} GFLOP/s, {read_top / 1e9:.1f} GB/s; {HEADS} query heads, "
-          f"{KV_HEADS} kv heads, head_dim {HEAD_DIM}, pages of {args.page_size}")
+    print(
+        f"{args.threads} threads, {f32_top / 1e9:.0f} GFLOP/s, {read_top / 1e9:.1f} GB/s; {HEADS} query heads, "
+        f"{KV_HEADS} kv heads, head_dim {HEAD_DIM}, pages of {args.page_size}"
+    )
     for name, (_, b, whole) in made.items():
         useful, done, read = whole.operations / took[name], b.operations / took[name], whole.bytes_read / took[name]
         ratio = took[name] / took[*name[:2], "ragged"]
-        print(f"{' '.join(name):32} {1e3 * took[name]:9.3f} ms {ratio:6.2f}x {useful / 1e9:7.1f} GFLOP/s = "
-              f"{100 * useful / f32_top:5.1f} % ({100 * done / f32_top:5.1f} % done) {read / 1e9:6.1f} GB/s ="
-              f" {100 * read / read_top:5.1f} %")
+        print(
+            f"{' '.join(name):32} {1e3 * took[name]:9.3f} ms {ratio:6.2f}x {useful / 1e9:7.1f} GFLOP/s = "
+            f"{100 * useful / f32_top:5.1f} % ({100 * done / f32_top:5.1f} % done) {read / 1e9:6.1f} GB/s ="
+            f" {100 * read / read_top:5.1f} %"
+        )
 
 
 if __name__ == "__main__":

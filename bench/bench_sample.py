@@ -5,6 +5,7 @@
 Logits are normal with 300 tokens that stand out, as a language model's do, or without ("flat": the worst case).
 Medians; the two ops are adjust_logits and sample.
 """
+
 import argparse
 from types import SimpleNamespace
 
@@ -24,11 +25,15 @@ from lockstep.weights.tensor import StoredTensor
 
 ROWS = 8
 WISHES = {
-    "greedy": {}, "greedy, 20 alternatives": dict(logprobs=20), "temperature 0.8": dict(temperature=0.8),
+    "greedy": {},
+    "greedy, 20 alternatives": dict(logprobs=20),
+    "temperature 0.8": dict(temperature=0.8),
     "temperature 0.7, top-k 20, top-p 0.8": dict(temperature=0.7, top_k=20, top_p=0.8),
     "temperature 1, top-p 0.95": dict(temperature=1.0, top_p=0.95),
     "temperature 1, min-p 0.05": dict(temperature=1.0, min_p=0.05),
-    "greedy, penalties of 2000 tokens": dict(repetition_penalty=1.1), "greedy, a mask": dict(logits_mask=True)}
+    "greedy, penalties of 2000 tokens": dict(repetition_penalty=1.1),
+    "greedy, a mask": dict(logits_mask=True),
+}
 
 
 def model(vocabulary, flat):
@@ -38,14 +43,26 @@ def model(vocabulary, flat):
         logits[:, np.random.RandomState(2).permutation(vocabulary)[:300]] += np.linspace(14, 0, 300, dtype=np.float32)
     program, stored = Program(), StoredTensor("logits", "f32", logits.shape, logits)
     table = Weight("logits", "f32", logits.shape, (stored,))
-    rows = program.emit("embed", [program.tensor("rows", "T", vocabulary)], [table], width=vocabulary,
-                        format=format_code("f32"), scale=1.0)
-    made = program.emit("select_rows", [program.tensor("logits", "R", vocabulary)], [rows], width=vocabulary,
-                        selected=SAMPLED_ROW)
+    rows = program.emit(
+        "embed",
+        [program.tensor("rows", "T", vocabulary)],
+        [table],
+        width=vocabulary,
+        format=format_code("f32"),
+        scale=1.0,
+    )
+    made = program.emit(
+        "select_rows", [program.tensor("logits", "R", vocabulary)], [rows], width=vocabulary, selected=SAMPLED_ROW
+    )
     emit_sampling(program, made, vocabulary)
     ops = {**BACKENDS["reference"], **BACKENDS["cpu"]}
-    return SimpleNamespace(backend=lambda swaps, base: ops, rewritten=lambda backend, fused: program,
-                           store=WeightStore(), max_context=ROWS, config=SimpleNamespace(vocab_size=vocabulary))
+    return SimpleNamespace(
+        backend=lambda swaps, base: ops,
+        rewritten=lambda backend, fused: program,
+        store=WeightStore(),
+        max_context=ROWS,
+        config=SimpleNamespace(vocab_size=vocabulary),
+    )
 
 
 def fields(wishes, vocabulary):
@@ -55,8 +72,16 @@ def fields(wishes, vocabulary):
         wishes = dict(logits_mask=lambda _: bits)
     p = SamplingParams(max_tokens=1, **wishes)
     adjustment = Adjustment(list(range(2000)), p, frozenset(), vocabulary)
-    return dict(temperature=p.temperature, top_p=p.top_p, min_p=p.min_p, top_k=p.top_k, seed=1, position=1,
-                num_logprobs=p.logprobs or 0, **adjustment.fields([])), adjustment
+    return dict(
+        temperature=p.temperature,
+        top_p=p.top_p,
+        min_p=p.min_p,
+        top_k=p.top_k,
+        seed=1,
+        position=1,
+        num_logprobs=p.logprobs or 0,
+        **adjustment.fields([]),
+    ), adjustment
 
 
 def microseconds(runner, record, num_rows, rounds):

@@ -5,6 +5,7 @@
 The text runs in windows that know nothing of each other. Without --text it is documentation that the bundled model has
 not seen: the docstrings of modules of the standard library that its training held out (training/prepare.py).
 """
+
 import argparse
 import ast
 import importlib.util
@@ -35,8 +36,9 @@ def docstrings(module):
 
 def logits_of(model, windows, threads):
     """Logits of all positions of all windows, each window on its own."""
-    return np.concatenate([run_path(model, ids, Path("whole", (len(ids),), threads), num_rows=len(ids)).logits
-                           for ids in windows])
+    return np.concatenate(
+        [run_path(model, ids, Path("whole", (len(ids),), threads), num_rows=len(ids)).logits for ids in windows]
+    )
 
 
 def nats(logits, targets):
@@ -56,16 +58,18 @@ def main():
     folder = resolve_model(args.model)
     text = args.text.read_text() if args.text else "\n\n".join(map(docstrings, HELD_OUT))
     ids, size = load_tokenizer(folder).encode(text), args.window
-    windows = [ids[i:i + size] for i in range(0, len(ids) - size, size)]
-    targets = np.array([ids[i + 1:i + size + 1] for i in range(0, len(ids) - size, size)]).ravel()
+    windows = [ids[i : i + size] for i in range(0, len(ids) - size, size)]
+    targets = np.array([ids[i + 1 : i + size + 1] for i in range(0, len(ids) - size, size)]).ravel()
     checkpoint, store, exact = open_checkpoint(folder), WeightStore(), None
     print(f"{len(text.encode())} bytes, {targets.size} tokens in windows of {size}, weights {args.weights}")
     for kv_dtype in KV_DTYPES:
         logits = logits_of(load_model(checkpoint, store, args.weights, kv_dtype, size), windows, args.threads)
         exact = logits if exact is None else exact
         lost, moved = nats(logits, targets).mean(), logits - exact
-        print(f"{kv_dtype:5} {lost:.5f} nats a token, perplexity {math.exp(lost):.4f}; logits differ by rms "
-              f"{np.sqrt((moved ** 2).mean()):.4f}, argmax in {(logits.argmax(-1) != exact.argmax(-1)).mean():.2%}")
+        print(
+            f"{kv_dtype:5} {lost:.5f} nats a token, perplexity {math.exp(lost):.4f}; logits differ by rms "
+            f"{np.sqrt((moved**2).mean()):.4f}, argmax in {(logits.argmax(-1) != exact.argmax(-1)).mean():.2%}"
+        )
 
 
 if __name__ == "__main__":

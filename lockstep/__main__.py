@@ -1,4 +1,5 @@
 """`python -m lockstep` is the command `lockstep`."""
+
 import sys
 
 from lockstep.cli import main

@@ -3,6 +3,7 @@
 Everything compared is run interleaved in one process, and ratios are medians of paired runs: machines are noisy, and
 seconds of different moments do not compare.
 """
+
 import statistics
 import time
 from collections import defaultdict
@@ -92,8 +93,12 @@ def paired(run_a, run_b, repeat):
         one, two = first(), second()
         times.append((one, two) if i % 2 == 0 else (two, one))
     ratios = [a / b for a, b in times]
-    return Paired(statistics.median(a for a, _ in times), statistics.median(b for _, b in times),
-                  statistics.median(ratios), (min(ratios), max(ratios)))
+    return Paired(
+        statistics.median(a for a, _ in times),
+        statistics.median(b for _, b in times),
+        statistics.median(ratios),
+        (min(ratios), max(ratios)),
+    )
 
 
 def against_per_token(bench, num_tokens, repeat):
@@ -105,7 +110,8 @@ def against_per_token(bench, num_tokens, repeat):
         if size <= bench.chunk:
             largest = max(largest, float(np.abs(bench.prefill(num_tokens, size)[1] - reference).max()))
             results[name] = paired(
-                lambda: bench.per_token(num_tokens)[0], lambda: bench.prefill(num_tokens, size)[0], repeat)
+                lambda: bench.per_token(num_tokens)[0], lambda: bench.prefill(num_tokens, size)[0], repeat
+            )
     return results, largest
 
 
@@ -118,7 +124,8 @@ def switch_ratios(bench, num_tokens, repeat):
         swaps = {name: "per_token"}
         bench.prefill(num_tokens, swaps=swaps)
         results[name] = paired(
-            lambda: bench.prefill(num_tokens, swaps=swaps)[0], lambda: bench.prefill(num_tokens)[0], repeat)
+            lambda: bench.prefill(num_tokens, swaps=swaps)[0], lambda: bench.prefill(num_tokens)[0], repeat
+        )
     return results
 
 

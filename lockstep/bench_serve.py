@@ -4,6 +4,7 @@ Between two steps the driver hands over whatever has become due, so an arrival w
 behind a server, and no other thread takes the interpreter from the engine. Times count from the arrival, not from the
 moment of handing over. Times are seconds; those of a run count from its beginning.
 """
+
 import heapq
 import time
 from collections import deque
@@ -18,8 +19,11 @@ from lockstep.ops.kv_cache import PAGE_TOKENS
 LOWEST_RATE = 1e-3  # arrivals a second: a wait has to end
 PERCENTILES = (50, 95, 99)
 LIMITS = {  # of a workload's numbers: kind, least, largest
-    "requests": (int, 1, 1_000_000), "rate": ((int, float), 0, 1e6), "burst": (int, 1, 1_000_000),
-    "shared_prefix": (int, 0, 1 << 24), "seed": (int, 0, (1 << 63) - 1),
+    "requests": (int, 1, 1_000_000),
+    "rate": ((int, float), 0, 1e6),
+    "burst": (int, 1, 1_000_000),
+    "shared_prefix": (int, 0, 1 << 24),
+    "seed": (int, 0, (1 << 63) - 1),
 }
 
 
@@ -66,7 +70,7 @@ class Workload:
             return [0.0] * self.requests
         num_groups = -(-self.requests // self.burst)
         gaps = np.random.default_rng([self.seed, 1]).exponential(self.burst / self.rate, num_groups)
-        return np.repeat(np.cumsum(gaps) - gaps[0], self.burst)[:self.requests].tolist()
+        return np.repeat(np.cumsum(gaps) - gaps[0], self.burst)[: self.requests].tolist()
 
     def requests_of(self, vocab_size):
         """[(token ids of the prompt, SamplingParams), ...] in order of arrival."""
@@ -226,8 +230,15 @@ def measure(engine, visits, concurrency=None):
 
 
 # what an engine counts up, where it has what is counted
-COUNTED = ("preempted", "query_tokens", "hit_tokens", "recovered_tokens", "kept_states", "pages_evicted",
-           "states_evicted")
+COUNTED = (
+    "preempted",
+    "query_tokens",
+    "hit_tokens",
+    "recovered_tokens",
+    "kept_states",
+    "pages_evicted",
+    "states_evicted",
+)
 
 
 def _warm_up(engine, request):
@@ -242,8 +253,13 @@ def differing(engine, visits, sample):
     prefix cache; returns (ids of those whose tokens or log-probabilities differ in a bit, how many were run)."""
     chosen = [visits[i] for i in np.unique(np.linspace(0, len(visits) - 1, min(sample, len(visits))).astype(int))]
     tokens = max(visit.request.max_num_tokens for visit in chosen)
-    options = EngineOptions(engine.runner.limits.max_step_tokens, max_requests=1, kv_tokens=max(PAGE_TOKENS, tokens),
-                            threads=engine.team.num_threads, prefix_cache=False)
+    options = EngineOptions(
+        engine.runner.limits.max_step_tokens,
+        max_requests=1,
+        kv_tokens=max(PAGE_TOKENS, tokens),
+        threads=engine.team.num_threads,
+        prefix_cache=False,
+    )
     alone = Engine(engine.model, options, eos_ids=engine.eos_ids)
     try:
         different = [visit.request.id for visit in chosen if not _is_same(visit.request, _answer(alone, visit.request))]
@@ -281,32 +297,54 @@ def summary(measured):
     """A run in figures, as plain data; rates are per second of the whole run, shares are of the steps' time."""
     visits, steps, counts = measured.visits, measured.steps, measured.counts
     seconds = steps[-1].ended
-    totals = dict(requests=len(visits), prompt_tokens=sum(len(v.request.prompt_ids) for v in visits),
-                  output_tokens=sum(len(v.request.output_ids) for v in visits))
+    totals = dict(
+        requests=len(visits),
+        prompt_tokens=sum(len(v.request.prompt_ids) for v in visits),
+        output_tokens=sum(len(v.request.output_ids) for v in visits),
+    )
     queried = counts.get("query_tokens")
     return dict(
-        seconds=seconds, totals=totals, rates={name: total / seconds for name, total in totals.items()},
+        seconds=seconds,
+        totals=totals,
+        rates={name: total / seconds for name, total in totals.items()},
         first_token_ms=spread([v.first_token for v in visits]),
         between_tokens_ms=spread([gap for v in visits for gap in v.between_tokens]),
         whole_answer_ms=spread([v.whole_answer for v in visits]),
         held_back_ms=spread([v.arrived - v.due for v in visits if v.arrived > v.due]),
         num_held_back=sum(v.arrived > v.due for v in visits),
-        hit_rate=counts["hit_tokens"] / queried if queried else None, counts=counts, steps=_of_steps(steps, seconds))
+        hit_rate=counts["hit_tokens"] / queried if queried else None,
+        counts=counts,
+        steps=_of_steps(steps, seconds),
+    )
 
 
 def _of_steps(steps, seconds):
-    parts = np.array([(s.scheduled - s.started, s.entered - s.scheduled, s.left - s.entered, s.ended - s.left)
-                      for s in steps])
+    parts = np.array(
+        [(s.scheduled - s.started, s.entered - s.scheduled, s.left - s.entered, s.ended - s.left) for s in steps]
+    )
     shares = dict(zip(("scheduling", "building", "native", "taking"), (parts.sum(0) / parts.sum()).tolist()))
-    return dict(count=len(steps), busy=float(parts.sum()) / seconds, ms=spread(parts.sum(1)), shares=shares,
-                host_share=1 - shares["native"],
-                mean_requests=float(np.mean([s.num_requests for s in steps])),
-                mean_tokens=float(np.mean([s.num_tokens for s in steps])),
-                most_waiting=max(s.num_waiting for s in steps))
+    return dict(
+        count=len(steps),
+        busy=float(parts.sum()) / seconds,
+        ms=spread(parts.sum(1)),
+        shares=shares,
+        host_share=1 - shares["native"],
+        mean_requests=float(np.mean([s.num_requests for s in steps])),
+        mean_tokens=float(np.mean([s.num_tokens for s in steps])),
+        most_waiting=max(s.num_waiting for s in steps),
+    )
 
 
 def plain(workload, measured):
     """All that is known of a run but its steps, as plain data."""
-    rows = [dict(due=v.due, arrived=v.arrived, prompt_tokens=len(v.request.prompt_ids), token_times=v.token_times,
-                 preemptions=v.request.num_preemptions) for v in measured.visits]
+    rows = [
+        dict(
+            due=v.due,
+            arrived=v.arrived,
+            prompt_tokens=len(v.request.prompt_ids),
+            token_times=v.token_times,
+            preemptions=v.request.num_preemptions,
+        )
+        for v in measured.visits
+    ]
     return dict(workload=asdict(workload), **summary(measured), visits=rows)

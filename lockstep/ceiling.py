@@ -1,4 +1,5 @@
 """What this machine can do at best: memory bandwidth, int8 and float32 arithmetic with nothing else to wait for."""
+
 import time
 from dataclasses import dataclass
 
@@ -53,9 +54,11 @@ def measure(team):
     """Measures the Ceiling: best of five short runs each."""
     memory, small = np.ones(STREAM_BYTES // 4, np.float32), np.zeros(16, np.float32)
     work = team.num_threads * ROUNDS * 2 * CHAINS * lanes_of(target())
-    return Ceiling(STREAM_BYTES / _seconds(team, stream, memory, memory.nbytes),
-                   4 * work / _seconds(team, multiply_int8, small, ROUNDS),
-                   work / _seconds(team, multiply_f32, small, ROUNDS))
+    return Ceiling(
+        STREAM_BYTES / _seconds(team, stream, memory, memory.nbytes),
+        4 * work / _seconds(team, multiply_int8, small, ROUNDS),
+        work / _seconds(team, multiply_f32, small, ROUNDS),
+    )
 
 
 def _seconds(team, kernel_, array, amount):

@@ -4,6 +4,7 @@ sentence and exit code 2.
 A subcommand is a module in `lockstep/commands` with a function `command`; `bench serve` and `cache prune`, too, have
 modules of their own. Only the one that is asked for is imported, so that `lockstep --help` stays fast.
 """
+
 import importlib
 import importlib.util
 import os
@@ -80,8 +81,9 @@ def application(args):
 
 
 def _top(
-    version: bool = typer.Option(False, "--version", is_eager=True, callback=lambda asked: _show_version(asked),
-                                 help="Show the version."),
+    version: bool = typer.Option(
+        False, "--version", is_eager=True, callback=lambda asked: _show_version(asked), help="Show the version."
+    ),
 ):
     """An LLM inference engine whose every path gives the same bits."""
 

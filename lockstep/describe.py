@@ -1,4 +1,5 @@
 """What a model is made of, in numbers: tensors, ops with their shapes, bytes and FLOPs, and the memory they need."""
+
 import re
 from dataclasses import dataclass
 
@@ -12,10 +13,19 @@ LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
 # ends of the names of tensors that only one op uses, or only rows that ask for it; an op that only such rows run
 SCRATCH, ASKED = ("scratch", "softmax", ".adjusted", "top_token", "top_logprob"), "adjust_logits"
 # bytes of a packed weight; the smaller formats carry a scale for 32 or 256 weights
-PACKED_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 1 + 2 / 32, "q4_0": 1 / 2 + 2 / 32,
-                "q4_1": Q4_1_BYTES / (PANEL * 32), "q5_0": Q5_0_BYTES / (PANEL * 32) + 2 / 32,
-                "q5_1": Q5_1_BYTES / (PANEL * 32), "q4_k": Q4_K_BYTES / (PANEL * 256),
-                "q5_k": Q5_K_BYTES / (PANEL * 256), "q6_k": Q6_K_BYTES / (PANEL * 256)}
+PACKED_BYTES = {
+    "f32": 4,
+    "f16": 2,
+    "bf16": 2,
+    "q8_0": 1 + 2 / 32,
+    "q4_0": 1 / 2 + 2 / 32,
+    "q4_1": Q4_1_BYTES / (PANEL * 32),
+    "q5_0": Q5_0_BYTES / (PANEL * 32) + 2 / 32,
+    "q5_1": Q5_1_BYTES / (PANEL * 32),
+    "q4_k": Q4_K_BYTES / (PANEL * 256),
+    "q5_k": Q5_K_BYTES / (PANEL * 256),
+    "q6_k": Q6_K_BYTES / (PANEL * 256),
+}
 
 
 @dataclass(frozen=True)
@@ -50,9 +60,16 @@ def _op_cost(op, context):
     name = op.outputs[0].name if op.outputs else op.inputs[0].name
     found = LAYER.search(name)
     return OpCost(
-        op.kind, LAYER.sub("*", name), int(found[0]) if found else None, op.rows, op.outputs[0].width,
-        ", ".join(f"{w.format} {'x'.join(map(str, w.shape))}" for w in weights), _read_bytes(op, weights),
-        sum(t.width * DTYPES[t.dtype].itemsize for t in tensors), 0 if asked else int(flops(op, context)))
+        op.kind,
+        LAYER.sub("*", name),
+        int(found[0]) if found else None,
+        op.rows,
+        op.outputs[0].width,
+        ", ".join(f"{w.format} {'x'.join(map(str, w.shape))}" for w in weights),
+        _read_bytes(op, weights),
+        sum(t.width * DTYPES[t.dtype].itemsize for t in tensors),
+        0 if asked else int(flops(op, context)),
+    )
 
 
 def _read_bytes(op, weights):
@@ -130,11 +147,13 @@ def memory(program):
     tables = {w.name: w for op in program.ops if op.kind == "embed" for w in op.inputs}
     small = [w for w in program.weights() if w.name not in linear and w.name not in tables]
     pages = sum(c.bytes_each for c in program.caches if c.kind == "pages")
-    return dict(packed_weights=sum(map(packed_bytes, linear.values())),
-                embedding=sum(p.data.nbytes for w in tables.values() for p in w.parts),
-                constants=sum(4 * _size(w.shape) for w in small),
-                kv_cache_per_token=pages // PAGE_TOKENS,
-                state_per_request=sum(c.bytes_each for c in program.caches if c.kind == "state"))
+    return dict(
+        packed_weights=sum(map(packed_bytes, linear.values())),
+        embedding=sum(p.data.nbytes for w in tables.values() for p in w.parts),
+        constants=sum(4 * _size(w.shape) for w in small),
+        kv_cache_per_token=pages // PAGE_TOKENS,
+        state_per_request=sum(c.bytes_each for c in program.caches if c.kind == "state"),
+    )
 
 
 def formats(infos):

@@ -4,6 +4,7 @@ A path is a way of cutting the prompt into steps, a number of threads and, if it
 steps. Compared are the logits and hidden states of the last positions, the tokens sampled from them, and what the
 prompt leaves in the cache: keys, values, states.
 """
+
 import hashlib
 from dataclasses import dataclass
 
@@ -118,8 +119,10 @@ def _span(ids, slot, pages, start, end, wanted):
 
 
 def _outcome(logits, seen, runner, num_pages, num_tokens):
-    caches = {c.name: hashlib.sha256(_cached(runner, c, num_pages, num_tokens).tobytes()).hexdigest()
-              for c in runner.program.caches}
+    caches = {
+        c.name: hashlib.sha256(_cached(runner, c, num_pages, num_tokens).tobytes()).hexdigest()
+        for c in runner.program.caches
+    }
     return Outcome(logits, {"logits": hashlib.sha256(logits.tobytes()).hexdigest(), **seen, **caches})
 
 

@@ -1,4 +1,5 @@
 """Bounds on processor time that hold on any machine: one that is slower than usual gets more."""
+
 import time
 
 USUAL_SECONDS = 0.08  # of `work`, where the bounds were chosen: a core of a Zen 5 server

@@ -1,4 +1,5 @@
 """`bench serve`: what arrives and when, times on a clock moved by hand, and runs of the bundled model."""
+
 import json
 from types import SimpleNamespace
 
@@ -261,8 +262,16 @@ def test_the_report_fits_eighty_columns(capsys):
     assert main([*ARGUMENTS, "--shared-prefix", "1000", "--concurrency", "2", "--burst", "3", "--check"]) == 0
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 80
-    for said in ("6 requests, 200 a second in groups of 3", "first token", "between tokens", "p99", "preemptions   0",
-                 "up to 2 requests under way", "held back", "check         0 of 6 differ"):
+    for said in (
+        "6 requests, 200 a second in groups of 3",
+        "first token",
+        "between tokens",
+        "p99",
+        "preemptions   0",
+        "up to 2 requests under way",
+        "held back",
+        "check         0 of 6 differ",
+    ):
         assert said in out
 
 

@@ -1,4 +1,5 @@
 """The command line as a user meets it: answers, errors in one sentence, exit codes, interruptions."""
+
 import errno
 import io
 import json
@@ -46,8 +47,10 @@ def test_version_and_help(capsys):
 
 
 def test_help_loads_no_kernels():
-    code = ("import sys; from lockstep.cli import main; main(['--help']); "
-            "sys.exit(bool({'numpy', 'numba', 'rich'} & set(sys.modules)))")
+    code = (
+        "import sys; from lockstep.cli import main; main(['--help']); "
+        "sys.exit(bool({'numpy', 'numba', 'rich'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
 
 
@@ -104,7 +107,7 @@ def test_echo_stop_and_other_ways_to_run(expected, capsys):
     assert capsys.readouterr().out == PROMPT + expected.text + "\n"
     stop = expected.text[4:6]
     assert run("-p", PROMPT, "-n", "12", "--stop", stop) == 0
-    assert capsys.readouterr().out == expected.text[:expected.text.index(stop)] + "\n"
+    assert capsys.readouterr().out == expected.text[: expected.text.index(stop)] + "\n"
 
 
 def test_a_seed_is_a_sample(capsys):
@@ -116,13 +119,31 @@ def test_a_seed_is_a_sample(capsys):
 
 
 def test_penalties_biases_and_min_tokens_are_those_of_the_library(expected, capsys):
-    flags = ("--repetition-penalty", "1.3", "--presence-penalty", "0.5", "--frequency-penalty", "0.2", "--logit-bias",
-             "300:4.5", "--logit-bias", "17:-100", "--min-tokens", "9")
+    flags = (
+        "--repetition-penalty",
+        "1.3",
+        "--presence-penalty",
+        "0.5",
+        "--frequency-penalty",
+        "0.2",
+        "--logit-bias",
+        "300:4.5",
+        "--logit-bias",
+        "17:-100",
+        "--min-tokens",
+        "9",
+    )
     assert run("-p", PROMPT, "-n", "12", "--json", *flags) == 0
     made = json.loads(capsys.readouterr().out)
     llm = LLM()
-    params = SamplingParams(max_tokens=12, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.2,
-                            logit_bias={300: 4.5, 17: -100}, min_tokens=9)
+    params = SamplingParams(
+        max_tokens=12,
+        repetition_penalty=1.3,
+        presence_penalty=0.5,
+        frequency_penalty=0.2,
+        logit_bias={300: 4.5, 17: -100},
+        min_tokens=9,
+    )
     same = llm.generate([PROMPT], params)[0]
     llm.close()
     assert (made["token_ids"], made["logprobs"]) == (same.token_ids, same.logprobs)
@@ -176,16 +197,28 @@ def caused(error, cause):
     return error
 
 
-@pytest.mark.parametrize(("error", "said"), [
-    (MemoryError(), "not enough memory"), (MemoryError("for 3 GiB"), "not enough memory: for 3 GiB"),
-    (OSError(errno.ENOMEM, "Cannot allocate memory"), "not enough memory"),
-    (OSError(errno.ENOMEM, "Cannot allocate memory", "m.gguf"), "not enough memory: m.gguf"),
-    (ImportError("a.so: failed to map segment from shared object"), "not enough memory: a.so: failed to map segment"),
-    (caused(OSError("cannot load b.so"), OSError("b.so: failed to map segment")), "not enough memory: b.so: failed"),
-    (RuntimeError("can't start new thread"), "no thread can be started: there is no memory for it, or"),
-    (caused(RuntimeError("no loop"), RuntimeError("can't start new thread")), "no thread can be started"),
-    (OSError(errno.ENOSPC, "No space left on device"), "No space left on device\n"),
-    (PermissionError(errno.EACCES, "Permission denied", "m.gguf"), "m.gguf: Permission denied\n")], ids=repr)
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "not enough memory"),
+        (MemoryError("for 3 GiB"), "not enough memory: for 3 GiB"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "not enough memory"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory", "m.gguf"), "not enough memory: m.gguf"),
+        (
+            ImportError("a.so: failed to map segment from shared object"),
+            "not enough memory: a.so: failed to map segment",
+        ),
+        (
+            caused(OSError("cannot load b.so"), OSError("b.so: failed to map segment")),
+            "not enough memory: b.so: failed",
+        ),
+        (RuntimeError("can't start new thread"), "no thread can be started: there is no memory for it, or"),
+        (caused(RuntimeError("no loop"), RuntimeError("can't start new thread")), "no thread can be started"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device\n"),
+        (PermissionError(errno.EACCES, "Permission denied", "m.gguf"), "m.gguf: Permission denied\n"),
+    ],
+    ids=repr,
+)
 def test_what_a_machine_lacks_is_one_sentence(error, said, monkeypatch, capsys):
     def fail(*args, **options):
         raise error
@@ -229,8 +262,20 @@ def test_ctrl_c(monkeypatch, capsys):
     assert "Traceback" not in said and "KeyboardInterrupt" not in said
 
 
-GENERATE = [sys.executable, "-m", "lockstep", "generate", "-p", PROMPT, "-n", "4000", "--temperature", "1.5",
-            "--min-tokens", "4000"]
+GENERATE = [
+    sys.executable,
+    "-m",
+    "lockstep",
+    "generate",
+    "-p",
+    PROMPT,
+    "-n",
+    "4000",
+    "--temperature",
+    "1.5",
+    "--min-tokens",
+    "4000",
+]
 
 
 def process_that_cannot_end(handler):
@@ -238,8 +283,7 @@ def process_that_cannot_end(handler):
     it inherits for SIGINT."""
     before = signal.signal(signal.SIGINT, handler)
     try:
-        process = subprocess.Popen(GENERATE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
-                                   pipesize=4096)
+        process = subprocess.Popen(GENERATE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, pipesize=4096)
     finally:
         signal.signal(signal.SIGINT, before)
     assert process.stdout.read(1)

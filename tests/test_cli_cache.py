@@ -1,4 +1,5 @@
 """`lockstep cache`: what is kept, and how it is removed."""
+
 import json
 import os
 
@@ -47,11 +48,18 @@ def test_the_list_says_what_each_model_takes_and_when_it_was_used(cache, capsys)
     assert "LOCKSTEP_CACHE_GB" in shown
 
 
-@pytest.mark.parametrize("options, left", [
-    ([], ["new", "newer", "old"]), (["--older-than", "5"], ["new", "newer"]), (["--older-than", "1"], ["new"]),
-    (["--max-gb", "0.0021"], ["new", "newer"]), (["--max-gb", "0"], []), (["--model", "newer"], ["new", "old"]),
-    (["--all"], []),
-])
+@pytest.mark.parametrize(
+    "options, left",
+    [
+        ([], ["new", "newer", "old"]),
+        (["--older-than", "5"], ["new", "newer"]),
+        (["--older-than", "1"], ["new"]),
+        (["--max-gb", "0.0021"], ["new", "newer"]),
+        (["--max-gb", "0"], []),
+        (["--model", "newer"], ["new", "old"]),
+        (["--all"], []),
+    ],
+)
 def test_pruning_removes_what_it_is_told_to(options, left, cache, capsys):
     assert main(["cache", "prune", *options]) == 0
     removed = f"removed {3 - len(left)}.0 MB" if len(left) < 3 else "removed 0 kB"

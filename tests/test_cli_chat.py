@@ -1,4 +1,5 @@
 """`lockstep chat` and `lockstep inspect`."""
+
 import json
 import os
 import shutil
@@ -98,8 +99,10 @@ def test_a_mistake_changes_nothing(line, said, talk, tmp_path, capsys):
     assert (talk.messages, talk.settings) == before and talk.open
 
 
-@pytest.mark.parametrize(("error", "said"), [
-    (MemoryError(), "(not enough memory)"), (RuntimeError("can't start new thread"), "(no thread can be started: ")])
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(MemoryError(), "(not enough memory)"), (RuntimeError("can't start new thread"), "(no thread can be started: ")],
+)
 def test_a_lack_of_memory_ends_no_conversation(error, said, talk, monkeypatch, capsys):
     def fail(*args, **options):
         raise error
@@ -132,20 +135,42 @@ def test_a_model_that_cannot_chat_is_refused_before_anything_is_packed(tokenizer
     assert f"{tmp_path / 'base'}: has no chat template" in capsys.readouterr().err and not packed
 
 
-@pytest.mark.parametrize(("size", "kv_dtype", "words"), [
-    (ContextSize(4096), "bf16", ("context 4096 tokens", None)),
-    (ContextSize(640, "max_context"), "bf16", ("context 640 of the model's 4096 tokens", None)),
-    (ContextSize(1024, "kv_tokens"), "bf16",
-     ("context 1024 of the model's 4096 tokens", "more --kv-tokens would give a longer context")),
-    (ContextSize(2048, "positions"), "bf16",
-     ("context 2048 of the model's 4096 tokens",
-      "--max-context would give a longer context, whose later positions have no proven accuracy")),
-    (ContextSize(2048, "memory"), "bf16",
-     ("context 2048 of the model's 4096 tokens",
-      "--kv-dtype q8, more free memory, or --max-context in spite of it, would give a longer context")),
-    (ContextSize(2048, "memory"), "q8",
-     ("context 2048 of the model's 4096 tokens",
-      "more free memory, or --max-context in spite of it, would give a longer context"))])
+@pytest.mark.parametrize(
+    ("size", "kv_dtype", "words"),
+    [
+        (ContextSize(4096), "bf16", ("context 4096 tokens", None)),
+        (ContextSize(640, "max_context"), "bf16", ("context 640 of the model's 4096 tokens", None)),
+        (
+            ContextSize(1024, "kv_tokens"),
+            "bf16",
+            ("context 1024 of the model's 4096 tokens", "more --kv-tokens would give a longer context"),
+        ),
+        (
+            ContextSize(2048, "positions"),
+            "bf16",
+            (
+                "context 2048 of the model's 4096 tokens",
+                "--max-context would give a longer context, whose later positions have no proven accuracy",
+            ),
+        ),
+        (
+            ContextSize(2048, "memory"),
+            "bf16",
+            (
+                "context 2048 of the model's 4096 tokens",
+                "--kv-dtype q8, more free memory, or --max-context in spite of it, would give a longer context",
+            ),
+        ),
+        (
+            ContextSize(2048, "memory"),
+            "q8",
+            (
+                "context 2048 of the model's 4096 tokens",
+                "more free memory, or --max-context in spite of it, would give a longer context",
+            ),
+        ),
+    ],
+)
 def test_a_context_says_what_would_give_more(size, kv_dtype, words):
     model = SimpleNamespace(config=SimpleNamespace(max_positions=4096), kv_dtype=kv_dtype)
     assert context_words(SimpleNamespace(context=size, model=model)) == words
@@ -154,8 +179,10 @@ def test_a_context_says_what_would_give_more(size, kv_dtype, words):
 def test_the_first_line_says_the_context(monkeypatch, capsys):
     monkeypatch.setattr(cache_size, "LEAST_CONTEXT", 1024)
     monkeypatch.setattr(cache_size, "available_bytes", lambda: 0)
-    for options, said in (([], "(context 1024 of the model's 4096 tokens; --kv-dtype q8, more free memory, or"),
-                          (["--max-context", "2048"], "(context 2048 of the model's 4096 tokens; temperature 0)")):
+    for options, said in (
+        ([], "(context 1024 of the model's 4096 tokens; --kv-dtype q8, more free memory, or"),
+        (["--max-context", "2048"], "(context 2048 of the model's 4096 tokens; temperature 0)"),
+    ):
         monkeypatch.setattr(sys, "stdin", Output(b""))
         assert main(["chat", *options]) == 0
         assert capsys.readouterr().err.startswith(said)
@@ -205,8 +232,13 @@ def test_memory_is_what_the_engine_takes(llm):
 def test_costs(llm):
     costs = op_costs(llm.model.recorded, 1000)
     linear = sum(c.flops for c in costs if c.kind == "linear")
-    sizes = {w.name: w.shape for op in llm.model.recorded.ops if op.kind == "linear" for w in op.inputs
-             if isinstance(w, Weight)}
+    sizes = {
+        w.name: w.shape
+        for op in llm.model.recorded.ops
+        if op.kind == "linear"
+        for w in op.inputs
+        if isinstance(w, Weight)
+    }
     assert linear == 2 * sum(n * k for n, k in sizes.values())
     assert [layers for layers, _ in collapsed(costs)] == [None, [0, 1, 2], [3], None]
     attention = next(op for op in llm.model.recorded.ops if op.kind == "gated_attention")

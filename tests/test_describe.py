@@ -1,4 +1,5 @@
 """What `lockstep inspect` counts, for models with experts (for the others see test_cli_chat.py)."""
+
 import pytest
 
 from lockstep.describe import is_linear, memory, op_costs, packed_bytes

@@ -2,14 +2,30 @@
 
 `weights` is below `ops`: an implementation of an op names the layout in which it reads its weights.
 """
+
 import ast
 import pathlib
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-ORDER = ("__main__", "cli", "commands", "bench", "bench_serve", "describe", "ceiling", "parity", "serve", "engine",
-         "models", "ptq", "ops", "weights", "runtime")
+ORDER = (
+    "__main__",
+    "cli",
+    "commands",
+    "bench",
+    "bench_serve",
+    "describe",
+    "ceiling",
+    "parity",
+    "serve",
+    "engine",
+    "models",
+    "ptq",
+    "ops",
+    "weights",
+    "runtime",
+)
 EXCEPTIONS = {
     ("runtime", "lockstep.ops.activations"),  # a rewrite knows how wide prepared rows are
 }
@@ -37,8 +53,11 @@ def imported(path):
 def upward(path):
     """Imports of a file that go up: (its part, the imported module)."""
     own = part(".".join(path.relative_to(ROOT).with_suffix("").parts))
-    return [(own, module) for module in imported(path)
-            if own != "__init__" and part(module) and ORDER.index(part(module)) < ORDER.index(own)]
+    return [
+        (own, module)
+        for module in imported(path)
+        if own != "__init__" and part(module) and ORDER.index(part(module)) < ORDER.index(own)
+    ]
 
 
 FILES = sorted((ROOT / "lockstep").rglob("*.py"))
@@ -61,6 +80,8 @@ def test_an_upward_import_is_seen(tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     path = tmp_path / "lockstep" / "ops" / "add.py"
     path.parent.mkdir(parents=True)
-    path.write_text("def f():\n    from lockstep import serve\n    from lockstep.engine.model import Model\n"
-                    "    import lockstep.runtime.step\n")
+    path.write_text(
+        "def f():\n    from lockstep import serve\n    from lockstep.engine.model import Model\n"
+        "    import lockstep.runtime.step\n"
+    )
     assert upward(path) == [("ops", "lockstep.serve"), ("ops", "lockstep.engine.model")]

@@ -1,4 +1,5 @@
 """The lock files: every package that is installed has a version that pyproject.toml allows, and hashes."""
+
 import re
 import tomllib
 from pathlib import Path
@@ -12,8 +13,11 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 DEPENDENCIES, EXTRAS = PROJECT["project"]["dependencies"], PROJECT["project"]["optional-dependencies"]
 RUN = [*DEPENDENCIES, *PROJECT["build-system"]["requires"]]
-WANTED = {"requirements.lock": RUN, "requirements-test.lock": [*RUN, *EXTRAS["test"]],
-          "requirements-dev.lock": EXTRAS["dev"]}
+WANTED = {
+    "requirements.lock": RUN,
+    "requirements-test.lock": [*RUN, *EXTRAS["test"]],
+    "requirements-dev.lock": EXTRAS["dev"],
+}
 # the first versions without a hole that was known when the floors were set
 SOUND = {"jinja2": "3.1.6", "starlette": "1.3.1", "setuptools": "78.1.1", "pytest": "9.0.3"}
 
@@ -34,8 +38,9 @@ def test_locks_hold_what_the_project_asks_for_and_name_no_place(name):
     found = locked(name)
     for text in WANTED[name]:
         wanted = Requirement(text)
-        assert all(version in wanted.specifier for version, _ in found[canonicalize_name(wanted.name)]), \
+        assert all(version in wanted.specifier for version, _ in found[canonicalize_name(wanted.name)]), (
             f"{text}: run make lock"
+        )
     assert all(count for versions in found.values() for _, count in versions)
     assert not re.search(r"://|index-url|find-links", (ROOT / name).read_text())
 

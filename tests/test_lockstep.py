@@ -5,6 +5,7 @@ for, every token and log-probability, the recurrent state after every step and e
 with the reference (`promise/trace.py`). `promise/test_traffic.py` does the same to whole engines, whose own scheduler
 preempts, shares prefixes and evicts them. LOCKSTEP_SOAK=minutes walks on with fresh seeds for so long.
 """
+
 import os
 import time
 from collections import Counter
@@ -17,9 +18,22 @@ from tests.promise.schedule import Teams, Walk, limits
 STEPS = 30  # of a walk
 PER_TOKEN = {"attention": "per_token", "elementwise": "per_token", "gated_delta": "per_token"}
 WALKS = ({}, {"fused": False}, {"swaps": PER_TOKEN})
-HAPPENS = ("batch mates", "prefill beside decode", "cut inside a page", "chunk over a page's end", "order changed",
-           "rows out of order", "pages out of order", "pages used again", "slots used again", "finished", "cancelled",
-           "recomputed", "past 2048", *(f"{n} threads" for n in range(1, 9)))
+HAPPENS = (
+    "batch mates",
+    "prefill beside decode",
+    "cut inside a page",
+    "chunk over a page's end",
+    "order changed",
+    "rows out of order",
+    "pages out of order",
+    "pages used again",
+    "slots used again",
+    "finished",
+    "cancelled",
+    "recomputed",
+    "past 2048",
+    *(f"{n} threads" for n in range(1, 9)),
+)
 NUM_STEPS = 400
 
 

@@ -1,4 +1,5 @@
 """What a model's text does to a terminal: nothing. A pipe gets it as it is."""
+
 import contextlib
 import io
 import os

@@ -1,4 +1,5 @@
 """One answer, streamed: steps of the engine until it ends, and what they took."""
+
 import time
 from dataclasses import dataclass
 
@@ -28,8 +29,10 @@ class Timing:
     def __str__(self):
         rate = f" at {self.decode_rate:.1f} tok/s" if self.decode_rate else ""
         decode = f"{counted(self.num_output, 'token')}{rate}"
-        return (f"prompt {counted(self.num_prompt, 'token')} at {self.prefill_rate:.1f} tok/s, decode {decode}, "
-                f"first token after {1000 * self.first_token:.0f} ms")
+        return (
+            f"prompt {counted(self.num_prompt, 'token')} at {self.prefill_rate:.1f} tok/s, decode {decode}, "
+            f"first token after {1000 * self.first_token:.0f} ms"
+        )
 
 
 def answer(llm, prompt, params, on_text, stopped=lambda: False):

@@ -1,4 +1,5 @@
 """`lockstep bench`: this machine's ceiling, prefill and decode, paths A/B, and where the time goes."""
+
 import importlib.util
 import json
 import pathlib
@@ -90,8 +91,10 @@ def run(bench, lengths, depths, repeat, quick=False, say=lambda text: None):
 def show(found, console):
     """The tables."""
     c = found["ceiling"]
-    console.print(f"ceiling of {found['threads']} threads: {c['bytes_per_second'] / 1e9:.1f} GB/s, "
-                  f"{c['int8_per_second'] / 1e9:.0f} GOPS int8, {c['f32_per_second'] / 1e9:.0f} GFLOP/s float32")
+    console.print(
+        f"ceiling of {found['threads']} threads: {c['bytes_per_second'] / 1e9:.1f} GB/s, "
+        f"{c['int8_per_second'] / 1e9:.0f} GOPS int8, {c['f32_per_second'] / 1e9:.0f} GFLOP/s float32"
+    )
     if found["prefill"]:
         speed = _table("tokens", "prefill tok/s", "context", "decode tok/s")
         rows = max(len(found["prefill"]), len(found["decode"]))
@@ -131,8 +134,14 @@ def profile_table(name, rows, ceiling):
         rate, ops = num_bytes / seconds, 2 * macs / seconds
         peak = ceiling["f32_per_second" if kind in ("linear_f32", "linear_f16", "linear_bf16") else "int8_per_second"]
         percent = max(rate / ceiling["bytes_per_second"], ops / peak) if macs else None
-        table.add_row(kind, f"{seconds * 1e3:.2f}", f"{seconds / total:.1%}", f"{rate / 1e9:.1f}" if macs else "",
-                      f"{ops / 1e9:.0f}" if macs else "", f"{percent:.0%}" if macs else "")
+        table.add_row(
+            kind,
+            f"{seconds * 1e3:.2f}",
+            f"{seconds / total:.1%}",
+            f"{rate / 1e9:.1f}" if macs else "",
+            f"{ops / 1e9:.0f}" if macs else "",
+            f"{percent:.0%}" if macs else "",
+        )
     return table
 
 
@@ -150,13 +159,19 @@ def draw(found, path):
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(2, 3))
-    left.bar([f"prefill {k}" for k in found["prefill"]] + [f"decode @{k}" for k in found["decode"]],
-             [*found["prefill"].values(), *found["decode"].values()], color="#3b6fb6")
+    left.bar(
+        [f"prefill {k}" for k in found["prefill"]] + [f"decode @{k}" for k in found["decode"]],
+        [*found["prefill"].values(), *found["decode"].values()],
+        color="#3b6fb6",
+    )
     left.set_ylabel("tokens per second")
     left.tick_params(axis="x", rotation=35)
-    ratios = {**{f"one at a time / {k}": r for k, r in found["per_token"]["ratios"].items()},
-              **{f"{k}: per token / batched": r for k, r in found["switches"].items()}}
+    ratios = {
+        **{f"one at a time / {k}": r for k, r in found["per_token"]["ratios"].items()},
+        **{f"{k}: per token / batched": r for k, r in found["switches"].items()},
+    }
     right.barh(list(ratios), [r["ratio"] for r in ratios.values()], color="#b6693b")
     right.axvline(1, color="black", linewidth=0.8)
     right.set_xlabel("times slower without it (same bits)")

@@ -1,4 +1,5 @@
 """`lockstep bench serve`: requests that arrive over time, without HTTP: throughput, latencies, cache hits."""
+
 import json
 import sys
 from typing import Annotated
@@ -29,29 +30,46 @@ def command(
     prompt: Annotated[str, typer.Option(metavar="MIN-MAX", help="Tokens of a prompt.")] = "32-512",
     output: Annotated[str, typer.Option(metavar="MIN-MAX", help="Tokens of an answer.")] = "16-64",
     shared_prefix: Annotated[int, typer.Option(help="Tokens in front of every prompt, the same for all.")] = 0,
-    concurrency: Annotated[int | None, typer.Option(
-        min=1, show_default="no limit", help="Most requests under way; others are sent when one ends.")] = None,
+    concurrency: Annotated[
+        int | None,
+        typer.Option(min=1, show_default="no limit", help="Most requests under way; others are sent when one ends."),
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of arrivals, lengths and tokens.")] = 0,
     max_requests: Annotated[int, typer.Option(min=1, help="Most requests in a step.")] = 16,
     max_step_tokens: Annotated[int, typer.Option(min=1, help="Most tokens in a step.")] = 512,
-    kv_tokens: Annotated[int | None, typer.Option(
-        min=1, show_default="what all requests of a step need, up to 2 GiB", help="Tokens of KV cache in all.")] = None,
+    kv_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, show_default="what all requests of a step need, up to 2 GiB", help="Tokens of KV cache in all."
+        ),
+    ] = None,
     prefix_cache: Annotated[bool, typer.Option(help="Use what was computed for the same first tokens.")] = True,
-    check: Annotated[bool, typer.Option(
-        "--check", help="Run some requests again, alone, and compare bits; exit code 1 on a difference.")] = False,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Run some requests again, alone, and compare bits; exit code 1 on a difference."),
+    ] = False,
     check_sample: Annotated[int, typer.Option(min=1, help="How many requests --check runs.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     plot: Annotated[str | None, typer.Option(metavar="FILE.png", help="Draw load and latencies.")] = None,
 ):
     """Drive arrivals against the engine, without HTTP, and report throughput, latencies, cache hits and preemptions."""
-    workload = measure.Workload(requests, rate, burst, _range("--prompt", prompt), _range("--output", output),
-                                shared_prefix, temperature, seed)
+    workload = measure.Workload(
+        requests, rate, burst, _range("--prompt", prompt), _range("--output", output), shared_prefix, temperature, seed
+    )
     if plot:
         check_plot(plot)
-    llm = load(model, weights=weights, kv_dtype=kv_dtype, threads=threads, max_context=workload.max_tokens,
-               max_requests=max_requests, max_step_tokens=max_step_tokens, kv_tokens=kv_tokens,
-               prefix_cache=prefix_cache)
+    llm = load(
+        model,
+        weights=weights,
+        kv_dtype=kv_dtype,
+        threads=threads,
+        max_context=workload.max_tokens,
+        max_requests=max_requests,
+        max_step_tokens=max_step_tokens,
+        kv_tokens=kv_tokens,
+        prefix_cache=prefix_cache,
+    )
     _check_context(workload, llm)
     visits = measure.prepare(llm.engine, workload)
     # no live display while it runs: another Python thread would delay steps
@@ -69,7 +87,7 @@ def command(
 
 
 def _range(option, text):
-    """"32-512" as (32, 512), and "32" as (32, 32)."""
+    """ "32-512" as (32, 512), and "32" as (32, 32)."""
     low, dash, high = text.partition("-")
     numbers = low, high if dash else low
     if not all(n.isdecimal() for n in numbers) or not 1 <= int(numbers[0]) <= int(numbers[1]):
@@ -81,15 +99,22 @@ def _check_context(workload, llm):
     size = llm.context
     if workload.max_tokens > size.num_tokens:
         what = "--kv-tokens hold" if size.limit == "kv_tokens" else "the model's context is"
-        raise ValueError(f"--shared-prefix, --prompt and --output: together up to {workload.max_tokens} tokens, but "
-                         f"{what} {size.num_tokens}")
+        raise ValueError(
+            f"--shared-prefix, --prompt and --output: together up to {workload.max_tokens} tokens, but "
+            f"{what} {size.num_tokens}"
+        )
 
 
 def _sizes(engine, concurrency):
     limits = engine.runner.limits
-    return dict(max_requests=limits.max_requests, max_step_tokens=limits.max_step_tokens,
-                kv_tokens=limits.num_pages * PAGE_TOKENS, threads=engine.team.num_threads, concurrency=concurrency,
-                prefix_cache=engine.scheduler.prefix is not None)
+    return dict(
+        max_requests=limits.max_requests,
+        max_step_tokens=limits.max_step_tokens,
+        kv_tokens=limits.num_pages * PAGE_TOKENS,
+        threads=engine.team.num_threads,
+        concurrency=concurrency,
+        prefix_cache=engine.scheduler.prefix is not None,
+    )
 
 
 def _arrivals(w):
@@ -117,8 +142,10 @@ def _headlines(w, e):
     prefix = f", {w.shared_prefix:,} more in front of each" if w.shared_prefix else ""
     yield f"{_arrivals(w)} (seed {w.seed})"
     yield f"prompts of {_between(w.prompt)} tokens{prefix}, answers of {_between(w.output)}"
-    yield (f"engine: {counted(e['threads'], 'thread')}; a step has up to {counted(e['max_requests'], 'request')}, "
-           f"{e['max_step_tokens']:,} tokens")
+    yield (
+        f"engine: {counted(e['threads'], 'thread')}; a step has up to {counted(e['max_requests'], 'request')}, "
+        f"{e['max_step_tokens']:,} tokens"
+    )
     cap = f"; up to {counted(e['concurrency'], 'request')} under way" if e["concurrency"] else ""
     yield f"KV cache of {e['kv_tokens']:,} tokens{cap}"
 
@@ -143,8 +170,13 @@ def _latencies(found):
     table.add_column("milliseconds", no_wrap=True)
     for name in names:
         table.add_column(name, justify="right")
-    rows = {"first token": "first_token_ms", "between tokens": "between_tokens_ms", "whole answer": "whole_answer_ms",
-            "held back": "held_back_ms", "step": "steps"}
+    rows = {
+        "first token": "first_token_ms",
+        "between tokens": "between_tokens_ms",
+        "whole answer": "whole_answer_ms",
+        "held back": "held_back_ms",
+        "step": "steps",
+    }
     for label, key in rows.items():
         values = found[key]["ms"] if key == "steps" else found[key]
         if values:
@@ -164,11 +196,21 @@ def _remarks(found):
     yield "preemptions", f"{counts['preempted']}; at most {counted(steps['most_waiting'], 'request')} waited"
     if found["num_held_back"]:
         yield "held back", f"{counted(found['num_held_back'], 'request')} found no place among the concurrent ones"
-    yield "steps", (f"{steps['count']:,} of {steps['mean_requests']:.1f} requests and {steps['mean_tokens']:.1f} "
-                    f"tokens on average; busy {steps['busy']:.0%}")
+    yield (
+        "steps",
+        (
+            f"{steps['count']:,} of {steps['mean_requests']:.1f} requests and {steps['mean_tokens']:.1f} "
+            f"tokens on average; busy {steps['busy']:.0%}"
+        ),
+    )
     share = steps["shares"]
-    yield "host", (f"{steps['host_share']:.1%} of the steps' time (schedule {share['scheduling']:.1%}, build "
-                   f"{share['building']:.1%}, take {share['taking']:.1%})")
+    yield (
+        "host",
+        (
+            f"{steps['host_share']:.1%} of the steps' time (schedule {share['scheduling']:.1%}, build "
+            f"{share['building']:.1%}, take {share['taking']:.1%})"
+        ),
+    )
     if "check" in found:
         check = found["check"]
         yield "check", f"{len(check['differing'])} of {check['compared']} differ from the same request alone"
@@ -183,6 +225,7 @@ def draw(measured, workload, path):
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(3, 2))
     _draw_load(left, measured)
     _draw_latencies(right, measured)
@@ -196,12 +239,15 @@ def _draw_load(axis, measured):
     """Running and waiting requests, with the arrivals as strokes below them."""
     steps = measured.steps
     at = [moment for s in steps for moment in (s.started, s.ended)]
-    for name, counts in (("running", [n for s in steps for n in (s.num_running, s.num_staying)]),
-                         ("waiting", [s.num_waiting for s in steps for _ in range(2)])):
+    for name, counts in (
+        ("running", [n for s in steps for n in (s.num_running, s.num_staying)]),
+        ("waiting", [s.num_waiting for s in steps for _ in range(2)]),
+    ):
         axis.step(at, counts, where="post", color=COLOURS[name], linewidth=1, label=name)
     most = max(s.num_running + s.num_waiting for s in steps)
-    axis.vlines([v.arrived for v in measured.visits], -0.09 * most, -0.03 * most, color="black", linewidth=0.6,
-                label="arrivals")
+    axis.vlines(
+        [v.arrived for v in measured.visits], -0.09 * most, -0.03 * most, color="black", linewidth=0.6, label="arrivals"
+    )
     axis.set_xlabel("seconds")
     axis.set_ylabel("requests")
     axis.yaxis.get_major_locator().set_params(integer=True)
@@ -212,16 +258,29 @@ def _draw_load(axis, measured):
 
 def _draw_latencies(axis, measured):
     """Which share of tokens came within so many milliseconds, with p50, p95 and p99 as dots."""
-    parts = {"first": ("first token", [v.first_token for v in measured.visits]),
-             "between": ("between tokens", [gap for v in measured.visits for gap in v.between_tokens])}
+    parts = {
+        "first": ("first token", [v.first_token for v in measured.visits]),
+        "between": ("between tokens", [gap for v in measured.visits for gap in v.between_tokens]),
+    }
     for name, (label, seconds) in parts.items():
         ms = sorted(1e3 * s for s in seconds)
         if ms:
-            axis.plot(ms, [(i + 1) / len(ms) for i in range(len(ms))], drawstyle="steps-post", color=COLOURS[name],
-                      linewidth=1.2, label=label)
+            axis.plot(
+                ms,
+                [(i + 1) / len(ms) for i in range(len(ms))],
+                drawstyle="steps-post",
+                color=COLOURS[name],
+                linewidth=1.2,
+                label=label,
+            )
             known = measure.spread(seconds)
-            axis.plot([known[f"p{p}"] for p in measure.PERCENTILES], [p / 100 for p in measure.PERCENTILES], "o",
-                      color=COLOURS[name], markersize=4)
+            axis.plot(
+                [known[f"p{p}"] for p in measure.PERCENTILES],
+                [p / 100 for p in measure.PERCENTILES],
+                "o",
+                color=COLOURS[name],
+                markersize=4,
+            )
     axis.set_xscale("log")
     axis.xaxis.set_major_formatter("{x:g}")
     axis.set_xlabel("milliseconds; dots: " + ", ".join(f"p{p}" for p in measure.PERCENTILES))

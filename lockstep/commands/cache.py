@@ -1,4 +1,5 @@
 """`lockstep cache`: what is kept on disk for models, and how to make it less."""
+
 import sys
 import time
 from typing import Annotated
@@ -36,10 +37,21 @@ def described(root):
     used = sum(model.num_bytes for model in models)
     others = {name: packed_cache.num_bytes(root / name) for name in ("kernels", "hashes", "selfcheck")}
     return dict(
-        folder=str(root), packed_bytes=used, allowed_bytes=packed_cache.allowed_bytes(root, used),
-        models=[dict(model=m.model, folder=str(m.folder), target=m.about.get("target"), bytes=m.num_bytes,
-                     last_used=m.last_used) for m in reversed(models)],
-        **{f"{name}_bytes": size for name, size in others.items()})
+        folder=str(root),
+        packed_bytes=used,
+        allowed_bytes=packed_cache.allowed_bytes(root, used),
+        models=[
+            dict(
+                model=m.model,
+                folder=str(m.folder),
+                target=m.about.get("target"),
+                bytes=m.num_bytes,
+                last_used=m.last_used,
+            )
+            for m in reversed(models)
+        ],
+        **{f"{name}_bytes": size for name, size in others.items()},
+    )
 
 
 def show(found):
@@ -58,9 +70,12 @@ def show(found):
         name, used = Text(shown(model["model"], sys.stdout)), ago(model["last_used"])
         table.add_row(name, model["target"] or "", size(model["bytes"]), used)
     console.print(table)
-    console.print(f"packed weights {size(found['packed_bytes'])}, at most {size(found['allowed_bytes'])} "
-                  f"(LOCKSTEP_CACHE_GB changes that); compiled kernels {size(found['kernels_bytes'])}; hashes of files "
-                  f"{size(found['hashes_bytes'] + found['selfcheck_bytes'])}", highlight=False)
+    console.print(
+        f"packed weights {size(found['packed_bytes'])}, at most {size(found['allowed_bytes'])} "
+        f"(LOCKSTEP_CACHE_GB changes that); compiled kernels {size(found['kernels_bytes'])}; hashes of files "
+        f"{size(found['hashes_bytes'] + found['selfcheck_bytes'])}",
+        highlight=False,
+    )
 
 
 def size(num_bytes):

@@ -1,17 +1,28 @@
 """`lockstep cache prune`: remove what is kept on disk for models."""
+
 from typing import Annotated
 
 import typer
 
 
 def command(
-    older_than: Annotated[float | None, typer.Option(
-        metavar="DAYS", min=0, show_default=False, help="Remove what was not used for so many days.")] = None,
-    max_gb: Annotated[float | None, typer.Option(
-        "--max-gb", min=0, show_default=False, help="Remove the models used longest ago until packed weights take so "
-        "many GB.")] = None,
-    model: Annotated[str | None, typer.Option(
-        metavar="TEXT", show_default=False, help="Remove the models whose path contains this text.")] = None,
+    older_than: Annotated[
+        float | None,
+        typer.Option(metavar="DAYS", min=0, show_default=False, help="Remove what was not used for so many days."),
+    ] = None,
+    max_gb: Annotated[
+        float | None,
+        typer.Option(
+            "--max-gb",
+            min=0,
+            show_default=False,
+            help="Remove the models used longest ago until packed weights take so many GB.",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", show_default=False, help="Remove the models whose path contains this text."),
+    ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Remove all packed weights, kernels and hashes.")] = False,
 ):
     """Remove packed weights, and with --older-than or --all compiled kernels and hashes of files, too.
@@ -44,8 +55,10 @@ def _check_named(root, model):
 
     known = [one.model for one in models(root / "packed")]
     if not any(model in path for path in known):
-        raise ValueError(f"--model {model!r}: no packed model's path contains it, there "
-                         f"{'are ' + ', '.join(known) if known else 'is none'}")
+        raise ValueError(
+            f"--model {model!r}: no packed model's path contains it, there "
+            f"{'are ' + ', '.join(known) if known else 'is none'}"
+        )
 
 
 def _total(root):

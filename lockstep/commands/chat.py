@@ -1,4 +1,5 @@
 """`lockstep chat`: a conversation in the terminal."""
+
 import sys
 from typing import Annotated
 
@@ -23,25 +24,35 @@ MODELS = "the model's"  # defaults of sampling
 def command(
     model: ModelName = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.", show_default=False)] = None,
-    temperature: Annotated[float | None, typer.Option(
-        help="0 always takes the most probable token.", show_default=f"{MODELS}, or 0.7")] = None,
-    top_k: Annotated[int | None, typer.Option(
-        help="Keep only the k most probable tokens; 0: all.", show_default=MODELS)] = None,
-    top_p: Annotated[float | None, typer.Option(
-        help="Keep the most probable tokens that reach this sum.", show_default=f"{MODELS}, or 0.95")] = None,
-    min_p: Annotated[float | None, typer.Option(
-        help="Drop tokens less probable than this part of the best.", show_default=MODELS)] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(
-        help="Above 1: tokens of the conversation become less probable.", show_default=MODELS)] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 always takes the most probable token.", show_default=f"{MODELS}, or 0.7")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Keep only the k most probable tokens; 0: all.", show_default=MODELS)
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Keep the most probable tokens that reach this sum.", show_default=f"{MODELS}, or 0.95"),
+    ] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Drop tokens less probable than this part of the best.", show_default=MODELS)
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(help="Above 1: tokens of the conversation become less probable.", show_default=MODELS),
+    ] = None,
     generation_config: GenerationConfig = "auto",
     seed: Annotated[int, typer.Option(help="Another seed, another sample.")] = 0,
     num_tokens: Annotated[int, typer.Option("-n", "--max-tokens", min=1, help="Most tokens of an answer.")] = 1024,
     weights: Weights = "auto",
     kv_dtype: KvDtype = None,
     threads: Threads = None,
-    max_context: Annotated[int | None, typer.Option(
-        min=1, help="Tokens that a conversation may have.",
-        show_default="the model's, as far as memory holds it")] = None,
+    max_context: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Tokens that a conversation may have.", show_default="the model's, as far as memory holds it"
+        ),
+    ] = None,
     cache_dir: CacheDir = None,
     verify_weights: VerifyWeights = False,
     op: OpSwaps = None,
@@ -53,8 +64,18 @@ def command(
     asked = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
     asked = {name: value for name, value in asked.items() if value is not None} | dict(seed=seed, max_tokens=num_tokens)
     SamplingParams(**asked)  # refuses before a model is loaded
-    llm = load(model, weights=weights, kv_dtype=kv_dtype, threads=threads, max_context=max_context, ops=op,
-               cache_dir=cache_dir, needs_chat=True, generation_config=generation_config, verify_weights=verify_weights)
+    llm = load(
+        model,
+        weights=weights,
+        kv_dtype=kv_dtype,
+        threads=threads,
+        max_context=max_context,
+        ops=op,
+        cache_dir=cache_dir,
+        needs_chat=True,
+        generation_config=generation_config,
+        verify_weights=verify_weights,
+    )
     talk = Conversation(llm, first_settings(llm.sampling_defaults, asked), system)
     print(first_line(llm, talk.settings), file=sys.stderr, flush=True)
     _greet(sys.stdin.isatty())
@@ -77,8 +98,11 @@ def first_line(llm, settings: dict) -> str:
     """What is said before the first message: the context, and how answers are sampled."""
     from lockstep.serve.generation_config import described
 
-    shown = {name: settings.get(name, value) for name, value in (settings | llm.sampling_defaults).items()
-             if name not in ("seed", "max_tokens")}
+    shown = {
+        name: settings.get(name, value)
+        for name, value in (settings | llm.sampling_defaults).items()
+        if name not in ("seed", "max_tokens")
+    }
     return f"({'; '.join([*filter(None, context_words(llm)), described(shown)])})"
 
 

@@ -1,4 +1,5 @@
 """A conversation with a model: its messages, its settings, and the /commands that change them."""
+
 import json
 import signal
 import sys
@@ -39,8 +40,16 @@ class Conversation:
             tell(sentence(error))
 
     def _command(self, name="", argument=""):
-        commands = dict(help=self._help, reset=self._reset, system=self._system, set=self._set, save=self._save,
-                        load=self._load, exit=self._exit, quit=self._exit)
+        commands = dict(
+            help=self._help,
+            reset=self._reset,
+            system=self._system,
+            set=self._set,
+            save=self._save,
+            load=self._load,
+            exit=self._exit,
+            quit=self._exit,
+        )
         if name not in commands:
             raise ValueError(f"/{name}: no such command; /help lists them")
         commands[name](argument.strip())
@@ -62,8 +71,10 @@ class Conversation:
     def _room(self, ids):
         room = self.llm.model.max_context - len(ids)
         if room < 1:
-            raise ValueError(f"the conversation has {len(ids)} tokens and the context {self.llm.model.max_context}: "
-                             f"/reset it, or start with a larger --max-context if the model has more")
+            raise ValueError(
+                f"the conversation has {len(ids)} tokens and the context {self.llm.model.max_context}: "
+                f"/reset it, or start with a larger --max-context if the model has more"
+            )
         return min(room, self.settings["max_tokens"])
 
     # ------------------------------------------------------------ commands

@@ -1,4 +1,5 @@
 """A user's mistake, or what this machine lacks, as one sentence."""
+
 import errno
 
 NO_THREAD = "can't start new thread"  # how Python's RuntimeError begins; it has no class of its own

@@ -1,4 +1,5 @@
 """`lockstep generate`: continue a text."""
+
 import json
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
@@ -6,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lockstep.commands.options import (
-    CacheDir, KvDtype, MaxContext, ModelName, OpSwaps, Threads, VerifyWeights, Weights, load,
+    CacheDir,
+    KvDtype,
+    MaxContext,
+    ModelName,
+    OpSwaps,
+    Threads,
+    VerifyWeights,
+    Weights,
+    load,
 )
 from lockstep.commands.output import write
 
@@ -18,12 +27,17 @@ DEFAULT_TOKENS, DEFAULT_CONTEXT = 128, 4096
 
 def command(
     model: ModelName = None,
-    source: Annotated[str | None, typer.Argument(metavar="[-]", help="- reads the prompt from standard input.",
-                                                 show_default=False)] = None,
+    source: Annotated[
+        str | None, typer.Argument(metavar="[-]", help="- reads the prompt from standard input.", show_default=False)
+    ] = None,
     prompt: Annotated[str | None, typer.Option("-p", "--prompt", metavar="TEXT", help="The prompt.")] = None,
     file: Annotated[str | None, typer.Option("-f", "--file", metavar="FILE", help="A file with the prompt.")] = None,
-    num_tokens: Annotated[int | None, typer.Option("-n", "--max-tokens", min=1, help="Most tokens to generate.",
-                                                   show_default="128, or as many as fit")] = None,
+    num_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "-n", "--max-tokens", min=1, help="Most tokens to generate.", show_default="128, or as many as fit"
+        ),
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 always takes the most probable token.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Keep only the k most probable tokens; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Keep the most probable tokens that reach this sum.")] = 1.0,
@@ -31,14 +45,19 @@ def command(
     seed: Annotated[int, typer.Option(help="Another seed, another sample; the same seed, the same bits.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this text. Repeatable.")] = None,
     min_tokens: Annotated[int, typer.Option(metavar="N", help="Do not end in the first N tokens.")] = 0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens of prompt and answer become less "
-                                                      "probable.")] = 1.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: tokens of prompt and answer become less probable.")
+    ] = 1.0,
     presence_penalty: Annotated[float, typer.Option(help="Subtract this from logits of tokens in the answer.")] = 0.0,
     frequency_penalty: Annotated[float, typer.Option(help="The same, for each time that a token is there.")] = 0.0,
-    logit_bias: Annotated[list[str] | None, typer.Option(
-        metavar="ID:BIAS", help="Add BIAS, from -100 to 100, to a token's logit. Repeatable.")] = None,
-    logprobs: Annotated[int | None, typer.Option(metavar="K", show_default=False, help="With --json: the K best "
-                                                 "alternatives of each token.")] = None,
+    logit_bias: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ID:BIAS", help="Add BIAS, from -100 to 100, to a token's logit. Repeatable."),
+    ] = None,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(metavar="K", show_default=False, help="With --json: the K best alternatives of each token."),
+    ] = None,
     echo: Annotated[bool, typer.Option("--echo", help="Print the prompt before its continuation.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")] = False,
     weights: Weights = "auto",
@@ -56,15 +75,34 @@ def command(
     """
     model, source = (None, "-") if model == "-" and source is None else (model, source)
     text = read_prompt(prompt, file, source)
-    fields = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, stop=tuple(stop or ()),
-                  logprobs=logprobs, min_tokens=min_tokens, repetition_penalty=repetition_penalty,
-                  presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
-                  logit_bias=parse_bias(logit_bias or ()))
+    fields = dict(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        stop=tuple(stop or ()),
+        logprobs=logprobs,
+        min_tokens=min_tokens,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logit_bias=parse_bias(logit_bias or ()),
+    )
     check_sampling(dict(fields, max_tokens=num_tokens or DEFAULT_TOKENS))
     context = max_context or needed_context(model, text, num_tokens or DEFAULT_TOKENS)
     # one prompt finds nothing in memory that it did not compute itself
-    llm = load(model, weights=weights, kv_dtype=kv_dtype, threads=threads, max_context=context, ops=op,
-               prefix_cache=cache_dir is not None, cache_dir=cache_dir, verify_weights=verify_weights)
+    llm = load(
+        model,
+        weights=weights,
+        kv_dtype=kv_dtype,
+        threads=threads,
+        max_context=context,
+        ops=op,
+        prefix_cache=cache_dir is not None,
+        cache_dir=cache_dir,
+        verify_weights=verify_weights,
+    )
     run(llm, text, num_tokens, fields, echo, as_json)
 
 
@@ -161,10 +199,16 @@ def tokenizer_of(model):
 def described(stream, timing):
     """The answer as a JSON object."""
     request = stream.request
-    made = dict(text=stream.text, token_ids=request.output_ids, logprobs=request.logprobs,
-                finish_reason=request.finish_reason, num_prompt_tokens=timing.num_prompt,
-                num_output_tokens=timing.num_output, prefill_tokens_per_second=round(timing.prefill_rate, 1),
-                decode_tokens_per_second=round(timing.decode_rate, 1),
-                seconds_to_first_token=round(timing.first_token, 4))
+    made = dict(
+        text=stream.text,
+        token_ids=request.output_ids,
+        logprobs=request.logprobs,
+        finish_reason=request.finish_reason,
+        num_prompt_tokens=timing.num_prompt,
+        num_output_tokens=timing.num_output,
+        prefill_tokens_per_second=round(timing.prefill_rate, 1),
+        decode_tokens_per_second=round(timing.decode_rate, 1),
+        seconds_to_first_token=round(timing.first_token, 4),
+    )
     made |= dict(top_logprobs=request.top_logprobs) if request.top_logprobs else {}
     return made if request.error is None else made | dict(error=request.error)

@@ -1,4 +1,5 @@
 """`lockstep inspect`: what a model is made of."""
+
 import dataclasses
 import json
 import sys
@@ -39,10 +40,15 @@ def described(checkpoint, model, context):
     from lockstep.describe import memory, op_costs
 
     return dict(
-        path=str(checkpoint.path), config=dataclasses.asdict(model.config), weights=model.weights,
-        kv_dtype=model.kv_dtype, context=context,
+        path=str(checkpoint.path),
+        config=dataclasses.asdict(model.config),
+        weights=model.weights,
+        kv_dtype=model.kv_dtype,
+        context=context,
         tensors=[dataclasses.asdict(info) for info in checkpoint.tensors.info.values()],
-        program=[dataclasses.asdict(cost) for cost in op_costs(model.recorded, context)], memory=memory(model.recorded))
+        program=[dataclasses.asdict(cost) for cost in op_costs(model.recorded, context)],
+        memory=memory(model.recorded),
+    )
 
 
 def show(checkpoint, model, context, tensors, everything):
@@ -55,8 +61,12 @@ def show(checkpoint, model, context, tensors, everything):
     console = console if console.is_terminal else Console(width=WIDTH)
     costs = op_costs(model.recorded, context)
     groups = [([c.layer] if c.layer is not None else None, [c]) for c in costs] if everything else collapsed(costs)
-    for table in (config_table(checkpoint, model.config), tensor_table(checkpoint.tensors.info, tensors),
-                  program_table(groups, context), memory_table(memory(model.recorded), model)):
+    for table in (
+        config_table(checkpoint, model.config),
+        tensor_table(checkpoint.tensors.info, tensors),
+        program_table(groups, context),
+        memory_table(memory(model.recorded), model),
+    ):
         console.print(table)
 
 
@@ -108,17 +118,36 @@ def tensor_table(infos, every):
 
 def program_table(groups, context):
     """Ops with what each costs; equal layers once."""
-    table = _table(f"Program: rows T tokens, R sampled; attention looks back on {context} tokens", "layers", "op",
-                   "output", "weights", ">weight bytes", ">bytes/row", ">FLOP/row")
+    table = _table(
+        f"Program: rows T tokens, R sampled; attention looks back on {context} tokens",
+        "layers",
+        "op",
+        "output",
+        "weights",
+        ">weight bytes",
+        ">bytes/row",
+        ">FLOP/row",
+    )
     for layers, ops in groups:
         for i, cost in enumerate(ops):
-            table.add_row(spans(layers) if layers and not i else "", cost.kind,
-                          f"{short(cost)} [{cost.rows}, {cost.width}]", cost.weights, f"{cost.weight_bytes:,}",
-                          f"{cost.row_bytes:,}", f"{cost.flops:,}")
+            table.add_row(
+                spans(layers) if layers and not i else "",
+                cost.kind,
+                f"{short(cost)} [{cost.rows}, {cost.width}]",
+                cost.weights,
+                f"{cost.weight_bytes:,}",
+                f"{cost.row_bytes:,}",
+                f"{cost.flops:,}",
+            )
         table.add_section()
     total = [(len(layers or (0,)), cost) for layers, ops in groups for cost in ops]
-    table.add_row("all", "", "", "", *(f"{sum(n * getattr(c, name) for n, c in total):,}"
-                                       for name in ("weight_bytes", "row_bytes", "flops")))
+    table.add_row(
+        "all",
+        "",
+        "",
+        "",
+        *(f"{sum(n * getattr(c, name) for n, c in total):,}" for name in ("weight_bytes", "row_bytes", "flops")),
+    )
     return table
 
 
@@ -141,9 +170,13 @@ def spans(numbers):
 def memory_table(needed, model):
     """What must be resident, and what a request adds."""
     table = _table("Memory", "for", ">bytes")
-    labels = dict(packed_weights="packed weights", embedding="embedding, mapped from the file",
-                  constants="norms, biases, rope", kv_cache_per_token=f"KV cache ({model.kv_dtype}), per token",
-                  state_per_request="recurrent state, per request")
+    labels = dict(
+        packed_weights="packed weights",
+        embedding="embedding, mapped from the file",
+        constants="norms, biases, rope",
+        kv_cache_per_token=f"KV cache ({model.kv_dtype}), per token",
+        state_per_request="recurrent state, per request",
+    )
     for name, label in labels.items():
         table.add_row(label, f"{needed[name]:,}")
     return table

@@ -1,28 +1,59 @@
 """Options that several commands share, and loading a model as they say."""
+
 import sys
 from typing import Annotated
 
 import typer
 
-ModelName = Annotated[str | None, typer.Argument(
-    metavar="[MODEL]", show_default=False,
-    help="A Hugging Face folder, a .gguf file or a hub name like org/model. Nothing: the bundled model.")]
-Weights = Annotated[str, typer.Option(
-    metavar="FORMAT", help="How linear layers multiply: auto (as stored), f32, bf16, q8_0 or q4_0.")]
-KvDtype = Annotated[str | None, typer.Option(
-    metavar="DTYPE", help="KV cache in f32, bf16 or q8 (8 bits).", show_default="bf16; f32 with --weights f32")]
+ModelName = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[MODEL]",
+        show_default=False,
+        help="A Hugging Face folder, a .gguf file or a hub name like org/model. Nothing: the bundled model.",
+    ),
+]
+Weights = Annotated[
+    str, typer.Option(metavar="FORMAT", help="How linear layers multiply: auto (as stored), f32, bf16, q8_0 or q4_0.")
+]
+KvDtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DTYPE", help="KV cache in f32, bf16 or q8 (8 bits).", show_default="bf16; f32 with --weights f32"
+    ),
+]
 Threads = Annotated[int | None, typer.Option(min=1, max=256, help="Threads.", show_default="all cores")]
-MaxContext = Annotated[int | None, typer.Option(min=1, help="Tokens that prompt and answer may have together.",
-                                                show_default="what is needed")]
-GenerationConfig = Annotated[str, typer.Option(
-    metavar="SOURCE", help="Whose sampling is the default: auto (the model's makers'), none, or a folder with a "
-    "generation_config.json.")]
-CacheDir = Annotated[str | None, typer.Option(
-    metavar="FOLDER", show_default="none", help="Keep computed prompts in this folder, for this and later runs.")]
-VerifyWeights = Annotated[bool, typer.Option(
-    "--verify-weights", help="Read all of the weights and check their hashes, although they were checked before.")]
-OpSwaps = Annotated[list[str] | None, typer.Option(
-    metavar="KIND=BACKEND", help="Run an op another way, such as linear=reference or attention=per_token. Repeatable.")]
+MaxContext = Annotated[
+    int | None,
+    typer.Option(min=1, help="Tokens that prompt and answer may have together.", show_default="what is needed"),
+]
+GenerationConfig = Annotated[
+    str,
+    typer.Option(
+        metavar="SOURCE",
+        help="Whose sampling is the default: auto (the model's makers'), none, or a folder with a "
+        "generation_config.json.",
+    ),
+]
+CacheDir = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER", show_default="none", help="Keep computed prompts in this folder, for this and later runs."
+    ),
+]
+VerifyWeights = Annotated[
+    bool,
+    typer.Option(
+        "--verify-weights", help="Read all of the weights and check their hashes, although they were checked before."
+    ),
+]
+OpSwaps = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KIND=BACKEND",
+        help="Run an op another way, such as linear=reference or attention=per_token. Repeatable.",
+    ),
+]
 
 
 def parse_swaps(swaps):
@@ -38,12 +69,17 @@ def context_words(llm) -> tuple[str, str | None]:
     """("context 4096 of the model's 32768 tokens", what would give more); the second is None where nothing would, or
     where --max-context chose it."""
     size, most = llm.context, llm.model.config.max_positions
-    shown = f"context {size.num_tokens} tokens" if size.num_tokens == most else \
-        f"context {size.num_tokens} of the model's {most} tokens"
+    shown = (
+        f"context {size.num_tokens} tokens"
+        if size.num_tokens == most
+        else f"context {size.num_tokens} of the model's {most} tokens"
+    )
     smaller = "" if llm.model.kv_dtype == "q8" else "--kv-dtype q8, "
-    more = {"kv_tokens": "more --kv-tokens would give a longer context",
-            "positions": "--max-context would give a longer context, whose later positions have no proven accuracy",
-            "memory": f"{smaller}more free memory, or --max-context in spite of it, would give a longer context"}
+    more = {
+        "kv_tokens": "more --kv-tokens would give a longer context",
+        "positions": "--max-context would give a longer context, whose later positions have no proven accuracy",
+        "memory": f"{smaller}more free memory, or --max-context in spite of it, would give a longer context",
+    }
     return shown, more.get(size.limit)
 
 
@@ -63,6 +99,9 @@ def load(model, *, ops=None, max_requests=1, wait_for_content=False, **options):
         if wait_for_content:
             llm.content.wait(progress.packing)
     if llm.num_bytes_not_kept:
-        print(f"lockstep: {llm.num_bytes_not_kept / 1e6:,.0f} MB of packed weights were not kept, so the next start "
-              "packs them again: the cache is full or cannot be written (see lockstep cache)", file=sys.stderr)
+        print(
+            f"lockstep: {llm.num_bytes_not_kept / 1e6:,.0f} MB of packed weights were not kept, so the next start "
+            "packs them again: the cache is full or cannot be written (see lockstep cache)",
+            file=sys.stderr,
+        )
     return llm

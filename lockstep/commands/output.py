@@ -1,4 +1,5 @@
 """Writing answers, and words beside them, so that no text of a model's or a file's acts on the terminal."""
+
 import os
 import sys
 

@@ -1,4 +1,5 @@
 """`lockstep parity`: show that every path gives the same bits, or the first op that does not."""
+
 import json
 from typing import Annotated
 
@@ -49,8 +50,12 @@ def command(
     weights: Weights = "auto",
     threads: Threads = None,
     op: OpSwaps = None,
-    first_difference: Annotated[str | None, typer.Option(
-        metavar="A:B", help="Instead: the first op that differs between two backends, e.g. cpu:reference.")] = None,
+    first_difference: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A:B", help="Instead: the first op that differs between two backends, e.g. cpu:reference."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ):
     """Run one prompt along every path and compare each, bit for bit, with one token at a time. Exit 1 if one
@@ -69,25 +74,56 @@ def command(
 def report_paths(model, ids, swaps, max_threads, as_json):
     """The table of all paths; exits with 1 if one differs."""
     console = Console(stderr=as_json)
-    table = Table("path", "threads", "max_abs_diff", "argmax", "digest", "bits", box=box.SIMPLE_HEAD,
-                  title=f"{len(ids)} tokens, every path", title_justify="left")
+    table = Table(
+        "path",
+        "threads",
+        "max_abs_diff",
+        "argmax",
+        "digest",
+        "bits",
+        box=box.SIMPLE_HEAD,
+        title=f"{len(ids)} tokens, every path",
+        title_justify="left",
+    )
     results = []
     with console.status("running paths") as status:
         for result in paths.run_parity(model, ids, max_threads, swaps):
             status.update(f"after {result.path.name}")
             results.append(result)
             mark = "[green]same" if result.identical else f"[red]DIFFERS[/] ({_listed(result.differing)})"
-            table.add_row(result.path.name, str(result.path.threads), f"{result.max_abs_diff:g}",
-                          f"{result.argmax_agree:.0%}", result.digest[:12], mark)
+            table.add_row(
+                result.path.name,
+                str(result.path.threads),
+                f"{result.max_abs_diff:g}",
+                f"{result.argmax_agree:.0%}",
+                result.digest[:12],
+                mark,
+            )
     identical = all(r.identical for r in results)
     if as_json:
-        print(json.dumps([dict(path=r.path.name, threads=r.path.threads, max_abs_diff=r.max_abs_diff,
-                               argmax_agree=r.argmax_agree, digest=r.digest, identical=r.identical,
-                               differing=r.differing) for r in results]))
+        print(
+            json.dumps(
+                [
+                    dict(
+                        path=r.path.name,
+                        threads=r.path.threads,
+                        max_abs_diff=r.max_abs_diff,
+                        argmax_agree=r.argmax_agree,
+                        digest=r.digest,
+                        identical=r.identical,
+                        differing=r.differing,
+                    )
+                    for r in results
+                ]
+            )
+        )
     else:
         console.print(table)
-        console.print(f"[green]{len(results)} paths, one answer: logits, sampled tokens and cache, bit for bit."
-                      if identical else "[red]Paths differ.")
+        console.print(
+            f"[green]{len(results)} paths, one answer: logits, sampled tokens and cache, bit for bit."
+            if identical
+            else "[red]Paths differ."
+        )
     raise typer.Exit(0 if identical else 1)
 
 
@@ -103,12 +139,26 @@ def report_first_difference(model, ids, backends, swaps, threads, as_json):
         raise ValueError(f"--first-difference {backends!r}: expected two of {', '.join(BACKENDS)} as A:B")
     found = paths.first_difference(model, ids, [(names[0], swaps), (names[1], None)], threads)
     if as_json:
-        print(json.dumps(found and dict(op=str(found.op), index=found.index, tensor=found.tensor.name, row=found.row,
-                                        column=found.column, values=found.values, num_different=found.num_different)))
+        print(
+            json.dumps(
+                found
+                and dict(
+                    op=str(found.op),
+                    index=found.index,
+                    tensor=found.tensor.name,
+                    row=found.row,
+                    column=found.column,
+                    values=found.values,
+                    num_different=found.num_different,
+                )
+            )
+        )
     elif found:
-        Console().print(f"[red]op {found.index}[/] {found.op}\nfirst difference in [bold]{found.tensor.name}[/] at row "
-                        f"{found.row}, column {found.column}: {found.values[0]!r} and {found.values[1]!r}; "
-                        f"{found.num_different} values differ")
+        Console().print(
+            f"[red]op {found.index}[/] {found.op}\nfirst difference in [bold]{found.tensor.name}[/] at row "
+            f"{found.row}, column {found.column}: {found.values[0]!r} and {found.values[1]!r}; "
+            f"{found.num_different} values differ"
+        )
     else:
         Console().print(f"[green]Every op of {names[0]} and {names[1]} gives the same bits over {len(ids)} tokens.")
     raise typer.Exit(1 if found else 0)

@@ -1,4 +1,5 @@
 """Progress on stderr while a model is made ready: one live line on a terminal, a few plain ones anywhere else."""
+
 import sys
 import time
 

@@ -1,4 +1,5 @@
 """`lockstep serve`: answer requests over HTTP."""
+
 import os
 import socket
 import threading
@@ -25,56 +26,104 @@ KEY_VARIABLE = "LOCKSTEP_API_KEY"
 
 def command(
     model: ModelName = None,
-    host: Annotated[str, typer.Option(
-        help="Address to listen on; localhost: 127.0.0.1 and ::1; 0.0.0.0: every one that this machine has.")]
-    = "127.0.0.1",
+    host: Annotated[
+        str,
+        typer.Option(
+            help="Address to listen on; localhost: 127.0.0.1 and ::1; 0.0.0.0: every one that this machine has."
+        ),
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any that is free.")] = 8000,
-    name: Annotated[list[str] | None, typer.Option(
-        help="What clients call the model. Repeatable: it answers to each; the first is for requests that give none.",
-        show_default="its own name")] = None,
-    any_model: Annotated[bool, typer.Option(
-        "--any-model", help="Answer whatever name clients call the model, and repeat that name.")] = False,
-    api_key: Annotated[list[str] | None, typer.Option(
-        metavar="KEY", show_default=f"${KEY_VARIABLE}, or none needed", help="A key that clients must send. "
-        "Repeatable.")] = None,
-    cors_origin: Annotated[list[str] | None, typer.Option(
-        metavar="ORIGIN", show_default="none", help="A web page that may call the server, such as "
-        "https://example.org. Repeatable.")] = None,
-    allowed_host: Annotated[list[str] | None, typer.Option(
-        metavar="NAME", show_default="addresses, localhost, --host and this machine's name", help="A name that clients "
-        "may call the server by where no key is asked for; *: any. Repeatable.")] = None,
-    share_prefixes: Annotated[bool, typer.Option(
-        "--share-prefixes", help="Let one API key's requests use what another's computed for the same first "
-        "tokens.")] = False,
-    max_connections_per_address: Annotated[int, typer.Option(
-        min=1, help="Connections from one address; more may only ask for /health and /ready.")] = 512,
+    name: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What clients call the model. Repeatable: it answers to each; the first is for requests that give none.",
+            show_default="its own name",
+        ),
+    ] = None,
+    any_model: Annotated[
+        bool, typer.Option("--any-model", help="Answer whatever name clients call the model, and repeat that name.")
+    ] = False,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY",
+            show_default=f"${KEY_VARIABLE}, or none needed",
+            help="A key that clients must send. Repeatable.",
+        ),
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN",
+            show_default="none",
+            help="A web page that may call the server, such as https://example.org. Repeatable.",
+        ),
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            show_default="addresses, localhost, --host and this machine's name",
+            help="A name that clients may call the server by where no key is asked for; *: any. Repeatable.",
+        ),
+    ] = None,
+    share_prefixes: Annotated[
+        bool,
+        typer.Option(
+            "--share-prefixes", help="Let one API key's requests use what another's computed for the same first tokens."
+        ),
+    ] = False,
+    max_connections_per_address: Annotated[
+        int, typer.Option(min=1, help="Connections from one address; more may only ask for /health and /ready.")
+    ] = 512,
     max_requests: Annotated[int, typer.Option(min=1, help="Most sequences in a step.")] = 32,
     max_step_tokens: Annotated[int, typer.Option(min=1, help="Most tokens in a step.")] = 512,
     max_queued: Annotated[int, typer.Option(min=1, help="Sequences that may wait; more are refused.")] = 256,
-    max_queued_tokens: Annotated[int, typer.Option(
-        min=1, help="Prompt tokens that may wait; more are refused.")] = 1 << 18,
-    max_answer_values: Annotated[int, typer.Option(
-        min=1, help="Tokens and log-probabilities that an answer may have, and log-probabilities of all answers in "
-        "work.")] = 3 << 19,
+    max_queued_tokens: Annotated[int, typer.Option(min=1, help="Prompt tokens that may wait; more are refused.")] = 1
+    << 18,
+    max_answer_values: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Tokens and log-probabilities that an answer may have, and log-probabilities of all answers in work.",
+        ),
+    ] = 3 << 19,
     max_body_mb: Annotated[int, typer.Option(min=1, max=1024, help="Megabytes of a request's body.")] = 8,
     request_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that an answer may take.")] = 600,
-    drain_timeout: Annotated[float, typer.Option(
-        min=0.1, help="Seconds that answers may go on after a signal to end.")] = 30,
+    drain_timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds that answers may go on after a signal to end.")
+    ] = 30,
     stuck_timeout: Annotated[float, typer.Option(min=1, help="Seconds of one step that make /health red.")] = 120,
-    kv_tokens: Annotated[int | None, typer.Option(
-        min=1, show_default="what all requests of a step need, up to 2 GiB, or one full context",
-        help="Tokens of KV cache in all.")] = None,
+    kv_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            show_default="what all requests of a step need, up to 2 GiB, or one full context",
+            help="Tokens of KV cache in all.",
+        ),
+    ] = None,
     prefix_cache: Annotated[bool, typer.Option(help="Use what was computed for the same first tokens.")] = True,
-    max_context: Annotated[int | None, typer.Option(
-        min=1, show_default="the model's, as far as memory holds it",
-        help="Tokens that a prompt and its answer may have.")] = None,
+    max_context: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            show_default="the model's, as far as memory holds it",
+            help="Tokens that a prompt and its answer may have.",
+        ),
+    ] = None,
     generation_config: GenerationConfig = "auto",
     weights: Weights = "auto",
     kv_dtype: KvDtype = None,
     threads: Threads = None,
     cache_dir: CacheDir = None,
-    early: Annotated[bool, typer.Option("--early", help="Answer before all of a new model's file has been read for its "
-                                        "content hash; such answers have no system_fingerprint.")] = False,
+    early: Annotated[
+        bool,
+        typer.Option(
+            "--early",
+            help="Answer before all of a new model's file has been read for its "
+            "content hash; such answers have no system_fingerprint.",
+        ),
+    ] = False,
     verify_weights: VerifyWeights = False,
     op: OpSwaps = None,
 ):
@@ -87,14 +136,32 @@ def command(
     from lockstep.serve.http.limits import Limits
     from lockstep.serve.http.service import Service
 
-    limits = Limits(max_queued=max_queued, max_queued_tokens=max_queued_tokens, max_body_bytes=max_body_mb << 20,
-                    request_seconds=request_timeout, drain_seconds=drain_timeout, stuck_seconds=stuck_timeout,
-                    max_address_connections=max_connections_per_address, max_answer_values=max_answer_values,
-                    max_pending_logprobs=max_answer_values)
-    sizes = dict(ops=op, weights=weights, kv_dtype=kv_dtype, threads=threads, max_context=max_context,
-                 max_requests=max_requests, max_step_tokens=max_step_tokens, kv_tokens=kv_tokens,
-                 prefix_cache=prefix_cache, cache_dir=cache_dir, generation_config=generation_config,
-                 wait_for_content=not early, verify_weights=verify_weights)
+    limits = Limits(
+        max_queued=max_queued,
+        max_queued_tokens=max_queued_tokens,
+        max_body_bytes=max_body_mb << 20,
+        request_seconds=request_timeout,
+        drain_seconds=drain_timeout,
+        stuck_seconds=stuck_timeout,
+        max_address_connections=max_connections_per_address,
+        max_answer_values=max_answer_values,
+        max_pending_logprobs=max_answer_values,
+    )
+    sizes = dict(
+        ops=op,
+        weights=weights,
+        kv_dtype=kv_dtype,
+        threads=threads,
+        max_context=max_context,
+        max_requests=max_requests,
+        max_step_tokens=max_step_tokens,
+        kv_tokens=kv_tokens,
+        prefix_cache=prefix_cache,
+        cache_dir=cache_dir,
+        generation_config=generation_config,
+        wait_for_content=not early,
+        verify_weights=verify_weights,
+    )
     names = model_names(name, model)
     service = Service(names[0], limits, keys(api_key), None if any_model else names, share_prefixes)
     app = make_app(service, cors_origin or (), [host, socket.gethostname(), *(allowed_host or ())])
@@ -130,8 +197,10 @@ def _open(load_model, service, server, failed, listening):
 def ready_line(service, host, port):
     """What is said when requests are answered."""
     llm, host = service.llm, f"[{host}]" if ":" in host else host
-    return (f"lockstep: {service.model_name} is ready at http://{host}:{port}/v1 ({context_words(llm)[0]}, "
-            f"{counted(llm.engine.scheduler.limits.max_requests, 'sequence')} at once)")
+    return (
+        f"lockstep: {service.model_name} is ready at http://{host}:{port}/v1 ({context_words(llm)[0]}, "
+        f"{counted(llm.engine.scheduler.limits.max_requests, 'sequence')} at once)"
+    )
 
 
 def notes(llm) -> list[str]:
@@ -139,8 +208,10 @@ def notes(llm) -> list[str]:
     from lockstep.serve.generation_config import described
 
     asked, more = described(llm.sampling_defaults), context_words(llm)[1]
-    sampling = asked and (f"what a request leaves open is as the model's makers ask: {asked} (--generation-config "
-                          f"none: as OpenAI's API has it)")
+    sampling = asked and (
+        f"what a request leaves open is as the model's makers ask: {asked} (--generation-config "
+        f"none: as OpenAI's API has it)"
+    )
     return [f"lockstep: {words}" for words in (more, sampling) if words]
 
 

@@ -1,4 +1,5 @@
 """The text of an answer while it is generated: tokens turned into characters, up to a stop string."""
+
 from lockstep.engine.stop_strings import StopStrings
 
 

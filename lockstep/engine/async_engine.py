@@ -1,4 +1,5 @@
 """An engine in a thread of its own: any thread or event loop submits requests and reads their tokens as they come."""
+
 import asyncio
 import sys
 import threading
@@ -40,7 +41,7 @@ class TokenStream:
 
     @property
     def finish_reason(self):
-        """"stop", "length", "error" or "cancelled"; None while it runs."""
+        """ "stop", "length", "error" or "cancelled"; None while it runs."""
         return self.request.finish_reason if self._ended else None
 
     @property
@@ -111,14 +112,13 @@ class TokenStream:
     # ------------------------------------------------------------ the engine's side
 
     def _advance(self):
-        """Hands over what the request has got since the last time; returns the future that its reader awaits, if any.
-        """
+        """Hands over what the request has got since the last time; returns the future that its reader awaits, if any."""
         request, count = self.request, len(self.request.output_ids)
         text = request.answer.text if request.answer is not None else ""
         with self._ready:
             for i in range(self._num_sent, count):
                 top = request.top_logprobs[i] if request.top_logprobs else None
-                new_text = text[self._text_sent:] if i == count - 1 else ""
+                new_text = text[self._text_sent :] if i == count - 1 else ""
                 self._tokens.append(Token(i, request.output_ids[i], request.logprobs[i], top, new_text))
                 self._text_sent += len(new_text)
             self._num_sent, self._ended = count, self._left or request.finish_reason is not None
@@ -149,8 +149,11 @@ async def batches(streams, pause=lambda: 0.0):
         woken = loop.create_future()
         taken = [(number, stream, stream.take(woken)) for number, stream in left.items()]
         left = {number: stream for number, stream, tokens in taken if tokens is not None}
-        found = [(number, tokens, stream.request.finish_reason if stream.is_read else None)
-                 for number, stream, tokens in taken if tokens]
+        found = [
+            (number, tokens, stream.request.finish_reason if stream.is_read else None)
+            for number, stream, tokens in taken
+            if tokens
+        ]
         if found:
             until = loop.time() + pause()
             yield found

@@ -1,4 +1,5 @@
 """How many tokens a context may have and a KV cache holds, by this machine's memory. It changes no bit of an answer."""
+
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,8 +41,9 @@ def context_size(model: "Model", options: "EngineOptions", max_context: int | No
     max_context: what the model was loaded with. None: for all its positions, up to MAX_POSITIONS.
     """
     bounds = [ContextSize(model.config.max_positions)]
-    bounds.append(ContextSize(MAX_POSITIONS, "positions") if max_context is None else
-                  ContextSize(max_context, "max_context"))
+    bounds.append(
+        ContextSize(MAX_POSITIONS, "positions") if max_context is None else ContextSize(max_context, "max_context")
+    )
     if options.kv_tokens is not None:
         bounds.append(ContextSize(-(-options.kv_tokens // PAGE_TOKENS) * PAGE_TOKENS, "kv_tokens"))
     elif max_context is None:
@@ -60,8 +62,10 @@ def num_pages(model: "Model", options: "EngineOptions") -> int:
     asked, memory = -(-options.kv_tokens // PAGE_TOKENS), _physical_bytes()
     taken = asked * _bytes_each(model, "pages")
     if taken > memory:
-        raise ValueError(f"kv_tokens: {options.kv_tokens} tokens take {taken / 2**30:.1f} GiB; this machine has "
-                         f"{memory / 2**30:.1f}, enough for {_pages_in(model, memory) * PAGE_TOKENS}")
+        raise ValueError(
+            f"kv_tokens: {options.kv_tokens} tokens take {taken / 2**30:.1f} GiB; this machine has "
+            f"{memory / 2**30:.1f}, enough for {_pages_in(model, memory) * PAGE_TOKENS}"
+        )
     return asked
 
 
@@ -89,6 +93,7 @@ def weight_bytes(program: Program) -> int:
 
 
 # ---------------------------------------------------------------- the machine
+
 
 def available_bytes() -> int:
     """Memory that this process may still take without others being pushed out: free, or holding files."""

@@ -1,4 +1,5 @@
 """Embeddings: a prompt's last hidden states, after the final norm, become one vector."""
+
 import math
 
 import numpy as np

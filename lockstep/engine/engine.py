@@ -1,4 +1,5 @@
 """The engine: requests in, tokens out, one step at a time."""
+
 import itertools
 import os
 from dataclasses import dataclass
@@ -28,8 +29,16 @@ def num_cores():
 
 
 MANY = (1 << 31) - 1
-LOWEST = {"max_step_tokens": 1, "max_requests": 1, "kv_tokens": PAGE_TOKENS, "threads": 1, "state_bytes": 0,
-          "state_every": PAGE_TOKENS, "prompt_state_from": 0, "cache_dir_bytes": 0}
+LOWEST = {
+    "max_step_tokens": 1,
+    "max_requests": 1,
+    "kv_tokens": PAGE_TOKENS,
+    "threads": 1,
+    "state_bytes": 0,
+    "state_every": PAGE_TOKENS,
+    "prompt_state_from": 0,
+    "cache_dir_bytes": 0,
+}
 MAY_BE_NONE = ("kv_tokens", "threads", "prompt_state_from")
 
 
@@ -87,8 +96,9 @@ class Engine:
         try:
             self.runner = Runner(model, self.team, limits, swaps)
         except MemoryError as error:
-            raise ValueError("max_step_tokens, max_requests, max_context or kv_tokens: not enough memory "
-                             f"({error})") from None
+            raise ValueError(
+                f"max_step_tokens, max_requests, max_context or kv_tokens: not enough memory ({error})"
+            ) from None
         if options.kv_tokens is not None:
             for array in self.runner.caches.values():
                 array.fill(0)  # the system hands out pages at the first touch: better now than within a request
@@ -102,8 +112,10 @@ class Engine:
         states = StateStore(options.state_bytes, memory.state_bytes) if memory.state_bytes else None
         if not options.prefix_cache or states is not None and not states.max_states:
             if options.cache_dir is not None:
-                raise ValueError("cache_dir: expected none without a prefix cache (prefix_cache is off, or state_bytes "
-                                 f"{options.state_bytes} is less than one state of {memory.state_bytes})")
+                raise ValueError(
+                    "cache_dir: expected none without a prefix cache (prefix_cache is off, or state_bytes "
+                    f"{options.state_bytes} is less than one state of {memory.state_bytes})"
+                )
             return None
         identity = model_identity(self.model, selfcheck.NUMERICS)
         sizes = dict(page=memory.page_bytes, state=memory.state_bytes)
@@ -134,8 +146,10 @@ class Engine:
         """
         prompt_ids = token_list(prompt_ids)
         self._check(prompt_ids, params, priority, cache_salt)
-        made = [Request(next(self._ids), list(prompt_ids), p, priority=priority, cache_salt=cache_salt)
-                for p in samples(params)]
+        made = [
+            Request(next(self._ids), list(prompt_ids), p, priority=priority, cache_salt=cache_salt)
+            for p in samples(params)
+        ]
         if params.pooling is not None:
             made[0].pool = Pool(params.pooling, len(prompt_ids))
         self.scheduler.check(made[0])
@@ -162,8 +176,10 @@ class Engine:
         if params.stop and self.new_detokenizer is None:
             raise ValueError("stop: there is no tokenizer to read answers with; use stop_token_ids")
         if len(prompt_ids) + params.max_tokens > limit:
-            raise ValueError(f"prompt of {len(prompt_ids)} tokens plus max_tokens {params.max_tokens} is more than the "
-                             f"context of {limit} tokens")
+            raise ValueError(
+                f"prompt of {len(prompt_ids)} tokens plus max_tokens {params.max_tokens} is more than the "
+                f"context of {limit} tokens"
+            )
 
     def cancel(self, request):
         """Ends a request now; its memory is free for the next step."""
@@ -276,10 +292,17 @@ class Engine:
     def counts(self):
         """What happened so far and what is there now, for reports and metrics: {name: number}. For any thread."""
         scheduler, pages, prefix = self.scheduler, self.scheduler.pages, self.scheduler.prefix
-        made = dict(running=len(scheduler.running), waiting=len(scheduler.waiting), preempted=scheduler.num_preempted,
-                    pages=pages.num_pages, pages_free=pages.num_free - pages.num_idle, pages_idle=pages.num_idle,
-                    pages_evicted=pages.num_evicted, generated_tokens=self.num_generated,
-                    not_finite=self.num_not_finite)
+        made = dict(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            preempted=scheduler.num_preempted,
+            pages=pages.num_pages,
+            pages_free=pages.num_free - pages.num_idle,
+            pages_idle=pages.num_idle,
+            pages_evicted=pages.num_evicted,
+            generated_tokens=self.num_generated,
+            not_finite=self.num_not_finite,
+        )
         return made | (prefix.report() if prefix else {})
 
     def finish(self, request, reason):

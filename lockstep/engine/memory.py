@@ -1,4 +1,5 @@
 """A runner's cache memory, page by page and slot by slot, as bytes that can be kept elsewhere and brought back."""
+
 import numpy as np
 
 
@@ -36,5 +37,5 @@ def _gather(arrays, row, out):
 def _scatter(arrays, row, data):
     at = 0
     for a in arrays:
-        a[row] = data[at:at + a.shape[1]]
+        a[row] = data[at : at + a.shape[1]]
         at += a.shape[1]

@@ -1,4 +1,5 @@
 """A loaded model: its config, its program in recorded and in runnable form, and its weights."""
+
 import functools
 from dataclasses import dataclass
 
@@ -12,7 +13,8 @@ from lockstep.runtime.backend import swapped
 from lockstep.runtime.rewrite import fuse, lower
 
 GROUPS = {  # what `--op GROUP=...` stands for
-    "linear": ("linear_", "quantize_q8", "round_bf16"), "attention": ("attention", "gated_attention"),
+    "linear": ("linear_", "quantize_q8", "round_bf16"),
+    "attention": ("attention", "gated_attention"),
     "elementwise": ("rms_norm", "add", "silu_mul"),
 }
 
@@ -89,9 +91,18 @@ def load_model(checkpoint, store, weights="auto", kv_dtype=None, max_context=Non
 
 def emit_sampling(program, logits, vocab_size):
     """Ends a program with the choice of a token for each row of logits (which may be wider than the vocabulary)."""
-    adjusted = program.emit("adjust_logits", [program.tensor("logits.adjusted", "R", logits.width)], [logits],
-                            vocab_size=vocab_size, width=logits.width)
-    outs = [program.tensor("token", "R", 1, "i32"), program.tensor("logprob", "R", 1),
-            program.tensor("top_token", "R", MAX_LOGPROBS, "i32"), program.tensor("top_logprob", "R", MAX_LOGPROBS),
-            program.tensor("sample.scratch", "R", scratch_width(vocab_size))]
+    adjusted = program.emit(
+        "adjust_logits",
+        [program.tensor("logits.adjusted", "R", logits.width)],
+        [logits],
+        vocab_size=vocab_size,
+        width=logits.width,
+    )
+    outs = [
+        program.tensor("token", "R", 1, "i32"),
+        program.tensor("logprob", "R", 1),
+        program.tensor("top_token", "R", MAX_LOGPROBS, "i32"),
+        program.tensor("top_logprob", "R", MAX_LOGPROBS),
+        program.tensor("sample.scratch", "R", scratch_width(vocab_size)),
+    ]
     program.emit("sample", outs, [logits, adjusted], vocab_size=vocab_size, width=logits.width)

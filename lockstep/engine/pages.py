@@ -1,4 +1,5 @@
 """Which pages of the KV cache are whose: reference counts, and names for pages whose content is worth finding again."""
+
 from collections import OrderedDict
 
 

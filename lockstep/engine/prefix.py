@@ -11,6 +11,7 @@ that the state can be copied. A prefix of such a model is as long as its pages a
 
 At least the last known token is always computed: its logits are needed.
 """
+
 import hashlib
 from array import array
 from dataclasses import dataclass
@@ -235,7 +236,7 @@ class PrefixCache:
         """After a step: names the blocks that it filled, and keeps the state where it ended on such a place."""
         count = request.num_computed // PAGE_TOKENS
         names = self.names(request, count)
-        for name, page in zip(names[request.num_named:], request.pages[request.num_named:]):
+        for name, page in zip(names[request.num_named :], request.pages[request.num_named :]):
             self.pages.name(page, name)
             if self._awaited.get(name) is request:
                 del self._awaited[name]

@@ -6,6 +6,7 @@ written beside its place and renamed, so that it is there whole or not at all. W
 and counted, never used. The checksum finds damage, not malice: who may write to the folder may change what the model
 sees.
 """
+
 import contextlib
 import functools
 import hashlib

@@ -1,4 +1,5 @@
 """What a user asks for and what comes back."""
+
 import hashlib
 import math
 import operator
@@ -139,11 +140,19 @@ def _is_number(value, kind):
 MIN_TEMPERATURE = 0.001
 MAX_TOKENS = 1 << 30
 ID_LISTS = ("stop_token_ids", "suppress_tokens")
-BOUNDS = (("max_tokens", int, 0, MAX_TOKENS), ("temperature", (int, float), 0, 1e4), ("top_k", int, 0, (1 << 31) - 1),
-          ("top_p", (int, float), 1e-9, 1), ("min_p", (int, float), 0, 1), ("seed", int, -(1 << 63), (1 << 63) - 1),
-          ("min_tokens", int, 0, 1 << 30), ("repetition_penalty", (int, float), 0.01, 100),
-          ("presence_penalty", (int, float), -2, 2), ("frequency_penalty", (int, float), -2, 2),
-          ("n", int, 1, 128))
+BOUNDS = (
+    ("max_tokens", int, 0, MAX_TOKENS),
+    ("temperature", (int, float), 0, 1e4),
+    ("top_k", int, 0, (1 << 31) - 1),
+    ("top_p", (int, float), 1e-9, 1),
+    ("min_p", (int, float), 0, 1),
+    ("seed", int, -(1 << 63), (1 << 63) - 1),
+    ("min_tokens", int, 0, 1 << 30),
+    ("repetition_penalty", (int, float), 0.01, 100),
+    ("presence_penalty", (int, float), -2, 2),
+    ("frequency_penalty", (int, float), -2, 2),
+    ("n", int, 1, 128),
+)
 
 
 def token_list(prompt_ids):
@@ -248,4 +257,4 @@ class Request:
         num_prompt = len(self.prompt_ids)
         if end <= num_prompt:
             return self.prompt_ids[start:end]
-        return self.prompt_ids[start:] + self.output_ids[max(0, start - num_prompt):end - num_prompt]
+        return self.prompt_ids[start:] + self.output_ids[max(0, start - num_prompt) : end - num_prompt]

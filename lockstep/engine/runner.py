@@ -1,4 +1,5 @@
 """Runs steps of a model: cache memory, the step block, and the executor. Knows nothing of requests or schedules."""
+
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -61,8 +62,18 @@ class Runner:
 
     def _allocate(self):
         T, S, R = self.limits.max_step_tokens, self.limits.max_requests, self.limits.max_sampled
-        shapes = {"TOKEN_IDS": T, "POSITION": T, "REQUEST": T, "QUERY_START": S + 1, "CONTEXT_LEN": S, "STATE_SLOT": S,
-                  "OUTPUT_ROW": T, "SAMPLED_ROW": R, "EMBEDDED_ROW": T, "PAGE_TABLE": (S, self.pages_per_request)}
+        shapes = {
+            "TOKEN_IDS": T,
+            "POSITION": T,
+            "REQUEST": T,
+            "QUERY_START": S + 1,
+            "CONTEXT_LEN": S,
+            "STATE_SLOT": S,
+            "OUTPUT_ROW": T,
+            "SAMPLED_ROW": R,
+            "EMBEDDED_ROW": T,
+            "PAGE_TABLE": (S, self.pages_per_request),
+        }
         self._arrays = {name: np.zeros(shape, np.int32) for name, shape in shapes.items()}
         self._sampling = np.zeros(R, SAMPLING_RECORD)
         self._step = np.zeros(words.STEP_WORDS, np.int64)
@@ -80,7 +91,7 @@ class Runner:
         num_sampled = self._fill(spans)
         self.executor.run(self._step, clock)
         view = self.executor.view
-        logits = view(self._logits, num_sampled)[:, :self.model.config.vocab_size]
+        logits = view(self._logits, num_sampled)[:, : self.model.config.vocab_size]
         return view(self._token, num_sampled)[:, 0], view(self._logprob, num_sampled)[:, 0], logits
 
     def alternatives(self, row, count):
@@ -104,13 +115,13 @@ class Runner:
         for s, span in enumerate(spans):
             n = len(span.token_ids)
             longest = max(longest, span.start + n)
-            a["TOKEN_IDS"][at:at + n] = span.token_ids
+            a["TOKEN_IDS"][at : at + n] = span.token_ids
             positions = range(span.start, span.start + n)
             # a range is the faster for few tokens
-            a["POSITION"][at:at + n] = positions if n < 8 else np.arange(positions.start, positions.stop)
-            a["REQUEST"][at:at + n] = s
+            a["POSITION"][at : at + n] = positions if n < 8 else np.arange(positions.start, positions.stop)
+            a["REQUEST"][at : at + n] = s
             a["CONTEXT_LEN"][s], a["STATE_SLOT"][s], a["QUERY_START"][s + 1] = span.start + n, span.slot, at + n
-            a["PAGE_TABLE"][s, :len(span.pages)] = span.pages
+            a["PAGE_TABLE"][s, : len(span.pages)] = span.pages
             at += n
         for source in self._sources:
             source.cover(longest)
@@ -120,7 +131,7 @@ class Runner:
     def _fill_outputs(self, spans):
         """Writes which rows have an output, and how those sample that do."""
         a, at, row, output, embedded = self._arrays, 0, 0, 0, 0
-        self._sampling[:sum(len(span.sampled) for span in spans)] = 0  # a record need not name every field
+        self._sampling[: sum(len(span.sampled) for span in spans)] = 0  # a record need not name every field
         for span in spans:
             output_of = {offset: output + i for i, offset in enumerate(sorted({*span.sampled, *span.embedded}))}
             for offset, o in output_of.items():

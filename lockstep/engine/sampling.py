@@ -2,6 +2,7 @@
 
 Log-probabilities of a prompt come from rows of their own: the row of token i says how likely token i + 1 was.
 """
+
 import math
 from collections import Counter
 
@@ -34,7 +35,7 @@ class Adjustment:
         self._prompt = list(dict.fromkeys(prompt_ids)) if repeats else []
         self._counts_output = bool(repeats or params.presence_penalty or params.frequency_penalty)
         self._seen = np.zeros((len(self._prompt) + params.max_tokens * self._counts_output, 2), np.int32)
-        self._seen[:len(self._prompt), 0] = self._prompt
+        self._seen[: len(self._prompt), 0] = self._prompt
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_ids)
         self._banned = np.array(sorted(i for i in ends if i < vocab_size), np.int32)
         biases = {**params.logit_bias, **dict.fromkeys(params.suppress_tokens, -np.inf)}
@@ -60,7 +61,7 @@ class Adjustment:
 
     def _log(self, output_ids):
         if self._counts_output:
-            for token in output_ids[self._num_logged:]:
+            for token in output_ids[self._num_logged :]:
                 self._counts[token] += 1
                 self._seen[len(self._prompt) + self._num_logged] = token, self._counts[token]
                 self._num_logged += 1
@@ -91,8 +92,15 @@ class Adjustment:
 
 def adjusts(params):
     """Whether a request may change its logits before a token is chosen."""
-    return bool(params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
-                or params.logit_bias or params.suppress_tokens or params.min_tokens or params.logits_mask)
+    return bool(
+        params.repetition_penalty != 1
+        or params.presence_penalty
+        or params.frequency_penalty
+        or params.logit_bias
+        or params.suppress_tokens
+        or params.min_tokens
+        or params.logits_mask
+    )
 
 
 def sampled_rows(request, start, end, eos_ids, vocab_size):
@@ -108,8 +116,16 @@ def sampled_rows(request, start, end, eos_ids, vocab_size):
         if request.adjustment is None and adjusts(p):
             request.adjustment = Adjustment(prompt, p, eos_ids, vocab_size)
         wishes = request.adjustment.fields(request.output_ids) if request.adjustment else {}
-        rows[end - 1 - start] = dict(temperature=p.temperature, top_p=p.top_p, min_p=p.min_p, top_k=p.top_k,
-                                     seed=p.seed, position=end, num_logprobs=p.logprobs or 0, **wishes)
+        rows[end - 1 - start] = dict(
+            temperature=p.temperature,
+            top_p=p.top_p,
+            min_p=p.min_p,
+            top_k=p.top_k,
+            seed=p.seed,
+            position=end,
+            num_logprobs=p.logprobs or 0,
+            **wishes,
+        )
     return rows
 
 

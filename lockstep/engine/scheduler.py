@@ -9,6 +9,7 @@ request; it takes further pages as it grows. Where there are none, the running r
 it gives all back, waits again, and computes its known tokens once more (less what the prefix cache still has). Nobody
 is stopped for one that waits, whatever its priority.
 """
+
 from bisect import insort
 
 from lockstep.engine.pages import PageAllocator
@@ -39,8 +40,10 @@ class Scheduler:
     def check(self, request):
         """ValueError for a request that could never run."""
         if pages_for(request.max_num_tokens) > self.limits.num_pages:
-            raise ValueError(f"prompt of {len(request.prompt_ids)} tokens and max_tokens {request.params.max_tokens}: "
-                             f"the KV cache holds {self.limits.num_pages * PAGE_TOKENS} tokens in all")
+            raise ValueError(
+                f"prompt of {len(request.prompt_ids)} tokens and max_tokens {request.params.max_tokens}: "
+                f"the KV cache holds {self.limits.num_pages * PAGE_TOKENS} tokens in all"
+            )
 
     def add(self, request):
         """Queues a request; ValueError if it could never run."""

@@ -4,6 +4,7 @@ Tiny made-up models that use the same kinds of op run three steps; a digest of e
 recorded from the definitions (`golden_kernels.json`). Rows of quantized or bf16 activations have no digest of their
 own, since their layout depends on the target: what is multiplied with them has.
 """
+
 import contextlib
 import hashlib
 import json
@@ -44,19 +45,43 @@ BLOCK_SCALES = {"q4_1": 2.0**-8, "q5_0": 2.0**-8, "q5_1": 2.0**-9, "q4_k": 2.0**
 UNCHECKED = ("scratch", "softmax", "logits.adjusted", "top_token", "top_logprob", "embedded", "hidden")
 # token counts of two requests in each step: a page's end, tiles with rows to spare, decode beside prefill
 STEPS = ((61, 3), (5, 1), (1, 1))
-BASE = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 1,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "hidden_act": "silu", "rms_norm_eps": 1e-3,
-        "max_position_embeddings": CONTEXT, "tie_word_embeddings": False, "rope_theta": 500.0, "eos_token_id": 2}
-HYBRID = {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2, "linear_num_key_heads": 2,
-          "linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 64,
-          "linear_conv_kernel_dim": 4}
+BASE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "intermediate_size": WIDTH,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-3,
+    "max_position_embeddings": CONTEXT,
+    "tie_word_embeddings": False,
+    "rope_theta": 500.0,
+    "eos_token_id": 2,
+}
+HYBRID = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "num_hidden_layers": 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 64,
+    "linear_conv_kernel_dim": 4,
+}
 CONFIGS = {
     "qwen3_5": {**BASE, **HYBRID, "model_type": "qwen3_5_text"},
     "qwen3": {**BASE, "model_type": "qwen3"},
     "qwen2": {**BASE, "model_type": "qwen2"},
     "llama": {**BASE, "model_type": "llama"},
-    "qwen3_moe": {**BASE, "model_type": "qwen3_moe", "num_experts": 16, "num_experts_per_tok": 2,
-                  "moe_intermediate_size": 64, "norm_topk_prob": True},
+    "qwen3_moe": {
+        **BASE,
+        "model_type": "qwen3_moe",
+        "num_experts": 16,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": True,
+    },
 }
 
 
@@ -88,6 +113,7 @@ def probes(program):
 
 # ---------------------------------------------------------------- the made-up model
 
+
 class Tensors(dict):
     """Stored tensors of any name, made when they are first looked at."""
 
@@ -105,8 +131,11 @@ class Tensors(dict):
 
 def shapes(c):
     """{name: shape} of the tensors of a config."""
-    made = {"model.embed_tokens.weight": (VOCABULARY, WIDTH), "model.norm.weight": (WIDTH,),
-            "lm_head.weight": (VOCABULARY, WIDTH)}
+    made = {
+        "model.embed_tokens.weight": (VOCABULARY, WIDTH),
+        "model.norm.weight": (WIDTH,),
+        "lm_head.weight": (VOCABULARY, WIDTH),
+    }
     for i, kind in enumerate(c.get("layer_types", ["full_attention"])):
         mixer, of = ("linear_attn", delta_shapes) if kind == "linear_attention" else ("self_attn", attention_shapes)
         norms = {"input_layernorm.weight": (WIDTH,), "post_attention_layernorm.weight": (WIDTH,)}
@@ -126,9 +155,17 @@ def attention_shapes(c):
 def delta_shapes(c):
     H, V = c["linear_num_value_heads"], c["linear_value_head_dim"]
     channels = 2 * c["linear_num_key_heads"] * c["linear_key_head_dim"] + H * V
-    return {"in_proj_qkv.weight": (channels, WIDTH), "in_proj_z.weight": (H * V, WIDTH), "in_proj_b.weight": (H, WIDTH),
-            "in_proj_a.weight": (H, WIDTH), "conv1d.weight": (channels, 1, c["linear_conv_kernel_dim"]), "A_log": (H,),
-            "dt_bias": (H,), "norm.weight": (V,), "out_proj.weight": (WIDTH, H * V)}
+    return {
+        "in_proj_qkv.weight": (channels, WIDTH),
+        "in_proj_z.weight": (H * V, WIDTH),
+        "in_proj_b.weight": (H, WIDTH),
+        "in_proj_a.weight": (H, WIDTH),
+        "conv1d.weight": (channels, 1, c["linear_conv_kernel_dim"]),
+        "A_log": (H,),
+        "dt_bias": (H,),
+        "norm.weight": (V,),
+        "out_proj.weight": (WIDTH, H * V),
+    }
 
 
 def mlp_shapes(c):
@@ -167,7 +204,7 @@ def blocks(generator, shape, format):
     block = BLOCK_FORMATS[format]
     made = generator.randint(0, 256, (shape[0], shape[1] // block.BLOCK_SIZE, block.BLOCK_BYTES)).astype(np.uint8)
     for at in SCALES[format]:
-        made[..., at:at + 2] = np.array([BLOCK_SCALES[format]], np.float16).view(np.uint8)
+        made[..., at : at + 2] = np.array([BLOCK_SCALES[format]], np.float16).view(np.uint8)
     return made.reshape(shape[0], -1)
 
 
@@ -178,11 +215,17 @@ def probe_model(probe, table, fused):
     emit_sampling(program, logits, config.vocab_size)
     lowered = lower(program)
     rewritten = fuse(lowered, table) if fused else lowered
-    return SimpleNamespace(backend=lambda swaps, base: table, rewritten=lambda backend, fused: rewritten,
-                           store=WeightStore(), max_context=CONTEXT, config=config)
+    return SimpleNamespace(
+        backend=lambda swaps, base: table,
+        rewritten=lambda backend, fused: rewritten,
+        store=WeightStore(),
+        max_context=CONTEXT,
+        config=config,
+    )
 
 
 # ---------------------------------------------------------------- digests
+
 
 def digests(probe, table, fused=True):
     """[(op, tensor name, digest)] of what each op of a probe's program writes, in order."""
@@ -197,7 +240,8 @@ def digests(probe, table, fused=True):
                 rows = {"T": sum(counts), "O": sum(counts), "R": 3 if counts[0] > 1 else 2, "S": 2}[tensor.rows]
                 width = VOCABULARY if tensor.name == "logits" else tensor.width
                 made.setdefault((op, tensor.name), hashlib.sha256()).update(
-                    np.ascontiguousarray(runner.executor.view(tensor, rows)[:, :width]).tobytes())
+                    np.ascontiguousarray(runner.executor.view(tensor, rows)[:, :width]).tobytes()
+                )
         return [(op, name, digest.hexdigest()[:16]) for (op, name), digest in made.items()]
     finally:
         team.close()
@@ -221,6 +265,7 @@ def visible(program):
 
 
 # ---------------------------------------------------------------- the check
+
 
 def check(program, backend):
     """Runs the probes of a program on an op table. RuntimeError at the first op whose bits are not the recorded ones.
@@ -249,7 +294,8 @@ def compare(probe, golden, found):
                 f"self-check failed: op {op.kind} gives other bits on this machine than its definition (tensor {name} "
                 f"of probe {probe}: expected {golden[name]}, found {digest}; CPU {cpu()}, target {target()[1]}, "
                 f"numerics {NUMERICS}, numba {numba.__version__}, llvmlite {llvmlite.__version__}). Nothing it "
-                f"computes can be trusted; please report this. `--op {op.kind}=reference` runs the definition instead.")
+                f"computes can be trusted; please report this. `--op {op.kind}=reference` runs the definition instead."
+            )
 
 
 def identity(wanted, kernels):

@@ -2,6 +2,7 @@
 
 The other probes choose tokens too, but ask for nothing; here every output of these ops is looked at.
 """
+
 import hashlib
 from types import SimpleNamespace
 
@@ -23,11 +24,16 @@ NAME = "sampling"
 ROWS, VOCABULARY, WIDTH = 8, 4101, 4112  # the last chunk of 4096 and the last word of a mask are not full
 SEEN, ALLOWED = [7, 4100, 7, 12], np.full(129, 0x5A5A5A5A, np.uint32)
 PENALTIES = dict(repetition_penalty=1.2, presence_penalty=0.4, frequency_penalty=-0.3, logit_bias={4099: 2.5, 3: -1.5})
-WISHES = (dict(), dict(temperature=0.7, logprobs=MAX_LOGPROBS), dict(**PENALTIES, logprobs=3), dict(min_tokens=5),
-          dict(logits_mask=lambda _: ALLOWED), dict(temperature=1.3, top_p=0.9, **PENALTIES, min_tokens=5,
-                                                    logits_mask=lambda _: ALLOWED),
-          dict(temperature=0.9, min_p=0.05, logit_bias={5: 100.0}),
-          dict(presence_penalty=1.5, temperature=0.5, top_k=9))
+WISHES = (
+    dict(),
+    dict(temperature=0.7, logprobs=MAX_LOGPROBS),
+    dict(**PENALTIES, logprobs=3),
+    dict(min_tokens=5),
+    dict(logits_mask=lambda _: ALLOWED),
+    dict(temperature=1.3, top_p=0.9, **PENALTIES, min_tokens=5, logits_mask=lambda _: ALLOWED),
+    dict(temperature=0.9, min_p=0.05, logit_bias={5: 100.0}),
+    dict(presence_penalty=1.5, temperature=0.5, top_k=9),
+)
 
 
 def digests(table):
@@ -51,19 +57,39 @@ def probe_model(table):
     values = np.random.RandomState(5).randint(-4096, 4096, (ROWS, WIDTH)) * np.float32(2.0**-9)
     stored = StoredTensor(NAME, "f32", values.shape, values.astype(np.float32))
     program = Program()
-    rows = program.emit("embed", [program.tensor("rows", "T", WIDTH)], [Weight(NAME, "f32", values.shape, (stored,))],
-                        width=WIDTH, format=format_code("f32"), scale=1.0)
-    logits = program.emit("select_rows", [program.tensor("logits", "R", WIDTH)], [rows], width=WIDTH,
-                          selected=SAMPLED_ROW)
+    rows = program.emit(
+        "embed",
+        [program.tensor("rows", "T", WIDTH)],
+        [Weight(NAME, "f32", values.shape, (stored,))],
+        width=WIDTH,
+        format=format_code("f32"),
+        scale=1.0,
+    )
+    logits = program.emit(
+        "select_rows", [program.tensor("logits", "R", WIDTH)], [rows], width=WIDTH, selected=SAMPLED_ROW
+    )
     emit_sampling(program, logits, VOCABULARY)
-    return SimpleNamespace(backend=lambda swaps, base: table, rewritten=lambda backend, fused: program,
-                           store=WeightStore(), max_context=ROWS, config=SimpleNamespace(vocab_size=VOCABULARY))
+    return SimpleNamespace(
+        backend=lambda swaps, base: table,
+        rewritten=lambda backend, fused: program,
+        store=WeightStore(),
+        max_context=ROWS,
+        config=SimpleNamespace(vocab_size=VOCABULARY),
+    )
 
 
 def record(row, p, adjustment):
     """Fields of a row's SAMPLING_RECORD, for its SamplingParams."""
-    return dict(temperature=p.temperature, top_p=p.top_p, min_p=p.min_p, top_k=p.top_k, seed=row, position=row + 1,
-                num_logprobs=p.logprobs or 0, **adjustment.fields(SEEN[:3]))
+    return dict(
+        temperature=p.temperature,
+        top_p=p.top_p,
+        min_p=p.min_p,
+        top_k=p.top_k,
+        seed=row,
+        position=row + 1,
+        num_logprobs=p.logprobs or 0,
+        **adjustment.fields(SEEN[:3]),
+    )
 
 
 def digest(array, tensor):

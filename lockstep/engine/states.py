@@ -1,4 +1,5 @@
 """Checkpoints of recurrent state in host memory: least recently used out, bounded by bytes."""
+
 from collections import OrderedDict
 
 import numpy as np

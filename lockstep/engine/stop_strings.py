@@ -25,10 +25,10 @@ class StopStrings:
             ended = self._read(character)
             if ended and may_stop:
                 self.found, self._held = max(ended, key=len), ""
-                return text[:at] if self._include else text[:at - len(self.found)]
+                return text[:at] if self._include else text[: at - len(self.found)]
         keep = 0 if self._include else max(map(self._beginning, range(len(self._strings))), default=0)
-        self._held = text[len(text) - keep:]
-        return text[:len(text) - keep]
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
 
     def finish(self):
         """The text held back, now that nothing follows."""

@@ -1,17 +1,48 @@
 """A checkpoint's config.json as the numbers that a model's program needs; what is not supported is refused by name."""
+
 from dataclasses import dataclass, replace
 
 from lockstep.ops.rope import RopeScaling
 
 # words in the name of a config key that suggest that it changes what is computed
-MATHS = ("scal", "softcap", "bias", "norm", "rope", "rotary", "window", "expert", "moe", "multiplier", "factor", "act",
-         "clip", "attention", "attn", "residual", "logit", "sink", "kv", "head", "layer", "mlp", "router", "quant",
-         "position", "linear", "temperature_tuning", "mtp", "embedd")
+MATHS = (
+    "scal",
+    "softcap",
+    "bias",
+    "norm",
+    "rope",
+    "rotary",
+    "window",
+    "expert",
+    "moe",
+    "multiplier",
+    "factor",
+    "act",
+    "clip",
+    "attention",
+    "attn",
+    "residual",
+    "logit",
+    "sink",
+    "kv",
+    "head",
+    "layer",
+    "mlp",
+    "router",
+    "quant",
+    "position",
+    "linear",
+    "temperature_tuning",
+    "mtp",
+    "embedd",
+)
 
 # keys that every family reads; what else a family reads is listed in `families`
-READ = frozenset("""model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
+READ = frozenset(
+    """model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
 num_key_value_heads head_dim hidden_act rms_norm_eps tie_word_embeddings max_position_embeddings
-original_max_position_embeddings rope_theta rope_scaling rope_parameters partial_rotary_factor eos_token_id""".split())
+original_max_position_embeddings rope_theta rope_scaling rope_parameters partial_rotary_factor eos_token_id""".split()
+)
 # keys that do not matter to inference on text
 NEUTRAL = frozenset(
     """architectures attention_dropout residual_dropout hidden_dropout classifier_dropout embd_pdrop
@@ -22,8 +53,13 @@ vision_start_token_id vision_end_token_id tie_encoder_decoder _attn_implementati
 use_flash_attn text_config""".split()
 )
 ALLOWED_VALUES = {
-    "hidden_act": ("silu", "swish"), "mlp_bias": (False,), "attn_output_gate": (True,), "partial_rotary_factor": (1,),
-    "mtp_use_dedicated_embeddings": (False,), "decoder_sparse_step": (1,), "mlp_only_layers": ([],),
+    "hidden_act": ("silu", "swish"),
+    "mlp_bias": (False,),
+    "attn_output_gate": (True,),
+    "partial_rotary_factor": (1,),
+    "mtp_use_dedicated_embeddings": (False,),
+    "decoder_sparse_step": (1,),
+    "mlp_only_layers": ([],),
 }
 
 
@@ -181,10 +217,21 @@ def text_config(config):
 
 
 ROPE_KEYS = {  # by rope type: parameters that must be there, and that may be
-    "default": ((), ()), "linear": (("factor",), ()),
+    "default": ((), ()),
+    "linear": (("factor",), ()),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
-    "yarn": (("factor",), ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
-                           "mscale_all_dim", "truncate")),
+    "yarn": (
+        ("factor",),
+        (
+            "original_max_position_embeddings",
+            "attention_factor",
+            "beta_fast",
+            "beta_slow",
+            "mscale",
+            "mscale_all_dim",
+            "truncate",
+        ),
+    ),
 }
 ROPE_COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 MROPE = {"mrope_section", "mrope_interleaved"}  # for text all three position components are equal
@@ -266,13 +313,21 @@ def common(config, rope_defaults=None, tied=False, **family):
     eos_ids = tuple(i for i in end_ids(config) if 0 <= i < vocab_size)
     head_dim = optional(config, "head_dim", need(config, "hidden_size") // num_heads)
     made = ModelConfig(
-        model_type=config["model_type"], vocab_size=vocab_size, hidden_size=need(config, "hidden_size"),
-        ffn_width=0 if "experts" in family else need(config, "intermediate_size"), num_heads=num_heads,
-        num_kv_heads=optional(config, "num_key_value_heads", num_heads), head_dim=head_dim,
-        rms_eps=need(config, "rms_norm_eps", float, 0, 1), max_positions=need(config, "max_position_embeddings"),
-        layers=(Layer("attention"),) * num_layers, **_rope_fields(config, head_dim, rope_defaults or {}),
-        tied=flag(config, "tie_word_embeddings", tied), eos_ids=eos_ids,
-        headless=is_headless(config))
+        model_type=config["model_type"],
+        vocab_size=vocab_size,
+        hidden_size=need(config, "hidden_size"),
+        ffn_width=0 if "experts" in family else need(config, "intermediate_size"),
+        num_heads=num_heads,
+        num_kv_heads=optional(config, "num_key_value_heads", num_heads),
+        head_dim=head_dim,
+        rms_eps=need(config, "rms_norm_eps", float, 0, 1),
+        max_positions=need(config, "max_position_embeddings"),
+        layers=(Layer("attention"),) * num_layers,
+        **_rope_fields(config, head_dim, rope_defaults or {}),
+        tied=flag(config, "tie_word_embeddings", tied),
+        eos_ids=eos_ids,
+        headless=is_headless(config),
+    )
     return checked(replace(made, **family))
 
 
@@ -295,6 +350,8 @@ def checked(config):
     if config.experts and config.experts.width % 16:
         raise ValueError(f"experts of width {config.experts.width} are not supported: it must be a multiple of 16")
     if config.head_dim > 256 or config.num_heads % config.num_kv_heads:
-        raise ValueError(f"head_dim {config.head_dim} (at most 256) with {config.num_heads} heads and "
-                         f"{config.num_kv_heads} kv heads (a divisor of the heads) is not supported")
+        raise ValueError(
+            f"head_dim {config.head_dim} (at most 256) with {config.num_heads} heads and "
+            f"{config.num_kv_heads} kv heads (a divisor of the heads) is not supported"
+        )
     return config

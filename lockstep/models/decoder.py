@@ -8,6 +8,7 @@
 After the last mixer no row is read by another, so only rows with an output (sampled or embedded) go on from there: a
 prompt has one, and nearly the whole last layer of its other tokens is not computed.
 """
+
 from lockstep.models.record import Recorder
 from lockstep.runtime.step import EMBEDDED_ROW, OUTPUT_ROW, SAMPLED_ROW
 

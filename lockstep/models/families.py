@@ -1,4 +1,5 @@
 """Model types: how each one's config.json becomes a ModelConfig. A new Llama-like model type is a function here."""
+
 from dataclasses import replace
 
 from lockstep.models.config import (
@@ -19,10 +20,22 @@ from lockstep.models.config import (
 
 WINDOW_TYPES = ("full_attention", "sliding_attention")
 WINDOW = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
-EXPERTS = ("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob",
-           "decoder_sparse_step", "mlp_only_layers")
-DELTA = ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
-         "linear_conv_kernel_dim")
+EXPERTS = (
+    "num_experts",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "norm_topk_prob",
+    "decoder_sparse_step",
+    "mlp_only_layers",
+)
+DELTA = (
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_conv_kernel_dim",
+)
 
 
 def llama(config):
@@ -56,8 +69,12 @@ def qwen3_moe(config):
     """qwen3 with experts in place of most MLPs; a sliding window on every layer if use_sliding_window."""
     check_keys(config, ["attention_bias", *WINDOW, *EXPERTS], free=["decoder_sparse_step", "mlp_only_layers"])
     total = "num_experts" if config.get("num_experts") is not None else "num_local_experts"
-    experts = Experts(need(config, total, high=4096), need(config, "num_experts_per_tok", high=256),
-                      need(config, "moe_intermediate_size"), flag(config, "norm_topk_prob"))
+    experts = Experts(
+        need(config, total, high=4096),
+        need(config, "num_experts_per_tok", high=256),
+        need(config, "moe_intermediate_size"),
+        flag(config, "norm_topk_prob"),
+    )
     if experts.num_per_token > experts.num_experts:
         raise ValueError(
             f"config key 'num_experts_per_tok': expected at most {experts.num_experts}, got {experts.num_per_token}"
@@ -80,8 +97,9 @@ def with_dense_layers(made, config):
 
 def smollm3(config):
     """Llama without rope on every fourth layer, which has a sliding window if use_sliding_window; layer_types wins."""
-    check_keys(config, ["attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval", *WINDOW],
-               free=["mlp_bias"])
+    check_keys(
+        config, ["attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval", *WINDOW], free=["mlp_bias"]
+    )
     made = common(config, rope_defaults={"theta": 2e6}, tied=True, mlp_bias=flag(config, "mlp_bias"), **biases(config))
     interval = optional(config, "no_rope_layer_interval", 4)
     ropes = config.get("no_rope_layers") or [int((i + 1) % interval != 0) for i in range(made.num_layers)]
@@ -95,14 +113,25 @@ def smollm3(config):
 
 def qwen3_5(config):
     """Gated delta rule layers with a gated attention layer among them; norms store w - 1; partial rope."""
-    check_keys(config, ["attention_bias", "layer_types", "full_attention_interval", "mtp_num_hidden_layers", *DELTA],
-               free=["partial_rotary_factor"])
-    made = common(config, rope_defaults={"partial": 0.25, "ignored": MROPE}, qk_norm=True, output_gate=True,
-                  norm_offset=1.0, num_mtp_layers=optional(config, "mtp_num_hidden_layers", 0, low=0), **biases(config))
+    check_keys(
+        config,
+        ["attention_bias", "layer_types", "full_attention_interval", "mtp_num_hidden_layers", *DELTA],
+        free=["partial_rotary_factor"],
+    )
+    made = common(
+        config,
+        rope_defaults={"partial": 0.25, "ignored": MROPE},
+        qk_norm=True,
+        output_gate=True,
+        norm_offset=1.0,
+        num_mtp_layers=optional(config, "mtp_num_hidden_layers", 0, low=0),
+        **biases(config),
+    )
     interval = optional(config, "full_attention_interval", 4)
     mixers = {"full_attention": "attention", "linear_attention": "linear_attention"}
     types = layer_types(config, *mixers) or [
-        "full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(made.num_layers)]
+        "full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(made.num_layers)
+    ]
     return replace(made, layers=tuple(Layer(mixers[t]) for t in types), linear_attention=delta_rule(config))
 
 
@@ -139,8 +168,14 @@ def delta_rule(config):
 
 
 FAMILIES = {
-    "llama": llama, "mistral": mistral, "qwen2": qwen2, "qwen3": qwen3, "qwen3_moe": qwen3_moe, "smollm3": smollm3,
-    "qwen3_5": qwen3_5, "qwen3_5_text": qwen3_5,
+    "llama": llama,
+    "mistral": mistral,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+    "qwen3_moe": qwen3_moe,
+    "smollm3": smollm3,
+    "qwen3_5": qwen3_5,
+    "qwen3_5_text": qwen3_5,
 }
 
 

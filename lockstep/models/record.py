@@ -2,6 +2,7 @@
 
 A model names checkpoint tensors by their Hugging Face names; shapes are checked here, once, with a clear error.
 """
+
 from lockstep.ops.activations import bf16_width, q8_width
 from lockstep.ops.embed import FORMATS as EMBED_FORMATS
 from lockstep.ops.embed import format_code
@@ -71,8 +72,10 @@ class Recorder:
         says."""
         left = [n for n in self.tensors if n not in self._used and not n.startswith(NOT_TEXT) and "rotary_emb" not in n]
         if left:
-            raise ValueError(f"tensor {left[0]!r} (and {len(left) - 1} more) is not used by a model as its config "
-                             f"describes it; the result would differ")
+            raise ValueError(
+                f"tensor {left[0]!r} (and {len(left) - 1} more) is not used by a model as its config "
+                f"describes it; the result would differ"
+            )
 
     def constant(self, name, *shape):
         """A small tensor (norm weight, bias) as float32."""
@@ -176,8 +179,14 @@ class Recorder:
             K=D,
             top_k=X,
         )
-        h = emit(f"expert_linear_{gate_up.format}", [tensor(f"{label}.experts.gate_up", x.rows, X * 2 * m.width)],
-                 [h, start, gate_up], K=D, N=2 * m.width, num_experts=E)
+        h = emit(
+            f"expert_linear_{gate_up.format}",
+            [tensor(f"{label}.experts.gate_up", x.rows, X * 2 * m.width)],
+            [h, start, gate_up],
+            K=D,
+            N=2 * m.width,
+            num_experts=E,
+        )
         rows, width = expert_rows(down.format, m.width)
         h = emit(
             f"expert_gated_{rows}",
@@ -186,13 +195,20 @@ class Recorder:
             K=m.width,
             top_k=X,
         )
-        h = emit(f"expert_linear_{down.format}", [tensor(f"{label}.experts.down", x.rows, X * D)], [h, start, down],
-                 K=m.width, N=D, num_experts=E)
+        h = emit(
+            f"expert_linear_{down.format}",
+            [tensor(f"{label}.experts.down", x.rows, X * D)],
+            [h, start, down],
+            K=m.width,
+            N=D,
+            num_experts=E,
+        )
         y = emit("expert_scatter", [tensor(f"{label}.experts", x.rows, X * D)], [h, order], D=D, top_k=X)
         return emit("combine_experts", [tensor(f"{label}.combined", x.rows, D)], [weights, y], D=D, top_k=X)
 
     def _expert_weights(self, label, m, D):
         """All experts' gate and up, expert after expert, and all experts' down, as two weights."""
+
         def joined(names, rows, width):
             each = [f"{label}.experts.{e}.{n}_proj.weight" for e in range(m.num_experts) for n in names]
             parts = tuple(self.stored(name, rows, width) for name in each)
@@ -228,22 +244,44 @@ class Recorder:
         q_stride = 2 * K if config.output_gate else K
         names = [(f"{label}.{p}_proj", n) for p, n in (("q", H * q_stride), ("k", G * K), ("v", G * K))]
         qkv = self.linear(x, names, f"{label}.qkv", config.qkv_bias)
-        pages = [self.program.cache(f"{label}.{p}_pages", "pages", ELEMENTS[self.kv_dtype], shape)
-                 for p, shape in zip("kv", page_shapes(G, K, self.kv_dtype))]
+        pages = [
+            self.program.cache(f"{label}.{p}_pages", "pages", ELEMENTS[self.kv_dtype], shape)
+            for p, shape in zip("kv", page_shapes(G, K, self.kv_dtype))
+        ]
         kv_dtype = KV_DTYPES.index(self.kv_dtype)
         kinds = "normed_attention_inputs" if config.qk_norm else "attention_inputs"
         norms = [self.constant(f"{label}.{p}_norm.weight", K) for p in "qk"] if config.qk_norm else []
         q = self.program.emit(
-            kinds, [self.program.tensor(f"{label}.q", "T", H * K)], [qkv, *self.rope_tables(config), *pages, *norms],
-            num_heads=H, num_kv_heads=G, head_dim=K, rope_dim=config.rope_dim if layer.rope else 0, row_width=qkv.width,
-            q_offset=0, q_stride=q_stride, k_offset=H * q_stride, v_offset=H * q_stride + G * K,
-            kv_dtype=kv_dtype, **(dict(eps=config.rms_eps, offset=config.norm_offset) if norms else {}))
+            kinds,
+            [self.program.tensor(f"{label}.q", "T", H * K)],
+            [qkv, *self.rope_tables(config), *pages, *norms],
+            num_heads=H,
+            num_kv_heads=G,
+            head_dim=K,
+            rope_dim=config.rope_dim if layer.rope else 0,
+            row_width=qkv.width,
+            q_offset=0,
+            q_stride=q_stride,
+            k_offset=H * q_stride,
+            v_offset=H * q_stride + G * K,
+            kv_dtype=kv_dtype,
+            **(dict(eps=config.rms_eps, offset=config.norm_offset) if norms else {}),
+        )
         outs = [self.program.tensor(f"{label}.heads", "T", H * K), self.program.tensor(f"{label}.softmax", "T", 2 * H)]
         gate = dict(row_width=qkv.width, gate_offset=K, gate_stride=q_stride) if config.output_gate else {}
         return self.program.emit(
-            "gated_attention" if gate else "attention", outs, [q, *pages, *([qkv] if gate else [])], num_heads=H,
-            num_kv_heads=G, head_dim=K, scale=float(K) ** -0.5, window=layer.window, soft_cap=0.0,
-            kv_dtype=kv_dtype, **gate)
+            "gated_attention" if gate else "attention",
+            outs,
+            [q, *pages, *([qkv] if gate else [])],
+            num_heads=H,
+            num_kv_heads=G,
+            head_dim=K,
+            scale=float(K) ** -0.5,
+            window=layer.window,
+            soft_cap=0.0,
+            kv_dtype=kv_dtype,
+            **gate,
+        )
 
     # ------------------------------------------------------------ gated delta rule
 
@@ -258,20 +296,50 @@ class Recorder:
         history = self.program.cache(f"{label}.conv_state", "state", "f32", (J - 1, C))
         outs = [self.program.tensor(f"{label}.conv", "T", C), self.program.tensor(f"{label}.gates", "T", 2 * H)]
         taps = self.stored(f"{label}.conv1d.weight", C, 1, J)
-        weights = [Weight(f"{label}.conv1d.weight", "f32", (C, J), (taps,)), self.constant(f"{label}.A_log", H),
-                   self.constant(f"{label}.dt_bias", H)]
+        weights = [
+            Weight(f"{label}.conv1d.weight", "f32", (C, J), (taps,)),
+            self.constant(f"{label}.A_log", H),
+            self.constant(f"{label}.dt_bias", H),
+        ]
         z, b = C, padded_width(C + m.v_width)
         a = b + padded_width(H)
-        self.program.emit("delta_inputs", outs, [proj, *weights, history], row_width=proj.width, offset=0, channels=C,
-                          conv_width=J, num_k_heads=m.num_k_heads, k_head_dim=m.k_head_dim, a_offset=a, b_offset=b,
-                          num_v_heads=H)
+        self.program.emit(
+            "delta_inputs",
+            outs,
+            [proj, *weights, history],
+            row_width=proj.width,
+            offset=0,
+            channels=C,
+            conv_width=J,
+            num_k_heads=m.num_k_heads,
+            k_head_dim=m.k_head_dim,
+            a_offset=a,
+            b_offset=b,
+            num_v_heads=H,
+        )
         heads = self.program.emit(
-            "gated_delta", [self.program.tensor(f"{label}.heads", "T", H * V)], [outs[0], outs[0], outs[1], state],
-            qk_width=C, v_width=C, v_offset=m.qk_width, num_k_heads=m.num_k_heads, num_v_heads=H,
-            k_head_dim=m.k_head_dim, v_head_dim=V)
+            "gated_delta",
+            [self.program.tensor(f"{label}.heads", "T", H * V)],
+            [outs[0], outs[0], outs[1], state],
+            qk_width=C,
+            v_width=C,
+            v_offset=m.qk_width,
+            num_k_heads=m.num_k_heads,
+            num_v_heads=H,
+            k_head_dim=m.k_head_dim,
+            v_head_dim=V,
+        )
         out = self.program.tensor(f"{label}.norm", "T", H * V)
-        return self.program.emit("gated_norm", [out], [heads, proj, self.constant(f"{label}.norm.weight", V)],
-                                 row_width=proj.width, z_offset=z, num_heads=H, head_dim=V, eps=config.rms_eps)
+        return self.program.emit(
+            "gated_norm",
+            [out],
+            [heads, proj, self.constant(f"{label}.norm.weight", V)],
+            row_width=proj.width,
+            z_offset=z,
+            num_heads=H,
+            head_dim=V,
+            eps=config.rms_eps,
+        )
 
     def projected(self, x, parts, label):
         """Projections side by side, each starting at a multiple of 16."""

@@ -8,6 +8,7 @@ A row of quantized activations is K / 32 blocks of 44 bytes, so that a kernel ne
 where bias = -128 * (sum of the block's codes) is what weights stored as code + 128 add too much, and the half sums
 serve formats with a scale for every 16 weights (q6_k).
 """
+
 import numpy as np
 from numba import carray, float32, int32
 
@@ -77,7 +78,7 @@ def quantize_row(x_K, out):
     """Writes a row of quantized activations at an address, block by block."""
     for b in range(x_K.size // BLOCK):
         place = out + BLOCK_BYTES * b
-        scale, first, last = quantize_block(x_K[BLOCK * b:BLOCK * b + BLOCK], carray(byte_array(place), (BLOCK,)))
+        scale, first, last = quantize_block(x_K[BLOCK * b : BLOCK * b + BLOCK], carray(byte_array(place), (BLOCK,)))
         poke(place + SCALE, float32(scale))
         poke(place + BIAS, int32(-128 * (first + last)))
         poke(place + SUMS, int32(last * 65536 + (first & 65535)))
@@ -89,7 +90,7 @@ def quantized_row(row, K):
     codes, scales = np.empty(K, np.int8), np.empty(K // BLOCK, np.float32)
     for b in range(K // BLOCK):
         place = row + BLOCK_BYTES * b
-        codes[BLOCK * b:BLOCK * b + BLOCK] = carray(byte_array(place), (BLOCK,))
+        codes[BLOCK * b : BLOCK * b + BLOCK] = carray(byte_array(place), (BLOCK,))
         scales[b] = peek(place + SCALE, float32)
     return codes, scales
 

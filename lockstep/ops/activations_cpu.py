@@ -3,16 +3,46 @@
 The values of a block of 32 are made and quantized in registers; nothing goes through memory in between. Bound by the
 read of the row. Fused kernels give the bits of the op followed by `quantize_q8` or `round_bf16`.
 """
+
 import numpy as np
 from numba import float32, int32
 
-from lockstep.ops.activations import (BIAS, BLOCK, BLOCK_BYTES, HIGHEST, INFINITY, NATIVE_BF16, ONE_127TH, SCALE,
-                                      SMALLEST, SUMS, ZERO, magnitude, row_bytes)
+from lockstep.ops.activations import (
+    BIAS,
+    BLOCK,
+    BLOCK_BYTES,
+    HIGHEST,
+    INFINITY,
+    NATIVE_BF16,
+    ONE_127TH,
+    SCALE,
+    SMALLEST,
+    SUMS,
+    ZERO,
+    magnitude,
+    row_bytes,
+)
 from lockstep.ops.math import silu
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import inlined, kernel
-from lockstep.runtime.simd import (absolute, fma, lanes, load, max_lanes, maximum, poke, rint, round_bf16, sqrt, store,
-                                   store_bf16, store_i8, sum_lanes, to_i32, where_below)
+from lockstep.runtime.simd import (
+    absolute,
+    fma,
+    lanes,
+    load,
+    max_lanes,
+    maximum,
+    poke,
+    rint,
+    round_bf16,
+    sqrt,
+    store,
+    store_bf16,
+    store_i8,
+    sum_lanes,
+    to_i32,
+    where_below,
+)
 from lockstep.runtime.step import num_rows, number, word
 
 ONE = np.float32(1)

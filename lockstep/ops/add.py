@@ -1,7 +1,8 @@
 """Sum of two activations, the residual connection: the definition.
 
-    out[t, i] = x[t, i] + y[t, i]
+out[t, i] = x[t, i] + y[t, i]
 """
+
 from numba import carray
 
 from lockstep.runtime.backend import Implementation
@@ -29,8 +30,11 @@ def _run(op, step, thread, num_threads):
     """Op row: out, x, y, D."""
     if thread == 0:
         shape = num_rows(op, step), word(op, 3)
-        add(carray(float_array(word(op, 1)), shape), carray(float_array(word(op, 2)), shape),
-            carray(float_array(word(op, 0)), shape))
+        add(
+            carray(float_array(word(op, 1)), shape),
+            carray(float_array(word(op, 2)), shape),
+            carray(float_array(word(op, 0)), shape),
+        )
 
 
 REFERENCE = {"add": Implementation(_run)}

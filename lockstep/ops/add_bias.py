@@ -1,7 +1,8 @@
 """Adds the same row to every row: the definition and, as its plain loop vectorises, the kernel too.
 
-    out[t, i] = x[t, i] + bias[i]
+out[t, i] = x[t, i] + bias[i]
 """
+
 import numpy as np
 from numba import carray
 
@@ -9,7 +10,6 @@ from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import definition, kernel
 from lockstep.runtime.machine import float_array
 from lockstep.runtime.step import num_rows, word
-
 
 
 @definition

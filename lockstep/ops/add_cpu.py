@@ -1,4 +1,5 @@
 """Sum of two activations: the fast kernel. Bound by memory: two reads and one write of four bytes per element."""
+
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import inlined, kernel
 from lockstep.runtime.simd import load, store

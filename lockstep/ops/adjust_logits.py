@@ -4,6 +4,7 @@
 
 A row that asks for nothing is neither read nor written.
 """
+
 import numpy as np
 from numba import carray, float32, int32, int64
 
@@ -16,11 +17,21 @@ from lockstep.runtime.step import SAMPLING, num_rows, step_word, word
 
 FORBIDDEN, HIGHEST = np.float32(-np.inf), np.float32(3.4028235e38)
 # what lasts as long as a request; addresses of seen int32 [.., 2], bias_ids int32, bias float32, banned int32
-ADJUSTMENT_RECORD = np.dtype([
-    ("seen", np.int64), ("bias_ids", np.int64), ("bias", np.int64), ("banned", np.int64), ("num_bias", np.int32),
-    ("repetition", np.float32), ("presence", np.float32), ("frequency", np.float32)])
+ADJUSTMENT_RECORD = np.dtype(
+    [
+        ("seen", np.int64),
+        ("bias_ids", np.int64),
+        ("bias", np.int64),
+        ("banned", np.int64),
+        ("num_bias", np.int32),
+        ("repetition", np.float32),
+        ("presence", np.float32),
+        ("frequency", np.float32),
+    ]
+)
 SEEN, BIAS_IDS, BIAS, BANNED, NUM_BIAS, REPETITION, PRESENCE, FREQUENCY = (
-    ADJUSTMENT_RECORD.fields[name][1] for name in ADJUSTMENT_RECORD.names)
+    ADJUSTMENT_RECORD.fields[name][1] for name in ADJUSTMENT_RECORD.names
+)
 
 
 @definition
@@ -70,14 +81,18 @@ def _run(op, step, thread, num_threads):
             a, mask = peek(record + ADJUSTMENT, int64), peek(record + MASK, int64)
             if a != 0:
                 B = peek(a + NUM_BIAS, int32)
-                adjust_row(carray(float_array(word(op, 1) + row), (V,)),
-                           carray(int_array(peek(a + SEEN, int64)), (peek(record + NUM_SEEN, int32), 2)),
-                           peek(a + REPETITION, float32), peek(a + PRESENCE, float32), peek(a + FREQUENCY, float32),
-                           carray(int_array(peek(a + BIAS_IDS, int64)), (B,)),
-                           carray(float_array(peek(a + BIAS, int64)), (B,)),
-                           carray(int_array(peek(a + BANNED, int64)), (peek(record + NUM_BANNED, int32),)),
-                           carray(int_array(mask), ((V + 31) // 32 if mask != 0 else 0,)),
-                           carray(float_array(word(op, 0) + row), (V,)))
+                adjust_row(
+                    carray(float_array(word(op, 1) + row), (V,)),
+                    carray(int_array(peek(a + SEEN, int64)), (peek(record + NUM_SEEN, int32), 2)),
+                    peek(a + REPETITION, float32),
+                    peek(a + PRESENCE, float32),
+                    peek(a + FREQUENCY, float32),
+                    carray(int_array(peek(a + BIAS_IDS, int64)), (B,)),
+                    carray(float_array(peek(a + BIAS, int64)), (B,)),
+                    carray(int_array(peek(a + BANNED, int64)), (peek(record + NUM_BANNED, int32),)),
+                    carray(int_array(mask), ((V + 31) // 32 if mask != 0 else 0,)),
+                    carray(float_array(word(op, 0) + row), (V,)),
+                )
 
 
 REFERENCE = {"adjust_logits": Implementation(_run)}

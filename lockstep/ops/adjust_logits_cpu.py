@@ -3,17 +3,38 @@
 Threads share the copying of a row, and of its mask, by chunks of the vocabulary; then one thread a row visits the few
 tokens that have been seen or have a bias. The mask may go first: what is added to minus infinity does not change it.
 """
+
 import numpy as np
 from numba import float32, int32, int64
 
-from lockstep.ops.adjust_logits import (BANNED, BIAS, BIAS_IDS, FORBIDDEN, FREQUENCY, NUM_BIAS, PRESENCE, REPETITION,
-                                        SEEN, penalized)
+from lockstep.ops.adjust_logits import (
+    BANNED,
+    BIAS,
+    BIAS_IDS,
+    FORBIDDEN,
+    FREQUENCY,
+    NUM_BIAS,
+    PRESENCE,
+    REPETITION,
+    SEEN,
+    penalized,
+)
 from lockstep.ops.sample import ADJUSTMENT, CHUNK, MASK, NUM_BANNED, NUM_SEEN, RECORD_BYTES
 from lockstep.ops.sample_cpu import wait_for_all
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import inlined, kernel
-from lockstep.runtime.simd import (bit_and, bit_xor, lane_numbers, load, peek, poke, shift_right, store, to_f32,
-                                   where_below)
+from lockstep.runtime.simd import (
+    bit_and,
+    bit_xor,
+    lane_numbers,
+    load,
+    peek,
+    poke,
+    shift_right,
+    store,
+    to_f32,
+    where_below,
+)
 from lockstep.runtime.step import SAMPLING, num_rows, step_word, word
 
 HALF = np.float32(0.5)
@@ -57,8 +78,16 @@ def adjust_tokens(logits, record, out):
     for n in range(peek(record + NUM_SEEN, int32)):
         i, count = 4 * int64(peek(seen + 8 * n, int32)), peek(seen + 8 * n + 4, int32)
         if peek(out + i, float32) != FORBIDDEN:
-            poke(out + i, penalized(peek(logits + i, float32), peek(a + REPETITION, float32),
-                                    peek(a + PRESENCE, float32), peek(a + FREQUENCY, float32), count))
+            poke(
+                out + i,
+                penalized(
+                    peek(logits + i, float32),
+                    peek(a + REPETITION, float32),
+                    peek(a + PRESENCE, float32),
+                    peek(a + FREQUENCY, float32),
+                    count,
+                ),
+            )
     for b in range(peek(a + NUM_BIAS, int32)):
         i = 4 * int64(peek(peek(a + BIAS_IDS, int64) + 4 * b, int32))
         poke(out + i, peek(out + i, float32) + peek(peek(a + BIAS, int64) + 4 * b, float32))

@@ -6,6 +6,7 @@ where query head h reads the keys and values of kv head h // (H / G).
 
 The arithmetic depends only on the query's own position and keys: never on its batch, chunk or page placement.
 """
+
 import numpy as np
 from numba import carray
 
@@ -18,8 +19,17 @@ from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import definition, inlined, kernel
 from lockstep.runtime.machine import float_array
 from lockstep.runtime.simd import fma, maximum, round_bf16
-from lockstep.runtime.step import (CONTEXT_LEN, NUM_REQUESTS, PAGE_TABLE, PAGES_PER_REQUEST, QUERY_START, entry,
-                                   number, step_word, word)
+from lockstep.runtime.step import (
+    CONTEXT_LEN,
+    NUM_REQUESTS,
+    PAGE_TABLE,
+    PAGES_PER_REQUEST,
+    QUERY_START,
+    entry,
+    number,
+    step_word,
+    word,
+)
 
 
 @definition
@@ -209,5 +219,9 @@ def _run_gated(op, step, thread, num_threads):
         _attention(op, step, 6, 1)
 
 
-REFERENCE = {"attention": Implementation(_run), "gated_attention": Implementation(_run_gated),
-             "attention_bf16": Implementation(_run), "gated_attention_bf16": Implementation(_run_gated)}
+REFERENCE = {
+    "attention": Implementation(_run),
+    "gated_attention": Implementation(_run_gated),
+    "attention_bf16": Implementation(_run),
+    "gated_attention_bf16": Implementation(_run_gated),
+}

@@ -10,6 +10,7 @@ of 64 keys, a row of V all dimensions of a key; of bfloat16 two dimensions or tw
 
 Few, large functions: each level of nesting compiles everything below it again.
 """
+
 from collections import namedtuple
 
 import numpy as np
@@ -19,8 +20,20 @@ from lockstep.ops.activations import NATIVE_BF16
 from lockstep.ops.attention_math import BLOCK, SPAN, ZERO, cleared, exp2, soft_capped
 from lockstep.runtime.kernel import inlined
 from lockstep.runtime.machine import prefetch
-from lockstep.runtime.simd import (lane_numbers, lanes, load, max_lanes, maximum, peek, poke, round_bf16, store,
-                                   store_bf16, to_f32, where_below)
+from lockstep.runtime.simd import (
+    lane_numbers,
+    lanes,
+    load,
+    max_lanes,
+    maximum,
+    peek,
+    poke,
+    round_bf16,
+    store,
+    store_bf16,
+    to_f32,
+    where_below,
+)
 from lockstep.runtime.targets import wide_registers
 from lockstep.runtime.tiles import tile_fma_f32, tile_load, tile_pairs, tile_store, tile_zeros
 
@@ -44,8 +57,9 @@ SCRATCH_BYTES = SCALES + 8 * BLOCK
 
 # gate: address of the first gate, 0 for none; gate_bytes, gate_stride: to the next token's and to the next head's
 # group: query heads of a tile
-Call = namedtuple("Call", "out stats q k_pages v_pages gate gate_bytes gate_stride heads kv_heads head_dim group "
-                  "window scale cap")
+Call = namedtuple(
+    "Call", "out stats q k_pages v_pages gate gate_bytes gate_stride heads kv_heads head_dim group window scale cap"
+)
 # table: address of the request's page ids
 Tile = namedtuple("Tile", "token tokens position head kv_head table")
 

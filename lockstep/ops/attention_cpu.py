@@ -5,19 +5,45 @@ work is cut into tiles (up to 96 query rows that share a kv head) which threads 
 requests balance. With few tiles each is cut again into spans of 1024 keys; a span's result is merged into the tile's
 row of `out` and `stats` in ascending order, whoever computed it: the thread that has one waits for its turn.
 """
+
 from numba import float32, int64
 
-from lockstep.ops.attention_block import (LANE, LANE_BYTES, O, ROW_BYTES, ROWS, SCRATCH_BYTES, TOP, Call, Tile,
-                                          attend_span, first_key, keep_pairs, keep_single, load_queries, pair_step,
-                                          single_step)
+from lockstep.ops.attention_block import (
+    LANE,
+    LANE_BYTES,
+    O,
+    ROW_BYTES,
+    ROWS,
+    SCRATCH_BYTES,
+    TOP,
+    Call,
+    Tile,
+    attend_span,
+    first_key,
+    keep_pairs,
+    keep_single,
+    load_queries,
+    pair_step,
+    single_step,
+)
 from lockstep.ops.attention_math import SPAN, cleared, exp2, score_scales
 from lockstep.ops.math import sigmoid
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import inlined, kernel
 from lockstep.runtime.machine import fetch_add, load_acquire, pause, stack_memory, yield_core
 from lockstep.runtime.simd import fma, load, maximum, peek, poke, store, sum_lanes
-from lockstep.runtime.step import (CONTEXT_LEN, COUNTER, NUM_REQUESTS, PAGE_TABLE, PAGES_PER_REQUEST, QUERY_START,
-                                   entry, number, step_word, word)
+from lockstep.runtime.step import (
+    CONTEXT_LEN,
+    COUNTER,
+    NUM_REQUESTS,
+    PAGE_TABLE,
+    PAGES_PER_REQUEST,
+    QUERY_START,
+    entry,
+    number,
+    step_word,
+    word,
+)
 
 TILES_PER_THREAD = 4  # with fewer, tiles are cut into spans
 MERGED = 1 << 32  # the counter's upper half counts the spans merged so far, the lower half the claims
@@ -37,8 +63,23 @@ def read_call(op, base, has_gate, tokens_at_once):
         gate = word(op, 5) + 4 * word(op, base + 8)
         gate_bytes, gate_stride = 4 * word(op, base + 7), 4 * word(op, base + 9)
     group = word(op, base) // word(op, base + 1) if tokens_at_once > 1 else tokens_at_once
-    return Call(word(op, 0), word(op, 1), word(op, 2), word(op, 3), word(op, 4), gate, gate_bytes, gate_stride,
-                word(op, base), word(op, base + 1), word(op, base + 2), group, word(op, base + 4), scale, cap)
+    return Call(
+        word(op, 0),
+        word(op, 1),
+        word(op, 2),
+        word(op, 3),
+        word(op, 4),
+        gate,
+        gate_bytes,
+        gate_stride,
+        word(op, base),
+        word(op, base + 1),
+        word(op, base + 2),
+        group,
+        word(op, base + 4),
+        scale,
+        cap,
+    )
 
 
 @inlined
@@ -148,15 +189,35 @@ def merge_row(call, out, stats, is_first, row, memory):
 @inlined
 def single(op, step, num_threads, base, has_gate, tokens_at_once, cuts):
     """float32 pages, number by number."""
-    run(op, step, num_threads, base, has_gate, tokens_at_once, cuts, load_queries, attend_span,
-        (1, single_step, keep_single))
+    run(
+        op,
+        step,
+        num_threads,
+        base,
+        has_gate,
+        tokens_at_once,
+        cuts,
+        load_queries,
+        attend_span,
+        (1, single_step, keep_single),
+    )
 
 
 @inlined
 def paired(op, step, num_threads, base, has_gate, tokens_at_once, cuts):
     """bfloat16 pages, in pairs."""
-    run(op, step, num_threads, base, has_gate, tokens_at_once, cuts, load_queries, attend_span,
-        (2, pair_step, keep_pairs))
+    run(
+        op,
+        step,
+        num_threads,
+        base,
+        has_gate,
+        tokens_at_once,
+        cuts,
+        load_queries,
+        attend_span,
+        (2, pair_step, keep_pairs),
+    )
 
 
 @kernel
@@ -204,10 +265,15 @@ def gated_attention_bf16_per_token(op, step, thread, num_threads):
 
 
 # pairs are flushed step by step; where that takes a mode it is the whole op's, which `cleared` makes invisible
-CPU = {"attention": Implementation(attention), "gated_attention": Implementation(gated_attention),
-       "attention_bf16": Implementation(attention_bf16, flushes=True),
-       "gated_attention_bf16": Implementation(gated_attention_bf16, flushes=True)}
-PER_TOKEN = {"attention": Implementation(attention_per_token),
-             "gated_attention": Implementation(gated_attention_per_token),
-             "attention_bf16": Implementation(attention_bf16_per_token, flushes=True),
-             "gated_attention_bf16": Implementation(gated_attention_bf16_per_token, flushes=True)}
+CPU = {
+    "attention": Implementation(attention),
+    "gated_attention": Implementation(gated_attention),
+    "attention_bf16": Implementation(attention_bf16, flushes=True),
+    "gated_attention_bf16": Implementation(gated_attention_bf16, flushes=True),
+}
+PER_TOKEN = {
+    "attention": Implementation(attention_per_token),
+    "gated_attention": Implementation(gated_attention_per_token),
+    "attention_bf16": Implementation(attention_bf16_per_token, flushes=True),
+    "gated_attention_bf16": Implementation(gated_attention_bf16_per_token, flushes=True),
+}

@@ -1,4 +1,5 @@
 """The elementary functions of attention, one formula for scalars and lanes, and its constants."""
+
 import numpy as np
 
 from lockstep.runtime.kernel import inlined
@@ -9,8 +10,17 @@ SPAN = 1024  # keys after which a partial result is merged; both are constants o
 SMALLEST_KEPT = np.float32(2.0**-125)
 ZERO, ONE, TWO, SIXTY_FOUR = np.float32(0), np.float32(1), np.float32(2), np.float32(64)
 LOG2E, LOWEST = np.float32(1.4426950408889634), np.float32(-126)
-C1, C2, C3, C4, C5, C6 = (np.float32(c) for c in (0.693147202855083, 0.24022647913626555, 0.05550332471099871,
-                                                  0.009618437357817977, 0.0013398874422366099, 0.00015353361889547043))
+C1, C2, C3, C4, C5, C6 = (
+    np.float32(c)
+    for c in (
+        0.693147202855083,
+        0.24022647913626555,
+        0.05550332471099871,
+        0.009618437357817977,
+        0.0013398874422366099,
+        0.00015353361889547043,
+    )
+)
 
 
 @inlined

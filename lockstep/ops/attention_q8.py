@@ -6,6 +6,7 @@
 Queries are quantized to 8 bits, each head by itself; the weights w to 15 bits, each block of 64 keys by itself: they
 cost what bfloat16 weights would, and the error of 8 bits would show where one key outweighs the others of its block.
 """
+
 import numpy as np
 from numba import carray, int64
 
@@ -19,8 +20,17 @@ from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import definition, kernel
 from lockstep.runtime.machine import float_array
 from lockstep.runtime.simd import fma, maximum, rint, to_f32, to_i32
-from lockstep.runtime.step import (CONTEXT_LEN, NUM_REQUESTS, PAGE_TABLE, PAGES_PER_REQUEST, QUERY_START, entry,
-                                   number, step_word, word)
+from lockstep.runtime.step import (
+    CONTEXT_LEN,
+    NUM_REQUESTS,
+    PAGE_TABLE,
+    PAGES_PER_REQUEST,
+    QUERY_START,
+    entry,
+    number,
+    step_word,
+    word,
+)
 
 MOST, ONE_MOST = np.float32(32767), np.float32(1 / 32767)  # of a weight's codes, so that pairs of int16 can hold them
 
@@ -102,7 +112,7 @@ def attend_span(q_K, q_scale, k_CK, k_scale_C, v_CK, v_scale_C, start, stop, cap
             p = exp2(weight[j - low] - top)
             lane[j % 16] = lane[j % 16] + p
             weight[j - low] = p * v_scale_C[j]
-        add_values(weight[:high - low], v_CK[low:high], out_K)
+        add_values(weight[: high - low], v_CK[low:high], out_K)
     return top, tree_sum(lane)
 
 
@@ -174,8 +184,9 @@ def _attend_group(op, base, has_gate, t, position, g, k_CK, k_scale_C, v_CK, v_s
     for h in range(g * (H // G), (g + 1) * (H // G)):
         at = 4 * K * (H * t + h)
         q_K, out_K = carray(float_array(word(op, 2) + at), (K,)), carray(float_array(word(op, 0) + at), (K,))
-        stats_H2[h, 0], stats_H2[h, 1] = attend(q_K, k_CK, k_scale_C, v_CK, v_scale_C, position, window, scale, cap,
-                                                out_K)
+        stats_H2[h, 0], stats_H2[h, 1] = attend(
+            q_K, k_CK, k_scale_C, v_CK, v_scale_C, position, window, scale, cap, out_K
+        )
         if has_gate:
             width, offset, stride = word(op, base + 7), word(op, base + 8), word(op, base + 9)
             gate = word(op, 5) + 4 * (width * t + offset + stride * h)

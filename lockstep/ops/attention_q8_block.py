@@ -8,24 +8,62 @@
 A row of a page is four dimensions of 64 keys, or all dimensions of four values. Slots that a row does not see have
 weight 0: whatever codes they hold, they add nothing to an integer sum, and what their scales make is not taken.
 """
+
 import numpy as np
 from numba import float32, int32
 
 from lockstep.ops.activations import HIGHEST, ONE_127TH, SMALLEST, magnitude
 from lockstep.ops.activations_cpu import finite
-from lockstep.ops.attention_block import (COLS, FEW_COLS, FEW_ROWS, HEIGHT, LANE, LANE_BYTES, P_BYTES, ROW_BYTES,
-                                          SCALES, O, P, Q, W, first_key, raise_maximum)
+from lockstep.ops.attention_block import (
+    COLS,
+    FEW_COLS,
+    FEW_ROWS,
+    HEIGHT,
+    LANE,
+    LANE_BYTES,
+    P_BYTES,
+    ROW_BYTES,
+    SCALES,
+    O,
+    P,
+    Q,
+    W,
+    first_key,
+    raise_maximum,
+)
 from lockstep.ops.attention_math import BLOCK, SPAN, ZERO, cleared, exp2
 from lockstep.ops.attention_q8 import MOST, ONE_MOST
 from lockstep.ops.kv_cache_q8 import head_place, scale_place
 from lockstep.runtime.kernel import inlined
 from lockstep.runtime.machine import prefetch
-from lockstep.runtime.simd import (lanes, load, load_bf16, load_i32, max_lanes, maximum, peek, poke, rint,
-                                   store, store_i8, sum_lanes, to_f32, to_i32, where_below)
+from lockstep.runtime.simd import (
+    lanes,
+    load,
+    load_bf16,
+    load_i32,
+    max_lanes,
+    maximum,
+    peek,
+    poke,
+    rint,
+    store,
+    store_i8,
+    sum_lanes,
+    to_f32,
+    to_i32,
+    where_below,
+)
 from lockstep.runtime.targets import unsigned_weights
 from lockstep.runtime.tiles import tile_store
-from lockstep.runtime.tiles_bytes import (OFFSET, store_words, tile_add_bytes, tile_add_scaled, tile_add_words,
-                                          tile_int_spread, tile_int_zeros)
+from lockstep.runtime.tiles_bytes import (
+    OFFSET,
+    store_words,
+    tile_add_bytes,
+    tile_add_scaled,
+    tile_add_words,
+    tile_int_spread,
+    tile_int_zeros,
+)
 
 BYTES = unsigned_weights()  # whether the target multiplies bytes
 Q_BYTES = 4 if BYTES else 8  # of four codes of a query

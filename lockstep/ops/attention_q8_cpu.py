@@ -3,6 +3,7 @@
 Many rows are bound by arithmetic (dots of four for scores, of two for values), few rows by the read of K and V:
 2 * kv heads * (K + 2) bytes a token of context.
 """
+
 from lockstep.ops.attention_block import ROWS
 from lockstep.ops.attention_cpu import run
 from lockstep.ops.attention_q8_block import attend_span, load_queries
@@ -41,5 +42,7 @@ def gated_attention_q8_per_token(op, step, thread, num_threads):
 
 
 CPU = {"attention_q8": Implementation(attention_q8), "gated_attention_q8": Implementation(gated_attention_q8)}
-PER_TOKEN = {"attention_q8": Implementation(attention_q8_per_token),
-             "gated_attention_q8": Implementation(gated_attention_q8_per_token)}
+PER_TOKEN = {
+    "attention_q8": Implementation(attention_q8_per_token),
+    "gated_attention_q8": Implementation(gated_attention_q8_per_token),
+}

@@ -1,7 +1,8 @@
 """Causal depthwise convolution over time with silu, its history carried from step to step: the definition.
 
-    out[t, c] = silu(sum_j weight[c, j] * x[t - J + 1 + j, c])
+out[t, c] = silu(sum_j weight[c, j] * x[t - J + 1 + j, c])
 """
+
 import numpy as np
 from numba import carray
 
@@ -10,7 +11,7 @@ from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import definition, inlined, kernel
 from lockstep.runtime.machine import float_array, int_array
 from lockstep.runtime.simd import fma
-from lockstep.runtime.step import (NUM_REQUESTS, NUM_TOKENS, POSITION, QUERY_START, STATE_SLOT, step_word, word)
+from lockstep.runtime.step import NUM_REQUESTS, NUM_TOKENS, POSITION, QUERY_START, STATE_SLOT, step_word, word
 
 ZERO = np.float32(0)
 
@@ -51,8 +52,12 @@ def requests(step):
     """(query_start, position, state slot, number of slots to look at) of a step, as arrays."""
     T, S = step_word(step, NUM_TOKENS), step_word(step, NUM_REQUESTS)
     slot_S = carray(int_array(step_word(step, STATE_SLOT)), (S,))
-    return (carray(int_array(step_word(step, QUERY_START)), (S + 1,)),
-            carray(int_array(step_word(step, POSITION)), (T,)), slot_S, slot_S.max() + 1)
+    return (
+        carray(int_array(step_word(step, QUERY_START)), (S + 1,)),
+        carray(int_array(step_word(step, POSITION)), (T,)),
+        slot_S,
+        slot_S.max() + 1,
+    )
 
 
 @kernel
@@ -60,9 +65,16 @@ def _run(op, step, thread, num_threads):
     if thread == 0:
         T, W, C, J = step_word(step, NUM_TOKENS), word(op, 4), word(op, 6), word(op, 7)
         start_S1, position_T, slot_S, N = requests(step)
-        conv1d(carray(float_array(word(op, 1)), (T, W)), word(op, 5), carray(float_array(word(op, 2)), (C, J)),
-               start_S1, position_T, slot_S, carray(float_array(word(op, 3)), (N, J - 1, C)),
-               carray(float_array(word(op, 0)), (T, C)))
+        conv1d(
+            carray(float_array(word(op, 1)), (T, W)),
+            word(op, 5),
+            carray(float_array(word(op, 2)), (C, J)),
+            start_S1,
+            position_T,
+            slot_S,
+            carray(float_array(word(op, 3)), (N, J - 1, C)),
+            carray(float_array(word(op, 0)), (T, C)),
+        )
 
 
 REFERENCE = {"conv1d": Implementation(_run)}

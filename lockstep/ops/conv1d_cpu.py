@@ -4,6 +4,7 @@ Lanes are channels, so nothing is transposed: the weight is stored [J, C] and a 
 where the projection wrote them. Bound by exp in silu while x is in cache, else by 8 bytes per channel and token.
 A task is a run of channels through all requests: whoever reads a request's old state also writes the new one.
 """
+
 import numpy as np
 from numba import int64
 
@@ -64,8 +65,14 @@ def convolve(step, arrays, sizes, J, channel, num, heads):
             before = max(J - 1 - (t - first), 0)
             # zeros before position 0 are left out: they would leave the sum at +0
             skipped = before if fresh else 0
-            find_rows(table, J, (old + (t - first) * row, row), before, (x + (t - J + 1) * x_row + offset, x_row),
-                      (weight + offset, row))
+            find_rows(
+                table,
+                J,
+                (old + (t - first) * row, row),
+                before,
+                (x + (t - J + 1) * x_row + offset, x_row),
+                (weight + offset, row),
+            )
             if J == 4 and before == 0:
                 convolve_four(x + (t - 3) * x_row + offset, x_row, weight + offset, row, num, out + t * row + offset)
             else:
@@ -129,5 +136,7 @@ def keep_rows(table, skipped, J, num, state, row):
             store(state + (j - 1) * row + i, kept)
 
 
-CPU = {"conv1d": Implementation(conv1d, ("conv1d taps", taps)),
-       "delta_inputs": Implementation(delta_inputs, ("conv1d taps", taps))}
+CPU = {
+    "conv1d": Implementation(conv1d, ("conv1d taps", taps)),
+    "delta_inputs": Implementation(delta_inputs, ("conv1d taps", taps)),
+}

@@ -1,7 +1,8 @@
 """Rows of the embedding matrix, decoded from the bytes of the checkpoint: the definition.
 
-    out[t, i] = scale * table[token_id[t], i]
+out[t, i] = scale * table[token_id[t], i]
 """
+
 import numpy as np
 from numba import carray
 
@@ -84,11 +85,11 @@ def stored_weight(row_B, i, format):
         block = 24 * (i // 32)
         return half(row_B, block) * np.float32(five_bits(row_B, block + 4, i)) + half(row_B, block + 2)
     if format == Q6_K:
-        return q6_k(row_B[210 * (i // 256):], i % 256)
+        return q6_k(row_B[210 * (i // 256) :], i % 256)
     if format == Q5_K:
-        block_B, j = row_B[176 * (i // 256):], i % 256
+        block_B, j = row_B[176 * (i // 256) :], i % 256
         return k_weight(block_B, j, k_nibble(block_B, 48, j) | (byte(block_B, 16 + j % 32) >> j // 32 & 1) << 4)
-    block_B, j = row_B[144 * (i // 256):], i % 256
+    block_B, j = row_B[144 * (i // 256) :], i % 256
     return k_weight(block_B, j, k_nibble(block_B, 16, j))
 
 

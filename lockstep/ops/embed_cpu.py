@@ -1,12 +1,25 @@
 """Rows of the embedding matrix: the fast kernel. Bound by the read of the rows needed; nothing else is touched."""
+
 import numpy as np
 from numba import int8, int32
 
 from lockstep.ops.embed import BF16, F16, F32, Q4_0, Q4_1, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0, RAW, row_bytes
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import inlined, kernel
-from lockstep.runtime.simd import (bit_and, lane_numbers, load, load_bf16, load_f16, load_i8, load_u8, peek, peek_f16,
-                                   shift_right, store, to_f32)
+from lockstep.runtime.simd import (
+    bit_and,
+    lane_numbers,
+    load,
+    load_bf16,
+    load_f16,
+    load_i8,
+    load_u8,
+    peek,
+    peek_f16,
+    shift_right,
+    store,
+    to_f32,
+)
 from lockstep.runtime.step import TOKEN_IDS, entry, num_rows, number, word
 
 EIGHT, SIXTEEN, THIRTY_TWO = np.int32(8), np.int32(16), np.int32(32)

@@ -11,12 +11,26 @@ the ops here work on that order, T X rows in all, so that an expert's rows lie t
 Prepared means: as it is for f32 and f16 weights, rounded for bf16, quantized for the others (`ops/activations.py`).
 Every output element is what `ops/linear.py` defines for that row and weight, whichever rows share the expert.
 """
+
 import numpy as np
 from numba import carray, float32, int32
 
 from lockstep.ops.activations import NATIVE_BF16, quantize_row, quantized_row, row_bytes
-from lockstep.ops.linear import (bf16_rows, dot_bf16, dot_f32, dot_q4_1, dot_q4_k, dot_q8, f32_rows, q4_0_rows,
-                                 q4_1_rows, q5_0_rows, q5_1_rows, q5_k_rows, q8_0_rows)
+from lockstep.ops.linear import (
+    bf16_rows,
+    dot_bf16,
+    dot_f32,
+    dot_q4_1,
+    dot_q4_k,
+    dot_q8,
+    f32_rows,
+    q4_0_rows,
+    q4_1_rows,
+    q5_0_rows,
+    q5_1_rows,
+    q5_k_rows,
+    q8_0_rows,
+)
 from lockstep.ops.math import silu
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import definition, inlined, kernel
@@ -194,9 +208,12 @@ def _linear_q5_k(op, step, thread, num_threads):
 
 
 REFERENCE = {
-    "expert_rows_f32": Implementation(_rows_f32), "expert_rows_bf16": Implementation(_rows_bf16),
-    "expert_rows_q8": Implementation(_rows_q8), "expert_gated_f32": Implementation(_gated_f32),
-    "expert_gated_bf16": Implementation(_gated_bf16), "expert_gated_q8": Implementation(_gated_q8),
+    "expert_rows_f32": Implementation(_rows_f32),
+    "expert_rows_bf16": Implementation(_rows_bf16),
+    "expert_rows_q8": Implementation(_rows_q8),
+    "expert_gated_f32": Implementation(_gated_f32),
+    "expert_gated_bf16": Implementation(_gated_bf16),
+    "expert_gated_q8": Implementation(_gated_q8),
     "expert_scatter": Implementation(_scatter),
     "expert_linear_f32": Implementation(_linear_f32, ("f32 rows", f32_rows)),
     "expert_linear_f16": Implementation(_linear_f32, ("f32 rows", f32_rows)),

@@ -4,6 +4,7 @@ One expert's rows lie together, so each expert is a linear layer of few rows, ma
 tokens are bound by the stream of the chosen experts' weights, many by arithmetic. Threads claim (expert, run of
 panels); an expert that no token chose costs one comparison.
 """
+
 from numba import int64
 
 from lockstep.ops.activations import row_bytes as q8_row_bytes
@@ -18,8 +19,17 @@ from lockstep.runtime.simd import load, peek, store
 from lockstep.runtime.step import COUNTER, num_rows, word
 from lockstep.runtime.tiles_dots import Q4_1_BYTES, Q5_0_BYTES, Q5_1_BYTES
 from lockstep.runtime.tiles_k import Q5_K_BYTES
-from lockstep.runtime.tiles_linear import (BF16_TILE, F16_TILE, F32_TILE, Q4_0_TILE, Q4_1_TILE, Q5_0_TILE, Q5_1_TILE,
-                                           Q5_K_TILE, Q8_0_TILE)
+from lockstep.runtime.tiles_linear import (
+    BF16_TILE,
+    F16_TILE,
+    F32_TILE,
+    Q4_0_TILE,
+    Q4_1_TILE,
+    Q5_0_TILE,
+    Q5_1_TILE,
+    Q5_K_TILE,
+    Q8_0_TILE,
+)
 from lockstep.weights.pack import pack_bf16, pack_f16, pack_f32, pack_q4_0, pack_q8_0
 from lockstep.weights.pack_k import pack_q5_k
 from lockstep.weights.pack_q5 import pack_q4_1, pack_q5_0, pack_q5_1
@@ -109,9 +119,24 @@ def drive(op, step, format, params, w, panel, scales, row):
         for s in range(start, stop, at_once):
             for p in range(first, min(first + CLAIM, num_panels), COLS):
                 at = e * num_panels + p
-                together(format, word(op, 1) + row * s, row, w + panel * at, panel, scales + K * at, K, K, 0,
-                         word(op, 0) + 64 * (num_panels * s + p), 64 * num_panels, num_panels - p, 0,
-                         w + panel * (at + COLS), scales + K * (at + COLS), min(at_once, stop - s))
+                together(
+                    format,
+                    word(op, 1) + row * s,
+                    row,
+                    w + panel * at,
+                    panel,
+                    scales + K * at,
+                    K,
+                    K,
+                    0,
+                    word(op, 0) + 64 * (num_panels * s + p),
+                    64 * num_panels,
+                    num_panels - p,
+                    0,
+                    w + panel * (at + COLS),
+                    scales + K * (at + COLS),
+                    min(at_once, stop - s),
+                )
         task = fetch_add(counter, 1)
 
 
@@ -165,9 +190,12 @@ def linear_q5_k(op, step, thread, num_threads):
 
 
 CPU = {
-    "expert_rows_f32": Implementation(rows_f32), "expert_rows_bf16": Implementation(rows_bf16),
-    "expert_rows_q8": Implementation(rows_q8), "expert_gated_f32": Implementation(gated_f32),
-    "expert_gated_bf16": Implementation(gated_bf16), "expert_gated_q8": Implementation(gated_q8),
+    "expert_rows_f32": Implementation(rows_f32),
+    "expert_rows_bf16": Implementation(rows_bf16),
+    "expert_rows_q8": Implementation(rows_q8),
+    "expert_gated_f32": Implementation(gated_f32),
+    "expert_gated_bf16": Implementation(gated_bf16),
+    "expert_gated_q8": Implementation(gated_q8),
     "expert_scatter": Implementation(scatter),
     "expert_linear_f32": Implementation(linear_f32, ("f32 panels", pack_f32)),
     "expert_linear_f16": Implementation(linear_f16, ("f16 panels", pack_f16)),

@@ -5,6 +5,7 @@
 The recurrence, one token after another, is the definition in prefill too. The chunked (WY) form reassociates sums, so
 it could never give the same bits as decode.
 """
+
 import numpy as np
 from numba import carray
 
@@ -69,8 +70,9 @@ def delta_gates(x_TW, a_offset, b_offset, a_log_H, dt_bias_H, out_T2H):
 
 
 @definition
-def gated_delta(qk_TW, v_TX, v_offset, gates_T2H, num_k_heads, query_start_S1, position_T, slot_S, state_NHBKC,
-                out_THV):
+def gated_delta(
+    qk_TW, v_TX, v_offset, gates_T2H, num_k_heads, query_start_S1, position_T, slot_S, state_NHBKC, out_THV
+):
     """Runs every request's tokens through its memory in order of time.
 
     Shapes: qk [T, W] float32, heads of q and then of k (`l2_norm`), K wide; v [T, X], of which columns v_offset ..
@@ -117,37 +119,82 @@ def _l2_norm(op, step, thread, num_threads):
 def _delta_gates(op, step, thread, num_threads):
     if thread == 0:
         T, W, H = num_rows(op, step), word(op, 4), word(op, 7)
-        delta_gates(carray(float_array(word(op, 1)), (T, W)), word(op, 5), word(op, 6),
-                    carray(float_array(word(op, 2)), (H,)), carray(float_array(word(op, 3)), (H,)),
-                    carray(float_array(word(op, 0)), (T, 2 * H)))
+        delta_gates(
+            carray(float_array(word(op, 1)), (T, W)),
+            word(op, 5),
+            word(op, 6),
+            carray(float_array(word(op, 2)), (H,)),
+            carray(float_array(word(op, 3)), (H,)),
+            carray(float_array(word(op, 0)), (T, 2 * H)),
+        )
 
 
 @kernel
 def _gated_delta(op, step, thread, num_threads):
     if thread == 0:
-        T, W, X, G, H, K, V = (num_rows(op, step), word(op, 5), word(op, 6), word(op, 8), word(op, 9), word(op, 10),
-                               word(op, 11))
+        T, W, X, G, H, K, V = (
+            num_rows(op, step),
+            word(op, 5),
+            word(op, 6),
+            word(op, 8),
+            word(op, 9),
+            word(op, 10),
+            word(op, 11),
+        )
         start_S1, position_T, slot_S, N = requests(step)
-        gated_delta(carray(float_array(word(op, 1)), (T, W)), carray(float_array(word(op, 2)), (T, X)), word(op, 7),
-                    carray(float_array(word(op, 3)), (T, 2 * H)), G, start_S1, position_T, slot_S,
-                    carray(float_array(word(op, 4)), (N, H, V // BLOCK, K, BLOCK)),
-                    carray(float_array(word(op, 0)), (T, H, V)))
+        gated_delta(
+            carray(float_array(word(op, 1)), (T, W)),
+            carray(float_array(word(op, 2)), (T, X)),
+            word(op, 7),
+            carray(float_array(word(op, 3)), (T, 2 * H)),
+            G,
+            start_S1,
+            position_T,
+            slot_S,
+            carray(float_array(word(op, 4)), (N, H, V // BLOCK, K, BLOCK)),
+            carray(float_array(word(op, 0)), (T, H, V)),
+        )
 
 
 @kernel
 def _delta_inputs(op, step, thread, num_threads):
     """conv1d, l2_norm (in place) and delta_gates, one after another."""
     if thread == 0:
-        T, W, C, J, G, K, H = (num_rows(op, step), word(op, 7), word(op, 9), word(op, 10), word(op, 11), word(op, 12),
-                               word(op, 15))
+        T, W, C, J, G, K, H = (
+            num_rows(op, step),
+            word(op, 7),
+            word(op, 9),
+            word(op, 10),
+            word(op, 11),
+            word(op, 12),
+            word(op, 15),
+        )
         start_S1, position_T, slot_S, N = requests(step)
         x_TW, u_TC = carray(float_array(word(op, 2)), (T, W)), carray(float_array(word(op, 0)), (T, C))
-        conv1d(x_TW, word(op, 8), carray(float_array(word(op, 3)), (C, J)), start_S1, position_T, slot_S,
-               carray(float_array(word(op, 6)), (N, J - 1, C)), u_TC)
+        conv1d(
+            x_TW,
+            word(op, 8),
+            carray(float_array(word(op, 3)), (C, J)),
+            start_S1,
+            position_T,
+            slot_S,
+            carray(float_array(word(op, 6)), (N, J - 1, C)),
+            u_TC,
+        )
         l2_norm(u_TC, G, K, u_TC)
-        delta_gates(x_TW, word(op, 13), word(op, 14), carray(float_array(word(op, 4)), (H,)),
-                    carray(float_array(word(op, 5)), (H,)), carray(float_array(word(op, 1)), (T, 2 * H)))
+        delta_gates(
+            x_TW,
+            word(op, 13),
+            word(op, 14),
+            carray(float_array(word(op, 4)), (H,)),
+            carray(float_array(word(op, 5)), (H,)),
+            carray(float_array(word(op, 1)), (T, 2 * H)),
+        )
 
 
-REFERENCE = {"l2_norm": Implementation(_l2_norm), "delta_gates": Implementation(_delta_gates),
-             "gated_delta": Implementation(_gated_delta), "delta_inputs": Implementation(_delta_inputs)}
+REFERENCE = {
+    "l2_norm": Implementation(_l2_norm),
+    "delta_gates": Implementation(_delta_gates),
+    "gated_delta": Implementation(_gated_delta),
+    "delta_inputs": Implementation(_delta_inputs),
+}

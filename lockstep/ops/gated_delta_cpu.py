@@ -11,6 +11,7 @@ bound by reading and writing 4 * H * K * V bytes of state.
     state [slots, H, V / 16, K, 16]: a block of 16 columns is contiguous whatever the target; it is one AVX-512 register
     wide, and a target takes as many blocks at once as its registers hold: p, o and delta of each, plus k, q, k', decay.
 """
+
 import numpy as np
 from numba import float32, int64
 
@@ -20,8 +21,18 @@ from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import inlined, kernel
 from lockstep.runtime.machine import fetch_add, prefetch
 from lockstep.runtime.simd import fma, lanes, load, peek, poke, sqrt, store, sum_lanes
-from lockstep.runtime.step import (COUNTER, NUM_REQUESTS, NUM_TOKENS, POSITION, QUERY_START, STATE_SLOT, entry,
-                                   num_rows, step_word, word)
+from lockstep.runtime.step import (
+    COUNTER,
+    NUM_REQUESTS,
+    NUM_TOKENS,
+    POSITION,
+    QUERY_START,
+    STATE_SLOT,
+    entry,
+    num_rows,
+    step_word,
+    word,
+)
 from lockstep.runtime.targets import wide_registers
 
 ONE, ZERO = np.float32(1), np.float32(0)
@@ -72,6 +83,7 @@ def gate_row(a, b, a_log, dt_bias, H, out):
 
 
 # ---------------------------------------------------------------- two blocks of the state
+
 
 @inlined
 def load_pair(place, other):
@@ -149,8 +161,17 @@ def run_two(state, block, K, tokens, strides, num_tokens, fresh, ahead):
         delta, sums, k_next = correction(v, column, peek(beta, float32), read), zeros(), k + strides[0]
         kept, decay, read = peek(decay + strides[2], float32), decay + strides[2], zeros()
         for i in range(K):
-            sums, read = write_read(state + 64 * i, block, peek(k + 4 * i, float32), peek(q + 4 * i, float32), delta,
-                                    kept, peek(k_next + 4 * i, float32), sums, read)
+            sums, read = write_read(
+                state + 64 * i,
+                block,
+                peek(k + 4 * i, float32),
+                peek(q + 4 * i, float32),
+                delta,
+                kept,
+                peek(k_next + 4 * i, float32),
+                sums,
+                read,
+            )
         store_pair(out, column, sums)
         q, k, v, beta, out = q + strides[0], k_next, v + strides[1], beta + strides[2], out + strides[3]
     delta, sums = correction(v, column, peek(beta, float32), read), zeros()
@@ -180,8 +201,12 @@ def run_four(state, block, K, tokens, strides, num_tokens, fresh):
         delta_high = correction(v + 128, 64, peek(beta, float32), high)
         out_low, out_high, low, high = zeros(), zeros(), zeros(), zeros()
         for i in range(K):
-            row, key, query, key_next = (state + 64 * i, peek(k + 4 * i, float32), peek(q + 4 * i, float32),
-                                         peek(k_next + 4 * i, float32))
+            row, key, query, key_next = (
+                state + 64 * i,
+                peek(k + 4 * i, float32),
+                peek(q + 4 * i, float32),
+                peek(k_next + 4 * i, float32),
+            )
             s_low, s_high = load_pair(row, block), load_pair(row + pair, block)  # before a store: see studies/17
             out_low, low, s_low = written_read(s_low, key, query, delta_low, kept, key_next, out_low, low)
             out_high, high, s_high = written_read(s_high, key, query, delta_high, kept, key_next, out_high, high)
@@ -202,6 +227,7 @@ def run_four(state, block, K, tokens, strides, num_tokens, fresh):
 
 
 # ---------------------------------------------------------------- tasks
+
 
 @inlined
 def num_new(step, s):
@@ -255,8 +281,16 @@ def run_pair(op, step, s, head, block, num_blocks, ahead):
     """Blocks `block` and the next, if there is one, through all new tokens of a request."""
     first, K = entry(step, QUERY_START, s), word(op, 10)
     state, tokens = addresses(op, entry(step, STATE_SLOT, s), head, block, first)
-    run_two(state, 64 * K * min(num_blocks - block - 1, 1), K, tokens, strides(op), num_new(step, s),
-            entry(step, POSITION, first) == 0, 128 * K if ahead else 0)
+    run_two(
+        state,
+        64 * K * min(num_blocks - block - 1, 1),
+        K,
+        tokens,
+        strides(op),
+        num_new(step, s),
+        entry(step, POSITION, first) == 0,
+        128 * K if ahead else 0,
+    )
 
 
 @kernel
@@ -300,10 +334,21 @@ def gated_delta_per_token(op, step, thread, num_threads):
             for task in range(thread, H * pairs, num_threads):
                 block = task % pairs * 2
                 state, tokens = addresses(op, entry(step, STATE_SLOT, s), task // pairs, block, t)
-                run_two(state, 64 * K * min(num_blocks - block - 1, 1), K, tokens, strides(op), 1,
-                        entry(step, POSITION, t) == 0, 0)
+                run_two(
+                    state,
+                    64 * K * min(num_blocks - block - 1, 1),
+                    K,
+                    tokens,
+                    strides(op),
+                    1,
+                    entry(step, POSITION, t) == 0,
+                    0,
+                )
 
 
-CPU = {"l2_norm": Implementation(l2_norm), "delta_gates": Implementation(delta_gates),
-       "gated_delta": Implementation(gated_delta_four if wide_registers() else gated_delta_two)}
+CPU = {
+    "l2_norm": Implementation(l2_norm),
+    "delta_gates": Implementation(delta_gates),
+    "gated_delta": Implementation(gated_delta_four if wide_registers() else gated_delta_two),
+}
 PER_TOKEN = {"gated_delta": Implementation(gated_delta_per_token)}

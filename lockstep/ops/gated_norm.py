@@ -1,7 +1,8 @@
 """Root-mean-square norm of each head, times a weight, times silu of a gate: the definition.
 
-    out[t, h] = o[t, h] * rsqrt(mean(o[t, h]^2) + eps) * w * silu(z[t, h])
+out[t, h] = o[t, h] * rsqrt(mean(o[t, h]^2) + eps) * w * silu(z[t, h])
 """
+
 import numpy as np
 from numba import carray
 
@@ -43,8 +44,14 @@ def gated_norm(o_THK, z_TW, offset, weight_K, eps, out_THK):
 def _run(op, step, thread, num_threads):
     if thread == 0:
         T, W, H, K = num_rows(op, step), word(op, 4), word(op, 6), word(op, 7)
-        gated_norm(carray(float_array(word(op, 1)), (T, H, K)), carray(float_array(word(op, 2)), (T, W)), word(op, 5),
-                   carray(float_array(word(op, 3)), (K,)), number(op, 8), carray(float_array(word(op, 0)), (T, H, K)))
+        gated_norm(
+            carray(float_array(word(op, 1)), (T, H, K)),
+            carray(float_array(word(op, 2)), (T, W)),
+            word(op, 5),
+            carray(float_array(word(op, 3)), (K,)),
+            number(op, 8),
+            carray(float_array(word(op, 0)), (T, H, K)),
+        )
 
 
 REFERENCE = {"gated_norm": Implementation(_run)}

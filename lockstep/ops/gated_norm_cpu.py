@@ -1,4 +1,5 @@
 """Gated norm of each head: the fast kernel. A head stays in L1 between its two passes; bound by exp in silu."""
+
 import numpy as np
 
 from lockstep.ops.math import silu

@@ -12,6 +12,7 @@ they enter, as instructions for pairs and fours want them. A bfloat16 is the upp
 even when written; q8 is described in `kv_cache_q8`. Attention reads K and V back from here only, so a token sees the
 same numbers whether they were written in this step or long ago.
 """
+
 import numpy as np
 from numba import carray, float32
 
@@ -21,8 +22,17 @@ from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import definition, inlined, kernel
 from lockstep.runtime.machine import float_array
 from lockstep.runtime.simd import bf16_bits, peek, peek_bf16, poke, round_bf16
-from lockstep.runtime.step import (PAGE_TABLE, PAGES_PER_REQUEST, POSITION, REQUEST, entry, num_rows, number, step_word,
-                                   word)
+from lockstep.runtime.step import (
+    PAGE_TABLE,
+    PAGES_PER_REQUEST,
+    POSITION,
+    REQUEST,
+    entry,
+    num_rows,
+    number,
+    step_word,
+    word,
+)
 
 PAGE_TOKENS = 64
 KV_DTYPES = ("f32", "bf16", "q8")  # of a cache; ops name one by its number
@@ -58,7 +68,7 @@ def _q8_by_position(pages, is_keys):
     """Bytes of q8 pages [N, G, 64 (K + 2)] as [64 N, G, K + 2]."""
     N, G, size = pages.shape
     K = size // PAGE_TOKENS - SCALE_BYTES
-    codes, scales = pages[..., :PAGE_TOKENS * K], pages[..., PAGE_TOKENS * K:].reshape(N, G, PAGE_TOKENS, SCALE_BYTES)
+    codes, scales = pages[..., : PAGE_TOKENS * K], pages[..., PAGE_TOKENS * K :].reshape(N, G, PAGE_TOKENS, SCALE_BYTES)
     fours = codes.reshape(N, G, -1, PAGE_TOKENS if is_keys else K, 4)
     ordered = fours.transpose((0, 3, 1, 2, 4) if is_keys else (0, 2, 4, 1, 3)).reshape(-1, G, K)
     return np.concatenate([ordered, scales.swapaxes(1, 2).reshape(-1, G, SCALE_BYTES)], axis=-1)

@@ -3,6 +3,7 @@
 Bound by the read of the projection, and by the scattered writes of K (one line of memory for each dimension or pair). A
 thread takes sixteen tokens at a time, so that those lines are written whole by one core while they are in its cache.
 """
+
 import numpy as np
 from numba import float32, int32
 
@@ -10,10 +11,30 @@ from lockstep.ops.kv_cache import PAGE_TOKENS, k_index, v_index
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import inlined, kernel
 from lockstep.runtime.machine import stack_memory
-from lockstep.runtime.simd import (bf16_bits, fma, lanes, load, peek, poke, round_bf16, sqrt, store, store_bf16,
-                                   sum_lanes)
-from lockstep.runtime.step import (PAGE_TABLE, PAGES_PER_REQUEST, POSITION, REQUEST, entry, num_rows, number, step_word,
-                                   word)
+from lockstep.runtime.simd import (
+    bf16_bits,
+    fma,
+    lanes,
+    load,
+    peek,
+    poke,
+    round_bf16,
+    sqrt,
+    store,
+    store_bf16,
+    sum_lanes,
+)
+from lockstep.runtime.step import (
+    PAGE_TABLE,
+    PAGES_PER_REQUEST,
+    POSITION,
+    REQUEST,
+    entry,
+    num_rows,
+    number,
+    step_word,
+    word,
+)
 from lockstep.runtime.tiles import store_pairs
 
 ONE, ZERO = np.float32(1), np.float32(0)
@@ -94,8 +115,17 @@ def prepare_token(op, step, base, q_norm, k_norm, t, g, keep, memory):
     x, position = word(op, 1) + 4 * row * t, entry(step, POSITION, t)
     cos, sin = word(op, 2) + 4 * R * position, word(op, 3) + 4 * R * position
     for h in range(g * (H // G), (g + 1) * (H // G)):
-        prepare_head(x + 4 * (word(op, base + 5) + h * word(op, base + 6)), K, q_norm, eps, norm_offset, cos, sin, R,
-                     word(op, 0) + 4 * K * (t * H + h))
+        prepare_head(
+            x + 4 * (word(op, base + 5) + h * word(op, base + 6)),
+            K,
+            q_norm,
+            eps,
+            norm_offset,
+            cos,
+            sin,
+            R,
+            word(op, 0) + 4 * K * (t * H + h),
+        )
     prepare_head(x + 4 * (word(op, base + 7) + g * K), K, k_norm, eps, norm_offset, cos, sin, R, memory)
     _, page, slot = slot_of(step, t)
     keep(op, base, memory, page, slot, g)
@@ -149,5 +179,7 @@ def normed_attention_inputs(op, step, thread, num_threads):
     prepare(op, step, thread, num_threads, 8, word(op, 6), word(op, 7), keep_key, keep_values)
 
 
-CPU = {"attention_inputs": Implementation(attention_inputs),
-       "normed_attention_inputs": Implementation(normed_attention_inputs)}
+CPU = {
+    "attention_inputs": Implementation(attention_inputs),
+    "normed_attention_inputs": Implementation(normed_attention_inputs),
+}

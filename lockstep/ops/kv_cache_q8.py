@@ -7,6 +7,7 @@ A head of a page is 64 (K + 2) bytes, its codes and then its scales, so that one
 
 Four neighbours in the sum that they enter lie together, as instructions for dots of four want them.
 """
+
 import numpy as np
 from numba import int8
 

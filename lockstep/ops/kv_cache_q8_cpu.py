@@ -2,6 +2,7 @@
 
 Four values that share a row of their page are written together, a whole line at a time.
 """
+
 import numpy as np
 from numba import int8, int32
 
@@ -11,8 +12,21 @@ from lockstep.ops.kv_cache_cpu import prepare, slot_of
 from lockstep.ops.kv_cache_q8 import ONE, head_place, k_place, scale_place, v_place
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import inlined, kernel
-from lockstep.runtime.simd import (bf16_bits, bit_and, lanes, load, max_lanes, maximum, peek, poke, rint,
-                                   round_bf16, store, store_i8, to_i32)
+from lockstep.runtime.simd import (
+    bf16_bits,
+    bit_and,
+    lanes,
+    load,
+    max_lanes,
+    maximum,
+    peek,
+    poke,
+    rint,
+    round_bf16,
+    store,
+    store_i8,
+    to_i32,
+)
 from lockstep.runtime.step import REQUEST, entry, word
 
 BYTE, TWO_BYTES, THREE_BYTES = np.int32(1 << 8), np.int32(1 << 16), np.int32(1 << 24)
@@ -76,10 +90,12 @@ def keep_values(op, step, base, first, last, g, memory):
 @inlined
 def keep_four_values(v, row, head, slot, K):
     """The values of four neighbouring positions, `row` bytes from each other."""
-    first, second, third, last = (keep_scale(v, K, head + scale_place(slot, K)),
-                                  keep_scale(v + row, K, head + scale_place(slot + 1, K)),
-                                  keep_scale(v + 2 * row, K, head + scale_place(slot + 2, K)),
-                                  keep_scale(v + 3 * row, K, head + scale_place(slot + 3, K)))
+    first, second, third, last = (
+        keep_scale(v, K, head + scale_place(slot, K)),
+        keep_scale(v + row, K, head + scale_place(slot + 1, K)),
+        keep_scale(v + 2 * row, K, head + scale_place(slot + 2, K)),
+        keep_scale(v + 3 * row, K, head + scale_place(slot + 3, K)),
+    )
     for d in range(0, K, 16):
         x = v + 4 * d
         low = bit_and(codes_of(x, first), 255) + bit_and(codes_of(x + row, second), 255) * BYTE
@@ -99,5 +115,7 @@ def normed_attention_inputs_q8(op, step, thread, num_threads):
     prepare(op, step, thread, num_threads, 8, word(op, 6), word(op, 7), keep_key, keep_values)
 
 
-CPU = {"attention_inputs_q8": Implementation(attention_inputs_q8),
-       "normed_attention_inputs_q8": Implementation(normed_attention_inputs_q8)}
+CPU = {
+    "attention_inputs_q8": Implementation(attention_inputs_q8),
+    "normed_attention_inputs_q8": Implementation(normed_attention_inputs_q8),
+}

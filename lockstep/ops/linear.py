@@ -3,6 +3,7 @@
 Every output element is one chain of operations over K, in ascending order and never split: it does not depend on how
 many rows or features are computed with it. Weights and activations are prepared by `ops/activations.py`.
 """
+
 import numpy as np
 from numba import carray, float32, int32
 
@@ -238,6 +239,7 @@ def f32_rows(weight):
 def bf16_rows(weight):
     """Values rounded to bf16, as float32 [N, K]."""
     import ml_dtypes
+
     return _rows(weight, lambda part, rows: (floats(part, rows).astype(ml_dtypes.bfloat16).astype(np.float32),))
 
 

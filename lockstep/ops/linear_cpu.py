@@ -7,6 +7,7 @@ balance; a run's weights are read from memory once and serve all rows, up to MAX
     tile, few rows        all rows x 1 panel of accumulators: panel follows panel, one stream of memory
     tile, many rows       MAX_ROWS x COLS panels: fewest loads for each dot, see runtime/tiles_linear.py
 """
+
 from numba import int64, njit
 
 from lockstep.ops.activations import NATIVE_BF16
@@ -19,8 +20,20 @@ from lockstep.runtime.step import COUNTER, num_rows, word
 from lockstep.runtime.targets import wide_registers
 from lockstep.runtime.tiles_dots import Q4_1_BYTES, Q5_0_BYTES, Q5_1_BYTES
 from lockstep.runtime.tiles_k import Q4_K_BYTES, Q5_K_BYTES, Q6_K_BYTES
-from lockstep.runtime.tiles_linear import (BF16_TILE, F16_TILE, F32_TILE, Q4_0_TILE, Q4_1_TILE, Q4_K_TILE, Q5_0_TILE,
-                                           Q5_1_TILE, Q5_K_TILE, Q6_K_TILE, Q8_0_TILE, linear_tile)
+from lockstep.runtime.tiles_linear import (
+    BF16_TILE,
+    F16_TILE,
+    F32_TILE,
+    Q4_0_TILE,
+    Q4_1_TILE,
+    Q4_K_TILE,
+    Q5_0_TILE,
+    Q5_1_TILE,
+    Q5_K_TILE,
+    Q6_K_TILE,
+    Q8_0_TILE,
+    linear_tile,
+)
 from lockstep.weights.pack import pack_bf16, pack_f16, pack_f32, pack_q4_0, pack_q8_0
 from lockstep.weights.pack_k import pack_q4_k, pack_q5_k, pack_q6_k
 from lockstep.weights.pack_q5 import pack_q4_1, pack_q5_0, pack_q5_1
@@ -43,33 +56,125 @@ def merged(function):
 
 
 @merged
-def together(format, x, row, w, panel, scales, panel_scales, K, residual, out, out_row, panels, resume, next_codes,
-             next_scales, left):
+def together(
+    format,
+    x,
+    row,
+    w,
+    panel,
+    scales,
+    panel_scales,
+    K,
+    residual,
+    out,
+    out_row,
+    panels,
+    resume,
+    next_codes,
+    next_scales,
+    left,
+):
     """COLS panels by `left` rows, as one tile or in tiles of nearly equal height. Arguments as of `linear_tile`.
 
     The first tile brings what comes next near; where there are several, the first two bring half of it each.
     """
     if left <= FEW_ROWS:
-        linear_tile(format, (1, FEW_ROWS), COLS, 1, left, x, row, w, panel, scales, panel_scales, K, residual, out,
-                    out_row, panels, resume, next_codes, next_scales, ALL_PANELS)
+        linear_tile(
+            format,
+            (1, FEW_ROWS),
+            COLS,
+            1,
+            left,
+            x,
+            row,
+            w,
+            panel,
+            scales,
+            panel_scales,
+            K,
+            residual,
+            out,
+            out_row,
+            panels,
+            resume,
+            next_codes,
+            next_scales,
+            ALL_PANELS,
+        )
         return
     wanted, later = ALL_PANELS // 2, ALL_PANELS - ALL_PANELS // 2
     while left > 0:
         tiles = (left + MAX_ROWS - 1) // MAX_ROWS
         rows = (left + tiles - 1) // tiles
-        linear_tile(format, (MIN_ROWS, MAX_ROWS), COLS, COLS, rows, x, row, w, panel, scales, panel_scales, K, residual,
-                    out, out_row, panels, resume, next_codes, next_scales, wanted)
+        linear_tile(
+            format,
+            (MIN_ROWS, MAX_ROWS),
+            COLS,
+            COLS,
+            rows,
+            x,
+            row,
+            w,
+            panel,
+            scales,
+            panel_scales,
+            K,
+            residual,
+            out,
+            out_row,
+            panels,
+            resume,
+            next_codes,
+            next_scales,
+            wanted,
+        )
         left, x, out = left - rows, x + rows * row, out + rows * out_row
         residual = residual + rows * out_row if residual else 0
         wanted, later = later, 0
 
 
 @merged
-def alone(format, x, row, w, panel, scales, panel_scales, K, residual, out, out_row, panels, resume, next_codes,
-          next_scales, left):
+def alone(
+    format,
+    x,
+    row,
+    w,
+    panel,
+    scales,
+    panel_scales,
+    K,
+    residual,
+    out,
+    out_row,
+    panels,
+    resume,
+    next_codes,
+    next_scales,
+    left,
+):
     """COLS panels by one row: `together` for left = 1."""
-    linear_tile(format, (1, 1), COLS, 1, 1, x, row, w, panel, scales, panel_scales, K, residual, out, out_row, panels,
-                resume, next_codes, next_scales, 0)
+    linear_tile(
+        format,
+        (1, 1),
+        COLS,
+        1,
+        1,
+        x,
+        row,
+        w,
+        panel,
+        scales,
+        panel_scales,
+        K,
+        residual,
+        out,
+        out_row,
+        panels,
+        resume,
+        next_codes,
+        next_scales,
+        0,
+    )
 
 
 @inlined
@@ -111,10 +216,24 @@ def drive(op, step, num_threads, format, sweep, unit, params, w, panel, scales, 
                 for k in range(0, K, part):
                     next_k, q = (k + part, p) if k + part < K else (0, next_p)
                     residual = word(op, 2) + place if has_residual and next_k == 0 else 0
-                    sweep(format, word(op, 1) + row * t + row * k // K, row, w + panel * p + panel * k // K, panel,
-                          scales + K * p + k, K, min(part, K - k), residual, word(op, 0) + place, out_row,
-                          num_panels - p, k, w + panel * q + panel * next_k // K, scales + K * q + next_k,
-                          min(at_once, end - t))
+                    sweep(
+                        format,
+                        word(op, 1) + row * t + row * k // K,
+                        row,
+                        w + panel * p + panel * k // K,
+                        panel,
+                        scales + K * p + k,
+                        K,
+                        min(part, K - k),
+                        residual,
+                        word(op, 0) + place,
+                        out_row,
+                        num_panels - p,
+                        k,
+                        w + panel * q + panel * next_k // K,
+                        scales + K * q + next_k,
+                        min(at_once, end - t),
+                    )
         claim, next_claim = next_claim, fetch_add(counter, 1)
 
 

@@ -1,4 +1,5 @@
 """Elementary functions, one formula for scalars and for lanes: no libm, whose bits change from host to host."""
+
 import numpy as np
 
 from lockstep.runtime.kernel import inlined
@@ -11,8 +12,10 @@ E7, E6, E5, E4, E3, E2 = (np.float32(1 / n) for n in (5040, 720, 120, 24, 6, 2))
 TWO, HALF, LN2_HIGH, LN2_LOW = np.float32(2), np.float32(0.5), np.float32(0.693359375), np.float32(-2.12194440e-4)
 SQRT_HALF, SQRT_TWO = np.float32(0.70710678), np.float32(1.41421356)
 # minimax fits of (log(1 + f) - f + f^2 / 2) / f^3 on [sqrt(1/2) - 1, sqrt(2) - 1], and of (tanh(x) - x) / x^3 in x^2
-L10, L9, L8, L7, L6, L5, L4, L3 = (np.float32(c) for c in (
-    -0.0763443, 0.1276155, -0.13160194, 0.14201762, -0.16623357, 0.20001227, -0.25000823, 0.3333333))
+L10, L9, L8, L7, L6, L5, L4, L3 = (
+    np.float32(c)
+    for c in (-0.0763443, 0.1276155, -0.13160194, 0.14201762, -0.16623357, 0.20001227, -0.25000823, 0.3333333)
+)
 T11, T9, T7, T5, T3 = (np.float32(c) for c in (-0.0057049785, 0.020639079, -0.05373971, 0.13331442, -0.3333328))
 TANH_SMALL, TANH_LARGE = np.float32(0.625), np.float32(44)
 

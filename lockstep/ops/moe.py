@@ -1,9 +1,10 @@
 """Mixture of experts: which experts a token goes to, the plan that groups tokens by expert, and the weighted sum.
 
-    route:    probability = softmax(logits[t]);  the top_k experts and their probabilities
-    group:    the (token, rank) pairs in order of expert, so that an expert's weights are read once
-    combine:  out[t] = sum over ranks r of weight[t, r] * y[t, r]
+route:    probability = softmax(logits[t]);  the top_k experts and their probabilities
+group:    the (token, rank) pairs in order of expert, so that an expert's weights are read once
+combine:  out[t] = sum over ranks r of weight[t, r] * y[t, r]
 """
+
 import numpy as np
 from numba import carray
 
@@ -103,8 +104,13 @@ def _route(op, step, thread, num_threads):
     """Op row: expert_ids, weights, logits, E, X, renormalize, width of a row of logits."""
     if thread == 0:
         T, E, X = num_rows(op, step), word(op, 3), word(op, 4)
-        route(carray(float_array(word(op, 2)), (T, word(op, 6)))[:, :E], X, word(op, 5),
-              carray(int_array(word(op, 0)), (T, X)), carray(float_array(word(op, 1)), (T, X)))
+        route(
+            carray(float_array(word(op, 2)), (T, word(op, 6)))[:, :E],
+            X,
+            word(op, 5),
+            carray(int_array(word(op, 0)), (T, X)),
+            carray(float_array(word(op, 1)), (T, X)),
+        )
 
 
 @kernel
@@ -112,8 +118,11 @@ def _group(op, step, thread, num_threads):
     """Op row: order, expert_start, expert_ids, E, X."""
     if thread == 0:
         T, E, X = num_rows(op, step), word(op, 3), word(op, 4)
-        group_experts(carray(int_array(word(op, 2)), (T, X)), carray(int_array(word(op, 0)), (T, X)),
-                      carray(int_array(word(op, 1)), (T, E + 1)))
+        group_experts(
+            carray(int_array(word(op, 2)), (T, X)),
+            carray(int_array(word(op, 0)), (T, X)),
+            carray(int_array(word(op, 1)), (T, E + 1)),
+        )
 
 
 @kernel
@@ -121,9 +130,15 @@ def _combine(op, step, thread, num_threads):
     """Op row: out, weights, y, D, X."""
     if thread == 0:
         T, D, X = num_rows(op, step), word(op, 3), word(op, 4)
-        combine_experts(carray(float_array(word(op, 1)), (T, X)), carray(float_array(word(op, 2)), (T, X, D)),
-                        carray(float_array(word(op, 0)), (T, D)))
+        combine_experts(
+            carray(float_array(word(op, 1)), (T, X)),
+            carray(float_array(word(op, 2)), (T, X, D)),
+            carray(float_array(word(op, 0)), (T, D)),
+        )
 
 
-REFERENCE = {"route": Implementation(_route), "group_experts": Implementation(_group),
-             "combine_experts": Implementation(_combine)}
+REFERENCE = {
+    "route": Implementation(_route),
+    "group_experts": Implementation(_group),
+    "combine_experts": Implementation(_combine),
+}

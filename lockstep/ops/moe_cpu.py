@@ -1,4 +1,5 @@
 """Mixture of experts: the fast kernels around the experts' own linear layers. Bound by the read of y in combine."""
+
 import numpy as np
 from numba import float32, int32
 
@@ -102,5 +103,8 @@ def combine_experts(op, step, thread, num_threads):
             store(out + 4 * (D * t + i), acc)
 
 
-CPU = {"route": Implementation(route), "group_experts": Implementation(group_experts),
-       "combine_experts": Implementation(combine_experts)}
+CPU = {
+    "route": Implementation(route),
+    "group_experts": Implementation(group_experts),
+    "combine_experts": Implementation(combine_experts),
+}

@@ -2,6 +2,7 @@
 
 Source: Salmon, Moraes, Dror and Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3".
 """
+
 import numpy as np
 
 from lockstep.ops.math import log, log1p
@@ -62,8 +63,12 @@ def philox_lanes(first, position, seed):
     k0, k1 = seed, seed >> 32
     for _ in range(ROUNDS):
         high_0, high_1 = high_product(x0, MULTIPLIER_0), high_product(x2, MULTIPLIER_1)
-        x0, x1, x2, x3 = (bit_xor(bit_xor(high_1, x1), k0), x2 * I32_MULTIPLIER_1,
-                          bit_xor(bit_xor(high_0, x3), k1), x0 * I32_MULTIPLIER_0)
+        x0, x1, x2, x3 = (
+            bit_xor(bit_xor(high_1, x1), k0),
+            x2 * I32_MULTIPLIER_1,
+            bit_xor(bit_xor(high_0, x3), k1),
+            x0 * I32_MULTIPLIER_0,
+        )
         k0, k1 = k0 + KEY_STEP_0, k1 + KEY_STEP_1
     return x0, x1, x2, x3
 

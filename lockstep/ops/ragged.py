@@ -1,7 +1,8 @@
 """Ragged paged attention on NumPy arrays: prefill and decode in one call, over a paged cache.
 
-    from lockstep.ops import ragged_paged_attention
+from lockstep.ops import ragged_paged_attention
 """
+
 import os
 import threading
 from functools import cache
@@ -21,10 +22,28 @@ from lockstep.runtime.threads import Team
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
-def ragged_paged_attention(q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, *, sm_scale=1.0,
-                           sliding_window=None, soft_cap=None, mask_value=None, k_scale=None, v_scale=None, sinks=None,
-                           out=None, threads=None, backend="cpu", num_kv_pages_per_block=None,
-                           num_queries_per_block=None, vmem_limit_bytes=None):
+def ragged_paged_attention(
+    q,
+    kv_pages,
+    kv_lens,
+    page_indices,
+    cu_q_lens,
+    num_seqs,
+    *,
+    sm_scale=1.0,
+    sliding_window=None,
+    soft_cap=None,
+    mask_value=None,
+    k_scale=None,
+    v_scale=None,
+    sinks=None,
+    out=None,
+    threads=None,
+    backend="cpu",
+    num_kv_pages_per_block=None,
+    num_queries_per_block=None,
+    vmem_limit_bytes=None,
+):
     """Causal attention of the last tokens of several sequences over their keys and values in pages.
 
     Shapes: q, out [T, H, K], float32 or bfloat16, K a multiple of 16 up to 256; kv_pages [N, B, 2 G, K] with the key of
@@ -43,14 +62,35 @@ def ragged_paged_attention(q, kv_pages, kv_lens, page_indices, cu_q_lens, num_se
     """
     k, v = checks.pages(kv_pages)
     checks.shapes(q, k, v, kv_lens, page_indices, cu_q_lens, num_seqs)
-    checks.options(backend, q.shape[1], sliding_window, soft_cap, mask_value, sinks, page_indices.shape[1],
-                   num_kv_pages_per_block, num_queries_per_block, vmem_limit_bytes)
+    checks.options(
+        backend,
+        q.shape[1],
+        sliding_window,
+        soft_cap,
+        mask_value,
+        sinks,
+        page_indices.shape[1],
+        num_kv_pages_per_block,
+        num_queries_per_block,
+        vmem_limit_bytes,
+    )
     num_threads = checks.thread_count(threads)
     inputs = q, k, v, kv_lens, page_indices, cu_q_lens, num_seqs, sinks
     out = np.empty(q.shape, q.dtype) if out is None else checks.output(out, q, inputs)
     checks.metadata(q.shape[0], k.shape, kv_lens, page_indices, cu_q_lens, num_seqs, sliding_window)
-    arguments = (q, k, v, kv_lens, page_indices, cu_q_lens, num_seqs, sliding_window, sinks,
-                 scales(sm_scale, soft_cap, k_scale, v_scale), out)
+    arguments = (
+        q,
+        k,
+        v,
+        kv_lens,
+        page_indices,
+        cu_q_lens,
+        num_seqs,
+        sliding_window,
+        sinks,
+        scales(sm_scale, soft_cap, k_scale, v_scale),
+        out,
+    )
     if backend == "reference":
         define(*arguments)
     else:
@@ -76,8 +116,21 @@ def define(q, k, v, kv_lens, page_indices, cu_q_lens, num_seqs, sliding_window, 
     lens_S, indices_SP, starts_S = (np.ascontiguousarray(x) for x in (kv_lens, page_indices, cu_q_lens))
     sinks_H, out_THK = np.zeros(0, np.float32) if sinks is None else sinks, np.empty(q.shape, np.float32)
     scale, cap, v_factor = factors
-    attend_ragged(q_THK, k_NBGK, v_NBGK, lens_S, indices_SP, starts_S, int(num_seqs[0]), scale, cap,
-                  sliding_window or 0, np.ascontiguousarray(sinks_H), v_factor, out_THK)
+    attend_ragged(
+        q_THK,
+        k_NBGK,
+        v_NBGK,
+        lens_S,
+        indices_SP,
+        starts_S,
+        int(num_seqs[0]),
+        scale,
+        cap,
+        sliding_window or 0,
+        np.ascontiguousarray(sinks_H),
+        v_factor,
+        out_THK,
+    )
     out[...] = out_THK
 
 
@@ -92,17 +145,34 @@ class Workers:
         self._counter = aligned(8).view(np.int64)
         self._row[KERNEL], self._row[COUNTER] = ragged_attention.address, self._counter.ctypes.data
 
-    def attend(self, q, k, v, kv_lens, page_indices, cu_q_lens, num_seqs, sliding_window, sinks, factors, out,
-               grouped=True):
+    def attend(
+        self, q, k, v, kv_lens, page_indices, cu_q_lens, num_seqs, sliding_window, sinks, factors, out, grouped=True
+    ):
         """One call of the kernel on checked arguments. grouped: the query heads of a kv head share one read of it."""
         arrays, H, G = (out, q, k, v, page_indices, kv_lens, cu_q_lens, num_seqs), q.shape[1], k.shape[2]
-        words = [*(a.ctypes.data for a in arrays), 0 if sinks is None else sinks.ctypes.data, self._states.ctypes.data,
-                 self._turns.ctypes.data, *out.strides[:2], *q.strides[:2], *k.strides[:3], *v.strides[:3],
-                 page_indices.strides[0], q.shape[0], H, G, q.shape[2], k.shape[1], H // G if grouped else 1,
-                 sliding_window or 0, int(q.dtype == BF16), int(k.dtype == BF16),
-                 *(int(x.view(np.int32)) for x in factors)]
+        words = [
+            *(a.ctypes.data for a in arrays),
+            0 if sinks is None else sinks.ctypes.data,
+            self._states.ctypes.data,
+            self._turns.ctypes.data,
+            *out.strides[:2],
+            *q.strides[:2],
+            *k.strides[:3],
+            *v.strides[:3],
+            page_indices.strides[0],
+            q.shape[0],
+            H,
+            G,
+            q.shape[2],
+            k.shape[1],
+            H // G if grouped else 1,
+            sliding_window or 0,
+            int(q.dtype == BF16),
+            int(k.dtype == BF16),
+            *(int(x.view(np.int32)) for x in factors),
+        ]
         with self._lock:
-            self._row[OPERANDS:OPERANDS + len(words)] = words
+            self._row[OPERANDS : OPERANDS + len(words)] = words
             self._turns[:], self._counter[:] = 0, 0
             self.team.run(self._row.ctypes.data, 1, 0)
 

@@ -4,6 +4,7 @@ Sequence s owns rows cu_q_lens[s] .. cu_q_lens[s + 1] of q, the last tokens of t
 lies in slot p % B of page page_indices[s, p // B]. Each row is `attention.attend`, so that its bits are those of the
 engine's attention, whatever the page size, the chunk and the rest of the batch; a sink then takes its share.
 """
+
 import numpy as np
 
 from lockstep.ops.attention import attend
@@ -38,8 +39,21 @@ def gathered(pages_NBGK, page_indices_P, g, first, stop):
 
 
 @definition
-def attend_ragged(q_THK, k_NBGK, v_NBGK, kv_lens_S, page_indices_SP, cu_q_lens_S, num_seqs, scale, cap, window, sinks_H,
-                  v_scale, out_THK):
+def attend_ragged(
+    q_THK,
+    k_NBGK,
+    v_NBGK,
+    kv_lens_S,
+    page_indices_SP,
+    cu_q_lens_S,
+    num_seqs,
+    scale,
+    cap,
+    window,
+    sinks_H,
+    v_scale,
+    out_THK,
+):
     """out[t, h] = softmax(soft_cap(scale * q[t, h] . k)) v over the keys that row t sees; rows of no sequence are 0.
 
     Shapes: all float32 but the int32 kv_lens [S], page_indices [S, P], cu_q_lens [S + 1]; sinks [H], or [0]: none.

@@ -6,17 +6,41 @@ The work is cut into tiles of up to 96 rows, which threads claim one by one: the
 heads, or some tokens of many with one kv head. Where tiles are few, each is cut again into spans of 1024 keys, whose
 results are merged in ascending order, whoever computed them: the thread that has one waits for its turn.
 """
+
 import numpy as np
 from numba import float32, int32, int64
 
 from lockstep.ops.attention_math import SPAN, ZERO, cleared, exp2
 from lockstep.ops.ragged_attention import kept_share
-from lockstep.ops.ragged_block import (LANE, LANE_BYTES, O, Q, ROW_BYTES, ROWS, SCRATCH_BYTES, TOP, Call,
-                                       Tile, attend_span, first_key)
+from lockstep.ops.ragged_block import (
+    LANE,
+    LANE_BYTES,
+    O,
+    Q,
+    ROW_BYTES,
+    ROWS,
+    SCRATCH_BYTES,
+    TOP,
+    Call,
+    Tile,
+    attend_span,
+    first_key,
+)
 from lockstep.runtime.kernel import inlined, kernel
 from lockstep.runtime.machine import fetch_add, load_acquire, pause, stack_memory, yield_core
-from lockstep.runtime.simd import (fma, lanes, load, load_bf16, maximum, peek, poke, round_bf16, store, store_bf16,
-                                   sum_lanes)
+from lockstep.runtime.simd import (
+    fma,
+    lanes,
+    load,
+    load_bf16,
+    maximum,
+    peek,
+    poke,
+    round_bf16,
+    store,
+    store_bf16,
+    sum_lanes,
+)
 from lockstep.runtime.step import COUNTER, number, word
 
 TILES_PER_THREAD = 4  # with fewer, tiles are cut into spans
@@ -27,11 +51,42 @@ STATE_BYTES = ROWS * STATE_ROW_BYTES
 @inlined
 def read_call(op):
     """The op's operands, in the order of `Call`."""
-    return Call(word(op, 0), word(op, 1), word(op, 2), word(op, 3), word(op, 4), word(op, 5), word(op, 6), word(op, 7),
-                word(op, 8), word(op, 9), word(op, 10), word(op, 11), word(op, 12), word(op, 13), word(op, 14),
-                word(op, 15), word(op, 16), word(op, 17), word(op, 18), word(op, 19), word(op, 20), word(op, 21),
-                word(op, 22), word(op, 23), word(op, 24), word(op, 25), word(op, 26), word(op, 27), word(op, 28),
-                word(op, 29), word(op, 30), number(op, 31), number(op, 32), number(op, 33))
+    return Call(
+        word(op, 0),
+        word(op, 1),
+        word(op, 2),
+        word(op, 3),
+        word(op, 4),
+        word(op, 5),
+        word(op, 6),
+        word(op, 7),
+        word(op, 8),
+        word(op, 9),
+        word(op, 10),
+        word(op, 11),
+        word(op, 12),
+        word(op, 13),
+        word(op, 14),
+        word(op, 15),
+        word(op, 16),
+        word(op, 17),
+        word(op, 18),
+        word(op, 19),
+        word(op, 20),
+        word(op, 21),
+        word(op, 22),
+        word(op, 23),
+        word(op, 24),
+        word(op, 25),
+        word(op, 26),
+        word(op, 27),
+        word(op, 28),
+        word(op, 29),
+        word(op, 30),
+        number(op, 31),
+        number(op, 32),
+        number(op, 33),
+    )
 
 
 @inlined
@@ -104,8 +159,14 @@ def run(op, thread, num_threads):
                     continue
                 begin = ((count - 1 - i) // across) * rows
                 position = kv_len(call, s) - tokens + begin
-                tile = Tile(start + begin, min(rows, tokens - begin), position, i % across * units, units,
-                            call.page_indices + call.table_row * s)
+                tile = Tile(
+                    start + begin,
+                    min(rows, tokens - begin),
+                    position,
+                    i % across * units,
+                    units,
+                    call.page_indices + call.table_row * s,
+                )
                 first, last = first_key(call, position) // SPAN, (position + tile.tokens - 1) // SPAN
                 if cut and not first <= turn <= last:
                     continue

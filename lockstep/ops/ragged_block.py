@@ -9,6 +9,7 @@ Scratch memory, on the thread's stack:
     lane [ROWS, 16] sums of weights    top [ROWS] largest score    panels [columns / 16, rows, 16] of K or V
     tables 2 x 2 x [64] addresses: K and V of a block and of the next
 """
+
 from collections import namedtuple
 
 import numpy as np
@@ -19,8 +20,15 @@ from lockstep.runtime.kernel import inlined
 from lockstep.runtime.simd import lanes, load, load_bf16, max_lanes, maximum, peek, poke, store
 from lockstep.runtime.targets import wide_registers
 from lockstep.runtime.tiles import tile_fma_f32, tile_load, tile_zeros
-from lockstep.runtime.tiles_rows import (ask, tile_fma_row_bf16, tile_fma_row_f32, tile_store_rows, transpose_bf16,
-                                         transpose_bf16_pairs, transpose_f32)
+from lockstep.runtime.tiles_rows import (
+    ask,
+    tile_fma_row_bf16,
+    tile_fma_row_f32,
+    tile_store_rows,
+    transpose_bf16,
+    transpose_bf16_pairs,
+    transpose_f32,
+)
 
 COLS, MORE_COLS = (2, 4) if wide_registers() else (1, 1)  # 6 x COLS or 4 x MORE_COLS accumulators fill the registers
 ROWS, SPARE_ROWS = 96, 6  # of a tile at most; more that a register tile may load past its end
@@ -38,9 +46,12 @@ TABLES = PANELS + 4 * BLOCK * (MAX_HEAD_DIM + 64)
 SCRATCH_BYTES = TABLES + 4 * TABLE_BYTES
 
 # addresses, then strides in bytes, then counts and factors: the operands of the op, in this order
-Call = namedtuple("Call", "out q k v page_indices kv_lens cu_q_lens num_seqs sinks states turns out_token out_head "
-                  "q_token q_head k_page k_slot k_head v_page v_slot v_head table_row num_tokens heads kv_heads "
-                  "head_dim page_size group window q_bf16 kv_bf16 scale cap v_scale")
+Call = namedtuple(
+    "Call",
+    "out q k v page_indices kv_lens cu_q_lens num_seqs sinks states turns out_token out_head "
+    "q_token q_head k_page k_slot k_head v_page v_slot v_head table_row num_tokens heads kv_heads "
+    "head_dim page_size group window q_bf16 kv_bf16 scale cap v_scale",
+)
 Tile = namedtuple("Tile", "token tokens position unit units table")
 
 
@@ -104,8 +115,9 @@ def attend_span(call, tile, span, memory):
             scores(call, tile, start, first, last, q, memory)
             softmax_step(call, tile, block, base, first, last, memory)
             if few:
-                row_values(call, tile, start, first, last, v_rows, call.v_head * g, v_ahead, call.v_head * g_ahead, o,
-                           memory)
+                row_values(
+                    call, tile, start, first, last, v_rows, call.v_head * g, v_ahead, call.v_head * g_ahead, o, memory
+                )
             else:
                 pack_values(call, v_rows, call.v_head * g, v_ahead, call.v_head * g_ahead, memory)
                 values(call, tile, start, first, last, o, memory)

@@ -1,4 +1,5 @@
 """What ragged paged attention refuses: each rule with what was wrong, what was given and what is allowed."""
+
 import os
 
 import ml_dtypes
@@ -54,8 +55,12 @@ def array(name, value, rank, dtypes):
 def shapes(q, k, v, kv_lens, page_indices, cu_q_lens, num_seqs):
     """Everything that follows from shapes and dtypes alone."""
     array("q", q, 3, FLOATS)
-    for name, value, rank in (("kv_lens", kv_lens, 1), ("page_indices", page_indices, 2), ("cu_q_lens", cu_q_lens, 1),
-                              ("num_seqs", num_seqs, 1)):
+    for name, value, rank in (
+        ("kv_lens", kv_lens, 1),
+        ("page_indices", page_indices, 2),
+        ("cu_q_lens", cu_q_lens, 1),
+        ("num_seqs", num_seqs, 1),
+    ):
         array(name, value, rank, (np.dtype(np.int32),))
     (_, H, K), (_, B, G, kv_K), S = q.shape, k.shape, page_indices.shape[0]
     if kv_K != K:
@@ -74,8 +79,18 @@ def shapes(q, k, v, kv_lens, page_indices, cu_q_lens, num_seqs):
         refuse("shape of cu_q_lens", cu_q_lens.shape, f"{(S + 1,)}, one more than kv_lens has")
 
 
-def options(backend, num_heads, sliding_window, soft_cap, mask_value, sinks, pages_per_seq, num_kv_pages_per_block,
-            num_queries_per_block, vmem_limit_bytes):
+def options(
+    backend,
+    num_heads,
+    sliding_window,
+    soft_cap,
+    mask_value,
+    sinks,
+    pages_per_seq,
+    num_kv_pages_per_block,
+    num_queries_per_block,
+    vmem_limit_bytes,
+):
     """The keyword arguments. Finiteness of scales is `finite`'s."""
     if not (isinstance(backend, str) and backend in ("cpu", "reference")):
         refuse("backend", repr(backend), "'cpu' or 'reference'")
@@ -137,8 +152,19 @@ RULES = {
 
 
 @native
-def first_fault(num_tokens, num_pages, page_size, max_seqs, pages_per_seq, kv_lens, page_indices, row_bytes, cu_q_lens,
-                num_seqs, window):
+def first_fault(
+    num_tokens,
+    num_pages,
+    page_size,
+    max_seqs,
+    pages_per_seq,
+    kv_lens,
+    page_indices,
+    row_bytes,
+    cu_q_lens,
+    num_seqs,
+    window,
+):
     """The first broken rule of the metadata: (rule or 0, sequence, got, limit, detail). Arrays are addresses.
 
     Only what the kernel reads is looked at: no entry past num_seqs, no page that no row sees.
@@ -175,8 +201,17 @@ def metadata(num_tokens, pages_shape, kv_lens, page_indices, cu_q_lens, num_seqs
         if value.strides[0] != 4 and value.size > 1:
             refuse(f"stride of {name}", value.strides[0], "4 bytes: contiguous")
     rule, s, got, limit, detail = first_fault(
-        num_tokens, pages_shape[0], pages_shape[1], *page_indices.shape, kv_lens.ctypes.data, page_indices.ctypes.data,
-        page_indices.strides[0], cu_q_lens.ctypes.data, num_seqs.ctypes.data, sliding_window or 0)
+        num_tokens,
+        pages_shape[0],
+        pages_shape[1],
+        *page_indices.shape,
+        kv_lens.ctypes.data,
+        page_indices.ctypes.data,
+        page_indices.strides[0],
+        cu_q_lens.ctypes.data,
+        num_seqs.ctypes.data,
+        sliding_window or 0,
+    )
     if rule:
         name, allowed = RULES[rule]
         refuse(name.format(s, got, limit, detail), got, allowed.format(s, got, limit, detail))

@@ -1,4 +1,5 @@
 """The fixed order in which sixteen virtual lanes become one number."""
+
 from lockstep.runtime.kernel import inlined
 
 

@@ -1,7 +1,8 @@
 """Root-mean-square norm of each row, times a weight: the definition.
 
-    out[t, i] = x[t, i] * rsqrt(mean(x[t]^2) + eps) * (w[i] + offset)
+out[t, i] = x[t, i] * rsqrt(mean(x[t]^2) + eps) * (w[i] + offset)
 """
+
 import numpy as np
 from numba import carray
 

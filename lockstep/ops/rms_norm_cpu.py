@@ -1,4 +1,5 @@
 """Root-mean-square norm: the fast kernel. Two passes over a row that stays in L1; bound by the read of x."""
+
 import numpy as np
 
 from lockstep.runtime.backend import Implementation

@@ -4,6 +4,7 @@ Nothing here calls libm: frequencies, angles and the two tables are made with + 
 everywhere, and rounded once to float32. Because a float32 frequency times a position below 2^28 is exact in float64,
 the only error of a table entry is that of the polynomials (1e-16) and the last rounding.
 """
+
 import math
 from dataclasses import dataclass
 
@@ -112,9 +113,12 @@ def _yarn(plain, theta, scaling):
     return [f / scaling.factor * r + f * (1.0 - r) for f, r in zip(plain, ramp)]
 
 
-SCALINGS = {"default": lambda plain, theta, scaling: plain,
-            "linear": lambda plain, theta, scaling: [f / scaling.factor for f in plain],
-            "llama3": _llama3, "yarn": _yarn}
+SCALINGS = {
+    "default": lambda plain, theta, scaling: plain,
+    "linear": lambda plain, theta, scaling: [f / scaling.factor for f in plain],
+    "llama3": _llama3,
+    "yarn": _yarn,
+}
 
 
 def attention_factor(scaling):

@@ -9,6 +9,7 @@ A row with a logit that is NaN or +inf, which only a broken model or machine mak
 likeliest tokens are 0, 1, 2, ..., and every log-probability is NaN, by which the engine knows it. Whatever the logits
 are, a token is one of the vocabulary.
 """
+
 import numpy as np
 from numba import carray, float32, int32, int64
 
@@ -30,13 +31,26 @@ WEIGHT_UNITS = np.float32(2**30)  # in one weight of the likeliest token
 
 # adjustment, mask, num_seen, num_banned: see `adjust_logits`; adjustment 0: the row's logits are taken as they are.
 # given: 0, or one more than a token that is not chosen but known, and whose log-probability is asked for.
-SAMPLING_RECORD = np.dtype([
-    ("temperature", np.float32), ("top_p", np.float32), ("min_p", np.float32), ("top_k", np.int32),
-    ("seed", np.int64), ("position", np.int64), ("adjustment", np.int64), ("mask", np.int64),
-    ("num_seen", np.int32), ("num_banned", np.int32), ("given", np.int32), ("num_logprobs", np.int32)])
+SAMPLING_RECORD = np.dtype(
+    [
+        ("temperature", np.float32),
+        ("top_p", np.float32),
+        ("min_p", np.float32),
+        ("top_k", np.int32),
+        ("seed", np.int64),
+        ("position", np.int64),
+        ("adjustment", np.int64),
+        ("mask", np.int64),
+        ("num_seen", np.int32),
+        ("num_banned", np.int32),
+        ("given", np.int32),
+        ("num_logprobs", np.int32),
+    ]
+)
 RECORD_BYTES = SAMPLING_RECORD.itemsize
 TEMPERATURE, TOP_P, MIN_P, TOP_K, SEED, POSITION, ADJUSTMENT, MASK, NUM_SEEN, NUM_BANNED, GIVEN, NUM_LOGPROBS = (
-    SAMPLING_RECORD.fields[name][1] for name in SAMPLING_RECORD.names)
+    SAMPLING_RECORD.fields[name][1] for name in SAMPLING_RECORD.names
+)
 
 
 def scratch_width(vocabulary):
@@ -183,7 +197,7 @@ def log_normalizer(logits_V):
     largest, total = maximum_of(logits_V), ZERO
     lane = np.empty(16, np.float32)
     for first in range(0, logits_V.size, CHUNK):
-        chunk = logits_V[first:first + CHUNK]
+        chunk = logits_V[first : first + CHUNK]
         top = maximum_of(chunk)
         lane[:] = ZERO
         for i in range(chunk.size):
@@ -214,12 +228,21 @@ def _run(op, step, thread, num_threads):
             token = int64(peek(record + GIVEN, int32)) - 1
             if token < 0:
                 token = sample_row(
-                    choice_V, peek(record + TEMPERATURE, float32), peek(record + TOP_K, int32),
-                    peek(record + TOP_P, float32), peek(record + MIN_P, float32), peek(record + SEED, int64),
-                    peek(record + POSITION, int64))
-            logprob = report(logits_V, token, peek(record + NUM_LOGPROBS, int32),
-                             carray(int_array(word(op, 2) + 4 * N * r), (N,)),
-                             carray(float_array(word(op, 3) + 4 * N * r), (N,)))
+                    choice_V,
+                    peek(record + TEMPERATURE, float32),
+                    peek(record + TOP_K, int32),
+                    peek(record + TOP_P, float32),
+                    peek(record + MIN_P, float32),
+                    peek(record + SEED, int64),
+                    peek(record + POSITION, int64),
+                )
+            logprob = report(
+                logits_V,
+                token,
+                peek(record + NUM_LOGPROBS, int32),
+                carray(int_array(word(op, 2) + 4 * N * r), (N,)),
+                carray(float_array(word(op, 3) + 4 * N * r), (N,)),
+            )
             poke(word(op, 0) + 4 * r, np.int32(token))
             poke(word(op, 1) + 4 * r, logprob if is_sound(choice_V) else UNKNOWN)
 

@@ -4,20 +4,73 @@ Threads share every row by chunks of the vocabulary:  maxima of blocks and sums 
 all tokens | (one thread a row) where the kept tokens end | the best noisy score of a chunk | (one thread a row) token
 and likeliest tokens. Noise is made only for blocks with a kept token. An adjusted row is scanned as it was, too.
 """
+
 import numpy as np
 from numba import float32, int32, int64
 
 from lockstep.ops.math import exp, log
 from lockstep.ops.philox import HALF_STEP, TO_UNIT, noise_lanes, philox_lanes
-from lockstep.ops.sample import (ADJUSTMENT, BLOCK, CHUNK, GIVEN, INFINITY, LOWEST, MAX_LOGPROBS, NUM_LOGPROBS,
-                                 POSITION, RECORD_BYTES, SEED, TEMPERATURE, TOP_K, TOP_P, UNKNOWN, ZERO, scratch_width)
-from lockstep.ops.sample_cut_cpu import (BAR, BEST, BLOCKS, CUT, CUT_BYTES, ONE, SUM, TOKEN, TOTAL, WORDS, block_bound,
-                                         draws, entries, find_cut, has_scores, is_sound, row_maximum, weights_of)
+from lockstep.ops.sample import (
+    ADJUSTMENT,
+    BLOCK,
+    CHUNK,
+    GIVEN,
+    INFINITY,
+    LOWEST,
+    MAX_LOGPROBS,
+    NUM_LOGPROBS,
+    POSITION,
+    RECORD_BYTES,
+    SEED,
+    TEMPERATURE,
+    TOP_K,
+    TOP_P,
+    UNKNOWN,
+    ZERO,
+    scratch_width,
+)
+from lockstep.ops.sample_cut_cpu import (
+    BAR,
+    BEST,
+    BLOCKS,
+    CUT,
+    CUT_BYTES,
+    ONE,
+    SUM,
+    TOKEN,
+    TOTAL,
+    WORDS,
+    block_bound,
+    draws,
+    entries,
+    find_cut,
+    has_scores,
+    is_sound,
+    row_maximum,
+    weights_of,
+)
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import inlined, kernel
 from lockstep.runtime.machine import fetch_add, load_acquire, pause, stack_memory, yield_core
-from lockstep.runtime.simd import (absolute, bit_and, fma, lane_numbers, lanes, load, load_i32, max_lanes, maximum,
-                                   minimum, peek, poke, shift_right, store, sum_lanes, to_f32, where_below)
+from lockstep.runtime.simd import (
+    absolute,
+    bit_and,
+    fma,
+    lane_numbers,
+    lanes,
+    load,
+    load_i32,
+    max_lanes,
+    maximum,
+    minimum,
+    peek,
+    poke,
+    shift_right,
+    store,
+    sum_lanes,
+    to_f32,
+    where_below,
+)
 from lockstep.runtime.step import COUNTER, SAMPLING, num_rows, step_word, word
 
 GROUP, GROUP_BYTES = 64, 256  # tokens that share sixteen Philox counters, and the bytes of their scores
@@ -95,6 +148,7 @@ def wait_for_all(op, arrivals):
 
 
 # ---------------------------------------------------------------- chunks
+
 
 @inlined
 def scan_chunk(logits, V, scratch, c, C):
@@ -182,8 +236,10 @@ def score_group(logits, V, record, cut, g, scores):
     Or returns minus infinity at once, if none can be as high as a score that is known. cut: see `find_cut`.
     """
     words = philox_lanes(g, peek(record + POSITION, int64), peek(record + SEED, int64))
-    top = maximum(maximum(entries(logits, g, V), entries(logits, g + 16, V)),
-                  maximum(entries(logits, g + 32, V), entries(logits, g + 48, V)))
+    top = maximum(
+        maximum(entries(logits, g, V), entries(logits, g + 16, V)),
+        maximum(entries(logits, g + 32, V), entries(logits, g + 48, V)),
+    )
     scaled = max_lanes(top) / peek(record + TEMPERATURE, float32)
     if -max_lanes(-lowest_unit(words)) > highest_unit(scaled, peek(cut + BAR, float32)):
         return -INFINITY
@@ -205,6 +261,7 @@ def score_group(logits, V, record, cut, g, scores):
 
 # ---------------------------------------------------------------- rows
 
+
 @inlined
 def finish_row(op, records, r, V, scratch, C):
     """Writes a row's token, its log-probability, and the likeliest tokens."""
@@ -225,8 +282,9 @@ def finish_row(op, records, r, V, scratch, C):
     poke(word(op, 1) + WORDS * r, logprob)
     count, top_token, top_logprob = peek(record + NUM_LOGPROBS, int32), word(op, 2), word(op, 3)
     if count > 0 and sound:
-        top_logprobs(logits, V, maxima, C, count, largest, log(total), top_token + TOP_BYTES * r,
-                     top_logprob + TOP_BYTES * r)
+        top_logprobs(
+            logits, V, maxima, C, count, largest, log(total), top_token + TOP_BYTES * r, top_logprob + TOP_BYTES * r
+        )
     elif count > 0:
         no_logprobs(min(int64(count), V), top_token + TOP_BYTES * r, top_logprob + TOP_BYTES * r)
 

@@ -3,16 +3,48 @@
 There is no sort: the last kept token is found by a radix search over the bits of the logits, in the few blocks whose
 maximum says that they matter.
 """
+
 import numpy as np
 from numba import float32, int32, int64
 
 from lockstep.ops.math import exp
-from lockstep.ops.sample import (BLOCK, CHUNK, GIVEN, INFINITY, LOWEST, MIN_P, TEMPERATURE, TOP_K, TOP_P, WEIGHT_UNITS,
-                                 ZERO, lowest_offset, nucleus)
+from lockstep.ops.sample import (
+    BLOCK,
+    CHUNK,
+    GIVEN,
+    INFINITY,
+    LOWEST,
+    MIN_P,
+    TEMPERATURE,
+    TOP_K,
+    TOP_P,
+    WEIGHT_UNITS,
+    ZERO,
+    lowest_offset,
+    nucleus,
+)
 from lockstep.runtime.kernel import inlined
 from lockstep.runtime.machine import stack_memory
-from lockstep.runtime.simd import (absolute, bit_and, bit_xor, lane_numbers, lanes, load, load_i32, max_lanes, maximum,
-                                   minimum, peek, poke, rint, shift_right, store, to_f32, to_i32, where_below)
+from lockstep.runtime.simd import (
+    absolute,
+    bit_and,
+    bit_xor,
+    lane_numbers,
+    lanes,
+    load,
+    load_i32,
+    max_lanes,
+    maximum,
+    minimum,
+    peek,
+    poke,
+    rint,
+    shift_right,
+    store,
+    to_f32,
+    to_i32,
+    where_below,
+)
 
 FEW = 64  # blocks in which a nucleus is looked for first
 DIGITS, HISTOGRAM_BYTES, GROUP, GROUP_BYTES = 2048, 2 * 8 * 2048, 64, 256
@@ -144,8 +176,10 @@ def search(logits, V, maxima, first, temperature, largest, weighted, wanted, tot
             before += amount(histogram, digit)
             digit -= 1
         if shift == EVEN:
-            start, end = (max(start, lowest_key(digit, temperature, largest)),
-                          lowest_key(digit + 1, temperature, largest))
+            start, end = (
+                max(start, lowest_key(digit, temperature, largest)),
+                lowest_key(digit + 1, temperature, largest),
+            )
         else:
             start, end = start + (digit << shift), min(end, start + (digit + 1 << shift))
         if not weighted and before + amount(histogram, digit) == target:

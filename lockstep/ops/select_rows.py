@@ -1,7 +1,8 @@
 """Some rows of a tensor, those with an output: the definition.
 
-    out[r] = x[selected[r]]
+out[r] = x[selected[r]]
 """
+
 from numba import carray
 
 from lockstep.runtime.backend import Implementation
@@ -28,8 +29,11 @@ def _run(op, step, thread, num_threads):
     """Op row: out, x, D, the step's word that has the rows."""
     if thread == 0:
         R, T, D = num_rows(op, step), step_word(step, NUM_TOKENS), word(op, 2)
-        select_rows(carray(float_array(word(op, 1)), (T, D)), carray(int_array(step_word(step, word(op, 3))), (R,)),
-                    carray(float_array(word(op, 0)), (R, D)))
+        select_rows(
+            carray(float_array(word(op, 1)), (T, D)),
+            carray(int_array(step_word(step, word(op, 3))), (R,)),
+            carray(float_array(word(op, 0)), (R, D)),
+        )
 
 
 REFERENCE = {"select_rows": Implementation(_run)}

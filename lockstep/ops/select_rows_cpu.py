@@ -1,4 +1,5 @@
 """Some rows of a step: the fast kernel. Bound by memory, and rarely more than a few rows."""
+
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import kernel
 from lockstep.runtime.simd import load, store

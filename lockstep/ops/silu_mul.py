@@ -1,7 +1,8 @@
 """SwiGLU's product of a gate and a value: the definition.
 
-    out[t, i] = silu(x[t, i]) * x[t, F + i]
+out[t, i] = silu(x[t, i]) * x[t, F + i]
 """
+
 from numba import carray
 
 from lockstep.ops.math import silu

@@ -1,4 +1,5 @@
 """SwiGLU's product: the fast kernel. Bound by memory: two reads and one write of four bytes per output."""
+
 from lockstep.ops.math import silu
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import inlined, kernel

@@ -1,4 +1,5 @@
 """softplus, one formula for scalars and for lanes."""
+
 import numpy as np
 
 from lockstep.ops.math import exp

@@ -1,4 +1,5 @@
 """A backend is a value: a table from op kind to implementation. Any entry can be swapped for another backend's."""
+
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ from lockstep.runtime.kernel import Kernel
 def raw_weight(weight):
     """The default weight layout: float32 rows, as a definition reads them."""
     import numpy as np
+
     return (np.concatenate([part.finite_f32().reshape(-1, weight.shape[-1]) for part in weight.parts]),)
 
 

@@ -3,6 +3,7 @@
 LLVM is held by one lock in a process, so threads would not help. A helper that fails leaves its kernels to be compiled
 by whoever asks for them. Run as `python -m lockstep.runtime.compile FOLDER module:name ...` it is such a helper.
 """
+
 import importlib
 import os
 import subprocess
@@ -34,8 +35,10 @@ def _share(kernels, num_helpers, folder):
     paths = {k.path: k for k in kernels}
     command = [sys.executable, "-m", "lockstep.runtime.compile", str(folder), *reversed(paths)]
     environment = {**os.environ, VARIABLE: str(user_cache()), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    helpers = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
-               for _ in range(num_helpers)]
+    helpers = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+        for _ in range(num_helpers)
+    ]
     readers = [threading.Thread(target=_report, args=(h,), daemon=True) for h in helpers]
     for reader in readers:
         reader.start()

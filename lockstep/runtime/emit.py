@@ -2,6 +2,7 @@
 
 A Python `for` here is unrolled code; `counted` is a loop of the kernel. Places are pointers to bytes.
 """
+
 from llvmlite import ir
 
 from lockstep.runtime.simd import F16, F32, I8, I16, I32, I64, call, splat

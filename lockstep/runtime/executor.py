@@ -3,6 +3,7 @@
 After construction nothing is allocated or compiled: buffers are sized for max_step_tokens rows, and a step only changes
 the words of the step block.
 """
+
 import numpy as np
 
 from lockstep.runtime.compile import compile_kernels
@@ -16,7 +17,7 @@ def aligned(num_bytes):
     """A zeroed byte array that starts on a cache line."""
     memory = np.zeros(num_bytes + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
-    return memory[start:start + num_bytes]
+    return memory[start : start + num_bytes]
 
 
 class WeightStore:
@@ -47,8 +48,9 @@ def _line_aligned(array):
 
 def last_uses(program):
     """For every tensor, the index of the last op that touches it."""
-    return {value: i for i, op in enumerate(program.ops) for value in (*op.outputs, *op.inputs)
-            if isinstance(value, Tensor)}
+    return {
+        value: i for i, op in enumerate(program.ops) for value in (*op.outputs, *op.inputs) if isinstance(value, Tensor)
+    }
 
 
 def lay_out(program, max_rows, keep):
@@ -103,7 +105,7 @@ class Executor:
         row = self._table[index]
         row[KERNEL], row[FLAGS] = implementation.kernel.address, FLUSHES * implementation.flushes
         row[ROWS], row[COUNTER] = ROW_COUNTS[op.rows], self._counters[index:].ctypes.data
-        row[OPERANDS:OPERANDS + len(words)] = words
+        row[OPERANDS : OPERANDS + len(words)] = words
 
     def _addresses(self, value, implementation):
         if isinstance(value, Tensor):
@@ -118,15 +120,19 @@ class Executor:
     def view(self, tensor, num_rows):
         """A tensor's first rows, as an array on the executor's own memory."""
         dtype, start = DTYPES[tensor.dtype], self._offsets[tensor]
-        flat = self._memory[start:start + num_rows * tensor.width * dtype.itemsize]
+        flat = self._memory[start : start + num_rows * tensor.width * dtype.itemsize]
         return flat.view(dtype).reshape(num_rows, tensor.width)
 
     def run(self, step, clock=None):
         """Runs all ops on a step block (int64[STEP_WORDS]). clock: int64[len(ops)] for the time when each op ended."""
         assert step.shape == (STEP_WORDS,) and step.dtype == np.int64, (step.shape, step.dtype)
         self._counters[:] = 0
-        self.team.run(self._table.ctypes.data, len(self.program.ops), step.ctypes.data,
-                      clock.ctypes.data if clock is not None else 0)
+        self.team.run(
+            self._table.ctypes.data,
+            len(self.program.ops),
+            step.ctypes.data,
+            clock.ctypes.data if clock is not None else 0,
+        )
 
 
 def _param_word(value):

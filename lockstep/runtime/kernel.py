@@ -4,6 +4,7 @@ Numba's own cache does not see that a function in another module has changed, so
 folder named by a hash of its source and of all modules of this package that it imports, the versions of Python, Numba
 and llvmlite, and the target CPU with its features.
 """
+
 import ast
 import contextlib
 import functools

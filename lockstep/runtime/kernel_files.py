@@ -3,6 +3,7 @@
 A full disk, a crash or a cleaner of temporary files leaves files that are cut off, empty or gone. Numba raises whatever
 its unpickling raises, or would run what is left of the machine code.
 """
+
 import contextlib
 import hashlib
 import os

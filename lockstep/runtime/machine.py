@@ -1,4 +1,5 @@
 """What a kernel asks of the machine itself: atomics, waiting, floating-point control, calls by address."""
+
 import platform
 import sys
 
@@ -159,22 +160,19 @@ def call_kernel(context, kernel, op, step, thread, num_threads):
 @primitive()
 def float_array(context, address):
     """A float32 pointer for `numba.carray`, as a definition's arrays are made from addresses."""
-    return (types.CPointer(types.float32)(types.int64),
-            lambda ctx, b, sig, args: b.inttoptr(args[0], F32.as_pointer()))
+    return (types.CPointer(types.float32)(types.int64), lambda ctx, b, sig, args: b.inttoptr(args[0], F32.as_pointer()))
 
 
 @primitive()
 def int_array(context, address):
     """An int32 pointer for `numba.carray`."""
-    return (types.CPointer(types.int32)(types.int64),
-            lambda ctx, b, sig, args: b.inttoptr(args[0], I32.as_pointer()))
+    return (types.CPointer(types.int32)(types.int64), lambda ctx, b, sig, args: b.inttoptr(args[0], I32.as_pointer()))
 
 
 @primitive()
 def byte_array(context, address):
     """An int8 pointer for `numba.carray`."""
-    return (types.CPointer(types.int8)(types.int64),
-            lambda ctx, b, sig, args: b.inttoptr(args[0], I8.as_pointer()))
+    return (types.CPointer(types.int8)(types.int64), lambda ctx, b, sig, args: b.inttoptr(args[0], I8.as_pointer()))
 
 
 @primitive()

@@ -1,4 +1,5 @@
 """Arithmetic at the machine's limit, for benchmarks: chains of instructions that touch no memory."""
+
 from numba import types
 
 from lockstep.runtime.emit import counted, fma, moved, pointer, read, vector, write

@@ -4,6 +4,7 @@ The number of tokens is symbolic: a tensor's first dimension is "T" (tokens of t
 (rows whose hidden state is wanted), "O" (rows of either sort) or "S" (requests), its second a number. Everything else
 is a way of running or rewriting this list.
 """
+
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 

@@ -3,6 +3,7 @@
 A recorded program is unfused; `lower` turns linear layers into what kernels do (prepare the rows, multiply), and `fuse`
 joins neighbours so that rows pass through memory less often.
 """
+
 from collections import Counter
 from dataclasses import replace
 
@@ -10,12 +11,26 @@ from lockstep.ops.activations import bf16_width, q8_width
 from lockstep.runtime.program import Op, Tensor
 
 QUANTIZED = ("quantize_q8", q8_width)
-PREPARATIONS = {"f32": None, "f16": None, "bf16": ("round_bf16", bf16_width), "q8_0": QUANTIZED, "q4_0": QUANTIZED,
-                "q4_1": QUANTIZED, "q5_0": QUANTIZED, "q5_1": QUANTIZED, "q4_k": QUANTIZED, "q5_k": QUANTIZED,
-                "q6_k": QUANTIZED}
+PREPARATIONS = {
+    "f32": None,
+    "f16": None,
+    "bf16": ("round_bf16", bf16_width),
+    "q8_0": QUANTIZED,
+    "q4_0": QUANTIZED,
+    "q4_1": QUANTIZED,
+    "q5_0": QUANTIZED,
+    "q5_1": QUANTIZED,
+    "q4_k": QUANTIZED,
+    "q5_k": QUANTIZED,
+    "q6_k": QUANTIZED,
+}
 # what is added to the name of an op whose arithmetic depends on the cache's type: f32, bf16, q8
-BY_CACHE = {"attention": ("", "_bf16", "_q8"), "gated_attention": ("", "_bf16", "_q8"),
-            "attention_inputs": ("", "", "_q8"), "normed_attention_inputs": ("", "", "_q8")}
+BY_CACHE = {
+    "attention": ("", "_bf16", "_q8"),
+    "gated_attention": ("", "_bf16", "_q8"),
+    "attention_inputs": ("", "", "_q8"),
+    "normed_attention_inputs": ("", "", "_q8"),
+}
 
 
 def lower(program):
@@ -34,8 +49,16 @@ def lower(program):
         x, weight = op.inputs
         row = _prepared(program, ops, prepared, x, weight.format)
         features = -(-weight.shape[0] // 16) * 16
-        ops.append(Op(f"linear_{weight.format}", op.outputs, (row, row, weight), dict(
-            K=x.width, width=op.params["width"], has_residual=0, column=op.params["column"], features=features)))
+        ops.append(
+            Op(
+                f"linear_{weight.format}",
+                op.outputs,
+                (row, row, weight),
+                dict(
+                    K=x.width, width=op.params["width"], has_residual=0, column=op.params["column"], features=features
+                ),
+            )
+        )
     return program.rewritten(ops)
 
 
@@ -76,8 +99,9 @@ def fuse_residuals(program):
     for op in program.ops:
         if op in joined:
             add = joined[op]
-            ops.append(Op(op.kind, add.outputs, (op.inputs[0], add.inputs[0], op.inputs[2]),
-                          {**op.params, "has_residual": 1}))
+            ops.append(
+                Op(op.kind, add.outputs, (op.inputs[0], add.inputs[0], op.inputs[2]), {**op.params, "has_residual": 1})
+            )
         elif op not in joined.values():
             ops.append(op)
     return program.rewritten(ops)

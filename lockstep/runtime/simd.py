@@ -9,6 +9,7 @@ with the kernels.
 This is the one name to import from: `simd_types` says what a value is, `simd_math`, `simd_memory` and `simd_lanes` what
 can be done with it.
 """
+
 from lockstep.runtime.simd_lanes import (
     bit_and,
     bit_xor,

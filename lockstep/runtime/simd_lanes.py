@@ -1,4 +1,5 @@
 """Sixteen lanes: made, converted, reduced, and with operators; see `simd.py`."""
+
 import operator
 
 import numpy as np
@@ -80,6 +81,7 @@ def max_lanes(context, v):
 def _arithmetic(name, build_float, build_int):
     def typer(context, x, y):
         if x == i32x16 or y == i32x16:
+
             def codegen(ctx, b, sig, args):
                 wide = [splat(b, a, i32x16.ir) if a.type != i32x16.ir else a for a in args]
                 return build_int(b, *wide)
@@ -104,8 +106,12 @@ def _operator(symbol, primitive_):
             return lambda x, y: primitive_(x, y)
 
 
-for _symbol, _primitive in ((operator.add, lanes_add), (operator.sub, lanes_sub), (operator.mul, lanes_mul),
-                            (operator.truediv, lanes_div)):
+for _symbol, _primitive in (
+    (operator.add, lanes_add),
+    (operator.sub, lanes_sub),
+    (operator.mul, lanes_mul),
+    (operator.truediv, lanes_div),
+):
     _operator(_symbol, _primitive)
 
 

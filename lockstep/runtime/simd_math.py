@@ -2,6 +2,7 @@
 
 Each also runs uncompiled on `np.float32`.
 """
+
 import ctypes
 import ctypes.util
 

@@ -1,4 +1,5 @@
 """Loads and stores by address, of sixteen values or of one; see `simd.py`."""
+
 from llvmlite import ir
 from numba import types
 
@@ -100,8 +101,15 @@ def store_i8(context, address, value):
     return _storer(lambda b, v: b.trunc(v, ir.VectorType(I8, LANES)))(context, address, value)
 
 
-SCALARS = {types.float32: F32, types.int32: I32, types.int64: I64, types.uint8: I8, types.int8: I8,
-           types.uint16: I16, types.float16: I16}
+SCALARS = {
+    types.float32: F32,
+    types.int32: I32,
+    types.int64: I64,
+    types.uint8: I8,
+    types.int8: I8,
+    types.uint16: I16,
+    types.float16: I16,
+}
 
 
 @primitive()

@@ -1,4 +1,5 @@
 """What SIMD values are to Numba, and how the functions on them are made; see `simd.py`."""
+
 import functools
 
 from llvmlite import ir
@@ -45,6 +46,7 @@ def _null_is_valid(typer):
     LLVM's code generation rewrites `inttoptr` sums as offsets from null, Numba optimizes helpers again after it, and
     a load from such an address would count as unreachable: loops disappeared.
     """
+
     @functools.wraps(typer)
     def typed(*args):
         signature, codegen = typer(*args)

@@ -4,6 +4,7 @@ A step is a ragged batch: the tokens of several requests laid end to end. Reques
 `query_start[s] .. query_start[s + 1]`, the last tokens of a sequence of `context_len[s]` tokens (this step's included).
 Nothing else is prepared on the host: which tile works on which rows and pages is found inside the kernels.
 """
+
 from numba import float32, int32, int64
 
 from lockstep.runtime.kernel import inlined

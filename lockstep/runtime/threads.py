@@ -3,6 +3,7 @@
 Every thread takes its share of each op's tiles and meets the others at a spin barrier before the next op. Between steps
 the helpers spin for a moment and then sleep; a step is entered with one native call, without the interpreter.
 """
+
 import os
 import threading
 import weakref
@@ -11,8 +12,21 @@ import numpy as np
 from numba import int64
 
 from lockstep.runtime.kernel import native
-from lockstep.runtime.machine import (FLUSH, IEEE, call_kernel, fetch_add, float_control, load_acquire, nanoseconds,
-                                      pause, set_float_control, sleep_while_equal, store_release, wake, yield_core)
+from lockstep.runtime.machine import (
+    FLUSH,
+    IEEE,
+    call_kernel,
+    fetch_add,
+    float_control,
+    load_acquire,
+    nanoseconds,
+    pause,
+    set_float_control,
+    sleep_while_equal,
+    store_release,
+    wake,
+    yield_core,
+)
 from lockstep.runtime.simd import peek, poke
 from lockstep.runtime.step import FLAGS, FLUSHES, ROW_WORDS
 
@@ -105,8 +119,10 @@ class Team:
     def _start(self):
         self._process, memory = os.getpid(), np.zeros(SHARED_BYTES + LINE, np.uint8)
         self._shared = -(-memory.ctypes.data // LINE) * LINE
-        self._helpers = [threading.Thread(target=_live, args=(memory, self._shared, i, self.num_threads), daemon=True)
-                         for i in range(1, self.num_threads)]
+        self._helpers = [
+            threading.Thread(target=_live, args=(memory, self._shared, i, self.num_threads), daemon=True)
+            for i in range(1, self.num_threads)
+        ]
         for helper in self._helpers:
             helper.start()
         self._memory = memory

@@ -3,6 +3,7 @@
 All addresses are in bytes; `rows` and `cols` are literal integers, so that a tile is a fixed set of registers. Linear
 layers have tiles of their own, which hold the whole loop (tiles_linear.py).
 """
+
 from llvmlite import ir
 from numba import types
 from numba.extending import models, register_model

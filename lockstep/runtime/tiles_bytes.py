@@ -8,6 +8,7 @@ four numbers of each row of x, which are
 
 Whatever the instructions, the sums are the same integers, which must fit in 31 bits.
 """
+
 from llvmlite import ir
 from numba import types
 
@@ -25,8 +26,9 @@ EVEN_FIRST = [4 * i + j for i in range(4) for j in (0, 2, 1, 3)]
 def halves(b, step, acc, *operands):
     """A step of eight lanes, on both halves of sixteen."""
     sizes = [v.type.count // 2 for v in operands]
-    return join(b, *[step(b, cut(b, acc, 8 * h, 8), *(cut(b, v, n * h, n) for v, n in zip(operands, sizes)))
-                     for h in (0, 1)])
+    return join(
+        b, *[step(b, cut(b, acc, 8 * h, 8), *(cut(b, v, n * h, n) for v, n in zip(operands, sizes))) for h in (0, 1)]
+    )
 
 
 def _byte_dots(b, how, acc, unsigned, signed):
@@ -137,8 +139,10 @@ def tile_add_scaled(context, tile, scale, scale_row, out, out_row):
         shape, parts = sig.args[0], unpack(b, sig.args[0], value)
         factors = [splat(b, read(b, at(b, scale, scale_row, r), F32, 4), V16F) for r in range(shape.rows)]
         places = {(r, c): at(b, out, out_row, r, 64 * c) for r, c in cells(shape)}
-        totals = {(r, c): fma(b, b.sitofp(parts[r, c], V16F), factors[r], read(b, places[r, c], V16F, 4))
-                  for r, c in cells(shape)}
+        totals = {
+            (r, c): fma(b, b.sitofp(parts[r, c], V16F), factors[r], read(b, places[r, c], V16F, 4))
+            for r, c in cells(shape)
+        }
         for cell, total in totals.items():
             b.store(total, b.inttoptr(places[cell], V16F.as_pointer())).align = 4
         return ctx.get_dummy_value()

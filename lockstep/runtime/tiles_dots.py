@@ -3,6 +3,7 @@
 Which instruction makes the dots is the target's (`targets.int_dot`). The integers are exact, so all give the same bits;
 the float32 steps that follow are those of the definitions in `ops/linear.py`.
 """
+
 from llvmlite import ir
 
 from lockstep.runtime.emit import cut, fma, halves_f32, join, moved, pinned, read, spread, spread4, vector, words
@@ -22,8 +23,13 @@ def vnni256(b, acc, w, a):
 def sdot(b, acc, w, a):
     """Signed by signed, four lanes at a time."""
     name, quarter = "llvm.aarch64.neon.sdot.v4i32.v16i8", vector(I32, 4)
-    return join(b, *[call(b, name, quarter, [cut(b, acc, 4 * h, 4), cut(b, w, 16 * h, 16), cut(b, a, 16 * h, 16)])
-                     for h in (0, 1)])
+    return join(
+        b,
+        *[
+            call(b, name, quarter, [cut(b, acc, 4 * h, 4), cut(b, w, 16 * h, 16), cut(b, a, 16 * h, 16)])
+            for h in (0, 1)
+        ],
+    )
 
 
 def widened(b, acc, w, a):
@@ -57,6 +63,7 @@ WIDE = {"avx512_vnni": vnni512, "avx_vnni": vnni256, "sdot": sdot, "generic": wi
 
 
 # ---------------------------------------------------------------- 8 bits
+
 
 def q8_0(s):
     """acc = fma(float(dot), w_scale * a_scale, acc)."""
@@ -141,6 +148,7 @@ def _q8_avx2_rows(s, i):
 
 # ---------------------------------------------------------------- 4 bits
 
+
 def q4_0(s):
     """acc = fma(float(dot), w_scale * a_scale, acc), codes minus 8: bias is -128 * sum, so bias >> 4 is -8 * sum."""
 
@@ -205,6 +213,7 @@ def _unsigned_avx2(s, i, columns, first, groups):
 
 # ---------------------------------------------------------------- 5 bits
 
+
 def q5_0(s):
     """acc = fma(float(dot), w_scale * a_scale, acc), codes minus 16: bias is -128 * sum, so bias >> 3 is -16 * sum."""
 
@@ -225,8 +234,9 @@ def dots_u5(s, i, start, first):
 
     def columns(g):
         low = [nibbles(b, s.codes(c, start, 64 + 32 * g)) for c in range(s.cols)]
-        return [[b.or_(v, fifth_bit(b, bits, g + half)) for half, v in enumerate(pair)]
-                for pair, bits in zip(low, fifths)]
+        return [
+            [b.or_(v, fifth_bit(b, bits, g + half)) for half, v in enumerate(pair)] for pair, bits in zip(low, fifths)
+        ]
 
     return unsigned_dots(s, i, columns, first, 4)
 
@@ -240,6 +250,7 @@ def fifth_bit(b, v, g):
 
 
 # ---------------------------------------------------------------- a scale and a minimum for 32 weights
+
 
 def q4_1(s):
     """acc = fma(-m / 128, float(bias) * a_scale, fma(float(dot), d * a_scale, acc)), codes 0..15."""

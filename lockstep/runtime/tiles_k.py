@@ -1,4 +1,5 @@
 """Linear tiles of the K-quants: blocks of 256 weights with small integer scales, laid out as weights/pack_k.py says."""
+
 from lockstep.runtime.emit import bytes_f32, fma, moved, pinned, read, spread, spread4, vector, words
 from lockstep.runtime.simd import F32, I8, I32, call, constant
 from lockstep.runtime.tiles_dots import (
@@ -67,8 +68,10 @@ def q6_k(s):
     def block(i, acc):
         start, j = _block(s, i, Q6_K_BYTES)
         for c, w in enumerate(s.w):
-            low, high, scales = (moved(b, moved(b, w, _inside(s, start, j, size)), offset + each * s.first[c])
-                                 for size, offset, each in ((384, 320, 4), (384, 576, 4), (32, 64, 1)))
+            low, high, scales = (
+                moved(b, moved(b, w, _inside(s, start, j, size)), offset + each * s.first[c])
+                for size, offset, each in ((384, 320, 4), (384, 576, 4), (32, 64, 1))
+            )
             found = dots(s, i, low, high, [_scale(s, scales, half) for half in (0, 1)])
             d = read(b, moved(b, moved(b, w, start), 4 * s.first[c]), s.floats, 4 * s.lanes)
             for r in range(s.rows):

@@ -3,6 +3,7 @@
 A tile is `rows` x `cols` vectors of `lanes` features; what fits the registers is the target's choice, and so is how
 dots are made. Each format is one function of a `Site`, which emits the loop over K and returns the accumulators.
 """
+
 from llvmlite import ir
 from numba import types
 
@@ -173,8 +174,13 @@ def finish(s, acc, residual, out, out_row, panels):
     with b.if_else(b.icmp_signed("!=", residual, s.int(0))) as (then, otherwise):
         with then:
             helds = s.pointers(residual, out_row, range(s.rows))
-            _store(s, panels, lambda r, c, at: write(b, moved(b, outs[r], at), b.fadd(
-                read(b, moved(b, helds[r], at), s.floats, 4), acc[r, c]), 4))
+            _store(
+                s,
+                panels,
+                lambda r, c, at: write(
+                    b, moved(b, outs[r], at), b.fadd(read(b, moved(b, helds[r], at), s.floats, 4), acc[r, c]), 4
+                ),
+            )
         with otherwise:
             _store(s, panels, lambda r, c, at: write(b, moved(b, outs[r], at), acc[r, c], 4))
 
@@ -227,8 +233,29 @@ ADDRESSES = 15
 
 
 @primitive()
-def linear_tile(context, format, rows, cols, at_once, num_rows, x, row, w, panel, scales, panel_scales, K, residual,
-                out, out_row, panels, resume, next_codes, next_scales, wanted):
+def linear_tile(
+    context,
+    format,
+    rows,
+    cols,
+    at_once,
+    num_rows,
+    x,
+    row,
+    w,
+    panel,
+    scales,
+    panel_scales,
+    K,
+    residual,
+    out,
+    out_row,
+    panels,
+    resume,
+    next_codes,
+    next_scales,
+    wanted,
+):
     """out = x W^T (+ residual) for num_rows rows (of the literal tuple `rows`) by cols panels, over K.
 
     at_once: panels that are worked on together; the others follow. residual: an address or 0. panel, panel_scales:

@@ -3,6 +3,7 @@
 A table holds one int64 address for each row. Rows may be anybody's memory: they need no alignment, and not a byte past
 their end is read.
 """
+
 from llvmlite import ir
 from numba import types
 
@@ -22,6 +23,7 @@ def _within_quarters(picks):
 
 def transposed(b, rows):
     """Sixteen vectors of sixteen, transposed: pairs and quads within quarters of a register, then whole quarters."""
+
     def pairs(rows, distance, low, high):
         made = []
         for start in range(0, 16, 2 * distance):
@@ -32,8 +34,9 @@ def transposed(b, rows):
 
     rows = pairs(rows, 1, _within_quarters((0, 4, 1, 5)), _within_quarters((2, 6, 3, 7)))
     rows = pairs(rows, 2, _within_quarters((0, 1, 4, 5)), _within_quarters((2, 3, 6, 7)))
-    even, odd = ([4 * q + i + 16 * half for half in (0, 1) for q in quarters for i in range(4)]
-                 for quarters in ((0, 2), (1, 3)))
+    even, odd = (
+        [4 * q + i + 16 * half for half in (0, 1) for q in quarters for i in range(4)] for quarters in ((0, 2), (1, 3))
+    )
     columns = [None] * 16
     for j in range(4):  # rows[4 i + j]: quarter q holds column 4 q + j of rows 4 i .. 4 i + 3
         (a, c), (d, f) = ([_shuffle(b, rows[i + j], rows[i + 4 + j], lanes) for lanes in (even, odd)] for i in (0, 8))
@@ -93,7 +96,8 @@ def transpose_f32(context, rows, offset, panel, ahead, ahead_offset):
 def transpose_bf16(context, rows, offset, panel, ahead, ahead_offset):
     """Sixteen bfloat16 of each of sixteen rows, to 16 columns of float32."""
     return _transposer(I16, 16, lambda b, values: transposed(b, [widened(b, v) for v in values]))(
-        context, rows, offset, panel, ahead, ahead_offset)
+        context, rows, offset, panel, ahead, ahead_offset
+    )
 
 
 @primitive()
@@ -131,7 +135,8 @@ def tile_fma_row_f32(context, tile, x, x_row, rows, row, offset):
 def tile_fma_row_bf16(context, tile, x, x_row, rows, row, offset):
     """`tile_fma_row_f32` of a bfloat16 row, widened exactly."""
     return _fma_row(lambda b, place: widened(b, read(b, place, vector(I16, LANES), 2)), 2)(
-        context, tile, x, x_row, rows, row, offset)
+        context, tile, x, x_row, rows, row, offset
+    )
 
 
 @primitive()

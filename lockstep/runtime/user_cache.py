@@ -89,8 +89,10 @@ def _is_own_group(gid: int) -> bool:
 
 def _not_private(folder: Path, found: os.stat_result) -> NotPrivate:
     mode, user = stat.S_IMODE(found.st_mode), os.getuid()
-    return NotPrivate(f"{folder}: other users can write here (owner {found.st_uid}, mode {mode:o}, this is user "
-                      f"{user}); expected {_better(folder, found)}")
+    return NotPrivate(
+        f"{folder}: other users can write here (owner {found.st_uid}, mode {mode:o}, this is user "
+        f"{user}); expected {_better(folder, found)}"
+    )
 
 
 def _better(folder: Path, found: os.stat_result) -> str:
@@ -128,8 +130,10 @@ def _named_folder(named: str) -> Path:
     except NotPrivate as error:
         raise ValueError(f"{VARIABLE}: {error}") from None
     except OSError as error:
-        raise ValueError(f"{VARIABLE} {named!r}: cannot be written ({error.strerror or error}); expected a folder that "
-                         "can hold compiled kernels") from None
+        raise ValueError(
+            f"{VARIABLE} {named!r}: cannot be written ({error.strerror or error}); expected a folder that "
+            "can hold compiled kernels"
+        ) from None
     return folder
 
 

@@ -1,4 +1,5 @@
 """Conversations put so that a chat template says all of them, whatever it can say: see template_abilities.py."""
+
 from itertools import takewhile
 
 from lockstep.serve.tool_calls.tools import HOW_TO_CALL, as_call, written_out
@@ -12,8 +13,9 @@ def adapted(messages, use, abilities):
         messages = one_call_each(messages)
     messages = [_written(message, abilities) for message in messages]
     if not (abilities.several_users and abilities.several_assistants):
-        messages = [_as_text(message) if _lacks_results(messages, at) else message
-                    for at, message in enumerate(messages)]
+        messages = [
+            _as_text(message) if _lacks_results(messages, at) else message for at, message in enumerate(messages)
+        ]
     if use.tools and not abilities.teaches:
         messages = _with_instructions(messages, written_out(use) if abilities.tools is None else HOW_TO_CALL)
     return _with_systems(messages, abilities)
@@ -23,7 +25,7 @@ def one_call_each(messages):
     """Several calls in one message as messages of their own, each before its result."""
     made, at = [], 0
     while at < len(messages):
-        results = list(takewhile(lambda message: message["role"] == "tool", messages[at + 1:]))
+        results = list(takewhile(lambda message: message["role"] == "tool", messages[at + 1 :]))
         made += _separated(messages[at], results)
         at += 1 + len(results)
     return made
@@ -59,19 +61,19 @@ def _as_text(message):
 
 def _lacks_results(messages, at):
     """Whether a message has calls that nothing answers, though the conversation goes on: no turn of the tools."""
-    following = messages[at + 1:at + 2]
+    following = messages[at + 1 : at + 2]
     return bool(messages[at].get("tool_calls")) and bool(following) and following[0]["role"] != "tool"
 
 
 def _with_instructions(messages, text):
     first = [_text_of(messages[0]), text] if messages and _is_system(messages[0]) else [text]
-    return [dict(role="system", content="\n\n".join(first)), *messages[len(first) - 1:]]
+    return [dict(role="system", content="\n\n".join(first)), *messages[len(first) - 1 :]]
 
 
 def _with_systems(messages, abilities):
     """Messages with only such of the system as the template shows, and with turns where it wants turns."""
     systems = list(takewhile(_is_system, messages))
-    others = messages[len(systems):]
+    others = messages[len(systems) :]
     if len(systems) > 1 and not abilities.several_systems:
         systems = [_as_one(systems)]
     drops = not abilities.system_at_results and bool(others) and others[-1]["role"] == "tool"
@@ -100,8 +102,11 @@ def _add(made, message, abilities):
 
 def _as_one(messages):
     """Messages of one role as one: their texts, and what else the last of them has, such as calls."""
-    texts = {name: "\n\n".join(filter(None, (message.get(name) for message in messages))) for name in SPOKEN
-             if name == "content" or any(message.get(name) for message in messages)}
+    texts = {
+        name: "\n\n".join(filter(None, (message.get(name) for message in messages)))
+        for name in SPOKEN
+        if name == "content" or any(message.get(name) for message in messages)
+    }
     return messages[0] | messages[-1] | texts
 
 

@@ -32,15 +32,22 @@ def prompts_without_tools(tokenizer) -> Callable[..., str]:
 
 def rendered(tokenizer, abilities: Abilities, messages: Sequence[Mapping], tools: Sequence[Tool], **variables) -> str:
     """The text of a prompt; see `render`. Nothing that was said beside calls is missing."""
-    beside = {} if abilities.beside_calls else {
-        number: message["content"] for number, message in enumerate(messages)
-        if message.get("tool_calls") and isinstance(message.get("content"), str) and message["content"]}
+    beside = (
+        {}
+        if abilities.beside_calls
+        else {
+            number: message["content"]
+            for number, message in enumerate(messages)
+            if message.get("tool_calls") and isinstance(message.get("content"), str) and message["content"]
+        }
+    )
     if not beside:
         return render(tokenizer, abilities.tools, messages, tools, **variables)
     said = repr(messages)
     mark = next(made for n in count() if (made := f"call{n}of") not in said)
-    marked = [_marked(message, f"{mark}{number}_") if number in beside else message
-              for number, message in enumerate(messages)]
+    marked = [
+        _marked(message, f"{mark}{number}_") if number in beside else message for number, message in enumerate(messages)
+    ]
     text = render(tokenizer, abilities.tools, marked, tools, **variables)
     for number, content in beside.items():
         text = _with_text(text, f"{mark}{number}_", content, abilities.style)

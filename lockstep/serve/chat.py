@@ -2,6 +2,7 @@
 
 Every route that talks (chat, responses, messages) makes a Conversation of its request and sends it through here.
 """
+
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -135,8 +136,12 @@ class ChatModel:
         after = self._added.get(reasoning.CLOSE) if reasoning.is_open(prompt) else None
         parallel = use.parallel and self._abilities.several_calls
         try:
-            return self._with_enforceable(use.callable, lambda tools: self.grammars.mask(
-                self._calls_grammar(tools, parallel, "call"), num_samples, trigger, after, not use.parallel))
+            return self._with_enforceable(
+                use.callable,
+                lambda tools: self.grammars.mask(
+                    self._calls_grammar(tools, parallel, "call"), num_samples, trigger, after, not use.parallel
+                ),
+            )
         except ValueError:
             if any(tool.strict for tool in use.tools):
                 raise
@@ -181,7 +186,7 @@ class ChatModel:
             if self._compiles(group):
                 good |= {tool.name for tool in group}
             elif len(group) > 1:
-                groups += [group[len(group) // 2:], group[:len(group) // 2]]
+                groups += [group[len(group) // 2 :], group[: len(group) // 2]]
         return good
 
     def _compiles(self, tools: list[Tool]) -> bool:
@@ -202,4 +207,3 @@ def with_short_ids(message):
     if "tool_calls" in made:
         made["tool_calls"] = [call | dict(id=short_id(call["id"])) for call in made["tool_calls"]]
     return made
-

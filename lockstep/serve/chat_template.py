@@ -77,8 +77,7 @@ class ChatTemplate:
         """
         check_messages(messages)
         known = {"messages": messages, "tools": tools, "documents": None}
-        return self._process.render(
-            self._code, {**variables, **known, "add_generation_prompt": add_generation_prompt})
+        return self._process.render(self._code, {**variables, **known, "add_generation_prompt": add_generation_prompt})
 
 
 def check_messages(messages: Sequence[Mapping]) -> None:

@@ -49,8 +49,13 @@ def add_missing_tokens(backend: tokenizers.Tokenizer, entries: object, folder: P
             continue
         size = backend.get_vocab_size(with_added_tokens=True)
         if token_id > size:
-            log.warning("%s: added token %r has id %d, and there are only %d tokens: it is ignored", folder,
-                        entry["content"], token_id, size)
+            log.warning(
+                "%s: added token %r has id %d, and there are only %d tokens: it is ignored",
+                folder,
+                entry["content"],
+                token_id,
+                size,
+            )
             continue
         flags = {name: bool(entry.get(name)) for name in ("single_word", "lstrip", "rstrip", "normalized", "special")}
         backend.add_tokens([tokenizers.AddedToken(entry["content"], **flags)])

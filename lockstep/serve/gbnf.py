@@ -4,16 +4,23 @@ A grammar in GBNF is one of characters: it has no lexer that takes the longest m
 becomes one terminal, and in any other every terminal is a single character; the two notations are alike beyond that.
 Source: grammars/README.md of llama.cpp.
 """
+
 import re
 from graphlib import CycleError, TopologicalSorter
 from collections.abc import Iterator
 
 MAX_GBNF_BYTES = 32 << 10
-TOKEN = re.compile(r"""(?P<blank>\s+|\#[^\n]*)|(?P<rule>[\w-]+(?=\s*::=))|(?P<equals>::=)|(?P<name>[\w-]+)
+TOKEN = re.compile(
+    r"""(?P<blank>\s+|\#[^\n]*)|(?P<rule>[\w-]+(?=\s*::=))|(?P<equals>::=)|(?P<name>[\w-]+)
     |"(?P<literal>(?:[^"\\]|\\.)*)"|\[(?P<set>(?:[^]\\]|\\.)*)\]|(?P<any>\.)
-    |(?P<repeat>[*+?]|\{\s*\d+\s*(?:,\s*(?:\d+\s*)?)?\})|(?P<mark>[|()])""", re.VERBOSE | re.ASCII | re.DOTALL)
-CHARACTER = re.compile(r"""\\x([0-9a-fA-F]{2})|\\u([0-9a-fA-F]{4})|\\U([0-9a-fA-F]{8})
-    |\\([nrt\\"\[\]])|([^\\])""", re.VERBOSE | re.DOTALL)
+    |(?P<repeat>[*+?]|\{\s*\d+\s*(?:,\s*(?:\d+\s*)?)?\})|(?P<mark>[|()])""",
+    re.VERBOSE | re.ASCII | re.DOTALL,
+)
+CHARACTER = re.compile(
+    r"""\\x([0-9a-fA-F]{2})|\\u([0-9a-fA-F]{4})|\\U([0-9a-fA-F]{8})
+    |\\([nrt\\"\[\]])|([^\\])""",
+    re.VERBOSE | re.DOTALL,
+)
 ESCAPES = {"n": "\n", "r": "\r", "t": "\t"}
 
 
@@ -140,4 +147,4 @@ def _escaped(character: str) -> str:
 
 def _wrong(text: str, at: int, what: str) -> ValueError:
     line = text.count("\n", 0, at) + 1
-    return ValueError(f"GBNF grammar: line {line} has {what}: {text[at:at + 40]!r}")
+    return ValueError(f"GBNF grammar: line {line} has {what}: {text[at : at + 40]!r}")

@@ -1,4 +1,5 @@
 """How the makers of a model want it sampled: generation_config.json, or the general.sampling keys of a GGUF file."""
+
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,23 +16,42 @@ KNOWN = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "suppre
 NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 DRAWS = NEUTRAL.keys() - {"repetition_penalty"}  # they say how a token is drawn, where tokens are drawn at all
 CAUTIOUS = {"temperature": 0.7, "top_p": 0.95}  # for people who talk with a model whose makers say nothing
-GGUF_KEYS = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
-             "penalty_repeat": "repetition_penalty"}
+GGUF_KEYS = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+}
 GGUF, GGUF_PREFIX = "the GGUF file's general.sampling", "general.sampling."
 # what would change answers and is not done here -> the values that ask for nothing
 NOT_DONE = {
-    "typical_p": (1, 1.0), "epsilon_cutoff": (0, 0.0), "eta_cutoff": (0, 0.0), "num_beams": (1,), "penalty_alpha": (0,),
-    "no_repeat_ngram_size": (0,), "bad_words_ids": ([],), "begin_suppress_tokens": ([],), "force_words_ids": ([],),
-    "sequence_bias": ({}, []), "guidance_scale": (1, 1.0), "forced_bos_token_id": (), "forced_eos_token_id": (),
-    "min_length": (0,), "min_new_tokens": (0,), "exponential_decay_length_penalty": (), "top_h": (),
+    "typical_p": (1, 1.0),
+    "epsilon_cutoff": (0, 0.0),
+    "eta_cutoff": (0, 0.0),
+    "num_beams": (1,),
+    "penalty_alpha": (0,),
+    "no_repeat_ngram_size": (0,),
+    "bad_words_ids": ([],),
+    "begin_suppress_tokens": ([],),
+    "force_words_ids": ([],),
+    "sequence_bias": ({}, []),
+    "guidance_scale": (1, 1.0),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "exponential_decay_length_penalty": (),
+    "top_h": (),
 }
 GGUF_NOT_DONE = {"xtc_probability": (0, 0.0), "mirostat": (0,), "sequence": ()}
 log = logging.getLogger("lockstep.generation_config")
 Warn = Callable[..., None]  # called with a format and its arguments, as loggers are
 
 
-def sampling_defaults(source: str, config: Mapping[str, Any], metadata: Mapping[str, Any], vocab_size: int,
-                      warn: Warn = log.warning) -> dict[str, Any]:
+def sampling_defaults(
+    source: str, config: Mapping[str, Any], metadata: Mapping[str, Any], vocab_size: int, warn: Warn = log.warning
+) -> dict[str, Any]:
     """The fields of SamplingParams that a model's makers set: {name: value}; empty where they are silent.
 
     source: "auto": config (its generation_config.json) or metadata (of its GGUF file); "none": they are not asked;
@@ -61,8 +81,11 @@ def for_talking(defaults: Mapping[str, Any]) -> dict[str, Any]:
 def described(defaults: Mapping[str, Any]) -> str:
     """Defaults in words, such as "temperature 0.6, top_k 20"; suppressed tokens are only counted. Numbers that change
     nothing are left out, but a temperature."""
-    words = [f"{name} {value:g}" for name, value in defaults.items()
-             if name == "temperature" or value != NEUTRAL.get(name, value)]
+    words = [
+        f"{name} {value:g}"
+        for name, value in defaults.items()
+        if name == "temperature" or value != NEUTRAL.get(name, value)
+    ]
     suppressed = defaults.get("suppress_tokens")
     counted = [f"{len(suppressed)} token{'s' * (len(suppressed) != 1)} suppressed"] if suppressed else []
     return ", ".join([*words, *counted])
@@ -70,13 +93,19 @@ def described(defaults: Mapping[str, Any]) -> str:
 
 def _of_gguf(metadata: Mapping[str, Any], warn: Warn) -> dict[str, Any]:
     """The general.sampling keys under the names of generation_config.json, with values as JSON would have them."""
-    given = {key.removeprefix(GGUF_PREFIX): _shortest(value) for key, value in metadata.items()
-             if key.startswith(GGUF_PREFIX)}
+    given = {
+        key.removeprefix(GGUF_PREFIX): _shortest(value)
+        for key, value in metadata.items()
+        if key.startswith(GGUF_PREFIX)
+    }
     if given.get("penalty_last_n") == 0:
         given.pop("penalty_repeat", None)  # of no token at all
     elif given.get("penalty_last_n", -1) != -1 and given.get("penalty_repeat", 1) != 1:
-        warn("%s: penalty_last_n %.80r is ignored, repetition_penalty looks at the whole prompt and answer", GGUF,
-             given["penalty_last_n"])
+        warn(
+            "%s: penalty_last_n %.80r is ignored, repetition_penalty looks at the whole prompt and answer",
+            GGUF,
+            given["penalty_last_n"],
+        )
     return {GGUF_KEYS.get(name, name): value for name, value in given.items()}
 
 
@@ -88,8 +117,9 @@ def _shortest(value: Any) -> Any:
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
-def _checked(given: Mapping[str, Any], where: str, vocab_size: int, not_done: Mapping[str, tuple],
-             warn: Warn) -> dict[str, Any]:
+def _checked(
+    given: Mapping[str, Any], where: str, vocab_size: int, not_done: Mapping[str, tuple], warn: Warn
+) -> dict[str, Any]:
     """The fields of `given` that can be had; warn is told of all others that would change answers."""
     made = {}
     for name in KNOWN:

@@ -75,12 +75,14 @@ def build_tokenizer(metadata: Mapping[str, object]) -> Tokenizer:
     if kind in NO_TOKENIZER:
         raise ValueError("the file has no tokenizer: text cannot be encoded, only token ids be passed to lockstep.LLM")
     if kind not in BUILT:
-        raise ValueError(f"tokenizer.ggml.model {kind!r} is not supported, only {' and '.join(BUILT)}: prompts must be "
-                         f"token ids")
+        raise ValueError(
+            f"tokenizer.ggml.model {kind!r} is not supported, only {' and '.join(BUILT)}: prompts must be token ids"
+        )
     tokens = list(_array(metadata, "tokenizer.ggml.tokens"))
     if (longest := max(map(len, map(str, tokens)))) > MAX_TOKEN_CHARS:
-        raise ValueError(f"tokenizer.ggml.tokens has a token of {longest} characters, at most {MAX_TOKEN_CHARS} are "
-                         f"allowed")
+        raise ValueError(
+            f"tokenizer.ggml.tokens has a token of {longest} characters, at most {MAX_TOKEN_CHARS} are allowed"
+        )
     _warn_of_strange_ids(metadata, len(tokens))
     types = _types(metadata, tokens)
     build = _byte_level_bpe if kind == "gpt2" else _sentencepiece_bpe

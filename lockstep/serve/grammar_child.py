@@ -1,4 +1,5 @@
 """The process in which grammars are compiled first: see job_server.py, and grammar_proofs.py for the other side."""
+
 import json
 import threading
 import time
@@ -47,8 +48,13 @@ def _reader(given):
     tokens = [b""] * size + [bytes([byte]) for byte in range(256)]
     for token, text in given["special"].items():
         tokens[int(token)] = bytes.fromhex(text)
-    vocabulary = Vocabulary(tokens, sorted(map(int, given["special"])), given["eos_ids"][0], None,
-                            lambda text: [size + byte for byte in text.encode()])
+    vocabulary = Vocabulary(
+        tokens,
+        sorted(map(int, given["special"])),
+        given["eos_ids"][0],
+        None,
+        lambda text: [size + byte for byte in text.encode()],
+    )
     return new_reader(vocabulary, len(tokens), given["eos_ids"])
 
 

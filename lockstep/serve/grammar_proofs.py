@@ -1,4 +1,5 @@
 """What grammars cost to compile, found out in a process that can be ended."""
+
 import hashlib
 import json
 import threading

@@ -1,4 +1,5 @@
 """Jobs in a process that may be ended, so that none takes time, memory or this process from anybody else."""
+
 import contextlib
 import os
 import socket
@@ -11,8 +12,18 @@ from pathlib import Path
 from lockstep.serve.job_server import OUTSIDE, REFUSAL, Ended, receive, send
 
 WAIT_SECONDS = 15.0  # for a process that is kept from working
-KEPT = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TZDIR", "PYTHONHOME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH",
-        "DYLD_FALLBACK_LIBRARY_PATH")  # variables that Python starts with; keys and tokens are not among them
+KEPT = (
+    "PATH",
+    "LANG",
+    "LC_ALL",
+    "LC_CTYPE",
+    "TZ",
+    "TZDIR",
+    "PYTHONHOME",
+    "LD_LIBRARY_PATH",
+    "DYLD_LIBRARY_PATH",
+    "DYLD_FALLBACK_LIBRARY_PATH",
+)  # variables that Python starts with; keys and tokens are not among them
 
 
 class Busy(Exception):
@@ -55,8 +66,9 @@ class JobProcess:
                 control, job = self._copy(control)
                 return self._answer(control, job, order)
             except TimeoutError:
-                raise Busy(f"the process for {self._name} gave no answer in {WAIT_SECONDS:g} s",
-                           f"{self._name}_busy") from None
+                raise Busy(
+                    f"the process for {self._name} gave no answer in {WAIT_SECONDS:g} s", f"{self._name}_busy"
+                ) from None
             except OSError:
                 self._leave(control)
             except Ended as ended:
@@ -152,8 +164,13 @@ def _started(module: str) -> tuple[socket.socket, subprocess.Popen]:
     kept = {name: os.environ[name] for name in KEPT if name in os.environ}
     command = [sys.executable, "-P", "-m", module]  # -P: nothing comes from the current folder
     with other:  # in a session of its own: what a terminal sends to this process is not for that one
-        process = subprocess.Popen(command, stdin=other, stdout=subprocess.DEVNULL, start_new_session=True,
-                                   env=kept | {"PYTHONPATH": os.pathsep.join(path)})
+        process = subprocess.Popen(
+            command,
+            stdin=other,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+            env=kept | {"PYTHONPATH": os.pathsep.join(path)},
+        )
     return control, process
 
 

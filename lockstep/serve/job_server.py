@@ -3,6 +3,7 @@
 It does no job itself: copies of it do, each with limits of its own on time and memory, one order after the other. So no
 job takes anything from one beside it, and all that is needed is there already.
 """
+
 import contextlib
 import gc
 import os

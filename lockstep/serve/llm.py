@@ -1,4 +1,5 @@
 """`LLM`: offline generation from Python."""
+
 import functools
 import logging
 from dataclasses import dataclass, field, replace
@@ -57,7 +58,7 @@ class Stream:
 
     def advance(self):
         """Takes in what the engine has added to the request."""
-        self.new_text = self.request.text[len(self.text):]
+        self.new_text = self.request.text[len(self.text) :]
         self.text += self.new_text
 
 
@@ -78,21 +79,49 @@ class LLM:
     context: the ContextSize that came of it.
     """
 
-    def __init__(self, model=None, *, weights="auto", kv_dtype=None, max_context=None, max_step_tokens=512,
-                 max_requests=16, kv_tokens=None, threads=None, ops=None, progress=None, prefix_cache=True,
-                 cache_dir=None, cache_dir_bytes=8 << 30, needs_chat=False, generation_config="auto",
-                 verify_weights=False):
+    def __init__(
+        self,
+        model=None,
+        *,
+        weights="auto",
+        kv_dtype=None,
+        max_context=None,
+        max_step_tokens=512,
+        max_requests=16,
+        kv_tokens=None,
+        threads=None,
+        ops=None,
+        progress=None,
+        prefix_cache=True,
+        cache_dir=None,
+        cache_dir_bytes=8 << 30,
+        needs_chat=False,
+        generation_config="auto",
+        verify_weights=False,
+    ):
         self.path = resolve_model(model)
         self._checkpoint = checkpoint = open_checkpoint(self.path, verify=verify_weights)
         if needs_chat:
             check_can_chat(self.tokenizer if self.has_tokenizer else None, model or "the bundled model")
         loaded = load_model(checkpoint, PackedStore(checkpoint, progress), weights, kv_dtype, max_context)
-        options = EngineOptions(max_step_tokens, max_requests, kv_tokens, threads, prefix_cache, cache_dir=cache_dir,
-                                cache_dir_bytes=cache_dir_bytes)
+        options = EngineOptions(
+            max_step_tokens,
+            max_requests,
+            kv_tokens,
+            threads,
+            prefix_cache,
+            cache_dir=cache_dir,
+            cache_dir_bytes=cache_dir_bytes,
+        )
         self.context = context_size(loaded, options, max_context)
         self.model = replace(loaded, max_context=self.context.num_tokens)
-        self._makers_sampling = functools.partial(sampling_defaults, generation_config, checkpoint.generation_config,
-                                                  checkpoint.metadata, loaded.config.vocab_size)
+        self._makers_sampling = functools.partial(
+            sampling_defaults,
+            generation_config,
+            checkpoint.generation_config,
+            checkpoint.metadata,
+            loaded.config.vocab_size,
+        )
         self.makers_sampling()  # refuses a source that cannot be read
         reader = functools.partial(answer_reader, self.tokenizer) if self.has_tokenizer else None
         self.engine = Engine(self.model, options, ops, self._eos_ids(), reader)
@@ -135,8 +164,11 @@ class LLM:
     def _eos_ids(self):
         """Every id that the config, the generation config or the tokenizer calls an end."""
         config = self._checkpoint.config
-        ids = {*end_ids(config), *end_ids(text_config(config)),
-               *end_ids(self._checkpoint.generation_config, "generation_config.json")}
+        ids = {
+            *end_ids(config),
+            *end_ids(text_config(config)),
+            *end_ids(self._checkpoint.generation_config, "generation_config.json"),
+        }
         ids |= self.tokenizer.eos_ids if self.has_tokenizer else set()
         vocab_size = self.model.config.vocab_size
         if strange := sorted(i for i in ids if not 0 <= i < vocab_size):
@@ -288,6 +320,16 @@ def _prompt_list(prompts):
 
 def _completion(stream, *others):
     request = stream.request
-    return Completion(stream.text, request.output_ids, request.logprobs, request.finish_reason, request.prompt_ids,
-                      request.top_logprobs, request.prompt_logprobs, request.prompt_top_logprobs, request.stop_reason,
-                      request.error, [_completion(other) for other in others])
+    return Completion(
+        stream.text,
+        request.output_ids,
+        request.logprobs,
+        request.finish_reason,
+        request.prompt_ids,
+        request.top_logprobs,
+        request.prompt_logprobs,
+        request.prompt_top_logprobs,
+        request.stop_reason,
+        request.error,
+        [_completion(other) for other in others],
+    )

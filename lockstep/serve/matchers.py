@@ -1,12 +1,19 @@
 """llguidance's matchers: what a grammar allows next. The only file that calls for one, and bounds its work."""
+
 import re
 
 import llguidance
 
 MAX_GRAMMAR_BYTES = 256 << 10
 STACK_BYTES = 256 << 20  # llguidance follows references by recursion: a chain as long as a schema may be takes 100 MB
-LIMITS = dict(initial_lexer_fuel=500_000, step_lexer_fuel=100_000, step_max_items=20_000, max_lexer_states=250_000,
-              max_grammar_size=200_000, verbose_errors=False)
+LIMITS = dict(
+    initial_lexer_fuel=500_000,
+    step_lexer_fuel=100_000,
+    step_max_items=20_000,
+    max_lexer_states=250_000,
+    max_grammar_size=200_000,
+    verbose_errors=False,
+)
 GIVEN = "given"  # the name of a Lark grammar that a user wrote
 # Where llguidance found a mistake: a place in the grammar, lines of it, and a place in its own source.
 PLACE, LINES, SOURCE = r"(at )?\d+\(\d+\): ", r"\n +(\d+ \||\^).*", r"\S*\.rs:\d+(:\d+)?:?"

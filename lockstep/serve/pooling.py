@@ -27,5 +27,8 @@ def _modes(pooling: Mapping[str, object]) -> list[str]:
     """The modes that are on: one by its name, or switches such as pooling_mode_mean_tokens."""
     if isinstance(pooling.get("pooling_mode"), str):
         return [str(pooling["pooling_mode"])]
-    return [name.removeprefix("pooling_mode_") for name, on in pooling.items()
-            if name.startswith("pooling_mode_") and on is True]
+    return [
+        name.removeprefix("pooling_mode_")
+        for name, on in pooling.items()
+        if name.startswith("pooling_mode_") and on is True
+    ]

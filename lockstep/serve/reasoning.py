@@ -1,11 +1,14 @@
 """What a model thinks before it answers: <think>...</think> in its text."""
+
 from lockstep.serve.tool_calls.events import Content, Reasoning, partial
 
 OPEN, CLOSE = "<think>", "</think>"
 # Variables of chat templates that a request may set; never a template, nor how it is rendered or tokenized.
-TEMPLATE_VARIABLES = frozenset("""enable_thinking thinking thinking_budget reasoning_effort reasoning preserve_thinking
+TEMPLATE_VARIABLES = frozenset(
+    """enable_thinking thinking thinking_budget reasoning_effort reasoning preserve_thinking
     clear_thinking custom_instructions date_string system_prompt xml_tools python_tools builtin_tools
-    tools_in_user_message""".split())
+    tools_in_user_message""".split()
+)
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 MAX_VARIABLE_CHARS = 10_000
 
@@ -48,8 +51,10 @@ def template_variables(given, effort=None):
             allowed = ", ".join(sorted(TEMPLATE_VARIABLES))
             raise ValueError(f"chat_template_kwargs: {name[:80]!r} cannot be set, only {allowed}")
         if not _is_plain(value):
-            raise ValueError(f"chat_template_kwargs: {name}: expected a text, number, true, false, null or a list of "
-                             f"those, got {value!r:.80}")
+            raise ValueError(
+                f"chat_template_kwargs: {name}: expected a text, number, true, false, null or a list of "
+                f"those, got {value!r:.80}"
+            )
         made[name] = value
     return made
 
@@ -96,7 +101,7 @@ class ThoughtParser:
         stripped = text.lstrip()
         if stripped.startswith(OPEN):
             self._state = self._inside_start
-            return stripped[len(OPEN):]
+            return stripped[len(OPEN) :]
         if OPEN.startswith(stripped):
             self._held = text
             return ""
@@ -112,7 +117,7 @@ class ThoughtParser:
     def _inside(self, text, made):
         at = text.find(CLOSE)
         if at < 0:
-            keep = len(text[:len(text) - partial(text, CLOSE)].rstrip())
+            keep = len(text[: len(text) - partial(text, CLOSE)].rstrip())
             self._held, text = text[keep:], text[:keep]
         thought = text if at < 0 else text[:at].rstrip()
         if thought:
@@ -120,7 +125,7 @@ class ThoughtParser:
         if at < 0:
             return ""
         self._state = self._after
-        return text[at + len(CLOSE):]
+        return text[at + len(CLOSE) :]
 
     def _after(self, text, made):
         text = text.lstrip()

@@ -1,4 +1,5 @@
 """JSON schemas of strangers: where their parts are, where references lead, and what in them cannot be enforced."""
+
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -18,14 +19,18 @@ MAX_REFERENCES = 1000  # different ones that a part of a schema may need
 
 NAMED_PARTS = frozenset("properties patternProperties $defs definitions dependentSchemas".split())
 LISTED_PARTS = frozenset("allOf anyOf oneOf prefixItems items".split())
-SINGLE_PARTS = frozenset("""items additionalItems unevaluatedItems contains additionalProperties unevaluatedProperties
-    propertyNames not if then else contentSchema""".split())
+SINGLE_PARTS = frozenset(
+    """items additionalItems unevaluatedItems contains additionalProperties unevaluatedProperties
+    propertyNames not if then else contentSchema""".split()
+)
 RANGES = frozenset("minimum maximum exclusiveMinimum exclusiveMaximum".split())
 COUNTS = frozenset("minProperties maxProperties".split())
 PLACES = frozenset("$id id $schema $anchor $defs definitions".split())  # where a schema is, not what it allows
 # Keywords that say nothing about which values are allowed.
-NOTES = frozenset("""title description default examples example deprecated readOnly writeOnly $comment $id id $schema
-    $anchor $defs definitions contentMediaType contentEncoding nullable""".split())
+NOTES = frozenset(
+    """title description default examples example deprecated readOnly writeOnly $comment $id id $schema
+    $anchor $defs definitions contentMediaType contentEncoding nullable""".split()
+)
 
 
 def check_size(value: object, what: str = "JSON schema") -> None:
@@ -83,6 +88,7 @@ def rewritten(schema: object, change: Callable[[dict], dict]) -> object:
 
 # ---------------------------------------------------------------- references
 
+
 def resolved(reference: object, root: dict) -> object:
     """What a reference leads to inside of a schema; None if that is nothing."""
     if not isinstance(reference, str):
@@ -137,8 +143,10 @@ def self_contained(schema: dict, root: dict) -> dict:
         definitions[f"d{len(definitions)}"] = rewritten(left.pop(0), change)
         size += len(json.dumps(definitions[f"d{len(definitions) - 1}"]))
         if len(names) > MAX_REFERENCES or size > MAX_SCHEMA_BYTES:
-            raise ValueError(f"$ref: expected at most {MAX_REFERENCES} different ones, and {MAX_SCHEMA_BYTES} "
-                             "characters that they lead to")
+            raise ValueError(
+                f"$ref: expected at most {MAX_REFERENCES} different ones, and {MAX_SCHEMA_BYTES} "
+                "characters that they lead to"
+            )
     return made | ({"$defs": definitions} if definitions else {})
 
 
@@ -151,14 +159,16 @@ def _target(reference, root):
 
 # ---------------------------------------------------------------- what can be enforced
 
+
 def loosened(schema: dict) -> dict:
     """A schema without those patterns, ranges and multipleOf that cannot be enforced; ranges of 64 bits become such as
     can be."""
     found = set()
 
     def change(part):
-        kept = {keyword: value for keyword, given in part.items()
-                if _is_within(keyword, value := _narrowed(keyword, given))}
+        kept = {
+            keyword: value for keyword, given in part.items() if _is_within(keyword, value := _narrowed(keyword, given))
+        }
         if not _has_room(kept.get("multipleOf"), found):
             del kept["multipleOf"]
         kept = _with_known_names(kept)
@@ -171,8 +181,11 @@ def loosened(schema: dict) -> dict:
 
 def _outline(schema):
     """The names and numbers of an object's members without their schemas."""
-    named = {word: dict.fromkeys(schema[word], True) for word in ("properties", "patternProperties")
-             if isinstance(schema.get(word), dict)}
+    named = {
+        word: dict.fromkeys(schema[word], True)
+        for word in ("properties", "patternProperties")
+        if isinstance(schema.get(word), dict)
+    }
     others = {word: schema[word] for word in (*COUNTS, "required") if word in schema}
     is_free = schema.get("additionalProperties") is not False
     return {"type": "object", **named, **others, "additionalProperties": is_free}
@@ -184,11 +197,15 @@ def exact(schema: dict) -> dict:
     Ranges are held to as float64: those of integers beyond 2^53 end at the next one inside of them. ValueError for
     other ranges so large, and for a number of properties that a name of the model's choice could reach by coming twice.
     """
+
     def change(part):
         _check_names(part)
         is_integer = part.get("type") == "integer"
-        large = [word for word in part.keys() & RANGES if type(part[word]) in (int, float)
-                 and abs(part[word]) > EXACT_NUMBER - is_integer]
+        large = [
+            word
+            for word in part.keys() & RANGES
+            if type(part[word]) in (int, float) and abs(part[word]) > EXACT_NUMBER - is_integer
+        ]
         if not large:
             return part
         if not is_integer:
@@ -220,8 +237,10 @@ def _check_names(part):
     has_names = part.get("patternProperties") or part.get("additionalProperties", True) is not False
     most = 1 + (len(set(required)) if isinstance(required, list) and all(isinstance(n, str) for n in required) else 0)
     if type(least) is int and least > most and has_names:
-        raise ValueError(f"JSON schema: minProperties: at most {most} can be enforced where names are not given by the "
-                         f"schema, one more than are required, got {least}")
+        raise ValueError(
+            f"JSON schema: minProperties: at most {most} can be enforced where names are not given by the "
+            f"schema, one more than are required, got {least}"
+        )
 
 
 def _narrowed(keyword, value):

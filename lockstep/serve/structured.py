@@ -4,6 +4,7 @@ Grammars are llguidance's: JSON schemas, regular expressions (without lookaround
 A user's grammar is a program of a stranger, so its size, its nesting, the time it takes to compile and the work of one
 mask are all bounded.
 """
+
 import functools
 import json
 import re
@@ -175,8 +176,9 @@ class Grammars:
         try:
             cost = cost or self._proofs.cost(grammar, COMPILE_SECONDS, COMPILE_BYTES)
             if cost is None or cost.seconds * count > COMPILE_SECONDS:
-                raise TooSlow(f"the grammar did not compile {f'{count} times ' * (count > 1)}within "
-                              f"{COMPILE_SECONDS:g} s")
+                raise TooSlow(
+                    f"the grammar did not compile {f'{count} times ' * (count > 1)}within {COMPILE_SECONDS:g} s"
+                )
             if cost.num_bytes * count > COMPILE_BYTES:
                 raise TooSlow(f"the grammar takes more than {COMPILE_BYTES >> 20} MB")
             return self._compilers.submit(self._compile_all, grammar, count).result()
@@ -196,8 +198,13 @@ class Grammars:
         with self._lock:
             if self._reader is None:
                 known = range(min(self._tokenizer.vocab_size, self._vocab_size))
-                vocabulary = Vocabulary([self._tokenizer.token_bytes(i) for i in known], self._special_ids,
-                                        self._eos_ids[0], self._tokenizer.bos_id, self._exact_ids)
+                vocabulary = Vocabulary(
+                    [self._tokenizer.token_bytes(i) for i in known],
+                    self._special_ids,
+                    self._eos_ids[0],
+                    self._tokenizer.bos_id,
+                    self._exact_ids,
+                )
                 self._reader = new_reader(vocabulary, self._vocab_size, self._eos_ids)
             return self._reader
 
@@ -251,7 +258,7 @@ class TokenMask:
 
     def __call__(self, output_ids):
         sample = self._sample(output_ids)
-        for token in output_ids[sample.num_read:]:
+        for token in output_ids[sample.num_read :]:
             self._read(sample, token)
         return None if sample.matcher is None else fill(sample.matcher, self._words)
 

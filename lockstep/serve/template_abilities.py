@@ -3,6 +3,7 @@
 Templates drop or refuse what their authors did not think of: tools under their usual name, calls, results, a second
 system message, two messages of the user in a row. What one cannot say is put otherwise, see adapt.py.
 """
+
 import json
 from dataclasses import dataclass
 from os.path import commonprefix
@@ -61,7 +62,9 @@ def abilities_of(tokenizer, with_tools=True):
         late_systems=probe.shows([*late, said("user", "Hello.")]),
         several_users=probe.shows([user, last]),
         several_assistants=probe.shows([user, said("assistant", BIRCH), said("assistant", CEDAR)]),
-        opening=probe.first_text("user", [], [said("assistant", BIRCH), last]), **probe.about_tools(user, last))
+        opening=probe.first_text("user", [], [said("assistant", BIRCH), last]),
+        **probe.about_tools(user, last),
+    )
 
 
 def said(role, text):
@@ -119,11 +122,16 @@ class _Probe:
         at_results = [said("system", BIRCH), user, calling(CEDAR) if calls else said("assistant", CEDAR), YES]
         both = [user, calling(BIRCH, CEDAR), YES, answering(2, "No.")]
         return dict(
-            tools=self._variable, teaches=teaches, style=read or style if teaches else HERMES, calls=calls,
+            tools=self._variable,
+            teaches=teaches,
+            style=read or style if teaches else HERMES,
+            calls=calls,
             several_calls=not calls or self.shows(both),
             beside_calls=not calls or self.shows([said("user", "Hello."), calling(BIRCH) | dict(content=AMBER)]),
-            results=self.shows([*asked, answering(1, CEDAR)]), system_at_results=self.shows(at_results),
-            after_results=self.first_text("assistant", [*asked, YES], [last]))
+            results=self.shows([*asked, answering(1, CEDAR)]),
+            system_at_results=self.shows(at_results),
+            after_results=self.first_text("assistant", [*asked, YES], [last]),
+        )
 
     def _reads(self, style, user, call):
         """Whether a style reads what the template makes of a call."""
@@ -147,8 +155,10 @@ def render(tokenizer, variable, messages, tools, **variables):
 
 def calling(*places):
     """A message that calls PROBE for each of these places."""
-    calls = [dict(id=f"probecal{i}", type="function", function=dict(name=PROBE.name, arguments=dict(place=place)))
-             for i, place in enumerate(places, 1)]
+    calls = [
+        dict(id=f"probecal{i}", type="function", function=dict(name=PROBE.name, arguments=dict(place=place)))
+        for i, place in enumerate(places, 1)
+    ]
     return dict(role="assistant", content="", tool_calls=calls)
 
 

@@ -85,11 +85,13 @@ class Tokenizer:
         """Raise TooManyTokens as soon as the first pieces of a text have more tokens than the text may have."""
         found = 0
         for begin in range(0, len(text), PIECE_CHARS):
-            found += max(0, len(self._ids(text[begin:begin + PIECE_CHARS], False)) - CUT_TOKENS)
+            found += max(0, len(self._ids(text[begin : begin + PIECE_CHARS], False)) - CUT_TOKENS)
             if found > most:
                 first = min(begin + PIECE_CHARS, len(text))
-                raise TooManyTokens(f"the text has {len(text)} characters, of which the first {first} are more than "
-                                    f"the {most} tokens that it may have")
+                raise TooManyTokens(
+                    f"the text has {len(text)} characters, of which the first {first} are more than "
+                    f"the {most} tokens that it may have"
+                )
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids: exactly what a Detokenizer emits for them in total. Ids without a token are empty."""
@@ -249,8 +251,10 @@ def check_can_chat(tokenizer: Tokenizer | None, name: str) -> None:
     if tokenizer is not None and tokenizer.only_decodes is not None:
         raise ValueError(f"{name}: {tokenizer.only_decodes}")
     if tokenizer is None or not tokenizer.chat_templates:
-        raise ValueError(f"{name}: has no chat template, so it can only continue text (lockstep generate); pass a chat "
-                         f"model, such as Qwen/Qwen3-0.6B")
+        raise ValueError(
+            f"{name}: has no chat template, so it can only continue text (lockstep generate); pass a chat "
+            f"model, such as Qwen/Qwen3-0.6B"
+        )
 
 
 def check_text(text: str) -> None:
@@ -293,13 +297,15 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     by_file = [special_tokens(given) for given in (optional_json(folder / "special_tokens_map.json"), config)]
     named = by_file[0] | by_file[1]
     bos_token = named.get("bos_token")
-    return _with_end_mark(Tokenizer(
-        backend=backend,
-        eos_ids=eos_ids(folder, backend, [tokens["eos_token"] for tokens in by_file if "eos_token" in tokens]),
-        bos_id=None if bos_token is None else backend.token_to_id(bos_token),
-        special_tokens=named,
-        chat_templates=chat_templates(folder, config),
-    ))
+    return _with_end_mark(
+        Tokenizer(
+            backend=backend,
+            eos_ids=eos_ids(folder, backend, [tokens["eos_token"] for tokens in by_file if "eos_token" in tokens]),
+            bos_id=None if bos_token is None else backend.token_to_id(bos_token),
+            special_tokens=named,
+            chat_templates=chat_templates(folder, config),
+        )
+    )
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, object]) -> Tokenizer:
@@ -309,14 +315,16 @@ def tokenizer_from_gguf(metadata: Mapping[str, object]) -> Tokenizer:
     """
     backend, ids = gguf_tokenizer.build_tokenizer(metadata), gguf_tokenizer.named_ids(metadata)
     tokens = {f"{name}_token": backend.id_to_token(token_id) for name, token_id in ids.items()}
-    return _with_end_mark(Tokenizer(
-        backend=backend,
-        eos_ids=gguf_tokenizer.end_token_ids(metadata, backend),
-        bos_id=ids.get("bos"),
-        special_tokens={name: token for name, token in tokens.items() if token is not None},
-        chat_templates=_templates_of_gguf(metadata),
-        only_decodes=gguf_tokenizer.unknown_pre_tokenizer(metadata),
-    ))
+    return _with_end_mark(
+        Tokenizer(
+            backend=backend,
+            eos_ids=gguf_tokenizer.end_token_ids(metadata, backend),
+            bos_id=ids.get("bos"),
+            special_tokens={name: token for name, token in tokens.items() if token is not None},
+            chat_templates=_templates_of_gguf(metadata),
+            only_decodes=gguf_tokenizer.unknown_pre_tokenizer(metadata),
+        )
+    )
 
 
 def _with_end_mark(tokenizer: Tokenizer) -> Tokenizer:

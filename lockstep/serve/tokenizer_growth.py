@@ -34,17 +34,19 @@ def check_growth(text: str, path: Path) -> None:
     for step in steps:
         growth *= _growth(step, path)
         if growth > MAX_GROWTH:
-            raise ValueError(f"{path}: its normalizers and pre-tokenizers can make a text {growth} times as long, at "
-                             f"most {MAX_GROWTH} times is allowed")
+            raise ValueError(
+                f"{path}: its normalizers and pre-tokenizers can make a text {growth} times as long, at "
+                f"most {MAX_GROWTH} times is allowed"
+            )
 
 
 def _settings(text: str) -> object:
     """A tokenizer.json, without its model where that can be left out: that saves the time and memory of parsing it."""
     found = MODEL.search(text)
-    rest = "" if found is None else text[found.start():]
+    rest = "" if found is None else text[found.start() :]
     if rest and not ('"normalizer"' in rest or '"pre_tokenizer"' in rest or ESCAPED.search(rest)):
         with contextlib.suppress(ValueError):
-            return json.loads(f'{text[:found.start()]}"model":null}}', object_pairs_hook=_step)
+            return json.loads(f'{text[: found.start()]}"model":null}}', object_pairs_hook=_step)
     return json.loads(text, object_pairs_hook=_step)
 
 
@@ -76,8 +78,10 @@ def _growth(step: Mapping, path: Path) -> int:
     if "precompiled_charsmap" in step:
         return _longest_mapped(step, path)
     if len(str(step.get("prepend", "")).encode()) > MAX_PREPENDED_BYTES:
-        raise ValueError(f"{path}: a normalizer prepends {len(str(step['prepend']))} characters to every text, at most "
-                         f"{MAX_PREPENDED_BYTES} bytes are allowed")
+        raise ValueError(
+            f"{path}: a normalizer prepends {len(str(step['prepend']))} characters to every text, at most "
+            f"{MAX_PREPENDED_BYTES} bytes are allowed"
+        )
     return 2 if step.get("type", "ByteLevel") == "ByteLevel" else 1
 
 
@@ -98,5 +102,5 @@ def _longest_mapped(step: Mapping, path: Path) -> int:
         raw = base64.b64decode(str(step.get("precompiled_charsmap") or ""), validate=True)
     except ValueError as error:
         raise ValueError(f"{path}: precompiled_charsmap is not base64 ({error})") from None
-    texts = raw[4 + int.from_bytes(raw[:4], "little"):]
+    texts = raw[4 + int.from_bytes(raw[:4], "little") :]
     return max(1, -(-max(map(len, texts.split(b"\0"))) // 3))

@@ -47,8 +47,9 @@ class Checkpoint:
     def header_hash(self) -> str:
         """A cheap hash of the files' headers, the tensors taken from each and the config, which all fine-tunes of a
         model may share."""
-        return content_hash([file.header_hash for file in self.files], [file.infos.keys() for file in self.files],
-                            self.config)
+        return content_hash(
+            [file.header_hash for file in self.files], [file.infos.keys() for file in self.files], self.config
+        )
 
     @property
     def provisional_name(self) -> str:

@@ -51,8 +51,9 @@ class Stamp:
 def stamp(path: Path, descriptor: int | None = None) -> Stamp:
     """The stamp of the file that has a path now, or of the open file that had it."""
     found = path.stat() if descriptor is None else os.fstat(descriptor)
-    return Stamp(os.path.realpath(path), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_dev,
-                 found.st_ino)
+    return Stamp(
+        os.path.realpath(path), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_dev, found.st_ino
+    )
 
 
 def content_hash(digests: Sequence[str], tensors: Sequence[Collection[str]], config: Mapping[str, object]) -> str:
@@ -110,8 +111,10 @@ def check_unchanged(path: Path, stamped: Stamp) -> None:
     """ValueError if a file is not as it was stamped."""
     found = stamp(path)
     if found != stamped:
-        raise ValueError(f"{path}: the file changed while the model was being loaded (it had {stamped.size} bytes and "
-                         f"now has {found.size}); load the model again when nobody writes to it")
+        raise ValueError(
+            f"{path}: the file changed while the model was being loaded (it had {stamped.size} bytes and "
+            f"now has {found.size}); load the model again when nobody writes to it"
+        )
 
 
 def _remembered(stamped: Stamp) -> str | None:
@@ -154,8 +157,14 @@ class ContentHash:
     changed meanwhile, or that is not what its name in the hub's cache says; OSError where one cannot be read.
     """
 
-    def __init__(self, paths: Sequence[Path], stamps: Sequence[Stamp], tensors: Sequence[Collection[str]],
-                 config: Mapping[str, object], verify: bool = False):
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        stamps: Sequence[Stamp],
+        tensors: Sequence[Collection[str]],
+        config: Mapping[str, object],
+        verify: bool = False,
+    ):
         self._paths, self._stamps, self._tensors, self._config = paths, stamps, tensors, config
         self._found: Future[str] = Future()
         self._lock, self._callbacks = threading.Lock(), []

@@ -5,8 +5,16 @@ import numpy as np
 from lockstep.weights.tensor import BLOCK_FORMATS, StoredTensor, check_finite
 
 # Where each block keeps its float16 scales.
-SCALES = {"q8_0": (0,), "q4_0": (0,), "q4_1": (0, 2), "q5_0": (0,), "q5_1": (0, 2), "q4_k": (0, 2), "q5_k": (0, 2),
-          "q6_k": (208,)}
+SCALES = {
+    "q8_0": (0,),
+    "q4_0": (0,),
+    "q4_1": (0, 2),
+    "q5_0": (0,),
+    "q5_1": (0, 2),
+    "q4_k": (0, 2),
+    "q5_k": (0, 2),
+    "q6_k": (208,),
+}
 # Without the sign, a float's bits from here on are infinity or NaN.
 INFINITY = {"f32": (np.uint32, 0x7F800000), "f16": (np.uint16, 0x7C00), "bf16": (np.uint16, 0x7F80)}
 PIECE_BYTES = 4 << 20

@@ -43,8 +43,9 @@ class Allowance:
         left = getattr(self, name)
         if count > left:
             allowed = {field.name: field.default for field in fields(self)}[name]
-            raise ValueError(f"{what} has {count} {name.replace('_', ' ')}: {allowed} are allowed in all metadata, "
-                             f"{left} are left")
+            raise ValueError(
+                f"{what} has {count} {name.replace('_', ' ')}: {allowed} are allowed in all metadata, {left} are left"
+            )
         setattr(self, name, left - count)
 
 

@@ -121,8 +121,11 @@ class LeasedMaps:
         except OSError as error:
             # Rather no answer than a wrong one: the next step that reads here ends the process.
             _libc().mprotect(address, size, PROT_NONE)
-            log.critical("packed weights were changed on disk before they could be copied (%s): this process ends with "
-                         "its next step", error)
+            log.critical(
+                "packed weights were changed on disk before they could be copied (%s): this process ends with "
+                "its next step",
+                error,
+            )
         self._held[address] = size, None
         os.close(descriptor)
 

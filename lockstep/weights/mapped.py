@@ -111,8 +111,9 @@ def _check_density(raw: bytes, where: str) -> None:
         raise ValueError(f"{where}: {containers} lists and objects in {len(raw)} bytes of JSON")
     for mark, most in ((b":", MAX_JSON_FIELDS), (b",", MAX_JSON_VALUES)):
         if (found := raw.count(mark)) > most:
-            raise ValueError(f"{where}: {found} times {mark.decode()!r} in {len(raw)} bytes of JSON, at most {most} "
-                             f"are allowed")
+            raise ValueError(
+                f"{where}: {found} times {mark.decode()!r} in {len(raw)} bytes of JSON, at most {most} are allowed"
+            )
 
 
 def _without_duplicates(pairs: list[tuple[str, object]]) -> dict:

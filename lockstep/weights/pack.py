@@ -6,6 +6,7 @@
 
 The last panels are filled with zeros up to an even number of panels, so that a kernel may always take two.
 """
+
 import ml_dtypes
 import numpy as np
 
@@ -98,8 +99,8 @@ def _place(array, arrange, values, row):
         return
     staged = np.zeros(((last - first) * PANEL, *values.shape[1:]), values.dtype)
     mask = np.zeros(staged.shape, bool)
-    staged[row - first * PANEL:][:len(values)] = values
-    mask[row - first * PANEL:][:len(values)] = True
+    staged[row - first * PANEL :][: len(values)] = values
+    mask[row - first * PANEL :][: len(values)] = True
     shape = (last - first, PANEL, *values.shape[1:])
     np.copyto(array[first:last], arrange(staged.reshape(shape)), where=arrange(mask.reshape(shape)).astype(bool))
 
@@ -166,7 +167,7 @@ def fifth_bits(values):
 
 def block_field(blocks, start, count, dtype=np.uint8):
     """A field of every block, `start` bytes into it: uint8 [panels, blocks, bytes] as dtype [panels, blocks, count]."""
-    return blocks[..., start:start + count * np.dtype(dtype).itemsize].view(dtype)
+    return blocks[..., start : start + count * np.dtype(dtype).itemsize].view(dtype)
 
 
 def pack_q4_0(weight):

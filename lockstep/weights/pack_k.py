@@ -7,6 +7,7 @@
 The two high bits of q6_k's codes k, k + 4, k + 8, k + 12 share a byte, lowest first; they lie beside the low nibbles of
 the same 32 k, so that one row reads one stream. 4.625, 5.625 and 6.625 bits a weight.
 """
+
 import numpy as np
 
 from lockstep.runtime.tiles_k import Q4_K_BYTES, Q5_K_BYTES, Q6_K_BYTES
@@ -77,17 +78,24 @@ def pack_q5_k(weight):
 
 def _scales(blocks):
     """Outputs for d, dmin, sc and m."""
-    return [(block_field(blocks, 0, 16, np.float16), k_major), (block_field(blocks, 32, 16, np.float16), k_major),
-            (block_field(blocks, 64, 128), _blocks(k_major, 8)), (block_field(blocks, 192, 128), _blocks(k_major, 8))]
+    return [
+        (block_field(blocks, 0, 16, np.float16), k_major),
+        (block_field(blocks, 32, 16, np.float16), k_major),
+        (block_field(blocks, 64, 128), _blocks(k_major, 8)),
+        (block_field(blocks, 192, 128), _blocks(k_major, 8)),
+    ]
 
 
 def pack_q6_k(weight):
     """Blocks uint8 [panels, K / 256, 3392]."""
     blocks = np.zeros((num_panels(weight.shape[0]), weight.shape[1] // 256, Q6_K_BYTES), np.uint8)
     codes = block_field(blocks, 320, 3072).reshape(*blocks.shape[:2], 8, 384)
-    outputs = [(codes[..., :256], _eighths(nibble_pairs)), (codes[..., 256:], _eighths(_high_bits)),
-               (block_field(blocks, 64, 256, np.int8), _blocks(k_major, 16)),
-               (block_field(blocks, 0, 16, np.float32), k_major)]
+    outputs = [
+        (codes[..., :256], _eighths(nibble_pairs)),
+        (codes[..., 256:], _eighths(_high_bits)),
+        (block_field(blocks, 64, 256, np.int8), _blocks(k_major, 16)),
+        (block_field(blocks, 0, 16, np.float32), k_major),
+    ]
 
     def convert(part, rows):
         codes, sc, d = q6_k_fields(part, rows)

@@ -6,6 +6,7 @@
 
 Bit g of a feature's byte j of fifth bits belongs to the code of k = 4 g + j. 5, 5.5 and 6 bits a weight.
 """
+
 import numpy as np
 
 from lockstep.runtime.tiles_dots import Q4_1_BYTES, Q5_0_BYTES, Q5_1_BYTES
@@ -48,8 +49,10 @@ def _empty(weight, num_bytes):
 
 def _five_bits(blocks, start):
     """Outputs for fifth bits and low nibbles, `start` bytes into a block."""
-    return [(block_field(blocks, start, 64), _blocks(fifth_bits)),
-            (block_field(blocks, start + 64, 256), _blocks(nibble_pairs))]
+    return [
+        (block_field(blocks, start, 64), _blocks(fifth_bits)),
+        (block_field(blocks, start + 64, 256), _blocks(nibble_pairs)),
+    ]
 
 
 def _split_codes(fields):

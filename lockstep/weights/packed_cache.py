@@ -46,8 +46,11 @@ def models(root: Path) -> list[PackedModel]:
 
 
 def _folders(root: Path) -> list[Path]:
-    return [Path(entry.path) for entry in os.scandir(root)
-            if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(HIDDEN)]
+    return [
+        Path(entry.path)
+        for entry in os.scandir(root)
+        if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(HIDDEN)
+    ]
 
 
 def _model(folder: Path) -> PackedModel:

@@ -95,15 +95,15 @@ def read(path: Path, what: str, maps: LeasedMaps, verify: bool = False) -> tuple
 
 def _contents(file: BinaryIO) -> np.ndarray:
     raw = aligned(os.fstat(file.fileno()).st_size)
-    raw = raw[:file.readinto(raw.data)]
+    raw = raw[: file.readinto(raw.data)]
     raw.flags.writeable = False
     return raw
 
 
 def _header(page: bytes, path: Path) -> dict:
     start = len(MAGIC) + DIGEST_BYTES + 8
-    digest, length = page[len(MAGIC):start - 8], int.from_bytes(page[start - 8:start], "little")
-    header = page[start:start + length]
+    digest, length = page[len(MAGIC) : start - 8], int.from_bytes(page[start - 8 : start], "little")
+    header = page[start : start + length]
     if not page.startswith(MAGIC) or hashlib.sha256(header).digest() != digest:
         raise Damaged(f"{path}: not a packed weight, or its first page is damaged")
     return json.loads(header)

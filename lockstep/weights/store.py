@@ -50,8 +50,11 @@ class PackedStore(WeightStore):
         header = self._checkpoint.header_hash
         if self.folder.is_dir():  # what an earlier process packed of this very file
             return False
-        return any(model.about.get("header") == header for model in packed_cache.models(self._root)
-                   if model.folder.name.endswith(self._suffix))
+        return any(
+            model.about.get("header") == header
+            for model in packed_cache.models(self._root)
+            if model.folder.name.endswith(self._suffix)
+        )
 
     def make(self, weight: Weight, layout: Layout) -> tuple[np.ndarray, ...]:
         name = layout[0]
@@ -91,8 +94,9 @@ class PackedStore(WeightStore):
             packed_cache.write_about(self.folder, self._about())
 
     def _about(self) -> dict:
-        return dict(model=os.path.abspath(self._checkpoint.path), header=self._checkpoint.header_hash,
-                    target=target_name())
+        return dict(
+            model=os.path.abspath(self._checkpoint.path), header=self._checkpoint.header_hash, target=target_name()
+        )
 
     def _has_room(self, size: int) -> bool:
         """Whether so many bytes more may be kept; makes room by removing the models that were used longest ago."""

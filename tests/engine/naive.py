@@ -1,4 +1,5 @@
 """The scheduler's rules once more, as simply as they can be said: lists, dicts of whole prefixes, and loops."""
+
 PAGE_TOKENS = 64
 
 
@@ -13,15 +14,16 @@ class Naive:
         self.requests = []
 
     def add(self, name, prompt, max_tokens, priority, salt):
-        self.requests.append(dict(name=name, tokens=list(prompt), priority=priority, salt=salt, computed=0, pages=[],
-                                  slot=None))
+        self.requests.append(
+            dict(name=name, tokens=list(prompt), priority=priority, salt=salt, computed=0, pages=[], slot=None)
+        )
         self.requests.sort(key=lambda r: (r["priority"], r["name"]))
 
     def running(self):
         return [r for r in self.requests if r["slot"] is not None]
 
     def prefixes(self, r, count):
-        return [(r["salt"], *r["tokens"][:(i + 1) * PAGE_TOKENS]) for i in range(count)]
+        return [(r["salt"], *r["tokens"][: (i + 1) * PAGE_TOKENS]) for i in range(count)]
 
     def usable(self, r):
         return self.prefixes(r, (len(r["tokens"]) - 1) // PAGE_TOKENS if self.caches else 0)
@@ -64,7 +66,7 @@ class Naive:
                 self.holders[page] += 1
             r["slot"], r["computed"] = self.slots.pop(0), PAGE_TOKENS * len(hits)
             r["pages"] = hits + [self.take() for _ in range(total - len(hits))]
-            for prefix in self.usable(r)[len(hits):]:
+            for prefix in self.usable(r)[len(hits) :]:
                 self.promised.setdefault(prefix, r)
 
     def step(self):
@@ -86,8 +88,10 @@ class Naive:
         prompts = [(r, missing) for r, missing in prompts if missing > 1]
         if prompts and left:
             first, missing = prompts[0]
-            half, order = min(missing, (left + 1) // 2), sorted(
-                prompts, key=lambda p: (p[0]["priority"], p[1], p[0]["name"]))
+            half, order = (
+                min(missing, (left + 1) // 2),
+                sorted(prompts, key=lambda p: (p[0]["priority"], p[1], p[0]["name"])),
+            )
             turn = [r for r, _ in order].index(first)
             for i, (r, missing) in enumerate(order):
                 count = min(missing, left - half if i < turn else left)

@@ -1,4 +1,5 @@
 """The engine in its own thread: many clients, cancel, errors, close; everybody gets the tokens of a request alone."""
+
 import asyncio
 import math
 import os
@@ -16,8 +17,10 @@ from tests.promise.alone import answer
 from tests.promise.models import Case, load
 
 PROMPTS = [np.random.RandomState(i).randint(3, 96, n).tolist() for i, n in enumerate((1, 70, 3, 133, 16, 64))]
-PARAMS = [SamplingParams(max_tokens=5 + 7 * i, temperature=(0, 0.9)[i % 2], seed=i, ignore_eos=True)
-          for i in range(len(PROMPTS))]
+PARAMS = [
+    SamplingParams(max_tokens=5 + 7 * i, temperature=(0, 0.9)[i % 2], seed=i, ignore_eos=True)
+    for i in range(len(PROMPTS))
+]
 LONG = SamplingParams(max_tokens=2000, ignore_eos=True)
 
 
@@ -28,7 +31,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(model):
-    return [answer(model, p, s).known[len(p):] for p, s in zip(PROMPTS, PARAMS)]
+    return [answer(model, p, s).known[len(p) :] for p, s in zip(PROMPTS, PARAMS)]
 
 
 @pytest.fixture
@@ -134,14 +137,19 @@ def test_what_cannot_run_is_refused_where_it_is_submitted(running):
         running.submit([96], PARAMS[0])
 
 
-@pytest.mark.parametrize("prompt, params, options, message", [
-    ([1, 2], LONG, dict(priority="high"), "priority: expected an integer, got 'high'"),
-    ([1, 2], LONG, dict(priority=math.nan), "priority: expected an integer, got nan"),
-    ([1, 2], LONG, dict(cache_salt=None), "cache_salt: expected a string, got None"),
-    ([1.5], LONG, {}, r"prompt: expected text or a list of token ids, got \[1.5\]"),
-    (["a"], LONG, {}, "prompt: expected text or a list of token ids"),
-    (None, LONG, {}, "prompt: expected text or a list of token ids, got None"),
-    ([1, 2], None, {}, "params: expected SamplingParams, got None")], ids=str)
+@pytest.mark.parametrize(
+    "prompt, params, options, message",
+    [
+        ([1, 2], LONG, dict(priority="high"), "priority: expected an integer, got 'high'"),
+        ([1, 2], LONG, dict(priority=math.nan), "priority: expected an integer, got nan"),
+        ([1, 2], LONG, dict(cache_salt=None), "cache_salt: expected a string, got None"),
+        ([1.5], LONG, {}, r"prompt: expected text or a list of token ids, got \[1.5\]"),
+        (["a"], LONG, {}, "prompt: expected text or a list of token ids"),
+        (None, LONG, {}, "prompt: expected text or a list of token ids, got None"),
+        ([1, 2], None, {}, "params: expected SamplingParams, got None"),
+    ],
+    ids=str,
+)
 def test_what_is_of_the_wrong_type_is_refused_there_and_the_engine_goes_on(running, prompt, params, options, message):
     beside = running.submit(PROMPTS[0], LONG)  # two that wait are compared by priority
     with pytest.raises(ValueError, match=message):
@@ -241,7 +249,7 @@ def test_tokens_bring_the_text_that_is_certain_and_stop_strings_end_a_stream(mod
         pieces = [t.text for t in made.submit(PROMPTS[5], PARAMS[5])]
         assert "".join(pieces) == whole and pieces[0] == "" and len(pieces[-1]) == 2
         stopped = made.submit(PROMPTS[5], replace(PARAMS[5], stop=(whole[9:12],)))
-        assert "".join(t.text for t in stopped) == whole[:whole.index(whole[9:12])]
+        assert "".join(t.text for t in stopped) == whole[: whole.index(whole[9:12])]
         assert (stopped.finish_reason, stopped.request.stop_reason) == ("stop", whole[9:12])
     finally:
         made.close()

@@ -1,4 +1,5 @@
 """The context and KV cache that memory holds: what bounds them, that nothing is touched and that no bit changes."""
+
 import dataclasses
 
 import pytest
@@ -17,8 +18,10 @@ from tests.models.running import load
 
 MANY = 1 << 17
 GIB = 1 << 30
-CONFIGS = {"qwen3": case("qwen3", head_dim=32, max_position_embeddings=MANY),
-           "qwen3_5": hybrid(max_position_embeddings=MANY)}
+CONFIGS = {
+    "qwen3": case("qwen3", head_dim=32, max_position_embeddings=MANY),
+    "qwen3_5": hybrid(max_position_embeddings=MANY),
+}
 
 
 @pytest.fixture(scope="module")
@@ -77,19 +80,32 @@ def test_what_a_user_chose_comes_before_memory(folders, memory):
     assert context_size(loaded(folders["qwen3"], 2 * MANY), EngineOptions(), 2 * MANY) == ContextSize(MANY)
 
 
-@pytest.mark.parametrize(("max_context", "kv_tokens", "expected"), [
-    (5000, 300, ContextSize(320, "kv_tokens")), (5000, 6000, ContextSize(5000, "max_context")),
-    (320, 300, ContextSize(320, "max_context")), (300, 300, ContextSize(300, "max_context")),
-    (2 * MANY, 300, ContextSize(320, "kv_tokens")), (2 * MANY, 2 * MANY, ContextSize(MANY))])
+@pytest.mark.parametrize(
+    ("max_context", "kv_tokens", "expected"),
+    [
+        (5000, 300, ContextSize(320, "kv_tokens")),
+        (5000, 6000, ContextSize(5000, "max_context")),
+        (320, 300, ContextSize(320, "max_context")),
+        (300, 300, ContextSize(300, "max_context")),
+        (2 * MANY, 300, ContextSize(320, "kv_tokens")),
+        (2 * MANY, 2 * MANY, ContextSize(MANY)),
+    ],
+)
 def test_of_two_choices_the_smaller_one_counts(max_context, kv_tokens, expected, folders, memory):
     memory(0)
     model = loaded(folders["qwen3"], max_context)
     assert context_size(model, EngineOptions(kv_tokens=kv_tokens), max_context) == expected
 
 
-@pytest.mark.parametrize(("max_context", "expected"), [
-    (None, ContextSize(1 << 20, "positions")), (1 << 30, ContextSize(1 << 22)),
-    (1 << 21, ContextSize(1 << 21, "max_context")), (4096, ContextSize(4096, "max_context"))])
+@pytest.mark.parametrize(
+    ("max_context", "expected"),
+    [
+        (None, ContextSize(1 << 20, "positions")),
+        (1 << 30, ContextSize(1 << 22)),
+        (1 << 21, ContextSize(1 << 21, "max_context")),
+        (4096, ContextSize(4096, "max_context")),
+    ],
+)
 def test_more_positions_than_have_a_proven_accuracy_must_be_asked_for(max_context, expected, folders, memory):
     memory(1 << 50)
     model = loaded(folders["qwen3"])
@@ -116,6 +132,7 @@ def test_weights_are_counted_as_they_are_in_memory(name, weights, tmp_path):
 
 
 # ------------------------------------------------------------ nothing is touched, no bit changes
+
 
 def resident():
     with open("/proc/self/statm") as file:
@@ -152,9 +169,13 @@ def test_an_answer_is_the_same_whatever_the_context(name, folders):
 
 # ------------------------------------------------------------ what the machine says
 
+
 def test_limits_of_control_groups_and_of_address_space_are_heeded(tmp_path, monkeypatch):
-    files = {"/proc/meminfo": "MemTotal: 9000 kB\nMemAvailable: 8000 kB", "/proc/self/cgroup": "0::/a/b",
-             "/proc/sys/vm/overcommit_memory": "0"}
+    files = {
+        "/proc/meminfo": "MemTotal: 9000 kB\nMemAvailable: 8000 kB",
+        "/proc/self/cgroup": "0::/a/b",
+        "/proc/sys/vm/overcommit_memory": "0",
+    }
     monkeypatch.setattr(cache_size, "CGROUPS", tmp_path)
     real = cache_size._text
     monkeypatch.setattr(cache_size, "_text", lambda path: files.get(str(path)) or real(path))

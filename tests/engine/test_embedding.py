@@ -1,4 +1,5 @@
 """Embeddings on a tiny model: the same bits alone, in company, in chunks, after cached prefixes and preemptions."""
+
 import numpy as np
 import pytest
 
@@ -60,8 +61,15 @@ def embedded(engine, pooling, prompts=PROMPTS):
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-@pytest.mark.parametrize("options", [dict(max_step_tokens=512, max_requests=8), dict(max_step_tokens=7, threads=3),
-                                     dict(kv_tokens=256, max_step_tokens=40)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(max_step_tokens=512, max_requests=8),
+        dict(max_step_tokens=7, threads=3),
+        dict(kv_tokens=256, max_step_tokens=40),
+    ],
+    ids=str,
+)
 def test_company_chunks_and_threads_do_not_matter(engine, alone, pooling, options):
     made = engine(**options)
     mates = [made.add(p[::-1], SamplingParams(max_tokens=9, ignore_eos=True)) for p in PROMPTS[1:4]]
@@ -144,7 +152,7 @@ def test_length_one_unless_told_otherwise():
     for start, end in ((0, 2), (2, 4), (4, 5)):
         for pool in (mean, last):
             wanted = pool.rows(start, end)
-            pool.take(rows[start:end][wanted.start:wanted.stop])
+            pool.take(rows[start:end][wanted.start : wanted.stop])
     exact = rows.astype(np.float64).mean(0)
     assert np.abs(mean.embedding(normalize=False) - exact).max() < 1e-7
     same_bits(last.embedding(normalize=False), rows[4])
@@ -153,8 +161,16 @@ def test_length_one_unless_told_otherwise():
         assert abs(np.linalg.norm(pool.embedding().astype(np.float64)) - 1) < 1e-6
 
 
-@pytest.mark.parametrize("bad", [dict(pooling="max"), dict(pooling="last", n=2), dict(pooling=1), dict(max_tokens=0),
-                                 dict(pooling="mean", prompt_logprobs=0)])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(pooling="max"),
+        dict(pooling="last", n=2),
+        dict(pooling=1),
+        dict(max_tokens=0),
+        dict(pooling="mean", prompt_logprobs=0),
+    ],
+)
 def test_a_bad_request_is_named(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         SamplingParams(**bad)

@@ -1,4 +1,5 @@
 """The engine on a tiny model: who may enter, how requests end, and that none of it changes anybody's tokens."""
+
 import numpy as np
 import pytest
 
@@ -8,8 +9,10 @@ from lockstep.engine.request import SamplingParams
 from tests.promise.models import Case, load
 
 PROMPTS = [np.random.RandomState(i).randint(3, 96, n).tolist() for i, n in enumerate((1, 70, 3, 33, 129, 16, 2, 64))]
-PARAMS = [SamplingParams(max_tokens=5 + 7 * i, temperature=(0, 0.9)[i % 2], top_p=0.95, seed=i, ignore_eos=True)
-          for i in range(len(PROMPTS))]
+PARAMS = [
+    SamplingParams(max_tokens=5 + 7 * i, temperature=(0, 0.9)[i % 2], top_p=0.95, seed=i, ignore_eos=True)
+    for i in range(len(PROMPTS))
+]
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +55,17 @@ def alone(model):
     made.close()
 
 
-@pytest.mark.parametrize("options", [dict(max_step_tokens=512), dict(max_step_tokens=7),
-                                     dict(max_step_tokens=64, max_requests=8),
-                                     dict(max_step_tokens=3, max_requests=1, threads=3), dict(kv_tokens=192)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(max_step_tokens=512),
+        dict(max_step_tokens=7),
+        dict(max_step_tokens=64, max_requests=8),
+        dict(max_step_tokens=3, max_requests=1, threads=3),
+        dict(kv_tokens=192),
+    ],
+    ids=str,
+)
 def test_more_requests_than_places_all_finish_with_their_own_tokens(engine, alone, options):
     made = engine(**options)
     assert answers(made) == alone
@@ -80,9 +91,16 @@ def test_cancelled_requests_free_their_pages_at_once_and_disturb_nobody(engine, 
             assert (r.output_ids, r.logprobs, r.finish_reason) == expected
 
 
-@pytest.mark.parametrize("prompt, max_tokens, message", [
-    ([], 5, "at least one token"), ([1, 96], 5, "0 to 95, got 1 to 96"), ([-1], 5, "0 to 95, got -1"),
-    ([1] * 2300, 5, "more than the context of 2304"), ([1], 2304, "more than the context of 2304")])
+@pytest.mark.parametrize(
+    "prompt, max_tokens, message",
+    [
+        ([], 5, "at least one token"),
+        ([1, 96], 5, "0 to 95, got 1 to 96"),
+        ([-1], 5, "0 to 95, got -1"),
+        ([1] * 2300, 5, "more than the context of 2304"),
+        ([1], 2304, "more than the context of 2304"),
+    ],
+)
 def test_a_bad_prompt_is_refused_and_nothing_is_left_of_it(engine, prompt, max_tokens, message):
     made = engine()
     with pytest.raises(ValueError, match=message):
@@ -120,10 +138,24 @@ def test_alternatives_are_those_of_the_logits(engine):
         assert list(top.values()) == sorted(top.values(), reverse=True)
 
 
-@pytest.mark.parametrize("bad", [{"max_step_tokens": 0}, {"max_requests": 0}, {"kv_tokens": 63}, {"threads": 0},
-                                 {"max_requests": 1.5}, {"state_every": 100}, {"state_bytes": -1},
-                                 {"max_requests": None}, {"max_step_tokens": True}, {"kv_tokens": 10 ** 30},
-                                 {"prefix_cache": "yes"}, {"cache_dir": 5}, {"cache_dir": ""}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"max_step_tokens": 0},
+        {"max_requests": 0},
+        {"kv_tokens": 63},
+        {"threads": 0},
+        {"max_requests": 1.5},
+        {"state_every": 100},
+        {"state_bytes": -1},
+        {"max_requests": None},
+        {"max_step_tokens": True},
+        {"kv_tokens": 10**30},
+        {"prefix_cache": "yes"},
+        {"cache_dir": 5},
+        {"cache_dir": ""},
+    ],
+)
 def test_a_bad_option_is_named(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         EngineOptions(**bad)
@@ -175,8 +207,16 @@ def test_a_preempted_request_goes_on_where_it_was(engine, alone):
 
 
 def test_penalties_count_the_same_tokens_after_a_preemption(engine):
-    params = SamplingParams(max_tokens=30, temperature=0.9, seed=2, repetition_penalty=1.3, frequency_penalty=0.5,
-                            presence_penalty=0.2, logit_bias={7: 3.0}, ignore_eos=True)
+    params = SamplingParams(
+        max_tokens=30,
+        temperature=0.9,
+        seed=2,
+        repetition_penalty=1.3,
+        frequency_penalty=0.5,
+        presence_penalty=0.2,
+        logit_bias={7: 3.0},
+        ignore_eos=True,
+    )
     made = engine()
     calm = made.add(PROMPTS[3], params)
     finish(made)

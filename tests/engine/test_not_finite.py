@@ -1,4 +1,5 @@
 """A model whose logits overflow after some prompts: those requests fail by name, and nobody else notices."""
+
 import numpy as np
 import pytest
 
@@ -13,9 +14,16 @@ from tests.models.cases import case, hybrid
 
 SAID = "the model's logits are not finite"
 PROMPTS = [np.random.RandomState(i).randint(3, 96, 70).tolist() for i in range(12)]
-WISHES = [SamplingParams(max_tokens=2, **wish) for wish in (
-    dict(), dict(temperature=0.8, top_p=0.9, logprobs=5), dict(temperature=1, top_k=3, repetition_penalty=1.3),
-    dict(prompt_logprobs=2), dict(logit_bias={5: -100}, min_tokens=2))]
+WISHES = [
+    SamplingParams(max_tokens=2, **wish)
+    for wish in (
+        dict(),
+        dict(temperature=0.8, top_p=0.9, logprobs=5),
+        dict(temperature=1, top_k=3, repetition_penalty=1.3),
+        dict(prompt_logprobs=2),
+        dict(logit_bias={5: -100}, min_tokens=2),
+    )
+]
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3_5"])
@@ -54,8 +62,10 @@ def test_requests_fail_by_name_and_their_neighbours_give_the_same_bits(model, tm
         assert all(np.isfinite(r.logprobs).all() for r in together) and engine.counts()["not_finite"] == 2 * len(failed)
         engine.scheduler.prefix.disk.flush()
         for request in together:
-            known = [engine.scheduler.pages.find(name) is not None or engine.scheduler.prefix.disk.has("page", name)
-                     for name in request.block_names[:70 // PAGE_TOKENS]]
+            known = [
+                engine.scheduler.pages.find(name) is not None or engine.scheduler.prefix.disk.has("page", name)
+                for name in request.block_names[: 70 // PAGE_TOKENS]
+            ]
             assert known == [request.finish_reason != "error"]
         counts = engine.counts()
         assert counts["pages_free"] + counts["pages_idle"] == counts["pages"]
@@ -78,9 +88,13 @@ def test_hidden_states_that_are_not_finite_fail_as_logits_do(tmp_path):
 
 
 # what overflows: all of a layer's queries, keys and values, or one of these, in the first layer or in the last
-OVERFLOWS = [("layers.0.input_layernorm", "f32"), ("layers.1.input_layernorm", "q8_0"),
-             ("layers.0.self_attn.v_proj", "f32"), ("layers.1.self_attn.k_proj", "f32"),
-             ("layers.1.self_attn.q_proj", "f32")]
+OVERFLOWS = [
+    ("layers.0.input_layernorm", "f32"),
+    ("layers.1.input_layernorm", "q8_0"),
+    ("layers.0.self_attn.v_proj", "f32"),
+    ("layers.1.self_attn.k_proj", "f32"),
+    ("layers.1.self_attn.q_proj", "f32"),
+]
 
 
 @pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "q8"])

@@ -1,4 +1,5 @@
 """The prefix cache of models with recurrent state, without a model: which states are kept, and what is found again."""
+
 import numpy as np
 import pytest
 
@@ -55,7 +56,7 @@ def kept(scheduler, prompt):
     """Positions of a text whose state is kept."""
     name, found = first_name(b"model", ""), []
     for end in range(64, len(prompt) + 1, 64):
-        name = block_name(name, prompt[end - 64:end])
+        name = block_name(name, prompt[end - 64 : end])
         found += [end] * (name in scheduler.prefix.states)
     return found
 

@@ -1,4 +1,5 @@
 """Prefixes on disk: they survive a restart, a damaged one is dropped and counted, and the folder stays small."""
+
 import os
 import threading
 import time
@@ -74,8 +75,11 @@ def flip_header(file):
 
 
 DAMAGE = {
-    "a bit": flip, "a bit of the header": flip_header, "cut": lambda f: f.write_bytes(f.read_bytes()[:-1]),
-    "empty": lambda f: f.write_bytes(b""), "longer": lambda f: f.write_bytes(f.read_bytes() + b"x"),
+    "a bit": flip,
+    "a bit of the header": flip_header,
+    "cut": lambda f: f.write_bytes(f.read_bytes()[:-1]),
+    "empty": lambda f: f.write_bytes(b""),
+    "longer": lambda f: f.write_bytes(f.read_bytes() + b"x"),
     "zeros": lambda f: f.write_bytes(bytes(HEADER.size + 100)),
     "another's": lambda f: f.write_bytes(sorted(f.parent.glob("*.page"), key=lambda g: g == f)[0].read_bytes()),
     "unreadable": lambda f: (f.unlink(), f.mkdir()),
@@ -234,6 +238,7 @@ def test_what_is_never_known_is_never_written(store, monkeypatch):
 
 
 # ---------------------------------------------------------------- with an engine
+
 
 @pytest.fixture(scope="module", params=[Case("qwen3_5", "f32", "bf16"), Case("qwen3", "q8_0", "bf16")], ids=str)
 def model(request, tmp_path_factory):

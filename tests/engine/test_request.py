@@ -1,4 +1,5 @@
 """What SamplingParams allow, and what they say about the rest."""
+
 import numpy as np
 import pytest
 
@@ -30,15 +31,15 @@ BAD = [
     ({"logit_bias": {4: float("nan")}}, "logit_bias of token 4: .*got nan"),
     ({"logits_mask": 3}, "logits_mask: expected a function or None, got 3"),
     ({"n": 2.0}, "n: expected an integer from 1 to 128, got 2.0"),
-    ({"seed": 10 ** 400}, "seed: expected an integer from -"),
-    ({"temperature": 10 ** 400}, "temperature: expected a number from 0"),
+    ({"seed": 10**400}, "seed: expected an integer from -"),
+    ({"temperature": 10**400}, "temperature: expected a number from 0"),
     ({"stop_token_ids": 5}, "stop_token_ids: expected a list, got 5"),
     ({"suppress_tokens": [True]}, "suppress_tokens: expected token ids, got .True"),
     ({"suppress_tokens": 3}, "suppress_tokens: expected a list, got 3"),
     ({"stop_token_ids": None}, "stop_token_ids: expected a list, got None"),
     ({"stop": None}, "stop: expected a list, got None"),
     ({"stop": b"x"}, "stop: expected a list, got b'x'"),
-    ({"logit_bias": {4: 10 ** 400}}, "logit_bias of token 4: expected a number"),
+    ({"logit_bias": {4: 10**400}}, "logit_bias of token 4: expected a number"),
     ({"pooling": np.array(["last", "mean"])}, "pooling: expected None or one of last, mean"),
     ({"ignore_eos": 1}, "ignore_eos: expected True or False"),
     ({"include_stop_str_in_output": None}, "include_stop_str_in_output: expected True"),

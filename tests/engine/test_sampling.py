@@ -1,5 +1,6 @@
 """Penalties, biases, masks, min_tokens and log-probabilities through the engine: what they mean, and that company and
 chunks change nothing of it."""
+
 from dataclasses import replace
 
 import numpy as np
@@ -35,8 +36,9 @@ PARAMS = [
     SamplingParams(max_tokens=25, **PENALTIES, ignore_eos=True, logprobs=20, prompt_logprobs=0),
     SamplingParams(max_tokens=30, temperature=0.9, seed=3, **PENALTIES, min_tokens=20, logprobs=1, prompt_logprobs=5),
     SamplingParams(max_tokens=20, logits_mask=odd_after_even, temperature=1.2, seed=4, logit_bias={9: 3.0, 95: -100}),
-    SamplingParams(max_tokens=20, temperature=0.7, seed=5, frequency_penalty=-1.0, min_p=0.02, ignore_eos=True,
-                   logprobs=3),
+    SamplingParams(
+        max_tokens=20, temperature=0.7, seed=5, frequency_penalty=-1.0, min_p=0.02, ignore_eos=True, logprobs=3
+    ),
     SamplingParams(max_tokens=9, prompt_logprobs=20, logits_mask=odd_after_even, min_tokens=9, repetition_penalty=0.8),
     SamplingParams(max_tokens=12, temperature=1.0, seed=7, ignore_eos=True),
 ]
@@ -85,9 +87,16 @@ def alone(model):
     made.close()
 
 
-@pytest.mark.parametrize("options", [
-    dict(), dict(max_step_tokens=7), dict(max_step_tokens=64, max_requests=8, threads=3),
-    dict(max_step_tokens=3, max_requests=1)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(max_step_tokens=7),
+        dict(max_step_tokens=64, max_requests=8, threads=3),
+        dict(max_step_tokens=3, max_requests=1),
+    ],
+    ids=str,
+)
 def test_everything_at_once_is_the_same_in_any_company(engine, alone, options):
     assert answers(engine(**options)) == alone
 
@@ -120,11 +129,12 @@ def test_logprobs_of_a_prompt_are_those_of_the_same_tokens_when_they_were_genera
             count = len(next(iter(tops), ()))
             r = made.add(prompt + ids, SamplingParams(max_tokens=1, prompt_logprobs=count))
             finish(made)
-            assert r.prompt_logprobs[len(prompt) - 1:] == logprobs
-            assert r.prompt_top_logprobs[len(prompt) - 1:] == (tops if count else [])
+            assert r.prompt_logprobs[len(prompt) - 1 :] == logprobs
+            assert r.prompt_top_logprobs[len(prompt) - 1 :] == (tops if count else [])
 
 
 # ---------------------------------------------------------------- what the options mean, in float64
+
 
 @pytest.fixture(scope="module")
 def logits_of(model):
@@ -146,25 +156,34 @@ def changed(logits, prompt, output, p, eos_ids):
     x[list(p.suppress_tokens)] = -np.inf
     mask = p.logits_mask(output) if p.logits_mask else None
     if mask is not None:
-        x[~np.unpackbits(mask.view(np.uint8), bitorder="little").astype(bool)[:len(x)]] = -np.inf
+        x[~np.unpackbits(mask.view(np.uint8), bitorder="little").astype(bool)[: len(x)]] = -np.inf
     if len(output) < p.min_tokens:
         x[[*p.stop_token_ids, *(() if p.ignore_eos else eos_ids)]] = -np.inf
     return x
 
 
-@pytest.mark.parametrize("options", [
-    dict(repetition_penalty=1.5), dict(repetition_penalty=0.6), dict(presence_penalty=2.0), dict(frequency_penalty=0.8),
-    dict(frequency_penalty=-1.5, presence_penalty=-2), dict(logit_bias={5: 2.0, 60: 100, 61: -100}),
-    dict(logits_mask=odd_after_even), dict(min_tokens=80, stop_token_ids=(7, 11)),
-    dict(suppress_tokens=tuple(range(0, 96, 3)), logit_bias={3: 100}),
-    dict(**PENALTIES, logit_bias={8: 2.5}, logits_mask=odd_after_even, min_tokens=3, suppress_tokens=(8, 50))],
-    ids=lambda o: " ".join(o))
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(repetition_penalty=1.5),
+        dict(repetition_penalty=0.6),
+        dict(presence_penalty=2.0),
+        dict(frequency_penalty=0.8),
+        dict(frequency_penalty=-1.5, presence_penalty=-2),
+        dict(logit_bias={5: 2.0, 60: 100, 61: -100}),
+        dict(logits_mask=odd_after_even),
+        dict(min_tokens=80, stop_token_ids=(7, 11)),
+        dict(suppress_tokens=tuple(range(0, 96, 3)), logit_bias={3: 100}),
+        dict(**PENALTIES, logit_bias={8: 2.5}, logits_mask=odd_after_even, min_tokens=3, suppress_tokens=(8, 50)),
+    ],
+    ids=lambda o: " ".join(o),
+)
 def test_a_greedy_answer_takes_the_largest_of_the_changed_logits(engine, logits_of, options):
     made, p = engine(), SamplingParams(max_tokens=80, ignore_eos="min_tokens" not in options, **options)
     made.eos_ids = frozenset({2, 13})
     r = made.add(PROMPTS[3], p)
     finish(made)
-    logits = logits_of(PROMPTS[3] + r.output_ids)[len(PROMPTS[3]) - 1:]
+    logits = logits_of(PROMPTS[3] + r.output_ids)[len(PROMPTS[3]) - 1 :]
     differs = 0
     for n, token in enumerate(r.output_ids):
         x = changed(logits[n], PROMPTS[3], r.output_ids[:n], p, made.eos_ids)
@@ -189,8 +208,14 @@ def test_end_tokens_wait_for_min_tokens(engine, logits_of):
     assert (later.output_ids[6], later.finish_reason, later.stop_reason) == (end, "stop", end)
 
 
-@pytest.mark.parametrize("ends, options", [({2, 95}, dict(temperature=0.9)), ({2}, dict(stop_token_ids=(95,))),
-                                           (set(), dict(ignore_eos=True, stop_token_ids=(2, 95)))])
+@pytest.mark.parametrize(
+    "ends, options",
+    [
+        ({2, 95}, dict(temperature=0.9)),
+        ({2}, dict(stop_token_ids=(95,))),
+        (set(), dict(ignore_eos=True, stop_token_ids=(2, 95))),
+    ],
+)
 def test_an_answer_ends_before_min_tokens_where_its_mask_allows_end_tokens_only(engine, ends, options):
     def mask(output_ids):
         return allow(2, 9, 95) if len(output_ids) < 3 else allow(2, 95)
@@ -204,6 +229,7 @@ def test_an_answer_ends_before_min_tokens_where_its_mask_allows_end_tokens_only(
 
 
 # ---------------------------------------------------------------- masks
+
 
 def test_a_mask_is_asked_once_for_each_token(engine):
     asked = []
@@ -226,12 +252,16 @@ def raises(output_ids):
         raise KeyError("no such state")
 
 
-@pytest.mark.parametrize("mask, message", [
-    (raises, "logits_mask raised KeyError: 'no such state'"),
-    (lambda ids: np.zeros(4, np.uint32), "logits_mask: expected None or uint32 [3], got uint32 [4]"),
-    (lambda ids: [[1], [1, 2]], "logits_mask raised ValueError: setting an array element with a sequence"),
-    (lambda ids: np.ones(3), "logits_mask: expected None or uint32 [3], got float64 [3]"),
-    (lambda ids: None if len(ids) < 2 else allow(), NOTHING_ALLOWED)])
+@pytest.mark.parametrize(
+    "mask, message",
+    [
+        (raises, "logits_mask raised KeyError: 'no such state'"),
+        (lambda ids: np.zeros(4, np.uint32), "logits_mask: expected None or uint32 [3], got uint32 [4]"),
+        (lambda ids: [[1], [1, 2]], "logits_mask raised ValueError: setting an array element with a sequence"),
+        (lambda ids: np.ones(3), "logits_mask: expected None or uint32 [3], got float64 [3]"),
+        (lambda ids: None if len(ids) < 2 else allow(), NOTHING_ALLOWED),
+    ],
+)
 def test_a_mask_that_fails_ends_its_request_and_no_other(engine, alone, mask, message):
     made = engine(max_requests=8)
     made.eos_ids = frozenset({2})
@@ -273,10 +303,14 @@ def test_a_request_that_fails_alone_leaves_nothing(engine):
     assert made.step() == [bad] and not made.has_work and bad.finish_reason == "error"
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(logit_bias={96: 1}), "logit_bias: token ids must be 0 to 95, got 96"),
-    (dict(stop_token_ids=(1, 300)), "stop_token_ids: token ids must be 0 to 95, got 300"),
-    (dict(suppress_tokens=[96]), "suppress_tokens: token ids must be 0 to 95, got 96")])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(logit_bias={96: 1}), "logit_bias: token ids must be 0 to 95, got 96"),
+        (dict(stop_token_ids=(1, 300)), "stop_token_ids: token ids must be 0 to 95, got 300"),
+        (dict(suppress_tokens=[96]), "suppress_tokens: token ids must be 0 to 95, got 96"),
+    ],
+)
 def test_token_ids_that_are_none_are_refused(engine, options, message):
     made = engine()
     with pytest.raises(ValueError, match=message):
@@ -286,9 +320,15 @@ def test_token_ids_that_are_none_are_refused(engine, options, message):
 
 # ---------------------------------------------------------------- rows of a step
 
+
 def request(num_prompt, computed, prompt_logprobs, reported=0):
-    return Request(0, [1] * num_prompt, SamplingParams(prompt_logprobs=prompt_logprobs), num_computed=computed,
-                   prompt_logprobs=[0.0] * reported)
+    return Request(
+        0,
+        [1] * num_prompt,
+        SamplingParams(prompt_logprobs=prompt_logprobs),
+        num_computed=computed,
+        prompt_logprobs=[0.0] * reported,
+    )
 
 
 def test_prompts_that_want_logprobs_are_cut_to_the_rows_there_are():
@@ -303,6 +343,7 @@ def test_prompts_that_want_logprobs_are_cut_to_the_rows_there_are():
 
 
 # ---------------------------------------------------------------- text
+
 
 class Letters:
     """A detokenizer of two letters for each token; the second comes with the next token, or the end."""
@@ -334,7 +375,7 @@ def test_the_engine_ends_a_request_at_a_stop_string_and_batch_mates_do_not_notic
     while made.has_work:
         made.step()
         shown.append(cut.text)
-    assert (cut.text, cut.finish_reason, cut.stop_reason) == (free.text[:free.text.index(stop)], "stop", stop)
+    assert (cut.text, cut.finish_reason, cut.stop_reason) == (free.text[: free.text.index(stop)], "stop", stop)
     assert cut.output_ids == free.output_ids[:8] and answer(other) == answer(free)
     assert all(cut.text.startswith(s) for s in shown)
     made.close()

@@ -1,4 +1,5 @@
 """The scheduler without a model, against a naive one: same plan, same page ids, same slots, at every step."""
+
 import random
 from collections import Counter
 
@@ -14,8 +15,9 @@ from lockstep.engine.scheduler import Scheduler
 from tests.engine.naive import Naive
 
 # a prompt is one of four texts, cut to a length, so that prompts share prefixes
-ARRIVAL = st.tuples(st.integers(0, 3), st.integers(1, 200), st.integers(1, 150), st.integers(0, 2),
-                    st.sampled_from(["", "", "b"]))
+ARRIVAL = st.tuples(
+    st.integers(0, 3), st.integers(1, 200), st.integers(1, 150), st.integers(0, 2), st.sampled_from(["", "", "b"])
+)
 # who arrives; which of the known requests end; how many steps follow
 STEP = st.tuples(st.lists(ARRIVAL, max_size=3), st.lists(st.integers(0, 5), max_size=1), st.integers(1, 60))
 TEXTS = [[7] * 200, [7] * 100 + [8] * 100, [7] * 130 + [9] * 70, [5] * 200]
@@ -57,8 +59,9 @@ def both_step(scheduler, naive, budget):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.integers(1, 200), st.integers(1, 4), st.integers(6, 10), st.booleans(),
-       st.lists(STEP, min_size=1, max_size=12))
+@given(
+    st.integers(1, 200), st.integers(1, 4), st.integers(6, 10), st.booleans(), st.lists(STEP, min_size=1, max_size=12)
+)
 def test_plans_pages_and_slots_equal_those_of_a_naive_scheduler(budget, num_slots, num_pages, caches, steps):
     compare(budget, num_slots, num_pages, caches, steps)
 
@@ -68,8 +71,16 @@ def test_they_are_equal_under_load_too_with_preemption_eviction_and_shared_pages
     for _ in range(40):
         steps = []
         for _ in range(30):
-            arrivals = [(rng.randrange(4), rng.randint(1, 200), rng.randint(1, 150), rng.randrange(3),
-                         rng.choice(["", "", "b"])) for _ in range(rng.randint(1, 2))]
+            arrivals = [
+                (
+                    rng.randrange(4),
+                    rng.randint(1, 200),
+                    rng.randint(1, 150),
+                    rng.randrange(3),
+                    rng.choice(["", "", "b"]),
+                )
+                for _ in range(rng.randint(1, 2))
+            ]
             steps.append((arrivals, [rng.randrange(6)] * rng.randrange(2), rng.randint(1, 60)))
         compare(rng.randint(20, 200), rng.randint(2, 4), rng.randint(6, 10), True, steps, seen)
     assert all(seen[what] > 20 for what in ("preempted", "evicted", "found", "recovered")), seen
@@ -95,8 +106,12 @@ def compare(budget, num_slots, num_pages, caches, steps, seen=None):
     assert scheduler.num_preempted == naive.preempted
     if seen is not None:
         counts = scheduler.prefix.counts
-        seen.update(preempted=naive.preempted, evicted=scheduler.pages.num_evicted, found=counts.hit_tokens,
-                    recovered=counts.recovered_tokens)
+        seen.update(
+            preempted=naive.preempted,
+            evicted=scheduler.pages.num_evicted,
+            found=counts.hit_tokens,
+            recovered=counts.recovered_tokens,
+        )
 
 
 def test_decodes_go_first_and_prompts_fill_the_budget():
@@ -205,10 +220,24 @@ def test_a_page_given_back_twice_is_noticed():
         pages.give_back(taken)
 
 
-@pytest.mark.parametrize("bad", [{"max_tokens": 0}, {"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0},
-                                 {"top_p": 1.5}, {"min_p": 2}, {"top_k": -1}, {"top_k": True}, {"seed": 1 << 63},
-                                 {"stop": ("",)}, {"logprobs": 21}, {"n": 0},
-                                 {"temperature": "1"}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"max_tokens": 0},
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"top_p": 0},
+        {"top_p": 1.5},
+        {"min_p": 2},
+        {"top_k": -1},
+        {"top_k": True},
+        {"seed": 1 << 63},
+        {"stop": ("",)},
+        {"logprobs": 21},
+        {"n": 0},
+        {"temperature": "1"},
+    ],
+)
 def test_a_bad_sampling_parameter_is_named(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         SamplingParams(**bad)

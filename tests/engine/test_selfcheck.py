@@ -1,4 +1,5 @@
 """The self-check passes on sound kernels, names the op on wrong ones, and leaves no kind of op out."""
+
 import json
 import re
 
@@ -21,8 +22,11 @@ def own_marks(monkeypatch, tmp_path):
     monkeypatch.setenv("LOCKSTEP_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.fixture(scope="module", params=[Case("qwen3_5", "q8_0", "bf16"), Case("qwen2", "f32", "f32"),
-                                        Case("qwen3", "q4_0", "q8")], ids=str)
+@pytest.fixture(
+    scope="module",
+    params=[Case("qwen3_5", "q8_0", "bf16"), Case("qwen2", "f32", "f32"), Case("qwen3", "q4_0", "q8")],
+    ids=str,
+)
 def program(request, tmp_path_factory):
     return load(request.param, tmp_path_factory.mktemp("tiny")).program
 

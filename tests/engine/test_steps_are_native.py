@@ -1,4 +1,5 @@
 """Inside a step, once a model is loaded: no compilation, no allocation, no frame of Python. Counted over many mixes."""
+
 import sys
 import tracemalloc
 
@@ -11,8 +12,14 @@ from lockstep.engine.request import SamplingParams
 from lockstep.runtime.kernel import Kernel
 from tests.promise.models import Case, load
 
-SAMPLING = [dict(), dict(temperature=0.9, top_p=0.9, min_p=0.01), dict(temperature=0.7, top_k=5, presence_penalty=1.0),
-            dict(logit_bias={5: -3.0}, min_tokens=3), dict(logprobs=3), dict(prompt_logprobs=2)]
+SAMPLING = [
+    dict(),
+    dict(temperature=0.9, top_p=0.9, min_p=0.01),
+    dict(temperature=0.7, top_k=5, presence_penalty=1.0),
+    dict(logit_bias={5: -3.0}, min_tokens=3),
+    dict(logprobs=3),
+    dict(prompt_logprobs=2),
+]
 
 
 @pytest.fixture(scope="module", params=[Case("qwen3_5", "q8_0", "bf16"), Case("qwen3", "q4_0", "q8")], ids=str)
@@ -54,8 +61,9 @@ def watched(engine, monkeypatch):
             run_step(*arguments)
         finally:
             sys.setprofile(None)
-        seen.append((rtsys.get_allocation_stats().alloc - allocations, tracemalloc.get_traced_memory()[1] - held,
-                     frames))
+        seen.append(
+            (rtsys.get_allocation_stats().alloc - allocations, tracemalloc.get_traced_memory()[1] - held, frames)
+        )
 
     monkeypatch.setattr(engine.team, "run", run)
     _nrt_python.memsys_enable_stats()

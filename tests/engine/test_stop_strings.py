@@ -1,4 +1,5 @@
 """Stop strings against the plainest search, on random text cut in every way."""
+
 import random
 
 import pytest
@@ -12,7 +13,7 @@ def naive(text, strings, include, first=0):
         ended = [s for s in strings if text[:end].endswith(s)]
         if ended:
             found = max(ended, key=len)
-            return text[:end if include else end - len(found)], found
+            return text[: end if include else end - len(found)], found
     return text, None
 
 
@@ -32,7 +33,7 @@ def stream(pieces, strings, include, first=0):
                 shown += stops.push(part, may_stop)
                 assert seen.startswith(shown)
                 if stops.found is None:
-                    held = seen[len(shown):]
+                    held = seen[len(shown) :]
                     assert not held or any(s.startswith(held) and s != held for s in strings)
                     longer = [s[:n] for s in strings for n in range(len(held) + 1, len(s))]
                     assert include or not seen.endswith(tuple(longer))

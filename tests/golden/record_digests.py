@@ -3,6 +3,7 @@
 SHA-256 of the bundled model's logits on a fixed prompt, for every weight format, and of the model's weights. The file
 changes only with a decision: new weights, or other bits and then a new NUMERICS version.
 """
+
 import hashlib
 import json
 import pathlib
@@ -31,8 +32,12 @@ def logits_digest(weights, kv_dtype=None):
 
 
 def record():
-    return {"numerics": NUMERICS, "weights": weights_digest(), "logits": {w: logits_digest(w) for w in FORMATS},
-            "logits, q8 cache": {w: logits_digest(w, "q8") for w in FORMATS}}
+    return {
+        "numerics": NUMERICS,
+        "weights": weights_digest(),
+        "logits": {w: logits_digest(w) for w in FORMATS},
+        "logits, q8 cache": {w: logits_digest(w, "q8") for w in FORMATS},
+    }
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 
 The projections are replaced by columns of the recorded rows and the chunked rule by the recurrent one.
 """
+
 import pathlib
 
 import numpy as np
@@ -28,9 +29,16 @@ class Columns(torch.nn.Module):
 
 def layer():
     """A layer with random weights whose input is the projected row."""
-    config = Qwen3_5TextConfig(hidden_size=64, num_hidden_layers=1, linear_num_key_heads=G, linear_num_value_heads=H,
-                               linear_key_head_dim=K, linear_value_head_dim=V, linear_conv_kernel_dim=4,
-                               layer_types=["linear_attention"])
+    config = Qwen3_5TextConfig(
+        hidden_size=64,
+        num_hidden_layers=1,
+        linear_num_key_heads=G,
+        linear_num_value_heads=H,
+        linear_key_head_dim=K,
+        linear_value_head_dim=V,
+        linear_conv_kernel_dim=4,
+        layer_types=["linear_attention"],
+    )
     made, start = hf.Qwen3_5GatedDeltaNet(config, 0).float(), 0
     for name, size in SIZES.items():
         setattr(made, name, Columns(start, size))
@@ -54,11 +62,21 @@ def main():
     made, proj = layer(), torch.randn(T, sum(SIZES.values()))
     with torch.no_grad():
         out = made(proj[None])[0]
-    arrays = dict(proj=proj, conv=made.conv1d.weight[:, 0], a_log=made.A_log, dt_bias=made.dt_bias,
-                  norm=made.norm.weight, out=out, state=states[0][0])
+    arrays = dict(
+        proj=proj,
+        conv=made.conv1d.weight[:, 0],
+        a_log=made.A_log,
+        dt_bias=made.dt_bias,
+        norm=made.norm.weight,
+        out=out,
+        state=states[0][0],
+    )
     sizes = dict(num_k_heads=G, num_v_heads=H, k_size=K, v_size=V)
-    np.savez_compressed(pathlib.Path(__file__).with_name("gated_delta.npz"), **sizes,
-                        **{name: array.detach().numpy() for name, array in arrays.items()})
+    np.savez_compressed(
+        pathlib.Path(__file__).with_name("gated_delta.npz"),
+        **sizes,
+        **{name: array.detach().numpy() for name, array in arrays.items()},
+    )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 Only after a decision to change bits, together with a new NUMERICS version.
 """
+
 import json
 
 from lockstep.engine import selfcheck_sampling

@@ -4,6 +4,7 @@
 
 Stored: for each case its config (as JSON, so that a test sees when it no longer matches), and float32 logits.
 """
+
 import json
 import pathlib
 import tempfile

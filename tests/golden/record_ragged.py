@@ -1,7 +1,8 @@
 """Records ragged.npz: what JAX's ref_ragged_paged_attention makes of the batches in tests/ops/ragged_cases.py.
 
-    python -m tests.golden.record_ragged        (needs jax, on any machine; recorded with jax 0.10.2)
+python -m tests.golden.record_ragged        (needs jax, on any machine; recorded with jax 0.10.2)
 """
+
 import pathlib
 
 import numpy as np
@@ -21,6 +22,8 @@ def expected(batch):
 
 if __name__ == "__main__":
     made = {name: expected(batch) for name, batch in RECORDED.items()}
-    halves = {name: (x.view(np.uint32) >> 16).astype(np.uint16) if RECORDED[name].dtype.itemsize == 2 else x
-              for name, x in made.items()}
+    halves = {
+        name: (x.view(np.uint32) >> 16).astype(np.uint16) if RECORDED[name].dtype.itemsize == 2 else x
+        for name, x in made.items()
+    }
     np.savez_compressed(PATH, **halves)

@@ -1,4 +1,5 @@
 """The bundled model's logits are the ones that were recorded, in every weight format, on every machine."""
+
 import json
 
 import pytest

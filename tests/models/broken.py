@@ -1,4 +1,5 @@
 """The bundled model with a last norm so large that its logits overflow; every weight is finite, so it loads."""
+
 import json
 import shutil
 
@@ -15,7 +16,7 @@ def overflowing(folder):
     made = shutil.copytree(resolve_model(None), folder / "overflowing")
     raw = bytearray((made / "model.safetensors").read_bytes())
     size = int.from_bytes(raw[:8], "little")
-    [norm] = [entry for name, entry in json.loads(raw[8:8 + size]).items() if name.endswith("model.norm.weight")]
+    [norm] = [entry for name, entry in json.loads(raw[8 : 8 + size]).items() if name.endswith("model.norm.weight")]
     begin, end = (8 + size + offset for offset in norm["data_offsets"])
     raw[begin:end] = np.full(norm["shape"], 3.38e38, DTYPES[norm["dtype"]]).tobytes()
     (made / "model.safetensors").write_bytes(raw)

@@ -1,10 +1,28 @@
 """One tiny config for everything that a model type can do. Used by the golden vectors and by the live comparison."""
 
-BASE = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "hidden_act": "silu", "max_position_embeddings": 256, "rms_norm_eps": 0.01,
-        "tie_word_embeddings": False, "rope_theta": 500.0, "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0}
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 32}
+BASE = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_act": "silu",
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 0.01,
+    "tie_word_embeddings": False,
+    "rope_theta": 500.0,
+    "eos_token_id": 2,
+    "bos_token_id": 1,
+    "pad_token_id": 0,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 8.0}
 HYBRID = ["linear_attention"] * 3 + ["full_attention"]
 
@@ -15,16 +33,32 @@ def case(model_type, **changes):
 
 def hybrid(**changes):
     """qwen3_5: three gated delta layers to one gated attention layer, two value heads to a key head."""
-    made = case("qwen3_5_text", head_dim=32, num_hidden_layers=4, layer_types=HYBRID, linear_num_key_heads=2,
-                linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=32, linear_conv_kernel_dim=4,
-                attn_output_gate=True, rope_parameters={"rope_type": "default", "rope_theta": 500.0,
-                                                        "partial_rotary_factor": 0.5})
+    made = case(
+        "qwen3_5_text",
+        head_dim=32,
+        num_hidden_layers=4,
+        layer_types=HYBRID,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=16,
+        linear_value_head_dim=32,
+        linear_conv_kernel_dim=4,
+        attn_output_gate=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
+    )
     del made["rope_theta"]
     return {**made, **changes}
 
 
-VISION = {"model_type": "qwen3_5_vision", "depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2,
-          "out_hidden_size": 64, "num_position_embeddings": 16}
+VISION = {
+    "model_type": "qwen3_5_vision",
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+    "num_position_embeddings": 16,
+}
 
 
 def nested(config):
@@ -45,19 +79,40 @@ CASES = {
     "qwen2_window": case("qwen2", use_sliding_window=True, sliding_window=7, max_window_layers=1),
     "qwen3": case("qwen3", head_dim=32),
     "qwen3_yarn_biased": case("qwen3", head_dim=32, attention_bias=True, rope_scaling=YARN),
-    "smollm3_window_by_type": case("smollm3", no_rope_layers=[0, 1, 0], sliding_window=9, use_sliding_window=False,
-                                   layer_types=["full_attention", "sliding_attention", "sliding_attention"]),
+    "smollm3_window_by_type": case(
+        "smollm3",
+        no_rope_layers=[0, 1, 0],
+        sliding_window=9,
+        use_sliding_window=False,
+        layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+    ),
     "smollm3_all_biased": case("smollm3", attention_bias=True, mlp_bias=True, no_rope_layers=[1, 0, 1]),
     "smollm3": case("smollm3", num_hidden_layers=4, tie_word_embeddings=True, no_rope_layers=[1, 0, 1, 0]),
     "qwen3_5": hybrid(),
     "qwen3_5_tied_equal_heads": hybrid(tie_word_embeddings=True, linear_num_value_heads=2, linear_value_head_dim=16),
     "qwen3_5_nested": nested(hybrid(num_hidden_layers=8, layer_types=HYBRID * 2, num_attention_heads=8)),
-    "qwen3_moe": case("qwen3_moe", head_dim=32, num_experts=16, num_experts_per_tok=3, moe_intermediate_size=32,
-                      norm_topk_prob=True, num_key_value_heads=1),
-    "qwen3_moe_not_renormalised": case("qwen3_moe", head_dim=16, num_experts=32, num_experts_per_tok=2,
-                                       moe_intermediate_size=64, norm_topk_prob=False),
-    "qwen3_moe_some_dense": case("qwen3_moe", head_dim=16, num_experts=6, num_experts_per_tok=2, num_hidden_layers=4,
-                                 moe_intermediate_size=48, norm_topk_prob=True, decoder_sparse_step=2,
-                                 mlp_only_layers=[1]),
+    "qwen3_moe": case(
+        "qwen3_moe",
+        head_dim=32,
+        num_experts=16,
+        num_experts_per_tok=3,
+        moe_intermediate_size=32,
+        norm_topk_prob=True,
+        num_key_value_heads=1,
+    ),
+    "qwen3_moe_not_renormalised": case(
+        "qwen3_moe", head_dim=16, num_experts=32, num_experts_per_tok=2, moe_intermediate_size=64, norm_topk_prob=False
+    ),
+    "qwen3_moe_some_dense": case(
+        "qwen3_moe",
+        head_dim=16,
+        num_experts=6,
+        num_experts_per_tok=2,
+        num_hidden_layers=4,
+        moe_intermediate_size=48,
+        norm_topk_prob=True,
+        decoder_sparse_step=2,
+        mlp_only_layers=[1],
+    ),
 }
 SEED = 7

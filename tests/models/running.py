@@ -1,4 +1,5 @@
 """Runs a checkpoint through the engine's runner and gives back the logits of every position."""
+
 import numpy as np
 
 from lockstep.engine.model import load_model
@@ -30,8 +31,12 @@ def logits_of(model, ids, cuts=(), slots=None, num_threads=2, dirty=False, **run
         pages = list(range(num_pages + 1, 1, -1))
         if dirty:
             made.step([Span(ids[::-1], 0, pages, 1, {len(ids) - 1: {}})])
-        return np.concatenate([_piece(made, ids, start, stop, pages, slots[i] if slots else 1)
-                               for i, (start, stop) in enumerate(zip(bounds, bounds[1:]))])
+        return np.concatenate(
+            [
+                _piece(made, ids, start, stop, pages, slots[i] if slots else 1)
+                for i, (start, stop) in enumerate(zip(bounds, bounds[1:]))
+            ]
+        )
     finally:
         team.close()
 

@@ -1,4 +1,5 @@
 """What a config.json is understood as, and what is refused, and how."""
+
 import numpy as np
 import pytest
 
@@ -12,19 +13,46 @@ from tests.models.cases import CASES, LLAMA3, SEED, YARN, case, hybrid, nested
 from tests.models.running import load
 
 
-@pytest.mark.parametrize("config, expected", [
-    (p.LLAMA_3_2_1B, dict(rope_dim=64, rope_theta=5e5, tied=True, eos_ids=(128001, 128008, 128009), num_kv_heads=8,
-                          rope_scaling=RopeScaling("llama3", 32.0, 1.0, 4.0, 8192), qkv_bias=False, o_bias=False)),
-    (p.LLAMA_2_7B, dict(rope_dim=128, rope_theta=1e4, tied=False, head_dim=128, rms_eps=1e-5)),
-    (p.SMOLLM2, dict(num_heads=9, head_dim=64, tied=True)),
-    (p.MISTRAL_7B_V0_3, dict(num_kv_heads=8, head_dim=128, rope_theta=1e6, tied=False)),
-    (p.QWEN2_5_0_5B, dict(qkv_bias=True, o_bias=False, qk_norm=False, head_dim=64, num_kv_heads=2)),
-    (p.QWEN3_0_6B, dict(qk_norm=True, qkv_bias=False, head_dim=128, norm_offset=0.0)),
-    (p.QWEN3_30B_A3B, dict(experts=Experts(128, 8, 768, True), ffn_width=0, qk_norm=True)),
-    (p.SMOLLM3_3B, dict(tied=True, rope_theta=5e6)),
-    (p.QWEN3_5_0_8B, dict(linear_attention=LinearAttention(16, 16, 128, 128, 4), rope_dim=64, rope_theta=1e7, tied=True,
-                          norm_offset=1.0, qk_norm=True, output_gate=True, eos_ids=(248044,), num_mtp_layers=1)),
-], ids=lambda v: v.get("model_type") if "model_type" in v else "")
+@pytest.mark.parametrize(
+    "config, expected",
+    [
+        (
+            p.LLAMA_3_2_1B,
+            dict(
+                rope_dim=64,
+                rope_theta=5e5,
+                tied=True,
+                eos_ids=(128001, 128008, 128009),
+                num_kv_heads=8,
+                rope_scaling=RopeScaling("llama3", 32.0, 1.0, 4.0, 8192),
+                qkv_bias=False,
+                o_bias=False,
+            ),
+        ),
+        (p.LLAMA_2_7B, dict(rope_dim=128, rope_theta=1e4, tied=False, head_dim=128, rms_eps=1e-5)),
+        (p.SMOLLM2, dict(num_heads=9, head_dim=64, tied=True)),
+        (p.MISTRAL_7B_V0_3, dict(num_kv_heads=8, head_dim=128, rope_theta=1e6, tied=False)),
+        (p.QWEN2_5_0_5B, dict(qkv_bias=True, o_bias=False, qk_norm=False, head_dim=64, num_kv_heads=2)),
+        (p.QWEN3_0_6B, dict(qk_norm=True, qkv_bias=False, head_dim=128, norm_offset=0.0)),
+        (p.QWEN3_30B_A3B, dict(experts=Experts(128, 8, 768, True), ffn_width=0, qk_norm=True)),
+        (p.SMOLLM3_3B, dict(tied=True, rope_theta=5e6)),
+        (
+            p.QWEN3_5_0_8B,
+            dict(
+                linear_attention=LinearAttention(16, 16, 128, 128, 4),
+                rope_dim=64,
+                rope_theta=1e7,
+                tied=True,
+                norm_offset=1.0,
+                qk_norm=True,
+                output_gate=True,
+                eos_ids=(248044,),
+                num_mtp_layers=1,
+            ),
+        ),
+    ],
+    ids=lambda v: v.get("model_type") if "model_type" in v else "",
+)
 def test_published_configs(config, expected):
     made = model_config(config)
     assert {k: getattr(made, k) for k in expected} == expected
@@ -140,11 +168,15 @@ REFUSED = [
     (case("llama", rope_parameters=1), "config key 'rope_parameters': expected an object, got 1"),
     (case("llama", rope_scaling={"type": ["linear"]}), "rope type ['linear'] is not supported"),
     (case("llama", rope_theta=0), "rope parameter 'rope_theta': expected a positive number, got 0"),
-    (case("llama", rope_scaling=LLAMA3, original_max_position_embeddings="64"),
-     "rope parameter 'original_max_position_embeddings': expected a positive number, got '64'"),
+    (
+        case("llama", rope_scaling=LLAMA3, original_max_position_embeddings="64"),
+        "rope parameter 'original_max_position_embeddings': expected a positive number, got '64'",
+    ),
     (case("qwen3", rope_scaling=YARN, rope_theta=1), "rope parameter 'rope_theta': expected more than 1"),
-    (case("llama", rope_parameters={"partial_rotary_factor": 0.5}),
-     "rope parameter 'partial_rotary_factor': 0.5 is not supported, only 1"),
+    (
+        case("llama", rope_parameters={"partial_rotary_factor": 0.5}),
+        "rope parameter 'partial_rotary_factor': 0.5 is not supported, only 1",
+    ),
     (hybrid(partial_rotary_factor=0, rope_parameters={}), "rope parameter 'partial_rotary_factor': expected a"),
     (case("qwen2", layer_types=["sliding_attention"] * 3), "config key 'layer_types': sliding_attention needs"),
     (case("qwen3", max_window_layers="2"), "config key 'max_window_layers': expected a number, got '2'"),
@@ -196,8 +228,19 @@ def test_refused(config, message):
     assert message in str(raised.value)
 
 
-@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps",
-                                 "num_attention_heads", "max_position_embeddings", "model_type"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "rms_norm_eps",
+        "num_attention_heads",
+        "max_position_embeddings",
+        "model_type",
+    ],
+)
 def test_missing_key(key):
     with pytest.raises(ValueError, match=key):
         model_config({k: v for k, v in case("llama").items() if k != key})
@@ -212,16 +255,30 @@ def altered(tmp_path, config, change):
     return str(raised.value)
 
 
-@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight",
-                                  "model.layers.1.mlp.up_proj.weight", "model.layers.2.self_attn.q_norm.weight"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+        "model.layers.1.mlp.up_proj.weight",
+        "model.layers.2.self_attn.q_norm.weight",
+    ],
+)
 def test_missing_tensor(tmp_path, name):
     message = altered(tmp_path, CASES["qwen3"], lambda arrays: arrays.pop(name))
     assert f"tensor '{name}'" in message and "is missing from the checkpoint" in message
 
 
-@pytest.mark.parametrize("case_name, name", [
-    ("qwen3", "model.layers.0.self_attn.k_proj.weight"), ("qwen2", "model.layers.0.self_attn.k_proj.bias"),
-    ("qwen3_5", "model.layers.0.linear_attn.A_log"), ("qwen3_5", "model.layers.0.linear_attn.conv1d.weight")])
+@pytest.mark.parametrize(
+    "case_name, name",
+    [
+        ("qwen3", "model.layers.0.self_attn.k_proj.weight"),
+        ("qwen2", "model.layers.0.self_attn.k_proj.bias"),
+        ("qwen3_5", "model.layers.0.linear_attn.A_log"),
+        ("qwen3_5", "model.layers.0.linear_attn.conv1d.weight"),
+    ],
+)
 def test_wrong_shape(tmp_path, case_name, name):
     def change(arrays):
         arrays[name] = np.concatenate([arrays[name], arrays[name]])
@@ -251,12 +308,25 @@ def test_a_head_of_its_own_wins_over_a_config_that_ties_it(tmp_path):
     assert head.inputs[1].name == "lm_head.weight"
 
 
-@pytest.mark.parametrize("stored, requested, width, chosen", [
-    ("bf16", "auto", 64, "bf16"), ("f32", "auto", 64, "f32"), ("q5_k", "auto", 256, "q5_k"), ("f64", "auto", 64, "f32"),
-    ("bf16", "q8_0", 64, "q8_0"), ("bf16", "q8_0", 48, "f32"), ("bf16", "auto", 48, "f32"), ("f16", "auto", 48, "f16"),
-    ("q4_1", "auto", 32, "q4_1"), ("q5_0", "auto", 96, "q5_0"), ("q5_1", "auto", 64, "q5_1"),
-    ("q5_1", "q8_0", 64, "q8_0"),
-    ("q4_k", "auto", 256, "q4_k"), ("q4_k", "auto", 288, "bf16")])
+@pytest.mark.parametrize(
+    "stored, requested, width, chosen",
+    [
+        ("bf16", "auto", 64, "bf16"),
+        ("f32", "auto", 64, "f32"),
+        ("q5_k", "auto", 256, "q5_k"),
+        ("f64", "auto", 64, "f32"),
+        ("bf16", "q8_0", 64, "q8_0"),
+        ("bf16", "q8_0", 48, "f32"),
+        ("bf16", "auto", 48, "f32"),
+        ("f16", "auto", 48, "f16"),
+        ("q4_1", "auto", 32, "q4_1"),
+        ("q5_0", "auto", 96, "q5_0"),
+        ("q5_1", "auto", 64, "q5_1"),
+        ("q5_1", "q8_0", 64, "q8_0"),
+        ("q4_k", "auto", 256, "q4_k"),
+        ("q4_k", "auto", 288, "bf16"),
+    ],
+)
 def test_format_of_a_linear_layer(stored, requested, width, chosen):
     assert compute_format(stored, requested, width) == chosen
 

@@ -1,4 +1,5 @@
 """Every model type against logits that transformers computed in float32 (tests/golden/models.npz)."""
+
 import json
 
 import numpy as np

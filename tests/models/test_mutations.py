@@ -1,4 +1,5 @@
 """Each plausible mistake, planted: the comparison with transformers must turn red."""
+
 import dataclasses
 
 import numpy as np
@@ -32,11 +33,13 @@ def is_red(found, golden, name):
 
 def params(kinds, **changed):
     """Changes parameters of the ops of some kinds; a value may be a function of the op."""
+
     def change(op):
         if op.kind not in kinds:
             return op
         assert set(changed) <= set(op.params), (op.kind, op.params)
         return with_params(op, **{k: v(op) if callable(v) else v for k, v in changed.items()})
+
     return change
 
 
@@ -201,8 +204,10 @@ CONFIGS = {
     "llama3 scaling forgotten": ("llama_llama3", dict(rope_scaling=None)),
     "linear scaling forgotten": ("llama_linear", dict(rope_scaling=None)),
     "yarn as linear": ("qwen3_yarn_biased", dict(rope_scaling={"rope_type": "linear", "factor": 4.0})),
-    "yarn without its factor on the tables": ("qwen3_yarn_biased", dict(rope_scaling={
-        **CASES["qwen3_yarn_biased"]["rope_scaling"], "attention_factor": 1.0})),
+    "yarn without its factor on the tables": (
+        "qwen3_yarn_biased",
+        dict(rope_scaling={**CASES["qwen3_yarn_biased"]["rope_scaling"], "attention_factor": 1.0}),
+    ),
     "another theta": ("llama", dict(rope_theta=10000.0)),
     "one expert too few": ("qwen3_moe", dict(num_experts_per_tok=2)),
 }

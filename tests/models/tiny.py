@@ -4,6 +4,7 @@ Names and shapes are written down here from the checkpoints' own conventions, no
 recorder and the live comparison load the same folder into transformers, which refuses a wrong one. Norm weights,
 biases, decays and taps are far from their defaults, which would hide mistakes.
 """
+
 import json
 import zlib
 
@@ -30,10 +31,17 @@ def shapes(config):
     made = {"embed_tokens.weight": (c["vocab_size"], width), "norm.weight": (width,)}
     for i in range(c["num_hidden_layers"]):
         linear = c.get("layer_types", [""] * (i + 1))[i] == "linear_attention"
-        mixer = {f"linear_attn.{k}": v for k, v in _delta(c).items()} if linear else {
-            f"self_attn.{k}": v for k, v in _attention(c).items()}
-        layer = {"input_layernorm.weight": (width,), "post_attention_layernorm.weight": (width,), **mixer,
-                 **{f"mlp.{k}": v for k, v in _mlp(c, i).items()}}
+        mixer = (
+            {f"linear_attn.{k}": v for k, v in _delta(c).items()}
+            if linear
+            else {f"self_attn.{k}": v for k, v in _attention(c).items()}
+        )
+        layer = {
+            "input_layernorm.weight": (width,),
+            "post_attention_layernorm.weight": (width,),
+            **mixer,
+            **{f"mlp.{k}": v for k, v in _mlp(c, i).items()},
+        }
         made.update({f"layers.{i}.{k}": v for k, v in layer.items()})
     head = {} if config["tie_word_embeddings"] else {"lm_head.weight": (c["vocab_size"], width)}
     return {**{prefix(config) + k: v for k, v in made.items()}, **head}
@@ -57,15 +65,26 @@ def _attention(c):
 def _delta(c):
     H, V, width = c["linear_num_value_heads"], c["linear_value_head_dim"], c["hidden_size"]
     channels = 2 * c["linear_num_key_heads"] * c["linear_key_head_dim"] + H * V
-    return {"in_proj_qkv.weight": (channels, width), "in_proj_z.weight": (H * V, width), "in_proj_b.weight": (H, width),
-            "in_proj_a.weight": (H, width), "conv1d.weight": (channels, 1, c["linear_conv_kernel_dim"]), "A_log": (H,),
-            "dt_bias": (H,), "norm.weight": (V,), "out_proj.weight": (width, H * V)}
+    return {
+        "in_proj_qkv.weight": (channels, width),
+        "in_proj_z.weight": (H * V, width),
+        "in_proj_b.weight": (H, width),
+        "in_proj_a.weight": (H, width),
+        "conv1d.weight": (channels, 1, c["linear_conv_kernel_dim"]),
+        "A_log": (H,),
+        "dt_bias": (H,),
+        "norm.weight": (V,),
+        "out_proj.weight": (width, H * V),
+    }
 
 
 def _mlp(c, layer):
     def swiglu(ffn):
-        return {"gate_proj.weight": (ffn, c["hidden_size"]), "up_proj.weight": (ffn, c["hidden_size"]),
-                "down_proj.weight": (c["hidden_size"], ffn)}
+        return {
+            "gate_proj.weight": (ffn, c["hidden_size"]),
+            "up_proj.weight": (ffn, c["hidden_size"]),
+            "down_proj.weight": (c["hidden_size"], ffn),
+        }
 
     dense = layer in c.get("mlp_only_layers", []) or (layer + 1) % c.get("decoder_sparse_step", 1)
     if c["model_type"] != "qwen3_moe" or dense:
@@ -85,8 +104,15 @@ def interval(name, shape, config):
     fixed = {"A_log": (-1.5, 1.5), "dt_bias": (-2.0, 1.0), "bias": (-0.5, 0.5)}
     if name.split(".")[-1] in fixed:
         return fixed[name.split(".")[-1]]
-    gain = {"q_proj": 1.6, "k_proj": 1.6, "in_proj_a": 2.0, "in_proj_b": 2.0, "gate": 2.0, "lm_head": 2.0,
-            "conv1d": 1.0}
+    gain = {
+        "q_proj": 1.6,
+        "k_proj": 1.6,
+        "in_proj_a": 2.0,
+        "in_proj_b": 2.0,
+        "gate": 2.0,
+        "lm_head": 2.0,
+        "conv1d": 1.0,
+    }
     bound = gain.get(leaf, 1.0) * (3.0 / (1 if leaf == "embed_tokens" else shape[-1])) ** 0.5
     return -bound, bound
 

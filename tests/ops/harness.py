@@ -1,4 +1,5 @@
 """Runs one op through the executor on arrays, as a model would, and compares backends bit for bit."""
+
 import numpy as np
 
 from lockstep.runtime import step as words
@@ -23,11 +24,16 @@ def ragged_step(lengths=None, contexts=None, pages=None, **arrays):
     lengths = np.asarray(lengths if lengths is not None else [1], np.int32)
     contexts = np.asarray(contexts if contexts is not None else lengths, np.int32)
     start = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    keep = {"QUERY_START": start, "CONTEXT_LEN": contexts, "STATE_SLOT": np.arange(len(lengths), dtype=np.int32),
-            "POSITION": np.concatenate([np.arange(c - n, c) for n, c in zip(lengths, contexts)]).astype(np.int32),
-            "REQUEST": np.repeat(np.arange(len(lengths)), lengths).astype(np.int32),
-            "TOKEN_IDS": np.zeros(start[-1], np.int32), "SAMPLED_ROW": (start[1:] - 1).astype(np.int32),
-            "PAGE_TABLE": np.asarray(pages if pages is not None else np.zeros((len(lengths), 1)), np.int32)}
+    keep = {
+        "QUERY_START": start,
+        "CONTEXT_LEN": contexts,
+        "STATE_SLOT": np.arange(len(lengths), dtype=np.int32),
+        "POSITION": np.concatenate([np.arange(c - n, c) for n, c in zip(lengths, contexts)]).astype(np.int32),
+        "REQUEST": np.repeat(np.arange(len(lengths)), lengths).astype(np.int32),
+        "TOKEN_IDS": np.zeros(start[-1], np.int32),
+        "SAMPLED_ROW": (start[1:] - 1).astype(np.int32),
+        "PAGE_TABLE": np.asarray(pages if pages is not None else np.zeros((len(lengths), 1)), np.int32),
+    }
     keep.update({k: np.ascontiguousarray(v, np.int32) for k, v in arrays.items()})
     step = np.zeros(words.STEP_WORDS, np.int64)
     step[words.NUM_TOKENS], step[words.NUM_REQUESTS] = start[-1], len(lengths)
@@ -63,8 +69,9 @@ def run_op(implementation, outputs, inputs, step=None, num_threads=1, **params):
     rows = {letter: int(step[count]) for letter, count in ROW_COUNTS.items()}
     team = Team(num_threads)
     try:
-        executor = Executor(program, {"input": implementation, "op": implementation}, team, WeightStore(), rows,
-                            caches, keep=True)
+        executor = Executor(
+            program, {"input": implementation, "op": implementation}, team, WeightStore(), rows, caches, keep=True
+        )
         executor._memory[:] = NAN_BYTES
         for tensor, value in tensors:
             executor.view(tensor, value.shape[0])[...] = value

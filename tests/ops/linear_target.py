@@ -6,6 +6,7 @@ VARIANT native: whatever NUMBA_CPU_NAME says. The others run anywhere, the code 
 instructions spelled out in others: "avx512" (AVX512-VNNI and BF16, 2 panels of 16 lanes), "generic" (no dot
 instruction).
 """
+
 import hashlib
 import sys
 
@@ -56,6 +57,7 @@ def digest(format):
     """Digest of a linear layer on inputs that are the same in every process."""
     from lockstep.ops import linear_cpu
     from tests.ops import test_linear
+
     test_linear.RNG = np.random.default_rng(7)
     K = 512 if format.endswith("_k") else 96
     part = [test_linear.stored(format, N, K)]

@@ -1,4 +1,5 @@
 """Pages of random keys and values for tests of attention: scattered over the cache, everything unused a NaN."""
+
 import numpy as np
 
 from lockstep.runtime.executor import aligned
@@ -21,7 +22,7 @@ def page_table(contexts, rng):
     counts = [-(-c // 64) for c in contexts]
     order, table = rng.permutation(sum(counts) + 2), np.full((len(contexts), max(counts) + 1), NEVER, np.int32)
     for s, count in enumerate(counts):
-        table[s, :count] = order[sum(counts[:s]):sum(counts[:s + 1])]
+        table[s, :count] = order[sum(counts[:s]) : sum(counts[: s + 1])]
     return table, len(order)
 
 

@@ -4,6 +4,7 @@
 
 VARIANT native: whatever NUMBA_CPU_NAME says; "avx_vnni", "avx2", "generic": dots of bytes made that way.
 """
+
 import hashlib
 import sys
 
@@ -20,6 +21,7 @@ def digests():
     """[digest of attention's output, digest of queries and pages], on inputs that are the same in every process."""
     from lockstep.ops import BACKENDS
     from tests.ops import test_attention, test_kv_cache
+
     batch = test_attention.Batch([1, 65, 7, 30], [1, 65, 1027, 90], 7, 1, 80, "q8", 70)
     inputs = test_kv_cache.Inputs(*test_kv_cache.SHAPES["odd rotation, normed"], "q8")
     made = batch.run(BACKENDS["cpu"], 2), inputs.run(BACKENDS["cpu"], 2)

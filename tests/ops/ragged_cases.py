@@ -3,6 +3,7 @@
 The numbers come from raw random bits and have seven of them, so that bfloat16 holds them too and no library's version
 changes them: recorded results need no recorded inputs. Imports nothing of Lockstep: the recorder runs beside JAX.
 """
+
 from dataclasses import dataclass, field, replace
 
 import ml_dtypes
@@ -10,7 +11,7 @@ import numpy as np
 
 F32, BF16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
 MIXED = [1, 5, 0, 70, 1], [70, 5, 10, 200, 130]  # new tokens and tokens in all, of each sequence
-GARBAGE = [2**31 - 1, -7, -2**31]
+GARBAGE = [2**31 - 1, -7, -(2**31)]
 
 
 def numbers(shape, seed):
@@ -49,7 +50,7 @@ class Batch:
         order = np.random.PCG64(self.seed).random_raw(sum(counts) + 2).argsort(kind="stable")
         table = np.resize(np.array(GARBAGE, np.int32), (len(counts) + 1, max(counts, default=0) + 1))
         for s, count in enumerate(counts):
-            table[s, :count] = order[sum(counts[:s]):sum(counts[:s + 1])]
+            table[s, :count] = order[sum(counts[:s]) : sum(counts[: s + 1])]
         return table, len(order)
 
     def pages(self):
@@ -64,8 +65,14 @@ class Batch:
     def arguments(self):
         """The six arrays, in the order of JAX's kernel."""
         starts = np.concatenate([[0], np.cumsum(self.lengths), GARBAGE[1:2]]).astype(np.int32)
-        return (self.q, self.pages(), np.array([*self.contexts, GARBAGE[0]], np.int32), self.table()[0], starts,
-                np.array([len(self.lengths)], np.int32))
+        return (
+            self.q,
+            self.pages(),
+            np.array([*self.contexts, GARBAGE[0]], np.int32),
+            self.table()[0],
+            starts,
+            np.array([len(self.lengths)], np.int32),
+        )
 
     def exact(self):
         """The result in float64, without blocks, and zeros in the padding rows."""
@@ -91,8 +98,14 @@ class Batch:
         """The sequence in a batch of its own, on the same numbers: (arguments, its rows in the whole batch)."""
         q, pages, kv_lens, table, starts, _ = self.arguments()
         rows = slice(starts[s], starts[s + 1])
-        return (q[rows], pages, kv_lens[s:s + 1], table[s:s + 1], np.array([0, self.lengths[s]], np.int32),
-                np.array([1], np.int32)), rows
+        return (
+            q[rows],
+            pages,
+            kv_lens[s : s + 1],
+            table[s : s + 1],
+            np.array([0, self.lengths[s]], np.int32),
+            np.array([1], np.int32),
+        ), rows
 
     def with_pages_of(self, page_size):
         return replace(self, page_size=page_size)
@@ -101,11 +114,13 @@ class Batch:
 RECORDED = {
     "decode": Batch([1, 1, 1], [18, 129, 64], (8, 2, 64), options=dict(sm_scale=0.125)),
     "mixed": Batch([5, 1, 20], [18, 129, 31], (4, 4, 64), seed=1, options=dict(sm_scale=0.125)),
-    "window and cap": Batch([7, 30, 1], [40, 30, 80], (4, 1, 64), 5, seed=2,
-                            options=dict(sm_scale=0.2, sliding_window=9, soft_cap=3.0)),
+    "window and cap": Batch(
+        [7, 30, 1], [40, 30, 80], (4, 1, 64), 5, seed=2, options=dict(sm_scale=0.2, sliding_window=9, soft_cap=3.0)
+    ),
     "scales": Batch([3, 1], [60, 20], (4, 2, 128), 32, seed=3, options=dict(sm_scale=0.1, k_scale=0.5, v_scale=1.5)),
     "one to a page": Batch([4, 9], [6, 30], (4, 2, 80), 1, seed=4),
     "bf16": Batch([6, 1, 12], [33, 200, 12], (4, 1, 128), 16, BF16, 5, options=dict(sm_scale=0.09)),
-    "bf16, 16 query heads": Batch([1, 8], [90, 10], (16, 1, 64), 64, BF16, 6,
-                                  options=dict(sm_scale=0.125, soft_cap=20.0)),
+    "bf16, 16 query heads": Batch(
+        [1, 8], [90, 10], (16, 1, 64), 64, BF16, 6, options=dict(sm_scale=0.125, soft_cap=20.0)
+    ),
 }

@@ -1,4 +1,5 @@
 """Prints the target and a digest of ragged paged attention, once for each target: python -m tests.ops.ragged_isa."""
+
 import hashlib
 
 import numpy as np
@@ -12,6 +13,6 @@ if __name__ == "__main__":
     for heads in ((4, 2, 64), (8, 1, 80), (2, 2, 48)):
         for dtype in (F32, BF16):
             batch = Batch(*MIXED, heads, 24, dtype)
-            for options in ({}, {"sliding_window": 20, "sinks": sinks[:heads[0]]}, {"soft_cap": 5.0}):
+            for options in ({}, {"sliding_window": 20, "sinks": sinks[: heads[0]]}, {"soft_cap": 5.0}):
                 digest.update(ragged_paged_attention(*batch.arguments(), sm_scale=0.2, **options).tobytes())
     print(target()[1], digest.hexdigest())

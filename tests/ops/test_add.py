@@ -9,8 +9,9 @@ RNG = np.random.default_rng(0)
 
 
 def run(backend, x, y, num_threads=1):
-    return run_op(backend["add"], {"out": ("T", x.shape[1], "f32")}, [x, y], num_threads=num_threads,
-                  width=x.shape[1])["out"]
+    return run_op(backend["add"], {"out": ("T", x.shape[1], "f32")}, [x, y], num_threads=num_threads, width=x.shape[1])[
+        "out"
+    ]
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 3, 7, 97])

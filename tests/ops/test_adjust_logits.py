@@ -16,12 +16,17 @@ def arguments(wanted):
     bits = np.zeros(0, np.int32)
     if w["mask"] is not None:
         padded = np.zeros(-(-len(w["mask"]) // 32) * 32, bool)
-        padded[:len(w["mask"])] = w["mask"]
+        padded[: len(w["mask"])] = w["mask"]
         bits = np.packbits(padded, bitorder="little").view(np.int32)
     penalties = [np.float32(w[name]) for name in ("repetition", "presence", "frequency")]
-    return (np.array(w["seen"], np.int32).reshape(-1, 2), *penalties, np.array(list(w["bias"]), np.int32),
-            np.array(list(w["bias"].values()), np.float32),
-            np.array(w["banned"], np.int32), bits)
+    return (
+        np.array(w["seen"], np.int32).reshape(-1, 2),
+        *penalties,
+        np.array(list(w["bias"]), np.int32),
+        np.array(list(w["bias"].values()), np.float32),
+        np.array(w["banned"], np.int32),
+        bits,
+    )
 
 
 def run(backend, logits, rows, num_threads=1):
@@ -39,22 +44,34 @@ def run(backend, logits, rows, num_threads=1):
     step[words.SAMPLING] = records.ctypes.data
     width = -(-logits.shape[1] // 16) * 16
     padded = np.pad(logits, ((0, 0), (0, width - logits.shape[1])), constant_values=7)
-    out = run_op(backend["adjust_logits"], {"out": ("R", width, "f32")}, [padded], step, num_threads,
-                 vocab_size=logits.shape[1], width=width)["out"]
-    return out[:, :logits.shape[1]]
+    out = run_op(
+        backend["adjust_logits"],
+        {"out": ("R", width, "f32")},
+        [padded],
+        step,
+        num_threads,
+        vocab_size=logits.shape[1],
+        width=width,
+    )["out"]
+    return out[:, : logits.shape[1]]
 
 
 def random_row(rng, vocabulary):
     """A random wish."""
     tokens = rng.integers(0, vocabulary, rng.integers(0, 30))
-    prompt, output = tokens[:len(tokens) // 2], tokens[len(tokens) // 2:].tolist()
+    prompt, output = tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :].tolist()
     seen = [(t, 0) for t in dict.fromkeys(prompt.tolist())]
-    seen += [(t, output[:n + 1].count(t)) for n, t in enumerate(output)]
+    seen += [(t, output[: n + 1].count(t)) for n, t in enumerate(output)]
     some = lambda size: rng.permutation(vocabulary)[:size].tolist()
-    return dict(seen=seen if rng.random() < 0.8 else (), repetition=rng.choice([1.0, 1.3, 0.7]),
-                presence=rng.choice([0.0, 0.6, -2.0]), frequency=rng.choice([0.0, 0.2, -1.1]),
-                bias={t: rng.choice([-100.0, 3.5, 100.0]) for t in some(rng.integers(0, 5))},
-                banned=some(rng.integers(0, 3)), mask=(rng.random(vocabulary) < 0.6) if rng.random() < 0.6 else None)
+    return dict(
+        seen=seen if rng.random() < 0.8 else (),
+        repetition=rng.choice([1.0, 1.3, 0.7]),
+        presence=rng.choice([0.0, 0.6, -2.0]),
+        frequency=rng.choice([0.0, 0.2, -1.1]),
+        bias={t: rng.choice([-100.0, 3.5, 100.0]) for t in some(rng.integers(0, 5))},
+        banned=some(rng.integers(0, 3)),
+        mask=(rng.random(vocabulary) < 0.6) if rng.random() < 0.6 else None,
+    )
 
 
 def many(vocabulary, seed=0, count=24):
@@ -119,9 +136,13 @@ def test_a_row_does_not_depend_on_the_others():
 
 def test_a_prefix_of_what_was_seen_gives_an_earlier_position():
     x, outputs = np.array([[2.0, -1.0, 0.5, 3.0]], np.float32), [3, 0, 3, 3]
-    seen = [(1, 0)] + [(t, outputs[:n + 1].count(t)) for n, t in enumerate(outputs)]
-    for n, expected in ((1, [2, -2, 0.5, 3]), (2, [2, -2, 0.5, 0.25]), (3, [-0.25, -2, 0.5, 0.25]),
-                        (5, [-0.25, -2, 0.5, -1.75])):
+    seen = [(1, 0)] + [(t, outputs[: n + 1].count(t)) for n, t in enumerate(outputs)]
+    for n, expected in (
+        (1, [2, -2, 0.5, 3]),
+        (2, [2, -2, 0.5, 0.25]),
+        (3, [-0.25, -2, 0.5, 0.25]),
+        (5, [-0.25, -2, 0.5, -1.75]),
+    ):
         wanted = dict(seen=seen[:n], repetition=2.0, presence=0.25, frequency=1.0)
         assert run(adjust_logits_cpu.CPU, x, [wanted])[0].tolist() == expected
 
@@ -131,6 +152,17 @@ def test_nothing_overflows_to_plus_infinity_or_nan():
     seen = [(i, 5) for i in range(4)]
     for repetition in (0.01, 100.0):
         for sign in (-2.0, 2.0):
-            out = run(adjust_logits_cpu.CPU, x, [dict(seen=seen, repetition=repetition, presence=sign, frequency=sign,
-                                                      bias={0: 100.0, 1: -100.0, 3: 100.0})])
+            out = run(
+                adjust_logits_cpu.CPU,
+                x,
+                [
+                    dict(
+                        seen=seen,
+                        repetition=repetition,
+                        presence=sign,
+                        frequency=sign,
+                        bias={0: 100.0, 1: -100.0, 3: 100.0},
+                    )
+                ],
+            )
             assert not (np.isnan(out) | np.isposinf(out)).any() and np.isneginf(out[0, 3])

@@ -32,19 +32,30 @@ class Batch:
         self.q_TD = rng.standard_normal((sum(lengths), H * K), np.float32)
         self.gate_TW = rng.standard_normal((sum(lengths), 2 * H * K + 5), np.float32)
 
-    def run(self, backend, num_threads=1, gated=False, rows=slice(None), lengths=None, contexts=None,
-            requests=slice(None)):
+    def run(
+        self, backend, num_threads=1, gated=False, rows=slice(None), lengths=None, contexts=None, requests=slice(None)
+    ):
         """(out, stats); rows, lengths, contexts and requests choose a part of the batch."""
         H, G, K = self.shape
         step, _held = ragged_step(lengths or self.lengths, contexts or self.contexts, self.table[requests])
         inputs = [self.q_TD[rows], ("cache", self.k_pages), ("cache", self.v_pages)]
         gate = dict(gate_width=self.gate_TW.shape[1], gate_offset=5 + K, gate_stride=2 * K) if gated else {}
         kind = ("gated_" if gated else "") + "attention" + ("" if self.kv_dtype == "f32" else f"_{self.kv_dtype}")
-        made = run_op(backend[kind],
-                      {"out": ("T", H * K, "f32"), "stats": ("T", 2 * H, "f32")},
-                      inputs + [self.gate_TW[rows]] * gated, step=step, num_threads=num_threads, num_heads=H,
-                      num_kv_heads=G, head_dim=K, sm_scale=K ** -0.5, sliding_window=self.window,
-                      soft_cap=self.soft_cap, kv_dtype=KV_DTYPES.index(self.kv_dtype), **gate)
+        made = run_op(
+            backend[kind],
+            {"out": ("T", H * K, "f32"), "stats": ("T", 2 * H, "f32")},
+            inputs + [self.gate_TW[rows]] * gated,
+            step=step,
+            num_threads=num_threads,
+            num_heads=H,
+            num_kv_heads=G,
+            head_dim=K,
+            sm_scale=K**-0.5,
+            sliding_window=self.window,
+            soft_cap=self.soft_cap,
+            kv_dtype=KV_DTYPES.index(self.kv_dtype),
+            **gate,
+        )
         return made["out"], made["stats"]
 
     def spoil(self, request, position):
@@ -72,7 +83,7 @@ class Batch:
         keys, values = ([x.transpose(1, 0, 2).astype(np.float64) for x in xs] for xs in (self.keys, self.values))
         for (s, p), q_GJK in zip(positions, self.q_TD.reshape(-1, G, H // G, K).astype(np.float64)):
             seen = slice(max(0, p + 1 - self.window) if self.window else 0, p + 1)
-            score = q_GJK @ keys[s][:, seen].transpose(0, 2, 1) * K ** -0.5
+            score = q_GJK @ keys[s][:, seen].transpose(0, 2, 1) * K**-0.5
             if self.soft_cap:
                 score = self.soft_cap * np.tanh(score / self.soft_cap)
             weight = np.exp(score - score.max(-1, keepdims=True))
@@ -126,7 +137,7 @@ def test_relative_error_from_the_cache_and_from_the_numbers_before_it(kv_dtype, 
     shape = dict(H=8, G=2, K=128)
     batch, before = Batch(*MIXED, **shape, kv_dtype=kv_dtype), Batch(*MIXED, **shape)
     same_bits(batch.q_TD, before.q_TD)
-    made, rms = batch.run(CPU, 2)[0], lambda x: np.sqrt((x ** 2).mean())
+    made, rms = batch.run(CPU, 2)[0], lambda x: np.sqrt((x**2).mean())
     for exact, allowed in ((batch.exact(), cached), (before.exact(), in_all)):
         assert rms(made - exact) < allowed * rms(exact)
 
@@ -139,8 +150,7 @@ def test_chunks_give_the_same_bits_as_the_whole(window, num_threads, kv_dtype):
     whole = batch.run(CPU, num_threads)
     cuts = [0, 1, 2, 50, 63, 64, 65, 128, 200, 1023, 1024, 1025, 1100, 2047, 2049, 2060]
     for first, last in zip(cuts, cuts[1:]):
-        part = batch.run(CPU, num_threads, rows=slice(first, last), lengths=[last - first],
-                         contexts=[last])
+        part = batch.run(CPU, num_threads, rows=slice(first, last), lengths=[last - first], contexts=[last])
         for made, want in zip(part, whole):
             same_bits(made, want[first:last])
 
@@ -158,9 +168,10 @@ def test_batch_mates_do_not_matter(kv_dtype):
     batch = Batch(*MIXED, H=4, G=2, K=32, kv_dtype=kv_dtype)
     out, start = batch.run(CPU)[0], 0
     for s, (length, context) in enumerate(zip(*MIXED)):
-        alone, _ = batch.run(CPU, rows=slice(start, start + length), lengths=[length], contexts=[context],
-                             requests=slice(s, s + 1))
-        same_bits(alone, out[start:start + length])
+        alone, _ = batch.run(
+            CPU, rows=slice(start, start + length), lengths=[length], contexts=[context], requests=slice(s, s + 1)
+        )
+        same_bits(alone, out[start : start + length])
         start += length
 
 
@@ -221,8 +232,10 @@ def test_definition_compiled_equals_interpreted(window, soft_cap, pairs):
     q, outs = rng.standard_normal(4, np.float32), np.empty((2, 4), np.float32)
     scale, cap = interpreted(score_scales)(np.float32(0.5), np.float32(soft_cap))
     position = 1026 if window else 130
-    results = [f(q, k, v, position, window, scale, cap, pairs, out)
-               for f, out in zip((attention.attend, interpreted(attention.attend)), outs)]
+    results = [
+        f(q, k, v, position, window, scale, cap, pairs, out)
+        for f, out in zip((attention.attend, interpreted(attention.attend)), outs)
+    ]
     same_bits(outs[0], outs[1])
     same_bits(*(np.array(r, np.float32) for r in results))
 
@@ -234,8 +247,10 @@ def test_definition_over_8_bits_compiled_equals_interpreted(window, soft_cap):
     q, outs = rng.standard_normal(4, np.float32), np.empty((2, 4), np.float32)
     scale, cap = interpreted(score_scales)(np.float32(0.5), np.float32(soft_cap))
     position = 1026 if window else 130
-    results = [f(q, k, widen(k_scale)[:, 0], v, widen(v_scale)[:, 0], position, window, scale, cap, out)
-               for f, out in zip((attention_q8.attend, interpreted(attention_q8.attend)), outs)]
+    results = [
+        f(q, k, widen(k_scale)[:, 0], v, widen(v_scale)[:, 0], position, window, scale, cap, out)
+        for f, out in zip((attention_q8.attend, interpreted(attention_q8.attend)), outs)
+    ]
     same_bits(outs[0], outs[1])
     same_bits(*(np.array(r, np.float32) for r in results))
 
@@ -246,6 +261,12 @@ def test_8_bit_attention_gives_the_same_bits_for_another_target(variant, cpu, tm
     if needed - cpu_flags():
         pytest.skip(f"this CPU lacks {', '.join(sorted(needed - cpu_flags()))}")
     named = dict(NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES="") if cpu else {}
-    printed = subprocess.run([sys.executable, "-m", "tests.ops.q8_target", variant], cwd=ROOT, text=True, check=True,
-                             env={**os.environ, **named, "LOCKSTEP_CACHE": str(tmp_path)}, capture_output=True)
+    printed = subprocess.run(
+        [sys.executable, "-m", "tests.ops.q8_target", variant],
+        cwd=ROOT,
+        text=True,
+        check=True,
+        env={**os.environ, **named, "LOCKSTEP_CACHE": str(tmp_path)},
+        capture_output=True,
+    )
     assert printed.stdout.split() == q8_target.digests()

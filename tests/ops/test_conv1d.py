@@ -27,17 +27,35 @@ def convolve(backend, x, w, state, offset=0, num_threads=1, **requests):
     state = state.copy()
     step, keep = ragged_step(**requests)
     C, J = w.shape
-    out = run_op(backend["conv1d"], {"out": ("T", C, "f32")}, [x, weight(w), ("cache", state)], step,
-                 num_threads, x_width=x.shape[1], offset=offset, channels=C, kernel=J)["out"]
+    out = run_op(
+        backend["conv1d"],
+        {"out": ("T", C, "f32")},
+        [x, weight(w), ("cache", state)],
+        step,
+        num_threads,
+        x_width=x.shape[1],
+        offset=offset,
+        channels=C,
+        kernel=J,
+    )["out"]
     return out, state
 
 
-@pytest.mark.parametrize("lengths, contexts", [
-    ([1], [1]), ([1], [9]), ([2], [2]), ([97], [97]), ([97], [131]),
-    ([1, 2, 3, 1, 1], [1, 5, 3, 40, 2]), ([15, 1, 1, 33, 1, 17], [15, 7, 2, 70, 300, 17])])
+@pytest.mark.parametrize(
+    "lengths, contexts",
+    [
+        ([1], [1]),
+        ([1], [9]),
+        ([2], [2]),
+        ([97], [97]),
+        ([97], [131]),
+        ([1, 2, 3, 1, 1], [1, 5, 3, 40, 2]),
+        ([15, 1, 1, 33, 1, 17], [15, 7, 2, 70, 300, 17]),
+    ],
+)
 @pytest.mark.parametrize("channels, width", [(16, 2), (48, 4), (1040, 4), (528, 8)])
 def test_kernel_equals_definition(lengths, contexts, channels, width):
-    slots = RNG.permutation(9)[:len(lengths)]
+    slots = RNG.permutation(9)[: len(lengths)]
     x, w = floats(sum(lengths), channels + 40), floats(channels, width)
     state = poisoned(9, (width - 1, channels), slots, contexts, lengths)
     requests = dict(lengths=lengths, contexts=contexts, STATE_SLOT=slots, offset=24)
@@ -73,7 +91,7 @@ def test_definition_compiled_equals_interpreted():
 def test_definition_is_accurate():
     x, w = floats(60, 32), floats(32, 4)
     padded = np.concatenate([np.zeros((3, 32)), x]).astype(np.float64)
-    sums = sum(padded[j:j + 60] * w[:, j] for j in range(4))
+    sums = sum(padded[j : j + 60] * w[:, j] for j in range(4))
     out, state = convolve(conv1d.REFERENCE, x, w, np.full((1, 3, 32), np.nan, np.float32), lengths=[60])
     assert np.abs(out - sums / (1 + np.exp(-sums))).max() < 2e-6
     same_bits(state[0], x[-3:])

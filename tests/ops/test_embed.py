@@ -33,8 +33,16 @@ def _finite_scales(data, format):
 def run(backend, stored, ids, scale=1.0, num_threads=1):
     step, held = ragged_step([len(ids)], TOKEN_IDS=ids)
     width = stored.shape[1]
-    return run_op(backend["embed"], {"out": ("T", width, "f32")}, [weight(stored)], step, num_threads, width=width,
-                  format=embed.format_code(stored.format), scale=scale)["out"]
+    return run_op(
+        backend["embed"],
+        {"out": ("T", width, "f32")},
+        [weight(stored)],
+        step,
+        num_threads,
+        width=width,
+        format=embed.format_code(stored.format),
+        scale=scale,
+    )["out"]
 
 
 @pytest.mark.parametrize("format", embed.FORMATS)

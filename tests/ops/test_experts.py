@@ -57,8 +57,14 @@ def test_experts(format, T):
         f"expert_linear_{format}", {"out": ("T", X * N, "f32")}, [prepared, start, weights], T, K=D, N=N, num_experts=E
     )
     gate_rows, gate_width = expert_rows(format, N // 2)
-    both(f"expert_gated_{gate_rows}", {"out": ("T", X * gate_width, "f32" if gate_rows == "f32" else "i8")}, [out], T,
-         K=N // 2, top_k=X) if N // 2 % 32 == 0 or gate_rows == "f32" else None
+    both(
+        f"expert_gated_{gate_rows}",
+        {"out": ("T", X * gate_width, "f32" if gate_rows == "f32" else "i8")},
+        [out],
+        T,
+        K=N // 2,
+        top_k=X,
+    ) if N // 2 % 32 == 0 or gate_rows == "f32" else None
     pairs = both("expert_scatter", {"out": ("T", X * N, "f32")}, [out, order], T, D=N, top_k=X).reshape(T, X, N)
     exact = dense(x, parts, order.reshape(-1), start[0])
     assert np.abs(pairs - exact).max() < TOLERANCE.get(format, 0.05)
@@ -68,7 +74,7 @@ def dense(x, parts, order, start):
     """In float64: y[token, rank] = W[expert] x[token]."""
     y = np.empty((len(x), X, N))
     for e in range(E):
-        for pair in order[start[e]:start[e + 1]]:
+        for pair in order[start[e] : start[e + 1]]:
             y[pair // X, pair % X] = parts[e].to_f32().astype(np.float64) @ x[pair // X]
     return y
 
@@ -81,8 +87,15 @@ def test_a_row_is_that_of_an_ordinary_linear_layer():
     rows = run_op(experts_cpu.CPU["expert_rows_f32"], {"out": ("T", X * D, "f32")}, [x, order], step, K=D, top_k=X)[
         "out"
     ]
-    found = run_op(experts_cpu.CPU["expert_linear_f32"], {"out": ("T", X * N, "f32")},
-                   [rows, start, Weight("experts", "f32", (E * N, D), parts)], step, K=D, N=N, num_experts=E)["out"]
+    found = run_op(
+        experts_cpu.CPU["expert_linear_f32"],
+        {"out": ("T", X * N, "f32")},
+        [rows, start, Weight("experts", "f32", (E * N, D), parts)],
+        step,
+        K=D,
+        N=N,
+        num_experts=E,
+    )["out"]
     for s, row in enumerate(found.reshape(-1, N)):
         e = int(np.searchsorted(start[0], s, "right")) - 1
         pair = int(order.reshape(-1)[s])

@@ -11,18 +11,27 @@ from tests.ops.test_conv1d import floats, poisoned
 
 RNG = np.random.default_rng(0)
 REFERENCE, CPU = gated_delta.REFERENCE["gated_delta"], gated_delta_cpu.CPU["gated_delta"]
-KERNELS = {"two": Implementation(gated_delta_cpu.gated_delta_two),
-           "four": Implementation(gated_delta_cpu.gated_delta_four),
-           "per_token": gated_delta_cpu.PER_TOKEN["gated_delta"]}
+KERNELS = {
+    "two": Implementation(gated_delta_cpu.gated_delta_two),
+    "four": Implementation(gated_delta_cpu.gated_delta_four),
+    "per_token": gated_delta_cpu.PER_TOKEN["gated_delta"],
+}
 RAGGED = dict(lengths=[1, 33, 1, 2, 5], contexts=[1, 33, 20, 2, 70])
-SHAPES = [(1, 1, 16, 16), (2, 4, 32, 48), (1, 4, 48, 80), (3, 3, 64, 64), (1, 2, 128, 128), (1, 1, 16, 256),
-          (1, 1, 256, 112)]
+SHAPES = [
+    (1, 1, 16, 16),
+    (2, 4, 32, 48),
+    (1, 4, 48, 80),
+    (3, 3, 64, 64),
+    (1, 2, 128, 128),
+    (1, 1, 16, 256),
+    (1, 1, 256, 112),
+]
 
 
 def inputs(num_tokens, G, H, K, V, spare=8):
     """qk (normalised), v (with `spare` columns before and after it) and gates, like those of a trained model."""
     qk = floats(num_tokens, 2 * G, K)
-    qk /= np.sqrt((qk ** 2).sum(-1, keepdims=True)) * np.where(np.arange(2 * G) < G, np.sqrt(K), 1)[:, None]
+    qk /= np.sqrt((qk**2).sum(-1, keepdims=True)) * np.where(np.arange(2 * G) < G, np.sqrt(K), 1)[:, None]
     gates = RNG.uniform(0, 1, (num_tokens, 2 * H)).astype(np.float32)
     gates[:, :H] = gates[:, :H] ** np.float32(0.1)
     return qk.astype(np.float32).reshape(num_tokens, -1), floats(num_tokens, H * V + 2 * spare), gates
@@ -36,9 +45,20 @@ def recur(implementation, arrays, state, shape, num_threads=1, spare=8, **reques
     """(out, state after) of one step; state is not changed."""
     (qk, v, gates), (G, H, K, V), state = arrays, shape, state.copy()
     step, keep = ragged_step(**(requests or dict(lengths=[len(qk)])))
-    out = run_op(implementation, {"out": ("T", H * V, "f32")}, [qk, v, gates, ("cache", state)], step, num_threads,
-                 qk_width=qk.shape[1], v_width=v.shape[1], v_offset=spare, num_k_heads=G, num_v_heads=H, k_size=K,
-                 v_size=V)["out"]
+    out = run_op(
+        implementation,
+        {"out": ("T", H * V, "f32")},
+        [qk, v, gates, ("cache", state)],
+        step,
+        num_threads,
+        qk_width=qk.shape[1],
+        v_width=v.shape[1],
+        v_offset=spare,
+        num_k_heads=G,
+        num_v_heads=H,
+        k_size=K,
+        v_size=V,
+    )["out"]
     return out, state
 
 
@@ -67,8 +87,16 @@ def test_threads_and_order_of_requests_do_not_matter(num_threads):
     want = recur(CPU, arrays, state, shape, **RAGGED)
     order = [3, 0, 4, 1, 2]
     rows = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in order])
-    out, after = recur(CPU, [a[rows] for a in arrays], state, shape, num_threads, STATE_SLOT=order,
-                       lengths=[RAGGED["lengths"][s] for s in order], contexts=[RAGGED["contexts"][s] for s in order])
+    out, after = recur(
+        CPU,
+        [a[rows] for a in arrays],
+        state,
+        shape,
+        num_threads,
+        STATE_SLOT=order,
+        lengths=[RAGGED["lengths"][s] for s in order],
+        contexts=[RAGGED["contexts"][s] for s in order],
+    )
     both_same((out, after), (want[0][rows], want[1]))
 
 
@@ -116,14 +144,28 @@ def test_definition_is_accurate():
 
 
 def normalised(backend, x, G, K, num_threads=1):
-    return run_op(backend["l2_norm"], {"out": ("T", 2 * G * K, "f32")}, [x], num_threads=num_threads,
-                  x_width=x.shape[1], num_k_heads=G, k_size=K)["out"]
+    return run_op(
+        backend["l2_norm"],
+        {"out": ("T", 2 * G * K, "f32")},
+        [x],
+        num_threads=num_threads,
+        x_width=x.shape[1],
+        num_k_heads=G,
+        k_size=K,
+    )["out"]
 
 
 def gates(backend, x, a_log, dt_bias, num_threads=1):
-    return run_op(backend["delta_gates"], {"out": ("T", 2 * a_log.size, "f32")},
-                  [x, weight(a_log, "a"), weight(dt_bias, "d")], num_threads=num_threads, x_width=x.shape[1],
-                  a_offset=3, b_offset=5 + a_log.size, num_v_heads=a_log.size)["out"]
+    return run_op(
+        backend["delta_gates"],
+        {"out": ("T", 2 * a_log.size, "f32")},
+        [x, weight(a_log, "a"), weight(dt_bias, "d")],
+        num_threads=num_threads,
+        x_width=x.shape[1],
+        a_offset=3,
+        b_offset=5 + a_log.size,
+        num_v_heads=a_log.size,
+    )["out"]
 
 
 @pytest.mark.parametrize("G, K", [(1, 16), (3, 48), (4, 128)])
@@ -131,8 +173,8 @@ def test_l2_norm(G, K):
     x = floats(7, 2 * G * K + 24)
     want = normalised(gated_delta.REFERENCE, x, G, K)
     same_bits(normalised(gated_delta_cpu.CPU, x, G, K, 3), want)
-    heads = x[:, :2 * G * K].astype(np.float64).reshape(7, 2, G, K)
-    exact = heads / np.sqrt((heads ** 2).sum(-1, keepdims=True) + 1e-6) * np.array([K ** -0.5, 1])[:, None, None]
+    heads = x[:, : 2 * G * K].astype(np.float64).reshape(7, 2, G, K)
+    exact = heads / np.sqrt((heads**2).sum(-1, keepdims=True) + 1e-6) * np.array([K**-0.5, 1])[:, None, None]
     assert (np.abs(want.reshape(exact.shape) - exact) / np.spacing(np.abs(exact).astype(np.float32))).max() < 4
 
 
@@ -141,8 +183,8 @@ def test_delta_gates(H):
     x, a_log, dt_bias = floats(7, 2 * H + 9) * 5, floats(H) * 2, floats(H)
     want = gates(gated_delta.REFERENCE, x, a_log, dt_bias)
     same_bits(gates(gated_delta_cpu.CPU, x, a_log, dt_bias, 3), want)
-    b = x[:, 5 + H:5 + 2 * H].astype(np.float64)
-    log_decay = -np.exp(a_log.astype(np.float64)) * np.logaddexp(0, x[:, 3:3 + H] + dt_bias)
+    b = x[:, 5 + H : 5 + 2 * H].astype(np.float64)
+    log_decay = -np.exp(a_log.astype(np.float64)) * np.logaddexp(0, x[:, 3 : 3 + H] + dt_bias)
     normal = log_decay > -80
     relative = np.abs(want[:, :H][normal] / np.exp(log_decay[normal]) - 1)
     assert (relative < 2e-7 + 4e-7 * np.abs(log_decay[normal])).all()
@@ -168,9 +210,22 @@ def prepared(implementation, x, arrays, shape, state, num_threads=1, **requests)
     C, state = 2 * G * K + H * V, state.copy()
     step, keep = ragged_step(**requests)
     w, a_log, dt_bias = (weight(a, n) for a, n in zip(arrays, "wad"))
-    made = run_op(implementation, {"u": ("T", C, "f32"), "gates": ("T", 2 * H, "f32")},
-                  [x, w, a_log, dt_bias, ("cache", state)], step, num_threads, x_width=x.shape[1], conv_offset=4,
-                  channels=C, kernel=4, num_k_heads=G, k_size=K, a_offset=4 + C, b_offset=4 + C + H, num_v_heads=H)
+    made = run_op(
+        implementation,
+        {"u": ("T", C, "f32"), "gates": ("T", 2 * H, "f32")},
+        [x, w, a_log, dt_bias, ("cache", state)],
+        step,
+        num_threads,
+        x_width=x.shape[1],
+        conv_offset=4,
+        channels=C,
+        kernel=4,
+        num_k_heads=G,
+        k_size=K,
+        a_offset=4 + C,
+        b_offset=4 + C + H,
+        num_v_heads=H,
+    )
     return made["u"], made["gates"], state
 
 
@@ -182,12 +237,27 @@ def test_fused_inputs_equal_the_ops_they_are_made_of(shape):
     state = poisoned(5, (3, C), range(5), RAGGED["contexts"], RAGGED["lengths"])
     step, keep = ragged_step(**RAGGED)
     after = state.copy()
-    u = run_op(conv1d.REFERENCE["conv1d"], {"u": ("T", C, "f32")}, [x, weight(arrays[0]), ("cache", after)], step,
-               x_width=x.shape[1], offset=4, channels=C, kernel=4)["u"]
-    u[:, :2 * G * K] = normalised(gated_delta.REFERENCE, u, G, K)
-    gate = run_op(gated_delta.REFERENCE["delta_gates"], {"g": ("T", 2 * H, "f32")},
-                  [x, weight(arrays[1], "a"), weight(arrays[2], "d")], step, x_width=x.shape[1], a_offset=4 + C,
-                  b_offset=4 + C + H, num_v_heads=H)["g"]
+    u = run_op(
+        conv1d.REFERENCE["conv1d"],
+        {"u": ("T", C, "f32")},
+        [x, weight(arrays[0]), ("cache", after)],
+        step,
+        x_width=x.shape[1],
+        offset=4,
+        channels=C,
+        kernel=4,
+    )["u"]
+    u[:, : 2 * G * K] = normalised(gated_delta.REFERENCE, u, G, K)
+    gate = run_op(
+        gated_delta.REFERENCE["delta_gates"],
+        {"g": ("T", 2 * H, "f32")},
+        [x, weight(arrays[1], "a"), weight(arrays[2], "d")],
+        step,
+        x_width=x.shape[1],
+        a_offset=4 + C,
+        b_offset=4 + C + H,
+        num_v_heads=H,
+    )["g"]
     both_same(prepared(gated_delta.REFERENCE["delta_inputs"], x, arrays, shape, state, **RAGGED), (u, gate, after))
     for num_threads in (1, 3):
         fused = prepared(conv1d_cpu.CPU["delta_inputs"], x, arrays, shape, state, num_threads, **RAGGED)
@@ -200,14 +270,48 @@ def test_a_layer_gives_the_numbers_of_transformers():
     G, H, K, V = (int(golden[n]) for n in ("num_k_heads", "num_v_heads", "k_size", "v_size"))
     C, x = 2 * G * K + H * V, golden["proj"]
     state, step, _keep = np.full((1, *state_shape(H, K, V)), np.nan, np.float32), *ragged_step([len(x)])
-    made = run_op(conv1d_cpu.CPU["delta_inputs"], {"u": ("T", C, "f32"), "gates": ("T", 2 * H, "f32")},
-                  [x, *(weight(golden[n], n) for n in ("conv", "a_log", "dt_bias")),
-                   ("cache", np.full((1, 3, C), np.nan, np.float32))], step, x_width=x.shape[1], conv_offset=0,
-                  channels=C, kernel=4, num_k_heads=G, k_size=K, a_offset=C + H * V + H, b_offset=C + H * V,
-                  num_v_heads=H)
-    o = run_op(CPU, {"o": ("T", H * V, "f32")}, [made["u"], made["u"], made["gates"], ("cache", state)], step,
-               qk_width=C, v_width=C, v_offset=2 * G * K, num_k_heads=G, num_v_heads=H, k_size=K, v_size=V)["o"]
-    out = run_op(gated_norm_cpu.CPU["gated_norm"], {"y": ("T", H * V, "f32")}, [o, x, weight(golden["norm"])], step,
-                 z_width=x.shape[1], z_offset=C, num_heads=H, head_size=V, eps=1e-6)["y"]
+    made = run_op(
+        conv1d_cpu.CPU["delta_inputs"],
+        {"u": ("T", C, "f32"), "gates": ("T", 2 * H, "f32")},
+        [
+            x,
+            *(weight(golden[n], n) for n in ("conv", "a_log", "dt_bias")),
+            ("cache", np.full((1, 3, C), np.nan, np.float32)),
+        ],
+        step,
+        x_width=x.shape[1],
+        conv_offset=0,
+        channels=C,
+        kernel=4,
+        num_k_heads=G,
+        k_size=K,
+        a_offset=C + H * V + H,
+        b_offset=C + H * V,
+        num_v_heads=H,
+    )
+    o = run_op(
+        CPU,
+        {"o": ("T", H * V, "f32")},
+        [made["u"], made["u"], made["gates"], ("cache", state)],
+        step,
+        qk_width=C,
+        v_width=C,
+        v_offset=2 * G * K,
+        num_k_heads=G,
+        num_v_heads=H,
+        k_size=K,
+        v_size=V,
+    )["o"]
+    out = run_op(
+        gated_norm_cpu.CPU["gated_norm"],
+        {"y": ("T", H * V, "f32")},
+        [o, x, weight(golden["norm"])],
+        step,
+        z_width=x.shape[1],
+        z_offset=C,
+        num_heads=H,
+        head_size=V,
+        eps=1e-6,
+    )["y"]
     assert np.abs(out - golden["out"]).max() < 5e-6
     assert np.abs(state[0].transpose(0, 2, 1, 3).reshape(H, K, V) - golden["state"]).max() < 2e-6

@@ -13,9 +13,17 @@ def floats(*shape):
 
 
 def norm(backend, o, z, w, offset, num_threads=1):
-    return run_op(backend["gated_norm"], {"out": ("T", o.shape[1], "f32")}, [o, z, weight(w)], num_threads=num_threads,
-                  z_width=z.shape[1], z_offset=offset, num_heads=o.shape[1] // w.size, head_size=w.size,
-                  eps=1e-6)["out"]
+    return run_op(
+        backend["gated_norm"],
+        {"out": ("T", o.shape[1], "f32")},
+        [o, z, weight(w)],
+        num_threads=num_threads,
+        z_width=z.shape[1],
+        z_offset=offset,
+        num_heads=o.shape[1] // w.size,
+        head_size=w.size,
+        eps=1e-6,
+    )["out"]
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 7, 33])
@@ -39,7 +47,7 @@ def test_definition_compiled_equals_interpreted():
 def test_definition_is_accurate():
     o, z, w = floats(5, 4 * 128), floats(5, 4 * 128), floats(128)
     heads, gate = o.astype(np.float64).reshape(5, 4, 128), z.astype(np.float64)
-    normed = heads / np.sqrt((heads ** 2).mean(-1, keepdims=True) + 1e-6) * w
+    normed = heads / np.sqrt((heads**2).mean(-1, keepdims=True) + 1e-6) * w
     exact = normed.reshape(5, -1) * gate / (1 + np.exp(-gate))
     out = norm(gated_norm.REFERENCE, o, z, w, 0)
     assert (np.abs(out - exact) / np.spacing(np.abs(exact).astype(np.float32))).max() < 6

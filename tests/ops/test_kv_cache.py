@@ -9,9 +9,14 @@ from tests.ops.harness import ragged_step, run_op, same_bits, weight
 from tests.ops.pages import by_row, in_fours, in_pairs, on_cache_line, page_table, quantize, round_bf16, widen
 
 LENGTHS, CONTEXTS = [1, 30, 66, 2], [65, 30, 130, 64]
-SHAPES = {"plain": (4, 2, 32, 32, False), "normed": (4, 2, 32, 32, True), "partial, normed": (8, 2, 64, 16, True),
-          "odd rotation, normed": (3, 3, 80, 40, True), "no rotation": (7, 1, 16, 0, False),
-          "wide, no rotation, normed": (2, 1, 256, 0, True)}  # H, G, K, rope_dim, normed
+SHAPES = {
+    "plain": (4, 2, 32, 32, False),
+    "normed": (4, 2, 32, 32, True),
+    "partial, normed": (8, 2, 64, 16, True),
+    "odd rotation, normed": (3, 3, 80, 40, True),
+    "no rotation": (7, 1, 16, 0, False),
+    "wide, no rotation, normed": (2, 1, 256, 0, True),
+}  # H, G, K, rope_dim, normed
 UNTOUCHED = np.iinfo(np.uint32).max
 GAP = 3  # columns between the parts of a row
 
@@ -19,8 +24,8 @@ GAP = 3  # columns between the parts of a row
 def codes_and_scales(pages, K, cell):
     """q8 pages as codes [N, G, *cell] and scales uint16 [N, G, 64]."""
     rows, width = cell
-    codes = pages[..., :64 * K].reshape(*pages.shape[:2], rows // 4, width, 4)
-    return by_row(codes, 4), pages[..., 64 * K:].view(np.uint16)
+    codes = pages[..., : 64 * K].reshape(*pages.shape[:2], rows // 4, width, 4)
+    return by_row(codes, 4), pages[..., 64 * K :].view(np.uint16)
 
 
 class Inputs:
@@ -40,22 +45,37 @@ class Inputs:
         """(q, k pages, v pages) of one run."""
         H, G, K = self.shape
         dtype = {"f32": np.uint32, "bf16": np.uint16, "q8": np.int8}[self.kv_dtype]
-        pages = [np.full((self.num_pages, G, *cell), UNTOUCHED, np.uint32).astype(dtype)
-                 for cell in ((K, 64), (64, K))]
+        pages = [np.full((self.num_pages, G, *cell), UNTOUCHED, np.uint32).astype(dtype) for cell in ((K, 64), (64, K))]
         scales = np.full((self.num_pages, G, 64), 0xFFFF, np.uint16)
         kept = {"f32": lambda p: p, "bf16": in_pairs, "q8": lambda p: in_fours(p, scales)}[self.kv_dtype]
         pages = [on_cache_line(kept(p)) for p in pages]
         norms = [weight(n, name) for n, name in zip(self.norms, ("q_norm", "k_norm"))] if self.normed else []
         extra = dict(eps=1e-6, norm_offset=1.0) if self.normed else {}
         kind = ("normed_" if self.normed else "") + "attention_inputs" + ("_q8" if self.kv_dtype == "q8" else "")
-        q = run_op(backend[kind],
-                   {"q": ("T", H * K, "f32")},
-                   [self.x, weight(self.tables[0], "cos"), weight(self.tables[1], "sin"),
-                    *(("cache", p) for p in pages), *norms],
-                   step=self.step, num_threads=num_threads, num_heads=H, num_kv_heads=G, head_dim=K,
-                   rope_dim=self.rope_dim, row_width=self.x.shape[1], q_offset=GAP, q_stride=2 * K,
-                   k_offset=self.k_offset, v_offset=self.v_offset, kv_dtype=KV_DTYPES.index(self.kv_dtype),
-                   **extra)["q"]
+        q = run_op(
+            backend[kind],
+            {"q": ("T", H * K, "f32")},
+            [
+                self.x,
+                weight(self.tables[0], "cos"),
+                weight(self.tables[1], "sin"),
+                *(("cache", p) for p in pages),
+                *norms,
+            ],
+            step=self.step,
+            num_threads=num_threads,
+            num_heads=H,
+            num_kv_heads=G,
+            head_dim=K,
+            rope_dim=self.rope_dim,
+            row_width=self.x.shape[1],
+            q_offset=GAP,
+            q_stride=2 * K,
+            k_offset=self.k_offset,
+            v_offset=self.v_offset,
+            kv_dtype=KV_DTYPES.index(self.kv_dtype),
+            **extra,
+        )["q"]
         if self.kv_dtype == "q8":
             return q, *codes_and_scales(pages[0], K, (K, 64)), *codes_and_scales(pages[1], K, (64, K))
         return q, *(by_row(p) for p in pages)
@@ -64,12 +84,12 @@ class Inputs:
         """Norm and rotation in float64."""
         x = heads_THK.astype(np.float64)
         if self.normed:
-            x = x / np.sqrt((x ** 2).mean(-1, keepdims=True) + 1e-6) * (norm + 1.0)
+            x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * (norm + 1.0)
         half, out = self.rope_dim // 2, x.copy()
         position = np.concatenate([np.arange(c - n, c) for n, c in zip(LENGTHS, CONTEXTS)])
         cos, sin = (t[position][:, None, :half].astype(np.float64) for t in self.tables)
-        low, high = x[..., :half], x[..., half:2 * half]
-        out[..., :half], out[..., half:2 * half] = low * cos - high * sin, high * cos + low * sin
+        low, high = x[..., :half], x[..., half : 2 * half]
+        out[..., :half], out[..., half : 2 * half] = low * cos - high * sin, high * cos + low * sin
         return out
 
 
@@ -89,7 +109,9 @@ def test_queries_keys_and_values_are_right_and_in_place(name, kv_dtype):
     inputs = Inputs(*SHAPES[name], kv_dtype)
     (H, G, K), T = inputs.shape, sum(LENGTHS)
     q, k_pages, v_pages = inputs.run(BACKENDS["cpu"], 2)
-    heads = lambda offset, num, stride: np.stack([inputs.x[:, offset + h * stride:][:, :K] for h in range(num)], axis=1)
+    heads = lambda offset, num, stride: np.stack(
+        [inputs.x[:, offset + h * stride :][:, :K] for h in range(num)], axis=1
+    )
     assert np.abs(q.reshape(T, H, K) - inputs.exact(heads(GAP, H, 2 * K), inputs.norms[0])).max() < 3e-6
     k, v = inputs.exact(heads(inputs.k_offset, G, K), inputs.norms[1]), heads(inputs.v_offset, G, K)
     written, t = np.zeros((inputs.num_pages, 64), bool), 0
@@ -124,13 +146,23 @@ def test_keys_and_values_in_8_bits_are_right_and_in_place(name):
         same_bits(by_slot(codes), quantize(by_slot(pages))[0])
         same_bits(scales.transpose(0, 2, 1)[written], quantize(by_slot(pages))[1][..., 0])
         error = np.abs(by_slot(codes) * widen(scales).transpose(0, 2, 1)[written][..., None] - by_slot(pages))
-        assert (error <= np.abs(by_slot(pages)).max(-1, keepdims=True) / 254 * (1 + 2 ** -8)).all()
+        assert (error <= np.abs(by_slot(pages)).max(-1, keepdims=True) / 254 * (1 + 2**-8)).all()
         assert (np.moveaxis(codes, slots, 1)[~written] == -1).all()
         assert (scales.transpose(0, 2, 1)[~written] == 0xFFFF).all()
 
 
-@pytest.mark.parametrize("x", [np.zeros(16), np.full(16, 1e-31), np.full(16, 1e-38), np.r_[3.0, np.zeros(15)],
-                               np.full(16, 3e38), np.r_[-1e-30, np.full(15, 1.7e-31)], np.linspace(-254, 254, 16)])
+@pytest.mark.parametrize(
+    "x",
+    [
+        np.zeros(16),
+        np.full(16, 1e-31),
+        np.full(16, 1e-38),
+        np.r_[3.0, np.zeros(15)],
+        np.full(16, 3e38),
+        np.r_[-1e-30, np.full(15, 1.7e-31)],
+        np.linspace(-254, 254, 16),
+    ],
+)
 def test_heads_of_extreme_size_are_quantized_as_numpy_does(x):
     x, codes = x.astype(np.float32), np.full((2, 16), 99, np.int8)
     scales = [f(x, c) for f, c in zip((kv_cache_q8.quantize_head, interpreted(kv_cache_q8.quantize_head)), codes)]
@@ -144,6 +176,8 @@ def test_heads_of_extreme_size_are_quantized_as_numpy_does(x):
 def test_definition_compiled_equals_interpreted():
     x, norm = (np.random.default_rng(0).standard_normal(s, np.float32) for s in ((2, 16), 16))
     cos, sin = (t[5] for t in rope_table(6, 8, 1e4))
-    outs = [f(x.copy(), norm, np.float32(1e-6), np.float32(1), cos, sin)
-            for f in (kv_cache.prepared, interpreted(kv_cache.prepared))]
+    outs = [
+        f(x.copy(), norm, np.float32(1e-6), np.float32(1), cos, sin)
+        for f in (kv_cache.prepared, interpreted(kv_cache.prepared))
+    ]
     same_bits(*outs)

@@ -21,8 +21,13 @@ from tests.ops.harness import run_op, same_bits
 
 RNG = np.random.default_rng(1)
 PREPARE = {"f32": None, "f16": None, "bf16": "round_bf16"} | dict.fromkeys(INTEGER_FORMATS, "quantize_q8")
-STORE = {"f32": lambda a: a, "f16": lambda a: a.astype(np.float16), "bf16": lambda a: a.astype(ml_dtypes.bfloat16),
-         "q8_0": q8_0.quantize, "q4_0": q4_0.quantize}
+STORE = {
+    "f32": lambda a: a,
+    "f16": lambda a: a.astype(np.float16),
+    "bf16": lambda a: a.astype(ml_dtypes.bfloat16),
+    "q8_0": q8_0.quantize,
+    "q4_0": q4_0.quantize,
+}
 FORMATS = list(PREPARE)
 TOLERANCE = {"f32": 1e-5, "f16": 1e-5, "q4_k": 0.1, "q5_k": 0.2, "q6_k": 0.3}  # of the others 0.03
 
@@ -33,7 +38,7 @@ def random_blocks(format, N, K):
     blocks = RNG.integers(0, 256, (N, K // block.BLOCK_SIZE, block.BLOCK_BYTES), np.uint8)
     size = 2e-3 if block.BLOCK_SIZE == 32 else 2e-4
     for start in SCALES[format]:
-        blocks[..., start:start + 2] = RNG.normal(0, size, (*blocks.shape[:2], 1)).astype("<f2").view(np.uint8)
+        blocks[..., start : start + 2] = RNG.normal(0, size, (*blocks.shape[:2], 1)).astype("<f2").view(np.uint8)
     return blocks.reshape(N, -1)
 
 
@@ -62,11 +67,19 @@ def run(table, format, x, parts, residual=None, num_threads=1):
     weight, row = Weight("w", format, (N, K), tuple(parts)), prepared(format, x)
     width = padded_width(N)
     held = residual if residual is not None else np.zeros((len(x), width), np.float32)
-    out = run_op(table[f"linear_{format}"], {"out": ("T", width + 48, "f32")}, [row, shifted(held), weight],
-                 num_threads=num_threads, K=K, width=width + 48, has_residual=int(residual is not None), column=32,
-                 features=width)["out"]
-    assert np.isnan(out[:, :32]).all() and np.isnan(out[:, 32 + width:]).all(), "wrote outside its columns"
-    return out[:, 32:32 + N]
+    out = run_op(
+        table[f"linear_{format}"],
+        {"out": ("T", width + 48, "f32")},
+        [row, shifted(held), weight],
+        num_threads=num_threads,
+        K=K,
+        width=width + 48,
+        has_residual=int(residual is not None),
+        column=32,
+        features=width,
+    )["out"]
+    assert np.isnan(out[:, :32]).all() and np.isnan(out[:, 32 + width :]).all(), "wrote outside its columns"
+    return out[:, 32 : 32 + N]
 
 
 def shifted(x):
@@ -113,7 +126,7 @@ def test_many_rows_equal_each_row_alone(format):
     x = RNG.standard_normal((200, 1024)).astype(np.float32)
     together = run(linear_cpu.CPU, format, x, part, num_threads=2)
     for t in (0, 5, 101, 199):
-        same_bits(together[t:t + 1], run(linear_cpu.CPU, format, x[t:t + 1], part))
+        same_bits(together[t : t + 1], run(linear_cpu.CPU, format, x[t : t + 1], part))
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -155,6 +168,7 @@ def test_a_row_that_is_not_finite_gives_no_finite_number(format):
 def test_fused_norm_and_gate_equal_their_parts(kind):
     from lockstep.ops import rms_norm_cpu, silu_mul
     from tests.ops.harness import weight
+
     format = "q8_0" if kind == "quantize_q8" else "bf16"
     x, w = RNG.standard_normal((5, 128)).astype(np.float32), weight(RNG.standard_normal(128).astype(np.float32))
     width = lambda K: bf16_width(K) if format == "bf16" else q8_width(K)
@@ -162,8 +176,15 @@ def test_fused_norm_and_gate_equal_their_parts(kind):
         "o"
     ]
     for table in (activations_cpu.CPU, activations_cpu.PER_TOKEN):
-        fused = run_op(table[f"rms_norm+{kind}"], {"o": ("T", width(128), "i8")}, [x, w], num_threads=2, K=128,
-                       eps=1e-6, offset=1.0)["o"]
+        fused = run_op(
+            table[f"rms_norm+{kind}"],
+            {"o": ("T", width(128), "i8")},
+            [x, w],
+            num_threads=2,
+            K=128,
+            eps=1e-6,
+            offset=1.0,
+        )["o"]
         same_bits(fused, prepared(format, normed))
     gated = run_op(silu_mul.REFERENCE["silu_mul"], {"o": ("T", 64, "f32")}, [x], width=64)["o"]
     for table in (activations_cpu.CPU, activations_cpu.PER_TOKEN):
@@ -199,9 +220,14 @@ def test_nan_weight_is_refused():
         run(linear_cpu.CPU, "f32", np.ones((1, 32), np.float32), [StoredTensor("spoilt", "f32", (16, 32), bad)])
 
 
-@pytest.mark.parametrize("variant, cpu, formats", [
-    ("native", "haswell", ["q8_0", "q5_0", "q5_1"]), ("generic", "", ["q6_k", "q5_0"]),
-    ("avx512", "", ["q8_0", "q4_k", "q6_k", "q5_1", "bf16"])])
+@pytest.mark.parametrize(
+    "variant, cpu, formats",
+    [
+        ("native", "haswell", ["q8_0", "q5_0", "q5_1"]),
+        ("generic", "", ["q6_k", "q5_0"]),
+        ("avx512", "", ["q8_0", "q4_k", "q6_k", "q5_1", "bf16"]),
+    ],
+)
 def test_other_targets_give_the_same_bits(variant, cpu, formats, tmp_path):
     environment = {**os.environ, "LOCKSTEP_CACHE": str(tmp_path)}
     if cpu:

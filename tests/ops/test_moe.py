@@ -19,20 +19,35 @@ def route(backend, logits, top_k, renormalize=1, num_threads=1):
     """Rows of logits are as wide as a linear layer's output, with anything after the experts'."""
     outputs = {"ids": ("T", top_k, "i32"), "weights": ("T", top_k, "f32")}
     padded = np.pad(logits, ((0, 0), (0, -logits.shape[1] % 16)), constant_values=1e9)
-    return run_op(backend["route"], outputs, [padded], num_threads=num_threads, experts=logits.shape[1], top_k=top_k,
-                  renormalize=renormalize, width=padded.shape[1])
+    return run_op(
+        backend["route"],
+        outputs,
+        [padded],
+        num_threads=num_threads,
+        experts=logits.shape[1],
+        top_k=top_k,
+        renormalize=renormalize,
+        width=padded.shape[1],
+    )
 
 
 def group(backend, ids, experts, num_threads=1):
     outputs = {"order": ("T", ids.shape[1], "i32"), "start": ("T", experts + 1, "i32")}
-    return run_op(backend["group_experts"], outputs, [ids], num_threads=num_threads, experts=experts,
-                  top_k=ids.shape[1])
+    return run_op(
+        backend["group_experts"], outputs, [ids], num_threads=num_threads, experts=experts, top_k=ids.shape[1]
+    )
 
 
 def combine(backend, weights, y, num_threads=1):
     T, X, D = y.shape
-    return run_op(backend["combine_experts"], {"out": ("T", D, "f32")}, [weights, y.reshape(T, X * D)],
-                  num_threads=num_threads, width=D, top_k=X)["out"]
+    return run_op(
+        backend["combine_experts"],
+        {"out": ("T", D, "f32")},
+        [weights, y.reshape(T, X * D)],
+        num_threads=num_threads,
+        width=D,
+        top_k=X,
+    )["out"]
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 7])

@@ -10,8 +10,11 @@ from lockstep.runtime.simd import store
 KNOWN = [
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
     ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-    ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0),
-     (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
 ]
 
 
@@ -29,7 +32,7 @@ def test_known_answers(counter, key, words):
     assert interpreted(philox)(*counter, *key) == words
 
 
-@pytest.mark.parametrize("seed,position", [(0, 0), (-1, 7), (2**63 - 1, 2**40 + 3), (-2**63, 2**31)])
+@pytest.mark.parametrize("seed,position", [(0, 0), (-1, 7), (2**63 - 1, 2**40 + 3), (-(2**63), 2**31)])
 def test_lanes_equal_definition(seed, position):
     words, noises = np.empty(256, np.int32), np.empty(256, np.float32)
     by_lanes(seed, position, words, noises)
@@ -51,5 +54,6 @@ def test_noise_follows_the_gumbel_distribution():
 
 def test_extremes_of_the_noise_are_finite():
     from lockstep.ops.philox import gumbel
+
     low, high = interpreted(gumbel)(np.float32(2**31 - 1)), interpreted(gumbel)(np.float32(0))
     assert -2.9 < low < -2.8 and 22.1 < high < 22.3

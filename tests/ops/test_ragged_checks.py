@@ -1,4 +1,5 @@
 """What ragged paged attention refuses, and that a call neither compiles nor allocates."""
+
 import tracemalloc
 
 import numpy as np
@@ -102,15 +103,26 @@ def test_refused(arguments, message):
 
 def test_accepted():
     expected = call()
-    for same in (dict(mask_value=-1e30), dict(num_kv_pages_per_block=2, num_queries_per_block=8), dict(sm_scale=1),
-                 dict(vmem_limit_bytes=1 << 20), dict(k_scale=1.0, v_scale=1.0), dict(sliding_window=np.int64(70))):
+    for same in (
+        dict(mask_value=-1e30),
+        dict(num_kv_pages_per_block=2, num_queries_per_block=8),
+        dict(sm_scale=1),
+        dict(vmem_limit_bytes=1 << 20),
+        dict(k_scale=1.0, v_scale=1.0),
+        dict(sliding_window=np.int64(70)),
+    ):
         assert call(**same).tobytes() == expected.tobytes()
     assert call(soft_cap=-3.0).tobytes() == call(soft_cap=3).tobytes()
 
 
 def test_arrays_without_anything_in_them_are_accepted():
-    nothing = dict(kv_pages=KV[:0].copy(), kv_lens=i32(), page_indices=np.zeros((0, 3), np.int32),
-                   cu_q_lens=i32(0), num_seqs=i32(0))
+    nothing = dict(
+        kv_pages=KV[:0].copy(),
+        kv_lens=i32(),
+        page_indices=np.zeros((0, 3), np.int32),
+        cu_q_lens=i32(0),
+        num_seqs=i32(0),
+    )
     assert not call(**nothing).any() and call(q=np.zeros((0, 4, 32), np.float32), **nothing).shape == (0, 4, 32)
     rows = dict(kv_lens=i32(0), page_indices=np.zeros((1, 0), np.int32), cu_q_lens=i32(0, 0), num_seqs=i32(1))
     assert not call(**rows).any()
@@ -126,10 +138,19 @@ def random_mix(rng):
     """Arguments of a random batch of up to twelve sequences, in float32 or bfloat16."""
     lengths = rng.integers(0, 40, rng.integers(1, 12))
     contexts = list(lengths + rng.integers(0, 200, len(lengths)))
-    batch = Batch(list(lengths), contexts, (4, 2, 32), int(rng.integers(1, 65)), F32 if rng.random() < 0.5 else BF16,
-                  int(rng.integers(1 << 20)))
-    return batch.arguments(), dict(sliding_window=int(rng.integers(1, 100)) if rng.random() < 0.3 else None,
-                                   soft_cap=5.0 if rng.random() < 0.3 else None, threads=int(rng.integers(1, 4)))
+    batch = Batch(
+        list(lengths),
+        contexts,
+        (4, 2, 32),
+        int(rng.integers(1, 65)),
+        F32 if rng.random() < 0.5 else BF16,
+        int(rng.integers(1 << 20)),
+    )
+    return batch.arguments(), dict(
+        sliding_window=int(rng.integers(1, 100)) if rng.random() < 0.3 else None,
+        soft_cap=5.0 if rng.random() < 0.3 else None,
+        threads=int(rng.integers(1, 4)),
+    )
 
 
 @pytest.fixture
@@ -160,8 +181,10 @@ def test_a_hundred_mixes_compile_and_allocate_nothing(native_allocations, monkey
     monkeypatch.setattr(Kernel, "on_compile", compiled.append)
     before = native_allocations()
     with event.install_recorder("numba:compile") as recorder:
-        largest = max(python_bytes(lambda: ragged_paged_attention(*arguments, **options, out=out))
-                      for (arguments, options), out in zip(mixes, outs))
+        largest = max(
+            python_bytes(lambda: ragged_paged_attention(*arguments, **options, out=out))
+            for (arguments, options), out in zip(mixes, outs)
+        )
     assert not compiled and not recorder.buffer
     assert native_allocations() == before
     assert largest < 8 << 10, "Python's own small objects only: views, strides, the words of the call"

@@ -35,8 +35,9 @@ CASES = {
     "window 1": Batch(*LONG, (2, 1, 16), options=dict(sliding_window=1)),
     "window 5 bf16": Batch(*LONG, (3, 3, 16), 3, BF16, options=dict(sliding_window=5)),
     "window 64": Batch(*LONG, (2, 1, 48), options=dict(sm_scale=0.1, sliding_window=64)),
-    "window 100, cap, sinks": Batch(*LONG, (4, 1, 32), 5, BF16,
-                                    options=dict(sliding_window=100, soft_cap=3.0, sinks=SINKS[:4])),
+    "window 100, cap, sinks": Batch(
+        *LONG, (4, 1, 32), 5, BF16, options=dict(sliding_window=100, soft_cap=3.0, sinks=SINKS[:4])
+    ),
     "window 1500": Batch(*LONG, (2, 1, 16), 128, options=dict(sliding_window=1500)),
     "soft cap": Batch(*LONG, (2, 2, 32), 2, options=dict(soft_cap=30.0)),
     "sinks": Batch(*LONG, (8, 2, 128), options=dict(sm_scale=0.1, sinks=SINKS[:8])),
@@ -70,8 +71,8 @@ def test_like_jax(name):
         recorded = (recorded.astype(np.uint32) << 16).view(np.float32)
     made = ragged_paged_attention(*batch.arguments(), **batch.options).astype(np.float32)
     # JAX's reference rounds the weights to bfloat16, too
-    assert np.abs(made[:len(recorded)] - recorded).max() < (0.03 if batch.dtype == BF16 else 5e-6)
-    assert len(recorded) == sum(batch.lengths) and not made[len(recorded):].any()
+    assert np.abs(made[: len(recorded)] - recorded).max() < (0.03 if batch.dtype == BF16 else 5e-6)
+    assert len(recorded) == sum(batch.lengths) and not made[len(recorded) :].any()
 
 
 @pytest.mark.parametrize("window, cap", [(0, 0.0), (7, 5.0)])
@@ -81,8 +82,20 @@ def test_definition_compiled_equals_interpreted(window, cap):
     scale, cap = (np.float32(x) for x in interpreted(score_scales)(np.float32(0.5), np.float32(cap)))
     outs = np.full((2, *q.shape), np.nan, np.float32)
     for run, out in zip((attend_ragged, interpreted(attend_ragged)), outs):
-        run(q, *(np.ascontiguousarray(x) for x in pages(kv)), kv_lens, table, starts, 2, scale, cap, window, SINKS[:2],
-            np.float32(0.5), out)
+        run(
+            q,
+            *(np.ascontiguousarray(x) for x in pages(kv)),
+            kv_lens,
+            table,
+            starts,
+            2,
+            scale,
+            cap,
+            window,
+            SINKS[:2],
+            np.float32(0.5),
+            out,
+        )
     same_bits(*outs)
     assert np.isfinite(outs).all()
 
@@ -121,7 +134,7 @@ def test_any_address_will_do():
     for array in (q, kv):
         memory = np.zeros(array.nbytes + 66, np.uint8)
         start = 2 - memory.ctypes.data % 2 + 2
-        moved.append(memory[start:start + array.nbytes].view(array.dtype).reshape(array.shape))
+        moved.append(memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape))
         moved[-1][...] = array
     made = ragged_paged_attention(*moved, *rest, **batch.options)
     same_bits(made, ragged_paged_attention(q, kv, *rest, **batch.options))
@@ -133,7 +146,7 @@ def guarded(array, at_end):
     memory = mmap.mmap(-1, size + 2 * page)
     whole = np.frombuffer(memory, np.uint8)
     start = page + (size - array.nbytes if at_end else 0)
-    copy = whole[start:start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy = whole[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
     copy[...] = array
     return copy, whole, [whole.ctypes.data, whole.ctypes.data + page + size]
 
@@ -162,8 +175,15 @@ def test_chunks_give_the_same_bits_as_the_whole(window):
     expected = ragged_paged_attention(*whole.arguments(), **whole.options)
     cuts = [0, 1, 2, 50, 63, 64, 65, 128, 200, 1023, 1024, 1025, 1100, 2047, 2049, 2060]
     for first, last in zip(cuts, cuts[1:]):
-        made = ragged_paged_attention(q[first:last], kv, np.array([last], np.int32), table[:1],
-                                      np.array([0, last - first], np.int32), num_seqs, **whole.options)
+        made = ragged_paged_attention(
+            q[first:last],
+            kv,
+            np.array([last], np.int32),
+            table[:1],
+            np.array([0, last - first], np.int32),
+            num_seqs,
+            **whole.options,
+        )
         same_bits(made, expected[first:last])
 
 
@@ -179,8 +199,10 @@ def test_batch_mates_do_not_matter():
 def test_long_contexts_are_cut_into_spans_and_merged_in_order(num_threads):
     batch = Batch([1, 3], [5000, 3073], (2, 1, 16), dtype=BF16)
     for _ in range(5):
-        same_bits(ragged_paged_attention(*batch.arguments(), threads=num_threads),
-                  ragged_paged_attention(*batch.arguments(), threads=1))
+        same_bits(
+            ragged_paged_attention(*batch.arguments(), threads=num_threads),
+            ragged_paged_attention(*batch.arguments(), threads=1),
+        )
 
 
 def test_heads_that_read_alone_give_the_same_bits():
@@ -221,7 +243,7 @@ def test_pages_before_the_window_may_be_freed(backend):
     batch = Batch([1, 30], [300, 200], (2, 1, 32), options=dict(sliding_window=70))
     q, kv, kv_lens, table, *rest = batch.arguments()
     expected = ragged_paged_attention(q, kv, kv_lens, table, *rest, **batch.options)
-    table[0, :(300 - 70) // 16], table[1, :(170 - 69) // 16] = -1, 2**30
+    table[0, : (300 - 70) // 16], table[1, : (170 - 69) // 16] = -1, 2**30
     same_bits(ragged_paged_attention(q, kv, kv_lens, table, *rest, **batch.options, backend=backend), expected)
 
 
@@ -241,8 +263,9 @@ def test_nothing_to_do_gives_zeros(backend):
     q, kv, kv_lens, table, starts, _ = Batch([0, 0], [5, 0]).arguments()
     for num_seqs in (0, 2):
         out = np.full(q.shape, np.nan, np.float32)
-        made = ragged_paged_attention(q, kv, kv_lens, table, starts, np.array([num_seqs], np.int32), out=out,
-                                      backend=backend)
+        made = ragged_paged_attention(
+            q, kv, kv_lens, table, starts, np.array([num_seqs], np.int32), out=out, backend=backend
+        )
         assert made is out and not made.any()
     empty = ragged_paged_attention(q[:0], kv, kv_lens, table, starts, np.zeros(1, np.int32), backend=backend)
     assert empty.shape == (0, 4, 32)
@@ -299,7 +322,14 @@ def test_a_target_gives_the_bits_of_this_machine(cpu):
         pytest.skip(f"this CPU cannot run {cpu}: it lacks {', '.join(sorted(missing))}")
 
     def digest(**target):
-        return subprocess.run([sys.executable, "-m", "tests.ops.ragged_isa"], cwd=ROOT, env={**os.environ, **target},
-                              check=True, capture_output=True, text=True, timeout=600).stdout.split()
+        return subprocess.run(
+            [sys.executable, "-m", "tests.ops.ragged_isa"],
+            cwd=ROOT,
+            env={**os.environ, **target},
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        ).stdout.split()
 
     assert digest(NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES="") == [cpu, digest()[1]]

@@ -9,8 +9,15 @@ RNG = np.random.default_rng(0)
 
 
 def norm(backend, x, w, offset=1.0, num_threads=1):
-    return run_op(backend["rms_norm"], {"out": ("T", x.shape[1], "f32")}, [x, weight(w)], num_threads=num_threads,
-                  width=x.shape[1], eps=1e-6, offset=offset)["out"]
+    return run_op(
+        backend["rms_norm"],
+        {"out": ("T", x.shape[1], "f32")},
+        [x, weight(w)],
+        num_threads=num_threads,
+        width=x.shape[1],
+        eps=1e-6,
+        offset=offset,
+    )["out"]
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 3, 7, 17])

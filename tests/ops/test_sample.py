@@ -20,13 +20,21 @@ def run_all(backend, logits, settings, num_threads=1, adjusted=None):
     step, held = ragged_step([1] * len(logits))
     step[words.SAMPLING] = records.ctypes.data
     N = sample.MAX_LOGPROBS
-    outputs = {"token": ("R", 1, "i32"), "logprob": ("R", 1, "f32"), "top_token": ("R", N, "i32"),
-               "top_logprob": ("R", N, "f32"), "scratch": ("R", sample.scratch_width(logits.shape[1]), "f32")}
+    outputs = {
+        "token": ("R", 1, "i32"),
+        "logprob": ("R", 1, "f32"),
+        "top_token": ("R", N, "i32"),
+        "top_logprob": ("R", N, "f32"),
+        "scratch": ("R", sample.scratch_width(logits.shape[1]), "f32"),
+    }
     # what lies beyond the vocabulary is not looked at, nor a row of adjusted logits where nothing is
-    rows, wanted = (np.pad(x, ((0, 0), (0, 5)), constant_values=1e30)
-                    for x in (logits, np.full_like(logits, 1e30) if adjusted is None else adjusted))
-    out = run_op(backend["sample"], outputs, [rows, wanted], step, num_threads, vocab_size=logits.shape[1],
-                 width=rows.shape[1])
+    rows, wanted = (
+        np.pad(x, ((0, 0), (0, 5)), constant_values=1e30)
+        for x in (logits, np.full_like(logits, 1e30) if adjusted is None else adjusted)
+    )
+    out = run_op(
+        backend["sample"], outputs, [rows, wanted], step, num_threads, vocab_size=logits.shape[1], width=rows.shape[1]
+    )
     return {name: out[name] for name in ("token", "logprob", "top_token", "top_logprob")}
 
 
@@ -50,10 +58,23 @@ def logits_of(rows, vocabulary, scale=3.0):
     return (scale * RNG.standard_normal((rows, vocabulary))).astype(np.float32)
 
 
-SETTINGS = [GREEDY, {}, dict(temperature=0.3), dict(top_k=1), dict(top_k=5, temperature=0.7),
-            dict(top_k=20, top_p=0.95), dict(top_p=0.9), dict(top_p=0.5, min_p=0.1), dict(min_p=0.05), dict(top_p=0),
-            dict(top_k=40, top_p=0.3, min_p=0.2), dict(temperature=3, top_p=0.999), dict(top_k=700, top_p=0.8),
-            dict(min_p=1), dict(seed=-2, position=2**33)]
+SETTINGS = [
+    GREEDY,
+    {},
+    dict(temperature=0.3),
+    dict(top_k=1),
+    dict(top_k=5, temperature=0.7),
+    dict(top_k=20, top_p=0.95),
+    dict(top_p=0.9),
+    dict(top_p=0.5, min_p=0.1),
+    dict(min_p=0.05),
+    dict(top_p=0),
+    dict(top_k=40, top_p=0.3, min_p=0.2),
+    dict(temperature=3, top_p=0.999),
+    dict(top_k=700, top_p=0.8),
+    dict(min_p=1),
+    dict(seed=-2, position=2**33),
+]
 
 
 @pytest.mark.parametrize("vocabulary", [1, 2, 15, 16, 17, 63, 65, 255, 257, 1000, 4095, 4097, 20011])
@@ -85,8 +106,14 @@ def test_definition_compiled_equals_interpreted():
         full = {"temperature": 1, "top_p": 1, "seed": 5, "position": 9, "top_k": 0, "min_p": 0, **settings}
         with np.errstate(over="ignore", invalid="ignore"):
             slow = interpreted(sample.sample_row)(
-                row, np.float32(full["temperature"]), full["top_k"], np.float32(full["top_p"]),
-                np.float32(full["min_p"]), np.int64(full["seed"]), np.int64(full["position"]))
+                row,
+                np.float32(full["temperature"]),
+                full["top_k"],
+                np.float32(full["top_p"]),
+                np.float32(full["min_p"]),
+                np.int64(full["seed"]),
+                np.int64(full["position"]),
+            )
             likeliest, logprobs = np.zeros(20, np.int32), np.zeros(20, np.float32)
             slow_logprob = interpreted(sample.report)(row, slow, 7, likeliest, logprobs)
         assert (slow, np.float32(slow_logprob).tobytes()) == (token, logprob.tobytes())
@@ -107,15 +134,22 @@ def test_greedy_takes_the_first_largest_and_logprob_is_accurate():
 
 def kept_exactly(x, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     """The kept tokens, straight from the description, in float64."""
-    order = np.argsort(-x, kind="stable")[:top_k or x.size]
+    order = np.argsort(-x, kind="stable")[: top_k or x.size]
     p = np.exp((x[order] - x.max()) / temperature)
     before = np.concatenate([[0], np.cumsum(p)[:-1]]) / p.sum()
     return set(order[(before < top_p) & (p >= min_p) | (np.arange(p.size) == 0)])
 
 
-@pytest.mark.parametrize("settings", [dict(top_k=3), dict(top_p=0.7), dict(min_p=0.21),
-                                      dict(temperature=0.5, top_k=6, top_p=0.8),
-                                      dict(temperature=2, top_k=9, top_p=0.9, min_p=0.3)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(top_k=3),
+        dict(top_p=0.7),
+        dict(min_p=0.21),
+        dict(temperature=0.5, top_k=6, top_p=0.8),
+        dict(temperature=2, top_k=9, top_p=0.9, min_p=0.3),
+    ],
+)
 def test_exactly_the_kept_tokens_are_drawn(settings):
     row = np.log(np.array([1, 2, 30, 4, 11, 6, 7, 8, 9, 10, 5, 12, 3, 14, 20, 25], np.float32))
     draws = run(sample_cpu.CPU, np.tile(row, (3000, 1)), [dict(settings, position=i) for i in range(3000)], 2).token

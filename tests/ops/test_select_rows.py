@@ -17,8 +17,15 @@ def test_takes_the_rows_asked_for(backend, lengths, rows, letter, array):
     step, held = ragged_step(lengths, **{array: rows})
     step[words.NUM_EMBEDDED] = len(rows)
     for threads in 1, 3:
-        out = run_op(backend["select_rows"], {"out": (letter, 48, "f32")}, [x], step, threads, width=48,
-                     selected=getattr(words, array))["out"]
+        out = run_op(
+            backend["select_rows"],
+            {"out": (letter, 48, "f32")},
+            [x],
+            step,
+            threads,
+            width=48,
+            selected=getattr(words, array),
+        )["out"]
         same_bits(out, x[np.array(rows, int)])
 
 

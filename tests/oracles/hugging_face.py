@@ -1,4 +1,5 @@
 """What transformers computes for a checkpoint folder, in float32."""
+
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText

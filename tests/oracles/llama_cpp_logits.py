@@ -2,6 +2,7 @@
 
 Run by an interpreter that has llama-cpp-python; it imports nothing of Lockstep. Writes float32 [tokens, V].
 """
+
 import sys
 
 import llama_cpp as lib

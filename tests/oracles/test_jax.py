@@ -1,4 +1,5 @@
 """Ragged paged attention against JAX's own reference, live: mixes that JAX's tests publish, and random batches."""
+
 import os
 import secrets
 
@@ -13,8 +14,10 @@ kernels = pytest.importorskip("jax.experimental.pallas.ops.tpu.ragged_paged_atte
 
 SEED = int(os.environ.get("LOCKSTEP_SEED") or secrets.randbelow(1 << 30))
 CONTEXTS = [18, 129, 597, 122, 64, 322, 463, 181, 1107, 123, 31, 18, 1229, 229, 87, 1328]
-MIXES = {"basic": ([192, 128, 64], [328, 180, 255]),  # few: JAX compiles its reference anew for every length
-         "mixed": ([5, 1, 120, 1, 1, 32, 251, 1, 1, 99, 1, 5, 3, 117, 1, 1], CONTEXTS)}
+MIXES = {
+    "basic": ([192, 128, 64], [328, 180, 255]),  # few: JAX compiles its reference anew for every length
+    "mixed": ([5, 1, 120, 1, 1, 32, 251, 1, 1, 99, 1, 5, 3, 117, 1, 1], CONTEXTS),
+}
 
 
 def check(batch):
@@ -22,14 +25,14 @@ def check(batch):
     arguments = batch.arguments()
     expected = kernels.ref_ragged_paged_attention(*map(jax.numpy.asarray, arguments), **batch.options)
     made = ragged_paged_attention(*arguments, **batch.options)
-    difference = np.abs(made[:len(expected)].astype(np.float32) - np.asarray(expected.astype(jax.numpy.float32)))
+    difference = np.abs(made[: len(expected)].astype(np.float32) - np.asarray(expected.astype(jax.numpy.float32)))
     assert difference.max() < (0.05 if batch.dtype == BF16 else 2e-5), (batch, SEED)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("mix", MIXES)
 def test_published_mixes(mix, dtype):
-    check(Batch(*MIXES[mix], (32, 8, 128), 16, dtype, SEED, options=dict(sm_scale=128 ** -0.5)))
+    check(Batch(*MIXES[mix], (32, 8, 128), 16, dtype, SEED, options=dict(sm_scale=128**-0.5)))
 
 
 @pytest.mark.parametrize("case", range(6))
@@ -37,7 +40,16 @@ def test_random_batches(case):
     rng = np.random.default_rng([SEED, case])
     lengths = rng.integers(1, 100, rng.integers(1, 5))
     G, K = int(rng.choice([1, 2, 4])), int(rng.choice([64, 80, 96, 128, 256]))
-    options = dict(sm_scale=K ** -0.5, sliding_window=rng.choice([None, 5, 128]), soft_cap=rng.choice([None, 50.0]))
+    options = dict(sm_scale=K**-0.5, sliding_window=rng.choice([None, 5, 128]), soft_cap=rng.choice([None, 50.0]))
     options |= rng.choice([{}, {"k_scale": 0.5, "v_scale": 0.5}])
-    check(Batch(list(lengths), list(lengths + rng.integers(0, 50, len(lengths))), (G * int(rng.integers(1, 17)), G, K),
-                int(rng.integers(1, 257)), [F32, BF16][case % 2], case, options=options))
+    check(
+        Batch(
+            list(lengths),
+            list(lengths + rng.integers(0, 50, len(lengths))),
+            (G * int(rng.integers(1, 17)), G, K),
+            int(rng.integers(1, 257)),
+            [F32, BF16][case % 2],
+            case,
+            options=options,
+        )
+    )

@@ -7,6 +7,7 @@ Exact is the file's own numbers multiplied in float32, by Lockstep, whose float3
 test_transformers.py. Against it each engine has an error, from its activations of 8 or 16 bits; both errors are
 printed.
 """
+
 import functools
 import os
 import pathlib
@@ -66,7 +67,9 @@ def test_as_near_to_exact_as_llama_cpp(name, form, tmp_path, capsys):
     found, exact, other = ours(path, "auto"), ours(path, "f32"), theirs(path, tmp_path)
     original = ours(MODELS / f"{name}-BF16.gguf", "f32")
     with capsys.disabled():
-        print(f"\n{path.name}: Lockstep {agreement(found, exact)}; llama.cpp {agreement(other, exact)}; "
-              f"the file against bf16 weights: Lockstep {agreement(found, original)}, "
-              f"llama.cpp {agreement(other, original)}")
+        print(
+            f"\n{path.name}: Lockstep {agreement(found, exact)}; llama.cpp {agreement(other, exact)}; "
+            f"the file against bf16 weights: Lockstep {agreement(found, original)}, "
+            f"llama.cpp {agreement(other, original)}"
+        )
     assert np.isfinite(found).all() and rms(found - exact) <= WORST_RATIO * rms(other - exact)

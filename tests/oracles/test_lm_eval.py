@@ -1,5 +1,6 @@
 """The real lm-eval drives the server with tasks of our own: its scores are the engine's log-probabilities, bit for
 bit, however many questions it sends in a request and however many requests at once."""
+
 import json
 import os
 import shutil
@@ -36,11 +37,29 @@ def found(tasks, tmp_path_factory):
 
 def evaluate(url, tasks, batch_size, num_concurrent, out):
     """Runs the program lm_eval."""
-    model = f"model=lockstep,base_url={url}/v1/completions,tokenizer_backend=remote,num_concurrent={num_concurrent}," \
-            "max_length=1024"
-    command = [sys.executable, "-m", "lm_eval", "run", "--model", "local-completions", "--model_args", model, "--tasks",
-               "lockstep_choice,lockstep_answer", "--include_path", tasks, "--batch_size", batch_size, "--output_path",
-               out, "--log_samples"]
+    model = (
+        f"model=lockstep,base_url={url}/v1/completions,tokenizer_backend=remote,num_concurrent={num_concurrent},"
+        "max_length=1024"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "lm_eval",
+        "run",
+        "--model",
+        "local-completions",
+        "--model_args",
+        model,
+        "--tasks",
+        "lockstep_choice,lockstep_answer",
+        "--include_path",
+        tasks,
+        "--batch_size",
+        batch_size,
+        "--output_path",
+        out,
+        "--log_samples",
+    ]
     environment = os.environ | dict(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_DATASETS_CACHE=str(tasks / "cache"))
     done = subprocess.run(list(map(str, command)), env=environment, text=True, capture_output=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -83,5 +102,6 @@ def test_scores_do_not_depend_on_the_batch(found, case):
     for task, samples in found[CASES[0]][1].items():
         alone, together = ([s["filtered_resps"] for s in each] for each in (samples, found[case][1][task]))
         assert alone == together and len(alone) == len(QUESTIONS)
-    assert {t: r.get("acc,none") for t, r in found[case][0].items()} \
-        == {t: r.get("acc,none") for t, r in found[CASES[0]][0].items()}
+    assert {t: r.get("acc,none") for t, r in found[case][0].items()} == {
+        t: r.get("acc,none") for t, r in found[CASES[0]][0].items()
+    }

@@ -2,6 +2,7 @@
 
 Run by `make test-oracles`; the seed of a failure is in its message, LOCKSTEP_SEED repeats it.
 """
+
 import os
 import pathlib
 import secrets

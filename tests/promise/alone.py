@@ -1,4 +1,5 @@
 """What a prompt is answered with when it is alone: one token a step, on one thread, with nothing cached."""
+
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,8 +24,14 @@ class Answer:
 
 
 def sampling(params, position):
-    return dict(temperature=params.temperature, top_p=params.top_p, min_p=params.min_p, top_k=params.top_k,
-                seed=params.seed, position=position)
+    return dict(
+        temperature=params.temperature,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        top_k=params.top_k,
+        seed=params.seed,
+        position=position,
+    )
 
 
 def answer(model, prompt, params):

@@ -1,4 +1,5 @@
 """Planted faults: an op's kernel, with one bit of one output element wrong."""
+
 import ctypes
 import threading
 

@@ -1,4 +1,5 @@
 """Prints digests of tiny models' logits and caches; run once for each target: python -m tests.promise.isa."""
+
 import pathlib
 import tempfile
 

@@ -1,4 +1,5 @@
 """The models on which the promise is tested: tiny random ones, and the one that comes with the package."""
+
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,14 +35,23 @@ class Case:
 
 
 CASES = [
-    Case("qwen3_5", "f32", "f32", (1, 3, 64, 200, LONG)), Case("qwen3_5", "bf16", "bf16"),
+    Case("qwen3_5", "f32", "f32", (1, 3, 64, 200, LONG)),
+    Case("qwen3_5", "bf16", "bf16"),
     Case("qwen3_5", "q8_0", "bf16"),
-    Case("qwen3_5", "q4_0", "f32"), Case("qwen3", "q8_0", "bf16", (1, 64, 129, LONG)), Case("qwen3", "f32", "bf16"),
-    Case("mistral_window", "q4_0", "bf16"), Case("mistral_window", "bf16", "f32", (5, 63, 260)),
-    Case("bundled", "auto", "bf16", (1, 17, 150)), Case("bundled", "f32", "f32", (2, 90)),
-    Case("bundled", "q8_0", "bf16", (1, 66, 150)), Case("bundled", "q4_0", "bf16", (3, 140)),
-    Case("qwen3_5", "q8_0", "q8", (1, 3, 64, 200, LONG)), Case("qwen3", "q4_0", "q8"), Case("qwen2", "f32", "q8"),
-    Case("mistral_window", "bf16", "q8", (5, 63, 260)), Case("bundled", "auto", "q8", (1, 66, 150)),
+    Case("qwen3_5", "q4_0", "f32"),
+    Case("qwen3", "q8_0", "bf16", (1, 64, 129, LONG)),
+    Case("qwen3", "f32", "bf16"),
+    Case("mistral_window", "q4_0", "bf16"),
+    Case("mistral_window", "bf16", "f32", (5, 63, 260)),
+    Case("bundled", "auto", "bf16", (1, 17, 150)),
+    Case("bundled", "f32", "f32", (2, 90)),
+    Case("bundled", "q8_0", "bf16", (1, 66, 150)),
+    Case("bundled", "q4_0", "bf16", (3, 140)),
+    Case("qwen3_5", "q8_0", "q8", (1, 3, 64, 200, LONG)),
+    Case("qwen3", "q4_0", "q8"),
+    Case("qwen2", "f32", "q8"),
+    Case("mistral_window", "bf16", "q8", (5, 63, 260)),
+    Case("bundled", "auto", "q8", (1, 66, 150)),
 ]
 
 

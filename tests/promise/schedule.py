@@ -5,6 +5,7 @@ any number of tokens each, on 1 to 8 threads, and asks for the logits of any row
 Requests arrive, end, are cancelled in the middle, and are recomputed from their first token on other pages; memory they
 leave is filled with NaN bytes again.
 """
+
 from collections import Counter
 from dataclasses import dataclass
 
@@ -126,8 +127,9 @@ class Walk:
         rows = {"all": range(count), "last": [count - 1], "some": self.rng.permutation(count)[:3].tolist()}[asked]
         sampled = {row: request.sequence.sampling(start + row) for row in rows}
         embedded = range(int(self.rng.integers(count)), count)
-        return Span(request.sequence.token_ids[start:start + count], start, request.pages, request.slot, sampled,
-                    embedded)
+        return Span(
+            request.sequence.token_ids[start : start + count], start, request.pages, request.slot, sampled, embedded
+        )
 
     def count(self, members, spans, threads):
         """Notes which kinds of event happened."""
@@ -138,8 +140,9 @@ class Walk:
         e["batch mates"] += len(members) > 1
         e["prefill beside decode"] += len({n == 1 for _, n in members}) == 2
         e["cut inside a page"] += sum(end % PAGE_TOKENS != 0 and n > 1 for end, (_, n) in zip(ends, members))
-        e["chunk over a page's end"] += sum((end - 1) // PAGE_TOKENS > (end - n) // PAGE_TOKENS
-                                            for end, (_, n) in zip(ends, members))
+        e["chunk over a page's end"] += sum(
+            (end - 1) // PAGE_TOKENS > (end - n) // PAGE_TOKENS for end, (_, n) in zip(ends, members)
+        )
         e["past 2048"] += sum(end > 2048 for end in ends)
         e["order changed"] += [r.slot for r, _ in members] != sorted(r.slot for r, _ in members)
         e["rows out of order"] += sum(list(s.sampled) != sorted(s.sampled) for s in spans)
@@ -183,7 +186,7 @@ class Walk:
         """Compares all that a request wrote, then poisons and frees its memory."""
         self.events[how] += 1
         for name, found in positions(self.runner, request.pages, request.num_computed).items():
-            different = np.flatnonzero((found != request.trace.cache[name][:request.num_computed]).any((1, 2, 3)))
+            different = np.flatnonzero((found != request.trace.cache[name][: request.num_computed]).any((1, 2, 3)))
             if len(different):
                 raise Differs(f"{name} of {request.sequence.name} at position {different[0]} (seed {self.seed})")
         self.running.remove(request)

@@ -1,4 +1,5 @@
 """A wrong bit in any op turns the promise red, and parity names the op. If not, neither proves anything."""
+
 import numpy as np
 import pytest
 
@@ -9,9 +10,15 @@ from tests.promise.faults import faulty
 from tests.promise.models import Case, library, load
 from tests.promise.schedule import Differs, Teams, Walk, limits
 
-CASES = [Case("qwen3_5", "q8_0", "bf16"), Case("qwen3_5", "f32", "f32"), Case("qwen3_5", "bf16", "bf16"),
-         Case("mistral_window", "q4_0", "bf16"), Case("qwen2", "f32", "f32"), Case("qwen3_5", "q4_0", "q8"),
-         Case("mistral_window", "bf16", "q8")]
+CASES = [
+    Case("qwen3_5", "q8_0", "bf16"),
+    Case("qwen3_5", "f32", "f32"),
+    Case("qwen3_5", "bf16", "bf16"),
+    Case("mistral_window", "q4_0", "bf16"),
+    Case("qwen2", "f32", "f32"),
+    Case("qwen3_5", "q4_0", "q8"),
+    Case("mistral_window", "bf16", "q8"),
+]
 LENGTHS = (9, 70)
 PROMPT = np.random.RandomState(5).randint(0, 90, 20).tolist()
 UNSEEN = ("scratch", "softmax")  # outputs that only their own kernel reads
@@ -52,8 +59,11 @@ def walk_differs(model, sequences, teams, **options):
 def test_a_wrong_bit_in_any_op_breaks_the_promise(model, teams, fused, monkeypatch):
     sequences, program = library(model, LENGTHS), model.rewritten(model.backend(), fused)
     assert not walk_differs(model, sequences, teams, fused=fused)
-    missed = [planted for planted in outputs(program)
-              if not walk_differs(model, sequences, teams, fused=fused, swaps=plant(monkeypatch, model, *planted))]
+    missed = [
+        planted
+        for planted in outputs(program)
+        if not walk_differs(model, sequences, teams, fused=fused, swaps=plant(monkeypatch, model, *planted))
+    ]
     assert not missed
 
 

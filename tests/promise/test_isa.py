@@ -1,4 +1,5 @@
 """The same bits for every instruction set that this machine can run."""
+
 import os
 import pathlib
 import subprocess
@@ -19,8 +20,14 @@ def cpu_flags():
 
 def digest(**target):
     """[CPU, digests...] that tests.promise.isa prints in a process of its own."""
-    made = subprocess.run([sys.executable, "-m", "tests.promise.isa"], cwd=ROOT, env={**os.environ, **target},
-                          capture_output=True, text=True, timeout=600)
+    made = subprocess.run(
+        [sys.executable, "-m", "tests.promise.isa"],
+        cwd=ROOT,
+        env={**os.environ, **target},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert made.returncode == 0, made.stderr[-2000:]
     return made.stdout.split()
 

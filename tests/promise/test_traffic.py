@@ -3,6 +3,7 @@
 Every walk is compared bit for bit with each request alone; the last test fails unless each kind of event occurred.
 LOCKSTEP_SOAK=minutes walks on with fresh seeds for so long (`make soak`).
 """
+
 import hashlib
 import os
 import time
@@ -17,17 +18,42 @@ from tests.promise.models import Case, load
 from tests.promise.schedule import Differs
 from tests.promise.traffic import Menu, Traffic
 
-CASES = [Case("qwen3_5", "f32", "f32"), Case("qwen3_5", "q8_0", "bf16"), Case("qwen3", "q8_0", "bf16"),
-         Case("mistral_window", "q4_0", "bf16"), Case("bundled", "q8_0", "bf16"), Case("qwen3_5", "bf16", "q8")]
+CASES = [
+    Case("qwen3_5", "f32", "f32"),
+    Case("qwen3_5", "q8_0", "bf16"),
+    Case("qwen3", "q8_0", "bf16"),
+    Case("mistral_window", "q4_0", "bf16"),
+    Case("bundled", "q8_0", "bf16"),
+    Case("qwen3_5", "bf16", "q8"),
+]
 STEPS = 200
 # the states of so many positions fit; budgets from less than a block to more than any prompt
-OPTIONS = (dict(max_step_tokens=70, threads=1, state_every=64, num_states=4, prompt_state_from=0),
-           dict(max_step_tokens=300, threads=2, state_every=128),
-           dict(max_step_tokens=9, threads=3, state_every=64, num_states=30))
-HAPPENS = ("steps", "finished", "samples", "prefill beside decode", "cancelled running", "cancelled waiting",
-           "preempted", "second admission", "recovered_tokens", "hot hit", "cold hit", "hit with a state",
-           "pages_evicted", "kept_states", "states_evicted", "disk_written", "disk_damaged", "disk_evicted",
-           "hit from disk")
+OPTIONS = (
+    dict(max_step_tokens=70, threads=1, state_every=64, num_states=4, prompt_state_from=0),
+    dict(max_step_tokens=300, threads=2, state_every=128),
+    dict(max_step_tokens=9, threads=3, state_every=64, num_states=30),
+)
+HAPPENS = (
+    "steps",
+    "finished",
+    "samples",
+    "prefill beside decode",
+    "cancelled running",
+    "cancelled waiting",
+    "preempted",
+    "second admission",
+    "recovered_tokens",
+    "hot hit",
+    "cold hit",
+    "hit with a state",
+    "pages_evicted",
+    "kept_states",
+    "states_evicted",
+    "disk_written",
+    "disk_damaged",
+    "disk_evicted",
+    "hit from disk",
+)
 NUM_STEPS = 3000
 
 
@@ -69,6 +95,7 @@ def test_every_kind_of_event_happened(events):
 
 # ---------------------------------------------------------------- what is wrong must be seen
 
+
 def differs(menu):
     """Whether one of eight walks finds a wrong bit: a fault shows where two prompts meet in the right order."""
     try:
@@ -85,7 +112,7 @@ def test_a_wrong_bit_in_a_kept_state_breaks_the_promise(menu, monkeypatch):
     def wrong(self, name):
         array = get(self, name)
         if array is not None:
-            array, flipped[len(flipped):] = array.copy(), [name]
+            array, flipped[len(flipped) :] = array.copy(), [name]
             array[3] ^= 0x80  # a sign: a small error can be lost, rightly, in the next rounding
         return array
 

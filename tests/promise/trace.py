@@ -1,4 +1,5 @@
 """What a sequence gives when it runs alone, one token at a time, on one thread: the reference of the promise."""
+
 import hashlib
 from dataclasses import dataclass
 
@@ -12,8 +13,12 @@ from lockstep.runtime.threads import Team
 
 ALTERNATIVES = 3
 # every tiny vocabulary has these tokens
-WISHES = Adjustment([3, 5, 3], SamplingParams(repetition_penalty=1.3, frequency_penalty=0.5, min_tokens=9,
-                                              logit_bias={0: 1.5, 7: -2.0}), frozenset({2}), 90)
+WISHES = Adjustment(
+    [3, 5, 3],
+    SamplingParams(repetition_penalty=1.3, frequency_penalty=0.5, min_tokens=9, logit_bias={0: 1.5, 7: -2.0}),
+    frozenset({2}),
+    90,
+)
 
 
 @dataclass(frozen=True)
@@ -27,9 +32,16 @@ class Sequence:
     def sampling(self, position):
         """Fields of a SAMPLING_RECORD: every third position is greedy, the others draw; two of three are adjusted."""
         heat = (0.0, 0.8, 1.3)[(position + self.seed) % 3]
-        return dict(temperature=heat, top_p=(1.0, 0.9)[position % 2], min_p=0.0, top_k=(0, 40)[position // 2 % 2],
-                    seed=self.seed, position=position + 1, num_logprobs=ALTERNATIVES,
-                    **(WISHES.fields([5, 8, 5]) if position % 3 else {}))
+        return dict(
+            temperature=heat,
+            top_p=(1.0, 0.9)[position % 2],
+            min_p=0.0,
+            top_k=(0, 40)[position // 2 % 2],
+            seed=self.seed,
+            position=position + 1,
+            num_logprobs=ALTERNATIVES,
+            **(WISHES.fields([5, 8, 5]) if position % 3 else {}),
+        )
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Where `schedule.py` decides itself what runs in a step, here the engine's own sc
 too small for the requests, prompts share prefixes, requests have priorities, samples and salts, and are preempted and
 cancelled at any time. Every page that is taken and every slot that is left is filled with NaN bytes first.
 """
+
 from collections import Counter
 from dataclasses import replace
 
@@ -25,15 +26,27 @@ class Menu:
 
     def __init__(self, model):
         self.model, self._answers = model, {}
-        self.page_bytes, self.state_bytes = (sum(c.bytes_each for c in model.recorded.caches if c.kind == kind)
-                                             for kind in ("pages", "state"))
+        self.page_bytes, self.state_bytes = (
+            sum(c.bytes_each for c in model.recorded.caches if c.kind == kind) for kind in ("pages", "state")
+        )
         draw = np.random.RandomState(3).randint
         one, two, three = (draw(0, model.config.vocab_size, n).tolist() for n in (300, 300, 40))
-        self.prompts = [one[:200], one[:130] + two[:60], one[:65], one[:64], one[:129] + three, three[:3], two[:256],
-                        one[:128], two[:64] + one[64:150]]
+        self.prompts = [
+            one[:200],
+            one[:130] + two[:60],
+            one[:65],
+            one[:64],
+            one[:129] + three,
+            three[:3],
+            two[:256],
+            one[:128],
+            two[:64] + one[64:150],
+        ]
         heats = (0.0, 0.9, 1.3)
-        self.params = [SamplingParams(max_tokens=m, temperature=heats[i % 3], top_p=(1, 0.9)[i % 2], seed=i,
-                                      ignore_eos=True) for i, m in enumerate((9, 60, 150, 90, 30, 200, 20, 5, 10))]
+        self.params = [
+            SamplingParams(max_tokens=m, temperature=heats[i % 3], top_p=(1, 0.9)[i % 2], seed=i, ignore_eos=True)
+            for i, m in enumerate((9, 60, 150, 90, 30, 200, 20, 5, 10))
+        ]
         # a second turn: the first one's prompt and answer, and more
         self.prompts.append(self.answer(0, self.params[0]).known + three[:20])
         self.params.append(self.params[1])
@@ -113,8 +126,12 @@ class Traffic:
     def arrive(self):
         index, n = int(self.rng.integers(len(self.menu.prompts))), int(self.rng.choice([1, 1, 1, 2, 3]))
         params = replace(self.menu.params[index], n=n)
-        made = self.engine.add_samples(self.menu.prompts[index], params, priority=int(self.rng.integers(-1, 2)),
-                                       cache_salt=str(self.rng.choice(["", "", "", "salt"])))
+        made = self.engine.add_samples(
+            self.menu.prompts[index],
+            params,
+            priority=int(self.rng.integers(-1, 2)),
+            cache_salt=str(self.rng.choice(["", "", "", "salt"])),
+        )
         self.events["samples"] += n > 1
         for request in made:
             self.expected[request.id] = self.menu.answer(index, request.params)
@@ -136,7 +153,7 @@ class Traffic:
         assert scheduler.pages.num_free == PAGES and sorted(scheduler._slots) == list(range(SLOTS))
         for request in self.requests:
             answer = self.expected[request.id]
-            if request.finish_reason != "cancelled" and request.output_ids != answer.known[answer.num_prompt:]:
+            if request.finish_reason != "cancelled" and request.output_ids != answer.known[answer.num_prompt :]:
                 raise Differs(f"tokens of request {request.id} (seed {self.seed})")
             self.events["finished"] += request.finish_reason == "length"
         self.engine.close()
@@ -148,7 +165,7 @@ class Traffic:
     def _count_admissions(self, admitted):
         self._fresh, pages = {r.id for r in admitted}, self.engine.scheduler.pages
         for r in admitted:
-            shared = r.pages[:r.num_computed // PAGE_TOKENS]
+            shared = r.pages[: r.num_computed // PAGE_TOKENS]
             hot = any(pages.num_holders(p) > 1 for p in shared)
             self.events["hot hit" if hot else "cold hit"] += bool(shared)
             self.events["hit with a state"] += bool(shared) and self.engine.scheduler.prefix.states is not None

@@ -1,4 +1,5 @@
 """Files of compiled code that were damaged: never an error, never what is left of the code."""
+
 import os
 import subprocess
 import sys
@@ -8,9 +9,9 @@ import pytest
 from lockstep.runtime.kernel_files import CheckedFiles
 
 DAMAGES = {
-    "cut off": lambda raw: raw[:len(raw) // 2],
+    "cut off": lambda raw: raw[: len(raw) // 2],
     "empty": lambda raw: b"",
-    "another byte": lambda raw: raw[:len(raw) // 2] + bytes([raw[len(raw) // 2] ^ 1]) + raw[len(raw) // 2 + 1:],
+    "another byte": lambda raw: raw[: len(raw) // 2] + bytes([raw[len(raw) // 2] ^ 1]) + raw[len(raw) // 2 + 1 :],
     "zeros": lambda raw: bytes(len(raw)),
 }
 COMPILED = """

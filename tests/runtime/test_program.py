@@ -1,4 +1,5 @@
 """Programs, their layout in memory, and their rewrites, without a model."""
+
 import ctypes
 import os
 import pathlib
@@ -85,7 +86,14 @@ def test_fusion_joins_what_the_backend_has_and_nothing_else():
     fused = [op.kind for op in fuse(lower(mlp()), BACKENDS["cpu"]).ops]
     assert fused == ["embed", "rms_norm+quantize_q8", "linear_q8_0", "silu_mul+quantize_q8", "linear_q8_0"]
     assert [op.kind for op in fuse(lower(mlp()), BACKENDS["reference"]).ops] == [
-        "embed", "rms_norm", "quantize_q8", "linear_q8_0", "silu_mul", "quantize_q8", "linear_q8_0"]
+        "embed",
+        "rms_norm",
+        "quantize_q8",
+        "linear_q8_0",
+        "silu_mul",
+        "quantize_q8",
+        "linear_q8_0",
+    ]
 
 
 def test_a_tensor_that_somebody_else_reads_is_not_fused_away():
@@ -150,7 +158,7 @@ def test_every_thread_meets_every_op_in_order(num_threads):
     everybody = sorted((i, num_threads) for i in range(num_threads))
     calls = kernels[1].calls
     for at in range(0, len(calls), num_threads):
-        assert sorted(calls[at:at + num_threads]) == everybody
+        assert sorted(calls[at : at + num_threads]) == everybody
 
 
 def test_closing_a_team_twice_is_harmless():

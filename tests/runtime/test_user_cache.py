@@ -1,4 +1,5 @@
 """Who may write to the cache folder: only this user. Its files are machine code behind pickles, and weights."""
+
 import os
 import shutil
 import stat
@@ -144,8 +145,14 @@ print(kernel.function.__code__.co_filename)
 
 
 def compiled(package, cache):
-    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, check=True, cwd=package,
-                          env={**os.environ, "PYTHONPATH": str(package), "LOCKSTEP_CACHE": str(cache)})
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=package,
+        env={**os.environ, "PYTHONPATH": str(package), "LOCKSTEP_CACHE": str(cache)},
+    )
     return done.stdout.splitlines()
 
 

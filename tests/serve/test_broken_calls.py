@@ -1,4 +1,5 @@
 """Calls that models write badly, or do not end: what is sent on is JSON, and nothing of a mark gets into the text."""
+
 import json
 import random
 import time
@@ -17,8 +18,23 @@ from tests.serve.test_tool_calls import parse, ways_to_cut
 from tests.serve.test_tool_schemas import written
 
 BY_STYLE = pytest.mark.parametrize("style", STYLES, ids=lambda style: style.name)
-USE = ToolUse((Tool("g", "", {"properties": {"s": {"type": "string"}, "n": {"type": "integer"}, "l": {"type": "array"},
-                                             "t": {"type": ["string", "null"]}}}), Tool("h", "", {})))
+USE = ToolUse(
+    (
+        Tool(
+            "g",
+            "",
+            {
+                "properties": {
+                    "s": {"type": "string"},
+                    "n": {"type": "integer"},
+                    "l": {"type": "array"},
+                    "t": {"type": ["string", "null"]},
+                }
+            },
+        ),
+        Tool("h", "", {}),
+    )
+)
 ONE, NOTHING = ("g", '{"a": 1}'), ("h", "{}")
 BEGIN = '<tool_call>\n{"name": "g", "arguments": '
 FUNCTION = "<tool_call>\n<function=g>\n"
@@ -118,18 +134,62 @@ def test_arguments_that_the_answer_ends_in(style, text, cut, completed):
 
 
 def test_an_answer_that_ends_behind_the_arguments_asks_for_the_call():
-    for style, text in [(HERMES, BEGIN + '{"a": 1}'), (MISTRAL, '[TOOL_CALLS][{"name": "g", "arguments": {"a": 1}}'),
-                        (XML, FUNCTION + "<parameter=s>\nx\n</function>\n</tool")]:
+    for style, text in [
+        (HERMES, BEGIN + '{"a": 1}'),
+        (MISTRAL, '[TOOL_CALLS][{"name": "g", "arguments": {"a": 1}}'),
+        (XML, FUNCTION + "<parameter=s>\nx\n</function>\n</tool"),
+    ]:
         events = (parser := CallParser(style, USE)).push(text) + parser.finish()
         assert count_calls(events) == 1, text
 
 
 TAGS = ("tool_call>", "</function>", "</parameter>")
-INSERTED = ["{", "}", "[", "]", '"', "'", ":", ",", ";", "\\", "\\u12", "\\u", "\n", " ", "//", "<", ">", "</", "<foo>",
-            "null", "None", "1", "a", "é", "}}", '"}', "}]", '", "', "tru", "\x01", "NaN", "-", ".", "/*", "`"]
-VALUES = st.fixed_dictionaries({}, optional={
-    "s": st.sampled_from(["", "x", "a\nb", 'q"\\', "</function>", "<b>"]), "n": st.integers(-5, 99),
-    "l": st.lists(st.sampled_from([1, "a", None, {"k": []}]), max_size=3), "t": st.sampled_from([None, "y"])})
+INSERTED = [
+    "{",
+    "}",
+    "[",
+    "]",
+    '"',
+    "'",
+    ":",
+    ",",
+    ";",
+    "\\",
+    "\\u12",
+    "\\u",
+    "\n",
+    " ",
+    "//",
+    "<",
+    ">",
+    "</",
+    "<foo>",
+    "null",
+    "None",
+    "1",
+    "a",
+    "é",
+    "}}",
+    '"}',
+    "}]",
+    '", "',
+    "tru",
+    "\x01",
+    "NaN",
+    "-",
+    ".",
+    "/*",
+    "`",
+]
+VALUES = st.fixed_dictionaries(
+    {},
+    optional={
+        "s": st.sampled_from(["", "x", "a\nb", 'q"\\', "</function>", "<b>"]),
+        "n": st.integers(-5, 99),
+        "l": st.lists(st.sampled_from([1, "a", None, {"k": []}]), max_size=3),
+        "t": st.sampled_from([None, "y"]),
+    },
+)
 
 
 @st.composite
@@ -149,7 +209,7 @@ def damaged(draw, style):
         stop = at + draw(st.integers(0, 6)) * draw(st.booleans())
         part = part[:at] + draw(st.sampled_from(["", *INSERTED])) + part[stop:]
     made = text[:begin] + part + text[end:]
-    return made[:draw(st.integers(begin, len(made)))] if draw(st.booleans()) else made
+    return made[: draw(st.integers(begin, len(made)))] if draw(st.booleans()) else made
 
 
 @BY_STYLE
@@ -170,17 +230,29 @@ def test_whatever_is_damaged_arguments_are_json_and_no_mark_is_text(style, data,
             assert not any(mark in each for mark in (*style.marks, *(TAGS if style is XML else ())))
     events = (parser := CallParser(style, USE)).push(text) + parser.finish(is_cut=True)
     whole = [event for event in events if not isinstance(event, Content)]
-    arguments = ["".join(e.text for e in whole if isinstance(e, Arguments) and e.index == start.index)
-                 for start in whole if isinstance(start, CallStart)]
+    arguments = [
+        "".join(e.text for e in whole if isinstance(e, Arguments) and e.index == start.index)
+        for start in whole
+        if isinstance(start, CallStart)
+    ]
     for each in arguments[:-1]:
         json.loads(each)
 
 
-@pytest.mark.parametrize("text", [
-    FUNCTION + "<parameter=s>\n" + "</function>\n=" * 8_000, FUNCTION + "<parameter=s>\n" + "<" * 40_000,
-    FUNCTION + '<parameter=l>\n["' + "</parameter>" * 4_000, FUNCTION + "<" * 40_000,
-    BEGIN + "{" + "<tool_call" * 4_000, BEGIN + '{"a": 1}}' + "}" * 40_000,
-    "[TOOL_CALLS]" * 4_000, FUNCTION * 2_000, (FUNCTION + "<parameter=s>\n" + FUNCTION_END) * 1_200])
+@pytest.mark.parametrize(
+    "text",
+    [
+        FUNCTION + "<parameter=s>\n" + "</function>\n=" * 8_000,
+        FUNCTION + "<parameter=s>\n" + "<" * 40_000,
+        FUNCTION + '<parameter=l>\n["' + "</parameter>" * 4_000,
+        FUNCTION + "<" * 40_000,
+        BEGIN + "{" + "<tool_call" * 4_000,
+        BEGIN + '{"a": 1}}' + "}" * 40_000,
+        "[TOOL_CALLS]" * 4_000,
+        FUNCTION * 2_000,
+        (FUNCTION + "<parameter=s>\n" + FUNCTION_END) * 1_200,
+    ],
+)
 def test_a_long_broken_call_costs_no_more_than_its_length(text):
     style = MISTRAL if text[0] == "[" else HERMES if text.startswith(BEGIN) else XML
     began = time.process_time()

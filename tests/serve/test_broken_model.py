@@ -1,4 +1,5 @@
 """A model that gives no finite numbers: every way to ask it says so, and the server turns red."""
+
 import json
 import math
 
@@ -15,11 +16,16 @@ from tests.serve.http.server import SIZES, running
 SAID = "the model's logits are not finite"
 TALK = [dict(role="user", content="x")]
 ASKED = {
-    "/v1/completions": [dict(prompt="x", max_tokens=4), dict(prompt="x", max_tokens=4, logprobs=5, echo=True),
-                        dict(prompt=["x", "y"], max_tokens=4, n=2, temperature=0)],
+    "/v1/completions": [
+        dict(prompt="x", max_tokens=4),
+        dict(prompt="x", max_tokens=4, logprobs=5, echo=True),
+        dict(prompt=["x", "y"], max_tokens=4, n=2, temperature=0),
+    ],
     "/v1/chat/completions": [dict(messages=TALK, logprobs=True, top_logprobs=20)],
-    "/v1/messages": [dict(messages=TALK, max_tokens=5)], "/v1/responses": [dict(input="x")],
-    "/v1/embeddings": [dict(input="x"), dict(input=["x", "y"], pooling="mean")]}
+    "/v1/messages": [dict(messages=TALK, max_tokens=5)],
+    "/v1/responses": [dict(input="x")],
+    "/v1/embeddings": [dict(input="x"), dict(input=["x", "y"], pooling="mean")],
+}
 
 
 @pytest.fixture(scope="module")

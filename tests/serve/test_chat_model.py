@@ -1,4 +1,5 @@
 """Conversations as prompts, masks and parsers, for chat templates of different kinds."""
+
 import numpy as np
 import pytest
 from tokenizers import AddedToken
@@ -14,17 +15,26 @@ from tests.serve.vocabularies import byte_level
 
 NOW = Tool("now", "The time.", dict(type="object", properties={}, additionalProperties=False))
 USE = ToolUse((NOW,))
-PLAIN = ("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-         "{% if add_generation_prompt %}<answer>{% endif %}")
+PLAIN = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<answer>{% endif %}"
+)
 KNOWS_TOOLS = "{{ tools | tojson }}" + PLAIN + "{# <tool_call> #}"
 OPENS = KNOWS_TOOLS + "{% if add_generation_prompt %}<think>\n{% endif %}{# </think> #}"
-MISTRAL = ("{{ tools | tojson }}{% for m in messages %}{% if m.tool_calls %}[TOOL_CALLS][{% for call in m.tool_calls %}"
-           """{{ (call.function | tojson)[:-1] }}, "id": "{{ call.id }}"}{% endfor %}]"""
-           "{% else %}{{ m | tojson }}{% endif %}{% endfor %}")
+MISTRAL = (
+    "{{ tools | tojson }}{% for m in messages %}{% if m.tool_calls %}[TOOL_CALLS][{% for call in m.tool_calls %}"
+    """{{ (call.function | tojson)[:-1] }}, "id": "{{ call.id }}"}{% endfor %}]"""
+    "{% else %}{{ m | tojson }}{% endif %}{% endfor %}"
+)
 HELLO = [dict(role="user", content="hello")]
-CALLED = [*HELLO, dict(role="assistant", content=None, tool_calls=[
-    dict(id="call_123", type="function", function=dict(name="now", arguments={}))]),
-    dict(role="tool", tool_call_id="call_123", content="noon")]
+CALLED = [
+    *HELLO,
+    dict(
+        role="assistant",
+        content=None,
+        tool_calls=[dict(id="call_123", type="function", function=dict(name="now", arguments={}))],
+    ),
+    dict(role="tool", tool_call_id="call_123", content="noon"),
+]
 
 
 def model(template, special=(), added=("<tool_call>", "</tool_call>", "</think>")):
@@ -110,14 +120,22 @@ def test_a_schema_that_cannot_be_enforced_takes_nothing_from_the_others(schema, 
     assert not any(is_allowed(tokenizer, mask, begin, call.format(*each)) for each in wrong)
 
 
-XML = ("{{ tools | tojson }}{% for m in messages %}{{ m.content }}{% for call in m.tool_calls or [] %}<tool_call>\n"
-       "<function={{ call.function.name }}>\n{% for k, v in call.function.arguments.items() %}<parameter={{ k }}>\n"
-       "{{ v }}\n</parameter>\n{% endfor %}</function>\n</tool_call>{% endfor %}{% endfor %}")
+XML = (
+    "{{ tools | tojson }}{% for m in messages %}{{ m.content }}{% for call in m.tool_calls or [] %}<tool_call>\n"
+    "<function={{ call.function.name }}>\n{% for k, v in call.function.arguments.items() %}<parameter={{ k }}>\n"
+    "{{ v }}\n</parameter>\n{% endfor %}</function>\n</tool_call>{% endfor %}{% endfor %}"
+)
 
 
-@pytest.mark.parametrize("more, message", [({"not": {"required": ["b"]}}, "not"), ({"dependentRequired": {}}, "depend"),
-                                           ({"oneOf": [{}, {"required": ["a"]}]}, "oneOf"),
-                                           ({"anyOf": [{"properties": {"b": {"uniqueItems": True}}}]}, "uniqueItems")])
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        ({"not": {"required": ["b"]}}, "not"),
+        ({"dependentRequired": {}}, "depend"),
+        ({"oneOf": [{}, {"required": ["a"]}]}, "oneOf"),
+        ({"anyOf": [{"properties": {"b": {"uniqueItems": True}}}]}, "uniqueItems"),
+    ],
+)
 def test_a_strict_schema_is_enforced_or_refused_where_calls_are_written_apart(more, message):
     _, chat = model(XML)
     schema = dict(type="object", properties=dict(a=dict(type="string")), additionalProperties=False)

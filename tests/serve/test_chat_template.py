@@ -252,8 +252,10 @@ def _peak():
 
 
 def test_a_slow_template_delays_nobody(process):
-    slow, quick = (ChatTemplate(text, process) for text in (
-        "{% for i in range(1000000000) %}{% endfor %}", "{{ messages[1].content }}"))
+    slow, quick = (
+        ChatTemplate(text, process)
+        for text in ("{% for i in range(1000000000) %}{% endfor %}", "{{ messages[1].content }}")
+    )
     found = []
 
     def refused():
@@ -282,8 +284,11 @@ def test_what_the_limits_are(process):
 
 
 def test_one_rendering_leaves_nothing_to_the_next(process):
-    template = ChatTemplate("{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}"
-                            "{{ ns.n }}{{ extra }}", process)
+    template = ChatTemplate(
+        "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}"
+        "{{ ns.n }}{{ extra }}",
+        process,
+    )
     assert [template.render(MESSAGES, extra=i) for i in range(3)] == ["20", "21", "22"]
     assert template.render(MESSAGES) == "2"
 
@@ -295,7 +300,8 @@ class Role(StrEnum):
 def test_values_of_other_types_are_given_as_plain_ones(apply_chat_template):
     message = OrderedDict(role=Role.USER, content="x", parts=({"n": 1.5}, True))
     assert apply_chat_template("{{ messages | tojson }}", (message,)) == (
-        '[{"role": "user", "content": "x", "parts": [{"n": 1.5}, true]}]')
+        '[{"role": "user", "content": "x", "parts": [{"n": 1.5}, true]}]'
+    )
     with pytest.raises(ValueError, match="a object is neither text"):
         apply_chat_template("{{ x }}", MESSAGES, x=object())
     deep = []

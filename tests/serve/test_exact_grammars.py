@@ -1,4 +1,5 @@
 """Grammars are held to exactly: the texts of special tokens in them, numbers beyond 2^53, and where they end."""
+
 import json
 import re
 
@@ -22,8 +23,9 @@ def quoting(text):
     yield structured.lark(to_lark(f"root ::= inner\ninner ::= {json.dumps(text)} | {json.dumps('(' + text)} inner"))
     yield structured.json_schema({"const": text})
     yield structured.json_schema({"enum": [text]})
-    yield structured.json_schema({"type": "object", "properties": {text: {"const": 1}}, "required": [text],
-                                  "additionalProperties": False})
+    yield structured.json_schema(
+        {"type": "object", "properties": {text: {"const": 1}}, "required": [text], "additionalProperties": False}
+    )
 
 
 @KINDS
@@ -51,11 +53,22 @@ def test_a_token_that_ends_answers_is_no_text_though_it_is_not_marked_so():
 BIG = 1 << 53
 
 
-@pytest.mark.parametrize("schema", [
-    dict(minimum=BIG + 1), dict(minimum=BIG + 1, maximum=BIG + 5), dict(maximum=BIG + 3), dict(maximum=-BIG - 1),
-    dict(exclusiveMinimum=BIG), dict(exclusiveMaximum=BIG + 4), dict(exclusiveMinimum=-BIG - 4, maximum=-BIG - 1),
-    dict(minimum=0, maximum=(1 << 63) - 1), dict(minimum=-(1 << 61) - 1, exclusiveMaximum=(1 << 61) + 1),
-    dict(exclusiveMinimum=BIG + 1, minimum=BIG + 7)], ids=str)
+@pytest.mark.parametrize(
+    "schema",
+    [
+        dict(minimum=BIG + 1),
+        dict(minimum=BIG + 1, maximum=BIG + 5),
+        dict(maximum=BIG + 3),
+        dict(maximum=-BIG - 1),
+        dict(exclusiveMinimum=BIG),
+        dict(exclusiveMaximum=BIG + 4),
+        dict(exclusiveMinimum=-BIG - 4, maximum=-BIG - 1),
+        dict(minimum=0, maximum=(1 << 63) - 1),
+        dict(minimum=-(1 << 61) - 1, exclusiveMaximum=(1 << 61) + 1),
+        dict(exclusiveMinimum=BIG + 1, minimum=BIG + 7),
+    ],
+    ids=str,
+)
 def test_strict_ranges_of_large_integers_allow_nothing_outside(schema):
     grammar, checked = structured.json_schema(dict(type="integer", **schema)), 0
     for bound in schema.values():
@@ -66,13 +79,17 @@ def test_strict_ranges_of_large_integers_allow_nothing_outside(schema):
     assert checked, "some are allowed"
 
 
-@pytest.mark.parametrize("schema, message", [
-    (dict(type="number", maximum=BIG + 1), "maximum: beyond 2\\^53 it can be enforced for type integer only"),
-    (dict(exclusiveMinimum=-1e40), "exclusiveMinimum: beyond"),
-    (dict(patternProperties={"^k": {}}, additionalProperties=False, minProperties=2), "minProperties: at most 1"),
-    (dict(additionalProperties=dict(type="integer"), required=["a"], minProperties=3), "minProperties: at most 2"),
-    (dict(type="array", items=dict(minProperties=2)), "minProperties: at most 1"),
-], ids=str)
+@pytest.mark.parametrize(
+    "schema, message",
+    [
+        (dict(type="number", maximum=BIG + 1), "maximum: beyond 2\\^53 it can be enforced for type integer only"),
+        (dict(exclusiveMinimum=-1e40), "exclusiveMinimum: beyond"),
+        (dict(patternProperties={"^k": {}}, additionalProperties=False, minProperties=2), "minProperties: at most 1"),
+        (dict(additionalProperties=dict(type="integer"), required=["a"], minProperties=3), "minProperties: at most 2"),
+        (dict(type="array", items=dict(minProperties=2)), "minProperties: at most 1"),
+    ],
+    ids=str,
+)
 def test_strict_refuses_numbers_that_are_not_held_to(schema, message):
     with pytest.raises(ValueError, match=message):
         structured.json_schema(schema)

@@ -1,4 +1,5 @@
 """What the files of Hugging Face folders say about text: templates, special tokens, ends."""
+
 import json
 
 import pytest
@@ -20,17 +21,23 @@ def folder(path, files=(), backend=None, **config):
     return load_tokenizer(path)
 
 
-@pytest.mark.parametrize("files, config, expected", [
-    ({"chat_template.jinja": "D", "additional_chat_templates/tool_use.jinja": "T"}, {},
-     dict(default="D", tool_use="T")),
-    ({"additional_chat_templates/tool_use.jinja": "T"}, dict(chat_template="C"), dict(default="C", tool_use="T")),
-    ({"chat_template.jinja": "D"}, dict(chat_template="C"), dict(default="D")),
-    ({"chat_template.json": '{"chat_template": "J"}'}, {}, dict(default="J")),
-    ({"chat_template.json": '{"chat_template": "J"}'}, dict(chat_template="C"), dict(default="C")),
-    ({"chat_template.jinja": " \n"}, dict(chat_template="C"), dict(default="C")),
-    ({"additional_chat_templates/rag.jinja": ""}, dict(chat_template=""), {}),
-    ({}, dict(chat_template=[dict(name="default", template=""), dict(name="rag", template="R")]), dict(rag="R")),
-])
+@pytest.mark.parametrize(
+    "files, config, expected",
+    [
+        (
+            {"chat_template.jinja": "D", "additional_chat_templates/tool_use.jinja": "T"},
+            {},
+            dict(default="D", tool_use="T"),
+        ),
+        ({"additional_chat_templates/tool_use.jinja": "T"}, dict(chat_template="C"), dict(default="C", tool_use="T")),
+        ({"chat_template.jinja": "D"}, dict(chat_template="C"), dict(default="D")),
+        ({"chat_template.json": '{"chat_template": "J"}'}, {}, dict(default="J")),
+        ({"chat_template.json": '{"chat_template": "J"}'}, dict(chat_template="C"), dict(default="C")),
+        ({"chat_template.jinja": " \n"}, dict(chat_template="C"), dict(default="C")),
+        ({"additional_chat_templates/rag.jinja": ""}, dict(chat_template=""), {}),
+        ({}, dict(chat_template=[dict(name="default", template=""), dict(name="rag", template="R")]), dict(rag="R")),
+    ],
+)
 def test_where_templates_come_from(files, config, expected, tmp_path):
     tokenizer = folder(tmp_path, files, **config)
     assert tokenizer.chat_templates == expected and tokenizer.has_chat_template == bool(expected)
@@ -59,8 +66,11 @@ def test_a_file_that_says_nothing_hides_no_end_of_the_other(name, silent, tmp_pa
 
 
 def test_every_file_that_names_an_end_is_heard(tmp_path):
-    files = {"config.json": dict(eos_token_id=[5, 6]), "generation_config.json": dict(eos_token_id=7),
-             "special_tokens_map.json": dict(eos_token="<|end|>")}
+    files = {
+        "config.json": dict(eos_token_id=[5, 6]),
+        "generation_config.json": dict(eos_token_id=7),
+        "special_tokens_map.json": dict(eos_token="<|end|>"),
+    }
     tokenizer = folder(tmp_path, {name: json.dumps(text) for name, text in files.items()}, eos_token="<|begin|>")
     assert tokenizer.eos_ids == {5, 6, 7, *map(tokenizer.backend.token_to_id, ("<|begin|>", "<|end|>"))}
 
@@ -72,16 +82,25 @@ def test_an_end_that_is_no_token_is_warned_about(tmp_path, caplog):
     assert record.getMessage() == f"{tmp_path}: eos_token '<|stop|>' is no token: it is ignored"
 
 
-@pytest.mark.parametrize("template, mark", [
-    (TURNS, "<turn end>"), (TURNS.replace("<turn end>", " <|end|>"), "<|end|>"),
-    (TURNS.replace("<turn end>", "{{ eos_token }}"), "<|begin|>"), (TURNS.replace("<turn end>", "<no token>"), None),
-    (TURNS.replace("<turn end>", ""), None), ("{{ raise_exception('never') }}", None), ("no message", None),
-    ("{% for m in messages %}<turn end>{{ m.content }}{% endfor %}", None)])
+@pytest.mark.parametrize(
+    "template, mark",
+    [
+        (TURNS, "<turn end>"),
+        (TURNS.replace("<turn end>", " <|end|>"), "<|end|>"),
+        (TURNS.replace("<turn end>", "{{ eos_token }}"), "<|begin|>"),
+        (TURNS.replace("<turn end>", "<no token>"), None),
+        (TURNS.replace("<turn end>", ""), None),
+        ("{{ raise_exception('never') }}", None),
+        ("no message", None),
+        ("{% for m in messages %}<turn end>{{ m.content }}{% endfor %}", None),
+    ],
+)
 def test_the_end_mark_of_the_template_is_an_end(template, mark, tmp_path):
     backend = byte_level()
     backend.add_tokens([AddedToken("<turn end>", special=False, normalized=False), AddedToken("<turn", special=False)])
-    tokenizer = folder(tmp_path, {"config.json": '{"eos_token_id": 7}'}, backend, eos_token="<|begin|>",
-                       chat_template=template)
+    tokenizer = folder(
+        tmp_path, {"config.json": '{"eos_token_id": 7}'}, backend, eos_token="<|begin|>", chat_template=template
+    )
     named = {7, tokenizer.backend.token_to_id("<|begin|>")}
     assert list(tokenizer._compiled) == ["default"], "it is compiled once"
     assert tokenizer.eos_ids == named | ({tokenizer.backend.token_to_id(mark)} if mark else set())
@@ -91,7 +110,8 @@ def test_a_prompt_that_begins_with_bos_gets_no_second_one(tmp_path):
     backend = byte_level()
     begin, end = map(backend.token_to_id, ("<|begin|>", "<|end|>"))
     backend.post_processor = TemplateProcessing(
-        single="<|begin|> $A <|end|>", pair=None, special_tokens=[("<|begin|>", begin), ("<|end|>", end)])
+        single="<|begin|> $A <|end|>", pair=None, special_tokens=[("<|begin|>", begin), ("<|end|>", end)]
+    )
     tokenizer = folder(tmp_path, {}, backend)
     hi = tokenizer.encode("hi", add_special_tokens=False)
     assert tokenizer.encode("hi") == tokenizer.encode("<|begin|>hi") == [begin, *hi, end]

@@ -1,4 +1,5 @@
 """What a model's makers ask of sampling: read from either file, checked by name, and only a default."""
+
 import json
 import shutil
 
@@ -22,8 +23,15 @@ from tests.weights.files import gguf_bytes, write
 
 VOCABULARY = 100
 INT32, FLOAT32, STRING = 5, 6, 8  # types of a GGUF file's keys
-QWEN = dict(do_sample=True, temperature=0.6, top_k=20, top_p=0.95, repetition_penalty=1.05, eos_token_id=[1],
-            transformers_version="5.0")
+QWEN = dict(
+    do_sample=True,
+    temperature=0.6,
+    top_k=20,
+    top_p=0.95,
+    repetition_penalty=1.05,
+    eos_token_id=[1],
+    transformers_version="5.0",
+)
 
 
 GOOD = dict(top_k=9, min_p=0.1)
@@ -50,21 +58,39 @@ def test_fields_are_taken_and_others_left(caplog):
 
 
 def test_a_gguf_file_says_the_same_as_the_folder_it_was_made_of(caplog):
-    made = of_gguf(temp=f32(0.6), top_k=20, top_p=f32(0.95), penalty_repeat=f32(1.05), penalty_last_n=-1,
-                   xtc_probability=0.0, mirostat=0, mirostat_tau=5.0)
+    made = of_gguf(
+        temp=f32(0.6),
+        top_k=20,
+        top_p=f32(0.95),
+        penalty_repeat=f32(1.05),
+        penalty_last_n=-1,
+        xtc_probability=0.0,
+        mirostat=0,
+        mirostat_tau=5.0,
+    )
     assert made == of_folder(**QWEN) and not caplog.records
     assert of_gguf(temp=0, penalty_repeat=1.5, penalty_last_n=0) == dict(temperature=0)
 
 
 def test_the_keys_of_a_file(tmp_path, caplog):
-    keys = dict(temp=(FLOAT32, 0.6), top_k=(INT32, 20), top_p=(FLOAT32, 0.95), min_p=(FLOAT32, 0.01),
-                penalty_repeat=(FLOAT32, 1.05), sequence=(STRING, "k;p;t"), xtc_probability=(FLOAT32, 0.1))
+    keys = dict(
+        temp=(FLOAT32, 0.6),
+        top_k=(INT32, 20),
+        top_p=(FLOAT32, 0.95),
+        min_p=(FLOAT32, 0.01),
+        penalty_repeat=(FLOAT32, 1.05),
+        sequence=(STRING, "k;p;t"),
+        xtc_probability=(FLOAT32, 0.1),
+    )
     content = gguf_bytes({f"general.sampling.{name}": value for name, value in keys.items()}, {})
     metadata = gguf.open_file(write(tmp_path / "m.gguf", content)).metadata
-    assert sampling_defaults("auto", {}, metadata, VOCABULARY) \
-        == dict(temperature=0.6, top_k=20, top_p=0.95, min_p=0.01, repetition_penalty=1.05)
-    assert [record.getMessage().split(": ")[1] for record in caplog.records] \
-        == ["xtc_probability 0.1 is not supported; ignored", "sequence 'k;p;t' is not supported; ignored"]
+    assert sampling_defaults("auto", {}, metadata, VOCABULARY) == dict(
+        temperature=0.6, top_k=20, top_p=0.95, min_p=0.01, repetition_penalty=1.05
+    )
+    assert [record.getMessage().split(": ")[1] for record in caplog.records] == [
+        "xtc_probability 0.1 is not supported; ignored",
+        "sequence 'k;p;t' is not supported; ignored",
+    ]
 
 
 def test_without_sampling_the_most_probable_token_is_taken():
@@ -76,16 +102,27 @@ def test_a_temperature_that_is_nearly_0_is_the_least_that_there_is():
     assert of_folder(temperature=1e-6) == dict(temperature=0.001)
 
 
-@pytest.mark.parametrize("bad, says", [
-    (dict(temperature=-1), "temperature: expected a number from 0"), (dict(temperature="hot"), "temperature: expected"),
-    (dict(top_k=2.5), "top_k: expected an integer"), (dict(top_k=-7), "top_k: expected"),
-    (dict(top_p=1.5), "top_p: expected a number from"), (dict(top_p=float("inf")), "top_p: expected"),
-    (dict(top_k=float("nan")), "top_k: expected"), (dict(min_p=True), "min_p: expected"),
-    (dict(repetition_penalty=0), "repetition_penalty: expected a number from 0.01"),
-    (dict(suppress_tokens=[5, 100]), "suppress_tokens: token ids must be 0 to 99, got 100"),
-    (dict(suppress_tokens=7), "suppress_tokens: expected a list"), (dict(do_sample="no"), "do_sample: expected true"),
-    (dict(typical_p=0.9), "typical_p 0.9 is not supported"), (dict(num_beams=4), "num_beams 4 is not supported"),
-    (dict(bad_words_ids=[[1]]), "bad_words_ids")], ids=str)
+@pytest.mark.parametrize(
+    "bad, says",
+    [
+        (dict(temperature=-1), "temperature: expected a number from 0"),
+        (dict(temperature="hot"), "temperature: expected"),
+        (dict(top_k=2.5), "top_k: expected an integer"),
+        (dict(top_k=-7), "top_k: expected"),
+        (dict(top_p=1.5), "top_p: expected a number from"),
+        (dict(top_p=float("inf")), "top_p: expected"),
+        (dict(top_k=float("nan")), "top_k: expected"),
+        (dict(min_p=True), "min_p: expected"),
+        (dict(repetition_penalty=0), "repetition_penalty: expected a number from 0.01"),
+        (dict(suppress_tokens=[5, 100]), "suppress_tokens: token ids must be 0 to 99, got 100"),
+        (dict(suppress_tokens=7), "suppress_tokens: expected a list"),
+        (dict(do_sample="no"), "do_sample: expected true"),
+        (dict(typical_p=0.9), "typical_p 0.9 is not supported"),
+        (dict(num_beams=4), "num_beams 4 is not supported"),
+        (dict(bad_words_ids=[[1]]), "bad_words_ids"),
+    ],
+    ids=str,
+)
 def test_what_cannot_be_is_ignored_by_name(bad, says, caplog):
     assert of_folder(**dict(min_p=0.1, top_k=9.0) | bad) == {k: v for k, v in GOOD.items() if k not in bad}
     [record] = caplog.records
@@ -93,11 +130,19 @@ def test_what_cannot_be_is_ignored_by_name(bad, says, caplog):
     assert record.getMessage().endswith("; ignored")
 
 
-@pytest.mark.parametrize("bad, says", [
-    (dict(mirostat=2), "mirostat 2 is not supported; ignored"), (dict(sequence="k;p"), "sequence 'k;p'"),
-    (dict(xtc_probability=0.5), "xtc_probability 0.5"), (dict(temp=-1.0), "temperature: expected a number from 0"),
-    (dict(temp=np.zeros(2)), "temperature: expected"), (dict(mirostat=np.zeros(2)), "mirostat"),
-    (dict(penalty_last_n=64, penalty_repeat=1.5), "penalty_last_n 64 is ignored")], ids=str)
+@pytest.mark.parametrize(
+    "bad, says",
+    [
+        (dict(mirostat=2), "mirostat 2 is not supported; ignored"),
+        (dict(sequence="k;p"), "sequence 'k;p'"),
+        (dict(xtc_probability=0.5), "xtc_probability 0.5"),
+        (dict(temp=-1.0), "temperature: expected a number from 0"),
+        (dict(temp=np.zeros(2)), "temperature: expected"),
+        (dict(mirostat=np.zeros(2)), "mirostat"),
+        (dict(penalty_last_n=64, penalty_repeat=1.5), "penalty_last_n 64 is ignored"),
+    ],
+    ids=str,
+)
 def test_the_same_of_a_gguf_file(bad, says, caplog):
     assert of_gguf(top_k=4, **bad).pop("top_k") == 4
     [record] = caplog.records
@@ -126,8 +171,10 @@ def test_another_source(tmp_path):
 
 
 def test_defaults_in_words():
-    assert described(dict(temperature=0.6, top_k=20, top_p=1.0, suppress_tokens=(1, 2))) \
+    assert (
+        described(dict(temperature=0.6, top_k=20, top_p=1.0, suppress_tokens=(1, 2)))
         == "temperature 0.6, top_k 20, 2 tokens suppressed"
+    )
     assert described(dict(temperature=1.0, min_p=0.0, repetition_penalty=1.0)) == "temperature 1"
     assert described(dict(suppress_tokens=(1,))) == "1 token suppressed"
     assert described({}) == described(dict(top_k=0)) == ""
@@ -190,8 +237,10 @@ def test_who_does_not_sample_so_hears_of_nothing(folder, tmp_path, caplog, capsy
     asked = json.loads((made / "generation_config.json").read_text())
     (made / "generation_config.json").write_text(json.dumps(asked | dict(num_beams=4, min_p=7)))
     assert main(["generate", str(made), "-p", PROMPT, "-n", "2"]) == 0
-    assert "(greedy, not as the model's makers ask: temperature 0.8, top_k 7, repetition_penalty 1.2, 2 tokens " \
+    assert (
+        "(greedy, not as the model's makers ask: temperature 0.8, top_k 7, repetition_penalty 1.2, 2 tokens "
         "suppressed)\n" in capsys.readouterr().err
+    )
     llm = LLM(str(made), **SIZES)
     llm.generate([PROMPT], SamplingParams(max_tokens=2))
     assert not caplog.records
@@ -200,12 +249,20 @@ def test_who_does_not_sample_so_hears_of_nothing(folder, tmp_path, caplog, capsy
     llm.close()
 
 
-@pytest.mark.parametrize("asked, given, says", [
-    (dict(temperature=0.8), {}, "temperature 0.8"), (dict(temperature=0.8), dict(temperature=0.1), ""),
-    (dict(temperature=0.0, top_k=5), {}, ""), (dict(top_k=5), {}, "top_k 5"), ({}, {}, ""),
-    (dict(temperature=0.0, repetition_penalty=1.5), {}, "temperature 0, repetition_penalty 1.5"),
-    (dict(temperature=0.0, repetition_penalty=1.5), dict(repetition_penalty=1.5), ""),
-    (dict(suppress_tokens=(3,)), {}, "1 token suppressed")], ids=str)
+@pytest.mark.parametrize(
+    "asked, given, says",
+    [
+        (dict(temperature=0.8), {}, "temperature 0.8"),
+        (dict(temperature=0.8), dict(temperature=0.1), ""),
+        (dict(temperature=0.0, top_k=5), {}, ""),
+        (dict(top_k=5), {}, "top_k 5"),
+        ({}, {}, ""),
+        (dict(temperature=0.0, repetition_penalty=1.5), {}, "temperature 0, repetition_penalty 1.5"),
+        (dict(temperature=0.0, repetition_penalty=1.5), dict(repetition_penalty=1.5), ""),
+        (dict(suppress_tokens=(3,)), {}, "1 token suppressed"),
+    ],
+    ids=str,
+)
 def test_generate_says_what_it_does_not_do(asked, given, says):
     assert unheard_wishes(asked, SamplingParams(**given)) == says
 
@@ -216,8 +273,12 @@ def test_every_route_takes_them_where_a_request_is_silent(server, llm):
     talk = llm.chat(TALK, params).text
     asked = dict(seed=3, messages=TALK)
     assert post(server, "/v1/completions", prompt=PROMPT, seed=3, max_tokens=24)["choices"][0]["text"] == text
-    assert post(server, "/v1/chat/completions", max_tokens=24, temperature=None, **asked)["choices"][0]["message"][
-        "content"] == talk
+    assert (
+        post(server, "/v1/chat/completions", max_tokens=24, temperature=None, **asked)["choices"][0]["message"][
+            "content"
+        ]
+        == talk
+    )
     assert post(server, "/v1/messages", max_tokens=24, **asked)["content"][0]["text"] == talk
     made = post(server, "/v1/responses", input=TALK, seed=3, max_output_tokens=24)
     assert made["output"][0]["content"][0]["text"] == talk and (made["temperature"], made["top_p"]) == (0.8, 1.0)
@@ -228,14 +289,22 @@ def test_what_a_request_says_comes_first_field_by_field(server, llm):
     for more in (dict(), dict(top_k=0, suppress_tokens=[])):
         expected = llm.generate([PROMPT], llm.default_params(**said | more))[0].text
         assert post(server, "/v1/completions", prompt=PROMPT, **said | more)["choices"][0]["text"] == expected
-    greedy = post(server, "/v1/completions", prompt=PROMPT, temperature=0, repetition_penalty=1, suppress_tokens=[],
-                  max_tokens=24)["choices"][0]["text"]
+    greedy = post(
+        server, "/v1/completions", prompt=PROMPT, temperature=0, repetition_penalty=1, suppress_tokens=[], max_tokens=24
+    )["choices"][0]["text"]
     assert greedy == llm.generate([PROMPT], SamplingParams(max_tokens=24))[0].text
 
 
-@pytest.mark.parametrize("ids, says", [
-    ([5] * 1025, "suppress_tokens: expected at most 1024, got 1025"), (5, "suppress_tokens: expected an array"),
-    ([1 << 20], "suppress_tokens: token ids must be 0 to"), ([-1], "suppress_tokens[0]: expected")], ids=str)
+@pytest.mark.parametrize(
+    "ids, says",
+    [
+        ([5] * 1025, "suppress_tokens: expected at most 1024, got 1025"),
+        (5, "suppress_tokens: expected an array"),
+        ([1 << 20], "suppress_tokens: token ids must be 0 to"),
+        ([-1], "suppress_tokens[0]: expected"),
+    ],
+    ids=str,
+)
 def test_suppressed_tokens_of_a_request_are_checked(server, ids, says):
     answer = httpx.post(f"{server.url}/v1/completions", json=dict(prompt=PROMPT, suppress_tokens=ids), timeout=60)
     assert answer.status_code == 400 and answer.json()["error"]["message"].startswith(says)

@@ -1,4 +1,5 @@
 """Marks, ends, templates and odd ids in the metadata of GGUF files, as conversions of all kinds write them."""
+
 import numpy as np
 import pytest
 
@@ -40,9 +41,14 @@ def test_named_marks_are_control_tokens_and_named_words_are_not():
     made = metadata({"</s>": NORMAL, "<s>": NORMAL})
     size = len(made["tokenizer.ggml.tokens"])
     comma = made["tokenizer.ggml.tokens"].index(",")
-    tokenizer = tokenizer_from_gguf(made | {
-        "tokenizer.ggml.eos_token_id": size - 2, "tokenizer.ggml.bos_token_id": size - 1,
-        "tokenizer.ggml.eom_token_id": comma})
+    tokenizer = tokenizer_from_gguf(
+        made
+        | {
+            "tokenizer.ggml.eos_token_id": size - 2,
+            "tokenizer.ggml.bos_token_id": size - 1,
+            "tokenizer.ggml.eom_token_id": comma,
+        }
+    )
     assert {size - 2, size - 1} <= tokenizer.special_ids and comma not in tokenizer.special_ids
     assert tokenizer.eos_ids >= {size - 2, comma} and tokenizer.encode("</s>,") == [size - 2, comma]
 
@@ -52,14 +58,16 @@ def test_a_list_of_ends(caplog):
     ends, num_tokens = tokenizer_from_gguf(made).eos_ids, len(made["tokenizer.ggml.tokens"])
     assert {3, 5} <= ends and not ends & {1 << 30, -1}
     assert [record.getMessage() for record in caplog.records] == [
-        f"tokenizer.ggml.eos_token_ids {i} is none of {num_tokens} token ids: it is ignored" for i in (-1, 1 << 30)]
+        f"tokenizer.ggml.eos_token_ids {i} is none of {num_tokens} token ids: it is ignored" for i in (-1, 1 << 30)
+    ]
     assert tokenizer_from_gguf(metadata(eos_token_ids=np.array([], np.int32))).eos_ids
 
 
 @pytest.mark.parametrize("strange", [0xFFFFFFFF, -1, 1 << 20])
 def test_ids_that_no_token_has_are_ignored(strange, caplog):
-    tokenizer = tokenizer_from_gguf(metadata(
-        bos_token_id=strange, eos_token_id=strange, unknown_token_id=strange, add_bos_token=True))
+    tokenizer = tokenizer_from_gguf(
+        metadata(bos_token_id=strange, eos_token_id=strange, unknown_token_id=strange, add_bos_token=True)
+    )
     assert tokenizer.bos_id is None and strange not in tokenizer.eos_ids
     assert "bos_token" not in tokenizer.special_tokens and tokenizer.encode("a") == tokenizer.encode("a", False)
     warned = [record.getMessage() for record in caplog.records]
@@ -67,9 +75,15 @@ def test_ids_that_no_token_has_are_ignored(strange, caplog):
 
 
 def test_named_templates():
-    tokenizer = tokenizer_from_gguf(metadata() | {
-        "tokenizer.chat_template": "plain", "tokenizer.chat_templates": ["tool_use", "rag"],
-        "tokenizer.chat_template.tool_use": "tools", "tokenizer.chat_template.rag": " \n"})
+    tokenizer = tokenizer_from_gguf(
+        metadata()
+        | {
+            "tokenizer.chat_template": "plain",
+            "tokenizer.chat_templates": ["tool_use", "rag"],
+            "tokenizer.chat_template.tool_use": "tools",
+            "tokenizer.chat_template.rag": " \n",
+        }
+    )
     assert tokenizer.chat_templates == dict(default="plain", tool_use="tools")
     assert tokenizer.render_chat(HELLO) == "plain" and tokenizer.render_chat(HELLO, tools=[]) == "tools"
 

@@ -1,4 +1,5 @@
 """Grammars are compiled where they can be ended: none takes time, memory or the process from anybody else."""
+
 import gc
 import json
 import os
@@ -44,8 +45,9 @@ def grammars():
 
 
 def test_what_a_grammar_costs(proofs):
-    small, larger = (proofs.cost(grammar, 5, BYTES) for grammar in (
-        SMALL, unchecked(dict(type="integer", multipleOf=19997))))
+    small, larger = (
+        proofs.cost(grammar, 5, BYTES) for grammar in (SMALL, unchecked(dict(type="integer", multipleOf=19997)))
+    )
     assert 0 < small.seconds < larger.seconds < 5 and 0 <= small.num_bytes < larger.num_bytes
     assert proofs.cost(unchecked(dict(type="integer", multipleOf=19997)), larger.seconds / 2, BYTES) is None, "known"
 

@@ -99,10 +99,19 @@ def test_a_repository_of_safetensors(tmp_path, downloads):
 def test_which_files_of_a_repository_are_downloaded(tmp_path, downloads):
     (tmp_path / "cache" / "model.safetensors").write_bytes(b"")
     resolve_model("org/model")
-    files = ["config.json", "model-00001-of-00002.safetensors", "chat_template.jinja",
-             "additional_chat_templates/rag.jinja", "1_Pooling/config.json",
-             "onnx/config.json", "onnx/model.safetensors", "consolidated.safetensors", "a.bin",
-             "additional_chat_templates/notes.txt", "2_Dense/model.safetensors"]
+    files = [
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "chat_template.jinja",
+        "additional_chat_templates/rag.jinja",
+        "1_Pooling/config.json",
+        "onnx/config.json",
+        "onnx/model.safetensors",
+        "consolidated.safetensors",
+        "a.bin",
+        "additional_chat_templates/notes.txt",
+        "2_Dense/model.safetensors",
+    ]
     patterns = [{name: options[name] for name in ("allow_patterns", "ignore_patterns")} for _, options in downloads[0]]
     found = [set(filter_repo_objects(files, **each)) for each in patterns]
     assert found == [set(files[:3]), set(files[3:5])]

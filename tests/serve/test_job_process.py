@@ -1,4 +1,5 @@
 """The process that jobs are done in: it belongs to one process, knows nothing of it, and ends with it."""
+
 import json
 import os
 import signal
@@ -133,7 +134,8 @@ def test_a_forked_process_has_one_of_its_own():
 @NEEDS_PROC
 def test_it_inherits_nothing(tmp_path):
     (tmp_path / "jinja2.py").write_text("raise SystemExit('the current folder')")
-    done = run("""
+    done = run(
+        """
         import json, pathlib
         server = socket.create_server(("127.0.0.1", 0))
         os.set_inheritable(server.fileno(), True)
@@ -142,7 +144,10 @@ def test_it_inherits_nothing(tmp_path):
         links = [os.readlink(each) for each in pathlib.Path(f"/proc/{pid}/fd").iterdir()]
         names = [each.partition("=")[0] for each in pathlib.Path(f"/proc/{pid}/environ").read_text().split("\\0")]
         print(json.dumps([os.readlink(f"/proc/self/fd/{server.fileno()}"), links, names, os.getsid(pid) == pid]))
-        """, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT), "SECRET": "1", "LOCKSTEP_API_KEY": "1"})
+        """,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "SECRET": "1", "LOCKSTEP_API_KEY": "1"},
+    )
     server, links, names, leads = json.loads(done.stdout)
     assert server not in links and leads and not {"SECRET", "LOCKSTEP_API_KEY"} & set(names) and "PYTHONPATH" in names
 
@@ -175,8 +180,12 @@ def test_it_ends_with_its_process_however_that_ends(working):
         print(process.jobs.process_id, flush=True)
         time.sleep(60)
         """)
-    with subprocess.Popen([sys.executable, "-P", "-c", program], stdout=subprocess.PIPE, text=True,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)}) as parent:
+    with subprocess.Popen(
+        [sys.executable, "-P", "-c", program],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    ) as parent:
         pid = int(parent.stdout.readline())
         pids = [pid, *children(pid)]
         assert len(pids) > 1

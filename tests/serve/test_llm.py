@@ -1,4 +1,5 @@
 """`LLM` on the bundled model: text, stop strings wherever tokens end, and everything at once in any company."""
+
 from dataclasses import replace
 
 import numpy as np
@@ -37,14 +38,14 @@ def stream(llm, **options):
 
 def token_ends(llm, ids):
     """Length of the text after each token."""
-    return [len(llm.tokenizer.decode(ids[:n + 1])) for n in range(len(ids))]
+    return [len(llm.tokenizer.decode(ids[: n + 1])) for n in range(len(ids))]
 
 
 def test_every_stretch_of_an_answer_stops_it_at_its_first_end(llm, free):
     text, ends = free.text, token_ends(llm, free.token_ids)
     inside_tokens = 0
     for start, size in [(0, 1), (3, 2), (7, 5), (11, 9), (20, 3), (26, 17), (40, 4), (58, 12), (66, 1)]:
-        string = text[start:start + size]
+        string = text[start : start + size]
         at = text.index(string)
         made, pieces = stream(llm, stop=(string, "\0never"))
         r = made.request
@@ -53,7 +54,7 @@ def test_every_stretch_of_an_answer_stops_it_at_its_first_end(llm, free):
         assert len(r.output_ids) == next(n for n, end in enumerate(ends, 1) if end >= at + size)
         inside_tokens += not {at, at + size} & set(ends)
         kept, pieces = stream(llm, stop=string, include_stop_str_in_output=True)
-        assert kept.text == "".join(pieces) == text[:at + size]
+        assert kept.text == "".join(pieces) == text[: at + size]
     assert inside_tokens > 2
 
 
@@ -68,7 +69,7 @@ def test_text_is_held_back_only_while_it_could_be_cut(llm, free):
 
 def test_a_stop_string_does_not_count_in_the_first_min_tokens(llm, free):
     ends, text = token_ends(llm, free.token_ids), free.text
-    string = next(c for c in text[:ends[5]] if c in text[ends[29]:])
+    string = next(c for c in text[: ends[5]] if c in text[ends[29] :])
     made, pieces = stream(llm, stop=string, min_tokens=30)
     at = text.index(string, ends[29])
     assert made.text == "".join(pieces) == text[:at] and len(made.request.output_ids) > 30
@@ -80,7 +81,7 @@ def test_a_stop_token_is_not_part_of_the_text_unless_asked_for(llm, free):
     made, _ = stream(llm, stop_token_ids=(token,))
     assert (made.text, made.request.stop_reason, made.request.output_ids[-1]) == (before, token, token)
     made, _ = stream(llm, stop_token_ids=(token,), include_stop_str_in_output=True)
-    assert made.text == llm.tokenizer.decode(free.token_ids[:n + 1]) != before
+    assert made.text == llm.tokenizer.decode(free.token_ids[: n + 1]) != before
 
 
 def parity_mask(output_ids):
@@ -88,10 +89,23 @@ def parity_mask(output_ids):
     return np.full(128, 0x55555555 << len(output_ids) % 2, np.uint32)
 
 
-ALL = [SamplingParams(max_tokens=40, temperature=0.9, seed=i, repetition_penalty=1.2, frequency_penalty=0.2,
-                      presence_penalty=0.1, logit_bias={17: 2.0, 300 + i: -100}, min_tokens=8, logprobs=i,
-                      logits_mask=parity_mask if i % 2 else None, prompt_logprobs=4 * i, stop=("\n\n", "e\n"))
-       for i in range(len(PROMPTS))]
+ALL = [
+    SamplingParams(
+        max_tokens=40,
+        temperature=0.9,
+        seed=i,
+        repetition_penalty=1.2,
+        frequency_penalty=0.2,
+        presence_penalty=0.1,
+        logit_bias={17: 2.0, 300 + i: -100},
+        min_tokens=8,
+        logprobs=i,
+        logits_mask=parity_mask if i % 2 else None,
+        prompt_logprobs=4 * i,
+        stop=("\n\n", "e\n"),
+    )
+    for i in range(len(PROMPTS))
+]
 
 
 def test_all_features_at_once_are_the_same_in_any_company(llm):
@@ -99,8 +113,10 @@ def test_all_features_at_once_are_the_same_in_any_company(llm):
     assert {a.finish_reason for a in together} == {"stop", "length"} and all(len(a.token_ids) > 8 for a in together)
     assert all(len(a.prompt_logprobs) == len(a.prompt_token_ids) - 1 for a in together)
     assert [llm.generate([p], s)[0] for p, s in zip(PROMPTS, ALL)] == together
-    for options in (dict(threads=1, max_requests=1, max_step_tokens=1),
-                    dict(threads=3, max_requests=2, max_step_tokens=13)):
+    for options in (
+        dict(threads=1, max_requests=1, max_step_tokens=1),
+        dict(threads=3, max_requests=2, max_step_tokens=13),
+    ):
         other = LLM(max_context=512, **options)
         assert other.generate(PROMPTS, ALL) == together
         other.close()
@@ -206,13 +222,18 @@ def test_an_interrupted_call_leaves_nothing_behind(llm):
     llm.generate(["x"], SHORT)
 
 
-@pytest.mark.parametrize("prompts, params, message", [
-    ([1, 2, 3], SHORT, "prompt: expected text or a list of token ids, got 1"),
-    ([[1.0]], SHORT, "prompt: expected text or a list of token ids"),
-    (["x", None], SHORT, "prompt: expected text or a list of token ids, got None"),
-    (None, SHORT, "prompts: expected text or a list of prompts, got None"),
-    (["x"], None, "params: expected SamplingParams, got None"),
-    (["x"], {"max_tokens": 3}, "params: expected SamplingParams, got {'max_tokens': 3}")], ids=str)
+@pytest.mark.parametrize(
+    "prompts, params, message",
+    [
+        ([1, 2, 3], SHORT, "prompt: expected text or a list of token ids, got 1"),
+        ([[1.0]], SHORT, "prompt: expected text or a list of token ids"),
+        (["x", None], SHORT, "prompt: expected text or a list of token ids, got None"),
+        (None, SHORT, "prompts: expected text or a list of prompts, got None"),
+        (["x"], None, "params: expected SamplingParams, got None"),
+        (["x"], {"max_tokens": 3}, "params: expected SamplingParams, got {'max_tokens': 3}"),
+    ],
+    ids=str,
+)
 def test_what_is_no_prompt_or_params_is_named(llm, prompts, params, message):
     with pytest.raises(ValueError, match=message):
         llm.generate(prompts, params)

@@ -52,8 +52,11 @@ def test_a_text_that_may_fit_is_tokenized(tokenizer):
     assert tokenizer.encode(text, most=len(ids)) == ids
 
 
-@pytest.mark.parametrize("broken, says", [
-    (Split(Regex("(a+)+$"), "isolated"), "retry-limit"), (None, "Missing .* token")], ids=["regex", "no unknown token"])
+@pytest.mark.parametrize(
+    "broken, says",
+    [(Split(Regex("(a+)+$"), "isolated"), "retry-limit"), (None, "Missing .* token")],
+    ids=["regex", "no unknown token"],
+)
 def test_a_tokenizer_that_fails_on_a_text_is_a_clear_error(broken, says):
     backend = Backend(WordLevel({"a": 0}, unk_token="<unk>"))
     if broken is not None:

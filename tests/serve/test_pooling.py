@@ -1,4 +1,5 @@
 """How checkpoints say that embeddings are pooled, and checkpoints that only make embeddings."""
+
 import json
 
 import numpy as np
@@ -9,8 +10,13 @@ from lockstep.serve.pooling import default_pooling
 from tests.models import tiny
 from tests.models.cases import CASES
 
-SWITCHES = dict(word_embedding_dimension=64, pooling_mode_cls_token=False, pooling_mode_mean_tokens=False,
-                pooling_mode_lasttoken=False, include_prompt=True)
+SWITCHES = dict(
+    word_embedding_dimension=64,
+    pooling_mode_cls_token=False,
+    pooling_mode_mean_tokens=False,
+    pooling_mode_lasttoken=False,
+    include_prompt=True,
+)
 
 
 def pooled(folder, **config):
@@ -28,9 +34,14 @@ def test_where_pooling_is_said(tmp_path):
     assert pooled(tmp_path, **SWITCHES) == "last"
 
 
-@pytest.mark.parametrize("config, found", [
-    (dict(pooling_mode="cls"), "cls"), (dict(pooling_mode_cls_token=True), "cls_token"),
-    (dict(pooling_mode_mean_tokens=True, pooling_mode_max_tokens=True), "mean_tokens and max_tokens")])
+@pytest.mark.parametrize(
+    "config, found",
+    [
+        (dict(pooling_mode="cls"), "cls"),
+        (dict(pooling_mode_cls_token=True), "cls_token"),
+        (dict(pooling_mode_mean_tokens=True, pooling_mode_max_tokens=True), "mean_tokens and max_tokens"),
+    ],
+)
 def test_pooling_that_is_not_supported(config, found, tmp_path):
     with pytest.raises(ValueError, match=f"1_Pooling/config.json: pooling by {found} is not supported"):
         pooled(tmp_path, **config)

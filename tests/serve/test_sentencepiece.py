@@ -1,4 +1,5 @@
 """SentencePiece writes a space before a text's first word; only there is it dropped from what tokens say."""
+
 from types import SimpleNamespace
 
 import pytest
@@ -35,9 +36,15 @@ def ids_of(tokenizer, *tokens):
 
 
 def asked(prompt_ids, output_ids=(), **options):
-    return SimpleNamespace(prompt_ids=prompt_ids, output_ids=list(output_ids), params=SamplingParams(**options),
-                           prompt_logprobs=[0.0] * (len(prompt_ids) - 1), prompt_top_logprobs=[],
-                           logprobs=[0.0] * len(output_ids), top_logprobs=[])
+    return SimpleNamespace(
+        prompt_ids=prompt_ids,
+        output_ids=list(output_ids),
+        params=SamplingParams(**options),
+        prompt_logprobs=[0.0] * (len(prompt_ids) - 1),
+        prompt_top_logprobs=[],
+        logprobs=[0.0] * len(output_ids),
+        top_logprobs=[],
+    )
 
 
 def read(reader, ids):

@@ -1,4 +1,5 @@
 """Whole models in GGUF files of a few KB: what each kind of metadata does to answers."""
+
 import numpy as np
 import pytest
 
@@ -12,11 +13,21 @@ from tests.serve.vocabularies import byte_level, gguf_metadata, words_metadata
 from tests.weights import convert
 from tests.weights.files import ARRAY, BOOL, FLOAT32, INT32, STRING, gguf_bytes, plain_tensors
 
-CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-KEYS = dict(block_count=1, context_length=256, embedding_length=64, feed_forward_length=64, attention__head_count=4,
-            attention__head_count_kv=4, attention__layer_norm_rms_epsilon=1e-5, attention__key_length=16,
-            attention__value_length=16)
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+KEYS = dict(
+    block_count=1,
+    context_length=256,
+    embedding_length=64,
+    feed_forward_length=64,
+    attention__head_count=4,
+    attention__head_count_kv=4,
+    attention__layer_norm_rms_epsilon=1e-5,
+    attention__key_length=16,
+    attention__value_length=16,
+)
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
 MARKS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
@@ -34,8 +45,10 @@ def write(path, metadata, **keys):
     rng, size = np.random.default_rng(1), len(metadata.get("tokenizer.ggml.tokens", range(96)))
     shapes = {"token_embd": (size, 64), "output_norm": (64,), "blk.0.attn_q_norm": (16,), "blk.0.attn_k_norm": (16,)}
     shapes |= {f"blk.0.{name}": (64,) for name in ("attn_norm", "ffn_norm")}
-    shapes |= {f"blk.0.{name}": (64, 64) for name in (
-        "attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")}
+    shapes |= {
+        f"blk.0.{name}": (64, 64)
+        for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    }
     arrays = {f"{name}.weight": rng.standard_normal(shape).astype(np.float32) * 0.1 for name, shape in shapes.items()}
     known = convert.metadata("qwen3", **KEYS, **keys) | {key: typed(value) for key, value in metadata.items()}
     path.write_bytes(gguf_bytes(known, plain_tensors(arrays)))
@@ -74,15 +87,20 @@ def test_sentencepiece_answers_keep_their_first_space(load):
     assert answer("the", "▁cat").text == " cat cat" and answer("def f():\n", "▁▁▁").text == "      "
     assert answer([1], "▁cat").text == "cat cat", "there is no text before it"
     assert answer("the", "▁cat", stop=[" cat"]).text == "" and answer("the", "▁cat", stop=["t c"]).text == " ca"
-    pieces = [made.new_text for made in llm.stream("the", SamplingParams(
-        max_tokens=2, logit_bias={llm.tokenizer.backend.token_to_id("▁cat"): 100}))]
+    pieces = [
+        made.new_text
+        for made in llm.stream(
+            "the", SamplingParams(max_tokens=2, logit_bias={llm.tokenizer.backend.token_to_id("▁cat"): 100})
+        )
+    ]
     assert pieces == [" cat", " cat"]
     grammars = Grammars(llm.tokenizer, llm.engine.eos_ids, llm.model.config.vocab_size)
     for prompt in ("the", [1]):
         mask = grammars.mask(structured.regex(" the(cat| cat){2}"))
         found = llm.generate([prompt], SamplingParams(max_tokens=20, logits_mask=mask))[0]
         assert found.finish_reason == "stop" and found.text in {
-            f" the{a}cat{b}cat" for a in ("", " ") for b in ("", " ")}
+            f" the{a}cat{b}cat" for a in ("", " ") for b in ("", " ")
+        }
 
 
 @pytest.mark.parametrize("kind", [NORMAL, USER_DEFINED, CONTROL])
@@ -133,8 +151,14 @@ def test_ids_that_no_token_has(load, caplog):
 
 
 def test_named_templates(load):
-    llm = load(chatml(**{"tokenizer.chat_templates": ["tool_use"],
-                         "tokenizer.chat_template.tool_use": "TOOLS {{ tools | tojson }} " + CHATML}))
+    llm = load(
+        chatml(
+            **{
+                "tokenizer.chat_templates": ["tool_use"],
+                "tokenizer.chat_template.tool_use": "TOOLS {{ tools | tojson }} " + CHATML,
+            }
+        )
+    )
     chat = ChatModel(llm.tokenizer, llm.engine.eos_ids, llm.model.config.vocab_size)
     hello = [dict(role="user", content="hi")]
     use = ToolUse((Tool("f", "does f", dict(type="object", properties={})),))

@@ -1,4 +1,5 @@
 """Grammars as token masks: what they allow is exactly the grammar, and no grammar costs more than a little time."""
+
 import json
 import re
 import time
@@ -20,9 +21,12 @@ def known(backend):
     return Tokenizer(backend, frozenset({0}), None, {}, {})
 
 
-TOKENIZERS = dict(byte_level=known(byte_level()), byte_fallback=known(byte_fallback()),
-                  gguf=tokenizer_from_gguf(gguf_metadata(byte_level(), "gpt-2", eos_token_id=0)),
-                  sentencepiece=tokenizer_from_gguf(sentencepiece_metadata(byte_fallback())))
+TOKENIZERS = dict(
+    byte_level=known(byte_level()),
+    byte_fallback=known(byte_fallback()),
+    gguf=tokenizer_from_gguf(gguf_metadata(byte_level(), "gpt-2", eos_token_id=0)),
+    sentencepiece=tokenizer_from_gguf(sentencepiece_metadata(byte_fallback())),
+)
 GRAMMARS = {name: Grammars(t, t.eos_ids, t.vocab_size + 5) for name, t in TOKENIZERS.items()}
 KINDS = pytest.mark.parametrize("kind", TOKENIZERS)
 
@@ -53,8 +57,12 @@ def random_answer(kind, grammar, rng, most=400):
     return None
 
 
-PERSON = dict(type="object", required=["name", "age"], additionalProperties=False,
-              properties=dict(name=dict(type="string", maxLength=5), age=dict(type="integer", minimum=0, maximum=150)))
+PERSON = dict(
+    type="object",
+    required=["name", "age"],
+    additionalProperties=False,
+    properties=dict(name=dict(type="string", maxLength=5), age=dict(type="integer", minimum=0, maximum=150)),
+)
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "gguf"])
@@ -76,16 +84,31 @@ def test_what_grammars_allow(kind, grammar, good, bad):
 
 
 schemas = st.recursive(
-    st.sampled_from([dict(type="boolean"), dict(type="null"), dict(type="integer", minimum=-5, maximum=99),
-                     dict(enum=["a", "b b", 3, None]), dict(const="c"), dict(type="string", maxLength=4),
-                     dict(type="string", pattern="^[a-f]{1,3}[0-9]?$"), dict(type="number", minimum=0, maximum=2)]),
+    st.sampled_from(
+        [
+            dict(type="boolean"),
+            dict(type="null"),
+            dict(type="integer", minimum=-5, maximum=99),
+            dict(enum=["a", "b b", 3, None]),
+            dict(const="c"),
+            dict(type="string", maxLength=4),
+            dict(type="string", pattern="^[a-f]{1,3}[0-9]?$"),
+            dict(type="number", minimum=0, maximum=2),
+        ]
+    ),
     lambda inner: st.one_of(
         st.builds(lambda i, n: dict(type="array", items=i, minItems=n, maxItems=n + 2), inner, st.integers(0, 2)),
         st.builds(lambda a, b: dict(anyOf=[a, b]), inner, inner),
-        st.builds(lambda p, r: dict(type="object", properties=p, required=[k for k in p if k in r],
-                                    additionalProperties=False),
-                  st.dictionaries(st.sampled_from("abcd"), inner, max_size=3), st.sets(st.sampled_from("abcd")))),
-    max_leaves=6)
+        st.builds(
+            lambda p, r: dict(
+                type="object", properties=p, required=[k for k in p if k in r], additionalProperties=False
+            ),
+            st.dictionaries(st.sampled_from("abcd"), inner, max_size=3),
+            st.sets(st.sampled_from("abcd")),
+        ),
+    ),
+    max_leaves=6,
+)
 
 
 @KINDS
@@ -129,8 +152,16 @@ def test_a_trigger_starts_and_ends_the_grammar():
     one, two = tokenizer.encode("1")[0], tokenizer.encode("2")[0]
     grammar = structured.choice(["12"])
     mask, ids = GRAMMARS["byte_level"].mask(grammar, 1, trigger, after), []
-    expected = [(trigger, None), (after, None), (two, None), (trigger, [one]), (one, [two]), (two, None),
-                (two, None), (trigger, [one])]
+    expected = [
+        (trigger, None),
+        (after, None),
+        (two, None),
+        (trigger, [one]),
+        (one, [two]),
+        (two, None),
+        (two, None),
+        (trigger, [one]),
+    ]
     for token, options in expected:
         ids.append(token)
         words = mask(ids)
@@ -191,19 +222,39 @@ def test_mistakes_are_value_errors(make, message):
 
 LOOSE = [
     (dict(type="string", pattern="^(?!x)[a-z]+$"), ['"xa"'], ["1"]),
-    (dict(type="object", properties=dict(a=dict(type="string", pattern=r"\bx"), b=dict(type="string", pattern="^y$")),
-          required=["a", "b"]), ['{"a": "z", "b": "y"}'], ['{"a": 1, "b": "y"}', '{"a": "x", "b": "z"}']),
-    (dict(type="object", patternProperties={"(?=a)": dict(type="integer"), "^b": dict(type="null")},
-          additionalProperties=False), ['{"c": 1}', '{"b": null}', "{}"], ['{"c": "d"}', '{"b": 1}']),
-    (dict(type="object", patternProperties={"(?=a)": dict(type="integer")}, additionalProperties=dict(type="null")),
-     ['{"c": 1}', '{"c": null}'], ['{"c": "d"}']),
+    (
+        dict(
+            type="object",
+            properties=dict(a=dict(type="string", pattern=r"\bx"), b=dict(type="string", pattern="^y$")),
+            required=["a", "b"],
+        ),
+        ['{"a": "z", "b": "y"}'],
+        ['{"a": 1, "b": "y"}', '{"a": "x", "b": "z"}'],
+    ),
+    (
+        dict(
+            type="object",
+            patternProperties={"(?=a)": dict(type="integer"), "^b": dict(type="null")},
+            additionalProperties=False,
+        ),
+        ['{"c": 1}', '{"b": null}', "{}"],
+        ['{"c": "d"}', '{"b": 1}'],
+    ),
+    (
+        dict(type="object", patternProperties={"(?=a)": dict(type="integer")}, additionalProperties=dict(type="null")),
+        ['{"c": 1}', '{"c": null}'],
+        ['{"c": "d"}'],
+    ),
     (dict(type="integer", minimum=-(1 << 63), maximum=(1 << 63) - 1), ["-5", str(1 << 62)], ["1.5", "9" * 19]),
     (dict(type="integer", minimum=-(1 << 63), maximum=9), ["-5"], ["10"]),
     (dict(type="number", exclusiveMaximum=1e19, minimum=1e-300), ["0.5"], ['"a"', "1e30"]),
     (dict(type="integer", minimum=-1e300, exclusiveMaximum=-1e19), ["3"], ['"a"']),
     (dict(type="integer", multipleOf=99999989), ["7"], ["0.5"]),
-    (dict(items=dict(type="integer", multipleOf=99), prefixItems=[dict(type="integer", multipleOf=9999)]), ["[7, 198]"],
-     ["[7, 199]"]),
+    (
+        dict(items=dict(type="integer", multipleOf=99), prefixItems=[dict(type="integer", multipleOf=9999)]),
+        ["[7, 198]"],
+        ["[7, 199]"],
+    ),
     (dict(type="object", properties=dict(a={}), minProperties=2, maxProperties=2), ['{"a": 1, "b": 2}'], ["[]"]),
     (dict(type="integer", multipleOf=3, examples=[dict(multipleOf=0), dict(multipleOf=99999989)]), ["9"], ["7"]),
 ]
@@ -221,7 +272,8 @@ def test_what_cannot_be_enforced_is_ignored_unless_strict(schema, good, bad):
 MULTIPLES = dict(
     schema=lambda many: structured.json_schema(dict(allOf=[dict(multipleOf=each) for each in many])),
     elsewhere=lambda many: structured.json_schema(dict(x=[dict(multipleOf=each) for each in many])),
-    lark=lambda many: structured.lark("start: %json " + json.dumps(dict(anyOf=[dict(multipleOf=n) for n in many]))))
+    lark=lambda many: structured.lark("start: %json " + json.dumps(dict(anyOf=[dict(multipleOf=n) for n in many]))),
+)
 
 
 @pytest.mark.parametrize("where", MULTIPLES)
@@ -332,21 +384,34 @@ def test_a_long_chain_of_references_does_not_end_the_process(link):
 MIN = -(1 << 63)
 
 
-@pytest.mark.parametrize("schema", [
-    dict(enum=[MIN]), dict(enum=["x", MIN + 1]), dict(const=MIN), dict(const=dict(a=[1, MIN])),
-    dict(type="integer", minimum=MIN, maximum=MIN), dict(type="integer", minimum=-1e300, exclusiveMaximum=-1e19),
-], ids=str)
+@pytest.mark.parametrize(
+    "schema",
+    [
+        dict(enum=[MIN]),
+        dict(enum=["x", MIN + 1]),
+        dict(const=MIN),
+        dict(const=dict(a=[1, MIN])),
+        dict(type="integer", minimum=MIN, maximum=MIN),
+        dict(type="integer", minimum=-1e300, exclusiveMaximum=-1e19),
+    ],
+    ids=str,
+)
 def test_numbers_far_below_zero_do_not_end_the_process(schema):
-    for make in (lambda: structured.json_schema(dict(items=schema)),
-                 lambda: structured.lark("start: %json " + json.dumps(schema))):
+    for make in (
+        lambda: structured.json_schema(dict(items=schema)),
+        lambda: structured.lark("start: %json " + json.dumps(schema)),
+    ):
         with pytest.raises(ValueError, match="too small a number"):
             make()
 
 
 def test_what_compiles_worse_than_linearly_is_bounded():
     rules = [f"A{i}: (A{i + 1} b)*" for i in range(1000)]
-    for make in (lambda: structured.lark("\n".join(["start: A0", *rules, "A1000: /a/"])),
-                 lambda: structured.regex("(a?)" * 10_000), lambda: structured.lark(f"start: /{'(a?)' * 10_000}/")):
+    for make in (
+        lambda: structured.lark("\n".join(["start: A0", *rules, "A1000: /a/"])),
+        lambda: structured.regex("(a?)" * 10_000),
+        lambda: structured.lark(f"start: /{'(a?)' * 10_000}/"),
+    ):
         with pytest.raises(ValueError, match="at most (1000 rules|32768)"):
             make()
 

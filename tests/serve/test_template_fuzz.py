@@ -2,6 +2,7 @@
 
 LOCKSTEP_SOAK=minutes goes on with fresh seeds for so long (`make soak`).
 """
+
 import os
 import random
 import resource

@@ -1,4 +1,5 @@
 """Tool calls: what parsers find in answers, however those are cut into pieces, and what grammars hold a model to."""
+
 import json
 import random
 from dataclasses import replace
@@ -20,12 +21,23 @@ from lockstep.serve.tool_calls.texts import alternatives
 from lockstep.serve.tool_calls.tools import Tool, ToolUse, written_out
 from tests.serve.test_structured import GRAMMARS, TOKENIZERS, allows, random_answer
 
-WEATHER = Tool("get_weather", "The weather.", dict(
-    type="object", description="as %json: x", required=["city"], additionalProperties=False,
-    properties=dict(city=dict(type="string", maxLength=6), days=dict(type="integer", minimum=1, maximum=9),
-                    units=dict(enum=["C", "F"]),
-                    tags={"type": "array", "maxItems": 2, "items": {"$ref": "#/$defs/tag"}}),
-    **{"$defs": dict(tag=dict(enum=["wind", "rain"]))}))
+WEATHER = Tool(
+    "get_weather",
+    "The weather.",
+    dict(
+        type="object",
+        description="as %json: x",
+        required=["city"],
+        additionalProperties=False,
+        properties=dict(
+            city=dict(type="string", maxLength=6),
+            days=dict(type="integer", minimum=1, maximum=9),
+            units=dict(enum=["C", "F"]),
+            tags={"type": "array", "maxItems": 2, "items": {"$ref": "#/$defs/tag"}},
+        ),
+        **{"$defs": dict(tag=dict(enum=["wind", "rain"]))},
+    ),
+)
 EMPTY = Tool("now", "The time.", dict(type="object", properties={}, additionalProperties=False))
 TOOLS = (WEATHER, EMPTY)
 USE = ToolUse(TOOLS)
@@ -168,15 +180,18 @@ def test_a_thought_before_a_call():
         assert parse(parser, pieces) == [Reasoning("I call <tool_call>"), ("now", "{}")]
 
 
-@pytest.mark.parametrize("template, style", [
-    ("{{ tools }} <tool_call>{'name': name}</tool_call>", HERMES),
-    ("{{ tools }} <tool_call><function=x><parameter=y>", XML),
-    ("{{ tools }}[AVAILABLE_TOOLS] [TOOL_CALLS]", MISTRAL),
-    ("{{ tools }}[TOOL_CALLS] name [ARGS]", MISTRAL_NAMED),
-    ("{{ tools }}Environment: ipython", LLAMA),
-    ("{{ tools | tojson }}", HERMES),
-    ("{{ messages }}", None),
-])
+@pytest.mark.parametrize(
+    "template, style",
+    [
+        ("{{ tools }} <tool_call>{'name': name}</tool_call>", HERMES),
+        ("{{ tools }} <tool_call><function=x><parameter=y>", XML),
+        ("{{ tools }}[AVAILABLE_TOOLS] [TOOL_CALLS]", MISTRAL),
+        ("{{ tools }}[TOOL_CALLS] name [ARGS]", MISTRAL_NAMED),
+        ("{{ tools }}Environment: ipython", LLAMA),
+        ("{{ tools | tojson }}", HERMES),
+        ("{{ messages }}", None),
+    ],
+)
 def test_the_style_is_seen_in_the_template(template, style):
     assert style_of(template) is style
 
@@ -208,8 +223,13 @@ def test_a_grammar_for_text_values():
     grammar = calls_grammar(XML, ToolUse((WEATHER,), must_call=True, parallel=False))
     call = "<tool_call>\n<function=get_weather>\n{}</function>\n</tool_call>"
     city, days = (f"<parameter={n}>\n{v}\n</parameter>\n" for n, v in (("city", '"b"\n\n<'), ("days", "3")))
-    assert [allows("byte_level", grammar, call.format(p)) for p in (city, city + days, days, "", city + city)] \
-        == [True, True, False, False, False]
+    assert [allows("byte_level", grammar, call.format(p)) for p in (city, city + days, days, "", city + city)] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
 
 
 STRINGS = [
@@ -260,16 +280,19 @@ def test_references_that_lead_nowhere_end():
 @pytest.mark.parametrize("pattern", ["a/b", "a\nb", "a\\\nb", "a\\/b", "[/]", "a\\\rb"])
 def test_patterns_cannot_leave_their_place_in_the_grammar(pattern):
     grammar = calls_grammar(XML, ToolUse((one_parameter(dict(type="string", pattern=pattern)),)))
-    assert json.loads(grammar)["grammars"][0]["lark_grammar"].count("\n") == json.loads(calls_grammar(XML, ToolUse(
-        (one_parameter(dict(type="string", pattern="a")),))))["grammars"][0]["lark_grammar"].count("\n")
+    assert json.loads(grammar)["grammars"][0]["lark_grammar"].count("\n") == json.loads(
+        calls_grammar(XML, ToolUse((one_parameter(dict(type="string", pattern="a")),)))
+    )["grammars"][0]["lark_grammar"].count("\n")
     GRAMMARS["byte_level"].mask(grammar)
 
 
 def test_null_stands_there_without_quotes_and_so_does_a_text():
     use = ToolUse((one_parameter(dict(type=["string", "null"])),))
     call = "<tool_call><function=f><parameter=a>\n{}\n</parameter></function></tool_call>"
-    found = [json.loads(parse(CallParser(XML, use), [call.format(text)])[0][1])["a"]
-             for text in ("null", "None", "5", '"q"', "true", "")]
+    found = [
+        json.loads(parse(CallParser(XML, use), [call.format(text)])[0][1])["a"]
+        for text in ("null", "None", "5", '"q"', "true", "")
+    ]
     assert found == [None, None, "5", '"q"', "true", ""]
 
 
@@ -322,8 +345,12 @@ def test_a_grammar_behind_a_thought(opened):
     answers = structured.choice(["yes", "no"]), structured.regex("yes|no"), structured.lark('start: "yes" | "no"')
     for answer in answers:
         grammar = structured.compose(rules.text, answer)
-        for text, good in [("Hm.</think>\n\nyes", opened), ("<think>Hm </th</think>no", True), ("yes", not opened),
-                           ("Hm</think>maybe", False)]:
+        for text, good in [
+            ("Hm.</think>\n\nyes", opened),
+            ("<think>Hm </th</think>no", True),
+            ("yes", not opened),
+            ("Hm</think>maybe", False),
+        ]:
             assert allows("byte_level", grammar, text) == good, (text, opened)
 
 
@@ -332,10 +359,41 @@ def test_only_the_first_call_where_they_may_not_be_parallel():
     assert parse(CallParser(HERMES, replace(USE, parallel=False)), list(text)) == [("now", "{}"), "Done."]
 
 
-FRAGMENTS = ["<tool_call>", "</tool_call>", "<function=", "</function>", "<parameter=", "</parameter>", ">",
-             "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>", "<think>", "</think>", "\n", " ", "{", "}", "[", "]", '"', ":",
-             ",", ";", "\\", '{"name": "now"', '"arguments": {', '"parameters":', "city", "days", "now", "3", "é", "<",
-             "/"]
+FRAGMENTS = [
+    "<tool_call>",
+    "</tool_call>",
+    "<function=",
+    "</function>",
+    "<parameter=",
+    "</parameter>",
+    ">",
+    "[TOOL_CALLS]",
+    "[ARGS]",
+    "<|python_tag|>",
+    "<think>",
+    "</think>",
+    "\n",
+    " ",
+    "{",
+    "}",
+    "[",
+    "]",
+    '"',
+    ":",
+    ",",
+    ";",
+    "\\",
+    '{"name": "now"',
+    '"arguments": {',
+    '"parameters":',
+    "city",
+    "days",
+    "now",
+    "3",
+    "é",
+    "<",
+    "/",
+]
 
 
 @pytest.mark.parametrize("style", STYLES, ids=lambda s: s.name)
@@ -348,8 +406,11 @@ def test_any_text_gives_the_same_events_however_it_is_cut(style, pieces, opened)
 
 
 @pytest.mark.parametrize("style", STYLES, ids=lambda s: s.name)
-@pytest.mark.parametrize("parameters", [NO_PARAMETERS, dict(type="object", properties={}),
-                                        dict(properties={}, required=[], title="none")], ids=str)
+@pytest.mark.parametrize(
+    "parameters",
+    [NO_PARAMETERS, dict(type="object", properties={}), dict(properties={}, required=[], title="none")],
+    ids=str,
+)
 def test_a_function_without_parameters_takes_none(style, parameters):
     use = ToolUse((Tool("now", "", parameters),), must_call=True, parallel=False)
     for seed in range(3):

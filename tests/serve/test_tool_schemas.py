@@ -1,4 +1,5 @@
 """Schemas of tools of every shape: in each style the grammar allows calls whose arguments the schema allows."""
+
 import json
 
 import jsonschema
@@ -18,8 +19,12 @@ BY_STYLE = pytest.mark.parametrize("style", STYLES, ids=lambda style: style.name
 X = {"type": "object", "properties": {"x": {"type": "boolean"}}, "required": ["x"], "additionalProperties": False}
 Y = {"type": "object", "properties": {"y": {"enum": [1, 2]}}, "required": ["y"], "additionalProperties": False}
 OPEN_X = {word: value for word, value in X.items() if word != "additionalProperties"}
-TREE = {"type": "object", "properties": {"v": {"type": "boolean"}, "next": {"$ref": "#"}}, "required": ["v"],
-        "additionalProperties": False}
+TREE = {
+    "type": "object",
+    "properties": {"v": {"type": "boolean"}, "next": {"$ref": "#"}},
+    "required": ["v"],
+    "additionalProperties": False,
+}
 # name: (schema, arguments that it allows)
 SHAPES = {
     "plain": (X, {"x": True}),
@@ -84,10 +89,12 @@ def written(style, name, arguments):
         values = [(key, value if isinstance(value, str) else json.dumps(value)) for key, value in arguments.items()]
         members = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values)
         return f"<tool_call>\n<function={name}>\n{members}</function>\n</tool_call>"
-    return {"hermes": f'<tool_call>\n{{"name": "{name}", "arguments": {text}}}\n</tool_call>',
-            "llama": f'{{"name": "{name}", "parameters": {text}}}',
-            "mistral": f'[TOOL_CALLS][{{"name": "{name}", "arguments": {text}}}]',
-            "mistral_named": f"[TOOL_CALLS]{name}[ARGS]{text}"}[style.name]
+    return {
+        "hermes": f'<tool_call>\n{{"name": "{name}", "arguments": {text}}}\n</tool_call>',
+        "llama": f'{{"name": "{name}", "parameters": {text}}}',
+        "mistral": f'[TOOL_CALLS][{{"name": "{name}", "arguments": {text}}}]',
+        "mistral_named": f"[TOOL_CALLS]{name}[ARGS]{text}",
+    }[style.name]
 
 
 @BY_STYLE
@@ -140,9 +147,12 @@ def test_properties_are_counted_in_xml():
     schema = X | {"properties": {n: {"const": n} for n in "abc"}, "required": [], "minProperties": 2}
     for most in (2, 3):
         grammar = calls_grammar(XML, ToolUse((Tool("g", "", schema | {"maxProperties": most}),), parallel=False))
-        found = [names for names in ("", "a", "ab", "ac", "bc", "abc")
-                 if allows("byte_level", grammar, written(XML, "g", {name: name for name in names}))]
-        assert found == ["ab", "ac", "bc", "abc"][:3 + most // 3]
+        found = [
+            names
+            for names in ("", "a", "ab", "ac", "bc", "abc")
+            if allows("byte_level", grammar, written(XML, "g", {name: name for name in names}))
+        ]
+        assert found == ["ab", "ac", "bc", "abc"][: 3 + most // 3]
 
 
 @BY_STYLE
@@ -167,9 +177,19 @@ ENDING = ["a</parameter>", "</parameter>b", "a\n</parameter>\nb", "</parameter>"
 
 
 @pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("kind", [
-    {}, {"minLength": 1}, {"maxLength": 80}, {"pattern": "^[^q]*$"}, {"pattern": "[ab]|<"}, {"format": "uri"},
-    {"minLength": 2, "maxLength": 60, "pattern": "."}], ids=str)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {},
+        {"minLength": 1},
+        {"maxLength": 80},
+        {"pattern": "^[^q]*$"},
+        {"pattern": "[ab]|<"},
+        {"format": "uri"},
+        {"minLength": 2, "maxLength": 60, "pattern": "."},
+    ],
+    ids=str,
+)
 def test_no_text_in_xml_has_an_end_in_itself(kind, strict):
     begin = "a:" if "format" in kind else ""
     schema = {"properties": {"v": {"type": "string", **kind}}, "required": ["v"], "additionalProperties": False}
@@ -318,5 +338,8 @@ def test_a_call_that_is_cut_off_in_its_marks_leaves_nothing_in_the_text(style):
 def test_a_call_without_its_last_bracket():
     text = '<tool_call>\n{"name": "f", "arguments": {"a": 1}\n</tool_call>\n<tool_call>\n{"name": "f"}</tool_call> So.'
     for pieces in ([text], list(text)):
-        assert parse(CallParser(STYLES[0], ToolUse((Tool("f", "", {}),))), pieces) \
-            == [("f", '{"a": 1}'), ("f", "{}"), "So."]
+        assert parse(CallParser(STYLES[0], ToolUse((Tool("f", "", {}),))), pieces) == [
+            ("f", '{"a": 1}'),
+            ("f", "{}"),
+            "So.",
+        ]

@@ -1,4 +1,5 @@
 """A checkpoint is called by its content: not by names, times or headers, and without reading what is known."""
+
 import hashlib
 import json
 import os
@@ -122,8 +123,10 @@ def hub_model(root, weights=WEIGHTS, digest=None):
     blobs, snapshot = root / "models--a--b" / "blobs", root / "models--a--b" / "snapshots" / ("5" * 40)
     blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
-    for name, blob, data in (("model.safetensors", digest or hashlib.sha256(raw).hexdigest(), raw),
-                             ("config.json", "c" * 40, json.dumps({"model_type": "llama"}).encode())):
+    for name, blob, data in (
+        ("model.safetensors", digest or hashlib.sha256(raw).hexdigest(), raw),
+        ("config.json", "c" * 40, json.dumps({"model_type": "llama"}).encode()),
+    ):
         (blobs / blob).write_bytes(data)
         (snapshot / name).symlink_to(f"../../blobs/{blob}")
     return snapshot

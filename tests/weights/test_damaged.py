@@ -119,8 +119,15 @@ def remove(path):
     path.unlink()
 
 
-@pytest.mark.parametrize("damage", [remove, lambda path: os.truncate(path, 0), lambda path: os.truncate(path, 200),
-                                    lambda path: os.truncate(path, path.stat().st_size - 1)])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        remove,
+        lambda path: os.truncate(path, 0),
+        lambda path: os.truncate(path, 200),
+        lambda path: os.truncate(path, path.stat().st_size - 1),
+    ],
+)
 def test_damaged_packed_weights_are_packed_again(damage, tmp_path, monkeypatch):
     monkeypatch.setenv("LOCKSTEP_CACHE", str(tmp_path / "cache"))
     folder, answers = tiny.write(tmp_path / "m", QWEN3, tiny.tensors(QWEN3, 3)), []

@@ -1,4 +1,5 @@
 """A GGUF file gives back the Hugging Face checkpoint it was converted from: names, config and every value."""
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -154,8 +155,9 @@ def test_llama3_rope_factors(tmp_path):
             open_checkpoint(path)
 
 
-@pytest.mark.parametrize("context, high", [
-    (4096, 4.0), (2048, 4.0), (131072, 4.0), (1500, 4.0), (8192, 8.0), (700, 2.5)])
+@pytest.mark.parametrize(
+    "context, high", [(4096, 4.0), (2048, 4.0), (131072, 4.0), (1500, 4.0), (8192, 8.0), (700, 2.5)]
+)
 def test_llama3_rope_of_another_context(context, high, tmp_path):
     """What is inferred turns each pair as far as what the factors were made of."""
     found = llama3_scaling(500000.0, 64, llama3_factors(32.0, context, 1.0, high, 64), 8192, "m.gguf")

@@ -30,8 +30,11 @@ def sparse(path, content, size):
 def test_items_of_all_arrays_count_together(tmp_path):
     items = array("numbers", UINT8, MAX_ARRAY_ITEMS - 1) + bytes(MAX_ARRAY_ITEMS - 1)
     path = sparse(tmp_path / "m.gguf", head(2) + items + array("words", STRING, 2), MAX_ARRAY_ITEMS + (1 << 20))
-    with pytest.raises(ValueError, match=r"m.gguf: metadata 'words' has 2 items: 16777216 are allowed in all metadata, "
-                                         "1 are left"):
+    with pytest.raises(
+        ValueError,
+        match=r"m.gguf: metadata 'words' has 2 items: 16777216 are allowed in all metadata, "
+        "1 are left",
+    ):
         gguf.open_file(path)
 
 
@@ -84,20 +87,25 @@ def test_files_of_many_tensors_are_read(tmp_path):
     header = json.dumps(entries, separators=(",", ":"))
     file = safetensors.open_file(write(tmp_path / "m.safetensors", with_header(header, bytes(100_000))))
     assert len(file.infos) == 100_000
-    directory = b"".join(gguf_string(f"blk.61.ffn_down.{i}.weight") + struct.pack("<IQIQ", 1, 8, 0, 32 * i)
-                         for i in range(20_000))
+    directory = b"".join(
+        gguf_string(f"blk.61.ffn_down.{i}.weight") + struct.pack("<IQIQ", 1, 8, 0, 32 * i) for i in range(20_000)
+    )
     content = head(0, 20_000) + directory
     content += bytes(-len(content) % 32)
     assert len(gguf.open_file(sparse(tmp_path / "m.gguf", content, len(content) + 32 * 20_000)).infos) == 20_000
     assert gguf.MAX_TENSORS > 100_000
 
 
-@pytest.mark.parametrize("header, says", [
-    (lambda: json.dumps(dict.fromkeys(range(140_000), 0)), "header of 140000 tensors, at most 131072"),
-    (lambda: '{"a":{' + '"":"",' * 700_000 + '"":""}}', "700002 times ':' in"),
-    (lambda: '{"a":[' + "1," * 1_600_000 + "1]}", "1600000 times ',' in"),
-    (lambda: " " * (33 << 20), "header of 34603008 bytes, at most 33554432"),
-], ids=["tensors", "fields", "values", "size"])
+@pytest.mark.parametrize(
+    "header, says",
+    [
+        (lambda: json.dumps(dict.fromkeys(range(140_000), 0)), "header of 140000 tensors, at most 131072"),
+        (lambda: '{"a":{' + '"":"",' * 700_000 + '"":""}}', "700002 times ':' in"),
+        (lambda: '{"a":[' + "1," * 1_600_000 + "1]}", "1600000 times ',' in"),
+        (lambda: " " * (33 << 20), "header of 34603008 bytes, at most 33554432"),
+    ],
+    ids=["tensors", "fields", "values", "size"],
+)
 def test_headers_that_would_take_too_much_memory_are_refused(tmp_path, header, says):
     with pytest.raises(ValueError, match=says):
         safetensors.open_file(write(tmp_path / "m.safetensors", with_header(header(), b"")))

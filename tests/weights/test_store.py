@@ -1,4 +1,5 @@
 """Packed weights on disk: found again by content, checked, made again where damaged, and bounded."""
+
 import json
 import os
 import threading
@@ -59,10 +60,14 @@ def flipped(path, at):
 
 
 DAMAGES = {
-    "a bit of the first array": lambda p: flipped(p, 4096), "a bit of the last array": lambda p: flipped(p, 4096 * 4),
-    "a bit of the shapes": lambda p: flipped(p, 100), "a bit of the checksum": lambda p: flipped(p, 20),
-    "cut": lambda p: os.truncate(p, p.stat().st_size - 1), "cut to a page": lambda p: os.truncate(p, 4096),
-    "empty": lambda p: os.truncate(p, 0), "longer": lambda p: p.write_bytes(p.read_bytes() + b"x"),
+    "a bit of the first array": lambda p: flipped(p, 4096),
+    "a bit of the last array": lambda p: flipped(p, 4096 * 4),
+    "a bit of the shapes": lambda p: flipped(p, 100),
+    "a bit of the checksum": lambda p: flipped(p, 20),
+    "cut": lambda p: os.truncate(p, p.stat().st_size - 1),
+    "cut to a page": lambda p: os.truncate(p, 4096),
+    "empty": lambda p: os.truncate(p, 0),
+    "longer": lambda p: p.write_bytes(p.read_bytes() + b"x"),
     "zeros": lambda p: p.write_bytes(bytes(p.stat().st_size)),
 }
 

@@ -1,4 +1,5 @@
 """The application: its routes, and what wraps them."""
+
 import contextlib
 import re
 from collections.abc import Sequence
@@ -37,9 +38,13 @@ def make_app(service, cors_origins=(), allowed_hosts=()):
     addresses and localhost, where no key is asked for.
     """
     routes = [route for module in ROUTES for route in module.routes(service)]
-    passed = [Middleware(OneSlash), Middleware(Unpack, max_bytes=service.limits.max_body_bytes),
-              Middleware(Guard, service=service), Middleware(Origins, allowed=cors_origins),
-              Middleware(Keys, service=service)]
+    passed = [
+        Middleware(OneSlash),
+        Middleware(Unpack, max_bytes=service.limits.max_body_bytes),
+        Middleware(Guard, service=service),
+        Middleware(Origins, allowed=cors_origins),
+        Middleware(Keys, service=service),
+    ]
     if not service.api_keys:
         passed.insert(3, Middleware(Hosts, allowed=allowed_hosts))
     if cors_origins:

@@ -1,4 +1,5 @@
 """Answers as blocks: thoughts, texts and tool calls, one after the other, in Anthropic's and OpenAI's newer API."""
+
 from dataclasses import dataclass, field
 
 from lockstep.serve.tool_calls.events import CallStart, Content, Reasoning

@@ -1,4 +1,5 @@
 """Request bodies: read under a limit, parsed strictly, checked field by field."""
+
 import asyncio
 import json
 import math
@@ -17,9 +18,17 @@ SHOWN_CHARS = 80
 SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 CONTAINERS = (dict, list)
 # what pydantic calls by the names of Python's types and of our classes
-JSON_NAMES = dict(int_type="an integer", int_from_float="an integer", float_type="a number", bool_type="true or false",
-                  string_type="a string", dict_type="an object", list_type="an array", model_type="an object",
-                  model_attributes_type="an object")
+JSON_NAMES = dict(
+    int_type="an integer",
+    int_from_float="an integer",
+    float_type="a number",
+    bool_type="true or false",
+    string_type="a string",
+    dict_type="an object",
+    list_type="an array",
+    model_type="an object",
+    model_attributes_type="an object",
+)
 UNION_MEMBERS = ("str", "int", "float", "bool", "dict", "list")  # how pydantic names them in the place of an error
 
 
@@ -79,8 +88,10 @@ async def read_fields(request, service, fields):
 
 def simple_or(simple, container):
     """The type of a field that is either a simple value or an array or object. Errors are those of what was meant."""
+
     def meant(value):
         return "(simple)" if value is None or isinstance(value, (str, int, float)) else "(container)"
+
     either = Annotated[simple, Tag("(simple)")] | Annotated[container, Tag("(container)")]
     return Annotated[either, Discriminator(meant)]
 
@@ -122,8 +133,12 @@ def parse(body, limits):
     check_size(body, limits)
     max_depth, max_fields = limits.max_depth, limits.max_object_fields
     try:
-        value = json.loads(body.decode("utf-8"), object_pairs_hook=partial(_object, max_fields=max_fields),
-                           parse_constant=_no_constant, parse_float=_finite)
+        value = json.loads(
+            body.decode("utf-8"),
+            object_pairs_hook=partial(_object, max_fields=max_fields),
+            parse_constant=_no_constant,
+            parse_float=_finite,
+        )
     except UnicodeDecodeError as error:
         raise bad_request(f"the body is not UTF-8 text: byte {error.start} is 0x{body[error.start]:02x}") from None
     except RecursionError:

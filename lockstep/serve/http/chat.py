@@ -1,4 +1,5 @@
 """/v1/chat/completions: a conversation goes on."""
+
 from starlette.routing import Route
 
 from lockstep.serve.http import talk
@@ -16,13 +17,20 @@ MOST_TOKENS = ("n_predict", "max_completion_tokens", "max_tokens")  # names of t
 
 def routes(service):
     """The routes of this module."""
+
     async def chat(job):
         fields = await job.read(ChatFields)
         logprobs = _logprobs(fields, service.limits)
         check_prompt_logprobs(fields)
         _check_generation_prompt(fields)
-        new_parser = await talk.start(job, fields, lambda: conversation(fields), MOST_TOKENS, logprobs=logprobs,
-                                      prompt_logprobs=fields.prompt_logprobs)
+        new_parser = await talk.start(
+            job,
+            fields,
+            lambda: conversation(fields),
+            MOST_TOKENS,
+            logprobs=logprobs,
+            prompt_logprobs=fields.prompt_logprobs,
+        )
         answer = Answer(job, fields, new_parser)
         if fields.stream:
             return EventStream(job, answer.events())
@@ -36,8 +44,11 @@ def routes(service):
 def _check_generation_prompt(fields):
     """vLLM's clients switch it off where they continue a message, which is all that it can mean here."""
     if fields.add_generation_prompt is False and not fields.continue_final_message:
-        raise bad_request("add_generation_prompt: expected true or none without continue_final_message, got false",
-                          "add_generation_prompt", "unsupported")
+        raise bad_request(
+            "add_generation_prompt: expected true or none without continue_final_message, got false",
+            "add_generation_prompt",
+            "unsupported",
+        )
 
 
 def _logprobs(fields, limits):
@@ -45,6 +56,9 @@ def _logprobs(fields, limits):
     if fields.top_logprobs and not fields.logprobs:
         raise bad_request("top_logprobs: expected logprobs to be true, too", "top_logprobs", "invalid_value")
     if (fields.top_logprobs or 0) > limits.max_logprobs:
-        raise bad_request(f"top_logprobs: expected at most {limits.max_logprobs}, got {fields.top_logprobs}",
-                          "top_logprobs", "invalid_value")
+        raise bad_request(
+            f"top_logprobs: expected at most {limits.max_logprobs}, got {fields.top_logprobs}",
+            "top_logprobs",
+            "invalid_value",
+        )
     return (fields.top_logprobs or 0) if fields.logprobs else None

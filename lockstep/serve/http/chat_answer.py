@@ -1,4 +1,5 @@
 """The answer of /v1/chat/completions, whole or in chunks."""
+
 import secrets
 import time
 
@@ -19,8 +20,12 @@ class Answer:
         self.job, self.fields, self.new_parser = job, fields, new_parser
         service = job.service
         self.tokenizer = service.tokenizer
-        self._head = dict(id=f"chatcmpl-{secrets.token_hex(12)}", created=int(time.time()), model=job.model_name,
-                          **service.fingerprint_field)
+        self._head = dict(
+            id=f"chatcmpl-{secrets.token_hex(12)}",
+            created=int(time.time()),
+            model=job.model_name,
+            **service.fingerprint_field,
+        )
 
     def head(self, kind):
         """The fields that all objects of the answer have."""

@@ -1,4 +1,5 @@
 """The body of /v1/chat/completions, and the Conversation that it asks for."""
+
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -117,21 +118,24 @@ def conversation(fields):
     if not messages:
         raise bad_request("messages: expected at least one message, got none", "messages", "invalid_value")
     if continues and messages[-1]["role"] != "assistant":
-        raise bad_request("continue_final_message: expected the last message to be the assistant's",
-                          "continue_final_message")
+        raise bad_request(
+            "continue_final_message: expected the last message to be the assistant's", "continue_final_message"
+        )
     variables = template_variables(fields.chat_template_kwargs, fields.reasoning_effort)
     return Conversation(messages, tool_use(fields), grammar_of(fields), variables, continues, form_of(fields))
 
 
 # ---------------------------------------------------------------- messages
 
+
 def message(index, given):
     """A message as chat templates know one."""
     where = f"messages[{index}]"
     content = text_of(given.content, where)
     if content is None and given.role != "assistant":
-        raise bad_request(f"{where}.content: expected a text for role {given.role}, got null", f"{where}.content",
-                          "invalid_value")
+        raise bad_request(
+            f"{where}.content: expected a text for role {given.role}, got null", f"{where}.content", "invalid_value"
+        )
     made = dict(role="tool" if given.role == "function" else given.role, content=content or "")
     if given.tool_calls:
         made["tool_calls"] = [called(c.id, c.function.name, c.function.arguments) for c in given.tool_calls]
@@ -146,8 +150,11 @@ def text_of(content, where):
         return content
     for i, part in enumerate(content):
         if part.type not in ("text", "input_text", "output_text", "refusal"):
-            raise bad_request(f"{where}.content[{i}]: this model reads only text, got a part of type "
-                              f"{shown(part.type)}", f"{where}.content[{i}].type", "unsupported")
+            raise bad_request(
+                f"{where}.content[{i}]: this model reads only text, got a part of type {shown(part.type)}",
+                f"{where}.content[{i}].type",
+                "unsupported",
+            )
     return "\n".join(part.text or part.refusal or "" for part in content)
 
 
@@ -168,13 +175,17 @@ def arguments_of(text):
 
 # ---------------------------------------------------------------- tools
 
+
 def tool_use(fields):
     """The ToolUse of the tools and tool_choice of ChatFields."""
     functions = [tool.function for tool in fields.tools or () if tool.type == "function"]
     if None in functions:
         where = f"tools[{[tool.type == 'function' and tool.function is None for tool in fields.tools].index(True)}]"
-        raise bad_request(f"{where}.function: this field is required for a tool of type function", f"{where}.function",
-                          "missing_field")
+        raise bad_request(
+            f"{where}.function: this field is required for a tool of type function",
+            f"{where}.function",
+            "missing_field",
+        )
     tools = [Tool(f.name, f.description or "", f.parameters or NO_PARAMETERS, bool(f.strict)) for f in functions]
     choice, parallel = fields.tool_choice or "auto", fields.parallel_tool_calls is not False
     if isinstance(choice, str):

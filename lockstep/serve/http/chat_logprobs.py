@@ -1,4 +1,5 @@
 """Log-probabilities in the shape of /v1/chat/completions: an object for each token, with its bytes."""
+
 from lockstep.serve.http.encode import in_parts
 from lockstep.serve.http.legacy_logprobs import token_text
 
@@ -12,8 +13,12 @@ def chat_logprobs(tokenizer, request, start, end):
 
 def whole_logprobs(tokenizer, request):
     """Those of a finished request, in parts."""
-    return dict(refusal=None, content=in_parts(
-        len(request.output_ids), lambda start, end: chat_logprobs(tokenizer, request, start, end)["content"]))
+    return dict(
+        refusal=None,
+        content=in_parts(
+            len(request.output_ids), lambda start, end: chat_logprobs(tokenizer, request, start, end)["content"]
+        ),
+    )
 
 
 def one_logprob(tokenizer, token_id, logprob, top):

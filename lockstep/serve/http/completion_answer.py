@@ -1,4 +1,5 @@
 """The answer of /v1/completions, whole or in chunks."""
+
 import secrets
 import time
 
@@ -15,8 +16,13 @@ class Answer:
     def __init__(self, job, fields, texts):
         self.job, self.fields, self._texts = job, fields, texts
         self.tokenizer, self.is_empty = job.service.tokenizer, fields.is_empty
-        self.head = dict(id=f"cmpl-{secrets.token_hex(12)}", object="text_completion", created=int(time.time()),
-                         model=job.model_name, **job.service.fingerprint_field)
+        self.head = dict(
+            id=f"cmpl-{secrets.token_hex(12)}",
+            object="text_completion",
+            created=int(time.time()),
+            model=job.model_name,
+            **job.service.fingerprint_field,
+        )
 
     def whole(self):
         """The response; arrays that may be long are Parts."""
@@ -85,8 +91,10 @@ class Chunks:
         if not (text or reason or self._reader):
             return b""
         finish = "null" if reason is None else f'"{reason}"'
-        return f'{self._before}{to_text(text)},"logprobs":{self._logprobs(start)},"finish_reason":{finish}' \
-               f'{self._token_ids(tokens)}{self._end.after(self._num_sent)}'.encode("ascii")
+        return (
+            f'{self._before}{to_text(text)},"logprobs":{self._logprobs(start)},"finish_reason":{finish}'
+            f"{self._token_ids(tokens)}{self._end.after(self._num_sent)}".encode("ascii")
+        )
 
     def _logprobs(self, start):
         if self._reader is None:

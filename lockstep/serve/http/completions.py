@@ -1,4 +1,5 @@
 """/v1/completions: texts go on."""
+
 from typing import Annotated
 
 from pydantic import Field
@@ -45,11 +46,17 @@ class CompletionFields(SamplingFields, FormFields, StreamFields):
 
 def routes(service):
     """The routes of this module."""
+
     async def complete(job):
         fields = await job.read(CompletionFields)
         _check_logprobs(fields, service.limits)
-        texts, ids = await job.prepare(read_prompts, service, fields.prompt, fields.add_special_tokens is not False,
-                                       _most_prompt(fields, service.max_context))
+        texts, ids = await job.prepare(
+            read_prompts,
+            service,
+            fields.prompt,
+            fields.add_special_tokens is not False,
+            _most_prompt(fields, service.max_context),
+        )
         each_mask = await job.offload(masks, service, fields, len(ids)) if fields.form_names else [None] * len(ids)
         has_form = each_mask[0] is not None
         if (leaves_out := await job.prepare(token_mask, service, fields)) is not None:
@@ -58,8 +65,11 @@ def routes(service):
             each_mask = [UntilComplete(mask, service.llm) for mask in each_mask]
             fields.ignore_eos = False
         answer = Answer(job, fields, texts)
-        await job.start([(each, _params(fields, service, len(each), mask)) for each, mask in zip(ids, each_mask)],
-                        fields.cache_salt or "", narrowing(fields))
+        await job.start(
+            [(each, _params(fields, service, len(each), mask)) for each, mask in zip(ids, each_mask)],
+            fields.cache_salt or "",
+            narrowing(fields),
+        )
         if fields.stream:
             return EventStream(job, answer.events())
         await job.finished()
@@ -72,8 +82,9 @@ def routes(service):
 def _check_logprobs(fields, limits):
     check_prompt_logprobs(fields)
     if fields.logprobs is not None and fields.logprobs > limits.max_logprobs:
-        raise bad_request(f"logprobs: expected at most {limits.max_logprobs}, got {fields.logprobs}", "logprobs",
-                          "invalid_value")
+        raise bad_request(
+            f"logprobs: expected at most {limits.max_logprobs}, got {fields.logprobs}", "logprobs", "invalid_value"
+        )
 
 
 def _most_prompt(fields, max_context):
@@ -89,6 +100,12 @@ def _params(fields, service, num_prompt, mask):
     room = max(1, service.max_context - num_prompt)
     max_tokens = max(1, most_tokens(fields, MOST_TOKENS, room, DEFAULT_TOKENS))
     wants_prompt = fields.echo and fields.logprobs is not None
-    return sampling_params(fields, service.limits, max_tokens, service.llm.sampling_defaults, logprobs=fields.logprobs,
-                           logits_mask=mask,
-                           prompt_logprobs=fields.logprobs if wants_prompt else fields.prompt_logprobs)
+    return sampling_params(
+        fields,
+        service.limits,
+        max_tokens,
+        service.llm.sampling_defaults,
+        logprobs=fields.logprobs,
+        logits_mask=mask,
+        prompt_logprobs=fields.logprobs if wants_prompt else fields.prompt_logprobs,
+    )

@@ -1,4 +1,5 @@
 """Who is connected, and who is let in beyond the bounds to ask whether the server is alive."""
+
 import ipaddress
 from collections import Counter
 

@@ -1,4 +1,5 @@
 """/v1/embeddings: texts as vectors, each the model's last hidden state of its text."""
+
 import base64
 from typing import ClassVar, Literal
 
@@ -33,6 +34,7 @@ class EmbeddingFields(KnownFields):
 
 def routes(service):
     """The routes of this module."""
+
     async def embed(job):
         fields = await job.read(EmbeddingFields)
         _check_dimensions(fields.dimensions, service.llm.model.config.hidden_size)
@@ -50,8 +52,11 @@ def routes(service):
 def _check_dimensions(wanted, found):
     # the first numbers of a vector only mean something by themselves for models that were trained so
     if wanted not in (None, found):
-        raise bad_request(f"dimensions: this model's embeddings have {found}, and cannot be shortened to {wanted}",
-                          "dimensions", "unsupported")
+        raise bad_request(
+            f"dimensions: this model's embeddings have {found}, and cannot be shortened to {wanted}",
+            "dimensions",
+            "unsupported",
+        )
 
 
 def read_inputs(service, fields):
@@ -59,8 +64,9 @@ def read_inputs(service, fields):
     given = fields.input
     inputs = given if isinstance(given, list) and given and not isinstance(given[0], (int, float)) else [given]
     if len(inputs) > service.limits.max_prompts:
-        raise bad_request(f"input: expected at most {service.limits.max_prompts} inputs, got {len(inputs)}", "input",
-                          "invalid_value")
+        raise bad_request(
+            f"input: expected at most {service.limits.max_prompts} inputs, got {len(inputs)}", "input", "invalid_value"
+        )
     return [_ids(service, each, fields) for each in inputs]
 
 
@@ -72,8 +78,11 @@ def _ids(service, given, fields):
         ids = check_ids(service, given, "input")
     else:
         strings = "a string, an array of strings, " if service.tokenizer is not None else ""
-        raise bad_request(f"input: expected {strings}an array of token ids or an array of such arrays, got "
-                          f"{shown(given)}", "input", "invalid_type")
+        raise bad_request(
+            f"input: expected {strings}an array of token ids or an array of such arrays, got {shown(given)}",
+            "input",
+            "invalid_type",
+        )
     limit = service.max_context
     if not ids:
         raise bad_request("input: expected at least one token, got none", "input", "invalid_value")
@@ -81,8 +90,9 @@ def _ids(service, given, fields):
         most = limit if fields.truncate_prompt_tokens == UNTIL_FULL else fields.truncate_prompt_tokens
         ids = shortened(service, given, ids, most, keep_end=False)
     if len(ids) > limit:
-        raise bad_request(f"input: one has {len(ids)} tokens, more than the context of {limit}", "input",
-                          "context_length_exceeded")
+        raise bad_request(
+            f"input: one has {len(ids)} tokens, more than the context of {limit}", "input", "context_length_exceeded"
+        )
     return ids
 
 
@@ -93,8 +103,13 @@ def _answer(job, fields):
     vectors = [request.pool.embedding(fields.normalize is not False) for request in requests]
     data = ([dict(object="embedding", index=i, embedding=encoded(vector))] for i, vector in enumerate(vectors))
     count = sum(len(request.prompt_ids) for request in requests)
-    return dict(object="list", data=Parts(data), model=job.model_name, **job.service.fingerprint_field,
-                usage=dict(prompt_tokens=count, total_tokens=count))
+    return dict(
+        object="list",
+        data=Parts(data),
+        model=job.model_name,
+        **job.service.fingerprint_field,
+        usage=dict(prompt_tokens=count, total_tokens=count),
+    )
 
 
 def _as_base64(vector):

@@ -1,4 +1,5 @@
 """Values as JSON bytes."""
+
 import json
 import secrets
 from collections.abc import Callable, Iterable, Iterator

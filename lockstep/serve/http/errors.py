@@ -1,4 +1,5 @@
 """Refusals and errors as clients know them: OpenAI's nested object, and Anthropic's on its own routes."""
+
 from collections.abc import Sequence
 
 from starlette.responses import Response
@@ -8,8 +9,15 @@ from lockstep.serve.http.encode import to_json
 from lockstep.serve.tokenizer import TooManyTokens
 
 OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-ANTHROPIC_TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
-                   404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error"}
+ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 INTERNAL = "the server failed to answer this request; its log says why"
 
 

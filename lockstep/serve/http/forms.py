@@ -1,4 +1,5 @@
 """The form that an answer has to have: OpenAI's response_format, and vLLM's names for the same and more."""
+
 from typing import ClassVar
 
 from pydantic import Field
@@ -58,8 +59,11 @@ class FormFields(Fields):
     @property
     def form_names(self) -> list[str]:
         """Those of them that are there."""
-        return [name for name in FormFields.model_fields
-                if (value := getattr(self, name)) is not None and not (name == "grammar" and not value)]
+        return [
+            name
+            for name in FormFields.model_fields
+            if (value := getattr(self, name)) is not None and not (name == "grammar" and not value)
+        ]
 
 
 def masks(service, fields, count):
@@ -68,8 +72,9 @@ def masks(service, fields, count):
         raise bad_request("this model has no tokenizer, so its answers have no form", "response_format", "no_tokenizer")
     grammar = grammar_of(fields)
     with told_as(form_of(fields)):
-        return [None if grammar is None else service.chat.grammars.mask(grammar, fields.num_samples)
-                for _ in range(count)]
+        return [
+            None if grammar is None else service.chat.grammars.mask(grammar, fields.num_samples) for _ in range(count)
+        ]
 
 
 def form_of(fields) -> str:

@@ -1,4 +1,5 @@
 """What every request passes on its way to a route: counted, held to the size of a body, and let in by its key."""
+
 import hashlib
 import hmac
 
@@ -124,8 +125,12 @@ class Hosts:
     async def __call__(self, scope, receive, send):
         host = dict(scope["headers"]).get(b"host") if scope["type"] == "http" else None
         if host is not None and not self._may(target.name_of(host)):
-            raise ApiError(403, f"this server may not be called {target.shown(host)}, unless it is started with "
-                                f"--allowed-host, or with an --api-key", code="host_not_allowed")
+            raise ApiError(
+                403,
+                f"this server may not be called {target.shown(host)}, unless it is started with "
+                f"--allowed-host, or with an --api-key",
+                code="host_not_allowed",
+            )
         await self._app(scope, receive, send)
 
     def _may(self, name):
@@ -146,8 +151,11 @@ class Origins:
         headers = dict(scope["headers"]) if scope["type"] == "http" else {}
         origin = headers.get(b"origin", b"").decode("latin-1").lower()
         if origin and scope["path"] not in OPEN_PATHS and not self._may(origin, headers.get(b"host", b"")):
-            raise ApiError(403, f"web pages of {origin[:200]!r} may not call this server, unless it is started with "
-                                f"--cors-origin", code="origin_not_allowed")
+            raise ApiError(
+                403,
+                f"web pages of {origin[:200]!r} may not call this server, unless it is started with --cors-origin",
+                code="origin_not_allowed",
+            )
         await self._app(scope, receive, send)
 
     def _may(self, origin, host):

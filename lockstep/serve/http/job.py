@@ -1,4 +1,5 @@
 """One HTTP request that generates, from its admission to the end of its answer."""
+
 import asyncio
 import math
 import time
@@ -88,8 +89,9 @@ class Job:
         for ids, params in prompts:
             self._check_context(len(ids), params.max_tokens)
         prompts = within(prompts, self.service.limits.max_answer_values, self.service.max_context)
-        self.service.admit(self, num_sequences, sum(len(ids) * params.n for ids, params in prompts),
-                           num_logprobs(prompts))
+        self.service.admit(
+            self, num_sequences, sum(len(ids) * params.n for ids, params in prompts), num_logprobs(prompts)
+        )
         self._prompts, self._narrowing = prompts, narrowing
         await self.prepare(self._submit, prompts, self.service.salt(self.scope["lockstep.tenant"], cache_salt))
         return self.requests
@@ -105,14 +107,19 @@ class Job:
         if num_prompts > limits.max_prompts:
             raise bad_request(f"prompt: expected at most {limits.max_prompts} prompts, got {num_prompts}", "prompt")
         if num_sequences > limits.max_sequences:
-            raise bad_request(f"n: expected at most {limits.max_sequences} samples of all prompts together, got "
-                              f"{num_sequences}", "n")
+            raise bad_request(
+                f"n: expected at most {limits.max_sequences} samples of all prompts together, got {num_sequences}", "n"
+            )
 
     def _check_context(self, num_prompt, max_tokens):
         limit = self.service.max_context
         if num_prompt + max_tokens > limit:  # the routes ask for no more than there is room for, and for one at least
-            raise bad_request(f"prompt: it has {num_prompt} tokens, which leaves no room for an answer in the context "
-                              f"of {limit} tokens", "prompt", "context_length_exceeded")
+            raise bad_request(
+                f"prompt: it has {num_prompt} tokens, which leaves no room for an answer in the context "
+                f"of {limit} tokens",
+                "prompt",
+                "context_length_exceeded",
+            )
 
     async def tokens(self, pause=None):
         """Yields lists of (number of a sequence, its new Tokens, its finish_reason) whenever a step brought some.
@@ -170,8 +177,12 @@ class Job:
         for _, params in self._prompts:
             cached += self.requests[first].num_cached
             first += params.n
-        return dict(prompt_tokens=num_prompt, completion_tokens=num_output, total_tokens=num_prompt + num_output,
-                    prompt_tokens_details=dict(cached_tokens=cached))
+        return dict(
+            prompt_tokens=num_prompt,
+            completion_tokens=num_output,
+            total_tokens=num_prompt + num_output,
+            prompt_tokens_details=dict(cached_tokens=cached),
+        )
 
     # ------------------------------------------------------------ its end
 

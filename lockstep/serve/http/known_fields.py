@@ -3,6 +3,7 @@
 They would change the answer, so they are refused by name; only a value that asks for nothing is accepted, since many
 clients send all that they know with its default. docs/server.md lists them. Fields that nobody knows are ignored.
 """
+
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -40,15 +41,21 @@ class KnownFields(Fields):
             known = None if given is None or name in cls.model_fields else cls.refused.get(name)
             if known is not None and not known.neutral(given):
                 place = cls.inside + name
-                raise bad_request(f"{place}: not supported, expected {known.expected}, got {shown(given)}"
-                                  f"{known.instead and '; '}{known.instead}", place, "unsupported")
+                raise bad_request(
+                    f"{place}: not supported, expected {known.expected}, got {shown(given)}"
+                    f"{known.instead and '; '}{known.instead}",
+                    place,
+                    "unsupported",
+                )
         return value
 
 
 def _only(*values: object, instead: str = "") -> Known:
     """Null and these values ask for nothing."""
+
     def neutral(given: object) -> bool:
         return any(given == each and isinstance(given, bool) == isinstance(each, bool) for each in values)
+
     return Known(neutral, " or ".join([*map(shown, values), "none"]), instead)
 
 
@@ -204,9 +211,18 @@ REPORT = {
 
 GENERATION = PROMPT | FORM | CHOICE | END | REPORT
 
-EMBEDDING = {name: PROMPT[name] for name in (
-    "chat_template", "image_data", "media_io_kwargs", "messages", "mm_processor_kwargs", "multimodal_data",
-    "truncation_side")} | {
+EMBEDDING = {
+    name: PROMPT[name]
+    for name in (
+        "chat_template",
+        "image_data",
+        "media_io_kwargs",
+        "messages",
+        "mm_processor_kwargs",
+        "multimodal_data",
+        "truncation_side",
+    )
+} | {
     "embd_normalize": _only(2, instead="use normalize"),
     "embed_dtype": _only("float32"),
     "endianness": _only("native", "little"),

@@ -1,4 +1,5 @@
 """Log-probabilities in the shape of /v1/completions: parallel lists, alternatives by their text."""
+
 from lockstep.serve.http.encode import in_parts
 from lockstep.serve.tokenizer import Detokenizer, answer_reader
 
@@ -54,8 +55,10 @@ class LegacyLogprobs:
                 column += made[name]
             return [None, *made["top_logprobs"][1:]] if with_prompt and not start else made["top_logprobs"]
 
-        filled = {name: in_parts(len(ids), lambda start, end, column=column: column[start:end])
-                  for name, column in columns.items()}
+        filled = {
+            name: in_parts(len(ids), lambda start, end, column=column: column[start:end])
+            for name, column in columns.items()
+        }
         return dict(top_logprobs=in_parts(len(ids), alternatives), **filled)
 
     def _part(self, ids, logprobs, tops):

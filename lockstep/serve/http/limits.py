@@ -1,4 +1,5 @@
 """What a server allows. Everything that a client sends is held against one of these."""
+
 from dataclasses import dataclass, fields
 
 

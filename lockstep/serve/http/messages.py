@@ -1,4 +1,5 @@
 """/v1/messages, Anthropic's form of a conversation."""
+
 import secrets
 
 from starlette.routing import Route
@@ -13,12 +14,14 @@ from lockstep.serve.http.sampling import check_single
 from lockstep.serve.http.sse import EventStream, named
 
 STOP_REASONS = dict(stop="end_turn", length="max_tokens", tool_calls="tool_use")
-DELTAS = dict(text=("text_delta", "text"), thought=("thinking_delta", "thinking"),
-              call=("input_json_delta", "partial_json"))
+DELTAS = dict(
+    text=("text_delta", "text"), thought=("thinking_delta", "thinking"), call=("input_json_delta", "partial_json")
+)
 
 
 def routes(service):
     """The routes of this module."""
+
     async def messages(job):
         fields = await job.read(MessagesFields)
         check_single(fields)
@@ -34,8 +37,10 @@ def routes(service):
     async def count(request):
         return json_response(dict(input_tokens=await talk.count(request, service, CountFields, conversation)))
 
-    return [Route("/v1/messages", Generates(service, messages), methods=["POST"]),
-            Route("/v1/messages/count_tokens", count, methods=["POST"])]
+    return [
+        Route("/v1/messages", Generates(service, messages), methods=["POST"]),
+        Route("/v1/messages/count_tokens", count, methods=["POST"]),
+    ]
 
 
 class Answer:
@@ -43,14 +48,14 @@ class Answer:
 
     def __init__(self, job, new_parser):
         self._job, self._request, self._new_parser = job, job.requests[0], new_parser
-        self._head = dict(id=f"msg_{secrets.token_hex(12)}", type="message", role="assistant",
-                          model=job.model_name)
+        self._head = dict(id=f"msg_{secrets.token_hex(12)}", type="message", role="assistant", model=job.model_name)
 
     def whole(self):
         """The response."""
         blocks = collect(talk.read_all(self._new_parser, self._request))
-        return self._head | dict(content=[whole_block(block) for block in blocks], **self._end(blocks),
-                                 usage=self._usage())
+        return self._head | dict(
+            content=[whole_block(block) for block in blocks], **self._end(blocks), usage=self._usage()
+        )
 
     async def events(self):
         """The events of a stream, those of one step together."""
@@ -67,8 +72,9 @@ class Answer:
         yield named("message_stop", dict(type="message_stop"))
 
     def _message_start(self):
-        message = self._head | dict(content=[], stop_reason=None, stop_sequence=None,
-                                    usage=self._usage() | dict(output_tokens=1))
+        message = self._head | dict(
+            content=[], stop_reason=None, stop_sequence=None, usage=self._usage() | dict(output_tokens=1)
+        )
         return named("message_start", dict(type="message_start", message=message))
 
     def _end(self, blocks):
@@ -81,8 +87,12 @@ class Answer:
     def _usage(self):
         usage = self._job.usage()
         cached = usage["prompt_tokens_details"]["cached_tokens"]
-        return dict(input_tokens=usage["prompt_tokens"] - cached, cache_creation_input_tokens=0,
-                    cache_read_input_tokens=cached, output_tokens=usage["completion_tokens"])
+        return dict(
+            input_tokens=usage["prompt_tokens"] - cached,
+            cache_creation_input_tokens=0,
+            cache_read_input_tokens=cached,
+            output_tokens=usage["completion_tokens"],
+        )
 
 
 def whole_block(block):

@@ -1,4 +1,5 @@
 """The body of /v1/messages, Anthropic's form, and the Conversation that it asks for."""
+
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -123,23 +124,37 @@ def conversation(fields):
     with structured.told_as(form):
         grammar = structured.json_schema(wanted.schema_, strict=False) if wanted else None
     thinking = dict(enable_thinking=fields.thinking.type != "disabled") if fields.thinking else None
-    return Conversation(messages, tool_use(fields), grammar, template_variables(thinking, output.effort),
-                        continues=fields.messages[-1].role == "assistant", form=form)
+    return Conversation(
+        messages,
+        tool_use(fields),
+        grammar,
+        template_variables(thinking, output.effort),
+        continues=fields.messages[-1].role == "assistant",
+        form=form,
+    )
 
 
 def tool_use(fields):
     """The ToolUse of Anthropic's tools and tool_choice."""
-    tools = [Tool(name_of(i, t), t.description or "", t.input_schema or NO_PARAMETERS, bool(t.strict))
-             for i, t in enumerate(fields.tools or ()) if t.type in (None, "custom")]
+    tools = [
+        Tool(name_of(i, t), t.description or "", t.input_schema or NO_PARAMETERS, bool(t.strict))
+        for i, t in enumerate(fields.tools or ())
+        if t.type in (None, "custom")
+    ]
     choice = fields.tool_choice or ToolChoice(type="auto")
     if choice.type == "tool" and not choice.name:
         raise bad_request("tool_choice: expected the name of a tool, got none", "tool_choice")
     mode = dict(auto="auto", none="none", any="required", tool="required")[choice.type]
-    return choose(tools, mode, [choice.name] if choice.type == "tool" else None,
-                  not choice.disable_parallel_tool_use and choice.type != "tool")
+    return choose(
+        tools,
+        mode,
+        [choice.name] if choice.type == "tool" else None,
+        not choice.disable_parallel_tool_use and choice.type != "tool",
+    )
 
 
 # ---------------------------------------------------------------- messages
+
 
 def turn_messages(where, turn):
     """The messages that one turn stands for: results of tools are messages of their own."""
@@ -149,8 +164,11 @@ def turn_messages(where, turn):
 
 
 def _user(where, role, blocks):
-    results = [dict(role="tool", tool_call_id=block.tool_use_id, content=_result(f"{where}.content[{i}]", block))
-               for i, block in enumerate(blocks) if block.type == "tool_result"]
+    results = [
+        dict(role="tool", tool_call_id=block.tool_use_id, content=_result(f"{where}.content[{i}]", block))
+        for i, block in enumerate(blocks)
+        if block.type == "tool_result"
+    ]
     others = [block for block in blocks if block.type != "tool_result"]
     return results + ([dict(role=role, content=text_of(others, f"{where}.content"))] if others or not results else [])
 
@@ -187,6 +205,7 @@ def text_of(content, where):
         if block.type == "text" or source.get("type") == "text" and isinstance(source.get("data"), str):
             texts.append(source.get("data") or block.text or "")
         elif block.type not in IGNORED:
-            raise bad_request(f"{where}[{i}]: this model reads only text, got a block of type {shown(block.type)}",
-                              where)
+            raise bad_request(
+                f"{where}[{i}]: this model reads only text, got a block of type {shown(block.type)}", where
+            )
     return "\n".join(texts)

@@ -1,4 +1,5 @@
 """What happened, counted on the event loop and shown in Prometheus' text form."""
+
 from bisect import bisect_left
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -7,14 +8,20 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 BETWEEN_TOKENS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 WHOLE_ANSWER = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
-GAUGES = {"running": "Sequences that the engine runs", "waiting": "Sequences that wait for the engine",
-          "pages": "Pages of KV cache", "pages_free": "Pages that hold nothing",
-          "pages_idle": "Pages that are only kept for later prompts"}
-COUNTERS = {"preempted": ("preemptions", "Sequences that had to give their memory back and start again"),
-            "query_tokens": ("prefix_query_tokens", "Prompt tokens looked for in the prefix cache"),
-            "not_finite": ("not_finite", "Sequences that failed as the model gave no finite numbers"),
-            "hit_tokens": ("prefix_hit_tokens", "Prompt tokens found in the prefix cache"),
-            "pages_evicted": ("pages_evicted", "Kept pages that were needed for others")}
+GAUGES = {
+    "running": "Sequences that the engine runs",
+    "waiting": "Sequences that wait for the engine",
+    "pages": "Pages of KV cache",
+    "pages_free": "Pages that hold nothing",
+    "pages_idle": "Pages that are only kept for later prompts",
+}
+COUNTERS = {
+    "preempted": ("preemptions", "Sequences that had to give their memory back and start again"),
+    "query_tokens": ("prefix_query_tokens", "Prompt tokens looked for in the prefix cache"),
+    "not_finite": ("not_finite", "Sequences that failed as the model gave no finite numbers"),
+    "hit_tokens": ("prefix_hit_tokens", "Prompt tokens found in the prefix cache"),
+    "pages_evicted": ("pages_evicted", "Kept pages that were needed for others"),
+}
 
 
 class Histogram:
@@ -75,8 +82,11 @@ class Metrics:
         yield self.between_tokens.family("lockstep_inter_token_seconds", "From one token of a sequence to the next")
         yield self.whole_answer.family("lockstep_request_seconds", "From the request to the end of its answer")
         yield GaugeMetricFamily("lockstep_open_requests", "Requests being answered", self._service.num_open)
-        yield GaugeMetricFamily("lockstep_queued_tokens", "Prompt tokens of sequences without a token of an answer",
-                                self._service.num_queued_tokens)
+        yield GaugeMetricFamily(
+            "lockstep_queued_tokens",
+            "Prompt tokens of sequences without a token of an answer",
+            self._service.num_queued_tokens,
+        )
         yield from self._engine()
 
     def _engine(self):

@@ -1,4 +1,5 @@
 """/v1/models: the one model that there is, once for each of its names."""
+
 from starlette.routing import Route
 
 from lockstep.serve.http.encode import json_response
@@ -7,6 +8,7 @@ from lockstep.serve.http.errors import ApiError
 
 def routes(service):
     """The routes of this module."""
+
     async def listed(request):
         names = service.names or [service.model_name]
         return json_response({"object": "list", "data": [described(service, name) for name in names]})
@@ -21,5 +23,11 @@ def described(service, name):
     """The model under one of its names, as OpenAI describes one. ApiError 503 while it is loading."""
     if service.llm is None:
         raise ApiError(503, "the model is still loading", code="loading", retry_after=1)
-    return dict(id=name, object="model", created=service.created, owned_by="lockstep",
-                max_model_len=service.max_context, **service.fingerprint_field)
+    return dict(
+        id=name,
+        object="model",
+        created=service.created,
+        owned_by="lockstep",
+        max_model_len=service.max_context,
+        **service.fingerprint_field,
+    )

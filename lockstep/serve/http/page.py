@@ -1,4 +1,5 @@
 """The page at /: its files, and the figures that it shows."""
+
 import hashlib
 import pathlib
 
@@ -9,20 +10,35 @@ from lockstep.serve.generation_config import for_talking
 from lockstep.serve.http.encode import to_json
 
 FOLDER = pathlib.Path(__file__).resolve().parent.parent / "page"
-TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8",
-         ".js": "text/javascript; charset=utf-8", ".svg": "image/svg+xml"}
+TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
 # nothing from elsewhere, no inline script or style, no frame around it
-POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
-          "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-HEADERS = {"content-security-policy": POLICY, "x-content-type-options": "nosniff", "referrer-policy": "no-referrer",
-           "cross-origin-opener-policy": "same-origin", "cache-control": "no-cache"}
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    "content-security-policy": POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cache-control": "no-cache",
+}
 COUNTS = ("running", "waiting", "pages", "query_tokens", "hit_tokens", "generated_tokens")
-FILES = {("/" if path.name == "index.html" else f"/page/{path.name}"): path for path in sorted(FOLDER.iterdir())
-         if path.suffix in TYPES}
+FILES = {
+    ("/" if path.name == "index.html" else f"/page/{path.name}"): path
+    for path in sorted(FOLDER.iterdir())
+    if path.suffix in TYPES
+}
 
 
 def routes(service):
     """The routes of this module."""
+
     async def figures(request):
         return Response(to_json(shown(service)), headers={"cache-control": "no-store"}, media_type="application/json")
 
@@ -35,8 +51,12 @@ def shown(service):
 
     sampling: what the page's controls show until somebody moves them.
     """
-    made = dict(model=service.model_name, state=service.state, system_fingerprint=service.fingerprint,
-                can_chat=service.tokenizer is not None and service.tokenizer.has_chat_template)
+    made = dict(
+        model=service.model_name,
+        state=service.state,
+        system_fingerprint=service.fingerprint,
+        can_chat=service.tokenizer is not None and service.tokenizer.has_chat_template,
+    )
     made["sampling"] = None if service.llm is None else for_talking(service.llm.sampling_defaults)
     found = dict.fromkeys(COUNTS, 0) | service.counts()
     made |= {name: found[name] for name in COUNTS}

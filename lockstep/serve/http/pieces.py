@@ -1,4 +1,5 @@
 """Large answers are written in pieces: each takes a moment and little memory, and others are answered between them."""
+
 import asyncio
 from collections.abc import Callable, Iterator
 
@@ -13,8 +14,9 @@ LARGE = 1 << 14  # values; fewer take a few milliseconds and a megabyte
 HEADERS = [(b"content-type", b"application/json")]
 
 
-async def json_answer(job: Job, make: Callable[[], object], is_quick: bool = False,
-                      size: int | None = None) -> "Response | Pieces":
+async def json_answer(
+    job: Job, make: Callable[[], object], is_quick: bool = False, size: int | None = None
+) -> "Response | Pieces":
     """The response with the JSON of what `make` returns, in which large arrays should be Parts.
 
     is_quick: it takes no longer than a hop to a thread, unless the answer is large; size: its values, if they are not

@@ -1,4 +1,5 @@
 """Which tokens the pieces of an answer's text came from, where their log-probabilities are asked for."""
+
 from lockstep.serve.tool_calls.events import Content, Reasoning
 
 
@@ -41,5 +42,8 @@ class Placed:
 
     def _forget(self, end):
         self._text = self._text[end:]
-        self._tokens = [(max(0, b - end), e - end, token if b >= end else None) for b, e, token in self._tokens
-                        if e > end or b == e == end]
+        self._tokens = [
+            (max(0, b - end), e - end, token if b >= end else None)
+            for b, e, token in self._tokens
+            if e > end or b == e == end
+        ]

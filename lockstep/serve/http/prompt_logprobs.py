@@ -1,4 +1,5 @@
 """Log-probabilities of a prompt in vLLM's shape: an object for each token, from token ids to what is known of them."""
+
 from lockstep.serve.http.encode import Parts, in_parts
 from lockstep.serve.http.errors import bad_request
 from lockstep.serve.http.legacy_logprobs import token_text
@@ -9,11 +10,15 @@ def check_prompt_logprobs(fields) -> None:
     if fields.prompt_logprobs is None:
         return
     if fields.stream:
-        raise bad_request("prompt_logprobs: not in a stream, expected none or stream to be false", "prompt_logprobs",
-                          "unsupported")
+        raise bad_request(
+            "prompt_logprobs: not in a stream, expected none or stream to be false", "prompt_logprobs", "unsupported"
+        )
     if getattr(fields, "echo", None) and fields.logprobs is not None:
-        raise bad_request("prompt_logprobs: expected none beside echo with logprobs, which reports the same",
-                          "prompt_logprobs", "unsupported")
+        raise bad_request(
+            "prompt_logprobs: expected none beside echo with logprobs, which reports the same",
+            "prompt_logprobs",
+            "unsupported",
+        )
 
 
 def prompt_logprobs(tokenizer, request) -> Parts:
@@ -23,7 +28,7 @@ def prompt_logprobs(tokenizer, request) -> Parts:
     known = list(zip(request.prompt_ids[1:], request.prompt_logprobs, tops, strict=True))
 
     def of_tokens(start: int, end: int) -> list[dict | None]:
-        made = [_of_token(tokenizer, *each) for each in known[max(0, start - 1):end - 1]]
+        made = [_of_token(tokenizer, *each) for each in known[max(0, start - 1) : end - 1]]
         return made if start else [None, *made]
 
     return in_parts(1 + len(known), of_tokens)
@@ -32,5 +37,7 @@ def prompt_logprobs(tokenizer, request) -> Parts:
 def _of_token(tokenizer, token_id: int, logprob: float, top: dict[int, float]) -> dict:
     ranked = {other: (value, rank) for rank, (other, value) in enumerate(top.items(), 1)}
     ranked.setdefault(token_id, (logprob, None))
-    return {str(other): dict(logprob=value, rank=rank, decoded_token=token_text(tokenizer, other))
-            for other, (value, rank) in ranked.items()}
+    return {
+        str(other): dict(logprob=value, rank=rank, decoded_token=token_text(tokenizer, other))
+        for other, (value, rank) in ranked.items()
+    }

@@ -1,4 +1,5 @@
 """Prompts in the forms that a body may give them, as token ids."""
+
 from lockstep.serve.http.body import shown, whole
 from lockstep.serve.http.errors import bad_request
 
@@ -12,8 +13,11 @@ def read_prompts(service, prompt, add_special_tokens=True, most=None, keep_end=T
     """
     prompts = prompt if isinstance(prompt, list) and not _is_ids(prompt) else [prompt]
     if len(prompts) > service.limits.max_prompts:
-        raise bad_request(f"prompt: expected at most {service.limits.max_prompts} prompts, got {len(prompts)}",
-                          "prompt", "invalid_value")
+        raise bad_request(
+            f"prompt: expected at most {service.limits.max_prompts} prompts, got {len(prompts)}",
+            "prompt",
+            "invalid_value",
+        )
     found = [_read(service, each, add_special_tokens, most, keep_end) for each in prompts]
     return [text for text, _ in found], [ids for _, ids in found]
 
@@ -53,8 +57,9 @@ def check_ids(service, ids, where):
     vocab, made = service.llm.model.config.vocab_size, [whole(each) for each in ids]
     for each in made:
         if type(each) is not int or not 0 <= each < vocab:
-            raise bad_request(f"{where}: expected token ids from 0 to {vocab - 1}, got {shown(each)}", where,
-                              "invalid_value")
+            raise bad_request(
+                f"{where}: expected token ids from 0 to {vocab - 1}, got {shown(each)}", where, "invalid_value"
+            )
     return made
 
 
@@ -69,17 +74,21 @@ def shortened(service, given, ids: list[int], most: int, keep_end: bool) -> list
     before, after = _marks_around(service.tokenizer, given, ids) if isinstance(given, str) else (0, 0)
     left = most - before - after
     if left < 1:
-        raise bad_request(f"truncate_prompt_tokens: expected more than the {before + after} tokens that are put around "
-                          f"a text, got {most}", "truncate_prompt_tokens", "invalid_value")
-    content = ids[before:len(ids) - after]
+        raise bad_request(
+            f"truncate_prompt_tokens: expected more than the {before + after} tokens that are put around "
+            f"a text, got {most}",
+            "truncate_prompt_tokens",
+            "invalid_value",
+        )
+    content = ids[before : len(ids) - after]
     kept = content[-left:] if keep_end else content[:left]
-    return ids[:before] + kept + ids[len(ids) - after:]
+    return ids[:before] + kept + ids[len(ids) - after :]
 
 
 def _marks_around(tokenizer, text: str, ids: list[int]) -> tuple[int, int]:
     """How many of a text's ids the tokenizer put before and after it, such as the beginning of the sequence."""
     content = tokenizer.encode(text, add_special_tokens=False)
     for before in range(len(ids) - len(content) + 1):
-        if ids[before:before + len(content)] == content:
+        if ids[before : before + len(content)] == content:
             return before, len(ids) - len(content) - before
     return 0, 0

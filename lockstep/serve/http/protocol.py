@@ -1,4 +1,5 @@
 """Connections with bounds that uvicorn does not set: sizes of heads, how many there are, time for what arrives."""
+
 import asyncio
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -52,8 +53,9 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _too_many(self):
         in_all, each = self.limits.max_connections, self.limits.max_address_connections
-        return ApiError(503, f"more than {in_all} connections, or {each} from one address", code="connections_full",
-                        retry_after=1)
+        return ApiError(
+            503, f"more than {in_all} connections, or {each} from one address", code="connections_full", retry_after=1
+        )
 
     def eof_received(self):
         """The client sends no more. It gets the answers to what it has sent in full (True); else it has left.

@@ -1,4 +1,5 @@
 """/v1/responses, OpenAI's newer form of a conversation; stateless."""
+
 import math
 import secrets
 import time
@@ -24,12 +25,14 @@ PIECES = dict(text="response.output_text", thought="response.reasoning_text", ca
 
 def routes(service):
     """The routes of this module."""
+
     async def responses(job):
         fields = await job.read(ResponsesFields)
         refuse_state(fields)
         logprobs = num_logprobs(fields, service.limits)
-        new_parser = await talk.start(job, fields, lambda: conversation(fields), ["max_output_tokens"],
-                                      logprobs=logprobs)
+        new_parser = await talk.start(
+            job, fields, lambda: conversation(fields), ["max_output_tokens"], logprobs=logprobs
+        )
         answer = Answer(job, fields, new_parser, logprobs is not None)
         if fields.stream:
             return EventStream(job, answer.events(), end=b"")
@@ -40,11 +43,14 @@ def routes(service):
         def counted(fields):
             refuse_state(fields)
             return conversation(fields)
+
         made = await talk.count(request, service, ResponsesFields, counted)
         return json_response(dict(object="response.input_tokens", input_tokens=made))
 
-    return [Route("/v1/responses", Generates(service, responses), methods=["POST"]),
-            Route("/v1/responses/input_tokens", count, methods=["POST"])]
+    return [
+        Route("/v1/responses", Generates(service, responses), methods=["POST"]),
+        Route("/v1/responses/input_tokens", count, methods=["POST"]),
+    ]
 
 
 class Answer:
@@ -54,8 +60,13 @@ class Answer:
         self._job, self._request = job, job.requests[0]
         self._with_logprobs, self._parser = with_logprobs, Placed(new_parser()) if with_logprobs else new_parser()
         self._number, self._ids = 0, {}
-        self._head = dict(id=f"resp_{secrets.token_hex(16)}", object="response", created_at=int(time.time()),
-                          model=job.model_name, **_echoed(fields, self._request.params))
+        self._head = dict(
+            id=f"resp_{secrets.token_hex(16)}",
+            object="response",
+            created_at=int(time.time()),
+            model=job.model_name,
+            **_echoed(fields, self._request.params),
+        )
 
     def whole(self, tokens):
         """The response, of all Tokens."""
@@ -121,16 +132,22 @@ class Answer:
     def _response(self, blocks):
         is_cut = self._request.finish_reason == "length"
         return self._head | dict(
-            status="incomplete" if is_cut else "completed", usage=self._usage(blocks),
+            status="incomplete" if is_cut else "completed",
+            usage=self._usage(blocks),
             output=[self._item(block, ENDS[is_cut and block is blocks[-1] or block.is_cut]) for block in blocks],
-            incomplete_details=dict(reason="max_output_tokens") if is_cut else None)
+            incomplete_details=dict(reason="max_output_tokens") if is_cut else None,
+        )
 
     def _item(self, block, status):
         """A Block as an item of the output."""
         made, is_new = dict(id=self._id(block), status=status), status == "in_progress"
         if block.kind == "call":
-            return made | dict(type="function_call", call_id=f"call_{block.call.id}", name=block.call.name,
-                               arguments="" if is_new else block.text)
+            return made | dict(
+                type="function_call",
+                call_id=f"call_{block.call.id}",
+                name=block.call.name,
+                arguments="" if is_new else block.text,
+            )
         content = [] if is_new else [self._part(block)]
         if block.kind == "thought":
             return made | dict(type="reasoning", summary=[], content=content)
@@ -144,8 +161,12 @@ class Answer:
 
     def _logprobs(self, tokens):
         tokenizer = self._job.service.tokenizer
-        return in_parts(len(tokens), lambda start, end: [
-            one_logprob(tokenizer, token.id, token.logprob, token.top_logprobs) for token in tokens[start:end]])
+        return in_parts(
+            len(tokens),
+            lambda start, end: [
+                one_logprob(tokenizer, token.id, token.logprob, token.top_logprobs) for token in tokens[start:end]
+            ],
+        )
 
     def _id(self, block):
         prefix = dict(text="msg", thought="rs", call="fc")[block.kind]
@@ -156,20 +177,33 @@ class Answer:
         thoughts = [block.text for block in blocks if block.kind == "thought"]
         num_thought = sum(len(tokenizer.encode(text, add_special_tokens=False)) for text in thoughts)
         cached = usage["prompt_tokens_details"]["cached_tokens"]
-        return dict(input_tokens=usage["prompt_tokens"], output_tokens=usage["completion_tokens"],
-                    total_tokens=usage["total_tokens"],
-                    input_tokens_details=dict(cached_tokens=cached, cache_write_tokens=0),
-                    output_tokens_details=dict(reasoning_tokens=num_thought))
+        return dict(
+            input_tokens=usage["prompt_tokens"],
+            output_tokens=usage["completion_tokens"],
+            total_tokens=usage["total_tokens"],
+            input_tokens_details=dict(cached_tokens=cached, cache_write_tokens=0),
+            output_tokens_details=dict(reasoning_tokens=num_thought),
+        )
 
 
 def _echoed(fields, params):
     """What the response repeats of the request. params: the SamplingParams that were made of it."""
     dump = fields.model_dump(mode="json", by_alias=True, exclude_none=True)
     return dict(
-        error=None, instructions=fields.instructions, metadata=fields.metadata or {}, tools=dump.get("tools", []),
-        tool_choice=dump.get("tool_choice", "auto"), parallel_tool_calls=fields.parallel_tool_calls is not False,
+        error=None,
+        instructions=fields.instructions,
+        metadata=fields.metadata or {},
+        tools=dump.get("tools", []),
+        tool_choice=dump.get("tool_choice", "auto"),
+        parallel_tool_calls=fields.parallel_tool_calls is not False,
         temperature=params.temperature if fields.temperature is None else fields.temperature,
-        top_p=params.top_p if fields.top_p is None else fields.top_p, max_output_tokens=fields.max_output_tokens,
-        top_logprobs=fields.top_logprobs or 0, text=dump.get("text", dict(format=dict(type="text"))),
+        top_p=params.top_p if fields.top_p is None else fields.top_p,
+        max_output_tokens=fields.max_output_tokens,
+        top_logprobs=fields.top_logprobs or 0,
+        text=dump.get("text", dict(format=dict(type="text"))),
         reasoning=dict(effort=dump.get("reasoning", {}).get("effort"), summary=None),
-        previous_response_id=None, store=False, background=False, truncation="disabled")
+        previous_response_id=None,
+        store=False,
+        background=False,
+        truncation="disabled",
+    )

@@ -1,4 +1,5 @@
 """The body of /v1/responses, and the Conversation that it asks for. Nothing is stored between requests."""
+
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -111,8 +112,11 @@ class ResponsesFields(SamplingFields, OwnStreamFields):
 def num_logprobs(fields, limits):
     """How many alternatives to report for each token of the text; None for no log-probabilities."""
     if (fields.top_logprobs or 0) > limits.max_logprobs:
-        raise bad_request(f"top_logprobs: expected at most {limits.max_logprobs}, got {fields.top_logprobs}",
-                          "top_logprobs", "invalid_value")
+        raise bad_request(
+            f"top_logprobs: expected at most {limits.max_logprobs}, got {fields.top_logprobs}",
+            "top_logprobs",
+            "invalid_value",
+        )
     wanted = fields.top_logprobs or "message.output_text.logprobs" in (fields.include or ())
     return (fields.top_logprobs or 0) if wanted else None
 
@@ -120,23 +124,31 @@ def num_logprobs(fields, limits):
 def conversation(fields):
     """The Conversation of ResponsesFields. ValueError or ApiError 400 for what cannot be."""
     effort = fields.reasoning.effort if fields.reasoning else None
-    return Conversation(input_messages(fields), tool_use(fields), grammar_of(fields),
-                        template_variables(fields.chat_template_kwargs, effort), form="text")
+    return Conversation(
+        input_messages(fields),
+        tool_use(fields),
+        grammar_of(fields),
+        template_variables(fields.chat_template_kwargs, effort),
+        form="text",
+    )
 
 
 def refuse_state(fields):
     """ApiError 400 for what would need a server that remembers."""
     for name in ("previous_response_id", "conversation", "prompt"):
         if getattr(fields, name) is not None:
-            raise bad_request(f"{name}: this server keeps nothing between requests, send the whole input", name,
-                              "unsupported")
+            raise bad_request(
+                f"{name}: this server keeps nothing between requests, send the whole input", name, "unsupported"
+            )
     if fields.background:
-        raise bad_request("background: this server answers while the client waits, expected false", "background",
-                          "unsupported")
+        raise bad_request(
+            "background: this server answers while the client waits, expected false", "background", "unsupported"
+        )
     check_single(fields)
 
 
 # ---------------------------------------------------------------- input
+
 
 def input_messages(fields):
     """The messages that instructions and input stand for; items that are not for the model are left out."""
@@ -188,17 +200,22 @@ def text_of(content, where):
         return content
     for part in content:
         if part.type not in TEXTS:
-            raise bad_request(f"{where}: this model reads only text, got a part of type {shown(part.type)}", where,
-                              "unsupported")
+            raise bad_request(
+                f"{where}: this model reads only text, got a part of type {shown(part.type)}", where, "unsupported"
+            )
     return "\n".join(part.text or part.refusal or "" for part in content)
 
 
 # ---------------------------------------------------------------- tools and the form of the text
 
+
 def tool_use(fields):
     """The ToolUse of tools and tool_choice."""
-    tools = [Tool(name_of(i, t), t.description or "", t.parameters or NO_PARAMETERS, bool(t.strict))
-             for i, t in enumerate(fields.tools or ()) if t.type == "function"]
+    tools = [
+        Tool(name_of(i, t), t.description or "", t.parameters or NO_PARAMETERS, bool(t.strict))
+        for i, t in enumerate(fields.tools or ())
+        if t.type == "function"
+    ]
     choice, parallel = fields.tool_choice or "auto", fields.parallel_tool_calls is not False
     if isinstance(choice, str):
         return choose(tools, choice, None, parallel)
@@ -207,8 +224,11 @@ def tool_use(fields):
     if choice.type == "allowed_tools":
         names = [tool.get("name") for tool in choice.tools or () if tool.get("type") == "function"]
         return choose(tools, choice.mode or "auto", names, parallel)
-    raise bad_request(f"tool_choice: expected none, auto, required, a function or allowed_tools, got "
-                      f"{shown(choice.type)}", "tool_choice", "unsupported")
+    raise bad_request(
+        f"tool_choice: expected none, auto, required, a function or allowed_tools, got {shown(choice.type)}",
+        "tool_choice",
+        "unsupported",
+    )
 
 
 def grammar_of(fields):

@@ -1,4 +1,5 @@
 """The fields that say how tokens are chosen, the same on every route that generates."""
+
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar
@@ -80,22 +81,37 @@ class SamplingFields(KnownFields):
 
 
 # API field -> default; those of SamplingParams have the same names
-DEFAULTS = dict(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, n=1, ignore_eos=False, min_tokens=0,
-                include_stop_str_in_output=False, skip_special_tokens=True, repetition_penalty=1.0,
-                presence_penalty=0.0, frequency_penalty=0.0, suppress_tokens=())
+DEFAULTS = dict(
+    temperature=1.0,
+    top_p=1.0,
+    top_k=0,
+    min_p=0.0,
+    n=1,
+    ignore_eos=False,
+    min_tokens=0,
+    include_stop_str_in_output=False,
+    skip_special_tokens=True,
+    repetition_penalty=1.0,
+    presence_penalty=0.0,
+    frequency_penalty=0.0,
+    suppress_tokens=(),
+)
 LEAST_TOP_P = 1e-9
 
 
-def sampling_params(fields: SamplingFields, limits: Limits, max_tokens: int, defaults: Mapping,
-                    **more) -> SamplingParams:
+def sampling_params(
+    fields: SamplingFields, limits: Limits, max_tokens: int, defaults: Mapping, **more
+) -> SamplingParams:
     """SamplingParams of a request's SamplingFields. ApiError 400 for a value that is not allowed.
 
     defaults: the model's, for fields that the request does not have; those of the API come after them. more: other
     arguments of SamplingParams, such as logprobs. Without a seed, or with RANDOM, each request draws with one of its
     own.
     """
-    chosen = {name: default if getattr(fields, name) is None else getattr(fields, name)
-              for name, default in {**DEFAULTS, **defaults}.items()}
+    chosen = {
+        name: default if getattr(fields, name) is None else getattr(fields, name)
+        for name, default in {**DEFAULTS, **defaults}.items()
+    }
     chosen["top_p"] = max(chosen["top_p"], LEAST_TOP_P)  # 0 means the most probable token, for OpenAI
     chosen["top_k"] = max(chosen["top_k"], 0)  # -1 means all, for vLLM
     chosen["temperature"] = chosen["temperature"] and max(chosen["temperature"], MIN_TEMPERATURE)
@@ -106,9 +122,15 @@ def sampling_params(fields: SamplingFields, limits: Limits, max_tokens: int, def
     _check_window(fields, chosen)
     _check_suppressed(fields.suppress_tokens or (), limits)
     try:
-        return SamplingParams(max_tokens=max_tokens, seed=seed, stop=_stop(fields.stop, limits),
-                              stop_token_ids=_stop_ids(fields.stop_token_ids or [], limits),
-                              logit_bias=_bias(fields.logit_bias or {}, limits), **chosen, **more)
+        return SamplingParams(
+            max_tokens=max_tokens,
+            seed=seed,
+            stop=_stop(fields.stop, limits),
+            stop_token_ids=_stop_ids(fields.stop_token_ids or [], limits),
+            logit_bias=_bias(fields.logit_bias or {}, limits),
+            **chosen,
+            **more,
+        )
     except ValueError as error:
         raise not_allowed(error) from None
 
@@ -127,8 +149,11 @@ def most_tokens(fields: SamplingFields, names: Sequence[str], room: int, default
 def _repetition_penalty(fields: SamplingFields, chosen: float) -> float:
     first, second = fields.repetition_penalty, fields.repeat_penalty
     if None not in (first, second) and first != second:
-        raise bad_request(f"repeat_penalty: expected the value of repetition_penalty, {shown(first)}, or none, got "
-                          f"{shown(second)}", "repeat_penalty", "invalid_value")
+        raise bad_request(
+            f"repeat_penalty: expected the value of repetition_penalty, {shown(first)}, or none, got {shown(second)}",
+            "repeat_penalty",
+            "invalid_value",
+        )
     return chosen if second is None else second
 
 
@@ -137,11 +162,15 @@ def _check_window(fields: SamplingFields, chosen: dict) -> None:
     if chosen["repetition_penalty"] == 1 and not chosen["presence_penalty"] and not chosen["frequency_penalty"]:
         return
     if fields.repeat_last_n not in (None, -1):
-        raise bad_request(f"repeat_last_n: penalties look at all tokens, expected -1 or none, got "
-                          f"{fields.repeat_last_n}", "repeat_last_n", "unsupported")
+        raise bad_request(
+            f"repeat_last_n: penalties look at all tokens, expected -1 or none, got {fields.repeat_last_n}",
+            "repeat_last_n",
+            "unsupported",
+        )
     if fields.penalize_nl is False:
-        raise bad_request("penalize_nl: penalties look at all tokens, expected true or none, got false", "penalize_nl",
-                          "unsupported")
+        raise bad_request(
+            "penalize_nl: penalties look at all tokens, expected true or none, got false", "penalize_nl", "unsupported"
+        )
 
 
 def check_single(fields: SamplingFields) -> None:
@@ -160,14 +189,16 @@ def _check_samples(fields: SamplingFields, limits: Limits) -> None:
     if n > limits.max_samples:
         raise bad_request(f"{name}: expected at most {limits.max_samples}, got {n}", name, "invalid_value")
     if fields.best_of not in (None, n):
-        raise bad_request(f"best_of: expected none or the value of {name}, {n}, got {fields.best_of}", "best_of",
-                          "unsupported")
+        raise bad_request(
+            f"best_of: expected none or the value of {name}, {n}, got {fields.best_of}", "best_of", "unsupported"
+        )
 
 
 def _check_suppressed(ids, limits):
     if len(ids) > limits.max_logit_bias:
-        raise bad_request(f"suppress_tokens: expected at most {limits.max_logit_bias}, got {len(ids)}",
-                          "suppress_tokens")
+        raise bad_request(
+            f"suppress_tokens: expected at most {limits.max_logit_bias}, got {len(ids)}", "suppress_tokens"
+        )
 
 
 def _stop(stop, limits):
@@ -188,8 +219,9 @@ def _stop_ids(ids, limits):
 
 def _bias(biases, limits):
     if len(biases) > limits.max_logit_bias:
-        raise bad_request(f"logit_bias: expected at most {limits.max_logit_bias} tokens, got {len(biases)}",
-                          "logit_bias")
+        raise bad_request(
+            f"logit_bias: expected at most {limits.max_logit_bias} tokens, got {len(biases)}", "logit_bias"
+        )
     for token in biases:
         if not (token.isascii() and token.isdecimal() and len(token) < 10):
             raise bad_request(f"logit_bias: expected token ids as keys, got {token[:20]!r}", "logit_bias")

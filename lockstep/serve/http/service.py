@@ -1,4 +1,5 @@
 """What the routes share: the model and its engine, what a client may ask for, who is being answered, and metrics."""
+
 import asyncio
 import concurrent.futures
 import contextlib
@@ -36,8 +37,9 @@ class Service:
     AsyncEngine), tokenizer and chat (a ChatModel) are there from `open` on.
     """
 
-    def __init__(self, model_name, limits=Limits(), api_keys=(), names: Sequence[str] | None = (),
-                 share_prefixes: bool = False):
+    def __init__(
+        self, model_name, limits=Limits(), api_keys=(), names: Sequence[str] | None = (), share_prefixes: bool = False
+    ):
         self.model_name, self.limits = model_name, limits
         self.names = None if names is None else [model_name, *(name for name in names if name != model_name)]
         self.api_keys = list(dict.fromkeys(key.encode() for key in api_keys))
@@ -124,8 +126,12 @@ class Service:
         if self.state in REFUSED or self.state == "closed" or trouble:
             reason = self.state if self.state != "ready" else "engine"
             self.metrics.refuse(reason)
-            raise ApiError(503, REFUSED.get(self.state, trouble or "the server is closed"), code=reason,
-                           retry_after=1 if reason == "loading" else None)
+            raise ApiError(
+                503,
+                REFUSED.get(self.state, trouble or "the server is closed"),
+                code=reason,
+                retry_after=1 if reason == "loading" else None,
+            )
         if self.num_sequences >= self.most_sequences:
             raise self.full("queue_full", f"{self.num_sequences} sequences are being answered or wait")
 
@@ -156,11 +162,14 @@ class Service:
         if others and others + num_sequences > self.most_sequences:
             raise self.full("queue_full", f"{others} sequences are being answered or wait, of {self.most_sequences}")
         if self.num_queued_tokens and self.num_queued_tokens + num_tokens > self.limits.max_queued_tokens:
-            raise self.full("queue_tokens_full", f"{self.num_queued_tokens} prompt tokens wait, of "
-                                                  f"{self.limits.max_queued_tokens}")
+            raise self.full(
+                "queue_tokens_full", f"{self.num_queued_tokens} prompt tokens wait, of {self.limits.max_queued_tokens}"
+            )
         if self.num_logprobs and num_logprobs and self.num_logprobs + num_logprobs > self.limits.max_pending_logprobs:
-            raise self.full("answers_full", f"{self.num_logprobs} log-probabilities are asked for, of "
-                                            f"{self.limits.max_pending_logprobs}")
+            raise self.full(
+                "answers_full",
+                f"{self.num_logprobs} log-probabilities are asked for, of {self.limits.max_pending_logprobs}",
+            )
         self.num_sequences += num_sequences - job.num_sequences
         self.num_queued_tokens += num_tokens
         self.num_logprobs += num_logprobs
@@ -220,8 +229,9 @@ class Service:
             raise self.full(error.code, str(error)) from None
         except TimeoutError:
             running.cancel()
-            raise ApiError(503, f"preparing the request took more than {self.limits.offload_seconds:g} s",
-                           code="timeout") from None
+            raise ApiError(
+                503, f"preparing the request took more than {self.limits.offload_seconds:g} s", code="timeout"
+            ) from None
 
     def _offloaded(self, running):
         self._num_offloaded -= 1
@@ -258,8 +268,12 @@ class Service:
         if not name:
             return self.model_name
         if self.names is not None and name not in self.names:
-            raise ApiError(404, f"model: there is no {name[:200]!r} here, only {', '.join(map(repr, self.names))}",
-                           "model", "model_not_found")
+            raise ApiError(
+                404,
+                f"model: there is no {name[:200]!r} here, only {', '.join(map(repr, self.names))}",
+                "model",
+                "model_not_found",
+            )
         return name
 
 
@@ -268,8 +282,12 @@ def system_fingerprint(llm):
 
     Waits for the model's content hash.
     """
-    known = [hashlib.sha256(model_identity(llm.model, NUMERICS)).hexdigest(), llm.content.wait(),
-             sorted(llm.engine.eos_ids), sorted(llm.sampling_defaults.items())]
+    known = [
+        hashlib.sha256(model_identity(llm.model, NUMERICS)).hexdigest(),
+        llm.content.wait(),
+        sorted(llm.engine.eos_ids),
+        sorted(llm.sampling_defaults.items()),
+    ]
     if llm.has_tokenizer:
         tokenizer = llm.tokenizer
         known += [tokenizer.backend.to_str(), dict(tokenizer.chat_templates), dict(tokenizer.special_tokens)]

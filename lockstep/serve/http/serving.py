@@ -1,4 +1,5 @@
 """Listening: the socket, uvicorn, and how a server ends."""
+
 import asyncio
 import contextlib
 import errno
@@ -29,8 +30,10 @@ def allow_files(limits: Limits) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         if hard != resource.RLIM_INFINITY and hard < wanted:
-            raise ValueError(f"{limits.max_connections} connections need {wanted} open files, and this process may "
-                             f"have {hard} (ulimit -n)")
+            raise ValueError(
+                f"{limits.max_connections} connections need {wanted} open files, and this process may "
+                f"have {hard} (ulimit -n)"
+            )
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
@@ -94,8 +97,18 @@ class Server(uvicorn.Server):
     def __init__(self, app, service):
         quiet = dict(log_config=None, log_level="error", access_log=False, server_header=False)
         times = dict(timeout_keep_alive=IDLE_SECONDS, timeout_graceful_shutdown=LAST_SECONDS)
-        super().__init__(uvicorn.Config(app, loop="asyncio", http=bounded_protocol(service.limits), ws="none",
-                                        lifespan="on", backlog=BACKLOG, **quiet, **times))
+        super().__init__(
+            uvicorn.Config(
+                app,
+                loop="asyncio",
+                http=bounded_protocol(service.limits),
+                ws="none",
+                lifespan="on",
+                backlog=BACKLOG,
+                **quiet,
+                **times,
+            )
+        )
         self._service, self._drained_by = service, None
 
     @contextlib.contextmanager

@@ -1,4 +1,5 @@
 """Answers that come in pieces: server-sent events."""
+
 import asyncio
 import contextlib
 
@@ -10,8 +11,11 @@ from lockstep.serve.http.errors import shape_for
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 LOOK_SECONDS = 0.05
-HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"),
-           (b"x-accel-buffering", b"no")]
+HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
 
 
 def data(value):

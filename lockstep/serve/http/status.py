@@ -1,4 +1,5 @@
 """Whether the server is alive and ready, and what it has done."""
+
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 from starlette.routing import Route
@@ -8,6 +9,7 @@ from lockstep.serve.http.encode import json_response
 
 def routes(service):
     """The routes of this module."""
+
     async def health(request):
         """503 where only a restart helps."""
         trouble = service.trouble

@@ -1,4 +1,5 @@
 """The fields that ask for a stream, as OpenAI and vLLM have them, and the usage that its chunks report."""
+
 from typing import ClassVar, Self
 
 from pydantic import model_validator
@@ -61,6 +62,7 @@ class ChunkEnd:
         """The end of a chunk with which so many tokens of the answer have been sent."""
         if not self._is_continuous:
             return self._fixed
-        usage = dict(prompt_tokens=self._num_prompt, completion_tokens=num_output,
-                     total_tokens=self._num_prompt + num_output)
+        usage = dict(
+            prompt_tokens=self._num_prompt, completion_tokens=num_output, total_tokens=self._num_prompt + num_output
+        )
         return f'}}],"usage":{to_text(usage)}}}\n\n'

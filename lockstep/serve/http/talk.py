@@ -1,4 +1,5 @@
 """What /v1/chat/completions, /v1/responses and /v1/messages share: a Conversation is started, its answer is read."""
+
 from lockstep.serve.http.body import read_fields
 from lockstep.serve.http.errors import ApiError, bad_request
 from lockstep.serve.http.sampling import most_tokens, sampling_params
@@ -23,16 +24,26 @@ async def start(job, fields, make_conversation, max_tokens_names, **reports):
     prepared, has_form, leaves_out = await job.offload(prepare)
     room = service.max_context - len(prepared.ids)
     if room < 1:
-        raise bad_request(f"the conversation has {len(prepared.ids)} tokens, which leaves no room for an answer in the "
-                          f"context of {service.max_context} tokens", "messages", "context_length_exceeded")
+        raise bad_request(
+            f"the conversation has {len(prepared.ids)} tokens, which leaves no room for an answer in the "
+            f"context of {service.max_context} tokens",
+            "messages",
+            "context_length_exceeded",
+        )
     options = prepared.options
     if not options.get("skip_special_tokens", True):
         fields.skip_special_tokens = False
     mask = options["logits_mask"] if leaves_out is None else leaves_out(options["logits_mask"])
     if has_form and fields.ignore_eos:
         mask, fields.ignore_eos = UntilComplete(mask, service.llm), False
-    params = sampling_params(fields, service.limits, most_tokens(fields, max_tokens_names, room),
-                             service.llm.sampling_defaults, logits_mask=mask, **reports)
+    params = sampling_params(
+        fields,
+        service.limits,
+        most_tokens(fields, max_tokens_names, room),
+        service.llm.sampling_defaults,
+        logits_mask=mask,
+        **reports,
+    )
     await job.start([(prepared.ids, params)], fields.cache_salt or "", narrowing(fields))
     return prepared.new_parser
 
@@ -40,8 +51,11 @@ async def start(job, fields, make_conversation, max_tokens_names, **reports):
 def chat_model(service):
     """The service's ChatModel. ApiError 400 where the model has no tokenizer or no chat template."""
     if service.chat is None or not service.tokenizer.has_chat_template:
-        raise bad_request("this model has no chat template, so it can only continue text: use /v1/completions",
-                          "messages", "no_chat_template")
+        raise bad_request(
+            "this model has no chat template, so it can only continue text: use /v1/completions",
+            "messages",
+            "no_chat_template",
+        )
     return service.chat
 
 
@@ -67,7 +81,7 @@ def read_all(new_parser, request):
 
 
 def finish_reason(request, num_calls):
-    """"stop", "length" or "tool_calls"."""
+    """ "stop", "length" or "tool_calls"."""
     return "tool_calls" if num_calls and request.finish_reason == "stop" else request.finish_reason
 
 

@@ -1,4 +1,5 @@
 """What a request asks, and of whom: its method, its target and its Host."""
+
 import ipaddress
 import re
 

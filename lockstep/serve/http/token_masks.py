@@ -1,4 +1,5 @@
 """Masks for vLLM's allowed_token_ids and bad_words, beside the mask of a grammar."""
+
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -15,8 +16,14 @@ class TokenMask:
     state of its own, so that several samples may share it.
     """
 
-    def __init__(self, vocab_size: int, allowed: Sequence[int] | None, banned: Sequence[Sequence[int]], other=None,
-                 ends: Sequence[int] = ()):
+    def __init__(
+        self,
+        vocab_size: int,
+        allowed: Sequence[int] | None,
+        banned: Sequence[Sequence[int]],
+        other=None,
+        ends: Sequence[int] = (),
+    ):
         self._bits = np.zeros(-(-vocab_size // 32), np.uint32)
         self._set(self._bits, np.arange(vocab_size) if allowed is None else np.array(allowed, np.int64))
         single = [ids[0] for ids in banned if len(ids) == 1]
@@ -36,7 +43,7 @@ class TokenMask:
 
     def __call__(self, output_ids: list[int]) -> np.ndarray:
         """uint32 [ceil(vocabulary / 32)] for the token after these."""
-        ended = [last for before, last in self._longer if output_ids[-len(before):] == before]
+        ended = [last for before, last in self._longer if output_ids[-len(before) :] == before]
         found = None if self._other is None else self._other(output_ids)
         if found is None and not ended:
             return self._bits
@@ -68,8 +75,9 @@ class UntilComplete:
 def narrowing(fields) -> list[str]:
     """The names of a request's fields that may leave it without a token to choose: first those that leave out tokens,
     then those that give the answer a form."""
-    left_out = [name for name in ("allowed_token_ids", "bad_words", "suppress_tokens", "min_tokens")
-                if getattr(fields, name)]
+    left_out = [
+        name for name in ("allowed_token_ids", "bad_words", "suppress_tokens", "min_tokens") if getattr(fields, name)
+    ]
     return left_out + fields.form_names + (["tools"] if getattr(fields, "tools", None) else [])
 
 
@@ -81,8 +89,9 @@ def token_mask(service, fields) -> Callable | None:
         return None
     if allowed is not None:
         if not allowed:
-            raise bad_request("allowed_token_ids: expected at least one token id, got none", "allowed_token_ids",
-                              "invalid_value")
+            raise bad_request(
+                "allowed_token_ids: expected at least one token id, got none", "allowed_token_ids", "invalid_value"
+            )
         allowed = check_ids(service, allowed, "allowed_token_ids")
     banned = bad_sequences(service, words or [])
     vocab_size, ends = service.llm.model.config.vocab_size, sorted(service.llm.engine.eos_ids)
@@ -93,12 +102,16 @@ def bad_sequences(service, words: list[str]) -> list[list[int]]:
     """Token ids of words, in the middle of a text and, where that is another single token, after a space: as vLLM."""
     limits, made = service.limits, []
     if len(words) > limits.max_logit_bias:
-        raise bad_request(f"bad_words: expected at most {limits.max_logit_bias} words, got {len(words)}", "bad_words",
-                          "invalid_value")
+        raise bad_request(
+            f"bad_words: expected at most {limits.max_logit_bias} words, got {len(words)}", "bad_words", "invalid_value"
+        )
     for word in words:
         if not word.strip() or len(word) > limits.max_stop_chars:
-            raise bad_request(f"bad_words: expected words of 1 to {limits.max_stop_chars} characters, got "
-                              f"{word[:80]!r}", "bad_words", "invalid_value")
+            raise bad_request(
+                f"bad_words: expected words of 1 to {limits.max_stop_chars} characters, got {word[:80]!r}",
+                "bad_words",
+                "invalid_value",
+            )
         encode = text_tokenizer(service).encode
         plain = encode(word.lstrip(), add_special_tokens=False)
         spaced = encode(f" {word.lstrip()}", add_special_tokens=False)

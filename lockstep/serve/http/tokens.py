@@ -2,6 +2,7 @@
 
 The shapes are vLLM's, which lm-eval reads.
 """
+
 from starlette.routing import Route
 
 from lockstep.serve.http import talk
@@ -31,6 +32,7 @@ class DetokenizeFields(Fields):
 
 def routes(service):
     """The routes of this module."""
+
     async def prepare(request, fields):
         if service.llm is None:
             raise ApiError(503, "the model is still loading", code="loading", retry_after=1)
@@ -52,8 +54,11 @@ def routes(service):
             raise ApiError(503, "the model is still loading", code="loading", retry_after=1)
         return json_response(tokenizer_info(service))
 
-    return [Route("/tokenize", tokenize, methods=["POST"]), Route("/detokenize", detokenize, methods=["POST"]),
-            Route("/tokenizer_info", info)]
+    return [
+        Route("/tokenize", tokenize, methods=["POST"]),
+        Route("/detokenize", detokenize, methods=["POST"]),
+        Route("/tokenizer_info", info),
+    ]
 
 
 def tokenized(service, fields):
@@ -84,5 +89,11 @@ def tokenizer_info(service):
     special = {name: tokenizer.special_tokens.get(name) for name in ("bos_token", "eos_token", "pad_token")}
     ids = {f"{name}_id": tokenizer.backend.token_to_id(text or "") for name, text in special.items()}
     template = tokenizer.chat_templates.get("default")
-    return dict(tokenizer_class="PreTrainedTokenizerFast", vocab_size=tokenizer.vocab_size,
-                max_model_len=service.max_context, chat_template=template, **special, **ids)
+    return dict(
+        tokenizer_class="PreTrainedTokenizerFast",
+        vocab_size=tokenizer.vocab_size,
+        max_model_len=service.max_context,
+        chat_template=template,
+        **special,
+        **ids,
+    )

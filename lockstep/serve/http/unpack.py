@@ -1,4 +1,5 @@
 """Bodies that a client compressed: gzip is unpacked piece by piece, everything else is refused."""
+
 import asyncio
 import zlib
 from collections.abc import AsyncIterator
@@ -49,8 +50,9 @@ class Unpacked:
 
     async def _unpacked(self) -> AsyncIterator[Message]:
         if self._coding not in ("gzip", "x-gzip"):
-            raise ApiError(415, f"Content-Encoding: expected gzip or none, got {self._coding[:80]}",
-                           code="unsupported_encoding")
+            raise ApiError(
+                415, f"Content-Encoding: expected gzip or none, got {self._coding[:80]}", code="unsupported_encoding"
+            )
         more = True
         while more:
             message = await self._receive()

@@ -1,4 +1,5 @@
 """How much an answer may hold. A value is a token or a log-probability: each takes about as much memory as another."""
+
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -15,8 +16,9 @@ def num_values(prompts: Prompts) -> int:
 
 def num_logprobs(prompts: Prompts) -> int:
     """How many of them are log-probabilities that were asked for."""
-    return sum(params.n * (params.max_tokens * (params.logprobs or 0) + _of_prompt(ids, params))
-               for ids, params in prompts)
+    return sum(
+        params.n * (params.max_tokens * (params.logprobs or 0) + _of_prompt(ids, params)) for ids, params in prompts
+    )
 
 
 def _of_prompt(ids: list[int], params: SamplingParams) -> int:
@@ -25,8 +27,11 @@ def _of_prompt(ids: list[int], params: SamplingParams) -> int:
 
 def num_held(requests: Sequence[Request]) -> int:
     """Values of finished requests."""
-    return sum(len(r.output_ids) * (1 + (r.params.logprobs or 0))
-               + len(r.prompt_logprobs) * (1 + (r.params.prompt_logprobs or 0)) for r in requests)
+    return sum(
+        len(r.output_ids) * (1 + (r.params.logprobs or 0))
+        + len(r.prompt_logprobs) * (1 + (r.params.prompt_logprobs or 0))
+        for r in requests
+    )
 
 
 def within(prompts: Prompts, most: int, max_context: int) -> Prompts:
@@ -40,9 +45,12 @@ def within(prompts: Prompts, most: int, max_context: int) -> Prompts:
     shorter = [_shorter(ids, params, most // len(prompts)) for ids, params in prompts]
     if all(len(ids) + params.max_tokens == max_context for ids, params in prompts) and all(shorter):
         return shorter
-    raise bad_request(f"max_tokens: all samples of all prompts together may have {found} tokens and log-probabilities "
-                      f"(samples x max_tokens x (1 + logprobs), and those of prompts), expected at most {most}",
-                      "max_tokens", "answer_too_large")
+    raise bad_request(
+        f"max_tokens: all samples of all prompts together may have {found} tokens and log-probabilities "
+        f"(samples x max_tokens x (1 + logprobs), and those of prompts), expected at most {most}",
+        "max_tokens",
+        "answer_too_large",
+    )
 
 
 def _shorter(ids: list[int], params: SamplingParams, most: int) -> tuple[list[int], SamplingParams] | None:

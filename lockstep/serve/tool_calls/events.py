@@ -1,4 +1,5 @@
 """What a parser finds in an answer: pieces of text and of tool calls, in the order in which they come."""
+
 import hashlib
 import re
 import secrets

@@ -1,4 +1,5 @@
 """Grammars that hold a model to calls of the tools that there are, with arguments that their schemas allow."""
+
 from lockstep.serve.structured import MAX_GRAMMAR_BYTES, dump, quote, with_options
 
 MAX_CALLS = 16

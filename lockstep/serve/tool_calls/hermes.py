@@ -1,4 +1,5 @@
 """<tool_call>\\n{"name": ..., "arguments": {...}}\\n</tool_call>, as Hermes, Qwen and SmolLM3 write calls."""
+
 from lockstep.serve.structured import quote
 from lockstep.serve.tool_calls.grammar import either, json_object, several
 from lockstep.serve.tool_calls.readers import after_space, json_call

@@ -3,6 +3,7 @@
 What is valid stays as it is written. Trailing and missing commas, raw line breaks in strings, single or missing quotes,
 Python's constants and brackets that do not match are repaired.
 """
+
 import json
 import re
 from collections.abc import Callable, Generator
@@ -15,8 +16,18 @@ Reader = Generator[None, str, None]
 
 SPACE = " \t\r\n"
 CLOSING = {"{": "}", "[": "]"}
-CONSTANTS = {"true": "true", "false": "false", "null": "null", "True": "true", "False": "false", "None": "null",
-             "undefined": "null", "NaN": "null", "Infinity": "null", "-Infinity": "null"}
+CONSTANTS = {
+    "true": "true",
+    "false": "false",
+    "null": "null",
+    "True": "true",
+    "False": "false",
+    "None": "null",
+    "undefined": "null",
+    "NaN": "null",
+    "Infinity": "null",
+    "-Infinity": "null",
+}
 NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 NEARLY_NUMBER = re.compile(r"[+-]?([1-9][0-9]*\.?|0?\.[0-9]+|[1-9][0-9]*\.[0-9]+)")
 KEY, COLON, VALUE, END = range(4)  # what may come next: a key, what follows a key, a value, what follows a value
@@ -172,8 +183,14 @@ class _Writer:
             self.expects = END
 
 
-PUNCTUATION = {"{": _Writer.open, "[": _Writer.open, "}": _Writer.close, "]": _Writer.close, ",": _Writer.comma,
-               ":": _Writer.colon}
+PUNCTUATION = {
+    "{": _Writer.open,
+    "[": _Writer.open,
+    "}": _Writer.close,
+    "]": _Writer.close,
+    ",": _Writer.comma,
+    ":": _Writer.colon,
+}
 
 
 def json_string(out: Out, quote: str = '"') -> Reader:

@@ -1,4 +1,5 @@
 """{"name": ..., "parameters": {...}} as a whole answer, as Llama 3 writes calls; more of them after semicolons."""
+
 from lockstep.serve.structured import quote
 from lockstep.serve.tool_calls.grammar import either, json_object, several
 from lockstep.serve.tool_calls.readers import after_space, json_call

@@ -1,4 +1,5 @@
 """Calls after [TOOL_CALLS]: Mistral's older models write a JSON array of them, the newer name[ARGS]{...} for each."""
+
 from lockstep.serve.structured import quote
 from lockstep.serve.tool_calls.events import CallEnd
 from lockstep.serve.tool_calls.grammar import MAX_CALLS, either, json_object, several
@@ -66,8 +67,10 @@ def _named(calls, character):
 def rules(lark, tools, parallel):
     """Adds rules `call`, for what follows the mark, and `calls`."""
     begin, end = quote(', "id": "'), quote('"')
-    objects = [json_object(lark, f"tool_{i}", tool, ("name", "arguments"), f"({begin} {ID} {end})?")
-               for i, tool in enumerate(tools)]
+    objects = [
+        json_object(lark, f"tool_{i}", tool, ("name", "arguments"), f"({begin} {ID} {end})?")
+        for i, tool in enumerate(tools)
+    ]
     one = lark.rule("one", either(objects))
     lark.rule("call", quote("["), several(one, quote(", "), parallel), quote("]"))
     lark.rule("calls", lark.mark("[TOOL_CALLS]"), "call")

@@ -1,4 +1,5 @@
 """Finds tool calls in the text of an answer, which comes in pieces."""
+
 import re
 
 from lockstep.serve.tool_calls.events import CallEnd, Content, partial
@@ -75,7 +76,7 @@ class CallParser:
         at = text.find(self._style.begin)
         if at >= 0:
             self._content(text[:at].rstrip(), made)
-            return self._enter(self._style.begin, text[at + len(self._style.begin):], text[:at])
+            return self._enter(self._style.begin, text[at + len(self._style.begin) :], text[:at])
         keep = self._to_hold(text)
         self._content(text[:keep], made)
         self._held = text[keep:]
@@ -89,7 +90,7 @@ class CallParser:
             found = next((mark for mark in marks if text.startswith(mark)), None) or self._rest_of_call(text)
             if found is None:
                 break
-            text = text[len(found):]
+            text = text[len(found) :]
             self._lacks_end = self._lacks_end and end is not None and not found.endswith(end)
         may_end = self._lacks_end and end and len(text) < MAX_REST and self._style.begin not in text
         self._after_call = not text or bool(may_end) or any(m.startswith(text) for m in (self._style.begin, *marks))
@@ -101,7 +102,7 @@ class CallParser:
             return None
         before = text[:MAX_REST].partition(self._style.begin)[0]
         places = [(at, mark) for mark in self._style.after if (at := before.find(mark)) >= 0]
-        return before[:min(places)[0] + len(min(places)[1])] if places else None
+        return before[: min(places)[0] + len(min(places)[1])] if places else None
 
     def _to_hold(self, text):
         """From where on text may yet belong to a call: white space, or what could begin one."""
@@ -133,13 +134,13 @@ class CallParser:
                 send(character)
             except StopIteration:
                 self._over()
-                return text[at + 1:]
+                return text[at + 1 :]
             except NotACall:
                 self._give_up(text[:at], "", made)
                 return text[at:]
             except CallEnd as end:
-                self._give_up(text[:at + 1], end.text, made)
-                return end.text + text[at + 1:]
+                self._give_up(text[: at + 1], end.text, made)
+                return end.text + text[at + 1 :]
         if self._raw_count == self._calls.count:
             self._raw.append(text)
         return ""

@@ -2,6 +2,7 @@
 
 Each gets characters by `yield` and ends when it has read what it is for. NotACall: the text is something else.
 """
+
 import json
 
 from collections.abc import Callable

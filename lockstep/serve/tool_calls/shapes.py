@@ -1,4 +1,5 @@
 """What objects a schema allows, whatever it is put together from, for styles that write their members one by one."""
+
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,8 +11,10 @@ from lockstep.serve.tool_calls.texts import alternatives, both, matches
 MAX_SHAPES = 64
 MAX_STEPS = 20_000  # schemas and members that are looked at for one answer
 MAX_NAMES = 16  # that no schema knows, in one object: a weak model would never stop
-IGNORED = frozenset("""not if then else propertyNames dependentRequired dependentSchemas dependencies
-    unevaluatedProperties""".split())
+IGNORED = frozenset(
+    """not if then else propertyNames dependentRequired dependentSchemas dependencies
+    unevaluatedProperties""".split()
+)
 
 
 @dataclass(frozen=True)
@@ -141,8 +144,15 @@ def _described(schema) -> Shape:
     patterns = schema.get("patternProperties") or {}
     least, most = (schema.get(word) for word in ("minProperties", "maxProperties"))
     patterns = dict(patterns) if isinstance(patterns, dict) else {}
-    return Shape(dict(known), "properties" in schema, frozenset(required), patterns, schema.get("additionalProperties"),
-                 least if _is_count(least) else 0, most if _is_count(most) else None)
+    return Shape(
+        dict(known),
+        "properties" in schema,
+        frozenset(required),
+        patterns,
+        schema.get("additionalProperties"),
+        least if _is_count(least) else 0,
+        most if _is_count(most) else None,
+    )
 
 
 def _is_count(value):
@@ -155,10 +165,19 @@ def merged(one: Shape, other: Shape) -> Shape:
         return one
     required = one.required | other.required
     known = {name: both(one.of(name), other.of(name)) for name in dict.fromkeys([*one.known, *other.known])}
-    patterns = {pattern: both(one.patterns.get(pattern, True), other.patterns.get(pattern, True))
-                for pattern in dict.fromkeys([*one.patterns, *other.patterns])}
+    patterns = {
+        pattern: both(one.patterns.get(pattern, True), other.patterns.get(pattern, True))
+        for pattern in dict.fromkeys([*one.patterns, *other.patterns])
+    }
     said = [each for each in (one.others, other.others) if each is not None]
     limits = [each for each in (one.most, other.most) if each is not None]
     others = both(*said) if len(said) == 2 else said[0] if said else None
-    return Shape(known, one.listed or other.listed, required, patterns, others, max(one.least, other.least),
-                 min(limits, default=None))
+    return Shape(
+        known,
+        one.listed or other.listed,
+        required,
+        patterns,
+        others,
+        max(one.least, other.least),
+        min(limits, default=None),
+    )

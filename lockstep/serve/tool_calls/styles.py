@@ -1,4 +1,5 @@
 """The ways in which models write tool calls, and which one a chat template asks for."""
+
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -31,8 +32,15 @@ class Style:
 
 
 HERMES = Style("hermes", "<tool_call>", hermes.read, hermes.rules, after=("</tool_call>",), end="</tool_call>")
-XML = Style("xml", "<tool_call>", xml.read, xml.rules, after=("</tool_call>", xml.FUNCTION_END, xml.END),
-            takes_apart=True, end="</tool_call>")
+XML = Style(
+    "xml",
+    "<tool_call>",
+    xml.read,
+    xml.rules,
+    after=("</tool_call>", xml.FUNCTION_END, xml.END),
+    takes_apart=True,
+    end="</tool_call>",
+)
 MISTRAL = Style("mistral", "[TOOL_CALLS]", mistral.read, mistral.rules)
 MISTRAL_NAMED = Style("mistral_named", "[TOOL_CALLS]", mistral.read, mistral.named_rules)
 LLAMA = Style("llama", "<|python_tag|>", llama.read, llama.rules, after=(";",), first="{")

@@ -1,4 +1,5 @@
 """Arguments that stand in a call as plain text, without quotes: which are strings, and what a schema allows of them."""
+
 import json
 import re
 
@@ -16,9 +17,15 @@ WRITTEN = {"/": r"\/", "\n": r"\n", "\r": r"\r"}  # what would end a regular exp
 DAY = r"[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])"
 CLOCK = r"([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]+)?"
 ZONE = r"(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
-FORMATS = {"date": f"^{DAY}$", "time": f"^{CLOCK}{ZONE}$", "date-time": f"^{DAY}T{CLOCK}{ZONE}$",
-           "uuid": "^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$", "ipv4": r"^([0-9]{1,3}\.){3}[0-9]{1,3}$",
-           "email": r"^[^\s@]+@[^\s@]+\.[^\s@]+$", "uri": r"^[A-Za-z][A-Za-z0-9+.-]*:[^\s]*$"}
+FORMATS = {
+    "date": f"^{DAY}$",
+    "time": f"^{CLOCK}{ZONE}$",
+    "date-time": f"^{DAY}T{CLOCK}{ZONE}$",
+    "uuid": "^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$",
+    "ipv4": r"^([0-9]{1,3}\.){3}[0-9]{1,3}$",
+    "email": r"^[^\s@]+@[^\s@]+\.[^\s@]+$",
+    "uri": r"^[A-Za-z][A-Za-z0-9+.-]*:[^\s]*$",
+}
 TEXT_KEYWORDS = NOTES | frozenset("type const minLength maxLength pattern format".split())
 OBJECT = {"type": "object"}
 END = "</parameter>"  # of a value that stands there as plain text
@@ -90,8 +97,11 @@ def is_null(alternative: dict) -> bool:
 def is_text(kinds: list[dict]) -> bool:
     """Whether a value of these alternatives stands there without quotes: it is a string, or perhaps null, and none that
     has an end in itself."""
-    return any(map(is_string, kinds)) and all(is_string(kind) or is_null(kind) for kind in kinds) \
+    return (
+        any(map(is_string, kinds))
+        and all(is_string(kind) or is_null(kind) for kind in kinds)
         and not any(END in kind["const"] for kind in kinds if isinstance(kind.get("const"), str))
+    )
 
 
 def _is_possible(alternative):
@@ -210,5 +220,5 @@ def _ascii(piece, in_class):
 
 def _anchored(pattern):
     begins, ends = pattern.startswith("^"), re.search(r"(?<!\\)(\\\\)*\$$", pattern) is not None
-    inner = pattern[begins:len(pattern) - ends]
+    inner = pattern[begins : len(pattern) - ends]
     return ("" if begins else "(?s:.*)") + f"(?:{inner})" + ("" if ends else "(?s:.*)")

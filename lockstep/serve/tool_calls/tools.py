@@ -1,4 +1,5 @@
 """The tools of a request, and what the model is to do with them."""
+
 import json
 import re
 from dataclasses import dataclass, replace

@@ -2,6 +2,7 @@
 
 Values stand there as plain text: what is a string and what is JSON only the tool's schema tells.
 """
+
 import json
 import re
 
@@ -163,7 +164,7 @@ class _Text:
             self._end_at("".join(self._waiting).rindex(FUNCTION_END))
 
     def _end_at(self, at):
-        rest = "".join(self._waiting[at + len(FUNCTION_END):])
+        rest = "".join(self._waiting[at + len(FUNCTION_END) :])
         del self._waiting[at:]
         self.release()
         raise CallEnd(rest)
@@ -234,13 +235,21 @@ class _Parameters:
 
     def _members(self, shape: Shape) -> str:
         """The members of one Shape, as many as there may be."""
-        needed = [(self._known(key, schema), key in shape.required) for key, schema in shape.members.items()
-                  if schema is not False and (key in shape.required or is_writable(key))]
+        needed = [
+            (self._known(key, schema), key in shape.required)
+            for key, schema in shape.members.items()
+            if schema is not False and (key in shape.required or is_writable(key))
+        ]
         unknown = self._unknown(shape)
         least, most = max(0, shape.least - len(shape.required)), shape.most
         if not least and (most is None or most >= len(needed) + MAX_NAMES * bool(unknown)):
-            return " ".join([*(part if must else f"{part}?" for part, must in needed),
-                             f"{unknown}{{0,{MAX_NAMES}}}" if unknown else "", '""'])
+            return " ".join(
+                [
+                    *(part if must else f"{part}?" for part, must in needed),
+                    f"{unknown}{{0,{MAX_NAMES}}}" if unknown else "",
+                    '""',
+                ]
+            )
         return self._counted(needed, unknown, shape)
 
     def _counted(self, parts, unknown, shape) -> str:
@@ -251,8 +260,10 @@ class _Parameters:
             raise ValueError(f"minProperties, maxProperties: expected at most {MAX_COUNTED} counts of properties")
         after = {count: self._rest(unknown, shape.least - count, most - count) for count in range(top)}
         for part, must in reversed(parts):
-            after = {count: self._either([
-                [part, after.get(count + 1)], *([] if must else [["", after.get(count)]])]) for count in after}
+            after = {
+                count: self._either([[part, after.get(count + 1)], *([] if must else [["", after.get(count)]])])
+                for count in after
+            }
         if after.get(0) is None:
             raise ValueError("minProperties, maxProperties: no object fits the schema")
         return after[0]
@@ -282,7 +293,7 @@ class _Parameters:
             if schema is False or pattern is not None and not where:
                 continue
             key = self._lark.rule(f"{self._new_name()}_key".upper(), " & ".join([WRITABLE, *where]) + known)
-            made.append(self._parameter(f'{quote("<parameter=")} {key} {quote(END_OF_NAME)}', of_any, schema))
+            made.append(self._parameter(f"{quote('<parameter=')} {key} {quote(END_OF_NAME)}", of_any, schema))
         return either(made) if made else ""
 
     def _parameter(self, head, written, schema) -> str:

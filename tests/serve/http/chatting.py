@@ -1,4 +1,5 @@
 """What tests of the routes that talk share: a server whose model says what a test wants."""
+
 import contextlib
 import dataclasses
 
@@ -9,8 +10,12 @@ from lockstep.serve.chat import ChatModel
 from tests.serve.http.server import SIZES, running
 
 HELLO = [{"role": "user", "content": "hello"}]
-POINT = dict(type="object", required=["x", "side"], additionalProperties=False,
-             properties=dict(x=dict(type="integer", minimum=0, maximum=99), side=dict(enum=["left", "right"])))
+POINT = dict(
+    type="object",
+    required=["x", "side"],
+    additionalProperties=False,
+    properties=dict(x=dict(type="integer", minimum=0, maximum=99), side=dict(enum=["left", "right"])),
+)
 PLOT = dict(name="plot", description="Plots a point.", parameters=POINT)
 # the parts of Qwen's templates that matter here
 THINKING = """{%- for m in messages %}<|im_start|>{{ m.role }}

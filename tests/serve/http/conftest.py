@@ -1,4 +1,5 @@
 """One server for all tests that do not need limits of their own, and the same model without HTTP."""
+
 import functools
 
 import httpx

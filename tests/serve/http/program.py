@@ -1,4 +1,5 @@
 """The program `lockstep serve` as users run it: a process of its own, with the bundled model."""
+
 import contextlib
 import os
 import re
@@ -26,8 +27,11 @@ class Program:
     def metrics(self):
         """{name and labels: value} of /metrics."""
         text = httpx.get(f"{self.url}/metrics", timeout=60).text
-        return {(s.name.removeprefix("lockstep_"), *s.labels.values()): s.value
-                for family in text_string_to_metric_families(text) for s in family.samples}
+        return {
+            (s.name.removeprefix("lockstep_"), *s.labels.values()): s.value
+            for family in text_string_to_metric_families(text)
+            for s in family.samples
+        }
 
     def is_idle(self):
         """Whether nothing is in work and no memory of the engine is held."""

@@ -1,4 +1,5 @@
 """HTTP by hand, for what no client library would send."""
+
 import json
 import socket
 

@@ -1,4 +1,5 @@
 """A real server for tests: uvicorn in a thread of its own, on a port that the system chooses."""
+
 import contextlib
 import threading
 import time
@@ -20,8 +21,9 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(llm=None, limits=Limits(), api_keys=(), cors_origins=(), names=(), allowed_hosts=(), share_prefixes=False,
-            **sizes):
+def running(
+    llm=None, limits=Limits(), api_keys=(), cors_origins=(), names=(), allowed_hosts=(), share_prefixes=False, **sizes
+):
     """A Running server of an LLM: the bundled one, unless it is given. The LLM is closed in the end."""
     service = Service("lockstep", limits, api_keys, names, share_prefixes)
     [listening] = bind("127.0.0.1", 0)

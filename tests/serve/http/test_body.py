@@ -1,4 +1,5 @@
 """Bodies within the limit of bytes that hold so many values that reading them would hold up everything else."""
+
 import pytest
 
 from lockstep.serve.http import body
@@ -31,18 +32,28 @@ def refusal_and_stall(raw: bytes, fields: type) -> tuple[str | None, float]:
 MESSAGE = '{"role":"user","content":""}'
 
 
-@pytest.mark.parametrize("raw, says", [
-    (filled('{"x":[', "[]", "]}"), "more than 32768 arrays and objects"),
-    (filled('{"x":[', "{}", "]}"), "more than 32768 arrays and objects"),
-    (filled('{"messages":[', MESSAGE, "]}"), "more than 32768 arrays and objects"),
-    (filled('{"x":[', '{"a" :1,"b" :1,"c" :1,"d" :1,"e" :1,"f" :1}', "]}"), "more than 131072 fields"),
-    (filled('{"x":[', "1", "]}"), "more than 1048576 values"),
-    (('{"x":{' + ",".join(f'"{i}":1' for i in range(20_000)) + "}}").encode(), "object of 20000 fields, at most 16384"),
-    (filled('{"messages":[', "1", "]}", 2 * MB), "messages[0]: expected"),
-    (filled('{"messages":[{"role":"user","content":[', "1", "]}]}", 2 * MB), "messages[0].content[0]: expected"),
-    (filled('{"messages":[],"tools":[', "1", "]}", 2 * MB), "tools[0]: expected"),
-    (filled('{"messages":[],"allowed_token_ids":[', '"a"', "]}", 3 * MB), "allowed_token_ids[0]: expected an integer"),
-], ids=["lists", "objects", "messages", "fields", "numbers", "wide", "wrong messages", "parts", "tools", "ids"])
+@pytest.mark.parametrize(
+    "raw, says",
+    [
+        (filled('{"x":[', "[]", "]}"), "more than 32768 arrays and objects"),
+        (filled('{"x":[', "{}", "]}"), "more than 32768 arrays and objects"),
+        (filled('{"messages":[', MESSAGE, "]}"), "more than 32768 arrays and objects"),
+        (filled('{"x":[', '{"a" :1,"b" :1,"c" :1,"d" :1,"e" :1,"f" :1}', "]}"), "more than 131072 fields"),
+        (filled('{"x":[', "1", "]}"), "more than 1048576 values"),
+        (
+            ('{"x":{' + ",".join(f'"{i}":1' for i in range(20_000)) + "}}").encode(),
+            "object of 20000 fields, at most 16384",
+        ),
+        (filled('{"messages":[', "1", "]}", 2 * MB), "messages[0]: expected"),
+        (filled('{"messages":[{"role":"user","content":[', "1", "]}]}", 2 * MB), "messages[0].content[0]: expected"),
+        (filled('{"messages":[],"tools":[', "1", "]}", 2 * MB), "tools[0]: expected"),
+        (
+            filled('{"messages":[],"allowed_token_ids":[', '"a"', "]}", 3 * MB),
+            "allowed_token_ids[0]: expected an integer",
+        ),
+    ],
+    ids=["lists", "objects", "messages", "fields", "numbers", "wide", "wrong messages", "parts", "tools", "ids"],
+)
 def test_many_small_values_are_refused_before_they_hold_up_anything(raw, says):
     found, stall = refusal_and_stall(raw, ChatFields)
     assert says in found and stall < BRIEF
@@ -55,9 +66,13 @@ def test_what_stands_inside_of_strings_does_not_count(text):
     assert refusal_and_stall(raw, ChatFields)[0] is None
 
 
-@pytest.mark.parametrize("read, says", [
-    (arguments_of, "the text of a call's arguments has more than 32768 arrays"),
-    (json_schema, "a JSON schema has more than 32768 arrays")])
+@pytest.mark.parametrize(
+    "read, says",
+    [
+        (arguments_of, "the text of a call's arguments has more than 32768 arrays"),
+        (json_schema, "a JSON schema has more than 32768 arrays"),
+    ],
+)
 def test_json_in_a_string_is_bounded_as_the_body_is(read, says):
     text = '{"a":[' + "[]," * 2_000_000 + "[]]}"
     with longest_stall() as longest, pytest.raises(ApiError, match=says):

@@ -1,4 +1,5 @@
 """/v1/chat/completions with OpenAI's own client."""
+
 import concurrent.futures
 import json
 import re
@@ -54,8 +55,9 @@ def test_an_answer_is_the_engines(client, server, llm):
     assert choice.message.content == alone.text and choice.finish_reason == alone.finish_reason
     assert [t.logprob for t in choice.logprobs.content] == alone.logprobs
     assert b"".join(bytes(t.bytes) for t in choice.logprobs.content).decode() == alone.text
-    assert [[other.logprob for other in t.top_logprobs] for t in choice.logprobs.content] \
-        == [list(top.values()) for top in alone.top_logprobs]
+    assert [[other.logprob for other in t.top_logprobs] for t in choice.logprobs.content] == [
+        list(top.values()) for top in alone.top_logprobs
+    ]
     assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (len(ids), len(alone.token_ids))
     assert found.system_fingerprint == server.service.fingerprint and found.object == "chat.completion"
     assert ask(client, messages=HELLO * 90, max_tokens=1).usage.prompt_tokens_details.cached_tokens == 0
@@ -73,8 +75,9 @@ def test_a_stream_in_its_parts(client):
     *middle, last = chunks[:-1]
     assert all(chunk.choices[0].finish_reason is None and chunk.usage is None for chunk in middle)
     assert last.choices[0].finish_reason == "length" and last.choices[0].delta.content is None
-    assert {(chunk.id, chunk.object, chunk.model) for chunk in chunks} \
-        == {(chunks[0].id, "chat.completion.chunk", "lockstep")}
+    assert {(chunk.id, chunk.object, chunk.model) for chunk in chunks} == {
+        (chunks[0].id, "chat.completion.chunk", "lockstep")
+    }
     found = [t for chunk in middle if chunk.choices[0].logprobs for t in chunk.choices[0].logprobs.content]
     assert found == whole.choices[0].logprobs.content
 
@@ -103,11 +106,22 @@ def test_several_samples(client):
 def test_answers_are_the_same_alone_and_under_load(client):
     """Free answers and ones under a grammar, bit for bit."""
     schema = dict(type="json_schema", json_schema=dict(name="point", strict=True, schema=POINT))
-    requests = [dict(seed=i, temperature=1.0, logprobs=True, top_logprobs=3, max_tokens=20 + i,
-                     messages=[{"role": "user", "content": f"number {i} " * (i + 1)}],
-                     **(dict(response_format=schema) if i % 3 == 0 else {})) for i in range(16)]
+    requests = [
+        dict(
+            seed=i,
+            temperature=1.0,
+            logprobs=True,
+            top_logprobs=3,
+            max_tokens=20 + i,
+            messages=[{"role": "user", "content": f"number {i} " * (i + 1)}],
+            **(dict(response_format=schema) if i % 3 == 0 else {}),
+        )
+        for i in range(16)
+    ]
+
     def run(options):
         return ask(client, **options).choices[0].model_dump()
+
     alone = [run(options) for options in requests]
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         assert list(pool.map(run, requests)) == alone
@@ -117,17 +131,36 @@ def test_content_in_parts_null_content_and_all_roles(client):
     text = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
     joined = ask(client, temperature=0, messages=[{"role": "user", "content": "hel\nlo"}])
     assert ask(client, temperature=0, messages=[{"role": "user", "content": text}]).choices == joined.choices
-    messages = [dict(role="system", content="Be brief."), dict(role="developer", content="Really."), *HELLO,
-                dict(role="assistant", content=None, tool_calls=[
-                    dict(id="a1", type="function", function=dict(name="now", arguments=""))]),
-                dict(role="tool", tool_call_id="a1", content="noon")]
+    messages = [
+        dict(role="system", content="Be brief."),
+        dict(role="developer", content="Really."),
+        *HELLO,
+        dict(
+            role="assistant",
+            content=None,
+            tool_calls=[dict(id="a1", type="function", function=dict(name="now", arguments=""))],
+        ),
+        dict(role="tool", tool_call_id="a1", content="noon"),
+    ]
     assert ask(client, messages=messages).choices[0].message.content
     assert ask(client, messages=[*HELLO, dict(role="assistant", content=None), *HELLO]).choices[0].message.content
 
 
 def test_fields_that_nobody_knows_and_nulls_are_ignored(client):
-    more = dict(user="u", metadata={"a": "b"}, store=True, service_tier="auto", made_up=[1], tools=None, stop=None,
-                logit_bias=None, response_format=None, tool_choice=None, seed=None, max_completion_tokens=None)
+    more = dict(
+        user="u",
+        metadata={"a": "b"},
+        store=True,
+        service_tier="auto",
+        made_up=[1],
+        tools=None,
+        stop=None,
+        logit_bias=None,
+        response_format=None,
+        tool_choice=None,
+        seed=None,
+        max_completion_tokens=None,
+    )
     assert ask(client, extra_body=more, temperature=0).choices == ask(client, temperature=0).choices
 
 
@@ -140,12 +173,13 @@ def test_max_tokens_by_both_names_and_up_to_the_context(client):
 
 def test_stop_and_bias(client):
     free = ask(client, temperature=0).choices[0].message.content
-    assert ask(client, temperature=0, stop=free[4:7]).choices[0].message.content == free[:free.index(free[4:7])]
+    assert ask(client, temperature=0, stop=free[4:7]).choices[0].message.content == free[: free.index(free[4:7])]
     biased = ask(client, temperature=0, max_tokens=4, logit_bias={"77": 100}, logprobs=True)
     assert len({t.token for t in biased.choices[0].logprobs.content}) == 1
 
 
 # ---------------------------------------------------------------- the form of the text
+
 
 @pytest.mark.parametrize("strict", [True, False])
 def test_json_schema(client, strict):
@@ -173,19 +207,22 @@ def test_json_object(client):
     assert found.choices[0].message.content.startswith("{")
 
 
-@pytest.mark.parametrize("more, pattern", [
-    (dict(guided_regex=r"[a-c]{3}-\d\d"), r"[a-c]{3}-\d\d"),
-    (dict(structured_outputs=dict(regex=r"\d{4}")), r"\d{4}"),
-    (dict(guided_choice=["left", "right"]), "left|right"),
-    (dict(guided_grammar='start: "(" start ")" | "x"{1,3}'), r"\(*x{1,3}\)*"),
-    (dict(structured_outputs=dict(grammar='start: /[xyz]{2}/ "!"')), "[xyz]{2}!"),
-    (dict(guided_json=json.dumps(POINT)), r"\{[^}]*\}"),
-    (dict(structured_outputs=dict(json=POINT)), r"\{[^}]*\}"),
-    (dict(response_format=dict(type="regex", pattern="a{2,3}")), "a{2,3}"),
-    (dict(response_format=dict(type="grammar", grammar='start: "b"')), "b"),
-    (dict(response_format=dict(type="text")), "(?s:.*)"),
-    (dict(guided_regex="ab", min_tokens=10), "ab"),
-])
+@pytest.mark.parametrize(
+    "more, pattern",
+    [
+        (dict(guided_regex=r"[a-c]{3}-\d\d"), r"[a-c]{3}-\d\d"),
+        (dict(structured_outputs=dict(regex=r"\d{4}")), r"\d{4}"),
+        (dict(guided_choice=["left", "right"]), "left|right"),
+        (dict(guided_grammar='start: "(" start ")" | "x"{1,3}'), r"\(*x{1,3}\)*"),
+        (dict(structured_outputs=dict(grammar='start: /[xyz]{2}/ "!"')), "[xyz]{2}!"),
+        (dict(guided_json=json.dumps(POINT)), r"\{[^}]*\}"),
+        (dict(structured_outputs=dict(json=POINT)), r"\{[^}]*\}"),
+        (dict(response_format=dict(type="regex", pattern="a{2,3}")), "a{2,3}"),
+        (dict(response_format=dict(type="grammar", grammar='start: "b"')), "b"),
+        (dict(response_format=dict(type="text")), "(?s:.*)"),
+        (dict(guided_regex="ab", min_tokens=10), "ab"),
+    ],
+)
 def test_other_forms(client, more, pattern):
     found = ask(client, temperature=1.0, seed=4, max_tokens=300, extra_body=more).choices[0]
     assert re.fullmatch(pattern, found.message.content) and (found.finish_reason == "stop" or "text" in str(more))
@@ -193,16 +230,33 @@ def test_other_forms(client, more, pattern):
 
 # ---------------------------------------------------------------- tools
 
-@pytest.mark.parametrize("choice", [
-    "required", dict(type="function", function=dict(name="plot")), dict(type="allowed_tools", allowed_tools=dict(
-        mode="required", tools=[dict(type="function", function=dict(name="plot"))]))], ids=str)
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        "required",
+        dict(type="function", function=dict(name="plot")),
+        dict(
+            type="allowed_tools",
+            allowed_tools=dict(mode="required", tools=[dict(type="function", function=dict(name="plot"))]),
+        ),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("which", ["server", "thinker"])
 def test_calls_that_are_asked_for(which, choice, request):
     """By a template that knows no tools, and by one that does; the model alone would call nothing."""
     client = client_of(request.getfixturevalue(which))
     thinks = dict(chat_template_kwargs=dict(enable_thinking=False)) if which == "thinker" else {}
-    options = dict(tools=TOOLS, tool_choice=choice, parallel_tool_calls=False, temperature=1.0, seed=7, max_tokens=400,
-                   extra_body=thinks)
+    options = dict(
+        tools=TOOLS,
+        tool_choice=choice,
+        parallel_tool_calls=False,
+        temperature=1.0,
+        seed=7,
+        max_tokens=400,
+        extra_body=thinks,
+    )
     found = ask(client, **options).choices[0]
     _, _, calls, reason = message_parts(found)
     assert reason == "tool_calls" and found.message.content is None and len(calls) == 1
@@ -222,13 +276,16 @@ CALL = '<tool_call>\n{"name": "plot", "arguments": {"x": 3, "side": "left"}}\n</
 ARGUMENTS = '{"x": 3, "side": "left"}'
 
 
-@pytest.mark.parametrize("said, opened, text, thought, calls", [
-    ("Hello.", False, "Hello.", "", []),
-    ("<think>\nHm.\n</think>\n\nHello.", False, "Hello.", "Hm.", []),
-    ("Hm.\n</think>\n\nHello.", True, "Hello.", "Hm.", []),
-    (f"I plot.\n{CALL}\n{CALL}", False, "I plot.", "", [("plot", ARGUMENTS)] * 2),
-    (f"Which?\n</think>\n\n{CALL}", True, "", "Which?", [("plot", ARGUMENTS)]),
-])
+@pytest.mark.parametrize(
+    "said, opened, text, thought, calls",
+    [
+        ("Hello.", False, "Hello.", "", []),
+        ("<think>\nHm.\n</think>\n\nHello.", False, "Hello.", "Hm.", []),
+        ("Hm.\n</think>\n\nHello.", True, "Hello.", "Hm.", []),
+        (f"I plot.\n{CALL}\n{CALL}", False, "I plot.", "", [("plot", ARGUMENTS)] * 2),
+        (f"Which?\n</think>\n\n{CALL}", True, "", "Which?", [("plot", ARGUMENTS)]),
+    ],
+)
 def test_what_a_model_says_is_taken_apart(thinker, said, opened, text, thought, calls):
     client, kwargs = client_of(thinker), dict(enable_thinking=True) if opened else {}
     options = dict(tools=TOOLS, max_tokens=200, extra_body=dict(chat_template_kwargs=kwargs))
@@ -253,8 +310,12 @@ def test_a_call_that_is_cut_off_in_its_closing_mark(thinker):
         assert found[1:] == ("", "", [("plot", ARGUMENTS)], "length")
 
 
-NO_LOOKAHEAD = dict(type="object", properties=dict(to=dict(type="string", pattern="^(?!x)[a-z]+$", maxLength=9)),
-                    required=["to"], additionalProperties=False)
+NO_LOOKAHEAD = dict(
+    type="object",
+    properties=dict(to=dict(type="string", pattern="^(?!x)[a-z]+$", maxLength=9)),
+    required=["to"],
+    additionalProperties=False,
+)
 
 
 def test_a_pattern_that_cannot_be_enforced_is_ignored_unless_strict(client):
@@ -265,8 +326,10 @@ def test_a_pattern_that_cannot_be_enforced_is_ignored_unless_strict(client):
     for seed in range(4):
         [(name, arguments)] = message_parts(ask(client, tools=[*TOOLS, mail], seed=seed, **options).choices[0])[2]
         if name in ("plot", "mail"):
-            jsonschema.validate(json.loads(arguments), POINT if name == "plot" else NO_LOOKAHEAD | {"properties": {}}
-                                | {"additionalProperties": True})
+            jsonschema.validate(
+                json.loads(arguments),
+                POINT if name == "plot" else NO_LOOKAHEAD | {"properties": {}} | {"additionalProperties": True},
+            )
 
 
 @pytest.mark.parametrize("arguments", ['{"x": 1, "si', "not json", "[1]", "[" * 9000, "", "5"])
@@ -275,18 +338,20 @@ def test_a_call_that_was_cut_off_may_be_sent_back(server, arguments):
     messages = [*HELLO, dict(role="assistant", tool_calls=[call]), dict(role="tool", tool_call_id="c", content="bad")]
     tokens = httpx.post(f"{server.url}/tokenize", json=dict(messages=messages)).json()["tokens"]
     text = httpx.post(f"{server.url}/detokenize", json=dict(tokens=tokens)).json()
-    assert arguments.replace('"', "\\\"") in text["prompt"]
+    assert arguments.replace('"', '\\"') in text["prompt"]
 
 
 def test_effort_and_earlier_thoughts_reach_the_template(thinker):
     def prompt(**options):
         return ask(client_of(thinker), max_tokens=1, **options).usage.prompt_tokens
+
     plain = prompt()
     assert prompt(reasoning_effort="none") == prompt(extra_body=dict(chat_template_kwargs=dict(enable_thinking=False)))
     assert prompt(reasoning_effort="high") > plain
     earlier = dict(role="assistant", content="Yes.")
-    assert prompt(messages=[*HELLO, earlier | dict(reasoning_content="Hm hm."), *HELLO]) \
-        > prompt(messages=[*HELLO, earlier, *HELLO])
+    assert prompt(messages=[*HELLO, earlier | dict(reasoning_content="Hm hm."), *HELLO]) > prompt(
+        messages=[*HELLO, earlier, *HELLO]
+    )
 
 
 def test_a_message_is_continued(client, llm):

@@ -1,4 +1,5 @@
 """What the routes that talk refuse: mistakes, attacks, and what random bodies hold; never with a 500, never late."""
+
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -95,15 +96,21 @@ def test_mistakes(http, body, message):
     assert message in refusal(http, dict(messages=HELLO, max_tokens=2) | body)
 
 
-@pytest.mark.parametrize("where", ['"messages":[{"role":"user","content":"\\ud800"}]',
-                                   '"messages":[{"role":"user","content":"x"}],"guided_regex":"\\udfff"',
-                                   '"messages":[{"role":"user","content":"x"}],"stop":"\\ud800x"'])
+@pytest.mark.parametrize(
+    "where",
+    [
+        '"messages":[{"role":"user","content":"\\ud800"}]',
+        '"messages":[{"role":"user","content":"x"}],"guided_regex":"\\udfff"',
+        '"messages":[{"role":"user","content":"x"}],"stop":"\\ud800x"',
+    ],
+)
 def test_lone_surrogates(http, where):
     assert "surrogate" in refusal(http, ("{" + where + "}").encode())
 
 
 def test_grammars_that_take_long_make_nobody_elses_request_a_mistake(http, server):
     """Their own come to their end, or are told to come again; /health and small grammars are answered meanwhile."""
+
     def ask(url=server.url, **more):
         return httpx.post(f"{url}/v1/completions", json=dict(prompt="x", max_tokens=9) | more, timeout=120)
 
@@ -131,8 +138,11 @@ def deep(levels):
 
 def test_nested_bodies(http):
     start = '{"messages":[{"role":"user","content":"x"}],'
-    for body in (f'{start}"guided_json":{deep(2000)}}}', f'{start}"tools":[{deep(90_000)}]}}',
-                 f'{start}"chat_template_kwargs":{"[" * 200_000}'):
+    for body in (
+        f'{start}"guided_json":{deep(2000)}}}',
+        f'{start}"tools":[{deep(90_000)}]}}',
+        f'{start}"chat_template_kwargs":{"[" * 200_000}',
+    ):
         assert refusal(http, body.encode())
 
 
@@ -141,23 +151,40 @@ def all_of(levels):
 
 
 BOMBS = dict(
-    all_of=schema(all_of(11)), lengths=schema(dict(type="string", minLength=10**9)),
+    all_of=schema(all_of(11)),
+    lengths=schema(dict(type="string", minLength=10**9)),
     multiples=schema(dict(type="integer", multipleOf=999983)),
     items=schema(dict(type="array", minItems=10**9, items=dict(type="array", minItems=10**9))),
     pattern=schema(dict(type="string", pattern="^((a{1,500}){1,500}){1,500}$")),
     properties=schema(dict(type="object", properties={f"p{i}": dict(type="integer") for i in range(2000)})),
-    enum=schema(dict(enum=[f"v{i}" for i in range(10_000)])), backtracking=dict(guided_regex="(x+x+)+y"),
-    repeats=dict(guided_regex="((a{1,1000}){1,1000}){1,1000}"), letters=dict(guided_regex=r"(\p{L}{1,99}\w{1,99}){99}"),
+    enum=schema(dict(enum=[f"v{i}" for i in range(10_000)])),
+    backtracking=dict(guided_regex="(x+x+)+y"),
+    repeats=dict(guided_regex="((a{1,1000}){1,1000}){1,1000}"),
+    letters=dict(guided_regex=r"(\p{L}{1,99}\w{1,99}){99}"),
     ambiguous=dict(guided_grammar='start: a\na: a a | a a a | "x" | ""'),
     products=dict(guided_json=dict(allOf=[dict(multipleOf=float(f"1.{i:06d}1e300")) for i in range(5000)])),
-    product_tools=dict(tool_choice="required", tools=[dict(type="function", function=dict(name="f", parameters=dict(
-        allOf=[dict(multipleOf=i) for i in range(2, 400)])))]),
+    product_tools=dict(
+        tool_choice="required",
+        tools=[
+            dict(
+                type="function",
+                function=dict(name="f", parameters=dict(allOf=[dict(multipleOf=i) for i in range(2, 400)])),
+            )
+        ],
+    ),
     zero=dict(guided_json=dict(type="integer", multipleOf=99999989, examples=[dict(multipleOf=0)])),
-    hidden=dict(guided_json={"$ref": "http://a/b#/x", "$defs": {"c": {
-        "$id": "http://a/b", "x": dict(type="integer", multipleOf=99999989)}}}),
+    hidden=dict(
+        guided_json={
+            "$ref": "http://a/b#/x",
+            "$defs": {"c": {"$id": "http://a/b", "x": dict(type="integer", multipleOf=99999989)}},
+        }
+    ),
     large=dict(guided_grammar="start: " + '"a" ' * 80_000),
-    tools=dict(tools=[dict(type="function", function=dict(name=f"f{i}", parameters=all_of(8))) for i in range(64)],
-               tool_choice="required"))
+    tools=dict(
+        tools=[dict(type="function", function=dict(name=f"f{i}", parameters=all_of(8))) for i in range(64)],
+        tool_choice="required",
+    ),
+)
 
 
 @pytest.mark.parametrize("name", BOMBS)
@@ -170,9 +197,15 @@ def test_bombs(http, name):
     assert http.post(CHAT, json=dict(messages=HELLO, max_tokens=1)).status_code == 200
 
 
-@pytest.mark.parametrize("path, body", [
-    (CHAT, dict(messages=HELLO)), ("/v1/messages", dict(messages=HELLO, max_tokens=3)),
-    ("/v1/messages/count_tokens", dict(messages=HELLO)), ("/v1/responses", dict(input="hello"))])
+@pytest.mark.parametrize(
+    "path, body",
+    [
+        (CHAT, dict(messages=HELLO)),
+        ("/v1/messages", dict(messages=HELLO, max_tokens=3)),
+        ("/v1/messages/count_tokens", dict(messages=HELLO)),
+        ("/v1/responses", dict(input="hello")),
+    ],
+)
 def test_a_model_without_chat_template(path, body):
     with talking(None) as server:
         found = httpx.post(server.url + path, json=body, timeout=60)
@@ -187,24 +220,87 @@ def test_a_template_that_refuses():
 
 # ---------------------------------------------------------------- random bodies
 
-ANY = st.recursive(st.none() | st.booleans() | st.integers(-3, 3) | st.floats(-2, 2) | st.sampled_from(
-    ["", "x", "user", "assistant", "tool", "text", "function", "required", "json_schema", "null"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(
-        ["role", "content", "type", "text", "name", "function", "tools", "parameters", "properties", "id", "schema"]),
-        inner, max_size=3), max_leaves=8)
+ANY = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 3)
+    | st.floats(-2, 2)
+    | st.sampled_from(["", "x", "user", "assistant", "tool", "text", "function", "required", "json_schema", "null"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                [
+                    "role",
+                    "content",
+                    "type",
+                    "text",
+                    "name",
+                    "function",
+                    "tools",
+                    "parameters",
+                    "properties",
+                    "id",
+                    "schema",
+                ]
+            ),
+            inner,
+            max_size=3,
+        )
+    ),
+    max_leaves=8,
+)
 ROLES = st.sampled_from(["user", "assistant", "system", "tool"]) | ANY
-MESSAGES = st.lists(st.fixed_dictionaries(dict(role=ROLES), optional=dict(
-    content=st.text("ab", max_size=3) | ANY, tool_calls=ANY, reasoning_content=ANY, tool_call_id=ANY, name=ANY)),
-    max_size=3)
+MESSAGES = st.lists(
+    st.fixed_dictionaries(
+        dict(role=ROLES),
+        optional=dict(
+            content=st.text("ab", max_size=3) | ANY, tool_calls=ANY, reasoning_content=ANY, tool_call_id=ANY, name=ANY
+        ),
+    ),
+    max_size=3,
+)
 CHOICES = st.sampled_from(["none", "auto", "required"]) | ANY
 FIELDS = {
-    CHAT: dict(messages=MESSAGES | ANY, tools=ANY, tool_choice=CHOICES, response_format=ANY, guided_json=ANY,
-               chat_template_kwargs=ANY, stop=ANY, n=ANY, logprobs=ANY, top_logprobs=ANY, stream_options=ANY,
-               structured_outputs=ANY, reasoning_effort=ANY, continue_final_message=ANY, stream=st.booleans()),
-    "/v1/messages": dict(messages=MESSAGES | ANY, system=ANY, tools=ANY, tool_choice=ANY, thinking=ANY,
-                         stop_sequences=ANY, output_config=ANY, stream=st.booleans(), max_tokens=st.just(2)),
-    "/v1/responses": dict(input=MESSAGES | ANY, tools=ANY, tool_choice=CHOICES, text=ANY, reasoning=ANY,
-                          instructions=ANY, metadata=ANY, stream=st.booleans(), max_output_tokens=st.just(2)),
+    CHAT: dict(
+        messages=MESSAGES | ANY,
+        tools=ANY,
+        tool_choice=CHOICES,
+        response_format=ANY,
+        guided_json=ANY,
+        chat_template_kwargs=ANY,
+        stop=ANY,
+        n=ANY,
+        logprobs=ANY,
+        top_logprobs=ANY,
+        stream_options=ANY,
+        structured_outputs=ANY,
+        reasoning_effort=ANY,
+        continue_final_message=ANY,
+        stream=st.booleans(),
+    ),
+    "/v1/messages": dict(
+        messages=MESSAGES | ANY,
+        system=ANY,
+        tools=ANY,
+        tool_choice=ANY,
+        thinking=ANY,
+        stop_sequences=ANY,
+        output_config=ANY,
+        stream=st.booleans(),
+        max_tokens=st.just(2),
+    ),
+    "/v1/responses": dict(
+        input=MESSAGES | ANY,
+        tools=ANY,
+        tool_choice=CHOICES,
+        text=ANY,
+        reasoning=ANY,
+        instructions=ANY,
+        metadata=ANY,
+        stream=st.booleans(),
+        max_output_tokens=st.just(2),
+    ),
 }
 
 

@@ -1,4 +1,5 @@
 """`lockstep serve`: what it says, and how it refuses to start."""
+
 import os
 import socket
 import subprocess
@@ -17,17 +18,38 @@ from tests.serve.http.program import ROOT, program
 def refused(*options):
     """What the command says when it cannot start."""
     command = [sys.executable, "-m", "lockstep", "serve", *map(str, options)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
     assert done.returncode == 2 and not done.stdout, done
     return done.stderr
 
 
 def test_options_reach_the_server():
-    options = ("--name", "mine", "--name", "gpt-4", "--host", "localhost", "--api-key", "a", "--api-key", "b",
-               "--max-requests", 3, "--max-context", 640, "--max-body-mb", 1, "--cors-origin", "https://example.org")
-    with program(*options) as made, httpx.Client(
-            base_url=made.url, headers={"Authorization": "Bearer b"}, timeout=300) as client:
+    options = (
+        "--name",
+        "mine",
+        "--name",
+        "gpt-4",
+        "--host",
+        "localhost",
+        "--api-key",
+        "a",
+        "--api-key",
+        "b",
+        "--max-requests",
+        3,
+        "--max-context",
+        640,
+        "--max-body-mb",
+        1,
+        "--cors-origin",
+        "https://example.org",
+    )
+    with (
+        program(*options) as made,
+        httpx.Client(base_url=made.url, headers={"Authorization": "Bearer b"}, timeout=300) as client,
+    ):
         model, other = client.get("/v1/models", headers={"Origin": "https://example.org"}).json()["data"]
         assert other == model | dict(id="gpt-4")
         assert (model["id"], model["max_model_len"]) == ("mine", 640)
@@ -35,11 +57,18 @@ def test_options_reach_the_server():
         assert httpx.get(f"{made.url}/v1/models").status_code == 401
 
 
-@pytest.mark.parametrize("options, says", [
-    (("no/such/model/here",), "no such folder or file"), (("--max-context", 0), "max-context"),
-    (("--port", 70000), "port"), (("--api-key", ""), "--api-key: expected ASCII"),
-    (("--name", ""), '--name: expected a name, got ""'),
-    (("--host", "no.such.host.invalid"), "cannot listen on no.such.host.invalid")], ids=str)
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (("no/such/model/here",), "no such folder or file"),
+        (("--max-context", 0), "max-context"),
+        (("--port", 70000), "port"),
+        (("--api-key", ""), "--api-key: expected ASCII"),
+        (("--name", ""), '--name: expected a name, got ""'),
+        (("--host", "no.such.host.invalid"), "cannot listen on no.such.host.invalid"),
+    ],
+    ids=str,
+)
 def test_what_cannot_work_is_said_in_one_sentence(options, says):
     said = refused(*options)
     assert says in said and said.startswith("lockstep: ") and said.count("\n") == 1
@@ -75,7 +104,7 @@ def has_ipv6():
 
 def test_localhost_is_both_of_its_addresses_on_one_port(has_ipv6):
     made = bind("localhost", 0)
-    assert [each.getsockname()[0] for each in made] == ["127.0.0.1", "::1"][:1 + has_ipv6]
+    assert [each.getsockname()[0] for each in made] == ["127.0.0.1", "::1"][: 1 + has_ipv6]
     port = {each.getsockname()[1] for each in made}
     assert len(port) == 1
     for each in made:
@@ -96,6 +125,7 @@ def test_an_address_of_localhost_that_is_in_use_is_said(has_ipv6):
 def test_while_it_loads_requests_are_told_to_come_back():
     service = Service("lockstep")
     from lockstep.serve.http.errors import ApiError
+
     with pytest.raises(ApiError) as caught:
         service.check_open()
     assert (caught.value.status, caught.value.code, caught.value.retry_after) == (503, "loading", 1)
@@ -126,6 +156,10 @@ def test_keys_come_from_options_or_the_environment(monkeypatch):
 
 
 def test_a_model_is_called_by_the_end_of_its_path():
-    assert [model_name(m) for m in (None, "org/Model", "/a/b/", "x/Model-Q8_0.gguf")] \
-        == ["lockstep", "Model", "b", "Model-Q8_0"]
+    assert [model_name(m) for m in (None, "org/Model", "/a/b/", "x/Model-Q8_0.gguf")] == [
+        "lockstep",
+        "Model",
+        "b",
+        "Model-Q8_0",
+    ]
     assert model_names(None, "/a/b/") == ["b"] and model_names(["x", "y"], "/a/b/") == ["x", "y"]

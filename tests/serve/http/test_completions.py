@@ -1,4 +1,5 @@
 """/v1/completions with the real openai client: every form of it, compared bit for bit with LLM.generate."""
+
 import json
 import re
 
@@ -30,17 +31,32 @@ def test_prompts_in_all_forms(client, llm, form):
     assert [c.text for c in made.choices] == [e.text for e in expected]
     assert [c.index for c in made.choices] == list(range(len(expected)))
     assert [c.finish_reason for c in made.choices] == [e.finish_reason for e in expected]
-    assert made.usage.prompt_tokens == sum(map(len, ids[:len(expected)]))
+    assert made.usage.prompt_tokens == sum(map(len, ids[: len(expected)]))
     assert made.usage.completion_tokens == sum(len(e.token_ids) for e in expected)
     assert made.usage.total_tokens == made.usage.prompt_tokens + made.usage.completion_tokens
     assert made.object == "text_completion" and made.id.startswith("cmpl-") and made.model == "lockstep"
 
 
-@pytest.mark.parametrize("changed", [
-    dict(temperature=0.4), dict(top_p=0.3), dict(top_k=2), dict(min_p=0.5), dict(seed=8), dict(repetition_penalty=1.5),
-    dict(presence_penalty=2.0), dict(frequency_penalty=2.0), dict(stop=["e", "zzz"]), dict(logit_bias={199: 100.0}),
-    dict(stop_token_ids=[199], logit_bias={199: 100.0}), dict(stop="e", min_tokens=30), dict(max_tokens=3),
-    dict(stop="e", include_stop_str_in_output=True)], ids=str)
+@pytest.mark.parametrize(
+    "changed",
+    [
+        dict(temperature=0.4),
+        dict(top_p=0.3),
+        dict(top_k=2),
+        dict(min_p=0.5),
+        dict(seed=8),
+        dict(repetition_penalty=1.5),
+        dict(presence_penalty=2.0),
+        dict(frequency_penalty=2.0),
+        dict(stop=["e", "zzz"]),
+        dict(logit_bias={199: 100.0}),
+        dict(stop_token_ids=[199], logit_bias={199: 100.0}),
+        dict(stop="e", min_tokens=30),
+        dict(max_tokens=3),
+        dict(stop="e", include_stop_str_in_output=True),
+    ],
+    ids=str,
+)
 def test_every_sampling_field_reaches_the_engine(server, llm, changed):
     common = dict(max_tokens=40, temperature=1.2, seed=7)
     fields = common | changed
@@ -70,12 +86,15 @@ def test_samples_have_seeds_of_their_own_and_the_same_seed_gives_the_same(client
 
 
 def test_without_a_seed_answers_differ(client):
-    texts = {client.completions.create(model="lockstep", prompt=PROMPT, max_tokens=20, temperature=1).choices[0].text
-             for _ in range(4)}
+    texts = {
+        client.completions.create(model="lockstep", prompt=PROMPT, max_tokens=20, temperature=1).choices[0].text
+        for _ in range(4)
+    }
     assert len(texts) > 1
 
 
 # ---------------------------------------------------------------- log-probabilities
+
 
 def test_logprobs_of_an_answer_are_the_engines_own_bits(client, llm):
     made = client.completions.create(prompt=PROMPT, max_tokens=15, logprobs=4, **GREEDY).choices[0]
@@ -85,8 +104,9 @@ def test_logprobs_of_an_answer_are_the_engines_own_bits(client, llm):
         assert max(found.values()) == max(top.values()) == chosen  # greedy, as lm-eval looks for it
         assert set(found.values()) <= set(top.values()) and len(found) <= 4
     assert "".join(made.logprobs.tokens) == made.text == expected.text
-    assert [made.text[at:at + len(t)] for at, t in zip(made.logprobs.text_offset, made.logprobs.tokens)] \
-        == made.logprobs.tokens
+    assert [
+        made.text[at : at + len(t)] for at, t in zip(made.logprobs.text_offset, made.logprobs.tokens)
+    ] == made.logprobs.tokens
 
 
 @pytest.mark.parametrize("as_ids", [False, True])
@@ -120,9 +140,20 @@ def test_tokens_that_are_no_text_are_named_by_their_bytes(client, llm):
 
 # ---------------------------------------------------------------- streams
 
-@pytest.mark.parametrize("fields", [{}, dict(n=2, temperature=1.0, seed=3), dict(logprobs=2), dict(echo=True),
-                                    dict(echo=True, logprobs=1), dict(max_tokens=0, echo=True, logprobs=1),
-                                    dict(stop=["return"])], ids=str)
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        dict(n=2, temperature=1.0, seed=3),
+        dict(logprobs=2),
+        dict(echo=True),
+        dict(echo=True, logprobs=1),
+        dict(max_tokens=0, echo=True, logprobs=1),
+        dict(stop=["return"]),
+    ],
+    ids=str,
+)
 def test_a_stream_is_the_whole_answer_in_pieces(client, fields):
     asked = {**GREEDY, "prompt": PROMPTS[:2], "max_tokens": 25, **fields}
     whole = client.completions.create(**asked)
@@ -158,60 +189,65 @@ def test_cached_tokens_are_reported(server):
 
 # ---------------------------------------------------------------- refusals
 
-@pytest.mark.parametrize("fields, param, says", [
-    (dict(suffix="end"), "suffix", "not supported"),
-    (dict(best_of=4), "best_of", "got 4"),
-    (dict(allowed_token_ids=[]), "allowed_token_ids", "at least one"),
-    (dict(allowed_token_ids=[4096]), "allowed_token_ids", "from 0 to 4095"),
-    (dict(bad_words=["x", " "]), "bad_words", "1 to 256 characters"),
-    (dict(bad_words=["x"] * 1025), "bad_words", "at most 1024"),
-    (dict(prompt_logprobs=21), "prompt_logprobs", "0 to 20"),
-    (dict(prompt_logprobs=1, stream=True), "prompt_logprobs", "stream to be false"),
-    (dict(prompt_logprobs=1, echo=True, logprobs=1), "prompt_logprobs", "beside echo"),
-    (dict(truncate_prompt_tokens=0), "truncate_prompt_tokens", "at least 1, or -1"),
-    (dict(logprobs=21), "logprobs", "at most 20"),
-    (dict(logprobs=-1), "logprobs", "greater than or equal to 0"),
-    (dict(n=0), "n", "got 0"),
-    (dict(n=100000), "n", "got 100000"),
-    (dict(n=65), "n", "at most 64"),
-    (dict(prompt=["x"] * 30, n=10), "n", "at most 256 samples"),
-    (dict(prompt=["x"] * 257), "prompt", "at most 256 prompts"),
-    (dict(prompt=[]), "prompt", "at least one token"),
-    (dict(prompt=""), "prompt", "at least one token"),
-    (dict(prompt=[""]), "prompt", "at least one token"),
-    (dict(prompt=[[]]), "prompt", "at least one token"),
-    (dict(prompt=[1, "x"]), "prompt", "token ids"),
-    (dict(prompt=[True]), "prompt", "token ids"),
-    (dict(prompt=["x", 1]), "prompt", "expected a string"),
-    (dict(prompt={"text": "x"}), "prompt", "expected a string"),
-    (dict(prompt=None), "prompt", "got null"),
-    (dict(prompt=[-1]), "prompt", "got -1"),
-    (dict(prompt=[4096]), "prompt", "0 to 4095"),
-    (dict(prompt=[1 << 70]), "prompt", "0 to 4095"),
-    (dict(max_tokens=-2), "max_tokens", "got -2"),
-    (dict(max_tokens=0.5), "max_tokens", "got 0.5"),
-    (dict(prompt="x " * 3000), "prompt", "context of 1024"),
-    (dict(temperature=-0.1), "temperature", "got -0.1"),
-    (dict(temperature="hot"), "temperature", "expected a number"),
-    (dict(top_p=1.5), "top_p", "got 1.5"),
-    (dict(top_k=-2), "top_k", "got -2"),
-    (dict(seed=1 << 64), "seed", "seed"),
-    (dict(seed=1.5), "seed", "got 1.5"),
-    (dict(stop=["x"] * 17), "stop", "at most 16"),
-    (dict(stop=["x" * 300]), "stop", "at most 256"),
-    (dict(stop=5), "stop", "got 5"),
-    (dict(stop_token_ids=[5000]), "stop_token_ids", "0 to 4095"),
-    (dict(stop_token_ids=[-5]), "stop_token_ids[0]", "got -5"),
-    (dict(logit_bias={"x": 1}), "logit_bias", "token ids as keys"),
-    (dict(logit_bias={"-1": 1}), "logit_bias", "token ids as keys"),
-    (dict(logit_bias={"5": 101}), "logit_bias", "got 101"),
-    (dict(logit_bias={"5000": 1}), "logit_bias", "0 to 4095"),
-    (dict(logit_bias={str(i): 1 for i in range(2000)}), "logit_bias", "at most 1024"),
-    (dict(min_tokens=20, max_tokens=10), "min_tokens", "at most max_tokens"),
-    (dict(stream="yes"), "stream", "got \"yes\""),
-    (dict(echo=1), "echo", "got 1"),
-    (dict(cache_salt="x" * 300), "cache_salt", "256 characters"),
-], ids=str)
+
+@pytest.mark.parametrize(
+    "fields, param, says",
+    [
+        (dict(suffix="end"), "suffix", "not supported"),
+        (dict(best_of=4), "best_of", "got 4"),
+        (dict(allowed_token_ids=[]), "allowed_token_ids", "at least one"),
+        (dict(allowed_token_ids=[4096]), "allowed_token_ids", "from 0 to 4095"),
+        (dict(bad_words=["x", " "]), "bad_words", "1 to 256 characters"),
+        (dict(bad_words=["x"] * 1025), "bad_words", "at most 1024"),
+        (dict(prompt_logprobs=21), "prompt_logprobs", "0 to 20"),
+        (dict(prompt_logprobs=1, stream=True), "prompt_logprobs", "stream to be false"),
+        (dict(prompt_logprobs=1, echo=True, logprobs=1), "prompt_logprobs", "beside echo"),
+        (dict(truncate_prompt_tokens=0), "truncate_prompt_tokens", "at least 1, or -1"),
+        (dict(logprobs=21), "logprobs", "at most 20"),
+        (dict(logprobs=-1), "logprobs", "greater than or equal to 0"),
+        (dict(n=0), "n", "got 0"),
+        (dict(n=100000), "n", "got 100000"),
+        (dict(n=65), "n", "at most 64"),
+        (dict(prompt=["x"] * 30, n=10), "n", "at most 256 samples"),
+        (dict(prompt=["x"] * 257), "prompt", "at most 256 prompts"),
+        (dict(prompt=[]), "prompt", "at least one token"),
+        (dict(prompt=""), "prompt", "at least one token"),
+        (dict(prompt=[""]), "prompt", "at least one token"),
+        (dict(prompt=[[]]), "prompt", "at least one token"),
+        (dict(prompt=[1, "x"]), "prompt", "token ids"),
+        (dict(prompt=[True]), "prompt", "token ids"),
+        (dict(prompt=["x", 1]), "prompt", "expected a string"),
+        (dict(prompt={"text": "x"}), "prompt", "expected a string"),
+        (dict(prompt=None), "prompt", "got null"),
+        (dict(prompt=[-1]), "prompt", "got -1"),
+        (dict(prompt=[4096]), "prompt", "0 to 4095"),
+        (dict(prompt=[1 << 70]), "prompt", "0 to 4095"),
+        (dict(max_tokens=-2), "max_tokens", "got -2"),
+        (dict(max_tokens=0.5), "max_tokens", "got 0.5"),
+        (dict(prompt="x " * 3000), "prompt", "context of 1024"),
+        (dict(temperature=-0.1), "temperature", "got -0.1"),
+        (dict(temperature="hot"), "temperature", "expected a number"),
+        (dict(top_p=1.5), "top_p", "got 1.5"),
+        (dict(top_k=-2), "top_k", "got -2"),
+        (dict(seed=1 << 64), "seed", "seed"),
+        (dict(seed=1.5), "seed", "got 1.5"),
+        (dict(stop=["x"] * 17), "stop", "at most 16"),
+        (dict(stop=["x" * 300]), "stop", "at most 256"),
+        (dict(stop=5), "stop", "got 5"),
+        (dict(stop_token_ids=[5000]), "stop_token_ids", "0 to 4095"),
+        (dict(stop_token_ids=[-5]), "stop_token_ids[0]", "got -5"),
+        (dict(logit_bias={"x": 1}), "logit_bias", "token ids as keys"),
+        (dict(logit_bias={"-1": 1}), "logit_bias", "token ids as keys"),
+        (dict(logit_bias={"5": 101}), "logit_bias", "got 101"),
+        (dict(logit_bias={"5000": 1}), "logit_bias", "0 to 4095"),
+        (dict(logit_bias={str(i): 1 for i in range(2000)}), "logit_bias", "at most 1024"),
+        (dict(min_tokens=20, max_tokens=10), "min_tokens", "at most max_tokens"),
+        (dict(stream="yes"), "stream", 'got "yes"'),
+        (dict(echo=1), "echo", "got 1"),
+        (dict(cache_salt="x" * 300), "cache_salt", "256 characters"),
+    ],
+    ids=str,
+)
 def test_what_is_not_allowed_is_refused_by_its_name(server, fields, param, says):
     got = post(server, **{"prompt": "x", "max_tokens": 4, **fields})
     error = got.json()["error"]
@@ -238,8 +274,10 @@ def test_answers_in_a_form(client):
     form = dict(extra_body=dict(guided_regex="[a-c]{2,4}-[0-9]"))
     options = dict(model="lockstep", prompt=PROMPTS, n=2, temperature=1, seed=1, max_tokens=20)
     made = client.completions.create(**options, **form)
-    assert all(re.fullmatch("[a-c]{2,4}-[0-9]", choice.text) and choice.finish_reason == "stop"
-               for choice in made.choices) and len({choice.text for choice in made.choices}) > 2
+    assert (
+        all(re.fullmatch("[a-c]{2,4}-[0-9]", choice.text) and choice.finish_reason == "stop" for choice in made.choices)
+        and len({choice.text for choice in made.choices}) > 2
+    )
     free = client.completions.create(prompt=PROMPT, extra_body=dict(response_format=dict(type="text")), **GREEDY)
     assert free.choices[0].text == client.completions.create(prompt=PROMPT, **GREEDY).choices[0].text
     with pytest.raises(openai.BadRequestError, match="unclosed"):

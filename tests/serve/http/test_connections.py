@@ -1,4 +1,5 @@
 """Heads that mean nothing, clients that send no more, too many of them, and terminals that close."""
+
 import json
 import resource
 import signal
@@ -23,23 +24,35 @@ FEW = Limits(max_connections=8, max_address_connections=5, spare_connections=2, 
 
 # ---------------------------------------------------------------- heads
 
-@pytest.mark.parametrize("first, hosts, says", [
-    (b"CONNECT evil.example:443 HTTP/1.1", [b"evil.example:443"], "no proxy"),
-    (b"CONNECT evil.example:443 HTTP/1.0", [], "no proxy"), (b"GET http://[::1/ HTTP/1.1", [b"localhost"], "neither"),
-    (b"GET http://localhost HTTP/1.1", [b"localhost"], "no path"), (b"GET http:/// HTTP/1.1", [b"localhost"], ""),
-    (b"GET http://evil.example/ HTTP/1.1", [b"localhost"], "different hosts"),
-    (b"GET abc HTTP/1.1", [b"localhost"], ""),
-    (b"GET /health HTTP/1.1", [], "one Host header, got 0"),
-    (b"GET /health HTTP/1.1", [b"localhost", b"localhost"], "one Host header, got 2"),
-    (b"GET /health HTTP/1.0", [b"localhost", b"evil.example"], "one Host header, got 2")])
+
+@pytest.mark.parametrize(
+    "first, hosts, says",
+    [
+        (b"CONNECT evil.example:443 HTTP/1.1", [b"evil.example:443"], "no proxy"),
+        (b"CONNECT evil.example:443 HTTP/1.0", [], "no proxy"),
+        (b"GET http://[::1/ HTTP/1.1", [b"localhost"], "neither"),
+        (b"GET http://localhost HTTP/1.1", [b"localhost"], "no path"),
+        (b"GET http:/// HTTP/1.1", [b"localhost"], ""),
+        (b"GET http://evil.example/ HTTP/1.1", [b"localhost"], "different hosts"),
+        (b"GET abc HTTP/1.1", [b"localhost"], ""),
+        (b"GET /health HTTP/1.1", [], "one Host header, got 0"),
+        (b"GET /health HTTP/1.1", [b"localhost", b"localhost"], "one Host header, got 2"),
+        (b"GET /health HTTP/1.0", [b"localhost", b"evil.example"], "one Host header, got 2"),
+    ],
+)
 def test_a_head_that_means_nothing_is_a_400_and_no_traceback(server, first, hosts, says, caplog):
     status, body = exchange(server, b"\r\n".join([first, *[b"Host: " + host for host in hosts], b"", b""]))
     assert status == 400 and says in json.loads(body)["error"]["message"] and not caplog.records
 
 
-@pytest.mark.parametrize("raw", [
-    b"GET /health HTTP/1.0\r\n\r\n", b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n",
-    b"GET http://localhost:1/health HTTP/1.1\r\nHost: LOCALHOST\r\nConnection: close\r\n\r\n"])
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"GET /health HTTP/1.0\r\n\r\n",
+        b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET http://localhost:1/health HTTP/1.1\r\nHost: LOCALHOST\r\nConnection: close\r\n\r\n",
+    ],
+)
 def test_unusual_heads_that_mean_something(server, raw):
     with connect(server) as connection:
         connection.sendall(raw)
@@ -47,12 +60,21 @@ def test_unusual_heads_that_mean_something(server, raw):
 
 
 def test_names_in_host_headers():
-    for host, name in {b"A.b:80": "a.b", b"[::1]:80": "::1", b"::1": "::1", b" x. ": "x", b"": "", b"a:b:c": "a:b:c",
-                       b"x:": "x", b"[::1]x": "[::1]x".strip("[]")}.items():
+    for host, name in {
+        b"A.b:80": "a.b",
+        b"[::1]:80": "::1",
+        b"::1": "::1",
+        b" x. ": "x",
+        b"": "",
+        b"a:b:c": "a:b:c",
+        b"x:": "x",
+        b"[::1]x": "[::1]x".strip("[]"),
+    }.items():
         assert name_of(host) == name
 
 
 # ---------------------------------------------------------------- clients that send no more
+
 
 @pytest.mark.parametrize("fields", [dict(), dict(stream=True), dict(stream=True, n=3)], ids=str)
 def test_a_client_that_closes_its_half_gets_the_whole_answer(server, fields):
@@ -92,6 +114,7 @@ def test_a_client_that_closes_altogether_is_noticed_soon(fields):
 
 
 # ---------------------------------------------------------------- too many
+
 
 def test_health_is_answered_whoever_holds_connections():
     """Half-sent requests of one address, far more than there may be, that come again as they are refused."""
@@ -140,6 +163,7 @@ def test_connections_are_counted_by_address_and_in_all():
 
 # ---------------------------------------------------------------- terminals that close
 
+
 def test_sighup_drains_however_often_it_comes():
     with program("--max-requests", 8) as made:
         readers = read_until_started(made.url)
@@ -153,6 +177,7 @@ def test_sighup_drains_however_often_it_comes():
 
 
 # ---------------------------------------------------------------- files
+
 
 def test_a_process_may_open_a_file_for_each_connection():
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

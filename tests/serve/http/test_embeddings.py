@@ -1,4 +1,5 @@
 """/v1/embeddings, with the real openai client and raw requests."""
+
 import base64
 from concurrent.futures import ThreadPoolExecutor
 
@@ -52,8 +53,10 @@ def test_the_client_gets_the_same_bits_in_every_form_and_company(server, client)
 
 
 def test_it_is_what_llm_embed_gives(server):
-    found = {name: vectors(post(server, input=TEXTS, **options).json())
-             for name, options in dict(last={}, mean=dict(pooling="mean"), raw=dict(normalize=False)).items()}
+    found = {
+        name: vectors(post(server, input=TEXTS, **options).json())
+        for name, options in dict(last={}, mean=dict(pooling="mean"), raw=dict(normalize=False)).items()
+    }
     hidden = [request_vectors(server, TEXTS, "last", False), request_vectors(server, TEXTS, "mean", True)]
     assert found["raw"].tobytes() == hidden[0].tobytes() and found["mean"].tobytes() == hidden[1].tobytes()
     assert np.abs(found["last"] - found["raw"] / np.linalg.norm(found["raw"], axis=1, keepdims=True)).max() < 1e-6

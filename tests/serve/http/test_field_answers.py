@@ -1,4 +1,5 @@
 """Fields as clients mean them, in the answers of a server."""
+
 import json
 import re
 
@@ -16,8 +17,12 @@ from tests.serve.http.chatting import HELLO
 from tests.serve.http.server import running
 
 PROMPT = "def read_lines(path):\n"
-ASKED = {"/v1/completions": dict(prompt=PROMPT), "/v1/chat/completions": dict(messages=HELLO),
-         "/v1/responses": dict(input="hello"), "/v1/messages": dict(messages=HELLO, max_tokens=12)}
+ASKED = {
+    "/v1/completions": dict(prompt=PROMPT),
+    "/v1/chat/completions": dict(messages=HELLO),
+    "/v1/responses": dict(input="hello"),
+    "/v1/messages": dict(messages=HELLO, max_tokens=12),
+}
 TOKENS = ("prompt_tokens", "input_tokens", "cache_read_input_tokens", "completion_tokens", "output_tokens")
 by_route = pytest.mark.parametrize("path", ASKED)
 
@@ -45,8 +50,9 @@ def text_of(answer):
 
 @by_route
 def test_a_seed_of_minus_one_draws_another_answer_each_time(server, path):
-    found = {text_of(post(server, path, temperature=1.5, seed=-1, ignore_eos=True, **length(path, 12)))
-             for _ in range(4)}
+    found = {
+        text_of(post(server, path, temperature=1.5, seed=-1, ignore_eos=True, **length(path, 12))) for _ in range(4)
+    }
     assert len(found) > 1
 
 
@@ -101,8 +107,9 @@ def test_a_grammar_and_left_out_tokens_hold_together(server, llm):
         assert "rule letter, which is nowhere given" in wrong["error"]["message"]
         assert text_of(post(server, path, temperature=0, grammar="")) == text_of(post(server, path, temperature=0))
     schema = dict(type="object", properties=dict(x=dict(enum=[5])), required=["x"], additionalProperties=False)
-    assert text_of(post(server, json_schema=schema, temperature=0, max_tokens=40)) \
-        == text_of(post(server, guided_json=schema, temperature=0, max_tokens=40))
+    assert text_of(post(server, json_schema=schema, temperature=0, max_tokens=40)) == text_of(
+        post(server, guided_json=schema, temperature=0, max_tokens=40)
+    )
 
 
 def bits(mask, output_ids):
@@ -130,8 +137,10 @@ def test_a_mask_leaves_out_the_last_token_of_each_sequence():
 def test_a_complete_grammar_ends_the_answer_whatever_else_is_asked_for(server, llm, path):
     a, b = llm.encode("a") + llm.encode("b")
     schema = dict(type="object", properties=dict(x=dict(enum=[5])), required=["x"], additionalProperties=False)
-    forms = {"/v1/responses": dict(text=dict(format=dict(type="json_schema", name="x", schema=schema, strict=True))),
-             "/v1/messages": dict(output_config=dict(format=dict(type="json_schema", schema=schema)))}
+    forms = {
+        "/v1/responses": dict(text=dict(format=dict(type="json_schema", name="x", schema=schema, strict=True))),
+        "/v1/messages": dict(output_config=dict(format=dict(type="json_schema", schema=schema))),
+    }
     form = forms.get(path, dict(guided_json=schema))
     plain = text_of(post(server, path, temperature=0, **form, **length(path, 60)))
     found = post(server, path, temperature=0, ignore_eos=True, **form, **length(path, 60))
@@ -141,8 +150,16 @@ def test_a_complete_grammar_ends_the_answer_whatever_else_is_asked_for(server, l
         return
     if path == "/v1/chat/completions":
         tools = [dict(type="function", function=dict(name="f", parameters=schema, strict=True))]
-        called = post(server, path, tools=tools, tool_choice="required", parallel_tool_calls=False, temperature=0,
-                      ignore_eos=True, max_tokens=200)
+        called = post(
+            server,
+            path,
+            tools=tools,
+            tool_choice="required",
+            parallel_tool_calls=False,
+            temperature=0,
+            ignore_eos=True,
+            max_tokens=200,
+        )
         assert called["choices"][0]["finish_reason"] == "tool_calls" and called["usage"]["completion_tokens"] < 200
     asked = dict(temperature=1, seed=2, ignore_eos=True, max_tokens=30)
     free = post(server, path, guided_regex="[ab]*", **asked)
@@ -160,12 +177,15 @@ def test_an_answer_without_a_token_left_is_an_error_that_names_the_fields(server
         "/v1/messages": ("output_format", dict(output_format=dict(type="json_schema", schema=schema))),
     }.get(path, ("guided_regex", dict(guided_regex="ba+")))
     every = [i for i in range(llm.model.config.vocab_size) if i != a and i not in llm.engine.eos_ids]
-    for field, fields in (("allowed_token_ids", dict(allowed_token_ids=[a])),
-                          ("suppress_tokens", dict(suppress_tokens=every[:1024]))):
+    for field, fields in (
+        ("allowed_token_ids", dict(allowed_token_ids=[a])),
+        ("suppress_tokens", dict(suppress_tokens=every[:1024])),
+    ):
         asked = form | fields | dict(temperature=0, **length(path, 20))
         error = post(server, path, **asked, status=400)["error"]
-        assert error["message"] == (f"{field}: the answer cannot go on, there is no token left that {field} and {name} "
-                                    f"allow")
+        assert error["message"] == (
+            f"{field}: the answer cannot go on, there is no token left that {field} and {name} allow"
+        )
         if path != "/v1/messages":
             assert (error["param"], error["code"]) == (field, "generation_failed")
         streamed = httpx.post(server.url + path, json=ASKED[path] | asked | dict(stream=True), timeout=120)
@@ -179,8 +199,10 @@ def test_prompt_logprobs_are_the_engines_own_bits(server, llm, path):
     ids = (answer["choices"][0] if path == "/v1/completions" else answer)["prompt_token_ids"]
     [expected] = llm.generate([ids], SamplingParams(max_tokens=1, prompt_logprobs=2))
     first, *found = (answer["choices"][0] if path == "/v1/completions" else answer)["prompt_logprobs"]
-    assert first is None and [each[str(i)]["logprob"] for i, each in zip(ids[1:], found, strict=True)] \
-        == expected.prompt_logprobs
+    assert (
+        first is None
+        and [each[str(i)]["logprob"] for i, each in zip(ids[1:], found, strict=True)] == expected.prompt_logprobs
+    )
     for token_id, each, top in zip(ids[1:], found, expected.prompt_top_logprobs, strict=True):
         ranked = {int(i): known["logprob"] for i, known in each.items() if known["rank"] is not None}
         assert ranked == top and set(each) == {*map(str, top), str(token_id)}
@@ -196,14 +218,16 @@ def test_prompts_are_cut_where_that_is_asked_for(server, llm):
     assert choice["prompt_token_ids"] == ids[-20:] and choice["text"].startswith(llm.tokenizer.decode(ids[-20:]))
     for count, room in ((5, 5), (-1, 1), (None, 1), (5000, 1)):
         asked = dict(prompt=[ids], truncate_prompt_tokens=-1, max_tokens=count, return_token_ids=True)
-        assert post(server, **asked)["choices"][0]["prompt_token_ids"] == ids[room - 1024:]
+        assert post(server, **asked)["choices"][0]["prompt_token_ids"] == ids[room - 1024 :]
     assert post(server, prompt=text, max_tokens=5, status=400)["error"]["code"] == "context_length_exceeded"
     for most in (2000, 1024):  # of a prompt of more
         refused = post(server, prompt=[ids], truncate_prompt_tokens=most, max_tokens=30, status=400)["error"]
         assert (refused["param"], refused["code"]) == ("prompt", "context_length_exceeded")
         assert f"it has {min(most, len(ids))} tokens, which leaves no room for an answer" in refused["message"]
-    vector, first = (post(server, "/v1/embeddings", input=given, **more)["data"][0]["embedding"]
-                     for given, more in ((text, dict(truncate_prompt_tokens=20)), (ids[:20], {})))
+    vector, first = (
+        post(server, "/v1/embeddings", input=given, **more)["data"][0]["embedding"]
+        for given, more in ((text, dict(truncate_prompt_tokens=20)), (ids[:20], {}))
+    )
     assert vector == first
     post(server, "/v1/embeddings", input=text, truncate_prompt_tokens=-1.0)
 

@@ -1,4 +1,5 @@
 """Fields as clients mean them: what stands for what, and what other servers know and this one refuses by name."""
+
 import re
 from pathlib import Path
 
@@ -18,14 +19,29 @@ from lockstep.serve.http.tokens import TokenizeFields
 from tests.serve.http.chatting import HELLO
 
 DOCS = Path(__file__).parents[3] / "docs" / "server.md"
-BODIES = {CompletionFields: dict(prompt="x"), ChatFields: dict(messages=HELLO), ResponsesFields: dict(input="x"),
-          MessagesFields: dict(messages=HELLO, max_tokens=1), TokenizeFields: dict(prompt="x"),
-          EmbeddingFields: dict(input="x")}
-PATHS = {CompletionFields: "/v1/completions", ChatFields: "/v1/chat/completions", ResponsesFields: "/v1/responses",
-         MessagesFields: "/v1/messages", TokenizeFields: "/tokenize", EmbeddingFields: "/v1/embeddings"}
+BODIES = {
+    CompletionFields: dict(prompt="x"),
+    ChatFields: dict(messages=HELLO),
+    ResponsesFields: dict(input="x"),
+    MessagesFields: dict(messages=HELLO, max_tokens=1),
+    TokenizeFields: dict(prompt="x"),
+    EmbeddingFields: dict(input="x"),
+}
+PATHS = {
+    CompletionFields: "/v1/completions",
+    ChatFields: "/v1/chat/completions",
+    ResponsesFields: "/v1/responses",
+    MessagesFields: "/v1/messages",
+    TokenizeFields: "/tokenize",
+    EmbeddingFields: "/v1/embeddings",
+}
 GENERATING = [CompletionFields, ChatFields, ResponsesFields, MessagesFields]
-LENGTHS = {CompletionFields: MOST_TOKENS, ChatFields: MOST_TOKENS, ResponsesFields: ["max_output_tokens"],
-           MessagesFields: ["max_tokens"]}
+LENGTHS = {
+    CompletionFields: MOST_TOKENS,
+    ChatFields: MOST_TOKENS,
+    ResponsesFields: ["max_output_tokens"],
+    MessagesFields: ["max_tokens"],
+}
 by_route = pytest.mark.parametrize("route", BODIES, ids=PATHS.get)
 by_generating_route = pytest.mark.parametrize("route", GENERATING, ids=PATHS.get)
 
@@ -47,6 +63,7 @@ def params(route, **fields):
 
 # ---------------------------------------------------------------- values that stand for others
 
+
 @by_generating_route
 def test_a_seed_of_minus_one_is_another_one_each_time(route):
     seeds = {params(route, seed=seed).seed for seed in [-1] * 10 + [-1.0] * 10 + [None] * 10}
@@ -58,8 +75,9 @@ def test_a_seed_of_minus_one_is_another_one_each_time(route):
 @pytest.mark.parametrize("given", [-1, -1.0, None, 101, 2**31 - 1, 2**31, 2.0**40, 1 << 200])
 def test_the_longest_answer_is_what_the_context_has_room_for(route, given):
     for name in LENGTHS[route]:
-        fields = read(route, **{"max_tokens": 1} if name != "max_tokens" and route is MessagesFields else {},
-                      **{name: given})
+        fields = read(
+            route, **{"max_tokens": 1} if name != "max_tokens" and route is MessagesFields else {}, **{name: given}
+        )
         assert most_tokens(fields, LENGTHS[route], 100, 16) == 100
         assert most_tokens(read(route, **{name: 7.0}), LENGTHS[route], 100, 16) == 7
 
@@ -111,16 +129,23 @@ def test_a_temperature_that_is_hardly_any_is_the_least(route):
 
 @by_generating_route
 def test_repeat_penalty_is_repetition_penalty(route):
-    penalties = [dict(repeat_penalty=1.5), dict(repetition_penalty=1.5), dict(repeat_penalty=1.5, repeat_last_n=-1),
-                 dict(repeat_penalty=1.5, repetition_penalty=1.5, penalize_nl=True)]
+    penalties = [
+        dict(repeat_penalty=1.5),
+        dict(repetition_penalty=1.5),
+        dict(repeat_penalty=1.5, repeat_last_n=-1),
+        dict(repeat_penalty=1.5, repetition_penalty=1.5, penalize_nl=True),
+    ]
     assert {params(route, **fields).repetition_penalty for fields in penalties} == {1.5}
     assert params(route, repeat_penalty=1.0, repeat_last_n=64, penalize_nl=False).repetition_penalty == 1
     made = sampling_params(read(route, repeat_penalty=1.0), Limits(), 10, dict(repetition_penalty=1.2))
     assert made.repetition_penalty == 1  # what the request says counts more than what the model's makers say
-    for fields, param in ((dict(repeat_penalty=1.5, repetition_penalty=1.0), "repeat_penalty"),
-                          (dict(repeat_penalty=1.5, repeat_last_n=64), "repeat_last_n"),
-                          (dict(presence_penalty=1.0, repeat_last_n=0), "repeat_last_n"),
-                          (dict(repeat_penalty=1.5, penalize_nl=False), "penalize_nl"), (dict(best_of=4), "best_of")):
+    for fields, param in (
+        (dict(repeat_penalty=1.5, repetition_penalty=1.0), "repeat_penalty"),
+        (dict(repeat_penalty=1.5, repeat_last_n=64), "repeat_last_n"),
+        (dict(presence_penalty=1.0, repeat_last_n=0), "repeat_last_n"),
+        (dict(repeat_penalty=1.5, penalize_nl=False), "penalize_nl"),
+        (dict(best_of=4), "best_of"),
+    ):
         with pytest.raises(ApiError) as caught:
             params(route, **fields)
         assert caught.value.param == param
@@ -174,19 +199,44 @@ def test_known_fields_of_embeddings_and_within_objects():
     for name in EMBEDDING:
         assert refusal(EmbeddingFields, **{name: "surely not"}).param == name
     read(EmbeddingFields, embd_normalize=2, embed_dtype="float32", endianness="little", use_activation=True, seed=5)
-    assert refusal(CompletionFields, structured_outputs=dict(regex="a", whitespace_pattern=" ")).param \
+    assert (
+        refusal(CompletionFields, structured_outputs=dict(regex="a", whitespace_pattern=" ")).param
         == "structured_outputs.whitespace_pattern"
+    )
 
 
 @by_route
 def test_fields_that_nobody_knows_or_that_change_no_answer_are_ignored(route):
     harmless = dict(
-        user="me", metadata={"a": "b"}, store=True, service_tier="auto", safety_identifier="x", prompt_cache_key="k",
-        prediction={"type": "content", "content": "x"}, verbosity="low", priority=3, request_id="r", cache_prompt=True,
-        n_keep=5, n_discard=0, id_slot=-1, timings_per_token=True, return_progress=True, guided_decoding_backend="x",
-        spaces_between_special_tokens=False, mirostat_tau=5.0, mirostat_eta=0.1, dry_base=1.75, dry_allowed_length=2,
-        dry_penalty_last_n=-1, dry_sequence_breakers=["\n"], xtc_threshold=0.1, dynatemp_exponent=1.0,
-        adaptive_decay=0.9, frobnicate=[None])
+        user="me",
+        metadata={"a": "b"},
+        store=True,
+        service_tier="auto",
+        safety_identifier="x",
+        prompt_cache_key="k",
+        prediction={"type": "content", "content": "x"},
+        verbosity="low",
+        priority=3,
+        request_id="r",
+        cache_prompt=True,
+        n_keep=5,
+        n_discard=0,
+        id_slot=-1,
+        timings_per_token=True,
+        return_progress=True,
+        guided_decoding_backend="x",
+        spaces_between_special_tokens=False,
+        mirostat_tau=5.0,
+        mirostat_eta=0.1,
+        dry_base=1.75,
+        dry_allowed_length=2,
+        dry_penalty_last_n=-1,
+        dry_sequence_breakers=["\n"],
+        xtc_threshold=0.1,
+        dynatemp_exponent=1.0,
+        adaptive_decay=0.9,
+        frobnicate=[None],
+    )
     assert read(route, **harmless).model_dump(exclude={"metadata"}) == read(route).model_dump(exclude={"metadata"})
     said = DOCS.read_text()
     assert all(f"`{name}`" in said for name in harmless if name != "frobnicate")

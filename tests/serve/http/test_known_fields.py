@@ -1,4 +1,5 @@
 """The fields of other servers, by name: each is honoured, refused, or documented as one that changes no answer."""
+
 import re
 
 import openai.types
@@ -18,8 +19,7 @@ from lockstep.serve.http.messages_fields import CountFields, MessagesFields
 from lockstep.serve.http.messages_fields import tool_use as tool_use_of_messages
 from lockstep.serve.http.responses_fields import ResponsesFields, input_messages
 from lockstep.serve.http.responses_fields import tool_use as tool_use_of_responses
-from tests.serve.http.test_fields import (
-    BODIES, DOCS, by_generating_route, by_route, fields_of, params, read, refusal)
+from tests.serve.http.test_fields import BODIES, DOCS, by_generating_route, by_route, fields_of, params, read, refusal
 
 LLAMA_CPP = """
     adaptive_decay adaptive_target add_generation_prompt backend_sampling cache_prompt chat_format chat_parser
@@ -99,9 +99,18 @@ def test_fields_that_no_answer_depends_on_are_accepted(route):
 
 @by_generating_route
 def test_fields_that_were_ignored_are_refused_or_honoured(route):
-    for name, asking in dict(reasoning_budget_tokens=0, return_tokens=True, chat_format=5, chat_parser="{}",
-                             watermarking=True, return_prompt_text=True, ec_transfer_params={"a": 1}, verbose=True,
-                             thinking_budget_tokens=100, moderation={"model": "x"}).items():
+    for name, asking in dict(
+        reasoning_budget_tokens=0,
+        return_tokens=True,
+        chat_format=5,
+        chat_parser="{}",
+        watermarking=True,
+        return_prompt_text=True,
+        ec_transfer_params={"a": 1},
+        verbose=True,
+        thinking_budget_tokens=100,
+        moderation={"model": "x"},
+    ).items():
         assert refusal(route, **{name: asking}).param == name
     if "return_token_ids" not in route.model_fields:
         assert "use return_token_ids in /v1/completions" in refusal(route, return_token_ids=True).message
@@ -148,9 +157,11 @@ OTHER = dict(type="mcp_toolset", mcp_server_name="x", name=5, description=[], pa
 
 def test_tools_of_other_kinds_are_left_out_whatever_they_hold():
     schema = dict(name="f", description="F.")
-    for route, use, tool in ((ChatFields, tool_use, dict(type="function", function=schema)),
-                             (ResponsesFields, tool_use_of_responses, dict(type="function") | schema),
-                             (MessagesFields, tool_use_of_messages, dict(type="custom") | schema)):
+    for route, use, tool in (
+        (ChatFields, tool_use, dict(type="function", function=schema)),
+        (ResponsesFields, tool_use_of_responses, dict(type="function") | schema),
+        (MessagesFields, tool_use_of_messages, dict(type="custom") | schema),
+    ):
         found = use(read(route, tools=[OTHER, tool, OTHER])).tools
         assert [each.name for each in found] == ["f"]
         without_name = {key: value for key, value in tool.items() if key not in ("name", "function")}
@@ -160,8 +171,10 @@ def test_tools_of_other_kinds_are_left_out_whatever_they_hold():
 
 
 def test_items_of_other_kinds_are_left_out_whatever_they_hold():
-    items = [dict(type="computer_call_output", output=dict(type="computer_screenshot"), content=5, role="robot"),
-             dict(role="user", content="hello")]
+    items = [
+        dict(type="computer_call_output", output=dict(type="computer_screenshot"), content=5, role="robot"),
+        dict(role="user", content="hello"),
+    ]
     assert input_messages(read(ResponsesFields, input=items)) == [dict(role="user", content="hello")]
 
 

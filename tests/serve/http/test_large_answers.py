@@ -1,4 +1,5 @@
 """Answers are admitted by what they may hold, and large ones are written in pieces while others are answered."""
+
 import json
 import threading
 import time
@@ -20,6 +21,7 @@ ASKED = dict(prompt=["def f(", "x"], n=8, max_tokens=100, logprobs=20, ignore_eo
 
 
 # ---------------------------------------------------------------- what is admitted
+
 
 def test_values_are_tokens_and_log_probabilities():
     prompts = [([1] * 10, SamplingParams(max_tokens=5, n=3, logprobs=2)), ([1] * 4, SamplingParams(max_tokens=7))]
@@ -64,11 +66,16 @@ def test_the_review_s_request_is_refused_and_log_probabilities_in_work_are_bound
 
 # ---------------------------------------------------------------- how it is written
 
+
 @pytest.mark.parametrize("count", [0, 1, PART - 1, PART, 3 * PART + 1])
 def test_pieces_are_the_json_of_the_whole(count):
     def value():
-        return dict(a=[1, "x\N{SNOWMAN}"], b=in_parts(count, lambda start, end: list(range(start, end))),
-                    c=[dict(d=Parts(iter([[], [{"e": None}], []])))], f=Parts([]))
+        return dict(
+            a=[1, "x\N{SNOWMAN}"],
+            b=in_parts(count, lambda start, end: list(range(start, end))),
+            c=[dict(d=Parts(iter([[], [{"e": None}], []])))],
+            f=Parts([]),
+        )
 
     whole = dict(a=[1, "x\N{SNOWMAN}"], b=list(range(count)), c=[dict(d=[{"e": None}])], f=[])
     pieces = list(json_pieces(value()))
@@ -81,17 +88,32 @@ def test_parts_of_log_probabilities_are_those_of_the_whole(llm, echo):
     while made.request.finish_reason is None:
         llm.engine.step()
     request, count, reader = made.request, len(made.request.output_ids), LegacyLogprobs(llm.tokenizer)
-    expected = joined(reader.prompt(request), reader.output(request, 0, count)) if echo else \
-        reader.output(request, 0, count)
+    expected = (
+        joined(reader.prompt(request), reader.output(request, 0, count)) if echo else reader.output(request, 0, count)
+    )
     assert len(expected["tokens"]) > 2 * echo * PART
     assert json.loads(to_json(LegacyLogprobs(llm.tokenizer).whole(request, echo, count))) == expected
 
 
-@pytest.mark.parametrize("path, asked, size", [
-    ("/v1/completions", ASKED, lambda made: sum(len(c["logprobs"]["tokens"]) for c in made["choices"])),
-    ("/v1/chat/completions", dict(messages=[dict(role="user", content="x")], n=16, max_tokens=60, logprobs=True,
-                                  top_logprobs=20, ignore_eos=True, seed=1),
-     lambda made: sum(len(c["logprobs"]["content"]) for c in made["choices"]))])
+@pytest.mark.parametrize(
+    "path, asked, size",
+    [
+        ("/v1/completions", ASKED, lambda made: sum(len(c["logprobs"]["tokens"]) for c in made["choices"])),
+        (
+            "/v1/chat/completions",
+            dict(
+                messages=[dict(role="user", content="x")],
+                n=16,
+                max_tokens=60,
+                logprobs=True,
+                top_logprobs=20,
+                ignore_eos=True,
+                seed=1,
+            ),
+            lambda made: sum(len(c["logprobs"]["content"]) for c in made["choices"]),
+        ),
+    ],
+)
 def test_a_large_answer_is_the_same_as_a_small_one_in_pieces(server, monkeypatch, path, asked, size):
     large = httpx.post(server.url + path, json=asked, timeout=120)
     assert large.headers["transfer-encoding"] == "chunked" and 20 * size(large.json()) > LARGE

@@ -1,4 +1,5 @@
 """/v1/messages with Anthropic's own client."""
+
 import json
 
 import anthropic
@@ -9,8 +10,10 @@ import pytest
 from tests.serve.http.chatting import HELLO, PLOT, POINT, saying
 from tests.serve.http.server import running
 
-TOOLS = [dict(name=PLOT["name"], description=PLOT["description"], input_schema=POINT),
-         dict(type="web_search_20250305", name="web_search", max_uses=3)]
+TOOLS = [
+    dict(name=PLOT["name"], description=PLOT["description"], input_schema=POINT),
+    dict(type="web_search_20250305", name="web_search", max_uses=3),
+]
 SAID = 'I think.\n</think>\n\nSo:\n<tool_call>\n{"name": "plot", "arguments": {"x": 3, "side": "left"}}\n</tool_call>'
 
 
@@ -26,8 +29,9 @@ def client_of(server, key="right"):
 
 def ask(server, **options):
     extra = dict(temperature=options.pop("temperature", 0), seed=options.pop("seed", 0))
-    return client_of(server).messages.create(**dict(model="lockstep", messages=HELLO, max_tokens=24,
-                                                    extra_body=extra) | options)
+    return client_of(server).messages.create(
+        **dict(model="lockstep", messages=HELLO, max_tokens=24, extra_body=extra) | options
+    )
 
 
 def stream(server, **options):
@@ -68,8 +72,11 @@ def test_the_order_of_events(thinker):
     assert [e["content_block"]["type"] for b in blocks for e in b[:1]] == ["thinking", "text", "tool_use"]
     assert [e for b in blocks for e in b] == events[1:-2]
     for block in blocks:
-        assert [e["type"] for e in block] \
-            == ["content_block_start", *["content_block_delta"] * (len(block) - 2), "content_block_stop"]
+        assert [e["type"] for e in block] == [
+            "content_block_start",
+            *["content_block_delta"] * (len(block) - 2),
+            "content_block_stop",
+        ]
     pieces = [[e["delta"] for e in b[1:-1]] for b in blocks]
     assert "".join(d.get("thinking", "") for d in pieces[0]) == "I think."
     assert "".join(d["text"] for d in pieces[1]) == "So:"
@@ -83,8 +90,12 @@ def test_the_clients_view_of_it(thinker):
     with saying(thinker, SAID):
         for found in (ask(thinker, **options), stream(thinker, **options)):
             thought, text, call = found.content
-            assert (thought.thinking, text.text, call.name, call.input) \
-                == ("I think.", "So:", "plot", {"x": 3, "side": "left"})
+            assert (thought.thinking, text.text, call.name, call.input) == (
+                "I think.",
+                "So:",
+                "plot",
+                {"x": 3, "side": "left"},
+            )
             assert found.stop_reason == "tool_use"
 
 
@@ -102,11 +113,21 @@ def test_a_conversation_with_results(server):
     thought = dict(type="thinking", thinking="Hm.", signature="s")
 
     def messages(*results):
-        return [*HELLO, dict(role="assistant", content=[thought, dict(type="text", text="See:"), call]),
-                dict(role="user", content=[*results, dict(type="text", text="And now?")])]
-    sizes = [client_of(server).messages.count_tokens(model="lockstep", tools=TOOLS[:1], messages=m).input_tokens
-             for m in (messages(), messages(result), messages(result | dict(content="done")),
-                       messages(result | dict(content=texts, is_error=True)))]
+        return [
+            *HELLO,
+            dict(role="assistant", content=[thought, dict(type="text", text="See:"), call]),
+            dict(role="user", content=[*results, dict(type="text", text="And now?")]),
+        ]
+
+    sizes = [
+        client_of(server).messages.count_tokens(model="lockstep", tools=TOOLS[:1], messages=m).input_tokens
+        for m in (
+            messages(),
+            messages(result),
+            messages(result | dict(content="done")),
+            messages(result | dict(content=texts, is_error=True)),
+        )
+    ]
     assert sizes == sorted(set(sizes))
     found = ask(server, messages=messages(result | dict(content=texts)), tools=TOOLS[:1], max_tokens=2)
     assert found.usage.input_tokens + found.usage.cache_read_input_tokens == sizes[-1]
@@ -120,14 +141,23 @@ def test_system_texts_and_stop_sequences(server):
     assert one > counted(model="lockstep", messages=HELLO).input_tokens
     free = ask(server).content[0].text
     found = ask(server, stop_sequences=[free[4:7], "never said"])
-    assert (found.content[0].text, found.stop_reason, found.stop_sequence) \
-        == (free[:free.index(free[4:7])], "stop_sequence", free[4:7])
+    assert (found.content[0].text, found.stop_reason, found.stop_sequence) == (
+        free[: free.index(free[4:7])],
+        "stop_sequence",
+        free[4:7],
+    )
 
 
 def test_documents_that_are_texts_are_read(server):
     def size(*blocks):
-        return client_of(server).messages.count_tokens(model="lockstep", messages=[
-            dict(role="user", content=[*blocks, dict(type="text", text="And now?")])]).input_tokens
+        return (
+            client_of(server)
+            .messages.count_tokens(
+                model="lockstep", messages=[dict(role="user", content=[*blocks, dict(type="text", text="And now?")])]
+            )
+            .input_tokens
+        )
+
     document = dict(type="document", title="t", source=dict(type="text", media_type="text/plain", data="It is noon."))
     assert size(document) == size(dict(type="text", text="It is noon.")) > size()
 
@@ -142,20 +172,36 @@ def test_a_schema_for_the_answer(server):
     jsonschema.validate(json.loads(found.content[0].text), POINT)
 
 
-@pytest.mark.parametrize("body, message", [
-    (dict(messages=[]), "messages"), (dict(messages=[dict(role="bot", content="x")]), "role"),
-    (dict(max_tokens=0), "max_tokens"), (dict(max_tokens=-2), "max_tokens"), (dict(system=3), "system"),
-    (dict(messages=[dict(role="user", content=[dict(type="image", source={})])]), "messages[0].content[0]: this model"),
-    (dict(messages=[dict(role="user", content=[dict(type="document", source=dict(type="base64", data="x"))])]),
-     "reads only text"),
-    (dict(messages=[dict(role="user", content=[dict(type="tool_result", content=[dict(type="image")])])]), "only text"),
-    (dict(messages=[dict(role="user", content=[dict(type="tool_result", content=3)])]), "text or blocks"),
-    (dict(tools=[dict(name="bad name", input_schema={})]), "a name has"),
-    (dict(tools=TOOLS, tool_choice=dict(type="tool", name="other")), "no tool 'other'"),
-    (dict(tools=TOOLS, tool_choice=dict(type="tool")), "name"), (dict(tool_choice=dict(type="any")), "no tools"),
-    (dict(thinking=dict(type="sometimes")), "thinking"), (dict(n=2), "n: expected 1"),
-    (dict(messages=[dict(role="user", content="hello " * 2000)]), "context"),
-])
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        (dict(messages=[]), "messages"),
+        (dict(messages=[dict(role="bot", content="x")]), "role"),
+        (dict(max_tokens=0), "max_tokens"),
+        (dict(max_tokens=-2), "max_tokens"),
+        (dict(system=3), "system"),
+        (
+            dict(messages=[dict(role="user", content=[dict(type="image", source={})])]),
+            "messages[0].content[0]: this model",
+        ),
+        (
+            dict(messages=[dict(role="user", content=[dict(type="document", source=dict(type="base64", data="x"))])]),
+            "reads only text",
+        ),
+        (
+            dict(messages=[dict(role="user", content=[dict(type="tool_result", content=[dict(type="image")])])]),
+            "only text",
+        ),
+        (dict(messages=[dict(role="user", content=[dict(type="tool_result", content=3)])]), "text or blocks"),
+        (dict(tools=[dict(name="bad name", input_schema={})]), "a name has"),
+        (dict(tools=TOOLS, tool_choice=dict(type="tool", name="other")), "no tool 'other'"),
+        (dict(tools=TOOLS, tool_choice=dict(type="tool")), "name"),
+        (dict(tool_choice=dict(type="any")), "no tools"),
+        (dict(thinking=dict(type="sometimes")), "thinking"),
+        (dict(n=2), "n: expected 1"),
+        (dict(messages=[dict(role="user", content="hello " * 2000)]), "context"),
+    ],
+)
 def test_refusals_have_anthropics_shape(server, body, message):
     body = dict(messages=HELLO, max_tokens=4) | body
     found = httpx.post(f"{server.url}/v1/messages", json=body, headers={"x-api-key": "right"}, timeout=60)

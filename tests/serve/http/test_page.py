@@ -1,4 +1,5 @@
 """The page's files as a browser gets them, and the figures that it shows."""
+
 import re
 
 import httpx
@@ -40,8 +41,9 @@ def test_a_browser_that_has_a_file_does_not_get_it_again(server):
     assert get(server, "/page/app.js", **{"if-none-match": '"other"'}).status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/page/", "/page/nothing.js", "/page/../http/page.py", "/page/%2e%2e/llm.py",
-                                  "/page/index.html/x"])
+@pytest.mark.parametrize(
+    "path", ["/page/", "/page/nothing.js", "/page/../http/page.py", "/page/%2e%2e/llm.py", "/page/index.html/x"]
+)
 def test_nothing_else_can_be_had(server, path):
     with httpx.Client(base_url=server.url, headers={"authorization": f"Bearer {KEY}"}, timeout=300) as client:
         assert client.get(path).status_code == 404
@@ -60,8 +62,15 @@ def test_figures_want_the_key_and_the_page_does_not(server):
     assert get(server, "/page/figures").status_code == 401
     found = get(server, "/page/figures", authorization=f"Bearer {KEY}")
     assert found.headers["cache-control"] == "no-store"
-    assert {"model": "lockstep", "state": "ready", "can_chat": True, "running": 0, "waiting": 0, "pages_used": 0,
-            "system_fingerprint": server.service.fingerprint}.items() <= found.json().items()
+    assert {
+        "model": "lockstep",
+        "state": "ready",
+        "can_chat": True,
+        "running": 0,
+        "waiting": 0,
+        "pages_used": 0,
+        "system_fingerprint": server.service.fingerprint,
+    }.items() <= found.json().items()
 
 
 def test_figures_count_what_happens(server):

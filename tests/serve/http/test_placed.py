@@ -1,4 +1,5 @@
 """Which tokens the pieces of a text came from."""
+
 import random
 
 import pytest
@@ -13,8 +14,15 @@ from lockstep.serve.tool_calls.tools import ToolUse
 from tests.serve.test_tool_calls import EMPTY
 
 CALL = '<tool_call>\n{"name": "now", "arguments": {"a": "is it"}}\n</tool_call>'
-ANSWERS = ["", "Plain text, a word.", "  a <tool b", f"<think>It is it.</think>\n\nIt is {CALL} It is", f"{CALL}It",
-           "<tool_call> no call </tool_call> \n and", '<tool_call>{"name": 3} is it']
+ANSWERS = [
+    "",
+    "Plain text, a word.",
+    "  a <tool b",
+    f"<think>It is it.</think>\n\nIt is {CALL} It is",
+    f"{CALL}It",
+    "<tool_call> no call </tool_call> \n and",
+    '<tool_call>{"name": 3} is it',
+]
 
 
 def parser():
@@ -36,7 +44,8 @@ def test_tokens_of_each_text(text):
         events += placed.finish()
         texts = [event for event in events if isinstance(event, Content)]
         assert "".join(event.text for event in texts) == "".join(
-            event.text for event in parser_events(text) if isinstance(event, Content))
+            event.text for event in parser_events(text) if isinstance(event, Content)
+        )
         told = [token.index for event in texts for token in event.tokens]
         assert told == sorted(set(told))
         joined = "".join(token.text for event in texts for token in event.tokens)
@@ -52,5 +61,8 @@ def test_tokens_without_text_belong_to_the_character_that_they_begin():
     placed = Placed(PlainParser())
     texts = ["a", "", "", "\u00e9", "b", ""]
     events = placed.push([Token(i, i, 0.0, None, text) for i, text in enumerate(texts)]) + placed.finish()
-    assert [(event.text, [token.index for token in event.tokens]) for event in events] \
-        == [("a", [0]), ("\u00e9", [1, 2, 3]), ("b", [4])]
+    assert [(event.text, [token.index for token in event.tokens]) for event in events] == [
+        ("a", [0]),
+        ("\u00e9", [1, 2, 3]),
+        ("b", [4]),
+    ]

@@ -1,4 +1,5 @@
 """Models whose tokenizers or heads are unlike the bundled one's, over HTTP."""
+
 import contextlib
 import json
 from dataclasses import replace
@@ -48,8 +49,12 @@ def test_a_sentencepiece_answer_goes_on_with_its_prompt(words):
     asked = dict(prompt="the", max_tokens=2, logit_bias=cat(words))
     assert complete(words, **asked)["text"] == " cat cat"
     assert complete(words, **asked, echo=True)["text"] == "the cat cat"
-    assert complete(words, **asked | dict(prompt=[1, words.service.tokenizer.backend.token_to_id("▁the")]),
-                    echo=True)["text"] == "the cat cat"
+    assert (
+        complete(words, **asked | dict(prompt=[1, words.service.tokenizer.backend.token_to_id("▁the")]), echo=True)[
+            "text"
+        ]
+        == "the cat cat"
+    )
     assert complete(words, **asked, stop=" cat")["text"] == ""
     assert complete(words, **asked | dict(prompt=""))["text"] == "cat cat"
     body = asked | dict(stream=True, temperature=0)

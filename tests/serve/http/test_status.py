@@ -1,4 +1,5 @@
 """Models, tokenizer, health, readiness, metrics, keys and CORS."""
+
 import threading
 from types import SimpleNamespace
 
@@ -18,11 +19,13 @@ from tests.serve.http.server import SIZES, running, wait_until
 def metrics(server):
     """{name and labels: value} of /metrics."""
     text = httpx.get(f"{server.url}/metrics").text
-    return {(s.name, *s.labels.values()): s.value for family in text_string_to_metric_families(text)
-            for s in family.samples}
+    return {
+        (s.name, *s.labels.values()): s.value for family in text_string_to_metric_families(text) for s in family.samples
+    }
 
 
 # ---------------------------------------------------------------- models and tokenizer
+
 
 def test_the_model_is_listed_and_found_by_its_name(client, server, llm):
     [listed] = client.models.list().data
@@ -33,9 +36,13 @@ def test_the_model_is_listed_and_found_by_its_name(client, server, llm):
 
 
 def test_a_model_answers_to_each_of_its_names_and_repeats_the_one_that_was_used():
-    fields = {"/v1/completions": dict(prompt="x", max_tokens=1), "/v1/embeddings": dict(input="x"),
-              "/v1/chat/completions": dict(messages=HELLO, max_tokens=1),
-              "/v1/messages": dict(messages=HELLO, max_tokens=1), "/v1/responses": dict(input="x", max_output_tokens=1)}
+    fields = {
+        "/v1/completions": dict(prompt="x", max_tokens=1),
+        "/v1/embeddings": dict(input="x"),
+        "/v1/chat/completions": dict(messages=HELLO, max_tokens=1),
+        "/v1/messages": dict(messages=HELLO, max_tokens=1),
+        "/v1/responses": dict(input="x", max_output_tokens=1),
+    }
     with running(names=["gpt-4"]) as made, httpx.Client(base_url=made.url, timeout=60) as http:
         assert [each["id"] for each in http.get("/v1/models").json()["data"]] == ["lockstep", "gpt-4"]
         for path, body in fields.items():
@@ -92,13 +99,19 @@ def test_text_becomes_tokens_and_text_again(server, llm, text):
 def test_a_conversation_has_the_tokens_of_its_prompt(thinker):
     """The same as when it is answered, whatever the form of its messages."""
     tools = [dict(type="function", function=dict(name="now"))]
-    body = dict(messages=[dict(role="developer", content="Be brief."), dict(role="user", content=[
-        dict(type="text", text="hello")])], tools=tools, chat_template_kwargs=dict(enable_thinking=False))
+    body = dict(
+        messages=[
+            dict(role="developer", content="Be brief."),
+            dict(role="user", content=[dict(type="text", text="hello")]),
+        ],
+        tools=tools,
+        chat_template_kwargs=dict(enable_thinking=False),
+    )
     found = httpx.post(f"{thinker.url}/tokenize", json=body).json()
     answer = httpx.post(f"{thinker.url}/v1/chat/completions", json=body | dict(max_tokens=1, return_token_ids=True))
     assert found["tokens"] == answer.json()["prompt_token_ids"]
     shorter = httpx.post(f"{thinker.url}/tokenize", json=body | dict(add_generation_prompt=False)).json()["tokens"]
-    assert shorter == found["tokens"][:len(shorter)] and len(shorter) < len(found["tokens"])
+    assert shorter == found["tokens"][: len(shorter)] and len(shorter) < len(found["tokens"])
 
 
 def test_tokenizer_info_has_what_lm_eval_asks_for(server, llm):
@@ -107,16 +120,26 @@ def test_tokenizer_info_has_what_lm_eval_asks_for(server, llm):
     assert {"bos_token", "pad_token", "chat_template", "tokenizer_class"} <= set(info)
 
 
-@pytest.mark.parametrize("path, body", [("/tokenize", {}), ("/tokenize", dict(prompt="x", messages=[])),
-                                        ("/tokenize", dict(prompt=5)), ("/detokenize", {}),
-                                        ("/detokenize", dict(tokens=[-1])), ("/detokenize", dict(tokens=[1 << 40])),
-                                        ("/detokenize", dict(tokens="x"))], ids=str)
+@pytest.mark.parametrize(
+    "path, body",
+    [
+        ("/tokenize", {}),
+        ("/tokenize", dict(prompt="x", messages=[])),
+        ("/tokenize", dict(prompt=5)),
+        ("/detokenize", {}),
+        ("/detokenize", dict(tokens=[-1])),
+        ("/detokenize", dict(tokens=[1 << 40])),
+        ("/detokenize", dict(tokens="x")),
+    ],
+    ids=str,
+)
 def test_what_cannot_be_tokenized_is_refused(server, path, body):
     got = httpx.post(server.url + path, json=body)
     assert got.status_code == 400 and got.json()["error"]["param"] in ("prompt", "tokens", "tokens[0]")
 
 
 # ---------------------------------------------------------------- health and metrics
+
 
 def test_an_unknown_path_and_method_have_error_objects(server):
     for got, status in ((httpx.get(f"{server.url}/v2/models"), 404), (httpx.get(f"{server.url}/v1/completions"), 405)):
@@ -133,8 +156,9 @@ def test_slashes_in_a_row_are_one(server, path):
 
 def test_metrics_count_tokens_answers_and_times(server, client):
     before = metrics(server)
-    answer = client.completions.create(model="lockstep", prompt="def f(", max_tokens=9, temperature=0,
-                                       extra_body=dict(ignore_eos=True), n=2)
+    answer = client.completions.create(
+        model="lockstep", prompt="def f(", max_tokens=9, temperature=0, extra_body=dict(ignore_eos=True), n=2
+    )
     list(client.completions.create(model="lockstep", prompt="def f(", max_tokens=5, stream=True))
     httpx.post(f"{server.url}/v1/completions", content=b"{")
     after = metrics(server)
@@ -202,8 +226,9 @@ def test_an_engine_that_is_stuck_does_not_keep_a_server_from_ending(monkeypatch)
     with running(limits=Limits(drain_seconds=0.1)) as made:
         made.service.engine.engine.step = lambda: hold.wait(60) and []
         answers = []
-        asking = threading.Thread(target=lambda: answers.append(
-            httpx.post(f"{made.url}/v1/completions", json=dict(prompt="x"), timeout=60)))
+        asking = threading.Thread(
+            target=lambda: answers.append(httpx.post(f"{made.url}/v1/completions", json=dict(prompt="x"), timeout=60))
+        )
         asking.start()
         wait_until(lambda: made.service.engine.seconds_in_step > 0)
         made.server.handle_exit(15, None)
@@ -215,14 +240,30 @@ def test_an_engine_that_is_stuck_does_not_keep_a_server_from_ending(monkeypatch)
 
 # ---------------------------------------------------------------- who may ask
 
+
 def test_a_key_opens_everything_and_only_health_and_the_page_s_files_are_open_without():
     with running(api_keys=["right", "other"]) as made:
-        paths = ["/health", "/ready", "/", "/metrics", "/v1/models", "/tokenizer_info", "/nowhere", "/page/figures",
-                 "/v1/completions"]
+        paths = [
+            "/health",
+            "/ready",
+            "/",
+            "/metrics",
+            "/v1/models",
+            "/tokenizer_info",
+            "/nowhere",
+            "/page/figures",
+            "/v1/completions",
+        ]
         status = {path: httpx.get(made.url + path).status_code for path in paths}
         assert status == {path: 401 for path in paths} | {"/health": 200, "/ready": 200, "/": 200}
-        wrong = [{"Authorization": "Bearer wrong"}, {"Authorization": "Bearer"}, {"Authorization": "Basic right"},
-                 {"Authorization": "right"}, {"x-api-key": "righ"}, {"Authorization": "Bearer right2"}]
+        wrong = [
+            {"Authorization": "Bearer wrong"},
+            {"Authorization": "Bearer"},
+            {"Authorization": "Basic right"},
+            {"Authorization": "right"},
+            {"x-api-key": "righ"},
+            {"Authorization": "Bearer right2"},
+        ]
         assert {httpx.get(f"{made.url}/v1/models", headers=h).status_code for h in wrong} == {401}
         right = [{"Authorization": "Bearer right"}, {"Authorization": "bearer other"}, {"x-api-key": "right"}]
         assert {httpx.get(f"{made.url}/v1/models", headers=h).status_code for h in right} == {200}

@@ -2,6 +2,7 @@
 
 LOCKSTEP_SOAK=minutes overloads a server for so long, with memory and times of refusals checked (`make soak`).
 """
+
 import contextlib
 import json
 import os
@@ -32,11 +33,15 @@ def small():
 
 
 def answer(server):
-    return httpx.post(f"{server.url}/v1/completions", timeout=120, json=dict(
-        prompt="def read_lines(path):\n", max_tokens=40, temperature=0, logprobs=1)).json()["choices"]
+    return httpx.post(
+        f"{server.url}/v1/completions",
+        timeout=120,
+        json=dict(prompt="def read_lines(path):\n", max_tokens=40, temperature=0, logprobs=1),
+    ).json()["choices"]
 
 
 # ---------------------------------------------------------------- overload
+
 
 def test_under_overload_everybody_is_answered(small):
     before = answer(small)
@@ -129,8 +134,18 @@ def test_an_answer_that_takes_too_long_is_ended():
 
 # ---------------------------------------------------------------- leaving
 
-@pytest.mark.parametrize("count", [150, pytest.param(1000, marks=pytest.mark.skipif(
-    not os.environ.get("LOCKSTEP_SOAK"), reason="LOCKSTEP_SOAK=minutes runs it"), id="1000 soak")])
+
+@pytest.mark.parametrize(
+    "count",
+    [
+        150,
+        pytest.param(
+            1000,
+            marks=pytest.mark.skipif(not os.environ.get("LOCKSTEP_SOAK"), reason="LOCKSTEP_SOAK=minutes runs it"),
+            id="1000 soak",
+        ),
+    ],
+)
 def test_clients_that_leave_give_everything_back(small, count):
     before, counted = answer(small), small.metrics()[("cancelled_requests_total",)]
     seen = visits("leave", small.port, count, 7)
@@ -153,12 +168,16 @@ def test_a_neighbour_does_not_notice_who_leaves(small):
 
 
 def answer_or_refusal(server):
-    got = httpx.post(f"{server.url}/v1/completions", timeout=120, json=dict(
-        prompt="def read_lines(path):\n", max_tokens=40, temperature=0, logprobs=1))
+    got = httpx.post(
+        f"{server.url}/v1/completions",
+        timeout=120,
+        json=dict(prompt="def read_lines(path):\n", max_tokens=40, temperature=0, logprobs=1),
+    )
     return got.json()["choices"] if got.status_code == 200 else None
 
 
 # ---------------------------------------------------------------- the end
+
 
 class Reader(threading.Thread):
     """A client that reads one stream. text: what came; started: set with the first of it."""
@@ -214,8 +233,9 @@ def test_a_signal_lets_streams_end_and_refuses_new_requests():
         go.set()
         for reader in readers:
             reader.join(120)
-        assert all(r.text.endswith("data: [DONE]\n\n") and r.text.count('"finish_reason":"length"') == 4
-                   for r in readers)
+        assert all(
+            r.text.endswith("data: [DONE]\n\n") and r.text.count('"finish_reason":"length"') == 4 for r in readers
+        )
         wait_until(lambda: made.server.should_exit)
 
 

@@ -2,6 +2,7 @@
 
 Prints JSON. overload: PORT SECONDS REQUESTS_PER_SECOND SEED. leave: PORT COUNT SEED.
 """
+
 import asyncio
 import json
 import random
@@ -14,8 +15,14 @@ import time
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close with a reset
 PATIENCE = 300
-ASKED = [dict(), dict(stream=True), dict(n=3), dict(stream=True, n=2), dict(prompt=["x", "import os\n", "def f("]),
-         dict(echo=True, logprobs=2)]
+ASKED = [
+    dict(),
+    dict(stream=True),
+    dict(n=3),
+    dict(stream=True, n=2),
+    dict(prompt=["x", "import os\n", "def f("]),
+    dict(echo=True, logprobs=2),
+]
 
 
 def visits(kind, port, *numbers):
@@ -37,6 +44,7 @@ def encoded(sent):
 
 
 # ---------------------------------------------------------------- overload
+
 
 async def overload(port, seconds, rate, seed):
     """Requests at random moments, `rate` a second on average, whether others were answered or not."""
@@ -80,6 +88,7 @@ def whole(status, head, rest):
 
 # ---------------------------------------------------------------- leaving
 
+
 async def leave(port, count, seed):
     """So many requests, 12 at a time, whose clients leave at random moments; how often they met which part of it."""
     rng, seen, gate = random.Random(seed), {}, asyncio.Semaphore(12)
@@ -97,7 +106,7 @@ async def visit(port, rng):
     """One of them; returns when it left: "sending", "waiting", "reading" or "answered"."""
     raw = encoded(body(rng, 900))
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    sent = raw if rng.random() < 0.9 else raw[:rng.randrange(len(raw))]
+    sent = raw if rng.random() < 0.9 else raw[: rng.randrange(len(raw))]
     writer.write(sent)
     # some wait for what comes first, however long that takes
     seconds, patient = rng.choice([0, 0.002, 0.02, 0.1, 0.4]) * rng.random(), rng.random() < 0.3 and sent == raw

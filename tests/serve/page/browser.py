@@ -1,4 +1,5 @@
 """A headless Chromium, driven over the WebDriver protocol: what the tests of the page need of it, and no more."""
+
 import base64
 import contextlib
 import re
@@ -9,12 +10,27 @@ import time
 
 import httpx
 
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
-         "--force-device-scale-factor=1")
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--force-device-scale-factor=1",
+)
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the name that the protocol gives to an element's id
-KEYS = {"Enter": "\ue007", "Tab": "\ue004", "Escape": "\ue00c", "ArrowRight": "\ue014", "ArrowLeft": "\ue012",
-        "End": "\ue010"}
+KEYS = {
+    "Enter": "\ue007",
+    "Tab": "\ue004",
+    "Escape": "\ue00c",
+    "ArrowRight": "\ue014",
+    "ArrowLeft": "\ue012",
+    "End": "\ue010",
+}
 STARTED = re.compile(r"started successfully on port (\d+)")
 
 
@@ -85,8 +101,9 @@ class Browser:
 
     def shown(self, selector):
         """How many elements can be seen."""
-        return self.run("return [...document.querySelectorAll(arguments[0])].filter(e => e.checkVisibility()).length",
-                        selector)
+        return self.run(
+            "return [...document.querySelectorAll(arguments[0])].filter(e => e.checkVisibility()).length", selector
+        )
 
     def until(self, condition, seconds=120):
         """Waits until condition() is true; AssertionError if it never is."""
@@ -114,8 +131,9 @@ class Browser:
     def hover(self, selector):
         """Moves the mouse to an element's middle."""
         move = dict(type="pointerMove", duration=0, x=0, y=0, origin={ELEMENT: self._element(selector)})
-        self._ask("/actions", actions=[dict(type="pointer", id="mouse", parameters={"pointerType": "mouse"},
-                                            actions=[move])])
+        self._ask(
+            "/actions", actions=[dict(type="pointer", id="mouse", parameters={"pointerType": "mouse"}, actions=[move])]
+        )
 
     def protocol(self, command, **params):
         """A command of the DevTools protocol."""
@@ -123,8 +141,9 @@ class Browser:
 
     def look(self, width, height, scheme="light"):
         """Sets size and colour scheme."""
-        self.protocol("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
-                      mobile=False)
+        self.protocol(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
+        )
         self.protocol("Emulation.setEmulatedMedia", features=[dict(name="prefers-color-scheme", value=scheme)])
 
     def screenshot(self, path):

@@ -1,4 +1,5 @@
 """The page in a real browser, against a real server."""
+
 import json
 import shutil
 import time
@@ -48,8 +49,12 @@ def opened(chromium, server, width=1100):
 
 
 def setting(page, name, value):
-    page.run("const e = document.getElementById(arguments[0]); e.value = arguments[1];"
-             "e.dispatchEvent(new Event('input', {bubbles: true}))", name, str(value))
+    page.run(
+        "const e = document.getElementById(arguments[0]); e.value = arguments[1];"
+        "e.dispatchEvent(new Event('input', {bubbles: true}))",
+        name,
+        str(value),
+    )
 
 
 def ask(page, text, answers=1):
@@ -80,8 +85,9 @@ def test_an_answer_is_what_the_api_gives_for_its_seed(page, server):
     assert page.text(".said") == "Write a loop." and not page.shown("#welcome")
     found = facts(page)
     seed = int(found[0].removeprefix("seed "))
-    body = dict(messages=[dict(role="user", content="Write a loop.")], seed=seed, max_tokens=24, temperature=0.7,
-                top_p=0.95)
+    body = dict(
+        messages=[dict(role="user", content="Write a loop.")], seed=seed, max_tokens=24, temperature=0.7, top_p=0.95
+    )
     answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()
     assert found[1:3] == [server.service.fingerprint, f"{answer['usage']['completion_tokens']} tokens"]
     assert page.text(".answer .text") == answer["choices"][0]["message"]["content"]
@@ -104,8 +110,11 @@ def test_controls_show_the_model_s_defaults_until_they_are_moved(chromium, serve
     assert page.texts("#sampling output") == ["2.50", "0.935", "0.00"]
     setting(page, "max_tokens", 12)
     ask(page, "Write a loop.")
-    body = dict(messages=[dict(role="user", content="Write a loop.")], max_tokens=12,
-                seed=int(facts(page)[0].removeprefix("seed ")))
+    body = dict(
+        messages=[dict(role="user", content="Write a loop.")],
+        max_tokens=12,
+        seed=int(facts(page)[0].removeprefix("seed ")),
+    )
     answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()
     assert page.text(".answer .text") == answer["choices"][0]["message"]["content"]
     setting(page, "top_k", 3)
@@ -122,8 +131,12 @@ def test_a_conversation_goes_on_and_can_be_forgotten(page, server):
     ask(page, "One.")
     ask(page, "Two.", answers=2)
     first = page.texts(".answer .text")[0]
-    messages = [dict(role="system", content="Be brief."), dict(role="user", content="One."),
-                dict(role="assistant", content=first), dict(role="user", content="Two.")]
+    messages = [
+        dict(role="system", content="Be brief."),
+        dict(role="user", content="One."),
+        dict(role="assistant", content=first),
+        dict(role="user", content="Two."),
+    ]
     body = dict(messages=messages, seed=7, max_tokens=24, temperature=0.7, top_p=0.95)
     answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()
     assert page.texts(".answer .text")[1] == answer["choices"][0]["message"]["content"]
@@ -219,6 +232,7 @@ def test_tokens_find_their_text(page):
         const {elements} = await import("/page/tokens.js");
         const {made, left} = elements(text, tokens.map(text => ({text, logprob: -1, top: []})));
         return [made.map(e => e.textContent), left.map(t => t.text)];"""
+
     def placed(text, *tokens):
         return page.run(f"return (async function() {{ {script} }})(...arguments)", text, tokens)
 
@@ -233,22 +247,35 @@ def test_tokens_find_their_text(page):
 def test_thoughts_and_errors_in_a_stream(page):
     """A server that thinks aloud and then fails, played by the test."""
     choice = dict(index=0, finish_reason=None)
-    events = [dict(choices=[dict(choice, delta=dict(reasoning_content="Hm."))]),
-              dict(choices=[dict(choice, delta=dict(content="Yes"))]), dict(error=dict(message="the engine stopped"))]
+    events = [
+        dict(choices=[dict(choice, delta=dict(reasoning_content="Hm."))]),
+        dict(choices=[dict(choice, delta=dict(content="Yes"))]),
+        dict(error=dict(message="the engine stopped")),
+    ]
     stream = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
-    page.run("""const send = fetch, stream = arguments[0];
+    page.run(
+        """const send = fetch, stream = arguments[0];
         window.fetch = (path, options) => path.startsWith("/v1") ? Promise.resolve(new Response(stream))
-            : send(path, options);""", stream)
+            : send(path, options);""",
+        stream,
+    )
     send(page, "Well?")
     page.until(lambda: page.shown(".problem"))
     assert (page.text(".thought"), page.text(".answer .text"), page.text(".problem")) == (
-        "Hm.", "Yes", "The engine stopped.")
+        "Hm.",
+        "Yes",
+        "The engine stopped.",
+    )
     assert page.shown("#send") and not page.shown(ENDED)
 
 
-@pytest.mark.parametrize("error, words", [
-    (ApiError(429, "the server is busy: 9 wait", retry_after=7), "The server is busy: 9 wait. Try again in 7 s."),
-    (ApiError(503, "the server is shutting down"), "The server is shutting down.")])
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (ApiError(429, "the server is busy: 9 wait", retry_after=7), "The server is busy: 9 wait. Try again in 7 s."),
+        (ApiError(503, "the server is shutting down"), "The server is shutting down."),
+    ],
+)
 def test_a_refusal_is_told_in_words(chromium, server, monkeypatch, error, words):
     def refuse():
         raise error

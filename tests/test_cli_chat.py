@@ -13,9 +13,9 @@ from lockstep import LLM, SamplingParams
 from lockstep.cli import main
 from lockstep.commands import conversation
 from lockstep.commands.conversation import Conversation
-from lockstep.describe import collapsed, flops, memory, op_costs, packed_bytes
 from lockstep.commands.inspect import spans
 from lockstep.commands.options import context_words
+from lockstep.describe import collapsed, flops, memory, op_costs, packed_bytes
 from lockstep.engine import cache_size
 from lockstep.engine.cache_size import ContextSize
 from lockstep.runtime.executor import WeightStore

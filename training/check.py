@@ -6,12 +6,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, models
-
 from delta_rule import delta_rule_chunked, delta_rule_recurrent
 from export import verify_folder, write_folder
 from head_loss import head_loss
 from model import Model, ModelConfig
+from tokenizers import Tokenizer, models
 
 
 def worst_difference(results, expected):

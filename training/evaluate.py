@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
-
 from export import load_folder
 from tokenizer import END_OF_TEXT, END_OF_TURN, chat_prompt, encode_documents, encode_pairs, read_jsonl
+from tokenizers import Tokenizer
 
 TEXT_PROMPTS = ["import os\nimport sys\n\n\ndef main():\n", "class Stack:\n", "The :mod:`json` module"]
 REQUESTS = [

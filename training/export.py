@@ -7,9 +7,8 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
-
 from model import Model, ModelConfig
+from safetensors.torch import load_file, save_file
 from tokenizer import END_OF_TEXT, END_OF_TURN, SPECIAL_TOKENS, START_OF_TURN
 
 MAX_POSITIONS = 4096

@@ -7,9 +7,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-
 from delta_rule import delta_rule_chunked
+from torch import nn
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-
 from head_loss import head_loss
 from model import Model, ModelConfig
 from optimizer import Optimizer, num_processes, rank

@@ -27,9 +27,9 @@ from lockstep.models.record import LINEAR_FORMATS
 from lockstep.ops.kv_cache import KV_DTYPES
 from lockstep.runtime.executor import WeightStore
 from lockstep.runtime.kernel import fingerprint, target
-from lockstep.runtime.user_cache import cache_subfolder
 from lockstep.runtime.rewrite import fuse, lower
 from lockstep.runtime.threads import Team
+from lockstep.runtime.user_cache import cache_subfolder
 from lockstep.weights import q4_0, q8_0
 from lockstep.weights.finite import SCALES
 from lockstep.weights.tensor import BLOCK_FORMATS, StoredTensor

@@ -11,12 +11,12 @@ from numba import float32, int64
 from lockstep.ops.attention_block import (
     LANE,
     LANE_BYTES,
-    O,
     ROW_BYTES,
     ROWS,
     SCRATCH_BYTES,
     TOP,
     Call,
+    O,
     Tile,
     attend_span,
     first_key,

@@ -6,12 +6,12 @@ out[t, i] = x[t, i] * rsqrt(mean(x[t]^2) + eps) * (w[i] + offset)
 import numpy as np
 from numba import carray
 
-from lockstep.runtime.kernel import definition, kernel
+from lockstep.ops.reduce import tree_sum
 from lockstep.runtime.backend import Implementation
+from lockstep.runtime.kernel import definition, kernel
 from lockstep.runtime.machine import float_array
 from lockstep.runtime.simd import fma, sqrt
 from lockstep.runtime.step import num_rows, number, word
-from lockstep.ops.reduce import tree_sum
 
 ONE = np.float32(1)
 

@@ -6,8 +6,8 @@ Source: grammars/README.md of llama.cpp.
 """
 
 import re
-from graphlib import CycleError, TopologicalSorter
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 
 MAX_GBNF_BYTES = 32 << 10
 TOKEN = re.compile(

@@ -6,9 +6,9 @@ from tokenizers import AddedToken
 
 from lockstep.serve import structured
 from lockstep.serve.chat import MAX_TRIES, ChatModel, Conversation
+from lockstep.serve.http.chat_fields import ChatFields, conversation
 from lockstep.serve.tokenizer import Detokenizer, Tokenizer
 from lockstep.serve.tool_calls.events import Content, Reasoning
-from lockstep.serve.http.chat_fields import ChatFields, conversation
 from lockstep.serve.tool_calls.tools import Tool, ToolUse
 from tests.serve.test_tool_calls import parse
 from tests.serve.vocabularies import byte_level

@@ -11,7 +11,6 @@ from lockstep.serve.http.pieces import json_answer
 from lockstep.serve.http.prompt_logprobs import check_prompt_logprobs
 from lockstep.serve.http.sse import EventStream
 
-
 MOST_TOKENS = ("n_predict", "max_completion_tokens", "max_tokens")  # names of the same, the first that is given counts
 
 

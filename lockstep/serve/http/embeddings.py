@@ -10,8 +10,8 @@ from lockstep.serve.http.body import Whole, shown
 from lockstep.serve.http.encode import Parts
 from lockstep.serve.http.errors import bad_request
 from lockstep.serve.http.job import Generates
-from lockstep.serve.http.pieces import json_answer
 from lockstep.serve.http.known_fields import EMBEDDING, KnownFields
+from lockstep.serve.http.pieces import json_answer
 from lockstep.serve.http.prompts import check_ids, shortened
 from lockstep.serve.http.sampling import UNTIL_FULL, CacheSalt, MostTokens
 

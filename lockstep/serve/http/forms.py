@@ -5,12 +5,12 @@ from typing import ClassVar
 from pydantic import Field
 
 from lockstep.serve import structured
-from lockstep.serve.structured import told_as
 from lockstep.serve.gbnf import is_gbnf, to_lark
 from lockstep.serve.http.body import Fields, Items, shown, simple_or
 from lockstep.serve.http.errors import bad_request
 from lockstep.serve.http.json_size import loads
 from lockstep.serve.http.known_fields import STRUCTURED, KnownFields
+from lockstep.serve.structured import told_as
 
 
 class SchemaFields(Fields):

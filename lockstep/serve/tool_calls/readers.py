@@ -4,7 +4,6 @@ Each gets characters by `yield` and ends when it has read what it is for. NotACa
 """
 
 import json
-
 from collections.abc import Callable
 
 from lockstep.serve.tool_calls.events import Arguments, CallStart, new_id

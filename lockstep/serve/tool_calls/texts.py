@@ -5,8 +5,8 @@ import re
 
 import llguidance
 
-from lockstep.serve.schemas import MAX_PATTERN_BYTES, NOTES, resolved
 from lockstep.serve.matchers import check, new_matcher, readable
+from lockstep.serve.schemas import MAX_PATTERN_BYTES, NOTES, resolved
 from lockstep.serve.structured import quote
 from lockstep.serve.tool_calls.grammar import regex_quote
 

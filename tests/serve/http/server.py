@@ -7,8 +7,8 @@ import time
 from lockstep import LLM
 from lockstep.serve.http.app import make_app
 from lockstep.serve.http.limits import Limits
-from lockstep.serve.http.serving import Server, bind
 from lockstep.serve.http.service import Service
+from lockstep.serve.http.serving import Server, bind
 
 SIZES = dict(threads=1, max_requests=8, max_context=1024)
 

@@ -8,8 +8,8 @@ import httpx
 import pytest
 
 from lockstep import LLM
-from lockstep.serve.hub import resolve_model
 from lockstep.serve.http.errors import ApiError
+from lockstep.serve.hub import resolve_model
 from tests.serve.http.server import SIZES, running
 from tests.serve.page import browser as driver
 

@@ -24,7 +24,8 @@ from lockstep.runtime.kernel import STRICT
 from lockstep.runtime.peak import CHAINS, lanes_of, peak_f32, peak_int8
 from lockstep.runtime.program import Program, Weight
 from lockstep.runtime.simd import load, store
-from lockstep.runtime.step import NUM_REQUESTS, NUM_SAMPLED, NUM_TOKENS, STEP_WORDS
+from lockstep.runtime.step import NUM_REQUESTS, NUM_SAMPLED, NUM_TOKENS
+from lockstep.runtime.step_block import STEP_WORDS
 from lockstep.runtime.threads import Team
 from lockstep.weights import q4_0, q8_0
 from lockstep.weights.tensor import StoredTensor, stored_shape

@@ -11,7 +11,8 @@ from lockstep.runtime.kernel import kernel, target
 from lockstep.runtime.peak import CHAINS, lanes_of, peak_f32, peak_int8
 from lockstep.runtime.program import Program
 from lockstep.runtime.simd import lanes, load, store
-from lockstep.runtime.step import NUM_TOKENS, STEP_WORDS, word
+from lockstep.runtime.step import NUM_TOKENS, word
+from lockstep.runtime.step_block import STEP_WORDS
 
 STREAM_BYTES = 256 << 20  # well past the last-level cache
 ROUNDS = 200_000

@@ -9,6 +9,7 @@ from lockstep.ops.kv_cache import PAGE_TOKENS
 from lockstep.ops.sample import SAMPLING_RECORD
 from lockstep.runtime import step as words
 from lockstep.runtime.executor import Executor, aligned
+from lockstep.runtime.step_block import STEP_WORDS
 
 
 @dataclass
@@ -76,7 +77,7 @@ class Runner:
         }
         self._arrays = {name: np.zeros(shape, np.int32) for name, shape in shapes.items()}
         self._sampling = np.zeros(R, SAMPLING_RECORD)
-        self._step = np.zeros(words.STEP_WORDS, np.int64)
+        self._step = np.zeros(STEP_WORDS, np.int64)
         for name, array in self._arrays.items():
             self._step[getattr(words, name)] = array.ctypes.data
         self._step[words.SAMPLING] = self._sampling.ctypes.data

@@ -7,6 +7,7 @@ from lockstep.ops.activations import bf16_width, q8_width
 from lockstep.ops.embed import FORMATS as EMBED_FORMATS
 from lockstep.ops.embed import format_code
 from lockstep.ops.kv_cache import ELEMENTS, KV_DTYPES, page_shapes
+from lockstep.ops.rms_norm import RmsNorm
 from lockstep.ops.rope import RopeTables
 from lockstep.runtime.program import Program, Table, Weight
 from lockstep.weights.pack import padded_width
@@ -101,9 +102,8 @@ class Recorder:
 
     def rms_norm(self, x, name, eps, offset, label=None):
         out = self.program.tensor(label or name.removesuffix(".weight"), x.rows, x.width)
-        return self.program.emit(
-            "rms_norm", [out], [x, self.constant(name, x.width)], width=x.width, eps=eps, offset=offset
-        )
+        weight = self.constant(name, x.width)
+        return self.program.emit(RmsNorm(out=out, x=x, weight=weight, width=x.width, eps=eps, offset=offset))
 
     def linear(self, x, layers, label=None, bias=False):
         """x times one or several weights [N, K], their outputs side by side. layers: ((HF name, N), ...).

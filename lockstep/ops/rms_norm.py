@@ -10,10 +10,27 @@ from lockstep.ops.reduce import tree_sum
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import definition, kernel
 from lockstep.runtime.machine import float_array
+from lockstep.runtime.operands import Operands, constant, output, rows
+from lockstep.runtime.program import Tensor, Weight
 from lockstep.runtime.simd import fma, sqrt
-from lockstep.runtime.step import num_rows, number, word
+from lockstep.runtime.step import num_rows
 
 ONE = np.float32(1)
+
+
+class RmsNorm(Operands):
+    """out = x / rms(x) * (weight + offset), row by row; x and out [rows, width]."""
+
+    group, fuses = "elementwise", True
+    out: Tensor = output("width")
+    x: Tensor = rows("width")
+    weight: Weight = constant("width")
+    width: int
+    eps: float
+    offset: float
+
+    def flops(self, context):
+        return 5 * self.width
 
 
 @definition
@@ -40,9 +57,10 @@ def rms_norm(x_TD, weight_D, eps, offset, out_TD):
 @kernel
 def _run(op, step, thread, num_threads):
     if thread == 0:
-        T, D = num_rows(op, step), word(op, 3)
-        x_TD, out_TD = carray(float_array(word(op, 1)), (T, D)), carray(float_array(word(op, 0)), (T, D))
-        rms_norm(x_TD, carray(float_array(word(op, 2)), (D,)), number(op, 4), number(op, 5), out_TD)
+        a = RmsNorm.read(op)
+        shape = num_rows(op, step), a.width
+        weight_D = carray(float_array(a.weight), (a.width,))
+        rms_norm(carray(float_array(a.x), shape), weight_D, a.eps, a.offset, carray(float_array(a.out), shape))
 
 
 REFERENCE = {"rms_norm": Implementation(_run)}

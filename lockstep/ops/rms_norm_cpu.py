@@ -2,10 +2,11 @@
 
 import numpy as np
 
+from lockstep.ops.rms_norm import RmsNorm
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import inlined, kernel
 from lockstep.runtime.simd import fma, lanes, load, sqrt, store, sum_lanes
-from lockstep.runtime.step import num_rows, number, word
+from lockstep.runtime.step import num_rows
 
 ONE, ZERO = np.float32(1), np.float32(0)
 
@@ -13,9 +14,9 @@ ONE, ZERO = np.float32(1), np.float32(0)
 @kernel
 def rms_norm(op, step, thread, num_threads):
     """Rows are dealt to threads in turn."""
-    out, x, weight, D = word(op, 0), word(op, 1), word(op, 2), word(op, 3)
+    a = RmsNorm.read(op)
     for t in range(thread, num_rows(op, step), num_threads):
-        norm_row(x + 4 * D * t, weight, D, number(op, 4), number(op, 5), out + 4 * D * t)
+        norm_row(a.x + 4 * a.width * t, a.weight, a.width, a.eps, a.offset, a.out + 4 * a.width * t)
 
 
 @inlined
@@ -33,10 +34,10 @@ def norm_row(x, weight, D, eps, offset, out):
 @kernel
 def rms_norm_per_token(op, step, thread, num_threads):
     """One token after another on one thread."""
-    out, x, weight, D = word(op, 0), word(op, 1), word(op, 2), word(op, 3)
+    a = RmsNorm.read(op)
     if thread == 0:
         for t in range(num_rows(op, step)):
-            norm_row(x + 4 * D * t, weight, D, number(op, 4), number(op, 5), out + 4 * D * t)
+            norm_row(a.x + 4 * a.width * t, a.weight, a.width, a.eps, a.offset, a.out + 4 * a.width * t)
 
 
 CPU = {"rms_norm": Implementation(rms_norm)}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from lockstep.runtime.kernel import Kernel
 
@@ -13,18 +14,28 @@ def raw_weight(weight):
     return (np.concatenate([part.finite_f32().reshape(-1, weight.shape[-1]) for part in weight.parts]),)
 
 
+class Layout(NamedTuple):
+    """How an implementation wants its weights: `make(weight)` gives as many arrays as `arrays` names.
+
+    arrays: fields of `operands.WeightArrays`. Arrays are kept by weight and layout name, so that implementations can
+    share them.
+    """
+
+    name: str
+    make: Callable[[Any], tuple]
+    arrays: tuple[str, ...] = ("codes",)
+
+
 @dataclass(frozen=True)
 class Implementation:
     """One way to run an op.
 
-    kernel: native code. An op row holds, in this order, the addresses of outputs, of inputs (of all arrays of a
-    weight's
-    layout), then the parameters. layout: (name, function from a Weight to a tuple of arrays); arrays are kept by weight
-    and layout name, so that implementations can share them. flushes: see `runtime.step.FLUSHES`.
+    kernel: native code, given an op row, whose words the op's declaration names. layout: of the op's weights. flushes:
+    see `runtime.step.FLUSHES`.
     """
 
     kernel: Kernel
-    layout: tuple[str, Callable] = ("f32 rows", raw_weight)
+    layout: Layout = Layout("f32 rows", raw_weight)
     flushes: bool = False
 
 

@@ -7,8 +7,10 @@ the words of the step block.
 import numpy as np
 
 from lockstep.runtime.compile import compile_kernels
+from lockstep.runtime.operands import Operands, WeightArrays
 from lockstep.runtime.program import DTYPES, ROW_COUNTS, CacheArray, Table, Tensor, Weight
-from lockstep.runtime.step import COUNTER, FLAGS, FLUSHES, KERNEL, OPERANDS, ROW_WORDS, ROWS, STEP_WORDS
+from lockstep.runtime.step import COUNTER, FLAGS, FLUSHES, KERNEL, OPERANDS, ROW_WORDS, ROWS
+from lockstep.runtime.step_block import STEP_WORDS
 
 ALIGNMENT = 64
 
@@ -64,7 +66,9 @@ def lay_out(program, max_rows, keep):
             fit = min((f for f in free if f[1] >= size), key=lambda f: f[1], default=None)
             if fit:
                 free.remove(fit)
-                offsets[tensor], size = fit
+                offsets[tensor] = fit[0]
+                if fit[1] > size:
+                    free.append((fit[0] + size, fit[1] - size))
             else:
                 offsets[tensor], end = end, end + size
         if not keep:
@@ -99,13 +103,27 @@ class Executor:
             self._encode(i, op)
 
     def _encode(self, index, op):
-        implementation = self.backend[op.kind]
-        words = [w for value in (*op.outputs, *op.inputs) for w in self._addresses(value, implementation)]
-        words += [_param_word(v) for v in op.params.values()]
-        row = self._table[index]
+        implementation, row = self.backend[op.kind], self._table[index]
+        if isinstance(op, Operands):
+            self._encode_operands(op, implementation, row[OPERANDS:])
+        else:
+            words = [w for value in (*op.outputs, *op.inputs) for w in self._addresses(value, implementation)]
+            words += [_param_word(v) for v in op.params.values()]
+            row[OPERANDS : OPERANDS + len(words)] = words
         row[KERNEL], row[FLAGS] = implementation.kernel.address, FLUSHES * implementation.flushes
         row[ROWS], row[COUNTER] = ROW_COUNTS[op.rows], self._counters[index:].ctypes.data
-        row[OPERANDS : OPERANDS + len(words)] = words
+
+    def _encode_operands(self, op, implementation, row):
+        """Writes each field to its word; what is left out is 0."""
+        for name, kind, index in op.words():
+            value = getattr(op, name)
+            if value is None:
+                continue
+            if kind == "weight":
+                for array, address in zip(implementation.layout.arrays, self._addresses(value, implementation)):
+                    row[index + WeightArrays._fields.index(array)] = address
+            else:
+                row[index] = self._addresses(value, implementation)[0] if kind == "address" else _param_word(value)
 
     def _addresses(self, value, implementation):
         if isinstance(value, Tensor):
@@ -122,6 +140,15 @@ class Executor:
         dtype, start = DTYPES[tensor.dtype], self._offsets[tensor]
         flat = self._memory[start : start + num_rows * tensor.width * dtype.itemsize]
         return flat.view(dtype).reshape(num_rows, tensor.width)
+
+    def fill(self, byte):
+        """Overwrites all activations with one byte: of 0xFF, float32 is NaN, so that what no kernel writes shows."""
+        self._memory[:] = byte
+
+    def run_op(self, index, step):
+        """Runs one op of the program by itself, on a step block, as often as is asked."""
+        self._counters[index] = 0
+        self.team.run(self._table[index:].ctypes.data, 1, step.ctypes.data)
 
     def run(self, step, clock=None):
         """Runs all ops on a step block (int64[STEP_WORDS]). clock: int64[len(ops)] for the time when each op ended."""

@@ -10,9 +10,9 @@ from typing import Protocol
 
 import numpy as np
 
-from lockstep.runtime.step import NUM_EMBEDDED, NUM_OUTPUTS, NUM_REQUESTS, NUM_SAMPLED, NUM_TOKENS
+from lockstep.runtime.step_block import StepBlock
 
-ROW_COUNTS = {"T": NUM_TOKENS, "O": NUM_OUTPUTS, "R": NUM_SAMPLED, "E": NUM_EMBEDDED, "S": NUM_REQUESTS}
+ROW_COUNTS = {letter: index for letter, index in StepBlock.counts().items() if letter != "P"}
 DTYPES = {"f32": np.dtype(np.float32), "i32": np.dtype(np.int32), "bf16": np.dtype(np.uint16), "i8": np.dtype(np.int8)}
 
 
@@ -88,6 +88,10 @@ class Op:
     inputs: tuple
     params: dict = field(default_factory=dict)
 
+    def changed(self, **params):
+        """The op with some parameters changed."""
+        return replace(self, params={**self.params, **params})
+
     @property
     def rows(self):
         return self.outputs[0].rows if self.outputs else "T"
@@ -114,10 +118,12 @@ class Program:
         self._names.add(unique)
         return Tensor(unique, rows, width, dtype)
 
-    def emit(self, kind, outputs, inputs, **params):
-        """Appends an op and returns its first output."""
-        self.ops.append(Op(kind, tuple(outputs), tuple(inputs), params))
-        return outputs[0] if outputs else None
+    def emit(self, op, outputs=(), inputs=(), **params):
+        """Appends an op (`runtime.operands.Operands`) and returns its first output."""
+        if isinstance(op, str):
+            op = Op(op, tuple(outputs), tuple(inputs), params)
+        self.ops.append(op)
+        return op.outputs[0] if op.outputs else None
 
     def cache(self, name, kind, dtype, shape):
         """Declares memory that outlives a step."""
@@ -144,8 +150,3 @@ class Program:
         """What computes the tables of positions, each once."""
         found = {id(v.source): v.source for op in self.ops for v in op.inputs if isinstance(v, Table)}
         return list(found.values())
-
-
-def with_params(op, **params):
-    """The op with some parameters changed."""
-    return replace(op, params={**op.params, **params})

@@ -1,32 +1,21 @@
-"""What one step is made of: the words of a step block and of an op row, as kernels read them.
+"""How kernels read op rows and step blocks: by the names of their declarations, each field a load from its word."""
 
-A step is a ragged batch: the tokens of several requests laid end to end. Request s owns rows
-`query_start[s] .. query_start[s + 1]`, the last tokens of a sequence of `context_len[s]` tokens (this step's included).
-Nothing else is prepared on the host: which tile works on which rows and pages is found inside the kernels.
-"""
+import functools
+from collections import namedtuple
 
-from numba import float32, int32, int64
+from numba import float32, int32, int64, types
+from numba.core.imputils import lower_constant
+from numba.core.typing.templates import AttributeTemplate
+from numba.extending import infer_getattr, lower_getattr, models, register_model, typeof_impl
 
 from lockstep.runtime.kernel import inlined
+from lockstep.runtime.operands import WeightArrays
 from lockstep.runtime.simd import peek
+from lockstep.runtime.step_block import StepBlock
+from lockstep.runtime.words import Readable
 
-# words of a step block: three counts, then addresses of arrays
-NUM_TOKENS, NUM_REQUESTS, NUM_SAMPLED = 0, 1, 2
-TOKEN_IDS = 3  # i32[T]
-QUERY_START = 4  # i32[S + 1]
-CONTEXT_LEN = 5  # i32[S]
-PAGE_TABLE = 6  # i32[S, P]: page page_table[s, p] holds positions 64 p .. 64 (p + 1) of request s
-PAGES_PER_REQUEST = 7  # P, a count
-STATE_SLOT = 8  # i32[S]: row of each recurrent-state array that belongs to the request
-SAMPLED_ROW = 9  # i32[R]: output rows that reach the last norm and the head
-POSITION = 10  # i32[T]: position of each token in its sequence
-REQUEST = 11  # i32[T]: which request of the step each token belongs to
-SAMPLING = 12  # one record of ops.sample.SAMPLING_RECORD per sampled row
-NUM_EMBEDDED = 13  # E, a count
-EMBEDDED_ROW = 14  # i32[E]: output rows whose last hidden state is wanted for itself
-NUM_OUTPUTS = 15  # O, a count
-OUTPUT_ROW = 16  # i32[O]: rows of the step that are sampled or embedded
-STEP_WORDS = 24
+NUM_TOKENS, NUM_REQUESTS, NUM_SAMPLED, TOKEN_IDS, QUERY_START, CONTEXT_LEN, PAGE_TABLE, PAGES_PER_REQUEST = range(8)
+STATE_SLOT, SAMPLED_ROW, POSITION, REQUEST, SAMPLING, NUM_EMBEDDED, EMBEDDED_ROW, NUM_OUTPUTS, OUTPUT_ROW = range(8, 17)
 
 # an op row: ROW_WORDS int64 words
 KERNEL, FLAGS, ROWS, COUNTER, OPERANDS = 0, 1, 2, 3, 4
@@ -62,3 +51,57 @@ def step_word(step, index):
 def entry(step, array, index):
     """One number of an int32 array of the step, as int64; array: its word."""
     return int64(peek(step_word(step, array) + 4 * index, int32))
+
+
+class ReadableType(types.Dummy):
+    """What a declaration is to Numba: a constant whose `read` is a function."""
+
+    def __init__(self, declared):
+        self.declared = declared
+        super().__init__(f"declaration {declared.__module__}.{declared.__qualname__}")
+
+
+register_model(ReadableType)(models.OpaqueModel)
+
+
+@typeof_impl.register(Readable)
+def _type_of(declared, context):
+    return ReadableType(declared)
+
+
+@infer_getattr
+class _ReadableAttributes(AttributeTemplate):
+    key = ReadableType
+
+    def resolve_read(self, kind):
+        return types.Dispatcher(reader(kind.declared))
+
+
+@lower_constant(ReadableType)
+def _no_value(context, builder, kind, value):
+    return context.get_dummy_value()
+
+
+@lower_getattr(ReadableType, "read")
+def _no_attribute(context, builder, kind, value):
+    return context.get_dummy_value()
+
+
+@functools.cache
+def reader(declared):
+    """The inlined function from the address of an op row or a step block to its fields by name."""
+    words, first = declared.words(), 0 if declared is StepBlock else OPERANDS
+    record = namedtuple(declared.__name__, [w.name for w in words])
+    source = f"def read(address):\n    return record({', '.join(_expression(w, first) for w in words)})\n"
+    names = dict(record=record, peek=peek, int64=int64, float32=float32, WeightArrays=WeightArrays)
+    exec(source, names)
+    return inlined(names["read"])
+
+
+def _expression(word, first):
+    """How a field is read, the words of all of them beginning at word `first`."""
+    place, kind = 8 * (first + word.index), "float32" if word.kind == "float" else "int64"
+    if word.kind == "weight":
+        parts = (f"peek(address + {place + 8 * i}, int64)" for i in range(len(WeightArrays._fields)))
+        return f"WeightArrays({', '.join(parts)})"
+    return f"peek(address + {place}, {kind})"

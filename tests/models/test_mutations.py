@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from lockstep.runtime.program import Weight, with_params
+from lockstep.runtime.program import Weight
 from lockstep.weights.tensor import StoredTensor
 from tests.golden.record_models import GOLDEN, NUM_TOKENS
 from tests.models import tiny
@@ -38,7 +38,7 @@ def params(kinds, **changed):
         if op.kind not in kinds:
             return op
         assert set(changed) <= set(op.params), (op.kind, op.params)
-        return with_params(op, **{k: v(op) if callable(v) else v for k, v in changed.items()})
+        return op.changed(**{k: v(op) if callable(v) else v for k, v in changed.items()})
 
     return change
 

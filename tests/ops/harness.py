@@ -4,7 +4,9 @@ import numpy as np
 
 from lockstep.runtime import step as words
 from lockstep.runtime.executor import Executor, WeightStore
-from lockstep.runtime.program import DTYPES, ROW_COUNTS, CacheArray, Program, Weight
+from lockstep.runtime.operands import Operands, output
+from lockstep.runtime.program import DTYPES, ROW_COUNTS, CacheArray, Program, Table, Tensor, Weight
+from lockstep.runtime.step_block import STEP_WORDS
 from lockstep.runtime.threads import Team
 from lockstep.weights.tensor import StoredTensor
 
@@ -35,7 +37,7 @@ def ragged_step(lengths=None, contexts=None, pages=None, **arrays):
         "PAGE_TABLE": np.asarray(pages if pages is not None else np.zeros((len(lengths), 1)), np.int32),
     }
     keep.update({k: np.ascontiguousarray(v, np.int32) for k, v in arrays.items()})
-    step = np.zeros(words.STEP_WORDS, np.int64)
+    step = np.zeros(STEP_WORDS, np.int64)
     step[words.NUM_TOKENS], step[words.NUM_REQUESTS] = start[-1], len(lengths)
     step[words.NUM_SAMPLED], step[words.PAGES_PER_REQUEST] = len(keep["SAMPLED_ROW"]), keep["PAGE_TABLE"].shape[1]
     for name, array in keep.items():
@@ -43,7 +45,65 @@ def ragged_step(lengths=None, contexts=None, pages=None, **arrays):
     return step, keep
 
 
-def run_op(implementation, outputs, inputs, step=None, num_threads=1, **params):
+class Given(Operands):
+    """An activation that a test writes."""
+
+    out: Tensor = output(dtype=None)
+
+
+def run_op(backend, declaration, step=None, num_threads=1, rows="T", **operands):
+    """Runs one op, declared by an `Operands` class. Returns {name: array} of its outputs, which all start as NaN.
+
+    backend: a table of implementations, or the implementation. operands: by name: numbers; arrays [rows, width] for
+    activations, of any shape for constants, [pages or slots, *shape] for caches (changed in place), [positions, width]
+    for tables; Weights. Outputs are made as declared, with the rows of a letter; one whose width or type the declaration
+    leaves open is given as (width, dtype).
+    """
+    program, written, caches, values = Program(), [], {}, {}
+    for name, operand in declaration.declared():
+        given = operands.get(name)
+        if operand.role == "output":
+            width, dtype = given or (operand.shape, operand.dtype)
+            width = eval(width, {}, operands) if isinstance(width, str) else width
+            values[name] = program.tensor(name, rows, width, dtype)
+        elif operand.role == "cache":
+            caches[name] = given.ctypes.data
+            dtype = next(k for k, d in DTYPES.items() if d == given.dtype)
+            values[name] = CacheArray(name, "pages", dtype, given.shape[1:])
+        elif operand.role == "table":
+            values[name] = Table(name, given, None)
+        elif operand.role == "rows" and given is not None:
+            dtype = next(k for k, d in DTYPES.items() if d == given.dtype)
+            values[name] = program.tensor(name, "T", given.shape[1], dtype)
+            written.append((values[name], given))
+        elif given is not None:
+            values[name] = given if isinstance(given, Weight) else weight(given, name)
+    for tensor, _ in written:
+        program.emit(Given(out=tensor))
+    op = declaration(**operands | values)
+    program.emit(op)
+    return _run_last(program, backend, op, written, caches, step, num_threads)
+
+
+def _run_last(program, backend, op, written, caches, step, num_threads):
+    """Runs the last op of a program on given activations."""
+    if step is None:
+        step, _held = ragged_step([max([len(value) for _, value in written], default=1)])
+    implementation = backend[op.kind] if isinstance(backend, dict) else backend
+    rows = {letter: int(step[count]) for letter, count in ROW_COUNTS.items()}
+    table, team = {"given": implementation, op.kind: implementation}, Team(num_threads)
+    try:
+        executor = Executor(program, table, team, WeightStore(), rows, caches, keep=True)
+        executor.fill(NAN_BYTES)
+        for tensor, value in written:
+            executor.view(tensor, len(value))[...] = value
+        executor.run_op(len(program.ops) - 1, step)
+        return {t.name: executor.view(t, rows[t.rows]).copy() for t in op.outputs}
+    finally:
+        team.close()
+
+
+def run_row(implementation, outputs, inputs, step=None, num_threads=1, **params):
     """Runs one implementation of an op.
 
     outputs: {name: (rows letter, width, dtype)}. inputs: arrays ([rows, width]; activations), Weight, or a pair

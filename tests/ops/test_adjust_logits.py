@@ -4,7 +4,7 @@ import pytest
 from lockstep.ops import adjust_logits, adjust_logits_cpu, sample
 from lockstep.runtime import step as words
 from lockstep.runtime.kernel import interpreted
-from tests.ops.harness import ragged_step, run_op, same_bits
+from tests.ops.harness import ragged_step, run_row, same_bits
 
 SIZES = (1, 2, 3, 17, 31, 32, 33, 300, 4096 + 5)
 NOTHING = dict(seen=(), repetition=1.0, presence=0.0, frequency=0.0, bias={}, banned=(), mask=None)
@@ -44,7 +44,7 @@ def run(backend, logits, rows, num_threads=1):
     step[words.SAMPLING] = records.ctypes.data
     width = -(-logits.shape[1] // 16) * 16
     padded = np.pad(logits, ((0, 0), (0, width - logits.shape[1])), constant_values=7)
-    out = run_op(
+    out = run_row(
         backend["adjust_logits"],
         {"out": ("R", width, "f32")},
         [padded],

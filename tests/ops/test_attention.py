@@ -11,7 +11,7 @@ from lockstep.ops.attention_math import score_scales
 from lockstep.ops.kv_cache import KV_DTYPES
 from lockstep.runtime.kernel import interpreted
 from tests.ops import q8_target
-from tests.ops.harness import ragged_step, run_op, same_bits
+from tests.ops.harness import ragged_step, run_row, same_bits
 from tests.ops.pages import quantize, random_cache, round_bf16, scales_of, widen
 from tests.promise.test_isa import cpu_flags
 
@@ -41,7 +41,7 @@ class Batch:
         inputs = [self.q_TD[rows], ("cache", self.k_pages), ("cache", self.v_pages)]
         gate = dict(gate_width=self.gate_TW.shape[1], gate_offset=5 + K, gate_stride=2 * K) if gated else {}
         kind = ("gated_" if gated else "") + "attention" + ("" if self.kv_dtype == "f32" else f"_{self.kv_dtype}")
-        made = run_op(
+        made = run_row(
             backend[kind],
             {"out": ("T", H * K, "f32"), "stats": ("T", 2 * H, "f32")},
             inputs + [self.gate_TW[rows]] * gated,

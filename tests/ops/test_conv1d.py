@@ -4,7 +4,7 @@ import pytest
 from lockstep.ops import conv1d, conv1d_cpu
 from lockstep.ops.softplus import softplus
 from lockstep.runtime.kernel import definition, interpreted
-from tests.ops.harness import ragged_step, run_op, same_bits, weight
+from tests.ops.harness import ragged_step, run_row, same_bits, weight
 
 RNG = np.random.default_rng(0)
 
@@ -27,7 +27,7 @@ def convolve(backend, x, w, state, offset=0, num_threads=1, **requests):
     state = state.copy()
     step, keep = ragged_step(**requests)
     C, J = w.shape
-    out = run_op(
+    out = run_row(
         backend["conv1d"],
         {"out": ("T", C, "f32")},
         [x, weight(w), ("cache", state)],

@@ -4,7 +4,7 @@ import pytest
 from lockstep.ops import embed, embed_cpu
 from lockstep.runtime.kernel import interpreted
 from lockstep.weights.tensor import BLOCK_FORMATS, PLAIN_FORMATS, StoredTensor, stored_shape
-from tests.ops.harness import ragged_step, run_op, same_bits, weight
+from tests.ops.harness import ragged_step, run_row, same_bits, weight
 from tests.weights.record_block_vectors import HIGH_BYTES
 
 RNG = np.random.default_rng(0)
@@ -33,7 +33,7 @@ def _finite_scales(data, format):
 def run(backend, stored, ids, scale=1.0, num_threads=1):
     step, held = ragged_step([len(ids)], TOKEN_IDS=ids)
     width = stored.shape[1]
-    return run_op(
+    return run_row(
         backend["embed"],
         {"out": ("T", width, "f32")},
         [weight(stored)],

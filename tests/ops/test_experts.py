@@ -9,7 +9,7 @@ from lockstep.models.record import expert_rows
 from lockstep.ops import experts, experts_cpu, linear
 from lockstep.runtime.program import Weight
 from lockstep.weights.tensor import StoredTensor
-from tests.ops.harness import ragged_step, run_op, same_bits
+from tests.ops.harness import ragged_step, run_row, same_bits
 
 E, X, D, N = 4, 2, 64, 96
 STORED = ("q4_1", "q5_0", "q5_1", "q5_k")  # formats that nothing is quantized to
@@ -28,9 +28,9 @@ def routed(T, seed):
 def both(kind, outputs, inputs, T, **params):
     """The outputs of definition and kernel, which must be the same bits for several thread counts."""
     step, _held = ragged_step([T])
-    expected = run_op(experts.REFERENCE[kind], outputs, inputs, step, **params)["out"]
+    expected = run_row(experts.REFERENCE[kind], outputs, inputs, step, **params)["out"]
     for threads in (1, 3):
-        same_bits(run_op(experts_cpu.CPU[kind], outputs, inputs, step, threads, **params)["out"], expected)
+        same_bits(run_row(experts_cpu.CPU[kind], outputs, inputs, step, threads, **params)["out"], expected)
     return expected
 
 
@@ -84,10 +84,10 @@ def test_a_row_is_that_of_an_ordinary_linear_layer():
     x = random.standard_normal((9, D)).astype(np.float32)
     parts = experts_of(random)
     step, _held = ragged_step([9])
-    rows = run_op(experts_cpu.CPU["expert_rows_f32"], {"out": ("T", X * D, "f32")}, [x, order], step, K=D, top_k=X)[
+    rows = run_row(experts_cpu.CPU["expert_rows_f32"], {"out": ("T", X * D, "f32")}, [x, order], step, K=D, top_k=X)[
         "out"
     ]
-    found = run_op(
+    found = run_row(
         experts_cpu.CPU["expert_linear_f32"],
         {"out": ("T", X * N, "f32")},
         [rows, start, Weight("experts", "f32", (E * N, D), parts)],

@@ -6,7 +6,7 @@ import pytest
 from lockstep.ops import conv1d, conv1d_cpu, gated_delta, gated_delta_cpu, gated_norm_cpu
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import interpreted
-from tests.ops.harness import ragged_step, run_op, same_bits, weight
+from tests.ops.harness import ragged_step, run_row, same_bits, weight
 from tests.ops.test_conv1d import floats, poisoned
 
 RNG = np.random.default_rng(0)
@@ -45,7 +45,7 @@ def recur(implementation, arrays, state, shape, num_threads=1, spare=8, **reques
     """(out, state after) of one step; state is not changed."""
     (qk, v, gates), (G, H, K, V), state = arrays, shape, state.copy()
     step, keep = ragged_step(**(requests or dict(lengths=[len(qk)])))
-    out = run_op(
+    out = run_row(
         implementation,
         {"out": ("T", H * V, "f32")},
         [qk, v, gates, ("cache", state)],
@@ -144,7 +144,7 @@ def test_definition_is_accurate():
 
 
 def normalised(backend, x, G, K, num_threads=1):
-    return run_op(
+    return run_row(
         backend["l2_norm"],
         {"out": ("T", 2 * G * K, "f32")},
         [x],
@@ -156,7 +156,7 @@ def normalised(backend, x, G, K, num_threads=1):
 
 
 def gates(backend, x, a_log, dt_bias, num_threads=1):
-    return run_op(
+    return run_row(
         backend["delta_gates"],
         {"out": ("T", 2 * a_log.size, "f32")},
         [x, weight(a_log, "a"), weight(dt_bias, "d")],
@@ -210,7 +210,7 @@ def prepared(implementation, x, arrays, shape, state, num_threads=1, **requests)
     C, state = 2 * G * K + H * V, state.copy()
     step, keep = ragged_step(**requests)
     w, a_log, dt_bias = (weight(a, n) for a, n in zip(arrays, "wad"))
-    made = run_op(
+    made = run_row(
         implementation,
         {"u": ("T", C, "f32"), "gates": ("T", 2 * H, "f32")},
         [x, w, a_log, dt_bias, ("cache", state)],
@@ -237,7 +237,7 @@ def test_fused_inputs_equal_the_ops_they_are_made_of(shape):
     state = poisoned(5, (3, C), range(5), RAGGED["contexts"], RAGGED["lengths"])
     step, keep = ragged_step(**RAGGED)
     after = state.copy()
-    u = run_op(
+    u = run_row(
         conv1d.REFERENCE["conv1d"],
         {"u": ("T", C, "f32")},
         [x, weight(arrays[0]), ("cache", after)],
@@ -248,7 +248,7 @@ def test_fused_inputs_equal_the_ops_they_are_made_of(shape):
         kernel=4,
     )["u"]
     u[:, : 2 * G * K] = normalised(gated_delta.REFERENCE, u, G, K)
-    gate = run_op(
+    gate = run_row(
         gated_delta.REFERENCE["delta_gates"],
         {"g": ("T", 2 * H, "f32")},
         [x, weight(arrays[1], "a"), weight(arrays[2], "d")],
@@ -270,7 +270,7 @@ def test_a_layer_gives_the_numbers_of_transformers():
     G, H, K, V = (int(golden[n]) for n in ("num_k_heads", "num_v_heads", "k_size", "v_size"))
     C, x = 2 * G * K + H * V, golden["proj"]
     state, step, _keep = np.full((1, *state_shape(H, K, V)), np.nan, np.float32), *ragged_step([len(x)])
-    made = run_op(
+    made = run_row(
         conv1d_cpu.CPU["delta_inputs"],
         {"u": ("T", C, "f32"), "gates": ("T", 2 * H, "f32")},
         [
@@ -289,7 +289,7 @@ def test_a_layer_gives_the_numbers_of_transformers():
         b_offset=C + H * V,
         num_v_heads=H,
     )
-    o = run_op(
+    o = run_row(
         CPU,
         {"o": ("T", H * V, "f32")},
         [made["u"], made["u"], made["gates"], ("cache", state)],
@@ -302,7 +302,7 @@ def test_a_layer_gives_the_numbers_of_transformers():
         k_size=K,
         v_size=V,
     )["o"]
-    out = run_op(
+    out = run_row(
         gated_norm_cpu.CPU["gated_norm"],
         {"y": ("T", H * V, "f32")},
         [o, x, weight(golden["norm"])],

@@ -3,7 +3,7 @@ import pytest
 
 from lockstep.ops import gated_norm, gated_norm_cpu
 from lockstep.runtime.kernel import interpreted
-from tests.ops.harness import run_op, same_bits, weight
+from tests.ops.harness import run_row, same_bits, weight
 
 RNG = np.random.default_rng(0)
 
@@ -13,7 +13,7 @@ def floats(*shape):
 
 
 def norm(backend, o, z, w, offset, num_threads=1):
-    return run_op(
+    return run_row(
         backend["gated_norm"],
         {"out": ("T", o.shape[1], "f32")},
         [o, z, weight(w)],

@@ -5,7 +5,7 @@ from lockstep.ops import BACKENDS, kv_cache, kv_cache_q8
 from lockstep.ops.kv_cache import KV_DTYPES
 from lockstep.ops.rope import rope_table
 from lockstep.runtime.kernel import interpreted
-from tests.ops.harness import ragged_step, run_op, same_bits, weight
+from tests.ops.harness import ragged_step, run_row, same_bits, weight
 from tests.ops.pages import by_row, in_fours, in_pairs, on_cache_line, page_table, quantize, round_bf16, widen
 
 LENGTHS, CONTEXTS = [1, 30, 66, 2], [65, 30, 130, 64]
@@ -52,7 +52,7 @@ class Inputs:
         norms = [weight(n, name) for n, name in zip(self.norms, ("q_norm", "k_norm"))] if self.normed else []
         extra = dict(eps=1e-6, norm_offset=1.0) if self.normed else {}
         kind = ("normed_" if self.normed else "") + "attention_inputs" + ("_q8" if self.kv_dtype == "q8" else "")
-        q = run_op(
+        q = run_row(
             backend[kind],
             {"q": ("T", H * K, "f32")},
             [

@@ -17,7 +17,7 @@ from lockstep.weights.finite import SCALES
 from lockstep.weights.pack import padded_width
 from lockstep.weights.tensor import BLOCK_FORMATS, StoredTensor
 from tests.ops import linear_target
-from tests.ops.harness import run_op, same_bits
+from tests.ops.harness import run_row, same_bits
 
 RNG = np.random.default_rng(1)
 PREPARE = {"f32": None, "f16": None, "bf16": "round_bf16"} | dict.fromkeys(INTEGER_FORMATS, "quantize_q8")
@@ -59,7 +59,7 @@ def prepared(format, x, table=activations_cpu.CPU):
     if kind is None:
         return x
     width = bf16_width(x.shape[1]) if kind == "round_bf16" else q8_width(x.shape[1])
-    return run_op(table[kind], {"x": ("T", width, "i8")}, [x], K=x.shape[1])["x"]
+    return run_row(table[kind], {"x": ("T", width, "i8")}, [x], K=x.shape[1])["x"]
 
 
 def run(table, format, x, parts, residual=None, num_threads=1):
@@ -67,7 +67,7 @@ def run(table, format, x, parts, residual=None, num_threads=1):
     weight, row = Weight("w", format, (N, K), tuple(parts)), prepared(format, x)
     width = padded_width(N)
     held = residual if residual is not None else np.zeros((len(x), width), np.float32)
-    out = run_op(
+    out = run_row(
         table[f"linear_{format}"],
         {"out": ("T", width + 48, "f32")},
         [row, shifted(held), weight],
@@ -172,11 +172,11 @@ def test_fused_norm_and_gate_equal_their_parts(kind):
     format = "q8_0" if kind == "quantize_q8" else "bf16"
     x, w = RNG.standard_normal((5, 128)).astype(np.float32), weight(RNG.standard_normal(128).astype(np.float32))
     width = lambda K: bf16_width(K) if format == "bf16" else q8_width(K)
-    normed = run_op(rms_norm_cpu.CPU["rms_norm"], {"o": ("T", 128, "f32")}, [x, w], width=128, eps=1e-6, offset=1.0)[
+    normed = run_row(rms_norm_cpu.CPU["rms_norm"], {"o": ("T", 128, "f32")}, [x, w], width=128, eps=1e-6, offset=1.0)[
         "o"
     ]
     for table in (activations_cpu.CPU, activations_cpu.PER_TOKEN):
-        fused = run_op(
+        fused = run_row(
             table[f"rms_norm+{kind}"],
             {"o": ("T", width(128), "i8")},
             [x, w],
@@ -186,9 +186,9 @@ def test_fused_norm_and_gate_equal_their_parts(kind):
             offset=1.0,
         )["o"]
         same_bits(fused, prepared(format, normed))
-    gated = run_op(silu_mul.REFERENCE["silu_mul"], {"o": ("T", 64, "f32")}, [x], width=64)["o"]
+    gated = run_row(silu_mul.REFERENCE["silu_mul"], {"o": ("T", 64, "f32")}, [x], width=64)["o"]
     for table in (activations_cpu.CPU, activations_cpu.PER_TOKEN):
-        fused = run_op(table[f"silu_mul+{kind}"], {"o": ("T", width(64), "i8")}, [x], num_threads=2, K=64)["o"]
+        fused = run_row(table[f"silu_mul+{kind}"], {"o": ("T", width(64), "i8")}, [x], num_threads=2, K=64)["o"]
         same_bits(fused, prepared(format, gated))
 
 

@@ -3,7 +3,7 @@ import pytest
 
 from lockstep.ops import moe, moe_cpu
 from lockstep.runtime.kernel import interpreted
-from tests.ops.harness import run_op, same_bits
+from tests.ops.harness import run_row, same_bits
 
 RNG = np.random.default_rng(0)
 
@@ -19,7 +19,7 @@ def route(backend, logits, top_k, renormalize=1, num_threads=1):
     """Rows of logits are as wide as a linear layer's output, with anything after the experts'."""
     outputs = {"ids": ("T", top_k, "i32"), "weights": ("T", top_k, "f32")}
     padded = np.pad(logits, ((0, 0), (0, -logits.shape[1] % 16)), constant_values=1e9)
-    return run_op(
+    return run_row(
         backend["route"],
         outputs,
         [padded],
@@ -33,14 +33,14 @@ def route(backend, logits, top_k, renormalize=1, num_threads=1):
 
 def group(backend, ids, experts, num_threads=1):
     outputs = {"order": ("T", ids.shape[1], "i32"), "start": ("T", experts + 1, "i32")}
-    return run_op(
+    return run_row(
         backend["group_experts"], outputs, [ids], num_threads=num_threads, experts=experts, top_k=ids.shape[1]
     )
 
 
 def combine(backend, weights, y, num_threads=1):
     T, X, D = y.shape
-    return run_op(
+    return run_row(
         backend["combine_experts"],
         {"out": ("T", D, "f32")},
         [weights, y.reshape(T, X * D)],

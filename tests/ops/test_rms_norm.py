@@ -2,22 +2,16 @@ import numpy as np
 import pytest
 
 from lockstep.ops import rms_norm, rms_norm_cpu
+from lockstep.ops.rms_norm import RmsNorm
 from lockstep.runtime.kernel import interpreted
-from tests.ops.harness import run_op, same_bits, weight
+from tests.ops.harness import run_op, same_bits
 
 RNG = np.random.default_rng(0)
 
 
 def norm(backend, x, w, offset=1.0, num_threads=1):
-    return run_op(
-        backend["rms_norm"],
-        {"out": ("T", x.shape[1], "f32")},
-        [x, weight(w)],
-        num_threads=num_threads,
-        width=x.shape[1],
-        eps=1e-6,
-        offset=offset,
-    )["out"]
+    width = x.shape[1]
+    return run_op(backend, RmsNorm, num_threads=num_threads, x=x, weight=w, width=width, eps=1e-6, offset=offset)["out"]
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 3, 7, 17])

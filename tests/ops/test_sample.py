@@ -5,7 +5,7 @@ from lockstep.ops import sample, sample_cpu
 from lockstep.ops.philox import noise
 from lockstep.runtime import step as words
 from lockstep.runtime.kernel import interpreted
-from tests.ops.harness import ragged_step, run_op, same_bits
+from tests.ops.harness import ragged_step, run_row, same_bits
 
 RNG = np.random.default_rng(0)
 GREEDY = dict(temperature=0)
@@ -32,7 +32,7 @@ def run_all(backend, logits, settings, num_threads=1, adjusted=None):
         np.pad(x, ((0, 0), (0, 5)), constant_values=1e30)
         for x in (logits, np.full_like(logits, 1e30) if adjusted is None else adjusted)
     )
-    out = run_op(
+    out = run_row(
         backend["sample"], outputs, [rows, wanted], step, num_threads, vocab_size=logits.shape[1], width=rows.shape[1]
     )
     return {name: out[name] for name in ("token", "logprob", "top_token", "top_logprob")}

@@ -4,7 +4,7 @@ import pytest
 from lockstep.ops import select_rows, select_rows_cpu
 from lockstep.runtime import step as words
 from lockstep.runtime.kernel import interpreted
-from tests.ops.harness import ragged_step, run_op, same_bits
+from tests.ops.harness import ragged_step, run_row, same_bits
 
 RNG = np.random.default_rng(0)
 
@@ -17,7 +17,7 @@ def test_takes_the_rows_asked_for(backend, lengths, rows, letter, array):
     step, held = ragged_step(lengths, **{array: rows})
     step[words.NUM_EMBEDDED] = len(rows)
     for threads in 1, 3:
-        out = run_op(
+        out = run_row(
             backend["select_rows"],
             {"out": (letter, 48, "f32")},
             [x],

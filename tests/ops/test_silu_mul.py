@@ -3,7 +3,7 @@ import pytest
 
 from lockstep.ops import silu_mul, silu_mul_cpu
 from lockstep.runtime.kernel import interpreted
-from tests.ops.harness import run_op, same_bits
+from tests.ops.harness import run_row, same_bits
 
 RNG = np.random.default_rng(0)
 
@@ -14,7 +14,7 @@ def inputs(num_tokens, width):
 
 def run(backend, x, num_threads=1):
     width = x.shape[1] // 2
-    return run_op(backend["silu_mul"], {"out": ("T", width, "f32")}, [x], num_threads=num_threads, width=width)["out"]
+    return run_row(backend["silu_mul"], {"out": ("T", width, "f32")}, [x], num_threads=num_threads, width=width)["out"]
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 3, 7, 17])

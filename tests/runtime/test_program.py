@@ -14,7 +14,7 @@ from lockstep.runtime.backend import Implementation, swapped
 from lockstep.runtime.executor import Executor, WeightStore, aligned, lay_out
 from lockstep.runtime.program import Program, Weight
 from lockstep.runtime.rewrite import fuse, lower
-from lockstep.runtime.step import STEP_WORDS
+from lockstep.runtime.step_block import STEP_WORDS
 from lockstep.runtime.threads import Team
 from tests.promise.faults import NATIVE
 

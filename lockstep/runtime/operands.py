@@ -1,0 +1,280 @@
+"""What an op is made of, declared once, and used by whoever records, checks, rewrites, runs, describes or tests it.
+
+    class RmsNorm(Operands):
+        out: Tensor = output("width")
+        x: Tensor = rows("width")
+        weight: Weight = constant("width")
+        width: int
+        eps: float
+
+    program.emit(RmsNorm(out=out, x=x, weight=weight, width=64, eps=1e-6))      # recorded; names and shapes are checked
+    a = RmsNorm.read(op)                                                        # in a kernel: a.x, a.width, a.eps
+
+An instance is an op of a program. A field is an operand (an output, an activation, a weight, a table, a cache: a kernel
+reads its address, 0 for one that is left out) or a parameter: an int, a bool or a float (float32 in kernels). A field
+of type str is neither: it chooses among implementations. Nothing here knows addresses or compilers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator
+from typing import Any, ClassVar, NamedTuple, dataclass_transform, get_type_hints
+
+import numpy as np
+
+from lockstep.runtime.program import CacheArray, Table, Tensor, Weight
+from lockstep.runtime.words import Readable, Word
+
+NUMBERS = {int: (int, np.integer), float: (float, np.floating), bool: (bool, np.bool_)}
+IN_WORDS = {int: "an integer", float: "a float", bool: "True or False"}
+
+
+class WeightArrays(NamedTuple):
+    """Addresses of a packed weight's arrays, as far as its layout has them: see `backend.Layout`."""
+
+    codes: int
+    d: int
+    dmin: int
+    sc: int
+    m: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """How a field of a declaration is used.
+
+    role: "output", "rows", "constant", "packed", "table" or "cache". shape: expressions over the parameters, one for
+    each number of a shape, of rows only the width; None: any. dtype: of a tensor; None: any. scratch: only the op's own
+    kernel reads the output. asked: the output is written only in rows that ask for it. optional: it may be left out.
+    """
+
+    role: str
+    shape: str | None = None
+    dtype: str | None = None
+    scratch: bool = False
+    asked: bool = False
+    optional: bool = False
+
+
+TYPES = {"output": Tensor, "rows": Tensor, "constant": Weight, "packed": Weight, "table": Table, "cache": CacheArray}
+
+
+def _field(operand: Operand) -> Any:
+    default = {"default": None} if operand.optional else {}
+    return dataclasses.field(metadata={"operand": operand}, **default)
+
+
+def output(width: str | None = None, dtype: str | None = "f32", scratch: bool = False, asked: bool = False) -> Any:
+    """An activation [rows, width] that the op writes; see `Operand`."""
+    return _field(Operand("output", width, dtype, scratch, asked))
+
+
+def rows(width: str | None = None, dtype: str | None = "f32", optional: bool = False) -> Any:
+    """An activation [rows, width] that the op reads."""
+    return _field(Operand("rows", width, dtype, optional=optional))
+
+
+def constant(shape: str | None = None, optional: bool = False) -> Any:
+    """A small weight, one array. shape: as "channels, conv_width"."""
+    return _field(Operand("constant", shape, optional=optional))
+
+
+def packed(shape: str | None = None) -> Any:
+    """A weight in the layout that the op's implementation wants, up to five arrays: see WeightArrays."""
+    return _field(Operand("packed", shape))
+
+
+def table(width: str | None = None) -> Any:
+    """Constants with a row for each position, [positions, width]."""
+    return _field(Operand("table", width))
+
+
+def cache(shape: str | None = None) -> Any:
+    """Memory that outlives a step, read and written. shape: that of a page or of a slot."""
+    return _field(Operand("cache", shape))
+
+
+class Declaration(Readable):
+    """The class of declarations: their arguments are checked by name before anything is made of them."""
+
+    def __call__(cls, *args: Any, **operands: Any) -> Any:
+        names = [f.name for f in dataclasses.fields(cls)]
+        needed = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
+        wrong = next((n for n in operands if n not in names), None)
+        missing = next((n for n in needed if n not in operands), None)
+        if args or wrong is not None:
+            what = "operands are given by name" if args else f"there is no operand {wrong!r}"
+            raise ValueError(f"{cls.__name__}: {what}; it has {', '.join(names)}")
+        if missing is not None:
+            raise ValueError(f"{cls.__name__}: operand {missing!r} is missing; it has {', '.join(names)}")
+        return super().__call__(**operands)
+
+
+@dataclass_transform(
+    kw_only_default=True, frozen_default=True, field_specifiers=(output, rows, constant, packed, table, cache)
+)
+class Operands(metaclass=Declaration):
+    """An op of a program; its subclasses say what an op of their kind is made of.
+
+    group: what `--op GROUP=...` counts it to. fuses: whether the preparation of its rows can be one op with it.
+    Raises ValueError, with a sentence, for operands that are not what is declared.
+    """
+
+    group: ClassVar[str | None] = None
+    fuses: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        dataclasses.dataclass(frozen=True, eq=False, kw_only=True, repr=False)(cls)
+
+    def __post_init__(self) -> None:
+        for name, operand in self.declared():
+            self._check_operand(name, operand, getattr(self, name))
+        for name, kind in self.parameters().items():
+            value = getattr(self, name)
+            if not isinstance(value, NUMBERS[kind]) or (kind is int and isinstance(value, bool)):
+                raise ValueError(f"{type(self).__name__}: {name} is {value!r}, expected {IN_WORDS[kind]}")
+        for name, operand in self.declared():
+            self._check_shape(name, operand, getattr(self, name))
+        self.check()
+
+    def check(self) -> None:
+        """What else must hold among the operands; ValueError if it does not."""
+
+    # ------------------------------------------------------------ of a declaration
+
+    @classmethod
+    @functools.cache
+    def declared(cls) -> tuple[tuple[str, Operand], ...]:
+        """(name, Operand) of all operands that are no parameters, in order."""
+        fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
+        return tuple((f.name, f.metadata["operand"]) for f in fields if "operand" in f.metadata)
+
+    @classmethod
+    @functools.cache
+    def parameters(cls) -> dict[str, type]:
+        """{name: int, float or bool} of all parameters, in order."""
+        hints = get_type_hints(cls)
+        fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
+        return {f.name: hints[f.name] for f in fields if "operand" not in f.metadata and hints[f.name] in NUMBERS}
+
+    @classmethod
+    @functools.cache
+    def words(cls) -> tuple[Word, ...]:
+        """Where a kernel finds each field in an op row."""
+        made, index = [], 0
+        for name, operand in cls.declared():
+            kind = "weight" if operand.role == "packed" else "address"
+            made.append(Word(name, kind, index))
+            index += len(WeightArrays._fields) if kind == "weight" else 1
+        for name, kind in cls.parameters().items():
+            made.append(Word(name, "float" if kind is float else "int", index))
+            index += 1
+        return tuple(made)
+
+    @classmethod
+    @functools.cache
+    def name(cls) -> str:
+        """The op's name as users know it: "rms_norm" of RmsNorm."""
+        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
+
+    # ------------------------------------------------------------ of an op
+
+    @property
+    def kind(self) -> str:
+        """The key of the op in a table of implementations."""
+        return self.name()
+
+    def flops(self, context: int) -> int:
+        """Additions and multiplications for one row; exp and the like count as one.
+
+        context: how many tokens a row of attention looks back on.
+        """
+        return 0
+
+    def _of_role(self, *roles: str) -> tuple[Any, ...]:
+        found = (getattr(self, name) for name, operand in self.declared() if operand.role in roles)
+        return tuple(value for value in found if value is not None)
+
+    @functools.cached_property
+    def outputs(self) -> tuple[Tensor, ...]:
+        """The tensors that the op writes."""
+        return self._of_role("output")
+
+    @functools.cached_property
+    def inputs(self) -> tuple[Any, ...]:
+        """What the op reads, caches (which it may write, too) included."""
+        return self._of_role("rows", "constant", "packed", "table", "cache")
+
+    @functools.cached_property
+    def kept(self) -> tuple[Tensor, ...]:
+        """The outputs that another op or a user may read, in any row."""
+        of = dict(self.declared())
+        return tuple(getattr(self, n) for n, o in of.items() if o.role == "output" and not o.scratch and not o.asked)
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The parameters by name."""
+        return {name: getattr(self, name) for name in self.parameters()}
+
+    @property
+    def rows(self) -> str:
+        """The letter that counts the op's rows."""
+        return self.outputs[0].rows if self.outputs else "T"
+
+    def changed(self, **operands: Any) -> Any:
+        """The op with some operands in place of others."""
+        return dataclasses.replace(self, **operands)  # pyright: ignore[reportArgumentType]
+
+    def __str__(self) -> str:
+        write = ", ".join(str(t) for t in self.outputs) or "cache"
+        return f"{write} = {self.kind}({', '.join(i.name for i in self.inputs)})"
+
+    # ------------------------------------------------------------ checks
+
+    def _check_operand(self, name: str, operand: Operand, value: Any) -> None:
+        if value is None and operand.optional:
+            return
+        expected = TYPES[operand.role]
+        if not isinstance(value, expected):
+            found = f"a {type(value).__name__}" if not isinstance(value, (int, float, str)) else repr(value)
+            raise ValueError(f"{type(self).__name__}: {name} is {found}, expected a {expected.__name__}")
+        if operand.dtype and value.dtype != operand.dtype:
+            raise ValueError(f"{type(self).__name__}: {name} is {value}, expected {operand.dtype}")
+
+    def _check_shape(self, name: str, operand: Operand, value: Any) -> None:
+        if value is None or operand.shape is None:
+            return
+        expected = _evaluated(operand.shape, self.params)
+        found = tuple(value.shape) if operand.role in ("constant", "packed", "cache") else (_width(value),)
+        if found != expected:
+            raise ValueError(
+                f"{type(self).__name__}: {name} ({value.name}) is {_spelt(found)} wide, expected {_spelt(expected)} "
+                f"({operand.shape})"
+            )
+
+
+def _width(value: Tensor | Table) -> int:
+    return value.width if isinstance(value, Tensor) else value.rows.shape[1]
+
+
+def _spelt(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+@functools.cache
+def _compiled(shape: str) -> Any:
+    return compile(f"({shape},)", "<declaration>", "eval")
+
+
+def _evaluated(shape: str, params: dict[str, Any]) -> tuple[int, ...]:
+    """The numbers that the expressions of a declared shape stand for."""
+    return eval(_compiled(shape), {"__builtins__": {}}, params)
+
+
+def operands_of(op: Operands) -> Iterator[tuple[str, Operand, Any]]:
+    """(name, Operand, value) of an op's operands, parameters aside; value None for one that is left out."""
+    for name, operand in op.declared():
+        yield name, operand, getattr(op, name)

@@ -1,0 +1,59 @@
+"""What one step is made of: the words that say which tokens of which requests a step computes.
+
+A step is a ragged batch: the tokens of several requests laid end to end. Request s owns rows
+`query_start[s] .. query_start[s + 1]`, the last tokens of a sequence of `context_len[s]` tokens (this step's included).
+Nothing else is prepared on the host: which tile works on which rows and pages is found inside the kernels.
+"""
+
+from lockstep.runtime.words import Readable, Word
+
+
+class StepBlock(metaclass=Readable):
+    """Counts, and addresses of arrays with their shapes in terms of the counts; all int32, but for `sampling`.
+
+    T tokens, S requests, O rows with an output, R of them that are sampled, E that are embedded; P pages a request.
+    """
+
+    num_tokens = "T"
+    num_requests = "S"
+    num_sampled = "R"
+    token_ids = ("T",)
+    query_start = ("S + 1",)
+    context_len = ("S",)
+    page_table = ("S", "P")  # page page_table[s, p] holds positions 64 p .. 64 (p + 1) of request s
+    pages_per_request = "P"
+    state_slot = ("S",)  # row of each recurrent-state array that belongs to the request
+    sampled_row = ("R",)  # output rows that reach the last norm and the head
+    position = ("T",)  # of each token in its sequence
+    request = ("T",)  # which request of the step each token belongs to
+    sampling = ("R",)  # records of ops.sample.SAMPLING_RECORD
+    num_embedded = "E"
+    embedded_row = ("E",)  # output rows whose last hidden state is wanted for itself
+    num_outputs = "O"
+    output_row = ("O",)  # rows of the step that are sampled or embedded
+
+    @classmethod
+    def words(cls) -> tuple[Word, ...]:
+        """Counts are integers, arrays addresses."""
+        fields = {
+            name: value for name, value in vars(cls).items() if isinstance(value, (str, tuple)) and name[0] != "_"
+        }
+        return tuple(Word(n, "int" if isinstance(v, str) else "address", i) for i, (n, v) in enumerate(fields.items()))
+
+    @classmethod
+    def index(cls, name: str) -> int:
+        """The number of a field's word."""
+        return next(word.index for word in cls.words() if word.name == name)
+
+    @classmethod
+    def counts(cls) -> dict[str, int]:
+        """{letter: number of the word that counts it}."""
+        return {getattr(cls, word.name): word.index for word in cls.words() if word.kind == "int"}
+
+    @classmethod
+    def shapes(cls) -> dict[str, tuple[str, ...]]:
+        """{name: shape, as expressions over the counts' letters} of all arrays."""
+        return {word.name: getattr(cls, word.name) for word in cls.words() if word.kind == "address"}
+
+
+STEP_WORDS = len(StepBlock.words())

@@ -1,0 +1,23 @@
+"""Memory of 64-bit words with names: what op rows and step blocks have in common."""
+
+from typing import Any, NamedTuple
+
+
+class Word(NamedTuple):
+    """A field, its kind ("int", "float", "address", or "weight" for several addresses) and where its words begin."""
+
+    name: str
+    kind: str
+    index: int
+
+
+class Readable(type):
+    """The class of classes whose `words()` say where each field lies; kernels use their `read`, see `runtime.step`."""
+
+    def words(cls) -> tuple[Word, ...]:
+        """Where each field is found, in order."""
+        raise NotImplementedError(cls.__name__)
+
+    def read(cls, address: Any) -> Any:
+        """Only in kernels and definitions: the fields at an address, by name."""
+        raise TypeError(f"{cls.__name__}.read is for kernels")

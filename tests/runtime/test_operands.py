@@ -1,0 +1,138 @@
+"""Declarations of ops: what is wrong is an error with a sentence while recording, and kernels read what was written."""
+
+import numpy as np
+import pytest
+
+from lockstep.runtime.backend import Implementation, Layout
+from lockstep.runtime.kernel import kernel
+from lockstep.runtime.operands import Operands, WeightArrays, cache, constant, output, packed, rows, table
+from lockstep.runtime.program import CacheArray, Program, Table, Tensor, Weight
+from lockstep.runtime.simd import poke
+from lockstep.runtime.step import StepBlock
+from tests.ops.harness import ragged_step, run_op, weight
+
+
+class Everything(Operands):
+    """One operand of each sort."""
+
+    out: Tensor = output("2 * width")
+    spare: Tensor = output("8", dtype="i32", scratch=True)
+    x: Tensor = rows("width")
+    gate: Tensor | None = rows("width", optional=True)
+    small: Weight = constant("width, 2")
+    large: Weight = packed("4, width")
+    angles: Table = table("width // 2")
+    pages: CacheArray = cache("2, width")
+    width: int
+    scale: float
+    shift: float
+    sharp: bool
+    dtype: str = "f32"
+
+    def check(self):
+        if self.scale == self.shift:
+            raise ValueError("Everything: scale and shift are the same")
+
+
+PART = np.ones((4, 16), np.float32)
+
+
+def operands(**changed):
+    program = Program()
+    tensor = lambda name, width, dtype="f32": program.tensor(name, "T", width, dtype)
+    made = dict(
+        out=tensor("out", 32),
+        spare=tensor("spare", 8, "i32"),
+        x=tensor("x", 16),
+        small=Weight("small", "f32", (16, 2), ()),
+        large=Weight("large", "f32", (4, 16), ()),
+        angles=Table("angles", np.zeros((5, 8), np.float32), None),
+        pages=CacheArray("pages", "pages", "f32", (2, 16)),
+        width=16,
+        scale=0.5,
+        shift=2.0,
+        sharp=True,
+    )
+    return made | changed
+
+
+def test_an_op_knows_its_parts():
+    op = Everything(**operands())
+    assert [t.name for t in op.outputs] == ["out", "spare"] and [t.name for t in op.kept] == ["out"]
+    assert [v.name for v in op.inputs] == ["x", "small", "large", "angles", "pages"]
+    assert op.params == dict(width=16, scale=0.5, shift=2.0, sharp=True) and (op.kind, op.rows) == ("everything", "T")
+    assert op.changed(scale=1.0).scale == 1.0 and op.scale == 0.5
+    assert str(op) == "out f32[T, 32], spare i32[T, 8] = everything(x, small, large, angles, pages)"
+
+
+WRONG = [
+    (dict(scael=1.0), "there is no operand 'scael'; it has out, spare, x"),
+    (dict(scale=1), "scale is 1, expected a float"),
+    (dict(scale="1"), "scale is '1', expected a float"),
+    (dict(width=16.0), "width is 16.0, expected an integer"),
+    (dict(width=True), "width is True, expected an integer"),
+    (dict(sharp=1), "sharp is 1, expected True or False"),
+    (dict(width=32), r"out \(out\) is 32 wide, expected 64 \(2 \* width\)"),
+    (dict(x=Tensor("h", "T", 20)), r"x \(h\) is 20 wide, expected 16 \(width\)"),
+    (dict(x=Tensor("h", "T", 16, "i32")), r"x is h i32\[T, 16\], expected f32"),
+    (dict(x=Weight("w", "f32", (16,), ())), "x is a Weight, expected a Tensor"),
+    (dict(x=None), "x is a NoneType, expected a Tensor"),
+    (dict(gate=Tensor("g", "T", 17)), r"gate \(g\) is 17 wide"),
+    (dict(small=Weight("w", "f32", (2, 16), ())), r"small \(w\) is 2 x 16 wide, expected 16 x 2 \(width, 2\)"),
+    (dict(large=Weight("w", "f32", (16, 16), ())), r"large \(w\) is 16 x 16 wide, expected 4 x 16"),
+    (dict(angles=Table("t", np.zeros((5, 9)), None)), r"angles \(t\) is 9 wide, expected 8"),
+    (dict(pages=CacheArray("c", "pages", "f32", (3, 16))), r"pages \(c\) is 3 x 16 wide, expected 2 x 16"),
+    (dict(shift=0.5), "scale and shift are the same"),
+]
+
+
+@pytest.mark.parametrize("changed, message", WRONG)
+def test_what_is_wrong_is_said_while_recording(changed, message):
+    with pytest.raises(ValueError, match=f"Everything: {message}"):
+        Everything(**operands(**changed))
+
+
+def test_what_is_missing_or_has_no_name_is_said():
+    made = operands()
+    del made["shift"]
+    with pytest.raises(ValueError, match="Everything: operand 'shift' is missing; it has out"):
+        Everything(**made)
+    with pytest.raises(ValueError, match="Everything: operands are given by name"):
+        Everything(made["out"])
+
+
+@kernel
+def tell(op, step, thread, num_threads):
+    """Writes what it reads."""
+    a, s = Everything.read(op), StepBlock.read(step)
+    if thread == 0:
+        for at, number in enumerate((a.scale, a.shift)):
+            poke(a.out + 4 * at, number)
+        for at, number in enumerate((a.width, a.sharp, a.gate, a.large.dmin, s.num_tokens, s.num_requests)):
+            poke(a.out + 8 + 8 * at, number)
+        for at, address in enumerate((a.x, a.small, a.large.codes, a.large.d, a.angles, a.pages, s.context_len)):
+            poke(a.out + 56 + 8 * at, 1 if address != 0 else 0)
+
+
+def test_a_kernel_reads_what_was_declared():
+    layout = Layout("two arrays", lambda w: (np.ones(4, np.float32), np.ones(4, np.float32)), ("codes", "d"))
+    step, _held = ragged_step([3])
+    given = dict(
+        x=np.ones((3, 16), np.float32),
+        small=np.ones((16, 2), np.float32),
+        large=weight(PART, "large"),
+        angles=np.ones((4, 8), np.float32),
+        pages=np.ones((1, 2, 16), np.float32),
+    )
+    numbers = dict(width=16, scale=0.5, shift=2.0, sharp=True)
+    out = run_op(Implementation(tell, layout), Everything, step=step, **given, **numbers)["out"]
+    assert out[0, :2].tolist() == [0.5, 2.0]
+    assert out.view(np.int64).reshape(-1)[1:7].tolist() == [16, 1, 0, 0, 3, 1]
+    assert out.view(np.int64).reshape(-1)[7:14].tolist() == [1] * 7
+
+
+def test_words_of_fields_do_not_overlap_and_fit_a_row():
+    words = Everything.words()
+    ends = [w.index + (len(WeightArrays._fields) if w.kind == "weight" else 1) for w in words]
+    assert [w.index for w in words] == [0, *ends[:-1]]
+    assert "dtype" not in {w.name for w in words}

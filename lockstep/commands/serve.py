@@ -36,7 +36,7 @@ def command(
     name: Annotated[
         list[str] | None,
         typer.Option(
-            help="What clients call the model. Repeatable: it answers to each; the first is for requests that give none.",
+            help="What clients call the model. Repeatable: it answers to each; the first answers those that give none.",
             show_default="its own name",
         ),
     ] = None,

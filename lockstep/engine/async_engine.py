@@ -112,7 +112,7 @@ class TokenStream:
     # ------------------------------------------------------------ the engine's side
 
     def _advance(self):
-        """Hands over what the request has got since the last time; returns the future that its reader awaits, if any."""
+        """Hands over what the request has got since the last time; returns the future its reader awaits, or None."""
         request, count = self.request, len(self.request.output_ids)
         text = request.answer.text if request.answer is not None else ""
         with self._ready:

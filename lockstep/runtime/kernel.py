@@ -12,6 +12,7 @@ import hashlib
 import os
 import pathlib
 import sys
+from types import FunctionType
 
 import llvmlite
 import numba
@@ -168,3 +169,13 @@ class Kernel:
 def kernel(function):
     """Decorator: a function of four int64 (op, step, thread, num_threads) becomes a `Kernel`."""
     return Kernel(function)
+
+
+def variant(body, name, **constants):
+    """The kernel `body`, a plain function, with some of its global names bound to constants of this variant.
+
+    It is cached under its name and must be found under it in the module of `body`, where whoever compiles looks for it.
+    Made when all that `body` uses has been defined: later changes of the module's names are not seen.
+    """
+    code = body.__code__.replace(co_name=name, co_qualname=name)
+    return Kernel(FunctionType(code, {**body.__globals__, **constants}, name))

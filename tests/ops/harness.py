@@ -56,8 +56,8 @@ def run_op(backend, declaration, step=None, num_threads=1, rows="T", **operands)
 
     backend: a table of implementations, or the implementation. operands: by name: numbers; arrays [rows, width] for
     activations, of any shape for constants, [pages or slots, *shape] for caches (changed in place), [positions, width]
-    for tables; Weights. Outputs are made as declared, with the rows of a letter; one whose width or type the declaration
-    leaves open is given as (width, dtype).
+    for tables; Weights. Outputs are made as declared, with the rows of a letter; one whose width or type the
+    declaration leaves open is given as (width, dtype).
     """
     program, written, caches, values = Program(), [], {}, {}
     for name, operand in declaration.declared():

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from lockstep.commands import answer, generate
 from lockstep.commands.answer import Timing
 from lockstep.commands.options import parse_swaps
 from lockstep.commands.progress import Progress
+from lockstep.runtime.unfit import UnfitMachine
 
 PROMPT = "def read_lines(path):\n"
 
@@ -216,6 +218,7 @@ def caused(error, cause):
         (caused(RuntimeError("no loop"), RuntimeError("can't start new thread")), "no thread can be started"),
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device\n"),
         (PermissionError(errno.EACCES, "Permission denied", "m.gguf"), "m.gguf: Permission denied\n"),
+        (UnfitMachine("self-check failed: op add gives other bits"), "self-check failed: op add gives other bits\n"),
     ],
     ids=repr,
 )
@@ -236,6 +239,15 @@ def test_a_fault_of_the_program_shows_where_it_is(error, monkeypatch):
     monkeypatch.setattr("lockstep.commands.generate.load", fail)
     with pytest.raises(type(error)):
         main(["generate", "-p", "x"])
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="about a CPU of this kind")
+def test_a_cpu_that_is_too_old_is_one_sentence():
+    old = dict(NUMBA_CPU_NAME="nehalem", NUMBA_CPU_FEATURES="+sse4.2")
+    command = [sys.executable, "-m", "lockstep", "generate", "-p", "x"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | old)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr == "lockstep: Lockstep needs a CPU with AVX2 (any since 2015); 'nehalem' has none\n"
 
 
 def test_a_hub_name_offline(capsys, monkeypatch):

@@ -2,13 +2,15 @@
 
 import errno
 
+from lockstep.runtime.unfit import UnfitMachine
+
 NO_THREAD = "can't start new thread"  # how Python's RuntimeError begins; it has no class of its own
 NOT_MAPPED = "failed to map segment"  # in the text of an ImportError or OSError, where a library finds no memory
 
 
 def is_told(error: Exception) -> bool:
     """Whether an error is one for a sentence, not a fault of the program, whose place must be seen."""
-    return isinstance(error, (ValueError, OSError)) or _lack(error) is not None
+    return isinstance(error, (ValueError, OSError, UnfitMachine)) or _lack(error) is not None
 
 
 def sentence(error: Exception) -> str:

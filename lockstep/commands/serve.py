@@ -3,6 +3,7 @@
 import os
 import socket
 import threading
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -135,6 +136,7 @@ def command(
     from lockstep.serve.http.app import make_app
     from lockstep.serve.http.limits import Limits
     from lockstep.serve.http.service import Service
+    from lockstep.serve.http.target import host_name, origin
 
     limits = Limits(
         max_queued=max_queued,
@@ -163,8 +165,9 @@ def command(
         verify_weights=verify_weights,
     )
     names = model_names(name, model)
+    origins, hosts = allowed("--cors-origin", cors_origin, origin), allowed("--allowed-host", allowed_host, host_name)
     service = Service(names[0], limits, keys(api_key), None if any_model else names, share_prefixes)
-    app = make_app(service, cors_origin or (), [host, socket.gethostname(), *(allowed_host or ())])
+    app = make_app(service, origins, [host, socket.gethostname(), *hosts])
     serve(lambda: load(model, **sizes), service, app, host, port)
 
 
@@ -185,13 +188,13 @@ def _open(load_model, service, server, failed, listening):
     """Loads the model beside the event loop. What goes wrong ends the server."""
     try:
         service.open(load_model())
+        if service.chat is not None:
+            service.chat.grammars.warm()
     except BaseException as error:  # a library in Rust that panics raises no Exception
         failed.append(error)
         server.should_exit = True
         return
     print("\n".join([ready_line(service, *listening[0].getsockname()[:2]), *notes(service.llm)]), flush=True)
-    if service.chat is not None:
-        service.chat.grammars.warm()
 
 
 def ready_line(service, host, port):
@@ -221,6 +224,14 @@ def keys(given):
     if not all(key.isascii() and key.strip() == key and key for key in found):
         raise ValueError("--api-key: expected ASCII characters without spaces around them")
     return found
+
+
+def allowed(option: str, given: list[str] | None, read: Callable[[str], str]) -> list[str]:
+    """What an option lets in, as `read` writes it; "*" is everything. ValueError, with the option's name."""
+    try:
+        return [each if each == "*" else read(each) for each in given or ()]
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from None
 
 
 def model_names(given: list[str] | None, model: str | None) -> list[str]:

@@ -84,7 +84,7 @@ class Engine:
     """Runs requests of one model. Not thread-safe: one thread calls `add`, `cancel` and `step`.
 
     new_detokenizer: given a Request, makes what `AnswerText` reads tokens with; without it answers have no
-    text. Raises RuntimeError if a kernel does not give the recorded bits on this CPU.
+    text. Raises UnfitMachine if a kernel does not give the recorded bits on this CPU.
     """
 
     def __init__(self, model, options=EngineOptions(), swaps=None, eos_ids=None, new_detokenizer=None):

@@ -29,6 +29,7 @@ from lockstep.runtime.executor import WeightStore
 from lockstep.runtime.kernel import fingerprint, target
 from lockstep.runtime.rewrite import fuse, lower
 from lockstep.runtime.threads import Team
+from lockstep.runtime.unfit import UnfitMachine
 from lockstep.runtime.user_cache import cache_subfolder
 from lockstep.weights import q4_0, q8_0
 from lockstep.weights.finite import SCALES
@@ -268,7 +269,7 @@ def visible(program):
 
 
 def check(program, backend):
-    """Runs the probes of a program on an op table. RuntimeError at the first op whose bits are not the recorded ones.
+    """Runs the probes of a program on an op table. UnfitMachine at the first op whose bits are not the recorded ones.
 
     What was found good is remembered in the user's cache folder for as long as sources, versions and CPU stay the same.
     """
@@ -287,10 +288,10 @@ def check(program, backend):
 
 
 def compare(probe, golden, found):
-    """RuntimeError for the first digest found that is not the recorded one."""
+    """UnfitMachine for the first digest found that is not the recorded one."""
     for op, name, digest in found:
         if golden[name] != digest:
-            raise RuntimeError(
+            raise UnfitMachine(
                 f"self-check failed: op {op.kind} gives other bits on this machine than its definition (tensor {name} "
                 f"of probe {probe}: expected {golden[name]}, found {digest}; CPU {cpu()}, target {target()[1]}, "
                 f"numerics {NUMERICS}, numba {numba.__version__}, llvmlite {llvmlite.__version__}). Nothing it "

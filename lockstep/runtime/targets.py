@@ -1,6 +1,7 @@
 """What the target CPU offers, asked by target, never by host: an instruction that it lacks aborts the process."""
 
 from lockstep.runtime.kernel import target
+from lockstep.runtime.unfit import UnfitMachine
 
 # LLVM's names, or how they start: used where a target is named without its features
 AVX512_VNNI_CPUS = (
@@ -83,7 +84,7 @@ def _has(feature, cpus, magic=None):
 def int_dot(magic=None):
     """How four-byte dots are made: "avx512_vnni", "avx_vnni", "avx2", "sdot" or, on any other architecture, "generic".
 
-    Raises RuntimeError on an x86 target without AVX2.
+    Raises UnfitMachine on an x86 target without AVX2.
     """
     triple, cpu, _ = magic or target()
     if triple.startswith(("aarch64", "arm64")):
@@ -91,7 +92,7 @@ def int_dot(magic=None):
     if not triple.startswith(("x86_64", "i686", "i386")):
         return "generic"
     if not _has("avx2", AVX2_CPUS, magic):
-        raise RuntimeError(f"Lockstep needs a CPU with AVX2 (any since 2015); {cpu or 'unnamed'!r} has none")
+        raise UnfitMachine(f"Lockstep needs a CPU with AVX2 (any since 2015); {cpu or 'unnamed'!r} has none")
     if _has("avx512vnni", AVX512_VNNI_CPUS, magic):
         return "avx512_vnni"
     return "avx_vnni" if _has("avxvnni", AVX_VNNI_CPUS, magic) else "avx2"

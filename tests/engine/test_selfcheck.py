@@ -7,6 +7,7 @@ import pytest
 
 from lockstep.engine import selfcheck, selfcheck_sampling
 from lockstep.ops import BACKENDS
+from lockstep.runtime.unfit import UnfitMachine
 from tests.golden.record_kernels import recorded, recorded_sampling
 from tests.models import tiny
 from tests.models.cases import CASES as FAMILY_CASES
@@ -43,14 +44,14 @@ def test_a_wrong_bit_in_any_kernel_is_refused_by_name(program):
     made = selfcheck.probe_model(probe, TABLE, True).rewritten(None, True)
     for kind, output in sorted({(op.kind, op.outputs.index(t)) for op, t in selfcheck.visible(made)}):
         message = f"op {re.escape(kind)} gives other bits.*expected [0-9a-f]+, found"
-        with pytest.raises(RuntimeError, match=message):
+        with pytest.raises(UnfitMachine, match=message):
             selfcheck.check(program, {**TABLE, kind: faulty(TABLE[kind], output)})
     chosen = [(op.kind, i, t.name) for op in made.ops[-2:] for i, t in enumerate(op.outputs)]
     for kind, output in [(kind, i) for kind, i, name in chosen if not name.endswith("scratch")]:
-        with pytest.raises(RuntimeError, match=f"op {kind} gives other bits"):
+        with pytest.raises(UnfitMachine, match=f"op {kind} gives other bits"):
             selfcheck.check(program, {**TABLE, kind: faulty(TABLE[kind], output)})
     for kind in {op.kind for op in made.ops if op.outputs[0].dtype == "i8"}:
-        with pytest.raises(RuntimeError, match="gives other bits"):
+        with pytest.raises(UnfitMachine, match="gives other bits"):
             selfcheck.check(program, {**TABLE, kind: faulty(TABLE[kind], 0)})
 
 

@@ -12,6 +12,7 @@ from lockstep.ops.activations import bf16_width, q8_width
 from lockstep.runtime import targets
 from lockstep.runtime.kernel import interpreted
 from lockstep.runtime.program import Weight
+from lockstep.runtime.unfit import UnfitMachine
 from lockstep.weights import q4_0, q8_0
 from lockstep.weights.finite import SCALES
 from lockstep.weights.pack import padded_width
@@ -246,5 +247,5 @@ def test_targets_by_name():
         and ask("generic", triple="aarch64-linux-gnu") == "generic"
     )
     assert ask("", triple="riscv64-linux-gnu") == "generic"
-    with pytest.raises(RuntimeError, match="AVX2.*'nehalem'"):
+    with pytest.raises(UnfitMachine, match="AVX2.*'nehalem'"):
         ask("nehalem")

@@ -128,6 +128,11 @@ class BoundedProtocol(HttpToolsProtocol):
         if problem is not None:
             self.send_400_response(problem)
             return
+        expected = target.unknown_expectation(version, self.headers)
+        if expected is not None:
+            what = f"Expect: only 100-continue can be expected here, got {target.shown(expected)}"
+            self._refuse(ApiError(417, what, code="unknown_expectation"))
+            return
         if self._is_spare and self.url.partition(b"?")[0] not in ALIVE:
             self._refuse(self._too_many())
             return

@@ -1,10 +1,12 @@
-"""What a request asks, and of whom: its method, its target and its Host."""
+"""What a request asks, and of whom: its method, its target, its Host and what it expects."""
 
 import ipaddress
 import re
 
 import httptools
 
+HOST = re.compile(r"[a-z0-9_]([a-z0-9._-]*[a-z0-9_])?")
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#@*]+")
 PLACE = re.compile(r"(\[[^]]*\]|[^:]*)(?::\d*)?")  # a name or an address in brackets, and a port
 
 
@@ -29,6 +31,16 @@ def problem(method, version, target, headers):
     return None
 
 
+def unknown_expectation(version, headers):
+    """What a request's head expects of a server beside 100-continue, or None. HTTP/1.0 knows no expectations.
+
+    version, headers: as of `problem`.
+    """
+    values = [value for name, value in headers if name == b"expect"] if version == "1.1" else []
+    parts = [part.strip() for value in values for part in value.split(b",")]
+    return next((part for part in parts if part.lower() not in (b"", b"100-continue")), None)
+
+
 def shown(raw):
     """Bytes of a client's, cut to what fits a sentence."""
     return repr(raw[:80].decode("latin-1"))
@@ -47,3 +59,19 @@ def is_here(name):
         return name == "localhost" or name.endswith(".localhost") or bool(ipaddress.ip_address(name))
     except ValueError:
         return False
+
+
+def host_name(text: str) -> str:
+    """A name or address that a Host header may have, as `name_of` gives it. ValueError for anything else."""
+    name = name_of(text.encode("latin-1", "replace"))
+    if not (HOST.fullmatch(name) or is_here(name)):
+        raise ValueError(f"expected a name such as ai.example.org, an address, or *, got {text!r}")
+    return name
+
+
+def origin(text: str) -> str:
+    """An origin as browsers write it. ValueError for what is none, such as a URL with a path."""
+    found = text.lower().removesuffix("/")
+    if not (ORIGIN.fullmatch(found) or found == "null"):
+        raise ValueError(f"expected an origin such as https://example.org or chrome-extension://ID, or *, got {text!r}")
+    return found

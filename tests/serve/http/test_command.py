@@ -1,5 +1,6 @@
 """`lockstep serve`: what it says, and how it refuses to start."""
 
+import errno
 import os
 import socket
 import subprocess
@@ -8,11 +9,15 @@ import sys
 import httpx
 import pytest
 
-from lockstep.commands.serve import keys, model_name, model_names, serve
+from lockstep import LLM
+from lockstep.commands.serve import allowed, keys, model_name, model_names, serve
 from lockstep.serve.http.app import make_app
 from lockstep.serve.http.service import Service
 from lockstep.serve.http.serving import bind
+from lockstep.serve.http.target import host_name, origin
+from lockstep.serve.structured import Grammars
 from tests.serve.http.program import ROOT, program
+from tests.serve.http.server import SIZES
 
 
 def refused(*options):
@@ -64,6 +69,7 @@ def test_options_reach_the_server():
         (("--max-context", 0), "max-context"),
         (("--port", 70000), "port"),
         (("--api-key", ""), "--api-key: expected ASCII"),
+        (("--cors-origin", "foo"), "--cors-origin: expected an origin such as https://example.org"),
         (("--name", ""), '--name: expected a name, got ""'),
         (("--host", "no.such.host.invalid"), "cannot listen on no.such.host.invalid"),
     ],
@@ -153,6 +159,52 @@ def test_keys_come_from_options_or_the_environment(monkeypatch):
     monkeypatch.setenv("LOCKSTEP_API_KEY", "")
     with pytest.raises(ValueError, match="--api-key"):
         keys(None)
+
+
+@pytest.mark.parametrize(
+    "given, read",
+    [
+        ("https://Example.org", "https://example.org"),
+        ("http://localhost:3000/", "http://localhost:3000"),
+        ("http://[::1]:80", "http://[::1]:80"),
+        ("chrome-extension://abc", "chrome-extension://abc"),
+        ("null", "null"),
+        ("*", "*"),
+    ],
+)
+def test_origins_that_may_be_let_in(given, read):
+    assert allowed("--cors-origin", [given], origin) == [read]
+
+
+@pytest.mark.parametrize("given", ["foo", "", "example.org", "https://", "https://a/b", "https://*.a", "https://a b"])
+def test_what_is_no_origin_is_told(given):
+    with pytest.raises(ValueError, match="--cors-origin: expected an origin such as .*, got "):
+        allowed("--cors-origin", ["*", given], origin)
+
+
+@pytest.mark.parametrize(
+    "given, read",
+    [("A.example.org", "a.example.org"), ("other:80", "other"), ("[::1]", "::1"), ("x_1.", "x_1"), ("*", "*")],
+)
+def test_hosts_that_may_be_let_in(given, read):
+    assert allowed("--allowed-host", [given], host_name) == [read]
+
+
+@pytest.mark.parametrize("given", ["http://x/", "", "a/b", "*.example.org", "a b", "käse.example", "a:b:c", "-", "."])
+def test_what_is_no_host_is_told(given):
+    with pytest.raises(ValueError, match="--allowed-host: expected a name such as .*, got "):
+        allowed("--allowed-host", ["*", given], host_name)
+
+
+def test_a_grammar_process_that_cannot_be_started_ends_the_server(monkeypatch):
+    def fail(self):
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(Grammars, "warm", fail)
+    service = Service("lockstep")
+    with pytest.raises(OSError, match="temporarily"):
+        serve(lambda: LLM(**SIZES), service, make_app(service), "127.0.0.1", 0)
+    service.close()
 
 
 def test_a_model_is_called_by_the_end_of_its_path():

@@ -59,6 +59,22 @@ def test_unusual_heads_that_mean_something(server, raw):
         assert connection.recv(100).split()[1] in (b"200", b"404")
 
 
+@pytest.mark.parametrize(
+    "expected, status",
+    [
+        ("x", 417),
+        ("100-continue, x", 417),
+        ("100-continue", 200),
+        ("100-Continue", 200),
+        ("", 200),
+    ],
+)
+def test_an_expectation_that_is_not_met_is_told(server, expected, status):
+    found, body = exchange(server, head("/health", "GET", Expect=expected, **CLOSE))
+    assert found == status and (status == 200 or json.loads(body)["error"]["code"] == "unknown_expectation")
+    assert exchange(server, f"GET /health HTTP/1.0\r\nExpect: {expected}\r\n\r\n".encode())[0] == 200
+
+
 def test_names_in_host_headers():
     for host, name in {
         b"A.b:80": "a.b",

@@ -162,7 +162,7 @@ HEADERS = [
     "X-HTTP-Method-Override: DELETE",
 ]
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-CLEAR = {200, 400, 403, 404, 405, 408, 413, 415, 429, 431, 503}
+CLEAR = {200, 400, 403, 404, 405, 408, 413, 415, 417, 429, 431, 503}
 
 
 @pytest.fixture(scope="module")

@@ -21,9 +21,9 @@ import numpy as np
 from lockstep.engine import selfcheck_sampling
 from lockstep.engine.model import emit_sampling
 from lockstep.engine.runner import Limits, Runner, Span
-from lockstep.models.decoder import record
+from lockstep.models.decoder import record_on
 from lockstep.models.families import model_config
-from lockstep.models.record import LINEAR_FORMATS
+from lockstep.models.record import LINEAR_FORMATS, Recorder
 from lockstep.ops.kv_cache import KV_DTYPES
 from lockstep.runtime.executor import WeightStore
 from lockstep.runtime.kernel import fingerprint, target
@@ -115,66 +115,15 @@ def probes(program):
 # ---------------------------------------------------------------- the made-up model
 
 
-class Tensors(dict):
-    """Stored tensors of any name, made when they are first looked at."""
+class Inventor(Recorder):
+    """A recorder for which every tensor exists, in a format: it is made up, in the shape in which it is asked for."""
 
-    def __init__(self, config, format):
-        super().__init__()
-        self._shapes, self._format = shapes(config), format
+    def __init__(self, format, kv_dtype):
+        super().__init__({}, "model.", "auto", kv_dtype, CONTEXT)
+        self._format = format
 
-    def __contains__(self, name):
-        return name in self._shapes
-
-    def __missing__(self, name):
-        self[name] = stored(name, self._shapes[name], self._format)
-        return self[name]
-
-
-def shapes(c):
-    """{name: shape} of the tensors of a config."""
-    made = {
-        "model.embed_tokens.weight": (VOCABULARY, WIDTH),
-        "model.norm.weight": (WIDTH,),
-        "lm_head.weight": (VOCABULARY, WIDTH),
-    }
-    for i, kind in enumerate(c.get("layer_types", ["full_attention"])):
-        mixer, of = ("linear_attn", delta_shapes) if kind == "linear_attention" else ("self_attn", attention_shapes)
-        norms = {"input_layernorm.weight": (WIDTH,), "post_attention_layernorm.weight": (WIDTH,)}
-        layer = {**norms, **{f"{mixer}.{k}": v for k, v in of(c).items()}, **mlp_shapes(c)}
-        made.update({f"model.layers.{i}.{k}": v for k, v in layer.items()})
-    return made
-
-
-def attention_shapes(c):
-    q, kv = c["num_attention_heads"] * c["head_dim"], c["num_key_value_heads"] * c["head_dim"]
-    rows = {"q": q * (2 if c["model_type"] == "qwen3_5_text" else 1), "k": kv, "v": kv}
-    made = {f"{p}_proj.weight": (n, WIDTH) for p, n in rows.items()} | {"o_proj.weight": (WIDTH, q)}
-    made.update({f"{p}_norm.weight": (c["head_dim"],) for p in "qk"})
-    return made | {f"{p}_proj.bias": (n,) for p, n in rows.items()}
-
-
-def delta_shapes(c):
-    H, V = c["linear_num_value_heads"], c["linear_value_head_dim"]
-    channels = 2 * c["linear_num_key_heads"] * c["linear_key_head_dim"] + H * V
-    return {
-        "in_proj_qkv.weight": (channels, WIDTH),
-        "in_proj_z.weight": (H * V, WIDTH),
-        "in_proj_b.weight": (H, WIDTH),
-        "in_proj_a.weight": (H, WIDTH),
-        "conv1d.weight": (channels, 1, c["linear_conv_kernel_dim"]),
-        "A_log": (H,),
-        "dt_bias": (H,),
-        "norm.weight": (V,),
-        "out_proj.weight": (WIDTH, H * V),
-    }
-
-
-def mlp_shapes(c):
-    E = c.get("num_experts")
-    names = [f"mlp.experts.{e}" for e in range(E)] if E else ["mlp"]
-    made, width = {"mlp.gate.weight": (E, WIDTH)} if E else {}, c.get("moe_intermediate_size", WIDTH)
-    shape = {"gate": (width, WIDTH), "up": (width, WIDTH), "down": (WIDTH, width)}
-    return made | {f"{n}.{p}_proj.weight": s for n in names for p, s in shape.items()}
+    def stored(self, name, *shape):
+        return self._once(f"stored {name}", lambda: stored(name, shape, self._format))
 
 
 def stored(name, shape, format):
@@ -212,9 +161,9 @@ def blocks(generator, shape, format):
 def probe_model(probe, table, fused):
     """What a Runner wants of a model."""
     config = model_config(CONFIGS[probe.family])
-    program, logits = record(config, Tensors(CONFIGS[probe.family], probe.weights), "auto", probe.kv_dtype, CONTEXT)
-    emit_sampling(program, logits, config.vocab_size)
-    lowered = lower(program)
+    ops = Inventor(probe.weights, probe.kv_dtype)
+    emit_sampling(ops.program, record_on(ops, config), config.vocab_size)
+    lowered = lower(ops.program)
     rewritten = fuse(lowered, table) if fused else lowered
     return SimpleNamespace(
         backend=lambda swaps, base: table,

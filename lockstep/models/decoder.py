@@ -25,15 +25,21 @@ def record(config, tensors, weights="auto", kv_dtype="bf16", max_context=4096):
     if prefix is None:
         raise ValueError("tensor 'model.embed_tokens.weight' is missing from the checkpoint")
     ops = Recorder(tensors, prefix, weights, kv_dtype, max_context)
+    logits = record_on(ops, config)
+    ops.check_all_used()
+    return ops.program, logits
+
+
+def record_on(ops, config):
+    """Records a model on a Recorder; returns its logits [R, V padded]."""
+    prefix = ops.prefix
     x = ops.embed(f"{prefix}embed_tokens.weight", config.vocab_size, config.hidden_size)
     for i, layer in enumerate(config.layers):
         x = decoder_layer(ops, x, config, layer, f"{prefix}layers.{i}", is_last=i == len(config.layers) - 1)
     norm = f"{prefix}norm.weight", config.rms_eps, config.norm_offset
     h = ops.rms_norm(ops.select_rows(x, "sampled", "R", SAMPLED_ROW), *norm)
     ops.result("hidden", ops.rms_norm(ops.select_rows(x, "embedded", "E", EMBEDDED_ROW), *norm, "hidden"))
-    logits = head(ops, h, config, prefix)
-    ops.check_all_used()
-    return ops.program, logits
+    return head(ops, h, config, prefix)
 
 
 def decoder_layer(ops, x, config, layer, label, is_last):

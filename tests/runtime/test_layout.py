@@ -1,0 +1,81 @@
+"""Where activations lie: never two at once in one place, and no more memory than the models are known to need."""
+
+import numpy as np
+import pytest
+
+from lockstep.engine.model import emit_sampling
+from lockstep.models.decoder import record_on
+from lockstep.models.families import model_config
+from lockstep.models.record import Recorder
+from lockstep.ops import BACKENDS
+from lockstep.runtime.executor import lay_out
+from lockstep.runtime.program import DTYPES, Tensor
+from lockstep.runtime.rewrite import fuse, lower
+from lockstep.weights.tensor import StoredTensor, stored_shape
+from tests.models import published
+
+ROWS = {"T": 512, "O": 512, "R": 64, "E": 512, "S": 16}
+
+
+class Shapes(Recorder):
+    """A recorder of programs whose weights are only shapes: matrices of q8_0, all else float32."""
+
+    def __init__(self):
+        super().__init__({}, "model.", "auto", "bf16", 4096)
+
+    def stored(self, name, *shape):
+        format = "q8_0" if len(shape) == 2 else "f32"
+        stored, dtype = stored_shape(format, shape)
+        return StoredTensor(name, format, shape, np.broadcast_to(np.zeros(1, dtype), stored))
+
+
+def program_of(raw):
+    raw = raw.get("text_config", raw) | {"tie_word_embeddings": raw.get("tie_word_embeddings", True)}
+    config, ops = model_config(raw), Shapes()
+    emit_sampling(ops.program, record_on(ops, config), config.vocab_size)
+    return fuse(lower(ops.program), {**BACKENDS["reference"], **BACKENDS["cpu"]})
+
+
+@pytest.fixture(scope="module", params=["QWEN3_0_6B", "LLAMA_3_2_1B", "QWEN3_5_0_8B", "QWEN3_30B_A3B"])
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def program(name):
+    return program_of(getattr(published, name))
+
+
+def lives(program):
+    """{tensor: (index of the op that first writes it, of the last that touches it)}; results live to the end."""
+    made, end = {}, len(program.ops)
+    for i, op in enumerate(program.ops):
+        for value in (*op.outputs, *op.inputs):
+            if isinstance(value, Tensor):
+                made[value] = made.get(value, (i, i))[0], end if value in program.results.values() else i
+    return made
+
+
+def num_bytes(tensor):
+    return ROWS[tensor.rows] * tensor.width * DTYPES[tensor.dtype].itemsize
+
+
+def test_no_two_activations_that_live_at_once_overlap(program):
+    offsets, size = lay_out(program, ROWS, False)
+    live = lives(program)
+    at_once = {}
+    for tensor, (first, last) in live.items():
+        for i in range(first, last + 1):
+            at_once.setdefault(i, []).append((offsets[tensor], offsets[tensor] + num_bytes(tensor)))
+    for spans in at_once.values():
+        spans.sort()
+        assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:])) and spans[-1][1] <= size
+
+
+# bytes of activations with the holes that small tensors leave in the place of large ones used; before, they were lost:
+# 149.9, 155.4, 269.2 and 500.2 MB
+MOST = {"QWEN3_0_6B": 131e6, "LLAMA_3_2_1B": 122e6, "QWEN3_5_0_8B": 231e6, "QWEN3_30B_A3B": 274e6}
+
+
+def test_memory_of_published_models(name, program):
+    assert lay_out(program, ROWS, False)[1] <= MOST[name]

@@ -18,6 +18,7 @@ PICTURES = (".png", ".svg", ".pdf")
 
 
 def command(
+    *,
     model: ModelName = None,
     weights: Weights = "auto",
     kv_dtype: KvDtype = None,

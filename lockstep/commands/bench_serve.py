@@ -20,6 +20,7 @@ COLOURS = dict(running="#3b6fb6", waiting="#b6693b", first="#3b6fb6", between="#
 
 
 def command(
+    *,
     model: ModelName = None,
     weights: Weights = "auto",
     kv_dtype: KvDtype = None,

@@ -22,6 +22,7 @@ MODELS = "the model's"  # defaults of sampling
 
 
 def command(
+    *,
     model: ModelName = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.", show_default=False)] = None,
     temperature: Annotated[

@@ -26,6 +26,7 @@ DEFAULT_TOKENS, DEFAULT_CONTEXT = 128, 4096
 
 
 def command(
+    *,
     model: ModelName = None,
     source: Annotated[
         str | None, typer.Argument(metavar="[-]", help="- reads the prompt from standard input.", show_default=False)

@@ -26,6 +26,7 @@ KEY_VARIABLE = "LOCKSTEP_API_KEY"
 
 
 def command(
+    *,
     model: ModelName = None,
     host: Annotated[
         str,

@@ -5,6 +5,8 @@
 
 import ast
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -85,3 +87,13 @@ def test_an_upward_import_is_seen(tmp_path, monkeypatch):
         "    import lockstep.runtime.step\n"
     )
     assert upward(path) == [("ops", "lockstep.serve"), ("ops", "lockstep.engine.model")]
+
+
+# what a second backend would use as it is: none of it may load a compiler or know addresses
+PURE = ("runtime.words", "runtime.step_block", "runtime.program", "runtime.operands")
+
+
+def test_programs_and_declarations_need_no_compiler():
+    code = f"import sys, {', '.join(f'lockstep.{name}' for name in PURE)}; print('numba' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -14,7 +14,7 @@ from lockstep.serve.tool_calls.events import Arguments, CallStart, Content
 from lockstep.serve.tool_calls.parser import CallParser
 from lockstep.serve.tool_calls.styles import HERMES, LLAMA, MISTRAL, MISTRAL_NAMED, STYLES, XML
 from lockstep.serve.tool_calls.tools import Tool, ToolUse
-from tests.serve.test_tool_calls import parse, ways_to_cut
+from tests.serve.calls import parse, ways_to_cut
 from tests.serve.test_tool_schemas import written
 
 BY_STYLE = pytest.mark.parametrize("style", STYLES, ids=lambda style: style.name)

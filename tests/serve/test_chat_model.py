@@ -10,7 +10,7 @@ from lockstep.serve.http.chat_fields import ChatFields, conversation
 from lockstep.serve.tokenizer import Detokenizer, Tokenizer
 from lockstep.serve.tool_calls.events import Content, Reasoning
 from lockstep.serve.tool_calls.tools import Tool, ToolUse
-from tests.serve.test_tool_calls import parse
+from tests.serve.calls import parse
 from tests.serve.vocabularies import byte_level
 
 NOW = Tool("now", "The time.", dict(type="object", properties={}, additionalProperties=False))

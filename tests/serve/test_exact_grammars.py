@@ -10,7 +10,7 @@ import pytest
 from lockstep.serve import structured
 from lockstep.serve.gbnf import to_lark
 from lockstep.serve.structured import Grammars
-from tests.serve.test_structured import GRAMMARS, KINDS, TOKENIZERS, allowed, allows, random_answer
+from tests.serve.grammars import GRAMMARS, KINDS, TOKENIZERS, allowed, allows, random_answer
 
 
 def quoting(text):

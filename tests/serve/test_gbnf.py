@@ -7,7 +7,7 @@ import pytest
 
 from lockstep.serve import structured
 from lockstep.serve.gbnf import is_gbnf, to_lark
-from tests.serve.test_structured import GRAMMARS, allows
+from tests.serve.grammars import GRAMMARS, allows
 from tests.slowness import is_within
 
 JSON = r"""

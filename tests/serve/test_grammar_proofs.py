@@ -15,7 +15,7 @@ from lockstep.serve import structured
 from lockstep.serve.grammar_proofs import Proofs, TooSlow
 from lockstep.serve.job_process import Busy
 from lockstep.serve.structured import Grammars
-from tests.serve.test_structured import MIN, TOKENIZERS, allowed
+from tests.serve.grammars import MIN, TOKENIZERS, allowed
 
 BYTES = 192 << 20
 SIZES = dict(seconds=0.5, num_bytes=BYTES)

@@ -12,8 +12,8 @@ from lockstep.serve.chat_template import TemplateProcess
 from lockstep.serve.template_abilities import abilities_of
 from lockstep.serve.tool_calls.styles import HERMES, LLAMA, MISTRAL, MISTRAL_NAMED, XML
 from lockstep.serve.tool_calls.tools import Tool, ToolUse
+from tests.serve.calls import parse
 from tests.serve.test_chat_model import allowed, model
-from tests.serve.test_tool_calls import parse
 
 PLACE = Tool("find", "Finds a place.", dict(type="object", properties=dict(name=dict(type="string"))))
 USE = ToolUse((PLACE,))

@@ -12,8 +12,8 @@ from lockstep.serve.tool_calls.shapes import MAX_SHAPES, Shape, shapes
 from lockstep.serve.tool_calls.styles import STYLES, XML
 from lockstep.serve.tool_calls.texts import matches
 from lockstep.serve.tool_calls.tools import Tool, ToolUse
-from tests.serve.test_structured import GRAMMARS, allows, random_answer
-from tests.serve.test_tool_calls import calls_grammar, parse
+from tests.serve.calls import calls_grammar, parse
+from tests.serve.grammars import GRAMMARS, allows, random_answer
 
 BY_STYLE = pytest.mark.parametrize("style", STYLES, ids=lambda style: style.name)
 X = {"type": "object", "properties": {"x": {"type": "boolean"}}, "required": ["x"], "additionalProperties": False}

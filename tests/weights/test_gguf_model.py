@@ -1,77 +1,21 @@
 """A GGUF file gives back the Hugging Face checkpoint it was converted from: names, config and every value."""
 
-import ml_dtypes
 import numpy as np
 import pytest
 
-from lockstep.models.families import model_config
 from lockstep.weights import q4_0, q8_0
 from lockstep.weights.checkpoint import open_checkpoint
 from lockstep.weights.gguf_rope import llama3_scaling
 from tests.weights import convert
 from tests.weights.files import FLOAT32, STRING, UINT32, gguf_bytes, plain_tensors, write
-from tests.weights.fuzz import mutations
-
-BF16 = ml_dtypes.bfloat16
-LLAMA = dict(
-    block_count=2, context_length=128, embedding_length=32, feed_forward_length=64, attention__head_count=4,
-    attention__head_count_kv=2, attention__layer_norm_rms_epsilon=1e-5, rope__dimension_count=8, vocab_size=40,
-    rope__freq_base=500000.0)  # fmt: skip
-
-
-def draw(rng, *shape):
-    return rng.standard_normal(shape).astype(np.float32).astype(BF16)
-
-
-def dense_tensors(rng, head_norms=False, biases=False, tied=True, mlp_biases=False):
-    """A two-layer decoder: width 32, 4 heads of 8, 2 kv heads."""
-    tensors = {"model.embed_tokens.weight": draw(rng, 40, 32), "model.norm.weight": draw(rng, 32)}
-    if not tied:
-        tensors["lm_head.weight"] = draw(rng, 40, 32)
-    for layer in range(2):
-        at = f"model.layers.{layer}."
-        for name, rows in (("q_proj", 32), ("k_proj", 16), ("v_proj", 16), ("o_proj", 32)):
-            tensors[f"{at}self_attn.{name}.weight"] = draw(rng, rows, 32)
-            if biases and name != "o_proj":
-                tensors[f"{at}self_attn.{name}.bias"] = draw(rng, rows)
-        for name in ("q_norm", "k_norm") if head_norms else ():
-            tensors[f"{at}self_attn.{name}.weight"] = draw(rng, 8)
-        for name, shape in (("gate_proj", (64, 32)), ("up_proj", (64, 32)), ("down_proj", (32, 64))):
-            tensors[f"{at}mlp.{name}.weight"] = draw(rng, *shape)
-            if mlp_biases:
-                tensors[f"{at}mlp.{name}.bias"] = draw(rng, shape[0])
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"{at}{name}.weight"] = draw(rng, 32)
-    return tensors
-
-
-def stored(name, array):
-    """Vectors become float32 in GGUF, matrices keep their format."""
-    return array.astype(np.float32) if array.ndim == 1 or name.endswith(("conv1d.weight", "A_log")) else array
-
-
-def write_dense(path, tensors, architecture, extra=None, change=lambda name, array: array, **values):
-    named = {}
-    for name, array in tensors.items():
-        gguf = convert.gguf_name(name, 2, "ffn_norm")
-        named[gguf] = stored(name, change(name, array))
-    metadata = convert.metadata(architecture, **{**LLAMA, **values})
-    return write(path, gguf_bytes(metadata, {**plain_tensors(named), **(extra or {})}))
-
-
-def rotary(name, array):
-    heads = {"q_proj": 4, "k_proj": 2}
-    return convert.interleave_rotary(array, heads[name.split(".")[-2]]) if name.split(".")[-2] in heads else array
-
-
-def assert_same(checkpoint, expected):
-    assert set(checkpoint.tensors) == set(expected)
-    for name, array in expected.items():
-        tensor, info = checkpoint.tensors[name], checkpoint.tensors.info[name]
-        assert tensor.name == info.name == name
-        assert tensor.shape == info.shape == array.shape and tensor.format == info.format, name
-        assert tensor.data.nbytes == info.num_bytes and not tensor.data.flags.writeable
-        assert (tensor.to_f32() == array.astype(np.float32)).all(), name
+from tests.weights.gguf_models import (
+    LLAMA,
+    assert_same,
+    dense_tensors,
+    draw,
+    rotary,
+    write_dense,
+)
 
 
 @pytest.mark.parametrize(
@@ -215,152 +159,6 @@ def test_experts(tmp_path):
         open_checkpoint(write_dense(path, plain, "qwen3moe", plain_tensors(stacks), **{**counts, "expert_count": 4}))
 
 
-def qwen35_tensors(rng, num_keys, num_values, size=32, mtp=True):
-    """Four layers (three linear, one full), width 32, delta heads of `size`, kernel 4."""
-    key_rows, value_rows = num_keys * size, num_values * size
-    tensors = {"model.embed_tokens.weight": draw(rng, 40, 32), "model.norm.weight": draw(rng, 32)}
-    for layer in range(4):
-        at = f"model.layers.{layer}."
-        if layer != 3:
-            linear = {
-                "in_proj_qkv.weight": (2 * key_rows + value_rows, 32), "in_proj_z.weight": (value_rows, 32),
-                "in_proj_a.weight": (num_values, 32), "in_proj_b.weight": (num_values, 32),
-                "out_proj.weight": (32, value_rows), "conv1d.weight": (2 * key_rows + value_rows, 1, 4),
-                "A_log": (num_values,), "dt_bias": (num_values,), "norm.weight": (size,),
-            }  # fmt: skip
-            tensors |= {f"{at}linear_attn.{name}": draw(rng, *shape) for name, shape in linear.items()}
-        else:
-            tensors |= full_attention(rng, at)
-        tensors |= block_tensors(rng, at)
-    if mtp:
-        tensors |= {
-            f"mtp.{name}.weight": draw(rng, 32) for name in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")
-        }
-        tensors |= {"mtp.fc.weight": draw(rng, 32, 64)}
-        tensors |= full_attention(rng, "mtp.layers.0.") | block_tensors(rng, "mtp.layers.0.")
-    return tensors
-
-
-def full_attention(rng, at):
-    shapes = {
-        "q_proj": (128, 32),
-        "k_proj": (32, 32),
-        "v_proj": (32, 32),
-        "o_proj": (32, 64),
-        "q_norm": (16,),
-        "k_norm": (16,),
-    }
-    return {f"{at}self_attn.{name}.weight": draw(rng, *shape) for name, shape in shapes.items()}
-
-
-def block_tensors(rng, at):
-    shapes = {"mlp.gate_proj": (64, 32), "mlp.up_proj": (64, 32), "mlp.down_proj": (32, 64), "input_layernorm": (32,),
-              "post_attention_layernorm": (32,)}  # fmt: skip
-    return {f"{at}{name}.weight": draw(rng, *shape) for name, shape in shapes.items()}
-
-
-def write_qwen35(path, tensors, num_keys, num_values, size=32, packed=None, **values):
-    mtp = any(name.startswith("mtp.") for name in tensors)
-    named = {}
-    for name, array in tensors.items():
-        converted = convert.convert_qwen35(name, array, num_keys, num_values, 2 * num_keys * size)
-        named[convert.gguf_name(name, 4, "post_attention_norm")] = stored(name, converted)
-    keys = {
-        **LLAMA, "block_count": 4 + mtp, "attention__key_length": 16, "attention__value_length": 16,
-        "rope__dimension_count": 4, "rope__dimension_sections": [11, 11, 10, 0], "ssm__conv_kernel": 4,
-        "ssm__state_size": size, "ssm__group_count": num_keys, "ssm__time_step_rank": num_values,
-        "ssm__inner_size": num_values * size, "full_attention_interval": 4,
-        "attention__recurrent_layers": [True, True, True, False] + [False] * mtp,
-        **({"nextn_predict_layers": 1} if mtp else {}), **values,
-    }  # fmt: skip
-    metadata = convert.metadata("qwen35", **{key: value for key, value in keys.items() if value is not None})
-    return write(path, gguf_bytes(metadata, {**plain_tensors(named), **(packed or {})}))
-
-
-def assert_same_qwen35(checkpoint, expected):
-    """As assert_same, but a norm w comes back as what 1 + w kept of it, which gives the same 1 + w."""
-    assert set(checkpoint.tensors) == set(expected)
-    for name, array in expected.items():
-        tensor, info = checkpoint.tensors[name], checkpoint.tensors.info[name]
-        assert tensor.shape == info.shape == array.shape and tensor.format == info.format, name
-        found, wanted = tensor.to_f32(), array.astype(np.float32)
-        is_norm = name.endswith("norm.weight") or "_norm_" in name
-        one = np.float32(1 if is_norm and "linear_attn" not in name else 0)
-        assert (found + one == wanted + one).all(), name
-        assert not tensor.data.flags.writeable
-
-
-@pytest.mark.parametrize("num_keys, num_values, mtp", [(2, 2, True), (2, 4, True), (2, 6, False), (1, 3, False)])
-def test_qwen35(num_keys, num_values, mtp, tmp_path):
-    expected = qwen35_tensors(np.random.default_rng(11), num_keys, num_values, mtp=mtp)
-    checkpoint = open_checkpoint(write_qwen35(tmp_path / "m.gguf", expected, num_keys, num_values))
-    assert_same_qwen35(checkpoint, expected)
-    config = checkpoint.config
-    assert config["model_type"] == "qwen3_5_text" and config["num_hidden_layers"] == 4
-    assert config["layer_types"] == ["linear_attention"] * 3 + ["full_attention"]
-    assert (config["linear_num_key_heads"], config["linear_num_value_heads"]) == (num_keys, num_values)
-    assert (config["linear_key_head_dim"], config["linear_value_head_dim"]) == (32, 32)
-    assert config["linear_conv_kernel_dim"] == 4 and config["mtp_num_hidden_layers"] == int(mtp)
-    assert config["head_dim"] == 16 and config["tie_word_embeddings"]
-    assert config["rope_parameters"] == {
-        "rope_type": "default", "rope_theta": 500000.0, "partial_rotary_factor": 0.25, "mrope_section": [11, 11, 10],
-        "mrope_interleaved": True,
-    }  # fmt: skip
-
-
-def test_qwen35_heads_that_turn_whole(tmp_path):
-    tensors, path = qwen35_tensors(np.random.default_rng(12), 2, 2, mtp=False), tmp_path / "m.gguf"
-    config = open_checkpoint(write_qwen35(path, tensors, 2, 2, rope__dimension_count=16)).config
-    assert model_config(config).rope_dim == 16  # a silent config means a quarter
-    with pytest.raises(ValueError, match="qwen35.rope.dimension_sections must be an array of numbers, found 11"):
-        open_checkpoint(write_qwen35(path, tensors, 2, 2, rope__dimension_sections=11))
-
-
-def test_qwen35_layer_types_by_interval(tmp_path):
-    tensors = qwen35_tensors(np.random.default_rng(12), 2, 2, mtp=False)
-    path = write_qwen35(tmp_path / "m.gguf", tensors, 2, 2, attention__recurrent_layers=None)
-    assert open_checkpoint(path).config["layer_types"] == ["linear_attention"] * 3 + ["full_attention"]
-
-
-@pytest.mark.parametrize("block", [q8_0, q4_0])
-def test_qwen35_columns_of_blocks_move_whole(block, tmp_path):
-    rng, name = np.random.default_rng(13), "model.layers.0.linear_attn.out_proj.weight"
-    tensors = qwen35_tensors(rng, 2, 4, mtp=False)
-    weights = tensors.pop(name).astype(np.float32)
-    raw = block.quantize(convert.tile_heads(weights, 1, 2, 4)).tobytes()
-    format = block.__name__.rpartition(".")[2]
-    path = write_qwen35(tmp_path / "m.gguf", tensors, 2, 4, packed={"blk.0.ssm_out.weight": (format, (32, 128), raw)})
-    tensor = open_checkpoint(path).tensors[name]
-    assert tensor.format == format and (tensor.data == block.quantize(weights)).all()
-
-
-def test_qwen35_columns_across_blocks_become_float32(tmp_path):
-    """Value heads of 64 in k-quant blocks of 256: a block spans heads, so the weights move, not blocks."""
-    rng, name = np.random.default_rng(14), "model.layers.0.linear_attn.out_proj.weight"
-    tensors = qwen35_tensors(rng, 2, 4, size=64, mtp=False)
-    del tensors[name]
-    raw = rng.integers(0, 256, (32, 144), np.uint8)
-    raw[:, [1, 3]] &= 0x3B
-    packed = {"blk.0.ssm_out.weight": ("q4_k", (32, 256), raw.tobytes())}
-    checkpoint = open_checkpoint(write_qwen35(tmp_path / "m.gguf", tensors, 2, 4, size=64, packed=packed))
-    tensor, info = checkpoint.tensors[name], checkpoint.tensors.info[name]
-    assert tensor.format == info.format == "f32" and tensor.shape == info.shape and tensor.data.nbytes == info.num_bytes
-    from lockstep.weights import q4_k
-
-    assert (convert.tile_heads(tensor.data, 1, 2, 4) == q4_k.dequantize(raw)).all()
-
-
-def test_decay_that_is_no_bfloat16_logarithm(tmp_path):
-    tensors = qwen35_tensors(np.random.default_rng(15), 2, 2, mtp=False)
-    name = "model.layers.0.linear_attn.A_log"
-    tensors[name] = np.float32([0.1234567, -1.7654321])
-    found = open_checkpoint(write_qwen35(tmp_path / "m.gguf", tensors, 2, 2)).tensors[name].to_f32()
-    assert np.abs(found - tensors[name]).max() < 2e-7
-    tensors[name] = np.float32([np.nan, 1])
-    with pytest.raises(ValueError, match="'blk.0.ssm_a'.*all negative"):
-        open_checkpoint(write_qwen35(tmp_path / "m.gguf", tensors, 2, 2)).tensors[name]
-
-
 @pytest.mark.parametrize(
     "values, message",
     [
@@ -427,16 +225,3 @@ def test_token_ids_of_the_metadata(tmp_path):
     metadata["tokenizer.ggml.bos_token_id"] = (UINT32, 0xFFFFFFFF)
     checkpoint = open_checkpoint(write(tmp_path / "m.gguf", gguf_bytes(metadata, tensors)))
     assert checkpoint.generation_config == {"eos_token_id": 2}
-
-
-def test_damaged_files_only_raise_value_errors(tmp_path):
-    tensors = {name: array for name, array in qwen35_tensors(np.random.default_rng(20), 1, 2).items()}
-    content = write_qwen35(tmp_path / "m.gguf", tensors, 1, 2).read_bytes()
-    head = content.index(b"token_embd.weight") + 4000
-
-    def read(path):
-        path.write_bytes(path.read_bytes() + content[head:])
-        for tensor in open_checkpoint(path).tensors.values():
-            tensor.to_f32()
-
-    mutations(content[:head], tmp_path / "m.gguf", read, rounds=150, seed=5)

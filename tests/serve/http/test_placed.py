@@ -11,7 +11,7 @@ from lockstep.serve.tool_calls.events import Content
 from lockstep.serve.tool_calls.parser import CallParser
 from lockstep.serve.tool_calls.styles import HERMES
 from lockstep.serve.tool_calls.tools import ToolUse
-from tests.serve.test_tool_calls import EMPTY
+from tests.serve.calls import EMPTY
 
 CALL = '<tool_call>\n{"name": "now", "arguments": {"a": "is it"}}\n</tool_call>'
 ANSWERS = [

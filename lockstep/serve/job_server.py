@@ -14,7 +14,8 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 LENGTH = struct.Struct("<I")
 MAX_BYTES = 256 << 20  # of one order or answer
@@ -24,6 +25,10 @@ NOTICE = 0x7F000000  # instead of a length: the copy has ended, with the signal 
 NUM_READY = 2  # copies that wait for their first order
 MAX_KEPT_BYTES = 128 << 20  # that a copy has used at most: one that needed more is not used again
 OUTSIDE = (0, signal.SIGKILL, signal.SIGTERM)  # how a copy ends that did not reach its limits
+
+
+class _OtherSideEnded(Exception):
+    """The process that this one belongs to has ended, or has let go of it."""
 
 
 class Ended(Exception):
@@ -47,10 +52,19 @@ def serve(prepare: Callable[[bytes], Callable[[bytes], bytes]]) -> None:
     needed.
     """
     _settle()
-    control = socket.socket(fileno=0)
-    answer, running = prepare(receive(control)[0]), {}
-    gc.disable()  # a copy shares the memory that it does not write to
-    gc.freeze()
+    control, running = socket.socket(fileno=0), {}
+    with contextlib.suppress(_OtherSideEnded):  # as it may whenever it likes, which is no fault and nobody's to read
+        answer = prepare(_first(control))
+        gc.disable()  # a copy shares the memory that it does not write to
+        gc.freeze()
+        _hand_out(control, answer, running)
+    for pid in running:
+        os.kill(pid, signal.SIGKILL)
+    os._exit(0)
+
+
+def _hand_out(control: socket.socket, answer: Callable[[bytes], bytes], running: dict[int, socket.socket]) -> NoReturn:
+    """Starts copies as they are asked for, and keeps `running` up to date, until _OtherSideEnded."""
     wakes = _wakes()
     ready = selectors.DefaultSelector()
     ready.register(control, selectors.EVENT_READ)
@@ -62,12 +76,9 @@ def serve(prepare: Callable[[bytes], Callable[[bytes], bytes]]) -> None:
             if key.fileobj is wakes:
                 wakes.recv(4096)
                 _bury(running)
-            elif _is_asked(control):
-                _add_copy(control, answer, running)
             else:
-                for pid in running:
-                    os.kill(pid, signal.SIGKILL)
-                os._exit(0)
+                _wait_for_wish(control)
+                _add_copy(control, answer, running)
 
 
 def _settle() -> None:
@@ -92,12 +103,28 @@ def _wakes() -> socket.socket:
     return wakes
 
 
-def _is_asked(control: socket.socket) -> bool:
-    """Whether one more copy is asked for; False where the other side has ended."""
+@contextlib.contextmanager
+def _with_other_side() -> Iterator[None]:
+    """Turns what a socket says when the other side has ended into _OtherSideEnded.
+
+    Closed sockets say it in several ways: with what they had not read yet left in them, they are "reset".
+    """
     try:
-        return bool(control.recv(1))
-    except ConnectionError:  # it left sockets that it never took
-        return False
+        yield
+    except ConnectionError as error:
+        raise _OtherSideEnded from error
+
+
+def _first(control: socket.socket) -> bytearray:
+    """What the other side sends first."""
+    with _with_other_side():
+        return receive(control)[0]
+
+
+def _wait_for_wish(control: socket.socket) -> None:
+    """Reads the byte that asks for one more copy."""
+    with _with_other_side():
+        _exactly(control, 1)
 
 
 def _bury(running: dict[int, socket.socket]) -> None:
@@ -116,17 +143,17 @@ def _add_copy(control: socket.socket, answer: Callable[[bytes], bytes], running:
     own, other = socket.socketpair()
     pid = os.fork()
     if pid == 0:
-        for theirs in (control, other, *running.values()):
-            theirs.close()
-        _serve_orders(own, answer)
+        _serve_orders(own, answer, [control, other, *running.values()])
     running[pid] = own
-    with other:
+    with other, _with_other_side():
         socket.send_fds(control, [b"c"], [other.fileno()])
 
 
-def _serve_orders(job: socket.socket, answer: Callable[[bytes], bytes]) -> None:
+def _serve_orders(job: socket.socket, answer: Callable[[bytes], bytes], not_ours: list[socket.socket]) -> NoReturn:
     """Carries out orders until no more come, and ends the process."""
     try:
+        for each in not_ours:
+            each.close()
         signal.set_wakeup_fd(-1)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what a library says as it fails, or we where nobody asks
         while peak_bytes() <= MAX_KEPT_BYTES:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -15,6 +16,7 @@ import pytest
 from lockstep.serve import job_process
 from lockstep.serve.chat_template import ChatTemplate, TemplateProcess
 from lockstep.serve.job_process import Busy, JobProcess
+from lockstep.serve.job_server import COMPLETE, LENGTH, send
 
 ROOT = Path(__file__).parents[2]
 HELLO = [{"role": "user", "content": "hello"}]
@@ -129,6 +131,44 @@ def test_a_forked_process_has_one_of_its_own():
         print(os.wait()[1], says("again"), process.jobs.process_id == first)
         """)
     assert done.stdout.splitlines() == ["hello", "forked True", "0 again True"] and not done.stderr
+
+
+def child(other):
+    """The process, started by hand: its first two copies are sent to the other end of the socket `other`."""
+    return subprocess.Popen([sys.executable, "-P", "-m", "lockstep.serve.template_child"], stdin=other,
+                            stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+def ends_in_silence(process):
+    _, said = process.communicate(timeout=60)
+    return (process.returncode, said) == (0, b"")
+
+
+@pytest.mark.parametrize("said", [b"", LENGTH.pack(9) + b"a", LENGTH.pack(0) + COMPLETE],
+                         ids=["nothing", "half", "everything"])
+def test_it_ends_in_silence_if_the_other_side_was_gone_before_it_began(said):
+    control, other = socket.socketpair()
+    control.sendall(said)
+    control.close()
+    with other, child(other) as process:
+        assert ends_in_silence(process)
+
+
+@pytest.mark.parametrize("num_taken, asks", [(0, b""), (1, b""), (2, b""), (2, b"c")])
+def test_it_ends_in_silence_if_the_other_side_goes_later(num_taken, asks):
+    """It goes with copies that it has not taken, with none that it has not, and as it asks for one more."""
+    control, other = socket.socketpair()
+    with other, child(other) as process:
+        with control:
+            send(control, b"")
+            control.recv(1, socket.MSG_PEEK)  # the copies come
+            for _ in range(num_taken):
+                _, descriptors, *_ = socket.recv_fds(control, 1, 1)
+                os.close(*descriptors)
+            os.kill(process.pid, signal.SIGSTOP)  # it shall not see the wish before the end
+            control.sendall(asks)
+        os.kill(process.pid, signal.SIGCONT)
+        assert ends_in_silence(process)
 
 
 @NEEDS_PROC

@@ -73,7 +73,8 @@ def test_accuracy_over_all_magnitudes(name):
 def test_exact_points():
     assert interpreted(math.log)(np.float32(1)) == 0
     assert interpreted(math.log1p)(np.float32(0)) == 0
-    assert [interpreted(math.tanh)(np.float32(x)) for x in (-100, -1e18, 0, 100, 1e18)] == [-1, -1, 0, 1, 1]
+    with np.errstate(over="ignore"):  # the polynomial for small numbers is evaluated for large ones, too, and left out
+        assert [interpreted(math.tanh)(np.float32(x)) for x in (-100, -1e18, 0, 100, 1e18)] == [-1, -1, 0, 1, 1]
 
 
 def test_exp_is_zero_far_below():

@@ -135,8 +135,12 @@ def test_a_forked_process_has_one_of_its_own():
 
 def child(other):
     """The process, started by hand: its first two copies are sent to the other end of the socket `other`."""
-    return subprocess.Popen([sys.executable, "-P", "-m", "lockstep.serve.template_child"], stdin=other,
-                            stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "lockstep.serve.template_child"],
+        stdin=other,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
 
 
 def ends_in_silence(process):
@@ -144,8 +148,9 @@ def ends_in_silence(process):
     return (process.returncode, said) == (0, b"")
 
 
-@pytest.mark.parametrize("said", [b"", LENGTH.pack(9) + b"a", LENGTH.pack(0) + COMPLETE],
-                         ids=["nothing", "half", "everything"])
+@pytest.mark.parametrize(
+    "said", [b"", LENGTH.pack(9) + b"a", LENGTH.pack(0) + COMPLETE], ids=["nothing", "half", "everything"]
+)
 def test_it_ends_in_silence_if_the_other_side_was_gone_before_it_began(said):
     control, other = socket.socketpair()
     control.sendall(said)

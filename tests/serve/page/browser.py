@@ -85,6 +85,10 @@ class Browser:
     def open(self, url):
         self._ask("/url", url=url)
 
+    def reload(self):
+        """Loads the page once more; returns when it is there."""
+        self._ask("/refresh")
+
     def run(self, script, *args):
         """Runs the body of a JavaScript function; returns what it returns."""
         return self._ask("/execute/sync", script=script, args=list(args))

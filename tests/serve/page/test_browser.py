@@ -1,6 +1,7 @@
 """The page in a real browser, against a real server."""
 
 import json
+import math
 import shutil
 import time
 
@@ -14,7 +15,7 @@ from tests.serve.http.server import SIZES, running
 from tests.serve.page import browser as driver
 
 pytestmark = pytest.mark.skipif(driver.missing() is not None, reason=f"{driver.missing()}: the page is not tested")
-SET = dict(max_tokens=24, temperature=0.7, top_p=0.95)
+SET = dict(max_tokens=24, temperature=0.7, top_p=0.95, seed=7)  # with a seed an answer is the same in every run
 ENDED, TOKENS = ".again", ".answer:last-child .token"
 VERDICT = ".answer:last-child .verdict"
 
@@ -41,7 +42,8 @@ def page(chromium, server):
 def opened(chromium, server, width=1100):
     chromium.look(width, 800)
     chromium.open(server.url)
-    chromium.run("sessionStorage.clear(); location.reload()")
+    chromium.run("sessionStorage.clear()")
+    chromium.reload()
     chromium.until(lambda: chromium.texts("#running") == ["0"])
     for name, value in SET.items():
         setting(chromium, name, value)
@@ -68,12 +70,28 @@ def send(page, text):
     page.press("Enter")
 
 
+class Hold:
+    """Keeps an engine's answers from ending: each waits once it has `num_tokens`; with None there it goes on."""
+
+    def __init__(self, engine, num_tokens):
+        self._engine, self._step, self.num_tokens = engine, engine.step, num_tokens
+
+    def step(self):
+        """As the engine's; without a token where an answer has enough, so that it can still be cancelled."""
+        if any(len(request.output_ids) >= (self.num_tokens or math.inf) for request in self._engine.scheduler.running):
+            time.sleep(0.01)
+            return []
+        return self._step()
+
+
 @pytest.fixture
-def slow(server, monkeypatch):
-    """Steps that take their time, so that there is an answer to interrupt."""
+def hold(server, monkeypatch):
+    """A Hold of answers with eight tokens, so that there is one to interrupt; no token ends them either."""
     engine = server.service.llm.engine
-    step = engine.step
-    monkeypatch.setattr(engine, "step", lambda: (time.sleep(0.03), step())[1])
+    made = Hold(engine, 8)
+    monkeypatch.setattr(engine, "step", made.step)
+    monkeypatch.setattr(engine, "eos_ids", frozenset())
+    return made
 
 
 def facts(page):
@@ -81,6 +99,7 @@ def facts(page):
 
 
 def test_an_answer_is_what_the_api_gives_for_its_seed(page, server):
+    setting(page, "seed", "")  # the page draws one
     ask(page, "Write a loop.")
     assert page.text(".said") == "Write a loop." and not page.shown("#welcome")
     found = facts(page)
@@ -105,20 +124,18 @@ def test_controls_show_the_model_s_defaults_until_they_are_moved(chromium, serve
     page = chromium
     page.look(1100, 800)
     page.open(server.url)
-    page.run("sessionStorage.clear(); location.reload()")
+    page.run("sessionStorage.clear()")
+    page.reload()
     page.until(lambda: controls(page) == [2.5, 0.935, 0, 7])
     assert page.texts("#sampling output") == ["2.50", "0.935", "0.00"]
     setting(page, "max_tokens", 12)
+    setting(page, "seed", 7)
     ask(page, "Write a loop.")
-    body = dict(
-        messages=[dict(role="user", content="Write a loop.")],
-        max_tokens=12,
-        seed=int(facts(page)[0].removeprefix("seed ")),
-    )
+    body = dict(messages=[dict(role="user", content="Write a loop.")], max_tokens=12, seed=7)
     answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()
     assert page.text(".answer .text") == answer["choices"][0]["message"]["content"]
     setting(page, "top_k", 3)
-    page.run("location.reload()")
+    page.reload()
     page.until(lambda: controls(page) == [2.5, 0.935, 0, 3])
     monkeypatch.setattr(server.service.llm, "sampling_defaults", dict(temperature=0.25))  # another model is served now
     page.until(lambda: controls(page) == [0.25, 1, 0, 3])
@@ -126,7 +143,6 @@ def test_controls_show_the_model_s_defaults_until_they_are_moved(chromium, serve
 
 
 def test_a_conversation_goes_on_and_can_be_forgotten(page, server):
-    setting(page, "seed", 7)
     setting(page, "system", "Be brief.")
     ask(page, "One.")
     ask(page, "Two.", answers=2)
@@ -144,11 +160,12 @@ def test_a_conversation_goes_on_and_can_be_forgotten(page, server):
     assert page.shown("#welcome") and not page.shown(".answer")
 
 
-def test_a_conversation_that_is_forgotten_while_it_is_answered_stays_forgotten(page, server, slow):
+def test_a_conversation_that_is_forgotten_while_it_is_answered_stays_forgotten(page, server, hold):
     send(page, "One.")
     page.until(lambda: len(page.texts(TOKENS)) > 3)
     page.click("#clear")
     page.until(lambda: page.shown("#send") and server.service.num_open == 0)
+    hold.num_tokens = None
     page.run("""const send = fetch;
         window.fetch = (path, options) => {
           if (options?.body) window.sent = JSON.parse(options.body).messages;
@@ -160,7 +177,11 @@ def test_a_conversation_that_is_forgotten_while_it_is_answered_stays_forgotten(p
 
 def test_run_again_gives_the_same_alone_and_in_a_crowd(page):
     ask(page, "Write a class.")
-    for button, words in (("first-child", "✓ The same: all 24 tokens"), ("nth-child(2)", "✓ The same beside 4 others")):
+    tokens = next(fact for fact in facts(page) if fact.endswith(" tokens"))
+    for button, words in (
+        ("first-child", f"✓ The same: all {tokens}"),
+        ("nth-child(2)", f"✓ The same beside 4 others: all {tokens}"),
+    ):
         page.click(f".again button:{button}")
         page.until(lambda: words in page.text(VERDICT))
         assert page.shown(f"{VERDICT}.same")
@@ -196,27 +217,30 @@ def test_alternatives_on_hover_and_by_keyboard(page):
     assert not page.shown("#card")
 
 
-def test_stop_ends_the_answer_on_the_server_too(page, server, slow):
-    setting(page, "max_tokens", 900)
+def test_stop_ends_the_answer_on_the_server_too(page, server, hold):
     send(page, "Go on and on.")
-    page.until(lambda: len(page.texts(TOKENS)) > 3)
-    page.until(lambda: page.texts("#running") == ["1"] and page.text("#rate").replace(".", "").isdigit())
+    page.until(lambda: len(page.texts(TOKENS)) > 3 and page.texts("#running") == ["1"])
     page.click("#stop")
     page.until(lambda: page.shown(ENDED))
     page.until(lambda: server.service.num_open == 0 and not server.service.counts()["running"])
     assert "stopped" in facts(page) and page.shown("#send")
-    page.click(".again button:first-child")  # as far as it came, and no further
+    hold.num_tokens = 16
+    page.click(".again button:first-child")  # as far as it came, and no further: held, it would not end by itself
     page.until(lambda: "✓ The same" in page.text(VERDICT))
     page.until(lambda: server.service.num_open == 0)
 
 
 def test_the_figures_are_the_server_s(page, server):
+    page.run("""window.rates = [];
+        const rate = document.getElementById("rate");
+        new MutationObserver(() => rates.push(rate.textContent)).observe(rate, {childList: true});""")
     ask(page, "Count to ten. " * 130)
     ask(page, "And again.", answers=2)  # after the same 512 tokens, where the model's state was kept
     counts = server.service.counts()
     assert counts["hit_tokens"] > 0
     page.until(lambda: page.texts("#hits") == [f"{100 * counts['hit_tokens'] / counts['query_tokens']:.3g} %"])
     assert page.text("#pages") == f"0 of {counts['pages']}" and page.text("#waiting") == "0"
+    page.until(lambda: any(rate.replace(".", "").isdigit() for rate in page.run("return rates")))
 
 
 def test_markup_stays_text(page):
@@ -288,9 +312,8 @@ def test_a_refusal_is_told_in_words(chromium, server, monkeypatch, error, words)
     assert len(page.complaints()) == 1  # the browser itself reports the status
 
 
-def test_a_lost_connection_is_told_in_words(chromium, server, slow):
+def test_a_lost_connection_is_told_in_words(chromium, server, hold):
     page = opened(chromium, server)
-    setting(page, "max_tokens", 900)
     send(page, "Go on and on.")
     page.until(lambda: len(page.texts(TOKENS)) > 3)
     for connection in list(server.server.server_state.connections):
@@ -345,10 +368,10 @@ def test_a_base_model_behind_a_key_continues_text(chromium, tmp_path):
         setting(chromium, "max_tokens", 12)
         setting(chromium, "temperature", 0.7)
         setting(chromium, "top_p", 0.95)
+        setting(chromium, "seed", 7)
         chromium.complaints()
         ask(chromium, "def add(a, b):")
-        seed = int(facts(chromium)[0].removeprefix("seed "))
-        body = dict(prompt="def add(a, b):", seed=seed, max_tokens=12, temperature=0.7, top_p=0.95)
+        body = dict(prompt="def add(a, b):", seed=7, max_tokens=12, temperature=0.7, top_p=0.95)
         answer = httpx.post(f"{server.url}/v1/completions", json=body, headers={"x-api-key": "s3cret"}, timeout=60)
         assert chromium.text(".answer .text") == "def add(a, b):" + answer.json()["choices"][0]["text"]
         chromium.click(".again button:first-child")

@@ -124,10 +124,10 @@ export class Answer {
   async collect(signal) {
     const found = { text: "", tokens: [] };
     for await (const { text, tokens } of stream(this.request, this.key(), signal)) {
-      if (this.stopped && found.tokens.length >= this.tokens.length) break;
       found.text += text;
       found.tokens.push(...tokens);
       this.judge("", `Running again … ${found.tokens.length} of ${this.tokens.length} tokens`);
+      if (this.stopped && found.tokens.length >= this.tokens.length) break;
     }
     return found;
   }

@@ -16,13 +16,14 @@ import numpy as np
 
 from lockstep import ceiling
 from lockstep.ops import BACKENDS
+from lockstep.ops.attention import Attention
 from lockstep.ops.kv_cache import ELEMENTS, KV_DTYPES, PAGE_TOKENS, SCALE_BYTES, page_shapes
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.executor import Executor, WeightStore, aligned
 from lockstep.runtime.kernel import kernel
 from lockstep.runtime.program import DTYPES, CacheArray, Program
 from lockstep.runtime.threads import Team
-from tests.ops.harness import ragged_step
+from tests.ops.harness import Given, ragged_step
 
 SHAPES = {"qwen3": (16, 8, 128), "qwen3_5": (8, 2, 256), "llama": (32, 8, 64), "llama_8b": (32, 8, 128)}  # H, G, K
 PAST_CACHES = 192 << 20  # bytes that no cache keeps from one step to the next
@@ -40,35 +41,36 @@ class Case:
     def __init__(self, team, backend, shape, dtype, tokens, context, layers):
         (H, G, K), program = shape, Program()
         pages = [random_pages(shape, context, dtype, part) for _ in range(layers) for part in (0, 1)]
-        made = [program.tensor(n, "T", w) for n, w in (("q", H * K), ("out", H * K), ("stats", 2 * H))]
-        program.emit("input", made[:1], [])
+        q, out, stats = (program.tensor(n, "T", w) for n, w in (("q", H * K), ("out", H * K), ("stats", 2 * H)))
+        program.emit(Given(out=q))
         for i in range(layers):
-            caches = [
+            k_pages, v_pages = (
                 CacheArray(f"{i}{part}", "pages", ELEMENTS[dtype], pages[2 * i + part].shape[1:]) for part in (0, 1)
-            ]
-            program.emit(
-                "attention",
-                made[1:],
-                [made[0], *caches],
-                num_heads=H,
-                num_kv_heads=G,
-                head_dim=K,
-                sm_scale=K**-0.5,
-                sliding_window=0,
-                soft_cap=0.0,
-                kv_dtype=KV_DTYPES.index(dtype),
             )
-        kind = "attention" if dtype == "f32" else f"attention_{dtype}"
-        backend = {"input": Implementation(nothing), "attention": BACKENDS[backend][kind]}
+            program.emit(
+                Attention(
+                    out=out,
+                    stats=stats,
+                    q=q,
+                    k_pages=k_pages,
+                    v_pages=v_pages,
+                    num_heads=H,
+                    num_kv_heads=G,
+                    head_dim=K,
+                    scale=K**-0.5,
+                    window=0,
+                    soft_cap=0.0,
+                )
+            )
         self._executor = Executor(
             program,
-            backend,
+            {**BACKENDS[backend], "given": Implementation(nothing)},
             team,
             WeightStore(),
             {"T": tokens, "R": 1, "S": 1},
             {f"{i // 2}{i % 2}": p.ctypes.data for i, p in enumerate(pages)},
         )
-        self._executor.view(made[0], tokens)[...] = np.random.default_rng(0).standard_normal((tokens, H * K))
+        self._executor.view(q, tokens)[...] = np.random.default_rng(0).standard_normal((tokens, H * K))
         table = np.random.default_rng(2).permutation(len(pages[0]))[None]
         self._step, self._held = ragged_step([tokens], [context], table)
         self._pages, self._layers = pages, layers

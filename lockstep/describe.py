@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 
 from lockstep.ops.kv_cache import PAGE_TOKENS
+from lockstep.runtime.operands import Operands
 from lockstep.runtime.program import DTYPES, Tensor, Weight
 from lockstep.weights.pack import PANEL, num_panels
 from lockstep.weights.pack_k import Q4_K_BYTES, Q5_K_BYTES, Q6_K_BYTES
@@ -97,6 +98,8 @@ def packed_bytes(weight):
 
 def flops(op, context):
     """Additions and multiplications for one row; exp and the like count as one, an op without a rule here as none."""
+    if isinstance(op, Operands):
+        return op.flops(context)
     p = op.params
     width = op.outputs[0].width if op.outputs else 0
     if op.kind.startswith("expert_linear_"):
@@ -105,17 +108,11 @@ def flops(op, context):
         case "linear":
             n, k = op.inputs[1].shape
             return 2 * n * k
-        case "attention" | "gated_attention":
-            seen = min(context, p["window"] or context)
-            return p["num_heads"] * (4 * p["head_dim"] + 4) * seen
-        case "attention_inputs" | "normed_attention_inputs":
-            heads = p["num_heads"] + p["num_kv_heads"]
-            return heads * (3 * p["rope_dim"] + (5 * p["head_dim"] if op.kind.startswith("normed") else 0))
         case "gated_delta":
             return 7 * p["num_v_heads"] * p["k_head_dim"] * p["v_head_dim"]
         case "delta_inputs":
             return (2 * p["conv_width"] + 4) * p["channels"]
-    return {"rms_norm": 5, "gated_norm": 9, "silu_mul": 4, "add": 1, "add_bias": 1}.get(op.kind, 0) * width
+    return {"gated_norm": 9, "silu_mul": 4, "add": 1, "add_bias": 1}.get(op.kind, 0) * width
 
 
 def collapsed(costs):

@@ -14,7 +14,7 @@ from lockstep.runtime.rewrite import fuse, lower
 
 GROUPS = {  # what `--op GROUP=...` stands for
     "linear": ("linear_", "quantize_q8", "round_bf16"),
-    "attention": ("attention", "gated_attention"),
+    "attention": ("attention",),
     "elementwise": ("rms_norm", "add", "silu_mul"),
 }
 

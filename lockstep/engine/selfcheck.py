@@ -24,7 +24,8 @@ from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.models.decoder import record_on
 from lockstep.models.families import model_config
 from lockstep.models.record import LINEAR_FORMATS, Recorder
-from lockstep.ops.kv_cache import KV_DTYPES
+from lockstep.ops.attention import Attention
+from lockstep.ops.kv_cache import AttentionInputs
 from lockstep.runtime.executor import WeightStore
 from lockstep.runtime.kernel import fingerprint, target
 from lockstep.runtime.rewrite import fuse, lower
@@ -103,12 +104,13 @@ def probes(program):
     kinds = {op.kind for op in program.ops}
     formats = {f for f in FORMATS if f"linear_{f}" in kinds or f"expert_linear_{f}" in kinds}
     families = ["qwen3_5"] if "gated_delta" in kinds else []
-    if kinds & {"attention", "attention_bf16", "attention_q8"}:
+    inputs = [op for op in program.ops if isinstance(op, AttentionInputs)]
+    if any(isinstance(op, Attention) and op.gate is None for op in program.ops):
         normed = "qwen3_moe" if "route" in kinds else "qwen3"
         plain = [] if "add_bias" in kinds else ["llama"]
-        families += [normed] if kinds & {"normed_attention_inputs", "normed_attention_inputs_q8"} else plain
+        families += [normed] if any(op.q_norm is not None for op in inputs) else plain
     families += ["qwen2"] if "add_bias" in kinds else []
-    kv = sorted({KV_DTYPES[op.params["kv_dtype"]] for op in program.ops if "kv_dtype" in op.params})
+    kv = sorted({op.kv_dtype for op in inputs})
     return [Probe(f, w, k) for f in families for w in FORMATS if w in formats for k in kv]
 
 

@@ -4,9 +4,10 @@ A model names checkpoint tensors by their Hugging Face names; shapes are checked
 """
 
 from lockstep.ops.activations import bf16_width, q8_width
+from lockstep.ops.attention import Attention
 from lockstep.ops.embed import FORMATS as EMBED_FORMATS
 from lockstep.ops.embed import format_code
-from lockstep.ops.kv_cache import ELEMENTS, KV_DTYPES, page_shapes
+from lockstep.ops.kv_cache import ELEMENTS, AttentionInputs, page_shapes
 from lockstep.ops.rms_norm import RmsNorm
 from lockstep.ops.rope import RopeTables
 from lockstep.runtime.program import Program, Table, Weight
@@ -244,43 +245,51 @@ class Recorder:
         q_stride = 2 * K if config.output_gate else K
         names = [(f"{label}.{p}_proj", n) for p, n in (("q", H * q_stride), ("k", G * K), ("v", G * K))]
         qkv = self.linear(x, names, f"{label}.qkv", config.qkv_bias)
-        pages = [
+        k_pages, v_pages = (
             self.program.cache(f"{label}.{p}_pages", "pages", ELEMENTS[self.kv_dtype], shape)
             for p, shape in zip("kv", page_shapes(G, K, self.kv_dtype))
-        ]
-        kv_dtype = KV_DTYPES.index(self.kv_dtype)
-        kinds = "normed_attention_inputs" if config.qk_norm else "attention_inputs"
-        norms = [self.constant(f"{label}.{p}_norm.weight", K) for p in "qk"] if config.qk_norm else []
-        q = self.program.emit(
-            kinds,
-            [self.program.tensor(f"{label}.q", "T", H * K)],
-            [qkv, *self.rope_tables(config), *pages, *norms],
-            num_heads=H,
-            num_kv_heads=G,
-            head_dim=K,
-            rope_dim=config.rope_dim if layer.rope else 0,
-            row_width=qkv.width,
-            q_offset=0,
-            q_stride=q_stride,
-            k_offset=H * q_stride,
-            v_offset=H * q_stride + G * K,
-            kv_dtype=kv_dtype,
-            **(dict(eps=config.rms_eps, offset=config.norm_offset) if norms else {}),
         )
-        outs = [self.program.tensor(f"{label}.heads", "T", H * K), self.program.tensor(f"{label}.softmax", "T", 2 * H)]
-        gate = dict(row_width=qkv.width, gate_offset=K, gate_stride=q_stride) if config.output_gate else {}
+        cos, sin = self.rope_tables(config)
+        q = self.program.emit(
+            AttentionInputs(
+                q=self.program.tensor(f"{label}.q", "T", H * K),
+                x=qkv,
+                cos=cos,
+                sin=sin,
+                k_pages=k_pages,
+                v_pages=v_pages,
+                q_norm=self.constant(f"{label}.q_norm.weight", K) if config.qk_norm else None,
+                k_norm=self.constant(f"{label}.k_norm.weight", K) if config.qk_norm else None,
+                num_heads=H,
+                num_kv_heads=G,
+                head_dim=K,
+                rope_dim=config.rope_dim if layer.rope else 0,
+                row_width=qkv.width,
+                q_offset=0,
+                q_stride=q_stride,
+                k_offset=H * q_stride,
+                v_offset=H * q_stride + G * K,
+                eps=config.rms_eps,
+                norm_offset=config.norm_offset,
+                bf16=self.kv_dtype == "bf16",
+            )
+        )
+        gate = dict(gate=qkv, gate_width=qkv.width, gate_offset=K, gate_stride=q_stride) if config.output_gate else {}
         return self.program.emit(
-            "gated_attention" if gate else "attention",
-            outs,
-            [q, *pages, *([qkv] if gate else [])],
-            num_heads=H,
-            num_kv_heads=G,
-            head_dim=K,
-            scale=float(K) ** -0.5,
-            window=layer.window,
-            soft_cap=0.0,
-            kv_dtype=kv_dtype,
-            **gate,
+            Attention(
+                out=self.program.tensor(f"{label}.heads", "T", H * K),
+                stats=self.program.tensor(f"{label}.softmax", "T", 2 * H),
+                q=q,
+                k_pages=k_pages,
+                v_pages=v_pages,
+                num_heads=H,
+                num_kv_heads=G,
+                head_dim=K,
+                scale=float(K) ** -0.5,
+                window=layer.window,
+                soft_cap=0.0,
+                **gate,
+            )
         )
 
     # ------------------------------------------------------------ gated delta rule

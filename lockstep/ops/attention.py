@@ -10,14 +10,16 @@ The arithmetic depends only on the query's own position and keys: never on its b
 import numpy as np
 from numba import carray
 
-from lockstep.ops.attention_math import BLOCK, ONE, SPAN, ZERO, cleared, exp2, score_scales, soft_capped
-from lockstep.ops.kv_cache import PAGE_TOKENS, k_index, read_number, v_index
+from lockstep.ops.attention_math import BLOCK, ONE, SPAN, ZERO, cleared, exp2, first_key, score_scales, soft_capped
+from lockstep.ops.kv_cache import PAGE_TOKENS, check_pages, k_index, kv_dtype_of, read_number, v_index
 from lockstep.ops.linear import dot_bf16, flushed_fma
 from lockstep.ops.math import sigmoid
 from lockstep.ops.reduce import tree_sum
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import definition, inlined, kernel
 from lockstep.runtime.machine import float_array
+from lockstep.runtime.operands import Operands, cache, output, rows
+from lockstep.runtime.program import CacheArray, Tensor
 from lockstep.runtime.simd import fma, maximum, round_bf16
 from lockstep.runtime.step import (
     CONTEXT_LEN,
@@ -26,19 +28,58 @@ from lockstep.runtime.step import (
     PAGES_PER_REQUEST,
     QUERY_START,
     entry,
-    number,
     step_word,
-    word,
 )
 
 
+class Attention(Operands):
+    """out[h] = softmax(scale * q[h] . k) v over the keys that a token sees, times sigmoid(gate[h]) if there is a gate.
+
+    window: how many keys a token sees at most, 0: all up to its own. soft_cap: scores become soft_cap * tanh(score /
+    soft_cap), 0: they stay. stats receives the maximum and the sum of each softmax, [num_heads, 2] a row. Head h of the
+    gate begins at column gate_offset + h * gate_stride.
+    """
+
+    group = "attention"
+    out: Tensor = output("num_heads * head_dim")
+    stats: Tensor = output("2 * num_heads", scratch=True)
+    q: Tensor = rows("num_heads * head_dim")
+    k_pages: CacheArray = cache()
+    v_pages: CacheArray = cache()
+    gate: Tensor | None = rows("gate_width", optional=True)
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    window: int
+    soft_cap: float
+    gate_width: int = 0
+    gate_offset: int = 0
+    gate_stride: int = 0
+
+    def check(self):
+        check_pages(self)
+
+    @property
+    def kv_dtype(self):
+        """The type of the cache, one of KV_DTYPES."""
+        return kv_dtype_of(self.k_pages)
+
+    @property
+    def kind(self):
+        return "attention" if self.kv_dtype == "f32" else f"attention_{self.kv_dtype}"
+
+    def flops(self, context):
+        return self.num_heads * (4 * self.head_dim + 4) * min(context, self.window or context)
+
+
 @definition
-def attend(q_K, k_CK, v_CK, position, window, scale, cap, pairs, out_K):
+def attend(q_K, k_CK, v_CK, position, window, scales, out_K, pairs):
     """One query head at one position over a sequence's keys and values; returns the maximum and the sum of its softmax.
 
     Shapes: q, out [K]; k, v [C, K] float32, C > position; window 0: all keys up to position, else the last `window`.
       pairs: k and v are bfloat16 values, and q and the weights are rounded to bfloat16, too.
-    Units: scale, cap from `score_scales`; the maximum is a score in units of log 2, sum = sum of 2**(score - maximum).
+    Units: scales from `score_scales`; the maximum is a score in units of log 2, sum = sum of 2**(score - maximum).
     Error: 2e-6 of the float64 result for scores below 20 and |v| < 4, up to 2048 keys; with pairs 2**-9 of a score and
       of each weight, as in every attention that multiplies bfloat16.
     Order: q * scale (cleared; with pairs rounded). Keys in spans of 1024 at absolute positions 0, 1024, ...:
@@ -47,7 +88,7 @@ def attend(q_K, k_CK, v_CK, position, window, scale, cap, pairs, out_K):
       `cleared`.
     Source: online softmax, Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022.
     """
-    first = max(0, position + 1 - window) if window > 0 else 0
+    first, (scale, cap) = first_key(position, window), scales
     top, total, span_K, scaled_K = ZERO, ZERO, np.empty(out_K.size, np.float32), np.empty(out_K.size, np.float32)
     for d in range(q_K.size):
         scaled_K[d] = rounded(cleared(q_K[d] * scale), pairs)
@@ -160,68 +201,57 @@ def gated(out_K, gate_K):
         out_K[d] = cleared(out_K[d] * sigmoid(gate_K[d]))
 
 
-@definition
-def sequence(step, request, g, length, G, K, k_pages, v_pages, bf16):
-    """Keys and values of one kv head of a request, gathered from its pages: (k [C, K], v [C, K]) with C = length."""
+@inlined
+def sequence(a, step, request, g, bf16):
+    """Keys and values of one kv head of a request, gathered from its pages: k, v [C, K], C tokens of context."""
+    G, K, length = a.num_kv_heads, a.head_dim, entry(step, CONTEXT_LEN, request)
     k_CK, v_CK = np.empty((length, K), np.float32), np.empty((length, K), np.float32)
     first_page = request * step_word(step, PAGES_PER_REQUEST)
     for position in range(length):
-        page = entry(step, PAGE_TABLE, first_page + position // PAGE_TOKENS)
+        page, slot = entry(step, PAGE_TABLE, first_page + position // PAGE_TOKENS), position % PAGE_TOKENS
         for d in range(K):
-            k_CK[position, d] = read_number(k_pages, k_index(page, g, d, position % PAGE_TOKENS, G, K, bf16), bf16)
-            v_CK[position, d] = read_number(v_pages, v_index(page, g, d, position % PAGE_TOKENS, G, K, bf16), bf16)
+            k_CK[position, d] = read_number(a.k_pages, k_index(page, g, d, slot, G, K, bf16), bf16)
+            v_CK[position, d] = read_number(a.v_pages, v_index(page, g, d, slot, G, K, bf16), bf16)
     return k_CK, v_CK
 
 
-@definition
-def _attention(op, step, base, has_gate):
-    """The op on all requests.
-
-    Operands: out, stats, q, K pages, V pages, with a gate also the rows that hold it. Parameters, from `base` on: H, G,
-    K, sm_scale, window, soft cap, type of the pages (KV_DTYPES); of the gate the row's width, the first column, and the
-    columns from one head to the next. stats [T, H, 2] float32 receives the maximum and the sum of each softmax.
-    """
-    G, K, bf16 = word(op, base + 1), word(op, base + 2), word(op, base + 6)
+@inlined
+def attend_all(op, step, gather, attend_one, how):
+    """The op on all requests, head by head. gather, attend_one: `sequence` and `attend` of a type of cache; how: a
+    tuple, what both are told last."""
+    a = Attention.read(op)
+    group = a.num_heads // a.num_kv_heads
     for s in range(step_word(step, NUM_REQUESTS)):
         start, stop, length = entry(step, QUERY_START, s), entry(step, QUERY_START, s + 1), entry(step, CONTEXT_LEN, s)
-        for g in range(G):
-            k_CK, v_CK = sequence(step, s, g, length, G, K, word(op, 3), word(op, 4), bf16)
+        for g in range(a.num_kv_heads):
+            k, v = gather(a, step, s, g, *how)
             for t in range(start, stop):
-                _attend_group(op, base, has_gate, t, length - (stop - t), g, k_CK, v_CK)
+                for h in range(g * group, (g + 1) * group):
+                    _attend_head(a, t, h, length - (stop - t), k, v, attend_one, how)
 
 
-@definition
-def _attend_group(op, base, has_gate, t, position, g, k_CK, v_CK):
-    """All query heads of token t that read kv head g."""
-    H, G, K = word(op, base), word(op, base + 1), word(op, base + 2)
-    window, pairs = word(op, base + 4), word(op, base + 6)
-    scale, cap = score_scales(number(op, base + 3), number(op, base + 5))
-    stats_H2 = carray(float_array(word(op, 1) + 8 * H * t), (H, 2))
-    for h in range(g * (H // G), (g + 1) * (H // G)):
-        at = 4 * K * (H * t + h)
-        q_K, out_K = carray(float_array(word(op, 2) + at), (K,)), carray(float_array(word(op, 0) + at), (K,))
-        stats_H2[h, 0], stats_H2[h, 1] = attend(q_K, k_CK, v_CK, position, window, scale, cap, pairs, out_K)
-        if has_gate:
-            width, offset, stride = word(op, base + 7), word(op, base + 8), word(op, base + 9)
-            gate = word(op, 5) + 4 * (width * t + offset + stride * h)
-            gated(out_K, carray(float_array(gate), (K,)))
+@inlined
+def _attend_head(a, t, h, position, k, v, attend_one, how):
+    """One query head of token t."""
+    K, at = a.head_dim, a.num_heads * t + h
+    q_K, out_K = carray(float_array(a.q + 4 * K * at), (K,)), carray(float_array(a.out + 4 * K * at), (K,))
+    stats_2, scales = carray(float_array(a.stats + 8 * at), (2,)), score_scales(a.scale, a.soft_cap)
+    stats_2[0], stats_2[1] = attend_one(q_K, k, v, position, a.window, scales, out_K, *how)
+    if a.gate != 0:
+        gate = a.gate + 4 * (a.gate_width * t + a.gate_offset + a.gate_stride * h)
+        gated(out_K, carray(float_array(gate), (K,)))
 
 
 @kernel
 def _run(op, step, thread, num_threads):
     if thread == 0:
-        _attention(op, step, 5, 0)
+        attend_all(op, step, sequence, attend, (0,))
 
 
 @kernel
-def _run_gated(op, step, thread, num_threads):
+def _run_pairs(op, step, thread, num_threads):
     if thread == 0:
-        _attention(op, step, 6, 1)
+        attend_all(op, step, sequence, attend, (1,))
 
 
-REFERENCE = {
-    "attention": Implementation(_run),
-    "gated_attention": Implementation(_run_gated),
-    "attention_bf16": Implementation(_run),
-    "gated_attention_bf16": Implementation(_run_gated),
-}
+REFERENCE = {"attention": Implementation(_run), "attention_bf16": Implementation(_run_pairs)}

@@ -17,7 +17,7 @@ import numpy as np
 from numba import float32, int32
 
 from lockstep.ops.activations import NATIVE_BF16
-from lockstep.ops.attention_math import BLOCK, SPAN, ZERO, cleared, exp2, soft_capped
+from lockstep.ops.attention_math import BLOCK, SPAN, ZERO, cleared, exp2, first_key, score_scales, soft_capped
 from lockstep.runtime.kernel import inlined
 from lockstep.runtime.machine import prefetch
 from lockstep.runtime.simd import (
@@ -55,13 +55,15 @@ TOP = LANE + ROWS * LANE_BYTES
 SCALES = TOP + 4 * ROWS
 SCRATCH_BYTES = SCALES + 8 * BLOCK
 
-# gate: address of the first gate, 0 for none; gate_bytes, gate_stride: to the next token's and to the next head's
-# group: query heads of a tile
-Call = namedtuple(
-    "Call", "out stats q k_pages v_pages gate gate_bytes gate_stride heads kv_heads head_dim group window scale cap"
-)
-# table: address of the request's page ids
-Tile = namedtuple("Tile", "token tokens position head kv_head table")
+# group: query heads of the tile, the first of them `head`; table: address of the request's page ids
+Tile = namedtuple("Tile", "token tokens position head group kv_head table")
+# start: position of a block's first key; first, last: the rows of the tile that see any of its keys
+Block = namedtuple("Block", "start first last")
+# one row, or two that are worked on together (next: 1, else 0), from dimension `done` on
+Pair = namedtuple("Pair", "row next done")
+# how pages of a type are multiplied. each: numbers of a reduction that a step takes; step: as `single_step`; keep: how
+# queries and weights are stored for it, as `keep_single`
+Arithmetic = namedtuple("Arithmetic", "each step keep")
 
 
 @inlined
@@ -94,66 +96,74 @@ def keep_pairs(place, i, x):
     return x
 
 
-@inlined
-def first_key(call, position):
-    """The first key that a query sees."""
-    return max(0, position + 1 - call.window) if call.window > 0 else 0
+SINGLE, PAIRS = Arithmetic(1, single_step, keep_single), Arithmetic(2, pair_step, keep_pairs)
 
 
 @inlined
-def load_queries(call, tile, how, memory):
-    """The tile's queries, scaled, one row after the other. how: see `attend_span`."""
-    _, _, keep = how
-    for row in range(tile.tokens * call.group):
-        token, head = tile.token + row // call.group, tile.head + row % call.group
-        source = call.q + 4 * call.head_dim * (call.heads * token + head)
-        for d in range(0, call.head_dim, 16):
-            keep(memory + Q + ROW_BYTES * row, d, cleared(load(source + 4 * d) * call.scale))
+def load_queries(a, tile, how, memory):
+    """The tile's queries, scaled, one row after the other."""
+    scale, _ = score_scales(a.scale, a.soft_cap)
+    for row in range(tile.tokens * tile.group):
+        token, head = tile.token + row // tile.group, tile.head + row % tile.group
+        source = a.q + 4 * a.head_dim * (a.num_heads * token + head)
+        for d in range(0, a.head_dim, 16):
+            how.keep(memory + Q + ROW_BYTES * row, d, cleared(load(source + 4 * d) * scale))
 
 
 @inlined
-def attend_span(call, tile, span, how, memory):
+def blocks_of(a, tile, span):
+    """The first and the last block of a span that the tile sees any key of."""
+    first = max(first_key(tile.position, a.window), span * SPAN) // BLOCK
+    return first, min(tile.position + tile.tokens - 1, (span + 1) * SPAN - 1) // BLOCK
+
+
+@inlined
+def rows_that_see(a, tile, block):
+    """A block by its number, with the rows that see any of its keys."""
+    start, last = block * BLOCK, tile.tokens
+    if a.window > 0:
+        last = min(last, start + BLOCK - 1 + a.window - tile.position)
+    return Block(start, max(0, start - tile.position) * tile.group, last * tile.group)
+
+
+@inlined
+def attend_span(a, tile, span, how, memory):
     """Adds the blocks of one span to the rows that see any of their keys.
 
-    how: how many numbers of a reduction a step takes, one or two; the step; how queries and weights are stored for it.
     While few rows work on a block's keys, its values come from memory, and then the next block's keys.
     """
-    each, step, keep = how
-    first_block = max(first_key(call, tile.position), span * SPAN) // BLOCK
-    last_block = min(tile.position + tile.tokens - 1, (span + 1) * SPAN - 1) // BLOCK
-    size = 4 // each * BLOCK * call.head_dim
-    ahead = size * (np.int64(peek(tile.table + 4 * first_block, int32)) * call.kv_heads + tile.kv_head)
-    for block in range(first_block, last_block + 1):
-        start, last, page = block * BLOCK, tile.tokens, ahead
-        if call.window > 0:
-            last = min(last, start + BLOCK - 1 + call.window - tile.position)
-        first, last = max(0, start - tile.position) * call.group, last * call.group
-        next_page = np.int64(peek(tile.table + 4 * min(block + 1, last_block), int32))
-        ahead = size * (next_page * call.kv_heads + tile.kv_head)
-        scores(call, tile, call.k_pages + page, call.v_pages + page, start, first, last, each, step, memory)
-        softmax_step(call, tile, start, first, last, keep, memory)
-        values(call, tile, call.v_pages + page, call.k_pages + ahead, start, first, last, each, step, memory)
+    first_block, last_block = blocks_of(a, tile, span)
+    size = 4 // how.each * BLOCK * a.head_dim
+    ahead = size * (np.int64(peek(tile.table + 4 * first_block, int32)) * a.num_kv_heads + tile.kv_head)
+    for number in range(first_block, last_block + 1):
+        block, page = rows_that_see(a, tile, number), ahead
+        next_page = np.int64(peek(tile.table + 4 * min(number + 1, last_block), int32))
+        ahead = size * (next_page * a.num_kv_heads + tile.kv_head)
+        scores(a, tile, block, a.k_pages + page, a.v_pages + page, how, memory)
+        softmax_step(a, tile, block, how, memory)
+        values(a, tile, block, a.v_pages + page, a.k_pages + ahead, how, memory)
 
 
 @inlined
-def scores(call, tile, k, ahead, start, first, last, each, step, memory):
-    """q . k of rows first..last and the slots that any of them sees: HEIGHT rows at a time, then two by two.
+def scores(a, tile, block, k, ahead, how, memory):
+    """q . k of the block's rows and the slots that any of them sees: HEIGHT rows at a time, then two by two.
 
     A row without a partner is its own. Of few rows the first two ask for the lines of V at `ahead`, in order and into
     the second-level cache: otherwise the memory gives half its speed.
     """
-    steps, x_bytes = call.head_dim // each, 4 if each == 1 else PAIR_BYTES
+    start, first, last = block
+    steps, x_bytes, step = a.head_dim // how.each, 4 if how.each == 1 else PAIR_BYTES, how.step
     high = first + (last - first) // HEIGHT * HEIGHT if last - first > FEW_ROWS else first
     for row in range(first, high, HEIGHT):
         q = memory + Q + ROW_BYTES * row
-        for j in range(0, min(BLOCK, tile.position + (row + HEIGHT - 1) // call.group + 1 - start), 16 * COLS):
+        for j in range(0, min(BLOCK, tile.position + (row + HEIGHT - 1) // tile.group + 1 - start), 16 * COLS):
             acc = tile_zeros(HEIGHT, COLS)
             for i in range(steps):
                 acc = step(acc, q + x_bytes * i, ROW_BYTES, k + K_ROW_BYTES * i + 4 * j, ALL)
             tile_store(acc, memory + P + P_BYTES * row + 4 * j, P_BYTES, COLS)
     for row in range(high, last, 2):
         pair, q, asked = 1 if row + 1 < last else 0, memory + Q + ROW_BYTES * row, ahead if row == first else k
-        for j in range(0, min(BLOCK, tile.position + (row + pair) // call.group + 1 - start), 16 * FEW_COLS):
+        for j in range(0, min(BLOCK, tile.position + (row + pair) // tile.group + 1 - start), 16 * FEW_COLS):
             two = tile_zeros(2, FEW_COLS)
             for i in range(steps):
                 two = step(two, q + x_bytes * i, ROW_BYTES * pair, k + K_ROW_BYTES * i + 4 * j, ALL)
@@ -163,26 +173,26 @@ def scores(call, tile, k, ahead, start, first, last, each, step, memory):
 
 
 @inlined
-def softmax_step(call, tile, start, first, last, keep, memory):
+def softmax_step(a, tile, block, how, memory):
     """Turns scores into weights, with the sums so far brought to the new maximum."""
-    for row in range(first, last):
+    for row in range(block.first, block.last):
         p, weights = memory + P + P_BYTES * row, memory + W + P_BYTES * row
-        higher, total = raise_maximum(call, tile, start, row, memory)
+        higher, total = raise_maximum(a, tile, block.start, row, memory)
         for j in range(0, BLOCK, 16):
-            total = total + keep(weights, j, exp2(load(p + 4 * j) - higher))
+            total = total + how.keep(weights, j, exp2(load(p + 4 * j) - higher))
         store(memory + LANE + LANE_BYTES * row, total)
 
 
 @inlined
-def raise_maximum(call, tile, start, row, memory):
+def raise_maximum(a, tile, start, row, memory):
     """Caps and masks a row's scores, and brings its sums so far to the new maximum; returns that and the sums of
     weights."""
-    position, p, o = tile.position + row // call.group, memory + P + P_BYTES * row, memory + O + ROW_BYTES * row
-    top = memory + TOP + 4 * row
-    if call.cap > ZERO:
+    position, p, o = tile.position + row // tile.group, memory + P + P_BYTES * row, memory + O + ROW_BYTES * row
+    top, (_, cap) = memory + TOP + 4 * row, score_scales(a.scale, a.soft_cap)
+    if cap > ZERO:
         for i in range(0, P_BYTES, 64):
-            store(p + i, soft_capped(load(p + i), call.cap))
-    low, high = first_key(call, position) - start, position + 1 - start
+            store(p + i, soft_capped(load(p + i), cap))
+    low, high = first_key(position, a.window) - start, position + 1 - start
     if low > 0 or high < BLOCK:
         for j in range(0, BLOCK, 16):
             slot = to_f32(lane_numbers()) + np.float32(j)
@@ -190,15 +200,15 @@ def raise_maximum(call, tile, start, row, memory):
             store(p + 4 * j, where_below(slot, np.float32(low), lanes(MASKED), seen))
     higher = max_lanes(maximum(maximum(load(p), load(p + 64)), maximum(load(p + 128), load(p + 192)))) + ZERO
     total = lanes(ZERO)
-    if start % SPAN == 0 or low >= 0 and call.window > 0:  # the row's first block of the span
-        for i in range(0, 4 * call.head_dim, 64):
+    if start % SPAN == 0 or low >= 0 and a.window > 0:  # the row's first block of the span
+        for i in range(0, 4 * a.head_dim, 64):
             store(o + i, total)
     else:
         before, total = peek(top, float32), load(memory + LANE + LANE_BYTES * row)
         if higher > before:
             shrink = exp2(before - higher)
             total = cleared(total * shrink)
-            for i in range(0, 4 * call.head_dim, 64):
+            for i in range(0, 4 * a.head_dim, 64):
                 store(o + i, cleared(load(o + i) * shrink))
         else:  # the factor is exactly 1
             higher = before
@@ -207,45 +217,47 @@ def raise_maximum(call, tile, start, row, memory):
 
 
 @inlined
-def values(call, tile, v, ahead, start, first, last, each, step, memory):
-    """o += w . v of rows first..last: HEIGHT rows at a time where all see the whole block, others by `ragged_values`.
+def values(a, tile, block, v, ahead, how, memory):
+    """o += w . v of the block's rows: HEIGHT rows at a time where all see the whole block, others by `ragged_values`.
 
     A slot that a row does not see must not reach it, not even as 0 * v: v may be anything there.
     """
+    (start, first, last), each, step = block, how.each, how.step
     whole, end, x_bytes = first, last, 4 if each == 1 else PAIR_BYTES
     if start + BLOCK - 1 > tile.position:  # rows from `whole` to `end` see all slots
-        whole = max(first, (start + BLOCK - 1 - tile.position) * call.group)
-    if call.window > 0:
-        end = min(last, (start + call.window - tile.position) * call.group)
+        whole = max(first, (start + BLOCK - 1 - tile.position) * tile.group)
+    if a.window > 0:
+        end = min(last, (start + a.window - tile.position) * tile.group)
     high = whole + max(0, end - whole) // HEIGHT * HEIGHT if last - first > FEW_ROWS else whole
-    wide = call.head_dim // (16 * COLS) * (16 * COLS)
+    wide = a.head_dim // (16 * COLS) * (16 * COLS)
     for d in range(0, wide, 16 * COLS):
         for row in range(whole, high, HEIGHT):
             o = memory + O + ROW_BYTES * row + 4 * d
             acc = tile_load(HEIGHT, COLS, o, ROW_BYTES)
             for i in range(BLOCK // each):
-                acc = step(acc, memory + W + P_BYTES * row + x_bytes * i, P_BYTES, v + 4 * (call.head_dim * i + d), ALL)
+                acc = step(acc, memory + W + P_BYTES * row + x_bytes * i, P_BYTES, v + 4 * (a.head_dim * i + d), ALL)
             tile_store(acc, o, ROW_BYTES, COLS)
     row = first
     while row < last:
         inside = whole <= row < high
-        same_token = row + 1 < last and (row + 1) // call.group == row // call.group
+        same_token = row + 1 < last and (row + 1) // tile.group == row // tile.group
         pair, done = 1 if same_token and (row + 1 < high or not inside) else 0, wide if inside else 0
-        if not inside or wide < call.head_dim:
-            ragged_values(call, tile, v, ahead if row == first else v, start, row, pair, done, each, step, memory)
+        if not inside or wide < a.head_dim:
+            ragged_values(a, tile, start, Pair(row, pair, done), v, ahead if row == first else v, how, memory)
         row += 1 + pair
 
 
 @inlined
-def ragged_values(call, tile, v, ahead, start, row, pair, done, each, step, memory):
-    """o += w . v of a row, or of two that see the same slots, from dimension `done` on; only these slots are visited.
+def ragged_values(a, tile, start, two_rows, v, ahead, how, memory):
+    """o += w . v of a Pair of rows that see the same slots of the block at `start`; only these slots are visited.
 
     What lies at `ahead` is asked for meanwhile.
     """
-    position, x_bytes = tile.position + row // call.group, 4 if each == 1 else PAIR_BYTES
-    weights, o, width = memory + W + P_BYTES * row, memory + O + ROW_BYTES * row, 4 * call.head_dim
-    low, high = max(0, first_key(call, position) - start), min(BLOCK, position + 1 - start)
-    wide = done + (call.head_dim - done) // (16 * FEW_COLS) * (16 * FEW_COLS)
+    (row, pair, done), each, step = two_rows, how.each, how.step
+    position, x_bytes = tile.position + row // tile.group, 4 if each == 1 else PAIR_BYTES
+    weights, o, width = memory + W + P_BYTES * row, memory + O + ROW_BYTES * row, 4 * a.head_dim
+    low, high = max(0, first_key(position, a.window) - start), min(BLOCK, position + 1 - start)
+    wide = done + (a.head_dim - done) // (16 * FEW_COLS) * (16 * FEW_COLS)
     for d in range(done, wide, 16 * FEW_COLS):
         two = tile_load(2, FEW_COLS, o + 4 * d, ROW_BYTES * pair)
         for i in range(low // each, (high + each - 1) // each):
@@ -253,7 +265,7 @@ def ragged_values(call, tile, v, ahead, start, row, pair, done, each, step, memo
             for line in range(FEW_COLS):
                 prefetch(ahead + 4 * BLOCK // each * d + 64 * (FEW_COLS * i + line))
         tile_store(two, o + 4 * d, ROW_BYTES * pair, FEW_COLS)
-    for d in range(wide, call.head_dim, 16):
+    for d in range(wide, a.head_dim, 16):
         one = tile_load(2, 1, o + 4 * d, ROW_BYTES * pair)
         for i in range(low // each, (high + each - 1) // each):
             one = step(one, weights + x_bytes * i, P_BYTES * pair, v + width * i + 4 * d, halves(each * i, low, high))

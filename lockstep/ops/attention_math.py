@@ -57,3 +57,9 @@ def score_scales(sm_scale, soft_cap):
     if soft_cap > ZERO:
         return sm_scale * (TWO * LOG2E / soft_cap), soft_cap * LOG2E
     return sm_scale * LOG2E, ZERO
+
+
+@inlined
+def first_key(position, window):
+    """The first key that a query at a position sees; window 0: all keys up to its own."""
+    return max(0, position + 1 - window) if window > 0 else 0

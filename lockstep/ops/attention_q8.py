@@ -7,51 +7,49 @@ Queries are quantized to 8 bits, each head by itself; the weights w to 15 bits, 
 cost what bfloat16 weights would, and the error of 8 bits would show where one key outweighs the others of its block.
 """
 
+from typing import NamedTuple
+
 import numpy as np
-from numba import carray, int64
+from numba import int64
 
 from lockstep.ops.activations import HIGHEST, INFINITY, ONE_127TH, SMALLEST, magnitude
-from lockstep.ops.attention import gated, merge
-from lockstep.ops.attention_math import BLOCK, ONE, SPAN, ZERO, cleared, exp2, score_scales, soft_capped
+from lockstep.ops.attention import attend_all, merge
+from lockstep.ops.attention_math import BLOCK, ONE, SPAN, ZERO, cleared, exp2, first_key, soft_capped
 from lockstep.ops.kv_cache import PAGE_TOKENS
 from lockstep.ops.kv_cache_q8 import head_place, read_key, read_value
 from lockstep.ops.reduce import tree_sum
 from lockstep.runtime.backend import Implementation
-from lockstep.runtime.kernel import definition, kernel
-from lockstep.runtime.machine import float_array
+from lockstep.runtime.kernel import definition, inlined, kernel
 from lockstep.runtime.simd import fma, maximum, rint, to_f32, to_i32
-from lockstep.runtime.step import (
-    CONTEXT_LEN,
-    NUM_REQUESTS,
-    PAGE_TABLE,
-    PAGES_PER_REQUEST,
-    QUERY_START,
-    entry,
-    number,
-    step_word,
-    word,
-)
+from lockstep.runtime.step import CONTEXT_LEN, PAGE_TABLE, PAGES_PER_REQUEST, entry, step_word
 
 MOST, ONE_MOST = np.float32(32767), np.float32(1 / 32767)  # of a weight's codes, so that pairs of int16 can hold them
 
 
+class Quantized(NamedTuple):
+    """Codes int8 with their scales float32: a query's [K] with one, or keys or values [C, K] with one each, [C]."""
+
+    codes: np.ndarray
+    scale: np.ndarray | np.float32
+
+
 @definition
-def attend(q_K, k_CK, k_scale_C, v_CK, v_scale_C, position, window, scale, cap, out_K):
+def attend(q_K, k, v, position, window, scales, out_K):
     """One query head at one position over a sequence's keys and values; returns the maximum and the sum of its softmax.
 
-    Shapes: q, out [K] float32; k, v [C, K] int8, their scales [C], C > position; window as in `attention.attend`.
+    Shapes: q, out [K] float32; k, v Quantized [C, K], C > position; window as in `attention.attend`.
     Units: as in `attention.attend`.
     Error: half a code of q, amax / 254, and 2**-16 of a block's largest weight. For standard normal q, k and v this is
       0.5 % of the float64 result (rms), and 1 % counted from the numbers before they were cached (bfloat16: 0.3 %).
     Order: q * scale, cleared, then `quantize_query`. Keys in spans of 1024, merged as in `attention.attend`.
     Source: as `attention.attend`; the scales of blocks as in SageAttention, Zhang et al. 2024.
     """
-    first = max(0, position + 1 - window) if window > 0 else 0
+    first, (scale, cap) = first_key(position, window), scales
     top, total, span_K, codes_K = ZERO, ZERO, np.empty(out_K.size, np.float32), np.empty(out_K.size, np.int8)
-    q_scale = quantize_query(q_K, scale, codes_K)
+    q = Quantized(codes_K, quantize_query(q_K, scale, codes_K))
     for span in range(first // SPAN, position // SPAN + 1):
         start, stop = max(first, span * SPAN), min(position + 1, (span + 1) * SPAN)
-        span_top, span_total = attend_span(codes_K, q_scale, k_CK, k_scale_C, v_CK, v_scale_C, start, stop, cap, span_K)
+        span_top, span_total = attend_span(q, k, v, start, stop, cap, span_K)
         top, total = merge(top, total, out_K, span_top, span_total, span_K, span == first // SPAN)
     for d in range(out_K.size):
         out_K[d] = cleared(out_K[d] / total)
@@ -82,7 +80,7 @@ def quantize_query(q_K, scale, codes_K):
 
 
 @definition
-def attend_span(q_K, q_scale, k_CK, k_scale_C, v_CK, v_scale_C, start, stop, cap, out_K):
+def attend_span(q, k, v, start, stop, cap, out_K):
     """Keys start..stop of one span: out = sum of 2**(score - maximum) v, not yet divided; returns maximum and sum.
 
     Order: keys in blocks of 64 at absolute positions. In a block: the scores; the new maximum of all keys so far; where
@@ -97,7 +95,7 @@ def attend_span(q_K, q_scale, k_CK, k_scale_C, v_CK, v_scale_C, start, stop, cap
     for block in range(start // BLOCK, (stop - 1) // BLOCK + 1):
         low, high = max(start, block * BLOCK), min(stop, (block + 1) * BLOCK)
         for j in range(low, high):
-            weight[j - low] = score_of(q_K, q_scale, k_CK[j], k_scale_C[j], cap)
+            weight[j - low] = score_of(q.codes, q.scale, k.codes[j], k.scale[j], cap)
         highest = weight[0]
         for i in range(1, high - low):
             highest = maximum(weight[i], highest)
@@ -111,8 +109,8 @@ def attend_span(q_K, q_scale, k_CK, k_scale_C, v_CK, v_scale_C, start, stop, cap
         for j in range(low, high):
             p = exp2(weight[j - low] - top)
             lane[j % 16] = lane[j % 16] + p
-            weight[j - low] = p * v_scale_C[j]
-        add_values(weight[: high - low], v_CK[low:high], out_K)
+            weight[j - low] = p * v.scale[j]
+        add_values(weight[: high - low], v.codes[low:high], out_K)
     return top, tree_sum(lane)
 
 
@@ -150,59 +148,24 @@ def add_values(weight_J, v_JK, out_K):
         out_K[d] = fma(to_f32(np.int32(dot)), scale, out_K[d])
 
 
-@definition
-def sequence(step, request, g, length, G, K, k_pages, v_pages):
-    """One kv head of a request, gathered from its pages: keys [C, K], their scales [C], values, their scales."""
-    k_CK, v_CK = np.empty((length, K), np.int8), np.empty((length, K), np.int8)
-    k_scale_C, v_scale_C = np.empty(length, np.float32), np.empty(length, np.float32)
+@inlined
+def sequence(a, step, request, g):
+    """Keys and values of one kv head of a request, gathered from its pages: k, v Quantized [C, K]."""
+    G, K, length = a.num_kv_heads, a.head_dim, entry(step, CONTEXT_LEN, request)
+    k = Quantized(np.empty((length, K), np.int8), np.empty(length, np.float32))
+    v = Quantized(np.empty((length, K), np.int8), np.empty(length, np.float32))
     first_page = request * step_word(step, PAGES_PER_REQUEST)
     for position in range(length):
         head = head_place(entry(step, PAGE_TABLE, first_page + position // PAGE_TOKENS), g, G, K)
-        k_scale_C[position] = read_key(k_pages + head, position % PAGE_TOKENS, k_CK[position])
-        v_scale_C[position] = read_value(v_pages + head, position % PAGE_TOKENS, v_CK[position])
-    return k_CK, k_scale_C, v_CK, v_scale_C
-
-
-@definition
-def _attention(op, step, base, has_gate):
-    """The op on all requests; operands and parameters as in `attention`."""
-    G, K = word(op, base + 1), word(op, base + 2)
-    for s in range(step_word(step, NUM_REQUESTS)):
-        start, stop, length = entry(step, QUERY_START, s), entry(step, QUERY_START, s + 1), entry(step, CONTEXT_LEN, s)
-        for g in range(G):
-            k_CK, k_scale_C, v_CK, v_scale_C = sequence(step, s, g, length, G, K, word(op, 3), word(op, 4))
-            for t in range(start, stop):
-                _attend_group(op, base, has_gate, t, length - (stop - t), g, k_CK, k_scale_C, v_CK, v_scale_C)
-
-
-@definition
-def _attend_group(op, base, has_gate, t, position, g, k_CK, k_scale_C, v_CK, v_scale_C):
-    """All query heads of token t that read kv head g."""
-    H, G, K, window = word(op, base), word(op, base + 1), word(op, base + 2), word(op, base + 4)
-    scale, cap = score_scales(number(op, base + 3), number(op, base + 5))
-    stats_H2 = carray(float_array(word(op, 1) + 8 * H * t), (H, 2))
-    for h in range(g * (H // G), (g + 1) * (H // G)):
-        at = 4 * K * (H * t + h)
-        q_K, out_K = carray(float_array(word(op, 2) + at), (K,)), carray(float_array(word(op, 0) + at), (K,))
-        stats_H2[h, 0], stats_H2[h, 1] = attend(
-            q_K, k_CK, k_scale_C, v_CK, v_scale_C, position, window, scale, cap, out_K
-        )
-        if has_gate:
-            width, offset, stride = word(op, base + 7), word(op, base + 8), word(op, base + 9)
-            gate = word(op, 5) + 4 * (width * t + offset + stride * h)
-            gated(out_K, carray(float_array(gate), (K,)))
+        k.scale[position] = read_key(a.k_pages + head, position % PAGE_TOKENS, k.codes[position])
+        v.scale[position] = read_value(a.v_pages + head, position % PAGE_TOKENS, v.codes[position])
+    return k, v
 
 
 @kernel
 def _run(op, step, thread, num_threads):
     if thread == 0:
-        _attention(op, step, 5, 0)
+        attend_all(op, step, sequence, attend, ())
 
 
-@kernel
-def _run_gated(op, step, thread, num_threads):
-    if thread == 0:
-        _attention(op, step, 6, 1)
-
-
-REFERENCE = {"attention_q8": Implementation(_run), "gated_attention_q8": Implementation(_run_gated)}
+REFERENCE = {"attention_q8": Implementation(_run)}

@@ -26,12 +26,14 @@ from lockstep.ops.attention_block import (
     SCALES,
     O,
     P,
+    Pair,
     Q,
     W,
-    first_key,
+    blocks_of,
     raise_maximum,
+    rows_that_see,
 )
-from lockstep.ops.attention_math import BLOCK, SPAN, ZERO, cleared, exp2
+from lockstep.ops.attention_math import BLOCK, ZERO, cleared, exp2, score_scales
 from lockstep.ops.attention_q8 import MOST, ONE_MOST
 from lockstep.ops.kv_cache_q8 import head_place, scale_place
 from lockstep.runtime.kernel import inlined
@@ -73,22 +75,23 @@ K_ROW_BYTES = 4 * BLOCK
 
 
 @inlined
-def load_queries(call, tile, how, memory):
+def load_queries(a, tile, how, memory):
     """The tile's queries, scaled and quantized, one row after the other."""
-    for row in range(tile.tokens * call.group):
-        token, head = tile.token + row // call.group, tile.head + row % call.group
-        source = call.q + 4 * call.head_dim * (call.heads * token + head)
+    sm_scale, _ = score_scales(a.scale, a.soft_cap)
+    for row in range(tile.tokens * tile.group):
+        token, head = tile.token + row // tile.group, tile.head + row % tile.group
+        source = a.q + 4 * a.head_dim * (a.num_heads * token + head)
         q, scaled = memory + Q + ROW_BYTES * row, memory + O + ROW_BYTES * row
         top, sums = lanes(ZERO), to_i32(lanes(ZERO))
-        for i in range(0, 4 * call.head_dim, 64):
-            x = cleared(load(source + i) * call.scale)
+        for i in range(0, 4 * a.head_dim, 64):
+            x = cleared(load(source + i) * sm_scale)
             store(scaled + i, x)
             top = maximum(magnitude(x), top)
         amax = max_lanes(top)
         scale, inverse = amax * ONE_127TH, HIGHEST / amax
         if amax < SMALLEST:
             scale, inverse = ZERO, ZERO
-        for d in range(0, call.head_dim, 16):
+        for d in range(0, a.head_dim, 16):
             codes = to_i32(rint(finite(load(scaled + 4 * d)) * inverse))
             sums = sums + codes
             if BYTES:
@@ -100,62 +103,59 @@ def load_queries(call, tile, how, memory):
 
 
 @inlined
-def attend_span(call, tile, span, how, memory):
+def attend_span(a, tile, span, how, memory):
     """Adds the blocks of one span to the rows that see any of their keys.
 
     While few rows work on a block's keys, its values come from memory, and then the next block's keys.
     """
-    first_block = max(first_key(call, tile.position), span * SPAN) // BLOCK
-    last_block = min(tile.position + tile.tokens - 1, (span + 1) * SPAN - 1) // BLOCK
-    ahead = head_at(call, tile, first_block)
-    for block in range(first_block, last_block + 1):
-        start, last, head = block * BLOCK, tile.tokens, ahead
-        if call.window > 0:
-            last = min(last, start + BLOCK - 1 + call.window - tile.position)
-        first, last = max(0, start - tile.position) * call.group, last * call.group
-        ahead = head_at(call, tile, min(block + 1, last_block))
-        scales(call, head, ahead, memory)
-        scores(call, tile, call.k_pages + head, call.v_pages + head, start, first, last, memory)
-        softmax_step(call, tile, start, first, last, memory)
-        values(call, call.v_pages + head, call.k_pages + ahead, first, last, memory)
+    first_block, last_block = blocks_of(a, tile, span)
+    ahead = head_at(a, tile, first_block)
+    for number in range(first_block, last_block + 1):
+        block, head = rows_that_see(a, tile, number), ahead
+        ahead = head_at(a, tile, min(number + 1, last_block))
+        scales(a, head, ahead, memory)
+        scores(a, tile, block, a.k_pages + head, a.v_pages + head, memory)
+        softmax_step(a, tile, block, memory)
+        values(a, block, a.v_pages + head, a.k_pages + ahead, memory)
 
 
 @inlined
-def head_at(call, tile, block):
+def head_at(a, tile, block):
     """Bytes to the tile's kv head in the page of a block."""
-    return head_place(np.int64(peek(tile.table + 4 * block, int32)), tile.kv_head, call.kv_heads, call.head_dim)
+    return head_place(np.int64(peek(tile.table + 4 * block, int32)), tile.kv_head, a.num_kv_heads, a.head_dim)
 
 
 @inlined
-def scales(call, head, ahead, memory):
+def scales(a, head, ahead, memory):
     """Widens the scales of a block's keys and values; asks for those of the next block."""
-    at = scale_place(0, call.head_dim)
+    at = scale_place(0, a.head_dim)
     for j in range(0, BLOCK, 16):
-        store(memory + SCALES + 4 * j, load_bf16(call.k_pages + head + at + 2 * j))
-        store(memory + SCALES + 4 * (BLOCK + j), load_bf16(call.v_pages + head + at + 2 * j))
+        store(memory + SCALES + 4 * j, load_bf16(a.k_pages + head + at + 2 * j))
+        store(memory + SCALES + 4 * (BLOCK + j), load_bf16(a.v_pages + head + at + 2 * j))
     for line in range(0, 2 * BLOCK, 64):
-        prefetch(call.k_pages + ahead + at + line)
-        prefetch(call.v_pages + ahead + at + line)
+        prefetch(a.k_pages + ahead + at + line)
+        prefetch(a.v_pages + ahead + at + line)
 
 
 @inlined
-def scores(call, tile, k, ahead, start, first, last, memory):
-    """Dots of rows first..last with the slots that any of them sees: HEIGHT rows at a time, then two by two.
+def scores(a, tile, block, k, ahead, memory):
+    """Dots of the block's rows with the slots that any of them sees: HEIGHT rows at a time, then two by two.
 
     A row without a partner is its own. Few rows ask for the lines of V at `ahead`, each pair for its share.
     """
-    steps, share, asked = call.head_dim // 4, lines_a_step(first, last), ahead
+    start, first, last = block
+    steps, share, asked = a.head_dim // 4, lines_a_step(first, last), ahead
     high = first + (last - first) // HEIGHT * HEIGHT if last - first > FEW_ROWS else first
     for row in range(first, high, HEIGHT):
         q = memory + Q + ROW_BYTES * row
-        for j in range(0, min(BLOCK, tile.position + (row + HEIGHT - 1) // call.group + 1 - start), 16 * COLS):
+        for j in range(0, min(BLOCK, tile.position + (row + HEIGHT - 1) // tile.group + 1 - start), 16 * COLS):
             acc = tile_int_spread(HEIGHT, COLS, q + Q_START, ROW_BYTES)
             for i in range(steps):
                 acc = tile_add_bytes(acc, q + Q_BYTES * i, ROW_BYTES, k + K_ROW_BYTES * i + 4 * j, 64)
             tile_store(acc, memory + P + P_BYTES * row + 4 * j, P_BYTES, COLS)
     for row in range(high, last, 2):
         pair, q = 1 if row + 1 < last else 0, memory + Q + ROW_BYTES * row
-        for j in range(0, min(BLOCK, tile.position + (row + pair) // call.group + 1 - start), 16 * FEW_COLS):
+        for j in range(0, min(BLOCK, tile.position + (row + pair) // tile.group + 1 - start), 16 * FEW_COLS):
             two = tile_int_spread(2, FEW_COLS, q + Q_START, ROW_BYTES * pair)
             for i in range(steps):
                 two = tile_add_bytes(two, q + Q_BYTES * i, ROW_BYTES * pair, k + K_ROW_BYTES * i + 4 * j, 64)
@@ -179,15 +179,15 @@ def lines_a_step(first, last):
 
 
 @inlined
-def softmax_step(call, tile, start, first, last, memory):
+def softmax_step(a, tile, block, memory):
     """Turns dots into scores and those into quantized weights, with the sums so far brought to the new maximum."""
     k_scales, v_scales = memory + SCALES, memory + SCALES + 4 * BLOCK
-    for row in range(first, last):
+    for row in range(block.first, block.last):
         p, most = memory + P + P_BYTES * row, lanes(ZERO)
         q_scale = peek(memory + Q + ROW_BYTES * row + Q_SCALE, float32)
         for i in range(0, P_BYTES, 64):
             store(p + i, to_f32(load_i32(p + i)) * (load(k_scales + i) * q_scale))
-        higher, total = raise_maximum(call, tile, start, row, memory)
+        higher, total = raise_maximum(a, tile, block.start, row, memory)
         for i in range(0, P_BYTES, 64):
             x = exp2(load(p + i) - higher)
             total = total + x
@@ -210,41 +210,42 @@ def quantize_weights(p, most, weights):
 
 
 @inlined
-def values(call, v, ahead, first, last, memory):
-    """o += w . v of rows first..last: HEIGHT rows at a time, others two by two. Few rows ask for lines at `ahead`."""
+def values(a, block, v, ahead, memory):
+    """o += w . v of the block's rows: HEIGHT rows at a time, others two by two. Few rows ask for lines at `ahead`."""
+    _, first, last = block
     share, asked = lines_a_step(first, last), ahead
     high = first + (last - first) // HEIGHT * HEIGHT if last - first > FEW_ROWS else first
-    wide = call.head_dim // (16 * COLS) * (16 * COLS)
+    wide = a.head_dim // (16 * COLS) * (16 * COLS)
     for d in range(0, wide, 16 * COLS):
         for row in range(first, high, HEIGHT):
             weights, o = memory + W + P_BYTES * row, memory + O + ROW_BYTES * row + 4 * d
             acc = tile_int_zeros(HEIGHT, COLS)
             for i in range(BLOCK // 4):
-                acc = tile_add_words(acc, weights + 8 * i, P_BYTES, v + 4 * (call.head_dim * i + d), 64)
+                acc = tile_add_words(acc, weights + 8 * i, P_BYTES, v + 4 * (a.head_dim * i + d), 64)
             tile_add_scaled(acc, weights + W_SCALE, P_BYTES, o, ROW_BYTES)
     row = first
     while row < last:
         pair, done = 1 if row + 1 < last and row + 1 != high else 0, wide if row < high else 0
-        if done < call.head_dim:
-            two_rows(call, v, asked, share, row, pair, done, memory)
-            asked += call.head_dim // (16 * FEW_COLS) * BLOCK // 4 * 64 * share
+        if done < a.head_dim:
+            two_rows(a, Pair(row, pair, done), v, asked, share, memory)
+            asked += a.head_dim // (16 * FEW_COLS) * BLOCK // 4 * 64 * share
         row += 1 + pair
 
 
 @inlined
-def two_rows(call, v, asked, share, row, pair, done, memory):
-    """o += w . v of a row and the next (or, pair 0, itself), from dimension `done` on; at each step asks for `share`
-    lines from `asked` on."""
+def two_rows(a, rows, v, asked, share, memory):
+    """o += w . v of a Pair of rows; at each step asks for `share` lines from `asked` on."""
+    row, pair, done = rows
     weights, o = memory + W + P_BYTES * row, memory + O + ROW_BYTES * row
-    wide = done + (call.head_dim - done) // (16 * FEW_COLS) * (16 * FEW_COLS)
+    wide = done + (a.head_dim - done) // (16 * FEW_COLS) * (16 * FEW_COLS)
     for d in range(done, wide, 16 * FEW_COLS):
         two = tile_int_zeros(2, FEW_COLS)
         for i in range(BLOCK // 4):
-            two = tile_add_words(two, weights + 8 * i, P_BYTES * pair, v + 4 * (call.head_dim * i + d), 64)
+            two = tile_add_words(two, weights + 8 * i, P_BYTES * pair, v + 4 * (a.head_dim * i + d), 64)
             asked = ask(asked, share)
         tile_add_scaled(two, weights + W_SCALE, P_BYTES * pair, o + 4 * d, ROW_BYTES * pair)
-    for d in range(wide, call.head_dim, 16):
+    for d in range(wide, a.head_dim, 16):
         one = tile_int_zeros(2, 1)
         for i in range(BLOCK // 4):
-            one = tile_add_words(one, weights + 8 * i, P_BYTES * pair, v + 4 * (call.head_dim * i + d), 64)
+            one = tile_add_words(one, weights + 8 * i, P_BYTES * pair, v + 4 * (a.head_dim * i + d), 64)
         tile_add_scaled(one, weights + W_SCALE, P_BYTES * pair, o + 4 * d, ROW_BYTES * pair)

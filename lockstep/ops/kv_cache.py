@@ -21,21 +21,13 @@ from lockstep.ops.rope import rotate
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import definition, inlined, kernel
 from lockstep.runtime.machine import float_array
+from lockstep.runtime.operands import Operands, cache, constant, output, rows, table
+from lockstep.runtime.program import CacheArray, Table, Tensor, Weight
 from lockstep.runtime.simd import bf16_bits, peek, peek_bf16, poke, round_bf16
-from lockstep.runtime.step import (
-    PAGE_TABLE,
-    PAGES_PER_REQUEST,
-    POSITION,
-    REQUEST,
-    entry,
-    num_rows,
-    number,
-    step_word,
-    word,
-)
+from lockstep.runtime.step import PAGE_TABLE, PAGES_PER_REQUEST, POSITION, REQUEST, entry, num_rows, step_word
 
 PAGE_TOKENS = 64
-KV_DTYPES = ("f32", "bf16", "q8")  # of a cache; ops name one by its number
+KV_DTYPES = ("f32", "bf16", "q8")  # of a cache
 ELEMENTS = {"f32": "f32", "bf16": "bf16", "q8": "i8"}  # what a page is an array of
 SCALE_BYTES = 2  # of a q8 head: a bfloat16
 
@@ -47,6 +39,79 @@ def page_shapes(G, K, kv_dtype):
     if kv_dtype == "bf16":
         return (G, K // 2, PAGE_TOKENS, 2), (G, PAGE_TOKENS // 2, K, 2)
     return (G, K, PAGE_TOKENS), (G, PAGE_TOKENS, K)
+
+
+def kv_dtype_of(pages: CacheArray) -> str:
+    """The type of a cache, one of KV_DTYPES."""
+    return next(kv_dtype for kv_dtype, element in ELEMENTS.items() if element == pages.dtype)
+
+
+def check_pages(op: Operands) -> None:
+    """ValueError if an op's k_pages and v_pages are not those of its kv heads, both of one type."""
+    if op.k_pages.dtype not in ELEMENTS.values():
+        raise ValueError(f"{type(op).__name__}: pages of {op.k_pages.dtype}, expected {', '.join(ELEMENTS.values())}")
+    shapes = page_shapes(op.num_kv_heads, op.head_dim, kv_dtype_of(op.k_pages))
+    for pages, shape in zip((op.k_pages, op.v_pages), shapes):
+        if (pages.dtype, tuple(pages.shape)) != (op.k_pages.dtype, shape):
+            raise ValueError(
+                f"{type(op).__name__}: a page of {pages.name} is {pages.dtype} {tuple(pages.shape)}, expected "
+                f"{op.k_pages.dtype} {shape}"
+            )
+
+
+class AttentionInputs(Operands):
+    """q = rope(norm(heads of x)); keys of x, prepared likewise, and values of x go to their pages: see `token_inputs`.
+
+    Without q_norm and k_norm heads are not normed; rope_dim 0: they are not rotated. Head h of q begins at column
+    q_offset + h * q_stride of x, of k at k_offset + h * head_dim, of v at v_offset + h * head_dim. bf16: the type of
+    the pages, which is also told by them.
+    """
+
+    group = "attention"
+    q: Tensor = output("num_heads * head_dim")
+    x: Tensor = rows("row_width")
+    cos: Table = table()
+    sin: Table = table()
+    k_pages: CacheArray = cache()
+    v_pages: CacheArray = cache()
+    q_norm: Weight | None = constant("head_dim", optional=True)
+    k_norm: Weight | None = constant("head_dim", optional=True)
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_dim: int
+    row_width: int
+    q_offset: int
+    q_stride: int
+    k_offset: int
+    v_offset: int
+    eps: float
+    norm_offset: float
+    bf16: bool
+
+    def check(self):
+        check_pages(self)
+        if (self.kv_dtype == "bf16") != self.bf16:
+            raise ValueError(f"AttentionInputs: bf16 is {self.bf16}, the pages are {self.kv_dtype}")
+        if (self.q_norm is None) != (self.k_norm is None):
+            raise ValueError("AttentionInputs: there is only one of q_norm and k_norm, expected both or none")
+        widths = self.cos.rows.shape[1], self.sin.rows.shape[1]
+        if self.rope_dim and widths != (self.rope_dim // 2,) * 2:
+            raise ValueError(f"AttentionInputs: cos and sin are {widths} wide, expected {self.rope_dim // 2} both")
+
+    @property
+    def kv_dtype(self):
+        """The type of the cache, one of KV_DTYPES."""
+        return kv_dtype_of(self.k_pages)
+
+    @property
+    def kind(self):
+        return "attention_inputs_q8" if self.kv_dtype == "q8" else "attention_inputs"
+
+    def flops(self, context):
+        return (self.num_heads + self.num_kv_heads) * (
+            3 * self.rope_dim + 5 * self.head_dim * (self.q_norm is not None)
+        )
 
 
 def by_position(pages, is_keys):
@@ -124,55 +189,40 @@ def prepared(x_HK, norm_K, eps, norm_offset, cos_R, sin_R):
     return out_HK
 
 
-@definition
-def token_inputs(op, step, base, t):
+@inlined
+def token_inputs(a, step, t):
     """Writes a token's query heads, normed and rotated, to q; returns its keys (likewise), values, page and slot.
 
-    Shapes: qkv [T, row_width] float32, head h of q at column q_offset + h * q_stride, of k at k_offset + h * K, of v at
-      v_offset + h * K; q [T, H K]; cos, sin [positions, rope_dim / 2]; rope_dim 0: no rotation. base: first parameter.
     Order: `rms_norm` of the head, then `rotate`.
     """
-    H, G, K = word(op, base), word(op, base + 1), word(op, base + 2)
-    R, width = word(op, base + 3) // 2, word(op, base + 4)
-    eps, norm_offset, has_norm = number(op, base + 10), number(op, base + 11), base == 8
-    q_norm_K = carray(float_array(word(op, 6)), (K if has_norm else 0,))
-    k_norm_K = carray(float_array(word(op, 7)), (K if has_norm else 0,))
+    H, G, K, R = a.num_heads, a.num_kv_heads, a.head_dim, a.rope_dim // 2
+    q_norm_K = carray(float_array(a.q_norm), (K if a.q_norm != 0 else 0,))
+    k_norm_K = carray(float_array(a.k_norm), (K if a.k_norm != 0 else 0,))
     position, first_page = entry(step, POSITION, t), entry(step, REQUEST, t) * step_word(step, PAGES_PER_REQUEST)
-    row_W = carray(float_array(word(op, 1) + 4 * width * t), (width,))
-    cos_R = carray(float_array(word(op, 2) + 4 * R * position), (R,))
-    sin_R = carray(float_array(word(op, 3) + 4 * R * position), (R,))
-    q_HK = heads_of(row_W, word(op, base + 5), word(op, base + 6), H, K)
-    q_HK = prepared(q_HK, q_norm_K, eps, norm_offset, cos_R, sin_R)
-    k_GK = prepared(heads_of(row_W, word(op, base + 7), K, G, K), k_norm_K, eps, norm_offset, cos_R, sin_R)
+    row_W = carray(float_array(a.x + 4 * a.row_width * t), (a.row_width,))
+    cos_R = carray(float_array(a.cos + 4 * R * position), (R,))
+    sin_R = carray(float_array(a.sin + 4 * R * position), (R,))
+    q_HK = prepared(heads_of(row_W, a.q_offset, a.q_stride, H, K), q_norm_K, a.eps, a.norm_offset, cos_R, sin_R)
+    k_GK = prepared(heads_of(row_W, a.k_offset, K, G, K), k_norm_K, a.eps, a.norm_offset, cos_R, sin_R)
     for h in range(H):
         for d in range(K):
-            poke(word(op, 0) + 4 * ((t * H + h) * K + d), q_HK[h, d])
+            poke(a.q + 4 * ((t * H + h) * K + d), q_HK[h, d])
     page = entry(step, PAGE_TABLE, first_page + position // PAGE_TOKENS)
-    return k_GK, heads_of(row_W, word(op, base + 8), K, G, K), page, position % PAGE_TOKENS
-
-
-@definition
-def _attention_inputs(op, step, base):
-    """For every token: its query heads to q, its keys and values (`token_inputs`) to the cache, rounded to its type."""
-    G, K, bf16 = word(op, base + 1), word(op, base + 2), word(op, base + 9)
-    for t in range(num_rows(op, step)):
-        k_GK, v_GK, page, slot = token_inputs(op, step, base, t)
-        for g in range(G):
-            for d in range(K):
-                write_number(word(op, 4), k_index(page, g, d, slot, G, K, bf16), k_GK[g, d], bf16)
-                write_number(word(op, 5), v_index(page, g, d, slot, G, K, bf16), v_GK[g, d], bf16)
+    return k_GK, heads_of(row_W, a.v_offset, K, G, K), page, position % PAGE_TOKENS
 
 
 @kernel
 def _run(op, step, thread, num_threads):
+    """For every token: its query heads to q, its keys and values (`token_inputs`) to the cache, rounded to its type."""
     if thread == 0:
-        _attention_inputs(op, step, 6)
+        a = AttentionInputs.read(op)
+        G, K = a.num_kv_heads, a.head_dim
+        for t in range(num_rows(op, step)):
+            k_GK, v_GK, page, slot = token_inputs(a, step, t)
+            for g in range(G):
+                for d in range(K):
+                    write_number(a.k_pages, k_index(page, g, d, slot, G, K, a.bf16), k_GK[g, d], a.bf16)
+                    write_number(a.v_pages, v_index(page, g, d, slot, G, K, a.bf16), v_GK[g, d], a.bf16)
 
 
-@kernel
-def _run_normed(op, step, thread, num_threads):
-    if thread == 0:
-        _attention_inputs(op, step, 8)
-
-
-REFERENCE = {"attention_inputs": Implementation(_run), "normed_attention_inputs": Implementation(_run_normed)}
+REFERENCE = {"attention_inputs": Implementation(_run)}

@@ -7,7 +7,7 @@ thread takes sixteen tokens at a time, so that those lines are written whole by 
 import numpy as np
 from numba import float32, int32
 
-from lockstep.ops.kv_cache import PAGE_TOKENS, k_index, v_index
+from lockstep.ops.kv_cache import PAGE_TOKENS, AttentionInputs, k_index, v_index
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import inlined, kernel
 from lockstep.runtime.machine import stack_memory
@@ -24,17 +24,7 @@ from lockstep.runtime.simd import (
     store_bf16,
     sum_lanes,
 )
-from lockstep.runtime.step import (
-    PAGE_TABLE,
-    PAGES_PER_REQUEST,
-    POSITION,
-    REQUEST,
-    entry,
-    num_rows,
-    number,
-    step_word,
-    word,
-)
+from lockstep.runtime.step import PAGE_TABLE, PAGES_PER_REQUEST, POSITION, REQUEST, entry, num_rows, step_word
 from lockstep.runtime.tiles import store_pairs
 
 ONE, ZERO = np.float32(1), np.float32(0)
@@ -43,16 +33,19 @@ MAX_HEAD_BYTES = 1024
 
 
 @inlined
-def prepare_head(x, K, norm, eps, norm_offset, cos, sin, R, out):
-    """One head of K float32 at x, normed (not if norm is 0) and rotated, to out."""
-    scale = ONE
+def prepare_head(a, x, norm, cos, sin, out):
+    """One head of float32 at x, normed (not if norm is 0) and rotated, to out."""
+    K, R = a.head_dim, a.rope_dim // 2
     if norm != 0:
         total = lanes(ZERO)
         for i in range(0, 4 * K, 64):
             total = fma(load(x + i), load(x + i), total)
-        scale = ONE / sqrt(sum_lanes(total) / np.float32(K) + eps)
-    for i in range(0, 4 * K, 64):
-        store(out + i, (load(x + i) * scale) * (load(norm + i) + norm_offset) if norm != 0 else load(x + i))
+        scale = ONE / sqrt(sum_lanes(total) / np.float32(K) + a.eps)
+        for i in range(0, 4 * K, 64):
+            store(out + i, (load(x + i) * scale) * (load(norm + i) + a.norm_offset))
+    else:
+        for i in range(0, 4 * K, 64):
+            store(out + i, load(x + i))
     whole = R - R % 16
     for i in range(0, 4 * whole, 64):
         low, high, c, s = load(out + i), load(out + 4 * R + i), load(cos + i), load(sin + i)
@@ -66,18 +59,17 @@ def prepare_head(x, K, norm, eps, norm_offset, cos, sin, R, out):
 
 
 @inlined
-def keep_key(op, base, k, page, slot, g):
+def keep_key(a, k, page, slot, g):
     """Scatters a key over its page, one dimension (or pair) every 64 of them."""
-    G, K, bf16, k_pages = word(op, base + 1), word(op, base + 2), word(op, base + 9), word(op, 4)
-    at = k_index(page, g, 0, slot, G, K, bf16)
-    if bf16:
+    K, at = a.head_dim, k_index(page, g, 0, slot, a.num_kv_heads, a.head_dim, a.bf16)
+    if a.bf16:
         for d in range(0, K, 16):
             store_bf16(k + 2 * d, round_bf16(load(k + 4 * d)))
         for i in range(K // 2):
-            poke(k_pages + 2 * at + 4 * PAGE_TOKENS * i, peek(k + 4 * i, int32))
+            poke(a.k_pages + 2 * at + 4 * PAGE_TOKENS * i, peek(k + 4 * i, int32))
     else:
         for d in range(K):
-            poke(k_pages + 4 * (at + PAGE_TOKENS * d), peek(k + 4 * d, float32))
+            poke(a.k_pages + 4 * (at + PAGE_TOKENS * d), peek(k + 4 * d, float32))
 
 
 @inlined
@@ -107,79 +99,58 @@ def slot_of(step, t):
 
 
 @inlined
-def prepare_token(op, step, base, q_norm, k_norm, t, g, keep, memory):
+def prepare_token(a, step, t, g, keep, memory):
     """One kv head's key of a token, and the query heads that read it. memory: scratch for a head."""
-    H, G, K = word(op, base), word(op, base + 1), word(op, base + 2)
-    R, row = word(op, base + 3) // 2, word(op, base + 4)
-    eps, norm_offset = number(op, base + 10), number(op, base + 11)
-    x, position = word(op, 1) + 4 * row * t, entry(step, POSITION, t)
-    cos, sin = word(op, 2) + 4 * R * position, word(op, 3) + 4 * R * position
-    for h in range(g * (H // G), (g + 1) * (H // G)):
-        prepare_head(
-            x + 4 * (word(op, base + 5) + h * word(op, base + 6)),
-            K,
-            q_norm,
-            eps,
-            norm_offset,
-            cos,
-            sin,
-            R,
-            word(op, 0) + 4 * K * (t * H + h),
-        )
-    prepare_head(x + 4 * (word(op, base + 7) + g * K), K, k_norm, eps, norm_offset, cos, sin, R, memory)
+    H, K, group = a.num_heads, a.head_dim, a.num_heads // a.num_kv_heads
+    x, place = a.x + 4 * a.row_width * t, 4 * (a.rope_dim // 2) * entry(step, POSITION, t)
+    cos, sin = a.cos + place, a.sin + place
+    for h in range(g * group, (g + 1) * group):
+        prepare_head(a, x + 4 * (a.q_offset + h * a.q_stride), a.q_norm, cos, sin, a.q + 4 * K * (t * H + h))
+    prepare_head(a, x + 4 * (a.k_offset + g * K), a.k_norm, cos, sin, memory)
     _, page, slot = slot_of(step, t)
-    keep(op, base, memory, page, slot, g)
+    keep(a, memory, page, slot, g)
 
 
 @inlined
-def keep_values(op, step, base, first, last, g, memory):
+def keep_values(a, step, first, last, g, memory):
     """One kv head's values of tokens first .. last: by two where they share a row of pairs."""
-    G, K, row, bf16, t = word(op, base + 1), word(op, base + 2), 4 * word(op, base + 4), word(op, base + 9), first
+    K, row, t = a.head_dim, 4 * a.row_width, first
     while t < last:
         request, page, slot = slot_of(step, t)
-        v, at = word(op, 1) + row * t + 4 * (word(op, base + 8) + g * K), v_index(page, g, 0, slot, G, K, bf16)
-        if bf16 and slot % 2 == 0 and t + 1 < last and entry(step, REQUEST, t + 1) == request:
-            keep_two_values(v, row, word(op, 5), at, K)
+        v, at = a.x + row * t + 4 * (a.v_offset + g * K), v_index(page, g, 0, slot, a.num_kv_heads, K, a.bf16)
+        if a.bf16 and slot % 2 == 0 and t + 1 < last and entry(step, REQUEST, t + 1) == request:
+            keep_two_values(v, row, a.v_pages, at, K)
             t += 1
         else:
-            keep_value(v, word(op, 5), at, K, bf16)
+            keep_value(v, a.v_pages, at, K, a.bf16)
         t += 1
 
 
 @inlined
-def prepare(op, step, thread, num_threads, base, q_norm, k_norm, keep, keep_all):
+def prepare(op, step, thread, num_threads, keep, keep_all):
     """The thread's share: runs of tokens, whole rows of the projection; few runs are cut by kv heads.
 
     The runs of a thread are neighbours: where one ends inside a line of K, two threads would take turns with the line.
     keep, keep_all: write a key, and a run's values, to pages of one type (as `keep_key` and `keep_values`).
     """
-    T, G, memory = num_rows(op, step), word(op, base + 1), stack_memory(MAX_HEAD_BYTES)
+    a, T, memory = AttentionInputs.read(op), num_rows(op, step), stack_memory(MAX_HEAD_BYTES)
     runs = (T + TOKENS_AT_ONCE - 1) // TOKENS_AT_ONCE
-    heads = G if runs >= 4 * num_threads else 1
-    parts = G // heads
+    heads = a.num_kv_heads if runs >= 4 * num_threads else 1
+    parts = a.num_kv_heads // heads
     for item in range(runs * parts * thread // num_threads, runs * parts * (thread + 1) // num_threads):
         first, g0 = item // parts * TOKENS_AT_ONCE, item % parts * heads
         last = min(T, first + TOKENS_AT_ONCE)
         for t in range(first, last):
             for g in range(g0, g0 + heads):
-                prepare_token(op, step, base, q_norm, k_norm, t, g, keep, memory)
+                prepare_token(a, step, t, g, keep, memory)
         for g in range(g0, g0 + heads):
-            keep_all(op, step, base, first, last, g, memory)
+            keep_all(a, step, first, last, g, memory)
 
 
 @kernel
 def attention_inputs(op, step, thread, num_threads):
-    """Rotation only."""
-    prepare(op, step, thread, num_threads, 6, 0, 0, keep_key, keep_values)
+    """float32 or bfloat16 pages."""
+    prepare(op, step, thread, num_threads, keep_key, keep_values)
 
 
-@kernel
-def normed_attention_inputs(op, step, thread, num_threads):
-    """Norm of each query and key head, then rotation."""
-    prepare(op, step, thread, num_threads, 8, word(op, 6), word(op, 7), keep_key, keep_values)
-
-
-CPU = {
-    "attention_inputs": Implementation(attention_inputs),
-    "normed_attention_inputs": Implementation(normed_attention_inputs),
-}
+CPU = {"attention_inputs": Implementation(attention_inputs)}

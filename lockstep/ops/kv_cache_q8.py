@@ -12,11 +12,11 @@ import numpy as np
 from numba import int8
 
 from lockstep.ops.activations import INFINITY, ONE_127TH, SMALLEST, ZERO, magnitude
-from lockstep.ops.kv_cache import PAGE_TOKENS, SCALE_BYTES, token_inputs
+from lockstep.ops.kv_cache import PAGE_TOKENS, SCALE_BYTES, AttentionInputs, token_inputs
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import definition, inlined, kernel
 from lockstep.runtime.simd import bf16_bits, maximum, peek, peek_bf16, poke, rint, round_bf16, to_i32
-from lockstep.runtime.step import num_rows, word
+from lockstep.runtime.step import num_rows
 
 ONE = np.float32(1)
 
@@ -71,23 +71,6 @@ def quantize_head(x_K, codes_K):
 
 
 @definition
-def _attention_inputs(op, step, base):
-    """For every token: its query heads to q, its keys and values (`token_inputs`), quantized, to the cache."""
-    G, K = word(op, base + 1), word(op, base + 2)
-    codes_K = np.empty(K, np.int8)
-    for t in range(num_rows(op, step)):
-        k_GK, v_GK, page, slot = token_inputs(op, step, base, t)
-        for g in range(G):
-            k, v = word(op, 4) + head_place(page, g, G, K), word(op, 5) + head_place(page, g, G, K)
-            poke(k + scale_place(slot, K), bf16_bits(quantize_head(k_GK[g], codes_K)))
-            for d in range(K):
-                poke(k + k_place(slot, d), codes_K[d])
-            poke(v + scale_place(slot, K), bf16_bits(quantize_head(v_GK[g], codes_K)))
-            for d in range(K):
-                poke(v + v_place(slot, d, K), codes_K[d])
-
-
-@definition
 def read_key(head, slot, codes_K):
     """Reads the codes of a slot of a head of K; returns the scale."""
     for d in range(codes_K.size):
@@ -105,14 +88,21 @@ def read_value(head, slot, codes_K):
 
 @kernel
 def _run(op, step, thread, num_threads):
+    """For every token: its query heads to q, its keys and values (`token_inputs`), quantized, to the cache."""
     if thread == 0:
-        _attention_inputs(op, step, 6)
+        a = AttentionInputs.read(op)
+        G, K = a.num_kv_heads, a.head_dim
+        codes_K = np.empty(K, np.int8)
+        for t in range(num_rows(op, step)):
+            k_GK, v_GK, page, slot = token_inputs(a, step, t)
+            for g in range(G):
+                k, v = a.k_pages + head_place(page, g, G, K), a.v_pages + head_place(page, g, G, K)
+                poke(k + scale_place(slot, K), bf16_bits(quantize_head(k_GK[g], codes_K)))
+                for d in range(K):
+                    poke(k + k_place(slot, d), codes_K[d])
+                poke(v + scale_place(slot, K), bf16_bits(quantize_head(v_GK[g], codes_K)))
+                for d in range(K):
+                    poke(v + v_place(slot, d, K), codes_K[d])
 
 
-@kernel
-def _run_normed(op, step, thread, num_threads):
-    if thread == 0:
-        _attention_inputs(op, step, 8)
-
-
-REFERENCE = {"attention_inputs_q8": Implementation(_run), "normed_attention_inputs_q8": Implementation(_run_normed)}
+REFERENCE = {"attention_inputs_q8": Implementation(_run)}

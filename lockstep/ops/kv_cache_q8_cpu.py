@@ -27,7 +27,7 @@ from lockstep.runtime.simd import (
     store_i8,
     to_i32,
 )
-from lockstep.runtime.step import REQUEST, entry, word
+from lockstep.runtime.step import REQUEST, entry
 
 BYTE, TWO_BYTES, THREE_BYTES = np.int32(1 << 8), np.int32(1 << 16), np.int32(1 << 24)
 
@@ -61,22 +61,21 @@ def write_codes(x, K, inverse, out):
 
 
 @inlined
-def keep_key(op, base, k, page, slot, g):
+def keep_key(a, k, page, slot, g):
     """Scatters a key over its page, four dimensions every 64 of them. Its codes take the place of its numbers."""
-    G, K = word(op, base + 1), word(op, base + 2)
-    head = word(op, 4) + head_place(page, g, G, K)
+    K, head = a.head_dim, a.k_pages + head_place(page, g, a.num_kv_heads, a.head_dim)
     write_codes(k, K, keep_scale(k, K, head + scale_place(slot, K)), k)
     for d in range(0, K, 4):
         poke(head + k_place(slot, d), peek(k + d, int32))
 
 
 @inlined
-def keep_values(op, step, base, first, last, g, memory):
+def keep_values(a, step, first, last, g, memory):
     """One kv head's values of tokens first .. last: by four where they fill a row. memory: scratch for a head."""
-    G, K, row, t = word(op, base + 1), word(op, base + 2), 4 * word(op, base + 4), first
+    K, row, t = a.head_dim, 4 * a.row_width, first
     while t < last:
         request, page, slot = slot_of(step, t)
-        v, head = word(op, 1) + row * t + 4 * (word(op, base + 8) + g * K), word(op, 5) + head_place(page, g, G, K)
+        v, head = a.x + row * t + 4 * (a.v_offset + g * K), a.v_pages + head_place(page, g, a.num_kv_heads, K)
         if slot % 4 == 0 and t + 3 < last and entry(step, REQUEST, t + 3) == request:
             keep_four_values(v, row, head, slot, K)
             t += 4
@@ -105,17 +104,8 @@ def keep_four_values(v, row, head, slot, K):
 
 @kernel
 def attention_inputs_q8(op, step, thread, num_threads):
-    """Rotation only."""
-    prepare(op, step, thread, num_threads, 6, 0, 0, keep_key, keep_values)
+    """8-bit pages."""
+    prepare(op, step, thread, num_threads, keep_key, keep_values)
 
 
-@kernel
-def normed_attention_inputs_q8(op, step, thread, num_threads):
-    """Norm of each query and key head, then rotation."""
-    prepare(op, step, thread, num_threads, 8, word(op, 6), word(op, 7), keep_key, keep_values)
-
-
-CPU = {
-    "attention_inputs_q8": Implementation(attention_inputs_q8),
-    "normed_attention_inputs_q8": Implementation(normed_attention_inputs_q8),
-}
+CPU = {"attention_inputs_q8": Implementation(attention_inputs_q8)}

@@ -78,7 +78,7 @@ def attend_ragged(
             for t in range(start, stop):
                 for h in range(g * (H // G), (g + 1) * (H // G)):
                     position, out_K = length - (stop - t), out_THK[t, h]
-                    top, total = attend(q_THK[t, h], k_CK, v_CK, position, window, scale, cap, 0, out_K)
+                    top, total = attend(q_THK[t, h], k_CK, v_CK, position, window, (scale, cap), out_K, 0)
                     if sinks_H.size > 0:
                         share = kept_share(top, total, sinks_H[h])
                         for d in range(out_K.size):

@@ -5,7 +5,6 @@ joins neighbours so that rows pass through memory less often.
 """
 
 from collections import Counter
-from dataclasses import replace
 
 from lockstep.ops.activations import bf16_width, q8_width
 from lockstep.runtime.program import Op, Tensor
@@ -24,25 +23,12 @@ PREPARATIONS = {
     "q5_k": QUANTIZED,
     "q6_k": QUANTIZED,
 }
-# what is added to the name of an op whose arithmetic depends on the cache's type: f32, bf16, q8
-BY_CACHE = {
-    "attention": ("", "_bf16", "_q8"),
-    "gated_attention": ("", "_bf16", "_q8"),
-    "attention_inputs": ("", "", "_q8"),
-    "normed_attention_inputs": ("", "", "_q8"),
-}
 
 
 def lower(program):
-    """Names the arithmetic of ops that depends on a format.
-
-    Every `linear` becomes `linear_<format>` on prepared rows; rows prepared alike are prepared once. Attention becomes
-    that over the cache's type.
-    """
+    """Every `linear` becomes `linear_<format>` on prepared rows; rows prepared alike are prepared once."""
     ops, prepared = [], {}
     for op in program.ops:
-        if op.kind in BY_CACHE:
-            op = replace(op, kind=op.kind + BY_CACHE[op.kind][op.params["kv_dtype"]])
         if op.kind != "linear":
             ops.append(op)
             continue

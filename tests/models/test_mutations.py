@@ -57,26 +57,25 @@ def without_bias_of(name):
     return lambda op: without_bias(op) if any(name in x.name for x in op.inputs[1:]) else op
 
 
-INPUTS, NORMED = ("attention_inputs",), ("normed_attention_inputs",)
-ATTENTION = ("attention", "gated_attention")
+INPUTS, ATTENTION = ("attention_inputs",), ("attention",)
 OPS = {
     "no +1 in norms": ("qwen3_5", params(["rms_norm"], offset=0.0)),
-    "no +1 in head norms": ("qwen3_5", params(NORMED, offset=0.0)),
+    "no +1 in head norms": ("qwen3_5", params(INPUTS, norm_offset=0.0)),
     "+1 in norms that have none": ("qwen3", params(["rms_norm"], offset=1.0)),
     "eps as part of the sum, not of the mean": ("qwen3", params(["rms_norm"], eps=lambda op: op.params["eps"] / 64)),
     "eps forgotten": ("llama", params(["rms_norm"], eps=0.0)),
-    "eps of head norms forgotten": ("qwen3", params(NORMED, eps=0.0)),
+    "eps of head norms forgotten": ("qwen3", params(INPUTS, eps=0.0)),
     "eps of the gated norm forgotten": ("qwen3_5", params(["gated_norm"], eps=0.0)),
     "query and gate swapped": (
         "qwen3_5",
-        lambda op: params(NORMED, q_offset=32)(params(["gated_attention"], gate_offset=0)(op)),
+        lambda op: params(INPUTS, q_offset=32)(params(ATTENTION, gate_offset=0)(op)),
     ),
     "gate and queries as two halves": (
         "qwen3_5",
-        lambda op: params(NORMED, q_stride=32)(params(["gated_attention"], gate_offset=4 * 32, gate_stride=32)(op)),
+        lambda op: params(INPUTS, q_stride=32)(params(ATTENTION, gate_offset=4 * 32, gate_stride=32)(op)),
     ),
     "keys for values": ("llama", params(INPUTS, v_offset=lambda op: op.params["k_offset"])),
-    "no rope on partial heads": ("qwen3_5", params(NORMED, rope_dim=0)),
+    "no rope on partial heads": ("qwen3_5", params(INPUTS, rope_dim=0)),
     "rope on a layer without": ("smollm3", params(INPUTS, rope_dim=16)),
     "no rope": ("llama", params(INPUTS, rope_dim=0)),
     "scores not scaled": ("llama", params(ATTENTION, scale=1.0)),

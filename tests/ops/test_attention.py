@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from lockstep.ops import BACKENDS, attention, attention_q8
+from lockstep.ops.attention import Attention
 from lockstep.ops.attention_math import score_scales
 from lockstep.ops.kv_cache import KV_DTYPES
 from lockstep.runtime.kernel import interpreted
 from tests.ops import q8_target
-from tests.ops.harness import ragged_step, run_row, same_bits
+from tests.ops.harness import ragged_step, run_op, same_bits
 from tests.ops.pages import quantize, random_cache, round_bf16, scales_of, widen
 from tests.promise.test_isa import cpu_flags
 
@@ -38,23 +39,22 @@ class Batch:
         """(out, stats); rows, lengths, contexts and requests choose a part of the batch."""
         H, G, K = self.shape
         step, _held = ragged_step(lengths or self.lengths, contexts or self.contexts, self.table[requests])
-        inputs = [self.q_TD[rows], ("cache", self.k_pages), ("cache", self.v_pages)]
-        gate = dict(gate_width=self.gate_TW.shape[1], gate_offset=5 + K, gate_stride=2 * K) if gated else {}
-        kind = ("gated_" if gated else "") + "attention" + ("" if self.kv_dtype == "f32" else f"_{self.kv_dtype}")
-        made = run_row(
-            backend[kind],
-            {"out": ("T", H * K, "f32"), "stats": ("T", 2 * H, "f32")},
-            inputs + [self.gate_TW[rows]] * gated,
+        gate = dict(gate=self.gate_TW[rows], gate_width=self.gate_TW.shape[1], gate_offset=5 + K, gate_stride=2 * K)
+        made = run_op(
+            backend,
+            Attention,
             step=step,
             num_threads=num_threads,
+            q=self.q_TD[rows],
+            k_pages=self.k_pages,
+            v_pages=self.v_pages,
             num_heads=H,
             num_kv_heads=G,
             head_dim=K,
-            sm_scale=K**-0.5,
-            sliding_window=self.window,
+            scale=K**-0.5,
+            window=self.window,
             soft_cap=self.soft_cap,
-            kv_dtype=KV_DTYPES.index(self.kv_dtype),
-            **gate,
+            **(gate if gated else {}),
         )
         return made["out"], made["stats"]
 
@@ -230,10 +230,10 @@ def test_definition_compiled_equals_interpreted(window, soft_cap, pairs):
     if pairs:
         k, v = widen(round_bf16(k)), widen(round_bf16(v))
     q, outs = rng.standard_normal(4, np.float32), np.empty((2, 4), np.float32)
-    scale, cap = interpreted(score_scales)(np.float32(0.5), np.float32(soft_cap))
+    scales = interpreted(score_scales)(np.float32(0.5), np.float32(soft_cap))
     position = 1026 if window else 130
     results = [
-        f(q, k, v, position, window, scale, cap, pairs, out)
+        f(q, k, v, position, window, scales, out, pairs)
         for f, out in zip((attention.attend, interpreted(attention.attend)), outs)
     ]
     same_bits(outs[0], outs[1])
@@ -243,12 +243,13 @@ def test_definition_compiled_equals_interpreted(window, soft_cap, pairs):
 @pytest.mark.parametrize("window, soft_cap", [(0, 0.0), (71, 5.0)])
 def test_definition_over_8_bits_compiled_equals_interpreted(window, soft_cap):
     rng = np.random.default_rng(0)
-    (k, k_scale), (v, v_scale) = (quantize(rng.standard_normal((1030, 4), np.float32)) for _ in "kv")
+    cached = [quantize(rng.standard_normal((1030, 4), np.float32)) for _ in "kv"]
+    k, v = (attention_q8.Quantized(codes, widen(scale)[:, 0]) for codes, scale in cached)
     q, outs = rng.standard_normal(4, np.float32), np.empty((2, 4), np.float32)
-    scale, cap = interpreted(score_scales)(np.float32(0.5), np.float32(soft_cap))
+    scales = interpreted(score_scales)(np.float32(0.5), np.float32(soft_cap))
     position = 1026 if window else 130
     results = [
-        f(q, k, widen(k_scale)[:, 0], v, widen(v_scale)[:, 0], position, window, scale, cap, out)
+        f(q, k, v, position, window, scales, out)
         for f, out in zip((attention_q8.attend, interpreted(attention_q8.attend)), outs)
     ]
     same_bits(outs[0], outs[1])

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 
 from lockstep.ops import BACKENDS, kv_cache, kv_cache_q8
-from lockstep.ops.kv_cache import KV_DTYPES
+from lockstep.ops.kv_cache import KV_DTYPES, AttentionInputs
 from lockstep.ops.rope import rope_table
 from lockstep.runtime.kernel import interpreted
-from tests.ops.harness import ragged_step, run_row, same_bits, weight
+from tests.ops.harness import ragged_step, run_op, same_bits
 from tests.ops.pages import by_row, in_fours, in_pairs, on_cache_line, page_table, quantize, round_bf16, widen
 
 LENGTHS, CONTEXTS = [1, 30, 66, 2], [65, 30, 130, 64]
@@ -17,7 +17,7 @@ SHAPES = {
     "no rotation": (7, 1, 16, 0, False),
     "wide, no rotation, normed": (2, 1, 256, 0, True),
 }  # H, G, K, rope_dim, normed
-UNTOUCHED = np.iinfo(np.uint32).max
+UNTOUCHED = 0xFF  # every byte of a page: no number that is written
 GAP = 3  # columns between the parts of a row
 
 
@@ -44,26 +44,25 @@ class Inputs:
     def run(self, backend, num_threads=1):
         """(q, k pages, v pages) of one run."""
         H, G, K = self.shape
-        dtype = {"f32": np.uint32, "bf16": np.uint16, "q8": np.int8}[self.kv_dtype]
-        pages = [np.full((self.num_pages, G, *cell), UNTOUCHED, np.uint32).astype(dtype) for cell in ((K, 64), (64, K))]
+        dtype = {"f32": np.float32, "bf16": np.uint16, "q8": np.int8}[self.kv_dtype]
+        pages = [np.zeros((self.num_pages, G, *cell), dtype) for cell in ((K, 64), (64, K))]
+        for page in pages:
+            page.view(np.uint8)[...] = UNTOUCHED
         scales = np.full((self.num_pages, G, 64), 0xFFFF, np.uint16)
         kept = {"f32": lambda p: p, "bf16": in_pairs, "q8": lambda p: in_fours(p, scales)}[self.kv_dtype]
         pages = [on_cache_line(kept(p)) for p in pages]
-        norms = [weight(n, name) for n, name in zip(self.norms, ("q_norm", "k_norm"))] if self.normed else []
-        extra = dict(eps=1e-6, norm_offset=1.0) if self.normed else {}
-        kind = ("normed_" if self.normed else "") + "attention_inputs" + ("_q8" if self.kv_dtype == "q8" else "")
-        q = run_row(
-            backend[kind],
-            {"q": ("T", H * K, "f32")},
-            [
-                self.x,
-                weight(self.tables[0], "cos"),
-                weight(self.tables[1], "sin"),
-                *(("cache", p) for p in pages),
-                *norms,
-            ],
+        q = run_op(
+            backend,
+            AttentionInputs,
             step=self.step,
             num_threads=num_threads,
+            x=self.x,
+            cos=self.tables[0],
+            sin=self.tables[1],
+            k_pages=pages[0],
+            v_pages=pages[1],
+            q_norm=self.norms[0] if self.normed else None,
+            k_norm=self.norms[1] if self.normed else None,
             num_heads=H,
             num_kv_heads=G,
             head_dim=K,
@@ -73,8 +72,9 @@ class Inputs:
             q_stride=2 * K,
             k_offset=self.k_offset,
             v_offset=self.v_offset,
-            kv_dtype=KV_DTYPES.index(self.kv_dtype),
-            **extra,
+            eps=1e-6,
+            norm_offset=1.0,
+            bf16=self.kv_dtype == "bf16",
         )["q"]
         if self.kv_dtype == "q8":
             return q, *codes_and_scales(pages[0], K, (K, 64)), *codes_and_scales(pages[1], K, (64, K))
@@ -123,12 +123,11 @@ def test_queries_keys_and_values_are_right_and_in_place(name, kv_dtype):
                 same_bits(v_pages[page, :, slot], round_bf16(v[t]))
                 assert np.abs(widen(k_pages[page, :, :, slot]) - k[t]).max() <= np.abs(k[t]).max() / 256 + 3e-6
             else:
-                same_bits(v_pages[page, :, slot].view(np.float32), v[t])
-                assert np.abs(k_pages[page, :, :, slot].view(np.float32) - k[t]).max() < 3e-6
+                same_bits(v_pages[page, :, slot], v[t])
+                assert np.abs(k_pages[page, :, :, slot] - k[t]).max() < 3e-6
             t += 1
-    untouched = np.iinfo(k_pages.dtype).max
-    assert (k_pages.transpose(0, 3, 1, 2)[~written] == untouched).all()
-    assert (v_pages.transpose(0, 2, 1, 3)[~written] == untouched).all()
+    assert (k_pages.transpose(0, 3, 1, 2)[~written].view(np.uint8) == UNTOUCHED).all()
+    assert (v_pages.transpose(0, 2, 1, 3)[~written].view(np.uint8) == UNTOUCHED).all()
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -136,7 +135,7 @@ def test_keys_and_values_in_8_bits_are_right_and_in_place(name):
     """Keys are what a float32 cache holds, quantized by NumPy: the same codes and scales; unwritten slots stay."""
     found = Inputs(*SHAPES[name], "q8").run(BACKENDS["cpu"], 2)[1:]
     plain = Inputs(*SHAPES[name], "f32")
-    exact = [p.view(np.float32) for p in plain.run(BACKENDS["cpu"], 2)[1:]]
+    exact = plain.run(BACKENDS["cpu"], 2)[1:]
     written = np.zeros((plain.num_pages, 64), bool)
     for s, (n, c) in enumerate(zip(LENGTHS, CONTEXTS)):
         for position in range(c - n, c):

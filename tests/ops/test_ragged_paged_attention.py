@@ -107,7 +107,7 @@ def test_a_row_has_the_bits_of_the_engine_s_attention():
     for t in range(3):
         for h in range(2):
             out = np.empty(16, np.float32)
-            attention.attend(batch.q[t, h], k[:, 0].copy(), v[:, 0].copy(), 1097 + t, 0, scale, cap, 0, out)
+            attention.attend(batch.q[t, h], k[:, 0].copy(), v[:, 0].copy(), 1097 + t, 0, (scale, cap), out, 0)
             same_bits(made[t, h], out)
 
 

@@ -16,10 +16,10 @@ from lockstep.engine.request import SamplingParams
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.engine.sampling import Adjustment
 from lockstep.ops import BACKENDS
-from lockstep.ops.embed import format_code
+from lockstep.ops.embed import Embed, format_code
+from lockstep.ops.select_rows import SelectRows, selected_rows
 from lockstep.runtime.executor import WeightStore
 from lockstep.runtime.program import Program, Weight
-from lockstep.runtime.step import SAMPLED_ROW
 from lockstep.runtime.threads import Team
 from lockstep.weights.tensor import StoredTensor
 
@@ -43,17 +43,9 @@ def model(vocabulary, flat):
         logits[:, np.random.RandomState(2).permutation(vocabulary)[:300]] += np.linspace(14, 0, 300, dtype=np.float32)
     program, stored = Program(), StoredTensor("logits", "f32", logits.shape, logits)
     table = Weight("logits", "f32", logits.shape, (stored,))
-    rows = program.emit(
-        "embed",
-        [program.tensor("rows", "T", vocabulary)],
-        [table],
-        width=vocabulary,
-        format=format_code("f32"),
-        scale=1.0,
-    )
-    made = program.emit(
-        "select_rows", [program.tensor("logits", "R", vocabulary)], [rows], width=vocabulary, selected=SAMPLED_ROW
-    )
+    rows, made = program.tensor("rows", "T", vocabulary), program.tensor("logits", "R", vocabulary)
+    program.emit(Embed(out=rows, table=table, width=vocabulary, format=format_code("f32"), scale=1.0))
+    program.emit(SelectRows(out=made, x=rows, width=vocabulary, selected=selected_rows("R")))
     emit_sampling(program, made, vocabulary)
     ops = {**BACKENDS["reference"], **BACKENDS["cpu"]}
     return SimpleNamespace(

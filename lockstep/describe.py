@@ -102,8 +102,6 @@ def flops(op, context):
         return op.flops(context)
     p = op.params
     width = op.outputs[0].width if op.outputs else 0
-    if op.kind.startswith("expert_linear_"):
-        return 2 * p["K"] * width  # width: N for each of the row's experts
     match op.kind:
         case "linear":
             n, k = op.inputs[1].shape
@@ -112,7 +110,7 @@ def flops(op, context):
             return 7 * p["num_v_heads"] * p["k_head_dim"] * p["v_head_dim"]
         case "delta_inputs":
             return (2 * p["conv_width"] + 4) * p["channels"]
-    return {"gated_norm": 9, "silu_mul": 4, "add": 1, "add_bias": 1}.get(op.kind, 0) * width
+    return {"silu_mul": 4, "add": 1, "add_bias": 1}.get(op.kind, 0) * width
 
 
 def collapsed(costs):

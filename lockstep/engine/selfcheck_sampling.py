@@ -12,11 +12,11 @@ from lockstep.engine.model import emit_sampling
 from lockstep.engine.request import SamplingParams
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.engine.sampling import Adjustment
-from lockstep.ops.embed import format_code
+from lockstep.ops.embed import Embed, format_code
 from lockstep.ops.sample import MAX_LOGPROBS
+from lockstep.ops.select_rows import SelectRows, selected_rows
 from lockstep.runtime.executor import WeightStore
 from lockstep.runtime.program import Program, Weight
-from lockstep.runtime.step import SAMPLED_ROW
 from lockstep.runtime.threads import Team
 from lockstep.weights.tensor import StoredTensor
 
@@ -57,17 +57,10 @@ def probe_model(table):
     values = np.random.RandomState(5).randint(-4096, 4096, (ROWS, WIDTH)) * np.float32(2.0**-9)
     stored = StoredTensor(NAME, "f32", values.shape, values.astype(np.float32))
     program = Program()
-    rows = program.emit(
-        "embed",
-        [program.tensor("rows", "T", WIDTH)],
-        [Weight(NAME, "f32", values.shape, (stored,))],
-        width=WIDTH,
-        format=format_code("f32"),
-        scale=1.0,
-    )
-    logits = program.emit(
-        "select_rows", [program.tensor("logits", "R", WIDTH)], [rows], width=WIDTH, selected=SAMPLED_ROW
-    )
+    table, rows = Weight(NAME, "f32", values.shape, (stored,)), program.tensor("rows", "T", WIDTH)
+    program.emit(Embed(out=rows, table=table, width=WIDTH, format=format_code("f32"), scale=1.0))
+    logits = program.tensor("logits", "R", WIDTH)
+    program.emit(SelectRows(out=logits, x=rows, width=WIDTH, selected=selected_rows("R")))
     emit_sampling(program, logits, VOCABULARY)
     return SimpleNamespace(
         backend=lambda swaps, base: table,

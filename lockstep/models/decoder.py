@@ -10,7 +10,6 @@ prompt has one, and nearly the whole last layer of its other tokens is not compu
 """
 
 from lockstep.models.record import Recorder
-from lockstep.runtime.step import EMBEDDED_ROW, OUTPUT_ROW, SAMPLED_ROW
 
 HEAD = "lm_head.weight"
 PREFIXES = ("model.language_model.", "language_model.model.", "model.", "")
@@ -37,8 +36,8 @@ def record_on(ops, config):
     for i, layer in enumerate(config.layers):
         x = decoder_layer(ops, x, config, layer, f"{prefix}layers.{i}", is_last=i == len(config.layers) - 1)
     norm = f"{prefix}norm.weight", config.rms_eps, config.norm_offset
-    h = ops.rms_norm(ops.select_rows(x, "sampled", "R", SAMPLED_ROW), *norm)
-    ops.result("hidden", ops.rms_norm(ops.select_rows(x, "embedded", "E", EMBEDDED_ROW), *norm, "hidden"))
+    h = ops.rms_norm(ops.select_rows(x, "sampled", "R"), *norm)
+    ops.result("hidden", ops.rms_norm(ops.select_rows(x, "embedded", "E"), *norm, "hidden"))
     return head(ops, h, config, prefix)
 
 
@@ -51,8 +50,8 @@ def decoder_layer(ops, x, config, layer, label, is_last):
     else:
         heads, out = ops.linear_attention(h, config, f"{label}.linear_attn"), f"{label}.linear_attn.out_proj"
     if is_last:
-        heads = ops.select_rows(heads, f"{label}.heads.output", "O", OUTPUT_ROW)
-        x = ops.select_rows(x, f"{label}.residual.output", "O", OUTPUT_ROW)
+        heads = ops.select_rows(heads, f"{label}.heads.output", "O")
+        x = ops.select_rows(x, f"{label}.residual.output", "O")
     x = ops.add(x, ops.linear(heads, [(out, config.hidden_size)], bias=is_attention and config.o_bias))
     h = ops.rms_norm(x, f"{label}.post_attention_layernorm.weight", config.rms_eps, config.norm_offset)
     return ops.add(x, mlp(ops, h, config, layer, f"{label}.mlp"))

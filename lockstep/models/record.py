@@ -3,13 +3,17 @@
 A model names checkpoint tensors by their Hugging Face names; shapes are checked here, once, with a clear error.
 """
 
-from lockstep.ops.activations import bf16_width, q8_width
 from lockstep.ops.attention import Attention
 from lockstep.ops.embed import FORMATS as EMBED_FORMATS
-from lockstep.ops.embed import format_code
+from lockstep.ops.embed import Embed, format_code
+from lockstep.ops.experts import FORMATS as EXPERT_FORMATS
+from lockstep.ops.experts import PREPARED, ExpertGated, ExpertLinear, ExpertRows, ExpertScatter, preparation
+from lockstep.ops.gated_norm import GatedNorm
 from lockstep.ops.kv_cache import ELEMENTS, AttentionInputs, page_shapes
+from lockstep.ops.moe import CombineExperts, GroupExperts, Route
 from lockstep.ops.rms_norm import RmsNorm
 from lockstep.ops.rope import RopeTables
+from lockstep.ops.select_rows import SelectRows, selected_rows
 from lockstep.runtime.program import Program, Table, Weight
 from lockstep.weights.pack import padded_width
 
@@ -18,16 +22,6 @@ LINEAR_FORMATS = ("f32", "f16", "bf16", *INTEGER_FORMATS)
 CHOICES = ("auto", "f32", "bf16", "q8_0", "q4_0")
 # tensors that a text model's checkpoint may hold beside its own: draft heads, the part that sees, old rope tables
 NOT_TEXT = ("mtp.", "model.visual.", "visual.", "model.vision_tower.", "vision_tower.")
-
-
-# experts in other formats become q8_0 when they are packed
-EXPERT_FORMATS = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q5_k")
-
-
-def expert_rows(format, width):
-    """How experts' weights in a format want their rows: (name, elements of a row)."""
-    kinds = {"f32": ("f32", width), "f16": ("f32", width), "bf16": ("bf16", bf16_width(width))}
-    return kinds.get(format, ("q8", q8_width(width)))
 
 
 def compute_format(stored, requested, width):
@@ -99,7 +93,8 @@ class Recorder:
             )
         out = self.program.tensor("embed", "T", width)
         weight = Weight(name, table.format, table.shape, (table,))
-        return self.program.emit("embed", [out], [weight], width=width, format=format_code(table.format), scale=1.0)
+        code = format_code(table.format)
+        return self.program.emit(Embed(out=out, table=weight, width=width, format=code, scale=1.0))
 
     def rms_norm(self, x, name, eps, offset, label=None):
         out = self.program.tensor(label or name.removesuffix(".weight"), x.rows, x.width)
@@ -153,62 +148,49 @@ class Recorder:
         E, X = m.num_experts, m.num_per_token
         tensor, emit = self.program.tensor, self.program.emit
         logits = self.linear(x, [(f"{label}.gate", E)])
-        ids = emit(
-            "route",
-            [tensor(f"{label}.expert_ids", x.rows, X, "i32"), tensor(f"{label}.weights", x.rows, X)],
-            [logits],
+        route = Route(
+            expert_ids=tensor(f"{label}.expert_ids", x.rows, X, "i32"),
+            weights=tensor(f"{label}.weights", x.rows, X),
+            logits=logits,
             num_experts=E,
             top_k=X,
-            renormalise=int(m.renormalise),
+            renormalise=m.renormalise,
             width=logits.width,
         )
-        weights = self.program.ops[-1].outputs[1]
-        order = emit(
-            "group_experts",
-            [tensor(f"{label}.order", x.rows, X, "i32"), tensor(f"{label}.expert_start", x.rows, E + 1, "i32")],
-            [ids],
+        group = GroupExperts(
+            order=tensor(f"{label}.order", x.rows, X, "i32"),
+            expert_start=tensor(f"{label}.expert_start", x.rows, E + 1, "i32"),
+            expert_ids=emit(route),
             num_experts=E,
             top_k=X,
         )
-        start = self.program.ops[-1].outputs[1]
+        order, shape = emit(group), dict(expert_start=group.expert_start, num_experts=E, top_k=X)
         gate_up, down = self._expert_weights(label, m, D)
-        rows, width = expert_rows(gate_up.format, D)
-        h = emit(
-            f"expert_rows_{rows}",
-            [tensor(f"{label}.expert_rows", x.rows, X * width, "f32" if rows == "f32" else "i8")],
-            [x, order],
-            K=D,
-            top_k=X,
-        )
-        h = emit(
-            f"expert_linear_{gate_up.format}",
-            [tensor(f"{label}.experts.gate_up", x.rows, X * 2 * m.width)],
-            [h, start, gate_up],
-            K=D,
-            N=2 * m.width,
-            num_experts=E,
-        )
-        rows, width = expert_rows(down.format, m.width)
-        h = emit(
-            f"expert_gated_{rows}",
-            [tensor(f"{label}.experts.act", x.rows, X * width, "f32" if rows == "f32" else "i8")],
-            [h],
-            K=m.width,
-            top_k=X,
-        )
-        h = emit(
-            f"expert_linear_{down.format}",
-            [tensor(f"{label}.experts.down", x.rows, X * D)],
-            [h, start, down],
-            K=m.width,
-            N=D,
-            num_experts=E,
-        )
-        y = emit("expert_scatter", [tensor(f"{label}.experts", x.rows, X * D)], [h, order], D=D, top_k=X)
-        return emit("combine_experts", [tensor(f"{label}.combined", x.rows, D)], [weights, y], D=D, top_k=X)
+        made = self._prepared_rows(f"{label}.expert_rows", x.rows, X, gate_up.format, D)
+        h = emit(ExpertRows(x=x, order=order, **made))
+        made = dict(out=tensor(f"{label}.experts.gate_up", x.rows, X * 2 * m.width), features=2 * m.width)
+        h = emit(ExpertLinear(x=h, weight=gate_up, width=D, **made, **shape))
+        made = self._prepared_rows(f"{label}.experts.act", x.rows, X, down.format, m.width)
+        h = emit(ExpertGated(x=h, **made))
+        made = dict(out=tensor(f"{label}.experts.down", x.rows, X * D), features=D)
+        h = emit(ExpertLinear(x=h, weight=down, width=m.width, **made, **shape))
+        y = tensor(f"{label}.experts", x.rows, X * D)
+        y = emit(ExpertScatter(out=y, x=h, order=order, width=D, top_k=X))
+        out = tensor(f"{label}.combined", x.rows, D)
+        return emit(CombineExperts(out=out, weights=route.weights, y=y, width=D, top_k=X))
+
+    def _prepared_rows(self, label, rows, top_k, format, width):
+        """The output and parameters of an op that prepares top_k rows for experts' weights of a format."""
+        prepared = preparation(format)
+        dtype, elements = PREPARED[prepared]
+        out = self.program.tensor(label, rows, top_k * elements(width), dtype)
+        return dict(out=out, width=width, top_k=top_k, prepared=prepared)
 
     def _expert_weights(self, label, m, D):
-        """All experts' gate and up, expert after expert, and all experts' down, as two weights."""
+        """All experts' gate and up, expert after expert, and all experts' down, as two weights.
+
+        Experts in formats that there is no kernel for become q8_0 when they are packed.
+        """
 
         def joined(names, rows, width):
             each = [f"{label}.experts.{e}.{n}_proj.weight" for e in range(m.num_experts) for n in names]
@@ -219,10 +201,10 @@ class Recorder:
 
         return joined(("gate", "up"), m.width, D), joined(("down",), D, m.width)
 
-    def select_rows(self, x, label, rows, selected):
-        """Some rows of x. rows: "O", "R" or "E"; selected: the word of the step block that says which."""
+    def select_rows(self, x, label, rows):
+        """Some rows of x: those with an output ("O"), of them those that are sampled ("R") or embedded ("E")."""
         out = self.program.tensor(label, rows, x.width)
-        return self.program.emit("select_rows", [out], [x], width=x.width, selected=selected)
+        return self.program.emit(SelectRows(out=out, x=x, width=x.width, selected=selected_rows(rows)))
 
     def result(self, name, x):
         """Makes a tensor readable after a step, under a name."""
@@ -339,16 +321,9 @@ class Recorder:
             v_head_dim=V,
         )
         out = self.program.tensor(f"{label}.norm", "T", H * V)
-        return self.program.emit(
-            "gated_norm",
-            [out],
-            [heads, proj, self.constant(f"{label}.norm.weight", V)],
-            row_width=proj.width,
-            z_offset=z,
-            num_heads=H,
-            head_dim=V,
-            eps=config.rms_eps,
-        )
+        weight = self.constant(f"{label}.norm.weight", V)
+        where = dict(row_width=proj.width, z_offset=z, num_heads=H, head_dim=V)
+        return self.program.emit(GatedNorm(out=out, o=heads, z=proj, weight=weight, eps=config.rms_eps, **where))
 
     def projected(self, x, parts, label):
         """Projections side by side, each starting at a multiple of 16."""

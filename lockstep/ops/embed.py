@@ -6,11 +6,13 @@ out[t, i] = scale * table[token_id[t], i]
 import numpy as np
 from numba import carray
 
-from lockstep.runtime.backend import Implementation
+from lockstep.runtime.backend import Implementation, Layout
 from lockstep.runtime.kernel import definition, inlined, kernel
 from lockstep.runtime.machine import byte_array, float_array, int_array
+from lockstep.runtime.operands import Operands, output, packed
+from lockstep.runtime.program import Tensor, Weight
 from lockstep.runtime.simd import pow2
-from lockstep.runtime.step import TOKEN_IDS, num_rows, number, step_word, word
+from lockstep.runtime.step import TOKEN_IDS, num_rows, step_word
 from lockstep.weights.finite import finite_bytes
 from lockstep.weights.tensor import BLOCK_FORMATS
 
@@ -22,8 +24,23 @@ BLOCK_BYTES = np.array([4, 2, 2, *(block.BLOCK_BYTES for block in _BLOCKS)])
 SMALLEST_F16 = np.float32(2.0**-24)
 
 
+class Embed(Operands):
+    """out = scale * table[token id], row by row; format: see `format_code`."""
+
+    out: Tensor = output("width")
+    table: Weight = packed()
+    width: int
+    format: int
+    scale: float
+
+    def check(self):
+        if self.table.shape[1:] != (self.width,) or self.format != format_code(self.table.format):
+            found = f"{self.table.format} {list(self.table.shape)} with format code {self.format}"
+            raise ValueError(f"Embed: the table is {found}, expected rows of {self.width} and its format's code")
+
+
 def format_code(format):
-    """The op parameter for a weight format."""
+    """The parameter `format` for a weight format."""
     if format not in FORMATS:
         raise ValueError(f"embedding table of format {format!r}: allowed are {', '.join(FORMATS)}")
     return FORMATS.index(format)
@@ -35,7 +52,7 @@ def raw_bytes(weight):
     return (finite_bytes(weight.parts[0]),)
 
 
-RAW = ("stored bytes", raw_bytes)
+RAW = Layout("stored bytes", raw_bytes)
 
 
 @inlined
@@ -162,12 +179,11 @@ def byte(row_B, at):
 
 @kernel
 def _run(op, step, thread, num_threads):
-    """Op row: out, table, D, format, scale."""
     if thread == 0:
-        T, D, format = num_rows(op, step), word(op, 2), word(op, 3)
+        a, T = Embed.read(op), num_rows(op, step)
         token_ids_T = carray(int_array(step_word(step, TOKEN_IDS)), (T,))
-        table_VB = carray(byte_array(word(op, 1)), (1 << 40, row_bytes(format, D)))
-        embed(token_ids_T, table_VB, format, number(op, 4), carray(float_array(word(op, 0)), (T, D)))
+        table_VB = carray(byte_array(a.table.codes), (1 << 40, row_bytes(a.format, a.width)))
+        embed(token_ids_T, table_VB, a.format, a.scale, carray(float_array(a.out), (T, a.width)))
 
 
 REFERENCE = {"embed": Implementation(_run, RAW)}

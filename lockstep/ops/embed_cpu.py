@@ -3,7 +3,7 @@
 import numpy as np
 from numba import int8, int32
 
-from lockstep.ops.embed import BF16, F16, F32, Q4_0, Q4_1, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0, RAW, row_bytes
+from lockstep.ops.embed import BF16, F16, F32, Q4_0, Q4_1, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0, RAW, Embed, row_bytes
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import inlined, kernel
 from lockstep.runtime.simd import (
@@ -20,7 +20,7 @@ from lockstep.runtime.simd import (
     store,
     to_f32,
 )
-from lockstep.runtime.step import TOKEN_IDS, entry, num_rows, number, word
+from lockstep.runtime.step import TOKEN_IDS, entry, num_rows
 
 EIGHT, SIXTEEN, THIRTY_TWO = np.int32(8), np.int32(16), np.int32(32)
 
@@ -28,11 +28,11 @@ EIGHT, SIXTEEN, THIRTY_TWO = np.int32(8), np.int32(16), np.int32(32)
 @kernel
 def embed(op, step, thread, num_threads):
     """Rows are dealt to threads in turn."""
-    out, table, D, format = word(op, 0), word(op, 1), word(op, 2), word(op, 3)
-    size, scale = row_bytes(format, D), number(op, 4)
+    a = Embed.read(op)
+    size = row_bytes(a.format, a.width)
     for t in range(thread, num_rows(op, step), num_threads):
-        row = table + size * entry(step, TOKEN_IDS, t)
-        decode_row(row, format, size, scale, out + 4 * D * t)
+        row = a.table.codes + size * entry(step, TOKEN_IDS, t)
+        decode_row(row, a.format, size, a.scale, a.out + 4 * a.width * t)
 
 
 @inlined

@@ -7,16 +7,24 @@ panels); an expert that no token chose costs one comparison.
 
 from numba import int64
 
-from lockstep.ops.activations import row_bytes as q8_row_bytes
+from lockstep.ops.activations import row_bytes as q8_bytes
 from lockstep.ops.activations_cpu import store_q8, store_rounded
-from lockstep.ops.experts import bf16_bytes, pair_at
-from lockstep.ops.linear_cpu import BF16_BYTES, CACHE_BYTES, COLS, MAX_ROWS, merged, together
+from lockstep.ops.experts import (
+    ExpertGated,
+    ExpertLinear,
+    ExpertRows,
+    ExpertScatter,
+    bf16_bytes,
+    f32_bytes,
+    pair_at,
+)
+from lockstep.ops.linear_cpu import CACHE_BYTES, COLS, MAX_ROWS, together
 from lockstep.ops.math import silu
-from lockstep.runtime.backend import Implementation
-from lockstep.runtime.kernel import inlined, kernel
+from lockstep.runtime.backend import Implementation, Layout
+from lockstep.runtime.kernel import inlined, kernel, variant
 from lockstep.runtime.machine import fetch_add
 from lockstep.runtime.simd import load, peek, store
-from lockstep.runtime.step import COUNTER, num_rows, word
+from lockstep.runtime.step import COUNTER, num_rows
 from lockstep.runtime.tiles_dots import Q4_1_BYTES, Q5_0_BYTES, Q5_1_BYTES
 from lockstep.runtime.tiles_k import Q5_K_BYTES
 from lockstep.runtime.tiles_linear import (
@@ -35,6 +43,7 @@ from lockstep.weights.pack_k import pack_q5_k
 from lockstep.weights.pack_q5 import pack_q4_1, pack_q5_0, pack_q5_1
 
 CLAIM = 8  # panels that a thread takes at a time
+STORE = TILE = PANEL_BYTES = BLOCK = ROW_BYTES = None  # constants of the variants below
 
 
 @inlined
@@ -45,165 +54,93 @@ def store_plain(low, high, out, K, i):
         store(out + 4 * i + 64, high)
 
 
-@inlined
-def gather(op, step, thread, num_threads, finish, out_bytes):
-    """Rows are dealt to threads in turn. Operands: out, x, order; K, X."""
-    K, X = word(op, 3), word(op, 4)
-    for s in range(thread, num_rows(op, step) * X, num_threads):
-        x, out = word(op, 1) + 4 * K * (pair_at(word(op, 2), s) // X), word(op, 0) + out_bytes * s
-        for i in range(0, K, 32):
-            finish(load(x + 4 * i), load(x + 4 * i + 64), out, K, i)
+def _rows(op, step, thread, num_threads):
+    """Rows are dealt to threads in turn."""
+    a = ExpertRows.read(op)
+    for s in range(thread, num_rows(op, step) * a.top_k, num_threads):
+        x, out = a.x + 4 * a.width * (pair_at(a.order, s) // a.top_k), a.out + ROW_BYTES(a.width) * s
+        for i in range(0, a.width, 32):
+            STORE(load(x + 4 * i), load(x + 4 * i + 64), out, a.width, i)
 
 
-@inlined
-def gate(op, step, thread, num_threads, finish, out_bytes):
-    """Rows are dealt to threads in turn. Operands: out, x; K, X."""
-    K = word(op, 2)
-    for s in range(thread, num_rows(op, step) * word(op, 3), num_threads):
-        x, out = word(op, 1) + 8 * K * s, word(op, 0) + out_bytes * s
-        for i in range(0, K, 32):
-            g, up = x + 4 * i, x + 4 * (K + i)
-            finish(silu(load(g)) * load(up), silu(load(g + 64)) * load(up + 64), out, K, i)
-
-
-@kernel
-def rows_f32(op, step, thread, num_threads):
-    gather(op, step, thread, num_threads, store_plain, 4 * word(op, 3))
-
-
-@kernel
-def rows_bf16(op, step, thread, num_threads):
-    gather(op, step, thread, num_threads, store_rounded, bf16_bytes(word(op, 3)))
-
-
-@kernel
-def rows_q8(op, step, thread, num_threads):
-    gather(op, step, thread, num_threads, store_q8, q8_row_bytes(word(op, 3)))
-
-
-@kernel
-def gated_f32(op, step, thread, num_threads):
-    gate(op, step, thread, num_threads, store_plain, 4 * word(op, 2))
-
-
-@kernel
-def gated_bf16(op, step, thread, num_threads):
-    gate(op, step, thread, num_threads, store_rounded, bf16_bytes(word(op, 2)))
-
-
-@kernel
-def gated_q8(op, step, thread, num_threads):
-    gate(op, step, thread, num_threads, store_q8, q8_row_bytes(word(op, 2)))
+def _gated(op, step, thread, num_threads):
+    """Rows are dealt to threads in turn."""
+    a = ExpertGated.read(op)
+    for s in range(thread, num_rows(op, step) * a.top_k, num_threads):
+        x, out = a.x + 8 * a.width * s, a.out + ROW_BYTES(a.width) * s
+        for i in range(0, a.width, 32):
+            g, up = x + 4 * i, x + 4 * (a.width + i)
+            STORE(silu(load(g)) * load(up), silu(load(g + 64)) * load(up + 64), out, a.width, i)
 
 
 @kernel
 def scatter(op, step, thread, num_threads):
-    """Rows are dealt to threads in turn; D a multiple of 16. Operands: out, x, order; D, X."""
-    row = 4 * word(op, 3)
-    for s in range(thread, num_rows(op, step) * word(op, 4), num_threads):
-        x, out = word(op, 1) + row * s, word(op, 0) + row * pair_at(word(op, 2), s)
+    """Rows are dealt to threads in turn; the width is a multiple of 16."""
+    a = ExpertScatter.read(op)
+    row = 4 * a.width
+    for s in range(thread, num_rows(op, step) * a.top_k, num_threads):
+        x, out = a.x + row * s, a.out + row * pair_at(a.order, s)
         for i in range(0, row, 64):
             store(out + i, load(x + i))
 
 
-@merged
-def drive(op, step, format, params, w, panel, scales, row):
-    """The thread's share of all experts' products. Operands 0 to 2 are out, x and expert_start; params K, N, E."""
-    K, num_panels, E = word(op, params), word(op, params + 1) // 16, word(op, params + 2)
+def _linear(op, step, thread, num_threads):
+    """The thread's share of all experts' products."""
+    a = ExpertLinear.read(op)
+    K, num_panels, row, panel = a.width, a.features // 16, ROW_BYTES(a.width), a.width // BLOCK * PANEL_BYTES
     at_once = max(MAX_ROWS, CACHE_BYTES // row // MAX_ROWS * MAX_ROWS)
     claims, counter = (num_panels + CLAIM - 1) // CLAIM, peek(op + 8 * COUNTER, int64)
     task = fetch_add(counter, 1)
-    while task < E * claims:
+    while task < a.num_experts * claims:
         e, first = task // claims, task % claims * CLAIM
-        start, stop = pair_at(word(op, 2), e), pair_at(word(op, 2), e + 1)
+        start, stop = pair_at(a.expert_start, e), pair_at(a.expert_start, e + 1)
         for s in range(start, stop, at_once):
             for p in range(first, min(first + CLAIM, num_panels), COLS):
                 at = e * num_panels + p
                 together(
-                    format,
-                    word(op, 1) + row * s,
+                    TILE,
+                    a.x + row * s,
                     row,
-                    w + panel * at,
+                    a.weight.codes + panel * at,
                     panel,
-                    scales + K * at,
+                    a.weight.d + K * at,
                     K,
                     K,
                     0,
-                    word(op, 0) + 64 * (num_panels * s + p),
+                    a.out + 64 * (num_panels * s + p),
                     64 * num_panels,
                     num_panels - p,
                     0,
-                    w + panel * (at + COLS),
-                    scales + K * (at + COLS),
+                    a.weight.codes + panel * (at + COLS),
+                    a.weight.d + K * (at + COLS),
                     min(at_once, stop - s),
                 )
         task = fetch_add(counter, 1)
 
 
-@kernel
-def linear_f32(op, step, thread, num_threads):
-    drive(op, step, F32_TILE, 4, word(op, 3), 64 * word(op, 4), 0, 4 * word(op, 4))
-
-
-@kernel
-def linear_f16(op, step, thread, num_threads):
-    drive(op, step, F16_TILE, 4, word(op, 3), 32 * word(op, 4), 0, 4 * word(op, 4))
-
-
-@kernel
-def linear_bf16(op, step, thread, num_threads):
-    drive(op, step, BF16_TILE, 4, word(op, 3), 32 * word(op, 4), 0, BF16_BYTES * word(op, 4))
-
-
-@kernel
-def linear_q8_0(op, step, thread, num_threads):
-    drive(op, step, Q8_0_TILE, 5, word(op, 3), 16 * word(op, 5), word(op, 4), q8_row_bytes(word(op, 5)))
-
-
-@kernel
-def linear_q4_0(op, step, thread, num_threads):
-    drive(op, step, Q4_0_TILE, 5, word(op, 3), 8 * word(op, 5), word(op, 4), q8_row_bytes(word(op, 5)))
-
-
-@kernel
-def linear_q4_1(op, step, thread, num_threads):
-    panel, row = word(op, 4) // 32 * Q4_1_BYTES, q8_row_bytes(word(op, 4))
-    drive(op, step, Q4_1_TILE, 4, word(op, 3), panel, 0, row)
-
-
-@kernel
-def linear_q5_0(op, step, thread, num_threads):
-    panel, row = word(op, 5) // 32 * Q5_0_BYTES, q8_row_bytes(word(op, 5))
-    drive(op, step, Q5_0_TILE, 5, word(op, 3), panel, word(op, 4), row)
-
-
-@kernel
-def linear_q5_1(op, step, thread, num_threads):
-    panel, row = word(op, 4) // 32 * Q5_1_BYTES, q8_row_bytes(word(op, 4))
-    drive(op, step, Q5_1_TILE, 4, word(op, 3), panel, 0, row)
-
-
-@kernel
-def linear_q5_k(op, step, thread, num_threads):
-    panel, row = word(op, 4) // 256 * Q5_K_BYTES, q8_row_bytes(word(op, 4))
-    drive(op, step, Q5_K_TILE, 4, word(op, 3), panel, 0, row)
-
-
-CPU = {
-    "expert_rows_f32": Implementation(rows_f32),
-    "expert_rows_bf16": Implementation(rows_bf16),
-    "expert_rows_q8": Implementation(rows_q8),
-    "expert_gated_f32": Implementation(gated_f32),
-    "expert_gated_bf16": Implementation(gated_bf16),
-    "expert_gated_q8": Implementation(gated_q8),
-    "expert_scatter": Implementation(scatter),
-    "expert_linear_f32": Implementation(linear_f32, ("f32 panels", pack_f32)),
-    "expert_linear_f16": Implementation(linear_f16, ("f16 panels", pack_f16)),
-    "expert_linear_bf16": Implementation(linear_bf16, ("bf16 panels", pack_bf16), flushes=True),
-    "expert_linear_q8_0": Implementation(linear_q8_0, ("q8_0 panels", pack_q8_0)),
-    "expert_linear_q4_0": Implementation(linear_q4_0, ("q4_0 panels", pack_q4_0)),
-    "expert_linear_q4_1": Implementation(linear_q4_1, ("q4_1 panels", pack_q4_1)),
-    "expert_linear_q5_0": Implementation(linear_q5_0, ("q5_0 panels", pack_q5_0)),
-    "expert_linear_q5_1": Implementation(linear_q5_1, ("q5_1 panels", pack_q5_1)),
-    "expert_linear_q5_k": Implementation(linear_q5_k, ("q5_k panels", pack_q5_k)),
+ROWS = {
+    "f32": dict(STORE=store_plain, ROW_BYTES=f32_bytes),
+    "bf16": dict(STORE=store_rounded, ROW_BYTES=bf16_bytes),
+    "q8": dict(STORE=store_q8, ROW_BYTES=q8_bytes),
 }
+FORMATS = {  # tile, bytes of a panel's block and weights of a feature in it, bytes of a prepared row, layout
+    "f32": (F32_TILE, 64, 1, f32_bytes, Layout("f32 panels", pack_f32)),
+    "f16": (F16_TILE, 32, 1, f32_bytes, Layout("f16 panels", pack_f16)),
+    "bf16": (BF16_TILE, 32, 1, bf16_bytes, Layout("bf16 panels", pack_bf16)),
+    "q8_0": (Q8_0_TILE, 16, 1, q8_bytes, Layout("q8_0 panels", pack_q8_0, ("codes", "d"))),
+    "q4_0": (Q4_0_TILE, 8, 1, q8_bytes, Layout("q4_0 panels", pack_q4_0, ("codes", "d"))),
+    "q4_1": (Q4_1_TILE, Q4_1_BYTES, 32, q8_bytes, Layout("q4_1 panels", pack_q4_1)),
+    "q5_0": (Q5_0_TILE, Q5_0_BYTES, 32, q8_bytes, Layout("q5_0 panels", pack_q5_0, ("codes", "d"))),
+    "q5_1": (Q5_1_TILE, Q5_1_BYTES, 32, q8_bytes, Layout("q5_1 panels", pack_q5_1)),
+    "q5_k": (Q5_K_TILE, Q5_K_BYTES, 256, q8_bytes, Layout("q5_k panels", pack_q5_k)),
+}
+CPU = {"expert_scatter": Implementation(scatter)}
+for _name, _constants in ROWS.items():
+    globals()[f"rows_{_name}"] = variant(_rows, f"rows_{_name}", **_constants)
+    globals()[f"gated_{_name}"] = variant(_gated, f"gated_{_name}", **_constants)
+    CPU[f"expert_rows_{_name}"] = Implementation(globals()[f"rows_{_name}"])
+    CPU[f"expert_gated_{_name}"] = Implementation(globals()[f"gated_{_name}"])
+for _name, (_tile, _bytes, _block, _row, _layout) in FORMATS.items():
+    _constants = dict(TILE=_tile, PANEL_BYTES=_bytes, BLOCK=_block, ROW_BYTES=_row)
+    globals()[f"linear_{_name}"] = variant(_linear, f"linear_{_name}", **_constants)
+    CPU[f"expert_linear_{_name}"] = Implementation(globals()[f"linear_{_name}"], _layout, _name == "bf16")

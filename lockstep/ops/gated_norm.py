@@ -11,10 +11,29 @@ from lockstep.ops.reduce import tree_sum
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import definition, kernel
 from lockstep.runtime.machine import float_array
+from lockstep.runtime.operands import Operands, constant, output, rows
+from lockstep.runtime.program import Tensor, Weight
 from lockstep.runtime.simd import fma, sqrt
-from lockstep.runtime.step import num_rows, number, word
+from lockstep.runtime.step import num_rows
 
 ONE, ZERO = np.float32(1), np.float32(0)
+
+
+class GatedNorm(Operands):
+    """out = o / rms(o) * weight * silu(gate), head by head; the gate of o [T, H K]: columns z_offset .. of z."""
+
+    out: Tensor = output("num_heads * head_dim")
+    o: Tensor = rows("num_heads * head_dim")
+    z: Tensor = rows("row_width")
+    weight: Weight = constant("head_dim")
+    row_width: int
+    z_offset: int
+    num_heads: int
+    head_dim: int
+    eps: float
+
+    def flops(self, context):
+        return 9 * self.num_heads * self.head_dim
 
 
 @definition
@@ -43,15 +62,11 @@ def gated_norm(o_THK, z_TW, offset, weight_K, eps, out_THK):
 @kernel
 def _run(op, step, thread, num_threads):
     if thread == 0:
-        T, W, H, K = num_rows(op, step), word(op, 4), word(op, 6), word(op, 7)
-        gated_norm(
-            carray(float_array(word(op, 1)), (T, H, K)),
-            carray(float_array(word(op, 2)), (T, W)),
-            word(op, 5),
-            carray(float_array(word(op, 3)), (K,)),
-            number(op, 8),
-            carray(float_array(word(op, 0)), (T, H, K)),
-        )
+        a, T = GatedNorm.read(op), num_rows(op, step)
+        shape = T, a.num_heads, a.head_dim
+        o_THK, z_TW = carray(float_array(a.o), shape), carray(float_array(a.z), (T, a.row_width))
+        weight_K = carray(float_array(a.weight), (a.head_dim,))
+        gated_norm(o_THK, z_TW, a.z_offset, weight_K, a.eps, carray(float_array(a.out), shape))
 
 
 REFERENCE = {"gated_norm": Implementation(_run)}

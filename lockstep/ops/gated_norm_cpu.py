@@ -2,11 +2,12 @@
 
 import numpy as np
 
+from lockstep.ops.gated_norm import GatedNorm
 from lockstep.ops.math import silu
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import inlined, kernel
 from lockstep.runtime.simd import fma, lanes, load, sqrt, store, sum_lanes
-from lockstep.runtime.step import num_rows, number, word
+from lockstep.runtime.step import num_rows
 
 ONE, ZERO = np.float32(1), np.float32(0)
 
@@ -14,11 +15,12 @@ ONE, ZERO = np.float32(1), np.float32(0)
 @kernel
 def gated_norm(op, step, thread, num_threads):
     """Heads of all rows, in order, are cut into one run for each thread."""
-    H, K = word(op, 6), word(op, 7)
+    a = GatedNorm.read(op)
+    H, K = a.num_heads, a.head_dim
     num_heads = num_rows(op, step) * H
     for i in range(num_heads * thread // num_threads, num_heads * (thread + 1) // num_threads):
-        z = word(op, 2) + 4 * (i // H * word(op, 4) + word(op, 5) + i % H * K)
-        gate_head(word(op, 1) + 4 * K * i, z, word(op, 3), K, number(op, 8), word(op, 0) + 4 * K * i)
+        z = a.z + 4 * (i // H * a.row_width + a.z_offset + i % H * K)
+        gate_head(a.o + 4 * K * i, z, a.weight, K, a.eps, a.out + 4 * K * i)
 
 
 @inlined

@@ -13,22 +13,56 @@ from lockstep.ops.reduce import tree_sum
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import definition, kernel
 from lockstep.runtime.machine import float_array, int_array
+from lockstep.runtime.operands import Operands, output, rows
+from lockstep.runtime.program import Tensor
 from lockstep.runtime.simd import fma
-from lockstep.runtime.step import num_rows, word
+from lockstep.runtime.step import num_rows
 
 ZERO = np.float32(0)
 
 
+class Route(Operands):
+    """The top_k experts of each row of logits and their probabilities; rows of logits are `width` wide."""
+
+    expert_ids: Tensor = output("top_k", dtype="i32")
+    weights: Tensor = output("top_k")
+    logits: Tensor = rows("width")
+    num_experts: int
+    top_k: int
+    renormalise: bool
+    width: int
+
+
+class GroupExperts(Operands):
+    """order: the pairs (token, rank) in order of expert; expert_start: where each expert's begin, in row 0."""
+
+    order: Tensor = output("top_k", dtype="i32")
+    expert_start: Tensor = output("num_experts + 1", dtype="i32")
+    expert_ids: Tensor = rows("top_k", dtype="i32")
+    num_experts: int
+    top_k: int
+
+
+class CombineExperts(Operands):
+    """out[t] = sum over ranks r of weights[t, r] * y[t, r]."""
+
+    out: Tensor = output("width")
+    weights: Tensor = rows("top_k")
+    y: Tensor = rows("top_k * width")
+    width: int
+    top_k: int
+
+
 @definition
-def route(logits_TE, top_k, renormalize, expert_ids_TX, weights_TX):
+def route(logits_TE, top_k, renormalise, expert_ids_TX, weights_TX):
     """Chooses top_k experts for every token.
 
     Shapes: logits [T, E] float32 without NaN; expert_ids [T, X] int32 and weights [T, X] float32 with X = top_k <= E,
       the likeliest expert first.
-    Units: renormalize 1 makes a token's weights sum to one (`norm_topk_prob`).
+    Units: renormalise 1 makes a token's weights sum to one (`norm_topk_prob`).
     Error: below 8 ulp.
     Order: experts by (logit descending, index ascending). Sum of exp(logit - largest) over all experts in 16 lanes and
-      a tree; weight = exp(logit - largest) / sum; renormalized by a division by the sum of weights in rank order.
+      a tree; weight = exp(logit - largest) / sum; renormalised by a division by the sum of weights in rank order.
     Source: transformers, Qwen3MoeTopKRouter; Shazeer et al. 2017.
     """
     T, E = logits_TE.shape
@@ -43,7 +77,7 @@ def route(logits_TE, top_k, renormalize, expert_ids_TX, weights_TX):
         for r in range(top_k):
             weights_TX[t, r] = exp(logits_TE[t, expert_ids_TX[t, r]] - largest) / total
             chosen += weights_TX[t, r]
-        if renormalize:
+        if renormalise:
             for r in range(top_k):
                 weights_TX[t, r] = weights_TX[t, r] / chosen
 
@@ -101,40 +135,28 @@ def combine_experts(weights_TX, y_TXD, out_TD):
 
 @kernel
 def _route(op, step, thread, num_threads):
-    """Op row: expert_ids, weights, logits, E, X, renormalize, width of a row of logits."""
     if thread == 0:
-        T, E, X = num_rows(op, step), word(op, 3), word(op, 4)
-        route(
-            carray(float_array(word(op, 2)), (T, word(op, 6)))[:, :E],
-            X,
-            word(op, 5),
-            carray(int_array(word(op, 0)), (T, X)),
-            carray(float_array(word(op, 1)), (T, X)),
-        )
+        a, T = Route.read(op), num_rows(op, step)
+        logits_TE, shape = carray(float_array(a.logits), (T, a.width))[:, : a.num_experts], (T, a.top_k)
+        ids_TX, weights_TX = carray(int_array(a.expert_ids), shape), carray(float_array(a.weights), shape)
+        route(logits_TE, a.top_k, a.renormalise, ids_TX, weights_TX)
 
 
 @kernel
 def _group(op, step, thread, num_threads):
-    """Op row: order, expert_start, expert_ids, E, X."""
     if thread == 0:
-        T, E, X = num_rows(op, step), word(op, 3), word(op, 4)
-        group_experts(
-            carray(int_array(word(op, 2)), (T, X)),
-            carray(int_array(word(op, 0)), (T, X)),
-            carray(int_array(word(op, 1)), (T, E + 1)),
-        )
+        a, T = GroupExperts.read(op), num_rows(op, step)
+        ids_TX, order_TX = carray(int_array(a.expert_ids), (T, a.top_k)), carray(int_array(a.order), (T, a.top_k))
+        group_experts(ids_TX, order_TX, carray(int_array(a.expert_start), (T, a.num_experts + 1)))
 
 
 @kernel
 def _combine(op, step, thread, num_threads):
-    """Op row: out, weights, y, D, X."""
     if thread == 0:
-        T, D, X = num_rows(op, step), word(op, 3), word(op, 4)
-        combine_experts(
-            carray(float_array(word(op, 1)), (T, X)),
-            carray(float_array(word(op, 2)), (T, X, D)),
-            carray(float_array(word(op, 0)), (T, D)),
-        )
+        a, T = CombineExperts.read(op), num_rows(op, step)
+        weights_TX = carray(float_array(a.weights), (T, a.top_k))
+        y_TXD = carray(float_array(a.y), (T, a.top_k, a.width))
+        combine_experts(weights_TX, y_TXD, carray(float_array(a.out), (T, a.width)))
 
 
 REFERENCE = {

@@ -4,10 +4,11 @@ import numpy as np
 from numba import float32, int32
 
 from lockstep.ops.math import exp
+from lockstep.ops.moe import CombineExperts, GroupExperts, Route
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import inlined, kernel
 from lockstep.runtime.simd import fma, lane_numbers, lanes, load, peek, poke, store, sum_lanes, to_f32, where_below
-from lockstep.runtime.step import num_rows, word
+from lockstep.runtime.step import num_rows
 
 ZERO, INFINITY = np.float32(0), np.float32(np.inf)
 BLOCK = 512  # outputs that one thread takes at a time
@@ -16,11 +17,12 @@ BLOCK = 512  # outputs that one thread takes at a time
 @kernel
 def route(op, step, thread, num_threads):
     """Tokens are dealt to threads in turn."""
-    E, X = word(op, 3), word(op, 4)
+    a = Route.read(op)
+    E, X = a.num_experts, a.top_k
     for t in range(thread, num_rows(op, step), num_threads):
-        logits, ids, weights = word(op, 2) + 4 * word(op, 6) * t, word(op, 0) + 4 * X * t, word(op, 1) + 4 * X * t
+        logits, ids, weights = a.logits + 4 * a.width * t, a.expert_ids + 4 * X * t, a.weights + 4 * X * t
         rank_experts(logits, E, X, ids, weights)
-        weigh_experts(logits, E, X, word(op, 5), weights)
+        weigh_experts(logits, E, X, a.renormalise, weights)
 
 
 @inlined
@@ -41,7 +43,7 @@ def rank_experts(logits, E, X, ids, best):
 
 
 @inlined
-def weigh_experts(logits, E, X, renormalize, weights):
+def weigh_experts(logits, E, X, renormalise, weights):
     """The chosen logits become weights."""
     largest, total, chosen = peek(weights, float32), lanes(ZERO), ZERO
     for e in range(0, E, 16):
@@ -52,15 +54,15 @@ def weigh_experts(logits, E, X, renormalize, weights):
         weight = exp(peek(weights + 4 * r, float32) - largest) / summed
         poke(weights + 4 * r, weight)
         chosen += weight
-    for r in range(X if renormalize else 0):
+    for r in range(X if renormalise else 0):
         poke(weights + 4 * r, peek(weights + 4 * r, float32) / chosen)
 
 
 @kernel
 def group_experts(op, step, thread, num_threads):
     """A counting sort by one thread: a few thousand pairs are not worth sharing. The last thread clears the rest."""
-    order, start, ids, E, X = word(op, 0), word(op, 1), word(op, 2), word(op, 3), word(op, 4)
-    T = num_rows(op, step)
+    a, T = GroupExperts.read(op), num_rows(op, step)
+    order, start, ids, E, X = a.order, a.expert_start, a.expert_ids, a.num_experts, a.top_k
     if thread == num_threads - 1:
         for at in range(E + 1, T * (E + 1)):
             poke(start + 4 * at, np.int32(0))
@@ -92,15 +94,16 @@ def count_experts(start, ids, E, pairs):
 @kernel
 def combine_experts(op, step, thread, num_threads):
     """Blocks of every row are dealt to threads in turn."""
-    out, weights, y, D, X = word(op, 0), word(op, 1), word(op, 2), word(op, 3), word(op, 4)
+    a = CombineExperts.read(op)
+    D, X = a.width, a.top_k
     blocks = (D + BLOCK - 1) // BLOCK
     for task in range(thread, num_rows(op, step) * blocks, num_threads):
         t, first = task // blocks, task % blocks * BLOCK
         for i in range(first, min(first + BLOCK, D), 16):
             acc = lanes(ZERO)
             for r in range(X):
-                acc = fma(peek(weights + 4 * (X * t + r), float32), load(y + 4 * (D * (X * t + r) + i)), acc)
-            store(out + 4 * (D * t + i), acc)
+                acc = fma(peek(a.weights + 4 * (X * t + r), float32), load(a.y + 4 * (D * (X * t + r) + i)), acc)
+            store(a.out + 4 * (D * t + i), acc)
 
 
 CPU = {

@@ -8,7 +8,32 @@ from numba import carray
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import definition, kernel
 from lockstep.runtime.machine import float_array, int_array
-from lockstep.runtime.step import NUM_TOKENS, num_rows, step_word, word
+from lockstep.runtime.operands import Operands, output, rows
+from lockstep.runtime.program import Tensor
+from lockstep.runtime.step import NUM_TOKENS, num_rows, step_word
+from lockstep.runtime.step_block import StepBlock
+
+# which array of the step block says which rows go on, by the letter that counts them
+SELECTED = {"O": "output_row", "R": "sampled_row", "E": "embedded_row"}
+
+
+class SelectRows(Operands):
+    """out[r] = x[selected[r]]. selected: the number of the step block's word that has the rows: see `selected_rows`."""
+
+    out: Tensor = output("width")
+    x: Tensor = rows("width")
+    width: int
+    selected: int
+
+    def check(self):
+        if self.out.rows not in SELECTED or self.selected != selected_rows(self.out.rows):
+            allowed = ", ".join(f"{selected_rows(letter)} ({name}) of {letter}" for letter, name in SELECTED.items())
+            raise ValueError(f"SelectRows: selected is {self.selected} of rows {self.out.rows}, expected {allowed}")
+
+
+def selected_rows(letter):
+    """The number of the step block's word that has the rows counted by a letter."""
+    return StepBlock.index(SELECTED[letter])
 
 
 @definition
@@ -26,14 +51,10 @@ def select_rows(x_TD, selected_R, out_RD):
 
 @kernel
 def _run(op, step, thread, num_threads):
-    """Op row: out, x, D, the step's word that has the rows."""
     if thread == 0:
-        R, T, D = num_rows(op, step), step_word(step, NUM_TOKENS), word(op, 2)
-        select_rows(
-            carray(float_array(word(op, 1)), (T, D)),
-            carray(int_array(step_word(step, word(op, 3))), (R,)),
-            carray(float_array(word(op, 0)), (R, D)),
-        )
+        a, R, T = SelectRows.read(op), num_rows(op, step), step_word(step, NUM_TOKENS)
+        selected_R = carray(int_array(step_word(step, a.selected)), (R,))
+        select_rows(carray(float_array(a.x), (T, a.width)), selected_R, carray(float_array(a.out), (R, a.width)))
 
 
 REFERENCE = {"select_rows": Implementation(_run)}

@@ -95,8 +95,8 @@ OPS = {
         "qwen3_5",
         params(["gated_norm"], z_offset=lambda op: op.params["z_offset"] - 16),
     ),
-    "experts not renormalised": ("qwen3_moe", params(["route"], renormalise=0)),
-    "experts renormalised": ("qwen3_moe_not_renormalised", params(["route"], renormalise=1)),
+    "experts not renormalised": ("qwen3_moe", params(["route"], renormalise=False)),
+    "experts renormalised": ("qwen3_moe_not_renormalised", params(["route"], renormalise=True)),
 }
 
 

@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 
 from lockstep.ops import embed, embed_cpu
+from lockstep.ops.embed import Embed
 from lockstep.runtime.kernel import interpreted
 from lockstep.weights.tensor import BLOCK_FORMATS, PLAIN_FORMATS, StoredTensor, stored_shape
-from tests.ops.harness import ragged_step, run_row, same_bits, weight
+from tests.ops.harness import ragged_step, run_op, same_bits, weight
 from tests.weights.record_block_vectors import HIGH_BYTES
 
 RNG = np.random.default_rng(0)
@@ -32,17 +33,8 @@ def _finite_scales(data, format):
 
 def run(backend, stored, ids, scale=1.0, num_threads=1):
     step, held = ragged_step([len(ids)], TOKEN_IDS=ids)
-    width = stored.shape[1]
-    return run_row(
-        backend["embed"],
-        {"out": ("T", width, "f32")},
-        [weight(stored)],
-        step,
-        num_threads,
-        width=width,
-        format=embed.format_code(stored.format),
-        scale=scale,
-    )["out"]
+    how = dict(width=stored.shape[1], format=embed.format_code(stored.format), scale=scale)
+    return run_op(backend, Embed, step, num_threads, table=weight(stored), **how)["out"]
 
 
 @pytest.mark.parametrize("format", embed.FORMATS)

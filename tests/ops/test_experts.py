@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from lockstep.engine.selfcheck import stored
-from lockstep.models.record import expert_rows
 from lockstep.ops import experts, experts_cpu, linear
-from lockstep.runtime.program import Weight
+from lockstep.ops.experts import PREPARED, ExpertGated, ExpertLinear, ExpertRows, ExpertScatter, preparation
+from lockstep.runtime.program import Tensor, Weight
 from lockstep.weights.tensor import StoredTensor
-from tests.ops.harness import ragged_step, run_row, same_bits
+from tests.ops.harness import ragged_step, run_op, same_bits
 
 E, X, D, N = 4, 2, 64, 96
 STORED = ("q4_1", "q5_0", "q5_1", "q5_k")  # formats that nothing is quantized to
@@ -25,13 +25,19 @@ def routed(T, seed):
     return order, start
 
 
-def both(kind, outputs, inputs, T, **params):
+def both(declaration, T, **operands):
     """The outputs of definition and kernel, which must be the same bits for several thread counts."""
     step, _held = ragged_step([T])
-    expected = run_row(experts.REFERENCE[kind], outputs, inputs, step, **params)["out"]
+    expected = run_op(experts.REFERENCE, declaration, step, **operands)["out"]
     for threads in (1, 3):
-        same_bits(run_row(experts_cpu.CPU[kind], outputs, inputs, step, threads, **params)["out"], expected)
+        same_bits(run_op(experts_cpu.CPU, declaration, step, threads, **operands)["out"], expected)
     return expected
+
+
+def prepared(format, width):
+    """The output and parameters of an op that prepares the rows for weights of a format."""
+    dtype, elements = PREPARED[preparation(format)]
+    return dict(out=(X * elements(width), dtype), width=width, top_k=X, prepared=preparation(format))
 
 
 def experts_of(random, format="f32", D=D):
@@ -50,22 +56,12 @@ def test_experts(format, T):
     x = random.standard_normal((T, D)).astype(np.float32)
     parts = experts_of(random, format, D)
     weights = Weight("experts", format, (E * N, D), parts)
-    rows, width = expert_rows(format, D)
-    element = "f32" if rows == "f32" else "i8"
-    prepared = both(f"expert_rows_{rows}", {"out": ("T", X * width, element)}, [x, order], T, K=D, top_k=X)
-    out = both(
-        f"expert_linear_{format}", {"out": ("T", X * N, "f32")}, [prepared, start, weights], T, K=D, N=N, num_experts=E
-    )
-    gate_rows, gate_width = expert_rows(format, N // 2)
-    both(
-        f"expert_gated_{gate_rows}",
-        {"out": ("T", X * gate_width, "f32" if gate_rows == "f32" else "i8")},
-        [out],
-        T,
-        K=N // 2,
-        top_k=X,
-    ) if N // 2 % 32 == 0 or gate_rows == "f32" else None
-    pairs = both("expert_scatter", {"out": ("T", X * N, "f32")}, [out, order], T, D=N, top_k=X).reshape(T, X, N)
+    h = both(ExpertRows, T, x=x, order=order, **prepared(format, D))
+    shape = dict(width=D, features=N, num_experts=E, top_k=X)
+    out = both(ExpertLinear, T, x=h, expert_start=start, weight=weights, **shape)
+    if N // 2 % 32 == 0 or preparation(format) == "f32":
+        both(ExpertGated, T, x=out, **prepared(format, N // 2))
+    pairs = both(ExpertScatter, T, x=out, order=order, width=N, top_k=X).reshape(T, X, N)
     exact = dense(x, parts, order.reshape(-1), start[0])
     assert np.abs(pairs - exact).max() < TOLERANCE.get(format, 0.05)
 
@@ -84,19 +80,22 @@ def test_a_row_is_that_of_an_ordinary_linear_layer():
     x = random.standard_normal((9, D)).astype(np.float32)
     parts = experts_of(random)
     step, _held = ragged_step([9])
-    rows = run_row(experts_cpu.CPU["expert_rows_f32"], {"out": ("T", X * D, "f32")}, [x, order], step, K=D, top_k=X)[
-        "out"
-    ]
-    found = run_row(
-        experts_cpu.CPU["expert_linear_f32"],
-        {"out": ("T", X * N, "f32")},
-        [rows, start, Weight("experts", "f32", (E * N, D), parts)],
-        step,
-        K=D,
-        N=N,
-        num_experts=E,
-    )["out"]
+    rows = run_op(experts_cpu.CPU, ExpertRows, step, x=x, order=order, **prepared("f32", D))["out"]
+    weights, shape = Weight("experts", "f32", (E * N, D), parts), dict(width=D, features=N, num_experts=E, top_k=X)
+    found = run_op(experts_cpu.CPU, ExpertLinear, step, x=rows, expert_start=start, weight=weights, **shape)["out"]
     for s, row in enumerate(found.reshape(-1, N)):
         e = int(np.searchsorted(start[0], s, "right")) - 1
         pair = int(order.reshape(-1)[s])
         same_bits(row, np.array([linear.dot_f32(x[pair // X], w) for w in parts[e].data], np.float32))
+
+
+def test_rows_that_are_not_prepared_for_the_weights_are_refused():
+    order, small = Tensor("order", "T", X, "i32"), dict(width=32, top_k=X)
+    with pytest.raises(ValueError, match="ExpertRows: out is o f32.T, 64., expected i8 and 88 wide"):
+        ExpertRows(out=Tensor("o", "T", 64), x=Tensor("x", "T", 32), order=order, prepared="q8", **small)
+    with pytest.raises(ValueError, match="ExpertGated: prepared is 'q7', expected one of f32, bf16, q8"):
+        ExpertGated(out=Tensor("o", "T", 64), x=Tensor("x", "T", 128), prepared="q7", **small)
+    small.update(features=16, num_experts=E, weight=Weight("w", "q8_0", (E * 16, 32), ()))
+    with pytest.raises(ValueError, match="ExpertLinear: x is x f32.T, 64., expected rows prepared for q8_0"):
+        start = Tensor("start", "T", E + 1, "i32")
+        ExpertLinear(out=Tensor("o", "T", 32), x=Tensor("x", "T", 64), expert_start=start, **small)

@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 
 from lockstep.ops import gated_norm, gated_norm_cpu
+from lockstep.ops.gated_norm import GatedNorm
 from lockstep.runtime.kernel import interpreted
-from tests.ops.harness import run_row, same_bits, weight
+from tests.ops.harness import run_op, same_bits
 
 RNG = np.random.default_rng(0)
 
@@ -13,17 +14,8 @@ def floats(*shape):
 
 
 def norm(backend, o, z, w, offset, num_threads=1):
-    return run_row(
-        backend["gated_norm"],
-        {"out": ("T", o.shape[1], "f32")},
-        [o, z, weight(w)],
-        num_threads=num_threads,
-        z_width=z.shape[1],
-        z_offset=offset,
-        num_heads=o.shape[1] // w.size,
-        head_size=w.size,
-        eps=1e-6,
-    )["out"]
+    where = dict(row_width=z.shape[1], z_offset=offset, num_heads=o.shape[1] // w.size, head_dim=w.size)
+    return run_op(backend, GatedNorm, num_threads=num_threads, o=o, z=z, weight=w, eps=1e-6, **where)["out"]
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 7, 33])

@@ -2,9 +2,11 @@ import numpy as np
 import pytest
 
 from lockstep.ops import select_rows, select_rows_cpu
+from lockstep.ops.select_rows import SelectRows, selected_rows
 from lockstep.runtime import step as words
 from lockstep.runtime.kernel import interpreted
-from tests.ops.harness import ragged_step, run_row, same_bits
+from lockstep.runtime.program import Tensor
+from tests.ops.harness import ragged_step, run_op, same_bits
 
 RNG = np.random.default_rng(0)
 
@@ -17,16 +19,16 @@ def test_takes_the_rows_asked_for(backend, lengths, rows, letter, array):
     step, held = ragged_step(lengths, **{array: rows})
     step[words.NUM_EMBEDDED] = len(rows)
     for threads in 1, 3:
-        out = run_row(
-            backend["select_rows"],
-            {"out": (letter, 48, "f32")},
-            [x],
-            step,
-            threads,
-            width=48,
-            selected=getattr(words, array),
-        )["out"]
+        out = run_op(backend, SelectRows, step, threads, letter, x=x, width=48, selected=selected_rows(letter))["out"]
         same_bits(out, x[np.array(rows, int)])
+
+
+def test_rows_that_another_letter_counts_are_refused():
+    for letter, selected in (("R", selected_rows("E")), ("T", selected_rows("R"))):
+        with pytest.raises(
+            ValueError, match=rf"selected is {selected} of rows {letter}, expected .*\(sampled_row\) of R"
+        ):
+            SelectRows(out=Tensor("out", letter, 16), x=Tensor("x", "T", 16), width=16, selected=selected)
 
 
 def test_definition_interpreted():

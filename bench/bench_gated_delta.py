@@ -13,12 +13,15 @@ import time
 import numpy as np
 
 from lockstep.ops import conv1d_cpu, gated_delta_cpu, gated_norm_cpu
+from lockstep.ops.conv1d import Conv1d
+from lockstep.ops.gated_delta import DeltaGates, DeltaInputs, GatedDelta, L2Norm
+from lockstep.ops.gated_norm import GatedNorm
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.executor import Executor, WeightStore
 from lockstep.runtime.kernel import kernel
-from lockstep.runtime.program import Program
+from lockstep.runtime.operands import Operands, output
+from lockstep.runtime.program import Program, Tensor
 from lockstep.runtime.simd import fma, lanes, load, store
-from lockstep.runtime.step import word
 from lockstep.runtime.threads import Team
 from tests.ops.harness import ragged_step, weight
 
@@ -29,6 +32,18 @@ ROUNDS = 1 << 16
 HALF = np.float32(0.5)
 
 
+class Projection(Operands):
+    """Stands for the linear layer before the others: its rows are written once."""
+
+    out: Tensor = output()
+
+
+class FmaRate(Operands):
+    """Chains of FMAs."""
+
+    out: Tensor = output()
+
+
 @kernel
 def nothing(op, step, thread, num_threads):
     """Stands for the projection."""
@@ -37,7 +52,7 @@ def nothing(op, step, thread, num_threads):
 @kernel
 def fma_rate(op, step, thread, num_threads):
     """Six independent chains of FMAs on sixteen lanes."""
-    x, out = lanes(HALF), word(op, 0)
+    x, out = lanes(HALF), FmaRate.read(op).out
     a, b, c, d, e, f = load(out), load(out + 4), load(out + 8), load(out + 12), load(out + 16), load(out + 20)
     for _ in range(ROUNDS):
         a, b, c, d, e, f = fma(a, x, a), fma(b, x, b), fma(c, x, c), fma(d, x, d), fma(e, x, e), fma(f, x, f)
@@ -48,68 +63,42 @@ BACKEND = {
     **conv1d_cpu.CPU,
     **gated_delta_cpu.CPU,
     **gated_norm_cpu.CPU,
-    "input": Implementation(nothing),
+    "projection": Implementation(nothing),
     "fma_rate": Implementation(fma_rate),
 }
 
 
 def layer(program, proj, i, fused, weights):
-    """One layer's ops; returns its caches."""
+    """Records one layer."""
     conv = program.cache(f"conv{i}", "state", "f32", (J - 1, C))
     state = program.cache(f"state{i}", "state", "f32", (H, V // 16, K, 16))
-    w, a_log, dt_bias, norm = weights
-    u, gates = program.tensor("u", "T", C), program.tensor("gates", "T", 2 * H)
-    at = dict(a_offset=C + H * V, b_offset=C + H * V + H, num_v_heads=H)
+    heads, dims = dict(num_k_heads=G, num_v_heads=H), dict(k_head_dim=K, v_head_dim=V)
+    norm, gates = weights["norm"], {n: weights[n] for n in ("a_log", "dt_bias")}
+    gates.update(x=proj, row_width=W, a_offset=C + H * V, b_offset=C + H * V + H, num_v_heads=H)
+    taps = dict(weight=weights["conv"], state=conv, offset=0, channels=C, conv_width=J)
+    u, decays = program.tensor("u", "T", C), program.tensor("gates", "T", 2 * H)
     if fused:
-        program.emit(
-            "delta_inputs",
-            [u, gates],
-            [proj, w, a_log, dt_bias, conv],
-            x_width=W,
-            conv_offset=0,
-            channels=C,
-            kernel=J,
-            num_k_heads=G,
-            k_size=K,
-            **at,
-        )
-        qk, qk_width = u, C
+        qk = program.emit(DeltaInputs(out=u, gates=decays, num_k_heads=G, k_head_dim=K, **gates, **taps))
     else:
-        program.emit("conv1d", [u], [proj, w, conv], x_width=W, offset=0, channels=C, kernel=J)
-        qk, qk_width = program.tensor("qk", "T", 2 * G * K), 2 * G * K
-        program.emit("l2_norm", [qk], [u], x_width=C, num_k_heads=G, k_size=K)
-        program.emit("delta_gates", [gates], [proj, a_log, dt_bias], x_width=W, **at)
-    o = program.emit(
-        "gated_delta",
-        [program.tensor("o", "T", H * V)],
-        [qk, u, gates, state],
-        qk_width=qk_width,
-        v_width=C,
-        v_offset=2 * G * K,
-        num_k_heads=G,
-        num_v_heads=H,
-        k_size=K,
-        v_size=V,
-    )
-    program.emit(
-        "gated_norm",
-        [program.tensor("y", "T", H * V)],
-        [o, proj, norm],
-        z_width=W,
-        z_offset=C,
-        num_heads=H,
-        head_size=V,
-        eps=1e-6,
-    )
+        program.emit(Conv1d(out=u, x=proj, row_width=W, **taps))
+        qk = program.tensor("qk", "T", 2 * G * K)
+        program.emit(L2Norm(out=qk, x=u, row_width=C, num_k_heads=G, k_head_dim=K))
+        program.emit(DeltaGates(out=decays, **gates))
+    o, y = program.tensor("o", "T", H * V), program.tensor("y", "T", H * V)
+    where = dict(qk_width=qk.width, v_width=C, v_offset=2 * G * K)
+    program.emit(GatedDelta(out=o, qk=qk, v=u, gates=decays, state=state, **where, **heads, **dims))
+    where = dict(row_width=W, z_offset=C, num_heads=H, head_dim=V)
+    program.emit(GatedNorm(out=y, o=o, z=proj, weight=norm, eps=1e-6, **where))
 
 
 def build(num_layers, num_slots, num_tokens, team, backend, fused):
     """An executor of so many layers, with random weights and a random projection, and what keeps its caches alive."""
     rng = np.random.default_rng(0)
-    weights = [weight(rng.standard_normal(s) * 0.3, n) for s, n in (((C, J), "w"), (H, "a"), (H, "d"), (V, "n"))]
+    shapes = {"conv": (C, J), "a_log": H, "dt_bias": H, "norm": V}
+    weights = {name: weight(rng.standard_normal(shape) * 0.3, name) for name, shape in shapes.items()}
     program = Program()
     proj = program.tensor("proj", "T", W)
-    program.emit("input", [proj], [])
+    program.emit(Projection(out=proj))
     for i in range(num_layers):
         layer(program, proj, i, fused, weights)
     memory = {c.name: np.zeros((num_slots, *c.shape), np.float32) for c in program.caches}
@@ -137,7 +126,7 @@ def times(executor, step):
 def fma_floor():
     """Microseconds that 4 H K V multiplications and FMAs take on one core."""
     program = Program()
-    program.emit("fma_rate", [program.tensor("x", "T", 32)], [])
+    program.emit(FmaRate(out=program.tensor("x", "T", 32)))
     executor = Executor(program, BACKEND, Team(1), WeightStore(), dict(T=1, S=1, R=1), {})
     step, keep = ragged_step([1])
     spent = []

@@ -106,10 +106,6 @@ def flops(op, context):
         case "linear":
             n, k = op.inputs[1].shape
             return 2 * n * k
-        case "gated_delta":
-            return 7 * p["num_v_heads"] * p["k_head_dim"] * p["v_head_dim"]
-        case "delta_inputs":
-            return (2 * p["conv_width"] + 4) * p["channels"]
     return {"silu_mul": 4, "add": 1, "add_bias": 1}.get(op.kind, 0) * width
 
 

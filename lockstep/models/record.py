@@ -8,6 +8,7 @@ from lockstep.ops.embed import FORMATS as EMBED_FORMATS
 from lockstep.ops.embed import Embed, format_code
 from lockstep.ops.experts import FORMATS as EXPERT_FORMATS
 from lockstep.ops.experts import PREPARED, ExpertGated, ExpertLinear, ExpertRows, ExpertScatter, preparation
+from lockstep.ops.gated_delta import DeltaInputs, GatedDelta
 from lockstep.ops.gated_norm import GatedNorm
 from lockstep.ops.kv_cache import ELEMENTS, AttentionInputs, page_shapes
 from lockstep.ops.moe import CombineExperts, GroupExperts, Route
@@ -285,33 +286,33 @@ class Recorder:
         proj = self.projected(x, parts, label)
         state = self.program.cache(f"{label}.state", "state", "f32", (H, V // 16, m.k_head_dim, 16))
         history = self.program.cache(f"{label}.conv_state", "state", "f32", (J - 1, C))
-        outs = [self.program.tensor(f"{label}.conv", "T", C), self.program.tensor(f"{label}.gates", "T", 2 * H)]
         taps = self.stored(f"{label}.conv1d.weight", C, 1, J)
-        weights = [
-            Weight(f"{label}.conv1d.weight", "f32", (C, J), (taps,)),
-            self.constant(f"{label}.A_log", H),
-            self.constant(f"{label}.dt_bias", H),
-        ]
         z, b = C, padded_width(C + m.v_width)
-        a = b + padded_width(H)
-        self.program.emit(
-            "delta_inputs",
-            outs,
-            [proj, *weights, history],
+        inputs = DeltaInputs(
+            out=self.program.tensor(f"{label}.conv", "T", C),
+            gates=self.program.tensor(f"{label}.gates", "T", 2 * H),
+            x=proj,
+            weight=Weight(f"{label}.conv1d.weight", "f32", (C, J), (taps,)),
+            a_log=self.constant(f"{label}.A_log", H),
+            dt_bias=self.constant(f"{label}.dt_bias", H),
+            state=history,
             row_width=proj.width,
             offset=0,
             channels=C,
             conv_width=J,
             num_k_heads=m.num_k_heads,
             k_head_dim=m.k_head_dim,
-            a_offset=a,
+            a_offset=b + padded_width(H),
             b_offset=b,
             num_v_heads=H,
         )
-        heads = self.program.emit(
-            "gated_delta",
-            [self.program.tensor(f"{label}.heads", "T", H * V)],
-            [outs[0], outs[0], outs[1], state],
+        qkv = self.program.emit(inputs)
+        rule = GatedDelta(
+            out=self.program.tensor(f"{label}.heads", "T", H * V),
+            qk=qkv,
+            v=qkv,
+            gates=inputs.gates,
+            state=state,
             qk_width=C,
             v_width=C,
             v_offset=m.qk_width,
@@ -320,6 +321,7 @@ class Recorder:
             k_head_dim=m.k_head_dim,
             v_head_dim=V,
         )
+        heads = self.program.emit(rule)
         out = self.program.tensor(f"{label}.norm", "T", H * V)
         weight = self.constant(f"{label}.norm.weight", V)
         where = dict(row_width=proj.width, z_offset=z, num_heads=H, head_dim=V)

@@ -3,6 +3,8 @@
 out[t, c] = silu(sum_j weight[c, j] * x[t - J + 1 + j, c])
 """
 
+from typing import NamedTuple
+
 import numpy as np
 from numba import carray
 
@@ -10,14 +12,37 @@ from lockstep.ops.math import silu
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import definition, inlined, kernel
 from lockstep.runtime.machine import float_array, int_array
+from lockstep.runtime.operands import Operands, cache, constant, output, rows
+from lockstep.runtime.program import CacheArray, Tensor, Weight
 from lockstep.runtime.simd import fma
-from lockstep.runtime.step import NUM_REQUESTS, NUM_TOKENS, POSITION, QUERY_START, STATE_SLOT, step_word, word
+from lockstep.runtime.step import NUM_REQUESTS, NUM_TOKENS, POSITION, QUERY_START, STATE_SLOT, step_word
 
 ZERO = np.float32(0)
 
 
+class Conv1d(Operands):
+    """out[t, c] = silu(sum_j weight[c, j] * x[t - J + 1 + j, offset + c]), J the conv_width."""
+
+    out: Tensor = output("channels")
+    x: Tensor = rows("row_width")
+    weight: Weight = constant("channels, conv_width")
+    state: CacheArray = cache("conv_width - 1, channels")
+    row_width: int
+    offset: int
+    channels: int
+    conv_width: int
+
+
+class Requests(NamedTuple):
+    """The requests of a step: where each one's rows begin, positions of all rows, and each one's slot of state."""
+
+    query_start_S1: np.ndarray
+    position_T: np.ndarray
+    slot_S: np.ndarray
+
+
 @definition
-def conv1d(x_TW, offset, weight_CJ, query_start_S1, position_T, slot_S, state_NJC, out_TC):
+def conv1d(x_TW, offset, weight_CJ, requests, state_NJC, out_TC):
     """Weighs every channel's own last J values, the present one with weight J - 1, and takes silu.
 
     Shapes: x [T, W] float32, of which columns offset .. offset + C are read; weight [C, J]; out [T, C]; state [slots,
@@ -30,11 +55,11 @@ def conv1d(x_TW, offset, weight_CJ, query_start_S1, position_T, slot_S, state_NJ
     """
     C, J = weight_CJ.shape
     window = np.empty(J, np.float32)
-    for s in range(slot_S.shape[0]):
-        first, end = query_start_S1[s], query_start_S1[s + 1]
+    for s in range(requests.slot_S.shape[0]):
+        first, end, slot = requests.query_start_S1[s], requests.query_start_S1[s + 1], requests.slot_S[s]
         for c in range(C):
             for j in range(1, J):
-                window[j] = ZERO if position_T[first] == 0 else state_NJC[slot_S[s], j - 1, c]
+                window[j] = ZERO if requests.position_T[first] == 0 else state_NJC[slot, j - 1, c]
             for t in range(first, end):
                 for j in range(1, J):
                     window[j - 1] = window[j]
@@ -44,37 +69,34 @@ def conv1d(x_TW, offset, weight_CJ, query_start_S1, position_T, slot_S, state_NJ
                     acc = fma(window[j], weight_CJ[c, j], acc)
                 out_TC[t, c] = silu(acc)
             for j in range(1, J):
-                state_NJC[slot_S[s], j - 1, c] = window[j]
+                state_NJC[slot, j - 1, c] = window[j]
 
 
 @inlined
-def requests(step):
-    """(query_start, position, state slot, number of slots to look at) of a step, as arrays."""
+def requests_of(step):
+    """The Requests of a step."""
     T, S = step_word(step, NUM_TOKENS), step_word(step, NUM_REQUESTS)
-    slot_S = carray(int_array(step_word(step, STATE_SLOT)), (S,))
-    return (
+    return Requests(
         carray(int_array(step_word(step, QUERY_START)), (S + 1,)),
         carray(int_array(step_word(step, POSITION)), (T,)),
-        slot_S,
-        slot_S.max() + 1,
+        carray(int_array(step_word(step, STATE_SLOT)), (S,)),
     )
+
+
+@inlined
+def convolve(a, requests, out, T):
+    """Runs the definition on the operands of an op, into the address of [T, channels]."""
+    C, J = a.channels, a.conv_width
+    x_TW, weight_CJ = carray(float_array(a.x), (T, a.row_width)), carray(float_array(a.weight), (C, J))
+    state_NJC = carray(float_array(a.state), (requests.slot_S.max() + 1, J - 1, C))
+    conv1d(x_TW, a.offset, weight_CJ, requests, state_NJC, carray(float_array(out), (T, C)))
 
 
 @kernel
 def _run(op, step, thread, num_threads):
     if thread == 0:
-        T, W, C, J = step_word(step, NUM_TOKENS), word(op, 4), word(op, 6), word(op, 7)
-        start_S1, position_T, slot_S, N = requests(step)
-        conv1d(
-            carray(float_array(word(op, 1)), (T, W)),
-            word(op, 5),
-            carray(float_array(word(op, 2)), (C, J)),
-            start_S1,
-            position_T,
-            slot_S,
-            carray(float_array(word(op, 3)), (N, J - 1, C)),
-            carray(float_array(word(op, 0)), (T, C)),
-        )
+        a = Conv1d.read(op)
+        convolve(a, requests_of(step), a.out, step_word(step, NUM_TOKENS))
 
 
 REFERENCE = {"conv1d": Implementation(_run)}

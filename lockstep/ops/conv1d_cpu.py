@@ -5,16 +5,20 @@ where the projection wrote them. Bound by exp in silu while x is in cache, else 
 A task is a run of channels through all requests: whoever reads a request's old state also writes the new one.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 from numba import int64
 
+from lockstep.ops.conv1d import Conv1d
+from lockstep.ops.gated_delta import DeltaInputs
 from lockstep.ops.gated_delta_cpu import gate_row, normalise_head
 from lockstep.ops.math import silu
-from lockstep.runtime.backend import Implementation, raw_weight
+from lockstep.runtime.backend import Implementation, Layout, raw_weight
 from lockstep.runtime.kernel import inlined, kernel
 from lockstep.runtime.machine import stack_memory
 from lockstep.runtime.simd import fma, lanes, load, peek, poke, sqrt, store
-from lockstep.runtime.step import NUM_REQUESTS, NUM_TOKENS, POSITION, QUERY_START, STATE_SLOT, entry, step_word, word
+from lockstep.runtime.step import NUM_REQUESTS, NUM_TOKENS, POSITION, QUERY_START, STATE_SLOT, entry, step_word
 
 ONE, ZERO = np.float32(1), np.float32(0)
 CHANNELS = 256  # of a task
@@ -29,34 +33,48 @@ def taps(weight):
 @kernel
 def conv1d(op, step, thread, num_threads):
     """Tasks are dealt to threads in turn."""
-    C, sizes = word(op, 6), (4 * word(op, 4), 4 * word(op, 6))
-    arrays = (word(op, 1) + 4 * word(op, 5), word(op, 2), word(op, 3), word(op, 0))
-    for channel in range(thread * CHANNELS, C, num_threads * CHANNELS):
-        convolve(step, arrays, sizes, word(op, 7), channel, min(CHANNELS, C - channel), (0, 0, 16))
+    a = Conv1d.read(op)
+    c = convolution(a)
+    for channel in range(thread * CHANNELS, a.channels, num_threads * CHANNELS):
+        convolve(step, c, channel, min(CHANNELS, a.channels - channel), (0, 0, 16))
 
 
 @kernel
 def delta_inputs(op, step, thread, num_threads):
     """The same tasks, of whole heads, with q and k normalised while they are in L1; then the gates of some rows."""
-    T, C, G, K, H = step_word(step, NUM_TOKENS), word(op, 9), word(op, 11), word(op, 12), word(op, 15)
-    arrays = (word(op, 2) + 4 * word(op, 8), word(op, 3), word(op, 6), word(op, 0))
-    sizes, width = (4 * word(op, 7), 4 * C), max(CHANNELS // K, 1) * K
-    for channel in range(thread * width, C, num_threads * width):
-        heads = (G * K - channel, 2 * G * K - channel, K)
-        convolve(step, arrays, sizes, word(op, 10), channel, min(width, C - channel), heads)
-    for t in range(thread, T, num_threads):
-        x = word(op, 2) + 4 * word(op, 7) * t
-        gate_row(x + 4 * word(op, 13), x + 4 * word(op, 14), word(op, 4), word(op, 5), H, word(op, 1) + 8 * H * t)
+    a = DeltaInputs.read(op)
+    c, keys, K, H = convolution(a), a.num_k_heads * a.k_head_dim, a.k_head_dim, a.num_v_heads
+    width = max(CHANNELS // K, 1) * K
+    for channel in range(thread * width, a.channels, num_threads * width):
+        heads = (keys - channel, 2 * keys - channel, K)
+        convolve(step, c, channel, min(width, a.channels - channel), heads)
+    for t in range(thread, step_word(step, NUM_TOKENS), num_threads):
+        x = a.x + 4 * a.row_width * t
+        gate_row(x + 4 * a.a_offset, x + 4 * a.b_offset, a.a_log, a.dt_bias, H, a.gates + 8 * H * t)
+
+
+class Convolution(NamedTuple):
+    """Addresses of x, weight [J, C], state and out; bytes of a row of x and of the others; J."""
+
+    x: int
+    weight: int
+    state: int
+    out: int
+    x_row: int
+    row: int
+    J: int
 
 
 @inlined
-def convolve(step, arrays, sizes, J, channel, num, heads):
-    """All rows of num channels from `channel` on.
+def convolution(a):
+    """The Convolution of an op."""
+    return Convolution(a.x + 4 * a.offset, a.weight, a.state, a.out, 4 * a.row_width, 4 * a.channels, a.conv_width)
 
-    arrays: x, weight, state, out. sizes: bytes of a row of x, of a row of the others. heads: see `normalise_heads`.
-    """
-    x, weight, state, out = arrays
-    x_row, row = sizes
+
+@inlined
+def convolve(step, c, channel, num, heads):
+    """All rows of num channels from `channel` on. c: a Convolution. heads: see `normalise_heads`."""
+    x, weight, state, out, x_row, row, J = c
     table, offset = stack_memory(TABLE), 4 * channel
     for s in range(step_word(step, NUM_REQUESTS)):
         first, skipped = entry(step, QUERY_START, s), 0
@@ -136,7 +154,5 @@ def keep_rows(table, skipped, J, num, state, row):
             store(state + (j - 1) * row + i, kept)
 
 
-CPU = {
-    "conv1d": Implementation(conv1d, ("conv1d taps", taps)),
-    "delta_inputs": Implementation(delta_inputs, ("conv1d taps", taps)),
-}
+TAPS = Layout("conv1d taps", taps)
+CPU = {"conv1d": Implementation(conv1d, TAPS), "delta_inputs": Implementation(delta_inputs, TAPS)}

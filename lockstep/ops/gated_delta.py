@@ -9,18 +9,87 @@ it could never give the same bits as decode.
 import numpy as np
 from numba import carray
 
-from lockstep.ops.conv1d import conv1d, requests
+from lockstep.ops.conv1d import convolve, requests_of
 from lockstep.ops.math import EXP_HIGHEST, exp, sigmoid
 from lockstep.ops.reduce import tree_sum
 from lockstep.ops.softplus import softplus
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import definition, inlined, kernel
 from lockstep.runtime.machine import float_array
+from lockstep.runtime.operands import Operands, cache, constant, output, rows
+from lockstep.runtime.program import CacheArray, Tensor, Weight
 from lockstep.runtime.simd import fma, minimum, sqrt
-from lockstep.runtime.step import num_rows, word
+from lockstep.runtime.step import num_rows
 
 ONE, ZERO, L2_EPS = np.float32(1), np.float32(0), np.float32(1e-6)
 BLOCK = 16  # value columns whose state lies together
+
+
+class L2Norm(Operands):
+    """Heads of q and of k, the first columns of x, as unit vectors; those of q divided by sqrt(k_head_dim)."""
+
+    out: Tensor = output("2 * num_k_heads * k_head_dim")
+    x: Tensor = rows("row_width")
+    row_width: int
+    num_k_heads: int
+    k_head_dim: int
+
+
+class DeltaGates(Operands):
+    """Decay and beta of every value head, from columns a_offset .. and b_offset .. of x."""
+
+    out: Tensor = output("2 * num_v_heads")
+    x: Tensor = rows("row_width")
+    a_log: Weight = constant("num_v_heads")
+    dt_bias: Weight = constant("num_v_heads")
+    row_width: int
+    a_offset: int
+    b_offset: int
+    num_v_heads: int
+
+
+class DeltaInputs(Operands):
+    """Conv1d, L2Norm of its first columns in place, and DeltaGates, all from one row x."""
+
+    out: Tensor = output("channels")
+    gates: Tensor = output("2 * num_v_heads")
+    x: Tensor = rows("row_width")
+    weight: Weight = constant("channels, conv_width")
+    a_log: Weight = constant("num_v_heads")
+    dt_bias: Weight = constant("num_v_heads")
+    state: CacheArray = cache("conv_width - 1, channels")
+    row_width: int
+    offset: int
+    channels: int
+    conv_width: int
+    num_k_heads: int
+    k_head_dim: int
+    a_offset: int
+    b_offset: int
+    num_v_heads: int
+
+    def flops(self, context):
+        return (2 * self.conv_width + 4) * self.channels
+
+
+class GatedDelta(Operands):
+    """S <- decay * S; delta = beta * (v - S^T k); S <- S + k (x) delta; out = S^T q, head by head."""
+
+    out: Tensor = output("num_v_heads * v_head_dim")
+    qk: Tensor = rows("qk_width")
+    v: Tensor = rows("v_width")
+    gates: Tensor = rows("2 * num_v_heads")
+    state: CacheArray = cache("num_v_heads, v_head_dim // 16, k_head_dim, 16")
+    qk_width: int
+    v_width: int
+    v_offset: int
+    num_k_heads: int
+    num_v_heads: int
+    k_head_dim: int
+    v_head_dim: int
+
+    def flops(self, context):
+        return 7 * self.num_v_heads * self.k_head_dim * self.v_head_dim
 
 
 @definition
@@ -70,9 +139,7 @@ def delta_gates(x_TW, a_offset, b_offset, a_log_H, dt_bias_H, out_T2H):
 
 
 @definition
-def gated_delta(
-    qk_TW, v_TX, v_offset, gates_T2H, num_k_heads, query_start_S1, position_T, slot_S, state_NHBKC, out_THV
-):
+def gated_delta(qk_TW, v_TX, v_offset, gates_T2H, num_k_heads, requests, state_NHBKC, out_THV):
     """Runs every request's tokens through its memory in order of time.
 
     Shapes: qk [T, W] float32, heads of q and then of k (`l2_norm`), K wide; v [T, X], of which columns v_offset ..
@@ -87,14 +154,14 @@ def gated_delta(
     Source: Yang et al. 2024, "Gated Delta Networks"; torch_recurrent_gated_delta_rule in transformers.
     """
     H, K, V = out_THV.shape[1], state_NHBKC.shape[3], out_THV.shape[2]
-    for s in range(slot_S.shape[0]):
-        first, end = query_start_S1[s], query_start_S1[s + 1]
+    for s in range(requests.slot_S.shape[0]):
+        first, end = requests.query_start_S1[s], requests.query_start_S1[s + 1]
         for h in range(H):
             q, decay, beta = h // (H // num_k_heads) * K, h, H + h
             k = q + num_k_heads * K
             for j in range(V):
-                S_K = state_NHBKC[slot_S[s], h, j // BLOCK, :, j % BLOCK]
-                if position_T[first] == 0:
+                S_K = state_NHBKC[requests.slot_S[s], h, j // BLOCK, :, j % BLOCK]
+                if requests.position_T[first] == 0:
                     S_K[:] = ZERO
                 for t in range(first, end):
                     p = o = ZERO
@@ -111,85 +178,47 @@ def gated_delta(
 @kernel
 def _l2_norm(op, step, thread, num_threads):
     if thread == 0:
-        T, W, G, K = num_rows(op, step), word(op, 2), word(op, 3), word(op, 4)
-        l2_norm(carray(float_array(word(op, 1)), (T, W)), G, K, carray(float_array(word(op, 0)), (T, 2 * G * K)))
+        a, T = L2Norm.read(op), num_rows(op, step)
+        out_TX = carray(float_array(a.out), (T, 2 * a.num_k_heads * a.k_head_dim))
+        l2_norm(carray(float_array(a.x), (T, a.row_width)), a.num_k_heads, a.k_head_dim, out_TX)
+
+
+@inlined
+def _gates(a, out, T):
+    """Runs `delta_gates` on the operands of an op, into the address of [T, 2 H]."""
+    x_TW, out_T2H = carray(float_array(a.x), (T, a.row_width)), carray(float_array(out), (T, 2 * a.num_v_heads))
+    a_log_H = carray(float_array(a.a_log), (a.num_v_heads,))
+    dt_bias_H = carray(float_array(a.dt_bias), (a.num_v_heads,))
+    delta_gates(x_TW, a.a_offset, a.b_offset, a_log_H, dt_bias_H, out_T2H)
 
 
 @kernel
 def _delta_gates(op, step, thread, num_threads):
     if thread == 0:
-        T, W, H = num_rows(op, step), word(op, 4), word(op, 7)
-        delta_gates(
-            carray(float_array(word(op, 1)), (T, W)),
-            word(op, 5),
-            word(op, 6),
-            carray(float_array(word(op, 2)), (H,)),
-            carray(float_array(word(op, 3)), (H,)),
-            carray(float_array(word(op, 0)), (T, 2 * H)),
-        )
+        a = DeltaGates.read(op)
+        _gates(a, a.out, num_rows(op, step))
 
 
 @kernel
 def _gated_delta(op, step, thread, num_threads):
     if thread == 0:
-        T, W, X, G, H, K, V = (
-            num_rows(op, step),
-            word(op, 5),
-            word(op, 6),
-            word(op, 8),
-            word(op, 9),
-            word(op, 10),
-            word(op, 11),
-        )
-        start_S1, position_T, slot_S, N = requests(step)
-        gated_delta(
-            carray(float_array(word(op, 1)), (T, W)),
-            carray(float_array(word(op, 2)), (T, X)),
-            word(op, 7),
-            carray(float_array(word(op, 3)), (T, 2 * H)),
-            G,
-            start_S1,
-            position_T,
-            slot_S,
-            carray(float_array(word(op, 4)), (N, H, V // BLOCK, K, BLOCK)),
-            carray(float_array(word(op, 0)), (T, H, V)),
-        )
+        a, T, requests = GatedDelta.read(op), num_rows(op, step), requests_of(step)
+        H, K, V = a.num_v_heads, a.k_head_dim, a.v_head_dim
+        qk_TW, v_TX = carray(float_array(a.qk), (T, a.qk_width)), carray(float_array(a.v), (T, a.v_width))
+        gates_T2H, out_THV = carray(float_array(a.gates), (T, 2 * H)), carray(float_array(a.out), (T, H, V))
+        state_NHBKC = carray(float_array(a.state), (requests.slot_S.max() + 1, H, V // BLOCK, K, BLOCK))
+        gated_delta(qk_TW, v_TX, a.v_offset, gates_T2H, a.num_k_heads, requests, state_NHBKC, out_THV)
 
 
 @kernel
 def _delta_inputs(op, step, thread, num_threads):
     """conv1d, l2_norm (in place) and delta_gates, one after another."""
     if thread == 0:
-        T, W, C, J, G, K, H = (
-            num_rows(op, step),
-            word(op, 7),
-            word(op, 9),
-            word(op, 10),
-            word(op, 11),
-            word(op, 12),
-            word(op, 15),
-        )
-        start_S1, position_T, slot_S, N = requests(step)
-        x_TW, u_TC = carray(float_array(word(op, 2)), (T, W)), carray(float_array(word(op, 0)), (T, C))
-        conv1d(
-            x_TW,
-            word(op, 8),
-            carray(float_array(word(op, 3)), (C, J)),
-            start_S1,
-            position_T,
-            slot_S,
-            carray(float_array(word(op, 6)), (N, J - 1, C)),
-            u_TC,
-        )
-        l2_norm(u_TC, G, K, u_TC)
-        delta_gates(
-            x_TW,
-            word(op, 13),
-            word(op, 14),
-            carray(float_array(word(op, 4)), (H,)),
-            carray(float_array(word(op, 5)), (H,)),
-            carray(float_array(word(op, 1)), (T, 2 * H)),
-        )
+        a, T = DeltaInputs.read(op), num_rows(op, step)
+        convolve(a, requests_of(step), a.out, T)
+        out_TC = carray(float_array(a.out), (T, a.channels))
+        l2_norm(out_TC, a.num_k_heads, a.k_head_dim, out_TC)
+        _gates(a, a.gates, T)
 
 
 REFERENCE = {

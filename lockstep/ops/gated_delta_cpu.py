@@ -15,7 +15,7 @@ bound by reading and writing 4 * H * K * V bytes of state.
 import numpy as np
 from numba import float32, int64
 
-from lockstep.ops.gated_delta import BLOCK, L2_EPS, decay_gate
+from lockstep.ops.gated_delta import BLOCK, L2_EPS, DeltaGates, GatedDelta, L2Norm, decay_gate
 from lockstep.ops.math import sigmoid
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import inlined, kernel
@@ -31,7 +31,6 @@ from lockstep.runtime.step import (
     entry,
     num_rows,
     step_word,
-    word,
 )
 from lockstep.runtime.targets import wide_registers
 
@@ -41,13 +40,14 @@ ONE, ZERO = np.float32(1), np.float32(0)
 @kernel
 def l2_norm(op, step, thread, num_threads):
     """Heads of all rows, in order, are cut into one run for each thread."""
-    G, size = word(op, 3), 4 * word(op, 4)
-    root = ONE / sqrt(np.float32(word(op, 4)))
+    a = L2Norm.read(op)
+    G, size = a.num_k_heads, 4 * a.k_head_dim
+    root = ONE / sqrt(np.float32(a.k_head_dim))
     num_heads = num_rows(op, step) * 2 * G
     for i in range(num_heads * thread // num_threads, num_heads * (thread + 1) // num_threads):
         t, h = i // (2 * G), i % (2 * G)
-        x = word(op, 1) + 4 * word(op, 2) * t + size * h
-        normalise_head(x, size, root if h < G else ONE, word(op, 0) + size * i)
+        x = a.x + 4 * a.row_width * t + size * h
+        normalise_head(x, size, root if h < G else ONE, a.out + size * i)
 
 
 @inlined
@@ -65,10 +65,11 @@ def normalise_head(x, size, factor, out):
 @kernel
 def delta_gates(op, step, thread, num_threads):
     """Rows are dealt to threads in turn."""
-    H = word(op, 7)
+    a = DeltaGates.read(op)
+    H = a.num_v_heads
     for t in range(thread, num_rows(op, step), num_threads):
-        x = word(op, 1) + 4 * word(op, 4) * t
-        gate_row(x + 4 * word(op, 5), x + 4 * word(op, 6), word(op, 2), word(op, 3), H, word(op, 0) + 8 * H * t)
+        x = a.x + 4 * a.row_width * t
+        gate_row(x + 4 * a.a_offset, x + 4 * a.b_offset, a.a_log, a.dt_bias, H, a.out + 8 * H * t)
 
 
 @inlined
@@ -124,14 +125,6 @@ def written_read(s, k, q, delta, decay, k_next, out, read):
 
 
 @inlined
-def write_read(row, other, k, q, delta, decay, k_next, out, read):
-    """The same on a row in memory."""
-    out, read, s = written_read(load_pair(row, other), k, q, delta, decay, k_next, out, read)
-    store_pair(row, other, s)
-    return out, read
-
-
-@inlined
 def correction(v, other, beta, read):
     """beta * (v - what the state holds for k)."""
     return (load(v) - read[0]) * beta, (load(v + other) - read[1]) * beta
@@ -161,17 +154,10 @@ def run_two(state, block, K, tokens, strides, num_tokens, fresh, ahead):
         delta, sums, k_next = correction(v, column, peek(beta, float32), read), zeros(), k + strides[0]
         kept, decay, read = peek(decay + strides[2], float32), decay + strides[2], zeros()
         for i in range(K):
-            sums, read = write_read(
-                state + 64 * i,
-                block,
-                peek(k + 4 * i, float32),
-                peek(q + 4 * i, float32),
-                delta,
-                kept,
-                peek(k_next + 4 * i, float32),
-                sums,
-                read,
-            )
+            row, key, query = state + 64 * i, peek(k + 4 * i, float32), peek(q + 4 * i, float32)
+            key_next = peek(k_next + 4 * i, float32)
+            sums, read, s = written_read(load_pair(row, block), key, query, delta, kept, key_next, sums, read)
+            store_pair(row, block, s)
         store_pair(out, column, sums)
         q, k, v, beta, out = q + strides[0], k_next, v + strides[1], beta + strides[2], out + strides[3]
     delta, sums = correction(v, column, peek(beta, float32), read), zeros()
@@ -201,12 +187,8 @@ def run_four(state, block, K, tokens, strides, num_tokens, fresh):
         delta_high = correction(v + 128, 64, peek(beta, float32), high)
         out_low, out_high, low, high = zeros(), zeros(), zeros(), zeros()
         for i in range(K):
-            row, key, query, key_next = (
-                state + 64 * i,
-                peek(k + 4 * i, float32),
-                peek(q + 4 * i, float32),
-                peek(k_next + 4 * i, float32),
-            )
+            row, key, query = state + 64 * i, peek(k + 4 * i, float32), peek(q + 4 * i, float32)
+            key_next = peek(k_next + 4 * i, float32)
             s_low, s_high = load_pair(row, block), load_pair(row + pair, block)  # before a store: see studies/17
             out_low, low, s_low = written_read(s_low, key, query, delta_low, kept, key_next, out_low, low)
             out_high, high, s_high = written_read(s_high, key, query, delta_high, kept, key_next, out_high, high)
@@ -236,22 +218,21 @@ def num_new(step, s):
 
 
 @inlined
-def addresses(op, slot, head, block, t):
+def addresses(a, slot, head, block, t):
     """(state, (q, k, v, decay, beta, out)) of a block of value columns at row t of the step."""
-    G, H, K, V = word(op, 8), word(op, 9), word(op, 10), word(op, 11)
-    q = word(op, 1) + 4 * (t * word(op, 5) + head // (H // G) * K)
-    v = word(op, 2) + 4 * (t * word(op, 6) + word(op, 7) + head * V + block * BLOCK)
-    decay = word(op, 3) + 4 * (t * 2 * H + head)
-    out = word(op, 0) + 4 * ((t * H + head) * V + block * BLOCK)
-    state = word(op, 4) + 4 * K * ((slot * H + head) * V + block * BLOCK)
+    G, H, K, V = a.num_k_heads, a.num_v_heads, a.k_head_dim, a.v_head_dim
+    q = a.qk + 4 * (t * a.qk_width + head // (H // G) * K)
+    v = a.v + 4 * (t * a.v_width + a.v_offset + head * V + block * BLOCK)
+    decay = a.gates + 4 * (t * 2 * H + head)
+    out = a.out + 4 * ((t * H + head) * V + block * BLOCK)
+    state = a.state + 4 * K * ((slot * H + head) * V + block * BLOCK)
     return state, (q, q + 4 * G * K, v, decay, decay + 4 * H, out)
 
 
 @inlined
-def strides(op):
+def strides(a):
     """Bytes from a token's qk, v, gates and output to the next token's."""
-    H, V = word(op, 9), word(op, 11)
-    return 4 * word(op, 5), 4 * word(op, 6), 8 * H, 4 * H * V
+    return 4 * a.qk_width, 4 * a.v_width, 8 * a.num_v_heads, 4 * a.num_v_heads * a.v_head_dim
 
 
 @inlined
@@ -277,73 +258,59 @@ def next_task(op, step, first):
 
 
 @inlined
-def run_pair(op, step, s, head, block, num_blocks, ahead):
+def run_pair(a, step, s, head, block, ahead):
     """Blocks `block` and the next, if there is one, through all new tokens of a request."""
-    first, K = entry(step, QUERY_START, s), word(op, 10)
-    state, tokens = addresses(op, entry(step, STATE_SLOT, s), head, block, first)
-    run_two(
-        state,
-        64 * K * min(num_blocks - block - 1, 1),
-        K,
-        tokens,
-        strides(op),
-        num_new(step, s),
-        entry(step, POSITION, first) == 0,
-        128 * K if ahead else 0,
-    )
+    first, K = entry(step, QUERY_START, s), a.k_head_dim
+    state, tokens = addresses(a, entry(step, STATE_SLOT, s), head, block, first)
+    other, fresh = 64 * K * min(a.v_head_dim // BLOCK - block - 1, 1), entry(step, POSITION, first) == 0
+    run_two(state, other, K, tokens, strides(a), num_new(step, s), fresh, 128 * K if ahead else 0)
 
 
 @kernel
 def gated_delta_two(op, step, thread, num_threads):
     """Two blocks at a time, for targets with 16 registers of 8 lanes (or 32 of 4)."""
-    S, H, num_blocks = step_word(step, NUM_REQUESTS), word(op, 9), word(op, 11) // BLOCK
+    a = GatedDelta.read(op)
+    S, H, num_blocks = step_word(step, NUM_REQUESTS), a.num_v_heads, a.v_head_dim // BLOCK
     several = S * H * ((num_blocks + 1) // 2)
     task = next_task(op, step, several)
     while task < several + S * H:
         s, head, block, end = blocks_of(task, step, S, H, num_blocks, 2)
         for i in range(block, end, 2):
-            run_pair(op, step, s, head, i, num_blocks, i + 2 < end)
+            run_pair(a, step, s, head, i, i + 2 < end)
         task = next_task(op, step, several)
 
 
 @kernel
 def gated_delta_four(op, step, thread, num_threads):
     """Four blocks at a time, for targets with 32 registers of 16 lanes; a single token or a rest by two."""
-    S, H, K, num_blocks = step_word(step, NUM_REQUESTS), word(op, 9), word(op, 10), word(op, 11) // BLOCK
+    a = GatedDelta.read(op)
+    S, H, K, num_blocks = step_word(step, NUM_REQUESTS), a.num_v_heads, a.k_head_dim, a.v_head_dim // BLOCK
     several = S * H * ((num_blocks + 3) // 4)
     task = next_task(op, step, several)
     while task < several + S * H:
         s, head, block, end = blocks_of(task, step, S, H, num_blocks, 4)
         if block + 4 == end and task < several:
             first = entry(step, QUERY_START, s)
-            state, tokens = addresses(op, entry(step, STATE_SLOT, s), head, block, first)
-            run_four(state, 64 * K, K, tokens, strides(op), num_new(step, s), entry(step, POSITION, first) == 0)
+            state, tokens = addresses(a, entry(step, STATE_SLOT, s), head, block, first)
+            run_four(state, 64 * K, K, tokens, strides(a), num_new(step, s), entry(step, POSITION, first) == 0)
             block = end
         for i in range(block, end, 2):
-            run_pair(op, step, s, head, i, num_blocks, i + 2 < end)
+            run_pair(a, step, s, head, i, i + 2 < end)
         task = next_task(op, step, several)
 
 
 @kernel
 def gated_delta_per_token(op, step, thread, num_threads):
     """The same bits one token at a time: all heads take a token before any takes the next."""
-    H, K, num_blocks = word(op, 9), word(op, 10), word(op, 11) // BLOCK
+    a = GatedDelta.read(op)
+    K, num_blocks = a.k_head_dim, a.v_head_dim // BLOCK
     pairs = (num_blocks + 1) // 2
     for s in range(step_word(step, NUM_REQUESTS)):
         for t in range(entry(step, QUERY_START, s), entry(step, QUERY_START, s + 1)):
-            for task in range(thread, H * pairs, num_threads):
-                block = task % pairs * 2
-                state, tokens = addresses(op, entry(step, STATE_SLOT, s), task // pairs, block, t)
-                run_two(
-                    state,
-                    64 * K * min(num_blocks - block - 1, 1),
-                    K,
-                    tokens,
-                    strides(op),
-                    1,
-                    entry(step, POSITION, t) == 0,
-                    0,
-                )
+            for task in range(thread, a.num_v_heads * pairs, num_threads):
+                block, fresh = task % pairs * 2, entry(step, POSITION, t) == 0
+                state, tokens = addresses(a, entry(step, STATE_SLOT, s), task // pairs, block, t)
+                run_two(state, 64 * K * min(num_blocks - block - 1, 1), K, tokens, strides(a), 1, fresh, 0)
 
 
 CPU = {

@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 
 from lockstep.ops import conv1d, conv1d_cpu
+from lockstep.ops.conv1d import Conv1d, Requests
 from lockstep.ops.softplus import softplus
 from lockstep.runtime.kernel import definition, interpreted
-from tests.ops.harness import ragged_step, run_row, same_bits, weight
+from tests.ops.harness import ragged_step, run_op, same_bits
 
 RNG = np.random.default_rng(0)
 
@@ -26,19 +27,8 @@ def convolve(backend, x, w, state, offset=0, num_threads=1, **requests):
     """(out, state after) of one step; state is not changed."""
     state = state.copy()
     step, keep = ragged_step(**requests)
-    C, J = w.shape
-    out = run_row(
-        backend["conv1d"],
-        {"out": ("T", C, "f32")},
-        [x, weight(w), ("cache", state)],
-        step,
-        num_threads,
-        x_width=x.shape[1],
-        offset=offset,
-        channels=C,
-        kernel=J,
-    )["out"]
-    return out, state
+    how = dict(row_width=x.shape[1], offset=offset, channels=w.shape[0], conv_width=w.shape[1])
+    return run_op(backend, Conv1d, step, num_threads, x=x, weight=w, state=state, **how)["out"], state
 
 
 @pytest.mark.parametrize(
@@ -78,11 +68,11 @@ def test_every_cut_gives_the_same_rows_and_state():
 
 def test_definition_compiled_equals_interpreted():
     x, w, state = floats(5, 20), floats(16, 4), floats(2, 3, 16)
-    start, position, slot = (np.array(a, np.int32) for a in ([0, 2, 5], [0, 1, 7, 8, 9], [1, 0]))
+    requests = Requests(*(np.array(a, np.int32) for a in ([0, 2, 5], [0, 1, 7, 8, 9], [1, 0])))
     results = []
     for run in (conv1d.conv1d, interpreted(conv1d.conv1d)):
         out, after = np.full((5, 16), np.nan, np.float32), state.copy()
-        run(x, 3, w, start, position, slot, after, out)
+        run(x, 3, w, requests, after, out)
         results.append((out, after))
     same_bits(results[0][0], results[1][0])
     same_bits(results[0][1], results[1][1])

@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 
 from lockstep.ops import conv1d, conv1d_cpu, gated_delta, gated_delta_cpu, gated_norm_cpu
+from lockstep.ops.conv1d import Requests
+from lockstep.ops.gated_delta import DeltaGates, DeltaInputs, GatedDelta, L2Norm
+from lockstep.ops.gated_norm import GatedNorm
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import interpreted
-from tests.ops.harness import ragged_step, run_row, same_bits, weight
-from tests.ops.test_conv1d import floats, poisoned
+from tests.ops.harness import ragged_step, run_op, same_bits
+from tests.ops.test_conv1d import convolve, floats, poisoned
 
 RNG = np.random.default_rng(0)
 REFERENCE, CPU = gated_delta.REFERENCE["gated_delta"], gated_delta_cpu.CPU["gated_delta"]
@@ -43,23 +46,17 @@ def state_shape(H, K, V):
 
 def recur(implementation, arrays, state, shape, num_threads=1, spare=8, **requests):
     """(out, state after) of one step; state is not changed."""
-    (qk, v, gates), (G, H, K, V), state = arrays, shape, state.copy()
+    (qk, v, gates), state = arrays, state.copy()
     step, keep = ragged_step(**(requests or dict(lengths=[len(qk)])))
-    out = run_row(
-        implementation,
-        {"out": ("T", H * V, "f32")},
-        [qk, v, gates, ("cache", state)],
-        step,
-        num_threads,
-        qk_width=qk.shape[1],
-        v_width=v.shape[1],
-        v_offset=spare,
-        num_k_heads=G,
-        num_v_heads=H,
-        k_size=K,
-        v_size=V,
-    )["out"]
-    return out, state
+    given = dict(qk=qk, v=v, gates=gates, state=state, **rule_of(shape, qk, v, spare))
+    return run_op(implementation, GatedDelta, step, num_threads, **given)["out"], state
+
+
+def rule_of(shape, qk, v, v_offset):
+    """The parameters of GatedDelta."""
+    G, H, K, V = shape
+    heads = dict(num_k_heads=G, num_v_heads=H, k_head_dim=K, v_head_dim=V)
+    return dict(qk_width=qk.shape[1], v_width=v.shape[1], v_offset=v_offset, **heads)
 
 
 def both_same(got, want):
@@ -113,11 +110,11 @@ def test_every_cut_gives_the_same_rows_and_state():
 def test_definition_compiled_equals_interpreted():
     G, H, K, V = shape = 1, 2, 16, 16
     qk, v, gates = inputs(4, *shape)
-    start, position, slot = (np.array(a, np.int32) for a in ([0, 1, 4], [0, 7, 8, 9], [1, 0]))
+    requests = Requests(*(np.array(a, np.int32) for a in ([0, 1, 4], [0, 7, 8, 9], [1, 0])))
     results, state = [], floats(2, *state_shape(H, K, V))
     for run in (gated_delta.gated_delta, interpreted(gated_delta.gated_delta)):
         out, after = np.empty((4, H, V), np.float32), state.copy()
-        run(qk, v, 8, gates, G, start, position, slot, after, out)
+        run(qk, v, 8, gates, G, requests, after, out)
         results.append((out, after))
     both_same(*results)
 
@@ -144,28 +141,14 @@ def test_definition_is_accurate():
 
 
 def normalised(backend, x, G, K, num_threads=1):
-    return run_row(
-        backend["l2_norm"],
-        {"out": ("T", 2 * G * K, "f32")},
-        [x],
-        num_threads=num_threads,
-        x_width=x.shape[1],
-        num_k_heads=G,
-        k_size=K,
-    )["out"]
+    how = dict(row_width=x.shape[1], num_k_heads=G, k_head_dim=K)
+    return run_op(backend, L2Norm, num_threads=num_threads, x=x, **how)["out"]
 
 
-def gates(backend, x, a_log, dt_bias, num_threads=1):
-    return run_row(
-        backend["delta_gates"],
-        {"out": ("T", 2 * a_log.size, "f32")},
-        [x, weight(a_log, "a"), weight(dt_bias, "d")],
-        num_threads=num_threads,
-        x_width=x.shape[1],
-        a_offset=3,
-        b_offset=5 + a_log.size,
-        num_v_heads=a_log.size,
-    )["out"]
+def gates(backend, x, a_log, dt_bias, num_threads=1, a_offset=3, b_offset=None):
+    H = a_log.size
+    how = dict(row_width=x.shape[1], a_offset=a_offset, b_offset=b_offset or 5 + H, num_v_heads=H)
+    return run_op(backend, DeltaGates, num_threads=num_threads, x=x, a_log=a_log, dt_bias=dt_bias, **how)["out"]
 
 
 @pytest.mark.parametrize("G, K", [(1, 16), (3, 48), (4, 128)])
@@ -204,29 +187,20 @@ def test_helpers_interpreted():
         same_bits(out, gates(gated_delta.REFERENCE, x * np.float32(3), x[0, :4], x[1, :4]))
 
 
-def prepared(implementation, x, arrays, shape, state, num_threads=1, **requests):
+def prepared(backend, x, arrays, shape, state, num_threads=1, **requests):
     """(u, gates, conv state after) of the fused op."""
-    G, H, K, V = shape
-    C, state = 2 * G * K + H * V, state.copy()
+    (w, a_log, dt_bias), C, state = arrays, len(arrays[0]), state.copy()
     step, keep = ragged_step(**requests)
-    w, a_log, dt_bias = (weight(a, n) for a, n in zip(arrays, "wad"))
-    made = run_row(
-        implementation,
-        {"u": ("T", C, "f32"), "gates": ("T", 2 * H, "f32")},
-        [x, w, a_log, dt_bias, ("cache", state)],
-        step,
-        num_threads,
-        x_width=x.shape[1],
-        conv_offset=4,
-        channels=C,
-        kernel=4,
-        num_k_heads=G,
-        k_size=K,
-        a_offset=4 + C,
-        b_offset=4 + C + H,
-        num_v_heads=H,
-    )
-    return made["u"], made["gates"], state
+    given = dict(x=x, weight=w, a_log=a_log, dt_bias=dt_bias, state=state)
+    made = run_op(backend, DeltaInputs, step, num_threads, **given, **inputs_of(shape, x, 4, 4 + C, 4 + C + shape[1]))
+    return made["out"], made["gates"], state
+
+
+def inputs_of(shape, x, offset, a_offset, b_offset):
+    """The parameters of DeltaInputs, whose convolution has four weights a channel."""
+    G, H, K, V = shape
+    heads = dict(num_k_heads=G, k_head_dim=K, num_v_heads=H, channels=2 * G * K + H * V, conv_width=4)
+    return dict(row_width=x.shape[1], offset=offset, a_offset=a_offset, b_offset=b_offset, **heads)
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 16, 16), (2, 4, 128, 64), (3, 3, 48, 80), (1, 3, 256, 256)])
@@ -235,32 +209,12 @@ def test_fused_inputs_equal_the_ops_they_are_made_of(shape):
     C = 2 * G * K + H * V
     x, arrays = floats(42, C + 2 * H + 8), (floats(C, 4), floats(H), floats(H))
     state = poisoned(5, (3, C), range(5), RAGGED["contexts"], RAGGED["lengths"])
-    step, keep = ragged_step(**RAGGED)
-    after = state.copy()
-    u = run_row(
-        conv1d.REFERENCE["conv1d"],
-        {"u": ("T", C, "f32")},
-        [x, weight(arrays[0]), ("cache", after)],
-        step,
-        x_width=x.shape[1],
-        offset=4,
-        channels=C,
-        kernel=4,
-    )["u"]
+    u, after = convolve(conv1d.REFERENCE, x, arrays[0], state, 4, **RAGGED)
     u[:, : 2 * G * K] = normalised(gated_delta.REFERENCE, u, G, K)
-    gate = run_row(
-        gated_delta.REFERENCE["delta_gates"],
-        {"g": ("T", 2 * H, "f32")},
-        [x, weight(arrays[1], "a"), weight(arrays[2], "d")],
-        step,
-        x_width=x.shape[1],
-        a_offset=4 + C,
-        b_offset=4 + C + H,
-        num_v_heads=H,
-    )["g"]
-    both_same(prepared(gated_delta.REFERENCE["delta_inputs"], x, arrays, shape, state, **RAGGED), (u, gate, after))
+    gate = gates(gated_delta.REFERENCE, x, *arrays[1:], a_offset=4 + C, b_offset=4 + C + H)
+    both_same(prepared(gated_delta.REFERENCE, x, arrays, shape, state, **RAGGED), (u, gate, after))
     for num_threads in (1, 3):
-        fused = prepared(conv1d_cpu.CPU["delta_inputs"], x, arrays, shape, state, num_threads, **RAGGED)
+        fused = prepared(conv1d_cpu.CPU, x, arrays, shape, state, num_threads, **RAGGED)
         both_same(fused, (u, gate, after))
 
 
@@ -270,48 +224,13 @@ def test_a_layer_gives_the_numbers_of_transformers():
     G, H, K, V = (int(golden[n]) for n in ("num_k_heads", "num_v_heads", "k_size", "v_size"))
     C, x = 2 * G * K + H * V, golden["proj"]
     state, step, _keep = np.full((1, *state_shape(H, K, V)), np.nan, np.float32), *ragged_step([len(x)])
-    made = run_row(
-        conv1d_cpu.CPU["delta_inputs"],
-        {"u": ("T", C, "f32"), "gates": ("T", 2 * H, "f32")},
-        [
-            x,
-            *(weight(golden[n], n) for n in ("conv", "a_log", "dt_bias")),
-            ("cache", np.full((1, 3, C), np.nan, np.float32)),
-        ],
-        step,
-        x_width=x.shape[1],
-        conv_offset=0,
-        channels=C,
-        kernel=4,
-        num_k_heads=G,
-        k_size=K,
-        a_offset=C + H * V + H,
-        b_offset=C + H * V,
-        num_v_heads=H,
-    )
-    o = run_row(
-        CPU,
-        {"o": ("T", H * V, "f32")},
-        [made["u"], made["u"], made["gates"], ("cache", state)],
-        step,
-        qk_width=C,
-        v_width=C,
-        v_offset=2 * G * K,
-        num_k_heads=G,
-        num_v_heads=H,
-        k_size=K,
-        v_size=V,
-    )["o"]
-    out = run_row(
-        gated_norm_cpu.CPU["gated_norm"],
-        {"y": ("T", H * V, "f32")},
-        [o, x, weight(golden["norm"])],
-        step,
-        z_width=x.shape[1],
-        z_offset=C,
-        num_heads=H,
-        head_size=V,
-        eps=1e-6,
-    )["y"]
+    weights = dict(zip(("weight", "a_log", "dt_bias"), (golden[n] for n in ("conv", "a_log", "dt_bias"))))
+    where = inputs_of((G, H, K, V), x, 0, C + H * V + H, C + H * V)
+    history = np.full((1, 3, C), np.nan, np.float32)
+    made = run_op(conv1d_cpu.CPU, DeltaInputs, step, x=x, state=history, **weights, **where)
+    u, where = made["out"], rule_of((G, H, K, V), made["out"], made["out"], 2 * G * K)
+    o = run_op(CPU, GatedDelta, step, qk=u, v=u, gates=made["gates"], state=state, **where)["out"]
+    where = dict(row_width=x.shape[1], z_offset=C, num_heads=H, head_dim=V)
+    out = run_op(gated_norm_cpu.CPU, GatedNorm, step, o=o, z=x, weight=golden["norm"], eps=1e-6, **where)["out"]
     assert np.abs(out - golden["out"]).max() < 5e-6
     assert np.abs(state[0].transpose(0, 2, 1, 3).reshape(H, K, V) - golden["state"]).max() < 2e-6

@@ -53,7 +53,6 @@ def model(vocabulary, flat):
         rewritten=lambda backend, fused: program,
         store=WeightStore(),
         max_context=ROWS,
-        config=SimpleNamespace(vocab_size=vocabulary),
     )
 
 

@@ -8,10 +8,11 @@ import numpy as np
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.executor import Executor, WeightStore
 from lockstep.runtime.kernel import kernel, target
+from lockstep.runtime.operands import Operands, output
 from lockstep.runtime.peak import CHAINS, lanes_of, peak_f32, peak_int8
-from lockstep.runtime.program import Program
+from lockstep.runtime.program import Program, Tensor
 from lockstep.runtime.simd import lanes, load, store
-from lockstep.runtime.step import NUM_TOKENS, word
+from lockstep.runtime.step import NUM_TOKENS
 from lockstep.runtime.step_block import STEP_WORDS
 
 STREAM_BYTES = 256 << 20  # well past the last-level cache
@@ -19,27 +20,38 @@ ROUNDS = 200_000
 ZERO = np.float32(0)
 
 
+class Work(Operands):
+    """What one measurement does: so many bytes of an array at an address, or so many rounds that need no array."""
+
+    out: Tensor = output()
+    address: int
+    amount: int
+
+
 @kernel
 def stream(op, step, thread, num_threads):
-    """Reads the thread's share of a large array. Operands: out, address, bytes."""
-    num_bytes = word(op, 2) // num_threads // 1024 * 1024
-    first = word(op, 1) + thread * num_bytes
+    """Reads the thread's share of a large array."""
+    work = Work.read(op)
+    num_bytes = work.amount // num_threads // 1024 * 1024
+    first = work.address + thread * num_bytes
     a, b, c, d = lanes(ZERO), lanes(ZERO), lanes(ZERO), lanes(ZERO)
     for i in range(first, first + num_bytes, 256):
         a, b, c, d = a + load(i), b + load(i + 64), c + load(i + 128), d + load(i + 192)
-    store(word(op, 0) + 64 * thread, (a + b) + (c + d))
+    store(work.out + 64 * thread, (a + b) + (c + d))
 
 
 @kernel
 def multiply_f32(op, step, thread, num_threads):
-    """Chains of float32 FMAs that touch no memory. Operands: out, (unused), rounds."""
-    peak_f32(word(op, 2), word(op, 0) + 64 * CHAINS * thread)
+    """Chains of float32 FMAs that touch no memory."""
+    work = Work.read(op)
+    peak_f32(work.amount, work.out + 64 * CHAINS * thread)
 
 
 @kernel
 def multiply_int8(op, step, thread, num_threads):
-    """Chains of dots of four int8. Operands: out, (unused), rounds."""
-    peak_int8(word(op, 2), word(op, 0) + 64 * CHAINS * thread)
+    """Chains of dots of four int8."""
+    work = Work.read(op)
+    peak_int8(work.amount, work.out + 64 * CHAINS * thread)
 
 
 @dataclass(frozen=True)
@@ -64,9 +76,8 @@ def measure(team):
 
 def _seconds(team, kernel_, array, amount):
     program = Program()
-    program.emit(
-        "work", [program.tensor("out", "T", 512 * team.num_threads)], [], address=array.ctypes.data, amount=amount
-    )
+    out = program.tensor("out", "T", 512 * team.num_threads)
+    program.emit(Work(out=out, address=array.ctypes.data, amount=amount))
     executor = Executor(program, {"work": Implementation(kernel_)}, team, WeightStore(), {"T": 1}, {})
     step = np.zeros(STEP_WORDS, np.int64)
     step[NUM_TOKENS], times = 1, []

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from lockstep.models.decoder import can_generate, record
 from lockstep.models.families import model_config
 from lockstep.ops import BACKENDS
+from lockstep.ops.adjust_logits import AdjustLogits
 from lockstep.ops.kv_cache import KV_DTYPES
 from lockstep.ops.rope import MAX_POSITIONS
-from lockstep.ops.sample import MAX_LOGPROBS, scratch_width
+from lockstep.ops.sample import MAX_LOGPROBS, Sample, scratch_width
 from lockstep.runtime.backend import swapped
 from lockstep.runtime.rewrite import fuse, lower
 
@@ -91,18 +92,17 @@ def load_model(checkpoint, store, weights="auto", kv_dtype=None, max_context=Non
 
 def emit_sampling(program, logits, vocab_size):
     """Ends a program with the choice of a token for each row of logits (which may be wider than the vocabulary)."""
-    adjusted = program.emit(
-        "adjust_logits",
-        [program.tensor("logits.adjusted", "R", logits.width)],
-        [logits],
-        vocab_size=vocab_size,
-        width=logits.width,
+    what = dict(logits=logits, vocab_size=vocab_size, width=logits.width)
+    adjusted = program.emit(AdjustLogits(out=program.tensor("logits.adjusted", "R", logits.width), **what))
+    scratch = program.tensor("sample.scratch", "R", scratch_width(vocab_size))
+    sample = Sample(
+        token=program.tensor("token", "R", 1, "i32"),
+        logprob=program.tensor("logprob", "R", 1),
+        top_token=program.tensor("top_token", "R", MAX_LOGPROBS, "i32"),
+        top_logprob=program.tensor("top_logprob", "R", MAX_LOGPROBS),
+        scratch=scratch,
+        adjusted=adjusted,
+        scratch_width=scratch.width,
+        **what,
     )
-    outs = [
-        program.tensor("token", "R", 1, "i32"),
-        program.tensor("logprob", "R", 1),
-        program.tensor("top_token", "R", MAX_LOGPROBS, "i32"),
-        program.tensor("top_logprob", "R", MAX_LOGPROBS),
-        program.tensor("sample.scratch", "R", scratch_width(vocab_size)),
-    ]
-    program.emit("sample", outs, [logits, adjusted], vocab_size=vocab_size, width=logits.width)
+    program.emit(sample)

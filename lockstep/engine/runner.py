@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lockstep.ops.kv_cache import PAGE_TOKENS
-from lockstep.ops.sample import SAMPLING_RECORD
+from lockstep.ops.sample import SAMPLING_RECORD, Sample
 from lockstep.runtime import step as words
 from lockstep.runtime.executor import Executor, aligned
 from lockstep.runtime.step_block import STEP_WORDS
@@ -40,7 +40,10 @@ class Limits:
 
 
 class Runner:
-    """A model bound to memory and threads. Everything is allocated here; `step` allocates nothing native."""
+    """A model bound to memory and threads. Everything is allocated here; `step` allocates nothing native.
+
+    sample: the program's Sample, whose operands can be looked at after a step.
+    """
 
     def __init__(self, model, team, limits, swaps=None, base="cpu", keep=False, fused=True):
         self.model, self.limits, self.team = model, limits, team
@@ -54,9 +57,7 @@ class Runner:
         self.executor = Executor(self.program, backend, team, model.store, rows, addresses, keep)
         self.pages_per_request = -(-model.max_context // PAGE_TOKENS)
         self._allocate()
-        sample = self.program.ops[-1]
-        self._token, self._logprob, self._top_token, self._top_logprob = sample.outputs[:4]
-        self._logits, self._adjusted = sample.inputs
+        [self.sample] = [op for op in self.program.ops if isinstance(op, Sample)]
 
     def _count(self, cache):
         return self.limits.num_pages if cache.kind == "pages" else self.limits.max_requests
@@ -91,14 +92,16 @@ class Runner:
         """
         num_sampled = self._fill(spans)
         self.executor.run(self._step, clock)
-        view = self.executor.view
-        logits = view(self._logits, num_sampled)[:, : self.model.config.vocab_size]
-        return view(self._token, num_sampled)[:, 0], view(self._logprob, num_sampled)[:, 0], logits
+        token, logprob, logits = (
+            self.executor.view(tensor, num_sampled)
+            for tensor in (self.sample.token, self.sample.logprob, self.sample.logits)
+        )
+        return token[:, 0], logprob[:, 0], logits[:, : self.sample.vocab_size]
 
     def alternatives(self, row, count):
         """The `count` likeliest tokens of a row of the last step that asked for so many: {token id: logprob}."""
-        count = min(count, self.model.config.vocab_size)
-        ids, logprobs = (self.executor.view(t, row + 1)[row, :count] for t in (self._top_token, self._top_logprob))
+        count, tensors = min(count, self.sample.vocab_size), (self.sample.top_token, self.sample.top_logprob)
+        ids, logprobs = (self.executor.view(tensor, row + 1)[row, :count] for tensor in tensors)
         return dict(zip(ids.tolist(), logprobs.tolist()))
 
     def hidden(self, first, count):
@@ -108,7 +111,7 @@ class Runner:
     def is_forbidden(self, row, token):
         """Whether a row of the last step does not allow a token: such a token is only taken where none is allowed."""
         adjusted = self._sampling["adjustment"][row] != 0
-        return bool(adjusted and np.isneginf(self.executor.view(self._adjusted, row + 1)[row, token]))
+        return bool(adjusted and np.isneginf(self.executor.view(self.sample.adjusted, row + 1)[row, token]))
 
     def _fill(self, spans):
         """Writes the spans into the step block; returns the number of rows that sample."""

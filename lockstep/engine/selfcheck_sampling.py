@@ -12,10 +12,12 @@ from lockstep.engine.model import emit_sampling
 from lockstep.engine.request import SamplingParams
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.engine.sampling import Adjustment
+from lockstep.ops.adjust_logits import AdjustLogits
 from lockstep.ops.embed import Embed, format_code
-from lockstep.ops.sample import MAX_LOGPROBS
+from lockstep.ops.sample import MAX_LOGPROBS, Sample
 from lockstep.ops.select_rows import SelectRows, selected_rows
 from lockstep.runtime.executor import WeightStore
+from lockstep.runtime.operands import operands_of
 from lockstep.runtime.program import Program, Weight
 from lockstep.runtime.threads import Team
 from lockstep.weights.tensor import StoredTensor
@@ -46,7 +48,8 @@ def digests(table):
         sampled = {r: record(r, w, a) for r, (w, a) in enumerate(zip(wishes, held))}
         sampled[0]["given"] = 1 + 4099
         runner.step([Span(list(range(ROWS)), 0, [0], 0, sampled)])
-        written = [(op, t) for op in runner.program.ops[2:] for t in op.outputs if not t.name.endswith("scratch")]
+        ops = [op for op in runner.program.ops if isinstance(op, (AdjustLogits, Sample))]
+        written = [(op, t) for op in ops for _, o, t in operands_of(op) if o.role == "output" and not o.scratch]
         return [(op, t.name, digest(runner.executor.view(t, ROWS), t)) for op, t in written]
     finally:
         team.close()
@@ -57,8 +60,8 @@ def probe_model(table):
     values = np.random.RandomState(5).randint(-4096, 4096, (ROWS, WIDTH)) * np.float32(2.0**-9)
     stored = StoredTensor(NAME, "f32", values.shape, values.astype(np.float32))
     program = Program()
-    table, rows = Weight(NAME, "f32", values.shape, (stored,)), program.tensor("rows", "T", WIDTH)
-    program.emit(Embed(out=rows, table=table, width=WIDTH, format=format_code("f32"), scale=1.0))
+    weight, rows = Weight(NAME, "f32", values.shape, (stored,)), program.tensor("rows", "T", WIDTH)
+    program.emit(Embed(out=rows, table=weight, width=WIDTH, format=format_code("f32"), scale=1.0))
     logits = program.tensor("logits", "R", WIDTH)
     program.emit(SelectRows(out=logits, x=rows, width=WIDTH, selected=selected_rows("R")))
     emit_sampling(program, logits, VOCABULARY)
@@ -67,7 +70,6 @@ def probe_model(table):
         rewritten=lambda backend, fused: program,
         store=WeightStore(),
         max_context=ROWS,
-        config=SimpleNamespace(vocab_size=VOCABULARY),
     )
 
 

@@ -12,12 +12,11 @@ from lockstep.ops.adjust_logits import (
     BIAS,
     BIAS_IDS,
     FORBIDDEN,
-    FREQUENCY,
     NUM_BIAS,
-    PRESENCE,
-    REPETITION,
     SEEN,
+    AdjustLogits,
     penalized,
+    penalties_of,
 )
 from lockstep.ops.sample import ADJUSTMENT, CHUNK, MASK, NUM_BANNED, NUM_SEEN, RECORD_BYTES
 from lockstep.ops.sample_cpu import wait_for_all
@@ -35,27 +34,27 @@ from lockstep.runtime.simd import (
     to_f32,
     where_below,
 )
-from lockstep.runtime.step import SAMPLING, num_rows, step_word, word
+from lockstep.runtime.step import SAMPLING, num_rows, step_word
 
 HALF = np.float32(0.5)
 
 
 @kernel
 def adjust_logits(op, step, thread, num_threads):
-    """Op row: out, logits, V, width of a row of logits."""
-    out, logits, V, row, R = word(op, 0), word(op, 1), word(op, 2), 4 * word(op, 3), num_rows(op, step)
-    C, records, asked = (V + CHUNK - 1) // CHUNK, step_word(step, SAMPLING), False
+    """See above; the barrier counts on the op's own counter."""
+    a, R, records, asked = AdjustLogits.read(op), num_rows(op, step), step_word(step, SAMPLING), False
+    V, C, row = a.vocab_size, (a.vocab_size + CHUNK - 1) // CHUNK, 4 * a.width
     for r in range(R):
         asked = asked or peek(records + RECORD_BYTES * r + ADJUSTMENT, int64) != 0
     if asked:
         for task in range(thread, R * C, num_threads):
             r, c = task // C, task % C
             if peek(records + RECORD_BYTES * r + ADJUSTMENT, int64) != 0:
-                copy_chunk(logits + row * r, V, peek(records + RECORD_BYTES * r + MASK, int64), c, out + row * r)
+                copy_chunk(a.logits + row * r, V, peek(records + RECORD_BYTES * r + MASK, int64), c, a.out + row * r)
         wait_for_all(op, num_threads)
         for r in range(thread, R, num_threads):
             if peek(records + RECORD_BYTES * r + ADJUSTMENT, int64) != 0:
-                adjust_tokens(logits + row * r, records + RECORD_BYTES * r, out + row * r)
+                adjust_tokens(a.logits + row * r, records + RECORD_BYTES * r, a.out + row * r)
 
 
 @inlined
@@ -78,16 +77,7 @@ def adjust_tokens(logits, record, out):
     for n in range(peek(record + NUM_SEEN, int32)):
         i, count = 4 * int64(peek(seen + 8 * n, int32)), peek(seen + 8 * n + 4, int32)
         if peek(out + i, float32) != FORBIDDEN:
-            poke(
-                out + i,
-                penalized(
-                    peek(logits + i, float32),
-                    peek(a + REPETITION, float32),
-                    peek(a + PRESENCE, float32),
-                    peek(a + FREQUENCY, float32),
-                    count,
-                ),
-            )
+            poke(out + i, penalized(peek(logits + i, float32), penalties_of(a), count))
     for b in range(peek(a + NUM_BIAS, int32)):
         i = 4 * int64(peek(peek(a + BIAS_IDS, int64) + 4 * b, int32))
         poke(out + i, peek(out + i, float32) + peek(peek(a + BIAS, int64) + 4 * b, float32))

@@ -19,8 +19,10 @@ from lockstep.ops.reduce import tree_sum
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import definition, inlined, kernel
 from lockstep.runtime.machine import float_array, int_array
+from lockstep.runtime.operands import Operands, output, rows
+from lockstep.runtime.program import Tensor
 from lockstep.runtime.simd import absolute, fma, maximum, minimum, peek, poke, rint, to_i32
-from lockstep.runtime.step import SAMPLING, num_rows, step_word, word
+from lockstep.runtime.step import SAMPLING, num_rows, step_word
 
 CHUNK = 4096  # vocabulary entries per partial sum of the log-softmax: a numerics constant
 BLOCK = 256  # vocabulary entries per maximum that the fast kernel keeps
@@ -53,8 +55,31 @@ TEMPERATURE, TOP_P, MIN_P, TOP_K, SEED, POSITION, ADJUSTMENT, MASK, NUM_SEEN, NU
 )
 
 
+class Sample(Operands):
+    """A token for each row, its log-probability, and the likeliest tokens with theirs, likeliest first.
+
+    logits, and adjusted in rows with an adjustment: rows `width` wide, the first vocab_size of which count.
+    """
+
+    token: Tensor = output("1", dtype="i32")
+    logprob: Tensor = output("1")
+    top_token: Tensor = output(f"{MAX_LOGPROBS}", dtype="i32", asked=True)
+    top_logprob: Tensor = output(f"{MAX_LOGPROBS}", asked=True)
+    scratch: Tensor = output("scratch_width", scratch=True)
+    logits: Tensor = rows("width")
+    adjusted: Tensor = rows("width")
+    vocab_size: int
+    width: int
+    scratch_width: int
+
+    def check(self):
+        if self.scratch_width != scratch_width(self.vocab_size):
+            expected = f"{scratch_width(self.vocab_size)} for {self.vocab_size} tokens"
+            raise ValueError(f"Sample: scratch_width is {self.scratch_width}, expected {expected}")
+
+
 def scratch_width(vocabulary):
-    """Width of the op's last output (float32, rows "R"), where the fast kernel keeps partial results."""
+    """Width of the output `scratch`, where the fast kernel keeps partial results."""
     chunks = -(-vocabulary // CHUNK)
     return chunks * (2 * (CHUNK // BLOCK) + 6) + 16
 
@@ -217,14 +242,13 @@ def maximum_of(x):
 
 @kernel
 def _run(op, step, thread, num_threads):
-    """Op row: token, logprob, top tokens, top logprobs, scratch, logits, adjusted, V, width of a row of logits."""
     if thread == 0:
-        V, N = word(op, 7), MAX_LOGPROBS
+        a, N = Sample.read(op), MAX_LOGPROBS
         for r in range(num_rows(op, step)):
-            record, row = step_word(step, SAMPLING) + RECORD_BYTES * r, 4 * word(op, 8) * r
-            logits_V = carray(float_array(word(op, 5) + row), (V,))
+            record, row = step_word(step, SAMPLING) + RECORD_BYTES * r, 4 * a.width * r
+            logits_V = carray(float_array(a.logits + row), (a.vocab_size,))
             adjusted = peek(record + ADJUSTMENT, int64) != 0
-            choice_V = carray(float_array(word(op, 6) + row), (V,)) if adjusted else logits_V
+            choice_V = carray(float_array(a.adjusted + row), (a.vocab_size,)) if adjusted else logits_V
             token = int64(peek(record + GIVEN, int32)) - 1
             if token < 0:
                 token = sample_row(
@@ -240,11 +264,11 @@ def _run(op, step, thread, num_threads):
                 logits_V,
                 token,
                 peek(record + NUM_LOGPROBS, int32),
-                carray(int_array(word(op, 2) + 4 * N * r), (N,)),
-                carray(float_array(word(op, 3) + 4 * N * r), (N,)),
+                carray(int_array(a.top_token + 4 * N * r), (N,)),
+                carray(float_array(a.top_logprob + 4 * N * r), (N,)),
             )
-            poke(word(op, 0) + 4 * r, np.int32(token))
-            poke(word(op, 1) + 4 * r, logprob if is_sound(choice_V) else UNKNOWN)
+            poke(a.token + 4 * r, np.int32(token))
+            poke(a.logprob + 4 * r, logprob if is_sound(choice_V) else UNKNOWN)
 
 
 REFERENCE = {"sample": Implementation(_run)}

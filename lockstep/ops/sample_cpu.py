@@ -27,7 +27,7 @@ from lockstep.ops.sample import (
     TOP_P,
     UNKNOWN,
     ZERO,
-    scratch_width,
+    Sample,
 )
 from lockstep.ops.sample_cut_cpu import (
     BAR,
@@ -40,6 +40,7 @@ from lockstep.ops.sample_cut_cpu import (
     TOKEN,
     TOTAL,
     WORDS,
+    Row,
     block_bound,
     draws,
     entries,
@@ -71,56 +72,55 @@ from lockstep.runtime.simd import (
     to_f32,
     where_below,
 )
-from lockstep.runtime.step import COUNTER, SAMPLING, num_rows, step_word, word
+from lockstep.runtime.step import COUNTER, SAMPLING, num_rows, step_word
 
 GROUP, GROUP_BYTES = 64, 256  # tokens that share sixteen Philox counters, and the bytes of their scores
 SLACK, RELATIVE_SLACK = np.float32(1e-3), np.float32(2.0**-21)
 TOP_BYTES = MAX_LOGPROBS * WORDS
-scratch_words = inlined(scratch_width)
 
 
 @kernel
 def sample(op, step, thread, num_threads):
-    """Op row: token, logprob, top tokens, top logprobs, scratch, logits, adjusted, V, width of a row of logits."""
-    V, R, records = word(op, 7), num_rows(op, step), step_word(step, SAMPLING)
-    C, scratch, width = (V + CHUNK - 1) // CHUNK, word(op, 4), WORDS * scratch_words(V)
+    """See above; the barriers count on the op's own counter."""
+    a, R, records = Sample.read(op), num_rows(op, step), step_word(step, SAMPLING)
+    V, C, scratch, width = a.vocab_size, (a.vocab_size + CHUNK - 1) // CHUNK, a.scratch, WORDS * a.scratch_width
     random = False
     for r in range(R):
         random = random or draws(records + RECORD_BYTES * r)
     for task in range(thread, R * C, num_threads):
         r, c = task // C, task % C
-        scan_chunk(choice(op, records, r), V, scratch + width * r, c, C)
+        scan_chunk(choice(a, records, r), V, scratch + width * r, c, C)
         if is_adjusted(records + RECORD_BYTES * r):
-            scan_chunk(plain(op, r), V, unadjusted(scratch + width * r, C), c, C)
+            scan_chunk(plain(a, r), V, unadjusted(scratch + width * r, C), c, C)
     wait_for_all(op, num_threads)
     if random:
         for task in range(thread, R * C, num_threads):
             r, c = task // C, task % C
-            weigh_chunk(choice(op, records, r), V, records + RECORD_BYTES * r, scratch + width * r, c, C)
+            weigh_chunk(choice(a, records, r), V, records + RECORD_BYTES * r, scratch + width * r, c, C)
         wait_for_all(op, 2 * num_threads)
         for r in range(thread, R, num_threads):
-            find_cut(choice(op, records, r), V, records + RECORD_BYTES * r, scratch + width * r, C)
+            find_cut(choice(a, records, r), V, records + RECORD_BYTES * r, scratch + width * r, C)
         wait_for_all(op, 3 * num_threads)
         for task in range(thread, R * C, num_threads):
             r, c = task // C, task % C
-            score_chunk(choice(op, records, r), V, records + RECORD_BYTES * r, scratch + width * r, c, C)
+            score_chunk(choice(a, records, r), V, records + RECORD_BYTES * r, scratch + width * r, c, C)
         wait_for_all(op, 4 * num_threads)
     for r in range(thread, R, num_threads):
-        finish_row(op, records, r, V, scratch + width * r, C)
+        finish_row(a, records, r, scratch + width * r, C)
 
 
 @inlined
-def plain(op, r):
+def plain(a, r):
     """Address of a row of logits."""
-    return word(op, 5) + WORDS * word(op, 8) * r
+    return a.logits + WORDS * a.width * r
 
 
 @inlined
-def choice(op, records, r):
+def choice(a, records, r):
     """Address of the logits that a row's token is chosen from."""
     if is_adjusted(records + RECORD_BYTES * r):
-        return word(op, 6) + WORDS * word(op, 8) * r
-    return plain(op, r)
+        return a.adjusted + WORDS * a.width * r
+    return plain(a, r)
 
 
 @inlined
@@ -263,9 +263,9 @@ def score_group(logits, V, record, cut, g, scores):
 
 
 @inlined
-def finish_row(op, records, r, V, scratch, C):
+def finish_row(a, records, r, scratch, C):
     """Writes a row's token, its log-probability, and the likeliest tokens."""
-    record, logits, maxima = records + RECORD_BYTES * r, plain(op, r), scratch
+    record, logits, maxima, V = records + RECORD_BYTES * r, plain(a, r), scratch, a.vocab_size
     if is_adjusted(record):
         maxima = unadjusted(scratch, C)
     largest, total, token = row_maximum(maxima, C), ZERO, int64(peek(record + GIVEN, int32)) - 1
@@ -274,19 +274,21 @@ def finish_row(op, records, r, V, scratch, C):
         top = max_lanes(load(maxima + WORDS * BLOCKS * c)) + ZERO
         total = fma(peek(maxima + SUM * C + WORDS * c, float32), exp(top - largest), total)
     if token < 0:
-        token = chosen(choice(op, records, r), V, record, scratch, C)
+        token = chosen(choice(a, records, r), V, record, scratch, C)
     logprob = UNKNOWN
     if sound and is_sound(scratch, C):
         logprob = (peek(logits + WORDS * token, float32) - largest) - log(total)
-    poke(word(op, 0) + WORDS * r, np.int32(token))
-    poke(word(op, 1) + WORDS * r, logprob)
-    count, top_token, top_logprob = peek(record + NUM_LOGPROBS, int32), word(op, 2), word(op, 3)
+    poke(a.token + WORDS * r, np.int32(token))
+    poke(a.logprob + WORDS * r, logprob)
+    count, tokens, logprobs = (
+        peek(record + NUM_LOGPROBS, int32),
+        a.top_token + TOP_BYTES * r,
+        a.top_logprob + TOP_BYTES * r,
+    )
     if count > 0 and sound:
-        top_logprobs(
-            logits, V, maxima, C, count, largest, log(total), top_token + TOP_BYTES * r, top_logprob + TOP_BYTES * r
-        )
+        top_logprobs(Row(logits, V, maxima, C), count, largest, log(total), tokens, logprobs)
     elif count > 0:
-        no_logprobs(min(int64(count), V), top_token + TOP_BYTES * r, top_logprob + TOP_BYTES * r)
+        no_logprobs(min(int64(count), V), tokens, logprobs)
 
 
 @inlined
@@ -330,8 +332,9 @@ def highest_unit(scaled, bar):
 
 
 @inlined
-def top_logprobs(logits, V, maxima, C, count, largest, log_total, tokens, logprobs):
+def top_logprobs(row, count, largest, log_total, tokens, logprobs):
     """Writes the likeliest tokens and their log-probabilities: only blocks that can hold one of them are read."""
+    logits, V, maxima, C = row
     count = min(int64(count), V)
     bound, found = block_bound(maxima, C, count), int64(0)
     if bound <= LOWEST:  # there are fewer blocks, or fewer finite logits, than are asked for

@@ -4,6 +4,8 @@ There is no sort: the last kept token is found by a radix search over the bits o
 maximum says that they matter.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 from numba import float32, int32, int64
 
@@ -56,6 +58,23 @@ WORDS, BLOCKS = 4, CHUNK // BLOCK  # bytes of a word, blocks of a chunk
 # maxima and sum of exp of the logits before adjustment, where there was one
 SUM, BEST, TOKEN, TOTAL, CUT = ((BLOCKS + n) * WORDS for n in (0, 1, 2, 3, 5))
 CUT_BYTES, BAR = 16 * WORDS, 5 * WORDS
+
+
+class Row(NamedTuple):
+    """A row of logits: their address and how many they are, and the maxima of its blocks, in so many chunks."""
+
+    logits: int
+    V: int
+    maxima: int
+    C: int
+
+
+class Weighing(NamedTuple):
+    """What a search goes by: the temperature, the largest logit by it, and whether a token counts by its weight."""
+
+    temperature: float
+    largest: float
+    weighted: bool
 
 
 @inlined
@@ -113,7 +132,7 @@ def find_cut(logits, V, record, scratch, C):
     temperature, top_p = peek(record + TEMPERATURE, float32), peek(record + TOP_P, float32)
     limit = peek(record + TOP_K, int32)
     top, limited, cut = row_maximum(scratch, C), 0 < limit < V, scratch + CUT * C
-    largest = top / temperature
+    largest, row = top / temperature, Row(logits, V, scratch, C)
     wanted, total, last = int64(FEW), int64(0), int64(0)
     if limited:
         wanted = int64(limit)
@@ -123,7 +142,8 @@ def find_cut(logits, V, record, scratch, C):
         bound = sort_key(block_bound(scratch, C, wanted)) << INDEX_BITS
         weighted = not limited
         while top_p < ONE or not weighted:
-            found = search(logits, V, scratch, max(bound, last), temperature, largest, weighted, wanted, total, top_p)
+            weighing = Weighing(temperature, largest, weighted)
+            found = search(row, weighing, max(bound, last), wanted, total, top_p)
             last = max(last, found)
             if found < 0 and bound > 0:
                 bound = int64(0)
@@ -153,17 +173,18 @@ def block_bound(maxima, C, wanted):
 
 
 @inlined
-def search(logits, V, maxima, first, temperature, largest, weighted, wanted, total, top_p):
+def search(row, weighing, first, wanted, total, top_p):
     """Rank of the token at which the running sum reaches its target.
 
     Only tokens whose rank is at least `first` count, each as one or by its weight; total 0 stands for the sum of all of
     them. -1 where they hold too little. Each round leaves the tokens of one digit: first of an even division of the
     logits, then of what is left of the sort keys; those of one key weigh the same and are counted.
     """
+    temperature, largest, weighted = weighing
     histogram, target, before, shift = stack_memory(HISTOGRAM_BYTES), np.float64(wanted), int64(0), int64(EVEN)
     start, end = first >> INDEX_BITS, int64(1 << 32)
     while end - start > 1:
-        tally(logits, V, maxima, first, start, end, temperature, largest, weighted, shift, histogram)
+        tally(row, weighing, first, (start, end), shift, histogram)
         if weighted and shift == EVEN:
             mass = int64(0)
             for d in range(DIGITS):
@@ -190,7 +211,7 @@ def search(logits, V, maxima, first, temperature, largest, weighted, wanted, tot
     each, logit = int64(1), from_key(start)
     if weighted:
         each = int64(weights_of(logit, temperature, largest))
-    return start << INDEX_BITS | ALL_INDICES - reaching(logits, V, maxima, logit, before, each, target)
+    return start << INDEX_BITS | ALL_INDICES - reaching(row, logit, before, each, target)
 
 
 @inlined
@@ -215,11 +236,14 @@ def lowest_key(digit, temperature, largest):
 
 
 @inlined
-def tally(logits, V, maxima, first, start, end, temperature, largest, weighted, shift, histogram):
-    """Sums amounts by digit over tokens of rank `first` or more with sort keys from start to end - 1.
+def tally(row, weighing, first, keys, shift, histogram):
+    """Sums amounts by digit over tokens of rank `first` or more with sort keys from keys[0] to keys[1] - 1.
 
     There are several sums for each digit: one alone would wait for its own last addition.
     """
+    logits, V, maxima, _ = row
+    temperature, largest, weighted = weighing
+    start, end = keys
     amounts, digits, low, above = stack_memory(GROUP_BYTES), stack_memory(GROUP_BYTES), from_key(start), from_key(end)
     first_logit, after = from_key(first >> INDEX_BITS), from_key((first >> INDEX_BITS) + 1)
     for d in range(0, HISTOGRAM_BYTES, 64):
@@ -269,8 +293,9 @@ def amount(histogram, digit):
 
 
 @inlined
-def reaching(logits, V, maxima, x, before, each, target):
+def reaching(row, x, before, each, target):
     """The first token of logit x, each adding the same to a running sum, with which it reaches its target."""
+    logits, V, maxima, _ = row
     for b in range(0, V, BLOCK):
         if peek(maxima + WORDS * (b // BLOCK), float32) < x:
             continue

@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 
 from lockstep.ops import adjust_logits, adjust_logits_cpu, sample
+from lockstep.ops.adjust_logits import AdjustLogits, Bias, Penalties
 from lockstep.runtime import step as words
 from lockstep.runtime.kernel import interpreted
-from tests.ops.harness import ragged_step, run_row, same_bits
+from tests.ops.harness import ragged_step, run_op, same_bits
 
 SIZES = (1, 2, 3, 17, 31, 32, 33, 300, 4096 + 5)
 NOTHING = dict(seen=(), repetition=1.0, presence=0.0, frequency=0.0, bias={}, banned=(), mask=None)
@@ -18,12 +19,10 @@ def arguments(wanted):
         padded = np.zeros(-(-len(w["mask"]) // 32) * 32, bool)
         padded[: len(w["mask"])] = w["mask"]
         bits = np.packbits(padded, bitorder="little").view(np.int32)
-    penalties = [np.float32(w[name]) for name in ("repetition", "presence", "frequency")]
     return (
         np.array(w["seen"], np.int32).reshape(-1, 2),
-        *penalties,
-        np.array(list(w["bias"]), np.int32),
-        np.array(list(w["bias"].values()), np.float32),
+        Penalties(*(np.float32(w[name]) for name in Penalties._fields)),
+        Bias(np.array(list(w["bias"]), np.int32), np.array(list(w["bias"].values()), np.float32)),
         np.array(w["banned"], np.int32),
         bits,
     )
@@ -34,9 +33,9 @@ def run(backend, logits, rows, num_threads=1):
     records, held = np.zeros(len(rows), sample.SAMPLING_RECORD), []
     for record, wanted in zip(records, rows):
         if wanted is not None:
-            seen, repetition, presence, frequency, ids, bias, banned, mask = arguments(wanted)
+            seen, penalties, (ids, bias), banned, mask = arguments(wanted)
             made = np.zeros(1, adjust_logits.ADJUSTMENT_RECORD)
-            made[0] = (*(a.ctypes.data for a in (seen, ids, bias, banned)), len(ids), repetition, presence, frequency)
+            made[0] = (*(a.ctypes.data for a in (seen, ids, bias, banned)), len(ids), *penalties)
             record["adjustment"], record["mask"] = made.ctypes.data, mask.ctypes.data if mask.size else 0
             record["num_seen"], record["num_banned"] = len(seen), len(banned)
             held += [seen, ids, bias, banned, mask, made]
@@ -44,15 +43,8 @@ def run(backend, logits, rows, num_threads=1):
     step[words.SAMPLING] = records.ctypes.data
     width = -(-logits.shape[1] // 16) * 16
     padded = np.pad(logits, ((0, 0), (0, width - logits.shape[1])), constant_values=7)
-    out = run_row(
-        backend["adjust_logits"],
-        {"out": ("R", width, "f32")},
-        [padded],
-        step,
-        num_threads,
-        vocab_size=logits.shape[1],
-        width=width,
-    )["out"]
+    how = dict(logits=padded, vocab_size=logits.shape[1], width=width)
+    out = run_op(backend, AdjustLogits, step, num_threads, "R", **how)["out"]
     return out[:, : logits.shape[1]]
 
 

@@ -3,9 +3,11 @@ import pytest
 
 from lockstep.ops import sample, sample_cpu
 from lockstep.ops.philox import noise
+from lockstep.ops.sample import Sample, scratch_width
 from lockstep.runtime import step as words
 from lockstep.runtime.kernel import interpreted
-from tests.ops.harness import ragged_step, run_row, same_bits
+from lockstep.runtime.program import Tensor
+from tests.ops.harness import ragged_step, run_op, same_bits
 
 RNG = np.random.default_rng(0)
 GREEDY = dict(temperature=0)
@@ -19,22 +21,14 @@ def run_all(backend, logits, settings, num_threads=1, adjusted=None):
             record[name] = value
     step, held = ragged_step([1] * len(logits))
     step[words.SAMPLING] = records.ctypes.data
-    N = sample.MAX_LOGPROBS
-    outputs = {
-        "token": ("R", 1, "i32"),
-        "logprob": ("R", 1, "f32"),
-        "top_token": ("R", N, "i32"),
-        "top_logprob": ("R", N, "f32"),
-        "scratch": ("R", sample.scratch_width(logits.shape[1]), "f32"),
-    }
     # what lies beyond the vocabulary is not looked at, nor a row of adjusted logits where nothing is
     rows, wanted = (
         np.pad(x, ((0, 0), (0, 5)), constant_values=1e30)
         for x in (logits, np.full_like(logits, 1e30) if adjusted is None else adjusted)
     )
-    out = run_row(
-        backend["sample"], outputs, [rows, wanted], step, num_threads, vocab_size=logits.shape[1], width=rows.shape[1]
-    )
+    V = logits.shape[1]
+    how = dict(vocab_size=V, width=rows.shape[1], scratch_width=scratch_width(V))
+    out = run_op(backend, Sample, step, num_threads, "R", logits=rows, adjusted=wanted, **how)
     return {name: out[name] for name in ("token", "logprob", "top_token", "top_logprob")}
 
 
@@ -289,3 +283,11 @@ def test_rows_that_are_not_sound_by_the_interpreted_definition():
     choose, one = interpreted(sample.sample_row), np.float32(1)
     chosen = choose(row, one, 0, one, np.float32(0), np.int64(1), np.int64(2))
     assert chosen == 0 and np.isnan(interpreted(sample.report)(row, 0, 2, tokens, logprobs)) and tokens[1] == 1
+
+
+def test_scratch_of_another_vocabulary_is_refused():
+    outputs = dict(token=Tensor("t", "R", 1, "i32"), logprob=Tensor("p", "R", 1), scratch=Tensor("s", "R", 54))
+    outputs.update(top_token=Tensor("tt", "R", 20, "i32"), top_logprob=Tensor("tp", "R", 20))
+    rows = dict(logits=Tensor("l", "R", 5008), adjusted=Tensor("a", "R", 5008), width=5008)
+    with pytest.raises(ValueError, match="Sample: scratch_width is 54, expected 92 for 5000 tokens"):
+        Sample(vocab_size=5000, scratch_width=54, **outputs, **rows)

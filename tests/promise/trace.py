@@ -60,10 +60,10 @@ class Trace:
 
 def report(runner, row):
     """Bytes of a sampled row's likeliest tokens, their log-probabilities, and the logits as the row wants them."""
-    sample, V = runner.program.ops[-1], runner.model.config.vocab_size
-    wanted = [(t, ALTERNATIVES) for t in sample.outputs[2:4]]
+    sample = runner.sample
+    wanted = [(sample.top_token, ALTERNATIVES), (sample.top_logprob, ALTERNATIVES)]
     if runner._sampling["adjustment"][row]:
-        wanted.append((sample.inputs[1], V))
+        wanted.append((sample.adjusted, sample.vocab_size))
     return b"".join(runner.executor.view(t, row + 1)[row, :width].tobytes() for t, width in wanted)
 
 

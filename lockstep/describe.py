@@ -100,7 +100,6 @@ def flops(op, context):
     """Additions and multiplications for one row; exp and the like count as one, an op without a rule here as none."""
     if isinstance(op, Operands):
         return op.flops(context)
-    p = op.params
     width = op.outputs[0].width if op.outputs else 0
     match op.kind:
         case "linear":

@@ -24,7 +24,8 @@ import numpy as np
 
 from lockstep import ceiling
 from lockstep.ops import ragged_paged_attention
-from lockstep.ops.ragged import scales, workers
+from lockstep.ops.ragged import scoring, workers
+from lockstep.ops.ragged_attention import Sequences
 from lockstep.ops.ragged_checks import pages
 from lockstep.runtime.executor import aligned
 
@@ -94,20 +95,8 @@ def ragged(b, threads):
 
 def ungrouped(b, threads):
     k, v = pages(b.kv)
-    workers(threads).attend(
-        b.q,
-        k,
-        v,
-        b.kv_lens,
-        b.table,
-        b.starts,
-        b.num_seqs,
-        None,
-        None,
-        scales(SM_SCALE, None, None, None),
-        b.out,
-        grouped=False,
-    )
+    sequences = Sequences(b.kv_lens, b.table, b.starts, b.num_seqs)
+    workers(threads).attend(b.q, k, v, sequences, scoring(SM_SCALE), b.out, grouped=False)
 
 
 def transposed(b, threads):

@@ -17,7 +17,7 @@ import numpy as np
 from numba import float32, int32
 
 from lockstep.ops.activations import NATIVE_BF16
-from lockstep.ops.attention_math import BLOCK, SPAN, ZERO, cleared, exp2, first_key, score_scales, soft_capped
+from lockstep.ops.attention_math import BLOCK, SPAN, ZERO, Block, cleared, exp2, first_key, score_scales, soft_capped
 from lockstep.runtime.kernel import inlined
 from lockstep.runtime.machine import prefetch
 from lockstep.runtime.simd import (
@@ -57,8 +57,6 @@ SCRATCH_BYTES = SCALES + 8 * BLOCK
 
 # group: query heads of the tile, the first of them `head`; table: address of the request's page ids
 Tile = namedtuple("Tile", "token tokens position head group kv_head table")
-# start: position of a block's first key; first, last: the rows of the tile that see any of its keys
-Block = namedtuple("Block", "start first last")
 # one row, or two that are worked on together (next: 1, else 0), from dimension `done` on
 Pair = namedtuple("Pair", "row next done")
 # how pages of a type are multiplied. each: numbers of a reduction that a step takes; step: as `single_step`; keep: how

@@ -1,4 +1,6 @@
-"""The elementary functions of attention, one formula for scalars and lanes, and its constants."""
+"""What all sorts of attention share: elementary functions, one formula for scalars and lanes, and constants."""
+
+from collections import namedtuple
 
 import numpy as np
 
@@ -21,6 +23,9 @@ C1, C2, C3, C4, C5, C6 = (
         0.00015353361889547043,
     )
 )
+
+# a block of keys and the rows of a tile that see any of them. start: position of its first key; rows first..last
+Block = namedtuple("Block", "start first last")
 
 
 @inlined

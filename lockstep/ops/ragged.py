@@ -12,14 +12,19 @@ import numpy as np
 
 from lockstep.ops import ragged_checks as checks
 from lockstep.ops.attention_math import score_scales
-from lockstep.ops.ragged_attention import attend_ragged
+from lockstep.ops.ragged_attention import RaggedAttention, Scoring, Sequences, attend_ragged
 from lockstep.ops.ragged_attention_cpu import STATE_BYTES, TILES_PER_THREAD, ragged_attention
-from lockstep.runtime.executor import aligned
+from lockstep.runtime.executor import aligned, encode
 from lockstep.runtime.kernel import interpreted
-from lockstep.runtime.step import COUNTER, KERNEL, OPERANDS, ROW_WORDS
+from lockstep.runtime.step import COUNTER, KERNEL, ROW_WORDS
 from lockstep.runtime.threads import Team
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
+NO_SINKS = np.zeros(0, np.float32)
+STRIDES = (
+    *("out_token", "out_head", "q_token", "q_head"),
+    *("k_page", "k_slot", "k_head", "v_page", "v_slot", "v_head"),
+)  # of out, q, k and v, axis by axis
 
 
 def ragged_paged_attention(
@@ -60,46 +65,23 @@ def ragged_paged_attention(
     is cut is part of the numerics. Raises ValueError for arguments that break a rule. Returns out, with zeros in the
     rows of no sequence. Thread-safe; calls with the same number of threads wait for each other.
     """
-    k, v = checks.pages(kv_pages)
-    checks.shapes(q, k, v, kv_lens, page_indices, cu_q_lens, num_seqs)
-    checks.options(
-        backend,
-        q.shape[1],
-        sliding_window,
-        soft_cap,
-        mask_value,
-        sinks,
-        page_indices.shape[1],
-        num_kv_pages_per_block,
-        num_queries_per_block,
-        vmem_limit_bytes,
-    )
-    num_threads = checks.thread_count(threads)
-    inputs = q, k, v, kv_lens, page_indices, cu_q_lens, num_seqs, sinks
+    (k, v), sequences = checks.pages(kv_pages), Sequences(kv_lens, page_indices, cu_q_lens, num_seqs)
+    checks.shapes(q, k, sequences)
+    checks.scoring(q.shape[1], sliding_window, soft_cap, mask_value, sinks)
+    checks.resources(backend, page_indices.shape[1], num_kv_pages_per_block, num_queries_per_block, vmem_limit_bytes)
+    num_threads, inputs = checks.thread_count(threads), (q, k, v, *sequences, sinks)
     out = np.empty(q.shape, q.dtype) if out is None else checks.output(out, q, inputs)
-    checks.metadata(q.shape[0], k.shape, kv_lens, page_indices, cu_q_lens, num_seqs, sliding_window)
-    arguments = (
-        q,
-        k,
-        v,
-        kv_lens,
-        page_indices,
-        cu_q_lens,
-        num_seqs,
-        sliding_window,
-        sinks,
-        scales(sm_scale, soft_cap, k_scale, v_scale),
-        out,
-    )
+    checks.metadata(q.shape[0], k.shape, sequences, sliding_window)
+    how = scoring(sm_scale, soft_cap, k_scale, v_scale, sliding_window, sinks)
     if backend == "reference":
-        define(*arguments)
+        define(q, k, v, sequences, how, out)
     else:
-        workers(num_threads).attend(*arguments)
+        workers(num_threads).attend(q, k, v, sequences, how, out)
     return out
 
 
-def scales(sm_scale, soft_cap, k_scale, v_scale):
-    """float32 (scale, cap, factor of the output); scale and cap as `score_scales` defines them."""
+def scoring(sm_scale, soft_cap=None, k_scale=None, v_scale=None, sliding_window=None, sinks=None):
+    """The arguments of `ragged_paged_attention` as the definition and the kernel want them."""
     given = {"sm_scale": sm_scale, "soft_cap": soft_cap, "k_scale": k_scale, "v_scale": v_scale}
     for name, value in given.items():
         checks.finite(name, value)
@@ -107,30 +89,18 @@ def scales(sm_scale, soft_cap, k_scale, v_scale):
         factor = np.float32(sm_scale) * np.float32(1 if k_scale is None else k_scale)
         scale, cap = interpreted(score_scales)(factor, np.float32(abs(soft_cap or 0)))
     checks.finite("sm_scale * k_scale / soft_cap", scale)
-    return np.float32(scale), np.float32(cap), np.float32(1 if v_scale is None else v_scale)
+    v_factor = np.float32(1 if v_scale is None else v_scale)
+    return Scoring(
+        np.float32(scale), np.float32(cap), v_factor, sliding_window or 0, NO_SINKS if sinks is None else sinks
+    )
 
 
-def define(q, k, v, kv_lens, page_indices, cu_q_lens, num_seqs, sliding_window, sinks, factors, out):
+def define(q, k, v, sequences, how, out):
     """The definition on checked arguments: bfloat16 is widened, and the result rounded once."""
     q_THK, k_NBGK, v_NBGK = (np.ascontiguousarray(x, np.float32) for x in (q, k, v))
-    lens_S, indices_SP, starts_S = (np.ascontiguousarray(x) for x in (kv_lens, page_indices, cu_q_lens))
-    sinks_H, out_THK = np.zeros(0, np.float32) if sinks is None else sinks, np.empty(q.shape, np.float32)
-    scale, cap, v_factor = factors
-    attend_ragged(
-        q_THK,
-        k_NBGK,
-        v_NBGK,
-        lens_S,
-        indices_SP,
-        starts_S,
-        int(num_seqs[0]),
-        scale,
-        cap,
-        sliding_window or 0,
-        np.ascontiguousarray(sinks_H),
-        v_factor,
-        out_THK,
-    )
+    out_THK = np.empty(q.shape, np.float32)
+    contiguous = Sequences(*map(np.ascontiguousarray, sequences))
+    attend_ragged(q_THK, k_NBGK, v_NBGK, contiguous, how._replace(sinks=np.ascontiguousarray(how.sinks)), out_THK)
     out[...] = out_THK
 
 
@@ -145,34 +115,31 @@ class Workers:
         self._counter = aligned(8).view(np.int64)
         self._row[KERNEL], self._row[COUNTER] = ragged_attention.address, self._counter.ctypes.data
 
-    def attend(
-        self, q, k, v, kv_lens, page_indices, cu_q_lens, num_seqs, sliding_window, sinks, factors, out, grouped=True
-    ):
+    def attend(self, q, k, v, sequences, how, out, grouped=True):
         """One call of the kernel on checked arguments. grouped: the query heads of a kv head share one read of it."""
-        arrays, H, G = (out, q, k, v, page_indices, kv_lens, cu_q_lens, num_seqs), q.shape[1], k.shape[2]
-        words = [
-            *(a.ctypes.data for a in arrays),
-            0 if sinks is None else sinks.ctypes.data,
-            self._states.ctypes.data,
-            self._turns.ctypes.data,
-            *out.strides[:2],
-            *q.strides[:2],
-            *k.strides[:3],
-            *v.strides[:3],
-            page_indices.strides[0],
-            q.shape[0],
-            H,
-            G,
-            q.shape[2],
-            k.shape[1],
-            H // G if grouped else 1,
-            sliding_window or 0,
-            int(q.dtype == BF16),
-            int(k.dtype == BF16),
-            *(int(x.view(np.int32)) for x in factors),
-        ]
+        H, G = q.shape[1], k.shape[2]
+        operands = dict(out=out, states=self._states, turns=self._turns, q=q, k=k, v=v, **sequences._asdict())
+        strides = zip(STRIDES, (*out.strides[:2], *q.strides[:2], *k.strides[:3], *v.strides[:3]))
+        values = dict(
+            **{name: array.ctypes.data for name, array in operands.items()},
+            **dict(strides),
+            sinks=how.sinks.ctypes.data if how.sinks.size else None,
+            table_row=sequences.page_indices.strides[0],
+            num_tokens=q.shape[0],
+            num_heads=H,
+            num_kv_heads=G,
+            head_dim=q.shape[2],
+            page_size=k.shape[1],
+            unit_heads=H // G if grouped else 1,
+            window=how.window,
+            q_bf16=q.dtype == BF16,
+            kv_bf16=k.dtype == BF16,
+            scale=how.scale,
+            cap=how.cap,
+            v_scale=how.v_scale,
+        )
         with self._lock:
-            self._row[OPERANDS : OPERANDS + len(words)] = words
+            encode(RaggedAttention, self._row, values)
             self._turns[:], self._counter[:] = 0, 0
             self.team.run(self._row.ctypes.data, 1, 0)
 

@@ -5,12 +5,79 @@ lies in slot p % B of page page_indices[s, p // B]. Each row is `attention.atten
 engine's attention, whatever the page size, the chunk and the rest of the batch; a sink then takes its share.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from lockstep.ops.attention import attend
-from lockstep.ops.attention_math import LOG2E, ZERO, exp2
+from lockstep.ops.attention_math import LOG2E, ZERO, exp2, first_key
 from lockstep.runtime.kernel import definition, inlined
+from lockstep.runtime.operands import Operands, cache, constant, output, rows, table
 from lockstep.runtime.simd import maximum
+
+
+class Sequences(NamedTuple):
+    """Whose rows and pages are whose: int32 kv_lens [S], page_indices [S, P], cu_q_lens [S + 1], num_seqs [1]."""
+
+    kv_lens: np.ndarray
+    page_indices: np.ndarray
+    cu_q_lens: np.ndarray
+    num_seqs: np.ndarray
+
+
+class Scoring(NamedTuple):
+    """How keys are weighed. scale, cap: as `score_scales` gives them; v_scale: of the result; window: how many keys a
+    row sees at most, 0 for all up to its own; sinks: float32 [H], or [0] for none."""
+
+    scale: np.float32
+    cap: np.float32
+    v_scale: np.float32
+    window: int
+    sinks: np.ndarray
+
+
+class RaggedAttention(Operands):
+    """`attend_ragged` over arrays wherever they lie. It is part of no program: `ragged.Workers` writes its row.
+
+    Strides are in bytes: out_token leads from one token of out to the next, k_slot from one slot of a page to the next,
+    table_row from one sequence's page indices to the next. unit_heads: query heads that share one read of a kv head.
+    states, turns: memory for the sums of tiles that are cut, and for whose turn it is.
+    """
+
+    out: np.ndarray = output()
+    states: np.ndarray = output(scratch=True)
+    turns: np.ndarray = output(scratch=True)
+    q: np.ndarray = rows()
+    k: np.ndarray = cache()
+    v: np.ndarray = cache()
+    kv_lens: np.ndarray = table()
+    page_indices: np.ndarray = table()
+    cu_q_lens: np.ndarray = table()
+    num_seqs: np.ndarray = table()
+    sinks: np.ndarray | None = constant(optional=True)
+    out_token: int
+    out_head: int
+    q_token: int
+    q_head: int
+    k_page: int
+    k_slot: int
+    k_head: int
+    v_page: int
+    v_slot: int
+    v_head: int
+    table_row: int
+    num_tokens: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    unit_heads: int
+    window: int
+    q_bf16: bool
+    kv_bf16: bool
+    scale: float
+    cap: float
+    v_scale: float
 
 
 @inlined
@@ -39,49 +106,35 @@ def gathered(pages_NBGK, page_indices_P, g, first, stop):
 
 
 @definition
-def attend_ragged(
-    q_THK,
-    k_NBGK,
-    v_NBGK,
-    kv_lens_S,
-    page_indices_SP,
-    cu_q_lens_S,
-    num_seqs,
-    scale,
-    cap,
-    window,
-    sinks_H,
-    v_scale,
-    out_THK,
-):
+def attend_ragged(q_THK, k_NBGK, v_NBGK, sequences, scoring, out_THK):
     """out[t, h] = softmax(soft_cap(scale * q[t, h] . k)) v over the keys that row t sees; rows of no sequence are 0.
 
-    Shapes: all float32 but the int32 kv_lens [S], page_indices [S, P], cu_q_lens [S + 1]; sinks [H], or [0]: none.
-    Units: scale, cap as `score_scales` gives them; window 0: all keys up to the row's own, else that many.
+    Shapes: all float32, Sequences and Scoring aside; K dimensions, pages of B slots.
     Error: 2e-6 of the float64 result for scores below 20 and |v| < 4, up to 2048 keys.
     Order: `attend`, then with a sink out * `kept_share`, then out * v_scale.
     Source: the arguments are those of JAX's Pallas kernel of the same name.
     """
     H, G = q_THK.shape[1], k_NBGK.shape[2]
+    scales, window = (scoring.scale, scoring.cap), scoring.window
     for t in range(q_THK.shape[0]):
         for h in range(H):
             for d in range(q_THK.shape[2]):
                 out_THK[t, h, d] = ZERO
-    for s in range(num_seqs):
-        start, stop, length = cu_q_lens_S[s], cu_q_lens_S[s + 1], kv_lens_S[s]
+    for s in range(sequences.num_seqs[0]):
+        start, stop, length = sequences.cu_q_lens[s], sequences.cu_q_lens[s + 1], sequences.kv_lens[s]
         if start == stop:
             continue
-        first = max(0, length - (stop - start) + 1 - window) if window > 0 else 0
+        first = first_key(length - (stop - start), window)
         for g in range(G):
-            k_CK = gathered(k_NBGK, page_indices_SP[s], g, first, length)
-            v_CK = gathered(v_NBGK, page_indices_SP[s], g, first, length)
+            k_CK = gathered(k_NBGK, sequences.page_indices[s], g, first, length)
+            v_CK = gathered(v_NBGK, sequences.page_indices[s], g, first, length)
             for t in range(start, stop):
                 for h in range(g * (H // G), (g + 1) * (H // G)):
                     position, out_K = length - (stop - t), out_THK[t, h]
-                    top, total = attend(q_THK[t, h], k_CK, v_CK, position, window, (scale, cap), out_K, 0)
-                    if sinks_H.size > 0:
-                        share = kept_share(top, total, sinks_H[h])
+                    top, total = attend(q_THK[t, h], k_CK, v_CK, position, window, scales, out_K, 0)
+                    if scoring.sinks.size > 0:
+                        share = kept_share(top, total, scoring.sinks[h])
                         for d in range(out_K.size):
                             out_K[d] = out_K[d] * share
                     for d in range(out_K.size):
-                        out_K[d] = out_K[d] * v_scale
+                        out_K[d] = out_K[d] * scoring.v_scale

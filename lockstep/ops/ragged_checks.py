@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 from numba import int32
 
+from lockstep.ops.attention_math import first_key
 from lockstep.runtime.kernel import native
 from lockstep.runtime.simd import peek
 
@@ -52,9 +53,10 @@ def array(name, value, rank, dtypes):
     return value
 
 
-def shapes(q, k, v, kv_lens, page_indices, cu_q_lens, num_seqs):
-    """Everything that follows from shapes and dtypes alone."""
+def shapes(q, k, sequences):
+    """Everything that follows from shapes and dtypes alone; k: pages [N, B, G, K], those of V are alike."""
     array("q", q, 3, FLOATS)
+    kv_lens, page_indices, cu_q_lens, num_seqs = sequences
     for name, value, rank in (
         ("kv_lens", kv_lens, 1),
         ("page_indices", page_indices, 2),
@@ -79,21 +81,8 @@ def shapes(q, k, v, kv_lens, page_indices, cu_q_lens, num_seqs):
         refuse("shape of cu_q_lens", cu_q_lens.shape, f"{(S + 1,)}, one more than kv_lens has")
 
 
-def options(
-    backend,
-    num_heads,
-    sliding_window,
-    soft_cap,
-    mask_value,
-    sinks,
-    pages_per_seq,
-    num_kv_pages_per_block,
-    num_queries_per_block,
-    vmem_limit_bytes,
-):
-    """The keyword arguments. Finiteness of scales is `finite`'s."""
-    if not (isinstance(backend, str) and backend in ("cpu", "reference")):
-        refuse("backend", repr(backend), "'cpu' or 'reference'")
+def scoring(num_heads, sliding_window, soft_cap, mask_value, sinks):
+    """What says how keys are weighed. Finiteness of scales is `finite`'s."""
     if sliding_window is not None:
         whole("sliding_window", sliding_window, np.iinfo(np.int32).max)
     if soft_cap is not None:
@@ -104,6 +93,12 @@ def options(
         refuse("mask_value", repr(mask_value), f"None or at most {HIDES}: hidden keys have no weight at all")
     if sinks is not None and array("sinks", sinks, 1, FLOATS[:1]).shape != (num_heads,):
         refuse("shape of sinks", sinks.shape, f"{(num_heads,)}, one for each query head")
+
+
+def resources(backend, pages_per_seq, num_kv_pages_per_block, num_queries_per_block, vmem_limit_bytes):
+    """What says where and in which pieces the work is done."""
+    if not (isinstance(backend, str) and backend in ("cpu", "reference")):
+        refuse("backend", repr(backend), "'cpu' or 'reference'")
     if num_kv_pages_per_block is not None:
         whole("num_kv_pages_per_block", num_kv_pages_per_block, pages_per_seq)
     for name, value in (("num_queries_per_block", num_queries_per_block), ("vmem_limit_bytes", vmem_limit_bytes)):
@@ -152,23 +147,15 @@ RULES = {
 
 
 @native
-def first_fault(
-    num_tokens,
-    num_pages,
-    page_size,
-    max_seqs,
-    pages_per_seq,
-    kv_lens,
-    page_indices,
-    row_bytes,
-    cu_q_lens,
-    num_seqs,
-    window,
-):
-    """The first broken rule of the metadata: (rule or 0, sequence, got, limit, detail). Arrays are addresses.
+def first_fault(limits, arrays, row_bytes, window):
+    """The first broken rule of the metadata: (rule or 0, sequence, got, limit, detail).
 
-    Only what the kernel reads is looked at: no entry past num_seqs, no page that no row sees.
+    limits: rows of q, pages, slots of a page, rows and columns of page_indices. arrays: addresses of `Sequences`;
+    row_bytes: from one row of page_indices to the next. Only what the kernel reads is looked at: no entry past
+    num_seqs, no page that no row sees.
     """
+    num_tokens, num_pages, page_size, max_seqs, pages_per_seq = limits
+    kv_lens, page_indices, cu_q_lens, num_seqs = arrays
     count = np.int64(peek(num_seqs, int32))
     if not 0 <= count <= max_seqs:
         return 1, 0, count, 0, max_seqs
@@ -186,7 +173,7 @@ def first_fault(
             return 5, s, length, tokens, 0
         if length > pages_per_seq * page_size:
             return 6, s, length, pages_per_seq * page_size, 0
-        first = max(0, length - tokens + 1 - window) if window > 0 else 0
+        first = first_key(length - tokens, window)
         for p in range(first // page_size, (length - 1) // page_size + 1 if tokens > 0 else 0):
             page = np.int64(peek(page_indices + row_bytes * s + 4 * p, int32))
             if not 0 <= page < num_pages:
@@ -195,23 +182,15 @@ def first_fault(
     return 0, 0, 0, 0, 0
 
 
-def metadata(num_tokens, pages_shape, kv_lens, page_indices, cu_q_lens, num_seqs, sliding_window):
+def metadata(num_tokens, pages_shape, sequences, sliding_window):
     """The numbers in kv_lens, page_indices, cu_q_lens and num_seqs."""
-    for name, value in (("kv_lens", kv_lens), ("cu_q_lens", cu_q_lens)):
+    for name in ("kv_lens", "cu_q_lens"):
+        value = getattr(sequences, name)
         if value.strides[0] != 4 and value.size > 1:
             refuse(f"stride of {name}", value.strides[0], "4 bytes: contiguous")
-    rule, s, got, limit, detail = first_fault(
-        num_tokens,
-        pages_shape[0],
-        pages_shape[1],
-        *page_indices.shape,
-        kv_lens.ctypes.data,
-        page_indices.ctypes.data,
-        page_indices.strides[0],
-        cu_q_lens.ctypes.data,
-        num_seqs.ctypes.data,
-        sliding_window or 0,
-    )
+    table = sequences.page_indices
+    limits, addresses = (num_tokens, *pages_shape[:2], *table.shape), tuple(a.ctypes.data for a in sequences)
+    rule, s, got, limit, detail = first_fault(limits, addresses, table.strides[0], sliding_window or 0)
     if rule:
         name, allowed = RULES[rule]
         refuse(name.format(s, got, limit, detail), got, allowed.format(s, got, limit, detail))

@@ -22,6 +22,19 @@ def aligned(num_bytes):
     return memory[start : start + num_bytes]
 
 
+def encode(declaration, row, values):
+    """Writes the fields of an op to the words of its row.
+
+    values: by name: a number, an address, WeightArrays of a packed weight; None for what is left out.
+    """
+    for name, kind, index in declaration.words():
+        value, at = values[name], OPERANDS + index
+        if kind == "weight":
+            row[at : at + len(value)] = value
+        else:
+            row[at] = 0 if value is None else _param_word(value)
+
+
 class WeightStore:
     """Weights in the layouts that kernels read, each made once and shared by all executors of a model."""
 
@@ -105,7 +118,7 @@ class Executor:
     def _encode(self, index, op):
         implementation, row = self.backend[op.kind], self._table[index]
         if isinstance(op, Operands):
-            self._encode_operands(op, implementation, row[OPERANDS:])
+            encode(op, row, {word.name: self._field(op, word, implementation) for word in op.words()})
         else:
             words = [w for value in (*op.outputs, *op.inputs) for w in self._addresses(value, implementation)]
             words += [_param_word(v) for v in op.params.values()]
@@ -113,17 +126,17 @@ class Executor:
         row[KERNEL], row[FLAGS] = implementation.kernel.address, FLUSHES * implementation.flushes
         row[ROWS], row[COUNTER] = ROW_COUNTS[op.rows], self._counters[index:].ctypes.data
 
-    def _encode_operands(self, op, implementation, row):
-        """Writes each field to its word; what is left out is 0."""
-        for name, kind, index in op.words():
-            value = getattr(op, name)
-            if value is None:
-                continue
-            if kind == "weight":
-                for array, address in zip(implementation.layout.arrays, self._addresses(value, implementation)):
-                    row[index + WeightArrays._fields.index(array)] = address
-            else:
-                row[index] = self._addresses(value, implementation)[0] if kind == "address" else _param_word(value)
+    def _field(self, op, word, implementation):
+        """What a field of an op holds, for `encode`."""
+        value = getattr(op, word.name)
+        if value is None or word.kind not in ("address", "weight"):
+            return value
+        addresses = self._addresses(value, implementation)
+        if word.kind == "address":
+            return addresses[0]
+        return WeightArrays(
+            **dict.fromkeys(WeightArrays._fields, 0) | dict(zip(implementation.layout.arrays, addresses))
+        )
 
     def _addresses(self, value, implementation):
         if isinstance(value, Tensor):

@@ -11,8 +11,8 @@ import pytest
 
 from lockstep.ops import attention, ragged_paged_attention
 from lockstep.ops.attention_math import score_scales
-from lockstep.ops.ragged import scales, workers
-from lockstep.ops.ragged_attention import attend_ragged
+from lockstep.ops.ragged import scoring, workers
+from lockstep.ops.ragged_attention import Scoring, Sequences, attend_ragged
 from lockstep.ops.ragged_checks import pages
 from lockstep.runtime.kernel import interpreted
 from tests.ops.harness import same_bits
@@ -78,22 +78,15 @@ def test_like_jax(name):
 @pytest.mark.parametrize("window, cap", [(0, 0.0), (7, 5.0)])
 def test_definition_compiled_equals_interpreted(window, cap):
     batch = Batch([2, 1], [5, 70], (2, 1, 2), 3)
-    q, kv, kv_lens, table, starts, _ = batch.arguments()
+    q, kv, *rest = batch.arguments()
     scale, cap = (np.float32(x) for x in interpreted(score_scales)(np.float32(0.5), np.float32(cap)))
     outs = np.full((2, *q.shape), np.nan, np.float32)
     for run, out in zip((attend_ragged, interpreted(attend_ragged)), outs):
         run(
             q,
             *(np.ascontiguousarray(x) for x in pages(kv)),
-            kv_lens,
-            table,
-            starts,
-            2,
-            scale,
-            cap,
-            window,
-            SINKS[:2],
-            np.float32(0.5),
+            Sequences(*rest),
+            Scoring(scale, cap, np.float32(0.5), window, SINKS[:2]),
             out,
         )
     same_bits(*outs)
@@ -103,11 +96,11 @@ def test_definition_compiled_equals_interpreted(window, cap):
 def test_a_row_has_the_bits_of_the_engine_s_attention():
     batch = Batch([3], [1100], (2, 1, 16), options=dict(sm_scale=0.25))
     (k, v), made = batch.kv(0), ragged_paged_attention(*batch.arguments(), **batch.options)
-    scale, cap = scales(0.25, None, None, None)[:2]
+    scales = scoring(0.25)[:2]
     for t in range(3):
         for h in range(2):
             out = np.empty(16, np.float32)
-            attention.attend(batch.q[t, h], k[:, 0].copy(), v[:, 0].copy(), 1097 + t, 0, (scale, cap), out, 0)
+            attention.attend(batch.q[t, h], k[:, 0].copy(), v[:, 0].copy(), 1097 + t, 0, scales, out, 0)
             same_bits(made[t, h], out)
 
 
@@ -209,7 +202,7 @@ def test_heads_that_read_alone_give_the_same_bits():
     batch = CASES["GQA 4, five columns"]
     q, kv, *rest = batch.arguments()
     out = np.empty_like(q)
-    workers(2).attend(q, *pages(kv), *rest, None, None, scales(0.1, None, None, None), out, grouped=False)
+    workers(2).attend(q, *pages(kv), Sequences(*rest), scoring(0.1), out, grouped=False)
     same_bits(out, ragged_paged_attention(q, kv, *rest, **batch.options))
 
 

@@ -28,7 +28,7 @@ from lockstep.ops.attention_math import SPAN, cleared, exp2, first_key
 from lockstep.ops.math import sigmoid
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import inlined, variant
-from lockstep.runtime.machine import fetch_add, load_acquire, pause, stack_memory, yield_core
+from lockstep.runtime.machine import fetch_add, stack_memory, wait_until
 from lockstep.runtime.simd import fma, load, maximum, peek, poke, store, sum_lanes
 from lockstep.runtime.step import (
     CONTEXT_LEN,
@@ -99,23 +99,12 @@ def attend_claimed(op, step, thread, num_threads):
                         LOAD(a, tile, HOW, memory)
                         for span in range(turn if cut else first, (turn if cut else last) + 1):
                             ATTEND(a, tile, span, HOW, memory)
-                            if cut:
-                                wait_for_turn(counter, index)
+                            if cut:  # all items before this one were claimed earlier, so someone is working on them
+                                wait_until(counter, index * MERGED)
                             end_span(a, tile, span, memory)
                         fetch_add(counter, MERGED)
                         claimed = fetch_add(counter, 1) & (MERGED - 1)
                     index += 1
-
-
-@inlined
-def wait_for_turn(counter, index):
-    """Waits until all items before this one are merged: they were claimed earlier, so someone is working on them."""
-    spins = 0
-    while load_acquire(counter) // MERGED != index:
-        pause()
-        spins += 1
-        if spins > 50:
-            yield_core()
 
 
 @inlined

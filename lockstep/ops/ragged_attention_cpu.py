@@ -25,7 +25,7 @@ from lockstep.ops.ragged_block import (
     attend_span,
 )
 from lockstep.runtime.kernel import inlined, kernel
-from lockstep.runtime.machine import fetch_add, load_acquire, pause, stack_memory, yield_core
+from lockstep.runtime.machine import fetch_add, stack_memory, wait_until
 from lockstep.runtime.simd import (
     fma,
     lanes,
@@ -83,17 +83,6 @@ def count_work(a, together):
             own = (length - 1) // SPAN + 1
             tiles, items, spans = tiles + count, items + count * own, max(spans, own)
     return tiles, items, spans
-
-
-@inlined
-def wait_for_turn(turns, number_of_spans):
-    """Waits until so many spans of the tile are merged: they were claimed earlier, so someone is working on them."""
-    spins = 0
-    while load_acquire(turns) != number_of_spans:
-        pause()
-        spins += 1
-        if spins > 50:
-            yield_core()
 
 
 @inlined
@@ -231,8 +220,8 @@ def ragged_attention(op, step, thread, num_threads):
                     state = a.states + STATE_BYTES * (passed + i if cut else thread)
                     for span in range(turn if cut else first, (turn if cut else last) + 1):
                         attend_span(a, tile, span, memory)
-                        if cut:
-                            wait_for_turn(a.turns + 64 * (passed + i), span - first)
+                        if cut:  # the tile's spans before this one were claimed earlier: someone is working on them
+                            wait_until(a.turns + 64 * (passed + i), span - first)
                         end_span(a, tile, span, memory, state)
                         if cut:
                             fetch_add(a.turns + 64 * (passed + i), 1)

@@ -52,7 +52,7 @@ from lockstep.ops.sample_cut_cpu import (
 )
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import inlined, kernel
-from lockstep.runtime.machine import fetch_add, load_acquire, pause, stack_memory, yield_core
+from lockstep.runtime.machine import fetch_add, stack_memory, wait_until
 from lockstep.runtime.simd import (
     absolute,
     bit_and,
@@ -139,12 +139,7 @@ def wait_for_all(op, arrivals):
     """A barrier inside the op: its counter starts every step at zero."""
     counter = peek(op + 8 * COUNTER, int64)
     fetch_add(counter, 1)
-    spins = 0
-    while load_acquire(counter) < arrivals:
-        pause()
-        spins += 1
-        if spins > 50:
-            yield_core()
+    wait_until(counter, arrivals)
 
 
 # ---------------------------------------------------------------- chunks

@@ -8,8 +8,10 @@ from numba import types
 from numba.core import cgutils
 
 from lockstep.runtime import targets
+from lockstep.runtime.kernel import inlined
 from lockstep.runtime.simd import F32, I8, I32, I64, call, primitive
 
+SPINS_BEFORE_YIELD, FOREVER = 50, 1 << 62
 IEEE, FLUSH = 0x1F80, 0x9FC0  # MXCSR: round to nearest, no traps; FLUSH adds flush-to-zero and denormals-are-zero
 X86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
 FUTEX_CALL = {"x86_64": 202, "aarch64": 98}.get(platform.machine()) if sys.platform == "linux" else None
@@ -67,6 +69,21 @@ def yield_core(context):
         return ctx.get_dummy_value()
 
     return types.void(), codegen
+
+
+@inlined
+def wait_until(address, least, spins=FOREVER):
+    """Spins until the int64 at an address, which only grows, is at least a number; returns whether it is, which it may
+    not be after so many spins. Yields the core early: it may be shared with strangers, or with those who are late."""
+    spun = 0
+    while load_acquire(address) < least:
+        if spun == spins:
+            return False
+        pause()
+        spun += 1
+        if spun > SPINS_BEFORE_YIELD:
+            yield_core()
+    return True
 
 
 def _wait_somehow(b, address, value):

@@ -20,12 +20,11 @@ from lockstep.runtime.machine import (
     float_control,
     load_acquire,
     nanoseconds,
-    pause,
     set_float_control,
     sleep_while_equal,
     store_release,
+    wait_until,
     wake,
-    yield_core,
 )
 from lockstep.runtime.simd import peek, poke
 from lockstep.runtime.step import FLAGS, FLUSHES, ROW_WORDS
@@ -39,7 +38,7 @@ SPINS_BEFORE_SLEEP = 2000
 
 @native
 def meet(shared, num_threads):
-    """Spin barrier. Yields at once when the others are late: cores may be shared with strangers."""
+    """Spin barrier."""
     if num_threads == 1:
         return
     passed = load_acquire(shared + PASSED)
@@ -47,12 +46,7 @@ def meet(shared, num_threads):
         store_release(shared + ARRIVED, 0)
         fetch_add(shared + PASSED, 1)
         return
-    spins = 0
-    while load_acquire(shared + PASSED) == passed:
-        pause()
-        spins += 1
-        if spins > 50:
-            yield_core()
+    wait_until(shared + PASSED, passed + 1)
 
 
 @native
@@ -93,16 +87,11 @@ def run_step(shared, table, num_ops, step, clock, num_threads):
 def help_forever(shared, thread, num_threads, seen):
     """A helper's life: wait for a step, walk the table, until told to quit."""
     while True:
-        spins = 0
-        while load_acquire(shared + GENERATION) == seen:
-            pause()
-            spins += 1
-            if spins > 50:
-                yield_core()
-            if spins > SPINS_BEFORE_SLEEP:
-                fetch_add(shared + SLEEPERS, 1)
+        if not wait_until(shared + GENERATION, seen + 1, SPINS_BEFORE_SLEEP):
+            fetch_add(shared + SLEEPERS, 1)
+            while load_acquire(shared + GENERATION) == seen:
                 sleep_while_equal(shared + GENERATION, seen & 0xFFFFFFFF)
-                fetch_add(shared + SLEEPERS, -1)
+            fetch_add(shared + SLEEPERS, -1)
         seen += 1
         if load_acquire(shared + QUIT) != 0:
             return

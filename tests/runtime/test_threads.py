@@ -1,0 +1,61 @@
+"""Waiting: for a number that another thread raises, at barriers, and asleep between steps."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+from numba import int64
+
+from lockstep.runtime.executor import aligned
+from lockstep.runtime.kernel import kernel, native
+from lockstep.runtime.machine import FOREVER, fetch_add, wait_until
+from lockstep.runtime.simd import peek
+from lockstep.runtime.step import COUNTER, KERNEL, ROW_WORDS
+from lockstep.runtime.threads import Team
+
+
+@native
+def waited(address, least, spins):
+    return wait_until(address, least, spins)
+
+
+@kernel
+def count(op, step, thread, num_threads):
+    """Counts the threads that have come, and waits for all of them."""
+    counter = peek(op + 8 * COUNTER, int64)
+    came = fetch_add(counter, 1)
+    wait_until(counter, (came // num_threads + 1) * num_threads)
+
+
+def test_a_wait_ends_after_its_spins():
+    number = np.zeros(1, np.int64)
+    assert not waited(number.ctypes.data, 1, 60) and not waited(number.ctypes.data, 1, 0)
+    number[0] = 2
+    assert waited(number.ctypes.data, 1, 0) and waited(number.ctypes.data, 2, 0)
+
+
+def test_a_wait_ends_when_another_thread_has_raised_the_number():
+    number, found = np.zeros(1, np.int64), []
+    waiting = threading.Thread(target=lambda: found.append(waited(number.ctypes.data, 3, FOREVER)))
+    waited(number.ctypes.data, 0, 0)  # compiled before the thread starts
+    waiting.start()
+    for n in (1, 2, 3):
+        assert not found
+        time.sleep(0.01)
+        number[0] = n
+    waiting.join(timeout=60)
+    assert found == [True]
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+def test_threads_that_sleep_between_steps_come_to_each_step_once(num_threads):
+    table, counter, team = aligned(16 * ROW_WORDS).view(np.int64), np.zeros(1, np.int64), Team(num_threads)
+    for row in table.reshape(2, ROW_WORDS):
+        row[KERNEL], row[COUNTER] = count.address, counter.ctypes.data
+    for step in range(1, 31):
+        team.run(table.ctypes.data, 2, 0)
+        assert counter[0] == 2 * num_threads * step
+        if step % 10 == 0:
+            time.sleep(0.05)
+    team.close()

@@ -16,8 +16,8 @@ from lockstep.engine.model import GROUPS
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.ops import BACKENDS
 from lockstep.ops.kv_cache import PAGE_TOKENS
+from lockstep.ops.linear import Linear
 from lockstep.parity import GREEDY
-from lockstep.runtime.program import Weight
 
 # the founding changes; each is measured against the same arithmetic without it (`--op NAME=per_token`)
 SWITCHES = ("attention", "elementwise", "linear")
@@ -136,8 +136,7 @@ def summed(profile, rows):
     for op, seconds in profile:
         total = totals[op.kind]
         total[0] += seconds
-        if op.kind.startswith("linear_"):
-            weight = next(v for v in op.inputs if isinstance(v, Weight))
-            total[1] += packed_bytes(weight)
-            total[2] += weight.shape[0] * weight.shape[1] * rows[op.rows]
+        if isinstance(op, Linear):
+            total[1] += packed_bytes(op.weight)
+            total[2] += op.in_features * op.out_features * rows[op.rows]
     return sorted(((kind, *t) for kind, t in totals.items()), key=lambda row: -row[1])

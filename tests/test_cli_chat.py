@@ -19,8 +19,8 @@ from lockstep.describe import collapsed, flops, memory, op_costs, packed_bytes
 from lockstep.engine import cache_size
 from lockstep.engine.cache_size import ContextSize
 from lockstep.ops.attention import Attention
+from lockstep.ops.linear import Linear
 from lockstep.runtime.executor import WeightStore
-from lockstep.runtime.program import Weight
 from lockstep.serve.hub import resolve_model
 from tests.test_cli import Output
 
@@ -218,9 +218,9 @@ def test_packed_bytes_are_those_of_the_packed_arrays(weights, llm):
     model, store = load_model(llm._checkpoint, None, weights), WeightStore()
     backend = model.backend()
     for op in model.program.ops:
-        if op.kind.startswith("linear_"):
-            arrays = store.arrays(op.inputs[2], backend[op.kind].layout)
-            assert packed_bytes(op.inputs[2]) == sum(a.nbytes for a in arrays)
+        if isinstance(op, Linear):
+            arrays = store.arrays(op.weight, backend[op.kind].layout)
+            assert packed_bytes(op.weight) == sum(a.nbytes for a in arrays)
 
 
 def test_memory_is_what_the_engine_takes(llm):
@@ -233,13 +233,7 @@ def test_memory_is_what_the_engine_takes(llm):
 def test_costs(llm):
     costs = op_costs(llm.model.recorded, 1000)
     linear = sum(c.flops for c in costs if c.kind == "linear")
-    sizes = {
-        w.name: w.shape
-        for op in llm.model.recorded.ops
-        if op.kind == "linear"
-        for w in op.inputs
-        if isinstance(w, Weight)
-    }
+    sizes = {op.weight.name: op.weight.shape for op in llm.model.recorded.ops if isinstance(op, Linear)}
     assert linear == 2 * sum(n * k for n, k in sizes.values())
     assert [layers for layers, _ in collapsed(costs)] == [None, [0, 1, 2], [3], None]
     attention = next(op for op in llm.model.recorded.ops if isinstance(op, Attention))

@@ -8,10 +8,10 @@ from lockstep.models.families import model_config
 from lockstep.ops import BACKENDS
 from lockstep.ops.adjust_logits import AdjustLogits
 from lockstep.ops.kv_cache import KV_DTYPES
+from lockstep.ops.rewrite import fuse, lower
 from lockstep.ops.rope import MAX_POSITIONS
 from lockstep.ops.sample import MAX_LOGPROBS, Sample, scratch_width
 from lockstep.runtime.backend import swapped
-from lockstep.runtime.rewrite import fuse, lower
 
 GROUPS = {  # what `--op GROUP=...` stands for
     "linear": ("linear_", "quantize_q8", "round_bf16"),

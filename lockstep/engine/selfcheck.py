@@ -26,9 +26,9 @@ from lockstep.models.families import model_config
 from lockstep.models.record import LINEAR_FORMATS, Recorder
 from lockstep.ops.attention import Attention
 from lockstep.ops.kv_cache import AttentionInputs
+from lockstep.ops.rewrite import fuse, lower
 from lockstep.runtime.executor import WeightStore
 from lockstep.runtime.kernel import fingerprint, target
-from lockstep.runtime.rewrite import fuse, lower
 from lockstep.runtime.threads import Team
 from lockstep.runtime.unfit import UnfitMachine
 from lockstep.runtime.user_cache import cache_subfolder

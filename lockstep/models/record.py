@@ -3,23 +3,28 @@
 A model names checkpoint tensors by their Hugging Face names; shapes are checked here, once, with a clear error.
 """
 
+from lockstep.ops.activations import ROW_FORMATS
+from lockstep.ops.add import Add
+from lockstep.ops.add_bias import AddBias
 from lockstep.ops.attention import Attention
 from lockstep.ops.embed import FORMATS as EMBED_FORMATS
 from lockstep.ops.embed import Embed, format_code
 from lockstep.ops.experts import FORMATS as EXPERT_FORMATS
-from lockstep.ops.experts import PREPARED, ExpertGated, ExpertLinear, ExpertRows, ExpertScatter, preparation
+from lockstep.ops.experts import ExpertGated, ExpertLinear, ExpertRows, ExpertScatter
 from lockstep.ops.gated_delta import DeltaInputs, GatedDelta
 from lockstep.ops.gated_norm import GatedNorm
 from lockstep.ops.kv_cache import ELEMENTS, AttentionInputs, page_shapes
+from lockstep.ops.linear import PREPARATION, Linear
 from lockstep.ops.moe import CombineExperts, GroupExperts, Route
 from lockstep.ops.rms_norm import RmsNorm
 from lockstep.ops.rope import RopeTables
 from lockstep.ops.select_rows import SelectRows, selected_rows
+from lockstep.ops.silu_mul import SiluMul
 from lockstep.runtime.program import Program, Table, Weight
 from lockstep.weights.pack import padded_width
 
-INTEGER_FORMATS = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
-LINEAR_FORMATS = ("f32", "f16", "bf16", *INTEGER_FORMATS)
+LINEAR_FORMATS = tuple(PREPARATION)
+INTEGER_FORMATS = tuple(f for f, preparation in PREPARATION.items() if preparation == "quantize_q8")
 CHOICES = ("auto", "f32", "bf16", "q8_0", "q4_0")
 # tensors that a text model's checkpoint may hold beside its own: draft heads, the part that sees, old rope tables
 NOT_TEXT = ("mtp.", "model.visual.", "visual.", "model.vision_tower.", "vision_tower.")
@@ -122,26 +127,31 @@ class Recorder:
         out = self.program.tensor(label, x.rows, padded_width(total))
         column = 0
         for format, group in _runs(parts, lambda p: compute_format(p.format, self.weights, x.width)):
-            features = sum(p.shape[0] for p in group)
-            weight = Weight("|".join(p.name for p in group), format, (features, x.width), tuple(group))
-            self.program.emit("linear", [out], [x, weight], width=out.width, column=column)
-            column += features
+            column += self._emit_linear(out, x, format, group, column)
         return self.add_bias(out, biases, [p.shape[0] for p in parts]) if biases else out
+
+    def _emit_linear(self, out, x, format, parts, column):
+        """One product of x with weights of a format end to end; returns how many columns of out it makes."""
+        features = sum(p.shape[0] for p in parts)
+        weight = Weight("|".join(p.name for p in parts), format, (features, x.width), tuple(parts))
+        sizes = dict(in_features=x.width, out_features=features, width=out.width, column=column)
+        self.program.emit(Linear(out=out, x=x, weight=weight, **sizes))
+        return features
 
     def add_bias(self, x, names, widths):
         parts = tuple(self.stored(name, n) for name, n in zip(names, widths))
         weight = Weight("|".join(names), "f32", (1, x.width), parts)
         out = self.program.tensor(f"{x.name}.biased", x.rows, x.width)
-        return self.program.emit("add_bias", [out], [x, weight], width=x.width)
+        return self.program.emit(AddBias(out=out, x=x, bias=weight, width=x.width))
 
     def add(self, x, y):
         out = self.program.tensor(f"{y.name}.residual", x.rows, x.width)
-        return self.program.emit("add", [out], [x, y], width=x.width)
+        return self.program.emit(Add(out=out, x=x, y=y, width=x.width))
 
     def silu_mul(self, x, label):
         """silu(first half of the row) * second half."""
         out = self.program.tensor(f"{label}.act", x.rows, x.width // 2)
-        return self.program.emit("silu_mul", [out], [x], width=x.width // 2)
+        return self.program.emit(SiluMul(out=out, x=x, width=out.width))
 
     def experts(self, x, config, label):
         """A mixture of experts: each row through the SwiGLU of its most probable experts, summed by their weights."""
@@ -182,10 +192,9 @@ class Recorder:
 
     def _prepared_rows(self, label, rows, top_k, format, width):
         """The output and parameters of an op that prepares top_k rows for experts' weights of a format."""
-        prepared = preparation(format)
-        dtype, elements = PREPARED[prepared]
-        out = self.program.tensor(label, rows, top_k * elements(width), dtype)
-        return dict(out=out, width=width, top_k=top_k, prepared=prepared)
+        prepared = ROW_FORMATS[PREPARATION[format]]
+        out = self.program.tensor(label, rows, top_k * prepared.width(width), prepared.dtype)
+        return dict(out=out, width=width, top_k=top_k, preparation=PREPARATION[format])
 
     def _expert_weights(self, label, m, D):
         """All experts' gate and up, expert after expert, and all experts' down, as two weights.
@@ -336,9 +345,7 @@ class Recorder:
         start = 0
         for format, group in _runs(parts, lambda p: compute_format(p.format, self.weights, x.width)):
             for run in _aligned_runs(group):
-                shape = sum(p.shape[0] for p in run), x.width
-                weight = Weight("|".join(p.name for p in run), format, shape, tuple(run))
-                self.program.emit("linear", [out], [x, weight], width=out.width, column=offsets[start])
+                self._emit_linear(out, x, format, run, offsets[start])
                 start += len(run)
         return out
 

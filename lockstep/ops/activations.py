@@ -9,34 +9,115 @@ where bias = -128 * (sum of the block's codes) is what weights stored as code + 
 serve formats with a scale for every 16 weights (q6_k).
 """
 
+from typing import Any, NamedTuple
+
 import numpy as np
 from numba import carray, float32, int32
 
 from lockstep.runtime.backend import Implementation
-from lockstep.runtime.kernel import definition, inlined, kernel
+from lockstep.runtime.kernel import definition, inlined, variant
 from lockstep.runtime.machine import byte_array, float_array
+from lockstep.runtime.operands import Operands, output, rows
+from lockstep.runtime.program import DTYPES, Tensor
 from lockstep.runtime.simd import absolute, bf16_bits, maximum, peek, poke, rint, round_bf16, to_i32, where_below
-from lockstep.runtime.step import num_rows, word
+from lockstep.runtime.step import num_rows
 from lockstep.runtime.targets import bf16_dot
 
 BLOCK, BLOCK_BYTES = 32, 44
 SCALE, BIAS, SUMS = 32, 36, 40  # bytes into a block
 NATIVE_BF16 = bf16_dot()
+BF16_BYTES = 2 if NATIVE_BF16 else 4  # elsewhere the same values as float32
 ZERO, ONE_127TH, HIGHEST, INFINITY = np.float32(0), np.float32(1 / 127), np.float32(127), np.float32(np.inf)
+PUT = ROW_BYTES = None  # of a variant: what writes a prepared row, and its bytes
 SMALLEST = np.float32(1e-30)  # a block whose largest value is below this is taken as zero: 127 / amax must stay finite
 
 
-def q8_width(width):
+@inlined
+def f32_bytes(num_values):
+    """Bytes of a row as it is."""
+    return 4 * num_values
+
+
+@inlined
+def q8_bytes(num_values):
     """Bytes of a row of quantized activations."""
-    return width // BLOCK * BLOCK_BYTES
+    return num_values // BLOCK * BLOCK_BYTES
 
 
-def bf16_width(width):
-    """Bytes of a row of bf16 activations: bf16 where the target multiplies bf16, else the same values as float32."""
-    return width * (2 if bf16_dot() else 4)
+@inlined
+def bf16_bytes(num_values):
+    """Bytes of a row rounded to bf16."""
+    return BF16_BYTES * num_values
 
 
-row_bytes = inlined(q8_width)
+class RowFormat(NamedTuple):
+    """How prepared rows lie in memory. num_bytes: of a row of so many values. dtype: of tensors of such rows."""
+
+    name: str
+    dtype: str
+    num_bytes: Any
+
+    def width(self, num_values: int) -> int:
+        """Elements of a tensor's row that holds so many values."""
+        return self.num_bytes.py_func(num_values) // DTYPES[self.dtype].itemsize
+
+
+# by the kind of op that prepares rows; "" stands for rows as they are
+ROW_FORMATS = {
+    "": RowFormat("f32", "f32", f32_bytes),
+    "quantize_q8": RowFormat("q8", "i8", q8_bytes),
+    "round_bf16": RowFormat("bf16", "i8", bf16_bytes),
+}
+
+
+def check_rows(op: Operands, name: str, preparation: str, num_values: int, count: int = 1) -> None:
+    """ValueError if an op's operand is not `count` rows, side by side, of so many values, prepared by a kind of op."""
+    tensor, declared = getattr(op, name), type(op).__name__
+    if preparation not in ROW_FORMATS:
+        known = ", ".join(map(repr, ROW_FORMATS))
+        raise ValueError(f"{declared}: preparation is {preparation!r}, expected one of {known}")
+    dtype, width = ROW_FORMATS[preparation].dtype, count * ROW_FORMATS[preparation].width(num_values)
+    if (tensor.dtype, tensor.width) != (dtype, width):
+        raise ValueError(f"{declared}: {name} is {tensor}, expected {dtype}[{tensor.rows}, {width}]")
+
+
+class Preparation(Operands):
+    """out = the rows of x [rows, width] as linear layers of some formats multiply them."""
+
+    group = "linear"
+    out: Tensor = output(dtype=None)
+    x: Tensor = rows("width")
+    width: int
+
+    def check(self):
+        check_rows(self, "out", self.kind, self.width)
+
+
+class QuantizeQ8(Preparation):
+    """out = x as blocks of int8 codes with a scale each."""
+
+
+class RoundBf16(Preparation):
+    """out = x rounded to bf16."""
+
+
+class Preparable(Operands):
+    """An op that makes rows of `width` values, which can end with their preparation.
+
+    preparation: the kind of op that it ends with; "" leaves out float32.
+    """
+
+    fuses = True
+    out: Tensor = output(dtype=None)
+    width: int
+    preparation: str = ""
+
+    @property
+    def kind(self):
+        return f"{self.name()}+{self.preparation}" if self.preparation else self.name()
+
+    def check(self):
+        check_rows(self, "out", self.preparation, self.width)
 
 
 @inlined
@@ -85,6 +166,16 @@ def quantize_row(x_K, out):
 
 
 @definition
+def round_row(x_K, out):
+    """Writes a row rounded to bf16 at an address."""
+    for k in range(x_K.size):
+        if NATIVE_BF16:
+            poke(out + 2 * k, bf16_bits(round_bf16(x_K[k])))
+        else:
+            poke(out + 4 * k, round_bf16(x_K[k]))
+
+
+@definition
 def quantized_row(row, K):
     """Codes and scales of the quantized row at an address."""
     codes, scales = np.empty(K, np.int8), np.empty(K // BLOCK, np.float32)
@@ -95,25 +186,12 @@ def quantized_row(row, K):
     return codes, scales
 
 
-@kernel
-def _quantize(op, step, thread, num_threads):
-    K = word(op, 2)
-    if thread == 0:
-        for t in range(num_rows(op, step)):
-            quantize_row(carray(float_array(word(op, 1) + 4 * K * t), (K,)), word(op, 0) + row_bytes(K) * t)
+def _prepare(op, step, thread, num_threads):
+    a = Preparation.read(op)
+    for t in range(num_rows(op, step) if thread == 0 else 0):
+        PUT(carray(float_array(a.x + 4 * a.width * t), (a.width,)), a.out + ROW_BYTES(a.width) * t)
 
 
-@kernel
-def _round(op, step, thread, num_threads):
-    K = word(op, 2)
-    if thread == 0:
-        x = carray(float_array(word(op, 1)), (num_rows(op, step) * K,))
-        for i in range(x.size):
-            rounded = round_bf16(x[i])
-            if NATIVE_BF16:
-                poke(word(op, 0) + 2 * i, bf16_bits(rounded))
-            else:
-                poke(word(op, 0) + 4 * i, rounded)
-
-
+_quantize = variant(_prepare, "_quantize", PUT=quantize_row, ROW_BYTES=q8_bytes)
+_round = variant(_prepare, "_round", PUT=round_row, ROW_BYTES=bf16_bytes)
 REFERENCE = {"quantize_q8": Implementation(_quantize), "round_bf16": Implementation(_round)}

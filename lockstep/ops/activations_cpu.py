@@ -19,12 +19,17 @@ from lockstep.ops.activations import (
     SMALLEST,
     SUMS,
     ZERO,
+    Preparation,
+    bf16_bytes,
     magnitude,
-    row_bytes,
+    q8_bytes,
 )
 from lockstep.ops.math import silu
+from lockstep.ops.rms_norm import RmsNorm
+from lockstep.ops.share import dealt
+from lockstep.ops.silu_mul import SiluMul
 from lockstep.runtime.backend import Implementation
-from lockstep.runtime.kernel import inlined, kernel
+from lockstep.runtime.kernel import inlined, variant
 from lockstep.runtime.simd import (
     absolute,
     fma,
@@ -43,9 +48,11 @@ from lockstep.runtime.simd import (
     to_i32,
     where_below,
 )
-from lockstep.runtime.step import num_rows, number, word
+from lockstep.runtime.step import num_rows
 
 ONE = np.float32(1)
+# of a variant: what stores 32 values, bytes of a row, and whether one thread makes token after token
+PUT = ROW_BYTES = ALONE = None
 
 
 @inlined
@@ -81,122 +88,51 @@ def store_rounded(low, high, out, K, i):
         store(out + 4 * i + 64, round_bf16(high))
 
 
-@inlined
-def q8_row(out, K, t):
-    return out + row_bytes(K) * t
+def plain(op, step, thread, num_threads):
+    """x as it is."""
+    a = Preparation.read(op)
+    for t in dealt(num_rows(op, step), thread, num_threads, ALONE):
+        x, out = a.x + 4 * a.width * t, a.out + ROW_BYTES(a.width) * t
+        for i in range(0, a.width, 32):
+            PUT(load(x + 4 * i), load(x + 4 * i + 64), out, a.width, i)
 
 
-@inlined
-def bf16_row(out, K, t):
-    return out + (2 if NATIVE_BF16 else 4) * K * t
-
-
-@inlined
-def plain(op, step, thread, num_threads, finish, row):
-    """x as it is. Operands: out, x; K."""
-    K = word(op, 2)
-    for t in range(thread, num_rows(op, step), num_threads):
-        x, out = word(op, 1) + 4 * K * t, row(word(op, 0), K, t)
-        for i in range(0, K, 32):
-            finish(load(x + 4 * i), load(x + 4 * i + 64), out, K, i)
-
-
-@inlined
-def normed(op, step, thread, num_threads, finish, row):
-    """rms_norm. Operands: out, x, weight; K, eps, offset."""
-    weight, K = word(op, 2), word(op, 3)
-    for t in range(thread, num_rows(op, step), num_threads):
-        x, out = word(op, 1) + 4 * K * t, row(word(op, 0), K, t)
+def normed(op, step, thread, num_threads):
+    """rms_norm."""
+    a = RmsNorm.read(op)
+    for t in dealt(num_rows(op, step), thread, num_threads, ALONE):
+        x, out = a.x + 4 * a.width * t, a.out + ROW_BYTES(a.width) * t
         total = lanes(ZERO)
-        for i in range(0, 4 * K, 64):
+        for i in range(0, 4 * a.width, 64):
             v = load(x + i)
             total = fma(v, v, total)
-        scale = ONE / sqrt(sum_lanes(total) / np.float32(K) + number(op, 4))
-        for i in range(0, K, 32):
-            low = (load(x + 4 * i) * scale) * (load(weight + 4 * i) + number(op, 5))
-            high = (load(x + 4 * i + 64) * scale) * (load(weight + 4 * i + 64) + number(op, 5))
-            finish(low, high, out, K, i)
+        scale = ONE / sqrt(sum_lanes(total) / np.float32(a.width) + a.eps)
+        for i in range(0, a.width, 32):
+            low = (load(x + 4 * i) * scale) * (load(a.weight + 4 * i) + a.offset)
+            high = (load(x + 4 * i + 64) * scale) * (load(a.weight + 4 * i + 64) + a.offset)
+            PUT(low, high, out, a.width, i)
 
 
-@inlined
-def gated(op, step, thread, num_threads, finish, row):
-    """silu_mul of a row [gate K | up K]. Operands: out, x; K."""
-    K = word(op, 2)
-    for t in range(thread, num_rows(op, step), num_threads):
-        x, out = word(op, 1) + 8 * K * t, row(word(op, 0), K, t)
-        for i in range(0, K, 32):
-            gate, up = x + 4 * i, x + 4 * (K + i)
-            finish(silu(load(gate)) * load(up), silu(load(gate + 64)) * load(up + 64), out, K, i)
+def gated(op, step, thread, num_threads):
+    """silu_mul."""
+    a = SiluMul.read(op)
+    for t in dealt(num_rows(op, step), thread, num_threads, ALONE):
+        x, out = a.x + 8 * a.width * t, a.out + ROW_BYTES(a.width) * t
+        for i in range(0, a.width, 32):
+            gate, up = x + 4 * i, x + 4 * (a.width + i)
+            PUT(silu(load(gate)) * load(up), silu(load(gate + 64)) * load(up + 64), out, a.width, i)
 
 
-@kernel
-def quantize_q8(op, step, thread, num_threads):
-    plain(op, step, thread, num_threads, store_q8, q8_row)
+QUANTIZED = dict(PUT=store_q8, ROW_BYTES=q8_bytes)
+ROUNDED = dict(PUT=store_rounded, ROW_BYTES=bf16_bytes)
+quantize_q8 = variant(plain, "quantize_q8", **QUANTIZED, ALONE=False)
+round_to_bf16 = variant(plain, "round_to_bf16", **ROUNDED, ALONE=False)
+CPU = {"quantize_q8": Implementation(quantize_q8), "round_bf16": Implementation(round_to_bf16)}
+PER_TOKEN = {}  # one token after another on one thread, as the ops that they are made of
 
-
-@kernel
-def norm_quantize_q8(op, step, thread, num_threads):
-    normed(op, step, thread, num_threads, store_q8, q8_row)
-
-
-@kernel
-def silu_mul_quantize_q8(op, step, thread, num_threads):
-    gated(op, step, thread, num_threads, store_q8, q8_row)
-
-
-@kernel
-def round_to_bf16(op, step, thread, num_threads):
-    plain(op, step, thread, num_threads, store_rounded, bf16_row)
-
-
-@kernel
-def norm_round_bf16(op, step, thread, num_threads):
-    normed(op, step, thread, num_threads, store_rounded, bf16_row)
-
-
-@kernel
-def silu_mul_round_bf16(op, step, thread, num_threads):
-    gated(op, step, thread, num_threads, store_rounded, bf16_row)
-
-
-CPU = {
-    "quantize_q8": Implementation(quantize_q8),
-    "rms_norm+quantize_q8": Implementation(norm_quantize_q8),
-    "silu_mul+quantize_q8": Implementation(silu_mul_quantize_q8),
-    "round_bf16": Implementation(round_to_bf16),
-    "rms_norm+round_bf16": Implementation(norm_round_bf16),
-    "silu_mul+round_bf16": Implementation(silu_mul_round_bf16),
-}
-
-
-@kernel
-def norm_quantize_q8_per_token(op, step, thread, num_threads):
-    if thread == 0:
-        normed(op, step, 0, 1, store_q8, q8_row)
-
-
-@kernel
-def silu_mul_quantize_q8_per_token(op, step, thread, num_threads):
-    if thread == 0:
-        gated(op, step, 0, 1, store_q8, q8_row)
-
-
-@kernel
-def norm_round_bf16_per_token(op, step, thread, num_threads):
-    if thread == 0:
-        normed(op, step, 0, 1, store_rounded, bf16_row)
-
-
-@kernel
-def silu_mul_round_bf16_per_token(op, step, thread, num_threads):
-    if thread == 0:
-        gated(op, step, 0, 1, store_rounded, bf16_row)
-
-
-# one token after another on one thread, as the ops that they are made of
-PER_TOKEN = {
-    "rms_norm+quantize_q8": Implementation(norm_quantize_q8_per_token),
-    "silu_mul+quantize_q8": Implementation(silu_mul_quantize_q8_per_token),
-    "rms_norm+round_bf16": Implementation(norm_round_bf16_per_token),
-    "silu_mul+round_bf16": Implementation(silu_mul_round_bf16_per_token),
-}
+for first, body in (("rms_norm", normed), ("silu_mul", gated)):
+    for then, constants in (("quantize_q8", QUANTIZED), ("round_bf16", ROUNDED)):
+        for table, alone, suffix in ((CPU, False, ""), (PER_TOKEN, True, "_per_token")):
+            name = f"{first}_{then}{suffix}"
+            globals()[name] = variant(body, name, **constants, ALONE=alone)
+            table[f"{first}+{then}"] = Implementation(globals()[name])

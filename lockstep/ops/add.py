@@ -8,7 +8,22 @@ from numba import carray
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import definition, kernel
 from lockstep.runtime.machine import float_array
-from lockstep.runtime.step import num_rows, word
+from lockstep.runtime.operands import Operands, output, rows
+from lockstep.runtime.program import Tensor
+from lockstep.runtime.step import num_rows
+
+
+class Add(Operands):
+    """out = x + y; all [rows, width]."""
+
+    group = "elementwise"
+    out: Tensor = output("width")
+    x: Tensor = rows("width")
+    y: Tensor = rows("width")
+    width: int
+
+    def flops(self, context):
+        return self.width
 
 
 @definition
@@ -27,14 +42,10 @@ def add(x_TD, y_TD, out_TD):
 
 @kernel
 def _run(op, step, thread, num_threads):
-    """Op row: out, x, y, D."""
     if thread == 0:
-        shape = num_rows(op, step), word(op, 3)
-        add(
-            carray(float_array(word(op, 1)), shape),
-            carray(float_array(word(op, 2)), shape),
-            carray(float_array(word(op, 0)), shape),
-        )
+        a = Add.read(op)
+        shape = num_rows(op, step), a.width
+        add(carray(float_array(a.x), shape), carray(float_array(a.y), shape), carray(float_array(a.out), shape))
 
 
 REFERENCE = {"add": Implementation(_run)}

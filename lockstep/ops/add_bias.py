@@ -6,10 +6,25 @@ out[t, i] = x[t, i] + bias[i]
 import numpy as np
 from numba import carray
 
-from lockstep.runtime.backend import Implementation
+from lockstep.runtime.backend import Implementation, Layout
 from lockstep.runtime.kernel import definition, kernel
 from lockstep.runtime.machine import float_array
-from lockstep.runtime.step import num_rows, word
+from lockstep.runtime.operands import Operands, constant, output, rows
+from lockstep.runtime.program import Tensor, Weight
+from lockstep.runtime.step import num_rows
+
+
+class AddBias(Operands):
+    """out = x + bias, row by row; x and out [rows, width]."""
+
+    group = "elementwise"
+    out: Tensor = output("width")
+    x: Tensor = rows("width")
+    bias: Weight = constant("1, width")
+    width: int
+
+    def flops(self, context):
+        return self.width
 
 
 @definition
@@ -28,12 +43,12 @@ def padded_bias(weight):
 
 @kernel
 def _run(op, step, thread, num_threads):
-    T, D = num_rows(op, step), word(op, 3)
+    a, T = AddBias.read(op), num_rows(op, step)
     first, end = T * thread // num_threads, T * (thread + 1) // num_threads
-    x = carray(float_array(word(op, 1) + 4 * D * first), (end - first, D))
-    out = carray(float_array(word(op, 0) + 4 * D * first), (end - first, D))
-    add_bias(x, carray(float_array(word(op, 2)), (D,)), out)
+    x = carray(float_array(a.x + 4 * a.width * first), (end - first, a.width))
+    out = carray(float_array(a.out + 4 * a.width * first), (end - first, a.width))
+    add_bias(x, carray(float_array(a.bias), (a.width,)), out)
 
 
-REFERENCE = {"add_bias": Implementation(_run, ("padded bias", padded_bias))}
+REFERENCE = {"add_bias": Implementation(_run, Layout("padded bias", padded_bias))}
 CPU = REFERENCE

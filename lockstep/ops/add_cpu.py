@@ -1,19 +1,23 @@
 """Sum of two activations: the fast kernel. Bound by memory: two reads and one write of four bytes per element."""
 
+from lockstep.ops.add import Add
+from lockstep.ops.share import dealt
 from lockstep.runtime.backend import Implementation
-from lockstep.runtime.kernel import inlined, kernel
+from lockstep.runtime.kernel import inlined, variant
 from lockstep.runtime.simd import load, store
-from lockstep.runtime.step import num_rows, word
+from lockstep.runtime.step import num_rows
 
 BLOCK = 4096  # bytes that one thread takes at a time
+ALONE = None  # of a variant: whether one thread adds row after row
 
 
-@kernel
-def add(op, step, thread, num_threads):
+def add_blocks(op, step, thread, num_threads):
     """Rows lie end to end, so blocks of the whole activation are dealt to threads in turn."""
-    out, x, y, num_bytes = word(op, 0), word(op, 1), word(op, 2), 4 * word(op, 3) * num_rows(op, step)
-    for start in range(BLOCK * thread, num_bytes, BLOCK * num_threads):
-        add_row(x + start, y + start, min(BLOCK, num_bytes - start), out + start)
+    a = Add.read(op)
+    num_bytes, block = 4 * a.width * num_rows(op, step), 4 * a.width if ALONE else BLOCK
+    for task in dealt((num_bytes + block - 1) // block, thread, num_threads, ALONE):
+        start = block * task
+        add_row(a.x + start, a.y + start, min(block, num_bytes - start), a.out + start)
 
 
 @inlined
@@ -23,14 +27,8 @@ def add_row(x, y, num_bytes, out):
         store(out + i, load(x + i) + load(y + i))
 
 
-@kernel
-def add_per_token(op, step, thread, num_threads):
-    """One token after another on one thread."""
-    out, x, y, row = word(op, 0), word(op, 1), word(op, 2), 4 * word(op, 3)
-    if thread == 0:
-        for t in range(0, num_rows(op, step) * row, row):
-            add_row(x + t, y + t, row, out + t)
-
+add = variant(add_blocks, "add", ALONE=False)
+add_per_token = variant(add_blocks, "add_per_token", ALONE=True)
 
 CPU = {"add": Implementation(add)}
 PER_TOKEN = {"add": Implementation(add_per_token)}

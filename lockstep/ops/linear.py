@@ -7,12 +7,15 @@ many rows or features are computed with it. Weights and activations are prepared
 import numpy as np
 from numba import carray, float32, int32
 
-from lockstep.ops.activations import NATIVE_BF16, quantized_row, row_bytes
-from lockstep.runtime.backend import Implementation
-from lockstep.runtime.kernel import definition, inlined, kernel
+from lockstep.ops.activations import NATIVE_BF16, bf16_bytes, check_rows, f32_bytes, q8_bytes, quantized_row
+from lockstep.ops.share import contiguous
+from lockstep.runtime.backend import Implementation, Layout
+from lockstep.runtime.kernel import definition, inlined, variant
 from lockstep.runtime.machine import byte_array, float_array
+from lockstep.runtime.operands import Operands, output, packed, rows
+from lockstep.runtime.program import Tensor, Weight
 from lockstep.runtime.simd import bf16_f32, fma, peek, poke
-from lockstep.runtime.step import num_rows, word
+from lockstep.runtime.step import num_rows
 from lockstep.weights.pack import floats, padded_width, q4_0_fields, q8_0_fields
 from lockstep.weights.pack_k import q4_k_fields, q5_k_fields, q6_k_fields
 from lockstep.weights.pack_q5 import q4_1_fields, q5_0_fields, q5_1_fields
@@ -20,6 +23,57 @@ from lockstep.weights.pack_q5 import q4_1_fields, q5_0_fields, q5_1_fields
 ZERO, ONE_128TH = np.float32(0), np.float32(1 / 128)
 SMALLEST_NORMAL = np.float32(2.0**-126)
 FLUSH_BELOW = 2.0**-126 - 2.0**-151
+ROW_BYTES = READ = DOT = None  # of a variant: of rows of x, what reads one, and its dot with a row of the weight
+# the kind of op that prepares rows for weights of a format; "" if they are multiplied as they are
+PREPARATION = {
+    "f32": "",
+    "f16": "",
+    "bf16": "round_bf16",
+    "q8_0": "quantize_q8",
+    "q4_0": "quantize_q8",
+    "q4_1": "quantize_q8",
+    "q5_0": "quantize_q8",
+    "q5_1": "quantize_q8",
+    "q4_k": "quantize_q8",
+    "q5_k": "quantize_q8",
+    "q6_k": "quantize_q8",
+}
+
+
+class Linear(Operands):
+    """out = x W^T (+ residual) in columns column .. column + out_features; W [out_features, in_features].
+
+    out, residual [rows, width]. format: "" as recorded, where x is float32 [rows, in_features]; once lowered, that of
+    the weight, for which x is prepared. Kernels write whole panels: zeros (+ residual) up to a multiple of 16 columns.
+    """
+
+    group = "linear"
+    out: Tensor = output("width")
+    x: Tensor = rows(dtype=None)
+    weight: Weight = packed("out_features, in_features")
+    residual: Tensor | None = rows("width", optional=True)
+    in_features: int
+    out_features: int
+    width: int
+    column: int
+    format: str = ""
+
+    @property
+    def kind(self):
+        return f"linear_{self.format}" if self.format else "linear"
+
+    def flops(self, context):
+        return 2 * self.in_features * self.out_features
+
+    def check(self):
+        if self.format not in ("", self.weight.format):
+            raise ValueError(f"Linear: format is {self.format!r}, expected that of the weight, {self.weight.format!r}")
+        check_rows(self, "x", PREPARATION[self.format] if self.format else "", self.in_features)
+        if self.column % 16 or self.column + padded_width(self.out_features) > self.width:
+            raise ValueError(
+                f"Linear: {self.out_features} features from column {self.column} on do not fit a row of {self.width} "
+                f"in whole panels of 16"
+            )
 
 
 @definition
@@ -135,93 +189,84 @@ def dot_q6_k(a_K, a_scale, codes_K, sc, d):
 
 
 @inlined
-def _finish(op, t, n, params, value):
-    """Adds the residual, if the op has one, and stores out[t, column + n]. params: as in linear_cpu.drive."""
-    width, has_residual, column = word(op, params + 1), word(op, params + 2), word(op, params + 3)
-    offset = 4 * (width * t + column + n)
-    poke(word(op, 0) + offset, float32(peek(word(op, 2) + offset, float32) + value if has_residual else value))
+def floats_at(address, n, count):
+    """Row n of a float32 array with so many values in a row."""
+    return carray(float_array(address + 4 * count * n), (count,))
 
 
 @inlined
-def _share(total, thread, num_threads):
-    """The thread's contiguous share of the output features."""
-    return range(total * thread // num_threads, total * (thread + 1) // num_threads)
+def codes_at(address, n, count):
+    """Row n of an int8 array."""
+    return carray(byte_array(address + count * n), (count,))
 
 
-@kernel
-def _linear_f32(op, step, thread, num_threads):
-    K, N = word(op, 4), word(op, 8)
-    for n in _share(N, thread, num_threads):
-        w = carray(float_array(word(op, 3) + 4 * K * n), (K,))
-        for t in range(num_rows(op, step)):
-            _finish(op, t, n, 4, dot_f32(carray(float_array(word(op, 1) + 4 * K * t), (K,)), w))
+# What a prepared row at an address is to a dot: its values, or the codes and scales of a quantized one.
+
+
+@definition
+def plain_row(row, K):
+    return carray(float_array(row), (K,))
+
+
+@definition
+def rounded_row(row, K):
+    row_K = np.empty(K, np.float32)
+    for k in range(K):
+        row_K[k] = bf16_f32(peek(row + 2 * k, int32)) if NATIVE_BF16 else peek(row + 4 * k, float32)
+    return row_K
+
+
+# Dots of such a row with row n of a weight, by its arrays.
 
 
 @inlined
-def _bf16_activation(x, i):
-    return bf16_f32(peek(x + 2 * i, int32)) if NATIVE_BF16 else peek(x + 4 * i, float32)
+def row_dot_f32(x, w, n, K):
+    return dot_f32(x, floats_at(w.codes, n, K))
 
 
-@kernel
-def _linear_bf16(op, step, thread, num_threads):
-    K, N = word(op, 4), word(op, 8)
+@inlined
+def row_dot_bf16(x, w, n, K):
+    return dot_bf16(x, floats_at(w.codes, n, K))
+
+
+@inlined
+def row_dot_q8(x, w, n, K):
+    return dot_q8(x[0], x[1], codes_at(w.codes, n, K), floats_at(w.d, n, K // 32))
+
+
+@inlined
+def row_dot_q4_1(x, w, n, K):
+    d, m = floats_at(w.d, n, K // 32), floats_at(w.m, n, K // 32)
+    return dot_q4_1(x[0], x[1], codes_at(w.codes, n, K), d, m)
+
+
+@inlined
+def row_dot_q4_k(x, w, n, K):
+    d, dmin = floats_at(w.d, n, K // 256), floats_at(w.dmin, n, K // 256)
+    sc, m = floats_at(w.sc, n, K // 32), floats_at(w.m, n, K // 32)
+    return dot_q4_k(x[0], x[1], codes_at(w.codes, n, K), d, dmin, sc, m)
+
+
+@inlined
+def row_dot_q6_k(x, w, n, K):
+    sc, d = codes_at(w.sc, n, K // 16), floats_at(w.d, n, K // 256)
+    return dot_q6_k(x[0], x[1], codes_at(w.codes, n, K), sc, d)
+
+
+@inlined
+def _finish(a, t, n, value):
+    """Adds the residual, if the layer has one, and stores feature n of row t."""
+    place = 4 * (a.width * t + a.column + n)
+    poke(a.out + place, float32(peek(a.residual + place, float32) + value if a.residual else value))
+
+
+def _linear(op, step, thread, num_threads):
+    """Row by row, each thread a contiguous share of the features; those up to whole panels are zeros."""
+    a = Linear.read(op)
     for t in range(num_rows(op, step)):
-        x = np.empty(K, np.float32)
-        for k in range(K):
-            x[k] = _bf16_activation(word(op, 1) + (2 if NATIVE_BF16 else 4) * K * t, k)
-        for n in _share(N, thread, num_threads):
-            _finish(op, t, n, 4, dot_bf16(x, carray(float_array(word(op, 3) + 4 * K * n), (K,))))
-
-
-@inlined
-def _floats(op, operand, n, count):
-    """Row n of a float32 operand with so many values in a row."""
-    return carray(float_array(word(op, operand) + 4 * count * n), (count,))
-
-
-@kernel
-def _linear_q8(op, step, thread, num_threads):
-    K, N = word(op, 5), word(op, 9)
-    for n in _share(N, thread, num_threads):
-        codes, scale = carray(byte_array(word(op, 3) + K * n), (K,)), _floats(op, 4, n, K // 32)
-        for t in range(num_rows(op, step)):
-            a, a_scale = quantized_row(word(op, 1) + row_bytes(K) * t, K)
-            _finish(op, t, n, 5, dot_q8(a, a_scale, codes, scale))
-
-
-@kernel
-def _linear_q4_1(op, step, thread, num_threads):
-    K, N = word(op, 6), word(op, 10)
-    for n in _share(N, thread, num_threads):
-        codes = carray(byte_array(word(op, 3) + K * n), (K,))
-        d, m = _floats(op, 4, n, K // 32), _floats(op, 5, n, K // 32)
-        for t in range(num_rows(op, step)):
-            a, a_scale = quantized_row(word(op, 1) + row_bytes(K) * t, K)
-            _finish(op, t, n, 6, dot_q4_1(a, a_scale, codes, d, m))
-
-
-@kernel
-def _linear_q4_k(op, step, thread, num_threads):
-    K, N = word(op, 8), word(op, 12)
-    for n in _share(N, thread, num_threads):
-        codes = carray(byte_array(word(op, 3) + K * n), (K,))
-        d, dmin = _floats(op, 4, n, K // 256), _floats(op, 5, n, K // 256)
-        sc, m = _floats(op, 6, n, K // 32), _floats(op, 7, n, K // 32)
-        for t in range(num_rows(op, step)):
-            a, a_scale = quantized_row(word(op, 1) + row_bytes(K) * t, K)
-            _finish(op, t, n, 8, dot_q4_k(a, a_scale, codes, d, dmin, sc, m))
-
-
-@kernel
-def _linear_q6_k(op, step, thread, num_threads):
-    K, N = word(op, 6), word(op, 10)
-    for n in _share(N, thread, num_threads):
-        codes = carray(byte_array(word(op, 3) + K * n), (K,))
-        sc = carray(byte_array(word(op, 4) + K // 16 * n), (K // 16,))
-        d = _floats(op, 5, n, K // 256)
-        for t in range(num_rows(op, step)):
-            a, a_scale = quantized_row(word(op, 1) + row_bytes(K) * t, K)
-            _finish(op, t, n, 6, dot_q6_k(a, a_scale, codes, sc, d))
+        x = READ(a.x + ROW_BYTES(a.in_features) * t, a.in_features)
+        for n in contiguous((a.out_features + 15) // 16 * 16, thread, num_threads):
+            _finish(a, t, n, DOT(x, a.weight, n, a.in_features))
 
 
 def _rows(weight, fields):
@@ -293,16 +338,30 @@ def q6_k_rows(weight):
     return codes, sc, d.astype(np.float32)
 
 
+PRODUCTS = {  # how layers are defined
+    "f32": dict(READ=plain_row, ROW_BYTES=f32_bytes, DOT=row_dot_f32),
+    "bf16": dict(READ=rounded_row, ROW_BYTES=bf16_bytes, DOT=row_dot_bf16),
+    "q8": dict(READ=quantized_row, ROW_BYTES=q8_bytes, DOT=row_dot_q8),
+    "q4_1": dict(READ=quantized_row, ROW_BYTES=q8_bytes, DOT=row_dot_q4_1),
+    "q4_k": dict(READ=quantized_row, ROW_BYTES=q8_bytes, DOT=row_dot_q4_k),
+    "q6_k": dict(READ=quantized_row, ROW_BYTES=q8_bytes, DOT=row_dot_q6_k),
+}
+FORMATS = {  # which product, and the layout of its weights
+    "f32": ("f32", Layout("f32 rows", f32_rows)),
+    "f16": ("f32", Layout("f32 rows", f32_rows)),
+    "bf16": ("bf16", Layout("bf16 rows", bf16_rows)),
+    "q8_0": ("q8", Layout("q8_0 rows", q8_0_rows, ("codes", "d"))),
+    "q4_0": ("q8", Layout("q4_0 rows", q4_0_rows, ("codes", "d"))),
+    "q5_0": ("q8", Layout("q5_0 rows", q5_0_rows, ("codes", "d"))),
+    "q4_1": ("q4_1", Layout("q4_1 rows", q4_1_rows, ("codes", "d", "m"))),
+    "q5_1": ("q4_1", Layout("q5_1 rows", q5_1_rows, ("codes", "d", "m"))),
+    "q4_k": ("q4_k", Layout("q4_k rows", q4_k_rows, ("codes", "d", "dmin", "sc", "m"))),
+    "q5_k": ("q4_k", Layout("q5_k rows", q5_k_rows, ("codes", "d", "dmin", "sc", "m"))),
+    "q6_k": ("q6_k", Layout("q6_k rows", q6_k_rows, ("codes", "sc", "d"))),
+}
+for _name, _constants in PRODUCTS.items():
+    globals()[f"_linear_{_name}"] = variant(_linear, f"_linear_{_name}", **_constants)
 REFERENCE = {
-    "linear_f32": Implementation(_linear_f32, ("f32 rows", f32_rows)),
-    "linear_f16": Implementation(_linear_f32, ("f32 rows", f32_rows)),
-    "linear_bf16": Implementation(_linear_bf16, ("bf16 rows", bf16_rows)),
-    "linear_q8_0": Implementation(_linear_q8, ("q8_0 rows", q8_0_rows)),
-    "linear_q4_0": Implementation(_linear_q8, ("q4_0 rows", q4_0_rows)),
-    "linear_q5_0": Implementation(_linear_q8, ("q5_0 rows", q5_0_rows)),
-    "linear_q4_1": Implementation(_linear_q4_1, ("q4_1 rows", q4_1_rows)),
-    "linear_q5_1": Implementation(_linear_q4_1, ("q5_1 rows", q5_1_rows)),
-    "linear_q4_k": Implementation(_linear_q4_k, ("q4_k rows", q4_k_rows)),
-    "linear_q5_k": Implementation(_linear_q4_k, ("q5_k rows", q5_k_rows)),
-    "linear_q6_k": Implementation(_linear_q6_k, ("q6_k rows", q6_k_rows)),
+    f"linear_{format}": Implementation(globals()[f"_linear_{product}"], layout)
+    for format, (product, layout) in FORMATS.items()
 }

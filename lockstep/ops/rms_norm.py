@@ -6,11 +6,12 @@ out[t, i] = x[t, i] * rsqrt(mean(x[t]^2) + eps) * (w[i] + offset)
 import numpy as np
 from numba import carray
 
+from lockstep.ops.activations import Preparable
 from lockstep.ops.reduce import tree_sum
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import definition, kernel
 from lockstep.runtime.machine import float_array
-from lockstep.runtime.operands import Operands, constant, output, rows
+from lockstep.runtime.operands import constant, rows
 from lockstep.runtime.program import Tensor, Weight
 from lockstep.runtime.simd import fma, sqrt
 from lockstep.runtime.step import num_rows
@@ -18,14 +19,12 @@ from lockstep.runtime.step import num_rows
 ONE = np.float32(1)
 
 
-class RmsNorm(Operands):
-    """out = x / rms(x) * (weight + offset), row by row; x and out [rows, width]."""
+class RmsNorm(Preparable):
+    """out = x / rms(x) * (weight + offset), row by row; x [rows, width], out likewise or as prepared."""
 
-    group, fuses = "elementwise", True
-    out: Tensor = output("width")
+    group = "elementwise"
     x: Tensor = rows("width")
     weight: Weight = constant("width")
-    width: int
     eps: float
     offset: float
 

@@ -3,19 +3,20 @@
 import numpy as np
 
 from lockstep.ops.rms_norm import RmsNorm
+from lockstep.ops.share import dealt
 from lockstep.runtime.backend import Implementation
-from lockstep.runtime.kernel import inlined, kernel
+from lockstep.runtime.kernel import inlined, variant
 from lockstep.runtime.simd import fma, lanes, load, sqrt, store, sum_lanes
 from lockstep.runtime.step import num_rows
 
 ONE, ZERO = np.float32(1), np.float32(0)
+ALONE = None  # of a variant: whether one thread norms token after token
 
 
-@kernel
-def rms_norm(op, step, thread, num_threads):
+def norm_rows(op, step, thread, num_threads):
     """Rows are dealt to threads in turn."""
     a = RmsNorm.read(op)
-    for t in range(thread, num_rows(op, step), num_threads):
+    for t in dealt(num_rows(op, step), thread, num_threads, ALONE):
         norm_row(a.x + 4 * a.width * t, a.weight, a.width, a.eps, a.offset, a.out + 4 * a.width * t)
 
 
@@ -31,14 +32,8 @@ def norm_row(x, weight, D, eps, offset, out):
         store(out + i, (load(x + i) * scale) * (load(weight + i) + offset))
 
 
-@kernel
-def rms_norm_per_token(op, step, thread, num_threads):
-    """One token after another on one thread."""
-    a = RmsNorm.read(op)
-    if thread == 0:
-        for t in range(num_rows(op, step)):
-            norm_row(a.x + 4 * a.width * t, a.weight, a.width, a.eps, a.offset, a.out + 4 * a.width * t)
-
+rms_norm = variant(norm_rows, "rms_norm", ALONE=False)
+rms_norm_per_token = variant(norm_rows, "rms_norm_per_token", ALONE=True)
 
 CPU = {"rms_norm": Implementation(rms_norm)}
 PER_TOKEN = {"rms_norm": Implementation(rms_norm_per_token)}

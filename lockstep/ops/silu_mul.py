@@ -5,11 +5,24 @@ out[t, i] = silu(x[t, i]) * x[t, F + i]
 
 from numba import carray
 
+from lockstep.ops.activations import Preparable
 from lockstep.ops.math import silu
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import definition, kernel
 from lockstep.runtime.machine import float_array
-from lockstep.runtime.step import num_rows, word
+from lockstep.runtime.operands import rows
+from lockstep.runtime.program import Tensor
+from lockstep.runtime.step import num_rows
+
+
+class SiluMul(Preparable):
+    """out = silu(first half of x) * second half; x [rows, 2 width], out [rows, width] or as prepared."""
+
+    group = "elementwise"
+    x: Tensor = rows("2 * width")
+
+    def flops(self, context):
+        return 4 * self.width
 
 
 @definition
@@ -29,10 +42,9 @@ def silu_mul(x_TE, out_TF):
 
 @kernel
 def _run(op, step, thread, num_threads):
-    """Op row: out, x, F."""
     if thread == 0:
-        T, F = num_rows(op, step), word(op, 2)
-        silu_mul(carray(float_array(word(op, 1)), (T, 2 * F)), carray(float_array(word(op, 0)), (T, F)))
+        a, T = SiluMul.read(op), num_rows(op, step)
+        silu_mul(carray(float_array(a.x), (T, 2 * a.width)), carray(float_array(a.out), (T, a.width)))
 
 
 REFERENCE = {"silu_mul": Implementation(_run)}

@@ -1,23 +1,25 @@
 """SwiGLU's product: the fast kernel. Bound by memory: two reads and one write of four bytes per output."""
 
 from lockstep.ops.math import silu
+from lockstep.ops.share import dealt
+from lockstep.ops.silu_mul import SiluMul
 from lockstep.runtime.backend import Implementation
-from lockstep.runtime.kernel import inlined, kernel
+from lockstep.runtime.kernel import inlined, variant
 from lockstep.runtime.simd import load, store
-from lockstep.runtime.step import num_rows, word
+from lockstep.runtime.step import num_rows
 
 BLOCK = 512  # outputs that one thread takes at a time
+ALONE = None  # of a variant: whether one thread makes token after token
 
 
-@kernel
-def silu_mul(op, step, thread, num_threads):
+def multiply_blocks(op, step, thread, num_threads):
     """Blocks of every row are dealt to threads in turn, so that one row alone keeps all of them busy."""
-    out, x, F = word(op, 0), word(op, 1), word(op, 2)
-    blocks = (F + BLOCK - 1) // BLOCK
-    for task in range(thread, num_rows(op, step) * blocks, num_threads):
+    a = SiluMul.read(op)
+    F, blocks = a.width, (a.width + BLOCK - 1) // BLOCK
+    for task in dealt(num_rows(op, step) * blocks, thread, num_threads, ALONE):
         t, first = task // blocks, task % blocks * BLOCK
-        gate = x + 4 * (2 * F * t + first)
-        silu_mul_row(gate, gate + 4 * F, min(BLOCK, F - first), out + 4 * (F * t + first))
+        gate = a.x + 4 * (2 * F * t + first)
+        silu_mul_row(gate, gate + 4 * F, min(BLOCK, F - first), a.out + 4 * (F * t + first))
 
 
 @inlined
@@ -27,14 +29,8 @@ def silu_mul_row(gate, up, F, out):
         store(out + i, silu(load(gate + i)) * load(up + i))
 
 
-@kernel
-def silu_mul_per_token(op, step, thread, num_threads):
-    """One token after another on one thread."""
-    out, x, F = word(op, 0), word(op, 1), word(op, 2)
-    if thread == 0:
-        for t in range(num_rows(op, step)):
-            silu_mul_row(x + 8 * F * t, x + 8 * F * t + 4 * F, F, out + 4 * F * t)
-
+silu_mul = variant(multiply_blocks, "silu_mul", ALONE=False)
+silu_mul_per_token = variant(multiply_blocks, "silu_mul_per_token", ALONE=True)
 
 CPU = {"silu_mul": Implementation(silu_mul)}
 PER_TOKEN = {"silu_mul": Implementation(silu_mul_per_token)}

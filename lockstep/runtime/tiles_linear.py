@@ -4,6 +4,8 @@ A tile is `rows` x `cols` vectors of `lanes` features; what fits the registers i
 dots are made. Each format is one function of a `Site`, which emits the loop over K and returns the accumulators.
 """
 
+from typing import NamedTuple
+
 from llvmlite import ir
 from numba import types
 
@@ -12,6 +14,43 @@ from lockstep.runtime.emit import counted, dpbf16, fma, moved, pointer, prefetch
 from lockstep.runtime.simd import F16, F32, I1, I8, I32, I64, LANES, constant, primitive
 from lockstep.runtime.tiles_dots import q4_0, q4_1, q5_0, q5_1, q8_0
 from lockstep.runtime.tiles_k import q4_k, q5_k, q6_k
+
+
+class Rows(NamedTuple):
+    """Prepared rows of activations: where the first lies, and bytes from one to the next."""
+
+    address: int
+    stride: int
+
+
+class Panels(NamedTuple):
+    """A run of packed panels, and how much of K is worked on: codes and scales (0 in formats that have none), each with
+    the bytes from one panel to the next."""
+
+    codes: int
+    codes_stride: int
+    scales: int
+    scales_stride: int
+    K: int
+
+
+class Output(NamedTuple):
+    """Where rows of out and of the residual begin (0: none), bytes from one row to the next, how many panels are
+    stored, and whether out already holds the sums of what came before in K (0: no)."""
+
+    address: int
+    residual: int
+    stride: int
+    num_panels: int
+    resume: int
+
+
+class Ahead(NamedTuple):
+    """The panels that will be read next; those of `wanted` (a bit each) are brought near meanwhile."""
+
+    codes: int
+    scales: int
+    wanted: int
 
 
 class Site:
@@ -24,14 +63,15 @@ class Site:
     the block at hand.
     """
 
-    def __init__(self, b, magic, rows, columns, lanes, x, row, w, panel, scales, panel_scales, K):
-        self.b, self.how, self.bf16, self.K = b, targets.int_dot(magic), targets.bf16_dot(magic), K
-        self.rows, self.cols, self.lanes, self.panels = rows, len(columns), lanes, [p for p, _ in columns]
+    def __init__(self, b, magic, height, columns, lanes, x, w):
+        self.b, self.how, self.bf16, self.K = b, targets.int_dot(magic), targets.bf16_dot(magic), w.K
+        self.rows, self.cols, self.lanes, self.panels = height, len(columns), lanes, [p for p, _ in columns]
         self.first = [first for _, first in columns]
         self.cells = [(r, c) for r in range(self.rows) for c in range(self.cols)]
         self.floats, self.ints = vector(F32, self.lanes), vector(I32, self.lanes)
-        self.x = self.pointers(x, row, range(rows))
-        self.w, self.scales = self.pointers(w, panel, self.panels), self.pointers(scales, panel_scales, self.panels)
+        self.x = self.pointers(x.address, x.stride, range(height))
+        self.w = self.pointers(w.codes, w.codes_stride, self.panels)
+        self.scales = self.pointers(w.scales, w.scales_stride, self.panels)
         self.start = {cell: constant(self.floats, 0.0) for cell in self.cells}
         self.coming, self.ahead, self.near = [], 0, targets.prefetch_locality(magic)
 
@@ -154,9 +194,20 @@ def _pairs_wide(s):
     return step
 
 
-FORMATS = f32, f16, bf16, q8_0, q4_0, q4_k, q6_k, q4_1, q5_0, q5_1, q5_k
-F32_TILE, F16_TILE, BF16_TILE, Q8_0_TILE, Q4_0_TILE, Q4_K_TILE, Q6_K_TILE = range(7)
-Q4_1_TILE, Q5_0_TILE, Q5_1_TILE, Q5_K_TILE = range(7, 11)
+FORMATS = dict(
+    f32=f32,
+    f16=f16,
+    bf16=bf16,
+    q8_0=q8_0,
+    q4_0=q4_0,
+    q4_1=q4_1,
+    q5_0=q5_0,
+    q5_1=q5_1,
+    q4_k=q4_k,
+    q5_k=q5_k,
+    q6_k=q6_k,
+)
+FLOATS = ("f32", "f16", "bf16")
 
 
 AHEAD_BYTES = 8192  # of a single stream: what passes by in the time that memory takes to answer
@@ -165,43 +216,43 @@ WHOLE_PANELS = 2  # so few rows leave registers for whole panels where these are
 
 def lanes_of(format, how):
     """Features of a vector: integer dots fill the registers of narrower targets with eight."""
-    return LANES if how == "avx512_vnni" or format <= BF16_TILE else LANES // 2
+    return LANES if how == "avx512_vnni" or format in FLOATS else LANES // 2
 
 
-def finish(s, acc, residual, out, out_row, panels):
-    """Adds the residual, if there is one, and stores the tile's first `panels` panels."""
-    b, outs = s.b, s.pointers(out, out_row, range(s.rows))
-    with b.if_else(b.icmp_signed("!=", residual, s.int(0))) as (then, otherwise):
+def finish(s, acc, out):
+    """Adds the residual, if there is one, and stores the panels that are wanted."""
+    b, outs = s.b, s.pointers(out.address, out.stride, range(s.rows))
+    with b.if_else(b.icmp_signed("!=", out.residual, s.int(0))) as (then, otherwise):
         with then:
-            helds = s.pointers(residual, out_row, range(s.rows))
+            helds = s.pointers(out.residual, out.stride, range(s.rows))
             _store(
                 s,
-                panels,
+                out.num_panels,
                 lambda r, c, at: write(
                     b, moved(b, outs[r], at), b.fadd(read(b, moved(b, helds[r], at), s.floats, 4), acc[r, c]), 4
                 ),
             )
         with otherwise:
-            _store(s, panels, lambda r, c, at: write(b, moved(b, outs[r], at), acc[r, c], 4))
+            _store(s, out.num_panels, lambda r, c, at: write(b, moved(b, outs[r], at), acc[r, c], 4))
 
 
-def _store(s, panels, store):
+def _store(s, num_panels, store):
     for c in range(s.cols):
-        with s.b.if_then(s.b.icmp_signed(">", panels, s.int(s.panels[c]))):
+        with s.b.if_then(s.b.icmp_signed(">", num_panels, s.int(s.panels[c]))):
             for r in range(s.rows):
                 store(r, c, s.place(c))
 
 
-def begin(s, residual, out, out_row, resume):
+def begin(s, out):
     """Takes up the sums of an earlier tile over the first part of K, if there was one; prefetches the residual."""
     b, zeros = s.b, list(s.start.values())
-    with b.if_then(b.icmp_signed("!=", residual, s.int(0))):
-        for place in s.pointers(residual, out_row, range(s.rows)):
+    with b.if_then(b.icmp_signed("!=", out.residual, s.int(0))):
+        for place in s.pointers(out.residual, out.stride, range(s.rows)):
             for p in sorted(set(s.panels)):
                 prefetch(b, moved(b, place, 64 * p), s.near)
-    with b.if_else(b.icmp_signed("!=", resume, s.int(0))) as (then, otherwise):
+    with b.if_else(b.icmp_signed("!=", out.resume, s.int(0))) as (then, otherwise):
         with then:
-            outs = s.pointers(out, out_row, range(s.rows))
+            outs = s.pointers(out.address, out.stride, range(s.rows))
             held = [read(b, moved(b, outs[r], s.place(c)), s.floats, 4) for r, c in s.cells]
             held_from = b.block
         with otherwise:
@@ -212,7 +263,7 @@ def begin(s, residual, out, out_row, resume):
         s.start[cell].add_incoming(zero, zeros_from)
 
 
-def look_ahead(s, panel, panel_scales, codes, scales, wanted):
+def look_ahead(s, w, ahead):
     """What comes next: of a single panel the bytes that follow, of several the next ones, p where bit p of `wanted` is
     set.
 
@@ -224,69 +275,48 @@ def look_ahead(s, panel, panel_scales, codes, scales, wanted):
         s.coming, s.ahead = [(constant(I1, 1), s.w[0], s.scales[0])], AHEAD_BYTES
         return
     for p in sorted(set(s.panels)):
-        place = s.pointers(codes, panel, [p])[0], s.pointers(scales, panel_scales, [p])[0]
-        s.coming.append((s.b.trunc(s.b.lshr(wanted, s.int(p)), I1), *place))
+        [codes], [scales] = s.pointers(ahead.codes, w.codes_stride, [p]), s.pointers(ahead.scales, w.scales_stride, [p])
+        s.coming.append((s.b.trunc(s.b.lshr(ahead.wanted, s.int(p)), I1), codes, scales))
 
 
-# x, row, w, panel, scales, panel_scales, K | residual, out, out_row, panels | resume | codes, scales, wanted
-ADDRESSES = 15
+def fields(b, kind, value):
+    """The LLVM values of a named tuple, under their names."""
+    return kind.instance_class(*(b.extract_value(value, i) for i in range(len(kind.fields))))
 
 
 @primitive()
-def linear_tile(
-    context,
-    format,
-    rows,
-    cols,
-    at_once,
-    num_rows,
-    x,
-    row,
-    w,
-    panel,
-    scales,
-    panel_scales,
-    K,
-    residual,
-    out,
-    out_row,
-    panels,
-    resume,
-    next_codes,
-    next_scales,
-    wanted,
-):
-    """out = x W^T (+ residual) for num_rows rows (of the literal tuple `rows`) by cols panels, over K.
+def linear_tile(context, format, shape, num_rows, x, w, out, ahead):
+    """out = x W^T (+ residual) for num_rows rows by a number of panels, over K or a part of it.
 
-    at_once: panels that are worked on together; the others follow. residual: an address or 0. panel, panel_scales:
-    bytes from one panel's codes and scales to the next's. Only the first `panels` of the cols panels are stored; all
-    are read. resume: whether out already holds the sums of what came before in K. next_codes, next_scales: the panels
-    that will be read next; those of `wanted` (a bit each) are brought near meanwhile.
+    format: a literal, one of FORMATS. shape: literals: (fewest, most) rows; panels; how many of them are worked on
+    together, the others following. All panels are read, but only as many stored as `out` says. x: `Rows`. w: `Panels`.
+    out: `Output`. ahead: `Ahead`.
     """
-    kind, heights = format.literal_value, range(rows[0].literal_value, rows[1].literal_value + 1)
-    num_cols, together = cols.literal_value, at_once.literal_value
+    heights, num_cols, at_once = shape[0], shape[1].literal_value, shape[2].literal_value
+    heights = range(heights[0].literal_value, heights[1].literal_value + 1)
 
     def codegen(ctx, b, sig, args):
-        magic = ctx.codegen().magic_tuple()
-        choice = b.switch(args[4], end := b.append_basic_block("no_rows"))
+        magic, operands = ctx.codegen().magic_tuple(), [fields(b, *pair) for pair in zip(sig.args[3:], args[3:])]
+        choice = b.switch(args[2], end := b.append_basic_block("no_rows"))
         for height in heights:
             choice.add_case(ir.Constant(I64, height), block := b.append_basic_block(f"rows_{height}"))
             b.position_at_start(block)
-            _tile(b, magic, kind, height, num_cols, together, args[5:])
+            for start in range(0, num_cols, at_once):
+                _tile(b, magic, format.literal_value, height, range(start, start + at_once), operands)
             b.branch(end)
         b.position_at_start(end)
         return ctx.get_dummy_value()
 
-    return types.void(format, rows, cols, at_once, *[types.int64] * (ADDRESSES + 1)), codegen
+    return types.void(format, shape, types.int64, x, w, out, ahead), codegen
 
 
-def _tile(b, magic, kind, height, num_cols, at_once, addresses):
-    lanes = lanes_of(kind, targets.int_dot(magic))
+def _tile(b, magic, format, height, panels, operands):
+    x, w, out, ahead = operands
+    lanes = lanes_of(format, targets.int_dot(magic))
+    columns = [(p, first) for p in panels for first in range(0, LANES, lanes)]
     whole = height <= WHOLE_PANELS or lanes == LANES
-    for start in range(0, num_cols, at_once):
-        columns = [(p, first) for p in range(start, start + at_once) for first in range(0, LANES, lanes)]
-        for group in [columns] if whole else [[column] for column in columns]:
-            s = Site(b, magic, height, group, lanes, *addresses[:7])
-            begin(s, *addresses[7:10], addresses[11])
-            look_ahead(s, addresses[3], addresses[5], *addresses[12:])
-            finish(s, FORMATS[kind](s), *addresses[7:11])
+    for group in [columns] if whole else [[column] for column in columns]:
+        s = Site(b, magic, height, group, lanes, x, w)
+        begin(s, out)
+        look_ahead(s, w, ahead)
+        finish(s, FORMATS[format](s), out)

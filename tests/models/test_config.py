@@ -6,6 +6,7 @@ import pytest
 from lockstep.models.config import Experts, LinearAttention
 from lockstep.models.families import model_config
 from lockstep.models.record import compute_format
+from lockstep.ops.linear import Linear
 from lockstep.ops.rope import RopeScaling
 from tests.models import published as p
 from tests.models import tiny
@@ -304,8 +305,8 @@ def test_tensors_beside_the_text_model_are_left_alone(tmp_path):
 def test_a_head_of_its_own_wins_over_a_config_that_ties_it(tmp_path):
     tied = {**CASES["llama"], "tie_word_embeddings": True}
     program = load(tiny.write(tmp_path, tied, tiny.tensors(CASES["llama"], SEED))).recorded
-    head = [op for op in program.ops if op.kind == "linear"][-1]
-    assert head.inputs[1].name == "lm_head.weight"
+    head = [op for op in program.ops if isinstance(op, Linear)][-1]
+    assert head.weight.name == "lm_head.weight"
 
 
 @pytest.mark.parametrize(

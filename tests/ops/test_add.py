@@ -2,16 +2,15 @@ import numpy as np
 import pytest
 
 from lockstep.ops import add, add_cpu
+from lockstep.ops.add import Add
 from lockstep.runtime.kernel import interpreted
-from tests.ops.harness import run_row, same_bits
+from tests.ops.harness import run_op, same_bits
 
 RNG = np.random.default_rng(0)
 
 
 def run(backend, x, y, num_threads=1):
-    return run_row(
-        backend["add"], {"out": ("T", x.shape[1], "f32")}, [x, y], num_threads=num_threads, width=x.shape[1]
-    )["out"]
+    return run_op(backend, Add, num_threads=num_threads, x=x, y=y, width=x.shape[1])["out"]
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 3, 7, 97])

@@ -6,7 +6,9 @@ import pytest
 
 from lockstep.engine.selfcheck import stored
 from lockstep.ops import experts, experts_cpu, linear
-from lockstep.ops.experts import PREPARED, ExpertGated, ExpertLinear, ExpertRows, ExpertScatter, preparation
+from lockstep.ops.activations import ROW_FORMATS
+from lockstep.ops.experts import ExpertGated, ExpertLinear, ExpertRows, ExpertScatter
+from lockstep.ops.linear import PREPARATION
 from lockstep.runtime.program import Tensor, Weight
 from lockstep.weights.tensor import StoredTensor
 from tests.ops.harness import ragged_step, run_op, same_bits
@@ -36,8 +38,8 @@ def both(declaration, T, **operands):
 
 def prepared(format, width):
     """The output and parameters of an op that prepares the rows for weights of a format."""
-    dtype, elements = PREPARED[preparation(format)]
-    return dict(out=(X * elements(width), dtype), width=width, top_k=X, prepared=preparation(format))
+    rows = ROW_FORMATS[PREPARATION[format]]
+    return dict(out=(X * rows.width(width), rows.dtype), width=width, top_k=X, preparation=PREPARATION[format])
 
 
 def experts_of(random, format="f32", D=D):
@@ -59,7 +61,7 @@ def test_experts(format, T):
     h = both(ExpertRows, T, x=x, order=order, **prepared(format, D))
     shape = dict(width=D, features=N, num_experts=E, top_k=X)
     out = both(ExpertLinear, T, x=h, expert_start=start, weight=weights, **shape)
-    if N // 2 % 32 == 0 or preparation(format) == "f32":
+    if N // 2 % 32 == 0 or not PREPARATION[format]:
         both(ExpertGated, T, x=out, **prepared(format, N // 2))
     pairs = both(ExpertScatter, T, x=out, order=order, width=N, top_k=X).reshape(T, X, N)
     exact = dense(x, parts, order.reshape(-1), start[0])
@@ -91,11 +93,11 @@ def test_a_row_is_that_of_an_ordinary_linear_layer():
 
 def test_rows_that_are_not_prepared_for_the_weights_are_refused():
     order, small = Tensor("order", "T", X, "i32"), dict(width=32, top_k=X)
-    with pytest.raises(ValueError, match="ExpertRows: out is o f32.T, 64., expected i8 and 88 wide"):
-        ExpertRows(out=Tensor("o", "T", 64), x=Tensor("x", "T", 32), order=order, prepared="q8", **small)
-    with pytest.raises(ValueError, match="ExpertGated: prepared is 'q7', expected one of f32, bf16, q8"):
-        ExpertGated(out=Tensor("o", "T", 64), x=Tensor("x", "T", 128), prepared="q7", **small)
+    with pytest.raises(ValueError, match="ExpertRows: out is o f32.T, 64., expected i8.T, 88."):
+        ExpertRows(out=Tensor("o", "T", 64), x=Tensor("x", "T", 32), order=order, preparation="quantize_q8", **small)
+    with pytest.raises(ValueError, match="ExpertGated: preparation is 'q7', expected one of '', 'quantize_q8'"):
+        ExpertGated(out=Tensor("o", "T", 64), x=Tensor("x", "T", 128), preparation="q7", **small)
     small.update(features=16, num_experts=E, weight=Weight("w", "q8_0", (E * 16, 32), ()))
-    with pytest.raises(ValueError, match="ExpertLinear: x is x f32.T, 64., expected rows prepared for q8_0"):
+    with pytest.raises(ValueError, match="ExpertLinear: x is x f32.T, 64., expected i8.T, 88."):
         start = Tensor("start", "T", E + 1, "i32")
         ExpertLinear(out=Tensor("o", "T", 32), x=Tensor("x", "T", 64), expert_start=start, **small)

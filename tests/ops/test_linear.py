@@ -7,8 +7,12 @@ import numpy as np
 import pytest
 
 from lockstep.models.record import INTEGER_FORMATS
-from lockstep.ops import activations, activations_cpu, linear, linear_cpu
-from lockstep.ops.activations import bf16_width, q8_width
+from lockstep.ops import activations, activations_cpu, linear, linear_cpu, rms_norm_cpu, silu_mul
+from lockstep.ops.activations import ROW_FORMATS
+from lockstep.ops.linear import PREPARATION, Linear
+from lockstep.ops.rewrite import PREPARATIONS
+from lockstep.ops.rms_norm import RmsNorm
+from lockstep.ops.silu_mul import SiluMul
 from lockstep.runtime import targets
 from lockstep.runtime.kernel import interpreted
 from lockstep.runtime.program import Weight
@@ -18,10 +22,9 @@ from lockstep.weights.finite import SCALES
 from lockstep.weights.pack import padded_width
 from lockstep.weights.tensor import BLOCK_FORMATS, StoredTensor
 from tests.ops import linear_target
-from tests.ops.harness import run_row, same_bits
+from tests.ops.harness import run_op, same_bits
 
 RNG = np.random.default_rng(1)
-PREPARE = {"f32": None, "f16": None, "bf16": "round_bf16"} | dict.fromkeys(INTEGER_FORMATS, "quantize_q8")
 STORE = {
     "f32": lambda a: a,
     "f16": lambda a: a.astype(np.float16),
@@ -29,7 +32,7 @@ STORE = {
     "q8_0": q8_0.quantize,
     "q4_0": q4_0.quantize,
 }
-FORMATS = list(PREPARE)
+FORMATS = list(PREPARATION)
 TOLERANCE = {"f32": 1e-5, "f16": 1e-5, "q4_k": 0.1, "q5_k": 0.2, "q6_k": 0.3}  # of the others 0.03
 
 
@@ -56,29 +59,18 @@ def narrow(format):
 
 
 def prepared(format, x, table=activations_cpu.CPU):
-    kind = PREPARE[format]
-    if kind is None:
+    kind, K = PREPARATION[format], x.shape[1]
+    if not kind:
         return x
-    width = bf16_width(x.shape[1]) if kind == "round_bf16" else q8_width(x.shape[1])
-    return run_row(table[kind], {"x": ("T", width, "i8")}, [x], K=x.shape[1])["x"]
+    return run_op(table, PREPARATIONS[kind], out=(ROW_FORMATS[kind].width(K), "i8"), x=x, width=K)["out"]
 
 
 def run(table, format, x, parts, residual=None, num_threads=1):
     N, K = sum(p.shape[0] for p in parts), parts[0].shape[1]
-    weight, row = Weight("w", format, (N, K), tuple(parts)), prepared(format, x)
-    width = padded_width(N)
-    held = residual if residual is not None else np.zeros((len(x), width), np.float32)
-    out = run_row(
-        table[f"linear_{format}"],
-        {"out": ("T", width + 48, "f32")},
-        [row, shifted(held), weight],
-        num_threads=num_threads,
-        K=K,
-        width=width + 48,
-        has_residual=int(residual is not None),
-        column=32,
-        features=width,
-    )["out"]
+    weight, width = Weight("w", format, (N, K), tuple(parts)), padded_width(N)
+    sizes = dict(in_features=K, out_features=N, width=width + 48, column=32)
+    rows = dict(x=prepared(format, x)) | ({} if residual is None else dict(residual=shifted(residual)))
+    out = run_op(table, Linear, num_threads=num_threads, weight=weight, format=format, **rows, **sizes)["out"]
     assert np.isnan(out[:, :32]).all() and np.isnan(out[:, 32 + width :]).all(), "wrote outside its columns"
     return out[:, 32 : 32 + N]
 
@@ -161,35 +153,22 @@ def test_a_row_that_is_not_finite_gives_no_finite_number(format):
         out, expected = run(table, format, x, parts), run(table, format, sound, parts)
         assert not np.isfinite(out[1:5]).any()
         same_bits(out[[0, 5]], expected[[0, 5]])
-    if PREPARE[format] == "quantize_q8":
+    if PREPARATION[format] == "quantize_q8":
         same_bits(prepared(format, x), prepared(format, x, activations.REFERENCE))
 
 
 @pytest.mark.parametrize("kind", ["quantize_q8", "round_bf16"])
 def test_fused_norm_and_gate_equal_their_parts(kind):
-    from lockstep.ops import rms_norm_cpu, silu_mul
-    from tests.ops.harness import weight
-
     format = "q8_0" if kind == "quantize_q8" else "bf16"
-    x, w = RNG.standard_normal((5, 128)).astype(np.float32), weight(RNG.standard_normal(128).astype(np.float32))
-    width = lambda K: bf16_width(K) if format == "bf16" else q8_width(K)
-    normed = run_row(rms_norm_cpu.CPU["rms_norm"], {"o": ("T", 128, "f32")}, [x, w], width=128, eps=1e-6, offset=1.0)[
-        "o"
-    ]
+    x, w = RNG.standard_normal((5, 128)).astype(np.float32), RNG.standard_normal(128).astype(np.float32)
+    norm = dict(x=x, weight=w, width=128, eps=1e-6, offset=1.0)
+    out = lambda K: (ROW_FORMATS[kind].width(K), "i8")
+    normed = run_op(rms_norm_cpu.CPU, RmsNorm, out=(128, "f32"), **norm)["out"]
+    gated = run_op(silu_mul.REFERENCE, SiluMul, out=(64, "f32"), x=x, width=64)["out"]
     for table in (activations_cpu.CPU, activations_cpu.PER_TOKEN):
-        fused = run_row(
-            table[f"rms_norm+{kind}"],
-            {"o": ("T", width(128), "i8")},
-            [x, w],
-            num_threads=2,
-            K=128,
-            eps=1e-6,
-            offset=1.0,
-        )["o"]
+        fused = run_op(table, RmsNorm, num_threads=2, out=out(128), preparation=kind, **norm)["out"]
         same_bits(fused, prepared(format, normed))
-    gated = run_row(silu_mul.REFERENCE["silu_mul"], {"o": ("T", 64, "f32")}, [x], width=64)["o"]
-    for table in (activations_cpu.CPU, activations_cpu.PER_TOKEN):
-        fused = run_row(table[f"silu_mul+{kind}"], {"o": ("T", width(64), "i8")}, [x], num_threads=2, K=64)["o"]
+        fused = run_op(table, SiluMul, num_threads=2, out=out(64), preparation=kind, x=x, width=64)["out"]
         same_bits(fused, prepared(format, gated))
 
 

@@ -10,8 +10,8 @@ RNG = np.random.default_rng(0)
 
 
 def norm(backend, x, w, offset=1.0, num_threads=1):
-    width = x.shape[1]
-    return run_op(backend, RmsNorm, num_threads=num_threads, x=x, weight=w, width=width, eps=1e-6, offset=offset)["out"]
+    numbers = dict(width=x.shape[1], eps=1e-6, offset=offset)
+    return run_op(backend, RmsNorm, num_threads=num_threads, out=(x.shape[1], "f32"), x=x, weight=w, **numbers)["out"]
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 3, 7, 17])

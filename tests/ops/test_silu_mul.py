@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 
 from lockstep.ops import silu_mul, silu_mul_cpu
+from lockstep.ops.silu_mul import SiluMul
 from lockstep.runtime.kernel import interpreted
-from tests.ops.harness import run_row, same_bits
+from tests.ops.harness import run_op, same_bits
 
 RNG = np.random.default_rng(0)
 
@@ -14,7 +15,7 @@ def inputs(num_tokens, width):
 
 def run(backend, x, num_threads=1):
     width = x.shape[1] // 2
-    return run_row(backend["silu_mul"], {"out": ("T", width, "f32")}, [x], num_threads=num_threads, width=width)["out"]
+    return run_op(backend, SiluMul, num_threads=num_threads, out=(width, "f32"), x=x, width=width)["out"]
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 3, 7, 17])

@@ -8,9 +8,9 @@ from lockstep.models.decoder import record_on
 from lockstep.models.families import model_config
 from lockstep.models.record import Recorder
 from lockstep.ops import BACKENDS
+from lockstep.ops.rewrite import fuse, lower
 from lockstep.runtime.executor import lay_out
 from lockstep.runtime.program import DTYPES, Tensor
-from lockstep.runtime.rewrite import fuse, lower
 from lockstep.weights.tensor import StoredTensor, stored_shape
 from tests.models import published
 

@@ -10,12 +10,17 @@ import numpy as np
 import pytest
 
 from lockstep.ops import BACKENDS
+from lockstep.ops.add import Add
+from lockstep.ops.linear import Linear
+from lockstep.ops.rewrite import fuse, lower
+from lockstep.ops.rms_norm import RmsNorm
+from lockstep.ops.silu_mul import SiluMul
 from lockstep.runtime.backend import Implementation, swapped
 from lockstep.runtime.executor import Executor, WeightStore, aligned, lay_out
 from lockstep.runtime.program import Program, Weight
-from lockstep.runtime.rewrite import fuse, lower
 from lockstep.runtime.step_block import STEP_WORDS
 from lockstep.runtime.threads import Team
+from tests.ops.harness import Given
 from tests.promise.faults import NATIVE
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -25,21 +30,32 @@ ROWS = {"T": 5, "R": 2, "S": 3}
 def chain(length=6):
     """a -> add -> add -> ...: each tensor is read by the next op only."""
     program = Program()
-    x = program.emit("embed", [program.tensor("x", "T", 16)], [])
+    x = program.emit(Given(out=program.tensor("x", "T", 16)))
     for i in range(length):
-        x = program.emit("add", [program.tensor(f"x{i}", "T", 16)], [x, x], width=16)
+        x = add(program, f"x{i}", x, x)
     return program
+
+
+def add(program, name, x, y):
+    return program.emit(Add(out=program.tensor(name, "T", x.width), x=x, y=y, width=x.width))
+
+
+def linear(program, name, x, weight):
+    N, K = weight.shape
+    sizes = dict(in_features=K, out_features=N, width=N, column=0)
+    return program.emit(Linear(out=program.tensor(name, "T", N), x=x, weight=weight, **sizes))
 
 
 def mlp(format="q8_0"):
     """norm, linear, silu_mul, linear, add: all that can be fused."""
-    program, weight = Program(), lambda name, rows, columns: Weight(name, format, (rows, columns), ())
-    x = program.emit("embed", [program.tensor("x", "T", 32)], [])
-    h = program.emit("rms_norm", [program.tensor("h", "T", 32)], [x], width=32, eps=1e-6, offset=0.0)
-    both = program.emit("linear", [program.tensor("both", "T", 64)], [h, weight("up", 64, 32)], width=64, column=0)
-    act = program.emit("silu_mul", [program.tensor("act", "T", 32)], [both], width=32)
-    y = program.emit("linear", [program.tensor("y", "T", 32)], [act, weight("down", 32, 32)], width=32, column=0)
-    program.emit("add", [program.tensor("out", "T", 32)], [x, y], width=32)
+    program, weight = Program(), lambda name, *shape: Weight(name, format, shape, ())
+    tensor = lambda name: program.tensor(name, "T", 32)
+    x = program.emit(Given(out=tensor("x")))
+    norm = dict(weight=Weight("norm", "f32", (32,), ()), eps=1e-6, offset=0.0)
+    h = program.emit(RmsNorm(out=tensor("h"), x=x, width=32, **norm))
+    both = linear(program, "both", h, weight("up", 64, 32))
+    act = program.emit(SiluMul(out=tensor("act"), x=both, width=32))
+    add(program, "out", x, linear(program, "y", act, weight("down", 32, 32)))
     return program
 
 
@@ -74,9 +90,7 @@ def test_names_are_unique():
 def test_lowering_prepares_rows_once():
     program = mlp()
     x = program.ops[1].outputs[0]
-    program.emit(
-        "linear", [program.tensor("again", "T", 32)], [x, Weight("other", "q4_0", (32, 32), ())], width=32, column=0
-    )
+    linear(program, "again", x, Weight("other", "q4_0", (32, 32), ()))
     kinds = [op.kind for op in lower(program).ops]
     assert kinds.count("quantize_q8") == 2 and kinds[-1] == "linear_q4_0"
     assert [op.kind for op in lower(mlp("f32")).ops if op.kind.startswith(("quantize", "round"))] == []
@@ -84,9 +98,9 @@ def test_lowering_prepares_rows_once():
 
 def test_fusion_joins_what_the_backend_has_and_nothing_else():
     fused = [op.kind for op in fuse(lower(mlp()), BACKENDS["cpu"]).ops]
-    assert fused == ["embed", "rms_norm+quantize_q8", "linear_q8_0", "silu_mul+quantize_q8", "linear_q8_0"]
+    assert fused == ["given", "rms_norm+quantize_q8", "linear_q8_0", "silu_mul+quantize_q8", "linear_q8_0"]
     assert [op.kind for op in fuse(lower(mlp()), BACKENDS["reference"]).ops] == [
-        "embed",
+        "given",
         "rms_norm",
         "quantize_q8",
         "linear_q8_0",
@@ -99,7 +113,7 @@ def test_fusion_joins_what_the_backend_has_and_nothing_else():
 def test_a_tensor_that_somebody_else_reads_is_not_fused_away():
     program = mlp()
     y = program.ops[4].outputs[0]
-    program.emit("add", [program.tensor("reader", "T", 32)], [y, y], width=32)
+    add(program, "reader", y, y)
     ops = fuse(lower(program), BACKENDS["cpu"]).ops
     assert [op.kind for op in ops][-2:] == ["add", "add"] and any(y in op.outputs for op in ops)
 
@@ -107,7 +121,24 @@ def test_a_tensor_that_somebody_else_reads_is_not_fused_away():
 def test_a_residual_reads_what_was_added():
     program = mlp()
     op = fuse(lower(program), BACKENDS["cpu"]).ops[-1]
-    assert op.params["has_residual"] == 1 and op.inputs[1].name == "x" and op.outputs[0].name == "out"
+    assert (op.kind, op.residual.name, op.out.name) == ("linear_q8_0", "x", "out")
+
+
+def test_a_residual_that_is_made_after_the_product_is_there_when_it_is_added():
+    program = Program()
+    h = program.emit(Given(out=program.tensor("h", "T", 32)))
+    y = linear(program, "y", h, Weight("w", "f32", (32, 32), ()))
+    add(program, "out", program.emit(Given(out=program.tensor("later", "T", 32))), y)
+    ops = fuse(lower(program), BACKENDS["cpu"]).ops
+    assert [op.kind for op in ops] == ["given", "given", "linear_f32"] and ops[-1].residual.name == "later"
+
+
+def test_what_is_read_after_the_step_is_not_fused_away():
+    program = mlp()
+    program.results["act"] = program.ops[3].out
+    program.results["y"] = program.ops[4].out
+    kinds = [op.kind for op in fuse(lower(program), BACKENDS["cpu"]).ops]
+    assert kinds[2:] == ["linear_q8_0", "silu_mul", "quantize_q8", "linear_q8_0", "add"]
 
 
 def test_swaps_name_what_is_missing():
@@ -147,7 +178,7 @@ class Recorder:
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
 def test_every_thread_meets_every_op_in_order(num_threads):
     program, kernels = chain(3), [Recorder(), Recorder()]
-    backend = {"embed": Implementation(kernels[0]), "add": Implementation(kernels[1])}
+    backend = {"given": Implementation(kernels[0]), "add": Implementation(kernels[1])}
     team = Team(num_threads)
     executor = Executor(program, backend, team, WeightStore(), ROWS, {})
     for _ in range(20):

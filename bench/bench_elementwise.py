@@ -12,12 +12,15 @@ import time
 import numpy as np
 
 from lockstep.ops import add_cpu, rms_norm_cpu, silu_mul_cpu
+from lockstep.ops.add import Add
+from lockstep.ops.rms_norm import RmsNorm
+from lockstep.ops.silu_mul import SiluMul
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.executor import Executor, WeightStore
 from lockstep.runtime.kernel import kernel
 from lockstep.runtime.program import Program
 from lockstep.runtime.threads import Team
-from tests.ops.harness import ragged_step, weight
+from tests.ops.harness import Given, ragged_step, weight
 
 SHAPES = [(1, 1024), (512, 1024), (512, 6144)]
 
@@ -29,17 +32,16 @@ def nothing(op, step, thread, num_threads):
 
 def emit(program, kind, width):
     """Records one op; returns the float32 numbers it reads and writes per token."""
-    x, y = program.tensor("x", "T", width), program.tensor("y", "T", width)
-    program.emit("input", [x, y], [])
+    x, y = (program.emit(Given(out=program.tensor(name, "T", width))) for name in "xy")
+    out_width = width // 2 if kind == "silu_mul" else width
+    operands = dict(out=program.tensor("out", "T", out_width), x=x, width=out_width)
     if kind == "silu_mul":
-        program.emit(kind, [program.tensor("out", "T", width // 2)], [x], width=width // 2)
-        return width + width // 2
-    out = program.tensor("out", "T", width)
-    if kind == "add":
-        program.emit(kind, [out], [x, y], width=width)
-        return 3 * width
-    program.emit(kind, [out], [x, weight(np.ones(width), f"norm{width}")], width=width, eps=1e-6, offset=0.0)
-    return 2 * width
+        program.emit(SiluMul(**operands))
+    elif kind == "add":
+        program.emit(Add(y=y, **operands))
+    else:
+        program.emit(RmsNorm(weight=weight(np.ones(width), f"norm{width}"), eps=1e-6, offset=0.0, **operands))
+    return width + out_width + (width if kind == "add" else 0)
 
 
 def build(table, kind, num_tokens, width, team):
@@ -47,14 +49,14 @@ def build(table, kind, num_tokens, width, team):
     numbers = emit(program, kind, width)
     executor = Executor(
         program,
-        {**table, "input": Implementation(nothing)},
+        {**table, "given": Implementation(nothing)},
         team,
         WeightStore(),
         {"T": num_tokens, "R": 1, "S": 1},
         {},
         keep=True,
     )
-    executor._memory.view(np.float32)[:] = 0.5
+    executor.fill(0x3F)  # float32 of 0.747
     return executor, 4 * numbers * num_tokens
 
 

@@ -16,9 +16,12 @@ import time
 import numpy as np
 from numba import njit
 
+from bench.bench_elementwise import nothing
 from lockstep.models.record import INTEGER_FORMATS
 from lockstep.ops import activations_cpu, linear_cpu
-from lockstep.ops.activations import bf16_width, q8_width
+from lockstep.ops.linear import Linear
+from lockstep.ops.rewrite import lower
+from lockstep.runtime.backend import Implementation
 from lockstep.runtime.executor import Executor, WeightStore, aligned
 from lockstep.runtime.kernel import STRICT
 from lockstep.runtime.peak import CHAINS, lanes_of, peak_f32, peak_int8
@@ -29,6 +32,7 @@ from lockstep.runtime.step_block import STEP_WORDS
 from lockstep.runtime.threads import Team
 from lockstep.weights import q4_0, q8_0
 from lockstep.weights.tensor import StoredTensor, stored_shape
+from tests.ops.harness import Given
 
 SHAPES = ["4096x1024", "1024x2048", "6144x1024", "1024x3072", "151936x1024"]
 FORMATS = ["f32", "bf16", *INTEGER_FORMATS]
@@ -142,47 +146,30 @@ class Case:
 
     def __init__(self, format, N, K, max_rows, team, table):
         self.format, self.N, self.K, self.times = format, N, K, {}
-        kind = f"linear_{format}"
         part = stored(format, N, K)
-        implementation = table[kind]
-        self.weight_bytes = sum(a.nbytes for a in implementation.layout[1](Weight("w", format, (N, K), (part,))))
+        packed = table[f"linear_{format}"].layout.make(Weight("w", format, (N, K), (part,)))
+        self.weight_bytes = sum(a.nbytes for a in packed)
         self.copies = max(1, -(-CACHES // self.weight_bytes))
-        self.executor = self._executor(implementation, part, max_rows, team)
+        self.executor = self._executor(table, part, max_rows, team)
 
-    def _executor(self, implementation, part, max_rows, team):
-        program, K = Program(), self.K
-        prepare, width = {"f32": (None, 4 * K), "f16": (None, 4 * K), "bf16": ("round_bf16", bf16_width(K))}.get(
-            self.format, ("quantize_q8", q8_width(K))
-        )
-        x = program.tensor("x", "T", K)
-        program.emit("input", [x], [])
-        row = program.emit(prepare, [program.tensor("row", "T", width, "i8")], [x], K=K) if prepare else x
-        out = program.tensor("out", "T", self.N)
+    def _executor(self, table, part, max_rows, team):
+        program, sizes = Program(), dict(in_features=self.K, out_features=self.N, width=self.N, column=0)
+        x, out = program.tensor("x", "T", self.K), program.tensor("out", "T", self.N)
+        program.emit(Given(out=x))
         for i in range(self.copies):
-            weight = Weight(f"w{i}", self.format, (self.N, K), (part,))
-            program.emit(
-                "linear", [out], [row, row, weight], K=K, width=self.N, has_residual=0, column=0, features=self.N
-            )
-        backend = {**activations_cpu.CPU, "linear": implementation, "input": implementation}
-        executor = Executor(program, backend, team, Copies(), {"T": max_rows, "R": 1, "S": 1}, {}, keep=True)
-        executor.view(x, max_rows)[...] = np.random.default_rng(1).standard_normal((max_rows, K), np.float32)
+            weight = Weight(f"w{i}", self.format, (self.N, self.K), (part,))
+            program.emit(Linear(out=out, x=x, weight=weight, **sizes))
+        backend = {**activations_cpu.CPU, **table, "given": Implementation(nothing)}
+        executor = Executor(lower(program), backend, team, Copies(), {"T": max_rows}, {}, keep=True)
+        executor.view(x, max_rows)[...] = np.random.default_rng(1).standard_normal((max_rows, self.K), np.float32)
         return executor
 
     def run(self, rows):
         """Seconds for one linear layer of so many rows."""
-        step = np.zeros(STEP_WORDS, np.int64)
+        step, clock = np.zeros(STEP_WORDS, np.int64), np.zeros(len(self.executor.program.ops), np.int64)
         step[NUM_TOKENS], step[NUM_REQUESTS], step[NUM_SAMPLED] = rows, 1, 1
-        num_ops = len(self.executor.program.ops)
-        if num_ops - self.copies > 1:
-            self._ops(step, 1, num_ops - self.copies)
-        started = time.perf_counter()
-        self._ops(step, num_ops - self.copies, num_ops)
-        self.times.setdefault(rows, []).append((time.perf_counter() - started) / self.copies)
-
-    def _ops(self, step, first, last):
-        executor = self.executor
-        executor._counters[:] = 0
-        executor.team.run(executor._table[first:].ctypes.data, last - first, step.ctypes.data)
+        self.executor.run(step, clock)
+        self.times.setdefault(rows, []).append((clock[-1] - clock[-1 - self.copies]) / 1e9 / self.copies)
 
 
 def report(case, rows, ceilings):

@@ -14,12 +14,13 @@ SOURCES := pyproject.toml $(wildcard lockstep/*.py lockstep/*/*.py lockstep/bund
 BIN := $(VENV)/bin
 LOCKSTEP := $(BIN)/lockstep
 
-.PHONY: help demo test soak test-oracles oracles lint lock audit clean
+.PHONY: help demo test test-targets soak test-oracles oracles lint lock audit clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo          install into $(VENV) and generate with the bundled model"
 	@echo "make test          run the tests (without torch)"
+	@echo "make test-targets  compare with kernels for other CPUs, those with this CPU's own instructions included"
 	@echo "make soak          random schedules with fresh seeds, for SOAK minutes (10)"
 	@echo "make test-oracles  compare with transformers, JAX and lm-eval, live (installs them and torch into $(ORACLES))"
 	@echo "make lint          run ruff"
@@ -42,8 +43,14 @@ demo: $(VENV)/.installed
 	@if [ -f lockstep/commands/parity.py ]; then echo; $(LOCKSTEP) parity; fi
 	@if [ -f lockstep/commands/bench.py ]; then echo; $(LOCKSTEP) bench --quick; fi
 
+# a process for each core; those files take longest whose names come first
 test: $(VENV)/.test
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+# also instruction sets that are this machine's own
+test-targets: $(VENV)/.test
+	@LOCKSTEP_ALL_TARGETS=1 $(BIN)/python -m pytest -q tests/promise/test_isa.py tests/ops/test_linear.py \
+		tests/ops/test_attention.py tests/ops/test_ragged_paged_attention.py -k target
 
 SOAK ?= 10
 soak: $(VENV)/.test

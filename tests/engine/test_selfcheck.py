@@ -9,6 +9,7 @@ from lockstep.engine import selfcheck, selfcheck_sampling
 from lockstep.ops import BACKENDS
 from lockstep.runtime.unfit import UnfitMachine
 from tests.golden.record_kernels import recorded, recorded_sampling
+from tests.kernels import shared_kernels
 from tests.models import tiny
 from tests.models.cases import CASES as FAMILY_CASES
 from tests.models.running import load as load_tiny
@@ -20,7 +21,7 @@ TABLE = {**BACKENDS["reference"], **BACKENDS["cpu"]}
 
 @pytest.fixture(autouse=True)
 def own_marks(monkeypatch, tmp_path):
-    monkeypatch.setenv("LOCKSTEP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LOCKSTEP_CACHE", str(shared_kernels(tmp_path / "cache")))
 
 
 @pytest.fixture(

@@ -1,4 +1,3 @@
-import os
 import pathlib
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from lockstep.runtime.kernel import interpreted
 from tests.ops import q8_target
 from tests.ops.harness import ragged_step, run_op, same_bits
 from tests.ops.pages import quantize, random_cache, round_bf16, scales_of, widen
-from tests.promise.test_isa import cpu_flags
+from tests.targets import compiling_for, pretending, skip_without
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -258,16 +257,13 @@ def test_definition_over_8_bits_compiled_equals_interpreted(window, soft_cap):
 
 @pytest.mark.parametrize("variant, cpu", [("native", "haswell"), ("avx_vnni", ""), ("generic", "")])
 def test_8_bit_attention_gives_the_same_bits_for_another_target(variant, cpu, tmp_path):
-    needed = {"avx2", "fma"} if cpu else {"avx512vl", "avx512_vnni"} if variant == "avx_vnni" else set()
-    if needed - cpu_flags():
-        pytest.skip(f"this CPU lacks {', '.join(sorted(needed - cpu_flags()))}")
-    named = dict(NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES="") if cpu else {}
+    skip_without(*(("avx512vl", "avx512_vnni") if variant == "avx_vnni" else ()))
     printed = subprocess.run(
         [sys.executable, "-m", "tests.ops.q8_target", variant],
         cwd=ROOT,
         text=True,
         check=True,
-        env={**os.environ, **named, "LOCKSTEP_CACHE": str(tmp_path)},
+        env=compiling_for(cpu) if cpu else pretending(tmp_path),
         capture_output=True,
     )
     assert printed.stdout.split() == q8_target.digests()

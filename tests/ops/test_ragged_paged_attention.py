@@ -15,9 +15,10 @@ from lockstep.ops.ragged import scoring, workers
 from lockstep.ops.ragged_attention import Scoring, Sequences, attend_ragged
 from lockstep.ops.ragged_checks import pages
 from lockstep.runtime.kernel import interpreted
+from tests.ops import ragged_isa
 from tests.ops.harness import same_bits
 from tests.ops.ragged_cases import BF16, F32, MIXED, RECORDED, Batch
-from tests.promise.test_isa import TARGETS, cpu_flags
+from tests.targets import FEATURES, compiling_for
 
 ROOT = pathlib.Path(__file__).parents[2]
 SINKS = np.linspace(-2, 6, 48, dtype=np.float32)
@@ -308,21 +309,15 @@ def test_a_forked_process_has_threads_of_its_own():
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, check=True, timeout=300)
 
 
-@pytest.mark.parametrize("cpu", TARGETS)
+@pytest.mark.parametrize("cpu", FEATURES)
 def test_a_target_gives_the_bits_of_this_machine(cpu):
-    missing = set(TARGETS[cpu]) - cpu_flags()
-    if missing:
-        pytest.skip(f"this CPU cannot run {cpu}: it lacks {', '.join(sorted(missing))}")
-
-    def digest(**target):
-        return subprocess.run(
-            [sys.executable, "-m", "tests.ops.ragged_isa"],
-            cwd=ROOT,
-            env={**os.environ, **target},
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        ).stdout.split()
-
-    assert digest(NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES="") == [cpu, digest()[1]]
+    found = subprocess.run(
+        [sys.executable, "-m", "tests.ops.ragged_isa"],
+        cwd=ROOT,
+        env=compiling_for(cpu),
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    ).stdout.split()
+    assert found == [cpu, ragged_isa.digest()]

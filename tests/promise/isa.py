@@ -17,6 +17,11 @@ def digest(case, folder):
     return run_path(model, ids, Path("cut after 33", (33, 40), 2)).digest
 
 
-if __name__ == "__main__":
+def digests():
+    """One of each case."""
     with tempfile.TemporaryDirectory() as folder:
-        print(target()[1], *(digest(case, pathlib.Path(folder) / str(case)) for case in CASES))
+        return [digest(case, pathlib.Path(folder) / str(case)) for case in CASES]
+
+
+if __name__ == "__main__":
+    print(target()[1], *digests())

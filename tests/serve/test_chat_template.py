@@ -251,6 +251,7 @@ def _peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
+@pytest.mark.alone
 def test_a_slow_template_delays_nobody(process):
     slow, quick = (
         ChatTemplate(text, process)

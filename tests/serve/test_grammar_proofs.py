@@ -106,6 +106,7 @@ def test_the_process_ends_with_the_object():
         os.kill(child, 0)
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory in use is read from /proc")
 def test_a_slow_grammar_delays_nobody_and_makes_no_others_mistake(grammars, monkeypatch):
     monkeypatch.setattr(structured, "COMPILE_SECONDS", 1.0)

@@ -25,6 +25,7 @@ def test_ids_are_those_of_the_librarys_plain_call(text, special):
         assert tokenizer.encode(text, special) == tokenizer.backend.encode(text, add_special_tokens=special).ids
 
 
+@pytest.mark.alone
 @KINDS
 def test_other_threads_run_while_a_long_text_is_tokenized(tokenizer):
     text = "The quick brown fox jumps over the lazy dog.\n" * 20_000

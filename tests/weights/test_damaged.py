@@ -17,6 +17,7 @@ from lockstep.weights.checkpoint import open_checkpoint
 from lockstep.weights.pack import pack_q8_0
 from lockstep.weights.store import PackedStore
 from lockstep.weights.tensor import BLOCK_FORMATS, StoredTensor
+from tests.kernels import shared_kernels
 from tests.models import tiny
 from tests.models.cases import CASES
 from tests.weights.files import write_folder
@@ -81,7 +82,7 @@ def test_a_large_table_is_checked_in_pieces_of_the_right_row():
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight",
                                   "model.layers.1.mlp.up_proj.weight"])  # fmt: skip
 def test_a_model_with_a_nan_is_refused_and_the_tensor_named(name, tmp_path, monkeypatch):
-    monkeypatch.setenv("LOCKSTEP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LOCKSTEP_CACHE", str(shared_kernels(tmp_path / "cache")))
     arrays = tiny.tensors(QWEN3, 3)
     arrays[name].flat[7] = np.nan
     folder = tiny.write(tmp_path / "m", QWEN3, arrays)
@@ -129,7 +130,7 @@ def remove(path):
     ],
 )
 def test_damaged_packed_weights_are_packed_again(damage, tmp_path, monkeypatch):
-    monkeypatch.setenv("LOCKSTEP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LOCKSTEP_CACHE", str(shared_kernels(tmp_path / "cache")))
     folder, answers = tiny.write(tmp_path / "m", QWEN3, tiny.tensors(QWEN3, 3)), []
     for packed in (True, True, False):  # damaged: packed again; whole again: not
         reports = []
@@ -147,7 +148,7 @@ def test_damaged_packed_weights_are_packed_again(damage, tmp_path, monkeypatch):
 
 def test_a_model_that_is_written_to_while_it_is_loaded_is_refused(tmp_path, monkeypatch):
     """Also after its content is known: some weights were read before, others after."""
-    monkeypatch.setenv("LOCKSTEP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LOCKSTEP_CACHE", str(shared_kernels(tmp_path / "cache")))
     folder, make = tiny.write(tmp_path / "m", QWEN3, tiny.tensors(QWEN3, 3)), PackedStore.make
 
     def writing(store, weight, layout):
@@ -167,12 +168,7 @@ import os, sys
 from pathlib import Path
 from lockstep import LLM, SamplingParams
 from lockstep.engine.engine import Engine
-from lockstep.ops import BACKENDS
-folder, when, cache = sys.argv[1:]
-for table in BACKENDS.values():
-    for one in table.values():
-        one.kernel.is_cached  # finds the folder of the kernels, which need not be compiled again
-os.environ["LOCKSTEP_CACHE"] = cache
+folder, when = sys.argv[1:]
 truncate = lambda: os.truncate(Path(folder) / "model.safetensors", 4096)
 if when == "loading":
     made = Engine.__init__
@@ -193,12 +189,13 @@ except ValueError as error:
 @pytest.mark.parametrize(("when", "said"), [("loading", "the file had"), ("running", "same")])
 def test_a_file_that_is_truncated_does_not_end_the_process(when, said, can_keep, tmp_path):
     folder = tiny.write(tmp_path / "m", QWEN3, tiny.tensors(QWEN3, 3))
+    cache = shared_kernels(tmp_path / "cache")
     if not can_keep:
-        (tmp_path / "packed").write_text("a file where the folder of packed weights would be")
-    cache = tmp_path if not can_keep else tmp_path / "cache"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        (cache / "packed").write_text("a file where the folder of packed weights would be")
+    path = os.pathsep.join(p for p in sys.path if p)
+    environment = {**os.environ, "LOCKSTEP_CACHE": str(cache), "PYTHONPATH": path}
     for _ in range(2 if when == "running" else 1):  # the second time from what the first has kept, if it could
-        code = [sys.executable, "-c", TRUNCATED_WHILE_OPEN, str(folder), when, str(cache)]
+        code = [sys.executable, "-c", TRUNCATED_WHILE_OPEN, str(folder), when]
         done = subprocess.run(code, capture_output=True, text=True, env=environment)
         assert done.returncode == 0 and said in done.stdout, (done.returncode, done.stdout, done.stderr[-2000:])
         folder = tiny.write(tmp_path / "m", QWEN3, tiny.tensors(QWEN3, 3))

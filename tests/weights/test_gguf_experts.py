@@ -10,6 +10,7 @@ from lockstep.weights.checkpoint import open_checkpoint
 from lockstep.weights.finite import SCALES
 from lockstep.weights.pack import pack_q8_0
 from lockstep.weights.tensor import BLOCK_FORMATS
+from tests.kernels import shared_kernels
 from tests.models import tiny
 from tests.models.cases import case
 from tests.models.running import load, logits_of
@@ -114,7 +115,7 @@ def test_experts_of_the_formats_that_kernels_take_stay_as_they_are(tmp_path):
 
 @pytest.mark.parametrize("attention", ["q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k"])
 def test_a_file_of_one_format_is_loaded_and_answers_as_its_definitions_do(attention, tmp_path, monkeypatch):
-    monkeypatch.setenv("LOCKSTEP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LOCKSTEP_CACHE", str(shared_kernels(tmp_path / "cache")))
     path, _ = fused_and_not(tmp_path, ("q4_k", "q4_k", "q6_k"), attention)
     answers = []
     for ops in (None, None, {"linear": "reference"}):  # packed now, packed before, defined

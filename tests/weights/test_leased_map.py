@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from lockstep.weights.leased_map import LeasedMaps
+from tests.kernels import shared_kernels
 
 CONTENT = np.random.default_rng(0).integers(0, 256, 300_000, np.uint8)
 
@@ -123,6 +124,7 @@ def test_what_nobody_reads_any_more_is_given_back(path):
 LOST = """
 import fcntl, sys, time
 from lockstep.weights.leased_map import LeasedMaps
+from tests.kernels import shared_kernels
 
 maps = LeasedMaps()
 with open(sys.argv[1], "rb") as file:
@@ -149,7 +151,6 @@ from pathlib import Path
 from lockstep import LLM, SamplingParams
 
 folder = Path(sys.argv[1])
-os.environ["LOCKSTEP_CACHE"] = str(folder)  # after the import: kernels need not be compiled again
 
 def answers(llm):
     made = llm.generate(["Once upon a time", "The sea"], SamplingParams(max_tokens=12, logprobs=2, ignore_eos=True))
@@ -185,6 +186,7 @@ print("right")
 
 
 def test_a_model_answers_right_while_its_packed_weights_are_cut_and_after(tmp_path):
-    command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    cache = shared_kernels(tmp_path / "cache")
+    command, environment = [sys.executable, "-c", PROGRAM, str(cache)], os.environ | {"LOCKSTEP_CACHE": str(cache)}
+    found = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
     assert (found.returncode, found.stdout) == (0, "right\n"), found.stderr

@@ -32,6 +32,7 @@ def refusal_and_stall(raw: bytes, fields: type) -> tuple[str | None, float]:
 MESSAGE = '{"role":"user","content":""}'
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "raw, says",
     [
@@ -66,6 +67,7 @@ def test_what_stands_inside_of_strings_does_not_count(text):
     assert refusal_and_stall(raw, ChatFields)[0] is None
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "read, says",
     [

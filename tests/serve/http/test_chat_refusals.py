@@ -108,6 +108,7 @@ def test_lone_surrogates(http, where):
     assert "surrogate" in refusal(http, ("{" + where + "}").encode())
 
 
+@pytest.mark.alone
 def test_grammars_that_take_long_make_nobody_elses_request_a_mistake(http, server):
     """Their own come to their end, or are told to come again; /health and small grammars are answered meanwhile."""
 

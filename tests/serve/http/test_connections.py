@@ -115,6 +115,7 @@ def test_a_client_that_ends_within_a_request_has_left(server, raw):
         assert read_all(connection) == b""
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("fields", [dict(), dict(stream=True)], ids=str)
 def test_a_client_that_closes_altogether_is_noticed_soon(fields):
     """To the system it looks like one that closed its half, until it is written to."""
@@ -132,6 +133,7 @@ def test_a_client_that_closes_altogether_is_noticed_soon(fields):
 # ---------------------------------------------------------------- too many
 
 
+@pytest.mark.alone
 def test_health_is_answered_whoever_holds_connections():
     """Half-sent requests of one address, far more than there may be, that come again as they are refused."""
     with running(limits=FEW) as made:

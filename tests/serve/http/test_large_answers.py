@@ -122,6 +122,7 @@ def test_a_large_answer_is_the_same_as_a_small_one_in_pieces(server, monkeypatch
     assert "content-length" in small.headers and small.json()["choices"] == large.json()["choices"]
 
 
+@pytest.mark.alone
 def test_others_are_answered_and_memory_is_bounded_while_a_large_answer_is_made_and_written():
     with program("--max-requests", 32) as made:
         httpx.post(f"{made.url}/v1/completions", json=ASKED, timeout=120)

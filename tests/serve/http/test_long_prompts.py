@@ -19,6 +19,7 @@ CALLED = [
 ]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "route, fields",
     [

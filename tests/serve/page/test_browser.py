@@ -14,7 +14,10 @@ from lockstep.serve.hub import resolve_model
 from tests.serve.http.server import SIZES, running
 from tests.serve.page import browser as driver
 
-pytestmark = pytest.mark.skipif(driver.missing() is not None, reason=f"{driver.missing()}: the page is not tested")
+pytestmark = [
+    pytest.mark.alone,
+    pytest.mark.skipif(driver.missing() is not None, reason=f"{driver.missing()}: the page is not tested"),
+]
 SET = dict(max_tokens=24, temperature=0.7, top_p=0.95, seed=7)  # with a seed an answer is the same in every run
 ENDED, TOKENS = ".again", ".answer:last-child .token"
 VERDICT = ".answer:last-child .verdict"

@@ -1,0 +1,67 @@
+"""The budget of `make test`: processor time of the whole run, the processes that it started included.
+
+A pytest plugin. It adds up, for each test file, what its tests and fixtures took; at the end it prints the sum of the
+run, the budget, and the files that took most. See docs/testing.md.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Generator
+
+import pytest
+
+from tests.slowness import is_within
+
+BUDGET = 600  # seconds on a processor
+NUM_SHOWN = 10  # files
+
+
+def used_seconds() -> float:
+    """Processor time, user's and system's, of this process and of all that it started and has seen end."""
+    return sum(os.times()[:4])
+
+
+class Budget:
+    """Counts in every process that runs tests; prints in the one that was started."""
+
+    def __init__(self) -> None:
+        self.files: Counter[str] = Counter()
+        self._counted = 0.0
+
+    def _count(self, name: str) -> None:
+        """Whatever was used since the last call belongs to this name."""
+        now = used_seconds()
+        self.files[name] += now - self._counted
+        self._counted = now
+
+    def pytest_collection_finish(self) -> None:
+        self._count("(imports and collection)")
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
+        result = yield
+        self._count(item.nodeid.partition("::")[0])
+        return result
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if hasattr(session.config, "workeroutput"):  # a worker of pytest-xdist
+            session.config.workeroutput["seconds_of_files"] = dict(self.files)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node) -> None:
+        """A worker of pytest-xdist has ended."""
+        self.files.update(getattr(node, "workeroutput", {}).get("seconds_of_files", {}))
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        for line in summary(used_seconds(), self.files):
+            terminalreporter.write_line(line, red=line.startswith("OVER"))
+
+
+def summary(used: float, files: dict[str, float]) -> list[str]:
+    """What is printed at the end of a run that took so many seconds in all."""
+    lines = [f"{used:.0f} CPU seconds of a budget of {BUDGET}, child processes included. Most of them:"]
+    largest = sorted(files.items(), key=lambda item: -item[1])[:NUM_SHOWN]
+    lines += [f"{seconds:7.1f}  {name}" for name, seconds in largest]
+    if not is_within(used, BUDGET):
+        lines.append("OVER BUDGET, even for a machine as slow as this one: see docs/testing.md")
+    return lines

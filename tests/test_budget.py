@@ -1,0 +1,58 @@
+"""What the tests' own plugins do: count processor time, and let a test be alone."""
+
+import fcntl
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from tests import budget
+from tests.room import Room
+
+
+def test_processor_time_of_child_processes_counts():
+    before = budget.used_seconds()
+    burn = "import time\nwhile time.process_time() < 0.3: pass"
+    subprocess.run([sys.executable, "-S", "-c", burn], check=True)
+    assert 0.29 < budget.used_seconds() - before
+
+
+@pytest.mark.parametrize("used, is_over", [(budget.BUDGET - 1, False), (1e9, True)])
+def test_a_run_over_the_budget_says_so(used, is_over):
+    lines = budget.summary(used, {"a.py": 1.0, "b.py": 2.5})
+    assert f"{used:.0f} CPU seconds of a budget of 600" in lines[0] and lines[1].split() == ["2.5", "b.py"]
+    assert any(line.startswith("OVER") for line in lines) == is_over
+
+
+def test_who_is_alone_waits_for_the_others_and_lets_nobody_in(tmp_path):
+    events, threads = [], []
+
+    def enter(name, alone):
+        with Room(tmp_path).entered(alone):
+            events.append(f"{name} in")
+            time.sleep(0.02)
+            events.append(f"{name} out")
+
+    def start(*args):
+        threads.append(threading.Thread(target=enter, args=args))
+        threads[-1].start()
+
+    def holds_the_door():
+        with open(tmp_path / "door") as door:
+            try:
+                fcntl.flock(door, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+
+    with Room(tmp_path).entered(alone=False), Room(tmp_path).entered(alone=False):
+        start("alone", True)
+        while not holds_the_door():
+            time.sleep(0.001)
+        start("late", False)
+        time.sleep(0.05)
+        assert events == []
+    for each in threads:
+        each.join(60)
+    assert events == ["alone in", "alone out", "late in", "late out"]

@@ -14,7 +14,7 @@ SOURCES := pyproject.toml $(wildcard lockstep/*.py lockstep/*/*.py lockstep/bund
 BIN := $(VENV)/bin
 LOCKSTEP := $(BIN)/lockstep
 
-.PHONY: help demo test test-targets soak test-oracles oracles lint lock audit clean
+.PHONY: help demo test test-targets soak test-oracles oracles-lm-eval oracles-others oracles lint lock audit clean
 .DEFAULT_GOAL := help
 
 help:
@@ -58,9 +58,14 @@ soak: $(VENV)/.test
 	@LOCKSTEP_SOAK=$(SOAK) $(BIN)/python -m pytest -q tests/test_lockstep.py tests/promise/test_traffic.py \
 		tests/serve/http tests/serve/test_template_fuzz.py -k soak
 
-test-oracles: $(ORACLES)/.installed
+# Two processes, with -j2 at the same time: beside JAX, lm-eval's server does not come to an end.
+test-oracles: oracles-lm-eval oracles-others
+
+oracles-lm-eval: $(ORACLES)/.installed
+	@$(ORACLES)/bin/python -m pytest -q tests/oracles/test_lm_eval.py
+
+oracles-others: $(ORACLES)/.installed
 	@$(ORACLES)/bin/python -m pytest -q tests/oracles --ignore tests/oracles/test_lm_eval.py
-	@$(ORACLES)/bin/python -m pytest -q tests/oracles/test_lm_eval.py  # alone: beside JAX, its server does not come to an end
 
 # Only the installation: it fails where the registry has no torch for this machine.
 oracles: $(ORACLES)/.installed

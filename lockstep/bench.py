@@ -72,7 +72,7 @@ class Bench:
             started = time.monotonic_ns()
             runner.step([span], clock)
             rows.append(np.diff(clock, prepend=started))
-        return list(zip(ops, np.median(rows, axis=0) / 1e9))
+        return list(zip(ops, np.median(rows, axis=0) / 1e9, strict=True))
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,9 @@ def against_per_token(bench, num_tokens, repeat):
         if size <= bench.chunk:
             largest = max(largest, float(np.abs(bench.prefill(num_tokens, size)[1] - reference).max()))
             results[name] = paired(
-                lambda: bench.per_token(num_tokens)[0], lambda: bench.prefill(num_tokens, size)[0], repeat
+                lambda: bench.per_token(num_tokens)[0],
+                lambda size=size: bench.prefill(num_tokens, size)[0],
+                repeat,
             )
     return results, largest
 
@@ -124,7 +126,9 @@ def switch_ratios(bench, num_tokens, repeat):
         swaps = {name: "per_token"}
         bench.prefill(num_tokens, swaps=swaps)
         results[name] = paired(
-            lambda: bench.prefill(num_tokens, swaps=swaps)[0], lambda: bench.prefill(num_tokens)[0], repeat
+            lambda swaps=swaps: bench.prefill(num_tokens, swaps=swaps)[0],
+            lambda: bench.prefill(num_tokens)[0],
+            repeat,
         )
     return results
 

@@ -217,7 +217,10 @@ class Measured:
 def prepare(engine, workload):
     """The Visits of a workload, in order of arrival. ValueError if one of its requests can never run."""
     prompts = workload.requests_of(engine.model.config.vocab_size)
-    return [Visit(engine.make(ids, params)[0], due) for (ids, params), due in zip(prompts, workload.due_times())]
+    return [
+        Visit(engine.make(ids, params)[0], due)
+        for (ids, params), due in zip(prompts, workload.due_times(), strict=True)
+    ]
 
 
 def measure(engine, visits, concurrency=None):
@@ -322,7 +325,9 @@ def _of_steps(steps, seconds):
     parts = np.array(
         [(s.scheduled - s.started, s.entered - s.scheduled, s.left - s.entered, s.ended - s.left) for s in steps]
     )
-    shares = dict(zip(("scheduling", "building", "native", "taking"), (parts.sum(0) / parts.sum()).tolist()))
+    shares = dict(
+        zip(("scheduling", "building", "native", "taking"), (parts.sum(0) / parts.sum()).tolist(), strict=True)
+    )
     return dict(
         count=len(steps),
         busy=float(parts.sum()) / seconds,

@@ -216,7 +216,7 @@ def test_a_run_answers_everything_and_each_request_alone_is_the_same(llm):
 def test_one_changed_bit_or_token_is_found(llm):
     visits = prepare(llm.engine, Workload(**SMALL | dict(requests=3)))
     measure(llm.engine, visits)
-    first, second, last = (v.request for v in visits)
+    first, _, last = (v.request for v in visits)
     first.logprobs[2] = float(np.nextafter(np.float32(first.logprobs[2]), np.float32(0)))
     last.output_ids[1] ^= 1
     assert differing(llm.engine, visits, 3) == ([first.id, last.id], 3)
@@ -282,7 +282,7 @@ def test_json_and_the_plot(capsys, tmp_path):
     found = json.loads(capsys.readouterr().out)
     assert found["totals"]["requests"] == 6 == len(found["visits"]) and found["hit_rate"] is None
     assert found["engine"]["max_requests"] == 2 and not found["engine"]["prefix_cache"]
-    assert all(a["due"] <= b["due"] for a, b in zip(found["visits"], found["visits"][1:]))
+    assert all(a["due"] <= b["due"] for a, b in zip(found["visits"], found["visits"][1:], strict=True))
     assert path.read_bytes().startswith(b"\x89PNG")
 
 

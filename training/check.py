@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models
 
 def worst_difference(results, expected):
     """The largest difference, each tensor in units of its own largest entry."""
-    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(results, expected))
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(results, expected, strict=True))
 
 
 def value_and_gradients(function, inputs, direction):

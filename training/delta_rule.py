@@ -69,7 +69,7 @@ def delta_rule_chunked(q, k, v, g, beta, chunk=64):
 def scan_chunks(new_v, old_k, scores, decayed_q, decayed_k, last_decay):
     """Carry the state from chunk to chunk."""
     # unbind once: indexing in the loop would make autograd write a full-size gradient per chunk
-    chunks = zip(*(x.unbind(1) for x in (new_v, old_k, scores, decayed_q, decayed_k, last_decay)))
+    chunks = zip(*(x.unbind(1) for x in (new_v, old_k, scores, decayed_q, decayed_k, last_decay)), strict=True)
     state, outputs = None, []
     for v, w, s, q, k, d in chunks:
         if state is None:

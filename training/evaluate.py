@@ -45,7 +45,7 @@ def windows_of(ids, weights, length):
 def rows_of_pairs(ids, is_answer, starts, length):
     """One pair per row, on its own as in a chat, padded to length + 2; a longer pair is cut."""
     rows, weights = np.zeros((2, len(starts), length + 2))
-    for i, (start, end) in enumerate(zip(starts, np.append(starts[1:], len(ids)))):
+    for i, (start, end) in enumerate(zip(starts, np.append(starts[1:], len(ids)), strict=True)):
         end = min(end, start + length + 2)
         rows[i, : end - start], weights[i, : end - start] = ids[start:end], is_answer[start:end]
     return torch.from_numpy(rows).long(), torch.from_numpy(weights).float()
@@ -57,7 +57,7 @@ def measure(model, rows, row_weights, sizes):
     total = dict.fromkeys(
         ["tokens", "nats", "right", "bytes", "mtp_tokens", "mtp_nats", "mtp_right", "drafts", "accepted"], 0.0
     )
-    for x, w in zip(rows.split(ROWS), row_weights.split(ROWS)):
+    for x, w in zip(rows.split(ROWS), row_weights.split(ROWS), strict=True):
         hidden = model(x[:, :-2])
         main, ahead = model.logits(hidden), model.logits(model.mtp_hidden(hidden, x[:, 1:-1]))
         next_ids, after_ids, w1, w2 = x[:, 1:-1], x[:, 2:], w[:, 1:-1], w[:, 2:]

@@ -22,7 +22,7 @@ def sum_over_processes(tensors):
     if num_processes() > 1:
         flat = torch.cat([t.flatten() for t in tensors])
         dist.all_reduce(flat)
-        for t, part in zip(tensors, flat.split([t.numel() for t in tensors])):
+        for t, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             t.copy_(part.view_as(t))
 
 
@@ -58,7 +58,7 @@ class Optimizer:
 
     def step_matrices(self, rate):
         updates = []
-        for i, (p, m) in enumerate(zip(self.matrices, self.momentum)):
+        for i, (p, m) in enumerate(zip(self.matrices, self.momentum, strict=True)):
             m.lerp_(p.grad, 1 - MOMENTUM)
             # each process orthogonalises its share
             mine = i % num_processes() == rank()
@@ -69,7 +69,7 @@ class Optimizer:
 
     def step_others(self, rate):
         correction = [1 - beta**self.steps for beta in BETAS]
-        for p, mean, square in zip(self.others, self.mean, self.square):
+        for p, mean, square in zip(self.others, self.mean, self.square, strict=True):
             mean.lerp_(p.grad, 1 - BETAS[0])
             square.lerp_(p.grad.square(), 1 - BETAS[1])
             p.addcdiv_(mean / correction[0], (square / correction[1]).sqrt() + 1e-10, value=-rate)

@@ -102,7 +102,7 @@ def show(found, console):
         cells = [[(str(k), f"{v:.1f}") for k, v in found[part].items()] for part in ("prefill", "decode")]
         for part in cells:
             part.extend([("", "")] * (rows - len(part)))
-        for a, b in zip(*cells):
+        for a, b in zip(*cells, strict=True):
             speed.add_row(*a, *b)
         console.print(speed)
     against = found["per_token"]

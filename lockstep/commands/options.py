@@ -59,7 +59,7 @@ OpSwaps = Annotated[
 def parse_swaps(swaps):
     """["linear=reference", ...] as a dict."""
     pairs = [swap.partition("=") for swap in swaps or ()]
-    for swap, (kind, _, backend) in zip(swaps or (), pairs):
+    for swap, (kind, _, backend) in zip(swaps or (), pairs, strict=True):
         if not kind or not backend:
             raise ValueError(f"--op {swap}: expected KIND=BACKEND, such as linear=reference")
     return {kind: backend for kind, _, backend in pairs}

@@ -69,7 +69,7 @@ class EngineOptions:
     def __post_init__(self):
         for name, low in LOWEST.items():
             value, high = getattr(self, name), 1 << 62 if name.endswith(("_bytes", "kv_tokens")) else MANY
-            if type(value) is int and low <= value <= high or value is None and name in MAY_BE_NONE:
+            if (type(value) is int and low <= value <= high) or (value is None and name in MAY_BE_NONE):
                 continue
             raise ValueError(f"{name}: expected an integer of at least {low} (and at most {high}), got {value!r:.80}")
         if not isinstance(self.prefix_cache, bool):
@@ -110,7 +110,7 @@ class Engine:
         """Makes the prefix cache, given the PageAllocator; None where it is not wanted or could keep nothing."""
         memory = Memory(self.runner.program.caches, self.runner.caches)
         states = StateStore(options.state_bytes, memory.state_bytes) if memory.state_bytes else None
-        if not options.prefix_cache or states is not None and not states.max_states:
+        if not options.prefix_cache or (states is not None and not states.max_states):
             if options.cache_dir is not None:
                 raise ValueError(
                     "cache_dir: expected none without a prefix cache (prefix_cache is off, or state_bytes "
@@ -256,7 +256,7 @@ class Engine:
         request.logprobs.append(logprob)
         if p.logprobs:
             request.top_logprobs.append(top)
-        is_end = token in p.stop_token_ids or token in self.eos_ids and not p.ignore_eos
+        is_end = token in p.stop_token_ids or (token in self.eos_ids and not p.ignore_eos)
         found = self._read(request, token, is_end)
         if is_end or found is not None:
             request.stop_reason = token if found is None else found

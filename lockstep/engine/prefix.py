@@ -111,10 +111,10 @@ class PrefixCache:
         return Found(names[:count], sum(p is not None and not self.pages.is_idle(p) for p in pages))
 
     def _has_page(self, name):
-        return self.pages.find(name) is not None or self.disk is not None and self.disk.has("page", name)
+        return self.pages.find(name) is not None or (self.disk is not None and self.disk.has("page", name))
 
     def _has_state(self, name):
-        return name in self.states or self.disk is not None and self.disk.has("state", name)
+        return name in self.states or (self.disk is not None and self.disk.has("state", name))
 
     def attach(self, request, found):
         """Gives a request, which has a slot and no pages, the pages and the state of its known prefix."""
@@ -136,7 +136,7 @@ class PrefixCache:
         for page in held:
             if page is not None:
                 self.pages.share(page)
-        made = [self._load_page(name) if page is None else page for page, name in zip(held, names)]
+        made = [self._load_page(name) if page is None else page for page, name in zip(held, names, strict=True)]
         if None in made:
             self.pages.give_back([page for page in made if page is not None])
             return False
@@ -221,7 +221,7 @@ class PrefixCache:
     def _prompt_stop(self, request):
         """The last whole block of a prompt before its last token, if its state is worth a step's end, or 0."""
         end = (len(request.prompt_ids) - 1) // PAGE_TOKENS * PAGE_TOKENS
-        return end if request.params.n > 1 or end >= self.prompt_state_from and self._pays(end) else 0
+        return end if request.params.n > 1 or (end >= self.prompt_state_from and self._pays(end)) else 0
 
     def _pays(self, end):
         """Whether a state after `end` tokens is far enough from the one before it."""
@@ -236,7 +236,7 @@ class PrefixCache:
         """After a step: names the blocks that it filled, and keeps the state where it ended on such a place."""
         count = request.num_computed // PAGE_TOKENS
         names = self.names(request, count)
-        for name, page in zip(names[request.num_named :], request.pages[request.num_named :]):
+        for name, page in zip(names[request.num_named :], request.pages[request.num_named :], strict=False):
             self.pages.name(page, name)
             if self._awaited.get(name) is request:
                 del self._awaited[name]

@@ -78,7 +78,7 @@ class SamplingParams:
         self._check_bias()
 
     def _check_pooling(self):
-        if not (self.pooling is None or isinstance(self.pooling, str) and self.pooling in POOLINGS):
+        if not (self.pooling is None or (isinstance(self.pooling, str) and self.pooling in POOLINGS)):
             raise ValueError(f"pooling: expected None or one of {', '.join(POOLINGS)}, got {self.pooling!r}")
         if self.pooling is not None:
             object.__setattr__(self, "max_tokens", 0)

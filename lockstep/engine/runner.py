@@ -102,7 +102,7 @@ class Runner:
         """The `count` likeliest tokens of a row of the last step that asked for so many: {token id: logprob}."""
         count, tensors = min(count, self.sample.vocab_size), (self.sample.top_token, self.sample.top_logprob)
         ids, logprobs = (self.executor.view(tensor, row + 1)[row, :count] for tensor in tensors)
-        return dict(zip(ids.tolist(), logprobs.tolist()))
+        return dict(zip(ids.tolist(), logprobs.tolist(), strict=True))
 
     def hidden(self, first, count):
         """Last hidden states, after the final norm, of embedded rows of the last step, in order: float32 [count, D]."""

@@ -332,13 +332,15 @@ def common(config, rope_defaults=None, tied=False, **family):
 
 
 def _rope_fields(config, head_dim, defaults):
-    return dict(zip(("rope_dim", "rope_theta", "rope_scaling"), rope(config, head_dim, **defaults)))
+    return dict(zip(("rope_dim", "rope_theta", "rope_scaling"), rope(config, head_dim, **defaults), strict=True))
 
 
 def with_windows(made, config, types):
     """A ModelConfig whose layers of type "sliding_attention" see so many keys as sliding_window says."""
     sizes = [need(config, "sliding_window") if t == "sliding_attention" else 0 for t in types]
-    return replace(made, layers=tuple(replace(layer, window=size) for layer, size in zip(made.layers, sizes)))
+    return replace(
+        made, layers=tuple(replace(layer, window=size) for layer, size in zip(made.layers, sizes, strict=True))
+    )
 
 
 def checked(config):

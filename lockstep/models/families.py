@@ -91,7 +91,7 @@ def with_dense_layers(made, config):
     if not isinstance(listed, list) or not all(type(i) is int and 0 <= i < made.num_layers for i in listed):
         raise ValueError(f"config key 'mlp_only_layers': expected layers below {made.num_layers}, got {listed!r}")
     dense = [i in listed or (i + 1) % step != 0 for i in range(made.num_layers)]
-    layers = tuple(replace(layer, dense=d) for layer, d in zip(made.layers, dense))
+    layers = tuple(replace(layer, dense=d) for layer, d in zip(made.layers, dense, strict=True))
     return checked(replace(made, layers=layers, ffn_width=need(config, "intermediate_size") if any(dense) else 0))
 
 
@@ -105,7 +105,9 @@ def smollm3(config):
     ropes = config.get("no_rope_layers") or [int((i + 1) % interval != 0) for i in range(made.num_layers)]
     if not isinstance(ropes, list) or len(ropes) < made.num_layers or any(r not in (0, 1) for r in ropes):
         raise ValueError(f"config key 'no_rope_layers': expected {made.num_layers} of 0 and 1, got {ropes!r}")
-    made = replace(made, layers=tuple(replace(layer, rope=bool(r)) for layer, r in zip(made.layers, ropes)))
+    made = replace(
+        made, layers=tuple(replace(layer, rope=bool(r)) for layer, r in zip(made.layers, ropes, strict=False))
+    )
     slides = flag(config, "use_sliding_window") and config.get("sliding_window") is not None
     silent = ["sliding_attention" if slides and not r else "full_attention" for r in ropes]
     return with_windows(made, config, layer_types(config, *WINDOW_TYPES) or silent)

@@ -122,13 +122,13 @@ def counted(b, count, carried, body):
     index = b.phi(I64)
     index.add_incoming(ir.Constant(I64, 0), entry)
     phis = [b.phi(v.type) for v in carried]
-    for phi, value in zip(phis, carried):
+    for phi, value in zip(phis, carried, strict=True):
         phi.add_incoming(value, entry)
     values = body(index, phis)
     following = b.add(index, ir.Constant(I64, 1))
     end, done = b.block, b.append_basic_block("done")
     b.cbranch(b.icmp_signed("<", following, count), loop, done)
-    for phi, value in zip([index, *phis], [following, *values]):
+    for phi, value in zip([index, *phis], [following, *values], strict=True):
         phi.add_incoming(value, end)
     b.position_at_end(done)
     return values

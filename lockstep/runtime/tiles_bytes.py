@@ -27,7 +27,11 @@ def halves(b, step, acc, *operands):
     """A step of eight lanes, on both halves of sixteen."""
     sizes = [v.type.count // 2 for v in operands]
     return join(
-        b, *[step(b, cut(b, acc, 8 * h, 8), *(cut(b, v, n * h, n) for v, n in zip(operands, sizes))) for h in (0, 1)]
+        b,
+        *[
+            step(b, cut(b, acc, 8 * h, 8), *(cut(b, v, n * h, n) for v, n in zip(operands, sizes, strict=True)))
+            for h in (0, 1)
+        ],
     )
 
 

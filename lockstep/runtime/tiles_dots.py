@@ -74,7 +74,7 @@ def q8_0(s):
 def w_scales(s, i):
     """The weights' float16 scales of block i, as float32, for every panel."""
     start = s.b.mul(i, s.int(32))
-    places = [moved(s.b, moved(s.b, place, start), 2 * first) for place, first in zip(s.scales, s.first)]
+    places = [moved(s.b, moved(s.b, place, start), 2 * first) for place, first in zip(s.scales, s.first, strict=True)]
     return [halves_f32(s.b, place, s.lanes) for place in places]
 
 
@@ -140,7 +140,7 @@ def _q8_avx2_rows(s, i):
             for r in range(s.rows):
                 pairs = pair_sums(b, maddubs(b, size, b.xor(spread4(b, s.code(r, i, 4 * g), s.lanes), sign)))
                 dots[r, c] = b.add(dots[r, c], pairs) if g else pairs
-        held = dict(zip([*dots, *excess], pinned(b, [*dots.values(), *excess.values()])))
+        held = dict(zip([*dots, *excess], pinned(b, [*dots.values(), *excess.values()]), strict=True))
         dots, excess = {k: held[k] for k in dots}, {k: held[k] for k in excess}
     excess = {c: pair_sums(b, v) for c, v in excess.items()}
     return {(r, c): b.sub(v, excess[c]) for (r, c), v in dots.items()}
@@ -204,7 +204,7 @@ def _unsigned_avx2(s, i, columns, first, groups):
             for r, c in s.cells:
                 pairs = maddubs(b, codes[c][half], spread4(b, s.code(r, i, 4 * (g + half)), s.lanes))
                 sums[r, c] = b.add(sums[r, c], pairs) if (g + half) % groups else pairs
-            sums = dict(zip(sums, pinned(b, sums.values())))
+            sums = dict(zip(sums, pinned(b, sums.values()), strict=True))
         if (g + 2) % groups == 0:
             wide = {cell: pair_sums(b, v) for cell, v in sums.items()}
             dots = {cell: b.add(dots[cell], v) for cell, v in wide.items()} if dots else wide
@@ -235,7 +235,8 @@ def dots_u5(s, i, start, first):
     def columns(g):
         low = [nibbles(b, s.codes(c, start, 64 + 32 * g)) for c in range(s.cols)]
         return [
-            [b.or_(v, fifth_bit(b, bits, g + half)) for half, v in enumerate(pair)] for pair, bits in zip(low, fifths)
+            [b.or_(v, fifth_bit(b, bits, g + half)) for half, v in enumerate(pair)]
+            for pair, bits in zip(low, fifths, strict=True)
         ]
 
     return unsigned_dots(s, i, columns, first, 4)
@@ -277,7 +278,10 @@ def _with_minima(s, dots, num_bytes):
 def feature_halves(s, start, offset):
     """A float16 for each feature, at start + offset of every panel, as float32."""
     b = s.b
-    return [halves_f32(b, moved(b, moved(b, w, start), offset + 2 * first), s.lanes) for w, first in zip(s.w, s.first)]
+    return [
+        halves_f32(b, moved(b, moved(b, w, start), offset + 2 * first), s.lanes)
+        for w, first in zip(s.w, s.first, strict=True)
+    ]
 
 
 def minimum_add(s, acc, minima, i):

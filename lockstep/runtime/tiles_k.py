@@ -55,7 +55,7 @@ def _with_minima(s, dots, num_bytes, code_bytes):
 def _products(s, start, offset, small, small_offset):
     """A float16 for each feature, at start + offset, times a byte for each, for every panel."""
     b, made = s.b, []
-    for half, w, first in zip(feature_halves(s, start, offset), s.w, s.first):
+    for half, w, first in zip(feature_halves(s, start, offset), s.w, s.first, strict=True):
         byte = bytes_f32(b, moved(b, moved(b, w, small), small_offset + first), s.lanes)
         made.append(b.fmul(half, byte))
     return made
@@ -94,7 +94,7 @@ def _two_codes(s, low, high, half, first):
     bits = words(b, read(b, moved(b, high, 64 * half), kind, 4 * s.lanes))
     shift = lambda move, count: b.bitcast(move(bits, constant(bits.type, count)) if count else bits, kind)
     upper = (shift(b.shl, 4), shift(b.shl, 2)) if first == 0 else (shift(b.shl, 0), shift(b.lshr, 2))
-    return [b.or_(n, b.and_(u, constant(kind, 0x30))) for n, u in zip(nibble, upper)]
+    return [b.or_(n, b.and_(u, constant(kind, 0x30))) for n, u in zip(nibble, upper, strict=True)]
 
 
 def _zero_point(s, scale):
@@ -114,10 +114,10 @@ def _q6_wide(s, i, low, high, scale):
                 for g in (0, 1):
                     dots[r] = dot(b, dots[r], codes[g], spread4(b, s.code(r, i, 16 * half + 4 * (first + g)), s.lanes))
         products = [b.mul(v, scale[half]) for v in dots]
-        totals = pinned(b, [b.add(t, v) for t, v in zip(totals, products)] if half else products)
+        totals = pinned(b, [b.add(t, v) for t, v in zip(totals, products, strict=True)] if half else products)
     zero_point = _zero_point(s, scale)
     sums = [words(b, spread(b, s.sums(r, i), I32, s.lanes)) for r in range(s.rows)]
-    return [PAIRS[s.how](b, total, zero_point, both) for total, both in zip(totals, sums)]
+    return [PAIRS[s.how](b, total, zero_point, both) for total, both in zip(totals, sums, strict=True)]
 
 
 def _pairs_vnni(b, acc, x, y):
@@ -148,7 +148,7 @@ def _q6_avx2(s, i, low, high, scale):
             codes = _two_codes(s, low, high, half, first)
             for r in range(s.rows):
                 places = [s.code(r, i, 16 * half + 4 * (first + g)) for g in (0, 1)]
-                sums = [maddubs(b, code, spread4(b, place, s.lanes)) for code, place in zip(codes, places)]
+                sums = [maddubs(b, code, spread4(b, place, s.lanes)) for code, place in zip(codes, places, strict=True)]
                 totals[r] = b.add(totals[r], maddwd(b, b.add(*sums), words(b, twice)))
             totals = pinned(b, totals)
     return totals

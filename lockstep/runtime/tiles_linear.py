@@ -128,11 +128,11 @@ class Site:
         def step(i, values):
             if panel_bytes:
                 self.fetch(i, panel_bytes, scale_bytes)
-            after = body(i, dict(zip(self.cells, values)))
+            after = body(i, dict(zip(self.cells, values, strict=True)))
             return [after[cell] for cell in self.cells]
 
         values = counted(self.b, self.b.udiv(self.K, self.int(size)), [self.start[cell] for cell in self.cells], step)
-        return dict(zip(self.cells, values))
+        return dict(zip(self.cells, values, strict=True))
 
 
 def float_steps(s, size, column):
@@ -257,7 +257,7 @@ def begin(s, out):
             held_from = b.block
         with otherwise:
             zeros_from = b.block
-    for cell, value, zero in zip(s.cells, held, zeros):
+    for cell, value, zero in zip(s.cells, held, zeros, strict=True):
         s.start[cell] = b.phi(s.floats)
         s.start[cell].add_incoming(value, held_from)
         s.start[cell].add_incoming(zero, zeros_from)

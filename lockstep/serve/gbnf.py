@@ -44,7 +44,7 @@ def to_lark(text: str) -> str:
         raise ValueError(f"GBNF grammar: rule {repeated} is given more than once")
     made, depth, before = [], 0, ""
     for kind, value, at in [*tokens, ("rule", "", len(text))]:
-        is_end = kind == "rule" or value in ("|", ")") and kind == "mark"
+        is_end = kind == "rule" or (value in ("|", ")") and kind == "mark")
         if is_end and before in ("equals", "|", "("):
             made.append('""')
         depth += (value == "(") - (value == ")") if kind == "mark" else 0
@@ -84,9 +84,9 @@ def _tokens(text: str) -> Iterator[tuple[str, str, int]]:
 
 def _check(kind: str, before: str, depth: int, text: str, at: int) -> None:
     """ValueError for a part that cannot stand after the one before it."""
-    if depth < 0 or kind == "rule" and depth:
+    if depth < 0 or (kind == "rule" and depth):
         raise _wrong(text, at, "brackets that do not match")
-    if (kind == "equals") != (before == "rule") or kind != "rule" and not before:
+    if (kind == "equals") != (before == "rule") or (kind != "rule" and not before):
         raise _wrong(text, at, "no rule")
     if kind == "repeat" and before in ("equals", "|", "("):
         raise _wrong(text, at, "a repetition of nothing")
@@ -117,7 +117,7 @@ def _characters(value: str, text: str, at: int) -> list[str]:
     while place < len(value):
         found = CHARACTER.match(value, place)
         number = found and (found[1] or found[2] or found[3])
-        if found is None or number and (int(number, 16) > 0x10FFFF or 0xD800 <= int(number, 16) < 0xE000):
+        if found is None or (number and (int(number, 16) > 0x10FFFF or 0xD800 <= int(number, 16) < 0xE000)):
             raise _wrong(text, at, "an escape that is none")
         made.append(chr(int(number, 16)) if number else ESCAPES.get(found[4], found[4]) or found[5])
         place = found.end()

@@ -175,7 +175,9 @@ def _merges_by_score(vocabulary: Mapping[str, int], scores: Sequence[float], typ
 
 
 def _add_special(tokenizer: Tokenizer, tokens: list[str], types: list[int]) -> None:
-    chosen = [(token, kind) for token, kind in zip(tokens, types) if kind in (UNKNOWN, CONTROL, USER_DEFINED)]
+    chosen = [
+        (token, kind) for token, kind in zip(tokens, types, strict=True) if kind in (UNKNOWN, CONTROL, USER_DEFINED)
+    ]
     added = [AddedToken(token, special=kind != USER_DEFINED, normalized=False) for token, kind in chosen if token]
     tokenizer.add_tokens(added)
 

@@ -280,7 +280,7 @@ class LLM:
         """Starts every prompt's samples, or none if one prompt is refused."""
         started = []
         try:
-            for prompt, params in zip(prompts, each):
+            for prompt, params in zip(prompts, each, strict=True):
                 started.append(self.start_samples(prompt, params))
         except BaseException:
             self._cancel([s for streams in started for s in streams])

@@ -113,10 +113,10 @@ class _Probe:
         call, style = calling(BIRCH), style_of(self._source) or HERMES
         calls = self.shows([user, call])
         read = next((s for s in (style, *STYLES) if self._reads(s, user, call)), None)
-        teaches = read is not None or not calls and style.begin in self._source
+        teaches = read is not None or (not calls and style.begin in self._source)
         # a template for tools by its name is right for them even if it does not teach anything
         is_meant = TOOL_TEMPLATE in self._tokenizer.chat_templates and not calls
-        if self._variable is None and self._tools or not (teaches or is_meant):
+        if (self._variable is None and self._tools) or not (teaches or is_meant):
             return {}
         asked = [user, call if calls else said("assistant", BIRCH)]
         at_results = [said("system", BIRCH), user, calling(CEDAR) if calls else said("assistant", CEDAR), YES]
@@ -136,7 +136,7 @@ class _Probe:
     def _reads(self, style, user, call):
         """Whether a style reads what the template makes of a call."""
         text, plain = self.text([user, call]), self.text([user, said("assistant", CUT)])
-        before = commonprefix([text, plain])
+        before = commonprefix([text, plain])  # of texts, not of paths  # noqa: RUF071
         at = len(before) - partial(before, style.begin)
         parser = CallParser(style, ToolUse((PROBE,)))
         events = parser.push(text[at:]) + parser.finish()

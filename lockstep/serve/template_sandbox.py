@@ -5,6 +5,7 @@ What it takes of time and memory is bounded from outside: see template_child.py.
 
 import json
 from datetime import datetime
+from typing import ClassVar
 
 from jinja2 import TemplateError, Undefined, nodes
 from jinja2.ext import Extension, LoopControlExtension
@@ -15,7 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 class GenerationBlock(Extension):
     """{% generation %}, which marks an assistant's words for training: here its body as it is."""
 
-    tags = {"generation"}
+    tags: ClassVar[set[str]] = {"generation"}
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         """The nodes between {% generation %} and {% endgeneration %}."""

@@ -169,7 +169,10 @@ class ContentHash:
         self._found: Future[str] = Future()
         self._lock, self._callbacks = threading.Lock(), []
         self._digests = [None if verify else known_digest(path, one) for path, one in zip(paths, stamps, strict=True)]
-        self._total, self._done = sum(one.size for one, digest in zip(stamps, self._digests) if digest is None), 0
+        self._total, self._done = (
+            sum(one.size for one, digest in zip(stamps, self._digests, strict=True) if digest is None),
+            0,
+        )
         if None in self._digests:
             threading.Thread(target=self._read, name="lockstep content hash", daemon=True).start()
         else:

@@ -184,7 +184,7 @@ def _pooling(keys: Keys, where: str) -> dict[str, str]:
 def _token_ids(metadata: Mapping[str, object], vocab_size: int) -> dict[str, object]:
     """Without ids that no token has: some conversions write 2^32 - 1 for none, see serve/gguf_tokenizer.py."""
     given = {name: metadata.get(f"tokenizer.ggml.{name}") for name in ("bos_token_id", "eos_token_id")}
-    is_there = lambda value: type(value) is not int or 0 <= value < vocab_size  # noqa: E731
+    is_there = lambda value: type(value) is not int or 0 <= value < vocab_size
     return {name: value for name, value in given.items() if value is not None and is_there(value)}
 
 

@@ -87,7 +87,7 @@ def scatter(weight, outputs, convert):
     convert(part, rows) -> arrays [rows, ...]; outputs: (array [panels, ...], function from [panels, 16, ...] to it).
     """
     for row, part, rows in _pieces(weight):
-        for (array, arrange), values in zip(outputs, convert(part, rows)):
+        for (array, arrange), values in zip(outputs, convert(part, rows), strict=True):
             _place(array, arrange, values, row)
 
 

@@ -41,7 +41,7 @@ class PackedStore(WeightStore):
         self._suffix, self.num_bytes_not_kept = f"{packing_version()}-{target_name()}", 0
         self._used: int | None = None  # bytes of all packed models, once they were counted
         self.folder = self._root / f"{packed_cache.PROVISIONAL}{checkpoint.provisional_name}-{self._suffix}"
-        if checkpoint.verify or checkpoint.content.known is None and self._is_like_a_packed_one():
+        if checkpoint.verify or (checkpoint.content.known is None and self._is_like_a_packed_one()):
             checkpoint.content.wait(progress)
         checkpoint.content.when_known(self._adopt)
 

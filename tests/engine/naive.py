@@ -106,7 +106,7 @@ class Naive:
             before = r["computed"] // PAGE_TOKENS
             r["computed"] += counts[r["name"]]
             full = self.prefixes(r, r["computed"] // PAGE_TOKENS) if self.caches else []
-            for prefix, page in list(zip(full, r["pages"]))[before:]:
+            for prefix, page in list(zip(full, r["pages"], strict=False))[before:]:
                 if page not in self.content and self.page_of(prefix) is None:
                     self.content[page] = prefix
                 if self.promised.get(prefix) is r:

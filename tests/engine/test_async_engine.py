@@ -31,7 +31,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(model):
-    return [answer(model, p, s).known[len(p) :] for p, s in zip(PROMPTS, PARAMS)]
+    return [answer(model, p, s).known[len(p) :] for p, s in zip(PROMPTS, PARAMS, strict=True)]
 
 
 @pytest.fixture
@@ -177,7 +177,7 @@ def test_an_error_in_a_step_reaches_every_reader_and_later_submitters(model):
 
     def fails():
         steps.append(1)
-        if broken.is_set() or len(steps) > 5 and broken.wait(300):
+        if broken.is_set() or (len(steps) > 5 and broken.wait(300)):
             raise MemoryError("out of luck")
         return step()
 
@@ -257,7 +257,7 @@ def test_tokens_bring_the_text_that_is_certain_and_stop_strings_end_a_stream(mod
 
 def test_batches_read_many_streams_at_once_and_each_ends_with_its_reason(running, alone):
     async def read(pause, read_so_far=None):
-        streams = running.submit_all(list(zip(PROMPTS, PARAMS)))
+        streams = running.submit_all(list(zip(PROMPTS, PARAMS, strict=True)))
         ids, reasons, rounds = [[] for _ in streams], [[] for _ in streams], 0
         async for found in batches(streams, pause):
             rounds += 1

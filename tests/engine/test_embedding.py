@@ -130,7 +130,7 @@ def test_the_hidden_state_is_what_the_head_reads(engine, model, alone):
     requests = [made.add(p, SamplingParams(max_tokens=1, logprobs=20, ignore_eos=True)) for p in PROMPTS]
     finish(made)
     worst = 2e-5 if model.weights == "f32" else 0.06  # q8_0 rounds the head's weights and what it reads
-    for request, hidden in zip(requests, alone["last"].astype(np.float64)):
+    for request, hidden in zip(requests, alone["last"].astype(np.float64), strict=True):
         logits = head @ hidden
         expected = logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
         for token, logprob in request.top_logprobs[0].items():

@@ -42,7 +42,7 @@ def finish(engine):
 
 def answers(engine):
     """(tokens, logprobs, why it ended) of all prompts, run together."""
-    requests = [engine.add(p, s) for p, s in zip(PROMPTS, PARAMS)]
+    requests = [engine.add(p, s) for p, s in zip(PROMPTS, PARAMS, strict=True)]
     finish(engine)
     return [(r.output_ids, r.logprobs, r.finish_reason) for r in requests]
 
@@ -74,7 +74,7 @@ def test_more_requests_than_places_all_finish_with_their_own_tokens(engine, alon
 
 def test_cancelled_requests_free_their_pages_at_once_and_disturb_nobody(engine, alone):
     made = engine(max_step_tokens=40)
-    requests = [made.add(p, s) for p, s in zip(PROMPTS, PARAMS)]
+    requests = [made.add(p, s) for p, s in zip(PROMPTS, PARAMS, strict=True)]
     made.step()
     running, waiting = made.scheduler.running[1], made.scheduler.waiting[-1]
     free = made.scheduler.pages.num_free
@@ -84,7 +84,7 @@ def test_cancelled_requests_free_their_pages_at_once_and_disturb_nobody(engine, 
     assert made.scheduler.pages.num_free == free + held and running.pages == [] and held > 0
     made.cancel(running)
     finish(made)
-    for r, expected in zip(requests, alone):
+    for r, expected in zip(requests, alone, strict=True):
         if r in (running, waiting):
             assert r.finish_reason == "cancelled"
         else:
@@ -133,7 +133,7 @@ def test_alternatives_are_those_of_the_logits(engine):
     made = engine()
     r = made.add(PROMPTS[1], SamplingParams(max_tokens=3, logprobs=4, ignore_eos=True))
     finish(made)
-    for token, logprob, top in zip(r.output_ids, r.logprobs, r.top_logprobs):
+    for token, logprob, top in zip(r.output_ids, r.logprobs, r.top_logprobs, strict=True):
         assert len(top) == 4 and next(iter(top)) == token and abs(top[token] - logprob) < 1e-5
         assert list(top.values()) == sorted(top.values(), reverse=True)
 
@@ -196,7 +196,7 @@ def test_log_probabilities_of_a_prompt_are_all_there_whatever_is_cached_or_preem
 
 def test_a_preempted_request_goes_on_where_it_was(engine, alone):
     made = engine(max_step_tokens=64)
-    requests = [made.add(p, s) for p, s in zip(PROMPTS, PARAMS)]
+    requests = [made.add(p, s) for p, s in zip(PROMPTS, PARAMS, strict=True)]
     for _ in range(40):
         made.step()
         if made.scheduler.running:

@@ -39,7 +39,7 @@ def model(request, tmp_path_factory):
 
 def run(engine, prompts, params):
     """The requests after their ends, each of which a step told once."""
-    made, ended = [engine.add(prompt, p) for prompt, p in zip(prompts, params)], []
+    made, ended = [engine.add(prompt, p) for prompt, p in zip(prompts, params, strict=True)], []
     while engine.has_work:
         ended += [request for request in engine.step() if request.finish_reason is not None]
     assert sorted(r.id for r in ended) == [r.id for r in made]
@@ -54,7 +54,7 @@ def test_requests_fail_by_name_and_their_neighbours_give_the_same_bits(model, tm
     engine = Engine(model, EngineOptions(threads=2, max_requests=5, cache_dir=tmp_path))
     try:
         params = [WISHES[i % len(WISHES)] for i in range(len(PROMPTS))]
-        alone = [told(run(engine, [prompt], [p])[0]) for prompt, p in zip(PROMPTS, params)]
+        alone = [told(run(engine, [prompt], [p])[0]) for prompt, p in zip(PROMPTS, params, strict=True)]
         together = run(engine, PROMPTS, params)
         assert [told(r) for r in together] == alone
         failed = [r for r in together if r.finish_reason == "error"]

@@ -198,14 +198,14 @@ def test_leftovers_of_a_killed_writer_are_removed_and_never_read(store):
 
 def test_a_folder_that_cannot_be_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="cache_dir .*file/cache"):
+    with pytest.raises(ValueError, match=r"cache_dir .*file/cache"):
         DiskStore(tmp_path / "file" / "cache", 1 << 20, SIZES, CONTENT)
 
 
 def test_a_folder_that_others_can_write_to_is_refused(tmp_path):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache").chmod(0o777)
-    with pytest.raises(ValueError, match="cache_dir: .*other users can write here.*mode 777"):
+    with pytest.raises(ValueError, match=r"cache_dir: .*other users can write here.*mode 777"):
         DiskStore(tmp_path / "cache", 1 << 20, SIZES, CONTENT)
 
 

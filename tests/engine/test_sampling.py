@@ -74,7 +74,7 @@ def answer(r):
 
 
 def answers(engine, prompts=PROMPTS, params=PARAMS):
-    requests = [engine.add(p, s) for p, s in zip(prompts, params)]
+    requests = [engine.add(p, s) for p, s in zip(prompts, params, strict=True)]
     finish(engine)
     return [answer(r) for r in requests]
 
@@ -103,7 +103,9 @@ def test_everything_at_once_is_the_same_in_any_company(engine, alone, options):
 
 def test_preempted_requests_and_known_prefixes_change_nothing(engine, alone):
     made = engine(kv_tokens=320, max_requests=6, max_step_tokens=50)
-    rounds = [[made.add(p, s, priority=i) for i, (p, s) in enumerate(zip(PROMPTS, PARAMS))] for _ in range(3)]
+    rounds = [
+        [made.add(p, s, priority=i) for i, (p, s) in enumerate(zip(PROMPTS, PARAMS, strict=True))] for _ in range(3)
+    ]
     finish(made)
     assert [[answer(r) for r in requests] for requests in rounds] == [alone] * 3
     preempted = [r for requests in rounds for r in requests if r.num_preemptions]
@@ -111,13 +113,15 @@ def test_preempted_requests_and_known_prefixes_change_nothing(engine, alone):
 
 
 def test_answers_have_what_was_asked_for(alone):
-    for prompt, p, (ids, logprobs, tops, prompt_logprobs, prompt_tops, why, error) in zip(PROMPTS, PARAMS, alone):
+    for prompt, p, (ids, logprobs, tops, prompt_logprobs, prompt_tops, why, error) in zip(
+        PROMPTS, PARAMS, alone, strict=True
+    ):
         assert len(logprobs) == len(ids) and error is None and why in ("length", "stop")
         assert [len(t) for t in tops] == ([p.logprobs] * len(ids) if p.logprobs else [])
         asked = p.prompt_logprobs is not None
         assert len(prompt_logprobs) == (len(prompt) - 1) * asked
         assert [len(t) for t in prompt_tops] == ([p.prompt_logprobs] * (len(prompt) - 1) if p.prompt_logprobs else [])
-        for token, logprob, top in zip(ids, logprobs, tops):
+        for token, logprob, top in zip(ids, logprobs, tops, strict=True):
             assert list(top.items()) == sorted(top.items(), key=lambda pair: (-pair[1], pair[0]))
             assert top.get(token, logprob) == logprob and max(top.values()) >= logprob
 
@@ -125,7 +129,7 @@ def test_answers_have_what_was_asked_for(alone):
 def test_logprobs_of_a_prompt_are_those_of_the_same_tokens_when_they_were_generated(engine, alone):
     for chunk in (512, 11):
         made = engine(max_step_tokens=chunk)
-        for prompt, (ids, logprobs, tops, *_) in zip(PROMPTS, alone):
+        for prompt, (ids, logprobs, tops, *_) in zip(PROMPTS, alone, strict=True):
             count = len(next(iter(tops), ()))
             r = made.add(prompt + ids, SamplingParams(max_tokens=1, prompt_logprobs=count))
             finish(made)
@@ -141,7 +145,9 @@ def logits_of(model):
     """A function from token ids to the logits of every position, float64."""
     team = Team(1)
     runner = Runner(model, team, Limits(256, 1, 4, 256))
-    yield lambda ids: runner.step([Span(ids, 0, [0, 1, 2, 3], 0, dict.fromkeys(range(len(ids)), {}))])[2].astype(float)
+    yield lambda ids: runner.step([Span(ids, 0, [0, 1, 2, 3], 0, {row: {} for row in range(len(ids))})])[2].astype(
+        float
+    )
     team.close()
 
 
@@ -267,7 +273,7 @@ def test_a_mask_that_fails_ends_its_request_and_no_other(engine, alone, mask, me
     made.eos_ids = frozenset({2})
     bad = made.add([4, 5], SamplingParams(max_tokens=9, temperature=0.8, logits_mask=mask, min_tokens=9))
     seen = []
-    others = [made.add(p, s) for p, s in zip(PROMPTS, PARAMS)]
+    others = [made.add(p, s) for p, s in zip(PROMPTS, PARAMS, strict=True)]
     while made.has_work:
         seen += [r for r in made.step() if r is bad and r.finish_reason]
     assert (bad.finish_reason, seen) == ("error", [bad]) and bad.error.startswith(message)

@@ -19,7 +19,7 @@ def naive(text, strings, include, first=0):
 
 def cut(text, rng):
     places = sorted(rng.sample(range(len(text) + 1), rng.randint(0, min(6, len(text)))))
-    return [text[a:b] for a, b in zip([0, *places], [*places, len(text)])]
+    return [text[a:b] for a, b in zip([0, *places], [*places, len(text)], strict=True)]
 
 
 def stream(pieces, strings, include, first=0):

@@ -1,5 +1,7 @@
 """Runs a checkpoint through the engine's runner and gives back the logits of every position."""
 
+import itertools
+
 import numpy as np
 
 from lockstep.engine.model import load_model
@@ -34,7 +36,7 @@ def logits_of(model, ids, cuts=(), slots=None, num_threads=2, dirty=False, **run
         return np.concatenate(
             [
                 _piece(made, ids, start, stop, pages, slots[i] if slots else 1)
-                for i, (start, stop) in enumerate(zip(bounds, bounds[1:]))
+                for i, (start, stop) in enumerate(itertools.pairwise(bounds))
             ]
         )
     finally:

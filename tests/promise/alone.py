@@ -48,7 +48,7 @@ def answer(model, prompt, params):
                 known.append(int(tokens[0]))
                 rows.append((logits[0].copy(), logprobs[0]))
             states.append(state_digest(runner, 0))
-        logits, logprobs = (np.array(column) for column in zip(*rows))
+        logits, logprobs = (np.array(column) for column in zip(*rows, strict=True))
         return Answer(known, len(prompt), logits, logprobs, states, positions(runner, pages, len(states)))
     finally:
         team.close()

@@ -139,9 +139,11 @@ class Walk:
         e[f"{threads} threads"] += 1
         e["batch mates"] += len(members) > 1
         e["prefill beside decode"] += len({n == 1 for _, n in members}) == 2
-        e["cut inside a page"] += sum(end % PAGE_TOKENS != 0 and n > 1 for end, (_, n) in zip(ends, members))
+        e["cut inside a page"] += sum(
+            end % PAGE_TOKENS != 0 and n > 1 for end, (_, n) in zip(ends, members, strict=True)
+        )
         e["chunk over a page's end"] += sum(
-            (end - 1) // PAGE_TOKENS > (end - n) // PAGE_TOKENS for end, (_, n) in zip(ends, members)
+            (end - 1) // PAGE_TOKENS > (end - n) // PAGE_TOKENS for end, (_, n) in zip(ends, members, strict=True)
         )
         e["past 2048"] += sum(end > 2048 for end in ends)
         e["order changed"] += [r.slot for r, _ in members] != sorted(r.slot for r, _ in members)
@@ -149,14 +151,14 @@ class Walk:
 
     def compare(self, members, spans, found, where):
         row = hidden_row = 0
-        for (request, count), span in zip(members, spans):
-            for offset, hidden in zip(span.embedded, self.runner.hidden(hidden_row, len(span.embedded))):
+        for (request, count), span in zip(members, spans, strict=True):
+            for offset, hidden in zip(span.embedded, self.runner.hidden(hidden_row, len(span.embedded)), strict=True):
                 if hidden.tobytes() != request.trace.hidden[span.start + offset].tobytes():
                     raise Differs(f"hidden state of {request.sequence.name} at {span.start + offset} ({where})")
             hidden_row += len(span.embedded)
             for offset in span.sampled:
                 expected = (request.trace.logits, request.trace.tokens, request.trace.logprobs)
-                for what, is_, should in zip(("logits", "token", "logprob"), found, expected):
+                for what, is_, should in zip(("logits", "token", "logprob"), found, expected, strict=True):
                     if is_[row].tobytes() != should[span.start + offset].tobytes():
                         raise Differs(f"{what} of {request.sequence.name} at position {span.start + offset} ({where})")
                 if report(self.runner, row) != request.trace.reports[span.start + offset]:

@@ -98,7 +98,7 @@ def trace(model, sequence):
             rows.append((logits[0].copy(), runner.hidden(0, 1)[0].copy(), tokens[0], logprobs[0]))
             reports.append(report(runner, 0))
             states.append(state_digest(runner, 0))
-        logits, hidden, tokens, logprobs = (np.array(column) for column in zip(*rows))
+        logits, hidden, tokens, logprobs = (np.array(column) for column in zip(*rows, strict=True))
         assert np.isfinite(logits).all(), f"{sequence.name}: logits are not finite"
         return Trace(logits, hidden, tokens, logprobs, reports, states, positions(runner, pages, n))
     finally:

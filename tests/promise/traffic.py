@@ -174,7 +174,7 @@ class Traffic:
     def _checked_step(self, spans):
         found = self._step(spans)
         row = 0
-        for (request, count), span in zip(self._plan, spans):
+        for (request, _), span in zip(self._plan, spans, strict=True):
             self._check(request, span, [x[row] for x in found] if span.sampled else None)
             row += len(span.sampled)
         self.events["steps"] += 1

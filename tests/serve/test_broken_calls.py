@@ -219,7 +219,7 @@ def test_whatever_is_damaged_arguments_are_json_and_no_mark_is_text(style, data,
     text = data.draw(damaged(style))
     rng = random.Random(seed)
     cuts = sorted(rng.sample(range(len(text) + 1), min(4, len(text))))
-    ways = [text], list(text), [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
+    ways = [text], list(text), [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
     found, *others = [parse(CallParser(style, USE), pieces) for pieces in ways]
     assert others == [found, found]
     assert isinstance(found[0], tuple) and found[0][0] == "g"

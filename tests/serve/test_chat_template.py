@@ -115,7 +115,7 @@ def test_the_date(render):
 
 
 def test_a_template_refuses_a_conversation(render):
-    with pytest.raises(ValueError, match="^chat template: Roles must alternate$"):
+    with pytest.raises(ValueError, match=r"^chat template: Roles must alternate$"):
         render("{{ raise_exception('Roles must alternate') }}")
 
 

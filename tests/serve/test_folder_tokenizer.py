@@ -52,7 +52,7 @@ def test_special_tokens_map(tmp_path):
     both = folder(tmp_path, eos_token="<|begin|>")
     assert both.eos_ids == {begin, end} and both.special_tokens["eos_token"] == "<|begin|>"
     (tmp_path / "special_tokens_map.json").write_text("[]")
-    with pytest.raises(ValueError, match="special_tokens_map.json: expected a JSON object"):
+    with pytest.raises(ValueError, match=r"special_tokens_map\.json: expected a JSON object"):
         load_tokenizer(tmp_path)
 
 

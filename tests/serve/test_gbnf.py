@@ -84,7 +84,7 @@ def test_a_grammar_allows_its_texts_and_no_others(grammar, right, wrong):
     ids=lambda value: str(value)[:20],
 )
 def test_what_is_no_grammar_is_refused_by_its_place(grammar, says):
-    with pytest.raises(ValueError, match="^GBNF grammar: ") as caught:
+    with pytest.raises(ValueError, match=r"^GBNF grammar: ") as caught:
         to_lark(grammar)
     assert re.search(re.escape(says), str(caught.value)) and len(str(caught.value)) < 200
 

@@ -166,7 +166,7 @@ def test_another_source(tmp_path):
     assert sampling_defaults("none", config, {}, 9) == {} and sampling_defaults("auto", config, {}, 9) == config
     for source in (tmp_path, tmp_path / "generation_config.json"):
         assert sampling_defaults(str(source), config, {}, 9) == dict(top_k=3)
-    with pytest.raises(ValueError, match="generation_config: expected auto, none or a folder with .*, got 'vlmm'"):
+    with pytest.raises(ValueError, match=r"generation_config: expected auto, none or a folder with .*, got 'vlmm'"):
         sampling_defaults("vlmm", config, {}, 9)
 
 

@@ -112,7 +112,7 @@ def test_all_features_at_once_are_the_same_in_any_company(llm):
     together = llm.generate(PROMPTS, ALL)
     assert {a.finish_reason for a in together} == {"stop", "length"} and all(len(a.token_ids) > 8 for a in together)
     assert all(len(a.prompt_logprobs) == len(a.prompt_token_ids) - 1 for a in together)
-    assert [llm.generate([p], s)[0] for p, s in zip(PROMPTS, ALL)] == together
+    assert [llm.generate([p], s)[0] for p, s in zip(PROMPTS, ALL, strict=True)] == together
     for options in (
         dict(threads=1, max_requests=1, max_step_tokens=1),
         dict(threads=3, max_requests=2, max_step_tokens=13),
@@ -157,7 +157,7 @@ def test_embeddings_are_the_same_in_any_company(llm):
     together = llm.embed(PROMPTS)
     assert together.shape == (len(PROMPTS), llm.model.config.hidden_size) and together.dtype == np.float32
     assert np.abs(np.linalg.norm(together.astype(np.float64), axis=1) - 1).max() < 1e-6
-    for prompt, row in zip(PROMPTS, together):
+    for prompt, row in zip(PROMPTS, together, strict=True):
         assert llm.embed(prompt)[0].tobytes() == llm.embed([llm.encode(prompt)])[0].tobytes() == row.tobytes()
     raw, mean = llm.embed(PROMPTS, normalize=False), llm.embed(PROMPTS, pooling="mean")
     lengths = np.linalg.norm(raw.astype(np.float64), axis=1, keepdims=True)
@@ -174,7 +174,7 @@ def test_one_bad_prompt_leaves_no_embedding_behind(llm):
 def test_ends_of_a_generation_config_that_are_no_token_ids(tmp_path):
     folder = tiny.write(tmp_path, CASES["llama"], tiny.tensors(CASES["llama"], 3))
     (folder / "generation_config.json").write_text('{"eos_token_id": [[2]]}')
-    with pytest.raises(ValueError, match=r"generation_config.json key 'eos_token_id': expected token ids"):
+    with pytest.raises(ValueError, match=r"generation_config\.json key 'eos_token_id': expected token ids"):
         LLM(str(folder))
 
 

@@ -41,7 +41,7 @@ def test_a_text_that_cannot_fit_is_refused_without_tokenizing_all_of_it(tokenize
     own = type(tokenizer)._ids
     monkeypatch.setattr(type(tokenizer), "_ids", lambda *args: seen.append(len(args[1])) or own(*args))
     text = char * 2_000_000
-    with pytest.raises(TooManyTokens, match="2000000 characters, .* more than the 1000 tokens"):
+    with pytest.raises(TooManyTokens, match=r"2000000 characters, .* more than the 1000 tokens"):
         tokenizer.encode(text, most=1000)
     assert sum(seen) <= 8 * PIECE_CHARS
 

@@ -71,7 +71,7 @@ def test_a_checkpoint_without_a_head_makes_embeddings_and_no_text(tmp_path):
 
 
 def test_a_missing_head_of_a_model_that_has_one_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="tensor 'lm_head.weight' of shape .* is missing"):
+    with pytest.raises(ValueError, match=r"tensor 'lm_head\.weight' of shape .* is missing"):
         LLM(str(embedding_folder(tmp_path, architectures=["Qwen3ForCausalLM"])))
 
 

@@ -128,7 +128,7 @@ def test_token_ids_without_a_tokenizer(model, load):
     answer = llm.generate([[10, 11]], SamplingParams(max_tokens=3))[0]
     assert len(answer.token_ids) == 3 and answer.text == "" and not llm.has_tokenizer
     for refused in (lambda: llm.encode("text"), lambda: llm.generate([[1]], SamplingParams(stop=["x"]))):
-        with pytest.raises(ValueError, match="token ids|stop_token_ids"):
+        with pytest.raises(ValueError, match=r"token ids|stop_token_ids"):
             refused()
 
 
@@ -137,10 +137,10 @@ def test_token_ids_with_an_unknown_pre_tokenizer(load, tmp_path):
     answer = llm.generate([[10, 11]], SamplingParams(max_tokens=3, stop=["\0"]))[0]
     assert answer.text == llm.tokenizer.decode(answer.token_ids) != ""
     for refused in (lambda: llm.encode("text"), lambda: llm.chat_prompt([dict(role="user", content="hi")])):
-        with pytest.raises(ValueError, match="tokenizer.ggml.pre 'kimi-k2' is not supported.*must be token ids"):
+        with pytest.raises(ValueError, match=r"tokenizer\.ggml\.pre 'kimi-k2' is not supported.*must be token ids"):
             refused()
     assert len(prompt_ids(llm, "text", 7)) == 7
-    with pytest.raises(ValueError, match="tokenizer.ggml.pre 'kimi-k2' is not supported"):
+    with pytest.raises(ValueError, match=r"tokenizer\.ggml\.pre 'kimi-k2' is not supported"):
         LLM(str(tmp_path / "m.gguf"), needs_chat=True)
 
 

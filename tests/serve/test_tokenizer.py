@@ -1,5 +1,6 @@
 """Encoding, decoding and streaming; tokenizers from folders and from GGUF metadata."""
 
+import itertools
 import json
 
 import numpy as np
@@ -114,7 +115,7 @@ def test_decoders_that_cannot_stream_are_refused():
     with pytest.raises(ValueError, match="no decoder"):
         plain(backend).decode([0])
     backend.decoder = tokenizers.decoders.WordPiece()
-    with pytest.raises(ValueError, match="WordPiece.* is not supported"):
+    with pytest.raises(ValueError, match=r"WordPiece.* is not supported"):
         plain(backend).decode([0])
 
 
@@ -140,7 +141,7 @@ def test_a_folder(tmp_path):
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [8, 9]}')
     assert load_tokenizer(tmp_path).eos_ids == {end, 7, 8, 9}
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": "x"}')
-    with pytest.raises(ValueError, match="generation_config.json: key 'eos_token_id': expected token ids, got 'x'"):
+    with pytest.raises(ValueError, match=r"generation_config\.json: key 'eos_token_id': expected token ids, got 'x'"):
         load_tokenizer(tmp_path)
 
 
@@ -155,7 +156,7 @@ def test_where_the_chat_template_comes_from(tmp_path):
     (folder / "chat_template.jinja").write_text("own file")
     assert load_tokenizer(folder).render_chat(messages, tools=[]) == "own file"
     (folder / "chat_template.jinja").write_bytes(b"\xff")
-    with pytest.raises(ValueError, match="chat_template.jinja: not UTF-8 text"):
+    with pytest.raises(ValueError, match=r"chat_template\.jinja: not UTF-8 text"):
         load_tokenizer(folder)
 
 
@@ -196,12 +197,12 @@ def test_broken_added_tokens(entries, tmp_path):
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"model": {}}', '{"version": "1.0", "model": {"type": "BPE"}}'])
 def test_broken_tokenizer_files(content, tmp_path):
     (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(ValueError, match="tokenizer.json: not a readable tokenizer"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json: not a readable tokenizer"):
         load_tokenizer(tmp_path)
 
 
 def test_a_missing_tokenizer(tmp_path):
-    with pytest.raises(ValueError, match="tokenizer.json: no such file"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json: no such file"):
         load_tokenizer(tmp_path)
 
 
@@ -293,14 +294,18 @@ def naive_sentencepiece(text, metadata):
     scores, types = metadata["tokenizer.ggml.scores"], metadata["tokenizer.ggml.token_type"]
     pieces = list("▁" + text.replace(" ", "▁")) if text else []
     while True:
-        pairs = [(at, index.get(left + right)) for at, (left, right) in enumerate(zip(pieces, pieces[1:]))]
+        pairs = [(at, index.get(left + right)) for at, (left, right) in enumerate(itertools.pairwise(pieces))]
         pairs = [(scores[token], -at) for at, token in pairs if token is not None and types[token] == 1]
         if not pairs:
             break
         at = -max(pairs)[1]
         pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
     as_bytes = [[index[f"<0x{byte:02X}>"] for byte in piece.encode()] for piece in pieces]
-    return [token for piece, raw in zip(pieces, as_bytes) for token in ([index[piece]] if piece in index else raw)]
+    return [
+        token
+        for piece, raw in zip(pieces, as_bytes, strict=True)
+        for token in ([index[piece]] if piece in index else raw)
+    ]
 
 
 SENTENCEPIECE = sentencepiece_metadata(byte_fallback())

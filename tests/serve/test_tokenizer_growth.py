@@ -95,7 +95,7 @@ def test_chains_are_found_in_pre_tokenizers_behind_escapes_and_given_twice(tmp_p
     ids=str,
 )
 def test_steps_that_are_none_are_clear_errors(tmp_path, normalizer):
-    with pytest.raises(ValueError, match="tokenizer.json: not a readable tokenizer"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json: not a readable tokenizer"):
         read_backend(file_of(tmp_path, normalizer=normalizer))
 
 

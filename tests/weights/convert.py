@@ -73,7 +73,7 @@ def tile_heads(array: np.ndarray, axis: int, num_keys: int, num_values: int) -> 
 
 def convert_qwen35(name: str, array: np.ndarray, num_keys: int, num_values: int, num_qk_rows: int) -> np.ndarray:
     """What conversion does to a qwen3_5 tensor."""
-    tile = lambda part, axis=0: tile_heads(part, axis, num_keys, num_values)  # noqa: E731
+    tile = lambda part, axis=0: tile_heads(part, axis, num_keys, num_values)
     if name.endswith("A_log"):
         return tile(-np.exp(array.astype(np.float32)))
     if name.endswith("dt_bias") or any(part in name for part in ("in_proj_z", "in_proj_a", "in_proj_b")):

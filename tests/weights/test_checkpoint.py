@@ -35,15 +35,15 @@ def test_a_tensor_that_is_not_there(tmp_path):
 
 
 def test_what_is_missing_is_named(tmp_path):
-    with pytest.raises(ValueError, match="expected a folder, a .safetensors file or a .gguf file"):
+    with pytest.raises(ValueError, match=r"expected a folder, a \.safetensors file or a \.gguf file"):
         open_checkpoint(tmp_path / "absent")
     with pytest.raises(ValueError, match="no such file"):
         open_checkpoint(tmp_path / "absent.gguf")
     write(tmp_path / "model.safetensors", safetensors_bytes(WEIGHTS))
-    with pytest.raises(ValueError, match="config.json: no such file"):
+    with pytest.raises(ValueError, match=r"config\.json: no such file"):
         open_checkpoint(tmp_path)
     write(tmp_path / "config.json", "[]")
-    with pytest.raises(ValueError, match="config.json: expected a JSON object, found list"):
+    with pytest.raises(ValueError, match=r"config\.json: expected a JSON object, found list"):
         open_checkpoint(tmp_path)
 
 

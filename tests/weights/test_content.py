@@ -13,6 +13,7 @@ from lockstep.weights.checkpoint import open_checkpoint
 from tests.weights.files import safetensors_bytes
 
 WEIGHTS = {"w": np.arange(4, dtype=np.float32).reshape(2, 2)}
+CONFIG = {"model_type": "llama"}
 OTHER = {"w": np.arange(1, 5, dtype=np.float32).reshape(2, 2)}
 
 
@@ -32,7 +33,7 @@ def reads(monkeypatch):
     return made
 
 
-def model(folder, weights=WEIGHTS, config={"model_type": "llama"}):
+def model(folder, weights=WEIGHTS, config=CONFIG):
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(safetensors_bytes(weights))
     (folder / "config.json").write_text(json.dumps(config))
@@ -156,7 +157,7 @@ def test_verification_reads_what_is_known_and_refuses_a_damaged_blob(tmp_path, r
     assert hash_of(snapshot, verify=True) == hash_of(snapshot) and len(reads) == 1
     (snapshot / "model.safetensors").resolve().write_bytes(safetensors_bytes(OTHER))
     hash_of(snapshot)
-    with pytest.raises(ValueError, match="model.safetensors: damaged: the hub names it [0-9a-f]{64}, its content is"):
+    with pytest.raises(ValueError, match=r"model\.safetensors: damaged: the hub names it [0-9a-f]{64}, its content is"):
         hash_of(snapshot, verify=True)
 
 
@@ -182,7 +183,7 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path, monkeypatch)
     assert checkpoint.stamps
     (folder / "model.safetensors").write_bytes(safetensors_bytes(OTHER) + b"")
     os.utime(folder / "model.safetensors", (5, 5))
-    with pytest.raises(ValueError, match="model.safetensors: the file changed while the model was being loaded"):
+    with pytest.raises(ValueError, match=r"model\.safetensors: the file changed while the model was being loaded"):
         checkpoint.content.wait(timeout=60)
     with pytest.raises(ValueError, match="the file changed"):
         assert checkpoint.content.known

@@ -101,7 +101,7 @@ def test_the_index_counts_from_the_first_row_of_the_tensor():
 
 def test_weights_too_large_for_a_format_are_named():
     tensor = StoredTensor("w", "f32", (16, 32), np.full((16, 32), 1e9, np.float32))
-    with pytest.raises(ValueError, match="tensor 'w': block scale .* does not fit float16"):
+    with pytest.raises(ValueError, match=r"tensor 'w': block scale .* does not fit float16"):
         pack_q8_0(Weight("w", "q8_0", (16, 32), (tensor,)))
 
 
@@ -134,7 +134,7 @@ def test_damaged_packed_weights_are_packed_again(damage, tmp_path, monkeypatch):
     folder, answers = tiny.write(tmp_path / "m", QWEN3, tiny.tensors(QWEN3, 3)), []
     for packed in (True, True, False):  # damaged: packed again; whole again: not
         reports = []
-        llm = LLM(str(folder), weights="q8_0", progress=lambda *report: reports.append(report))
+        llm = LLM(str(folder), weights="q8_0", progress=lambda *report, reports=reports: reports.append(report))
         answers.append(llm.generate([[5, 6, 7]], SamplingParams(max_tokens=5, ignore_eos=True))[0].logprobs)
         llm.close()
         assert ("packing" in {what for what, *_ in reports}) == packed
@@ -159,7 +159,7 @@ def test_a_model_that_is_written_to_while_it_is_loaded_is_refused(tmp_path, monk
         return make(store, weight, layout)
 
     monkeypatch.setattr(PackedStore, "make", writing)
-    with pytest.raises(ValueError, match="model.safetensors: the file changed while the model was being loaded"):
+    with pytest.raises(ValueError, match=r"model\.safetensors: the file changed while the model was being loaded"):
         LLM(str(folder))
 
 

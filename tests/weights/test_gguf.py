@@ -238,19 +238,19 @@ def test_split_files_open_from_any_part(named, tmp_path):
 def test_broken_splits(tmp_path):
     paths = write_split(tmp_path)
     paths[2].rename(tmp_path / "elsewhere.gguf")
-    with pytest.raises(ValueError, match="1 of 3 parts are missing, the first is m-00003-of-00003.gguf"):
+    with pytest.raises(ValueError, match=r"1 of 3 parts are missing, the first is m-00003-of-00003\.gguf"):
         gguf.open_parts(paths[0])
-    with pytest.raises(ValueError, match="its name should end in -00001-of-00003.gguf"):
+    with pytest.raises(ValueError, match=r"its name should end in -00001-of-00003\.gguf"):
         gguf.open_parts(tmp_path / "elsewhere.gguf")
     write(paths[2], paths[1].read_bytes())
-    with pytest.raises(ValueError, match=r"expected split.no, split.count = \(2, 3\), found \(1, 3\)"):
+    with pytest.raises(ValueError, match=r"expected split\.no, split\.count = \(2, 3\), found \(1, 3\)"):
         gguf.open_parts(paths[0])
-    with pytest.raises(ValueError, match="split.count must be"):
+    with pytest.raises(ValueError, match=r"split\.count must be"):
         gguf.open_parts(write_split(tmp_path, **{"split.count": (UINT32, 1 << 30)})[0])
 
 
 def test_split_that_repeats_or_lacks_tensors(tmp_path):
-    with pytest.raises(ValueError, match="split.tensors.count is 7, the parts hold 6"):
+    with pytest.raises(ValueError, match=r"split\.tensors\.count is 7, the parts hold 6"):
         gguf.open_parts(write_split(tmp_path, **{"split.tensors.count": (INT32, 7)})[0])
     paths = write_split(tmp_path)
     metadata = {"split.no": (UINT16, 2), "split.count": (UINT16, 3)}

@@ -65,11 +65,11 @@ def fused_and_not(folder, formats, attention="f32"):
     """
     rng, arrays, fused = np.random.default_rng(4), tiny.tensors(CONFIG, 5), {}
     for layer in range(LAYERS):
-        for part, format in zip(("gate", "up", "down"), formats):
+        for part, format in zip(("gate", "up", "down"), formats, strict=True):
             names = [f"model.layers.{layer}.mlp.experts.{e}.{part}_proj.weight" for e in range(NUM_EXPERTS)]
             raw, means = encode(format, np.stack([arrays[n] for n in names]), rng)
             fused[f"blk.{layer}.ffn_{part}_exps.weight"] = (format, means.shape, raw)
-            arrays.update(zip(names, means))
+            arrays.update(zip(names, means, strict=True))
     for name in [n for n in arrays if ".experts." not in n]:
         format = attention if arrays[name].ndim == 2 else "f32"
         raw, arrays[name] = encode(format, arrays[name], rng)
@@ -102,8 +102,8 @@ def test_the_usual_q4_k_m_experts_are_multiplied_as_q8_0(tmp_path):
     fused, unfused = fused_and_not(tmp_path, ("q4_k", "q4_k", "q6_k"))
     auto, q8 = (expert_weights(load(path, weights).recorded) for path, weights in ((fused, "auto"), (unfused, "q8_0")))
     assert len(auto) == 2 * LAYERS and {w.format for w in auto} == {"q8_0"}
-    for one, other in zip(auto, q8):
-        assert all((a == b).all() for a, b in zip(pack_q8_0(one), pack_q8_0(other))), one.name
+    for one, other in zip(auto, q8, strict=True):
+        assert all((a == b).all() for a, b in zip(pack_q8_0(one), pack_q8_0(other), strict=True)), one.name
 
 
 def test_experts_of_the_formats_that_kernels_take_stay_as_they_are(tmp_path):

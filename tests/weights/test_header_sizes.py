@@ -32,7 +32,7 @@ def test_items_of_all_arrays_count_together(tmp_path):
     path = sparse(tmp_path / "m.gguf", head(2) + items + array("words", STRING, 2), MAX_ARRAY_ITEMS + (1 << 20))
     with pytest.raises(
         ValueError,
-        match=r"m.gguf: metadata 'words' has 2 items: 16777216 are allowed in all metadata, "
+        match=r"m\.gguf: metadata 'words' has 2 items: 16777216 are allowed in all metadata, "
         "1 are left",
     ):
         gguf.open_file(path)
@@ -50,7 +50,7 @@ def test_texts_count_together_over_all_files_of_a_split_model(tmp_path):
     path = write(tmp_path / "m.gguf", gguf_bytes({"general.name": (STRING, "a" * 400)}, {}))
     for _ in range(2):
         gguf.open_file(path, allowance)
-    with pytest.raises(ValueError, match="metadata 'general.name' has 400 text bytes: .* 164 are left"):
+    with pytest.raises(ValueError, match=r"metadata 'general\.name' has 400 text bytes: .* 164 are left"):
         gguf.open_file(path, allowance)
 
 

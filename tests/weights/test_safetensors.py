@@ -150,7 +150,7 @@ def test_shards(tmp_path):
                                    "config.json", 3, None])  # fmt: skip
 def test_shard_names_stay_in_the_folder(shard, tmp_path):
     write_shards(tmp_path, extra=shard)
-    with pytest.raises(ValueError, match="expected a .safetensors file name in this folder"):
+    with pytest.raises(ValueError, match=r"expected a \.safetensors file name in this folder"):
         safetensors.open_folder(tmp_path)
 
 
@@ -159,7 +159,7 @@ def test_index_naming_what_is_not_there(tmp_path):
     with pytest.raises(ValueError, match="tensor 'extra' is missing"):
         safetensors.open_folder(tmp_path)
     write_shards(tmp_path, extra="three.safetensors")
-    with pytest.raises(ValueError, match="shard three.safetensors is missing"):
+    with pytest.raises(ValueError, match=r"shard three\.safetensors is missing"):
         safetensors.open_folder(tmp_path)
 
 
@@ -174,7 +174,7 @@ def test_a_tensor_is_where_the_index_says(tmp_path):
 
 def test_a_tensor_in_two_files(tmp_path):
     files = [safetensors.open_file(write(tmp_path / f"{name}.safetensors", one_tensor())) for name in "ab"]
-    with pytest.raises(ValueError, match="tensor 'w' is in both .*a.safetensors and .*b.safetensors"):
+    with pytest.raises(ValueError, match=r"tensor 'w' is in both .*a\.safetensors and .*b\.safetensors"):
         safetensors.merge(files)
 
 
@@ -190,7 +190,7 @@ def test_which_file_of_a_folder(tmp_path):
     write(tmp_path / "other.safetensors", safetensors_bytes(small_tensors()))
     assert safetensors.open_folder(tmp_path)[0].path.name == "other.safetensors"
     write(tmp_path / "another.safetensors", safetensors_bytes({}))
-    with pytest.raises(ValueError, match=r"found another.safetensors, other.safetensors"):
+    with pytest.raises(ValueError, match=r"found another\.safetensors, other\.safetensors"):
         safetensors.open_folder(tmp_path)
     write(tmp_path / "model.safetensors", safetensors_bytes({}))
     assert safetensors.open_folder(tmp_path)[0].path.name == "model.safetensors"

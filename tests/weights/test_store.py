@@ -98,7 +98,7 @@ def test_damage_that_keeps_the_time_is_found_by_verification(path, maps):
 
 
 def test_another_weights_file_is_refused(path, maps):
-    with pytest.raises(Damaged, match="'w', expected .* of 'v'"):
+    with pytest.raises(Damaged, match=r"'w', expected .* of 'v'"):
         packed_file.read(path, "v", maps)
 
 

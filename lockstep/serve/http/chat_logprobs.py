@@ -7,7 +7,7 @@ from lockstep.serve.http.legacy_logprobs import token_text
 def chat_logprobs(tokenizer, request, start, end):
     """Those of output tokens start .. end of a request."""
     tops = request.top_logprobs or [{}] * end
-    each = zip(request.output_ids[start:end], request.logprobs[start:end], tops[start:end])
+    each = zip(request.output_ids[start:end], request.logprobs[start:end], tops[start:end], strict=True)
     return dict(content=[one_logprob(tokenizer, *of_token) for of_token in each], refusal=None)
 
 

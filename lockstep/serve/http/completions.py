@@ -66,7 +66,7 @@ def routes(service):
             fields.ignore_eos = False
         answer = Answer(job, fields, texts)
         await job.start(
-            [(each, _params(fields, service, len(each), mask)) for each, mask in zip(ids, each_mask)],
+            [(each, _params(fields, service, len(each), mask)) for each, mask in zip(ids, each_mask, strict=True)],
             fields.cache_salt or "",
             narrowing(fields),
         )

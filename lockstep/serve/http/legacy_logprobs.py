@@ -62,8 +62,10 @@ class LegacyLogprobs:
         return dict(top_logprobs=in_parts(len(ids), alternatives), **filled)
 
     def _part(self, ids, logprobs, tops):
-        top_logprobs = [self._alternatives(*each) for each in zip(ids, logprobs, self._tops(tops, len(ids)))]
-        offsets, texts = zip(*map(self._advance, ids)) if ids else ((), ())
+        top_logprobs = [
+            self._alternatives(*each) for each in zip(ids, logprobs, self._tops(tops, len(ids)), strict=True)
+        ]
+        offsets, texts = zip(*map(self._advance, ids), strict=True) if ids else ((), ())
         return dict(tokens=list(texts), token_logprobs=logprobs, top_logprobs=top_logprobs, text_offset=list(offsets))
 
     def _tops(self, tops, count):

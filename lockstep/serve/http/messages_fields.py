@@ -202,7 +202,7 @@ def text_of(content, where):
     texts = []
     for i, block in enumerate(content):
         source = block.source if block.type == "document" and isinstance(block.source, dict) else {}
-        if block.type == "text" or source.get("type") == "text" and isinstance(source.get("data"), str):
+        if block.type == "text" or (source.get("type") == "text" and isinstance(source.get("data"), str)):
             texts.append(source.get("data") or block.text or "")
         elif block.type not in IGNORED:
             raise bad_request(

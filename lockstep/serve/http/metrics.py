@@ -38,7 +38,7 @@ class Histogram:
     def family(self, name, text):
         """The metric as Prometheus knows it."""
         total, buckets = 0, []
-        for bound, count in zip((*map(str, self._bounds), "+Inf"), self._counts):
+        for bound, count in zip((*map(str, self._bounds), "+Inf"), self._counts, strict=True):
             total += count
             buckets.append((bound, total))
         return HistogramMetricFamily(name, text, buckets=buckets, sum_value=self._sum)

@@ -134,7 +134,7 @@ class Answer:
         return self._head | dict(
             status="incomplete" if is_cut else "completed",
             usage=self._usage(blocks),
-            output=[self._item(block, ENDS[is_cut and block is blocks[-1] or block.is_cut]) for block in blocks],
+            output=[self._item(block, ENDS[(is_cut and block is blocks[-1]) or block.is_cut]) for block in blocks],
             incomplete_details=dict(reason="max_output_tokens") if is_cut else None,
         )
 

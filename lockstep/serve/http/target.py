@@ -16,7 +16,7 @@ def problem(method, version, target, headers):
     method, target: bytes; version: such as "1.1"; headers: [(name in lower case, value), ...].
     """
     hosts = [value for name, value in headers if name == b"host"]
-    if len(hosts) > 1 or version == "1.1" and not hosts:
+    if len(hosts) > 1 or (version == "1.1" and not hosts):
         return f"expected one Host header, got {len(hosts)}"
     if method == b"CONNECT":
         return "CONNECT: this server is no proxy"

@@ -115,7 +115,7 @@ class _Writer:
 
     @property
     def wants_key(self):
-        return self.expects == KEY or self.expects == END and self._open[-1] == "}"
+        return self.expects == KEY or (self.expects == END and self._open[-1] == "}")
 
     def _next(self):
         self.expects = KEY if self._open[-1] == "}" else VALUE

@@ -38,7 +38,7 @@ class CallParser:
             return made + self._closed()
         cut = self._calls.count if self._reader is not None else self._is_cut_mark()
         rest = "" if cut else "".join(self._raw) if self._reader else self._held
-        if rest.strip() or rest and not self._calls.count:
+        if rest.strip() or (rest and not self._calls.count):
             made.append(Content(rest))
         self._reader, self._held, self._raw = None, "", []
         return made

@@ -192,7 +192,7 @@ class _Member:
 
     def finish(self, needs_arguments):
         """Tells of a call whose arguments came before its name, or were no object, or are none."""
-        if not self._name or needs_arguments and not self._early:
+        if not self._name or (needs_arguments and not self._early):
             raise NotACall
         self._begin()
         self._calls.add("".join(self._early) or "{}")

@@ -55,7 +55,7 @@ class Shape:
 
         Where a schema lists names and says nothing about others, there are none unless they are needed.
         """
-        needs = not self.listed and not self.patterns or self.least > len(self.members)
+        needs = (not self.listed and not self.patterns) or self.least > len(self.members)
         others = self.others if self.others is not None else needs
         return {**self.patterns, **({} if others is False else {None: others})}
 

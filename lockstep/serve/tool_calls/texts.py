@@ -206,7 +206,7 @@ def searched(pattern):
         if piece == "|" and not depth and not in_class:
             made.append("")
             continue
-        in_class = piece == "[" or in_class and piece != "]"
+        in_class = piece == "[" or (in_class and piece != "]")
         made[-1] += _ascii(piece, in_class)
     return "|".join(map(_anchored, made))
 

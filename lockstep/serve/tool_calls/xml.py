@@ -114,7 +114,7 @@ def _json(pieces):
         end = yield from until(ENDS, pieces.append)
         part = "".join(pieces[first:])
         num_quotes += re.findall(r'\\.|"', part, re.DOTALL).count('"')
-        if num_quotes % 2 == 0 or part.endswith("\n") or first == 0 and not _is_begun(part):
+        if num_quotes % 2 == 0 or part.endswith("\n") or (first == 0 and not _is_begun(part)):
             break
         pieces += end
     pieces[:] = "".join(pieces).removeprefix("\n").removesuffix("\n")
@@ -270,7 +270,7 @@ class _Parameters:
 
     def _rest(self, unknown, least, most):
         """As many members of other names; None if that is impossible."""
-        if least > 0 and not unknown or most < 0:
+        if (least > 0 and not unknown) or most < 0:
             return None
         return f"{unknown}{{{max(0, least)},{min(most, max(least, MAX_NAMES))}}}" if unknown else '""'
 
@@ -290,7 +290,7 @@ class _Parameters:
         found, made = [part for pattern in shape.patterns for part in pattern_part(pattern, self._tool.strict)], []
         for pattern, schema in shape.unknown.items():
             where = pattern_part(pattern, self._tool.strict) if pattern is not None else [f"~{part}" for part in found]
-            if schema is False or pattern is not None and not where:
+            if schema is False or (pattern is not None and not where):
                 continue
             key = self._lark.rule(f"{self._new_name()}_key".upper(), " & ".join([WRITABLE, *where]) + known)
             made.append(self._parameter(f"{quote('<parameter=')} {key} {quote(END_OF_NAME)}", of_any, schema))

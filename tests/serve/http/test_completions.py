@@ -100,12 +100,12 @@ def test_logprobs_of_an_answer_are_the_engines_own_bits(client, llm):
     made = client.completions.create(prompt=PROMPT, max_tokens=15, logprobs=4, **GREEDY).choices[0]
     expected = generated(llm, PROMPT, max_tokens=15, logprobs=4)
     assert made.logprobs.token_logprobs == expected.logprobs
-    for found, top, chosen in zip(made.logprobs.top_logprobs, expected.top_logprobs, expected.logprobs):
+    for found, top, chosen in zip(made.logprobs.top_logprobs, expected.top_logprobs, expected.logprobs, strict=True):
         assert max(found.values()) == max(top.values()) == chosen  # greedy, as lm-eval looks for it
         assert set(found.values()) <= set(top.values()) and len(found) <= 4
     assert "".join(made.logprobs.tokens) == made.text == expected.text
     assert [
-        made.text[at : at + len(t)] for at, t in zip(made.logprobs.text_offset, made.logprobs.tokens)
+        made.text[at : at + len(t)] for at, t in zip(made.logprobs.text_offset, made.logprobs.tokens, strict=True)
     ] == made.logprobs.tokens
 
 
@@ -135,7 +135,10 @@ def test_tokens_that_are_no_text_are_named_by_their_bytes(client, llm):
     raw = [llm.tokenizer.token_bytes(i) for i in ids]
     shown = [t for t in made.logprobs.tokens if t.startswith("bytes:")]
     assert shown and len(shown) == sum(b.decode("utf-8", "replace").encode() != b for b in raw)
-    assert all(list(top) == [token] for top, token in zip(made.logprobs.top_logprobs[1:], made.logprobs.tokens[1:]))
+    assert all(
+        list(top) == [token]
+        for top, token in zip(made.logprobs.top_logprobs[1:], made.logprobs.tokens[1:], strict=True)
+    )
 
 
 # ---------------------------------------------------------------- streams
@@ -168,7 +171,7 @@ def test_a_stream_is_the_whole_answer_in_pieces(client, fields):
         assert mine[-1].finish_reason == choice.finish_reason
         if choice.logprobs:
             for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
-                assert sum((getattr(c.logprobs, name) for c in mine), []) == getattr(choice.logprobs, name)
+                assert [each for c in mine for each in getattr(c.logprobs, name)] == getattr(choice.logprobs, name)
 
 
 def test_a_stream_ends_with_done_and_carries_usage_only_when_asked(server):

@@ -233,7 +233,7 @@ def walk(server, seed, rounds, most_seconds=None):
     for number in range(rounds):
         raw = damaged_request(rng, rng.choice(places))
         status, seconds, answer = send(server, raw)
-        assert status in CLEAR or status is None and b"\r\n\r\n" not in answer, (seed, number, raw, answer)
+        assert status in CLEAR or (status is None and b"\r\n\r\n" not in answer), (seed, number, raw, answer)
         # what never comes to its end is answered when its time is up, which is not a stall
         assert not most_seconds or status == 408 or seconds < most_seconds, (seed, number, raw, seconds)
         seen[status] += 1

@@ -35,12 +35,12 @@ def test_answers_that_may_fill_the_context_are_made_shorter_and_others_refused()
         return [([1] * 10, SamplingParams(max_tokens=max_tokens, n=4, logprobs=4, **more))]
 
     assert within(prompt(50), 1000, 1000) is not None and within(prompt(50), 1000, 1000)[0][1].max_tokens == 50
-    with pytest.raises(ApiError, match="1020 tokens and log-probabilities .* expected at most 1000"):
+    with pytest.raises(ApiError, match=r"1020 tokens and log-probabilities .* expected at most 1000"):
         within(prompt(51), 1000, 1000)
     assert within(prompt(990), 1000, 1000)[0][1].max_tokens == 50
     with pytest.raises(ApiError, match="expected at most 850"):  # 840 are the prompt's, and no sample has room for 5
         within(prompt(990, prompt_logprobs=20), 850, 1000)
-    two = within(prompt(990) + [([1] * 990, SamplingParams(max_tokens=10))], 1000, 1000)
+    two = within([*prompt(990), ([1] * 990, SamplingParams(max_tokens=10))], 1000, 1000)
     assert [params.max_tokens for _, params in two] == [25, 10] and num_values(two) <= 1000
 
 

@@ -6,6 +6,7 @@ import socket
 import time
 
 import pytest
+from pydantic import Field
 
 from lockstep.serve.http.body import Fields, Whole, check, parse
 from lockstep.serve.http.errors import ApiError
@@ -245,7 +246,7 @@ def test_requests_in_one_go_are_answered_in_order(small):
         json.loads(part.partition(b"\r\n\r\n")[2])["usage"]["completion_tokens"]
         for part in answer.split(b"HTTP/1.1 200")[1:]
     ]
-    assert len(found) == 3 and all(count <= body["max_tokens"] for count, body in zip(found, bodies))
+    assert len(found) == 3 and all(count <= body["max_tokens"] for count, body in zip(found, bodies, strict=True))
 
 
 def test_expect_continue_is_answered(small):
@@ -267,7 +268,7 @@ class Some(Fields):
     """Fields for the test below."""
 
     count: Whole | None = None
-    words: list[str] = []
+    words: list[str] = Field(default_factory=list)
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def raw_events(server, **body):
     body = dict(messages=HELLO, max_tokens=24, temperature=0, stream=True) | body
     with httpx.stream("POST", f"{server.url}/v1/messages", json=body, headers={"x-api-key": "right"}) as response:
         blocks = response.read().decode().strip().split("\n\n")
-    names, values = zip(*(block.split("\n") for block in blocks))
+    names, values = zip(*(block.split("\n") for block in blocks), strict=True)
     values = [json.loads(value.removeprefix("data: ")) for value in values]
     assert [name.removeprefix("event: ") for name in names] == [value["type"] for value in values]
     return values

@@ -36,7 +36,7 @@ def test_tokens_of_each_text(text):
     for seed in range(50):
         rng = random.Random(seed)
         cuts = sorted(rng.choices(range(len(text) + 1), k=rng.randrange(len(text) + 1)))
-        pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
+        pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
         tokens = [Token(i, i, 0.0, None, piece) for i, piece in enumerate(pieces)]
         placed, events = Placed(parser()), []
         for token in tokens:

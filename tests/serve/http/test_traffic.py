@@ -211,7 +211,7 @@ def answering(**limits):
         step = engine.step
 
         def step_or_wait():
-            wait_until(lambda: len(jobs) == READERS and all(job.requests for job in list(jobs)) or go.is_set())
+            wait_until(lambda: (len(jobs) == READERS and all(job.requests for job in list(jobs))) or go.is_set())
             if all(request.output_ids for job in list(jobs) for request in job.requests):
                 go.wait(300)
             return step()

@@ -83,7 +83,7 @@ def whole(status, head, rest):
         return b"retry-after: " in head and json.loads(rest)["error"]["type"] == "rate_limit_error"
     if status == 503:
         return bool(json.loads(rest)["error"]["message"])
-    return rest.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n") or b"content-length" in head and bool(json.loads(rest))
+    return rest.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n") or (b"content-length" in head and bool(json.loads(rest)))
 
 
 # ---------------------------------------------------------------- leaving

@@ -186,7 +186,7 @@ def test_run_again_gives_the_same_alone_and_in_a_crowd(page):
         ("nth-child(2)", f"✓ The same beside 4 others: all {tokens}"),
     ):
         page.click(f".again button:{button}")
-        page.until(lambda: words in page.text(VERDICT))
+        page.until(lambda words=words: words in page.text(VERDICT))
         assert page.shown(f"{VERDICT}.same")
 
 

@@ -1,5 +1,7 @@
 """Where activations lie: never two at once in one place, and no more memory than the models are known to need."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -69,7 +71,7 @@ def test_no_two_activations_that_live_at_once_overlap(program):
             at_once.setdefault(i, []).append((offsets[tensor], offsets[tensor] + num_bytes(tensor)))
     for spans in at_once.values():
         spans.sort()
-        assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:])) and spans[-1][1] <= size
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans)) and spans[-1][1] <= size
 
 
 # bytes of activations with the holes that small tensors leave in the place of large ones used; before, they were lost:

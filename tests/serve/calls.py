@@ -69,7 +69,7 @@ def ways_to_cut(text):
     rng = random.Random(text)
     for _ in range(20):
         cuts = sorted(rng.sample(range(len(text) + 1), min(3, len(text))))
-        yield [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
+        yield [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
 
 STYLES = [HERMES, XML, LLAMA, MISTRAL, MISTRAL_NAMED]

@@ -28,7 +28,7 @@ def test_what_a_grammar_holds_to_is_what_the_parser_reads(style, parallel):
         answer = random_answer("byte_level", calls_grammar(style, use), np.random.default_rng(seed))
         found = parse(CallParser(style, use), list(answer or ""))
         complete += answer is not None
-        assert answer is None or found and all(isinstance(call, tuple) for call in found)
+        assert answer is None or (found and all(isinstance(call, tuple) for call in found))
         assert len(found) <= 1 or parallel
         for name, arguments in found:
             names.add(name)

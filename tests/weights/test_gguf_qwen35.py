@@ -33,7 +33,7 @@ def test_qwen35_heads_that_turn_whole(tmp_path):
     tensors, path = qwen35_tensors(np.random.default_rng(12), 2, 2, mtp=False), tmp_path / "m.gguf"
     config = open_checkpoint(write_qwen35(path, tensors, 2, 2, rope__dimension_count=16)).config
     assert model_config(config).rope_dim == 16  # a silent config means a quarter
-    with pytest.raises(ValueError, match="qwen35.rope.dimension_sections must be an array of numbers, found 11"):
+    with pytest.raises(ValueError, match=r"qwen35\.rope\.dimension_sections must be an array of numbers, found 11"):
         open_checkpoint(write_qwen35(path, tensors, 2, 2, rope__dimension_sections=11))
 
 
@@ -78,7 +78,7 @@ def test_decay_that_is_no_bfloat16_logarithm(tmp_path):
     found = open_checkpoint(write_qwen35(tmp_path / "m.gguf", tensors, 2, 2)).tensors[name].to_f32()
     assert np.abs(found - tensors[name]).max() < 2e-7
     tensors[name] = np.float32([np.nan, 1])
-    with pytest.raises(ValueError, match="'blk.0.ssm_a'.*all negative"):
+    with pytest.raises(ValueError, match=r"'blk\.0\.ssm_a'.*all negative"):
         open_checkpoint(write_qwen35(tmp_path / "m.gguf", tensors, 2, 2)).tensors[name]
 
 

@@ -178,7 +178,7 @@ def test_origins_that_may_be_let_in(given, read):
 
 @pytest.mark.parametrize("given", ["foo", "", "example.org", "https://", "https://a/b", "https://*.a", "https://a b"])
 def test_what_is_no_origin_is_told(given):
-    with pytest.raises(ValueError, match="--cors-origin: expected an origin such as .*, got "):
+    with pytest.raises(ValueError, match=r"--cors-origin: expected an origin such as .*, got "):
         allowed("--cors-origin", ["*", given], origin)
 
 
@@ -192,7 +192,7 @@ def test_hosts_that_may_be_let_in(given, read):
 
 @pytest.mark.parametrize("given", ["http://x/", "", "a/b", "*.example.org", "a b", "käse.example", "a:b:c", "-", "."])
 def test_what_is_no_host_is_told(given):
-    with pytest.raises(ValueError, match="--allowed-host: expected a name such as .*, got "):
+    with pytest.raises(ValueError, match=r"--allowed-host: expected a name such as .*, got "):
         allowed("--allowed-host", ["*", given], host_name)
 
 

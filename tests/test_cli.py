@@ -349,14 +349,11 @@ class Terminal(io.StringIO):
 
 @pytest.mark.parametrize("stream", [io.StringIO(), Terminal()], ids=["pipe", "terminal"])
 def test_progress(stream, monkeypatch):
-    from lockstep.runtime.kernel import Kernel
-
     monkeypatch.setattr("lockstep.commands.progress.QUIET_SECONDS", 0)
     with Progress(stream) as progress:
         progress.packing("packing", 5_000_000, None)
-        Kernel.on_compile("one")
-        Kernel.on_compile("two")
-    assert Kernel.on_compile is None
+        progress.compiling("one")
+        progress.compiling("two")
     said = stream.getvalue()
     assert "compiling kernels for this CPU, first time only" in said and "ready after" in said
     assert ("2 (two)" in said) == stream.isatty() != ("packing weights, first time only\n" in said)

@@ -95,7 +95,8 @@ def load(model, *, ops=None, max_requests=1, wait_for_content=False, **options):
     if (options.get("threads") or 0) > num_cores():
         print(f"lockstep: {options['threads']} threads on {num_cores()} cores only take turns", file=sys.stderr)
     with Progress() as progress:
-        llm = LLM(model, ops=parse_swaps(ops), max_requests=max_requests, progress=progress.packing, **options)
+        reports = dict(progress=progress.packing, on_compile=progress.compiling)
+        llm = LLM(model, ops=parse_swaps(ops), max_requests=max_requests, **reports, **options)
         if wait_for_content:
             llm.content.wait(progress.packing)
     if llm.num_bytes_not_kept:

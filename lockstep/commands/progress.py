@@ -2,6 +2,7 @@
 
 import sys
 import time
+from typing import Self, TextIO
 
 QUIET_SECONDS = 1.0  # what takes less is not worth a line
 
@@ -9,20 +10,14 @@ QUIET_SECONDS = 1.0  # what takes less is not worth a line
 class Progress:
     """A context: counts the kernels that are compiled in it, and the bytes that are packed or read."""
 
-    def __init__(self, stream=None):
+    def __init__(self, stream: TextIO | None = None) -> None:
         self._stream, self._said, self._status = stream or sys.stderr, set(), None
         self._started, self._num_kernels = time.perf_counter(), 0
 
-    def __enter__(self):
-        from lockstep.runtime.kernel import Kernel
-
-        Kernel.on_compile = self.compiling
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error):
-        from lockstep.runtime.kernel import Kernel
-
-        Kernel.on_compile = None
+    def __exit__(self, *error: object) -> None:
         if self._status:
             self._status.stop()
         if self._said and not any(error):
@@ -32,13 +27,13 @@ class Progress:
     def _seconds(self):
         return time.perf_counter() - self._started
 
-    def packing(self, what, done, total):
-        """The callback of LLM."""
+    def packing(self, what: str, done: int, total: int | None) -> None:
+        """What an LLM calls as `progress`."""
         amount = f"{done / 1e6:,.0f}" + (f" of {total / 1e6:,.0f}" if total else "")
         self._show(f"{what} weights", f"{amount} MB")
 
-    def compiling(self, name):
-        """The hook of Kernel, called as each compilation starts."""
+    def compiling(self, name: str) -> None:
+        """What an LLM calls as `on_compile`, as each compilation starts."""
         self._num_kernels += 1
         self._show("compiling kernels for this CPU", f"{self._num_kernels} ({name})")
 

@@ -83,18 +83,19 @@ class EngineOptions:
 class Engine:
     """Runs requests of one model. Not thread-safe: one thread calls `add`, `cancel` and `step`.
 
-    new_detokenizer: given a Request, makes what `AnswerText` reads tokens with; without it answers have no
-    text. Raises UnfitMachine if a kernel does not give the recorded bits on this CPU.
+    new_detokenizer: given a Request, makes what `AnswerText` reads tokens with; without it answers have no text.
+    on_compile: called with the name of each kernel that has to be compiled first. Raises UnfitMachine if a kernel does
+    not give the recorded bits on this CPU.
     """
 
-    def __init__(self, model, options=EngineOptions(), swaps=None, eos_ids=None, new_detokenizer=None):
+    def __init__(self, model, options=EngineOptions(), swaps=None, eos_ids=None, new_detokenizer=None, on_compile=None):
         self.eos_ids = frozenset(model.config.eos_ids) if eos_ids is None else eos_ids
         self.new_detokenizer = new_detokenizer
         num_sampled = max(options.max_requests, min(options.max_step_tokens, PROMPT_ROWS))
         limits = Limits(options.max_step_tokens, options.max_requests, num_pages(model, options), num_sampled)
         self.model, self.team = model, Team(options.threads or num_cores())
         try:
-            self.runner = Runner(model, self.team, limits, swaps)
+            self.runner = Runner(model, self.team, limits, swaps, on_compile=on_compile)
         except MemoryError as error:
             raise ValueError(
                 f"max_step_tokens, max_requests, max_context or kv_tokens: not enough memory ({error})"
@@ -102,7 +103,7 @@ class Engine:
         if options.kv_tokens is not None:
             for array in self.runner.caches.values():
                 array.fill(0)  # the system hands out pages at the first touch: better now than within a request
-        selfcheck.check(self.runner.program, self.runner.executor.backend)
+        selfcheck.check(self.runner.program, self.runner.executor.backend, on_compile)
         self.scheduler = Scheduler(limits, self._prefix_cache(options))
         self._ids, self.num_generated, self.num_not_finite = itertools.count(), 0, 0
 

@@ -45,7 +45,7 @@ class Runner:
     sample: the program's Sample, whose operands can be looked at after a step.
     """
 
-    def __init__(self, model, team, limits, swaps=None, base="cpu", keep=False, fused=True):
+    def __init__(self, model, team, limits, swaps=None, base="cpu", keep=False, fused=True, on_compile=None):
         self.model, self.limits, self.team = model, limits, team
         backend = model.backend(swaps, base)
         self.program = model.rewritten(backend, fused)
@@ -54,7 +54,7 @@ class Runner:
         rows = {"T": T, "O": T, "R": limits.max_sampled, "E": T, "S": limits.max_requests}
         addresses = {name: array.ctypes.data for name, array in self.caches.items()}
         self._sources = self.program.sources()
-        self.executor = Executor(self.program, backend, team, model.store, rows, addresses, keep)
+        self.executor = Executor(self.program, backend, team, model.store, rows, addresses, keep, on_compile)
         self.pages_per_request = -(-model.max_context // PAGE_TOKENS)
         self._allocate()
         [self.sample] = [op for op in self.program.ops if isinstance(op, Sample)]

@@ -179,11 +179,11 @@ def probe_model(probe, table, fused):
 # ---------------------------------------------------------------- digests
 
 
-def digests(probe, table, fused=True):
+def digests(probe, table, fused=True, on_compile=None):
     """[(op, tensor name, digest)] of what each op of a probe's program writes, in order."""
     team = Team(1)
     try:
-        runner = Runner(probe_model(probe, table, fused), team, Limits(64, 2, 4, 3), keep=True)
+        runner = Runner(probe_model(probe, table, fused), team, Limits(64, 2, 4, 3), keep=True, on_compile=on_compile)
         made, at = {}, [0, 0]
         for counts in STEPS:
             runner.step([span(i, start, n) for i, (start, n) in enumerate(zip(at, counts))])
@@ -219,7 +219,7 @@ def visible(program):
 # ---------------------------------------------------------------- the check
 
 
-def check(program, backend):
+def check(program, backend, on_compile=None):
     """Runs the probes of a program on an op table. UnfitMachine at the first op whose bits are not the recorded ones.
 
     What was found good is remembered in the user's cache folder for as long as sources, versions and CPU stay the same.
@@ -232,8 +232,9 @@ def check(program, backend):
         return
     golden = json.loads(GOLDEN.read_text())
     for probe in wanted:
-        compare(probe, golden[str(probe)], digests(probe, backend))
-    compare(selfcheck_sampling.NAME, golden[selfcheck_sampling.NAME], selfcheck_sampling.digests(backend))
+        compare(probe, golden[str(probe)], digests(probe, backend, on_compile=on_compile))
+    sampling = selfcheck_sampling.digests(backend, on_compile)
+    compare(selfcheck_sampling.NAME, golden[selfcheck_sampling.NAME], sampling)
     with contextlib.suppress(OSError):
         mark.touch()
 

@@ -38,14 +38,14 @@ WISHES = (
 )
 
 
-def digests(table):
+def digests(table, on_compile=None):
     """[(op, tensor name, digest)] of what the ops after the logits write, on an op table."""
     team = Team(1)
     try:
-        runner = Runner(probe_model(table), team, Limits(ROWS, 1, 1, ROWS), keep=True)
+        runner = Runner(probe_model(table), team, Limits(ROWS, 1, 1, ROWS), keep=True, on_compile=on_compile)
         wishes = [SamplingParams(**w) for w in WISHES]
         held = [Adjustment(SEEN, w, frozenset({0, 9}), VOCABULARY) for w in wishes]
-        sampled = {r: record(r, w, a) for r, (w, a) in enumerate(zip(wishes, held))}
+        sampled = {r: record(r, w, a) for r, (w, a) in enumerate(zip(wishes, held, strict=True))}
         sampled[0]["given"] = 1 + 4099
         runner.step([Span(list(range(ROWS)), 0, [0], 0, sampled)])
         ops = [op for op in runner.program.ops if isinstance(op, (AdjustLogits, Sample))]

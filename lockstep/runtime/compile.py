@@ -10,28 +10,35 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from lockstep.runtime.kernel import Kernel
+from lockstep.runtime.kernel import Kernel, OnCompile
 from lockstep.runtime.user_cache import VARIABLE, user_cache
 
 FEW = 4  # kernels that are compiled without help: a helper takes a second to start
 MAX_HELPERS = 7
 
 
-def compile_kernels(kernels, num_processes=None):
-    """Makes sure that all kernels are compiled and loaded. num_processes: in all; by default one for each core."""
+def compile_kernels(
+    kernels: Sequence[Kernel], on_compile: OnCompile | None = None, num_processes: int | None = None
+) -> None:
+    """Makes sure that all kernels are compiled.
+
+    on_compile: called with the name of each that is compiled as that starts, by any thread. num_processes: in all; by
+    default one for each core.
+    """
     missing = list(dict.fromkeys(k for k in kernels if not k.is_cached))
     cores = num_processes or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     num_helpers = min(cores - 1, len(missing) // FEW, MAX_HELPERS)
     if num_helpers > 0:
         with tempfile.TemporaryDirectory(prefix="lockstep-compile-") as folder:
-            _share(missing, num_helpers, Path(folder))
-    for kernel in kernels:
-        kernel.address
+            _share(missing, num_helpers, Path(folder), on_compile)
+    for kernel in missing:
+        kernel.compile(on_compile)
 
 
-def _share(kernels, num_helpers, folder):
+def _share(kernels: Iterable[Kernel], num_helpers: int, folder: Path, on_compile: OnCompile | None) -> None:
     paths = {k.path: k for k in kernels}
     command = [sys.executable, "-m", "lockstep.runtime.compile", str(folder), *reversed(paths)]
     environment = {**os.environ, VARIABLE: str(user_cache()), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
@@ -39,13 +46,13 @@ def _share(kernels, num_helpers, folder):
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
         for _ in range(num_helpers)
     ]
-    readers = [threading.Thread(target=_report, args=(h,), daemon=True) for h in helpers]
+    readers = [threading.Thread(target=_report, args=(h, on_compile), daemon=True) for h in helpers]
     for reader in readers:
         reader.start()
     try:
         for path, kernel in paths.items():
             if _take(folder, path):
-                kernel.address
+                kernel.compile(on_compile)
         for reader in readers:
             reader.join()
     finally:
@@ -54,14 +61,15 @@ def _share(kernels, num_helpers, folder):
             helper.wait()
 
 
-def _report(helper):
+def _report(helper: subprocess.Popen[str], on_compile: OnCompile | None) -> None:
     """Passes on the names that a helper prints as it goes."""
+    assert helper.stdout is not None
     for line in helper.stdout:
-        if Kernel.on_compile:
-            Kernel.on_compile(line.strip())
+        if on_compile is not None:
+            on_compile(line.strip())
 
 
-def _take(folder, path):
+def _take(folder: Path, path: str) -> bool:
     """Whether this process is the first to want a kernel."""
     try:
         os.close(os.open(folder / path.replace(":", "-"), os.O_CREAT | os.O_EXCL))
@@ -70,13 +78,13 @@ def _take(folder, path):
         return False
 
 
-def main(folder, *paths):
+def main(folder: str, *paths: str) -> None:
     """A helper's work."""
-    Kernel.on_compile = lambda name: print(name, flush=True)
     for path in paths:
         if _take(Path(folder), path):
             module, name = path.split(":")
-            getattr(importlib.import_module(module), name).address
+            found: Kernel = getattr(importlib.import_module(module), name)
+            found.compile(on_compile=lambda name: print(name, flush=True))
 
 
 if __name__ == "__main__":

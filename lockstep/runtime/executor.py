@@ -100,10 +100,10 @@ class Executor:
     """A program bound to a backend, memory and threads.
 
     max_rows: the largest T, R, E and S of a step, by letter. caches: address of each CacheArray, by name. keep: give
-    every tensor memory of its own, so that all can be looked at after a step.
+    every tensor memory of its own, so that all can be looked at after a step. on_compile: see compile_kernels.
     """
 
-    def __init__(self, program, backend, team, weights, max_rows, caches, keep=False):
+    def __init__(self, program, backend, team, weights, max_rows, caches, keep=False, on_compile=None):
         self.program, self.backend, self.team, self.max_rows = program, backend, team, max_rows
         self._weights, self._caches = weights, caches
         self._offsets, size = lay_out(program, max_rows, keep)
@@ -111,7 +111,7 @@ class Executor:
         self._memory.fill(0)  # pages that are touched now do not have to be faulted in by the first step
         self._counters = np.zeros(max(1, len(program.ops)), np.int64)
         self._table = aligned(8 * ROW_WORDS * max(1, len(program.ops))).view(np.int64).reshape(-1, ROW_WORDS)
-        compile_kernels([backend[op.kind].kernel for op in program.ops])
+        compile_kernels([backend[op.kind].kernel for op in program.ops], on_compile)
         for i, op in enumerate(program.ops):
             self._encode(i, op)
 

@@ -12,29 +12,38 @@ import hashlib
 import os
 import pathlib
 import sys
+from collections.abc import Callable
 from types import FunctionType
+from typing import Any
 
 import llvmlite
 import numba
-from numba import config, types
+from numba import config as numba_config
+from numba import types
 from numba.core import caching
+from numba.core.ccallback import CFunc
 from numba.core.registry import cpu_target
 
 from lockstep.runtime.kernel_files import CheckedFiles
 from lockstep.runtime.user_cache import cache_subfolder
 
+config: Any = numba_config  # its attributes are made when it is imported
+OnCompile = Callable[[str], object]
 PACKAGE = pathlib.Path(__file__).parents[1]
 SIGNATURE = types.void(types.int64, types.int64, types.int64, types.int64)
-STRICT = dict(error_model="numpy", fastmath=False, boundscheck=False, nogil=True)
+STRICT: dict[str, Any] = dict(error_model="numpy", fastmath=False, boundscheck=False, nogil=True)
+
+INLINED: dict[str, Any] = dict(forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, **STRICT)
 
 
-def target():
+def target() -> tuple[str, str, str]:
     """(triple, cpu, features) that kernels are compiled for."""
-    return cpu_target.target_context.codegen().magic_tuple()
+    context: Any = cpu_target.target_context
+    return context.codegen().magic_tuple()
 
 
 @functools.cache
-def imported_sources(module):
+def imported_sources(module: str) -> frozenset[pathlib.Path]:
     """The source files of a module and of every module of this package that it imports, directly or not."""
     path = PACKAGE.parent / (module.replace(".", "/") + ".py")
     if not module.startswith(PACKAGE.name) or not path.exists():
@@ -44,7 +53,7 @@ def imported_sources(module):
     return frozenset({path}.union(*map(imported_sources, names)))
 
 
-def fingerprint(module):
+def fingerprint(module: str) -> str:
     """Hash of whatever determines the machine code of a module's kernels."""
     digest = hashlib.sha256()
     for path in sorted(imported_sources(module)):
@@ -54,7 +63,7 @@ def fingerprint(module):
 
 
 @functools.cache
-def kernel_cache(module):
+def kernel_cache(module: str) -> pathlib.Path:
     """The folder of a module's compiled kernels, named by all that they are made from."""
     folder = cache_subfolder("kernels", fingerprint(module))
     with contextlib.suppress(OSError):
@@ -123,55 +132,55 @@ def definition(function):
 
 def inlined(function):
     """Decorator for a helper of kernels and definitions, always inlined by LLVM; it cannot be called from Python."""
-    return numba.njit(forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, **STRICT)(function)
+    return numba.njit(**INLINED)(function)
 
 
 class Kernel:
     """A native function (op, step, thread, num_threads) -> None over addresses, compiled when first asked for."""
 
-    on_compile = None  # called with the kernel's name before each compilation, not when it is loaded from the cache
-
-    def __init__(self, function):
+    def __init__(self, function: FunctionType) -> None:
         self.name, self.function, self._compiled = function.__qualname__, function, None
         self.__doc__ = function.__doc__
 
     @property
-    def address(self):
+    def address(self) -> int:
         """Address of the machine code; compiles or loads it on first use."""
+        address = self.compile().address
+        assert address is not None
+        return address
+
+    def compile(self, on_compile: OnCompile | None = None) -> CFunc:
+        """The machine code, compiled or loaded once. on_compile: called with the kernel's name before a compilation."""
         if self._compiled is None:
-            self._compiled = self._compile()
-        return self._compiled.address
+            if on_compile is not None and not self.is_cached:
+                on_compile(self.name)
+            options = {k: v for k, v in STRICT.items() if k != "nogil"}
+            with cache_folder():
+                self._compiled = numba.cfunc(SIGNATURE, cache=True, **options)(self.function)
+            self._mark.touch()
+        return self._compiled
 
     @property
-    def path(self):
+    def path(self) -> str:
         """Where the kernel is found: "module:name"."""
         return f"{self.function.__module__}:{self.name}"
 
     @property
-    def is_cached(self):
+    def is_cached(self) -> bool:
         """Whether a compiled form is (believed to be) on disk."""
         return self._compiled is not None or self._mark.exists()
 
     @property
-    def _mark(self):
+    def _mark(self) -> pathlib.Path:
         return kernel_cache(self.function.__module__) / f"{self.name}.done"
 
-    def _compile(self):
-        if Kernel.on_compile and not self.is_cached:
-            Kernel.on_compile(self.name)
-        options = {k: v for k, v in STRICT.items() if k != "nogil"}
-        with cache_folder():
-            compiled = numba.cfunc(SIGNATURE, cache=True, **options)(self.function)
-        self._mark.touch()
-        return compiled
 
-
-def kernel(function):
+def kernel(function: FunctionType) -> Kernel:
     """Decorator: a function of four int64 (op, step, thread, num_threads) becomes a `Kernel`."""
     return Kernel(function)
 
 
-def variant(body, name, **constants):
+def variant(body: FunctionType, name: str, **constants: Any) -> Kernel:
     """The kernel `body`, a plain function, with some of its global names bound to constants of this variant.
 
     It is cached under its name and must be found under it in the module of `body`, where whoever compiles looks for it.

@@ -74,6 +74,7 @@ class LLM:
     max_context: tokens that a prompt and its answer may have, never more than kv_tokens hold; None: the model's own, as
     far as its KV cache has room (in kv_tokens, or in half of the memory that is free beside the weights).
     verify_weights: read all of the weights, packed ones too, and check their hashes, although they were checked before.
+    on_compile: called with the name of each kernel whose compilation starts, by any thread.
     Raises ValueError, in one sentence, for a model that cannot be loaded.
 
     context: the ContextSize that came of it.
@@ -98,6 +99,7 @@ class LLM:
         needs_chat=False,
         generation_config="auto",
         verify_weights=False,
+        on_compile=None,
     ):
         self.path = resolve_model(model)
         self._checkpoint = checkpoint = open_checkpoint(self.path, verify=verify_weights)
@@ -124,7 +126,7 @@ class LLM:
         )
         self.makers_sampling()  # refuses a source that cannot be read
         reader = functools.partial(answer_reader, self.tokenizer) if self.has_tokenizer else None
-        self.engine = Engine(self.model, options, ops, self._eos_ids(), reader)
+        self.engine = Engine(self.model, options, ops, self._eos_ids(), reader, on_compile)
         try:
             checkpoint.check_unchanged()  # all weights have been read
         except ValueError:

@@ -167,16 +167,15 @@ class ContentHash:
     ):
         self._paths, self._stamps, self._tensors, self._config = paths, stamps, tensors, config
         self._found: Future[str] = Future()
-        self._lock, self._callbacks = threading.Lock(), []
+        self._lock = threading.Lock()
+        self._callbacks: list[Callable[[str], None]] = []
         self._digests = [None if verify else known_digest(path, one) for path, one in zip(paths, stamps, strict=True)]
-        self._total, self._done = (
-            sum(one.size for one, digest in zip(stamps, self._digests, strict=True) if digest is None),
-            0,
-        )
-        if None in self._digests:
+        sizes = [one.size for one, digest in zip(stamps, self._digests, strict=True) if digest is None]
+        self._total, self._done = sum(sizes), 0
+        if sizes:
             threading.Thread(target=self._read, name="lockstep content hash", daemon=True).start()
         else:
-            self._found.set_result(content_hash(self._digests, tensors, config))
+            self._read()
 
     @property
     def known(self) -> str | None:

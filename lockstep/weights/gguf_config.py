@@ -52,7 +52,7 @@ class Keys:
     def number(self, key: str, default: float | None = None) -> float:
         """A finite number; a float32 comes as the shortest decimal that means it, as config.json would have it."""
         value = self._get(key, default)
-        if type(value) not in (int, float) or not abs(value) < MAX_FLOAT32:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < MAX_FLOAT32:
             raise ValueError(f"{self._where}: {self._prefix}{key} must be a finite number, found {value!r}")
         return float(str(np.float32(value)))
 

@@ -53,7 +53,7 @@ class Cursor:
     """A position in mapped bytes that never reads past their end; errors start with `where` (the file)."""
 
     def __init__(self, raw: np.ndarray, where: str, allowance: Allowance | None = None):
-        self.buffer = memoryview(raw)
+        self.buffer = raw.data
         self.where = where
         self.position = 0
         self.allowance = allowance or Allowance()
@@ -138,7 +138,7 @@ def _read_value(cursor: Cursor, value_type: int, what: str, depth: int = 0) -> o
     return _read_numbers(cursor, value_type, 1, what)[0].item()
 
 
-def _read_array(cursor: Cursor, what: str, depth: int) -> Sequence[object]:
+def _read_array(cursor: Cursor, what: str, depth: int) -> Sequence[object] | np.ndarray:
     if depth == MAX_ARRAY_DEPTH:
         raise ValueError(f"{cursor.where}: {what} nests arrays deeper than {MAX_ARRAY_DEPTH}")
     item_type = cursor.unsigned(4, f"item type of {what}")

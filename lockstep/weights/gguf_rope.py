@@ -39,7 +39,8 @@ def _candidates(frequencies: np.ndarray, wanted: np.ndarray, original: int) -> I
         yield _scaling(factor, HIGH, context)
     between = np.flatnonzero((wanted > 1) & (wanted < factor))
     if len(between) >= 2:
-        yield from _solved(*((frequencies[i].item(), wanted[i].item()) for i in (between[0], between[-1])), factor)
+        first, last = ((frequencies[i].item(), wanted[i].item()) for i in (between[0], between[-1]))
+        yield from _solved(first, last, factor)
 
 
 def _solved(first: tuple[float, float], last: tuple[float, float], factor: float) -> Iterator[dict]:

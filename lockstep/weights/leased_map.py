@@ -64,7 +64,7 @@ class LeasedMaps:
         memory = (ctypes.c_uint8 * size).from_address(address)
         # At the process's end threads may still read; the system takes the memory back.
         weakref.finalize(memory, self._drop, address).atexit = False
-        array = np.frombuffer(memory, np.uint8)
+        array = np.frombuffer(memoryview(memory), np.uint8)
         array.flags.writeable = False
         return array
 
@@ -81,11 +81,14 @@ class LeasedMaps:
             self._thread = threading.Thread(target=self._watch, args=(ready,), name="lockstep leases", daemon=True)
             self._thread.start()
             ready.wait()
+        assert self._thread.native_id is not None, "it has started"
         return self._thread.native_id
 
     def _wake(self) -> None:
         with self._lock:
-            if self._thread is not None and self._thread.is_alive():  # it is not, in a copy of the process
+            if (
+                self._thread is not None and self._thread.ident and self._thread.is_alive()
+            ):  # it is not, in a copy of the process
                 signal.pthread_kill(self._thread.ident, signal.SIGIO)
 
     def _watch(self, ready: threading.Event) -> None:

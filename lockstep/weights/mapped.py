@@ -56,7 +56,7 @@ def read_array(array: np.ndarray) -> np.ndarray:
     start = array.ctypes.data - np.frombuffer(file, np.uint8).ctypes.data
     left = copy.reshape(-1).view(np.uint8)
     while len(left):
-        count = os.preadv(file.descriptor, [left], start)
+        count = os.preadv(file.descriptor, [left.data], start)
         if count == 0:
             size = os.fstat(file.descriptor).st_size
             raise ValueError(f"{file.path}: the file had {len(file)} bytes when it was opened and now has {size}")

@@ -7,28 +7,35 @@
 The last panels are filled with zeros up to an even number of panels, so that a kernel may always take two.
 """
 
+from collections.abc import Callable, Iterable, Iterator
+from types import ModuleType
+
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 
+from lockstep.runtime.program import Weight
 from lockstep.runtime.targets import unsigned_weights
 from lockstep.weights import q4_0, q8_0
-from lockstep.weights.tensor import check_finite
+from lockstep.weights.tensor import StoredTensor, check_finite
 
+Arrange = Callable[[np.ndarray], np.ndarray]
+Output = tuple[np.ndarray, Arrange]
 PANEL = 16
 ROWS_AT_ONCE = 64 * PANEL  # packing works through a tensor in pieces of so many rows
 
 
-def num_panels(num_features):
+def num_panels(num_features: int) -> int:
     """Panels of a packed weight: an even number."""
     return -(-num_features // (2 * PANEL)) * 2
 
 
-def padded_width(num_features):
+def padded_width(num_features: int) -> int:
     """Columns of a linear layer's output: features rounded up to whole panels."""
     return -(-num_features // PANEL) * PANEL
 
 
-def _pieces(weight):
+def _pieces(weight: Weight) -> Iterator[tuple[int, StoredTensor, slice]]:
     """(first row, float32 or stored blocks) of a weight, piece by piece: (row, part, slice)."""
     row = 0
     for part in weight.parts:
@@ -39,19 +46,19 @@ def _pieces(weight):
         row += count
 
 
-def floats(part, rows):
+def floats(part: StoredTensor, rows: slice) -> np.ndarray:
     """Finite float32 rows of a stored tensor."""
     return part.finite_f32(rows)
 
 
-def block_fields(part, rows, block, format):
+def block_fields(part: StoredTensor, rows: slice, block: ModuleType, format: str) -> tuple[np.ndarray, np.ndarray]:
     """The fields of rows of q8_0 or q4_0 blocks: as stored, or quantized now."""
     codes, scales = block.split(part.read(rows) if part.format == format else quantized(part, rows, block))
     check_finite(part, scales, rows.start or 0, "block scales")
     return codes, scales
 
 
-def quantized(part, rows, block):
+def quantized(part: StoredTensor, rows: slice, block: ModuleType) -> np.ndarray:
     """Rows of a stored tensor as blocks of another format."""
     values = floats(part, rows)
     try:
@@ -60,17 +67,17 @@ def quantized(part, rows, block):
         raise ValueError(f"tensor {part.name!r}: {error}") from None
 
 
-def q8_0_fields(part, rows):
+def q8_0_fields(part: StoredTensor, rows: slice) -> tuple[np.ndarray, np.ndarray]:
     """(codes int8 [rows, K], scales float16 [rows, K / 32]): as stored, or quantized now."""
     return block_fields(part, rows, q8_0, "q8_0")
 
 
-def q4_0_fields(part, rows):
+def q4_0_fields(part: StoredTensor, rows: slice) -> tuple[np.ndarray, np.ndarray]:
     """(codes uint8 0..15 [rows, K], scales float16 [rows, K / 32]): as stored, or quantized now."""
     return block_fields(part, rows, q4_0, "q4_0")
 
 
-def stored_fields(part, rows, block, format):
+def stored_fields(part: StoredTensor, rows: slice, block: ModuleType, format: str) -> tuple[np.ndarray, ...]:
     """Fields of rows that are stored in a block format, which nothing is quantized to; every float16 is checked."""
     if part.format != format:
         raise ValueError(f"tensor {part.name!r} is stored as {part.format}: a {format} linear layer takes only that")
@@ -81,7 +88,9 @@ def stored_fields(part, rows, block, format):
     return fields
 
 
-def scatter(weight, outputs, convert):
+def scatter(
+    weight: Weight, outputs: Iterable[Output], convert: Callable[[StoredTensor, slice], Iterable[np.ndarray]]
+) -> None:
     """Fills row-major staging of ROWS_AT_ONCE rows and writes it to the outputs' panels.
 
     convert(part, rows) -> arrays [rows, ...]; outputs: (array [panels, ...], function from [panels, 16, ...] to it).
@@ -91,7 +100,7 @@ def scatter(weight, outputs, convert):
             _place(array, arrange, values, row)
 
 
-def _place(array, arrange, values, row):
+def _place(array: np.ndarray, arrange: Arrange, values: np.ndarray, row: int) -> None:
     """Writes rows (starting anywhere) into panels; rows of a panel that is only partly covered keep the others."""
     first, last = row // PANEL, -(-(row + len(values)) // PANEL)
     if row % PANEL == 0 and len(values) % PANEL == 0:
@@ -105,31 +114,31 @@ def _place(array, arrange, values, row):
     np.copyto(array[first:last], arrange(staged.reshape(shape)), where=arrange(mask.reshape(shape)).astype(bool))
 
 
-def k_major(values):
+def k_major(values: np.ndarray) -> np.ndarray:
     """[panels, 16, K] to [panels, K, 16]."""
     return values.transpose(0, 2, 1)
 
 
-def _grouped(size):
+def _grouped(size: int) -> Arrange:
     """[panels, 16, K] to [panels, K / size, 16, size]."""
     return lambda v: v.reshape(v.shape[0], PANEL, -1, size).transpose(0, 2, 1, 3)
 
 
-def pack_f32(weight):
+def pack_f32(weight: Weight) -> tuple[np.ndarray, ...]:
     """float32 panels."""
     panels = np.zeros((num_panels(weight.shape[0]), weight.shape[1], PANEL), np.float32)
     scatter(weight, [(panels, k_major)], lambda part, rows: [floats(part, rows)])
     return (panels,)
 
 
-def pack_f16(weight):
+def pack_f16(weight: Weight) -> tuple[np.ndarray, ...]:
     """float16 panels, for weights stored as float16."""
     panels = np.zeros((num_panels(weight.shape[0]), weight.shape[1], PANEL), np.float16)
     scatter(weight, [(panels, k_major)], lambda part, rows: [floats(part, rows).astype(np.float16)])
     return (panels,)
 
 
-def pack_bf16(weight):
+def pack_bf16(weight: Weight) -> tuple[np.ndarray, ...]:
     """bf16 pairs of panels, as uint16."""
     panels = np.zeros((num_panels(weight.shape[0]), weight.shape[1] // 2, PANEL, 2), np.uint16)
     convert = lambda part, rows: [floats(part, rows).astype(ml_dtypes.bfloat16).view(np.uint16)]
@@ -137,7 +146,7 @@ def pack_bf16(weight):
     return (panels,)
 
 
-def pack_q8_0(weight):
+def pack_q8_0(weight: Weight) -> tuple[np.ndarray, ...]:
     """Codes (plus 128 where the target's dot takes unsigned weights) and scales."""
     rows, width = num_panels(weight.shape[0]), weight.shape[1]
     zero = 128 if unsigned_weights() else 0
@@ -152,25 +161,25 @@ def pack_q8_0(weight):
     return codes, scales
 
 
-def nibble_pairs(values):
+def nibble_pairs(values: np.ndarray) -> np.ndarray:
     """Codes [panels, 16, K] to bytes [panels, K / 8, 16, 4]."""
     grouped = values.reshape(values.shape[0], PANEL, -1, 2, 4).transpose(0, 2, 1, 3, 4)
     return grouped[..., 0, :] | (grouped[..., 1, :] << 4)
 
 
-def fifth_bits(values):
+def fifth_bits(values: np.ndarray) -> np.ndarray:
     """Bits 0 or 1 [panels, 16, K] to bytes [panels, K / 32, 16, 4]: bit g of byte j is that of k = 4 g + j."""
     eight = values.reshape(values.shape[0], PANEL, -1, 8, 4)
     shifts = np.arange(8, dtype=np.uint8)[:, None]
     return np.bitwise_or.reduce(eight.astype(np.uint8) << shifts, axis=3).transpose(0, 2, 1, 3)
 
 
-def block_field(blocks, start, count, dtype=np.uint8):
+def block_field(blocks: np.ndarray, start: int, count: int, dtype: npt.DTypeLike = np.uint8) -> np.ndarray:
     """A field of every block, `start` bytes into it: uint8 [panels, blocks, bytes] as dtype [panels, blocks, count]."""
     return blocks[..., start : start + count * np.dtype(dtype).itemsize].view(dtype)
 
 
-def pack_q4_0(weight):
+def pack_q4_0(weight: Weight) -> tuple[np.ndarray, ...]:
     """Four-bit codes and scales."""
     rows, width = num_panels(weight.shape[0]), weight.shape[1]
     codes = np.full((rows, width // 8, PANEL, 4), 0x88, np.uint8)

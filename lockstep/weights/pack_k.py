@@ -10,10 +10,13 @@ the same 32 k, so that one row reads one stream. 4.625, 5.625 and 6.625 bits a w
 
 import numpy as np
 
+from lockstep.runtime.program import Weight
 from lockstep.runtime.tiles_k import Q4_K_BYTES, Q5_K_BYTES, Q6_K_BYTES
 from lockstep.weights import q4_k, q5_k, q6_k
 from lockstep.weights.pack import (
     PANEL,
+    Arrange,
+    Output,
     block_field,
     fifth_bits,
     k_major,
@@ -22,47 +25,48 @@ from lockstep.weights.pack import (
     scatter,
     stored_fields,
 )
+from lockstep.weights.tensor import StoredTensor
 
 
-def q4_k_fields(part, rows):
+def q4_k_fields(part: StoredTensor, rows: slice) -> tuple[np.ndarray, ...]:
     """Codes uint8 0..15 [rows, K], d and dmin float16 [rows, K / 256], sc and m uint8 [rows, K / 32]."""
     return stored_fields(part, rows, q4_k, "q4_k")
 
 
-def q5_k_fields(part, rows):
+def q5_k_fields(part: StoredTensor, rows: slice) -> tuple[np.ndarray, ...]:
     """The same with codes 0..31."""
     return stored_fields(part, rows, q5_k, "q5_k")
 
 
-def q6_k_fields(part, rows):
+def q6_k_fields(part: StoredTensor, rows: slice) -> tuple[np.ndarray, ...]:
     """Codes int8 -32..31 [rows, K], sc int8 [rows, K / 16] and d float16 [rows, K / 256]."""
     return stored_fields(part, rows, q6_k, "q6_k")
 
 
-def _blocks(arrange, per_block):
+def _blocks(arrange: Arrange, per_block: int) -> Arrange:
     """An arrangement of [panels, 16, per_block * K / 256] as [panels, K / 256, values of a block]."""
     return lambda v: arrange(v).reshape(v.shape[0], v.shape[2] // per_block, -1)
 
 
-def _eighths(arrange):
+def _eighths(arrange: Arrange) -> Arrange:
     """An arrangement of [panels, 16, K] as [panels, K / 256, 8, bytes of 32 k]."""
     return lambda v: arrange(v).reshape(v.shape[0], v.shape[2] // 256, 8, -1)
 
 
-def _high_bits(values):
+def _high_bits(values: np.ndarray) -> np.ndarray:
     """Codes 0..3 [panels, 16, K] to bytes [panels, K / 16, 16, 4]."""
     four = values.reshape(values.shape[0], PANEL, -1, 4, 4).transpose(0, 2, 1, 3, 4)
     return four[..., 0, :] | four[..., 1, :] << 2 | four[..., 2, :] << 4 | four[..., 3, :] << 6
 
 
-def pack_q4_k(weight):
+def pack_q4_k(weight: Weight) -> tuple[np.ndarray, ...]:
     """Blocks uint8 [panels, K / 256, 2368]."""
     blocks = np.zeros((num_panels(weight.shape[0]), weight.shape[1] // 256, Q4_K_BYTES), np.uint8)
     scatter(weight, [(block_field(blocks, 320, 2048), _blocks(nibble_pairs, 256)), *_scales(blocks)], q4_k_fields)
     return (blocks,)
 
 
-def pack_q5_k(weight):
+def pack_q5_k(weight: Weight) -> tuple[np.ndarray, ...]:
     """Blocks uint8 [panels, K / 256, 2880]."""
     blocks = np.zeros((num_panels(weight.shape[0]), weight.shape[1] // 256, Q5_K_BYTES), np.uint8)
     codes = block_field(blocks, 320, 2560).reshape(*blocks.shape[:2], 8, 320)
@@ -76,7 +80,7 @@ def pack_q5_k(weight):
     return (blocks,)
 
 
-def _scales(blocks):
+def _scales(blocks: np.ndarray) -> list[Output]:
     """Outputs for d, dmin, sc and m."""
     return [
         (block_field(blocks, 0, 16, np.float16), k_major),
@@ -86,7 +90,7 @@ def _scales(blocks):
     ]
 
 
-def pack_q6_k(weight):
+def pack_q6_k(weight: Weight) -> tuple[np.ndarray, ...]:
     """Blocks uint8 [panels, K / 256, 3392]."""
     blocks = np.zeros((num_panels(weight.shape[0]), weight.shape[1] // 256, Q6_K_BYTES), np.uint8)
     codes = block_field(blocks, 320, 3072).reshape(*blocks.shape[:2], 8, 384)

@@ -9,10 +9,13 @@ Bit g of a feature's byte j of fifth bits belongs to the code of k = 4 g + j. 5,
 
 import numpy as np
 
+from lockstep.runtime.program import Weight
 from lockstep.runtime.tiles_dots import Q4_1_BYTES, Q5_0_BYTES, Q5_1_BYTES
 from lockstep.weights import q4_1, q5_0, q5_1
 from lockstep.weights.pack import (
     PANEL,
+    Arrange,
+    Output,
     block_field,
     fifth_bits,
     k_major,
@@ -21,33 +24,34 @@ from lockstep.weights.pack import (
     scatter,
     stored_fields,
 )
+from lockstep.weights.tensor import StoredTensor
 
 
-def q4_1_fields(part, rows):
+def q4_1_fields(part: StoredTensor, rows: slice) -> tuple[np.ndarray, ...]:
     """Codes uint8 0..15 [rows, K], d and m float16 [rows, K / 32]."""
     return stored_fields(part, rows, q4_1, "q4_1")
 
 
-def q5_0_fields(part, rows):
+def q5_0_fields(part: StoredTensor, rows: slice) -> tuple[np.ndarray, ...]:
     """Codes uint8 0..31, which mean -16..15, [rows, K] and scales float16 [rows, K / 32]."""
     return stored_fields(part, rows, q5_0, "q5_0")
 
 
-def q5_1_fields(part, rows):
+def q5_1_fields(part: StoredTensor, rows: slice) -> tuple[np.ndarray, ...]:
     """Codes uint8 0..31 [rows, K], d and m float16 [rows, K / 32]."""
     return stored_fields(part, rows, q5_1, "q5_1")
 
 
-def _blocks(arrange):
+def _blocks(arrange: Arrange) -> Arrange:
     """An arrangement of [panels, 16, K] as [panels, K / 32, bytes]."""
     return lambda v: arrange(v).reshape(v.shape[0], v.shape[2] // 32, -1)
 
 
-def _empty(weight, num_bytes):
+def _empty(weight: Weight, num_bytes: int) -> np.ndarray:
     return np.zeros((num_panels(weight.shape[0]), weight.shape[1] // 32, num_bytes), np.uint8)
 
 
-def _five_bits(blocks, start):
+def _five_bits(blocks: np.ndarray, start: int) -> list[Output]:
     """Outputs for fifth bits and low nibbles, `start` bytes into a block."""
     return [
         (block_field(blocks, start, 64), _blocks(fifth_bits)),
@@ -55,16 +59,16 @@ def _five_bits(blocks, start):
     ]
 
 
-def _split_codes(fields):
+def _split_codes(fields: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
     codes, *rest = fields
     return codes >> 4, codes & 15, *rest
 
 
-def _scale_and_minimum(blocks):
+def _scale_and_minimum(blocks: np.ndarray) -> list[Output]:
     return [(block_field(blocks, at, PANEL, np.float16), k_major) for at in (0, 32)]
 
 
-def pack_q4_1(weight):
+def pack_q4_1(weight: Weight) -> tuple[np.ndarray, ...]:
     """Blocks uint8 [panels, K / 32, 320]."""
     blocks = _empty(weight, Q4_1_BYTES)
     outputs = [(block_field(blocks, 64, 256), _blocks(nibble_pairs)), *_scale_and_minimum(blocks)]
@@ -72,7 +76,7 @@ def pack_q4_1(weight):
     return (blocks,)
 
 
-def pack_q5_0(weight):
+def pack_q5_0(weight: Weight) -> tuple[np.ndarray, ...]:
     """Blocks uint8 [panels, K / 32, 320] and scales float16 [panels, K / 32, 16]."""
     blocks = _empty(weight, Q5_0_BYTES)
     scales = np.zeros((*blocks.shape[:2], PANEL), np.float16)
@@ -81,7 +85,7 @@ def pack_q5_0(weight):
     return blocks, scales
 
 
-def pack_q5_1(weight):
+def pack_q5_1(weight: Weight) -> tuple[np.ndarray, ...]:
     """Blocks uint8 [panels, K / 32, 384]."""
     blocks = _empty(weight, Q5_1_BYTES)
     outputs = [*_five_bits(blocks, 64), *_scale_and_minimum(blocks)]

@@ -13,6 +13,7 @@ import math
 import os
 import tempfile
 from collections.abc import Sequence
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
@@ -50,7 +51,7 @@ def write(path: Path, what: str, arrays: Sequence[np.ndarray]) -> None:
         raise
 
 
-def _write(file, what: str, arrays: Sequence[np.ndarray]) -> bytes:
+def _write(file: BinaryIO, what: str, arrays: Sequence[np.ndarray]) -> bytes:
     digest, described, end = hashlib.sha256(), [], PAGE
     for array in arrays:
         raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
@@ -93,7 +94,7 @@ def read(path: Path, what: str, maps: LeasedMaps, verify: bool = False) -> tuple
     return arrays
 
 
-def _contents(file: BinaryIO) -> np.ndarray:
+def _contents(file: BufferedReader) -> np.ndarray:
     raw = aligned(os.fstat(file.fileno()).st_size)
     raw = raw[: file.readinto(raw.data)]
     raw.flags.writeable = False

@@ -160,8 +160,7 @@ def _open_shards(folder: Path, index_path: Path) -> list[SafetensorsFile]:
 
 
 def _shard_name(shard: object, index_path: Path) -> str:
-    plain = isinstance(shard, str) and shard.endswith(".safetensors") and not set(shard) & set("/\\:\0")
-    if not plain:
+    if not (isinstance(shard, str) and shard.endswith(".safetensors") and not set(shard) & set("/\\:\0")):
         raise ValueError(f"{index_path}: expected a .safetensors file name in this folder, found {shard!r}")
     return shard
 

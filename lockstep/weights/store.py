@@ -68,7 +68,7 @@ class PackedStore(WeightStore):
             self._report(kept)
         return kept
 
-    def _report(self, arrays):
+    def _report(self, arrays: tuple[np.ndarray, ...]):
         self._done += sum(a.nbytes for a in arrays)
         if self._progress:
             self._progress("packing", self._done, None)

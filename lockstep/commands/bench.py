@@ -38,10 +38,8 @@ def command(
     if plot:
         check_plot(plot)
     llm = load(model, weights=weights, kv_dtype=kv_dtype, threads=threads, max_context=longest)
-    if longest > llm.model.max_context:
-        raise ValueError(
-            f"--prompts and --contexts: the model's context is {llm.model.max_context} tokens, got {longest}"
-        )
+    if longest > llm.max_context:
+        raise ValueError(f"--prompts and --contexts: the model's context is {llm.max_context} tokens, got {longest}")
     console = Console(stderr=True)
     with console.status("measuring") as status:
         found = run(measure.Bench(llm.model, llm.engine.team, longest), lengths, depths, repeat, quick, status.update)

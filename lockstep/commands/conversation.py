@@ -69,10 +69,10 @@ class Conversation:
             self.messages = [*messages, dict(role="assistant", content=stream.text)]
 
     def _room(self, ids):
-        room = self.llm.model.max_context - len(ids)
+        room = self.llm.max_context - len(ids)
         if room < 1:
             raise ValueError(
-                f"the conversation has {len(ids)} tokens and the context {self.llm.model.max_context}: "
+                f"the conversation has {len(ids)} tokens and the context {self.llm.max_context}: "
                 f"/reset it, or start with a larger --max-context if the model has more"
             )
         return min(room, self.settings["max_tokens"])

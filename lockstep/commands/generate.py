@@ -113,7 +113,7 @@ def run(llm, text, num_tokens, fields, echo, as_json):
     from lockstep.engine.request import SamplingParams
 
     ids = llm.encode(text)
-    room = max(1, llm.model.max_context - len(ids))
+    room = max(1, llm.max_context - len(ids))
     params = SamplingParams(max_tokens=num_tokens or min(DEFAULT_TOKENS, room), **fields)
     show = (lambda piece: None) if as_json else write
     if unheard := unheard_wishes(llm.makers_sampling(), params):

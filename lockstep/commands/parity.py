@@ -36,7 +36,7 @@ def prompt_ids(llm, prompt, length):
     """Token ids of the prompt, repeated or cut to `length` if it is given; random ones for a model that is given no
     texts."""
     if not llm.has_tokenizer or llm.tokenizer.only_decodes is not None:
-        return np.random.default_rng(0).integers(0, llm.model.config.vocab_size, length or 200).tolist()
+        return np.random.default_rng(0).integers(0, llm.vocab_size, length or 200).tolist()
     ids = llm.encode(prompt)
     if not ids:
         raise ValueError("the prompt is empty")
@@ -62,8 +62,8 @@ def command(
     differs."""
     llm = load(model, weights=weights, threads=threads, max_context=max(4096, length or 0))
     ids = prompt_ids(llm, prompt, length)
-    if not 2 <= len(ids) <= llm.model.max_context:
-        raise ValueError(f"prompt: expected 2 to {llm.model.max_context} tokens, got {len(ids)}")
+    if not 2 <= len(ids) <= llm.max_context:
+        raise ValueError(f"prompt: expected 2 to {llm.max_context} tokens, got {len(ids)}")
     swaps, max_threads = parse_swaps(op), llm.engine.team.num_threads
     if first_difference:
         report_first_difference(llm.model, ids, first_difference, swaps, max_threads, as_json)

@@ -203,7 +203,7 @@ def ready_line(service, host, port):
     llm, host = service.llm, f"[{host}]" if ":" in host else host
     return (
         f"lockstep: {service.model_name} is ready at http://{host}:{port}/v1 ({context_words(llm)[0]}, "
-        f"{counted(llm.engine.scheduler.limits.max_requests, 'sequence')} at once)"
+        f"{counted(llm.max_requests, 'sequence')} at once)"
     )
 
 

@@ -5,11 +5,16 @@ import sys
 import threading
 import time
 from collections import deque
-from typing import NamedTuple
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Self, SupportsIndex
 
-from lockstep.engine.request import check_single
+from lockstep.engine.engine import Engine
+from lockstep.engine.request import Request, SamplingParams, check_single
 
 SWITCH_SECONDS = 5e-5  # a busy Python thread hands over after so long; the default of 5 ms would delay every step
+
+
+Woken = asyncio.Future[None]
 
 
 class EngineStopped(RuntimeError):
@@ -34,27 +39,30 @@ class TokenStream:
     the engine ends first.
     """
 
-    def __init__(self, engine, request):
+    def __init__(self, engine: "AsyncEngine", request: Request) -> None:
         self.request, self._engine = request, engine
-        self._tokens, self._ready, self._waiting, self._for_end = deque(), threading.Condition(), None, False
-        self._ended, self._left, self._error, self._num_sent, self._text_sent = False, False, None, 0, 0
+        self._tokens: deque[Token] = deque()
+        self._ready, self._for_end, self._ended, self._left = threading.Condition(), False, False, False
+        self._waiting: Woken | None = None
+        self._error: BaseException | None = None
+        self._num_sent, self._text_sent = 0, 0
 
     @property
-    def finish_reason(self):
+    def finish_reason(self) -> str | None:
         """ "stop", "length", "error" or "cancelled"; None while it runs."""
         return self.request.finish_reason if self._ended else None
 
     @property
-    def is_read(self):
+    def is_read(self) -> bool:
         """Whether it has ended and nothing is left to be read."""
         with self._ready:
             return self._ended and not self._tokens
 
-    def cancel(self):
+    def cancel(self) -> None:
         """Ends the request before the engine's next step. Any thread may call this, at any time."""
-        self._engine._send("cancel", self)
+        self._engine.send("cancel", self)
 
-    def leave(self):
+    def leave(self) -> None:
         """Cancels; for its reader the stream has ended already, even if the engine's step never does."""
         self.cancel()
         with self._ready:
@@ -64,18 +72,18 @@ class TokenStream:
 
     # ------------------------------------------------------------ the reader's side
 
-    def __iter__(self):
+    def __iter__(self) -> Self:
         return self
 
-    def __next__(self):
+    def __next__(self) -> Token:
         with self._ready:
             self._ready.wait_for(lambda: self._tokens or self._ended)
             return self._next(StopIteration)
 
-    def __aiter__(self):
+    def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self):
+    async def __anext__(self) -> Token:
         while True:
             woken = asyncio.get_running_loop().create_future()
             with self._ready:
@@ -84,34 +92,37 @@ class TokenStream:
                 self._waiting, self._for_end = woken, False
             await woken
 
-    def take(self, woken):
+    def take(self, woken: Woken) -> list[Token] | None:
         """All tokens that are there; none: the future `woken` is set when there are some. None after the last token."""
         with self._ready:
             if not self._tokens and self._ended:
-                return self._next(None)
+                self._check()
+                return None
             if not self._tokens:
                 self._waiting, self._for_end = woken, False
             taken = list(self._tokens)
             self._tokens.clear()
             return taken
 
-    def wait_for_end(self, woken):
+    def wait_for_end(self, woken: Woken) -> bool:
         """Has the future `woken` set at the stream's end. True, and nothing is set, if that has come."""
         with self._ready:
             self._waiting, self._for_end = woken, True
             return self._ended
 
-    def _next(self, end):
+    def _next(self, end: type[Exception]) -> Token:
         if self._tokens:
             return self._tokens.popleft()
+        self._check()
+        raise end
+
+    def _check(self) -> None:
         if self._error is not None:
             raise EngineStopped(str(self._error)) from self._error
-        if end is not None:
-            raise end
 
     # ------------------------------------------------------------ the engine's side
 
-    def _advance(self):
+    def advance(self) -> Woken | None:
         """Hands over what the request has got since the last time; returns the future its reader awaits, or None."""
         request, count = self.request, len(self.request.output_ids)
         text = request.answer.text if request.answer is not None else ""
@@ -124,12 +135,13 @@ class TokenStream:
             self._num_sent, self._ended = count, self._left or request.finish_reason is not None
             return self._woken()
 
-    def _fail(self, error):
+    def fail(self, error: BaseException) -> Woken | None:
+        """Ends the stream for an error; returns the future its reader awaits, or None."""
         with self._ready:
             self._ended, self._error = True, error
             return self._woken()
 
-    def _woken(self):
+    def _woken(self) -> Woken | None:
         self._ready.notify_all()
         if self._for_end and not self._ended:
             return None
@@ -137,7 +149,9 @@ class TokenStream:
         return woken
 
 
-async def batches(streams, pause=lambda: 0.0):
+async def batches(
+    streams: Iterable[TokenStream], pause: Callable[[], float] = lambda: 0.0
+) -> AsyncIterator[list[tuple[int, list[Token], str | None]]]:
     """Reads many streams at once: yields lists of (number of the stream, its new Tokens, its finish_reason), which is
     None before its last tokens, until all have ended.
 
@@ -157,12 +171,12 @@ async def batches(streams, pause=lambda: 0.0):
         if found:
             until = loop.time() + pause()
             yield found
-            await _pause(left.values(), until, loop)
+            await _pause(list(left.values()), until, loop)
         elif left:
             await woken
 
 
-async def _pause(streams, until, loop):
+async def _pause(streams: Sequence[TokenStream], until: float, loop: asyncio.AbstractEventLoop) -> None:
     """Waits until then, or for the end of a stream."""
     woken = loop.create_future()
     if until > loop.time() and not any([stream.wait_for_end(woken) for stream in streams]):
@@ -172,9 +186,9 @@ async def _pause(streams, until, loop):
             timer.cancel()
 
 
-def _wake(futures):
+def _wake(futures: Iterable[Woken | None]) -> None:
     """Sets futures of any event loops, with one call for each loop: it costs the engine's thread a system call."""
-    by_loop = {}
+    by_loop: dict[asyncio.AbstractEventLoop, list[Woken]] = {}
     for future in futures:
         if future is not None:
             by_loop.setdefault(future.get_loop(), []).append(future)
@@ -185,7 +199,7 @@ def _wake(futures):
             pass
 
 
-def _set(futures):
+def _set(futures: Iterable[Woken]) -> None:
     for future in futures:
         if not future.done():
             future.set_result(None)
@@ -199,30 +213,39 @@ class AsyncEngine:
     interpreter's switch interval.
     """
 
-    def __init__(self, engine):
-        self.engine, self._inbox, self._open = engine, deque(), {}
-        self._changed, self._closing, self._error, self._step_began = threading.Condition(), False, None, None
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._inbox: deque[tuple[str, TokenStream]] = deque()
+        self._open: dict[int, TokenStream] = {}
+        self._changed, self._closing = threading.Condition(), False
+        self._error: BaseException | None = None
+        self._step_began: float | None = None
         sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_SECONDS))
         self._thread = threading.Thread(target=self._run, name="lockstep engine", daemon=True)
         self._thread.start()
 
-    def submit(self, prompt_ids, params, **options):
+    def submit(self, prompt_ids: Iterable[SupportsIndex], params: SamplingParams, **options: Any) -> TokenStream:
         """Queues one request; returns its TokenStream. options: of Engine.make. ValueError for one that cannot run."""
         check_single(params)
         return self.submit_samples(prompt_ids, params, **options)[0]
 
-    def submit_samples(self, prompt_ids, params, **options):
+    def submit_samples(
+        self, prompt_ids: Iterable[SupportsIndex], params: SamplingParams, **options: Any
+    ) -> list[TokenStream]:
         """Queues the `params.n` samples of a prompt; returns a TokenStream for each."""
         return self.submit_all([(prompt_ids, params)], **options)
 
-    def submit_all(self, prompts, **options):
+    def submit_all(
+        self, prompts: Iterable[tuple[Iterable[SupportsIndex], SamplingParams]], **options: Any
+    ) -> list[TokenStream]:
         """Queues every sample of all (prompt ids, SamplingParams), in order, or none if one is refused."""
         made = [self.engine.make(prompt_ids, params, **options) for prompt_ids, params in prompts]
         streams = [TokenStream(self, request) for requests in made for request in requests]
-        self._send("submit", *streams)
+        self.send("submit", *streams)
         return streams
 
-    def _send(self, what, *streams):
+    def send(self, what: str, *streams: TokenStream) -> None:
+        """Has the engine's thread "submit" or "cancel" streams. EngineStopped if they cannot be submitted."""
         if not self._thread.is_alive():  # and if the process was forked, its locks may be held for ever
             if what == "submit":
                 raise EngineStopped(str(self._error or "the engine does not run in this process")) from self._error
@@ -234,17 +257,17 @@ class AsyncEngine:
             self._changed.notify()
 
     @property
-    def error(self):
+    def error(self) -> BaseException | None:
         """What ended the engine; None while it runs."""
         return self._error
 
     @property
-    def seconds_in_step(self):
+    def seconds_in_step(self) -> float:
         """How long the step that runs now has taken so far; 0 between steps."""
         began = self._step_began
         return 0.0 if began is None else time.monotonic() - began
 
-    def close(self):
+    def close(self) -> None:
         """Ends the thread after the step that it is in; open streams raise EngineStopped. Then closes the engine."""
         with self._changed:
             self._closing = True
@@ -254,7 +277,7 @@ class AsyncEngine:
 
     # ------------------------------------------------------------ the engine's thread
 
-    def _run(self):
+    def _run(self) -> None:
         error = None
         try:
             while self._receive():
@@ -264,7 +287,7 @@ class AsyncEngine:
             error = caught
         self._stop(error or EngineStopped("the engine is closed"))
 
-    def _receive(self):
+    def _receive(self) -> bool:
         """Acts on what was sent; waits where there is nothing to do. False when the engine is to end."""
         with self._changed:
             self._changed.wait_for(lambda: self._inbox or self._closing or self.engine.has_work)
@@ -277,22 +300,22 @@ class AsyncEngine:
                 self.engine.scheduler.add(stream.request)
             elif stream.request.id in self._open:
                 self.engine.cancel(stream.request)
-                _wake([self._open.pop(stream.request.id)._advance()])
+                _wake([self._open.pop(stream.request.id).advance()])
         return True
 
-    def _step(self):
+    def _step(self) -> None:
         self._step_began = time.monotonic()
         changed = self.engine.step()
         self._step_began = None
-        _wake([self._open[request.id]._advance() for request in changed])
+        _wake([self._open[request.id].advance() for request in changed])
         for request in changed:
             if request.finish_reason is not None:
                 del self._open[request.id]
 
-    def _stop(self, error):
+    def _stop(self, error: BaseException) -> None:
         with self._changed:
             self._error = error
             left = [stream for what, stream in self._inbox if what == "submit"]
             self._inbox.clear()
-        _wake([stream._fail(error) for stream in [*self._open.values(), *left]])
+        _wake([stream.fail(error) for stream in [*self._open.values(), *left]])
         self._open.clear()

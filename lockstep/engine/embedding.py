@@ -14,32 +14,33 @@ class Pool:
     hidden states), summed in float64 in the order of their positions. Neither depends on how steps cut the prompt.
     """
 
-    def __init__(self, pooling, num_tokens):
-        self.pooling, self.num_tokens, self._num_taken, self._sum = pooling, num_tokens, 0, np.float64(0)
+    def __init__(self, pooling: str, num_tokens: int) -> None:
+        self.pooling, self.num_tokens, self._num_taken = pooling, num_tokens, 0
+        self._sum = np.zeros((), np.float64)  # [D] from the first row on
 
     @property
-    def needs_only_last(self):
+    def needs_only_last(self) -> bool:
         """Whether no hidden state is wanted but that of the last token."""
         return self.pooling == "last" or self._num_taken == self.num_tokens - 1
 
     @property
-    def is_finite(self):
+    def is_finite(self) -> bool:
         """Whether all numbers that were taken in are numbers."""
         return bool(np.isfinite(self._sum).all())
 
-    def rows(self, start, end):
+    def rows(self, start: int, end: int) -> range:
         """Which rows of a step on tokens start .. end are wanted, counted from start."""
         first = self.num_tokens - 1 if self.pooling == "last" else self._num_taken
         return range(max(first, start) - start, end - start)
 
-    def take(self, hidden_ED):
+    def take(self, hidden_ED: np.ndarray) -> None:
         """Takes in the rows that `rows` asked for."""
         with np.errstate(invalid="ignore"):  # of a broken model: `is_finite` will say so
             for row in hidden_ED:
                 self._sum = self._sum + row
         self._num_taken += len(hidden_ED)
 
-    def embedding(self, normalize=True):
+    def embedding(self, normalize: bool = True) -> np.ndarray:
         """The vector, float32 [D]. normalize: to length 1, with the exact sum of squares; a zero vector stays."""
         mean = self._sum / self._num_taken
         length = math.sqrt(math.fsum(mean * mean)) if normalize else 0.0

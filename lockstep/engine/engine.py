@@ -2,28 +2,35 @@
 
 import itertools
 import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, SupportsIndex
+
+import numpy as np
 
 from lockstep.engine import selfcheck
-from lockstep.engine.answer_text import AnswerText
+from lockstep.engine.answer_text import AnswerText, Detokenizer
 from lockstep.engine.cache_size import num_pages
 from lockstep.engine.embedding import Pool
 from lockstep.engine.memory import Memory
+from lockstep.engine.model import Model
+from lockstep.engine.pages import PageAllocator
 from lockstep.engine.prefix import PrefixCache, model_identity
 from lockstep.engine.prefix_disk import DiskStore
-from lockstep.engine.request import Request, check_params, check_single, samples, token_list
+from lockstep.engine.request import Request, SamplingParams, check_params, check_single, samples, token_list
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.engine.sampling import NothingAllowed, Refused, is_finite, sampled_rows, take_prompt_rows, within_rows
 from lockstep.engine.scheduler import Scheduler
 from lockstep.engine.states import StateStore
 from lockstep.ops.kv_cache import PAGE_TOKENS
+from lockstep.runtime.kernel import OnCompile
 from lockstep.runtime.threads import Team
 
 PROMPT_ROWS = 64  # rows of a step that may report log-probabilities of prompts; their memory is touched when used
 LONG_PROMPT = 2048  # tokens that make an extra step cheap
 
 
-def num_cores():
+def num_cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -66,7 +73,7 @@ class EngineOptions:
     cache_dir: str | os.PathLike | None = None
     cache_dir_bytes: int = 8 << 30
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, low in LOWEST.items():
             value, high = getattr(self, name), 1 << 62 if name.endswith(("_bytes", "kv_tokens")) else MANY
             if (type(value) is int and low <= value <= high) or (value is None and name in MAY_BE_NONE):
@@ -88,12 +95,20 @@ class Engine:
     not give the recorded bits on this CPU.
     """
 
-    def __init__(self, model, options=EngineOptions(), swaps=None, eos_ids=None, new_detokenizer=None, on_compile=None):
+    def __init__(
+        self,
+        model: Model,
+        options: EngineOptions = EngineOptions(),
+        swaps: Mapping[str, str] | None = None,
+        eos_ids: frozenset[int] | None = None,
+        new_detokenizer: Callable[[Request], Detokenizer] | None = None,
+        on_compile: OnCompile | None = None,
+    ) -> None:
         self.eos_ids = frozenset(model.config.eos_ids) if eos_ids is None else eos_ids
         self.new_detokenizer = new_detokenizer
         num_sampled = max(options.max_requests, min(options.max_step_tokens, PROMPT_ROWS))
         limits = Limits(options.max_step_tokens, options.max_requests, num_pages(model, options), num_sampled)
-        self.model, self.team = model, Team(options.threads or num_cores())
+        self.model, self.limits, self.team = model, limits, Team(options.threads or num_cores())
         try:
             self.runner = Runner(model, self.team, limits, swaps, on_compile=on_compile)
         except MemoryError as error:
@@ -107,7 +122,7 @@ class Engine:
         self.scheduler = Scheduler(limits, self._prefix_cache(options))
         self._ids, self.num_generated, self.num_not_finite = itertools.count(), 0, 0
 
-    def _prefix_cache(self, options):
+    def _prefix_cache(self, options: EngineOptions) -> Callable[[PageAllocator], PrefixCache] | None:
         """Makes the prefix cache, given the PageAllocator; None where it is not wanted or could keep nothing."""
         memory = Memory(self.runner.program.caches, self.runner.caches)
         states = StateStore(options.state_bytes, memory.state_bytes) if memory.state_bytes else None
@@ -128,19 +143,21 @@ class Engine:
             long_from = LONG_PROMPT if disk is None else 0
         return lambda pages: PrefixCache(pages, memory, identity, states, disk, options.state_every, long_from)
 
-    def add(self, prompt_ids, params, **options):
+    def add(self, prompt_ids: Iterable[SupportsIndex], params: SamplingParams, **options: Any) -> Request:
         """Queues a prompt; returns its Request. options: see `make`. ValueError if it cannot fit."""
         check_single(params)
         return self.add_samples(prompt_ids, params, **options)[0]
 
-    def add_samples(self, prompt_ids, params, **options):
+    def add_samples(self, prompt_ids: Iterable[SupportsIndex], params: SamplingParams, **options: Any) -> list[Request]:
         """Queues the `params.n` samples of a prompt, which share its pages; returns their Requests."""
         made = self.make(prompt_ids, params, **options)
         for request in made:
             self.scheduler.add(request)
         return made
 
-    def make(self, prompt_ids, params, priority=0, cache_salt=""):
+    def make(
+        self, prompt_ids: Iterable[SupportsIndex], params: SamplingParams, priority: int = 0, cache_salt: str = ""
+    ) -> list[Request]:
         """The Requests of a prompt's samples, not queued yet. Any thread may call this. ValueError if they cannot run.
 
         priority: the lower goes first. cache_salt: requests share cached prefixes only with others of the same salt.
@@ -160,7 +177,7 @@ class Engine:
                 request.block_names = list(names)
         return made
 
-    def _check(self, prompt_ids, params, priority, cache_salt):
+    def _check(self, prompt_ids: list[int], params: SamplingParams, priority: Any, cache_salt: Any) -> None:
         check_params(params)
         if params.pooling is None and not self.model.can_generate:
             raise ValueError("this checkpoint has no lm_head: it makes embeddings, and no text")
@@ -182,17 +199,17 @@ class Engine:
                 f"context of {limit} tokens"
             )
 
-    def cancel(self, request):
+    def cancel(self, request: Request) -> None:
         """Ends a request now; its memory is free for the next step."""
         if request.finish_reason is None:
             request.finish_reason = "cancelled"
             self.scheduler.remove(request)
 
     @property
-    def has_work(self):
+    def has_work(self) -> bool:
         return bool(self.scheduler.running or self.scheduler.waiting)
 
-    def step(self):
+    def step(self) -> list[Request]:
         """Runs one step; returns the requests that got a token or their embedding, or failed."""
         plan, changed = self._prepare()
         if not plan:
@@ -206,10 +223,10 @@ class Engine:
             if request.pool is None:
                 row = self._take_sampled(request, span, row, tokens, logprobs)
             else:
-                hidden_row = self._take_hidden(request, span, hidden_row)
+                hidden_row = self._take_hidden(request, request.pool, span, hidden_row)
         return changed
 
-    def _prepare(self):
+    def _prepare(self) -> tuple[list[tuple[Request, int, Span]], list[Request]]:
         """What runs in the next step, [(request, number of tokens, Span), ...], and the requests that failed."""
         plan, failed = [], []
         for request, count in within_rows(self.scheduler.schedule(), self.runner.limits.max_sampled):
@@ -220,13 +237,13 @@ class Engine:
                 failed.append(self.fail(request, error))
         return [each for each in plan if each[0].finish_reason is None], failed  # a mask may have cancelled some
 
-    def _span(self, request, count):
+    def _span(self, request: Request, count: int) -> Span:
         start, end = request.num_computed, request.num_computed + count
         sampled = sampled_rows(request, start, end, self.eos_ids, self.model.config.vocab_size)
         embedded = request.pool.rows(start, end) if request.pool is not None else ()
-        return Span(request.token_ids(start, end), start, request.pages, request.slot, sampled, embedded)
+        return Span(request.token_ids(start, end), start, request.pages, request.running_slot, sampled, embedded)
 
-    def _take_sampled(self, request, span, row, tokens, logprobs):
+    def _take_sampled(self, request: Request, span: Span, row: int, tokens: np.ndarray, logprobs: np.ndarray) -> int:
         """Takes in the sampled rows of a span, the first of which is `row`; returns the row after them."""
         row = take_prompt_rows(request, span, row, self.runner, logprobs)
         if request.num_left:
@@ -234,16 +251,16 @@ class Engine:
         self._take_token(request, int(tokens[row]), float(logprobs[row]), row)
         return row + 1
 
-    def _take_hidden(self, request, span, row):
+    def _take_hidden(self, request: Request, pool: Pool, span: Span, row: int) -> int:
         """The same for its embedded rows."""
-        request.pool.take(self.runner.hidden(row, len(span.embedded)))
-        if request.num_left == 0 and request.pool.is_finite:
+        pool.take(self.runner.hidden(row, len(span.embedded)))
+        if request.num_left == 0 and pool.is_finite:
             self.finish(request, "embedded")
         elif request.num_left == 0:
             self._fail_not_finite(request, "hidden states")
         return row + len(span.embedded)
 
-    def _take_token(self, request, token, logprob, row):
+    def _take_token(self, request: Request, token: int, logprob: float, row: int) -> None:
         p = request.params
         top = self.runner.alternatives(row, p.logprobs) if p.logprobs else {}
         if not is_finite(request, logprob, top):
@@ -265,7 +282,7 @@ class Engine:
         elif len(request.output_ids) >= p.max_tokens:
             self.finish(request, "length")
 
-    def _read(self, request, token, is_end):
+    def _read(self, request: Request, token: int, is_end: bool) -> str | None:
         """Adds a token to the request's text; returns the stop string that it completes, if any."""
         if self.new_detokenizer is None:
             return None
@@ -273,7 +290,7 @@ class Engine:
             request.answer = AnswerText(self.new_detokenizer(request), request.params)
         return request.answer.push(token, is_end)
 
-    def fail(self, request, error):
+    def fail(self, request: Request, error: Refused | str) -> Request:
         """Ends a running request that cannot go on; its batch mates do not notice. Returns the request.
 
         error: a Refused, or what was wrong in words.
@@ -282,7 +299,7 @@ class Engine:
         self.finish(request, "error")
         return request
 
-    def _fail_not_finite(self, request, what):
+    def _fail_not_finite(self, request: Request, what: str) -> None:
         """Ends a request for which the model gave no numbers. Nobody finds what was computed for it."""
         self.num_not_finite += 1
         request.is_fault = True
@@ -290,7 +307,7 @@ class Engine:
             self.scheduler.prefix.forget(request)
         self.fail(request, f"the model's {what} are not finite")
 
-    def counts(self):
+    def counts(self) -> dict[str, int]:
         """What happened so far and what is there now, for reports and metrics: {name: number}. For any thread."""
         scheduler, pages, prefix = self.scheduler, self.scheduler.pages, self.scheduler.prefix
         made = dict(
@@ -306,14 +323,14 @@ class Engine:
         )
         return made | (prefix.report() if prefix else {})
 
-    def finish(self, request, reason):
+    def finish(self, request: Request, reason: str) -> None:
         """Ends a running request for a reason ("stop", "length", "embedded" or "error")."""
         if request.answer is not None:
             request.answer.finish()
         request.finish_reason = reason
         self.scheduler.remove(request)
 
-    def close(self):
+    def close(self) -> None:
         """Ends the threads; what is to be kept on disk is written first."""
         if self.scheduler.prefix and self.scheduler.prefix.disk is not None:
             self.scheduler.prefix.disk.close()

@@ -1,8 +1,10 @@
 """A loaded model: its config, its program in recorded and in runnable form, and its weights."""
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from lockstep.models.config import ModelConfig
 from lockstep.models.decoder import can_generate, record
 from lockstep.models.families import model_config
 from lockstep.ops import BACKENDS
@@ -11,7 +13,10 @@ from lockstep.ops.kv_cache import KV_DTYPES
 from lockstep.ops.rewrite import fuse, lower
 from lockstep.ops.rope import MAX_POSITIONS
 from lockstep.ops.sample import MAX_LOGPROBS, Sample, scratch_width
-from lockstep.runtime.backend import swapped
+from lockstep.runtime.backend import OpTable, swapped
+from lockstep.runtime.executor import WeightStore
+from lockstep.runtime.program import Program, Tensor
+from lockstep.weights.checkpoint import Checkpoint
 
 GROUPS = {  # what `--op GROUP=...` stands for
     "linear": ("linear_", "quantize_q8", "round_bf16"),
@@ -20,7 +25,7 @@ GROUPS = {  # what `--op GROUP=...` stands for
 }
 
 
-def expand_swaps(swaps, backend):
+def expand_swaps(swaps: Mapping[str, str], backend: OpTable) -> dict[str, str]:
     """Swaps of op groups ("linear", "attention", "elementwise") spelled out: {kind: backend name}."""
     named = {}
     for kind, name in swaps.items():
@@ -41,37 +46,43 @@ class Model:
     in it. store: its packed weights. weights, kv_dtype: formats of the linear layers and of the KV cache.
     """
 
-    checkpoint: object
-    config: object
-    recorded: object
-    logits: object
-    store: object
+    checkpoint: Checkpoint
+    config: ModelConfig
+    recorded: Program
+    logits: Tensor
+    store: WeightStore
     weights: str
     kv_dtype: str
     max_context: int
 
     @functools.cached_property
-    def can_generate(self):
+    def can_generate(self) -> bool:
         """Whether it has a head; without one it only makes embeddings."""
         return can_generate(self.config, self.checkpoint.tensors)
 
     @functools.cached_property
-    def program(self):
+    def program(self) -> Program:
         """The program as the cpu backend runs it: lowered and fused, sampling included."""
         return self.rewritten(BACKENDS["cpu"])
 
-    def rewritten(self, backend, fused=True):
+    def rewritten(self, backend: OpTable, fused: bool = True) -> Program:
         """The program lowered for a backend, and fused as far as the backend has fused ops."""
         lowered = lower(self.recorded)
         return fuse(lowered, backend) if fused else lowered
 
-    def backend(self, swaps=None, base="cpu"):
+    def backend(self, swaps: Mapping[str, str] | None = None, base: str = "cpu") -> OpTable:
         """The op table, with swaps such as {"linear": "reference"}."""
         table = {**BACKENDS["reference"], **BACKENDS[base]}
         return swapped(table, expand_swaps(swaps or {}, table), BACKENDS)
 
 
-def load_model(checkpoint, store, weights="auto", kv_dtype=None, max_context=None):
+def load_model(
+    checkpoint: Checkpoint,
+    store: WeightStore,
+    weights: str = "auto",
+    kv_dtype: str | None = None,
+    max_context: int | None = None,
+) -> Model:
     """Records a checkpoint's program. ValueError for a kv_dtype or max_context that cannot be.
 
     weights: a format for the linear layers, or "auto": that of the file. kv_dtype: "f32", "bf16" or "q8"; by default
@@ -90,7 +101,7 @@ def load_model(checkpoint, store, weights="auto", kv_dtype=None, max_context=Non
     return Model(checkpoint, config, program, logits, store, weights, kv_dtype, max_context)
 
 
-def emit_sampling(program, logits, vocab_size):
+def emit_sampling(program: Program, logits: Tensor, vocab_size: int) -> None:
     """Ends a program with the choice of a token for each row of logits (which may be wider than the vocabulary)."""
     what = dict(logits=logits, vocab_size=vocab_size, width=logits.width)
     adjusted = program.emit(AdjustLogits(out=program.tensor("logits.adjusted", "R", logits.width), **what))

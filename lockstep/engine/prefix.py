@@ -12,18 +12,26 @@ that the state can be copied. A prefix of such a model is as long as its pages a
 At least the last known token is always computed: its logits are needed.
 """
 
+import functools
 import hashlib
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from lockstep.engine.memory import Memory
+from lockstep.engine.model import Model
+from lockstep.engine.pages import PageAllocator
+from lockstep.engine.prefix_disk import DiskStore
+from lockstep.engine.request import Request
+from lockstep.engine.states import StateStore
 from lockstep.ops.kv_cache import PAGE_TOKENS
 
 LAYOUT = 1  # of pages and states as bytes; a change of their layout raises it
 
 
-def model_identity(model, numerics):
+def model_identity(model: Model, numerics: int) -> bytes:
     """Names all that a block's bytes depend on besides its tokens and the weights: formats, arithmetic and layout.
 
     It is enough where there are no other weights: in one process. What outlives it is named by the content, too.
@@ -33,12 +41,12 @@ def model_identity(model, numerics):
     return hashlib.sha256(repr(known).encode()).digest()
 
 
-def first_name(identity, salt):
+def first_name(identity: bytes, salt: str) -> bytes:
     """The name that the first block's name is made from."""
     return hashlib.sha256(identity + salt.encode("utf-8", "surrogatepass")).digest()
 
 
-def block_name(before, token_ids):
+def block_name(before: bytes, token_ids: Sequence[int]) -> bytes:
     """The name of a block of tokens that follows the block named `before`."""
     return hashlib.sha256(before + array("i", token_ids).tobytes()).digest()
 
@@ -47,7 +55,7 @@ def block_name(before, token_ids):
 class Found:
     """What is known of a request's prefix: names of its blocks, how many of their pages are held by others."""
 
-    names: list
+    names: list[bytes]
     num_held: int
 
 
@@ -61,6 +69,17 @@ class Counts:
     kept_states: int = 0
 
 
+def _write(data: np.ndarray, out: np.ndarray) -> None:
+    np.copyto(out, data)
+
+
+def _copy(states: StateStore, name: bytes, out: np.ndarray) -> None:
+    """Copies a state that is there."""
+    data = states.get(name)
+    assert data is not None, name
+    np.copyto(out, data)
+
+
 class PrefixCache:
     """Finds and keeps computed prefixes.
 
@@ -68,12 +87,22 @@ class PrefixCache:
     disk: a DiskStore behind memory, or None.
     """
 
-    def __init__(self, pages, memory, identity, states=None, disk=None, state_every=512, prompt_state_from=0):
+    def __init__(
+        self,
+        pages: PageAllocator,
+        memory: Memory,
+        identity: bytes,
+        states: StateStore | None = None,
+        disk: DiskStore | None = None,
+        state_every: int = 512,
+        prompt_state_from: int = 0,
+    ) -> None:
         self.pages, self.memory, self.identity = pages, memory, identity
         self.states, self.disk, self.state_every, self.prompt_state_from = states, disk, state_every, prompt_state_from
-        self.counts, self._awaited = Counts(), {}
+        self.counts = Counts()
+        self._awaited: dict[bytes, Request] = {}
 
-    def report(self):
+    def report(self) -> dict[str, int]:
         """Counts of this cache, of its states and of its disk: {name: number}."""
         made = dict(vars(self.counts))
         if self.states is not None:
@@ -84,7 +113,7 @@ class PrefixCache:
 
     # ------------------------------------------------------------ names
 
-    def names(self, request, count):
+    def names(self, request: Request, count: int) -> list[bytes]:
         """Names of a request's first `count` blocks, which must be known."""
         made = request.block_names
         while len(made) < count:
@@ -93,30 +122,30 @@ class PrefixCache:
             made.append(block_name(before, request.token_ids(start, start + PAGE_TOKENS)))
         return made[:count]
 
-    def _usable(self, request):
+    def _usable(self, request: Request) -> list[bytes]:
         """Names of the blocks that may be taken from the cache: all whole ones before the last token."""
         return self.names(request, (request.num_tokens - 1) // PAGE_TOKENS if request.reuses_prefix else 0)
 
     # ------------------------------------------------------------ finding
 
-    def find(self, request):
+    def find(self, request: Request) -> Found:
         """The longest known prefix of a request."""
         names = self._usable(request)
         count = num_pages = next((i for i, name in enumerate(names) if not self._has_page(name)), len(names))
         if self.states is not None:
-            while count and not self._has_state(names[count - 1]):
+            while count and not self._has_state(self.states, names[count - 1]):
                 count -= 1
             request.branch = num_pages * PAGE_TOKENS if self._pays(num_pages * PAGE_TOKENS) else 0
         pages = [self.pages.find(name) for name in names[:count]]
         return Found(names[:count], sum(p is not None and not self.pages.is_idle(p) for p in pages))
 
-    def _has_page(self, name):
+    def _has_page(self, name: bytes) -> bool:
         return self.pages.find(name) is not None or (self.disk is not None and self.disk.has("page", name))
 
-    def _has_state(self, name):
-        return name in self.states or (self.disk is not None and self.disk.has("state", name))
+    def _has_state(self, states: StateStore, name: bytes) -> bool:
+        return name in states or (self.disk is not None and self.disk.has("state", name))
 
-    def attach(self, request, found):
+    def attach(self, request: Request, found: Found) -> None:
         """Gives a request, which has a slot and no pages, the pages and the state of its known prefix."""
         while found.names and not self._load(request, found.names):
             found = self.find(request)  # an entry on disk was damaged, and is gone
@@ -128,8 +157,8 @@ class PrefixCache:
             self.counts.query_tokens += request.num_tokens
             self.counts.hit_tokens += request.num_computed
 
-    def _load(self, request, names):
-        if self.states is not None and not self._load_state(request.slot, names[-1]):
+    def _load(self, request: Request, names: list[bytes]) -> bool:
+        if self.states is not None and not self._load_state(self.states, request.running_slot, names[-1]):
             return False
         # those in memory are held before pages are taken for those on disk, which may evict what nobody holds
         held = [self.pages.find(name) for name in names]
@@ -137,36 +166,37 @@ class PrefixCache:
             if page is not None:
                 self.pages.share(page)
         made = [self._load_page(name) if page is None else page for page, name in zip(held, names, strict=True)]
-        if None in made:
-            self.pages.give_back([page for page in made if page is not None])
+        pages = [page for page in made if page is not None]
+        if len(pages) < len(made):
+            self.pages.give_back(pages)
             return False
-        request.pages = made
+        request.pages = pages
         return True
 
-    def _load_page(self, name):
+    def _load_page(self, name: bytes) -> int | None:
         """A page with what the disk has for a name; None if that is damaged."""
         page = self.pages.take(1)
-        data = self.disk.load("page", name) if page else None
-        if data is None:
+        data = self.disk.load("page", name) if page and self.disk is not None else None
+        if page is None or data is None:
             self.pages.give_back(page or [])
             return None
         self.memory.write_page(page[0], data)
         self.pages.name(page[0], name)
         return page[0]
 
-    def _load_state(self, slot, name):
-        data = self.states.get(name)
+    def _load_state(self, states: StateStore, slot: int, name: bytes) -> bool:
+        data = states.get(name)
         if data is None:
-            data = self.disk.load("state", name)
+            data = self.disk.load("state", name) if self.disk is not None else None
             if data is None:
                 return False
-            self.states.put(name, lambda out: np.copyto(out, data))
+            states.put(name, functools.partial(_write, data))
         self.memory.write_state(slot, data)
         return True
 
     # ------------------------------------------------------------ who computes what
 
-    def enter(self, request):
+    def enter(self, request: Request) -> None:
         """A request begins to compute; others with the same prefix wait for its blocks rather than compute them too."""
         names = self._usable(request)
         ends = range(request.num_computed + PAGE_TOKENS, len(names) * PAGE_TOKENS + 1, PAGE_TOKENS)
@@ -174,7 +204,7 @@ class PrefixCache:
         request.leads = [names[end // PAGE_TOKENS - 1] for end in ends]
         request.leads = [name for name in request.leads if self._awaited.setdefault(name, request) is request]
 
-    def is_being_computed(self, request):
+    def is_being_computed(self, request: Request) -> bool:
         """Whether a request that goes before this one is at work on a part of this one's prefix."""
         if not self._awaited:
             return False
@@ -184,21 +214,21 @@ class PrefixCache:
         request.awaits = next((n for n in reversed(self._usable(request)) if self._is_led(request, n)), None)
         return request.awaits is not None
 
-    def _is_led(self, request, name):
-        leader = self._awaited.get(name)
+    def _is_led(self, request: Request, name: bytes | None) -> bool:
+        leader = None if name is None else self._awaited.get(name)
         return leader is not None and leader.priority <= request.priority
 
-    def leave(self, request):
+    def leave(self, request: Request) -> None:
         """A request ends or is preempted: nobody waits for it any more."""
         for name in request.leads:
             if self._awaited.get(name) is request:
                 del self._awaited[name]
         newest = request.newest_state
-        if self.disk is not None and self.states is not None and newest in self.states:
-            self.disk.save("state", newest, lambda out: np.copyto(out, self.states.get(newest)))
+        if self.disk is not None and self.states is not None and newest is not None and newest in self.states:
+            self.disk.save("state", newest, functools.partial(_copy, self.states, newest))
         request.leads = []
 
-    def forget(self, request):
+    def forget(self, request: Request) -> None:
         """What a request's blocks hold is wrong: nobody finds them again, in memory or on disk."""
         for name in request.block_names:
             self.pages.forget(name)
@@ -210,7 +240,7 @@ class PrefixCache:
 
     # ------------------------------------------------------------ keeping
 
-    def cut(self, request, count):
+    def cut(self, request: Request, count: int) -> int:
         """The largest part of a step of `count` tokens that does not run over a place where the state is kept."""
         if self.states is None or count < 2:
             return count
@@ -218,21 +248,21 @@ class PrefixCache:
         stops = {(start // self.state_every + 1) * self.state_every, self._prompt_stop(request), request.branch}
         return min([count, *(stop - start for stop in stops if stop > start)])
 
-    def _prompt_stop(self, request):
+    def _prompt_stop(self, request: Request) -> int:
         """The last whole block of a prompt before its last token, if its state is worth a step's end, or 0."""
         end = (len(request.prompt_ids) - 1) // PAGE_TOKENS * PAGE_TOKENS
         return end if request.params.n > 1 or (end >= self.prompt_state_from and self._pays(end)) else 0
 
-    def _pays(self, end):
+    def _pays(self, end: int) -> bool:
         """Whether a state after `end` tokens is far enough from the one before it."""
         return end % self.state_every >= self.state_every // 4
 
-    def _is_stop(self, request, end):
+    def _is_stop(self, request: Request, end: int) -> bool:
         """Whether the state after `end` tokens is worth keeping for good."""
         prompt = len(request.prompt_ids)
         return end % self.state_every == 0 or end in (self._prompt_stop(request), request.branch, prompt)
 
-    def computed(self, request):
+    def computed(self, request: Request) -> None:
         """After a step: names the blocks that it filled, and keeps the state where it ended on such a place."""
         count = request.num_computed // PAGE_TOKENS
         names = self.names(request, count)
@@ -244,18 +274,18 @@ class PrefixCache:
                 self.disk.save("page", name, lambda out, page=page: self.memory.read_page(page, out))
         request.num_named = count
         if self.states is not None and request.num_computed == count * PAGE_TOKENS:
-            self._keep_state(request, names[-1])
+            self._keep_state(self.states, request, names[-1])
 
-    def _keep_state(self, request, name):
+    def _keep_state(self, states: StateStore, request: Request, name: bytes) -> None:
         end = request.num_computed
         lasting = self._is_stop(request, end)
         if not lasting and (end < len(request.prompt_ids) or end % (self.state_every // 4)):
             return
         self.counts.kept_states += 1
-        self.states.put(name, lambda out: self.memory.read_state(request.slot, out))
+        states.put(name, functools.partial(self.memory.read_state, request.running_slot))
         if lasting and self.disk is not None:
-            self.disk.save("state", name, lambda out: np.copyto(out, self.states.get(name)))
+            self.disk.save("state", name, functools.partial(_copy, states, name))
         if end > len(request.prompt_ids):
             if request.newest_state is not None:
-                self.states.drop(request.newest_state)
+                states.drop(request.newest_state)
             request.newest_state = None if lasting else name

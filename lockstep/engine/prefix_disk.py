@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -23,6 +24,7 @@ from queue import SimpleQueue
 import numpy as np
 
 from lockstep.runtime.user_cache import NotPrivate, make_private
+from lockstep.weights.content import ContentHash
 
 MAGIC, HEADER = b"lockstep cache 1", struct.Struct("<16s8s32sQ16s")
 MAKING, FORGOTTEN_SECONDS = ".making-", 3600  # what a killed process left behind may go after so long
@@ -50,10 +52,19 @@ class DiskStore:
     that others can write to.
     """
 
-    def __init__(self, folder, max_bytes, sizes, content, max_pending=256 << 20):
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        max_bytes: int,
+        sizes: Mapping[str, int],
+        content: ContentHash,
+        max_pending: int = 256 << 20,
+    ) -> None:
         self.folder, self.max_bytes, self.sizes, self.max_pending = Path(folder), max_bytes, sizes, max_pending
         self.counts, self._lock, self._content = DiskCounts(), threading.Lock(), content
-        self._pending, self._queue, self._closing = {}, SimpleQueue(), threading.Event()  # (kind, name) -> array
+        self._pending: dict[tuple[str, bytes], np.ndarray] = {}  # by kind and name
+        self._queue: SimpleQueue = SimpleQueue()
+        self._closing = threading.Event()
         try:
             self.folder = make_private(self.folder.absolute())
             with tempfile.TemporaryFile(dir=self.folder):
@@ -65,7 +76,7 @@ class DiskStore:
         self._writer = threading.Thread(target=self._write_all, name="lockstep prefix writer", daemon=True)
         self._writer.start()
 
-    def _scan(self):
+    def _scan(self) -> None:
         """Finds the entries that are there and their bytes, in order of use."""
         found = []
         for file in os.scandir(self.folder):
@@ -75,12 +86,12 @@ class DiskStore:
                     found.append((stat.st_mtime_ns, file.name, stat.st_size))
                 elif file.name.startswith(MAKING) and time.time() - stat.st_mtime > FORGOTTEN_SECONDS:
                     os.unlink(file.path)
-        self._files = OrderedDict((name, size) for _, name, size in sorted(found))
+        self._files: OrderedDict[str, int] = OrderedDict((name, size) for _, name, size in sorted(found))
         self._total = sum(self._files.values())
 
     # ------------------------------------------------------------ entries
 
-    def _on_disk(self, name):
+    def _on_disk(self, name: bytes) -> bytes | None:
         """What an entry is called on disk; None as long as the model's content hash is not known."""
         try:
             content = self._content.known
@@ -88,15 +99,17 @@ class DiskStore:
             return None
         return None if content is None else hashlib.sha256(content.encode() + name).digest()
 
-    def _file(self, kind, name):
+    def _entry(self, kind: str, name: bytes) -> tuple[str, bytes] | None:
+        """The file of an entry and what its header calls it; None as long as the content hash is not known."""
         on_disk = self._on_disk(name)
-        return None if on_disk is None else f"{on_disk.hex()}.{kind}"
+        return None if on_disk is None else (f"{on_disk.hex()}.{kind}", on_disk)
 
-    def has(self, kind, name):
+    def has(self, kind: str, name: bytes) -> bool:
         """Whether there is an entry, which may still turn out to be damaged."""
-        return (kind, name) in self._pending or self._file(kind, name) in self._files
+        entry = self._entry(kind, name)
+        return (kind, name) in self._pending or (entry is not None and entry[0] in self._files)
 
-    def save(self, kind, name, fill):
+    def save(self, kind: str, name: bytes, fill: Callable[[np.ndarray], object]) -> None:
         """Keeps an entry that is not there yet: fill(uint8 array) writes its bytes."""
         size = self.sizes[kind]
         with self._lock:
@@ -110,16 +123,17 @@ class DiskStore:
             fill(data)
         self._queue.put((kind, name))
 
-    def load(self, kind, name):
+    def load(self, kind: str, name: bytes) -> np.ndarray | None:
         """The bytes of an entry, uint8 [size]; None if it is not there any more or is not what it should be."""
-        file = self._file(kind, name)
+        entry = self._entry(kind, name)
         with self._lock:
             if (kind, name) in self._pending:
                 return self._pending[kind, name]
-            if file not in self._files:
+            if entry is None or entry[0] not in self._files:
                 return None
+            file, on_disk = entry
             try:
-                data = self._read(kind, self._on_disk(name), self.folder / file)
+                data = self._read(kind, on_disk, self.folder / file)
             except FileNotFoundError:  # another process made room
                 self._drop(file)
                 return None
@@ -133,17 +147,17 @@ class DiskStore:
             os.utime(self.folder / file)
         return data
 
-    def forget(self, kind, name):
+    def forget(self, kind: str, name: bytes) -> None:
         """Removes an entry, if there is one, as soon as all that was saved before is written."""
         self._queue.put(functools.partial(self._forget, kind, name))
 
-    def _forget(self, kind, name):
-        file = self._file(kind, name)  # known, if anything was written or could be found
+    def _forget(self, kind: str, name: bytes) -> None:
+        entry = self._entry(kind, name)  # known, if anything was written or could be found
         with self._lock:
-            if file is not None:
-                self._drop(file)
+            if entry is not None:
+                self._drop(entry[0])
 
-    def _read(self, kind, name, path):
+    def _read(self, kind: str, name: bytes, path: Path) -> np.ndarray:
         size = self.sizes[kind]
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size != HEADER.size + size:
@@ -153,31 +167,30 @@ class DiskStore:
             raise ValueError("header or checksum")
         return data
 
-    def _drop(self, file):
+    def _drop(self, file: str) -> None:
         self._total -= self._files.pop(file, 0)
         with contextlib.suppress(OSError):
             os.unlink(self.folder / file)
 
     # ------------------------------------------------------------ the writer's thread
 
-    def _write_all(self):
+    def _write_all(self) -> None:
         while (item := self._queue.get()) is not None:
             if callable(item):
                 item()
             else:
                 self._write(*item)
 
-    def _write(self, kind, name):
-        data, file = self._pending[kind, name], self._file_when_known(kind, name)
-        try:
-            if file is not None:
-                self._write_file(file, _header(kind, self._on_disk(name), data), data)
-            written = file is not None
-        except OSError:
-            written = False
+    def _write(self, kind: str, name: bytes) -> None:
+        data, entry = self._pending[kind, name], self._entry_when_known(kind, name)
+        file = None
+        with contextlib.suppress(OSError):
+            if entry is not None:
+                self._write_file(entry[0], _header(kind, entry[1], data), data)
+                file = entry[0]
         with self._lock:
             del self._pending[kind, name]
-            if written:
+            if file is not None:
                 size = HEADER.size + data.nbytes
                 self._total += size - self._files.get(file, 0)  # another process may have written it, too
                 self._files[file] = size
@@ -189,46 +202,46 @@ class DiskStore:
             else:
                 self.counts.skipped += 1
 
-    def _file_when_known(self, kind, name):
-        """The file of an entry, once the content hash is known; None if it is not soon after this store is closed."""
+    def _entry_when_known(self, kind: str, name: bytes) -> tuple[str, bytes] | None:
+        """`_entry`, once the content hash is known; None if it is not soon after this store is closed."""
         with contextlib.suppress(OSError, ValueError):
             while self._content.known is None and not self._closing.wait(WAIT_SECONDS):
                 pass
             self._content.wait(timeout=GRACE_SECONDS)
-        return self._file(kind, name)
+        return self._entry(kind, name)
 
-    def _write_file(self, file, header, data):
+    def _write_file(self, file: str, header: bytes, data: np.ndarray) -> None:
         handle, beside = tempfile.mkstemp(prefix=MAKING, dir=self.folder)
         try:
             with os.fdopen(handle, "wb") as out:
                 out.write(header)
-                out.write(data)
+                out.write(data.data)
             os.replace(beside, self.folder / file)
         except OSError:
             with contextlib.suppress(OSError):
                 os.unlink(beside)
             raise
 
-    def _make_room(self):
+    def _make_room(self) -> None:
         while self._total > self.max_bytes:
             self._drop(next(iter(self._files)))
             self.counts.evicted += 1
 
-    def flush(self):
+    def flush(self) -> None:
         """Returns when all that was saved so far is on disk."""
         done = threading.Event()
         self._queue.put(done.set)
         done.wait()
 
-    def close(self):
+    def close(self) -> None:
         """Writes what is left (nothing, if the content hash is not known yet) and ends the thread."""
         self._closing.set()
         self._queue.put(None)
         self._writer.join()
 
 
-def _header(kind, name, data):
+def _header(kind: str, name: bytes, data: np.ndarray) -> bytes:
     known = MAGIC, kind.encode(), name, data.nbytes
     checksum = hashlib.sha256(repr(known).encode())
-    checksum.update(data)
+    checksum.update(data.data)
     return HEADER.pack(*known, checksum.digest()[:16])

@@ -3,11 +3,13 @@
 import hashlib
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, SupportsIndex
 
-from lockstep.engine.embedding import POOLINGS
+from lockstep.engine.answer_text import AnswerText
+from lockstep.engine.embedding import POOLINGS, Pool
+from lockstep.engine.sampling import Adjustment
 from lockstep.ops.sample import MAX_LOGPROBS
 
 
@@ -66,7 +68,7 @@ class SamplingParams:
     n: int = 1
     pooling: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, kind, low, high in BOUNDS:
             value = getattr(self, name)
             if not _is_number(value, kind) or not low <= value <= high:
@@ -77,7 +79,7 @@ class SamplingParams:
         self._check_strings()
         self._check_bias()
 
-    def _check_pooling(self):
+    def _check_pooling(self) -> None:
         if not (self.pooling is None or (isinstance(self.pooling, str) and self.pooling in POOLINGS)):
             raise ValueError(f"pooling: expected None or one of {', '.join(POOLINGS)}, got {self.pooling!r}")
         if self.pooling is not None:
@@ -87,7 +89,7 @@ class SamplingParams:
         if self.pooling is not None and (self.n > 1 or self.prompt_logprobs is not None):
             raise ValueError("pooling: expected none with n or prompt_logprobs, an embedding has no samples")
 
-    def _check_numbers(self):
+    def _check_numbers(self) -> None:
         if 0 < self.temperature < MIN_TEMPERATURE:
             raise ValueError(f"temperature: expected 0 (greedy) or at least {MIN_TEMPERATURE}, got {self.temperature}")
         for name in ("logprobs", "prompt_logprobs"):
@@ -100,7 +102,7 @@ class SamplingParams:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
 
-    def _check_strings(self):
+    def _check_strings(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         for name in ("stop", *ID_LISTS):
@@ -113,7 +115,7 @@ class SamplingParams:
             if not all(_is_number(i, int) and i >= 0 for i in getattr(self, name)):
                 raise ValueError(f"{name}: expected token ids, got {getattr(self, name)!r:.80}")
 
-    def _check_bias(self):
+    def _check_bias(self) -> None:
         if not isinstance(self.logit_bias, dict):
             raise ValueError(f"logit_bias: expected {{token id: number}}, got {self.logit_bias!r}")
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))
@@ -125,7 +127,7 @@ class SamplingParams:
         if self.logits_mask is not None and not callable(self.logits_mask):
             raise ValueError(f"logits_mask: expected a function or None, got {self.logits_mask!r}")
 
-    def check_vocabulary(self, vocab_size):
+    def check_vocabulary(self, vocab_size: int) -> None:
         """ValueError if a token id is not one of a vocabulary of this size."""
         for name in ("logit_bias", *ID_LISTS):
             highest = max(getattr(self, name), default=0)
@@ -133,7 +135,7 @@ class SamplingParams:
                 raise ValueError(f"{name}: token ids must be 0 to {vocab_size - 1}, got {highest}")
 
 
-def _is_number(value, kind):
+def _is_number(value: Any, kind: type | tuple[type, ...]) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool) and (isinstance(value, int) or math.isfinite(value))
 
 
@@ -155,7 +157,7 @@ BOUNDS = (
 )
 
 
-def token_list(prompt_ids):
+def token_list(prompt_ids: Iterable[SupportsIndex]) -> list[int]:
     """A prompt's token ids as a list of integers. ValueError for anything else."""
     try:
         return list(map(operator.index, prompt_ids))
@@ -163,20 +165,20 @@ def token_list(prompt_ids):
         raise ValueError(f"prompt: expected text or a list of token ids, got {prompt_ids!r:.80}") from None
 
 
-def check_params(params):
+def check_params(params: Any) -> None:
     """ValueError for what are no SamplingParams."""
     if not isinstance(params, SamplingParams):
         raise ValueError(f"params: expected SamplingParams, got {params!r:.80}")
 
 
-def check_single(params):
+def check_single(params: Any) -> None:
     """ValueError for params of several samples."""
     check_params(params)
     if params.n != 1:
         raise ValueError(f"n: expected 1 where one sample is asked for, got {params.n}")
 
 
-def sample_seed(seed, index):
+def sample_seed(seed: int, index: int) -> int:
     """The seed of sample number `index` of a prompt: the seed itself for 0; else the first 8 bytes, as a little-endian
     signed integer, of SHA-256("lockstep sample", seed as 8 and index as 4 little-endian bytes)."""
     if index == 0:
@@ -185,7 +187,7 @@ def sample_seed(seed, index):
     return int.from_bytes(hashlib.sha256(known).digest()[:8], "little", signed=True)
 
 
-def samples(params):
+def samples(params: SamplingParams) -> list[SamplingParams]:
     """The n SamplingParams of a prompt's samples, each with a seed of its own."""
     return [replace(params, seed=sample_seed(params.seed, i)) for i in range(params.n)]
 
@@ -202,9 +204,9 @@ class Request:
     top_logprobs: list[dict[int, float]] = field(default_factory=list)
     prompt_logprobs: list[float] = field(default_factory=list)  # of each prompt token but the first, if asked for
     prompt_top_logprobs: list[dict[int, float]] = field(default_factory=list)
-    adjustment: object = None  # a sampling.Adjustment, made with the first row that needs one
-    answer: object = None  # an answer_text.AnswerText, made with the first token, where there is a tokenizer
-    pool: object = None  # an embedding.Pool, where the prompt's embedding is wanted
+    adjustment: Adjustment | None = None  # made with the first row that needs one
+    answer: AnswerText | None = None  # made with the first token, where there is a tokenizer
+    pool: Pool | None = None  # where the prompt's embedding is wanted
     num_computed: int = 0
     pages: list[int] = field(default_factory=list)
     slot: int | None = None
@@ -228,31 +230,37 @@ class Request:
     awaits: bytes | None = None
 
     @property
-    def reuses_prefix(self):
+    def running_slot(self) -> int:
+        """The slot of a request that runs."""
+        assert self.slot is not None, "it waits, or has ended"
+        return self.slot
+
+    @property
+    def reuses_prefix(self) -> bool:
         """Whether cached blocks may stand for computed ones: not where rows of the prompt have yet to be reported."""
         if self.pool is not None:
             return self.pool.needs_only_last
         return self.params.prompt_logprobs is None or len(self.prompt_logprobs) == len(self.prompt_ids) - 1
 
     @property
-    def text(self):
+    def text(self) -> str:
         """The answer's text as far as it is certain; it only grows."""
         return "" if self.answer is None else self.answer.text
 
     @property
-    def num_tokens(self):
+    def num_tokens(self) -> int:
         return len(self.prompt_ids) + len(self.output_ids)
 
     @property
-    def num_left(self):
+    def num_left(self) -> int:
         """Tokens that are known but not computed."""
         return self.num_tokens - self.num_computed
 
     @property
-    def max_num_tokens(self):
+    def max_num_tokens(self) -> int:
         return len(self.prompt_ids) + self.params.max_tokens
 
-    def token_ids(self, start, end):
+    def token_ids(self, start: int, end: int) -> list[int]:
         """Known tokens start .. end."""
         num_prompt = len(self.prompt_ids)
         if end <= num_prompt:

@@ -1,15 +1,20 @@
 """Runs steps of a model: cache memory, the step block, and the executor. Knows nothing of requests or schedules."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 
 from lockstep.ops.kv_cache import PAGE_TOKENS
 from lockstep.ops.sample import SAMPLING_RECORD, Sample
 from lockstep.runtime import step as words
-from lockstep.runtime.executor import Executor, aligned
+from lockstep.runtime.backend import OpTable
+from lockstep.runtime.executor import Executor, WeightStore, aligned
+from lockstep.runtime.kernel import OnCompile
+from lockstep.runtime.program import CacheArray, Program
 from lockstep.runtime.step_block import STEP_WORDS
+from lockstep.runtime.threads import Team
 
 
 @dataclass
@@ -21,11 +26,11 @@ class Span:
     state is wanted.
     """
 
-    token_ids: list
+    token_ids: list[int]
     start: int
-    pages: list
+    pages: list[int]
     slot: int
-    sampled: dict = field(default_factory=dict)
+    sampled: dict[int, dict[str, Any]] = field(default_factory=dict)
     embedded: Sequence[int] = ()
 
 
@@ -39,13 +44,45 @@ class Limits:
     max_sampled: int = 8
 
 
+class Runnable(Protocol):
+    """What a Runner needs of a model."""
+
+    @property
+    def store(self) -> WeightStore:
+        """Its weights."""
+        ...
+
+    @property
+    def max_context(self) -> int:
+        """Positions that a request may have."""
+        ...
+
+    def backend(self, swaps: Mapping[str, str] | None, base: str) -> OpTable:
+        """The op table, with swaps."""
+        ...
+
+    def rewritten(self, backend: OpTable, fused: bool) -> Program:
+        """The program, lowered for a backend."""
+        ...
+
+
 class Runner:
     """A model bound to memory and threads. Everything is allocated here; `step` allocates nothing native.
 
     sample: the program's Sample, whose operands can be looked at after a step.
     """
 
-    def __init__(self, model, team, limits, swaps=None, base="cpu", keep=False, fused=True, on_compile=None):
+    def __init__(
+        self,
+        model: Runnable,
+        team: Team,
+        limits: Limits,
+        swaps: Mapping[str, str] | None = None,
+        base: str = "cpu",
+        keep: bool = False,
+        fused: bool = True,
+        on_compile: OnCompile | None = None,
+    ) -> None:
         self.model, self.limits, self.team = model, limits, team
         backend = model.backend(swaps, base)
         self.program = model.rewritten(backend, fused)
@@ -59,10 +96,10 @@ class Runner:
         self._allocate()
         [self.sample] = [op for op in self.program.ops if isinstance(op, Sample)]
 
-    def _count(self, cache):
+    def _count(self, cache: CacheArray) -> int:
         return self.limits.num_pages if cache.kind == "pages" else self.limits.max_requests
 
-    def _allocate(self):
+    def _allocate(self) -> None:
         T, S, R = self.limits.max_step_tokens, self.limits.max_requests, self.limits.max_sampled
         shapes = {
             "TOKEN_IDS": T,
@@ -84,7 +121,7 @@ class Runner:
         self._step[words.SAMPLING] = self._sampling.ctypes.data
         self._step[words.PAGES_PER_REQUEST] = self.pages_per_request
 
-    def step(self, spans, clock=None):
+    def step(self, spans: Sequence[Span], clock: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Runs one step. Returns (tokens int32 [R], logprobs float32 [R], logits float32 [R, V]).
 
         They are views that the next step overwrites, rows in the order of spans and their sampled rows. clock: see
@@ -98,22 +135,22 @@ class Runner:
         )
         return token[:, 0], logprob[:, 0], logits[:, : self.sample.vocab_size]
 
-    def alternatives(self, row, count):
+    def alternatives(self, row: int, count: int) -> dict[int, float]:
         """The `count` likeliest tokens of a row of the last step that asked for so many: {token id: logprob}."""
         count, tensors = min(count, self.sample.vocab_size), (self.sample.top_token, self.sample.top_logprob)
         ids, logprobs = (self.executor.view(tensor, row + 1)[row, :count] for tensor in tensors)
         return dict(zip(ids.tolist(), logprobs.tolist(), strict=True))
 
-    def hidden(self, first, count):
+    def hidden(self, first: int, count: int) -> np.ndarray:
         """Last hidden states, after the final norm, of embedded rows of the last step, in order: float32 [count, D]."""
         return self.executor.view(self.program.results["hidden"], first + count)[first:]
 
-    def is_forbidden(self, row, token):
+    def is_forbidden(self, row: int, token: int) -> bool:
         """Whether a row of the last step does not allow a token: such a token is only taken where none is allowed."""
         adjusted = self._sampling["adjustment"][row] != 0
         return bool(adjusted and np.isneginf(self.executor.view(self.sample.adjusted, row + 1)[row, token]))
 
-    def _fill(self, spans):
+    def _fill(self, spans: Sequence[Span]) -> int:
         """Writes the spans into the step block; returns the number of rows that sample."""
         a, at, longest = self._arrays, 0, 0
         for s, span in enumerate(spans):
@@ -132,7 +169,7 @@ class Runner:
         self._step[words.NUM_TOKENS], self._step[words.NUM_REQUESTS] = at, len(spans)
         return self._fill_outputs(spans)
 
-    def _fill_outputs(self, spans):
+    def _fill_outputs(self, spans: Sequence[Span]) -> int:
         """Writes which rows have an output, and how those sample that do."""
         a, at, row, output, embedded = self._arrays, 0, 0, 0, 0
         self._sampling[: sum(len(span.sampled) for span in spans)] = 0  # a record need not name every field

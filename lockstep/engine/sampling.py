@@ -5,10 +5,16 @@ Log-probabilities of a prompt come from rows of their own: the row of token i sa
 
 import math
 from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lockstep.ops.adjust_logits import ADJUSTMENT_RECORD
+
+if TYPE_CHECKING:
+    from lockstep.engine.request import Request, SamplingParams
+    from lockstep.engine.runner import Runner, Span
 
 
 class Refused(Exception):
@@ -29,8 +35,11 @@ class Adjustment:
     had been seen at an earlier position.
     """
 
-    def __init__(self, prompt_ids, params, eos_ids, vocab_size):
-        self._params, self._counts, self._num_logged = params, Counter(), 0
+    def __init__(
+        self, prompt_ids: Sequence[int], params: "SamplingParams", eos_ids: frozenset[int], vocab_size: int
+    ) -> None:
+        self._params, self._num_logged = params, 0
+        self._counts: Counter[int] = Counter()
         repeats = params.repetition_penalty != 1
         self._prompt = list(dict.fromkeys(prompt_ids)) if repeats else []
         self._counts_output = bool(repeats or params.presence_penalty or params.frequency_penalty)
@@ -47,7 +56,7 @@ class Adjustment:
         penalties = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
         self._record[0] = (*memory, len(self._bias), *penalties)
 
-    def fields(self, output_ids):
+    def fields(self, output_ids: list[int]) -> dict[str, int]:
         """Fields of the SAMPLING_RECORD of the token after these; none if nothing is asked. Refused for a bad mask."""
         self._log(output_ids)
         num_seen = len(self._prompt) + self._num_logged
@@ -59,20 +68,20 @@ class Adjustment:
             return {}
         return dict(adjustment=self._record.ctypes.data, mask=mask, num_seen=num_seen, num_banned=num_banned)
 
-    def _log(self, output_ids):
+    def _log(self, output_ids: list[int]) -> None:
         if self._counts_output:
             for token in output_ids[self._num_logged :]:
                 self._counts[token] += 1
                 self._seen[len(self._prompt) + self._num_logged] = token, self._counts[token]
                 self._num_logged += 1
 
-    def _may_go_on(self):
+    def _may_go_on(self) -> bool:
         """Whether the mask allows a token that ends nothing."""
         others = self._bits.copy()
         np.bitwise_and.at(others, self._banned // 32, ~(np.uint32(1) << (self._banned % 32).astype(np.uint32)))
-        return others.any()
+        return bool(others.any())
 
-    def _mask(self, output_ids):
+    def _mask(self, output_ids: list[int]) -> int:
         """Address of the mask of the token after these, 0 for none."""
         if self._params.logits_mask is None:
             return 0
@@ -90,7 +99,7 @@ class Adjustment:
         return self._bits.ctypes.data
 
 
-def adjusts(params):
+def adjusts(params: "SamplingParams") -> bool:
     """Whether a request may change its logits before a token is chosen."""
     return bool(
         params.repetition_penalty != 1
@@ -103,10 +112,12 @@ def adjusts(params):
     )
 
 
-def sampled_rows(request, start, end, eos_ids, vocab_size):
+def sampled_rows(
+    request: "Request", start: int, end: int, eos_ids: frozenset[int], vocab_size: int
+) -> dict[int, dict[str, Any]]:
     """{row: fields of a SAMPLING_RECORD} for tokens start .. end of a request, rows counted from start; or Refused."""
     p, prompt = request.params, request.prompt_ids
-    rows = {}
+    rows: dict[int, dict[str, Any]] = {}
     if p.prompt_logprobs is not None:
         reported = len(request.prompt_logprobs)
         assert start <= reported or reported == len(prompt) - 1, (start, reported)  # else a row was never computed
@@ -129,7 +140,7 @@ def sampled_rows(request, start, end, eos_ids, vocab_size):
     return rows
 
 
-def take_prompt_rows(request, span, row, runner, logprobs):
+def take_prompt_rows(request: "Request", span: "Span", row: int, runner: "Runner", logprobs: np.ndarray) -> int:
     """Takes in what the rows of a span from `row` on say about the prompt; returns the row after them."""
     end, num_top = row + len(span.sampled) - (request.num_left == 0), request.params.prompt_logprobs
     request.prompt_logprobs += logprobs[row:end].tolist()
@@ -138,7 +149,7 @@ def take_prompt_rows(request, span, row, runner, logprobs):
     return end
 
 
-def is_finite(request, logprob, alternatives):
+def is_finite(request: "Request", logprob: float, alternatives: dict[int, float]) -> bool:
     """Whether the log-probabilities that come with a token are all numbers; with the first token, the prompt's, too."""
     found = [logprob, *alternatives.values()]
     if not request.output_ids:
@@ -148,7 +159,7 @@ def is_finite(request, logprob, alternatives):
     return all(map(math.isfinite, found))
 
 
-def within_rows(plan, max_sampled):
+def within_rows(plan: list[tuple["Request", int]], max_sampled: int) -> list[tuple["Request", int]]:
     """The plan [(request, count), ...] with prompts that want log-probabilities cut so that all sampled rows fit.
 
     There are at least as many rows as requests; what a prompt does not get now it gets in the next step.
@@ -163,14 +174,14 @@ def within_rows(plan, max_sampled):
     return made
 
 
-def num_rows(request, count):
+def num_rows(request: "Request", count: int) -> int:
     """How many rows the next `count` tokens of a request need."""
     start, end = request.num_computed, request.num_computed + count
     prompt = max(0, min(end, len(request.prompt_ids) - 1) - max(start, len(request.prompt_logprobs)))
     return prompt + (end == request.num_tokens and count > 0)
 
 
-def largest_within(request, count, rows):
+def largest_within(request: "Request", count: int, rows: int) -> int:
     """The most tokens, up to count, that need at most so many rows."""
     spare = num_rows(request, count) - rows
     while spare > 0:

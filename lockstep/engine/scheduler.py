@@ -11,17 +11,21 @@ is stopped for one that waits, whatever its priority.
 """
 
 from bisect import insort
+from collections.abc import Callable
 
 from lockstep.engine.pages import PageAllocator
+from lockstep.engine.prefix import PrefixCache
+from lockstep.engine.request import Request
+from lockstep.engine.runner import Limits
 from lockstep.ops.kv_cache import PAGE_TOKENS
 
 
-def rank(request):
+def rank(request: Request) -> tuple[int, int]:
     """Who goes first: the lower."""
     return request.priority, request.id
 
 
-def pages_for(num_tokens):
+def pages_for(num_tokens: int) -> int:
     return -(-num_tokens // PAGE_TOKENS)
 
 
@@ -31,13 +35,15 @@ class Scheduler:
     prefix: makes the PrefixCache of these pages (a function of the PageAllocator), or None: every request starts cold.
     """
 
-    def __init__(self, limits, prefix=None):
+    def __init__(self, limits: Limits, prefix: Callable[[PageAllocator], PrefixCache] | None = None) -> None:
         self.limits, self.pages = limits, PageAllocator(limits.num_pages)
         self.prefix = prefix(self.pages) if prefix else None
-        self.waiting, self.running, self.num_preempted = [], [], 0
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        self.num_preempted = 0
         self._slots = list(range(limits.max_requests - 1, -1, -1))
 
-    def check(self, request):
+    def check(self, request: Request) -> None:
         """ValueError for a request that could never run."""
         if pages_for(request.max_num_tokens) > self.limits.num_pages:
             raise ValueError(
@@ -45,36 +51,36 @@ class Scheduler:
                 f"the KV cache holds {self.limits.num_pages * PAGE_TOKENS} tokens in all"
             )
 
-    def add(self, request):
+    def add(self, request: Request) -> None:
         """Queues a request; ValueError if it could never run."""
         self.check(request)
         insort(self.waiting, request, key=rank)
 
-    def remove(self, request):
+    def remove(self, request: Request) -> None:
         """Ends a request, wherever it is; its pages and slot are free at once."""
         if request.slot is None:
             self.waiting.remove(request)
         else:
             self._release(request)
 
-    def _release(self, request):
+    def _release(self, request: Request) -> None:
         self.running.remove(request)
         if self.prefix:
             self.prefix.leave(request)
         self._strip(request)
 
-    def _strip(self, request):
+    def _strip(self, request: Request) -> None:
         self.pages.give_back(request.pages)
-        self._slots.append(request.slot)
+        self._slots.append(request.running_slot)
         request.pages, request.slot, request.num_computed, request.num_named = [], None, 0, 0
 
-    def computed(self, request, count):
+    def computed(self, request: Request, count: int) -> None:
         """Notes that a step computed `count` more tokens of a request."""
         request.num_computed += count
         if self.prefix and request.num_computed // PAGE_TOKENS > request.num_named:
             self.prefix.computed(request)
 
-    def schedule(self):
+    def schedule(self) -> list[tuple[Request, int]]:
         """[(request, number of its tokens to compute), ...] for the next step."""
         if self.waiting:
             self._admit()
@@ -86,7 +92,7 @@ class Scheduler:
         prompts = [r for r in self.running if r.num_left > 1]
         return plan + self._prompts(prompts, budget) if prompts else plan
 
-    def _prompts(self, prompts, budget):
+    def _prompts(self, prompts: list[Request], budget: int) -> list[tuple[Request, int]]:
         """Deals the budget to prompts, the one with the least left first; half is kept for the first in rank."""
         plan, first = [], prompts[0]
         kept = self._most(first, -(-budget // 2))
@@ -98,14 +104,14 @@ class Scheduler:
                 budget -= count
         return plan
 
-    def _most(self, request, budget):
+    def _most(self, request: Request, budget: int) -> int:
         """Tokens that a request may compute in a step: up to the budget, and to where its state is to be kept."""
         count = min(request.num_left, budget)
         return self.prefix.cut(request, count) if self.prefix else count
 
     # ------------------------------------------------------------ memory
 
-    def _admit(self):
+    def _admit(self) -> None:
         """Places waiting requests in order of rank; nobody overtakes one who waits for memory."""
         index = 0
         while index < len(self.waiting) and self._slots:
@@ -118,14 +124,14 @@ class Scheduler:
             else:
                 return
 
-    def _place(self, request):
+    def _place(self, request: Request) -> bool:
         """Gives a request its slot and pages for all that is known; False if there are too few, and nothing changed."""
         needed = pages_for(request.num_tokens)
         found = self.prefix.find(request) if self.prefix else None
         if self.pages.num_free + (found.num_held if found else 0) - needed < len(self.running):
             return False
         request.slot = self._slots.pop()
-        if found:
+        if self.prefix and found:
             self.prefix.attach(request, found)
         fresh = self.pages.take(needed - len(request.pages))
         if fresh is None:  # what was found turned out to be damaged
@@ -136,7 +142,7 @@ class Scheduler:
             self.prefix.enter(request)
         return True
 
-    def _grow(self, request):
+    def _grow(self, request: Request) -> bool:
         """A page for a request's next token, if it needs one; False if it was the one to be preempted for it."""
         while request.num_computed == len(request.pages) * PAGE_TOKENS:
             page = self.pages.take(1)
@@ -149,7 +155,7 @@ class Scheduler:
                 return False
         return True
 
-    def preempt(self, request):
+    def preempt(self, request: Request) -> None:
         """Takes a running request's memory away; it waits again, with the tokens that it has."""
         self._release(request)
         request.num_preemptions += 1

@@ -11,7 +11,6 @@ import json
 import pathlib
 import platform
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import llvmlite
 import ml_dtypes
@@ -21,13 +20,13 @@ import numpy as np
 from lockstep.engine import selfcheck_sampling
 from lockstep.engine.model import emit_sampling
 from lockstep.engine.runner import Limits, Runner, Span
+from lockstep.engine.selfcheck_sampling import ProbeModel
 from lockstep.models.decoder import record_on
 from lockstep.models.families import model_config
 from lockstep.models.record import LINEAR_FORMATS, Recorder
 from lockstep.ops.attention import Attention
 from lockstep.ops.kv_cache import AttentionInputs
 from lockstep.ops.rewrite import fuse, lower
-from lockstep.runtime.executor import WeightStore
 from lockstep.runtime.kernel import fingerprint, target
 from lockstep.runtime.threads import Team
 from lockstep.runtime.unfit import UnfitMachine
@@ -167,13 +166,7 @@ def probe_model(probe, table, fused):
     emit_sampling(ops.program, record_on(ops, config), config.vocab_size)
     lowered = lower(ops.program)
     rewritten = fuse(lowered, table) if fused else lowered
-    return SimpleNamespace(
-        backend=lambda swaps, base: table,
-        rewritten=lambda backend, fused: rewritten,
-        store=WeightStore(),
-        max_context=CONTEXT,
-        config=config,
-    )
+    return ProbeModel(table, rewritten, CONTEXT)
 
 
 # ---------------------------------------------------------------- digests
@@ -186,8 +179,8 @@ def digests(probe, table, fused=True, on_compile=None):
         runner = Runner(probe_model(probe, table, fused), team, Limits(64, 2, 4, 3), keep=True, on_compile=on_compile)
         made, at = {}, [0, 0]
         for counts in STEPS:
-            runner.step([span(i, start, n) for i, (start, n) in enumerate(zip(at, counts))])
-            at = [start + n for start, n in zip(at, counts)]
+            runner.step([span(i, start, n) for i, (start, n) in enumerate(zip(at, counts, strict=True))])
+            at = [start + n for start, n in zip(at, counts, strict=True)]
             for op, tensor in visible(runner.program):
                 rows = {"T": sum(counts), "O": sum(counts), "R": 3 if counts[0] > 1 else 2, "S": 2}[tensor.rows]
                 width = VOCABULARY if tensor.name == "logits" else tensor.width

@@ -4,7 +4,9 @@ The other probes choose tokens too, but ask for nothing; here every output of th
 """
 
 import hashlib
-from types import SimpleNamespace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -16,17 +18,21 @@ from lockstep.ops.adjust_logits import AdjustLogits
 from lockstep.ops.embed import Embed, format_code
 from lockstep.ops.sample import MAX_LOGPROBS, Sample
 from lockstep.ops.select_rows import SelectRows, selected_rows
+from lockstep.runtime.backend import OpTable
 from lockstep.runtime.executor import WeightStore
-from lockstep.runtime.operands import operands_of
-from lockstep.runtime.program import Program, Weight
+from lockstep.runtime.kernel import OnCompile
+from lockstep.runtime.operands import Operands, operands_of
+from lockstep.runtime.program import Program, Tensor, Weight
 from lockstep.runtime.threads import Team
 from lockstep.weights.tensor import StoredTensor
 
 NAME = "sampling"
 ROWS, VOCABULARY, WIDTH = 8, 4101, 4112  # the last chunk of 4096 and the last word of a mask are not full
 SEEN, ALLOWED = [7, 4100, 7, 12], np.full(129, 0x5A5A5A5A, np.uint32)
-PENALTIES = dict(repetition_penalty=1.2, presence_penalty=0.4, frequency_penalty=-0.3, logit_bias={4099: 2.5, 3: -1.5})
-WISHES = (
+PENALTIES: dict[str, Any] = dict(
+    repetition_penalty=1.2, presence_penalty=0.4, frequency_penalty=-0.3, logit_bias={4099: 2.5, 3: -1.5}
+)
+WISHES: tuple[dict[str, Any], ...] = (
     dict(),
     dict(temperature=0.7, logprobs=MAX_LOGPROBS),
     dict(**PENALTIES, logprobs=3),
@@ -38,7 +44,25 @@ WISHES = (
 )
 
 
-def digests(table, on_compile=None):
+@dataclass(frozen=True)
+class ProbeModel:
+    """A made-up model for a Runner: one op table and one program, whatever is asked for."""
+
+    table: OpTable
+    program: Program
+    max_context: int
+    store: WeightStore = field(default_factory=WeightStore)
+
+    def backend(self, swaps: Mapping[str, str] | None, base: str) -> OpTable:
+        """The op table."""
+        return self.table
+
+    def rewritten(self, backend: OpTable, fused: bool) -> Program:
+        """The program."""
+        return self.program
+
+
+def digests(table: OpTable, on_compile: OnCompile | None = None) -> list[tuple[Operands, str, str]]:
     """[(op, tensor name, digest)] of what the ops after the logits write, on an op table."""
     team = Team(1)
     try:
@@ -55,7 +79,7 @@ def digests(table, on_compile=None):
         team.close()
 
 
-def probe_model(table):
+def probe_model(table: OpTable) -> ProbeModel:
     """What a Runner wants of a model; its logits are the rows of a table."""
     values = np.random.RandomState(5).randint(-4096, 4096, (ROWS, WIDTH)) * np.float32(2.0**-9)
     stored = StoredTensor(NAME, "f32", values.shape, values.astype(np.float32))
@@ -65,15 +89,10 @@ def probe_model(table):
     logits = program.tensor("logits", "R", WIDTH)
     program.emit(SelectRows(out=logits, x=rows, width=WIDTH, selected=selected_rows("R")))
     emit_sampling(program, logits, VOCABULARY)
-    return SimpleNamespace(
-        backend=lambda swaps, base: table,
-        rewritten=lambda backend, fused: program,
-        store=WeightStore(),
-        max_context=ROWS,
-    )
+    return ProbeModel(table, program, ROWS)
 
 
-def record(row, p, adjustment):
+def record(row: int, p: SamplingParams, adjustment: Adjustment) -> dict[str, Any]:
     """Fields of a row's SAMPLING_RECORD, for its SamplingParams."""
     return dict(
         temperature=p.temperature,
@@ -87,7 +106,7 @@ def record(row, p, adjustment):
     )
 
 
-def digest(array, tensor):
+def digest(array: np.ndarray, tensor: Tensor) -> str:
     """Of what the op must write: the padding of a row may hold anything."""
     width = VOCABULARY if tensor.width == WIDTH else tensor.width
     return hashlib.sha256(np.ascontiguousarray(array[:, :width]).tobytes()).hexdigest()[:16]

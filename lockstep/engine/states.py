@@ -1,6 +1,7 @@
 """Checkpoints of recurrent state in host memory: least recently used out, bounded by bytes."""
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 import numpy as np
 
@@ -8,24 +9,25 @@ import numpy as np
 class StateStore:
     """Named states of `state_bytes` each. Memory is taken as it is needed, and used again."""
 
-    def __init__(self, max_bytes, state_bytes):
+    def __init__(self, max_bytes: int, state_bytes: int) -> None:
         self.max_states, self.state_bytes = max_bytes // state_bytes, state_bytes
         self.num_evicted = 0
-        self._states, self._spare = OrderedDict(), []
+        self._states: OrderedDict[bytes, np.ndarray] = OrderedDict()
+        self._spare: list[np.ndarray] = []
 
-    def __contains__(self, name):
+    def __contains__(self, name: bytes) -> bool:
         return name in self._states
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._states)
 
-    def get(self, name):
+    def get(self, name: bytes) -> np.ndarray | None:
         """uint8 [state_bytes], which stays as it is until the next `put`; None where there is none."""
         if name in self._states:
             self._states.move_to_end(name)
         return self._states.get(name)
 
-    def put(self, name, fill):
+    def put(self, name: bytes, fill: Callable[[np.ndarray], object]) -> None:
         """Keeps a state; fill(array) writes it. What was used longest ago makes room."""
         if name in self._states:
             self._states.move_to_end(name)
@@ -37,7 +39,7 @@ class StateStore:
         fill(array)
         self._states[name] = array
 
-    def drop(self, name):
+    def drop(self, name: bytes) -> None:
         """Forgets a state, if it is there."""
         if name in self._states:
             self._spare.append(self._states.pop(name))

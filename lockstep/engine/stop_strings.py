@@ -1,5 +1,7 @@
 """Stop strings in text that comes in pieces, however it is cut into them."""
 
+from collections.abc import Sequence
+
 
 class StopStrings:
     """Lets text through up to the first stop string.
@@ -9,12 +11,12 @@ class StopStrings:
     to the text.
     """
 
-    def __init__(self, strings, include=False):
+    def __init__(self, strings: Sequence[str], include: bool = False) -> None:
         self.found, self._include, self._held = None, include, ""
         self._strings = [(s, borders(s)) for s in strings]
         self._matched = [0] * len(self._strings)  # how many characters of each string the text ends with
 
-    def push(self, piece, may_stop=True):
+    def push(self, piece: str, may_stop: bool = True) -> str:
         """Takes a piece in; returns what is now certain to be part of the text, the rest is held back.
 
         may_stop: whether a match that this piece completes counts.
@@ -30,12 +32,12 @@ class StopStrings:
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
-    def finish(self):
+    def finish(self) -> str:
         """The text held back, now that nothing follows."""
         rest, self._held = self._held, ""
         return rest
 
-    def _read(self, character):
+    def _read(self, character: str) -> list[str]:
         """The strings that are complete with this character."""
         ended = []
         for i, (string, border) in enumerate(self._strings):
@@ -47,13 +49,13 @@ class StopStrings:
                 ended.append(string)
         return ended
 
-    def _beginning(self, i):
+    def _beginning(self, i: int) -> int:
         """How many characters at the end of the text could begin string i, without being all of it."""
         (string, border), matched = self._strings[i], self._matched[i]
         return border[matched] if matched == len(string) else matched
 
 
-def borders(string):
+def borders(string: str) -> list[int]:
     """For each n, the longest beginning of string[:n] that is also its end, but not all of it.
 
     Source: Knuth, Morris and Pratt 1977, "Fast pattern matching in strings".

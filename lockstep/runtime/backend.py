@@ -1,16 +1,17 @@
 """A backend is a value: a table from op kind to implementation. Any entry can be swapped for another backend's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from lockstep.runtime.kernel import Kernel
+from lockstep.runtime.program import Weight
 
 
-def raw_weight(weight):
+def raw_weight(weight: Weight) -> tuple[np.ndarray, ...]:
     """The default weight layout: float32 rows, as a definition reads them."""
-    import numpy as np
-
     return (np.concatenate([part.finite_f32().reshape(-1, weight.shape[-1]) for part in weight.parts]),)
 
 
@@ -39,7 +40,10 @@ class Implementation:
     flushes: bool = False
 
 
-def swapped(backend, swaps, others):
+OpTable = Mapping[str, Implementation]  # by kind of op
+
+
+def swapped(backend: OpTable, swaps: Mapping[str, str], others: Mapping[str, OpTable]) -> OpTable:
     """The backend with entries replaced: swaps maps an op kind to the name of the backend (in others) to take it
     from."""
     table = dict(backend)

@@ -54,7 +54,7 @@ class WeightStore:
 
 def _line_aligned(array):
     """The array on a cache line; read-only ones are files in memory and stay where they lie."""
-    if not array.flags.writeable or array.ctypes.data % ALIGNMENT == 0 and array.flags.c_contiguous:
+    if not array.flags.writeable or (array.ctypes.data % ALIGNMENT == 0 and array.flags.c_contiguous):
         return array
     copy = aligned(array.nbytes).view(array.dtype).reshape(array.shape)
     copy[...] = array

@@ -92,7 +92,7 @@ def _with_systems(messages, abilities):
 def _add(made, message, abilities):
     roles = made[-1]["role"] if made else None, message["role"]
     joins = dict(user=not abilities.several_users, assistant=not abilities.several_assistants)
-    if roles[0] == roles[1] and joins.get(roles[0]):
+    if roles[0] == roles[1] and joins.get(message["role"]):
         made[-1] = _as_one([made[-1], message])
         return
     if roles == ("tool", "user") and abilities.after_results is not None:

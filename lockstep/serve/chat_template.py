@@ -7,6 +7,7 @@ and helpers are those of apply_chat_template in Hugging Face transformers.
 
 import marshal
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lockstep.serve.job_process import JobProcess
 from lockstep.serve.job_server import Ended
@@ -101,13 +102,16 @@ def _packed(order: tuple) -> bytes:
         raise ValueError(f"chat template: the conversation cannot be given to it: {reason}") from None
 
 
-def _plain(value: object) -> object:
+def _plain(value: object) -> Any:
     """A value made of the types that marshal knows. ValueError if there is another one in it."""
     if value is None or isinstance(value, (bool, bytes)):
         return value
-    for kind, exact in ((str, str.__str__), (int, int.__int__), (float, float.__float__)):
-        if isinstance(value, kind):
-            return exact(value)
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int):
+        return int.__int__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
     if isinstance(value, Mapping):
         return {_plain(name): _plain(each) for name, each in value.items()}
     if isinstance(value, (Sequence, set, frozenset)):

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
@@ -64,13 +65,14 @@ def add_missing_tokens(backend: tokenizers.Tokenizer, entries: object, folder: P
 
 
 def _added_entries(entries: object, folder: Path) -> list[tuple[int, Mapping]]:
-    valid = isinstance(entries, dict) and all(
-        key.isdecimal() and isinstance(entry, dict) and isinstance(entry.get("content"), str)
-        for key, entry in entries.items()
-    )
-    if not valid:
+    if not isinstance(entries, dict) or not all(map(_is_added, entries.items())):
         raise ValueError(f"{folder}: added_tokens_decoder must map token ids to objects with a content")
     return sorted(((int(key), entry) for key, entry in entries.items()), key=lambda pair: pair[0])
+
+
+def _is_added(item: tuple[str, Any]) -> bool:
+    key, entry = item
+    return key.isdecimal() and isinstance(entry, dict) and isinstance(entry.get("content"), str)
 
 
 def special_tokens(config: Mapping) -> dict[str, str]:

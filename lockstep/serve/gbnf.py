@@ -77,8 +77,9 @@ def _tokens(text: str) -> Iterator[tuple[str, str, int]]:
         found = TOKEN.match(text, at)
         if found is None:
             raise _wrong(text, at, "what is no part of GBNF here")
-        if found.lastgroup != "blank":
-            yield found.lastgroup, found[found.lastgroup], at
+        kind = found.lastgroup or ""  # every part of the pattern has a name
+        if kind != "blank":
+            yield kind, found[kind], at
         at = found.end()
 
 

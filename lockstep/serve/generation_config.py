@@ -74,7 +74,7 @@ def sampling_defaults(
 def for_talking(defaults: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers that the settings of `lockstep chat` and of the page begin with: the defaults, or a cautious choice
     where those do not say how a token is drawn. All of NEUTRAL have a value."""
-    made = NEUTRAL | (defaults if DRAWS & defaults.keys() else CAUTIOUS | defaults)
+    made = {**NEUTRAL, **({} if DRAWS & defaults.keys() else CAUTIOUS), **defaults}
     return {name: made[name] for name in NEUTRAL}
 
 
@@ -147,7 +147,8 @@ def _field(name: str, value: Any, vocab_size: int) -> dict[str, Any]:
         value = 0
     if name == "temperature" and type(value) is float and 0 < value < MIN_TEMPERATURE:
         value = MIN_TEMPERATURE
-    made = getattr(SamplingParams(**{name: value}), name)
+    given: dict[str, Any] = {name: value}
+    made = getattr(SamplingParams(**given), name)
     if name == "suppress_tokens":
         SamplingParams(suppress_tokens=made).check_vocabulary(vocab_size)
     return {name: float(made) if isinstance(NEUTRAL.get(name), float) else made}

@@ -7,6 +7,7 @@ and of the models' own tokenizer.json.
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -45,6 +46,7 @@ WHOLE_WORDS_FIRST = {"llama-bpe", "llama3", "llama-v3", "falcon3", "lfm2", "tekk
 NORMALIZED_TO_NFC = {"qwen2", "deepseek-r1-qwen", "qwen35"}
 
 NO_TOKENIZER = ("no_vocab", "none")
+T = TypeVar("T")
 BUILT = ("gpt2", "llama")
 IDS = dict(bos="bos_token_id", eos="eos_token_id", eot="eot_token_id", eom="eom_token_id", unk="unknown_token_id",
            pad="padding_token_id")  # fmt: skip
@@ -123,7 +125,7 @@ def named_ids(metadata: Mapping[str, object]) -> dict[str, int]:
 def end_token_ids(metadata: Mapping[str, object], tokenizer: Tokenizer) -> frozenset[int]:
     """Ids that end a generation: those the metadata names, and control tokens known to mean it."""
     special = {token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    known = {tokenizer.token_to_id(token) for token in END_MARKS | END_WORDS} & special
+    known = special & {tokenizer.token_to_id(token) for token in END_MARKS | END_WORDS}
     ids = named_ids(metadata)
     listed = _listed_ends(metadata)
     return frozenset(known | listed | {ids[name] for name in ("eos", "eot", "eom") if name in ids})
@@ -206,7 +208,7 @@ def _warn_of_strange_ids(metadata: Mapping[str, object], num_tokens: int) -> Non
             _warn_of_strange_id(key, found, num_tokens)
 
 
-def _warn_of_strange_id(key: str, token_id: int, num_tokens: int) -> None:
+def _warn_of_strange_id(key: str, token_id: Any, num_tokens: int) -> None:
     log.warning("tokenizer.ggml.%s %d is none of %d token ids: it is ignored", key, token_id, num_tokens)
 
 
@@ -235,16 +237,16 @@ def _listed_ends(metadata: Mapping[str, object]) -> set[int]:
     return known
 
 
-def _array(metadata: Mapping[str, object], key: str) -> Sequence:
+def _array(metadata: Mapping[str, object], key: str) -> Sequence | np.ndarray:
     value = metadata.get(key)
-    if value is None or isinstance(value, (str, bytes, int, float)) or len(value) == 0:
+    if not isinstance(value, (Sequence, np.ndarray)) or isinstance(value, (str, bytes)) or len(value) == 0:
         raise ValueError(f"{key} is missing or empty: this GGUF file has no usable tokenizer")
     if len(value) > MOST.get(key, len(value)):
         raise ValueError(f"{key} has {len(value)} entries, at most {MOST[key]} are allowed")
     return value
 
 
-def _typed(metadata: Mapping[str, object], key: str, kind: type, default: object) -> object:
+def _typed(metadata: Mapping[str, object], key: str, kind: type[T], default: T) -> T:
     value = default if metadata.get(key) is None else metadata[key]
     if not isinstance(value, kind):
         raise ValueError(f"{key} must be a {'string' if kind is str else 'bool'}, found {value!r:.80}")

@@ -5,13 +5,13 @@ import threading
 import time
 from collections.abc import Callable
 
-from lockstep.serve.job_server import limit, peak_bytes, serve
+from lockstep.serve.job_server import Order, limit, peak_bytes, serve
 from lockstep.serve.matchers import STACK_BYTES, Vocabulary, check, new_matcher, new_reader
 
 OVERHEAD_BYTES = 128 << 20  # of addresses that a thread and its allocator take before they use them
 
 
-def prepare(about: bytes) -> Callable[[bytes], bytes]:
+def prepare(about: Order) -> Callable[[Order], bytes]:
     """What compiles a grammar for the vocabulary that the other side tells about, and says what that cost."""
     reader = _reader(json.loads(about))
     return lambda order: json.dumps(_cost(reader, **json.loads(order))).encode()

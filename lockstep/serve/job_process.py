@@ -50,7 +50,8 @@ class JobProcess:
     def _forget(self):
         """Begins anew. What this process has inherited, where it was forked, belongs to the other one."""
         self._lock, self._owner = threading.Lock(), os.getpid()
-        self._control = self._end = None
+        self._control: socket.socket | None = None
+        self._end: weakref.finalize | None = None
         self._idle: list[tuple[socket.socket, socket.socket]] = []  # copies, each with what led to it
 
     def ask(self, order: bytes) -> bytearray:
@@ -132,7 +133,8 @@ class JobProcess:
                 self._drop()
 
     def _drop(self):
-        self._end()
+        if self._end is not None:
+            self._end()
         self._control = self._end = None
 
     def close(self) -> None:
@@ -166,7 +168,7 @@ def _started(module: str) -> tuple[socket.socket, subprocess.Popen]:
     with other:  # in a session of its own: what a terminal sends to this process is not for that one
         process = subprocess.Popen(
             command,
-            stdin=other,
+            stdin=other.fileno(),
             stdout=subprocess.DEVNULL,
             start_new_session=True,
             env=kept | {"PYTHONPATH": os.pathsep.join(path)},

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 LENGTH = struct.Struct("<I")
+Order = bytes | bytearray
 MAX_BYTES = 256 << 20  # of one order or answer
 # What is sent ends with one of them: a copy that is ended while it answers has not sent it, and a notice has none.
 COMPLETE, REFUSAL = b"\xa5", b"\xa6"
@@ -44,7 +45,7 @@ class Ended(Exception):
         return self.signal in (signal.SIGPROF, signal.SIGXCPU)
 
 
-def serve(prepare: Callable[[bytes], Callable[[bytes], bytes]]) -> None:
+def serve(prepare: Callable[[Order], Callable[[Order], bytes]]) -> None:
     """Hands out copies of this process, over the socket that is its standard input, until the other side ends.
 
     prepare is given what comes first and returns what makes the answer of an order, or raises ValueError, which then is
@@ -63,7 +64,7 @@ def serve(prepare: Callable[[bytes], Callable[[bytes], bytes]]) -> None:
     os._exit(0)
 
 
-def _hand_out(control: socket.socket, answer: Callable[[bytes], bytes], running: dict[int, socket.socket]) -> NoReturn:
+def _hand_out(control: socket.socket, answer: Callable[[Order], bytes], running: dict[int, socket.socket]) -> NoReturn:
     """Starts copies as they are asked for, and keeps `running` up to date, until _OtherSideEnded."""
     wakes = _wakes()
     ready = selectors.DefaultSelector()
@@ -138,7 +139,7 @@ def _bury(running: dict[int, socket.socket]) -> None:
             job.sendall(LENGTH.pack(NOTICE + (os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0)))
 
 
-def _add_copy(control: socket.socket, answer: Callable[[bytes], bytes], running: dict[int, socket.socket]) -> None:
+def _add_copy(control: socket.socket, answer: Callable[[Order], bytes], running: dict[int, socket.socket]) -> None:
     """Starts a copy of this process and sends the socket that it takes its orders from."""
     own, other = socket.socketpair()
     pid = os.fork()
@@ -149,7 +150,7 @@ def _add_copy(control: socket.socket, answer: Callable[[bytes], bytes], running:
         socket.send_fds(control, [b"c"], [other.fileno()])
 
 
-def _serve_orders(job: socket.socket, answer: Callable[[bytes], bytes], not_ours: list[socket.socket]) -> NoReturn:
+def _serve_orders(job: socket.socket, answer: Callable[[Order], bytes], not_ours: list[socket.socket]) -> NoReturn:
     """Carries out orders until no more come, and ends the process."""
     try:
         for each in not_ours:

@@ -105,7 +105,8 @@ class LLM:
         self._checkpoint = checkpoint = open_checkpoint(self.path, verify=verify_weights)
         if needs_chat:
             check_can_chat(self.tokenizer if self.has_tokenizer else None, model or "the bundled model")
-        loaded = load_model(checkpoint, PackedStore(checkpoint, progress), weights, kv_dtype, max_context)
+        self._store = PackedStore(checkpoint, progress)
+        loaded = load_model(checkpoint, self._store, weights, kv_dtype, max_context)
         options = EngineOptions(
             max_step_tokens,
             max_requests,
@@ -122,7 +123,7 @@ class LLM:
             generation_config,
             checkpoint.generation_config,
             checkpoint.metadata,
-            loaded.config.vocab_size,
+            self.vocab_size,
         )
         self.makers_sampling()  # refuses a source that cannot be read
         reader = functools.partial(answer_reader, self.tokenizer) if self.has_tokenizer else None
@@ -151,7 +152,27 @@ class LLM:
     @property
     def num_bytes_not_kept(self) -> int:
         """Bytes of packed weights that the cache folder had no room for: they are packed again at the next start."""
-        return self.model.store.num_bytes_not_kept
+        return self._store.num_bytes_not_kept
+
+    @property
+    def max_context(self) -> int:
+        """Tokens that a prompt and its answer may have together, as far as the model goes."""
+        return self.model.max_context
+
+    @property
+    def max_requests(self) -> int:
+        """Sequences that run together."""
+        return self.engine.limits.max_requests
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the model knows."""
+        return self.model.config.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        """Numbers in an embedding."""
+        return self.model.config.hidden_size
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -172,7 +193,7 @@ class LLM:
             *end_ids(self._checkpoint.generation_config, "generation_config.json"),
         }
         ids |= self.tokenizer.eos_ids if self.has_tokenizer else set()
-        vocab_size = self.model.config.vocab_size
+        vocab_size = self.vocab_size
         if strange := sorted(i for i in ids if not 0 <= i < vocab_size):
             log.warning("%s: end tokens %s are ignored: the model has %d tokens", self.path, strange, vocab_size)
         return frozenset(ids.difference(strange))
@@ -212,7 +233,7 @@ class LLM:
         """
         ids = self.chat_prompt(messages, **options)
         if params is None:
-            params = self.default_params(max_tokens=max(1, self.model.max_context - len(ids)))
+            params = self.default_params(max_tokens=max(1, self.max_context - len(ids)))
         return self.generate([ids], params)[0]
 
     def start(self, prompt, params=SamplingParams()):
@@ -276,7 +297,7 @@ class LLM:
         if failed is not None:
             raise ValueError(failed)
         made = [streams[0].request.pool.embedding(normalize) for streams in started]
-        return np.stack(made) if made else np.zeros((0, self.model.config.hidden_size), np.float32)
+        return np.stack(made) if made else np.zeros((0, self.hidden_size), np.float32)
 
     def _start_all(self, prompts, each):
         """Starts every prompt's samples, or none if one prompt is refused."""

@@ -1,12 +1,16 @@
 """llguidance's matchers: what a grammar allows next. The only file that calls for one, and bounds its work."""
 
 import re
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import llguidance
+from llguidance import TokenizerWrapper
 
+Tokenize = Callable[[str], Sequence[int]]
 MAX_GRAMMAR_BYTES = 256 << 10
 STACK_BYTES = 256 << 20  # llguidance follows references by recursion: a chain as long as a schema may be takes 100 MB
-LIMITS = dict(
+LIMITS: dict[str, Any] = dict(
     initial_lexer_fuel=500_000,
     step_lexer_fuel=100_000,
     step_max_items=20_000,
@@ -24,17 +28,24 @@ class Vocabulary:
 
     is_tokenizer_wrapper = True
 
-    def __init__(self, tokens: list[bytes], special_ids: list[int], eos_id: int, bos_id: int | None, tokenize=None):
+    def __init__(
+        self,
+        tokens: list[bytes],
+        special_ids: list[int],
+        eos_id: int,
+        bos_id: int | None,
+        tokenize: Tokenize | None = None,
+    ) -> None:
         self.tokens, self.special_token_ids, self.eos_token_id, self.bos_token_id = tokens, special_ids, eos_id, bos_id
         self._tokenize = tokenize
 
-    def __call__(self, text):
+    def __call__(self, text: str) -> Sequence[int]:
         return self._tokenize(text) if self._tokenize else []
 
 
 def new_reader(vocabulary: Vocabulary, size: int, eos_ids: list[int]) -> llguidance.LLTokenizer:
     """llguidance's form of a vocabulary: half a second for 150 000 tokens."""
-    return llguidance.LLTokenizer(vocabulary, size, eos_ids)
+    return llguidance.LLTokenizer(cast(TokenizerWrapper, vocabulary), size, eos_ids)
 
 
 def new_matcher(reader: llguidance.LLTokenizer, grammar: str) -> llguidance.LLMatcher:

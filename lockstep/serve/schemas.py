@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from typing import Any
 from urllib.parse import unquote
 
 import llguidance
@@ -60,17 +61,18 @@ def parts_of(schema: object) -> Iterator[object]:
 
 def subschemas(root: dict) -> Iterator[dict]:
     """Every schema inside of a schema, itself first, and those elsewhere in it to which references lead."""
-    left, seen = [root], set()
+    left: list[object] = [root]
+    seen: set[int] = set()
     while left:
         each = left.pop()
         if not isinstance(each, dict) or id(each) in seen:
             continue
         seen.add(id(each))
         yield each
-        left += reversed([*parts_of(each), *([resolved(each["$ref"], root)] if "$ref" in each else [])])
+        left += [*parts_of(each), *([resolved(each["$ref"], root)] if "$ref" in each else [])][::-1]
 
 
-def rewritten(schema: object, change: Callable[[dict], dict]) -> object:
+def rewritten(schema: Any, change: Callable[[dict], dict]) -> Any:
     """A schema with every schema inside of it replaced by change(it), the inner ones first."""
     if not isinstance(schema, dict):
         return schema

@@ -277,7 +277,8 @@ class TokenMask:
     def _read(self, sample, token):
         sample.num_read += 1
         if sample.matcher is not None:
-            sample.matcher.consume_token(token) or check(sample.matcher)
+            if not sample.matcher.consume_token(token):
+                check(sample.matcher)
             if self._trigger is not None and not self._once and sample.matcher.is_stopped():
                 sample.matcher = None
         elif token == self._after:

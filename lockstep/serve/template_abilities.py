@@ -7,6 +7,7 @@ system message, two messages of the user in a row. What one cannot say is put ot
 import json
 from dataclasses import dataclass
 from os.path import commonprefix
+from typing import Any
 
 from lockstep.serve.chat_template import CUT, TooMuch
 from lockstep.serve.tokenizer import TOOL_TEMPLATE
@@ -108,7 +109,7 @@ class _Probe:
         found = next((between for between in tried if self.shows([*before, *between, *after])), [])
         return found[0]["content"] if found else None
 
-    def about_tools(self, user, last):
+    def about_tools(self, user: dict, last: dict) -> dict[str, Any]:
         """The abilities that have to do with tools."""
         call, style = calling(BIRCH), style_of(self._source) or HERMES
         calls = self.shows([user, call])

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from jinja2 import Template, TemplateError
 
-from lockstep.serve.job_server import limit, serve
+from lockstep.serve.job_server import Order, limit, serve
 from lockstep.serve.template_sandbox import Sandbox
 
 MAX_CHARS = 1 << 24  # of what a template renders
@@ -15,13 +15,13 @@ MAX_REASON_CHARS = 2000
 USUAL = "{% for m in messages %}{{ '<' + m.role + '>' + m['content'] | trim }}{{ m | tojson }}{% endfor %}"
 
 
-def prepare(_about: bytes) -> Callable[[bytes], bytes]:
+def prepare(_about: Order) -> Callable[[Order], bytes]:
     """What answers orders; it has once done what all of them need, which copies then share."""
     _rendered(_compiled(USUAL), {"messages": [{"role": "user", "content": "Hello."}]})
     return answer
 
 
-def answer(order: bytes) -> bytes:
+def answer(order: Order) -> bytes:
     """The compiled code of a template or, where there are variables, what it renders. ValueError for all that fails."""
     seconds, num_bytes, template, variables = marshal.loads(order)
     limit(seconds, num_bytes)
@@ -34,9 +34,9 @@ def answer(order: bytes) -> bytes:
 
 def _answer(template: str | bytes, variables: dict[str, object] | None) -> bytes:
     try:
-        if variables is None:
+        if isinstance(template, str):
             return _compiled(template)
-        return _rendered(template, variables).encode("utf-8", "surrogatepass")
+        return _rendered(template, variables or {}).encode("utf-8", "surrogatepass")
     except MemoryError:
         raise
     except RecursionError:

@@ -44,7 +44,7 @@ def _settings(text: str) -> object:
     """A tokenizer.json, without its model where that can be left out: that saves the time and memory of parsing it."""
     found = MODEL.search(text)
     rest = "" if found is None else text[found.start() :]
-    if rest and not ('"normalizer"' in rest or '"pre_tokenizer"' in rest or ESCAPED.search(rest)):
+    if found is not None and not ('"normalizer"' in rest or '"pre_tokenizer"' in rest or ESCAPED.search(rest)):
         with contextlib.suppress(ValueError):
             return json.loads(f'{text[: found.start()]}"model":null}}', object_pairs_hook=_step)
     return json.loads(text, object_pairs_hook=_step)

@@ -40,9 +40,9 @@ def whole(value):
 Whole = Annotated[int, BeforeValidator(whole)]  # an integer, which some clients write as 5.0
 
 
-def or_default(kind, default):
-    """The type of a field that has a default, which null stands for."""
-    return Annotated[kind, BeforeValidator(lambda value: default if value is None else value)]
+def or_default(default: Any) -> BeforeValidator:
+    """Marks the type of a field that has a default, which null stands for."""
+    return BeforeValidator(lambda value: default if value is None else value)
 
 
 class UntilFirstError:
@@ -55,8 +55,18 @@ class UntilFirstError:
         return {**handler(source), "fail_fast": True}
 
 
+def _meant(value: Any) -> str:
+    return "(simple)" if value is None or isinstance(value, (str, int, float)) else "(container)"
+
+
 T = TypeVar("T")
+Simple = TypeVar("Simple")
+Container = TypeVar("Container")
 Items = Annotated[list[T], UntilFirstError()]
+# A field that is either a simple value or an array or object. Errors are those of what was meant.
+SimpleOr = Annotated[
+    Annotated[Simple, Tag("(simple)")] | Annotated[Container, Tag("(container)")], Discriminator(_meant)
+]
 
 
 class Fields(BaseModel):
@@ -84,16 +94,6 @@ async def read_fields(request, service, fields):
     """The body of a request that no Job reads, as a model of its fields. ApiError 4xx, ClientDisconnect."""
     raw = await read(request.receive, service.limits.body_seconds)
     return await checked(service, fields, raw)
-
-
-def simple_or(simple, container):
-    """The type of a field that is either a simple value or an array or object. Errors are those of what was meant."""
-
-    def meant(value):
-        return "(simple)" if value is None or isinstance(value, (str, int, float)) else "(container)"
-
-    either = Annotated[simple, Tag("(simple)")] | Annotated[container, Tag("(container)")]
-    return Annotated[either, Discriminator(meant)]
 
 
 async def read(receive, seconds):

@@ -2,6 +2,7 @@
 
 import secrets
 import time
+from typing import Any
 
 from lockstep.serve.http import talk
 from lockstep.serve.http.chat_logprobs import chat_logprobs, whole_logprobs
@@ -36,7 +37,7 @@ class Answer:
     def whole(self):
         """The response; arrays that may be long are Parts."""
         choices = [self._choice(number, request) for number, request in enumerate(self.job.requests)]
-        made = self.head("chat.completion") | dict(choices=choices, usage=self.job.usage())
+        made: dict[str, Any] = self.head("chat.completion") | dict(choices=choices, usage=self.job.usage())
         if self.fields.prompt_logprobs is not None:
             made["prompt_logprobs"] = prompt_logprobs(self.tokenizer, self.job.requests[0])
         if self.fields.return_token_ids:
@@ -68,10 +69,10 @@ def message(events):
     """The assistant's message that events amount to."""
     text = "".join([event.text for event in events if isinstance(event, Content)])
     thought = "".join([event.text for event in events if isinstance(event, Reasoning)])
-    made = dict(role="assistant", content=text, refusal=None)
+    made: dict[str, Any] = dict(role="assistant", content=text, refusal=None)
     if thought:
         made["reasoning_content"] = thought
-    calls = [delta for event in events if isinstance(event, CallStart) for delta in [_call(event)]]
+    calls: list[dict[str, Any]] = [_call(event) for event in events if isinstance(event, CallStart)]
     for event in events:
         if isinstance(event, Arguments):
             calls[event.index]["function"]["arguments"] += event.text

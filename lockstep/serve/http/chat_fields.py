@@ -1,11 +1,11 @@
 """The body of /v1/chat/completions, and the Conversation that it asks for."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from lockstep.serve.chat import Conversation
-from lockstep.serve.http.body import Fields, Items, Kinds, Whole, or_default, shown, simple_or
+from lockstep.serve.http.body import Fields, Items, Kinds, SimpleOr, Whole, or_default, shown
 from lockstep.serve.http.errors import bad_request
 from lockstep.serve.http.forms import FormFields, form_of, grammar_of
 from lockstep.serve.http.json_size import loads
@@ -29,7 +29,7 @@ class CalledFunction(Fields):
     """What was called, with arguments as JSON text."""
 
     name: str
-    arguments: simple_or(str, dict) | None = None
+    arguments: SimpleOr[str, dict] | None = None
 
 
 class Call(Fields):
@@ -43,7 +43,7 @@ class Message(Fields):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: simple_or(str, Items[Part]) | None = None
+    content: SimpleOr[str, Items[Part]] | None = None
     name: str | None = None
     tool_calls: Items[Call] | None = None
     tool_call_id: str | None = None
@@ -65,7 +65,7 @@ class ToolFields(Kinds):
 
     read: ClassVar = ("function",)
 
-    type: or_default(str, "function") = "function"
+    type: Annotated[str, or_default("function")] = "function"
     function: FunctionFields | None = None
 
 
@@ -85,7 +85,7 @@ class AllowedTools(Fields):
 class ToolChoice(Fields):
     """A tool that has to be called, or the tools that may be."""
 
-    type: or_default(Literal["function", "allowed_tools"], "function") = "function"
+    type: Annotated[Literal["function", "allowed_tools"], or_default("function")] = "function"
     function: NamedFunction | None = None
     allowed_tools: AllowedTools | None = None
 
@@ -102,7 +102,7 @@ class ChatFields(SamplingFields, FormFields, StreamFields):
     top_logprobs: Annotated[Whole, Field(ge=0)] | None = None
     prompt_logprobs: Annotated[Whole, Field(ge=0)] | None = None
     tools: Items[ToolFields] | None = None
-    tool_choice: simple_or(Literal["none", "auto", "required"], ToolChoice) | None = None
+    tool_choice: SimpleOr[Literal["none", "auto", "required"], ToolChoice] | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
     chat_template_kwargs: dict | None = None
@@ -198,7 +198,7 @@ def tool_use(fields):
     return choose(tools, given.mode, [tool.function.name for tool in given.tools if tool.function], parallel)
 
 
-def name_of(index: int, tool: Fields) -> str:
+def name_of(index: int, tool: Any) -> str:
     """The name of a tool that the model may call, one of a body's. ApiError 400 where it has none."""
     if tool.name is None:
         where = f"tools[{index}].name"

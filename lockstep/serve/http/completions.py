@@ -1,6 +1,6 @@
 """/v1/completions: texts go on."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 from starlette.routing import Route
@@ -27,7 +27,7 @@ class CompletionFields(SamplingFields, FormFields, StreamFields):
     """The body of a request."""
 
     model: str | None = None
-    prompt: object
+    prompt: Any
     max_tokens: MostTokensOrNone | None = None
     max_completion_tokens: MostTokensOrNone | None = None
     n_predict: MostTokensOrNone | None = None
@@ -62,7 +62,7 @@ def routes(service):
         if (leaves_out := await job.prepare(token_mask, service, fields)) is not None:
             each_mask = [leaves_out(mask) for mask in each_mask]
         if has_form and fields.ignore_eos:
-            each_mask = [UntilComplete(mask, service.llm) for mask in each_mask]
+            each_mask = [mask and UntilComplete(mask, service.llm) for mask in each_mask]
             fields.ignore_eos = False
         answer = Answer(job, fields, texts)
         await job.start(

@@ -1,7 +1,7 @@
 """/v1/embeddings: texts as vectors, each the model's last hidden state of its text."""
 
 import base64
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from starlette.routing import Route
 
@@ -22,7 +22,7 @@ class EmbeddingFields(KnownFields):
     refused: ClassVar = EMBEDDING
 
     model: str | None = None
-    input: object
+    input: Any
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Whole | None = None
     pooling: Literal["last", "mean"] | None = None
@@ -37,13 +37,13 @@ def routes(service):
 
     async def embed(job):
         fields = await job.read(EmbeddingFields)
-        _check_dimensions(fields.dimensions, service.llm.model.config.hidden_size)
+        _check_dimensions(fields.dimensions, service.llm.hidden_size)
         inputs = await job.offload(read_inputs, service, fields)
         params = SamplingParams(pooling=fields.pooling or await job.offload(lambda: service.llm.pooling))
         await job.start([(ids, params) for ids in inputs], fields.cache_salt or "")
         await job.finished()
         service.metrics.prompt_tokens += sum(map(len, inputs))
-        size = len(inputs) * service.llm.model.config.hidden_size
+        size = len(inputs) * service.llm.hidden_size
         return await json_answer(job, lambda: _answer(job, fields), size=size)
 
     return [Route("/v1/embeddings", Generates(service, embed), methods=["POST"])]

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from lockstep.serve import structured
 from lockstep.serve.gbnf import is_gbnf, to_lark
-from lockstep.serve.http.body import Fields, Items, shown, simple_or
+from lockstep.serve.http.body import Fields, Items, SimpleOr, shown
 from lockstep.serve.http.errors import bad_request
 from lockstep.serve.http.json_size import loads
 from lockstep.serve.http.known_fields import STRUCTURED, KnownFields
@@ -37,7 +37,7 @@ class StructuredOutputs(KnownFields):
     refused: ClassVar = STRUCTURED
     inside: ClassVar = "structured_outputs."
 
-    json_: simple_or(str, dict) | None = Field(None, alias="json")
+    json_: SimpleOr[str, dict] | None = Field(default=None, alias="json")
     regex: str | None = None
     choice: Items[str] | None = None
     grammar: str | None = None
@@ -49,11 +49,11 @@ class FormFields(Fields):
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    guided_json: simple_or(str, dict) | None = None
+    guided_json: SimpleOr[str, dict] | None = None
     guided_regex: str | None = None
     guided_choice: Items[str] | None = None
     guided_grammar: str | None = None
-    json_schema: simple_or(str, dict) | None = None  # llama.cpp's name for guided_json
+    json_schema: SimpleOr[str, dict] | None = None  # llama.cpp's name for guided_json
     grammar: str | None = None  # llama.cpp's, in GBNF; "" is none
 
     @property
@@ -89,7 +89,7 @@ def grammar_of(fields):
 
 
 def _grammar_of(fields):
-    options, extension = fields.response_format, fields.structured_outputs or StructuredOutputs()
+    options, extension = fields.response_format, fields.structured_outputs or StructuredOutputs.model_validate({})
     given = {
         "response_format": _format_grammar(options) if options else None,
         "guided_json": _maybe(json_schema, fields.guided_json, extension.json_),

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from lockstep.serve import structured
 from lockstep.serve.chat import Conversation
-from lockstep.serve.http.body import Fields, Items, Kinds, Whole, shown, simple_or
+from lockstep.serve.http.body import Fields, Items, Kinds, SimpleOr, Whole, shown
 from lockstep.serve.http.chat_fields import NO_PARAMETERS, called, choose, name_of
 from lockstep.serve.http.errors import bad_request
 from lockstep.serve.http.known_fields import GENERATION, PROMPT, KnownFields
@@ -36,7 +36,7 @@ class Turn(Fields):
     """One message."""
 
     role: Literal["user", "assistant", "system"]
-    content: simple_or(str, Items[ContentBlock])
+    content: SimpleOr[str, Items[ContentBlock]]
 
 
 class ToolFields(Kinds):
@@ -87,7 +87,7 @@ class CountFields(KnownFields):
 
     model: str | None = None
     messages: Items[Turn]
-    system: simple_or(str, Items[ContentBlock]) | None = None
+    system: SimpleOr[str, Items[ContentBlock]] | None = None
     tools: Items[ToolFields] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
@@ -184,7 +184,7 @@ def _result(where, block):
 def _loose(part):
     """A block inside of a result, of which only the type and the text count."""
     texts = {name: value for name in ("type", "text") if isinstance(value := part.get(name), str)}
-    return ContentBlock(**{"type": "missing", **texts}, source=part.get("source"))
+    return ContentBlock.model_validate({"type": "missing", **texts, "source": part.get("source")})
 
 
 def _assistant(where, blocks):

@@ -28,14 +28,16 @@ def prompt_logprobs(tokenizer, request) -> Parts:
     known = list(zip(request.prompt_ids[1:], request.prompt_logprobs, tops, strict=True))
 
     def of_tokens(start: int, end: int) -> list[dict | None]:
-        made = [_of_token(tokenizer, *each) for each in known[max(0, start - 1) : end - 1]]
+        made: list[dict | None] = [_of_token(tokenizer, *each) for each in known[max(0, start - 1) : end - 1]]
         return made if start else [None, *made]
 
     return in_parts(1 + len(known), of_tokens)
 
 
 def _of_token(tokenizer, token_id: int, logprob: float, top: dict[int, float]) -> dict:
-    ranked = {other: (value, rank) for rank, (other, value) in enumerate(top.items(), 1)}
+    ranked: dict[int, tuple[float, int | None]] = {}
+    for rank, (other, value) in enumerate(top.items(), 1):
+        ranked[other] = value, rank
     ranked.setdefault(token_id, (logprob, None))
     return {
         str(other): dict(logprob=value, rank=rank, decoded_token=token_text(tokenizer, other))

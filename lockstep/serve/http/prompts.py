@@ -1,5 +1,7 @@
 """Prompts in the forms that a body may give them, as token ids."""
 
+from collections.abc import Sequence
+
 from lockstep.serve.http.body import shown, whole
 from lockstep.serve.http.errors import bad_request
 
@@ -52,14 +54,15 @@ def text_tokenizer(service):
     return service.tokenizer
 
 
-def check_ids(service, ids, where):
+def check_ids(service, ids: Sequence[float], where: str) -> list[int]:
     """Token ids that the model has. ApiError 400 for anything else."""
-    vocab, made = service.llm.model.config.vocab_size, [whole(each) for each in ids]
-    for each in made:
+    vocab, made = service.llm.vocab_size, []
+    for each in map(whole, ids):
         if type(each) is not int or not 0 <= each < vocab:
             raise bad_request(
                 f"{where}: expected token ids from 0 to {vocab - 1}, got {shown(each)}", where, "invalid_value"
             )
+        made.append(each)
     return made
 
 

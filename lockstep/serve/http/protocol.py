@@ -1,6 +1,7 @@
 """Connections with bounds that uvicorn does not set: sizes of heads, how many there are, time for what arrives."""
 
 import asyncio
+from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
@@ -8,6 +9,7 @@ from lockstep.serve.http import target
 from lockstep.serve.http.connections import Connections
 from lockstep.serve.http.encode import to_json
 from lockstep.serve.http.errors import ApiError, openai_shape
+from lockstep.serve.http.limits import Limits
 
 ALIVE = (b"/health", b"/ready")  # what may be asked where there are too many connections
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -26,6 +28,9 @@ class BoundedProtocol(HttpToolsProtocol):
 
     held: the Connections that it is one of, also of the class.
     """
+
+    limits: Limits
+    held: Connections
 
     def connection_made(self, transport):
         """Takes a connection; where there are too many, it may only ask whether the server is alive."""
@@ -123,8 +128,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self._has_progress = True
         if self._num_head_bytes > self.limits.max_header_bytes or self._refused:
             return
-        version = self.parser.get_http_version()
-        problem = target.problem(self.parser.get_method(), version, self.url, self.headers)
+        parser: Any = self.parser
+        version = parser.get_http_version()
+        problem = target.problem(parser.get_method(), version, self.url, self.headers)
         if problem is not None:
             self.send_400_response(problem)
             return
@@ -138,7 +144,8 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         self._is_in_head = False
         self._clear_timer()
-        self.scope["lockstep.has_ended"] = self._has_ended
+        scope: Any = self.scope
+        scope["lockstep.has_ended"] = self._has_ended
         super().on_headers_complete()
         self.cycle.keep_alive = self.cycle.keep_alive and not self._is_spare
 

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from lockstep.serve import structured
 from lockstep.serve.chat import Conversation
-from lockstep.serve.http.body import Fields, Items, Kinds, Whole, shown, simple_or
+from lockstep.serve.http.body import Fields, Items, Kinds, SimpleOr, Whole, shown
 from lockstep.serve.http.chat_fields import NO_PARAMETERS, called, choose, name_of
 from lockstep.serve.http.errors import bad_request
 from lockstep.serve.http.sampling import MostTokens, SamplingFields, check_single
@@ -32,12 +32,12 @@ class Item(Kinds):
 
     type: str | None = None
     role: Literal["system", "developer", "user", "assistant"] | None = None
-    content: simple_or(str, Items[Part]) | None = None
+    content: SimpleOr[str, Items[Part]] | None = None
     summary: Items[Part] | None = None
     call_id: str | None = None
     name: str | None = None
     arguments: str | None = None
-    output: simple_or(str, Items[Part]) | None = None
+    output: SimpleOr[str, Items[Part]] | None = None
 
 
 class ToolFields(Kinds):
@@ -86,13 +86,13 @@ class ResponsesFields(SamplingFields, OwnStreamFields):
     """The body of a request."""
 
     model: str | None = None
-    input: simple_or(str, Items[Item])
+    input: SimpleOr[str, Items[Item]]
     instructions: str | None = None
     include: Items[str] | None = None
     top_logprobs: Annotated[Whole, Field(ge=0)] | None = None
     max_output_tokens: MostTokens | None = None
     tools: Items[ToolFields] | None = None
-    tool_choice: simple_or(Literal["none", "auto", "required"], Choice) | None = None
+    tool_choice: SimpleOr[Literal["none", "auto", "required"], Choice] | None = None
     parallel_tool_calls: bool | None = None
     text: TextFields | None = None
     reasoning: ReasoningFields | None = None

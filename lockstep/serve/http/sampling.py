@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Mapping, Sequence
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -12,7 +12,7 @@ from lockstep.serve.http.errors import bad_request, not_allowed
 from lockstep.serve.http.known_fields import GENERATION, KnownFields
 from lockstep.serve.http.limits import Limits
 
-INT64 = dict(ge=-(1 << 63), le=(1 << 63) - 1)
+INT64: dict[str, Any] = dict(ge=-(1 << 63), le=(1 << 63) - 1)
 TokenId = Annotated[Whole, Field(ge=0, lt=1 << 31)]
 Count = Annotated[Whole, Field(ge=0, le=1 << 30)]
 UNTIL_FULL = RANDOM = -1  # as max_tokens, and as seed

@@ -17,9 +17,12 @@ from lockstep.engine.selfcheck import NUMERICS
 from lockstep.ops.kv_cache import PAGE_TOKENS
 from lockstep.serve.chat import ChatModel
 from lockstep.serve.http.errors import ApiError, internal, not_allowed
+from lockstep.serve.http.job import Job
 from lockstep.serve.http.limits import Limits
 from lockstep.serve.http.metrics import Metrics
 from lockstep.serve.job_process import Busy
+from lockstep.serve.llm import LLM
+from lockstep.serve.tokenizer import Tokenizer
 
 WORKERS = 2  # threads for tokenizers, templates and grammars
 REFUSED = {"loading": "the model is still loading", "draining": "the server is shutting down"}
@@ -45,8 +48,13 @@ class Service:
         self.api_keys = list(dict.fromkeys(key.encode() for key in api_keys))
         self.shares_prefixes = share_prefixes or len(self.api_keys) < 2
         self.state, self.created = "loading", int(time.time())
-        self.llm = self.engine = self.tokenizer = self.chat = self._fingerprint = None
-        self.jobs, self.num_sequences, self.num_queued_tokens, self.num_bytes = set(), 0, 0, 0
+        self.llm: LLM | None = None
+        self.engine: AsyncEngine | None = None
+        self.tokenizer: Tokenizer | None = None
+        self.chat: ChatModel | None = None
+        self._fingerprint: str | None = None
+        self.jobs: set[Job] = set()
+        self.num_sequences, self.num_queued_tokens, self.num_bytes = 0, 0, 0
         self.num_logprobs = 0  # the most that the answers in work may have
         self.metrics, self.num_faults, self._has_logged_stop = Metrics(self), 0, False
         self._workers = concurrent.futures.ThreadPoolExecutor(WORKERS, "lockstep worker")
@@ -59,12 +67,17 @@ class Service:
         self.llm = llm
         self.tokenizer = llm.tokenizer if llm.has_tokenizer else None
         if llm.has_tokenizer:
-            self.chat = ChatModel(llm.tokenizer, llm.engine.eos_ids, llm.model.config.vocab_size, self.max_context)
+            self.chat = ChatModel(llm.tokenizer, llm.engine.eos_ids, llm.vocab_size, self.max_context)
         self.engine = AsyncEngine(llm.engine)
         self.state = "ready"
 
     @property
-    def fingerprint(self):
+    def _opened(self) -> LLM:
+        assert self.llm is not None, "requests are read from `open` on"
+        return self.llm
+
+    @property
+    def fingerprint(self) -> str | None:
         """The system_fingerprint of answers; None as long as the model's content hash is not known."""
         if self._fingerprint is None and self.llm is not None:
             with contextlib.suppress(OSError, ValueError):  # a file that changed while it was loaded is never named
@@ -138,7 +151,7 @@ class Service:
     @property
     def max_context(self) -> int:
         """Tokens that a prompt and its answer may have: the model's context, or the KV cache where that is smaller."""
-        return min(self.llm.model.max_context, self.llm.engine.scheduler.limits.num_pages * PAGE_TOKENS)
+        return min(self._opened.max_context, self._opened.engine.limits.num_pages * PAGE_TOKENS)
 
     @property
     def max_counted(self) -> int:
@@ -148,7 +161,7 @@ class Service:
     @property
     def most_sequences(self):
         """Sequences that may run and wait together."""
-        return self.llm.engine.scheduler.limits.max_requests + self.limits.max_queued
+        return self._opened.max_requests + self.limits.max_queued
 
     def check_workers(self):
         """ApiError 429 if too much waits for a worker. For routes that are not admitted as sequences are."""

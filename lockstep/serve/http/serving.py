@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 import time
+from typing import Any
 
 import uvicorn
 
@@ -95,8 +96,8 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app, service):
-        quiet = dict(log_config=None, log_level="error", access_log=False, server_header=False)
-        times = dict(timeout_keep_alive=IDLE_SECONDS, timeout_graceful_shutdown=LAST_SECONDS)
+        quiet: dict[str, Any] = dict(log_config=None, log_level="error", access_log=False, server_header=False)
+        times: dict[str, Any] = dict(timeout_keep_alive=IDLE_SECONDS, timeout_graceful_shutdown=LAST_SECONDS)
         super().__init__(
             uvicorn.Config(
                 app,

@@ -34,6 +34,11 @@ class StreamFields(Fields):
         """Whether a stream ends with how many tokens there were."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
+    @property
+    def is_continuous(self) -> bool:
+        """Whether every chunk of a stream that ends with its usage tells it, too."""
+        return self.streams_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
+
 
 class OwnStreamOptions(KnownFields):
     """The options of a stream whose events are those of another API, which always end with the usage."""
@@ -55,7 +60,7 @@ class ChunkEnd:
 
     def __init__(self, fields: StreamFields, request):
         self._num_prompt = len(request.prompt_ids)
-        self._is_continuous = fields.streams_usage and bool(fields.stream_options.continuous_usage_stats)
+        self._is_continuous = fields.is_continuous
         self._fixed = '}],"usage":null}\n\n' if fields.streams_usage else "}]}\n\n"
 
     def after(self, num_output: int) -> str:

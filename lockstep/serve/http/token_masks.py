@@ -63,7 +63,7 @@ class UntilComplete:
 
     def __init__(self, other: Callable, llm):
         self._other = other
-        self._ends = TokenMask(llm.model.config.vocab_size, sorted(llm.engine.eos_ids), [])([])
+        self._ends = TokenMask(llm.vocab_size, sorted(llm.engine.eos_ids), [])([])
 
     def __call__(self, output_ids: list[int]) -> np.ndarray:
         """uint32 [ceil(vocabulary / 32)] for the token after these."""
@@ -94,7 +94,7 @@ def token_mask(service, fields) -> Callable | None:
             )
         allowed = check_ids(service, allowed, "allowed_token_ids")
     banned = bad_sequences(service, words or [])
-    vocab_size, ends = service.llm.model.config.vocab_size, sorted(service.llm.engine.eos_ids)
+    vocab_size, ends = service.llm.vocab_size, sorted(service.llm.engine.eos_ids)
     return lambda other: TokenMask(vocab_size, allowed, banned, other, ends)
 
 

@@ -3,6 +3,8 @@
 The shapes are vLLM's, which lm-eval reads.
 """
 
+from typing import Any
+
 from starlette.routing import Route
 
 from lockstep.serve.http import talk
@@ -71,7 +73,7 @@ def tokenized(service, fields):
     else:
         prompt = talk.chat_model(service).prompt(conversation(fields), fields.add_generation_prompt is not False)
         ids = tokenizer.encode(prompt, False, service.max_counted)
-    made = dict(count=len(ids), max_model_len=service.max_context, tokens=ids)
+    made: dict[str, Any] = dict(count=len(ids), max_model_len=service.max_context, tokens=ids)
     if fields.return_token_strs:
         made["token_strs"] = [token_text(tokenizer, i) for i in ids]
     return to_json(made)

@@ -42,8 +42,8 @@ def within(prompts: Prompts, most: int, max_context: int) -> Prompts:
     found = num_values(prompts)
     if found <= most:
         return prompts
-    shorter = [_shorter(ids, params, most // len(prompts)) for ids, params in prompts]
-    if all(len(ids) + params.max_tokens == max_context for ids, params in prompts) and all(shorter):
+    shorter = [made for ids, params in prompts if (made := _shorter(ids, params, most // len(prompts))) is not None]
+    if all(len(ids) + params.max_tokens == max_context for ids, params in prompts) and len(shorter) == len(prompts):
         return shorter
     raise bad_request(
         f"max_tokens: all samples of all prompts together may have {found} tokens and log-probabilities "

@@ -38,6 +38,9 @@ class Arguments(NamedTuple):
     is_cut: bool = False
 
 
+Event = Content | Reasoning | CallStart | Arguments
+
+
 class CallEnd(Exception):
     """What is being read ends here, though it is not complete: with the answer, or at text that is no part of it, which
     has been read and begins with a mark."""

@@ -1,9 +1,9 @@
 """Finds tool calls in the text of an answer, which comes in pieces."""
 
-import re
-
-from lockstep.serve.tool_calls.events import CallEnd, Content, partial
-from lockstep.serve.tool_calls.readers import Calls, NotACall
+from lockstep.serve.tool_calls.events import Arguments, CallEnd, Content, Event, partial
+from lockstep.serve.tool_calls.readers import Calls, NotACall, Reader
+from lockstep.serve.tool_calls.styles import Style
+from lockstep.serve.tool_calls.tools import ToolUse
 
 SPACE_AND_BRACKETS = " \t\r\n}]"
 MAX_REST = 200  # characters between a call and its end
@@ -17,25 +17,26 @@ class CallParser:
     calls is dropped.
     """
 
-    def __init__(self, style, use):
+    def __init__(self, style: Style, use: ToolUse) -> None:
         self._style, self._calls = style, Calls(use.tools, None if use.parallel else 1, style.marks)
-        self._held, self._reader, self._raw, self._raw_count = "", None, [], 0
+        self._held, self._raw, self._raw_count = "", [], 0
+        self._reader: Reader | None = None
         self._at_start, self._after_call, self._lacks_end = True, False, False
 
-    def push(self, text):
+    def push(self, text: str) -> list[Event]:
         """The events that a piece of text completes."""
         made = []
         while text:
-            text = self._scan(text, made) if self._reader is None else self._read(text, made)
+            text = self._scan(text, made) if self._reader is None else self._read(self._reader, text, made)
         return made + self._calls.take()
 
-    def finish(self, is_cut=False):
+    def finish(self, is_cut: bool = False) -> list[Event]:
         """What was held back, now that nothing follows. A first call that was cut off before its name stays text; of
         another one, and of a mark after a call, nothing is told. Arguments that are not complete are completed, so that
         they are JSON, unless is_cut: the answer was as long as it might be, and more of them would have followed."""
-        made = self._calls.take()
+        made: list[Event] = [*self._calls.take()]
         if self._reader is not None and self._calls.count > self._raw_count and not is_cut:
-            return made + self._closed()
+            return made + self._closed(self._reader)
         cut = self._calls.count if self._reader is not None else self._is_cut_mark()
         rest = "" if cut else "".join(self._raw) if self._reader else self._held
         if rest.strip() or (rest and not self._calls.count):
@@ -43,28 +44,28 @@ class CallParser:
         self._reader, self._held, self._raw = None, "", []
         return made
 
-    def _closed(self):
+    def _closed(self, reader: Reader) -> list[Event]:
         """The events that are left where the answer ended within a call that is told."""
         rest = ""
         try:
-            self._reader.throw(CallEnd())
+            reader.throw(CallEnd())
         except CallEnd as end:
             rest = end.text
         except (NotACall, StopIteration):
             pass
-        made = self._calls.take()
-        if made and not rest:
+        made: list[Event] = [*self._calls.take()]
+        if not rest and made and isinstance(made[-1], Arguments):
             made[-1] = made[-1]._replace(is_cut=True)
         self._over()
         return made + self.push(rest) + self.finish()
 
-    def _is_cut_mark(self):
+    def _is_cut_mark(self) -> bool:
         marks, held = (self._style.begin, *self._style.after), self._held.strip()
         return self._after_call and any(mark.startswith(held) for mark in marks)
 
     # ------------------------------------------------------------ text between calls
 
-    def _scan(self, text, made):
+    def _scan(self, text: str, made: list[Event]) -> str:
         """Passes text on up to the next call; returns what is left of it then."""
         text = self._held + text
         self._held = ""
@@ -82,7 +83,7 @@ class CallParser:
         self._held = text[keep:]
         return ""
 
-    def _after(self, text):
+    def _after(self, text: str) -> str:
         """Drops what ends or separates calls, and what stands between a call and its end."""
         marks, end = self._style.after, self._style.end
         while True:
@@ -96,7 +97,7 @@ class CallParser:
         self._after_call = not text or bool(may_end) or any(m.startswith(text) for m in (self._style.begin, *marks))
         return text
 
-    def _rest_of_call(self, text):
+    def _rest_of_call(self, text: str) -> str | None:
         """The beginning of a text up to a mark that belongs to the call before it; None if there is none."""
         if not self._lacks_end or self._style.end is None:
             return None
@@ -104,31 +105,32 @@ class CallParser:
         places = [(at, mark) for mark in self._style.after if (at := before.find(mark)) >= 0]
         return before[: min(places)[0] + len(min(places)[1])] if places else None
 
-    def _to_hold(self, text):
+    def _to_hold(self, text: str) -> int:
         """From where on text may yet belong to a call: white space, or what could begin one."""
         if self._after_call:
             return 0
         end = len(text) - partial(text, self._style.begin)
         return len(text[:end].rstrip())
 
-    def _content(self, text, made):
+    def _content(self, text: str, made: list[Event]) -> None:
         if text:
             made += [*self._calls.take(), Content(text)]
             self._at_start = False
 
     # ------------------------------------------------------------ inside a call
 
-    def _enter(self, begin, rest, before):
+    def _enter(self, begin: str, rest: str, before: str) -> str:
         """A call seems to begin; what it is read from is kept, in case that it is none."""
-        space = re.match(r"\s*", before) if not begin else re.search(r"\s*\Z", before)
-        self._raw, self._raw_count = [space[0] + begin], self._calls.count
-        self._reader, self._after_call = self._style.read(self._calls), False
-        next(self._reader)
+        space = before[len(before.rstrip()) :] if begin else before[: len(before) - len(before.lstrip())]
+        self._raw, self._raw_count = [space + begin], self._calls.count
+        reader = self._style.read(self._calls)
+        next(reader)
+        self._reader, self._after_call = reader, False
         return rest
 
-    def _read(self, text, made):
+    def _read(self, reader: Reader, text: str, made: list[Event]) -> str:
         """Gives text to the reader; returns what is left of it."""
-        send = self._reader.send
+        send = reader.send
         for at, character in enumerate(text):
             try:
                 send(character)
@@ -145,10 +147,10 @@ class CallParser:
             self._raw.append(text)
         return ""
 
-    def _over(self):
+    def _over(self) -> None:
         self._reader, self._after_call, self._lacks_end = None, True, True
 
-    def _give_up(self, text, mark, made):
+    def _give_up(self, text: str, mark: str, made: list[Event]) -> None:
         """What was read is no call, or not all of one. mark: what ended it, which is read again."""
         if self._raw_count < self._calls.count:
             self._over()

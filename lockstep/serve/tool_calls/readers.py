@@ -4,10 +4,12 @@ Each gets characters by `yield` and ends when it has read what it is for. NotACa
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
 
 from lockstep.serve.tool_calls.events import Arguments, CallStart, new_id
 from lockstep.serve.tool_calls.json_text import CLOSING, SPACE, json_container, json_string, json_value
+from lockstep.serve.tool_calls.tools import Tool
 
 NOTHING = ("null", "None")
 MAX_NAME = 256
@@ -17,58 +19,63 @@ class NotACall(Exception):
     """The text that was read is no call: it belongs to the answer's content."""
 
 
+Reader = Generator[None, str, Any]
+
+
 class Calls:
     """The calls of an answer so far; readers add to them. most: how many of them are told; None: all. marks: texts that
     are no part of a call's JSON, unless they stand in a string."""
 
-    def __init__(self, tools, most=None, marks=()):
-        self.tools, self.events, self.count, self.marks, self._most = tools, [], 0, marks, most
-        self._pieces, self._memory = [], {}
+    def __init__(self, tools: Sequence[Tool], most: int | None = None, marks: tuple[str, ...] = ()) -> None:
+        self.tools, self.count, self.marks, self._most = tools, 0, marks, most
+        self.events: list[CallStart | Arguments] = []
+        self._pieces: list[str] = []
+        self._memory: dict[str, Any] = {}
 
-    def begin(self, name):
+    def begin(self, name: str) -> None:
         """The next call begins."""
         self.flush()
         self.events.append(CallStart(self.count, new_id(), name))
         self.count += 1
 
-    def add(self, text):
+    def add(self, text: str) -> None:
         """More of the JSON text of the arguments of the call that began last."""
         self._pieces.append(text)
 
-    def flush(self):
+    def flush(self) -> None:
         """Makes an event of the text that was added."""
         if self._pieces:
             self.events.append(Arguments(self.count - 1, "".join(self._pieces)))
             self._pieces.clear()
 
-    def take(self):
+    def take(self) -> list[CallStart | Arguments]:
         """The events since the last time."""
         self.flush()
         taken, self.events = self.events, []
         return taken if self._most is None else [event for event in taken if event.index < self._most]
 
-    def remembered(self, key: str, make: Callable[[], object]) -> object:
+    def remembered(self, key: str, make: Callable[[], Any]) -> Any:
         """What `make` made when it was first asked for under this key."""
         if key not in self._memory:
             self._memory[key] = make()
         return self._memory[key]
 
 
-def after_space():
+def after_space() -> Generator[None, str, str]:
     """The next character that is not white space."""
     while (character := (yield)) in SPACE:
         pass
     return character
 
 
-def expect(text):
+def expect(text: str) -> Generator[None, str, None]:
     """Reads exactly this text."""
     for wanted in text:
         if (yield) != wanted:
             raise NotACall
 
 
-def until(markers, out):
+def until(markers: Sequence[str], out: Callable[[str], Any]) -> Generator[None, str, str]:
     """Passes on to `out` what comes before a marker, which is read, too; returns the marker."""
     held = ""
     while True:
@@ -80,20 +87,20 @@ def until(markers, out):
             held = held[1:]
 
 
-def name_until(marker):
+def name_until(marker: str) -> Generator[None, str, str]:
     """A name that ends with a marker."""
     name = []
     yield from until((marker,), lambda character: _bounded(name, character))
     return "".join(name)
 
 
-def _bounded(pieces, character):
+def _bounded(pieces: list[str], character: str) -> None:
     pieces.append(character)
     if len(pieces) > MAX_NAME:
         raise NotACall
 
 
-def json_text():
+def json_text() -> Generator[None, str, str]:
     """The rest of a JSON string after its opening quote, decoded."""
     pieces = []
     yield from json_string(pieces.append)
@@ -103,7 +110,7 @@ def json_text():
         raise NotACall from None
 
 
-def json_call(calls, opening, keys, others=None):
+def json_call(calls: Calls, opening: str, keys: Sequence[str], others: Sequence[str] | None = None) -> Reader:
     """The rest of {"name": ..., <one of keys>: {...}} after its opening bracket; returns the bracket that ended it.
 
     The members may come in any order; arguments that come after the name are passed on as they are read, and what
@@ -130,7 +137,7 @@ def json_call(calls, opening, keys, others=None):
     return "}"
 
 
-def _rest_of_call(calls, character):
+def _rest_of_call(calls: Calls, character: str) -> Reader:
     """Reads what follows the arguments of a call up to the bracket that ends it, which is returned."""
     if character == "/":
         character = yield from after_comment()
@@ -142,7 +149,7 @@ def _rest_of_call(calls, character):
     return character
 
 
-def after_comment():
+def after_comment() -> Generator[None, str, str]:
     """The next character that is not white space after a comment, of which the first slash has been read."""
     yield from expect("/")
     yield from until(("\n",), ignore)
@@ -152,11 +159,11 @@ def after_comment():
 class _Member:
     """What is known of a call while its members are read."""
 
-    def __init__(self, calls, keys, others):
+    def __init__(self, calls: Calls, keys: Sequence[str], others: Sequence[str] | None) -> None:
         self._calls, self._keys, self._others = calls, keys, others
         self._name, self._early, self.is_told = "", [], False
 
-    def read(self, key, first):
+    def read(self, key: str, first: str) -> Reader:
         """Reads a member's value, whose first character is there; returns the character after it."""
         if key == "name" and first == '"' and not self._name:
             self._name = yield from json_text()
@@ -168,7 +175,7 @@ class _Member:
             return (yield from _skip_value(first))
         return (yield from after_space())
 
-    def _arguments(self, first):
+    def _arguments(self, first: str) -> Reader:
         """Reads the arguments; returns the character after them."""
         if first == '"':
             self._early.append(object_text((yield from json_text())))
@@ -186,11 +193,11 @@ class _Member:
             return character
         return (yield from after_space())
 
-    def _begin(self):
+    def _begin(self) -> None:
         self._calls.begin(self._name)
         self.is_told = True
 
-    def finish(self, needs_arguments):
+    def finish(self, needs_arguments: bool) -> None:
         """Tells of a call whose arguments came before its name, or were no object, or are none."""
         if not self._name or (needs_arguments and not self._early):
             raise NotACall
@@ -198,7 +205,7 @@ class _Member:
         self._calls.add("".join(self._early) or "{}")
 
 
-def object_text(text):
+def object_text(text: str) -> str:
     """Arguments that were written as a string, as the text of an object."""
     if not text.strip() or text.strip() in NOTHING:
         return "{}"
@@ -208,7 +215,7 @@ def object_text(text):
     return json.dumps(value, ensure_ascii=False)
 
 
-def _skip_value(first):
+def _skip_value(first: str) -> Reader:
     """Reads a JSON value that nobody needs; returns the character after it."""
     if first == '"':
         yield from json_string(ignore)
@@ -219,7 +226,7 @@ def _skip_value(first):
     return (yield from after_space())
 
 
-def _bare(first):
+def _bare(first: str) -> Generator[None, str, tuple[str, str]]:
     """A value without quotes, and the character after it that is no white space."""
     word = first
     while (character := (yield)) not in ",}" + SPACE:
@@ -229,5 +236,5 @@ def _bare(first):
     return word, character if character not in SPACE else (yield from after_space())
 
 
-def ignore(_):
+def ignore(_: str) -> None:
     """For what nobody needs."""

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
+from typing import Any
 
 from lockstep.serve.schemas import resolved
 from lockstep.serve.tool_calls.texts import alternatives, both, matches
@@ -30,7 +31,7 @@ class Shape:
     listed: bool = False
     required: frozenset[str] = frozenset()
     patterns: dict[str, object] = field(default_factory=dict)
-    others: object = None
+    others: Any = None
     least: int = 0
     most: int | None = None
 
@@ -133,7 +134,7 @@ def _own(schema) -> Iterator[Shape]:
         return
     for value in values:
         if isinstance(value, dict):
-            exact = {name: {"const": each} for name, each in value.items()}
+            exact: dict[str, object] = {name: {"const": each} for name, each in value.items()}
             yield merged(Shape(exact, True, frozenset(exact), others=False), shape)
 
 

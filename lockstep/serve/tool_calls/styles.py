@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lockstep.serve.tool_calls import hermes, llama, mistral, xml
+from lockstep.serve.tool_calls.readers import Calls, Reader
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Style:
 
     name: str
     begin: str
-    read: Callable
+    read: Callable[[Calls], Reader]
     rules: Callable
     after: tuple[str, ...] = ()
     first: str | None = None

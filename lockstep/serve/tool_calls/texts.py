@@ -211,7 +211,7 @@ def searched(pattern):
     return "|".join(map(_anchored, made))
 
 
-def _ascii(piece, in_class):
+def _ascii(piece: str, in_class: bool) -> str:
     characters = ASCII.get(piece[1:]) if piece.startswith("\\") else None
     if characters is not None:
         return characters if in_class else f"[{characters}]"

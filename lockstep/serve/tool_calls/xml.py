@@ -264,9 +264,10 @@ class _Parameters:
                 count: self._either([[part, after.get(count + 1)], *([] if must else [["", after.get(count)]])])
                 for count in after
             }
-        if after.get(0) is None:
+        whole = after.get(0)
+        if whole is None:
             raise ValueError("minProperties, maxProperties: no object fits the schema")
-        return after[0]
+        return whole
 
     def _rest(self, unknown, least, most):
         """As many members of other names; None if that is impossible."""

@@ -12,8 +12,7 @@ from lockstep.runtime.operands import Operands, output
 from lockstep.runtime.peak import CHAINS, lanes_of, peak_f32, peak_int8
 from lockstep.runtime.program import Program, Tensor
 from lockstep.runtime.simd import lanes, load, store
-from lockstep.runtime.step import NUM_TOKENS
-from lockstep.runtime.step_block import STEP_WORDS
+from lockstep.runtime.step_block import StepBlock
 
 STREAM_BYTES = 256 << 20  # well past the last-level cache
 ROUNDS = 200_000
@@ -79,8 +78,7 @@ def _seconds(team, kernel_, array, amount):
     out = program.tensor("out", "T", 512 * team.num_threads)
     program.emit(Work(out=out, address=array.ctypes.data, amount=amount))
     executor = Executor(program, {"work": Implementation(kernel_)}, team, WeightStore(), {"T": 1}, {})
-    step = np.zeros(STEP_WORDS, np.int64)
-    step[NUM_TOKENS], times = 1, []
+    step, times = StepBlock.made(num_tokens=1), []
     for _ in range(5):
         started = time.perf_counter()
         executor.run(step)

@@ -8,12 +8,11 @@ import numpy as np
 
 from lockstep.ops.kv_cache import PAGE_TOKENS
 from lockstep.ops.sample import SAMPLING_RECORD, Sample
-from lockstep.runtime import step as words
 from lockstep.runtime.backend import OpTable
 from lockstep.runtime.executor import Executor, WeightStore, aligned
 from lockstep.runtime.kernel import OnCompile
 from lockstep.runtime.program import CacheArray, Program
-from lockstep.runtime.step_block import STEP_WORDS
+from lockstep.runtime.step_block import StepBlock
 from lockstep.runtime.threads import Team
 
 
@@ -93,33 +92,19 @@ class Runner:
         self._sources = self.program.sources()
         self.executor = Executor(self.program, backend, team, model.store, rows, addresses, keep, on_compile)
         self.pages_per_request = -(-model.max_context // PAGE_TOKENS)
-        self._allocate()
+        self._allocate(rows)
         [self.sample] = [op for op in self.program.ops if isinstance(op, Sample)]
 
     def _count(self, cache: CacheArray) -> int:
         return self.limits.num_pages if cache.kind == "pages" else self.limits.max_requests
 
-    def _allocate(self) -> None:
-        T, S, R = self.limits.max_step_tokens, self.limits.max_requests, self.limits.max_sampled
-        shapes = {
-            "TOKEN_IDS": T,
-            "POSITION": T,
-            "REQUEST": T,
-            "QUERY_START": S + 1,
-            "CONTEXT_LEN": S,
-            "STATE_SLOT": S,
-            "OUTPUT_ROW": T,
-            "SAMPLED_ROW": R,
-            "EMBEDDED_ROW": T,
-            "PAGE_TABLE": (S, self.pages_per_request),
-        }
+    def _allocate(self, rows: dict[str, int]) -> None:
+        """Makes the step block and its arrays for steps of at most so many rows, by letter."""
+        shapes = StepBlock.shapes(**rows, P=self.pages_per_request)
+        self._sampling = np.zeros(shapes.pop("sampling"), SAMPLING_RECORD)
         self._arrays = {name: np.zeros(shape, np.int32) for name, shape in shapes.items()}
-        self._sampling = np.zeros(R, SAMPLING_RECORD)
-        self._step = np.zeros(STEP_WORDS, np.int64)
-        for name, array in self._arrays.items():
-            self._step[getattr(words, name)] = array.ctypes.data
-        self._step[words.SAMPLING] = self._sampling.ctypes.data
-        self._step[words.PAGES_PER_REQUEST] = self.pages_per_request
+        arrays = self._arrays | dict(sampling=self._sampling)
+        self._step = StepBlock.made(**arrays, pages_per_request=self.pages_per_request)
 
     def step(self, spans: Sequence[Span], clock: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Runs one step. Returns (tokens int32 [R], logprobs float32 [R], logits float32 [R, V]).
@@ -156,17 +141,17 @@ class Runner:
         for s, span in enumerate(spans):
             n = len(span.token_ids)
             longest = max(longest, span.start + n)
-            a["TOKEN_IDS"][at : at + n] = span.token_ids
+            a["token_ids"][at : at + n] = span.token_ids
             positions = range(span.start, span.start + n)
             # a range is the faster for few tokens
-            a["POSITION"][at : at + n] = positions if n < 8 else np.arange(positions.start, positions.stop)
-            a["REQUEST"][at : at + n] = s
-            a["CONTEXT_LEN"][s], a["STATE_SLOT"][s], a["QUERY_START"][s + 1] = span.start + n, span.slot, at + n
-            a["PAGE_TABLE"][s, : len(span.pages)] = span.pages
+            a["position"][at : at + n] = positions if n < 8 else np.arange(positions.start, positions.stop)
+            a["request"][at : at + n] = s
+            a["context_len"][s], a["state_slot"][s], a["query_start"][s + 1] = span.start + n, span.slot, at + n
+            a["page_table"][s, : len(span.pages)] = span.pages
             at += n
         for source in self._sources:
             source.cover(longest)
-        self._step[words.NUM_TOKENS], self._step[words.NUM_REQUESTS] = at, len(spans)
+        StepBlock.write(self._step, num_tokens=at, num_requests=len(spans))
         return self._fill_outputs(spans)
 
     def _fill_outputs(self, spans: Sequence[Span]) -> int:
@@ -176,16 +161,15 @@ class Runner:
         for span in spans:
             output_of = {offset: output + i for i, offset in enumerate(sorted({*span.sampled, *span.embedded}))}
             for offset, o in output_of.items():
-                a["OUTPUT_ROW"][o] = at + offset
+                a["output_row"][o] = at + offset
             for offset, record in span.sampled.items():
-                a["SAMPLED_ROW"][row] = output_of[offset]
+                a["sampled_row"][row] = output_of[offset]
                 for name, value in record.items():
                     self._sampling[name][row] = value
                 row += 1
             for offset in span.embedded:
-                a["EMBEDDED_ROW"][embedded] = output_of[offset]
+                a["embedded_row"][embedded] = output_of[offset]
                 embedded += 1
             at, output = at + len(span.token_ids), output + len(output_of)
-        self._step[words.NUM_SAMPLED], self._step[words.NUM_EMBEDDED] = row, embedded
-        self._step[words.NUM_OUTPUTS] = output
+        StepBlock.write(self._step, num_sampled=row, num_embedded=embedded, num_outputs=output)
         return row

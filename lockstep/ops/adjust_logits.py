@@ -17,7 +17,7 @@ from lockstep.runtime.machine import float_array, int_array
 from lockstep.runtime.operands import Operands, output, rows
 from lockstep.runtime.program import Tensor
 from lockstep.runtime.simd import fma, minimum, peek, to_f32
-from lockstep.runtime.step import SAMPLING, num_rows, step_word
+from lockstep.runtime.step import StepBlock, num_rows
 
 FORBIDDEN, HIGHEST = np.float32(-np.inf), np.float32(3.4028235e38)
 # what lasts as long as a request; addresses of seen int32 [.., 2], bias_ids int32, bias float32, banned int32
@@ -117,7 +117,7 @@ def _ints(address, shape):
 def _run(op, step, thread, num_threads):
     a = AdjustLogits.read(op)
     for r in range(num_rows(op, step) if thread == 0 else 0):
-        record, row, V = step_word(step, SAMPLING) + RECORD_BYTES * r, 4 * a.width * r, a.vocab_size
+        record, row, V = StepBlock.read(step).sampling + RECORD_BYTES * r, 4 * a.width * r, a.vocab_size
         asked, mask = peek(record + ADJUSTMENT, int64), peek(record + MASK, int64)
         if asked != 0:
             B = peek(asked + NUM_BIAS, int32)

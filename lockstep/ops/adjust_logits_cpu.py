@@ -34,7 +34,7 @@ from lockstep.runtime.simd import (
     to_f32,
     where_below,
 )
-from lockstep.runtime.step import SAMPLING, num_rows, step_word
+from lockstep.runtime.step import StepBlock, num_rows
 
 HALF = np.float32(0.5)
 
@@ -42,7 +42,7 @@ HALF = np.float32(0.5)
 @kernel
 def adjust_logits(op, step, thread, num_threads):
     """See above; the barrier counts on the op's own counter."""
-    a, R, records, asked = AdjustLogits.read(op), num_rows(op, step), step_word(step, SAMPLING), False
+    a, R, records, asked = AdjustLogits.read(op), num_rows(op, step), StepBlock.read(step).sampling, False
     V, C, row = a.vocab_size, (a.vocab_size + CHUNK - 1) // CHUNK, 4 * a.width
     for r in range(R):
         asked = asked or peek(records + RECORD_BYTES * r + ADJUSTMENT, int64) != 0

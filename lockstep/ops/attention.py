@@ -21,15 +21,7 @@ from lockstep.runtime.machine import float_array
 from lockstep.runtime.operands import Operands, cache, output, rows
 from lockstep.runtime.program import CacheArray, Tensor
 from lockstep.runtime.simd import fma, maximum, round_bf16
-from lockstep.runtime.step import (
-    CONTEXT_LEN,
-    NUM_REQUESTS,
-    PAGE_TABLE,
-    PAGES_PER_REQUEST,
-    QUERY_START,
-    entry,
-    step_word,
-)
+from lockstep.runtime.step import StepBlock, entry
 
 
 class Attention(Operands):
@@ -202,13 +194,13 @@ def gated(out_K, gate_K):
 
 
 @inlined
-def sequence(a, step, request, g, bf16):
+def sequence(a, batch, request, g, bf16):
     """Keys and values of one kv head of a request, gathered from its pages: k, v [C, K], C tokens of context."""
-    G, K, length = a.num_kv_heads, a.head_dim, entry(step, CONTEXT_LEN, request)
+    G, K, length = a.num_kv_heads, a.head_dim, entry(batch.context_len, request)
     k_CK, v_CK = np.empty((length, K), np.float32), np.empty((length, K), np.float32)
-    first_page = request * step_word(step, PAGES_PER_REQUEST)
+    first_page = request * batch.pages_per_request
     for position in range(length):
-        page, slot = entry(step, PAGE_TABLE, first_page + position // PAGE_TOKENS), position % PAGE_TOKENS
+        page, slot = entry(batch.page_table, first_page + position // PAGE_TOKENS), position % PAGE_TOKENS
         for d in range(K):
             k_CK[position, d] = read_number(a.k_pages, k_index(page, g, d, slot, G, K, bf16), bf16)
             v_CK[position, d] = read_number(a.v_pages, v_index(page, g, d, slot, G, K, bf16), bf16)
@@ -219,12 +211,12 @@ def sequence(a, step, request, g, bf16):
 def attend_all(op, step, gather, attend_one, how):
     """The op on all requests, head by head. gather, attend_one: `sequence` and `attend` of a type of cache; how: a
     tuple, what both are told last."""
-    a = Attention.read(op)
+    a, batch = Attention.read(op), StepBlock.read(step)
     group = a.num_heads // a.num_kv_heads
-    for s in range(step_word(step, NUM_REQUESTS)):
-        start, stop, length = entry(step, QUERY_START, s), entry(step, QUERY_START, s + 1), entry(step, CONTEXT_LEN, s)
+    for s in range(batch.num_requests):
+        start, stop, length = entry(batch.query_start, s), entry(batch.query_start, s + 1), entry(batch.context_len, s)
         for g in range(a.num_kv_heads):
-            k, v = gather(a, step, s, g, *how)
+            k, v = gather(a, batch, s, g, *how)
             for t in range(start, stop):
                 for h in range(g * group, (g + 1) * group):
                     _attend_head(a, t, h, length - (stop - t), k, v, attend_one, how)

@@ -30,16 +30,7 @@ from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import inlined, variant
 from lockstep.runtime.machine import fetch_add, stack_memory, wait_until
 from lockstep.runtime.simd import fma, load, maximum, peek, poke, store, sum_lanes
-from lockstep.runtime.step import (
-    CONTEXT_LEN,
-    COUNTER,
-    NUM_REQUESTS,
-    PAGE_TABLE,
-    PAGES_PER_REQUEST,
-    QUERY_START,
-    entry,
-    step_word,
-)
+from lockstep.runtime.step import COUNTER, StepBlock, entry
 
 TILES_PER_THREAD = 4  # with fewer, tiles are cut into spans
 # Constants of each variant. LOAD, ATTEND, HOW: take the queries of a tile, and a span of its keys, from a cache of one
@@ -49,23 +40,23 @@ MERGED = 1 << 32  # the counter's upper half counts the spans merged so far, the
 
 
 @inlined
-def make_tile(a, step, group, request, first, tokens, unit):
+def make_tile(a, batch, group, request, first, tokens, unit):
     """The tile of `tokens` tokens of a request from its token `first` of this step; unit: which group of heads."""
-    start, stop = entry(step, QUERY_START, request), entry(step, QUERY_START, request + 1)
-    position = entry(step, CONTEXT_LEN, request) - (stop - start) + first
-    table = step_word(step, PAGE_TABLE) + 4 * request * step_word(step, PAGES_PER_REQUEST)
+    start, stop = entry(batch.query_start, request), entry(batch.query_start, request + 1)
+    position = entry(batch.context_len, request) - (stop - start) + first
+    table = batch.page_table + 4 * request * batch.pages_per_request
     head = unit * group
     return Tile(start + first, tokens, position, head, group, head // (a.num_heads // a.num_kv_heads), table)
 
 
 @inlined
-def count_tiles(step, tokens_per_tile, units):
+def count_tiles(batch, tokens_per_tile, units):
     """Tiles of the step, and spans of its longest request."""
     tiles, longest = int64(0), int64(0)
-    for s in range(step_word(step, NUM_REQUESTS)):
-        tokens = entry(step, QUERY_START, s + 1) - entry(step, QUERY_START, s)
+    for s in range(batch.num_requests):
+        tokens = entry(batch.query_start, s + 1) - entry(batch.query_start, s)
         tiles += (tokens + tokens_per_tile - 1) // tokens_per_tile * units
-        longest = max(longest, entry(step, CONTEXT_LEN, s))
+        longest = max(longest, entry(batch.context_len, s))
     return tiles, (longest + SPAN - 1) // SPAN
 
 
@@ -75,22 +66,23 @@ def attend_claimed(op, step, thread, num_threads):
     An item is a tile or, where tiles are few and threads many, one span of a tile, spans outermost, so that neighbours
     in the list can run together. Later tokens, which see more keys, come first.
     """
-    a, counter, memory = Attention.read(op), peek(op + 8 * COUNTER, int64), stack_memory(SCRATCH_BYTES)
+    a, batch = Attention.read(op), StepBlock.read(step)
+    counter, memory = peek(op + 8 * COUNTER, int64), stack_memory(SCRATCH_BYTES)
     # one token and one head are never a literal 1: where a stride folds to 0, Numba's nested optimisation may take the
     # other half of an address for an offset from null, and drop the access (LLVM 22)
     rows = min(num_threads, 1) if ALONE else ROWS
     group = rows if ALONE else a.num_heads // a.num_kv_heads
     tokens_per_tile, units = max(1, rows // group), a.num_heads // group
-    tiles, spans = count_tiles(step, tokens_per_tile, units)
+    tiles, spans = count_tiles(batch, tokens_per_tile, units)
     cut = not ALONE and num_threads > 1 and tiles < TILES_PER_THREAD * num_threads
     index, claimed = int64(0), fetch_add(counter, 1) & (MERGED - 1)
     for turn in range(spans if cut else 1):
-        for s in range(step_word(step, NUM_REQUESTS)):
-            tokens = entry(step, QUERY_START, s + 1) - entry(step, QUERY_START, s)
+        for s in range(batch.num_requests):
+            tokens = entry(batch.query_start, s + 1) - entry(batch.query_start, s)
             for i in range((tokens - 1) // tokens_per_tile, -1, -1):
                 for unit in range(units):
                     start = i * tokens_per_tile
-                    tile = make_tile(a, step, group, s, start, min(tokens_per_tile, tokens - start), unit)
+                    tile = make_tile(a, batch, group, s, start, min(tokens_per_tile, tokens - start), unit)
                     first = first_key(tile.position, a.window) // SPAN
                     last = (tile.position + tile.tokens - 1) // SPAN
                     if cut and not first <= turn <= last:

@@ -21,7 +21,7 @@ from lockstep.ops.reduce import tree_sum
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import definition, inlined, kernel
 from lockstep.runtime.simd import fma, maximum, rint, to_f32, to_i32
-from lockstep.runtime.step import CONTEXT_LEN, PAGE_TABLE, PAGES_PER_REQUEST, entry, step_word
+from lockstep.runtime.step import entry
 
 MOST, ONE_MOST = np.float32(32767), np.float32(1 / 32767)  # of a weight's codes, so that pairs of int16 can hold them
 
@@ -149,14 +149,14 @@ def add_values(weight_J, v_JK, out_K):
 
 
 @inlined
-def sequence(a, step, request, g):
+def sequence(a, batch, request, g):
     """Keys and values of one kv head of a request, gathered from its pages: k, v Quantized [C, K]."""
-    G, K, length = a.num_kv_heads, a.head_dim, entry(step, CONTEXT_LEN, request)
+    G, K, length = a.num_kv_heads, a.head_dim, entry(batch.context_len, request)
     k = Quantized(np.empty((length, K), np.int8), np.empty(length, np.float32))
     v = Quantized(np.empty((length, K), np.int8), np.empty(length, np.float32))
-    first_page = request * step_word(step, PAGES_PER_REQUEST)
+    first_page = request * batch.pages_per_request
     for position in range(length):
-        head = head_place(entry(step, PAGE_TABLE, first_page + position // PAGE_TOKENS), g, G, K)
+        head = head_place(entry(batch.page_table, first_page + position // PAGE_TOKENS), g, G, K)
         k.scale[position] = read_key(a.k_pages + head, position % PAGE_TOKENS, k.codes[position])
         v.scale[position] = read_value(a.v_pages + head, position % PAGE_TOKENS, v.codes[position])
     return k, v

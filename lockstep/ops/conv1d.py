@@ -15,7 +15,7 @@ from lockstep.runtime.machine import float_array, int_array
 from lockstep.runtime.operands import Operands, cache, constant, output, rows
 from lockstep.runtime.program import CacheArray, Tensor, Weight
 from lockstep.runtime.simd import fma
-from lockstep.runtime.step import NUM_REQUESTS, NUM_TOKENS, POSITION, QUERY_START, STATE_SLOT, step_word
+from lockstep.runtime.step import StepBlock
 
 ZERO = np.float32(0)
 
@@ -75,11 +75,11 @@ def conv1d(x_TW, offset, weight_CJ, requests, state_NJC, out_TC):
 @inlined
 def requests_of(step):
     """The Requests of a step."""
-    T, S = step_word(step, NUM_TOKENS), step_word(step, NUM_REQUESTS)
+    batch = StepBlock.read(step)
     return Requests(
-        carray(int_array(step_word(step, QUERY_START)), (S + 1,)),
-        carray(int_array(step_word(step, POSITION)), (T,)),
-        carray(int_array(step_word(step, STATE_SLOT)), (S,)),
+        carray(int_array(batch.query_start), (batch.num_requests + 1,)),
+        carray(int_array(batch.position), (batch.num_tokens,)),
+        carray(int_array(batch.state_slot), (batch.num_requests,)),
     )
 
 
@@ -96,7 +96,7 @@ def convolve(a, requests, out, T):
 def _run(op, step, thread, num_threads):
     if thread == 0:
         a = Conv1d.read(op)
-        convolve(a, requests_of(step), a.out, step_word(step, NUM_TOKENS))
+        convolve(a, requests_of(step), a.out, StepBlock.read(step).num_tokens)
 
 
 REFERENCE = {"conv1d": Implementation(_run)}

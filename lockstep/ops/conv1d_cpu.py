@@ -18,7 +18,7 @@ from lockstep.runtime.backend import Implementation, Layout, raw_weight
 from lockstep.runtime.kernel import inlined, kernel
 from lockstep.runtime.machine import stack_memory
 from lockstep.runtime.simd import fma, lanes, load, peek, poke, sqrt, store
-from lockstep.runtime.step import NUM_REQUESTS, NUM_TOKENS, POSITION, QUERY_START, STATE_SLOT, entry, step_word
+from lockstep.runtime.step import StepBlock, entry
 
 ONE, ZERO = np.float32(1), np.float32(0)
 CHANNELS = 256  # of a task
@@ -33,22 +33,22 @@ def taps(weight):
 @kernel
 def conv1d(op, step, thread, num_threads):
     """Tasks are dealt to threads in turn."""
-    a = Conv1d.read(op)
+    a, batch = Conv1d.read(op), StepBlock.read(step)
     c = convolution(a)
     for channel in range(thread * CHANNELS, a.channels, num_threads * CHANNELS):
-        convolve(step, c, channel, min(CHANNELS, a.channels - channel), (0, 0, 16))
+        convolve(batch, c, channel, min(CHANNELS, a.channels - channel), (0, 0, 16))
 
 
 @kernel
 def delta_inputs(op, step, thread, num_threads):
     """The same tasks, of whole heads, with q and k normalised while they are in L1; then the gates of some rows."""
-    a = DeltaInputs.read(op)
+    a, batch = DeltaInputs.read(op), StepBlock.read(step)
     c, keys, K, H = convolution(a), a.num_k_heads * a.k_head_dim, a.k_head_dim, a.num_v_heads
     width = max(CHANNELS // K, 1) * K
     for channel in range(thread * width, a.channels, num_threads * width):
         heads = (keys - channel, 2 * keys - channel, K)
-        convolve(step, c, channel, min(width, a.channels - channel), heads)
-    for t in range(thread, step_word(step, NUM_TOKENS), num_threads):
+        convolve(batch, c, channel, min(width, a.channels - channel), heads)
+    for t in range(thread, batch.num_tokens, num_threads):
         x = a.x + 4 * a.row_width * t
         gate_row(x + 4 * a.a_offset, x + 4 * a.b_offset, a.a_log, a.dt_bias, H, a.gates + 8 * H * t)
 
@@ -72,14 +72,14 @@ def convolution(a):
 
 
 @inlined
-def convolve(step, c, channel, num, heads):
+def convolve(batch, c, channel, num, heads):
     """All rows of num channels from `channel` on. c: a Convolution. heads: see `normalise_heads`."""
     x, weight, state, out, x_row, row, J = c
     table, offset = stack_memory(TABLE), 4 * channel
-    for s in range(step_word(step, NUM_REQUESTS)):
-        first, skipped = entry(step, QUERY_START, s), 0
-        fresh, old = entry(step, POSITION, first) == 0, state + entry(step, STATE_SLOT, s) * (J - 1) * row + offset
-        for t in range(first, entry(step, QUERY_START, s + 1)):
+    for s in range(batch.num_requests):
+        first, skipped = entry(batch.query_start, s), 0
+        fresh, old = entry(batch.position, first) == 0, state + entry(batch.state_slot, s) * (J - 1) * row + offset
+        for t in range(first, entry(batch.query_start, s + 1)):
             before = max(J - 1 - (t - first), 0)
             # zeros before position 0 are left out: they would leave the sum at +0
             skipped = before if fresh else 0

@@ -12,7 +12,7 @@ from lockstep.runtime.machine import byte_array, float_array, int_array
 from lockstep.runtime.operands import Operands, output, packed
 from lockstep.runtime.program import Tensor, Weight
 from lockstep.runtime.simd import pow2
-from lockstep.runtime.step import TOKEN_IDS, num_rows, step_word
+from lockstep.runtime.step import StepBlock, num_rows
 from lockstep.weights.finite import finite_bytes
 from lockstep.weights.tensor import BLOCK_FORMATS
 
@@ -181,7 +181,7 @@ def byte(row_B, at):
 def _run(op, step, thread, num_threads):
     if thread == 0:
         a, T = Embed.read(op), num_rows(op, step)
-        token_ids_T = carray(int_array(step_word(step, TOKEN_IDS)), (T,))
+        token_ids_T = carray(int_array(StepBlock.read(step).token_ids), (T,))
         table_VB = carray(byte_array(a.table.codes), (1 << 40, row_bytes(a.format, a.width)))
         embed(token_ids_T, table_VB, a.format, a.scale, carray(float_array(a.out), (T, a.width)))
 

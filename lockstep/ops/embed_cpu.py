@@ -20,7 +20,7 @@ from lockstep.runtime.simd import (
     store,
     to_f32,
 )
-from lockstep.runtime.step import TOKEN_IDS, entry, num_rows
+from lockstep.runtime.step import StepBlock, entry, num_rows
 
 EIGHT, SIXTEEN, THIRTY_TWO = np.int32(8), np.int32(16), np.int32(32)
 
@@ -28,10 +28,10 @@ EIGHT, SIXTEEN, THIRTY_TWO = np.int32(8), np.int32(16), np.int32(32)
 @kernel
 def embed(op, step, thread, num_threads):
     """Rows are dealt to threads in turn."""
-    a = Embed.read(op)
+    a, token_ids = Embed.read(op), StepBlock.read(step).token_ids
     size = row_bytes(a.format, a.width)
     for t in range(thread, num_rows(op, step), num_threads):
-        row = a.table.codes + size * entry(step, TOKEN_IDS, t)
+        row = a.table.codes + size * entry(token_ids, t)
         decode_row(row, a.format, size, a.scale, a.out + 4 * a.width * t)
 
 

@@ -21,17 +21,7 @@ from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import inlined, kernel
 from lockstep.runtime.machine import fetch_add, prefetch
 from lockstep.runtime.simd import fma, lanes, load, peek, poke, sqrt, store, sum_lanes
-from lockstep.runtime.step import (
-    COUNTER,
-    NUM_REQUESTS,
-    NUM_TOKENS,
-    POSITION,
-    QUERY_START,
-    STATE_SLOT,
-    entry,
-    num_rows,
-    step_word,
-)
+from lockstep.runtime.step import COUNTER, StepBlock, entry, num_rows
 from lockstep.runtime.targets import wide_registers
 
 ONE, ZERO = np.float32(1), np.float32(0)
@@ -212,9 +202,9 @@ def run_four(state, block, K, tokens, strides, num_tokens, fresh):
 
 
 @inlined
-def num_new(step, s):
+def num_new(batch, s):
     """How many tokens a request has in this step."""
-    return entry(step, QUERY_START, s + 1) - entry(step, QUERY_START, s)
+    return entry(batch.query_start, s + 1) - entry(batch.query_start, s)
 
 
 @inlined
@@ -236,7 +226,7 @@ def strides(a):
 
 
 @inlined
-def blocks_of(task, step, S, H, num_blocks, size):
+def blocks_of(task, batch, S, H, num_blocks, size):
     """(request, head, first block, end) of a task.
 
     First `size` blocks at a time of requests with several tokens, long work before short; then whole heads of those
@@ -245,71 +235,71 @@ def blocks_of(task, step, S, H, num_blocks, size):
     groups = -(-num_blocks // size)
     if task < S * H * groups:
         s, block = task // (H * groups), task % groups * size
-        return s, task // groups % H, block, min(block + size, num_blocks) if num_new(step, s) > 1 else block
+        return s, task // groups % H, block, min(block + size, num_blocks) if num_new(batch, s) > 1 else block
     task -= S * H * groups
-    return task // H, task % H, 0, num_blocks if num_new(step, task // H) == 1 else 0
+    return task // H, task % H, 0, num_blocks if num_new(batch, task // H) == 1 else 0
 
 
 @inlined
-def next_task(op, step, first):
+def next_task(op, batch, first):
     """The number of a task that no thread has taken; `first` counts those for several tokens."""
-    nobody = step_word(step, NUM_TOKENS) == step_word(step, NUM_REQUESTS)
+    nobody = batch.num_tokens == batch.num_requests
     return fetch_add(peek(op + 8 * COUNTER, int64), 1) + (first if nobody else 0)
 
 
 @inlined
-def run_pair(a, step, s, head, block, ahead):
+def run_pair(a, batch, s, head, block, ahead):
     """Blocks `block` and the next, if there is one, through all new tokens of a request."""
-    first, K = entry(step, QUERY_START, s), a.k_head_dim
-    state, tokens = addresses(a, entry(step, STATE_SLOT, s), head, block, first)
-    other, fresh = 64 * K * min(a.v_head_dim // BLOCK - block - 1, 1), entry(step, POSITION, first) == 0
-    run_two(state, other, K, tokens, strides(a), num_new(step, s), fresh, 128 * K if ahead else 0)
+    first, K = entry(batch.query_start, s), a.k_head_dim
+    state, tokens = addresses(a, entry(batch.state_slot, s), head, block, first)
+    other, fresh = 64 * K * min(a.v_head_dim // BLOCK - block - 1, 1), entry(batch.position, first) == 0
+    run_two(state, other, K, tokens, strides(a), num_new(batch, s), fresh, 128 * K if ahead else 0)
 
 
 @kernel
 def gated_delta_two(op, step, thread, num_threads):
     """Two blocks at a time, for targets with 16 registers of 8 lanes (or 32 of 4)."""
-    a = GatedDelta.read(op)
-    S, H, num_blocks = step_word(step, NUM_REQUESTS), a.num_v_heads, a.v_head_dim // BLOCK
+    a, batch = GatedDelta.read(op), StepBlock.read(step)
+    S, H, num_blocks = batch.num_requests, a.num_v_heads, a.v_head_dim // BLOCK
     several = S * H * ((num_blocks + 1) // 2)
-    task = next_task(op, step, several)
+    task = next_task(op, batch, several)
     while task < several + S * H:
-        s, head, block, end = blocks_of(task, step, S, H, num_blocks, 2)
+        s, head, block, end = blocks_of(task, batch, S, H, num_blocks, 2)
         for i in range(block, end, 2):
-            run_pair(a, step, s, head, i, i + 2 < end)
-        task = next_task(op, step, several)
+            run_pair(a, batch, s, head, i, i + 2 < end)
+        task = next_task(op, batch, several)
 
 
 @kernel
 def gated_delta_four(op, step, thread, num_threads):
     """Four blocks at a time, for targets with 32 registers of 16 lanes; a single token or a rest by two."""
-    a = GatedDelta.read(op)
-    S, H, K, num_blocks = step_word(step, NUM_REQUESTS), a.num_v_heads, a.k_head_dim, a.v_head_dim // BLOCK
+    a, batch = GatedDelta.read(op), StepBlock.read(step)
+    S, H, K, num_blocks = batch.num_requests, a.num_v_heads, a.k_head_dim, a.v_head_dim // BLOCK
     several = S * H * ((num_blocks + 3) // 4)
-    task = next_task(op, step, several)
+    task = next_task(op, batch, several)
     while task < several + S * H:
-        s, head, block, end = blocks_of(task, step, S, H, num_blocks, 4)
+        s, head, block, end = blocks_of(task, batch, S, H, num_blocks, 4)
         if block + 4 == end and task < several:
-            first = entry(step, QUERY_START, s)
-            state, tokens = addresses(a, entry(step, STATE_SLOT, s), head, block, first)
-            run_four(state, 64 * K, K, tokens, strides(a), num_new(step, s), entry(step, POSITION, first) == 0)
+            first = entry(batch.query_start, s)
+            state, tokens = addresses(a, entry(batch.state_slot, s), head, block, first)
+            run_four(state, 64 * K, K, tokens, strides(a), num_new(batch, s), entry(batch.position, first) == 0)
             block = end
         for i in range(block, end, 2):
-            run_pair(a, step, s, head, i, i + 2 < end)
-        task = next_task(op, step, several)
+            run_pair(a, batch, s, head, i, i + 2 < end)
+        task = next_task(op, batch, several)
 
 
 @kernel
 def gated_delta_per_token(op, step, thread, num_threads):
     """The same bits one token at a time: all heads take a token before any takes the next."""
-    a = GatedDelta.read(op)
+    a, batch = GatedDelta.read(op), StepBlock.read(step)
     K, num_blocks = a.k_head_dim, a.v_head_dim // BLOCK
     pairs = (num_blocks + 1) // 2
-    for s in range(step_word(step, NUM_REQUESTS)):
-        for t in range(entry(step, QUERY_START, s), entry(step, QUERY_START, s + 1)):
+    for s in range(batch.num_requests):
+        for t in range(entry(batch.query_start, s), entry(batch.query_start, s + 1)):
             for task in range(thread, a.num_v_heads * pairs, num_threads):
-                block, fresh = task % pairs * 2, entry(step, POSITION, t) == 0
-                state, tokens = addresses(a, entry(step, STATE_SLOT, s), task // pairs, block, t)
+                block, fresh = task % pairs * 2, entry(batch.position, t) == 0
+                state, tokens = addresses(a, entry(batch.state_slot, s), task // pairs, block, t)
                 run_two(state, 64 * K * min(num_blocks - block - 1, 1), K, tokens, strides(a), 1, fresh, 0)
 
 

@@ -24,7 +24,7 @@ from lockstep.runtime.machine import float_array
 from lockstep.runtime.operands import Operands, cache, constant, output, rows, table
 from lockstep.runtime.program import CacheArray, Table, Tensor, Weight
 from lockstep.runtime.simd import bf16_bits, peek, peek_bf16, poke, round_bf16
-from lockstep.runtime.step import PAGE_TABLE, PAGES_PER_REQUEST, POSITION, REQUEST, entry, num_rows, step_word
+from lockstep.runtime.step import StepBlock, entry, num_rows
 
 PAGE_TOKENS = 64
 KV_DTYPES = ("f32", "bf16", "q8")  # of a cache
@@ -190,7 +190,7 @@ def prepared(x_HK, norm_K, eps, norm_offset, cos_R, sin_R):
 
 
 @inlined
-def token_inputs(a, step, t):
+def token_inputs(a, batch, t):
     """Writes a token's query heads, normed and rotated, to q; returns its keys (likewise), values, page and slot.
 
     Order: `rms_norm` of the head, then `rotate`.
@@ -198,7 +198,7 @@ def token_inputs(a, step, t):
     H, G, K, R = a.num_heads, a.num_kv_heads, a.head_dim, a.rope_dim // 2
     q_norm_K = carray(float_array(a.q_norm), (K if a.q_norm != 0 else 0,))
     k_norm_K = carray(float_array(a.k_norm), (K if a.k_norm != 0 else 0,))
-    position, first_page = entry(step, POSITION, t), entry(step, REQUEST, t) * step_word(step, PAGES_PER_REQUEST)
+    position, first_page = entry(batch.position, t), entry(batch.request, t) * batch.pages_per_request
     row_W = carray(float_array(a.x + 4 * a.row_width * t), (a.row_width,))
     cos_R = carray(float_array(a.cos + 4 * R * position), (R,))
     sin_R = carray(float_array(a.sin + 4 * R * position), (R,))
@@ -207,7 +207,7 @@ def token_inputs(a, step, t):
     for h in range(H):
         for d in range(K):
             poke(a.q + 4 * ((t * H + h) * K + d), q_HK[h, d])
-    page = entry(step, PAGE_TABLE, first_page + position // PAGE_TOKENS)
+    page = entry(batch.page_table, first_page + position // PAGE_TOKENS)
     return k_GK, heads_of(row_W, a.v_offset, K, G, K), page, position % PAGE_TOKENS
 
 
@@ -215,10 +215,10 @@ def token_inputs(a, step, t):
 def _run(op, step, thread, num_threads):
     """For every token: its query heads to q, its keys and values (`token_inputs`) to the cache, rounded to its type."""
     if thread == 0:
-        a = AttentionInputs.read(op)
+        a, batch = AttentionInputs.read(op), StepBlock.read(step)
         G, K = a.num_kv_heads, a.head_dim
         for t in range(num_rows(op, step)):
-            k_GK, v_GK, page, slot = token_inputs(a, step, t)
+            k_GK, v_GK, page, slot = token_inputs(a, batch, t)
             for g in range(G):
                 for d in range(K):
                     write_number(a.k_pages, k_index(page, g, d, slot, G, K, a.bf16), k_GK[g, d], a.bf16)

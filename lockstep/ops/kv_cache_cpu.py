@@ -24,7 +24,7 @@ from lockstep.runtime.simd import (
     store_bf16,
     sum_lanes,
 )
-from lockstep.runtime.step import PAGE_TABLE, PAGES_PER_REQUEST, POSITION, REQUEST, entry, num_rows, step_word
+from lockstep.runtime.step import StepBlock, entry, num_rows
 from lockstep.runtime.tiles import store_pairs
 
 ONE, ZERO = np.float32(1), np.float32(0)
@@ -91,34 +91,34 @@ def keep_two_values(v, row, v_pages, at, K):
 
 
 @inlined
-def slot_of(step, t):
+def slot_of(batch, t):
     """(request, page, slot) of a token."""
-    position, request = entry(step, POSITION, t), entry(step, REQUEST, t)
-    index = request * step_word(step, PAGES_PER_REQUEST) + position // PAGE_TOKENS
-    return request, entry(step, PAGE_TABLE, index), position % PAGE_TOKENS
+    position, request = entry(batch.position, t), entry(batch.request, t)
+    index = request * batch.pages_per_request + position // PAGE_TOKENS
+    return request, entry(batch.page_table, index), position % PAGE_TOKENS
 
 
 @inlined
-def prepare_token(a, step, t, g, keep, memory):
+def prepare_token(a, batch, t, g, keep, memory):
     """One kv head's key of a token, and the query heads that read it. memory: scratch for a head."""
     H, K, group = a.num_heads, a.head_dim, a.num_heads // a.num_kv_heads
-    x, place = a.x + 4 * a.row_width * t, 4 * (a.rope_dim // 2) * entry(step, POSITION, t)
+    x, place = a.x + 4 * a.row_width * t, 4 * (a.rope_dim // 2) * entry(batch.position, t)
     cos, sin = a.cos + place, a.sin + place
     for h in range(g * group, (g + 1) * group):
         prepare_head(a, x + 4 * (a.q_offset + h * a.q_stride), a.q_norm, cos, sin, a.q + 4 * K * (t * H + h))
     prepare_head(a, x + 4 * (a.k_offset + g * K), a.k_norm, cos, sin, memory)
-    _, page, slot = slot_of(step, t)
+    _, page, slot = slot_of(batch, t)
     keep(a, memory, page, slot, g)
 
 
 @inlined
-def keep_values(a, step, first, last, g, memory):
+def keep_values(a, batch, first, last, g, memory):
     """One kv head's values of tokens first .. last: by two where they share a row of pairs."""
     K, row, t = a.head_dim, 4 * a.row_width, first
     while t < last:
-        request, page, slot = slot_of(step, t)
+        request, page, slot = slot_of(batch, t)
         v, at = a.x + row * t + 4 * (a.v_offset + g * K), v_index(page, g, 0, slot, a.num_kv_heads, K, a.bf16)
-        if a.bf16 and slot % 2 == 0 and t + 1 < last and entry(step, REQUEST, t + 1) == request:
+        if a.bf16 and slot % 2 == 0 and t + 1 < last and entry(batch.request, t + 1) == request:
             keep_two_values(v, row, a.v_pages, at, K)
             t += 1
         else:
@@ -133,7 +133,8 @@ def prepare(op, step, thread, num_threads, keep, keep_all):
     The runs of a thread are neighbours: where one ends inside a line of K, two threads would take turns with the line.
     keep, keep_all: write a key, and a run's values, to pages of one type (as `keep_key` and `keep_values`).
     """
-    a, T, memory = AttentionInputs.read(op), num_rows(op, step), stack_memory(MAX_HEAD_BYTES)
+    a, batch, T = AttentionInputs.read(op), StepBlock.read(step), num_rows(op, step)
+    memory = stack_memory(MAX_HEAD_BYTES)
     runs = (T + TOKENS_AT_ONCE - 1) // TOKENS_AT_ONCE
     heads = a.num_kv_heads if runs >= 4 * num_threads else 1
     parts = a.num_kv_heads // heads
@@ -142,9 +143,9 @@ def prepare(op, step, thread, num_threads, keep, keep_all):
         last = min(T, first + TOKENS_AT_ONCE)
         for t in range(first, last):
             for g in range(g0, g0 + heads):
-                prepare_token(a, step, t, g, keep, memory)
+                prepare_token(a, batch, t, g, keep, memory)
         for g in range(g0, g0 + heads):
-            keep_all(a, step, first, last, g, memory)
+            keep_all(a, batch, first, last, g, memory)
 
 
 @kernel

@@ -16,7 +16,7 @@ from lockstep.ops.kv_cache import PAGE_TOKENS, SCALE_BYTES, AttentionInputs, tok
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import definition, inlined, kernel
 from lockstep.runtime.simd import bf16_bits, maximum, peek, peek_bf16, poke, rint, round_bf16, to_i32
-from lockstep.runtime.step import num_rows
+from lockstep.runtime.step import StepBlock, num_rows
 
 ONE = np.float32(1)
 
@@ -90,11 +90,11 @@ def read_value(head, slot, codes_K):
 def _run(op, step, thread, num_threads):
     """For every token: its query heads to q, its keys and values (`token_inputs`), quantized, to the cache."""
     if thread == 0:
-        a = AttentionInputs.read(op)
+        a, batch = AttentionInputs.read(op), StepBlock.read(step)
         G, K = a.num_kv_heads, a.head_dim
         codes_K = np.empty(K, np.int8)
         for t in range(num_rows(op, step)):
-            k_GK, v_GK, page, slot = token_inputs(a, step, t)
+            k_GK, v_GK, page, slot = token_inputs(a, batch, t)
             for g in range(G):
                 k, v = a.k_pages + head_place(page, g, G, K), a.v_pages + head_place(page, g, G, K)
                 poke(k + scale_place(slot, K), bf16_bits(quantize_head(k_GK[g], codes_K)))

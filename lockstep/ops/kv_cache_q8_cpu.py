@@ -27,7 +27,7 @@ from lockstep.runtime.simd import (
     store_i8,
     to_i32,
 )
-from lockstep.runtime.step import REQUEST, entry
+from lockstep.runtime.step import entry
 
 BYTE, TWO_BYTES, THREE_BYTES = np.int32(1 << 8), np.int32(1 << 16), np.int32(1 << 24)
 
@@ -70,13 +70,13 @@ def keep_key(a, k, page, slot, g):
 
 
 @inlined
-def keep_values(a, step, first, last, g, memory):
+def keep_values(a, batch, first, last, g, memory):
     """One kv head's values of tokens first .. last: by four where they fill a row. memory: scratch for a head."""
     K, row, t = a.head_dim, 4 * a.row_width, first
     while t < last:
-        request, page, slot = slot_of(step, t)
+        request, page, slot = slot_of(batch, t)
         v, head = a.x + row * t + 4 * (a.v_offset + g * K), a.v_pages + head_place(page, g, a.num_kv_heads, K)
-        if slot % 4 == 0 and t + 3 < last and entry(step, REQUEST, t + 3) == request:
+        if slot % 4 == 0 and t + 3 < last and entry(batch.request, t + 3) == request:
             keep_four_values(v, row, head, slot, K)
             t += 4
         else:

@@ -22,7 +22,7 @@ from lockstep.runtime.machine import float_array, int_array
 from lockstep.runtime.operands import Operands, output, rows
 from lockstep.runtime.program import Tensor
 from lockstep.runtime.simd import absolute, fma, maximum, minimum, peek, poke, rint, to_i32
-from lockstep.runtime.step import SAMPLING, num_rows, step_word
+from lockstep.runtime.step import StepBlock, num_rows
 
 CHUNK = 4096  # vocabulary entries per partial sum of the log-softmax: a numerics constant
 BLOCK = 256  # vocabulary entries per maximum that the fast kernel keeps
@@ -245,7 +245,7 @@ def _run(op, step, thread, num_threads):
     if thread == 0:
         a, N = Sample.read(op), MAX_LOGPROBS
         for r in range(num_rows(op, step)):
-            record, row = step_word(step, SAMPLING) + RECORD_BYTES * r, 4 * a.width * r
+            record, row = StepBlock.read(step).sampling + RECORD_BYTES * r, 4 * a.width * r
             logits_V = carray(float_array(a.logits + row), (a.vocab_size,))
             adjusted = peek(record + ADJUSTMENT, int64) != 0
             choice_V = carray(float_array(a.adjusted + row), (a.vocab_size,)) if adjusted else logits_V

@@ -72,7 +72,7 @@ from lockstep.runtime.simd import (
     to_f32,
     where_below,
 )
-from lockstep.runtime.step import COUNTER, SAMPLING, num_rows, step_word
+from lockstep.runtime.step import COUNTER, StepBlock, num_rows
 
 GROUP, GROUP_BYTES = 64, 256  # tokens that share sixteen Philox counters, and the bytes of their scores
 SLACK, RELATIVE_SLACK = np.float32(1e-3), np.float32(2.0**-21)
@@ -82,7 +82,7 @@ TOP_BYTES = MAX_LOGPROBS * WORDS
 @kernel
 def sample(op, step, thread, num_threads):
     """See above; the barriers count on the op's own counter."""
-    a, R, records = Sample.read(op), num_rows(op, step), step_word(step, SAMPLING)
+    a, R, records = Sample.read(op), num_rows(op, step), StepBlock.read(step).sampling
     V, C, scratch, width = a.vocab_size, (a.vocab_size + CHUNK - 1) // CHUNK, a.scratch, WORDS * a.scratch_width
     random = False
     for r in range(R):

@@ -3,15 +3,15 @@
 out[r] = x[selected[r]]
 """
 
-from numba import carray
+from numba import carray, int64
 
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import definition, kernel
 from lockstep.runtime.machine import float_array, int_array
 from lockstep.runtime.operands import Operands, output, rows
 from lockstep.runtime.program import Tensor
-from lockstep.runtime.step import NUM_TOKENS, num_rows, step_word
-from lockstep.runtime.step_block import StepBlock
+from lockstep.runtime.simd import peek
+from lockstep.runtime.step import StepBlock, num_rows
 
 # which array of the step block says which rows go on, by the letter that counts them
 SELECTED = {"O": "output_row", "R": "sampled_row", "E": "embedded_row"}
@@ -52,8 +52,8 @@ def select_rows(x_TD, selected_R, out_RD):
 @kernel
 def _run(op, step, thread, num_threads):
     if thread == 0:
-        a, R, T = SelectRows.read(op), num_rows(op, step), step_word(step, NUM_TOKENS)
-        selected_R = carray(int_array(step_word(step, a.selected)), (R,))
+        a, R, T = SelectRows.read(op), num_rows(op, step), StepBlock.read(step).num_tokens
+        selected_R = carray(int_array(peek(step + 8 * a.selected, int64)), (R,))
         select_rows(carray(float_array(a.x), (T, a.width)), selected_R, carray(float_array(a.out), (R, a.width)))
 
 

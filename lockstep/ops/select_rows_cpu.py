@@ -1,9 +1,11 @@
 """Some rows of a step: the fast kernel. Bound by memory, and rarely more than a few rows."""
 
+from numba import int64
+
 from lockstep.ops.select_rows import SelectRows
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import kernel
-from lockstep.runtime.simd import load, store
+from lockstep.runtime.simd import load, peek, store
 from lockstep.runtime.step import entry, num_rows
 
 
@@ -11,9 +13,9 @@ from lockstep.runtime.step import entry, num_rows
 def select_rows(op, step, thread, num_threads):
     """Rows are dealt to threads in turn; D a multiple of 16."""
     a = SelectRows.read(op)
-    row = 4 * a.width
+    row, selected = 4 * a.width, peek(step + 8 * a.selected, int64)
     for r in range(thread, num_rows(op, step), num_threads):
-        source = a.x + row * entry(step, a.selected, r)
+        source = a.x + row * entry(selected, r)
         for i in range(0, row, 64):
             store(a.out + row * r + i, load(source + i))
 

@@ -26,7 +26,7 @@ from typing import Any, ClassVar, NamedTuple, dataclass_transform, get_type_hint
 import numpy as np
 
 from lockstep.runtime.program import CacheArray, Table, Tensor, Weight
-from lockstep.runtime.words import Readable, Word
+from lockstep.runtime.words import Readable, Word, evaluated
 
 NUMBERS = {int: (int, np.integer), float: (float, np.floating), bool: (bool, np.bool_)}
 IN_WORDS = {int: "an integer", float: "a float", bool: "True or False"}
@@ -247,7 +247,7 @@ class Operands(metaclass=Declaration):
     def _check_shape(self, name: str, operand: Operand, value: Any) -> None:
         if value is None or operand.shape is None:
             return
-        expected = _evaluated(operand.shape, self.params)
+        expected = evaluated(operand.shape, self.params)
         found = tuple(value.shape) if operand.role in ("constant", "packed", "cache") else (_width(value),)
         if found != expected:
             raise ValueError(
@@ -262,16 +262,6 @@ def _width(value: Tensor | Table) -> int:
 
 def _spelt(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
-
-
-@functools.cache
-def _compiled(shape: str) -> Any:
-    return compile(f"({shape},)", "<declaration>", "eval")
-
-
-def _evaluated(shape: str, params: dict[str, Any]) -> tuple[int, ...]:
-    """The numbers that the expressions of a declared shape stand for."""
-    return eval(_compiled(shape), {"__builtins__": {}}, params)
 
 
 def operands_of(op: Operands) -> Iterator[tuple[str, Operand, Any]]:

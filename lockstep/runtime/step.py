@@ -14,25 +14,10 @@ from lockstep.runtime.simd import peek
 from lockstep.runtime.step_block import StepBlock
 from lockstep.runtime.words import Readable
 
-NUM_TOKENS, NUM_REQUESTS, NUM_SAMPLED, TOKEN_IDS, QUERY_START, CONTEXT_LEN, PAGE_TABLE, PAGES_PER_REQUEST = range(8)
-STATE_SLOT, SAMPLED_ROW, POSITION, REQUEST, SAMPLING, NUM_EMBEDDED, EMBEDDED_ROW, NUM_OUTPUTS, OUTPUT_ROW = range(8, 17)
-
 # an op row: ROW_WORDS int64 words
 KERNEL, FLAGS, ROWS, COUNTER, OPERANDS = 0, 1, 2, 3, 4
 ROW_WORDS = 48
 FLUSHES = 1  # flag: the kernel runs with denormals flushed (ops that multiply bfloat16 pairs, and no others)
-
-
-@inlined
-def word(op, index):
-    """Operand or parameter number `index` of an op row, as int64 (an address or an integer)."""
-    return peek(op + 8 * (OPERANDS + index), int64)
-
-
-@inlined
-def number(op, index):
-    """Parameter number `index` of an op row, as float32."""
-    return peek(op + 8 * (OPERANDS + index), float32)
 
 
 @inlined
@@ -42,15 +27,9 @@ def num_rows(op, step):
 
 
 @inlined
-def step_word(step, index):
-    """Word number `index` of a step block: a count or the address of an array."""
-    return peek(step + 8 * index, int64)
-
-
-@inlined
-def entry(step, array, index):
-    """One number of an int32 array of the step, as int64; array: its word."""
-    return int64(peek(step_word(step, array) + 4 * index, int32))
+def entry(array, index):
+    """One number of an int32 array of the step, as int64."""
+    return int64(peek(array + 4 * index, int32))
 
 
 class ReadableType(types.Dummy):

@@ -5,7 +5,12 @@ A step is a ragged batch: the tokens of several requests laid end to end. Reques
 Nothing else is prepared on the host: which tile works on which rows and pages is found inside the kernels.
 """
 
-from lockstep.runtime.words import Readable, Word
+import functools
+from typing import Any
+
+import numpy as np
+
+from lockstep.runtime.words import Readable, Word, evaluated
 
 
 class StepBlock(metaclass=Readable):
@@ -33,6 +38,7 @@ class StepBlock(metaclass=Readable):
     output_row = ("O",)  # rows of the step that are sampled or embedded
 
     @classmethod
+    @functools.cache
     def words(cls) -> tuple[Word, ...]:
         """Counts are integers, arrays addresses."""
         fields = {
@@ -41,9 +47,17 @@ class StepBlock(metaclass=Readable):
         return tuple(Word(n, "int" if isinstance(v, str) else "address", i) for i, (n, v) in enumerate(fields.items()))
 
     @classmethod
+    @functools.cache
+    def indices(cls) -> dict[str, int]:
+        """{name: number of its word} of all fields."""
+        return {word.name: word.index for word in cls.words()}
+
+    @classmethod
     def index(cls, name: str) -> int:
-        """The number of a field's word."""
-        return next(word.index for word in cls.words() if word.name == name)
+        """The number of a field's word; ValueError for a name that is none."""
+        if name not in cls.indices():
+            raise ValueError(f"StepBlock: there is no field {name!r}; it has {', '.join(cls.indices())}")
+        return cls.indices()[name]
 
     @classmethod
     def counts(cls) -> dict[str, int]:
@@ -51,9 +65,23 @@ class StepBlock(metaclass=Readable):
         return {getattr(cls, word.name): word.index for word in cls.words() if word.kind == "int"}
 
     @classmethod
-    def shapes(cls) -> dict[str, tuple[str, ...]]:
-        """{name: shape, as expressions over the counts' letters} of all arrays."""
-        return {word.name: getattr(cls, word.name) for word in cls.words() if word.kind == "address"}
+    def shapes(cls, **counts: int) -> dict[str, tuple[int, ...]]:
+        """{name: shape} of all arrays. counts: a number for each letter."""
+        arrays = [word.name for word in cls.words() if word.kind == "address"]
+        return {name: evaluated(", ".join(getattr(cls, name)), counts) for name in arrays}
+
+    @classmethod
+    def made(cls, **fields: Any) -> np.ndarray:
+        """A block, int64[STEP_WORDS], with some of its fields; the others are 0."""
+        block = np.zeros(len(cls.words()), np.int64)
+        cls.write(block, **fields)
+        return block
+
+    @classmethod
+    def write(cls, block: np.ndarray, **fields: Any) -> None:
+        """Sets fields of a block: counts, and arrays, which whoever calls keeps alive."""
+        for name, value in fields.items():
+            block[cls.index(name)] = value.ctypes.data if isinstance(value, np.ndarray) else value
 
 
 STEP_WORDS = len(StepBlock.words())

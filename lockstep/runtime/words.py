@@ -1,5 +1,6 @@
 """Memory of 64-bit words with names: what op rows and step blocks have in common."""
 
+import functools
 from typing import Any, NamedTuple
 
 
@@ -21,3 +22,13 @@ class Readable(type):
     def read(cls, address: Any) -> Any:
         """Only in kernels and definitions: the fields at an address, by name."""
         raise TypeError(f"{cls.__name__}.read is for kernels")
+
+
+@functools.cache
+def _compiled(shape: str) -> Any:
+    return compile(f"({shape},)", "<declaration>", "eval")
+
+
+def evaluated(shape: str, numbers: dict[str, Any]) -> tuple[int, ...]:
+    """The numbers that the expressions of a declared shape stand for, as of "2 * width" by {"width": 8}."""
+    return eval(_compiled(shape), {"__builtins__": {}}, numbers)

@@ -6,7 +6,7 @@ import pytest
 from lockstep.engine.embedding import Pool
 from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.request import SamplingParams
-from lockstep.runtime import step as words
+from lockstep.runtime.step_block import StepBlock
 from tests.ops.harness import same_bits
 from tests.promise.models import Case, load
 
@@ -118,7 +118,10 @@ def test_the_head_does_not_run_for_them(engine):
     made = engine()
     sampled = []
     run = made.runner.executor.run
-    made.runner.executor.run = lambda step, clock=None: (sampled.append(int(step[words.NUM_SAMPLED])), run(step, clock))
+    made.runner.executor.run = lambda step, clock=None: (
+        sampled.append(int(step[StepBlock.index("num_sampled")])),
+        run(step, clock),
+    )
     embedded(made, "mean")
     assert sampled and not any(sampled)
 

@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from lockstep.runtime import step as words
+from lockstep.ops.sample import SAMPLING_RECORD
 from lockstep.runtime.executor import Executor, WeightStore
 from lockstep.runtime.operands import Operands, output
 from lockstep.runtime.program import DTYPES, ROW_COUNTS, CacheArray, Program, Table, Tensor, Weight
-from lockstep.runtime.step_block import STEP_WORDS
+from lockstep.runtime.step_block import StepBlock
 from lockstep.runtime.threads import Team
 from lockstep.weights.tensor import StoredTensor
 
@@ -20,28 +20,36 @@ def weight(array, name="weight"):
     return Weight(name, array.format, tuple(array.shape), (array,))
 
 
-def ragged_step(lengths=None, contexts=None, pages=None, **arrays):
-    """A step block (and what keeps its arrays alive) for requests with so many new tokens and so much context in
-    all."""
-    lengths = np.asarray(lengths if lengths is not None else [1], np.int32)
-    contexts = np.asarray(contexts if contexts is not None else lengths, np.int32)
-    start = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+def ragged_step(lengths=(1,), contexts=None, pages=None, **arrays):
+    """A step block, and what keeps its arrays alive, for requests of so many new tokens and so much context in all.
+
+    arrays: fields of the step block in place of those made here.
+    """
+    contexts = contexts if contexts is not None else lengths
+    start = np.cumsum([0, *lengths])
+    made = dict(
+        query_start=start,
+        context_len=contexts,
+        state_slot=np.arange(len(lengths)),
+        position=np.concatenate([np.arange(c - n, c) for n, c in zip(lengths, contexts)]),
+        request=np.repeat(np.arange(len(lengths)), lengths),
+        token_ids=np.zeros(start[-1]),
+        sampled_row=start[1:] - 1,
+        embedded_row=[],
+        output_row=[],
+        page_table=pages if pages is not None else np.zeros((len(lengths), 1)),
+    )
     keep = {
-        "QUERY_START": start,
-        "CONTEXT_LEN": contexts,
-        "STATE_SLOT": np.arange(len(lengths), dtype=np.int32),
-        "POSITION": np.concatenate([np.arange(c - n, c) for n, c in zip(lengths, contexts)]).astype(np.int32),
-        "REQUEST": np.repeat(np.arange(len(lengths)), lengths).astype(np.int32),
-        "TOKEN_IDS": np.zeros(start[-1], np.int32),
-        "SAMPLED_ROW": (start[1:] - 1).astype(np.int32),
-        "PAGE_TABLE": np.asarray(pages if pages is not None else np.zeros((len(lengths), 1)), np.int32),
+        name: np.ascontiguousarray(array, np.int32) for name, array in (made | arrays).items() if name != "sampling"
     }
-    keep.update({k: np.ascontiguousarray(v, np.int32) for k, v in arrays.items()})
-    step = np.zeros(STEP_WORDS, np.int64)
-    step[words.NUM_TOKENS], step[words.NUM_REQUESTS] = start[-1], len(lengths)
-    step[words.NUM_SAMPLED], step[words.PAGES_PER_REQUEST] = len(keep["SAMPLED_ROW"]), keep["PAGE_TABLE"].shape[1]
-    for name, array in keep.items():
-        step[getattr(words, name)] = array.ctypes.data
+    of = dict(T="token_ids", S="context_len", R="sampled_row", E="embedded_row", O="output_row")
+    counts = {letter: len(keep[name]) for letter, name in of.items()} | dict(P=keep["page_table"].shape[1])
+    keep["sampling"] = arrays.get("sampling", np.zeros(counts["R"], SAMPLING_RECORD))
+    for name, shape in StepBlock.shapes(**counts).items():
+        assert keep[name].shape == shape, (name, keep[name].shape, shape)
+    step = StepBlock.made(**keep)
+    for letter, index in StepBlock.counts().items():
+        step[index] = counts[letter]
     return step, keep
 
 

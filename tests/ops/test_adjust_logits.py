@@ -3,7 +3,6 @@ import pytest
 
 from lockstep.ops import adjust_logits, adjust_logits_cpu, sample
 from lockstep.ops.adjust_logits import AdjustLogits, Bias, Penalties
-from lockstep.runtime import step as words
 from lockstep.runtime.kernel import interpreted
 from tests.ops.harness import ragged_step, run_op, same_bits
 
@@ -39,8 +38,7 @@ def run(backend, logits, rows, num_threads=1):
             record["adjustment"], record["mask"] = made.ctypes.data, mask.ctypes.data if mask.size else 0
             record["num_seen"], record["num_banned"] = len(seen), len(banned)
             held += [seen, ids, bias, banned, mask, made]
-    step, arrays = ragged_step([1] * len(logits))
-    step[words.SAMPLING] = records.ctypes.data
+    step, arrays = ragged_step([1] * len(logits), sampling=records)
     width = -(-logits.shape[1] // 16) * 16
     padded = np.pad(logits, ((0, 0), (0, width - logits.shape[1])), constant_values=7)
     how = dict(logits=padded, vocab_size=logits.shape[1], width=width)

@@ -48,7 +48,7 @@ def test_kernel_equals_definition(lengths, contexts, channels, width):
     slots = RNG.permutation(9)[: len(lengths)]
     x, w = floats(sum(lengths), channels + 40), floats(channels, width)
     state = poisoned(9, (width - 1, channels), slots, contexts, lengths)
-    requests = dict(lengths=lengths, contexts=contexts, STATE_SLOT=slots, offset=24)
+    requests = dict(lengths=lengths, contexts=contexts, state_slot=slots, offset=24)
     expected = convolve(conv1d.REFERENCE, x, w, state, **requests)
     assert np.isfinite(expected[0]).all() and np.isfinite(expected[1][slots]).all()
     for num_threads in (1, 2, 5):

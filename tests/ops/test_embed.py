@@ -32,7 +32,7 @@ def _finite_scales(data, format):
 
 
 def run(backend, stored, ids, scale=1.0, num_threads=1):
-    step, held = ragged_step([len(ids)], TOKEN_IDS=ids)
+    step, held = ragged_step([len(ids)], token_ids=ids)
     how = dict(width=stored.shape[1], format=embed.format_code(stored.format), scale=scale)
     return run_op(backend, Embed, step, num_threads, table=weight(stored), **how)["out"]
 

@@ -70,10 +70,10 @@ def test_kernel_equals_definition(kernel, shape):
     slots = RNG.permutation(8)[:5]
     state = poisoned(8, state_shape(*shape[1:]), slots, RAGGED["contexts"], RAGGED["lengths"])
     arrays = inputs(42, *shape)
-    want = recur(REFERENCE, arrays, state, shape, STATE_SLOT=slots, **RAGGED)
+    want = recur(REFERENCE, arrays, state, shape, state_slot=slots, **RAGGED)
     assert np.isfinite(want[0]).all() and np.isfinite(want[1][slots]).all()
     for num_threads in (1, 3):
-        both_same(recur(KERNELS[kernel], arrays, state, shape, num_threads, STATE_SLOT=slots, **RAGGED), want)
+        both_same(recur(KERNELS[kernel], arrays, state, shape, num_threads, state_slot=slots, **RAGGED), want)
 
 
 @pytest.mark.parametrize("num_threads", [2, 4, 5])
@@ -90,7 +90,7 @@ def test_threads_and_order_of_requests_do_not_matter(num_threads):
         state,
         shape,
         num_threads,
-        STATE_SLOT=order,
+        state_slot=order,
         lengths=[RAGGED["lengths"][s] for s in order],
         contexts=[RAGGED["contexts"][s] for s in order],
     )

@@ -4,7 +4,6 @@ import pytest
 from lockstep.ops import sample, sample_cpu
 from lockstep.ops.philox import noise
 from lockstep.ops.sample import Sample, scratch_width
-from lockstep.runtime import step as words
 from lockstep.runtime.kernel import interpreted
 from lockstep.runtime.program import Tensor
 from tests.ops.harness import ragged_step, run_op, same_bits
@@ -19,8 +18,7 @@ def run_all(backend, logits, settings, num_threads=1, adjusted=None):
     for record, chosen in zip(records, settings):
         for name, value in {"temperature": 1, "top_p": 1, "seed": 5, "position": 9, **chosen}.items():
             record[name] = value
-    step, held = ragged_step([1] * len(logits))
-    step[words.SAMPLING] = records.ctypes.data
+    step, held = ragged_step([1] * len(logits), sampling=records)
     # what lies beyond the vocabulary is not looked at, nor a row of adjusted logits where nothing is
     rows, wanted = (
         np.pad(x, ((0, 0), (0, 5)), constant_values=1e30)

@@ -27,8 +27,7 @@ from lockstep.runtime.kernel import STRICT
 from lockstep.runtime.peak import CHAINS, lanes_of, peak_f32, peak_int8
 from lockstep.runtime.program import Program, Weight
 from lockstep.runtime.simd import load, store
-from lockstep.runtime.step import NUM_REQUESTS, NUM_SAMPLED, NUM_TOKENS
-from lockstep.runtime.step_block import STEP_WORDS
+from lockstep.runtime.step_block import StepBlock
 from lockstep.runtime.threads import Team
 from lockstep.weights import q4_0, q8_0
 from lockstep.weights.tensor import StoredTensor, stored_shape
@@ -130,7 +129,7 @@ class Copies(WeightStore):
     def arrays(self, weight, layout):
         if weight.name not in self._arrays:
             first = next(iter(self._arrays.values()), None)
-            made = first or layout[1](weight)
+            made = first or layout.make(weight)
             self._arrays[weight.name] = tuple(_aligned_copy(a) for a in made)
         return self._arrays[weight.name]
 
@@ -166,8 +165,8 @@ class Case:
 
     def run(self, rows):
         """Seconds for one linear layer of so many rows."""
-        step, clock = np.zeros(STEP_WORDS, np.int64), np.zeros(len(self.executor.program.ops), np.int64)
-        step[NUM_TOKENS], step[NUM_REQUESTS], step[NUM_SAMPLED] = rows, 1, 1
+        step = StepBlock.made(num_tokens=rows, num_requests=1, num_sampled=1)
+        clock = np.zeros(len(self.executor.program.ops), np.int64)
         self.executor.run(step, clock)
         self.times.setdefault(rows, []).append((clock[-1] - clock[-1 - self.copies]) / 1e9 / self.copies)
 

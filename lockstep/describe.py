@@ -4,7 +4,6 @@ import re
 from dataclasses import dataclass
 
 from lockstep.ops.kv_cache import PAGE_TOKENS
-from lockstep.runtime.operands import Operands
 from lockstep.runtime.program import DTYPES, Tensor, Weight
 from lockstep.weights.pack import PANEL, num_panels
 from lockstep.weights.pack_k import Q4_K_BYTES, Q5_K_BYTES, Q6_K_BYTES
@@ -69,7 +68,7 @@ def _op_cost(op, context):
         ", ".join(f"{w.format} {'x'.join(map(str, w.shape))}" for w in weights),
         _read_bytes(op, weights),
         sum(t.width * DTYPES[t.dtype].itemsize for t in tensors),
-        0 if asked else int(flops(op, context)),
+        0 if asked else int(op.flops(context)),
     )
 
 
@@ -94,18 +93,6 @@ def _size(shape):
 def packed_bytes(weight):
     """Bytes of a linear layer's weight as its kernel reads it, padding included."""
     return int(num_panels(weight.shape[0]) * PANEL * weight.shape[1] * PACKED_BYTES[weight.format])
-
-
-def flops(op, context):
-    """Additions and multiplications for one row; exp and the like count as one, an op without a rule here as none."""
-    if isinstance(op, Operands):
-        return op.flops(context)
-    width = op.outputs[0].width if op.outputs else 0
-    match op.kind:
-        case "linear":
-            n, k = op.inputs[1].shape
-            return 2 * n * k
-    return {"silu_mul": 4, "add": 1, "add_bias": 1}.get(op.kind, 0) * width
 
 
 def collapsed(costs):

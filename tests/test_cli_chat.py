@@ -15,7 +15,7 @@ from lockstep.commands import conversation
 from lockstep.commands.conversation import Conversation
 from lockstep.commands.inspect import spans
 from lockstep.commands.options import context_words
-from lockstep.describe import collapsed, flops, memory, op_costs, packed_bytes
+from lockstep.describe import collapsed, memory, op_costs, packed_bytes
 from lockstep.engine import cache_size
 from lockstep.engine.cache_size import ContextSize
 from lockstep.ops.attention import Attention
@@ -237,7 +237,7 @@ def test_costs(llm):
     assert linear == 2 * sum(n * k for n, k in sizes.values())
     assert [layers for layers, _ in collapsed(costs)] == [None, [0, 1, 2], [3], None]
     attention = next(op for op in llm.model.recorded.ops if isinstance(op, Attention))
-    assert flops(attention, 2000) == 2 * flops(attention, 1000) == 4 * (4 * 64 + 4) * 2000
+    assert attention.flops(2000) == 2 * attention.flops(1000) == 4 * (4 * 64 + 4) * 2000
 
 
 def test_spans():

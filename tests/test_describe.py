@@ -6,6 +6,7 @@ from lockstep.describe import is_linear, memory, op_costs, packed_bytes
 from lockstep.engine import selfcheck
 from lockstep.models.record import INTEGER_FORMATS
 from lockstep.ops import BACKENDS
+from lockstep.ops.experts import ExpertLinear
 from lockstep.runtime.program import Weight
 from tests.models import tiny
 from tests.models.cases import CASES
@@ -17,12 +18,11 @@ CONFIG = CASES["qwen3_moe"]
 @pytest.mark.parametrize("weights", ["f32", "bf16", "q8_0", "q4_0"])
 def test_experts_are_counted_as_they_are_packed(weights, tmp_path):
     program = load(tiny.write(tmp_path / "m", CONFIG, tiny.tensors(CONFIG, 1)), weights).recorded
-    experts = [op for op in program.ops if op.kind.startswith("expert_linear_")]
+    experts = [op for op in program.ops if isinstance(op, ExpertLinear)]
     assert len(experts) == 2 * CONFIG["num_hidden_layers"]
     for op in experts:
-        [weight] = [w for w in op.inputs if hasattr(w, "parts")]
-        assert packed_bytes(weight) == sum(a.nbytes for a in BACKENDS["cpu"][op.kind].layout[1](weight))
-    linear = [w for op in program.ops if is_linear(op) for w in op.inputs if hasattr(w, "parts")]
+        assert packed_bytes(op.weight) == sum(a.nbytes for a in BACKENDS["cpu"][op.kind].layout.make(op.weight))
+    linear = [op.weight for op in program.ops if is_linear(op)]
     assert memory(program)["packed_weights"] == sum(map(packed_bytes, linear))
     # norms and rope tables, no expert among them
     assert memory(program)["constants"] < 4 * CONFIG["num_experts"] * CONFIG["moe_intermediate_size"] * 64
@@ -32,7 +32,7 @@ def test_experts_are_counted_as_they_are_packed(weights, tmp_path):
 def test_every_format_is_counted_as_it_is_packed(format):
     stored = selfcheck.stored("w", (40, 512), format)
     weight = Weight("w", format, stored.shape, (stored,))
-    packed = BACKENDS["cpu"][f"linear_{format}"].layout[1](weight)
+    packed = BACKENDS["cpu"][f"linear_{format}"].layout.make(weight)
     assert packed_bytes(weight) == sum(a.nbytes for a in packed)
 
 

@@ -7,7 +7,7 @@ the words of the step block.
 import numpy as np
 
 from lockstep.runtime.compile import compile_kernels
-from lockstep.runtime.operands import Operands, WeightArrays
+from lockstep.runtime.operands import WeightArrays
 from lockstep.runtime.program import DTYPES, ROW_COUNTS, CacheArray, Table, Tensor, Weight
 from lockstep.runtime.step import COUNTER, FLAGS, FLUSHES, KERNEL, OPERANDS, ROW_WORDS, ROWS
 from lockstep.runtime.step_block import STEP_WORDS
@@ -42,14 +42,14 @@ class WeightStore:
         self._arrays = {}
 
     def arrays(self, weight, layout):
-        """The arrays of a weight in a layout: (name, function from Weight to a tuple of arrays)."""
-        key = weight.name, layout[0]
+        """The arrays of a weight in a layout (`runtime.backend.Layout`)."""
+        key = weight.name, layout.name
         if key not in self._arrays:
             self._arrays[key] = self.make(weight, layout)
         return self._arrays[key]
 
     def make(self, weight, layout):
-        return tuple(_line_aligned(a) for a in layout[1](weight))
+        return tuple(_line_aligned(a) for a in layout.make(weight))
 
 
 def _line_aligned(array):
@@ -117,12 +117,7 @@ class Executor:
 
     def _encode(self, index, op):
         implementation, row = self.backend[op.kind], self._table[index]
-        if isinstance(op, Operands):
-            encode(op, row, {word.name: self._field(op, word, implementation) for word in op.words()})
-        else:
-            words = [w for value in (*op.outputs, *op.inputs) for w in self._addresses(value, implementation)]
-            words += [_param_word(v) for v in op.params.values()]
-            row[OPERANDS : OPERANDS + len(words)] = words
+        encode(op, row, {word.name: self._field(op, word, implementation) for word in op.words()})
         row[KERNEL], row[FLAGS] = implementation.kernel.address, FLUSHES * implementation.flushes
         row[ROWS], row[COUNTER] = ROW_COUNTS[op.rows], self._counters[index:].ctypes.data
 

@@ -5,7 +5,7 @@ The number of tokens is symbolic: a tensor's first dimension is "T" (tokens of t
 is a way of running or rewriting this list.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -79,28 +79,6 @@ class CacheArray:
         return int(np.prod(self.shape)) * DTYPES[self.dtype].itemsize
 
 
-@dataclass(frozen=True, eq=False)
-class Op:
-    """One op: kind, what it writes, what it reads, and its integer and float32 parameters in order."""
-
-    kind: str
-    outputs: tuple
-    inputs: tuple
-    params: dict = field(default_factory=dict)
-
-    def changed(self, **params):
-        """The op with some parameters changed."""
-        return replace(self, params={**self.params, **params})
-
-    @property
-    def rows(self):
-        return self.outputs[0].rows if self.outputs else "T"
-
-    def __str__(self):
-        write = ", ".join(str(t) for t in self.outputs) or "cache"
-        return f"{write} = {self.kind}({', '.join(i.name for i in self.inputs)})"
-
-
 class Program:
     """Ops in the order in which they run, and the names that users may ask for.
 
@@ -118,10 +96,8 @@ class Program:
         self._names.add(unique)
         return Tensor(unique, rows, width, dtype)
 
-    def emit(self, op, outputs=(), inputs=(), **params):
+    def emit(self, op):
         """Appends an op (`runtime.operands.Operands`) and returns its first output."""
-        if isinstance(op, str):
-            op = Op(op, tuple(outputs), tuple(inputs), params)
         self.ops.append(op)
         return op.outputs[0] if op.outputs else None
 

@@ -5,11 +5,11 @@ import functools
 import hashlib
 import os
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from lockstep.runtime.backend import Layout
 from lockstep.runtime.executor import WeightStore
 from lockstep.runtime.program import Weight
 from lockstep.runtime.targets import name as target_name
@@ -22,8 +22,6 @@ from lockstep.weights.leased_map import LeasedMaps
 # Layouts whose names end like this are kept on disk; the others are small. A kept table was checked when it was made,
 # and no step reads the checkpoint's file, which somebody might truncate.
 KEPT = ("panels", "stored bytes")
-
-Layout = tuple[str, Callable[[Weight], tuple[np.ndarray, ...]]]
 
 
 class PackedStore(WeightStore):
@@ -57,7 +55,7 @@ class PackedStore(WeightStore):
         )
 
     def make(self, weight: Weight, layout: Layout) -> tuple[np.ndarray, ...]:
-        name = layout[0]
+        name = layout.name
         if not name.endswith(KEPT):
             return super().make(weight, layout)
         what = described(weight, name)

@@ -111,45 +111,6 @@ def _run_last(program, backend, op, written, caches, step, num_threads):
         team.close()
 
 
-def run_row(implementation, outputs, inputs, step=None, num_threads=1, **params):
-    """Runs one implementation of an op.
-
-    outputs: {name: (rows letter, width, dtype)}. inputs: arrays ([rows, width]; activations), Weight, or a pair
-    ("cache", array) for cache memory, changed in place. Returns {name: array}. All outputs start as NaN.
-    """
-    program, tensors, caches, values = Program(), [], {}, []
-    made = [program.tensor(n, rows, width, dtype) for n, (rows, width, dtype) in outputs.items()]
-    for i, value in enumerate(inputs):
-        if isinstance(value, Weight):
-            values.append(value)
-        elif isinstance(value, tuple):
-            caches[f"cache{i}"] = value[1].ctypes.data
-            values.append(CacheArray(f"cache{i}", "pages", "f32", value[1].shape[1:]))
-        else:
-            dtype = next(k for k, d in DTYPES.items() if d == value.dtype)
-            values.append(program.tensor(f"in{i}", "T", value.shape[1], dtype))
-            tensors.append((values[-1], value))
-    num_tokens = max([v.shape[0] for _, v in tensors], default=1)
-    if step is None:
-        step, held = ragged_step([num_tokens])
-    program.emit("input", [t for t, _ in tensors], [])
-    program.emit("op", made, values, **params)
-    rows = {letter: int(step[count]) for letter, count in ROW_COUNTS.items()}
-    team = Team(num_threads)
-    try:
-        executor = Executor(
-            program, {"input": implementation, "op": implementation}, team, WeightStore(), rows, caches, keep=True
-        )
-        executor._memory[:] = NAN_BYTES
-        for tensor, value in tensors:
-            executor.view(tensor, value.shape[0])[...] = value
-        executor._table[0] = executor._table[1]  # only the op itself runs
-        team.run(executor._table[1:].ctypes.data, 1, step.ctypes.data)
-        return {t.name: executor.view(t, rows[t.rows]).copy() for t in made}
-    finally:
-        team.close()
-
-
 def same_bits(a, b):
     """Asserts equality byte for byte, naming the first difference."""
     assert a.shape == b.shape and a.dtype == b.dtype, (a.shape, b.shape, a.dtype, b.dtype)

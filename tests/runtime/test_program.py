@@ -15,7 +15,7 @@ from lockstep.ops.linear import Linear
 from lockstep.ops.rewrite import fuse, lower
 from lockstep.ops.rms_norm import RmsNorm
 from lockstep.ops.silu_mul import SiluMul
-from lockstep.runtime.backend import Implementation, swapped
+from lockstep.runtime.backend import Implementation, Layout, swapped
 from lockstep.runtime.executor import Executor, WeightStore, aligned, lay_out
 from lockstep.runtime.program import Program, Weight
 from lockstep.runtime.step_block import STEP_WORDS
@@ -158,9 +158,9 @@ def test_aligned_memory_starts_on_a_cache_line():
 
 def test_a_weight_is_laid_out_once_for_each_layout():
     made, store, weight = [], WeightStore(), Weight("w", "f32", (2, 2), ())
-    layout = ("one", lambda w: made.append(w) or (np.zeros((2, 2), np.float32),))
+    layout = Layout("one", lambda w: made.append(w) or (np.zeros((2, 2), np.float32),))
     assert store.arrays(weight, layout) is store.arrays(weight, layout) and len(made) == 1
-    store.arrays(weight, ("two", layout[1]))
+    store.arrays(weight, Layout("two", layout.make))
     assert len(made) == 2
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from lockstep import LLM, SamplingParams
-from lockstep.runtime.program import Weight
+from lockstep.ops.experts import ExpertLinear
 from lockstep.weights.checkpoint import open_checkpoint
 from lockstep.weights.finite import SCALES
 from lockstep.weights.pack import pack_q8_0
@@ -79,7 +79,7 @@ def fused_and_not(folder, formats, attention="f32"):
 
 
 def expert_weights(program):
-    return [v for op in program.ops if op.kind.startswith("expert_linear") for v in op.inputs if isinstance(v, Weight)]
+    return [op.weight for op in program.ops if isinstance(op, ExpertLinear)]
 
 
 @pytest.mark.parametrize("formats", [("f32",) * 3, ("f16",) * 3, ("bf16",) * 3, ("q8_0",) * 3, ("q4_0",) * 3,

@@ -7,6 +7,7 @@ import threading
 import numpy as np
 import pytest
 
+from lockstep.runtime.backend import Layout
 from lockstep.runtime.program import Weight
 from lockstep.weights import content, packed_cache, packed_file
 from lockstep.weights.checkpoint import open_checkpoint
@@ -18,7 +19,7 @@ from tests.weights.files import safetensors_bytes
 from tests.weights.test_content import OTHER, WEIGHTS, model
 
 ARRAYS = (np.arange(7, dtype=np.float32), np.arange(5000, dtype=np.uint8).reshape(50, 100), np.ones((3, 2), np.float16))
-LAYOUT = ("f32 panels", pack_f32)
+LAYOUT = Layout("f32 panels", pack_f32)
 
 
 # ---------------------------------------------------------------- one file
@@ -141,7 +142,7 @@ class Packing:
 
     def arrays(self, folder, **options):
         checkpoint = open_checkpoint(folder, **options)
-        made = PackedStore(checkpoint).arrays(weight_of(checkpoint), ("f32 panels", self._pack))
+        made = PackedStore(checkpoint).arrays(weight_of(checkpoint), Layout("f32 panels", self._pack))
         checkpoint.content.wait(timeout=60)
         return made[0]
 
@@ -199,12 +200,12 @@ def test_until_the_content_is_known_packed_weights_wait_under_a_name_of_that_fil
     # a process that ended before it knew: the next one finds what it packed, if the file is the same
     packing = Packing()
     again = open_checkpoint(tmp_path / "a")
-    PackedStore(again).arrays(weight_of(again), ("f32 panels", packing._pack))
+    PackedStore(again).arrays(weight_of(again), Layout("f32 panels", packing._pack))
     assert packing.count == 0
     (tmp_path / "a" / "model.safetensors").touch()
     touched = open_checkpoint(tmp_path / "a")
     monkeypatch.setattr(PackedStore, "_is_like_a_packed_one", lambda self: False)  # it would wait for the content
-    PackedStore(touched).arrays(weight_of(touched), ("f32 panels", packing._pack))
+    PackedStore(touched).arrays(weight_of(touched), Layout("f32 panels", packing._pack))
     assert packing.count == 1, "a file of another time may be another file"
     go_on.set()
     assert touched.content.wait(timeout=60)

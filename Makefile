@@ -14,14 +14,15 @@ SOURCES := pyproject.toml $(wildcard lockstep/*.py lockstep/*/*.py lockstep/bund
 BIN := $(VENV)/bin
 LOCKSTEP := $(BIN)/lockstep
 
-.PHONY: help demo test test-targets soak test-oracles oracles-lm-eval oracles-others oracles lint lock audit clean
+.PHONY: help demo test test-targets soak fuzz test-oracles oracles-lm-eval oracles-others oracles lint lock audit clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo          install into $(VENV) and generate with the bundled model"
 	@echo "make test          run the tests (without torch)"
 	@echo "make test-targets  compare with kernels for other CPUs, those with this CPU's own instructions included"
-	@echo "make soak          random schedules with fresh seeds, for SOAK minutes (10)"
+	@echo "make soak          random schedules with fresh seeds, for SOAK minutes (10), and 2 minutes of make fuzz"
+	@echo "make fuzz          random requests, bytes, templates, grammars and files, for FUZZ minutes (60)"
 	@echo "make test-oracles  compare with transformers, JAX and lm-eval, live (installs them and torch into $(ORACLES))"
 	@echo "make lint          run ruff"
 	@echo "make audit         ask whether locked or lowest allowed packages have known holes (needs the network)"
@@ -56,7 +57,12 @@ test-targets: $(VENV)/.test
 SOAK ?= 10
 soak: $(VENV)/.test
 	@LOCKSTEP_SOAK=$(SOAK) $(BIN)/python -m pytest -q tests/test_lockstep.py tests/promise/test_traffic.py \
-		tests/serve/http tests/serve/test_template_fuzz.py -k soak
+		tests/serve/http -k soak
+	@$(BIN)/python -m tests.fuzz --minutes 2
+
+FUZZ ?= 60
+fuzz: $(VENV)/.test
+	@$(BIN)/python -m tests.fuzz --minutes $(FUZZ)
 
 # Two processes, with -j2 at the same time: beside JAX, lm-eval's server does not come to an end.
 test-oracles: oracles-lm-eval oracles-others

@@ -24,7 +24,7 @@ def mutations(content: bytes, path: Path, read: Callable[[Path], object], rounds
     rng, accepted = random.Random(seed), 0
     tracemalloc.start()
     for _ in range(rounds):
-        path.write_bytes(_mutant(content, rng))
+        path.write_bytes(mutant(content, rng))
         try:
             read(path)
             accepted += 1
@@ -36,10 +36,11 @@ def mutations(content: bytes, path: Path, read: Callable[[Path], object], rounds
     return accepted
 
 
-def _mutant(content: bytes, rng: random.Random) -> bytes:
+def mutant(content: bytes, rng: random.Random, stop: int | None = None) -> bytes:
+    """The bytes with a few of them changed, removed or added, all of them before `stop`."""
     mutant = bytearray(content)
     for _ in range(rng.choice((1, 1, 1, 2, 8))):
-        at = rng.randrange(len(mutant))
+        at = rng.randrange(min(len(mutant), stop or len(mutant)))
         kind = rng.randrange(5)
         if kind == 0:
             mutant[at] ^= 1 << rng.randrange(8)

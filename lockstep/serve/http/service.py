@@ -235,7 +235,8 @@ class Service:
         running = asyncio.get_running_loop().run_in_executor(self._workers, function, *args)
         running.add_done_callback(self._offloaded)
         try:
-            return await asyncio.wait_for(asyncio.shield(running), self.limits.offload_seconds)
+            async with asyncio.timeout(self.limits.offload_seconds):
+                return await asyncio.shield(running)
         except ValueError as error:
             raise not_allowed(error) from None
         except Busy as error:

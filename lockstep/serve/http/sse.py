@@ -74,8 +74,10 @@ class EventStream:
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, longest)
             else:
+                # not wait_for: in Python 3.11 it goes on where it is cancelled just as what it waits for comes
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(has_ended.wait(), longest)
+                    async with asyncio.timeout(longest):
+                        await has_ended.wait()
             if self._silent:
                 await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
             self._silent = True

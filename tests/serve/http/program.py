@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import httpx
@@ -15,10 +16,12 @@ ROOT = Path(__file__).parents[3]
 
 
 class Program:
-    """A running server process. port, url: where it listens."""
+    """A running server process. port, url: where it listens; said: the lines that it printed."""
 
-    def __init__(self, process, port):
-        self.process, self.port, self.url = process, port, f"http://127.0.0.1:{port}"
+    def __init__(self, process, port, said):
+        self.process, self.port, self.url, self.said = process, port, f"http://127.0.0.1:{port}", said
+        self._reader = threading.Thread(target=lambda: said.extend(process.stdout), daemon=True)
+        self._reader.start()
 
     def signal(self, number=signal.SIGTERM):
         """Sends a signal."""
@@ -41,7 +44,13 @@ class Program:
 
     def check_alive(self):
         """AssertionError with what it said last if it has ended."""
-        assert self.process.poll() is None, f"exit code {self.process.returncode}: {self.process.stdout.read()}"
+        assert self.process.poll() is None, f"exit code {self.process.returncode}: {''.join(self.said)}"
+
+    def end(self):
+        """Kills it if it still runs; all that it said is there then."""
+        self.process.kill()
+        self.process.wait()
+        self._reader.join()
 
     @property
     def rss_mb(self):
@@ -56,14 +65,16 @@ def program(*options):
     command = [sys.executable, "-m", "lockstep", "serve", "--port", "0", "--threads", "1", *map(str, options)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    made = None
     try:
-        said, ready = "", None
+        said, ready = [], None
         while ready is None:  # where it takes long, it says first what it does
-            said += (line := process.stdout.readline())
-            assert line, said
-            ready = re.search(r"is ready at http://127\.0\.0\.1:(\d+)/v1", line)
-        yield Program(process, int(ready[1]))
+            said.append(process.stdout.readline())
+            assert said[-1], "".join(said)
+            ready = re.search(r"is ready at http://127\.0\.0\.1:(\d+)/v1", said[-1])
+        made = Program(process, int(ready[1]), said)
+        yield made
     finally:
-        process.kill()
+        made.end() if made else process.kill()
         process.wait()
         process.stdout.close()

@@ -1,0 +1,187 @@
+"""Valid requests of every route that takes a body, and random damage to them."""
+
+import json
+import random
+
+from tests.serve.http.raw import head
+
+KINDS = "value", "body", "header", "anything"
+MESSAGES = [dict(role="user", content="hello")]
+SCHEMA = dict(
+    type="object",
+    required=["a"],
+    properties=dict(
+        a=dict(type="string", maxLength=3, pattern="^a", format="date"),
+        c=dict(enum=["x", None]),
+        b=dict(anyOf=[dict(type="null"), {"$ref": "#/$defs/x"}]),
+    ),
+    **{"$defs": dict(x=dict(type="array", items=dict(type="integer", maximum=3)))},
+)
+TOOL = dict(name="f", description="d", parameters=SCHEMA, strict=False)
+CALL = dict(id="c", type="function", function=dict(name="f", arguments='{"a": 1}'))
+TALK = [
+    dict(role="system", content="s"),
+    *MESSAGES,
+    dict(role="assistant", content=None, tool_calls=[CALL]),
+    dict(role="tool", tool_call_id="c", content=[dict(type="text", text="r")]),
+]
+BODIES = {
+    "/v1/completions": dict(
+        prompt="x",
+        max_tokens=2,
+        temperature=0.5,
+        top_p=0.9,
+        n=2,
+        stop=["a"],
+        logprobs=1,
+        echo=True,
+        logit_bias={"5": 1},
+        stream=True,
+        stream_options=dict(include_usage=True),
+        seed=1,
+    ),
+    "/v1/chat/completions": dict(
+        messages=MESSAGES,
+        max_tokens=2,
+        temperature=0.5,
+        n=1,
+        stop="a",
+        logprobs=True,
+        top_logprobs=1,
+        stream=False,
+        seed=1,
+        tools=[],
+        tool_choice="none",
+        response_format=dict(type="text"),
+    ),
+    "/v1/messages": dict(
+        model="lockstep",
+        messages=MESSAGES,
+        max_tokens=2,
+        system="s",
+        stop_sequences=["a"],
+        tools=[dict(name="f", input_schema=SCHEMA)],
+        tool_choice=dict(type="any"),
+    ),
+    "/v1/responses": dict(
+        input="hello",
+        max_output_tokens=2,
+        instructions="s",
+        stream=False,
+        top_logprobs=1,
+        tools=[dict(type="function", **TOOL)],
+        include=["message.output_text.logprobs"],
+    ),
+    "/v1/responses/input_tokens": dict(
+        input=[
+            dict(role="user", content=[dict(type="input_text", text="x")]),
+            dict(type="function_call", call_id="c", name="f", arguments="{}"),
+            dict(type="function_call_output", call_id="c", output="r"),
+        ]
+    ),
+    "/v1/embeddings": dict(input=["x", "y"], encoding_format="float"),
+    "/tokenize": dict(messages=TALK, tools=[dict(type="function", function=TOOL)], add_generation_prompt=True),
+    "/v1/messages/count_tokens": dict(messages=MESSAGES, system="s", tools=[dict(name="f", input_schema=SCHEMA)]),
+    "/detokenize": dict(tokens=[5, 6]),
+}
+# values that some parser, somewhere, was surprised by
+ODD = [
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    2,
+    5.5,
+    -0.0,
+    1e308,
+    1 << 31,
+    1 << 63,
+    -(1 << 63),
+    1 << 200,
+    "",
+    "x",
+    "\0",
+    "\ud800",
+    "\N{PILE OF POO}" * 9,
+    "-1",
+    "NaN",
+    "x" * 3000,
+    [],
+    [None],
+    [[]],
+    [[[]]],
+    {},
+    {"a": {}},
+    [1, "x"],
+    [-1],
+    [1 << 40],
+    {"": ""},
+    {"type": "x"},
+    [{}],
+    [{"role": 5}],
+    ["", ""],
+    {"5": "x"},
+    {"$ref": "#"},
+    [True, False],
+]
+HEADERS = [
+    "Content-Length: 5",
+    "Content-Length: -1",
+    "Content-Length: 99999999999999999999",
+    "Content-Length: 0x10",
+    "Transfer-Encoding: chunked",
+    "Transfer-Encoding: gzip",
+    "Connection: upgrade\r\nUpgrade: websocket",
+    "Connection: upgrade\r\nUpgrade: h2c",
+    "Content-Type: text/xml",
+    "Content-Encoding: gzip",
+    "Expect: 100-continue",
+    "Expect: x",
+    "Host:",
+    "Host: a\r\nHost: b",
+    "Authorization: \xff\xfe",
+    "X: \x00",
+    "X" * 300 + ": y",
+    ": y",
+    "Accept-Encoding: br;q=nan",
+    "Origin: null",
+    "Cookie: " + "a" * 5000,
+    "Range: bytes=0-",
+    "X-HTTP-Method-Override: DELETE",
+]
+
+
+def damaged_value(rng: random.Random, value: object) -> object:
+    """A JSON value with one place changed."""
+    if rng.random() < 0.3 or not isinstance(value, (dict, list)) or not value:
+        return rng.choice(ODD)
+    if isinstance(value, list):
+        at = rng.randrange(len(value))
+        return [*value[:at], damaged_value(rng, value[at]), *value[at + 1 :]] * rng.choice([1, 1, 1, 40])
+    name = rng.choice(list(value))
+    return {**value, name: damaged_value(rng, value[name])}
+
+
+def damaged_bytes(rng: random.Random, raw: bytes) -> bytes:
+    """Bytes with a few changed, cut or doubled."""
+    made = bytearray(raw)
+    for _ in range(rng.randrange(1, 6)):
+        at = rng.randrange(len(made) or 1)
+        cut = slice(at, at + rng.randrange(1, 20))
+        made[cut] = rng.choice([b"", bytes([rng.randrange(256)]), made[cut] * 2, b'"', b"}", b"[" * 50, b"\\u"])
+    return bytes(made)
+
+
+def damaged_request(rng: random.Random, path: str, kinds: tuple[str, ...] = KINDS) -> bytes:
+    """A request of one of these kinds: a wrong value, wrong bytes in the body, a wrong header, wrong bytes anywhere."""
+    body, kind = BODIES[path], rng.choice(kinds)
+    sent = damaged_value(rng, body) if kind == "value" else body
+    raw = json.dumps(sent).encode()
+    raw = damaged_bytes(rng, raw) if kind == "body" else raw
+    whole = head(path=path, Connection="close", Content_Length=len(raw)) + raw
+    if kind == "header":
+        line, rest = whole.split(b"\r\n", 1)
+        whole = line + b"\r\n" + rng.choice(HEADERS).encode("latin-1") + b"\r\n" + rest
+    return damaged_bytes(rng, whole) if kind == "anything" else whole

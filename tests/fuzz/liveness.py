@@ -1,0 +1,71 @@
+"""What a server must be while anything is sent to it: answering /health in time, and of the same size."""
+
+import time
+from typing import NamedTuple
+
+from tests.fuzz.watch import Look, Watcher
+from tests.serve.http.program import Program
+
+MOST_GAP = 0.5  # seconds that /health may take, where the server has its cores for itself
+MOST_GROWTH_MB = 256
+AROUND = 1.0  # seconds before and after a gap in which the machine is looked at
+
+
+class Stall(NamedTuple):
+    """A /health that took too long, or was not 200. slowdown: of the machine around it; slept: see Watcher.longest."""
+
+    look: Look
+    slowdown: float
+    slept: float
+
+    @property
+    def is_fault(self) -> bool:
+        """Whether the server did it, and not the machine, which had others to serve."""
+        return self.look.status != 200 or self.look.seconds > MOST_GAP * self.slowdown
+
+    def __str__(self):
+        if self.look.status != 200:
+            return f"/health was answered with {self.look.status}"
+        return (
+            f"no answer for {self.look.seconds:.2f} s, while others on this machine made work take "
+            f"{self.slowdown:.1f} times as long, and sleep {self.slept:.2f} s too long"
+        )
+
+
+class Liveness:
+    """Watches a server from other processes until it is closed."""
+
+    def __init__(self, made: Program):
+        self._program, self.before_mb = made, made.rss_mb
+        self.health, self.machine = Watcher(made.port), Watcher(None)
+        self._num_seen = 0
+        while not (self.health.looks and self.machine.looks):
+            time.sleep(0.01)
+
+    def new_stalls(self) -> list[Stall]:
+        """Stalls that were not told yet."""
+        looks = self.health.looks[self._num_seen :]
+        self._num_seen += len(looks)
+        return [self._stall(look) for look in looks if look.seconds > MOST_GAP or look.status != 200]
+
+    def _stall(self, look: Look) -> Stall:
+        span = look.began - AROUND, look.began + look.seconds + AROUND
+        return Stall(look, self.machine.slowdown(*span), self.machine.longest(*span))
+
+    @property
+    def grown_mb(self) -> float:
+        """Memory that the server has more than at first."""
+        return self._program.rss_mb - self.before_mb
+
+    def words(self, since: float = 0.0) -> str:
+        """Gaps and the machine's slowdown since then."""
+        slowdown = self.machine.slowdown(since, float("inf"))
+        return (
+            f"longest gap {self.health.longest(since):.3f} s (work took {slowdown:.1f} times as long as alone, "
+            f"a sleep at most {self.machine.longest(since):.3f} s too long)"
+        )
+
+    def close(self) -> None:
+        """Ends the watching processes."""
+        self.health.close()
+        self.machine.close()

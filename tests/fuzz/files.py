@@ -116,7 +116,7 @@ class Files:
             wrong = f"exit code {code}"
         elif code == 2 and not (said and said[-1].startswith("lockstep: ")):
             wrong = "a refusal of no sentence"
-        elif code == 2 and NO_MEMORY in said[-1] or found["peak_bytes"] > MOST_BYTES:
+        elif (code == 2 and NO_MEMORY in said[-1]) or found["peak_bytes"] > MOST_BYTES:
             wrong = f"{found['peak_bytes'] >> 20} MB"
         if wrong is not None:
             raise Fault(f"{wrong}: lockstep {found['args']}: {found['err'][-1500:]}", self._archive(path), ".tar")

@@ -21,7 +21,7 @@ class Client:
             raise RuntimeError("sent after the response was complete")
         self.got += message.get("body", b"")
         self.is_complete = message["type"] == "http.response.body" and not message["more_body"]
-        if self.ends == "with the answer" and self.is_complete or self.ends == "at once":
+        if self.ends == ("with the answer" if self.is_complete else "at once"):
             self.has_ended.set()
 
 

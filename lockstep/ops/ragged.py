@@ -21,10 +21,6 @@ from lockstep.runtime.threads import Team
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 NO_SINKS = np.zeros(0, np.float32)
-STRIDES = (
-    *("out_token", "out_head", "q_token", "q_head"),
-    *("k_page", "k_slot", "k_head", "v_page", "v_slot", "v_head"),
-)  # of out, q, k and v, axis by axis
 
 
 def ragged_paged_attention(
@@ -118,12 +114,28 @@ class Workers:
     def attend(self, q, k, v, sequences, how, out, grouped=True):
         """One call of the kernel on checked arguments. grouped: the query heads of a kv head share one read of it."""
         H, G = q.shape[1], k.shape[2]
-        operands = dict(out=out, states=self._states, turns=self._turns, q=q, k=k, v=v, **sequences._asdict())
-        strides = zip(STRIDES, (*out.strides[:2], *q.strides[:2], *k.strides[:3], *v.strides[:3]))
         values = dict(
-            **{name: array.ctypes.data for name, array in operands.items()},
-            **dict(strides),
+            out=out.ctypes.data,
+            states=self._states.ctypes.data,
+            turns=self._turns.ctypes.data,
+            q=q.ctypes.data,
+            k=k.ctypes.data,
+            v=v.ctypes.data,
+            kv_lens=sequences.kv_lens.ctypes.data,
+            page_indices=sequences.page_indices.ctypes.data,
+            cu_q_lens=sequences.cu_q_lens.ctypes.data,
+            num_seqs=sequences.num_seqs.ctypes.data,
             sinks=how.sinks.ctypes.data if how.sinks.size else None,
+            out_token=out.strides[0],
+            out_head=out.strides[1],
+            q_token=q.strides[0],
+            q_head=q.strides[1],
+            k_page=k.strides[0],
+            k_slot=k.strides[1],
+            k_head=k.strides[2],
+            v_page=v.strides[0],
+            v_slot=v.strides[1],
+            v_head=v.strides[2],
             table_row=sequences.page_indices.strides[0],
             num_tokens=q.shape[0],
             num_heads=H,

@@ -27,12 +27,14 @@ def encode(declaration, row, values):
 
     values: by name: a number, an address, WeightArrays of a packed weight; None for what is left out.
     """
-    for name, kind, index in declaration.words():
-        value, at = values[name], OPERANDS + index
+    words = []
+    for name, kind, _ in declaration.words():
+        value = values[name]
         if kind == "weight":
-            row[at : at + len(value)] = value
+            words += value
         else:
-            row[at] = 0 if value is None else _param_word(value)
+            words.append(_float_word(value) if kind == "float" else value or 0)
+    row[OPERANDS : OPERANDS + len(words)] = words
 
 
 class WeightStore:
@@ -170,7 +172,9 @@ class Executor:
         )
 
 
+def _float_word(value):
+    return int(np.float32(value).view(np.int32))
+
+
 def _param_word(value):
-    if isinstance(value, (float, np.floating)):
-        return int(np.float32(value).view(np.int32))
-    return int(value)
+    return _float_word(value) if isinstance(value, (float, np.floating)) else int(value)

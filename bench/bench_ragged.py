@@ -63,7 +63,7 @@ class Batch:
 
 def visible(q_lens, kv_lens):
     """Pairs of a query and a key that it sees."""
-    return sum(int(n) * int(c) - int(n) * (int(n) - 1) // 2 for n, c in zip(q_lens, kv_lens))
+    return sum(int(n) * int(c) - int(n) * (int(n) - 1) // 2 for n, c in zip(q_lens, kv_lens, strict=True))
 
 
 def numbers(shape, dtype, seed):

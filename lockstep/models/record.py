@@ -239,7 +239,7 @@ class Recorder:
         qkv = self.linear(x, names, f"{label}.qkv", config.qkv_bias)
         k_pages, v_pages = (
             self.program.cache(f"{label}.{p}_pages", "pages", ELEMENTS[self.kv_dtype], shape)
-            for p, shape in zip("kv", page_shapes(G, K, self.kv_dtype))
+            for p, shape in zip("kv", page_shapes(G, K, self.kv_dtype), strict=True)
         )
         cos, sin = self.rope_tables(config)
         q = self.program.emit(

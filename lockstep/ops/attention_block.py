@@ -198,7 +198,7 @@ def raise_maximum(a, tile, start, row, memory):
             store(p + 4 * j, where_below(slot, np.float32(low), lanes(MASKED), seen))
     higher = max_lanes(maximum(maximum(load(p), load(p + 64)), maximum(load(p + 128), load(p + 192)))) + ZERO
     total = lanes(ZERO)
-    if start % SPAN == 0 or low >= 0 and a.window > 0:  # the row's first block of the span
+    if start % SPAN == 0 or (low >= 0 and a.window > 0):  # the row's first block of the span
         for i in range(0, 4 * a.head_dim, 64):
             store(o + i, total)
     else:

@@ -51,7 +51,7 @@ def check_pages(op: Operands) -> None:
     if op.k_pages.dtype not in ELEMENTS.values():
         raise ValueError(f"{type(op).__name__}: pages of {op.k_pages.dtype}, expected {', '.join(ELEMENTS.values())}")
     shapes = page_shapes(op.num_kv_heads, op.head_dim, kv_dtype_of(op.k_pages))
-    for pages, shape in zip((op.k_pages, op.v_pages), shapes):
+    for pages, shape in zip((op.k_pages, op.v_pages), shapes, strict=True):
         if (pages.dtype, tuple(pages.shape)) != (op.k_pages.dtype, shape):
             raise ValueError(
                 f"{type(op).__name__}: a page of {pages.name} is {pages.dtype} {tuple(pages.shape)}, expected "

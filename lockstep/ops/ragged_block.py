@@ -193,7 +193,7 @@ def softmax_step(a, tile, block, base, memory):
             poke(p + 4 * j, MASKED)
         higher = max_lanes(maximum(maximum(load(p), load(p + 64)), maximum(load(p + 128), load(p + 192)))) + ZERO
         total = lanes(ZERO)
-        if start % SPAN == 0 or seen >= 0 and a.window > 0:  # the row's first block of the span
+        if start % SPAN == 0 or (seen >= 0 and a.window > 0):  # the row's first block of the span
             for i in range(0, 4 * a.head_dim, 64):
                 store(o + i, total)
         else:

@@ -56,14 +56,14 @@ def quantized_cache(table, N, keys, values):
     codes = [np.full(shape, -1, np.int8) for shape in ((N, G, K, 64), (N, G, 64, K))]
     scales = [np.full((N, G, 64), NAN_BITS, np.uint16) for _ in "kv"]
     kept = [[], []]
-    for s, parts in enumerate(zip(keys, values)):
+    for s, parts in enumerate(zip(keys, values, strict=True)):
         slots = np.arange(len(parts[0]))
         page, slot = table[s, slots // 64], slots % 64
         for i, (made, scale) in enumerate(map(quantize, parts)):
             codes[i][(page, slice(None), slice(None), slot) if i == 0 else (page, slice(None), slot)] = made
             scales[i][page, :, slot] = scale[..., 0]
             kept[i].append(made * widen(scale))
-    return *(on_cache_line(in_fours(c, s)) for c, s in zip(codes, scales)), table, *kept
+    return *(on_cache_line(in_fours(c, s)) for c, s in zip(codes, scales, strict=True)), table, *kept
 
 
 def in_fours(codes, scales):

@@ -78,7 +78,7 @@ class Batch:
         """The result in float64, without blocks, and zeros in the padding rows."""
         (H, G, K), options, rows = self.heads, self.options, []
         q_TGJK = self.q.astype(np.float64).reshape(-1, G, H // G, K)
-        for s, (length, context) in enumerate(zip(self.lengths, self.contexts)):
+        for s, (length, context) in enumerate(zip(self.lengths, self.contexts, strict=True)):
             keys, values = (x.astype(np.float64) for x in self.kv(s))
             for position in range(context - length, context):
                 seen = slice(max(0, position + 1 - (options.get("sliding_window") or context)), position + 1)

@@ -1,3 +1,4 @@
+import itertools
 import pathlib
 import subprocess
 import sys
@@ -78,9 +79,11 @@ class Batch:
     def exact(self):
         """In float64, without blocks."""
         (H, G, K), rows = self.shape, []
-        positions = [(s, c - n + i) for s, (n, c) in enumerate(zip(self.lengths, self.contexts)) for i in range(n)]
+        positions = [
+            (s, c - n + i) for s, (n, c) in enumerate(zip(self.lengths, self.contexts, strict=True)) for i in range(n)
+        ]
         keys, values = ([x.transpose(1, 0, 2).astype(np.float64) for x in xs] for xs in (self.keys, self.values))
-        for (s, p), q_GJK in zip(positions, self.q_TD.reshape(-1, G, H // G, K).astype(np.float64)):
+        for (s, p), q_GJK in zip(positions, self.q_TD.reshape(-1, G, H // G, K).astype(np.float64), strict=True):
             seen = slice(max(0, p + 1 - self.window) if self.window else 0, p + 1)
             score = q_GJK @ keys[s][:, seen].transpose(0, 2, 1) * K**-0.5
             if self.soft_cap:
@@ -124,9 +127,9 @@ def test_kernel_equals_definition(name):
     batch = Batch(*MIXED, **CASES[name])
     expected = batch.run(REFERENCE)
     for num_threads in (1, 2, 5):
-        for made, want in zip(batch.run(CPU, num_threads), expected):
+        for made, want in zip(batch.run(CPU, num_threads), expected, strict=True):
             same_bits(made, want)
-    for made, want in zip(batch.run(PER_TOKEN, 3), expected):
+    for made, want in zip(batch.run(PER_TOKEN, 3), expected, strict=True):
         same_bits(made, want)
     assert np.abs(expected[0] - batch.exact()).max() < tolerance(batch)
 
@@ -148,9 +151,9 @@ def test_chunks_give_the_same_bits_as_the_whole(window, num_threads, kv_dtype):
     batch = Batch([2060], [2060], 2, 1, 16, kv_dtype, window)
     whole = batch.run(CPU, num_threads)
     cuts = [0, 1, 2, 50, 63, 64, 65, 128, 200, 1023, 1024, 1025, 1100, 2047, 2049, 2060]
-    for first, last in zip(cuts, cuts[1:]):
+    for first, last in itertools.pairwise(cuts):
         part = batch.run(CPU, num_threads, rows=slice(first, last), lengths=[last - first], contexts=[last])
-        for made, want in zip(part, whole):
+        for made, want in zip(part, whole, strict=True):
             same_bits(made, want[first:last])
 
 
@@ -158,7 +161,7 @@ def test_chunks_give_the_same_bits_as_the_whole(window, num_threads, kv_dtype):
 @pytest.mark.parametrize("num_threads", [2, 3, 8])
 def test_long_contexts_are_cut_into_spans_and_merged_in_order(num_threads, kv_dtype):
     batch = Batch([1, 3], [5000, 3073], 2, 1, 16, kv_dtype)
-    for made, want in zip(batch.run(CPU, num_threads), batch.run(CPU)):
+    for made, want in zip(batch.run(CPU, num_threads), batch.run(CPU), strict=True):
         same_bits(made, want)
 
 
@@ -166,7 +169,7 @@ def test_long_contexts_are_cut_into_spans_and_merged_in_order(num_threads, kv_dt
 def test_batch_mates_do_not_matter(kv_dtype):
     batch = Batch(*MIXED, H=4, G=2, K=32, kv_dtype=kv_dtype)
     out, start = batch.run(CPU)[0], 0
-    for s, (length, context) in enumerate(zip(*MIXED)):
+    for s, (length, context) in enumerate(zip(*MIXED, strict=True)):
         alone, _ = batch.run(
             CPU, rows=slice(start, start + length), lengths=[length], contexts=[context], requests=slice(s, s + 1)
         )
@@ -201,7 +204,7 @@ def test_scores_that_nearly_overflow_are_not_below_what_is_hidden(query, kv_dtyp
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 def test_gate(kv_dtype):
     batch = Batch([5, 1], [5, 70], 4, 2, 32, kv_dtype)
-    for made, want in zip(batch.run(CPU, 2, gated=True), batch.run(REFERENCE, gated=True)):
+    for made, want in zip(batch.run(CPU, 2, gated=True), batch.run(REFERENCE, gated=True), strict=True):
         same_bits(made, want)
     gate = batch.gate_TW[:, 5:].reshape(-1, 4, 2, 32)[:, :, 1].reshape(-1, 128).astype(np.float64)
     want = batch.exact() / (1 + np.exp(-gate))
@@ -217,7 +220,7 @@ def test_denormal_products_are_the_same_bits_everywhere(scale, kv_dtype):
     expected = batch.run(REFERENCE)
     assert np.isfinite(expected[0]).all()
     for backend in (CPU, PER_TOKEN):
-        for made, want in zip(batch.run(backend, 2), expected):
+        for made, want in zip(batch.run(backend, 2), expected, strict=True):
             same_bits(made, want)
 
 
@@ -233,7 +236,7 @@ def test_definition_compiled_equals_interpreted(window, soft_cap, pairs):
     position = 1026 if window else 130
     results = [
         f(q, k, v, position, window, scales, out, pairs)
-        for f, out in zip((attention.attend, interpreted(attention.attend)), outs)
+        for f, out in zip((attention.attend, interpreted(attention.attend)), outs, strict=True)
     ]
     same_bits(outs[0], outs[1])
     same_bits(*(np.array(r, np.float32) for r in results))
@@ -249,7 +252,7 @@ def test_definition_over_8_bits_compiled_equals_interpreted(window, soft_cap):
     position = 1026 if window else 130
     results = [
         f(q, k, v, position, window, scales, out)
-        for f, out in zip((attention_q8.attend, interpreted(attention_q8.attend)), outs)
+        for f, out in zip((attention_q8.attend, interpreted(attention_q8.attend)), outs, strict=True)
     ]
     same_bits(outs[0], outs[1])
     same_bits(*(np.array(r, np.float32) for r in results))

@@ -86,7 +86,7 @@ class Inputs:
         if self.normed:
             x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * (norm + 1.0)
         half, out = self.rope_dim // 2, x.copy()
-        position = np.concatenate([np.arange(c - n, c) for n, c in zip(LENGTHS, CONTEXTS)])
+        position = np.concatenate([np.arange(c - n, c) for n, c in zip(LENGTHS, CONTEXTS, strict=True)])
         cos, sin = (t[position][:, None, :half].astype(np.float64) for t in self.tables)
         low, high = x[..., :half], x[..., half : 2 * half]
         out[..., :half], out[..., half : 2 * half] = low * cos - high * sin, high * cos + low * sin
@@ -99,7 +99,7 @@ def test_kernel_equals_definition(name, kv_dtype):
     inputs = Inputs(*SHAPES[name], kv_dtype)
     expected = inputs.run(BACKENDS["reference"])
     for num_threads in (1, 3):
-        for made, want in zip(inputs.run(BACKENDS["cpu"], num_threads), expected):
+        for made, want in zip(inputs.run(BACKENDS["cpu"], num_threads), expected, strict=True):
             same_bits(made, want)
 
 
@@ -115,7 +115,7 @@ def test_queries_keys_and_values_are_right_and_in_place(name, kv_dtype):
     assert np.abs(q.reshape(T, H, K) - inputs.exact(heads(GAP, H, 2 * K), inputs.norms[0])).max() < 3e-6
     k, v = inputs.exact(heads(inputs.k_offset, G, K), inputs.norms[1]), heads(inputs.v_offset, G, K)
     written, t = np.zeros((inputs.num_pages, 64), bool), 0
-    for s, (n, c) in enumerate(zip(LENGTHS, CONTEXTS)):
+    for s, (n, c) in enumerate(zip(LENGTHS, CONTEXTS, strict=True)):
         for position in range(c - n, c):
             page, slot = inputs.table[s, position // 64], position % 64
             written[page, slot] = True
@@ -137,11 +137,11 @@ def test_keys_and_values_in_8_bits_are_right_and_in_place(name):
     plain = Inputs(*SHAPES[name], "f32")
     exact = plain.run(BACKENDS["cpu"], 2)[1:]
     written = np.zeros((plain.num_pages, 64), bool)
-    for s, (n, c) in enumerate(zip(LENGTHS, CONTEXTS)):
+    for s, (n, c) in enumerate(zip(LENGTHS, CONTEXTS, strict=True)):
         for position in range(c - n, c):
             written[plain.table[s, position // 64], position % 64] = True
     for pages, codes, scales, slots in ((exact[0], *found[:2], 3), (exact[1], *found[2:], 2)):
-        by_slot = lambda x: np.moveaxis(x, slots, 1)[written]  # [slot, G, K]
+        by_slot = lambda x, slots=slots: np.moveaxis(x, slots, 1)[written]  # [slot, G, K]
         same_bits(by_slot(codes), quantize(by_slot(pages))[0])
         same_bits(scales.transpose(0, 2, 1)[written], quantize(by_slot(pages))[1][..., 0])
         error = np.abs(by_slot(codes) * widen(scales).transpose(0, 2, 1)[written][..., None] - by_slot(pages))
@@ -164,7 +164,9 @@ def test_keys_and_values_in_8_bits_are_right_and_in_place(name):
 )
 def test_heads_of_extreme_size_are_quantized_as_numpy_does(x):
     x, codes = x.astype(np.float32), np.full((2, 16), 99, np.int8)
-    scales = [f(x, c) for f, c in zip((kv_cache_q8.quantize_head, interpreted(kv_cache_q8.quantize_head)), codes)]
+    scales = [
+        f(x, c) for f, c in zip((kv_cache_q8.quantize_head, interpreted(kv_cache_q8.quantize_head)), codes, strict=True)
+    ]
     with np.errstate(divide="ignore", invalid="ignore"):
         want, scale = quantize(x) if np.abs(x).max() >= 1e-30 else (np.zeros(16, np.int8), np.zeros(1, np.uint16))
     same_bits(codes[0], want)

@@ -1,6 +1,7 @@
 """What ragged paged attention refuses, and that a call neither compiles nor allocates."""
 
 import tracemalloc
+from functools import partial
 
 import numpy as np
 import pytest
@@ -91,7 +92,7 @@ OPTIONS = [
 
 
 def call(**arguments):
-    given = {"threads": 2} | dict(zip(NAMES, (Q, KV, KV_LENS, TABLE, STARTS, NUM_SEQS))) | arguments
+    given = {"threads": 2} | dict(zip(NAMES, (Q, KV, KV_LENS, TABLE, STARTS, NUM_SEQS), strict=True)) | arguments
     return ragged_paged_attention(**given)
 
 
@@ -182,8 +183,8 @@ def test_a_hundred_mixes_compile_and_allocate_nothing(native_allocations, monkey
     before = native_allocations()
     with event.install_recorder("numba:compile") as recorder:
         largest = max(
-            python_bytes(lambda: ragged_paged_attention(*arguments, **options, out=out))
-            for (arguments, options), out in zip(mixes, outs)
+            python_bytes(partial(ragged_paged_attention, *arguments, **options, out=out))
+            for (arguments, options), out in zip(mixes, outs, strict=True)
         )
     assert not compiled and not recorder.buffer
     assert native_allocations() == before

@@ -1,4 +1,5 @@
 import ctypes
+import itertools
 import mmap
 import os
 import pathlib
@@ -82,7 +83,7 @@ def test_definition_compiled_equals_interpreted(window, cap):
     q, kv, *rest = batch.arguments()
     scale, cap = (np.float32(x) for x in interpreted(score_scales)(np.float32(0.5), np.float32(cap)))
     outs = np.full((2, *q.shape), np.nan, np.float32)
-    for run, out in zip((attend_ragged, interpreted(attend_ragged)), outs):
+    for run, out in zip((attend_ragged, interpreted(attend_ragged)), outs, strict=True):
         run(
             q,
             *(np.ascontiguousarray(x) for x in pages(kv)),
@@ -168,7 +169,7 @@ def test_chunks_give_the_same_bits_as_the_whole(window):
     q, kv, _, table, _, num_seqs = whole.arguments()
     expected = ragged_paged_attention(*whole.arguments(), **whole.options)
     cuts = [0, 1, 2, 50, 63, 64, 65, 128, 200, 1023, 1024, 1025, 1100, 2047, 2049, 2060]
-    for first, last in zip(cuts, cuts[1:]):
+    for first, last in itertools.pairwise(cuts):
         made = ragged_paged_attention(
             q[first:last],
             kv,

@@ -118,7 +118,7 @@ def times(executor, step):
     """Nanoseconds by op kind of one step."""
     clock, total = np.zeros(len(executor.program.ops), np.int64), {}
     executor.run(step, clock)
-    for op, spent in zip(executor.program.ops[1:], np.diff(clock)):
+    for op, spent in zip(executor.program.ops[1:], np.diff(clock), strict=True):
         total[op.kind] = total.get(op.kind, 0) + int(spent)
     return total
 
@@ -128,7 +128,7 @@ def fma_floor():
     program = Program()
     program.emit(FmaRate(out=program.tensor("x", "T", 32)))
     executor = Executor(program, BACKEND, Team(1), WeightStore(), dict(T=1, S=1, R=1), {})
-    step, keep = ragged_step([1])
+    step, _keep = ragged_step([1])
     spent = []
     for _ in range(20):
         start = time.perf_counter()
@@ -139,7 +139,7 @@ def fma_floor():
 
 def measure(lengths, contexts, num_layers, team, rounds):
     """Prints a line for each way: microseconds per token and layer of each op."""
-    step, keep = ragged_step(lengths, contexts)
+    step, _keep = ragged_step(lengths, contexts)
     per_token = {**BACKEND, **gated_delta_cpu.PER_TOKEN}
     ways = {"unfused": (BACKEND, False), "fused": (BACKEND, True), "per token": (per_token, True)}
     built = {name: build(num_layers, len(lengths), sum(lengths), team, *way) for name, way in ways.items()}

@@ -96,7 +96,7 @@ def main():
     for flat in (False, True):
         runner = Runner(model(args.vocabulary, flat), team, Limits(ROWS, 1, 1, ROWS))
         for name, wishes in WISHES.items():
-            record, held = fields(wishes, args.vocabulary)
+            record, _held = fields(wishes, args.vocabulary)
             cells = [microseconds(runner, record, n, args.rounds) for n in (1, ROWS)]
             print(f"{name + ', flat' * flat:40}" + "".join(f"{f'{a:.0f} + {s:.0f}':>16}" for a, s in cells))
     team.close()

@@ -132,7 +132,7 @@ class Executor:
         if word.kind == "address":
             return addresses[0]
         return WeightArrays(
-            **dict.fromkeys(WeightArrays._fields, 0) | dict(zip(implementation.layout.arrays, addresses))
+            **dict.fromkeys(WeightArrays._fields, 0) | dict(zip(implementation.layout.arrays, addresses, strict=True))
         )
 
     def _addresses(self, value, implementation):

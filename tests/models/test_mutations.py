@@ -28,7 +28,7 @@ def run(folder, name, arrays=None, ops=lambda op: op, config=None, **feeding):
 
 
 def is_red(found, golden, name):
-    worst, flips = difference(found, golden[f"{name}.logits"])
+    worst, _flips = difference(found, golden[f"{name}.logits"])
     assert worst > 10 * TOLERANCE, f"the mistake only moves logits by {worst:.3g}"
 
 

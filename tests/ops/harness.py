@@ -31,7 +31,7 @@ def ragged_step(lengths=(1,), contexts=None, pages=None, **arrays):
         query_start=start,
         context_len=contexts,
         state_slot=np.arange(len(lengths)),
-        position=np.concatenate([np.arange(c - n, c) for n, c in zip(lengths, contexts)]),
+        position=np.concatenate([np.arange(c - n, c) for n, c in zip(lengths, contexts, strict=True)]),
         request=np.repeat(np.arange(len(lengths)), lengths),
         token_ids=np.zeros(start[-1]),
         sampled_row=start[1:] - 1,

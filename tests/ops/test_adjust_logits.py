@@ -30,7 +30,7 @@ def arguments(wanted):
 def run(backend, logits, rows, num_threads=1):
     """Adjusted logits; rows: what each asks for (a dict), or None. Unwritten elements are NaN."""
     records, held = np.zeros(len(rows), sample.SAMPLING_RECORD), []
-    for record, wanted in zip(records, rows):
+    for record, wanted in zip(records, rows, strict=True):
         if wanted is not None:
             seen, penalties, (ids, bias), banned, mask = arguments(wanted)
             made = np.zeros(1, adjust_logits.ADJUSTMENT_RECORD)
@@ -38,7 +38,7 @@ def run(backend, logits, rows, num_threads=1):
             record["adjustment"], record["mask"] = made.ctypes.data, mask.ctypes.data if mask.size else 0
             record["num_seen"], record["num_banned"] = len(seen), len(banned)
             held += [seen, ids, bias, banned, mask, made]
-    step, arrays = ragged_step([1] * len(logits), sampling=records)
+    step, _arrays = ragged_step([1] * len(logits), sampling=records)
     width = -(-logits.shape[1] // 16) * 16
     padded = np.pad(logits, ((0, 0), (0, width - logits.shape[1])), constant_values=7)
     how = dict(logits=padded, vocab_size=logits.shape[1], width=width)
@@ -84,7 +84,7 @@ def test_kernel_equals_definition_and_writes_only_rows_that_ask(vocabulary):
 def test_definition_compiled_equals_interpreted():
     logits, rows = many(40)
     expected = run(adjust_logits.REFERENCE, logits, rows)
-    for x, wanted, found in zip(logits, rows, expected):
+    for x, wanted, found in zip(logits, rows, expected, strict=True):
         if wanted is not None:
             out = np.empty_like(x)
             interpreted(adjust_logits.adjust_row)(x, *arguments(wanted), out)
@@ -107,7 +107,7 @@ def in_float64(x, w):
 @pytest.mark.parametrize("vocabulary", [3, 50, 4101])
 def test_accuracy_in_float64(vocabulary):
     logits, rows = many(vocabulary, 1, 60)
-    for x, wanted, found in zip(logits, rows, run(adjust_logits.REFERENCE, logits, rows)):
+    for x, wanted, found in zip(logits, rows, run(adjust_logits.REFERENCE, logits, rows), strict=True):
         if wanted is not None:
             exact = in_float64(x, wanted)
             assert (np.isneginf(found) == np.isneginf(exact)).all()
@@ -118,7 +118,7 @@ def test_accuracy_in_float64(vocabulary):
 def test_a_row_does_not_depend_on_the_others():
     logits, rows = many(333)
     together = run(adjust_logits_cpu.CPU, logits, rows, 3)
-    for x, wanted, found in zip(logits, rows, together):
+    for x, wanted, found in zip(logits, rows, together, strict=True):
         same_bits(run(adjust_logits_cpu.CPU, x[None], [wanted])[0], found)
     order = np.random.default_rng(3).permutation(len(rows))
     same_bits(run(adjust_logits_cpu.CPU, logits[order], [rows[i] for i in order], 2), together[order])

@@ -17,7 +17,7 @@ def floats(*shape):
 def poisoned(num_slots, shape, slots, contexts, lengths):
     """State whose slots are NaN except those that a request goes on from."""
     state = np.full((num_slots, *shape), np.nan, np.float32)
-    for slot, context, length in zip(slots, contexts, lengths):
+    for slot, context, length in zip(slots, contexts, lengths, strict=True):
         if context > length:
             state[slot] = floats(*shape)
     return state
@@ -26,7 +26,7 @@ def poisoned(num_slots, shape, slots, contexts, lengths):
 def convolve(backend, x, w, state, offset=0, num_threads=1, **requests):
     """(out, state after) of one step; state is not changed."""
     state = state.copy()
-    step, keep = ragged_step(**requests)
+    step, _keep = ragged_step(**requests)
     how = dict(row_width=x.shape[1], offset=offset, channels=w.shape[0], conv_width=w.shape[1])
     return run_op(backend, Conv1d, step, num_threads, x=x, weight=w, state=state, **how)["out"], state
 
@@ -52,7 +52,9 @@ def test_kernel_equals_definition(lengths, contexts, channels, width):
     expected = convolve(conv1d.REFERENCE, x, w, state, **requests)
     assert np.isfinite(expected[0]).all() and np.isfinite(expected[1][slots]).all()
     for num_threads in (1, 2, 5):
-        for got, want in zip(convolve(conv1d_cpu.CPU, x, w, state, num_threads=num_threads, **requests), expected):
+        for got, want in zip(
+            convolve(conv1d_cpu.CPU, x, w, state, num_threads=num_threads, **requests), expected, strict=True
+        ):
             same_bits(got, want)
 
 

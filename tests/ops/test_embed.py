@@ -32,7 +32,7 @@ def _finite_scales(data, format):
 
 
 def run(backend, stored, ids, scale=1.0, num_threads=1):
-    step, held = ragged_step([len(ids)], token_ids=ids)
+    step, _held = ragged_step([len(ids)], token_ids=ids)
     how = dict(width=stored.shape[1], format=embed.format_code(stored.format), scale=scale)
     return run_op(backend, Embed, step, num_threads, table=weight(stored), **how)["out"]
 
@@ -70,5 +70,5 @@ def test_every_block_format_has_a_decoder():
 
 
 def test_other_formats_are_named():
-    with pytest.raises(ValueError, match="i8.*f32, bf16"):
+    with pytest.raises(ValueError, match=r"i8.*f32, bf16"):
         embed.format_code("i8")

@@ -47,7 +47,7 @@ def state_shape(H, K, V):
 def recur(implementation, arrays, state, shape, num_threads=1, spare=8, **requests):
     """(out, state after) of one step; state is not changed."""
     (qk, v, gates), state = arrays, state.copy()
-    step, keep = ragged_step(**(requests or dict(lengths=[len(qk)])))
+    step, _keep = ragged_step(**(requests or dict(lengths=[len(qk)])))
     given = dict(qk=qk, v=v, gates=gates, state=state, **rule_of(shape, qk, v, spare))
     return run_op(implementation, GatedDelta, step, num_threads, **given)["out"], state
 
@@ -60,7 +60,7 @@ def rule_of(shape, qk, v, v_offset):
 
 
 def both_same(got, want):
-    for a, b in zip(got, want):
+    for a, b in zip(got, want, strict=True):
         same_bits(a, b)
 
 
@@ -132,7 +132,7 @@ def exact_recurrence(qk, v, gates, G, H, K, V, state):
 
 
 def test_definition_is_accurate():
-    G, H, K, V = shape = 1, 2, 64, 32
+    _G, H, K, V = shape = 1, 2, 64, 32
     arrays, state = inputs(1000, *shape, spare=0), np.full((1, *state_shape(H, K, V)), np.nan, np.float32)
     out, after = recur(REFERENCE, arrays, state, shape, spare=0)
     exact, end = exact_recurrence(*arrays, *shape, np.zeros((H, K, V)))
@@ -190,7 +190,7 @@ def test_helpers_interpreted():
 def prepared(backend, x, arrays, shape, state, num_threads=1, **requests):
     """(u, gates, conv state after) of the fused op."""
     (w, a_log, dt_bias), C, state = arrays, len(arrays[0]), state.copy()
-    step, keep = ragged_step(**requests)
+    step, _keep = ragged_step(**requests)
     given = dict(x=x, weight=w, a_log=a_log, dt_bias=dt_bias, state=state)
     made = run_op(backend, DeltaInputs, step, num_threads, **given, **inputs_of(shape, x, 4, 4 + C, 4 + C + shape[1]))
     return made["out"], made["gates"], state
@@ -224,7 +224,7 @@ def test_a_layer_gives_the_numbers_of_transformers():
     G, H, K, V = (int(golden[n]) for n in ("num_k_heads", "num_v_heads", "k_size", "v_size"))
     C, x = 2 * G * K + H * V, golden["proj"]
     state, step, _keep = np.full((1, *state_shape(H, K, V)), np.nan, np.float32), *ragged_step([len(x)])
-    weights = dict(zip(("weight", "a_log", "dt_bias"), (golden[n] for n in ("conv", "a_log", "dt_bias"))))
+    weights = dict(zip(("weight", "a_log", "dt_bias"), (golden[n] for n in ("conv", "a_log", "dt_bias")), strict=True))
     where = inputs_of((G, H, K, V), x, 0, C + H * V + H, C + H * V)
     history = np.full((1, 3, C), np.nan, np.float32)
     made = run_op(conv1d_cpu.CPU, DeltaInputs, step, x=x, state=history, **weights, **where)

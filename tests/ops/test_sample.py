@@ -15,10 +15,10 @@ GREEDY = dict(temperature=0)
 def run_all(backend, logits, settings, num_threads=1, adjusted=None):
     """Everything that the op writes for rows of logits, each row with its settings (a dict of record fields)."""
     records = np.zeros(len(settings), sample.SAMPLING_RECORD)
-    for record, chosen in zip(records, settings):
+    for record, chosen in zip(records, settings, strict=True):
         for name, value in {"temperature": 1, "top_p": 1, "seed": 5, "position": 9, **chosen}.items():
             record[name] = value
-    step, held = ragged_step([1] * len(logits), sampling=records)
+    step, _held = ragged_step([1] * len(logits), sampling=records)
     # what lies beyond the vocabulary is not looked at, nor a row of adjusted logits where nothing is
     rows, wanted = (
         np.pad(x, ((0, 0), (0, 5)), constant_values=1e30)
@@ -94,7 +94,7 @@ def test_flat_and_peaked_rows(scale, vocabulary):
 def test_definition_compiled_equals_interpreted():
     logits = logits_of(len(SETTINGS), 40)
     expected = run(sample.REFERENCE, logits, SETTINGS)
-    for row, settings, (token, logprob) in zip(logits, SETTINGS, expected):
+    for row, settings, (token, logprob) in zip(logits, SETTINGS, expected, strict=True):
         full = {"temperature": 1, "top_p": 1, "seed": 5, "position": 9, "top_k": 0, "min_p": 0, **settings}
         with np.errstate(over="ignore", invalid="ignore"):
             slow = interpreted(sample.sample_row)(
@@ -190,7 +190,7 @@ def test_likeliest_tokens_in_float64():
     out = run_all(sample_cpu.CPU, logits, [dict(num_logprobs=20)] * 6, 2)
     x = logits.astype(np.float64)
     exact = x - np.log(np.exp(x).sum(1, keepdims=True))
-    for row, tokens, logprobs in zip(exact, out["top_token"], out["top_logprob"]):
+    for row, tokens, logprobs in zip(exact, out["top_token"], out["top_logprob"], strict=True):
         assert tokens.tolist() == sorted(range(5003), key=lambda i: (-row[i], i))[:20]
         assert np.abs(row[tokens] - logprobs).max() < 3e-6
 
@@ -245,7 +245,7 @@ def test_a_row_that_is_not_sound_has_no_logprobs_and_a_token_of_the_vocabulary(v
         logits[r, RNG.integers(vocabulary) if r % 3 else slice(None)] = value
     out = same_outputs(logits, ASKED)
     assert (out["token"][:-1] == 0).all() and np.isnan(out["logprob"][:-1]).all()
-    for settings, tokens, logprobs in zip(ASKED[:-1], out["top_token"], out["top_logprob"]):
+    for settings, tokens, logprobs in zip(ASKED[:-1], out["top_token"][:-1], out["top_logprob"][:-1], strict=True):
         count = min(settings["num_logprobs"], vocabulary)
         assert tokens[:count].tolist() == list(range(count)) and np.isnan(logprobs[:count]).all()
     alone = same_outputs(logits[-1:], ASKED[-1:])

@@ -15,7 +15,7 @@ RNG = np.random.default_rng(0)
 @pytest.mark.parametrize("letter,array", [("R", "sampled_row"), ("E", "embedded_row")])
 def test_takes_the_rows_asked_for(backend, lengths, rows, letter, array):
     x = RNG.standard_normal((sum(lengths), 48)).astype(np.float32)
-    step, held = ragged_step(lengths, **{array: rows})
+    step, _held = ragged_step(lengths, **{array: rows})
     for threads in 1, 3:
         out = run_op(backend, SelectRows, step, threads, letter, x=x, width=48, selected=selected_rows(letter))["out"]
         same_bits(out, x[np.array(rows, int)])

@@ -11,13 +11,18 @@ Shape suffixes used in all names:
 """
 
 import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lockstep.engine.request import SamplingParams
+    from lockstep.serve.llm import LLM, Completion
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "Completion", "SamplingParams"]
 _HOMES = {"LLM": "lockstep.serve.llm", "Completion": "lockstep.serve.llm", "SamplingParams": "lockstep.engine.request"}
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     """Loads the public names when they are first used: importing lockstep stays cheap."""
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)

@@ -6,6 +6,7 @@ moment of handing over. Times are seconds; those of a run count from its beginni
 """
 
 import heapq
+import math
 import time
 from collections import deque
 from dataclasses import asdict, dataclass, field
@@ -91,7 +92,7 @@ class Visit:
 
     request: Request
     due: float
-    arrived: float | None = None
+    arrived: float = math.nan
     token_times: list[float] = field(default_factory=list)
 
     @property

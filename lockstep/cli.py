@@ -7,9 +7,11 @@ modules of their own. Only the one that is asked for is imported, so that `locks
 
 import importlib
 import importlib.util
+import io
 import os
 import signal
 import sys
+from typing import Any
 
 import typer
 
@@ -29,7 +31,7 @@ COMMANDS = {
     "cache prune": "Remove what is kept on disk.",
 }
 # The base of all complaints about the command line; typer has no name for it.
-UsageError = typer.BadParameter.__mro__[2]
+UsageError: Any = typer.BadParameter.__mro__[2]
 CANNOT, INTERRUPTED = 2, 130
 
 
@@ -39,7 +41,8 @@ def main(args=None):
         heed_interrupts()
     args = _joined(sys.argv[1:] if args is None else list(args)) or ["--help"]
     # a terminal that cannot show a character shows another
-    sys.stdout.reconfigure(errors="replace")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     try:
         return application(args)(args, prog_name="lockstep", standalone_mode=False) or 0
     except UsageError as error:

@@ -178,16 +178,16 @@ def first_difference(model, ids, tables, threads):
     span = _span(ids, 0, limits.num_pages, 0, len(ids), range(len(ids) - 1, len(ids)))
     team = Team(threads)
     try:
-        runners = [Runner(model, team, limits, swaps, base, keep=True, fused=False) for base, swaps in tables]
-        for runner in runners:
-            runner.step([span])
-        return _first_difference(*runners, len(ids))
+        one, two = (Runner(model, team, limits, swaps, base, keep=True, fused=False) for base, swaps in tables)
+        one.step([span])
+        two.step([span])
+        return _first_difference(one, two, len(ids))
     finally:
         team.close()
 
 
 def _first_difference(one, two, num_tokens):
-    pairs = zip(_written(one, num_tokens), _written(two, num_tokens))
+    pairs = zip(_written(one, num_tokens), _written(two, num_tokens), strict=True)
     differences = (_difference(index, op, value, a, b) for (index, op, value, a), (*_, b) in pairs)
     return next((found for found in differences if found), None)
 
@@ -212,8 +212,8 @@ def _difference(index, op, value, a, b):
     if not different.any():
         return None
     row, column = (int(i) for i in np.argwhere(different)[0])
-    numbers = tuple(_number(array[row, column], value.dtype) for array in (a, b))
-    return Difference(index, op, value, row, column, numbers, int(different.sum()))
+    one, two = (_number(array[row, column], value.dtype) for array in (a, b))
+    return Difference(index, op, value, row, column, (one, two), int(different.sum()))
 
 
 def _number(stored, dtype):

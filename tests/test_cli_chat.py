@@ -197,7 +197,7 @@ def test_inspect_json(llm, capsys):
     made = json.loads(capsys.readouterr().out)
     assert made["config"]["model_type"] == llm.model.config.model_type
     assert len(made["program"]) == len(llm.model.recorded.ops)
-    assert {t["name"] for t in made["tensors"]} == set(llm._checkpoint.tensors)
+    assert {t["name"] for t in made["tensors"]} == set(llm.model.checkpoint.tensors)
 
 
 def test_inspect_tables(capsys):
@@ -215,7 +215,7 @@ def test_packed_bytes_are_those_of_the_packed_arrays(weights, llm):
     from lockstep.engine.model import load_model
     from lockstep.runtime.executor import WeightStore
 
-    model, store = load_model(llm._checkpoint, None, weights), WeightStore()
+    model, store = load_model(llm.model.checkpoint, None, weights), WeightStore()
     backend = model.backend()
     for op in model.program.ops:
         if isinstance(op, Linear):

@@ -13,6 +13,7 @@ from rich.table import Table
 from lockstep import bench as measure
 from lockstep import ceiling as machine
 from lockstep.commands.options import KvDtype, ModelName, Threads, Weights, load
+from lockstep.commands.output import pyplot
 
 PICTURES = (".png", ".svg", ".pdf")
 
@@ -154,11 +155,7 @@ def check_plot(path):
 
 def draw(found, path):
     """Prefill and decode speed, and the ratios, as a picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(2, 3))
     left.bar(
         [f"prefill {k}" for k in found["prefill"]] + [f"decode @{k}" for k in found["decode"]],

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich import box
@@ -12,7 +12,7 @@ from rich.table import Table
 from lockstep import bench_serve as measure
 from lockstep.commands.bench import check_plot
 from lockstep.commands.options import KvDtype, ModelName, Threads, Weights, load
-from lockstep.commands.output import counted, write
+from lockstep.commands.output import counted, pyplot, write
 from lockstep.ops.kv_cache import PAGE_TOKENS
 
 WIDTH = 80  # columns
@@ -76,7 +76,7 @@ def command(
     # no live display while it runs: another Python thread would delay steps
     print(f"lockstep: measuring {_arrivals(workload)}", file=sys.stderr)
     measured = measure.measure(llm.engine, visits, concurrency)
-    found = measure.plain(workload, measured) | dict(engine=_sizes(llm.engine, concurrency))
+    found: dict[str, Any] = measure.plain(workload, measured) | dict(engine=_sizes(llm.engine, concurrency))
     if check:
         different, count = measure.differing(llm.engine, visits, check_sample)
         found["check"] = dict(differing=different, compared=count)
@@ -222,11 +222,7 @@ def _remarks(found):
 
 def draw(measured, workload, path):
     """Load over time, and how first tokens and tokens after them were distributed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(3, 2))
     _draw_load(left, measured)
     _draw_latencies(right, measured)

@@ -80,6 +80,7 @@ def _prune(root, older_than, max_gb, model, everything):
         used = packed_cache.num_bytes(packed)
         allowed = packed_cache.allowed_bytes(root, used) if max_gb is None else int(min(max_gb, MOST_GB) * 1e9)
     packed_cache.prune(packed, allowed, may_go)
-    if everything or older_than is not None:
+    days = 0 if everything else older_than
+    if days is not None:
         for kind in KINDS[1:]:
-            packed_cache.remove_old(root / kind, 0 if everything else older_than)
+            packed_cache.remove_old(root / kind, days)

@@ -1,7 +1,7 @@
 """`lockstep chat`: a conversation in the terminal."""
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -62,8 +62,9 @@ def command(
     from lockstep.commands.conversation import Conversation
     from lockstep.engine.request import SamplingParams
 
-    asked = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
-    asked = {name: value for name, value in asked.items() if value is not None} | dict(seed=seed, max_tokens=num_tokens)
+    drawn = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
+    asked: dict[str, Any] = {name: value for name, value in drawn.items() if value is not None}
+    asked |= dict(seed=seed, max_tokens=num_tokens)
     SamplingParams(**asked)  # refuses before a model is loaded
     llm = load(
         model,

@@ -24,11 +24,12 @@ def command(
 ):
     """Show a model's config, tensors, recorded program and memory. No weights are read."""
     from lockstep.engine.model import load_model
+    from lockstep.runtime.executor import WeightStore
     from lockstep.serve.hub import resolve_model
     from lockstep.weights.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(resolve_model(model))
-    loaded = load_model(checkpoint, None, weights, kv_dtype)
+    loaded = load_model(checkpoint, WeightStore(), weights, kv_dtype)
     if as_json:
         print(json.dumps(described(checkpoint, loaded, context)))
     else:

@@ -1,13 +1,21 @@
 """Writing answers, and words beside them, so that no text of a model's or a file's acts on the terminal."""
 
+import importlib
 import os
 import sys
+from typing import Any
 
 import typer
 
 PIPE_CLOSED = 141  # what a shell reports for a program that SIGPIPE ended
 # control characters, with which a terminal's title, colours, clipboard and what was shown before can be changed
 CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+
+
+def pyplot() -> Any:
+    """matplotlib's, which draws to files. Only --plot needs it."""
+    importlib.import_module("matplotlib").use("Agg")
+    return importlib.import_module("matplotlib.pyplot")
 
 
 def shown(text, stream):

@@ -4,7 +4,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -150,7 +150,7 @@ def command(
         max_answer_values=max_answer_values,
         max_pending_logprobs=max_answer_values,
     )
-    sizes = dict(
+    sizes: dict[str, Any] = dict(
         ops=op,
         weights=weights,
         kv_dtype=kv_dtype,

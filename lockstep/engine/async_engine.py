@@ -246,7 +246,7 @@ class AsyncEngine:
 
     def send(self, what: str, *streams: TokenStream) -> None:
         """Has the engine's thread "submit" or "cancel" streams. EngineStopped if they cannot be submitted."""
-        if not self._thread.is_alive():  # and if the process was forked, its locks may be held for ever
+        if not self.is_alive:  # and if the process was forked, its locks may be held for ever
             if what == "submit":
                 raise EngineStopped(str(self._error or "the engine does not run in this process")) from self._error
             return
@@ -260,6 +260,16 @@ class AsyncEngine:
     def error(self) -> BaseException | None:
         """What ended the engine; None while it runs."""
         return self._error
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether it was told to end."""
+        return self._closing
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether its thread runs."""
+        return self._thread.is_alive()
 
     @property
     def seconds_in_step(self) -> float:

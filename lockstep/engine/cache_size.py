@@ -108,7 +108,7 @@ def _free_bytes() -> int:
     """The system's own estimate; half of the memory where it gives none."""
     found = _numbers("/proc/meminfo")
     free = found.get("MemAvailable", _physical_bytes() // 2048) << 10
-    if _text("/proc/sys/vm/overcommit_memory") == "2":  # memory is refused even where nobody touches it
+    if file_text("/proc/sys/vm/overcommit_memory") == "2":  # memory is refused even where nobody touches it
         free = min(free, (found["CommitLimit"] - found["Committed_AS"]) << 10)
     return free
 
@@ -116,7 +116,7 @@ def _free_bytes() -> int:
 def _cgroup_bytes() -> Iterator[int]:
     """What the control groups of this process leave, one number for each limit. Pages that only hold files count as
     free."""
-    for line in _text("/proc/self/cgroup").splitlines():
+    for line in file_text("/proc/self/cgroup").splitlines():
         _, names, path = line.split(":", 2)
         root = CGROUPS / "memory" if "memory" in names.split(",") else CGROUPS
         here = root / path.lstrip("/")
@@ -124,7 +124,7 @@ def _cgroup_bytes() -> Iterator[int]:
             if not folder.is_relative_to(root):
                 break
             for limit, used in CGROUP_FILES:
-                most, taken = _text(folder / limit), _text(folder / used)
+                most, taken = file_text(folder / limit), file_text(folder / used)
                 if most.isdigit() and taken.isdigit():
                     known = _numbers(folder / "memory.stat")
                     yield int(most) - int(taken) + known.get("total_inactive_file", known.get("inactive_file", 0))
@@ -137,12 +137,13 @@ def _address_bytes() -> Iterator[int]:
     except ImportError:
         return
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    taken = _text("/proc/self/statm").split()[:1]
+    taken = file_text("/proc/self/statm").split()[:1]
     if limit != resource.RLIM_INFINITY and taken:
         yield limit - int(taken[0]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def _text(path: str | Path) -> str:
+def file_text(path: str | Path) -> str:
+    """The text of one of the system's files; "" where there is none."""
     try:
         return Path(path).read_text().strip()
     except OSError:
@@ -151,5 +152,5 @@ def _text(path: str | Path) -> str:
 
 def _numbers(path: str | Path) -> dict[str, int]:
     """A file of lines such as "name: 12 kB" as {name: 12}."""
-    rows = [line.replace(":", " ").split() for line in _text(path).splitlines()]
+    rows = [line.replace(":", " ").split() for line in file_text(path).splitlines()]
     return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}

@@ -99,14 +99,14 @@ class DiskStore:
             return None
         return None if content is None else hashlib.sha256(content.encode() + name).digest()
 
-    def _entry(self, kind: str, name: bytes) -> tuple[str, bytes] | None:
+    def entry(self, kind: str, name: bytes) -> tuple[str, bytes] | None:
         """The file of an entry and what its header calls it; None as long as the content hash is not known."""
         on_disk = self._on_disk(name)
         return None if on_disk is None else (f"{on_disk.hex()}.{kind}", on_disk)
 
     def has(self, kind: str, name: bytes) -> bool:
         """Whether there is an entry, which may still turn out to be damaged."""
-        entry = self._entry(kind, name)
+        entry = self.entry(kind, name)
         return (kind, name) in self._pending or (entry is not None and entry[0] in self._files)
 
     def save(self, kind: str, name: bytes, fill: Callable[[np.ndarray], object]) -> None:
@@ -125,7 +125,7 @@ class DiskStore:
 
     def load(self, kind: str, name: bytes) -> np.ndarray | None:
         """The bytes of an entry, uint8 [size]; None if it is not there any more or is not what it should be."""
-        entry = self._entry(kind, name)
+        entry = self.entry(kind, name)
         with self._lock:
             if (kind, name) in self._pending:
                 return self._pending[kind, name]
@@ -152,7 +152,7 @@ class DiskStore:
         self._queue.put(functools.partial(self._forget, kind, name))
 
     def _forget(self, kind: str, name: bytes) -> None:
-        entry = self._entry(kind, name)  # known, if anything was written or could be found
+        entry = self.entry(kind, name)  # known, if anything was written or could be found
         with self._lock:
             if entry is not None:
                 self._drop(entry[0])
@@ -186,7 +186,7 @@ class DiskStore:
         file = None
         with contextlib.suppress(OSError):
             if entry is not None:
-                self._write_file(entry[0], _header(kind, entry[1], data), data)
+                self.write_file(entry[0], _header(kind, entry[1], data), data)
                 file = entry[0]
         with self._lock:
             del self._pending[kind, name]
@@ -203,14 +203,15 @@ class DiskStore:
                 self.counts.skipped += 1
 
     def _entry_when_known(self, kind: str, name: bytes) -> tuple[str, bytes] | None:
-        """`_entry`, once the content hash is known; None if it is not soon after this store is closed."""
+        """`entry`, once the content hash is known; None if it is not soon after this store is closed."""
         with contextlib.suppress(OSError, ValueError):
             while self._content.known is None and not self._closing.wait(WAIT_SECONDS):
                 pass
             self._content.wait(timeout=GRACE_SECONDS)
-        return self._entry(kind, name)
+        return self.entry(kind, name)
 
-    def _write_file(self, file: str, header: bytes, data: np.ndarray) -> None:
+    def write_file(self, file: str, header: bytes, data: np.ndarray) -> None:
+        """Writes an entry's file, whole or not at all. OSError if that is not possible."""
         handle, beside = tempfile.mkstemp(prefix=MAKING, dir=self.folder)
         try:
             with os.fdopen(handle, "wb") as out:

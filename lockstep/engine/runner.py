@@ -130,6 +130,10 @@ class Runner:
         """Last hidden states, after the final norm, of embedded rows of the last step, in order: float32 [count, D]."""
         return self.executor.view(self.program.results["hidden"], first + count)[first:]
 
+    def is_adjusted(self, row: int) -> bool:
+        """Whether a row of the last step changed its logits before a token was chosen."""
+        return bool(self._sampling["adjustment"][row])
+
     def is_forbidden(self, row: int, token: int) -> bool:
         """Whether a row of the last step does not allow a token: such a token is only taken where none is allowed."""
         adjusted = self._sampling["adjustment"][row] != 0

@@ -41,7 +41,7 @@ class Scheduler:
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.num_preempted = 0
-        self._slots = list(range(limits.max_requests - 1, -1, -1))
+        self.free_slots = list(range(limits.max_requests - 1, -1, -1))
 
     def check(self, request: Request) -> None:
         """ValueError for a request that could never run."""
@@ -67,11 +67,12 @@ class Scheduler:
         self.running.remove(request)
         if self.prefix:
             self.prefix.leave(request)
-        self._strip(request)
+        self.strip(request)
 
-    def _strip(self, request: Request) -> None:
+    def strip(self, request: Request) -> None:
+        """Takes back a request's pages and slot; what was computed for it is gone."""
         self.pages.give_back(request.pages)
-        self._slots.append(request.running_slot)
+        self.free_slots.append(request.running_slot)
         request.pages, request.slot, request.num_computed, request.num_named = [], None, 0, 0
 
     def computed(self, request: Request, count: int) -> None:
@@ -114,7 +115,7 @@ class Scheduler:
     def _admit(self) -> None:
         """Places waiting requests in order of rank; nobody overtakes one who waits for memory."""
         index = 0
-        while index < len(self.waiting) and self._slots:
+        while index < len(self.waiting) and self.free_slots:
             request = self.waiting[index]
             if self.prefix and self.prefix.is_being_computed(request):
                 index += 1
@@ -130,12 +131,12 @@ class Scheduler:
         found = self.prefix.find(request) if self.prefix else None
         if self.pages.num_free + (found.num_held if found else 0) - needed < len(self.running):
             return False
-        request.slot = self._slots.pop()
+        request.slot = self.free_slots.pop()
         if self.prefix and found:
             self.prefix.attach(request, found)
         fresh = self.pages.take(needed - len(request.pages))
         if fresh is None:  # what was found turned out to be damaged
-            self._strip(request)
+            self.strip(request)
             return False
         request.pages += fresh
         if self.prefix:

@@ -1,9 +1,12 @@
 """A checkpoint's config.json as the numbers that a model's program needs; what is not supported is refused by name."""
 
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from typing import Any
 
 from lockstep.ops.rope import RopeScaling
 
+Config = Mapping[str, Any]  # of a config.json
 # words in the name of a config key that suggest that it changes what is computed
 MATHS = (
     "scal",
@@ -74,15 +77,15 @@ class LinearAttention:
     conv_width: int
 
     @property
-    def qk_width(self):
+    def qk_width(self) -> int:
         return 2 * self.num_k_heads * self.k_head_dim
 
     @property
-    def v_width(self):
+    def v_width(self) -> int:
         return self.num_v_heads * self.v_head_dim
 
     @property
-    def conv_channels(self):
+    def conv_channels(self) -> int:
         return self.qk_width + self.v_width
 
 
@@ -137,34 +140,43 @@ class ModelConfig:
     headless: bool = False  # of a class that ends with the final norm, as embedding models are
 
     @property
-    def num_layers(self):
+    def num_layers(self) -> int:
         return len(self.layers)
 
 
-def need(config, key, kind=int, low=1, high=1 << 31):
+def need(config: Config, key: str, low: int = 1, high: int = 1 << 31) -> int:
+    """A required integer of a config, within bounds."""
+    return int(_within(config, key, int, low, high))
+
+
+def need_float(config: Config, key: str, low: float, high: float) -> float:
     """A required number of a config, within bounds."""
-    value = config.get(key)
-    if not isinstance(value, (int, float) if kind is float else int) or isinstance(value, bool):
+    return float(_within(config, key, (int, float), low, high))
+
+
+def _within(config: Config, key: str, kinds: type | tuple[type, ...], low: float, high: float) -> Any:
+    value: Any = config.get(key)
+    if not isinstance(value, kinds) or isinstance(value, bool):
         raise ValueError(f"config key {key!r}: expected a number, got {value!r}")
     if not low <= value <= high:
         raise ValueError(f"config key {key!r}: expected {low} to {high}, got {value}")
-    return kind(value)
+    return value
 
 
-def optional(config, key, default, low=1):
+def optional(config: Config, key: str, default: int, low: int = 1) -> int:
     """A number of a config that may be absent."""
     return default if config.get(key) is None else need(config, key, low=low)
 
 
-def flag(config, key, default=False):
+def flag(config: Config, key: str, default: bool = False) -> bool:
     """A switch of a config that may be absent."""
-    value = config.get(key)
+    value: Any = config.get(key)
     if value is not None and not isinstance(value, bool):
         raise ValueError(f"config key {key!r}: expected true or false, got {value!r}")
     return default if value is None else value
 
 
-def end_ids(config, where="config"):
+def end_ids(config: Config, where: str = "config") -> tuple[int, ...]:
     """The ids in eos_token_id: one, several or none. Some files name ids that no token has."""
     eos = config.get("eos_token_id")
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
@@ -173,13 +185,13 @@ def end_ids(config, where="config"):
     return tuple(ids)
 
 
-def is_headless(config):
+def is_headless(config: Config) -> bool:
     """Whether the class that a config names has no head: Qwen3Model, not Qwen3ForCausalLM."""
     names = config.get("architectures")
     return isinstance(names, list) and bool(names) and all(isinstance(n, str) and n.endswith("Model") for n in names)
 
 
-def layer_types(config, *kinds):
+def layer_types(config: Config, *kinds: str) -> list[str] | None:
     """What a config says each layer is, one of `kinds`; None where it is silent."""
     types, num_layers = config.get("layer_types"), need(config, "num_hidden_layers", high=1000)
     if types is None:
@@ -189,7 +201,7 @@ def layer_types(config, *kinds):
     return types
 
 
-def check_keys(config, read=(), free=()):
+def check_keys(config: Config, read: Iterable[str] = (), free: Iterable[str] = ()) -> None:
     """Refuses a key that seems to change the maths and is not supported, and a value that is not.
 
     read: keys that the family reads besides READ. free: keys whose values the family checks itself.
@@ -205,7 +217,7 @@ def check_keys(config, read=(), free=()):
             raise ValueError(f"config key {key!r} (value {value!r}) is not supported, and it may change the result")
 
 
-def text_config(config):
+def text_config(config: Config) -> Config:
     """The part of a config that describes the text model, with what is only said outside it."""
     inner = config.get("text_config")
     if not isinstance(inner, dict):
@@ -237,7 +249,13 @@ ROPE_COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 MROPE = {"mrope_section", "mrope_interleaved"}  # for text all three position components are equal
 
 
-def rope(config, head_dim, theta=10000.0, partial=None, ignored=frozenset()):
+def rope(
+    config: Config,
+    head_dim: int,
+    theta: float = 10000.0,
+    partial: float | None = None,
+    ignored: Set[str] = frozenset(),
+) -> tuple[int, float, RopeScaling]:
     """(rope_dim, theta, RopeScaling) from rope_parameters (transformers 5) or rope_theta and rope_scaling (before).
 
     theta, partial: what the family takes where the config is silent; partial None: the family turns all channels.
@@ -252,7 +270,9 @@ def rope(config, head_dim, theta=10000.0, partial=None, ignored=frozenset()):
     unknown = {k for k, v in given.items() if v is not None} - ROPE_COMMON - ignored - set(required) - set(allowed)
     if unknown:
         raise ValueError(f"rope parameter {sorted(unknown)[0]!r} is not supported with rope type {kind!r}")
-    numbers = {k: _rope_number(given, k) for k in (*required, *allowed) if k in required or given.get(k) is not None}
+    numbers: dict[str, Any] = {
+        k: _rope_number(given, k) for k in (*required, *allowed) if k in required or given.get(k) is not None
+    }
     rope_theta = _first("rope_theta", theta, given, config)
     if kind == "yarn" and rope_theta <= 1:
         raise ValueError(f"rope parameter 'rope_theta': expected more than 1 with rope type 'yarn', got {rope_theta}")
@@ -262,7 +282,7 @@ def rope(config, head_dim, theta=10000.0, partial=None, ignored=frozenset()):
     return _rope_dim(head_dim, share), rope_theta, RopeScaling(kind=kind, **_old_context(config, kind, numbers))
 
 
-def _rope_dim(head_dim, share):
+def _rope_dim(head_dim: int, share: float) -> int:
     """How many of a head's channels turn."""
     rope_dim = int(head_dim * share)
     if rope_dim % 2 or not 0 < rope_dim <= head_dim:
@@ -273,7 +293,7 @@ def _rope_dim(head_dim, share):
     return rope_dim
 
 
-def _rope_object(config, key):
+def _rope_object(config: Config, key: str) -> Config:
     """The parameters under a key; none where the config is silent."""
     value = config.get(key)
     if value is not None and not isinstance(value, dict):
@@ -281,12 +301,12 @@ def _rope_object(config, key):
     return value or {}
 
 
-def _first(key, default, *places):
+def _first(key: str, default: float, *places: Config) -> float:
     """A positive number from the first place that has it."""
     return _rope_number({key: next((p[key] for p in places if p.get(key) is not None), default)}, key)
 
 
-def _rope_number(given, key):
+def _rope_number(given: Config, key: str) -> float:
     value = given.get(key)
     if key == "truncate" and isinstance(value, bool):
         return value
@@ -295,7 +315,7 @@ def _rope_number(given, key):
     return value if key == "original_max_position_embeddings" else float(value)
 
 
-def _old_context(config, kind, numbers):
+def _old_context(config: Config, kind: str, numbers: dict[str, Any]) -> dict[str, Any]:
     """Scaling parameters with the context that the model was first trained on; said outside, it wins."""
     key = "original_max_position_embeddings"
     if kind in ("llama3", "yarn"):
@@ -303,7 +323,7 @@ def _old_context(config, kind, numbers):
     return numbers
 
 
-def common(config, rope_defaults=None, tied=False, **family):
+def common(config: Config, rope_defaults: Config | None = None, tied: bool = False, **family: Any) -> ModelConfig:
     """The ModelConfig of a Llama-like config, all layers attention over all keys; `family` sets what differs.
 
     rope_defaults: see `rope`. tied: whether the head is the embedding where the config is silent.
@@ -320,7 +340,7 @@ def common(config, rope_defaults=None, tied=False, **family):
         num_heads=num_heads,
         num_kv_heads=optional(config, "num_key_value_heads", num_heads),
         head_dim=head_dim,
-        rms_eps=need(config, "rms_norm_eps", float, 0, 1),
+        rms_eps=need_float(config, "rms_norm_eps", 0, 1),
         max_positions=need(config, "max_position_embeddings"),
         layers=(Layer("attention"),) * num_layers,
         **_rope_fields(config, head_dim, rope_defaults or {}),
@@ -331,11 +351,11 @@ def common(config, rope_defaults=None, tied=False, **family):
     return checked(replace(made, **family))
 
 
-def _rope_fields(config, head_dim, defaults):
+def _rope_fields(config: Config, head_dim: int, defaults: Config) -> dict[str, Any]:
     return dict(zip(("rope_dim", "rope_theta", "rope_scaling"), rope(config, head_dim, **defaults), strict=True))
 
 
-def with_windows(made, config, types):
+def with_windows(made: ModelConfig, config: Config, types: Sequence[str]) -> ModelConfig:
     """A ModelConfig whose layers of type "sliding_attention" see so many keys as sliding_window says."""
     sizes = [need(config, "sliding_window") if t == "sliding_attention" else 0 for t in types]
     return replace(
@@ -343,7 +363,7 @@ def with_windows(made, config, types):
     )
 
 
-def checked(config):
+def checked(config: ModelConfig) -> ModelConfig:
     """Refuses shapes that the kernels cannot run."""
     multiples = {"hidden_size": 32, "head_dim": 16, "ffn_width": 16}
     for name, step in multiples.items():

@@ -9,13 +9,18 @@ After the last mixer no row is read by another, so only rows with an output (sam
 prompt has one, and nearly the whole last layer of its other tokens is not computed.
 """
 
+from lockstep.models.config import Layer, ModelConfig
 from lockstep.models.record import Recorder
+from lockstep.runtime.program import Program, Tensor
+from lockstep.weights.tensor import TensorMap
 
 HEAD = "lm_head.weight"
 PREFIXES = ("model.language_model.", "language_model.model.", "model.", "")
 
 
-def record(config, tensors, weights="auto", kv_dtype="bf16", max_context=4096):
+def record(
+    config: ModelConfig, tensors: TensorMap, weights: str = "auto", kv_dtype: str = "bf16", max_context: int = 4096
+) -> tuple[Program, Tensor]:
     """The program of a model: (Program, logits tensor [R, V padded]).
 
     config: ModelConfig. tensors: HF name -> StoredTensor. weights, kv_dtype: see Recorder.
@@ -29,7 +34,7 @@ def record(config, tensors, weights="auto", kv_dtype="bf16", max_context=4096):
     return ops.program, logits
 
 
-def record_on(ops, config):
+def record_on(ops: Recorder, config: ModelConfig) -> Tensor:
     """Records a model on a Recorder; returns its logits [R, V padded]."""
     prefix = ops.prefix
     x = ops.embed(f"{prefix}embed_tokens.weight", config.vocab_size, config.hidden_size)
@@ -41,7 +46,7 @@ def record_on(ops, config):
     return head(ops, h, config, prefix)
 
 
-def decoder_layer(ops, x, config, layer, label, is_last):
+def decoder_layer(ops: Recorder, x: Tensor, config: ModelConfig, layer: Layer, label: str, is_last: bool) -> Tensor:
     """One layer, with its two residual additions. is_last: its mixer's rows without an output are dropped."""
     h = ops.rms_norm(x, f"{label}.input_layernorm.weight", config.rms_eps, config.norm_offset)
     is_attention = layer.mixer == "attention"
@@ -57,7 +62,7 @@ def decoder_layer(ops, x, config, layer, label, is_last):
     return ops.add(x, mlp(ops, h, config, layer, f"{label}.mlp"))
 
 
-def mlp(ops, h, config, layer, label):
+def mlp(ops: Recorder, h: Tensor, config: ModelConfig, layer: Layer, label: str) -> Tensor:
     """SwiGLU: down(silu(gate h) * (up h)), each with its bias if mlp_bias; or the experts in its place."""
     if config.experts and not layer.dense:
         return ops.experts(h, config, label)
@@ -66,7 +71,7 @@ def mlp(ops, h, config, layer, label):
     return ops.linear(ops.silu_mul(both, label), [(f"{label}.down_proj", config.hidden_size)], bias=bias)
 
 
-def head(ops, x, config, prefix):
+def head(ops: Recorder, x: Tensor, config: ModelConfig, prefix: str) -> Tensor:
     """Logits of the rows that sample. A head of its own wins over a config that says it is the embedding.
 
     Where there is none at all, see `can_generate`, the embedding stands in for it: a program always has one.
@@ -76,6 +81,6 @@ def head(ops, x, config, prefix):
     return ops.product(x, [ops.stored(name, config.vocab_size, config.hidden_size)], "logits")
 
 
-def can_generate(config, tensors):
+def can_generate(config: ModelConfig, tensors: TensorMap) -> bool:
     """Whether a checkpoint has a head, its own or its embedding; otherwise it is only good for embeddings."""
     return config.tied or not config.headless or HEAD in tensors

@@ -1,12 +1,15 @@
 """Model types: how each one's config.json becomes a ModelConfig. A new Llama-like model type is a function here."""
 
 from dataclasses import replace
+from typing import Any
 
 from lockstep.models.config import (
     MROPE,
+    Config,
     Experts,
     Layer,
     LinearAttention,
+    ModelConfig,
     check_keys,
     checked,
     common,
@@ -38,13 +41,13 @@ DELTA = (
 )
 
 
-def llama(config):
+def llama(config: Config) -> ModelConfig:
     """Llama 1 to 3; biases on all attention projections if attention_bias, on the MLP's if mlp_bias."""
     check_keys(config, ["attention_bias", "mlp_bias"], free=["mlp_bias"])
     return common(config, mlp_bias=flag(config, "mlp_bias"), **biases(config))
 
 
-def mistral(config):
+def mistral(config: Config) -> ModelConfig:
     """Llama with a sliding window on every layer, or none."""
     check_keys(config, ["sliding_window"])
     config = {"sliding_window": 4096, **config}
@@ -53,19 +56,19 @@ def mistral(config):
     return with_windows(made, config, [kind] * made.num_layers)
 
 
-def qwen2(config):
+def qwen2(config: Config) -> ModelConfig:
     """Llama with biases on q, k and v; a sliding window on some layers if use_sliding_window."""
     check_keys(config, WINDOW)
     return qwen_windows(common(config, qkv_bias=True), config)
 
 
-def qwen3(config):
+def qwen3(config: Config) -> ModelConfig:
     """Llama with a norm on each query and key head; windows as in qwen2."""
     check_keys(config, ["attention_bias", *WINDOW])
     return qwen_windows(common(config, qk_norm=True, **biases(config)), config)
 
 
-def qwen3_moe(config):
+def qwen3_moe(config: Config) -> ModelConfig:
     """qwen3 with experts in place of most MLPs; a sliding window on every layer if use_sliding_window."""
     check_keys(config, ["attention_bias", *WINDOW, *EXPERTS], free=["decoder_sparse_step", "mlp_only_layers"])
     total = "num_experts" if config.get("num_experts") is not None else "num_local_experts"
@@ -85,7 +88,7 @@ def qwen3_moe(config):
     return with_windows(made, config, ["sliding_attention" if slides else "full_attention"] * made.num_layers)
 
 
-def with_dense_layers(made, config):
+def with_dense_layers(made: ModelConfig, config: Config) -> ModelConfig:
     """A ModelConfig with experts only in every decoder_sparse_step-th layer, and in none of mlp_only_layers."""
     step, listed = optional(config, "decoder_sparse_step", 1), config.get("mlp_only_layers") or []
     if not isinstance(listed, list) or not all(type(i) is int and 0 <= i < made.num_layers for i in listed):
@@ -95,7 +98,7 @@ def with_dense_layers(made, config):
     return checked(replace(made, layers=layers, ffn_width=need(config, "intermediate_size") if any(dense) else 0))
 
 
-def smollm3(config):
+def smollm3(config: Config) -> ModelConfig:
     """Llama without rope on every fourth layer, which has a sliding window if use_sliding_window; layer_types wins."""
     check_keys(
         config, ["attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval", *WINDOW], free=["mlp_bias"]
@@ -113,7 +116,7 @@ def smollm3(config):
     return with_windows(made, config, layer_types(config, *WINDOW_TYPES) or silent)
 
 
-def qwen3_5(config):
+def qwen3_5(config: Config) -> ModelConfig:
     """Gated delta rule layers with a gated attention layer among them; norms store w - 1; partial rope."""
     check_keys(
         config,
@@ -137,13 +140,13 @@ def qwen3_5(config):
     return replace(made, layers=tuple(Layer(mixers[t]) for t in types), linear_attention=delta_rule(config))
 
 
-def biases(config):
+def biases(config: Config) -> dict[str, Any]:
     """Biases on all four attention projections if attention_bias."""
     bias = flag(config, "attention_bias")
     return {"qkv_bias": bias, "o_bias": bias}
 
 
-def qwen_windows(made, config):
+def qwen_windows(made: ModelConfig, config: Config) -> ModelConfig:
     """The layers from max_window_layers on, or those that layer_types names, have a sliding window if
     use_sliding_window."""
     config = {"sliding_window": 4096, **config}
@@ -157,7 +160,7 @@ def qwen_windows(made, config):
     return with_windows(made, config, types)
 
 
-def delta_rule(config):
+def delta_rule(config: Config) -> LinearAttention:
     """The shape of the gated delta rule layers."""
     linear = LinearAttention(*(need(config, key) for key in DELTA))
     if linear.k_head_dim % 16 or linear.v_head_dim % 16 or linear.num_v_heads % linear.num_k_heads:
@@ -181,7 +184,7 @@ FAMILIES = {
 }
 
 
-def model_config(config):
+def model_config(config: Config) -> ModelConfig:
     """The ModelConfig of a config.json; a ValueError names the key that is missing or not supported."""
     inner = text_config(config)
     model_type = inner.get("model_type")

@@ -94,13 +94,15 @@ class ContentLocator(caching._CacheLocator):
 @contextlib.contextmanager
 def cache_folder():
     """Numba looks up where and how to cache when a function is decorated; others in the process keep their ways."""
-    before = config.CACHE_LOCATOR_CLASSES, caching.CacheImpl._locator_classes, caching.IndexDataCacheFile
-    config.CACHE_LOCATOR_CLASSES, caching.CacheImpl._locator_classes = "", [ContentLocator]
-    caching.IndexDataCacheFile = CheckedFiles
+    places = (config, "CACHE_LOCATOR_CLASSES"), (caching.CacheImpl, "_locator_classes"), (caching, "IndexDataCacheFile")
+    before = [getattr(*place) for place in places]
+    for place, value in zip(places, ("", [ContentLocator], CheckedFiles), strict=True):
+        setattr(*place, value)
     try:
         yield
     finally:
-        config.CACHE_LOCATOR_CLASSES, caching.CacheImpl._locator_classes, caching.IndexDataCacheFile = before
+        for place, value in zip(places, before, strict=True):
+            setattr(*place, value)
 
 
 def interpreted(function, _made=None):

@@ -21,7 +21,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Iterator
-from typing import Any, ClassVar, NamedTuple, dataclass_transform, get_type_hints
+from typing import Any, ClassVar, NamedTuple, cast, dataclass_transform, get_type_hints
 
 import numpy as np
 
@@ -63,7 +63,7 @@ TYPES = {"output": Tensor, "rows": Tensor, "constant": Weight, "packed": Weight,
 
 
 def _field(operand: Operand) -> Any:
-    default = {"default": None} if operand.optional else {}
+    default: dict[str, Any] = {"default": None} if operand.optional else {}
     return dataclasses.field(metadata={"operand": operand}, **default)
 
 
@@ -101,8 +101,9 @@ class Declaration(Readable):
     """The class of declarations: their arguments are checked by name before anything is made of them."""
 
     def __call__(cls, *args: Any, **operands: Any) -> Any:
-        names = [f.name for f in dataclasses.fields(cls)]
-        needed = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
+        fields = dataclasses.fields(cast(Any, cls))
+        names = [f.name for f in fields]
+        needed = [f.name for f in fields if f.default is dataclasses.MISSING]
         wrong = next((n for n in operands if n not in names), None)
         missing = next((n for n in needed if n not in operands), None)
         if args or wrong is not None:
@@ -237,8 +238,8 @@ class Operands(metaclass=Declaration):
     def _check_operand(self, name: str, operand: Operand, value: Any) -> None:
         if value is None and operand.optional:
             return
-        expected = TYPES[operand.role]
-        if not isinstance(value, expected):
+        expected: Any = TYPES[operand.role]
+        if value is None or not isinstance(value, expected):
             found = f"a {type(value).__name__}" if not isinstance(value, (int, float, str)) else repr(value)
             raise ValueError(f"{type(self).__name__}: {name} is {found}, expected a {expected.__name__}")
         if operand.dtype and value.dtype != operand.dtype:

@@ -28,7 +28,8 @@ def peak_f32(context, count, out):
     def codegen(ctx, b, sig, args):
         kind = vector(F32, lanes_of(ctx.codegen().magic_tuple()))
         fixed = read(b, pointer(b, args[1]), kind)
-        _spin(b, *args, [fixed] * CHAINS, lambda values: [fma(b, fixed, fixed, v) for v in values])
+        count, out = args
+        _spin(b, count, out, [fixed] * CHAINS, lambda values: [fma(b, fixed, fixed, v) for v in values])
         return ctx.get_dummy_value()
 
     return types.void(types.int64, types.int64), codegen
@@ -47,9 +48,8 @@ def peak_int8(context, count, out):
             dot = lambda v: b.add(v, pair_sums(b, maddubs(b, fixed, as_bytes(v))))
         else:
             dot = lambda v: WIDE[how](b, v, fixed, fixed)
-        _spin(
-            b, *args, [constant(vector(I32, lanes), k) for k in range(CHAINS)], lambda values: [dot(v) for v in values]
-        )
+        (count, out), start = args, [constant(vector(I32, lanes), k) for k in range(CHAINS)]
+        _spin(b, count, out, start, lambda values: [dot(v) for v in values])
         return ctx.get_dummy_value()
 
     return types.void(types.int64, types.int64), codegen

@@ -6,7 +6,7 @@ is a way of running or rewriting this list.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -96,7 +96,7 @@ class Program:
         self._names.add(unique)
         return Tensor(unique, rows, width, dtype)
 
-    def emit(self, op):
+    def emit(self, op) -> Any:
         """Appends an op (`runtime.operands.Operands`) and returns its first output."""
         self.ops.append(op)
         return op.outputs[0] if op.outputs else None

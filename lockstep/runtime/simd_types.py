@@ -29,7 +29,7 @@ class VecModel(models.PrimitiveModel):
 f32x16, i32x16 = Vec(F32, "f32x16"), Vec(I32, "i32x16")
 
 
-class Primitive(_Intrinsic):
+class Primitive(_Intrinsic):  # pyright: ignore[reportGeneralTypeIssues]  Numba's stubs call it final
     """A Numba intrinsic that, given a Python form, also runs uncompiled."""
 
     python = None

@@ -59,7 +59,7 @@ class ChatModel:
         self.grammars = Grammars(tokenizer, eos_ids, vocab_size)
         template = "\n".join(tokenizer.chat_templates.values())
         self._abilities, self._without_tools = abilities_of(tokenizer), abilities_of(tokenizer, with_tools=False)
-        self._style, self._thinks = self._abilities.style, reasoning.thinks(template)
+        self.style, self._thinks = self._abilities.style, reasoning.thinks(template)
         added = tokenizer.backend.get_added_tokens_decoder()
         self._added = {token.content: token_id for token_id, token in added.items()}
         self._special = {token.content: token_id for token_id, token in added.items() if token.special}
@@ -72,13 +72,13 @@ class ChatModel:
         """
         prompt = self.prompt(conversation)
         uses_tools, opened = bool(conversation.tools.tools), reasoning.is_open(prompt)
-        options = dict(logits_mask=self._mask(conversation, prompt, num_samples))
-        marks = (self._style.begin, *self._style.after) if uses_tools else ()
+        options = dict(logits_mask=self.mask(conversation, prompt, num_samples))
+        marks = (self.style.begin, *self.style.after) if uses_tools else ()
         if self._special.keys() & {*marks, *((reasoning.OPEN, reasoning.CLOSE) if self._thinks else ())}:
             options["skip_special_tokens"] = False  # the parser has to see them
 
         def new_parser():
-            made = CallParser(self._style, conversation.tools) if uses_tools else PlainParser()
+            made = CallParser(self.style, conversation.tools) if uses_tools else PlainParser()
             return ThoughtParser(made, opened) if self._thinks else made
 
         ids = self._tokenizer.encode(prompt, add_special_tokens=False, most=self._max_context)
@@ -91,7 +91,7 @@ class ChatModel:
         abilities = self._abilities if use.tools else self._without_tools
         if not abilities.developer:
             messages = [m | dict(role="system") if m["role"] == "developer" else m for m in messages]
-        if self._style.begin == MISTRAL.begin:
+        if self.style.begin == MISTRAL.begin:
             messages = [with_short_ids(message) for message in messages]
         messages = adapted(messages, use, abilities)
         if not conversation.continues:
@@ -103,7 +103,7 @@ class ChatModel:
 
     # ------------------------------------------------------------ what the answer may be
 
-    def _mask(self, conversation, prompt, num_samples):
+    def mask(self, conversation, prompt, num_samples):
         """The mask that the conversation asks for; None where the answer is free."""
         use, grammar = conversation.tools, conversation.grammar
         if not use.must_call and grammar is None:
@@ -130,7 +130,7 @@ class ChatModel:
 
     def _mask_of_free_calls(self, use, prompt, num_samples):
         """A mask that makes calls valid once the model has begun one; None where that cannot be seen or enforced."""
-        trigger = self._added.get(self._style.begin)
+        trigger = self._added.get(self.style.begin)
         if trigger is None:
             return None
         after = self._added.get(reasoning.CLOSE) if reasoning.is_open(prompt) else None
@@ -155,9 +155,9 @@ class ChatModel:
 
     def _add_calls(self, rules, tools, parallel):
         for tool in tools:
-            if tool.strict and self._style.takes_apart:
+            if tool.strict and self.style.takes_apart:
                 self.grammars.check(structured.json_schema(tool.arguments))
-        self._style.rules(rules, tools, parallel)
+        self.style.rules(rules, tools, parallel)
 
     def _with_enforceable(self, tools: list[Tool], make: Callable[[list[Tool]], object], form: str = "tools") -> object:
         """What is made of tools; where that cannot be, of tools whose schemas say no more than can be enforced.

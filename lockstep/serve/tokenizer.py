@@ -68,11 +68,12 @@ class Tokenizer:
             raise ValueError(self.only_decodes)
         if most is not None and len(text) > max(PIECE_CHARS, CHARS_PER_TOKEN * most):
             self._check_length(text, most)
-        ids = self._ids(text, add_special_tokens)
+        ids = self.piece_ids(text, add_special_tokens)
         begins_twice = add_special_tokens and self._first_added is not None and ids[:2] == [self._first_added] * 2
         return ids[1:] if begins_twice else ids
 
-    def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
+    def piece_ids(self, text: str, add_special_tokens: bool) -> list[int]:
+        """The ids of a text that is short enough for one call of the library."""
         # Encoding one text holds Python's global lock until its end; encoding a list of texts does not.
         try:
             return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
@@ -85,7 +86,7 @@ class Tokenizer:
         """Raise TooManyTokens as soon as the first pieces of a text have more tokens than the text may have."""
         found = 0
         for begin in range(0, len(text), PIECE_CHARS):
-            found += max(0, len(self._ids(text[begin : begin + PIECE_CHARS], False)) - CUT_TOKENS)
+            found += max(0, len(self.piece_ids(text[begin : begin + PIECE_CHARS], False)) - CUT_TOKENS)
             if found > most:
                 first = min(begin + PIECE_CHARS, len(text))
                 raise TooManyTokens(
@@ -132,12 +133,12 @@ class Tokenizer:
             raise ValueError("this model has no chat template: it continues text, use generate or pass a template")
         wanted = TOOL_TEMPLATE if with_tools and TOOL_TEMPLATE in self.chat_templates else "default"
         name = wanted if wanted in self.chat_templates else next(iter(self.chat_templates))
-        if name not in self._compiled:
+        if name not in self.compiled_templates:
             try:
-                self._compiled[name] = ChatTemplate(self.chat_templates[name], self.template_process)
+                self.compiled_templates[name] = ChatTemplate(self.chat_templates[name], self.template_process)
             except ValueError as error:  # so would the next time be, and it may take as long
-                self._compiled[name] = str(error)
-        found = self._compiled[name]
+                self.compiled_templates[name] = str(error)
+        found = self.compiled_templates[name]
         if isinstance(found, str):
             raise ValueError(found)
         return found
@@ -179,7 +180,7 @@ class Tokenizer:
         return {}
 
     @cached_property
-    def _compiled(self) -> dict[str, ChatTemplate | str]:
+    def compiled_templates(self) -> dict[str, ChatTemplate | str]:
         """Templates, or what is wrong with them, by name."""
         return {}
 
@@ -198,7 +199,7 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True, begins_text: bool = True):
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._strip_left = tokenizer.rules.strip_left if begins_text else 0
         self._at_start = begins_text
 
@@ -211,11 +212,11 @@ class Detokenizer:
         """Text completed by this token; empty while a character is incomplete or for a skipped token."""
         if token_id in self._skipped:
             return ""
-        return self._strip(self._utf8.decode(self._bytes(token_id)))
+        return self._strip(self.utf8.decode(self._bytes(token_id)))
 
     def finish(self) -> str:
         """The rest: U+FFFD for a character left incomplete, otherwise empty."""
-        return self._strip(self._utf8.decode(b"", final=True))
+        return self._strip(self.utf8.decode(b"", final=True))
 
     def _bytes(self, token_id: int) -> bytes:
         added = self._tokenizer.token_bytes(token_id)
@@ -331,7 +332,7 @@ def _with_end_mark(tokenizer: Tokenizer) -> Tokenizer:
     """The tokenizer with the mark that its chat template ends an answer with among its ends, whatever files say."""
     mark = end_mark(tokenizer)
     made = tokenizer if mark is None else replace(tokenizer, eos_ids=tokenizer.eos_ids | {mark})
-    made._compiled.update(tokenizer._compiled)
+    made.compiled_templates.update(tokenizer.compiled_templates)
     return made
 
 

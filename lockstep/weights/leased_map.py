@@ -38,6 +38,11 @@ class LeasedMaps:
         self._dropped: deque[int] = deque()  # addresses that nobody reads any more
         self._thread: threading.Thread | None = None
 
+    @property
+    def is_watching(self) -> bool:
+        """Whether the thread that watches over maps runs."""
+        return self._thread is not None
+
     def map(self, descriptor: int) -> np.ndarray | None:
         """The whole of an open file as read-only uint8 [size], for as long as it is used.
 

@@ -90,7 +90,7 @@ def read(path: Path, what: str, maps: LeasedMaps, verify: bool = False) -> tuple
         raise Damaged(f"{path}: {found.st_size} bytes of {header['what']!r}, expected {header['size']} of {what!r}")
     arrays = tuple(_array(raw, *described, path=path) for described in header["arrays"])
     if verify or found.st_mtime_ns != _checked_time_ns(bytes.fromhex(header["sha256"])):
-        _check(path, arrays, header["sha256"])
+        check(path, arrays, header["sha256"])
     return arrays
 
 
@@ -117,7 +117,7 @@ def _array(raw: np.ndarray, dtype: str, shape: Sequence[int], begin: int, path: 
     return raw[begin:end].view(dtype).reshape(shape)
 
 
-def _check(path: Path, arrays: Sequence[np.ndarray], expected: str) -> None:
+def check(path: Path, arrays: Sequence[np.ndarray], expected: str) -> None:
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(array.reshape(-1).view(np.uint8).data)

@@ -34,7 +34,7 @@ class PackedStore(WeightStore):
 
     def __init__(self, checkpoint: Checkpoint, progress: Progress | None = None):
         super().__init__()
-        self._checkpoint, self._progress, self._done = checkpoint, progress, 0
+        self.checkpoint, self._progress, self._done = checkpoint, progress, 0
         self._root, self._lock, self._maps = _packed_folder(), threading.Lock(), LeasedMaps()
         self._suffix, self.num_bytes_not_kept = f"{packing_version()}-{target_name()}", 0
         self._used: int | None = None  # bytes of all packed models, once they were counted
@@ -45,7 +45,7 @@ class PackedStore(WeightStore):
 
     def _is_like_a_packed_one(self) -> bool:
         """Whether a model with the same headers was packed: probably this one, so it pays to read its content first."""
-        header = self._checkpoint.header_hash
+        header = self.checkpoint.header_hash
         if self.folder.is_dir():  # what an earlier process packed of this very file
             return False
         return any(
@@ -74,7 +74,7 @@ class PackedStore(WeightStore):
     def _load(self, what: str) -> tuple[np.ndarray, ...] | None:
         """The arrays of a packed weight; None where they are not there or not as they were written."""
         with self._lock, contextlib.suppress(OSError, packed_file.Damaged):
-            return packed_file.read(self.folder / file_name(what), what, self._maps, self._checkpoint.verify)
+            return packed_file.read(self.folder / file_name(what), what, self._maps, self.checkpoint.verify)
         return None
 
     def _keep(self, what: str, arrays: tuple[np.ndarray, ...]) -> None:
@@ -93,7 +93,7 @@ class PackedStore(WeightStore):
 
     def _about(self) -> dict:
         return dict(
-            model=os.path.abspath(self._checkpoint.path), header=self._checkpoint.header_hash, target=target_name()
+            model=os.path.abspath(self.checkpoint.path), header=self.checkpoint.header_hash, target=target_name()
         )
 
     def _has_room(self, size: int) -> bool:
@@ -111,7 +111,7 @@ class PackedStore(WeightStore):
     def _is_unchanged(self) -> bool:
         """Whether the checkpoint's files still are what was opened."""
         with contextlib.suppress(ValueError):
-            self._checkpoint.check_unchanged()
+            self.checkpoint.check_unchanged()
             return True
         return False
 

@@ -177,8 +177,8 @@ def test_limits_of_control_groups_and_of_address_space_are_heeded(tmp_path, monk
         "/proc/sys/vm/overcommit_memory": "0",
     }
     monkeypatch.setattr(cache_size, "CGROUPS", tmp_path)
-    real = cache_size._text
-    monkeypatch.setattr(cache_size, "_text", lambda path: files.get(str(path)) or real(path))
+    real = cache_size.file_text
+    monkeypatch.setattr(cache_size, "file_text", lambda path: files.get(str(path)) or real(path))
     monkeypatch.setattr(cache_size, "_address_bytes", lambda: iter(()))
     (tmp_path / "a" / "b").mkdir(parents=True)
     assert cache_size.available_bytes() == 8000 << 10
@@ -201,9 +201,9 @@ def test_the_first_version_of_control_groups_is_known(tmp_path, monkeypatch):
     (folder / "memory.limit_in_bytes").write_text("4000000")
     (folder / "memory.usage_in_bytes").write_text("1000000")
     monkeypatch.setattr(cache_size, "CGROUPS", tmp_path)
-    real = cache_size._text
+    real = cache_size.file_text
     given = "9:name=systemd:/\n4:memory:/job\n0::/"
-    monkeypatch.setattr(cache_size, "_text", lambda path: given if path == "/proc/self/cgroup" else real(path))
+    monkeypatch.setattr(cache_size, "file_text", lambda path: given if path == "/proc/self/cgroup" else real(path))
     assert cache_size.available_bytes() == 3000000
 
 

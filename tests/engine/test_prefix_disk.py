@@ -48,7 +48,7 @@ def loaded(store, i, kind="page"):
 
 
 def path(store, i, kind="page"):
-    return store.folder / store._file(kind, NAMES[i])
+    return store.folder / store.entry(kind, NAMES[i])[0]
 
 
 def test_entries_are_there_at_once_and_after_a_restart(store):
@@ -148,13 +148,13 @@ def test_the_bytes_of_other_processes_count_too(store, monkeypatch):
 def test_what_two_processes_write_counts_once(store, monkeypatch):
     monkeypatch.setattr(prefix_disk, "RESCAN", 2)
     one, other = (store(max_bytes=3 * (HEADER.size + 100)) for _ in range(2))
-    write, go_on = one._write_file, threading.Event()
+    write, go_on = one.write_file, threading.Event()
 
     def slow(*entry):
         go_on.wait()
         write(*entry)
 
-    one._write_file = slow
+    one.write_file = slow
     for i in (0, 1, 2):
         save(one, i)
     for i in (1, 2):

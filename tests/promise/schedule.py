@@ -115,7 +115,7 @@ class Walk:
                 spans.append(self.span(request, count))
         threads = int(self.rng.choice(NUM_THREADS))
         self.runner.executor.team = self.teams.by_size[threads]
-        self.runner.executor._memory[:] = POISON
+        self.runner.executor.fill(POISON)
         tokens, logprobs, logits = self.runner.step(spans)
         self.count(members, spans, threads)
         batch = [(r.sequence.name, r.num_computed, n) for r, n in members]

@@ -62,7 +62,7 @@ def report(runner, row):
     """Bytes of a sampled row's likeliest tokens, their log-probabilities, and the logits as the row wants them."""
     sample = runner.sample
     wanted = [(sample.top_token, ALTERNATIVES), (sample.top_logprob, ALTERNATIVES)]
-    if runner._sampling["adjustment"][row]:
+    if runner.is_adjusted(row):
         wanted.append((sample.adjusted, sample.vocab_size))
     return b"".join(runner.executor.view(t, row + 1)[row, :width].tobytes() for t, width in wanted)
 

@@ -78,7 +78,7 @@ class Traffic:
     def _watch(self):
         """Puts checks between the parts of the engine."""
         scheduler, pages = self.engine.scheduler, self.engine.scheduler.pages
-        schedule, take, strip = scheduler.schedule, pages.take, scheduler._strip
+        schedule, take, strip = scheduler.schedule, pages.take, scheduler.strip
 
         def taken(count):
             made = take(count)
@@ -96,7 +96,7 @@ class Traffic:
             self._count_admissions([r for r in scheduler.running if r.id not in before])
             return self._plan
 
-        scheduler.schedule, pages.take, scheduler._strip = planned, taken, stripped
+        scheduler.schedule, pages.take, scheduler.strip = planned, taken, stripped
         self.engine.runner.step = self._checked_step
 
     def _poison(self, kind, rows):
@@ -150,7 +150,7 @@ class Traffic:
     def finish(self):
         """After the last step: nobody holds anything, and every answer is the expected one."""
         scheduler = self.engine.scheduler
-        assert scheduler.pages.num_free == PAGES and sorted(scheduler._slots) == list(range(SLOTS))
+        assert scheduler.pages.num_free == PAGES and sorted(scheduler.free_slots) == list(range(SLOTS))
         for request in self.requests:
             answer = self.expected[request.id]
             if request.finish_reason != "cancelled" and request.output_ids != answer.known[answer.num_prompt :]:

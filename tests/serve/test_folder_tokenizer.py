@@ -102,7 +102,7 @@ def test_the_end_mark_of_the_template_is_an_end(template, mark, tmp_path):
         tmp_path, {"config.json": '{"eos_token_id": 7}'}, backend, eos_token="<|begin|>", chat_template=template
     )
     named = {7, tokenizer.backend.token_to_id("<|begin|>")}
-    assert list(tokenizer._compiled) == ["default"], "it is compiled once"
+    assert list(tokenizer.compiled_templates) == ["default"], "it is compiled once"
     assert tokenizer.eos_ids == named | ({tokenizer.backend.token_to_id(mark)} if mark else set())
 
 

@@ -38,8 +38,8 @@ def test_other_threads_run_while_a_long_text_is_tokenized(tokenizer):
 @pytest.mark.parametrize("char", ["a", " ", "日", "\n"])
 def test_a_text_that_cannot_fit_is_refused_without_tokenizing_all_of_it(tokenizer, char, monkeypatch):
     seen = []
-    own = type(tokenizer)._ids
-    monkeypatch.setattr(type(tokenizer), "_ids", lambda *args: seen.append(len(args[1])) or own(*args))
+    own = type(tokenizer).piece_ids
+    monkeypatch.setattr(type(tokenizer), "piece_ids", lambda *args: seen.append(len(args[1])) or own(*args))
     text = char * 2_000_000
     with pytest.raises(TooManyTokens, match=r"2000000 characters, .* more than the 1000 tokens"):
         tokenizer.encode(text, most=1000)

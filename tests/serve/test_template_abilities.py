@@ -287,7 +287,7 @@ def test_what_the_template_writes_is_read_and_allowed(template, style):
     shown = chat.prompt(Conversation([user, calling("Rome"), result("Rome", "Two.")], USE))
     call = re.search(r"One\.(<assistant>)?(.*?)\s*<(tool|user)[> ]", shown, re.DOTALL)[2]
     made = chat.prepare(Conversation([user], ToolUse((PLACE,), must_call=True)))
-    assert chat._style is style and parse(made.new_parser(), [call]) == [("find", '{"name": "Rome"}')]
+    assert chat.style is style and parse(made.new_parser(), [call]) == [("find", '{"name": "Rome"}')]
     mask, ids = made.options["logits_mask"], tokenizer.encode(call, add_special_tokens=False)
     assert all(ids[n] in allowed(mask(ids[:n])) for n in range(len(ids))) and 0 in allowed(mask(ids))
 

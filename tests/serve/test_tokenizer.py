@@ -125,7 +125,7 @@ def test_streaming_keeps_no_text():
     for token_id in range(BYTE_LEVEL.vocab_size):
         detokenizer.push(token_id)
         kept = {name: value for name, value in vars(detokenizer).items() if isinstance(value, (str, bytes, list, dict))}
-        assert not kept and len(detokenizer._utf8.getstate()[0]) <= 3
+        assert not kept and len(detokenizer.utf8.getstate()[0]) <= 3
 
 
 def test_a_folder(tmp_path):

@@ -152,7 +152,7 @@ def test_a_model_that_is_written_to_while_it_is_loaded_is_refused(tmp_path, monk
     folder, make = tiny.write(tmp_path / "m", QWEN3, tiny.tensors(QWEN3, 3)), PackedStore.make
 
     def writing(store, weight, layout):
-        store._checkpoint.content.wait()
+        store.checkpoint.content.wait()
         with open(folder / "model.safetensors", "r+b") as file:
             file.seek(-4, os.SEEK_END)
             file.write(bytes(4))

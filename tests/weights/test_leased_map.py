@@ -114,7 +114,7 @@ def test_what_nobody_reads_any_more_is_given_back(path):
     del part
     gc.collect()
     deadline = time.monotonic() + 30
-    while maps._thread is not None or is_mapped(path):
+    while maps.is_watching or is_mapped(path):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     path.write_bytes(b"nobody minds")

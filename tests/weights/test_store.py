@@ -104,8 +104,8 @@ def test_another_weights_file_is_refused(path, maps):
 
 
 def test_a_checked_file_is_not_checked_again_until_the_machine_was_started_again(path, monkeypatch, maps):
-    checks, check = [], packed_file._check
-    monkeypatch.setattr(packed_file, "_check", lambda *args: (checks.append(args), check(*args)))
+    checks, check = [], packed_file.check
+    monkeypatch.setattr(packed_file, "check", lambda *args: (checks.append(args), check(*args)))
     packed_file.read(path, "w", maps)
     assert not checks
     os.utime(path)
@@ -142,11 +142,11 @@ class Packing:
 
     def arrays(self, folder, **options):
         checkpoint = open_checkpoint(folder, **options)
-        made = PackedStore(checkpoint).arrays(weight_of(checkpoint), Layout("f32 panels", self._pack))
+        made = PackedStore(checkpoint).arrays(weight_of(checkpoint), Layout("f32 panels", self.pack))
         checkpoint.content.wait(timeout=60)
         return made[0]
 
-    def _pack(self, weight):
+    def pack(self, weight):
         self.count += 1
         return pack_f32(weight)
 
@@ -200,12 +200,12 @@ def test_until_the_content_is_known_packed_weights_wait_under_a_name_of_that_fil
     # a process that ended before it knew: the next one finds what it packed, if the file is the same
     packing = Packing()
     again = open_checkpoint(tmp_path / "a")
-    PackedStore(again).arrays(weight_of(again), Layout("f32 panels", packing._pack))
+    PackedStore(again).arrays(weight_of(again), Layout("f32 panels", packing.pack))
     assert packing.count == 0
     (tmp_path / "a" / "model.safetensors").touch()
     touched = open_checkpoint(tmp_path / "a")
     monkeypatch.setattr(PackedStore, "_is_like_a_packed_one", lambda self: False)  # it would wait for the content
-    PackedStore(touched).arrays(weight_of(touched), Layout("f32 panels", packing._pack))
+    PackedStore(touched).arrays(weight_of(touched), Layout("f32 panels", packing.pack))
     assert packing.count == 1, "a file of another time may be another file"
     go_on.set()
     assert touched.content.wait(timeout=60)

@@ -62,9 +62,9 @@ def talking(template):
 @contextlib.contextmanager
 def saying(server, text):
     """Inside, every answer of a route that talks is this text."""
-    before = ChatModel._mask
-    ChatModel._mask = lambda *_: Script(server.service.llm, text)
+    before = ChatModel.mask
+    ChatModel.mask = lambda *_: Script(server.service.llm, text)
     try:
         yield
     finally:
-        ChatModel._mask = before
+        ChatModel.mask = before

@@ -186,11 +186,11 @@ def test_a_failure_in_a_stream_is_an_event(server):
         return mask
 
     chat = server.service.chat
-    chat._mask = fails
+    chat.mask = fails
     try:
         events = events_of(server)
     finally:
-        del chat._mask
+        del chat.mask
     assert [event.type for event in events] == ["response.created", "response.in_progress", "response.failed"]
     assert "the grammar is too complex" in events[-1].response.error.message
 

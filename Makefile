@@ -14,7 +14,7 @@ SOURCES := pyproject.toml $(wildcard lockstep/*.py lockstep/*/*.py lockstep/bund
 BIN := $(VENV)/bin
 LOCKSTEP := $(BIN)/lockstep
 
-.PHONY: help demo test test-targets soak fuzz test-oracles oracles-lm-eval oracles-others oracles lint lock audit clean
+.PHONY: help demo test test-targets soak fuzz test-oracles oracles-lm-eval oracles-others oracles dev lint lock audit clean
 .DEFAULT_GOAL := help
 
 help:
@@ -24,7 +24,7 @@ help:
 	@echo "make soak          random schedules with fresh seeds, for SOAK minutes (10), and 2 minutes of make fuzz"
 	@echo "make fuzz          random requests, bytes, templates, grammars and files, for FUZZ minutes (60)"
 	@echo "make test-oracles  compare with transformers, JAX and lm-eval, live (installs them and torch into $(ORACLES))"
-	@echo "make lint          run ruff"
+	@echo "make lint          check style, format and types: ruff and basedpyright"
 	@echo "make audit         ask whether locked or lowest allowed packages have known holes (needs the network)"
 	@echo "make lock          renew the lock files: the newest allowed packages, with the hashes of all their files"
 	@echo "make clean         remove the virtual environments and build leftovers"
@@ -76,8 +76,13 @@ oracles-others: $(ORACLES)/.installed
 # Only the installation: it fails where the registry has no torch for this machine.
 oracles: $(ORACLES)/.installed
 
-lint: $(DEV)/.installed
+# Only the installation: it fails where the registry has no basedpyright for this machine.
+dev: $(DEV)/.installed
+
+lint: $(DEV)/.installed $(VENV)/.test
 	@$(DEV)/bin/ruff check lockstep tests bench training
+	@$(DEV)/bin/ruff format --check --quiet lockstep tests bench training
+	@$(DEV)/bin/basedpyright --pythonpath $(BIN)/python
 
 lock: $(DEV)/.installed
 	@echo setuptools | $(DEV)/$(COMPILE) --upgrade pyproject.toml - -o requirements.lock
@@ -117,7 +122,7 @@ $(VENV)/.test: $(BIN)/python requirements-test.lock pyproject.toml
 	@touch $@
 
 $(DEV)/.installed: requirements-dev.lock
-	@echo "installing ruff, pip-audit and uv into $(DEV)"
+	@echo "installing ruff, basedpyright, pip-audit and uv into $(DEV)"
 	@$(PYTHON) -m venv $(DEV)
 	@$(DEV)/$(LOCKED) requirements-dev.lock
 	@touch $@

@@ -7,6 +7,7 @@ import ast
 import pathlib
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -71,6 +72,11 @@ def test_the_package_itself_imports_nothing():
     code = "import sys, lockstep; print(*(name for name in sys.modules if name.split('.')[0] in ('lockstep', 'numpy')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["lockstep"]
+
+
+def test_types_are_shipped():
+    shipped = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["lockstep"]
+    assert "py.typed" in shipped and (ROOT / "lockstep" / "py.typed").is_file()
 
 
 def test_an_upward_import_is_seen(tmp_path, monkeypatch):

@@ -72,7 +72,7 @@ def compare(kind, num_tokens, width, team, rounds):
         "batched": {**add_cpu.CPU, **rms_norm_cpu.CPU, **silu_mul_cpu.CPU},
         "per token": {**add_cpu.PER_TOKEN, **rms_norm_cpu.PER_TOKEN, **silu_mul_cpu.PER_TOKEN},
     }
-    step, held = ragged_step([num_tokens])
+    step, _held = ragged_step([num_tokens])
     runs, moved = {}, 0
     for name, table in tables.items():
         executor, moved = build(table, kind, num_tokens, width, team)

@@ -99,7 +99,7 @@ def compare(pipe, port, vocab_size, num_streams, args):
             if number:
                 times[name].append(seconds)
     rate = {name: num_streams * args.tokens / statistics.median(each) for name, each in times.items()}
-    ratio = statistics.median([a / b for a, b in zip(times["engine"], times["http"])])
+    ratio = statistics.median([a / b for a, b in zip(times["engine"], times["http"], strict=True)])
     print(
         f"{num_streams:3d} streams: engine {rate['engine']:8.1f} tok/s   HTTP {rate['http']:8.1f} tok/s   "
         f"HTTP / engine {ratio:.3f}",

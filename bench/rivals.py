@@ -159,8 +159,8 @@ def draw(found, path):
     metrics = list(dict.fromkeys(m for engines in found.values() for e in engines.values() for m in e))
     size = 3.2 * len(metrics), 0.6 + 1.7 * len(found)
     figure, axes = plt.subplots(len(found), len(metrics), figsize=size, squeeze=False)
-    for row, (title, engines) in zip(axes, found.items()):
-        for axis, metric in zip(row, metrics):
+    for row, (title, engines) in zip(axes, found.items(), strict=True):
+        for axis, metric in zip(row, metrics, strict=True):
             names = [n for n in engines if metric in engines[n]][::-1]
             values = [engines[n][metric] for n in names]
             if not names:

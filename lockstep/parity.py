@@ -6,6 +6,7 @@ prompt leaves in the cache: keys, values, states.
 """
 
 import hashlib
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,7 +64,7 @@ class Comparison:
 
 def chunked(length, size):
     """Ends of steps of at most `size` tokens."""
-    return tuple(range(size, length, size)) + (length,)
+    return (*range(size, length, size), length)
 
 
 def paths(length, max_threads):
@@ -72,14 +73,14 @@ def paths(length, max_threads):
     made += [Path(f"chunks of {c}", chunked(length, c), max_threads) for c in CHUNKS if c < length]
     made += [Path("whole", (length,), n) for n in sorted({1, 2, max_threads, 2 * max_threads})]
     made += [Path(f"cut after {p}", (p, length), max_threads) for p in AWKWARD if p < length]
-    return made + [Path("with 3 strangers", chunked(length, 17), max_threads, 3)]
+    return [*made, Path("with 3 strangers", chunked(length, 17), max_threads, 3)]
 
 
 def run_path(model, ids, path, swaps=None, num_rows=None):
     """Runs a path on fresh memory: an Outcome."""
     vocab_size = model.config.vocab_size
     others = [list(np.random.default_rng(i).integers(0, vocab_size, len(ids))) for i in range(path.strangers)]
-    largest = max(b - a for a, b in zip((0, *path.ends), path.ends))
+    largest = max(b - a for a, b in itertools.pairwise((0, *path.ends)))
     pages = -(-len(ids) // PAGE_TOKENS)
     wanted = range(len(ids) - (num_rows or comparable_rows(model, len(ids))), len(ids))
     requests = 1 + path.strangers
@@ -88,12 +89,12 @@ def run_path(model, ids, path, swaps=None, num_rows=None):
     try:
         runner, rows = Runner(model, team, limits, swaps), []
         choices, hidden = hashlib.sha256(), hashlib.sha256()
-        for start, end in zip((0, *path.ends), path.ends):
+        for start, end in itertools.pairwise((0, *path.ends)):
             spans = [_span(o, i + 1, pages, start, end, ()) for i, o in enumerate(others)]
             spans.insert(len(spans) // 2, _span(ids, 0, pages, start, end, wanted))
             tokens, logprobs, logits = runner.step(spans)
             rows += [row.copy() for row in logits]
-            for token, logprob in zip(tokens, logprobs):
+            for token, logprob in zip(tokens, logprobs, strict=True):
                 choices.update(token.tobytes() + logprob.tobytes())
             hidden.update(runner.hidden(0, len(range(max(start, wanted.start), end))).tobytes())
         seen = dict(tokens=choices.hexdigest(), hidden=hidden.hexdigest())

@@ -139,7 +139,7 @@ class Recorder:
         return features
 
     def add_bias(self, x, names, widths):
-        parts = tuple(self.stored(name, n) for name, n in zip(names, widths))
+        parts = tuple(self.stored(name, n) for name, n in zip(names, widths, strict=True))
         weight = Weight("|".join(names), "f32", (1, x.width), parts)
         out = self.program.tensor(f"{x.name}.biased", x.rows, x.width)
         return self.program.emit(AddBias(out=out, x=x, bias=weight, width=x.width))

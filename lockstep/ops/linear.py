@@ -272,7 +272,7 @@ def _linear(op, step, thread, num_threads):
 def _rows(weight, fields):
     """The fields of all rows of a weight, piece after piece, and of zeros up to whole panels as in `weights.pack`."""
     pieces = [fields(part, slice(None)) for part in weight.parts]
-    joined = (np.concatenate(arrays) for arrays in zip(*pieces))
+    joined = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
     return tuple(np.pad(a, ((0, padded_width(len(a)) - len(a)), (0, 0))) for a in joined)
 
 

@@ -110,7 +110,7 @@ def _yarn(plain, theta, scaling):
     low, high = max(low, 0), min(high, rope_dim - 1)
     width = high - low if high != low else 0.001
     ramp = [min(max((i - low) / width, 0.0), 1.0) for i in range(len(plain))]
-    return [f / scaling.factor * r + f * (1.0 - r) for f, r in zip(plain, ramp)]
+    return [f / scaling.factor * r + f * (1.0 - r) for f, r in zip(plain, ramp, strict=True)]
 
 
 SCALINGS = {

@@ -71,7 +71,7 @@ def kernel_cache(module: str) -> pathlib.Path:
     return folder
 
 
-class ContentLocator(caching._CacheLocator):
+class ContentLocator(caching._CacheLocator):  # noqa: SLF001 Numba has no other name for it
     """Tells Numba where a function is cached: in a folder named by content, whatever its file's path and time are."""
 
     def __init__(self, function):

@@ -66,7 +66,7 @@ def primitive(python=None):
     def wrap(typer):
         made = Primitive(typer.__name__, _null_is_valid(typer), prefer_literal=True)
         made.python = python
-        made._register()
+        made._register()  # noqa: SLF001 as Numba's own decorator does
         return made
 
     return wrap

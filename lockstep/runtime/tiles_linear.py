@@ -296,7 +296,8 @@ def linear_tile(context, format, shape, num_rows, x, w, out, ahead):
     heights = range(heights[0].literal_value, heights[1].literal_value + 1)
 
     def codegen(ctx, b, sig, args):
-        magic, operands = ctx.codegen().magic_tuple(), [fields(b, *pair) for pair in zip(sig.args[3:], args[3:])]
+        magic = ctx.codegen().magic_tuple()
+        operands = [fields(b, *pair) for pair in zip(sig.args[3:], args[3:], strict=True)]
         choice = b.switch(args[2], end := b.append_basic_block("no_rows"))
         for height in heights:
             choice.add_case(ir.Constant(I64, height), block := b.append_basic_block(f"rows_{height}"))

@@ -196,7 +196,7 @@ def test_bf16_flushes_denormals_everywhere():
 def test_nan_weight_is_refused():
     bad = np.zeros((16, 32), np.float32)
     bad[3, 5] = np.nan
-    with pytest.raises(ValueError, match="'spoilt'.*NaN"):
+    with pytest.raises(ValueError, match=r"'spoilt'.*NaN"):
         run(linear_cpu.CPU, "f32", np.ones((1, 32), np.float32), [StoredTensor("spoilt", "f32", (16, 32), bad)])
 
 
@@ -226,5 +226,5 @@ def test_targets_by_name():
         and ask("generic", triple="aarch64-linux-gnu") == "generic"
     )
     assert ask("", triple="riscv64-linux-gnu") == "generic"
-    with pytest.raises(UnfitMachine, match="AVX2.*'nehalem'"):
+    with pytest.raises(UnfitMachine, match=r"AVX2.*'nehalem'"):
         ask("nehalem")

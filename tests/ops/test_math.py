@@ -46,7 +46,7 @@ def test_scalar_lanes_and_interpreted_agree_and_are_accurate(name):
     function, exact, (low, high) = FUNCTIONS[name]
     x = np.linspace(low, high, 1 << 16).astype(np.float32)
     scalar, lane = np.empty_like(x), np.empty_like(x)
-    for run, out in zip(compiled(function), (scalar, lane)):
+    for run, out in zip(compiled(function), (scalar, lane), strict=True):
         run(x, out)
     assert scalar.tobytes() == lane.tobytes()
     few = x[::997]

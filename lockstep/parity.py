@@ -13,6 +13,7 @@ import numpy as np
 
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.ops.kv_cache import PAGE_TOKENS, by_position
+from lockstep.runtime.operands import Operands
 from lockstep.runtime.program import DTYPES, CacheArray, Tensor
 from lockstep.runtime.threads import Team
 
@@ -162,7 +163,7 @@ class Difference:
     """
 
     index: int
-    op: object
+    op: Operands
     tensor: Tensor | CacheArray
     row: int
     column: int

@@ -2,6 +2,8 @@
 
 import functools
 import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,16 +12,18 @@ import numpy as np
 from lockstep.engine.cache_size import context_size
 from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.model import load_model
-from lockstep.engine.request import SamplingParams, check_single, token_list
+from lockstep.engine.request import Request, SamplingParams, check_single, token_list
 from lockstep.models.config import end_ids, text_config
+from lockstep.runtime.kernel import OnCompile
 from lockstep.serve.generation_config import sampling_defaults
 from lockstep.serve.hub import resolve_model
 from lockstep.serve.pooling import default_pooling
 from lockstep.serve.tokenizer import Tokenizer, answer_reader, check_can_chat, find_tokenizer, has_tokenizer
 from lockstep.weights.checkpoint import open_checkpoint
-from lockstep.weights.content import ContentHash
+from lockstep.weights.content import ContentHash, Progress
 from lockstep.weights.store import PackedStore
 
+Prompt = str | Sequence[int]  # text, or token ids
 log = logging.getLogger("lockstep.model")
 
 
@@ -45,7 +49,7 @@ class Completion:
     others: list["Completion"] = field(default_factory=list)
 
     @property
-    def samples(self):
+    def samples(self) -> list["Completion"]:
         """All samples of the prompt, this one first."""
         return [self, *self.others]
 
@@ -53,10 +57,10 @@ class Completion:
 class Stream:
     """The text of a request so far; `new_text` is what came with the last `advance`, and is never taken back."""
 
-    def __init__(self, request):
+    def __init__(self, request: Request) -> None:
         self.request, self.text, self.new_text = request, "", ""
 
-    def advance(self):
+    def advance(self) -> None:
         """Takes in what the engine has added to the request."""
         self.new_text = self.request.text[len(self.text) :]
         self.text += self.new_text
@@ -82,25 +86,25 @@ class LLM:
 
     def __init__(
         self,
-        model=None,
+        model: str | None = None,
         *,
-        weights="auto",
-        kv_dtype=None,
-        max_context=None,
-        max_step_tokens=512,
-        max_requests=16,
-        kv_tokens=None,
-        threads=None,
-        ops=None,
-        progress=None,
-        prefix_cache=True,
-        cache_dir=None,
-        cache_dir_bytes=8 << 30,
-        needs_chat=False,
-        generation_config="auto",
-        verify_weights=False,
-        on_compile=None,
-    ):
+        weights: str = "auto",
+        kv_dtype: str | None = None,
+        max_context: int | None = None,
+        max_step_tokens: int = 512,
+        max_requests: int = 16,
+        kv_tokens: int | None = None,
+        threads: int | None = None,
+        ops: Mapping[str, str] | None = None,
+        progress: Progress | None = None,
+        prefix_cache: bool = True,
+        cache_dir: str | os.PathLike[str] | None = None,
+        cache_dir_bytes: int = 8 << 30,
+        needs_chat: bool = False,
+        generation_config: str = "auto",
+        verify_weights: bool = False,
+        on_compile: OnCompile | None = None,
+    ) -> None:
         self.path = resolve_model(model)
         self._checkpoint = checkpoint = open_checkpoint(self.path, verify=verify_weights)
         if needs_chat:
@@ -108,11 +112,11 @@ class LLM:
         self._store = PackedStore(checkpoint, progress)
         loaded = load_model(checkpoint, self._store, weights, kv_dtype, max_context)
         options = EngineOptions(
-            max_step_tokens,
-            max_requests,
-            kv_tokens,
-            threads,
-            prefix_cache,
+            max_step_tokens=max_step_tokens,
+            max_requests=max_requests,
+            kv_tokens=kv_tokens,
+            threads=threads,
+            prefix_cache=prefix_cache,
             cache_dir=cache_dir,
             cache_dir_bytes=cache_dir_bytes,
         )
@@ -180,11 +184,11 @@ class LLM:
         return find_tokenizer(self.path, self._checkpoint.metadata)
 
     @property
-    def has_tokenizer(self):
+    def has_tokenizer(self) -> bool:
         """Whether text can be encoded; without a tokenizer prompts are token ids and answers have no text."""
         return has_tokenizer(self.path, self._checkpoint.metadata)
 
-    def _eos_ids(self):
+    def _eos_ids(self) -> frozenset[int]:
         """Every id that the config, the generation config or the tokenizer calls an end."""
         config = self._checkpoint.config
         ids = {
@@ -198,11 +202,13 @@ class LLM:
             log.warning("%s: end tokens %s are ignored: the model has %d tokens", self.path, strange, vocab_size)
         return frozenset(ids.difference(strange))
 
-    def encode(self, prompt):
+    def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: a string, or ids as they are."""
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else token_list(prompt)
 
-    def chat_prompt(self, messages, tools=None, **options):
+    def chat_prompt(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None, **options: Any
+    ) -> list[int]:
         """Token ids of a conversation in the checkpoint's chat format. ValueError if it has none, or refuses.
 
         What the chat template cannot say is put otherwise (serve/adapt.py), unless there are tools: then it gets all as
@@ -213,19 +219,21 @@ class LLM:
         return self.tokenizer.encode(self._without_tools(messages, **options), add_special_tokens=False)
 
     @functools.cached_property
-    def _without_tools(self):
+    def _without_tools(self) -> Callable[..., str]:
         from lockstep.serve.beside_calls import prompts_without_tools  # grammars take a while to import
 
         return prompts_without_tools(self.tokenizer)
 
-    def default_params(self, **fields) -> SamplingParams:
+    def default_params(self, **fields: Any) -> SamplingParams:
         """SamplingParams as the model's makers want them; fields that are given come first.
 
         Where nobody says a temperature it is 1, as in OpenAI's API.
         """
         return SamplingParams(**{"temperature": 1.0, **self.sampling_defaults, **fields})
 
-    def chat(self, messages, params: SamplingParams | None = None, **options) -> Completion:
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None, **options: Any
+    ) -> Completion:
         """The model's answer to a conversation: a list of {"role", "content"}, as its chat template knows them.
 
         params: None for `default_params`, and as many tokens as the context has room for. options: of `chat_prompt`,
@@ -236,16 +244,16 @@ class LLM:
             params = self.default_params(max_tokens=max(1, self.max_context - len(ids)))
         return self.generate([ids], params)[0]
 
-    def start(self, prompt, params=SamplingParams()):
+    def start(self, prompt: Prompt, params: SamplingParams = SamplingParams()) -> Stream:
         """Queues one prompt; returns its Stream."""
         check_single(params)
         return self.start_samples(prompt, params)[0]
 
-    def start_samples(self, prompt, params):
+    def start_samples(self, prompt: Prompt, params: SamplingParams) -> list[Stream]:
         """Queues the `params.n` samples of a prompt; returns a Stream for each."""
         return [Stream(request) for request in self.engine.add_samples(self.encode(prompt), params)]
 
-    def stream(self, prompt, params=SamplingParams()):
+    def stream(self, prompt: Prompt, params: SamplingParams = SamplingParams()) -> Iterator[Stream]:
         """Yields the Stream of one prompt after every token, or after several that came with another call's steps.
 
         Closing the generator cancels the request.
@@ -263,7 +271,9 @@ class LLM:
         finally:
             self.engine.cancel(made.request)
 
-    def generate(self, prompts, params=SamplingParams()):
+    def generate(
+        self, prompts: Prompt | Iterable[Prompt], params: SamplingParams | Sequence[SamplingParams] = SamplingParams()
+    ) -> list[Completion]:
         """Answers all prompts (strings or lists of token ids) together; returns a Completion for each, in order.
 
         params: one SamplingParams for all, or a list with one for each prompt; by default the most probable tokens,
@@ -271,7 +281,7 @@ class LLM:
         the first sample, and its `samples` are all.
         """
         prompts = _prompt_list(prompts)
-        each = list(params) if isinstance(params, (list, tuple)) else [params] * len(prompts)
+        each: list[Any] = list(params) if isinstance(params, (list, tuple)) else [params] * len(prompts)
         if len(each) != len(prompts):
             raise ValueError(f"params: expected one or {len(prompts)}, got {len(each)}")
         started = self._start_all(prompts, each)
@@ -283,7 +293,9 @@ class LLM:
         """How the model's makers want embeddings pooled; "last" where they do not say."""
         return default_pooling(self.path, self._checkpoint.config)
 
-    def embed(self, prompts, pooling=None, normalize=True):
+    def embed(
+        self, prompts: Prompt | Iterable[Prompt], pooling: str | None = None, normalize: bool = True
+    ) -> np.ndarray:
         """Embeddings of prompts (strings or lists of token ids), float32 [prompts, D], the same bits in any company.
 
         Each comes from the hidden states after the model's final norm: the last token's ("last"), or the mean over all
@@ -296,10 +308,10 @@ class LLM:
         failed = next((s.request.error for streams in started for s in streams if s.request.error), None)
         if failed is not None:
             raise ValueError(failed)
-        made = [streams[0].request.pool.embedding(normalize) for streams in started]
+        made = [pool.embedding(normalize) for streams in started if (pool := streams[0].request.pool) is not None]
         return np.stack(made) if made else np.zeros((0, self.hidden_size), np.float32)
 
-    def _start_all(self, prompts, each):
+    def _start_all(self, prompts: list[Prompt], each: Sequence[SamplingParams]) -> list[list[Stream]]:
         """Starts every prompt's samples, or none if one prompt is refused."""
         started = []
         try:
@@ -310,7 +322,7 @@ class LLM:
             raise
         return started
 
-    def _run(self, streams):
+    def _run(self, streams: Sequence[Stream]) -> None:
         """Runs steps until these have ended; if that is interrupted, they are cancelled."""
         left = list(streams)
         try:
@@ -322,27 +334,29 @@ class LLM:
         finally:
             self._cancel(left)
 
-    def _cancel(self, streams):
+    def _cancel(self, streams: Sequence[Stream]) -> None:
         for stream in streams:
             self.engine.cancel(stream.request)
 
-    def close(self):
+    def close(self) -> None:
         """Ends the engine's threads."""
         self.engine.close()
 
 
-def _prompt_list(prompts):
+def _prompt_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
     """One prompt or several as a list."""
     if isinstance(prompts, str):
         return [prompts]
+    listed: Any = prompts
     try:
-        return list(prompts)
+        return list(listed)
     except TypeError:
         raise ValueError(f"prompts: expected text or a list of prompts, got {prompts!r:.80}") from None
 
 
-def _completion(stream, *others):
+def _completion(stream: Stream, *others: Stream) -> Completion:
     request = stream.request
+    assert request.finish_reason is not None, "it has ended"
     return Completion(
         stream.text,
         request.output_ids,

@@ -92,7 +92,7 @@ class Cors(CORSMiddleware):
 async def _as_api(request, error):
     """What the router refuses: no such path, or not with this method."""
     message = {404: f"there is no {request.url.path[:200]}", 405: f"{request.method} is not allowed here"}
-    found = ApiError(error.status_code, message.get(error.status_code, error.detail))
+    found = ApiError(error.status_code, message.get(error.status_code) or str(error.detail))
     response = error_response(found, request.url.path)
     response.headers.update(error.headers or {})
     return response

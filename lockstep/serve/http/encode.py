@@ -3,6 +3,7 @@
 import json
 import secrets
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from starlette.responses import Response
 
@@ -12,7 +13,7 @@ PART = 64  # elements of an array that are made at once
 class Parts:
     """An array of JSON that is made in parts, which are lists; it can be gone through once."""
 
-    def __init__(self, parts: Iterable[list]):
+    def __init__(self, parts: Iterable[list]) -> None:
         self.parts = parts
 
 
@@ -30,12 +31,12 @@ def _whole(value: object) -> list:
 _encoder = json.JSONEncoder(separators=(",", ":"), allow_nan=False, default=_whole)
 
 
-def to_text(value):
+def to_text(value: Any) -> str:
     """A value as compact JSON; a string as it stands inside a larger one. ValueError for NaN and infinity."""
     return _encoder.encode(value)
 
 
-def to_json(value):
+def to_json(value: Any) -> bytes:
     """The same as bytes."""
     return _encoder.encode(value).encode("ascii")
 
@@ -59,6 +60,6 @@ def json_pieces(value: object) -> Iterator[bytes]:
         yield (("[" if opening == "[" else "") + "]" + after).encode("ascii")
 
 
-def json_response(value, status=200):
+def json_response(value: Any, status: int = 200) -> Response:
     """A value, or its JSON as bytes, as a response."""
     return Response(value if isinstance(value, bytes) else to_json(value), status, media_type="application/json")

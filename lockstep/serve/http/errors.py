@@ -1,9 +1,11 @@
 """Refusals and errors as clients know them: OpenAI's nested object, and Anthropic's on its own routes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from starlette.responses import Response
 
+from lockstep.engine.request import Request
 from lockstep.engine.sampling import NothingAllowed
 from lockstep.serve.http.encode import to_json
 from lockstep.serve.tokenizer import TooManyTokens
@@ -25,29 +27,36 @@ class ApiError(Exception):
     """An answer other than success. param: the field of the request that is wrong; code: for programs to tell errors
     apart; retry_after: seconds, where it pays to ask again."""
 
-    def __init__(self, status, message, param=None, code=None, retry_after=None):
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
         super().__init__(message)
         self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after
 
 
-def bad_request(message, param=None, code=None):
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """A request that is wrong in itself: asking again does not help."""
     return ApiError(400, message, param, code)
 
 
-def not_allowed(error):
+def not_allowed(error: Exception) -> ApiError:
     """A ValueError of the engine's as an ApiError; those about a field begin with its name."""
     field, colon, _ = str(error).partition(":")
     code = "context_length_exceeded" if isinstance(error, TooManyTokens) else "invalid_value"
     return bad_request(str(error), field if colon and field.isidentifier() else None, code)
 
 
-def not_finite(reason):
+def not_finite(reason: str) -> ApiError:
     """An answer that the model or the machine could not give, whoever asks; reason: the engine's words."""
     return ApiError(500, reason, code="not_finite")
 
 
-def not_generated(request, fields: Sequence[str]) -> Exception:
+def not_generated(request: Request, fields: Sequence[str]) -> Exception:
     """Why an answer ended where it could not go on. request: the engine's, which failed; fields: those of the body that
     say which tokens there may be, see `token_masks.narrowing`. What is no fault of theirs is the server's own."""
     refused, cause = request.refused, request.refused and request.refused.__cause__
@@ -63,30 +72,30 @@ def _in_field(field: str | None, message: str) -> ApiError:
     return ApiError(400, f"{field}: {message}" if field else message, field, "generation_failed")
 
 
-def internal():
+def internal() -> ApiError:
     """What a client gets to know of an error of the server's own."""
     return ApiError(500, INTERNAL, code="internal_error")
 
 
-def openai_shape(error):
+def openai_shape(error: ApiError) -> dict[str, Any]:
     """{"error": {"message", "type", "param", "code"}}"""
     default = "invalid_request_error" if error.status < 500 else "server_error"
     kind = OPENAI_TYPES.get(error.status, default)
     return {"error": dict(message=error.message, type=kind, param=error.param, code=error.code)}
 
 
-def anthropic_shape(error):
+def anthropic_shape(error: ApiError) -> dict[str, Any]:
     """{"type": "error", "error": {"type", "message"}}"""
     default = "invalid_request_error" if error.status < 500 else "api_error"
     return {"type": "error", "error": dict(type=ANTHROPIC_TYPES.get(error.status, default), message=error.message)}
 
 
-def shape_for(path):
+def shape_for(path: str) -> Callable[[ApiError], dict[str, Any]]:
     """The function that makes the error's object for a route."""
     return anthropic_shape if path.startswith("/v1/messages") else openai_shape
 
 
-def error_response(error, path):
+def error_response(error: ApiError, path: str) -> Response:
     """The Response for an ApiError on a route."""
     headers = {} if error.retry_after is None else {"retry-after": str(error.retry_after)}
     if error.status == 401:

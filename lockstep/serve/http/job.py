@@ -3,14 +3,24 @@
 import asyncio
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from lockstep.engine.async_engine import batches
+from lockstep.engine.async_engine import Token, TokenStream, batches
+from lockstep.engine.request import Request
 from lockstep.serve.http import body
 from lockstep.serve.http.errors import ApiError, bad_request, not_allowed, not_finite, not_generated
-from lockstep.serve.http.values import num_logprobs, within
+from lockstep.serve.http.values import Prompts, num_logprobs, within
+
+if TYPE_CHECKING:
+    from lockstep.serve.http.service import Service
+
+T = TypeVar("T")
+F = TypeVar("F", bound=body.Fields)
+Found = tuple[int, list[Token], str | None]  # a number of a sequence, its new tokens and its finish_reason
 
 SHORT_BYTES = 2048  # of a body
 FRAME_SECONDS = 1 / 60  # nobody sees tokens that come faster than this one by one
@@ -26,22 +36,27 @@ class Job:
     sequence, with what is known of it.
     """
 
-    def __init__(self, service, scope, receive):
+    def __init__(self, service: "Service", scope: Scope, receive: Receive) -> None:
         self.service, self.scope, self._receive = service, scope, receive
-        self.streams, self.requests, self._prompts, self._narrowing = [], [], [], []
+        self.streams: list[TokenStream] = []
+        self.requests: list[Request] = []
+        self._prompts: Prompts = []
+        self._narrowing: Sequence[str] = ()
         self.model_name = service.model_name
         self.num_sequences, self.num_queued_tokens, self.num_logprobs = 1, 0, 0
-        self._ended_by, self._watcher, self._began = None, None, time.monotonic()
-        self._last_tokens, self._is_short = None, False
+        self._ended_by: Exception | None = None
+        self._watcher: asyncio.Task[None] | None = None
+        self._began, self._is_short = time.monotonic(), False
+        self._last_tokens: float | None = None
 
     @property
-    def seconds(self):
+    def seconds(self) -> float:
         """Since the request came."""
         return time.monotonic() - self._began
 
     # ------------------------------------------------------------ the request
 
-    async def read(self, fields):
+    async def read(self, fields: type[F]) -> F:
         """The body, checked against a model of its fields, of which one is `model`. From then on the socket is watched.
 
         ApiError 404 for a model that is not here.
@@ -53,13 +68,13 @@ class Job:
         self.model_name = self.service.name_in_answers(made.model)
         return made
 
-    async def offload(self, function, *args):
+    async def offload(self, function: Callable[..., T], *args: Any) -> T:
         """Runs a function in a worker thread, see `Service.offload`; raises if the request ended meanwhile."""
         made = await self.service.offload(function, *args)
         self.go_on()
         return made
 
-    async def prepare(self, function, *args):
+    async def prepare(self, function: Callable[..., T], *args: Any) -> T:
         """Runs a function whose time is in proportion to the body: at once where that is short, else as `offload`.
 
         A hop to a thread and back costs as much as generating a few tokens.
@@ -71,14 +86,14 @@ class Job:
         except ValueError as error:
             raise not_allowed(error) from None
 
-    async def _watch(self):
+    async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
         self.end(ClientDisconnect())
 
     # ------------------------------------------------------------ its answer
 
-    async def start(self, prompts, cache_salt="", narrowing: Sequence[str] = ()):
+    async def start(self, prompts: Prompts, cache_salt: str = "", narrowing: Sequence[str] = ()) -> list[Request]:
         """Queues all samples of [(token ids, SamplingParams), ...] in order; returns the engine's Requests.
 
         narrowing: fields that may leave an answer without a token to choose, see `token_masks.narrowing`.
@@ -96,13 +111,15 @@ class Job:
         await self.prepare(self._submit, prompts, self.service.salt(self.scope["lockstep.tenant"], cache_salt))
         return self.requests
 
-    def _submit(self, prompts, cache_salt):
-        self.streams = self.service.engine.submit_all(prompts, cache_salt=cache_salt)
+    def _submit(self, prompts: Prompts, cache_salt: str) -> None:
+        engine = self.service.engine
+        assert engine is not None, "requests are admitted from `open` on"
+        self.streams = engine.submit_all(prompts, cache_salt=cache_salt)
         self.requests = [stream.request for stream in self.streams]
         if self._ended_by is not None:  # while they were being prepared
             self._cancel()
 
-    def _check_sequences(self, num_prompts, num_sequences):
+    def _check_sequences(self, num_prompts: int, num_sequences: int) -> None:
         limits = self.service.limits
         if num_prompts > limits.max_prompts:
             raise bad_request(f"prompt: expected at most {limits.max_prompts} prompts, got {num_prompts}", "prompt")
@@ -111,7 +128,7 @@ class Job:
                 f"n: expected at most {limits.max_sequences} samples of all prompts together, got {num_sequences}", "n"
             )
 
-    def _check_context(self, num_prompt, max_tokens):
+    def _check_context(self, num_prompt: int, max_tokens: int) -> None:
         limit = self.service.max_context
         if num_prompt + max_tokens > limit:  # the routes ask for no more than there is room for, and for one at least
             raise bad_request(
@@ -121,7 +138,7 @@ class Job:
                 "context_length_exceeded",
             )
 
-    async def tokens(self, pause=None):
+    async def tokens(self, pause: Callable[[], float] | None = None) -> AsyncIterator[list[Found]]:
         """Yields lists of (number of a sequence, its new Tokens, its finish_reason) whenever a step brought some.
 
         Tokens that come within `pause()` seconds come together, by default as long as nobody sees a difference.
@@ -136,17 +153,17 @@ class Job:
         self._check_errors()
         self.service.metrics.whole_answer.add(self.seconds)
 
-    def _frame(self):
+    def _frame(self) -> float:
         """Seconds between two events of a stream: longer where there are many, since each costs several tokens."""
         return max(FRAME_SECONDS, EVENT_SECONDS * self.service.num_open)
 
-    async def finished(self):
+    async def finished(self) -> list[Request]:
         """Waits for the end of all sequences; returns their Requests."""
         async for _ in self.tokens(pause=lambda: math.inf):
             pass
         return self.requests
 
-    def _note(self, found):
+    def _note(self, found: list[Found]) -> None:
         """Metrics of a step's tokens; with the first of them the prompts no longer wait."""
         now, metrics = time.monotonic(), self.service.metrics
         count = sum(len(tokens) for _, tokens, _ in found)
@@ -160,16 +177,16 @@ class Job:
             metrics.between_tokens.add((now - self._last_tokens) * len(found) / count, count)
         self._last_tokens = now
 
-    def _check_errors(self):
+    def _check_errors(self) -> None:
         failed = [request for request in self.requests if request.finish_reason == "error"]
         faulty = next((request for request in failed if request.is_fault), None)
         self.service.note_end(faulty is not None)
         if faulty is not None:
-            raise not_finite(faulty.error)
+            raise not_finite(str(faulty.error))
         if failed:
             raise not_generated(failed[0], self._narrowing)
 
-    def usage(self):
+    def usage(self) -> dict[str, Any]:
         """OpenAI's usage object: each prompt counts once, however many samples it has."""
         num_prompt = sum(len(ids) for ids, _ in self._prompts)
         num_output = sum(len(request.output_ids) for request in self.requests)
@@ -186,34 +203,34 @@ class Job:
 
     # ------------------------------------------------------------ its end
 
-    def explain(self, error):
+    def explain(self, error: BaseException) -> ApiError:
         """Any exception as the ApiError that the client may see."""
         return self.service.explain(error)
 
-    def end(self, reason):
+    def end(self, reason: Exception) -> None:
         """Cancels all sequences; the handler meets the exception `reason` at its next step."""
         if self._ended_by is None:
             self._ended_by = reason
             self._cancel()
 
-    def _cancel(self):
+    def _cancel(self) -> None:
         for stream in self.streams:
             if stream.request.finish_reason is None:
                 stream.leave()
 
-    def go_on(self):
+    def go_on(self) -> None:
         """Raises what ended the request early, if something did."""
         if self._ended_by is not None:
             raise self._ended_by
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         self.service.enter(self)
         limit = self.service.limits.request_seconds
         too_long = ApiError(504, f"the answer took more than {limit:g} s", code="timeout")
         self._timer = asyncio.get_running_loop().call_later(limit, self.end, too_long)
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self._timer.cancel()
         if self._watcher is not None:
             self._watcher.cancel()
@@ -227,10 +244,10 @@ class Generates:
     Admits the request, and ends all that it started, whether its answer was complete or not.
     """
 
-    def __init__(self, service, handler):
+    def __init__(self, service: "Service", handler: Callable[[Job], Awaitable[ASGIApp]]) -> None:
         self._service, self._handler = service, handler
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._service.check_open()
         with Job(self._service, scope, receive) as job:
             response = await self._handler(job)

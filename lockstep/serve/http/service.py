@@ -9,7 +9,8 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 from lockstep.engine.async_engine import AsyncEngine, EngineStopped
 from lockstep.engine.prefix import model_identity
@@ -24,6 +25,7 @@ from lockstep.serve.job_process import Busy
 from lockstep.serve.llm import LLM
 from lockstep.serve.tokenizer import Tokenizer
 
+T = TypeVar("T")
 WORKERS = 2  # threads for tokenizers, templates and grammars
 REFUSED = {"loading": "the model is still loading", "draining": "the server is shutting down"}
 LONGEST_RETRY = 60
@@ -41,8 +43,13 @@ class Service:
     """
 
     def __init__(
-        self, model_name, limits=Limits(), api_keys=(), names: Sequence[str] | None = (), share_prefixes: bool = False
-    ):
+        self,
+        model_name: str,
+        limits: Limits = Limits(),
+        api_keys: Iterable[str] = (),
+        names: Sequence[str] | None = (),
+        share_prefixes: bool = False,
+    ) -> None:
         self.model_name, self.limits = model_name, limits
         self.names = None if names is None else [model_name, *(name for name in names if name != model_name)]
         self.api_keys = list(dict.fromkeys(key.encode() for key in api_keys))
@@ -62,7 +69,7 @@ class Service:
 
     # ------------------------------------------------------------ life
 
-    def open(self, llm):
+    def open(self, llm: LLM) -> None:
         """Begins to answer with an LLM, which belongs to the service from then on."""
         self.llm = llm
         self.tokenizer = llm.tokenizer if llm.has_tokenizer else None
@@ -85,21 +92,21 @@ class Service:
         return self._fingerprint
 
     @property
-    def fingerprint_field(self):
+    def fingerprint_field(self) -> dict[str, str]:
         """What an answer says of it: nothing, as long as it is not known."""
         return {} if self.fingerprint is None else {"system_fingerprint": self.fingerprint}
 
-    def drain(self):
+    def drain(self) -> None:
         """Refuses new requests from now on; those that run go on."""
         if self.state != "closed":
             self.state = "draining"
 
-    def cut_off(self):
+    def cut_off(self) -> None:
         """Ends what is still being answered, with an error that says why."""
         for job in list(self.jobs):
             job.end(ApiError(503, "the server shut down before this answer was complete", code="shutting_down"))
 
-    def close(self):
+    def close(self) -> None:
         """Ends the engine and the workers. A step that does not end is not waited for."""
         self.state = "closed"
         self._workers.shutdown(wait=False, cancel_futures=True)
@@ -109,14 +116,14 @@ class Service:
             closing.join(CLOSE_SECONDS)
 
     @property
-    def trouble(self):
+    def trouble(self) -> str | None:
         """Why only a restart is likely to help, or None."""
         if self.num_faults >= self.limits.max_faults:
             return f"{self.num_faults} requests in a row failed, as the model's logits are not finite"
         return self.engine_trouble
 
     @property
-    def engine_trouble(self):
+    def engine_trouble(self) -> str | None:
         """Why the engine does not work, or None."""
         if self.engine is None:
             return None
@@ -129,11 +136,11 @@ class Service:
     # ------------------------------------------------------------ admission
 
     @property
-    def num_open(self):
+    def num_open(self) -> int:
         """Requests that are being answered."""
         return len(self.jobs)
 
-    def check_open(self):
+    def check_open(self) -> None:
         """ApiError 503 unless requests are answered, 429 if no sequence more may wait. Before anything is read."""
         trouble = self.engine_trouble
         if self.state in REFUSED or self.state == "closed" or trouble:
@@ -159,16 +166,16 @@ class Service:
         return max(self.max_context, self.limits.max_counted_tokens)
 
     @property
-    def most_sequences(self):
+    def most_sequences(self) -> int:
         """Sequences that may run and wait together."""
         return self._opened.max_requests + self.limits.max_queued
 
-    def check_workers(self):
+    def check_workers(self) -> None:
         """ApiError 429 if too much waits for a worker. For routes that are not admitted as sequences are."""
         if self._num_offloaded >= self.limits.max_offloaded:
             raise self.full("workers_busy", f"{self._num_offloaded} requests wait to be prepared")
 
-    def admit(self, job, num_sequences, num_tokens, num_logprobs=0):
+    def admit(self, job: Job, num_sequences: int, num_tokens: int, num_logprobs: int = 0) -> None:
         """Counts a request's sequences, prompt tokens and log-probabilities from now on. ApiError 429 if they are too
         many beside those of others."""
         others = self.num_sequences - job.num_sequences
@@ -188,26 +195,26 @@ class Service:
         self.num_logprobs += num_logprobs
         job.num_sequences, job.num_queued_tokens, job.num_logprobs = num_sequences, num_tokens, num_logprobs
 
-    def salt(self, tenant, cache_salt):
+    def salt(self, tenant: str, cache_salt: str) -> str:
         """What a request of a tenant's must have in common with another to share prefixes, in memory and on disk."""
         return cache_salt if self.shares_prefixes else f"{tenant}:{cache_salt}"
 
-    def full(self, reason, message):
+    def full(self, reason: str, message: str) -> ApiError:
         """ApiError 429, counted under its reason, which also is its code."""
         self.metrics.refuse(reason)
         return ApiError(429, f"the server is busy: {message}", code=reason, retry_after=self._retry_after())
 
-    def _retry_after(self):
+    def _retry_after(self) -> int:
         """Seconds until what waits now will be answered, judged by how long answers took."""
         slots = self.most_sequences - self.limits.max_queued
         return max(1, min(LONGEST_RETRY, math.ceil(self._seconds_each * self.num_sequences / slots)))
 
-    def enter(self, job):
+    def enter(self, job: Job) -> None:
         """A request begins to be answered: it counts as one sequence until `admit` knows better."""
         self.jobs.add(job)
         self.num_sequences += job.num_sequences
 
-    def leave(self, job):
+    def leave(self, job: Job) -> None:
         """A request's answer ended, however it did."""
         self.jobs.discard(job)
         self.num_sequences -= job.num_sequences
@@ -216,7 +223,7 @@ class Service:
         if job.streams:
             self._seconds_each += 0.1 * (job.seconds - self._seconds_each)
 
-    def note_end(self, is_fault):
+    def note_end(self, is_fault: bool) -> None:
         """A request's sequences ended. is_fault: the model gave no finite numbers for one of them.
 
         Faults in a row make `trouble`; requests are still answered, and one that goes well ends it.
@@ -225,7 +232,7 @@ class Service:
 
     # ------------------------------------------------------------ work beside the event loop
 
-    async def offload(self, function, *args):
+    async def offload(self, function: Callable[..., T], *args: Any) -> T:
         """Runs a function in a worker thread; returns what it does.
 
         A ValueError becomes ApiError 400, Busy a 429. ApiError 503 if it takes too long: it then goes on without
@@ -247,18 +254,18 @@ class Service:
                 503, f"preparing the request took more than {self.limits.offload_seconds:g} s", code="timeout"
             ) from None
 
-    def _offloaded(self, running):
+    def _offloaded(self, running: asyncio.Future[Any]) -> None:
         self._num_offloaded -= 1
         if not running.cancelled():
             running.exception()  # marks it as seen, where nobody waited any more
 
     # ------------------------------------------------------------ reports
 
-    def counts(self):
+    def counts(self) -> dict[str, int]:
         """Counts of the engine: {name: number}."""
         return {} if self.llm is None else self.llm.engine.counts()
 
-    def explain(self, error):
+    def explain(self, error: BaseException) -> ApiError:
         """Any exception as the ApiError that a client may see; what is the server's own fault is logged."""
         if isinstance(error, ApiError):
             return error
@@ -291,7 +298,7 @@ class Service:
         return name
 
 
-def system_fingerprint(llm):
+def system_fingerprint(llm: LLM) -> str:
     """Names all that an answer depends on besides the request: arithmetic, weights, tokenizer, template and defaults.
 
     Waits for the model's content hash.

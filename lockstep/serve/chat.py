@@ -3,8 +3,9 @@
 Every route that talks (chat, responses, messages) makes a Conversation of its request and sends it through here.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from lockstep.serve import reasoning, structured
 from lockstep.serve.adapt import adapted
@@ -12,13 +13,18 @@ from lockstep.serve.beside_calls import rendered
 from lockstep.serve.reasoning import PlainParser, ThoughtParser
 from lockstep.serve.structured import Grammars
 from lockstep.serve.template_abilities import CUT, abilities_of
-from lockstep.serve.tool_calls.events import short_id
+from lockstep.serve.tokenizer import Tokenizer
+from lockstep.serve.tool_calls.events import Parser, short_id
 from lockstep.serve.tool_calls.grammar import Lark
 from lockstep.serve.tool_calls.parser import CallParser
 from lockstep.serve.tool_calls.styles import MISTRAL
 from lockstep.serve.tool_calls.tools import Tool, ToolUse
 
 MAX_TRIES = 64  # to find the tools of a request whose schemas cannot be enforced
+
+
+T = TypeVar("T")
+Mask = Callable[[list[int]], Any] | None
 
 
 @dataclass(frozen=True)
@@ -44,8 +50,8 @@ class Prepared:
     the text of one answer: its `push` and `finish` return events, see tool_calls/events.py."""
 
     ids: list[int]
-    options: dict
-    new_parser: Callable
+    options: dict[str, Any]
+    new_parser: Callable[[], Parser]
 
 
 class ChatModel:
@@ -54,7 +60,9 @@ class ChatModel:
     max_context: tokens that a prompt may have, where a longer one need not be tokenized.
     """
 
-    def __init__(self, tokenizer, eos_ids, vocab_size, max_context=None):
+    def __init__(
+        self, tokenizer: Tokenizer, eos_ids: Iterable[int], vocab_size: int, max_context: int | None = None
+    ) -> None:
         self._tokenizer, self._max_context = tokenizer, max_context
         self.grammars = Grammars(tokenizer, eos_ids, vocab_size)
         template = "\n".join(tokenizer.chat_templates.values())
@@ -64,7 +72,7 @@ class ChatModel:
         self._added = {token.content: token_id for token_id, token in added.items()}
         self._special = {token.content: token_id for token_id, token in added.items() if token.special}
 
-    def prepare(self, conversation, num_samples=1):
+    def prepare(self, conversation: Conversation, num_samples: int = 1) -> Prepared:
         """The Prepared of a Conversation, for so many samples. It renders, tokenizes and compiles: it may take a while.
 
         ValueError if the model has no chat template, the template refuses, the prompt is far too long, or the grammar
@@ -72,7 +80,7 @@ class ChatModel:
         """
         prompt = self.prompt(conversation)
         uses_tools, opened = bool(conversation.tools.tools), reasoning.is_open(prompt)
-        options = dict(logits_mask=self.mask(conversation, prompt, num_samples))
+        options: dict[str, Any] = dict(logits_mask=self.mask(conversation, prompt, num_samples))
         marks = (self.style.begin, *self.style.after) if uses_tools else ()
         if self._special.keys() & {*marks, *((reasoning.OPEN, reasoning.CLOSE) if self._thinks else ())}:
             options["skip_special_tokens"] = False  # the parser has to see them
@@ -84,7 +92,7 @@ class ChatModel:
         ids = self._tokenizer.encode(prompt, add_special_tokens=False, most=self._max_context)
         return Prepared(ids, options, new_parser)
 
-    def prompt(self, conversation, asks=True):
+    def prompt(self, conversation: Conversation, asks: bool = True) -> str:
         """The text of the prompt. asks: it ends where an answer begins. ValueError if the model has no chat template or
         it refuses."""
         messages, use, variables = conversation.messages, conversation.tools, conversation.variables
@@ -103,13 +111,13 @@ class ChatModel:
 
     # ------------------------------------------------------------ what the answer may be
 
-    def mask(self, conversation, prompt, num_samples):
+    def mask(self, conversation: Conversation, prompt: str, num_samples: int) -> Mask:
         """The mask that the conversation asks for; None where the answer is free."""
         use, grammar = conversation.tools, conversation.grammar
         if not use.must_call and grammar is None:
             return self._mask_of_free_calls(use, prompt, num_samples) if use.tools else None
         parts = [*(["calls"] if use.tools else []), *(["@answer"] if not use.must_call else [])]
-        if parts == ["@answer"] and not self._before_answer(Lark(self._special), prompt):
+        if grammar is not None and parts == ["@answer"] and not self._before_answer(Lark(self._special), prompt):
             with structured.told_as(conversation.form):
                 return self.grammars.mask(grammar, num_samples)
 
@@ -122,13 +130,13 @@ class ChatModel:
 
         return self._with_enforceable(use.callable, mask_with, conversation.form if grammar else "tools")
 
-    def _before_answer(self, rules, prompt):
+    def _before_answer(self, rules: Lark, prompt: str) -> str:
         """The part of a grammar for what the model thinks; empty where it does not."""
         if not self._thinks or reasoning.is_closed(prompt):
             return ""
         return reasoning.add_rules(rules, reasoning.is_open(prompt))
 
-    def _mask_of_free_calls(self, use, prompt, num_samples):
+    def _mask_of_free_calls(self, use: ToolUse, prompt: str, num_samples: int) -> Mask:
         """A mask that makes calls valid once the model has begun one; None where that cannot be seen or enforced."""
         trigger = self._added.get(self.style.begin)
         if trigger is None:
@@ -147,19 +155,19 @@ class ChatModel:
                 raise
             return None
 
-    def _calls_grammar(self, tools, parallel, start):
+    def _calls_grammar(self, tools: list[Tool], parallel: bool, start: str) -> str:
         rules = Lark(self._special)
         rules.rule("start", start)
         self._add_calls(rules, tools, parallel)
         return structured.compose(rules.text)
 
-    def _add_calls(self, rules, tools, parallel):
+    def _add_calls(self, rules: Lark, tools: list[Tool], parallel: bool) -> None:
         for tool in tools:
             if tool.strict and self.style.takes_apart:
                 self.grammars.check(structured.json_schema(tool.arguments))
         self.style.rules(rules, tools, parallel)
 
-    def _with_enforceable(self, tools: list[Tool], make: Callable[[list[Tool]], object], form: str = "tools") -> object:
+    def _with_enforceable(self, tools: list[Tool], make: Callable[[list[Tool]], T], form: str = "tools") -> T:
         """What is made of tools; where that cannot be, of tools whose schemas say no more than can be enforced.
 
         A schema that cannot be enforced so takes nothing from the tools beside it, unless its tool is strict: the error
@@ -199,7 +207,7 @@ class ChatModel:
         return True
 
 
-def with_short_ids(message):
+def with_short_ids(message: dict) -> dict:
     """A message whose ids of tool calls are such as Mistral's templates accept."""
     made = dict(message)
     if "tool_call_id" in made:

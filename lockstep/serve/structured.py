@@ -10,9 +10,10 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
 import llguidance
 import numpy as np
@@ -21,6 +22,7 @@ from lockstep.serve.grammar_proofs import Proofs, TooSlow
 from lockstep.serve.job_process import Busy
 from lockstep.serve.matchers import GIVEN, MAX_GRAMMAR_BYTES, STACK_BYTES, Vocabulary, check, new_matcher, new_reader
 from lockstep.serve.schemas import MAX_PATTERN_BYTES, check_numbers, check_size, exact, loosened
+from lockstep.serve.tokenizer import Tokenizer
 
 MAX_RULES = 1000  # of a user's Lark grammar
 QUICK_SECONDS = 0.25  # of the processor, to compile a grammar once beside others
@@ -45,7 +47,7 @@ def told_as(field: str) -> Iterator[None]:
         raise type(error)(text if is_named else f"{field}: {text}") from None
 
 
-def json_schema(schema, strict=True):
+def json_schema(schema: Any, strict: bool = True) -> str:
     """The grammar of JSON texts that a schema allows.
 
     strict: a keyword that cannot be enforced is an error; otherwise it is ignored (as are patterns with lookaround, or
@@ -54,7 +56,7 @@ def json_schema(schema, strict=True):
     return llguidance.LLMatcher.grammar_from_json_schema(dump(with_options(schema, strict)))
 
 
-def with_options(schema, strict=True):
+def with_options(schema: Any, strict: bool = True) -> dict[str, Any]:
     """The schema with how llguidance is to read it; for `%json` inside a Lark grammar."""
     if not isinstance(schema, dict):
         raise ValueError(f"JSON schema: expected an object, got {schema!r:.80}")
@@ -65,18 +67,18 @@ def with_options(schema, strict=True):
     return {**schema, "x-guidance": options}
 
 
-def json_object():
+def json_object() -> str:
     """The grammar of all JSON objects."""
     return json_schema({"type": "object"})
 
 
-def regex(pattern):
+def regex(pattern: Any) -> str:
     """The grammar of texts that match a regular expression as a whole (Rust's syntax, without lookaround)."""
     _check_bytes(_string("regular expression", pattern), MAX_PATTERN_BYTES)
     return llguidance.LLMatcher.grammar_from_regex(pattern)
 
 
-def lark(text):
+def lark(text: Any) -> str:
     """A grammar in llguidance's variant of Lark; its rule `start` is the answer."""
     _check_bytes(_string("Lark grammar", text), MAX_PATTERN_BYTES)
     if len(RULE.findall(text)) > MAX_RULES:
@@ -88,7 +90,7 @@ def lark(text):
     return json.dumps({"grammars": [{"lark_grammar": text, "name": GIVEN}]})
 
 
-def _json_at(text, start):
+def _json_at(text: str, start: int) -> tuple[Any, int]:
     """The JSON value in a text from here on, and where it ends."""
     try:
         return json.JSONDecoder().raw_decode(text, start)
@@ -96,7 +98,7 @@ def _json_at(text, start):
         raise ValueError(f"Lark grammar: expected JSON after %json ({str(error)[:80]})") from None
 
 
-def compose(rules, answer=None):
+def compose(rules: str, answer: str | None = None) -> str:
     """The grammar of Lark rules that we wrote. answer: a grammar that they name as @answer."""
     made = [{"lark_grammar": rules}]
     if answer is not None:
@@ -105,7 +107,7 @@ def compose(rules, answer=None):
     return json.dumps({"grammars": made})
 
 
-def choice(options):
+def choice(options: Any) -> str:
     """The grammar of a list of texts."""
     if not isinstance(options, list) or not options or not all(isinstance(o, str) and o for o in options):
         raise ValueError("choice: expected a list of one or more texts")
@@ -114,7 +116,7 @@ def choice(options):
     return compose("start: " + " | ".join(map(quote, options)))
 
 
-def quote(text):
+def quote(text: str) -> str:
     """A text as a literal in a Lark grammar."""
     return json.dumps(text)
 
@@ -128,12 +130,13 @@ class Grammars:
     eos_ids end an answer: they are allowed where the grammar is complete. vocab_size: rows of the model.
     """
 
-    def __init__(self, tokenizer, eos_ids, vocab_size):
+    def __init__(self, tokenizer: Tokenizer, eos_ids: Iterable[int], vocab_size: int) -> None:
         self.num_words = -(-vocab_size // 32)
         self._tokenizer, self._eos_ids, self._vocab_size = tokenizer, sorted(eos_ids), vocab_size
         self._special = frozenset(tokenizer.special_ids) | frozenset(eos_ids)
         self._special_ids = sorted(i for i in self._special if i < vocab_size)
-        self._reader, self._lock, self._slow = None, threading.Lock(), threading.Lock()
+        self._reader: llguidance.LLTokenizer | None = None
+        self._lock, self._slow = threading.Lock(), threading.Lock()
         self._compilers = _with_deep_stacks(2)
         self._proofs = Proofs(vocab_size, {i: tokenizer.token_bytes(i) for i in self._special_ids}, self._eos_ids)
 
@@ -148,7 +151,14 @@ class Grammars:
         self._compilers.shutdown(wait=False)
         self._proofs.close()
 
-    def mask(self, grammar, num_samples=1, trigger=None, after=None, once=False):
+    def mask(
+        self,
+        grammar: str,
+        num_samples: int = 1,
+        trigger: int | None = None,
+        after: int | None = None,
+        once: bool = False,
+    ) -> "TokenMask":
         """A mask that holds answers, so many samples, to a grammar made by one of this module's functions.
 
         trigger: a token id; the grammar then holds from that token on until it is complete, and again from the next
@@ -166,7 +176,7 @@ class Grammars:
         """ValueError for a grammar that `mask` would refuse."""
         self.mask(grammar)
 
-    def _compiled(self, grammar, count):
+    def _compiled(self, grammar: str, count: int) -> list[llguidance.LLMatcher]:
         """So many matchers. What takes long is done one at a time: it delays no grammar that does not."""
         cost = self._proofs.cost(grammar, QUICK_SECONDS, COMPILE_BYTES)
         if cost is not None and cost.seconds * count <= MANY_SECONDS and cost.num_bytes * count <= COMPILE_BYTES:
@@ -185,15 +195,15 @@ class Grammars:
         finally:
             self._slow.release()
 
-    def _compile_all(self, grammar, count):
+    def _compile_all(self, grammar: str, count: int) -> list[llguidance.LLMatcher]:
         return [self._compile(grammar) for _ in range(count)]
 
-    def _compile(self, grammar):
+    def _compile(self, grammar: str) -> llguidance.LLMatcher:
         matcher = new_matcher(self._tokens(), grammar)
         fill(matcher, np.zeros(self.num_words, np.uint32))  # most of a first mask's work is done here, in this thread
         return matcher
 
-    def _tokens(self):
+    def _tokens(self) -> llguidance.LLTokenizer:
         """llguidance's form of the vocabulary, made once."""
         with self._lock:
             if self._reader is None:
@@ -208,7 +218,7 @@ class Grammars:
                 self._reader = new_reader(vocabulary, self._vocab_size, self._eos_ids)
             return self._reader
 
-    def _exact_ids(self, text):
+    def _exact_ids(self, text: str) -> list[int]:
         """Ids of ordinary tokens whose bytes are exactly those of a text; none if the tokenizer cannot give such.
 
         Where the text of a special token stands in it, it is cut there: what a grammar quotes is text, and the special
@@ -220,7 +230,7 @@ class Grammars:
         halves = [self._exact_ids(half) for half in (text[:middle], text[middle:])] if middle else []
         return [token for half in halves for token in half] if all(halves) else []
 
-    def _ids_of(self, text):
+    def _ids_of(self, text: str) -> list[int]:
         """The same for a text without that of a special token."""
         for marked in (text, "\n" + text):  # some tokenizers put a space before the first word, so before the mark
             ids = self._tokenizer.encode(marked, add_special_tokens=False)
@@ -230,7 +240,7 @@ class Grammars:
         return []
 
 
-def _with_deep_stacks(count):
+def _with_deep_stacks(count: int) -> ThreadPoolExecutor:
     """An executor of so many threads that have been started with large stacks."""
     made, all_there = ThreadPoolExecutor(count, "lockstep grammar"), threading.Barrier(count + 1)
     usual = threading.stack_size(STACK_BYTES)
@@ -250,19 +260,27 @@ class TokenMask:
     advances with its output. The array it returns is used again by the next call.
     """
 
-    def __init__(self, matchers, new_matcher, num_words, trigger=None, after=None, once=False):
+    def __init__(
+        self,
+        matchers: list[llguidance.LLMatcher],
+        new_matcher: Callable[[], llguidance.LLMatcher],
+        num_words: int,
+        trigger: int | None = None,
+        after: int | None = None,
+        once: bool = False,
+    ) -> None:
         self._unused, self._new_matcher, self._trigger, self._after = matchers, new_matcher, trigger, after
         self._once = once
         self._words = np.zeros(num_words, np.uint32)
-        self._samples = OrderedDict()
+        self._samples: OrderedDict[int, _Sample] = OrderedDict()
 
-    def __call__(self, output_ids):
+    def __call__(self, output_ids: list[int]) -> np.ndarray | None:
         sample = self._sample(output_ids)
         for token in output_ids[sample.num_read :]:
             self._read(sample, token)
         return None if sample.matcher is None else fill(sample.matcher, self._words)
 
-    def _sample(self, output_ids):
+    def _sample(self, output_ids: list[int]) -> "_Sample":
         """What is known of this list, which only ever grows; a new list is read from its beginning."""
         known = self._samples.get(id(output_ids))
         if known is None or known.num_read > len(output_ids):
@@ -274,7 +292,7 @@ class TokenMask:
                 self._samples.popitem(last=False)
         return known
 
-    def _read(self, sample, token):
+    def _read(self, sample: "_Sample", token: int) -> None:
         sample.num_read += 1
         if sample.matcher is not None:
             if not sample.matcher.consume_token(token):
@@ -291,31 +309,32 @@ class _Sample:
     """One output (kept, so that its id stays its own), how much of it was read, the compiled grammar, the matcher that
     is at work, if any, and whether triggers count."""
 
-    def __init__(self, output_ids, compiled):
+    def __init__(self, output_ids: list[int], compiled: llguidance.LLMatcher) -> None:
         self.output_ids, self.num_read, self.compiled = output_ids, 0, compiled
-        self.matcher, self.armed = None, True
+        self.matcher: llguidance.LLMatcher | None = None
+        self.armed = True
 
 
-def fill(matcher, words):
+def fill(matcher: llguidance.LLMatcher, words: np.ndarray) -> np.ndarray:
     """Writes a matcher's mask into uint32 words and returns them. ValueError if it reached a limit."""
     matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
     check(matcher)
     return words
 
 
-def dump(value):
+def dump(value: Any) -> str:
     """JSON text of a schema, whose size is bounded."""
     text = json.dumps(value)
     _check_bytes(text)
     return text
 
 
-def _check_bytes(text, most=MAX_GRAMMAR_BYTES):
+def _check_bytes(text: str, most: int = MAX_GRAMMAR_BYTES) -> None:
     if len(text) > most:
         raise ValueError(f"grammar of {len(text)} characters, at most {most} are allowed")
 
 
-def _string(what, value):
+def _string(what: str, value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise ValueError(f"{what}: expected a text, got {value!r:.80}")
     try:

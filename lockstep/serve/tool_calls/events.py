@@ -4,7 +4,7 @@ import hashlib
 import re
 import secrets
 import string
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 ID_CHARACTERS = string.ascii_letters + string.digits
 
@@ -39,6 +39,18 @@ class Arguments(NamedTuple):
 
 
 Event = Content | Reasoning | CallStart | Arguments
+
+
+class Parser(Protocol):
+    """What reads the text of an answer."""
+
+    def push(self, text: str, /) -> list[Event]:
+        """The events that a piece of text completes."""
+        ...
+
+    def finish(self, is_cut: bool = False, /) -> list[Event]:
+        """Those that were held back, now that nothing follows. is_cut: the answer was as long as it might be."""
+        ...
 
 
 class CallEnd(Exception):

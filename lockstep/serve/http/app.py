@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from lockstep.serve.http import chat, completions, embeddings, messages, models, page, responses, status, tokens
 from lockstep.serve.http.errors import ApiError, error_response
 from lockstep.serve.http.guard import Guard, Hosts, Keys, Origins
+from lockstep.serve.http.service import Service
 from lockstep.serve.http.unpack import Unpack
 
 PRIVATE_NETWORK_ASKED = b"access-control-request-private-network"
@@ -31,7 +32,7 @@ ROUTES = [
 ]
 
 
-def make_app(service, cors_origins=(), allowed_hosts=()):
+def make_app(service: Service, cors_origins=(), allowed_hosts=()):
     """The ASGI application of a Service.
 
     cors_origins: web pages that may call it, besides its own. allowed_hosts: names that it may be called by, besides
@@ -63,7 +64,7 @@ def make_app(service, cors_origins=(), allowed_hosts=()):
 class OneSlash:
     """Takes several slashes in a row of a path as one: clients join a base URL that ends with "/" and "/v1/..."."""
 
-    def __init__(self, app: ASGIApp):
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -75,7 +76,7 @@ class OneSlash:
 class Cors(CORSMiddleware):
     """Lets web pages of allowed origins call the server, also from the public internet into a private network."""
 
-    def __init__(self, app: ASGIApp, allowed: Sequence[str]):
+    def __init__(self, app: ASGIApp, allowed: Sequence[str]) -> None:
         super().__init__(app, allow_origins=list(allowed), allow_methods=["GET", "POST"], allow_headers=["*"])
 
     def preflight_response(self, request_headers: Headers) -> Response:

@@ -6,18 +6,20 @@ from lockstep.serve.http import talk
 from lockstep.serve.http.chat_answer import Answer
 from lockstep.serve.http.chat_fields import ChatFields, conversation
 from lockstep.serve.http.errors import bad_request
-from lockstep.serve.http.job import Generates
+from lockstep.serve.http.job import Generates, Job
+from lockstep.serve.http.limits import Limits
 from lockstep.serve.http.pieces import json_answer
 from lockstep.serve.http.prompt_logprobs import check_prompt_logprobs
+from lockstep.serve.http.service import Service
 from lockstep.serve.http.sse import EventStream
 
 MOST_TOKENS = ("n_predict", "max_completion_tokens", "max_tokens")  # names of the same, the first that is given counts
 
 
-def routes(service):
+def routes(service: Service):
     """The routes of this module."""
 
-    async def chat(job):
+    async def chat(job: Job):
         fields = await job.read(ChatFields)
         logprobs = _logprobs(fields, service.limits)
         check_prompt_logprobs(fields)
@@ -40,7 +42,7 @@ def routes(service):
     return [Route("/v1/chat/completions", Generates(service, chat), methods=["POST"])]
 
 
-def _check_generation_prompt(fields):
+def _check_generation_prompt(fields) -> None:
     """vLLM's clients switch it off where they continue a message, which is all that it can mean here."""
     if fields.add_generation_prompt is False and not fields.continue_final_message:
         raise bad_request(
@@ -50,7 +52,7 @@ def _check_generation_prompt(fields):
         )
 
 
-def _logprobs(fields, limits):
+def _logprobs(fields, limits: Limits):
     """How many alternatives to report for each token; None for no log-probabilities."""
     if fields.top_logprobs and not fields.logprobs:
         raise bad_request("top_logprobs: expected logprobs to be true, too", "top_logprobs", "invalid_value")

@@ -7,7 +7,9 @@ from typing import Any
 from lockstep.serve.http import talk
 from lockstep.serve.http.chat_logprobs import chat_logprobs, whole_logprobs
 from lockstep.serve.http.encode import to_text
+from lockstep.serve.http.job import Job
 from lockstep.serve.http.prompt_logprobs import prompt_logprobs
+from lockstep.serve.http.prompts import text_tokenizer
 from lockstep.serve.http.sse import data
 from lockstep.serve.http.stream_fields import ChunkEnd
 from lockstep.serve.reasoning import PlainParser
@@ -17,10 +19,10 @@ from lockstep.serve.tool_calls.events import Arguments, CallStart, Content, Reas
 class Answer:
     """The answer to one request. new_parser: makes what reads the text of one sample."""
 
-    def __init__(self, job, fields, new_parser):
+    def __init__(self, job: Job, fields, new_parser) -> None:
         self.job, self.fields, self.new_parser = job, fields, new_parser
         service = job.service
-        self.tokenizer = service.tokenizer
+        self.tokenizer = text_tokenizer(service)
         self._head = dict(
             id=f"chatcmpl-{secrets.token_hex(12)}",
             created=int(time.time()),
@@ -99,7 +101,7 @@ def delta(event):
 class Chunks:
     """The chunks of one sample. What they have in common is encoded once."""
 
-    def __init__(self, answer, number):
+    def __init__(self, answer, number) -> None:
         self._answer, self._request, self._parser = answer, answer.job.requests[number], answer.new_parser()
         self._is_plain = isinstance(self._parser, PlainParser)
         head = to_text(answer.head("chat.completion.chunk"))[:-1]
@@ -134,7 +136,7 @@ class Chunks:
         self._num_calls = talk.count_calls(events, self._num_calls)
         return [to_text(delta(event)) for event in events]
 
-    def _chunk(self, encoded_delta, details=""):
+    def _chunk(self, encoded_delta, details: str = "") -> str:
         finish = "" if "finish_reason" in details else ',"finish_reason":null'
         return f"{self._before}{encoded_delta}{details}{finish}{self._end.after(self._num_sent)}"
 

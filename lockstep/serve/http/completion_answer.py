@@ -4,6 +4,7 @@ import secrets
 import time
 
 from lockstep.serve.http.encode import to_text
+from lockstep.serve.http.job import Job
 from lockstep.serve.http.legacy_logprobs import LegacyLogprobs, joined
 from lockstep.serve.http.prompt_logprobs import prompt_logprobs
 from lockstep.serve.http.sse import data
@@ -13,7 +14,7 @@ from lockstep.serve.http.stream_fields import ChunkEnd
 class Answer:
     """The answer to one request. texts: what each prompt was, None for token ids."""
 
-    def __init__(self, job, fields, texts):
+    def __init__(self, job: Job, fields, texts) -> None:
         self.job, self.fields, self._texts = job, fields, texts
         self.tokenizer, self.is_empty = job.service.tokenizer, fields.is_empty
         self.head = dict(
@@ -75,7 +76,7 @@ class Answer:
 class Chunks:
     """The chunks of one sequence. What they have in common is encoded once."""
 
-    def __init__(self, answer, number):
+    def __init__(self, answer, number) -> None:
         self._answer, self._request = answer, answer.job.requests[number]
         self._before = f'data: {to_text(answer.head)[:-1]},"choices":[{{"index":{number},"text":'
         self._end = ChunkEnd(answer.fields, self._request)
@@ -101,7 +102,7 @@ class Chunks:
             return "null"
         return to_text(self._answer.logprobs(self._reader, self._request, start, self._num_sent))
 
-    def _token_ids(self, tokens):
+    def _token_ids(self, tokens) -> str:
         if not self._answer.fields.return_token_ids:
             return ""
         return f',"token_ids":{to_text([token.id for token in tokens])}'

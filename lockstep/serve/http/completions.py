@@ -9,11 +9,13 @@ from lockstep.serve.http.body import Whole
 from lockstep.serve.http.completion_answer import Answer
 from lockstep.serve.http.errors import bad_request
 from lockstep.serve.http.forms import FormFields, masks
-from lockstep.serve.http.job import Generates
+from lockstep.serve.http.job import Generates, Job
+from lockstep.serve.http.limits import Limits
 from lockstep.serve.http.pieces import json_answer
 from lockstep.serve.http.prompt_logprobs import check_prompt_logprobs
 from lockstep.serve.http.prompts import read_prompts
 from lockstep.serve.http.sampling import UNTIL_FULL, MostTokens, SamplingFields, most_tokens, sampling_params
+from lockstep.serve.http.service import Service
 from lockstep.serve.http.sse import EventStream
 from lockstep.serve.http.stream_fields import StreamFields
 from lockstep.serve.http.token_masks import UntilComplete, narrowing, token_mask
@@ -44,10 +46,10 @@ class CompletionFields(SamplingFields, FormFields, StreamFields):
         return most_tokens(self, MOST_TOKENS, 1, DEFAULT_TOKENS) == 0
 
 
-def routes(service):
+def routes(service: Service):
     """The routes of this module."""
 
-    async def complete(job):
+    async def complete(job: Job):
         fields = await job.read(CompletionFields)
         _check_logprobs(fields, service.limits)
         texts, ids = await job.prepare(
@@ -62,7 +64,7 @@ def routes(service):
         if (leaves_out := await job.prepare(token_mask, service, fields)) is not None:
             each_mask = [leaves_out(mask) for mask in each_mask]
         if has_form and fields.ignore_eos:
-            each_mask = [mask and UntilComplete(mask, service.llm) for mask in each_mask]
+            each_mask = [mask and UntilComplete(mask, service.loaded) for mask in each_mask]
             fields.ignore_eos = False
         answer = Answer(job, fields, texts)
         await job.start(
@@ -79,7 +81,7 @@ def routes(service):
     return [Route("/v1/completions", Generates(service, complete), methods=["POST"])]
 
 
-def _check_logprobs(fields, limits):
+def _check_logprobs(fields, limits: Limits) -> None:
     check_prompt_logprobs(fields)
     if fields.logprobs is not None and fields.logprobs > limits.max_logprobs:
         raise bad_request(
@@ -95,7 +97,7 @@ def _most_prompt(fields, max_context):
     return max_context - (wanted if 1 <= wanted < max_context else 1)
 
 
-def _params(fields, service, num_prompt, mask):
+def _params(fields, service: Service, num_prompt, mask):
     """SamplingParams of one prompt. A request for no tokens runs for one, which nobody gets to see."""
     room = max(1, service.max_context - num_prompt)
     max_tokens = max(1, most_tokens(fields, MOST_TOKENS, room, DEFAULT_TOKENS))
@@ -104,7 +106,7 @@ def _params(fields, service, num_prompt, mask):
         fields,
         service.limits,
         max_tokens,
-        service.llm.sampling_defaults,
+        service.loaded.sampling_defaults,
         logprobs=fields.logprobs,
         logits_mask=mask,
         prompt_logprobs=fields.logprobs if wants_prompt else fields.prompt_logprobs,

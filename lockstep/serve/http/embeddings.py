@@ -9,11 +9,12 @@ from lockstep.engine.request import SamplingParams
 from lockstep.serve.http.body import Whole, shown
 from lockstep.serve.http.encode import Parts
 from lockstep.serve.http.errors import bad_request
-from lockstep.serve.http.job import Generates
+from lockstep.serve.http.job import Generates, Job
 from lockstep.serve.http.known_fields import EMBEDDING, KnownFields
 from lockstep.serve.http.pieces import json_answer
 from lockstep.serve.http.prompts import check_ids, shortened
 from lockstep.serve.http.sampling import UNTIL_FULL, CacheSalt, MostTokens
+from lockstep.serve.http.service import Service
 
 
 class EmbeddingFields(KnownFields):
@@ -32,24 +33,24 @@ class EmbeddingFields(KnownFields):
     cache_salt: CacheSalt | None = None
 
 
-def routes(service):
+def routes(service: Service):
     """The routes of this module."""
 
-    async def embed(job):
+    async def embed(job: Job):
         fields = await job.read(EmbeddingFields)
-        _check_dimensions(fields.dimensions, service.llm.hidden_size)
+        _check_dimensions(fields.dimensions, service.loaded.hidden_size)
         inputs = await job.offload(read_inputs, service, fields)
-        params = SamplingParams(pooling=fields.pooling or await job.offload(lambda: service.llm.pooling))
+        params = SamplingParams(pooling=fields.pooling or await job.offload(lambda: service.loaded.pooling))
         await job.start([(ids, params) for ids in inputs], fields.cache_salt or "")
         await job.finished()
         service.metrics.prompt_tokens += sum(map(len, inputs))
-        size = len(inputs) * service.llm.hidden_size
+        size = len(inputs) * service.loaded.hidden_size
         return await json_answer(job, lambda: _answer(job, fields), size=size)
 
     return [Route("/v1/embeddings", Generates(service, embed), methods=["POST"])]
 
 
-def _check_dimensions(wanted, found):
+def _check_dimensions(wanted, found) -> None:
     # the first numbers of a vector only mean something by themselves for models that were trained so
     if wanted not in (None, found):
         raise bad_request(
@@ -59,7 +60,7 @@ def _check_dimensions(wanted, found):
         )
 
 
-def read_inputs(service, fields):
+def read_inputs(service: Service, fields):
     """Lists of token ids: of a string, an array of strings, token ids, or an array of arrays of them. ApiError 400."""
     given = fields.input
     inputs = given if isinstance(given, list) and given and not isinstance(given[0], (int, float)) else [given]
@@ -70,7 +71,7 @@ def read_inputs(service, fields):
     return [_ids(service, each, fields) for each in inputs]
 
 
-def _ids(service, given, fields):
+def _ids(service: Service, given, fields):
     if isinstance(given, str) and service.tokenizer is not None:
         most = service.max_context if fields.truncate_prompt_tokens is None else service.max_counted
         ids = service.tokenizer.encode(given, fields.add_special_tokens is not False, most)
@@ -96,11 +97,12 @@ def _ids(service, given, fields):
     return ids
 
 
-def _answer(job, fields):
+def _answer(job: Job, fields):
     """The response, its vectors one by one."""
     requests = job.requests
     encoded = _as_base64 if fields.encoding_format == "base64" else lambda vector: vector.tolist()
-    vectors = [request.pool.embedding(fields.normalize is not False) for request in requests]
+    pools = [request.pool for request in requests if request.pool is not None]
+    vectors = [pool.embedding(fields.normalize is not False) for pool in pools]
     data = ([dict(object="embedding", index=i, embedding=encoded(vector))] for i, vector in enumerate(vectors))
     count = sum(len(request.prompt_ids) for request in requests)
     return dict(

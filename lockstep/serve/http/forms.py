@@ -10,6 +10,7 @@ from lockstep.serve.http.body import Fields, Items, SimpleOr, shown
 from lockstep.serve.http.errors import bad_request
 from lockstep.serve.http.json_size import loads
 from lockstep.serve.http.known_fields import STRUCTURED, KnownFields
+from lockstep.serve.http.service import Service
 from lockstep.serve.structured import told_as
 
 
@@ -66,7 +67,7 @@ class FormFields(Fields):
         ]
 
 
-def masks(service, fields, count):
+def masks(service: Service, fields, count):
     """A mask for each of so many prompts of a request with FormFields. ApiError 400 for a form that cannot be."""
     if service.chat is None:
         raise bad_request("this model has no tokenizer, so its answers have no form", "response_format", "no_tokenizer")
@@ -116,7 +117,7 @@ def lark_or_gbnf(text: str) -> str:
     return structured.lark(to_lark(text) if is_gbnf(text) else text)
 
 
-def json_schema(schema, strict=True):
+def json_schema(schema, strict: bool = True):
     """The grammar of a schema, which may be JSON text."""
     if isinstance(schema, str):
         try:

@@ -4,10 +4,12 @@ import hashlib
 import hmac
 
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from lockstep.serve.http import target
 from lockstep.serve.http.errors import ApiError, error_response
 from lockstep.serve.http.page import FILES
+from lockstep.serve.http.service import Service
 
 OPEN_PATHS = frozenset(["/health", "/ready", *FILES])  # these need no key; the page asks for one itself
 
@@ -15,10 +17,10 @@ OPEN_PATHS = frozenset(["/health", "/ready", *FILES])  # these need no key; the 
 class Guard:
     """Turns every exception into an error object, counts answers and bounds bodies, each one and all together."""
 
-    def __init__(self, app, service):
+    def __init__(self, app, service: Service) -> None:
         self._app, self._service = app, service
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send):
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         passage = Passage(self._service, receive, send)
@@ -38,11 +40,11 @@ class Guard:
 class Passage:
     """One request and its answer. started: whether the answer began."""
 
-    def __init__(self, service, receive, send):
+    def __init__(self, service: Service, receive: Receive, send: Send) -> None:
         self._service, self._receive, self._send = service, receive, send
         self.started, self._num_bytes = False, 0
 
-    def check_length(self, declared):
+    def check_length(self, declared) -> None:
         """ApiError 413 for a Content-Length that is too large."""
         if not declared.isdigit() or len(declared) > 20 or int(declared) > self._service.limits.max_body_bytes:
             raise self._too_large()
@@ -55,7 +57,7 @@ class Passage:
             self._take(size)
         return message
 
-    def _take(self, size):
+    def _take(self, size) -> None:
         limits = self._service.limits
         self._num_bytes += size
         self._service.num_bytes += size
@@ -68,14 +70,14 @@ class Passage:
         limit = self._service.limits.max_body_bytes
         return ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large")
 
-    async def send(self, message):
+    async def send(self, message) -> None:
         """The next part of the answer."""
         if message["type"] == "http.response.start":
             self.started = True
             self._service.metrics.answer(message["status"])
         await self._send(message)
 
-    def close(self):
+    def close(self) -> None:
         """The body's memory is free."""
         self._service.num_bytes -= self._num_bytes
 
@@ -86,10 +88,10 @@ class Keys:
     scope["lockstep.tenant"]: the key's digest, "" without a key.
     """
 
-    def __init__(self, app, service):
+    def __init__(self, app, service: Service) -> None:
         self._app, self._tenants = app, {key: tenant(key) for key in service.api_keys}
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             scope["lockstep.tenant"] = ""
             if self._tenants and scope["path"] not in OPEN_PATHS:
@@ -119,10 +121,10 @@ class Hosts:
     read all that this server says. allowed: names that may be used besides addresses and localhost; "*": any.
     """
 
-    def __init__(self, app, allowed=()):
+    def __init__(self, app, allowed=()) -> None:
         self._app, self._allowed = app, frozenset(target.name_of(each.encode("latin-1", "replace")) for each in allowed)
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         host = dict(scope["headers"]).get(b"host") if scope["type"] == "http" else None
         if host is not None and not self._may(target.name_of(host)):
             raise ApiError(
@@ -144,10 +146,10 @@ class Origins:
     from elsewhere, too.
     """
 
-    def __init__(self, app, allowed=()):
+    def __init__(self, app, allowed=()) -> None:
         self._app, self._allowed = app, frozenset(each.lower().rstrip("/") for each in allowed)
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"]) if scope["type"] == "http" else {}
         origin = headers.get(b"origin", b"").decode("latin-1").lower()
         if origin and scope["path"] not in OPEN_PATHS and not self._may(origin, headers.get(b"host", b"")):

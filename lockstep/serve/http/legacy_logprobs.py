@@ -1,10 +1,10 @@
 """Log-probabilities in the shape of /v1/completions: parallel lists, alternatives by their text."""
 
 from lockstep.serve.http.encode import in_parts
-from lockstep.serve.tokenizer import Detokenizer, answer_reader
+from lockstep.serve.tokenizer import Detokenizer, Tokenizer, answer_reader
 
 
-def token_text(tokenizer, token_id):
+def token_text(tokenizer: Tokenizer | None, token_id):
     """A token as text; its bytes, where they are no text by themselves; its id, where there is no tokenizer."""
     if tokenizer is None:
         return f"token_id:{token_id}"
@@ -18,7 +18,7 @@ def token_text(tokenizer, token_id):
 class LegacyLogprobs:
     """Those of one sequence, asked for from its beginning to its end. text_offset counts characters of the answer."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
         self._tokenizer, self._offset, self._reader = tokenizer, 0, None
 
     def prompt(self, request):

@@ -8,9 +8,10 @@ from lockstep.serve.http import talk
 from lockstep.serve.http.blocks import Blocks, collect
 from lockstep.serve.http.chat_fields import arguments_of
 from lockstep.serve.http.encode import json_response
-from lockstep.serve.http.job import Generates
+from lockstep.serve.http.job import Generates, Job
 from lockstep.serve.http.messages_fields import CountFields, MessagesFields, conversation
 from lockstep.serve.http.sampling import check_single
+from lockstep.serve.http.service import Service
 from lockstep.serve.http.sse import EventStream, named
 
 STOP_REASONS = dict(stop="end_turn", length="max_tokens", tool_calls="tool_use")
@@ -19,10 +20,10 @@ DELTAS = dict(
 )
 
 
-def routes(service):
+def routes(service: Service):
     """The routes of this module."""
 
-    async def messages(job):
+    async def messages(job: Job):
         fields = await job.read(MessagesFields)
         check_single(fields)
         stop = [fields.stop] if isinstance(fields.stop, str) else fields.stop or []
@@ -46,7 +47,7 @@ def routes(service):
 class Answer:
     """The answer to one request."""
 
-    def __init__(self, job, new_parser):
+    def __init__(self, job: Job, new_parser) -> None:
         self._job, self._request, self._new_parser = job, job.requests[0], new_parser
         self._head = dict(id=f"msg_{secrets.token_hex(12)}", type="message", role="assistant", model=job.model_name)
 
@@ -104,7 +105,7 @@ def whole_block(block):
     return dict(type="text", text=block.text)
 
 
-def tool_id(block):
+def tool_id(block) -> str:
     """A call's id as Anthropic's clients expect one."""
     return f"toolu_{block.call.id}"
 

@@ -4,9 +4,10 @@ from starlette.routing import Route
 
 from lockstep.serve.http.encode import json_response
 from lockstep.serve.http.errors import ApiError
+from lockstep.serve.http.service import Service
 
 
-def routes(service):
+def routes(service: Service):
     """The routes of this module."""
 
     async def listed(request):
@@ -19,7 +20,7 @@ def routes(service):
     return [Route("/v1/models", listed), Route("/v1/models/{name:path}", one)]
 
 
-def described(service, name):
+def described(service: Service, name):
     """The model under one of its names, as OpenAI describes one. ApiError 503 while it is loading."""
     if service.llm is None:
         raise ApiError(503, "the model is still loading", code="loading", retry_after=1)

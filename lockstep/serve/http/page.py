@@ -2,12 +2,15 @@
 
 import hashlib
 import pathlib
+from typing import Any
 
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from lockstep.serve.generation_config import for_talking
 from lockstep.serve.http.encode import to_json
+from lockstep.serve.http.service import Service
 
 FOLDER = pathlib.Path(__file__).resolve().parent.parent / "page"
 TYPES = {
@@ -36,7 +39,7 @@ FILES = {
 }
 
 
-def routes(service):
+def routes(service: Service):
     """The routes of this module."""
 
     async def figures(request):
@@ -46,12 +49,12 @@ def routes(service):
     return [*files, Route("/page/figures", figures)]
 
 
-def shown(service):
+def shown(service: Service):
     """What the page knows of the server: {name: value}. Counts are 0 while the model is loading.
 
     sampling: what the page's controls show until somebody moves them.
     """
-    made = dict(
+    made: dict[str, Any] = dict(
         model=service.model_name,
         state=service.state,
         system_fingerprint=service.fingerprint,
@@ -66,11 +69,11 @@ def shown(service):
 class File:
     """The ASGI endpoint of one file, which browsers keep and ask after: 304 as long as it has not changed."""
 
-    def __init__(self, path):
+    def __init__(self, path) -> None:
         self._content, self._type = path.read_bytes(), TYPES[path.suffix]
         self._tag = f'"{hashlib.sha256(self._content).hexdigest()[:32]}"'
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         known = dict(scope["headers"]).get(b"if-none-match", b"").decode("latin-1")
         headers = HEADERS | {"etag": self._tag}
         if self._tag in known:

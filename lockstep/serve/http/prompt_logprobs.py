@@ -3,6 +3,7 @@
 from lockstep.serve.http.encode import Parts, in_parts
 from lockstep.serve.http.errors import bad_request
 from lockstep.serve.http.legacy_logprobs import token_text
+from lockstep.serve.tokenizer import Tokenizer
 
 
 def check_prompt_logprobs(fields) -> None:
@@ -21,7 +22,7 @@ def check_prompt_logprobs(fields) -> None:
         )
 
 
-def prompt_logprobs(tokenizer, request) -> Parts:
+def prompt_logprobs(tokenizer: Tokenizer | None, request) -> Parts:
     """Those of a finished request, an array: None for the first token, then {id: {"logprob", "rank", "decoded_token"}}
     of the likeliest tokens and of the prompt's own, whose rank is None where it is not among them."""
     tops = request.prompt_top_logprobs or [{}] * len(request.prompt_logprobs)
@@ -34,7 +35,7 @@ def prompt_logprobs(tokenizer, request) -> Parts:
     return in_parts(1 + len(known), of_tokens)
 
 
-def _of_token(tokenizer, token_id: int, logprob: float, top: dict[int, float]) -> dict:
+def _of_token(tokenizer: Tokenizer | None, token_id: int, logprob: float, top: dict[int, float]) -> dict:
     ranked: dict[int, tuple[float, int | None]] = {}
     for rank, (other, value) in enumerate(top.items(), 1):
         ranked[other] = value, rank

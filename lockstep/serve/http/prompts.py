@@ -4,11 +4,13 @@ from collections.abc import Sequence
 
 from lockstep.serve.http.body import shown, whole
 from lockstep.serve.http.errors import bad_request
+from lockstep.serve.http.service import Service
+from lockstep.serve.tokenizer import Tokenizer
 
 STRING_OR_IDS = "a string, an array of strings, an array of token ids or an array of such arrays"
 
 
-def read_prompts(service, prompt, add_special_tokens=True, most=None, keep_end=True):
+def read_prompts(service: Service, prompt, add_special_tokens: bool = True, most=None, keep_end: bool = True):
     """(texts, lists of token ids) of a prompt in any of its four forms; the text of ids, or of a cut text, is None.
 
     most: tokens of each prompt, of whose content the end is kept, or else the beginning. ApiError 400.
@@ -24,18 +26,18 @@ def read_prompts(service, prompt, add_special_tokens=True, most=None, keep_end=T
     return [text for text, _ in found], [ids for _, ids in found]
 
 
-def _read(service, prompt, add_special_tokens, most, keep_end) -> tuple[str | None, list[int]]:
+def _read(service: Service, prompt, add_special_tokens, most, keep_end) -> tuple[str | None, list[int]]:
     """The text of one prompt, unless it was cut or given as ids, and its ids."""
     ids = _ids(service, prompt, add_special_tokens, service.max_context if most is None else service.max_counted)
     kept = ids if most is None else shortened(service, prompt, ids, most, keep_end)
     return prompt if isinstance(prompt, str) and len(kept) == len(ids) else None, kept
 
 
-def _is_ids(prompt):
+def _is_ids(prompt) -> bool:
     return not prompt or isinstance(prompt[0], (int, float))
 
 
-def _ids(service, prompt, add_special_tokens, most):
+def _ids(service: Service, prompt, add_special_tokens, most):
     if isinstance(prompt, str):
         ids = text_tokenizer(service).encode(prompt, add_special_tokens, most)
     elif isinstance(prompt, list):
@@ -47,16 +49,16 @@ def _ids(service, prompt, add_special_tokens, most):
     return ids
 
 
-def text_tokenizer(service):
+def text_tokenizer(service: Service):
     """The tokenizer. ApiError 400 where there is none."""
     if service.tokenizer is None:
         raise bad_request("this model has no tokenizer: prompts must be arrays of token ids", "prompt", "no_tokenizer")
     return service.tokenizer
 
 
-def check_ids(service, ids: Sequence[float], where: str) -> list[int]:
+def check_ids(service: Service, ids: Sequence[float], where: str) -> list[int]:
     """Token ids that the model has. ApiError 400 for anything else."""
-    vocab, made = service.llm.vocab_size, []
+    vocab, made = service.loaded.vocab_size, []
     for each in map(whole, ids):
         if type(each) is not int or not 0 <= each < vocab:
             raise bad_request(
@@ -66,7 +68,7 @@ def check_ids(service, ids: Sequence[float], where: str) -> list[int]:
     return made
 
 
-def shortened(service, given, ids: list[int], most: int, keep_end: bool) -> list[int]:
+def shortened(service: Service, given, ids: list[int], most: int, keep_end: bool) -> list[int]:
     """At most so many of a prompt's ids. What the tokenizer put around a text stays, and its content is cut.
 
     given: the text or ids that the ids are of; keep_end: whether to keep the end of the content, or its beginning.
@@ -74,7 +76,7 @@ def shortened(service, given, ids: list[int], most: int, keep_end: bool) -> list
     """
     if len(ids) <= most:
         return ids
-    before, after = _marks_around(service.tokenizer, given, ids) if isinstance(given, str) else (0, 0)
+    before, after = _marks_around(text_tokenizer(service), given, ids) if isinstance(given, str) else (0, 0)
     left = most - before - after
     if left < 1:
         raise bad_request(
@@ -88,7 +90,7 @@ def shortened(service, given, ids: list[int], most: int, keep_end: bool) -> list
     return ids[:before] + kept + ids[len(ids) - after :]
 
 
-def _marks_around(tokenizer, text: str, ids: list[int]) -> tuple[int, int]:
+def _marks_around(tokenizer: Tokenizer, text: str, ids: list[int]) -> tuple[int, int]:
     """How many of a text's ids the tokenizer put before and after it, such as the beginning of the sequence."""
     content = tokenizer.encode(text, add_special_tokens=False)
     for before in range(len(ids) - len(content) + 1):

@@ -12,10 +12,12 @@ from lockstep.serve.http.blocks import Blocks, collect
 from lockstep.serve.http.chat_logprobs import one_logprob
 from lockstep.serve.http.encode import in_parts, json_response
 from lockstep.serve.http.errors import openai_shape
-from lockstep.serve.http.job import Generates
+from lockstep.serve.http.job import Generates, Job
 from lockstep.serve.http.pieces import json_answer
 from lockstep.serve.http.placed import Placed
+from lockstep.serve.http.prompts import text_tokenizer
 from lockstep.serve.http.responses_fields import ResponsesFields, conversation, num_logprobs, refuse_state
+from lockstep.serve.http.service import Service
 from lockstep.serve.http.sse import EventStream, named
 
 ENDS = {False: "completed", True: "incomplete"}  # by whether the answer was cut off in it
@@ -23,10 +25,10 @@ PARTS = dict(text="output_text", thought="reasoning_text")
 PIECES = dict(text="response.output_text", thought="response.reasoning_text", call="response.function_call_arguments")
 
 
-def routes(service):
+def routes(service: Service):
     """The routes of this module."""
 
-    async def responses(job):
+    async def responses(job: Job):
         fields = await job.read(ResponsesFields)
         refuse_state(fields)
         logprobs = num_logprobs(fields, service.limits)
@@ -56,7 +58,7 @@ def routes(service):
 class Answer:
     """The answer to one request. with_logprobs: of the tokens of its text."""
 
-    def __init__(self, job, fields, new_parser, with_logprobs=False):
+    def __init__(self, job: Job, fields, new_parser, with_logprobs: bool = False) -> None:
         self._job, self._request = job, job.requests[0]
         self._with_logprobs, self._parser = with_logprobs, Placed(new_parser()) if with_logprobs else new_parser()
         self._number, self._ids = 0, {}
@@ -106,7 +108,7 @@ class Answer:
         self._number += 1
         return made
 
-    def _change(self, what, block, event, is_cut=False):
+    def _change(self, what, block, event, is_cut: bool = False):
         """The events of a change of a Block. is_cut: the answer ends in it, as it was long enough."""
         where = dict(item_id=self._id(block), output_index=block.index)
         part = where if block.kind == "call" else where | dict(content_index=0)
@@ -153,14 +155,14 @@ class Answer:
             return made | dict(type="reasoning", summary=[], content=content)
         return made | dict(type="message", role="assistant", content=content)
 
-    def _part(self, block, is_new=False):
+    def _part(self, block, is_new: bool = False):
         made = dict(type=PARTS[block.kind], text="" if is_new else block.text)
         if block.kind != "text":
             return made
         return made | dict(annotations=[], logprobs=[] if is_new else self._logprobs(block.tokens))
 
     def _logprobs(self, tokens):
-        tokenizer = self._job.service.tokenizer
+        tokenizer = text_tokenizer(self._job.service)
         return in_parts(
             len(tokens),
             lambda start, end: [
@@ -173,7 +175,7 @@ class Answer:
         return self._ids.setdefault(block.index, f"{prefix}_{secrets.token_hex(16)}")
 
     def _usage(self, blocks):
-        usage, tokenizer = self._job.usage(), self._job.service.tokenizer
+        usage, tokenizer = self._job.usage(), text_tokenizer(self._job.service)
         thoughts = [block.text for block in blocks if block.kind == "thought"]
         num_thought = sum(len(tokenizer.encode(text, add_special_tokens=False)) for text in thoughts)
         cached = usage["prompt_tokens_details"]["cached_tokens"]

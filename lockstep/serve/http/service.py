@@ -79,7 +79,8 @@ class Service:
         self.state = "ready"
 
     @property
-    def _opened(self) -> LLM:
+    def loaded(self) -> LLM:
+        """The LLM, where it is there: requests are read from `open` on."""
         assert self.llm is not None, "requests are read from `open` on"
         return self.llm
 
@@ -158,7 +159,7 @@ class Service:
     @property
     def max_context(self) -> int:
         """Tokens that a prompt and its answer may have: the model's context, or the KV cache where that is smaller."""
-        return min(self._opened.max_context, self._opened.engine.limits.num_pages * PAGE_TOKENS)
+        return min(self.loaded.max_context, self.loaded.engine.limits.num_pages * PAGE_TOKENS)
 
     @property
     def max_counted(self) -> int:
@@ -168,7 +169,7 @@ class Service:
     @property
     def most_sequences(self) -> int:
         """Sequences that may run and wait together."""
-        return self._opened.max_requests + self.limits.max_queued
+        return self.loaded.max_requests + self.limits.max_queued
 
     def check_workers(self) -> None:
         """ApiError 429 if too much waits for a worker. For routes that are not admitted as sequences are."""

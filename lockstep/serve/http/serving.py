@@ -14,6 +14,7 @@ import uvicorn
 
 from lockstep.serve.http.limits import Limits
 from lockstep.serve.http.protocol import bounded_protocol
+from lockstep.serve.http.service import Service
 
 BACKLOG = 1024
 IDLE_SECONDS = 75  # how long a connection may wait for its next request
@@ -95,7 +96,7 @@ class Server(uvicorn.Server):
     A terminal that closes only drains it, however often it says so. Where it is ignored (nohup), it still is.
     """
 
-    def __init__(self, app, service):
+    def __init__(self, app, service: Service) -> None:
         quiet: dict[str, Any] = dict(log_config=None, log_level="error", access_log=False, server_header=False)
         times: dict[str, Any] = dict(timeout_keep_alive=IDLE_SECONDS, timeout_graceful_shutdown=LAST_SECONDS)
         super().__init__(
@@ -122,7 +123,7 @@ class Server(uvicorn.Server):
             stack.enter_context(super().capture_signals())
             yield
 
-    def handle_exit(self, sig, frame):
+    def handle_exit(self, sig, frame) -> None:
         """A signal: new requests are refused from now on, those that run may end in their time."""
         if self._drained_by is None:
             self._service.drain()

@@ -4,9 +4,11 @@ import asyncio
 import contextlib
 
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from lockstep.serve.http.encode import to_json
 from lockstep.serve.http.errors import shape_for
+from lockstep.serve.http.job import Job
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -41,10 +43,10 @@ class EventStream:
     logged and becomes a general one. end: sent after the last event, also after an error.
     """
 
-    def __init__(self, job, events, end=DONE):
+    def __init__(self, job: Job, events, end=DONE) -> None:
         self._job, self._events, self._end, self._silent = job, events, end, True
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
         comments = asyncio.create_task(self._keep_alive(send, scope["lockstep.has_ended"]))
         try:
@@ -53,7 +55,7 @@ class EventStream:
         finally:
             comments.cancel()
 
-    async def _send_all(self, send, path):
+    async def _send_all(self, send: Send, path) -> None:
         try:
             async for piece in self._events:
                 if piece:
@@ -66,7 +68,7 @@ class EventStream:
             last = error_event(self._job.explain(error), path) + self._end
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
-    async def _keep_alive(self, send, has_ended):
+    async def _keep_alive(self, send: Send, has_ended) -> None:
         """has_ended: set when the client sends no more; comments then come soon, to show whether it is still there."""
         longest, pause = self._job.service.limits.keep_alive_seconds, LOOK_SECONDS
         while True:

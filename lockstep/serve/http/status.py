@@ -5,9 +5,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from lockstep.serve.http.encode import json_response
+from lockstep.serve.http.service import Service
 
 
-def routes(service):
+def routes(service: Service):
     """The routes of this module."""
 
     async def health(request):

@@ -1,13 +1,17 @@
 """What /v1/chat/completions, /v1/responses and /v1/messages share: a Conversation is started, its answer is read."""
 
+from lockstep.engine.request import Request
 from lockstep.serve.http.body import read_fields
 from lockstep.serve.http.errors import ApiError, bad_request
+from lockstep.serve.http.job import Job
+from lockstep.serve.http.prompts import text_tokenizer
 from lockstep.serve.http.sampling import most_tokens, sampling_params
+from lockstep.serve.http.service import Service
 from lockstep.serve.http.token_masks import UntilComplete, narrowing, token_mask
 from lockstep.serve.tool_calls.events import Arguments, CallStart
 
 
-async def start(job, fields, make_conversation, max_tokens_names, **reports):
+async def start(job: Job, fields, make_conversation, max_tokens_names, **reports):
     """Queues the samples of a conversation; returns what makes a parser for each.
 
     fields: the SamplingFields of the request; make_conversation: called in a worker thread, returns the Conversation;
@@ -35,12 +39,12 @@ async def start(job, fields, make_conversation, max_tokens_names, **reports):
         fields.skip_special_tokens = False
     mask = options["logits_mask"] if leaves_out is None else leaves_out(options["logits_mask"])
     if has_form and fields.ignore_eos:
-        mask, fields.ignore_eos = UntilComplete(mask, service.llm), False
+        mask, fields.ignore_eos = UntilComplete(mask, service.loaded), False
     params = sampling_params(
         fields,
         service.limits,
         most_tokens(fields, max_tokens_names, room),
-        service.llm.sampling_defaults,
+        service.loaded.sampling_defaults,
         logits_mask=mask,
         **reports,
     )
@@ -48,9 +52,9 @@ async def start(job, fields, make_conversation, max_tokens_names, **reports):
     return prepared.new_parser
 
 
-def chat_model(service):
+def chat_model(service: Service):
     """The service's ChatModel. ApiError 400 where the model has no tokenizer or no chat template."""
-    if service.chat is None or not service.tokenizer.has_chat_template:
+    if service.chat is None or not text_tokenizer(service).has_chat_template:
         raise bad_request(
             "this model has no chat template, so it can only continue text: use /v1/completions",
             "messages",
@@ -59,7 +63,7 @@ def chat_model(service):
     return service.chat
 
 
-async def count(request, service, fields_type, make_conversation):
+async def count(request, service: Service, fields_type, make_conversation):
     """How many tokens the prompt of a request has, which is read as fields_type."""
     if service.llm is None:
         raise ApiError(503, "the model is still loading", code="loading", retry_after=1)
@@ -67,9 +71,9 @@ async def count(request, service, fields_type, make_conversation):
     fields = await read_fields(request, service, fields_type)
     service.name_in_answers(fields.model)
 
-    def counted():
+    def counted() -> int:
         prompt = chat_model(service).prompt(make_conversation(fields))
-        return len(service.tokenizer.encode(prompt, False, service.max_counted))
+        return len(text_tokenizer(service).encode(prompt, False, service.max_counted))
 
     return await service.offload(counted)
 
@@ -80,12 +84,13 @@ def read_all(new_parser, request):
     return parser.push(request.text) + parser.finish(request.finish_reason == "length")
 
 
-def finish_reason(request, num_calls):
+def finish_reason(request: Request, num_calls: int) -> str:
     """ "stop", "length" or "tool_calls"."""
+    assert request.finish_reason is not None, "it has ended"
     return "tool_calls" if num_calls and request.finish_reason == "stop" else request.finish_reason
 
 
-def count_calls(events, before=0):
+def count_calls(events, before: int = 0):
     """How many tool calls there are after these events; before: how many there were before them. 0 where the answer
     ended within the arguments of one, which were completed for it: such an answer asks for no call."""
     if events and isinstance(events[-1], Arguments) and events[-1].is_cut:

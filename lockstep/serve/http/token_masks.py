@@ -6,6 +6,8 @@ import numpy as np
 
 from lockstep.serve.http.errors import bad_request
 from lockstep.serve.http.prompts import check_ids, text_tokenizer
+from lockstep.serve.http.service import Service
+from lockstep.serve.llm import LLM
 
 
 class TokenMask:
@@ -23,7 +25,7 @@ class TokenMask:
         banned: Sequence[Sequence[int]],
         other=None,
         ends: Sequence[int] = (),
-    ):
+    ) -> None:
         self._bits = np.zeros(-(-vocab_size // 32), np.uint32)
         self._set(self._bits, np.arange(vocab_size) if allowed is None else np.array(allowed, np.int64))
         single = [ids[0] for ids in banned if len(ids) == 1]
@@ -61,7 +63,7 @@ class UntilComplete:
     """A logits_mask for a grammar and ignore_eos: the tokens of another mask, but those that end an answer only where
     there are no others. The answer then ends: there is nothing that it could go on with."""
 
-    def __init__(self, other: Callable, llm):
+    def __init__(self, other: Callable, llm: LLM) -> None:
         self._other = other
         self._ends = TokenMask(llm.vocab_size, sorted(llm.engine.eos_ids), [])([])
 
@@ -81,7 +83,7 @@ def narrowing(fields) -> list[str]:
     return left_out + fields.form_names + (["tools"] if getattr(fields, "tools", None) else [])
 
 
-def token_mask(service, fields) -> Callable | None:
+def token_mask(service: Service, fields) -> Callable | None:
     """What makes a TokenMask of a grammar's mask, or of None, for a request's SamplingFields; None where they leave no
     token out. It tokenizes: it may take a while. ApiError 400."""
     allowed, words = fields.allowed_token_ids, fields.bad_words
@@ -94,11 +96,11 @@ def token_mask(service, fields) -> Callable | None:
             )
         allowed = check_ids(service, allowed, "allowed_token_ids")
     banned = bad_sequences(service, words or [])
-    vocab_size, ends = service.llm.vocab_size, sorted(service.llm.engine.eos_ids)
+    vocab_size, ends = service.loaded.vocab_size, sorted(service.loaded.engine.eos_ids)
     return lambda other: TokenMask(vocab_size, allowed, banned, other, ends)
 
 
-def bad_sequences(service, words: list[str]) -> list[list[int]]:
+def bad_sequences(service: Service, words: list[str]) -> list[list[int]]:
     """Token ids of words, in the middle of a text and, where that is another single token, after a space: as vLLM."""
     limits, made = service.limits, []
     if len(words) > limits.max_logit_bias:

@@ -14,6 +14,7 @@ from lockstep.serve.http.encode import json_response, to_json
 from lockstep.serve.http.errors import ApiError, bad_request
 from lockstep.serve.http.legacy_logprobs import token_text
 from lockstep.serve.http.prompts import check_ids, text_tokenizer
+from lockstep.serve.http.service import Service
 
 
 class TokenizeFields(ChatFields):
@@ -32,7 +33,7 @@ class DetokenizeFields(Fields):
     tokens: Items[Whole]
 
 
-def routes(service):
+def routes(service: Service):
     """The routes of this module."""
 
     async def prepare(request, fields):
@@ -63,7 +64,7 @@ def routes(service):
     ]
 
 
-def tokenized(service, fields):
+def tokenized(service: Service, fields):
     """The answer of /tokenize as JSON bytes. ApiError 400 unless there is one of prompt and messages."""
     if (fields.prompt is None) == (fields.messages is None):
         raise bad_request("expected either prompt or messages", "prompt", "invalid_value")
@@ -79,13 +80,13 @@ def tokenized(service, fields):
     return to_json(made)
 
 
-def detokenized(service, fields):
+def detokenized(service: Service, fields):
     """The answer of /detokenize as JSON bytes: special tokens are shown."""
     ids = check_ids(service, fields.tokens, "tokens")
     return to_json(dict(prompt=text_tokenizer(service).decode(ids, skip_special_tokens=False)))
 
 
-def tokenizer_info(service):
+def tokenizer_info(service: Service):
     """What a client needs to know to count and score as the model does."""
     tokenizer = text_tokenizer(service)
     special = {name: tokenizer.special_tokens.get(name) for name in ("bos_token", "eos_token", "pad_token")}

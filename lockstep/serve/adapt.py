@@ -59,7 +59,7 @@ def _as_text(message):
     return kept | dict(content="\n".join(filter(None, [_text_of(message), *calls]))) if calls else message
 
 
-def _lacks_results(messages, at):
+def _lacks_results(messages, at) -> bool:
     """Whether a message has calls that nothing answers, though the conversation goes on: no turn of the tools."""
     following = messages[at + 1 : at + 2]
     return bool(messages[at].get("tool_calls")) and bool(following) and following[0]["role"] != "tool"
@@ -89,7 +89,7 @@ def _with_systems(messages, abilities):
     return made
 
 
-def _add(made, message, abilities):
+def _add(made, message, abilities) -> None:
     roles = made[-1]["role"] if made else None, message["role"]
     joins = dict(user=not abilities.several_users, assistant=not abilities.several_assistants)
     if roles[0] == roles[1] and joins.get(message["role"]):
@@ -110,7 +110,7 @@ def _as_one(messages):
     return messages[0] | messages[-1] | texts
 
 
-def _is_system(message):
+def _is_system(message) -> bool:
     return message["role"] == "system"
 
 

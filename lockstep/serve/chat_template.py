@@ -31,7 +31,7 @@ class TemplateProcess:
     it no time.
     """
 
-    def __init__(self, seconds: float = SECONDS, num_bytes: int = NUM_BYTES):
+    def __init__(self, seconds: float = SECONDS, num_bytes: int = NUM_BYTES) -> None:
         self.seconds, self.num_bytes = seconds, num_bytes
         self.jobs = JobProcess("lockstep.serve.template_child", "templates", max_idle=MAX_IDLE)
 
@@ -57,7 +57,7 @@ class ChatTemplate:
     process: where it is compiled and rendered; one of its own if none is given.
     """
 
-    def __init__(self, source: str, process: TemplateProcess | None = None):
+    def __init__(self, source: str, process: TemplateProcess | None = None) -> None:
         if len(source) > MAX_TEMPLATE_CHARS:
             raise ValueError(f"chat template of {len(source)} characters, at most {MAX_TEMPLATE_CHARS} are allowed")
         self._process = TemplateProcess() if process is None else process

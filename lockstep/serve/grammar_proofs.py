@@ -29,7 +29,7 @@ class Proofs:
     size: of the vocabulary; special: {token id: bytes} of the tokens that a grammar may name. Any thread may use it.
     """
 
-    def __init__(self, size: int, special: dict[int, bytes], eos_ids: list[int]):
+    def __init__(self, size: int, special: dict[int, bytes], eos_ids: list[int]) -> None:
         shown = {token: text.hex() for token, text in special.items()}
         about = json.dumps({"size": size, "special": shown, "eos_ids": eos_ids})
         self._jobs = JobProcess("lockstep.serve.grammar_child", "grammars", about.encode())
@@ -55,7 +55,7 @@ class Proofs:
             raise ValueError(found)
         return found if found.seconds <= seconds and found.num_bytes <= num_bytes else None
 
-    def _remember(self, name, found):
+    def _remember(self, name, found) -> None:
         with self._lock:
             self._known[name] = found
             if len(self._known) > MAX_KNOWN:

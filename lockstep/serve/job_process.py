@@ -29,7 +29,7 @@ KEPT = (
 class Busy(Exception):
     """Too much else is being done: the same may be asked later. code: for programs, which of it."""
 
-    def __init__(self, message: str, code: str):
+    def __init__(self, message: str, code: str) -> None:
         super().__init__(message)
         self.code = code
 
@@ -42,12 +42,12 @@ class JobProcess:
     it, and so may a process that was forked: it starts one of its own.
     """
 
-    def __init__(self, module: str, name: str, about: bytes = b"", max_idle: int = 0):
+    def __init__(self, module: str, name: str, about: bytes = b"", max_idle: int = 0) -> None:
         self._module, self._name, self._about, self._max_idle = module, name, about, max_idle
         self.process_id: int | None = None
         self._forget()
 
-    def _forget(self):
+    def _forget(self) -> None:
         """Begins anew. What this process has inherited, where it was forked, belongs to the other one."""
         self._lock, self._owner = threading.Lock(), os.getpid()
         self._control: socket.socket | None = None
@@ -126,13 +126,13 @@ class JobProcess:
                     raise
             return self._control
 
-    def _leave(self, control):
+    def _leave(self, control) -> None:
         """Ends a process that has ended or does not follow, unless another thread did."""
         with self._lock:
             if self._control is control and control is not None:
                 self._drop()
 
-    def _drop(self):
+    def _drop(self) -> None:
         if self._end is not None:
             self._end()
         self._control = self._end = None

@@ -35,7 +35,7 @@ class _OtherSideEnded(Exception):
 class Ended(Exception):
     """The copy that was to answer was ended, by a signal; 0 for none."""
 
-    def __init__(self, signal_number: int):
+    def __init__(self, signal_number: int) -> None:
         super().__init__(f"ended by signal {signal_number}")
         self.signal = signal_number
 

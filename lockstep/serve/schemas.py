@@ -234,7 +234,7 @@ def _inner_bound(value, is_least, is_exclusive):
     return int(near)
 
 
-def _check_names(part):
+def _check_names(part) -> None:
     least, required = part.get("minProperties"), part.get("required")
     has_names = part.get("patternProperties") or part.get("additionalProperties", True) is not False
     most = 1 + (len(set(required)) if isinstance(required, list) and all(isinstance(n, str) for n in required) else 0)
@@ -264,7 +264,7 @@ def _is_pattern(pattern):
     return len(pattern) <= MAX_PATTERN_BYTES and _compiles({"type": "string", "pattern": pattern})
 
 
-def _compiles(schema):
+def _compiles(schema) -> bool:
     made = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema))
     return not llguidance.LLMatcher.validate_grammar(made)
 
@@ -294,7 +294,7 @@ def check_numbers(schema: dict) -> None:
             raise ValueError(f"JSON schema: multipleOf: at most {MAX_MULTIPLES} can be enforced, as the product of all")
 
 
-def _has_room(multiple, found):
+def _has_room(multiple, found) -> bool:
     """Whether the product of those found and of this multipleOf, which is added to them, can be enforced."""
     if type(multiple) not in (int, float):
         return True
@@ -309,7 +309,7 @@ def _has_room(multiple, found):
     return True
 
 
-def _check_least(values):
+def _check_least(values) -> None:
     level = values
     while level:
         lowest = min((each for each in level if type(each) in (int, float)), default=0)

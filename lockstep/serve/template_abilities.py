@@ -51,7 +51,7 @@ class Abilities:
     after_results: str | None = None
 
 
-def abilities_of(tokenizer, with_tools=True):
+def abilities_of(tokenizer, with_tools: bool = True):
     """The Abilities of a Tokenizer's chat template for conversations with tools, or of that for those without."""
     probe = _Probe(tokenizer, with_tools)
     user, last = said("user", AMBER), said("user", CEDAR)
@@ -74,13 +74,13 @@ def said(role, text):
 
 
 class _Probe:
-    def __init__(self, tokenizer, with_tools):
+    def __init__(self, tokenizer, with_tools) -> None:
         self._tokenizer, self._source = tokenizer, "\n".join(tokenizer.chat_templates.values())
         self._variable, self._tools, self._is_hopeless = None, [PROBE] if with_tools else [], False
         found = (name for name in ("tools", "xml_tools") if name in self._source and self._has_variable(name))
         self._variable = next(found, None)
 
-    def names(self, word):
+    def names(self, word) -> bool:
         """Whether the template mentions a word."""
         return word in self._source
 
@@ -94,12 +94,12 @@ class _Probe:
             self._is_hopeless = isinstance(error, TooMuch)
             return ""
 
-    def shows(self, messages):
+    def shows(self, messages) -> bool:
         """Whether the texts of all messages, and of their calls, are there."""
         found, given = self.text(messages), json.dumps(messages)
         return bool(found) and all(word in found for word in (AMBER, BIRCH, CEDAR) if word in given)
 
-    def _has_variable(self, name):
+    def _has_variable(self, name) -> bool:
         self._variable = name
         return PROBE.name in self.text([said("user", AMBER)])
 

@@ -196,7 +196,7 @@ class Detokenizer:
     The cost per token does not depend on how many came before.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True, begins_text: bool = True):
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True, begins_text: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
         self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")

@@ -21,7 +21,7 @@ class Block:
     is_cut: bool = False
 
     @property
-    def text(self):
+    def text(self) -> str:
         """All pieces."""
         return "".join(self.pieces)
 
@@ -29,7 +29,7 @@ class Block:
 class Blocks:
     """Collects a parser's events in blocks. all: those that have begun."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.all = []
         self._open = None
 

@@ -105,7 +105,7 @@ async def read(receive, seconds):
         raise ApiError(408, f"the body did not arrive within {seconds:g} s", code="timeout") from None
 
 
-async def _collect(receive):
+async def _collect(receive) -> bytes:
     pieces, more = [], True
     while more:
         message = await receive()
@@ -186,7 +186,7 @@ def _check_depth(value, max_depth):
     raise bad_request(f"the body is nested more than {max_depth} deep")
 
 
-def _check_surrogates(value):
+def _check_surrogates(value) -> None:
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:

@@ -206,7 +206,7 @@ def name_of(index: int, tool: Any) -> str:
     return tool.name
 
 
-def choose(tools, mode, allowed=None, parallel=True):
+def choose(tools, mode, allowed=None, parallel: bool = True):
     """A ToolUse. mode: "none", "auto" or "required"; allowed: names, where not all tools are."""
     if mode == "none":
         return ToolUse()

@@ -14,13 +14,13 @@ class Connections:
     them makes room for whoever comes next, so that nobody can hold them.
     """
 
-    def __init__(self, limits):
+    def __init__(self, limits) -> None:
         self._limits, self._addresses, self._count_of, self._spare = limits, {}, Counter(), {}
 
     def __len__(self):
         return len(self._addresses) + len(self._spare)
 
-    def enter(self, connection, host):
+    def enter(self, connection, host) -> bool:
         """Takes in a connection from a host; False for a spare one. One that makes room is `crowded_out`."""
         address = origin(host)
         within = len(self._addresses) < self._limits.max_connections
@@ -35,7 +35,7 @@ class Connections:
             oldest.crowded_out()
         return False
 
-    def leave(self, connection):
+    def leave(self, connection) -> None:
         """A connection is gone."""
         self._spare.pop(connection, None)
         address = self._addresses.pop(connection, None)

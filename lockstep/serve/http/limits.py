@@ -44,7 +44,7 @@ class Limits:
     stuck_seconds: float = 120.0  # a step that takes longer makes /health red
     max_faults: int = 3  # requests in a row for which the model gave no finite numbers make /health red
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1 << 40:

@@ -27,10 +27,10 @@ COUNTERS = {
 class Histogram:
     """Counts of values up to each bound. For one thread: prometheus_client's own takes a lock for each value."""
 
-    def __init__(self, bounds):
+    def __init__(self, bounds) -> None:
         self._bounds, self._counts, self._sum = bounds, [0] * (len(bounds) + 1), 0.0
 
-    def add(self, value, count=1):
+    def add(self, value, count: int = 1) -> None:
         """Takes in a value, or `count` that are the same."""
         self._counts[bisect_left(self._bounds, value)] += count
         self._sum += value * count
@@ -50,7 +50,7 @@ class Metrics:
     refused: {reason: requests}. answered: {HTTP status: requests}.
     """
 
-    def __init__(self, service):
+    def __init__(self, service) -> None:
         self._service = service
         self.prompt_tokens = self.generated_tokens = self.cancelled = 0
         self.refused, self.answered = {}, {}
@@ -59,11 +59,11 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
-    def refuse(self, reason):
+    def refuse(self, reason) -> None:
         """Counts a request that was refused without being looked at closely."""
         self.refused[reason] = self.refused.get(reason, 0) + 1
 
-    def answer(self, status):
+    def answer(self, status) -> None:
         """Counts an answer by its HTTP status."""
         self.answered[status] = self.answered.get(status, 0) + 1
 

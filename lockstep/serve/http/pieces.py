@@ -30,7 +30,7 @@ async def json_answer(
 class Pieces:
     """An ASGI response of JSON whose length nobody knows before its end."""
 
-    def __init__(self, job: Job, pieces: Iterator[bytes]):
+    def __init__(self, job: Job, pieces: Iterator[bytes]) -> None:
         self._job, self._pieces = job, pieces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -9,7 +9,7 @@ class Placed:
     Tokens of marks, of calls and of thoughts belong to no text.
     """
 
-    def __init__(self, parser):
+    def __init__(self, parser) -> None:
         self._parser = parser
         # what no event has told: its text, and (begin, end, Token, or None where that was told) of its tokens
         self._text, self._tokens = "", []
@@ -18,7 +18,7 @@ class Placed:
         """The events that tokens complete."""
         return [event for token in tokens for event in self._push(token)]
 
-    def finish(self, is_cut=False):
+    def finish(self, is_cut: bool = False):
         """What was held back, now that nothing follows. is_cut: the answer was as long as it might be."""
         return [self._placed(event, 0) for event in self._parser.finish(is_cut)]
 
@@ -40,7 +40,7 @@ class Placed:
         self._forget(end)
         return event._replace(tokens=tuple(filter(None, found))) if isinstance(event, Content) else event
 
-    def _forget(self, end):
+    def _forget(self, end) -> None:
         self._text = self._text[end:]
         self._tokens = [
             (max(0, b - end), e - end, token if b >= end else None)

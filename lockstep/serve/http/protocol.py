@@ -32,7 +32,7 @@ class BoundedProtocol(HttpToolsProtocol):
     limits: Limits
     held: Connections
 
-    def connection_made(self, transport):
+    def connection_made(self, transport) -> None:
         """Takes a connection; where there are too many, it may only ask whether the server is alive."""
         super().connection_made(transport)
         # bytes of the head so far, and bytes since anything became of them
@@ -43,7 +43,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if not self._refused:
             self._set_timer()
 
-    def connection_lost(self, error):
+    def connection_lost(self, error) -> None:
         """The connection is gone."""
         self.held.leave(self)
         self._clear_timer()
@@ -52,7 +52,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self.resume_writing()
         super().connection_lost(error)
 
-    def crowded_out(self):
+    def crowded_out(self) -> None:
         """Others want to know whether the server is alive."""
         self._refuse(self._too_many())
 
@@ -62,7 +62,7 @@ class BoundedProtocol(HttpToolsProtocol):
             503, f"more than {in_all} connections, or {each} from one address", code="connections_full", retry_after=1
         )
 
-    def eof_received(self):
+    def eof_received(self) -> bool:
         """The client sends no more. It gets the answers to what it has sent in full (True); else it has left.
 
         One that closed altogether looks the same until it is written to: see `_look`.
@@ -74,7 +74,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._look(PROBE_SECONDS)
         return True
 
-    def _look(self, seconds):
+    def _look(self, seconds) -> None:
         """Finds out whether the client is still there, before its answer begins, by an interim response."""
         if self.cycle.response_started or self.transport.is_closing():
             return
@@ -82,19 +82,19 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.write(CONTINUE)
         self._probe = self.loop.call_later(seconds, self._look, min(2 * seconds, LONGEST_PROBE))
 
-    def pause_writing(self):
+    def pause_writing(self) -> None:
         """The client does not read what it asked for; it must go on in time."""
         super().pause_writing()
         self._stalled = self.loop.call_later(self.limits.body_seconds, self.transport.abort)
 
-    def resume_writing(self):
+    def resume_writing(self) -> None:
         """The client reads again."""
         super().resume_writing()
         if self._stalled is not None:
             self._stalled.cancel()
             self._stalled = None
 
-    def data_received(self, data):
+    def data_received(self, data) -> None:
         """Takes bytes in. What grows without becoming a header or a part of a body is bounded here."""
         if self._refused:
             return
@@ -107,23 +107,23 @@ class BoundedProtocol(HttpToolsProtocol):
         if not self._refused and max(self._num_pending, self._num_head_bytes) > self.limits.max_header_bytes:
             self._refuse_head()
 
-    def on_message_begin(self):
+    def on_message_begin(self) -> None:
         """A request begins."""
         self._is_in_head, self._num_head_bytes = True, 0
         super().on_message_begin()
 
-    def on_url(self, url):
+    def on_url(self, url) -> None:
         """A part of the path."""
         self._num_head_bytes += len(url)
         super().on_url(url)
 
-    def on_header(self, name, value):
+    def on_header(self, name, value) -> None:
         """A header; trailers after a body in chunks are counted, and not kept."""
         self._num_head_bytes += len(name) + len(value) + HEADER_COST
         if self._is_in_head:
             super().on_header(name, value)
 
-    def on_headers_complete(self):
+    def on_headers_complete(self) -> None:
         """A head is there; one that is too large or means nothing never becomes a request."""
         self._has_progress = True
         if self._num_head_bytes > self.limits.max_header_bytes or self._refused:
@@ -149,13 +149,13 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         self.cycle.keep_alive = self.cycle.keep_alive and not self._is_spare
 
-    def on_body(self, body):
+    def on_body(self, body) -> None:
         """A part of a body."""
         self._has_progress = True
         if self._num_head_bytes <= self.limits.max_header_bytes and not self._refused:
             super().on_body(body)
 
-    def on_message_complete(self):
+    def on_message_complete(self) -> None:
         """The end of a request. What follows belongs to the next one."""
         self._has_progress = True
         if self._num_head_bytes > self.limits.max_header_bytes or self._refused:
@@ -165,7 +165,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._is_in_head = True
         super().on_message_complete()
 
-    def on_response_complete(self):
+    def on_response_complete(self) -> None:
         """An answer was sent; the rest of its request, if it has not come, must not take for ever."""
         is_last = not self.pipeline
         super().on_response_complete()
@@ -175,31 +175,31 @@ class BoundedProtocol(HttpToolsProtocol):
             self._unset_keepalive_if_required()
             self._set_timer()
 
-    def _set_timer(self):
+    def _set_timer(self) -> None:
         self._timer = self.loop.call_later(self.limits.body_seconds, self._last_look)
 
-    def _clear_timer(self):
+    def _clear_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _last_look(self):
+    def _last_look(self) -> None:
         """Time is up; but where the whole process was stopped, what came meanwhile has yet to be read."""
         self._timer = self.loop.call_later(LAST_LOOK_SECONDS, self._too_slow)
 
-    def _too_slow(self):
+    def _too_slow(self) -> None:
         seconds = self.limits.body_seconds
         self._refuse(ApiError(408, f"the request did not arrive within {seconds:g} s", code="timeout"))
 
-    def _refuse_head(self):
+    def _refuse_head(self) -> None:
         limit = self.limits.max_header_bytes
         self._refuse(ApiError(431, f"the request's head is larger than {limit} bytes", code="headers_too_large"))
 
-    def send_400_response(self, message):
+    def send_400_response(self, message) -> None:
         """Answers what is not HTTP."""
         self._refuse(ApiError(400, message, code="bad_http"))
 
-    def _refuse(self, error):
+    def _refuse(self, error) -> None:
         """Closes the connection, with an answer if the request that arrives has none yet."""
         self._refused = True
         self._clear_timer()

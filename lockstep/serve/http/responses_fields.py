@@ -133,7 +133,7 @@ def conversation(fields):
     )
 
 
-def refuse_state(fields):
+def refuse_state(fields) -> None:
     """ApiError 400 for what would need a server that remembers."""
     for name in ("previous_response_id", "conversation", "prompt"):
         if getattr(fields, name) is not None:
@@ -161,7 +161,7 @@ def input_messages(fields):
     return made
 
 
-def _add(made, where, item):
+def _add(made, where, item) -> None:
     kind = item.type or "message"
     if kind == "message":
         _add_message(made, where, item)
@@ -176,7 +176,7 @@ def _add(made, where, item):
         raise bad_request(f"{where}: this server keeps no items, send them whole", where, "unsupported")
 
 
-def _add_message(made, where, item):
+def _add_message(made, where, item) -> None:
     if item.role is None:
         raise bad_request(f"{where}.role: this field is required", f"{where}.role", "missing_field")
     content = text_of(item.content or "", where)

@@ -194,7 +194,7 @@ def _check_samples(fields: SamplingFields, limits: Limits) -> None:
         )
 
 
-def _check_suppressed(ids, limits):
+def _check_suppressed(ids, limits) -> None:
     if len(ids) > limits.max_logit_bias:
         raise bad_request(
             f"suppress_tokens: expected at most {limits.max_logit_bias}, got {len(ids)}", "suppress_tokens"

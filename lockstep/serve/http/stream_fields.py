@@ -58,7 +58,7 @@ class OwnStreamFields(StreamFields):
 class ChunkEnd:
     """The end of a chunk's JSON: its usage, as far as StreamFields ask for it, of one of the engine's requests."""
 
-    def __init__(self, fields: StreamFields, request):
+    def __init__(self, fields: StreamFields, request) -> None:
         self._num_prompt = len(request.prompt_ids)
         self._is_continuous = fields.is_continuous
         self._fixed = '}],"usage":null}\n\n' if fields.streams_usage else "}]}\n\n"

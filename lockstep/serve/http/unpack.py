@@ -15,7 +15,7 @@ GZIP = 16 + zlib.MAX_WBITS
 class Unpack:
     """Hands on a gzip body as if it had come unpacked; whoever reads it counts its bytes and stops reading in time."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int):
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app, self._max_bytes = app, max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -36,7 +36,7 @@ class Unpacked:
     ApiError 415 for a coding that is not gzip, 413 for a packed body that is too large, 400 for one that is not gzip.
     """
 
-    def __init__(self, receive: Receive, coding: str, max_bytes: int):
+    def __init__(self, receive: Receive, coding: str, max_bytes: int) -> None:
         self._receive, self._coding, self._max_bytes = receive, coding, max_bytes
         self._parts = self._unpacked()
         self._num_bytes, self._member = 0, zlib.decompressobj(GZIP)

@@ -57,12 +57,12 @@ class CallEnd(Exception):
     """What is being read ends here, though it is not complete: with the answer, or at text that is no part of it, which
     has been read and begins with a mark."""
 
-    def __init__(self, text: str = ""):
+    def __init__(self, text: str = "") -> None:
         super().__init__(text)
         self.text = text
 
 
-def new_id():
+def new_id() -> str:
     """A fresh id for a call: nine letters and digits, which is what the strictest chat templates (Mistral's) accept."""
     return "".join(secrets.choice(ID_CHARACTERS) for _ in range(9))
 

@@ -11,10 +11,10 @@ class Lark:
     special: {text: id} of the tokens that stand for no text; a grammar names those by their id.
     """
 
-    def __init__(self, special):
+    def __init__(self, special) -> None:
         self._special, self._lines, self._size = special, [], 0
 
-    def rule(self, name, *parts, options=""):
+    def rule(self, name, *parts, options: str = ""):
         """Adds a rule; returns its name. ValueError where the grammar becomes too large."""
         line = f"{name}{options}: {' '.join(part for part in parts if part)}"
         self._size += len(line)
@@ -38,22 +38,22 @@ class Lark:
         return self.rule(name, rf"/(?s:.*){regex_quote(end)}/", options="[lazy]")
 
     @property
-    def text(self):
+    def text(self) -> str:
         """The grammar."""
         return "\n".join(self._lines)
 
 
-def regex_quote(text):
+def regex_quote(text) -> str:
     """A text as it stands in a regular expression of a Lark grammar."""
     return "".join(c if c.isalnum() or c in "_ <>=" else "\\n" if c == "\n" else "\\" + c for c in text)
 
 
-def either(options):
+def either(options) -> str:
     """One of several parts of a rule."""
     return f"({' | '.join(options)})"
 
 
-def json_object(lark, name, tool, keys, more=""):
+def json_object(lark, name, tool, keys, more: str = ""):
     """Rules for {"name": ..., "arguments": {...}} of one tool. keys: what the two are called; more: what may follow."""
     arguments = lark.json(f"{name}_arguments", tool.arguments, tool.strict)
     head = f'{{"{keys[0]}": {quote(tool.name)}, "{keys[1]}": '

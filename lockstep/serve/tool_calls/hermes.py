@@ -12,7 +12,7 @@ def read(calls):
     yield from json_call(calls, (yield from after_space()), KEYS)
 
 
-def rules(lark, tools, parallel):
+def rules(lark, tools, parallel) -> None:
     """Adds rules `call`, for what follows the mark of one call, and `calls`."""
     objects = [json_object(lark, f"tool_{i}", tool, ("name", "arguments")) for i, tool in enumerate(tools)]
     lark.rule("call", quote("\n"), either(objects), quote("\n"), lark.mark("</tool_call>"))

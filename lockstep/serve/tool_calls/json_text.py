@@ -62,7 +62,7 @@ def json_container(opening: str, out: Out, marks: tuple[str, ...] = ()) -> Reade
 class _Source:
     """The characters of a text up to a mark outside of its strings. end: the CallEnd that ended it, if one has."""
 
-    def __init__(self, marks):
+    def __init__(self, marks) -> None:
         self._marks, self._read_ahead, self.end = marks, "", None
 
     def next(self):
@@ -106,21 +106,21 @@ class _Source:
 class _Writer:
     """Writes what the next part of a text needs before it, and keeps commas until something follows them."""
 
-    def __init__(self, out):
+    def __init__(self, out) -> None:
         self._out, self._open, self._comma, self.expects = out, [], "", VALUE
 
     @property
-    def is_open(self):
+    def is_open(self) -> bool:
         return bool(self._open)
 
     @property
-    def wants_key(self):
+    def wants_key(self) -> bool:
         return self.expects == KEY or (self.expects == END and self._open[-1] == "}")
 
-    def _next(self):
+    def _next(self) -> None:
         self.expects = KEY if self._open[-1] == "}" else VALUE
 
-    def value(self):
+    def value(self) -> None:
         """A key or a value begins."""
         if self.expects == END:
             self._comma = ", "
@@ -131,11 +131,11 @@ class _Writer:
             self.expects = VALUE
         self._comma = ""
 
-    def ended(self):
+    def ended(self) -> None:
         """A key or a value that is no container has been written."""
         self.expects = COLON if self.expects == KEY else END
 
-    def open(self, character):
+    def open(self, character) -> None:
         self.value()
         if self.expects == KEY:
             self._out('"": ')
@@ -143,7 +143,7 @@ class _Writer:
         self._open.append(CLOSING[character])
         self._next()
 
-    def close(self, character):
+    def close(self, character) -> None:
         if character not in self._open:
             return
         closed = ""
@@ -153,30 +153,30 @@ class _Writer:
             self._out(closed)
             self.expects, self._comma = END, ""
 
-    def close_all(self):
+    def close_all(self) -> None:
         """Ends all that is open."""
         while self._open:
             self.close(self._open[-1])
 
-    def comma(self, character):
+    def comma(self, character) -> None:
         self._complete()
         if self.expects == END:
             self._comma = character
             self._next()
 
-    def colon(self, character):
+    def colon(self, character) -> None:
         if self.expects == COLON:
             self._out(character)
             self.expects = VALUE
 
-    def space(self, character):
+    def space(self, character) -> None:
         character = character if character in SPACE else " "
         if self._comma:
             self._comma += character
         else:
             self._out(character)
 
-    def _complete(self):
+    def _complete(self) -> None:
         """Writes the value that a member lacks."""
         if self._open[-1] == "}" and self.expects in (COLON, VALUE):
             self._out("null" if self.expects == VALUE else ": null")

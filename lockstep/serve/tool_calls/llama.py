@@ -12,7 +12,7 @@ def read(calls):
     yield from json_call(calls, (yield from after_space()), KEYS, others=("type", "id"))
 
 
-def rules(lark, tools, parallel):
+def rules(lark, tools, parallel) -> None:
     """Adds rules `call`, for what follows the mark of one call, and `calls`."""
     objects = [json_object(lark, f"tool_{i}", tool, ("name", "parameters")) for i, tool in enumerate(tools)]
     lark.rule("call", either(objects))

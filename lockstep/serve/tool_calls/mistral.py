@@ -64,7 +64,7 @@ def _named(calls, character):
     calls.add(arguments)
 
 
-def rules(lark, tools, parallel):
+def rules(lark, tools, parallel) -> None:
     """Adds rules `call`, for what follows the mark, and `calls`."""
     begin, end = quote(', "id": "'), quote('"')
     objects = [
@@ -76,7 +76,7 @@ def rules(lark, tools, parallel):
     lark.rule("calls", lark.mark("[TOOL_CALLS]"), "call")
 
 
-def named_rules(lark, tools, parallel):
+def named_rules(lark, tools, parallel) -> None:
     """The same for name[ARGS]{...}."""
     made, identity = [], f"({lark.mark(CALL_ID)} {ID})?"
     for i, tool in enumerate(tools):

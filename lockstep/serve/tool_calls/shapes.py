@@ -83,7 +83,7 @@ def kinds(found: list[Shape], name: str | None, root: dict) -> list[dict]:
 class _Search:
     """Finds the Shapes of a schema, in a bounded number of steps."""
 
-    def __init__(self, root):
+    def __init__(self, root) -> None:
         self._root, self._steps_left = root, MAX_STEPS
 
     def shapes(self, schema, path) -> list[Shape]:
@@ -101,7 +101,7 @@ class _Search:
             made = [self._merged(one, other) for one, other in product(made, others)]
         return made
 
-    def _step(self, count):
+    def _step(self, count) -> None:
         self._steps_left -= count
         if self._steps_left < 0:
             raise ValueError(f"its parts are more than the {MAX_STEPS} that can be put together")
@@ -156,7 +156,7 @@ def _described(schema) -> Shape:
     )
 
 
-def _is_count(value):
+def _is_count(value) -> bool:
     return type(value) is int and 0 <= value < 1 << 31
 
 

@@ -144,7 +144,7 @@ def without(mark: str) -> str:
     return f"[^{first}]*({first}{found})*"
 
 
-def _fits_a_text(parts):
+def _fits_a_text(parts) -> bool:
     """Whether there is a text that matches all of so many terminals."""
     grammar = json.dumps({"grammars": [{"lark_grammar": f"start: TEXT\nTEXT: {' & '.join(parts)}"}]})
     try:
@@ -198,7 +198,7 @@ def matches(pattern: str, text: str) -> bool:
     return matcher.try_consume_tokens(read) == len(read) and matcher.is_accepting()
 
 
-def searched(pattern):
+def searched(pattern) -> str:
     """A regular expression that may match anywhere in a text, as one that matches the whole text."""
     made, depth, in_class = [""], 0, False
     for piece in re.findall(r"\\.|[^\\]|\\$", pattern, re.DOTALL):

@@ -20,7 +20,7 @@ class Tool:
     parameters: dict
     strict: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not NAME.fullmatch(self.name):
             raise ValueError(f"tools: a name has 1 to 128 letters, digits or _.:-, got {self.name!r:.80}")
         if not isinstance(self.parameters, dict):
@@ -57,7 +57,7 @@ class ToolUse:
     allowed: tuple[str, ...] | None = None
     parallel: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         names = [tool.name for tool in self.tools]
         if len(names) > MAX_TOOLS:
             raise ValueError(f"tools: expected at most {MAX_TOOLS}, got {len(names)}")
@@ -83,7 +83,7 @@ HOW_TO_CALL = """To call one, write its name and arguments as JSON:
 </tool_call>"""
 
 
-def written_out(use):
+def written_out(use) -> str:
     """Instructions for models whose chat template knows no tools; calls are then written in Hermes' style."""
     listed = "\n".join(as_line(tool) for tool in use.tools)
     return f"You can call functions. These are their signatures:\n<tools>\n{listed}\n</tools>\n{HOW_TO_CALL}"
@@ -94,7 +94,7 @@ def as_line(tool):
     return json.dumps(tool.for_template(), ensure_ascii=False)
 
 
-def as_call(function):
+def as_call(function) -> str:
     """A call, {"name", "arguments"}, in Hermes' style."""
     call = json.dumps(dict(name=function["name"], arguments=function["arguments"]), ensure_ascii=False)
     return f"<tool_call>\n{call}\n</tool_call>"

@@ -136,10 +136,10 @@ class _Text:
     """A text in which </function> may stand; where the text's own end is missing, it ends there. So everything from
     there on waits for that end, for the next call or for the end of the answer."""
 
-    def __init__(self, out):
+    def __init__(self, out) -> None:
         self._out, self._held, self._waiting = out, "", []
 
-    def add(self, character):
+    def add(self, character) -> None:
         """Takes the next character. CallEnd where the next call begins."""
         if self._waiting:
             self._waiting.append(character)
@@ -153,12 +153,12 @@ class _Text:
             self._out(self._held[0])
             self._held = self._held[1:]
 
-    def release(self):
+    def release(self) -> None:
         """The text's own end was read."""
         for character in self._waiting or self._held:
             self._out(character)
 
-    def end(self):
+    def end(self) -> None:
         """The answer has ended. CallEnd with what follows the text, if that ended before."""
         if self._waiting:
             self._end_at("".join(self._waiting).rindex(FUNCTION_END))
@@ -178,10 +178,10 @@ def _is_begun(text):
 class Lines:
     """Passes characters on without the line break that follows <parameter=key> and the one before its end."""
 
-    def __init__(self, out):
+    def __init__(self, out) -> None:
         self._out, self._held, self._first = out, "", True
 
-    def add(self, character):
+    def add(self, character) -> None:
         """Takes the next character."""
         if self._held:
             self._out(self._held)
@@ -203,7 +203,7 @@ def is_writable(key):
     return key == key.strip() and 0 < len(key) <= MAX_NAME and ">" not in key and key.isprintable()
 
 
-def rules(lark, tools, parallel):
+def rules(lark, tools, parallel) -> None:
     """Adds rules `call`, for what follows the mark of one call, and `calls`. Parameters come in the schema's order."""
     made = [_function(lark, f"tool_{i}", tool) for i, tool in enumerate(tools)]
     lark.rule("call", quote("\n"), either(made), quote("\n"), lark.mark("</tool_call>"))
@@ -222,14 +222,14 @@ def _function(lark, name, tool):
 class _Parameters:
     """Writes rules for the parameters of one tool. any: what stands for them in a rule."""
 
-    def __init__(self, lark, name, tool):
+    def __init__(self, lark, name, tool) -> None:
         self._lark, self._name, self._tool, self._count = lark, name, tool, 0
         if tool.strict and tool.parameters.keys() & IGNORED:
             raise ValueError(f"{min(tool.parameters.keys() & IGNORED)}: cannot be enforced")
         self._shapes = shapes(tool.arguments)
         self.any = either([self._members(shape) for shape in self._shapes])
 
-    def _new_name(self):
+    def _new_name(self) -> str:
         self._count += 1
         return f"{self._name}_{self._count}"
 

@@ -26,7 +26,7 @@ SWITCHES = ("attention", "elementwise", "linear")
 class Bench:
     """A model's runners, one for each op table, all on one team and one set of weights."""
 
-    def __init__(self, model, team, max_tokens, chunk=512):
+    def __init__(self, model, team, max_tokens, chunk: int = 512) -> None:
         self.model, self.team, self.chunk = model, team, chunk
         self._limits = Limits(chunk, 1, -(-max_tokens // PAGE_TOKENS), 1)
         self._runners = {}
@@ -51,7 +51,7 @@ class Bench:
         """Runs a prompt one token at a time, without the head but for the last; (seconds, logits)."""
         return self.prefill(num_tokens, 1)
 
-    def decode(self, context, steps=16, swaps=None):
+    def decode(self, context, steps: int = 16, swaps=None):
         """Seconds per token of `steps` single tokens after `context` tokens (whose cache holds whatever it holds)."""
         runner = self.runner(swaps)
         started = time.perf_counter()
@@ -63,7 +63,7 @@ class Bench:
         pages = list(range(-(-end // PAGE_TOKENS)))
         return Span(self._ids[start:end], start, pages, 0, {end - start - 1: GREEDY} if end == num_tokens else {})
 
-    def profile(self, num_tokens, context=0, repeat=3):
+    def profile(self, num_tokens, context: int = 0, repeat: int = 3):
         """Median seconds of every op of one step: [(op, seconds), ...] in the order of the program."""
         runner, ops = self.runner(), self.runner().program.ops
         clock, rows = np.zeros(len(ops), np.int64), []

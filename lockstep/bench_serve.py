@@ -47,7 +47,7 @@ class Workload:
     temperature: float = 0.0
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, (kind, low, high) in LIMITS.items():
             value = getattr(self, name)
             if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
@@ -129,7 +129,7 @@ class Step:
 class StepClock:
     """A context in which every step of an engine is timed, part by part: a list of Step in `steps`."""
 
-    def __init__(self, engine, now):
+    def __init__(self, engine, now) -> None:
         self._engine, self._now, self.steps = engine, now, []
         self._schedule, self._run = engine.scheduler.schedule, engine.runner.executor.run
 
@@ -137,7 +137,7 @@ class StepClock:
         self._engine.scheduler.schedule, self._engine.runner.executor.run = self._scheduling, self._running
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error) -> None:
         del self._engine.scheduler.schedule, self._engine.runner.executor.run
 
     def step(self):
@@ -155,7 +155,7 @@ class StepClock:
         step.scheduled = step.entered = step.left = self._now()  # a step without tokens ends here
         return plan
 
-    def _running(self, *args):
+    def _running(self, *args) -> None:
         self.steps[-1].entered = self._now()
         self._run(*args)
         self.steps[-1].left = self._now()
@@ -169,7 +169,7 @@ class Driver:
     module.
     """
 
-    def __init__(self, engine, visits, concurrency=None, clock=time.perf_counter, sleep=time.sleep):
+    def __init__(self, engine, visits, concurrency=None, clock=time.perf_counter, sleep=time.sleep) -> None:
         if concurrency is not None and concurrency < 1:
             raise ValueError(f"concurrency: expected at least 1, got {concurrency}")
         self.engine, self._left, self._sleep = engine, deque(visits), sleep
@@ -191,13 +191,13 @@ class Driver:
                     self._sleep(max(0.0, self._left[0].due - self._now()))
         return timed.steps
 
-    def _send(self, now):
+    def _send(self, now) -> None:
         while self._left and self._places and self._left[0].due <= now:
             visit = self._left.popleft()
             visit.arrived = max(visit.due, heapq.heappop(self._places))
             self.engine.scheduler.add(visit.request)
 
-    def _note(self, changed, now):
+    def _note(self, changed, now) -> None:
         for request in changed:
             assert request.error is None, request.error
             visit = self._visit_of[request.id]
@@ -245,7 +245,7 @@ COUNTED = (
 )
 
 
-def _warm_up(engine, request):
+def _warm_up(engine, request) -> None:
     """A request once before, under a salt of its own, so that nobody finds its prefix."""
     engine.add(request.prompt_ids, request.params, cache_salt="warm-up")
     while engine.has_work:
@@ -279,7 +279,7 @@ def _answer(engine, request):
     return made
 
 
-def _is_same(a, b):
+def _is_same(a, b) -> bool:
     logprobs = [np.array(r.logprobs, np.float32).tobytes() for r in (a, b)]
     return a.output_ids == b.output_ids and logprobs[0] == logprobs[1]
 

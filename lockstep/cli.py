@@ -87,15 +87,15 @@ def _top(
     version: bool = typer.Option(
         False, "--version", is_eager=True, callback=lambda asked: _show_version(asked), help="Show the version."
     ),
-):
+) -> None:
     """An LLM inference engine whose every path gives the same bits."""
 
 
-def _not_asked_for():
+def _not_asked_for() -> None:
     pass
 
 
-def _show_version(asked):
+def _show_version(asked) -> None:
     if asked:
         print(f"lockstep {__version__}")
         raise typer.Exit

@@ -26,7 +26,7 @@ class Timing:
         seconds = self.total - self.first_token
         return (self.num_output - 1) / seconds if self.num_output > 1 and seconds > 0 else 0.0
 
-    def __str__(self):
+    def __str__(self) -> str:
         rate = f" at {self.decode_rate:.1f} tok/s" if self.decode_rate else ""
         decode = f"{counted(self.num_output, 'token')}{rate}"
         return (
@@ -54,7 +54,7 @@ def answer(llm, prompt, params, on_text, stopped=lambda: False):
     return stream, timing
 
 
-def _advance(llm, stream, timing, started):
+def _advance(llm, stream, timing, started) -> None:
     timing.total = time.perf_counter() - started
     timing.num_output += 1
     timing.first_token = timing.first_token or timing.total

@@ -32,7 +32,7 @@ def command(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     plot: Annotated[str | None, typer.Option(metavar="FILE.png", help="Draw the results.")] = None,
-):
+) -> None:
     """Measure a model on this machine, each comparison interleaved in one process with paired ratios."""
     lengths, depths = _numbers("--prompts", prompts), _numbers("--contexts", contexts)
     longest = max(*lengths, *(d + 17 for d in depths), 64)
@@ -59,7 +59,7 @@ def _numbers(option, text):
     return numbers
 
 
-def run(bench, lengths, depths, repeat, quick=False, say=lambda text: None):
+def run(bench, lengths, depths, repeat, quick: bool = False, say=lambda text: None):
     """All measurements, as plain data."""
     say("machine ceiling")
     ceiling = machine.measure(bench.team)
@@ -88,7 +88,7 @@ def run(bench, lengths, depths, repeat, quick=False, say=lambda text: None):
     return found
 
 
-def show(found, console):
+def show(found, console) -> None:
     """The tables."""
     c = found["ceiling"]
     console.print(
@@ -145,7 +145,7 @@ def profile_table(name, rows, ceiling):
     return table
 
 
-def check_plot(path):
+def check_plot(path) -> None:
     """Refuses, before anything is measured, a picture that could not be drawn."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install lockstep-llm[plot]")
@@ -153,7 +153,7 @@ def check_plot(path):
         raise ValueError(f"--plot {path}: expected a file name ending in {', '.join(PICTURES)} in a folder that exists")
 
 
-def draw(found, path):
+def draw(found, path) -> None:
     """Prefill and decode speed, and the ratios, as a picture."""
     plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(2, 3))

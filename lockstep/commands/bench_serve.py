@@ -96,7 +96,7 @@ def _range(option, text):
     return int(numbers[0]), int(numbers[1])
 
 
-def _check_context(workload, llm):
+def _check_context(workload, llm) -> None:
     size = llm.context
     if workload.max_tokens > size.num_tokens:
         what = "--kv-tokens hold" if size.limit == "kv_tokens" else "the model's context is"
@@ -127,7 +127,7 @@ def _arrivals(w):
 # ------------------------------------------------------------ report
 
 
-def show(found, workload, console):
+def show(found, workload, console) -> None:
     """The report, within WIDTH columns."""
     console.width = min(console.width, WIDTH)
     say = lambda text: console.print(text, highlight=False)
@@ -220,7 +220,7 @@ def _remarks(found):
 # ------------------------------------------------------------ picture
 
 
-def draw(measured, workload, path):
+def draw(measured, workload, path) -> None:
     """Load over time, and how first tokens and tokens after them were distributed."""
     plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(3, 2))
@@ -232,7 +232,7 @@ def draw(measured, workload, path):
     plt.close(figure)
 
 
-def _draw_load(axis, measured):
+def _draw_load(axis, measured) -> None:
     """Running and waiting requests, with the arrivals as strokes below them."""
     steps = measured.steps
     at = [moment for s in steps for moment in (s.started, s.ended)]
@@ -253,7 +253,7 @@ def _draw_load(axis, measured):
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_latencies(axis, measured):
+def _draw_latencies(axis, measured) -> None:
     """Which share of tokens came within so many milliseconds, with p50, p95 and p99 as dots."""
     parts = {
         "first": ("first token", [v.first_token for v in measured.visits]),

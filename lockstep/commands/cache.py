@@ -12,7 +12,7 @@ WIDTH = 120  # where the output is no terminal
 
 def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-):
+) -> None:
     """List what is kept on disk: packed weights by model, compiled kernels, hashes of files.
 
     All of it is made again when it is missing. `lockstep cache prune` removes it.
@@ -54,7 +54,7 @@ def described(root):
     )
 
 
-def show(found):
+def show(found) -> None:
     """Prints the tables."""
     from rich.console import Console
     from rich.table import Table
@@ -78,7 +78,7 @@ def show(found):
     )
 
 
-def size(num_bytes):
+def size(num_bytes) -> str:
     """Bytes for people."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6)):
         if num_bytes >= factor:
@@ -86,7 +86,7 @@ def size(num_bytes):
     return f"{num_bytes / 1e3:.0f} kB"
 
 
-def ago(when):
+def ago(when) -> str:
     """How long ago a time was, for people."""
     seconds = time.time() - when
     for unit, length in (("days", DAY), ("hours", 3600), ("minutes", 60)):

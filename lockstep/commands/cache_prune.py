@@ -24,7 +24,7 @@ def command(
         typer.Option(metavar="TEXT", show_default=False, help="Remove the models whose path contains this text."),
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Remove all packed weights, kernels and hashes.")] = False,
-):
+) -> None:
     """Remove packed weights, and with --older-than or --all compiled kernels and hashes of files, too.
 
     Running processes go on: they keep what they use until they end. Nothing: what is above the limit is removed.
@@ -49,7 +49,7 @@ MOST_GB = 1e9  # as good as no limit
 KINDS = ("packed", "kernels", "hashes", "selfcheck")
 
 
-def _check_named(root, model):
+def _check_named(root, model) -> None:
     """ValueError unless a packed model's path contains the text."""
     from lockstep.weights.packed_cache import models
 
@@ -67,7 +67,7 @@ def _total(root):
     return sum(num_bytes(root / kind) for kind in KINDS)
 
 
-def _prune(root, older_than, max_gb, model, everything):
+def _prune(root, older_than, max_gb, model, everything) -> None:
     from lockstep.weights import packed_cache
 
     packed, allowed = root / "packed", 0

@@ -57,7 +57,7 @@ def command(
     cache_dir: CacheDir = None,
     verify_weights: VerifyWeights = False,
     op: OpSwaps = None,
-):
+) -> None:
     """Talk with a model. /help lists what can be typed; Ctrl-C interrupts an answer, Ctrl-D ends."""
     from lockstep.commands.conversation import Conversation
     from lockstep.engine.request import SamplingParams
@@ -108,7 +108,7 @@ def first_line(llm, settings: dict) -> str:
     return f"({'; '.join([*filter(None, context_words(llm)), described(shown)])})"
 
 
-def _greet(interactive):
+def _greet(interactive) -> None:
     if not interactive:
         return
     import contextlib

@@ -22,12 +22,12 @@ ROLES = ("system", "user", "assistant")
 class Conversation:
     """What was said so far. `hear` takes one line that the user typed: a command or a message."""
 
-    def __init__(self, llm, settings, system=None):
+    def __init__(self, llm, settings, system=None) -> None:
         self.llm, self.settings, self.open = llm, dict(settings), True
         llm.default_params(**settings)  # refuses what is not allowed
         self.messages = [dict(role="system", content=system)] if system else []
 
-    def hear(self, line):
+    def hear(self, line) -> None:
         """Acts on a line. A mistake, or a lack of memory, is told in a sentence and changes nothing."""
         try:
             if line.startswith("/"):
@@ -39,7 +39,7 @@ class Conversation:
                 raise
             tell(sentence(error))
 
-    def _command(self, name="", argument=""):
+    def _command(self, name: str = "", argument: str = "") -> None:
         commands = dict(
             help=self._help,
             reset=self._reset,
@@ -56,7 +56,7 @@ class Conversation:
 
     # ------------------------------------------------------------ answers
 
-    def _reply(self, line):
+    def _reply(self, line) -> None:
         """Streams the answer to a message; both are kept unless nothing came."""
         messages = [*self.messages, dict(role="user", content=line)]
         ids = self.llm.chat_prompt(messages)
@@ -79,21 +79,21 @@ class Conversation:
 
     # ------------------------------------------------------------ commands
 
-    def _help(self, _):
+    def _help(self, _) -> None:
         print(HELP)
 
-    def _exit(self, _):
+    def _exit(self, _) -> None:
         self.open = False
 
-    def _reset(self, _):
+    def _reset(self, _) -> None:
         self.messages = [m for m in self.messages if m["role"] == "system"]
         tell("forgotten")
 
-    def _system(self, text):
+    def _system(self, text) -> None:
         self.messages = [dict(role="system", content=text)] if text else []
         tell("system message set, conversation forgotten" if text else "system message removed, conversation forgotten")
 
-    def _set(self, argument):
+    def _set(self, argument) -> None:
         if argument:
             name, _, value = argument.partition(" ")
             if name not in self.settings:
@@ -103,12 +103,12 @@ class Conversation:
             self.settings = changed
         print(", ".join(f"{name} {value}" for name, value in self.settings.items()))
 
-    def _save(self, name):
+    def _save(self, name) -> None:
         with open(_named(name, "/save"), "w", encoding="utf-8") as file:
             json.dump(self.messages, file, ensure_ascii=False, indent=1)
         tell(f"{counted(len(self.messages), 'message')} in {name}")
 
-    def _load(self, name):
+    def _load(self, name) -> None:
         with open(_named(name, "/load"), encoding="utf-8") as file:
             messages = json.load(file)
         if not isinstance(messages, list) or not all(map(_is_message, messages)):
@@ -130,7 +130,7 @@ def _named(name, command):
     return name
 
 
-def _is_message(value):
+def _is_message(value) -> bool:
     return isinstance(value, dict) and value.get("role") in ROLES and isinstance(value.get("content"), str)
 
 
@@ -145,6 +145,6 @@ def interruptible():
         signal.signal(signal.SIGINT, before)
 
 
-def tell(what):
+def tell(what) -> None:
     """A word to the user beside the conversation."""
     print(shown(f"({what})", sys.stderr), file=sys.stderr, flush=True)

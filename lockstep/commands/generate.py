@@ -68,7 +68,7 @@ def command(
     cache_dir: CacheDir = None,
     verify_weights: VerifyWeights = False,
     op: OpSwaps = None,
-):
+) -> None:
     """Continue a text with a model, with the most probable tokens unless options say otherwise, whatever sampling the
     model's makers ask for (chat and serve begin with that).
 
@@ -107,7 +107,7 @@ def command(
     run(llm, text, num_tokens, fields, echo, as_json)
 
 
-def run(llm, text, num_tokens, fields, echo, as_json):
+def run(llm, text, num_tokens, fields, echo, as_json) -> None:
     """Generates and prints."""
     from lockstep.commands.answer import answer
     from lockstep.engine.request import SamplingParams
@@ -172,7 +172,7 @@ def parse_bias(pairs):
     return made
 
 
-def check_sampling(fields):
+def check_sampling(fields) -> None:
     """Refuses what the engine would refuse, before a model is loaded."""
     from lockstep.engine.request import SamplingParams
 

@@ -21,7 +21,7 @@ def command(
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor of the checkpoint.")] = False,
     everything: Annotated[bool, typer.Option("--all", help="List every layer, equal ones too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with all of it.")] = False,
-):
+) -> None:
     """Show a model's config, tensors, recorded program and memory. No weights are read."""
     from lockstep.engine.model import load_model
     from lockstep.runtime.executor import WeightStore
@@ -52,7 +52,7 @@ def described(checkpoint, model, context):
     )
 
 
-def show(checkpoint, model, context, tensors, everything):
+def show(checkpoint, model, context, tensors, everything) -> None:
     """Prints the tables."""
     from rich.console import Console
 
@@ -157,7 +157,7 @@ def short(cost):
     return cost.label.rpartition("layers.*.")[2]
 
 
-def spans(numbers):
+def spans(numbers) -> str:
     """[0, 1, 2, 4] as "0-2, 4"."""
     runs = []
     for n in numbers:

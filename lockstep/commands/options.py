@@ -83,7 +83,7 @@ def context_words(llm) -> tuple[str, str | None]:
     return shown, more.get(size.limit)
 
 
-def load(model, *, ops=None, max_requests=1, wait_for_content=False, **options):
+def load(model, *, ops=None, max_requests: int = 1, wait_for_content: bool = False, **options):
     """The LLM, with progress on stderr. ops: what --op gave; options: as for LLM.
 
     wait_for_content: return only when the model's content hash is known.

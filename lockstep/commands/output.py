@@ -28,7 +28,7 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'s' * (count != 1)}"
 
 
-def write(text):
+def write(text) -> None:
     """Shows text at once; ends the command quietly if nobody reads on."""
     try:
         sys.stdout.write(shown(text, sys.stdout))

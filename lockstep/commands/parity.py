@@ -57,7 +57,7 @@ def command(
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-):
+) -> None:
     """Run one prompt along every path and compare each, bit for bit, with one token at a time. Exit 1 if one
     differs."""
     llm = load(model, weights=weights, threads=threads, max_context=max(4096, length or 0))
@@ -127,7 +127,7 @@ def report_paths(model, ids, swaps, max_threads, as_json):
     raise typer.Exit(0 if identical else 1)
 
 
-def _listed(names, most=2):
+def _listed(names, most: int = 2):
     """The first few of some names."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 

@@ -37,7 +37,7 @@ class Progress:
         self._num_kernels += 1
         self._show("compiling kernels for this CPU", f"{self._num_kernels} ({name})")
 
-    def _show(self, what, detail):
+    def _show(self, what, detail) -> None:
         if self._seconds < QUIET_SECONDS:
             return
         if self._stream.isatty():
@@ -47,7 +47,7 @@ class Progress:
             self._said.add(what)
             self._print(f"{what}, first time only")
 
-    def _live(self, line):
+    def _live(self, line) -> None:
         from rich.console import Console
 
         if self._status is None:
@@ -55,5 +55,5 @@ class Progress:
             self._status.start()
         self._status.update(line)
 
-    def _print(self, line):
+    def _print(self, line) -> None:
         print(line, file=self._stream, flush=True)

@@ -128,7 +128,7 @@ def command(
     ] = False,
     verify_weights: VerifyWeights = False,
     op: OpSwaps = None,
-):
+) -> None:
     """Answer requests over HTTP, as OpenAI's API does: see docs/server.md.
 
     The first SIGTERM, SIGHUP or Ctrl-C refuses new requests and lets those that run come to their end; a second SIGTERM
@@ -172,7 +172,7 @@ def command(
     serve(lambda: load(model, **sizes), service, app, host, port)
 
 
-def serve(load_model, service, app, host, port):
+def serve(load_model, service, app, host, port) -> None:
     """Listens at once, answers when the model is loaded, and returns when it was told to end."""
     from lockstep.serve.http.serving import Server, allow_files, bind
 
@@ -185,7 +185,7 @@ def serve(load_model, service, app, host, port):
         raise failed[0]
 
 
-def _open(load_model, service, server, failed, listening):
+def _open(load_model, service, server, failed, listening) -> None:
     """Loads the model beside the event loop. What goes wrong ends the server."""
     try:
         service.open(load_model())
@@ -198,7 +198,7 @@ def _open(load_model, service, server, failed, listening):
     print("\n".join([ready_line(service, *listening[0].getsockname()[:2]), *notes(service.llm)]), flush=True)
 
 
-def ready_line(service, host, port):
+def ready_line(service, host, port) -> str:
     """What is said when requests are answered."""
     llm, host = service.llm, f"[{host}]" if ":" in host else host
     return (

@@ -10,7 +10,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lockstep.engine.async_engine import AsyncEngine, EngineStopped
 from lockstep.engine.prefix import model_identity
@@ -22,8 +22,10 @@ from lockstep.serve.http.job import Job
 from lockstep.serve.http.limits import Limits
 from lockstep.serve.http.metrics import Metrics
 from lockstep.serve.job_process import Busy
-from lockstep.serve.llm import LLM
 from lockstep.serve.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from lockstep.serve.llm import LLM
 
 T = TypeVar("T")
 WORKERS = 2  # threads for tokenizers, templates and grammars
@@ -69,7 +71,7 @@ class Service:
 
     # ------------------------------------------------------------ life
 
-    def open(self, llm: LLM) -> None:
+    def open(self, llm: "LLM") -> None:
         """Begins to answer with an LLM, which belongs to the service from then on."""
         self.llm = llm
         self.tokenizer = llm.tokenizer if llm.has_tokenizer else None
@@ -79,7 +81,7 @@ class Service:
         self.state = "ready"
 
     @property
-    def loaded(self) -> LLM:
+    def loaded(self) -> "LLM":
         """The LLM, where it is there: requests are read from `open` on."""
         assert self.llm is not None, "requests are read from `open` on"
         return self.llm
@@ -299,7 +301,7 @@ class Service:
         return name
 
 
-def system_fingerprint(llm: LLM) -> str:
+def system_fingerprint(llm: "LLM") -> str:
     """Names all that an answer depends on besides the request: arithmetic, weights, tokenizer, template and defaults.
 
     Waits for the model's content hash.

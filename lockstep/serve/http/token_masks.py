@@ -1,13 +1,16 @@
 """Masks for vLLM's allowed_token_ids and bad_words, beside the mask of a grammar."""
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lockstep.serve.http.errors import bad_request
 from lockstep.serve.http.prompts import check_ids, text_tokenizer
+
+if TYPE_CHECKING:
+    from lockstep.serve.llm import LLM
 from lockstep.serve.http.service import Service
-from lockstep.serve.llm import LLM
 
 
 class TokenMask:
@@ -63,7 +66,7 @@ class UntilComplete:
     """A logits_mask for a grammar and ignore_eos: the tokens of another mask, but those that end an answer only where
     there are no others. The answer then ends: there is nothing that it could go on with."""
 
-    def __init__(self, other: Callable, llm: LLM) -> None:
+    def __init__(self, other: Callable, llm: "LLM") -> None:
         self._other = other
         self._ends = TokenMask(llm.vocab_size, sorted(llm.engine.eos_ids), [])([])
 

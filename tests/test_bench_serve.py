@@ -1,5 +1,6 @@
 """`bench serve`: what arrives and when, times on a clock moved by hand, and runs of the bundled model."""
 
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -282,7 +283,7 @@ def test_json_and_the_plot(capsys, tmp_path):
     found = json.loads(capsys.readouterr().out)
     assert found["totals"]["requests"] == 6 == len(found["visits"]) and found["hit_rate"] is None
     assert found["engine"]["max_requests"] == 2 and not found["engine"]["prefix_cache"]
-    assert all(a["due"] <= b["due"] for a, b in zip(found["visits"], found["visits"][1:], strict=True))
+    assert all(a["due"] <= b["due"] for a, b in itertools.pairwise(found["visits"]))
     assert path.read_bytes().startswith(b"\x89PNG")
 
 

@@ -81,7 +81,7 @@ def test_hidden_states_that_are_not_finite_fail_as_logits_do(tmp_path):
     engine = Engine(model, EngineOptions(threads=1, max_requests=4, max_step_tokens=20))
     try:
         wishes = [SamplingParams(pooling="mean"), SamplingParams(pooling="last"), SamplingParams()]
-        found = run(engine, PROMPTS, wishes)
+        found = run(engine, PROMPTS[:3], wishes)
         assert [r.error for r in found] == ["the model's hidden states are not finite"] * 2 + [SAID]
     finally:
         engine.close()

@@ -4,7 +4,6 @@ The values of a block of 32 are made and quantized in registers; nothing goes th
 read of the row. Fused kernels give the bits of the op followed by `quantize_q8` or `round_bf16`.
 """
 
-import numpy as np
 from numba import float32, int32
 
 from lockstep.ops.activations import (
@@ -26,21 +25,19 @@ from lockstep.ops.activations import (
 )
 from lockstep.ops.math import silu
 from lockstep.ops.rms_norm import RmsNorm
+from lockstep.ops.rms_norm_cpu import inverse_rms
 from lockstep.ops.share import dealt
 from lockstep.ops.silu_mul import SiluMul
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import inlined, variant
 from lockstep.runtime.simd import (
     absolute,
-    fma,
-    lanes,
     load,
     max_lanes,
     maximum,
     poke,
     rint,
     round_bf16,
-    sqrt,
     store,
     store_bf16,
     store_i8,
@@ -50,7 +47,6 @@ from lockstep.runtime.simd import (
 )
 from lockstep.runtime.step import num_rows
 
-ONE = np.float32(1)
 # of a variant: what stores 32 values, bytes of a row, and whether one thread makes token after token
 PUT = ROW_BYTES = ALONE = None
 
@@ -102,11 +98,7 @@ def normed(op, step, thread, num_threads):
     a = RmsNorm.read(op)
     for t in dealt(num_rows(op, step), thread, num_threads, ALONE):
         x, out = a.x + 4 * a.width * t, a.out + ROW_BYTES(a.width) * t
-        total = lanes(ZERO)
-        for i in range(0, 4 * a.width, 64):
-            v = load(x + i)
-            total = fma(v, v, total)
-        scale = ONE / sqrt(sum_lanes(total) / np.float32(a.width) + a.eps)
+        scale = inverse_rms(x, a.width, a.eps)
         for i in range(0, a.width, 32):
             low = (load(x + 4 * i) * scale) * (load(a.weight + 4 * i) + a.offset)
             high = (load(x + 4 * i + 64) * scale) * (load(a.weight + 4 * i + 64) + a.offset)
@@ -129,10 +121,9 @@ quantize_q8 = variant(plain, "quantize_q8", **QUANTIZED, ALONE=False)
 round_to_bf16 = variant(plain, "round_to_bf16", **ROUNDED, ALONE=False)
 CPU = {"quantize_q8": Implementation(quantize_q8), "round_bf16": Implementation(round_to_bf16)}
 PER_TOKEN = {}  # one token after another on one thread, as the ops that they are made of
-
-for first, body in (("rms_norm", normed), ("silu_mul", gated)):
-    for then, constants in (("quantize_q8", QUANTIZED), ("round_bf16", ROUNDED)):
-        for table, alone, suffix in ((CPU, False, ""), (PER_TOKEN, True, "_per_token")):
-            name = f"{first}_{then}{suffix}"
-            globals()[name] = variant(body, name, **constants, ALONE=alone)
-            table[f"{first}+{then}"] = Implementation(globals()[name])
+for _first, _body in (("rms_norm", normed), ("silu_mul", gated)):
+    for _then, _constants in (("quantize_q8", QUANTIZED), ("round_bf16", ROUNDED)):
+        for _table, _alone, _suffix in ((CPU, False, ""), (PER_TOKEN, True, "_per_token")):
+            _kernel = f"{_first}_{_then}{_suffix}"
+            globals()[_kernel] = variant(_body, _kernel, **_constants, ALONE=_alone)
+            _table[f"{_first}+{_then}"] = Implementation(globals()[_kernel])

@@ -1,15 +1,12 @@
 """Gated norm of each head: the fast kernel. A head stays in L1 between its two passes; bound by exp in silu."""
 
-import numpy as np
-
 from lockstep.ops.gated_norm import GatedNorm
 from lockstep.ops.math import silu
+from lockstep.ops.rms_norm_cpu import inverse_rms
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import inlined, kernel
-from lockstep.runtime.simd import fma, lanes, load, sqrt, store, sum_lanes
+from lockstep.runtime.simd import load, store
 from lockstep.runtime.step import num_rows
-
-ONE, ZERO = np.float32(1), np.float32(0)
 
 
 @kernel
@@ -26,11 +23,7 @@ def gated_norm(op, step, thread, num_threads):
 @inlined
 def gate_head(o, z, weight, K, eps, out):
     """One head of K float32 at address o, normalised and gated into out."""
-    total = lanes(ZERO)
-    for i in range(0, 4 * K, 64):
-        v = load(o + i)
-        total = fma(v, v, total)
-    scale = ONE / sqrt(sum_lanes(total) / np.float32(K) + eps)
+    scale = inverse_rms(o, K, eps)
     for i in range(0, 4 * K, 64):
         store(out + i, ((load(o + i) * scale) * load(weight + i)) * silu(load(z + i)))
 

@@ -8,21 +8,19 @@ import numpy as np
 from numba import float32, int32
 
 from lockstep.ops.kv_cache import PAGE_TOKENS, AttentionInputs, k_index, v_index
+from lockstep.ops.rms_norm_cpu import norm_row
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import inlined, kernel
 from lockstep.runtime.machine import stack_memory
 from lockstep.runtime.simd import (
     bf16_bits,
     fma,
-    lanes,
     load,
     peek,
     poke,
     round_bf16,
-    sqrt,
     store,
     store_bf16,
-    sum_lanes,
 )
 from lockstep.runtime.step import StepBlock, entry, num_rows
 from lockstep.runtime.tiles import store_pairs
@@ -37,12 +35,7 @@ def prepare_head(a, x, norm, cos, sin, out):
     """One head of float32 at x, normed (not if norm is 0) and rotated, to out."""
     K, R = a.head_dim, a.rope_dim // 2
     if norm != 0:
-        total = lanes(ZERO)
-        for i in range(0, 4 * K, 64):
-            total = fma(load(x + i), load(x + i), total)
-        scale = ONE / sqrt(sum_lanes(total) / np.float32(K) + a.eps)
-        for i in range(0, 4 * K, 64):
-            store(out + i, (load(x + i) * scale) * (load(norm + i) + a.norm_offset))
+        norm_row(x, norm, K, a.eps, a.norm_offset, out)
     else:
         for i in range(0, 4 * K, 64):
             store(out + i, load(x + i))

@@ -21,13 +21,19 @@ def norm_rows(op, step, thread, num_threads):
 
 
 @inlined
-def norm_row(x, weight, D, eps, offset, out):
-    """One row of D float32 at address x, normalised into out."""
+def inverse_rms(x, D, eps):
+    """1 / the root of the mean square (+ eps) of D float32 at address x."""
     total = lanes(ZERO)
     for i in range(0, 4 * D, 64):
         v = load(x + i)
         total = fma(v, v, total)
-    scale = ONE / sqrt(sum_lanes(total) / np.float32(D) + eps)
+    return ONE / sqrt(sum_lanes(total) / np.float32(D) + eps)
+
+
+@inlined
+def norm_row(x, weight, D, eps, offset, out):
+    """One row of D float32 at address x, normalised into out."""
+    scale = inverse_rms(x, D, eps)
     for i in range(0, 4 * D, 64):
         store(out + i, (load(x + i) * scale) * (load(weight + i) + offset))
 

@@ -14,7 +14,7 @@ SOURCES := pyproject.toml $(wildcard lockstep/*.py lockstep/*/*.py lockstep/bund
 BIN := $(VENV)/bin
 LOCKSTEP := $(BIN)/lockstep
 
-.PHONY: help demo test test-targets soak fuzz test-oracles oracles-lm-eval oracles-others oracles dev lint lock audit clean
+.PHONY: help demo test test-targets soak fuzz attacks test-oracles oracles-lm-eval oracles-others oracles dev lint lock audit clean
 .DEFAULT_GOAL := help
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo "make test-targets  compare with kernels for other CPUs, those with this CPU's own instructions included"
 	@echo "make soak          random schedules with fresh seeds, for SOAK minutes (10), and 2 minutes of make fuzz"
 	@echo "make fuzz          random requests, bytes, templates, grammars and files, for FUZZ minutes (60)"
+	@echo "make attacks       the attacks of a review, one by one, and SIGTERM in the middle of them"
 	@echo "make test-oracles  compare with transformers, JAX and lm-eval, live (installs them and torch into $(ORACLES))"
 	@echo "make lint          check style, format and types: ruff and basedpyright"
 	@echo "make audit         ask whether locked or lowest allowed packages have known holes (needs the network)"
@@ -63,6 +64,9 @@ soak: $(VENV)/.test
 FUZZ ?= 60
 fuzz: $(VENV)/.test
 	@$(BIN)/python -m tests.fuzz --minutes $(FUZZ)
+
+attacks: $(VENV)/.test
+	@$(BIN)/python -m tests.fuzz --attacks
 
 # Two processes, with -j2 at the same time: beside JAX, lm-eval's server does not come to an end.
 test-oracles: oracles-lm-eval oracles-others

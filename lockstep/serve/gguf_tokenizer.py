@@ -93,7 +93,8 @@ def build_tokenizer(metadata: Mapping[str, object]) -> Tokenizer:
     except ValueError:
         raise
     except Exception as error:  # the library raises plain Exception for an inconsistent vocabulary
-        raise ValueError(f"the tokenizer in the metadata is inconsistent ({error})") from None
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"the tokenizer in the metadata is inconsistent ({reason})") from None
     _add_special(tokenizer, tokens, types)
     _add_template(tokenizer, metadata, tokens)
     return tokenizer
@@ -135,6 +136,8 @@ def _byte_level_bpe(metadata: Mapping[str, object], tokens: list[str], types: li
     kind = _pre_tokenizer(metadata)
     # A merge is two tokens with a space between; no token of this kind contains one.
     merges = [tuple(merge.split(" ", 1)) for merge in _array(metadata, "tokenizer.ggml.merges")]
+    if single := [merge for merge in merges if len(merge) == 1]:
+        raise ValueError(f"tokenizer.ggml.merges: expected two tokens with a space between, got {single[0][0]!r:.80}")
     vocabulary = {token: index for index, token in enumerate(tokens) if types[index] != UNUSED}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=kind in WHOLE_WORDS_FIRST))
     if kind in NORMALIZED_TO_NFC:

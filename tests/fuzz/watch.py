@@ -59,13 +59,13 @@ def look_at_machine() -> Look:
 
 def watch(port: int | None) -> None:
     """Looks until nobody reads any more. Of short gaps in a row only the longest is told; the machine's always are."""
-    longest = Look(0, 0)
+    longest, told = Look(0, 0), 0.0
     while True:
         found = look_at_machine() if port is None else look_at_server(port)
         longest = max(longest, found, key=lambda each: each.seconds)
-        if port is None or found.seconds > SHOWN or found.status != 200 or found.began - longest.began > 0.5:
+        if port is None or found.seconds > SHOWN or found.status != 200 or found.began - told > 0.5:
             print(json.dumps(found if port is None or found.seconds > SHOWN else longest), flush=True)
-            longest = Look(found.began, 0)
+            longest, told = Look(found.began, 0), found.began
         if port is not None:
             time.sleep(max(0.0, PERIOD - found.seconds))
 

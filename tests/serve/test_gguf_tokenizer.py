@@ -74,6 +74,13 @@ def test_ids_that_no_token_has_are_ignored(strange, caplog):
     assert len(warned) == 3 and f"tokenizer.ggml.bos_token_id {strange} is none of" in warned[0]
 
 
+def test_a_merge_of_one_token_is_named():
+    made = metadata()
+    made["tokenizer.ggml.merges"][3] = "alone"
+    with pytest.raises(ValueError, match=r"^tokenizer.ggml.merges: expected two tokens .*, got 'alone'$"):
+        tokenizer_from_gguf(made)
+
+
 def test_named_templates():
     tokenizer = tokenizer_from_gguf(
         metadata()

@@ -53,8 +53,12 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(error)
 
     def crowded_out(self) -> None:
-        """Others want to know whether the server is alive."""
-        self._refuse(self._too_many())
+        """Others want to know whether the server is alive. What this one asks may have come, but not been read yet."""
+        self.loop.call_later(LAST_LOOK_SECONDS, self._make_room)
+
+    def _make_room(self) -> None:
+        if not self.transport.is_closing():
+            self._refuse(self._too_many())
 
     def _too_many(self):
         in_all, each = self.limits.max_connections, self.limits.max_address_connections

@@ -51,6 +51,9 @@ class Attention(Operands):
 
     def check(self):
         check_pages(self)
+        end = self.gate_offset + (self.num_heads - 1) * self.gate_stride + self.head_dim
+        if self.gate is not None and end > self.gate_width:
+            raise ValueError(f"Attention: the gate ends at column {end} of rows of {self.gate_width}")
 
     @property
     def kv_dtype(self):

@@ -98,6 +98,11 @@ class AttentionInputs(Operands):
         widths = self.cos.rows.shape[1], self.sin.rows.shape[1]
         if self.rope_dim and widths != (self.rope_dim // 2,) * 2:
             raise ValueError(f"AttentionInputs: cos and sin are {widths} wide, expected {self.rope_dim // 2} both")
+        heads = dict(q=self.q_offset + (self.num_heads - 1) * self.q_stride, k=self.k_offset, v=self.v_offset)
+        for name, last in heads.items():
+            end = last + self.head_dim * (1 if name == "q" else self.num_kv_heads)
+            if end > self.row_width:
+                raise ValueError(f"AttentionInputs: {name} ends at column {end} of x, which has {self.row_width}")
 
     @property
     def kv_dtype(self):

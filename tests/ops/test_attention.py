@@ -211,6 +211,13 @@ def test_gate(kv_dtype):
     assert np.abs(batch.run(CPU, gated=True)[0] - want).max() < tolerance(batch)
 
 
+def test_a_gate_that_does_not_fit_its_rows_is_refused():
+    batch = Batch([1], [1], 4, 2, 32)
+    batch.gate_TW = batch.gate_TW[:, :-1]
+    with pytest.raises(ValueError, match="Attention: the gate ends at column 261 of rows of 260"):
+        batch.run(CPU, gated=True)
+
+
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("scale", [1e-38, 3e-39, 1e-19])
 def test_denormal_products_are_the_same_bits_everywhere(scale, kv_dtype):

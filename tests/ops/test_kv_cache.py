@@ -2,10 +2,11 @@ import numpy as np
 import pytest
 
 from lockstep.ops import BACKENDS, kv_cache, kv_cache_q8
-from lockstep.ops.kv_cache import KV_DTYPES, AttentionInputs
+from lockstep.ops.kv_cache import KV_DTYPES, AttentionInputs, page_shapes
 from lockstep.ops.rope import rope_table
 from lockstep.runtime.kernel import interpreted
-from tests.ops.harness import ragged_step, run_op, same_bits
+from lockstep.runtime.program import CacheArray, Table, Tensor
+from tests.ops.harness import ragged_step, run_op, same_bits, weight
 from tests.ops.pages import by_row, in_fours, in_pairs, on_cache_line, page_table, quantize, round_bf16, widen
 
 LENGTHS, CONTEXTS = [1, 30, 66, 2], [65, 30, 130, 64]
@@ -182,3 +183,41 @@ def test_definition_compiled_equals_interpreted():
         for f in (kv_cache.prepared, interpreted(kv_cache.prepared))
     ]
     same_bits(*outs)
+
+
+def declared(**changed):
+    """An op on a projection of 2 query heads and 1 kv head, with some operands changed."""
+    part = lambda name, width: Tensor(name, "T", width)
+    pages = {
+        f"{p}_pages": CacheArray(p, "pages", "f32", s) for p, s in zip("kv", page_shapes(1, 32, "f32"), strict=True)
+    }
+    tables = {name: Table(name, np.zeros((9, 8), np.float32), None) for name in ("cos", "sin")}
+    columns = dict(row_width=128, q_offset=0, q_stride=32, k_offset=64, v_offset=96)
+    sizes = dict(num_heads=2, num_kv_heads=1, head_dim=32, rope_dim=16, eps=1e-6, norm_offset=0.0, bf16=False)
+    given = dict(q=part("q", 64), x=part("x", 128), **tables, **pages, **columns, **sizes)
+    return AttentionInputs(**given | changed)
+
+
+WRONG = [
+    (dict(q_norm=weight(np.ones(32), "n")), "there is only one of q_norm and k_norm, expected both or none"),
+    (dict(bf16=True), "bf16 is True, the pages are f32"),
+    (dict(rope_dim=32), r"cos and sin are \(8, 8\) wide, expected 16 both"),
+    (
+        dict(v_pages=CacheArray("v", "pages", "f32", (1, 32, 64))),
+        r"a page of v is f32 \(1, 32, 64\), expected f32 \(1, 64",
+    ),
+    (
+        dict(v_pages=CacheArray("v", "pages", "bf16", (1, 64, 32))),
+        r"a page of v is bf16 .*, expected f32 \(1, 64, 32\)",
+    ),
+    (dict(k_pages=CacheArray("k", "pages", "i32", (1, 32, 64))), "pages of i32, expected f32, bf16, i8"),
+    (dict(k_offset=97), "k ends at column 129 of x, which has 128"),
+    (dict(q_stride=97), "q ends at column 129 of x, which has 128"),
+]
+
+
+@pytest.mark.parametrize("changed, message", WRONG)
+def test_operands_that_do_not_fit_are_refused(changed, message):
+    assert declared().kind == "attention_inputs" and declared().kv_dtype == "f32"
+    with pytest.raises(ValueError, match=f"AttentionInputs: {message}"):
+        declared(**changed)

@@ -225,13 +225,16 @@ def row_values(a, tile, block, v, next_v, o, memory):
     for c in range(0, columns, MORE_COLS):
         acc = tile_load(4, MORE_COLS, o + 64 * c, ROW_BYTES)
         column, line = offset + 16 * size * c, at_ahead + 16 * size * c
-        for j in range(low, high):
-            if a.kv_bf16:
+        if a.kv_bf16:
+            for j in range(low, high):
                 acc = tile_fma_row_bf16(acc, p + 4 * j, P_BYTES, rows, j, column)
-            else:
+                for i in range(0, 32 * MORE_COLS, 64):
+                    ask(ahead, j, line + i)
+        else:
+            for j in range(low, high):
                 acc = tile_fma_row_f32(acc, p + 4 * j, P_BYTES, rows, j, column)
-            for i in range(0, 16 * MORE_COLS * size, 64):
-                ask(ahead, j, line + i)
+                for i in range(0, 64 * MORE_COLS, 64):
+                    ask(ahead, j, line + i)
         tile_store_rows(acc, o + 64 * c, ROW_BYTES, n)
     for c in range(columns, a.head_dim // 16):
         end, column = tile_load(4, 1, o + 64 * c, ROW_BYTES), offset + 16 * size * c

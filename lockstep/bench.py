@@ -14,13 +14,9 @@ import numpy as np
 from lockstep.describe import packed_bytes
 from lockstep.engine.model import GROUPS
 from lockstep.engine.runner import Limits, Runner, Span
-from lockstep.ops import BACKENDS
 from lockstep.ops.kv_cache import PAGE_TOKENS
 from lockstep.ops.linear import Linear
 from lockstep.parity import GREEDY
-
-# the founding changes; each is measured against the same arithmetic without it (`--op NAME=per_token`)
-SWITCHES = ("attention", "elementwise", "linear")
 
 
 class Bench:
@@ -120,9 +116,7 @@ def against_per_token(bench, num_tokens, repeat):
 def switch_ratios(bench, num_tokens, repeat):
     """Each founding change: prefill without it against with it, {name: Paired}."""
     results = {}
-    for name in SWITCHES:
-        if not any(kind.startswith(GROUPS[name]) for kind in BACKENDS["per_token"]):
-            continue
+    for name in GROUPS:
         swaps = {name: "per_token"}
         bench.prefill(num_tokens, swaps=swaps)
         results[name] = paired(

@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 
+from lockstep.ops.embed import Embed
 from lockstep.ops.kv_cache import PAGE_TOKENS
 from lockstep.runtime.program import DTYPES, Tensor, Weight
 from lockstep.weights.pack import PANEL, num_panels
@@ -10,8 +11,6 @@ from lockstep.weights.pack_k import Q4_K_BYTES, Q5_K_BYTES, Q6_K_BYTES
 from lockstep.weights.pack_q5 import Q4_1_BYTES, Q5_0_BYTES, Q5_1_BYTES
 
 LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
-# ends of the names of tensors that only one op uses, or only rows that ask for it; an op that only such rows run
-SCRATCH, ASKED = ("scratch", "softmax", ".adjusted", "top_token", "top_logprob"), "adjust_logits"
 # bytes of a packed weight; the smaller formats carry a scale for 32 or 256 weights
 PACKED_BYTES = {
     "f32": 4,
@@ -48,16 +47,14 @@ class OpCost:
 
 def op_costs(program, context):
     """Every op of a recorded program. context: how many tokens a row of attention looks back on."""
-    return [_op_cost(op, context) for op in program.ops]
+    kept = {tensor for op in program.ops for tensor in op.kept}
+    return [_op_cost(op, context, kept) for op in program.ops]
 
 
-def _op_cost(op, context):
-    weights = [v for v in op.inputs if isinstance(v, Weight)]
-    tensors = {v for v in (*op.outputs, *op.inputs) if isinstance(v, Tensor) and not v.name.endswith(SCRATCH)}
-    asked = op.kind == ASKED or op.rows == "E"
-    if asked:
-        tensors = set()
-    name = op.outputs[0].name if op.outputs else op.inputs[0].name
+def _op_cost(op, context, kept):
+    asked = not op.kept or op.rows == "E"  # it works only for rows that ask
+    tensors = set() if asked else kept.intersection(v for v in (*op.outputs, *op.inputs) if isinstance(v, Tensor))
+    weights, name = [v for v in op.inputs if isinstance(v, Weight)], op.outputs[0].name
     found = LAYER.search(name)
     return OpCost(
         op.kind,
@@ -73,14 +70,14 @@ def _op_cost(op, context):
 
 
 def _read_bytes(op, weights):
-    if op.kind == "embed":
+    if isinstance(op, Embed):
         return 0  # one row is read per token
-    return sum(packed_bytes(w) if is_linear(op) else 4 * _size(w.shape) for w in weights)
+    return sum(packed_bytes(w) if w in op.packed else 4 * _size(w.shape) for w in weights)
 
 
 def is_linear(op):
     """Whether an op of a recorded program multiplies by packed weights (those of all experts, if it has experts)."""
-    return op.kind == "linear" or op.kind.startswith("expert_linear_")
+    return bool(op.packed) and not isinstance(op, Embed)
 
 
 def _size(shape):
@@ -121,7 +118,7 @@ def _by_layer(costs):
 def memory(program):
     """Bytes of packed weights, the embedding as stored, small constants, KV cache per token, state per request."""
     linear = {w.name: w for op in program.ops if is_linear(op) for w in op.inputs if isinstance(w, Weight)}
-    tables = {w.name: w for op in program.ops if op.kind == "embed" for w in op.inputs}
+    tables = {w.name: w for op in program.ops if isinstance(op, Embed) for w in op.inputs}
     small = [w for w in program.weights() if w.name not in linear and w.name not in tables]
     pages = sum(c.bytes_each for c in program.caches if c.kind == "pages")
     return dict(

@@ -199,11 +199,10 @@ def _written(runner, num_tokens):
     it."""
     rows, num_pages, seen = {"T": num_tokens, "O": 1, "R": 1, "E": 1, "S": 1}, runner.limits.num_pages, set()
     for index, op in enumerate(runner.program.ops):
-        for tensor in op.outputs:
-            if not tensor.name.endswith(("scratch", "softmax")):
-                yield index, op, tensor, runner.executor.view(tensor, rows[tensor.rows])
-        for cache in op.inputs:
-            if isinstance(cache, CacheArray) and cache not in seen:
+        for tensor in op.shared:
+            yield index, op, tensor, runner.executor.view(tensor, rows[tensor.rows])
+        for cache in op.caches:
+            if cache not in seen:
                 seen.add(cache)
                 yield index, op, cache, _cached(runner, cache, num_pages, num_tokens)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lockstep.ops.embed import Embed
 from lockstep.ops.kv_cache import PAGE_TOKENS
 from lockstep.ops.rope import MAX_POSITIONS
 from lockstep.runtime.program import Program, Weight
@@ -87,7 +88,7 @@ def _cache_bytes(model: "Model", options: "EngineOptions") -> int:
 
 def weight_bytes(program: Program) -> int:
     """Bytes of a program's weights in memory. A table of embeddings is there beside the head that is made of it."""
-    weights = {(op.kind == "embed", w.name): w for op in program.ops for w in op.inputs if isinstance(w, Weight)}
+    weights = {(isinstance(op, Embed), w.name): w for op in program.ops for w in op.inputs if isinstance(w, Weight)}
     sizes = [stored_shape(weight.format, tuple(weight.shape)) for weight in weights.values()]
     return sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in sizes)
 

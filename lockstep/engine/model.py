@@ -1,7 +1,7 @@
 """A loaded model: its config, its program in recorded and in runnable form, and its weights."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from lockstep.models.config import ModelConfig
@@ -18,23 +18,15 @@ from lockstep.runtime.executor import WeightStore
 from lockstep.runtime.program import Program, Tensor
 from lockstep.weights.checkpoint import Checkpoint
 
-GROUPS = {  # what `--op GROUP=...` stands for
-    "linear": ("linear_", "quantize_q8", "round_bf16"),
-    "attention": ("attention",),
-    "elementwise": ("rms_norm", "add", "silu_mul"),
-}
+GROUPS = ("linear", "attention", "elementwise")  # what `--op GROUP=...` may name: see `Operands.group`
 
 
-def expand_swaps(swaps: Mapping[str, str], backend: OpTable) -> dict[str, str]:
-    """Swaps of op groups ("linear", "attention", "elementwise") spelled out: {kind: backend name}."""
+def expand_swaps(swaps: Mapping[str, str], members: Mapping[str, Collection[str]]) -> dict[str, str]:
+    """Swaps of op groups spelled out: {kind: backend name}. members: {group: kinds of op}."""
     named = {}
     for kind, name in swaps.items():
-        if kind in GROUPS:
-            members = [k for k in backend if k.startswith(GROUPS[kind])]
-            known = [k for k in members if k in BACKENDS.get(name, {})]
-            named.update({k: name for k in (known or [kind])})
-        else:
-            named[kind] = name
+        known = [k for k in members.get(kind, ()) if k in BACKENDS.get(name, {})]
+        named.update({k: name for k in known or [kind]})
     return named
 
 
@@ -73,7 +65,14 @@ class Model:
     def backend(self, swaps: Mapping[str, str] | None = None, base: str = "cpu") -> OpTable:
         """The op table, with swaps such as {"linear": "reference"}."""
         table = {**BACKENDS["reference"], **BACKENDS[base]}
-        return swapped(table, expand_swaps(swaps or {}, table), BACKENDS)
+        members = self._group_members(table) if swaps else {}
+        return swapped(table, expand_swaps(swaps or {}, members), BACKENDS)
+
+    def _group_members(self, table: OpTable) -> dict[str, set[str]]:
+        """{group: kinds of op of this model, fused and unfused}."""
+        lowered = lower(self.recorded)
+        ops = (*lowered.ops, *fuse(lowered, table).ops)
+        return {group: {op.kind for op in ops if op.group == group} for group in GROUPS}
 
 
 def load_model(

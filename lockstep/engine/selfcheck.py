@@ -24,8 +24,13 @@ from lockstep.engine.selfcheck_sampling import ProbeModel
 from lockstep.models.decoder import record_on
 from lockstep.models.families import model_config
 from lockstep.models.record import LINEAR_FORMATS, Recorder
+from lockstep.ops.add_bias import AddBias
 from lockstep.ops.attention import Attention
+from lockstep.ops.experts import ExpertLinear
+from lockstep.ops.gated_delta import GatedDelta
 from lockstep.ops.kv_cache import AttentionInputs
+from lockstep.ops.linear import Linear
+from lockstep.ops.moe import Route
 from lockstep.ops.rewrite import fuse, lower
 from lockstep.runtime.kernel import fingerprint, target
 from lockstep.runtime.threads import Team
@@ -41,9 +46,6 @@ FORMATS = LINEAR_FORMATS
 WIDTH, VOCABULARY, CONTEXT = 256, 64, 128
 # the float16 scales of made-up blocks, in formats that nothing is quantized to
 BLOCK_SCALES = {"q4_1": 2.0**-8, "q5_0": 2.0**-8, "q5_1": 2.0**-9, "q4_k": 2.0**-14, "q5_k": 2.0**-15, "q6_k": 2.0**-18}
-# what only its own kernel reads; what is written only where a row asks for it: selfcheck_sampling looks at some of it,
-# and embedded rows pass the kernels of sampled ones
-UNCHECKED = ("scratch", "softmax", "logits.adjusted", "top_token", "top_logprob", "embedded", "hidden")
 # token counts of two requests in each step: a page's end, tiles with rows to spare, decode beside prefill
 STEPS = ((61, 3), (5, 1), (1, 1))
 BASE = {
@@ -100,15 +102,15 @@ class Probe:
 
 def probes(program):
     """The probes that together run every kind of op of a program."""
-    kinds = {op.kind for op in program.ops}
-    formats = {f for f in FORMATS if f"linear_{f}" in kinds or f"expert_linear_{f}" in kinds}
-    families = ["qwen3_5"] if "gated_delta" in kinds else []
+    has = lambda declaration: any(isinstance(op, declaration) for op in program.ops)
+    formats = {weight.format for op in program.ops if isinstance(op, (Linear, ExpertLinear)) for weight in op.packed}
     inputs = [op for op in program.ops if isinstance(op, AttentionInputs)]
+    families = ["qwen3_5"] if has(GatedDelta) else []
     if any(isinstance(op, Attention) and op.gate is None for op in program.ops):
-        normed = "qwen3_moe" if "route" in kinds else "qwen3"
-        plain = [] if "add_bias" in kinds else ["llama"]
+        normed = "qwen3_moe" if has(Route) else "qwen3"
+        plain = [] if has(AddBias) else ["llama"]
         families += [normed] if any(op.q_norm is not None for op in inputs) else plain
-    families += ["qwen2"] if "add_bias" in kinds else []
+    families += ["qwen2"] if has(AddBias) else []
     kv = sorted({op.kv_dtype for op in inputs})
     return [Probe(f, w, k) for f in families for w in FORMATS if w in formats for k in kv]
 
@@ -205,8 +207,12 @@ def span(index, start, count):
 
 
 def visible(program):
-    """(op, tensor) for every output whose bytes are the same on all targets."""
-    return [(op, t) for op in program.ops for t in op.outputs if t.dtype != "i8" and not t.name.endswith(UNCHECKED)]
+    """(op, tensor) for every output whose bytes are the same on all targets.
+
+    Not: what only its own kernel reads; what is written where a row asks for it, which `selfcheck_sampling` looks at;
+    embedded rows, which pass the kernels of sampled ones.
+    """
+    return [(op, t) for op in program.ops for t in op.kept if t.dtype != "i8" and t.rows != "E"]
 
 
 # ---------------------------------------------------------------- the check

@@ -21,7 +21,7 @@ from lockstep.ops.select_rows import SelectRows, selected_rows
 from lockstep.runtime.backend import OpTable
 from lockstep.runtime.executor import WeightStore
 from lockstep.runtime.kernel import OnCompile
-from lockstep.runtime.operands import Operands, operands_of
+from lockstep.runtime.operands import Operands
 from lockstep.runtime.program import Program, Tensor, Weight
 from lockstep.runtime.threads import Team
 from lockstep.weights.tensor import StoredTensor
@@ -73,7 +73,7 @@ def digests(table: OpTable, on_compile: OnCompile | None = None) -> list[tuple[O
         sampled[0]["given"] = 1 + 4099
         runner.step([Span(list(range(ROWS)), 0, [0], 0, sampled)])
         ops = [op for op in runner.program.ops if isinstance(op, (AdjustLogits, Sample))]
-        written = [(op, t) for op in ops for _, o, t in operands_of(op) if o.role == "output" and not o.scratch]
+        written = [(op, t) for op in ops for t in op.shared]
         return [(op, t.name, digest(runner.executor.view(t, ROWS), t)) for op, t in written]
     finally:
         team.close()

@@ -209,11 +209,28 @@ class Operands(metaclass=Declaration):
         """What the op reads, caches (which it may write, too) included."""
         return self._of_role("rows", "constant", "packed", "table", "cache")
 
-    @functools.cached_property
+    @property
+    def caches(self) -> tuple[CacheArray, ...]:
+        """The memory that outlives a step, which the op reads or writes."""
+        return self._of_role("cache")
+
+    @property
+    def packed(self) -> tuple[Weight, ...]:
+        """The weights in a layout of the implementation's."""
+        return self._of_role("packed")
+
+    @property
+    def shared(self) -> tuple[Tensor, ...]:
+        """The outputs that are not scratch: another op or a user may read them."""
+        return tuple(
+            value for _, operand, value in operands_of(self) if operand.role == "output" and not operand.scratch
+        )
+
+    @property
     def kept(self) -> tuple[Tensor, ...]:
-        """The outputs that another op or a user may read, in any row."""
-        of = dict(self.declared())
-        return tuple(getattr(self, n) for n, o in of.items() if o.role == "output" and not o.scratch and not o.asked)
+        """The outputs that may be read in any row, not only in rows that asked for it."""
+        asked = [value for _, operand, value in operands_of(self) if operand.asked]
+        return tuple(value for value in self.shared if value not in asked)
 
     @property
     def params(self) -> dict[str, Any]:

@@ -7,13 +7,15 @@ import pytest
 
 from lockstep.engine import selfcheck, selfcheck_sampling
 from lockstep.ops import BACKENDS
+from lockstep.ops.adjust_logits import AdjustLogits
+from lockstep.ops.sample import Sample
 from lockstep.runtime.unfit import UnfitMachine
 from tests.golden.record_kernels import recorded, recorded_sampling
 from tests.kernels import shared_kernels
 from tests.models import tiny
 from tests.models.cases import CASES as FAMILY_CASES
 from tests.models.running import load as load_tiny
-from tests.promise.faults import faulty
+from tests.promise.faults import faulty, places
 from tests.promise.models import CASES, Case, load
 
 TABLE = {**BACKENDS["reference"], **BACKENDS["cpu"]}
@@ -43,14 +45,13 @@ def test_sound_kernels_pass_and_are_remembered(program, tmp_path, monkeypatch):
 def test_a_wrong_bit_in_any_kernel_is_refused_by_name(program):
     [probe] = selfcheck.probes(program)
     made = selfcheck.probe_model(probe, TABLE, True).rewritten(None, True)
-    for kind, output in sorted({(op.kind, op.outputs.index(t)) for op, t in selfcheck.visible(made)}):
+    for kind, _, word in places(made, lambda op: [t for checked, t in selfcheck.visible(made) if checked is op]):
         message = f"op {re.escape(kind)} gives other bits.*expected [0-9a-f]+, found"
         with pytest.raises(UnfitMachine, match=message):
-            selfcheck.check(program, {**TABLE, kind: faulty(TABLE[kind], output)})
-    chosen = [(op.kind, i, t.name) for op in made.ops[-2:] for i, t in enumerate(op.outputs)]
-    for kind, output in [(kind, i) for kind, i, name in chosen if not name.endswith("scratch")]:
+            selfcheck.check(program, {**TABLE, kind: faulty(TABLE[kind], word)})
+    for kind, _, word in places(made, lambda op: op.shared if isinstance(op, (AdjustLogits, Sample)) else ()):
         with pytest.raises(UnfitMachine, match=f"op {kind} gives other bits"):
-            selfcheck.check(program, {**TABLE, kind: faulty(TABLE[kind], output)})
+            selfcheck.check(program, {**TABLE, kind: faulty(TABLE[kind], word)})
     for kind in {op.kind for op in made.ops if op.outputs[0].dtype == "i8"}:
         with pytest.raises(UnfitMachine, match="gives other bits"):
             selfcheck.check(program, {**TABLE, kind: faulty(TABLE[kind], 0)})

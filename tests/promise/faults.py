@@ -10,16 +10,16 @@ NATIVE = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)
 
 
 class Faulty:
-    """Stands in for a Kernel: runs it, and then flips the highest bit of the fourth byte of operand number `output`.
+    """Stands in for a Kernel: runs it, and then flips the highest bit of the fourth byte of an operand.
 
-    That is a sign, whether the row holds float32, bfloat16 or int8: a small error can be lost, rightly, in the next
-    rounding.
+    word: the operand's, as its declaration's `words()` count them. The bit is a sign, whether the row holds float32,
+    bfloat16 or int8: a small error can be lost, rightly, in the next rounding.
     """
 
     is_cached = True
 
-    def __init__(self, kernel, output):
-        self.name, self._run, self._output = f"faulty {kernel.name} {output}", NATIVE(kernel.address), output
+    def __init__(self, kernel, word):
+        self.name, self._run, self._word = f"faulty {kernel.name} {word}", NATIVE(kernel.address), word
         self.function = kernel.function
         self._arrived, self._lock = 0, threading.Lock()
         self._native = NATIVE(self._run_and_flip)
@@ -32,9 +32,15 @@ class Faulty:
             if self._arrived == num_threads:
                 self._arrived = 0
                 row = ctypes.cast(op, ctypes.POINTER(ctypes.c_int64))
-                ctypes.cast(row[OPERANDS + self._output], ctypes.POINTER(ctypes.c_uint8))[3] ^= 0x80
+                ctypes.cast(row[OPERANDS + self._word], ctypes.POINTER(ctypes.c_uint8))[3] ^= 0x80
 
 
-def faulty(implementation, output):
-    """The implementation with a fault in one of its outputs, or in a cache array that is its operand of this number."""
-    return Implementation(Faulty(implementation.kernel, output), implementation.layout, implementation.flushes)
+def faulty(implementation, word):
+    """The implementation with a fault in an output or a cache, the operand of this word."""
+    return Implementation(Faulty(implementation.kernel, word), implementation.layout, implementation.flushes)
+
+
+def places(program, chosen):
+    """(kind, operand, its word in the op row) of the operands that `chosen(op)` lists, for every kind of op."""
+    found = {(op.kind, w.name, w.index) for op in program.ops for w in op.words() if getattr(op, w.name) in chosen(op)}
+    return sorted(found, key=lambda place: (place[0], place[2]))

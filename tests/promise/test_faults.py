@@ -5,8 +5,7 @@ import pytest
 
 from lockstep.ops import BACKENDS
 from lockstep.parity import Path, compare, first_difference, run_path
-from lockstep.runtime.program import CacheArray
-from tests.promise.faults import faulty
+from tests.promise.faults import faulty, places
 from tests.promise.models import Case, library, load
 from tests.promise.schedule import Differs, Teams, Walk, limits
 
@@ -21,7 +20,6 @@ CASES = [
 ]
 LENGTHS = (9, 70)
 PROMPT = np.random.RandomState(5).randint(0, 90, 20).tolist()
-UNSEEN = ("scratch", "softmax")  # outputs that only their own kernel reads
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +35,13 @@ def model(request, tmp_path_factory):
 
 
 def outputs(program):
-    """(kind, number of the output) for every output of every kind of op."""
-    return sorted({(op.kind, i) for op in program.ops for i, t in enumerate(op.outputs) if not t.name.endswith(UNSEEN)})
+    """Those of the outputs that others may read."""
+    return places(program, lambda op: op.shared)
 
 
-def plant(monkeypatch, model, kind, output):
+def plant(monkeypatch, model, kind, operand, word):
     """A backend "faulty" whose only op writes a wrong bit; the swaps that choose it."""
-    monkeypatch.setitem(BACKENDS, "faulty", {kind: faulty(model.backend()[kind], output)})
+    monkeypatch.setitem(BACKENDS, "faulty", {kind: faulty(model.backend()[kind], word)})
     return {kind: "faulty"}
 
 
@@ -76,36 +74,36 @@ def test_parity_turns_red_and_names_the_op(model, monkeypatch):
     assert first_difference(model, PROMPT, tables, 2) is None
     assert compare(reference, PATH, run_path(model, PROMPT, PATH)).identical
     fused = {op.kind for op in model.program.ops}
-    for kind, output in outputs(model.rewritten(model.backend(), fused=False)):
-        swaps = plant(monkeypatch, model, kind, output)
+    for kind, operand, word in outputs(model.rewritten(model.backend(), fused=False)):
+        swaps = plant(monkeypatch, model, kind, operand, word)
         found = first_difference(model, PROMPT, [("cpu", {}), ("cpu", swaps)], 2)
-        assert found is not None and found.op.kind == kind and found.tensor == found.op.outputs[output], (kind, found)
+        assert found is not None and found.op.kind == kind and found.tensor is getattr(found.op, operand), (kind, found)
         assert (found.row, found.num_different) == (0, 1), (kind, found)
         if kind in fused - {"adjust_logits"} and (kind != "sample" or found.tensor.name in ("token", "logprob")):
             compared = compare(reference, PATH, run_path(model, PROMPT, PATH, swaps))
-            assert not compared.identical, (kind, output)
+            assert not compared.identical, (kind, operand)
             assert kind != "sample" or compared.differing == ("tokens",)
 
 
 def cache_writes(program):
-    """(kind, operand number, name) of every cache array, where it is written: by the first op that has it."""
-    seen, found = set(), []
+    """(kind, operand, its word, name) of every cache array, where it is written: by the first op that has it."""
+    writers = {}
     for op in program.ops:
-        for i, value in enumerate(op.inputs):
-            if isinstance(value, CacheArray) and value.name not in seen:
-                seen.add(value.name)
-                found.append((op.kind, len(op.outputs) + i, value.name))
-    return found
+        for word in op.words():
+            value = getattr(op, word.name)
+            if value in op.caches:
+                writers.setdefault(value.name, (op.kind, word.name, word.index, value.name))
+    return list(writers.values())
 
 
 def test_a_wrong_cache_write_is_named_at_the_op_that_wrote_it(model, monkeypatch):
     """Every kind of write, nothing else wrong: state that only the next step would read counts, too."""
     reference, tried = run_path(model, PROMPT, PATH), set()
-    for kind, operand, name in cache_writes(model.rewritten(model.backend(), fused=False)):
+    for kind, operand, word, name in cache_writes(model.rewritten(model.backend(), fused=False)):
         if (kind, operand) in tried:
             continue
         tried.add((kind, operand))
-        swaps = plant(monkeypatch, model, kind, operand)
+        swaps = plant(monkeypatch, model, kind, operand, word)
         found = first_difference(model, PROMPT, [("cpu", {}), ("cpu", swaps)], 2)
         assert found is not None and (found.op.kind, found.tensor.name) == (kind, name), (name, found)
         # the fourth byte is the upper half of bfloat16 number 1 or of float32 number 0, or int8 number 3

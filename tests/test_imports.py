@@ -98,3 +98,14 @@ def test_programs_and_declarations_need_no_compiler():
     code = f"import sys, {', '.join(f'lockstep.{name}' for name in PURE)}; print('numba' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+MOST_POSITIONAL = 8
+
+
+def test_no_call_is_a_long_list_of_positions():
+    """Arguments that belong together are a NamedTuple, options have names."""
+    defined = [(path.name, node) for path in FILES for node in ast.walk(ast.parse(path.read_text("utf-8")))]
+    functions = [(name, node) for name, node in defined if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    counts = {(name, f.name): len(f.args.posonlyargs) + len(f.args.args) for name, f in functions}
+    assert not {place: count for place, count in counts.items() if count > MOST_POSITIONAL}

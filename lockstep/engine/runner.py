@@ -78,6 +78,7 @@ class Runner:
         limits: Limits,
         swaps: Mapping[str, str] | None = None,
         base: str = "cpu",
+        *,
         keep: bool = False,
         fused: bool = True,
         on_compile: OnCompile | None = None,
@@ -90,7 +91,9 @@ class Runner:
         rows = {"T": T, "O": T, "R": limits.max_sampled, "E": T, "S": limits.max_requests}
         addresses = {name: array.ctypes.data for name, array in self.caches.items()}
         self._sources = self.program.sources()
-        self.executor = Executor(self.program, backend, team, model.store, rows, addresses, keep, on_compile)
+        self.executor = Executor(
+            self.program, backend, team, model.store, rows, addresses, keep=keep, on_compile=on_compile
+        )
         self.pages_per_request = -(-model.max_context // PAGE_TOKENS)
         self._allocate(rows)
         [self.sample] = [op for op in self.program.ops if isinstance(op, Sample)]

@@ -105,7 +105,7 @@ class Executor:
     every tensor memory of its own, so that all can be looked at after a step. on_compile: see compile_kernels.
     """
 
-    def __init__(self, program, backend, team, weights, max_rows, caches, keep=False, on_compile=None):
+    def __init__(self, program, backend, team, weights, max_rows, caches, *, keep=False, on_compile=None):
         self.program, self.backend, self.team, self.max_rows = program, backend, team, max_rows
         self._weights, self._caches = weights, caches
         self._offsets, size = lay_out(program, max_rows, keep)

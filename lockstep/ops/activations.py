@@ -107,7 +107,6 @@ class Preparable(Operands):
     preparation: the kind of op that it ends with; "" leaves out float32.
     """
 
-    fuses = True
     out: Tensor = output(dtype=None)
     width: int
     preparation: str = ""

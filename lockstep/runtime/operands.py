@@ -20,7 +20,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple, cast, dataclass_transform, get_type_hints
 
 import numpy as np
@@ -120,12 +119,11 @@ class Declaration(Readable):
 class Operands(metaclass=Declaration):
     """An op of a program; its subclasses say what an op of their kind is made of.
 
-    group: what `--op GROUP=...` counts it to. fuses: whether the preparation of its rows can be one op with it.
+    group: what `--op GROUP=...` counts it to.
     Raises ValueError, with a sentence, for operands that are not what is declared.
     """
 
     group: ClassVar[str | None] = None
-    fuses: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         dataclasses.dataclass(frozen=True, eq=False, kw_only=True, repr=False)(cls)
@@ -222,15 +220,12 @@ class Operands(metaclass=Declaration):
     @property
     def shared(self) -> tuple[Tensor, ...]:
         """The outputs that are not scratch: another op or a user may read them."""
-        return tuple(
-            value for _, operand, value in operands_of(self) if operand.role == "output" and not operand.scratch
-        )
+        return tuple(getattr(self, n) for n, o in self.declared() if o.role == "output" and not o.scratch)
 
     @property
     def kept(self) -> tuple[Tensor, ...]:
         """The outputs that may be read in any row, not only in rows that asked for it."""
-        asked = [value for _, operand, value in operands_of(self) if operand.asked]
-        return tuple(value for value in self.shared if value not in asked)
+        return tuple(getattr(self, n) for n, o in self.declared() if o.role == "output" and not (o.scratch or o.asked))
 
     @property
     def params(self) -> dict[str, Any]:
@@ -280,9 +275,3 @@ def _width(value: Tensor | Table) -> int:
 
 def _spelt(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
-
-
-def operands_of(op: Operands) -> Iterator[tuple[str, Operand, Any]]:
-    """(name, Operand, value) of an op's operands, parameters aside; value None for one that is left out."""
-    for name, operand in op.declared():
-        yield name, operand, getattr(op, name)

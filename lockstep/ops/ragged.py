@@ -110,14 +110,15 @@ class Workers:
         self._turns = aligned(64 * num_tiles).view(np.int64)
         self._counter = aligned(8).view(np.int64)
         self._row[KERNEL], self._row[COUNTER] = ragged_attention.address, self._counter.ctypes.data
+        self._own = {"states": self._states.ctypes.data, "turns": self._turns.ctypes.data}
+        self._row_address = self._row.ctypes.data
 
     def attend(self, q, k, v, sequences, how, out, grouped=True):
         """One call of the kernel on checked arguments. grouped: the query heads of a kv head share one read of it."""
         H, G = q.shape[1], k.shape[2]
         values = dict(
             out=out.ctypes.data,
-            states=self._states.ctypes.data,
-            turns=self._turns.ctypes.data,
+            **self._own,
             q=q.ctypes.data,
             k=k.ctypes.data,
             v=v.ctypes.data,
@@ -153,7 +154,7 @@ class Workers:
         with self._lock:
             encode(RaggedAttention, self._row, values)
             self._turns[:], self._counter[:] = 0, 0
-            self.team.run(self._row.ctypes.data, 1, 0)
+            self.team.run(self._row_address, 1, 0)
 
 
 @cache

@@ -48,7 +48,7 @@ def array(name, value, rank, dtypes):
         return value
     if value.shape[-1] > 1 and value.strides[-1] != value.itemsize:
         refuse(f"last stride of {name}", f"{value.strides[-1]} bytes", f"{value.itemsize}: the last axis contiguous")
-    if any(stride % value.itemsize for stride in value.strides) or value.ctypes.data % value.itemsize:
+    if not value.flags.aligned:
         refuse(f"strides and address of {name}", (*value.strides, value.ctypes.data), f"multiples of {value.itemsize}")
     return value
 

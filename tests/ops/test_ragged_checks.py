@@ -27,6 +27,20 @@ def i32(*values):
     return np.array(values, np.int32)
 
 
+def misplaced(array):
+    """The same numbers at an odd address."""
+    copy = np.zeros(array.nbytes + 1, np.uint8)[1:].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+def apart(array):
+    """The same numbers in rows that are no multiple of a number's bytes apart."""
+    rows = np.zeros((len(array), array[0].nbytes + 1), np.uint8)[:, :-1].view(array.dtype).reshape(array.shape)
+    rows[...] = array
+    return rows
+
+
 METADATA = [
     (dict(num_seqs=i32(5)), r"num_seqs: got 5, allowed: 0 to 4"),
     (dict(num_seqs=i32(-1)), r"num_seqs: got -1"),
@@ -44,6 +58,9 @@ SHAPES = [
     (dict(q=Q.tolist()), "q: got list"),
     (dict(q=Q.astype(np.float64)), "dtype of q: got float64, allowed: float32 or bfloat16"),
     (dict(q=np.asfortranarray(Q)), "last stride of q"),
+    (dict(q=misplaced(Q)), "strides and address of q: got .*allowed: multiples of 4"),
+    (dict(q=apart(Q)), "strides and address of q: got .*allowed: multiples of 4"),
+    (dict(kv_pages=misplaced(KV.astype(BF16))), "strides and address of kv_pages: got .*allowed: multiples of 2"),
     (dict(q=Q[:, :, :16]), "head_dim of kv_pages: got 32, allowed: 16"),
     (dict(q=Q[:, :3]), "query heads: got 3 with 2 kv heads"),
     (dict(q=Q[:, :, :8], kv_pages=KV[..., :8]), "head_dim: got 8, allowed: multiples of 16 up to 256"),

@@ -26,13 +26,14 @@ class Cost(NamedTuple):
 class Proofs:
     """Compiles grammars in another process, which is started with the first and ends with this object.
 
-    size: of the vocabulary; special: {token id: bytes} of the tokens that a grammar may name. Any thread may use it.
+    size: of the vocabulary; special: {token id: bytes} of the tokens that a grammar may name. jobs: the process. Any
+    thread may use it.
     """
 
     def __init__(self, size: int, special: dict[int, bytes], eos_ids: list[int]) -> None:
         shown = {token: text.hex() for token, text in special.items()}
         about = json.dumps({"size": size, "special": shown, "eos_ids": eos_ids})
-        self._jobs = JobProcess("lockstep.serve.grammar_child", "grammars", about.encode())
+        self.jobs = JobProcess("lockstep.serve.grammar_child", "grammars", about.encode())
         self._known: OrderedDict[bytes, Cost | str] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -65,23 +66,10 @@ class Proofs:
         """A Cost, what is wrong with the grammar, or None if it takes too much."""
         order = json.dumps({"grammar": grammar, "seconds": seconds, "num_bytes": num_bytes})
         try:
-            return Cost(**json.loads(self._jobs.ask(order.encode())))
+            return Cost(**json.loads(self.jobs.ask(order.encode())))
         except ValueError as error:
             return str(error)
         except Ended as ended:
             if ended.took_too_long:
                 return None
             raise TooSlow("grammar: it takes too much memory, or refers to itself too deeply") from None
-
-    @property
-    def process_id(self) -> int | None:
-        """That of the process that was started last."""
-        return self._jobs.process_id
-
-    def warm(self) -> None:
-        """Starts the process, so that the first grammar does not wait for it."""
-        self._jobs.start()
-
-    def close(self) -> None:
-        """Ends the process; the next grammar starts another one."""
-        self._jobs.close()

@@ -12,18 +12,9 @@ from pathlib import Path
 from lockstep.serve.job_server import OUTSIDE, REFUSAL, Ended, receive, send
 
 WAIT_SECONDS = 15.0  # for a process that is kept from working
-KEPT = (
-    "PATH",
-    "LANG",
-    "LC_ALL",
-    "LC_CTYPE",
-    "TZ",
-    "TZDIR",
-    "PYTHONHOME",
-    "LD_LIBRARY_PATH",
-    "DYLD_LIBRARY_PATH",
-    "DYLD_FALLBACK_LIBRARY_PATH",
-)  # variables that Python starts with; keys and tokens are not among them
+# variables that Python starts with; keys and tokens are not among them
+KEPT = """PATH LANG LC_ALL LC_CTYPE TZ TZDIR PYTHONHOME LD_LIBRARY_PATH DYLD_LIBRARY_PATH
+    DYLD_FALLBACK_LIBRARY_PATH""".split()
 
 
 class Busy(Exception):

@@ -55,7 +55,9 @@ def serve(prepare: Callable[[Order], Callable[[Order], bytes]]) -> None:
     _settle()
     control, running = socket.socket(fileno=0), {}
     with contextlib.suppress(_OtherSideEnded):  # as it may whenever it likes, which is no fault and nobody's to read
-        answer = prepare(_first(control))
+        with _with_other_side():
+            about, _ = receive(control)
+        answer = prepare(about)
         gc.disable()  # a copy shares the memory that it does not write to
         gc.freeze()
         _hand_out(control, answer, running)
@@ -78,7 +80,8 @@ def _hand_out(control: socket.socket, answer: Callable[[Order], bytes], running:
                 wakes.recv(4096)
                 _bury(running)
             else:
-                _wait_for_wish(control)
+                with _with_other_side():
+                    _exactly(control, 1)  # the byte that asks for one more
                 _add_copy(control, answer, running)
 
 
@@ -114,18 +117,6 @@ def _with_other_side() -> Iterator[None]:
         yield
     except ConnectionError as error:
         raise _OtherSideEnded from error
-
-
-def _first(control: socket.socket) -> bytearray:
-    """What the other side sends first."""
-    with _with_other_side():
-        return receive(control)[0]
-
-
-def _wait_for_wish(control: socket.socket) -> None:
-    """Reads the byte that asks for one more copy."""
-    with _with_other_side():
-        _exactly(control, 1)
 
 
 def _bury(running: dict[int, socket.socket]) -> None:

@@ -59,8 +59,8 @@ def parts_of(schema: object) -> Iterator[object]:
             yield value
 
 
-def subschemas(root: dict) -> Iterator[dict]:
-    """Every schema inside of a schema, itself first, and those elsewhere in it to which references lead."""
+def subschemas(root: dict, follows: bool = True) -> Iterator[dict]:
+    """Every schema inside of a schema, itself first, and, if it follows them, those to which references in it lead."""
     left: list[object] = [root]
     seen: set[int] = set()
     while left:
@@ -69,7 +69,7 @@ def subschemas(root: dict) -> Iterator[dict]:
             continue
         seen.add(id(each))
         yield each
-        left += [*parts_of(each), *([resolved(each["$ref"], root)] if "$ref" in each else [])][::-1]
+        left += [*parts_of(each), *([resolved(each["$ref"], root)] if follows and "$ref" in each else [])][::-1]
 
 
 def rewritten(schema: Any, change: Callable[[dict], dict]) -> Any:
@@ -99,20 +99,11 @@ def resolved(reference: object, root: dict) -> object:
     if own and own != root.get("$id"):
         return None
     if fragment and not fragment.startswith("/"):
-        return next((each for each in _own_parts(root) if each.get("$anchor") == fragment), None)
+        return next((each for each in subschemas(root, follows=False) if each.get("$anchor") == fragment), None)
     found = root
     for step in unquote(fragment).split("/")[1:]:
         found = _member(found, step.replace("~1", "/").replace("~0", "~"))
     return found
-
-
-def _own_parts(root):
-    left = [root]
-    while left:
-        each = left.pop()
-        if isinstance(each, dict):
-            yield each
-            left += parts_of(each)
 
 
 def _member(value, step):
@@ -136,7 +127,7 @@ def self_contained(schema: dict, root: dict) -> dict:
             return kept
         reference = kept["$ref"]
         if not isinstance(reference, str) or reference not in names:
-            left.append(_target(reference, root))
+            left.append(target(reference, root))
             names[reference] = f"d{len(names)}"
         return kept | {"$ref": f"#/$defs/{names[reference]}"}
 
@@ -152,7 +143,8 @@ def self_contained(schema: dict, root: dict) -> dict:
     return made | ({"$defs": definitions} if definitions else {})
 
 
-def _target(reference, root):
+def target(reference: object, root: dict) -> dict | bool:
+    """The schema that a reference leads to inside of a schema. ValueError if it leads to none."""
     found = resolved(reference, root)
     if not isinstance(found, (dict, bool)):
         raise ValueError(f"$ref: {reference!r:.200} leads to no schema inside of the schema")

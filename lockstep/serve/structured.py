@@ -143,13 +143,13 @@ class Grammars:
     def warm(self) -> None:
         """Makes ready what the first grammar would wait for. It may take a second."""
         if self._eos_ids:
-            self._proofs.warm()
+            self._proofs.jobs.start()
             self._tokens()
 
     def close(self) -> None:
         """Ends the threads and the process that compile; a grammar that comes later is refused."""
         self._compilers.shutdown(wait=False)
-        self._proofs.close()
+        self._proofs.jobs.close()
 
     def mask(
         self,

@@ -53,6 +53,9 @@ class Tokenizer:
     chat_templates: Mapping[str, str]
     only_decodes: str | None = None
     template_process: TemplateProcess = field(default_factory=TemplateProcess, repr=False, compare=False)
+    # templates, or what is wrong with them, by name
+    compiled_templates: dict[str, ChatTemplate | str] = field(default_factory=dict, repr=False, compare=False)
+    _bytes_of_id: dict[int, bytes] = field(default_factory=dict, repr=False, compare=False)
 
     def encode(self, text: str, add_special_tokens: bool = True, most: int | None = None) -> list[int]:
         """Token ids of `text`; special tokens written out in it are recognised.
@@ -99,28 +102,15 @@ class Tokenizer:
         detokenizer = Detokenizer(self, skip_special_tokens)
         return "".join([detokenizer.push(token_id) for token_id in ids]) + detokenizer.finish()
 
-    def render_chat(
-        self,
-        messages: Sequence[Mapping],
-        tools: Sequence | None = None,
-        add_generation_prompt: bool = True,
-        **variables,
-    ) -> str:
-        """The prompt text for a conversation. Raises ValueError if the model has no chat template or refuses it."""
-        return self.chat_template(tools is not None).render(
-            messages, tools, add_generation_prompt, **{**self.special_tokens, **variables}
-        )
+    def render_chat(self, messages: Sequence[Mapping], tools: Sequence | None = None, **variables: object) -> str:
+        """The prompt text for a conversation, see ChatTemplate.render. ValueError if the model has no chat template or
+        that refuses it."""
+        template = self.chat_template(tools is not None)
+        return template.render(messages, tools, **{**self.special_tokens, **variables})
 
-    def encode_chat(
-        self,
-        messages: Sequence[Mapping],
-        tools: Sequence | None = None,
-        add_generation_prompt: bool = True,
-        **variables,
-    ) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping], tools: Sequence | None = None, **variables: object) -> list[int]:
         """Token ids of a conversation's prompt; the template itself writes the special tokens."""
-        text = self.render_chat(messages, tools, add_generation_prompt, **variables)
-        return self.encode(text, add_special_tokens=False)
+        return self.encode(self.render_chat(messages, tools, **variables), add_special_tokens=False)
 
     @property
     def has_chat_template(self) -> bool:
@@ -175,15 +165,6 @@ class Tokenizer:
         with_special, plain = (self.backend.encode("a", add_special_tokens=flag).ids for flag in (True, False))
         return with_special[0] if with_special[:1] != plain[:1] else None
 
-    @cached_property
-    def _bytes_of_id(self) -> dict[int, bytes]:
-        return {}
-
-    @cached_property
-    def compiled_templates(self) -> dict[str, ChatTemplate | str]:
-        """Templates, or what is wrong with them, by name."""
-        return {}
-
 
 class Detokenizer:
     """Streaming decode: `push` returns the text that a token completes, never part of a character.
@@ -201,12 +182,7 @@ class Detokenizer:
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
         self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._strip_left = tokenizer.rules.strip_left if begins_text else 0
-        self._at_start = begins_text
-
-    @property
-    def at_start(self) -> bool:
-        """Whether no text has come yet, so that the next token may lose the space that begins a text."""
-        return self._at_start
+        self.at_start = begins_text  # whether the next token may yet lose the space that begins a text
 
     def push(self, token_id: int) -> str:
         """Text completed by this token; empty while a character is incomplete or for a skipped token."""
@@ -221,8 +197,8 @@ class Detokenizer:
     def _bytes(self, token_id: int) -> bytes:
         added = self._tokenizer.token_bytes(token_id)
         dropped = self._tokenizer.rules.dropped_at_start
-        if self._at_start and added:
-            self._at_start = False
+        if self.at_start and added:
+            self.at_start = False
             return added.replace(dropped, b"") if dropped else added
         return added
 
@@ -331,9 +307,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, object]) -> Tokenizer:
 def _with_end_mark(tokenizer: Tokenizer) -> Tokenizer:
     """The tokenizer with the mark that its chat template ends an answer with among its ends, whatever files say."""
     mark = end_mark(tokenizer)
-    made = tokenizer if mark is None else replace(tokenizer, eos_ids=tokenizer.eos_ids | {mark})
-    made.compiled_templates.update(tokenizer.compiled_templates)
-    return made
+    return tokenizer if mark is None else replace(tokenizer, eos_ids=tokenizer.eos_ids | {mark})
 
 
 def _templates_of_gguf(metadata: Mapping[str, object]) -> dict[str, str]:

@@ -84,8 +84,8 @@ def test_a_grammar_that_recurs_without_end_is_a_value_error(proofs):
 
 def child_of(proofs):
     """The id of the process, which is in a session of its own."""
-    proofs.warm()
-    return proofs.process_id
+    proofs.jobs.start()
+    return proofs.jobs.process_id
 
 
 def test_a_process_that_ends_is_started_again(proofs):

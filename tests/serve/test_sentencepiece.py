@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 
 from lockstep import SamplingParams
-from lockstep.serve.http.legacy_logprobs import LegacyLogprobs, joined
+from lockstep.serve.http.logprobs import LegacyLogprobs, joined
 from lockstep.serve.tokenizer import Detokenizer, Tokenizer, answer_reader, load_tokenizer, tokenizer_from_gguf
 from tests.serve.vocabularies import words_metadata, write_folder
 

@@ -19,17 +19,7 @@ from lockstep.serve.http.service import Service
 from lockstep.serve.http.unpack import Unpack
 
 PRIVATE_NETWORK_ASKED = b"access-control-request-private-network"
-ROUTES = [
-    chat,
-    completions,
-    embeddings,
-    messages,
-    models,
-    page,
-    responses,
-    status,
-    tokens,
-]
+ROUTES = [chat, completions, embeddings, messages, models, page, responses, status, tokens]  # modules that have some
 
 
 def make_app(service: Service, cors_origins=(), allowed_hosts=()):

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Tag, ValidationError, model_validator
 from starlette.requests import ClientDisconnect
 
-from lockstep.serve.http.errors import ApiError, bad_request
+from lockstep.serve.http.errors import ApiError, bad_request, wrong_field
 from lockstep.serve.http.json_size import check_size
 
 INLINE_BYTES = 32 << 10  # bodies up to here are parsed on the event loop
@@ -91,9 +91,16 @@ class Kinds(Fields):
 
 
 async def read_fields(request, service, fields):
-    """The body of a request that no Job reads, as a model of its fields. ApiError 4xx, ClientDisconnect."""
+    """The body of a request that no Job reads, as a model of its fields, of which one is `model`.
+
+    ApiError 4xx, or 503 while the model is loading; ClientDisconnect.
+    """
+    service.check_loaded()
+    service.check_workers()
     raw = await read(request.receive, service.limits.body_seconds)
-    return await checked(service, fields, raw)
+    found = await checked(service, fields, raw)
+    service.name_in_answers(found.model)
+    return found
 
 
 async def read(receive, seconds):
@@ -204,8 +211,8 @@ def check(fields, value):
         raise bad_request("the body is nested too deeply") from None
     where = place(first["loc"])
     if first["type"] == "missing":
-        raise bad_request(f"{where}: this field is required", where, "missing_field")
-    raise bad_request(f"{where}: {wanted(first)}, got {shown(first['input'])}", where, "invalid_value")
+        raise wrong_field(where, "this field is required", "missing_field")
+    raise wrong_field(where, f"{wanted(first)}, got {shown(first['input'])}")
 
 
 def place(location):

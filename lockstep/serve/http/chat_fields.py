@@ -6,7 +6,7 @@ from pydantic import Field
 
 from lockstep.serve.chat import Conversation
 from lockstep.serve.http.body import Fields, Items, Kinds, SimpleOr, Whole, or_default, shown
-from lockstep.serve.http.errors import bad_request
+from lockstep.serve.http.errors import bad_request, wrong_field
 from lockstep.serve.http.forms import FormFields, form_of, grammar_of
 from lockstep.serve.http.json_size import loads
 from lockstep.serve.http.sampling import MostTokens, SamplingFields
@@ -14,6 +14,7 @@ from lockstep.serve.http.stream_fields import StreamFields
 from lockstep.serve.reasoning import template_variables
 from lockstep.serve.tool_calls.tools import Tool, ToolUse
 
+TEXTS = ("text", "input_text", "output_text", "refusal")  # types of parts that a message may have
 NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -116,11 +117,9 @@ def conversation(fields):
     messages = [message(i, each) for i, each in enumerate(fields.messages)]
     continues = bool(fields.continue_final_message)
     if not messages:
-        raise bad_request("messages: expected at least one message, got none", "messages", "invalid_value")
+        raise wrong_field("messages", "expected at least one message, got none")
     if continues and messages[-1]["role"] != "assistant":
-        raise bad_request(
-            "continue_final_message: expected the last message to be the assistant's", "continue_final_message"
-        )
+        raise wrong_field("continue_final_message", "expected the last message to be the assistant's")
     variables = template_variables(fields.chat_template_kwargs, fields.reasoning_effort)
     return Conversation(messages, tool_use(fields), grammar_of(fields), variables, continues, form_of(fields))
 
@@ -131,12 +130,10 @@ def conversation(fields):
 def message(index, given):
     """A message as chat templates know one."""
     where = f"messages[{index}]"
-    content = text_of(given.content, where)
+    content = text_of(given.content, f"{where}.content")
     if content is None and given.role != "assistant":
-        raise bad_request(
-            f"{where}.content: expected a text for role {given.role}, got null", f"{where}.content", "invalid_value"
-        )
-    made = dict(role="tool" if given.role == "function" else given.role, content=content or "")
+        raise wrong_field(f"{where}.content", f"expected a text for role {given.role}, got null")
+    made: dict[str, Any] = dict(role="tool" if given.role == "function" else given.role, content=content or "")
     if given.tool_calls:
         made["tool_calls"] = [called(c.id, c.function.name, c.function.arguments) for c in given.tool_calls]
     thought = given.reasoning_content if given.reasoning_content is not None else given.reasoning
@@ -144,17 +141,14 @@ def message(index, given):
     return made | {name: value for name, value in more.items() if value is not None}
 
 
-def text_of(content, where):
-    """The text of content that is a text, parts or null, which stays None."""
+def text_of(content: str | list[Part] | None, where: str, kinds: tuple[str, ...] = TEXTS) -> str | None:
+    """The text of content that is a text, parts of these kinds, or null, which stays None. where: its place."""
     if not isinstance(content, list):
         return content
     for i, part in enumerate(content):
-        if part.type not in ("text", "input_text", "output_text", "refusal"):
-            raise bad_request(
-                f"{where}.content[{i}]: this model reads only text, got a part of type {shown(part.type)}",
-                f"{where}.content[{i}].type",
-                "unsupported",
-            )
+        if part.type not in kinds:
+            problem = f"this model reads only text, got a part of type {shown(part.type)}"
+            raise bad_request(f"{where}[{i}]: {problem}", f"{where}[{i}].type", "unsupported")
     return "\n".join(part.text or part.refusal or "" for part in content)
 
 
@@ -181,11 +175,7 @@ def tool_use(fields):
     functions = [tool.function for tool in fields.tools or () if tool.type == "function"]
     if None in functions:
         where = f"tools[{[tool.type == 'function' and tool.function is None for tool in fields.tools].index(True)}]"
-        raise bad_request(
-            f"{where}.function: this field is required for a tool of type function",
-            f"{where}.function",
-            "missing_field",
-        )
+        raise wrong_field(f"{where}.function", "this field is required for a tool of type function", "missing_field")
     tools = [Tool(f.name, f.description or "", f.parameters or NO_PARAMETERS, bool(f.strict)) for f in functions]
     choice, parallel = fields.tool_choice or "auto", fields.parallel_tool_calls is not False
     if isinstance(choice, str):
@@ -202,7 +192,7 @@ def name_of(index: int, tool: Any) -> str:
     """The name of a tool that the model may call, one of a body's. ApiError 400 where it has none."""
     if tool.name is None:
         where = f"tools[{index}].name"
-        raise bad_request(f"{where}: this field is required for a tool that the model calls", where, "missing_field")
+        raise wrong_field(where, "this field is required for a tool that the model calls", "missing_field")
     return tool.name
 
 

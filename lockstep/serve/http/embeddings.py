@@ -6,13 +6,13 @@ from typing import Any, ClassVar, Literal
 from starlette.routing import Route
 
 from lockstep.engine.request import SamplingParams
-from lockstep.serve.http.body import Whole, shown
+from lockstep.serve.http.body import Whole
 from lockstep.serve.http.encode import Parts
-from lockstep.serve.http.errors import bad_request
+from lockstep.serve.http.errors import wrong_field
 from lockstep.serve.http.job import Generates, Job
 from lockstep.serve.http.known_fields import EMBEDDING, KnownFields
 from lockstep.serve.http.pieces import json_answer
-from lockstep.serve.http.prompts import check_ids, shortened
+from lockstep.serve.http.prompts import read_prompts
 from lockstep.serve.http.sampling import UNTIL_FULL, CacheSalt, MostTokens
 from lockstep.serve.http.service import Service
 
@@ -34,8 +34,6 @@ class EmbeddingFields(KnownFields):
 
 
 def routes(service: Service):
-    """The routes of this module."""
-
     async def embed(job: Job):
         fields = await job.read(EmbeddingFields)
         _check_dimensions(fields.dimensions, service.loaded.hidden_size)
@@ -53,48 +51,20 @@ def routes(service: Service):
 def _check_dimensions(wanted, found) -> None:
     # the first numbers of a vector only mean something by themselves for models that were trained so
     if wanted not in (None, found):
-        raise bad_request(
-            f"dimensions: this model's embeddings have {found}, and cannot be shortened to {wanted}",
-            "dimensions",
-            "unsupported",
+        raise wrong_field(
+            "dimensions", f"this model's embeddings have {found}, and cannot be shortened to {wanted}", "unsupported"
         )
 
 
-def read_inputs(service: Service, fields):
+def read_inputs(service: Service, fields: EmbeddingFields) -> list[list[int]]:
     """Lists of token ids: of a string, an array of strings, token ids, or an array of arrays of them. ApiError 400."""
-    given = fields.input
-    inputs = given if isinstance(given, list) and given and not isinstance(given[0], (int, float)) else [given]
-    if len(inputs) > service.limits.max_prompts:
-        raise bad_request(
-            f"input: expected at most {service.limits.max_prompts} inputs, got {len(inputs)}", "input", "invalid_value"
-        )
-    return [_ids(service, each, fields) for each in inputs]
-
-
-def _ids(service: Service, given, fields):
-    if isinstance(given, str) and service.tokenizer is not None:
-        most = service.max_context if fields.truncate_prompt_tokens is None else service.max_counted
-        ids = service.tokenizer.encode(given, fields.add_special_tokens is not False, most)
-    elif isinstance(given, list):
-        ids = check_ids(service, given, "input")
-    else:
-        strings = "a string, an array of strings, " if service.tokenizer is not None else ""
-        raise bad_request(
-            f"input: expected {strings}an array of token ids or an array of such arrays, got {shown(given)}",
-            "input",
-            "invalid_type",
-        )
-    limit = service.max_context
-    if not ids:
-        raise bad_request("input: expected at least one token, got none", "input", "invalid_value")
-    if fields.truncate_prompt_tokens is not None:
-        most = limit if fields.truncate_prompt_tokens == UNTIL_FULL else fields.truncate_prompt_tokens
-        ids = shortened(service, given, ids, most, keep_end=False)
-    if len(ids) > limit:
-        raise bad_request(
-            f"input: one has {len(ids)} tokens, more than the context of {limit}", "input", "context_length_exceeded"
-        )
-    return ids
+    limit, most = service.max_context, fields.truncate_prompt_tokens
+    most = limit if most == UNTIL_FULL else most
+    _, inputs = read_prompts(service, fields.input, fields.add_special_tokens is not False, most, "input", False)
+    if (longest := max(map(len, inputs))) > limit:
+        problem = f"one has {longest} tokens, more than the context of {limit}"
+        raise wrong_field("input", problem, "context_length_exceeded")
+    return inputs
 
 
 def _answer(job: Job, fields):

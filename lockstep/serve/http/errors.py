@@ -44,6 +44,17 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return ApiError(400, message, param, code)
 
 
+def wrong_field(field: str, problem: str, code: str = "invalid_value") -> ApiError:
+    """A field that is wrong, such as "messages[2].content"; problem: what is allowed, and what was got."""
+    return bad_request(f"{field}: {problem}", field, code)
+
+
+def check_most(field: str, found: int, most: int, what: str = "") -> None:
+    """ApiError 400 for more in a field than there may be; what: how they are counted, such as "characters"."""
+    if found > most:
+        raise wrong_field(field, f"expected at most {most}{what and ' '}{what}, got {found}")
+
+
 def not_allowed(error: Exception) -> ApiError:
     """A ValueError of the engine's as an ApiError; those about a field begin with its name."""
     field, colon, _ = str(error).partition(":")

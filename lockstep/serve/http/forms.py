@@ -7,7 +7,7 @@ from pydantic import Field
 from lockstep.serve import structured
 from lockstep.serve.gbnf import is_gbnf, to_lark
 from lockstep.serve.http.body import Fields, Items, SimpleOr, shown
-from lockstep.serve.http.errors import bad_request
+from lockstep.serve.http.errors import bad_request, wrong_field
 from lockstep.serve.http.json_size import loads
 from lockstep.serve.http.known_fields import STRUCTURED, KnownFields
 from lockstep.serve.http.service import Service
@@ -141,4 +141,4 @@ def _format_grammar(options):
     if kind == "grammar" and options.grammar is not None:
         return lark_or_gbnf(options.grammar)
     expected = "text, json_object, json_schema with its schema, regex with a pattern, or grammar with a grammar"
-    raise bad_request(f"response_format: expected {expected}, got {shown(kind)}", "response_format", "invalid_value")
+    raise wrong_field("response_format", f"expected {expected}, got {shown(kind)}")

@@ -74,7 +74,7 @@ class Passage:
         """The next part of the answer."""
         if message["type"] == "http.response.start":
             self.started = True
-            self._service.metrics.answer(message["status"])
+            self._service.metrics.answered[message["status"]] += 1
         await self._send(message)
 
     def close(self) -> None:

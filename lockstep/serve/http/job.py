@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from lockstep.engine.async_engine import Token, TokenStream, batches
 from lockstep.engine.request import Request
 from lockstep.serve.http import body
-from lockstep.serve.http.errors import ApiError, bad_request, not_allowed, not_finite, not_generated
+from lockstep.serve.http.errors import ApiError, check_most, not_allowed, not_finite, not_generated, wrong_field
 from lockstep.serve.http.values import Prompts, num_logprobs, within
 
 if TYPE_CHECKING:
@@ -100,7 +100,8 @@ class Job:
         ApiError 400 for what cannot run, 429 where it would have to wait behind too much.
         """
         num_sequences = sum(params.n for _, params in prompts)
-        self._check_sequences(len(prompts), num_sequences)
+        check_most("prompt", len(prompts), self.service.limits.max_prompts, "prompts")
+        check_most("n", num_sequences, self.service.limits.max_sequences, "samples of all prompts together")
         for ids, params in prompts:
             self._check_context(len(ids), params.max_tokens)
         prompts = within(prompts, self.service.limits.max_answer_values, self.service.max_context)
@@ -119,22 +120,12 @@ class Job:
         if self._ended_by is not None:  # while they were being prepared
             self._cancel()
 
-    def _check_sequences(self, num_prompts: int, num_sequences: int) -> None:
-        limits = self.service.limits
-        if num_prompts > limits.max_prompts:
-            raise bad_request(f"prompt: expected at most {limits.max_prompts} prompts, got {num_prompts}", "prompt")
-        if num_sequences > limits.max_sequences:
-            raise bad_request(
-                f"n: expected at most {limits.max_sequences} samples of all prompts together, got {num_sequences}", "n"
-            )
-
     def _check_context(self, num_prompt: int, max_tokens: int) -> None:
         limit = self.service.max_context
         if num_prompt + max_tokens > limit:  # the routes ask for no more than there is room for, and for one at least
-            raise bad_request(
-                f"prompt: it has {num_prompt} tokens, which leaves no room for an answer in the context "
-                f"of {limit} tokens",
+            raise wrong_field(
                 "prompt",
+                f"it has {num_prompt} tokens, which leaves no room for an answer in the context of {limit} tokens",
                 "context_length_exceeded",
             )
 

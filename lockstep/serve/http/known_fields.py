@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from pydantic import model_validator
 
 from lockstep.serve.http.body import Fields, shown
-from lockstep.serve.http.errors import bad_request
+from lockstep.serve.http.errors import wrong_field
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class KnownFields(Fields):
             known = None if given is None or name in cls.model_fields else cls.refused.get(name)
             if known is not None and not known.neutral(given):
                 place = cls.inside + name
-                raise bad_request(
-                    f"{place}: not supported, expected {known.expected}, got {shown(given)}"
-                    f"{known.instead and '; '}{known.instead}",
+                raise wrong_field(
                     place,
+                    f"not supported, expected {known.expected}, got {shown(given)}"
+                    f"{known.instead and '; '}{known.instead}",
                     "unsupported",
                 )
         return value
@@ -71,158 +71,101 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _all(names: str, known: Known) -> dict[str, Known]:
+    """Fields, separated by spaces, that are refused alike."""
+    return dict.fromkeys(names.split(), known)
+
+
 # the names that routes have for the same
 EFFORT = "it is reasoning.effort in /v1/responses, output_config.effort in /v1/messages"
 SHAPE = "it is text.format in /v1/responses, output_config.format in /v1/messages"
 LENGTH = "it is max_output_tokens in /v1/responses, max_tokens elsewhere"
 SYSTEM = "it is instructions in /v1/responses, system in /v1/messages, a message elsewhere"
+MIDDLE = "filling in the middle is not supported"
 THOUGHT = f"use chat_template_kwargs or an effort: {EFFORT}, reasoning_effort in /v1/chat/completions"
 STATE = "this server keeps nothing between requests, send the whole input"
 TOKEN_IDS = "use return_token_ids in /v1/completions or /v1/chat/completions"
 
 PROMPT = {
+    **_all("add_special_tokens continue_final_message", _only(False)),
+    **_all("chat_template_kwargs compaction media_io_kwargs mm_processor_kwargs", _only({})),
+    **_all("conversation previous_response previous_response_id thread", _only(instead=STATE)),
+    **_all("image_data input_extra mcp_servers messages previous_input_messages prompt_embeds tools", _only([])),
+    **_all("input prompt", _only("", [])),
+    **_all("input_prefix input_suffix", _only("", instead=MIDDLE)),
+    **_all("personality truncate_prompt_tokens truncation_side web_search_options", _only()),
     "add_generation_prompt": _only(True),
-    "add_special_tokens": _only(False),
     "chat_template": _only("", instead="a template comes with the model only"),
-    "chat_template_kwargs": _only({}),
-    "compaction": _only({}),
-    "continue_final_message": _only(False),
-    "conversation": _only(instead=STATE),
     "documents": _only([], instead="put them into a message"),
     "function_call": _only("none", "auto", instead="use tool_choice"),
     "functions": _only([], instead="use tools"),
     "generation_prompt": _only(""),
-    "image_data": _only([]),
-    "input": _only("", []),
-    "input_extra": _only([]),
-    "input_prefix": _only("", instead="filling in the middle is not supported"),
-    "input_suffix": _only("", instead="filling in the middle is not supported"),
     "instructions": _only("", instead=SYSTEM),
-    "mcp_servers": _only([]),
-    "media_io_kwargs": _only({}),
-    "messages": _only([]),
-    "mm_processor_kwargs": _only({}),
     "multimodal_data": _only([], {}),
     "parallel_tool_calls": _only(True, instead="it is tool_choice.disable_parallel_tool_use in /v1/messages"),
-    "personality": _only(),
-    "previous_input_messages": _only([]),
-    "previous_response": _only(instead=STATE),
-    "previous_response_id": _only(instead=STATE),
-    "prompt": _only("", []),
-    "prompt_embeds": _only([]),
     "reasoning": _only({}, instead=THOUGHT),
     "reasoning_effort": _only(instead=EFFORT),
     "system": _only("", [], instead=SYSTEM),
     "system_prompt": _only("", {}, instead="put it into a message"),
     "thinking": _only(instead=THOUGHT),
-    "thread": _only(instead=STATE),
     "tool_choice": _only("none", "auto"),
-    "tools": _only([]),
-    "truncate_prompt_tokens": _only(),
-    "truncation_side": _only(),
-    "web_search_options": _only(),
 }
 
 FORM = {
-    "grammar": _only(""),
+    **_all("grammar grammar_type", _only("")),
+    **_all("grammar_triggers preserved_tokens", _only([])),
+    **_all("guided_choice guided_grammar guided_regex guided_whitespace_pattern structural_tag", _only()),
+    **_all("guided_json json_schema output_format", _only(instead=SHAPE)),
     "grammar_lazy": _only(False),
-    "grammar_triggers": _only([]),
-    "grammar_type": _only(""),
-    "guided_choice": _only(),
-    "guided_grammar": _only(),
-    "guided_json": _only(instead=SHAPE),
-    "guided_regex": _only(),
-    "guided_whitespace_pattern": _only(),
-    "json_schema": _only(instead=SHAPE),
     "output_config": _only({}, instead=SHAPE),
-    "output_format": _only(instead=SHAPE),
-    "preserved_tokens": _only([]),
     "response_format": _only({"type": "text"}, instead=SHAPE),
-    "structural_tag": _only(),
     "structured_outputs": _only({}),
     "text": _only({}, {"format": {"type": "text"}}, instead=SHAPE),
 }
 
 CHOICE = {
+    **_all("dry_multiplier mirostat", _only(0)),
+    **_all("dynatemp_range top_n_sigma xtc_probability", _at_most(0)),
+    **_all("early_stopping use_beam_search watermarking", _only(False)),
+    **_all("logits_processors lora samplers", _only([])),
+    **_all("tfs_z typical_p", _at_least(1)),
     "adaptive_target": Known(lambda given: _is_number(given) and given < 0, "a negative number or none"),
-    "dry_multiplier": _only(0),
-    "dynatemp_range": _at_most(0),
-    "early_stopping": _only(False),
     "length_penalty": _only(1),
-    "logits_processors": _only([]),
-    "lora": _only([]),
     "min_keep": _at_most(1),
-    "mirostat": _only(0),
     "repetition_detection": _only(),
-    "samplers": _only([]),
-    "tfs_z": _at_least(1),
-    "top_n_sigma": _at_most(0),
-    "typical_p": _at_least(1),
-    "use_beam_search": _only(False),
     "vllm_xargs": _only({}),
-    "watermarking": _only(False),
-    "xtc_probability": _at_most(0),
 }
 
 END = {
-    "max_completion_tokens": _only(-1, instead=LENGTH),
-    "max_output_tokens": _only(-1, instead=LENGTH),
-    "max_tokens": _only(-1, instead=LENGTH),
+    **_all("max_completion_tokens max_output_tokens max_tokens n_predict", _only(-1, instead=LENGTH)),
+    **_all("reasoning_budget_tokens thinking_budget_tokens thinking_token_budget", _only(-1)),
+    **_all("t_max_predict_ms t_max_prompt_ms", _at_most(0)),
     "n_indent": _only(0),
-    "n_predict": _only(-1, instead=LENGTH),
-    "reasoning_budget_tokens": _only(-1),
     "reasoning_control": _only(False),
     "stop_sequences": _only([], instead="use stop"),
-    "t_max_predict_ms": _at_most(0),
-    "t_max_prompt_ms": _at_most(0),
-    "thinking_budget_tokens": _only(-1),
-    "thinking_token_budget": _only(-1),
 }
 
 REPORT = {
-    "audio": _only(),
-    "background": _only(False),
+    **_all("audio moderation prompt_logprobs", _only()),
+    **_all("background echo enable_response_messages logprobs post_sampling_probs return_prompt_text", _only(False)),
+    **_all("return_tokens_as_token_ids thinking_forced_open verbose", _only(False)),
+    **_all("ec_transfer_params kv_transfer_params", _only({})),
+    **_all("include_reasoning parse_tool_calls", _only(True)),
+    **_all("logprob_token_ids response_fields", _only([])),
+    **_all("return_token_ids return_tokens", _only(False, instead=TOKEN_IDS)),
     "chat_format": _only(0, "Content-only"),
     "chat_parser": _only(""),
-    "ec_transfer_params": _only({}),
-    "echo": _only(False),
-    "enable_response_messages": _only(False),
-    "include_reasoning": _only(True),
-    "kv_transfer_params": _only({}),
-    "logprob_token_ids": _only([]),
-    "logprobs": _only(False),
     "modalities": _only(["text"]),
-    "moderation": _only(),
     "n_probs": _only(0, instead="use logprobs"),
-    "parse_tool_calls": _only(True),
-    "post_sampling_probs": _only(False),
-    "prompt_logprobs": _only(),
     "reasoning_format": _only("auto", "deepseek"),
-    "response_fields": _only([]),
-    "return_prompt_text": _only(False),
-    "return_token_ids": _only(False, instead=TOKEN_IDS),
-    "return_tokens": _only(False, instead=TOKEN_IDS),
-    "return_tokens_as_token_ids": _only(False),
-    "suffix": _only("", instead="filling in the middle is not supported"),
-    "thinking_forced_open": _only(False),
+    "suffix": _only("", instead=MIDDLE),
     "top_logprobs": _only(0),
-    "verbose": _only(False),
 }
 
 GENERATION = PROMPT | FORM | CHOICE | END | REPORT
 
-EMBEDDING = {
-    name: PROMPT[name]
-    for name in (
-        "chat_template",
-        "image_data",
-        "media_io_kwargs",
-        "messages",
-        "mm_processor_kwargs",
-        "multimodal_data",
-        "truncation_side",
-    )
-} | {
+OF_PROMPTS = "chat_template image_data media_io_kwargs messages mm_processor_kwargs multimodal_data truncation_side"
+EMBEDDING = {name: PROMPT[name] for name in OF_PROMPTS.split()} | {
     "embd_normalize": _only(2, instead="use normalize"),
     "embed_dtype": _only("float32"),
     "endianness": _only("native", "little"),
@@ -231,13 +174,9 @@ EMBEDDING = {
 }
 
 STRUCTURED = {
-    "disable_additional_properties": _only(False),
-    "disable_any_whitespace": _only(False),
+    **_all("disable_additional_properties disable_any_whitespace", _only(False)),
+    **_all("structural_tag whitespace_pattern", _only()),
     "disable_fallback": _only(False, True),
-    "structural_tag": _only(),
-    "whitespace_pattern": _only(),
 }
 
-STREAM = {
-    "continuous_usage_stats": _only(False),
-}
+STREAM = {"continuous_usage_stats": _only(False)}

@@ -21,8 +21,6 @@ DELTAS = dict(
 
 
 def routes(service: Service):
-    """The routes of this module."""
-
     async def messages(job: Job):
         fields = await job.read(MessagesFields)
         check_single(fields)

@@ -8,7 +8,7 @@ from lockstep.serve import structured
 from lockstep.serve.chat import Conversation
 from lockstep.serve.http.body import Fields, Items, Kinds, SimpleOr, Whole, shown
 from lockstep.serve.http.chat_fields import NO_PARAMETERS, called, choose, name_of
-from lockstep.serve.http.errors import bad_request
+from lockstep.serve.http.errors import bad_request, wrong_field
 from lockstep.serve.http.known_fields import GENERATION, PROMPT, KnownFields
 from lockstep.serve.http.sampling import MostTokens, SamplingFields
 from lockstep.serve.http.stream_fields import OwnStreamFields
@@ -114,7 +114,7 @@ class MessagesFields(CountFields, SamplingFields, OwnStreamFields):
 def conversation(fields):
     """The Conversation of CountFields. ValueError or ApiError 400 for what cannot be."""
     if not fields.messages:
-        raise bad_request("messages: expected at least one message, got none", "messages")
+        raise wrong_field("messages", "expected at least one message, got none")
     messages = [made for i, turn in enumerate(fields.messages) for made in turn_messages(f"messages[{i}]", turn)]
     if fields.system:
         messages.insert(0, dict(role="system", content=text_of(fields.system, "system")))
@@ -143,7 +143,7 @@ def tool_use(fields):
     ]
     choice = fields.tool_choice or ToolChoice(type="auto")
     if choice.type == "tool" and not choice.name:
-        raise bad_request("tool_choice: expected the name of a tool, got none", "tool_choice")
+        raise wrong_field("tool_choice", "expected the name of a tool, got none")
     mode = dict(auto="auto", none="none", any="required", tool="required")[choice.type]
     return choose(
         tools,

@@ -1,6 +1,7 @@
 """What happened, counted on the event loop and shown in Prometheus' text form."""
 
 from bisect import bisect_left
+from collections import Counter
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -47,25 +48,17 @@ class Histogram:
 class Metrics:
     """Counters and histograms of a server. Only its event loop may change them.
 
-    refused: {reason: requests}. answered: {HTTP status: requests}.
+    refused: {reason: requests} that were refused without being looked at closely. answered: {HTTP status: requests}.
     """
 
     def __init__(self, service) -> None:
         self._service = service
         self.prompt_tokens = self.generated_tokens = self.cancelled = 0
-        self.refused, self.answered = {}, {}
+        self.refused, self.answered = Counter(), Counter()
         self.first_token, self.between_tokens = Histogram(FIRST_TOKEN), Histogram(BETWEEN_TOKENS)
         self.whole_answer = Histogram(WHOLE_ANSWER)
         self._registry = CollectorRegistry()
         self._registry.register(self)
-
-    def refuse(self, reason) -> None:
-        """Counts a request that was refused without being looked at closely."""
-        self.refused[reason] = self.refused.get(reason, 0) + 1
-
-    def answer(self, status) -> None:
-        """Counts an answer by its HTTP status."""
-        self.answered[status] = self.answered.get(status, 0) + 1
 
     def text(self):
         """All metrics in Prometheus' text form, as bytes."""

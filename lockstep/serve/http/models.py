@@ -3,13 +3,10 @@
 from starlette.routing import Route
 
 from lockstep.serve.http.encode import json_response
-from lockstep.serve.http.errors import ApiError
 from lockstep.serve.http.service import Service
 
 
 def routes(service: Service):
-    """The routes of this module."""
-
     async def listed(request):
         names = service.names or [service.model_name]
         return json_response({"object": "list", "data": [described(service, name) for name in names]})
@@ -22,8 +19,7 @@ def routes(service: Service):
 
 def described(service: Service, name):
     """The model under one of its names, as OpenAI describes one. ApiError 503 while it is loading."""
-    if service.llm is None:
-        raise ApiError(503, "the model is still loading", code="loading", retry_after=1)
+    service.check_loaded()
     return dict(
         id=name,
         object="model",

@@ -40,8 +40,6 @@ FILES = {
 
 
 def routes(service: Service):
-    """The routes of this module."""
-
     async def figures(request):
         return Response(to_json(shown(service)), headers={"cache-control": "no-store"}, media_type="application/json")
 

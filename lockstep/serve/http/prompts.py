@@ -3,56 +3,52 @@
 from collections.abc import Sequence
 
 from lockstep.serve.http.body import shown, whole
-from lockstep.serve.http.errors import bad_request
+from lockstep.serve.http.errors import bad_request, check_most, wrong_field
 from lockstep.serve.http.service import Service
 from lockstep.serve.tokenizer import Tokenizer
 
 STRING_OR_IDS = "a string, an array of strings, an array of token ids or an array of such arrays"
 
 
-def read_prompts(service: Service, prompt, add_special_tokens: bool = True, most=None, keep_end: bool = True):
+def read_prompts(
+    service: Service, prompt, add_special_tokens: bool, most: int | None, field: str = "prompt", keep_end: bool = True
+) -> tuple[list[str | None], list[list[int]]]:
     """(texts, lists of token ids) of a prompt in any of its four forms; the text of ids, or of a cut text, is None.
 
-    most: tokens of each prompt, of whose content the end is kept, or else the beginning. ApiError 400.
+    most: tokens of each prompt, of whose content the end is kept, or else the beginning; None: all. field: that of the
+    body which has the prompt. ApiError 400.
     """
     prompts = prompt if isinstance(prompt, list) and not _is_ids(prompt) else [prompt]
-    if len(prompts) > service.limits.max_prompts:
-        raise bad_request(
-            f"prompt: expected at most {service.limits.max_prompts} prompts, got {len(prompts)}",
-            "prompt",
-            "invalid_value",
-        )
-    found = [_read(service, each, add_special_tokens, most, keep_end) for each in prompts]
-    return [text for text, _ in found], [ids for _, ids in found]
-
-
-def _read(service: Service, prompt, add_special_tokens, most, keep_end) -> tuple[str | None, list[int]]:
-    """The text of one prompt, unless it was cut or given as ids, and its ids."""
-    ids = _ids(service, prompt, add_special_tokens, service.max_context if most is None else service.max_counted)
-    kept = ids if most is None else shortened(service, prompt, ids, most, keep_end)
-    return prompt if isinstance(prompt, str) and len(kept) == len(ids) else None, kept
+    check_most(field, len(prompts), service.limits.max_prompts, f"{field}s")
+    texts, kept = [], []
+    for each in prompts:
+        ids = _ids(service, each, add_special_tokens, most is not None, field)
+        kept.append(ids if most is None else shortened(service, each, ids, most, keep_end))
+        texts.append(each if isinstance(each, str) and len(kept[-1]) == len(ids) else None)
+    return texts, kept
 
 
 def _is_ids(prompt) -> bool:
     return not prompt or isinstance(prompt[0], (int, float))
 
 
-def _ids(service: Service, prompt, add_special_tokens, most):
+def _ids(service: Service, prompt, add_special_tokens: bool, may_be_cut: bool, field: str) -> list[int]:
     if isinstance(prompt, str):
-        ids = text_tokenizer(service).encode(prompt, add_special_tokens, most)
+        most = service.max_counted if may_be_cut else service.max_context
+        ids = text_tokenizer(service, field).encode(prompt, add_special_tokens, most)
     elif isinstance(prompt, list):
-        ids = check_ids(service, prompt, "prompt")
+        ids = check_ids(service, prompt, field)
     else:
-        raise bad_request(f"prompt: expected {STRING_OR_IDS}, got {shown(prompt)}", "prompt", "invalid_type")
+        raise wrong_field(field, f"expected {STRING_OR_IDS}, got {shown(prompt)}", "invalid_type")
     if not ids:
-        raise bad_request("prompt: expected at least one token, got none", "prompt", "invalid_value")
+        raise wrong_field(field, "expected at least one token, got none")
     return ids
 
 
-def text_tokenizer(service: Service):
+def text_tokenizer(service: Service, field: str = "prompt") -> Tokenizer:
     """The tokenizer. ApiError 400 where there is none."""
     if service.tokenizer is None:
-        raise bad_request("this model has no tokenizer: prompts must be arrays of token ids", "prompt", "no_tokenizer")
+        raise bad_request(f"this model has no tokenizer: {field}s must be arrays of token ids", field, "no_tokenizer")
     return service.tokenizer
 
 
@@ -61,9 +57,7 @@ def check_ids(service: Service, ids: Sequence[float], where: str) -> list[int]:
     vocab, made = service.loaded.vocab_size, []
     for each in map(whole, ids):
         if type(each) is not int or not 0 <= each < vocab:
-            raise bad_request(
-                f"{where}: expected token ids from 0 to {vocab - 1}, got {shown(each)}", where, "invalid_value"
-            )
+            raise wrong_field(where, f"expected token ids from 0 to {vocab - 1}, got {shown(each)}")
         made.append(each)
     return made
 
@@ -79,11 +73,9 @@ def shortened(service: Service, given, ids: list[int], most: int, keep_end: bool
     before, after = _marks_around(text_tokenizer(service), given, ids) if isinstance(given, str) else (0, 0)
     left = most - before - after
     if left < 1:
-        raise bad_request(
-            f"truncate_prompt_tokens: expected more than the {before + after} tokens that are put around "
-            f"a text, got {most}",
+        raise wrong_field(
             "truncate_prompt_tokens",
-            "invalid_value",
+            f"expected more than the {before + after} tokens that are put around a text, got {most}",
         )
     content = ids[before : len(ids) - after]
     kept = content[-left:] if keep_end else content[:left]

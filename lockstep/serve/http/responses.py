@@ -9,10 +9,10 @@ from starlette.routing import Route
 
 from lockstep.serve.http import talk
 from lockstep.serve.http.blocks import Blocks, collect
-from lockstep.serve.http.chat_logprobs import one_logprob
 from lockstep.serve.http.encode import in_parts, json_response
 from lockstep.serve.http.errors import openai_shape
 from lockstep.serve.http.job import Generates, Job
+from lockstep.serve.http.logprobs import one_logprob
 from lockstep.serve.http.pieces import json_answer
 from lockstep.serve.http.placed import Placed
 from lockstep.serve.http.prompts import text_tokenizer
@@ -26,8 +26,6 @@ PIECES = dict(text="response.output_text", thought="response.reasoning_text", ca
 
 
 def routes(service: Service):
-    """The routes of this module."""
-
     async def responses(job: Job):
         fields = await job.read(ResponsesFields)
         refuse_state(fields)

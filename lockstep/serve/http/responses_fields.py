@@ -7,22 +7,14 @@ from pydantic import Field
 from lockstep.serve import structured
 from lockstep.serve.chat import Conversation
 from lockstep.serve.http.body import Fields, Items, Kinds, SimpleOr, Whole, shown
-from lockstep.serve.http.chat_fields import NO_PARAMETERS, called, choose, name_of
-from lockstep.serve.http.errors import bad_request
+from lockstep.serve.http.chat_fields import NO_PARAMETERS, TEXTS, Part, called, choose, name_of, text_of
+from lockstep.serve.http.errors import check_most, wrong_field
 from lockstep.serve.http.sampling import MostTokens, SamplingFields, check_single
 from lockstep.serve.http.stream_fields import OwnStreamFields
 from lockstep.serve.reasoning import template_variables
 from lockstep.serve.tool_calls.tools import Tool
 
-TEXTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text", "refusal")
-
-
-class Part(Fields):
-    """A part of a message's content."""
-
-    type: str
-    text: str | None = None
-    refusal: str | None = None
+KINDS = (*TEXTS, "summary_text", "reasoning_text")  # types of parts that an item may have
 
 
 class Item(Kinds):
@@ -111,12 +103,7 @@ class ResponsesFields(SamplingFields, OwnStreamFields):
 
 def num_logprobs(fields, limits):
     """How many alternatives to report for each token of the text; None for no log-probabilities."""
-    if (fields.top_logprobs or 0) > limits.max_logprobs:
-        raise bad_request(
-            f"top_logprobs: expected at most {limits.max_logprobs}, got {fields.top_logprobs}",
-            "top_logprobs",
-            "invalid_value",
-        )
+    check_most("top_logprobs", fields.top_logprobs or 0, limits.max_logprobs)
     wanted = fields.top_logprobs or "message.output_text.logprobs" in (fields.include or ())
     return (fields.top_logprobs or 0) if wanted else None
 
@@ -137,13 +124,9 @@ def refuse_state(fields) -> None:
     """ApiError 400 for what would need a server that remembers."""
     for name in ("previous_response_id", "conversation", "prompt"):
         if getattr(fields, name) is not None:
-            raise bad_request(
-                f"{name}: this server keeps nothing between requests, send the whole input", name, "unsupported"
-            )
+            raise wrong_field(name, "this server keeps nothing between requests, send the whole input", "unsupported")
     if fields.background:
-        raise bad_request(
-            "background: this server answers while the client waits, expected false", "background", "unsupported"
-        )
+        raise wrong_field("background", "this server answers while the client waits, expected false", "unsupported")
     check_single(fields)
 
 
@@ -157,7 +140,7 @@ def input_messages(fields):
     for i, item in enumerate(items):
         _add(made, f"input[{i}]", item)
     if not any(message["role"] != "system" for message in made):
-        raise bad_request("input: expected at least one message, got none", "input")
+        raise wrong_field("input", "expected at least one message, got none")
     return made
 
 
@@ -166,20 +149,23 @@ def _add(made, where, item) -> None:
     if kind == "message":
         _add_message(made, where, item)
     elif kind == "reasoning":
-        _answer(made)["reasoning_content"] = text_of(item.content or item.summary or "", where)
+        part = "content" if item.content else "summary"
+        _answer(made)["reasoning_content"] = text_of(getattr(item, part) or "", f"{where}.{part}", KINDS)
     elif kind == "function_call":
         call = called(item.call_id, item.name or "", item.arguments)
         _answer(made).setdefault("tool_calls", []).append(call)
     elif kind == "function_call_output":
-        made.append(dict(role="tool", tool_call_id=item.call_id, content=text_of(item.output or "", where)))
+        made.append(
+            dict(role="tool", tool_call_id=item.call_id, content=text_of(item.output or "", f"{where}.output", KINDS))
+        )
     elif kind == "item_reference":
-        raise bad_request(f"{where}: this server keeps no items, send them whole", where, "unsupported")
+        raise wrong_field(where, "this server keeps no items, send them whole", "unsupported")
 
 
 def _add_message(made, where, item) -> None:
     if item.role is None:
-        raise bad_request(f"{where}.role: this field is required", f"{where}.role", "missing_field")
-    content = text_of(item.content or "", where)
+        raise wrong_field(f"{where}.role", "this field is required", "missing_field")
+    content = text_of(item.content or "", f"{where}.content", KINDS)
     if item.role != "assistant":
         made.append(dict(role=item.role, content=content))
         return
@@ -192,18 +178,6 @@ def _answer(made):
     if not made or made[-1]["role"] != "assistant":
         made.append(dict(role="assistant", content=""))
     return made[-1]
-
-
-def text_of(content, where):
-    """The text of a text or of parts."""
-    if isinstance(content, str):
-        return content
-    for part in content:
-        if part.type not in TEXTS:
-            raise bad_request(
-                f"{where}: this model reads only text, got a part of type {shown(part.type)}", where, "unsupported"
-            )
-    return "\n".join(part.text or part.refusal or "" for part in content)
 
 
 # ---------------------------------------------------------------- tools and the form of the text
@@ -224,9 +198,9 @@ def tool_use(fields):
     if choice.type == "allowed_tools":
         names = [tool.get("name") for tool in choice.tools or () if tool.get("type") == "function"]
         return choose(tools, choice.mode or "auto", names, parallel)
-    raise bad_request(
-        f"tool_choice: expected none, auto, required, a function or allowed_tools, got {shown(choice.type)}",
+    raise wrong_field(
         "tool_choice",
+        f"expected none, auto, required, a function or allowed_tools, got {shown(choice.type)}",
         "unsupported",
     )
 
@@ -239,6 +213,6 @@ def grammar_of(fields):
     if wanted.type == "json_object":
         return structured.json_object()
     if wanted.schema_ is None:
-        raise bad_request("text.format.schema: this field is required", "text.format.schema", "missing_field")
+        raise wrong_field("text.format.schema", "this field is required", "missing_field")
     with structured.told_as("text"):
         return structured.json_schema(wanted.schema_, bool(wanted.strict))

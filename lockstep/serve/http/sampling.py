@@ -1,5 +1,6 @@
 """The fields that say how tokens are chosen, the same on every route that generates."""
 
+import dataclasses
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
@@ -8,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from lockstep.engine.request import MIN_TEMPERATURE, SamplingParams
 from lockstep.serve.http.body import Items, Whole, shown, whole
-from lockstep.serve.http.errors import bad_request, not_allowed
+from lockstep.serve.http.errors import check_most, not_allowed, wrong_field
 from lockstep.serve.http.known_fields import GENERATION, KnownFields
 from lockstep.serve.http.limits import Limits
 
@@ -80,22 +81,12 @@ class SamplingFields(KnownFields):
         return self.n_cmpl or self.n or 1
 
 
-# API field -> default; those of SamplingParams have the same names
-DEFAULTS = dict(
-    temperature=1.0,
-    top_p=1.0,
-    top_k=0,
-    min_p=0.0,
-    n=1,
-    ignore_eos=False,
-    min_tokens=0,
-    include_stop_str_in_output=False,
-    skip_special_tokens=True,
-    repetition_penalty=1.0,
-    presence_penalty=0.0,
-    frequency_penalty=0.0,
-    suppress_tokens=(),
-)
+# what becomes a field of SamplingParams as it is, and its default, where for OpenAI the temperature is 1
+DEFAULTS = {
+    each.name: each.default
+    for each in dataclasses.fields(SamplingParams)
+    if each.name in SamplingFields.model_fields and each.name not in ("seed", "stop", "stop_token_ids", "logit_bias")
+} | {"temperature": 1.0}
 LEAST_TOP_P = 1e-9
 
 
@@ -120,13 +111,14 @@ def sampling_params(
     chosen["n"] = fields.num_samples
     _check_samples(fields, limits)
     _check_window(fields, chosen)
-    _check_suppressed(fields.suppress_tokens or (), limits)
+    check_most("suppress_tokens", len(fields.suppress_tokens or ()), limits.max_logit_bias)
+    check_most("stop_token_ids", len(fields.stop_token_ids or ()), limits.max_stop)
     try:
         return SamplingParams(
             max_tokens=max_tokens,
             seed=seed,
             stop=_stop(fields.stop, limits),
-            stop_token_ids=_stop_ids(fields.stop_token_ids or [], limits),
+            stop_token_ids=tuple(fields.stop_token_ids or ()),
             logit_bias=_bias(fields.logit_bias or {}, limits),
             **chosen,
             **more,
@@ -149,10 +141,8 @@ def most_tokens(fields: SamplingFields, names: Sequence[str], room: int, default
 def _repetition_penalty(fields: SamplingFields, chosen: float) -> float:
     first, second = fields.repetition_penalty, fields.repeat_penalty
     if None not in (first, second) and first != second:
-        raise bad_request(
-            f"repeat_penalty: expected the value of repetition_penalty, {shown(first)}, or none, got {shown(second)}",
-            "repeat_penalty",
-            "invalid_value",
+        raise wrong_field(
+            "repeat_penalty", f"expected the value of repetition_penalty, {shown(first)}, or none, got {shown(second)}"
         )
     return chosen if second is None else second
 
@@ -162,14 +152,14 @@ def _check_window(fields: SamplingFields, chosen: dict) -> None:
     if chosen["repetition_penalty"] == 1 and not chosen["presence_penalty"] and not chosen["frequency_penalty"]:
         return
     if fields.repeat_last_n not in (None, -1):
-        raise bad_request(
-            f"repeat_last_n: penalties look at all tokens, expected -1 or none, got {fields.repeat_last_n}",
+        raise wrong_field(
             "repeat_last_n",
+            f"penalties look at all tokens, expected -1 or none, got {fields.repeat_last_n}",
             "unsupported",
         )
     if fields.penalize_nl is False:
-        raise bad_request(
-            "penalize_nl: penalties look at all tokens, expected true or none, got false", "penalize_nl", "unsupported"
+        raise wrong_field(
+            "penalize_nl", "penalties look at all tokens, expected true or none, got false", "unsupported"
         )
 
 
@@ -177,7 +167,7 @@ def check_single(fields: SamplingFields) -> None:
     """ApiError 400 for several samples, for routes whose answers have one."""
     if fields.num_samples != 1:
         name = _name_of_n(fields)
-        raise bad_request(f"{name}: expected 1, got {fields.num_samples}", name, "invalid_value")
+        raise wrong_field(name, f"expected 1, got {fields.num_samples}")
 
 
 def _name_of_n(fields: SamplingFields) -> str:
@@ -186,43 +176,21 @@ def _name_of_n(fields: SamplingFields) -> str:
 
 def _check_samples(fields: SamplingFields, limits: Limits) -> None:
     n, name = fields.num_samples, _name_of_n(fields)
-    if n > limits.max_samples:
-        raise bad_request(f"{name}: expected at most {limits.max_samples}, got {n}", name, "invalid_value")
+    check_most(name, n, limits.max_samples)
     if fields.best_of not in (None, n):
-        raise bad_request(
-            f"best_of: expected none or the value of {name}, {n}, got {fields.best_of}", "best_of", "unsupported"
-        )
-
-
-def _check_suppressed(ids, limits) -> None:
-    if len(ids) > limits.max_logit_bias:
-        raise bad_request(
-            f"suppress_tokens: expected at most {limits.max_logit_bias}, got {len(ids)}", "suppress_tokens"
-        )
+        raise wrong_field("best_of", f"expected none or the value of {name}, {n}, got {fields.best_of}", "unsupported")
 
 
 def _stop(stop, limits):
     strings = [each for each in ([stop] if isinstance(stop, str) else stop or []) if each]
-    if len(strings) > limits.max_stop:
-        raise bad_request(f"stop: expected at most {limits.max_stop} strings, got {len(strings)}", "stop")
-    longest = max(map(len, strings), default=0)
-    if longest > limits.max_stop_chars:
-        raise bad_request(f"stop: expected at most {limits.max_stop_chars} characters, got {longest}", "stop")
+    check_most("stop", len(strings), limits.max_stop, "strings")
+    check_most("stop", max(map(len, strings), default=0), limits.max_stop_chars, "characters")
     return tuple(strings)
 
 
-def _stop_ids(ids, limits):
-    if len(ids) > limits.max_stop:
-        raise bad_request(f"stop_token_ids: expected at most {limits.max_stop}, got {len(ids)}", "stop_token_ids")
-    return tuple(ids)
-
-
 def _bias(biases, limits):
-    if len(biases) > limits.max_logit_bias:
-        raise bad_request(
-            f"logit_bias: expected at most {limits.max_logit_bias} tokens, got {len(biases)}", "logit_bias"
-        )
+    check_most("logit_bias", len(biases), limits.max_logit_bias, "tokens")
     for token in biases:
         if not (token.isascii() and token.isdecimal() and len(token) < 10):
-            raise bad_request(f"logit_bias: expected token ids as keys, got {token[:20]!r}", "logit_bias")
+            raise wrong_field("logit_bias", f"expected token ids as keys, got {token[:20]!r}")
     return {int(token): bias for token, bias in biases.items()}

@@ -148,7 +148,7 @@ class Service:
         trouble = self.engine_trouble
         if self.state in REFUSED or self.state == "closed" or trouble:
             reason = self.state if self.state != "ready" else "engine"
-            self.metrics.refuse(reason)
+            self.metrics.refused[reason] += 1
             raise ApiError(
                 503,
                 REFUSED.get(self.state, trouble or "the server is closed"),
@@ -172,6 +172,11 @@ class Service:
     def most_sequences(self) -> int:
         """Sequences that may run and wait together."""
         return self.loaded.max_requests + self.limits.max_queued
+
+    def check_loaded(self) -> None:
+        """ApiError 503 while the model is loading."""
+        if self.llm is None:
+            raise ApiError(503, REFUSED["loading"], code="loading", retry_after=1)
 
     def check_workers(self) -> None:
         """ApiError 429 if too much waits for a worker. For routes that are not admitted as sequences are."""
@@ -204,7 +209,7 @@ class Service:
 
     def full(self, reason: str, message: str) -> ApiError:
         """ApiError 429, counted under its reason, which also is its code."""
-        self.metrics.refuse(reason)
+        self.metrics.refused[reason] += 1
         return ApiError(429, f"the server is busy: {message}", code=reason, retry_after=self._retry_after())
 
     def _retry_after(self) -> int:

@@ -9,8 +9,6 @@ from lockstep.serve.http.service import Service
 
 
 def routes(service: Service):
-    """The routes of this module."""
-
     async def health(request):
         """503 where only a restart helps."""
         trouble = service.trouble

@@ -6,7 +6,7 @@ from pydantic import model_validator
 
 from lockstep.serve.http.body import Fields
 from lockstep.serve.http.encode import to_text
-from lockstep.serve.http.errors import bad_request
+from lockstep.serve.http.errors import wrong_field
 from lockstep.serve.http.known_fields import STREAM, KnownFields
 
 
@@ -26,7 +26,7 @@ class StreamFields(Fields):
     @model_validator(mode="after")
     def _check_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
-            raise bad_request("stream_options: expected stream to be true, too", "stream_options", "invalid_value")
+            raise wrong_field("stream_options", "expected stream to be true, too")
         return self
 
     @property

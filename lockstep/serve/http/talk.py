@@ -2,7 +2,7 @@
 
 from lockstep.engine.request import Request
 from lockstep.serve.http.body import read_fields
-from lockstep.serve.http.errors import ApiError, bad_request
+from lockstep.serve.http.errors import bad_request
 from lockstep.serve.http.job import Job
 from lockstep.serve.http.prompts import text_tokenizer
 from lockstep.serve.http.sampling import most_tokens, sampling_params
@@ -65,11 +65,7 @@ def chat_model(service: Service):
 
 async def count(request, service: Service, fields_type, make_conversation):
     """How many tokens the prompt of a request has, which is read as fields_type."""
-    if service.llm is None:
-        raise ApiError(503, "the model is still loading", code="loading", retry_after=1)
-    service.check_workers()
     fields = await read_fields(request, service, fields_type)
-    service.name_in_answers(fields.model)
 
     def counted() -> int:
         prompt = chat_model(service).prompt(make_conversation(fields))

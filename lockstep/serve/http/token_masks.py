@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lockstep.serve.http.errors import bad_request
+from lockstep.serve.http.errors import check_most, wrong_field
 from lockstep.serve.http.prompts import check_ids, text_tokenizer
 
 if TYPE_CHECKING:
@@ -94,9 +94,7 @@ def token_mask(service: Service, fields) -> Callable | None:
         return None
     if allowed is not None:
         if not allowed:
-            raise bad_request(
-                "allowed_token_ids: expected at least one token id, got none", "allowed_token_ids", "invalid_value"
-            )
+            raise wrong_field("allowed_token_ids", "expected at least one token id, got none")
         allowed = check_ids(service, allowed, "allowed_token_ids")
     banned = bad_sequences(service, words or [])
     vocab_size, ends = service.loaded.vocab_size, sorted(service.loaded.engine.eos_ids)
@@ -106,22 +104,17 @@ def token_mask(service: Service, fields) -> Callable | None:
 def bad_sequences(service: Service, words: list[str]) -> list[list[int]]:
     """Token ids of words, in the middle of a text and, where that is another single token, after a space: as vLLM."""
     limits, made = service.limits, []
-    if len(words) > limits.max_logit_bias:
-        raise bad_request(
-            f"bad_words: expected at most {limits.max_logit_bias} words, got {len(words)}", "bad_words", "invalid_value"
-        )
+    check_most("bad_words", len(words), limits.max_logit_bias, "words")
     for word in words:
         if not word.strip() or len(word) > limits.max_stop_chars:
-            raise bad_request(
-                f"bad_words: expected words of 1 to {limits.max_stop_chars} characters, got {word[:80]!r}",
-                "bad_words",
-                "invalid_value",
+            raise wrong_field(
+                "bad_words", f"expected words of 1 to {limits.max_stop_chars} characters, got {word[:80]!r}"
             )
         encode = text_tokenizer(service).encode
         plain = encode(word.lstrip(), add_special_tokens=False)
         spaced = encode(f" {word.lstrip()}", add_special_tokens=False)
         if not plain:
-            raise bad_request(f"bad_words: expected words that have tokens, got {word!r}", "bad_words", "invalid_value")
+            raise wrong_field("bad_words", f"expected words that have tokens, got {word!r}")
         made.append(plain)
         if len(spaced) == len(plain) and spaced[0] != plain[0]:
             made.append(spaced)

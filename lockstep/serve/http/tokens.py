@@ -11,8 +11,8 @@ from lockstep.serve.http import talk
 from lockstep.serve.http.body import Fields, Items, Whole, read_fields
 from lockstep.serve.http.chat_fields import ChatFields, Message, conversation
 from lockstep.serve.http.encode import json_response, to_json
-from lockstep.serve.http.errors import ApiError, bad_request
-from lockstep.serve.http.legacy_logprobs import token_text
+from lockstep.serve.http.errors import bad_request
+from lockstep.serve.http.logprobs import token_text
 from lockstep.serve.http.prompts import check_ids, text_tokenizer
 from lockstep.serve.http.service import Service
 
@@ -34,27 +34,16 @@ class DetokenizeFields(Fields):
 
 
 def routes(service: Service):
-    """The routes of this module."""
-
-    async def prepare(request, fields):
-        if service.llm is None:
-            raise ApiError(503, "the model is still loading", code="loading", retry_after=1)
-        service.check_workers()
-        found = await read_fields(request, service, fields)
-        service.name_in_answers(found.model)
-        return found
-
     async def tokenize(request):
-        fields = await prepare(request, TokenizeFields)
+        fields = await read_fields(request, service, TokenizeFields)
         return json_response(await service.offload(tokenized, service, fields))
 
     async def detokenize(request):
-        fields = await prepare(request, DetokenizeFields)
+        fields = await read_fields(request, service, DetokenizeFields)
         return json_response(await service.offload(detokenized, service, fields))
 
     async def info(request):
-        if service.llm is None:
-            raise ApiError(503, "the model is still loading", code="loading", retry_after=1)
+        service.check_loaded()
         return json_response(tokenizer_info(service))
 
     return [

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from lockstep.engine.request import Request, SamplingParams
-from lockstep.serve.http.errors import bad_request
+from lockstep.serve.http.errors import wrong_field
 
 Prompts = Sequence[tuple[list[int], SamplingParams]]
 
@@ -45,10 +45,10 @@ def within(prompts: Prompts, most: int, max_context: int) -> Prompts:
     shorter = [made for ids, params in prompts if (made := _shorter(ids, params, most // len(prompts))) is not None]
     if all(len(ids) + params.max_tokens == max_context for ids, params in prompts) and len(shorter) == len(prompts):
         return shorter
-    raise bad_request(
-        f"max_tokens: all samples of all prompts together may have {found} tokens and log-probabilities "
-        f"(samples x max_tokens x (1 + logprobs), and those of prompts), expected at most {most}",
+    raise wrong_field(
         "max_tokens",
+        f"all samples of all prompts together may have {found} tokens and log-probabilities "
+        f"(samples x max_tokens x (1 + logprobs), and those of prompts), expected at most {most}",
         "answer_too_large",
     )
 

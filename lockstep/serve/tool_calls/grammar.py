@@ -1,5 +1,7 @@
 """Grammars that hold a model to calls of the tools that there are, with arguments that their schemas allow."""
 
+from collections.abc import Sequence
+
 from lockstep.serve.structured import MAX_GRAMMAR_BYTES, dump, quote, with_options
 
 MAX_CALLS = 16
@@ -58,6 +60,13 @@ def json_object(lark, name, tool, keys, more: str = ""):
     arguments = lark.json(f"{name}_arguments", tool.arguments, tool.strict)
     head = f'{{"{keys[0]}": {quote(tool.name)}, "{keys[1]}": '
     return lark.rule(name, quote(head), arguments, more, quote("}"))
+
+
+def marked_calls(lark: "Lark", options: Sequence[str], parallel: bool) -> None:
+    """Rules `call` and `calls` for calls that stand between <tool_call> and </tool_call>, each one of the options."""
+    lark.rule("call", quote("\n"), either(options), quote("\n"), lark.mark("</tool_call>"))
+    marked = lark.rule("marked", lark.mark("<tool_call>"), "call")
+    lark.rule("calls", several(marked, quote("\n"), parallel))
 
 
 def several(call, separator, parallel):

@@ -1,7 +1,6 @@
 """<tool_call>\\n{"name": ..., "arguments": {...}}\\n</tool_call>, as Hermes, Qwen and SmolLM3 write calls."""
 
-from lockstep.serve.structured import quote
-from lockstep.serve.tool_calls.grammar import either, json_object, several
+from lockstep.serve.tool_calls.grammar import json_object, marked_calls
 from lockstep.serve.tool_calls.readers import after_space, json_call
 
 KEYS = ("arguments", "parameters")
@@ -15,6 +14,4 @@ def read(calls):
 def rules(lark, tools, parallel) -> None:
     """Adds rules `call`, for what follows the mark of one call, and `calls`."""
     objects = [json_object(lark, f"tool_{i}", tool, ("name", "arguments")) for i, tool in enumerate(tools)]
-    lark.rule("call", quote("\n"), either(objects), quote("\n"), lark.mark("</tool_call>"))
-    marked = lark.rule("marked", lark.mark("<tool_call>"), "call")
-    lark.rule("calls", several(marked, quote("\n"), parallel))
+    marked_calls(lark, objects, parallel)

@@ -16,18 +16,9 @@ Reader = Generator[None, str, None]
 
 SPACE = " \t\r\n"
 CLOSING = {"{": "}", "[": "]"}
-CONSTANTS = {
-    "true": "true",
-    "false": "false",
-    "null": "null",
-    "True": "true",
-    "False": "false",
-    "None": "null",
-    "undefined": "null",
-    "NaN": "null",
-    "Infinity": "null",
-    "-Infinity": "null",
-}
+CONSTANTS = {"true": "true", "True": "true", "false": "false", "False": "false"} | dict.fromkeys(
+    ("null", "None", "undefined", "NaN", "Infinity", "-Infinity"), "null"
+)
 NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 NEARLY_NUMBER = re.compile(r"[+-]?([1-9][0-9]*\.?|0?\.[0-9]+|[1-9][0-9]*\.[0-9]+)")
 KEY, COLON, VALUE, END = range(4)  # what may come next: a key, what follows a key, a value, what follows a value

@@ -6,7 +6,7 @@ from functools import cached_property
 from itertools import product
 from typing import Any
 
-from lockstep.serve.schemas import resolved
+from lockstep.serve.schemas import target
 from lockstep.serve.tool_calls.texts import alternatives, both, matches
 
 MAX_SHAPES = 64
@@ -109,10 +109,7 @@ class _Search:
     def _choices(self, schema) -> Iterator[list]:
         """Lists of schemas: an object fits one of each."""
         if "$ref" in schema:
-            found = resolved(schema["$ref"], self._root)
-            if not isinstance(found, (dict, bool)):
-                raise ValueError(f"$ref: {schema['$ref']!r:.200} leads to no schema inside of the schema")
-            yield [found]
+            yield [target(schema["$ref"], self._root)]
         yield from (schema[word] for word in ("anyOf", "oneOf") if isinstance(schema.get(word), list))
         whole = schema.get("allOf")
         yield from ([part] for part in (whole if isinstance(whole, list) else ()))

@@ -85,13 +85,8 @@ HOW_TO_CALL = """To call one, write its name and arguments as JSON:
 
 def written_out(use) -> str:
     """Instructions for models whose chat template knows no tools; calls are then written in Hermes' style."""
-    listed = "\n".join(as_line(tool) for tool in use.tools)
+    listed = "\n".join(json.dumps(tool.for_template(), ensure_ascii=False) for tool in use.tools)
     return f"You can call functions. These are their signatures:\n<tools>\n{listed}\n</tools>\n{HOW_TO_CALL}"
-
-
-def as_line(tool):
-    """A tool as one line of JSON."""
-    return json.dumps(tool.for_template(), ensure_ascii=False)
 
 
 def as_call(function) -> str:

@@ -9,7 +9,7 @@ import re
 from lockstep.serve.schemas import self_contained
 from lockstep.serve.structured import quote
 from lockstep.serve.tool_calls.events import CallEnd
-from lockstep.serve.tool_calls.grammar import either, several
+from lockstep.serve.tool_calls.grammar import either, marked_calls
 from lockstep.serve.tool_calls.json_text import json_value, repaired
 from lockstep.serve.tool_calls.readers import MAX_NAME, NotACall, after_space, expect, ignore, name_until, until
 from lockstep.serve.tool_calls.shapes import IGNORED, MAX_NAMES, Shape, kinds, shapes
@@ -205,10 +205,7 @@ def is_writable(key):
 
 def rules(lark, tools, parallel) -> None:
     """Adds rules `call`, for what follows the mark of one call, and `calls`. Parameters come in the schema's order."""
-    made = [_function(lark, f"tool_{i}", tool) for i, tool in enumerate(tools)]
-    lark.rule("call", quote("\n"), either(made), quote("\n"), lark.mark("</tool_call>"))
-    marked = lark.rule("marked", lark.mark("<tool_call>"), "call")
-    lark.rule("calls", several(marked, quote("\n"), parallel))
+    marked_calls(lark, [_function(lark, f"tool_{i}", tool) for i, tool in enumerate(tools)], parallel)
 
 
 def _function(lark, name, tool):

@@ -10,8 +10,8 @@ import pytest
 from lockstep.engine.request import SamplingParams
 from lockstep.serve.http.encode import PART, Parts, in_parts, json_pieces, to_json
 from lockstep.serve.http.errors import ApiError
-from lockstep.serve.http.legacy_logprobs import LegacyLogprobs, joined
 from lockstep.serve.http.limits import Limits
+from lockstep.serve.http.logprobs import LegacyLogprobs, joined
 from lockstep.serve.http.pieces import LARGE
 from lockstep.serve.http.values import num_logprobs, num_values, within
 from tests.serve.http.program import program

@@ -1,6 +1,10 @@
-"""Log-probabilities in the shape of /v1/completions: parallel lists, alternatives by their text."""
+"""Log-probabilities as OpenAI's two routes and vLLM report them."""
 
-from lockstep.serve.http.encode import in_parts
+from typing import Any
+
+from lockstep.engine.request import Request
+from lockstep.serve.http.encode import Parts, in_parts
+from lockstep.serve.http.errors import wrong_field
 from lockstep.serve.tokenizer import Detokenizer, Tokenizer, answer_reader
 
 
@@ -92,3 +96,66 @@ class LegacyLogprobs:
 def joined(first, second):
     """Two parts, one after the other."""
     return {name: first[name] + second[name] for name in first}
+
+
+def chat_logprobs(tokenizer: Tokenizer, request: Request, start: int, end: int) -> dict[str, Any]:
+    """Those of output tokens start .. end of a request."""
+    tops = request.top_logprobs or [{}] * end
+    each = zip(request.output_ids[start:end], request.logprobs[start:end], tops[start:end], strict=True)
+    return dict(content=[one_logprob(tokenizer, *of_token) for of_token in each], refusal=None)
+
+
+def whole_logprobs(tokenizer: Tokenizer, request: Request) -> dict[str, Any]:
+    """Those of a finished request, in parts."""
+    return dict(
+        refusal=None,
+        content=in_parts(
+            len(request.output_ids), lambda start, end: chat_logprobs(tokenizer, request, start, end)["content"]
+        ),
+    )
+
+
+def one_logprob(tokenizer: Tokenizer, token_id: int, logprob: float, top: dict[int, float] | None) -> dict[str, Any]:
+    """That of one token. top: {id: log-probability} of the likeliest in its place, or None."""
+    made = _described(tokenizer, token_id, logprob)
+    return made | dict(top_logprobs=[_described(tokenizer, other, value) for other, value in (top or {}).items()])
+
+
+def _described(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
+    return dict(token=token_text(tokenizer, token_id), logprob=logprob, bytes=list(tokenizer.token_bytes(token_id)))
+
+
+def check_prompt_logprobs(fields) -> None:
+    """ApiError 400 where the prompt_logprobs of a completion or chat have no place in the answer."""
+    if fields.prompt_logprobs is None:
+        return
+    if fields.stream:
+        raise wrong_field("prompt_logprobs", "not in a stream, expected none or stream to be false", "unsupported")
+    if getattr(fields, "echo", None) and fields.logprobs is not None:
+        raise wrong_field(
+            "prompt_logprobs", "expected none beside echo with logprobs, which reports the same", "unsupported"
+        )
+
+
+def prompt_logprobs(tokenizer: Tokenizer | None, request) -> Parts:
+    """Those of a finished request, an array: None for the first token, then {id: {"logprob", "rank", "decoded_token"}}
+    of the likeliest tokens and of the prompt's own, whose rank is None where it is not among them."""
+    tops = request.prompt_top_logprobs or [{}] * len(request.prompt_logprobs)
+    known = list(zip(request.prompt_ids[1:], request.prompt_logprobs, tops, strict=True))
+
+    def of_tokens(start: int, end: int) -> list[dict | None]:
+        made: list[dict | None] = [_of_token(tokenizer, *each) for each in known[max(0, start - 1) : end - 1]]
+        return made if start else [None, *made]
+
+    return in_parts(1 + len(known), of_tokens)
+
+
+def _of_token(tokenizer: Tokenizer | None, token_id: int, logprob: float, top: dict[int, float]) -> dict:
+    ranked: dict[int, tuple[float, int | None]] = {}
+    for rank, (other, value) in enumerate(top.items(), 1):
+        ranked[other] = value, rank
+    ranked.setdefault(token_id, (logprob, None))
+    return {
+        str(other): dict(logprob=value, rank=rank, decoded_token=token_text(tokenizer, other))
+        for other, (value, rank) in ranked.items()
+    }

@@ -32,16 +32,12 @@ def prompts_without_tools(tokenizer) -> Callable[..., str]:
 
 def rendered(tokenizer, abilities: Abilities, messages: Sequence[Mapping], tools: Sequence[Tool], **variables) -> str:
     """The text of a prompt; see `render`. Nothing that was said beside calls is missing."""
-    beside = (
-        {}
-        if abilities.beside_calls
-        else {
-            number: message["content"]
-            for number, message in enumerate(messages)
-            if message.get("tool_calls") and isinstance(message.get("content"), str) and message["content"]
-        }
-    )
-    if not beside:
+    beside = {
+        number: content
+        for number, message in enumerate(messages)
+        if message.get("tool_calls") and isinstance(content := message.get("content"), str) and content
+    }
+    if abilities.beside_calls or not beside:
         return render(tokenizer, abilities.tools, messages, tools, **variables)
     said = repr(messages)
     mark = next(made for n in count() if (made := f"call{n}of") not in said)

@@ -11,40 +11,23 @@ from lockstep.engine.request import MIN_TEMPERATURE, SamplingParams
 from lockstep.weights.mapped import read_json_object
 
 FILE = "generation_config.json"
-KNOWN = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "suppress_tokens")
 # numbers that change nothing
 NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+KNOWN = (*NEUTRAL, "suppress_tokens")
 DRAWS = NEUTRAL.keys() - {"repetition_penalty"}  # they say how a token is drawn, where tokens are drawn at all
 CAUTIOUS = {"temperature": 0.7, "top_p": 0.95}  # for people who talk with a model whose makers say nothing
-GGUF_KEYS = {
-    "temp": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "penalty_repeat": "repetition_penalty",
-}
+GGUF_KEYS = {"temp": "temperature", "penalty_repeat": "repetition_penalty"}  # where the names are others
 GGUF, GGUF_PREFIX = "the GGUF file's general.sampling", "general.sampling."
 # what would change answers and is not done here -> the values that ask for nothing
 NOT_DONE = {
-    "typical_p": (1, 1.0),
-    "epsilon_cutoff": (0, 0.0),
-    "eta_cutoff": (0, 0.0),
-    "num_beams": (1,),
-    "penalty_alpha": (0,),
-    "no_repeat_ngram_size": (0,),
-    "bad_words_ids": ([],),
-    "begin_suppress_tokens": ([],),
-    "force_words_ids": ([],),
+    **dict.fromkeys(("typical_p", "num_beams", "guidance_scale"), (1,)),
+    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "penalty_alpha", "no_repeat_ngram_size"), (0,)),
+    **dict.fromkeys(("min_length", "min_new_tokens"), (0,)),
+    **dict.fromkeys(("bad_words_ids", "begin_suppress_tokens", "force_words_ids"), ([],)),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty", "top_h"), ()),
     "sequence_bias": ({}, []),
-    "guidance_scale": (1, 1.0),
-    "forced_bos_token_id": (),
-    "forced_eos_token_id": (),
-    "min_length": (0,),
-    "min_new_tokens": (0,),
-    "exponential_decay_length_penalty": (),
-    "top_h": (),
 }
-GGUF_NOT_DONE = {"xtc_probability": (0, 0.0), "mirostat": (0,), "sequence": ()}
+GGUF_NOT_DONE = {"xtc_probability": (0,), "mirostat": (0,), "sequence": ()}
 log = logging.getLogger("lockstep.generation_config")
 Warn = Callable[..., None]  # called with a format and its arguments, as loggers are
 

@@ -284,9 +284,7 @@ class LLM:
         each: list[Any] = list(params) if isinstance(params, (list, tuple)) else [params] * len(prompts)
         if len(each) != len(prompts):
             raise ValueError(f"params: expected one or {len(prompts)}, got {len(each)}")
-        started = self._start_all(prompts, each)
-        self._run([s for streams in started for s in streams])
-        return [_completion(*streams) for streams in started]
+        return [_completion(*streams) for streams in self._answered(prompts, each)]
 
     @functools.cached_property
     def pooling(self) -> str:
@@ -303,16 +301,15 @@ class LLM:
         cannot run, or for which the model gives no finite numbers.
         """
         prompts, params = _prompt_list(prompts), SamplingParams(pooling=self.pooling if pooling is None else pooling)
-        started = self._start_all(prompts, [params] * len(prompts))
-        self._run([s for streams in started for s in streams])
+        started = self._answered(prompts, [params] * len(prompts))
         failed = next((s.request.error for streams in started for s in streams if s.request.error), None)
         if failed is not None:
             raise ValueError(failed)
         made = [pool.embedding(normalize) for streams in started if (pool := streams[0].request.pool) is not None]
         return np.stack(made) if made else np.zeros((0, self.hidden_size), np.float32)
 
-    def _start_all(self, prompts: list[Prompt], each: Sequence[SamplingParams]) -> list[list[Stream]]:
-        """Starts every prompt's samples, or none if one prompt is refused."""
+    def _answered(self, prompts: list[Prompt], each: Sequence[SamplingParams]) -> list[list[Stream]]:
+        """Runs every prompt's samples to their end, or none if one prompt is refused."""
         started = []
         try:
             for prompt, params in zip(prompts, each, strict=True):
@@ -320,6 +317,7 @@ class LLM:
         except BaseException:
             self._cancel([s for streams in started for s in streams])
             raise
+        self._run([s for streams in started for s in streams])
         return started
 
     def _run(self, streams: Sequence[Stream]) -> None:

@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
 
 import llguidance
 from llguidance import TokenizerWrapper
@@ -23,24 +24,20 @@ GIVEN = "given"  # the name of a Lark grammar that a user wrote
 PLACE, LINES, SOURCE = r"(at )?\d+\(\d+\): ", r"\n +(\d+ \||\^).*", r"\S*\.rs:\d+(:\d+)?:?"
 
 
+@dataclass
 class Vocabulary:
     """Tokens with the attributes that llguidance reads. tokens: their bytes; tokenize: a text's token ids, or none."""
 
-    is_tokenizer_wrapper = True
+    is_tokenizer_wrapper: ClassVar = True
 
-    def __init__(
-        self,
-        tokens: list[bytes],
-        special_ids: list[int],
-        eos_id: int,
-        bos_id: int | None,
-        tokenize: Tokenize | None = None,
-    ) -> None:
-        self.tokens, self.special_token_ids, self.eos_token_id, self.bos_token_id = tokens, special_ids, eos_id, bos_id
-        self._tokenize = tokenize
+    tokens: list[bytes]
+    special_token_ids: list[int]
+    eos_token_id: int
+    bos_token_id: int | None
+    tokenize: Tokenize
 
     def __call__(self, text: str) -> Sequence[int]:
-        return self._tokenize(text) if self._tokenize else []
+        return self.tokenize(text)
 
 
 def new_reader(vocabulary: Vocabulary, size: int, eos_ids: list[int]) -> llguidance.LLTokenizer:

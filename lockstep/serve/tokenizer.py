@@ -54,8 +54,10 @@ class Tokenizer:
     only_decodes: str | None = None
     template_process: TemplateProcess = field(default_factory=TemplateProcess, repr=False, compare=False)
     # templates, or what is wrong with them, by name
-    compiled_templates: dict[str, ChatTemplate | str] = field(default_factory=dict, repr=False, compare=False)
-    _bytes_of_id: dict[int, bytes] = field(default_factory=dict, repr=False, compare=False)
+    compiled_templates: dict[str, ChatTemplate | str] = field(
+        init=False, default_factory=dict, repr=False, compare=False
+    )
+    _bytes_of_id: dict[int, bytes] = field(init=False, default_factory=dict, repr=False, compare=False)
 
     def encode(self, text: str, add_special_tokens: bool = True, most: int | None = None) -> list[int]:
         """Token ids of `text`; special tokens written out in it are recognised.
@@ -307,7 +309,9 @@ def tokenizer_from_gguf(metadata: Mapping[str, object]) -> Tokenizer:
 def _with_end_mark(tokenizer: Tokenizer) -> Tokenizer:
     """The tokenizer with the mark that its chat template ends an answer with among its ends, whatever files say."""
     mark = end_mark(tokenizer)
-    return tokenizer if mark is None else replace(tokenizer, eos_ids=tokenizer.eos_ids | {mark})
+    made = tokenizer if mark is None else replace(tokenizer, eos_ids=tokenizer.eos_ids | {mark})
+    made.compiled_templates.update(tokenizer.compiled_templates)
+    return made
 
 
 def _templates_of_gguf(metadata: Mapping[str, object]) -> dict[str, str]:

@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 
 from lockstep import SamplingParams
-from lockstep.serve.http.logprobs import LegacyLogprobs, joined
+from lockstep.serve.http.logprobs import LegacyLogprobs
 from lockstep.serve.tokenizer import Detokenizer, Tokenizer, answer_reader, load_tokenizer, tokenizer_from_gguf
 from tests.serve.vocabularies import words_metadata, write_folder
 
@@ -86,11 +86,11 @@ def test_decoding_alone_begins_a_text(tokenizer):
 def test_logprobs_tell_tokens_and_offsets_of_the_text(tokenizer):
     the, cat, s = ids_of(tokenizer, "▁the", "▁cat", "s")
     request = asked([tokenizer.bos_id, the, cat], [s, the, cat])
-    reader = LegacyLogprobs(tokenizer)
-    alone = reader.output(request, 0, 2), reader.output(request, 2, 3)
-    assert joined(*alone)["tokens"] == ["s", " the", " cat"] and joined(*alone)["text_offset"] == [0, 1, 5]
-    reader = LegacyLogprobs(tokenizer)
-    echoed = joined(reader.prompt(request), reader.output(request, 0, 3))
+    logprobs = LegacyLogprobs(tokenizer, request, with_prompt=False)
+    first, second = logprobs.part(0, 2), logprobs.part(2, 3)
+    assert first["tokens"] + second["tokens"] == ["s", " the", " cat"]
+    assert first["text_offset"] + second["text_offset"] == [0, 1, 5]
+    echoed = LegacyLogprobs(tokenizer, request, with_prompt=True).part(0, 3)
     assert echoed["tokens"] == ["<s>", "the", " cat", "s", " the", " cat"]
     assert echoed["text_offset"] == [0, 0, 3, 7, 8, 12]
     assert "".join(echoed["tokens"][1:]) == tokenizer.decode([the, cat, s, the, cat])

@@ -21,8 +21,6 @@ from lockstep.serve.http.stream_fields import ChunkEnd
 from lockstep.serve.reasoning import PlainParser
 from lockstep.serve.tool_calls.events import Arguments, CallStart, Content, Reasoning
 
-MOST_TOKENS = ("n_predict", "max_completion_tokens", "max_tokens")  # names of the same, the first that is given counts
-
 
 def routes(service: Service):
     async def chat(job: Job):
@@ -30,14 +28,8 @@ def routes(service: Service):
         logprobs = _logprobs(fields, service.limits)
         check_prompt_logprobs(fields)
         _check_generation_prompt(fields)
-        new_parser = await talk.start(
-            job,
-            fields,
-            lambda: conversation(fields),
-            MOST_TOKENS,
-            logprobs=logprobs,
-            prompt_logprobs=fields.prompt_logprobs,
-        )
+        reports = dict(logprobs=logprobs, prompt_logprobs=fields.prompt_logprobs)
+        new_parser = await talk.start(job, fields, conversation, **reports)
         answer = Answer(job, fields, new_parser)
         if fields.stream:
             return EventStream(job, answer.events())

@@ -13,7 +13,7 @@ from lockstep.serve.http.errors import check_most
 from lockstep.serve.http.forms import FormFields, masks
 from lockstep.serve.http.job import Generates, Job
 from lockstep.serve.http.limits import Limits
-from lockstep.serve.http.logprobs import LegacyLogprobs, check_prompt_logprobs, joined, prompt_logprobs
+from lockstep.serve.http.logprobs import LegacyLogprobs, check_prompt_logprobs, prompt_logprobs
 from lockstep.serve.http.pieces import json_answer
 from lockstep.serve.http.prompts import read_prompts
 from lockstep.serve.http.sampling import UNTIL_FULL, MostTokens, SamplingFields, most_tokens, sampling_params
@@ -23,7 +23,6 @@ from lockstep.serve.http.stream_fields import ChunkEnd, StreamFields
 from lockstep.serve.http.token_masks import UntilComplete, narrowing, token_mask
 
 DEFAULT_TOKENS = 16
-MOST_TOKENS = ("n_predict", "max_completion_tokens", "max_tokens")  # names of the same, the first that is given counts
 MostTokensOrNone = Annotated[Whole, Field(ge=UNTIL_FULL)]
 
 
@@ -45,7 +44,7 @@ class CompletionFields(SamplingFields, FormFields, StreamFields):
     @property
     def is_empty(self) -> bool:
         """Whether no token of an answer is wanted."""
-        return most_tokens(self, MOST_TOKENS, 1, DEFAULT_TOKENS) == 0
+        return most_tokens(self, 1, DEFAULT_TOKENS) == 0
 
 
 def routes(service: Service):
@@ -90,14 +89,14 @@ def _most_prompt(fields, max_context):
     """How many tokens of a prompt are kept: with UNTIL_FULL those that leave room for the answer; None: all."""
     if fields.truncate_prompt_tokens != UNTIL_FULL:
         return fields.truncate_prompt_tokens
-    wanted = most_tokens(fields, MOST_TOKENS, max_context, DEFAULT_TOKENS)
+    wanted = most_tokens(fields, max_context, DEFAULT_TOKENS)
     return max_context - (wanted if 1 <= wanted < max_context else 1)
 
 
 def _params(fields, service: Service, num_prompt, mask):
     """SamplingParams of one prompt. A request for no tokens runs for one, which nobody gets to see."""
     room = max(1, service.max_context - num_prompt)
-    max_tokens = max(1, most_tokens(fields, MOST_TOKENS, room, DEFAULT_TOKENS))
+    max_tokens = max(1, most_tokens(fields, room, DEFAULT_TOKENS))
     wants_prompt = fields.echo and fields.logprobs is not None
     return sampling_params(
         fields,
@@ -135,18 +134,12 @@ class Answer:
         reason = "length" if self.is_empty else request.finish_reason
         made = dict(index=number, text=self.echoed(number) + text, logprobs=None, finish_reason=reason)
         if self.fields.logprobs is not None:
-            made["logprobs"] = LegacyLogprobs(self.tokenizer).whole(request, bool(self.fields.echo), num_output)
+            made["logprobs"] = LegacyLogprobs(self.tokenizer, request, bool(self.fields.echo)).whole(num_output)
         if self.fields.prompt_logprobs is not None:
             made["prompt_logprobs"] = prompt_logprobs(self.tokenizer, request)
         if self.fields.return_token_ids:
             made |= dict(prompt_token_ids=request.prompt_ids, token_ids=request.output_ids[:num_output])
         return made
-
-    def logprobs(self, reader, request, start, end):
-        """Those of output tokens start .. end, after the prompt's, if it is echoed."""
-        if not self.fields.echo or start:
-            return reader.output(request, start, end)
-        return joined(reader.prompt(request), reader.output(request, start, end))
 
     def echoed(self, number):
         """What comes before a sequence's own text: its prompt, if that is wanted."""
@@ -180,7 +173,9 @@ class Chunks:
         self._before = f'data: {to_text(answer.head)[:-1]},"choices":[{{"index":{number},"text":'
         self._end = ChunkEnd(answer.fields, self._request)
         self._echo, self._num_sent = answer.echoed(number), 0
-        self._reader = LegacyLogprobs(answer.tokenizer) if answer.fields.logprobs is not None else None
+        self._logprobs = None
+        if answer.fields.logprobs is not None:
+            self._logprobs = LegacyLogprobs(answer.tokenizer, self._request, bool(answer.fields.echo))
 
     def chunk(self, tokens, reason):
         """The event of new tokens; nothing where there is nothing to tell yet."""
@@ -188,18 +183,13 @@ class Chunks:
             tokens, reason = [], "length"
         text, self._echo = self._echo + "".join([token.text for token in tokens]), ""
         start, self._num_sent = self._num_sent, self._num_sent + len(tokens)
-        if not (text or reason or self._reader):
+        if not (text or reason or self._logprobs):
             return b""
-        finish = "null" if reason is None else f'"{reason}"'
+        logprobs = to_text(self._logprobs and self._logprobs.part(start, self._num_sent))
         return (
-            f'{self._before}{to_text(text)},"logprobs":{self._logprobs(start)},"finish_reason":{finish}'
+            f'{self._before}{to_text(text)},"logprobs":{logprobs},"finish_reason":{to_text(reason)}'
             f"{self._token_ids(tokens)}{self._end.after(self._num_sent)}".encode("ascii")
         )
-
-    def _logprobs(self, start):
-        if self._reader is None:
-            return "null"
-        return to_text(self._answer.logprobs(self._reader, self._request, start, self._num_sent))
 
     def _token_ids(self, tokens) -> str:
         if not self._answer.fields.return_token_ids:

@@ -20,7 +20,6 @@ ANTHROPIC_TYPES = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
-INTERNAL = "the server failed to answer this request; its log says why"
 
 
 class ApiError(Exception):
@@ -62,11 +61,6 @@ def not_allowed(error: Exception) -> ApiError:
     return bad_request(str(error), field if colon and field.isidentifier() else None, code)
 
 
-def not_finite(reason: str) -> ApiError:
-    """An answer that the model or the machine could not give, whoever asks; reason: the engine's words."""
-    return ApiError(500, reason, code="not_finite")
-
-
 def not_generated(request: Request, fields: Sequence[str]) -> Exception:
     """Why an answer ended where it could not go on. request: the engine's, which failed; fields: those of the body that
     say which tokens there may be, see `token_masks.narrowing`. What is no fault of theirs is the server's own."""
@@ -81,11 +75,6 @@ def not_generated(request: Request, fields: Sequence[str]) -> Exception:
 
 def _in_field(field: str | None, message: str) -> ApiError:
     return ApiError(400, f"{field}: {message}" if field else message, field, "generation_failed")
-
-
-def internal() -> ApiError:
-    """What a client gets to know of an error of the server's own."""
-    return ApiError(500, INTERNAL, code="internal_error")
 
 
 def openai_shape(error: ApiError) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from lockstep.engine.async_engine import Token, TokenStream, batches
 from lockstep.engine.request import Request
 from lockstep.serve.http import body
-from lockstep.serve.http.errors import ApiError, check_most, not_allowed, not_finite, not_generated, wrong_field
+from lockstep.serve.http.errors import ApiError, check_most, not_allowed, not_generated, wrong_field
 from lockstep.serve.http.values import Prompts, num_logprobs, within
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ class Job:
         faulty = next((request for request in failed if request.is_fault), None)
         self.service.note_end(faulty is not None)
         if faulty is not None:
-            raise not_finite(str(faulty.error))
+            raise ApiError(500, str(faulty.error), code="not_finite")  # whoever asks: the engine says why
         if failed:
             raise not_generated(failed[0], self._narrowing)
 

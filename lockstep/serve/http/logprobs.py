@@ -1,5 +1,6 @@
 """Log-probabilities as OpenAI's two routes and vLLM report them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from lockstep.engine.request import Request
@@ -20,44 +21,35 @@ def token_text(tokenizer: Tokenizer | None, token_id):
 
 
 class LegacyLogprobs:
-    """Those of one sequence, asked for from its beginning to its end. text_offset counts characters of the answer."""
+    """Log-probabilities of one sequence in the shape of /v1/completions: parallel lists, alternatives by their text.
 
-    def __init__(self, tokenizer: Tokenizer | None) -> None:
-        self._tokenizer, self._offset, self._reader = tokenizer, 0, None
+    with_prompt: those of the prompt come before those of the answer. They are asked for once, from the beginning to the
+    end. text_offset counts characters from where the first begins.
+    """
 
-    def prompt(self, request):
-        """Those of the prompt: nothing is known of its first token."""
-        self._reader = Detokenizer(self._tokenizer) if self._tokenizer else None
-        made = self._part(request.prompt_ids, [None, *request.prompt_logprobs], [None, *request.prompt_top_logprobs])
-        made["top_logprobs"][0] = None
-        return made
+    def __init__(self, tokenizer: Tokenizer | None, request: Request, with_prompt: bool) -> None:
+        self._tokenizer, self._request, self._with_prompt, self._offset = tokenizer, request, with_prompt, 0
+        self._reader = None
+        if tokenizer is not None:
+            self._reader = Detokenizer(tokenizer) if with_prompt else answer_reader(tokenizer, request)
 
-    def output(self, request, start, end):
-        """Those of output tokens start .. end."""
-        if self._reader is None and self._tokenizer is not None:
-            self._reader = answer_reader(self._tokenizer, request)
-        return self._part(request.output_ids[start:end], request.logprobs[start:end], request.top_logprobs[start:end])
+    def part(self, start: int, end: int) -> dict[str, list]:
+        """Those of output tokens start .. end, and of the prompt before the first of them."""
+        return self._described(*self._known(start, end))
 
-    def whole(self, request, with_prompt, num_output):
-        """Those of a finished request's first output tokens, after the prompt's if it is wanted, as Parts.
+    def whole(self, num_output: int) -> dict[str, Parts]:
+        """Those of a finished request with so many output tokens.
 
         The alternatives, of which there are most, come first: the other lists are filled meanwhile.
         """
-        ids, logprobs, tops = request.output_ids[:num_output], request.logprobs, request.top_logprobs
-        if with_prompt:
-            num_prompt = len(request.prompt_ids)
-            tops = [*self._tops([None, *request.prompt_top_logprobs], num_prompt), *tops]
-            ids, logprobs = request.prompt_ids + ids, [None, *request.prompt_logprobs, *logprobs]
-            self._reader = Detokenizer(self._tokenizer) if self._tokenizer else None
-        elif self._tokenizer is not None:
-            self._reader = answer_reader(self._tokenizer, request)
-        columns = dict(tokens=[], token_logprobs=[], text_offset=[])
+        ids, logprobs, tops = self._known(0, num_output)
+        columns: dict[str, list] = dict(tokens=[], token_logprobs=[], text_offset=[])
 
-        def alternatives(start, end):
-            made = self._part(ids[start:end], logprobs[start:end], tops[start:end])
+        def alternatives(start: int, end: int) -> list:
+            made = self._described(ids[start:end], logprobs[start:end], tops[start:end])
             for name, column in columns.items():
                 column += made[name]
-            return [None, *made["top_logprobs"][1:]] if with_prompt and not start else made["top_logprobs"]
+            return made["top_logprobs"]
 
         filled = {
             name: in_parts(len(ids), lambda start, end, column=column: column[start:end])
@@ -65,19 +57,26 @@ class LegacyLogprobs:
         }
         return dict(top_logprobs=in_parts(len(ids), alternatives), **filled)
 
-    def _part(self, ids, logprobs, tops):
-        top_logprobs = [
-            self._alternatives(*each) for each in zip(ids, logprobs, self._tops(tops, len(ids)), strict=True)
-        ]
+    def _known(self, start: int, end: int) -> tuple[list[int], list[float | None], list[dict | None]]:
+        """Ids, log-probabilities and alternatives; of a prompt's first token nothing is known."""
+        request = self._request
+        ids, logprobs = request.output_ids[start:end], request.logprobs[start:end]
+        tops = _filled(request.top_logprobs[start:end], len(ids))
+        if start or not self._with_prompt:
+            return ids, [*logprobs], tops
+        prompt_tops = _filled([None, *request.prompt_top_logprobs], len(request.prompt_ids))
+        return request.prompt_ids + ids, [None, *request.prompt_logprobs, *logprobs], prompt_tops + tops
+
+    def _described(self, ids: list[int], logprobs: list[float | None], tops: list[dict | None]) -> dict[str, list]:
+        top_logprobs = [self._alternatives(*each) for each in zip(ids, logprobs, tops, strict=True)]
         offsets, texts = zip(*map(self._advance, ids), strict=True) if ids else ((), ())
         return dict(tokens=list(texts), token_logprobs=logprobs, top_logprobs=top_logprobs, text_offset=list(offsets))
 
-    def _tops(self, tops, count):
-        return tops + [{}] * (count - len(tops))
-
-    def _alternatives(self, token_id, logprob, top):
+    def _alternatives(self, token_id: int, logprob: float | None, top: dict | None) -> dict[str, float] | None:
         """{text: log-probability}, best first and with the token itself; of ids with the same text the best counts."""
-        made = {}
+        if logprob is None:
+            return None
+        made: dict[str, float] = {}
         for other, value in top.items() if top else ():
             made.setdefault(token_text(self._tokenizer, other), value)
         made.setdefault(token_text(self._tokenizer, token_id), logprob)
@@ -93,13 +92,13 @@ class LegacyLogprobs:
         return at, shown if begins_text and text == " " + shown else text
 
 
-def joined(first, second):
-    """Two parts, one after the other."""
-    return {name: first[name] + second[name] for name in first}
+def _filled(tops: Sequence[dict | None], count: int) -> list[dict | None]:
+    """Alternatives of so many tokens: none were found where none were asked for."""
+    return [*tops, *[{}] * (count - len(tops))]
 
 
 def chat_logprobs(tokenizer: Tokenizer, request: Request, start: int, end: int) -> dict[str, Any]:
-    """Those of output tokens start .. end of a request."""
+    """Those of output tokens start .. end in the shape of /v1/chat/completions: an object for each, with its bytes."""
     tops = request.top_logprobs or [{}] * end
     each = zip(request.output_ids[start:end], request.logprobs[start:end], tops[start:end], strict=True)
     return dict(content=[one_logprob(tokenizer, *of_token) for of_token in each], refusal=None)
@@ -138,8 +137,9 @@ def check_prompt_logprobs(fields) -> None:
 
 
 def prompt_logprobs(tokenizer: Tokenizer | None, request) -> Parts:
-    """Those of a finished request, an array: None for the first token, then {id: {"logprob", "rank", "decoded_token"}}
-    of the likeliest tokens and of the prompt's own, whose rank is None where it is not among them."""
+    """Those of a finished request's prompt as vLLM has them, an array: None for the first token, then
+    {id: {"logprob", "rank", "decoded_token"}} of the likeliest tokens and of the prompt's own, whose rank is None where
+    it is not among them."""
     tops = request.prompt_top_logprobs or [{}] * len(request.prompt_logprobs)
     known = list(zip(request.prompt_ids[1:], request.prompt_logprobs, tops, strict=True))
 

@@ -26,7 +26,7 @@ def routes(service: Service):
         check_single(fields)
         stop = [fields.stop] if isinstance(fields.stop, str) else fields.stop or []
         fields.stop = [*stop, *(fields.stop_sequences or ())]
-        new_parser = await talk.start(job, fields, lambda: conversation(fields), ["max_tokens"])
+        new_parser = await talk.start(job, fields, conversation)
         answer = Answer(job, new_parser)
         if fields.stream:
             return EventStream(job, answer.events(), end=b"")

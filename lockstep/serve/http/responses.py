@@ -16,7 +16,7 @@ from lockstep.serve.http.logprobs import one_logprob
 from lockstep.serve.http.pieces import json_answer
 from lockstep.serve.http.placed import Placed
 from lockstep.serve.http.prompts import text_tokenizer
-from lockstep.serve.http.responses_fields import ResponsesFields, conversation, num_logprobs, refuse_state
+from lockstep.serve.http.responses_fields import ResponsesFields, conversation, num_logprobs
 from lockstep.serve.http.service import Service
 from lockstep.serve.http.sse import EventStream, named
 
@@ -28,11 +28,8 @@ PIECES = dict(text="response.output_text", thought="response.reasoning_text", ca
 def routes(service: Service):
     async def responses(job: Job):
         fields = await job.read(ResponsesFields)
-        refuse_state(fields)
         logprobs = num_logprobs(fields, service.limits)
-        new_parser = await talk.start(
-            job, fields, lambda: conversation(fields), ["max_output_tokens"], logprobs=logprobs
-        )
+        new_parser = await talk.start(job, fields, conversation, logprobs=logprobs)
         answer = Answer(job, fields, new_parser, logprobs is not None)
         if fields.stream:
             return EventStream(job, answer.events(), end=b"")
@@ -40,11 +37,7 @@ def routes(service: Service):
         return await json_answer(job, lambda: answer.whole(tokens))
 
     async def count(request):
-        def counted(fields):
-            refuse_state(fields)
-            return conversation(fields)
-
-        made = await talk.count(request, service, ResponsesFields, counted)
+        made = await talk.count(request, service, ResponsesFields, conversation)
         return json_response(dict(object="response.input_tokens", input_tokens=made))
 
     return [

@@ -110,6 +110,7 @@ def num_logprobs(fields, limits):
 
 def conversation(fields):
     """The Conversation of ResponsesFields. ValueError or ApiError 400 for what cannot be."""
+    refuse_state(fields)
     effort = fields.reasoning.effort if fields.reasoning else None
     return Conversation(
         input_messages(fields),

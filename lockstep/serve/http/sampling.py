@@ -2,7 +2,7 @@
 
 import dataclasses
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -17,6 +17,7 @@ INT64: dict[str, Any] = dict(ge=-(1 << 63), le=(1 << 63) - 1)
 TokenId = Annotated[Whole, Field(ge=0, lt=1 << 31)]
 Count = Annotated[Whole, Field(ge=0, le=1 << 30)]
 UNTIL_FULL = RANDOM = -1  # as max_tokens, and as seed
+MOST_TOKENS = ("n_predict", "max_completion_tokens", "max_tokens", "max_output_tokens")  # names of the same on routes
 
 
 def _check_most(value: int) -> int:
@@ -127,13 +128,13 @@ def sampling_params(
         raise not_allowed(error) from None
 
 
-def most_tokens(fields: SamplingFields, names: Sequence[str], room: int, default: int | None = None) -> int:
-    """How many tokens an answer may have: the first of these fields that is not null, and at most `room`.
+def most_tokens(fields: SamplingFields, room: int, default: int | None = None) -> int:
+    """How many tokens an answer may have: the first of MOST_TOKENS that is not null, and at most `room`.
 
     default: for a body that has none of the fields, where that is not all the room.
     """
-    given = next((value for name in names if (value := getattr(fields, name)) is not None), None)
-    if given is None and not fields.model_fields_set & set(names):
+    given = next((value for name in MOST_TOKENS if (value := getattr(fields, name, None)) is not None), None)
+    if given is None and fields.model_fields_set.isdisjoint(MOST_TOKENS):
         given = default
     return room if given in (None, UNTIL_FULL) else min(given, room)
 

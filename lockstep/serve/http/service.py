@@ -17,7 +17,7 @@ from lockstep.engine.prefix import model_identity
 from lockstep.engine.selfcheck import NUMERICS
 from lockstep.ops.kv_cache import PAGE_TOKENS
 from lockstep.serve.chat import ChatModel
-from lockstep.serve.http.errors import ApiError, internal, not_allowed
+from lockstep.serve.http.errors import ApiError, not_allowed
 from lockstep.serve.http.job import Job
 from lockstep.serve.http.limits import Limits
 from lockstep.serve.http.metrics import Metrics
@@ -281,7 +281,7 @@ class Service:
             self._log_stop(error.__cause__)
             return ApiError(503, "the engine stopped before this answer was complete", code="engine")
         log.error("a request failed", exc_info=error)
-        return internal()
+        return ApiError(500, "the server failed to answer this request; its log says why", code="internal_error")
 
     def _log_stop(self, cause: BaseException | None) -> None:
         """Says once why the engine stopped; a service that was closed is no news."""

@@ -30,12 +30,6 @@ def named(name, value):
     return b"event: %b\ndata: %b\n\n" % (name.encode(), to_json(value))
 
 
-def error_event(error, path):
-    """An error that is found after the response began."""
-    shaped = shape_for(path)(error)
-    return named("error", shaped) if "type" in shaped else data(shaped)
-
-
 class EventStream:
     """An ASGI response that sends what an async generator yields: bytes, each one or more whole events.
 
@@ -65,7 +59,8 @@ class EventStream:
         except ClientDisconnect:
             raise
         except Exception as error:
-            last = error_event(self._job.explain(error), path) + self._end
+            shaped = shape_for(path)(self._job.explain(error))
+            last = (named("error", shaped) if "type" in shaped else data(shaped)) + self._end
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
     async def _keep_alive(self, send: Send, has_ended) -> None:

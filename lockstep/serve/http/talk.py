@@ -11,17 +11,16 @@ from lockstep.serve.http.token_masks import UntilComplete, narrowing, token_mask
 from lockstep.serve.tool_calls.events import Arguments, CallStart
 
 
-async def start(job: Job, fields, make_conversation, max_tokens_names, **reports):
+async def start(job: Job, fields, conversation, **reports):
     """Queues the samples of a conversation; returns what makes a parser for each.
 
-    fields: the SamplingFields of the request; make_conversation: called in a worker thread, returns the Conversation;
-    max_tokens_names: the fields that say how long an answer may be, see `most_tokens`; reports: arguments of
-    SamplingParams, such as logprobs.
+    fields: the SamplingFields of the request; conversation: called with them in a worker thread, returns the
+    Conversation; reports: arguments of SamplingParams, such as logprobs.
     """
     service = job.service
 
     def prepare():
-        made = make_conversation()
+        made = conversation(fields)
         has_form = made.grammar is not None or made.tools.must_call
         return chat_model(service).prepare(made, fields.num_samples), has_form, token_mask(service, fields)
 
@@ -43,7 +42,7 @@ async def start(job: Job, fields, make_conversation, max_tokens_names, **reports
     params = sampling_params(
         fields,
         service.limits,
-        most_tokens(fields, max_tokens_names, room),
+        most_tokens(fields, room),
         service.loaded.sampling_defaults,
         logits_mask=mask,
         **reports,
@@ -63,12 +62,12 @@ def chat_model(service: Service):
     return service.chat
 
 
-async def count(request, service: Service, fields_type, make_conversation):
+async def count(request, service: Service, fields_type, conversation):
     """How many tokens the prompt of a request has, which is read as fields_type."""
     fields = await read_fields(request, service, fields_type)
 
     def counted() -> int:
-        prompt = chat_model(service).prompt(make_conversation(fields))
+        prompt = chat_model(service).prompt(conversation(fields))
         return len(text_tokenizer(service).encode(prompt, False, service.max_counted))
 
     return await service.offload(counted)

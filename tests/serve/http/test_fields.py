@@ -7,7 +7,7 @@ import pytest
 
 from lockstep.serve.http.body import Fields, check
 from lockstep.serve.http.chat_fields import ChatFields
-from lockstep.serve.http.completions import MOST_TOKENS, CompletionFields
+from lockstep.serve.http.completions import CompletionFields
 from lockstep.serve.http.embeddings import EmbeddingFields
 from lockstep.serve.http.errors import ApiError
 from lockstep.serve.http.known_fields import EMBEDDING, GENERATION, STRUCTURED
@@ -37,8 +37,8 @@ PATHS = {
 }
 GENERATING = [CompletionFields, ChatFields, ResponsesFields, MessagesFields]
 LENGTHS = {
-    CompletionFields: MOST_TOKENS,
-    ChatFields: MOST_TOKENS,
+    CompletionFields: ["n_predict", "max_completion_tokens", "max_tokens"],
+    ChatFields: ["n_predict", "max_completion_tokens", "max_tokens"],
     ResponsesFields: ["max_output_tokens"],
     MessagesFields: ["max_tokens"],
 }
@@ -78,15 +78,15 @@ def test_the_longest_answer_is_what_the_context_has_room_for(route, given):
         fields = read(
             route, **{"max_tokens": 1} if name != "max_tokens" and route is MessagesFields else {}, **{name: given}
         )
-        assert most_tokens(fields, LENGTHS[route], 100, 16) == 100
-        assert most_tokens(read(route, **{name: 7.0}), LENGTHS[route], 100, 16) == 7
+        assert most_tokens(fields, 100, 16) == 100
+        assert most_tokens(read(route, **{name: 7.0}), 100, 16) == 7
 
 
 def test_without_a_length_completions_have_sixteen_tokens_and_conversations_all_the_room():
-    assert most_tokens(read(CompletionFields), MOST_TOKENS, 100, 16) == 16
-    assert most_tokens(read(CompletionFields), MOST_TOKENS, 10, 16) == 10
-    assert most_tokens(read(ChatFields), MOST_TOKENS, 100) == 100
-    assert most_tokens(read(ChatFields, max_tokens=None, n_predict=5), MOST_TOKENS, 100) == 5
+    assert most_tokens(read(CompletionFields), 100, 16) == 16
+    assert most_tokens(read(CompletionFields), 10, 16) == 10
+    assert most_tokens(read(ChatFields), 100) == 100
+    assert most_tokens(read(ChatFields, max_tokens=None, n_predict=5), 100) == 5
     assert read(CompletionFields, max_tokens=0).is_empty and not read(CompletionFields, max_tokens=-1).is_empty
     with pytest.raises(ApiError, match="max_tokens: this field is required"):
         check(MessagesFields, dict(messages=HELLO))

@@ -11,7 +11,7 @@ from lockstep.engine.request import SamplingParams
 from lockstep.serve.http.encode import PART, Parts, in_parts, json_pieces, to_json
 from lockstep.serve.http.errors import ApiError
 from lockstep.serve.http.limits import Limits
-from lockstep.serve.http.logprobs import LegacyLogprobs, joined
+from lockstep.serve.http.logprobs import LegacyLogprobs
 from lockstep.serve.http.pieces import LARGE
 from lockstep.serve.http.values import num_logprobs, num_values, within
 from tests.serve.http.program import program
@@ -87,12 +87,10 @@ def test_parts_of_log_probabilities_are_those_of_the_whole(llm, echo):
     made = llm.start("\N{SNOWMAN} def f(x):\n" * 10, SamplingParams(max_tokens=100, logprobs=3, prompt_logprobs=3))
     while made.request.finish_reason is None:
         llm.engine.step()
-    request, count, reader = made.request, len(made.request.output_ids), LegacyLogprobs(llm.tokenizer)
-    expected = (
-        joined(reader.prompt(request), reader.output(request, 0, count)) if echo else reader.output(request, 0, count)
-    )
+    request, count = made.request, len(made.request.output_ids)
+    expected = LegacyLogprobs(llm.tokenizer, request, echo).part(0, count)
     assert len(expected["tokens"]) > 2 * echo * PART
-    assert json.loads(to_json(LegacyLogprobs(llm.tokenizer).whole(request, echo, count))) == expected
+    assert json.loads(to_json(LegacyLogprobs(llm.tokenizer, request, echo).whole(count))) == expected
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ and of the models' own tokenizer.json.
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -64,6 +64,7 @@ END_WORDS = {"</s>", "<eos>", "<EOT>", "[EOT]", "[EOS]"}
 MARK = re.compile(r"<.+>|\[.+\]")
 MOST = {"tokenizer.ggml.tokens": 1 << 21, "tokenizer.ggml.merges": 1 << 22}
 MAX_TOKEN_CHARS = 1024
+STRANGE_ID = "tokenizer.ggml.%s %d is none of %d token ids: it is ignored"
 log = logging.getLogger("lockstep.tokenizer")
 
 
@@ -208,11 +209,7 @@ def _warn_of_strange_ids(metadata: Mapping[str, object], num_tokens: int) -> Non
     for name, key in IDS.items():
         found = metadata.get(f"tokenizer.ggml.{key}")
         if found is not None and name not in known:
-            _warn_of_strange_id(key, found, num_tokens)
-
-
-def _warn_of_strange_id(key: str, token_id: Any, num_tokens: int) -> None:
-    log.warning("tokenizer.ggml.%s %d is none of %d token ids: it is ignored", key, token_id, num_tokens)
+            log.warning(STRANGE_ID, key, found, num_tokens)
 
 
 def _types(metadata: Mapping[str, object], tokens: list[str]) -> list[int]:
@@ -236,7 +233,7 @@ def _listed_ends(metadata: Mapping[str, object]) -> set[int]:
     given = set(listed.ravel().tolist())
     known = {token_id for token_id in given if 0 <= token_id < num_tokens}
     for token_id in sorted(given - known):
-        _warn_of_strange_id("eos_token_ids", token_id, num_tokens)
+        log.warning(STRANGE_ID, "eos_token_ids", token_id, num_tokens)
     return known
 
 

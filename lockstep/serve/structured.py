@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import llguidance
@@ -285,9 +286,8 @@ class TokenMask:
         known = self._samples.get(id(output_ids))
         if known is None or known.num_read > len(output_ids):
             compiled = self._unused.pop() if self._unused else self._new_matcher()
-            known = self._samples[id(output_ids)] = _Sample(output_ids, compiled)
-            known.matcher = compiled if self._trigger is None else None
-            known.armed = self._after is None
+            at_work = compiled if self._trigger is None else None
+            known = self._samples[id(output_ids)] = _Sample(output_ids, compiled, at_work, self._after is None)
             if len(self._samples) > MAX_SAMPLES:
                 self._samples.popitem(last=False)
         return known
@@ -305,14 +305,16 @@ class TokenMask:
             sample.matcher = sample.compiled.deep_copy()
 
 
+@dataclass
 class _Sample:
-    """One output (kept, so that its id stays its own), how much of it was read, the compiled grammar, the matcher that
-    is at work, if any, and whether triggers count."""
+    """One output (kept, so that its id stays its own), the compiled grammar, the matcher that is at work, if any,
+    whether triggers count, and how much of the output was read."""
 
-    def __init__(self, output_ids: list[int], compiled: llguidance.LLMatcher) -> None:
-        self.output_ids, self.num_read, self.compiled = output_ids, 0, compiled
-        self.matcher: llguidance.LLMatcher | None = None
-        self.armed = True
+    output_ids: list[int]
+    compiled: llguidance.LLMatcher
+    matcher: llguidance.LLMatcher | None
+    armed: bool
+    num_read: int = 0
 
 
 def fill(matcher: llguidance.LLMatcher, words: np.ndarray) -> np.ndarray:

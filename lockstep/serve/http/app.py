@@ -30,16 +30,14 @@ def make_app(service: Service, cors_origins=(), allowed_hosts=()):
     """
     routes = [route for module in ROUTES for route in module.routes(service)]
     passed = [
+        *([Middleware(Cors, allowed=cors_origins)] if cors_origins else []),
         Middleware(OneSlash),
         Middleware(Unpack, max_bytes=service.limits.max_body_bytes),
         Middleware(Guard, service=service),
+        *([] if service.api_keys else [Middleware(Hosts, allowed=allowed_hosts)]),
         Middleware(Origins, allowed=cors_origins),
         Middleware(Keys, service=service),
     ]
-    if not service.api_keys:
-        passed.insert(3, Middleware(Hosts, allowed=allowed_hosts))
-    if cors_origins:
-        passed.insert(0, Middleware(Cors, allowed=cors_origins))
 
     @contextlib.asynccontextmanager
     async def lifespan(app):

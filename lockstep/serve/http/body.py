@@ -8,15 +8,16 @@ from functools import partial
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Tag, ValidationError, model_validator
-from starlette.requests import ClientDisconnect
+from starlette.requests import Request
 
 from lockstep.serve.http.errors import ApiError, bad_request, wrong_field
-from lockstep.serve.http.json_size import check_size
+from lockstep.serve.http.limits import Limits
 
 INLINE_BYTES = 32 << 10  # bodies up to here are parsed on the event loop
 SHOWN_CHARS = 80
 SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 CONTAINERS = (dict, list)
+MARKS = re.compile(rb'\\.|["\[{:,]', re.DOTALL)
 # what pydantic calls by the names of Python's types and of our classes
 JSON_NAMES = dict(
     int_type="an integer",
@@ -107,20 +108,9 @@ async def read(receive, seconds):
     """The bytes of a body. ApiError 408 if they take too long; ClientDisconnect if the client leaves before the end."""
     try:
         async with asyncio.timeout(seconds):
-            return await _collect(receive)
+            return await Request({"type": "http"}, receive).body()
     except TimeoutError:
         raise ApiError(408, f"the body did not arrive within {seconds:g} s", code="timeout") from None
-
-
-async def _collect(receive) -> bytes:
-    pieces, more = [], True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnect
-        pieces.append(message.get("body", b""))
-        more = message.get("more_body", False)
-    return b"".join(pieces)
 
 
 async def checked(service, fields, raw):
@@ -159,6 +149,45 @@ def parse(body, limits):
     if SURROGATE_ESCAPE.search(body):
         _check_surrogates(value)
     return value
+
+
+def check_size(raw: bytes, limits: Limits, what: str = "the body") -> None:
+    """Raise ApiError 400 if a text of JSON has more arrays and objects, fields, or values than are allowed.
+
+    It counts before anything is parsed: parsing a text, and freeing what came of it, are single calls that no other
+    thread can interrupt, so that millions of small values in one body would hold up every other request.
+    """
+    # Nearly every body passes by these counts, which take in what only stands inside of strings.
+    if not _passed(raw.count(b"[") + raw.count(b"{"), raw.count(b":"), raw.count(b","), limits):
+        return
+    containers = fields = values = 0
+    in_string = False
+    for match in MARKS.finditer(raw):
+        mark = raw[match.start()]
+        if mark == ord('"'):
+            in_string = not in_string
+        elif not in_string:
+            containers += mark in b"[{"
+            fields += mark == ord(":")
+            values += mark == ord(",")
+            if allowed := _passed(containers, fields, values, limits):
+                raise bad_request(f"{what} has more than {allowed}")
+
+
+def loads(text: str, what: str) -> object:
+    """The value of JSON that stands in a string of a body. ApiError 400 where it has too many values,
+    ValueError where it is no JSON, RecursionError where it is nested too deeply."""
+    check_size(text.encode(), Limits(), what)
+    return json.loads(text)
+
+
+def _passed(containers: int, fields: int, values: int, limits: Limits) -> str | None:
+    """Which limit is passed, in words."""
+    if containers > limits.max_containers:
+        return f"{limits.max_containers} arrays and objects"
+    if fields > limits.max_fields:
+        return f"{limits.max_fields} fields in its objects"
+    return f"{limits.max_values} values" if values > limits.max_values else None
 
 
 def _object(pairs, max_fields):

@@ -1,14 +1,14 @@
 """The body of /v1/chat/completions, and the Conversation that it asks for."""
 
+from collections.abc import Collection, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from lockstep.serve.chat import Conversation
-from lockstep.serve.http.body import Fields, Items, Kinds, SimpleOr, Whole, or_default, shown
+from lockstep.serve.http.body import Fields, Items, Kinds, SimpleOr, Whole, loads, or_default, shown
 from lockstep.serve.http.errors import bad_request, wrong_field
 from lockstep.serve.http.forms import FormFields, form_of, grammar_of
-from lockstep.serve.http.json_size import loads
 from lockstep.serve.http.sampling import MostTokens, SamplingFields
 from lockstep.serve.http.stream_fields import StreamFields
 from lockstep.serve.reasoning import template_variables
@@ -188,12 +188,17 @@ def tool_use(fields):
     return choose(tools, given.mode, [tool.function.name for tool in given.tools if tool.function], parallel)
 
 
-def name_of(index: int, tool: Any) -> str:
-    """The name of a tool that the model may call, one of a body's. ApiError 400 where it has none."""
-    if tool.name is None:
-        where = f"tools[{index}].name"
-        raise wrong_field(where, "this field is required for a tool that the model calls", "missing_field")
-    return tool.name
+def tools_of(given: Sequence[Any], kinds: Collection[str | None], parameters: str = "parameters") -> list[Tool]:
+    """The Tools of these kinds, whose schemas are in a field of this name. ApiError 400 for one without a name."""
+    made = []
+    for i, tool in enumerate(given):
+        if tool.type in kinds:
+            if tool.name is None:
+                problem = "this field is required for a tool that the model calls"
+                raise wrong_field(f"tools[{i}].name", problem, "missing_field")
+            schema = getattr(tool, parameters) or NO_PARAMETERS
+            made.append(Tool(tool.name, tool.description or "", schema, bool(tool.strict)))
+    return made
 
 
 def choose(tools, mode, allowed=None, parallel: bool = True):

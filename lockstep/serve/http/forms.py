@@ -6,9 +6,8 @@ from pydantic import Field
 
 from lockstep.serve import structured
 from lockstep.serve.gbnf import is_gbnf, to_lark
-from lockstep.serve.http.body import Fields, Items, SimpleOr, shown
+from lockstep.serve.http.body import Fields, Items, SimpleOr, loads, shown
 from lockstep.serve.http.errors import bad_request, wrong_field
-from lockstep.serve.http.json_size import loads
 from lockstep.serve.http.known_fields import STRUCTURED, KnownFields
 from lockstep.serve.http.service import Service
 from lockstep.serve.structured import told_as

@@ -110,16 +110,18 @@ def tool_id(block) -> str:
 
 def block_event(what, block, event):
     """What a change of a Block looks like in a stream."""
+
+    def told(kind: str, **fields: object) -> bytes:
+        return named(kind, dict(type=kind, index=block.index, **fields))
+
     if what == "open":
         empty = dict(text=dict(type="text", text=""), thought=dict(type="thinking", thinking="", signature=""))
         start = empty.get(block.kind) or dict(type="tool_use", id=tool_id(block), name=block.call.name, input={})
-        return named("content_block_start", dict(type="content_block_start", index=block.index, content_block=start))
+        return told("content_block_start", content_block=start)
     if what == "piece":
         kind, key = DELTAS[block.kind]
-        changed = {"type": kind, key: event.text}
-        return named("content_block_delta", dict(type="content_block_delta", index=block.index, delta=changed))
+        return told("content_block_delta", delta={"type": kind, key: event.text})
     signed = b""
     if block.kind == "thought":
-        delta = dict(type="signature_delta", signature="")
-        signed = named("content_block_delta", dict(type="content_block_delta", index=block.index, delta=delta))
-    return signed + named("content_block_stop", dict(type="content_block_stop", index=block.index))
+        signed = told("content_block_delta", delta=dict(type="signature_delta", signature=""))
+    return signed + told("content_block_stop")

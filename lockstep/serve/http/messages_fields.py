@@ -7,13 +7,12 @@ from pydantic import Field
 from lockstep.serve import structured
 from lockstep.serve.chat import Conversation
 from lockstep.serve.http.body import Fields, Items, Kinds, SimpleOr, Whole, shown
-from lockstep.serve.http.chat_fields import NO_PARAMETERS, called, choose, name_of
+from lockstep.serve.http.chat_fields import called, choose, tools_of
 from lockstep.serve.http.errors import bad_request, wrong_field
 from lockstep.serve.http.known_fields import GENERATION, PROMPT, KnownFields
 from lockstep.serve.http.sampling import MostTokens, SamplingFields
 from lockstep.serve.http.stream_fields import OwnStreamFields
 from lockstep.serve.reasoning import template_variables
-from lockstep.serve.tool_calls.tools import Tool
 
 IGNORED = ("redacted_thinking", "server_tool_use", "web_search_tool_result")
 
@@ -136,11 +135,7 @@ def conversation(fields):
 
 def tool_use(fields):
     """The ToolUse of Anthropic's tools and tool_choice."""
-    tools = [
-        Tool(name_of(i, t), t.description or "", t.input_schema or NO_PARAMETERS, bool(t.strict))
-        for i, t in enumerate(fields.tools or ())
-        if t.type in (None, "custom")
-    ]
+    tools = tools_of(fields.tools or (), [None, "custom"], "input_schema")
     choice = fields.tool_choice or ToolChoice(type="auto")
     if choice.type == "tool" and not choice.name:
         raise wrong_field("tool_choice", "expected the name of a tool, got none")

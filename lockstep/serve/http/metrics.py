@@ -80,9 +80,6 @@ class Metrics:
             "Prompt tokens of sequences without a token of an answer",
             self._service.num_queued_tokens,
         )
-        yield from self._engine()
-
-    def _engine(self):
         counts = self._service.counts()
         for name, text in GAUGES.items():
             yield GaugeMetricFamily(f"lockstep_{name}", text, counts.get(name, 0))

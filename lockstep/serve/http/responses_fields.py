@@ -7,12 +7,11 @@ from pydantic import Field
 from lockstep.serve import structured
 from lockstep.serve.chat import Conversation
 from lockstep.serve.http.body import Fields, Items, Kinds, SimpleOr, Whole, shown
-from lockstep.serve.http.chat_fields import NO_PARAMETERS, TEXTS, Part, called, choose, name_of, text_of
+from lockstep.serve.http.chat_fields import TEXTS, Part, called, choose, text_of, tools_of
 from lockstep.serve.http.errors import check_most, wrong_field
 from lockstep.serve.http.sampling import MostTokens, SamplingFields, check_single
 from lockstep.serve.http.stream_fields import OwnStreamFields
 from lockstep.serve.reasoning import template_variables
-from lockstep.serve.tool_calls.tools import Tool
 
 KINDS = (*TEXTS, "summary_text", "reasoning_text")  # types of parts that an item may have
 
@@ -186,11 +185,7 @@ def _answer(made):
 
 def tool_use(fields):
     """The ToolUse of tools and tool_choice."""
-    tools = [
-        Tool(name_of(i, t), t.description or "", t.parameters or NO_PARAMETERS, bool(t.strict))
-        for i, t in enumerate(fields.tools or ())
-        if t.type == "function"
-    ]
+    tools = tools_of(fields.tools or (), ["function"])
     choice, parallel = fields.tool_choice or "auto", fields.parallel_tool_calls is not False
     if isinstance(choice, str):
         return choose(tools, choice, None, parallel)

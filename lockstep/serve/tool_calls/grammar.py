@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from lockstep.serve.structured import MAX_GRAMMAR_BYTES, dump, quote, with_options
+from lockstep.serve.tool_calls.tools import Tool
 
 MAX_CALLS = 16
 
@@ -55,14 +56,17 @@ def either(options) -> str:
     return f"({' | '.join(options)})"
 
 
-def json_object(lark, name, tool, keys, more: str = ""):
-    """Rules for {"name": ..., "arguments": {...}} of one tool. keys: what the two are called; more: what may follow."""
-    arguments = lark.json(f"{name}_arguments", tool.arguments, tool.strict)
-    head = f'{{"{keys[0]}": {quote(tool.name)}, "{keys[1]}": '
-    return lark.rule(name, quote(head), arguments, more, quote("}"))
+def json_objects(lark: Lark, tools: Sequence[Tool], keys: tuple[str, str], more: str = "") -> list[str]:
+    """Rules for {"name": ..., "arguments": {...}} of each tool. keys: what these are called; more: what may follow."""
+    made = []
+    for i, tool in enumerate(tools):
+        arguments = lark.json(f"tool_{i}_arguments", tool.arguments, tool.strict)
+        head = f'{{"{keys[0]}": {quote(tool.name)}, "{keys[1]}": '
+        made.append(lark.rule(f"tool_{i}", quote(head), arguments, more, quote("}")))
+    return made
 
 
-def marked_calls(lark: "Lark", options: Sequence[str], parallel: bool) -> None:
+def marked_calls(lark: Lark, options: Sequence[str], parallel: bool) -> None:
     """Rules `call` and `calls` for calls that stand between <tool_call> and </tool_call>, each one of the options."""
     lark.rule("call", quote("\n"), either(options), quote("\n"), lark.mark("</tool_call>"))
     marked = lark.rule("marked", lark.mark("<tool_call>"), "call")

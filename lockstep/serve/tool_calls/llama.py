@@ -1,7 +1,7 @@
 """{"name": ..., "parameters": {...}} as a whole answer, as Llama 3 writes calls; more of them after semicolons."""
 
 from lockstep.serve.structured import quote
-from lockstep.serve.tool_calls.grammar import either, json_object, several
+from lockstep.serve.tool_calls.grammar import either, json_objects, several
 from lockstep.serve.tool_calls.readers import after_space, json_call
 
 KEYS = ("parameters", "arguments")
@@ -14,6 +14,5 @@ def read(calls):
 
 def rules(lark, tools, parallel) -> None:
     """Adds rules `call`, for what follows the mark of one call, and `calls`."""
-    objects = [json_object(lark, f"tool_{i}", tool, ("name", "parameters")) for i, tool in enumerate(tools)]
-    lark.rule("call", either(objects))
+    lark.rule("call", either(json_objects(lark, tools, ("name", "parameters"))))
     lark.rule("calls", several("call", quote("; "), parallel))

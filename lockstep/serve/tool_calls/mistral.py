@@ -2,7 +2,7 @@
 
 from lockstep.serve.structured import quote
 from lockstep.serve.tool_calls.events import CallEnd
-from lockstep.serve.tool_calls.grammar import MAX_CALLS, either, json_object, several
+from lockstep.serve.tool_calls.grammar import MAX_CALLS, either, json_objects, several
 from lockstep.serve.tool_calls.json_text import json_container
 from lockstep.serve.tool_calls.readers import (
     MAX_NAME,
@@ -67,10 +67,7 @@ def _named(calls, character):
 def rules(lark, tools, parallel) -> None:
     """Adds rules `call`, for what follows the mark, and `calls`."""
     begin, end = quote(', "id": "'), quote('"')
-    objects = [
-        json_object(lark, f"tool_{i}", tool, ("name", "arguments"), f"({begin} {ID} {end})?")
-        for i, tool in enumerate(tools)
-    ]
+    objects = json_objects(lark, tools, ("name", "arguments"), f"({begin} {ID} {end})?")
     one = lark.rule("one", either(objects))
     lark.rule("call", quote("["), several(one, quote(", "), parallel), quote("]"))
     lark.rule("calls", lark.mark("[TOOL_CALLS]"), "call")

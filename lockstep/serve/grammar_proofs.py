@@ -51,16 +51,13 @@ class Proofs:
             found = self._found_out(grammar, seconds, num_bytes)
             if found is None:
                 return None
-            self._remember(name, found)
+            with self._lock:
+                self._known[name] = found
+                if len(self._known) > MAX_KNOWN:
+                    self._known.popitem(last=False)
         if isinstance(found, str):
             raise ValueError(found)
         return found if found.seconds <= seconds and found.num_bytes <= num_bytes else None
-
-    def _remember(self, name, found) -> None:
-        with self._lock:
-            self._known[name] = found
-            if len(self._known) > MAX_KNOWN:
-                self._known.popitem(last=False)
 
     def _found_out(self, grammar, seconds, num_bytes):
         """A Cost, what is wrong with the grammar, or None if it takes too much."""

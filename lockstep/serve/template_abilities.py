@@ -59,7 +59,7 @@ def abilities_of(tokenizer, with_tools: bool = True):
     return Abilities(
         system=probe.shows([said("system", BIRCH), user]),
         several_systems=probe.shows([said("system", BIRCH), said("system", CEDAR), user]),
-        developer=probe.names("developer") and probe.shows([said("system", BIRCH), said("developer", CEDAR), user]),
+        developer="developer" in probe.source and probe.shows([said("system", BIRCH), said("developer", CEDAR), user]),
         late_systems=probe.shows([*late, said("user", "Hello.")]),
         several_users=probe.shows([user, last]),
         several_assistants=probe.shows([user, said("assistant", BIRCH), said("assistant", CEDAR)]),
@@ -75,14 +75,10 @@ def said(role, text):
 
 class _Probe:
     def __init__(self, tokenizer, with_tools) -> None:
-        self._tokenizer, self._source = tokenizer, "\n".join(tokenizer.chat_templates.values())
+        self._tokenizer, self.source = tokenizer, "\n".join(tokenizer.chat_templates.values())
         self._variable, self._tools, self._is_hopeless = None, [PROBE] if with_tools else [], False
-        found = (name for name in ("tools", "xml_tools") if name in self._source and self._has_variable(name))
+        found = (name for name in ("tools", "xml_tools") if name in self.source and self._has_variable(name))
         self._variable = next(found, None)
-
-    def names(self, word) -> bool:
-        """Whether the template mentions a word."""
-        return word in self._source
 
     def text(self, messages):
         """What becomes of messages; nothing where they are refused, or once the template has taken too much."""
@@ -111,10 +107,10 @@ class _Probe:
 
     def about_tools(self, user: dict, last: dict) -> dict[str, Any]:
         """The abilities that have to do with tools."""
-        call, style = calling(BIRCH), style_of(self._source) or HERMES
+        call, style = calling(BIRCH), style_of(self.source) or HERMES
         calls = self.shows([user, call])
         read = next((s for s in (style, *STYLES) if self._reads(s, user, call)), None)
-        teaches = read is not None or (not calls and style.begin in self._source)
+        teaches = read is not None or (not calls and style.begin in self.source)
         # a template for tools by its name is right for them even if it does not teach anything
         is_meant = TOOL_TEMPLATE in self._tokenizer.chat_templates and not calls
         if (self._variable is None and self._tools) or not (teaches or is_meant):

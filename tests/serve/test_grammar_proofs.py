@@ -34,7 +34,7 @@ SMALL = structured.json_schema(dict(type="integer"))
 def proofs():
     made = Proofs(500, {0: b"<|end|>", 7: b"<|mark|>"}, [0])
     yield made
-    made.close()
+    made.jobs.close()
 
 
 @pytest.fixture

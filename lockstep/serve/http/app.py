@@ -12,14 +12,14 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from lockstep.serve.http import chat, completions, embeddings, messages, models, page, responses, status, tokens
+from lockstep.serve.http import chat, completions, embeddings, messages, page, responses, status, tokens
 from lockstep.serve.http.errors import ApiError, error_response
 from lockstep.serve.http.guard import Guard, Hosts, Keys, Origins
 from lockstep.serve.http.service import Service
 from lockstep.serve.http.unpack import Unpack
 
 PRIVATE_NETWORK_ASKED = b"access-control-request-private-network"
-ROUTES = [chat, completions, embeddings, messages, models, page, responses, status, tokens]  # modules that have some
+ROUTES = [chat, completions, embeddings, messages, page, responses, status, tokens]  # modules that have some
 
 
 def make_app(service: Service, cors_origins=(), allowed_hosts=()):

@@ -13,10 +13,9 @@ from lockstep.serve.http.errors import check_most, wrong_field
 from lockstep.serve.http.job import Generates, Job
 from lockstep.serve.http.limits import Limits
 from lockstep.serve.http.logprobs import chat_logprobs, check_prompt_logprobs, prompt_logprobs, whole_logprobs
-from lockstep.serve.http.pieces import json_answer
 from lockstep.serve.http.prompts import text_tokenizer
 from lockstep.serve.http.service import Service
-from lockstep.serve.http.sse import EventStream, data
+from lockstep.serve.http.sse import EventStream, data, json_answer
 from lockstep.serve.http.stream_fields import ChunkEnd
 from lockstep.serve.reasoning import PlainParser
 from lockstep.serve.tool_calls.events import Arguments, CallStart, Content, Reasoning

@@ -14,13 +14,12 @@ from lockstep.serve.http.forms import FormFields, masks
 from lockstep.serve.http.job import Generates, Job
 from lockstep.serve.http.limits import Limits
 from lockstep.serve.http.logprobs import LegacyLogprobs, check_prompt_logprobs, prompt_logprobs
-from lockstep.serve.http.pieces import json_answer
 from lockstep.serve.http.prompts import read_prompts
 from lockstep.serve.http.sampling import UNTIL_FULL, MostTokens, SamplingFields, most_tokens, sampling_params
 from lockstep.serve.http.service import Service
-from lockstep.serve.http.sse import EventStream, data
+from lockstep.serve.http.sse import EventStream, data, json_answer
 from lockstep.serve.http.stream_fields import ChunkEnd, StreamFields
-from lockstep.serve.http.token_masks import UntilComplete, narrowing, token_mask
+from lockstep.serve.http.token_masks import combined, narrowing
 
 DEFAULT_TOKENS = 16
 MostTokensOrNone = Annotated[Whole, Field(ge=UNTIL_FULL)]
@@ -59,12 +58,7 @@ def routes(service: Service):
             _most_prompt(fields, service.max_context),
         )
         each_mask = await job.offload(masks, service, fields, len(ids)) if fields.form_names else [None] * len(ids)
-        has_form = each_mask[0] is not None
-        if (leaves_out := await job.prepare(token_mask, service, fields)) is not None:
-            each_mask = [leaves_out(mask) for mask in each_mask]
-        if has_form and fields.ignore_eos:
-            each_mask = [mask and UntilComplete(mask, service.loaded) for mask in each_mask]
-            fields.ignore_eos = False
+        each_mask = await job.prepare(combined, service, fields, each_mask, each_mask[0] is not None)
         answer = Answer(job, fields, texts)
         await job.start(
             [(each, _params(fields, service, len(each), mask)) for each, mask in zip(ids, each_mask, strict=True)],

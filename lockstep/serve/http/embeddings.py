@@ -11,10 +11,10 @@ from lockstep.serve.http.encode import Parts
 from lockstep.serve.http.errors import wrong_field
 from lockstep.serve.http.job import Generates, Job
 from lockstep.serve.http.known_fields import EMBEDDING, KnownFields
-from lockstep.serve.http.pieces import json_answer
 from lockstep.serve.http.prompts import read_prompts
 from lockstep.serve.http.sampling import UNTIL_FULL, CacheSalt, MostTokens
 from lockstep.serve.http.service import Service
+from lockstep.serve.http.sse import json_answer
 
 
 class EmbeddingFields(KnownFields):

@@ -13,12 +13,11 @@ from lockstep.serve.http.encode import in_parts, json_response
 from lockstep.serve.http.errors import openai_shape
 from lockstep.serve.http.job import Generates, Job
 from lockstep.serve.http.logprobs import one_logprob
-from lockstep.serve.http.pieces import json_answer
 from lockstep.serve.http.placed import Placed
 from lockstep.serve.http.prompts import text_tokenizer
 from lockstep.serve.http.responses_fields import ResponsesFields, conversation, num_logprobs
 from lockstep.serve.http.service import Service
-from lockstep.serve.http.sse import EventStream, named
+from lockstep.serve.http.sse import EventStream, json_answer, named
 
 ENDS = {False: "completed", True: "incomplete"}  # by whether the answer was cut off in it
 PARTS = dict(text="output_text", thought="reasoning_text")

@@ -1,4 +1,4 @@
-"""Whether the server is alive and ready, and what it has done."""
+"""What the server tells of itself: whether it is alive and ready, what it has done, and the one model that there is."""
 
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
@@ -24,4 +24,28 @@ def routes(service: Service):
     async def metrics(request):
         return Response(service.metrics.text(), headers={"content-type": CONTENT_TYPE_LATEST})
 
-    return [Route("/health", health), Route("/ready", ready), Route("/metrics", metrics)]
+    async def listed(request):
+        """The model once for each of its names."""
+        names = service.names or [service.model_name]
+        return json_response({"object": "list", "data": [described(service, name) for name in names]})
+
+    async def one(request):
+        return json_response(described(service, service.name_in_answers(request.path_params["name"])))
+
+    return [
+        *(Route("/health", health), Route("/ready", ready), Route("/metrics", metrics)),
+        *(Route("/v1/models", listed), Route("/v1/models/{name:path}", one)),
+    ]
+
+
+def described(service: Service, name):
+    """The model under one of its names, as OpenAI describes one. ApiError 503 while it is loading."""
+    service.check_loaded()
+    return dict(
+        id=name,
+        object="model",
+        created=service.created,
+        owned_by="lockstep",
+        max_model_len=service.max_context,
+        **service.fingerprint_field,
+    )

@@ -7,7 +7,7 @@ from lockstep.serve.http.job import Job
 from lockstep.serve.http.prompts import text_tokenizer
 from lockstep.serve.http.sampling import most_tokens, sampling_params
 from lockstep.serve.http.service import Service
-from lockstep.serve.http.token_masks import UntilComplete, narrowing, token_mask
+from lockstep.serve.http.token_masks import combined, narrowing
 from lockstep.serve.tool_calls.events import Arguments, CallStart
 
 
@@ -22,9 +22,10 @@ async def start(job: Job, fields, conversation, **reports):
     def prepare():
         made = conversation(fields)
         has_form = made.grammar is not None or made.tools.must_call
-        return chat_model(service).prepare(made, fields.num_samples), has_form, token_mask(service, fields)
+        prepared = chat_model(service).prepare(made, fields.num_samples)
+        return prepared, *combined(service, fields, [prepared.options["logits_mask"]], has_form)
 
-    prepared, has_form, leaves_out = await job.offload(prepare)
+    prepared, mask = await job.offload(prepare)
     room = service.max_context - len(prepared.ids)
     if room < 1:
         raise bad_request(
@@ -33,12 +34,8 @@ async def start(job: Job, fields, conversation, **reports):
             "messages",
             "context_length_exceeded",
         )
-    options = prepared.options
-    if not options.get("skip_special_tokens", True):
+    if not prepared.options.get("skip_special_tokens", True):
         fields.skip_special_tokens = False
-    mask = options["logits_mask"] if leaves_out is None else leaves_out(options["logits_mask"])
-    if has_form and fields.ignore_eos:
-        mask, fields.ignore_eos = UntilComplete(mask, service.loaded), False
     params = sampling_params(
         fields,
         service.limits,

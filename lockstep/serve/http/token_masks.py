@@ -1,7 +1,7 @@
 """Masks for vLLM's allowed_token_ids and bad_words, beside the mask of a grammar."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,6 +11,8 @@ from lockstep.serve.http.prompts import check_ids, text_tokenizer
 if TYPE_CHECKING:
     from lockstep.serve.llm import LLM
 from lockstep.serve.http.service import Service
+
+Mask = Callable[[list[int]], Any] | None
 
 
 class TokenMask:
@@ -86,19 +88,24 @@ def narrowing(fields) -> list[str]:
     return left_out + fields.form_names + (["tools"] if getattr(fields, "tools", None) else [])
 
 
-def token_mask(service: Service, fields) -> Callable | None:
-    """What makes a TokenMask of a grammar's mask, or of None, for a request's SamplingFields; None where they leave no
-    token out. It tokenizes: it may take a while. ApiError 400."""
-    allowed, words = fields.allowed_token_ids, fields.bad_words
-    if allowed is None and not words:
-        return None
-    if allowed is not None:
-        if not allowed:
-            raise wrong_field("allowed_token_ids", "expected at least one token id, got none")
-        allowed = check_ids(service, allowed, "allowed_token_ids")
-    banned = bad_sequences(service, words or [])
-    vocab_size, ends = service.loaded.vocab_size, sorted(service.loaded.engine.eos_ids)
-    return lambda other: TokenMask(vocab_size, allowed, banned, other, ends)
+def combined(service: Service, fields, grammar_masks: Sequence[Mask], has_form: bool) -> Sequence[Mask]:
+    """Masks of grammars, or None, with what else SamplingFields leave out. It tokenizes: it may take a while.
+
+    has_form: the grammars hold the answers from their beginnings on; ignore_eos then ends with them, and is switched
+    off. ApiError 400.
+    """
+    allowed, words, made = fields.allowed_token_ids, fields.bad_words, list(grammar_masks)
+    if allowed is not None or words:
+        if allowed is not None:
+            if not allowed:
+                raise wrong_field("allowed_token_ids", "expected at least one token id, got none")
+            allowed = check_ids(service, allowed, "allowed_token_ids")
+        banned, ends = bad_sequences(service, words or []), sorted(service.loaded.engine.eos_ids)
+        made = [TokenMask(service.loaded.vocab_size, allowed, banned, other, ends) for other in made]
+    if has_form and fields.ignore_eos:
+        fields.ignore_eos = False
+        made = [mask and UntilComplete(mask, service.loaded) for mask in made]
+    return made
 
 
 def bad_sequences(service: Service, words: list[str]) -> list[list[int]]:

@@ -12,7 +12,7 @@ from lockstep.serve.http.encode import PART, Parts, in_parts, json_pieces, to_js
 from lockstep.serve.http.errors import ApiError
 from lockstep.serve.http.limits import Limits
 from lockstep.serve.http.logprobs import LegacyLogprobs
-from lockstep.serve.http.pieces import LARGE
+from lockstep.serve.http.sse import LARGE
 from lockstep.serve.http.values import num_logprobs, num_values, within
 from tests.serve.http.program import program
 from tests.serve.http.server import running, wait_until
@@ -115,7 +115,7 @@ def test_parts_of_log_probabilities_are_those_of_the_whole(llm, echo):
 def test_a_large_answer_is_the_same_as_a_small_one_in_pieces(server, monkeypatch, path, asked, size):
     large = httpx.post(server.url + path, json=asked, timeout=120)
     assert large.headers["transfer-encoding"] == "chunked" and 20 * size(large.json()) > LARGE
-    monkeypatch.setattr("lockstep.serve.http.pieces.LARGE", 1 << 40)
+    monkeypatch.setattr("lockstep.serve.http.sse.LARGE", 1 << 40)
     small = httpx.post(server.url + path, json=asked, timeout=120)
     assert "content-length" in small.headers and small.json()["choices"] == large.json()["choices"]
 

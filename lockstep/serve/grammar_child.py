@@ -48,14 +48,9 @@ def _reader(given):
     tokens = [b""] * size + [bytes([byte]) for byte in range(256)]
     for token, text in given["special"].items():
         tokens[int(token)] = bytes.fromhex(text)
-    vocabulary = Vocabulary(
-        tokens,
-        sorted(map(int, given["special"])),
-        given["eos_ids"][0],
-        None,
-        lambda text: [size + byte for byte in text.encode()],
-    )
-    return new_reader(vocabulary, len(tokens), given["eos_ids"])
+    special, eos_ids = sorted(map(int, given["special"])), given["eos_ids"]
+    vocabulary = Vocabulary(tokens, special, eos_ids[0], None, lambda text: [size + byte for byte in text.encode()])
+    return new_reader(vocabulary, len(tokens), eos_ids)
 
 
 if __name__ == "__main__":

@@ -123,11 +123,7 @@ class LLM:
         self.context = context_size(loaded, options, max_context)
         self.model = replace(loaded, max_context=self.context.num_tokens)
         self._makers_sampling = functools.partial(
-            sampling_defaults,
-            generation_config,
-            checkpoint.generation_config,
-            checkpoint.metadata,
-            self.vocab_size,
+            sampling_defaults, generation_config, checkpoint.generation_config, checkpoint.metadata, self.vocab_size
         )
         self.makers_sampling()  # refuses a source that cannot be read
         reader = functools.partial(answer_reader, self.tokenizer) if self.has_tokenizer else None

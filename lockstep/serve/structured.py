@@ -23,7 +23,7 @@ from lockstep.serve.grammar_proofs import Proofs, TooSlow
 from lockstep.serve.job_process import Busy
 from lockstep.serve.matchers import GIVEN, MAX_GRAMMAR_BYTES, STACK_BYTES, Vocabulary, check, new_matcher, new_reader
 from lockstep.serve.schemas import MAX_PATTERN_BYTES, check_numbers, check_size, exact, loosened
-from lockstep.serve.tokenizer import Tokenizer
+from lockstep.serve.tokenizer import Tokenizer, check_text
 
 MAX_RULES = 1000  # of a user's Lark grammar
 QUICK_SECONDS = 0.25  # of the processor, to compile a grammar once beside others
@@ -209,13 +209,8 @@ class Grammars:
         with self._lock:
             if self._reader is None:
                 known = range(min(self._tokenizer.vocab_size, self._vocab_size))
-                vocabulary = Vocabulary(
-                    [self._tokenizer.token_bytes(i) for i in known],
-                    self._special_ids,
-                    self._eos_ids[0],
-                    self._tokenizer.bos_id,
-                    self._exact_ids,
-                )
+                tokens, bos_id = [self._tokenizer.token_bytes(i) for i in known], self._tokenizer.bos_id
+                vocabulary = Vocabulary(tokens, self._special_ids, self._eos_ids[0], bos_id, self._exact_ids)
                 self._reader = new_reader(vocabulary, self._vocab_size, self._eos_ids)
             return self._reader
 
@@ -339,8 +334,6 @@ def _check_bytes(text: str, most: int = MAX_GRAMMAR_BYTES) -> None:
 def _string(what: str, value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise ValueError(f"{what}: expected a text, got {value!r:.80}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{what}: has a lone surrogate, which is not text") from None
+    with told_as(what):
+        check_text(value)
     return value

@@ -12,7 +12,6 @@ from lockstep.serve.http.encode import to_text
 from lockstep.serve.http.errors import check_most
 from lockstep.serve.http.forms import FormFields, masks
 from lockstep.serve.http.job import Generates, Job
-from lockstep.serve.http.limits import Limits
 from lockstep.serve.http.logprobs import LegacyLogprobs, check_prompt_logprobs, prompt_logprobs
 from lockstep.serve.http.prompts import read_prompts
 from lockstep.serve.http.sampling import UNTIL_FULL, MostTokens, SamplingFields, most_tokens, sampling_params
@@ -49,7 +48,8 @@ class CompletionFields(SamplingFields, FormFields, StreamFields):
 def routes(service: Service):
     async def complete(job: Job):
         fields = await job.read(CompletionFields)
-        _check_logprobs(fields, service.limits)
+        check_prompt_logprobs(fields)
+        check_most("logprobs", fields.logprobs or 0, service.limits.max_logprobs)
         texts, ids = await job.prepare(
             read_prompts,
             service,
@@ -72,11 +72,6 @@ def routes(service: Service):
         return await json_answer(job, answer.whole, is_quick)
 
     return [Route("/v1/completions", Generates(service, complete), methods=["POST"])]
-
-
-def _check_logprobs(fields, limits: Limits) -> None:
-    check_prompt_logprobs(fields)
-    check_most("logprobs", fields.logprobs or 0, limits.max_logprobs)
 
 
 def _most_prompt(fields, max_context):

@@ -99,18 +99,8 @@ class Server(uvicorn.Server):
     def __init__(self, app, service: Service) -> None:
         quiet: dict[str, Any] = dict(log_config=None, log_level="error", access_log=False, server_header=False)
         times: dict[str, Any] = dict(timeout_keep_alive=IDLE_SECONDS, timeout_graceful_shutdown=LAST_SECONDS)
-        super().__init__(
-            uvicorn.Config(
-                app,
-                loop="asyncio",
-                http=bounded_protocol(service.limits),
-                ws="none",
-                lifespan="on",
-                backlog=BACKLOG,
-                **quiet,
-                **times,
-            )
-        )
+        parts: dict[str, Any] = dict(loop="asyncio", ws="none", lifespan="on", http=bounded_protocol(service.limits))
+        super().__init__(uvicorn.Config(app, backlog=BACKLOG, **parts, **quiet, **times))
         self._service, self._drained_by = service, None
 
     @contextlib.contextmanager

@@ -33,8 +33,11 @@ def routes(service: Service):
         return json_response(described(service, service.name_in_answers(request.path_params["name"])))
 
     return [
-        *(Route("/health", health), Route("/ready", ready), Route("/metrics", metrics)),
-        *(Route("/v1/models", listed), Route("/v1/models/{name:path}", one)),
+        Route("/health", health),
+        Route("/ready", ready),
+        Route("/metrics", metrics),
+        Route("/v1/models", listed),
+        Route("/v1/models/{name:path}", one),
     ]
 
 

@@ -36,14 +36,8 @@ async def start(job: Job, fields, conversation, **reports):
         )
     if not prepared.options.get("skip_special_tokens", True):
         fields.skip_special_tokens = False
-    params = sampling_params(
-        fields,
-        service.limits,
-        most_tokens(fields, room),
-        service.loaded.sampling_defaults,
-        logits_mask=mask,
-        **reports,
-    )
+    most, defaults = most_tokens(fields, room), service.loaded.sampling_defaults
+    params = sampling_params(fields, service.limits, most, defaults, logits_mask=mask, **reports)
     await job.start([(prepared.ids, params)], fields.cache_salt or "", narrowing(fields))
     return prepared.new_parser
 

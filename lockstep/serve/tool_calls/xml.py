@@ -11,7 +11,16 @@ from lockstep.serve.structured import quote
 from lockstep.serve.tool_calls.events import CallEnd
 from lockstep.serve.tool_calls.grammar import either, marked_calls
 from lockstep.serve.tool_calls.json_text import json_value, repaired
-from lockstep.serve.tool_calls.readers import MAX_NAME, NotACall, after_space, expect, ignore, name_until, until
+from lockstep.serve.tool_calls.readers import (
+    MAX_NAME,
+    NOTHING,
+    NotACall,
+    after_space,
+    expect,
+    ignore,
+    name_until,
+    until,
+)
 from lockstep.serve.tool_calls.shapes import IGNORED, MAX_NAMES, Shape, kinds, shapes
 from lockstep.serve.tool_calls.texts import END, alternatives, is_null, is_text, pattern_part, text_rule
 
@@ -21,7 +30,6 @@ PARAMETER_TAG = re.compile(r"parameter(=(?P<key>.*)|\s+name\s*=(?P<name>.*))", r
 NEXT_CALL = re.compile(rf"{FUNCTION_END}\s*</tool_call>\s*<tool_call>\s*<{FUNCTION}\Z")
 MAX_NEXT = 100  # characters of that
 END_OF_NAME = ">\n"
-NOTHING = ("null", "None")
 LITERALS = {"True": True, "False": False, "None": None}
 WRITABLE = r"/[!-;=?-~]([ -;=?-~]{0,62}[!-;=?-~])?/"  # names of a model's own choice
 MAX_COUNTED = 500  # rules of a call whose parameters have to be counted

@@ -122,6 +122,27 @@ def test_empty_stop_strings_are_none(route):
 
 
 @by_generating_route
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(stop=["x"] * 17), "stop: expected at most 16 strings, got 17"),
+        (dict(stop="x" * 257), "stop: expected at most 256 characters, got 257"),
+        (dict(stop_token_ids=[1] * 17), "stop_token_ids: expected at most 16, got 17"),
+        (dict(suppress_tokens=[1] * 1025), "suppress_tokens: expected at most 1024, got 1025"),
+        (dict(logit_bias={str(i): 1 for i in range(1025)}), "logit_bias: expected at most 1024 tokens, got 1025"),
+        (dict(logit_bias={"x": 1}), "logit_bias: expected token ids as keys, got 'x'"),
+    ],
+    ids=lambda each: each if isinstance(each, str) else "",
+)
+def test_what_is_wrong_in_a_field_has_its_name_and_a_code(route, fields, message):
+    with pytest.raises(ApiError) as caught:
+        params(route, **fields)
+    error = caught.value
+    assert (error.status, error.message, error.code) == (400, message, "invalid_value")
+    assert error.param == next(iter(fields))
+
+
+@by_generating_route
 def test_a_temperature_that_is_hardly_any_is_the_least(route):
     found = [params(route, temperature=t).temperature for t in (0, 1e-300, 1e-5, 1e-3, 0.5, None)]
     assert found == [0, 1e-3, 1e-3, 1e-3, 0.5, 1]

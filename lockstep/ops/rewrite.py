@@ -6,6 +6,7 @@ joins neighbours so that rows pass through memory less often. What can be joined
 
 from collections import Counter
 from collections.abc import Container
+from typing import Any
 
 from lockstep.ops.activations import ROW_FORMATS, Preparable, Preparation, QuantizeQ8, RoundBf16
 from lockstep.ops.add import Add
@@ -26,6 +27,7 @@ def lower(program: Program) -> Program:
                 prepared[op.x, kind] = ops[-1].out
             op = op.changed(x=prepared[op.x, kind] if kind else op.x, format=op.weight.format)
         ops.append(op)
+        prepared = {key: rows for key, rows in prepared.items() if key[0] not in op.outputs}
     return program.rewritten(ops)
 
 
@@ -41,34 +43,37 @@ def fuse(program: Program, kinds: Container[str]) -> Program:
     return fuse_preparations(fuse_residuals(program), kinds)
 
 
-def _uses(program: Program) -> Counter:
-    """How often each tensor is read, after the step, too."""
-    read = [v for op in program.ops for v in op.inputs if isinstance(v, Tensor)]
-    return Counter(read + list(program.results.values()))
+def _neighbours(program: Program, first: type, second: type, name: str) -> dict[Any, Any]:
+    """{op: who made its operand `name`}, for ops of two kinds that can be one, where the second stands.
+
+    The operand is written and read only once, the step's results included; what its maker reads is not written until
+    then, nor by the second.
+    """
+    read = Counter([v for op in program.ops for v in op.inputs] + list(program.results.values()))
+    written = Counter(v for op in program.ops for v in op.outputs)
+    found, made = {}, {}
+    for op in program.ops:
+        if isinstance(op, second) and getattr(op, name) in made:
+            found[op] = made[getattr(op, name)]
+        made = {t: maker for t, maker in made.items() if t not in op.inputs and not {*op.outputs} & {*maker.inputs}}
+        if isinstance(op, first) and read[op.out] == written[op.out] == 1:
+            made[op.out] = op
+    return {op: maker for op, maker in found.items() if op.out not in maker.inputs}
 
 
 def fuse_residuals(program: Program) -> Program:
-    """add(x, linear(h)) becomes one linear with a residual, if nothing else reads the linear's output."""
-    uses, writers = _uses(program), Counter(v for op in program.ops for v in op.outputs)
-    made = {op.out: op for op in program.ops if isinstance(op, Linear) and writers[op.out] == 1}
-    joined = {
-        op: made[op.y].changed(out=op.out, residual=op.x)
-        for op in program.ops
-        if isinstance(op, Add) and op.y in made and uses[op.y] == 1 and op.x != op.y
-    }
-    return _replaced(program, joined, {made[op.y] for op in joined})
+    """add(x, linear(h)) becomes one linear with a residual, if it has none."""
+    pairs = {op: maker for op, maker in _neighbours(program, Linear, Add, "y").items() if maker.residual is None}
+    joined = {op: maker.changed(out=op.out, residual=op.x) for op, maker in pairs.items()}
+    return _replaced(program, joined, {*pairs.values()})
 
 
 def fuse_preparations(program: Program, kinds: Container[str]) -> Program:
     """What makes rows, followed only by their preparation, becomes one op, if there is a kernel for it."""
-    uses, made = _uses(program), {op.out: op for op in program.ops if isinstance(op, Preparable)}
-    joined = {
-        op: made[op.x].changed(out=op.out, preparation=op.kind)
-        for op in program.ops
-        if isinstance(op, Preparation) and op.x in made and uses[op.x] == 1
-    }
+    pairs = _neighbours(program, Preparable, Preparation, "x")
+    joined = {op: maker.changed(out=op.out, preparation=op.kind) for op, maker in pairs.items()}
     joined = {op: both for op, both in joined.items() if both.kind in kinds}
-    return _replaced(program, joined, {made[op.x] for op in joined})
+    return _replaced(program, joined, {pairs[op] for op in joined})
 
 
 def _replaced(program: Program, joined: dict, left_out: set) -> Program:

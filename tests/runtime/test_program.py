@@ -133,6 +133,68 @@ def test_a_residual_that_is_made_after_the_product_is_there_when_it_is_added():
     assert [op.kind for op in ops] == ["given", "given", "linear_f32"] and ops[-1].residual.name == "later"
 
 
+def residual_of_a_product_with_one(program, h, b, weight):
+    linear(program, "y", h, weight)
+    program.ops[-1] = program.ops[-1].changed(residual=b)
+    add(program, "out", b, program.ops[-1].out)
+
+
+def product_of_what_is_written_again(program, h, b, weight):
+    y = linear(program, "y", h, weight)
+    program.emit(Add(out=h, x=b, y=b, width=32))
+    add(program, "out", b, y)
+
+
+def sum_in_place_of_what_was_multiplied(program, h, b, weight):
+    program.emit(Add(out=h, x=b, y=linear(program, "y", h, weight), width=32))
+
+
+def product_of_two_parts(program, h, b, weight):
+    sizes = dict(weight=Weight("half", "f32", (16, 32), ()), in_features=32, out_features=16, width=32)
+    y = program.tensor("y", "T", 32)
+    for column in (0, 16):
+        program.emit(Linear(out=y, x=h, column=column, **sizes))
+    add(program, "out", b, y)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        residual_of_a_product_with_one,
+        product_of_what_is_written_again,
+        sum_in_place_of_what_was_multiplied,
+        product_of_two_parts,
+    ],
+)
+def test_a_sum_stays_where_joining_it_would_change_what_is_summed(record):
+    program = Program()
+    h, b = (program.emit(Given(out=program.tensor(name, "T", 32))) for name in "hb")
+    record(program, h, b, Weight("w", "f32", (32, 32), ()))
+    lowered = lower(program)
+    assert fuse(lowered, BACKENDS["cpu"]).ops == lowered.ops
+
+
+def test_rows_that_are_written_again_are_prepared_again():
+    program = Program()
+    h, b = (program.emit(Given(out=program.tensor(name, "T", 32))) for name in "hb")
+    for name in ("one", "two"):
+        linear(program, name, h, Weight(name, "q8_0", (32, 32), ()))
+        program.emit(Add(out=h, x=b, y=b, width=32))
+    first, second = [op for op in lower(program).ops if op.kind == "quantize_q8"]
+    assert first.x == second.x == h and first.out != second.out
+
+
+def test_a_norm_stays_where_its_rows_are_written_before_they_are_prepared():
+    program = Program()
+    x = program.emit(Given(out=program.tensor("x", "T", 32)))
+    norm = dict(weight=Weight("norm", "f32", (32,), ()), eps=1e-6, offset=0.0)
+    h = program.emit(RmsNorm(out=program.tensor("h", "T", 32), x=x, width=32, **norm))
+    program.emit(Add(out=x, x=x, y=x, width=32))
+    linear(program, "y", h, Weight("w", "q8_0", (32, 32), ()))
+    kinds = [op.kind for op in fuse(lower(program), BACKENDS["cpu"]).ops]
+    assert kinds == ["given", "rms_norm", "add", "quantize_q8", "linear_q8_0"]
+
+
 def test_what_is_read_after_the_step_is_not_fused_away():
     program = mlp()
     program.results["act"] = program.ops[3].out

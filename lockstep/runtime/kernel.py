@@ -46,11 +46,12 @@ def target() -> tuple[str, str, str]:
 def imported_sources(module: str) -> frozenset[pathlib.Path]:
     """The source files of a module and of every module of this package that it imports, directly or not."""
     path = PACKAGE.parent / (module.replace(".", "/") + ".py")
-    if not module.startswith(PACKAGE.name) or not path.exists():
+    if not path.exists():
         return frozenset()
     imports = [node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, ast.ImportFrom)]
-    names = {name for node in imports for name in (node.module, *(f"{node.module}.{a.name}" for a in node.names))}
-    return frozenset({path}.union(*map(imported_sources, names)))
+    names = {f"{node.module}{end}" for node in imports for end in ("", *(f".{a.name}" for a in node.names))}
+    ours = [name for name in names if name.split(".")[0] == PACKAGE.name]
+    return frozenset({path}.union(*map(imported_sources, ours)))
 
 
 def fingerprint(module: str) -> str:
@@ -154,6 +155,8 @@ class Kernel:
     def compile(self, on_compile: OnCompile | None = None) -> CFunc:
         """The machine code, compiled or loaded once. on_compile: called with the kernel's name before a compilation."""
         if self._compiled is None:
+            if getattr(sys.modules[self.function.__module__], self.name, None) is not self:
+                raise ValueError(f"kernel {self.path}: it is cached under this name, but is not what has it there")
             if on_compile is not None and not self.is_cached:
                 on_compile(self.name)
             options = {k: v for k, v in STRICT.items() if k != "nogil"}
@@ -187,6 +190,13 @@ def variant(body: FunctionType, name: str, **constants: Any) -> Kernel:
 
     It is cached under its name and must be found under it in the module of `body`, where whoever compiles looks for it.
     Made when all that `body` uses has been defined: later changes of the module's names are not seen.
+    ValueError for a name that is taken and for constants that `body` does not use.
     """
+    if name in body.__globals__:
+        raise ValueError(f"variant {name!r} of {body.__name__}: {body.__module__} has this name already")
+    unused = sorted(constants.keys() - set(body.__code__.co_names))
+    if unused:
+        used = ", ".join(sorted(set(body.__code__.co_names) & body.__globals__.keys()))
+        raise ValueError(f"variant {name!r}: {body.__name__} does not use {unused[0]!r}; its global names are {used}")
     code = body.__code__.replace(co_name=name, co_qualname=name)
     return Kernel(FunctionType(code, {**body.__globals__, **constants}, name))

@@ -1,7 +1,7 @@
 """Numba's files of compiled code, checked when they are read: a damaged one is compiled again.
 
-A full disk, a crash or a cleaner of temporary files leaves files that are cut off, empty or gone. Numba raises whatever
-its unpickling raises, or would run what is left of the machine code.
+A full disk, a crash or a cleaner of temporary files leaves files that are cut off, empty or gone, a backup another's in
+their place. Numba raises whatever its unpickling raises, or would run what is there.
 """
 
 import contextlib
@@ -15,7 +15,8 @@ DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 class CheckedFiles(IndexDataCacheFile):
-    """A function's index and data files; every pickle is followed by its digest (of which unpickling takes no note)."""
+    """A function's index and data files: pickles, each followed by a digest of its content, its name and its folder's
+    (which stands for all that the code is made from)."""
 
     def load(self, key):
         """The entry of a key; None if there is none, or none that is whole."""
@@ -26,14 +27,28 @@ class CheckedFiles(IndexDataCacheFile):
                 os.unlink(self._index_path)
             return None
 
-    def _dump(self, obj):
-        pickled = super()._dump(obj)
-        return pickled + hashlib.sha256(pickled).digest()
+    def _load_index(self):
+        if not os.path.exists(self._index_path):
+            return {}
+        versions, names = self._load_data(self._index_name)
+        return names if versions == (self._version, self._source_stamp) else {}
+
+    def _save_index(self, overloads):
+        self._save_data(self._index_name, ((self._version, self._source_stamp), overloads))
+
+    def _save_data(self, name, data):
+        pickled = self._dump(data)
+        with self._open_for_write(self._data_path(name)) as file:
+            file.write(pickled + self._digest(name, pickled))
 
     def _load_data(self, name):
         with open(self._data_path(name), "rb") as file:
             content = file.read()
         pickled, digest = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
-        if hashlib.sha256(pickled).digest() != digest:
-            raise ValueError(f"{self._data_path(name)}: damaged")
+        if self._digest(name, pickled) != digest:
+            raise ValueError(f"{self._data_path(name)}: damaged, or another's")
         return pickle.loads(pickled)
+
+    def _digest(self, name, pickled):
+        place = f"{os.path.basename(self._cache_path)}/{name}\0"
+        return hashlib.sha256(place.encode() + pickled).digest()

@@ -39,6 +39,39 @@ def test_a_damaged_entry_is_none_and_can_be_saved_again(endings, how, tmp_path):
     assert files.load("key") == {"code": b"again"}
 
 
+def saved(folder, name="kernel", **entries):
+    files = CheckedFiles(str(folder), name, "stamp")
+    folder.mkdir(exist_ok=True)
+    for key, data in entries.items():
+        files.save(key, data)
+    return files
+
+
+@pytest.mark.parametrize("ending", ["nbi", "1.nbc"])
+def test_files_of_another_kernel_are_none(ending, tmp_path):
+    files = saved(tmp_path / "sources", key="code")
+    saved(tmp_path / "sources", "other", key="another's"), saved(tmp_path / "changed", key="of other sources")
+    for other in ("sources/other", "changed/kernel"):
+        files.save("key", "code")
+        (tmp_path / f"sources/kernel.{ending}").write_bytes((tmp_path / f"{other}.{ending}").read_bytes())
+        assert files.load("key") is None
+
+
+def test_the_code_of_another_signature_is_none(tmp_path):
+    files = saved(tmp_path, one=1, two=2)
+    assert (files.load("one"), files.load("two")) == (1, 2)
+    (tmp_path / "kernel.1.nbc").write_bytes((tmp_path / "kernel.2.nbc").read_bytes())
+    assert files.load("one") is None
+
+
+def test_no_bit_of_an_index_can_change(tmp_path):
+    files = saved(tmp_path, one=1, two=2)
+    whole = (tmp_path / "kernel.nbi").read_bytes()
+    for at in range(len(whole)):
+        (tmp_path / "kernel.nbi").write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        assert files.load("one") is None
+
+
 def test_a_damaged_kernel_is_compiled_again(tmp_path):
     path = os.pathsep.join(p for p in sys.path if p)
     environment = {**os.environ, "LOCKSTEP_CACHE": str(tmp_path), "PYTHONPATH": path}

@@ -219,7 +219,8 @@ def visible(program):
 
 
 def check(program, backend, on_compile=None):
-    """Runs the probes of a program on an op table. UnfitMachine at the first op whose bits are not the recorded ones.
+    """Runs the probes of a program on an op table. UnfitMachine at the first op whose bits are not the recorded ones;
+    ValueError at the first for which none are recorded.
 
     What was found good is remembered in the user's cache folder for as long as sources, versions and CPU stay the same.
     """
@@ -231,16 +232,21 @@ def check(program, backend, on_compile=None):
         return
     golden = json.loads(GOLDEN.read_text())
     for probe in wanted:
-        compare(probe, golden[str(probe)], digests(probe, backend, on_compile=on_compile))
+        compare(probe, golden.get(str(probe), {}), digests(probe, backend, on_compile=on_compile))
     sampling = selfcheck_sampling.digests(backend, on_compile)
-    compare(selfcheck_sampling.NAME, golden[selfcheck_sampling.NAME], sampling)
+    compare(selfcheck_sampling.NAME, golden.get(selfcheck_sampling.NAME, {}), sampling)
     with contextlib.suppress(OSError):
         mark.touch()
 
 
 def compare(probe, golden, found):
-    """UnfitMachine for the first digest found that is not the recorded one."""
+    """UnfitMachine for the first digest found that is not the recorded one, ValueError if none is."""
     for op, name, digest in found:
+        if name not in golden:
+            raise ValueError(
+                f"self-check: op {op.kind} has no recorded digest (tensor {name} of probe {probe}); "
+                f"`python -m tests.golden.record_kernels` records what its definition gives"
+            )
         if golden[name] != digest:
             raise UnfitMachine(
                 f"self-check failed: op {op.kind} gives other bits on this machine than its definition (tensor {name} "

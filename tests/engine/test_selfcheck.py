@@ -7,8 +7,10 @@ import pytest
 
 from lockstep.engine import selfcheck, selfcheck_sampling
 from lockstep.ops import BACKENDS
+from lockstep.ops.add import Add
 from lockstep.ops.adjust_logits import AdjustLogits
 from lockstep.ops.sample import Sample
+from lockstep.runtime.program import Program, Tensor
 from lockstep.runtime.unfit import UnfitMachine
 from tests.golden.record_kernels import recorded, recorded_sampling
 from tests.kernels import shared_kernels
@@ -55,6 +57,20 @@ def test_a_wrong_bit_in_any_kernel_is_refused_by_name(program):
     for kind in {op.kind for op in made.ops if op.outputs[0].dtype == "i8"}:
         with pytest.raises(UnfitMachine, match="gives other bits"):
             selfcheck.check(program, {**TABLE, kind: faulty(TABLE[kind], 0)})
+
+
+def test_an_op_without_a_recorded_digest_is_named(tmp_path, monkeypatch):
+    op, probe = Add(**{k: Tensor(k, "T", 16) for k in ("out", "x", "y")}, width=16), selfcheck.Probe("a", "b", "c")
+    message = r"op add has no recorded digest \(tensor out of probe .*\); `python -m tests.golden.record_kernels`"
+    with pytest.raises(ValueError, match=message):
+        selfcheck.compare("sampling", {"other": "0"}, [(op, "out", "0")])
+    monkeypatch.setattr(selfcheck, "GOLDEN", tmp_path / "golden.json")
+    monkeypatch.setattr(selfcheck, "probes", lambda program: [probe])
+    monkeypatch.setattr(selfcheck, "digests", lambda *_, **__: [(op, "out", "0")])
+    for recorded_ones in ({}, {str(probe): {}}):
+        selfcheck.GOLDEN.write_text(json.dumps(recorded_ones))
+        with pytest.raises(ValueError, match=message):
+            selfcheck.check(Program(), {})
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

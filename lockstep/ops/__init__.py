@@ -15,14 +15,18 @@ MODULES = """
 """.split()
 
 
-def _backend(table):
+def backend(table, modules=MODULES):
+    """The tables of a name of all modules as one; ValueError if two implement one kind of op."""
     made = {}
-    for name in MODULES:
-        made |= getattr(import_module(f"lockstep.ops.{name}"), table, {})
+    for name in modules:
+        found = getattr(import_module(f"lockstep.ops.{name}"), table, {})
+        if made.keys() & found.keys():
+            raise ValueError(f"ops/{name}.py: {table} has {min(made.keys() & found.keys())!r}, as another module's has")
+        made |= found
     return made
 
 
-BACKENDS = {"reference": _backend("REFERENCE"), "cpu": _backend("CPU"), "per_token": _backend("PER_TOKEN")}
+BACKENDS = {"reference": backend("REFERENCE"), "cpu": backend("CPU"), "per_token": backend("PER_TOKEN")}
 
 
 def __getattr__(name):

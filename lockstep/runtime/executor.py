@@ -98,6 +98,15 @@ def _tensor_bytes(tensor, max_rows):
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
+def _implementation(op, backend):
+    if op.kind not in backend:
+        raise ValueError(
+            f"op {op}: the backend has no implementation of {op.kind!r}; those of lowered ops are in the tables of "
+            f"the modules that lockstep/ops/__init__.py lists"
+        )
+    return backend[op.kind]
+
+
 class Executor:
     """A program bound to a backend, memory and threads.
 
@@ -113,12 +122,13 @@ class Executor:
         self._memory.fill(0)  # pages that are touched now do not have to be faulted in by the first step
         self._counters = np.zeros(max(1, len(program.ops)), np.int64)
         self._table = aligned(8 * ROW_WORDS * max(1, len(program.ops))).view(np.int64).reshape(-1, ROW_WORDS)
-        compile_kernels([backend[op.kind].kernel for op in program.ops], on_compile)
-        for i, op in enumerate(program.ops):
-            self._encode(i, op)
+        implementations = [_implementation(op, backend) for op in program.ops]
+        compile_kernels([i.kernel for i in implementations], on_compile)
+        for i, (op, implementation) in enumerate(zip(program.ops, implementations, strict=True)):
+            self._encode(i, op, implementation)
 
-    def _encode(self, index, op):
-        implementation, row = self.backend[op.kind], self._table[index]
+    def _encode(self, index, op, implementation):
+        row = self._table[index]
         encode(op, row, {word.name: self._field(op, word, implementation) for word in op.words()})
         row[KERNEL], row[FLAGS] = implementation.kernel.address, FLUSHES * implementation.flushes
         row[ROWS], row[COUNTER] = ROW_COUNTS[op.rows], self._counters[index:].ctypes.data
@@ -174,7 +184,3 @@ class Executor:
 
 def _float_word(value):
     return int(np.float32(value).view(np.int32))
-
-
-def _param_word(value):
-    return _float_word(value) if isinstance(value, (float, np.floating)) else int(value)

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from lockstep.ops import BACKENDS
+from lockstep.ops import BACKENDS, backend
 from lockstep.ops.add import Add
 from lockstep.ops.linear import Linear
 from lockstep.ops.rewrite import fuse, lower
@@ -201,6 +201,19 @@ def test_what_is_read_after_the_step_is_not_fused_away():
     program.results["y"] = program.ops[4].out
     kinds = [op.kind for op in fuse(lower(program), BACKENDS["cpu"]).ops]
     assert kinds[2:] == ["linear_q8_0", "silu_mul", "quantize_q8", "linear_q8_0", "add"]
+
+
+def test_an_op_that_no_module_implements_is_named():
+    table = {**BACKENDS["reference"], "given": BACKENDS["reference"]["add"]}
+    message = r"op both f32\[T, 64\] = linear\(h, up\): the backend has no implementation of 'linear'; .*__init__.py"
+    with pytest.raises(ValueError, match=message):
+        Executor(mlp("f32"), table, None, WeightStore(), ROWS, {})
+
+
+def test_no_two_modules_implement_one_kind():
+    assert backend("REFERENCE", ["add", "rms_norm"]).keys() == {"add", "rms_norm"}
+    with pytest.raises(ValueError, match=r"ops/add.py: REFERENCE has 'add', as another module's has"):
+        backend("REFERENCE", ["add", "rms_norm", "add"])
 
 
 def test_swaps_name_what_is_missing():

@@ -4,6 +4,7 @@ Everything compared is run interleaved in one process, and ratios are medians of
 seconds of different moments do not compare.
 """
 
+import math
 import statistics
 import time
 from collections import defaultdict
@@ -11,11 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lockstep.describe import packed_bytes
+from lockstep.describe import is_linear, packed_bytes
 from lockstep.engine.model import GROUPS
 from lockstep.engine.runner import Limits, Runner, Span
+from lockstep.models.record import INTEGER_FORMATS
 from lockstep.ops.kv_cache import PAGE_TOKENS
-from lockstep.ops.linear import Linear
 from lockstep.parity import GREEDY
 
 
@@ -128,13 +129,17 @@ def switch_ratios(bench, num_tokens, repeat):
 
 
 def summed(profile, rows):
-    """A profile by kind of op: [(kind, seconds, weight bytes read, multiply-adds of linear layers), ...], largest
-    first."""
-    totals = defaultdict(lambda: [0.0, 0, 0])
+    """A profile by kind of op: [(kind, seconds, weight bytes read, multiply-adds with weights, int8), ...], largest
+    first.
+
+    int8: whether the weights are multiplied as integers. Of experts, at most one is read for each row that it gets.
+    """
+    totals = defaultdict(lambda: [0.0, 0, 0, False])
     for op, seconds in profile:
-        total = totals[op.kind]
+        total, macs = totals[op.kind], op.flops(0) // 2 * rows[op.rows]
         total[0] += seconds
-        if isinstance(op, Linear):
-            total[1] += packed_bytes(op.weight)
-            total[2] += op.in_features * op.out_features * rows[op.rows]
+        for weight in op.packed if is_linear(op) else ():
+            total[1] += int(packed_bytes(weight) * min(1, macs / math.prod(weight.shape)))
+            total[2] += macs
+            total[3] = weight.format in INTEGER_FORMATS
     return sorted(((kind, *t) for kind, t in totals.items()), key=lambda row: -row[1])

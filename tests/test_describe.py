@@ -1,7 +1,12 @@
 """What `lockstep inspect` counts, for models with experts (for the others see test_cli_chat.py)."""
 
-import pytest
+import io
 
+import pytest
+from rich.console import Console
+
+from lockstep.bench import summed
+from lockstep.commands.bench import profile_table
 from lockstep.describe import is_linear, memory, op_costs, packed_bytes
 from lockstep.engine import selfcheck
 from lockstep.models.record import INTEGER_FORMATS
@@ -13,6 +18,7 @@ from tests.models.cases import CASES
 from tests.models.running import load
 
 CONFIG = CASES["qwen3_moe"]
+CEILING = {"bytes_per_second": 1e12, "int8_per_second": 1e6, "f32_per_second": 2e6}
 
 
 @pytest.mark.parametrize("weights", ["f32", "bf16", "q8_0", "q4_0"])
@@ -52,3 +58,22 @@ def test_experts_work_for_the_rows_that_chose_them(tmp_path):
     assert costs["experts.gate_up"].flops == chosen * 2 * hidden * 2 * width
     assert costs["experts.down"].flops == chosen * 2 * width * hidden
     assert costs["experts.down"].weight_bytes == CONFIG["num_experts"] * hidden * width * 34 // 32
+
+
+@pytest.mark.parametrize(("weights", "int8"), [("q8_0", True), ("bf16", False)])
+def test_a_profile_counts_what_every_op_with_weights_does(weights, int8, tmp_path):
+    program = load(tiny.write(tmp_path / "m", CONFIG, tiny.tensors(CONFIG, 1)), weights).program
+    for tokens in (1, 100):
+        counts = {"T": tokens, "O": 1, "R": 1, "E": 0, "S": 1}
+        rows = {kind: row for kind, *row in summed([(op, 1.0) for op in program.ops], counts)}
+        assert set(rows) == {op.kind for op in program.ops} and rows["embed"][1:] == [0, 0, False]
+        experts = [op for op in program.ops if op.kind == f"expert_linear_{weights}"]
+        macs = sum(counts[op.rows] * op.top_k * op.width * op.features for op in experts)
+        shares = [min(1, counts[op.rows] * op.top_k / op.num_experts) for op in experts]
+        read = sum(int(packed_bytes(op.weight) * share) for op, share in zip(experts, shares, strict=True))
+        assert rows[experts[0].kind] == [len(experts), read, macs, int8]
+    table = Console(file=io.StringIO(), width=200)
+    table.print(profile_table("prefill", [(kind, *row) for kind, row in rows.items()], CEILING))
+    line = next(line for line in table.file.getvalue().splitlines() if experts[0].kind in line)
+    peak = CEILING["int8_per_second" if int8 else "f32_per_second"]
+    assert line.split()[-1] == f"{2 * macs / len(experts) / peak:.0%}"

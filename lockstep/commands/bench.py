@@ -128,11 +128,11 @@ def profile_table(name, rows, ceiling):
     """Where a step's time goes, and how near each kind of linear layer is to what the machine can do."""
     table = _table("op", "ms", "share", "GB/s", "GOPS", "% of ceiling", title=f"{name}, one step")
     total = sum(r[1] for r in rows)
-    for kind, seconds, num_bytes, macs in rows:
+    for kind, seconds, num_bytes, macs, int8 in rows:
         if seconds < 0.002 * total:
             continue
         rate, ops = num_bytes / seconds, 2 * macs / seconds
-        peak = ceiling["f32_per_second" if kind in ("linear_f32", "linear_f16", "linear_bf16") else "int8_per_second"]
+        peak = ceiling["int8_per_second" if int8 else "f32_per_second"]
         percent = max(rate / ceiling["bytes_per_second"], ops / peak) if macs else None
         table.add_row(
             kind,

@@ -57,15 +57,15 @@ def _op_cost(op, context, kept):
     weights, name = [v for v in op.inputs if isinstance(v, Weight)], op.outputs[0].name
     found = LAYER.search(name)
     return OpCost(
-        op.kind,
-        LAYER.sub("*", name),
-        int(found[0]) if found else None,
-        op.rows,
-        op.outputs[0].width,
-        ", ".join(f"{w.format} {'x'.join(map(str, w.shape))}" for w in weights),
-        _read_bytes(op, weights),
-        sum(t.width * DTYPES[t.dtype].itemsize for t in tensors),
-        0 if asked else int(op.flops(context)),
+        kind=op.kind,
+        label=LAYER.sub("*", name),
+        layer=int(found[0]) if found else None,
+        rows=op.rows,
+        width=op.outputs[0].width,
+        weights=", ".join(f"{w.format} {'x'.join(map(str, w.shape))}" for w in weights),
+        weight_bytes=_read_bytes(op, weights),
+        row_bytes=sum(t.width * DTYPES[t.dtype].itemsize for t in tensors),
+        flops=0 if asked else int(op.flops(context)),
     )
 
 

@@ -60,6 +60,7 @@ def upward(path):
     ]
 
 
+BENCHES = sorted((ROOT / "bench").glob("*.py"))
 FILES = sorted((ROOT / "lockstep").rglob("*.py"))
 
 
@@ -103,9 +104,23 @@ def test_programs_and_declarations_need_no_compiler():
 MOST_POSITIONAL = 8
 
 
-def test_no_call_is_a_long_list_of_positions():
+def positional(source):
+    """{(name, line, column): how many arguments it takes by position} of every function and call of a file."""
+    nodes = list(ast.walk(ast.parse(source)))
+    functions = [n for n in nodes if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    taken = {(f.name, f.lineno, f.col_offset): len(f.args.posonlyargs) + len(f.args.args) for f in functions}
+    return taken | {
+        (ast.unparse(n.func), n.lineno, n.col_offset): len(n.args) for n in nodes if isinstance(n, ast.Call)
+    }
+
+
+@pytest.mark.parametrize("path", [*FILES, *BENCHES], ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_call_is_a_long_list_of_positions(path):
     """Arguments that belong together are a NamedTuple, options have names."""
-    defined = [(path.name, node) for path in FILES for node in ast.walk(ast.parse(path.read_text("utf-8")))]
-    functions = [(name, node) for name, node in defined if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
-    counts = {(name, f.name): len(f.args.posonlyargs) + len(f.args.args) for name, f in functions}
+    counts = positional(path.read_text("utf-8"))
     assert not {place: count for place, count in counts.items() if count > MOST_POSITIONAL}
+
+
+def test_every_function_of_a_name_is_counted():
+    source = "class A:\n  def f(self, a, /): pass\nclass B:\n  async def f(self, *, b): pass\ndef f(): f(1, c=2) or f()"
+    assert positional(source) == {("f", 2, 2): 2, ("f", 4, 2): 1, ("f", 5, 0): 0, ("f", 5, 9): 1, ("f", 5, 22): 0}

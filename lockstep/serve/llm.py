@@ -352,15 +352,15 @@ def _completion(stream: Stream, *others: Stream) -> Completion:
     request = stream.request
     assert request.finish_reason is not None, "it has ended"
     return Completion(
-        stream.text,
-        request.output_ids,
-        request.logprobs,
-        request.finish_reason,
-        request.prompt_ids,
-        request.top_logprobs,
-        request.prompt_logprobs,
-        request.prompt_top_logprobs,
-        request.stop_reason,
-        request.error,
-        [_completion(other) for other in others],
+        text=stream.text,
+        token_ids=request.output_ids,
+        logprobs=request.logprobs,
+        finish_reason=request.finish_reason,
+        prompt_token_ids=request.prompt_ids,
+        top_logprobs=request.top_logprobs,
+        prompt_logprobs=request.prompt_logprobs,
+        prompt_top_logprobs=request.prompt_top_logprobs,
+        stop_reason=request.stop_reason,
+        error=request.error,
+        others=[_completion(other) for other in others],
     )

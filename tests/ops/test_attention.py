@@ -25,7 +25,7 @@ MIXED = [1, 65, 7, 130, 1], [1, 65, 1027, 1090, 2050]  # new tokens and context 
 class Batch:
     """Requests with random queries, keys and values, and what attention makes of them."""
 
-    def __init__(self, lengths, contexts, H, G, K, kv_dtype="f32", window=0, soft_cap=0.0, seed=0):
+    def __init__(self, lengths, contexts, H, G, K, kv_dtype="f32", window=0, *, soft_cap=0.0, seed=0):
         rng = np.random.default_rng(seed)
         self.lengths, self.contexts, self.shape, self.kv_dtype = lengths, contexts, (H, G, K), kv_dtype
         self.window, self.soft_cap = window, soft_cap

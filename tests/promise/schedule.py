@@ -14,7 +14,7 @@ import numpy as np
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.ops.kv_cache import PAGE_TOKENS
 from lockstep.runtime.threads import Team
-from tests.promise.trace import positions, report, state_digest
+from tests.promise.trace import Sequence, Trace, positions, report, state_digest
 
 POISON = 0xFF  # float32, bfloat16 and int8 of all ones: NaN or -1
 CUTS = (1, 1, 1, 2, 3, 5, 8, 15, 16, 17, 31, 33, 63, 64, 65, 127, 130, 513)
@@ -30,9 +30,9 @@ class Differs(AssertionError):
 class Running:
     """A request in flight."""
 
-    sequence: object
-    trace: object
-    pages: list
+    sequence: Sequence
+    trace: Trace
+    pages: list[int]
     slot: int
     stop_at: int  # cancelled there, if before its end
     num_computed: int = 0

@@ -12,6 +12,7 @@ from collections import Counter
 
 import pytest
 
+from lockstep.engine.model import GROUPS
 from tests.promise.models import CASES, LONG, library, load
 from tests.promise.schedule import Teams, Walk, limits
 
@@ -61,6 +62,9 @@ def walk(subject, teams, seed, num_steps=None, **options):
     case, model, sequences = subject
     num_steps = num_steps or STEPS * (3 if LONG in case.lengths else 1)
     max_step_tokens, max_requests = ((600, 5), (130, 8), (48, 3))[seed % 3]
+    if "swaps" in options:
+        has = {*GROUPS, *(op.kind for op in model.program.ops)}
+        options["swaps"] = {kind: name for kind, name in options["swaps"].items() if kind in has}
     most = limits(model, max_step_tokens, max_requests, 3 * sum(-(-n // 64) for n in case.lengths))
     return Walk(model, sequences, teams, seed, most, **options).run(num_steps)
 

@@ -58,11 +58,15 @@ OpSwaps = Annotated[
 
 def parse_swaps(swaps):
     """["linear=reference", ...] as a dict."""
-    pairs = [swap.partition("=") for swap in swaps or ()]
-    for swap, (kind, _, backend) in zip(swaps or (), pairs, strict=True):
+    made = {}
+    for swap in swaps or ():
+        kind, _, backend = swap.partition("=")
         if not kind or not backend:
             raise ValueError(f"--op {swap}: expected KIND=BACKEND, such as linear=reference")
-    return {kind: backend for kind, _, backend in pairs}
+        if kind in made:
+            raise ValueError(f"--op {swap}: {kind} is given twice, {made[kind]} before")
+        made[kind] = backend
+    return made
 
 
 def context_words(llm) -> tuple[str, str | None]:

@@ -1,7 +1,7 @@
 """A loaded model: its config, its program in recorded and in runnable form, and its weights."""
 
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lockstep.models.config import ModelConfig
@@ -19,15 +19,6 @@ from lockstep.runtime.program import Program, Tensor
 from lockstep.weights.checkpoint import Checkpoint
 
 GROUPS = ("linear", "attention", "elementwise")  # what `--op GROUP=...` may name: see `Operands.group`
-
-
-def expand_swaps(swaps: Mapping[str, str], members: Mapping[str, Collection[str]]) -> dict[str, str]:
-    """Swaps of op groups spelled out: {kind: backend name}. members: {group: kinds of op}."""
-    named = {}
-    for kind, name in swaps.items():
-        known = [k for k in members.get(kind, ()) if k in BACKENDS.get(name, {})]
-        named.update({k: name for k in known or [kind]})
-    return named
 
 
 @dataclass(frozen=True)
@@ -63,16 +54,30 @@ class Model:
         return fuse(lowered, backend) if fused else lowered
 
     def backend(self, swaps: Mapping[str, str] | None = None, base: str = "cpu") -> OpTable:
-        """The op table, with swaps such as {"linear": "reference"}."""
+        """The op table, with swaps such as {"linear": "reference"}, of kinds or groups of ops that the model has."""
+        if base not in BACKENDS:
+            raise ValueError(f"backend {base!r}: there are {', '.join(sorted(BACKENDS))}")
         table = {**BACKENDS["reference"], **BACKENDS[base]}
-        members = self._group_members(table) if swaps else {}
-        return swapped(table, expand_swaps(swaps or {}, members), BACKENDS)
+        return swapped(table, self._swaps_of_kinds(swaps, table) if swaps else {}, BACKENDS)
 
-    def _group_members(self, table: OpTable) -> dict[str, set[str]]:
-        """{group: kinds of op of this model, fused and unfused}."""
+    def _swaps_of_kinds(self, swaps: Mapping[str, str], table: OpTable) -> dict[str, str]:
+        """Swaps with groups of ops spelled out: {kind: backend name}."""
+        if not isinstance(swaps, Mapping) or not all(isinstance(word, str) for pair in swaps.items() for word in pair):
+            raise ValueError(f"ops: expected a mapping from kinds or groups of ops to backends, got {swaps!r:.80}")
         lowered = lower(self.recorded)
-        ops = (*lowered.ops, *fuse(lowered, table).ops)
-        return {group: {op.kind for op in ops if op.group == group} for group in GROUPS}
+        ops = (*lowered.ops, *fuse(lowered, table).ops)  # of this model, fused and unfused
+        kinds, members = {op.kind for op in ops}, {g: {op.kind for op in ops if op.group == g} for g in GROUPS}
+        wrong = next((kind for kind in swaps if kind not in kinds and kind not in members), None)
+        if wrong is not None:
+            raise ValueError(
+                f"--op {wrong}={swaps[wrong]}: the model has no op of this kind; it has {', '.join(sorted(kinds))}, in "
+                f"the groups {', '.join(GROUPS)}"
+            )
+        named = {}
+        for kind, name in swaps.items():
+            known = [k for k in members.get(kind, ()) if k in BACKENDS.get(name, {})]
+            named.update({k: name for k in known or [kind]})
+        return named
 
 
 def load_model(

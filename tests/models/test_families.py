@@ -1,10 +1,12 @@
 """Every model type against logits that transformers computed in float32 (tests/golden/models.npz)."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 
+from lockstep.ops import BACKENDS
 from tests.golden.record_models import GOLDEN, NUM_TOKENS
 from tests.models import tiny
 from tests.models.cases import CASES, SEED
@@ -38,3 +40,19 @@ def test_pieces_and_used_memory_give_the_same_bits(case):
     model, ids, _ = case
     whole = logits_of(model, ids, num_threads=1)
     assert whole.tobytes() == logits_of(model, ids, CUTS, dirty=True).tobytes()
+
+
+def test_a_model_says_which_ops_can_be_swapped(tmp_path):
+    config = CASES["qwen3"]
+    model = load(tiny.write(tmp_path, config, tiny.tensors(config, SEED)))
+    swapped = model.backend({"elementwise": "reference", "add": "cpu"})
+    assert swapped["rms_norm"] is BACKENDS["reference"]["rms_norm"] and swapped["add"] is BACKENDS["cpu"]["add"]
+    for swaps, base, said in (
+        ({}, "gpu", "backend 'gpu': there are cpu, per_token, reference"),
+        ("linear=cpu", "cpu", "ops: expected a mapping from kinds or groups of ops to backends, got 'linear=cpu'"),
+        ({"linear": 3}, "cpu", "ops: expected a mapping"),
+        ({"linear": ["cpu"]}, "cpu", "ops: expected a mapping"),
+        ({"gated_delta": "cpu"}, "cpu", "--op gated_delta=cpu: the model has no op of this kind; it has add, "),
+    ):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            model.backend(swaps, base)

@@ -1,5 +1,6 @@
 """What a model is made of, in numbers: tensors, ops with their shapes, bytes and FLOPs, and the memory they need."""
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -72,19 +73,12 @@ def _op_cost(op, context, kept):
 def _read_bytes(op, weights):
     if isinstance(op, Embed):
         return 0  # one row is read per token
-    return sum(packed_bytes(w) if w in op.packed else 4 * _size(w.shape) for w in weights)
+    return sum(packed_bytes(w) if w in op.packed else 4 * math.prod(w.shape) for w in weights)
 
 
 def is_linear(op):
     """Whether an op of a recorded program multiplies by packed weights (those of all experts, if it has experts)."""
     return bool(op.packed) and not isinstance(op, Embed)
-
-
-def _size(shape):
-    count = 1
-    for n in shape:
-        count *= n
-    return count
 
 
 def packed_bytes(weight):
@@ -124,7 +118,7 @@ def memory(program):
     return dict(
         packed_weights=sum(map(packed_bytes, linear.values())),
         embedding=sum(p.data.nbytes for w in tables.values() for p in w.parts),
-        constants=sum(4 * _size(w.shape) for w in small),
+        constants=sum(4 * math.prod(w.shape) for w in small),
         kv_cache_per_token=pages // PAGE_TOKENS,
         state_per_request=sum(c.bytes_each for c in program.caches if c.kind == "state"),
     )
@@ -135,5 +129,5 @@ def formats(infos):
     totals = {}
     for info in infos:
         count, size, stored = totals.get(info.format, (0, 0, 0))
-        totals[info.format] = (count + 1, size + _size(info.shape), stored + info.num_bytes)
+        totals[info.format] = (count + 1, size + math.prod(info.shape), stored + info.num_bytes)
     return dict(sorted(totals.items(), key=lambda item: -item[1][2]))

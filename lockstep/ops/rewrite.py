@@ -47,7 +47,7 @@ def _neighbours(program: Program, first: type, second: type, name: str) -> dict[
     """{op: who made its operand `name`}, for ops of two kinds that can be one, where the second stands.
 
     The operand is written and read only once, the step's results included; what its maker reads is not written until
-    then, nor by the second.
+    then, and the second writes nothing that either reads.
     """
     read = Counter([v for op in program.ops for v in op.inputs] + list(program.results.values()))
     written = Counter(v for op in program.ops for v in op.outputs)
@@ -58,7 +58,7 @@ def _neighbours(program: Program, first: type, second: type, name: str) -> dict[
         made = {t: maker for t, maker in made.items() if t not in op.inputs and not {*op.outputs} & {*maker.inputs}}
         if isinstance(op, first) and read[op.out] == written[op.out] == 1:
             made[op.out] = op
-    return {op: maker for op, maker in found.items() if op.out not in maker.inputs}
+    return {op: maker for op, maker in found.items() if op.out not in (*maker.inputs, *op.inputs)}
 
 
 def fuse_residuals(program: Program) -> Program:

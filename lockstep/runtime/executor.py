@@ -33,7 +33,7 @@ def encode(declaration, row, values):
         if kind == "weight":
             words += value
         else:
-            words.append(_float_word(value) if kind == "float" else value or 0)
+            words.append(int(np.float32(value).view(np.int32)) if kind == "float" else value or 0)
     row[OPERANDS : OPERANDS + len(words)] = words
 
 
@@ -180,7 +180,3 @@ class Executor:
             step.ctypes.data,
             clock.ctypes.data if clock is not None else 0,
         )
-
-
-def _float_word(value):
-    return int(np.float32(value).view(np.int32))

@@ -149,6 +149,10 @@ def sum_in_place_of_what_was_multiplied(program, h, b, weight):
     program.emit(Add(out=h, x=b, y=linear(program, "y", h, weight), width=32))
 
 
+def sum_in_place(program, h, b, weight):
+    program.emit(Add(out=b, x=b, y=linear(program, "y", h, weight), width=32))
+
+
 def product_of_two_parts(program, h, b, weight):
     sizes = dict(weight=Weight("half", "f32", (16, 32), ()), in_features=32, out_features=16, width=32)
     y = program.tensor("y", "T", 32)
@@ -163,6 +167,7 @@ def product_of_two_parts(program, h, b, weight):
         residual_of_a_product_with_one,
         product_of_what_is_written_again,
         sum_in_place_of_what_was_multiplied,
+        sum_in_place,
         product_of_two_parts,
     ],
 )

@@ -7,68 +7,46 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from lockstep.runtime import targets
+from lockstep.runtime import emit, targets
 from lockstep.runtime.kernel import inlined
-from lockstep.runtime.simd import F32, I8, I32, I64, call, primitive
+from lockstep.runtime.simd import F32, I8, I32, I64, call, emitted, primitive
 
 SPINS_BEFORE_YIELD, FOREVER = 50, 1 << 62
 IEEE, FLUSH = 0x1F80, 0x9FC0  # MXCSR: round to nearest, no traps; FLUSH adds flush-to-zero and denormals-are-zero
 X86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
 FUTEX_CALL = {"x86_64": 202, "aarch64": 98}.get(platform.machine()) if sys.platform == "linux" else None
+FUTEX_WAIT, FUTEX_WAKE = 128, 129  # of threads of one process
 
 
-@primitive()
-def fetch_add(context, address, value):
+@emitted(types.int64(types.int64, types.int64))
+def fetch_add(b, address, value):
     """Adds value to the int64 at an address, atomically; returns what was there."""
-
-    def codegen(ctx, b, sig, args):
-        return b.atomic_rmw("add", b.inttoptr(args[0], I64.as_pointer()), args[1], "acq_rel")
-
-    return types.int64(types.int64, types.int64), codegen
+    return b.atomic_rmw("add", b.inttoptr(address, I64.as_pointer()), value, "acq_rel")
 
 
-@primitive()
-def load_acquire(context, address):
+@emitted(types.int64(types.int64))
+def load_acquire(b, address):
     """Reads the int64 at an address with acquire order."""
-
-    def codegen(ctx, b, sig, args):
-        return b.load_atomic(b.inttoptr(args[0], I64.as_pointer()), "acquire", 8)
-
-    return types.int64(types.int64), codegen
+    return b.load_atomic(b.inttoptr(address, I64.as_pointer()), "acquire", 8)
 
 
-@primitive()
-def store_release(context, address, value):
+@emitted(types.void(types.int64, types.int64))
+def store_release(b, address, value):
     """Writes the int64 at an address with release order."""
-
-    def codegen(ctx, b, sig, args):
-        b.store_atomic(args[1], b.inttoptr(args[0], I64.as_pointer()), "release", 8)
-        return ctx.get_dummy_value()
-
-    return types.void(types.int64, types.int64), codegen
+    b.store_atomic(value, b.inttoptr(address, I64.as_pointer()), "release", 8)
 
 
-@primitive()
-def pause(context):
+@emitted(types.void())
+def pause(b):
     """Tells the core that this is a spin loop."""
-
-    def codegen(ctx, b, sig, args):
-        if X86:
-            call(b, "llvm.x86.sse2.pause", ir.VoidType(), [])
-        return ctx.get_dummy_value()
-
-    return types.void(), codegen
+    if X86:
+        call(b, "llvm.x86.sse2.pause", ir.VoidType(), [])
 
 
-@primitive()
-def yield_core(context):
+@emitted(types.void())
+def yield_core(b):
     """Lets another thread run on this core."""
-
-    def codegen(ctx, b, sig, args):
-        call(b, "sched_yield", I32, [])
-        return ctx.get_dummy_value()
-
-    return types.void(), codegen
+    call(b, "sched_yield", I32, [])
 
 
 @inlined
@@ -86,110 +64,80 @@ def wait_until(address, least, spins=FOREVER):
     return True
 
 
-def _wait_somehow(b, address, value):
+def _futex(b, address, operation, value):
+    zero, operation = ir.Constant(I64, 0), ir.Constant(I64, operation)
+    syscall = cgutils.get_or_insert_function(b.module, ir.FunctionType(I64, [I64], var_arg=True), "syscall")
+    b.call(syscall, [ir.Constant(I64, FUTEX_CALL), address, operation, value, zero, zero, zero])
+
+
+@emitted(types.void(types.int64, types.int64))
+def sleep_while_equal(b, address, value):
+    """Sleeps while the int32 at an address has this value, until `wake`; may return early."""
     if FUTEX_CALL is None:  # no futex: sleep 50 us and look again
         call(b, "usleep", I32, [ir.Constant(I32, 50)])
-        return
-    zero = ir.Constant(I64, 0)
-    syscall = cgutils.get_or_insert_function(b.module, ir.FunctionType(I64, [I64], var_arg=True), "syscall")
-    b.call(syscall, [ir.Constant(I64, FUTEX_CALL), address, ir.Constant(I64, 128), value, zero, zero, zero])
+    else:
+        _futex(b, address, FUTEX_WAIT, value)
 
 
-@primitive()
-def sleep_while_equal(context, address, value):
-    """Sleeps while the int32 at an address has this value, until `wake`; may return early."""
-
-    def codegen(ctx, b, sig, args):
-        _wait_somehow(b, *args)
-        return ctx.get_dummy_value()
-
-    return types.void(types.int64, types.int64), codegen
-
-
-@primitive()
-def wake(context, address, count):
+@emitted(types.void(types.int64, types.int64))
+def wake(b, address, count):
     """Wakes up to count threads that sleep on an address."""
-
-    def codegen(ctx, b, sig, args):
-        if FUTEX_CALL is not None:
-            zero = ir.Constant(I64, 0)
-            syscall = cgutils.get_or_insert_function(b.module, ir.FunctionType(I64, [I64], var_arg=True), "syscall")
-            b.call(syscall, [ir.Constant(I64, FUTEX_CALL), args[0], ir.Constant(I64, 129), args[1], zero, zero, zero])
-        return ctx.get_dummy_value()
-
-    return types.void(types.int64, types.int64), codegen
+    if FUTEX_CALL is not None:
+        _futex(b, address, FUTEX_WAKE, count)
 
 
-@primitive()
-def nanoseconds(context):
+@emitted(types.int64())
+def nanoseconds(b):
     """The monotonic clock."""
-
-    def codegen(ctx, b, sig, args):
-        slot = cgutils.alloca_once(b, ir.ArrayType(I64, 2))
-        clock = 1 if sys.platform == "linux" else 6
-        call(b, "clock_gettime", I32, [ir.Constant(I32, clock), b.bitcast(slot, I8.as_pointer())])
-        seconds, rest = (b.load(b.gep(slot, [ir.Constant(I32, 0), ir.Constant(I32, i)])) for i in (0, 1))
-        return b.add(b.mul(seconds, ir.Constant(I64, 10**9)), rest)
-
-    return types.int64(), codegen
+    slot = cgutils.alloca_once(b, ir.ArrayType(I64, 2))
+    clock = 1 if sys.platform == "linux" else 6
+    call(b, "clock_gettime", I32, [ir.Constant(I32, clock), b.bitcast(slot, I8.as_pointer())])
+    seconds, rest = (b.load(b.gep(slot, [ir.Constant(I32, 0), ir.Constant(I32, i)])) for i in (0, 1))
+    return b.add(b.mul(seconds, ir.Constant(I64, 10**9)), rest)
 
 
-@primitive()
-def float_control(context):
+@emitted(types.int64())
+def float_control(b):
     """The floating-point control word of this thread (MXCSR on x86; 0 elsewhere)."""
-
-    def codegen(ctx, b, sig, args):
-        if not X86:
-            return ir.Constant(I64, 0)
-        slot = cgutils.alloca_once(b, I32)
-        call(b, "llvm.x86.sse.stmxcsr", ir.VoidType(), [b.bitcast(slot, I8.as_pointer())])
-        return b.zext(b.load(slot), I64)
-
-    return types.int64(), codegen
+    if not X86:
+        return ir.Constant(I64, 0)
+    slot = cgutils.alloca_once(b, I32)
+    call(b, "llvm.x86.sse.stmxcsr", ir.VoidType(), [b.bitcast(slot, I8.as_pointer())])
+    return b.zext(b.load(slot), I64)
 
 
-@primitive()
-def set_float_control(context, word):
+@emitted(types.void(types.int64))
+def set_float_control(b, word):
     """Sets the control word. Never in a function that also does arithmetic: LLVM would move it across."""
-
-    def codegen(ctx, b, sig, args):
-        if X86:
-            slot = cgutils.alloca_once(b, I32)
-            b.store(b.trunc(args[0], I32), slot)
-            call(b, "llvm.x86.sse.ldmxcsr", ir.VoidType(), [b.bitcast(slot, I8.as_pointer())])
-        return ctx.get_dummy_value()
-
-    return types.void(types.int64), codegen
+    if X86:
+        slot = cgutils.alloca_once(b, I32)
+        b.store(b.trunc(word, I32), slot)
+        call(b, "llvm.x86.sse.ldmxcsr", ir.VoidType(), [b.bitcast(slot, I8.as_pointer())])
 
 
-@primitive()
-def call_kernel(context, kernel, op, step, thread, num_threads):
+@emitted(types.void(*[types.int64] * 5))
+def call_kernel(b, kernel, op, step, thread, num_threads):
     """Calls a kernel by its address; LLVM cannot see through the call."""
-
-    def codegen(ctx, b, sig, args):
-        signature = ir.FunctionType(ir.VoidType(), [I64] * 4)
-        b.call(b.inttoptr(args[0], signature.as_pointer()), args[1:])
-        return ctx.get_dummy_value()
-
-    return types.void(*[types.int64] * 5), codegen
+    signature = ir.FunctionType(ir.VoidType(), [I64] * 4)
+    b.call(b.inttoptr(kernel, signature.as_pointer()), [op, step, thread, num_threads])
 
 
-@primitive()
-def float_array(context, address):
+@emitted(types.CPointer(types.float32)(types.int64))
+def float_array(b, address):
     """A float32 pointer for `numba.carray`, as a definition's arrays are made from addresses."""
-    return (types.CPointer(types.float32)(types.int64), lambda ctx, b, sig, args: b.inttoptr(args[0], F32.as_pointer()))
+    return b.inttoptr(address, F32.as_pointer())
 
 
-@primitive()
-def int_array(context, address):
+@emitted(types.CPointer(types.int32)(types.int64))
+def int_array(b, address):
     """An int32 pointer for `numba.carray`."""
-    return (types.CPointer(types.int32)(types.int64), lambda ctx, b, sig, args: b.inttoptr(args[0], I32.as_pointer()))
+    return b.inttoptr(address, I32.as_pointer())
 
 
-@primitive()
-def byte_array(context, address):
+@emitted(types.CPointer(types.int8)(types.int64))
+def byte_array(b, address):
     """An int8 pointer for `numba.carray`."""
-    return (types.CPointer(types.int8)(types.int64), lambda ctx, b, sig, args: b.inttoptr(args[0], I8.as_pointer()))
+    return b.inttoptr(address, I8.as_pointer())
 
 
 @primitive()
@@ -212,8 +160,7 @@ def prefetch(context, address):
 
     def codegen(ctx, b, sig, args):
         locality = targets.prefetch_locality(ctx.codegen().magic_tuple())
-        hints = [ir.Constant(I32, hint) for hint in (0, locality, 1)]  # a read, how near, of data
-        call(b, "llvm.prefetch.p0", ir.VoidType(), [b.inttoptr(args[0], I8.as_pointer()), *hints])
+        emit.prefetch(b, emit.pointer(b, args[0]), locality)
         return ctx.get_dummy_value()
 
     return types.void(types.int64), codegen

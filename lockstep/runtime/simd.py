@@ -63,8 +63,12 @@ from lockstep.runtime.simd_types import (
     LANES,
     call,
     constant,
+    emitted,
     f32x16,
     i32x16,
     primitive,
+    read_at,
     splat,
+    widened,
+    write_at,
 )

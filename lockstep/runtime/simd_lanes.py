@@ -1,5 +1,6 @@
 """Sixteen lanes: made, converted, reduced, and with operators; see `simd.py`."""
 
+import functools
 import operator
 
 import numpy as np
@@ -7,13 +8,26 @@ from llvmlite import ir
 from numba import types
 from numba.extending import overload
 
-from lockstep.runtime.simd_types import F32, I32, I64, LANES, Vec, constant, f32x16, floats, i32x16, primitive, splat
+from lockstep.runtime.simd_types import (
+    F32,
+    I32,
+    I64,
+    LANES,
+    Vec,
+    constant,
+    emitted,
+    f32x16,
+    float_typing,
+    i32x16,
+    primitive,
+    splat,
+)
 
 
-@primitive()
-def lanes(context, x):
+@emitted(f32x16(types.float32))
+def lanes(b, x):
     """A scalar float32 in all sixteen lanes."""
-    return f32x16(types.float32), lambda context, b, sig, args: splat(b, args[0], f32x16.ir)
+    return splat(b, x, f32x16.ir)
 
 
 @primitive(lambda x: int(x))
@@ -87,16 +101,10 @@ def _arithmetic(name, build_float, build_int):
                 return build_int(b, *wide)
 
             return i32x16(x, y), codegen
-        return floats(2, lambda b, t, a: build_float(b, *a))(context, x, y)
+        return float_typing((x, y), build_float)
 
     typer.__name__ = name
     return primitive()(typer)
-
-
-lanes_add = _arithmetic("lanes_add", lambda b, x, y: b.fadd(x, y), lambda b, x, y: b.add(x, y))
-lanes_sub = _arithmetic("lanes_sub", lambda b, x, y: b.fsub(x, y), lambda b, x, y: b.sub(x, y))
-lanes_mul = _arithmetic("lanes_mul", lambda b, x, y: b.fmul(x, y), lambda b, x, y: b.mul(x, y))
-lanes_div = _arithmetic("lanes_div", lambda b, x, y: b.fdiv(x, y), None)
 
 
 def _operator(symbol, primitive_):
@@ -106,13 +114,14 @@ def _operator(symbol, primitive_):
             return lambda x, y: primitive_(x, y)
 
 
-for _symbol, _primitive in (
-    (operator.add, lanes_add),
-    (operator.sub, lanes_sub),
-    (operator.mul, lanes_mul),
-    (operator.truediv, lanes_div),
-):
-    _operator(_symbol, _primitive)
+lanes_add = _arithmetic("lanes_add", lambda b, x, y: b.fadd(x, y), lambda b, x, y: b.add(x, y))
+lanes_sub = _arithmetic("lanes_sub", lambda b, x, y: b.fsub(x, y), lambda b, x, y: b.sub(x, y))
+lanes_mul = _arithmetic("lanes_mul", lambda b, x, y: b.fmul(x, y), lambda b, x, y: b.mul(x, y))
+lanes_div = _arithmetic("lanes_div", lambda b, x, y: b.fdiv(x, y), None)
+_operator(operator.add, lanes_add)
+_operator(operator.sub, lanes_sub)
+_operator(operator.mul, lanes_mul)
+_operator(operator.truediv, lanes_div)
 
 
 @overload(operator.neg, inline="always")
@@ -121,51 +130,49 @@ def _negate(x):
         return lambda x: lanes_mul(x, np.float32(-1))
 
 
-def _integer(build):
-    """Typing for a function of int32 lanes; an integer scalar is broadcast, its low 32 bits."""
+def _integers(emit):
+    """Decorator: the function below it emits a Primitive of int32 lanes; an integer scalar is broadcast, its low 32
+    bits."""
 
+    @functools.wraps(emit)
     def typer(_, *args):
         if i32x16 not in args or not all(a == i32x16 or isinstance(a, types.Integer) for a in args):
             raise TypeError(f"expected i32x16 and integers, got {args}")
 
         def codegen(ctx, b, sig, values):
             narrow = [b.trunc(v, I32) if v.type == I64 else v for v in values]
-            return build(b, *[v if v.type == i32x16.ir else splat(b, v, i32x16.ir) for v in narrow])
+            return emit(b, *[v if v.type == i32x16.ir else splat(b, v, i32x16.ir) for v in narrow])
 
         return i32x16(*[types.unliteral(a) for a in args]), codegen
 
-    return typer
+    return primitive()(typer)
 
 
-@primitive()
-def bit_and(context, x, y):
-    return _integer(lambda b, x, y: b.and_(x, y))(context, x, y)
+@_integers
+def bit_and(b, x, y):
+    return b.and_(x, y)
 
 
-@primitive()
-def bit_xor(context, x, y):
-    return _integer(lambda b, x, y: b.xor(x, y))(context, x, y)
+@_integers
+def bit_xor(b, x, y):
+    return b.xor(x, y)
 
 
-@primitive()
-def shift_right(context, x, count):
+@_integers
+def shift_right(b, x, count):
     """Logical shift: zeros come in."""
-    return _integer(lambda b, x, n: b.lshr(x, n))(context, x, count)
+    return b.lshr(x, count)
 
 
-def _build_high(b, x, y):
+@_integers
+def high_product(b, x, y):
+    """Upper 32 bits of the product of unsigned lanes; `*` gives the lower."""
     wide = ir.VectorType(I64, LANES)
     product = b.mul(b.zext(x, wide), b.zext(y, wide))
     return b.trunc(b.lshr(product, constant(wide, 32)), x.type)
 
 
-@primitive()
-def high_product(context, x, y):
-    """Upper 32 bits of the product of unsigned lanes; `*` gives the lower."""
-    return _integer(_build_high)(context, x, y)
-
-
-@primitive()
-def lane_numbers(context):
+@emitted(i32x16())
+def lane_numbers(b):
     """0, 1, ... 15 as int32 lanes."""
-    return i32x16(), lambda ctx, b, sig, args: ir.Constant(i32x16.ir, list(range(LANES)))
+    return ir.Constant(i32x16.ir, list(range(LANES)))

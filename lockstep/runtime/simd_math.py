@@ -10,7 +10,7 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 
-from lockstep.runtime.simd_types import F32, I16, I32, LANES, call, constant, floats, primitive, suffix
+from lockstep.runtime.simd_types import F32, I16, I32, call, constant, emitted, floats, i32x16, suffix
 
 
 def _libm():
@@ -21,103 +21,74 @@ _fmaf = _libm().fmaf
 _fmaf.restype, _fmaf.argtypes = ctypes.c_float, [ctypes.c_float] * 3
 
 
-def _python_fma(x, y, z):
-    return np.float32(_fmaf(float(x), float(y), float(z)))
-
-
-@primitive(_python_fma)
-def fma(context, x, y, z):
+@floats(lambda x, y, z: np.float32(_fmaf(float(x), float(y), float(z))))
+def fma(b, x, y, z):
     """x * y + z, rounded once."""
-    return floats(3, lambda b, t, a: call(b, f"llvm.fma.{suffix(t)}", t, a))(context, x, y, z)
+    return call(b, f"llvm.fma.{suffix(x.type)}", x.type, [x, y, z])
 
 
-@primitive(lambda x: np.sqrt(np.float32(x)))
-def sqrt(context, x):
+@floats(lambda x: np.sqrt(np.float32(x)))
+def sqrt(b, x):
     """Correctly rounded square root."""
-    return floats(1, lambda b, t, a: call(b, f"llvm.sqrt.{suffix(t)}", t, a))(context, x)
+    return call(b, f"llvm.sqrt.{suffix(x.type)}", x.type, [x])
 
 
-@primitive(lambda x: np.rint(np.float32(x)))
-def rint(context, x):
+@floats(lambda x: np.rint(np.float32(x)))
+def rint(b, x):
     """Nearest integer as float32, ties to even."""
-    return floats(1, lambda b, t, a: call(b, f"llvm.roundeven.{suffix(t)}", t, a))(context, x)
+    return call(b, f"llvm.roundeven.{suffix(x.type)}", x.type, [x])
 
 
-@primitive(lambda x: np.abs(np.float32(x)))
-def absolute(context, x):
-    return floats(1, lambda b, t, a: call(b, f"llvm.fabs.{suffix(t)}", t, a))(context, x)
+@floats(lambda x: np.abs(np.float32(x)))
+def absolute(b, x):
+    return call(b, f"llvm.fabs.{suffix(x.type)}", x.type, [x])
 
 
-@primitive(lambda x, y: x if x > y else y)
-def maximum(context, x, y):
+@floats(lambda x, y: x if x > y else y)
+def maximum(b, x, y):
     """x if x > y else y: a compare and a select, so a NaN in x gives y, on every target."""
-    return floats(2, lambda b, t, a: b.select(b.fcmp_ordered(">", *a), *a))(context, x, y)
+    return b.select(b.fcmp_ordered(">", x, y), x, y)
 
 
-@primitive(lambda x, y: x if x < y else y)
-def minimum(context, x, y):
+@floats(lambda x, y: x if x < y else y)
+def minimum(b, x, y):
     """x if x < y else y."""
-    return floats(2, lambda b, t, a: b.select(b.fcmp_ordered("<", *a), *a))(context, x, y)
+    return b.select(b.fcmp_ordered("<", x, y), x, y)
 
 
-def _python_choose(x, bound, low, high):
-    return low if x < bound else high
-
-
-@primitive(_python_choose)
-def where_below(context, x, bound, low, high):
+@floats(lambda x, bound, low, high: low if x < bound else high)
+def where_below(b, x, bound, low, high):
     """low if x < bound else high, lane by lane."""
-    return floats(4, lambda b, t, a: b.select(b.fcmp_ordered("<", a[0], a[1]), a[2], a[3]))(
-        context, x, bound, low, high
-    )
+    return b.select(b.fcmp_ordered("<", x, bound), low, high)
 
 
-def _build_pow2(b, t, args):
-    integer = ir.VectorType(I32, LANES) if isinstance(t, ir.VectorType) else I32
-    biased = b.add(b.fptosi(args[0], integer), constant(integer, 127))
-    return b.bitcast(b.shl(biased, constant(integer, 23)), t)
+def _bits(t):
+    """The integers whose bits a float type has."""
+    return i32x16.ir if isinstance(t, ir.VectorType) else I32
 
 
-@primitive(lambda n: np.float32(2.0) ** np.float32(n))
-def pow2(context, n):
+@floats(lambda n: np.float32(2.0) ** np.float32(n))
+def pow2(b, n):
     """2**n for integral n in [-126, 127], made from exponent bits."""
-    return floats(1, _build_pow2)(context, n)
+    integer = _bits(n.type)
+    biased = b.add(b.fptosi(n, integer), constant(integer, 127))
+    return b.bitcast(b.shl(biased, constant(integer, 23)), n.type)
 
 
-def _bits(b, t):
-    return ir.VectorType(I32, LANES) if isinstance(t, ir.VectorType) else I32
-
-
-def _build_exponent(b, t, args):
-    integer = _bits(b, t)
-    field = b.and_(b.lshr(b.bitcast(args[0], integer), constant(integer, 23)), constant(integer, 255))
-    return b.sitofp(b.sub(field, constant(integer, 127)), t)
-
-
-@primitive(lambda x: np.float32(np.frexp(np.float32(x))[1] - 1))
-def exponent(context, x):
+@floats(lambda x: np.float32(np.frexp(np.float32(x))[1] - 1))
+def exponent(b, x):
     """floor(log2(|x|)) as float32 for a normal x."""
-    return floats(1, _build_exponent)(context, x)
+    integer = _bits(x.type)
+    field = b.and_(b.lshr(b.bitcast(x, integer), constant(integer, 23)), constant(integer, 255))
+    return b.sitofp(b.sub(field, constant(integer, 127)), x.type)
 
 
-def _build_mantissa(b, t, args):
-    integer = _bits(b, t)
-    low = b.and_(b.bitcast(args[0], integer), constant(integer, 0x7FFFFF))
-    return b.bitcast(b.or_(low, constant(integer, 0x3F800000)), t)
-
-
-@primitive(lambda x: np.float32(2.0) * np.abs(np.frexp(np.float32(x))[0]))
-def mantissa(context, x):
+@floats(lambda x: np.float32(2.0) * np.abs(np.frexp(np.float32(x))[0]))
+def mantissa(b, x):
     """|x| / 2**exponent(x), in [1, 2), for a normal x."""
-    return floats(1, _build_mantissa)(context, x)
-
-
-def _build_bf16(b, t, args):
-    integer = _bits(b, t)
-    bits = b.bitcast(args[0], integer)
-    odd = b.and_(b.lshr(bits, constant(integer, 16)), constant(integer, 1))
-    rounded = b.add(b.add(bits, constant(integer, 0x7FFF)), odd)
-    return b.bitcast(b.and_(rounded, constant(integer, -65536)), t)
+    integer = _bits(x.type)
+    low = b.and_(b.bitcast(x, integer), constant(integer, 0x7FFFFF))
+    return b.bitcast(b.or_(low, constant(integer, 0x3F800000)), x.type)
 
 
 def _python_bf16(x):
@@ -125,27 +96,23 @@ def _python_bf16(x):
     return np.uint32((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).view(np.float32)
 
 
-@primitive(_python_bf16)
-def round_bf16(context, x):
+@floats(_python_bf16)
+def round_bf16(b, x):
     """The nearest bfloat16, ties to even, as float32. NaN is not allowed."""
-    return floats(1, _build_bf16)(context, x)
+    integer = _bits(x.type)
+    bits = b.bitcast(x, integer)
+    odd = b.and_(b.lshr(bits, constant(integer, 16)), constant(integer, 1))
+    rounded = b.add(b.add(bits, constant(integer, 0x7FFF)), odd)
+    return b.bitcast(b.and_(rounded, constant(integer, -65536)), x.type)
 
 
-@primitive(lambda x: np.uint16(int(np.float32(x).view(np.uint32)) >> 16))
-def bf16_bits(context, x):
+@emitted(types.uint16(types.float32), lambda x: np.uint16(int(np.float32(x).view(np.uint32)) >> 16))
+def bf16_bits(b, x):
     """The upper half of a float32's bits: the bfloat16 of a value that is one."""
-
-    def codegen(ctx, b, sig, args):
-        return b.trunc(b.lshr(b.bitcast(args[0], I32), ir.Constant(I32, 16)), I16)
-
-    return types.uint16(types.float32), codegen
+    return b.trunc(b.lshr(b.bitcast(x, I32), ir.Constant(I32, 16)), I16)
 
 
-@primitive(lambda n: np.uint32((int(n) & 0xFFFF) << 16).view(np.float32))
-def bf16_f32(context, n):
+@emitted(types.float32(types.int32), lambda n: np.uint32((int(n) & 0xFFFF) << 16).view(np.float32))
+def bf16_f32(b, n):
     """The float32 whose upper half is the low 16 bits of an int32."""
-
-    def codegen(ctx, b, sig, args):
-        return b.bitcast(b.shl(args[0], ir.Constant(I32, 16)), F32)
-
-    return types.float32(types.int32), codegen
+    return b.bitcast(b.shl(n, ir.Constant(I32, 16)), F32)

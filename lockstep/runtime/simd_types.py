@@ -72,6 +72,23 @@ def primitive(python=None):
     return wrap
 
 
+def emitted(signature, python=None):
+    """Decorator: the function below it, (builder, *LLVM values), emits a Primitive of a fixed Numba signature."""
+
+    def wrap(emit):
+        @functools.wraps(emit)
+        def typer(_, *args):
+            def codegen(context, b, sig, values):
+                made = emit(b, *values)
+                return context.get_dummy_value() if sig.return_type == types.void else made
+
+            return signature, codegen
+
+        return primitive(python)(typer)
+
+    return wrap
+
+
 def splat(b, x, vector):
     """LLVM code that copies scalar x into all lanes."""
     undefined = ir.Constant(vector, ir.Undefined)
@@ -96,19 +113,46 @@ def suffix(llvm_type):
     return "v16f32" if isinstance(llvm_type, ir.VectorType) else "f32"
 
 
-def floats(num_args, build):
-    """Typing for a float32 function of scalars and lanes; lanes win, scalars are broadcast."""
+def read_at(b, address, llvm_type, align=1):
+    """Loads from an address."""
+    loaded = b.load(b.inttoptr(address, llvm_type.as_pointer()))
+    loaded.align = align
+    return loaded
 
-    def typer(_, *args):
-        result = f32x16 if any(a == f32x16 for a in args) else types.float32
-        if not all(a in (f32x16, types.float32) for a in args):
-            raise TypeError(f"expected float32 or f32x16, got {args}")
 
-        def codegen(context, b, sig, values):
-            llvm = context.get_value_type(sig.return_type)
-            wide = [splat(b, v, llvm) if v.type != llvm else v for v in values]
-            return build(b, llvm, wide)
+def write_at(b, address, value, align=1):
+    """Stores at an address."""
+    b.store(value, b.inttoptr(address, value.type.as_pointer())).align = align
 
-        return result(*args), codegen
 
-    return typer
+def widened(b, raw):
+    """Sixteen bfloat16, held as int16, as float32."""
+    wide = b.zext(raw, i32x16.ir)
+    return b.bitcast(b.shl(wide, constant(wide.type, 16)), f32x16.ir)
+
+
+def floats(python=None):
+    """Decorator: the function below it, (builder, *LLVM values of one type), emits a Primitive of float32 scalars and
+    lanes alike; lanes win, scalars are broadcast."""
+
+    def wrap(emit):
+        @functools.wraps(emit)
+        def typer(_, *args):
+            return float_typing(args, emit)
+
+        return primitive(python)(typer)
+
+    return wrap
+
+
+def float_typing(args, emit):
+    """The signature and code generation of `floats` for the types of some arguments."""
+    result = f32x16 if any(a == f32x16 for a in args) else types.float32
+    if not all(a in (f32x16, types.float32) for a in args):
+        raise TypeError(f"expected float32 or f32x16, got {args}")
+
+    def codegen(context, b, sig, values):
+        llvm = context.get_value_type(sig.return_type)
+        return emit(b, *[splat(b, v, llvm) if v.type != llvm else v for v in values])
+
+    return result(*args), codegen

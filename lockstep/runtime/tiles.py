@@ -10,7 +10,20 @@ from numba.extending import models, register_model
 
 from lockstep.runtime import targets
 from lockstep.runtime.emit import dpbf16
-from lockstep.runtime.simd import F32, I32, I64, call, constant, f32x16, i32x16, primitive, splat
+from lockstep.runtime.simd import (
+    F32,
+    I32,
+    I64,
+    call,
+    constant,
+    emitted,
+    f32x16,
+    i32x16,
+    primitive,
+    read_at,
+    splat,
+    write_at,
+)
 
 V16F, V16I = f32x16.ir, i32x16.ir
 
@@ -38,12 +51,6 @@ def at(b, address, stride, index, offset=0):
     if index:
         address = b.add(address, b.mul(stride, ir.Constant(I64, index)))
     return b.add(address, ir.Constant(I64, offset)) if offset else address
-
-
-def read(b, address, llvm_type, align=1):
-    loaded = b.load(b.inttoptr(address, llvm_type.as_pointer()))
-    loaded.align = align
-    return loaded
 
 
 def cells(tile):
@@ -78,7 +85,7 @@ FMA_OPERANDS = [types.int64] * 4  # x, bytes between rows of x, w, bytes between
 def _outer(b, tile, parts, x, x_row, columns, offset):
     """parts[r, c] = fma(x[r], columns[c], parts[r, c]) for the float32 at x + offset of every row."""
     for r in range(tile.rows):
-        value = splat(b, read(b, at(b, x, x_row, r, offset), F32, 4), V16F)
+        value = splat(b, read_at(b, at(b, x, x_row, r, offset), F32, 4), V16F)
         for c in range(tile.cols):
             parts[r, c] = call(b, "llvm.fma.v16f32", V16F, [value, columns[c], parts[r, c]])
 
@@ -90,7 +97,7 @@ def tile_fma_f32(context, tile, x, x_row, w, w_column):
     def codegen(ctx, b, sig, args):
         value, x, x_row, w, w_column = args
         shape, parts = sig.args[0], unpack(b, sig.args[0], value)
-        columns = [read(b, at(b, w, w_column, c), V16F, 64) for c in range(shape.cols)]
+        columns = [read_at(b, at(b, w, w_column, c), V16F, 64) for c in range(shape.cols)]
         _outer(b, shape, parts, x, x_row, columns, 0)
         return pack(b, shape, parts)
 
@@ -109,8 +116,7 @@ def tile_store(context, tile, out, out_row, num_cols):
             wanted = b.icmp_signed(">", num_cols, ir.Constant(I64, c))
             with b.if_then(wanted, likely=True):
                 for r in range(shape.rows):
-                    place = b.inttoptr(at(b, out, out_row, r, 64 * c), shape.lanes.ir.as_pointer())
-                    b.store(parts[r, c], place).align = 4
+                    write_at(b, at(b, out, out_row, r, 64 * c), parts[r, c], 4)
         return ctx.get_dummy_value()
 
     return types.void(tile, *[types.int64] * 3), codegen
@@ -122,7 +128,7 @@ def tile_load(context, rows, cols, place, row_bytes):
     tile = Tile(rows.literal_value, cols.literal_value)
 
     def codegen(ctx, b, sig, args):
-        return pack(b, tile, {(r, c): read(b, at(b, args[2], args[3], r, 64 * c), V16F, 4) for r, c in cells(tile)})
+        return pack(b, tile, {(r, c): read_at(b, at(b, args[2], args[3], r, 64 * c), V16F, 4) for r, c in cells(tile)})
 
     return tile(rows, cols, types.int64, types.int64), codegen
 
@@ -140,7 +146,7 @@ def tile_pairs(context, tile, x, x_row, w, w_column, mask):
         shape, parts = sig.args[0], unpack(b, sig.args[0], value)
         native = targets.bf16_dot(ctx.codegen().magic_tuple())
         kept = splat(b, b.trunc(mask, I32), V16I)
-        columns = [b.and_(read(b, at(b, w, w_column, c), V16I, 64), kept) for c in range(shape.cols)]
+        columns = [b.and_(read_at(b, at(b, w, w_column, c), V16I, 64), kept) for c in range(shape.cols)]
         (_dot_pairs if native else _fma_pairs)(b, shape, parts, x, x_row, columns)
         return pack(b, shape, parts)
 
@@ -149,7 +155,7 @@ def tile_pairs(context, tile, x, x_row, w, w_column, mask):
 
 def _dot_pairs(b, shape, parts, x, x_row, columns):
     for r in range(shape.rows):
-        pair = splat(b, read(b, at(b, x, x_row, r), I32, 4), V16I)
+        pair = splat(b, read_at(b, at(b, x, x_row, r), I32, 4), V16I)
         for c in range(shape.cols):
             parts[r, c] = dpbf16(b, parts[r, c], pair, columns[c])
 
@@ -161,14 +167,8 @@ def _fma_pairs(b, shape, parts, x, x_row, columns):
     _outer(b, shape, parts, x, x_row, even, 0)
 
 
-@primitive()
-def store_pairs(context, address, even, odd):
+@emitted(types.void(types.int64, f32x16, f32x16))
+def store_pairs(b, address, even, odd):
     """Stores bfloat16 (even[i], odd[i]) side by side, sixteen pairs: both must already be rounded."""
-
-    def codegen(ctx, b, sig, args):
-        low, high = (b.bitcast(v, V16I) for v in args[1:])
-        pairs = b.or_(high, b.lshr(low, constant(V16I, 16)))
-        b.store(pairs, b.inttoptr(args[0], V16I.as_pointer())).align = 4
-        return ctx.get_dummy_value()
-
-    return types.void(types.int64, f32x16, f32x16), codegen
+    low, high = (b.bitcast(v, V16I) for v in (even, odd))
+    write_at(b, address, b.or_(high, b.lshr(low, constant(V16I, 16))), 4)

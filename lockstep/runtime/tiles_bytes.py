@@ -14,8 +14,22 @@ from numba import types
 
 from lockstep.runtime import targets
 from lockstep.runtime.emit import cut, fma, join, vector, words
-from lockstep.runtime.simd import F32, I8, I16, I32, LANES, call, constant, i32x16, primitive, splat
-from lockstep.runtime.tiles import FMA_OPERANDS, V16F, V16I, Tile, at, cells, pack, read, unpack
+from lockstep.runtime.simd import (
+    F32,
+    I8,
+    I16,
+    I32,
+    LANES,
+    call,
+    constant,
+    emitted,
+    i32x16,
+    primitive,
+    read_at,
+    splat,
+    write_at,
+)
+from lockstep.runtime.tiles import FMA_OPERANDS, V16F, V16I, Tile, at, cells, pack, unpack
 from lockstep.runtime.tiles_dots import maddwd
 
 SIGN_BITS = 0x80  # turns int8 into its code + 128, which is what VPDPBUSD multiplies
@@ -58,7 +72,7 @@ def _columns_of_words(b, place, stride, cols):
     """Even and odd bytes of each column as pairs of int16."""
     made = []
     for c in range(cols):
-        both = words(b, read(b, at(b, place, stride, c), V16I, 64))
+        both = words(b, read_at(b, at(b, place, stride, c), V16I, 64))
         eight = constant(both.type, 8)
         made.append((b.ashr(b.shl(both, eight), eight), b.ashr(both, eight)))
     return made
@@ -67,49 +81,46 @@ def _columns_of_words(b, place, stride, cols):
 def _add_words(b, how, shape, parts, x, x_row, columns):
     for half in (0, 1):
         for r in range(shape.rows):
-            pair = words(b, splat(b, read(b, at(b, x, x_row, r, 4 * half), I32, 4), V16I))
+            pair = words(b, splat(b, read_at(b, at(b, x, x_row, r, 4 * half), I32, 4), V16I))
             for c in range(shape.cols):
                 parts[r, c] = _word_dots(b, how, parts[r, c], pair, columns[c][half])
 
 
 def _add_bytes(b, how, shape, parts, x, x_row, w, w_column):
     four = vector(I8, 4 * LANES)
-    columns = [b.xor(read(b, at(b, w, w_column, c), four, 64), constant(four, SIGN_BITS)) for c in range(shape.cols)]
+    columns = [b.xor(read_at(b, at(b, w, w_column, c), four, 64), constant(four, SIGN_BITS)) for c in range(shape.cols)]
     for r in range(shape.rows):
-        quad = b.bitcast(splat(b, read(b, at(b, x, x_row, r), I32, 4), V16I), four)
+        quad = b.bitcast(splat(b, read_at(b, at(b, x, x_row, r), I32, 4), V16I), four)
         for c in range(shape.cols):
             parts[r, c] = _byte_dots(b, how, parts[r, c], columns[c], quad)
 
 
-def _step(multiplies_bytes):
-    """Typing for a step: tile[r, c] += x[r] . w[c], exactly."""
+def _step(tile, multiplies_bytes):
+    """Typing of a step: tile[r, c] += x[r] . w[c], exactly."""
 
-    def typer(_, tile, x, x_row, w, w_column):
-        def codegen(ctx, b, sig, args):
-            value, x, x_row, w, w_column = args
-            magic, shape, parts = ctx.codegen().magic_tuple(), sig.args[0], unpack(b, sig.args[0], value)
-            how = targets.int_dot(magic)
-            if multiplies_bytes and targets.unsigned_weights(magic):
-                _add_bytes(b, how, shape, parts, x, x_row, w, w_column)
-            else:
-                _add_words(b, how, shape, parts, x, x_row, _columns_of_words(b, w, w_column, shape.cols))
-            return pack(b, shape, parts)
+    def codegen(ctx, b, sig, args):
+        value, x, x_row, w, w_column = args
+        magic, shape, parts = ctx.codegen().magic_tuple(), sig.args[0], unpack(b, sig.args[0], value)
+        how = targets.int_dot(magic)
+        if multiplies_bytes and targets.unsigned_weights(magic):
+            _add_bytes(b, how, shape, parts, x, x_row, w, w_column)
+        else:
+            _add_words(b, how, shape, parts, x, x_row, _columns_of_words(b, w, w_column, shape.cols))
+        return pack(b, shape, parts)
 
-        return tile(tile, *FMA_OPERANDS), codegen
-
-    return typer
+    return tile(tile, *FMA_OPERANDS), codegen
 
 
 @primitive()
 def tile_add_bytes(context, tile, x, x_row, w, w_column):
     """tile[r, c] += x[r] . w[c] over four int8; where the target multiplies bytes w counts 128 too high."""
-    return _step(True)(context, tile, x, x_row, w, w_column)
+    return _step(tile, multiplies_bytes=True)
 
 
 @primitive()
 def tile_add_words(context, tile, x, x_row, w, w_column):
     """tile[r, c] += x[r] . w[c] over four words of x and four int8 of w."""
-    return _step(False)(context, tile, x, x_row, w, w_column)
+    return _step(tile, multiplies_bytes=False)
 
 
 @primitive()
@@ -125,7 +136,7 @@ def tile_int_spread(context, rows, cols, start, start_row):
     tile = Tile(rows.literal_value, cols.literal_value, i32x16)
 
     def codegen(ctx, b, sig, args):
-        values = [splat(b, read(b, at(b, args[2], args[3], r), I32, 4), V16I) for r in range(tile.rows)]
+        values = [splat(b, read_at(b, at(b, args[2], args[3], r), I32, 4), V16I) for r in range(tile.rows)]
         return pack(b, tile, {(r, c): values[r] for r, c in cells(tile)})
 
     return tile(rows, cols, types.int64, types.int64), codegen
@@ -141,27 +152,22 @@ def tile_add_scaled(context, tile, scale, scale_row, out, out_row):
     def codegen(ctx, b, sig, args):
         value, scale, scale_row, out, out_row = args
         shape, parts = sig.args[0], unpack(b, sig.args[0], value)
-        factors = [splat(b, read(b, at(b, scale, scale_row, r), F32, 4), V16F) for r in range(shape.rows)]
+        factors = [splat(b, read_at(b, at(b, scale, scale_row, r), F32, 4), V16F) for r in range(shape.rows)]
         places = {(r, c): at(b, out, out_row, r, 64 * c) for r, c in cells(shape)}
         totals = {
-            (r, c): fma(b, b.sitofp(parts[r, c], V16F), factors[r], read(b, places[r, c], V16F, 4))
+            (r, c): fma(b, b.sitofp(parts[r, c], V16F), factors[r], read_at(b, places[r, c], V16F, 4))
             for r, c in cells(shape)
         }
         for cell, total in totals.items():
-            b.store(total, b.inttoptr(places[cell], V16F.as_pointer())).align = 4
+            write_at(b, places[cell], total, 4)
         return ctx.get_dummy_value()
 
     return types.void(tile, *[types.int64] * 4), codegen
 
 
-@primitive()
-def store_words(context, address, value):
+@emitted(types.void(types.int64, i32x16))
+def store_words(b, address, value):
     """Stores sixteen int32, each of which fits, as words of x: int16, in every four the even ones first."""
-
-    def codegen(ctx, b, sig, args):
-        order = ir.Constant(vector(I32, LANES), EVEN_FIRST)
-        narrow = b.trunc(b.shuffle_vector(args[1], ir.Constant(V16I, ir.Undefined), order), vector(I16, LANES))
-        b.store(narrow, b.inttoptr(args[0], narrow.type.as_pointer())).align = 4
-        return ctx.get_dummy_value()
-
-    return types.void(types.int64, i32x16), codegen
+    order = ir.Constant(vector(I32, LANES), EVEN_FIRST)
+    ordered = b.shuffle_vector(value, ir.Constant(V16I, ir.Undefined), order)
+    write_at(b, address, b.trunc(ordered, vector(I16, LANES)), 4)

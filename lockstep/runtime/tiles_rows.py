@@ -7,9 +7,11 @@ their end is read.
 from llvmlite import ir
 from numba import types
 
-from lockstep.runtime.emit import moved, pointer, read, vector, write
-from lockstep.runtime.simd import I16, I32, I64, LANES, call, constant, primitive
+from lockstep.runtime.emit import moved, pointer, prefetch, read, vector, write
+from lockstep.runtime.simd import I16, I32, I64, LANES, constant, emitted, primitive, widened
 from lockstep.runtime.tiles import V16F, V16I, _outer, pack, unpack
+
+SECOND_CACHE = 2  # where rows are asked into: those of a page are so far apart that the first would hold few of them
 
 
 def _shuffle(b, x, y, lanes):
@@ -50,60 +52,47 @@ def _place(b, table, row, offset):
     return moved(b, pointer(b, read(b, moved(b, table, 8 * row), I64, 8)), offset)
 
 
-def _ask(b, place):
-    """A prefetch into the second-level cache: rows of a page are so far apart that the first would hold few of them."""
-    call(b, "llvm.prefetch.p0", ir.VoidType(), [place, *(ir.Constant(I32, hint) for hint in (0, 2, 1))])
+def _transposed(element, count):
+    """Decorator: the function below it, which turns sixteen vectors of `count` elements into columns of sixteen lanes,
+    becomes a primitive that does so for sixteen rows at an offset; columns are 64 bytes apart.
 
+    It asks for a line of the rows that `ahead` names.
+    """
 
-def _transposer(element, count, columns_of):
-    """A primitive: sixteen rows' `count` elements at an offset become columns of sixteen lanes, 64 bytes apart."""
-
-    def typer(_, rows, offset, panel, ahead, ahead_offset):
-        def codegen(ctx, b, sig, args):
-            rows, panel, ahead = (pointer(b, args[i]) for i in (0, 2, 3))
+    def wrap(columns_of):
+        def emit(b, rows, offset, panel, ahead, ahead_offset):
+            rows, panel, ahead = (pointer(b, address) for address in (rows, panel, ahead))
             for r in range(LANES):
-                _ask(b, _place(b, ahead, r, args[4]))
-            values = [read(b, _place(b, rows, r, args[1]), vector(element, count)) for r in range(LANES)]
+                prefetch(b, _place(b, ahead, r, ahead_offset), SECOND_CACHE)
+            values = [read(b, _place(b, rows, r, offset), vector(element, count)) for r in range(LANES)]
             for i, column in enumerate(columns_of(b, values)):
                 write(b, moved(b, panel, 64 * i), column, 64)
-            return ctx.get_dummy_value()
 
-        return types.void(*[types.int64] * 5), codegen
+        emit.__name__ = columns_of.__name__
+        return emitted(types.void(*[types.int64] * 5))(emit)
 
-    return typer
+    return wrap
 
 
-def _halves(b, values):
-    """Columns of 32 bfloat16: transposed as pairs, then widened, the lower half of a pair first."""
+@_transposed(I32, 16)
+def transpose_f32(b, values):
+    """Sixteen float32 of each row, to 16 columns."""
+    return transposed(b, values)
+
+
+@_transposed(I16, 16)
+def transpose_bf16(b, values):
+    """Sixteen bfloat16 of each row, to 16 columns of float32."""
+    return transposed(b, [widened(b, v) for v in values])
+
+
+@_transposed(I16, 32)
+def transpose_bf16_pairs(b, values):
+    """32 bfloat16 of each row, to 32 columns of float32: transposed as pairs, the lower half of a pair first."""
     upper = constant(V16I, -65536)
     for pair in transposed(b, [b.bitcast(v, V16I) for v in values]):
         yield b.bitcast(b.shl(pair, constant(V16I, 16)), V16F)
         yield b.bitcast(b.and_(pair, upper), V16F)
-
-
-def widened(b, raw):
-    """Sixteen bfloat16 as float32."""
-    return b.bitcast(b.shl(b.zext(raw, V16I), constant(V16I, 16)), V16F)
-
-
-@primitive()
-def transpose_f32(context, rows, offset, panel, ahead, ahead_offset):
-    """Sixteen float32 of each of sixteen rows, to 16 columns; asks for a line of the rows that `ahead` names."""
-    return _transposer(I32, 16, transposed)(context, rows, offset, panel, ahead, ahead_offset)
-
-
-@primitive()
-def transpose_bf16(context, rows, offset, panel, ahead, ahead_offset):
-    """Sixteen bfloat16 of each of sixteen rows, to 16 columns of float32."""
-    return _transposer(I16, 16, lambda b, values: transposed(b, [widened(b, v) for v in values]))(
-        context, rows, offset, panel, ahead, ahead_offset
-    )
-
-
-@primitive()
-def transpose_bf16_pairs(context, rows, offset, panel, ahead, ahead_offset):
-    """32 bfloat16 of each of sixteen rows, to 32 columns of float32."""
-    return _transposer(I16, 32, _halves)(context, rows, offset, panel, ahead, ahead_offset)
 
 
 def _row(b, rows, row):
@@ -111,32 +100,29 @@ def _row(b, rows, row):
     return pointer(b, read(b, moved(b, pointer(b, rows), b.mul(row, ir.Constant(I64, 8))), I64, 8))
 
 
-def _fma_row(load_column, size):
-    def typer(_, tile, x, x_row, rows, row, offset):
-        def codegen(ctx, b, sig, args):
-            shape, parts = sig.args[0], unpack(b, sig.args[0], args[0])
-            start = moved(b, _row(b, args[3], args[4]), args[5])
-            columns = [load_column(b, moved(b, start, 16 * size * c)) for c in range(shape.cols)]
-            _outer(b, shape, parts, args[1], args[2], columns, 0)
-            return pack(b, shape, parts)
+def _fma_row(tile, size, load_column):
+    """Typing of a step over a row of a table, `size` bytes a number."""
 
-        return tile(tile, *[types.int64] * 5), codegen
+    def codegen(ctx, b, sig, args):
+        shape, parts = sig.args[0], unpack(b, sig.args[0], args[0])
+        start = moved(b, _row(b, args[3], args[4]), args[5])
+        columns = [load_column(b, moved(b, start, 16 * size * c)) for c in range(shape.cols)]
+        _outer(b, shape, parts, args[1], args[2], columns, 0)
+        return pack(b, shape, parts)
 
-    return typer
+    return tile(tile, *[types.int64] * 5), codegen
 
 
 @primitive()
 def tile_fma_row_f32(context, tile, x, x_row, rows, row, offset):
     """tile[r, c] = fma(x[r], w[c], tile[r, c]) with w at an offset of a float32 row of a table."""
-    return _fma_row(lambda b, place: read(b, place, V16F, 4), 4)(context, tile, x, x_row, rows, row, offset)
+    return _fma_row(tile, 4, lambda b, place: read(b, place, V16F, 4))
 
 
 @primitive()
 def tile_fma_row_bf16(context, tile, x, x_row, rows, row, offset):
     """`tile_fma_row_f32` of a bfloat16 row, widened exactly."""
-    return _fma_row(lambda b, place: widened(b, read(b, place, vector(I16, LANES), 2)), 2)(
-        context, tile, x, x_row, rows, row, offset
-    )
+    return _fma_row(tile, 2, lambda b, place: widened(b, read(b, place, vector(I16, LANES), 2)))
 
 
 @primitive()
@@ -155,12 +141,7 @@ def tile_store_rows(context, tile, out, out_row, num_rows):
     return types.void(tile, *[types.int64] * 3), codegen
 
 
-@primitive()
-def ask(context, rows, row, offset):
+@emitted(types.void(*[types.int64] * 3))
+def ask(b, rows, row, offset):
     """Asks for the cache line at an offset of a row of a table; any address is allowed."""
-
-    def codegen(ctx, b, sig, args):
-        _ask(b, moved(b, _row(b, args[0], args[1]), args[2]))
-        return ctx.get_dummy_value()
-
-    return types.void(*[types.int64] * 3), codegen
+    prefetch(b, moved(b, _row(b, rows, row), offset), SECOND_CACHE)

@@ -1,7 +1,7 @@
 """What all block formats share: a row of K weights is K / block_size blocks of block_bytes bytes each."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 
@@ -38,6 +38,16 @@ def field_f16(blocks: np.ndarray, offset: int) -> np.ndarray:
     return np.ascontiguousarray(blocks[..., offset : offset + 2]).view("<f2")[..., 0]
 
 
+def nibbles(packed: np.ndarray) -> np.ndarray:
+    """Low nibbles of the last axis, then its high nibbles: uint8 [..., n] to uint8 [..., 2 n]."""
+    return np.concatenate([packed & 15, packed >> 4], axis=-1)
+
+
+def scaled(codes: np.ndarray, scale: np.ndarray, zero: int = 0) -> np.ndarray:
+    """scale * (codes - zero) in float32, for codes [blocks, block_size] and float16 scales [blocks, 1]."""
+    return (codes.astype(np.float32) - np.float32(zero)) * scale.astype(np.float32)
+
+
 def dequantize_in_chunks(
     packed: np.ndarray, block_size: int, block_bytes: int, decode: Callable[[np.ndarray], np.ndarray]
 ) -> np.ndarray:
@@ -45,18 +55,21 @@ def dequantize_in_chunks(
 
     `decode` maps uint8 [blocks, block_bytes] to float32 [blocks, block_size].
     """
-    blocks = as_blocks(packed, block_bytes)
-    flat = blocks.reshape(math.prod(blocks.shape[:-1]), block_bytes)
-    weights = np.empty((len(flat), block_size), np.float32)
     # A damaged file may hold infinite scales: check_finite names them, NumPy's warnings would not.
     with np.errstate(invalid="ignore", over="ignore"):
-        for chunk in _chunks(len(flat), CHUNK_WEIGHTS // block_size):
-            weights[chunk] = decode(flat[chunk])
-    return weights.reshape(*blocks.shape[:-2], blocks.shape[-2] * block_size)
+        return _in_chunks(as_blocks(packed, block_bytes), block_size, block_size, np.float32, decode)
 
 
-def _chunks(total: int, step: int) -> Iterator[slice]:
-    return (slice(start, min(start + step, total)) for start in range(0, total, step))
+def _in_chunks(
+    blocks: np.ndarray, block_size: int, width: int, dtype: type, convert: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """Blocks of block_size weights [..., blocks, n], each converted to `width` values: dtype [..., blocks * width]."""
+    flat = blocks.reshape(math.prod(blocks.shape[:-1]), blocks.shape[-1])
+    made = np.empty((len(flat), width), dtype)
+    step = CHUNK_WEIGHTS // block_size
+    for start in range(0, len(flat), step):
+        made[start : start + step] = convert(flat[start : start + step])
+    return joined(made.reshape(*blocks.shape[:-1], width))
 
 
 def round_half_away(values: np.ndarray) -> np.ndarray:
@@ -81,24 +94,16 @@ def scale_to_f16(scale: np.ndarray) -> np.ndarray:
     return rounded
 
 
-def split_rows(weights: np.ndarray, block_size: int) -> np.ndarray:
-    """View float32 weights [..., K] as [..., blocks, block_size]; ValueError unless K is a multiple."""
-    if weights.ndim == 0 or weights.shape[-1] % block_size:
-        raise ValueError(f"weights of shape {weights.shape} are not whole blocks of {block_size}")
-    blocks = (*weights.shape[:-1], weights.shape[-1] // block_size, block_size)
-    return weights.astype(np.float32, copy=False).reshape(blocks)
-
-
 def quantize_in_chunks(
     weights: np.ndarray, block_size: int, block_bytes: int, encode: Callable[[np.ndarray], np.ndarray]
 ) -> np.ndarray:
     """Encode weights [..., K] to packed rows uint8 [..., bytes], a few rows' worth of blocks at a time.
 
-    `encode` maps float32 [blocks, block_size] to uint8 [blocks, block_bytes].
+    `encode` maps float32 [blocks, block_size] to uint8 [blocks, block_bytes]. ValueError unless K is whole blocks.
     """
-    blocks = split_rows(weights, block_size)
-    flat = blocks.reshape(math.prod(blocks.shape[:-1]), block_size)
-    packed = np.empty((len(flat), block_bytes), np.uint8)
-    for chunk in _chunks(len(flat), CHUNK_WEIGHTS // block_size):
-        packed[chunk] = encode(flat[chunk])
-    return packed.reshape(*blocks.shape[:-2], blocks.shape[-2] * block_bytes)
+    if weights.ndim == 0 or weights.shape[-1] % block_size:
+        raise ValueError(f"weights of shape {weights.shape} are not whole blocks of {block_size}")
+    blocks = weights.astype(np.float32, copy=False).reshape(
+        *weights.shape[:-1], weights.shape[-1] // block_size, block_size
+    )
+    return _in_chunks(blocks, block_size, block_bytes, np.uint8, encode)

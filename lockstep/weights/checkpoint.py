@@ -8,11 +8,9 @@ from pathlib import Path
 
 from lockstep.weights import safetensors
 from lockstep.weights.content import ContentHash, Stamp, check_unchanged, content_hash, stamp
-from lockstep.weights.gguf import GgufFile
 from lockstep.weights.gguf_model import open_gguf
 from lockstep.weights.mapped import descriptor_of, read_json_object
-from lockstep.weights.safetensors import SafetensorsFile
-from lockstep.weights.tensor import TensorMap
+from lockstep.weights.tensor import TensorFile, TensorMap, merge
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class Checkpoint:
     generation_config: dict
     tensors: TensorMap
     metadata: Mapping[str, object]
-    files: tuple[SafetensorsFile | GgufFile, ...] = field(repr=False)
+    files: tuple[TensorFile, ...] = field(repr=False)
     verify: bool = False
 
     @functools.cached_property
@@ -80,13 +78,13 @@ def open_checkpoint(path: str | Path, *, verify: bool = False) -> Checkpoint:
     return _open_safetensors(path, path, safetensors.open_folder(path), verify)
 
 
-def _open_safetensors(path: Path, folder: Path, files: list[SafetensorsFile], verify: bool) -> Checkpoint:
+def _open_safetensors(path: Path, folder: Path, files: list[TensorFile], verify: bool) -> Checkpoint:
     generation = folder / "generation_config.json"
     return Checkpoint(
         path=path,
         config=read_json_object(folder / "config.json"),
         generation_config=read_json_object(generation) if generation.is_file() else {},
-        tensors=safetensors.merge(files),
+        tensors=merge(files),
         metadata={},
         files=tuple(files),
         verify=verify,

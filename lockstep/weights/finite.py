@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from lockstep.weights.blocks import as_blocks, field_f16
 from lockstep.weights.tensor import BLOCK_FORMATS, StoredTensor, check_finite
 
 # Where each block keeps its float16 scales.
@@ -41,11 +42,9 @@ def _check(tensor: StoredTensor, piece: np.ndarray, first_row: int) -> None:
     if tensor.format not in BLOCK_FORMATS:
         _check_floats(tensor, piece, tensor.format, first_row, "weights")
         return
-    size = BLOCK_FORMATS[tensor.format].BLOCK_BYTES
-    blocks = piece.reshape(len(piece), -1, size)
+    blocks = as_blocks(piece, BLOCK_FORMATS[tensor.format].BLOCK_BYTES)
     for at in SCALES[tensor.format]:
-        scales = np.ascontiguousarray(blocks[..., at : at + 2]).view("<f2")[..., 0]
-        _check_floats(tensor, scales, "f16", first_row, "block scales")
+        _check_floats(tensor, field_f16(blocks, at), "f16", first_row, "block scales")
 
 
 def _check_floats(tensor: StoredTensor, values: np.ndarray, format: str, first_row: int, what: str) -> None:

@@ -8,14 +8,11 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from lockstep.weights.gguf_metadata import Allowance, Cursor, read_metadata
 from lockstep.weights.mapped import map_file
-from lockstep.weights.tensor import StoredTensor, TensorInfo, stored_shape, view_tensor
+from lockstep.weights.tensor import TensorFile, TensorInfo, merge, stored_shape
 
 MAGIC = b"GGUF"
 MAX_TENSORS = 1 << 17
@@ -38,24 +35,7 @@ OTHER_TYPES: Mapping[int, str] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class GgufFile:
-    """One mapped file with GGUF's own tensor names: `infos` and `begins` (byte offsets in `raw`) by name."""
-
-    path: Path
-    raw: np.ndarray
-    header_hash: str
-    metadata: dict[str, object]
-    infos: dict[str, TensorInfo]
-    begins: dict[str, int]
-
-    def load(self, name: str) -> StoredTensor:
-        """View one tensor of this file; nothing is copied."""
-        info, begin = self.infos[name], self.begins[name]
-        return view_tensor(self.raw[begin : begin + info.num_bytes], info)
-
-
-def open_parts(path: Path) -> list[GgufFile]:
+def open_parts(path: Path) -> list[TensorFile]:
     """Open a .gguf file, or all parts of a split one in order, whichever part is named.
 
     Raises ValueError if a part is missing or does not belong, or a tensor is in two parts.
@@ -68,11 +48,14 @@ def open_parts(path: Path) -> list[GgufFile]:
     parts = [open_file(part, allowance) for part in _part_paths(path, count)]
     for number, part in enumerate(parts):
         _check_part(part, number, count)
-    _check_no_repeats(parts)
+    found = len(merge(parts))
+    expected = parts[0].metadata.get("split.tensors.count", found)
+    if expected != found:
+        raise ValueError(f"{parts[0].path}: split.tensors.count is {expected}, the parts hold {found} tensors")
     return parts
 
 
-def open_file(path: Path, allowance: Allowance | None = None) -> GgufFile:
+def open_file(path: Path, allowance: Allowance | None = None) -> TensorFile:
     """Map one .gguf file and check its whole header, whose metadata is taken from the allowance.
 
     Raises ValueError saying what is wrong with it.
@@ -88,7 +71,7 @@ def open_file(path: Path, allowance: Allowance | None = None) -> GgufFile:
     infos = _unique_infos(directory, path)
     begins = {info.name: data_start + offset for info, offset in directory}
     _check_layout(infos, begins, alignment, len(raw), path)
-    return GgufFile(path, raw, header_hash, metadata, infos, begins)
+    return TensorFile(path, raw, header_hash, metadata, infos, begins)
 
 
 def _read_counts(cursor: Cursor) -> tuple[int, int]:
@@ -184,19 +167,7 @@ def _part_paths(path: Path, count: int) -> list[Path]:
     return parts
 
 
-def _check_part(part: GgufFile, number: int, count: int) -> None:
+def _check_part(part: TensorFile, number: int, count: int) -> None:
     found = (part.metadata.get("split.no"), part.metadata.get("split.count"))
     if found != (number, count):
         raise ValueError(f"{part.path}: expected split.no, split.count = {(number, count)}, found {found}")
-
-
-def _check_no_repeats(parts: list[GgufFile]) -> None:
-    home: dict[str, GgufFile] = {}
-    for part in parts:
-        for name in part.infos:
-            if name in home:
-                raise ValueError(f"tensor {name!r} is in both {home[name].path} and {part.path}")
-            home[name] = part
-    expected = parts[0].metadata.get("split.tensors.count", len(home))
-    if expected != len(home):
-        raise ValueError(f"{parts[0].path}: split.tensors.count is {expected}, the parts hold {len(home)} tensors")

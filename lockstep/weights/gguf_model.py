@@ -4,9 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
-from lockstep.weights.gguf import GgufFile, open_parts
+from lockstep.weights.gguf import open_parts
 from lockstep.weights.gguf_config import architecture_of, hf_config
 from lockstep.weights.gguf_names import hf_name
 from lockstep.weights.gguf_undo import (
@@ -20,7 +18,7 @@ from lockstep.weights.gguf_undo import (
     Undo,
     ValueHeads,
 )
-from lockstep.weights.tensor import StoredTensor, TensorInfo, TensorMap
+from lockstep.weights.tensor import StoredTensor, TensorFile, TensorInfo, TensorMap, merge
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class Recipe:
     """Where a Hugging Face tensor comes from: `file` holds it as `source`, and `undo` brings it back."""
 
     info: TensorInfo
-    file: GgufFile
+    file: TensorFile
     source: str
     undo: Undo
 
@@ -41,23 +39,19 @@ class Recipe:
             raise ValueError(f"{self.file.path}: tensor {self.source!r} {list(stored.shape)}: {error}") from None
 
 
-def open_gguf(path: Path) -> tuple[list[GgufFile], dict, TensorMap]:
+def open_gguf(path: Path) -> tuple[list[TensorFile], dict, TensorMap]:
     """Open a GGUF file or split file: its parts, its Hugging Face config and its tensors by Hugging Face name."""
     parts = open_parts(path)
     metadata = parts[0].metadata
-    infos = {name: info for part in parts for name, info in part.infos.items()}
-    config = hf_config(metadata, infos, _rope_factors(parts), str(path))
+    stored = merge(parts)
+    rope_factors = stored["rope_freqs.weight"].to_f32() if "rope_freqs.weight" in stored else None
+    config = hf_config(metadata, stored.info, rope_factors, str(path))
     recipes = _recipes(parts, architecture_of(metadata, str(path)), config)
     tensors = TensorMap({name: recipe.info for name, recipe in recipes.items()}, lambda name: recipes[name].load())
     return parts, config, tensors
 
 
-def _rope_factors(parts: list[GgufFile]) -> np.ndarray | None:
-    holders = [part for part in parts if "rope_freqs.weight" in part.infos]
-    return holders[0].load("rope_freqs.weight").to_f32() if holders else None
-
-
-def _recipes(parts: list[GgufFile], architecture: str, config: Mapping) -> dict[str, Recipe]:
+def _recipes(parts: list[TensorFile], architecture: str, config: Mapping) -> dict[str, Recipe]:
     recipes: dict[str, Recipe] = {}
     for part in parts:
         for source, info in part.infos.items():
@@ -69,7 +63,7 @@ def _recipes(parts: list[GgufFile], architecture: str, config: Mapping) -> dict[
     return recipes
 
 
-def _recipes_of(part: GgufFile, info: TensorInfo, architecture: str, config: Mapping) -> list[Recipe]:
+def _recipes_of(part: TensorFile, info: TensorInfo, architecture: str, config: Mapping) -> list[Recipe]:
     try:
         name = hf_name(architecture, info.name, config["num_hidden_layers"])
         undos = {} if name is None else _undos(name, info, architecture, config)

@@ -17,13 +17,12 @@ BLOCK_BYTES = 18
 def split(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Fields of packed rows uint8 [..., bytes]: codes uint8 0..15 [..., K] and scales float16 [..., K / 32]."""
     blocks = blk.as_blocks(packed, BLOCK_BYTES)
-    codes = nibbles(blocks[..., 2:])
-    return blk.joined(codes), blk.field_f16(blocks, 0)
+    return blk.joined(blk.nibbles(blocks[..., 2:])), blk.field_f16(blocks, 0)
 
 
 def dequantize(packed: np.ndarray) -> np.ndarray:
     """Packed rows uint8 [..., bytes] to float32 [..., K]. Error: none, each product is exact in float32."""
-    return blk.dequantize_in_chunks(packed, BLOCK_SIZE, BLOCK_BYTES, _decode)
+    return blk.dequantize_in_chunks(packed, BLOCK_SIZE, BLOCK_BYTES, lambda blocks: blk.scaled(*split(blocks), zero=8))
 
 
 def quantize(weights: np.ndarray) -> np.ndarray:
@@ -33,16 +32,6 @@ def quantize(weights: np.ndarray) -> np.ndarray:
     Error: at most one code, |d|, plus the rounding of d to float16. Source: quantize_row_q4_0_ref.
     """
     return blk.quantize_in_chunks(weights, BLOCK_SIZE, BLOCK_BYTES, _encode)
-
-
-def nibbles(packed: np.ndarray) -> np.ndarray:
-    """Low nibbles of the last axis, then its high nibbles: uint8 [..., n] to uint8 [..., 2 n]."""
-    return np.concatenate([packed & 15, packed >> 4], axis=-1)
-
-
-def _decode(blocks: np.ndarray) -> np.ndarray:
-    codes = nibbles(blocks[:, 2:]).astype(np.float32) - np.float32(8)
-    return codes * blk.field_f16(blocks, 0).astype(np.float32)[:, None]
 
 
 def _encode(weights: np.ndarray) -> np.ndarray:

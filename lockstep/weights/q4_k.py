@@ -11,7 +11,6 @@ Source: block_q4_K and get_scale_min_k4 in ggml-common.h and ggml-quants.c.
 import numpy as np
 
 from lockstep.weights import blocks as blk
-from lockstep.weights.q4_0 import nibbles
 
 BLOCK_SIZE = 256
 BLOCK_BYTES = 144
@@ -24,14 +23,19 @@ def split(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nd
     sc uint8 0..63 [..., K / 32] and m uint8 0..63 [..., K / 32].
     """
     blocks = blk.as_blocks(packed, BLOCK_BYTES)
+    return fields(blocks, blk.nibbles(blocks[..., 16:].reshape(*blocks.shape[:-1], 4, 32)))
+
+
+def fields(blocks: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """What `split` returns, for blocks that start like Q4_K's and their codes [..., blocks, groups, codes of one]."""
     scales, minima = scales_and_minima(blocks[..., 4:16])
     d, dmin = blk.field_f16(blocks, 0), blk.field_f16(blocks, 2)
-    return blk.joined(_codes(blocks)), d, dmin, blk.joined(scales), blk.joined(minima)
+    return blk.joined(blk.joined(codes)), d, dmin, blk.joined(scales), blk.joined(minima)
 
 
 def dequantize(packed: np.ndarray) -> np.ndarray:
     """Packed rows uint8 [..., bytes] to float32 [..., K]. Error: one rounding, of the subtraction."""
-    return blk.dequantize_in_chunks(packed, BLOCK_SIZE, BLOCK_BYTES, _decode)
+    return blk.dequantize_in_chunks(packed, BLOCK_SIZE, BLOCK_BYTES, lambda blocks: affine(*split(blocks)))
 
 
 def scales_and_minima(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -46,18 +50,8 @@ def scales_and_minima(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return scales, minima
 
 
-def affine(blocks: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """d * sc * q - dmin * m for blocks [n, bytes] that start like Q4_K's, and codes [n, 256]."""
-    scales, minima = scales_and_minima(blocks[:, 4:16])
-    scale = blk.field_f16(blocks, 0).astype(np.float32)[:, None] * scales
-    minimum = blk.field_f16(blocks, 2).astype(np.float32)[:, None] * minima
+def affine(codes: np.ndarray, d: np.ndarray, dmin: np.ndarray, scales: np.ndarray, minima: np.ndarray) -> np.ndarray:
+    """d * sc * q - dmin * m for the fields of rows of one block each."""
+    scale, minimum = d.astype(np.float32) * scales, dmin.astype(np.float32) * minima
     grouped = codes.reshape(-1, 8, 32).astype(np.float32)
     return (scale[:, :, None] * grouped - minimum[:, :, None]).reshape(-1, BLOCK_SIZE)
-
-
-def _codes(blocks: np.ndarray) -> np.ndarray:
-    return nibbles(blocks[..., 16:].reshape(*blocks.shape[:-1], 4, 32)).reshape(*blocks.shape[:-1], BLOCK_SIZE)
-
-
-def _decode(blocks: np.ndarray) -> np.ndarray:
-    return affine(blocks, _codes(blocks))

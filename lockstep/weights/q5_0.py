@@ -10,7 +10,6 @@ Source: block_q5_0 in ggml-common.h.
 import numpy as np
 
 from lockstep.weights import blocks as blk
-from lockstep.weights.q4_0 import nibbles
 
 BLOCK_SIZE = 32
 BLOCK_BYTES = 22
@@ -24,14 +23,9 @@ def split(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def dequantize(packed: np.ndarray) -> np.ndarray:
     """Packed rows uint8 [..., bytes] to float32 [..., K]. Error: none, each product is exact in float32."""
-    return blk.dequantize_in_chunks(packed, BLOCK_SIZE, BLOCK_BYTES, _decode)
+    return blk.dequantize_in_chunks(packed, BLOCK_SIZE, BLOCK_BYTES, lambda blocks: blk.scaled(*split(blocks), zero=16))
 
 
 def five_bits(fifth: np.ndarray, low: np.ndarray) -> np.ndarray:
     """Codes 0..31 of blocks, uint8 [..., 32], from their fifth bits [..., 4] and low bits [..., 16]."""
-    return nibbles(low) | np.unpackbits(fifth, axis=-1, bitorder="little") << 4
-
-
-def _decode(blocks: np.ndarray) -> np.ndarray:
-    codes = five_bits(blocks[:, 2:6], blocks[:, 6:]).astype(np.float32) - np.float32(16)
-    return codes * blk.field_f16(blocks, 0).astype(np.float32)[:, None]
+    return blk.nibbles(low) | np.unpackbits(fifth, axis=-1, bitorder="little") << 4

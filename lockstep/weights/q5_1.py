@@ -11,7 +11,7 @@ Source: block_q5_1 in ggml-common.h.
 import numpy as np
 
 from lockstep.weights import blocks as blk
-from lockstep.weights.q4_1 import scaled
+from lockstep.weights.q4_1 import affine
 from lockstep.weights.q5_0 import five_bits
 
 BLOCK_SIZE = 32
@@ -27,8 +27,4 @@ def split(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def dequantize(packed: np.ndarray) -> np.ndarray:
     """Packed rows uint8 [..., bytes] to float32 [..., K]. Error: one rounding, of the addition."""
-    return blk.dequantize_in_chunks(packed, BLOCK_SIZE, BLOCK_BYTES, _decode)
-
-
-def _decode(blocks: np.ndarray) -> np.ndarray:
-    return scaled(blocks, five_bits(blocks[:, 4:8], blocks[:, 8:]))
+    return blk.dequantize_in_chunks(packed, BLOCK_SIZE, BLOCK_BYTES, lambda blocks: affine(*split(blocks)))

@@ -10,8 +10,7 @@ Source: block_q5_K in ggml-common.h and dequantize_row_q5_K in ggml-quants.c.
 import numpy as np
 
 from lockstep.weights import blocks as blk
-from lockstep.weights.q4_0 import nibbles
-from lockstep.weights.q4_k import affine, scales_and_minima
+from lockstep.weights.q4_k import affine, fields
 
 BLOCK_SIZE = 256
 BLOCK_BYTES = 176
@@ -20,24 +19,12 @@ BLOCK_BYTES = 176
 def split(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Fields of packed rows uint8 [..., bytes]: as `q4_k.split`, with codes 0..31."""
     blocks = blk.as_blocks(packed, BLOCK_BYTES)
-    scales, minima = scales_and_minima(blocks[..., 4:16])
-    codes = _codes(blocks).reshape(*blocks.shape[:-1], BLOCK_SIZE)
-    d, dmin = blk.field_f16(blocks, 0), blk.field_f16(blocks, 2)
-    return blk.joined(codes), d, dmin, blk.joined(scales), blk.joined(minima)
+    shape = blocks.shape[:-1]
+    low = blk.nibbles(blocks[..., 48:].reshape(*shape, 4, 32)).reshape(*shape, 8, 32)
+    groups = np.arange(8, dtype=np.uint8)[:, None]
+    return fields(blocks, low | (blocks[..., None, 16:48] >> groups & 1) << 4)
 
 
 def dequantize(packed: np.ndarray) -> np.ndarray:
     """Packed rows uint8 [..., bytes] to float32 [..., K]. Error: one rounding, of the subtraction."""
-    return blk.dequantize_in_chunks(packed, BLOCK_SIZE, BLOCK_BYTES, _decode)
-
-
-def _codes(blocks: np.ndarray) -> np.ndarray:
-    """Codes 0..31 of blocks uint8 [..., 176]: [..., 8, 32]."""
-    shape = blocks.shape[:-1]
-    low = nibbles(blocks[..., 48:].reshape(*shape, 4, 32)).reshape(*shape, 8, 32)
-    groups = np.arange(8, dtype=np.uint8)[:, None]
-    return low | (blocks[..., None, 16:48] >> groups & 1) << 4
-
-
-def _decode(blocks: np.ndarray) -> np.ndarray:
-    return affine(blocks, _codes(blocks))
+    return blk.dequantize_in_chunks(packed, BLOCK_SIZE, BLOCK_BYTES, lambda blocks: affine(*split(blocks)))

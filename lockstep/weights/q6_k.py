@@ -11,7 +11,6 @@ Source: block_q6_K in ggml-common.h and dequantize_row_q6_K in ggml-quants.c.
 import numpy as np
 
 from lockstep.weights import blocks as blk
-from lockstep.weights.q4_0 import nibbles
 
 BLOCK_SIZE = 256
 BLOCK_BYTES = 210
@@ -23,7 +22,8 @@ def split(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     Returns codes int8 -32..31 [..., K], scales int8 [..., K / 16] and d float16 [..., K / 256].
     """
     blocks = blk.as_blocks(packed, BLOCK_BYTES)
-    return blk.joined(_codes(blocks)), blk.joined(_scales(blocks)), blk.field_f16(blocks, 208)
+    scales = np.ascontiguousarray(blocks[..., 192:208]).view(np.int8)
+    return blk.joined(_codes(blocks)), blk.joined(scales), blk.field_f16(blocks, 208)
 
 
 def dequantize(packed: np.ndarray) -> np.ndarray:
@@ -33,18 +33,15 @@ def dequantize(packed: np.ndarray) -> np.ndarray:
 
 def _codes(blocks: np.ndarray) -> np.ndarray:
     rows = blocks.shape[:-1]
-    low = nibbles(blocks[..., 0:128].reshape(*rows, 2, 64)).reshape(*rows, 2, 4, 32)
+    low = blk.nibbles(blocks[..., 0:128].reshape(*rows, 2, 64)).reshape(*rows, 2, 4, 32)
     pairs = blocks[..., 128:192].reshape(*rows, 2, 1, 32)
     shifts = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
     codes = low | (pairs >> shifts & 3) << 4
     return codes.reshape(*rows, BLOCK_SIZE).view(np.int8) - np.int8(32)
 
 
-def _scales(blocks: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(blocks[..., 192:208]).view(np.int8)
-
-
 def _decode(blocks: np.ndarray) -> np.ndarray:
-    scale = blk.field_f16(blocks, 208).astype(np.float32)[:, None] * _scales(blocks)
-    grouped = _codes(blocks).reshape(-1, 16, 16).astype(np.float32)
+    codes, scales, d = split(blocks)
+    scale = d.astype(np.float32) * scales
+    grouped = codes.reshape(-1, 16, 16).astype(np.float32)
     return (scale[:, :, None] * grouped).reshape(-1, BLOCK_SIZE)

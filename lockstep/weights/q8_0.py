@@ -23,7 +23,7 @@ def split(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def dequantize(packed: np.ndarray) -> np.ndarray:
     """Packed rows uint8 [..., bytes] to float32 [..., K]. Error: none, each product is exact in float32."""
-    return blk.dequantize_in_chunks(packed, BLOCK_SIZE, BLOCK_BYTES, _decode)
+    return blk.dequantize_in_chunks(packed, BLOCK_SIZE, BLOCK_BYTES, lambda blocks: blk.scaled(*split(blocks)))
 
 
 def quantize(weights: np.ndarray) -> np.ndarray:
@@ -32,11 +32,6 @@ def quantize(weights: np.ndarray) -> np.ndarray:
     Error: at most half a code, d / 2, plus the rounding of d to float16. Source: quantize_row_q8_0_ref.
     """
     return blk.quantize_in_chunks(weights, BLOCK_SIZE, BLOCK_BYTES, _encode)
-
-
-def _decode(blocks: np.ndarray) -> np.ndarray:
-    codes = blocks[:, 2:].view(np.int8).astype(np.float32)
-    return codes * blk.field_f16(blocks, 0).astype(np.float32)[:, None]
 
 
 def _encode(weights: np.ndarray) -> np.ndarray:

@@ -7,13 +7,13 @@ offset is checked against the file before anything is read or allocated with it.
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from lockstep.weights.mapped import map_file, parse_json_object, read_json_object
-from lockstep.weights.tensor import PLAIN_FORMATS, StoredTensor, TensorInfo, TensorMap, view_tensor
+from lockstep.weights.tensor import PLAIN_FORMATS, TensorFile, TensorInfo
 
 MAX_HEADER_BYTES = 32 << 20
 MAX_TENSORS = 1 << 17
@@ -29,23 +29,7 @@ FORMAT_OF_DTYPE: Mapping[str, str] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class SafetensorsFile:
-    """One mapped file: `infos` and `begins` (byte offsets in `raw`) by tensor name."""
-
-    path: Path
-    raw: np.ndarray
-    header_hash: str
-    infos: dict[str, TensorInfo]
-    begins: dict[str, int]
-
-    def load(self, name: str) -> StoredTensor:
-        """View one tensor of this file; nothing is copied."""
-        info, begin = self.infos[name], self.begins[name]
-        return view_tensor(self.raw[begin : begin + info.num_bytes], info)
-
-
-def open_file(path: Path) -> SafetensorsFile:
+def open_file(path: Path) -> TensorFile:
     """Map one .safetensors file and check its whole header. Raises ValueError saying what is wrong with it."""
     raw = map_file(path)
     header_bytes = _header_length(raw, path)
@@ -59,10 +43,10 @@ def open_file(path: Path) -> SafetensorsFile:
     _check_layout(spans, len(raw) - data_start, path)
     infos = {name: info for name, (info, _) in spans.items()}
     begins = {name: data_start + begin for name, (_, begin) in spans.items()}
-    return SafetensorsFile(path, raw, hashlib.sha256(header).hexdigest(), infos, begins)
+    return TensorFile(path, raw, hashlib.sha256(header).hexdigest(), {}, infos, begins)
 
 
-def open_folder(folder: Path) -> list[SafetensorsFile]:
+def open_folder(folder: Path) -> list[TensorFile]:
     """Open a folder's checkpoint: the shards its index names, or else its single .safetensors file.
 
     Tensors that the index does not list, or lists in another shard, are not there.
@@ -72,18 +56,6 @@ def open_folder(folder: Path) -> list[SafetensorsFile]:
     if index_path.is_file():
         return _open_shards(folder, index_path)
     return [open_file(_only_file(folder))]
-
-
-def merge(files: list[SafetensorsFile]) -> TensorMap:
-    """All tensors of several files as one mapping. Raises ValueError if two files hold the same name."""
-    home: dict[str, SafetensorsFile] = {}
-    for file in files:
-        for name in file.infos:
-            if name in home:
-                raise ValueError(f"tensor {name!r} is in both {home[name].path} and {file.path}")
-            home[name] = file
-    infos = {name: file.infos[name] for name, file in home.items()}
-    return TensorMap(infos, lambda name: home[name].load(name))
 
 
 def _header_length(raw: np.ndarray, path: Path) -> int:
@@ -149,7 +121,7 @@ def _check_layout(spans: dict[str, tuple[TensorInfo, int]], data_bytes: int, pat
         raise ValueError(f"{path}: tensors end at byte {position}, the file has {data_bytes} bytes of data")
 
 
-def _open_shards(folder: Path, index_path: Path) -> list[SafetensorsFile]:
+def _open_shards(folder: Path, index_path: Path) -> list[TensorFile]:
     weight_map = read_json_object(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index_path}: expected a weight_map from tensor names to shard files")
@@ -165,7 +137,7 @@ def _shard_name(shard: object, index_path: Path) -> str:
     return shard
 
 
-def _open_shard(path: Path, names: list[str], index_path: Path) -> SafetensorsFile:
+def _open_shard(path: Path, names: list[str], index_path: Path) -> TensorFile:
     if not path.is_file():
         raise ValueError(f"{index_path}: shard {path.name} is missing (tensor {names[0]!r} and {len(names) - 1} more)")
     file = open_file(path)

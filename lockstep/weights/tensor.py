@@ -1,7 +1,8 @@
 """One tensor as a checkpoint stores it: plain floats or integers, or rows of quantized blocks."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 import ml_dtypes
@@ -114,6 +115,37 @@ class TensorMap(Mapping[str, StoredTensor]):
 
     def __len__(self) -> int:
         return len(self.info)
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """One mapped file under its own tensor names: `infos` and `begins` (byte offsets in `raw`) by name.
+
+    `metadata` is GGUF's own; empty for safetensors.
+    """
+
+    path: Path
+    raw: np.ndarray
+    header_hash: str
+    metadata: Mapping[str, object]
+    infos: Mapping[str, TensorInfo]
+    begins: Mapping[str, int]
+
+    def load(self, name: str) -> StoredTensor:
+        """View one tensor of this file; nothing is copied."""
+        info, begin = self.infos[name], self.begins[name]
+        return view_tensor(self.raw[begin : begin + info.num_bytes], info)
+
+
+def merge(files: Sequence[TensorFile]) -> TensorMap:
+    """All tensors of several files as one mapping. Raises ValueError if two files hold the same name."""
+    home: dict[str, TensorFile] = {}
+    for file in files:
+        for name in file.infos:
+            if name in home:
+                raise ValueError(f"tensor {name!r} is in both {home[name].path} and {file.path}")
+            home[name] = file
+    return TensorMap({name: file.infos[name] for name, file in home.items()}, lambda name: home[name].load(name))
 
 
 def stored_shape(format: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], np.dtype]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lockstep.weights import safetensors
-from lockstep.weights.tensor import check_finite
+from lockstep.weights.tensor import check_finite, merge
 from tests.weights.files import one_tensor, safetensors_bytes, with_header, write
 from tests.weights.fuzz import mutations, truncations
 
@@ -26,13 +26,13 @@ def small_tensors():
 
 def read(path):
     """Open a file and touch all of it."""
-    tensors = safetensors.merge([safetensors.open_file(path)])
+    tensors = merge([safetensors.open_file(path)])
     return {name: tensor.to_f32() for name, tensor in tensors.items()}
 
 
 def test_reads_what_was_written(tmp_path):
     expected = small_tensors()
-    tensors = safetensors.merge([safetensors.open_file(write(tmp_path / "m.safetensors", safetensors_bytes(expected)))])
+    tensors = merge([safetensors.open_file(write(tmp_path / "m.safetensors", safetensors_bytes(expected)))])
     assert list(tensors) == list(expected)
     for name, array in expected.items():
         tensor = tensors[name]
@@ -141,7 +141,7 @@ def write_shards(folder, **changes):
 
 def test_shards(tmp_path):
     expected = write_shards(tmp_path)
-    tensors = safetensors.merge(safetensors.open_folder(tmp_path))
+    tensors = merge(safetensors.open_folder(tmp_path))
     assert set(tensors) == set(expected)
     assert all(tensors[name].data.tobytes() == array.tobytes() for name, array in expected.items())
 
@@ -167,7 +167,7 @@ def test_a_tensor_is_where_the_index_says(tmp_path):
     expected = write_shards(tmp_path)
     strange = {"a.weight": np.zeros((3, 5), np.float32), "left.over": np.ones(3, np.float32)}
     write(tmp_path / "two.safetensors", safetensors_bytes({**expected, **strange}))
-    tensors = safetensors.merge(safetensors.open_folder(tmp_path))
+    tensors = merge(safetensors.open_folder(tmp_path))
     assert set(tensors) == set(expected) == set(tensors.info)
     assert all(tensors[name].data.tobytes() == array.tobytes() for name, array in expected.items())
 
@@ -175,7 +175,7 @@ def test_a_tensor_is_where_the_index_says(tmp_path):
 def test_a_tensor_in_two_files(tmp_path):
     files = [safetensors.open_file(write(tmp_path / f"{name}.safetensors", one_tensor())) for name in "ab"]
     with pytest.raises(ValueError, match=r"tensor 'w' is in both .*a\.safetensors and .*b\.safetensors"):
-        safetensors.merge(files)
+        merge(files)
 
 
 def test_index_without_a_map(tmp_path):

@@ -8,6 +8,7 @@ The last panels are filled with zeros up to an even number of panels, so that a 
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from types import ModuleType
 
 import ml_dtypes
@@ -17,7 +18,7 @@ import numpy.typing as npt
 from lockstep.runtime.program import Weight
 from lockstep.runtime.targets import unsigned_weights
 from lockstep.weights import q4_0, q8_0
-from lockstep.weights.tensor import StoredTensor, check_finite
+from lockstep.weights.tensor import BLOCK_FORMATS, StoredTensor, check_finite
 
 Arrange = Callable[[np.ndarray], np.ndarray]
 Output = tuple[np.ndarray, Arrange]
@@ -46,20 +47,29 @@ def _pieces(weight: Weight) -> Iterator[tuple[int, StoredTensor, slice]]:
         row += count
 
 
-def floats(part: StoredTensor, rows: slice) -> np.ndarray:
-    """Finite float32 rows of a stored tensor."""
-    return part.finite_f32(rows)
+floats = StoredTensor.finite_f32
 
 
-def block_fields(part: StoredTensor, rows: slice, block: ModuleType, format: str) -> tuple[np.ndarray, np.ndarray]:
-    """The fields of rows of q8_0 or q4_0 blocks: as stored, or quantized now."""
-    codes, scales = block.split(part.read(rows) if part.format == format else quantized(part, rows, block))
-    check_finite(part, scales, rows.start or 0, "block scales")
-    return codes, scales
+def block_fields(part: StoredTensor, rows: slice, format: str) -> tuple[np.ndarray, ...]:
+    """What the `split` of a block format returns for rows of a tensor, as stored or quantized now; scales are checked.
+
+    Raises ValueError for a tensor in another format than one to which nothing is quantized.
+    """
+    block = BLOCK_FORMATS[format]
+    if part.format == format:
+        packed = part.read(rows)
+    elif block in (q8_0, q4_0):
+        packed = _quantized(part, rows, block)
+    else:
+        raise ValueError(f"tensor {part.name!r} is stored as {part.format}: a {format} linear layer takes only that")
+    fields = block.split(packed)
+    for field in fields:
+        if field.dtype == np.float16:
+            check_finite(part, field, rows.start or 0, "block scales")
+    return fields
 
 
-def quantized(part: StoredTensor, rows: slice, block: ModuleType) -> np.ndarray:
-    """Rows of a stored tensor as blocks of another format."""
+def _quantized(part: StoredTensor, rows: slice, block: ModuleType) -> np.ndarray:
     values = floats(part, rows)
     try:
         return block.quantize(values)
@@ -67,25 +77,14 @@ def quantized(part: StoredTensor, rows: slice, block: ModuleType) -> np.ndarray:
         raise ValueError(f"tensor {part.name!r}: {error}") from None
 
 
-def q8_0_fields(part: StoredTensor, rows: slice) -> tuple[np.ndarray, np.ndarray]:
-    """(codes int8 [rows, K], scales float16 [rows, K / 32]): as stored, or quantized now."""
-    return block_fields(part, rows, q8_0, "q8_0")
+q8_0_fields = partial(block_fields, format="q8_0")
+q4_0_fields = partial(block_fields, format="q4_0")
 
 
-def q4_0_fields(part: StoredTensor, rows: slice) -> tuple[np.ndarray, np.ndarray]:
-    """(codes uint8 0..15 [rows, K], scales float16 [rows, K / 32]): as stored, or quantized now."""
-    return block_fields(part, rows, q4_0, "q4_0")
-
-
-def stored_fields(part: StoredTensor, rows: slice, block: ModuleType, format: str) -> tuple[np.ndarray, ...]:
-    """Fields of rows that are stored in a block format, which nothing is quantized to; every float16 is checked."""
-    if part.format != format:
-        raise ValueError(f"tensor {part.name!r} is stored as {part.format}: a {format} linear layer takes only that")
-    fields = block.split(part.read(rows))
-    for field in fields:
-        if field.dtype == np.float16:
-            check_finite(part, field, rows.start or 0, "block scales")
-    return fields
+def low_and_high(fields: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
+    """Codes as their bits from the fifth on and their low four, and the other fields."""
+    codes, *rest = fields
+    return codes >> 4, codes & 15, *rest
 
 
 def scatter(
@@ -172,6 +171,11 @@ def fifth_bits(values: np.ndarray) -> np.ndarray:
     eight = values.reshape(values.shape[0], PANEL, -1, 8, 4)
     shifts = np.arange(8, dtype=np.uint8)[:, None]
     return np.bitwise_or.reduce(eight.astype(np.uint8) << shifts, axis=3).transpose(0, 2, 1, 3)
+
+
+def in_blocks(arrange: Arrange, per_block: int, *parts: int) -> Arrange:
+    """An arrangement of [panels, 16, per_block * blocks of a row] as [panels, blocks, *parts, values of a part]."""
+    return lambda v: arrange(v).reshape(v.shape[0], v.shape[2] // per_block, *parts, -1)
 
 
 def block_field(blocks: np.ndarray, start: int, count: int, dtype: npt.DTypeLike = np.uint8) -> np.ndarray:

@@ -8,49 +8,29 @@ The two high bits of q6_k's codes k, k + 4, k + 8, k + 12 share a byte, lowest f
 the same 32 k, so that one row reads one stream. 4.625, 5.625 and 6.625 bits a weight.
 """
 
+from functools import partial
+
 import numpy as np
 
 from lockstep.runtime.program import Weight
 from lockstep.runtime.tiles_k import Q4_K_BYTES, Q5_K_BYTES, Q6_K_BYTES
-from lockstep.weights import q4_k, q5_k, q6_k
 from lockstep.weights.pack import (
     PANEL,
-    Arrange,
     Output,
     block_field,
+    block_fields,
     fifth_bits,
+    in_blocks,
     k_major,
+    low_and_high,
     nibble_pairs,
     num_panels,
     scatter,
-    stored_fields,
 )
-from lockstep.weights.tensor import StoredTensor
 
-
-def q4_k_fields(part: StoredTensor, rows: slice) -> tuple[np.ndarray, ...]:
-    """Codes uint8 0..15 [rows, K], d and dmin float16 [rows, K / 256], sc and m uint8 [rows, K / 32]."""
-    return stored_fields(part, rows, q4_k, "q4_k")
-
-
-def q5_k_fields(part: StoredTensor, rows: slice) -> tuple[np.ndarray, ...]:
-    """The same with codes 0..31."""
-    return stored_fields(part, rows, q5_k, "q5_k")
-
-
-def q6_k_fields(part: StoredTensor, rows: slice) -> tuple[np.ndarray, ...]:
-    """Codes int8 -32..31 [rows, K], sc int8 [rows, K / 16] and d float16 [rows, K / 256]."""
-    return stored_fields(part, rows, q6_k, "q6_k")
-
-
-def _blocks(arrange: Arrange, per_block: int) -> Arrange:
-    """An arrangement of [panels, 16, per_block * K / 256] as [panels, K / 256, values of a block]."""
-    return lambda v: arrange(v).reshape(v.shape[0], v.shape[2] // per_block, -1)
-
-
-def _eighths(arrange: Arrange) -> Arrange:
-    """An arrangement of [panels, 16, K] as [panels, K / 256, 8, bytes of 32 k]."""
-    return lambda v: arrange(v).reshape(v.shape[0], v.shape[2] // 256, 8, -1)
+q4_k_fields = partial(block_fields, format="q4_k")
+q5_k_fields = partial(block_fields, format="q5_k")
+q6_k_fields = partial(block_fields, format="q6_k")
 
 
 def _high_bits(values: np.ndarray) -> np.ndarray:
@@ -62,7 +42,7 @@ def _high_bits(values: np.ndarray) -> np.ndarray:
 def pack_q4_k(weight: Weight) -> tuple[np.ndarray, ...]:
     """Blocks uint8 [panels, K / 256, 2368]."""
     blocks = np.zeros((num_panels(weight.shape[0]), weight.shape[1] // 256, Q4_K_BYTES), np.uint8)
-    scatter(weight, [(block_field(blocks, 320, 2048), _blocks(nibble_pairs, 256)), *_scales(blocks)], q4_k_fields)
+    scatter(weight, [(block_field(blocks, 320, 2048), in_blocks(nibble_pairs, 256)), *_scales(blocks)], q4_k_fields)
     return (blocks,)
 
 
@@ -70,13 +50,12 @@ def pack_q5_k(weight: Weight) -> tuple[np.ndarray, ...]:
     """Blocks uint8 [panels, K / 256, 2880]."""
     blocks = np.zeros((num_panels(weight.shape[0]), weight.shape[1] // 256, Q5_K_BYTES), np.uint8)
     codes = block_field(blocks, 320, 2560).reshape(*blocks.shape[:2], 8, 320)
-    outputs = [(codes[..., :64], _eighths(fifth_bits)), (codes[..., 64:], _eighths(nibble_pairs)), *_scales(blocks)]
-
-    def convert(part, rows):
-        codes, *scales = q5_k_fields(part, rows)
-        return codes >> 4, codes & 15, *scales
-
-    scatter(weight, outputs, convert)
+    outputs = [
+        (codes[..., :64], in_blocks(fifth_bits, 256, 8)),
+        (codes[..., 64:], in_blocks(nibble_pairs, 256, 8)),
+        *_scales(blocks),
+    ]
+    scatter(weight, outputs, lambda part, rows: low_and_high(q5_k_fields(part, rows)))
     return (blocks,)
 
 
@@ -85,8 +64,8 @@ def _scales(blocks: np.ndarray) -> list[Output]:
     return [
         (block_field(blocks, 0, 16, np.float16), k_major),
         (block_field(blocks, 32, 16, np.float16), k_major),
-        (block_field(blocks, 64, 128), _blocks(k_major, 8)),
-        (block_field(blocks, 192, 128), _blocks(k_major, 8)),
+        (block_field(blocks, 64, 128), in_blocks(k_major, 8)),
+        (block_field(blocks, 192, 128), in_blocks(k_major, 8)),
     ]
 
 
@@ -95,9 +74,9 @@ def pack_q6_k(weight: Weight) -> tuple[np.ndarray, ...]:
     blocks = np.zeros((num_panels(weight.shape[0]), weight.shape[1] // 256, Q6_K_BYTES), np.uint8)
     codes = block_field(blocks, 320, 3072).reshape(*blocks.shape[:2], 8, 384)
     outputs = [
-        (codes[..., :256], _eighths(nibble_pairs)),
-        (codes[..., 256:], _eighths(_high_bits)),
-        (block_field(blocks, 64, 256, np.int8), _blocks(k_major, 16)),
+        (codes[..., :256], in_blocks(nibble_pairs, 256, 8)),
+        (codes[..., 256:], in_blocks(_high_bits, 256, 8)),
+        (block_field(blocks, 64, 256, np.int8), in_blocks(k_major, 16)),
         (block_field(blocks, 0, 16, np.float32), k_major),
     ]
 

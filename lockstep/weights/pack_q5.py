@@ -7,44 +7,29 @@
 Bit g of a feature's byte j of fifth bits belongs to the code of k = 4 g + j. 5, 5.5 and 6 bits a weight.
 """
 
+from functools import partial
+
 import numpy as np
 
 from lockstep.runtime.program import Weight
 from lockstep.runtime.tiles_dots import Q4_1_BYTES, Q5_0_BYTES, Q5_1_BYTES
-from lockstep.weights import q4_1, q5_0, q5_1
 from lockstep.weights.pack import (
     PANEL,
-    Arrange,
     Output,
     block_field,
+    block_fields,
     fifth_bits,
+    in_blocks,
     k_major,
+    low_and_high,
     nibble_pairs,
     num_panels,
     scatter,
-    stored_fields,
 )
-from lockstep.weights.tensor import StoredTensor
 
-
-def q4_1_fields(part: StoredTensor, rows: slice) -> tuple[np.ndarray, ...]:
-    """Codes uint8 0..15 [rows, K], d and m float16 [rows, K / 32]."""
-    return stored_fields(part, rows, q4_1, "q4_1")
-
-
-def q5_0_fields(part: StoredTensor, rows: slice) -> tuple[np.ndarray, ...]:
-    """Codes uint8 0..31, which mean -16..15, [rows, K] and scales float16 [rows, K / 32]."""
-    return stored_fields(part, rows, q5_0, "q5_0")
-
-
-def q5_1_fields(part: StoredTensor, rows: slice) -> tuple[np.ndarray, ...]:
-    """Codes uint8 0..31 [rows, K], d and m float16 [rows, K / 32]."""
-    return stored_fields(part, rows, q5_1, "q5_1")
-
-
-def _blocks(arrange: Arrange) -> Arrange:
-    """An arrangement of [panels, 16, K] as [panels, K / 32, bytes]."""
-    return lambda v: arrange(v).reshape(v.shape[0], v.shape[2] // 32, -1)
+q4_1_fields = partial(block_fields, format="q4_1")
+q5_0_fields = partial(block_fields, format="q5_0")
+q5_1_fields = partial(block_fields, format="q5_1")
 
 
 def _empty(weight: Weight, num_bytes: int) -> np.ndarray:
@@ -54,14 +39,9 @@ def _empty(weight: Weight, num_bytes: int) -> np.ndarray:
 def _five_bits(blocks: np.ndarray, start: int) -> list[Output]:
     """Outputs for fifth bits and low nibbles, `start` bytes into a block."""
     return [
-        (block_field(blocks, start, 64), _blocks(fifth_bits)),
-        (block_field(blocks, start + 64, 256), _blocks(nibble_pairs)),
+        (block_field(blocks, start, 64), in_blocks(fifth_bits, 32)),
+        (block_field(blocks, start + 64, 256), in_blocks(nibble_pairs, 32)),
     ]
-
-
-def _split_codes(fields: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
-    codes, *rest = fields
-    return codes >> 4, codes & 15, *rest
 
 
 def _scale_and_minimum(blocks: np.ndarray) -> list[Output]:
@@ -71,7 +51,7 @@ def _scale_and_minimum(blocks: np.ndarray) -> list[Output]:
 def pack_q4_1(weight: Weight) -> tuple[np.ndarray, ...]:
     """Blocks uint8 [panels, K / 32, 320]."""
     blocks = _empty(weight, Q4_1_BYTES)
-    outputs = [(block_field(blocks, 64, 256), _blocks(nibble_pairs)), *_scale_and_minimum(blocks)]
+    outputs = [(block_field(blocks, 64, 256), in_blocks(nibble_pairs, 32)), *_scale_and_minimum(blocks)]
     scatter(weight, outputs, q4_1_fields)
     return (blocks,)
 
@@ -81,7 +61,7 @@ def pack_q5_0(weight: Weight) -> tuple[np.ndarray, ...]:
     blocks = _empty(weight, Q5_0_BYTES)
     scales = np.zeros((*blocks.shape[:2], PANEL), np.float16)
     outputs = [*_five_bits(blocks, 0), (scales, k_major)]
-    scatter(weight, outputs, lambda part, rows: _split_codes(q5_0_fields(part, rows)))
+    scatter(weight, outputs, lambda part, rows: low_and_high(q5_0_fields(part, rows)))
     return blocks, scales
 
 
@@ -89,5 +69,5 @@ def pack_q5_1(weight: Weight) -> tuple[np.ndarray, ...]:
     """Blocks uint8 [panels, K / 32, 384]."""
     blocks = _empty(weight, Q5_1_BYTES)
     outputs = [*_five_bits(blocks, 64), *_scale_and_minimum(blocks)]
-    scatter(weight, outputs, lambda part, rows: _split_codes(q5_1_fields(part, rows)))
+    scatter(weight, outputs, lambda part, rows: low_and_high(q5_1_fields(part, rows)))
     return (blocks,)

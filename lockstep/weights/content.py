@@ -68,11 +68,6 @@ def content_hash(digests: Sequence[str], tensors: Sequence[Collection[str]], con
 # ------------------------------------------------------------ digests of files
 
 
-def known_digest(path: Path, stamped: Stamp) -> str | None:
-    """The SHA-256 (64 hex digits) of a file that need not be read for it; None where it must."""
-    return blob_digest(path) or _remembered(stamped)
-
-
 def blob_digest(path: Path) -> str | None:
     """The digest that a file of the Hugging Face hub's cache has as its name.
 
@@ -169,7 +164,9 @@ class ContentHash:
         self._found: Future[str] = Future()
         self._lock = threading.Lock()
         self._callbacks: list[Callable[[str], None]] = []
-        self._digests = [None if verify else known_digest(path, one) for path, one in zip(paths, stamps, strict=True)]
+        pairs = zip(paths, stamps, strict=True)
+        # The SHA-256 (64 hex digits) of each file, None where it must be read for it.
+        self._digests = [None if verify else blob_digest(path) or _remembered(stamped) for path, stamped in pairs]
         sizes = [one.size for one, digest in zip(stamps, self._digests, strict=True) if digest is None]
         self._total, self._done = sum(sizes), 0
         if sizes:

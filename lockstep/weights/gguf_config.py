@@ -24,9 +24,8 @@ MAX_FLOAT32 = 3.4e38
 HARMLESS = {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "expert_feed_forward_length"}
 # Values that mean "as usual" wherever these keys appear.
 USUAL = {"expert_count": 0, "expert_used_count": 0, "attention.causal": True, "nextn_predict_layers": 0}
-# By llama.cpp's numbers; None: nothing is said. What is missing is refused by its name.
-POOLINGS: Mapping[int, str | None] = {0: None, 1: "mean", 3: "last"}
-OTHER_POOLINGS = {2: "cls", 4: "rank"}
+# By llama.cpp's numbers.
+POOLINGS: Mapping[int, str] = {0: "none", 1: "mean", 2: "cls", 3: "last", 4: "rank"}
 
 
 class Keys:
@@ -174,11 +173,10 @@ def _biases(architecture: str, infos: Mapping[str, TensorInfo]) -> dict[str, boo
 def _pooling(keys: Keys, where: str) -> dict[str, str]:
     """How the hidden states of a text become its embedding, as `pooling_type`, which config.json does not know."""
     number = keys.integer("pooling_type", 0)
-    if number not in POOLINGS:
-        found = OTHER_POOLINGS.get(number, number)
-        raise ValueError(f"{where}: pooling_type {found} is not supported, only none, mean and last")
-    pooling = POOLINGS[number]
-    return {} if pooling is None else {"pooling_type": pooling}
+    pooling = POOLINGS.get(number, str(number))
+    if pooling not in ("none", "mean", "last"):
+        raise ValueError(f"{where}: pooling_type {pooling} is not supported, only none, mean and last")
+    return {} if pooling == "none" else {"pooling_type": pooling}
 
 
 def _token_ids(metadata: Mapping[str, object], vocab_size: int) -> dict[str, object]:

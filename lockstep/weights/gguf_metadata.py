@@ -24,6 +24,9 @@ DTYPE_OF_TYPE = {
 LENGTH_BYTES = 8  # of the length before a string
 STRING_TYPE = 8
 ARRAY_TYPE = 9
+# A string takes at least its 8-byte length, an array its item type and length.
+LEAST_BYTES = {number: np.dtype(dtype).itemsize for number, dtype in DTYPE_OF_TYPE.items()}
+LEAST_BYTES |= {STRING_TYPE: LENGTH_BYTES, ARRAY_TYPE: 4 + LENGTH_BYTES}
 
 
 @dataclass
@@ -58,10 +61,6 @@ class Cursor:
         self.position = 0
         self.allowance = allowance or Allowance()
 
-    def spend(self, name: str, count: int, what: str) -> None:
-        """Take `count` from the allowance. Raises ValueError if it is not there."""
-        self.allowance.spend(name, count, f"{self.where}: {what}")
-
     def take(self, size: int, what: str) -> memoryview:
         """The next `size` bytes. Raises ValueError naming `what` if the file ends before."""
         end = self.position + size
@@ -88,7 +87,7 @@ class Cursor:
     def string(self, what: str, limit: int) -> str:
         """The next length-prefixed UTF-8 string of at most `limit` bytes."""
         raw = self.take(self.count(8, f"length of {what}", limit, 1), what)
-        self.spend("text_bytes", len(raw), what)
+        self.allowance.spend("text_bytes", len(raw), f"{self.where}: {what}")
         try:
             return str(raw, "utf-8")
         except UnicodeDecodeError as error:
@@ -142,19 +141,15 @@ def _read_array(cursor: Cursor, what: str, depth: int) -> Sequence[object] | np.
     if depth == MAX_ARRAY_DEPTH:
         raise ValueError(f"{cursor.where}: {what} nests arrays deeper than {MAX_ARRAY_DEPTH}")
     item_type = cursor.unsigned(4, f"item type of {what}")
-    if item_type in DTYPE_OF_TYPE:
-        length = cursor.count(8, f"length of {what}", MAX_ARRAY_ITEMS, np.dtype(DTYPE_OF_TYPE[item_type]).itemsize)
-        cursor.spend("items", length, what)
-        return _read_numbers(cursor, item_type, length, what)
-    # A string takes at least its 8-byte length, an array its item type and length.
-    length = cursor.count(8, f"length of {what}", MAX_ARRAY_ITEMS, 8 if item_type == STRING_TYPE else 12)
-    if item_type == STRING_TYPE:
-        cursor.spend("items", length, what)
-        return _read_strings(cursor, length, what)
-    if item_type != ARRAY_TYPE:
+    if item_type not in LEAST_BYTES:
         raise ValueError(f"{cursor.where}: {what} has items of unknown type {item_type}")
-    cursor.spend("arrays", length, what)
-    return [_read_array(cursor, what, depth + 1) for _ in range(length)]
+    length = cursor.count(8, f"length of {what}", MAX_ARRAY_ITEMS, LEAST_BYTES[item_type])
+    cursor.allowance.spend("arrays" if item_type == ARRAY_TYPE else "items", length, f"{cursor.where}: {what}")
+    if item_type == ARRAY_TYPE:
+        return [_read_array(cursor, what, depth + 1) for _ in range(length)]
+    if item_type == STRING_TYPE:
+        return _read_strings(cursor, length, what)
+    return _read_numbers(cursor, item_type, length, what)
 
 
 def _read_numbers(cursor: Cursor, value_type: int, length: int, what: str) -> np.ndarray:

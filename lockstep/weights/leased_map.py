@@ -91,9 +91,8 @@ class LeasedMaps:
 
     def _wake(self) -> None:
         with self._lock:
-            if (
-                self._thread is not None and self._thread.ident and self._thread.is_alive()
-            ):  # it is not, in a copy of the process
+            # In a copy of the process the thread is not alive.
+            if self._thread is not None and self._thread.ident and self._thread.is_alive():
                 signal.pthread_kill(self._thread.ident, signal.SIGIO)
 
     def _watch(self, ready: threading.Event) -> None:

@@ -153,11 +153,7 @@ def remove_old(folder: Path, days: float) -> None:
         for entry in os.scandir(folder):
             with contextlib.suppress(OSError):
                 if time.time() - entry.stat(follow_symlinks=False).st_mtime >= days * DAY_SECONDS:
-                    _remove_entry(Path(entry.path), entry.is_dir(follow_symlinks=False))
-
-
-def _remove_entry(path: Path, is_folder: bool) -> None:
-    if is_folder:
-        remove(path)
-    else:
-        path.unlink()
+                    if entry.is_dir(follow_symlinks=False):
+                        remove(Path(entry.path))
+                    else:
+                        os.unlink(entry.path)

@@ -63,13 +63,10 @@ class PackedStore(WeightStore):
         if kept is None:
             kept = super().make(weight, layout)
             self._keep(what, kept)
-            self._report(kept)
+            self._done += sum(a.nbytes for a in kept)
+            if self._progress:
+                self._progress("packing", self._done, None)
         return kept
-
-    def _report(self, arrays: tuple[np.ndarray, ...]):
-        self._done += sum(a.nbytes for a in arrays)
-        if self._progress:
-            self._progress("packing", self._done, None)
 
     def _load(self, what: str) -> tuple[np.ndarray, ...] | None:
         """The arrays of a packed weight; None where they are not there or not as they were written."""

@@ -1,31 +1,17 @@
 """What a model is made of, in numbers: tensors, ops with their shapes, bytes and FLOPs, and the memory they need."""
 
+import itertools
 import math
 import re
 from dataclasses import dataclass
 
 from lockstep.ops.embed import Embed
 from lockstep.ops.kv_cache import PAGE_TOKENS
+from lockstep.ops.linear_cpu import FORMATS
 from lockstep.runtime.program import DTYPES, Tensor, Weight
 from lockstep.weights.pack import PANEL, num_panels
-from lockstep.weights.pack_k import Q4_K_BYTES, Q5_K_BYTES, Q6_K_BYTES
-from lockstep.weights.pack_q5 import Q4_1_BYTES, Q5_0_BYTES, Q5_1_BYTES
 
 LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
-# bytes of a packed weight; the smaller formats carry a scale for 32 or 256 weights
-PACKED_BYTES = {
-    "f32": 4,
-    "f16": 2,
-    "bf16": 2,
-    "q8_0": 1 + 2 / 32,
-    "q4_0": 1 / 2 + 2 / 32,
-    "q4_1": Q4_1_BYTES / (PANEL * 32),
-    "q5_0": Q5_0_BYTES / (PANEL * 32) + 2 / 32,
-    "q5_1": Q5_1_BYTES / (PANEL * 32),
-    "q4_k": Q4_K_BYTES / (PANEL * 256),
-    "q5_k": Q5_K_BYTES / (PANEL * 256),
-    "q6_k": Q6_K_BYTES / (PANEL * 256),
-}
 
 
 @dataclass(frozen=True)
@@ -83,13 +69,16 @@ def is_linear(op):
 
 def packed_bytes(weight):
     """Bytes of a linear layer's weight as its kernel reads it, padding included."""
-    return int(num_panels(weight.shape[0]) * PANEL * weight.shape[1] * PACKED_BYTES[weight.format])
+    block, panel_bytes, layout = FORMATS[weight.format]
+    a_panel = weight.shape[1] // block * panel_bytes + weight.shape[1] // 32 * PANEL * 2 * ("d" in layout.arrays)
+    return num_panels(weight.shape[0]) * a_panel
 
 
 def collapsed(costs):
     """Ops grouped by layer, equal layers shown once: [(layer numbers or None, [OpCost, ...]), ...] in order."""
     groups, seen = [], {}
-    for layer, ops in _by_layer(costs):
+    for layer, run in itertools.groupby(costs, lambda cost: cost.layer):
+        ops = list(run)
         key = tuple((c.kind, c.label, c.width, c.weights) for c in ops)
         if layer is not None and key in seen:
             seen[key][0].append(layer)
@@ -98,15 +87,6 @@ def collapsed(costs):
         groups.append(group)
         seen[key] = group
     return groups
-
-
-def _by_layer(costs):
-    runs = []
-    for cost in costs:
-        if not runs or runs[-1][0] != cost.layer:
-            runs.append((cost.layer, []))
-        runs[-1][1].append(cost)
-    return runs
 
 
 def memory(program):

@@ -93,7 +93,7 @@ def load(model, *, ops=None, max_requests: int = 1, wait_for_content: bool = Fal
     wait_for_content: return only when the model's content hash is known.
     """
     from lockstep.commands.progress import Progress
-    from lockstep.engine.engine import num_cores
+    from lockstep.runtime.threads import num_cores
     from lockstep.serve.llm import LLM
 
     if (options.get("threads") or 0) > num_cores():

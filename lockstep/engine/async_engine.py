@@ -1,6 +1,7 @@
 """An engine in a thread of its own: any thread or event loop submits requests and reads their tokens as they come."""
 
 import asyncio
+import contextlib
 import sys
 import threading
 import time
@@ -193,10 +194,8 @@ def _wake(futures: Iterable[Woken | None]) -> None:
         if future is not None:
             by_loop.setdefault(future.get_loop(), []).append(future)
     for loop, waiting in by_loop.items():
-        try:
+        with contextlib.suppress(RuntimeError):  # the readers' event loop is closed: nobody waits any more
             loop.call_soon_threadsafe(_set, waiting)
-        except RuntimeError:  # the readers' event loop is closed: nobody waits any more
-            pass
 
 
 def _set(futures: Iterable[Woken]) -> None:

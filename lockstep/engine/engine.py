@@ -24,15 +24,10 @@ from lockstep.engine.scheduler import Scheduler
 from lockstep.engine.states import StateStore
 from lockstep.ops.kv_cache import PAGE_TOKENS
 from lockstep.runtime.kernel import OnCompile
-from lockstep.runtime.threads import Team
+from lockstep.runtime.threads import Team, num_cores
 
 PROMPT_ROWS = 64  # rows of a step that may report log-probabilities of prompts; their memory is touched when used
 LONG_PROMPT = 2048  # tokens that make an extra step cheap
-
-
-def num_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 MANY = (1 << 31) - 1

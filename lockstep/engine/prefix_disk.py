@@ -91,18 +91,16 @@ class DiskStore:
 
     # ------------------------------------------------------------ entries
 
-    def _on_disk(self, name: bytes) -> bytes | None:
-        """What an entry is called on disk; None as long as the model's content hash is not known."""
+    def entry(self, kind: str, name: bytes) -> tuple[str, bytes] | None:
+        """The file of an entry and what its header calls it; None as long as the content hash is not known."""
         try:
             content = self._content.known
         except (OSError, ValueError):  # whoever loaded the model was told; nothing can be kept for it
             return None
-        return None if content is None else hashlib.sha256(content.encode() + name).digest()
-
-    def entry(self, kind: str, name: bytes) -> tuple[str, bytes] | None:
-        """The file of an entry and what its header calls it; None as long as the content hash is not known."""
-        on_disk = self._on_disk(name)
-        return None if on_disk is None else (f"{on_disk.hex()}.{kind}", on_disk)
+        if content is None:
+            return None
+        on_disk = hashlib.sha256(content.encode() + name).digest()
+        return f"{on_disk.hex()}.{kind}", on_disk
 
     def has(self, kind: str, name: bytes) -> bool:
         """Whether there is an entry, which may still turn out to be damaged."""

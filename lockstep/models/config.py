@@ -8,37 +8,8 @@ from lockstep.ops.rope import RopeScaling
 
 Config = Mapping[str, Any]  # of a config.json
 # words in the name of a config key that suggest that it changes what is computed
-MATHS = (
-    "scal",
-    "softcap",
-    "bias",
-    "norm",
-    "rope",
-    "rotary",
-    "window",
-    "expert",
-    "moe",
-    "multiplier",
-    "factor",
-    "act",
-    "clip",
-    "attention",
-    "attn",
-    "residual",
-    "logit",
-    "sink",
-    "kv",
-    "head",
-    "layer",
-    "mlp",
-    "router",
-    "quant",
-    "position",
-    "linear",
-    "temperature_tuning",
-    "mtp",
-    "embedd",
-)
+MATHS = """scal softcap bias norm rope rotary window expert moe multiplier factor act clip attention attn residual logit
+sink kv head layer mlp router quant position linear temperature_tuning mtp embedd""".split()
 
 # keys that every family reads; what else a family reads is listed in `families`
 READ = frozenset(
@@ -228,22 +199,13 @@ def text_config(config: Config) -> Config:
     return {**outside, **inner, **{k: v for k, v in outside.items() if k == "tie_word_embeddings"}}
 
 
+OLD_CONTEXT = "original_max_position_embeddings"
+YARN = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
 ROPE_KEYS = {  # by rope type: parameters that must be there, and that may be
     "default": ((), ()),
     "linear": (("factor",), ()),
-    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
-    "yarn": (
-        ("factor",),
-        (
-            "original_max_position_embeddings",
-            "attention_factor",
-            "beta_fast",
-            "beta_slow",
-            "mscale",
-            "mscale_all_dim",
-            "truncate",
-        ),
-    ),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), (OLD_CONTEXT,)),
+    "yarn": (("factor",), (OLD_CONTEXT, *YARN)),
 }
 ROPE_COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 MROPE = {"mrope_section", "mrope_interleaved"}  # for text all three position components are equal
@@ -312,14 +274,13 @@ def _rope_number(given: Config, key: str) -> float:
         return value
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e12:
         raise ValueError(f"rope parameter {key!r}: expected a positive number, got {value!r}")
-    return value if key == "original_max_position_embeddings" else float(value)
+    return value if key == OLD_CONTEXT else float(value)
 
 
 def _old_context(config: Config, kind: str, numbers: dict[str, Any]) -> dict[str, Any]:
     """Scaling parameters with the context that the model was first trained on; said outside, it wins."""
-    key = "original_max_position_embeddings"
     if kind in ("llama3", "yarn"):
-        numbers[key] = _first(key, need(config, "max_position_embeddings"), config, numbers)
+        numbers[OLD_CONTEXT] = _first(OLD_CONTEXT, need(config, "max_position_embeddings"), config, numbers)
     return numbers
 
 

@@ -23,22 +23,10 @@ from lockstep.models.config import (
 
 WINDOW_TYPES = ("full_attention", "sliding_attention")
 WINDOW = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
-EXPERTS = (
-    "num_experts",
-    "num_local_experts",
-    "num_experts_per_tok",
-    "moe_intermediate_size",
-    "norm_topk_prob",
-    "decoder_sparse_step",
-    "mlp_only_layers",
-)
-DELTA = (
-    "linear_num_key_heads",
-    "linear_num_value_heads",
-    "linear_key_head_dim",
-    "linear_value_head_dim",
-    "linear_conv_kernel_dim",
-)
+EXPERTS = """num_experts num_local_experts num_experts_per_tok moe_intermediate_size norm_topk_prob decoder_sparse_step
+mlp_only_layers""".split()
+DELTA = """linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim
+linear_conv_kernel_dim""".split()
 
 
 def llama(config: Config) -> ModelConfig:

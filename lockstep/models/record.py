@@ -3,6 +3,8 @@
 A model names checkpoint tensors by their Hugging Face names; shapes are checked here, once, with a clear error.
 """
 
+import itertools
+
 from lockstep.ops.activations import ROW_FORMATS
 from lockstep.ops.add import Add
 from lockstep.ops.add_bias import AddBias
@@ -126,9 +128,14 @@ class Recorder:
             )
         out = self.program.tensor(label, x.rows, padded_width(total))
         column = 0
-        for format, group in _runs(parts, lambda p: compute_format(p.format, self.weights, x.width)):
+        for format, group in self._by_format(parts, x.width):
             column += self._emit_linear(out, x, format, group, column)
         return self.add_bias(out, biases, [p.shape[0] for p in parts]) if biases else out
+
+    def _by_format(self, parts, width):
+        """Neighbours that are multiplied in one format: (format, [tensors]), ... in order."""
+        runs = itertools.groupby(parts, lambda part: compute_format(part.format, self.weights, width))
+        return [(format, list(run)) for format, run in runs]
 
     def _emit_linear(self, out, x, format, parts, column):
         """One product of x with weights of a format end to end; returns how many columns of out it makes."""
@@ -159,23 +166,22 @@ class Recorder:
         E, X = m.num_experts, m.num_per_token
         tensor, emit = self.program.tensor, self.program.emit
         logits = self.linear(x, [(f"{label}.gate", E)])
+        counts = dict(num_experts=E, top_k=X)
         route = Route(
             expert_ids=tensor(f"{label}.expert_ids", x.rows, X, "i32"),
             weights=tensor(f"{label}.weights", x.rows, X),
             logits=logits,
-            num_experts=E,
-            top_k=X,
             renormalise=m.renormalise,
             width=logits.width,
+            **counts,
         )
         group = GroupExperts(
             order=tensor(f"{label}.order", x.rows, X, "i32"),
             expert_start=tensor(f"{label}.expert_start", x.rows, E + 1, "i32"),
             expert_ids=emit(route),
-            num_experts=E,
-            top_k=X,
+            **counts,
         )
-        order, shape = emit(group), dict(expert_start=group.expert_start, num_experts=E, top_k=X)
+        order, shape = emit(group), dict(expert_start=group.expert_start, **counts)
         gate_up, down = self._expert_weights(label, m, D)
         made = self._prepared_rows(f"{label}.expert_rows", x.rows, X, gate_up.format, D)
         h = emit(ExpertRows(x=x, order=order, **made))
@@ -241,6 +247,7 @@ class Recorder:
             self.program.cache(f"{label}.{p}_pages", "pages", ELEMENTS[self.kv_dtype], shape)
             for p, shape in zip("kv", page_shapes(G, K, self.kv_dtype), strict=True)
         )
+        heads = dict(k_pages=k_pages, v_pages=v_pages, num_heads=H, num_kv_heads=G, head_dim=K)
         cos, sin = self.rope_tables(config)
         q = self.program.emit(
             AttentionInputs(
@@ -248,13 +255,8 @@ class Recorder:
                 x=qkv,
                 cos=cos,
                 sin=sin,
-                k_pages=k_pages,
-                v_pages=v_pages,
                 q_norm=self.constant(f"{label}.q_norm.weight", K) if config.qk_norm else None,
                 k_norm=self.constant(f"{label}.k_norm.weight", K) if config.qk_norm else None,
-                num_heads=H,
-                num_kv_heads=G,
-                head_dim=K,
                 rope_dim=config.rope_dim if layer.rope else 0,
                 row_width=qkv.width,
                 q_offset=0,
@@ -264,6 +266,7 @@ class Recorder:
                 eps=config.rms_eps,
                 norm_offset=config.norm_offset,
                 bf16=self.kv_dtype == "bf16",
+                **heads,
             )
         )
         gate = dict(gate=qkv, gate_width=qkv.width, gate_offset=K, gate_stride=q_stride) if config.output_gate else {}
@@ -272,14 +275,10 @@ class Recorder:
                 out=self.program.tensor(f"{label}.heads", "T", H * K),
                 stats=self.program.tensor(f"{label}.softmax", "T", 2 * H),
                 q=q,
-                k_pages=k_pages,
-                v_pages=v_pages,
-                num_heads=H,
-                num_kv_heads=G,
-                head_dim=K,
                 scale=float(K) ** -0.5,
                 window=layer.window,
                 soft_cap=0.0,
+                **heads,
                 **gate,
             )
         )
@@ -297,6 +296,7 @@ class Recorder:
         history = self.program.cache(f"{label}.conv_state", "state", "f32", (J - 1, C))
         taps = self.stored(f"{label}.conv1d.weight", C, 1, J)
         z, b = C, padded_width(C + m.v_width)
+        heads = dict(num_k_heads=m.num_k_heads, k_head_dim=m.k_head_dim, num_v_heads=H)
         inputs = DeltaInputs(
             out=self.program.tensor(f"{label}.conv", "T", C),
             gates=self.program.tensor(f"{label}.gates", "T", 2 * H),
@@ -309,11 +309,9 @@ class Recorder:
             offset=0,
             channels=C,
             conv_width=J,
-            num_k_heads=m.num_k_heads,
-            k_head_dim=m.k_head_dim,
             a_offset=b + padded_width(H),
             b_offset=b,
-            num_v_heads=H,
+            **heads,
         )
         qkv = self.program.emit(inputs)
         rule = GatedDelta(
@@ -325,16 +323,15 @@ class Recorder:
             qk_width=C,
             v_width=C,
             v_offset=m.qk_width,
-            num_k_heads=m.num_k_heads,
-            num_v_heads=H,
-            k_head_dim=m.k_head_dim,
             v_head_dim=V,
+            **heads,
         )
-        heads = self.program.emit(rule)
         out = self.program.tensor(f"{label}.norm", "T", H * V)
         weight = self.constant(f"{label}.norm.weight", V)
         where = dict(row_width=proj.width, z_offset=z, num_heads=H, head_dim=V)
-        return self.program.emit(GatedNorm(out=out, o=heads, z=proj, weight=weight, eps=config.rms_eps, **where))
+        return self.program.emit(
+            GatedNorm(out=out, o=self.program.emit(rule), z=proj, weight=weight, eps=config.rms_eps, **where)
+        )
 
     def projected(self, x, parts, label):
         """Projections side by side, each starting at a multiple of 16."""
@@ -343,22 +340,11 @@ class Recorder:
             offsets.append(offsets[-1] + padded_width(part.shape[0]))
         out = self.program.tensor(f"{label}.proj", x.rows, offsets[-1])
         start = 0
-        for format, group in _runs(parts, lambda p: compute_format(p.format, self.weights, x.width)):
+        for format, group in self._by_format(parts, x.width):
             for run in _aligned_runs(group):
                 self._emit_linear(out, x, format, run, offsets[start])
                 start += len(run)
         return out
-
-
-def _runs(items, key):
-    """Neighbours of equal key: [(key, [items]), ...]."""
-    runs = []
-    for item in items:
-        if runs and runs[-1][0] == key(item):
-            runs[-1][1].append(item)
-        else:
-            runs.append((key(item), [item]))
-    return runs
 
 
 def _aligned_runs(parts):

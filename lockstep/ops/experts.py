@@ -15,15 +15,7 @@ Every output element is what `ops/linear.py` defines for that row and weight, wh
 import numpy as np
 from numba import int32
 
-from lockstep.ops.activations import (
-    ROW_FORMATS,
-    bf16_bytes,
-    check_rows,
-    f32_bytes,
-    q8_bytes,
-    quantize_row,
-    round_row,
-)
+from lockstep.ops.activations import ROW_FORMATS, check_rows, quantize_row, round_row
 from lockstep.ops.linear import FORMATS as LINEAR_FORMATS
 from lockstep.ops.linear import PREPARATION, PRODUCTS, plain_row
 from lockstep.ops.math import silu
@@ -153,21 +145,15 @@ def _linear(op, step, thread, num_threads):
                 poke(a.out + 4 * (N * s + n), DOT(x, a.weight, e * N + n, K))
 
 
-PUTS = {
-    "f32": dict(PUT=put_f32, ROW_BYTES=f32_bytes),
-    "bf16": dict(PUT=round_row, ROW_BYTES=bf16_bytes),
-    "q8": dict(PUT=quantize_row, ROW_BYTES=q8_bytes),
-}
-for _name, _constants in PUTS.items():
-    globals()[f"_rows_{_name}"] = variant(_rows, f"_rows_{_name}", **_constants)
-    globals()[f"_gated_{_name}"] = variant(_gated, f"_gated_{_name}", **_constants)
+PUTS = {"f32": put_f32, "bf16": round_row, "q8": quantize_row}
+REFERENCE = {"expert_scatter": Implementation(_scatter)}
+for _name, _, _row_bytes in ROW_FORMATS.values():
+    _constants = dict(PUT=PUTS[_name], ROW_BYTES=_row_bytes)
+    for _kind, _body in {"rows": _rows, "gated": _gated}.items():
+        globals()[f"_{_kind}_{_name}"] = variant(_body, f"_{_kind}_{_name}", **_constants)
+        REFERENCE[f"expert_{_kind}_{_name}"] = Implementation(globals()[f"_{_kind}_{_name}"])
 for _name in {LINEAR_FORMATS[format][0] for format in FORMATS}:
     globals()[f"_linear_{_name}"] = variant(_linear, f"_linear_{_name}", **PRODUCTS[_name])
-REFERENCE = {
-    "expert_scatter": Implementation(_scatter),
-    **{f"expert_rows_{name}": Implementation(globals()[f"_rows_{name}"]) for name in PUTS},
-    **{f"expert_gated_{name}": Implementation(globals()[f"_gated_{name}"]) for name in PUTS},
-}
 for _name in FORMATS:
     _product, _layout = LINEAR_FORMATS[_name]
     REFERENCE[f"expert_linear_{_name}"] = Implementation(globals()[f"_linear_{_product}"], _layout)

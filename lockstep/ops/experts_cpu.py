@@ -7,7 +7,7 @@ panels); an expert that no token chose costs one comparison.
 
 from numba import int64
 
-from lockstep.ops.activations import bf16_bytes, f32_bytes, q8_bytes
+from lockstep.ops.activations import ROW_FORMATS
 from lockstep.ops.activations_cpu import store_q8, store_rounded
 from lockstep.ops.experts import FORMATS, ExpertGated, ExpertLinear, ExpertRows, ExpertScatter, pair_at
 from lockstep.ops.linear_cpu import ALL_PANELS, COLS, constants, rows_at_once, together
@@ -87,17 +87,13 @@ def _linear(op, step, thread, num_threads):
         task = fetch_add(counter, 1)
 
 
-ROWS = {
-    "f32": dict(STORE=store_plain, ROW_BYTES=f32_bytes),
-    "bf16": dict(STORE=store_rounded, ROW_BYTES=bf16_bytes),
-    "q8": dict(STORE=store_q8, ROW_BYTES=q8_bytes),
-}
+STORES = {"f32": store_plain, "bf16": store_rounded, "q8": store_q8}
 CPU = {"expert_scatter": Implementation(scatter)}
-for _name, _constants in ROWS.items():
-    globals()[f"rows_{_name}"] = variant(_rows, f"rows_{_name}", **_constants)
-    globals()[f"gated_{_name}"] = variant(_gated, f"gated_{_name}", **_constants)
-    CPU[f"expert_rows_{_name}"] = Implementation(globals()[f"rows_{_name}"])
-    CPU[f"expert_gated_{_name}"] = Implementation(globals()[f"gated_{_name}"])
+for _name, _, _row_bytes in ROW_FORMATS.values():
+    _constants = dict(STORE=STORES[_name], ROW_BYTES=_row_bytes)
+    for _kind, _body in {"rows": _rows, "gated": _gated}.items():
+        globals()[f"{_kind}_{_name}"] = variant(_body, f"{_kind}_{_name}", **_constants)
+        CPU[f"expert_{_kind}_{_name}"] = Implementation(globals()[f"{_kind}_{_name}"])
 for _name in FORMATS:
     _layout = LINEAR_FORMATS[_name].layout
     globals()[f"linear_{_name}"] = variant(_linear, f"linear_{_name}", **constants(_name))

@@ -1,7 +1,5 @@
 """What ragged paged attention refuses: each rule with what was wrong, what was given and what is allowed."""
 
-import os
-
 import ml_dtypes
 import numpy as np
 from numba import int32
@@ -9,6 +7,7 @@ from numba import int32
 from lockstep.ops.attention_math import first_key
 from lockstep.runtime.kernel import native
 from lockstep.runtime.simd import peek
+from lockstep.runtime.threads import num_cores
 
 FLOATS = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16))
 MAX_HEAD_DIM, MAX_GROUP, MAX_PAGE_SIZE, MAX_THREADS = 256, 96, 1 << 20, 1024
@@ -130,7 +129,7 @@ def output(out, q, inputs):
 def thread_count(threads):
     """How many threads: the given number, or one for each core this process may use."""
     if threads is None:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return num_cores()
     whole("threads", threads, MAX_THREADS)
     return int(threads)
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lockstep.runtime.kernel import Kernel, OnCompile
+from lockstep.runtime.threads import num_cores
 from lockstep.runtime.user_cache import VARIABLE, user_cache
 
 FEW = 4  # kernels that are compiled without help: a helper takes a second to start
@@ -29,8 +30,7 @@ def compile_kernels(
     default one for each core.
     """
     missing = list(dict.fromkeys(k for k in kernels if not k.is_cached))
-    cores = num_processes or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    num_helpers = min(cores - 1, len(missing) // FEW, MAX_HELPERS)
+    num_helpers = min((num_processes or num_cores()) - 1, len(missing) // FEW, MAX_HELPERS)
     if num_helpers > 0:
         with tempfile.TemporaryDirectory(prefix="lockstep-compile-") as folder:
             _share(missing, num_helpers, Path(folder), on_compile)

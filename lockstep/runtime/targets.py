@@ -4,74 +4,19 @@ from lockstep.runtime.kernel import target
 from lockstep.runtime.unfit import UnfitMachine
 
 # LLVM's names, or how they start: used where a target is named without its features
-AVX512_VNNI_CPUS = (
-    "znver4",
-    "znver5",
-    "icelake",
-    "cascadelake",
-    "cooperlake",
-    "tigerlake",
-    "rocketlake",
-    "sapphirerapids",
-    "emeraldrapids",
-    "graniterapids",
-)
+SAPPHIRE_RAPIDS_ON = ("sapphirerapids", "emeraldrapids", "graniterapids")
+ALDER_LAKE_ON = ("alderlake", "raptorlake", "meteorlake", "arrowlake", "lunarlake", "pantherlake")
+ICE_LAKES = ("icelake", "tigerlake", "rocketlake")
+AVX512_VNNI_CPUS = ("znver4", "znver5", "cascadelake", "cooperlake", *ICE_LAKES, *SAPPHIRE_RAPIDS_ON)
 AVX512_CPUS = (*AVX512_VNNI_CPUS, "skylake-avx512", "skx", "cannonlake", "x86-64-v4")
-AVX512_BF16_CPUS = ("znver4", "znver5", "cooperlake", "sapphirerapids", "emeraldrapids", "graniterapids")
-AVX_VNNI_CPUS = (
-    "alderlake",
-    "raptorlake",
-    "meteorlake",
-    "arrowlake",
-    "lunarlake",
-    "pantherlake",
-    "sierraforest",
-    "grandridge",
-    "clearwaterforest",
-    "gracemont",
-)
-AVX2_CPUS = (
-    *AVX512_CPUS,
-    *AVX_VNNI_CPUS,
-    "haswell",
-    "core-avx2",
-    "broadwell",
-    "skylake",
-    "znver",
-    "bdver4",
-    "x86-64-v3",
-)
+AVX512_BF16_CPUS = ("znver4", "znver5", "cooperlake", *SAPPHIRE_RAPIDS_ON)
+AVX_VNNI_CPUS = (*ALDER_LAKE_ON, "sierraforest", "grandridge", "clearwaterforest", "gracemont")
+OLDER_AVX2_CPUS = ("haswell", "core-avx2", "broadwell", "skylake", "znver", "bdver4", "x86-64-v3")
+AVX2_CPUS = (*AVX512_CPUS, *AVX_VNNI_CPUS, *OLDER_AVX2_CPUS)
 # their nearest cache has 48 KB, the others' 32
-LARGE_NEAR_CACHE_CPUS = (
-    "znver5",
-    "icelake",
-    "tigerlake",
-    "rocketlake",
-    "sapphirerapids",
-    "emeraldrapids",
-    "graniterapids",
-    "alderlake",
-    "raptorlake",
-    "meteorlake",
-    "arrowlake",
-    "lunarlake",
-    "pantherlake",
-)
-DOTPROD_CPUS = (
-    "neoverse",
-    "apple-m",
-    "apple-a13",
-    "apple-a14",
-    "apple-a15",
-    "apple-a16",
-    "apple-a17",
-    "cortex-a76",
-    "cortex-a78",
-    "cortex-x",
-    "cortex-a710",
-    "ampere1",
-    "grace",
-)
+LARGE_NEAR_CACHE_CPUS = ("znver5", *ICE_LAKES, *SAPPHIRE_RAPIDS_ON, *ALDER_LAKE_ON)
+APPLE_CPUS = ("apple-m", "apple-a13", "apple-a14", "apple-a15", "apple-a16", "apple-a17")
+DOTPROD_CPUS = ("neoverse", *APPLE_CPUS, "cortex-a76", "cortex-a78", "cortex-x", "cortex-a710", "ampere1", "grace")
 
 
 def _has(feature, cpus, magic=None):

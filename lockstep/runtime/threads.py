@@ -98,6 +98,11 @@ def help_forever(shared, thread, num_threads, seen):
         run_ops(shared, thread, num_threads)
 
 
+def num_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Team:
     """num_threads threads, the caller's included; a forked process gets its own. `close` ends the helpers."""
 

@@ -82,21 +82,18 @@ class Site:
         """Pointers to address + stride * n for each n of the numbers."""
         return [pointer(self.b, self.b.add(address, self.b.mul(stride, self.int(n)))) for n in numbers]
 
-    def activation(self, r, i, offset):
-        """Something of row r's block i of quantized activations (see ops/activations.py)."""
+    def code(self, r, i, offset):
+        """Codes of row r's block i of quantized activations, and what follows them (see ops/activations.py)."""
         return moved(self.b, moved(self.b, self.x[r], self.b.mul(i, self.int(44))), offset)
 
-    def code(self, r, i, offset):
-        return self.activation(r, i, offset)
-
     def a_scale(self, r, i):
-        return self.activation(r, i, 32)
+        return self.code(r, i, 32)
 
     def bias(self, r, i):
-        return self.activation(r, i, 36)
+        return self.code(r, i, 36)
 
-    def sums(self, r, i, offset=0):
-        return self.activation(r, i, 40 + offset)
+    def sums(self, r, i):
+        return self.code(r, i, 40)
 
     def codes(self, c, start, offset):
         """Four codes of each feature of column c, at start + offset."""
@@ -194,22 +191,8 @@ def _pairs_wide(s):
     return step
 
 
-FORMATS = dict(
-    f32=f32,
-    f16=f16,
-    bf16=bf16,
-    q8_0=q8_0,
-    q4_0=q4_0,
-    q4_1=q4_1,
-    q5_0=q5_0,
-    q5_1=q5_1,
-    q4_k=q4_k,
-    q5_k=q5_k,
-    q6_k=q6_k,
-)
+FORMATS = {emit.__name__: emit for emit in (f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q4_k, q5_k, q6_k)}
 FLOATS = ("f32", "f16", "bf16")
-
-
 AHEAD_BYTES = 8192  # of a single stream: what passes by in the time that memory takes to answer
 WHOLE_PANELS = 2  # so few rows leave registers for whole panels where these are more than one vector
 

@@ -29,6 +29,7 @@ from lockstep.runtime.words import Readable, Word, evaluated
 
 NUMBERS = {int: (int, np.integer), float: (float, np.floating), bool: (bool, np.bool_)}
 IN_WORDS = {int: "an integer", float: "a float", bool: "True or False"}
+FITTING = {int: "an integer of 64 bits", float: "a finite float of 32 bits"}
 
 
 class WeightArrays(NamedTuple):
@@ -135,6 +136,8 @@ class Operands(metaclass=Declaration):
             value = getattr(self, name)
             if not isinstance(value, NUMBERS[kind]) or (kind is int and isinstance(value, bool)):
                 raise ValueError(f"{type(self).__name__}: {name} is {value!r}, expected {IN_WORDS[kind]}")
+            if not _fits(value, kind):
+                raise ValueError(f"{type(self).__name__}: {name} is {value!r}, expected {FITTING[kind]}")
         for name, operand in self.declared():
             self._check_shape(name, operand, getattr(self, name))
         self.check()
@@ -267,6 +270,13 @@ class Operands(metaclass=Declaration):
                 f"{type(self).__name__}: {name} ({value.name}) is {_spelt(found)} wide, expected {_spelt(expected)} "
                 f"({operand.shape})"
             )
+
+
+def _fits(value: Any, kind: type) -> bool:
+    """Whether an op row holds the number: int64 of an int, a finite float32 of a float."""
+    if kind is float:
+        return abs(float(value)) <= float(np.finfo(np.float32).max)
+    return kind is bool or -(2**63) <= value < 2**63
 
 
 def _width(value: Tensor | Table) -> int:

@@ -92,6 +92,20 @@ def test_what_is_wrong_is_said_while_recording(changed, message):
         Everything(**operands(**changed))
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"width": 2**63}, "width is 9223372036854775808, expected an integer of 64 bits"),
+        ({"scale": 1e300}, r"scale is 1e\+300, expected a finite float of 32 bits"),
+        ({"scale": float("nan")}, "scale is nan, expected a finite float of 32 bits"),
+        ({"shift": float("-inf")}, "shift is -inf, expected a finite float of 32 bits"),
+    ],
+)
+def test_a_number_that_a_row_cannot_hold_is_refused(changed, message):
+    with pytest.raises(ValueError, match=message):
+        Everything(**operands(**changed))
+
+
 def test_what_is_missing_or_has_no_name_is_said():
     made = operands()
     del made["shift"]

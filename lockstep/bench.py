@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from lockstep.describe import is_linear, packed_bytes
-from lockstep.engine.model import GROUPS
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.models.record import INTEGER_FORMATS
 from lockstep.ops.kv_cache import PAGE_TOKENS
 from lockstep.parity import GREEDY
+from lockstep.runtime.operands import GROUPS
 
 
 class Bench:

@@ -15,10 +15,9 @@ from lockstep.ops.rope import MAX_POSITIONS
 from lockstep.ops.sample import MAX_LOGPROBS, Sample, scratch_width
 from lockstep.runtime.backend import OpTable, swapped
 from lockstep.runtime.executor import WeightStore
+from lockstep.runtime.operands import GROUPS
 from lockstep.runtime.program import Program, Tensor
 from lockstep.weights.checkpoint import Checkpoint
-
-GROUPS = ("linear", "attention", "elementwise")  # what `--op GROUP=...` may name: see `Operands.group`
 
 
 @dataclass(frozen=True)

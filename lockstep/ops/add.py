@@ -17,6 +17,7 @@ class Add(Operands):
     """out = x + y; all [rows, width]."""
 
     group = "elementwise"
+    in_place = True
     out: Tensor = output("width")
     x: Tensor = rows("width")
     y: Tensor = rows("width")

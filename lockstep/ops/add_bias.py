@@ -18,6 +18,7 @@ class AddBias(Operands):
     """out = x + bias, row by row; x and out [rows, width]."""
 
     group = "elementwise"
+    in_place = True
     out: Tensor = output("width")
     x: Tensor = rows("width")
     bias: Weight = constant("1, width")

@@ -41,6 +41,7 @@ SEEN, BIAS_IDS, BIAS, BANNED, NUM_BIAS, REPETITION, PRESENCE, FREQUENCY = (
 class AdjustLogits(Operands):
     """Rows of logits, `width` wide with vocab_size tokens each, as those want them that ask for something."""
 
+    rules = ("vocab_size <= width",)
     out: Tensor = output("width", asked=True)
     logits: Tensor = rows("width")
     vocab_size: int

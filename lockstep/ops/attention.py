@@ -33,11 +33,12 @@ class Attention(Operands):
     """
 
     group = "attention"
+    rules = ("num_heads % num_kv_heads == 0", "soft_cap >= 0")
     out: Tensor = output("num_heads * head_dim")
     stats: Tensor = output("2 * num_heads", scratch=True)
     q: Tensor = rows("num_heads * head_dim")
-    k_pages: CacheArray = cache()
-    v_pages: CacheArray = cache()
+    k_pages: CacheArray = cache(kind="pages")
+    v_pages: CacheArray = cache(kind="pages")
     gate: Tensor | None = rows("gate_width", optional=True)
     num_heads: int
     num_kv_heads: int

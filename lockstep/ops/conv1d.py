@@ -23,10 +23,11 @@ ZERO = np.float32(0)
 class Conv1d(Operands):
     """out[t, c] = silu(sum_j weight[c, j] * x[t - J + 1 + j, offset + c]), J the conv_width."""
 
+    rules = ("channels % 16 == 0", "2 <= conv_width <= 8", "offset + channels <= row_width")
     out: Tensor = output("channels")
     x: Tensor = rows("row_width")
     weight: Weight = constant("channels, conv_width")
-    state: CacheArray = cache("conv_width - 1, channels")
+    state: CacheArray = cache("conv_width - 1, channels", "state", "f32")
     row_width: int
     offset: int
     channels: int

@@ -28,6 +28,8 @@ BLOCK = 16  # value columns whose state lies together
 class L2Norm(Operands):
     """Heads of q and of k, the first columns of x, as unit vectors; those of q divided by sqrt(k_head_dim)."""
 
+    in_place = True
+    rules = ("k_head_dim % 16 == 0", "2 * num_k_heads * k_head_dim <= row_width")
     out: Tensor = output("2 * num_k_heads * k_head_dim")
     x: Tensor = rows("row_width")
     row_width: int
@@ -38,6 +40,7 @@ class L2Norm(Operands):
 class DeltaGates(Operands):
     """Decay and beta of every value head, from columns a_offset .. and b_offset .. of x."""
 
+    rules = ("a_offset + num_v_heads <= row_width", "b_offset + num_v_heads <= row_width")
     out: Tensor = output("2 * num_v_heads")
     x: Tensor = rows("row_width")
     a_log: Weight = constant("num_v_heads")
@@ -51,13 +54,22 @@ class DeltaGates(Operands):
 class DeltaInputs(Operands):
     """Conv1d, L2Norm of its first columns in place, and DeltaGates, all from one row x."""
 
+    rules = (
+        "channels % 16 == 0",
+        "2 <= conv_width <= 8",
+        "k_head_dim % 16 == 0",
+        "offset + channels <= row_width",
+        "2 * num_k_heads * k_head_dim <= channels",
+        "a_offset + num_v_heads <= row_width",
+        "b_offset + num_v_heads <= row_width",
+    )
     out: Tensor = output("channels")
     gates: Tensor = output("2 * num_v_heads")
     x: Tensor = rows("row_width")
     weight: Weight = constant("channels, conv_width")
     a_log: Weight = constant("num_v_heads")
     dt_bias: Weight = constant("num_v_heads")
-    state: CacheArray = cache("conv_width - 1, channels")
+    state: CacheArray = cache("conv_width - 1, channels", "state", "f32")
     row_width: int
     offset: int
     channels: int
@@ -75,11 +87,18 @@ class DeltaInputs(Operands):
 class GatedDelta(Operands):
     """S <- decay * S; delta = beta * (v - S^T k); S <- S + k (x) delta; out = S^T q, head by head."""
 
+    rules = (
+        "k_head_dim % 16 == 0",
+        "v_head_dim % 16 == 0",
+        "num_v_heads % num_k_heads == 0",
+        "2 * num_k_heads * k_head_dim <= qk_width",
+        "v_offset + num_v_heads * v_head_dim <= v_width",
+    )
     out: Tensor = output("num_v_heads * v_head_dim")
     qk: Tensor = rows("qk_width")
     v: Tensor = rows("v_width")
     gates: Tensor = rows("2 * num_v_heads")
-    state: CacheArray = cache("num_v_heads, v_head_dim // 16, k_head_dim, 16")
+    state: CacheArray = cache("num_v_heads, v_head_dim // 16, k_head_dim, 16", "state", "f32")
     qk_width: int
     v_width: int
     v_offset: int

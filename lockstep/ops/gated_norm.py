@@ -22,6 +22,7 @@ ONE, ZERO = np.float32(1), np.float32(0)
 class GatedNorm(Operands):
     """out = o / rms(o) * weight * silu(gate), head by head; the gate of o [T, H K]: columns z_offset .. of z."""
 
+    rules = ("head_dim % 16 == 0", "eps >= 0", "z_offset + num_heads * head_dim <= row_width")
     out: Tensor = output("num_heads * head_dim")
     o: Tensor = rows("num_heads * head_dim")
     z: Tensor = rows("row_width")

@@ -68,12 +68,13 @@ class AttentionInputs(Operands):
     """
 
     group = "attention"
+    rules = ("num_heads % num_kv_heads == 0", "rope_dim % 2 == 0", "rope_dim <= head_dim", "eps >= 0")
     q: Tensor = output("num_heads * head_dim")
     x: Tensor = rows("row_width")
     cos: Table = table()
     sin: Table = table()
-    k_pages: CacheArray = cache()
-    v_pages: CacheArray = cache()
+    k_pages: CacheArray = cache(kind="pages")
+    v_pages: CacheArray = cache(kind="pages")
     q_norm: Weight | None = constant("head_dim", optional=True)
     k_norm: Weight | None = constant("head_dim", optional=True)
     num_heads: int

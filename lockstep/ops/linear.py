@@ -19,6 +19,7 @@ from lockstep.runtime.step import num_rows
 from lockstep.weights.pack import floats, padded_width, q4_0_fields, q8_0_fields
 from lockstep.weights.pack_k import q4_k_fields, q5_k_fields, q6_k_fields
 from lockstep.weights.pack_q5 import q4_1_fields, q5_0_fields, q5_1_fields
+from lockstep.weights.tensor import BLOCK_FORMATS
 
 ZERO, ONE_128TH = np.float32(0), np.float32(1 / 128)
 SMALLEST_NORMAL = np.float32(2.0**-126)
@@ -69,6 +70,9 @@ class Linear(Operands):
         if self.format not in ("", self.weight.format):
             raise ValueError(f"Linear: format is {self.format!r}, expected that of the weight, {self.weight.format!r}")
         check_rows(self, "x", PREPARATION[self.format] if self.format else "", self.in_features)
+        block = BLOCK_FORMATS[self.weight.format].BLOCK_SIZE if self.weight.format in BLOCK_FORMATS else 1
+        if not 0 < self.in_features or self.in_features % block:
+            raise ValueError(f"Linear: in_features is {self.in_features}, expected a positive multiple of {block}")
         if self.column % 16 or self.column + padded_width(self.out_features) > self.width:
             raise ValueError(
                 f"Linear: {self.out_features} features from column {self.column} on do not fit a row of {self.width} "

@@ -24,6 +24,7 @@ ZERO = np.float32(0)
 class Route(Operands):
     """The top_k experts of each row of logits and their probabilities; rows of logits are `width` wide."""
 
+    rules = ("1 <= top_k <= num_experts <= width",)
     expert_ids: Tensor = output("top_k", dtype="i32")
     weights: Tensor = output("top_k")
     logits: Tensor = rows("width")

@@ -23,6 +23,7 @@ class RmsNorm(Preparable):
     """out = x / rms(x) * (weight + offset), row by row; x [rows, width], out likewise or as prepared."""
 
     group = "elementwise"
+    rules = ("width % 16 == 0", "eps >= 0")
     x: Tensor = rows("width")
     weight: Weight = constant("width")
     eps: float

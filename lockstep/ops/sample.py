@@ -61,6 +61,7 @@ class Sample(Operands):
     logits, and adjusted in rows with an adjustment: rows `width` wide, the first vocab_size of which count.
     """
 
+    rules = ("vocab_size <= width",)
     token: Tensor = output("1", dtype="i32")
     logprob: Tensor = output("1")
     top_token: Tensor = output(f"{MAX_LOGPROBS}", dtype="i32", asked=True)

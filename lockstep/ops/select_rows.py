@@ -21,7 +21,7 @@ class SelectRows(Operands):
     """out[r] = x[selected[r]]. selected: the number of the step block's word that has the rows: see `selected_rows`."""
 
     out: Tensor = output("width")
-    x: Tensor = rows("width")
+    x: Tensor = rows("width", other_rows=True)
     width: int
     selected: int
 

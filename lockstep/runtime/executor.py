@@ -173,6 +173,10 @@ class Executor:
     def run(self, step, clock=None):
         """Runs all ops on a step block (int64[STEP_WORDS]). clock: int64[len(ops)] for the time when each op ended."""
         assert step.shape == (STEP_WORDS,) and step.dtype == np.int64, (step.shape, step.dtype)
+        for letter, most in self.max_rows.items():
+            if step[ROW_COUNTS[letter]] > most:
+                found = step[ROW_COUNTS[letter]]
+                raise ValueError(f"a step of {found} rows {letter}, this executor was made for at most {most}")
         self._counters[:] = 0
         self.team.run(
             self._table.ctypes.data,

@@ -29,7 +29,9 @@ from lockstep.runtime.words import Readable, Word, evaluated
 
 NUMBERS = {int: (int, np.integer), float: (float, np.floating), bool: (bool, np.bool_)}
 IN_WORDS = {int: "an integer", float: "a float", bool: "True or False"}
-FITTING = {int: "an integer of 64 bits", float: "a finite float of 32 bits"}
+GROUPS = ("linear", "attention", "elementwise")  # what `--op GROUP=...` may name
+MOST_WORDS = 44  # of an op row, see `runtime.step`
+FITTING = {int: "an integer from 0 to 2**63 - 1", float: "a finite float of 32 bits"}
 
 
 class WeightArrays(NamedTuple):
@@ -49,6 +51,7 @@ class Operand:
     role: "output", "rows", "constant", "packed", "table" or "cache". shape: expressions over the parameters, one for
     each number of a shape, of rows only the width; None: any. dtype: of a tensor; None: any. scratch: only the op's own
     kernel reads the output. asked: the output is written only in rows that ask for it. optional: it may be left out.
+    other_rows: it has rows of its own; all others have those of the op's first output. kind: of a cache; None: any.
     """
 
     role: str
@@ -57,6 +60,8 @@ class Operand:
     scratch: bool = False
     asked: bool = False
     optional: bool = False
+    other_rows: bool = False
+    kind: str | None = None
 
 
 TYPES = {"output": Tensor, "rows": Tensor, "constant": Weight, "packed": Weight, "table": Table, "cache": CacheArray}
@@ -72,9 +77,9 @@ def output(width: str | None = None, dtype: str | None = "f32", scratch: bool = 
     return _field(Operand("output", width, dtype, scratch, asked))
 
 
-def rows(width: str | None = None, dtype: str | None = "f32", optional: bool = False) -> Any:
-    """An activation [rows, width] that the op reads."""
-    return _field(Operand("rows", width, dtype, optional=optional))
+def rows(width: str | None = None, dtype: str | None = "f32", optional: bool = False, other_rows: bool = False) -> Any:
+    """An activation [rows, width] that the op reads; see `Operand`."""
+    return _field(Operand("rows", width, dtype, optional=optional, other_rows=other_rows))
 
 
 def constant(shape: str | None = None, optional: bool = False) -> Any:
@@ -92,9 +97,9 @@ def table(width: str | None = None) -> Any:
     return _field(Operand("table", width))
 
 
-def cache(shape: str | None = None) -> Any:
-    """Memory that outlives a step, read and written. shape: that of a page or of a slot."""
-    return _field(Operand("cache", shape))
+def cache(shape: str | None = None, kind: str | None = None, dtype: str | None = None) -> Any:
+    """Memory that outlives a step, read and written. shape: that of a page or of a slot. kind: see CacheArray."""
+    return _field(Operand("cache", shape, dtype, kind=kind))
 
 
 class Declaration(Readable):
@@ -120,14 +125,18 @@ class Declaration(Readable):
 class Operands(metaclass=Declaration):
     """An op of a program; its subclasses say what an op of their kind is made of.
 
-    group: what `--op GROUP=...` counts it to.
+    group: what `--op GROUP=...` counts it to, one of GROUPS. in_place: an output may be an input, too.
+    rules: expressions over the parameters that must hold.
     Raises ValueError, with a sentence, for operands that are not what is declared.
     """
 
     group: ClassVar[str | None] = None
+    in_place: ClassVar[bool] = False
+    rules: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
         dataclasses.dataclass(frozen=True, eq=False, kw_only=True, repr=False)(cls)
+        _check_declaration(cls)
 
     def __post_init__(self) -> None:
         for name, operand in self.declared():
@@ -138,8 +147,11 @@ class Operands(metaclass=Declaration):
                 raise ValueError(f"{type(self).__name__}: {name} is {value!r}, expected {IN_WORDS[kind]}")
             if not _fits(value, kind):
                 raise ValueError(f"{type(self).__name__}: {name} is {value!r}, expected {FITTING[kind]}")
+        for rule in self.rules:
+            self._check_rule(rule)
         for name, operand in self.declared():
             self._check_shape(name, operand, getattr(self, name))
+            self._check_rows(name, operand, getattr(self, name))
         self.check()
 
     def check(self) -> None:
@@ -257,8 +269,32 @@ class Operands(metaclass=Declaration):
         if value is None or not isinstance(value, expected):
             found = f"a {type(value).__name__}" if not isinstance(value, (int, float, str)) else repr(value)
             raise ValueError(f"{type(self).__name__}: {name} is {found}, expected a {expected.__name__}")
+        if operand.role == "table" and value.rows.dtype != np.float32:
+            raise ValueError(f"{type(self).__name__}: {name} is a table of {value.rows.dtype}, expected float32")
+        if operand.kind and value.kind != operand.kind:
+            raise ValueError(f"{type(self).__name__}: {name} is a cache of {value.kind}, expected {operand.kind}")
         if operand.dtype and value.dtype != operand.dtype:
             raise ValueError(f"{type(self).__name__}: {name} is {value}, expected {operand.dtype}")
+
+    def _check_rule(self, rule: str) -> None:
+        try:
+            [holds] = evaluated(rule, self.params)
+        except ZeroDivisionError:
+            holds = False
+        if not holds:
+            names = [name for name in self.parameters() if re.search(rf"\b{name}\b", rule)]
+            found = ", ".join(f"{name} {getattr(self, name)}" for name in names)
+            raise ValueError(f"{type(self).__name__}: expected {rule}, got {found}")
+
+    def _check_rows(self, name: str, operand: Operand, value: Any) -> None:
+        if not isinstance(value, Tensor):
+            return
+        if not operand.other_rows and value.rows != self.rows:
+            raise ValueError(
+                f"{type(self).__name__}: {name} is {value}, expected rows {self.rows} as of {self.outputs[0]}"
+            )
+        if operand.role == "rows" and value in self.outputs and not self.in_place:
+            raise ValueError(f"{type(self).__name__}: {name} is {value}, which the op writes; it cannot work in place")
 
     def _check_shape(self, name: str, operand: Operand, value: Any) -> None:
         if value is None or operand.shape is None:
@@ -272,11 +308,45 @@ class Operands(metaclass=Declaration):
             )
 
 
+def _check_declaration(cls: type[Operands]) -> None:
+    """ValueError for a class that declares something else than operands and parameters of an op."""
+    hints, parameters = get_type_hints(cls), set(cls.parameters())
+    taken = {"read", *(name for name in dir(Operands) if not name.startswith("__"))}
+    if cls.group not in (None, *GROUPS):
+        raise ValueError(f"{cls.__name__}: group is {cls.group!r}, expected None or one of {', '.join(GROUPS)}")
+    for field in dataclasses.fields(cls):  # pyright: ignore[reportArgumentType]
+        operand, hint = field.metadata.get("operand"), hints[field.name]
+        if field.name in taken:
+            raise ValueError(f"{cls.__name__}: an operand cannot be named {field.name!r}, which every op has")
+        if operand is None and hint not in (int, float, bool, str):
+            raise ValueError(f"{cls.__name__}: {field.name} is declared as {hint}, expected int, float, bool or str")
+        if operand is not None and hint not in (np.ndarray, np.ndarray | None):
+            kind: Any = TYPES[operand.role]
+            if hint not in (kind, kind | None):
+                raise ValueError(f"{cls.__name__}: {field.name} is declared as {hint}, expected {kind.__name__}")
+        if operand is not None and operand.shape is not None:
+            _check_expression(cls, field.name, operand.shape, parameters)
+    for rule in cls.rules:
+        _check_expression(cls, "a rule", rule, parameters)
+    last = cls.words()[-1] if cls.words() else None
+    if last is not None and last.index >= MOST_WORDS:
+        raise ValueError(f"{cls.__name__}: {last.index + 1} words, expected at most {MOST_WORDS}")
+
+
+def _check_expression(cls: type[Operands], name: str, shape: str, parameters: set[str]) -> None:
+    try:
+        unknown = sorted(set(compile(f"({shape},)", "<declaration>", "eval").co_names) - parameters)
+    except SyntaxError:
+        raise ValueError(f"{cls.__name__}: {shape!r} of {name} cannot be read") from None
+    if unknown:
+        raise ValueError(f"{cls.__name__}: {shape!r} of {name} names {unknown[0]}, which is no parameter")
+
+
 def _fits(value: Any, kind: type) -> bool:
-    """Whether an op row holds the number: int64 of an int, a finite float32 of a float."""
+    """Whether an op row holds the number: a size in int64, or a finite float32."""
     if kind is float:
         return abs(float(value)) <= float(np.finfo(np.float32).max)
-    return kind is bool or -(2**63) <= value < 2**63
+    return kind is bool or 0 <= value < 2**63
 
 
 def _width(value: Tensor | Table) -> int:

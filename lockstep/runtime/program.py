@@ -13,6 +13,7 @@ import numpy as np
 from lockstep.runtime.step_block import StepBlock
 
 ROW_COUNTS = {letter: index for letter, index in StepBlock.counts().items() if letter != "P"}
+CACHE_KINDS = ("pages", "state")
 DTYPES = {"f32": np.dtype(np.float32), "i32": np.dtype(np.int32), "bf16": np.dtype(np.uint16), "i8": np.dtype(np.int8)}
 
 
@@ -87,9 +88,15 @@ class Program:
 
     def __init__(self):
         self.ops, self.caches, self.results, self._names = [], [], {}, set()
+        self._written: set[Tensor] = set()
 
     def tensor(self, name, rows, width, dtype="f32"):
         """A new activation under a name of its own (a number is added to a name that is taken)."""
+        if rows not in ROW_COUNTS or dtype not in DTYPES or not (isinstance(width, int) and width > 0):
+            raise ValueError(
+                f"tensor {name}: {dtype}[{rows}, {width!r}], expected one of {', '.join(DTYPES)}, rows of "
+                f"{', '.join(ROW_COUNTS)} and a positive width"
+            )
         unique, count = name, 2
         while unique in self._names:
             unique, count = f"{name}.{count}", count + 1
@@ -97,13 +104,25 @@ class Program:
         return Tensor(unique, rows, width, dtype)
 
     def emit(self, op) -> Any:
-        """Appends an op (`runtime.operands.Operands`) and returns its first output."""
+        """Appends an op (`runtime.operands.Operands`) and returns its first output. ValueError if it reads what is not
+        there."""
+        for value in op.inputs:
+            if isinstance(value, Tensor) and value not in self._written:
+                raise ValueError(f"{op}: no op before it writes {value}")
+            if isinstance(value, CacheArray) and not any(value is cache for cache in self.caches):
+                raise ValueError(f"{op}: {value.name} is no cache of this program")
+        self._written.update(op.outputs)
         self.ops.append(op)
         return op.outputs[0] if op.outputs else None
 
     def cache(self, name, kind, dtype, shape):
         """Declares memory that outlives a step."""
         made = CacheArray(name, kind, dtype, tuple(shape))
+        if kind not in CACHE_KINDS or dtype not in DTYPES or not all(isinstance(n, int) and n > 0 for n in shape):
+            kinds, dtypes = ", ".join(CACHE_KINDS), ", ".join(DTYPES)
+            raise ValueError(f"{made}: expected one of {kinds}, one of {dtypes}, and a shape of positive integers")
+        if any(cache.name == name for cache in self.caches):
+            raise ValueError(f"{made}: there is another cache of this name")
         self.caches.append(made)
         return made
 

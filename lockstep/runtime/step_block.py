@@ -79,9 +79,26 @@ class StepBlock(metaclass=Readable):
 
     @classmethod
     def write(cls, block: np.ndarray, **fields: Any) -> None:
-        """Sets fields of a block: counts, and arrays, which whoever calls keeps alive."""
+        """Sets fields of a block: counts, and arrays, which whoever calls keeps alive. ValueError for anything else."""
         for name, value in fields.items():
-            block[cls.index(name)] = value.ctypes.data if isinstance(value, np.ndarray) else value
+            index = cls.index(name)
+            if cls.words()[index].kind == "int":
+                if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not 0 <= value < 1 << 31:
+                    raise ValueError(f"StepBlock: {name} is {value!r:.80}, expected an integer from 0 to 2**31 - 1")
+                block[index] = value
+            else:
+                block[index] = cls._address(name, value)
+
+    @classmethod
+    def _address(cls, name: str, array: Any) -> int:
+        """Where a field's array lies."""
+        rank, is_records = len(getattr(cls, name)), name == "sampling"
+        if not isinstance(array, np.ndarray) or array.ndim != rank or not array.flags.c_contiguous:
+            found = f"shape {array.shape}" if isinstance(array, np.ndarray) else f"{array!r:.80}"
+            raise ValueError(f"StepBlock: {name} is {found}, expected a contiguous array of rank {rank}")
+        if array.dtype.names is None if is_records else array.dtype != np.int32:
+            raise ValueError(f"StepBlock: {name} is {array.dtype}, expected {'records' if is_records else 'int32'}")
+        return array.ctypes.data
 
 
 STEP_WORDS = len(StepBlock.words())

@@ -31,4 +31,7 @@ def _compiled(shape: str) -> Any:
 
 def evaluated(shape: str, numbers: dict[str, Any]) -> tuple[int, ...]:
     """The numbers that the expressions of a declared shape stand for, as of "2 * width" by {"width": 8}."""
-    return eval(_compiled(shape), {"__builtins__": {}}, numbers)
+    try:
+        return eval(_compiled(shape), {"__builtins__": {}}, numbers)
+    except NameError as error:
+        raise ValueError(f"{shape}: {error.name} is not given") from None

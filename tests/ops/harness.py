@@ -5,7 +5,7 @@ import numpy as np
 from lockstep.ops.sample import SAMPLING_RECORD
 from lockstep.runtime.executor import Executor, WeightStore
 from lockstep.runtime.operands import Operands, output
-from lockstep.runtime.program import DTYPES, ROW_COUNTS, CacheArray, Program, Table, Tensor, Weight
+from lockstep.runtime.program import DTYPES, ROW_COUNTS, Program, Table, Tensor, Weight
 from lockstep.runtime.step_block import StepBlock
 from lockstep.runtime.threads import Team
 from lockstep.weights.tensor import StoredTensor
@@ -77,12 +77,12 @@ def run_op(backend, declaration, step=None, num_threads=1, rows="T", **operands)
         elif operand.role == "cache":
             caches[name] = given.ctypes.data
             dtype = next(k for k, d in DTYPES.items() if d == given.dtype)
-            values[name] = CacheArray(name, "pages", dtype, given.shape[1:])
+            values[name] = program.cache(name, operand.kind or "pages", dtype, given.shape[1:])
         elif operand.role == "table":
             values[name] = Table(name, given, None)
         elif operand.role == "rows" and given is not None:
             dtype = next(k for k, d in DTYPES.items() if d == given.dtype)
-            values[name] = program.tensor(name, "T", given.shape[1], dtype)
+            values[name] = program.tensor(name, "T" if operand.other_rows else rows, given.shape[1], dtype)
             written.append((values[name], given))
         elif given is not None:
             values[name] = given if isinstance(given, Weight) else weight(given, name)

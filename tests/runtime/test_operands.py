@@ -1,20 +1,36 @@
 """Declarations of ops: what is wrong is an error with a sentence while recording, and kernels read what was written."""
 
+from typing import ClassVar
+
 import numpy as np
 import pytest
 
+from lockstep.ops.add import Add
+from lockstep.ops.rms_norm import RmsNorm
 from lockstep.runtime.backend import Implementation, Layout
 from lockstep.runtime.kernel import kernel
-from lockstep.runtime.operands import Operands, WeightArrays, cache, constant, output, packed, rows, table
+from lockstep.runtime.operands import (
+    MOST_WORDS,
+    Declaration,
+    Operands,
+    WeightArrays,
+    cache,
+    constant,
+    output,
+    packed,
+    rows,
+    table,
+)
 from lockstep.runtime.program import CacheArray, Program, Table, Tensor, Weight
 from lockstep.runtime.simd import poke
-from lockstep.runtime.step import StepBlock
+from lockstep.runtime.step import OPERANDS, ROW_WORDS, StepBlock
 from tests.ops.harness import ragged_step, run_op, weight
 
 
 class Everything(Operands):
     """One operand of each sort."""
 
+    rules = ("width % 16 == 0",)
     out: Tensor = output("2 * width")
     spare: Tensor = output("8", dtype="i32", scratch=True)
     x: Tensor = rows("width")
@@ -22,7 +38,7 @@ class Everything(Operands):
     small: Weight = constant("width, 2")
     large: Weight = packed("4, width")
     angles: Table = table("width // 2")
-    pages: CacheArray = cache("2, width")
+    pages: CacheArray = cache("2, width", kind="pages", dtype="f32")
     width: int
     scale: float
     shift: float
@@ -80,7 +96,14 @@ WRONG = [
     (dict(gate=Tensor("g", "T", 17)), r"gate \(g\) is 17 wide"),
     (dict(small=Weight("w", "f32", (2, 16), ())), r"small \(w\) is 2 x 16 wide, expected 16 x 2 \(width, 2\)"),
     (dict(large=Weight("w", "f32", (16, 16), ())), r"large \(w\) is 16 x 16 wide, expected 4 x 16"),
-    (dict(angles=Table("t", np.zeros((5, 9)), None)), r"angles \(t\) is 9 wide, expected 8"),
+    (dict(angles=Table("t", np.zeros((5, 9), np.float32), None)), r"angles \(t\) is 9 wide, expected 8"),
+    (dict(angles=Table("t", np.zeros((5, 8)), None)), "angles is a table of float64, expected float32"),
+    (dict(x=Tensor("h", "R", 16)), r"x is h f32\[R, 16\], expected rows T as of out"),
+    (dict(spare=Tensor("s", "S", 8, "i32")), r"spare is s i32\[S, 8\], expected rows T as of out"),
+    (dict(pages=CacheArray("c", "state", "f32", (2, 16))), "pages is a cache of state, expected pages"),
+    (dict(pages=CacheArray("c", "pages", "i8", (2, 16))), "pages is .*, expected f32"),
+    (dict(width=18), "expected width % 16 == 0, got width 18"),
+    (dict(width=-16), r"width is -16, expected an integer from 0 to 2\*\*63 - 1"),
     (dict(pages=CacheArray("c", "pages", "f32", (3, 16))), r"pages \(c\) is 3 x 16 wide, expected 2 x 16"),
     (dict(shift=0.5), "scale and shift are the same"),
 ]
@@ -95,7 +118,7 @@ def test_what_is_wrong_is_said_while_recording(changed, message):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"width": 2**63}, "width is 9223372036854775808, expected an integer of 64 bits"),
+        ({"width": 2**63}, r"width is 9223372036854775808, expected an integer from 0 to 2\*\*63 - 1"),
         ({"scale": 1e300}, r"scale is 1e\+300, expected a finite float of 32 bits"),
         ({"scale": float("nan")}, "scale is nan, expected a finite float of 32 bits"),
         ({"shift": float("-inf")}, "shift is -inf, expected a finite float of 32 bits"),
@@ -104,6 +127,48 @@ def test_what_is_wrong_is_said_while_recording(changed, message):
 def test_a_number_that_a_row_cannot_hold_is_refused(changed, message):
     with pytest.raises(ValueError, match=message):
         Everything(**operands(**changed))
+
+
+def test_an_output_is_an_input_only_where_that_is_declared():
+    x = Tensor("x", "T", 16)
+    assert Add(out=x, x=x, y=x, width=16).out is x
+    with pytest.raises(ValueError, match=r"RmsNorm: x is x f32\[T, 16\], which the op writes; it cannot work in place"):
+        RmsNorm(out=x, x=x, weight=Weight("w", "f32", (16,), ()), width=16, eps=1e-6, offset=0.0)
+
+
+def declare(**fields):
+    """A declaration made of a class body."""
+    annotations = {name: annotation for name, (annotation, _) in fields.items()}
+    values = {name: value for name, (_, value) in fields.items() if value is not None}
+    return Declaration("Made", (Operands,), dict(__annotations__=annotations, __module__=__name__) | values)
+
+
+OUT = (Tensor, output("width"))
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(out=(Tensor, output("widht"))), "'widht' of out names widht, which is no parameter"),
+        (dict(out=(Tensor, output("width *"))), "'width [*]' of out cannot be read"),
+        (dict(out=OUT, rules=(ClassVar, ("top < width",))), "'top < width' of a rule names top, which is no parameter"),
+        (dict(out=OUT, limit=(np.float32, None)), "limit is declared as .*float32.*, expected int, float, bool or str"),
+        (dict(out=OUT, x=(Tensor, None)), "x is declared as .*Tensor.*, expected int, float, bool or str"),
+        (dict(out=OUT, x=(int, rows())), "x is declared as .*int.*, expected Tensor"),
+        (dict(out=(Weight, output("width"))), "out is declared as .*Weight.*, expected Tensor"),
+        (dict(out=OUT, params=(int, None)), "an operand cannot be named 'params', which every op has"),
+        (dict(out=OUT, read=(int, None)), "an operand cannot be named 'read', which every op has"),
+        (dict(out=OUT, group=(ClassVar, "elementwize")), "group is 'elementwize', expected None or one of linear, att"),
+        (dict(out=OUT, **{f"n{i}": (int, None) for i in range(60)}), "62 words, expected at most 44"),
+    ],
+)
+def test_a_wrong_declaration_is_refused_when_it_is_made(fields, message):
+    with pytest.raises(ValueError, match=f"Made: {message}"):
+        declare(**fields, width=(int, None))
+
+
+def test_a_row_has_as_many_words_as_a_declaration_may():
+    assert MOST_WORDS == ROW_WORDS - OPERANDS
 
 
 def test_what_is_missing_or_has_no_name_is_said():

@@ -11,6 +11,7 @@ import pytest
 
 from lockstep.ops import BACKENDS, backend
 from lockstep.ops.add import Add
+from lockstep.ops.conv1d import Conv1d
 from lockstep.ops.linear import Linear
 from lockstep.ops.rewrite import fuse, lower
 from lockstep.ops.rms_norm import RmsNorm
@@ -18,7 +19,7 @@ from lockstep.ops.silu_mul import SiluMul
 from lockstep.runtime.backend import Implementation, Layout, swapped
 from lockstep.runtime.executor import Executor, WeightStore, aligned, lay_out
 from lockstep.runtime.program import Program, Weight
-from lockstep.runtime.step_block import STEP_WORDS
+from lockstep.runtime.step_block import STEP_WORDS, StepBlock
 from lockstep.runtime.threads import Team
 from tests.ops.harness import Given
 from tests.promise.faults import NATIVE
@@ -301,3 +302,39 @@ def test_a_team_goes_on_in_a_forked_process():
         assert answer() == expected
     """
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, check=True, timeout=300)
+
+
+def foreign(program):
+    x = program.emit(Given(out=program.tensor("x", "T", 16)))
+    sizes = dict(row_width=16, offset=0, channels=16, conv_width=4)
+    taps, state = Weight("taps", "f32", (16, 4), ()), Program().cache("other", "state", "f32", (3, 16))
+    program.emit(Conv1d(out=program.tensor("y", "T", 16), x=x, weight=taps, state=state, **sizes))
+
+
+@pytest.mark.parametrize(
+    "record, message",
+    [
+        (lambda p: add(p, "y", p.tensor("x", "T", 16), p.tensor("z", "T", 16)), "no op before it writes x f32.T, 16."),
+        (lambda p: p.tensor("x", "Q", 16), r"tensor x: f32\[Q, 16\], expected one of f32, i32, .* rows of T, S, R"),
+        (lambda p: p.tensor("x", 64, "T"), r"tensor x: f32\[64, 'T'\], expected"),
+        (lambda p: p.tensor("x", "T", 16, "f64"), r"tensor x: f64\[T, 16\], expected one of f32"),
+        (lambda p: p.cache("c", "stat", "f32", (4,)), "expected one of pages, state"),
+        (lambda p: p.cache("c", "state", "f32", (-4, 1.5)), "a shape of positive integers"),
+        (lambda p: [p.cache("c", "state", "f32", (n,)) for n in (4, 5)], "there is another cache of this name"),
+        (foreign, "other is no cache of this program"),
+    ],
+)
+def test_what_a_program_cannot_hold_is_refused_while_recording(record, message):
+    with pytest.raises(ValueError, match=message):
+        record(Program())
+
+
+def test_a_step_of_more_rows_than_there_is_memory_for_is_refused():
+    program, team = chain(2), Team(1)
+    try:
+        table = {**BACKENDS["cpu"], "given": BACKENDS["cpu"]["add"]}
+        executor = Executor(program, table, team, WeightStore(), ROWS, {})
+        with pytest.raises(ValueError, match="a step of 6 rows T, this executor was made for at most 5"):
+            executor.run(StepBlock.made(num_tokens=6))
+    finally:
+        team.close()

@@ -35,3 +35,30 @@ def test_arrays_of_a_test_step_have_the_declared_shapes():
     assert held["position"].tolist() == [0, 1, 2, 8] and step[StepBlock.index("num_embedded")] == 1
     with pytest.raises(AssertionError, match="state_slot"):
         ragged_step([3, 1], state_slot=[0])
+
+
+@pytest.mark.parametrize(
+    "field, message",
+    [
+        (dict(num_tokens=-5), "num_tokens is -5, expected an integer from 0"),
+        (dict(num_tokens=1.7), "num_tokens is 1.7, expected an integer"),
+        (dict(num_tokens="3"), "num_tokens is '3', expected an integer"),
+        (dict(num_tokens=True), "num_tokens is True, expected an integer"),
+        (dict(num_tokens=2**70), "num_tokens is 1180591620717411303424, expected an integer from 0 to 2"),
+        (dict(num_tokens=np.array([1])), r"num_tokens is array\(\[1\]\), expected an integer"),
+        (dict(token_ids=7), "token_ids is 7, expected a contiguous array of rank 1"),
+        (dict(token_ids=[1, 2]), r"token_ids is \[1, 2\], expected a contiguous array"),
+        (dict(token_ids=np.arange(3)), "token_ids is int64, expected int32"),
+        (dict(token_ids=np.arange(6, dtype=np.int32)[::2]), "token_ids is shape .3,., expected a contiguous array"),
+        (dict(page_table=np.zeros(4, np.int32)), "page_table is shape .4,., expected a contiguous array of rank 2"),
+        (dict(sampling=np.zeros(4, np.int32)), "sampling is int32, expected records"),
+    ],
+)
+def test_what_no_field_may_hold_is_refused(field, message):
+    with pytest.raises(ValueError, match=f"StepBlock: {message}"):
+        StepBlock.made(**field)
+
+
+def test_a_count_that_shapes_need_is_named():
+    with pytest.raises(ValueError, match=r"S \+ 1: S is not given"):
+        StepBlock.shapes(T=3)

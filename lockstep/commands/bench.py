@@ -1,19 +1,18 @@
 """`lockstep bench`: this machine's ceiling, prefill and decode, paths A/B, and where the time goes."""
 
 import importlib.util
+import itertools
 import json
 import pathlib
 from typing import Annotated
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from lockstep import bench as measure
 from lockstep import ceiling as machine
 from lockstep.commands.options import KvDtype, ModelName, Threads, Weights, load
-from lockstep.commands.output import pyplot
+from lockstep.commands.output import made_table, pyplot
 
 PICTURES = (".png", ".svg", ".pdf")
 
@@ -96,16 +95,13 @@ def show(found, console) -> None:
         f"{c['int8_per_second'] / 1e9:.0f} GOPS int8, {c['f32_per_second'] / 1e9:.0f} GFLOP/s float32"
     )
     if found["prefill"]:
-        speed = _table("tokens", "prefill tok/s", "context", "decode tok/s")
-        rows = max(len(found["prefill"]), len(found["decode"]))
+        speed = made_table(None, "tokens", "prefill tok/s", "context", "decode tok/s")
         cells = [[(str(k), f"{v:.1f}") for k, v in found[part].items()] for part in ("prefill", "decode")]
-        for part in cells:
-            part.extend([("", "")] * (rows - len(part)))
-        for a, b in zip(*cells, strict=True):
+        for a, b in itertools.zip_longest(*cells, fillvalue=("", "")):
             speed.add_row(*a, *b)
         console.print(speed)
     against = found["per_token"]
-    table = _table("A", "B", "A s", "B s", "A / B", title=f"interleaved; max_abs_diff {against['max_abs_diff']:g}")
+    table = made_table(f"interleaved; max_abs_diff {against['max_abs_diff']:g}", "A", "B", "A s", "B s", "A / B")
     for name, r in against["ratios"].items():
         table.add_row(f"{against['tokens']} tokens one at a time", name, *_paired(r))
     for name, r in found["switches"].items():
@@ -115,10 +111,6 @@ def show(found, console) -> None:
         console.print(profile_table(name, rows, c))
 
 
-def _table(*columns, title=None):
-    return Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD)
-
-
 def _paired(r):
     low, high = r["spread"]
     return f"{r['a_seconds']:.3f}", f"{r['b_seconds']:.3f}", f"{r['ratio']:.2f}x ({low:.2f}..{high:.2f})"
@@ -126,7 +118,7 @@ def _paired(r):
 
 def profile_table(name, rows, ceiling):
     """Where a step's time goes, and how near each kind of linear layer is to what the machine can do."""
-    table = _table("op", "ms", "share", "GB/s", "GOPS", "% of ceiling", title=f"{name}, one step")
+    table = made_table(f"{name}, one step", "op", "ms", "share", "GB/s", "GOPS", "% of ceiling")
     total = sum(r[1] for r in rows)
     for kind, seconds, num_bytes, macs, int8 in rows:
         if seconds < 0.002 * total:

@@ -5,14 +5,12 @@ import sys
 from typing import Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from lockstep import bench_serve as measure
 from lockstep.commands.bench import check_plot
 from lockstep.commands.options import KvDtype, ModelName, Threads, Weights, load
-from lockstep.commands.output import counted, pyplot, write
+from lockstep.commands.output import counted, made_table, pyplot, write
 from lockstep.ops.kv_cache import PAGE_TOKENS
 
 WIDTH = 80  # columns
@@ -157,9 +155,7 @@ def _between(limits):
 
 
 def _throughput(found):
-    table = Table("throughput", box=box.SIMPLE_HEAD)
-    for column in ("total", "per second"):
-        table.add_column(column, justify="right")
+    table = made_table(None, "throughput", ">total", ">per second")
     for name, total in found["totals"].items():
         table.add_row(name.replace("_", " "), f"{total:,}", f"{found['rates'][name]:,.1f}")
     return table
@@ -167,21 +163,11 @@ def _throughput(found):
 
 def _latencies(found):
     names = ("mean", *(f"p{p}" for p in measure.PERCENTILES), "max")
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("milliseconds", no_wrap=True)
-    for name in names:
-        table.add_column(name, justify="right")
-    rows = {
-        "first token": "first_token_ms",
-        "between tokens": "between_tokens_ms",
-        "whole answer": "whole_answer_ms",
-        "held back": "held_back_ms",
-        "step": "steps",
-    }
-    for label, key in rows.items():
-        values = found[key]["ms"] if key == "steps" else found[key]
+    table = made_table(None, "milliseconds", *(f">{name}" for name in names))
+    rows = {of: found[f"{of}_ms"] for of in ("first_token", "between_tokens", "whole_answer", "held_back")}
+    for of, values in (rows | dict(step=found["steps"]["ms"])).items():
         if values:
-            table.add_row(label, *(_milliseconds(values[name]) for name in names))
+            table.add_row(of.replace("_", " "), *(_milliseconds(values[name]) for name in names))
     return table
 
 
@@ -197,21 +183,11 @@ def _remarks(found):
     yield "preemptions", f"{counts['preempted']}; at most {counted(steps['most_waiting'], 'request')} waited"
     if found["num_held_back"]:
         yield "held back", f"{counted(found['num_held_back'], 'request')} found no place among the concurrent ones"
-    yield (
-        "steps",
-        (
-            f"{steps['count']:,} of {steps['mean_requests']:.1f} requests and {steps['mean_tokens']:.1f} "
-            f"tokens on average; busy {steps['busy']:.0%}"
-        ),
-    )
+    means = f"{steps['mean_requests']:.1f} requests and {steps['mean_tokens']:.1f} tokens on average"
+    yield "steps", f"{steps['count']:,} of {means}; busy {steps['busy']:.0%}"
     share = steps["shares"]
-    yield (
-        "host",
-        (
-            f"{steps['host_share']:.1%} of the steps' time (schedule {share['scheduling']:.1%}, build "
-            f"{share['building']:.1%}, take {share['taking']:.1%})"
-        ),
-    )
+    parts = f"schedule {share['scheduling']:.1%}, build {share['building']:.1%}, take {share['taking']:.1%}"
+    yield "host", f"{steps['host_share']:.1%} of the steps' time ({parts})"
     if "check" in found:
         check = found["check"]
         yield "check", f"{len(check['differing'])} of {check['compared']} differ from the same request alone"

@@ -1,12 +1,20 @@
 """`lockstep cache`: what is kept on disk for models, and how to make it less."""
 
+import json
 import sys
 import time
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-DAY = 86400
+from lockstep.commands.output import shown
+from lockstep.runtime.user_cache import user_cache
+from lockstep.weights import packed_cache
+
+OTHER_KINDS = ("kernels", "hashes", "selfcheck")  # what is kept beside packed weights
 WIDTH = 120  # where the output is no terminal
 
 
@@ -17,12 +25,8 @@ def command(
 
     All of it is made again when it is missing. `lockstep cache prune` removes it.
     """
-    from lockstep.runtime.user_cache import user_cache
-
     found = described(user_cache())
     if as_json:
-        import json
-
         print(json.dumps(found))
     else:
         show(found)
@@ -30,12 +34,10 @@ def command(
 
 def described(root):
     """What is kept below a folder, as a JSON object."""
-    from lockstep.weights import packed_cache
-
     packed = root / "packed"
     models = packed_cache.models(packed)
     used = sum(model.num_bytes for model in models)
-    others = {name: packed_cache.num_bytes(root / name) for name in ("kernels", "hashes", "selfcheck")}
+    others = {name: packed_cache.num_bytes(root / name) for name in OTHER_KINDS}
     return dict(
         folder=str(root),
         packed_bytes=used,
@@ -56,12 +58,6 @@ def described(root):
 
 def show(found) -> None:
     """Prints the tables."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    from lockstep.commands.output import shown
-
     console = Console()
     console = console if console.is_terminal else Console(width=WIDTH)
     title = Text(shown(found["folder"], sys.stdout))
@@ -89,7 +85,7 @@ def size(num_bytes) -> str:
 def ago(when) -> str:
     """How long ago a time was, for people."""
     seconds = time.time() - when
-    for unit, length in (("days", DAY), ("hours", 3600), ("minutes", 60)):
+    for unit, length in (("days", packed_cache.DAY_SECONDS), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit} ago"
     return "just now"

@@ -4,6 +4,10 @@ from typing import Annotated
 
 import typer
 
+from lockstep.commands.cache import OTHER_KINDS, size
+from lockstep.runtime.user_cache import user_cache
+from lockstep.weights import packed_cache
+
 
 def command(
     older_than: Annotated[
@@ -29,9 +33,6 @@ def command(
 
     Running processes go on: they keep what they use until they end. Nothing: what is above the limit is removed.
     """
-    from lockstep.commands.cache import size
-    from lockstep.runtime.user_cache import user_cache
-
     if model == "":
         raise ValueError("--model: expected a part of a model's path, got nothing")
     if sum(given is not None for given in (older_than, max_gb, model)) + everything > 1:
@@ -46,14 +47,11 @@ def command(
 
 
 MOST_GB = 1e9  # as good as no limit
-KINDS = ("packed", "kernels", "hashes", "selfcheck")
 
 
 def _check_named(root, model) -> None:
     """ValueError unless a packed model's path contains the text."""
-    from lockstep.weights.packed_cache import models
-
-    known = [one.model for one in models(root / "packed")]
+    known = [one.model for one in packed_cache.models(root / "packed")]
     if not any(model in path for path in known):
         raise ValueError(
             f"--model {model!r}: no packed model's path contains it, there "
@@ -62,14 +60,10 @@ def _check_named(root, model) -> None:
 
 
 def _total(root):
-    from lockstep.weights.packed_cache import num_bytes
-
-    return sum(num_bytes(root / kind) for kind in KINDS)
+    return sum(packed_cache.num_bytes(root / kind) for kind in ("packed", *OTHER_KINDS))
 
 
 def _prune(root, older_than, max_gb, model, everything) -> None:
-    from lockstep.weights import packed_cache
-
     packed, allowed = root / "packed", 0
     may_go = lambda one: True
     if older_than is not None:
@@ -82,5 +76,5 @@ def _prune(root, older_than, max_gb, model, everything) -> None:
     packed_cache.prune(packed, allowed, may_go)
     days = 0 if everything else older_than
     if days is not None:
-        for kind in KINDS[1:]:
+        for kind in OTHER_KINDS:
             packed_cache.remove_old(root / kind, days)

@@ -74,9 +74,11 @@ def command(
 
     The continuation streams to standard output; progress and speed go to standard error.
     """
+    from lockstep.engine.request import SamplingParams
+
     model, source = (None, "-") if model == "-" and source is None else (model, source)
     text = read_prompt(prompt, file, source)
-    fields = dict(
+    fields: dict[str, Any] = dict(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -90,7 +92,7 @@ def command(
         frequency_penalty=frequency_penalty,
         logit_bias=parse_bias(logit_bias or ()),
     )
-    check_sampling(dict(fields, max_tokens=num_tokens or DEFAULT_TOKENS))
+    SamplingParams(**fields, max_tokens=num_tokens or DEFAULT_TOKENS)  # refuses before a model is loaded
     context = max_context or needed_context(model, text, num_tokens or DEFAULT_TOKENS)
     # one prompt finds nothing in memory that it did not compute itself
     llm = load(
@@ -170,13 +172,6 @@ def parse_bias(pairs):
         except ValueError:
             raise ValueError(f"--logit-bias {pair}: expected ID:BIAS, such as 42:-100") from None
     return made
-
-
-def check_sampling(fields) -> None:
-    """Refuses what the engine would refuse, before a model is loaded."""
-    from lockstep.engine.request import SamplingParams
-
-    SamplingParams(**fields)
 
 
 def needed_context(model, text, num_tokens):

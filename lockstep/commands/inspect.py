@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lockstep.commands.options import KvDtype, ModelName, Weights
-from lockstep.commands.output import shown
+from lockstep.commands.output import made_table, shown
 
 WIDTH = 150  # where the output is no terminal
 
@@ -71,19 +71,9 @@ def show(checkpoint, model, context, tensors, everything) -> None:
         console.print(table)
 
 
-def _table(title, *columns):
-    from rich import box
-    from rich.table import Table
-
-    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for column in columns:
-        made.add_column(column.strip(">"), justify="right" if column.startswith(">") else "left", overflow="fold")
-    return made
-
-
 def config_table(checkpoint, config):
     """The numbers of a config that are set, layers counted by kind."""
-    table = _table(str(checkpoint.path), "config", "")
+    table = made_table(str(checkpoint.path), "config", "")
     for name, value in dataclasses.asdict(config).items():
         if name == "layers":
             kinds = [f"{layer.mixer}{f' of {layer.window} keys' if layer.window else ''}" for layer in config.layers]
@@ -106,12 +96,12 @@ def tensor_table(infos, every):
     from lockstep.describe import formats
 
     if every:
-        table = _table(f"{len(infos)} tensors", "name", "format", ">shape", ">bytes")
+        table = made_table(f"{len(infos)} tensors", "name", "format", ">shape", ">bytes")
         for info in infos.values():
             name, shape = Text(shown(info.name, sys.stdout)), " x ".join(map(str, info.shape))
             table.add_row(name, info.format, shape, f"{info.num_bytes:,}")
         return table
-    table = _table("Tensors (--tensors lists them)", "format", ">tensors", ">parameters", ">bytes")
+    table = made_table("Tensors (--tensors lists them)", "format", ">tensors", ">parameters", ">bytes")
     for format, (count, size, stored) in formats(infos.values()).items():
         table.add_row(format, str(count), f"{size:,}", f"{stored:,}")
     return table
@@ -119,7 +109,7 @@ def tensor_table(infos, every):
 
 def program_table(groups, context):
     """Ops with what each costs; equal layers once."""
-    table = _table(
+    table = made_table(
         f"Program: rows T tokens, R sampled; attention looks back on {context} tokens",
         "layers",
         "op",
@@ -170,7 +160,7 @@ def spans(numbers) -> str:
 
 def memory_table(needed, model):
     """What must be resident, and what a request adds."""
-    table = _table("Memory", "for", ">bytes")
+    table = made_table("Memory", "for", ">bytes")
     labels = dict(
         packed_weights="packed weights",
         embedding="embedding, mapped from the file",

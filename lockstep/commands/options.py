@@ -73,18 +73,14 @@ def context_words(llm) -> tuple[str, str | None]:
     """("context 4096 of the model's 32768 tokens", what would give more); the second is None where nothing would, or
     where --max-context chose it."""
     size, most = llm.context, llm.model.config.max_positions
-    shown = (
-        f"context {size.num_tokens} tokens"
-        if size.num_tokens == most
-        else f"context {size.num_tokens} of the model's {most} tokens"
-    )
+    part = "" if size.num_tokens == most else f" of the model's {most}"
     smaller = "" if llm.model.kv_dtype == "q8" else "--kv-dtype q8, "
     more = {
         "kv_tokens": "more --kv-tokens would give a longer context",
         "positions": "--max-context would give a longer context, whose later positions have no proven accuracy",
         "memory": f"{smaller}more free memory, or --max-context in spite of it, would give a longer context",
     }
-    return shown, more.get(size.limit)
+    return f"context {size.num_tokens}{part} tokens", more.get(size.limit)
 
 
 def load(model, *, ops=None, max_requests: int = 1, wait_for_content: bool = False, **options):

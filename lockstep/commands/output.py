@@ -18,6 +18,17 @@ def pyplot() -> Any:
     return importlib.import_module("matplotlib.pyplot")
 
 
+def made_table(title: str | None, *columns: str) -> Any:
+    """A table of rich's, without lines between its rows; columns that begin with > stand on the right."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column.strip(">"), justify="right" if column.startswith(">") else "left", overflow="fold")
+    return table
+
+
 def shown(text, stream):
     """Text for a stream: on a terminal control characters are written out, such as \\x1b; elsewhere it is as it is."""
     return text.translate(CONTROLS) if stream.isatty() else text

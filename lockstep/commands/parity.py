@@ -5,12 +5,11 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from lockstep import parity as paths
 from lockstep.commands.options import ModelName, OpSwaps, Threads, Weights, load, parse_swaps
+from lockstep.commands.output import made_table
 from lockstep.ops import BACKENDS
 
 PROMPT = '''"""Heap queue algorithm (a.k.a. priority queue)."""
@@ -74,17 +73,8 @@ def command(
 def report_paths(model, ids, swaps, max_threads, as_json):
     """The table of all paths; exits with 1 if one differs."""
     console = Console(stderr=as_json)
-    table = Table(
-        "path",
-        "threads",
-        "max_abs_diff",
-        "argmax",
-        "digest",
-        "bits",
-        box=box.SIMPLE_HEAD,
-        title=f"{len(ids)} tokens, every path",
-        title_justify="left",
-    )
+    columns = ("path", "threads", "max_abs_diff", "argmax", "digest", "bits")
+    table = made_table(f"{len(ids)} tokens, every path", *columns)
     results = []
     with console.status("running paths") as status:
         for result in paths.run_parity(model, ids, max_threads, swaps):
@@ -101,22 +91,8 @@ def report_paths(model, ids, swaps, max_threads, as_json):
             )
     identical = all(r.identical for r in results)
     if as_json:
-        print(
-            json.dumps(
-                [
-                    dict(
-                        path=r.path.name,
-                        threads=r.path.threads,
-                        max_abs_diff=r.max_abs_diff,
-                        argmax_agree=r.argmax_agree,
-                        digest=r.digest,
-                        identical=r.identical,
-                        differing=r.differing,
-                    )
-                    for r in results
-                ]
-            )
-        )
+        plain = [vars(r) | dict(path=r.path.name, threads=r.path.threads, identical=r.identical) for r in results]
+        print(json.dumps(plain))
     else:
         console.print(table)
         console.print(
@@ -139,20 +115,7 @@ def report_first_difference(model, ids, backends, swaps, threads, as_json):
         raise ValueError(f"--first-difference {backends!r}: expected two of {', '.join(BACKENDS)} as A:B")
     found = paths.first_difference(model, ids, [(names[0], swaps), (names[1], None)], threads)
     if as_json:
-        print(
-            json.dumps(
-                found
-                and dict(
-                    op=str(found.op),
-                    index=found.index,
-                    tensor=found.tensor.name,
-                    row=found.row,
-                    column=found.column,
-                    values=found.values,
-                    num_different=found.num_different,
-                )
-            )
-        )
+        print(json.dumps(found and vars(found) | dict(op=str(found.op), tensor=found.tensor.name)))
     elif found:
         Console().print(
             f"[red]op {found.index}[/] {found.op}\nfirst difference in [bold]{found.tensor.name}[/] at row "

@@ -103,7 +103,6 @@ def quantize_in_chunks(
     """
     if weights.ndim == 0 or weights.shape[-1] % block_size:
         raise ValueError(f"weights of shape {weights.shape} are not whole blocks of {block_size}")
-    blocks = weights.astype(np.float32, copy=False).reshape(
-        *weights.shape[:-1], weights.shape[-1] // block_size, block_size
-    )
+    shape = (*weights.shape[:-1], weights.shape[-1] // block_size, block_size)
+    blocks = weights.astype(np.float32, copy=False).reshape(shape)
     return _in_chunks(blocks, block_size, block_bytes, np.uint8, encode)

@@ -5,6 +5,7 @@ behind a server, and no other thread takes the interpreter from the engine. Time
 moment of handing over. Times are seconds; those of a run count from its beginning.
 """
 
+import contextlib
 import heapq
 import math
 import time
@@ -257,11 +258,8 @@ def differing(engine, visits, sample):
         threads=engine.team.num_threads,
         prefix_cache=False,
     )
-    alone = Engine(engine.model, options, eos_ids=engine.eos_ids)
-    try:
+    with contextlib.closing(Engine(engine.model, options, eos_ids=engine.eos_ids)) as alone:
         different = [visit.request.id for visit in chosen if not _is_same(visit.request, _answer(alone, visit.request))]
-    finally:
-        alone.close()
     return different, len(chosen)
 
 

@@ -5,6 +5,7 @@ steps. Compared are the logits and hidden states of the last positions, the toke
 prompt leaves in the cache: keys, values, states.
 """
 
+import contextlib
 import hashlib
 import itertools
 from dataclasses import dataclass
@@ -86,8 +87,7 @@ def run_path(model, ids, path, swaps=None, num_rows=None):
     wanted = range(len(ids) - (num_rows or comparable_rows(model, len(ids))), len(ids))
     requests = 1 + path.strangers
     limits = Limits(largest * requests, requests, pages * requests, min(largest, len(wanted)) + requests)
-    team = Team(path.threads)
-    try:
+    with contextlib.closing(Team(path.threads)) as team:
         runner, rows = Runner(model, team, limits, swaps), []
         choices, hidden = hashlib.sha256(), hashlib.sha256()
         for start, end in itertools.pairwise((0, *path.ends)):
@@ -100,8 +100,6 @@ def run_path(model, ids, path, swaps=None, num_rows=None):
             hidden.update(runner.hidden(0, len(range(max(start, wanted.start), end))).tobytes())
         seen = dict(tokens=choices.hexdigest(), hidden=hidden.hexdigest())
         return _outcome(np.stack(rows), seen, runner, pages, len(ids))
-    finally:
-        team.close()
 
 
 def comparable_rows(model, length):
@@ -178,14 +176,11 @@ def first_difference(model, ids, tables, threads):
     """
     limits = Limits(len(ids), 1, -(-len(ids) // PAGE_TOKENS), 1)
     span = _span(ids, 0, limits.num_pages, 0, len(ids), range(len(ids) - 1, len(ids)))
-    team = Team(threads)
-    try:
+    with contextlib.closing(Team(threads)) as team:
         one, two = (Runner(model, team, limits, swaps, base, keep=True, fused=False) for base, swaps in tables)
         one.step([span])
         two.step([span])
         return _first_difference(one, two, len(ids))
-    finally:
-        team.close()
 
 
 def _first_difference(one, two, num_tokens):

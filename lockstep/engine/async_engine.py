@@ -207,7 +207,7 @@ def _set(futures: Iterable[Woken]) -> None:
 class AsyncEngine:
     """Runs an Engine in its own thread, which nobody else may use from then on.
 
-    Any thread may call `submit`, `submit_samples` and a stream's `cancel`. An error in a step ends the engine: every
+    Any thread may call `submit`, `submit_all` and a stream's `cancel`. An error in a step ends the engine: every
     open stream, and every later `submit`, raises EngineStopped with that error as its cause. Also lowers the
     interpreter's switch interval.
     """
@@ -226,13 +226,7 @@ class AsyncEngine:
     def submit(self, prompt_ids: Iterable[SupportsIndex], params: SamplingParams, **options: Any) -> TokenStream:
         """Queues one request; returns its TokenStream. options: of Engine.make. ValueError for one that cannot run."""
         check_single(params)
-        return self.submit_samples(prompt_ids, params, **options)[0]
-
-    def submit_samples(
-        self, prompt_ids: Iterable[SupportsIndex], params: SamplingParams, **options: Any
-    ) -> list[TokenStream]:
-        """Queues the `params.n` samples of a prompt; returns a TokenStream for each."""
-        return self.submit_all([(prompt_ids, params)], **options)
+        return self.submit_all([(prompt_ids, params)], **options)[0]
 
     def submit_all(
         self, prompts: Iterable[tuple[Iterable[SupportsIndex], SamplingParams]], **options: Any

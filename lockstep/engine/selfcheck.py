@@ -176,8 +176,7 @@ def probe_model(probe, table, fused):
 
 def digests(probe, table, fused=True, on_compile=None):
     """[(op, tensor name, digest)] of what each op of a probe's program writes, in order."""
-    team = Team(1)
-    try:
+    with contextlib.closing(Team(1)) as team:
         runner = Runner(probe_model(probe, table, fused), team, Limits(64, 2, 4, 3), keep=True, on_compile=on_compile)
         made, at = {}, [0, 0]
         for counts in STEPS:
@@ -190,8 +189,6 @@ def digests(probe, table, fused=True, on_compile=None):
                     np.ascontiguousarray(runner.executor.view(tensor, rows)[:, :width]).tobytes()
                 )
         return [(op, name, digest.hexdigest()[:16]) for (op, name), digest in made.items()]
-    finally:
-        team.close()
 
 
 def span(index, start, count):

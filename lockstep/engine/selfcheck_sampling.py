@@ -3,6 +3,7 @@
 The other probes choose tokens too, but ask for nothing; here every output of these ops is looked at.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -64,8 +65,7 @@ class ProbeModel:
 
 def digests(table: OpTable, on_compile: OnCompile | None = None) -> list[tuple[Operands, str, str]]:
     """[(op, tensor name, digest)] of what the ops after the logits write, on an op table."""
-    team = Team(1)
-    try:
+    with contextlib.closing(Team(1)) as team:
         runner = Runner(probe_model(table), team, Limits(ROWS, 1, 1, ROWS), keep=True, on_compile=on_compile)
         wishes = [SamplingParams(**w) for w in WISHES]
         held = [Adjustment(SEEN, w, frozenset({0, 9}), VOCABULARY) for w in wishes]
@@ -75,8 +75,6 @@ def digests(table: OpTable, on_compile: OnCompile | None = None) -> list[tuple[O
         ops = [op for op in runner.program.ops if isinstance(op, (AdjustLogits, Sample))]
         written = [(op, t) for op in ops for t in op.shared]
         return [(op, t.name, digest(runner.executor.view(t, ROWS), t)) for op, t in written]
-    finally:
-        team.close()
 
 
 def probe_model(table: OpTable) -> ProbeModel:

@@ -217,8 +217,8 @@ def rope(
     theta: float = 10000.0,
     partial: float | None = None,
     ignored: Set[str] = frozenset(),
-) -> tuple[int, float, RopeScaling]:
-    """(rope_dim, theta, RopeScaling) from rope_parameters (transformers 5) or rope_theta and rope_scaling (before).
+) -> dict[str, Any]:
+    """rope_dim, rope_theta and rope_scaling: of rope_parameters (transformers 5), or rope_theta, rope_scaling (before).
 
     theta, partial: what the family takes where the config is silent; partial None: the family turns all channels.
     ignored: parameters that do not matter to text.
@@ -241,7 +241,8 @@ def rope(
     share = _first("partial_rotary_factor", partial or 1.0, given, config)
     if partial is None and share != 1:
         raise ValueError(f"rope parameter 'partial_rotary_factor': {share} is not supported, only 1")
-    return _rope_dim(head_dim, share), rope_theta, RopeScaling(kind=kind, **_old_context(config, kind, numbers))
+    scaling = RopeScaling(kind=kind, **_old_context(config, kind, numbers))
+    return dict(rope_dim=_rope_dim(head_dim, share), rope_theta=rope_theta, rope_scaling=scaling)
 
 
 def _rope_dim(head_dim: int, share: float) -> int:
@@ -304,7 +305,7 @@ def common(config: Config, rope_defaults: Config | None = None, tied: bool = Fal
         rms_eps=need_float(config, "rms_norm_eps", 0, 1),
         max_positions=need(config, "max_position_embeddings"),
         layers=(Layer("attention"),) * num_layers,
-        **_rope_fields(config, head_dim, rope_defaults or {}),
+        **rope(config, head_dim, **(rope_defaults or {})),
         tied=flag(config, "tie_word_embeddings", tied),
         eos_ids=eos_ids,
         headless=is_headless(config),
@@ -312,16 +313,16 @@ def common(config: Config, rope_defaults: Config | None = None, tied: bool = Fal
     return checked(replace(made, **family))
 
 
-def _rope_fields(config: Config, head_dim: int, defaults: Config) -> dict[str, Any]:
-    return dict(zip(("rope_dim", "rope_theta", "rope_scaling"), rope(config, head_dim, **defaults), strict=True))
-
-
 def with_windows(made: ModelConfig, config: Config, types: Sequence[str]) -> ModelConfig:
     """A ModelConfig whose layers of type "sliding_attention" see so many keys as sliding_window says."""
     sizes = [need(config, "sliding_window") if t == "sliding_attention" else 0 for t in types]
-    return replace(
-        made, layers=tuple(replace(layer, window=size) for layer, size in zip(made.layers, sizes, strict=True))
-    )
+    return with_each(made, "window", sizes)
+
+
+def with_each(made: ModelConfig, name: str, values: Sequence[Any]) -> ModelConfig:
+    """A ModelConfig whose layers have these values, one for each, in the field `name`."""
+    layers = (replace(layer, **{name: value}) for layer, value in zip(made.layers, values, strict=True))
+    return replace(made, layers=tuple(layers))
 
 
 def checked(config: ModelConfig) -> ModelConfig:

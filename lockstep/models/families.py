@@ -18,6 +18,7 @@ from lockstep.models.config import (
     need,
     optional,
     text_config,
+    with_each,
     with_windows,
 )
 
@@ -82,8 +83,8 @@ def with_dense_layers(made: ModelConfig, config: Config) -> ModelConfig:
     if not isinstance(listed, list) or not all(type(i) is int and 0 <= i < made.num_layers for i in listed):
         raise ValueError(f"config key 'mlp_only_layers': expected layers below {made.num_layers}, got {listed!r}")
     dense = [i in listed or (i + 1) % step != 0 for i in range(made.num_layers)]
-    layers = tuple(replace(layer, dense=d) for layer, d in zip(made.layers, dense, strict=True))
-    return checked(replace(made, layers=layers, ffn_width=need(config, "intermediate_size") if any(dense) else 0))
+    made = with_each(made, "dense", dense)
+    return checked(replace(made, ffn_width=need(config, "intermediate_size") if any(dense) else 0))
 
 
 def smollm3(config: Config) -> ModelConfig:
@@ -96,12 +97,10 @@ def smollm3(config: Config) -> ModelConfig:
     ropes = config.get("no_rope_layers") or [int((i + 1) % interval != 0) for i in range(made.num_layers)]
     if not isinstance(ropes, list) or len(ropes) < made.num_layers or any(r not in (0, 1) for r in ropes):
         raise ValueError(f"config key 'no_rope_layers': expected {made.num_layers} of 0 and 1, got {ropes!r}")
-    made = replace(
-        made, layers=tuple(replace(layer, rope=bool(r)) for layer, r in zip(made.layers, ropes, strict=False))
-    )
+    ropes = [bool(r) for r in ropes[: made.num_layers]]
     slides = flag(config, "use_sliding_window") and config.get("sliding_window") is not None
     silent = ["sliding_attention" if slides and not r else "full_attention" for r in ropes]
-    return with_windows(made, config, layer_types(config, *WINDOW_TYPES) or silent)
+    return with_windows(with_each(made, "rope", ropes), config, layer_types(config, *WINDOW_TYPES) or silent)
 
 
 def qwen3_5(config: Config) -> ModelConfig:

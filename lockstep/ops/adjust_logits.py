@@ -22,16 +22,9 @@ from lockstep.runtime.step import StepBlock, num_rows
 FORBIDDEN, HIGHEST = np.float32(-np.inf), np.float32(3.4028235e38)
 # what lasts as long as a request; addresses of seen int32 [.., 2], bias_ids int32, bias float32, banned int32
 ADJUSTMENT_RECORD = np.dtype(
-    [
-        ("seen", np.int64),
-        ("bias_ids", np.int64),
-        ("bias", np.int64),
-        ("banned", np.int64),
-        ("num_bias", np.int32),
-        ("repetition", np.float32),
-        ("presence", np.float32),
-        ("frequency", np.float32),
-    ]
+    [(name, np.int64) for name in ("seen", "bias_ids", "bias", "banned")]
+    + [("num_bias", np.int32)]
+    + [(name, np.float32) for name in ("repetition", "presence", "frequency")]
 )
 SEEN, BIAS_IDS, BIAS, BANNED, NUM_BIAS, REPETITION, PRESENCE, FREQUENCY = (
     ADJUSTMENT_RECORD.fields[name][1] for name in ADJUSTMENT_RECORD.names

@@ -30,12 +30,10 @@ PUT = ROW_BYTES = READ = DOT = None  # constants of the variants below
 FORMATS = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q5_k")  # that there are kernels for
 
 
-class ExpertRows(Operands):
-    """Row s of out: the row of x that pair order[s] belongs to, prepared for a format of weights."""
+class ExpertPreparation(Operands):
+    """An op that makes top_k rows of `width` values for each row of the step, prepared for a format of weights."""
 
     out: Tensor = output(dtype=None)
-    x: Tensor = rows("width")
-    order: Tensor = rows("top_k", dtype="i32")
     width: int
     top_k: int
     preparation: str
@@ -45,7 +43,14 @@ class ExpertRows(Operands):
 
     @property
     def kind(self):
-        return f"expert_rows_{ROW_FORMATS[self.preparation].name}"
+        return f"{self.name()}_{ROW_FORMATS[self.preparation].name}"
+
+
+class ExpertRows(ExpertPreparation):
+    """Row s of out: the row of x that pair order[s] belongs to."""
+
+    x: Tensor = rows("width")
+    order: Tensor = rows("top_k", dtype="i32")
 
 
 class ExpertLinear(Operands):
@@ -71,21 +76,10 @@ class ExpertLinear(Operands):
         return 2 * self.top_k * self.width * self.features
 
 
-class ExpertGated(Operands):
-    """Row s of out: silu(gate) * up, prepared for a format of weights; row s of x: gate [width], up [width]."""
+class ExpertGated(ExpertPreparation):
+    """Row s of out: silu(gate) * up; row s of x: gate [width], up [width]."""
 
-    out: Tensor = output(dtype=None)
     x: Tensor = rows("2 * top_k * width")
-    width: int
-    top_k: int
-    preparation: str
-
-    def check(self):
-        check_rows(self, "out", self.preparation, self.width, self.top_k)
-
-    @property
-    def kind(self):
-        return f"expert_gated_{ROW_FORMATS[self.preparation].name}"
 
 
 class ExpertScatter(Operands):

@@ -12,16 +12,7 @@ from lockstep.ops.rms_norm_cpu import norm_row
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import inlined, kernel
 from lockstep.runtime.machine import stack_memory
-from lockstep.runtime.simd import (
-    bf16_bits,
-    fma,
-    load,
-    peek,
-    poke,
-    round_bf16,
-    store,
-    store_bf16,
-)
+from lockstep.runtime.simd import bf16_bits, fma, load, peek, poke, round_bf16, store, store_bf16
 from lockstep.runtime.step import StepBlock, entry, num_rows
 from lockstep.runtime.tiles import store_pairs
 

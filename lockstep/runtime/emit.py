@@ -108,6 +108,12 @@ def join(b, low, high):
     return b.shuffle_vector(low, high, ir.Constant(vector(I32, count), list(range(count))))
 
 
+def by_halves(b, step, *operands):
+    """A step of vectors of half the size, on both halves of the operands."""
+    half = lambda v, h: cut(b, v, v.type.count // 2 * h, v.type.count // 2)
+    return join(b, *(step(b, *(half(v, h) for v in operands)) for h in (0, 1)))
+
+
 def words(b, v):
     """The same bits as int16 lanes."""
     size = v.type.count * v.type.element.width

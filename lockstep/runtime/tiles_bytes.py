@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import types
 
 from lockstep.runtime import targets
-from lockstep.runtime.emit import cut, fma, join, vector, words
+from lockstep.runtime.emit import by_halves, fma, vector, words
 from lockstep.runtime.simd import (
     F32,
     I8,
@@ -30,29 +30,15 @@ from lockstep.runtime.simd import (
     write_at,
 )
 from lockstep.runtime.tiles import FMA_OPERANDS, V16F, V16I, Tile, at, cells, pack, unpack
-from lockstep.runtime.tiles_dots import maddwd
+from lockstep.runtime.tiles_dots import maddwd, vnni
 
 SIGN_BITS = 0x80  # turns int8 into its code + 128, which is what VPDPBUSD multiplies
 OFFSET = -128  # times the sum of a row of x: what that adds too much
 EVEN_FIRST = [4 * i + j for i in range(4) for j in (0, 2, 1, 3)]
 
 
-def halves(b, step, acc, *operands):
-    """A step of eight lanes, on both halves of sixteen."""
-    sizes = [v.type.count // 2 for v in operands]
-    return join(
-        b,
-        *[
-            step(b, cut(b, acc, 8 * h, 8), *(cut(b, v, n * h, n) for v, n in zip(operands, sizes, strict=True)))
-            for h in (0, 1)
-        ],
-    )
-
-
 def _byte_dots(b, how, acc, unsigned, signed):
-    if how == "avx512_vnni":
-        return call(b, "llvm.x86.avx512.vpdpbusd.512", acc.type, [acc, unsigned, signed])
-    return halves(b, lambda b, *v: call(b, "llvm.x86.avx512.vpdpbusd.256", v[0].type, [*v]), acc, unsigned, signed)
+    return vnni(b, acc, unsigned, signed) if how == "avx512_vnni" else by_halves(b, vnni, acc, unsigned, signed)
 
 
 def _word_dots(b, how, acc, x, w):
@@ -60,9 +46,9 @@ def _word_dots(b, how, acc, x, w):
     if how == "avx512_vnni":
         return call(b, "llvm.x86.avx512.vpdpwssd.512", acc.type, [acc, x, w])
     if how == "avx_vnni":
-        return halves(b, lambda b, *v: call(b, "llvm.x86.avx512.vpdpwssd.256", v[0].type, [*v]), acc, x, w)
+        return by_halves(b, lambda b, *v: call(b, "llvm.x86.avx512.vpdpwssd.256", v[0].type, [*v]), acc, x, w)
     if how == "avx2":
-        return halves(b, lambda b, a, x, w: b.add(a, maddwd(b, x, w)), acc, x, w)
+        return by_halves(b, lambda b, a, x, w: b.add(a, maddwd(b, x, w)), acc, x, w)
     x, w, half = b.bitcast(x, V16I), b.bitcast(w, V16I), constant(V16I, 16)
     low = [b.ashr(b.shl(v, half), half) for v in (x, w)]
     return b.add(acc, b.add(b.mul(*low), b.mul(b.ashr(x, half), b.ashr(w, half))))

@@ -6,30 +6,19 @@ the float32 steps that follow are those of the definitions in `ops/linear.py`.
 
 from llvmlite import ir
 
-from lockstep.runtime.emit import cut, fma, halves_f32, join, moved, pinned, read, spread, spread4, vector, words
+from lockstep.runtime.emit import by_halves, fma, halves_f32, moved, pinned, read, spread, spread4, vector, words
 from lockstep.runtime.simd import F32, I1, I16, I32, call, constant, splat
 
 Q4_1_BYTES, Q5_0_BYTES, Q5_1_BYTES = 320, 320, 384  # of a panel's stream, for 32 k (see weights/pack_q5.py)
 
 
-def vnni512(b, acc, w, a):
-    return call(b, "llvm.x86.avx512.vpdpbusd.512", acc.type, [acc, w, a])
-
-
-def vnni256(b, acc, w, a):
-    return call(b, "llvm.x86.avx512.vpdpbusd.256", acc.type, [acc, w, a])
+def vnni(b, acc, w, a):
+    return call(b, f"llvm.x86.avx512.vpdpbusd.{32 * acc.type.count}", acc.type, [acc, w, a])
 
 
 def sdot(b, acc, w, a):
     """Signed by signed, four lanes at a time."""
-    name, quarter = "llvm.aarch64.neon.sdot.v4i32.v16i8", vector(I32, 4)
-    return join(
-        b,
-        *[
-            call(b, name, quarter, [cut(b, acc, 4 * h, 4), cut(b, w, 16 * h, 16), cut(b, a, 16 * h, 16)])
-            for h in (0, 1)
-        ],
-    )
+    return by_halves(b, lambda b, *v: call(b, "llvm.aarch64.neon.sdot.v4i32.v16i8", v[0].type, [*v]), acc, w, a)
 
 
 def widened(b, acc, w, a):
@@ -59,7 +48,7 @@ def pair_sums(b, v):
     return maddwd(b, v, constant(v.type, 1))
 
 
-WIDE = {"avx512_vnni": vnni512, "avx_vnni": vnni256, "sdot": sdot, "generic": widened}
+WIDE = {"avx512_vnni": vnni, "avx_vnni": vnni, "sdot": sdot, "generic": widened}
 
 
 # ---------------------------------------------------------------- 8 bits
@@ -151,12 +140,17 @@ def _q8_avx2_rows(s, i):
 
 def q4_0(s):
     """acc = fma(float(dot), w_scale * a_scale, acc), codes minus 8: bias is -128 * sum, so bias >> 4 is -8 * sum."""
+    return _with_zero_points(s, dots_u4, 256, 4)
+
+
+def _with_zero_points(s, dots, num_bytes, shift):
+    """dots: of unsigned codes, which count bias >> shift too much. num_bytes: of a block in a panel."""
 
     def block(i, acc):
-        start = s.b.mul(i, s.int(256))
-        return scale_add(s, acc, dots_u4(s, i, start, zero_points(s, i, 4)), w_scales(s, i), i)
+        start = s.b.mul(i, s.int(num_bytes))
+        return scale_add(s, acc, dots(s, i, start, zero_points(s, i, shift)), w_scales(s, i), i)
 
-    return s.blocks(32, block, 256, 32)
+    return s.blocks(32, block, num_bytes, 32)
 
 
 def nibbles(b, v):
@@ -216,12 +210,7 @@ def _unsigned_avx2(s, i, columns, first, groups):
 
 def q5_0(s):
     """acc = fma(float(dot), w_scale * a_scale, acc), codes minus 16: bias is -128 * sum, so bias >> 3 is -16 * sum."""
-
-    def block(i, acc):
-        start = s.b.mul(i, s.int(Q5_0_BYTES))
-        return scale_add(s, acc, dots_u5(s, i, start, zero_points(s, i, 3)), w_scales(s, i), i)
-
-    return s.blocks(32, block, Q5_0_BYTES, 32)
+    return _with_zero_points(s, dots_u5, Q5_0_BYTES, 3)
 
 
 def dots_u5(s, i, start, first):

@@ -125,8 +125,7 @@ def _home() -> str:
 @functools.cache
 def _named_folder(named: str) -> Path:
     try:
-        folder = make_private(Path(os.path.abspath(os.path.expanduser(named))))
-        _check_writable(folder)
+        return _writable(Path(os.path.abspath(os.path.expanduser(named))))
     except NotPrivate as error:
         raise ValueError(f"{VARIABLE}: {error}") from None
     except OSError as error:
@@ -134,7 +133,6 @@ def _named_folder(named: str) -> Path:
             f"{VARIABLE} {named!r}: cannot be written ({error.strerror or error}); expected a folder that "
             "can hold compiled kernels"
         ) from None
-    return folder
 
 
 @functools.cache
@@ -142,14 +140,14 @@ def _usual_folder(xdg: str | None, home: str) -> Path:
     usual = [Path(xdg)] if xdg and os.path.isabs(xdg) else [Path(home) / ".cache"] if home else []
     for folder in (*(base / "lockstep" for base in usual), Path(tempfile.gettempdir()) / f"lockstep-{os.getuid()}"):
         with contextlib.suppress(OSError, NotPrivate):
-            made = make_private(folder.absolute())
-            _check_writable(made)
-            return made
+            return _writable(folder.absolute())
     folder = Path(tempfile.mkdtemp(prefix="lockstep-"))  # somebody else has taken our place: one for this process only
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 
-def _check_writable(folder: Path) -> None:
-    with tempfile.TemporaryFile(dir=folder):
-        pass
+def _writable(folder: Path) -> Path:
+    """`make_private`, and OSError if it cannot be written."""
+    made = make_private(folder)
+    with tempfile.TemporaryFile(dir=made):
+        return made

@@ -77,7 +77,7 @@ def test_event_loops_read_streams_too(running, alone):
 
 def test_samples_of_a_prompt_are_streams_of_their_own(running, model):
     params = SamplingParams(max_tokens=6, temperature=1.0, seed=9, ignore_eos=True, n=3)
-    found = [[t.id for t in stream] for stream in running.submit_samples(PROMPTS[1], params)]
+    found = [[t.id for t in stream] for stream in running.submit_all([(PROMPTS[1], params)])]
     assert found == [answer(model, PROMPTS[1], p).known[70:] for p in samples(params)]
     with pytest.raises(ValueError, match="n: expected 1"):
         running.submit(PROMPTS[1], params)

@@ -89,6 +89,11 @@ def test_windows():
     assert windows({**CASES["smollm3_window_by_type"], "layer_types": None}) == [0] * 3
 
 
+def test_a_list_of_ropes_may_be_longer_than_the_model():
+    longer, exact = (case("smollm3", no_rope_layers=[1, 0, 1, 0][:n]) for n in (4, 3))
+    assert model_config(longer) == model_config(exact)
+
+
 def test_layers_without_experts():
     assert [layer.dense for layer in model_config(CASES["qwen3_moe_some_dense"]).layers] == [True, True, True, False]
     assert model_config(CASES["qwen3_moe_some_dense"]).ffn_width == 96

@@ -61,21 +61,27 @@ class Linear(Operands):
 
     @property
     def kind(self):
-        return f"linear_{self.format}" if self.format else "linear"
+        return f"{self.name()}_{self.format}" if self.format else self.name()
+
+    @property
+    def row_values(self):
+        """How many values a row of x has."""
+        return self.in_features
 
     def flops(self, context):
         return 2 * self.in_features * self.out_features
 
     def check(self):
+        name = type(self).__name__
         if self.format not in ("", self.weight.format):
-            raise ValueError(f"Linear: format is {self.format!r}, expected that of the weight, {self.weight.format!r}")
-        check_rows(self, "x", PREPARATION[self.format] if self.format else "", self.in_features)
+            raise ValueError(f"{name}: format is {self.format!r}, expected that of the weight, {self.weight.format!r}")
+        check_rows(self, "x", PREPARATION[self.format] if self.format else "", self.row_values)
         block = BLOCK_FORMATS[self.weight.format].BLOCK_SIZE if self.weight.format in BLOCK_FORMATS else 1
         if not 0 < self.in_features or self.in_features % block:
-            raise ValueError(f"Linear: in_features is {self.in_features}, expected a positive multiple of {block}")
+            raise ValueError(f"{name}: in_features is {self.in_features}, expected a positive multiple of {block}")
         if self.column % 16 or self.column + padded_width(self.out_features) > self.width:
             raise ValueError(
-                f"Linear: {self.out_features} features from column {self.column} on do not fit a row of {self.width} "
+                f"{name}: {self.out_features} features from column {self.column} on do not fit a row of {self.width} "
                 f"in whole panels of 16"
             )
 
@@ -258,7 +264,7 @@ def row_dot_q6_k(x, w, n, K):
 
 
 @inlined
-def _finish(a, t, n, value):
+def finish(a, t, n, value):
     """Adds the residual, if the layer has one, and stores feature n of row t."""
     place = 4 * (a.width * t + a.column + n)
     poke(a.out + place, float32(peek(a.residual + place, float32) + value if a.residual else value))
@@ -270,7 +276,7 @@ def _linear(op, step, thread, num_threads):
     for t in range(num_rows(op, step)):
         x = READ(a.x + ROW_BYTES(a.in_features) * t, a.in_features)
         for n in contiguous((a.out_features + 15) // 16 * 16, thread, num_threads):
-            _finish(a, t, n, DOT(x, a.weight, n, a.in_features))
+            finish(a, t, n, DOT(x, a.weight, n, a.in_features))
 
 
 def _rows(weight, fields):

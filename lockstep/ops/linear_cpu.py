@@ -13,6 +13,7 @@ from typing import NamedTuple
 from numba import int64, njit
 
 from lockstep.ops.activations import ROW_FORMATS
+from lockstep.ops.grouped_linear import GroupedLinear
 from lockstep.ops.linear import PREPARATION, Linear
 from lockstep.runtime.backend import Implementation, Layout
 from lockstep.runtime.kernel import STRICT, inlined, variant
@@ -36,8 +37,8 @@ K_UNIT = 256  # the largest block of a format
 CACHE_BYTES = 192 * 1024  # activations that stay in the second-level cache while panels pass by
 CLAIMS_FEW_ROWS, CLAIMS_MANY_ROWS = 8, 16  # of a thread: long streams for memory, even ends for arithmetic
 MAX_CLAIM = 64  # panels
-# of a variant: the format and its sizes, whether every row is alone, and what makes the tiles
-FORMAT = BLOCK = PANEL_BYTES = ROW_BYTES = ALONE = SWEEP = None
+# of a variant: the op and its rows, the format and its sizes, whether every row is alone, and what makes the tiles
+OP = ROWS_OF = FORMAT = BLOCK = PANEL_BYTES = ROW_BYTES = ALONE = SWEEP = None
 
 
 class Format(NamedTuple):
@@ -128,8 +129,21 @@ def part_of_k(K, panel, rows):
     return K if rows <= FEW_ROWS else min(K, max(K_UNIT, part))
 
 
+@inlined
+def whole_rows(a, row, p):
+    """Where the rows of x lie that panel p multiplies; row: bytes of in_features values."""
+    return Rows(a.x, row)
+
+
+@inlined
+def rows_of_group(a, row, p):
+    """The same where each group of panels has values of its own, side by side in a row."""
+    return Rows(a.x + row * (16 * p // (a.out_features // a.groups)), row * a.groups)
+
+
 class Sizes(NamedTuple):
-    """Bytes of a row of x and of a panel, how many rows are worked on at a time, how much of K, and panels in all."""
+    """Bytes of in_features values of x and of a panel, how many rows are worked on at a time, how much of K, and panels
+    in all."""
 
     row: int
     panel: int
@@ -157,20 +171,21 @@ def output_at(a, t, p, num_panels, k, is_last):
 
 
 @merged
-def sweep_claim(format, sweep, a, sizes, claim):
+def sweep_claim(format, sweep, rows_of, a, sizes, claim):
     """A claim of the layer `a`, some rows and a part of K at a time."""
     K, row, panel = a.in_features, sizes.row, sizes.panel
     for t in range(claim.start, claim.end, sizes.at_once):
         after = claim.first if t + sizes.at_once < claim.end else claim.after
         for p in range(claim.first, claim.last, COLS):
             next_p = p + COLS if p + COLS < claim.last else after
+            x = rows_of(a, row, p)
             for k in range(0, K, sizes.part):
                 next_k, q = (k + sizes.part, p) if k + sizes.part < K else (0, next_p)
                 codes, scales = a.weight.codes + panel * p + panel * k // K, a.weight.d + K * p + k
                 next_codes = a.weight.codes + panel * q + panel * next_k // K
                 sweep(
                     format,
-                    Rows(a.x + row * t + row * k // K, row),
+                    Rows(x.address + x.stride * t + row * k // K, x.stride),
                     Panels(codes, panel, scales, K, min(sizes.part, K - k)),
                     output_at(a, t, p, sizes.num_panels, k, next_k == 0),
                     Ahead(next_codes, a.weight.d + K * q + next_k, ALL_PANELS),
@@ -184,7 +199,7 @@ def linear(op, step, thread, num_threads):
     Claims are runs of panels by all rows, or by one. A claim is taken while the one before is worked on, so that its
     first panels can be brought near.
     """
-    a, T = Linear.read(op), num_rows(op, step)
+    a, T = OP.read(op), num_rows(op, step)
     K, unit, num_panels = a.in_features, 1 if ALONE else T, (a.out_features + 15) // 16
     row, panel, size = (
         ROW_BYTES(K),
@@ -197,14 +212,16 @@ def linear(op, step, thread, num_threads):
     while claim * unit < num_claims * T:
         start, first = claim // num_claims * unit, claim % num_claims * size
         end, last = min(start + unit, T), min(first + size, num_panels)
-        sweep_claim(FORMAT, SWEEP, a, sizes, Claim(start, end, first, last, next_claim % num_claims * size))
+        sweep_claim(FORMAT, SWEEP, ROWS_OF, a, sizes, Claim(start, end, first, last, next_claim % num_claims * size))
         claim, next_claim = next_claim, fetch_add(counter, 1)
 
 
 CPU, PER_TOKEN = {}, {}  # per token every row reads all weights anew, with the same one-row tile
 for _name, _format in FORMATS.items():
-    for _table, _sweep, _suffix in ((CPU, together, ""), (PER_TOKEN, alone, "_per_token")):
-        _kernel = f"linear_{_name}{_suffix}"
-        _how = constants(_name) | dict(ALONE=_sweep is alone, SWEEP=_sweep)
-        globals()[_kernel] = variant(linear, _kernel, **_how)
-        _table[f"linear_{_name}"] = Implementation(globals()[_kernel], _format.layout, flushes=_name == "bf16")
+    for _op, _rows_of in ((Linear, whole_rows), (GroupedLinear, rows_of_group)):
+        for _table, _sweep, _suffix in ((CPU, together, ""), (PER_TOKEN, alone, "_per_token")):
+            _kind = f"{_op.name()}_{_name}"
+            _how = constants(_name) | dict(OP=_op, ROWS_OF=_rows_of, ALONE=_sweep is alone, SWEEP=_sweep)
+            globals()[_kind + _suffix] = variant(linear, _kind + _suffix, **_how)
+            _kernel = globals()[_kind + _suffix]
+            _table[_kind] = Implementation(_kernel, _format.layout, flushes=_name == "bf16")

@@ -1,0 +1,58 @@
+"""A block-diagonal linear layer: each group of a row's values has weights of its own. The definition.
+
+    out[t, g N + n] = x[t, g K .. (g + 1) K] . W[g N + n]        G groups of K values and N features
+
+As the first half of a low-rank projection of attention's output (DeepSeek-V4: 8 groups of 4096 values to 1024 features,
+then 8192 to 4096), whose second half reads the rows of out as they are. Every element is what `ops/linear.py` defines
+for those values and that row of the weight.
+"""
+
+from lockstep.ops.linear import FORMATS, PRODUCTS, Linear, finish
+from lockstep.ops.share import contiguous
+from lockstep.runtime.backend import Implementation
+from lockstep.runtime.kernel import variant
+from lockstep.runtime.step import num_rows
+
+PANELS = 32  # features of a group come in as many at a time as the widest tile has
+ROW_BYTES = READ = DOT = None  # of a variant: as in `ops/linear.py`
+
+
+class GroupedLinear(Linear):
+    """`Linear` whose rows of x are `groups` groups of in_features values; W [out_features, in_features], group by group.
+
+    Groups have the same number of features, a multiple of 32.
+    """
+
+    group = "grouped_linear"
+    groups: int
+
+    @property
+    def row_values(self):
+        return self.groups * self.in_features
+
+    def check(self):
+        if self.groups < 1 or self.out_features % (PANELS * self.groups):
+            raise ValueError(
+                f"GroupedLinear: {self.out_features} features in {self.groups} groups, expected a multiple of {PANELS} "
+                f"in each"
+            )
+        super().check()
+
+
+def _grouped_linear(op, step, thread, num_threads):
+    """Row by row and group by group, each thread a contiguous share of the features."""
+    a = GroupedLinear.read(op)
+    K, N = a.in_features, a.out_features // a.groups
+    for t in range(num_rows(op, step)):
+        for g in range(a.groups):
+            x = READ(a.x + ROW_BYTES(K) * (a.groups * t + g), K)
+            for n in contiguous(N, thread, num_threads):
+                finish(a, t, N * g + n, DOT(x, a.weight, N * g + n, K))
+
+
+for _name, _constants in PRODUCTS.items():
+    globals()[f"_grouped_linear_{_name}"] = variant(_grouped_linear, f"_grouped_linear_{_name}", **_constants)
+REFERENCE = {
+    f"grouped_linear_{format}": Implementation(globals()[f"_grouped_linear_{product}"], layout)
+    for format, (product, layout) in FORMATS.items()
+}

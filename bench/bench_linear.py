@@ -2,9 +2,11 @@
 
     python bench/bench_linear.py [--formats q8_0,bf16] [--rows 1,4,512] [--shapes 4096x1024] [--per-token] [--threads 2]
 
-One line for each format, shape and number of rows: time, GOP/s (two for each multiply-add), GB/s of packed weights, and
-both as shares of the ceilings. Weights of all copies together exceed the caches, so that one row reads from memory as
-in a model. Ceilings, formats and rows are interleaved; medians of the rounds are reported.
+A shape is features x values, for a block-diagonal layer (`grouped_linear`) features of all groups x values of one x
+groups, as 8192x4096x8. One line for each format, shape and number of rows: time, GOP/s (two for each multiply-add),
+GB/s of packed weights, and both as shares of the ceilings. Weights of all copies together exceed the caches, so that
+one row reads from memory as in a model. --per-token: also the baseline, which reads the weights anew for each row, and
+how many times as long that takes. Ceilings, formats and rows are interleaved; medians of the rounds are reported.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import itertools
 import statistics
 import threading
 import time
+from functools import partial
 
 import numpy as np
 from numba import njit
@@ -19,6 +22,7 @@ from numba import njit
 from bench.bench_elementwise import nothing
 from lockstep.models.record import INTEGER_FORMATS
 from lockstep.ops import activations_cpu, linear_cpu
+from lockstep.ops.grouped_linear import GroupedLinear
 from lockstep.ops.linear import Linear
 from lockstep.ops.rewrite import lower
 from lockstep.runtime.backend import Implementation
@@ -143,24 +147,27 @@ def _aligned_copy(array):
 class Case:
     """One format and shape, ready to run with any number of rows."""
 
-    def __init__(self, format, N, K, max_rows, team, table):
-        self.format, self.N, self.K, self.times = format, N, K, {}
+    def __init__(self, format, shape, max_rows, team, table):
+        (N, K, *groups), self.shape, self.times = map(int, shape.split("x")), shape, {}
+        self.format, self.N, self.K, self.groups, self.table = format, N, K, groups, table
         part = stored(format, N, K)
-        packed = table[f"linear_{format}"].layout.make(Weight("w", format, (N, K), (part,)))
+        packed = linear_cpu.CPU[f"linear_{format}"].layout.make(Weight("w", format, (N, K), (part,)))
         self.weight_bytes = sum(a.nbytes for a in packed)
         self.copies = max(1, -(-CACHES // self.weight_bytes))
         self.executor = self._executor(table, part, max_rows, team)
 
     def _executor(self, table, part, max_rows, team):
         program, sizes = Program(), dict(in_features=self.K, out_features=self.N, width=self.N, column=0)
-        x, out = program.tensor("x", "T", self.K), program.tensor("out", "T", self.N)
+        declared = partial(GroupedLinear, groups=self.groups[0]) if self.groups else Linear
+        width = self.K * (self.groups[0] if self.groups else 1)
+        x, out = program.tensor("x", "T", width), program.tensor("out", "T", self.N)
         program.emit(Given(out=x))
         for i in range(self.copies):
             weight = Weight(f"w{i}", self.format, (self.N, self.K), (part,))
-            program.emit(Linear(out=out, x=x, weight=weight, **sizes))
+            program.emit(declared(out=out, x=x, weight=weight, **sizes))
         backend = {**activations_cpu.CPU, **table, "given": Implementation(nothing)}
         executor = Executor(lower(program), backend, team, Copies(), {"T": max_rows}, {}, keep=True)
-        executor.view(x, max_rows)[...] = np.random.default_rng(1).standard_normal((max_rows, self.K), np.float32)
+        executor.view(x, max_rows)[...] = np.random.default_rng(1).standard_normal((max_rows, width), np.float32)
         return executor
 
     def run(self, rows):
@@ -171,14 +178,17 @@ class Case:
         self.times.setdefault(rows, []).append((clock[-1] - clock[-1 - self.copies]) / 1e9 / self.copies)
 
 
-def report(case, rows, ceilings):
+def report(case, rows, ceilings, together=None):
+    """together: the case whose baseline this is."""
     seconds = statistics.median(case.times[rows])
-    gops, read = 2 * rows * case.N * case.K / seconds / 1e9, case.weight_bytes / seconds / 1e9
+    gops, times_read = 2 * rows * case.N * case.K / seconds / 1e9, rows if together else 1
+    read = times_read * case.weight_bytes / seconds / 1e9
     peak = ceilings.of("int8" if case.format.startswith("q") else "float32")
+    times = f"  per token: {seconds / statistics.median(together.times[rows]):.2f} times as long" if together else ""
     print(
-        f"{case.format:5s} {case.N:6d}x{case.K:<5d} rows {rows:4d}  {seconds * 1e6:9.1f} us  "
+        f"{case.format:5s} {case.shape:14s} rows {rows:4d}  {seconds * 1e6:9.1f} us  "
         f"{gops:7.1f} GOP/s {gops / peak:5.0%}"
-        f"  {read:5.1f} GB/s {read / ceilings.of('read'):5.0%}",
+        f"  {read:5.1f} GB/s {read / ceilings.of('read'):5.0%}{times}",
         flush=True,
     )
 
@@ -190,20 +200,19 @@ def main():
     parser.add_argument("--rows", default="1,2,4,8,512")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--per-token", action="store_true", help="the baseline: one row at a time")
+    parser.add_argument("--per-token", action="store_true", help="the baseline, too: one row at a time")
     args = parser.parse_args()
-    table = linear_cpu.PER_TOKEN if args.per_token else linear_cpu.CPU
+    tables = [linear_cpu.CPU, linear_cpu.PER_TOKEN][: 1 + args.per_token]
     rows = [int(r) for r in args.rows.split(",")]
     team, ceilings = Team(args.threads), Ceilings(args.threads)
     for shape in args.shapes.split(","):
-        N, K = map(int, shape.split("x"))
-        cases = [Case(format, N, K, max(rows), team, table) for format in args.formats.split(",")]
+        cases = [Case(format, shape, max(rows), team, table) for format in args.formats.split(",") for table in tables]
         for _ in range(args.rounds):
             ceilings.measure()
             for case, r in itertools.product(cases, rows):
                 case.run(r)
-        for case, r in itertools.product(cases, rows):
-            report(case, r, ceilings)
+        for i, r in itertools.product(range(len(cases)), rows):
+            report(cases[i], r, ceilings, cases[i - 1] if cases[i].table is linear_cpu.PER_TOKEN else None)
     print(ceilings)
     team.close()
 

@@ -18,7 +18,7 @@ ROW_BYTES = READ = DOT = None  # of a variant: as in `ops/linear.py`
 
 
 class GroupedLinear(Linear):
-    """`Linear` whose rows of x are `groups` groups of in_features values; W [out_features, in_features], group by group.
+    """`Linear` whose rows of x are `groups` groups of in_features values, as W [out_features, in_features] is of rows.
 
     Groups have the same number of features, a multiple of 32.
     """

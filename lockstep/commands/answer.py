@@ -56,6 +56,6 @@ def answer(llm, prompt, params, on_text, stopped=lambda: False):
 
 def _advance(llm, stream, timing, started) -> None:
     timing.total = time.perf_counter() - started
-    timing.num_output += 1
+    timing.num_output = len(stream.request.output_ids)
     timing.first_token = timing.first_token or timing.total
     stream.advance()

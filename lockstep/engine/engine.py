@@ -4,13 +4,14 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 
 from lockstep.engine import selfcheck
 from lockstep.engine.answer_text import AnswerText, Detokenizer
 from lockstep.engine.cache_size import num_pages
+from lockstep.engine.drafts import MAX_DRAFTS, SOURCES, Drafter
 from lockstep.engine.embedding import Pool
 from lockstep.engine.memory import Memory
 from lockstep.engine.model import Model
@@ -40,7 +41,9 @@ LOWEST = {
     "state_every": PAGE_TOKENS,
     "prompt_state_from": 0,
     "cache_dir_bytes": 0,
+    "draft": 1,
 }
+HIGHEST = {"kv_tokens": 1 << 62, "state_bytes": 1 << 62, "cache_dir_bytes": 1 << 62, "draft": MAX_DRAFTS}
 MAY_BE_NONE = ("kv_tokens", "threads", "prompt_state_from")
 
 
@@ -54,7 +57,9 @@ class EngineOptions:
     checkpoints of recurrent state, for models that have one; state_every: tokens from one checkpoint to the next, a
     multiple of 64; prompt_state_from: length from which prompts get one near their end, too (None: 2048, or any with
     a cache_dir): it takes a step of its own, which costs a shorter prompt more than 3 %. cache_dir: a folder that
-    keeps prefixes across restarts, of at most cache_dir_bytes.
+    keeps prefixes across restarts, of at most cache_dir_bytes. speculate: "lookup": tokens that followed the same few
+    tokens earlier in the prompt or the answer are computed as drafts, up to `draft` of a request in a step, and kept
+    where they are what the model chooses: no answer changes. "off": none.
     """
 
     max_step_tokens: int = 512
@@ -67,19 +72,32 @@ class EngineOptions:
     prompt_state_from: int | None = None
     cache_dir: str | os.PathLike | None = None
     cache_dir_bytes: int = 8 << 30
+    speculate: str = "off"
+    draft: int = 4
 
     def __post_init__(self) -> None:
         for name, low in LOWEST.items():
-            value, high = getattr(self, name), 1 << 62 if name.endswith(("_bytes", "kv_tokens")) else MANY
+            value, high = getattr(self, name), HIGHEST.get(name, MANY)
             if (type(value) is int and low <= value <= high) or (value is None and name in MAY_BE_NONE):
                 continue
             raise ValueError(f"{name}: expected an integer of at least {low} (and at most {high}), got {value!r:.80}")
+        if not (isinstance(self.speculate, str) and self.speculate in SOURCES):
+            raise ValueError(f"speculate: expected one of {', '.join(SOURCES)}, got {self.speculate!r:.80}")
         if not isinstance(self.prefix_cache, bool):
             raise ValueError(f"prefix_cache: expected True or False, got {self.prefix_cache!r}")
         if self.cache_dir is not None and not (isinstance(self.cache_dir, (str, os.PathLike)) and str(self.cache_dir)):
             raise ValueError(f"cache_dir: expected a folder or None, got {self.cache_dir!r}")
         if self.state_every % PAGE_TOKENS:
             raise ValueError(f"state_every: expected a multiple of {PAGE_TOKENS}, got {self.state_every}")
+
+
+class Planned(NamedTuple):
+    """What a request does in a step: how many of its tokens are computed, and which drafts after them."""
+
+    request: Request
+    count: int
+    drafts: list[int]
+    span: Span
 
 
 class Engine:
@@ -101,7 +119,14 @@ class Engine:
     ) -> None:
         self.eos_ids = frozenset(model.config.eos_ids) if eos_ids is None else eos_ids
         self.new_detokenizer = new_detokenizer
-        num_sampled = max(options.max_requests, min(options.max_step_tokens, PROMPT_ROWS))
+        speculates = options.speculate != "off"
+        if speculates and any(cache.kind == "state" for cache in model.recorded.caches):
+            raise ValueError(
+                f"speculate: expected off, got {options.speculate}: this model's layers with recurrent state cannot "
+                "forget a draft"
+            )
+        rows = max(PROMPT_ROWS, options.max_requests * (1 + options.draft) if speculates else 0)
+        num_sampled = max(options.max_requests, min(options.max_step_tokens, rows))
         limits = Limits(options.max_step_tokens, options.max_requests, num_pages(model, options), num_sampled)
         self.model, self.limits, self.team = model, limits, Team(options.threads or num_cores())
         try:
@@ -115,7 +140,9 @@ class Engine:
                 array.fill(0)  # the system hands out pages at the first touch: better now than within a request
         selfcheck.check(self.runner.program, self.runner.executor.backend, on_compile)
         self.scheduler = Scheduler(limits, self._prefix_cache(options))
-        self._ids, self.num_generated, self.num_not_finite = itertools.count(), 0, 0
+        source = SOURCES[options.speculate]
+        self.drafter = Drafter(self.scheduler, source, options.draft, self.eos_ids) if source else None
+        self._ids, self.num_generated, self.num_accepted, self.num_not_finite = itertools.count(), 0, 0, 0
 
     def _prefix_cache(self, options: EngineOptions) -> Callable[[PageAllocator], PrefixCache] | None:
         """Makes the prefix cache, given the PageAllocator; None where it is not wanted or could keep nothing."""
@@ -209,42 +236,61 @@ class Engine:
         plan, changed = self._prepare()
         if not plan:
             return changed
-        tokens, logprobs, _ = self.runner.step([span for _, _, span in plan])
+        tokens, logprobs, _ = self.runner.step([planned.span for planned in plan])
         row = hidden_row = 0
-        for request, count, span in plan:
-            self.scheduler.computed(request, count)
+        for planned in plan:
+            request = planned.request
+            self.scheduler.computed(request, planned.count)
             if request.num_left == 0:
                 changed.append(request)
             if request.pool is None:
-                row = self._take_sampled(request, span, row, tokens, logprobs)
+                row = self._take_sampled(planned, row, tokens, logprobs)
             else:
-                hidden_row = self._take_hidden(request, request.pool, span, hidden_row)
+                hidden_row = self._take_hidden(request, request.pool, planned.span, hidden_row)
         return changed
 
-    def _prepare(self) -> tuple[list[tuple[Request, int, Span]], list[Request]]:
-        """What runs in the next step, [(request, number of tokens, Span), ...], and the requests that failed."""
+    def _prepare(self) -> tuple[list[Planned], list[Request]]:
+        """What runs in the next step, and the requests that failed."""
         plan, failed = [], []
-        for request, count in within_rows(self.scheduler.schedule(), self.runner.limits.max_sampled):
+        wanted = within_rows(self.scheduler.schedule(), self.runner.limits.max_sampled)
+        spare = self.drafter.spare(wanted) if self.drafter else None
+        for request, count in wanted:
             try:
                 if request.finish_reason is None:
-                    plan.append((request, count, self._span(request, count)))
+                    drafts = self.drafter.draft(request, spare) if self.drafter and spare else []
+                    plan.append(Planned(request, count, drafts, self._span(request, count, drafts)))
             except Refused as error:
                 failed.append(self.fail(request, error))
-        return [each for each in plan if each[0].finish_reason is None], failed  # a mask may have cancelled some
+        return [each for each in plan if each.request.finish_reason is None], failed  # a mask may have cancelled some
 
-    def _span(self, request: Request, count: int) -> Span:
+    def _span(self, request: Request, count: int, drafts: list[int]) -> Span:
         start, end = request.num_computed, request.num_computed + count
-        sampled = sampled_rows(request, start, end, self.eos_ids, self.model.config.vocab_size)
+        sampled = sampled_rows(request, start, end, self.eos_ids, self.model.config.vocab_size, drafts)
         embedded = request.pool.rows(start, end) if request.pool is not None else ()
-        return Span(request.token_ids(start, end), start, request.pages, request.running_slot, sampled, embedded)
+        token_ids = request.token_ids(start, end) + drafts
+        return Span(token_ids, start, request.pages, request.running_slot, sampled, embedded)
 
-    def _take_sampled(self, request: Request, span: Span, row: int, tokens: np.ndarray, logprobs: np.ndarray) -> int:
+    def _take_sampled(self, planned: Planned, row: int, tokens: np.ndarray, logprobs: np.ndarray) -> int:
         """Takes in the sampled rows of a span, the first of which is `row`; returns the row after them."""
-        row = take_prompt_rows(request, span, row, self.runner, logprobs)
+        request = planned.request
+        row = take_prompt_rows(request, planned.span, row, self.runner, logprobs)
         if request.num_left:
             return row
         self._take_token(request, int(tokens[row]), float(logprobs[row]), row)
-        return row + 1
+        for i, draft in enumerate(planned.drafts, row + 1):
+            if request.finish_reason is not None or request.output_ids[-1] != draft:
+                break
+            self._accept(request)
+            self._take_token(request, int(tokens[i]), float(logprobs[i]), i)
+        if planned.drafts and request.finish_reason is None:
+            self.scheduler.settle(request)
+        return row + 1 + len(planned.drafts)
+
+    def _accept(self, request: Request) -> None:
+        """A request's newest token was drafted: it has been computed already."""
+        request.num_accepted += 1
+        self.num_accepted += 1
+        self.scheduler.computed(request, 1)
 
     def _take_hidden(self, request: Request, pool: Pool, span: Span, row: int) -> int:
         """The same for its embedded rows."""
@@ -314,6 +360,7 @@ class Engine:
             pages_idle=pages.num_idle,
             pages_evicted=pages.num_evicted,
             generated_tokens=self.num_generated,
+            accepted_drafts=self.num_accepted,
             not_finite=self.num_not_finite,
         )
         return made | (prefix.report() if prefix else {})

@@ -9,6 +9,7 @@ from typing import Any, SupportsIndex
 
 from lockstep.engine.answer_text import AnswerText
 from lockstep.engine.embedding import POOLINGS, Pool
+from lockstep.engine.lookup import Lookup
 from lockstep.engine.sampling import Adjustment
 from lockstep.ops.sample import MAX_LOGPROBS
 
@@ -218,6 +219,9 @@ class Request:
     priority: int = 0  # the lower goes first; then whoever came first
     cache_salt: str = ""  # only requests with the same salt share cached prefixes
     num_preemptions: int = 0
+    lookup: Lookup | None = None  # made with the first draft
+    num_drafted: int = 0  # tokens that were guessed and computed
+    num_accepted: int = 0  # of those, the ones that were right
     num_cached: int = 0  # tokens of the prompt that the prefix cache had when it was first admitted
     # what the prefix cache knows: names of full blocks, how many of its pages have theirs, where a known prefix ends
     # that has no state, the newest kept state of its output, the names of blocks that it is the first to compute, and

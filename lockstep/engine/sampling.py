@@ -39,6 +39,7 @@ class Adjustment:
         self, prompt_ids: Sequence[int], params: "SamplingParams", eos_ids: frozenset[int], vocab_size: int
     ) -> None:
         self._params, self._num_logged = params, 0
+        self._drafts: list[int] = []  # the last that are logged
         self._counts: Counter[int] = Counter()
         repeats = params.repetition_penalty != 1
         self._prompt = list(dict.fromkeys(prompt_ids)) if repeats else []
@@ -56,21 +57,27 @@ class Adjustment:
         penalties = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
         self._record[0] = (*memory, len(self._bias), *penalties)
 
-    def fields(self, output_ids: list[int]) -> dict[str, int]:
-        """Fields of the SAMPLING_RECORD of the token after these; none if nothing is asked. Refused for a bad mask."""
-        self._log(output_ids)
+    def fields(self, output_ids: list[int], drafts: Sequence[int] = ()) -> dict[str, int]:
+        """Fields of the SAMPLING_RECORD of the token after these; none if nothing is asked. Refused for a bad mask.
+
+        drafts: tokens that are taken to follow the output until the next call. They go with no mask.
+        """
+        self._log(output_ids, drafts)
         num_seen = len(self._prompt) + self._num_logged
         mask = self._mask(output_ids)
-        num_banned = len(self._banned) if len(output_ids) < self._params.min_tokens else 0
+        num_banned = len(self._banned) if len(output_ids) + len(drafts) < self._params.min_tokens else 0
         if mask and num_banned and not self._may_go_on():
             num_banned = 0  # a grammar that is complete ends the answer: nothing else is allowed
         if not (num_seen or num_banned or mask or len(self._bias)):
             return {}
         return dict(adjustment=self._record.ctypes.data, mask=mask, num_seen=num_seen, num_banned=num_banned)
 
-    def _log(self, output_ids: list[int]) -> None:
+    def _log(self, output_ids: list[int], drafts: Sequence[int]) -> None:
         if self._counts_output:
-            for token in output_ids[self._num_logged :]:
+            self._counts.subtract(self._drafts)
+            self._num_logged -= len(self._drafts)
+            self._drafts = list(drafts)
+            for token in output_ids[self._num_logged :] + self._drafts:
                 self._counts[token] += 1
                 self._seen[len(self._prompt) + self._num_logged] = token, self._counts[token]
                 self._num_logged += 1
@@ -113,9 +120,10 @@ def adjusts(params: "SamplingParams") -> bool:
 
 
 def sampled_rows(
-    request: "Request", start: int, end: int, eos_ids: frozenset[int], vocab_size: int
+    request: "Request", start: int, end: int, eos_ids: frozenset[int], vocab_size: int, drafts: Sequence[int] = ()
 ) -> dict[int, dict[str, Any]]:
-    """{row: fields of a SAMPLING_RECORD} for tokens start .. end of a request, rows counted from start; or Refused."""
+    """{row: fields of a SAMPLING_RECORD} for tokens start .. end of a request and drafts after them, rows counted from
+    start; or Refused."""
     p, prompt = request.params, request.prompt_ids
     rows: dict[int, dict[str, Any]] = {}
     if p.prompt_logprobs is not None:
@@ -126,23 +134,16 @@ def sampled_rows(
     if end == request.num_tokens and request.pool is None:
         if request.adjustment is None and adjusts(p):
             request.adjustment = Adjustment(prompt, p, eos_ids, vocab_size)
-        wishes = request.adjustment.fields(request.output_ids) if request.adjustment else {}
-        rows[end - 1 - start] = dict(
-            temperature=p.temperature,
-            top_p=p.top_p,
-            min_p=p.min_p,
-            top_k=p.top_k,
-            seed=p.seed,
-            position=end,
-            num_logprobs=p.logprobs or 0,
-            **wishes,
-        )
+        choice = dict(temperature=p.temperature, top_p=p.top_p, min_p=p.min_p, top_k=p.top_k, seed=p.seed)
+        for i in range(len(drafts) + 1):
+            wishes = request.adjustment.fields(request.output_ids, drafts[:i]) if request.adjustment else {}
+            rows[end - 1 - start + i] = dict(position=end + i, num_logprobs=p.logprobs or 0, **choice, **wishes)
     return rows
 
 
 def take_prompt_rows(request: "Request", span: "Span", row: int, runner: "Runner", logprobs: np.ndarray) -> int:
     """Takes in what the rows of a span from `row` on say about the prompt; returns the row after them."""
-    end, num_top = row + len(span.sampled) - (request.num_left == 0), request.params.prompt_logprobs
+    end, num_top = row + sum("given" in fields for fields in span.sampled.values()), request.params.prompt_logprobs
     request.prompt_logprobs += logprobs[row:end].tolist()
     if num_top:
         request.prompt_top_logprobs += [runner.alternatives(r, num_top) for r in range(row, end)]

@@ -156,6 +156,20 @@ class Scheduler:
                 return False
         return True
 
+    def lend(self, request: Request, count: int) -> int:
+        """Pages for up to `count` drafts after a request's next token, of those that nobody uses and that hold nothing;
+        for how many there is room. They are lent until `settle`."""
+        wanted = pages_for(request.num_computed + 1 + count) - len(request.pages)
+        blank = self.pages.num_free - self.pages.num_idle
+        request.pages += self.pages.take(min(wanted, blank)) or [] if wanted > 0 else []
+        return min(count, len(request.pages) * PAGE_TOKENS - request.num_computed - 1)
+
+    def settle(self, request: Request) -> None:
+        """Takes back what was lent to a running request and holds no computed token."""
+        kept = pages_for(request.num_computed)
+        self.pages.give_back(request.pages[kept:])
+        del request.pages[kept:]
+
     def preempt(self, request: Request) -> None:
         """Takes a running request's memory away; it waits again, with the tokens that it has."""
         self._release(request)

@@ -73,8 +73,9 @@ class LLM:
     "f32", "bf16", "q8_0" or "q4_0". kv_dtype: "bf16", "f32" or "q8". ops: swaps of the op table, such as
     {"linear": "reference"}. progress: called with (what, done, total) while weights are packed. prefix_cache: whether
     requests use what earlier ones computed for the same first tokens; cache_dir: a folder of at most cache_dir_bytes
-    that keeps it across restarts. needs_chat: refuse a model without a chat template. generation_config: where
-    sampling_defaults come from: "auto" (the model's own), "none", or a folder with a generation_config.json.
+    that keeps it across restarts. speculate, draft: see EngineOptions. needs_chat: refuse a model without a chat
+    template. generation_config: where sampling_defaults come from: "auto" (the model's own), "none", or a folder with a
+    generation_config.json.
     max_context: tokens that a prompt and its answer may have, never more than kv_tokens hold; None: the model's own, as
     far as its KV cache has room (in kv_tokens, or in half of the memory that is free beside the weights).
     verify_weights: read all of the weights, packed ones too, and check their hashes, although they were checked before.
@@ -100,6 +101,8 @@ class LLM:
         prefix_cache: bool = True,
         cache_dir: str | os.PathLike[str] | None = None,
         cache_dir_bytes: int = 8 << 30,
+        speculate: str = "off",
+        draft: int = 4,
         needs_chat: bool = False,
         generation_config: str = "auto",
         verify_weights: bool = False,
@@ -119,6 +122,8 @@ class LLM:
             prefix_cache=prefix_cache,
             cache_dir=cache_dir,
             cache_dir_bytes=cache_dir_bytes,
+            speculate=speculate,
+            draft=draft,
         )
         self.context = context_size(loaded, options, max_context)
         self.model = replace(loaded, max_context=self.context.num_tokens)

@@ -1,0 +1,232 @@
+"""Drafts change nothing but the time: answers, log-probabilities, cached bytes, who runs and who is preempted."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from lockstep.engine.drafts import MAX_DRAFTS, Drafter
+from lockstep.engine.engine import Engine, EngineOptions
+from lockstep.engine.memory import Memory
+from lockstep.engine.request import SamplingParams
+from lockstep.ops.kv_cache import PAGE_TOKENS
+from tests.promise.models import Case, load
+
+VOCABULARY = 96
+
+
+def repetitive(seed, length):
+    """A text of few phrases, so that its end was there before."""
+    rng = np.random.RandomState(seed)
+    phrases = [rng.randint(3, VOCABULARY, n).tolist() for n in (3, 7, 12)]
+    return [token for i in rng.randint(0, 3, length) for token in phrases[i]][:length]
+
+
+PROMPTS = [repetitive(i, n) for i, n in enumerate((1, 70, 3, 33, 129, 16, 62, 64))]
+PARAMS = [
+    SamplingParams(max_tokens=70, ignore_eos=True),
+    SamplingParams(max_tokens=40, temperature=0.8, seed=1, logprobs=3, ignore_eos=True),
+    SamplingParams(max_tokens=1, temperature=1.0, seed=2),
+    SamplingParams(max_tokens=90, repetition_penalty=0.4, frequency_penalty=-0.5, min_tokens=60, logprobs=0),
+    SamplingParams(
+        max_tokens=30, prompt_logprobs=2, presence_penalty=-1.5, logit_bias={5: 3.0, 9: 3.0}, ignore_eos=True
+    ),
+    SamplingParams(max_tokens=50, temperature=0.05, seed=5, stop_token_ids=tuple(range(0, 96, 11)), min_tokens=9),
+    SamplingParams(max_tokens=25, temperature=1.0, seed=6, top_k=2, min_p=0.1, ignore_eos=True),
+    SamplingParams(max_tokens=66, suppress_tokens=tuple(range(20, 96)), ignore_eos=True),
+]
+
+
+@pytest.fixture(scope="module", params=["qwen3", "mistral_window"])
+def model(request, tmp_path_factory):
+    return load(Case(request.param, "f32", "bf16"), tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def engine(model):
+    """Makes engines, and ends their threads."""
+    made = []
+
+    def make(source=None, **options):
+        options = {"threads": 2, "max_requests": 3, "speculate": "lookup", **options}
+        made.append(Engine(model, EngineOptions(**options)))
+        if source is not None:
+            drafts, eos_ids = made[-1].drafter, made[-1].eos_ids
+            assert drafts is not None
+            made[-1].drafter = Drafter(made[-1].scheduler, source, options.get("draft", 4), eos_ids)
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def run(engine, params=PARAMS):
+    """The Requests of all prompts, run together to their ends."""
+    requests = [engine.add(p, s) for p, s in zip(PROMPTS, params, strict=True)]
+    while engine.has_work:
+        engine.step()
+    return requests
+
+
+def answer(r):
+    reports = r.logprobs, r.top_logprobs, r.prompt_logprobs, r.prompt_top_logprobs
+    return (r.output_ids, *reports, r.finish_reason, r.stop_reason, r.error)
+
+
+def pages(engine, requests):
+    """{name of a block: the bytes of its page} of all that is cached of some requests."""
+    memory, allocator, made = Memory(engine.runner.program.caches, engine.runner.caches), engine.scheduler.pages, {}
+    for r in requests:
+        for name in engine.scheduler.prefix.names(r, (r.num_tokens - 1) // PAGE_TOKENS):
+            page = allocator.find(name)
+            if page is not None:
+                out = np.zeros(memory.page_bytes, np.uint8)
+                memory.read_page(page, out)
+                made[name] = out.tobytes()
+    return made
+
+
+@pytest.fixture(scope="module")
+def alone(model):
+    """(answers, cached pages) of an engine without drafts that runs one request and one token at a time."""
+    made = Engine(model, EngineOptions(max_step_tokens=1, max_requests=1, threads=1, kv_tokens=64 * 40))
+    requests = run(made)
+    yield [answer(r) for r in requests], pages(made, requests)
+    made.close()
+
+
+def oracle(answers, right):
+    """A source that knows the answers: `right(n)` of n drafts are as they will be, the others are not."""
+
+    def source(request, most):
+        known = answers[PROMPTS.index(request.prompt_ids)][0][len(request.output_ids) :][:most]
+        count = right(len(known))
+        return known[:count] + [(token + 1) % VOCABULARY for token in known[count:]]
+
+    return source
+
+
+@pytest.mark.parametrize("draft", [1, 2, 4, 7, 15])
+def test_lookup_changes_no_answer_and_no_cached_byte(engine, alone, draft):
+    made = engine(draft=draft, kv_tokens=64 * 40)
+    requests = run(made)
+    assert [answer(r) for r in requests] == alone[0]
+    assert pages(made, requests) == alone[1]
+    assert sum(r.num_drafted for r in requests) > sum(r.num_accepted for r in requests) > 20
+    assert made.counts()["accepted_drafts"] == sum(r.num_accepted for r in requests)
+    assert made.scheduler.pages.num_free == made.scheduler.limits.num_pages
+
+
+@pytest.mark.parametrize("at", range(6))
+def test_a_draft_may_be_wrong_at_any_place(engine, alone, at):
+    made = engine(oracle(alone[0], lambda n: min(at, n)), draft=5, max_requests=8, max_step_tokens=100)
+    requests = run(made)
+    assert [answer(r) for r in requests] == alone[0]
+    assert pages(made, requests) == alone[1]
+
+
+def test_right_drafts_save_steps(engine, alone):
+    made, steps = engine(oracle(alone[0], lambda n: n), draft=4, max_requests=8), 0
+    requests = [made.add(p, s) for p, s in zip(PROMPTS, PARAMS, strict=True)]
+    while made.has_work:
+        made.step()
+        steps += 1
+    assert [answer(r) for r in requests] == alone[0]
+    assert all(r.num_accepted == r.num_drafted for r in requests)
+    assert steps < max(len(r.output_ids) for r in requests) / 3
+
+
+def noise(seed):
+    rng = np.random.default_rng(seed)
+    return lambda request, most: rng.integers(0, VOCABULARY, rng.integers(0, most + 1)).tolist()
+
+
+@pytest.mark.parametrize("options", [dict(), dict(max_step_tokens=5), dict(kv_tokens=320, max_requests=6)], ids=str)
+def test_noise_in_any_company_changes_nothing(engine, alone, options):
+    made = engine(noise(len(options)), draft=MAX_DRAFTS, **options)
+    assert [answer(r) for r in run(made)] == alone[0]
+
+
+def preempted(engine):
+    """[(step, who)] of preemptions, and which blocks are cached after each step."""
+    made, requests = [], [engine.add(p, s, priority=i) for i, (p, s) in enumerate(zip(PROMPTS, PARAMS, strict=True))]
+    for step in range(200):
+        before = [r.num_preemptions for r in requests]
+        engine.step()
+        made += [(step, i) for i, r in enumerate(requests) if r.num_preemptions > before[i]]
+    return made, engine.scheduler.pages.num_evicted
+
+
+def test_wrong_drafts_preempt_nobody_and_evict_nothing(engine, alone):
+    options = dict(kv_tokens=320, max_requests=6, max_step_tokens=50)
+    wrong = engine(oracle(alone[0], lambda n: 0), draft=MAX_DRAFTS, **options)
+    plain = engine(speculate="off", **options)
+    found, expected = preempted(wrong), preempted(plain)
+    assert found == expected and expected[0]
+
+
+def test_drafts_take_only_what_a_step_has_left(engine, alone):
+    made = engine(oracle(alone[0], lambda n: n), draft=MAX_DRAFTS, max_step_tokens=8, max_requests=4)
+    for p, s in zip(PROMPTS, PARAMS, strict=True):
+        made.add(p, s)
+    widths, stepped = [], made.runner.step
+
+    def step(spans, clock=None):
+        widths.append(sum(len(span.token_ids) for span in spans))
+        return stepped(spans, clock)
+
+    made.runner.step = step
+    while made.has_work:
+        made.step()
+    assert max(widths) == 8
+
+
+def test_nothing_is_drafted_past_an_end_token_or_the_last_token(engine):
+    made, seen = engine(lambda request, most: [7, 8, 2, 9][:most]), []
+    stepped = made.runner.step
+
+    def step(spans, clock=None):
+        seen.extend(tuple(span.token_ids) for span in spans)
+        return stepped(spans, clock)
+
+    made.runner.step = step
+    made.add([3], SamplingParams(max_tokens=20, stop_token_ids=(8,), min_tokens=20))
+    made.add([3], SamplingParams(max_tokens=2, ignore_eos=True))
+    while made.has_work:
+        made.step()
+    assert max(map(len, seen)) == 2 and any(len(ids) == 2 for ids in seen)
+
+
+def test_a_users_mask_is_called_once_for_each_token(engine):
+    calls = []
+
+    def mask(output_ids):
+        calls.append(len(output_ids))
+
+    made = engine()
+    request = made.add(repetitive(1, 60), SamplingParams(max_tokens=20, logits_mask=mask, ignore_eos=True))
+    while made.has_work:
+        made.step()
+    assert calls == list(range(20)) and request.num_drafted == 0
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        (dict(speculate="mtp2"), "speculate: expected one of off, lookup, got 'mtp2'"),
+        (dict(speculate=None), "speculate: expected one of off, lookup, got None"),
+        (dict(draft=0), "draft: expected an integer of at least 1 .and at most 15., got 0"),
+        (dict(draft=16), "draft: expected an integer of at least 1 .and at most 15., got 16"),
+        (dict(draft=True), "draft: expected an integer"),
+    ],
+)
+def test_what_cannot_be_is_refused(changed, message):
+    with pytest.raises(ValueError, match=message):
+        EngineOptions(**changed)
+
+
+def test_recurrent_layers_cannot_forget_a_draft(tmp_path):
+    recurrent = load(Case("qwen3_5", "f32", "bf16"), tmp_path)
+    with pytest.raises(ValueError, match="speculate: expected off, got lookup: this model's layers with recurrent"):
+        Engine(recurrent, dataclasses.replace(EngineOptions(), speculate="lookup"))

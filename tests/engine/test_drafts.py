@@ -142,28 +142,38 @@ def noise(seed):
     return lambda request, most: rng.integers(0, VOCABULARY, rng.integers(0, most + 1)).tolist()
 
 
-@pytest.mark.parametrize("options", [dict(), dict(max_step_tokens=5), dict(kv_tokens=320, max_requests=6)], ids=str)
+@pytest.mark.parametrize("options", [dict(), dict(max_step_tokens=5), dict(kv_tokens=256, max_requests=6)], ids=str)
 def test_noise_in_any_company_changes_nothing(engine, alone, options):
     made = engine(noise(len(options)), draft=MAX_DRAFTS, **options)
     assert [answer(r) for r in run(made)] == alone[0]
 
 
-def preempted(engine):
-    """[(step, who)] of preemptions, and which blocks are cached after each step."""
-    made, requests = [], [engine.add(p, s, priority=i) for i, (p, s) in enumerate(zip(PROMPTS, PARAMS, strict=True))]
-    for step in range(200):
+LONG = [SamplingParams(max_tokens=150, ignore_eos=True, suppress_tokens=(50,), repetition_penalty=0.9)] * len(PROMPTS)
+CROWDED = dict(kv_tokens=320, max_requests=6, max_step_tokens=50)  # answers outgrow their pages
+
+
+def preemptions(engine):
+    """[(step, who)] of preemptions, the evicted blocks, and the answers."""
+    made, requests, step = [], [engine.add(p, s) for p, s in zip(PROMPTS, LONG, strict=True)], 0
+    while engine.has_work:
         before = [r.num_preemptions for r in requests]
         engine.step()
         made += [(step, i) for i, r in enumerate(requests) if r.num_preemptions > before[i]]
-    return made, engine.scheduler.pages.num_evicted
+        step += 1
+    return made, engine.scheduler.pages.num_evicted, [answer(r) for r in requests]
 
 
-def test_wrong_drafts_preempt_nobody_and_evict_nothing(engine, alone):
-    options = dict(kv_tokens=320, max_requests=6, max_step_tokens=50)
-    wrong = engine(oracle(alone[0], lambda n: 0), draft=MAX_DRAFTS, **options)
-    plain = engine(speculate="off", **options)
-    found, expected = preempted(wrong), preempted(plain)
-    assert found == expected and expected[0]
+def test_wrong_drafts_preempt_nobody_and_evict_nothing(engine):
+    wrong = engine(lambda request, most: [50] * most, draft=MAX_DRAFTS, **CROWDED)
+    expected = preemptions(engine(speculate="off", **CROWDED))
+    assert preemptions(wrong) == expected and expected[0] and expected[1]
+
+
+def test_preempted_requests_go_on_drafting(engine):
+    made = engine(draft=7, **CROWDED)
+    moved, _, found = preemptions(made)
+    assert moved and made.num_accepted > 50
+    assert found == preemptions(engine(speculate="off", **CROWDED))[2]
 
 
 def test_drafts_take_only_what_a_step_has_left(engine, alone):

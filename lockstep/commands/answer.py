@@ -12,6 +12,8 @@ class Timing:
 
     num_prompt: int
     num_output: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
     first_token: float = 0.0
     total: float = 0.0
 
@@ -28,7 +30,8 @@ class Timing:
 
     def __str__(self) -> str:
         rate = f" at {self.decode_rate:.1f} tok/s" if self.decode_rate else ""
-        decode = f"{counted(self.num_output, 'token')}{rate}"
+        right = f" ({self.num_accepted} of {counted(self.num_drafted, 'draft')} right)" if self.num_drafted else ""
+        decode = f"{counted(self.num_output, 'token')}{rate}{right}"
         return (
             f"prompt {counted(self.num_prompt, 'token')} at {self.prefill_rate:.1f} tok/s, decode {decode}, "
             f"first token after {1000 * self.first_token:.0f} ms"
@@ -56,6 +59,8 @@ def answer(llm, prompt, params, on_text, stopped=lambda: False):
 
 def _advance(llm, stream, timing, started) -> None:
     timing.total = time.perf_counter() - started
-    timing.num_output = len(stream.request.output_ids)
+    request = stream.request
+    timing.num_output, timing.num_drafted = len(request.output_ids), request.num_drafted
+    timing.num_accepted = request.num_accepted
     timing.first_token = timing.first_token or timing.total
     stream.advance()

@@ -7,10 +7,12 @@ import typer
 
 from lockstep.commands.options import (
     CacheDir,
+    Draft,
     GenerationConfig,
     KvDtype,
     ModelName,
     OpSwaps,
+    Speculate,
     Threads,
     VerifyWeights,
     Weights,
@@ -55,6 +57,8 @@ def command(
         ),
     ] = None,
     cache_dir: CacheDir = None,
+    speculate: Speculate = "off",
+    draft: Draft = 4,
     verify_weights: VerifyWeights = False,
     op: OpSwaps = None,
 ) -> None:
@@ -74,6 +78,8 @@ def command(
         max_context=max_context,
         ops=op,
         cache_dir=cache_dir,
+        speculate=speculate,
+        draft=draft,
         needs_chat=True,
         generation_config=generation_config,
         verify_weights=verify_weights,

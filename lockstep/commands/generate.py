@@ -8,10 +8,12 @@ import typer
 
 from lockstep.commands.options import (
     CacheDir,
+    Draft,
     KvDtype,
     MaxContext,
     ModelName,
     OpSwaps,
+    Speculate,
     Threads,
     VerifyWeights,
     Weights,
@@ -66,6 +68,8 @@ def command(
     threads: Threads = None,
     max_context: MaxContext = None,
     cache_dir: CacheDir = None,
+    speculate: Speculate = "off",
+    draft: Draft = 4,
     verify_weights: VerifyWeights = False,
     op: OpSwaps = None,
 ) -> None:
@@ -104,6 +108,8 @@ def command(
         ops=op,
         prefix_cache=cache_dir is not None,
         cache_dir=cache_dir,
+        speculate=speculate,
+        draft=draft,
         verify_weights=verify_weights,
     )
     run(llm, text, num_tokens, fields, echo, as_json)
@@ -206,5 +212,6 @@ def described(stream, timing):
         decode_tokens_per_second=round(timing.decode_rate, 1),
         seconds_to_first_token=round(timing.first_token, 4),
     )
+    made |= dict(num_drafted=timing.num_drafted, num_accepted=timing.num_accepted) if timing.num_drafted else {}
     made |= dict(top_logprobs=request.top_logprobs) if request.top_logprobs else {}
     return made if request.error is None else made | dict(error=request.error)

@@ -41,6 +41,15 @@ CacheDir = Annotated[
         metavar="FOLDER", show_default="none", help="Keep computed prompts in this folder, for this and later runs."
     ),
 ]
+Speculate = Annotated[
+    str,
+    typer.Option(
+        metavar="SOURCE",
+        help="Guess tokens ahead and check them together: off, or lookup (what followed the same few tokens earlier in "
+        "the text). No answer changes. Not for models with recurrent layers.",
+    ),
+]
+Draft = Annotated[int, typer.Option(min=1, max=15, help="With --speculate: guesses for a request in a step.")]
 VerifyWeights = Annotated[
     bool,
     typer.Option(

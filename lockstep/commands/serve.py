@@ -10,10 +10,12 @@ import typer
 
 from lockstep.commands.options import (
     CacheDir,
+    Draft,
     GenerationConfig,
     KvDtype,
     ModelName,
     OpSwaps,
+    Speculate,
     Threads,
     VerifyWeights,
     Weights,
@@ -118,6 +120,8 @@ def command(
     kv_dtype: KvDtype = None,
     threads: Threads = None,
     cache_dir: CacheDir = None,
+    speculate: Speculate = "off",
+    draft: Draft = 4,
     early: Annotated[
         bool,
         typer.Option(
@@ -161,6 +165,8 @@ def command(
         kv_tokens=kv_tokens,
         prefix_cache=prefix_cache,
         cache_dir=cache_dir,
+        speculate=speculate,
+        draft=draft,
         generation_config=generation_config,
         wait_for_content=not early,
         verify_weights=verify_weights,

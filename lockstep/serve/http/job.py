@@ -185,11 +185,15 @@ class Job:
         for _, params in self._prompts:
             cached += self.requests[first].num_cached
             first += params.n
+        drafted = sum(request.num_drafted for request in self.requests)
+        accepted = sum(request.num_accepted for request in self.requests)
+        guessed = dict(accepted_prediction_tokens=accepted, rejected_prediction_tokens=drafted - accepted)
         return dict(
             prompt_tokens=num_prompt,
             completion_tokens=num_output,
             total_tokens=num_prompt + num_output,
             prompt_tokens_details=dict(cached_tokens=cached),
+            **(dict(completion_tokens_details=guessed) if drafted else {}),
         )
 
     # ------------------------------------------------------------ its end

@@ -158,6 +158,20 @@ def delta_gates(x_TW, a_offset, b_offset, a_log_H, dt_bias_H, out_T2H):
 
 
 @definition
+def recur(S_K, q_K, k_K, v, decay, beta):
+    """Runs one token through one value column of the memory. Returns (o, delta); see `gated_delta`."""
+    p = o = ZERO
+    for i in range(S_K.size):
+        S_K[i] = S_K[i] * decay
+        p = fma(S_K[i], k_K[i], p)
+    delta = (v - p) * beta
+    for i in range(S_K.size):
+        S_K[i] = fma(k_K[i], delta, S_K[i])
+        o = fma(S_K[i], q_K[i], o)
+    return o, delta
+
+
+@definition
 def gated_delta(qk_TW, v_TX, v_offset, gates_T2H, num_k_heads, requests, state_NHBKC, out_THV):
     """Runs every request's tokens through its memory in order of time.
 
@@ -183,15 +197,8 @@ def gated_delta(qk_TW, v_TX, v_offset, gates_T2H, num_k_heads, requests, state_N
                 if requests.position_T[first] == 0:
                     S_K[:] = ZERO
                 for t in range(first, end):
-                    p = o = ZERO
-                    for i in range(K):
-                        S_K[i] = S_K[i] * gates_T2H[t, decay]
-                        p = fma(S_K[i], qk_TW[t, k + i], p)
-                    delta = (v_TX[t, v_offset + h * V + j] - p) * gates_T2H[t, beta]
-                    for i in range(K):
-                        S_K[i] = fma(qk_TW[t, k + i], delta, S_K[i])
-                        o = fma(S_K[i], qk_TW[t, q + i], o)
-                    out_THV[t, h, j] = o
+                    q_K, k_K, v = qk_TW[t, q : q + K], qk_TW[t, k : k + K], v_TX[t, v_offset + h * V + j]
+                    out_THV[t, h, j] = recur(S_K, q_K, k_K, v, gates_T2H[t, decay], gates_T2H[t, beta])[0]
 
 
 @kernel

@@ -36,6 +36,10 @@ class StepBlock(metaclass=Readable):
     embedded_row = ("E",)  # output rows whose last hidden state is wanted for itself
     num_outputs = "O"
     output_row = ("O",)  # rows of the step that are sampled or embedded
+    num_drafts = ("S",)  # of each request's rows, how many of the last are drafts: they may have to be forgotten
+    num_pending = (
+        "S",
+    )  # of each request's drafts of the step before, how many were right, and are still to be absorbed
 
     @classmethod
     @functools.cache

@@ -37,6 +37,8 @@ def ragged_step(lengths=(1,), contexts=None, pages=None, **arrays):
         sampled_row=start[1:] - 1,
         embedded_row=[],
         output_row=[],
+        num_drafts=np.zeros(len(lengths)),
+        num_pending=np.zeros(len(lengths)),
         page_table=pages if pages is not None else np.zeros((len(lengths), 1)),
     )
     keep = {

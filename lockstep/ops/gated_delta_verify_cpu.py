@@ -1,0 +1,180 @@
+"""Gated delta rule over drafts: the fast kernel.
+
+A pass over two blocks of the state absorbs what is pending, and decays and reads for the first token: the state is read
+once and written once a step, as without drafts. The last certain token leaves the state in its slot and a decayed copy,
+which the drafts go on with, on the stack (16 KiB at K = 128).
+"""
+
+from typing import NamedTuple
+
+from numba import float32
+
+from lockstep.ops.gated_delta import BLOCK
+from lockstep.ops.gated_delta_cpu import (
+    addresses,
+    blocks_of,
+    correction,
+    load_pair,
+    next_task,
+    num_new,
+    run_four,
+    run_pair,
+    store_pair,
+    strides,
+    write_out,
+    written_read,
+    zeros,
+)
+from lockstep.ops.gated_delta_verify import GatedDeltaVerify
+from lockstep.runtime.backend import Implementation
+from lockstep.runtime.kernel import inlined, variant
+from lockstep.runtime.machine import stack_memory
+from lockstep.runtime.simd import fma, load, peek, poke, store
+from lockstep.runtime.step import StepBlock, entry
+from lockstep.runtime.targets import wide_registers
+
+SIZE = None  # of a variant: blocks of a task
+MAX_HEAD = 256  # keys
+SCRATCH_BYTES = 2 * 64 * MAX_HEAD
+
+
+class Records(NamedTuple):
+    """The records of a request as two blocks see them: where record 0 is, bytes of one, how many; the ring row of the
+    step's first token; from a record's start to the blocks' delta, to the head's k and to its decay; how many are
+    pending, and how many drafts there are."""
+
+    address: int
+    row: int
+    count: int
+    first: int
+    delta: int
+    k: int
+    decay: int
+    num_pending: int
+    num_drafts: int
+
+
+@inlined
+def records_of(a, batch, s, head, block):
+    """The Records of a request's blocks."""
+    G, H, K, V = a.num_k_heads, a.num_v_heads, a.k_head_dim, a.v_head_dim
+    row, k = 4 * (H * V + G * K + H), 4 * (H * V + head // (H // G) * K)
+    address = a.records + row * a.num_records * entry(batch.state_slot, s)
+    first = entry(batch.position, entry(batch.query_start, s)) % a.num_records
+    pending, drafts = entry(batch.num_pending, s), entry(batch.num_drafts, s)
+    delta, decay = 4 * (head * V + block * BLOCK), 4 * (H * V + G * K + head)
+    return Records(address, row, a.num_records, first, delta, k, decay, pending, drafts)
+
+
+@inlined
+def record(r, offset):
+    """The address of the record `offset` tokens from the step's first."""
+    return r.address + r.row * ((r.first + offset + r.count) % r.count)
+
+
+@inlined
+def absorb_read(state, block, K, r, column, k, kept):
+    """Absorbs what is pending into two blocks, decays them for the first token, and reads what they hold for its k."""
+    read = zeros()
+    for i in range(K):
+        place = state + 64 * i
+        s0, s1 = load_pair(place, block)
+        for p in range(-r.num_pending, 0):
+            at = record(r, p)
+            delta0, delta1 = load_pair(at + r.delta, column)
+            key, decay = peek(at + r.k + 4 * i, float32), peek(at + r.decay, float32)
+            s0, s1 = fma(key, delta0, s0 * decay), fma(key, delta1, s1 * decay)
+        s0, s1, key = s0 * kept, s1 * kept, peek(k + 4 * i, float32)
+        store_pair(place, block, (s0, s1))
+        read = fma(s0, key, read[0]), fma(s1, key, read[1])
+    return read
+
+
+@inlined
+def verify_two(state, block, K, tokens, steps, num_certain, fresh, r, scratch):
+    """Two blocks, `block` bytes apart (0: the same one twice), through a request's tokens and drafts.
+
+    tokens, steps: as in `run_two`. r: Records. scratch: memory for two blocks.
+    """
+    q, k, v, decay, beta, out = tokens
+    kept, read, column = peek(decay, float32), zeros(), min(block, 64)
+    if fresh:
+        for i in range(0, 64 * K, 64):
+            store_pair(state + i, block, read)
+    else:
+        read = absorb_read(state, block, K, r, column, k, kept)
+    for t in range(num_certain + r.num_drafts - 1):
+        delta, sums, k_next = correction(v, column, peek(beta, float32), read), zeros(), k + steps[0]
+        kept, decay, read = peek(decay + steps[2], float32), decay + steps[2], zeros()
+        is_last, is_draft = t == num_certain - 1, t >= num_certain
+        source, target = scratch if is_draft else state, scratch if is_draft or is_last else state
+        for i in range(K):
+            key, query = peek(k + 4 * i, float32), peek(q + 4 * i, float32)
+            s = load_pair(source + 64 * i, block)
+            if is_last:
+                store_pair(state + 64 * i, block, (fma(key, delta[0], s[0]), fma(key, delta[1], s[1])))
+            sums, read, s = written_read(s, key, query, delta, kept, peek(k_next + 4 * i, float32), sums, read)
+            store_pair(target + 64 * i, block, s)
+        store_pair(out, column, sums)
+        if is_draft:
+            store_pair(record(r, t) + r.delta, column, delta)
+        q, k, v, beta, out = q + steps[0], k_next, v + steps[1], beta + steps[2], out + steps[3]
+    delta, sums = correction(v, column, peek(beta, float32), read), zeros()
+    source = scratch if r.num_drafts else state
+    for i in range(K):
+        key, query = peek(k + 4 * i, float32), peek(q + 4 * i, float32)
+        sums = write_out(source + 64 * i, block, key, query, delta, sums)
+    store_pair(out, column, sums)
+    if r.num_drafts:
+        store_pair(record(r, num_certain + r.num_drafts - 1) + r.delta, column, delta)
+
+
+@inlined
+def record_shared(a, r, head, tokens, steps, num_certain):
+    """Of each draft: the head's decay, and k if the head is the first of those that share it."""
+    _, k, _, decay, _, _ = tokens
+    for t in range(num_certain, num_certain + r.num_drafts):
+        at = record(r, t)
+        poke(at + r.decay, peek(decay + steps[2] * t, float32))
+        for i in range(0, 4 * a.k_head_dim if head % (a.num_v_heads // a.num_k_heads) == 0 else 0, 64):
+            store(at + r.k + i, load(k + steps[0] * t + i))
+
+
+@inlined
+def verify_pair(a, batch, s, head, block, scratch):
+    """Blocks `block` and the next, if there is one, through all tokens and drafts of a request."""
+    first, K = entry(batch.query_start, s), a.k_head_dim
+    state, tokens = addresses(a, entry(batch.state_slot, s), head, block, first)
+    other, fresh = 64 * K * min(a.v_head_dim // BLOCK - block - 1, 1), entry(batch.position, first) == 0
+    r, steps = records_of(a, batch, s, head, block), strides(a)
+    num_certain = num_new(batch, s) - r.num_drafts
+    verify_two(state, other, K, tokens, steps, num_certain, fresh, r, scratch)
+    if block == 0:
+        record_shared(a, r, head, tokens, steps, num_certain)
+
+
+def verify(op, step, thread, num_threads):
+    """Requests without drafts, new or pending, as in the kernels of `gated_delta`."""
+    a, batch, scratch = GatedDeltaVerify.read(op), StepBlock.read(step), stack_memory(SCRATCH_BYTES)
+    S, H, K, num_blocks = batch.num_requests, a.num_v_heads, a.k_head_dim, a.v_head_dim // BLOCK
+    several = S * H * ((num_blocks + SIZE - 1) // SIZE)
+    task = next_task(op, batch, several)
+    while task < several + S * H:
+        s, head, block, end = blocks_of(task, batch, S, H, num_blocks, SIZE)
+        is_plain = entry(batch.num_drafts, s) + entry(batch.num_pending, s) == 0
+        if SIZE == 4 and is_plain and block + 4 == end and task < several:
+            first = entry(batch.query_start, s)
+            state, tokens = addresses(a, entry(batch.state_slot, s), head, block, first)
+            run_four(state, 64 * K, K, tokens, strides(a), num_new(batch, s), entry(batch.position, first) == 0)
+            block = end
+        for i in range(block, end, 2):
+            if is_plain:
+                run_pair(a, batch, s, head, i, i + 2 < end)
+            else:
+                verify_pair(a, batch, s, head, i, scratch)
+        task = next_task(op, batch, several)
+
+
+gated_delta_verify_two = variant(verify, "gated_delta_verify_two", SIZE=2)
+gated_delta_verify_four = variant(verify, "gated_delta_verify_four", SIZE=4)
+CPU = {"gated_delta_verify": Implementation(gated_delta_verify_four if wide_registers() else gated_delta_verify_two)}

@@ -1,0 +1,100 @@
+"""Drafts in the gated delta rule: whatever was guessed and however much of it was right, states and rows have the bits
+that they have when tokens come one by one."""
+
+import numpy as np
+import pytest
+
+from lockstep.ops import gated_delta_verify, gated_delta_verify_cpu
+from lockstep.ops.gated_delta_verify import GatedDeltaVerify
+from lockstep.runtime.backend import Implementation
+from tests.ops.harness import ragged_step, run_op, same_bits
+from tests.ops.test_gated_delta import CPU as PLAIN
+from tests.ops.test_gated_delta import inputs, recur, rule_of, state_shape
+
+MOST = 7  # drafts
+KERNELS = {
+    "definition": gated_delta_verify.REFERENCE["gated_delta_verify"],
+    "two": Implementation(gated_delta_verify_cpu.gated_delta_verify_two),
+    "four": Implementation(gated_delta_verify_cpu.gated_delta_verify_four),
+}
+SHAPES = [(1, 2, 16, 48), (2, 4, 32, 16), (1, 3, 128, 64), (1, 1, 256, 112)]
+
+
+class Memory:
+    """State and records of so many slots, all NaN."""
+
+    def __init__(self, shape, slots=4):
+        G, H, K, V = self.shape = shape
+        self.state = np.full((slots, *state_shape(H, K, V)), np.nan, np.float32)
+        self.records = np.full((slots, 2 * MOST + 1, H * V + G * K + H), np.nan, np.float32)
+
+    def run(self, kernel, arrays, lengths, drafts, pending, num_threads=1, **requests):
+        """out of a step; state and records are changed."""
+        qk, v, gates = arrays
+        step, _keep = ragged_step(lengths, num_drafts=drafts, num_pending=pending, **requests)
+        given = dict(qk=qk, v=v, gates=gates, state=self.state, records=self.records, num_records=2 * MOST + 1)
+        return run_op(kernel, GatedDeltaVerify, step, num_threads, **given, **rule_of(self.shape, qk, v, 8))["out"]
+
+
+def wrong(arrays, rows, shape):
+    """The arrays with other numbers in some rows."""
+    made = [a.copy() for a in arrays]
+    for a, other in zip(made, inputs(len(arrays[0]), *shape), strict=True):
+        a[rows] = other[rows]
+    return made
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rejected_and_accepted_drafts_leave_the_bits_of_single_tokens(kernel, shape):
+    total = 70
+    arrays = inputs(total, *shape)
+    none = np.full((1, *state_shape(*shape[1:])), np.nan, np.float32)
+    whole, _ = recur(PLAIN, arrays, none, shape)
+    memory, rng, at, pending = Memory(shape), np.random.default_rng(5), 0, 0
+    while at < total:
+        certain = int(rng.integers(1, 12)) if pending == 0 else 1
+        certain = min(certain, total - at)
+        drafts = int(min(rng.integers(0, MOST + 1), total - at - certain))
+        right = int(rng.integers(0, drafts + 1))
+        end = at + certain + drafts
+        step = wrong([a[at:end] for a in arrays], np.arange(certain + right, certain + drafts), shape)
+        where = dict(contexts=[end], state_slot=[2])
+        out = memory.run(KERNELS[kernel], step, [certain + drafts], [drafts], [pending], 3, **where)
+        same_bits(out[: certain + right], whole[at : at + certain + right])
+        after = recur(PLAIN, [a[: at + certain] for a in arrays], none, shape)[1]
+        same_bits(memory.state[2:3], after)
+        at, pending = at + certain + right, right
+    assert np.isnan(memory.state[[0, 1, 3]]).all() and np.isnan(memory.records[[0, 1, 3]]).all()
+
+
+@pytest.mark.parametrize("kernel", ["two", "four"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernel_equals_definition_in_a_ragged_batch(kernel, shape):
+    """Requests with and without drafts, pending or not, records included."""
+    rng, made = np.random.default_rng(2), []
+    lengths, drafts, pending = [1, 9, 3, 33], [0, 7, 2, 0], [5, 0, 7, 0]
+    arrays = inputs(sum(lengths), *shape)
+    start = Memory(shape, slots=6)
+    start.state[...] = rng.standard_normal(start.state.shape)
+    start.records[...] = rng.standard_normal(start.records.shape)
+    where = dict(contexts=[40, 1009, 23, 33], state_slot=[4, 0, 5, 2])
+    for each in ("definition", kernel):
+        memory = Memory(shape, slots=6)
+        memory.state[...], memory.records[...] = start.state, start.records
+        out = memory.run(KERNELS[each], arrays, lengths, drafts, pending, 2, **where)
+        made.append((out, memory.state, memory.records))
+    for found, expected in zip(*reversed(made), strict=True):
+        same_bits(found, expected)
+
+
+def test_without_drafts_it_is_the_plain_op():
+    shape = (2, 4, 32, 48)
+    arrays, none = inputs(42, *shape), np.full((4, *state_shape(*shape[1:])), np.nan, np.float32)
+    lengths = [1, 33, 3, 5]
+    memory = Memory(shape)
+    found = memory.run(KERNELS["four"], arrays, lengths, [0] * 4, [0] * 4, 2)
+    expected = recur(PLAIN, arrays, none, shape, lengths=lengths)
+    same_bits(found, expected[0])
+    same_bits(memory.state, expected[1])
+    assert np.isnan(memory.records).all()

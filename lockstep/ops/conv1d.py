@@ -73,6 +73,35 @@ def conv1d(x_TW, offset, weight_CJ, requests, state_NJC, out_TC):
                 state_NJC[slot, j - 1, c] = window[j]
 
 
+@definition
+def conv1d_ring(x_TW, offset, weight_CJ, requests, ring_NPC, out_TC):
+    """`conv1d`, whose history is a ring: row p % P of a request's slot is its row of x at position p.
+
+    Shapes: as in `conv1d`, but ring [slots, P, C], P at least J - 1 and as many rows as may have to be forgotten.
+    Units: a step goes on from the positions before its first, whatever was computed past those; rows of its own are
+      written when all of them are done, the last P at most.
+    """
+    (C, J), P = weight_CJ.shape, ring_NPC.shape[1]
+    window = np.empty(J, np.float32)
+    for s in range(requests.slot_S.shape[0]):
+        first, end, slot = requests.query_start_S1[s], requests.query_start_S1[s + 1], requests.slot_S[s]
+        start = requests.position_T[first]
+        for c in range(C):
+            for t in range(first, end):
+                for j in range(J):
+                    at = t - (J - 1) + j
+                    position = start + at - first
+                    window[j] = ZERO if position < 0 else ring_NPC[slot, position % P, c]
+                    if at >= first:
+                        window[j] = x_TW[at, offset + c]
+                acc = ZERO
+                for j in range(J):
+                    acc = fma(window[j], weight_CJ[c, j], acc)
+                out_TC[t, c] = silu(acc)
+            for t in range(max(first, end - P), end):
+                ring_NPC[slot, (start + t - first) % P, c] = x_TW[t, offset + c]
+
+
 @inlined
 def requests_of(step):
     """The Requests of a step."""

@@ -236,15 +236,21 @@ def _gated_delta(op, step, thread, num_threads):
         gated_delta(qk_TW, v_TX, a.v_offset, gates_T2H, a.num_k_heads, requests, state_NHBKC, out_THV)
 
 
+@inlined
+def prepare(a, T):
+    """What DeltaInputs does after its convolution."""
+    out_TC = carray(float_array(a.out), (T, a.channels))
+    l2_norm(out_TC, a.num_k_heads, a.k_head_dim, out_TC)
+    _gates(a, a.gates, T)
+
+
 @kernel
 def _delta_inputs(op, step, thread, num_threads):
     """conv1d, l2_norm (in place) and delta_gates, one after another."""
     if thread == 0:
         a, T = DeltaInputs.read(op), num_rows(op, step)
         convolve(a, requests_of(step), a.out, T)
-        out_TC = carray(float_array(a.out), (T, a.channels))
-        l2_norm(out_TC, a.num_k_heads, a.k_head_dim, out_TC)
-        _gates(a, a.gates, T)
+        prepare(a, T)
 
 
 REFERENCE = {

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from numba import carray
 
-from lockstep.ops.conv1d import requests_of
-from lockstep.ops.gated_delta import BLOCK, ZERO, GatedDelta, recur
+from lockstep.ops.conv1d import conv1d_ring, requests_of
+from lockstep.ops.gated_delta import BLOCK, ZERO, DeltaInputs, GatedDelta, prepare, recur
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import definition, inlined, kernel
 from lockstep.runtime.machine import float_array, int_array
@@ -33,6 +33,14 @@ class GatedDeltaVerify(GatedDelta):
 
     records: CacheArray = cache("num_records, num_v_heads * v_head_dim + num_k_heads * k_head_dim + num_v_heads")
     num_records: int
+
+
+class DeltaInputsVerify(DeltaInputs):
+    """`DeltaInputs` whose history of num_rows rows is a ring by position, so that drafts can be forgotten: for D drafts
+    conv_width - 1 + D rows."""
+
+    state: CacheArray = cache("num_rows, channels")
+    num_rows: int
 
 
 class Drafts(NamedTuple):
@@ -112,4 +120,16 @@ def _run(op, step, thread, num_threads):
         gated_delta_verify(inputs, G, requests, drafts_of(step), state_NHBKC, records_NPR, out_THV)
 
 
-REFERENCE = {"gated_delta_verify": Implementation(_run)}
+@kernel
+def _inputs(op, step, thread, num_threads):
+    """conv1d_ring, l2_norm (in place) and delta_gates, one after another."""
+    if thread == 0:
+        a, T, requests = DeltaInputsVerify.read(op), num_rows(op, step), requests_of(step)
+        C, J, slots = a.channels, a.conv_width, requests.slot_S.max() + 1
+        x_TW, weight_CJ = carray(float_array(a.x), (T, a.row_width)), carray(float_array(a.weight), (C, J))
+        ring_NPC = carray(float_array(a.state), (slots, a.num_rows, C))
+        conv1d_ring(x_TW, a.offset, weight_CJ, requests, ring_NPC, carray(float_array(a.out), (T, C)))
+        prepare(a, T)
+
+
+REFERENCE = {"gated_delta_verify": Implementation(_run), "delta_inputs_verify": Implementation(_inputs)}

@@ -46,7 +46,7 @@ Speculate = Annotated[
     typer.Option(
         metavar="SOURCE",
         help="Guess tokens ahead and check them together: off, or lookup (what followed the same few tokens earlier in "
-        "the text). No answer changes. Not for models with recurrent layers.",
+        "the text). No answer changes.",
     ),
 ]
 Draft = Annotated[int, typer.Option(min=1, max=15, help="With --speculate: guesses for a request in a step.")]

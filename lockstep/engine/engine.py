@@ -120,17 +120,13 @@ class Engine:
         self.eos_ids = frozenset(model.config.eos_ids) if eos_ids is None else eos_ids
         self.new_detokenizer = new_detokenizer
         speculates = options.speculate != "off"
-        if speculates and any(cache.kind == "state" for cache in model.recorded.caches):
-            raise ValueError(
-                f"speculate: expected off, got {options.speculate}: this model's layers with recurrent state cannot "
-                "forget a draft"
-            )
         rows = max(PROMPT_ROWS, options.max_requests * (1 + options.draft) if speculates else 0)
         num_sampled = max(options.max_requests, min(options.max_step_tokens, rows))
         limits = Limits(options.max_step_tokens, options.max_requests, num_pages(model, options), num_sampled)
         self.model, self.limits, self.team = model, limits, Team(options.threads or num_cores())
         try:
-            self.runner = Runner(model, self.team, limits, swaps, on_compile=on_compile)
+            num_drafts = options.draft if speculates else 0
+            self.runner = Runner(model, self.team, limits, swaps, num_drafts=num_drafts, on_compile=on_compile)
         except MemoryError as error:
             raise ValueError(
                 f"max_step_tokens, max_requests, max_context or kv_tokens: not enough memory ({error})"
@@ -146,7 +142,7 @@ class Engine:
 
     def _prefix_cache(self, options: EngineOptions) -> Callable[[PageAllocator], PrefixCache] | None:
         """Makes the prefix cache, given the PageAllocator; None where it is not wanted or could keep nothing."""
-        memory = Memory(self.runner.program.caches, self.runner.caches)
+        memory = Memory(self.runner.program, self.runner.caches)
         states = StateStore(options.state_bytes, memory.state_bytes) if memory.state_bytes else None
         if not options.prefix_cache or (states is not None and not states.max_states):
             if options.cache_dir is not None:
@@ -240,6 +236,7 @@ class Engine:
         row = hidden_row = 0
         for planned in plan:
             request = planned.request
+            request.num_pending = 0
             self.scheduler.computed(request, planned.count)
             if request.num_left == 0:
                 changed.append(request)
@@ -268,7 +265,8 @@ class Engine:
         sampled = sampled_rows(request, start, end, self.eos_ids, self.model.config.vocab_size, drafts)
         embedded = request.pool.rows(start, end) if request.pool is not None else ()
         token_ids = request.token_ids(start, end) + drafts
-        return Span(token_ids, start, request.pages, request.running_slot, sampled, embedded)
+        counts = dict(num_drafts=len(drafts), num_pending=request.num_pending)
+        return Span(token_ids, start, request.pages, request.running_slot, sampled, embedded, **counts)
 
     def _take_sampled(self, planned: Planned, row: int, tokens: np.ndarray, logprobs: np.ndarray) -> int:
         """Takes in the sampled rows of a span, the first of which is `row`; returns the row after them."""
@@ -289,6 +287,7 @@ class Engine:
     def _accept(self, request: Request) -> None:
         """A request's newest token was drafted: it has been computed already."""
         request.num_accepted += 1
+        request.num_pending += 1
         self.num_accepted += 1
         self.scheduler.computed(request, 1)
 

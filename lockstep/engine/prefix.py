@@ -158,7 +158,7 @@ class PrefixCache:
             self.counts.hit_tokens += request.num_computed
 
     def _load(self, request: Request, names: list[bytes]) -> bool:
-        if self.states is not None and not self._load_state(self.states, request.running_slot, names[-1]):
+        if self.states is not None and not self._load_state(self.states, request.running_slot, names):
             return False
         # those in memory are held before pages are taken for those on disk, which may evict what nobody holds
         held = [self.pages.find(name) for name in names]
@@ -184,14 +184,16 @@ class PrefixCache:
         self.pages.name(page[0], name)
         return page[0]
 
-    def _load_state(self, states: StateStore, slot: int, name: bytes) -> bool:
+    def _load_state(self, states: StateStore, slot: int, names: list[bytes]) -> bool:
+        """Gives a slot the state after the blocks of these names; False if what was kept of it is damaged."""
+        name = names[-1]
         data = states.get(name)
         if data is None:
             data = self.disk.load("state", name) if self.disk is not None else None
             if data is None:
                 return False
             states.put(name, functools.partial(_write, data))
-        self.memory.write_state(slot, data)
+        self.memory.write_state(slot, PAGE_TOKENS * len(names), data)
         return True
 
     # ------------------------------------------------------------ who computes what
@@ -282,7 +284,7 @@ class PrefixCache:
         if not lasting and (end < len(request.prompt_ids) or end % (self.state_every // 4)):
             return
         self.counts.kept_states += 1
-        states.put(name, functools.partial(self.memory.read_state, request.running_slot))
+        states.put(name, functools.partial(self.memory.read_state, request.running_slot, end, request.num_pending))
         if lasting and self.disk is not None:
             self.disk.save("state", name, functools.partial(_copy, states, name))
         if end > len(request.prompt_ids):

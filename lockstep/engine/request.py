@@ -221,6 +221,7 @@ class Request:
     num_preemptions: int = 0
     lookup: Lookup | None = None  # made with the first draft
     num_drafted: int = 0  # tokens that were guessed and computed
+    num_pending: int = 0  # drafts of its last step that were right: recurrent layers have yet to absorb them
     num_accepted: int = 0  # of those, the ones that were right
     num_cached: int = 0  # tokens of the prompt that the prefix cache had when it was first admitted
     # what the prefix cache knows: names of full blocks, how many of its pages have theirs, where a known prefix ends

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lockstep.ops.kv_cache import PAGE_TOKENS
+from lockstep.ops.rewrite import verifying
 from lockstep.ops.sample import SAMPLING_RECORD, Sample
 from lockstep.runtime.backend import OpTable
 from lockstep.runtime.executor import Executor, WeightStore, aligned
@@ -22,7 +23,8 @@ class Span:
 
     pages: its page ids in order of position. slot: its recurrent state. sampled: which of its rows sample, and how
     ({row: fields of a SAMPLING_RECORD}, rows counted from the span's first token). embedded: rows whose last hidden
-    state is wanted.
+    state is wanted. num_drafts: how many of the last token_ids are drafts. num_pending: how many drafts of the
+    request's last step were right, and are now known: see `ops.gated_delta_verify`.
     """
 
     token_ids: list[int]
@@ -31,6 +33,8 @@ class Span:
     slot: int
     sampled: dict[int, dict[str, Any]] = field(default_factory=dict)
     embedded: Sequence[int] = ()
+    num_drafts: int = 0
+    num_pending: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,8 @@ class Runnable(Protocol):
 class Runner:
     """A model bound to memory and threads. Everything is allocated here; `step` allocates nothing native.
 
-    sample: the program's Sample, whose operands can be looked at after a step.
+    sample: the program's Sample, whose operands can be looked at after a step. num_drafts: the most of one request in a
+    step.
     """
 
     def __init__(
@@ -81,11 +86,13 @@ class Runner:
         *,
         keep: bool = False,
         fused: bool = True,
+        num_drafts: int = 0,
         on_compile: OnCompile | None = None,
     ) -> None:
         self.model, self.limits, self.team = model, limits, team
         backend = model.backend(swaps, base)
-        self.program = model.rewritten(backend, fused)
+        program = model.rewritten(backend, fused)
+        self.program = verifying(program, num_drafts) if num_drafts else program
         self.caches = {c.name: aligned(c.bytes_each * self._count(c)) for c in self.program.caches}
         T = limits.max_step_tokens
         rows = {"T": T, "O": T, "R": limits.max_sampled, "E": T, "S": limits.max_requests}
@@ -154,6 +161,7 @@ class Runner:
             a["position"][at : at + n] = positions if n < 8 else np.arange(positions.start, positions.stop)
             a["request"][at : at + n] = s
             a["context_len"][s], a["state_slot"][s], a["query_start"][s + 1] = span.start + n, span.slot, at + n
+            a["num_drafts"][s], a["num_pending"][s] = span.num_drafts, span.num_pending
             a["page_table"][s, : len(span.pages)] = span.pages
             at += n
         for source in self._sources:

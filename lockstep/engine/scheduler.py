@@ -74,6 +74,7 @@ class Scheduler:
         self.pages.give_back(request.pages)
         self.free_slots.append(request.running_slot)
         request.pages, request.slot, request.num_computed, request.num_named = [], None, 0, 0
+        request.num_pending = 0
 
     def computed(self, request: Request, count: int) -> None:
         """Notes that a step computed `count` more tokens of a request."""

@@ -58,6 +58,24 @@ def absorb(S_K, k_K, delta, decay):
 
 
 @definition
+def absorb_all(state_HBKC, records_PR, position, num_pending, num_k_heads):
+    """Brings a request's memory past all its pending records, the last of which is that of position - 1; in place.
+
+    Shapes: state [H, V / 16, K, 16]; records [P, H V + G K + H]. Order: as `absorb`, column by column.
+    """
+    (H, B, K, C), (P, R) = state_HBKC.shape, records_PR.shape
+    for h in range(H):
+        kept = H * B * C + h // (H // num_k_heads) * K
+        for b in range(B):
+            for p in range(position - num_pending, position):
+                record_R, first = records_PR[p % P], (h * B + b) * C
+                for i in range(K):
+                    for c in range(C):
+                        s = state_HBKC[h, b, i, c] * record_R[R - H + h]
+                        state_HBKC[h, b, i, c] = fma(record_R[kept + i], record_R[first + c], s)
+
+
+@definition
 def gated_delta_verify(inputs, num_k_heads, requests, drafts, state_NHBKC, records_NPR, out_THV):
     """Runs every request's tokens through its memory; the memory is kept as it is before the first draft.
 

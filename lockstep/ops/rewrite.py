@@ -4,14 +4,18 @@ A recorded program is unfused; `lower` turns linear layers into what kernels do 
 joins neighbours so that rows pass through memory less often. What can be joined is what declarations say.
 """
 
+import dataclasses
 from collections import Counter
 from collections.abc import Container
 from typing import Any
 
 from lockstep.ops.activations import ROW_FORMATS, Preparable, Preparation, QuantizeQ8, RoundBf16
 from lockstep.ops.add import Add
+from lockstep.ops.gated_delta import DeltaInputs, GatedDelta
+from lockstep.ops.gated_delta_verify import DeltaInputsVerify, GatedDeltaVerify
 from lockstep.ops.linear import PREPARATION, Linear
-from lockstep.runtime.program import Program, Tensor
+from lockstep.runtime.operands import Operands
+from lockstep.runtime.program import CacheArray, Program, Tensor
 
 PREPARATIONS = {op.name(): op for op in (QuantizeQ8, RoundBf16)}
 
@@ -79,3 +83,27 @@ def fuse_preparations(program: Program, kinds: Container[str]) -> Program:
 def _replaced(program: Program, joined: dict, left_out: set) -> Program:
     """The program with some ops in place of others, and some left out."""
     return program.rewritten([joined.get(op, op) for op in program.ops if op not in left_out])
+
+
+def verifying(program: Program, num_drafts: int) -> Program:
+    """Layers with recurrent state become such as can forget up to so many drafts of a request."""
+    caches, ops = {cache: [cache] for cache in program.caches}, list(program.ops)
+    for i, op in enumerate(ops):
+        if isinstance(op, DeltaInputs):
+            rows = op.conv_width - 1 + num_drafts
+            ring = CacheArray(op.state.name, "ring", "f32", (rows, op.channels))
+            ops[i] = _extended(op, DeltaInputsVerify, state=ring, num_rows=rows)
+            caches[op.state] = [ring]
+        elif isinstance(op, GatedDelta):
+            width = op.num_v_heads * (op.v_head_dim + 1) + op.num_k_heads * op.k_head_dim
+            records = CacheArray(f"{op.state.name}.records", "records", "f32", (2 * num_drafts + 1, width))
+            ops[i] = _extended(op, GatedDeltaVerify, records=records, num_records=2 * num_drafts + 1)
+            caches[op.state].append(records)
+    made = program.rewritten(ops)
+    made.caches = [cache for each in caches.values() for cache in each]
+    return made
+
+
+def _extended(op: Operands, declaration: type[Operands], **operands) -> Operands:
+    """The op as one of a declaration that adds operands to its own, or has others in their place."""
+    return declaration(**{field.name: getattr(op, field.name) for field in dataclasses.fields(op)} | operands)

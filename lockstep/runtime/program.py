@@ -65,9 +65,10 @@ class Table:
 
 @dataclass(frozen=True)
 class CacheArray:
-    """Memory that outlives a step: KV pages (kind "pages") or recurrent state (kind "state").
+    """Memory that outlives a step: KV pages (kind "pages") or, for each request, recurrent state ("state"), rows of it
+    by position ("ring"), or what drafts would change it to ("records").
 
-    shape is that of one page or one state slot.
+    shape is that of one page or of one request's slot.
     """
 
     name: str

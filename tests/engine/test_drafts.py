@@ -1,7 +1,5 @@
 """Drafts change nothing but the time: answers, log-probabilities, cached bytes, who runs and who is preempted."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
@@ -37,7 +35,7 @@ PARAMS = [
 ]
 
 
-@pytest.fixture(scope="module", params=["qwen3", "mistral_window"])
+@pytest.fixture(scope="module", params=["qwen3", "mistral_window", "qwen3_5"])
 def model(request, tmp_path_factory):
     return load(Case(request.param, "f32", "bf16"), tmp_path_factory.mktemp("tiny"))
 
@@ -76,7 +74,7 @@ def answer(r):
 
 def pages(engine, requests):
     """{name of a block: the bytes of its page} of all that is cached of some requests."""
-    memory, allocator, made = Memory(engine.runner.program.caches, engine.runner.caches), engine.scheduler.pages, {}
+    memory, allocator, made = Memory(engine.runner.program, engine.runner.caches), engine.scheduler.pages, {}
     for r in requests:
         for name in engine.scheduler.prefix.names(r, (r.num_tokens - 1) // PAGE_TOKENS):
             page = allocator.find(name)
@@ -236,7 +234,31 @@ def test_what_cannot_be_is_refused(changed, message):
         EngineOptions(**changed)
 
 
-def test_recurrent_layers_cannot_forget_a_draft(tmp_path):
-    recurrent = load(Case("qwen3_5", "f32", "bf16"), tmp_path)
-    with pytest.raises(ValueError, match="speculate: expected off, got lookup: this model's layers with recurrent"):
-        Engine(recurrent, dataclasses.replace(EngineOptions(), speculate="lookup"))
+def kept_states(engine, requests):
+    """{name of a block: the bytes of the state after it} of all that is kept of some requests."""
+    prefix, made = engine.scheduler.prefix, {}
+    for r in requests:
+        for name in prefix.names(r, (r.num_tokens - 1) // PAGE_TOKENS):
+            if prefix.states is not None and name in prefix.states:
+                made[name] = prefix.states.get(name).tobytes()
+    return made
+
+
+def test_the_same_states_are_kept_and_the_same_prefixes_are_found(engine, model):
+    """One after another, so that no step's company differs. The second round goes on from the first one's answers."""
+    found = []
+    for options in (dict(draft=5), dict(speculate="off")):
+        made, seen = engine(state_every=128, prompt_state_from=0, max_requests=1, kv_tokens=64 * 60, **options), []
+        for prompt, params in zip(PROMPTS, LONG, strict=True):
+            first = made.add(prompt, params)
+            while made.has_work:
+                made.step()
+            second = made.add(prompt + first.output_ids + [3, 4, 5], params)
+            while made.has_work:
+                made.step()
+            seen += [(answer(r), r.num_cached, kept_states(made, [r]), pages(made, [r])) for r in (first, second)]
+        found.append(seen)
+    assert found[0] == found[1]
+    assert any(cached > 64 for _, cached, _, _ in found[0])
+    recurrent = any(cache.kind == "state" for cache in model.recorded.caches)
+    assert any(states for _, _, states, _ in found[0]) == recurrent

@@ -16,11 +16,11 @@ class Slots:
     def __init__(self, scheduler):
         self.scheduler, self.restored = scheduler, []
 
-    def read_state(self, slot, out):
+    def read_state(self, slot, position, num_pending, out):
         request = next(r for r in self.scheduler.running if r.slot == slot)
         out[:] = np.array([request.num_computed], np.int32).view(np.uint8)
 
-    def write_state(self, slot, data):
+    def write_state(self, slot, position, data):
         self.restored.append(int(data.view(np.int32)[0]))
 
 

@@ -58,7 +58,7 @@ def command(
     ] = None,
     cache_dir: CacheDir = None,
     speculate: Speculate = "off",
-    draft: Draft = 4,
+    draft: Draft = None,
     verify_weights: VerifyWeights = False,
     op: OpSwaps = None,
 ) -> None:

@@ -69,7 +69,7 @@ def command(
     max_context: MaxContext = None,
     cache_dir: CacheDir = None,
     speculate: Speculate = "off",
-    draft: Draft = 4,
+    draft: Draft = None,
     verify_weights: VerifyWeights = False,
     op: OpSwaps = None,
 ) -> None:

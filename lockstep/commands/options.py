@@ -49,7 +49,12 @@ Speculate = Annotated[
         "the text). No answer changes.",
     ),
 ]
-Draft = Annotated[int, typer.Option(min=1, max=15, help="With --speculate: guesses for a request in a step.")]
+Draft = Annotated[
+    int | None,
+    typer.Option(
+        min=1, max=15, help="With --speculate: guesses for a request in a step.", show_default="as many as pay, up to 7"
+    ),
+]
 VerifyWeights = Annotated[
     bool,
     typer.Option(

@@ -121,7 +121,7 @@ def command(
     threads: Threads = None,
     cache_dir: CacheDir = None,
     speculate: Speculate = "off",
-    draft: Draft = 4,
+    draft: Draft = None,
     early: Annotated[
         bool,
         typer.Option(

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, SupportsIndex
@@ -11,7 +12,7 @@ import numpy as np
 from lockstep.engine import selfcheck
 from lockstep.engine.answer_text import AnswerText, Detokenizer
 from lockstep.engine.cache_size import num_pages
-from lockstep.engine.drafts import MAX_DRAFTS, SOURCES, Drafter
+from lockstep.engine.drafts import MAX_DRAFTS, MOST_BY_ITSELF, SOURCES, Drafter
 from lockstep.engine.embedding import Pool
 from lockstep.engine.memory import Memory
 from lockstep.engine.model import Model
@@ -44,7 +45,7 @@ LOWEST = {
     "draft": 1,
 }
 HIGHEST = {"kv_tokens": 1 << 62, "state_bytes": 1 << 62, "cache_dir_bytes": 1 << 62, "draft": MAX_DRAFTS}
-MAY_BE_NONE = ("kv_tokens", "threads", "prompt_state_from")
+MAY_BE_NONE = ("kv_tokens", "threads", "prompt_state_from", "draft")
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ class EngineOptions:
     multiple of 64; prompt_state_from: length from which prompts get one near their end, too (None: 2048, or any with
     a cache_dir): it takes a step of its own, which costs a shorter prompt more than 3 %. cache_dir: a folder that
     keeps prefixes across restarts, of at most cache_dir_bytes. speculate: "lookup": tokens that followed the same few
-    tokens earlier in the prompt or the answer are computed as drafts, up to `draft` of a request in a step, and kept
-    where they are what the model chooses: no answer changes. "off": none.
+    tokens earlier in the prompt or the answer are computed as drafts, and kept where they are what the model chooses:
+    no answer changes. "off": none. draft: how many of a request in a step, 1 to 15; None: as many as pay, up to 7.
     """
 
     max_step_tokens: int = 512
@@ -73,7 +74,7 @@ class EngineOptions:
     cache_dir: str | os.PathLike | None = None
     cache_dir_bytes: int = 8 << 30
     speculate: str = "off"
-    draft: int = 4
+    draft: int | None = None
 
     def __post_init__(self) -> None:
         for name, low in LOWEST.items():
@@ -120,12 +121,12 @@ class Engine:
         self.eos_ids = frozenset(model.config.eos_ids) if eos_ids is None else eos_ids
         self.new_detokenizer = new_detokenizer
         speculates = options.speculate != "off"
-        rows = max(PROMPT_ROWS, options.max_requests * (1 + options.draft) if speculates else 0)
+        num_drafts = (options.draft or MOST_BY_ITSELF) if speculates else 0
+        rows = max(PROMPT_ROWS, options.max_requests * (1 + num_drafts) if speculates else 0)
         num_sampled = max(options.max_requests, min(options.max_step_tokens, rows))
         limits = Limits(options.max_step_tokens, options.max_requests, num_pages(model, options), num_sampled)
         self.model, self.limits, self.team = model, limits, Team(options.threads or num_cores())
         try:
-            num_drafts = options.draft if speculates else 0
             self.runner = Runner(model, self.team, limits, swaps, num_drafts=num_drafts, on_compile=on_compile)
         except MemoryError as error:
             raise ValueError(
@@ -232,7 +233,11 @@ class Engine:
         plan, changed = self._prepare()
         if not plan:
             return changed
+        began = time.perf_counter()
         tokens, logprobs, _ = self.runner.step([planned.span for planned in plan])
+        if self.drafter:
+            num_drafts = sum(len(planned.drafts) for planned in plan)
+            self.drafter.time([planned.count for planned in plan], num_drafts, time.perf_counter() - began)
         row = hidden_row = 0
         for planned in plan:
             request = planned.request
@@ -275,21 +280,32 @@ class Engine:
         if request.num_left:
             return row
         self._take_token(request, int(tokens[row]), float(logprobs[row]), row)
-        for i, draft in enumerate(planned.drafts, row + 1):
-            if request.finish_reason is not None or request.output_ids[-1] != draft:
-                break
-            self._accept(request)
-            self._take_token(request, int(tokens[i]), float(logprobs[i]), i)
-        if planned.drafts and request.finish_reason is None:
-            self.scheduler.settle(request)
+        if self.drafter and planned.drafts:
+            self._take_drafts(request, self.drafter, planned.drafts, row, tokens, logprobs)
         return row + 1 + len(planned.drafts)
 
-    def _accept(self, request: Request) -> None:
-        """A request's newest token was drafted: it has been computed already."""
-        request.num_accepted += 1
-        request.num_pending += 1
-        self.num_accepted += 1
-        self.scheduler.computed(request, 1)
+    def _take_drafts(
+        self,
+        request: Request,
+        drafter: Drafter,
+        drafts: list[int],
+        row: int,
+        tokens: np.ndarray,
+        logprobs: np.ndarray,
+    ) -> None:
+        """Takes in the rows after `row` as far as the token before each is what was drafted: it has been computed."""
+        before = request.num_accepted
+        for i, draft in enumerate(drafts, row + 1):
+            if request.finish_reason is not None or request.output_ids[-1] != draft:
+                break
+            request.num_accepted += 1
+            request.num_pending += 1
+            self.scheduler.computed(request, 1)
+            self._take_token(request, int(tokens[i]), float(logprobs[i]), i)
+        self.num_accepted += request.num_accepted - before
+        drafter.note(request, len(drafts), request.num_accepted - before)
+        if request.finish_reason is None:
+            self.scheduler.settle(request)
 
     def _take_hidden(self, request: Request, pool: Pool, span: Span, row: int) -> int:
         """The same for its embedded rows."""

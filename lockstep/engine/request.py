@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, SupportsIndex
 
 from lockstep.engine.answer_text import AnswerText
+from lockstep.engine.draft_width import Acceptance
 from lockstep.engine.embedding import POOLINGS, Pool
 from lockstep.engine.lookup import Lookup
 from lockstep.engine.sampling import Adjustment
@@ -219,6 +220,7 @@ class Request:
     priority: int = 0  # the lower goes first; then whoever came first
     cache_salt: str = ""  # only requests with the same salt share cached prefixes
     num_preemptions: int = 0
+    acceptance: Acceptance | None = None  # made with the first draft, where as many are made as pay
     lookup: Lookup | None = None  # made with the first draft
     num_drafted: int = 0  # tokens that were guessed and computed
     num_pending: int = 0  # drafts of its last step that were right: recurrent layers have yet to absorb them

@@ -102,7 +102,7 @@ class LLM:
         cache_dir: str | os.PathLike[str] | None = None,
         cache_dir_bytes: int = 8 << 30,
         speculate: str = "off",
-        draft: int = 4,
+        draft: int | None = None,
         needs_chat: bool = False,
         generation_config: str = "auto",
         verify_weights: bool = False,

@@ -1,0 +1,69 @@
+"""How many drafts pay: what they cost, by measured steps, against how often they were right.
+
+Only speed follows from this, and so may follow a clock.
+"""
+
+from collections.abc import Sequence
+
+KEPT = 0.85  # of an average, when a new value comes
+FIRST_GUESS = 0.5  # that a draft is right, before any was seen
+DEARER = 0.06  # of a step of one row, for each further row, before any was measured
+PROBE_EVERY = 24  # tokens of a request without drafts, after which one is tried again
+
+
+class Acceptance:
+    """How often the draft at each depth is right, if those before it were.
+
+    before: that of others, with which this one begins.
+    """
+
+    def __init__(self, depths: int, before: "Acceptance | None" = None) -> None:
+        self.rates = list(before.rates) if before else [FIRST_GUESS] * depths
+        self.num_without = 0  # tokens since the last draft
+
+    def note(self, num_drafts: int, num_right: int) -> None:
+        """Takes in a step with drafts; those after the first wrong one say nothing."""
+        for depth in range(min(num_drafts, num_right + 1)):
+            self.rates[depth] = KEPT * self.rates[depth] + (1 - KEPT) * (depth < num_right)
+
+    def expected(self) -> list[float]:
+        """[k]: tokens that k drafts give beside the certain one, on average."""
+        total, survives, made = 0.0, 1.0, [0.0]
+        for rate in self.rates:
+            survives *= rate
+            total += survives
+            made.append(total)
+        return made
+
+
+class StepCosts:
+    """Seconds of a step by its rows, an average of what was measured."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, float] = {}
+
+    def note(self, rows: int, seconds: float) -> None:
+        """Takes in a step."""
+        before = self._seconds.get(rows)
+        # a step may be held up by others: what is far slower than usual counts little
+        seconds = seconds if before is None else min(seconds, 2 * before)
+        self._seconds[rows] = seconds if before is None else KEPT * before + (1 - KEPT) * seconds
+
+    def of(self, rows: int) -> float:
+        """Seconds that a step of so many rows may take, 1 if none was ever measured: at least that of fewer rows."""
+        below = max((n for n in self._seconds if n <= rows), default=None)
+        above = min((n for n in self._seconds if n > rows), default=None)
+        if below is None:
+            return 1.0 if above is None else self._seconds[above] / (1 + DEARER * (above - rows))
+        if above is None:
+            return self._seconds[below] * (1 + DEARER * (rows - below))
+        share = (rows - below) / (above - below)
+        return self._seconds[below] * (1 - share) + max(self._seconds[below], self._seconds[above]) * share
+
+
+def best_width(expected: Sequence[float], most: int, costs: StepCosts, rows: int, tokens: float) -> int:
+    """How many drafts, up to `most`, give the most tokens a second.
+
+    expected: see Acceptance. rows, tokens: what the step has and gives without them.
+    """
+    return max(range(most + 1), key=lambda k: (tokens + expected[k]) / costs.of(rows + k))

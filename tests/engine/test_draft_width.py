@@ -1,0 +1,62 @@
+"""How many drafts are made follows what they gave and what steps cost."""
+
+import pytest
+
+from lockstep.engine.draft_width import Acceptance, StepCosts, best_width
+
+
+def rates(right, width=7, steps=200):
+    made = Acceptance(width)
+    for i in range(steps):
+        made.note(width, right(i))
+    return made
+
+
+def costs(seconds):
+    made = StepCosts()
+    for rows, each in seconds.items():
+        made.note(rows, each)
+    return made
+
+
+FLAT = costs({n: 1 + 0.01 * n for n in range(1, 17)})
+STEEP = costs({n: float(n) for n in range(1, 17)})
+
+
+@pytest.mark.parametrize("right, table, width", [(7, FLAT, 7), (0, FLAT, 0), (2, FLAT, 2), (7, STEEP, 0), (0, STEEP, 0)])
+def test_as_many_as_pay(right, table, width):
+    assert best_width(rates(lambda i: right).expected(), 7, table, 1, 1) == width
+
+
+def test_where_rows_are_dear_fewer_are_worth_it():
+    half = rates(lambda i: (0, 7)[i % 2]).expected()
+    widths = [best_width(half, 7, costs({1: 1.0, 8: 1 + 7 * each}), 1, 1) for each in (0.01, 0.1, 0.3, 0.6)]
+    assert widths == sorted(widths, reverse=True) and widths[0] == 7 and widths[-1] == 0
+
+
+def test_only_drafts_whose_predecessors_were_right_are_judged():
+    made = Acceptance(3)
+    before = list(made.rates)
+    made.note(3, 0)
+    assert made.rates[0] < before[0] and made.rates[1:] == before[1:]
+    made.note(1, 1)
+    assert made.rates[1:] == before[1:]
+
+
+def test_a_request_begins_with_what_others_saw():
+    others = rates(lambda i: 1)
+    assert Acceptance(7, others).rates == others.rates
+    assert Acceptance(7, others).rates is not others.rates
+
+
+def test_costs_between_and_beyond_what_was_measured():
+    table = costs({1: 1.0, 5: 2.0})
+    assert table.of(3) == 1.5 and table.of(1) == 1.0 and table.of(9) > 2.0
+    assert StepCosts().of(4) == 1.0
+    assert costs({8: 2.0}).of(4) < 2.0
+
+
+def test_one_slow_step_changes_little():
+    table = costs({2: 1.0})
+    table.note(2, 1000.0)
+    assert table.of(2) < 1.2

@@ -342,6 +342,8 @@ def test_timing():
     assert Timing(3, 1, 0.1, 0.1).decode_rate == 0
     assert str(timing) == "prompt 100 tokens at 200.0 tok/s, decode 21 tokens at 10.0 tok/s, first token after 500 ms"
     assert str(Timing(1, 1, 0.1, 0.1)) == "prompt 1 token at 10.0 tok/s, decode 1 token, first token after 100 ms"
+    drafted = str(Timing(1, 9, 0.1, 0.9, num_drafted=8, num_accepted=5))
+    assert drafted.endswith("decode 9 tokens at 10.0 tok/s (5 of 8 drafts right), first token after 100 ms")
     assert str(Timing(1)) == "prompt 1 token at 0.0 tok/s, decode 0 tokens, first token after 0 ms"
 
 

@@ -12,10 +12,10 @@ class Timing:
 
     num_prompt: int
     num_output: int = 0
-    num_drafted: int = 0
-    num_accepted: int = 0
     first_token: float = 0.0
     total: float = 0.0
+    num_drafted: int = 0
+    num_accepted: int = 0
 
     @property
     def prefill_rate(self):

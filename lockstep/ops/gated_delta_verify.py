@@ -31,7 +31,9 @@ class GatedDeltaVerify(GatedDelta):
     pending and its own lie in rows of their own: 2 D + 1 for D drafts.
     """
 
-    records: CacheArray = cache("num_records, num_v_heads * v_head_dim + num_k_heads * k_head_dim + num_v_heads")
+    records: CacheArray = cache(
+        "num_records, num_v_heads * v_head_dim + num_k_heads * k_head_dim + num_v_heads", "records", "f32"
+    )
     num_records: int
 
 
@@ -39,7 +41,8 @@ class DeltaInputsVerify(DeltaInputs):
     """`DeltaInputs` whose history of num_rows rows is a ring by position, so that drafts can be forgotten: for D drafts
     conv_width - 1 + D rows."""
 
-    state: CacheArray = cache("num_rows, channels")
+    rules = (*DeltaInputs.rules, "conv_width - 1 <= num_rows")
+    state: CacheArray = cache("num_rows, channels", "ring", "f32")
     num_rows: int
 
 

@@ -13,7 +13,6 @@ from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import variant
 from lockstep.runtime.step import num_rows
 
-PANELS = 32  # features of a group come in as many at a time as the widest tile has
 ROW_BYTES = READ = DOT = None  # of a variant: as in `ops/linear.py`
 
 
@@ -24,19 +23,12 @@ class GroupedLinear(Linear):
     """
 
     group = "grouped_linear"
+    rules = ("out_features % (32 * groups) == 0",)  # as many features at a time as the widest tile has
     groups: int
 
     @property
     def row_values(self):
         return self.groups * self.in_features
-
-    def check(self):
-        if self.groups < 1 or self.out_features % (PANELS * self.groups):
-            raise ValueError(
-                f"GroupedLinear: {self.out_features} features in {self.groups} groups, expected a multiple of {PANELS} "
-                f"in each"
-            )
-        super().check()
 
 
 def _grouped_linear(op, step, thread, num_threads):

@@ -13,7 +13,7 @@ import numpy as np
 from lockstep.runtime.step_block import StepBlock
 
 ROW_COUNTS = {letter: index for letter, index in StepBlock.counts().items() if letter != "P"}
-CACHE_KINDS = ("pages", "state")
+CACHE_KINDS = ("pages", "state", "ring", "records")
 DTYPES = {"f32": np.dtype(np.float32), "i32": np.dtype(np.int32), "bf16": np.dtype(np.uint16), "i8": np.dtype(np.int8)}
 
 

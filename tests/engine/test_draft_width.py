@@ -23,7 +23,9 @@ FLAT = costs({n: 1 + 0.01 * n for n in range(1, 17)})
 STEEP = costs({n: float(n) for n in range(1, 17)})
 
 
-@pytest.mark.parametrize("right, table, width", [(7, FLAT, 7), (0, FLAT, 0), (2, FLAT, 2), (7, STEEP, 0), (0, STEEP, 0)])
+@pytest.mark.parametrize(
+    "right, table, width", [(7, FLAT, 7), (0, FLAT, 0), (2, FLAT, 2), (7, STEEP, 0), (0, STEEP, 0)]
+)
 def test_as_many_as_pay(right, table, width):
     assert best_width(rates(lambda i: right).expected(), 7, table, 1, 1) == width
 

@@ -7,7 +7,7 @@ from lockstep.ops import grouped_linear, linear_cpu
 from lockstep.ops.grouped_linear import GroupedLinear
 from lockstep.ops.rewrite import lower
 from lockstep.runtime.program import Program, Weight
-from tests.ops.harness import run_op, same_bits, weight
+from tests.ops.harness import Given, run_op, same_bits, weight
 from tests.ops.test_linear import RNG, narrow, prepared, run, stored
 
 GROUPS, N = 3, 64
@@ -60,7 +60,7 @@ def test_wide_groups_are_worked_on_in_parts_of_k():
 
 
 def recorded(program, **changed):
-    x = program.tensor("x", "T", 3 * 64)
+    x = program.emit(Given(out=program.tensor("x", "T", 3 * 64)))
     w = weight(np.zeros((192, 64), np.float32))
     sizes = dict(in_features=64, out_features=192, groups=3, width=192, column=0)
     return GroupedLinear(**dict(out=program.tensor("y", "T", 192), x=x, weight=w, **sizes) | changed)
@@ -69,7 +69,7 @@ def recorded(program, **changed):
 def test_it_is_lowered_like_other_layers():
     program = Program()
     program.emit(recorded(program, weight=Weight("w", "q8_0", (192, 64), ())))
-    prepare, multiply = lower(program).ops
+    _, prepare, multiply = lower(program).ops
     assert (prepare.kind, multiply.kind, multiply.x) == ("quantize_q8", "grouped_linear_q8_0", prepare.out)
     assert multiply.flops(0) == 2 * 192 * 64
 
@@ -77,8 +77,8 @@ def test_it_is_lowered_like_other_layers():
 @pytest.mark.parametrize(
     "changed, message",
     [
-        (dict(groups=5), "192 features in 5 groups, expected a multiple of 32 in each"),
-        (dict(groups=0), "192 features in 0 groups"),
+        (dict(groups=5), r"expected out_features % \(32 \* groups\) == 0, got out_features 192, groups 5"),
+        (dict(groups=0), "got out_features 192, groups 0"),
         (dict(groups=2), r"x is .*, expected f32\[T, 128\]"),
         (dict(groups=2.0), "groups is 2.0, expected an integer"),
         (dict(width=176), "GroupedLinear: out"),

@@ -139,7 +139,8 @@ class Engine:
         self.scheduler = Scheduler(limits, self._prefix_cache(options))
         source = SOURCES[options.speculate]
         self.drafter = Drafter(self.scheduler, source, options.draft, self.eos_ids) if source else None
-        self._ids, self.num_generated, self.num_accepted, self.num_not_finite = itertools.count(), 0, 0, 0
+        self._ids, self.num_generated, self.num_not_finite = itertools.count(), 0, 0
+        self.num_drafted = self.num_accepted = 0
 
     def _prefix_cache(self, options: EngineOptions) -> Callable[[PageAllocator], PrefixCache] | None:
         """Makes the prefix cache, given the PageAllocator; None where it is not wanted or could keep nothing."""
@@ -302,6 +303,7 @@ class Engine:
             request.num_pending += 1
             self.scheduler.computed(request, 1)
             self._take_token(request, int(tokens[i]), float(logprobs[i]), i)
+        self.num_drafted += len(drafts)
         self.num_accepted += request.num_accepted - before
         drafter.note(request, len(drafts), request.num_accepted - before)
         if request.finish_reason is None:
@@ -375,6 +377,7 @@ class Engine:
             pages_idle=pages.num_idle,
             pages_evicted=pages.num_evicted,
             generated_tokens=self.num_generated,
+            drafts=self.num_drafted,
             accepted_drafts=self.num_accepted,
             not_finite=self.num_not_finite,
         )

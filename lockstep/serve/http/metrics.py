@@ -21,6 +21,8 @@ COUNTERS = {
     "query_tokens": ("prefix_query_tokens", "Prompt tokens looked for in the prefix cache"),
     "not_finite": ("not_finite", "Sequences that failed as the model gave no finite numbers"),
     "hit_tokens": ("prefix_hit_tokens", "Prompt tokens found in the prefix cache"),
+    "drafts": ("drafts", "Tokens guessed ahead and computed"),
+    "accepted_drafts": ("accepted_drafts", "Of these, the ones that were right"),
     "pages_evicted": ("pages_evicted", "Kept pages that were needed for others"),
 }
 

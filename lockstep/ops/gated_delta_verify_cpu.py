@@ -38,19 +38,25 @@ MAX_HEAD = 256  # keys
 SCRATCH_BYTES = 2 * 64 * MAX_HEAD
 
 
+class Places(NamedTuple):
+    """From a record's start to the delta of two blocks, to k and to the decay of their head."""
+
+    delta: int
+    k: int
+    decay: int
+
+
 class Records(NamedTuple):
     """The records of a request as two blocks see them: where record 0 is, bytes of one, how many; the ring row of the
-    step's first token; from a record's start to the blocks' delta, to the head's k and to its decay; how many are
-    pending, and how many drafts there are."""
+    step's first token; how many are pending; how many of the step's tokens are certain, and how many are drafts."""
 
     address: int
     row: int
     count: int
     first: int
-    delta: int
-    k: int
-    decay: int
+    places: Places
     num_pending: int
+    num_certain: int
     num_drafts: int
 
 
@@ -62,8 +68,8 @@ def records_of(a, batch, s, head, block):
     address = a.records + row * a.num_records * entry(batch.state_slot, s)
     first = entry(batch.position, entry(batch.query_start, s)) % a.num_records
     pending, drafts = entry(batch.num_pending, s), entry(batch.num_drafts, s)
-    delta, decay = 4 * (head * V + block * BLOCK), 4 * (H * V + G * K + head)
-    return Records(address, row, a.num_records, first, delta, k, decay, pending, drafts)
+    places = Places(4 * (head * V + block * BLOCK), k, 4 * (H * V + G * K + head))
+    return Records(address, row, a.num_records, first, places, pending, num_new(batch, s) - drafts, drafts)
 
 
 @inlined
@@ -81,8 +87,8 @@ def absorb_read(state, block, K, r, column, k, kept):
         s0, s1 = load_pair(place, block)
         for p in range(-r.num_pending, 0):
             at = record(r, p)
-            delta0, delta1 = load_pair(at + r.delta, column)
-            key, decay = peek(at + r.k + 4 * i, float32), peek(at + r.decay, float32)
+            delta0, delta1 = load_pair(at + r.places.delta, column)
+            key, decay = peek(at + r.places.k + 4 * i, float32), peek(at + r.places.decay, float32)
             s0, s1 = fma(key, delta0, s0 * decay), fma(key, delta1, s1 * decay)
         s0, s1, key = s0 * kept, s1 * kept, peek(k + 4 * i, float32)
         store_pair(place, block, (s0, s1))
@@ -91,7 +97,7 @@ def absorb_read(state, block, K, r, column, k, kept):
 
 
 @inlined
-def verify_two(state, block, K, tokens, steps, num_certain, fresh, r, scratch):
+def verify_two(state, block, K, tokens, steps, fresh, r, scratch):
     """Two blocks, `block` bytes apart (0: the same one twice), through a request's tokens and drafts.
 
     tokens, steps: as in `run_two`. r: Records. scratch: memory for two blocks.
@@ -103,10 +109,10 @@ def verify_two(state, block, K, tokens, steps, num_certain, fresh, r, scratch):
             store_pair(state + i, block, read)
     else:
         read = absorb_read(state, block, K, r, column, k, kept)
-    for t in range(num_certain + r.num_drafts - 1):
+    for t in range(r.num_certain + r.num_drafts - 1):
         delta, sums, k_next = correction(v, column, peek(beta, float32), read), zeros(), k + steps[0]
         kept, decay, read = peek(decay + steps[2], float32), decay + steps[2], zeros()
-        is_last, is_draft = t == num_certain - 1, t >= num_certain
+        is_last, is_draft = t == r.num_certain - 1, t >= r.num_certain
         source, target = scratch if is_draft else state, scratch if is_draft or is_last else state
         for i in range(K):
             key, query = peek(k + 4 * i, float32), peek(q + 4 * i, float32)
@@ -117,7 +123,7 @@ def verify_two(state, block, K, tokens, steps, num_certain, fresh, r, scratch):
             store_pair(target + 64 * i, block, s)
         store_pair(out, column, sums)
         if is_draft:
-            store_pair(record(r, t) + r.delta, column, delta)
+            store_pair(record(r, t) + r.places.delta, column, delta)
         q, k, v, beta, out = q + steps[0], k_next, v + steps[1], beta + steps[2], out + steps[3]
     delta, sums = correction(v, column, peek(beta, float32), read), zeros()
     source = scratch if r.num_drafts else state
@@ -126,18 +132,18 @@ def verify_two(state, block, K, tokens, steps, num_certain, fresh, r, scratch):
         sums = write_out(source + 64 * i, block, key, query, delta, sums)
     store_pair(out, column, sums)
     if r.num_drafts:
-        store_pair(record(r, num_certain + r.num_drafts - 1) + r.delta, column, delta)
+        store_pair(record(r, r.num_certain + r.num_drafts - 1) + r.places.delta, column, delta)
 
 
 @inlined
-def record_shared(a, r, head, tokens, steps, num_certain):
+def record_shared(a, r, head, tokens, steps):
     """Of each draft: the head's decay, and k if the head is the first of those that share it."""
     _, k, _, decay, _, _ = tokens
-    for t in range(num_certain, num_certain + r.num_drafts):
+    for t in range(r.num_certain, r.num_certain + r.num_drafts):
         at = record(r, t)
-        poke(at + r.decay, peek(decay + steps[2] * t, float32))
+        poke(at + r.places.decay, peek(decay + steps[2] * t, float32))
         for i in range(0, 4 * a.k_head_dim if head % (a.num_v_heads // a.num_k_heads) == 0 else 0, 64):
-            store(at + r.k + i, load(k + steps[0] * t + i))
+            store(at + r.places.k + i, load(k + steps[0] * t + i))
 
 
 @inlined
@@ -147,10 +153,9 @@ def verify_pair(a, batch, s, head, block, scratch):
     state, tokens = addresses(a, entry(batch.state_slot, s), head, block, first)
     other, fresh = 64 * K * min(a.v_head_dim // BLOCK - block - 1, 1), entry(batch.position, first) == 0
     r, steps = records_of(a, batch, s, head, block), strides(a)
-    num_certain = num_new(batch, s) - r.num_drafts
-    verify_two(state, other, K, tokens, steps, num_certain, fresh, r, scratch)
+    verify_two(state, other, K, tokens, steps, fresh, r, scratch)
     if block == 0:
-        record_shared(a, r, head, tokens, steps, num_certain)
+        record_shared(a, r, head, tokens, steps)
 
 
 def verify(op, step, thread, num_threads):

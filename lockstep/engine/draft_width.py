@@ -51,7 +51,9 @@ class StepCosts:
 
     def of(self, rows: int) -> float:
         """Seconds that a step of so many rows may take, 1 if none was ever measured: at least that of fewer rows."""
-        below = max((n for n in self._seconds if n <= rows), default=None)
+        if rows in self._seconds:
+            return self._seconds[rows]
+        below = max((n for n in self._seconds if n < rows), default=None)
         above = min((n for n in self._seconds if n > rows), default=None)
         if below is None:
             return 1.0 if above is None else self._seconds[above] / (1 + DEARER * (above - rows))

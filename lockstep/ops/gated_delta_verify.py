@@ -31,6 +31,7 @@ class GatedDeltaVerify(GatedDelta):
     pending and its own lie in rows of their own: 2 D + 1 for D drafts.
     """
 
+    rules = (*GatedDelta.rules, "k_head_dim <= 256")  # two blocks of the state lie on a kernel's stack
     records: CacheArray = cache(
         "num_records, num_v_heads * v_head_dim + num_k_heads * k_head_dim + num_v_heads", "records", "f32"
     )

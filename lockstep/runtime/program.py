@@ -131,6 +131,7 @@ class Program:
         """The same program with another list of ops."""
         other = Program()
         other.ops, other.caches, other.results, other._names = list(ops), self.caches, self.results, self._names
+        other._written = {tensor for op in other.ops for tensor in op.outputs}
         return other
 
     def weights(self):

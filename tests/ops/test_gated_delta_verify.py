@@ -92,6 +92,12 @@ def test_kernel_equals_definition_in_a_ragged_batch(kernel, shape):
         same_bits(found, expected)
 
 
+def test_heads_that_do_not_fit_the_kernels_memory_are_refused():
+    shape = (1, 1, 272, 16)
+    with pytest.raises(ValueError, match="GatedDeltaVerify: expected k_head_dim <= 256, got k_head_dim 272"):
+        Memory(shape).run(KERNELS["definition"], inputs(1, *shape), [1], [0], [0])
+
+
 def test_without_drafts_it_is_the_plain_op():
     shape = (2, 4, 32, 48)
     arrays, none = inputs(42, *shape), np.full((4, *state_shape(*shape[1:])), np.nan, np.float32)

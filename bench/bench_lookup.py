@@ -1,0 +1,61 @@
+"""Lookup drafts against none: one request at a time, all settings in turns, and whether the answers are the same.
+
+    python bench/bench_lookup.py [MODEL] [--text FILE] [--rounds 5]
+
+Printed are the median milliseconds of 200 tokens after the first, the median ratio to the same round without drafts,
+and how many drafts were right.
+"""
+
+import argparse
+import pathlib
+import statistics
+import time
+
+from lockstep.engine.request import SamplingParams
+from lockstep.serve.llm import LLM
+
+SETTINGS = {"off": {}, **{f"--draft {n}": dict(speculate="lookup", draft=n) for n in (2, 4, 7)}}
+SETTINGS["none given"] = dict(speculate="lookup")
+TEXT = pathlib.Path(__file__).resolve().parents[1] / "lockstep" / "engine" / "prefix.py"
+
+
+def run(llm, ids, params):
+    """(seconds after the first token, the Request) of one answer."""
+    request, first = llm.engine.add(ids, params), None
+    while llm.engine.has_work:
+        llm.engine.step()
+        first = first or time.perf_counter()
+    return time.perf_counter() - first, request
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--text", default=TEXT, help="a file whose first 3000 characters are the prompt")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    llms = {name: LLM(args.model, **options) for name, options in SETTINGS.items()}
+    ids = llms["off"].encode(pathlib.Path(args.text).read_text()[:3000])
+    for temperature in (0.0, 0.8):
+        found = {name: [] for name in SETTINGS}
+        for i in range(args.rounds + 1):
+            params = SamplingParams(max_tokens=200, temperature=temperature, seed=i, ignore_eos=True)
+            for name, llm in llms.items():
+                found[name].append(run(llm, ids, params))
+        report(temperature, {name: answers[1:] for name, answers in found.items()})  # the first round warms up
+
+
+def report(temperature, found):
+    for name, answers in found.items():
+        ratios = [off / own for (off, _), (own, _) in zip(found["off"], answers, strict=True)]
+        same = all(a.output_ids == b.output_ids for (_, a), (_, b) in zip(found["off"], answers, strict=True))
+        right, drafted = (sum(getattr(r, n) for _, r in answers) for n in ("num_accepted", "num_drafted"))
+        print(
+            f"temperature {temperature}  {name:10s}  {1000 * statistics.median(s for s, _ in answers):6.0f} ms  "
+            f"{statistics.median(ratios):.2f} times as fast  {right} of {drafted} drafts right  "
+            f"{'same answers' if same else 'OTHER ANSWERS'}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -5,6 +5,8 @@ import math
 import re
 from dataclasses import dataclass
 
+from lockstep.engine.cache_size import request_bytes
+from lockstep.engine.drafts import MOST_BY_ITSELF
 from lockstep.ops.embed import Embed
 from lockstep.ops.kv_cache import PAGE_TOKENS
 from lockstep.ops.linear_cpu import FORMATS
@@ -90,7 +92,8 @@ def collapsed(costs):
 
 
 def memory(program):
-    """Bytes of packed weights, the embedding as stored, small constants, KV cache per token, state per request."""
+    """Bytes of packed weights, the embedding as stored, small constants, KV cache per token, state per request, and
+    what speculation adds to it where the number of drafts is not given."""
     linear = {w.name: w for op in program.ops if is_linear(op) for w in op.inputs if isinstance(w, Weight)}
     tables = {w.name: w for op in program.ops if isinstance(op, Embed) for w in op.inputs}
     small = [w for w in program.weights() if w.name not in linear and w.name not in tables]
@@ -100,7 +103,8 @@ def memory(program):
         embedding=sum(p.data.nbytes for w in tables.values() for p in w.parts),
         constants=sum(4 * math.prod(w.shape) for w in small),
         kv_cache_per_token=pages // PAGE_TOKENS,
-        state_per_request=sum(c.bytes_each for c in program.caches if c.kind == "state"),
+        state_per_request=request_bytes(program, 0),
+        drafts_per_request=request_bytes(program, MOST_BY_ITSELF) - request_bytes(program, 0),
     )
 
 

@@ -17,7 +17,8 @@ from lockstep.commands.inspect import spans
 from lockstep.commands.options import context_words
 from lockstep.describe import collapsed, memory, op_costs, packed_bytes
 from lockstep.engine import cache_size
-from lockstep.engine.cache_size import ContextSize
+from lockstep.engine.cache_size import ContextSize, request_bytes
+from lockstep.engine.engine import EngineOptions
 from lockstep.ops.attention import Attention
 from lockstep.ops.linear import Linear
 from lockstep.runtime.executor import WeightStore
@@ -228,6 +229,8 @@ def test_memory_is_what_the_engine_takes(llm):
     taken = sum(a.nbytes for name, a in runner.caches.items() if name.endswith("_pages"))
     assert needed["kv_cache_per_token"] * 64 * runner.limits.num_pages == taken
     assert needed["state_per_request"] == sum(a.nbytes for n, a in runner.caches.items() if not n.endswith("_pages"))
+    both = needed["state_per_request"] + needed["drafts_per_request"]
+    assert both == request_bytes(llm.model.recorded, EngineOptions(speculate="lookup").num_drafts)
 
 
 def test_costs(llm):

@@ -160,6 +160,8 @@ def spans(numbers) -> str:
 
 def memory_table(needed, model):
     """What must be resident, and what a request adds."""
+    from lockstep.engine.drafts import MOST_BY_ITSELF
+
     table = made_table("Memory", "for", ">bytes")
     labels = dict(
         packed_weights="packed weights",
@@ -167,6 +169,7 @@ def memory_table(needed, model):
         constants="norms, biases, rope",
         kv_cache_per_token=f"KV cache ({model.kv_dtype}), per token",
         state_per_request="recurrent state, per request",
+        drafts_per_request=f"the same, with --speculate: up to {MOST_BY_ITSELF} drafts beside it",
     )
     for name, label in labels.items():
         table.add_row(label, f"{needed[name]:,}")

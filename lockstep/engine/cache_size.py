@@ -10,6 +10,7 @@ import numpy as np
 
 from lockstep.ops.embed import Embed
 from lockstep.ops.kv_cache import PAGE_TOKENS
+from lockstep.ops.rewrite import verifying
 from lockstep.ops.rope import MAX_POSITIONS
 from lockstep.runtime.program import Program, Weight
 from lockstep.weights.tensor import stored_shape
@@ -61,29 +62,38 @@ def num_pages(model: "Model", options: "EngineOptions") -> int:
         most = min(CACHE_BYTES, _cache_bytes(model, options))
         return max(a_request, min(a_request * options.max_requests, _pages_in(model, most)))
     asked, memory = -(-options.kv_tokens // PAGE_TOKENS), _physical_bytes()
-    taken = asked * _bytes_each(model, "pages")
-    if taken > memory:
+    taken, others = asked * _page_bytes(model), options.max_requests * request_bytes(model.recorded, options.num_drafts)
+    if taken + others > memory:
+        beside = f", of which {options.max_requests} requests take {others / 2**30:.1f}" if others else ""
         raise ValueError(
             f"kv_tokens: {options.kv_tokens} tokens take {taken / 2**30:.1f} GiB; this machine has "
-            f"{memory / 2**30:.1f}, enough for {_pages_in(model, memory) * PAGE_TOKENS}"
+            f"{memory / 2**30:.1f}{beside}, enough for {_pages_in(model, max(0, memory - others)) * PAGE_TOKENS}"
         )
     return asked
 
 
 def _pages_in(model: "Model", num_bytes: int) -> int:
-    return num_bytes // (_bytes_each(model, "pages") or 1)
+    return num_bytes // (_page_bytes(model) or 1)
 
 
-def _bytes_each(model: "Model", kind: str) -> int:
-    """Bytes of a page ("pages") or of a request's state ("state"), over all layers."""
-    return sum(c.bytes_each for c in model.recorded.caches if c.kind == kind)
+def _page_bytes(model: "Model") -> int:
+    """Bytes of a page over all layers."""
+    return sum(c.bytes_each for c in model.recorded.caches if c.kind == "pages")
+
+
+def request_bytes(program: Program, num_drafts: int) -> int:
+    """Bytes that a request has beside its pages, over all layers: its recurrent state, and what lets up to num_drafts
+    drafts of a step be forgotten."""
+    run = verifying(program, num_drafts) if num_drafts else program
+    return sum(c.bytes_each for c in run.caches if c.kind != "pages")
 
 
 def _cache_bytes(model: "Model", options: "EngineOptions") -> int:
-    """Bytes that KV pages may take beside weights and recurrent states."""
-    state = _bytes_each(model, "state")
-    states = options.max_requests * state + (options.state_bytes if state and options.prefix_cache else 0)
-    return max(0, (available_bytes() - weight_bytes(model.recorded)) // SHARE - states)
+    """Bytes that KV pages may take beside weights, what requests have beside them, and kept states."""
+    has_state = request_bytes(model.recorded, 0) > 0
+    kept = options.state_bytes if has_state and options.prefix_cache else 0
+    taken = options.max_requests * request_bytes(model.recorded, options.num_drafts) + kept
+    return max(0, (available_bytes() - weight_bytes(model.recorded)) // SHARE - taken)
 
 
 def weight_bytes(program: Program) -> int:

@@ -91,6 +91,11 @@ class EngineOptions:
         if self.state_every % PAGE_TOKENS:
             raise ValueError(f"state_every: expected a multiple of {PAGE_TOKENS}, got {self.state_every}")
 
+    @property
+    def num_drafts(self) -> int:
+        """The most drafts that a request may have in a step; 0 without speculation."""
+        return 0 if self.speculate == "off" else self.draft or MOST_BY_ITSELF
+
 
 class Planned(NamedTuple):
     """What a request does in a step: how many of its tokens are computed, and which drafts after them."""
@@ -120,18 +125,16 @@ class Engine:
     ) -> None:
         self.eos_ids = frozenset(model.config.eos_ids) if eos_ids is None else eos_ids
         self.new_detokenizer = new_detokenizer
-        speculates = options.speculate != "off"
-        num_drafts = (options.draft or MOST_BY_ITSELF) if speculates else 0
-        rows = max(PROMPT_ROWS, options.max_requests * (1 + num_drafts) if speculates else 0)
+        num_drafts = options.num_drafts
+        rows = max(PROMPT_ROWS, options.max_requests * (1 + num_drafts) if num_drafts else 0)
         num_sampled = max(options.max_requests, min(options.max_step_tokens, rows))
         limits = Limits(options.max_step_tokens, options.max_requests, num_pages(model, options), num_sampled)
         self.model, self.limits, self.team = model, limits, Team(options.threads or num_cores())
         try:
             self.runner = Runner(model, self.team, limits, swaps, num_drafts=num_drafts, on_compile=on_compile)
         except MemoryError as error:
-            raise ValueError(
-                f"max_step_tokens, max_requests, max_context or kv_tokens: not enough memory ({error})"
-            ) from None
+            sizes = "max_step_tokens, max_requests, max_context" + (", draft" if num_drafts else "")
+            raise ValueError(f"{sizes} or kv_tokens: not enough memory ({error})") from None
         if options.kv_tokens is not None:
             for array in self.runner.caches.values():
                 array.fill(0)  # the system hands out pages at the first touch: better now than within a request

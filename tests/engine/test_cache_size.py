@@ -6,15 +6,16 @@ import pytest
 
 from lockstep.describe import memory as memory_of
 from lockstep.engine import cache_size
-from lockstep.engine.cache_size import ContextSize, context_size, num_pages, weight_bytes
+from lockstep.engine.cache_size import ContextSize, context_size, num_pages, request_bytes, weight_bytes
 from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.model import load_model
 from lockstep.engine.request import SamplingParams
 from lockstep.runtime.executor import WeightStore
 from lockstep.weights.checkpoint import open_checkpoint
-from tests.models import tiny
+from tests.models import published, tiny
 from tests.models.cases import CASES, case, hybrid
 from tests.models.running import load
+from tests.runtime.test_layout import program_of
 
 MANY = 1 << 17
 GIB = 1 << 30
@@ -61,6 +62,38 @@ def test_the_context_is_what_half_of_the_free_memory_holds_beside_weights_and_st
         assert num_pages(dataclasses.replace(model, max_context=64 * 10), options) == min(pages, 40)
     memory(weight_bytes(model.recorded) + 2 * (states + 2048 * page_bytes(model)))
     assert context_size(model, options) == ContextSize(MANY)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("draft", [None, 1, 15])
+def test_what_forgets_drafts_is_counted_for_each_request(name, draft, folders, memory):
+    model = loaded(folders[name], 64 * 40)
+    options = EngineOptions(max_requests=4, prefix_cache=False, speculate="lookup", draft=draft, threads=1)
+    engine = Engine(model, options)
+    beside_pages = sum(a.nbytes for n, a in engine.runner.caches.items() if not n.endswith("_pages"))
+    engine.close()
+    assert beside_pages == 4 * request_bytes(model.recorded, draft or 7)
+    assert (beside_pages > 4 * state_bytes(model)) == (name == "qwen3_5")
+    memory(weight_bytes(model.recorded) + 2 * (beside_pages + 100 * page_bytes(model)))
+    assert context_size(loaded(folders[name]), options) == ContextSize(64 * 100, "memory")
+    assert num_pages(dataclasses.replace(model, max_context=64 * 30), options) == 100
+
+
+@pytest.mark.parametrize("speculate", ["off", "lookup"])
+def test_what_requests_take_beside_kv_tokens_is_said(speculate, folders, monkeypatch):
+    model = loaded(folders["qwen3_5"])
+    options = EngineOptions(max_requests=4, kv_tokens=64 * 500, speculate=speculate)
+    beside = 4 * request_bytes(model.recorded, options.num_drafts)
+    monkeypatch.setattr(cache_size, "_physical_bytes", lambda: beside + 500 * page_bytes(model))
+    assert num_pages(model, options) == 500
+    message = rf"kv_tokens: 32001 tokens .* of which 4 requests take {beside / 2**30:.1f}, enough for 32000"
+    with pytest.raises(ValueError, match=message):
+        num_pages(model, dataclasses.replace(options, kv_tokens=32001))
+
+
+def test_seven_drafts_take_at_most_40_percent_of_a_state():
+    program = program_of(published.QWEN3_5_0_8B)
+    assert 0 < request_bytes(program, 7) - request_bytes(program, 0) <= 0.4 * request_bytes(program, 0)
 
 
 def test_little_memory_leaves_a_context_that_only_takes_what_is_used(folders, memory):

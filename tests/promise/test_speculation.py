@@ -1,0 +1,68 @@
+"""Speculation changes nothing but the time. `python -m tests.speculation` does the same with 10,000 requests.
+
+Random requests, with every kind of draft there is and some that there should not be, are compared bit for bit with the
+same requests without drafts: answers, log-probabilities, logits, recurrent states, keys and values, named blocks, kept
+states. The last tests plant mistakes, each of which must be seen.
+"""
+
+from collections import Counter
+
+import pytest
+
+from lockstep.engine.drafts import MAX_DRAFTS
+from tests.speculation.faults import FAULTS
+from tests.speculation.proof import Menu, lots, run_lot
+from tests.speculation.subjects import bundled, tiny
+from tests.speculation.wishes import wishes
+
+NUM_WISHES, NUM_REQUESTS = 60, 300
+HAPPENS = (
+    "preempted requests",
+    "cancelled",
+    "prefix hits",
+    "disk_loaded",
+    "pages_evicted",
+    "requests under a mask",
+    "int stops",
+    "str stops",
+    "length",
+    "temperature 0",
+    "temperature 0.8",
+    "temperature 1",
+    *(f"width {width}" for width in range(2, MAX_DRAFTS + 2)),
+    *(f"rejected at {place}" for place in range(MAX_DRAFTS)),
+)
+
+
+@pytest.fixture(scope="module")
+def menu():
+    """Of the bundled model."""
+    subject = bundled()
+    yield Menu(subject, wishes(subject, 0, NUM_WISHES))
+    subject.close()
+
+
+def test_the_bundled_models_answers_and_memory_are_the_same_with_drafts(menu, tmp_path):
+    events = Counter()
+    for lot in lots(menu.subject, NUM_WISHES, 0, 10):
+        report = run_lot(menu, lot, tmp_path)
+        assert not report.differences
+        events += report.events
+    missing = [what for what in HAPPENS if not events[what]]
+    assert not missing and events["requests"] >= NUM_REQUESTS, f"{missing} did not happen; {dict(events)}"
+
+
+@pytest.mark.parametrize("config", ["qwen3", "mistral_window", "qwen3_5"])
+def test_tiny_models_answers_and_memory_are_the_same_with_drafts(config, tmp_path):
+    subject = tiny(config, tmp_path / "model")
+    menu = Menu(subject, wishes(subject, 1, 20))
+    assert not [what for lot in lots(subject, 20, 1, 4) for what in run_lot(menu, lot, tmp_path).differences]
+
+
+# ---------------------------------------------------------------- what is wrong must be seen
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_mistake_is_seen(menu, fault, tmp_path, monkeypatch):
+    FAULTS[fault](monkeypatch)
+    assert any(run_lot(menu, lot, tmp_path).differences for lot in lots(menu.subject, NUM_WISHES, 0, 10))

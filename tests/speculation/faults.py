@@ -1,0 +1,138 @@
+"""Mistakes of speculation, planted: each must turn the proof red, or the proof shows nothing.
+
+Each takes a pytest.MonkeyPatch and puts one mistake into the engine. Nothing changes in an engine without drafts.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lockstep.engine import engine, memory, runner
+from lockstep.engine.request import Request
+from lockstep.engine.runner import Runner, Span
+from lockstep.engine.sampling import Adjustment, sampled_rows
+from lockstep.engine.scheduler import Scheduler
+from lockstep.ops.gated_delta_verify import DeltaInputsVerify, GatedDeltaVerify, absorb_all
+from lockstep.ops.rewrite import verifying
+from lockstep.runtime.program import CacheArray, Program
+
+
+def before_each_step(patch: pytest.MonkeyPatch, change: Callable[[Runner, Sequence[Span]], None]) -> None:
+    """Calls `change` with what a Runner is about to do."""
+    step = Runner.step
+
+    def changed(self: Runner, spans: Sequence[Span], clock: np.ndarray | None = None) -> Any:
+        change(self, spans)
+        return step(self, spans, clock)
+
+    patch.setattr(Runner, "step", changed)
+
+
+def rejected_record_applied(patch: pytest.MonkeyPatch) -> None:
+    """The state absorbs the record after the accepted ones, that of the first wrong draft."""
+    left: dict[tuple[int, int], tuple[int, int]] = {}  # (runner, slot): where its drafts of the last step lie
+
+    def change(self: Runner, spans: Sequence[Span]) -> None:
+        for span in spans:
+            first, end = left.get((id(self), span.slot), (0, 0))
+            if first < span.start + 1 < end and span.start - span.num_pending == first:
+                absorb(self, span, span.num_pending + 1)
+            certain = span.start + len(span.token_ids) - span.num_drafts
+            left[id(self), span.slot] = certain, certain + span.num_drafts
+
+    before_each_step(patch, change)
+
+
+def absorb(self: Runner, span: Span, count: int) -> None:
+    """Does what the step would do with `count` pending records, the first of them those of the span."""
+    for op in self.program.ops:
+        if isinstance(op, GatedDeltaVerify):
+            state, records = (
+                self.caches[array.name].view(np.float32).reshape(-1, *array.shape)[span.slot]
+                for array in (op.state, op.records)
+            )
+            absorb_all(state, records, span.start - span.num_pending + count, count, op.num_k_heads)
+    span.num_pending = 0
+
+
+def accepted_record_skipped(patch: pytest.MonkeyPatch) -> None:
+    """The state does not absorb the record of the first accepted draft."""
+
+    def change(self: Runner, spans: Sequence[Span]) -> None:
+        for span in spans:
+            span.num_pending = max(0, span.num_pending - 1)
+
+    before_each_step(patch, change)
+
+
+def stale_ring_row(patch: pytest.MonkeyPatch) -> None:
+    """The ring of convolution rows is one row too short: the last draft's row takes the place of one that counts."""
+
+    def short(program: Program, num_drafts: int) -> Program:
+        made = verifying(program, num_drafts)
+        rings = {op.state: op.num_rows - 1 for op in made.ops if isinstance(op, DeltaInputsVerify)}
+        shorter = {c: CacheArray(c.name, c.kind, c.dtype, (rows, *c.shape[1:])) for c, rows in rings.items()}
+        ops = [
+            op.changed(state=shorter[op.state], num_rows=op.num_rows - 1) if isinstance(op, DeltaInputsVerify) else op
+            for op in made.ops
+        ]
+        caches, made = made.caches, made.rewritten(ops)
+        made.caches = [shorter.get(cache, cache) for cache in caches]
+        return made
+
+    patch.setattr(runner, "verifying", short)
+
+
+def noise_of_the_wrong_position(patch: pytest.MonkeyPatch) -> None:
+    """Drafts are judged with the noise of the certain token."""
+
+    def wrong(request: Request, start: int, end: int, *others: Any) -> dict[int, dict[str, Any]]:
+        rows = sampled_rows(request, start, end, *others)
+        for fields in rows.values():
+            if "position" in fields:
+                fields["position"] = end
+        return rows
+
+    patch.setattr(engine, "sampled_rows", wrong)
+
+
+def shared_penalties(patch: pytest.MonkeyPatch) -> None:
+    """All rows of a request see what its first one sees: drafts before them count for no penalty."""
+    fields = Adjustment.fields
+    patch.setattr(Adjustment, "fields", lambda self, output_ids, drafts=(): fields(self, output_ids))
+
+
+def block_named_early(patch: pytest.MonkeyPatch) -> None:
+    """After a step with drafts the newest token counts as computed: its block gets a name without it."""
+    settle = Scheduler.settle
+
+    def early(self: Scheduler, request: Request) -> None:
+        settle(self, request)
+        request.num_computed += 1
+        if self.prefix:
+            self.prefix.computed(request)
+        request.num_computed -= 1
+
+    patch.setattr(Scheduler, "settle", early)
+
+
+def kept_without_its_drafts(patch: pytest.MonkeyPatch) -> None:
+    """A state is kept as it lies in memory, before it has absorbed the accepted drafts."""
+    read = memory.Recurrence.read
+    patch.setattr(memory.Recurrence, "read", lambda self, slot, position, num_pending: read(self, slot, position, 0))
+
+
+FAULTS: Mapping[str, Callable[[pytest.MonkeyPatch], None]] = {
+    fault.__name__: fault
+    for fault in (
+        rejected_record_applied,
+        accepted_record_skipped,
+        stale_ring_row,
+        noise_of_the_wrong_position,
+        shared_penalties,
+        block_named_early,
+        kept_without_its_drafts,
+    )
+}

@@ -1,0 +1,214 @@
+"""Speculation on against off: the same requests, in other company, on little memory, with drafts of every kind.
+
+A `Menu` is what a set of wishes gives without speculation. A `Lot` is a part of them, run with drafts. `differences`
+lists all that is not the same, bit for bit.
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lockstep.engine.drafts import MAX_DRAFTS
+from lockstep.engine.engine import Engine, EngineOptions
+from lockstep.engine.request import Request
+from lockstep.ops.kv_cache import PAGE_TOKENS
+from tests.speculation.sources import BUILT_IN, KNOWING, plant
+from tests.speculation.subjects import Subject
+from tests.speculation.watch import Seen, Watch
+from tests.speculation.wishes import Wish
+
+AMPLE = dict(max_requests=16, kv_tokens=PAGE_TOKENS * 400, threads=1, state_every=64, prompt_state_from=0)
+# the longest request takes 4 pages: answers outgrow their memory, or have much; steps are small or large
+COMPANIES: dict[str, dict[str, Any]] = {
+    "crowded": dict(max_requests=6, kv_tokens=PAGE_TOKENS * 7, max_step_tokens=100, threads=1, state_every=64),
+    "roomy": dict(max_requests=8, kv_tokens=PAGE_TOKENS * 60, max_step_tokens=300, threads=2, state_every=128),
+    "narrow": dict(max_requests=3, kv_tokens=PAGE_TOKENS * 13, max_step_tokens=17, threads=1, prompt_state_from=0),
+    "disk": dict(max_requests=5, kv_tokens=PAGE_TOKENS * 9, max_step_tokens=64, threads=1, state_every=64),
+}
+MOST_STEPS = 20_000
+
+
+@dataclass
+class Run:
+    """Requests that ran, by wish and sample, and what was seen of them."""
+
+    requests: list[list[Request]]
+    watch: Watch
+
+
+def serve(engine: Engine, asked: list[Wish], seed: int | None, on_ask: Callable[[int, list[Request]], None]) -> Run:
+    """Runs wishes to their ends. seed: of when they come, who is cancelled and who preempted; None: they come all at
+    once, and nobody is. on_ask: called with the index of a wish and its Requests."""
+    watch, requests, rng = Watch(engine), [], np.random.default_rng(seed)
+    for _ in range(MOST_STEPS):
+        while len(requests) < len(asked) and (seed is None or not engine.has_work or rng.random() < 0.6):
+            requests.append(asked[len(requests)].ask(engine))
+            on_ask(len(requests) - 1, requests[-1])
+        watch.step()
+        if seed is not None:
+            disturb(engine, [r for made in requests for r in made], rng)
+        if len(requests) == len(asked) and not engine.has_work:
+            return Run(requests, watch)
+    raise AssertionError(f"requests that never end (seed {seed})")
+
+
+def disturb(engine: Engine, requests: list[Request], rng: np.random.Generator) -> None:
+    """Now and then cancels a request, or preempts one."""
+    alive, running = [r for r in requests if r.finish_reason is None], engine.scheduler.running
+    if alive and rng.random() < 0.02:
+        engine.cancel(alive[rng.integers(len(alive))])
+    if running and rng.random() < 0.03:
+        engine.scheduler.preempt(running[rng.integers(len(running))])
+
+
+@contextlib.contextmanager
+def opened(subject: Subject, options: Mapping[str, Any]) -> Iterator[Engine]:
+    """An engine of a subject, closed at the end."""
+    made = EngineOptions(**options)
+    engine = Engine(subject.model, made, eos_ids=subject.eos_ids, new_detokenizer=subject.new_detokenizer)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+class Menu:
+    """What wishes are answered with when nothing is drafted, all together on enough memory."""
+
+    def __init__(self, subject: Subject, asked: list[Wish]) -> None:
+        self.subject, self.asked = subject, asked
+        with opened(subject, AMPLE) as engine:
+            self.run = serve(engine, asked, None, lambda index, requests: None)
+        assert not self.run.watch.faults, self.run.watch.faults
+        for made in self.run.requests:
+            assert all(r.finish_reason in ("stop", "length", "error") for r in made)
+
+
+@dataclass(frozen=True)
+class Lot:
+    """Wishes of a menu by index, and how they run. num_drafts: None: as many as pay."""
+
+    source: str
+    num_drafts: int | None
+    company: str
+    indices: tuple[int, ...]
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.source}, {self.num_drafts} drafts, {self.company}, seed {self.seed}"
+
+
+@dataclass
+class Report:
+    """What lots gave: differences in words, requests that were compared, and how often what happened."""
+
+    differences: list[str] = field(default_factory=list)
+    events: Counter[str] = field(default_factory=Counter)
+
+
+def run_lot(menu: Menu, lot: Lot, folder: Path) -> Report:
+    """Runs a lot with drafts and compares it with its menu. folder: of the company that keeps prefixes on disk."""
+    answers: dict[int, list[int]] = {}
+    asked, rng = [menu.asked[i] for i in lot.indices], np.random.default_rng(lot.seed)
+
+    def on_ask(index: int, requests: list[Request]) -> None:
+        for request, known in zip(requests, menu.run.requests[lot.indices[index]], strict=True):
+            answers[request.id] = known.output_ids
+
+    options = COMPANIES[lot.company] | dict(
+        speculate=lot.source if lot.source in BUILT_IN else BUILT_IN[0], draft=lot.num_drafts
+    )
+    if lot.company == "disk":
+        options |= dict(cache_dir=folder)
+    with opened(menu.subject, options) as engine:
+        if lot.source in KNOWING:
+            source = KNOWING[lot.source](lambda r: answers[r.id], rng, menu.subject.vocab_size)
+            plant(engine, source, lot.num_drafts)
+        run = serve(engine, asked, lot.seed, on_ask)
+        return compared(menu, lot, run)
+
+
+def compared(menu: Menu, lot: Lot, run: Run) -> Report:
+    """A lot that ran, against its menu."""
+    report = Report(events=run.watch.events + Counter(run.watch.engine.counts()))
+    found = [*run.watch.faults, *unlike(menu.run.watch, run.watch)]
+    for index, requests in zip(lot.indices, run.requests, strict=True):
+        for off, on in zip(menu.run.requests[index], requests, strict=True):
+            seen = run.watch.seen.get(on.id, Seen())
+            found += [f"wish {index}: {what}" for what in differences(off, on, menu.run.watch.seen[off.id], seen)]
+            report.events["requests"] += 1
+            report.events[on.finish_reason or "no end"] += 1
+            report.events["prefix hits"] += on.num_cached > 0
+            report.events["preempted requests"] += on.num_preemptions > 0
+            report.events["requests under a mask"] += on.params.logits_mask is not None
+            report.events[f"{type(on.stop_reason).__name__} stops"] += on.finish_reason == "stop"
+            report.events[f"temperature {on.params.temperature:g}"] += 1
+    report.differences = [f"{lot}: {what}" for what in found]
+    return report
+
+
+def unlike(off: Watch, on: Watch) -> Iterator[str]:
+    """What differs in named blocks and kept states."""
+    if not on.blocks.keys() <= off.blocks.keys():
+        yield "a block that has a name with speculation only"
+    for what in ("blocks", "kept"):
+        one, two = getattr(off, what), getattr(on, what)
+        if any(one[name] != two[name] for name in one.keys() & two.keys()):
+            yield f"bytes of {what}"
+
+
+def differences(off: Request, on: Request, off_seen: Seen, on_seen: Seen) -> Iterator[str]:
+    """What differs between a request without speculation and the same with it, which may have been cancelled."""
+    count = len(on.output_ids)
+    for name in ("output_ids", "logprobs", "top_logprobs", "prompt_logprobs", "prompt_top_logprobs"):
+        one, two = getattr(off, name), getattr(on, name)
+        if on.finish_reason == "cancelled" and "prompt" in name:
+            one = one[: len(two)]
+        elif on.finish_reason == "cancelled":
+            one = one[:count]
+        if one != two:
+            yield f"{name}: {one} without speculation, {two} with it"
+    ends = [(r.finish_reason, r.stop_reason, r.error, r.text) for r in (off, on)]
+    if on.finish_reason == "cancelled":
+        if not off.text.startswith(on.text):
+            yield f"text: {off.text!r} without speculation, {on.text!r} with it"
+    elif ends[0] != ends[1]:
+        yield f"the end: {ends[0]} without speculation, {ends[1]} with it"
+    if off_seen.logits[:count] != on_seen.logits:
+        yield "logits"
+    yield from unlike_memory(off, off_seen, on_seen)
+
+
+def unlike_memory(off: Request, off_seen: Seen, on_seen: Seen) -> Iterator[str]:
+    """What differs in recurrent states, and in keys and values of computed positions."""
+    for at, state in on_seen.states.items():
+        if at >= len(off.prompt_ids) and at not in off_seen.states:
+            yield f"a state after {at} tokens, with speculation only"
+        elif off_seen.states.get(at, state) != state:
+            yield f"the state after {at} tokens"
+    for found in on_seen.pages:
+        for name, rows in found.items():
+            known = off_seen.pages[-1][name]
+            if len(rows) > len(known) or (known[: len(rows)] != rows).any():
+                yield f"{name}: keys or values"
+
+
+def lots(subject: Subject, num_wishes: int, seed: int, size: int) -> list[Lot]:
+    """Lots of every source and every number of drafts, each of `size` random wishes: of 15 drafts, the wrong one at
+    every place; and every other source in turns, each with another number of drafts."""
+    rng = np.random.default_rng(seed)
+    companies, numbers = list(COMPANIES), [None, *range(1, MAX_DRAFTS)]
+    others = [*BUILT_IN, *(name for name in KNOWING if not name.startswith("wrong at"))]
+    plan = [(f"wrong at {place}", MAX_DRAFTS) for place in range(MAX_DRAFTS)]
+    shift = int(rng.integers(len(others)))
+    plan += [(others[(i + shift) % len(others)], number) for i, number in enumerate(numbers)]
+    made = []
+    for i, (source, number) in enumerate(plan):
+        indices = tuple(rng.choice(num_wishes, size, replace=False).tolist())
+        made.append(Lot(source, number, companies[(i + shift) % len(companies)], indices, seed * 1000 + i))
+    return made

@@ -1,0 +1,113 @@
+"""Models to try drafts on, each with what its requests may ask for."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lockstep.engine.answer_text import Detokenizer
+from lockstep.engine.model import Model
+from lockstep.engine.request import Request
+from lockstep.serve.hub import resolve_model
+from lockstep.serve.structured import Grammars, json_schema, lark, regex
+from lockstep.serve.tokenizer import Tokenizer, answer_reader, find_tokenizer
+from tests.promise.models import Case, load
+
+TEXT = '''class Queue:
+    """A first-in, first-out queue."""
+
+    def __init__(self, maxsize=0):
+        self.maxsize = maxsize
+        self.items = []
+
+    def put(self, item):
+        if self.maxsize and len(self.items) >= self.maxsize:
+            raise ValueError("the queue is full")
+        self.items.append(item)
+
+    def get(self):
+        if not self.items:
+            raise ValueError("the queue is empty")
+        return self.items.pop(0)
+
+    def __len__(self):
+        return len(self.items)
+
+    def __iter__(self):
+        return iter(self.items)
+'''
+GRAMMARS = (
+    regex(r"[a-z_]{1,12}( = [a-z0-9]{1,8}\n[a-z_]{1,12}){0,9}"),
+    json_schema({"type": "object", "properties": {"name": {"type": "string"}, "size": {"type": "integer"}}}),
+    lark('start: ("self." WORD "\\n")+\nWORD: /[a-z]{1,9}/'),
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """texts: token ids that prompts are cut from. new_masks: functions of a number of samples, each of which makes the
+    logits_mask of one request. stops: stop strings, of which there are none without a tokenizer."""
+
+    model: Model
+    eos_ids: frozenset[int]
+    texts: list[list[int]]
+    new_masks: list[Callable[[int], Callable[[list[int]], Any]]]
+    new_detokenizer: Callable[[Request], Detokenizer] | None = None
+    stops: tuple[str, ...] = ()
+    close: Callable[[], None] = field(default=lambda: None)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.config.vocab_size
+
+
+def phrases(vocab_size: int, seed: int, length: int) -> list[int]:
+    """Random tokens that repeat a few phrases, so that there is something to look up."""
+    rng = np.random.default_rng(seed)
+    made = [rng.integers(0, vocab_size, size).tolist() for size in (2, 5, 9)]
+    return [token for i in rng.integers(0, len(made), length) for token in made[i]][:length]
+
+
+def modulo_mask(vocab_size: int, num_samples: int) -> Callable[[list[int]], np.ndarray]:
+    """A mask of two thirds of the tokens; which, depends on the last one."""
+
+    def mask(output_ids: list[int]) -> np.ndarray:
+        last = output_ids[-1] if output_ids else 0
+        bits = (np.arange(-(-vocab_size // 32) * 32) + last) % 3 != 0
+        return np.packbits(bits, bitorder="little").view(np.uint32)
+
+    return mask
+
+
+def tiny(config: str, folder: Path) -> Subject:
+    """A tiny random model of one of `tests.promise.models.CONFIGS`, without a tokenizer."""
+    model = load(Case(config, "f32", "bf16"), folder)
+    size = model.config.vocab_size
+    texts = [phrases(size, seed, 400) for seed in range(4)]
+    return Subject(model, frozenset(model.config.eos_ids), texts, [functools.partial(modulo_mask, size)])
+
+
+def bundled() -> Subject:
+    """The model that comes with the package. Its `close` ends what compiles its grammars."""
+    model = load(Case("bundled", "auto", "bf16"), Path())
+    tokenizer = find_tokenizer(resolve_model(None), model.checkpoint.metadata)
+    size, eos_ids = model.config.vocab_size, frozenset(tokenizer.eos_ids) | frozenset(model.config.eos_ids)
+    grammars = Grammars(tokenizer, eos_ids, size)
+    masks = [functools.partial(grammars.mask, grammar) for grammar in GRAMMARS]
+    return Subject(
+        model,
+        eos_ids,
+        _texts(tokenizer, size),
+        [*masks, functools.partial(modulo_mask, size)],
+        functools.partial(answer_reader, tokenizer),
+        ("\n", " = ", "self", "return", "):", "e"),
+        grammars.close,
+    )
+
+
+def _texts(tokenizer: Tokenizer, vocab_size: int) -> list[list[int]]:
+    code, words = tokenizer.encode(TEXT), tokenizer.encode(" ".join(TEXT.split()) * 2)
+    return [code, words, code[60:] + code, phrases(vocab_size, 0, 400)]

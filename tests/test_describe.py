@@ -8,7 +8,7 @@ from rich.console import Console
 from lockstep.bench import summed
 from lockstep.commands.bench import profile_table
 from lockstep.describe import is_linear, memory, op_costs, packed_bytes
-from lockstep.engine import selfcheck
+from lockstep.engine.selfcheck_weights import stored as made_up
 from lockstep.models.record import INTEGER_FORMATS
 from lockstep.ops import BACKENDS
 from lockstep.ops.experts import ExpertLinear
@@ -36,7 +36,7 @@ def test_experts_are_counted_as_they_are_packed(weights, tmp_path):
 
 @pytest.mark.parametrize("format", INTEGER_FORMATS)
 def test_every_format_is_counted_as_it_is_packed(format):
-    stored = selfcheck.stored("w", (40, 512), format)
+    stored = made_up("w", (40, 512), format)
     weight = Weight("w", format, stored.shape, (stored,))
     packed = BACKENDS["cpu"][f"linear_{format}"].layout.make(weight)
     assert packed_bytes(weight) == sum(a.nbytes for a in packed)

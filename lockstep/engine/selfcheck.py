@@ -13,14 +13,14 @@ import platform
 from dataclasses import dataclass
 
 import llvmlite
-import ml_dtypes
 import numba
 import numpy as np
 
-from lockstep.engine import selfcheck_sampling
+from lockstep.engine import selfcheck_ops, selfcheck_sampling
 from lockstep.engine.model import emit_sampling
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.engine.selfcheck_sampling import ProbeModel
+from lockstep.engine.selfcheck_weights import stored
 from lockstep.models.decoder import record_on
 from lockstep.models.families import model_config
 from lockstep.models.record import LINEAR_FORMATS, Recorder
@@ -36,16 +36,11 @@ from lockstep.runtime.kernel import fingerprint, target
 from lockstep.runtime.threads import Team
 from lockstep.runtime.unfit import UnfitMachine
 from lockstep.runtime.user_cache import cache_subfolder
-from lockstep.weights import q4_0, q8_0
-from lockstep.weights.finite import SCALES
-from lockstep.weights.tensor import BLOCK_FORMATS, StoredTensor
 
 NUMERICS = 3  # version of the arithmetic: any change of any bit raises it
 GOLDEN = pathlib.Path(__file__).with_name("golden_kernels.json")
 FORMATS = LINEAR_FORMATS
 WIDTH, VOCABULARY, CONTEXT = 256, 64, 128
-# the float16 scales of made-up blocks, in formats that nothing is quantized to
-BLOCK_SCALES = {"q4_1": 2.0**-8, "q5_0": 2.0**-8, "q5_1": 2.0**-9, "q4_k": 2.0**-14, "q5_k": 2.0**-15, "q6_k": 2.0**-18}
 # token counts of two requests in each step: a page's end, tiles with rows to spare, decode beside prefill
 STEPS = ((61, 3), (5, 1), (1, 1))
 BASE = {
@@ -129,38 +124,6 @@ class Inventor(Recorder):
         return self._once(f"stored {name}", lambda: stored(name, shape, self._format))
 
 
-def stored(name, shape, format):
-    """A tensor of numbers that follow from its name. Matrices have the format; everything else is float32.
-
-    Rows that blocks of 256 do not fill are bf16, as a linear layer would multiply them anyway.
-    """
-    generator = np.random.RandomState(int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little"))
-    unit = np.float32(2.0**-10 if len(shape) == 2 else 2.0**-7)
-    values = (generator.randint(-127, 128, shape) * unit).astype(np.float32)
-    if len(shape) != 2:
-        return StoredTensor(name, "f32", shape, values)
-    if format.endswith("_k") and shape[1] % 256:
-        format = "bf16"
-    makers = {
-        "f32": lambda: values,
-        "f16": lambda: values.astype(np.float16),
-        "bf16": lambda: values.astype(ml_dtypes.bfloat16),
-        "q8_0": lambda: q8_0.quantize(values),
-        "q4_0": lambda: q4_0.quantize(values),
-    }
-    make = makers.get(format, lambda: blocks(generator, shape, format))
-    return StoredTensor(name, format, shape, make())
-
-
-def blocks(generator, shape, format):
-    """Blocks of a format: any bytes, but the float16 scales."""
-    block = BLOCK_FORMATS[format]
-    made = generator.randint(0, 256, (shape[0], shape[1] // block.BLOCK_SIZE, block.BLOCK_BYTES)).astype(np.uint8)
-    for at in SCALES[format]:
-        made[..., at : at + 2] = np.array([BLOCK_SCALES[format]], np.float16).view(np.uint8)
-    return made.reshape(shape[0], -1)
-
-
 def probe_model(probe, table, fused):
     """What a Runner wants of a model."""
     config = model_config(CONFIGS[probe.family])
@@ -221,8 +184,8 @@ def check(program, backend, on_compile=None):
 
     What was found good is remembered in the user's cache folder for as long as sources, versions and CPU stay the same.
     """
-    wanted, kinds = probes(program), {op.kind for op in program.ops}
-    mark = cache_subfolder("selfcheck") / identity(wanted, [backend[kind].kernel for kind in kinds])
+    wanted, others, kinds = probes(program), selfcheck_ops.probes(program), {op.kind for op in program.ops}
+    mark = cache_subfolder("selfcheck") / identity([*wanted, *others], [backend[kind].kernel for kind in kinds])
     if mark.exists():
         with contextlib.suppress(OSError):
             mark.touch()  # it is used: `lockstep cache prune --older-than` leaves it
@@ -230,6 +193,8 @@ def check(program, backend, on_compile=None):
     golden = json.loads(GOLDEN.read_text())
     for probe in wanted:
         compare(probe, golden.get(str(probe), {}), digests(probe, backend, on_compile=on_compile))
+    for other in others:
+        compare(other, golden.get(str(other), {}), selfcheck_ops.digests(other, backend, on_compile=on_compile))
     sampling = selfcheck_sampling.digests(backend, on_compile)
     compare(selfcheck_sampling.NAME, golden.get(selfcheck_sampling.NAME, {}), sampling)
     with contextlib.suppress(OSError):

@@ -15,17 +15,16 @@ from lockstep.engine.model import emit_sampling
 from lockstep.engine.request import SamplingParams
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.engine.sampling import Adjustment
+from lockstep.engine.selfcheck_weights import rows_of
 from lockstep.ops.adjust_logits import AdjustLogits
-from lockstep.ops.embed import Embed, format_code
 from lockstep.ops.sample import MAX_LOGPROBS, Sample
 from lockstep.ops.select_rows import SelectRows, selected_rows
 from lockstep.runtime.backend import OpTable
 from lockstep.runtime.executor import WeightStore
 from lockstep.runtime.kernel import OnCompile
 from lockstep.runtime.operands import Operands
-from lockstep.runtime.program import Program, Tensor, Weight
+from lockstep.runtime.program import Program, Tensor
 from lockstep.runtime.threads import Team
-from lockstep.weights.tensor import StoredTensor
 
 NAME = "sampling"
 ROWS, VOCABULARY, WIDTH = 8, 4101, 4112  # the last chunk of 4096 and the last word of a mask are not full
@@ -80,10 +79,8 @@ def digests(table: OpTable, on_compile: OnCompile | None = None) -> list[tuple[O
 def probe_model(table: OpTable) -> ProbeModel:
     """What a Runner wants of a model; its logits are the rows of a table."""
     values = np.random.RandomState(5).randint(-4096, 4096, (ROWS, WIDTH)) * np.float32(2.0**-9)
-    stored = StoredTensor(NAME, "f32", values.shape, values.astype(np.float32))
     program = Program()
-    weight, rows = Weight(NAME, "f32", values.shape, (stored,)), program.tensor("rows", "T", WIDTH)
-    program.emit(Embed(out=rows, table=weight, width=WIDTH, format=format_code("f32"), scale=1.0))
+    rows = rows_of(program, NAME, values.astype(np.float32))
     logits = program.tensor("logits", "R", WIDTH)
     program.emit(SelectRows(out=logits, x=rows, width=WIDTH, selected=selected_rows("R")))
     emit_sampling(program, logits, VOCABULARY)

@@ -5,14 +5,16 @@ import re
 
 import pytest
 
-from lockstep.engine import selfcheck, selfcheck_sampling
+from lockstep.engine import selfcheck, selfcheck_ops, selfcheck_sampling
+from lockstep.engine.selfcheck_weights import BLOCK_SCALES
 from lockstep.ops import BACKENDS
 from lockstep.ops.add import Add
 from lockstep.ops.adjust_logits import AdjustLogits
+from lockstep.ops.rewrite import verifying
 from lockstep.ops.sample import Sample
 from lockstep.runtime.program import Program, Tensor
 from lockstep.runtime.unfit import UnfitMachine
-from tests.golden.record_kernels import recorded, recorded_sampling
+from tests.golden.record_kernels import recorded, recorded_ops, recorded_sampling
 from tests.kernels import shared_kernels
 from tests.models import tiny
 from tests.models.cases import CASES as FAMILY_CASES
@@ -75,9 +77,11 @@ def test_an_op_without_a_recorded_digest_is_named(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_kind_of_op_is_checked(case, tmp_path):
-    program = load(case, tmp_path).program
-    made = [selfcheck.probe_model(p, TABLE, True).rewritten(None, True) for p in selfcheck.probes(program)]
-    assert {op.kind for op in program.ops} <= {op.kind for m in made for op in m.ops}
+    plain = load(case, tmp_path).program
+    for program in (plain, verifying(plain, 3)):
+        made = [selfcheck.probe_model(p, TABLE, True).program for p in selfcheck.probes(program)]
+        made += [selfcheck_ops.probe_model(p, TABLE, True).program for p in selfcheck_ops.probes(program)]
+        assert {op.kind for op in program.ops} <= {op.kind for m in made for op in m.ops}
 
 
 @pytest.mark.parametrize("name", ["llama_mlp_biased", "qwen3_yarn_biased"])
@@ -89,7 +93,7 @@ def test_biases_are_checked_in_every_family(name, tmp_path):
 
 
 @pytest.mark.parametrize("family", selfcheck.CONFIGS)
-@pytest.mark.parametrize("weights", selfcheck.BLOCK_SCALES)
+@pytest.mark.parametrize("weights", BLOCK_SCALES)
 def test_models_in_formats_of_gguf_files_can_be_checked(family, weights):
     """Rows that their blocks do not fill are bf16; experts in q4_k and q6_k are multiplied as q8_0."""
     probe = selfcheck.Probe(family, weights, "bf16")
@@ -98,8 +102,30 @@ def test_models_in_formats_of_gguf_files_can_be_checked(family, weights):
     selfcheck.check(program, TABLE)
 
 
+@pytest.mark.parametrize(
+    "probe", [selfcheck_ops.DRAFTS, *map(selfcheck_ops.grouped_probe, ("q8_0", "q4_k", "bf16"))], ids=str
+)
+def test_a_wrong_bit_in_an_op_that_no_made_up_model_has_is_refused(probe):
+    made = selfcheck_ops.probe_model(probe, TABLE, True).program
+    selfcheck.check(made, TABLE)
+    written = places(made, lambda op: (*op.shared, *op.caches) if isinstance(op, probe.kinds) else ())
+    assert len(written) == (6 if probe is selfcheck_ops.DRAFTS else 1)
+    for kind, _, word in written:
+        with pytest.raises(UnfitMachine, match=rf"op {kind} gives other bits.*of probe {probe}: expected [0-9a-f]+,"):
+            selfcheck.check(made, {**TABLE, kind: faulty(TABLE[kind], word)})
+
+
+def test_block_diagonal_layers_of_every_format_have_a_probe():
+    for format in selfcheck.FORMATS:
+        made = selfcheck_ops.probe_model(selfcheck_ops.grouped_probe(format), TABLE, True).program
+        assert f"grouped_linear_{format}" in {op.kind for op in made.ops}
+        assert [str(probe) for probe in selfcheck_ops.probes(made)] == [f"grouped_linear {format}"]
+
+
 def test_the_recorded_digests_are_those_of_the_definitions():
     golden = json.loads(selfcheck.GOLDEN.read_text())
     for probe in (selfcheck.Probe("qwen2", "f32", "f32"), selfcheck.Probe("qwen3_5", "q8_0", "q8")):
         assert recorded(probe) == golden[str(probe)]
+    for probe in (selfcheck_ops.DRAFTS, selfcheck_ops.grouped_probe("q4_0")):
+        assert recorded_ops(probe) == golden[str(probe)]
     assert recorded_sampling() == golden[selfcheck_sampling.NAME]

@@ -5,7 +5,7 @@ Only after a decision to change bits, together with a new NUMERICS version.
 
 import json
 
-from lockstep.engine import selfcheck_sampling
+from lockstep.engine import selfcheck_ops, selfcheck_sampling
 from lockstep.engine.selfcheck import CONFIGS, FORMATS, GOLDEN, Probe, digests
 from lockstep.ops import BACKENDS
 from lockstep.ops.kv_cache import KV_DTYPES
@@ -25,6 +25,12 @@ def recorded_sampling():
     return {name: digest for _, name, digest in selfcheck_sampling.digests(BACKENDS["reference"])}
 
 
+def recorded_ops(probe):
+    """{tensor or cache name: digest} of ops that no made-up model has."""
+    return {name: digest for _, name, digest in selfcheck_ops.digests(probe, BACKENDS["reference"], fused=False)}
+
+
 if __name__ == "__main__":
     made = {str(p): recorded(p) for p in all_probes()} | {selfcheck_sampling.NAME: recorded_sampling()}
+    made |= {str(p): recorded_ops(p) for p in selfcheck_ops.all_probes()}
     GOLDEN.write_text(json.dumps(made, indent=0) + "\n")

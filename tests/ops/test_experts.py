@@ -4,7 +4,7 @@ linear layer."""
 import numpy as np
 import pytest
 
-from lockstep.engine.selfcheck import stored
+from lockstep.engine.selfcheck_weights import stored
 from lockstep.ops import experts, experts_cpu, linear
 from lockstep.ops.activations import ROW_FORMATS
 from lockstep.ops.experts import ExpertGated, ExpertLinear, ExpertRows, ExpertScatter

@@ -1,0 +1,161 @@
+"""What the self-check asks of ops that no made-up model has: gated delta rules over drafts, and block-diagonal layers.
+
+The ops work on rows of a table. Caches are looked at, too: what a step records of its drafts shows in a later one.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from lockstep.engine.model import emit_sampling
+from lockstep.engine.runner import Limits, Runner, Span
+from lockstep.engine.selfcheck_sampling import ProbeModel
+from lockstep.engine.selfcheck_weights import constant, rows_of, stored
+from lockstep.ops.add import Add
+from lockstep.ops.gated_delta import DeltaInputs, GatedDelta
+from lockstep.ops.gated_delta_verify import DeltaInputsVerify, GatedDeltaVerify
+from lockstep.ops.grouped_linear import GroupedLinear
+from lockstep.ops.linear import PREPARATION
+from lockstep.ops.rewrite import fuse, lower, verifying
+from lockstep.ops.select_rows import SelectRows, selected_rows
+from lockstep.runtime.backend import OpTable
+from lockstep.runtime.kernel import OnCompile
+from lockstep.runtime.operands import Operands
+from lockstep.runtime.program import Program, Tensor, Weight
+from lockstep.runtime.threads import Team
+
+ROWS, MOST_DRAFTS = 64, 3  # of a step; of a request in a step
+# of one step: of two requests the tokens that are known, the drafts after them, and how many of the last drafts hold
+Counts = Sequence[tuple[int, int, int]]
+DRAFT_STEPS: tuple[Counts, ...] = (
+    ((37, 3, 0), (9, 0, 0)),  # more than a tile beside what only the plain rule sees
+    ((1, 3, 2), (1, 2, 0)),
+    ((1, 3, 3), (1, 1, 1)),  # a ring and the records begin again
+    ((1, 0, 0), (2, 0, 0)),
+)
+ROW_STEPS: tuple[Counts, ...] = (((61, 0, 0), (3, 0, 0)), ((5, 0, 0), (1, 0, 0)), ((1, 0, 0), (1, 0, 0)))
+
+
+@dataclass(frozen=True)
+class OpProbe:
+    """A program of few ops, made by `program`, and the steps that it runs. kinds: the ops that are looked at."""
+
+    name: str
+    program: Callable[[], Program]
+    steps: tuple[Counts, ...]
+    kinds: tuple[type[Operands], ...]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def drafts_program() -> Program:
+    """A gated delta rule with 5 blocks of value columns, over rows that are its projection."""
+    G, H, K, V, J = 2, 4, 32, 80, 4
+    C = 2 * G * K + H * V
+    values = np.random.RandomState(6).randint(-4096, 4096, (2 * ROWS, C + 32)) * np.float32(2.0**-11)
+    program, heads = Program(), dict(num_k_heads=G, k_head_dim=K, num_v_heads=H)
+    x, taps = rows_of(program, "drafts.rows", values.astype(np.float32)), stored("drafts.conv1d", (C, 1, J), "f32")
+    inputs = DeltaInputs(
+        out=program.tensor("conv", "T", C),
+        gates=program.tensor("gates", "T", 2 * H),
+        x=x,
+        weight=Weight(taps.name, "f32", (C, J), (taps,)),
+        a_log=constant("drafts.a_log", H),
+        dt_bias=constant("drafts.dt_bias", H),
+        state=program.cache("conv_state", "state", "f32", (J - 1, C)),
+        **dict(row_width=x.width, offset=0, channels=C, conv_width=J, a_offset=C + 16, b_offset=C, **heads),
+    )
+    qkv = program.emit(inputs)
+    rule = GatedDelta(
+        out=program.tensor("heads", "T", H * V),
+        **dict(qk=qkv, v=qkv, gates=inputs.gates),
+        state=program.cache("state", "state", "f32", (H, V // 16, K, 16)),
+        **dict(qk_width=C, v_width=C, v_offset=2 * G * K, v_head_dim=V, **heads),
+    )
+    return verifying(_ended(program, program.emit(rule)), MOST_DRAFTS)
+
+
+def grouped_program(format: str) -> Program:
+    """A layer of two groups in a weight format, and its residual."""
+    groups, K, N = 2, 256, 512
+    values = np.random.RandomState(7).randint(-4096, 4096, (2 * ROWS, groups * K)) * np.float32(2.0**-11)
+    program, part = Program(), stored(f"grouped {format}", (N, K), format)
+    x = rows_of(program, "grouped.rows", values.astype(np.float32))
+    layer = GroupedLinear(
+        out=program.tensor("grouped", "T", N),
+        x=x,
+        weight=Weight(part.name, format, (N, K), (part,)),
+        **dict(in_features=K, out_features=N, groups=groups, width=N, column=0),
+    )
+    y = program.emit(layer)
+    return _ended(program, program.emit(Add(out=program.tensor("grouped.residual", "T", N), x=x, y=y, width=N)))
+
+
+def _ended(program: Program, rows: Tensor) -> Program:
+    """The program with a choice of tokens at its end, which every Runner wants."""
+    logits = program.tensor("logits", "R", rows.width)
+    program.emit(SelectRows(out=logits, x=rows, width=rows.width, selected=selected_rows("R")))
+    emit_sampling(program, logits, rows.width)
+    return program
+
+
+def grouped_probe(format: str) -> OpProbe:
+    """The probe of block-diagonal layers whose weights have a format."""
+    kinds = (GroupedLinear, Add)
+    return OpProbe(f"grouped_linear {format}", partial(grouped_program, format), ROW_STEPS, kinds)
+
+
+DRAFTS = OpProbe("drafts", drafts_program, DRAFT_STEPS, (DeltaInputsVerify, GatedDeltaVerify))
+
+
+def all_probes() -> list[OpProbe]:
+    """Every probe that a program may want."""
+    return [DRAFTS, *map(grouped_probe, PREPARATION)]
+
+
+def probes(program: Program) -> list[OpProbe]:
+    """The probes of ops that a program has."""
+    has_drafts = any(isinstance(op, DRAFTS.kinds) for op in program.ops)
+    formats = {op.weight.format for op in program.ops if isinstance(op, GroupedLinear)}
+    return [DRAFTS] * has_drafts + [grouped_probe(format) for format in PREPARATION if format in formats]
+
+
+def probe_model(probe: OpProbe, table: OpTable, fused: bool) -> ProbeModel:
+    """What a Runner wants of a model."""
+    lowered = lower(probe.program())
+    return ProbeModel(table, fuse(lowered, table) if fused else lowered, 2 * ROWS)
+
+
+def digests(
+    probe: OpProbe, table: OpTable, fused: bool = True, on_compile: OnCompile | None = None
+) -> list[tuple[Operands, str, str]]:
+    """[(op, tensor or cache name, digest)] of what a probe's ops write over all its steps, in order."""
+    with contextlib.closing(Team(1)) as team:
+        limits = Limits(ROWS, 2, 4, 2)
+        runner = Runner(probe_model(probe, table, fused), team, limits, keep=True, on_compile=on_compile)
+        ops = [op for op in runner.program.ops if isinstance(op, probe.kinds)]
+        made = {(op, value.name): hashlib.sha256() for op in ops for value in (*op.shared, *op.caches)}
+        at = [0, 0]
+        for counts in probe.steps:
+            at = [start + held for start, (_, _, held) in zip(at, counts, strict=True)]
+            runner.step([span(i, start, *each) for i, (start, each) in enumerate(zip(at, counts, strict=True))])
+            at = [start + known for start, (known, _, _) in zip(at, counts, strict=True)]
+            num_rows = sum(known + drafts for known, drafts, _ in counts)
+            for op in ops:
+                for tensor in op.shared:
+                    made[op, tensor.name].update(runner.executor.view(tensor, num_rows).tobytes())
+                for cache in op.caches:
+                    made[op, cache.name].update(runner.caches[cache.name].tobytes())
+        return [(op, name, digest.hexdigest()[:16]) for (op, name), digest in made.items()]
+
+
+def span(index: int, start: int, known: int, drafts: int, held: int) -> Span:
+    """Tokens of a probe's request from position `start` on. Those of drafts depend on where they were guessed."""
+    ids = [(7 * p * p + 13 * index + 3) % ROWS for p in range(start, start + known)]
+    ids += [ROWS + (5 * p + start + index) % ROWS for p in range(start + known, start + known + drafts)]
+    return Span(ids, start, [], index, {len(ids) - 1: {}}, num_drafts=drafts, num_pending=held)

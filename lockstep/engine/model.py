@@ -10,7 +10,7 @@ from lockstep.models.families import model_config
 from lockstep.ops import BACKENDS
 from lockstep.ops.adjust_logits import AdjustLogits
 from lockstep.ops.kv_cache import KV_DTYPES
-from lockstep.ops.rewrite import fuse, lower
+from lockstep.ops.rewrite import RECORDED_KINDS, fuse, lower
 from lockstep.ops.rope import MAX_POSITIONS
 from lockstep.ops.sample import MAX_LOGPROBS, Sample, scratch_width
 from lockstep.runtime.backend import OpTable, swapped
@@ -53,7 +53,10 @@ class Model:
         return fuse(lowered, backend) if fused else lowered
 
     def backend(self, swaps: Mapping[str, str] | None = None, base: str = "cpu") -> OpTable:
-        """The op table, with swaps such as {"linear": "reference"}, of kinds or groups of ops that the model has."""
+        """The op table, with swaps such as {"linear": "reference"}, of kinds or groups of ops that the model has.
+
+        A swap holds for what `verifying` puts in the place of such an op, too.
+        """
         if base not in BACKENDS:
             raise ValueError(f"backend {base!r}: there are {', '.join(sorted(BACKENDS))}")
         table = {**BACKENDS["reference"], **BACKENDS[base]}
@@ -76,7 +79,7 @@ class Model:
         for kind, name in swaps.items():
             known = [k for k in members.get(kind, ()) if k in BACKENDS.get(name, {})]
             named.update({k: name for k in known or [kind]})
-        return named
+        return named | {kind: named[plain] for kind, plain in RECORDED_KINDS.items() if plain in named}
 
 
 def load_model(

@@ -31,7 +31,7 @@ from lockstep.ops.gated_delta import GatedDelta
 from lockstep.ops.kv_cache import AttentionInputs
 from lockstep.ops.linear import Linear
 from lockstep.ops.moe import Route
-from lockstep.ops.rewrite import fuse, lower
+from lockstep.ops.rewrite import RECORDED_KINDS, fuse, lower
 from lockstep.runtime.kernel import fingerprint, target
 from lockstep.runtime.threads import Team
 from lockstep.runtime.unfit import UnfitMachine
@@ -210,11 +210,12 @@ def compare(probe, golden, found):
                 f"`python -m tests.golden.record_kernels` records what its definition gives"
             )
         if golden[name] != digest:
+            swap = f"--op {RECORDED_KINDS.get(op.kind, op.kind)}=reference"
             raise UnfitMachine(
                 f"self-check failed: op {op.kind} gives other bits on this machine than its definition (tensor {name} "
                 f"of probe {probe}: expected {golden[name]}, found {digest}; CPU {cpu()}, target {target()[1]}, "
                 f"numerics {NUMERICS}, numba {numba.__version__}, llvmlite {llvmlite.__version__}). Nothing it "
-                f"computes can be trusted; please report this. `--op {op.kind}=reference` runs the definition instead."
+                f"computes can be trusted; please report this. `{swap}` runs the definition instead."
             )
 
 

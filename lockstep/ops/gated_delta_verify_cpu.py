@@ -27,7 +27,7 @@ from lockstep.ops.gated_delta_cpu import (
 )
 from lockstep.ops.gated_delta_verify import GatedDeltaVerify
 from lockstep.runtime.backend import Implementation
-from lockstep.runtime.kernel import inlined, variant
+from lockstep.runtime.kernel import inlined, kernel, variant
 from lockstep.runtime.machine import stack_memory
 from lockstep.runtime.simd import fma, load, peek, poke, store
 from lockstep.runtime.step import StepBlock, entry
@@ -180,6 +180,43 @@ def verify(op, step, thread, num_threads):
         task = next_task(op, batch, several)
 
 
+@inlined
+def one_of(r, t, is_draft):
+    """The Records of token t of the step, as if it were alone: a certain one, or a draft (1)."""
+    pending = r.num_pending if t == 0 else 0
+    return Records(r.address, r.row, r.count, r.first + t, r.places, pending, 1 - is_draft, is_draft)
+
+
+@kernel
+def gated_delta_verify_per_token(op, step, thread, num_threads):
+    """The same bits one token at a time: all heads take a certain token before any takes the next; then each its
+    drafts."""
+    a, batch, scratch = GatedDeltaVerify.read(op), StepBlock.read(step), stack_memory(SCRATCH_BYTES)
+    K, num_blocks = a.k_head_dim, a.v_head_dim // BLOCK
+    pairs = (num_blocks + 1) // 2
+    for s in range(batch.num_requests):
+        first, slot, drafts = entry(batch.query_start, s), entry(batch.state_slot, s), entry(batch.num_drafts, s)
+        num_certain = num_new(batch, s) - drafts
+        for t in range(num_certain):
+            for task in range(thread, a.num_v_heads * pairs, num_threads):
+                head, block, fresh = task // pairs, task % pairs * 2, entry(batch.position, first + t) == 0
+                other, r = 64 * K * min(num_blocks - block - 1, 1), records_of(a, batch, s, head, block)
+                state, tokens = addresses(a, slot, head, block, first + t)
+                verify_two(state, other, K, tokens, strides(a), fresh, one_of(r, t, 0), scratch)
+        for task in range(thread, a.num_v_heads * pairs if drafts else 0, num_threads):
+            head, block = task // pairs, task % pairs * 2
+            other, r = 64 * K * min(num_blocks - block - 1, 1), records_of(a, batch, s, head, block)
+            state, tokens = addresses(a, slot, head, block, first)
+            for i in range(0, 64 * K, 64):
+                store_pair(scratch + i, other, load_pair(state + i, other))
+            if block == 0:
+                record_shared(a, r, head, tokens, strides(a))
+            for t in range(num_certain, num_certain + drafts):
+                _, tokens = addresses(a, slot, head, block, first + t)
+                verify_two(scratch, other, K, tokens, strides(a), False, one_of(r, t, 1), scratch)
+
+
 gated_delta_verify_two = variant(verify, "gated_delta_verify_two", SIZE=2)
 gated_delta_verify_four = variant(verify, "gated_delta_verify_four", SIZE=4)
 CPU = {"gated_delta_verify": Implementation(gated_delta_verify_four if wide_registers() else gated_delta_verify_two)}
+PER_TOKEN = {"gated_delta_verify": Implementation(gated_delta_verify_per_token)}

@@ -18,6 +18,8 @@ from lockstep.runtime.operands import Operands
 from lockstep.runtime.program import CacheArray, Program, Tensor
 
 PREPARATIONS = {op.name(): op for op in (QuantizeQ8, RoundBf16)}
+# kinds of ops in the place of which `verifying` puts others: {its own: the kind that a program is recorded with}
+RECORDED_KINDS = {v.name(): op.name() for v, op in ((DeltaInputsVerify, DeltaInputs), (GatedDeltaVerify, GatedDelta))}
 
 
 def lower(program: Program) -> Program:

@@ -7,6 +7,7 @@ from lockstep.engine.drafts import MAX_DRAFTS, Drafter
 from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.memory import Memory
 from lockstep.engine.request import SamplingParams
+from lockstep.ops import BACKENDS
 from lockstep.ops.kv_cache import PAGE_TOKENS
 from tests.promise.models import Case, load
 
@@ -45,9 +46,9 @@ def engine(model):
     """Makes engines, and ends their threads."""
     made = []
 
-    def make(source=None, **options):
+    def make(source=None, swaps=None, **options):
         options = {"threads": 2, "max_requests": 3, "speculate": "lookup", **options}
-        made.append(Engine(model, EngineOptions(**options)))
+        made.append(Engine(model, EngineOptions(**options), swaps))
         if source is not None:
             drafts, eos_ids = made[-1].drafter, made[-1].eos_ids
             assert drafts is not None
@@ -120,6 +121,18 @@ def test_lookup_changes_no_answer_and_no_cached_byte(engine, alone, draft):
 @pytest.mark.parametrize("at", range(6))
 def test_a_draft_may_be_wrong_at_any_place(engine, alone, at):
     made = engine(oracle(alone[0], lambda n: min(at, n)), draft=5, max_requests=8, max_step_tokens=100)
+    requests = run(made)
+    assert [answer(r) for r in requests] == alone[0]
+    assert pages(made, requests) == alone[1]
+
+
+@pytest.mark.parametrize("backend", ["reference", "per_token"])
+def test_mixers_that_run_another_way_give_the_same_answers(engine, alone, model, backend):
+    kind = "gated_delta" if any(op.kind == "gated_delta" for op in model.recorded.ops) else "attention"
+    made = engine(oracle(alone[0], lambda n: min(2, n)), {kind: backend}, draft=5, kv_tokens=64 * 40)
+    used = {op.kind: made.runner.executor.backend[op.kind] for op in made.runner.program.ops}
+    mixers = [name for name in used if name.startswith(kind) and not name.startswith("attention_inputs")]
+    assert mixers and all(used[name] is BACKENDS[backend][name] for name in mixers), used
     requests = run(made)
     assert [answer(r) for r in requests] == alone[0]
     assert pages(made, requests) == alone[1]

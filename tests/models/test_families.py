@@ -56,3 +56,15 @@ def test_a_model_says_which_ops_can_be_swapped(tmp_path):
     ):
         with pytest.raises(ValueError, match=re.escape(said)):
             model.backend(swaps, base)
+
+
+@pytest.mark.parametrize("backend", ["reference", "per_token"])
+def test_a_swap_of_a_recurrent_op_is_one_of_its_form_that_verifies_drafts(backend, tmp_path):
+    config = CASES["qwen3_5"]
+    model, table = load(tiny.write(tmp_path, config, tiny.tensors(config, SEED))), BACKENDS[backend]
+    swapped = model.backend({"gated_delta": backend})
+    assert swapped["gated_delta"] is table["gated_delta"]
+    assert swapped["gated_delta_verify"] is table["gated_delta_verify"]
+    assert swapped["delta_inputs_verify"] is BACKENDS["cpu"]["delta_inputs_verify"]
+    assert {kind in table for kind in ("gated_delta_verify", "gated_delta")} == {True}
+    assert len({kind in table for kind in ("delta_inputs_verify", "delta_inputs")}) == 1

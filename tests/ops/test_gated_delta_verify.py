@@ -20,6 +20,7 @@ KERNELS = {
     "definition": gated_delta_verify.REFERENCE["gated_delta_verify"],
     "two": Implementation(gated_delta_verify_cpu.gated_delta_verify_two),
     "four": Implementation(gated_delta_verify_cpu.gated_delta_verify_four),
+    "per_token": gated_delta_verify_cpu.PER_TOKEN["gated_delta_verify"],
 }
 SHAPES = [(1, 2, 16, 48), (2, 4, 32, 16), (1, 3, 128, 64), (1, 1, 256, 112)]
 
@@ -72,7 +73,7 @@ def test_rejected_and_accepted_drafts_leave_the_bits_of_single_tokens(kernel, sh
     assert np.isnan(memory.state[[0, 1, 3]]).all() and np.isnan(memory.records[[0, 1, 3]]).all()
 
 
-@pytest.mark.parametrize("kernel", ["two", "four"])
+@pytest.mark.parametrize("kernel", ["two", "four", "per_token"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kernel_equals_definition_in_a_ragged_batch(kernel, shape):
     """Requests with and without drafts, pending or not, records included."""

@@ -10,7 +10,8 @@ from collections import Counter
 import pytest
 
 from lockstep.engine.drafts import MAX_DRAFTS
-from tests.speculation.faults import FAULTS
+from tests.speculation.faults import FAULTS, state_lost
+from tests.speculation.one_by_one import one_by_one
 from tests.speculation.proof import Menu, lots, run_lot
 from tests.speculation.subjects import bundled, tiny
 from tests.speculation.wishes import wishes
@@ -57,6 +58,40 @@ def test_tiny_models_answers_and_memory_are_the_same_with_drafts(config, tmp_pat
     subject = tiny(config, tmp_path / "model")
     menu = Menu(subject, wishes(subject, 1, 20))
     assert not [what for lot in lots(subject, 20, 1, 4) for what in run_lot(menu, lot, tmp_path).differences]
+
+
+# ---------------------------------------------------------------- one after another
+
+
+@pytest.fixture(scope="module")
+def sequence(menu, tmp_path_factory):
+    """(wishes, what they give one after another without drafts)."""
+    asked = wishes(menu.subject, 5, 15)
+    return asked, one_by_one(menu.subject, asked, tmp_path_factory.mktemp("off"))
+
+
+def run_again(menu, sequence, folder, source, num_drafts):
+    """The same with drafts, of a source that knows the answers."""
+    asked, off = sequence
+    return one_by_one(menu.subject, asked, folder, source, num_drafts, lambda turn: off.found[turn][0])
+
+
+@pytest.mark.parametrize("source, num_drafts", [("lookup", None), ("mostly right", MAX_DRAFTS), ("wrong", 5)])
+def test_one_after_another_the_same_is_found_and_kept_and_evicted(menu, sequence, tmp_path, source, num_drafts):
+    off, on = sequence[1], run_again(menu, sequence, tmp_path, source, num_drafts)
+    assert on.found == off.found
+    assert on.counts == off.counts
+    assert (on.kept, on.files) == (off.kept, off.files)
+    assert (on.num_right > 20) == (source != "wrong")
+    assert all(count[name] for count in off.counts for name in ("hit_tokens", "pages_evicted", "states_evicted"))
+    assert off.counts[1]["disk_loaded"]
+
+
+def test_prefixes_that_are_found_no_more_are_missed(menu, sequence, tmp_path, monkeypatch):
+    state_lost(monkeypatch)
+    on = run_again(menu, sequence, tmp_path, "mostly right", 7)
+    assert [found[:-1] for found in on.found] == [found[:-1] for found in sequence[1].found]  # no bit differs
+    assert on.found != sequence[1].found and on.kept != sequence[1].kept
 
 
 # ---------------------------------------------------------------- what is wrong must be seen

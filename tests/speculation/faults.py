@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from lockstep.engine import engine, memory, runner
+from lockstep.engine.prefix import PrefixCache
 from lockstep.engine.request import Request
 from lockstep.engine.runner import Runner, Span
 from lockstep.engine.sampling import Adjustment, sampled_rows
@@ -122,6 +123,14 @@ def kept_without_its_drafts(patch: pytest.MonkeyPatch) -> None:
     """A state is kept as it lies in memory, before it has absorbed the accepted drafts."""
     read = memory.Recurrence.read
     patch.setattr(memory.Recurrence, "read", lambda self, slot, position, num_pending: read(self, slot, position, 0))
+
+
+def state_lost(patch: pytest.MonkeyPatch) -> None:
+    """No state is kept where a step does not end: not seen in any bit, but later prompts find less of their prefix."""
+    keep = "_keep_state"
+    kept = getattr(PrefixCache, keep)
+    lossy = lambda self, states, request, name: None if request.num_pending else kept(self, states, request, name)
+    patch.setattr(PrefixCache, keep, lossy)
 
 
 FAULTS: Mapping[str, Callable[[pytest.MonkeyPatch], None]] = {

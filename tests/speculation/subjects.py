@@ -63,6 +63,11 @@ class Subject:
     def vocab_size(self) -> int:
         return self.model.config.vocab_size
 
+    @property
+    def state_bytes(self) -> int:
+        """Of one recurrent state, 0 if there is none."""
+        return sum(cache.bytes_each for cache in self.model.recorded.caches if cache.kind == "state")
+
 
 def phrases(vocab_size: int, seed: int, length: int) -> list[int]:
     """Random tokens that repeat a few phrases, so that there is something to look up."""

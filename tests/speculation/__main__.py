@@ -1,0 +1,69 @@
+"""`make speculation`: random short requests with drafts of every kind against the same without: `python -m
+tests.speculation --requests 10000`. What differs is printed with its seed, which `--seed` repeats first."""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from tests.budget import used_seconds
+from tests.promise.models import CONFIGS
+from tests.speculation.proof import Menu, Report, lots, run_lot
+from tests.speculation.subjects import Subject, bundled, tiny
+from tests.speculation.wishes import wishes
+
+NUM_WISHES, LOT_SIZE = 60, 10
+TOLD = ("requests", "drafts", "right drafts", "preempted requests", "cancelled", "prefix hits", "disk_loaded", "stop")
+
+
+def prove(subject: Subject, seed: int, folder: Path) -> Report:
+    """One menu, and a lot of each source and each number of drafts."""
+    menu, report = Menu(subject, wishes(subject, seed, NUM_WISHES)), Report()
+    for lot in lots(subject, NUM_WISHES, seed, LOT_SIZE):
+        found = run_lot(menu, lot, folder)
+        report.differences += found.differences
+        report.events += found.events
+    return report
+
+
+def main() -> int:
+    """Runs what the command line asks for; returns 1 if anything differed."""
+    parser = argparse.ArgumentParser(prog="python -m tests.speculation", description=__doc__)
+    parser.add_argument("--requests", type=int, default=10_000, help="at least so many (%(default)s)")
+    parser.add_argument("--seed", type=int, default=time.time_ns() // 10**9, help="of the first menu; else the time")
+    parser.add_argument("--model", choices=["bundled", *CONFIGS], default="bundled", help="or a tiny random one")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        subject = bundled() if given.model == "bundled" else tiny(given.model, Path(folder) / "model")
+        try:
+            return campaign(subject, given.seed, given.requests, Path(folder))
+        finally:
+            subject.close()
+
+
+def campaign(subject: Subject, seed: int, num_requests: int, folder: Path) -> int:
+    """Menu after menu, until there were so many requests; prints how each went."""
+    events, num_different = Counter(), 0
+    while events["requests"] < num_requests:
+        report = prove(subject, seed, folder / str(seed))
+        events += report.events
+        num_different += len(report.differences)
+        print(f"seed {seed}: {report.events['requests']} requests, {len(report.differences)} differences", flush=True)
+        for difference in report.differences[:20]:
+            print("   ", difference[:1000], flush=True)
+        seed += 1
+    print(", ".join(f"{name}: {events[name]}" for name in TOLD), flush=True)
+    print("rejected at " + ", ".join(f"{name[12:]}: {events[name]}" for name in sorted_by_place(events)), flush=True)
+    print(f"{num_different} differences in {used_seconds():.0f} CPU seconds", flush=True)
+    return int(num_different > 0)
+
+
+def sorted_by_place(events: Counter[str]) -> list[str]:
+    """Names of the events that count rejections."""
+    return sorted((name for name in events if name.startswith("rejected at ")), key=lambda name: int(name[12:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

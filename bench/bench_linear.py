@@ -14,39 +14,20 @@ import itertools
 import statistics
 import threading
 import time
-from functools import partial
 
-import numpy as np
 from numba import njit
 
-from bench.bench_elementwise import nothing
+from lockstep.bench_layer import CACHES, Case
 from lockstep.models.record import INTEGER_FORMATS
-from lockstep.ops import activations_cpu, linear_cpu
-from lockstep.ops.grouped_linear import GroupedLinear
-from lockstep.ops.linear import Linear
-from lockstep.ops.rewrite import lower
-from lockstep.runtime.backend import Implementation
-from lockstep.runtime.executor import Executor, WeightStore, aligned
+from lockstep.ops import linear_cpu
+from lockstep.runtime.executor import aligned
 from lockstep.runtime.kernel import STRICT
 from lockstep.runtime.peak import CHAINS, lanes_of, peak_f32, peak_int8
-from lockstep.runtime.program import Program, Weight
 from lockstep.runtime.simd import load, store
-from lockstep.runtime.step_block import StepBlock
 from lockstep.runtime.threads import Team
-from lockstep.weights import q4_0, q8_0
-from lockstep.weights.tensor import StoredTensor, stored_shape
-from tests.ops.harness import Given
 
 SHAPES = ["4096x1024", "1024x2048", "6144x1024", "1024x3072", "151936x1024"]
-FORMATS = ["f32", "bf16", *INTEGER_FORMATS]
-CACHES = 96 * 2**20  # bytes of weights that no cache holds
-STORE = {
-    "f32": lambda v: v,
-    "bf16": lambda v: v.astype("bfloat16"),
-    "f16": lambda v: v.astype(np.float16),
-    "q8_0": q8_0.quantize,
-    "q4_0": q4_0.quantize,
-}
+FORMATS = ["f32", "f16", "bf16", *INTEGER_FORMATS]
 
 
 @njit(**STRICT)
@@ -117,74 +98,13 @@ class Ceilings:
         )
 
 
-def stored(format, N, K):
-    """A random weight as a checkpoint would hold it."""
-    rng = np.random.default_rng(0)
-    if format in STORE:
-        values = rng.standard_normal((N, K), np.float32) * np.float32(0.05)
-        return StoredTensor("w", format, (N, K), STORE[format](values))
-    shape, _ = stored_shape(format, (N, K))
-    return StoredTensor("w", format, (N, K), rng.integers(0, 60, shape, np.uint8))  # no byte makes a scale infinite
-
-
-class Copies(WeightStore):
-    """Packs one weight and copies the packed arrays for all others."""
-
-    def arrays(self, weight, layout):
-        if weight.name not in self._arrays:
-            first = next(iter(self._arrays.values()), None)
-            made = first or layout.make(weight)
-            self._arrays[weight.name] = tuple(_aligned_copy(a) for a in made)
-        return self._arrays[weight.name]
-
-
-def _aligned_copy(array):
-    copy = aligned(array.nbytes).view(array.dtype).reshape(array.shape)
-    copy[...] = array
-    return copy
-
-
-class Case:
-    """One format and shape, ready to run with any number of rows."""
-
-    def __init__(self, format, shape, max_rows, team, table):
-        (N, K, *groups), self.shape, self.times = map(int, shape.split("x")), shape, {}
-        self.format, self.N, self.K, self.groups, self.table = format, N, K, groups, table
-        part = stored(format, N, K)
-        packed = linear_cpu.CPU[f"linear_{format}"].layout.make(Weight("w", format, (N, K), (part,)))
-        self.weight_bytes = sum(a.nbytes for a in packed)
-        self.copies = max(1, -(-CACHES // self.weight_bytes))
-        self.executor = self._executor(table, part, max_rows, team)
-
-    def _executor(self, table, part, max_rows, team):
-        program, sizes = Program(), dict(in_features=self.K, out_features=self.N, width=self.N, column=0)
-        declared = partial(GroupedLinear, groups=self.groups[0]) if self.groups else Linear
-        width = self.K * (self.groups[0] if self.groups else 1)
-        x, out = program.tensor("x", "T", width), program.tensor("out", "T", self.N)
-        program.emit(Given(out=x))
-        for i in range(self.copies):
-            weight = Weight(f"w{i}", self.format, (self.N, self.K), (part,))
-            program.emit(declared(out=out, x=x, weight=weight, **sizes))
-        backend = {**activations_cpu.CPU, **table, "given": Implementation(nothing)}
-        executor = Executor(lower(program), backend, team, Copies(), {"T": max_rows}, {}, keep=True)
-        executor.view(x, max_rows)[...] = np.random.default_rng(1).standard_normal((max_rows, width), np.float32)
-        return executor
-
-    def run(self, rows):
-        """Seconds for one linear layer of so many rows."""
-        step = StepBlock.made(num_tokens=rows, num_requests=1, num_sampled=1)
-        clock = np.zeros(len(self.executor.program.ops), np.int64)
-        self.executor.run(step, clock)
-        self.times.setdefault(rows, []).append((clock[-1] - clock[-1 - self.copies]) / 1e9 / self.copies)
-
-
 def report(case, rows, ceilings, together=None):
     """together: the case whose baseline this is."""
-    seconds = statistics.median(case.times[rows])
+    seconds = case.seconds(rows)
     gops, times_read = 2 * rows * case.N * case.K / seconds / 1e9, rows if together else 1
     read = times_read * case.weight_bytes / seconds / 1e9
     peak = ceilings.of("int8" if case.format.startswith("q") else "float32")
-    times = f"  per token: {seconds / statistics.median(together.times[rows]):.2f} times as long" if together else ""
+    times = f"  per token: {seconds / together.seconds(rows):.2f} times as long" if together else ""
     print(
         f"{case.format:5s} {case.shape:14s} rows {rows:4d}  {seconds * 1e6:9.1f} us  "
         f"{gops:7.1f} GOP/s {gops / peak:5.0%}"

@@ -1,7 +1,7 @@
 """The command `lockstep`: finds the subcommand, runs it, and turns a user's mistake, or a lack of memory, into one
 sentence and exit code 2.
 
-A subcommand is a module in `lockstep/commands` with a function `command`; `bench serve` and `cache prune`, too, have
+A subcommand is a module in `lockstep/commands` with a function `command`; the commands of two words have
 modules of their own. Only the one that is asked for is imported, so that `lockstep --help` stays fast.
 """
 
@@ -26,6 +26,7 @@ COMMANDS = {
     "parity": "Show that every path of a model gives the same bits.",
     "bench": "Measure prefill and decode, A/B, and this machine's ceiling.",
     "bench serve": "Drive arrivals against the engine, without HTTP; latencies and throughput.",
+    "bench speculate": "Measure what drafts gain, by how many are right.",
     "inspect": "Show a model's config, tensors, program and memory.",
     "cache": "List what is kept on disk: packed weights, compiled kernels.",
     "cache prune": "Remove what is kept on disk.",

@@ -18,6 +18,8 @@ ORDER = (
     "commands",
     "bench",
     "bench_serve",
+    "bench_speculate",
+    "bench_layer",
     "describe",
     "ceiling",
     "parity",

@@ -23,6 +23,7 @@ ORDER = (
     "describe",
     "ceiling",
     "parity",
+    "parity_drafts",
     "serve",
     "engine",
     "models",

@@ -11,7 +11,9 @@ from lockstep import parity as paths
 from lockstep.commands.options import ModelName, OpSwaps, Threads, Weights, load, parse_swaps
 from lockstep.commands.output import made_table
 from lockstep.ops import BACKENDS
+from lockstep.ops.kv_cache import PAGE_TOKENS
 
+ANSWER_TOKENS = 64
 PROMPT = '''"""Heap queue algorithm (a.k.a. priority queue)."""
 
 def heappush(heap, item):
@@ -43,6 +45,7 @@ def prompt_ids(llm, prompt, length):
 
 
 def command(
+    *,
     model: ModelName = None,
     prompt: Annotated[str, typer.Option("-p", "--prompt", help="The prompt to run.")] = PROMPT,
     length: Annotated[int | None, typer.Option(min=2, help="Repeat or cut the prompt to so many tokens.")] = None,
@@ -55,16 +58,36 @@ def command(
             metavar="A:B", help="Instead: the first op that differs between two backends, e.g. cpu:reference."
         ),
     ] = None,
+    speculate: Annotated[
+        bool,
+        typer.Option(
+            "--speculate", help="Instead: answers with drafts, against an answer without; --tokens says how long."
+        ),
+    ] = False,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=1 << 20, help="With --speculate: the least tokens of an answer.", show_default=str(ANSWER_TOKENS)
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Run one prompt along every path and compare each, bit for bit, with one token at a time. Exit 1 if one
     differs."""
-    llm = load(model, weights=weights, threads=threads, max_context=max(4096, length or 0))
+    if speculate and first_difference:
+        raise ValueError("--speculate and --first-difference: expected one of them")
+    if tokens is not None and not speculate:
+        raise ValueError("--tokens: expected only with --speculate")
+    tokens = tokens or ANSWER_TOKENS
+    needed = (length or 0) + (tokens + PAGE_TOKENS if speculate else 0)
+    llm = load(model, weights=weights, threads=threads, max_context=max(4096, needed))
     ids = prompt_ids(llm, prompt, length)
     if not 2 <= len(ids) <= llm.max_context:
         raise ValueError(f"prompt: expected 2 to {llm.max_context} tokens, got {len(ids)}")
     swaps, max_threads = parse_swaps(op), llm.engine.team.num_threads
-    if first_difference:
+    if speculate:
+        report_drafts(llm.model, ids, tokens, swaps, max_threads, as_json)
+    elif first_difference:
         report_first_difference(llm.model, ids, first_difference, swaps, max_threads, as_json)
     else:
         report_paths(llm.model, ids, swaps, max_threads, as_json)
@@ -80,14 +103,13 @@ def report_paths(model, ids, swaps, max_threads, as_json):
         for result in paths.run_parity(model, ids, max_threads, swaps):
             status.update(f"after {result.path.name}")
             results.append(result)
-            mark = "[green]same" if result.identical else f"[red]DIFFERS[/] ({_listed(result.differing)})"
             table.add_row(
                 result.path.name,
                 str(result.path.threads),
                 f"{result.max_abs_diff:g}",
                 f"{result.argmax_agree:.0%}",
                 result.digest[:12],
-                mark,
+                _bits(result),
             )
     identical = all(r.identical for r in results)
     if as_json:
@@ -101,6 +123,47 @@ def report_paths(model, ids, swaps, max_threads, as_json):
             else "[red]Paths differ."
         )
     raise typer.Exit(0 if identical else 1)
+
+
+def report_drafts(model, ids, tokens, swaps, max_threads, as_json):
+    """The table of answers with drafts; exits with 1 if one differs."""
+    from lockstep import parity_drafts as drafts
+
+    console = Console(stderr=as_json)
+    columns = ("drafts", "most", "at T", "right", "max_abs_diff", "digest", "bits")
+    tokens = drafts.answer_tokens(len(ids), tokens)
+    table = made_table(f"{len(ids)} tokens and {tokens} more, with and without drafts", *columns)
+    results = []
+    with console.status("running an answer without drafts") as status:
+        for result in drafts.run_draft_parity(model, ids, tokens, max_threads, swaps):
+            status.update(f"after {result.path.name}")
+            results.append(result)
+            table.add_row(
+                result.path.source,
+                str(result.path.num_drafts),
+                f"{result.path.temperature:g}",
+                f"{result.num_accepted} of {result.num_drafted}",
+                f"{result.max_abs_diff:g}",
+                result.digest[:12],
+                _bits(result),
+            )
+    identical = all(r.identical for r in results)
+    if as_json:
+        print(json.dumps([vars(r) | dict(path=r.path.name, **vars(r.path), identical=r.identical) for r in results]))
+    else:
+        console.print(table)
+        console.print(
+            f"[green]{len(results)} answers, the same with drafts and without: tokens, log-probabilities and cache, "
+            "bit for bit."
+            if identical
+            else "[red]Drafts change the answer."
+        )
+    raise typer.Exit(0 if identical else 1)
+
+
+def _bits(result):
+    """What the table says of a path's bits."""
+    return "[green]same" if result.identical else f"[red]DIFFERS[/] ({_listed(result.differing)})"
 
 
 def _listed(names, most: int = 2):

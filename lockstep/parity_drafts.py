@@ -136,8 +136,10 @@ def run_draft_path(engine: Engine, ids: list[int], num_tokens: int, path: DraftP
     """Runs a path on an engine that computed nothing for its name before."""
     if source is not None:
         engine.drafter = Drafter(engine.scheduler, source, path.num_drafts, engine.eos_ids)
-    how = dict(temperature=path.temperature, seed=1, logprobs=ALTERNATIVES, max_tokens=num_tokens, ignore_eos=True)
-    request = engine.add(ids, SamplingParams(**how), cache_salt=f"{path.name} {path.temperature}")
+    params = SamplingParams(
+        temperature=path.temperature, seed=1, logprobs=ALTERNATIVES, max_tokens=num_tokens, ignore_eos=True
+    )
+    request = engine.add(ids, params, cache_salt=f"{path.name} {path.temperature}")
     while engine.has_work:
         engine.step()
     if request.error is not None:
@@ -166,9 +168,9 @@ def _cached(engine: Engine, request: Request) -> dict[str, str]:
         page = prefix.pages.find(name)
         assert page is not None, f"block {index} is not in the cache"
         prefix.memory.read_page(page, out)
-        pages.update(out)
+        pages.update(out.tobytes())
         state = prefix.states.get(name) if prefix.states is not None else None
-        states.update(b"none" if state is None else state)
+        states.update(b"none" if state is None else state.tobytes())
     return dict(pages=pages.hexdigest(), states=states.hexdigest())
 
 

@@ -55,14 +55,14 @@ CASES = [
 ]
 
 
-def load(case, folder):
+def load(case, folder, max_context=2304):
     """The model of a case; tiny ones are written to the folder first."""
     if case.config == "bundled":
         path = resolve_model(None)
     else:
         config = CONFIGS[case.config]
         path = tiny.write(folder, config, tiny.tensors(config, 11))
-    return load_model(open_checkpoint(path), WeightStore(), case.weights, case.kv_dtype, 2304)
+    return load_model(open_checkpoint(path), WeightStore(), case.weights, case.kv_dtype, max_context)
 
 
 def library(model, lengths):

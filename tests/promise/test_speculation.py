@@ -11,6 +11,7 @@ import pytest
 
 from lockstep.engine.drafts import MAX_DRAFTS
 from tests.speculation.faults import FAULTS, state_lost
+from tests.speculation.long_context import answers
 from tests.speculation.one_by_one import one_by_one
 from tests.speculation.proof import Menu, lots, run_lot
 from tests.speculation.subjects import bundled, tiny
@@ -58,6 +59,16 @@ def test_tiny_models_answers_and_memory_are_the_same_with_drafts(config, tmp_pat
     subject = tiny(config, tmp_path / "model")
     menu = Menu(subject, wishes(subject, 1, 20))
     assert not [what for lot in lots(subject, 20, 1, 4) for what in run_lot(menu, lot, tmp_path).differences]
+
+
+def test_a_long_text_is_the_same_with_drafts(menu, tmp_path):
+    """Of 4,000 tokens, as far as the bundled model can look back."""
+    text = menu.subject.texts[0]
+    prompt_ids = (text * (3800 // len(text) + 1))[:3800]
+    made = list(answers(menu.subject, prompt_ids, 200, "lookup", (4, 8), tmp_path))
+    assert not any(answer.differing for answer in made)
+    assert all(answer.digests == made[i % 2].digests for i, answer in enumerate(made))
+    assert all(answer.request.num_accepted > 20 for answer in made[2:]) and len(made) == 6
 
 
 # ---------------------------------------------------------------- one after another

@@ -96,8 +96,8 @@ def tiny(config: str, folder: Path) -> Subject:
 
 
 def bundled() -> Subject:
-    """The model that comes with the package. Its `close` ends what compiles its grammars."""
-    model = load(Case("bundled", "auto", "bf16"), Path())
+    """The model that comes with the package, with all of its context. `close` ends what compiles its grammars."""
+    model = load(Case("bundled", "auto", "bf16"), Path(), 4096)
     tokenizer = find_tokenizer(resolve_model(None), model.checkpoint.metadata)
     size, eos_ids = model.config.vocab_size, frozenset(tokenizer.eos_ids) | frozenset(model.config.eos_ids)
     grammars = Grammars(tokenizer, eos_ids, size)

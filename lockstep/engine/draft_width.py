@@ -12,25 +12,31 @@ PROBE_EVERY = 24  # tokens of a request without drafts, after which one is tried
 
 
 class Acceptance:
-    """How often the draft at each depth is right, if those before it were.
+    """How often the draft at each depth is right, if those before it were, by where it comes from.
 
     before: that of others, with which this one begins.
     """
 
     def __init__(self, depths: int, before: "Acceptance | None" = None) -> None:
-        self.rates = list(before.rates) if before else [FIRST_GUESS] * depths
+        self._depths = depths
+        self.rates = {source: list(rates) for source, rates in before.rates.items()} if before else {}
         self.num_without = 0  # tokens since the last draft
 
-    def note(self, num_drafts: int, num_right: int) -> None:
-        """Takes in a step with drafts; those after the first wrong one say nothing."""
-        for depth in range(min(num_drafts, num_right + 1)):
-            self.rates[depth] = KEPT * self.rates[depth] + (1 - KEPT) * (depth < num_right)
+    def of(self, source: str) -> list[float]:
+        """[depth]: how often a draft from there is right."""
+        return self.rates.setdefault(source, [FIRST_GUESS] * self._depths)
 
-    def expected(self) -> list[float]:
-        """[k]: tokens that k drafts give beside the certain one, on average."""
+    def note(self, sources: Sequence[str], num_right: int) -> None:
+        """Takes in a step with drafts, by where each came from; those after the first wrong one say nothing."""
+        for depth, source in enumerate(sources[: num_right + 1]):
+            rates = self.of(source)
+            rates[depth] = KEPT * rates[depth] + (1 - KEPT) * (depth < num_right)
+
+    def expected(self, sources: Sequence[str]) -> list[float]:
+        """[k]: tokens that the first k of these drafts give beside the certain one, on average."""
         total, survives, made = 0.0, 1.0, [0.0]
-        for rate in self.rates:
-            survives *= rate
+        for depth, source in enumerate(sources):
+            survives *= self.of(source)[depth]
             total += survives
             made.append(total)
         return made
@@ -63,9 +69,9 @@ class StepCosts:
         return self._seconds[below] * (1 - share) + max(self._seconds[below], self._seconds[above]) * share
 
 
-def best_width(expected: Sequence[float], most: int, costs: StepCosts, rows: int, tokens: float) -> int:
-    """How many drafts, up to `most`, give the most tokens a second.
+def best_width(expected: Sequence[float], costs: StepCosts, rows: int, tokens: float) -> int:
+    """How many drafts give the most tokens a second.
 
-    expected: see Acceptance. rows, tokens: what the step has and gives without them.
+    expected: for each number of them, see Acceptance. rows, tokens: what the step has and gives without them.
     """
-    return max(range(most + 1), key=lambda k: (tokens + expected[k]) / costs.of(rows + k))
+    return max(range(len(expected)), key=lambda k: (tokens + expected[k]) / costs.of(rows + k))

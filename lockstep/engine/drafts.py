@@ -6,16 +6,18 @@ and with what the request asks of its logits, chooses the same token. Of a wrong
 values past the computed tokens of a request are overwritten before anybody reads them.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from lockstep.engine.draft_width import PROBE_EVERY, Acceptance, StepCosts, best_width
-from lockstep.engine.lookup import Lookup
+from lockstep.engine.earlier_answers import EarlierAnswers
+from lockstep.engine.lookup import Guess, Lookup
 from lockstep.engine.request import Request
 from lockstep.engine.sampling import num_rows
 from lockstep.engine.scheduler import Scheduler
 
 MAX_DRAFTS, MOST_BY_ITSELF = 15, 7  # of a request in a step: that may be asked for; where the width follows what pays
+ROUNDS = 3  # of asking for drafts that follow other drafts
 
 
 @dataclass
@@ -28,31 +30,60 @@ class Spare:
     num_new: float
 
 
-Source = Callable[[Request, int], list[int]]  # (request, at most how many): guesses of its next tokens
+@dataclass
+class Drafts:
+    """Guessed tokens of a request, in order, and where each comes from."""
+
+    tokens: list[int] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def add(self, guess: Guess) -> None:
+        """Takes in what may follow them."""
+        self.tokens += guess.tokens
+        self.sources += [guess.source] * len(guess.tokens)
+
+    def cut(self, count: int) -> None:
+        """Keeps the first `count`."""
+        del self.tokens[count:], self.sources[count:]
 
 
-def look_up(request: Request, most: int) -> list[int]:
-    """What followed the same few tokens earlier in a request's prompt or answer."""
-    if request.lookup is None:
-        request.lookup = Lookup()
+# (request, at most how many, drafts of its next tokens): what may follow the drafts
+Source = Callable[[Request, int, Sequence[int]], Guess]
+
+
+def look_up(request: Request, most: int, drafts: Sequence[int]) -> Guess:
+    """What followed the same few tokens in the texts that a request looks in."""
+    assert request.lookup is not None, "the Drafter makes it"
     request.lookup.extend(request.token_ids(len(request.lookup), request.num_tokens))
-    return request.lookup.guess(most)
+    return request.lookup.guess(most, drafts)
 
 
 SOURCES: dict[str, Source | None] = {"off": None, "lookup": look_up}
+
+
+class DraftCounts:
+    """How many drafts from one source were computed, and how many were right, by depth."""
+
+    def __init__(self) -> None:
+        self.drafted, self.right = [0] * MAX_DRAFTS, [0] * MAX_DRAFTS
 
 
 class Drafter:
     """Gives the requests of a step their drafts.
 
     num_drafts: of one request in a step; None: as many as pay. eos_ids: the model's end tokens, after which nothing is
-    drafted.
+    drafted. counts: {source: DraftCounts}.
     """
 
     def __init__(self, scheduler: Scheduler, source: Source, num_drafts: int | None, eos_ids: frozenset[int]) -> None:
         self._scheduler, self._source, self._eos_ids = scheduler, source, eos_ids
         self._is_fixed, self._num_drafts = num_drafts is not None, num_drafts or MOST_BY_ITSELF
         self._acceptance, self._costs = Acceptance(self._num_drafts), StepCosts()
+        self._answers = EarlierAnswers()
+        self.counts: dict[str, DraftCounts] = {}
 
     def spare(self, plan: list[tuple[Request, int]]) -> Spare:
         """What is left in a step of so many tokens of each request."""
@@ -63,7 +94,7 @@ class Drafter:
         rows = tokens if decodes else 1
         return Spare(limits.max_step_tokens - tokens, limits.max_sampled - sampled, rows, rows)
 
-    def draft(self, request: Request, spare: Spare) -> list[int]:
+    def draft(self, request: Request, spare: Spare) -> Drafts:
         """Drafts of a request's next tokens, with pages to put them in; they are taken from what is spare.
 
         Only for a request that decodes, and whose logits_mask (a function of others', called once for each token of the
@@ -71,43 +102,68 @@ class Drafter:
         """
         p = request.params
         if request.num_left != 1 or request.pool is not None or p.logits_mask is not None:
-            return []
+            return Drafts()
         most = min(self._num_drafts, spare.tokens, spare.rows, p.max_tokens - len(request.output_ids) - 1)
-        drafts = self._up_to_end(request, self._source(request, most)) if most > 0 else []
-        drafts = drafts[: self._width(request, len(drafts), spare)]
-        drafts = drafts[: self._scheduler.lend(request, len(drafts))] if drafts else []
+        drafts = self._guessed(request, most)
+        drafts.cut(self._width(request, drafts, spare))
+        drafts.cut(self._scheduler.lend(request, len(drafts)) if drafts else 0)
         spare.tokens, spare.rows = spare.tokens - len(drafts), spare.rows - len(drafts)
         spare.num_rows += len(drafts)
-        request.num_drafted += len(drafts)
         return drafts
 
-    def _width(self, request: Request, most: int, spare: Spare) -> int:
-        """How many of so many drafts are worth their rows."""
-        if self._is_fixed or not most:
-            return most
+    def _guessed(self, request: Request, most: int) -> Drafts:
+        """Up to `most` guesses of a request's next tokens."""
+        if request.lookup is None:
+            of_salt = self._answers, request.cache_salt
+            request.lookup = Lookup(len(request.prompt_ids), request.prediction, *of_salt)
+        drafts = Drafts()
+        for _ in range(ROUNDS):
+            left = most - len(drafts)
+            guess = self._source(request, left, drafts.tokens) if left > 0 else Guess([], "")
+            if not guess.tokens:
+                break
+            drafts.add(guess)
+        drafts.cut(self._num_before_end(request, drafts.tokens))
+        return drafts
+
+    def _width(self, request: Request, drafts: Drafts, spare: Spare) -> int:
+        """How many of the drafts are worth their rows."""
+        if self._is_fixed or not drafts:
+            return len(drafts)
         if request.acceptance is None:
             request.acceptance = Acceptance(self._num_drafts, self._acceptance)
         seen = request.acceptance
-        width = best_width(seen.expected(), most, self._costs, spare.num_rows, spare.num_new)
+        expected = seen.expected(drafts.sources)
+        width = best_width(expected, self._costs, spare.num_rows, spare.num_new)
         seen.num_without = 0 if width else seen.num_without + 1
         if seen.num_without == PROBE_EVERY:
             seen.num_without, width = 0, 1
-        spare.num_new += seen.expected()[width]
+        spare.num_new += expected[width]
         return width
 
-    def note(self, request: Request, num_drafts: int, num_right: int) -> None:
+    def note(self, request: Request, drafts: Drafts, num_right: int) -> None:
         """Takes in how many of a request's drafts were right."""
-        self._acceptance.note(num_drafts, num_right)
+        self._acceptance.note(drafts.sources, num_right)
         if request.acceptance is not None:
-            request.acceptance.note(num_drafts, num_right)
+            request.acceptance.note(drafts.sources, num_right)
+        for depth, source in enumerate(drafts.sources):
+            counts = self.counts.setdefault(source, DraftCounts())
+            counts.drafted[depth] += 1
+            counts.right[depth] += depth < num_right
 
     def time(self, counts: list[int], num_drafts: int, seconds: float) -> None:
         """Takes in how long a step took that computed so many tokens of each request, and so many drafts in all."""
         if max(counts) == 1:
             self._costs.note(len(counts) + num_drafts, seconds)
 
-    def _up_to_end(self, request: Request, drafts: list[int]) -> list[int]:
-        """The drafts before the first that would end the answer: nothing follows that one."""
+    def end(self, request: Request) -> None:
+        """Takes leave of a request: others may look in its answer, if it has one."""
+        if request.finish_reason in ("stop", "length"):
+            self._answers.add(request.cache_salt, request.prompt_ids, request.output_ids)
+        request.lookup = request.prediction = None
+
+    def _num_before_end(self, request: Request, drafts: Sequence[int]) -> int:
+        """How many drafts there are before the first that would end the answer: nothing follows that one."""
         p = request.params
         ends = set(p.stop_token_ids) | (set() if p.ignore_eos else self._eos_ids)
-        return drafts[: next((i for i, token in enumerate(drafts) if token in ends), len(drafts))]
+        return next((i for i, token in enumerate(drafts) if token in ends), len(drafts))

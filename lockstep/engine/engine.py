@@ -10,16 +10,18 @@ from typing import Any, NamedTuple, SupportsIndex
 import numpy as np
 
 from lockstep.engine import selfcheck
+from lockstep.engine.admission import check
 from lockstep.engine.answer_text import AnswerText, Detokenizer
 from lockstep.engine.cache_size import num_pages
-from lockstep.engine.drafts import MAX_DRAFTS, MOST_BY_ITSELF, SOURCES, Drafter
+from lockstep.engine.drafts import MAX_DRAFTS, MOST_BY_ITSELF, SOURCES, DraftCounts, Drafter, Drafts
 from lockstep.engine.embedding import Pool
+from lockstep.engine.lookup import Prediction
 from lockstep.engine.memory import Memory
 from lockstep.engine.model import Model
 from lockstep.engine.pages import PageAllocator
 from lockstep.engine.prefix import PrefixCache, model_identity
 from lockstep.engine.prefix_disk import DiskStore
-from lockstep.engine.request import Request, SamplingParams, check_params, check_single, samples, token_list
+from lockstep.engine.request import Request, SamplingParams, check_single, samples, token_list
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.engine.sampling import NothingAllowed, Refused, is_finite, sampled_rows, take_prompt_rows, within_rows
 from lockstep.engine.scheduler import Scheduler
@@ -59,8 +61,9 @@ class EngineOptions:
     multiple of 64; prompt_state_from: length from which prompts get one near their end, too (None: 2048, or any with
     a cache_dir): it takes a step of its own, which costs a shorter prompt more than 3 %. cache_dir: a folder that
     keeps prefixes across restarts, of at most cache_dir_bytes. speculate: "lookup": tokens that followed the same few
-    tokens earlier in the prompt or the answer are computed as drafts, and kept where they are what the model chooses:
-    no answer changes. "off": none. draft: how many of a request in a step, 1 to 15; None: as many as pay, up to 7.
+    tokens in the prompt, the answer, its prediction or an earlier answer are computed as drafts, and kept where they
+    are what the model chooses: no answer changes. "off": none. draft: how many of a request in a step, 1 to 15; None:
+    as many as pay, up to 7.
     """
 
     max_step_tokens: int = 512
@@ -102,7 +105,7 @@ class Planned(NamedTuple):
 
     request: Request
     count: int
-    drafts: list[int]
+    drafts: Drafts
     span: Span
 
 
@@ -179,16 +182,23 @@ class Engine:
         return made
 
     def make(
-        self, prompt_ids: Iterable[SupportsIndex], params: SamplingParams, priority: int = 0, cache_salt: str = ""
+        self,
+        prompt_ids: Iterable[SupportsIndex],
+        params: SamplingParams,
+        priority: int = 0,
+        cache_salt: str = "",
+        prediction: Iterable[SupportsIndex] = (),
     ) -> list[Request]:
         """The Requests of a prompt's samples, not queued yet. Any thread may call this. ValueError if they cannot run.
 
-        priority: the lower goes first. cache_salt: requests share cached prefixes only with others of the same salt.
+        priority: the lower goes first. cache_salt: requests share cached prefixes, and look in each other's answers,
+        only with others of the same salt. prediction: token ids of a text that the answers may be like, for drafts.
         """
-        prompt_ids = token_list(prompt_ids)
-        self._check(prompt_ids, params, priority, cache_salt)
+        prompt_ids, predicted = token_list(prompt_ids), token_list(prediction, "prediction")
+        check(self.model, self.new_detokenizer is not None, prompt_ids, params, priority, cache_salt, predicted)
+        shared = Prediction(predicted) if self.drafter and predicted else None
         made = [
-            Request(next(self._ids), list(prompt_ids), p, priority=priority, cache_salt=cache_salt)
+            Request(next(self._ids), list(prompt_ids), p, priority=priority, cache_salt=cache_salt, prediction=shared)
             for p in samples(params)
         ]
         if params.pooling is not None:
@@ -200,33 +210,10 @@ class Engine:
                 request.block_names = list(names)
         return made
 
-    def _check(self, prompt_ids: list[int], params: SamplingParams, priority: Any, cache_salt: Any) -> None:
-        check_params(params)
-        if params.pooling is None and not self.model.can_generate:
-            raise ValueError("this checkpoint has no lm_head: it makes embeddings, and no text")
-        if not isinstance(priority, int):
-            raise ValueError(f"priority: expected an integer, got {priority!r}")
-        if not isinstance(cache_salt, str):
-            raise ValueError(f"cache_salt: expected a string, got {cache_salt!r}")
-        limit, vocab = self.model.max_context, self.model.config.vocab_size
-        if not prompt_ids:
-            raise ValueError("prompt: expected at least one token, got none")
-        if min(prompt_ids) < 0 or max(prompt_ids) >= vocab:
-            raise ValueError(f"prompt: token ids must be 0 to {vocab - 1}, got {min(prompt_ids)} to {max(prompt_ids)}")
-        params.check_vocabulary(vocab)
-        if params.stop and self.new_detokenizer is None:
-            raise ValueError("stop: there is no tokenizer to read answers with; use stop_token_ids")
-        if len(prompt_ids) + params.max_tokens > limit:
-            raise ValueError(
-                f"prompt of {len(prompt_ids)} tokens plus max_tokens {params.max_tokens} is more than the "
-                f"context of {limit} tokens"
-            )
-
     def cancel(self, request: Request) -> None:
         """Ends a request now; its memory is free for the next step."""
         if request.finish_reason is None:
-            request.finish_reason = "cancelled"
-            self.scheduler.remove(request)
+            self._end(request, "cancelled")
 
     @property
     def has_work(self) -> bool:
@@ -263,17 +250,17 @@ class Engine:
         for request, count in wanted:
             try:
                 if request.finish_reason is None:
-                    drafts = self.drafter.draft(request, spare) if self.drafter and spare else []
+                    drafts = self.drafter.draft(request, spare) if self.drafter and spare else Drafts()
                     plan.append(Planned(request, count, drafts, self._span(request, count, drafts)))
             except Refused as error:
                 failed.append(self.fail(request, error))
         return [each for each in plan if each.request.finish_reason is None], failed  # a mask may have cancelled some
 
-    def _span(self, request: Request, count: int, drafts: list[int]) -> Span:
+    def _span(self, request: Request, count: int, drafts: Drafts) -> Span:
         start, end = request.num_computed, request.num_computed + count
-        sampled = sampled_rows(request, start, end, self.eos_ids, self.model.config.vocab_size, drafts)
+        sampled = sampled_rows(request, start, end, self.eos_ids, self.model.config.vocab_size, drafts.tokens)
         embedded = request.pool.rows(start, end) if request.pool is not None else ()
-        token_ids = request.token_ids(start, end) + drafts
+        token_ids = request.token_ids(start, end) + drafts.tokens
         counts = dict(num_drafts=len(drafts), num_pending=request.num_pending)
         return Span(token_ids, start, request.pages, request.running_slot, sampled, embedded, **counts)
 
@@ -292,23 +279,24 @@ class Engine:
         self,
         request: Request,
         drafter: Drafter,
-        drafts: list[int],
+        drafts: Drafts,
         row: int,
         tokens: np.ndarray,
         logprobs: np.ndarray,
     ) -> None:
         """Takes in the rows after `row` as far as the token before each is what was drafted: it has been computed."""
         before = request.num_accepted
-        for i, draft in enumerate(drafts, row + 1):
+        for i, draft in enumerate(drafts.tokens, row + 1):
             if request.finish_reason is not None or request.output_ids[-1] != draft:
                 break
             request.num_accepted += 1
             request.num_pending += 1
             self.scheduler.computed(request, 1)
             self._take_token(request, int(tokens[i]), float(logprobs[i]), i)
+        request.num_drafted += len(drafts)
         self.num_drafted += len(drafts)
         self.num_accepted += request.num_accepted - before
-        drafter.note(request, len(drafts), request.num_accepted - before)
+        drafter.note(request, drafts, request.num_accepted - before)
         if request.finish_reason is None:
             self.scheduler.settle(request)
 
@@ -386,12 +374,21 @@ class Engine:
         )
         return made | (prefix.report() if prefix else {})
 
+    def draft_counts(self) -> dict[str, DraftCounts]:
+        """How many drafts were computed, and how many were right, by where they came from. For any thread."""
+        return dict(self.drafter.counts) if self.drafter else {}
+
     def finish(self, request: Request, reason: str) -> None:
         """Ends a running request for a reason ("stop", "length", "embedded" or "error")."""
         if request.answer is not None:
             request.answer.finish()
+        self._end(request, reason)
+
+    def _end(self, request: Request, reason: str) -> None:
         request.finish_reason = reason
         self.scheduler.remove(request)
+        if self.drafter:
+            self.drafter.end(request)
 
     def close(self) -> None:
         """Ends the threads; what is to be kept on disk is written first."""

@@ -10,7 +10,7 @@ from typing import Any, SupportsIndex
 from lockstep.engine.answer_text import AnswerText
 from lockstep.engine.draft_width import Acceptance
 from lockstep.engine.embedding import POOLINGS, Pool
-from lockstep.engine.lookup import Lookup
+from lockstep.engine.lookup import Lookup, Prediction
 from lockstep.engine.sampling import Adjustment
 from lockstep.ops.sample import MAX_LOGPROBS
 
@@ -159,12 +159,12 @@ BOUNDS = (
 )
 
 
-def token_list(prompt_ids: Iterable[SupportsIndex]) -> list[int]:
-    """A prompt's token ids as a list of integers. ValueError for anything else."""
+def token_list(token_ids: Iterable[SupportsIndex], name: str = "prompt") -> list[int]:
+    """Token ids as a list of integers. ValueError, with the name of what was given, for anything else."""
     try:
-        return list(map(operator.index, prompt_ids))
+        return list(map(operator.index, token_ids))
     except TypeError:
-        raise ValueError(f"prompt: expected text or a list of token ids, got {prompt_ids!r:.80}") from None
+        raise ValueError(f"{name}: expected text or a list of token ids, got {token_ids!r:.80}") from None
 
 
 def check_params(params: Any) -> None:
@@ -222,6 +222,7 @@ class Request:
     num_preemptions: int = 0
     acceptance: Acceptance | None = None  # made with the first draft, where as many are made as pay
     lookup: Lookup | None = None  # made with the first draft
+    prediction: Prediction | None = None  # a text that its answer may be like
     num_drafted: int = 0  # tokens that were guessed and computed
     num_pending: int = 0  # drafts of its last step that were right: recurrent layers have yet to absorb them
     num_accepted: int = 0  # of those, the ones that were right

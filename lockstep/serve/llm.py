@@ -233,33 +233,53 @@ class LLM:
         return SamplingParams(**{"temperature": 1.0, **self.sampling_defaults, **fields})
 
     def chat(
-        self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None, **options: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        prediction: Prompt | None = None,
+        **options: Any,
     ) -> Completion:
         """The model's answer to a conversation: a list of {"role", "content"}, as its chat template knows them.
 
-        params: None for `default_params`, and as many tokens as the context has room for. options: of `chat_prompt`,
-        such as tools or variables of the template. ValueError if the model has no chat template or it refuses.
+        params: None for `default_params`, and as many tokens as the context has room for. prediction: see `generate`.
+        options: of `chat_prompt`, such as tools or variables of the template. ValueError if the model has no chat
+        template or it refuses.
         """
         ids = self.chat_prompt(messages, **options)
         if params is None:
             params = self.default_params(max_tokens=max(1, self.max_context - len(ids)))
-        return self.generate([ids], params)[0]
+        return self.generate([ids], params, [prediction])[0]
 
-    def start(self, prompt: Prompt, params: SamplingParams = SamplingParams()) -> Stream:
-        """Queues one prompt; returns its Stream."""
+    def start(
+        self, prompt: Prompt, params: SamplingParams = SamplingParams(), prediction: Prompt | None = None
+    ) -> Stream:
+        """Queues one prompt; returns its Stream. prediction: see `generate`."""
         check_single(params)
-        return self.start_samples(prompt, params)[0]
+        return self.start_samples(prompt, params, prediction)[0]
 
-    def start_samples(self, prompt: Prompt, params: SamplingParams) -> list[Stream]:
-        """Queues the `params.n` samples of a prompt; returns a Stream for each."""
-        return [Stream(request) for request in self.engine.add_samples(self.encode(prompt), params)]
+    def start_samples(self, prompt: Prompt, params: SamplingParams, prediction: Prompt | None = None) -> list[Stream]:
+        """Queues the `params.n` samples of a prompt; returns a Stream for each. prediction: see `generate`."""
+        made = self.engine.add_samples(self.encode(prompt), params, prediction=self._predicted(prediction))
+        return [Stream(request) for request in made]
 
-    def stream(self, prompt: Prompt, params: SamplingParams = SamplingParams()) -> Iterator[Stream]:
-        """Yields the Stream of one prompt after every token, or after several that came with another call's steps.
+    def _predicted(self, prediction: Prompt | None) -> Sequence[int]:
+        """Token ids of a prediction."""
+        if not isinstance(prediction, str):
+            return () if prediction is None else prediction
+        try:
+            return self.tokenizer.encode(prediction, add_special_tokens=False, most=self.max_context)
+        except ValueError as error:
+            raise ValueError(f"prediction: {error}") from None
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams = SamplingParams(), prediction: Prompt | None = None
+    ) -> Iterator[Stream]:
+        """Yields the Stream of one prompt after every token, or after several that came with a step of drafts or with
+        another call's steps. prediction: see `generate`.
 
         Closing the generator cancels the request.
         """
-        made, known = self.start(prompt, params), (0, None)
+        made, known = self.start(prompt, params, prediction), (0, None)
         try:
             while known[1] is None:
                 now = len(made.request.output_ids), made.request.finish_reason
@@ -273,19 +293,26 @@ class LLM:
             self.engine.cancel(made.request)
 
     def generate(
-        self, prompts: Prompt | Iterable[Prompt], params: SamplingParams | Sequence[SamplingParams] = SamplingParams()
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
+        prediction: str | Sequence[Prompt | None] | None = None,
     ) -> list[Completion]:
         """Answers all prompts (strings or lists of token ids) together; returns a Completion for each, in order.
 
         params: one SamplingParams for all, or a list with one for each prompt; by default the most probable tokens,
         whatever the model's makers ask for (that is `default_params`). With n > 1 the Completion is that of
-        the first sample, and its `samples` are all.
+        the first sample, and its `samples` are all. prediction: a text that the answers are likely to be much like, or
+        a list with one (text, token ids or None) for each prompt: with speculation, answers come sooner where they are.
         """
         prompts = _prompt_list(prompts)
         each: list[Any] = list(params) if isinstance(params, (list, tuple)) else [params] * len(prompts)
         if len(each) != len(prompts):
             raise ValueError(f"params: expected one or {len(prompts)}, got {len(each)}")
-        return [_completion(*streams) for streams in self._answered(prompts, each)]
+        predicted = list(prediction) if isinstance(prediction, (list, tuple)) else [prediction] * len(prompts)
+        if len(predicted) != len(prompts):
+            raise ValueError(f"prediction: expected one text or a list of {len(prompts)}, got {len(predicted)}")
+        return [_completion(*streams) for streams in self._answered(prompts, each, predicted)]
 
     @functools.cached_property
     def pooling(self) -> str:
@@ -302,19 +329,21 @@ class LLM:
         cannot run, or for which the model gives no finite numbers.
         """
         prompts, params = _prompt_list(prompts), SamplingParams(pooling=self.pooling if pooling is None else pooling)
-        started = self._answered(prompts, [params] * len(prompts))
+        started = self._answered(prompts, [params] * len(prompts), [None] * len(prompts))
         failed = next((s.request.error for streams in started for s in streams if s.request.error), None)
         if failed is not None:
             raise ValueError(failed)
         made = [pool.embedding(normalize) for streams in started if (pool := streams[0].request.pool) is not None]
         return np.stack(made) if made else np.zeros((0, self.hidden_size), np.float32)
 
-    def _answered(self, prompts: list[Prompt], each: Sequence[SamplingParams]) -> list[list[Stream]]:
+    def _answered(
+        self, prompts: list[Prompt], each: Sequence[SamplingParams], predicted: Sequence[Any]
+    ) -> list[list[Stream]]:
         """Runs every prompt's samples to their end, or none if one prompt is refused."""
         started = []
         try:
-            for prompt, params in zip(prompts, each, strict=True):
-                started.append(self.start_samples(prompt, params))
+            for asked in zip(prompts, each, predicted, strict=True):
+                started.append(self.start_samples(*asked))
         except BaseException:
             self._cancel([s for streams in started for s in streams])
             raise

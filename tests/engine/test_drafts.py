@@ -10,6 +10,7 @@ from lockstep.engine.request import SamplingParams
 from lockstep.ops import BACKENDS
 from lockstep.ops.kv_cache import PAGE_TOKENS
 from tests.promise.models import Case, load
+from tests.speculation.sources import source_of
 
 VOCABULARY = 96
 
@@ -52,7 +53,7 @@ def engine(model):
         if source is not None:
             drafts, eos_ids = made[-1].drafter, made[-1].eos_ids
             assert drafts is not None
-            made[-1].drafter = Drafter(made[-1].scheduler, source, options.get("draft", 4), eos_ids)
+            made[-1].drafter = Drafter(made[-1].scheduler, source_of(source), options.get("draft", 4), eos_ids)
         return made[-1]
 
     yield make
@@ -96,7 +97,7 @@ def alone(model):
 
 
 def oracle(answers, right):
-    """A source that knows the answers: `right(n)` of n drafts are as they will be, the others are not."""
+    """What guesses that knows the answers: `right(n)` of n drafts are as they will be, the others are not."""
 
     def source(request, most):
         known = answers[PROMPTS.index(request.prompt_ids)][0][len(request.output_ids) :][:most]

@@ -1,5 +1,6 @@
 """`LLM` on the bundled model: text, stop strings wherever tokens end, and everything at once in any company."""
 
+import contextlib
 from dataclasses import replace
 
 import numpy as np
@@ -238,6 +239,36 @@ def test_what_is_no_prompt_or_params_is_named(llm, prompts, params, message):
     with pytest.raises(ValueError, match=message):
         llm.generate(prompts, params)
     assert not llm.engine.has_work
+
+
+@pytest.mark.parametrize(
+    "prediction, message",
+    [
+        (5, "prediction: expected text or a list of token ids, got 5"),
+        ([5, 6], "prediction: expected one text or a list of 1, got 2"),
+        ([["x"]], "prediction: expected text or a list of token ids"),
+        ([[1 << 20]], "prediction: token ids must be 0 to 4095, got 1048576"),
+        ([[1] * 5000], "prediction: expected at most [0-9]+ tokens, as many as the context, got 5000"),
+        ("x " * 200000, "prediction: the text has 400000 characters"),
+    ],
+    ids=lambda each: str(each)[:40],
+)
+def test_what_is_no_prediction_is_named(llm, prediction, message):
+    with pytest.raises(ValueError, match=message):
+        llm.generate(["x"], SHORT, prediction)
+    assert not llm.engine.has_work
+
+
+def test_predictions_are_of_their_prompts(llm):
+    prompts, params = ["def f(", "class A"], SamplingParams(max_tokens=40, temperature=1.0, ignore_eos=True)
+    plain = [answer.token_ids for answer in llm.generate(prompts, params)]
+    with contextlib.closing(LLM(threads=1, max_context=512, speculate="lookup", draft=5)) as guessing:
+        assert [answer.token_ids for answer in guessing.generate(prompts, params, plain)] == plain
+        assert guessing.engine.num_accepted > 50
+        for given in (list(reversed(plain)), "def f(): pass", [None, "class A:"]):
+            assert [answer.token_ids for answer in guessing.generate(prompts, params, given)] == plain
+        streamed = list(guessing.stream(prompts[0], params, plain[0]))[-1].request
+        assert streamed.output_ids == plain[0] and streamed.num_accepted > 25
 
 
 def test_a_closed_llm_says_so():

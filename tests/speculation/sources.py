@@ -6,10 +6,17 @@ import numpy as np
 
 from lockstep.engine.drafts import MAX_DRAFTS, SOURCES, Drafter, Source
 from lockstep.engine.engine import Engine
+from lockstep.engine.lookup import Guess
 from lockstep.engine.request import Request
 
 Answers = Callable[[Request], list[int]]  # what a request will be answered with
-Maker = Callable[[Answers, np.random.Generator, int], Source]  # (answers, rng, vocabulary)
+Guesses = Callable[[Request, int], list[int]]  # (request, at most how many): what may come next
+Maker = Callable[[Answers, np.random.Generator, int], Guesses]  # (answers, rng, vocabulary)
+
+
+def source_of(guesses: Guesses) -> Source:
+    """A Source that knows nothing to follow other drafts."""
+    return lambda request, most, drafts: Guess([] if drafts else guesses(request, most), "test")
 
 
 def rest(answers: Answers, request: Request, most: int) -> list[int]:
@@ -17,12 +24,12 @@ def rest(answers: Answers, request: Request, most: int) -> list[int]:
     return answers(request)[len(request.output_ids) :][:most]
 
 
-def right(answers: Answers, rng: np.random.Generator, vocab_size: int) -> Source:
+def right(answers: Answers, rng: np.random.Generator, vocab_size: int) -> Guesses:
     """Right everywhere."""
     return lambda request, most: rest(answers, request, most)
 
 
-def past_the_end(answers: Answers, rng: np.random.Generator, vocab_size: int) -> Source:
+def past_the_end(answers: Answers, rng: np.random.Generator, vocab_size: int) -> Guesses:
     """Right until the end token (or the end of a stop string), and on after it."""
 
     def source(request: Request, most: int) -> list[int]:
@@ -31,17 +38,17 @@ def past_the_end(answers: Answers, rng: np.random.Generator, vocab_size: int) ->
     return source
 
 
-def noise(answers: Answers, rng: np.random.Generator, vocab_size: int) -> Source:
+def noise(answers: Answers, rng: np.random.Generator, vocab_size: int) -> Guesses:
     """Random tokens, random in number."""
     return lambda request, most: rng.integers(0, vocab_size, rng.integers(0, most + 1)).tolist()
 
 
-def repeats(answers: Answers, rng: np.random.Generator, vocab_size: int) -> Source:
+def repeats(answers: Answers, rng: np.random.Generator, vocab_size: int) -> Guesses:
     """The last token, again and again."""
     return lambda request, most: request.token_ids(request.num_tokens - 1, request.num_tokens) * most
 
 
-def wrong(answers: Answers, rng: np.random.Generator, vocab_size: int) -> Source:
+def wrong(answers: Answers, rng: np.random.Generator, vocab_size: int) -> Guesses:
     """Always wrong: any token but the one that comes."""
 
     def source(request: Request, most: int) -> list[int]:
@@ -50,7 +57,7 @@ def wrong(answers: Answers, rng: np.random.Generator, vocab_size: int) -> Source
     return source
 
 
-def mostly_right(answers: Answers, rng: np.random.Generator, vocab_size: int) -> Source:
+def mostly_right(answers: Answers, rng: np.random.Generator, vocab_size: int) -> Guesses:
     """Each draft is right in seven of ten cases."""
 
     def source(request: Request, most: int) -> list[int]:
@@ -63,7 +70,7 @@ def mostly_right(answers: Answers, rng: np.random.Generator, vocab_size: int) ->
 def wrong_at(place: int) -> Maker:
     """Right but for one place."""
 
-    def maker(answers: Answers, rng: np.random.Generator, vocab_size: int) -> Source:
+    def maker(answers: Answers, rng: np.random.Generator, vocab_size: int) -> Guesses:
         def source(request: Request, most: int) -> list[int]:
             known = rest(answers, request, most)
             return [token if i != place else (token + 1) % vocab_size for i, token in enumerate(known)]
@@ -85,7 +92,7 @@ KNOWING: dict[str, Maker] = {
 BUILT_IN = [name for name, source in SOURCES.items() if source]
 
 
-def plant(engine: Engine, source: Source, num_drafts: int | None) -> None:
-    """Gives an engine that speculates another source. num_drafts: at most those that the engine was made for."""
+def plant(engine: Engine, guesses: Guesses, num_drafts: int | None) -> None:
+    """Gives an engine that speculates other guesses. num_drafts: at most those that the engine was made for."""
     assert engine.drafter is not None, "the engine was made without speculation"
-    engine.drafter = Drafter(engine.scheduler, source, num_drafts, engine.eos_ids)
+    engine.drafter = Drafter(engine.scheduler, source_of(guesses), num_drafts, engine.eos_ids)

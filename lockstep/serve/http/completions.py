@@ -13,6 +13,7 @@ from lockstep.serve.http.errors import check_most
 from lockstep.serve.http.forms import FormFields, masks
 from lockstep.serve.http.job import Generates, Job
 from lockstep.serve.http.logprobs import LegacyLogprobs, check_prompt_logprobs, prompt_logprobs
+from lockstep.serve.http.prediction import predicted_ids
 from lockstep.serve.http.prompts import read_prompts
 from lockstep.serve.http.sampling import UNTIL_FULL, MostTokens, SamplingFields, most_tokens, sampling_params
 from lockstep.serve.http.service import Service
@@ -59,11 +60,13 @@ def routes(service: Service):
         )
         each_mask = await job.offload(masks, service, fields, len(ids)) if fields.form_names else [None] * len(ids)
         each_mask = await job.prepare(combined, service, fields, each_mask, each_mask[0] is not None)
+        predicted = await job.prepare(predicted_ids, service, fields.prediction)
         answer = Answer(job, fields, texts)
         await job.start(
             [(each, _params(fields, service, len(each), mask)) for each, mask in zip(ids, each_mask, strict=True)],
             fields.cache_salt or "",
             narrowing(fields),
+            predicted,
         )
         if fields.stream:
             return EventStream(job, answer.events())

@@ -93,10 +93,17 @@ class Job:
 
     # ------------------------------------------------------------ its answer
 
-    async def start(self, prompts: Prompts, cache_salt: str = "", narrowing: Sequence[str] = ()) -> list[Request]:
+    async def start(
+        self,
+        prompts: Prompts,
+        cache_salt: str = "",
+        narrowing: Sequence[str] = (),
+        prediction: Sequence[int] = (),
+    ) -> list[Request]:
         """Queues all samples of [(token ids, SamplingParams), ...] in order; returns the engine's Requests.
 
-        narrowing: fields that may leave an answer without a token to choose, see `token_masks.narrowing`.
+        narrowing: fields that may leave an answer without a token to choose, see `token_masks.narrowing`. prediction:
+        token ids that each answer may be like.
         ApiError 400 for what cannot run, 429 where it would have to wait behind too much.
         """
         num_sequences = sum(params.n for _, params in prompts)
@@ -109,13 +116,14 @@ class Job:
             self, num_sequences, sum(len(ids) * params.n for ids, params in prompts), num_logprobs(prompts)
         )
         self._prompts, self._narrowing = prompts, narrowing
-        await self.prepare(self._submit, prompts, self.service.salt(self.scope["lockstep.tenant"], cache_salt))
+        salt = self.service.salt(self.scope["lockstep.tenant"], cache_salt)
+        await self.prepare(self._submit, prompts, dict(cache_salt=salt, prediction=prediction))
         return self.requests
 
-    def _submit(self, prompts: Prompts, cache_salt: str) -> None:
+    def _submit(self, prompts: Prompts, options: dict[str, Any]) -> None:
         engine = self.service.engine
         assert engine is not None, "requests are admitted from `open` on"
-        self.streams = engine.submit_all(prompts, cache_salt=cache_salt)
+        self.streams = engine.submit_all(prompts, **options)
         self.requests = [stream.request for stream in self.streams]
         if self._ended_by is not None:  # while they were being prepared
             self._cancel()

@@ -2,9 +2,12 @@
 
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+
+from lockstep.engine.drafts import DraftCounts
 
 FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 BETWEEN_TOKENS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
@@ -21,8 +24,6 @@ COUNTERS = {
     "query_tokens": ("prefix_query_tokens", "Prompt tokens looked for in the prefix cache"),
     "not_finite": ("not_finite", "Sequences that failed as the model gave no finite numbers"),
     "hit_tokens": ("prefix_hit_tokens", "Prompt tokens found in the prefix cache"),
-    "drafts": ("drafts", "Tokens guessed ahead and computed"),
-    "accepted_drafts": ("accepted_drafts", "Of these, the ones that were right"),
     "pages_evicted": ("pages_evicted", "Kept pages that were needed for others"),
 }
 
@@ -87,6 +88,21 @@ class Metrics:
             yield GaugeMetricFamily(f"lockstep_{name}", text, counts.get(name, 0))
         for name, (shown, text) in COUNTERS.items():
             yield _counter(shown, text, counts.get(name, 0))
+        yield from _drafts(self._service.draft_counts())
+
+
+def _drafts(counts: Mapping[str, DraftCounts]) -> Iterator[CounterMetricFamily]:
+    """How many tokens were guessed, and how many were right, by where they came from and by their depth: the first
+    after a certain token is at depth 1."""
+    labels = ["source", "depth"]
+    drafted = CounterMetricFamily("lockstep_drafts", "Tokens guessed ahead and computed", labels=labels)
+    right = CounterMetricFamily("lockstep_accepted_drafts", "Of these, the ones that were right", labels=labels)
+    for source, each in sorted(counts.items()):
+        for depth, count in enumerate(each.drafted):
+            if count:
+                drafted.add_metric([source, str(depth + 1)], count)
+                right.add_metric([source, str(depth + 1)], each.right[depth])
+    yield from (drafted, right)
 
 
 def _counter(name, text, value):

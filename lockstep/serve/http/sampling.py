@@ -12,6 +12,7 @@ from lockstep.serve.http.body import Items, Whole, shown, whole
 from lockstep.serve.http.errors import check_most, not_allowed, wrong_field
 from lockstep.serve.http.known_fields import GENERATION, KnownFields
 from lockstep.serve.http.limits import Limits
+from lockstep.serve.http.prediction import PredictionFields
 
 INT64: dict[str, Any] = dict(ge=-(1 << 63), le=(1 << 63) - 1)
 TokenId = Annotated[Whole, Field(ge=0, lt=1 << 31)]
@@ -75,6 +76,7 @@ class SamplingFields(KnownFields):
     allowed_token_ids: Items[Whole] | None = None
     bad_words: Items[str] | None = None
     cache_salt: CacheSalt | None = None
+    prediction: PredictionFields | None = None
 
     @property
     def num_samples(self) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lockstep.engine.async_engine import AsyncEngine, EngineStopped
+from lockstep.engine.drafts import DraftCounts
 from lockstep.engine.prefix import model_identity
 from lockstep.engine.selfcheck import NUMERICS
 from lockstep.ops.kv_cache import PAGE_TOKENS
@@ -272,6 +273,10 @@ class Service:
     def counts(self) -> dict[str, int]:
         """Counts of the engine: {name: number}."""
         return {} if self.llm is None else self.llm.engine.counts()
+
+    def draft_counts(self) -> dict[str, DraftCounts]:
+        """How many drafts the engine made, and how many were right, by source."""
+        return {} if self.llm is None else self.llm.engine.draft_counts()
 
     def explain(self, error: BaseException) -> ApiError:
         """Any exception as the ApiError that a client may see; what is the server's own fault is logged."""

@@ -4,6 +4,7 @@ from lockstep.engine.request import Request
 from lockstep.serve.http.body import read_fields
 from lockstep.serve.http.errors import bad_request
 from lockstep.serve.http.job import Job
+from lockstep.serve.http.prediction import predicted_ids
 from lockstep.serve.http.prompts import text_tokenizer
 from lockstep.serve.http.sampling import most_tokens, sampling_params
 from lockstep.serve.http.service import Service
@@ -23,9 +24,10 @@ async def start(job: Job, fields, conversation, **reports):
         made = conversation(fields)
         has_form = made.grammar is not None or made.tools.must_call
         prepared = chat_model(service).prepare(made, fields.num_samples)
-        return prepared, *combined(service, fields, [prepared.options["logits_mask"]], has_form)
+        [mask] = combined(service, fields, [prepared.options["logits_mask"]], has_form)
+        return prepared, mask, predicted_ids(service, fields.prediction)
 
-    prepared, mask = await job.offload(prepare)
+    prepared, mask, predicted = await job.offload(prepare)
     room = service.max_context - len(prepared.ids)
     if room < 1:
         raise bad_request(
@@ -38,7 +40,7 @@ async def start(job: Job, fields, conversation, **reports):
         fields.skip_special_tokens = False
     most, defaults = most_tokens(fields, room), service.loaded.sampling_defaults
     params = sampling_params(fields, service.limits, most, defaults, logits_mask=mask, **reports)
-    await job.start([(prepared.ids, params)], fields.cache_salt or "", narrowing(fields))
+    await job.start([(prepared.ids, params)], fields.cache_salt or "", narrowing(fields), predicted)
     return prepared.new_parser
 
 

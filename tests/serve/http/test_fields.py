@@ -235,7 +235,6 @@ def test_fields_that_nobody_knows_or_that_change_no_answer_are_ignored(route):
         service_tier="auto",
         safety_identifier="x",
         prompt_cache_key="k",
-        prediction={"type": "content", "content": "x"},
         verbosity="low",
         priority=3,
         request_id="r",

@@ -16,6 +16,7 @@ from lockstep.bench_layer import Case
 from lockstep.engine.draft_width import StepCosts, best_width
 from lockstep.engine.drafts import MAX_DRAFTS, MOST_BY_ITSELF, Drafter, Source
 from lockstep.engine.engine import Engine, EngineOptions
+from lockstep.engine.lookup import Guess
 from lockstep.engine.model import Model
 from lockstep.engine.request import Request, SamplingParams
 from lockstep.engine.runner import Runner, Span
@@ -48,11 +49,11 @@ class Replay:
             is_wrong = np.random.default_rng([seed, i]).random(len(answer)) >= acceptance
             self._drafts[request_id] = ((np.array(answer) + is_wrong) % vocab_size).tolist()
 
-    def __call__(self, request: Request, most: int) -> list[int]:
+    def __call__(self, request: Request, most: int, drafts: Sequence[int]) -> Guess:
         if self._inner is not None:
-            most = len(self._inner(request, most))
-        known = len(request.output_ids)
-        return self._drafts[request.id][known : known + most]
+            most = len(self._inner(request, most, drafts).tokens)
+        known = len(request.output_ids) + len(drafts)
+        return Guess(self._drafts[request.id][known : known + most], "replay")
 
 
 @dataclass(frozen=True)
@@ -269,7 +270,7 @@ def best_draft(acceptance: float, seconds: Mapping[int, float]) -> int:
     for width, each in seconds.items():
         costs.note(width, each)
     expected = [sum(acceptance ** (i + 1) for i in range(k)) for k in range(max(seconds))]
-    return best_width(expected, max(seconds) - 1, costs, 1, 1.0)
+    return best_width(expected, costs, 1, 1.0)
 
 
 # ---------------------------------------------------------------- a layer that is read once for all rows

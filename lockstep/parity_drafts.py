@@ -7,13 +7,14 @@ prefix cache: every block's keys and values, and the recurrent states that are k
 import contextlib
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from lockstep.engine.drafts import SOURCES, Drafter, Source
 from lockstep.engine.engine import Engine, EngineOptions
+from lockstep.engine.lookup import Guess
 from lockstep.engine.model import Model
 from lockstep.engine.request import Request, SamplingParams
 from lockstep.ops.kv_cache import PAGE_TOKENS
@@ -122,12 +123,14 @@ def partly_wrong(answer: tuple[int, ...], num_drafts: int, vocab_size: int) -> S
     """A source that knows an answer, and puts a wrong token in a place of its drafts that moves from step to step."""
     places = itertools.cycle(range(num_drafts + 1))  # the last lies behind the drafts: then all are right
 
-    def source(request: Request, most: int) -> list[int]:
-        at = len(request.output_ids)
-        drafts, wrong = list(answer[at : at + most]), next(places)
-        if wrong < len(drafts):
-            drafts[wrong] = (drafts[wrong] + 1) % vocab_size
-        return drafts
+    def source(request: Request, most: int, drafts: Sequence[int]) -> Guess:
+        if drafts:
+            return Guess([], "known answer")
+        at, wrong = len(request.output_ids), next(places)
+        made = list(answer[at : at + most])
+        if wrong < len(made):
+            made[wrong] = (made[wrong] + 1) % vocab_size
+        return Guess(made, "known answer")
 
     return source
 

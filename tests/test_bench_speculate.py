@@ -11,6 +11,7 @@ from lockstep.cli import main
 from lockstep.commands.bench_speculate import answers_table, steps_table
 from lockstep.engine.drafts import MAX_DRAFTS
 from lockstep.engine.engine import Engine, EngineOptions
+from lockstep.engine.lookup import Guess
 from tests.promise.models import Case, load
 
 ARGUMENTS = ["bench", "speculate", "--threads", "1", "--rounds", "1"]
@@ -19,7 +20,7 @@ SMALL = ["--requests", "1,2", "--prompt", "9", "--tokens", "12", "--acceptance",
 
 def drafts_of(replay, request_id, length):
     """What a source says in front of each token of an answer."""
-    return [replay(SimpleNamespace(id=request_id, output_ids=[0] * i), 1)[0] for i in range(length)]
+    return [replay(SimpleNamespace(id=request_id, output_ids=[0] * i), 1, []).tokens[0] for i in range(length)]
 
 
 @pytest.mark.parametrize("acceptance", [0.0, 0.3, 0.9, 1.0])
@@ -40,9 +41,11 @@ def test_each_request_and_round_has_wrong_drafts_of_its_own():
 
 def test_another_source_says_how_many():
     request = SimpleNamespace(id=0, output_ids=[5, 6])
-    replay = Replay({0: [5, 6, 7, 8, 9]}, 1.0, 50, 1, inner=lambda request, most: [40] * (most - 1))
-    assert replay(request, 3) == [7, 8]
-    assert replay(SimpleNamespace(id=0, output_ids=[5, 6, 7, 8]), 5) == [9]
+    replay = Replay(
+        {0: [5, 6, 7, 8, 9]}, 1.0, 50, 1, inner=lambda request, most, drafts: Guess([40] * (most - 1), "forty")
+    )
+    assert replay(request, 3, []).tokens == [7, 8] and replay(request, 2, [7]).tokens == [8]
+    assert replay(SimpleNamespace(id=0, output_ids=[5, 6, 7, 8]), 5, []).tokens == [9]
 
 
 def test_the_best_fixed_number_follows_from_the_steps():

@@ -2,7 +2,7 @@
 
 Drafts come from a recording: the answer is known, from a run without drafts, and each draft is its next token with a
 given probability and another token otherwise. So acceptance is what was asked for, on any model, and a draft costs
-nothing but its row. All that is compared runs in turns in one process, and ratios are those of neighbours in time.
+nothing but its row. All that is compared runs in turns in one process, and a ratio is one of two that ran in turns.
 """
 
 import statistics
@@ -26,6 +26,7 @@ from lockstep.parity import GREEDY
 from lockstep.runtime.threads import Team
 
 GROUPED_SHAPE, LINEAR_SHAPE = "8192x4096x8", "4096x8192"  # the two halves of the output projection
+TURN = 0.05  # seconds: longer than threads take to wake up
 WIDTHS = range(1, MAX_DRAFTS + 2)  # rows of a request in a step: its certain token and its drafts
 
 
@@ -74,18 +75,45 @@ class Answered:
         return self.decode_tokens / self.decode_seconds
 
 
-def answered(engine: Engine, requests: Sequence[Request]) -> Answered:
-    """Runs requests that were just added to their ends."""
-    began, first, known, steps = time.perf_counter(), None, 0, 0
-    while engine.has_work:
-        engine.step()
-        steps += first is not None
-        if first is None and all(r.output_ids for r in requests):
-            first, known = time.perf_counter(), sum(len(r.output_ids) for r in requests)
-    ended, answers = time.perf_counter(), [r.output_ids for r in requests]
-    drafted, accepted = sum(r.num_drafted for r in requests), sum(r.num_accepted for r in requests)
-    tokens = sum(map(len, answers)) - known
-    return Answered(answers, ended - began, tokens, ended - (first or began), steps, drafted, accepted)
+class Course:
+    """Requests that were just added to an engine, on their way to their ends; only the engine's own time counts."""
+
+    def __init__(self, engine: Engine, requests: Sequence[Request]) -> None:
+        self._engine, self._requests = engine, requests
+        self.seconds, self._decode_began, self._known, self._steps = 0.0, 0.0, 0, 0
+
+    def advance(self, seconds: float) -> bool:
+        """Runs steps for about so long; whether there is more to do."""
+        until = self.seconds + seconds
+        while self._engine.has_work and self.seconds < until:
+            began = time.perf_counter()
+            self._engine.step()
+            self.seconds += time.perf_counter() - began
+            self._steps += self._known > 0
+            if not self._known and all(r.output_ids for r in self._requests):
+                self._decode_began, self._known = self.seconds, sum(len(r.output_ids) for r in self._requests)
+        return self._engine.has_work
+
+    def answered(self) -> Answered:
+        """What came of it, when all have ended."""
+        answers = [r.output_ids for r in self._requests]
+        return Answered(
+            answers,
+            seconds=self.seconds,
+            decode_tokens=sum(map(len, answers)) - self._known,
+            decode_seconds=self.seconds - self._decode_began,
+            steps=self._steps,
+            drafted=sum(r.num_drafted for r in self._requests),
+            accepted=sum(r.num_accepted for r in self._requests),
+        )
+
+
+def in_turns(*courses: Course) -> list[Answered]:
+    """Runs courses to their ends by turns of TURN seconds, so that what slows the machine slows all of them."""
+    left = list(courses)
+    while left:
+        left = [course for course in left if course.advance(TURN)]
+    return [course.answered() for course in courses]
 
 
 @dataclass(frozen=True)
@@ -144,18 +172,18 @@ class Bench:
         rng = np.random.default_rng([7, requests])
         return rng.integers(0, self.model.config.vocab_size, (requests, length)).tolist()
 
-    def without(self, prompts: Sequence[list[int]], tokens: int) -> Answered:
-        """Answers of so many tokens without drafts."""
-        return answered(self.plain, self._add(self.plain, prompts, tokens))
+    def without(self, prompts: Sequence[list[int]], tokens: int) -> Course:
+        """To answers of so many tokens without drafts."""
+        return Course(self.plain, self._add(self.plain, prompts, tokens))
 
-    def drafted(self, prompts: Sequence[list[int]], recorded: Answered, setting: Setting, seed: int) -> Answered:
-        """The same answers with drafts. Everything that is learnt about acceptance and costs is learnt anew."""
+    def drafted(self, prompts: Sequence[list[int]], recorded: Answered, setting: Setting, seed: int) -> Course:
+        """To the same answers with drafts. All that is learnt about acceptance and costs is learnt anew."""
         engine, tokens = self.drafting, len(recorded.answers[0])
         requests = self._add(engine, prompts, tokens)
         answers = {r.id: answer for r, answer in zip(requests, recorded.answers, strict=True)}
         source = Replay(answers, setting.acceptance, self.model.config.vocab_size, seed, self._inner)
         engine.drafter = Drafter(engine.scheduler, source, setting.draft, engine.eos_ids)
-        return answered(engine, requests)
+        return Course(engine, requests)
 
     @staticmethod
     def _add(engine: Engine, prompts: Sequence[list[int]], tokens: int) -> list[Request]:
@@ -164,7 +192,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class Compared:
-    """A Setting against no drafts: medians of the ratios of neighbouring runs, above 1 where drafts gain; lowest and
+    """A Setting against no drafts: medians of the ratios of its runs, above 1 where drafts gain; lowest and
     highest of decode's; tokens a second without; drafts of all runs, those that were right, tokens of a step and
     request, and how many answers were not the same (none, or there is a fault)."""
 
@@ -180,17 +208,14 @@ class Compared:
 
 
 def compare(bench: Bench, settings: Sequence[Setting], prompt: int, tokens: int, rounds: int) -> list[Compared]:
-    """Runs settings with the same number of requests, each beside a run without drafts, in turns."""
+    """Runs settings with the same number of requests, each in turns with a run without drafts."""
     prompts = bench.prompts(settings[0].requests, prompt)
-    recorded, runs = bench.without(prompts, tokens), {setting: [] for setting in settings}
+    [recorded] = in_turns(bench.without(prompts, tokens))
+    runs: dict[Setting, list[list[Answered]]] = {setting: [] for setting in settings}
     for i in range(rounds):
         for setting in settings:
-            pair = [
-                lambda: bench.without(prompts, tokens),
-                lambda setting=setting, i=i: bench.drafted(prompts, recorded, setting, i),
-            ]
-            ran = [run() for run in (pair if i % 2 else reversed(pair))]
-            runs[setting].append(ran if i % 2 else ran[::-1])
+            pair = bench.without(prompts, tokens), bench.drafted(prompts, recorded, setting, i)
+            runs[setting].append(in_turns(*pair))
     return [_compared(setting, pairs, recorded) for setting, pairs in runs.items()]
 
 

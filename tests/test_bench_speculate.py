@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lockstep.bench_speculate import Answered, Bench, Plan, Replay, Setting, best_draft, compare
+from lockstep.bench_speculate import Bench, Plan, Replay, Setting, best_draft, compare
 from lockstep.cli import main
 from lockstep.commands.bench_speculate import answers_table, steps_table
 from lockstep.engine.drafts import MAX_DRAFTS
@@ -77,9 +77,14 @@ def test_answers_and_counts_of_a_comparison(bench):
 
 
 def test_a_differing_answer_is_counted(bench, monkeypatch):
-    wrong = Answered([[1, 2, 3], [4, 5, 6]], 1.0, 4, 1.0, 2, 0, 0)
-    monkeypatch.setattr(bench, "drafted", lambda *_: wrong)
-    [row] = compare(bench, [Setting(2, 0.5, 1)], 5, 3, 1)
+    step, vocab_size = bench.drafting.runner.step, bench.model.config.vocab_size
+
+    def wrong(spans):
+        tokens, *others = step(spans)
+        return (tokens + 1) % vocab_size, *others
+
+    monkeypatch.setattr(bench.drafting.runner, "step", wrong)
+    [row] = compare(bench, [Setting(2, 0.5, 1)], 5, 30, 1)
     assert row.differing == 2
 
 

@@ -1,6 +1,6 @@
 """The linear-attention layer's ops at the Qwen3.5-0.8B shape: time per token and layer, by op, and the ceiling.
 
-    python bench/bench_gated_delta.py [--threads 1] [--rounds 9]
+    python bench/bench_gated_delta.py [--threads 1] [--rounds 9] [--drafts]
 
 Fused and unfused inputs and the per-token recurrence run interleaved in one process; the best of the rounds counts,
 since the machine may be shared. The floor of the recurrence is 4 multiplications or FMAs for each element of the state,
@@ -12,9 +12,10 @@ import time
 
 import numpy as np
 
-from lockstep.ops import conv1d_cpu, gated_delta_cpu, gated_norm_cpu
+from lockstep.ops import conv1d_cpu, gated_delta_cpu, gated_delta_verify_cpu, gated_norm_cpu
 from lockstep.ops.conv1d import Conv1d
 from lockstep.ops.gated_delta import DeltaGates, DeltaInputs, GatedDelta, L2Norm
+from lockstep.ops.gated_delta_verify import GatedDeltaVerify
 from lockstep.ops.gated_norm import GatedNorm
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.executor import Executor, WeightStore
@@ -26,6 +27,7 @@ from lockstep.runtime.threads import Team
 from tests.ops.harness import ragged_step, weight
 
 G, H, K, V, J = 16, 16, 128, 128, 4
+MOST = 7  # drafts
 C = 2 * G * K + H * V
 W = C + H * V + 2 * H
 ROUNDS = 1 << 16
@@ -62,6 +64,7 @@ def fma_rate(op, step, thread, num_threads):
 BACKEND = {
     **conv1d_cpu.CPU,
     **gated_delta_cpu.CPU,
+    **gated_delta_verify_cpu.CPU,
     **gated_norm_cpu.CPU,
     "projection": Implementation(nothing),
     "fma_rate": Implementation(fma_rate),
@@ -154,16 +157,70 @@ def measure(lengths, contexts, num_layers, team, rounds):
         print(f"  {name:10s}{parts} | {sum(each.values()):.2f} us per token and layer")
 
 
+class Rule:
+    """The recurrence alone, in so many layers that their states come from memory, for one request.
+
+    drafts: whether it is the op that can forget drafts.
+    """
+
+    def __init__(self, drafts: bool, num_tokens, team, num_layers=40):
+        self.drafts, self.num_layers, program = drafts, num_layers, Program()
+        given = {name: program.tensor(name, "T", width) for name, width in dict(u=C, gates=2 * H).items()}
+        for tensor in given.values():
+            program.emit(Projection(out=tensor))
+        where = dict(qk=given["u"], v=given["u"], gates=given["gates"], qk_width=C, v_width=C, v_offset=2 * G * K)
+        where |= dict(num_k_heads=G, num_v_heads=H, k_head_dim=K, v_head_dim=V)
+        for i in range(num_layers):
+            state = program.cache(f"state{i}", "state", "f32", (H, V // 16, K, 16))
+            out = program.tensor(f"o{i}", "T", H * V)
+            if drafts:
+                records = program.cache(f"records{i}", "records", "f32", (2 * MOST + 1, H * V + G * K + H))
+                more = dict(records=records, num_records=2 * MOST + 1)
+                program.emit(GatedDeltaVerify(out=out, state=state, **where, **more))
+            else:
+                program.emit(GatedDelta(out=out, state=state, **where))
+        self.memory = {c.name: np.zeros(c.shape, np.float32) for c in program.caches}
+        places, sizes = {n: a.ctypes.data for n, a in self.memory.items()}, dict(T=num_tokens, S=1, R=1)
+        self.executor = Executor(program, BACKEND, team, WeightStore(), sizes, places, keep=True)
+        rng = np.random.default_rng(0)
+        for tensor in given.values():
+            self.executor.view(tensor, num_tokens)[...] = rng.random((num_tokens, tensor.width), np.float32) * 0.1
+
+    def seconds(self, num_tokens, pending=0):
+        """Of one layer; what most took counts, since some are held up by others on the machine."""
+        counts = dict(num_drafts=[num_tokens - 1], num_pending=[pending]) if self.drafts else {}
+        step, _keep = ragged_step([num_tokens], [100], **counts)
+        clock = np.zeros(len(self.executor.program.ops), np.int64)
+        self.executor.run(step, clock)
+        return float(np.median(np.diff(clock[-1 - self.num_layers :]))) / 1e9
+
+
+def measure_drafts(team, rounds, pendings=(0, 4, 7)):
+    """Prints for numbers of rows what they take with drafts, of which some are pending, against the plain op."""
+    plain, verify = Rule(False, MOST + 1, team), Rule(True, MOST + 1, team)
+    print("recurrence of one request, us a layer: plain, and with one certain row and drafts, by how many are pending")
+    for rows in range(1, MOST + 2):
+        found = [(plain.seconds(rows), *(verify.seconds(rows, p) for p in pendings)) for _ in range(4 * rounds)]
+        one, *others = np.percentile(found, 25, axis=0)
+        ratios = np.median([[v / p for v in verified] for p, *verified in found], axis=0)
+        parts = "".join(
+            f"  pending {p}: {us * 1e6:6.1f} {r:.2f}x" for p, us, r in zip(pendings, others, ratios, strict=True)
+        )
+        print(f"  rows {rows}  {one * 1e6:6.1f}{parts}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--drafts", action="store_true", help="only the recurrence over drafts")
     args = parser.parse_args()
     team = Team(args.threads)
     print(f"recurrence, floor on one core: {fma_floor():.1f} us per token and layer; {args.threads} threads")
-    for num_tokens in (512, 64):
+    measure_drafts(team, args.rounds)
+    for num_tokens in () if args.drafts else (512, 64):
         measure([num_tokens], [num_tokens], 2, team, args.rounds)
-    for num_requests in (1, 8):
+    for num_requests in () if args.drafts else (1, 8):
         measure([1] * num_requests, [100] * num_requests, 18, team, args.rounds)
     team.close()
 

@@ -1,8 +1,8 @@
 """Gated delta rule over drafts: the fast kernel.
 
-A pass over two blocks of the state absorbs what is pending, and decays and reads for the first token: the state is read
-once and written once a step, as without drafts. The last certain token leaves the state in its slot and a decayed copy,
-which the drafts go on with, on the stack (16 KiB at K = 128).
+A pass over two or four blocks of the state absorbs what is pending, and decays and reads for the first token: the state
+is read once and written once a step, as without drafts. The last certain token leaves the state in its slot and a
+decayed copy, which the drafts go on with, on the stack (8 KiB a block at K = 128).
 """
 
 from typing import NamedTuple
@@ -35,7 +35,7 @@ from lockstep.runtime.targets import wide_registers
 
 SIZE = None  # of a variant: blocks of a task
 MAX_HEAD = 256  # keys
-SCRATCH_BYTES = 2 * 64 * MAX_HEAD
+SCRATCH_BYTES = 4 * 64 * MAX_HEAD
 
 
 class Places(NamedTuple):
@@ -79,21 +79,59 @@ def record(r, offset):
 
 
 @inlined
-def absorb_read(state, block, K, r, column, k, kept):
+def after(r, at):
+    """The address of the record that follows the one at an address."""
+    at += r.row
+    return r.address if at == r.address + r.row * r.count else at
+
+
+@inlined
+def absorbed(s, key, decay, delta):
+    """One row of two blocks, brought past a record."""
+    return fma(key, delta[0], s[0] * decay), fma(key, delta[1], s[1] * decay)
+
+
+@inlined
+def decayed_read(s, key, kept, read):
+    """One row of two blocks, decayed, and what it adds to what they hold for a token's k."""
+    s = s[0] * kept, s[1] * kept
+    return s, (fma(s[0], key, read[0]), fma(s[1], key, read[1]))
+
+
+@inlined
+def absorb_two(state, block, K, r, column, k, kept):
     """Absorbs what is pending into two blocks, decays them for the first token, and reads what they hold for its k."""
-    read = zeros()
+    read, oldest = zeros(), record(r, -r.num_pending)
     for i in range(K):
-        place = state + 64 * i
-        s0, s1 = load_pair(place, block)
-        for p in range(-r.num_pending, 0):
-            at = record(r, p)
-            delta0, delta1 = load_pair(at + r.places.delta, column)
+        place, at = state + 64 * i, oldest
+        s = load_pair(place, block)
+        for _ in range(r.num_pending):
             key, decay = peek(at + r.places.k + 4 * i, float32), peek(at + r.places.decay, float32)
-            s0, s1 = fma(key, delta0, s0 * decay), fma(key, delta1, s1 * decay)
-        s0, s1, key = s0 * kept, s1 * kept, peek(k + 4 * i, float32)
-        store_pair(place, block, (s0, s1))
-        read = fma(s0, key, read[0]), fma(s1, key, read[1])
+            s, at = absorbed(s, key, decay, load_pair(at + r.places.delta, column)), after(r, at)
+        s, read = decayed_read(s, peek(k + 4 * i, float32), kept, read)
+        store_pair(place, block, s)
     return read
+
+
+@inlined
+def absorb_four(state, block, K, r, k, kept):
+    """`absorb_two` for four blocks: what it returns is of the lower two, and of the higher."""
+    low, high, pair, oldest = zeros(), zeros(), 2 * block, record(r, -r.num_pending)
+    for i in range(K):
+        place, at = state + 64 * i, oldest
+        s_low, s_high = load_pair(place, block), load_pair(place + pair, block)
+        for _ in range(r.num_pending):
+            key, decay, delta = peek(at + r.places.k + 4 * i, float32), peek(at + r.places.decay, float32), at
+            delta += r.places.delta
+            s_low = absorbed(s_low, key, decay, load_pair(delta, 64))
+            s_high = absorbed(s_high, key, decay, load_pair(delta + 128, 64))
+            at = after(r, at)
+        key = peek(k + 4 * i, float32)
+        s_low, low = decayed_read(s_low, key, kept, low)
+        s_high, high = decayed_read(s_high, key, kept, high)
+        store_pair(place, block, s_low)
+        store_pair(place + pair, block, s_high)
+    return low, high
 
 
 @inlined
@@ -108,7 +146,7 @@ def verify_two(state, block, K, tokens, steps, fresh, r, scratch):
         for i in range(0, 64 * K, 64):
             store_pair(state + i, block, read)
     else:
-        read = absorb_read(state, block, K, r, column, k, kept)
+        read = absorb_two(state, block, K, r, column, k, kept)
     for t in range(r.num_certain + r.num_drafts - 1):
         delta, sums, k_next = correction(v, column, peek(beta, float32), read), zeros(), k + steps[0]
         kept, decay, read = peek(decay + steps[2], float32), decay + steps[2], zeros()
@@ -118,7 +156,7 @@ def verify_two(state, block, K, tokens, steps, fresh, r, scratch):
             key, query = peek(k + 4 * i, float32), peek(q + 4 * i, float32)
             s = load_pair(source + 64 * i, block)
             if is_last:
-                store_pair(state + 64 * i, block, (fma(key, delta[0], s[0]), fma(key, delta[1], s[1])))
+                store_pair(state + 64 * i, block, written(s, key, delta))
             sums, read, s = written_read(s, key, query, delta, kept, peek(k_next + 4 * i, float32), sums, read)
             store_pair(target + 64 * i, block, s)
         store_pair(out, column, sums)
@@ -136,6 +174,65 @@ def verify_two(state, block, K, tokens, steps, fresh, r, scratch):
 
 
 @inlined
+def verify_four(state, block, K, tokens, steps, fresh, r, scratch):
+    """`verify_two` for four different blocks at once, where registers are wide and there are 32 of them."""
+    q, k, v, decay, beta, out = tokens
+    kept, low, high, pair = peek(decay, float32), zeros(), zeros(), 2 * block
+    if fresh:
+        for i in range(0, 64 * K, 64):
+            store_pair(state + i, block, low)
+            store_pair(state + pair + i, block, high)
+    else:
+        low, high = absorb_four(state, block, K, r, k, kept)
+    for t in range(r.num_certain + r.num_drafts - 1):
+        k_next, kept, decay = k + steps[0], peek(decay + steps[2], float32), decay + steps[2]
+        delta_low = correction(v, 64, peek(beta, float32), low)
+        delta_high = correction(v + 128, 64, peek(beta, float32), high)
+        out_low, out_high, low, high = zeros(), zeros(), zeros(), zeros()
+        is_last, is_draft = t == r.num_certain - 1, t >= r.num_certain
+        source, target = scratch if is_draft else state, scratch if is_draft or is_last else state
+        for i in range(K):
+            key, query = peek(k + 4 * i, float32), peek(q + 4 * i, float32)
+            key_next, place = peek(k_next + 4 * i, float32), source + 64 * i
+            s_low, s_high = load_pair(place, block), load_pair(place + pair, block)
+            if is_last:
+                store_pair(state + 64 * i, block, written(s_low, key, delta_low))
+                store_pair(state + pair + 64 * i, block, written(s_high, key, delta_high))
+            out_low, low, s_low = written_read(s_low, key, query, delta_low, kept, key_next, out_low, low)
+            out_high, high, s_high = written_read(s_high, key, query, delta_high, kept, key_next, out_high, high)
+            store_pair(target + 64 * i, block, s_low)
+            store_pair(target + pair + 64 * i, block, s_high)
+        store_four(out, out_low, out_high)
+        if is_draft:
+            store_four(record(r, t) + r.places.delta, delta_low, delta_high)
+        q, k, v, beta, out = q + steps[0], k_next, v + steps[1], beta + steps[2], out + steps[3]
+    delta_low = correction(v, 64, peek(beta, float32), low)
+    delta_high = correction(v + 128, 64, peek(beta, float32), high)
+    out_low, out_high, source = zeros(), zeros(), scratch if r.num_drafts else state
+    for i in range(K):
+        place, key, query = source + 64 * i, peek(k + 4 * i, float32), peek(q + 4 * i, float32)
+        out_low = write_out(place, block, key, query, delta_low, out_low)
+        out_high = write_out(place + pair, block, key, query, delta_high, out_high)
+    store_four(out, out_low, out_high)
+    if r.num_drafts:
+        last = record(r, r.num_certain + r.num_drafts - 1)
+        store_four(last + r.places.delta, delta_low, delta_high)
+
+
+@inlined
+def written(s, key, delta):
+    """One row of two blocks after a token was written into it."""
+    return fma(key, delta[0], s[0]), fma(key, delta[1], s[1])
+
+
+@inlined
+def store_four(place, low, high):
+    """Stores a row of four blocks' columns."""
+    store_pair(place, 64, low)
+    store_pair(place + 128, 64, high)
+
+
+@inlined
 def record_shared(a, r, head, tokens, steps):
     """Of each draft: the head's decay, and k if the head is the first of those that share it."""
     _, k, _, decay, _, _ = tokens
@@ -147,36 +244,51 @@ def record_shared(a, r, head, tokens, steps):
 
 
 @inlined
-def verify_pair(a, batch, s, head, block, scratch):
-    """Blocks `block` and the next, if there is one, through all tokens and drafts of a request."""
+def verify_blocks(a, batch, s, head, block, size, scratch):
+    """`size` blocks from `block` on, or one if there is no other, through all tokens and drafts of a request.
+
+    size: four, or two.
+    """
     first, K = entry(batch.query_start, s), a.k_head_dim
     state, tokens = addresses(a, entry(batch.state_slot, s), head, block, first)
-    other, fresh = 64 * K * min(a.v_head_dim // BLOCK - block - 1, 1), entry(batch.position, first) == 0
-    r, steps = records_of(a, batch, s, head, block), strides(a)
-    verify_two(state, other, K, tokens, steps, fresh, r, scratch)
+    fresh, r, steps = entry(batch.position, first) == 0, records_of(a, batch, s, head, block), strides(a)
+    if size == 4:
+        verify_four(state, 64 * K, K, tokens, steps, fresh, r, scratch)
+    else:
+        other = 64 * K * min(a.v_head_dim // BLOCK - block - 1, 1)
+        verify_two(state, other, K, tokens, steps, fresh, r, scratch)
     if block == 0:
         record_shared(a, r, head, tokens, steps)
 
 
+@inlined
+def plain_four(a, batch, s, head, block):
+    """Four blocks through the tokens of a request without drafts, new or pending, as the kernel of `gated_delta`."""
+    first, K = entry(batch.query_start, s), a.k_head_dim
+    state, tokens = addresses(a, entry(batch.state_slot, s), head, block, first)
+    run_four(state, 64 * K, K, tokens, strides(a), num_new(batch, s), entry(batch.position, first) == 0)
+
+
 def verify(op, step, thread, num_threads):
-    """Requests without drafts, new or pending, as in the kernels of `gated_delta`."""
+    """SIZE blocks at a time, a rest by two; by two also the single tokens of requests without drafts."""
     a, batch, scratch = GatedDeltaVerify.read(op), StepBlock.read(step), stack_memory(SCRATCH_BYTES)
-    S, H, K, num_blocks = batch.num_requests, a.num_v_heads, a.k_head_dim, a.v_head_dim // BLOCK
+    S, H, num_blocks = batch.num_requests, a.num_v_heads, a.v_head_dim // BLOCK
     several = S * H * ((num_blocks + SIZE - 1) // SIZE)
     task = next_task(op, batch, several)
     while task < several + S * H:
         s, head, block, end = blocks_of(task, batch, S, H, num_blocks, SIZE)
         is_plain = entry(batch.num_drafts, s) + entry(batch.num_pending, s) == 0
-        if SIZE == 4 and is_plain and block + 4 == end and task < several:
-            first = entry(batch.query_start, s)
-            state, tokens = addresses(a, entry(batch.state_slot, s), head, block, first)
-            run_four(state, 64 * K, K, tokens, strides(a), num_new(batch, s), entry(batch.position, first) == 0)
-            block = end
+        while SIZE == 4 and block + 4 <= end and not (is_plain and task >= several):
+            if is_plain:
+                plain_four(a, batch, s, head, block)
+            else:
+                verify_blocks(a, batch, s, head, block, 4, scratch)
+            block += 4
         for i in range(block, end, 2):
             if is_plain:
                 run_pair(a, batch, s, head, i, i + 2 < end)
             else:
-                verify_pair(a, batch, s, head, i, scratch)
+                verify_blocks(a, batch, s, head, i, 2, scratch)
         task = next_task(op, batch, several)
 
 

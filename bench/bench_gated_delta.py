@@ -18,7 +18,7 @@ from lockstep.ops.gated_delta import DeltaGates, DeltaInputs, GatedDelta, L2Norm
 from lockstep.ops.gated_delta_verify import GatedDeltaVerify
 from lockstep.ops.gated_norm import GatedNorm
 from lockstep.runtime.backend import Implementation
-from lockstep.runtime.executor import Executor, WeightStore
+from lockstep.runtime.executor import Executor, WeightStore, aligned
 from lockstep.runtime.kernel import kernel
 from lockstep.runtime.operands import Operands, output
 from lockstep.runtime.program import Program, Tensor
@@ -179,7 +179,7 @@ class Rule:
                 program.emit(GatedDeltaVerify(out=out, state=state, **where, **more))
             else:
                 program.emit(GatedDelta(out=out, state=state, **where))
-        self.memory = {c.name: np.zeros(c.shape, np.float32) for c in program.caches}
+        self.memory = {c.name: aligned(c.bytes_each) for c in program.caches}
         places, sizes = {n: a.ctypes.data for n, a in self.memory.items()}, dict(T=num_tokens, S=1, R=1)
         self.executor = Executor(program, BACKEND, team, WeightStore(), sizes, places, keep=True)
         rng = np.random.default_rng(0)

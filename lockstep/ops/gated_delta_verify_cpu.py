@@ -28,14 +28,15 @@ from lockstep.ops.gated_delta_cpu import (
 from lockstep.ops.gated_delta_verify import GatedDeltaVerify
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import inlined, kernel, variant
-from lockstep.runtime.machine import stack_memory
+from lockstep.runtime.machine import prefetch, stack_memory
 from lockstep.runtime.simd import fma, load, peek, poke, store
 from lockstep.runtime.step import StepBlock, entry
 from lockstep.runtime.targets import wide_registers
 
 SIZE = None  # of a variant: blocks of a task
 MAX_HEAD = 256  # keys
-SCRATCH_BYTES = 4 * 64 * MAX_HEAD
+PAGE = 4096  # bytes, up to which a load's address is compared with those of stores before it
+SCRATCH_BYTES = 4 * 64 * MAX_HEAD + PAGE
 
 
 class Places(NamedTuple):
@@ -174,8 +175,11 @@ def verify_two(state, block, K, tokens, steps, fresh, r, scratch):
 
 
 @inlined
-def verify_four(state, block, K, tokens, steps, fresh, r, scratch):
-    """`verify_two` for four different blocks at once, where registers are wide and there are 32 of them."""
+def verify_four(state, block, K, tokens, steps, fresh, r, scratch, coming):
+    """`verify_two` for four different blocks at once, where registers are wide and there are 32 of them.
+
+    coming: where the blocks lie that are worked on next; they are brought near meanwhile.
+    """
     q, k, v, decay, beta, out = tokens
     kept, low, high, pair = peek(decay, float32), zeros(), zeros(), 2 * block
     if fresh:
@@ -196,6 +200,8 @@ def verify_four(state, block, K, tokens, steps, fresh, r, scratch):
             key_next, place = peek(k_next + 4 * i, float32), source + 64 * i
             s_low, s_high = load_pair(place, block), load_pair(place + pair, block)
             if is_last:
+                prefetch(coming + 64 * i)
+                prefetch(coming + block + 64 * i)
                 store_pair(state + 64 * i, block, written(s_low, key, delta_low))
                 store_pair(state + pair + 64 * i, block, written(s_high, key, delta_high))
             out_low, low, s_low = written_read(s_low, key, query, delta_low, kept, key_next, out_low, low)
@@ -211,6 +217,8 @@ def verify_four(state, block, K, tokens, steps, fresh, r, scratch):
     out_low, out_high, source = zeros(), zeros(), scratch if r.num_drafts else state
     for i in range(K):
         place, key, query = source + 64 * i, peek(k + 4 * i, float32), peek(q + 4 * i, float32)
+        prefetch(coming + pair + 64 * i)
+        prefetch(coming + pair + block + 64 * i)
         out_low = write_out(place, block, key, query, delta_low, out_low)
         out_high = write_out(place + pair, block, key, query, delta_high, out_high)
     store_four(out, out_low, out_high)
@@ -244,16 +252,24 @@ def record_shared(a, r, head, tokens, steps):
 
 
 @inlined
-def verify_blocks(a, batch, s, head, block, size, scratch):
+def state_of(a, batch, task):
+    """The address of the first block of a task."""
+    s, head, block, _ = task
+    return addresses(a, entry(batch.state_slot, s), head, block, 0)[0]
+
+
+@inlined
+def verify_blocks(a, batch, s, head, block, size, scratch, coming):
     """`size` blocks from `block` on, or one if there is no other, through all tokens and drafts of a request.
 
     size: four, or two.
     """
     first, K = entry(batch.query_start, s), a.k_head_dim
     state, tokens = addresses(a, entry(batch.state_slot, s), head, block, first)
+    scratch += (state - scratch + PAGE // 2) % PAGE
     fresh, r, steps = entry(batch.position, first) == 0, records_of(a, batch, s, head, block), strides(a)
     if size == 4:
-        verify_four(state, 64 * K, K, tokens, steps, fresh, r, scratch)
+        verify_four(state, 64 * K, K, tokens, steps, fresh, r, scratch, coming)
     else:
         other = 64 * K * min(a.v_head_dim // BLOCK - block - 1, 1)
         verify_two(state, other, K, tokens, steps, fresh, r, scratch)
@@ -274,22 +290,24 @@ def verify(op, step, thread, num_threads):
     a, batch, scratch = GatedDeltaVerify.read(op), StepBlock.read(step), stack_memory(SCRATCH_BYTES)
     S, H, num_blocks = batch.num_requests, a.num_v_heads, a.v_head_dim // BLOCK
     several = S * H * ((num_blocks + SIZE - 1) // SIZE)
-    task = next_task(op, batch, several)
+    task, following = next_task(op, batch, several), next_task(op, batch, several)
     while task < several + S * H:
         s, head, block, end = blocks_of(task, batch, S, H, num_blocks, SIZE)
+        coming = state_of(a, batch, blocks_of(min(following, several + S * H - 1), batch, S, H, num_blocks, SIZE))
         is_plain = entry(batch.num_drafts, s) + entry(batch.num_pending, s) == 0
         while SIZE == 4 and block + 4 <= end and not (is_plain and task >= several):
             if is_plain:
                 plain_four(a, batch, s, head, block)
             else:
-                verify_blocks(a, batch, s, head, block, 4, scratch)
+                near = state_of(a, batch, (s, head, block + 4, end)) if block + 4 < end else coming
+                verify_blocks(a, batch, s, head, block, 4, scratch, near)
             block += 4
         for i in range(block, end, 2):
             if is_plain:
                 run_pair(a, batch, s, head, i, i + 2 < end)
             else:
-                verify_blocks(a, batch, s, head, i, 2, scratch)
-        task = next_task(op, batch, several)
+                verify_blocks(a, batch, s, head, i, 2, scratch, coming)
+        task, following = following, next_task(op, batch, several)
 
 
 @inlined

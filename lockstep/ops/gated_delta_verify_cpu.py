@@ -175,11 +175,12 @@ def verify_two(state, block, K, tokens, steps, fresh, r, scratch):
 
 
 @inlined
-def verify_four(state, block, K, tokens, steps, fresh, r, scratch, coming):
+def verify_four(places, block, K, tokens, steps, fresh, r):
     """`verify_two` for four different blocks at once, where registers are wide and there are 32 of them.
 
-    coming: where the blocks lie that are worked on next; they are brought near meanwhile.
+    places: of the blocks; of memory for as many; of the blocks that are worked on next, which are brought near.
     """
+    state, scratch, coming = places
     q, k, v, decay, beta, out = tokens
     kept, low, high, pair = peek(decay, float32), zeros(), zeros(), 2 * block
     if fresh:
@@ -269,7 +270,7 @@ def verify_blocks(a, batch, s, head, block, size, scratch, coming):
     scratch += (state - scratch + PAGE // 2) % PAGE
     fresh, r, steps = entry(batch.position, first) == 0, records_of(a, batch, s, head, block), strides(a)
     if size == 4:
-        verify_four(state, 64 * K, K, tokens, steps, fresh, r, scratch, coming)
+        verify_four((state, scratch, coming), 64 * K, K, tokens, steps, fresh, r)
     else:
         other = 64 * K * min(a.v_head_dim // BLOCK - block - 1, 1)
         verify_two(state, other, K, tokens, steps, fresh, r, scratch)

@@ -132,13 +132,20 @@ def sampled_rows(
         for at in range(max(start, reported), min(end, len(prompt) - 1)):
             rows[at - start] = dict(given=1 + prompt[at + 1], num_logprobs=p.prompt_logprobs)
     if end == request.num_tokens and request.pool is None:
-        if request.adjustment is None and adjusts(p):
-            request.adjustment = Adjustment(prompt, p, eos_ids, vocab_size)
-        choice = dict(temperature=p.temperature, top_p=p.top_p, min_p=p.min_p, top_k=p.top_k, seed=p.seed)
         for i in range(len(drafts) + 1):
-            wishes = request.adjustment.fields(request.output_ids, drafts[:i]) if request.adjustment else {}
-            rows[end - 1 - start + i] = dict(position=end + i, num_logprobs=p.logprobs or 0, **choice, **wishes)
+            rows[end - 1 - start + i] = choice(request, eos_ids, vocab_size, drafts[:i])
+            rows[end - 1 - start + i]["num_logprobs"] = p.logprobs or 0
     return rows
+
+
+def choice(request: "Request", eos_ids: frozenset[int], vocab_size: int, drafts: Sequence[int] = ()) -> dict[str, Any]:
+    """Fields of a SAMPLING_RECORD that choose the token after all known ones of a request and drafts; or Refused."""
+    p = request.params
+    if request.adjustment is None and adjusts(p):
+        request.adjustment = Adjustment(request.prompt_ids, p, eos_ids, vocab_size)
+    wishes = request.adjustment.fields(request.output_ids, drafts) if request.adjustment else {}
+    how = dict(temperature=p.temperature, top_p=p.top_p, min_p=p.min_p, top_k=p.top_k, seed=p.seed)
+    return dict(position=request.num_tokens + len(drafts), **how, **wishes)
 
 
 def take_prompt_rows(request: "Request", span: "Span", row: int, runner: "Runner", logprobs: np.ndarray) -> int:

@@ -1,0 +1,211 @@
+"""A smaller model that drafts for another: it reads what is known of each request and guesses how it goes on.
+
+It chooses as the target will, with the noise of the same seed, position and token id, the same temperature, penalties
+and biases: where both models find the same token likeliest, they choose the same. It has pages and states of its own.
+Prompts are computed a part in each step, so that nobody waits for them; a request that is behind has no drafts.
+
+What it guessed wrong is overwritten where memory lies by position. Layers with recurrent state have two slots for each
+request: one is moved by known tokens only, and its copy by guesses.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from lockstep.engine.model import Model
+from lockstep.engine.pages import PageAllocator
+from lockstep.engine.request import Request
+from lockstep.engine.runner import Limits, Runner, Span
+from lockstep.engine.sampling import choice
+from lockstep.engine.scheduler import pages_for
+from lockstep.runtime.kernel import OnCompile
+from lockstep.runtime.threads import Team
+
+CATCH_UP = 128  # known tokens that a step computes beside as many as the target does
+
+
+def check_vocabulary(target: Model, draft: Model) -> None:
+    """ValueError for a draft model that knows another number of tokens, or that makes no text."""
+    expected, found = target.config.vocab_size, draft.config.vocab_size
+    if found != expected:
+        raise ValueError(
+            f"speculate: the draft model has a vocabulary of {found} tokens, expected that of the model, {expected}"
+        )
+    if not draft.can_generate:
+        raise ValueError("speculate: the draft model has no lm_head: it makes embeddings, and no text")
+
+
+@dataclass(eq=False)
+class Follower:
+    """What the draft model holds of a request: its slot, its pages, how many known tokens are computed, and which
+    guesses after them were computed too. is_done: it is not followed any more, and holds nothing."""
+
+    request: Request
+    slot: int
+    pages: list[int] = field(default_factory=list)
+    num_fed: int = 0
+    guessed: list[int] = field(default_factory=list)
+    is_done: bool = False
+
+    @property
+    def num_left(self) -> int:
+        """Known tokens that are not computed."""
+        return self.request.num_tokens - self.num_fed
+
+
+@dataclass(eq=False)
+class Guesses:
+    """Guesses of a follower's next tokens: how many are wanted, and those made so far."""
+
+    follower: Follower
+    most: int
+    tokens: list[int] = field(default_factory=list)
+
+
+class DraftModel:
+    """Guesses of a smaller model.
+
+    limits: the target's. Pages are as many as the target's; who finds none is not followed. eos_ids: end tokens, after
+    which nothing is guessed. ValueError for another vocabulary than the target's.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        target: Model,
+        team: Team,
+        limits: Limits,
+        eos_ids: frozenset[int],
+        on_compile: OnCompile | None = None,
+    ) -> None:
+        check_vocabulary(target, model)
+        self.model, self._eos_ids = model, eos_ids
+        self._states = [c for c in model.recorded.caches if c.kind != "pages"]
+        num_slots = limits.max_requests * (2 if self._states else 1)
+        num_tokens = max(limits.max_step_tokens, limits.max_requests)
+        own = Limits(num_tokens, num_slots, limits.num_pages, limits.max_requests)
+        self.runner = Runner(model, team, own, on_compile=on_compile)
+        self.pages, self._free_slots = PageAllocator(limits.num_pages), list(range(limits.max_requests))
+        self._num_followers = limits.max_requests
+        self._followers: dict[int, Follower] = {}
+
+    def guess(self, wanted: Sequence[tuple[Request, int]], num_planned: int) -> dict[int, list[int]]:
+        """{id of a request: guesses of its next tokens}, for each at most as many as wanted; 0: it has yet to be read.
+
+        num_planned: tokens that the target computes in this step.
+        """
+        self._leave([f for f in self._followers.values() if f.request.slot is None])
+        guesses = [Guesses(self._follower(request, most), most) for request, most in wanted]
+        asking = self._read([g for g in guesses if not g.follower.is_done], CATCH_UP + num_planned)
+        self._copy_states(asking)
+        while asking:
+            asking = self._go_on(asking)
+        return {g.follower.request.id: g.tokens for g in guesses}
+
+    def forget(self, request: Request) -> None:
+        """Gives back what a request has here; it may come again."""
+        if request.id in self._followers:
+            self._leave([self._followers[request.id]])
+
+    # ------------------------------------------------------------ memory
+
+    def _follower(self, request: Request, most: int) -> Follower:
+        """A request's Follower, with pages for its known tokens and guesses; or done, where there is no room."""
+        if request.id not in self._followers:
+            self._followers[request.id] = Follower(request, self._free_slots.pop())
+        f = self._followers[request.id]
+        if f.is_done:
+            return f
+        self._keep_right(f)
+        end = request.num_tokens + most
+        fresh = self.pages.take(max(0, pages_for(end) - len(f.pages))) if end <= self.model.max_context else None
+        if fresh is None:
+            self._stop(f)  # for good: it would begin and stop again and again
+        else:
+            f.pages += fresh
+        return f
+
+    def _keep_right(self, f: Follower) -> None:
+        """Notes which known tokens are computed: also those that were guessed, unless they moved the copy of a state.
+
+        The last known token never is: what follows it is asked for.
+        """
+        last = f.request.num_tokens - 1
+        known = f.request.token_ids(f.num_fed, last) if not self._states else []
+        pairs = enumerate(zip(known, f.guessed, strict=False))
+        f.num_fed += next((i for i, (a, b) in pairs if a != b), min(len(known), len(f.guessed)))
+        f.guessed = []
+        if f.num_fed > last:  # a step that was broken off added none
+            f.num_fed = 0 if self._states else last
+
+    def _stop(self, f: Follower) -> None:
+        self.pages.give_back(f.pages)
+        f.pages, f.is_done = [], True
+
+    def _leave(self, followers: Iterable[Follower]) -> None:
+        for f in followers:
+            self._stop(f)
+            self._free_slots.append(f.slot)
+            del self._followers[f.request.id]
+
+    def _copy_states(self, guesses: Sequence[Guesses]) -> None:
+        """What known tokens made of the states is where guesses go on from."""
+        for cache in self._states:
+            rows = self.runner.caches[cache.name].reshape(-1, cache.bytes_each)
+            for g in guesses:
+                rows[self._copy_of(g.follower)] = rows[g.follower.slot]
+
+    def _copy_of(self, f: Follower) -> int:
+        """The slot that guesses change."""
+        return f.slot + self._num_followers if self._states else f.slot
+
+    # ------------------------------------------------------------ steps
+
+    def _read(self, guesses: Sequence[Guesses], budget: int) -> list[Guesses]:
+        """Computes known tokens, up to the budget, of those first that have the fewest left. Returns those that have
+        none left, and of whose guesses more than the first are wanted."""
+        budget, spans, asking = min(budget, self.runner.limits.max_step_tokens), [], []
+        for g in sorted(guesses, key=lambda g: g.follower.num_left):
+            f = g.follower
+            count = min(f.num_left - (g.most == 0), budget)
+            if count:
+                asks = count == f.num_left
+                spans.append(self._span(g, f.request.token_ids(f.num_fed, f.num_fed + count), f.num_fed, f.slot, asks))
+                budget, f.num_fed = budget - count, f.num_fed + count
+                asking += [g] if asks else []
+        return self._run(spans, asking)
+
+    def _go_on(self, guesses: Sequence[Guesses]) -> list[Guesses]:
+        """Computes the last guess of each; returns those of which more are wanted."""
+        spans = []
+        for g in guesses:
+            token, at = g.tokens[-1], g.follower.request.num_tokens + len(g.tokens) - 1
+            spans.append(self._span(g, [token], at, self._copy_of(g.follower), True))
+            g.follower.guessed.append(token)
+        return self._run(spans, guesses)
+
+    def _span(self, g: Guesses, token_ids: list[int], start: int, slot: int, asks: bool) -> Span:
+        """Tokens of a request, and whether the next one is asked for."""
+        request, vocab_size = g.follower.request, self.model.config.vocab_size
+        chosen = {len(token_ids) - 1: choice(request, self._eos_ids, vocab_size, g.tokens)} if asks else {}
+        return Span(token_ids, start, g.follower.pages, slot, chosen)
+
+    def _run(self, spans: list[Span], asking: Sequence[Guesses]) -> list[Guesses]:
+        """Runs a step, if there is anything to run; those that ask, in the order of their spans, get a token. Returns
+        those that want more."""
+        if not spans:
+            return []
+        tokens, logprobs, _ = self.runner.step(spans)
+        got = zip(asking, tokens[: len(asking)].tolist(), logprobs[: len(asking)].tolist(), strict=True)
+        return [g for g, token, logprob in got if self._takes(g, token, logprob)]
+
+    def _takes(self, g: Guesses, token: int, logprob: float) -> bool:
+        """Takes in a guess; whether another one is wanted. What is no number ends the guesses, and nothing else."""
+        p = g.follower.request.params
+        if not math.isfinite(logprob):
+            self._stop(g.follower)
+            return False
+        if token in p.stop_token_ids or (token in self._eos_ids and not p.ignore_eos):
+            return False
+        g.tokens.append(token)
+        return len(g.tokens) < g.most

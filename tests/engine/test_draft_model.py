@@ -1,0 +1,210 @@
+"""A smaller model's guesses: of the target's own choice where it is the same model, in memory that is given back."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from lockstep.engine import draft_model
+from lockstep.engine.draft_model import DraftModel
+from lockstep.engine.engine import Engine, EngineOptions
+from lockstep.engine.request import SamplingParams
+from tests.models import tiny
+from tests.models.cases import case, hybrid
+from tests.models.running import load
+from tests.promise.models import Case
+from tests.promise.models import load as load_case
+
+CONFIGS = ("qwen3", "qwen3_5")
+PROMPTS = [[3 + (i * i + 5 * k) % 90 for i in range(n)] for k, n in enumerate((1, 70, 200, 64, 9))]
+PARAMS = [
+    SamplingParams(max_tokens=60, ignore_eos=True),
+    SamplingParams(max_tokens=50, temperature=0.8, seed=1, ignore_eos=True, logprobs=2, prompt_logprobs=1),
+    SamplingParams(max_tokens=40, temperature=0.8, seed=2, repetition_penalty=1.3, frequency_penalty=0.5),
+    SamplingParams(max_tokens=45, temperature=1.2, top_k=30, top_p=0.9, seed=3, min_tokens=40, logit_bias={5: 3.0}),
+    SamplingParams(max_tokens=30, temperature=0.8, seed=4, presence_penalty=1.0, stop_token_ids=(7, 8, 9)),
+]
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def model(request, tmp_path_factory):
+    return load_case(Case(request.param, "f32", "bf16"), tmp_path_factory.mktemp("tiny"))
+
+
+class Watched:
+    """An engine without drafts, beside a draft model that is asked before some of its steps.
+
+    guesses: [(request, tokens that its answer had, guesses)].
+    """
+
+    def __init__(self, model, draft, most=5, every=1, **options):
+        self.engine = Engine(model, EngineOptions(**{"threads": 2, "max_requests": 5, **options}))
+        self.drafts = DraftModel(draft, model, self.engine.team, self.engine.limits, self.engine.eos_ids)
+        self.most, self.every, self.num_steps, self.guesses = most, every, 0, []
+
+    def step(self):
+        self.num_steps += 1
+        if self.num_steps % self.every == 0:
+            running = self.engine.scheduler.running
+            left = [r.params.max_tokens - len(r.output_ids) - 1 for r in running]
+            wanted = [(r, min(self.most, n) if r.num_left == 1 else 0) for r, n in zip(running, left, strict=True)]
+            made = self.drafts.guess(wanted, len(wanted))
+            assert list(made) == [r.id for r in running]
+            self.guesses += [(r, len(r.output_ids), made[r.id]) for r in running]
+        return self.engine.step()
+
+    def run(self, prompts=PROMPTS, params=PARAMS):
+        requests = [self.engine.add(p, s) for p, s in zip(prompts, params, strict=True)]
+        while self.engine.has_work:
+            self.step()
+        return requests
+
+    def close(self):
+        for request in [f.request for f in self.drafts._followers.values()]:
+            self.drafts.forget(request)
+        assert self.drafts.pages.num_free == self.engine.limits.num_pages
+        assert sorted(self.drafts._free_slots) == list(range(self.engine.limits.max_requests))
+        self.engine.close()
+
+
+@pytest.fixture
+def watched():
+    """Makes Watched, and closes them."""
+    made = []
+
+    def make(*args, **options):
+        made.append(Watched(*args, **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def wrong(guesses):
+    """Those that are not what the answer says, as far as it goes."""
+    return [(r.id, at, g) for r, at, g in guesses if r.output_ids[at : at + len(g)] != g[: len(r.output_ids) - at]]
+
+
+@pytest.mark.parametrize("most", [1, 2, 7])
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_model_guesses_its_own_answers_with_their_noise_and_wishes(model, watched, most, every):
+    made = watched(model, model, most=most, every=every)
+    requests = made.run()
+    assert not wrong(made.guesses)
+    full = [g for r, at, g in made.guesses if at and len(g) == most]
+    assert len(full) > sum(len(r.output_ids) for r in requests) / every / 2
+    ends = {r.id: {*r.params.stop_token_ids, *({} if r.params.ignore_eos else made.engine.eos_ids)} for r in requests}
+    assert not any(ends[r.id].intersection(g) for r, _, g in made.guesses)
+
+
+def other(model, config, tmp_path, seed):
+    raw = {"qwen3": case("qwen3", head_dim=32, num_hidden_layers=1), "qwen3_5": hybrid()}[config]
+    return load(tiny.write(tmp_path / config, raw, tiny.tensors(raw, seed)))
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_another_model_guesses_what_it_would_say_itself(model, watched, config, tmp_path):
+    """Whatever it guessed wrong before: each guess is how the draft model alone goes on from the known tokens."""
+    draft = other(model, config, tmp_path, 5)
+    made = watched(model, draft, most=3)
+    made.run()
+    alone = Engine(draft, EngineOptions(threads=1), eos_ids=made.engine.eos_ids)
+    rng = np.random.default_rng(0)
+    full = [each for each in made.guesses if len(each[2]) == 3 and not each[0].params.min_tokens]
+    for index in rng.choice(len(full), 40, replace=False):
+        request, at, guesses = full[index]
+        params = dataclasses.replace(request.params, max_tokens=3, prompt_logprobs=None, stop_token_ids=())
+        if request.params.repetition_penalty != 1 or request.params.presence_penalty:
+            continue  # these tell an answer from its prompt
+        ids = request.prompt_ids + request.output_ids[:at]
+        again = alone.add(ids, params)
+        while alone.has_work:
+            alone.step()
+        assert again.output_ids == guesses[: len(again.output_ids)]
+    alone.close()
+
+
+def test_prompts_are_read_a_part_in_each_step(model, watched, monkeypatch):
+    monkeypatch.setattr(draft_model, "CATCH_UP", 16)
+    made, stepped, widths = watched(model, model, max_step_tokens=64), DraftModel._run, []
+
+    def run(self, spans, asking):
+        widths.append(sum(len(span.token_ids) for span in spans))
+        return stepped(self, spans, asking)
+
+    monkeypatch.setattr(DraftModel, "_run", run)
+    made.run()
+    assert max(widths) <= 16 + 5
+    assert not wrong(made.guesses) and any(g for _, _, g in made.guesses)
+    assert any(at and not g for r, at, g in made.guesses if r.id == 2)  # it was behind
+
+
+def test_preempted_and_cancelled_requests_give_their_memory_back(model, watched):
+    made = watched(model, model, kv_tokens=64 * 6, max_requests=4, max_step_tokens=50)
+    long = [dataclasses.replace(s, max_tokens=100, min_tokens=0, stop_token_ids=(), ignore_eos=True) for s in PARAMS]
+    requests = [made.engine.add(p, s) for p, s in zip(PROMPTS, long, strict=True)]
+    while made.engine.has_work:
+        made.step()
+        if made.num_steps == 40:
+            made.engine.cancel(requests[0])
+        held = {f.request for f in made.drafts._followers.values() if f.pages}
+        gone = {r for r in held if r.slot is None}
+        made.drafts.guess([], 0)
+        assert not gone.intersection(f.request for f in made.drafts._followers.values())
+    assert sum(r.num_preemptions for r in requests) and not made.drafts._followers
+    assert not wrong(made.guesses) and sum(bool(g) for _, _, g in made.guesses) > 50
+
+
+def test_who_finds_no_pages_has_no_guesses_and_nobody_waits(model, watched):
+    made = watched(model, model, kv_tokens=64 * 9)
+    taken = made.drafts.pages.take(5)
+    requests = made.run()
+    assert all(r.finish_reason in ("stop", "length") for r in requests) and not wrong(made.guesses)
+    drafted = {r.id for r, _, g in made.guesses if g}
+    assert 0 < len(drafted) < len(requests)
+    made.drafts.pages.give_back(taken)
+
+
+def test_a_shorter_context_ends_the_guesses(model, watched, tmp_path):
+    short = dataclasses.replace(model, max_context=80)
+    made = watched(model, short)
+    made.run()
+    assert not wrong(made.guesses)
+    assert max(r.num_tokens and len(r.prompt_ids) + at + len(g) for r, at, g in made.guesses if g) == 80
+
+
+def test_a_step_that_was_broken_off_is_no_harm(model, watched):
+    made = watched(model, model)
+    request = made.engine.add(PROMPTS[1], PARAMS[1])
+    for _ in range(6):
+        made.step()
+    again = [made.drafts.guess([(request, 4)], 1)[request.id] for _ in range(3)]
+    assert again[0] and all(g in ([], again[0]) for g in again)
+    while made.engine.has_work:
+        made.step()
+    assert not wrong(made.guesses) and made.guesses[-4][2]
+
+
+def test_what_is_no_number_ends_guesses_of_its_request_alone(model, watched, tmp_path):
+    raw = case("qwen3", head_dim=32, num_hidden_layers=1)
+    arrays = tiny.tensors(raw, 3)
+    arrays["lm_head.weight"][5] = 0
+    arrays["lm_head.weight"][5, 3] = 3e38  # one logit overflows where one number of the hidden state is above 1.1
+    made = watched(model, load(tiny.write(tmp_path / "m", raw, arrays)), most=2)
+    params = [SamplingParams(max_tokens=40, temperature=0.8, seed=i, ignore_eos=True) for i in range(5)]
+    requests = made.run([p[:9] for p in PROMPTS], params)
+    assert all(r.finish_reason == "length" and np.isfinite(r.logprobs).all() for r in requests)
+    ended = []
+    for request in requests:
+        had = [len(g) for r, at, g in made.guesses if r is request and 0 < at < 38]
+        ended.append(next((i for i, count in enumerate(had) if count < 2), len(had)))
+        assert not any(had[ended[-1] + 1 :])
+    assert len(set(ended)) > 2 and min(ended) < max(ended) and sum(at < 37 for at in ended) > 1, ended
+
+
+def test_another_vocabulary_is_refused(model, watched, tmp_path):
+    raw = case("qwen3", head_dim=32, vocab_size=97)
+    draft = load(tiny.write(tmp_path / "m", raw, tiny.tensors(raw, 3)))
+    with pytest.raises(ValueError, match="the draft model has a vocabulary of 97 tokens, expected .* model, 96"):
+        draft_model.check_vocabulary(model, draft)

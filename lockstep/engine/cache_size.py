@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lockstep.engine.draft_model import SLOTS
 from lockstep.ops.embed import Embed
 from lockstep.ops.kv_cache import PAGE_TOKENS
 from lockstep.ops.rewrite import verifying
@@ -36,11 +37,41 @@ class ContextSize:
     limit: str | None = None
 
 
-def context_size(model: "Model", options: "EngineOptions", max_context: int | None = None) -> ContextSize:
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that a model takes, and a smaller one that drafts for it, which has as many pages: weights; a page of KV
+    cache over all layers; what a request has beside pages; whether there are recurrent states to be kept."""
+
+    weights: int
+    page: int
+    request: int
+    has_states: bool
+
+
+def needs(model: "Model", options: "EngineOptions", draft: "Model | None" = None) -> Needs:
+    """The Needs of a model with EngineOptions, and of the model that drafts for it."""
+    of_page = sum(c.bytes_each for c in model.recorded.caches if c.kind == "pages")
+    made = Needs(
+        weight_bytes(model.recorded),
+        of_page,
+        request_bytes(model.recorded, options.num_drafts),
+        request_bytes(model.recorded, 0) > 0,
+    )
+    if draft is None:
+        return made
+    own = needs(draft, replace(options, speculate="off"))
+    request = made.request + SLOTS * own.request
+    return Needs(made.weights + own.weights, made.page + own.page, request, made.has_states)
+
+
+def context_size(
+    model: "Model", options: "EngineOptions", max_context: int | None = None, draft: "Model | None" = None
+) -> ContextSize:
     """The ContextSize of a model with EngineOptions: the model's own, as far as max_context and kv_tokens allow; where
     neither is given, as far as memory holds its KV cache.
 
-    max_context: what the model was loaded with. None: for all its positions, up to MAX_POSITIONS.
+    max_context: what the model was loaded with. None: for all its positions, up to MAX_POSITIONS. draft: a smaller
+    model that drafts for it.
     """
     bounds = [ContextSize(model.config.max_positions)]
     bounds.append(
@@ -49,36 +80,35 @@ def context_size(model: "Model", options: "EngineOptions", max_context: int | No
     if options.kv_tokens is not None:
         bounds.append(ContextSize(-(-options.kv_tokens // PAGE_TOKENS) * PAGE_TOKENS, "kv_tokens"))
     elif max_context is None:
-        held = _pages_in(model, _cache_bytes(model, options)) * PAGE_TOKENS
+        needed = needs(model, options, draft)
+        held = _pages_in(needed, _cache_bytes(needed, options)) * PAGE_TOKENS
         bounds.append(ContextSize(max(LEAST_CONTEXT, held), "memory"))
     return min(bounds, key=lambda bound: bound.num_tokens)  # the first of equal ones: more of the others gives no more
 
 
-def num_pages(model: "Model", options: "EngineOptions") -> int:
+def num_pages(model: "Model", options: "EngineOptions", draft: "Model | None" = None) -> int:
     """Pages of KV cache for these options: what max_requests full contexts need, up to CACHE_BYTES and to what memory
-    holds, and those of one context in any case. ValueError for kv_tokens that are more than this machine's memory."""
-    a_request = -(-model.max_context // PAGE_TOKENS)
+    holds, and those of one context in any case. ValueError for kv_tokens that are more than this machine's memory.
+
+    draft: a smaller model that drafts for this one.
+    """
+    a_request, needed = -(-model.max_context // PAGE_TOKENS), needs(model, options, draft)
     if options.kv_tokens is None:
-        most = min(CACHE_BYTES, _cache_bytes(model, options))
-        return max(a_request, min(a_request * options.max_requests, _pages_in(model, most)))
+        most = min(CACHE_BYTES, _cache_bytes(needed, options))
+        return max(a_request, min(a_request * options.max_requests, _pages_in(needed, most)))
     asked, memory = -(-options.kv_tokens // PAGE_TOKENS), _physical_bytes()
-    taken, others = asked * _page_bytes(model), options.max_requests * request_bytes(model.recorded, options.num_drafts)
+    taken, others = asked * needed.page, options.max_requests * needed.request
     if taken + others > memory:
         beside = f", of which {options.max_requests} requests take {others / 2**30:.1f}" if others else ""
         raise ValueError(
             f"kv_tokens: {options.kv_tokens} tokens take {taken / 2**30:.1f} GiB; this machine has "
-            f"{memory / 2**30:.1f}{beside}, enough for {_pages_in(model, max(0, memory - others)) * PAGE_TOKENS}"
+            f"{memory / 2**30:.1f}{beside}, enough for {_pages_in(needed, max(0, memory - others)) * PAGE_TOKENS}"
         )
     return asked
 
 
-def _pages_in(model: "Model", num_bytes: int) -> int:
-    return num_bytes // (_page_bytes(model) or 1)
-
-
-def _page_bytes(model: "Model") -> int:
-    """Bytes of a page over all layers."""
-    return sum(c.bytes_each for c in model.recorded.caches if c.kind == "pages")
+def _pages_in(needed: Needs, num_bytes: int) -> int:
+    return num_bytes // (needed.page or 1)
 
 
 def request_bytes(program: Program, num_drafts: int) -> int:
@@ -88,12 +118,10 @@ def request_bytes(program: Program, num_drafts: int) -> int:
     return sum(c.bytes_each for c in run.caches if c.kind != "pages")
 
 
-def _cache_bytes(model: "Model", options: "EngineOptions") -> int:
+def _cache_bytes(needed: Needs, options: "EngineOptions") -> int:
     """Bytes that KV pages may take beside weights, what requests have beside them, and kept states."""
-    has_state = request_bytes(model.recorded, 0) > 0
-    kept = options.state_bytes if has_state and options.prefix_cache else 0
-    taken = options.max_requests * request_bytes(model.recorded, options.num_drafts) + kept
-    return max(0, (available_bytes() - weight_bytes(model.recorded)) // SHARE - taken)
+    kept = options.state_bytes if needed.has_states and options.prefix_cache else 0
+    return max(0, (available_bytes() - needed.weights) // SHARE - options.max_requests * needed.request - kept)
 
 
 def weight_bytes(program: Program) -> int:

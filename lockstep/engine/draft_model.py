@@ -21,6 +21,7 @@ from lockstep.engine.scheduler import pages_for
 from lockstep.runtime.kernel import OnCompile
 from lockstep.runtime.threads import Team
 
+SLOTS = 2  # of a request, for recurrent layers: moved by known tokens, and by guesses
 CATCH_UP = 128  # known tokens that a step computes beside as many as the target does
 
 
@@ -81,20 +82,20 @@ class DraftModel:
         check_vocabulary(target, model)
         self.model, self._eos_ids = model, eos_ids
         self._states = [c for c in model.recorded.caches if c.kind != "pages"]
-        num_slots = limits.max_requests * (2 if self._states else 1)
+        num_slots = limits.max_requests * (SLOTS if self._states else 1)
         num_tokens = max(limits.max_step_tokens, limits.max_requests)
         own = Limits(num_tokens, num_slots, limits.num_pages, limits.max_requests)
         self.runner = Runner(model, team, own, on_compile=on_compile)
-        self.pages, self._free_slots = PageAllocator(limits.num_pages), list(range(limits.max_requests))
-        self._num_followers = limits.max_requests
-        self._followers: dict[int, Follower] = {}
+        self.pages, self.free_slots = PageAllocator(limits.num_pages), list(range(limits.max_requests))
+        self._first_copy = limits.max_requests
+        self.followers: dict[int, Follower] = {}
 
     def guess(self, wanted: Sequence[tuple[Request, int]], num_planned: int) -> dict[int, list[int]]:
         """{id of a request: guesses of its next tokens}, for each at most as many as wanted; 0: it has yet to be read.
 
         num_planned: tokens that the target computes in this step.
         """
-        self._leave([f for f in self._followers.values() if f.request.slot is None])
+        self._leave([f for f in self.followers.values() if f.request.slot is None])
         guesses = [Guesses(self._follower(request, most), most) for request, most in wanted]
         asking = self._read([g for g in guesses if not g.follower.is_done], CATCH_UP + num_planned)
         self._copy_states(asking)
@@ -104,16 +105,16 @@ class DraftModel:
 
     def forget(self, request: Request) -> None:
         """Gives back what a request has here; it may come again."""
-        if request.id in self._followers:
-            self._leave([self._followers[request.id]])
+        if request.id in self.followers:
+            self._leave([self.followers[request.id]])
 
     # ------------------------------------------------------------ memory
 
     def _follower(self, request: Request, most: int) -> Follower:
         """A request's Follower, with pages for its known tokens and guesses; or done, where there is no room."""
-        if request.id not in self._followers:
-            self._followers[request.id] = Follower(request, self._free_slots.pop())
-        f = self._followers[request.id]
+        if request.id not in self.followers:
+            self.followers[request.id] = Follower(request, self.free_slots.pop())
+        f = self.followers[request.id]
         if f.is_done:
             return f
         self._keep_right(f)
@@ -145,8 +146,8 @@ class DraftModel:
     def _leave(self, followers: Iterable[Follower]) -> None:
         for f in followers:
             self._stop(f)
-            self._free_slots.append(f.slot)
-            del self._followers[f.request.id]
+            self.free_slots.append(f.slot)
+            del self.followers[f.request.id]
 
     def _copy_states(self, guesses: Sequence[Guesses]) -> None:
         """What known tokens made of the states is where guesses go on from."""
@@ -157,7 +158,7 @@ class DraftModel:
 
     def _copy_of(self, f: Follower) -> int:
         """The slot that guesses change."""
-        return f.slot + self._num_followers if self._states else f.slot
+        return f.slot + self._first_copy if self._states else f.slot
 
     # ------------------------------------------------------------ steps
 

@@ -60,10 +60,10 @@ class Watched:
         return requests
 
     def close(self):
-        for request in [f.request for f in self.drafts._followers.values()]:
+        for request in [f.request for f in self.drafts.followers.values()]:
             self.drafts.forget(request)
         assert self.drafts.pages.num_free == self.engine.limits.num_pages
-        assert sorted(self.drafts._free_slots) == list(range(self.engine.limits.max_requests))
+        assert sorted(self.drafts.free_slots) == list(range(self.engine.limits.max_requests))
         self.engine.close()
 
 
@@ -127,13 +127,14 @@ def test_another_model_guesses_what_it_would_say_itself(model, watched, config, 
 
 def test_prompts_are_read_a_part_in_each_step(model, watched, monkeypatch):
     monkeypatch.setattr(draft_model, "CATCH_UP", 16)
-    made, stepped, widths = watched(model, model, max_step_tokens=64), DraftModel._run, []
+    made, widths = watched(model, model, max_step_tokens=64), []
+    stepped = made.drafts.runner.step
 
-    def run(self, spans, asking):
+    def step(spans, clock=None):
         widths.append(sum(len(span.token_ids) for span in spans))
-        return stepped(self, spans, asking)
+        return stepped(spans, clock)
 
-    monkeypatch.setattr(DraftModel, "_run", run)
+    made.drafts.runner.step = step
     made.run()
     assert max(widths) <= 16 + 5
     assert not wrong(made.guesses) and any(g for _, _, g in made.guesses)
@@ -148,11 +149,11 @@ def test_preempted_and_cancelled_requests_give_their_memory_back(model, watched)
         made.step()
         if made.num_steps == 40:
             made.engine.cancel(requests[0])
-        held = {f.request for f in made.drafts._followers.values() if f.pages}
+        held = {f.request for f in made.drafts.followers.values() if f.pages}
         gone = {r for r in held if r.slot is None}
         made.drafts.guess([], 0)
-        assert not gone.intersection(f.request for f in made.drafts._followers.values())
-    assert sum(r.num_preemptions for r in requests) and not made.drafts._followers
+        assert not gone.intersection(f.request for f in made.drafts.followers.values())
+    assert sum(r.num_preemptions for r in requests) and not made.drafts.followers
     assert not wrong(made.guesses) and sum(bool(g) for _, _, g in made.guesses) > 50
 
 
@@ -206,5 +207,5 @@ def test_what_is_no_number_ends_guesses_of_its_request_alone(model, watched, tmp
 def test_another_vocabulary_is_refused(model, watched, tmp_path):
     raw = case("qwen3", head_dim=32, vocab_size=97)
     draft = load(tiny.write(tmp_path / "m", raw, tiny.tensors(raw, 3)))
-    with pytest.raises(ValueError, match="the draft model has a vocabulary of 97 tokens, expected .* model, 96"):
+    with pytest.raises(ValueError, match=r"the draft model has a vocabulary of 97 tokens, expected .* model, 96"):
         draft_model.check_vocabulary(model, draft)

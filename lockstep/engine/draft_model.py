@@ -9,9 +9,11 @@ request: one is moved by known tokens only, and its copy by guesses.
 """
 
 import math
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from lockstep.engine.draft_width import StepCosts
 from lockstep.engine.model import Model
 from lockstep.engine.pages import PageAllocator
 from lockstep.engine.request import Request
@@ -89,6 +91,7 @@ class DraftModel:
         self.pages, self.free_slots = PageAllocator(limits.num_pages), list(range(limits.max_requests))
         self._first_copy = limits.max_requests
         self.followers: dict[int, Follower] = {}
+        self._costs = StepCosts()
 
     def guess(self, wanted: Sequence[tuple[Request, int]], num_planned: int) -> dict[int, list[int]]:
         """{id of a request: guesses of its next tokens}, for each at most as many as wanted; 0: it has yet to be read.
@@ -102,6 +105,10 @@ class DraftModel:
         while asking:
             asking = self._go_on(asking)
         return {g.follower.request.id: g.tokens for g in guesses}
+
+    def seconds(self, num_requests: int) -> float:
+        """Seconds that one more guess for each of so many requests takes; 0 before any was measured."""
+        return self._costs.of(num_requests) if self._costs else 0.0
 
     def forget(self, request: Request) -> None:
         """Gives back what a request has here; it may come again."""
@@ -196,7 +203,10 @@ class DraftModel:
         those that want more."""
         if not spans:
             return []
+        began = time.perf_counter()
         tokens, logprobs, _ = self.runner.step(spans)
+        if max(len(span.token_ids) for span in spans) == 1:
+            self._costs.note(len(spans), time.perf_counter() - began)
         got = zip(asking, tokens[: len(asking)].tolist(), logprobs[: len(asking)].tolist(), strict=True)
         return [g for g, token, logprob in got if self._takes(g, token, logprob)]
 

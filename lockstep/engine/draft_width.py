@@ -48,6 +48,10 @@ class StepCosts:
     def __init__(self) -> None:
         self._seconds: dict[int, float] = {}
 
+    def __len__(self) -> int:
+        """How many numbers of rows were measured."""
+        return len(self._seconds)
+
     def note(self, rows: int, seconds: float) -> None:
         """Takes in a step."""
         before = self._seconds.get(rows)
@@ -69,9 +73,13 @@ class StepCosts:
         return self._seconds[below] * (1 - share) + max(self._seconds[below], self._seconds[above]) * share
 
 
-def best_width(expected: Sequence[float], costs: StepCosts, rows: int, tokens: float) -> int:
+def best_width(
+    expected: Sequence[float], costs: StepCosts, rows: int, tokens: float, seconds: Sequence[float] | None = None
+) -> int:
     """How many drafts give the most tokens a second.
 
-    expected: for each number of them, see Acceptance. rows, tokens: what the step has and gives without them.
+    expected: for each number of them, see Acceptance. rows, tokens: what the step has and gives without them. seconds:
+    what so many guesses take themselves, before the step; None: nothing.
     """
-    return max(range(len(expected)), key=lambda k: (tokens + expected[k]) / costs.of(rows + k))
+    taken = seconds or [0.0] * len(expected)
+    return max(range(len(expected)), key=lambda k: (tokens + expected[k]) / (costs.of(rows + k) + taken[k]))

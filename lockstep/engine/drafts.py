@@ -9,6 +9,7 @@ values past the computed tokens of a request are overwritten before anybody read
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from lockstep.engine.draft_model import DraftModel
 from lockstep.engine.draft_width import PROBE_EVERY, Acceptance, StepCosts, best_width
 from lockstep.engine.earlier_answers import EarlierAnswers
 from lockstep.engine.lookup import Guess, Lookup
@@ -62,6 +63,13 @@ def look_up(request: Request, most: int, drafts: Sequence[int]) -> Guess:
 
 
 SOURCES: dict[str, Source | None] = {"off": None, "lookup": look_up}
+MODEL = "model"  # the source that is a smaller model
+
+
+def may_draft(request: Request) -> bool:
+    """Whether a request may have drafts when it decodes: one with a mask of its user's may not, nor one that makes no
+    tokens."""
+    return request.pool is None and request.params.logits_mask is None
 
 
 class DraftCounts:
@@ -75,24 +83,37 @@ class Drafter:
     """Gives the requests of a step their drafts.
 
     num_drafts: of one request in a step; None: as many as pay. eos_ids: the model's end tokens, after which nothing is
-    drafted. counts: {source: DraftCounts}.
+    drafted. model: a smaller model that guesses for all requests of a step at once; source may be None then. counts:
+    {source: DraftCounts}.
     """
 
-    def __init__(self, scheduler: Scheduler, source: Source, num_drafts: int | None, eos_ids: frozenset[int]) -> None:
-        self._scheduler, self._source, self._eos_ids = scheduler, source, eos_ids
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        source: Source | None,
+        num_drafts: int | None,
+        eos_ids: frozenset[int],
+        model: DraftModel | None = None,
+    ) -> None:
+        self._scheduler, self._source, self._eos_ids = scheduler, source or self._guessed_by_model, eos_ids
+        self.model = model
+        self._guesses: dict[int, list[int]] = {}  # of this step, by the id of their request
         self._is_fixed, self._num_drafts = num_drafts is not None, num_drafts or MOST_BY_ITSELF
         self._acceptance, self._costs = Acceptance(self._num_drafts), StepCosts()
         self._answers = EarlierAnswers()
         self.counts: dict[str, DraftCounts] = {}
 
-    def spare(self, plan: list[tuple[Request, int]]) -> Spare:
-        """What is left in a step of so many tokens of each request."""
+    def begin(self, plan: list[tuple[Request, int]]) -> Spare:
+        """Begins a step of so many tokens of each request; returns what is left in it."""
         limits = self._scheduler.limits
         sampled = sum(num_rows(request, count) for request, count in plan)
         tokens = sum(count for _, count in plan)
         decodes = tokens == len(plan)  # a prompt's step costs what it costs: drafts are weighed as if it were not there
         rows = tokens if decodes else 1
-        return Spare(limits.max_step_tokens - tokens, limits.max_sampled - sampled, rows, rows)
+        spare = Spare(limits.max_step_tokens - tokens, limits.max_sampled - sampled, rows, rows)
+        if self.model:
+            self._guesses = self.model.guess(self._asked(self.model, plan, spare), tokens)
+        return spare
 
     def draft(self, request: Request, spare: Spare) -> Drafts:
         """Drafts of a request's next tokens, with pages to put them in; they are taken from what is spare.
@@ -100,16 +121,49 @@ class Drafter:
         Only for a request that decodes, and whose logits_mask (a function of others', called once for each token of the
         answer) need not be asked about tokens that may not come.
         """
-        p = request.params
-        if request.num_left != 1 or request.pool is not None or p.logits_mask is not None:
+        if request.num_left != 1 or not may_draft(request):
             return Drafts()
-        most = min(self._num_drafts, spare.tokens, spare.rows, p.max_tokens - len(request.output_ids) - 1)
-        drafts = self._guessed(request, most)
+        drafts = self._guessed(request, self._most(request, spare))
         drafts.cut(self._width(request, drafts, spare))
         drafts.cut(self._scheduler.lend(request, len(drafts)) if drafts else 0)
         spare.tokens, spare.rows = spare.tokens - len(drafts), spare.rows - len(drafts)
         spare.num_rows += len(drafts)
         return drafts
+
+    def _most(self, request: Request, spare: Spare) -> int:
+        """The most drafts that a step has room for and the answer needs."""
+        left = request.params.max_tokens - len(request.output_ids) - 1
+        return max(0, min(self._num_drafts, spare.tokens, spare.rows, left))
+
+    def _asked(self, model: DraftModel, plan: list[tuple[Request, int]], spare: Spare) -> list[tuple[Request, int]]:
+        """How many guesses the model is asked for, of each request; 0 of those whose prompt it only reads.
+
+        Where guesses are not worth their time it is not asked, and reads nothing.
+        """
+        asked, rows, tokens, depth = [], spare.num_rows, spare.num_new, 0
+        each = model.seconds(len(plan))
+        for request, _ in plan:
+            decodes = request.num_left == 1
+            most = self._most(request, spare) if decodes else self._num_drafts
+            if not most or not may_draft(request):
+                continue
+            if not self._is_fixed:
+                seen = self._seen(request)
+                expected = seen.expected([MODEL] * most)
+                most = best_width(
+                    expected, self._costs, rows, tokens, [each * max(0, k - depth) for k in range(most + 1)]
+                )
+                if decodes:
+                    seen.num_without = 0 if most else seen.num_without + 1
+                    most = most or int(seen.num_without >= PROBE_EVERY)
+                    rows, tokens, depth = rows + most, tokens + expected[most], max(depth, most)
+            if most:
+                asked.append((request, most if decodes else 0))
+        return asked
+
+    def _guessed_by_model(self, request: Request, most: int, drafts: Sequence[int]) -> Guess:
+        """What the model guessed at the step's beginning."""
+        return Guess([] if drafts else self._guesses.get(request.id, [])[:most], MODEL)
 
     def _guessed(self, request: Request, most: int) -> Drafts:
         """Up to `most` guesses of a request's next tokens."""
@@ -130,16 +184,20 @@ class Drafter:
         """How many of the drafts are worth their rows."""
         if self._is_fixed or not drafts:
             return len(drafts)
-        if request.acceptance is None:
-            request.acceptance = Acceptance(self._num_drafts, self._acceptance)
-        seen = request.acceptance
+        seen = self._seen(request)
         expected = seen.expected(drafts.sources)
         width = best_width(expected, self._costs, spare.num_rows, spare.num_new)
         seen.num_without = 0 if width else seen.num_without + 1
-        if seen.num_without == PROBE_EVERY:
+        if seen.num_without >= PROBE_EVERY:
             seen.num_without, width = 0, 1
         spare.num_new += expected[width]
         return width
+
+    def _seen(self, request: Request) -> Acceptance:
+        """How often a request's drafts were right; of a new one, how often those of others were."""
+        if request.acceptance is None:
+            request.acceptance = Acceptance(self._num_drafts, self._acceptance)
+        return request.acceptance
 
     def note(self, request: Request, drafts: Drafts, num_right: int) -> None:
         """Takes in how many of a request's drafts were right."""
@@ -161,6 +219,8 @@ class Drafter:
         if request.finish_reason in ("stop", "length"):
             self._answers.add(request.cache_salt, request.prompt_ids, request.output_ids)
         request.lookup = request.prediction = None
+        if self.model:
+            self.model.forget(request)
 
     def _num_before_end(self, request: Request, drafts: Sequence[int]) -> int:
         """How many drafts there are before the first that would end the answer: nothing follows that one."""

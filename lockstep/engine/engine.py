@@ -13,7 +13,8 @@ from lockstep.engine import selfcheck
 from lockstep.engine.admission import check
 from lockstep.engine.answer_text import AnswerText, Detokenizer
 from lockstep.engine.cache_size import num_pages
-from lockstep.engine.drafts import MAX_DRAFTS, MOST_BY_ITSELF, SOURCES, DraftCounts, Drafter, Drafts
+from lockstep.engine.draft_model import DraftModel
+from lockstep.engine.drafts import MAX_DRAFTS, MODEL, MOST_BY_ITSELF, SOURCES, DraftCounts, Drafter, Drafts
 from lockstep.engine.embedding import Pool
 from lockstep.engine.lookup import Prediction
 from lockstep.engine.memory import Memory
@@ -62,8 +63,8 @@ class EngineOptions:
     a cache_dir): it takes a step of its own, which costs a shorter prompt more than 3 %. cache_dir: a folder that
     keeps prefixes across restarts, of at most cache_dir_bytes. speculate: "lookup": tokens that followed the same few
     tokens in the prompt, the answer, its prediction or an earlier answer are computed as drafts, and kept where they
-    are what the model chooses: no answer changes. "off": none. draft: how many of a request in a step, 1 to 15; None:
-    as many as pay, up to 7.
+    are what the model chooses: no answer changes. "model": a smaller model that the engine is given guesses them.
+    "off": none. draft: how many of a request in a step, 1 to 15; None: as many as pay, up to 7.
     """
 
     max_step_tokens: int = 512
@@ -85,8 +86,9 @@ class EngineOptions:
             if (type(value) is int and low <= value <= high) or (value is None and name in MAY_BE_NONE):
                 continue
             raise ValueError(f"{name}: expected an integer of at least {low} (and at most {high}), got {value!r:.80}")
-        if not (isinstance(self.speculate, str) and self.speculate in SOURCES):
-            raise ValueError(f"speculate: expected one of {', '.join(SOURCES)}, got {self.speculate!r:.80}")
+        choices = (*SOURCES, MODEL)
+        if not (isinstance(self.speculate, str) and self.speculate in choices):
+            raise ValueError(f"speculate: expected one of {', '.join(choices)}, got {self.speculate!r:.80}")
         if not isinstance(self.prefix_cache, bool):
             raise ValueError(f"prefix_cache: expected True or False, got {self.prefix_cache!r}")
         if self.cache_dir is not None and not (isinstance(self.cache_dir, (str, os.PathLike)) and str(self.cache_dir)):
@@ -113,8 +115,9 @@ class Engine:
     """Runs requests of one model. Not thread-safe: one thread calls `add`, `cancel` and `step`.
 
     new_detokenizer: given a Request, makes what `AnswerText` reads tokens with; without it answers have no text.
-    on_compile: called with the name of each kernel that has to be compiled first. Raises UnfitMachine if a kernel does
-    not give the recorded bits on this CPU.
+    on_compile: called with the name of each kernel that has to be compiled first. draft_model: a smaller model of the
+    same vocabulary, which drafts where options.speculate is "model". Raises UnfitMachine if a kernel does not give the
+    recorded bits on this CPU.
     """
 
     def __init__(
@@ -125,26 +128,33 @@ class Engine:
         eos_ids: frozenset[int] | None = None,
         new_detokenizer: Callable[[Request], Detokenizer] | None = None,
         on_compile: OnCompile | None = None,
+        draft_model: Model | None = None,
     ) -> None:
+        if (draft_model is None) == (options.speculate == MODEL):
+            raise ValueError(f"draft_model: expected a model with speculate {MODEL!r} only, got {draft_model!r:.80}")
         self.eos_ids = frozenset(model.config.eos_ids) if eos_ids is None else eos_ids
         self.new_detokenizer = new_detokenizer
         num_drafts = options.num_drafts
         rows = max(PROMPT_ROWS, options.max_requests * (1 + num_drafts) if num_drafts else 0)
         num_sampled = max(options.max_requests, min(options.max_step_tokens, rows))
-        limits = Limits(options.max_step_tokens, options.max_requests, num_pages(model, options), num_sampled)
+        pages = num_pages(model, options, draft_model)
+        limits = Limits(options.max_step_tokens, options.max_requests, pages, num_sampled)
         self.model, self.limits, self.team = model, limits, Team(options.threads or num_cores())
         try:
             self.runner = Runner(model, self.team, limits, swaps, num_drafts=num_drafts, on_compile=on_compile)
+            drafts = draft_model and DraftModel(draft_model, model, self.team, limits, self.eos_ids, on_compile)
         except MemoryError as error:
             sizes = "max_step_tokens, max_requests, max_context" + (", draft" if num_drafts else "")
             raise ValueError(f"{sizes} or kv_tokens: not enough memory ({error})") from None
-        if options.kv_tokens is not None:
-            for array in self.runner.caches.values():
+        for runner in (self.runner, drafts.runner) if drafts else (self.runner,):
+            for array in runner.caches.values() if options.kv_tokens is not None else ():
                 array.fill(0)  # the system hands out pages at the first touch: better now than within a request
-        selfcheck.check(self.runner.program, self.runner.executor.backend, on_compile)
+            selfcheck.check(runner.program, runner.executor.backend, on_compile)
         self.scheduler = Scheduler(limits, self._prefix_cache(options))
-        source = SOURCES[options.speculate]
-        self.drafter = Drafter(self.scheduler, source, options.draft, self.eos_ids) if source else None
+        source = SOURCES.get(options.speculate)
+        self.drafter = None
+        if source or drafts:
+            self.drafter = Drafter(self.scheduler, source, options.draft, self.eos_ids, drafts)
         self._ids, self.num_generated, self.num_not_finite = itertools.count(), 0, 0
         self.num_drafted = self.num_accepted = 0
 
@@ -246,7 +256,7 @@ class Engine:
         """What runs in the next step, and the requests that failed."""
         plan, failed = [], []
         wanted = within_rows(self.scheduler.schedule(), self.runner.limits.max_sampled)
-        spare = self.drafter.spare(wanted) if self.drafter else None
+        spare = self.drafter.begin(wanted) if self.drafter else None
         for request, count in wanted:
             try:
                 if request.finish_reason is None:

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from lockstep.engine import draft_model
+from lockstep.engine import cache_size, draft_model
 from lockstep.engine.draft_model import DraftModel
 from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.request import SamplingParams
@@ -99,8 +99,11 @@ def test_a_model_guesses_its_own_answers_with_their_noise_and_wishes(model, watc
 
 
 def other(model, config, tmp_path, seed):
-    raw = {"qwen3": case("qwen3", head_dim=32, num_hidden_layers=1), "qwen3_5": hybrid()}[config]
-    return load(tiny.write(tmp_path / config, raw, tiny.tensors(raw, seed)))
+    raw = {
+        "qwen3": case("qwen3", head_dim=32, num_hidden_layers=1, max_position_embeddings=1000),
+        "qwen3_5": hybrid(max_position_embeddings=1000),
+    }[config]
+    return load(tiny.write(tmp_path / config, raw, tiny.tensors(raw, seed)), max_context=1000)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -209,3 +212,103 @@ def test_another_vocabulary_is_refused(model, watched, tmp_path):
     draft = load(tiny.write(tmp_path / "m", raw, tiny.tensors(raw, 3)))
     with pytest.raises(ValueError, match=r"the draft model has a vocabulary of 97 tokens, expected .* model, 96"):
         draft_model.check_vocabulary(model, draft)
+
+
+# ---------------------------------------------------------------- in an engine
+
+
+@pytest.fixture
+def engine():
+    """Makes engines, and ends their threads."""
+    made = []
+
+    def make(model, smaller=None, **options):
+        speculate = "off" if smaller is None else "model"
+        options = {"threads": 2, "max_requests": 3, "speculate": speculate, **options}
+        made.append(Engine(model, EngineOptions(**options), draft_model=smaller))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def run(engine, params=PARAMS):
+    requests = [engine.add(p, s) for p, s in zip(PROMPTS, params, strict=True)]
+    while engine.has_work:
+        engine.step()
+    return requests
+
+
+def answers(requests):
+    return [(r.output_ids, r.logprobs, r.top_logprobs, r.prompt_logprobs, r.finish_reason) for r in requests]
+
+
+@pytest.mark.parametrize("draft", [1, 4, 15])
+def test_drafts_of_the_model_itself_are_all_right(model, engine, draft):
+    expected = answers(run(engine(model)))
+    made = engine(model, model, draft=draft)
+    requests = run(made)
+    assert answers(requests) == expected
+    assert all(r.num_accepted == r.num_drafted > 0 for r in requests)
+    drafted = sum(r.num_drafted for r in requests)
+    assert drafted > 0.6 * draft / (1 + draft) * sum(len(r.output_ids) for r in requests)
+    counts = made.drafter.counts["model"]
+    assert counts.drafted == counts.right and sum(counts.drafted[:draft]) == drafted and counts.drafted[0]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("options", [dict(draft=5), dict(), dict(draft=3, kv_tokens=320, max_step_tokens=50)], ids=str)
+def test_drafts_of_another_model_change_no_answer(model, engine, config, options, tmp_path):
+    plain = {name: value for name, value in options.items() if name != "draft"}
+    params = [dataclasses.replace(p, ignore_eos=True, stop_token_ids=()) for p in PARAMS]
+    expected = answers(run(engine(model, **plain), params))
+    made = engine(model, other(model, config, tmp_path, 5), **options)
+    requests = run(made, params)
+    assert answers(requests) == expected
+    assert sum(r.num_drafted for r in requests) > sum(r.num_accepted for r in requests)
+    assert made.scheduler.pages.num_free == made.limits.num_pages
+    assert not made.drafter.model.followers and made.drafter.model.pages.num_free == made.limits.num_pages
+
+
+def test_a_model_whose_guesses_are_wrong_is_hardly_asked(model, engine, tmp_path):
+    raw = case("qwen3", head_dim=32, num_hidden_layers=1, max_position_embeddings=1000)
+    arrays = tiny.tensors(raw, 3)
+    arrays["lm_head.weight"][:] = 0  # it always says token 0
+    made = engine(model, load(tiny.write(tmp_path / "m", raw, arrays), max_context=1000))
+    long = SamplingParams(max_tokens=600, ignore_eos=True)
+    request, counted, stepped = made.add(PROMPTS[1], long), [], made.drafter.model.runner.step
+
+    def step(spans, clock=None):
+        counted.append(len(request.output_ids))
+        return stepped(spans, clock)
+
+    made.drafter.model.runner.step = step
+    while made.has_work:
+        made.step()
+    late = [at for at in counted if at > 300]
+    assert 5 < len(late) < 60  # every 24 tokens it is tried again
+
+
+def test_an_engine_wants_a_model_with_that_source_only(model):
+    for speculate, draft in (("model", None), ("lookup", model), ("off", model)):
+        with pytest.raises(ValueError, match="draft_model: expected a model with speculate 'model' only, got"):
+            Engine(model, EngineOptions(speculate=speculate, threads=1), draft_model=draft)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_memory_of_both_models_is_counted(model, engine, config, tmp_path, monkeypatch):
+    draft, options = other(model, config, tmp_path, 1), dict(max_requests=3, prefix_cache=False, speculate="model")
+    made = engine(model, draft, **options)
+    runners = made.runner, made.drafter.model.runner
+    pages = sum(a.nbytes for r in runners for n, a in r.caches.items() if n.endswith("_pages"))
+    others = sum(a.nbytes for r in runners for n, a in r.caches.items() if not n.endswith("_pages"))
+    needed = cache_size.needs(model, EngineOptions(**options), draft)
+    assert needed.page * made.limits.num_pages == pages and needed.request * 3 == others
+    assert needed.weights == sum(cache_size.weight_bytes(each.recorded) for each in (model, draft))
+    free = needed.weights + 2 * (others + 100 * needed.page)
+    monkeypatch.setattr(cache_size, "available_bytes", lambda: free)
+    monkeypatch.setattr(cache_size, "LEAST_CONTEXT", 64)
+    size = cache_size.context_size(model, EngineOptions(**options), None, draft)
+    assert size.num_tokens == min(6400, model.config.max_positions)
+    assert cache_size.num_pages(dataclasses.replace(model, max_context=64 * 60), EngineOptions(**options), draft) == 100

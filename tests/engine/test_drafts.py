@@ -237,8 +237,8 @@ def test_a_users_mask_is_called_once_for_each_token(engine):
 @pytest.mark.parametrize(
     "changed, message",
     [
-        (dict(speculate="mtp2"), "speculate: expected one of off, lookup, got 'mtp2'"),
-        (dict(speculate=None), "speculate: expected one of off, lookup, got None"),
+        (dict(speculate="mtp2"), "speculate: expected one of off, lookup, model, got 'mtp2'"),
+        (dict(speculate=None), "speculate: expected one of off, lookup, model, got None"),
         (dict(draft=0), "draft: expected an integer of at least 1 .and at most 15., got 0"),
         (dict(draft=16), "draft: expected an integer of at least 1 .and at most 15., got 16"),
         (dict(draft=True), "draft: expected an integer"),

@@ -13,7 +13,7 @@ from lockstep.engine.drafts import MAX_DRAFTS
 from tests.speculation.faults import FAULTS, state_lost
 from tests.speculation.long_context import answers
 from tests.speculation.one_by_one import one_by_one
-from tests.speculation.proof import Menu, lots, run_lot
+from tests.speculation.proof import Lot, Menu, lots, run_lot, run_on
 from tests.speculation.subjects import bundled, tiny
 from tests.speculation.wishes import wishes
 
@@ -28,6 +28,7 @@ HAPPENS = (
     "int stops",
     "str stops",
     "length",
+    "embedded",
     "temperature 0",
     "temperature 0.8",
     "temperature 1",
@@ -46,7 +47,7 @@ def menu():
 
 def test_the_bundled_models_answers_and_memory_are_the_same_with_drafts(menu, tmp_path):
     events = Counter()
-    for lot in lots(menu.subject, NUM_WISHES, 0, 10):
+    for lot in lots(menu, 0, 10):
         report = run_lot(menu, lot, tmp_path)
         assert not report.differences
         events += report.events
@@ -58,7 +59,7 @@ def test_the_bundled_models_answers_and_memory_are_the_same_with_drafts(menu, tm
 def test_tiny_models_answers_and_memory_are_the_same_with_drafts(config, tmp_path):
     subject = tiny(config, tmp_path / "model")
     menu = Menu(subject, wishes(subject, 1, 20))
-    assert not [what for lot in lots(subject, 20, 1, 4) for what in run_lot(menu, lot, tmp_path).differences]
+    assert not [what for lot in lots(menu, 1, 4) for what in run_lot(menu, lot, tmp_path).differences]
 
 
 def test_a_long_text_is_the_same_with_drafts(menu, tmp_path):
@@ -69,6 +70,17 @@ def test_a_long_text_is_the_same_with_drafts(menu, tmp_path):
     assert not any(answer.differing for answer in made)
     assert all(answer.digests == made[i % 2].digests for i, answer in enumerate(made))
     assert all(answer.request.num_accepted > 20 for answer in made[2:]) and len(made) == 6
+
+
+@pytest.mark.parametrize("company", ["crowded", "narrow", "tight", "disk"])
+def test_wrong_drafts_delay_nobody(menu, company, tmp_path):
+    """Each step computes the same tokens of the same requests as without drafts, whoever is preempted or cancelled."""
+    on, off = (
+        run_on(menu, Lot(source, number, company, tuple(range(20)), 3), tmp_path / source)
+        for source, number in (("wrong", 5), ("off", None))
+    )
+    assert on.watch.steps == off.watch.steps and on.watch.events["drafts"]
+    assert on.watch.engine.counts() | dict(drafts=0) == off.watch.engine.counts()
 
 
 # ---------------------------------------------------------------- one after another
@@ -111,4 +123,4 @@ def test_prefixes_that_are_found_no_more_are_missed(menu, sequence, tmp_path, mo
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_mistake_is_seen(menu, fault, tmp_path, monkeypatch):
     FAULTS[fault](monkeypatch)
-    assert any(run_lot(menu, lot, tmp_path).differences for lot in lots(menu.subject, NUM_WISHES, 0, 10))
+    assert any(run_lot(menu, lot, tmp_path).differences for lot in lots(menu, 0, 10))

@@ -21,7 +21,7 @@ TOLD = ("requests", "drafts", "right drafts", "preempted requests", "cancelled",
 def prove(subject: Subject, seed: int, folder: Path) -> Report:
     """One menu, and a lot of each source and each number of drafts."""
     menu, report = Menu(subject, wishes(subject, seed, NUM_WISHES)), Report()
-    for lot in lots(subject, NUM_WISHES, seed, LOT_SIZE):
+    for lot in lots(menu, seed, LOT_SIZE):
         found = run_lot(menu, lot, folder)
         report.differences += found.differences
         report.events += found.events

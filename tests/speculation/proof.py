@@ -26,10 +26,12 @@ AMPLE = dict(max_requests=16, kv_tokens=PAGE_TOKENS * 400, threads=1, state_ever
 # the longest request takes 4 pages: answers outgrow their memory, or have much; steps are small or large
 COMPANIES: dict[str, dict[str, Any]] = {
     "crowded": dict(max_requests=6, kv_tokens=PAGE_TOKENS * 7, max_step_tokens=100, threads=1, state_every=64),
-    "roomy": dict(max_requests=8, kv_tokens=PAGE_TOKENS * 60, max_step_tokens=300, threads=2, state_every=128),
-    "narrow": dict(max_requests=3, kv_tokens=PAGE_TOKENS * 13, max_step_tokens=17, threads=1, prompt_state_from=0),
+    "roomy": dict(max_requests=8, kv_tokens=PAGE_TOKENS * 60, max_step_tokens=300, threads=1, state_every=128),
+    "narrow": dict(max_requests=3, kv_tokens=PAGE_TOKENS * 13, max_step_tokens=17, threads=2, prompt_state_from=0),
+    "tight": dict(max_requests=5, kv_tokens=PAGE_TOKENS * 12, max_step_tokens=4, threads=1, state_every=64),
     "disk": dict(max_requests=5, kv_tokens=PAGE_TOKENS * 9, max_step_tokens=64, threads=1, state_every=64),
 }
+ROOMY = ("crowded", "roomy", "disk")  # where the steps have room for many drafts
 MOST_STEPS = 20_000
 
 
@@ -86,7 +88,7 @@ class Menu:
             self.run = serve(engine, asked, None, lambda index, requests: None)
         assert not self.run.watch.faults, self.run.watch.faults
         for made in self.run.requests:
-            assert all(r.finish_reason in ("stop", "length", "error") for r in made)
+            assert all(r.finish_reason in ("stop", "length", "embedded") for r in made)
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,11 @@ class Report:
 
 def run_lot(menu: Menu, lot: Lot, folder: Path) -> Report:
     """Runs a lot with drafts and compares it with its menu. folder: of the company that keeps prefixes on disk."""
+    return compared(menu, lot, run_on(menu, lot, folder))
+
+
+def run_on(menu: Menu, lot: Lot, folder: Path) -> Run:
+    """A lot's wishes on an engine of its own; with the source "off" there are no drafts."""
     answers: dict[int, list[int]] = {}
     asked, rng = [menu.asked[i] for i in lot.indices], np.random.default_rng(lot.seed)
 
@@ -120,17 +127,15 @@ def run_lot(menu: Menu, lot: Lot, folder: Path) -> Report:
         for request, known in zip(requests, menu.run.requests[lot.indices[index]], strict=True):
             answers[request.id] = known.output_ids
 
-    options = COMPANIES[lot.company] | dict(
-        speculate=lot.source if lot.source in BUILT_IN else BUILT_IN[0], draft=lot.num_drafts
-    )
+    speculate = BUILT_IN[0] if lot.source in KNOWING else lot.source
+    options = COMPANIES[lot.company] | dict(speculate=speculate, draft=lot.num_drafts)
     if lot.company == "disk":
         options |= dict(cache_dir=folder)
     with opened(menu.subject, options) as engine:
         if lot.source in KNOWING:
             source = KNOWING[lot.source](lambda r: answers[r.id], rng, menu.subject.vocab_size)
             plant(engine, source, lot.num_drafts)
-        run = serve(engine, asked, lot.seed, on_ask)
-        return compared(menu, lot, run)
+        return serve(engine, asked, lot.seed, on_ask)
 
 
 def compared(menu: Menu, lot: Lot, run: Run) -> Report:
@@ -147,7 +152,7 @@ def compared(menu: Menu, lot: Lot, run: Run) -> Report:
             report.events["preempted requests"] += on.num_preemptions > 0
             report.events["requests under a mask"] += on.params.logits_mask is not None
             report.events[f"{type(on.stop_reason).__name__} stops"] += on.finish_reason == "stop"
-            report.events[f"temperature {on.params.temperature:g}"] += 1
+            report.events[f"temperature {on.params.temperature:g}"] += on.pool is None
     report.differences = [f"{lot}: {what}" for what in found]
     return report
 
@@ -179,9 +184,17 @@ def differences(off: Request, on: Request, off_seen: Seen, on_seen: Seen) -> Ite
             yield f"text: {off.text!r} without speculation, {on.text!r} with it"
     elif ends[0] != ends[1]:
         yield f"the end: {ends[0]} without speculation, {ends[1]} with it"
+    if on.finish_reason == "embedded" and not np.array_equal(embedding(off), embedding(on)):
+        yield "the embedding"
     if off_seen.logits[:count] != on_seen.logits:
         yield "logits"
     yield from unlike_memory(off, off_seen, on_seen)
+
+
+def embedding(request: Request) -> np.ndarray:
+    """Of a request that wants one."""
+    assert request.pool is not None
+    return request.pool.embedding()
 
 
 def unlike_memory(off: Request, off_seen: Seen, on_seen: Seen) -> Iterator[str]:
@@ -198,17 +211,20 @@ def unlike_memory(off: Request, off_seen: Seen, on_seen: Seen) -> Iterator[str]:
                 yield f"{name}: keys or values"
 
 
-def lots(subject: Subject, num_wishes: int, seed: int, size: int) -> list[Lot]:
+def lots(menu: Menu, seed: int, size: int) -> list[Lot]:
     """Lots of every source and every number of drafts, each of `size` random wishes: of 15 drafts, the wrong one at
-    every place; and every other source in turns, each with another number of drafts."""
+    every place, where answers are long enough and steps have room; and every other source in turns, each with another
+    number of drafts, in all companies."""
     rng = np.random.default_rng(seed)
-    companies, numbers = list(COMPANIES), [None, *range(1, MAX_DRAFTS)]
+    long = [i for i, made in enumerate(menu.run.requests) if len(made[0].output_ids) > MAX_DRAFTS]
     others = [*BUILT_IN, *(name for name in KNOWING if not name.startswith("wrong at"))]
-    plan = [(f"wrong at {place}", MAX_DRAFTS) for place in range(MAX_DRAFTS)]
     shift = int(rng.integers(len(others)))
-    plan += [(others[(i + shift) % len(others)], number) for i, number in enumerate(numbers)]
+    plan = [(f"wrong at {n}", MAX_DRAFTS, ROOMY[(n + shift) % len(ROOMY)], long) for n in range(MAX_DRAFTS)]
+    for i, number in enumerate([None, *range(1, MAX_DRAFTS)]):
+        source, company = others[(i + shift) % len(others)], list(COMPANIES)[(i + shift) % len(COMPANIES)]
+        plan.append((source, number, company, list(range(len(menu.asked)))))
     made = []
-    for i, (source, number) in enumerate(plan):
-        indices = tuple(rng.choice(num_wishes, size, replace=False).tolist())
-        made.append(Lot(source, number, companies[(i + shift) % len(companies)], indices, seed * 1000 + i))
+    for i, (source, number, company, indices) in enumerate(plan):
+        chosen = tuple(rng.choice(indices, min(size, len(indices)), replace=False).tolist())
+        made.append(Lot(source, number, company, chosen, seed * 1000 + i))
     return made

@@ -42,7 +42,8 @@ class Watch:
     """Stands between the parts of an engine.
 
     seen: {id of a request: Seen}. blocks, kept: digests of pages and of states when they got their names. faults: what
-    no run may do. events: how often what happened.
+    no run may do. events: how often what happened. steps: of each step [(request, its first token, how many known ones
+    were computed)].
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -50,6 +51,7 @@ class Watch:
         self.blocks: dict[bytes, bytes] = {}
         self.kept: dict[bytes, bytes] = {}
         self.faults: list[str] = []
+        self.steps: list[list[tuple[int, int, int]]] = []
         self._memory = Memory(engine.runner.program, engine.runner.caches)
         self._page = np.zeros(self._memory.page_bytes, np.uint8)
         self._state = np.zeros(self._memory.state_bytes, np.uint8)
@@ -97,6 +99,7 @@ class Watch:
     def _run(self, spans: Sequence[Span], clock: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
         by_slot = {r.slot: r for r in self.engine.scheduler.running}
         self._spans = [(by_slot[span.slot], span, len(by_slot[span.slot].output_ids)) for span in spans]
+        self.steps.append([(r.id, span.start, len(span.token_ids) - span.num_drafts) for r, span, _ in self._spans])
         self._results = self._stepped(spans, clock)
         return self._results
 

@@ -41,6 +41,9 @@ def wishes(subject: Subject, seed: int, count: int) -> list[Wish]:
 
 
 def _wish(subject: Subject, rng: np.random.Generator, temperature: float) -> Wish:
+    if rng.random() < 0.05:  # mates that get no token
+        pooled = SamplingParams(pooling=str(rng.choice(("last", "mean"))))
+        return Wish(_prompt(subject, rng), pooled, int(rng.integers(-1, 2)), "", None)
     n = int(rng.choice((1, 1, 1, 1, 1, 2, 3)))
     params = SamplingParams(temperature=temperature, n=n, **_choice(rng), **_end(subject, rng), **_report(rng, n))
     new_mask = None

@@ -102,7 +102,7 @@ def random_model(folder: Path, weights: str, max_context: int) -> Subject:
     checkpoint = open_checkpoint(tiny.write(folder, config, arrays, "BF16"))
     model = load_model(checkpoint, WeightStore(), weights, "bf16", max_context)
     checkpoint.content.wait()  # without it nothing is found on disk
-    return Subject(model, frozenset(), [], [])
+    return Subject(model, model, frozenset(), [], [])
 
 
 def main() -> int:

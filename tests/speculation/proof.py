@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lockstep.engine.drafts import MAX_DRAFTS
+from lockstep.engine.drafts import MAX_DRAFTS, MODEL
 from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.request import Request
 from lockstep.ops.kv_cache import PAGE_TOKENS
@@ -71,8 +71,9 @@ def disturb(engine: Engine, requests: list[Request], rng: np.random.Generator) -
 @contextlib.contextmanager
 def opened(subject: Subject, options: Mapping[str, Any]) -> Iterator[Engine]:
     """An engine of a subject, closed at the end."""
-    made = EngineOptions(**options)
-    engine = Engine(subject.model, made, eos_ids=subject.eos_ids, new_detokenizer=subject.new_detokenizer)
+    made, reader = EngineOptions(**options), subject.new_detokenizer
+    draft_model = subject.draft_model if made.speculate == MODEL else None
+    engine = Engine(subject.model, made, eos_ids=subject.eos_ids, new_detokenizer=reader, draft_model=draft_model)
     try:
         yield engine
     finally:
@@ -141,7 +142,9 @@ def run_on(menu: Menu, lot: Lot, folder: Path) -> Run:
 def compared(menu: Menu, lot: Lot, run: Run) -> Report:
     """A lot that ran, against its menu."""
     report = Report(events=run.watch.events + Counter(run.watch.engine.counts()))
-    found = [*run.watch.faults, *unlike(menu.run.watch, run.watch)]
+    found, pages = [*run.watch.faults, *unlike(menu.run.watch, run.watch)], run.watch.engine.scheduler.pages
+    if pages.num_free != pages.num_pages:
+        found.append(f"{pages.num_pages - pages.num_free} pages are held by nobody")
     for index, requests in zip(lot.indices, run.requests, strict=True):
         for off, on in zip(menu.run.requests[index], requests, strict=True):
             seen = run.watch.seen.get(on.id, Seen())

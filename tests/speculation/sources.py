@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from lockstep.engine.drafts import MAX_DRAFTS, SOURCES, Drafter, Source
+from lockstep.engine.drafts import MAX_DRAFTS, MODEL, SOURCES, Drafter, Source
 from lockstep.engine.engine import Engine
 from lockstep.engine.lookup import Guess
 from lockstep.engine.request import Request
@@ -89,7 +89,7 @@ KNOWING: dict[str, Maker] = {
     "mostly right": mostly_right,
     **{f"wrong at {place}": wrong_at(place) for place in range(MAX_DRAFTS)},
 }
-BUILT_IN = [name for name, source in SOURCES.items() if source]
+BUILT_IN = [*(name for name, source in SOURCES.items() if source), MODEL]
 
 
 def plant(engine: Engine, guesses: Guesses, num_drafts: int | None) -> None:

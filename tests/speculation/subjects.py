@@ -49,9 +49,11 @@ GRAMMARS = (
 @dataclass(frozen=True)
 class Subject:
     """texts: token ids that prompts are cut from. new_masks: functions of a number of samples, each of which makes the
-    logits_mask of one request. stops: stop strings, of which there are none without a tokenizer."""
+    logits_mask of one request. stops: stop strings, of which there are none without a tokenizer. draft_model: one of
+    the same vocabulary that often chooses what the model does."""
 
     model: Model
+    draft_model: Model
     eos_ids: frozenset[int]
     texts: list[list[int]]
     new_masks: list[Callable[[int], Callable[[list[int]], Any]]]
@@ -92,7 +94,8 @@ def tiny(config: str, folder: Path) -> Subject:
     model = load(Case(config, "f32", "bf16"), folder)
     size = model.config.vocab_size
     texts = [phrases(size, seed, 400) for seed in range(4)]
-    return Subject(model, frozenset(model.config.eos_ids), texts, [functools.partial(modulo_mask, size)])
+    draft = load(Case(config, "q8_0", "bf16"), folder)
+    return Subject(model, draft, frozenset(model.config.eos_ids), texts, [functools.partial(modulo_mask, size)])
 
 
 def bundled() -> Subject:
@@ -104,6 +107,7 @@ def bundled() -> Subject:
     masks = [functools.partial(grammars.mask, grammar) for grammar in GRAMMARS]
     return Subject(
         model,
+        load(Case("bundled", "q4_0", "bf16"), Path(), 4096),
         eos_ids,
         _texts(tokenizer, size),
         [*masks, functools.partial(modulo_mask, size)],

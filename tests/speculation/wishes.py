@@ -1,7 +1,7 @@
 """Random short requests that ask for everything a request can ask for."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,19 +19,22 @@ TEMPERATURES = (0.0, 0.8, 1.0)
 class Wish:
     """A request that can be made of any engine of its subject, again and again.
 
-    new_mask: makes its logits_mask, which may remember what it was called with, or None.
+    new_mask: makes its logits_mask, which may remember what it was called with, or None. prediction: a text that its
+    answer may be like.
     """
 
     prompt_ids: list[int]
     params: SamplingParams
     priority: int
     cache_salt: str
-    new_mask: Callable[[], Callable[[list[int]], Any]] | None
+    new_mask: Callable[[], Callable[[list[int]], Any]] | None = None
+    prediction: list[int] = field(default_factory=list)
 
     def ask(self, engine: Engine) -> list[Request]:
         """Queues its samples; returns their Requests."""
         params = replace(self.params, logits_mask=self.new_mask()) if self.new_mask else self.params
-        return engine.add_samples(self.prompt_ids, params, priority=self.priority, cache_salt=self.cache_salt)
+        options = dict(priority=self.priority, cache_salt=self.cache_salt, prediction=self.prediction)
+        return engine.add_samples(self.prompt_ids, params, **options)
 
 
 def wishes(subject: Subject, seed: int, count: int) -> list[Wish]:
@@ -43,7 +46,7 @@ def wishes(subject: Subject, seed: int, count: int) -> list[Wish]:
 def _wish(subject: Subject, rng: np.random.Generator, temperature: float) -> Wish:
     if rng.random() < 0.05:  # mates that get no token
         pooled = SamplingParams(pooling=str(rng.choice(("last", "mean"))))
-        return Wish(_prompt(subject, rng), pooled, int(rng.integers(-1, 2)), "", None)
+        return Wish(_prompt(subject, rng), pooled, int(rng.integers(-1, 2)), "")
     n = int(rng.choice((1, 1, 1, 1, 1, 2, 3)))
     params = SamplingParams(temperature=temperature, n=n, **_choice(rng), **_end(subject, rng), **_report(rng, n))
     new_mask = None
@@ -51,7 +54,8 @@ def _wish(subject: Subject, rng: np.random.Generator, temperature: float) -> Wis
         of_samples = subject.new_masks[rng.integers(len(subject.new_masks))]
         new_mask = lambda: of_samples(n)
     salt = str(rng.choice(("", "", "", "salt")))
-    return Wish(_prompt(subject, rng), params, int(rng.integers(-1, 2)), salt, new_mask)
+    prediction = subject.texts[rng.integers(len(subject.texts))] if rng.random() < 0.2 else []
+    return Wish(_prompt(subject, rng), params, int(rng.integers(-1, 2)), salt, new_mask, prediction)
 
 
 def _prompt(subject: Subject, rng: np.random.Generator) -> list[int]:

@@ -45,8 +45,8 @@ Speculate = Annotated[
     str,
     typer.Option(
         metavar="SOURCE",
-        help="Guess tokens ahead and check them together: off, or lookup (what followed the same few tokens earlier in "
-        "the text). No answer changes.",
+        help="Guess tokens ahead and check them together: off, lookup (what followed the same few tokens earlier in "
+        "the text), or a smaller model of the same vocabulary, named as MODEL is. No answer changes.",
     ),
 ]
 Draft = Annotated[

@@ -11,7 +11,7 @@ request: one is moved by known tokens only, and its copy by guesses.
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lockstep.engine.draft_width import StepCosts
 from lockstep.engine.model import Model
@@ -32,7 +32,7 @@ def check_vocabulary(target: Model, draft: Model) -> None:
     expected, found = target.config.vocab_size, draft.config.vocab_size
     if found != expected:
         raise ValueError(
-            f"speculate: the draft model has a vocabulary of {found} tokens, expected that of the model, {expected}"
+            f"speculate: the draft model has another vocabulary: {found} tokens, expected {expected} as of the model"
         )
     if not draft.can_generate:
         raise ValueError("speculate: the draft model has no lm_head: it makes embeddings, and no text")
@@ -82,12 +82,13 @@ class DraftModel:
         on_compile: OnCompile | None = None,
     ) -> None:
         check_vocabulary(target, model)
-        self.model, self._eos_ids = model, eos_ids
+        self.model = replace(model, max_context=min(model.max_context, target.max_context))
+        self._eos_ids = eos_ids
         self._states = [c for c in model.recorded.caches if c.kind != "pages"]
         num_slots = limits.max_requests * (SLOTS if self._states else 1)
         num_tokens = max(limits.max_step_tokens, limits.max_requests)
         own = Limits(num_tokens, num_slots, limits.num_pages, limits.max_requests)
-        self.runner = Runner(model, team, own, on_compile=on_compile)
+        self.runner = Runner(self.model, team, own, on_compile=on_compile)
         self.pages, self.free_slots = PageAllocator(limits.num_pages), list(range(limits.max_requests))
         self._first_copy = limits.max_requests
         self.followers: dict[int, Follower] = {}

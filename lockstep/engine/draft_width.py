@@ -8,6 +8,7 @@ from collections.abc import Sequence
 KEPT = 0.85  # of an average, when a new value comes
 FIRST_GUESS = 0.5  # that a draft is right, before any was seen
 DEARER = 0.06  # of a step of one row, for each further row, before any was measured
+FRESH = 128  # steps after which a measured number of rows that did not come again is forgotten
 PROBE_EVERY = 24  # tokens of a request without drafts, after which one is tried again
 
 
@@ -43,10 +44,16 @@ class Acceptance:
 
 
 class StepCosts:
-    """Seconds of a step by its rows, an average of what was measured."""
+    """Seconds of a step by its rows, an average of what was measured in the last FRESH steps.
+
+    What was measured long ago is forgotten: where it was too much, by chance, steps of so many rows would never be
+    tried again.
+    """
 
     def __init__(self) -> None:
         self._seconds: dict[int, float] = {}
+        self._noted: dict[int, int] = {}  # by rows: when they were measured last, in steps
+        self._num_steps = 0
 
     def __len__(self) -> int:
         """How many numbers of rows were measured."""
@@ -58,6 +65,11 @@ class StepCosts:
         # a step may be held up by others: what is far slower than usual counts little
         seconds = seconds if before is None else min(seconds, 2 * before)
         self._seconds[rows] = seconds if before is None else KEPT * before + (1 - KEPT) * seconds
+        self._num_steps += 1
+        self._noted[rows] = self._num_steps
+        if self._num_steps % FRESH == 0:
+            for old in [n for n, at in self._noted.items() if at <= self._num_steps - FRESH]:
+                del self._seconds[old], self._noted[old]
 
     def of(self, rows: int) -> float:
         """Seconds that a step of so many rows may take, 1 if none was ever measured: at least that of fewer rows."""

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 
 from lockstep.engine.cache_size import context_size
+from lockstep.engine.drafts import MODEL, SOURCES
 from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.model import load_model
 from lockstep.engine.request import Request, SamplingParams, check_single, token_list
 from lockstep.models.config import end_ids, text_config
 from lockstep.runtime.kernel import OnCompile
+from lockstep.serve.draft_model import HowLoaded, load_draft
 from lockstep.serve.generation_config import sampling_defaults
 from lockstep.serve.hub import resolve_model
 from lockstep.serve.pooling import default_pooling
@@ -73,9 +75,10 @@ class LLM:
     "f32", "bf16", "q8_0" or "q4_0". kv_dtype: "bf16", "f32" or "q8". ops: swaps of the op table, such as
     {"linear": "reference"}. progress: called with (what, done, total) while weights are packed. prefix_cache: whether
     requests use what earlier ones computed for the same first tokens; cache_dir: a folder of at most cache_dir_bytes
-    that keeps it across restarts. speculate, draft: see EngineOptions. needs_chat: refuse a model without a chat
-    template. generation_config: where sampling_defaults come from: "auto" (the model's own), "none", or a folder with a
-    generation_config.json.
+    that keeps it across restarts. speculate, draft: see EngineOptions; speculate may also be the name, as `model` has
+    it, of a smaller model of the same vocabulary, which drafts; weights and kv_dtype are then those of both.
+    needs_chat: refuse a model without a chat template. generation_config: where sampling_defaults come from: "auto"
+    (the model's own), "none", or a folder with a generation_config.json.
     max_context: tokens that a prompt and its answer may have, never more than kv_tokens hold; None: the model's own, as
     far as its KV cache has room (in kv_tokens, or in half of the memory that is free beside the weights).
     verify_weights: read all of the weights, packed ones too, and check their hashes, although they were checked before.
@@ -114,6 +117,11 @@ class LLM:
             check_can_chat(self.tokenizer if self.has_tokenizer else None, model or "the bundled model")
         self._store = PackedStore(checkpoint, progress)
         loaded = load_model(checkpoint, self._store, weights, kv_dtype, max_context)
+        self._draft = None
+        if isinstance(speculate, str) and speculate not in SOURCES:
+            reads_alike = self.tokenizer if self.has_tokenizer else None
+            how = HowLoaded(weights, kv_dtype, max_context, progress, verify_weights)
+            self._draft, speculate = load_draft(speculate, tuple(SOURCES), loaded, reads_alike, how), MODEL
         options = EngineOptions(
             max_step_tokens=max_step_tokens,
             max_requests=max_requests,
@@ -125,16 +133,17 @@ class LLM:
             speculate=speculate,
             draft=draft,
         )
-        self.context = context_size(loaded, options, max_context)
+        self.context = context_size(loaded, options, max_context, self._draft)
         self.model = replace(loaded, max_context=self.context.num_tokens)
         self._makers_sampling = functools.partial(
             sampling_defaults, generation_config, checkpoint.generation_config, checkpoint.metadata, self.vocab_size
         )
         self.makers_sampling()  # refuses a source that cannot be read
         reader = functools.partial(answer_reader, self.tokenizer) if self.has_tokenizer else None
-        self.engine = Engine(self.model, options, ops, self._eos_ids(), reader, on_compile)
+        self.engine = Engine(self.model, options, ops, self._eos_ids(), reader, on_compile, self._draft)
         try:
-            checkpoint.check_unchanged()  # all weights have been read
+            for each in (checkpoint, self._draft.checkpoint) if self._draft else (checkpoint,):
+                each.check_unchanged()  # all weights have been read
         except ValueError:
             self.engine.close()
             raise

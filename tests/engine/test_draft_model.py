@@ -210,7 +210,7 @@ def test_what_is_no_number_ends_guesses_of_its_request_alone(model, watched, tmp
 def test_another_vocabulary_is_refused(model, watched, tmp_path):
     raw = case("qwen3", head_dim=32, vocab_size=97)
     draft = load(tiny.write(tmp_path / "m", raw, tiny.tensors(raw, 3)))
-    with pytest.raises(ValueError, match=r"the draft model has a vocabulary of 97 tokens, expected .* model, 96"):
+    with pytest.raises(ValueError, match="the draft model has another vocabulary: 97 tokens, expected 96"):
         draft_model.check_vocabulary(model, draft)
 
 

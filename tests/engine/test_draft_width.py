@@ -2,7 +2,7 @@
 
 import pytest
 
-from lockstep.engine.draft_width import Acceptance, StepCosts, best_width
+from lockstep.engine.draft_width import FRESH, Acceptance, StepCosts, best_width
 
 
 def rates(right, width=7, steps=200):
@@ -75,3 +75,19 @@ def test_one_slow_step_changes_little():
     table = costs({2: 1.0})
     table.note(2, 1000.0)
     assert table.of(2) < 1.2
+
+
+def test_a_number_of_rows_that_was_slow_once_is_tried_again():
+    table, wrong = costs({1: 50.0}), expected(rates(lambda i: 0))
+    table.note(8, 1.0)
+    assert best_width(wrong, table, 1, 1) > 0
+    for _ in range(2 * FRESH):
+        table.note(8, 1.0)
+    assert best_width(wrong, table, 1, 1) == 0 and len(table) == 1
+
+
+def test_guesses_that_take_time_themselves_are_worth_less():
+    right = expected(rates(lambda i: 7))
+    widths = [best_width(right, FLAT, 1, 1, [each * k for k in range(8)]) for each in (0.0, 0.1, 5.0)]
+    assert widths == [7, 7, 0]
+    assert best_width(expected(rates(lambda i: (0, 7)[i % 2])), FLAT, 1, 1, [0.6 * k for k in range(8)]) == 0

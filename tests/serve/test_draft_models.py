@@ -1,0 +1,105 @@
+"""Smaller models that draft: found and loaded like others, and refused where their vocabulary is another."""
+
+import contextlib
+import json
+import shutil
+
+import pytest
+from tokenizers import AddedToken
+
+from lockstep import LLM, SamplingParams
+from lockstep.cli import main
+from lockstep.serve.draft_model import check_tokens
+from lockstep.serve.hub import resolve_model
+from lockstep.serve.tokenizer import load_tokenizer
+from tests.models import tiny
+from tests.models.cases import case
+from tests.serve.vocabularies import byte_fallback, byte_level, write_folder
+
+PROMPTS = ["def read_lines(path):\n", "import os\n"]
+PARAMS = [SamplingParams(max_tokens=40, temperature=t, seed=3, ignore_eos=True) for t in (0.0, 0.8)]
+BUNDLED = resolve_model(None)
+
+
+def answers(**options):
+    """(token ids and log-probabilities of the answers, drafts, accepted drafts)."""
+    with contextlib.closing(LLM(threads=2, max_context=256, **options)) as llm:
+        made = llm.generate(PROMPTS, PARAMS)
+        counts = llm.engine.counts()
+    return [(c.token_ids, c.logprobs) for c in made], counts["drafts"], counts["accepted_drafts"]
+
+
+def small(folder, **changes):
+    """A random model with as many tokens as the bundled one, and no tokenizer."""
+    raw = case("qwen3", head_dim=16, num_hidden_layers=1, vocab_size=4096, **changes)
+    return str(tiny.write(folder, raw, tiny.tensors(raw, 3)))
+
+
+def test_the_model_itself_drafts_what_it_says(tmp_path):
+    expected, _, _ = answers()
+    found, drafted, accepted = answers(speculate=str(BUNDLED), draft=4)
+    assert found == expected and drafted == accepted > 50
+    found, drafted, accepted = answers(speculate=small(tmp_path / "small"), draft=4)
+    assert found == expected and drafted > accepted
+
+
+def test_the_command_names_a_model(capsys):
+    args = ["generate", "-p", PROMPTS[0], "-n", "20", "--temperature", "0.8"]
+    expected = None
+    for speculate in ("off", str(BUNDLED)):
+        assert main([*args, "--speculate", speculate, "--draft", "3"]) == 0
+        out = capsys.readouterr().out
+        expected = out if expected is None else expected
+        assert out == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("lokup", "speculate: expected off, lookup or a smaller model; lokup: no such folder or file, and not a hub"),
+        ("", "speculate: expected off, lookup or a smaller model; : no such folder or file"),
+        (
+            "./nothing.gguf",
+            "speculate: expected off, lookup or a smaller model; ./nothing.gguf: no such folder or file",
+        ),
+    ],
+)
+def test_what_is_no_model_is_named(name, said, capsys):
+    assert main(["generate", "-p", "x", "--speculate", name]) == 2
+    assert said in capsys.readouterr().err
+    with pytest.raises(ValueError, match="speculate: expected one of off, lookup"):
+        LLM(speculate=5)
+
+
+def test_another_number_of_tokens_is_refused(tmp_path):
+    raw = case("qwen3", head_dim=16, num_hidden_layers=1)
+    draft = str(tiny.write(tmp_path / "m", raw, tiny.tensors(raw, 3)))
+    with pytest.raises(ValueError, match="speculate: the draft model has another vocabulary: 96 tokens, expected 4096"):
+        LLM(speculate=draft)
+
+
+def test_the_first_token_that_differs_is_named(tmp_path):
+    folder = tmp_path / "m"
+    shutil.copytree(BUNDLED, folder)
+    file = folder / "tokenizer.json"
+    known = json.loads(file.read_text("utf-8"))
+    names = {token_id: token for token, token_id in known["model"]["vocab"].items()}
+    known["model"]["vocab"][names[700]], known["model"]["vocab"][names[900]] = 900, 700
+    known["model"]["merges"] = []
+    file.write_text(json.dumps(known), "utf-8")
+    said = f"speculate: the draft model has another vocabulary: its token 700 is {names[900]!r}, that of the model is"
+    with pytest.raises(ValueError) as raised:
+        LLM(speculate=str(folder))
+    assert str(raised.value).startswith(said)
+
+
+def test_names_of_padding_do_not_count(tmp_path):
+    plain = load_tokenizer(write_folder(tmp_path / "a", byte_level()))
+    padded = byte_level()
+    padded.add_tokens([AddedToken(f"[PAD{i}]", special=False) for i in range(9)])
+    longer = load_tokenizer(write_folder(tmp_path / "b", padded))
+    for pair in ((plain, plain), (plain, longer), (longer, plain)):
+        check_tokens(*pair)
+    other = load_tokenizer(write_folder(tmp_path / "c", byte_fallback()))
+    with pytest.raises(ValueError, match=r"its token 0 is '<unk>', that of the model is '<\|end\|>'"):
+        check_tokens(plain, other)

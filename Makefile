@@ -14,7 +14,7 @@ SOURCES := pyproject.toml $(wildcard lockstep/*.py lockstep/*/*.py lockstep/bund
 BIN := $(VENV)/bin
 LOCKSTEP := $(BIN)/lockstep
 
-.PHONY: help demo test test-targets soak fuzz attacks test-oracles oracles-lm-eval oracles-others oracles dev lint lock audit clean
+.PHONY: help demo test test-targets soak fuzz attacks speculation test-oracles oracles-lm-eval oracles-others oracles dev lint lock audit clean
 .DEFAULT_GOAL := help
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo "make soak          random schedules with fresh seeds, for SOAK minutes (10), and 2 minutes of make fuzz"
 	@echo "make fuzz          random requests, bytes, templates, grammars and files, for FUZZ minutes (60)"
 	@echo "make attacks       the attacks of a review, one by one, and SIGTERM in the middle of them"
+	@echo "make speculation   10,000 random requests with drafts of every kind against the same without"
 	@echo "make test-oracles  compare with transformers, JAX and lm-eval, live (installs them and torch into $(ORACLES))"
 	@echo "make lint          check style, format and types: ruff and basedpyright"
 	@echo "make audit         ask whether locked or lowest allowed packages have known holes (needs the network)"
@@ -67,6 +68,10 @@ fuzz: $(VENV)/.test
 
 attacks: $(VENV)/.test
 	@$(BIN)/python -m tests.fuzz --attacks
+
+REQUESTS ?= 10000
+speculation: $(VENV)/.test
+	@$(BIN)/python -m tests.speculation --requests $(REQUESTS)
 
 # Two processes, with -j2 at the same time: beside JAX, lm-eval's server does not come to an end.
 test-oracles: oracles-lm-eval oracles-others

@@ -18,7 +18,7 @@ from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.request import Request
 from lockstep.ops.kv_cache import PAGE_TOKENS
 from tests.speculation.sources import BUILT_IN, KNOWING, plant
-from tests.speculation.subjects import Subject
+from tests.speculation.subjects import ModuloMask, Subject
 from tests.speculation.watch import Seen, Watch
 from tests.speculation.wishes import Wish
 
@@ -146,6 +146,7 @@ def compared(menu: Menu, lot: Lot, run: Run) -> Report:
     if pages.num_free != pages.num_pages:
         found.append(f"{pages.num_pages - pages.num_free} pages are held by nobody")
     for index, requests in zip(lot.indices, run.requests, strict=True):
+        found += unlike_calls(menu.run.requests[index], requests)
         for off, on in zip(menu.run.requests[index], requests, strict=True):
             seen = run.watch.seen.get(on.id, Seen())
             found += [f"wish {index}: {what}" for what in differences(off, on, menu.run.watch.seen[off.id], seen)]
@@ -168,6 +169,16 @@ def unlike(off: Watch, on: Watch) -> Iterator[str]:
         one, two = getattr(off, what), getattr(on, what)
         if any(one[name] != two[name] for name in one.keys() & two.keys()):
             yield f"bytes of {what}"
+
+
+def unlike_calls(off: list[Request], on: list[Request]) -> Iterator[str]:
+    """Whether the samples' mask, a function of a user's own, was called otherwise."""
+    one, two = (made[0].params.logits_mask for made in (off, on))
+    if isinstance(one, ModuloMask) and isinstance(two, ModuloMask):
+        was_cancelled = any(r.finish_reason == "cancelled" for r in on)
+        missing, added = (Counter(a.calls) - Counter(b.calls) for a, b in ((one, two), (two, one)))
+        if added or (missing and not was_cancelled):
+            yield f"calls of logits_mask: {sorted(one.calls)} without speculation, {sorted(two.calls)} with it"
 
 
 def differences(off: Request, on: Request, off_seen: Seen, on_seen: Seen) -> Iterator[str]:
@@ -208,8 +219,8 @@ def unlike_memory(off: Request, off_seen: Seen, on_seen: Seen) -> Iterator[str]:
         elif off_seen.states.get(at, state) != state:
             yield f"the state after {at} tokens"
     for found in on_seen.pages:
-        for name, rows in found.items():
-            known = off_seen.pages[-1][name]
+        for name, known in off_seen.pages[-1].items():  # drafts may have caches of their own
+            rows = found[name]
             if len(rows) > len(known) or (known[: len(rows)] != rows).any():
                 yield f"{name}: keys or values"
 

@@ -78,15 +78,18 @@ def phrases(vocab_size: int, seed: int, length: int) -> list[int]:
     return [token for i in rng.integers(0, len(made), length) for token in made[i]][:length]
 
 
-def modulo_mask(vocab_size: int, num_samples: int) -> Callable[[list[int]], np.ndarray]:
-    """A mask of two thirds of the tokens; which, depends on the last one."""
+class ModuloMask:
+    """A mask of a user's own: two thirds of the tokens; which, depends on the last one. calls: after how many tokens it
+    was asked, whatever the sample."""
 
-    def mask(output_ids: list[int]) -> np.ndarray:
+    def __init__(self, vocab_size: int, num_samples: int) -> None:
+        self.calls: list[int] = []
+        self._tokens = np.arange(-(-vocab_size // 32) * 32)
+
+    def __call__(self, output_ids: list[int]) -> np.ndarray:
+        self.calls.append(len(output_ids))
         last = output_ids[-1] if output_ids else 0
-        bits = (np.arange(-(-vocab_size // 32) * 32) + last) % 3 != 0
-        return np.packbits(bits, bitorder="little").view(np.uint32)
-
-    return mask
+        return np.packbits((self._tokens + last) % 3 != 0, bitorder="little").view(np.uint32)
 
 
 def tiny(config: str, folder: Path) -> Subject:
@@ -95,7 +98,7 @@ def tiny(config: str, folder: Path) -> Subject:
     size = model.config.vocab_size
     texts = [phrases(size, seed, 400) for seed in range(4)]
     draft = load(Case(config, "q8_0", "bf16"), folder)
-    return Subject(model, draft, frozenset(model.config.eos_ids), texts, [functools.partial(modulo_mask, size)])
+    return Subject(model, draft, frozenset(model.config.eos_ids), texts, [functools.partial(ModuloMask, size)])
 
 
 def bundled() -> Subject:
@@ -110,7 +113,7 @@ def bundled() -> Subject:
         load(Case("bundled", "q4_0", "bf16"), Path(), 4096),
         eos_ids,
         _texts(tokenizer, size),
-        [*masks, functools.partial(modulo_mask, size)],
+        [*masks, functools.partial(ModuloMask, size)],
         functools.partial(answer_reader, tokenizer),
         ("\n", " = ", "self", "return", "):", "e"),
         grammars.close,

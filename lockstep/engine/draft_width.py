@@ -1,37 +1,85 @@
 """How many drafts pay: what they cost, by measured steps, against how often they were right.
 
-Only speed follows from this, and so may follow a clock.
+Only speed follows from this, and so may follow a clock. Whatever is not known is tried in small steps: a wrong guess
+about a machine or a text costs little, and is soon corrected.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Sequence, Set
 
-KEPT = 0.85  # of an average, when a new value comes
-FIRST_GUESS = 0.5  # that a draft is right, before any was seen
-DEARER = 0.06  # of a step of one row, for each further row, before any was measured
-FRESH = 128  # steps after which a measured number of rows that did not come again is forgotten
-PROBE_EVERY = 24  # tokens of a request without drafts, after which one is tried again
+FIRST_GUESS = 0.5  # that a draft is right, before any was seen; it counts for so many seen ones:
+PRIOR = 1
+LEAST_GAIN, LEAST_GAIN_OF_ALL = 0.1, 0.03  # of an average, that a new value has: of a request, of all requests
+OWN_AFTER = 4  # drafts of a request, after which what was seen of it counts, and not what was seen of all
+LONG_AGO = 1 << 30  # steps
+PROBE_EVERY = 24  # steps without drafts, after which one is tried again
+WORTH = 1.02  # times as many tokens a second as without, from which drafts are made
+CHEAPEST = 0.02  # of a step, for each further row: less is an error of measurement, or others' doing
+BEND = 12  # further rows that cost as much as the first, before any was measured
+FASTER, SLOWER = 0.3, 0.1  # what a quicker step moves an average, and a slower one: others on the machine only slow it
+CHANGED = 0.02  # of a cost, from which others follow
+FORGET_AFTER = 256  # steps, after which what a number of rows cost has to be found out again
+
+
+class Rates:
+    """How often drafts from one source were right, by depth, if those before were; and how many were seen."""
+
+    def __init__(self, rates: list[float], counts: list[int], least_gain: float) -> None:
+        self.rates, self._counts, self._least_gain = rates, counts, least_gain
+
+    def note(self, depth: int, is_right: bool) -> None:
+        """Takes in a draft. Depths that were not seen yet are taken to be as good as the one before them."""
+        gain = max(self._least_gain, 1 / (self._counts[depth] + PRIOR + 1))
+        self.rates[depth] += gain * (is_right - self.rates[depth])
+        self._counts[depth] += 1
+        for deeper in range(depth + 1, len(self.rates)):
+            if self._counts[deeper]:
+                break
+            self.rates[deeper] = self.rates[depth]
+
+    def of_one(self) -> "Rates":
+        """The same for one of many: what it shows itself soon counts more."""
+        return Rates(list(self.rates), [min(count, OWN_AFTER) for count in self._counts], LEAST_GAIN)
 
 
 class Acceptance:
     """How often the draft at each depth is right, if those before it were, by where it comes from.
 
-    before: that of others, with which this one begins.
+    everybody: what was seen of all requests, which counts until enough was seen of this one.
     """
 
-    def __init__(self, depths: int, before: "Acceptance | None" = None) -> None:
-        self._depths = depths
-        self.rates = {source: list(rates) for source, rates in before.rates.items()} if before else {}
-        self.num_without = 0  # tokens since the last draft
+    def __init__(self, depths: int, everybody: "Acceptance | None" = None) -> None:
+        self._depths, self._everybody = depths, everybody
+        self._rates: dict[str, Rates] = {}
+        self._num_seen: dict[str, int] = {}
+        self.num_without = 0  # steps since the last draft
 
     def of(self, source: str) -> list[float]:
         """[depth]: how often a draft from there is right."""
-        return self.rates.setdefault(source, [FIRST_GUESS] * self._depths)
+        return self.rates_of(source).rates
+
+    def rates_of(self, source: str) -> Rates:
+        """The Rates of drafts from there."""
+        found = self._rates.get(source)
+        if found is None and self._everybody is not None:
+            return self._everybody.rates_of(source)
+        if found is None:
+            found = Rates([FIRST_GUESS] * self._depths, [0] * self._depths, LEAST_GAIN_OF_ALL)
+            self._rates[source] = found
+        return found
 
     def note(self, sources: Sequence[str], num_right: int) -> None:
-        """Takes in a step with drafts, by where each came from; those after the first wrong one say nothing."""
+        """Takes in a step with drafts, by where each came from; those after the first wrong one say nothing.
+
+        What was seen of all requests has them already.
+        """
         for depth, source in enumerate(sources[: num_right + 1]):
-            rates = self.of(source)
-            rates[depth] = KEPT * rates[depth] + (1 - KEPT) * (depth < num_right)
+            if self._everybody is None or source in self._rates:
+                self.rates_of(source).note(depth, depth < num_right)
+        for source in set(sources[:1]) if self._everybody is not None else ():
+            self._num_seen[source] = self._num_seen.get(source, 0) + 1
+            if self._num_seen[source] == OWN_AFTER:
+                self._rates[source] = self.rates_of(source).of_one()
 
     def expected(self, sources: Sequence[str]) -> list[float]:
         """[k]: tokens that the first k of these drafts give beside the certain one, on average."""
@@ -42,18 +90,30 @@ class Acceptance:
             made.append(total)
         return made
 
+    def hopes(self) -> list[float]:
+        """[depth]: how likely a draft is right and all before it, if they come from the best source at each depth."""
+        known = [self.of(source) for source in self.sources] or [[FIRST_GUESS] * self._depths]
+        survives, made = 1.0, []
+        for rates in zip(*known, strict=True) if len(known) > 1 else ((rate,) for rate in known[0]):
+            survives *= max(rates)
+            made.append(survives)
+        return made
+
+    @property
+    def sources(self) -> Set[str]:
+        """Where drafts came from, of this request and of all."""
+        return self._rates.keys() | self._everybody.sources if self._everybody is not None else self._rates.keys()
+
 
 class StepCosts:
-    """Seconds of a step by its rows, an average of what was measured in the last FRESH steps.
-
-    What was measured long ago is forgotten: where it was too much, by chance, steps of so many rows would never be
-    tried again.
-    """
+    """Seconds of a step by its rows, with one number of requests: averages of what was measured."""
 
     def __init__(self) -> None:
         self._seconds: dict[int, float] = {}
-        self._noted: dict[int, int] = {}  # by rows: when they were measured last, in steps
+        self._noted: dict[int, int] = {}  # when each was measured last, in steps
         self._num_steps = 0
+        self._curve: list[float] = []  # by rows, made when it is asked for, of these:
+        self._drawn: dict[int, float] = {}
 
     def __len__(self) -> int:
         """How many numbers of rows were measured."""
@@ -61,37 +121,156 @@ class StepCosts:
 
     def note(self, rows: int, seconds: float) -> None:
         """Takes in a step."""
-        before = self._seconds.get(rows)
-        # a step may be held up by others: what is far slower than usual counts little
-        seconds = seconds if before is None else min(seconds, 2 * before)
-        self._seconds[rows] = seconds if before is None else KEPT * before + (1 - KEPT) * seconds
+        before = self._seconds.get(rows, seconds)
+        gain = FASTER if seconds < before else SLOWER
+        self._seconds[rows] = before + gain * (min(seconds, 2 * before) - before)
         self._num_steps += 1
         self._noted[rows] = self._num_steps
-        if self._num_steps % FRESH == 0:
-            for old in [n for n, at in self._noted.items() if at <= self._num_steps - FRESH]:
-                del self._seconds[old], self._noted[old]
+        if abs(self._seconds[rows] - self._drawn.get(rows, 0.0)) > CHANGED * self._seconds[rows]:
+            self._curve = []
+        if self._num_steps % FORGET_AFTER == 0:
+            since = self._num_steps - FORGET_AFTER
+            self._seconds = {n: s for n, s in self._seconds.items() if self._noted[n] > since}
+            self._curve = []
+
+    def knows(self, rows: int) -> bool:
+        """Whether a step of so many rows, or of fewer, was measured."""
+        return any(n <= rows for n in self._seconds)
+
+    @property
+    def reach(self) -> int:
+        """The most rows that are to be tried: few more than were ever measured."""
+        most = max(self._seconds, default=0)
+        return most + max(2, most // 4)
 
     def of(self, rows: int) -> float:
-        """Seconds that a step of so many rows may take, 1 if none was ever measured: at least that of fewer rows."""
-        if rows in self._seconds:
-            return self._seconds[rows]
-        below = max((n for n in self._seconds if n < rows), default=None)
-        above = min((n for n in self._seconds if n > rows), default=None)
-        if below is None:
-            return 1.0 if above is None else self._seconds[above] / (1 + DEARER * (above - rows))
-        if above is None:
-            return self._seconds[below] * (1 + DEARER * (rows - below))
-        share = (rows - below) / (above - below)
-        return self._seconds[below] * (1 - share) + max(self._seconds[below], self._seconds[above]) * share
+        """Seconds that a step of so many rows may take, 1 if none was ever measured: never more than one of more rows
+        (where such a one was quicker, others slowed this one), and at least a little more than one of fewer."""
+        if len(self._curve) <= rows:
+            self._curve, self._drawn = self._made(max(rows, self.reach)), dict(self._seconds)
+        return self._curve[rows]
+
+    def _made(self, most: int) -> list[float]:
+        if not self._seconds:
+            return [1.0] * (most + 1)
+        rows, least = sorted(self._seconds), []
+        for n in reversed(rows):
+            least.append(min([self._seconds[n], *least[-1:]]))
+        least.reverse()
+        curve = [least[0]] * (rows[0] + 1)
+        for i, (low, high) in enumerate(itertools.pairwise(rows)):
+            each = (least[i + 1] - least[i]) / (high - low)
+            curve += [least[i] + each * (n - low) for n in range(low + 1, high + 1)]
+        first, last = rows[0], rows[-1]
+        curve = [max(each, least[0] * (1 + CHEAPEST * (n - first))) for n, each in enumerate(curve)]
+        each = curve[-1] / (last + BEND)
+        if len(rows) > 1:
+            each = max(each, (least[-1] - least[-2]) / (last - rows[-2]))
+        return curve + [curve[-1] + each * (n - last) for n in range(last + 1, most + 1)]
 
 
-def best_width(
-    expected: Sequence[float], costs: StepCosts, rows: int, tokens: float, seconds: Sequence[float] | None = None
-) -> int:
+class CostTable:
+    """The StepCosts of each number of requests: of similar numbers the same."""
+
+    def __init__(self) -> None:
+        self._groups: dict[int, StepCosts] = {}
+
+    def among(self, requests: int) -> StepCosts:
+        """Those of steps with so many requests."""
+        group = requests if requests <= 4 else 2 + requests.bit_length()  # 5 to 7, 8 to 15, ...
+        return self._groups.setdefault(group, StepCosts())
+
+
+class WidthChoice:
+    """Decides how many drafts the requests of a step have, where as many are made as pay.
+
+    depths: the most of one request.
+    """
+
+    def __init__(self, depths: int) -> None:
+        self._depths, self._everybody, self._costs = depths, Acceptance(depths), CostTable()
+        self._since_probe = 0  # steps
+
+    def newcomer(self) -> Acceptance:
+        """What is known of a new request's drafts."""
+        return Acceptance(self._depths, self._everybody)
+
+    def costs(self, requests: int) -> StepCosts:
+        """What steps of so many requests cost."""
+        return self._costs.among(requests)
+
+    def choose(self, seen: Sequence[Acceptance], rows: int, seconds_of_guess: float = 0.0) -> list[int]:
+        """How many drafts of each request are worth their rows, if what is known of it holds.
+
+        rows: of the step without drafts. seconds_of_guess: see `best_widths`. A request that has had none for long is
+        given one now and then.
+        """
+        costs = self.costs(rows)
+        widths = best_widths([each.hopes() for each in seen], costs, rows, seconds_of_guess)
+        for each, width in zip(seen, widths, strict=True):
+            each.num_without = 0 if width else each.num_without + 1
+        self._since_probe += 1
+        if self._since_probe >= PROBE_EVERY:
+            self._probe(seen, widths, rows)
+        return widths
+
+    def may_pay(self, seen: Acceptance, seconds_of_guess: float) -> bool:
+        """Whether drafts of a request are worth their rows once it decodes alone, or it is not known yet."""
+        costs = self.costs(1)
+        return not costs.knows(1) or any(best_widths([seen.hopes()], costs, 1, seconds_of_guess))
+
+    def _probe(self, seen: Sequence[Acceptance], widths: list[int], rows: int) -> None:
+        """Gives the request that has had no draft for the longest time one, if sure ones would pay."""
+        longest = max(range(len(seen)), key=lambda i: seen[i].num_without, default=None)
+        if longest is None or seen[longest].num_without < PROBE_EVERY:
+            return
+        if any(best_widths([[1.0] * self._depths] * len(seen), self.costs(rows), rows)):
+            widths[longest], seen[longest].num_without, self._since_probe = 1, 0, 0
+
+    def note(self, seen: Acceptance, sources: Sequence[str], num_right: int) -> None:
+        """Takes in where a request's drafts of the last step came from, and how many were right."""
+        self._everybody.note(sources, num_right)
+        seen.note(sources, num_right)
+        if num_right and not self._since_probe:
+            seen.num_without, self._since_probe = LONG_AGO, PROBE_EVERY  # what was tried is tried again
+
+    def time(self, requests: int, num_drafts: int, seconds: float) -> None:
+        """Takes in how long a step of so many requests, each with one token and all with so many drafts, took."""
+        self.costs(requests).note(requests + num_drafts, seconds)
+
+
+def best_width(expected: Sequence[float], costs: StepCosts, rows: int, tokens: float) -> int:
     """How many drafts give the most tokens a second.
 
-    expected: for each number of them, see Acceptance. rows, tokens: what the step has and gives without them. seconds:
-    what so many guesses take themselves, before the step; None: nothing.
+    expected: for each number of them, see Acceptance. rows, tokens: what the step has and gives without them.
     """
-    taken = seconds or [0.0] * len(expected)
-    return max(range(len(expected)), key=lambda k: (tokens + expected[k]) / (costs.of(rows + k) + taken[k]))
+    best, most = 0, WORTH * tokens / costs.of(rows)
+    for k in range(1, min(len(expected), costs.reach - rows + 1)):
+        speed = (tokens + expected[k]) / costs.of(rows + k)
+        if speed > most:
+            best, most = k, speed
+    return best
+
+
+def best_widths(
+    hopes: Sequence[Sequence[float]], costs: StepCosts, rows: int, seconds_of_guess: float = 0.0
+) -> list[int]:
+    """How many drafts of each request give the most tokens a second together.
+
+    hopes: for each request, how likely each of its drafts, in order, is kept. rows: of the step without drafts, each of
+    which gives a token. seconds_of_guess: what it takes to guess one more draft, of all requests at once.
+    """
+    if not costs.knows(rows):
+        return [0] * len(hopes)
+    likely = sorted(((hope, i) for i, each in enumerate(hopes) for hope in each), reverse=True)
+    likely = likely[: max(0, costs.reach - rows)]
+    widths, best, most, tokens, deepest = [0] * len(hopes), 0, WORTH * rows / costs.of(rows), float(rows), 0
+    for count, (hope, i) in enumerate(likely, 1):
+        tokens, widths[i] = tokens + hope, widths[i] + 1
+        deepest = max(deepest, widths[i])
+        speed = tokens / (costs.of(rows + count) + deepest * seconds_of_guess)
+        if speed > most:
+            best, most = count, speed
+    for _, i in likely[best:]:
+        widths[i] -= 1
+    return widths

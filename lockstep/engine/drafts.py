@@ -6,11 +6,12 @@ and with what the request asks of its logits, chooses the same token. Of a wrong
 values past the computed tokens of a request are overwritten before anybody reads them.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from lockstep.engine.draft_model import DraftModel
-from lockstep.engine.draft_width import PROBE_EVERY, Acceptance, StepCosts, best_width
+from lockstep.engine.draft_width import Acceptance, StepCosts, WidthChoice, best_width
 from lockstep.engine.earlier_answers import EarlierAnswers
 from lockstep.engine.lookup import Guess, Lookup
 from lockstep.engine.request import Request
@@ -23,12 +24,15 @@ ROUNDS = 3  # of asking for drafts that follow other drafts
 
 @dataclass
 class Spare:
-    """What a step has left: tokens, and rows that sample; and how many rows and new tokens it has already."""
+    """What a step has left: tokens, and rows that sample; how many rows and new tokens it has already, what rows cost,
+    and how many drafts each request may have, by its id, where as many are made as pay."""
 
     tokens: int
     rows: int
     num_rows: int
     num_new: float
+    costs: StepCosts
+    widths: dict[int, int] | None = None
 
 
 @dataclass
@@ -98,8 +102,9 @@ class Drafter:
         self._scheduler, self._source, self._eos_ids = scheduler, source or self._guessed_by_model, eos_ids
         self.model = model
         self._guesses: dict[int, list[int]] = {}  # of this step, by the id of their request
+        self._seconds_guessing = 0.0  # of this step, by the model
         self._is_fixed, self._num_drafts = num_drafts is not None, num_drafts or MOST_BY_ITSELF
-        self._acceptance, self._costs = Acceptance(self._num_drafts), StepCosts()
+        self._choice = WidthChoice(self._num_drafts)
         self._answers = EarlierAnswers()
         self.counts: dict[str, DraftCounts] = {}
 
@@ -108,11 +113,19 @@ class Drafter:
         limits = self._scheduler.limits
         sampled = sum(num_rows(request, count) for request, count in plan)
         tokens = sum(count for _, count in plan)
-        decodes = tokens == len(plan)  # a prompt's step costs what it costs: drafts are weighed as if it were not there
-        rows = tokens if decodes else 1
-        spare = Spare(limits.max_step_tokens - tokens, limits.max_sampled - sampled, rows, rows)
+        # a prompt's step costs what it costs: drafts are weighed as if it were not there
+        rows = sum(request.num_left == 1 for request, _ in plan)
+        costs = self._choice.costs(rows)
+        spare = Spare(limits.max_step_tokens - tokens, limits.max_sampled - sampled, rows, rows, costs)
+        each = self.model.seconds(len(plan)) if self.model else 0.0
+        if not self._is_fixed:
+            able = [request for request, _ in plan if request.num_left == 1 and may_draft(request)]
+            widths = self._choice.choose([self._seen(request) for request in able], rows, each)
+            spare.widths = {request.id: width for request, width in zip(able, widths, strict=True)}
         if self.model:
-            self._guesses = self.model.guess(self._asked(self.model, plan, spare), tokens)
+            began = time.perf_counter()
+            self._guesses = self.model.guess(self._asked(plan, spare, each), tokens)
+            self._seconds_guessing = time.perf_counter() - began
         return spare
 
     def draft(self, request: Request, spare: Spare) -> Drafts:
@@ -123,7 +136,8 @@ class Drafter:
         """
         if request.num_left != 1 or not may_draft(request):
             return Drafts()
-        drafts = self._guessed(request, self._most(request, spare))
+        most = self._most(request, spare)
+        drafts = self._guessed(request, most) if most else Drafts()
         drafts.cut(self._width(request, drafts, spare))
         drafts.cut(self._scheduler.lend(request, len(drafts)) if drafts else 0)
         spare.tokens, spare.rows = spare.tokens - len(drafts), spare.rows - len(drafts)
@@ -131,34 +145,25 @@ class Drafter:
         return drafts
 
     def _most(self, request: Request, spare: Spare) -> int:
-        """The most drafts that a step has room for and the answer needs."""
+        """The most drafts that a step has room for, the answer needs, and that pay."""
         left = request.params.max_tokens - len(request.output_ids) - 1
-        return max(0, min(self._num_drafts, spare.tokens, spare.rows, left))
+        paying = self._num_drafts if spare.widths is None else spare.widths[request.id]
+        return max(0, min(paying, spare.tokens, spare.rows, left))
 
-    def _asked(self, model: DraftModel, plan: list[tuple[Request, int]], spare: Spare) -> list[tuple[Request, int]]:
+    def _asked(self, plan: list[tuple[Request, int]], spare: Spare, each: float) -> list[tuple[Request, int]]:
         """How many guesses the model is asked for, of each request; 0 of those whose prompt it only reads.
 
-        Where guesses are not worth their time it is not asked, and reads nothing.
+        Where guesses, which take `each` seconds, are not worth their time it is not asked, and reads nothing.
         """
-        asked, rows, tokens, depth = [], spare.num_rows, spare.num_new, 0
-        each = model.seconds(len(plan))
+        asked = []
         for request, _ in plan:
-            decodes = request.num_left == 1
-            most = self._most(request, spare) if decodes else self._num_drafts
-            if not most or not may_draft(request):
+            if not may_draft(request):
                 continue
-            if not self._is_fixed:
-                seen = self._seen(request)
-                expected = seen.expected([MODEL] * most)
-                most = best_width(
-                    expected, self._costs, rows, tokens, [each * max(0, k - depth) for k in range(most + 1)]
-                )
-                if decodes:
-                    seen.num_without = 0 if most else seen.num_without + 1
-                    most = most or int(seen.num_without >= PROBE_EVERY)
-                    rows, tokens, depth = rows + most, tokens + expected[most], max(depth, most)
-            if most:
-                asked.append((request, most if decodes else 0))
+            if request.num_left > 1:
+                if self._is_fixed or self._choice.may_pay(self._seen(request), each):
+                    asked.append((request, 0))
+            elif most := self._most(request, spare):
+                asked.append((request, most))
         return asked
 
     def _guessed_by_model(self, request: Request, most: int, drafts: Sequence[int]) -> Guess:
@@ -181,29 +186,26 @@ class Drafter:
         return drafts
 
     def _width(self, request: Request, drafts: Drafts, spare: Spare) -> int:
-        """How many of the drafts are worth their rows."""
+        """How many of the drafts are worth their rows, now that it is known where they come from."""
         if self._is_fixed or not drafts:
             return len(drafts)
         seen = self._seen(request)
-        expected = seen.expected(drafts.sources)
-        width = best_width(expected, self._costs, spare.num_rows, spare.num_new)
-        seen.num_without = 0 if width else seen.num_without + 1
-        if seen.num_without >= PROBE_EVERY:
-            seen.num_without, width = 0, 1
+        expected, hopes = seen.expected(drafts.sources), seen.hopes()
+        as_hoped = expected[-1] >= sum(hopes[: len(drafts)]) - 1e-6
+        width = len(drafts) if as_hoped else best_width(expected, spare.costs, spare.num_rows, spare.num_new)
         spare.num_new += expected[width]
         return width
 
     def _seen(self, request: Request) -> Acceptance:
-        """How often a request's drafts were right; of a new one, how often those of others were."""
+        """How often a request's drafts were right; of a new one, how often those of all were."""
         if request.acceptance is None:
-            request.acceptance = Acceptance(self._num_drafts, self._acceptance)
+            request.acceptance = self._choice.newcomer()
         return request.acceptance
 
     def note(self, request: Request, drafts: Drafts, num_right: int) -> None:
         """Takes in how many of a request's drafts were right."""
-        self._acceptance.note(drafts.sources, num_right)
-        if request.acceptance is not None:
-            request.acceptance.note(drafts.sources, num_right)
+        if not self._is_fixed:
+            self._choice.note(self._seen(request), drafts.sources, num_right)
         for depth, source in enumerate(drafts.sources):
             counts = self.counts.setdefault(source, DraftCounts())
             counts.drafted[depth] += 1
@@ -212,7 +214,7 @@ class Drafter:
     def time(self, counts: list[int], num_drafts: int, seconds: float) -> None:
         """Takes in how long a step took that computed so many tokens of each request, and so many drafts in all."""
         if max(counts) == 1:
-            self._costs.note(len(counts) + num_drafts, seconds)
+            self._choice.time(len(counts), num_drafts, seconds - self._seconds_guessing)
 
     def end(self, request: Request) -> None:
         """Takes leave of a request: others may look in its answer, if it has one."""

@@ -231,14 +231,11 @@ class Engine:
 
     def step(self) -> list[Request]:
         """Runs one step; returns the requests that got a token or their embedding, or failed."""
+        began = time.perf_counter()
         plan, changed = self._prepare()
         if not plan:
             return changed
-        began = time.perf_counter()
         tokens, logprobs, _ = self.runner.step([planned.span for planned in plan])
-        if self.drafter:
-            num_drafts = sum(len(planned.drafts) for planned in plan)
-            self.drafter.time([planned.count for planned in plan], num_drafts, time.perf_counter() - began)
         row = hidden_row = 0
         for planned in plan:
             request = planned.request
@@ -250,6 +247,9 @@ class Engine:
                 row = self._take_sampled(planned, row, tokens, logprobs)
             else:
                 hidden_row = self._take_hidden(request, request.pool, planned.span, hidden_row)
+        if self.drafter:
+            num_drafts = sum(len(planned.drafts) for planned in plan)
+            self.drafter.time([planned.count for planned in plan], num_drafts, time.perf_counter() - began)
         return changed
 
     def _prepare(self) -> tuple[list[Planned], list[Request]]:

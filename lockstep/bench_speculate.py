@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from lockstep.bench_layer import Case
-from lockstep.engine.draft_width import StepCosts, best_width
 from lockstep.engine.drafts import MAX_DRAFTS, MOST_BY_ITSELF, Drafter, Source
 from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.lookup import Guess
@@ -291,11 +290,8 @@ def best_draft(acceptance: float, seconds: Mapping[int, float]) -> int:
     """The fixed number of drafts with the most tokens a second, by steps of each width that were measured; 0: none."""
     if not acceptance:
         return 0
-    costs = StepCosts()
-    for width, each in seconds.items():
-        costs.note(width, each)
-    expected = [sum(acceptance ** (i + 1) for i in range(k)) for k in range(max(seconds))]
-    return best_width(expected, costs, 1, 1.0)
+    tokens = {width: sum(acceptance**i for i in range(width)) for width in seconds}
+    return max(seconds, key=lambda width: tokens[width] / seconds[width]) - 1
 
 
 # ---------------------------------------------------------------- a layer that is read once for all rows

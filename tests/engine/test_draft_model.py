@@ -287,7 +287,7 @@ def test_a_model_whose_guesses_are_wrong_is_hardly_asked(model, engine, tmp_path
     while made.has_work:
         made.step()
     late = [at for at in counted if at > 300]
-    assert 5 < len(late) < 60  # every 24 tokens it is tried again
+    assert 0 < len(late) < 60  # every 24 tokens it is tried again, if right guesses would pay; every 256 that is tried
 
 
 def test_an_engine_wants_a_model_with_that_source_only(model):

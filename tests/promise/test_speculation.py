@@ -55,9 +55,12 @@ def test_the_bundled_models_answers_and_memory_are_the_same_with_drafts(menu, tm
     assert not missing and events["requests"] >= NUM_REQUESTS, f"{missing} did not happen; {dict(events)}"
 
 
-@pytest.mark.parametrize("config", ["qwen3", "mistral_window", "qwen3_5"])
-def test_tiny_models_answers_and_memory_are_the_same_with_drafts(config, tmp_path):
-    subject = tiny(config, tmp_path / "model")
+TINY = [("qwen3", "q8_0", "q8"), ("mistral_window", "bf16", "f32"), ("qwen3_5", "q4_0", "q8")]
+
+
+@pytest.mark.parametrize("config, weights, kv_dtype", TINY)
+def test_tiny_models_answers_and_memory_are_the_same_with_drafts(config, weights, kv_dtype, tmp_path):
+    subject = tiny(config, tmp_path / "model", weights, kv_dtype)
     menu = Menu(subject, wishes(subject, 1, 20))
     assert not [what for lot in lots(menu, 1, 4) for what in run_lot(menu, lot, tmp_path).differences]
 

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from lockstep.ops.kv_cache import KV_DTYPES
 from tests.budget import used_seconds
 from tests.promise.models import CONFIGS
 from tests.speculation.proof import Menu, Report, lots, run_lot
@@ -15,6 +16,7 @@ from tests.speculation.subjects import Subject, bundled, tiny
 from tests.speculation.wishes import wishes
 
 NUM_WISHES, LOT_SIZE = 60, 10
+FORMATS = ("f32", "bf16", "q8_0", "q4_0")
 TOLD = ("requests", "drafts", "right drafts", "preempted requests", "cancelled", "prefix hits", "disk_loaded", "stop")
 
 
@@ -34,9 +36,15 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=10_000, help="at least so many (%(default)s)")
     parser.add_argument("--seed", type=int, default=time.time_ns() // 10**9, help="of the first menu; else the time")
     parser.add_argument("--model", choices=["bundled", *CONFIGS], default="bundled", help="or a tiny random one")
+    parser.add_argument(
+        "--weights", default="auto", choices=["auto", "f32", "bf16", "q8_0", "q4_0"], help="their format"
+    )
+    parser.add_argument("--kv-dtype", default="bf16", choices=KV_DTYPES, help="of the KV cache (%(default)s)")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        subject = bundled() if given.model == "bundled" else tiny(given.model, Path(folder) / "model")
+        formats = given.weights, given.kv_dtype
+        made = Path(folder) / "model"
+        subject = bundled(*formats) if given.model == "bundled" else tiny(given.model, made, *formats)
         try:
             return campaign(subject, given.seed, given.requests, Path(folder))
         finally:

@@ -92,18 +92,18 @@ class ModuloMask:
         return np.packbits((self._tokens + last) % 3 != 0, bitorder="little").view(np.uint32)
 
 
-def tiny(config: str, folder: Path) -> Subject:
+def tiny(config: str, folder: Path, weights: str = "f32", kv_dtype: str = "bf16") -> Subject:
     """A tiny random model of one of `tests.promise.models.CONFIGS`, without a tokenizer."""
-    model = load(Case(config, "f32", "bf16"), folder)
+    model = load(Case(config, weights, kv_dtype), folder)
     size = model.config.vocab_size
     texts = [phrases(size, seed, 400) for seed in range(4)]
     draft = load(Case(config, "q8_0", "bf16"), folder)
     return Subject(model, draft, frozenset(model.config.eos_ids), texts, [functools.partial(ModuloMask, size)])
 
 
-def bundled() -> Subject:
+def bundled(weights: str = "auto", kv_dtype: str = "bf16") -> Subject:
     """The model that comes with the package, with all of its context. `close` ends what compiles its grammars."""
-    model = load(Case("bundled", "auto", "bf16"), Path(), 4096)
+    model = load(Case("bundled", weights, kv_dtype), Path(), 4096)
     tokenizer = find_tokenizer(resolve_model(None), model.checkpoint.metadata)
     size, eos_ids = model.config.vocab_size, frozenset(tokenizer.eos_ids) | frozenset(model.config.eos_ids)
     grammars = Grammars(tokenizer, eos_ids, size)

@@ -24,6 +24,7 @@ from lockstep.runtime.kernel import OnCompile
 from lockstep.runtime.threads import Team
 
 SLOTS = 2  # of a request, for recurrent layers: moved by known tokens, and by guesses
+MAX_STEP = 16  # known tokens that may be new since the last step, if there were guesses in it
 CATCH_UP = 128  # known tokens that a step computes beside as many as the target does
 
 
@@ -84,12 +85,13 @@ class DraftModel:
         check_vocabulary(target, model)
         self.model = replace(model, max_context=min(model.max_context, target.max_context))
         self._eos_ids = eos_ids
-        self._states = [c for c in model.recorded.caches if c.kind != "pages"]
-        num_slots = limits.max_requests * (SLOTS if self._states else 1)
+        states = [c for c in model.recorded.caches if c.kind != "pages"]
+        num_slots = limits.max_requests * (SLOTS if states else 1)
         num_tokens = max(limits.max_step_tokens, limits.max_requests)
         own = Limits(num_tokens, num_slots, limits.num_pages, limits.max_requests)
         self.runner = Runner(self.model, team, own, on_compile=on_compile)
         self.pages, self.free_slots = PageAllocator(limits.num_pages), list(range(limits.max_requests))
+        self._states = [self.runner.caches[c.name].reshape(-1, c.bytes_each) for c in states]
         self._first_copy = limits.max_requests
         self.followers: dict[int, Follower] = {}
         self._costs = StepCosts()
@@ -99,17 +101,30 @@ class DraftModel:
 
         num_planned: tokens that the target computes in this step.
         """
+        began = time.perf_counter()
         self._leave([f for f in self.followers.values() if f.request.slot is None])
+        if not wanted:
+            return {}
         guesses = [Guesses(self._follower(request, most), most) for request, most in wanted]
-        asking = self._read([g for g in guesses if not g.follower.is_done], CATCH_UP + num_planned)
+        followed = [g for g in guesses if not g.follower.is_done]
+        has_read = any(g.most == 0 or g.follower.num_left > MAX_STEP for g in followed)
+        asking, num_steps = self._read(followed, CATCH_UP + num_planned), 1
         self._copy_states(asking)
         while asking:
-            asking = self._go_on(asking)
+            asking, num_steps = self._go_on(asking), num_steps + 1
+        if followed and not has_read:
+            self._costs.note(len(followed), (time.perf_counter() - began) / num_steps)
         return {g.follower.request.id: g.tokens for g in guesses}
 
     def seconds(self, num_requests: int) -> float:
-        """Seconds that one more guess for each of so many requests takes; 0 before any was measured."""
+        """Seconds that one more guess for each of so many requests takes, all that is done for it included; 0 before
+        any was measured."""
         return self._costs.of(num_requests) if self._costs else 0.0
+
+    def is_behind(self, request: Request) -> bool:
+        """Whether a request is read, and has known tokens that were not yet."""
+        f = self.followers.get(request.id)
+        return f is not None and not f.is_done and f.num_left > 0
 
     def forget(self, request: Request) -> None:
         """Gives back what a request has here; it may come again."""
@@ -159,8 +174,7 @@ class DraftModel:
 
     def _copy_states(self, guesses: Sequence[Guesses]) -> None:
         """What known tokens made of the states is where guesses go on from."""
-        for cache in self._states:
-            rows = self.runner.caches[cache.name].reshape(-1, cache.bytes_each)
+        for rows in self._states if guesses else ():
             for g in guesses:
                 rows[self._copy_of(g.follower)] = rows[g.follower.slot]
 
@@ -204,10 +218,7 @@ class DraftModel:
         those that want more."""
         if not spans:
             return []
-        began = time.perf_counter()
         tokens, logprobs, _ = self.runner.step(spans)
-        if max(len(span.token_ids) for span in spans) == 1:
-            self._costs.note(len(spans), time.perf_counter() - began)
         got = zip(asking, tokens[: len(asking)].tolist(), logprobs[: len(asking)].tolist(), strict=True)
         return [g for g, token, logprob in got if self._takes(g, token, logprob)]
 

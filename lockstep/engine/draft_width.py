@@ -211,7 +211,7 @@ class WidthChoice:
             each.num_without = 0 if width else each.num_without + 1
         self._since_probe += 1
         if self._since_probe >= PROBE_EVERY:
-            self._probe(seen, widths, rows)
+            self._probe(seen, widths, rows, seconds_of_guess)
         return widths
 
     def may_pay(self, seen: Acceptance, seconds_of_guess: float) -> bool:
@@ -219,12 +219,16 @@ class WidthChoice:
         costs = self.costs(1)
         return not costs.knows(1) or any(best_widths([seen.hopes()], costs, 1, seconds_of_guess))
 
-    def _probe(self, seen: Sequence[Acceptance], widths: list[int], rows: int) -> None:
+    def try_again(self, seen: Acceptance) -> None:
+        """Notes that there was no guess to be tried, and will soon be one."""
+        seen.num_without, self._since_probe = LONG_AGO, PROBE_EVERY
+
+    def _probe(self, seen: Sequence[Acceptance], widths: list[int], rows: int, seconds_of_guess: float) -> None:
         """Gives the request that has had no draft for the longest time one, if sure ones would pay."""
         longest = max(range(len(seen)), key=lambda i: seen[i].num_without, default=None)
         if longest is None or seen[longest].num_without < PROBE_EVERY:
             return
-        if any(best_widths([[1.0] * self._depths] * len(seen), self.costs(rows), rows)):
+        if any(best_widths([[1.0] * self._depths] * len(seen), self.costs(rows), rows, seconds_of_guess)):
             widths[longest], seen[longest].num_without, self._since_probe = 1, 0, 0
 
     def note(self, seen: Acceptance, sources: Sequence[str], num_right: int) -> None:
@@ -232,7 +236,7 @@ class WidthChoice:
         self._everybody.note(sources, num_right)
         seen.note(sources, num_right)
         if num_right and not self._since_probe:
-            seen.num_without, self._since_probe = LONG_AGO, PROBE_EVERY  # what was tried is tried again
+            self.try_again(seen)
 
     def time(self, requests: int, num_drafts: int, seconds: float) -> None:
         """Takes in how long a step of so many requests, each with one token and all with so many drafts, took."""

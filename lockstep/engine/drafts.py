@@ -124,7 +124,10 @@ class Drafter:
             spare.widths = {request.id: width for request, width in zip(able, widths, strict=True)}
         if self.model:
             began = time.perf_counter()
-            self._guesses = self.model.guess(self._asked(plan, spare, each), tokens)
+            asked = self._asked(plan, spare, each)
+            self._guesses = self.model.guess(asked, tokens)
+            for request in [request for request, most in asked if most and self.model.is_behind(request)]:
+                self._choice.try_again(self._seen(request))
             self._seconds_guessing = time.perf_counter() - began
         return spare
 

@@ -190,3 +190,27 @@ def test_guesses_that_take_time_themselves_are_worth_less():
     right = [rates(lambda i: 7).hopes()] * 2
     widths = [best_widths(right, costs({2: 1.0, 16: 1.2}), 2, each) for each in (0.0, 0.1, 0.5, 5.0)]
     assert widths[0] == [7, 7] and widths[-1] == [0, 0] and widths == sorted(widths, reverse=True)
+
+
+def hopeless(seconds_of_guess):
+    """(a WidthChoice where no draft was right and steps of two rows are known, an Acceptance, widths of its steps)."""
+    choice = WidthChoice(DEPTHS)
+    seen = choice.newcomer()
+    for rows in (0, 1):
+        choice.time(1, rows, 1.0)
+    for _ in range(60):
+        choice.note(seen, ["model"] * DEPTHS, 0)
+    return choice, seen, [choice.choose([seen], 1, seconds_of_guess)[0] for _ in range(100)]
+
+
+def test_guesses_are_tried_again_only_where_sure_ones_would_pay():
+    assert 3 <= sum(hopeless(0.1)[2]) <= 5
+    assert sum(hopeless(1.0)[2]) == 0
+
+
+def test_a_guess_that_was_to_be_tried_and_was_not_made_is_asked_for_again():
+    choice, seen, _ = hopeless(0.1)
+    assert choice.choose([seen], 1, 0.1) == [0]
+    choice.try_again(seen)
+    assert choice.choose([seen], 1, 0.1) == [1]
+    assert choice.choose([seen], 1, 0.1) == [0]

@@ -71,7 +71,7 @@ def fields(wishes, vocabulary):
         seed=1,
         position=1,
         num_logprobs=p.logprobs or 0,
-        **adjustment.fields([]),
+        **adjustment.rows([])[0],
     ), adjustment
 
 

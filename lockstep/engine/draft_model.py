@@ -18,7 +18,7 @@ from lockstep.engine.model import Model
 from lockstep.engine.pages import PageAllocator
 from lockstep.engine.request import Request
 from lockstep.engine.runner import Limits, Runner, Span
-from lockstep.engine.sampling import choice
+from lockstep.engine.sampling import guessed
 from lockstep.engine.scheduler import pages_for
 from lockstep.runtime.kernel import OnCompile
 from lockstep.runtime.threads import Team
@@ -210,7 +210,7 @@ class DraftModel:
     def _span(self, g: Guesses, token_ids: list[int], start: int, slot: int, asks: bool) -> Span:
         """Tokens of a request, and whether the next one is asked for."""
         request, vocab_size = g.follower.request, self.model.config.vocab_size
-        chosen = {len(token_ids) - 1: choice(request, self._eos_ids, vocab_size, g.tokens)} if asks else {}
+        chosen = {len(token_ids) - 1: guessed(request, self._eos_ids, vocab_size, g.tokens)} if asks else {}
         return Span(token_ids, start, g.follower.pages, slot, chosen)
 
     def _run(self, spans: list[Span], asking: Sequence[Guesses]) -> list[Guesses]:

@@ -17,9 +17,11 @@ from lockstep.engine.lookup import Guess, Lookup
 from lockstep.engine.request import Request
 from lockstep.engine.sampling import num_rows
 from lockstep.engine.scheduler import Scheduler
+from lockstep.engine.speculative_mask import SpeculativeMask
 
 MAX_DRAFTS, MOST_BY_ITSELF = 15, 7  # of a request in a step: that may be asked for; where the width follows what pays
-ROUNDS = 3  # of asking for drafts that follow other drafts
+ROUNDS = 4  # of asking for drafts that follow other drafts
+NOTHING = Guess([], "")
 
 
 @dataclass
@@ -71,9 +73,10 @@ MODEL = "model"  # the source that is a smaller model
 
 
 def may_draft(request: Request) -> bool:
-    """Whether a request may have drafts when it decodes: one with a mask of its user's may not, nor one that makes no
-    tokens."""
-    return request.pool is None and request.params.logits_mask is None
+    """Whether a request may have drafts when it decodes: not one that makes no tokens, nor one with a mask that cannot
+    be asked about tokens that may not come."""
+    mask = request.params.logits_mask
+    return request.pool is None and (mask is None or isinstance(mask, SpeculativeMask))
 
 
 class DraftCounts:
@@ -134,8 +137,7 @@ class Drafter:
     def draft(self, request: Request, spare: Spare) -> Drafts:
         """Drafts of a request's next tokens, with pages to put them in; they are taken from what is spare.
 
-        Only for a request that decodes, and whose logits_mask (a function of others', called once for each token of the
-        answer) need not be asked about tokens that may not come.
+        Only for a request that decodes and may have drafts.
         """
         if request.num_left != 1 or not may_draft(request):
             return Drafts()
@@ -171,22 +173,36 @@ class Drafter:
 
     def _guessed_by_model(self, request: Request, most: int, drafts: Sequence[int]) -> Guess:
         """What the model guessed at the step's beginning."""
-        return Guess([] if drafts else self._guesses.get(request.id, [])[:most], MODEL)
+        guessed, known = self._guesses.get(request.id, []), len(drafts)
+        return Guess(guessed[known : known + most] if guessed[:known] == list(drafts) else [], MODEL)
 
     def _guessed(self, request: Request, most: int) -> Drafts:
-        """Up to `most` guesses of a request's next tokens."""
+        """Up to `most` guesses of a request's next tokens, all of them before the first that would end the answer."""
         if request.lookup is None:
             of_salt = self._answers, request.cache_salt
             request.lookup = Lookup(len(request.prompt_ids), request.prediction, *of_salt)
         drafts = Drafts()
         for _ in range(ROUNDS):
             left = most - len(drafts)
-            guess = self._source(request, left, drafts.tokens) if left > 0 else Guess([], "")
+            guess = self._next(request, left, drafts.tokens) if left > 0 else NOTHING
             if not guess.tokens:
                 break
             drafts.add(guess)
-        drafts.cut(self._num_before_end(request, drafts.tokens))
         return drafts
+
+    def _next(self, request: Request, most: int, drafts: list[int]) -> Guess:
+        """What may follow the drafts: what a grammar forces, or else what the source says and the grammar allows."""
+        output_ids, mask = request.output_ids, request.params.logits_mask
+        assert mask is None or isinstance(mask, SpeculativeMask), "see may_draft"
+        try:
+            forced = mask.forced(output_ids, drafts) if mask else []
+            guess = Guess(forced[:most], "grammar") if forced else self._source(request, most, drafts)
+            tokens = guess.tokens[: self._num_before_end(request, guess.tokens)]
+            if mask and tokens and not forced:
+                tokens = tokens[: mask.num_allowed(output_ids, drafts + tokens) - len(drafts)]
+            return Guess(tokens, guess.source)
+        except ValueError:  # a limit of the grammar: where the answer itself reaches it, its next mask says so
+            return NOTHING
 
     def _width(self, request: Request, drafts: Drafts, spare: Spare) -> int:
         """How many of the drafts are worth their rows, now that it is known where they come from."""

@@ -270,6 +270,9 @@ class Engine:
         start, end = request.num_computed, request.num_computed + count
         sampled = sampled_rows(request, start, end, self.eos_ids, self.model.config.vocab_size, drafts.tokens)
         embedded = request.pool.rows(start, end) if request.pool is not None else ()
+        if drafts and len(sampled) <= len(drafts):  # a mask does not go on to the last
+            drafts.cut(len(sampled) - 1)
+            self.scheduler.settle(request, count)
         token_ids = request.token_ids(start, end) + drafts.tokens
         counts = dict(num_drafts=len(drafts), num_pending=request.num_pending)
         return Span(token_ids, start, request.pages, request.running_slot, sampled, embedded, **counts)

@@ -28,8 +28,8 @@ class SamplingParams:
     time that the output has a token. presence_penalty: subtracted once if it has it. logit_bias: {token id: -100 to
     100} to add. suppress_tokens: ids that are never chosen. logits_mask: a function, called once for each token with
     the list of output ids so far (not to be changed), that returns None or uint32[ceil(vocabulary / 32)], whose bit
-    i % 32 of word i // 32 allows token i. If nothing is allowed, or the function raises, the request ends with
-    finish_reason "error".
+    i % 32 of word i // 32 allows token i (a SpeculativeMask may be asked about drafts, too). If nothing is allowed, or
+    the function raises, the request ends with finish_reason "error".
 
     End. max_tokens: of the output. stop: strings; the answer ends before the first of them to be complete, or after it
     with include_stop_str_in_output, which also keeps the text of a stop token. stop_token_ids: end an answer as the

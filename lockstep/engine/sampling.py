@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lockstep.engine.speculative_mask import SpeculativeMask
 from lockstep.ops.adjust_logits import ADJUSTMENT_RECORD
 
 if TYPE_CHECKING:
@@ -51,59 +52,79 @@ class Adjustment:
         biases = {**params.logit_bias, **dict.fromkeys(params.suppress_tokens, -np.inf)}
         self._bias_ids = np.array(list(biases), np.int32)
         self._bias = np.array(list(biases.values()), np.float32)
-        self._bits = np.zeros(-(-vocab_size // 32), np.uint32)
+        self._bits = np.zeros((1, -(-vocab_size // 32)), np.uint32)  # a mask for each row
         self._record = np.zeros(1, ADJUSTMENT_RECORD)
         memory = [a.ctypes.data for a in (self._seen, self._bias_ids, self._bias, self._banned)]
         penalties = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
         self._record[0] = (*memory, len(self._bias), *penalties)
 
-    def fields(self, output_ids: list[int], drafts: Sequence[int] = ()) -> dict[str, int]:
-        """Fields of the SAMPLING_RECORD of the token after these; none if nothing is asked. Refused for a bad mask.
+    def rows(self, output_ids: list[int], drafts: Sequence[int] = (), first: int = 0) -> list[dict[str, int]]:
+        """Fields of the SAMPLING_RECORDs of the token after the output, and of that after each draft, from that after
+        the first `first` drafts on: none in a row of which nothing is asked. Fewer where a mask does not go on. Refused
+        for a bad mask.
 
-        drafts: tokens that are taken to follow the output until the next call. They go with no mask.
+        drafts: tokens that are taken to follow the output until the next call.
         """
-        self._log(output_ids, drafts)
-        num_seen = len(self._prompt) + self._num_logged
-        mask = self._mask(output_ids)
-        num_banned = len(self._banned) if len(output_ids) + len(drafts) < self._params.min_tokens else 0
-        if mask and num_banned and not self._may_go_on():
+        num_seen = self._log(output_ids, drafts)
+        masks = self._masks(output_ids, drafts, first)
+        return [
+            self._fields(len(output_ids) + i, num_seen + i * self._counts_output, mask)
+            for i, mask in enumerate(masks, first)
+        ]
+
+    def _fields(self, num_output: int, num_seen: int, mask: np.ndarray | None) -> dict[str, int]:
+        """The fields of one row, after so many tokens of output."""
+        num_banned = len(self._banned) if num_output < self._params.min_tokens else 0
+        if mask is not None and num_banned and not self._may_go_on(mask):
             num_banned = 0  # a grammar that is complete ends the answer: nothing else is allowed
-        if not (num_seen or num_banned or mask or len(self._bias)):
+        if not (num_seen or num_banned or mask is not None or len(self._bias)):
             return {}
-        return dict(adjustment=self._record.ctypes.data, mask=mask, num_seen=num_seen, num_banned=num_banned)
+        address = 0 if mask is None else mask.ctypes.data
+        return dict(adjustment=self._record.ctypes.data, mask=address, num_seen=num_seen, num_banned=num_banned)
 
-    def _log(self, output_ids: list[int], drafts: Sequence[int]) -> None:
-        if self._counts_output:
-            self._counts.subtract(self._drafts)
-            self._num_logged -= len(self._drafts)
-            self._drafts = list(drafts)
-            for token in output_ids[self._num_logged :] + self._drafts:
-                self._counts[token] += 1
-                self._seen[len(self._prompt) + self._num_logged] = token, self._counts[token]
-                self._num_logged += 1
+    def _log(self, output_ids: list[int], drafts: Sequence[int]) -> int:
+        """Logs what the rows have seen; returns how much of it the first of them has."""
+        if not self._counts_output:
+            return len(self._prompt)
+        self._counts.subtract(self._drafts)
+        self._num_logged -= len(self._drafts)
+        self._drafts = list(drafts)
+        for token in output_ids[self._num_logged :] + self._drafts:
+            self._counts[token] += 1
+            self._seen[len(self._prompt) + self._num_logged] = token, self._counts[token]
+            self._num_logged += 1
+        return len(self._prompt) + self._num_logged - len(drafts)
 
-    def _may_go_on(self) -> bool:
-        """Whether the mask allows a token that ends nothing."""
-        others = self._bits.copy()
+    def _may_go_on(self, mask: np.ndarray) -> bool:
+        """Whether a mask allows a token that ends nothing."""
+        others = mask.copy()
         np.bitwise_and.at(others, self._banned // 32, ~(np.uint32(1) << (self._banned % 32).astype(np.uint32)))
         return bool(others.any())
 
-    def _mask(self, output_ids: list[int]) -> int:
-        """Address of the mask of the token after these, 0 for none."""
-        if self._params.logits_mask is None:
-            return 0
+    def _masks(self, output_ids: list[int], drafts: Sequence[int], first: int) -> list[np.ndarray | None]:
+        """The masks of the rows, each in memory of its own until the next call; None in a row that has none."""
+        ask = self._params.logits_mask
+        if ask is None:
+            return [None] * (len(drafts) + 1 - first)
+        if len(drafts) >= len(self._bits):
+            self._bits = np.zeros((len(drafts) + 1, self._bits.shape[1]), np.uint32)
         try:
-            mask = self._params.logits_mask(output_ids)
-            bits = None if mask is None else np.asarray(mask)
+            masks = ask.masks(output_ids, drafts, first) if isinstance(ask, SpeculativeMask) else [ask(output_ids)]
+            return [self._written(row, mask) for row, mask in enumerate(masks, first)]
+        except Refused:
+            raise
         except Exception as error:  # a caller's function: whatever it raises ends this request and no other
             raise Refused(f"logits_mask raised {type(error).__name__}: {error}") from error
-        if bits is None:
-            return 0
-        if bits.dtype not in (np.uint32, np.int32) or bits.shape != self._bits.shape:
-            found = f"{bits.dtype} {list(bits.shape)}"
-            raise Refused(f"logits_mask: expected None or uint32 [{len(self._bits)}], got {found}")
-        self._bits[:] = bits.view(np.uint32)
-        return self._bits.ctypes.data
+
+    def _written(self, row: int, mask: Any) -> np.ndarray | None:
+        """A copy of a row's mask that the op can read."""
+        if mask is None:
+            return None
+        bits, own = np.asarray(mask), self._bits[row]
+        if bits.dtype not in (np.uint32, np.int32) or bits.shape != own.shape:
+            raise Refused(f"logits_mask: expected None or uint32 [{len(own)}], got {bits.dtype} {list(bits.shape)}")
+        own[:] = bits.view(np.uint32)
+        return own
 
 
 def adjusts(params: "SamplingParams") -> bool:
@@ -123,7 +144,7 @@ def sampled_rows(
     request: "Request", start: int, end: int, eos_ids: frozenset[int], vocab_size: int, drafts: Sequence[int] = ()
 ) -> dict[int, dict[str, Any]]:
     """{row: fields of a SAMPLING_RECORD} for tokens start .. end of a request and drafts after them, rows counted from
-    start; or Refused."""
+    start; or Refused. There are fewer where its mask does not go on to the last draft."""
     p, prompt = request.params, request.prompt_ids
     rows: dict[int, dict[str, Any]] = {}
     if p.prompt_logprobs is not None:
@@ -132,20 +153,33 @@ def sampled_rows(
         for at in range(max(start, reported), min(end, len(prompt) - 1)):
             rows[at - start] = dict(given=1 + prompt[at + 1], num_logprobs=p.prompt_logprobs)
     if end == request.num_tokens and request.pool is None:
-        for i in range(len(drafts) + 1):
-            rows[end - 1 - start + i] = choice(request, eos_ids, vocab_size, drafts[:i])
-            rows[end - 1 - start + i]["num_logprobs"] = p.logprobs or 0
+        for i, fields in enumerate(choices(request, eos_ids, vocab_size, drafts)):
+            rows[end - 1 - start + i] = fields | dict(num_logprobs=p.logprobs or 0)
     return rows
 
 
-def choice(request: "Request", eos_ids: frozenset[int], vocab_size: int, drafts: Sequence[int] = ()) -> dict[str, Any]:
-    """Fields of a SAMPLING_RECORD that choose the token after all known ones of a request and drafts; or Refused."""
-    p = request.params
+def choices(
+    request: "Request", eos_ids: frozenset[int], vocab_size: int, drafts: Sequence[int] = (), first: int = 0
+) -> list[dict[str, Any]]:
+    """Fields of the SAMPLING_RECORDs that choose the token after all known ones of a request, and those after each
+    draft, from that after the first `first` drafts on; fewer where its mask does not go on. Or Refused."""
+    p, wishes = request.params, [{}] * (len(drafts) + 1 - first)
     if request.adjustment is None and adjusts(p):
         request.adjustment = Adjustment(request.prompt_ids, p, eos_ids, vocab_size)
-    wishes = request.adjustment.fields(request.output_ids, drafts) if request.adjustment else {}
+    if request.adjustment is not None:
+        wishes = request.adjustment.rows(request.output_ids, drafts, first)
     how = dict(temperature=p.temperature, top_p=p.top_p, min_p=p.min_p, top_k=p.top_k, seed=p.seed)
-    return dict(position=request.num_tokens + len(drafts), **how, **wishes)
+    return [dict(position=request.num_tokens + i, **how, **fields) for i, fields in enumerate(wishes, first)]
+
+
+def guessed(request: "Request", eos_ids: frozenset[int], vocab_size: int, drafts: Sequence[int] = ()) -> dict[str, Any]:
+    """Fields of a SAMPLING_RECORD that choose what may follow drafts of a request as it would be chosen. Where a mask
+    cannot say what is allowed there, everything is: it is a guess."""
+    try:
+        made = choices(request, eos_ids, vocab_size, drafts, len(drafts))
+    except Refused:  # the token that is certain is refused alike
+        made = []
+    return made[0] if made else dict(position=request.num_tokens + len(drafts))
 
 
 def take_prompt_rows(request: "Request", span: "Span", row: int, runner: "Runner", logprobs: np.ndarray) -> int:

@@ -165,9 +165,9 @@ class Scheduler:
         request.pages += self.pages.take(min(wanted, blank)) or [] if wanted > 0 else []
         return min(count, len(request.pages) * PAGE_TOKENS - request.num_computed - 1)
 
-    def settle(self, request: Request) -> None:
-        """Takes back what was lent to a running request and holds no computed token."""
-        kept = pages_for(request.num_computed)
+    def settle(self, request: Request, num_next: int = 0) -> None:
+        """Takes back what was lent to a running request and holds no computed token, nor one of the next so many."""
+        kept = pages_for(request.num_computed + num_next)
         self.pages.give_back(request.pages[kept:])
         del request.pages[kept:]
 

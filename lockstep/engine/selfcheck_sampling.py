@@ -97,7 +97,7 @@ def record(row: int, p: SamplingParams, adjustment: Adjustment) -> dict[str, Any
         seed=row,
         position=row + 1,
         num_logprobs=p.logprobs or 0,
-        **adjustment.fields(SEEN[:3]),
+        **adjustment.rows(SEEN[:3])[0],
     )
 
 

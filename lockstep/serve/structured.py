@@ -9,19 +9,18 @@ import functools
 import json
 import re
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import llguidance
 import numpy as np
 
+from lockstep.serve.grammar_mask import GrammarMask, fill
 from lockstep.serve.grammar_proofs import Proofs, TooSlow
 from lockstep.serve.job_process import Busy
-from lockstep.serve.matchers import GIVEN, MAX_GRAMMAR_BYTES, STACK_BYTES, Vocabulary, check, new_matcher, new_reader
+from lockstep.serve.matchers import GIVEN, MAX_GRAMMAR_BYTES, STACK_BYTES, Vocabulary, new_matcher, new_reader
 from lockstep.serve.schemas import MAX_PATTERN_BYTES, check_numbers, check_size, exact, loosened
 from lockstep.serve.tokenizer import Tokenizer, check_text
 
@@ -30,7 +29,6 @@ QUICK_SECONDS = 0.25  # of the processor, to compile a grammar once beside other
 MANY_SECONDS = 1.5  # to compile one that is quick for all samples
 COMPILE_SECONDS = 3.0  # for all samples of a request
 COMPILE_BYTES = 192 << 20  # for all samples of a request
-MAX_SAMPLES = 128  # of one prompt, as many as there may be
 RULE = re.compile(r"^[ \t]*[?!]?[A-Za-z_]", re.MULTILINE)  # the first line of one
 JSON_INSIDE = re.compile(r"%json\s*")
 # One space, or a line break and its indentation: without a bound a weak model writes white space for ever.
@@ -159,7 +157,7 @@ class Grammars:
         trigger: int | None = None,
         after: int | None = None,
         once: bool = False,
-    ) -> "TokenMask":
+    ) -> GrammarMask:
         """A mask that holds answers, so many samples, to a grammar made by one of this module's functions.
 
         trigger: a token id; the grammar then holds from that token on until it is complete, and again from the next
@@ -171,7 +169,7 @@ class Grammars:
         if not self._eos_ids:
             raise ValueError("this model has no end token, so it cannot end an answer when a grammar is complete")
         new_matcher = functools.partial(self._compile, grammar)
-        return TokenMask(self._compiled(grammar, num_samples), new_matcher, self.num_words, trigger, after, once)
+        return GrammarMask(self._compiled(grammar, num_samples), new_matcher, self.num_words, trigger, after, once)
 
     def check(self, grammar: str) -> None:
         """ValueError for a grammar that `mask` would refuse."""
@@ -247,76 +245,6 @@ def _with_deep_stacks(count: int) -> ThreadPoolExecutor:
         threading.stack_size(usual)
     all_there.wait()
     return made
-
-
-class TokenMask:
-    """The function for SamplingParams.logits_mask: given the output so far, the tokens allowed next.
-
-    Works for all samples of a request; each has a matcher of its own, of those given or made by new_matcher, that
-    advances with its output. The array it returns is used again by the next call.
-    """
-
-    def __init__(
-        self,
-        matchers: list[llguidance.LLMatcher],
-        new_matcher: Callable[[], llguidance.LLMatcher],
-        num_words: int,
-        trigger: int | None = None,
-        after: int | None = None,
-        once: bool = False,
-    ) -> None:
-        self._unused, self._new_matcher, self._trigger, self._after = matchers, new_matcher, trigger, after
-        self._once = once
-        self._words = np.zeros(num_words, np.uint32)
-        self._samples: OrderedDict[int, _Sample] = OrderedDict()
-
-    def __call__(self, output_ids: list[int]) -> np.ndarray | None:
-        sample = self._sample(output_ids)
-        for token in output_ids[sample.num_read :]:
-            self._read(sample, token)
-        return None if sample.matcher is None else fill(sample.matcher, self._words)
-
-    def _sample(self, output_ids: list[int]) -> "_Sample":
-        """What is known of this list, which only ever grows; a new list is read from its beginning."""
-        known = self._samples.get(id(output_ids))
-        if known is None or known.num_read > len(output_ids):
-            compiled = self._unused.pop() if self._unused else self._new_matcher()
-            at_work = compiled if self._trigger is None else None
-            known = self._samples[id(output_ids)] = _Sample(output_ids, compiled, at_work, self._after is None)
-            if len(self._samples) > MAX_SAMPLES:
-                self._samples.popitem(last=False)
-        return known
-
-    def _read(self, sample: "_Sample", token: int) -> None:
-        sample.num_read += 1
-        if sample.matcher is not None:
-            if not sample.matcher.consume_token(token):
-                check(sample.matcher)
-            if self._trigger is not None and not self._once and sample.matcher.is_stopped():
-                sample.matcher = None
-        elif token == self._after:
-            sample.armed = True
-        elif token == self._trigger and sample.armed:
-            sample.matcher = sample.compiled.deep_copy()
-
-
-@dataclass
-class _Sample:
-    """One output (kept, so that its id stays its own), the compiled grammar, the matcher that is at work, if any,
-    whether triggers count, and how much of the output was read."""
-
-    output_ids: list[int]
-    compiled: llguidance.LLMatcher
-    matcher: llguidance.LLMatcher | None
-    armed: bool
-    num_read: int = 0
-
-
-def fill(matcher: llguidance.LLMatcher, words: np.ndarray) -> np.ndarray:
-    """Writes a matcher's mask into uint32 words and returns them. ValueError if it reached a limit."""
-    matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-    check(matcher)
-    return words
 
 
 def dump(value: Any) -> str:

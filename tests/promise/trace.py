@@ -40,7 +40,7 @@ class Sequence:
             seed=self.seed,
             position=position + 1,
             num_logprobs=ALTERNATIVES,
-            **(WISHES.fields([5, 8, 5]) if position % 3 else {}),
+            **(WISHES.rows([5, 8, 5])[0] if position % 3 else {}),
         )
 
 

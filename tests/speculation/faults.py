@@ -101,8 +101,24 @@ def noise_of_the_wrong_position(patch: pytest.MonkeyPatch) -> None:
 
 def shared_penalties(patch: pytest.MonkeyPatch) -> None:
     """All rows of a request see what its first one sees: drafts before them count for no penalty."""
-    fields = Adjustment.fields
-    patch.setattr(Adjustment, "fields", lambda self, output_ids, drafts=(): fields(self, output_ids))
+    rows = Adjustment.rows
+
+    def shared(self: Adjustment, *of: Any) -> list[dict[str, int]]:
+        made = rows(self, *of)
+        return [fields and fields | dict(num_seen=made[0].get("num_seen", 0)) for fields in made]
+
+    patch.setattr(Adjustment, "rows", shared)
+
+
+def shared_mask_row(patch: pytest.MonkeyPatch) -> None:
+    """The masks of a request's rows lie in the same place: all of them see that of the last row."""
+    rows = Adjustment.rows
+
+    def shared(self: Adjustment, *of: Any) -> list[dict[str, int]]:
+        made = rows(self, *of)
+        return [fields and fields | dict(mask=made[-1].get("mask", 0)) for fields in made]
+
+    patch.setattr(Adjustment, "rows", shared)
 
 
 def block_named_early(patch: pytest.MonkeyPatch) -> None:
@@ -141,6 +157,7 @@ FAULTS: Mapping[str, Callable[[pytest.MonkeyPatch], None]] = {
         stale_ring_row,
         noise_of_the_wrong_position,
         shared_penalties,
+        shared_mask_row,
         block_named_early,
         kept_without_its_drafts,
     )

@@ -1,10 +1,12 @@
 """Masks for vLLM's allowed_token_ids and bad_words, beside the mask of a grammar."""
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lockstep.engine.speculative_mask import SpeculativeMask
 from lockstep.serve.http.errors import check_most, wrong_field
 from lockstep.serve.http.prompts import check_ids, text_tokenizer
 
@@ -12,10 +14,10 @@ if TYPE_CHECKING:
     from lockstep.serve.llm import LLM
 from lockstep.serve.http.service import Service
 
-Mask = Callable[[list[int]], Any] | None
+Mask = SpeculativeMask | None
 
 
-class TokenMask:
+class TokenMask(SpeculativeMask):
     """A logits_mask (see SamplingParams) that leaves out tokens, and what another mask does not allow.
 
     allowed: token ids, or None for all; banned: sequences of token ids, whose last token is not allowed after the
@@ -28,7 +30,7 @@ class TokenMask:
         vocab_size: int,
         allowed: Sequence[int] | None,
         banned: Sequence[Sequence[int]],
-        other=None,
+        other: Mask = None,
         ends: Sequence[int] = (),
     ) -> None:
         self._bits = np.zeros(-(-vocab_size // 32), np.uint32)
@@ -36,6 +38,7 @@ class TokenMask:
         single = [ids[0] for ids in banned if len(ids) == 1]
         self._clear(self._bits, single)
         self._longer = [(list(ids[:-1]), ids[-1]) for ids in banned if len(ids) > 1]
+        self._longest = max((len(before) for before, _ in self._longer), default=0)
         self._other, self._ends = other, np.zeros_like(self._bits)
         self._set(self._ends, np.array(ends, np.int64))
 
@@ -50,8 +53,37 @@ class TokenMask:
 
     def __call__(self, output_ids: list[int]) -> np.ndarray:
         """uint32 [ceil(vocabulary / 32)] for the token after these."""
-        ended = [last for before, last in self._longer if output_ids[-len(before) :] == before]
-        found = None if self._other is None else self._other(output_ids)
+        return self._narrowed(output_ids, None if self._other is None else self._other(output_ids))
+
+    def masks(self, output_ids: list[int], drafts: Sequence[int], first: int = 0) -> Iterator[np.ndarray]:
+        others = itertools.repeat(None) if self._other is None else self._other.masks(output_ids, drafts, first)
+        for tail, found in zip(itertools.islice(self._tails(output_ids, drafts), first, None), others, strict=False):
+            yield self._narrowed(tail, found)
+
+    def forced(self, output_ids: list[int], drafts: Sequence[int]) -> list[int]:
+        found = [] if self._other is None else self._other.forced(output_ids, drafts)
+        *_, tail = self._tails(output_ids, drafts)
+        return found[: self._num_left_in(tail, found)]
+
+    def num_allowed(self, output_ids: list[int], drafts: Sequence[int]) -> int:
+        most = len(drafts) if self._other is None else self._other.num_allowed(output_ids, drafts)
+        return self._num_left_in(output_ids, drafts[:most])
+
+    def _tails(self, output_ids: list[int], drafts: Sequence[int]) -> Iterator[list[int]]:
+        """As much of the output as counts, and the same after each of the drafts."""
+        tail = output_ids[-self._longest :] if self._longest else []
+        return itertools.accumulate(drafts, lambda before, token: [*before, token], initial=tail)
+
+    def _num_left_in(self, output_ids: list[int], tokens: Sequence[int]) -> int:
+        """How many tokens that follow the output there are before the first that is left out."""
+        for i, (tail, token) in enumerate(zip(self._tails(output_ids, tokens), tokens, strict=False)):
+            if not int(self._narrowed(tail, None)[token // 32]) >> token % 32 & 1:
+                return i
+        return len(tokens)
+
+    def _narrowed(self, tail: list[int], found: np.ndarray | None) -> np.ndarray:
+        """What the other mask found for the token after a text, without what is left out."""
+        ended = [last for before, last in self._longer if tail[-len(before) :] == before]
         if found is None and not ended:
             return self._bits
         if found is None:
@@ -64,19 +96,31 @@ class TokenMask:
         return bits if bits.any() else found & self._ends
 
 
-class UntilComplete:
+class UntilComplete(SpeculativeMask):
     """A logits_mask for a grammar and ignore_eos: the tokens of another mask, but those that end an answer only where
     there are no others. The answer then ends: there is nothing that it could go on with."""
 
-    def __init__(self, other: Callable, llm: "LLM") -> None:
+    def __init__(self, other: SpeculativeMask, llm: "LLM") -> None:
         self._other = other
         self._ends = TokenMask(llm.vocab_size, sorted(llm.engine.eos_ids), [])([])
 
     def __call__(self, output_ids: list[int]) -> np.ndarray:
         """uint32 [ceil(vocabulary / 32)] for the token after these."""
-        found = np.asarray(self._other(output_ids)).view(np.uint32)
-        others = found & ~self._ends
-        return others if others.any() else found
+        return self._going_on(self._other(output_ids))
+
+    def masks(self, output_ids: list[int], drafts: Sequence[int], first: int = 0) -> Iterator[np.ndarray]:
+        return map(self._going_on, self._other.masks(output_ids, drafts, first))
+
+    def forced(self, output_ids: list[int], drafts: Sequence[int]) -> list[int]:
+        return self._other.forced(output_ids, drafts)
+
+    def num_allowed(self, output_ids: list[int], drafts: Sequence[int]) -> int:
+        return self._other.num_allowed(output_ids, drafts)
+
+    def _going_on(self, found: np.ndarray | None) -> np.ndarray:
+        words = np.asarray(found).view(np.uint32)
+        others = words & ~self._ends
+        return others if others.any() else words
 
 
 def narrowing(fields) -> list[str]:

@@ -13,10 +13,11 @@ LEAST_GAIN, LEAST_GAIN_OF_ALL = 0.1, 0.03  # of an average, that a new value has
 OWN_AFTER = 4  # drafts of a request, after which what was seen of it counts, and not what was seen of all
 LONG_AGO = 1 << 30  # steps
 PROBE_EVERY = 24  # steps without drafts, after which one is tried again
-WORTH = 1.02  # times as many tokens a second as without, from which drafts are made
+WORTH = 1.03  # times as many tokens a second as without, from which drafts are made
 CHEAPEST = 0.02  # of a step, for each further row: less is an error of measurement, or others' doing
 BEND = 12  # further rows that cost as much as the first, before any was measured
 FASTER, SLOWER = 0.3, 0.1  # what a quicker step moves an average, and a slower one: others on the machine only slow it
+DOUBTED = 1.25  # times what was expected: more is not believed before it was seen twice
 CHANGED = 0.02  # of a cost, from which others follow
 FORGET_AFTER = 256  # steps, after which what a number of rows cost has to be found out again
 
@@ -52,7 +53,7 @@ class Acceptance:
         self._depths, self._everybody = depths, everybody
         self._rates: dict[str, Rates] = {}
         self._num_seen: dict[str, int] = {}
-        self.num_without = 0  # steps since the last draft
+        self.last_draft = 0  # the number of the step that had one
 
     def of(self, source: str) -> list[float]:
         """[depth]: how often a draft from there is right."""
@@ -110,37 +111,57 @@ class StepCosts:
 
     def __init__(self) -> None:
         self._seconds: dict[int, float] = {}
+        self._once: dict[int, float] = {}  # numbers of rows that were measured once only
         self._noted: dict[int, int] = {}  # when each was measured last, in steps
         self._num_steps = 0
+        self.num_changes = 0  # of what is known
         self._curve: list[float] = []  # by rows, made when it is asked for, of these:
         self._drawn: dict[int, float] = {}
 
     def __len__(self) -> int:
         """How many numbers of rows were measured."""
-        return len(self._seconds)
+        return len(self._noted)
 
     def note(self, rows: int, seconds: float) -> None:
         """Takes in a step."""
-        before = self._seconds.get(rows, seconds)
-        gain = FASTER if seconds < before else SLOWER
-        self._seconds[rows] = before + gain * (min(seconds, 2 * before) - before)
         self._num_steps += 1
         self._noted[rows] = self._num_steps
-        if abs(self._seconds[rows] - self._drawn.get(rows, 0.0)) > CHANGED * self._seconds[rows]:
-            self._curve = []
+        before = self._seconds.get(rows)
+        if before is not None:
+            gain = FASTER if seconds < before else SLOWER
+            self._seconds[rows] = after = before + gain * (min(seconds, 2 * before) - before)
+            if abs(after - self._drawn.get(rows, 0.0)) > CHANGED * after:
+                self._changed()
+        else:
+            once = self._once.pop(rows, None)
+            if once is None:
+                self._once[rows] = seconds
+            else:
+                self._seconds[rows] = min(once, seconds)
+            self._changed()
         if self._num_steps % FORGET_AFTER == 0:
-            since = self._num_steps - FORGET_AFTER
-            self._seconds = {n: s for n, s in self._seconds.items() if self._noted[n] > since}
-            self._curve = []
+            self._forget()
+
+    def _forget(self) -> None:
+        """Leaves out what was not measured for long: where it was too much, by chance, nobody would try it again."""
+        since = self._num_steps - FORGET_AFTER
+        for rows in [n for n, step in self._noted.items() if step <= since]:
+            del self._noted[rows]
+            self._seconds.pop(rows, None)
+            self._once.pop(rows, None)
+        self._changed()
+
+    def _changed(self) -> None:
+        self._curve, self.num_changes = [], self.num_changes + 1
 
     def knows(self, rows: int) -> bool:
         """Whether a step of so many rows, or of fewer, was measured."""
-        return any(n <= rows for n in self._seconds)
+        return any(n <= rows for n in self._noted)
 
     @property
     def reach(self) -> int:
         """The most rows that are to be tried: few more than were ever measured."""
-        most = max(self._seconds, default=0)
+        most = max(self._noted, default=0)
         return most + max(2, most // 4)
 
     def of(self, rows: int) -> float:
@@ -151,22 +172,31 @@ class StepCosts:
         return self._curve[rows]
 
     def _made(self, most: int) -> list[float]:
-        if not self._seconds:
+        if not self._noted:
             return [1.0] * (most + 1)
-        rows, least = sorted(self._seconds), []
-        for n in reversed(rows):
-            least.append(min([self._seconds[n], *least[-1:]]))
-        least.reverse()
-        curve = [least[0]] * (rows[0] + 1)
-        for i, (low, high) in enumerate(itertools.pairwise(rows)):
-            each = (least[i + 1] - least[i]) / (high - low)
-            curve += [least[i] + each * (n - low) for n in range(low + 1, high + 1)]
-        first, last = rows[0], rows[-1]
-        curve = [max(each, least[0] * (1 + CHEAPEST * (n - first))) for n, each in enumerate(curve)]
-        each = curve[-1] / (last + BEND)
-        if len(rows) > 1:
-            each = max(each, (least[-1] - least[-2]) / (last - rows[-2]))
-        return curve + [curve[-1] + each * (n - last) for n in range(last + 1, most + 1)]
+        if not self._seconds or not self._once:
+            return curve(self._seconds or self._once, most)
+        expected = curve(self._seconds, most)
+        believed = {n: min(seconds, DOUBTED * expected[n]) for n, seconds in self._once.items()}
+        return curve(self._seconds | believed, most)
+
+
+def curve(seconds: dict[int, float], most: int) -> list[float]:
+    """[rows]: seconds of steps of up to so many rows, from those of some."""
+    rows, least = sorted(seconds), []
+    for n in reversed(rows):
+        least.append(min([seconds[n], *least[-1:]]))
+    least.reverse()
+    made = [least[0]] * (rows[0] + 1)
+    for i, (low, high) in enumerate(itertools.pairwise(rows)):
+        each = (least[i + 1] - least[i]) / (high - low)
+        made += [least[i] + each * (n - low) for n in range(low + 1, high + 1)]
+    first, last = rows[0], rows[-1]
+    made = [max(each, least[0] * (1 + CHEAPEST * (n - first))) for n, each in enumerate(made)]
+    each = made[-1] / (last + BEND)
+    if len(rows) > 1:
+        each = max(each, (least[-1] - least[-2]) / (last - rows[-2]))
+    return made + [made[-1] + each * (n - last) for n in range(last + 1, most + 1)]
 
 
 class CostTable:
@@ -178,7 +208,10 @@ class CostTable:
     def among(self, requests: int) -> StepCosts:
         """Those of steps with so many requests."""
         group = requests if requests <= 4 else 2 + requests.bit_length()  # 5 to 7, 8 to 15, ...
-        return self._groups.setdefault(group, StepCosts())
+        found = self._groups.get(group)
+        if found is None:
+            found = self._groups[group] = StepCosts()
+        return found
 
 
 class WidthChoice:
@@ -189,11 +222,15 @@ class WidthChoice:
 
     def __init__(self, depths: int) -> None:
         self._depths, self._everybody, self._costs = depths, Acceptance(depths), CostTable()
-        self._since_probe = 0  # steps
+        self._num_steps = self._last_probe = 0
+        self._num_noted = 0  # changes of what is known of drafts
+        self._without: tuple[float, ...] | None = None  # what was known when none was worth it
 
     def newcomer(self) -> Acceptance:
         """What is known of a new request's drafts."""
-        return Acceptance(self._depths, self._everybody)
+        made, self._num_noted = Acceptance(self._depths, self._everybody), self._num_noted + 1
+        made.last_draft = self._num_steps
+        return made
 
     def costs(self, requests: int) -> StepCosts:
         """What steps of so many requests cost."""
@@ -205,13 +242,22 @@ class WidthChoice:
         rows: of the step without drafts. seconds_of_guess: see `best_widths`. A request that has had none for long is
         given one now and then.
         """
-        costs = self.costs(rows)
-        widths = best_widths([each.hopes() for each in seen], costs, rows, seconds_of_guess)
-        for each, width in zip(seen, widths, strict=True):
-            each.num_without = 0 if width else each.num_without + 1
-        self._since_probe += 1
-        if self._since_probe >= PROBE_EVERY:
+        self._num_steps += 1
+        widths = self._paying(seen, rows, seconds_of_guess)
+        if self._num_steps - self._last_probe >= PROBE_EVERY:
             self._probe(seen, widths, rows, seconds_of_guess)
+        return widths
+
+    def _paying(self, seen: Sequence[Acceptance], rows: int, seconds_of_guess: float) -> list[int]:
+        """`best_widths`, which are not worked out again while there are none and nothing is known that was not."""
+        costs = self.costs(rows)
+        known = rows, len(seen), costs.num_changes, self._num_noted, seconds_of_guess
+        if known == self._without:
+            return [0] * len(seen)
+        widths = best_widths([each.hopes() for each in seen], costs, rows, seconds_of_guess)
+        self._without = None if any(widths) else known
+        for each, width in zip(seen, widths, strict=True):
+            each.last_draft = self._num_steps if width else each.last_draft
         return widths
 
     def may_pay(self, seen: Acceptance, seconds_of_guess: float) -> bool:
@@ -221,21 +267,23 @@ class WidthChoice:
 
     def try_again(self, seen: Acceptance) -> None:
         """Notes that there was no guess to be tried, and will soon be one."""
-        seen.num_without, self._since_probe = LONG_AGO, PROBE_EVERY
+        seen.last_draft = self._last_probe = -LONG_AGO
 
     def _probe(self, seen: Sequence[Acceptance], widths: list[int], rows: int, seconds_of_guess: float) -> None:
         """Gives the request that has had no draft for the longest time one, if sure ones would pay."""
-        longest = max(range(len(seen)), key=lambda i: seen[i].num_without, default=None)
-        if longest is None or seen[longest].num_without < PROBE_EVERY:
+        longest = min(range(len(seen)), key=lambda i: seen[i].last_draft, default=None)
+        if longest is None or self._num_steps - seen[longest].last_draft < PROBE_EVERY:
             return
+        self._last_probe = self._num_steps
         if any(best_widths([[1.0] * self._depths] * len(seen), self.costs(rows), rows, seconds_of_guess)):
-            widths[longest], seen[longest].num_without, self._since_probe = 1, 0, 0
+            widths[longest], seen[longest].last_draft = 1, self._num_steps
 
     def note(self, seen: Acceptance, sources: Sequence[str], num_right: int) -> None:
         """Takes in where a request's drafts of the last step came from, and how many were right."""
+        self._num_noted += 1
         self._everybody.note(sources, num_right)
         seen.note(sources, num_right)
-        if num_right and not self._since_probe:
+        if num_right and self._last_probe == self._num_steps:
             self.try_again(seen)
 
     def time(self, requests: int, num_drafts: int, seconds: float) -> None:

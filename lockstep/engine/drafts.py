@@ -37,7 +37,7 @@ class Spare:
     widths: dict[int, int] | None = None
 
 
-@dataclass
+@dataclass(slots=True)
 class Drafts:
     """Guessed tokens of a request, in order, and where each comes from."""
 
@@ -111,20 +111,21 @@ class Drafter:
         self._answers = EarlierAnswers()
         self.counts: dict[str, DraftCounts] = {}
 
-    def begin(self, plan: list[tuple[Request, int]]) -> Spare:
-        """Begins a step of so many tokens of each request; returns what is left in it."""
-        limits = self._scheduler.limits
-        sampled = sum(num_rows(request, count) for request, count in plan)
-        tokens = sum(count for _, count in plan)
+    def begin(self, plan: list[tuple[Request, int]]) -> Spare | None:
+        """Begins a step of so many tokens of each request; returns what is left in it, None if nobody is to draft."""
         # a prompt's step costs what it costs: drafts are weighed as if it were not there
         rows = sum(request.num_left == 1 for request, _ in plan)
-        costs = self._choice.costs(rows)
-        spare = Spare(limits.max_step_tokens - tokens, limits.max_sampled - sampled, rows, rows, costs)
-        each = self.model.seconds(len(plan)) if self.model else 0.0
+        each, widths = self.model.seconds(len(plan)) if self.model else 0.0, None
         if not self._is_fixed:
             able = [request for request, _ in plan if request.num_left == 1 and may_draft(request)]
             widths = self._choice.choose([self._seen(request) for request in able], rows, each)
-            spare.widths = {request.id: width for request, width in zip(able, widths, strict=True)}
+            if not self.model and not any(widths):
+                return None
+            widths = {request.id: width for request, width in zip(able, widths, strict=True)}
+        limits, tokens = self._scheduler.limits, sum(count for _, count in plan)
+        sampled = sum(num_rows(request, count) for request, count in plan)
+        left = limits.max_step_tokens - tokens, limits.max_sampled - sampled
+        spare = Spare(*left, rows, rows, self._choice.costs(rows), widths)
         if self.model:
             began = time.perf_counter()
             asked = self._asked(plan, spare, each)

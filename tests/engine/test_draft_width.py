@@ -30,8 +30,9 @@ def expected(acceptance, width=DEPTHS):
 
 def costs(seconds):
     made = StepCosts()
-    for rows, each in seconds.items():
-        made.note(rows, each)
+    for _ in range(40):  # a first one may have been held up
+        for rows, each in seconds.items():
+            made.note(rows, each)
     return made
 
 
@@ -111,24 +112,27 @@ def test_a_request_is_taken_to_be_like_all_until_it_showed_itself():
 
 def test_costs_between_and_beyond_what_was_measured():
     table = costs({1: 1.0, 5: 2.0})
-    assert table.of(3) == 1.5 and table.of(1) == 1.0 and table.of(9) == 3.0
+    assert [table.of(rows) for rows in (1, 3, 9)] == pytest.approx([1.0, 1.5, 3.0], rel=0.01)
     assert StepCosts().of(4) == 1.0
 
 
 def test_a_step_costs_no_more_than_a_quicker_one_of_more_rows():
     table = costs({4: 10.0, 5: 1.0, 6: 1.1})
-    assert table.of(4) == 1.0 and 1.0 < table.of(5) < table.of(6) == 1.1
+    assert table.of(4) == pytest.approx(1.0, rel=0.1) and table.of(4) < table.of(5) < table.of(6) < 1.2
 
 
 def test_one_slow_step_changes_little():
     table = costs({2: 1.0})
-    table.note(2, 1000.0)
-    assert table.of(2) < 1.2
+    for rows in (2, 3):
+        table.note(rows, 1000.0)
+    assert table.of(2) < 1.2 and table.of(3) < 1.6
+    table.note(3, 900.0)
+    assert table.of(3) == 900.0  # now it was seen twice
 
 
 def test_a_cost_that_was_not_seen_for_long_is_found_out_again():
     table = costs({1: 1.0, 2: 50.0})
-    assert table.of(2) == 50.0
+    assert table.of(2) > 40.0
     for _ in range(2 * FORGET_AFTER):
         table.note(1, 1.0)
     assert table.of(2) < 1.2 and table.knows(1)

@@ -44,6 +44,7 @@ GRAMMARS = (
     json_schema({"type": "object", "properties": {"name": {"type": "string"}, "size": {"type": "integer"}}}),
     lark('start: ("self." WORD "\\n")+\nWORD: /[a-z]{1,9}/'),
 )
+LINE = regex(r"[ a-z]{2,8};")  # that is held to from a line break on
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,8 @@ def bundled(weights: str = "auto", kv_dtype: str = "bf16") -> Subject:
     size, eos_ids = model.config.vocab_size, frozenset(tokenizer.eos_ids) | frozenset(model.config.eos_ids)
     grammars = Grammars(tokenizer, eos_ids, size)
     masks = [functools.partial(grammars.mask, grammar) for grammar in GRAMMARS]
+    [line_break] = tokenizer.encode("\n")
+    masks.append(functools.partial(grammars.mask, LINE, trigger=line_break))
     return Subject(
         model,
         load(Case("bundled", "q4_0", "bf16"), Path(), 4096),

@@ -119,6 +119,9 @@ class Watch:
     def _count(self, request: Request, num_drafts: int, num_right: int) -> None:
         self.events["drafts"] += num_drafts
         self.events["right drafts"] += num_right
+        if request.params.logits_mask is not None:
+            self.events["drafts under a mask"] += num_drafts
+            self.events["right drafts under a mask"] += num_right
         self.events[f"width {num_drafts + 1}"] += 1
         if num_right < num_drafts and request.finish_reason is None:
             self.events[f"rejected at {num_right}"] += 1

@@ -50,7 +50,7 @@ def _wish(subject: Subject, rng: np.random.Generator, temperature: float) -> Wis
     n = int(rng.choice((1, 1, 1, 1, 1, 2, 3)))
     params = SamplingParams(temperature=temperature, n=n, **_choice(rng), **_end(subject, rng), **_report(rng, n))
     new_mask = None
-    if rng.random() < 0.15:
+    if rng.random() < 0.25:
         of_samples = subject.new_masks[rng.integers(len(subject.new_masks))]
         new_mask = lambda: of_samples(n)
     salt = str(rng.choice(("", "", "", "salt")))

@@ -9,8 +9,10 @@ from tokenizers import AddedToken
 
 from lockstep import LLM, SamplingParams
 from lockstep.cli import main
+from lockstep.serve import structured
 from lockstep.serve.draft_model import check_tokens
 from lockstep.serve.hub import resolve_model
+from lockstep.serve.structured import Grammars
 from lockstep.serve.tokenizer import load_tokenizer
 from tests.models import tiny
 from tests.models.cases import case
@@ -41,6 +43,21 @@ def test_the_model_itself_drafts_what_it_says(tmp_path):
     assert found == expected and drafted == accepted > 50
     found, drafted, accepted = answers(speculate=small(tmp_path / "small"), draft=4)
     assert found == expected and drafted > accepted
+
+
+def test_it_guesses_under_the_mask_of_a_grammar():
+    grammar, found = structured.regex('(name: "[a-z]{3,9}", age: [1-9][0-9]{0,2}\\n){5}'), []
+    for options in (dict(), dict(speculate=str(BUNDLED), draft=4)):
+        with contextlib.closing(LLM(threads=2, max_context=256, **options)) as llm:
+            grammars = Grammars(llm.tokenizer, llm.engine.eos_ids, llm.vocab_size)
+            with contextlib.closing(grammars):
+                params = SamplingParams(max_tokens=120, temperature=0.8, seed=2, logits_mask=grammars.mask(grammar))
+                [made] = llm.generate(PROMPTS[:1], params)
+            found.append((made.token_ids, made.logprobs, made.finish_reason))
+            counts = llm.engine.drafter and llm.engine.drafter.counts
+    assert found[0] == found[1] and found[0][2] == "stop"
+    assert sum(counts["model"].right) > 10
+    assert all(each.drafted == each.right for each in counts.values())
 
 
 def test_the_command_names_a_model(capsys):

@@ -9,6 +9,7 @@ from collections.abc import Sequence, Set
 
 FIRST_GUESS = 0.5  # that a draft is right, before any was seen; it counts for so many seen ones:
 PRIOR = 1
+FORCED = "grammar"  # the source of drafts that nothing else may stand for
 LEAST_GAIN, LEAST_GAIN_OF_ALL = 0.1, 0.03  # of an average, that a new value has: of a request, of all requests
 OWN_AFTER = 4  # drafts of a request, after which what was seen of it counts, and not what was seen of all
 LONG_AGO = 1 << 30  # steps
@@ -92,8 +93,9 @@ class Acceptance:
         return made
 
     def hopes(self) -> list[float]:
-        """[depth]: how likely a draft is right and all before it, if they come from the best source at each depth."""
-        known = [self.of(source) for source in self.sources] or [[FIRST_GUESS] * self._depths]
+        """[depth]: how likely a draft is right and all before it, if they come from the best source at each depth. What
+        a grammar forces is always right, and comes or does not: nothing follows from it for other drafts."""
+        known = [self.of(source) for source in self.sources if source != FORCED] or [[FIRST_GUESS] * self._depths]
         survives, made = 1.0, []
         for rates in zip(*known, strict=True) if len(known) > 1 else ((rate,) for rate in known[0]):
             survives *= max(rates)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from lockstep.engine.draft_model import DraftModel
-from lockstep.engine.draft_width import Acceptance, StepCosts, WidthChoice, best_width
+from lockstep.engine.draft_width import FORCED, Acceptance, StepCosts, WidthChoice, best_width
 from lockstep.engine.earlier_answers import EarlierAnswers
 from lockstep.engine.lookup import Guess, Lookup
 from lockstep.engine.request import Request
@@ -142,19 +142,24 @@ class Drafter:
         """
         if request.num_left != 1 or not may_draft(request):
             return Drafts()
-        most = self._most(request, spare)
-        drafts = self._guessed(request, most) if most else Drafts()
-        drafts.cut(self._width(request, drafts, spare))
+        room, paying = self._room(request, spare), self._most(request, spare)
+        forces = request.params.logits_mask is not None  # and what it forces is right
+        drafts = self._guessed(request, room, paying) if paying or (room and forces) else Drafts()
+        drafts.cut(self._width(request, drafts, paying, spare))
         drafts.cut(self._scheduler.lend(request, len(drafts)) if drafts else 0)
         spare.tokens, spare.rows = spare.tokens - len(drafts), spare.rows - len(drafts)
         spare.num_rows += len(drafts)
         return drafts
 
-    def _most(self, request: Request, spare: Spare) -> int:
-        """The most drafts that a step has room for, the answer needs, and that pay."""
+    def _room(self, request: Request, spare: Spare) -> int:
+        """The most drafts that a step has room for and the answer needs."""
         left = request.params.max_tokens - len(request.output_ids) - 1
-        paying = self._num_drafts if spare.widths is None else spare.widths[request.id]
-        return max(0, min(paying, spare.tokens, spare.rows, left))
+        return max(0, min(self._num_drafts, spare.tokens, spare.rows, left))
+
+    def _most(self, request: Request, spare: Spare) -> int:
+        """The same of drafts that are as good as others were, and so may not pay."""
+        room = self._room(request, spare)
+        return room if spare.widths is None else min(room, spare.widths[request.id])
 
     def _asked(self, plan: list[tuple[Request, int]], spare: Spare, each: float) -> list[tuple[Request, int]]:
         """How many guesses the model is asked for, of each request; 0 of those whose prompt it only reads.
@@ -177,27 +182,30 @@ class Drafter:
         guessed, known = self._guesses.get(request.id, []), len(drafts)
         return Guess(guessed[known : known + most] if guessed[:known] == list(drafts) else [], MODEL)
 
-    def _guessed(self, request: Request, most: int) -> Drafts:
-        """Up to `most` guesses of a request's next tokens, all of them before the first that would end the answer."""
+    def _guessed(self, request: Request, room: int, paying: int) -> Drafts:
+        """Guesses of a request's next tokens, all of them before the first that would end the answer: up to `room` that
+        a grammar forces, and up to `paying` with others."""
         if request.lookup is None:
             of_salt = self._answers, request.cache_salt
             request.lookup = Lookup(len(request.prompt_ids), request.prediction, *of_salt)
         drafts = Drafts()
         for _ in range(ROUNDS):
-            left = most - len(drafts)
-            guess = self._next(request, left, drafts.tokens) if left > 0 else NOTHING
+            guess = self._next(request, room - len(drafts), paying - len(drafts), drafts.tokens)
             if not guess.tokens:
                 break
             drafts.add(guess)
         return drafts
 
-    def _next(self, request: Request, most: int, drafts: list[int]) -> Guess:
-        """What may follow the drafts: what a grammar forces, or else what the source says and the grammar allows."""
+    def _next(self, request: Request, room: int, paying: int, drafts: list[int]) -> Guess:
+        """What may follow the drafts: up to `room` tokens that a grammar forces, or else up to `paying` that the source
+        says and the grammar allows."""
         output_ids, mask = request.output_ids, request.params.logits_mask
         assert mask is None or isinstance(mask, SpeculativeMask), "see may_draft"
         try:
-            forced = mask.forced(output_ids, drafts) if mask else []
-            guess = Guess(forced[:most], "grammar") if forced else self._source(request, most, drafts)
+            forced = mask.forced(output_ids, drafts)[:room] if mask and room > 0 else []
+            guess = Guess(forced, FORCED) if forced else NOTHING
+            if not forced and paying > 0:
+                guess = self._source(request, paying, drafts)
             tokens = guess.tokens[: self._num_before_end(request, guess.tokens)]
             if mask and tokens and not forced:
                 tokens = tokens[: mask.num_allowed(output_ids, drafts + tokens) - len(drafts)]
@@ -205,13 +213,16 @@ class Drafter:
         except ValueError:  # a limit of the grammar: where the answer itself reaches it, its next mask says so
             return NOTHING
 
-    def _width(self, request: Request, drafts: Drafts, spare: Spare) -> int:
-        """How many of the drafts are worth their rows, now that it is known where they come from."""
+    def _width(self, request: Request, drafts: Drafts, paying: int, spare: Spare) -> int:
+        """How many of the drafts are worth their rows, now that it is known where they come from.
+
+        paying: how many would be if they were as good as others were.
+        """
         if self._is_fixed or not drafts:
             return len(drafts)
         seen = self._seen(request)
         expected, hopes = seen.expected(drafts.sources), seen.hopes()
-        as_hoped = expected[-1] >= sum(hopes[: len(drafts)]) - 1e-6
+        as_hoped = len(drafts) <= paying and expected[-1] >= sum(hopes[: len(drafts)]) - 1e-6
         width = len(drafts) if as_hoped else best_width(expected, spare.costs, spare.num_rows, spare.num_new)
         spare.num_new += expected[width]
         return width

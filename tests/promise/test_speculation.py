@@ -26,6 +26,8 @@ HAPPENS = (
     "disk_loaded",
     "pages_evicted",
     "requests under a mask",
+    "drafts under a mask",
+    *(f"drafts from {source}" for source in ("lookup", "prediction", "earlier_answers", "grammar", "model")),
     "int stops",
     "str stops",
     "length",

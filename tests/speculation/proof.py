@@ -142,6 +142,8 @@ def run_on(menu: Menu, lot: Lot, folder: Path) -> Run:
 def compared(menu: Menu, lot: Lot, run: Run) -> Report:
     """A lot that ran, against its menu."""
     report = Report(events=run.watch.events + Counter(run.watch.engine.counts()))
+    for source, counts in run.watch.engine.draft_counts().items():
+        report.events[f"drafts from {source}"] += sum(counts.drafted)
     found, pages = [*run.watch.faults, *unlike(menu.run.watch, run.watch)], run.watch.engine.scheduler.pages
     if pages.num_free != pages.num_pages:
         found.append(f"{pages.num_pages - pages.num_free} pages are held by nobody")
@@ -155,6 +157,7 @@ def compared(menu: Menu, lot: Lot, run: Run) -> Report:
             report.events["prefix hits"] += on.num_cached > 0
             report.events["preempted requests"] += on.num_preemptions > 0
             report.events["requests under a mask"] += on.params.logits_mask is not None
+            report.events["drafts under a mask"] += on.num_drafted if on.params.logits_mask else 0
             report.events[f"{type(on.stop_reason).__name__} stops"] += on.finish_reason == "stop"
             report.events[f"temperature {on.params.temperature:g}"] += on.pool is None
     report.differences = [f"{lot}: {what}" for what in found]

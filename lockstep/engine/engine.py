@@ -272,8 +272,9 @@ class Engine:
         embedded = request.pool.rows(start, end) if request.pool is not None else ()
         if drafts and len(sampled) <= len(drafts):  # a mask does not go on to the last
             drafts.cut(len(sampled) - 1)
-            self.scheduler.settle(request, count)
+            self.scheduler.settle(request, count + len(drafts))
         token_ids = request.token_ids(start, end) + drafts.tokens
+        assert start + len(token_ids) <= len(request.pages) * PAGE_TOKENS, (start, len(token_ids), request.pages)
         counts = dict(num_drafts=len(drafts), num_pending=request.num_pending)
         return Span(token_ids, start, request.pages, request.running_slot, sampled, embedded, **counts)
 

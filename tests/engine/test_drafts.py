@@ -11,6 +11,7 @@ from lockstep.ops import BACKENDS
 from lockstep.ops.kv_cache import PAGE_TOKENS
 from tests.promise.models import Case, load
 from tests.speculation.sources import source_of
+from tests.speculation.subjects import HesitantMask
 
 VOCABULARY = 96
 
@@ -232,6 +233,17 @@ def test_a_users_mask_is_called_once_for_each_token(engine):
     while made.has_work:
         made.step()
     assert calls == list(range(20)) and request.num_drafted == 0
+
+
+def test_drafts_that_a_mask_cuts_keep_their_pages(engine):
+    """Of 15 drafts about the end of a page, the mask goes on to the third; the page after it is none of a mate's."""
+    params = SamplingParams(max_tokens=25, logits_mask=HesitantMask(VOCABULARY, 1), ignore_eos=True)
+    off = run(engine(speculate="off"), [params] * 8)
+    known = {tuple(r.prompt_ids): r.output_ids for r in off}
+    made = engine(lambda r, most: known[tuple(r.prompt_ids)][len(r.output_ids) :][:most], draft=15, max_requests=8)
+    on = run(made, [params] * 8)
+    assert [answer(r) for r in on] == [answer(r) for r in off]
+    assert all(r.num_accepted > 10 for r in on)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.request import Request
 from lockstep.ops.kv_cache import PAGE_TOKENS
 from tests.speculation.sources import BUILT_IN, KNOWING, plant
-from tests.speculation.subjects import ModuloMask, Subject
+from tests.speculation.subjects import Subject, UsersMask
 from tests.speculation.watch import Seen, Watch
 from tests.speculation.wishes import Wish
 
@@ -177,7 +177,7 @@ def unlike(off: Watch, on: Watch) -> Iterator[str]:
 def unlike_calls(off: list[Request], on: list[Request]) -> Iterator[str]:
     """Whether the samples' mask, a function of a user's own, was called otherwise."""
     one, two = (made[0].params.logits_mask for made in (off, on))
-    if isinstance(one, ModuloMask) and isinstance(two, ModuloMask):
+    if isinstance(one, UsersMask) and isinstance(two, UsersMask):
         was_cancelled = any(r.finish_reason == "cancelled" for r in on)
         missing, added = (Counter(a.calls) - Counter(b.calls) for a, b in ((one, two), (two, one)))
         if added or (missing and not was_cancelled):

@@ -1,7 +1,7 @@
 """Models to try drafts on, each with what its requests may ask for."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 from lockstep.engine.answer_text import Detokenizer
 from lockstep.engine.model import Model
 from lockstep.engine.request import Request
+from lockstep.engine.speculative_mask import SpeculativeMask
 from lockstep.serve.hub import resolve_model
 from lockstep.serve.structured import Grammars, json_schema, lark, regex
 from lockstep.serve.tokenizer import Tokenizer, answer_reader, find_tokenizer
@@ -79,18 +80,51 @@ def phrases(vocab_size: int, seed: int, length: int) -> list[int]:
     return [token for i in rng.integers(0, len(made), length) for token in made[i]][:length]
 
 
-class ModuloMask:
-    """A mask of a user's own: two thirds of the tokens; which, depends on the last one. calls: after how many tokens it
-    was asked, whatever the sample."""
+def two_thirds(vocab_size: int, last: int) -> np.ndarray:
+    """A mask of two thirds of the tokens; which, depends on the last one."""
+    bits = (np.arange(-(-vocab_size // 32) * 32) + last) % 3 != 0
+    return np.packbits(bits, bitorder="little").view(np.uint32)
+
+
+class UsersMask:
+    """A mask of a user's own. calls: after how many tokens it was asked, whatever the sample."""
 
     def __init__(self, vocab_size: int, num_samples: int) -> None:
         self.calls: list[int] = []
-        self._tokens = np.arange(-(-vocab_size // 32) * 32)
+        self._vocab_size = vocab_size
 
     def __call__(self, output_ids: list[int]) -> np.ndarray:
         self.calls.append(len(output_ids))
-        last = output_ids[-1] if output_ids else 0
-        return np.packbits((self._tokens + last) % 3 != 0, bitorder="little").view(np.uint32)
+        return two_thirds(self._vocab_size, output_ids[-1] if output_ids else 0)
+
+
+class HesitantMask(SpeculativeMask):
+    """The same, which may be asked about drafts, and cannot always say what follows them."""
+
+    def __init__(self, vocab_size: int, num_samples: int) -> None:
+        self._vocab_size = vocab_size
+
+    def __call__(self, output_ids: list[int]) -> np.ndarray:
+        return two_thirds(self._vocab_size, output_ids[-1] if output_ids else 0)
+
+    def masks(self, output_ids: list[int], drafts: Sequence[int], first: int = 0) -> Iterator[np.ndarray]:
+        tokens = [*output_ids, *drafts]
+        for count in range(len(output_ids) + first, len(tokens) + 1):
+            if count > len(output_ids) + first and count % 5 == 0:
+                return
+            yield self(tokens[:count])
+
+    def forced(self, output_ids: list[int], drafts: Sequence[int]) -> list[int]:
+        return []
+
+    def num_allowed(self, output_ids: list[int], drafts: Sequence[int]) -> int:
+        befores = [*output_ids[-1:], *drafts] if output_ids else [0, *drafts]
+        return next((i for i, (a, b) in enumerate(zip(befores, drafts, strict=False)) if (a + b) % 3 == 0), len(drafts))
+
+
+def _plain_masks(vocab_size: int) -> list[Callable[[int], Callable[[list[int]], Any]]]:
+    """Those that need no tokenizer."""
+    return [functools.partial(UsersMask, vocab_size), functools.partial(HesitantMask, vocab_size)]
 
 
 def tiny(config: str, folder: Path, weights: str = "f32", kv_dtype: str = "bf16") -> Subject:
@@ -99,7 +133,7 @@ def tiny(config: str, folder: Path, weights: str = "f32", kv_dtype: str = "bf16"
     size = model.config.vocab_size
     texts = [phrases(size, seed, 400) for seed in range(4)]
     draft = load(Case(config, "q8_0", "bf16"), folder)
-    return Subject(model, draft, frozenset(model.config.eos_ids), texts, [functools.partial(ModuloMask, size)])
+    return Subject(model, draft, frozenset(model.config.eos_ids), texts, _plain_masks(size))
 
 
 def bundled(weights: str = "auto", kv_dtype: str = "bf16") -> Subject:
@@ -116,7 +150,7 @@ def bundled(weights: str = "auto", kv_dtype: str = "bf16") -> Subject:
         load(Case("bundled", "q4_0", "bf16"), Path(), 4096),
         eos_ids,
         _texts(tokenizer, size),
-        [*masks, functools.partial(ModuloMask, size)],
+        masks + _plain_masks(size),
         functools.partial(answer_reader, tokenizer),
         ("\n", " = ", "self", "return", "):", "e"),
         grammars.close,

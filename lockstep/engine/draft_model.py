@@ -13,13 +13,12 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
+from lockstep.engine.draft_memory import DraftMemory, Follower
 from lockstep.engine.draft_width import StepCosts
 from lockstep.engine.model import Model
-from lockstep.engine.pages import PageAllocator
 from lockstep.engine.request import Request
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.engine.sampling import guessed
-from lockstep.engine.scheduler import pages_for
 from lockstep.runtime.kernel import OnCompile
 from lockstep.runtime.threads import Team
 
@@ -40,24 +39,6 @@ def check_vocabulary(target: Model, draft: Model) -> None:
 
 
 @dataclass(eq=False)
-class Follower:
-    """What the draft model holds of a request: its slot, its pages, how many known tokens are computed, and which
-    guesses after them were computed too. is_done: it is not followed any more, and holds nothing."""
-
-    request: Request
-    slot: int
-    pages: list[int] = field(default_factory=list)
-    num_fed: int = 0
-    guessed: list[int] = field(default_factory=list)
-    is_done: bool = False
-
-    @property
-    def num_left(self) -> int:
-        """Known tokens that are not computed."""
-        return self.request.num_tokens - self.num_fed
-
-
-@dataclass(eq=False)
 class Guesses:
     """Guesses of a follower's next tokens: how many are wanted, and those made so far."""
 
@@ -69,8 +50,8 @@ class Guesses:
 class DraftModel:
     """Guesses of a smaller model.
 
-    limits: the target's. Pages are as many as the target's; who finds none is not followed. eos_ids: end tokens, after
-    which nothing is guessed. ValueError for another vocabulary than the target's.
+    limits: the target's. Pages are as many as the target's (see DraftMemory); who finds none is not followed. eos_ids:
+    end tokens, after which nothing is guessed. ValueError for another vocabulary than the target's.
     """
 
     def __init__(
@@ -90,7 +71,7 @@ class DraftModel:
         num_tokens = max(limits.max_step_tokens, limits.max_requests)
         own = Limits(num_tokens, num_slots, limits.num_pages, limits.max_requests)
         self.runner = Runner(self.model, team, own, on_compile=on_compile)
-        self.pages, self.free_slots = PageAllocator(limits.num_pages), list(range(limits.max_requests))
+        self.memory = DraftMemory(limits.num_pages, limits.max_requests, bool(states))
         self._states = [self.runner.caches[c.name].reshape(-1, c.bytes_each) for c in states]
         self._first_copy = limits.max_requests
         self.followers: dict[int, Follower] = {}
@@ -127,7 +108,7 @@ class DraftModel:
         return f is not None and not f.is_done and f.num_left > 0
 
     def forget(self, request: Request) -> None:
-        """Gives back what a request has here; it may come again."""
+        """Takes leave of a request; it may come again."""
         if request.id in self.followers:
             self._leave([self.followers[request.id]])
 
@@ -136,17 +117,14 @@ class DraftModel:
     def _follower(self, request: Request, most: int) -> Follower:
         """A request's Follower, with pages for its known tokens and guesses; or done, where there is no room."""
         if request.id not in self.followers:
-            self.followers[request.id] = Follower(request, self.free_slots.pop())
+            self.followers[request.id] = self.memory.begin(request)
         f = self.followers[request.id]
         if f.is_done:
             return f
         self._keep_right(f)
         end = request.num_tokens + most
-        fresh = self.pages.take(max(0, pages_for(end) - len(f.pages))) if end <= self.model.max_context else None
-        if fresh is None:
-            self._stop(f)  # for good: it would begin and stop again and again
-        else:
-            f.pages += fresh
+        if end > self.model.max_context or not self.memory.grow(f, end):
+            self.memory.stop(f)  # for good: it would begin and stop again and again
         return f
 
     def _keep_right(self, f: Follower) -> None:
@@ -162,15 +140,12 @@ class DraftModel:
         if f.num_fed > last:  # a step that was broken off added none
             f.num_fed = 0 if self._states else last
 
-    def _stop(self, f: Follower) -> None:
-        self.pages.give_back(f.pages)
-        f.pages, f.is_done = [], True
-
     def _leave(self, followers: Iterable[Follower]) -> None:
         for f in followers:
-            self._stop(f)
-            self.free_slots.append(f.slot)
+            if not f.is_done:
+                self._keep_right(f)
             del self.followers[f.request.id]
+            self.memory.end(f)
 
     def _copy_states(self, guesses: Sequence[Guesses]) -> None:
         """What known tokens made of the states is where guesses go on from."""
@@ -226,7 +201,7 @@ class DraftModel:
         """Takes in a guess; whether another one is wanted. What is no number ends the guesses, and nothing else."""
         p = g.follower.request.params
         if not math.isfinite(logprob):
-            self._stop(g.follower)
+            self.memory.stop(g.follower)
             return False
         if token in p.stop_token_ids or (token in self._eos_ids and not p.ignore_eos):
             return False

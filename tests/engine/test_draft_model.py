@@ -31,6 +31,14 @@ def model(request, tmp_path_factory):
     return load_case(Case(request.param, "f32", "bf16"), tmp_path_factory.mktemp("tiny"))
 
 
+def check_all_is_back(memory, limits):
+    """Nobody holds a page or slot, but what was left there and can be taken away."""
+    while memory.left:
+        memory.drop_oldest()
+    assert memory.pages.num_free == limits.num_pages
+    assert sorted(memory.free_slots) == list(range(limits.max_requests))
+
+
 class Watched:
     """An engine without drafts, beside a draft model that is asked before some of its steps.
 
@@ -63,8 +71,7 @@ class Watched:
     def close(self):
         for request in [f.request for f in self.drafts.followers.values()]:
             self.drafts.forget(request)
-        assert self.drafts.pages.num_free == self.engine.limits.num_pages
-        assert sorted(self.drafts.free_slots) == list(range(self.engine.limits.max_requests))
+        check_all_is_back(self.drafts.memory, self.engine.limits)
         self.engine.close()
 
 
@@ -162,14 +169,58 @@ def test_preempted_and_cancelled_requests_give_their_memory_back(model, watched)
     assert not wrong(made.guesses) and sum(bool(g) for _, _, g in made.guesses) > 50
 
 
+def test_the_next_turn_of_a_conversation_reads_only_what_is_new(model, watched):
+    made, read = watched(model, model), []
+    stepped, params = made.drafts.runner.step, SamplingParams(max_tokens=20, temperature=0.8, ignore_eos=True)
+
+    def step(spans, clock=None):
+        read.extend(position for span in spans for position in range(span.start, span.start + len(span.token_ids)))
+        return stepped(spans, clock)
+
+    def turn(ids, salt):
+        """(the request, the first position that was read)."""
+        read.clear()
+        request = made.engine.add(ids, params, cache_salt=salt)
+        while made.engine.has_work:
+            made.step()
+        return request, min(read)
+
+    made.drafts.runner.step = step
+    first, begun = turn(PROMPTS[2], "a")
+    assert begun == 0
+    more = first.prompt_ids + first.output_ids + [5, 6, 7]
+    second, begun = turn(more, "a")
+    assert first.num_tokens - 8 < begun < first.num_tokens
+    assert turn(more, "b")[1] == 0  # another salt
+    edited = [*more[:100], 4, *more[101:]]
+    _, begun = turn(edited, "a")
+    assert begun == (64 if not model_has_states(model) else 0)
+    assert not wrong(made.guesses) and second.output_ids
+
+
+def model_has_states(model):
+    return any(cache.kind == "state" for cache in model.recorded.caches)
+
+
+def test_what_was_left_is_given_up_for_others(model, watched):
+    made = watched(model, model, max_requests=2, kv_tokens=64 * 9)
+    for round in range(6):
+        prompts = [[3 + (i * i + round) % 90 for i in range(n)] for n in (150, 70, 200)]
+        made.run(prompts, [SamplingParams(max_tokens=30, seed=i, temperature=0.8, ignore_eos=True) for i in range(3)])
+        assert len(made.drafts.memory.left) <= 2
+    assert not wrong(made.guesses)
+    late = {r.id for r, at, g in made.guesses if g and r.id >= 15}
+    assert late == {15, 16, 17}
+
+
 def test_who_finds_no_pages_has_no_guesses_and_nobody_waits(model, watched):
     made = watched(model, model, kv_tokens=64 * 9)
-    taken = made.drafts.pages.take(5)
+    taken = made.drafts.memory.pages.take(5)
     requests = made.run()
     assert all(r.finish_reason in ("stop", "length") for r in requests) and not wrong(made.guesses)
     drafted = {r.id for r, _, g in made.guesses if g}
     assert 0 < len(drafted) < len(requests)
-    made.drafts.pages.give_back(taken)
+    made.drafts.memory.pages.give_back(taken)
 
 
 def test_a_shorter_context_ends_the_guesses(model, watched, tmp_path):
@@ -271,7 +322,8 @@ def test_drafts_of_another_model_change_no_answer(model, engine, config, options
     if "draft" in options:  # else it follows the clock
         assert sum(r.num_drafted for r in requests) > sum(r.num_accepted for r in requests)
     assert made.scheduler.pages.num_free == made.limits.num_pages
-    assert not made.drafter.model.followers and made.drafter.model.pages.num_free == made.limits.num_pages
+    assert not made.drafter.model.followers
+    check_all_is_back(made.drafter.model.memory, made.limits)
 
 
 def test_a_model_whose_guesses_are_wrong_is_hardly_asked(model, engine, tmp_path):

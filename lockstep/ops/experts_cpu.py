@@ -21,7 +21,7 @@ from lockstep.runtime.step import COUNTER, num_rows
 from lockstep.runtime.tiles_linear import Ahead, Output, Panels, Rows
 
 CLAIM = 8  # panels that a thread takes at a time
-STORE = FORMAT = PANEL_BYTES = BLOCK = ROW_BYTES = None  # constants of the variants below
+STORE = FORMAT = PANEL_BYTES = BLOCK = ROW_BYTES = FEW = None  # constants of the variants below
 
 
 @inlined
@@ -78,6 +78,7 @@ def _linear(op, step, thread, num_threads):
                 codes, scales = a.weight.codes + panel * at, a.weight.d + K * at
                 together(
                     FORMAT,
+                    FEW,
                     Rows(a.x + row * s, row),
                     Panels(codes, panel, scales, K, K),
                     Output(a.out + 64 * (num_panels * s + p), 0, 64 * num_panels, num_panels - p, 0),

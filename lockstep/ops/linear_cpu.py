@@ -30,15 +30,18 @@ from lockstep.weights.pack_q5 import pack_q4_1, pack_q5_0, pack_q5_1
 
 COLS = 2 if wide_registers() else 1  # panels of a tile: 6 x 2 x 16 lanes fill 32 registers, 6 x 1 x 16 fill 16
 MIN_ROWS, MAX_ROWS = 3, 6
-FEW_ROWS = 8 if COLS == 2 else MAX_ROWS  # they share each panel while it streams by, one panel at a time
+# so many rows share each panel while it streams by, one panel at a time; more are bound by arithmetic, or by loads
+FEW_ROWS = {"f32": 2, "f16": 2, "bf16": 4} if COLS == 2 else {}
+MOST_FEW_ROWS = 8 if COLS == 2 else MAX_ROWS  # of other formats
 ALL_PANELS = (1 << COLS) - 1  # a bit each
 NEAR_BYTES = 34 * 1024  # weights of a tile that stay in the first-level cache, beside six rows of activations
 K_UNIT = 256  # the largest block of a format
 CACHE_BYTES = 192 * 1024  # activations that stay in the second-level cache while panels pass by
 CLAIMS_FEW_ROWS, CLAIMS_MANY_ROWS = 8, 16  # of a thread: long streams for memory, even ends for arithmetic
 MAX_CLAIM = 64  # panels
-# of a variant: the op and its rows, the format and its sizes, whether every row is alone, and what makes the tiles
-OP = ROWS_OF = FORMAT = BLOCK = PANEL_BYTES = ROW_BYTES = ALONE = SWEEP = None
+# of a variant: the op and its rows, the format, its sizes and its few rows, whether every row is alone, and what makes
+# the tiles
+OP = ROWS_OF = FORMAT = BLOCK = PANEL_BYTES = ROW_BYTES = FEW = ALONE = SWEEP = None
 
 
 class Format(NamedTuple):
@@ -69,7 +72,8 @@ def constants(format):
     """What variants for a format of weights are made with."""
     block, panel_bytes, _ = FORMATS[format]
     row_bytes = ROW_FORMATS[PREPARATION[format]].num_bytes
-    return dict(FORMAT=format, BLOCK=block, PANEL_BYTES=panel_bytes, ROW_BYTES=row_bytes)
+    few = FEW_ROWS.get(format, MOST_FEW_ROWS)
+    return dict(FORMAT=format, BLOCK=block, PANEL_BYTES=panel_bytes, ROW_BYTES=row_bytes, FEW=few)
 
 
 def merged(function):
@@ -78,15 +82,17 @@ def merged(function):
 
 
 @merged
-def together(format, x, w, out, ahead, left):
-    """COLS panels by `left` rows, as one tile or in tiles of nearly equal height. Arguments as of `linear_tile`.
+def together(format, few, x, w, out, ahead, left):
+    """COLS panels by `left` rows, as one tile (up to `few`) or in tiles of nearly equal height. Other arguments as of
+    `linear_tile`.
 
     The first tile brings what comes next near; where there are several, the first two bring half of it each.
     """
-    if left <= FEW_ROWS:
-        linear_tile(format, ((1, FEW_ROWS), COLS, 1), left, x, w, out, ahead)
+    if left <= few:
+        linear_tile(format, ((1, few), COLS, 1), left, x, w, out, ahead)
         return
-    wanted, later = ALL_PANELS // 2, ALL_PANELS - ALL_PANELS // 2
+    wanted = ALL_PANELS if left <= MAX_ROWS else ALL_PANELS // 2
+    later = ALL_PANELS - wanted
     while left > 0:
         tiles = (left + MAX_ROWS - 1) // MAX_ROWS
         rows = (left + tiles - 1) // tiles
@@ -104,7 +110,7 @@ def below(out, rows):
 
 
 @merged
-def alone(format, x, w, out, ahead, left):
+def alone(format, few, x, w, out, ahead, left):
     """COLS panels by one row: `together` for left = 1."""
     linear_tile(format, ((1, 1), COLS, 1), 1, x, w, out, Ahead(ahead.codes, ahead.scales, 0))
 
@@ -123,10 +129,10 @@ def claim_size(num_panels, num_threads, rows):
 
 
 @inlined
-def part_of_k(K, panel, rows):
+def part_of_k(K, panel, rows, few):
     """How much of K is worked on at a time, so that the panels of a tile stay in the nearest cache for all rows."""
     part = NEAR_BYTES * K // (COLS * panel) // K_UNIT * K_UNIT
-    return K if rows <= FEW_ROWS else min(K, max(K_UNIT, part))
+    return K if rows <= few else min(K, max(K_UNIT, part))
 
 
 @inlined
@@ -171,7 +177,7 @@ def output_at(a, t, p, num_panels, k, is_last):
 
 
 @merged
-def sweep_claim(format, sweep, rows_of, a, sizes, claim):
+def sweep_claim(format, few, sweep, rows_of, a, sizes, claim):
     """A claim of the layer `a`, some rows and a part of K at a time."""
     K, row, panel = a.in_features, sizes.row, sizes.panel
     for t in range(claim.start, claim.end, sizes.at_once):
@@ -185,6 +191,7 @@ def sweep_claim(format, sweep, rows_of, a, sizes, claim):
                 next_codes = a.weight.codes + panel * q + panel * next_k // K
                 sweep(
                     format,
+                    few,
                     Rows(x.address + x.stride * t + row * k // K, x.stride),
                     Panels(codes, panel, scales, K, min(sizes.part, K - k)),
                     output_at(a, t, p, sizes.num_panels, k, next_k == 0),
@@ -206,13 +213,14 @@ def linear(op, step, thread, num_threads):
         K // BLOCK * PANEL_BYTES,
         claim_size(num_panels, num_threads, min(T, unit)),
     )
-    sizes = Sizes(row, panel, rows_at_once(row), part_of_k(K, panel, min(T, unit)), num_panels)
+    sizes = Sizes(row, panel, rows_at_once(row), part_of_k(K, panel, min(T, unit), FEW), num_panels)
     num_claims, counter = (num_panels + size - 1) // size, peek(op + 8 * COUNTER, int64)
     claim, next_claim = fetch_add(counter, 1), fetch_add(counter, 1)
     while claim * unit < num_claims * T:
         start, first = claim // num_claims * unit, claim % num_claims * size
         end, last = min(start + unit, T), min(first + size, num_panels)
-        sweep_claim(FORMAT, SWEEP, ROWS_OF, a, sizes, Claim(start, end, first, last, next_claim % num_claims * size))
+        after = next_claim % num_claims * size
+        sweep_claim(FORMAT, FEW, SWEEP, ROWS_OF, a, sizes, Claim(start, end, first, last, after))
         claim, next_claim = next_claim, fetch_add(counter, 1)
 
 

@@ -140,7 +140,7 @@ def float_steps(s, size, column):
         columns = [column(moved(b, w, b.mul(k, s.int(size)))) for w in s.w]
         return outer(s, acc, b.mul(k, s.int(4)), 0, columns)
 
-    return s.blocks(1, step)
+    return s.blocks(1, step, size)
 
 
 def outer(s, acc, start, offset, columns):

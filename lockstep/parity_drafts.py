@@ -12,13 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lockstep.engine.drafts import SOURCES, Drafter, Source
+from lockstep.engine.drafts import Drafter, Source
 from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.lookup import Guess
 from lockstep.engine.model import Model
 from lockstep.engine.request import Request, SamplingParams
 from lockstep.ops.kv_cache import PAGE_TOKENS
 
+KNOWN = "known answer"  # a source of drafts
 NUM_DRAFTS = (1, 2, 4, 7, 15)
 TEMPERATURES = (0.0, 0.8)
 ALTERNATIVES = 3
@@ -95,15 +96,18 @@ def run_draft_parity(
             path = DraftPath("off", 0, temperature, 1)
             references[temperature] = run_draft_path(engine, ids, num_tokens, path, None)
             yield compare(references[temperature], path, references[temperature])
-    for num_drafts in NUM_DRAFTS:
-        drafts = dict(speculate="lookup", draft=num_drafts, threads=max_threads)
+    for num_drafts, name in itertools.product(NUM_DRAFTS, sources(model)):
+        drafts = dict(speculate="lookup" if name == KNOWN else name, draft=num_drafts, threads=max_threads)
         with _opened(model, len(ids) + num_tokens, swaps, **drafts) as engine:
             for temperature, reference in references.items():
                 known = partly_wrong(reference.token_ids, num_drafts, model.config.vocab_size)
-                for name, source in {**SOURCES, "known answer": known}.items():
-                    if source is not None:
-                        path = DraftPath(name, num_drafts, temperature, max_threads)
-                        yield compare(reference, path, run_draft_path(engine, ids, num_tokens, path, source))
+                path, source = DraftPath(name, num_drafts, temperature, max_threads), known if name == KNOWN else None
+                yield compare(reference, path, run_draft_path(engine, ids, num_tokens, path, source))
+
+
+def sources(model: Model) -> list[str]:
+    """Where drafts of a model come from without another model, and a source that knows the answer."""
+    return ["lookup", *(["mtp"] if model.drafts_by_mtp("auto") else []), KNOWN]
 
 
 @contextlib.contextmanager
@@ -125,12 +129,12 @@ def partly_wrong(answer: tuple[int, ...], num_drafts: int, vocab_size: int) -> S
 
     def source(request: Request, most: int, drafts: Sequence[int]) -> Guess:
         if drafts:
-            return Guess([], "known answer")
+            return Guess([], KNOWN)
         at, wrong = len(request.output_ids), next(places)
         made = list(answer[at : at + most])
         if wrong < len(made):
             made[wrong] = (made[wrong] + 1) % vocab_size
-        return Guess(made, "known answer")
+        return Guess(made, KNOWN)
 
     return source
 

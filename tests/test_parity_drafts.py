@@ -60,7 +60,7 @@ def test_the_command_prints_a_row_for_each_answer(capsys):
     assert main(["parity", "--speculate", "--tokens", "10", "--length", "60"]) == 0
     out = capsys.readouterr().out
     assert "60 tokens and 69 more, with and without drafts" in out
-    assert "22 answers, the same with drafts and without" in " ".join(out.split())
+    assert "32 answers, the same with drafts and without" in " ".join(out.split())
 
 
 def test_json_has_every_answer_and_the_exit_code_says_that_one_differs(capsys, monkeypatch):
@@ -68,7 +68,7 @@ def test_json_has_every_answer_and_the_exit_code_says_that_one_differs(capsys, m
     monkeypatch.setattr(parity_drafts, "NUM_DRAFTS", (2,))
     assert main(["parity", "--speculate", "--length", "60", "--tokens", "30", "--threads", "1", "--json"]) == 1
     rows = json.loads(capsys.readouterr().out)
-    assert len(rows) == 6 and {row["threads"] for row in rows} == {1}
+    assert len(rows) == 8 and {row["threads"] for row in rows} == {1}
     assert {row["identical"] for row in rows} == {True, False}
     assert all(bool(row["differing"]) != row["identical"] for row in rows)
 

@@ -45,8 +45,9 @@ Speculate = Annotated[
     str,
     typer.Option(
         metavar="SOURCE",
-        help="Guess tokens ahead and check them together: off, lookup (what followed the same few tokens earlier in "
-        "the text), or a smaller model of the same vocabulary, named as MODEL is. No answer changes.",
+        help="Guess tokens ahead and check them together: off; lookup (what followed the same few tokens before in the "
+        "text); mtp (the model's own multi-token-prediction head); auto (both, or lookup where there is no head); or a "
+        "smaller model of the same vocabulary. No answer changes.",
     ),
 ]
 Draft = Annotated[

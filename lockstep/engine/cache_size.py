@@ -50,7 +50,8 @@ class Needs:
 
 def needs(model: "Model", options: "EngineOptions", draft: "Model | None" = None) -> Needs:
     """The Needs of a model with EngineOptions, and of the model that drafts for it."""
-    of_page = sum(c.bytes_each for c in model.recorded.caches if c.kind == "pages")
+    programs = [model.recorded, *([model.recorded_mtp] if model.drafts_by_mtp(options.speculate) else [])]
+    of_page = sum(c.bytes_each for program in programs for c in program.caches if c.kind == "pages")
     made = Needs(
         weight_bytes(model.recorded),
         of_page,

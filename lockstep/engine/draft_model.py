@@ -13,8 +13,11 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from lockstep.engine.draft_memory import DraftMemory, Follower
 from lockstep.engine.draft_width import StepCosts
+from lockstep.engine.drafts import MODEL
 from lockstep.engine.model import Model
 from lockstep.engine.request import Request
 from lockstep.engine.runner import Limits, Runner, Span
@@ -48,7 +51,7 @@ class Guesses:
 
 
 class DraftModel:
-    """Guesses of a smaller model.
+    """Guesses of a smaller model: a `drafts.Head`.
 
     limits: the target's. Pages are as many as the target's (see DraftMemory); who finds none is not followed. eos_ids:
     end tokens, after which nothing is guessed. ValueError for another vocabulary than the target's.
@@ -76,6 +79,20 @@ class DraftModel:
         self._first_copy = limits.max_requests
         self.followers: dict[int, Follower] = {}
         self._costs = StepCosts()
+
+    name = MODEL
+
+    def wants_hidden(self, request: Request) -> bool:
+        """It reads tokens."""
+        return False
+
+    def observe(self, request: Request, start: int, hidden: np.ndarray) -> None:
+        """Nothing is told."""
+
+    def ready(self, request: Request, most: int) -> int:
+        """`most`, unless a request is not followed any more."""
+        f = self.followers.get(request.id)
+        return 0 if f is not None and f.is_done else most
 
     def guess(self, wanted: Sequence[tuple[Request, int]], num_planned: int) -> dict[int, list[int]]:
         """{id of a request: guesses of its next tokens}, for each at most as many as wanted; 0: it has yet to be read.

@@ -14,6 +14,8 @@ LEAST_GAIN, LEAST_GAIN_OF_ALL = 0.1, 0.03  # of an average, that a new value has
 OWN_AFTER = 4  # drafts of a request, after which what was seen of it counts, and not what was seen of all
 LONG_AGO = 1 << 30  # steps
 PROBE_EVERY = 24  # steps without drafts, after which one is tried again
+TOLD_BEFORE = 8  # steps before a draft is tried again, and after the last one, in which a head still follows
+TOLD_FROM = PROBE_EVERY - TOLD_BEFORE
 WORTH = 1.03  # times as many tokens a second as without, from which drafts are made
 CHEAPEST = 0.02  # of a step, for each further row: less is an error of measurement, or others' doing
 BEND = 12  # further rows that cost as much as the first, before any was measured
@@ -226,6 +228,7 @@ class WidthChoice:
         self._depths, self._everybody, self._costs = depths, Acceptance(depths), CostTable()
         self._num_steps = self._last_probe = 0
         self._num_noted = 0  # changes of what is known of drafts
+        self._next: Acceptance | None = None  # who soon is given a draft to try
         self._without: tuple[float, ...] | None = None  # what was known when none was worth it
 
     def newcomer(self) -> Acceptance:
@@ -246,9 +249,15 @@ class WidthChoice:
         """
         self._num_steps += 1
         widths = self._paying(seen, rows, seconds_of_guess)
-        if self._num_steps - self._last_probe >= PROBE_EVERY:
+        since = self._num_steps - self._last_probe
+        self._next = min(seen, key=lambda each: each.last_draft, default=None) if since > TOLD_FROM else None
+        if since >= PROBE_EVERY:
             self._probe(seen, widths, rows, seconds_of_guess)
         return widths
+
+    def is_tried_soon(self, seen: Acceptance) -> bool:
+        """Whether a request had drafts lately, or is the next that is given one to try."""
+        return seen is self._next or self._num_steps - seen.last_draft < TOLD_BEFORE
 
     def _paying(self, seen: Sequence[Acceptance], rows: int, seconds_of_guess: float) -> list[int]:
         """`best_widths`, which are not worked out again while there are none and nothing is known that was not."""

@@ -6,11 +6,14 @@ and with what the request asks of its logits, chooses the same token. Of a wrong
 values past the computed tokens of a request are overwritten before anybody reads them.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from lockstep.engine.draft_model import DraftModel
+import numpy as np
+
 from lockstep.engine.draft_width import FORCED, Acceptance, StepCosts, WidthChoice, best_width
 from lockstep.engine.earlier_answers import EarlierAnswers
 from lockstep.engine.lookup import Guess, Lookup
@@ -68,8 +71,45 @@ def look_up(request: Request, most: int, drafts: Sequence[int]) -> Guess:
     return request.lookup.guess(most, drafts)
 
 
-SOURCES: dict[str, Source | None] = {"off": None, "lookup": look_up}
-MODEL = "model"  # the source that is a smaller model
+class Head(Protocol):
+    """A model that guesses, for all requests of a step together. name: what its drafts are counted under."""
+
+    name: str
+
+    def wants_hidden(self, request: Request) -> bool:
+        """Whether `observe` is to be told the hidden states of a request's tokens."""
+        ...
+
+    def observe(self, request: Request, start: int, hidden: np.ndarray) -> None:
+        """After a step: takes in the last hidden states of a request's tokens from position `start` on, float32 [n, D];
+        they are overwritten by the next step."""
+        ...
+
+    def ready(self, request: Request, most: int) -> int:
+        """How many drafts a request may have, up to `most`."""
+        ...
+
+    def guess(self, wanted: Sequence[tuple[Request, int]], num_planned: int) -> dict[int, list[int]]:
+        """Before every step: {id of a request: guesses of its next tokens}, for each at most as many as wanted; 0: it
+        has yet to be read. num_planned: tokens that the model computes in this step."""
+        ...
+
+    def is_behind(self, request: Request) -> bool:
+        """Whether a request has yet to be read, so that it got no guess."""
+        ...
+
+    def seconds(self, num_requests: int) -> float:
+        """Seconds that one more guess for each of so many requests takes; 0 before any was measured."""
+        ...
+
+    def forget(self, request: Request) -> None:
+        """Gives back what a request has here; it may come again."""
+        ...
+
+
+# of texts, by what the option `speculate` says; None: texts are not looked in
+SOURCES: dict[str, Source | None] = {"off": None, "auto": look_up, "mtp": None, "lookup": look_up}
+MODEL = "model"  # what it says where a smaller model drafts
 
 
 def may_draft(request: Request) -> bool:
@@ -89,9 +129,9 @@ class DraftCounts:
 class Drafter:
     """Gives the requests of a step their drafts.
 
-    num_drafts: of one request in a step; None: as many as pay. eos_ids: the model's end tokens, after which nothing is
-    drafted. model: a smaller model that guesses for all requests of a step at once; source may be None then. counts:
-    {source: DraftCounts}.
+    source: of texts, or None. num_drafts: of one request in a step; None: as many as pay. eos_ids: the model's end
+    tokens, after which nothing is drafted. head: a model that guesses where texts do not guess better. counts: {source:
+    DraftCounts}.
     """
 
     def __init__(
@@ -100,56 +140,100 @@ class Drafter:
         source: Source | None,
         num_drafts: int | None,
         eos_ids: frozenset[int],
-        model: DraftModel | None = None,
+        head: Head | None = None,
     ) -> None:
-        self._scheduler, self._source, self._eos_ids = scheduler, source or self._guessed_by_model, eos_ids
-        self.model = model
-        self._guesses: dict[int, list[int]] = {}  # of this step, by the id of their request
-        self._seconds_guessing = 0.0  # of this step, by the model
+        self._scheduler, self._source, self._eos_ids, self.head = scheduler, source, eos_ids, head
+        self._seconds_guessing = 0.0  # of this step, by the head
         self._is_fixed, self._num_drafts = num_drafts is not None, num_drafts or MOST_BY_ITSELF
         self._choice = WidthChoice(self._num_drafts)
         self._answers = EarlierAnswers()
         self.counts: dict[str, DraftCounts] = {}
 
-    def begin(self, plan: list[tuple[Request, int]]) -> Spare | None:
-        """Begins a step of so many tokens of each request; returns what is left in it, None if nobody is to draft."""
+    def draft(self, plan: list[tuple[Request, int]]) -> dict[Request, Drafts]:
+        """Drafts of the next tokens of requests of a step, with pages to put them in, from what the step has left.
+
+        Only for requests that decode and may have drafts.
+        """
+        spare, made, asked = self._spare(plan), {}, []
+        for request, _ in plan:
+            if not may_draft(request):
+                continue
+            if request.num_left > 1:
+                if self.head and self._is_read(request):
+                    asked.append((request, 0))
+            elif spare:
+                made[request], count = self._planned(request, spare)
+                asked += [(request, count)] if count else []
+        if self.head:
+            self._ask(self.head, asked, made, sum(count for _, count in plan))
+        return made
+
+    def _spare(self, plan: list[tuple[Request, int]]) -> Spare | None:
+        """What is left in a step of so many tokens of each request; None if nobody is to draft."""
         # a prompt's step costs what it costs: drafts are weighed as if it were not there
         rows = sum(request.num_left == 1 for request, _ in plan)
-        each, widths = self.model.seconds(len(plan)) if self.model else 0.0, None
+        each, widths = self.head.seconds(len(plan)) if self.head else 0.0, None
         if not self._is_fixed:
             able = [request for request, _ in plan if request.num_left == 1 and may_draft(request)]
             widths = self._choice.choose([self._seen(request) for request in able], rows, each)
-            if not self.model and not any(widths):
+            if not any(widths) and not any(request.params.logits_mask for request in able):
                 return None
             widths = {request.id: width for request, width in zip(able, widths, strict=True)}
         limits, tokens = self._scheduler.limits, sum(count for _, count in plan)
         sampled = sum(num_rows(request, count) for request, count in plan)
         left = limits.max_step_tokens - tokens, limits.max_sampled - sampled
-        spare = Spare(*left, rows, rows, self._choice.costs(rows), widths)
-        if self.model:
-            began = time.perf_counter()
-            asked = self._asked(plan, spare, each)
-            self._guesses = self.model.guess(asked, tokens)
-            for request in [request for request, most in asked if most and self.model.is_behind(request)]:
-                self._choice.try_again(self._seen(request))
-            self._seconds_guessing = time.perf_counter() - began
-        return spare
+        return Spare(*left, rows, rows, self._choice.costs(rows), widths)
 
-    def draft(self, request: Request, spare: Spare) -> Drafts:
-        """Drafts of a request's next tokens, with pages to put them in; they are taken from what is spare.
-
-        Only for a request that decodes and may have drafts.
-        """
-        if request.num_left != 1 or not may_draft(request):
-            return Drafts()
+    def _planned(self, request: Request, spare: Spare) -> tuple[Drafts, int]:
+        """A request's drafts from its grammar and from texts, or how many the head is asked for; they are taken from
+        what is spare."""
         room, paying = self._room(request, spare), self._most(request, spare)
         forces = request.params.logits_mask is not None  # and what it forces is right
-        drafts = self._guessed(request, room, paying) if paying or (room and forces) else Drafts()
+        drafts, asked = self._guessed(request, room, paying) if paying or (room and forces) else Drafts(), 0
+        if self.head and paying and self._is_better(self.head, request, drafts):
+            drafts, asked = Drafts(), self.head.ready(request, paying)
         drafts.cut(self._width(request, drafts, paying, spare))
-        drafts.cut(self._scheduler.lend(request, len(drafts)) if drafts else 0)
-        spare.tokens, spare.rows = spare.tokens - len(drafts), spare.rows - len(drafts)
-        spare.num_rows += len(drafts)
-        return drafts
+        count = asked or len(drafts)
+        count = self._scheduler.lend(request, count) if count else 0
+        spare.tokens, spare.rows, spare.num_rows = spare.tokens - count, spare.rows - count, spare.num_rows + count
+        drafts.cut(count)
+        return drafts, min(asked, count)
+
+    def _is_better(self, head: Head, request: Request, drafts: Drafts) -> bool:
+        """Whether a head may guess better than what there is."""
+        if not drafts:
+            return True
+        first, seen = drafts.sources[0], self._seen(request)
+        return first != FORCED and seen.of(head.name)[0] > seen.of(first)[0]
+
+    def _ask(self, head: Head, asked: list[tuple[Request, int]], made: dict[Request, Drafts], num_planned: int) -> None:
+        """Adds what the head guesses."""
+        began = time.perf_counter()
+        found = head.guess(asked, num_planned)
+        self._seconds_guessing = time.perf_counter() - began
+        for request, count in asked:
+            if count:
+                if head.is_behind(request):
+                    self._choice.try_again(self._seen(request))
+                with contextlib.suppress(ValueError):  # a limit of the grammar, as in `_next`
+                    made[request].add(self._allowed(request, Guess(found.get(request.id, []), head.name)))
+
+    def _is_read(self, request: Request) -> bool:
+        """Whether the head is to know a request: not where its drafts are not worth their time."""
+        if self._is_fixed or self.head is None:
+            return True
+        if request.num_left > 1:
+            return self._choice.may_pay(self._seen(request), self.head.seconds(1))
+        return self._choice.is_tried_soon(self._seen(request))
+
+    def wants_hidden(self, request: Request) -> bool:
+        """Whether `observe` is to be told the hidden states of a request's tokens."""
+        return bool(self.head and may_draft(request) and self.head.wants_hidden(request) and self._is_read(request))
+
+    def observe(self, request: Request, start: int, hidden: np.ndarray) -> None:
+        """Tells the head a request's hidden states, see `Head.observe`."""
+        if self.head:
+            self.head.observe(request, start, hidden)
 
     def _room(self, request: Request, spare: Spare) -> int:
         """The most drafts that a step has room for and the answer needs."""
@@ -160,27 +244,6 @@ class Drafter:
         """The same of drafts that are as good as others were, and so may not pay."""
         room = self._room(request, spare)
         return room if spare.widths is None else min(room, spare.widths[request.id])
-
-    def _asked(self, plan: list[tuple[Request, int]], spare: Spare, each: float) -> list[tuple[Request, int]]:
-        """How many guesses the model is asked for, of each request; 0 of those whose prompt it only reads.
-
-        Where guesses, which take `each` seconds, are not worth their time it is not asked, and reads nothing.
-        """
-        asked = []
-        for request, _ in plan:
-            if not may_draft(request):
-                continue
-            if request.num_left > 1:
-                if self._is_fixed or self._choice.may_pay(self._seen(request), each):
-                    asked.append((request, 0))
-            elif most := self._most(request, spare):
-                asked.append((request, most))
-        return asked
-
-    def _guessed_by_model(self, request: Request, most: int, drafts: Sequence[int]) -> Guess:
-        """What the model guessed at the step's beginning."""
-        guessed, known = self._guesses.get(request.id, []), len(drafts)
-        return Guess(guessed[known : known + most] if guessed[:known] == list(drafts) else [], MODEL)
 
     def _guessed(self, request: Request, room: int, paying: int) -> Drafts:
         """Guesses of a request's next tokens, all of them before the first that would end the answer: up to `room` that
@@ -203,15 +266,20 @@ class Drafter:
         assert mask is None or isinstance(mask, SpeculativeMask), "see may_draft"
         try:
             forced = mask.forced(output_ids, drafts)[:room] if mask and room > 0 else []
-            guess = Guess(forced, FORCED) if forced else NOTHING
-            if not forced and paying > 0:
-                guess = self._source(request, paying, drafts)
-            tokens = guess.tokens[: self._num_before_end(request, guess.tokens)]
-            if mask and tokens and not forced:
-                tokens = tokens[: mask.num_allowed(output_ids, drafts + tokens) - len(drafts)]
-            return Guess(tokens, guess.source)
+            if forced:
+                return Guess(forced[: self._num_before_end(request, forced)], FORCED)
+            guess = self._source(request, paying, drafts) if self._source and paying > 0 else NOTHING
+            return self._allowed(request, guess, drafts)
         except ValueError:  # a limit of the grammar: where the answer itself reaches it, its next mask says so
             return NOTHING
+
+    def _allowed(self, request: Request, guess: Guess, drafts: Sequence[int] = ()) -> Guess:
+        """The guess, which follows drafts, before the first token that ends the answer or that a grammar forbids.
+        ValueError if a limit of the grammar is reached."""
+        mask, tokens = request.params.logits_mask, guess.tokens[: self._num_before_end(request, guess.tokens)]
+        if isinstance(mask, SpeculativeMask) and tokens:
+            tokens = tokens[: mask.num_allowed(request.output_ids, [*drafts, *tokens]) - len(drafts)]
+        return Guess(tokens, guess.source)
 
     def _width(self, request: Request, drafts: Drafts, paying: int, spare: Spare) -> int:
         """How many of the drafts are worth their rows, now that it is known where they come from.
@@ -252,8 +320,8 @@ class Drafter:
         if request.finish_reason in ("stop", "length"):
             self._answers.add(request.cache_salt, request.prompt_ids, request.output_ids)
         request.lookup = request.prediction = None
-        if self.model:
-            self.model.forget(request)
+        if self.head:
+            self.head.forget(request)
 
     def _num_before_end(self, request: Request, drafts: Sequence[int]) -> int:
         """How many drafts there are before the first that would end the answer: nothing follows that one."""

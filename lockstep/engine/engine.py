@@ -1,10 +1,8 @@
 """The engine: requests in, tokens out, one step at a time."""
 
 import itertools
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
@@ -13,12 +11,13 @@ from lockstep.engine import selfcheck
 from lockstep.engine.admission import check
 from lockstep.engine.answer_text import AnswerText, Detokenizer
 from lockstep.engine.cache_size import num_pages
-from lockstep.engine.draft_model import DraftModel
-from lockstep.engine.drafts import MAX_DRAFTS, MODEL, MOST_BY_ITSELF, SOURCES, DraftCounts, Drafter, Drafts
+from lockstep.engine.drafts import DraftCounts, Drafter, Drafts
 from lockstep.engine.embedding import Pool
+from lockstep.engine.heads import made_drafter
 from lockstep.engine.lookup import Prediction
 from lockstep.engine.memory import Memory
 from lockstep.engine.model import Model
+from lockstep.engine.options import DEFAULTS, EngineOptions
 from lockstep.engine.pages import PageAllocator
 from lockstep.engine.prefix import PrefixCache, model_identity
 from lockstep.engine.prefix_disk import DiskStore
@@ -33,73 +32,6 @@ from lockstep.runtime.threads import Team, num_cores
 
 PROMPT_ROWS = 64  # rows of a step that may report log-probabilities of prompts; their memory is touched when used
 LONG_PROMPT = 2048  # tokens that make an extra step cheap
-
-
-MANY = (1 << 31) - 1
-LOWEST = {
-    "max_step_tokens": 1,
-    "max_requests": 1,
-    "kv_tokens": PAGE_TOKENS,
-    "threads": 1,
-    "state_bytes": 0,
-    "state_every": PAGE_TOKENS,
-    "prompt_state_from": 0,
-    "cache_dir_bytes": 0,
-    "draft": 1,
-}
-HIGHEST = {"kv_tokens": 1 << 62, "state_bytes": 1 << 62, "cache_dir_bytes": 1 << 62, "draft": MAX_DRAFTS}
-MAY_BE_NONE = ("kv_tokens", "threads", "prompt_state_from", "draft")
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """Sizes of an engine. ValueError for one that is not allowed.
-
-    kv_tokens: tokens of KV cache in all, its memory claimed at once; None: what max_requests full contexts need, up to
-    2 GiB, or what one full context needs (see cache_size.py), claimed as it is used. threads: None: one for each core.
-    prefix_cache: whether requests use what others computed for the same first tokens. state_bytes: host memory for
-    checkpoints of recurrent state, for models that have one; state_every: tokens from one checkpoint to the next, a
-    multiple of 64; prompt_state_from: length from which prompts get one near their end, too (None: 2048, or any with
-    a cache_dir): it takes a step of its own, which costs a shorter prompt more than 3 %. cache_dir: a folder that
-    keeps prefixes across restarts, of at most cache_dir_bytes. speculate: "lookup": tokens that followed the same few
-    tokens in the prompt, the answer, its prediction or an earlier answer are computed as drafts, and kept where they
-    are what the model chooses: no answer changes. "model": a smaller model that the engine is given guesses them.
-    "off": none. draft: how many of a request in a step, 1 to 15; None: as many as pay, up to 7.
-    """
-
-    max_step_tokens: int = 512
-    max_requests: int = 16
-    kv_tokens: int | None = None
-    threads: int | None = None
-    prefix_cache: bool = True
-    state_bytes: int = 512 << 20
-    state_every: int = 512
-    prompt_state_from: int | None = None
-    cache_dir: str | os.PathLike | None = None
-    cache_dir_bytes: int = 8 << 30
-    speculate: str = "off"
-    draft: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, low in LOWEST.items():
-            value, high = getattr(self, name), HIGHEST.get(name, MANY)
-            if (type(value) is int and low <= value <= high) or (value is None and name in MAY_BE_NONE):
-                continue
-            raise ValueError(f"{name}: expected an integer of at least {low} (and at most {high}), got {value!r:.80}")
-        choices = (*SOURCES, MODEL)
-        if not (isinstance(self.speculate, str) and self.speculate in choices):
-            raise ValueError(f"speculate: expected one of {', '.join(choices)}, got {self.speculate!r:.80}")
-        if not isinstance(self.prefix_cache, bool):
-            raise ValueError(f"prefix_cache: expected True or False, got {self.prefix_cache!r}")
-        if self.cache_dir is not None and not (isinstance(self.cache_dir, (str, os.PathLike)) and str(self.cache_dir)):
-            raise ValueError(f"cache_dir: expected a folder or None, got {self.cache_dir!r}")
-        if self.state_every % PAGE_TOKENS:
-            raise ValueError(f"state_every: expected a multiple of {PAGE_TOKENS}, got {self.state_every}")
-
-    @property
-    def num_drafts(self) -> int:
-        """The most drafts that a request may have in a step; 0 without speculation."""
-        return 0 if self.speculate == "off" else self.draft or MOST_BY_ITSELF
 
 
 class Planned(NamedTuple):
@@ -123,18 +55,19 @@ class Engine:
     def __init__(
         self,
         model: Model,
-        options: EngineOptions = EngineOptions(),
+        options: EngineOptions = DEFAULTS,
         swaps: Mapping[str, str] | None = None,
         eos_ids: frozenset[int] | None = None,
         new_detokenizer: Callable[[Request], Detokenizer] | None = None,
         on_compile: OnCompile | None = None,
         draft_model: Model | None = None,
     ) -> None:
-        if (draft_model is None) == (options.speculate == MODEL):
-            raise ValueError(f"draft_model: expected a model with speculate {MODEL!r} only, got {draft_model!r:.80}")
+        if (draft_model is None) == (options.speculate == "model"):
+            raise ValueError(f"draft_model: expected a model with speculate 'model' only, got {draft_model!r:.80}")
         self.eos_ids = frozenset(model.config.eos_ids) if eos_ids is None else eos_ids
         self.new_detokenizer = new_detokenizer
         num_drafts = options.num_drafts
+        model.drafts_by_mtp(options.speculate)  # refuses what has no head
         rows = max(PROMPT_ROWS, options.max_requests * (1 + num_drafts) if num_drafts else 0)
         num_sampled = max(options.max_requests, min(options.max_step_tokens, rows))
         pages = num_pages(model, options, draft_model)
@@ -142,19 +75,15 @@ class Engine:
         self.model, self.limits, self.team = model, limits, Team(options.threads or num_cores())
         try:
             self.runner = Runner(model, self.team, limits, swaps, num_drafts=num_drafts, on_compile=on_compile)
-            drafts = draft_model and DraftModel(draft_model, model, self.team, limits, self.eos_ids, on_compile)
         except MemoryError as error:
             sizes = "max_step_tokens, max_requests, max_context" + (", draft" if num_drafts else "")
             raise ValueError(f"{sizes} or kv_tokens: not enough memory ({error})") from None
-        for runner in (self.runner, drafts.runner) if drafts else (self.runner,):
-            for array in runner.caches.values() if options.kv_tokens is not None else ():
+        if options.kv_tokens is not None:
+            for array in self.runner.caches.values():
                 array.fill(0)  # the system hands out pages at the first touch: better now than within a request
-            selfcheck.check(runner.program, runner.executor.backend, on_compile)
+        selfcheck.check(self.runner.program, self.runner.executor.backend, on_compile)
         self.scheduler = Scheduler(limits, self._prefix_cache(options))
-        source = SOURCES.get(options.speculate)
-        self.drafter = None
-        if source or drafts:
-            self.drafter = Drafter(self.scheduler, source, options.draft, self.eos_ids, drafts)
+        self.drafter = made_drafter(options, self.runner, self.scheduler, model, self.eos_ids, draft_model, on_compile)
         self._ids, self.num_generated, self.num_not_finite = itertools.count(), 0, 0
         self.num_drafted = self.num_accepted = 0
 
@@ -246,21 +175,30 @@ class Engine:
             if request.pool is None:
                 row = self._take_sampled(planned, row, tokens, logprobs)
             else:
-                hidden_row = self._take_hidden(request, request.pool, planned.span, hidden_row)
+                self._take_hidden(request, request.pool, planned.span, hidden_row)
+            if self.drafter and request.finish_reason is None:
+                self._tell(self.drafter, planned.span, request, hidden_row)
+            hidden_row += len(planned.span.embedded)
         if self.drafter:
             num_drafts = sum(len(planned.drafts) for planned in plan)
             self.drafter.time([planned.count for planned in plan], num_drafts, time.perf_counter() - began)
         return changed
 
+    def _tell(self, drafter: Drafter, span: Span, request: Request, row: int) -> None:
+        """Takes back what was lent to drafts, and tells the hidden states, from a row on, of tokens that are known."""
+        self.scheduler.settle(request)
+        if span.embedded and request.pool is None:
+            drafter.observe(request, span.start, self.runner.hidden(row, request.num_computed - span.start))
+
     def _prepare(self) -> tuple[list[Planned], list[Request]]:
         """What runs in the next step, and the requests that failed."""
         plan, failed = [], []
         wanted = within_rows(self.scheduler.schedule(), self.runner.limits.max_sampled)
-        spare = self.drafter.begin(wanted) if self.drafter else None
+        drafts_of = self.drafter.draft(wanted) if self.drafter else {}
         for request, count in wanted:
             try:
                 if request.finish_reason is None:
-                    drafts = self.drafter.draft(request, spare) if self.drafter and spare else Drafts()
+                    drafts = drafts_of.get(request, Drafts())
                     plan.append(Planned(request, count, drafts, self._span(request, count, drafts)))
             except Refused as error:
                 failed.append(self.fail(request, error))
@@ -274,6 +212,8 @@ class Engine:
             drafts.cut(len(sampled) - 1)
             self.scheduler.settle(request, count + len(drafts))
         token_ids = request.token_ids(start, end) + drafts.tokens
+        if self.drafter and self.drafter.wants_hidden(request):
+            embedded = range(len(token_ids))
         assert start + len(token_ids) <= len(request.pages) * PAGE_TOKENS, (start, len(token_ids), request.pages)
         counts = dict(num_drafts=len(drafts), num_pending=request.num_pending)
         return Span(token_ids, start, request.pages, request.running_slot, sampled, embedded, **counts)
@@ -311,17 +251,14 @@ class Engine:
         self.num_drafted += len(drafts)
         self.num_accepted += request.num_accepted - before
         drafter.note(request, drafts, request.num_accepted - before)
-        if request.finish_reason is None:
-            self.scheduler.settle(request)
 
-    def _take_hidden(self, request: Request, pool: Pool, span: Span, row: int) -> int:
+    def _take_hidden(self, request: Request, pool: Pool, span: Span, row: int) -> None:
         """The same for its embedded rows."""
         pool.take(self.runner.hidden(row, len(span.embedded)))
         if request.num_left == 0 and pool.is_finite:
             self.finish(request, "embedded")
         elif request.num_left == 0:
             self._fail_not_finite(request, "hidden states")
-        return row + len(span.embedded)
 
     def _take_token(self, request: Request, token: int, logprob: float, row: int) -> None:
         p = request.params

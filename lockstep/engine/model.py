@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from lockstep.models.config import ModelConfig
 from lockstep.models.decoder import can_generate, record
 from lockstep.models.families import model_config
+from lockstep.models.mtp import check_mtp, has_mtp, record_mtp
 from lockstep.ops import BACKENDS
 from lockstep.ops.adjust_logits import AdjustLogits
 from lockstep.ops.kv_cache import KV_DTYPES
@@ -41,6 +42,21 @@ class Model:
     def can_generate(self) -> bool:
         """Whether it has a head; without one it only makes embeddings."""
         return can_generate(self.config, self.checkpoint.tensors)
+
+    def drafts_by_mtp(self, speculate: str) -> bool:
+        """Whether its MTP head is to draft: with "mtp", and with "auto" if there is one. ValueError where there must be
+        one and is not."""
+        if speculate == "mtp":
+            check_mtp(self.config, self.checkpoint.tensors)
+        return speculate == "mtp" or (speculate == "auto" and has_mtp(self.config, self.checkpoint.tensors))
+
+    @functools.cached_property
+    def recorded_mtp(self) -> Program:
+        """The unfused program of its MTP head, sampling included. ValueError if a part of the head is missing."""
+        how = self.weights, self.kv_dtype, self.max_context
+        program, logits, num_tokens = record_mtp(self.config, self.checkpoint.tensors, *how)
+        emit_sampling(program, logits, num_tokens)
+        return program
 
     @functools.cached_property
     def program(self) -> Program:

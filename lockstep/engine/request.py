@@ -224,6 +224,8 @@ class Request:
     lookup: Lookup | None = None  # made with the first draft
     prediction: Prediction | None = None  # a text that its answer may be like
     num_drafted: int = 0  # tokens that were guessed and computed
+    draft_state: object | None = None  # what a `drafts.Head` has of it
+    num_lent: int = 0  # of its pages, those that hold nothing but drafts
     num_pending: int = 0  # drafts of its last step that were right: recurrent layers have yet to absorb them
     num_accepted: int = 0  # of those, the ones that were right
     num_cached: int = 0  # tokens of the prompt that the prefix cache had when it was first admitted

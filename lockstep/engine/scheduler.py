@@ -74,7 +74,7 @@ class Scheduler:
         self.pages.give_back(request.pages)
         self.free_slots.append(request.running_slot)
         request.pages, request.slot, request.num_computed, request.num_named = [], None, 0, 0
-        request.num_pending = 0
+        request.num_pending, request.num_lent, request.draft_state = 0, 0, None
 
     def computed(self, request: Request, count: int) -> None:
         """Notes that a step computed `count` more tokens of a request."""
@@ -162,14 +162,17 @@ class Scheduler:
         for how many there is room. They are lent until `settle`."""
         wanted = pages_for(request.num_computed + 1 + count) - len(request.pages)
         blank = self.pages.num_free - self.pages.num_idle
-        request.pages += self.pages.take(min(wanted, blank)) or [] if wanted > 0 else []
+        lent = self.pages.take(min(wanted, blank)) or [] if wanted > 0 else []
+        request.pages += lent
+        request.num_lent += len(lent)
         return min(count, len(request.pages) * PAGE_TOKENS - request.num_computed - 1)
 
     def settle(self, request: Request, num_next: int = 0) -> None:
         """Takes back what was lent to a running request and holds no computed token, nor one of the next so many."""
-        kept = pages_for(request.num_computed + num_next)
+        kept = max(pages_for(request.num_computed + num_next), len(request.pages) - request.num_lent)
         self.pages.give_back(request.pages[kept:])
         del request.pages[kept:]
+        request.num_lent = 0
 
     def preempt(self, request: Request) -> None:
         """Takes a running request's memory away; it waits again, with the tokens that it has."""

@@ -25,13 +25,18 @@ def record(
 
     config: ModelConfig. tensors: HF name -> StoredTensor. weights, kv_dtype: see Recorder.
     """
-    prefix = next((p for p in PREFIXES if f"{p}embed_tokens.weight" in tensors), None)
-    if prefix is None:
-        raise ValueError("tensor 'model.embed_tokens.weight' is missing from the checkpoint")
-    ops = Recorder(tensors, prefix, weights, kv_dtype, max_context)
+    ops = Recorder(tensors, text_prefix(tensors), weights, kv_dtype, max_context)
     logits = record_on(ops, config)
     ops.check_all_used()
     return ops.program, logits
+
+
+def text_prefix(tensors: TensorMap) -> str:
+    """What the names of the text model's tensors begin with."""
+    prefix = next((p for p in PREFIXES if f"{p}embed_tokens.weight" in tensors), None)
+    if prefix is None:
+        raise ValueError("tensor 'model.embed_tokens.weight' is missing from the checkpoint")
+    return prefix
 
 
 def record_on(ops: Recorder, config: ModelConfig) -> Tensor:

@@ -9,6 +9,7 @@ from lockstep.ops.activations import ROW_FORMATS
 from lockstep.ops.add import Add
 from lockstep.ops.add_bias import AddBias
 from lockstep.ops.attention import Attention
+from lockstep.ops.concat import Concat
 from lockstep.ops.embed import FORMATS as EMBED_FORMATS
 from lockstep.ops.embed import Embed, format_code
 from lockstep.ops.experts import FORMATS as EXPERT_FORMATS
@@ -144,6 +145,20 @@ class Recorder:
         sizes = dict(in_features=x.width, out_features=features, width=out.width, column=column)
         self.program.emit(Linear(out=out, x=x, weight=weight, **sizes))
         return features
+
+    def first_products(self, x, part, count, label):
+        """x times the first `count` rows of a stored tensor, in memory that a layer with the whole tensor has."""
+        format = compute_format(part.format, self.weights, x.width)
+        weight = Weight(part.name, format, tuple(part.shape), (part,)).first_rows(count)
+        out = self.program.tensor(label, x.rows, padded_width(count))
+        sizes = dict(in_features=x.width, out_features=count, width=out.width, column=0)
+        return self.program.emit(Linear(out=out, x=x, weight=weight, **sizes))
+
+    def concat(self, first, second, label):
+        """Rows of two tensors side by side."""
+        out = self.program.tensor(label, first.rows, first.width + second.width)
+        widths = dict(first_width=first.width, second_width=second.width)
+        return self.program.emit(Concat(out=out, first=first, second=second, **widths))
 
     def add_bias(self, x, names, widths):
         parts = tuple(self.stored(name, n) for name, n in zip(names, widths, strict=True))

@@ -64,7 +64,8 @@ def adjust_row(logits_V, seen_N2, penalties, bias, banned_C, mask_W, out_V):
       often it is in the output up to here, of which a token's last entry counts; banned [C] int32 tokens; mask [W]
       int32, whose bit i % 32 of word i // 32 allows token i, or no words, which allow all.
     Units: repetition, at least 0.01, divides a positive logit of a seen token and multiplies another; frequency is
-      subtracted for each time that the output has the token, presence once; 1, 0 and 0 change nothing.
+      subtracted for each time that the output has the token, presence once; 1, 0 and 0 change nothing. Tokens from V on
+      are passed over: a draft's row has only the first of the vocabulary.
     Error: an ulp of each step.
     Order: see `penalized`; then out + bias; a token that is not allowed is minus infinity.
     Source: Keskar et al. 2019 (repetition); the OpenAI API reference (frequency, presence, bias).
@@ -73,14 +74,17 @@ def adjust_row(logits_V, seen_N2, penalties, bias, banned_C, mask_W, out_V):
         out_V[i] = logits_V[i]
     for n in range(seen_N2.shape[0]):
         i = seen_N2[n, 0]
-        out_V[i] = penalized(logits_V[i], penalties, seen_N2[n, 1])
+        if i < logits_V.size:
+            out_V[i] = penalized(logits_V[i], penalties, seen_N2[n, 1])
     for b in range(bias.ids_B.size):
-        out_V[bias.ids_B[b]] += bias.values_B[b]
+        if bias.ids_B[b] < logits_V.size:
+            out_V[bias.ids_B[b]] += bias.values_B[b]
     for i in range(logits_V.size):
         if mask_W.size > 0 and mask_W[i // 32] >> i % 32 & 1 == 0:
             out_V[i] = FORBIDDEN
     for c in range(banned_C.size):
-        out_V[banned_C[c]] = FORBIDDEN
+        if banned_C[c] < logits_V.size:
+            out_V[banned_C[c]] = FORBIDDEN
 
 
 @inlined

@@ -54,7 +54,7 @@ def adjust_logits(op, step, thread, num_threads):
         wait_for_all(op, num_threads)
         for r in range(thread, R, num_threads):
             if peek(records + RECORD_BYTES * r + ADJUSTMENT, int64) != 0:
-                adjust_tokens(a.logits + row * r, records + RECORD_BYTES * r, a.out + row * r)
+                adjust_tokens(a.logits + row * r, V, records + RECORD_BYTES * r, a.out + row * r)
 
 
 @inlined
@@ -70,19 +70,22 @@ def copy_chunk(logits, V, mask, c, out):
 
 
 @inlined
-def adjust_tokens(logits, record, out):
+def adjust_tokens(logits, vocab_size, record, out):
     """Penalties of the seen tokens, biases, and the banned ones."""
     a = peek(record + ADJUSTMENT, int64)
     seen, banned = peek(a + SEEN, int64), peek(a + BANNED, int64)
     for n in range(peek(record + NUM_SEEN, int32)):
         i, count = 4 * int64(peek(seen + 8 * n, int32)), peek(seen + 8 * n + 4, int32)
-        if peek(out + i, float32) != FORBIDDEN:
+        if i < 4 * vocab_size and peek(out + i, float32) != FORBIDDEN:
             poke(out + i, penalized(peek(logits + i, float32), penalties_of(a), count))
     for b in range(peek(a + NUM_BIAS, int32)):
         i = 4 * int64(peek(peek(a + BIAS_IDS, int64) + 4 * b, int32))
-        poke(out + i, peek(out + i, float32) + peek(peek(a + BIAS, int64) + 4 * b, float32))
+        if i < 4 * vocab_size:
+            poke(out + i, peek(out + i, float32) + peek(peek(a + BIAS, int64) + 4 * b, float32))
     for n in range(peek(record + NUM_BANNED, int32)):
-        poke(out + 4 * int64(peek(banned + 4 * n, int32)), FORBIDDEN)
+        i = 4 * int64(peek(banned + 4 * n, int32))
+        if i < 4 * vocab_size:
+            poke(out + i, FORBIDDEN)
 
 
 CPU = {"adjust_logits": Implementation(adjust_logits)}

@@ -9,7 +9,7 @@ import numpy as np
 from lockstep.runtime.compile import compile_kernels
 from lockstep.runtime.operands import WeightArrays
 from lockstep.runtime.program import DTYPES, ROW_COUNTS, CacheArray, Table, Tensor, Weight
-from lockstep.runtime.step import COUNTER, FLAGS, FLUSHES, KERNEL, OPERANDS, ROW_WORDS, ROWS
+from lockstep.runtime.step import COUNTER, FLAGS, FLUSHES, KERNEL, OPERANDS, OWN_STEP, ROW_WORDS, ROWS
 from lockstep.runtime.step_block import STEP_WORDS
 
 ALIGNMENT = 64
@@ -70,12 +70,15 @@ def last_uses(program):
     }
 
 
-def lay_out(program, max_rows, keep):
-    """Offsets of all tensors in one block of memory, reusing the space of dead ones unless keep is true."""
+def lay_out(program, max_rows, keep, elsewhere=()):
+    """Offsets of all tensors in one block of memory, reusing the space of dead ones unless keep is true.
+
+    elsewhere: tensors that have their memory already.
+    """
     offsets, free, end, last = {}, [], 0, last_uses(program)
     for i, op in enumerate(program.ops):
         for tensor in op.outputs:
-            if tensor in offsets:
+            if tensor in offsets or tensor in elsewhere:
                 continue
             size = _tensor_bytes(tensor, max_rows)
             fit = min((f for f in free if f[1] >= size), key=lambda f: f[1], default=None)
@@ -111,13 +114,20 @@ class Executor:
     """A program bound to a backend, memory and threads.
 
     max_rows: the largest T, R, E and S of a step, by letter. caches: address of each CacheArray, by name. keep: give
-    every tensor memory of its own, so that all can be looked at after a step. on_compile: see compile_kernels.
+    every tensor memory of its own, so that all can be looked at after a step. elsewhere: {tensor: address} of those
+    that have memory already, and one cache line after it; what is given to the program must be among them. on_compile:
+    see compile_kernels.
     """
 
-    def __init__(self, program, backend, team, weights, max_rows, caches, *, keep=False, on_compile=None):
+    def __init__(
+        self, program, backend, team, weights, max_rows, caches, *, keep=False, elsewhere=None, on_compile=None
+    ):
         self.program, self.backend, self.team, self.max_rows = program, backend, team, max_rows
-        self._weights, self._caches = weights, caches
-        self._offsets, size = lay_out(program, max_rows, keep)
+        self._weights, self._caches, self._elsewhere = weights, caches, elsewhere or {}
+        nowhere = next((tensor for tensor in program.given if tensor not in self._elsewhere), None)
+        if nowhere is not None:
+            raise ValueError(f"{nowhere} is given to the program, and there is no memory that it is in")
+        self._offsets, size = lay_out(program, max_rows, keep, self._elsewhere)
         self._memory = aligned(size)
         self._memory.fill(0)  # pages that are touched now do not have to be faulted in by the first step
         self._counters = np.zeros(max(1, len(program.ops)), np.int64)
@@ -147,13 +157,13 @@ class Executor:
 
     def _addresses(self, value, implementation):
         if isinstance(value, Tensor):
-            return [self._memory.ctypes.data + self._offsets[value]]
+            return [self._elsewhere.get(value) or self._memory.ctypes.data + self._offsets[value]]
         if isinstance(value, CacheArray):
             return [self._caches[value.name]]
         if isinstance(value, Table):
             return [value.rows.ctypes.data]
         assert isinstance(value, Weight), value
-        return [a.ctypes.data for a in self._weights.arrays(value, implementation.layout)]
+        return [a.ctypes.data for a in self._weights.arrays(value.whole or value, implementation.layout)]
 
     def view(self, tensor, num_rows):
         """A tensor's first rows, as an array on the executor's own memory."""
@@ -172,15 +182,45 @@ class Executor:
 
     def run(self, step, clock=None):
         """Runs all ops on a step block (int64[STEP_WORDS]). clock: int64[len(ops)] for the time when each op ended."""
-        assert step.shape == (STEP_WORDS,) and step.dtype == np.int64, (step.shape, step.dtype)
-        for letter, most in self.max_rows.items():
-            if step[ROW_COUNTS[letter]] > most:
-                found = step[ROW_COUNTS[letter]]
-                raise ValueError(f"a step of {found} rows {letter}, this executor was made for at most {most}")
-        self._counters[:] = 0
+        self.begin(step)
         self.team.run(
             self._table.ctypes.data,
             len(self.program.ops),
             step.ctypes.data,
             clock.ctypes.data if clock is not None else 0,
         )
+
+    def begin(self, step):
+        """Makes ready to run on a step block. ValueError for one with more rows than there is memory for."""
+        assert step.shape == (STEP_WORDS,) and step.dtype == np.int64, (step.shape, step.dtype)
+        for letter, most in self.max_rows.items():
+            if step[ROW_COUNTS[letter]] > most:
+                found = step[ROW_COUNTS[letter]]
+                raise ValueError(f"a step of {found} rows {letter}, this executor was made for at most {most}")
+        self._counters[:] = 0
+
+    def table_on(self, step):
+        """The op table for a step block of its own, whichever the walk through the table is given: see `Chain`."""
+        table = self._table.copy()
+        table[:, OWN_STEP] = step.ctypes.data
+        return table
+
+
+class Chain:
+    """Executors of one team that run one after the other in one native call, each on its own step block.
+
+    What an executor writes, a later one and its step block may read: a token that was chosen is looked up by the next.
+    """
+
+    def __init__(self, executors, steps):
+        self._executors, self._steps, self._team = executors, steps, executors[0].team
+        tables = [executor.table_on(step) for executor, step in zip(executors, steps, strict=True)]
+        self._ends = np.cumsum([len(table) for table in tables]).tolist()
+        self._table = aligned(8 * ROW_WORDS * self._ends[-1]).view(np.int64).reshape(-1, ROW_WORDS)
+        self._table[:] = np.concatenate(tables)
+
+    def run(self, count):
+        """Runs the first `count` executors."""
+        for executor, step in zip(self._executors[:count], self._steps[:count], strict=True):
+            executor.begin(step)
+        self._team.run(self._table.ctypes.data, self._ends[count - 1], self._steps[0].ctypes.data)

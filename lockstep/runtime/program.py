@@ -5,7 +5,7 @@ The number of tokens is symbolic: a tensor's first dimension is "T" (tokens of t
 is a way of running or rewriting this list.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -48,6 +48,13 @@ class Weight:
     format: str
     shape: tuple
     parts: tuple  # StoredTensor, top to bottom
+    whole: "Weight | None" = None  # the weight of which this one is the first rows, in the same memory
+
+    def first_rows(self, count: int) -> "Weight":
+        """The first rows, which take no memory of their own. ValueError if there are fewer."""
+        if not 0 < count <= self.shape[0]:
+            raise ValueError(f"weight {self.name}: {count} rows of {self.shape[0]}")
+        return replace(self, shape=(count, *self.shape[1:]), whole=self.whole or self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,11 +91,13 @@ class CacheArray:
 class Program:
     """Ops in the order in which they run, and the names that users may ask for.
 
-    results: {name: Tensor} that is read after a step, and whose memory no later op may use.
+    results: {name: Tensor} that is read after a step, and whose memory no later op may use. given: tensors that whoever
+    runs the program has written before a step, in memory of their own.
     """
 
     def __init__(self):
         self.ops, self.caches, self.results, self._names = [], [], {}, set()
+        self.given: list[Tensor] = []
         self._written: set[Tensor] = set()
 
     def tensor(self, name, rows, width, dtype="f32"):
@@ -103,6 +112,13 @@ class Program:
             unique, count = f"{name}.{count}", count + 1
         self._names.add(unique)
         return Tensor(unique, rows, width, dtype)
+
+    def give(self, name: str, rows: str, width: int) -> Tensor:
+        """A new activation that is there before the first op."""
+        made = self.tensor(name, rows, width)
+        self.given.append(made)
+        self._written.add(made)
+        return made
 
     def emit(self, op) -> Any:
         """Appends an op (`runtime.operands.Operands`) and returns its first output. ValueError if it reads what is not
@@ -131,7 +147,8 @@ class Program:
         """The same program with another list of ops."""
         other = Program()
         other.ops, other.caches, other.results, other._names = list(ops), self.caches, self.results, self._names
-        other._written = {tensor for op in other.ops for tensor in op.outputs}
+        other.given = self.given
+        other._written = {*self.given, *(tensor for op in other.ops for tensor in op.outputs)}
         return other
 
     def weights(self):

@@ -15,7 +15,7 @@ from lockstep.runtime.step_block import StepBlock
 from lockstep.runtime.words import Readable
 
 # an op row: ROW_WORDS int64 words
-KERNEL, FLAGS, ROWS, COUNTER, OPERANDS = 0, 1, 2, 3, 4
+KERNEL, FLAGS, ROWS, COUNTER, OWN_STEP, OPERANDS = 0, 1, 2, 3, 4, 5
 ROW_WORDS = 48
 FLUSHES = 1  # flag: the kernel runs with denormals flushed (ops that multiply bfloat16 pairs, and no others)
 

@@ -27,7 +27,7 @@ from lockstep.runtime.machine import (
     wake,
 )
 from lockstep.runtime.simd import peek, poke
-from lockstep.runtime.step import FLAGS, FLUSHES, ROW_WORDS
+from lockstep.runtime.step import FLAGS, FLUSHES, OWN_STEP, ROW_WORDS
 
 LINE = 64  # bytes; each shared word has a cache line of its own
 GENERATION, ARRIVED, PASSED, SLEEPERS, QUIT = (i * LINE for i in range(5))
@@ -61,7 +61,8 @@ def run_ops(shared, thread, num_threads):
         flushes = peek(row + 8 * FLAGS, int64) & FLUSHES
         if flushes:
             set_float_control(FLUSH)
-        call_kernel(peek(row, int64), row, step, thread, num_threads)
+        own = peek(row + 8 * OWN_STEP, int64)
+        call_kernel(peek(row, int64), row, own if own != 0 else step, thread, num_threads)
         if flushes:
             set_float_control(IEEE)
         meet(shared, num_threads)

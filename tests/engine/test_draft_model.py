@@ -322,8 +322,8 @@ def test_drafts_of_another_model_change_no_answer(model, engine, config, options
     if "draft" in options:  # else it follows the clock
         assert sum(r.num_drafted for r in requests) > sum(r.num_accepted for r in requests)
     assert made.scheduler.pages.num_free == made.limits.num_pages
-    assert not made.drafter.model.followers
-    check_all_is_back(made.drafter.model.memory, made.limits)
+    assert not made.drafter.head.followers
+    check_all_is_back(made.drafter.head.memory, made.limits)
 
 
 def test_a_model_whose_guesses_are_wrong_is_hardly_asked(model, engine, tmp_path):
@@ -332,13 +332,13 @@ def test_a_model_whose_guesses_are_wrong_is_hardly_asked(model, engine, tmp_path
     arrays["lm_head.weight"][:] = 0  # it always says token 0
     made = engine(model, load(tiny.write(tmp_path / "m", raw, arrays), max_context=1000))
     long = SamplingParams(max_tokens=600, ignore_eos=True)
-    request, counted, stepped = made.add(PROMPTS[1], long), [], made.drafter.model.runner.step
+    request, counted, stepped = made.add(PROMPTS[1], long), [], made.drafter.head.runner.step
 
     def step(spans, clock=None):
         counted.append(len(request.output_ids))
         return stepped(spans, clock)
 
-    made.drafter.model.runner.step = step
+    made.drafter.head.runner.step = step
     while made.has_work:
         made.step()
     # its prompt is read; every 24 tokens one guess is tried, if sure ones would pay by the clock
@@ -355,7 +355,7 @@ def test_an_engine_wants_a_model_with_that_source_only(model):
 def test_memory_of_both_models_is_counted(model, engine, config, tmp_path, monkeypatch):
     draft, options = other(model, config, tmp_path, 1), dict(max_requests=3, prefix_cache=False, speculate="model")
     made = engine(model, draft, **options)
-    runners = made.runner, made.drafter.model.runner
+    runners = made.runner, made.drafter.head.runner
     pages = sum(a.nbytes for r in runners for n, a in r.caches.items() if n.endswith("_pages"))
     others = sum(a.nbytes for r in runners for n, a in r.caches.items() if not n.endswith("_pages"))
     needed = cache_size.needs(model, EngineOptions(**options), draft)

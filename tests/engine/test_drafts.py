@@ -249,8 +249,8 @@ def test_drafts_that_a_mask_cuts_keep_their_pages(engine):
 @pytest.mark.parametrize(
     "changed, message",
     [
-        (dict(speculate="mtp2"), "speculate: expected one of off, lookup, model, got 'mtp2'"),
-        (dict(speculate=None), "speculate: expected one of off, lookup, model, got None"),
+        (dict(speculate="mtp2"), "speculate: expected one of off, auto, mtp, lookup, model, got 'mtp2'"),
+        (dict(speculate=None), "speculate: expected one of off, auto, mtp, lookup, model, got None"),
         (dict(draft=0), "draft: expected an integer of at least 1 .and at most 15., got 0"),
         (dict(draft=16), "draft: expected an integer of at least 1 .and at most 15., got 16"),
         (dict(draft=True), "draft: expected an integer"),

@@ -43,8 +43,17 @@ def shapes(config):
             **{f"mlp.{k}": v for k, v in _mlp(c, i).items()},
         }
         made.update({f"layers.{i}.{k}": v for k, v in layer.items()})
+    made.update({f"mtp.{k}": v for i in range(c.get("mtp_num_hidden_layers", 0)) for k, v in _mtp(c, i).items()})
     head = {} if config["tie_word_embeddings"] else {"lm_head.weight": (c["vocab_size"], width)}
-    return {**{prefix(config) + k: v for k, v in made.items()}, **head}
+    return {**{k if k.startswith("mtp.") else prefix(config) + k: v for k, v in made.items()}, **head}
+
+
+def _mtp(c, layer):
+    width = c["hidden_size"]
+    norms = {f"{name}.weight": (width,) for name in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")}
+    inner = {f"{name}.weight": (width,) for name in ("input_layernorm", "post_attention_layernorm")}
+    inner |= {f"self_attn.{k}": v for k, v in _attention(c).items()} | {f"mlp.{k}": v for k, v in _mlp(c, 0).items()}
+    return {"fc.weight": (width, 2 * width), **norms, **{f"layers.{layer}.{k}": v for k, v in inner.items()}}
 
 
 def _attention(c):

@@ -156,3 +156,13 @@ def test_nothing_overflows_to_plus_infinity_or_nan():
                 ],
             )
             assert not (np.isnan(out) | np.isposinf(out)).any() and np.isneginf(out[0, 3])
+
+
+@pytest.mark.parametrize("backend", [adjust_logits.REFERENCE, adjust_logits_cpu.CPU])
+def test_tokens_past_the_row_are_passed_over(backend):
+    logits = np.random.default_rng(3).standard_normal((1, 40)).astype(np.float32)
+    within = dict(seen=[(3, 1), (39, 2)], repetition=1.5, frequency=0.5, bias={5: 2.0, 38: -1.0}, banned=(7,))
+    past = dict(
+        within, seen=[(3, 1), (40, 9), (39, 2), (47, 1)], bias={5: 2.0, 40: 5.0, 38: -1.0, 95: 1.0}, banned=(7, 41)
+    )
+    same_bits(run(backend, logits, [past]), run(backend, logits, [within]))

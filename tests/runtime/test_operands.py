@@ -159,7 +159,7 @@ OUT = (Tensor, output("width"))
         (dict(out=OUT, params=(int, None)), "an operand cannot be named 'params', which every op has"),
         (dict(out=OUT, read=(int, None)), "an operand cannot be named 'read', which every op has"),
         (dict(out=OUT, group=(ClassVar, "elementwize")), "group is 'elementwize', expected None or one of linear, att"),
-        (dict(out=OUT, **{f"n{i}": (int, None) for i in range(60)}), "62 words, expected at most 44"),
+        (dict(out=OUT, **{f"n{i}": (int, None) for i in range(60)}), "62 words, expected at most 43"),
     ],
 )
 def test_a_wrong_declaration_is_refused_when_it_is_made(fields, message):

@@ -73,18 +73,21 @@ def test_the_command_names_a_model(capsys):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("lokup", "speculate: expected off, lookup or a smaller model; lokup: no such folder or file, and not a hub"),
-        ("", "speculate: expected off, lookup or a smaller model; : no such folder or file"),
+        (
+            "lokup",
+            "or a smaller model; lokup: no such folder or file, and not a hub",
+        ),
+        ("", "speculate: expected off, auto, mtp, lookup or a smaller model; : no such folder or file"),
         (
             "./nothing.gguf",
-            "speculate: expected off, lookup or a smaller model; ./nothing.gguf: no such folder or file",
+            "speculate: expected off, auto, mtp, lookup or a smaller model; ./nothing.gguf: no such folder or file",
         ),
     ],
 )
 def test_what_is_no_model_is_named(name, said, capsys):
     assert main(["generate", "-p", "x", "--speculate", name]) == 2
     assert said in capsys.readouterr().err
-    with pytest.raises(ValueError, match="speculate: expected one of off, lookup"):
+    with pytest.raises(ValueError, match="speculate: expected one of off, auto"):
         LLM(speculate=5)
 
 

@@ -17,7 +17,7 @@ from lockstep.engine.drafts import MAX_DRAFTS, MODEL
 from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.request import Request
 from lockstep.ops.kv_cache import PAGE_TOKENS
-from tests.speculation.sources import BUILT_IN, KNOWING, plant
+from tests.speculation.sources import BUILT_IN, KNOWING, built_in, plant
 from tests.speculation.subjects import Subject, UsersMask
 from tests.speculation.watch import Seen, Watch
 from tests.speculation.wishes import Wish
@@ -234,7 +234,7 @@ def lots(menu: Menu, seed: int, size: int) -> list[Lot]:
     number of drafts, in all companies."""
     rng = np.random.default_rng(seed)
     long = [i for i, made in enumerate(menu.run.requests) if len(made[0].output_ids) > MAX_DRAFTS]
-    others = [*BUILT_IN, *(name for name in KNOWING if not name.startswith("wrong at"))]
+    others = [*built_in(menu.subject.model), *(name for name in KNOWING if not name.startswith("wrong at"))]
     shift = int(rng.integers(len(others)))
     plan = [(f"wrong at {n}", MAX_DRAFTS, ROOMY[(n + shift) % len(ROOMY)], long) for n in range(MAX_DRAFTS)]
     for i, number in enumerate([None, *range(1, MAX_DRAFTS)]):

@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from lockstep.engine.drafts import MAX_DRAFTS, MODEL, SOURCES, Drafter, Source
+from lockstep.engine.drafts import MAX_DRAFTS, MODEL, Drafter, Source
 from lockstep.engine.engine import Engine
 from lockstep.engine.lookup import Guess
+from lockstep.engine.model import Model
 from lockstep.engine.request import Request
 
 Answers = Callable[[Request], list[int]]  # what a request will be answered with
@@ -89,7 +90,12 @@ KNOWING: dict[str, Maker] = {
     "mostly right": mostly_right,
     **{f"wrong at {place}": wrong_at(place) for place in range(MAX_DRAFTS)},
 }
-BUILT_IN = [*(name for name, source in SOURCES.items() if source), MODEL]
+BUILT_IN = ("lookup", MODEL, "auto", "mtp")
+
+
+def built_in(model: Model) -> list[str]:
+    """Those of BUILT_IN that a model can have."""
+    return [name for name in BUILT_IN if name != "mtp" or model.drafts_by_mtp("auto")]
 
 
 def plant(engine: Engine, guesses: Guesses, num_drafts: int | None) -> None:

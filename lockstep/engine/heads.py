@@ -1,0 +1,48 @@
+"""Who gives an engine its drafts: texts, the model's MTP head, a smaller model, as options ask for them."""
+
+from lockstep.engine import selfcheck
+from lockstep.engine.draft_model import DraftModel
+from lockstep.engine.drafts import SOURCES, Drafter, Head
+from lockstep.engine.model import Model
+from lockstep.engine.mtp import MtpDrafts
+from lockstep.engine.mtp_runner import MtpRunner
+from lockstep.engine.options import EngineOptions
+from lockstep.engine.runner import Runner
+from lockstep.engine.scheduler import Scheduler
+from lockstep.ops.rewrite import fuse, lower
+from lockstep.runtime.kernel import OnCompile
+
+
+def made_drafter(
+    options: EngineOptions,
+    runner: Runner,
+    scheduler: Scheduler,
+    model: Model,
+    eos_ids: frozenset[int],
+    draft_model: Model | None,
+    on_compile: OnCompile | None,
+) -> Drafter | None:
+    """The Drafter that options ask for, if any, on the threads and with the op table of the model's own runner.
+
+    draft_model: a smaller model, where one is to draft. ValueError where the model has no MTP head, or a part of one,
+    and for a smaller model of another vocabulary.
+    """
+    if not options.num_drafts:
+        return None
+    head: Head | None = None
+    if draft_model is not None:
+        head = DraftModel(draft_model, model, runner.team, runner.limits, eos_ids, on_compile)
+        selfcheck.check(head.runner.program, head.runner.executor.backend, on_compile)
+        caches = head.runner.caches
+    elif model.drafts_by_mtp(options.speculate):
+        backend = runner.executor.backend
+        program = fuse(lower(model.recorded_mtp), backend)
+        selfcheck.check(program, backend, on_compile)
+        mtp = MtpRunner(model, program, backend, runner.team, runner.limits, options.num_drafts, on_compile)
+        head, caches = MtpDrafts(mtp, scheduler.prefix, eos_ids, model.config.vocab_size), mtp.caches
+    else:
+        caches = {}
+    if options.kv_tokens is not None:
+        for array in caches.values():
+            array.fill(0)  # as of the model: see Engine
+    return Drafter(scheduler, SOURCES.get(options.speculate), options.draft, eos_ids, head)

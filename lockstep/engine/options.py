@@ -1,0 +1,78 @@
+"""Sizes and abilities of an engine, as whoever makes one asks for them."""
+
+import os
+from dataclasses import dataclass
+
+from lockstep.engine.drafts import MAX_DRAFTS, MODEL, MOST_BY_ITSELF, SOURCES
+from lockstep.ops.kv_cache import PAGE_TOKENS
+
+MANY = (1 << 31) - 1
+LOWEST = {
+    "max_step_tokens": 1,
+    "max_requests": 1,
+    "kv_tokens": PAGE_TOKENS,
+    "threads": 1,
+    "state_bytes": 0,
+    "state_every": PAGE_TOKENS,
+    "prompt_state_from": 0,
+    "cache_dir_bytes": 0,
+    "draft": 1,
+}
+HIGHEST = {"kv_tokens": 1 << 62, "state_bytes": 1 << 62, "cache_dir_bytes": 1 << 62, "draft": MAX_DRAFTS}
+MAY_BE_NONE = ("kv_tokens", "threads", "prompt_state_from", "draft")
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Sizes of an engine. ValueError for one that is not allowed.
+
+    kv_tokens: tokens of KV cache in all, its memory claimed at once; None: what max_requests full contexts need, up to
+    2 GiB, or what one full context needs (see cache_size.py), claimed as it is used. threads: None: one for each core.
+    prefix_cache: whether requests use what others computed for the same first tokens. state_bytes: host memory for
+    checkpoints of recurrent state, for models that have one; state_every: tokens from one checkpoint to the next, a
+    multiple of 64; prompt_state_from: length from which prompts get one near their end, too (None: 2048, or any with
+    a cache_dir): it takes a step of its own, which costs a shorter prompt more than 3 %. cache_dir: a folder that
+    keeps prefixes across restarts, of at most cache_dir_bytes. speculate: where drafts come from, guesses of the next
+    tokens that are computed together and kept where they are what the model chooses, so that no answer changes.
+    "lookup": what followed the same few tokens in the prompt, the answer, its prediction or an earlier answer. "mtp":
+    the model's own multi-token-prediction head. "auto": both, or lookup where the model has no such head. "model": a
+    smaller model that the engine is given. "off": none. draft: how many of a request in a step, 1 to 15; None: as many
+    as pay, up to 7.
+    """
+
+    max_step_tokens: int = 512
+    max_requests: int = 16
+    kv_tokens: int | None = None
+    threads: int | None = None
+    prefix_cache: bool = True
+    state_bytes: int = 512 << 20
+    state_every: int = 512
+    prompt_state_from: int | None = None
+    cache_dir: str | os.PathLike | None = None
+    cache_dir_bytes: int = 8 << 30
+    speculate: str = "off"
+    draft: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, low in LOWEST.items():
+            value, high = getattr(self, name), HIGHEST.get(name, MANY)
+            if (type(value) is int and low <= value <= high) or (value is None and name in MAY_BE_NONE):
+                continue
+            raise ValueError(f"{name}: expected an integer of at least {low} (and at most {high}), got {value!r:.80}")
+        choices = (*SOURCES, MODEL)
+        if not (isinstance(self.speculate, str) and self.speculate in choices):
+            raise ValueError(f"speculate: expected one of {', '.join(choices)}, got {self.speculate!r:.80}")
+        if not isinstance(self.prefix_cache, bool):
+            raise ValueError(f"prefix_cache: expected True or False, got {self.prefix_cache!r}")
+        if self.cache_dir is not None and not (isinstance(self.cache_dir, (str, os.PathLike)) and str(self.cache_dir)):
+            raise ValueError(f"cache_dir: expected a folder or None, got {self.cache_dir!r}")
+        if self.state_every % PAGE_TOKENS:
+            raise ValueError(f"state_every: expected a multiple of {PAGE_TOKENS}, got {self.state_every}")
+
+    @property
+    def num_drafts(self) -> int:
+        """The most drafts that a request may have in a step; 0 without speculation."""
+        return 0 if self.speculate == "off" else self.draft or MOST_BY_ITSELF
+
+
+DEFAULTS = EngineOptions()

@@ -1,0 +1,73 @@
+"""The multi-token-prediction (MTP) head of Qwen3.5: a small model that guesses what follows the next token.
+
+    x = fc [norm(embed(token at t + 1)), norm(hidden state at t)];  x = decoder layer(x)
+    hidden = norm(x);  logits = the model's own head(hidden): of the token at t + 2
+
+Its hidden state can stand for the model's in the next pair: that is how it guesses several tokens. Its keys and values
+lie at the position of the token whose embedding they are made of.
+Source: DeepSeek-V3 technical report 2024, section 2.2; the tensors' names are those of Qwen3.5's checkpoints.
+"""
+
+from lockstep.models.config import Layer, ModelConfig
+from lockstep.models.decoder import HEAD, decoder_layer, text_prefix
+from lockstep.models.record import Recorder
+from lockstep.runtime.program import Program, Tensor
+from lockstep.weights.tensor import TensorMap
+
+FEW_TOKENS = 32768  # of a larger vocabulary, those that are guessed: the first ones, the most frequent in most
+
+
+def has_mtp(config: ModelConfig, tensors: TensorMap) -> bool:
+    """Whether a checkpoint has an MTP head that is supported."""
+    return config.num_mtp_layers == 1 and not config.experts and "mtp.fc.weight" in tensors
+
+
+def check_mtp(config: ModelConfig, tensors: TensorMap) -> None:
+    """ValueError for a checkpoint without an MTP head, or with one of another sort."""
+    if config.num_mtp_layers == 0 or "mtp.fc.weight" not in tensors:
+        tensor = "a" if "mtp.fc.weight" in tensors else "no"
+        raise ValueError(
+            f"speculate: mtp needs a checkpoint with an MTP head; this one has {config.num_mtp_layers} MTP layers in "
+            f"its config and {tensor} tensor mtp.fc.weight"
+        )
+    if config.num_mtp_layers > 1 or config.experts:
+        raise ValueError(
+            f"speculate: mtp is supported with one MTP layer and no experts, this checkpoint has "
+            f"{config.num_mtp_layers}{' with experts' if config.experts else ''}"
+        )
+
+
+def record_mtp(
+    config: ModelConfig,
+    tensors: TensorMap,
+    weights: str,
+    kv_dtype: str,
+    max_context: int,
+    num_tokens: int | None = None,
+) -> tuple[Program, Tensor, int]:
+    """The program of a checkpoint's MTP head: (Program, logits tensor [R, padded], how many tokens they are of).
+
+    It is given "hidden" [T, D], and its result is "hidden" [R, D], of the rows that sample. num_tokens: how many of the
+    vocabulary it guesses, the first ones; None: all, or the first FEW_TOKENS of a large one. ValueError, which names
+    the tensor, for a head of which a part is missing or has another shape.
+    """
+    check_mtp(config, tensors)
+    prefix = text_prefix(tensors)
+    ops = Recorder(tensors, prefix, weights, kv_dtype, max_context)
+    D, norm = config.hidden_size, (config.rms_eps, config.norm_offset)
+    e = ops.embed(f"{prefix}embed_tokens.weight", config.vocab_size, D)
+    e = ops.rms_norm(e, "mtp.pre_fc_norm_embedding.weight", *norm)
+    h = ops.rms_norm(ops.program.give("hidden", "T", D), "mtp.pre_fc_norm_hidden.weight", *norm)
+    x = ops.linear(ops.concat(e, h, "mtp.pair"), [("mtp.fc", D)])
+    x = decoder_layer(ops, x, config, Layer("attention"), "mtp.layers.0", is_last=True)
+    h = ops.rms_norm(ops.select_rows(x, "sampled", "R"), "mtp.norm.weight", *norm)
+    ops.result("hidden", h)
+    vocab = guessed_tokens(config.vocab_size) if num_tokens is None else min(num_tokens, config.vocab_size)
+    name = HEAD if HEAD in tensors else f"{prefix}embed_tokens.weight"
+    return ops.program, ops.first_products(h, ops.stored(name, config.vocab_size, D), vocab, "logits"), vocab
+
+
+def guessed_tokens(vocab_size: int) -> int:
+    """How many tokens of a vocabulary are guessed where nobody says. Of a large one not all: that costs more than it
+    finds."""
+    return vocab_size if vocab_size <= 2 * FEW_TOKENS else FEW_TOKENS

@@ -25,6 +25,7 @@ from lockstep.engine.speculative_mask import SpeculativeMask
 MAX_DRAFTS, MOST_BY_ITSELF = 15, 7  # of a request in a step: that may be asked for; where the width follows what pays
 ROUNDS = 4  # of asking for drafts that follow other drafts
 NOTHING = Guess([], "")
+DOUBTED = 0.99  # of the time that a head takes, for each step in which it was not asked
 
 
 @dataclass
@@ -144,6 +145,7 @@ class Drafter:
     ) -> None:
         self._scheduler, self._source, self._eos_ids, self.head = scheduler, source, eos_ids, head
         self._seconds_guessing = 0.0  # of this step, by the head
+        self._since_asked = 0  # steps since it guessed
         self._is_fixed, self._num_drafts = num_drafts is not None, num_drafts or MOST_BY_ITSELF
         self._choice = WidthChoice(self._num_drafts)
         self._answers = EarlierAnswers()
@@ -172,7 +174,8 @@ class Drafter:
         """What is left in a step of so many tokens of each request; None if nobody is to draft."""
         # a prompt's step costs what it costs: drafts are weighed as if it were not there
         rows = sum(request.num_left == 1 for request, _ in plan)
-        each, widths = self.head.seconds(len(plan)) if self.head else 0.0, None
+        # a measured time that keeps a head from being asked is doubted more and more
+        each, widths = self.head.seconds(len(plan)) * DOUBTED**self._since_asked if self.head else 0.0, None
         if not self._is_fixed:
             able = [request for request, _ in plan if request.num_left == 1 and may_draft(request)]
             widths = self._choice.choose([self._seen(request) for request in able], rows, each)
@@ -211,6 +214,7 @@ class Drafter:
         began = time.perf_counter()
         found = head.guess(asked, num_planned)
         self._seconds_guessing = time.perf_counter() - began
+        self._since_asked = 0 if any(count for _, count in asked) else self._since_asked + 1
         for request, count in asked:
             if count:
                 if head.is_behind(request):

@@ -47,7 +47,7 @@ class MtpDrafts:
 
     def __init__(self, runner: MtpRunner, prefix: PrefixCache | None, eos_ids: frozenset[int], vocab_size: int) -> None:
         self._runner, self._prefix, self._eos_ids, self._vocab_size = runner, prefix, eos_ids, vocab_size
-        self._costs = StepCosts()
+        self.costs = StepCosts()
         self.names: dict[int, bytes] = {}  # by page whose pairs are all there: the name of its block
         self._waiting: list[Request] = []  # whose hidden states have not been taken in
 
@@ -99,7 +99,7 @@ class MtpDrafts:
         began = time.perf_counter()
         drafts = self._runner.run([chase for _, chase in chases])
         if counts and max(len(chase.token_ids) for _, chase in chases) <= MOST_PAIRS:
-            self._costs.note(len(counts), (time.perf_counter() - began) / max(counts.values()))
+            self.costs.note(len(counts), (time.perf_counter() - began) / max(counts.values()))
         for request, chase in chases:
             self._taken_in(request, chase)
         return {request.id: found for (request, _), found in zip(chases, drafts, strict=True)}
@@ -110,7 +110,7 @@ class MtpDrafts:
 
     def seconds(self, num_requests: int) -> float:
         """Seconds that one more draft of each of so many requests takes; 0 before any was measured."""
-        return self._costs.of(num_requests) if self._costs else 0.0
+        return self.costs.of(num_requests) if self.costs else 0.0
 
     def forget(self, request: Request) -> None:
         """Nothing is held beyond a request's pages."""

@@ -1,4 +1,5 @@
-"""What the self-check asks of ops that no made-up model has: gated delta rules over drafts, and block-diagonal layers.
+"""What the self-check asks of ops that no made-up model has: gated delta rules over drafts, block-diagonal layers,
+and tensors side by side.
 
 The ops work on rows of a table. Caches are looked at, too: what a step records of its drafts shows in a later one.
 """
@@ -16,6 +17,7 @@ from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.engine.selfcheck_sampling import ProbeModel
 from lockstep.engine.selfcheck_weights import constant, rows_of, stored
 from lockstep.ops.add import Add
+from lockstep.ops.concat import Concat
 from lockstep.ops.gated_delta import DeltaInputs, GatedDelta
 from lockstep.ops.gated_delta_verify import DeltaInputsVerify, GatedDeltaVerify
 from lockstep.ops.grouped_linear import GroupedLinear
@@ -96,6 +98,16 @@ def grouped_program(format: str) -> Program:
     return _ended(program, program.emit(Add(out=program.tensor("grouped.residual", "T", N), x=x, y=y, width=N)))
 
 
+def concat_program() -> Program:
+    """Two tensors side by side."""
+    program, tensors = Program(), {}
+    for name, width in (("first", 48), ("second", 16)):
+        values = np.random.RandomState(width).randint(-4096, 4096, (2 * ROWS, width)) * np.float32(2.0**-11)
+        tensors[name] = rows_of(program, f"concat.{name}", values.astype(np.float32))
+    widths = {f"{name}_width": tensor.width for name, tensor in tensors.items()}
+    return _ended(program, program.emit(Concat(out=program.tensor("concat", "T", 64), **tensors, **widths)))
+
+
 def _ended(program: Program, rows: Tensor) -> Program:
     """The program with a choice of tokens at its end, which every Runner wants."""
     logits = program.tensor("logits", "R", rows.width)
@@ -110,19 +122,20 @@ def grouped_probe(format: str) -> OpProbe:
     return OpProbe(f"grouped_linear {format}", partial(grouped_program, format), ROW_STEPS, kinds)
 
 
+CONCAT = OpProbe("concat", concat_program, ROW_STEPS, (Concat,))
 DRAFTS = OpProbe("drafts", drafts_program, DRAFT_STEPS, (DeltaInputsVerify, GatedDeltaVerify))
 
 
 def all_probes() -> list[OpProbe]:
     """Every probe that a program may want."""
-    return [DRAFTS, *map(grouped_probe, PREPARATION)]
+    return [DRAFTS, CONCAT, *map(grouped_probe, PREPARATION)]
 
 
 def probes(program: Program) -> list[OpProbe]:
     """The probes of ops that a program has."""
-    has_drafts = any(isinstance(op, DRAFTS.kinds) for op in program.ops)
+    plain = [probe for probe in (DRAFTS, CONCAT) if any(isinstance(op, probe.kinds) for op in program.ops)]
     formats = {op.weight.format for op in program.ops if isinstance(op, GroupedLinear)}
-    return [DRAFTS] * has_drafts + [grouped_probe(format) for format in PREPARATION if format in formats]
+    return plain + [grouped_probe(format) for format in PREPARATION if format in formats]
 
 
 def probe_model(probe: OpProbe, table: OpTable, fused: bool) -> ProbeModel:

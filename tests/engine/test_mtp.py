@@ -18,6 +18,7 @@ from lockstep.weights.checkpoint import open_checkpoint
 from tests.engine.test_drafts import LONG, PARAMS, PROMPTS, answer, pages, preemptions, run
 from tests.models import tiny
 from tests.models.cases import hybrid
+from tests.weights.gguf_models import qwen35_tensors, write_qwen35
 
 CONFIG = hybrid(max_position_embeddings=4096, mtp_num_hidden_layers=1)
 
@@ -48,6 +49,7 @@ def engine(model):
         made.append(Engine(of, EngineOptions(**{"threads": 2, "max_requests": 3, "speculate": "mtp", **options})))
         return made[-1]
 
+    make.made = made
     yield make
     for one in made:
         one.close()
@@ -247,3 +249,27 @@ def test_a_head_over_the_first_tokens_drafts_them(tmp_path, monkeypatch, alone):
     assert [answer(r) for r in run(made)] == alone[0]
     made.close()
     assert drafted and max(drafted) < 32
+
+
+def test_a_head_of_a_gguf_file_drafts(tmp_path, engine):
+    tensors = qwen35_tensors(np.random.default_rng(11), 2, 4)
+    path = write_qwen35(tmp_path / "m.gguf", tensors, 2, 4)
+    made = load_model(open_checkpoint(path), WeightStore(), "f32", "bf16", 512)
+    answers = []
+    for options in (dict(speculate="off"), dict(draft=3)):
+        answers.append(engine(made, **options).add([3, 4, 5] * 20, SamplingParams(max_tokens=40, ignore_eos=True)))
+    for one in engine.made:
+        while one.has_work:
+            one.step()
+    assert answers[0].output_ids == answers[1].output_ids and answers[1].num_drafted > 30
+
+
+def test_a_slow_guess_that_was_bad_luck_is_forgotten(engine):
+    """A time that would keep the head from being asked for ever."""
+    made = engine(draft=None)
+    head(made).costs.note(1, 1e3)
+    request = made.add(PROMPTS[1], dataclasses.replace(LONG[0], max_tokens=2000))
+    while made.has_work and not request.num_drafted:
+        made.step()
+    assert request.num_drafted
+    made.cancel(request)

@@ -1,12 +1,13 @@
-"""Lookup drafts against none: one request at a time, all settings in turns, and whether the answers are the same.
+"""Drafts against none: one request at a time, all settings in turns, and whether the answers are the same.
 
-    python bench/bench_lookup.py [MODEL] [--text FILE] [--rounds 5]
+    python bench/bench_drafts.py [MODEL] [--text FILE] [--speculate lookup,mtp,auto] [--draft 2,4,7] [--rounds 5]
 
-Printed are the median milliseconds of 200 tokens after the first, the median ratio to the same round without drafts,
-and how many drafts were right.
+Prompts are other 3000 characters of the text in each round. Printed are the median milliseconds of 200 tokens after the
+first, the median ratio to the same round without drafts, and how many drafts were right.
 """
 
 import argparse
+import itertools
 import pathlib
 import statistics
 import time
@@ -14,8 +15,6 @@ import time
 from lockstep.engine.request import SamplingParams
 from lockstep.serve.llm import LLM
 
-SETTINGS = {"off": {}, **{f"--draft {n}": dict(speculate="lookup", draft=n) for n in (2, 4, 7)}}
-SETTINGS["none given"] = dict(speculate="lookup")
 TEXT = pathlib.Path(__file__).resolve().parents[1] / "lockstep" / "engine" / "prefix.py"
 
 
@@ -31,14 +30,22 @@ def run(llm, ids, params):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?")
-    parser.add_argument("--text", default=TEXT, help="a file whose first 3000 characters are the prompt")
+    parser.add_argument("--text", default=TEXT, help="a file of which prompts are parts")
+    parser.add_argument("--speculate", default="lookup,mtp,auto", help="sources, comma-separated (%(default)s)")
+    parser.add_argument("--draft", default="2,4,7", help="numbers of drafts, beside none given (%(default)s)")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--weights", default="auto")
     args = parser.parse_args()
-    llms = {name: LLM(args.model, **options) for name, options in SETTINGS.items()}
-    ids = llms["off"].encode(pathlib.Path(args.text).read_text()[:3000])
+    settings = {"off": {}}
+    for source, draft in itertools.product(args.speculate.split(","), [None, *map(int, args.draft.split(","))]):
+        settings[f"{source} {draft or ''}"] = dict(speculate=source, draft=draft)
+    llms = {name: LLM(args.model, weights=args.weights, **options) for name, options in settings.items()}
+    text = pathlib.Path(args.text).read_text()
     for temperature in (0.0, 0.8):
-        found = {name: [] for name in SETTINGS}
+        found = {name: [] for name in settings}
         for i in range(args.rounds + 1):
+            start = 1500 * i % max(1, len(text) - 3000)
+            ids = llms["off"].encode(text[start : start + 3000])
             params = SamplingParams(max_tokens=200, temperature=temperature, seed=i, ignore_eos=True)
             for name, llm in llms.items():
                 found[name].append(run(llm, ids, params))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lockstep.bench_layer import Case
-from lockstep.engine.drafts import MAX_DRAFTS, MOST_BY_ITSELF, Drafter, Source
+from lockstep.engine.drafts import MAX_DRAFTS, MOST_BY_ITSELF, Drafter, Head
 from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.lookup import Guess
 from lockstep.engine.model import Model
@@ -33,27 +33,34 @@ class Replay:
     """A source of drafts whose acceptance is chosen: the recorded answer's tokens, each with this probability, else
     another token.
 
-    answers: {id of a request: its answer}. inner: a source that runs, too; of its drafts only the number is kept.
+    answers: {id of a request: its answer}.
     """
 
     def __init__(
-        self,
-        answers: Mapping[int, Sequence[int]],
-        acceptance: float,
-        vocab_size: int,
-        seed: int,
-        inner: Source | None = None,
+        self, answers: Mapping[int, Sequence[int]], acceptance: float, vocab_size: int, seed: int, name: str = "replay"
     ) -> None:
-        self._inner, self._drafts = inner, {}
+        self._drafts, self._name = {}, name
         for i, (request_id, answer) in enumerate(answers.items()):
             is_wrong = np.random.default_rng([seed, i]).random(len(answer)) >= acceptance
             self._drafts[request_id] = ((np.array(answer) + is_wrong) % vocab_size).tolist()
 
     def __call__(self, request: Request, most: int, drafts: Sequence[int]) -> Guess:
-        if self._inner is not None:
-            most = len(self._inner(request, most, drafts).tokens)
         known = len(request.output_ids) + len(drafts)
-        return Guess(self._drafts[request.id][known : known + most], "replay")
+        return Guess(self._drafts[request.id][known : known + most], self._name)
+
+
+class ReplayedHead:
+    """A `drafts.Head` that guesses as another does, at its cost, and says what a Replay says instead."""
+
+    def __init__(self, head: Head, replay: Replay) -> None:
+        self._head, self._replay, self.name = head, replay, head.name
+        self.wants_hidden, self.observe, self.ready = head.wants_hidden, head.observe, head.ready
+        self.is_behind, self.seconds, self.forget = head.is_behind, head.seconds, head.forget
+
+    def guess(self, wanted: Sequence[tuple[Request, int]], num_planned: int) -> dict[int, list[int]]:
+        """As many as the head guesses, and others."""
+        found, requests = self._head.guess(wanted, num_planned), {request.id: request for request, _ in wanted}
+        return {i: self._replay(requests[i], len(ids), ()).tokens for i, ids in found.items() if i in requests}
 
 
 @dataclass(frozen=True)
@@ -154,13 +161,16 @@ class Plan:
 class Bench:
     """An engine without drafts and one with them, of the same weights.
 
-    plain: the engine without; no other thread may use it meanwhile. sizes: EngineOptions of both. inner: see `Replay`.
+    plain: the engine without; no other thread may use it meanwhile. options: of the engine with drafts. If it has an
+    MTP head, that computes them in full before they are replaced.
     """
 
-    def __init__(self, model: Model, plain: Engine, options: EngineOptions, inner: Source | None = None) -> None:
+    def __init__(self, model: Model, plain: Engine, options: EngineOptions) -> None:
         assert options.draft == MAX_DRAFTS and not options.prefix_cache
-        self.model, self.plain, self._inner = model, plain, inner
+        self.model, self.plain = model, plain
         self.drafting = Engine(model, options, eos_ids=plain.eos_ids, new_detokenizer=plain.new_detokenizer)
+        assert self.drafting.drafter is not None
+        self._head = self.drafting.drafter.head
 
     def close(self) -> None:
         """Ends the threads of the engine that was made here."""
@@ -180,9 +190,14 @@ class Bench:
         engine, tokens = self.drafting, len(recorded.answers[0])
         requests = self._add(engine, prompts, tokens)
         answers = {r.id: answer for r, answer in zip(requests, recorded.answers, strict=True)}
-        source = Replay(answers, setting.acceptance, self.model.config.vocab_size, seed, self._inner)
-        engine.drafter = Drafter(engine.scheduler, source, setting.draft, engine.eos_ids)
+        replay = Replay(answers, setting.acceptance, self.model.config.vocab_size, seed)
+        source, head = (None, ReplayedHead(self._head, replay)) if self._head else (replay, None)
+        engine.drafter = Drafter(engine.scheduler, source, setting.draft, engine.eos_ids, head)
         return Course(engine, requests)
+
+    def seconds_of_guess(self, requests: int) -> float:
+        """What the head takes for one more draft of each of so many requests, once it was asked for some."""
+        return self._head.seconds(requests) if self._head else 0.0
 
     @staticmethod
     def _add(engine: Engine, prompts: Sequence[list[int]], tokens: int) -> list[Request]:
@@ -221,12 +236,15 @@ def compare(bench: Bench, settings: Sequence[Setting], prompt: int, tokens: int,
 def answers(bench: Bench, plan: Plan, requests: int) -> list[Compared]:
     """Each acceptance with the number of drafts that pays best if it is fixed, and with as many as pay.
 
-    The best fixed number follows from steps that are measured first; where none pays, only the other is run.
+    The best fixed number follows from steps (and guesses of the head) that are measured first; where none pays, only
+    the other is run.
     """
     seconds = step_seconds(bench, requests, plan.prompt, range(1, MOST_BY_ITSELF + 2), 3 * plan.rounds)
-    settings = []
+    tried = Setting(requests, 1.0, 2)
+    compare(bench, [tried], plan.prompt, 8, 1)
+    each, settings = bench.seconds_of_guess(requests), []
     for acceptance in plan.acceptances:
-        best = best_draft(acceptance, seconds)
+        best = best_draft(acceptance, {width: s + (width - 1) * each for width, s in seconds.items()})
         settings += [Setting(requests, acceptance, draft) for draft in ([best] if best else []) + [None]]
     return compare(bench, settings, plan.prompt, plan.tokens, plan.rounds)
 

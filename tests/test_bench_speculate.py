@@ -6,14 +6,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lockstep.bench_speculate import Bench, Plan, Replay, Setting, best_draft, compare
+from lockstep.bench_speculate import Bench, Plan, Replay, ReplayedHead, Setting, best_draft, compare
 from lockstep.cli import main
 from lockstep.commands.bench_speculate import answers_table, steps_table
 from lockstep.engine.drafts import MAX_DRAFTS
 from lockstep.engine.engine import Engine, EngineOptions
-from lockstep.engine.lookup import Guess
 from tests.promise.models import Case, load
 
+METHODS = ("wants_hidden", "observe", "ready", "is_behind", "seconds", "forget")  # of a Head, beside guess
 ARGUMENTS = ["bench", "speculate", "--threads", "1", "--rounds", "1"]
 SMALL = ["--requests", "1,2", "--prompt", "9", "--tokens", "12", "--acceptance", "50"]
 
@@ -39,13 +39,17 @@ def test_each_request_and_round_has_wrong_drafts_of_its_own():
     assert made[0] == drafts_of(Replay({0: answer, 1: answer}, 0.5, 9, 1), 0, 100)
 
 
-def test_another_source_says_how_many():
-    request = SimpleNamespace(id=0, output_ids=[5, 6])
-    replay = Replay(
-        {0: [5, 6, 7, 8, 9]}, 1.0, 50, 1, inner=lambda request, most, drafts: Guess([40] * (most - 1), "forty")
-    )
-    assert replay(request, 3, []).tokens == [7, 8] and replay(request, 2, [7]).tokens == [8]
-    assert replay(SimpleNamespace(id=0, output_ids=[5, 6, 7, 8]), 5, []).tokens == [9]
+def test_a_head_is_asked_and_what_it_says_is_replaced():
+    request, asked = SimpleNamespace(id=4, output_ids=[5, 6]), []
+
+    def guess(wanted, num_planned):
+        asked.append((wanted, num_planned))
+        return {4: [40, 41]}
+
+    head = SimpleNamespace(name="mtp", guess=guess, **dict.fromkeys(METHODS, lambda *_: 3))
+    replayed = ReplayedHead(head, Replay({4: [5, 6, 7, 8, 9]}, 1.0, 50, 1))
+    assert replayed.guess([(request, 3)], 1) == {4: [7, 8]} and asked == [([(request, 3)], 1)]
+    assert replayed.name == "mtp" and replayed.ready(request, 5) == replayed.seconds(1) == 3
 
 
 def test_the_best_fixed_number_follows_from_the_steps():
@@ -113,6 +117,13 @@ def test_tables_show_ratios_and_differences():
     text = console.export_text()
     assert "1.50x" in text and "70%" in text and "auto" in text and "1 ANSWERS DIFFER" in text
     assert "11.00 ms  1.10x" in text
+
+
+def test_drafts_at_their_full_price(capsys):
+    assert main([*ARGUMENTS, *SMALL, "--replay", "--parts", "answers", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert sum(row["drafted"] for row in found["answers"]) > 0
+    assert not any(row["differing"] for row in found["answers"])
 
 
 def test_a_difference_is_exit_code_one(capsys, monkeypatch):

@@ -29,6 +29,10 @@ def command(
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 128,
     tokens: Annotated[int, typer.Option(min=8, help="Tokens of an answer.")] = 128,
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each comparison; medians are shown.")] = 3,
+    replay: Annotated[
+        bool,
+        typer.Option("--replay", help="Let the model's MTP head compute all drafts before they are replaced."),
+    ] = False,
     parts: Annotated[str, typer.Option(help=f"What is measured: of {', '.join(PARTS)}.")] = ",".join(PARTS),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -47,7 +51,7 @@ def command(
     llm = load(model, weights=weights, kv_dtype=kv_dtype, threads=threads, max_context=plan.longest, **sizes)
     if plan.longest > llm.max_context:
         raise ValueError(f"--contexts, --prompt and --tokens: {plan.longest} tokens, the model has {llm.max_context}")
-    options = EngineOptions(**sizes, threads=threads, speculate="lookup", draft=MAX_DRAFTS)
+    options = EngineOptions(**sizes, threads=threads, speculate="mtp" if replay else "lookup", draft=MAX_DRAFTS)
     console = Console(stderr=True)
     bench = measure.Bench(llm.model, llm.engine, options)
     # no live display while it runs: another Python thread would delay steps

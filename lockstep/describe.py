@@ -5,7 +5,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from lockstep.engine.cache_size import request_bytes
+from lockstep.engine.cache_size import request_bytes, weight_bytes
 from lockstep.engine.drafts import MOST_BY_ITSELF
 from lockstep.ops.embed import Embed
 from lockstep.ops.kv_cache import PAGE_TOKENS
@@ -91,21 +91,27 @@ def collapsed(costs):
     return groups
 
 
-def memory(program):
+def memory(program, mtp=None):
     """Bytes of packed weights, the embedding as stored, small constants, KV cache per token, state per request, and
-    what speculation adds to it where the number of drafts is not given."""
+    what speculation adds to it where the number of drafts is not given; of an MTP head, if a model has one whose
+    recorded program this is, weights and KV cache per token."""
     linear = {w.name: w for op in program.ops if is_linear(op) for w in op.inputs if isinstance(w, Weight)}
     tables = {w.name: w for op in program.ops if isinstance(op, Embed) for w in op.inputs}
     small = [w for w in program.weights() if w.name not in linear and w.name not in tables]
-    pages = sum(c.bytes_each for c in program.caches if c.kind == "pages")
     return dict(
         packed_weights=sum(map(packed_bytes, linear.values())),
         embedding=sum(p.data.nbytes for w in tables.values() for p in w.parts),
         constants=sum(4 * math.prod(w.shape) for w in small),
-        kv_cache_per_token=pages // PAGE_TOKENS,
+        kv_cache_per_token=_cache_per_token(program),
         state_per_request=request_bytes(program, 0),
         drafts_per_request=request_bytes(program, MOST_BY_ITSELF) - request_bytes(program, 0),
+        mtp_weights=weight_bytes(program, mtp) - weight_bytes(program) if mtp else 0,
+        mtp_cache_per_token=_cache_per_token(mtp) if mtp else 0,
     )
+
+
+def _cache_per_token(program):
+    return sum(c.bytes_each for c in program.caches if c.kind == "pages") // PAGE_TOKENS
 
 
 def formats(infos):

@@ -13,11 +13,11 @@ from lockstep import LLM, SamplingParams
 from lockstep.cli import main
 from lockstep.commands import conversation
 from lockstep.commands.conversation import Conversation
-from lockstep.commands.inspect import spans
+from lockstep.commands.inspect import mtp_program, spans
 from lockstep.commands.options import context_words
 from lockstep.describe import collapsed, memory, op_costs, packed_bytes
 from lockstep.engine import cache_size
-from lockstep.engine.cache_size import ContextSize, request_bytes
+from lockstep.engine.cache_size import ContextSize, needs, request_bytes
 from lockstep.engine.engine import EngineOptions
 from lockstep.ops.attention import Attention
 from lockstep.ops.linear import Linear
@@ -231,6 +231,21 @@ def test_memory_is_what_the_engine_takes(llm):
     assert needed["state_per_request"] == sum(a.nbytes for n, a in runner.caches.items() if not n.endswith("_pages"))
     both = needed["state_per_request"] + needed["drafts_per_request"]
     assert both == request_bytes(llm.model.recorded, EngineOptions(speculate="lookup").num_drafts)
+
+
+def test_memory_of_an_mtp_head(llm):
+    shown, config, tensors = (
+        memory(llm.model.recorded, mtp_program(llm.model)),
+        llm.model.config,
+        llm.model.checkpoint.tensors,
+    )
+    assert shown["mtp_cache_per_token"] == 2 * config.num_kv_heads * config.head_dim * 2
+    stored = sum(tensors[name].data.nbytes for name in tensors if name.startswith("mtp."))
+    assert stored <= shown["mtp_weights"] < 1.01 * stored  # norms are float32
+    off, on = (needs(llm.model, EngineOptions(speculate=speculate)) for speculate in ("off", "mtp"))
+    assert on.page - off.page == 64 * shown["mtp_cache_per_token"]
+    assert on.weights - off.weights == shown["mtp_weights"]
+    assert memory(llm.model.recorded)["mtp_weights"] == 0
 
 
 def test_costs(llm):

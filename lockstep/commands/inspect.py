@@ -48,8 +48,16 @@ def described(checkpoint, model, context):
         context=context,
         tensors=[dataclasses.asdict(info) for info in checkpoint.tensors.info.values()],
         program=[dataclasses.asdict(cost) for cost in op_costs(model.recorded, context)],
-        memory=memory(model.recorded),
+        memory=memory(model.recorded, mtp_program(model)),
     )
+
+
+def mtp_program(model):
+    """The recorded program of a model's MTP head; None where there is none that can draft."""
+    try:
+        return model.recorded_mtp if model.drafts_by_mtp("auto") else None
+    except ValueError:  # a part of it is missing
+        return None
 
 
 def show(checkpoint, model, context, tensors, everything) -> None:
@@ -66,7 +74,7 @@ def show(checkpoint, model, context, tensors, everything) -> None:
         config_table(checkpoint, model.config),
         tensor_table(checkpoint.tensors.info, tensors),
         program_table(groups, context),
-        memory_table(memory(model.recorded), model),
+        memory_table(memory(model.recorded, mtp_program(model)), model),
     ):
         console.print(table)
 
@@ -170,6 +178,8 @@ def memory_table(needed, model):
         kv_cache_per_token=f"KV cache ({model.kv_dtype}), per token",
         state_per_request="recurrent state, per request",
         drafts_per_request=f"the same, with --speculate: up to {MOST_BY_ITSELF} drafts beside it",
+        mtp_weights="weights of the MTP head, with --speculate mtp",
+        mtp_cache_per_token="its KV cache, per token",
     )
     for name, label in labels.items():
         table.add_row(label, f"{needed[name]:,}")

@@ -53,7 +53,7 @@ def needs(model: "Model", options: "EngineOptions", draft: "Model | None" = None
     programs = [model.recorded, *([model.recorded_mtp] if model.drafts_by_mtp(options.speculate) else [])]
     of_page = sum(c.bytes_each for program in programs for c in program.caches if c.kind == "pages")
     made = Needs(
-        weight_bytes(model.recorded),
+        weight_bytes(*programs),
         of_page,
         request_bytes(model.recorded, options.num_drafts),
         request_bytes(model.recorded, 0) > 0,
@@ -125,9 +125,11 @@ def _cache_bytes(needed: Needs, options: "EngineOptions") -> int:
     return max(0, (available_bytes() - needed.weights) // SHARE - options.max_requests * needed.request - kept)
 
 
-def weight_bytes(program: Program) -> int:
-    """Bytes of a program's weights in memory. A table of embeddings is there beside the head that is made of it."""
-    weights = {(isinstance(op, Embed), w.name): w for op in program.ops for w in op.inputs if isinstance(w, Weight)}
+def weight_bytes(*programs: Program) -> int:
+    """Bytes of the weights of programs in memory, of those that they share once. A table of embeddings is there beside
+    the head that is made of it."""
+    ops = [op for program in programs for op in program.ops]
+    weights = {(isinstance(op, Embed), w.name): w for op in reversed(ops) for w in op.inputs if isinstance(w, Weight)}
     sizes = [stored_shape(weight.format, tuple(weight.shape)) for weight in weights.values()]
     return sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in sizes)
 

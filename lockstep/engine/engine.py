@@ -75,15 +75,16 @@ class Engine:
         self.model, self.limits, self.team = model, limits, Team(options.threads or num_cores())
         try:
             self.runner = Runner(model, self.team, limits, swaps, num_drafts=num_drafts, on_compile=on_compile)
+            if options.kv_tokens is not None:
+                for array in self.runner.caches.values():
+                    array.fill(0)  # the system hands out pages at the first touch: better now than within a request
+            selfcheck.check(self.runner.program, self.runner.executor.backend, on_compile)
+            self.scheduler = Scheduler(limits, self._prefix_cache(options))
+            drafter = made_drafter(options, self.runner, self.scheduler, model, self.eos_ids, draft_model, on_compile)
         except MemoryError as error:
             sizes = "max_step_tokens, max_requests, max_context" + (", draft" if num_drafts else "")
             raise ValueError(f"{sizes} or kv_tokens: not enough memory ({error})") from None
-        if options.kv_tokens is not None:
-            for array in self.runner.caches.values():
-                array.fill(0)  # the system hands out pages at the first touch: better now than within a request
-        selfcheck.check(self.runner.program, self.runner.executor.backend, on_compile)
-        self.scheduler = Scheduler(limits, self._prefix_cache(options))
-        self.drafter = made_drafter(options, self.runner, self.scheduler, model, self.eos_ids, draft_model, on_compile)
+        self.drafter = drafter
         self._ids, self.num_generated, self.num_not_finite = itertools.count(), 0, 0
         self.num_drafted = self.num_accepted = 0
 

@@ -18,7 +18,7 @@ from tests.speculation.proof import Lot, Menu, lots, run_lot, run_on
 from tests.speculation.subjects import bundled, tiny
 from tests.speculation.wishes import wishes
 
-NUM_WISHES, NUM_REQUESTS = 60, 300
+NUM_WISHES, LOT_SIZE, NUM_REQUESTS = 60, 8, 300
 HAPPENS = (
     "preempted requests",
     "cancelled",
@@ -26,7 +26,7 @@ HAPPENS = (
     "disk_loaded",
     "pages_evicted",
     "right drafts under a mask",
-    *(f"drafts from {source}" for source in ("lookup", "prediction", "earlier_answers", "grammar", "model")),
+    *(f"drafts from {source}" for source in ("lookup", "prediction", "earlier_answers", "grammar", "model", "mtp")),
     "int stops",
     "str stops",
     "length",
@@ -49,7 +49,7 @@ def menu():
 
 def test_the_bundled_models_answers_and_memory_are_the_same_with_drafts(menu, tmp_path):
     events = Counter()
-    for lot in lots(menu, 0, 10):
+    for lot in lots(menu, 0, LOT_SIZE):
         report = run_lot(menu, lot, tmp_path)
         assert not report.differences
         events += report.events
@@ -67,11 +67,12 @@ def test_tiny_models_answers_and_memory_are_the_same_with_drafts(config, weights
     assert not [what for lot in lots(menu, 1, 4) for what in run_lot(menu, lot, tmp_path).differences]
 
 
-def test_a_long_text_is_the_same_with_drafts(menu, tmp_path):
+@pytest.mark.parametrize("source", ["lookup", "mtp"])
+def test_a_long_text_is_the_same_with_drafts(menu, source, tmp_path):
     """Of 4,000 tokens, as far as the bundled model can look back."""
     text = menu.subject.texts[0]
     prompt_ids = (text * (3800 // len(text) + 1))[:3800]
-    made = list(answers(menu.subject, prompt_ids, 200, "lookup", (4, 8), tmp_path))
+    made = list(answers(menu.subject, prompt_ids, 200, source, (4, 8), tmp_path))
     assert not any(answer.differing for answer in made)
     assert all(answer.digests == made[i % 2].digests for i, answer in enumerate(made))
     assert all(answer.request.num_accepted > 20 for answer in made[2:]) and len(made) == 6
@@ -105,7 +106,7 @@ def run_again(menu, sequence, folder, source, num_drafts):
     return one_by_one(menu.subject, asked, folder, source, num_drafts, lambda turn: off.found[turn][0])
 
 
-SOURCES = [("lookup", None), ("model", 5), ("mostly right", MAX_DRAFTS), ("wrong", 5)]
+SOURCES = [("auto", None), ("lookup", 9), ("mtp", 3), ("model", 5), ("mostly right", MAX_DRAFTS), ("wrong", 5)]
 
 
 @pytest.mark.parametrize("source, num_drafts", SOURCES)
@@ -132,4 +133,4 @@ def test_prefixes_that_are_found_no_more_are_missed(menu, sequence, tmp_path, mo
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_mistake_is_seen(menu, fault, tmp_path, monkeypatch):
     FAULTS[fault](monkeypatch)
-    assert any(run_lot(menu, lot, tmp_path).differences for lot in lots(menu, 0, 10))
+    assert any(run_lot(menu, lot, tmp_path).differences for lot in lots(menu, 0, LOT_SIZE))

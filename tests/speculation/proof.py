@@ -231,15 +231,16 @@ def unlike_memory(off: Request, off_seen: Seen, on_seen: Seen) -> Iterator[str]:
 def lots(menu: Menu, seed: int, size: int) -> list[Lot]:
     """Lots of every source and every number of drafts, each of `size` random wishes: of 15 drafts, the wrong one at
     every place, where answers are long enough and steps have room; and every other source in turns, each with another
-    number of drafts, in all companies."""
+    number of drafts, in all companies; and those that the engine has with as many as pay."""
     rng = np.random.default_rng(seed)
     long = [i for i, made in enumerate(menu.run.requests) if len(made[0].output_ids) > MAX_DRAFTS]
-    others = [*built_in(menu.subject.model), *(name for name in KNOWING if not name.startswith("wrong at"))]
+    own = built_in(menu.subject.model)
+    others = [*own, *(name for name in KNOWING if not name.startswith("wrong at"))]
     shift = int(rng.integers(len(others)))
     plan = [(f"wrong at {n}", MAX_DRAFTS, ROOMY[(n + shift) % len(ROOMY)], long) for n in range(MAX_DRAFTS)]
-    for i, number in enumerate([None, *range(1, MAX_DRAFTS)]):
-        source, company = others[(i + shift) % len(others)], list(COMPANIES)[(i + shift) % len(COMPANIES)]
-        plan.append((source, number, company, list(range(len(menu.asked)))))
+    turns = [(others[(i + shift) % len(others)], i + 1) for i in range(MAX_DRAFTS - 1)]
+    for i, (source, number) in enumerate([*turns, *((source, None) for source in ("mostly right", *own))], shift):
+        plan.append((source, number, list(COMPANIES)[i % len(COMPANIES)], list(range(len(menu.asked)))))
     made = []
     for i, (source, number, company, indices) in enumerate(plan):
         chosen = tuple(rng.choice(indices, min(size, len(indices)), replace=False).tolist())

@@ -38,15 +38,18 @@ class Wish:
 
 
 def wishes(subject: Subject, seed: int, count: int) -> list[Wish]:
-    """`count` random wishes, the same for the same seed; temperatures and lengths in turns."""
+    """`count` random wishes, the same for the same seed; temperatures in turns, and some that want an embedding."""
     rng = np.random.default_rng(seed)
-    return [_wish(subject, rng, TEMPERATURES[i % 3]) for i in range(count)]
+    return [_pooled(subject, rng) if i % 15 == 7 else _wish(subject, rng, TEMPERATURES[i % 3]) for i in range(count)]
+
+
+def _pooled(subject: Subject, rng: np.random.Generator) -> Wish:
+    """A mate that gets no token."""
+    params = SamplingParams(pooling=str(rng.choice(("last", "mean"))))
+    return Wish(_prompt(subject, rng), params, int(rng.integers(-1, 2)), "")
 
 
 def _wish(subject: Subject, rng: np.random.Generator, temperature: float) -> Wish:
-    if rng.random() < 0.05:  # mates that get no token
-        pooled = SamplingParams(pooling=str(rng.choice(("last", "mean"))))
-        return Wish(_prompt(subject, rng), pooled, int(rng.integers(-1, 2)), "")
     n = int(rng.choice((1, 1, 1, 1, 1, 2, 3)))
     params = SamplingParams(temperature=temperature, n=n, **_choice(rng), **_end(subject, rng), **_report(rng, n))
     new_mask = None

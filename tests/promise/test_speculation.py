@@ -5,6 +5,7 @@ same requests without drafts: answers, log-probabilities, logits, recurrent stat
 states. The last tests plant mistakes, each of which must be seen.
 """
 
+import shutil
 from collections import Counter
 
 import pytest
@@ -95,14 +96,14 @@ def test_wrong_drafts_delay_nobody(menu, company, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def sequence(menu, tmp_path_factory):
-    """(wishes, what they give one after another without drafts)."""
-    asked = wishes(menu.subject, 5, 10)
-    return asked, one_by_one(menu.subject, asked, tmp_path_factory.mktemp("off"))
+    """(wishes, what they give one after another without drafts, the folder in which prefixes were kept)."""
+    asked, folder = wishes(menu.subject, 5, 10), tmp_path_factory.mktemp("off")
+    return asked, one_by_one(menu.subject, asked, folder), folder
 
 
 def run_again(menu, sequence, folder, source, num_drafts):
     """The same with drafts, of a source that knows the answers."""
-    asked, off = sequence
+    asked, off, _ = sequence
     return one_by_one(menu.subject, asked, folder, source, num_drafts, lambda turn: off.found[turn][0])
 
 
@@ -118,6 +119,16 @@ def test_one_after_another_the_same_is_found_and_kept_and_evicted(menu, sequence
     assert (on.num_right > 20) == (source != "wrong")
     assert all(count[name] for count in off.counts for name in ("hit_tokens", "pages_evicted", "states_evicted"))
     assert off.counts[1]["disk_loaded"]
+
+
+@pytest.mark.parametrize("source, num_drafts", [("mtp", 3), ("lookup", None)])
+def test_what_was_kept_without_drafts_is_found_with_them(menu, sequence, tmp_path, source, num_drafts):
+    """The first of these engines finds on disk what the second without drafts found."""
+    off, folder = sequence[1:]
+    on = run_again(menu, sequence, shutil.copytree(folder, tmp_path / "kept"), source, num_drafts)
+    half = len(off.found) // 2
+    assert on.found[:half] == on.found[half:] == off.found[half:]
+    assert on.files == off.files
 
 
 def test_prefixes_that_are_found_no_more_are_missed(menu, sequence, tmp_path, monkeypatch):

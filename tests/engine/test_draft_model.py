@@ -14,6 +14,7 @@ from tests.models.cases import case, hybrid
 from tests.models.running import load
 from tests.promise.models import Case
 from tests.promise.models import load as load_case
+from tests.speculation.masks import FewAfterEach
 
 CONFIGS = ("qwen3", "qwen3_5")
 PROMPTS = [[3 + (i * i + 5 * k) % 90 for i in range(n)] for k, n in enumerate((1, 70, 200, 64, 9))]
@@ -92,6 +93,15 @@ def watched():
 def wrong(guesses):
     """Those that are not what the answer says, as far as it goes."""
     return [(r.id, at, g) for r, at, g in guesses if r.output_ids[at : at + len(g)] != g[: len(r.output_ids) - at]]
+
+
+def test_a_model_guesses_its_own_answers_under_a_mask(model, watched):
+    params = [dataclasses.replace(each, logits_mask=FewAfterEach(96)) for each in PARAMS]
+    made = watched(model, model, most=7)
+    requests = made.run(params=params)
+    plain = watched(model, model, most=1, every=10**6).run(params=params)
+    assert [r.output_ids for r in requests] == [r.output_ids for r in plain]
+    assert not wrong(made.guesses) and sum(len(g) == 7 for _, _, g in made.guesses) > 50
 
 
 @pytest.mark.parametrize("most", [1, 2, 7])

@@ -1,5 +1,7 @@
 """Drafts change nothing but the time: answers, log-probabilities, cached bytes, who runs and who is preempted."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,7 @@ from lockstep.engine.request import SamplingParams
 from lockstep.ops import BACKENDS
 from lockstep.ops.kv_cache import PAGE_TOKENS
 from tests.promise.models import Case, load
+from tests.speculation.masks import FewAfterEach
 from tests.speculation.sources import source_of
 from tests.speculation.subjects import HesitantMask
 
@@ -220,6 +223,28 @@ def test_nothing_is_drafted_past_an_end_token_or_the_last_token(engine):
     while made.has_work:
         made.step()
     assert max(map(len, seen)) == 2 and any(len(ids) == 2 for ids in seen)
+
+
+@pytest.mark.parametrize("draft", [1, 3, 15, None])
+def test_what_a_mask_forces_is_drafted_and_what_it_forbids_is_not(engine, draft):
+    params = [replace(each, logits_mask=FewAfterEach(VOCABULARY)) for each in PARAMS]
+    expected = [answer(r) for r in run(engine(speculate="off"), params)]
+    allowed = FewAfterEach(VOCABULARY)
+    for source in (None, lambda request, most: [7] * most):
+        made = engine(source, draft=draft)
+        stepped = made.runner.step
+
+        def step(spans, clock=None, stepped=stepped, made=made):
+            by_slot = {r.slot: r for r in made.scheduler.running}
+            for span in spans:
+                text, drafts = by_slot[span.slot].output_ids, span.token_ids[len(span.token_ids) - span.num_drafts :]
+                assert allowed.num_allowed(text, drafts) == span.num_drafts
+            return stepped(spans, clock)
+
+        made.runner.step = step
+        assert [answer(r) for r in run(made, params)] == expected
+        counts = made.draft_counts()["grammar"]
+        assert counts.right[0] == counts.drafted[0] > (9 if draft else 0)  # deeper ones may follow a wrong one
 
 
 def test_a_users_mask_is_called_once_for_each_token(engine):

@@ -16,6 +16,7 @@ from lockstep.serve.hub import resolve_model
 from lockstep.serve.structured import Grammars, json_schema, lark, regex
 from lockstep.serve.tokenizer import Tokenizer, answer_reader, find_tokenizer
 from tests.promise.models import Case, load
+from tests.speculation.masks import FewAfterEach
 
 TEXT = '''class Queue:
     """A first-in, first-out queue."""
@@ -124,7 +125,7 @@ class HesitantMask(SpeculativeMask):
 
 def _plain_masks(vocab_size: int) -> list[Callable[[int], Callable[[list[int]], Any]]]:
     """Those that need no tokenizer."""
-    return [functools.partial(UsersMask, vocab_size), functools.partial(HesitantMask, vocab_size)]
+    return [functools.partial(each, vocab_size) for each in (UsersMask, HesitantMask, FewAfterEach)]
 
 
 def tiny(config: str, folder: Path, weights: str = "f32", kv_dtype: str = "bf16") -> Subject:

@@ -53,9 +53,9 @@ def with_template(llm, template):
 
 
 @contextlib.contextmanager
-def talking(template):
-    """A running server of the bundled model with another chat template."""
-    with running(with_template(LLM(**SIZES), template)) as server:
+def talking(template, **options):
+    """A running server of the bundled model with another chat template. options: of the LLM."""
+    with running(with_template(LLM(**SIZES, **options), template)) as server:
         yield server
 
 

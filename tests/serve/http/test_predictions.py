@@ -3,7 +3,7 @@
 import httpx
 import pytest
 
-from tests.serve.http.chatting import HELLO
+from tests.serve.http.chatting import HELLO, THINKING, talking
 from tests.serve.http.server import running
 from tests.serve.http.test_status import metrics
 
@@ -21,6 +21,14 @@ def post(server, path="completions", **body):
     got = httpx.post(f"{server.url}/v1/{path}", json=body).json()
     assert not got.get("error"), got
     return got
+
+
+def without_ids(answer):
+    """The choices of an answer with calls, whose ids are random."""
+    for choice in answer["choices"]:
+        for call in choice["message"].get("tool_calls") or ():
+            del call["id"]
+    return answer["choices"]
 
 
 def details(answer):
@@ -64,6 +72,51 @@ def test_an_answer_to_the_same_salt_is_looked_in_and_no_other(guessing):
 def test_conversations_take_it_too(thinker, path):
     body = dict(input="hello") if path == "responses" else dict(messages=HELLO, max_tokens=4)
     assert post(thinker, path, **body, prediction=SOME)
+
+
+PERSON = dict(
+    type="object",
+    required=["first_name", "favourite_colour"],
+    additionalProperties=False,
+    properties=dict(first_name=dict(type="string", maxLength=9), favourite_colour=dict(enum=["green", "blue"])),
+)
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_what_a_form_forces_is_drafted(server, guessing, temperature):
+    form = dict(type="json_schema", json_schema=dict(name="person", schema=PERSON, strict=True))
+    body = dict(prompt="x = ", n=3, seed=8, temperature=temperature, response_format=form, max_tokens=80)
+    for more in (dict(), dict(bad_words=["green", "name is"], ignore_eos=True, min_tokens=3)):
+        plain, answer = (post(each, **body, **more) for each in (server, guessing))
+        assert answer["choices"] == plain["choices"]
+        assert details(answer)[0] > 20
+
+
+@pytest.fixture(scope="module")
+def guessing_thinker():
+    with talking(THINKING, speculate="lookup", draft=9) as made:
+        yield made
+
+
+TOOL = dict(type="function", function=dict(name="remember_a_person", parameters=PERSON, strict=True))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        dict(tool_choice="required"),
+        dict(tool_choice="required", chat_template_kwargs=dict(enable_thinking=True), min_tokens=30),
+        dict(tool_choice="auto", parallel_tool_calls=False),
+    ],
+    ids=["required", "thinking", "auto"],
+)
+def test_calls_and_thoughts_are_the_same_with_drafts(thinker, guessing_thinker, more):
+    for temperature in (0, 1):
+        body = dict(messages=HELLO, tools=[TOOL], seed=3, n=2, temperature=temperature, max_tokens=120, **more)
+        plain, answer = (post(each, "chat/completions", **body) for each in (thinker, guessing_thinker))
+        assert without_ids(answer) == without_ids(plain)
+        if more["tool_choice"] == "required":
+            assert details(answer)[0] > 20
 
 
 @pytest.mark.parametrize(

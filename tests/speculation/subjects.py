@@ -125,7 +125,7 @@ class HesitantMask(SpeculativeMask):
 
 def _plain_masks(vocab_size: int) -> list[Callable[[int], Callable[[list[int]], Any]]]:
     """Those that need no tokenizer."""
-    return [functools.partial(each, vocab_size) for each in (UsersMask, HesitantMask, FewAfterEach)]
+    return [functools.partial(each, vocab_size) for each in (UsersMask, HesitantMask)]
 
 
 def tiny(config: str, folder: Path, weights: str = "f32", kv_dtype: str = "bf16") -> Subject:
@@ -134,7 +134,8 @@ def tiny(config: str, folder: Path, weights: str = "f32", kv_dtype: str = "bf16"
     size = model.config.vocab_size
     texts = [phrases(size, seed, 400) for seed in range(4)]
     draft = load(Case(config, "q8_0", "bf16"), folder)
-    return Subject(model, draft, frozenset(model.config.eos_ids), texts, _plain_masks(size))
+    masks = [*_plain_masks(size), functools.partial(FewAfterEach, size)]
+    return Subject(model, draft, frozenset(model.config.eos_ids), texts, masks)
 
 
 def bundled(weights: str = "auto", kv_dtype: str = "bf16") -> Subject:

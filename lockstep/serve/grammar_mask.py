@@ -25,7 +25,8 @@ def fill(matcher: llguidance.LLMatcher, words: np.ndarray) -> np.ndarray:
 @dataclass
 class Sample:
     """One output (kept, so that its id stays its own), the compiled grammar, the matcher that is at work, if any,
-    whether triggers count, how much of the output was read, and whether the matchers have read drafts, too."""
+    whether triggers count, how much of the output was read, whether the matchers have read drafts, too, and whether
+    they may."""
 
     output_ids: list[int]
     compiled: llguidance.LLMatcher
@@ -33,6 +34,7 @@ class Sample:
     armed: bool
     num_read: int = 0
     has_read_drafts: bool = False
+    may_draft: bool = True
 
 
 class GrammarMask(SpeculativeMask):
@@ -40,7 +42,7 @@ class GrammarMask(SpeculativeMask):
 
     Works for all samples of a request; each has a matcher of its own, of those given or made by new_matcher, that
     advances with its output. The array it returns is used again by the next call. trigger, after, once: see
-    `structured.Grammars.mask`.
+    `structured.Grammars.mask`. may_draft: whether a matcher is made so soon that drafts may make another necessary.
     """
 
     def __init__(
@@ -51,9 +53,10 @@ class GrammarMask(SpeculativeMask):
         trigger: int | None = None,
         after: int | None = None,
         once: bool = False,
+        may_draft: bool = True,
     ) -> None:
         self._unused, self._new_matcher, self._trigger, self._after = matchers, new_matcher, trigger, after
-        self._once = once
+        self._once, self._may_draft = once, may_draft
         self._words = np.zeros(num_words, np.uint32)
         self._samples: OrderedDict[int, Sample] = OrderedDict()
 
@@ -81,8 +84,8 @@ class GrammarMask(SpeculativeMask):
 
     def forced(self, output_ids: list[int], drafts: Sequence[int]) -> list[int]:
         sample = self._up_to_date(self._sample(output_ids))
-        if not drafts:
-            return [] if sample.matcher is None else sample.matcher.compute_ff_tokens()
+        if not drafts or not sample.may_draft:
+            return sample.matcher.compute_ff_tokens() if sample.matcher is not None and sample.may_draft else []
         with contextlib.closing(self._followed(sample, drafts)) as states:
             matchers = list(zip(drafts, states, strict=False))
             matcher = matchers[-1][1] if len(matchers) == len(drafts) else None
@@ -90,7 +93,7 @@ class GrammarMask(SpeculativeMask):
 
     def num_allowed(self, output_ids: list[int], drafts: Sequence[int]) -> int:
         sample = self._up_to_date(self._sample(output_ids))
-        if self._trigger is None and sample.matcher is not None:
+        if self._trigger is None and sample.matcher is not None and sample.may_draft:
             return sample.matcher.validate_tokens(list(drafts))
         return sum(1 for _ in self._followed(sample, drafts))
 
@@ -100,7 +103,8 @@ class GrammarMask(SpeculativeMask):
         if known is None or known.num_read > len(output_ids):
             compiled = self._unused.pop() if self._unused else self._new_matcher()
             at_work = compiled if self._trigger is None else None
-            known = self._samples[id(output_ids)] = Sample(output_ids, compiled, at_work, self._after is None)
+            known = Sample(output_ids, compiled, at_work, self._after is None, may_draft=self._may_draft)
+            self._samples[id(output_ids)] = known
             if len(self._samples) > MAX_SAMPLES:
                 self._samples.popitem(last=False)
         return known
@@ -131,16 +135,20 @@ class GrammarMask(SpeculativeMask):
         return self._trigger is not None and not self._once and matcher.is_stopped()
 
     def _begin_again(self, sample: Sample) -> None:
-        """Reads the output as if there had never been a draft: limits are reached where they would have been."""
+        """Reads the output as if there had never been a draft: limits are reached where they would have been. There is
+        none from now on, so that the grammar is compiled once more at most."""
         sample.compiled, output = self._new_matcher(), sample.output_ids[: sample.num_read]
         sample.matcher = sample.compiled if self._trigger is None else None
         sample.armed, sample.num_read, sample.has_read_drafts = self._after is None, 0, False
+        sample.may_draft = False
         for token in output:
             self._mask(sample)
             self._read(sample, token)
 
     def _followed(self, sample: Sample, drafts: Sequence[int]) -> Generator[llguidance.LLMatcher | None]:
         """The matcher at work after each of the drafts, as far as they are allowed. Then all is as before."""
+        if not drafts or not sample.may_draft:
+            return
         sample.has_read_drafts = True
         matcher, armed, num_to_forget = sample.matcher, sample.armed, 0
         try:

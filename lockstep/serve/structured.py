@@ -168,8 +168,11 @@ class Grammars:
         _check_bytes(grammar)
         if not self._eos_ids:
             raise ValueError("this model has no end token, so it cannot end an answer when a grammar is complete")
-        new_matcher = functools.partial(self._compile, grammar)
-        return GrammarMask(self._compiled(grammar, num_samples), new_matcher, self.num_words, trigger, after, once)
+        matchers = self._compiled(grammar, num_samples)
+        # drafts may make it necessary to compile again, and the engine waits for that
+        may_draft = self._proofs.cost(grammar, QUICK_SECONDS, COMPILE_BYTES) is not None
+        new_matcher = functools.partial(self._compile_beside, grammar)
+        return GrammarMask(matchers, new_matcher, self.num_words, trigger, after, once, may_draft)
 
     def check(self, grammar: str) -> None:
         """ValueError for a grammar that `mask` would refuse."""
@@ -196,6 +199,9 @@ class Grammars:
 
     def _compile_all(self, grammar: str, count: int) -> list[llguidance.LLMatcher]:
         return [self._compile(grammar) for _ in range(count)]
+
+    def _compile_beside(self, grammar: str) -> llguidance.LLMatcher:
+        return self._compilers.submit(self._compile, grammar).result()
 
     def _compile(self, grammar: str) -> llguidance.LLMatcher:
         matcher = new_matcher(self._tokens(), grammar)

@@ -1,5 +1,6 @@
 """Runs a model's MTP head: all drafts of a step, of all requests, in one native call."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ from lockstep.runtime.kernel import OnCompile
 from lockstep.runtime.program import Program
 from lockstep.runtime.step_block import StepBlock
 from lockstep.runtime.threads import Team
+
+LINE = ALIGNMENT // 4  # numbers in a cache line
 
 
 @dataclass
@@ -61,8 +64,10 @@ class MtpRunner:
         [sample] = [op for op in self.program.ops if isinstance(op, Sample)]
         self._given = _rows(self.max_rows, D)
         self._hidden = [_rows(S, D) for _ in range(K)]
-        self._tokens = [_rows(S, 1).view(np.int32) for _ in range(K)]
-        self._logprobs = [_rows(S, 1) for _ in range(K)]
+        line = -(-S // LINE) * LINE + LINE  # of each depth, so that kernels may go past the end of a row
+        self._tokens, self._logprobs = _rows(K, line).view(np.int32), _rows(K, line)
+        self._sampling = np.zeros((K, S), SAMPLING_RECORD)
+        self._position, self._context_len = np.zeros((2, K, S), np.int32)
         caches, pages = {name: a.ctypes.data for name, a in self.caches.items()}, -(-model.max_context // PAGE_TOKENS)
         executors, self._arrays, self._steps = [], [], []
         for depth in range(K):
@@ -79,26 +84,24 @@ class MtpRunner:
                 )
             )
             self._allocate(rows, pages)
-        for depth in range(1, K):
-            self._follow(depth)
         self._chain = Chain(executors, self._steps)
 
     def _allocate(self, rows: dict[str, int], pages: int) -> None:
-        """The step block and arrays of one depth."""
+        """The step block and arrays of the next depth. Those after the first read the tokens of the one before, one of
+        each request, on the same pages."""
+        depth = len(self._arrays)
         shapes = StepBlock.shapes(**rows, P=pages)
-        types = dict(sampling=SAMPLING_RECORD)
-        arrays = {name: np.zeros(shape, types.get(name, np.int32)) for name, shape in shapes.items()}
-        self._arrays.append(arrays)
-        self._steps.append(StepBlock.made(**arrays, pages_per_request=pages))
-
-    def _follow(self, depth: int) -> None:
-        """Makes a depth's step block read the tokens of the one before, one of each request, on the same pages."""
-        a, before = self._arrays[depth], self._arrays[0]
-        count = np.arange(len(a["request"]), dtype=np.int32)
-        a["request"][:] = a["output_row"][:] = a["sampled_row"][:] = count
-        a["query_start"][1:] = count + 1
-        a["token_ids"], a["page_table"] = self._tokens[depth - 1].reshape(-1), before["page_table"]
-        StepBlock.write(self._steps[depth], token_ids=a["token_ids"], page_table=a["page_table"])
+        del shapes["sampling"]
+        a = {name: np.zeros(shape, np.int32) for name, shape in shapes.items()}
+        a["sampling"] = self._sampling[depth]
+        if depth:
+            count = np.arange(rows["S"], dtype=np.int32)
+            a["request"][:] = a["output_row"][:] = a["sampled_row"][:] = count
+            a["query_start"][1:] = count + 1
+            a["position"], a["context_len"] = self._position[depth], self._context_len[depth]
+            a["token_ids"], a["page_table"] = self._tokens[depth - 1], self._arrays[0]["page_table"]
+        self._arrays.append(a)
+        self._steps.append(StepBlock.made(**a, pages_per_request=pages))
 
     def run(self, chases: Sequence[Chase]) -> list[list[int]]:
         """Takes in the pairs of all requests; returns the drafts of each, fewer where the head gives no numbers.
@@ -118,12 +121,9 @@ class MtpRunner:
 
     def _taken(self, row: int, depth: int) -> list[int]:
         """The drafts of a row, up to the first that is no choice."""
-        made = []
-        for d in range(depth):
-            if not np.isfinite(self._logprobs[d][row, 0]):
-                break
-            made.append(int(self._tokens[d][row, 0]))
-        return made
+        logprobs = self._logprobs[:depth, row].tolist()
+        count = next((i for i, logprob in enumerate(logprobs) if not math.isfinite(logprob)), depth)
+        return self._tokens[:count, row].tolist()
 
     def _fill(self, chases: Sequence[Chase]) -> None:
         """Writes the step blocks of all depths."""
@@ -152,17 +152,14 @@ class MtpRunner:
 
     def _fill_sampling(self, row: int, chase: Chase, end: int) -> None:
         """How each draft of a request is chosen, and where the ones after the first lie."""
-        fields = chase.sampling or {}
-        for depth in range(chase.depth):
-            a = self._arrays[depth]
-            record = a["sampling"]
-            record[row] = np.zeros((), SAMPLING_RECORD)
-            for name, value in fields.items():
-                record[name][row] = value
-            record["position"][row] += depth
-            if depth:
-                record["mask"][row] = 0  # it is that of the first
-                a["position"][row], a["context_len"][row] = end + depth - 1, end + depth
+        record, depths = np.zeros(1, SAMPLING_RECORD), np.arange(chase.depth)
+        for name, value in (chase.sampling or {}).items():
+            record[name] = value
+        rows = self._sampling[: chase.depth, row]
+        rows[:] = record
+        rows["position"] += depths
+        rows["mask"][1:] = 0  # it is that of the first
+        self._position[: chase.depth, row], self._context_len[: chase.depth, row] = end + depths - 1, end + depths
 
 
 def _rows(count: int, width: int) -> np.ndarray:

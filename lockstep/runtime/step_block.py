@@ -57,6 +57,12 @@ class StepBlock(metaclass=Readable):
         return {word.name: word.index for word in cls.words()}
 
     @classmethod
+    @functools.cache
+    def numbers(cls) -> dict[str, int]:
+        """{name: number of its word} of the fields that are counts."""
+        return {word.name: word.index for word in cls.words() if word.kind == "int"}
+
+    @classmethod
     def index(cls, name: str) -> int:
         """The number of a field's word; ValueError for a name that is none."""
         if name not in cls.indices():
@@ -84,14 +90,15 @@ class StepBlock(metaclass=Readable):
     @classmethod
     def write(cls, block: np.ndarray, **fields: Any) -> None:
         """Sets fields of a block: counts, and arrays, which whoever calls keeps alive. ValueError for anything else."""
+        numbers = cls.numbers()
         for name, value in fields.items():
-            index = cls.index(name)
-            if cls.words()[index].kind == "int":
-                if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not 0 <= value < 1 << 31:
-                    raise ValueError(f"StepBlock: {name} is {value!r:.80}, expected an integer from 0 to 2**31 - 1")
-                block[index] = value
-            else:
+            if name not in numbers:
+                index = cls.index(name)
                 block[index] = cls._address(name, value)
+                continue
+            if (type(value) is not int and not isinstance(value, np.integer)) or not 0 <= value < 1 << 31:
+                raise ValueError(f"StepBlock: {name} is {value!r:.80}, expected an integer from 0 to 2**31 - 1")
+            block[numbers[name]] = value
 
     @classmethod
     def _address(cls, name: str, array: Any) -> int:

@@ -96,7 +96,7 @@ def run(watch: Watch, prompt_ids: list[int], params: SamplingParams, salt: str, 
 def random_model(folder: Path, weights: str, max_context: int) -> Subject:
     """Random weights in the shape of Qwen3.5-0.8B. Embeddings, which are the head, too, are small beside what layers
     add to them: the model does not just repeat its last token, and is not sure, so that temperature matters."""
-    config = published.QWEN3_5_0_8B["text_config"] | dict(tie_word_embeddings=True, mtp_num_hidden_layers=0)
+    config = published.QWEN3_5_0_8B["text_config"] | dict(tie_word_embeddings=True)
     arrays = tiny.tensors(config, 11)
     arrays["model.embed_tokens.weight"] *= np.float32(EMBEDDING_SCALE)
     checkpoint = open_checkpoint(tiny.write(folder, config, arrays, "BF16"))

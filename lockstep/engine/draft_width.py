@@ -12,6 +12,7 @@ PRIOR = 1
 FORCED = "grammar"  # the source of drafts that nothing else may stand for
 LEAST_GAIN, LEAST_GAIN_OF_ALL = 0.1, 0.03  # of an average, that a new value has: of a request, of all requests
 OWN_AFTER = 4  # drafts of a request, after which what was seen of it counts, and not what was seen of all
+RECONSIDERED = 16  # steps without drafts, after which costs may say something else
 LONG_AGO = 1 << 30  # steps
 PROBE_EVERY = 24  # steps without drafts, after which one is tried again
 TOLD_BEFORE = 8  # steps before a draft is tried again, and after the last one, in which a head still follows
@@ -229,7 +230,8 @@ class WidthChoice:
         self._num_steps = self._last_probe = 0
         self._num_noted = 0  # changes of what is known of drafts
         self._next: Acceptance | None = None  # who soon is given a draft to try
-        self._without: tuple[float, ...] | None = None  # what was known when none was worth it
+        self._without: tuple[int, int] | None = None  # rows, and what was noted, when none was worth it
+        self._decided = 0  # in which step that was
 
     def newcomer(self) -> Acceptance:
         """What is known of a new request's drafts."""
@@ -248,28 +250,31 @@ class WidthChoice:
         given one now and then.
         """
         self._num_steps += 1
-        widths = self._paying(seen, rows, seconds_of_guess)
+        widths = best_widths([each.hopes() for each in seen], self.costs(rows), rows, seconds_of_guess)
+        for each, width in zip(seen, widths, strict=True):
+            each.last_draft = self._num_steps if width else each.last_draft
         since = self._num_steps - self._last_probe
         self._next = min(seen, key=lambda each: each.last_draft, default=None) if since > TOLD_FROM else None
         if since >= PROBE_EVERY:
             self._probe(seen, widths, rows, seconds_of_guess)
+        self._without = None if any(widths) else (rows, self._num_noted)
+        self._decided = self._num_steps
         return widths
+
+    def rests(self, rows: int) -> bool:
+        """Whether, a few steps ago, no draft was worth its row in such a step, nothing was noted of drafts since, and
+        none is to be tried. Then this step has none either, and nothing is to be chosen."""
+        now = self._num_steps + 1
+        if self._without != (rows, self._num_noted) or now > self._decided + RECONSIDERED:
+            return False
+        if now >= self._last_probe + PROBE_EVERY:
+            return False
+        self._num_steps = now
+        return True
 
     def is_tried_soon(self, seen: Acceptance) -> bool:
         """Whether a request had drafts lately, or is the next that is given one to try."""
         return seen is self._next or self._num_steps - seen.last_draft < TOLD_BEFORE
-
-    def _paying(self, seen: Sequence[Acceptance], rows: int, seconds_of_guess: float) -> list[int]:
-        """`best_widths`, which are not worked out again while there are none and nothing is known that was not."""
-        costs = self.costs(rows)
-        known = rows, len(seen), costs.num_changes, self._num_noted, seconds_of_guess
-        if known == self._without:
-            return [0] * len(seen)
-        widths = best_widths([each.hopes() for each in seen], costs, rows, seconds_of_guess)
-        self._without = None if any(widths) else known
-        for each, width in zip(seen, widths, strict=True):
-            each.last_draft = self._num_steps if width else each.last_draft
-        return widths
 
     def may_pay(self, seen: Acceptance, seconds_of_guess: float) -> bool:
         """Whether drafts of a request are worth their rows once it decodes alone, or it is not known yet."""

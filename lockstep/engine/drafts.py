@@ -132,7 +132,8 @@ class Drafter:
 
     source: of texts, or None. num_drafts: of one request in a step; None: as many as pay. eos_ids: the model's end
     tokens, after which nothing is drafted. head: a model that guesses where texts do not guess better. counts: {source:
-    DraftCounts}.
+    DraftCounts}. rests: whether this step is like those before it, in which no draft was worth its row; it need not be
+    timed.
     """
 
     def __init__(
@@ -149,6 +150,7 @@ class Drafter:
         self._is_fixed, self._num_drafts = num_drafts is not None, num_drafts or MOST_BY_ITSELF
         self._choice = WidthChoice(self._num_drafts)
         self._answers = EarlierAnswers()
+        self.rests = False
         self.counts: dict[str, DraftCounts] = {}
 
     def draft(self, plan: list[tuple[Request, int]]) -> dict[Request, Drafts]:
@@ -156,7 +158,11 @@ class Drafter:
 
         Only for requests that decode and may have drafts.
         """
-        spare, made, asked = self._spare(plan), {}, []
+        decoding = [request for request, _ in plan if request.num_left == 1]
+        self.rests = self._rests(decoding)
+        if self.rests:
+            return {}
+        spare, made, asked = self._spare(plan, decoding), {}, []
         for request, _ in plan:
             if not may_draft(request):
                 continue
@@ -170,14 +176,19 @@ class Drafter:
             self._ask(self.head, asked, made, sum(count for _, count in plan))
         return made
 
-    def _spare(self, plan: list[tuple[Request, int]]) -> Spare | None:
+    def _rests(self, decoding: list[Request]) -> bool:
+        """Whether this step is like those before it, in which no draft was worth its row."""
+        if self._is_fixed or self.head or any(request.params.logits_mask for request in decoding):
+            return False
+        return self._choice.rests(len(decoding))
+
+    def _spare(self, plan: list[tuple[Request, int]], decoding: list[Request]) -> Spare | None:
         """What is left in a step of so many tokens of each request; None if nobody is to draft."""
-        # a prompt's step costs what it costs: drafts are weighed as if it were not there
-        rows = sum(request.num_left == 1 for request, _ in plan)
+        rows = len(decoding)  # a prompt's step costs what it costs: drafts are weighed as if it were not there
         # a measured time that keeps a head from being asked is doubted more and more
         each, widths = self.head.seconds(len(plan)) * DOUBTED**self._since_asked if self.head else 0.0, None
         if not self._is_fixed:
-            able = [request for request, _ in plan if request.num_left == 1 and may_draft(request)]
+            able = [request for request in decoding if may_draft(request)]
             widths = self._choice.choose([self._seen(request) for request in able], rows, each)
             if not any(widths) and not any(request.params.logits_mask for request in able):
                 return None

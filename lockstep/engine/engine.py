@@ -177,10 +177,11 @@ class Engine:
                 row = self._take_sampled(planned, row, tokens, logprobs)
             else:
                 self._take_hidden(request, request.pool, planned.span, hidden_row)
-            if self.drafter and request.finish_reason is None:
+            is_told = request.num_lent or planned.span.embedded
+            if is_told and self.drafter and request.finish_reason is None:
                 self._tell(self.drafter, planned.span, request, hidden_row)
             hidden_row += len(planned.span.embedded)
-        if self.drafter:
+        if self.drafter and not self.drafter.rests:
             num_drafts = sum(len(planned.drafts) for planned in plan)
             self.drafter.time([planned.count for planned in plan], num_drafts, time.perf_counter() - began)
         return changed

@@ -264,7 +264,7 @@ class Request:
     @property
     def num_left(self) -> int:
         """Tokens that are known but not computed."""
-        return self.num_tokens - self.num_computed
+        return len(self.prompt_ids) + len(self.output_ids) - self.num_computed
 
     @property
     def max_num_tokens(self) -> int:

@@ -239,8 +239,9 @@ def lots(menu: Menu, seed: int, size: int) -> list[Lot]:
     shift = int(rng.integers(len(others)))
     plan = [(f"wrong at {n}", MAX_DRAFTS, ROOMY[(n + shift) % len(ROOMY)], long) for n in range(MAX_DRAFTS)]
     turns = [(others[(i + shift) % len(others)], i + 1) for i in range(MAX_DRAFTS - 1)]
-    for i, (source, number) in enumerate([*turns, *((source, None) for source in ("mostly right", *own))], shift):
-        plan.append((source, number, list(COMPANIES)[i % len(COMPANIES)], list(range(len(menu.asked)))))
+    for i, (source, number) in enumerate([*turns, *((source, None) for source in ("mostly right", *own))]):
+        company = list(COMPANIES)[(i + i // len(COMPANIES) + shift) % len(COMPANIES)]
+        plan.append((source, number, company, list(range(len(menu.asked)))))
     made = []
     for i, (source, number, company, indices) in enumerate(plan):
         chosen = tuple(rng.choice(indices, min(size, len(indices)), replace=False).tolist())

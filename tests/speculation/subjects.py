@@ -43,7 +43,14 @@ TEXT = '''class Queue:
 '''
 GRAMMARS = (
     regex(r"[a-z_]{1,12}( = [a-z0-9]{1,8}\n[a-z_]{1,12}){0,9}"),
-    json_schema({"type": "object", "properties": {"name": {"type": "string"}, "size": {"type": "integer"}}}),
+    json_schema(
+        {
+            "type": "object",
+            "properties": {"name": {"type": "string", "maxLength": 8}, "enabled": {"type": "boolean"}},
+            "required": ["name", "enabled"],
+            "additionalProperties": False,
+        }
+    ),
     lark('start: ("self." WORD "\\n")+\nWORD: /[a-z]{1,9}/'),
 )
 LINE = regex(r"[ a-z]{2,8};")  # that is held to from a line break on

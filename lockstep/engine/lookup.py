@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 SIZES = (4, 3, 2)  # of the tails that are looked for in the own text, the longest first
 SIZES_OF_PREDICTION = (8, *SIZES)
+READ_AT_ONCE = 4096  # tokens of a prediction
 MOST_ALIKE = 16  # tokens before a place that are compared with the end of the own text
 
 Tokens = Sequence[int]
@@ -59,10 +60,14 @@ def num_alike(tokens: Tokens, at: int, tail: Tokens) -> int:
 
 
 class Prediction:
-    """A text that a request's answer may be like, by its tails. It does not change: several requests may share it."""
+    """A text that a request's answer may be like, by its tails. It does not change: several requests may share it.
+
+    It is read in parts, one with each `find`, so that nobody waits long for a long one.
+    """
 
     def __init__(self, token_ids: Tokens) -> None:
         self.tokens = list(token_ids)
+        self._num_read = 0
         self._places: dict[int, list[int]] = {}  # by the key of a tail: where the tokens lie that follow it
 
     def __len__(self) -> int:
@@ -70,18 +75,21 @@ class Prediction:
 
     def find(self, tail: list[int], start: int) -> int | None:
         """The place after the longest known tail: the first from `start` on, or else the last before it."""
-        if not self._places:
-            self._read()
+        self._read_on()
         for size in SIZES_OF_PREDICTION:
             places = self._places.get(tail_key(tail, len(tail), size)) if len(tail) >= size else None
             if places:
                 return places[min(bisect_left(places, start), len(places) - 1)]
         return None
 
-    def _read(self) -> None:
-        for size in SIZES_OF_PREDICTION:
-            for at, key in enumerate(tail_keys(self.tokens, size), size):
+    def _read_on(self) -> None:
+        """Reads the next part of the text."""
+        first, end = self._num_read, min(len(self.tokens), self._num_read + READ_AT_ONCE)
+        for size in SIZES_OF_PREDICTION if first < end else ():
+            start = max(0, first - size)
+            for at, key in enumerate(tail_keys(self.tokens[start:end], size), start + size):
                 self._places.setdefault(key, []).append(at)
+        self._num_read = end
 
 
 class Follower:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from lockstep.engine import lookup
 from lockstep.engine.earlier_answers import EarlierAnswers
 from lockstep.engine.lookup import SIZES, Lookup, Prediction
 
@@ -94,6 +95,24 @@ def test_the_answer_is_followed_through_its_prediction(answer, next_four):
 def test_of_places_that_read_alike_in_a_prediction_the_next_one_counts():
     text = "(begin) x; (end) 1 (end) 2 (end) 3"
     assert read(following("?", text, "(begin) y; (end) ").guess(1)) == ("1", "prediction")
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 16, 4096])
+def test_a_long_prediction_is_read_in_parts(monkeypatch, at_once):
+    monkeypatch.setattr(lookup, "READ_AT_ONCE", at_once)
+    tokens = np.random.default_rng(1).integers(0, 5, 300).tolist()
+    made, tails = Prediction(tokens), [tokens[at - 9 : at] for at in range(9, 300)]
+    found = [made.find(tails[0], 0) for _ in range(-(-300 // at_once))]
+    assert found[-1] is not None and (found[0] is None) == (at_once < 9)
+    for at, tail in enumerate(tails, 9):
+        place, size = made.find(tail, at), next(s for s in (8, 4, 3, 2) if occurs(tokens, tail[-s:]))
+        assert place in occurs(tokens, tail[-size:])
+        assert place == min([p for p in occurs(tokens, tail[-size:]) if p >= at] or [occurs(tokens, tail[-size:])[-1]])
+
+
+def occurs(tokens, tail):
+    """The places after a tail, where another token follows it."""
+    return [at for at in range(len(tail), len(tokens)) if tokens[at - len(tail) : at] == tail]
 
 
 def test_a_prediction_comes_before_the_prompt_until_the_answer_is_another():

@@ -118,8 +118,7 @@ class StepCosts:
         self._seconds: dict[int, float] = {}
         self._once: dict[int, float] = {}  # numbers of rows that were measured once only
         self._noted: dict[int, int] = {}  # when each was measured last, in steps
-        self._num_steps = 0
-        self.num_changes = 0  # of what is known
+        self._num_steps, self._forgets_at = 0, FORGET_AFTER
         self._curve: list[float] = []  # by rows, made when it is asked for, of these:
         self._drawn: dict[int, float] = {}
 
@@ -127,9 +126,9 @@ class StepCosts:
         """How many numbers of rows were measured."""
         return len(self._noted)
 
-    def note(self, rows: int, seconds: float) -> None:
-        """Takes in a step."""
-        self._num_steps += 1
+    def note(self, rows: int, seconds: float, num_steps: int = 1) -> None:
+        """Takes in a step, the only one of num_steps that was measured."""
+        self._num_steps += num_steps
         self._noted[rows] = self._num_steps
         before = self._seconds.get(rows)
         if before is not None:
@@ -144,7 +143,7 @@ class StepCosts:
             else:
                 self._seconds[rows] = min(once, seconds)
             self._changed()
-        if self._num_steps % FORGET_AFTER == 0:
+        if self._num_steps >= self._forgets_at:
             self._forget()
 
     def _forget(self) -> None:
@@ -154,10 +153,11 @@ class StepCosts:
             del self._noted[rows]
             self._seconds.pop(rows, None)
             self._once.pop(rows, None)
+        self._forgets_at = self._num_steps + FORGET_AFTER
         self._changed()
 
     def _changed(self) -> None:
-        self._curve, self.num_changes = [], self.num_changes + 1
+        self._curve = []
 
     def knows(self, rows: int) -> bool:
         """Whether a step of so many rows, or of fewer, was measured."""
@@ -227,7 +227,7 @@ class WidthChoice:
 
     def __init__(self, depths: int) -> None:
         self._depths, self._everybody, self._costs = depths, Acceptance(depths), CostTable()
-        self._num_steps = self._last_probe = 0
+        self._num_steps = self._last_probe = self._last_timed = 0
         self._num_noted = 0  # changes of what is known of drafts
         self._next: Acceptance | None = None  # who soon is given a draft to try
         self._without: tuple[int, int] | None = None  # rows, and what was noted, when none was worth it
@@ -304,7 +304,8 @@ class WidthChoice:
 
     def time(self, requests: int, num_drafts: int, seconds: float) -> None:
         """Takes in how long a step of so many requests, each with one token and all with so many drafts, took."""
-        self.costs(requests).note(requests + num_drafts, seconds)
+        num_steps, self._last_timed = max(1, self._num_steps - self._last_timed), self._num_steps
+        self.costs(requests).note(requests + num_drafts, seconds, num_steps)
 
 
 def best_width(expected: Sequence[float], costs: StepCosts, rows: int, tokens: float) -> int:

@@ -227,3 +227,23 @@ def test_a_guess_that_was_to_be_tried_and_was_not_made_is_asked_for_again():
     choice.try_again(seen)
     assert choice.choose([seen], 1, 0.1) == [1]
     assert choice.choose([seen], 1, 0.1) == [0]
+
+
+def test_steps_that_were_not_measured_count_as_time():
+    table = costs({1: 1.0, 2: 50.0})
+    table.note(1, 1.0, FORGET_AFTER)
+    table.note(1, 1.0, FORGET_AFTER)
+    assert table.of(2) < 1.2
+
+
+def test_where_no_draft_is_worth_it_nothing_is_chosen_for_a_while():
+    choice, seen, _ = hopeless(1.0)
+    rested = 0
+    for _ in range(100):
+        if choice.rests(1):
+            rested += 1
+        else:
+            assert choice.choose([seen], 1, 1.0) == [0]
+    assert 80 < rested < 100 and not choice.rests(2)
+    choice.note(seen, ["model"], 1)
+    assert not choice.rests(1)

@@ -33,15 +33,15 @@ def before_each_step(patch: pytest.MonkeyPatch, change: Callable[[Runner, Sequen
 
 def rejected_record_applied(patch: pytest.MonkeyPatch) -> None:
     """The state absorbs the record after the accepted ones, that of the first wrong draft."""
-    left: dict[tuple[int, int], tuple[int, int]] = {}  # (runner, slot): where its drafts of the last step lie
+    left: dict[tuple[Runner, int], tuple[int, int]] = {}  # (runner, slot): where its drafts of the last step lie
 
     def change(self: Runner, spans: Sequence[Span]) -> None:
         for span in spans:
-            first, end = left.get((id(self), span.slot), (0, 0))
-            if first < span.start + 1 < end and span.start - span.num_pending == first:
+            first, end = left.get((self, span.slot), (0, 0))
+            if first <= span.start < end and span.start - span.num_pending == first:
                 absorb(self, span, span.num_pending + 1)
             certain = span.start + len(span.token_ids) - span.num_drafts
-            left[id(self), span.slot] = certain, certain + span.num_drafts
+            left[self, span.slot] = certain, certain + span.num_drafts
 
     before_each_step(patch, change)
 
@@ -125,12 +125,12 @@ def block_named_early(patch: pytest.MonkeyPatch) -> None:
     """After a step with drafts the newest token counts as computed: its block gets a name without it."""
     settle = Scheduler.settle
 
-    def early(self: Scheduler, request: Request) -> None:
-        settle(self, request)
-        request.num_computed += 1
-        if self.prefix:
+    def early(self: Scheduler, request: Request, num_next: int = 0) -> None:
+        settle(self, request, num_next)
+        if self.prefix and not num_next:
+            request.num_computed += 1
             self.prefix.computed(request)
-        request.num_computed -= 1
+            request.num_computed -= 1
 
     patch.setattr(Scheduler, "settle", early)
 

@@ -15,11 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lockstep.engine.request import SamplingParams
-    from lockstep.serve.llm import LLM, Completion
+    from lockstep.serve.completion import Completion
+    from lockstep.serve.llm import LLM
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "Completion", "SamplingParams"]
-_HOMES = {"LLM": "lockstep.serve.llm", "Completion": "lockstep.serve.llm", "SamplingParams": "lockstep.engine.request"}
+_HOMES = {
+    "LLM": "lockstep.serve.llm",
+    "Completion": "lockstep.serve.completion",
+    "SamplingParams": "lockstep.engine.request",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -4,7 +4,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from lockstep.engine.model import load_model
 from lockstep.engine.request import Request, SamplingParams, check_single, token_list
 from lockstep.models.config import end_ids, text_config
 from lockstep.runtime.kernel import OnCompile
+from lockstep.serve.completion import Completion, completion
 from lockstep.serve.draft_model import HowLoaded, load_draft
 from lockstep.serve.generation_config import sampling_defaults
 from lockstep.serve.hub import resolve_model
@@ -27,33 +28,6 @@ from lockstep.weights.store import PackedStore
 
 Prompt = str | Sequence[int]  # text, or token ids
 log = logging.getLogger("lockstep.model")
-
-
-@dataclass
-class Completion:
-    """One answer: text, token ids, their log-probabilities (and alternatives, if asked for), and why it ended.
-
-    finish_reason is "stop", "length" or "error"; stop_reason is the token id or string that stopped it, error what went
-    wrong. prompt_logprobs begin with the prompt's second token. Alternatives are {token id: logprob}, best first.
-    others: the samples after this one, where params asked for several.
-    """
-
-    text: str
-    token_ids: list[int]
-    logprobs: list[float]
-    finish_reason: str
-    prompt_token_ids: list[int]
-    top_logprobs: list[dict[int, float]] = field(default_factory=list)
-    prompt_logprobs: list[float] = field(default_factory=list)
-    prompt_top_logprobs: list[dict[int, float]] = field(default_factory=list)
-    stop_reason: int | str | None = None
-    error: str | None = None
-    others: list["Completion"] = field(default_factory=list)
-
-    @property
-    def samples(self) -> list["Completion"]:
-        """All samples of the prompt, this one first."""
-        return [self, *self.others]
 
 
 class Stream:
@@ -321,7 +295,9 @@ class LLM:
         predicted = list(prediction) if isinstance(prediction, (list, tuple)) else [prediction] * len(prompts)
         if len(predicted) != len(prompts):
             raise ValueError(f"prediction: expected one text or a list of {len(prompts)}, got {len(predicted)}")
-        return [_completion(*streams) for streams in self._answered(prompts, each, predicted)]
+        return [
+            completion(*[stream.request for stream in streams]) for streams in self._answered(prompts, each, predicted)
+        ]
 
     @functools.cached_property
     def pooling(self) -> str:
@@ -389,21 +365,3 @@ def _prompt_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
         return list(listed)
     except TypeError:
         raise ValueError(f"prompts: expected text or a list of prompts, got {prompts!r:.80}") from None
-
-
-def _completion(stream: Stream, *others: Stream) -> Completion:
-    request = stream.request
-    assert request.finish_reason is not None, "it has ended"
-    return Completion(
-        text=stream.text,
-        token_ids=request.output_ids,
-        logprobs=request.logprobs,
-        finish_reason=request.finish_reason,
-        prompt_token_ids=request.prompt_ids,
-        top_logprobs=request.top_logprobs,
-        prompt_logprobs=request.prompt_logprobs,
-        prompt_top_logprobs=request.prompt_top_logprobs,
-        stop_reason=request.stop_reason,
-        error=request.error,
-        others=[_completion(other) for other in others],
-    )

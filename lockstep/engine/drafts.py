@@ -147,6 +147,8 @@ class Drafter:
         self._scheduler, self._source, self._eos_ids, self.head = scheduler, source, eos_ids, head
         self._seconds_guessing = 0.0  # of this step, by the head
         self._since_asked = 0  # steps since it guessed
+        # of this step, where it guesses and texts had a guess, too: that one, and after how many tokens of the answer
+        self._passed_over: dict[Request, tuple[Drafts, int]] = {}
         self._is_fixed, self._num_drafts = num_drafts is not None, num_drafts or MOST_BY_ITSELF
         self._choice = WidthChoice(self._num_drafts)
         self._answers = EarlierAnswers()
@@ -159,7 +161,7 @@ class Drafter:
         Only for requests that decode and may have drafts.
         """
         decoding = [request for request, _ in plan if request.num_left == 1]
-        self.rests = self._rests(decoding)
+        self._passed_over, self.rests = {}, self._rests(decoding)
         if self.rests:
             return {}
         spare, made, asked = self._spare(plan, decoding), {}, []
@@ -205,7 +207,9 @@ class Drafter:
         forces = request.params.logits_mask is not None  # and what it forces is right
         drafts, asked = self._guessed(request, room, paying) if paying or (room and forces) else Drafts(), 0
         if self.head and paying and self._is_better(self.head, request, drafts):
-            drafts, asked = Drafts(), self.head.ready(request, paying)
+            asked = self.head.ready(request, paying)
+        if asked:
+            self._passed_over[request], drafts = (drafts, len(request.output_ids)), Drafts()
         drafts.cut(self._width(request, drafts, paying, spare))
         count = asked or len(drafts)
         count = self._scheduler.lend(request, count) if count else 0
@@ -318,12 +322,23 @@ class Drafter:
 
     def note(self, request: Request, drafts: Drafts, num_right: int) -> None:
         """Takes in how many of a request's drafts were right."""
-        if not self._is_fixed:
-            self._choice.note(self._seen(request), drafts.sources, num_right)
+        self._choice.note(self._seen(request), drafts.sources, num_right)
+        self._note_passed_over(request)
         for depth, source in enumerate(drafts.sources):
             counts = self.counts.setdefault(source, DraftCounts())
             counts.drafted[depth] += 1
             counts.right[depth] += depth < num_right
+
+    def _note_passed_over(self, request: Request) -> None:
+        """Takes in how right texts would have been where the head guessed: else nobody would look there again once the
+        head was better, whatever is found there later, or in another request."""
+        guessed, start = self._passed_over.pop(request, (Drafts(), 0))
+        came = request.output_ids[start:]
+        guessed.cut(len(came))
+        if guessed:
+            pairs = enumerate(zip(guessed.tokens, came, strict=False))
+            right = next((i for i, (guess, token) in pairs if guess != token), len(guessed))
+            self._choice.note(self._seen(request), guessed.sources, right)
 
     def time(self, counts: list[int], num_drafts: int, seconds: float) -> None:
         """Takes in how long a step took that computed so many tokens of each request, and so many drafts in all."""

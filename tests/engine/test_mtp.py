@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from lockstep.engine.drafts import MAX_DRAFTS
+from lockstep.engine.drafts import MAX_DRAFTS, Drafts
 from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.model import load_model
 from lockstep.engine.mtp import Known, MtpDrafts
@@ -230,6 +230,24 @@ def test_auto_does_without_a_head(tmp_path, engine):
     made = engine(loaded(tmp_path, hybrid()), speculate="auto", draft=2)
     assert made.drafter is not None and made.drafter.head is None
     assert sum(r.num_drafted for r in run(made, PARAMS)) > 0
+
+
+def test_a_prediction_is_followed_although_the_head_was_better_before(engine):
+    made = engine(draft=3, speculate="auto", prefix_cache=False)
+    params = SamplingParams(max_tokens=60, ignore_eos=True)
+    first = made.add(PROMPTS[1], params)
+    while made.has_work:
+        made.step()
+    for _ in range(50):  # others' predictions were wrong, and the head was right
+        made.drafter.note(first, Drafts([3] * 3, ["mtp"] * 3), 3)
+        made.drafter.note(first, Drafts([3] * 3, ["prediction"] * 3), 0)
+    before = made.drafter.counts["mtp"].drafted[0], made.drafter.counts["prediction"].right[0]
+    second = made.add(PROMPTS[1], params, prediction=first.output_ids)
+    while made.has_work:
+        made.step()
+    assert answer(second) == answer(first)
+    assert 0 < made.drafter.counts["mtp"].drafted[0] - before[0] < 15  # the head begins, as it was better
+    assert made.drafter.counts["prediction"].right[0] - before[1] > 8
 
 
 def test_of_a_large_vocabulary_the_first_tokens_are_guessed():

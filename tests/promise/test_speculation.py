@@ -85,7 +85,7 @@ def test_wrong_drafts_delay_nobody(menu, company, tmp_path, monkeypatch):
     """Each step computes the same tokens of the same requests as without drafts, whoever is preempted or cancelled."""
     monkeypatch.setattr(GrammarMask, "forced", lambda self, output_ids, drafts: [])  # they would be right
     on, off = (
-        run_on(menu, Lot(source, number, company, tuple(range(14)), 3), tmp_path / source)
+        run_on(menu, Lot(source, number, company, tuple(range(20)), 3), tmp_path / source)
         for source, number in (("wrong", 5), ("off", None))
     )
     assert on.watch.steps == off.watch.steps and on.watch.events["drafts"]

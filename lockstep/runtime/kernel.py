@@ -45,10 +45,16 @@ def target() -> tuple[str, str, str]:
 
 @functools.cache
 def imported_sources(module: str) -> frozenset[pathlib.Path]:
-    """The source files of a module and of every module of this package that it imports, directly or not."""
+    """The source files of a module and of every module of this package that it imports, directly or not.
+
+    A script, or another's module, is not found by its name but is loaded.
+    """
     path = PACKAGE.parent / (module.replace(".", "/") + ".py")
     if not path.exists():
-        return frozenset()
+        loaded = None if module.split(".")[0] == PACKAGE.name else getattr(sys.modules.get(module), "__file__", None)
+        if loaded is None:
+            return frozenset()
+        path = pathlib.Path(loaded)
     names = set()
     for package, imported in IMPORTS.findall(path.read_text()):  # a word too many only makes the hash depend on more
         names |= {package, *(f"{package}.{name}" for name in re.findall(r"\w+", imported))}

@@ -1,11 +1,13 @@
 """Files of compiled code that were damaged: never an error, never what is left of the code."""
 
+import importlib
 import os
 import subprocess
 import sys
 
 import pytest
 
+from lockstep.runtime import kernel
 from lockstep.runtime.kernel_files import CheckedFiles
 
 DAMAGES = {
@@ -80,3 +82,13 @@ def test_a_damaged_kernel_is_compiled_again(tmp_path):
             damage(tmp_path, (".nbi", ".nbc"), how)
         done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_kernels_of_a_script_depend_on_what_it_imports(tmp_path, monkeypatch):
+    path = tmp_path / "far_away_kernels.py"
+    path.write_text("from lockstep.runtime.step import OPERANDS\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("far_away_kernels")
+    found = kernel.imported_sources("far_away_kernels")
+    assert {path, kernel.PACKAGE / "runtime" / "step.py"} <= found
+    assert not kernel.imported_sources("no_such_module")

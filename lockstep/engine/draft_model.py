@@ -8,9 +8,10 @@ What it guessed wrong is overwritten where memory lies by position. Layers with 
 request: one is moved by known tokens only, and its copy by guesses.
 """
 
+import contextlib
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -28,6 +29,17 @@ from lockstep.runtime.threads import Team
 SLOTS = 2  # of a request, for recurrent layers: moved by known tokens, and by guesses
 MAX_STEP = 16  # known tokens that may be new since the last step, if there were guesses in it
 CATCH_UP = 128  # known tokens that a step computes beside as many as the target does
+
+
+@contextlib.contextmanager
+def named(path: object) -> Iterator[None]:
+    """A ValueError raised within says that it is about the draft model, and which that is: the target has tensors and
+    config keys of the same names."""
+    try:
+        yield
+    except ValueError as error:
+        said = str(error) if str(error).startswith(str(path)) else f"{path}: {error}"
+        raise ValueError(f"speculate: the draft model {said}") from None
 
 
 def check_vocabulary(target: Model, draft: Model) -> None:
@@ -73,7 +85,8 @@ class DraftModel:
         num_slots = limits.max_requests * (SLOTS if states else 1)
         num_tokens = max(limits.max_step_tokens, limits.max_requests)
         own = Limits(num_tokens, num_slots, limits.num_pages, limits.max_requests)
-        self.runner = Runner(self.model, team, own, on_compile=on_compile)
+        with named(model.checkpoint.path):
+            self.runner = Runner(self.model, team, own, on_compile=on_compile)
         self.memory = DraftMemory(limits.num_pages, limits.max_requests, bool(states))
         self._states = [self.runner.caches[c.name].reshape(-1, c.bytes_each) for c in states]
         self._first_copy = limits.max_requests

@@ -160,11 +160,14 @@ BOUNDS = (
 
 
 def token_list(token_ids: Iterable[SupportsIndex], name: str = "prompt") -> list[int]:
-    """Token ids as a list of integers. ValueError, with the name of what was given, for anything else."""
+    """Token ids as a list of integers. ValueError, with the name of what was given, for anything else: bytes are text
+    that nobody decoded, although each of them is an integer."""
     try:
-        return list(map(operator.index, token_ids))
+        if not isinstance(token_ids, (bytes, bytearray)):
+            return list(map(operator.index, token_ids))
     except TypeError:
-        raise ValueError(f"{name}: expected text or a list of token ids, got {token_ids!r:.80}") from None
+        pass
+    raise ValueError(f"{name}: expected text or a list of token ids, got {token_ids!r:.80}")
 
 
 def check_params(params: Any) -> None:

@@ -1,12 +1,13 @@
 """Loads a smaller model that drafts for another, if both have the same vocabulary."""
 
+from pathlib import Path
 from typing import NamedTuple
 
-from lockstep.engine.draft_model import check_vocabulary
+from lockstep.engine.draft_model import check_vocabulary, named
 from lockstep.engine.model import Model, load_model
 from lockstep.serve.hub import resolve_model
 from lockstep.serve.tokenizer import Tokenizer, find_tokenizer, has_tokenizer
-from lockstep.weights.checkpoint import Checkpoint, open_checkpoint
+from lockstep.weights.checkpoint import open_checkpoint
 from lockstep.weights.content import Progress
 from lockstep.weights.store import PackedStore
 
@@ -22,25 +23,29 @@ class HowLoaded(NamedTuple):
 
 
 def load_draft(name: str, others: tuple[str, ...], target: Model, tokenizer: Tokenizer | None, how: HowLoaded) -> Model:
-    """The model of a name, which is to draft for the target. ValueError where its vocabulary is another.
+    """The model of a name, which is to draft for the target. ValueError where it cannot be loaded, or its vocabulary is
+    another.
 
     others: what speculation knows beside names of models. tokenizer: the target's, or None if it has none.
     """
-    checkpoint = _opened(name, others, how.verify)
-    store = PackedStore(checkpoint, how.progress)
-    model = load_model(checkpoint, store, how.weights, how.kv_dtype, how.max_context)
+    path, own = _found(name, others), None
+    with named(path):
+        checkpoint = open_checkpoint(path, verify=how.verify)
+        store = PackedStore(checkpoint, how.progress)
+        model = load_model(checkpoint, store, how.weights, how.kv_dtype, how.max_context)
+        if tokenizer is not None and has_tokenizer(path, checkpoint.metadata):
+            own = find_tokenizer(path, checkpoint.metadata)
     check_vocabulary(target, model)
-    if tokenizer is not None and has_tokenizer(checkpoint.path, checkpoint.metadata):
-        check_tokens(tokenizer, find_tokenizer(checkpoint.path, checkpoint.metadata))
+    if tokenizer is not None and own is not None:
+        check_tokens(tokenizer, own)
     return model
 
 
-def _opened(name: str, others: tuple[str, ...], verify: bool) -> Checkpoint:
+def _found(name: str, others: tuple[str, ...]) -> Path:
     try:
-        path = resolve_model(name)
+        return resolve_model(name)
     except ValueError as error:
         raise ValueError(f"speculate: expected {', '.join(others)} or a smaller model; {error}") from None
-    return open_checkpoint(path, verify=verify)
 
 
 def check_tokens(target: Tokenizer, draft: Tokenizer) -> None:

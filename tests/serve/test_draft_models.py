@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import shutil
 
 import pytest
@@ -89,6 +90,43 @@ def test_what_is_no_model_is_named(name, said, capsys):
     assert said in capsys.readouterr().err
     with pytest.raises(ValueError, match="speculate: expected one of off, auto"):
         LLM(speculate=5)
+
+
+def broken(folder, change):
+    """A copy of the bundled model, the config of which `change` changes."""
+    shutil.copytree(BUNDLED, folder)
+    raw = json.loads((folder / "config.json").read_text("utf-8"))
+    change(raw)
+    (folder / "config.json").write_text(json.dumps(raw), "utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda raw: raw.update(model_type="bert"), "model_type 'bert' is not supported"),
+        (lambda raw: raw.update(hidden_act="gelu"), "config key 'hidden_act': 'gelu' is not supported"),
+        (lambda raw: raw.update(tie_word_embeddings=False), "tensor 'lm_head.weight' of shape"),
+    ],
+)
+def test_a_draft_model_that_cannot_be_loaded_is_told_from_the_model(tmp_path, change, said):
+    folder = broken(tmp_path / "m", change)
+    with pytest.raises(ValueError, match=f"speculate: the draft model {folder}: {said}"):
+        LLM(speculate=str(folder))
+
+
+def test_weights_that_are_not_finite_are_told_from_the_models(tmp_path):
+    raw = case("qwen3", head_dim=16, num_hidden_layers=1, vocab_size=4096)
+    arrays = tiny.tensors(raw, 3)
+    arrays["model.norm.weight"][1] = math.nan
+    folder = tiny.write(tmp_path / "m", raw, arrays)
+    with pytest.raises(ValueError, match=f"speculate: the draft model {folder}: tensor 'model.norm.weight': expected"):
+        LLM(speculate=str(folder), threads=1, max_context=64)
+
+
+def test_an_empty_folder_is_named_once(tmp_path):
+    with pytest.raises(ValueError, match=f"speculate: the draft model {tmp_path}: expected model.safetensors"):
+        LLM(speculate=str(tmp_path))
 
 
 def test_another_number_of_tokens_is_refused(tmp_path):

@@ -229,6 +229,7 @@ def test_an_interrupted_call_leaves_nothing_behind(llm):
         ([1, 2, 3], SHORT, "prompt: expected text or a list of token ids, got 1"),
         ([[1.0]], SHORT, "prompt: expected text or a list of token ids"),
         (["x", None], SHORT, "prompt: expected text or a list of token ids, got None"),
+        ([b"text"], SHORT, "prompt: expected text or a list of token ids, got b'text'"),
         (None, SHORT, "prompts: expected text or a list of prompts, got None"),
         (["x"], None, "params: expected SamplingParams, got None"),
         (["x"], {"max_tokens": 3}, "params: expected SamplingParams, got {'max_tokens': 3}"),
@@ -245,6 +246,7 @@ def test_what_is_no_prompt_or_params_is_named(llm, prompts, params, message):
     "prediction, message",
     [
         (5, "prediction: expected text or a list of token ids, got 5"),
+        (b"text", "prediction: expected text or a list of token ids, got b'text'"),
         ([5, 6], "prediction: expected one text or a list of 1, got 2"),
         ([["x"]], "prediction: expected text or a list of token ids"),
         ([[1 << 20]], "prediction: token ids must be 0 to 4095, got 1048576"),

@@ -134,7 +134,8 @@ class MtpDrafts:
         known.end += count
         known.missing = max(0, known.missing - (count - len(chase.hidden)))
         known.hidden = known.hidden[len(chase.hidden) :]
-        for number in range(before // PAGE_TOKENS, -(-known.end // PAGE_TOKENS)):
+        written = min(len(request.pages), -(-(known.end + chase.depth) // PAGE_TOKENS))  # pages, by drafts, too
+        for number in range(before // PAGE_TOKENS, written):
             page = request.pages[number]
             self.names.pop(page, None)
             if self._prefix and (number + 1) * PAGE_TOKENS <= known.end:

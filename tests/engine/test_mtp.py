@@ -285,8 +285,8 @@ def test_a_head_of_a_gguf_file_drafts(tmp_path, engine):
 def test_a_slow_guess_that_was_bad_luck_is_forgotten(engine):
     """A time that would keep the head from being asked for ever."""
     made = engine(draft=None)
-    head(made).costs.note(1, 1e3)
-    request = made.add(PROMPTS[1], dataclasses.replace(LONG[0], max_tokens=2000))
+    head(made).costs.note(1, 0.02)
+    request = made.add(PROMPTS[1], dataclasses.replace(LONG[0], max_tokens=900))
     while made.has_work and not request.num_drafted:
         made.step()
     assert request.num_drafted

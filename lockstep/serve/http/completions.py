@@ -175,7 +175,7 @@ class Chunks:
             tokens, reason = [], "length"
         text, self._echo = self._echo + "".join([token.text for token in tokens]), ""
         start, self._num_sent = self._num_sent, self._num_sent + len(tokens)
-        if not (text or reason or self._logprobs):
+        if not (text or reason or self._logprobs or self._answer.fields.return_token_ids):
             return b""
         logprobs = to_text(self._logprobs and self._logprobs.part(start, self._num_sent))
         return (

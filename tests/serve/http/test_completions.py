@@ -174,6 +174,21 @@ def test_a_stream_is_the_whole_answer_in_pieces(client, fields):
                 assert [each for c in mine for each in getattr(c.logprobs, name)] == getattr(choice.logprobs, name)
 
 
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_a_stream_has_the_ids_of_tokens_whose_text_is_held_back(server, path):
+    asked = dict(max_tokens=30, temperature=0, return_token_ids=True, ignore_eos=True)
+    asked |= dict(prompt=PROMPT) if path == "completions" else dict(messages=[dict(role="user", content=PROMPT)])
+    url = f"{server.url}/v1/{path}"
+    [whole] = httpx.post(url, json=asked, timeout=120).json()["choices"]
+    text = whole["text"] if path == "completions" else whole["message"]["content"]
+    asked |= dict(stream=True, stop=text + "?")  # every token may begin it, until the last was something else
+    with httpx.stream("POST", url, json=asked, timeout=120) as got:
+        events = [json.loads(line[6:]) for line in got.iter_lines() if line.startswith("data: {")]
+    pieces = [piece for event in events for piece in event["choices"]]
+    assert [i for piece in pieces for i in piece.get("token_ids", [])] == whole["token_ids"]
+    assert "".join(piece.get("text") or piece.get("delta", {}).get("content", "") for piece in pieces) == text
+
+
 def test_a_stream_ends_with_done_and_carries_usage_only_when_asked(server):
     sent = dict(prompt="x", max_tokens=3, stream=True)
     with httpx.stream("POST", f"{server.url}/v1/completions", json=sent, timeout=60) as got:

@@ -57,6 +57,11 @@ class ReplayedHead:
         self.wants_hidden, self.observe, self.ready = head.wants_hidden, head.observe, head.ready
         self.is_behind, self.seconds, self.forget = head.is_behind, head.seconds, head.forget
 
+    @property
+    def may_rest(self) -> bool:
+        """See the head's."""
+        return self._head.may_rest
+
     def guess(self, wanted: Sequence[tuple[Request, int]], num_planned: int) -> dict[int, list[int]]:
         """As many as the head guesses, and others."""
         found, requests = self._head.guess(wanted, num_planned), {request.id: request for request, _ in wanted}

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from lockstep.engine.draft_memory import DraftMemory, Follower
-from lockstep.engine.draft_width import StepCosts
+from lockstep.engine.draft_width import GUESS_GAIN, StepCosts
 from lockstep.engine.drafts import MODEL
 from lockstep.engine.model import Model
 from lockstep.engine.request import Request
@@ -91,9 +91,14 @@ class DraftModel:
         self._states = [self.runner.caches[c.name].reshape(-1, c.bytes_each) for c in states]
         self._first_copy = limits.max_requests
         self.followers: dict[int, Follower] = {}
-        self._costs = StepCosts()
+        self._costs = StepCosts(GUESS_GAIN, GUESS_GAIN)
 
     name = MODEL
+
+    @property
+    def may_rest(self) -> bool:
+        """It holds nothing that a step changes."""
+        return True
 
     def wants_hidden(self, request: Request) -> bool:
         """It reads tokens."""

@@ -14,13 +14,15 @@ LEAST_GAIN, LEAST_GAIN_OF_ALL = 0.1, 0.03  # of an average, that a new value has
 OWN_AFTER = 4  # drafts of a request, after which what was seen of it counts, and not what was seen of all
 RECONSIDERED = 16  # steps without drafts, after which costs may say something else
 LONG_AGO = 1 << 30  # steps
-PROBE_EVERY = 24  # steps without drafts, after which one is tried again
+PROBE_EVERY, PROBE_SELDOM = 24, 192  # steps without drafts, after which one is tried again: at first, and at most
 TOLD_BEFORE = 8  # steps before a draft is tried again, and after the last one, in which a head still follows
-TOLD_FROM = PROBE_EVERY - TOLD_BEFORE
+TIMED_EVERY, MUCH = 48, 1.6  # steps with drafts, after which one has none so that it is timed, unless they gain so much
 WORTH = 1.03  # times as many tokens a second as without, from which drafts are made
+WORTH_GUESSING = 1.1  # the same of drafts that take time to guess, of which less is known
 CHEAPEST = 0.02  # of a step, for each further row: less is an error of measurement, or others' doing
 BEND = 12  # further rows that cost as much as the first, before any was measured
 FASTER, SLOWER = 0.3, 0.1  # what a quicker step moves an average, and a slower one: others on the machine only slow it
+GUESS_GAIN = 0.15  # what a measured guess moves an average
 DOUBTED = 1.25  # times what was expected: more is not believed before it was seen twice
 CHANGED = 0.02  # of a cost, from which others follow
 FORGET_AFTER = 256  # steps, after which what a number of rows cost has to be found out again
@@ -114,7 +116,8 @@ class Acceptance:
 class StepCosts:
     """Seconds of a step by its rows, with one number of requests: averages of what was measured."""
 
-    def __init__(self) -> None:
+    def __init__(self, faster: float = FASTER, slower: float = SLOWER) -> None:
+        self._gains = slower, faster
         self._seconds: dict[int, float] = {}
         self._once: dict[int, float] = {}  # numbers of rows that were measured once only
         self._noted: dict[int, int] = {}  # when each was measured last, in steps
@@ -132,7 +135,7 @@ class StepCosts:
         self._noted[rows] = self._num_steps
         before = self._seconds.get(rows)
         if before is not None:
-            gain = FASTER if seconds < before else SLOWER
+            gain = self._gains[seconds < before]
             self._seconds[rows] = after = before + gain * (min(seconds, 2 * before) - before)
             if abs(after - self._drawn.get(rows, 0.0)) > CHANGED * after:
                 self._changed()
@@ -158,6 +161,10 @@ class StepCosts:
 
     def _changed(self) -> None:
         self._curve = []
+
+    def num_since(self, rows: int) -> int:
+        """Steps since one of so many rows was measured."""
+        return self._num_steps - self._noted.get(rows, -LONG_AGO)
 
     def knows(self, rows: int) -> bool:
         """Whether a step of so many rows, or of fewer, was measured."""
@@ -222,11 +229,13 @@ class CostTable:
 class WidthChoice:
     """Decides how many drafts the requests of a step have, where as many are made as pay.
 
-    depths: the most of one request.
+    depths: the most of one request. follows: whether whoever guesses has to follow a request for a few steps before it
+    is tried.
     """
 
-    def __init__(self, depths: int) -> None:
+    def __init__(self, depths: int, follows: bool = False) -> None:
         self._depths, self._everybody, self._costs = depths, Acceptance(depths), CostTable()
+        self._follows, self._patience = follows, PROBE_EVERY  # and steps from one try to the next
         self._num_steps = self._last_probe = self._last_timed = 0
         self._num_noted = 0  # changes of what is known of drafts
         self._next: Acceptance | None = None  # who soon is given a draft to try
@@ -253,10 +262,11 @@ class WidthChoice:
         widths = best_widths([each.hopes() for each in seen], self.costs(rows), rows, seconds_of_guess)
         for each, width in zip(seen, widths, strict=True):
             each.last_draft = self._num_steps if width else each.last_draft
-        since = self._num_steps - self._last_probe
-        self._next = min(seen, key=lambda each: each.last_draft, default=None) if since > TOLD_FROM else None
-        if since >= PROBE_EVERY:
+        self._next = None
+        if self._num_steps - self._last_probe >= self._wakes_after:
             self._probe(seen, widths, rows, seconds_of_guess)
+        if any(widths) and self._is_to_be_timed(seen, widths, rows, seconds_of_guess):
+            widths = [0] * len(seen)
         self._without = None if any(widths) else (rows, self._num_noted)
         self._decided = self._num_steps
         return widths
@@ -267,10 +277,15 @@ class WidthChoice:
         now = self._num_steps + 1
         if self._without != (rows, self._num_noted) or now > self._decided + RECONSIDERED:
             return False
-        if now >= self._last_probe + PROBE_EVERY:
+        if now >= self._last_probe + self._wakes_after:
             return False
         self._num_steps = now
         return True
+
+    @property
+    def _wakes_after(self) -> int:
+        """Steps after a try that nothing is to be done for the next one."""
+        return self._patience - TOLD_BEFORE * self._follows
 
     def is_tried_soon(self, seen: Acceptance) -> bool:
         """Whether a request had drafts lately, or is the next that is given one to try."""
@@ -286,13 +301,32 @@ class WidthChoice:
         seen.last_draft = self._last_probe = -LONG_AGO
 
     def _probe(self, seen: Sequence[Acceptance], widths: list[int], rows: int, seconds_of_guess: float) -> None:
-        """Gives the request that has had no draft for the longest time one, if sure ones would pay."""
+        """Gives the request that has had no draft for the longest time one, if sure ones would pay; a few steps before,
+        it is the next."""
         longest = min(range(len(seen)), key=lambda i: seen[i].last_draft, default=None)
-        if longest is None or self._num_steps - seen[longest].last_draft < PROBE_EVERY:
+        if longest is None or self._num_steps - seen[longest].last_draft < self._wakes_after:
             return
-        self._last_probe = self._num_steps
-        if any(best_widths([[1.0] * self._depths] * len(seen), self.costs(rows), rows, seconds_of_guess)):
-            widths[longest], seen[longest].last_draft = 1, self._num_steps
+        if not any(best_widths([[1.0] * self._depths] * len(seen), self.costs(rows), rows, seconds_of_guess)):
+            self._last_probe = self._num_steps
+            return
+        self._next = seen[longest]
+        if self._num_steps - max(self._last_probe, seen[longest].last_draft) >= self._patience:
+            self._last_probe = seen[longest].last_draft = self._num_steps
+            widths[longest] = 1
+            if self._follows:  # to follow a request costs time: after tries that gave nothing, less often
+                self._patience = min(2 * self._patience, PROBE_SELDOM)
+
+    def _is_to_be_timed(
+        self, seen: Sequence[Acceptance], widths: Sequence[int], rows: int, seconds_of_guess: float
+    ) -> bool:
+        """Whether it is long ago that a step like this one was timed without drafts, which may cost less by now, and
+        drafts do not gain so much that it hardly matters."""
+        costs, tokens = self.costs(rows), float(rows)
+        if costs.num_since(rows) < TIMED_EVERY:
+            return False
+        tokens += sum(sum(each.hopes()[:width]) for each, width in zip(seen, widths, strict=True))
+        seconds = costs.of(rows + sum(widths)) + max(widths) * seconds_of_guess
+        return tokens / seconds < MUCH * rows / costs.of(rows)
 
     def note(self, seen: Acceptance, sources: Sequence[str], num_right: int) -> None:
         """Takes in where a request's drafts of the last step came from, and how many were right."""
@@ -300,6 +334,7 @@ class WidthChoice:
         self._everybody.note(sources, num_right)
         seen.note(sources, num_right)
         if num_right and self._last_probe == self._num_steps:
+            self._patience = PROBE_EVERY
             self.try_again(seen)
 
     def time(self, requests: int, num_drafts: int, seconds: float) -> None:
@@ -333,7 +368,8 @@ def best_widths(
         return [0] * len(hopes)
     likely = sorted(((hope, i) for i, each in enumerate(hopes) for hope in each), reverse=True)
     likely = likely[: max(0, costs.reach - rows)]
-    widths, best, most, tokens, deepest = [0] * len(hopes), 0, WORTH * rows / costs.of(rows), float(rows), 0
+    worth = WORTH_GUESSING if seconds_of_guess else WORTH
+    widths, best, most, tokens, deepest = [0] * len(hopes), 0, worth * rows / costs.of(rows), float(rows), 0
     for count, (hope, i) in enumerate(likely, 1):
         tokens, widths[i] = tokens + hope, widths[i] + 1
         deepest = max(deepest, widths[i])

@@ -77,6 +77,11 @@ class Head(Protocol):
 
     name: str
 
+    @property
+    def may_rest(self) -> bool:
+        """Whether `guess` need not be called in this step if nothing is wanted."""
+        ...
+
     def wants_hidden(self, request: Request) -> bool:
         """Whether `observe` is to be told the hidden states of a request's tokens."""
         ...
@@ -150,7 +155,7 @@ class Drafter:
         # of this step, where it guesses and texts had a guess, too: that one, and after how many tokens of the answer
         self._passed_over: dict[Request, tuple[Drafts, int]] = {}
         self._is_fixed, self._num_drafts = num_drafts is not None, num_drafts or MOST_BY_ITSELF
-        self._choice = WidthChoice(self._num_drafts)
+        self._choice = WidthChoice(self._num_drafts, follows=head is not None)
         self._answers = EarlierAnswers()
         self.rests = False
         self.counts: dict[str, DraftCounts] = {}
@@ -161,8 +166,9 @@ class Drafter:
         Only for requests that decode and may have drafts.
         """
         decoding = [request for request, _ in plan if request.num_left == 1]
-        self._passed_over, self.rests = {}, self._rests(decoding)
+        self._passed_over, self.rests = {}, self._rests(decoding, len(plan))
         if self.rests:
+            self._since_asked += 1
             return {}
         spare, made, asked = self._spare(plan, decoding), {}, []
         for request, _ in plan:
@@ -178,9 +184,11 @@ class Drafter:
             self._ask(self.head, asked, made, sum(count for _, count in plan))
         return made
 
-    def _rests(self, decoding: list[Request]) -> bool:
+    def _rests(self, decoding: list[Request], num_planned: int) -> bool:
         """Whether this step is like those before it, in which no draft was worth its row."""
-        if self._is_fixed or self.head or any(request.params.logits_mask for request in decoding):
+        if self._is_fixed or any(request.params.logits_mask for request in decoding):
+            return False
+        if self.head and (len(decoding) < num_planned or not self.head.may_rest):
             return False
         return self._choice.rests(len(decoding))
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lockstep.engine.draft_width import StepCosts
+from lockstep.engine.draft_width import GUESS_GAIN, StepCosts
 from lockstep.engine.mtp_runner import Chase, MtpRunner
 from lockstep.engine.prefix import PrefixCache
 from lockstep.engine.request import Request
@@ -47,9 +47,14 @@ class MtpDrafts:
 
     def __init__(self, runner: MtpRunner, prefix: PrefixCache | None, eos_ids: frozenset[int], vocab_size: int) -> None:
         self._runner, self._prefix, self._eos_ids, self._vocab_size = runner, prefix, eos_ids, vocab_size
-        self.costs = StepCosts()
+        self.costs = StepCosts(GUESS_GAIN, GUESS_GAIN)
         self.names: dict[int, bytes] = {}  # by page whose pairs are all there: the name of its block
         self._waiting: list[Request] = []  # whose hidden states have not been taken in
+
+    @property
+    def may_rest(self) -> bool:
+        """Not while there are hidden states that the next step overwrites."""
+        return not self._waiting
 
     def wants_hidden(self, request: Request) -> bool:
         """Whether a step is to give the hidden states of a request's tokens."""

@@ -17,12 +17,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from lockstep.engine.draft_memory import DraftMemory, Follower
-from lockstep.engine.draft_width import GUESS_GAIN, StepCosts
 from lockstep.engine.drafts import MODEL
 from lockstep.engine.model import Model
 from lockstep.engine.request import Request
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.engine.sampling import guessed
+from lockstep.engine.step_costs import GUESS_GAIN, StepCosts
 from lockstep.runtime.kernel import OnCompile
 from lockstep.runtime.threads import Team
 

@@ -5,7 +5,11 @@ about a machine or a text costs little, and is soon corrected.
 """
 
 import itertools
+import operator
 from collections.abc import Sequence, Set
+from typing import NamedTuple
+
+from lockstep.engine.step_costs import LONG_AGO, CostTable, StepCosts
 
 FIRST_GUESS = 0.5  # that a draft is right, before any was seen; it counts for so many seen ones:
 PRIOR = 1
@@ -13,19 +17,11 @@ FORCED = "grammar"  # the source of drafts that nothing else may stand for
 LEAST_GAIN, LEAST_GAIN_OF_ALL = 0.1, 0.03  # of an average, that a new value has: of a request, of all requests
 OWN_AFTER = 4  # drafts of a request, after which what was seen of it counts, and not what was seen of all
 RECONSIDERED = 16  # steps without drafts, after which costs may say something else
-LONG_AGO = 1 << 30  # steps
 PROBE_EVERY, PROBE_SELDOM = 24, 192  # steps without drafts, after which one is tried again: at first, and at most
 TOLD_BEFORE = 8  # steps before a draft is tried again, and after the last one, in which a head still follows
 TIMED_EVERY, MUCH = 48, 1.6  # steps with drafts, after which one has none so that it is timed, unless they gain so much
 WORTH = 1.03  # times as many tokens a second as without, from which drafts are made
 WORTH_GUESSING = 1.1  # the same of drafts that take time to guess, of which less is known
-CHEAPEST = 0.02  # of a step, for each further row: less is an error of measurement, or others' doing
-BEND = 12  # further rows that cost as much as the first, before any was measured
-FASTER, SLOWER = 0.3, 0.1  # what a quicker step moves an average, and a slower one: others on the machine only slow it
-GUESS_GAIN = 0.15  # what a measured guess moves an average
-DOUBTED = 1.25  # times what was expected: more is not believed before it was seen twice
-CHANGED = 0.02  # of a cost, from which others follow
-FORGET_AFTER = 256  # steps, after which what a number of rows cost has to be found out again
 
 
 class Rates:
@@ -97,15 +93,21 @@ class Acceptance:
             made.append(total)
         return made
 
-    def hopes(self) -> list[float]:
-        """[depth]: how likely a draft is right and all before it, if they come from the best source at each depth. What
-        a grammar forces is always right, and comes or does not: nothing follows from it for other drafts."""
-        known = [self.of(source) for source in self.sources if source != FORCED] or [[FIRST_GUESS] * self._depths]
+    def hopes(self, but_of: str | None = None) -> list[float]:
+        """[depth]: how likely a draft is right and all before it, if they come from the best source at each depth, of
+        all but one. What a grammar forces is always right, and comes or does not: nothing follows from it for other
+        drafts."""
+        sources = [source for source in self.sources if source not in (FORCED, but_of)]
+        known = [self.of(source) for source in sources] or [[FIRST_GUESS] * self._depths]
         survives, made = 1.0, []
         for rates in zip(*known, strict=True) if len(known) > 1 else ((rate,) for rate in known[0]):
             survives *= max(rates)
             made.append(survives)
         return made
+
+    def hopes_of(self, source: str) -> list[float]:
+        """The same of drafts from one source."""
+        return list(itertools.accumulate(self.of(source), operator.mul))
 
     @property
     def sources(self) -> Set[str]:
@@ -113,117 +115,20 @@ class Acceptance:
         return self._rates.keys() | self._everybody.sources if self._everybody is not None else self._rates.keys()
 
 
-class StepCosts:
-    """Seconds of a step by its rows, with one number of requests: averages of what was measured."""
+class Guesser(NamedTuple):
+    """A model that guesses: what its drafts are counted under, the seconds of one more guess for all requests of a
+    step, and whether texts are looked in first."""
 
-    def __init__(self, faster: float = FASTER, slower: float = SLOWER) -> None:
-        self._gains = slower, faster
-        self._seconds: dict[int, float] = {}
-        self._once: dict[int, float] = {}  # numbers of rows that were measured once only
-        self._noted: dict[int, int] = {}  # when each was measured last, in steps
-        self._num_steps, self._forgets_at = 0, FORGET_AFTER
-        self._curve: list[float] = []  # by rows, made when it is asked for, of these:
-        self._drawn: dict[int, float] = {}
-
-    def __len__(self) -> int:
-        """How many numbers of rows were measured."""
-        return len(self._noted)
-
-    def note(self, rows: int, seconds: float, num_steps: int = 1) -> None:
-        """Takes in a step, the only one of num_steps that was measured."""
-        self._num_steps += num_steps
-        self._noted[rows] = self._num_steps
-        before = self._seconds.get(rows)
-        if before is not None:
-            gain = self._gains[seconds < before]
-            self._seconds[rows] = after = before + gain * (min(seconds, 2 * before) - before)
-            if abs(after - self._drawn.get(rows, 0.0)) > CHANGED * after:
-                self._changed()
-        else:
-            once = self._once.pop(rows, None)
-            if once is None:
-                self._once[rows] = seconds
-            else:
-                self._seconds[rows] = min(once, seconds)
-            self._changed()
-        if self._num_steps >= self._forgets_at:
-            self._forget()
-
-    def _forget(self) -> None:
-        """Leaves out what was not measured for long: where it was too much, by chance, nobody would try it again."""
-        since = self._num_steps - FORGET_AFTER
-        for rows in [n for n, step in self._noted.items() if step <= since]:
-            del self._noted[rows]
-            self._seconds.pop(rows, None)
-            self._once.pop(rows, None)
-        self._forgets_at = self._num_steps + FORGET_AFTER
-        self._changed()
-
-    def _changed(self) -> None:
-        self._curve = []
-
-    def num_since(self, rows: int) -> int:
-        """Steps since one of so many rows was measured."""
-        return self._num_steps - self._noted.get(rows, -LONG_AGO)
-
-    def knows(self, rows: int) -> bool:
-        """Whether a step of so many rows, or of fewer, was measured."""
-        return any(n <= rows for n in self._noted)
-
-    @property
-    def reach(self) -> int:
-        """The most rows that are to be tried: few more than were ever measured."""
-        most = max(self._noted, default=0)
-        return most + max(2, most // 4)
-
-    def of(self, rows: int) -> float:
-        """Seconds that a step of so many rows may take, 1 if none was ever measured: never more than one of more rows
-        (where such a one was quicker, others slowed this one), and at least a little more than one of fewer."""
-        if len(self._curve) <= rows:
-            self._curve, self._drawn = self._made(max(rows, self.reach)), dict(self._seconds)
-        return self._curve[rows]
-
-    def _made(self, most: int) -> list[float]:
-        if not self._noted:
-            return [1.0] * (most + 1)
-        if not self._seconds or not self._once:
-            return curve(self._seconds or self._once, most)
-        expected = curve(self._seconds, most)
-        believed = {n: min(seconds, DOUBTED * expected[n]) for n, seconds in self._once.items()}
-        return curve(self._seconds | believed, most)
+    name: str
+    seconds: float
+    is_second: bool
 
 
-def curve(seconds: dict[int, float], most: int) -> list[float]:
-    """[rows]: seconds of steps of up to so many rows, from those of some."""
-    rows, least = sorted(seconds), []
-    for n in reversed(rows):
-        least.append(min([seconds[n], *least[-1:]]))
-    least.reverse()
-    made = [least[0]] * (rows[0] + 1)
-    for i, (low, high) in enumerate(itertools.pairwise(rows)):
-        each = (least[i + 1] - least[i]) / (high - low)
-        made += [least[i] + each * (n - low) for n in range(low + 1, high + 1)]
-    first, last = rows[0], rows[-1]
-    made = [max(each, least[0] * (1 + CHEAPEST * (n - first))) for n, each in enumerate(made)]
-    each = made[-1] / (last + BEND)
-    if len(rows) > 1:
-        each = max(each, (least[-1] - least[-2]) / (last - rows[-2]))
-    return made + [made[-1] + each * (n - last) for n in range(last + 1, most + 1)]
+class Widths(NamedTuple):
+    """How many drafts of each request pay: those that texts give, and those that a head guesses."""
 
-
-class CostTable:
-    """The StepCosts of each number of requests: of similar numbers the same."""
-
-    def __init__(self) -> None:
-        self._groups: dict[int, StepCosts] = {}
-
-    def among(self, requests: int) -> StepCosts:
-        """Those of steps with so many requests."""
-        group = requests if requests <= 4 else 2 + requests.bit_length()  # 5 to 7, 8 to 15, ...
-        found = self._groups.get(group)
-        if found is None:
-            found = self._groups[group] = StepCosts()
-        return found
+    of_texts: list[int]
+    of_head: list[int]
 
 
 class WidthChoice:
@@ -252,24 +157,32 @@ class WidthChoice:
         """What steps of so many requests cost."""
         return self._costs.among(requests)
 
-    def choose(self, seen: Sequence[Acceptance], rows: int, seconds_of_guess: float = 0.0) -> list[int]:
+    def choose(self, seen: Sequence[Acceptance], rows: int, head: Guesser | None = None) -> Widths:
         """How many drafts of each request are worth their rows, if what is known of it holds.
 
-        rows: of the step without drafts. seconds_of_guess: see `best_widths`. A request that has had none for long is
+        rows: of the step without drafts. head: who guesses where texts do not. A request that has had none for long is
         given one now and then.
         """
         self._num_steps += 1
-        widths = best_widths([each.hopes() for each in seen], self.costs(rows), rows, seconds_of_guess)
-        for each, width in zip(seen, widths, strict=True):
-            each.last_draft = self._num_steps if width else each.last_draft
+        widths, seconds = self._paying(seen, rows, head), head.seconds if head else 0.0
+        for each, *both in zip(seen, *widths, strict=True):
+            each.last_draft = self._num_steps if any(both) else each.last_draft
         self._next = None
         if self._num_steps - self._last_probe >= self._wakes_after:
-            self._probe(seen, widths, rows, seconds_of_guess)
-        if any(widths) and self._is_to_be_timed(seen, widths, rows, seconds_of_guess):
-            widths = [0] * len(seen)
-        self._without = None if any(widths) else (rows, self._num_noted)
+            self._probe(seen, widths, rows, seconds)
+        if any(map(any, widths)) and self._is_to_be_timed(seen, widths, rows, head):
+            widths = Widths([0] * len(seen), [0] * len(seen))
+        self._without = None if any(map(any, widths)) else (rows, self._num_noted)
         self._decided = self._num_steps
         return widths
+
+    def _paying(self, seen: Sequence[Acceptance], rows: int, head: Guesser | None) -> Widths:
+        """The Widths with which there are the most tokens a second."""
+        costs, none = self.costs(rows), [0] * len(seen)
+        if head is None:
+            return Widths(best_widths([each.hopes() for each in seen], costs, rows), none)
+        of_texts = best_widths([each.hopes(head.name) for each in seen], costs, rows) if head.is_second else none
+        return Widths(of_texts, best_widths([each.hopes_of(head.name) for each in seen], costs, rows, head.seconds))
 
     def rests(self, rows: int) -> bool:
         """Whether, a few steps ago, no draft was worth its row in such a step, nothing was noted of drafts since, and
@@ -291,16 +204,16 @@ class WidthChoice:
         """Whether a request had drafts lately, or is the next that is given one to try."""
         return seen is self._next or self._num_steps - seen.last_draft < TOLD_BEFORE
 
-    def may_pay(self, seen: Acceptance, seconds_of_guess: float) -> bool:
-        """Whether drafts of a request are worth their rows once it decodes alone, or it is not known yet."""
+    def may_pay(self, seen: Acceptance, head: Guesser) -> bool:
+        """Whether a head's drafts of a request are worth their rows once it decodes alone, or it is not known yet."""
         costs = self.costs(1)
-        return not costs.knows(1) or any(best_widths([seen.hopes()], costs, 1, seconds_of_guess))
+        return not costs.knows(1) or any(best_widths([seen.hopes_of(head.name)], costs, 1, head.seconds))
 
     def try_again(self, seen: Acceptance) -> None:
         """Notes that there was no guess to be tried, and will soon be one."""
         seen.last_draft = self._last_probe = -LONG_AGO
 
-    def _probe(self, seen: Sequence[Acceptance], widths: list[int], rows: int, seconds_of_guess: float) -> None:
+    def _probe(self, seen: Sequence[Acceptance], widths: Widths, rows: int, seconds_of_guess: float) -> None:
         """Gives the request that has had no draft for the longest time one, if sure ones would pay; a few steps before,
         it is the next."""
         longest = min(range(len(seen)), key=lambda i: seen[i].last_draft, default=None)
@@ -312,20 +225,19 @@ class WidthChoice:
         self._next = seen[longest]
         if self._num_steps - max(self._last_probe, seen[longest].last_draft) >= self._patience:
             self._last_probe = seen[longest].last_draft = self._num_steps
-            widths[longest] = 1
+            widths.of_texts[longest] = widths.of_head[longest] = 1
             if self._follows:  # to follow a request costs time: after tries that gave nothing, less often
                 self._patience = min(2 * self._patience, PROBE_SELDOM)
 
-    def _is_to_be_timed(
-        self, seen: Sequence[Acceptance], widths: Sequence[int], rows: int, seconds_of_guess: float
-    ) -> bool:
+    def _is_to_be_timed(self, seen: Sequence[Acceptance], widths: Widths, rows: int, head: Guesser | None) -> bool:
         """Whether it is long ago that a step like this one was timed without drafts, which may cost less by now, and
         drafts do not gain so much that it hardly matters."""
         costs, tokens = self.costs(rows), float(rows)
         if costs.num_since(rows) < TIMED_EVERY:
             return False
-        tokens += sum(sum(each.hopes()[:width]) for each, width in zip(seen, widths, strict=True))
-        seconds = costs.of(rows + sum(widths)) + max(widths) * seconds_of_guess
+        most = [max(both) for both in zip(*widths, strict=True)]
+        tokens += sum(sum(each.hopes()[:width]) for each, width in zip(seen, most, strict=True))
+        seconds = costs.of(rows + sum(most)) + max(widths.of_head) * (head.seconds if head else 0.0)
         return tokens / seconds < MUCH * rows / costs.of(rows)
 
     def note(self, seen: Acceptance, sources: Sequence[str], num_right: int) -> None:

@@ -14,13 +14,14 @@ from typing import Protocol
 
 import numpy as np
 
-from lockstep.engine.draft_width import FORCED, Acceptance, StepCosts, WidthChoice, best_width
+from lockstep.engine.draft_width import FORCED, Acceptance, Guesser, WidthChoice, best_width
 from lockstep.engine.earlier_answers import EarlierAnswers
 from lockstep.engine.lookup import Guess, Lookup
 from lockstep.engine.request import Request
 from lockstep.engine.sampling import num_rows
 from lockstep.engine.scheduler import Scheduler
 from lockstep.engine.speculative_mask import SpeculativeMask
+from lockstep.engine.step_costs import StepCosts
 
 MAX_DRAFTS, MOST_BY_ITSELF = 15, 7  # of a request in a step: that may be asked for; where the width follows what pays
 ROUNDS = 4  # of asking for drafts that follow other drafts
@@ -38,7 +39,7 @@ class Spare:
     num_rows: int
     num_new: float
     costs: StepCosts
-    widths: dict[int, int] | None = None
+    widths: dict[int, tuple[int, int]] | None = None  # that pay, by request: of texts, and of the head
 
 
 @dataclass(slots=True)
@@ -195,27 +196,34 @@ class Drafter:
     def _spare(self, plan: list[tuple[Request, int]], decoding: list[Request]) -> Spare | None:
         """What is left in a step of so many tokens of each request; None if nobody is to draft."""
         rows = len(decoding)  # a prompt's step costs what it costs: drafts are weighed as if it were not there
-        # a measured time that keeps a head from being asked is doubted more and more
-        each, widths = self.head.seconds(len(plan)) * DOUBTED**self._since_asked if self.head else 0.0, None
+        widths = None
         if not self._is_fixed:
             able = [request for request in decoding if may_draft(request)]
-            widths = self._choice.choose([self._seen(request) for request in able], rows, each)
-            if not any(widths) and not any(request.params.logits_mask for request in able):
+            found = self._choice.choose([self._seen(request) for request in able], rows, self._guesser(len(plan)))
+            if not any(map(any, found)) and not any(request.params.logits_mask for request in able):
                 return None
-            widths = {request.id: width for request, width in zip(able, widths, strict=True)}
+            widths = {request.id: both for request, both in zip(able, zip(*found, strict=True), strict=True)}
         limits, tokens = self._scheduler.limits, sum(count for _, count in plan)
         sampled = sum(num_rows(request, count) for request, count in plan)
         left = limits.max_step_tokens - tokens, limits.max_sampled - sampled
         return Spare(*left, rows, rows, self._choice.costs(rows), widths)
 
+    def _guesser(self, num_requests: int) -> Guesser | None:
+        """What choosing widths takes from the head; a measured time that keeps it from being asked is doubted more and
+        more."""
+        if self.head is None:
+            return None
+        seconds = self.head.seconds(num_requests) * DOUBTED**self._since_asked
+        return Guesser(self.head.name, seconds, self._source is not None)
+
     def _planned(self, request: Request, spare: Spare) -> tuple[Drafts, int]:
         """A request's drafts from its grammar and from texts, or how many the head is asked for; they are taken from
         what is spare."""
-        room, paying = self._room(request, spare), self._most(request, spare)
+        room, (paying, of_head) = self._room(request, spare), self._most(request, spare)
         forces = request.params.logits_mask is not None  # and what it forces is right
         drafts, asked = self._guessed(request, room, paying) if paying or (room and forces) else Drafts(), 0
-        if self.head and paying and self._is_better(self.head, request, drafts):
-            asked = self.head.ready(request, paying)
+        if self.head and of_head and self._is_better(self.head, request, drafts):
+            asked = self.head.ready(request, of_head)
         if asked:
             self._passed_over[request], drafts = (drafts, len(request.output_ids)), Drafts()
         drafts.cut(self._width(request, drafts, paying, spare))
@@ -250,7 +258,8 @@ class Drafter:
         if self._is_fixed or self.head is None:
             return True
         if request.num_left > 1:
-            return self._choice.may_pay(self._seen(request), self.head.seconds(1))
+            guesser = self._guesser(1)
+            return guesser is not None and self._choice.may_pay(self._seen(request), guesser)
         return self._choice.is_tried_soon(self._seen(request))
 
     def wants_hidden(self, request: Request) -> bool:
@@ -267,10 +276,11 @@ class Drafter:
         left = request.params.max_tokens - len(request.output_ids) - 1
         return max(0, min(self._num_drafts, spare.tokens, spare.rows, left))
 
-    def _most(self, request: Request, spare: Spare) -> int:
-        """The same of drafts that are as good as others were, and so may not pay."""
+    def _most(self, request: Request, spare: Spare) -> tuple[int, int]:
+        """The same of drafts from texts and from the head that are as good as others were, and so may not pay."""
         room = self._room(request, spare)
-        return room if spare.widths is None else min(room, spare.widths[request.id])
+        of_texts, of_head = (room, room) if spare.widths is None else spare.widths[request.id]
+        return min(room, of_texts), min(room, of_head)
 
     def _guessed(self, request: Request, room: int, paying: int) -> Drafts:
         """Guesses of a request's next tokens, all of them before the first that would end the answer: up to `room` that

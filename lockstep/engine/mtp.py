@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lockstep.engine.draft_width import GUESS_GAIN, StepCosts
 from lockstep.engine.mtp_runner import Chase, MtpRunner
 from lockstep.engine.prefix import PrefixCache
 from lockstep.engine.request import Request
 from lockstep.engine.sampling import guessed
+from lockstep.engine.step_costs import GUESS_GAIN, StepCosts
 from lockstep.ops.kv_cache import PAGE_TOKENS
 
 MOST_PAIRS = 16  # of a request that a guess takes in while its time says what a guess takes

@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 
 from lockstep.engine.draft_width import (
-    FORGET_AFTER,
     OWN_AFTER,
     PROBE_EVERY,
     Acceptance,
-    StepCosts,
+    Guesser,
     WidthChoice,
     best_width,
     best_widths,
 )
+from lockstep.engine.step_costs import FORGET_AFTER, StepCosts
 
 DEPTHS = 7
 
@@ -156,7 +156,7 @@ def decode(probability, seconds, requests=1, steps=400, seed=0):
     rng, choice, tokens, spent, widths = np.random.default_rng(seed), WidthChoice(DEPTHS), 0, 0.0, []
     seen = [choice.newcomer() for _ in range(requests)]
     for step in range(steps):
-        chosen = choice.choose(seen, requests)
+        chosen = choice.choose(seen, requests).of_texts
         for each, width in zip(seen, chosen, strict=True):
             wrong = rng.random(width) >= probability(step)
             right = int(np.argmax(wrong)) if wrong.any() else width
@@ -207,13 +207,17 @@ def test_guesses_that_take_time_themselves_are_worth_less():
 
 def hopeless(seconds_of_guess):
     """(a WidthChoice where no draft was right and steps of two rows are known, an Acceptance, widths of its steps)."""
-    choice = WidthChoice(DEPTHS)
+    choice, guesser = WidthChoice(DEPTHS), Guesser("model", seconds_of_guess, False)
     seen = choice.newcomer()
     for rows in (0, 1):
         choice.time(1, rows, 1.0)
     for _ in range(60):
         choice.note(seen, ["model"] * DEPTHS, 0)
-    return choice, seen, [choice.choose([seen], 1, seconds_of_guess)[0] for _ in range(100)]
+    return (
+        choice,
+        seen,
+        [choice.choose([seen], 1, guesser).of_head[0] for _ in range(100)],
+    )
 
 
 def test_guesses_are_tried_again_only_where_sure_ones_would_pay():
@@ -223,10 +227,10 @@ def test_guesses_are_tried_again_only_where_sure_ones_would_pay():
 
 def test_a_guess_that_was_to_be_tried_and_was_not_made_is_asked_for_again():
     choice, seen, _ = hopeless(0.1)
-    assert choice.choose([seen], 1, 0.1) == [0]
+    assert choice.choose([seen], 1, Guesser("model", 0.1, False)).of_head == [0]
     choice.try_again(seen)
-    assert choice.choose([seen], 1, 0.1) == [1]
-    assert choice.choose([seen], 1, 0.1) == [0]
+    assert choice.choose([seen], 1, Guesser("model", 0.1, False)).of_head == [1]
+    assert choice.choose([seen], 1, Guesser("model", 0.1, False)).of_head == [0]
 
 
 def test_steps_that_were_not_measured_count_as_time():
@@ -243,7 +247,7 @@ def test_where_no_draft_is_worth_it_nothing_is_chosen_for_a_while():
         if choice.rests(1):
             rested += 1
         else:
-            assert choice.choose([seen], 1, 1.0) == [0]
+            assert choice.choose([seen], 1, Guesser("model", 1.0, False)).of_head == [0]
     assert 80 < rested < 100 and not choice.rests(2)
     choice.note(seen, ["model"], 1)
     assert not choice.rests(1)

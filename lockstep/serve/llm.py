@@ -286,8 +286,8 @@ class LLM:
         params: one SamplingParams for all, or a list with one for each prompt; by default the most probable tokens,
         whatever the model's makers ask for (that is `default_params`). With n > 1 the Completion is that of
         the first sample, and its `samples` are all. prediction: a text that the answers are likely to be much like, or
-        a list with one (text, token ids or None) for each prompt: with speculate "auto" or "lookup", answers come sooner
-        where they are.
+        a list with one (text, token ids or None) for each prompt: with speculate "auto" or "lookup", answers come
+        sooner where they are.
         """
         prompts = _prompt_list(prompts)
         each: list[Any] = list(params) if isinstance(params, (list, tuple)) else [params] * len(prompts)

@@ -46,7 +46,7 @@ class MtpDrafts:
     name = "mtp"
 
     def __init__(self, runner: MtpRunner, prefix: PrefixCache | None, eos_ids: frozenset[int], vocab_size: int) -> None:
-        self._runner, self._prefix, self._eos_ids, self._vocab_size = runner, prefix, eos_ids, vocab_size
+        self.runner, self._prefix, self._eos_ids, self._vocab_size = runner, prefix, eos_ids, vocab_size
         self.costs = StepCosts(GUESS_GAIN, GUESS_GAIN)
         self.names: dict[int, bytes] = {}  # by page whose pairs are all there: the name of its block
         self._waiting: list[Request] = []  # whose hidden states have not been taken in
@@ -102,7 +102,7 @@ class MtpDrafts:
         if not chases:
             return {}
         began = time.perf_counter()
-        drafts = self._runner.run([chase for _, chase in chases])
+        drafts = self.runner.run([chase for _, chase in chases])
         if counts and max(len(chase.token_ids) for _, chase in chases) <= MOST_PAIRS:
             self.costs.note(len(counts), (time.perf_counter() - began) / max(counts.values()))
         for request, chase in chases:

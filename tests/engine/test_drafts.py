@@ -229,7 +229,7 @@ def test_nothing_is_drafted_past_an_end_token_or_the_last_token(engine):
 def test_what_a_mask_forces_is_drafted_and_what_it_forbids_is_not(engine, draft):
     params = [replace(each, logits_mask=FewAfterEach(VOCABULARY)) for each in PARAMS]
     expected = [answer(r) for r in run(engine(speculate="off"), params)]
-    allowed = FewAfterEach(VOCABULARY)
+    allowed, failed = FewAfterEach(VOCABULARY), sum(error is not None for *_, error in expected)
     for source in (None, lambda request, most: [7] * most):
         made = engine(source, draft=draft)
         stepped = made.runner.step
@@ -244,7 +244,10 @@ def test_what_a_mask_forces_is_drafted_and_what_it_forbids_is_not(engine, draft)
         made.runner.step = step
         assert [answer(r) for r in run(made, params)] == expected
         counts = made.draft_counts()["grammar"]
-        assert counts.right[0] == counts.drafted[0] > (9 if draft else 0)  # deeper ones may follow a wrong one
+        # of one that is suppressed, the request ends, drafted or not; deeper ones may follow a wrong one
+        assert counts.drafted[0] - failed <= counts.right[0] <= counts.drafted[0] and counts.right[0] > (
+            9 if draft else 0
+        )
 
 
 def test_a_users_mask_is_called_once_for_each_token(engine):

@@ -8,7 +8,7 @@ import numpy as np
 
 from lockstep.runtime.compile import compile_kernels
 from lockstep.runtime.operands import WeightArrays
-from lockstep.runtime.program import DTYPES, ROW_COUNTS, CacheArray, Table, Tensor, Weight
+from lockstep.runtime.program import DTYPES, ROW_COUNTS, CacheArray, Setting, Table, Tensor, Weight
 from lockstep.runtime.step import COUNTER, FLAGS, FLUSHES, KERNEL, OPERANDS, OWN_STEP, ROW_WORDS, ROWS
 from lockstep.runtime.step_block import STEP_WORDS
 
@@ -162,6 +162,8 @@ class Executor:
             return [self._caches[value.name]]
         if isinstance(value, Table):
             return [value.rows.ctypes.data]
+        if isinstance(value, Setting):
+            return [value.values.ctypes.data]
         assert isinstance(value, Weight), value
         return [a.ctypes.data for a in self._weights.arrays(value.whole or value, implementation.layout)]
 

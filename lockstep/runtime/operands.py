@@ -24,7 +24,7 @@ from typing import Any, ClassVar, NamedTuple, cast, dataclass_transform, get_typ
 
 import numpy as np
 
-from lockstep.runtime.program import CacheArray, Table, Tensor, Weight
+from lockstep.runtime.program import CacheArray, Setting, Table, Tensor, Weight
 from lockstep.runtime.words import Readable, Word, evaluated
 
 NUMBERS = {int: (int, np.integer), float: (float, np.floating), bool: (bool, np.bool_)}
@@ -48,10 +48,11 @@ class WeightArrays(NamedTuple):
 class Operand:
     """How a field of a declaration is used.
 
-    role: "output", "rows", "constant", "packed", "table" or "cache". shape: expressions over the parameters, one for
-    each number of a shape, of rows only the width; None: any. dtype: of a tensor; None: any. scratch: only the op's own
-    kernel reads the output. asked: the output is written only in rows that ask for it. optional: it may be left out.
-    other_rows: it has rows of its own; all others have those of the op's first output. kind: of a cache; None: any.
+    role: "output", "rows", "constant", "packed", "table", "setting" or "cache". shape: expressions over the parameters,
+    one for each number of a shape, of rows only the width; None: any. dtype: of a tensor; None: any. scratch: only the
+    op's own kernel reads the output. asked: the output is written only in rows that ask for it. optional: it may be
+    left out. other_rows: it has rows of its own; all others have those of the op's first output. kind: of a cache;
+    None: any.
     """
 
     role: str
@@ -64,7 +65,15 @@ class Operand:
     kind: str | None = None
 
 
-TYPES = {"output": Tensor, "rows": Tensor, "constant": Weight, "packed": Weight, "table": Table, "cache": CacheArray}
+TYPES = {
+    "output": Tensor,
+    "rows": Tensor,
+    "constant": Weight,
+    "packed": Weight,
+    "table": Table,
+    "setting": Setting,
+    "cache": CacheArray,
+}
 
 
 def _field(operand: Operand) -> Any:
@@ -97,6 +106,11 @@ def table(width: str | None = None) -> Any:
     return _field(Operand("table", width))
 
 
+def setting(shape: str | None = None, optional: bool = False) -> Any:
+    """Numbers that may change between steps, [rows, columns]; see `program.Setting`."""
+    return _field(Operand("setting", shape, optional=optional))
+
+
 def cache(shape: str | None = None, kind: str | None = None, dtype: str | None = None) -> Any:
     """Memory that outlives a step, read and written. shape: that of a page or of a slot. kind: see CacheArray."""
     return _field(Operand("cache", shape, dtype, kind=kind))
@@ -120,7 +134,7 @@ class Declaration(Readable):
 
 
 @dataclass_transform(
-    kw_only_default=True, frozen_default=True, field_specifiers=(output, rows, constant, packed, table, cache)
+    kw_only_default=True, frozen_default=True, field_specifiers=(output, rows, constant, packed, table, setting, cache)
 )
 class Operands(metaclass=Declaration):
     """An op of a program; its subclasses say what an op of their kind is made of.
@@ -220,7 +234,7 @@ class Operands(metaclass=Declaration):
     @functools.cached_property
     def inputs(self) -> tuple[Any, ...]:
         """What the op reads, caches (which it may write, too) included."""
-        return self._of_role("rows", "constant", "packed", "table", "cache")
+        return self._of_role("rows", "constant", "packed", "table", "setting", "cache")
 
     @property
     def caches(self) -> tuple[CacheArray, ...]:
@@ -271,6 +285,10 @@ class Operands(metaclass=Declaration):
             raise ValueError(f"{type(self).__name__}: {name} is {found}, expected a {expected.__name__}")
         if operand.role == "table" and value.rows.dtype != np.float32:
             raise ValueError(f"{type(self).__name__}: {name} is a table of {value.rows.dtype}, expected float32")
+        if operand.role == "setting" and not (value.values.dtype == np.float32 and value.values.flags.c_contiguous):
+            raise ValueError(
+                f"{type(self).__name__}: {name} is a setting of {value.values.dtype}, expected rows of float32"
+            )
         if operand.kind and value.kind != operand.kind:
             raise ValueError(f"{type(self).__name__}: {name} is a cache of {value.kind}, expected {operand.kind}")
         if operand.dtype and value.dtype != operand.dtype:
@@ -300,7 +318,7 @@ class Operands(metaclass=Declaration):
         if value is None or operand.shape is None:
             return
         expected = evaluated(operand.shape, self.params)
-        found = tuple(value.shape) if operand.role in ("constant", "packed", "cache") else (_width(value),)
+        found = tuple(value.shape) if operand.role in ("constant", "packed", "setting", "cache") else (_width(value),)
         if found != expected:
             raise ValueError(
                 f"{type(self).__name__}: {name} ({value.name}) is {_spelt(found)} wide, expected {_spelt(expected)} "

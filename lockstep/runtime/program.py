@@ -70,6 +70,23 @@ class Table:
     source: PositionSource
 
 
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """Numbers that may change from one step to the next, such as the grids of a quantization plan.
+
+    values: float32 [rows, columns], contiguous; kernels read them where they lie, so that a change records, compiles
+    and allocates nothing.
+    """
+
+    name: str
+    values: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Rows and columns."""
+        return self.values.shape
+
+
 @dataclass(frozen=True)
 class CacheArray:
     """Memory that outlives a step: KV pages (kind "pages") or, for each request, recurrent state ("state"), rows of it

@@ -5,7 +5,7 @@ import numpy as np
 from lockstep.ops.sample import SAMPLING_RECORD
 from lockstep.runtime.executor import Executor, WeightStore
 from lockstep.runtime.operands import Operands, output
-from lockstep.runtime.program import DTYPES, ROW_COUNTS, Program, Table, Tensor, Weight
+from lockstep.runtime.program import DTYPES, ROW_COUNTS, Program, Setting, Table, Tensor, Weight
 from lockstep.runtime.step_block import StepBlock
 from lockstep.runtime.threads import Team
 from lockstep.weights.tensor import StoredTensor
@@ -66,8 +66,8 @@ def run_op(backend, declaration, step=None, num_threads=1, rows="T", **operands)
 
     backend: a table of implementations, or the implementation. operands: by name: numbers; arrays [rows, width] for
     activations, of any shape for constants, [pages or slots, *shape] for caches (changed in place), [positions, width]
-    for tables; Weights. Outputs are made as declared, with the rows of a letter; one whose width or type the
-    declaration leaves open is given as (width, dtype).
+    for tables, [rows, columns] for settings; Weights. Outputs are made as declared, with the rows of a letter; one
+    whose width or type the declaration leaves open is given as (width, dtype).
     """
     program, written, caches, values = Program(), [], {}, {}
     for name, operand in declaration.declared():
@@ -82,6 +82,8 @@ def run_op(backend, declaration, step=None, num_threads=1, rows="T", **operands)
             values[name] = program.cache(name, operand.kind or "pages", dtype, given.shape[1:])
         elif operand.role == "table":
             values[name] = Table(name, given, None)
+        elif operand.role == "setting" and given is not None:
+            values[name] = Setting(name, given)
         elif operand.role == "rows" and given is not None:
             dtype = next(k for k, d in DTYPES.items() if d == given.dtype)
             values[name] = program.tensor(name, "T" if operand.other_rows else rows, given.shape[1], dtype)

@@ -19,9 +19,10 @@ from lockstep.runtime.operands import (
     output,
     packed,
     rows,
+    setting,
     table,
 )
-from lockstep.runtime.program import CacheArray, Program, Table, Tensor, Weight
+from lockstep.runtime.program import CacheArray, Program, Setting, Table, Tensor, Weight
 from lockstep.runtime.simd import poke
 from lockstep.runtime.step import OPERANDS, ROW_WORDS, StepBlock
 from tests.ops.harness import ragged_step, run_op, weight
@@ -38,6 +39,7 @@ class Everything(Operands):
     small: Weight = constant("width, 2")
     large: Weight = packed("4, width")
     angles: Table = table("width // 2")
+    grids: Setting = setting("2, 4")
     pages: CacheArray = cache("2, width", kind="pages", dtype="f32")
     width: int
     scale: float
@@ -63,6 +65,7 @@ def operands(**changed):
         small=Weight("small", "f32", (16, 2), ()),
         large=Weight("large", "f32", (4, 16), ()),
         angles=Table("angles", np.zeros((5, 8), np.float32), None),
+        grids=Setting("grids", np.zeros((2, 4), np.float32)),
         pages=CacheArray("pages", "pages", "f32", (2, 16)),
         width=16,
         scale=0.5,
@@ -75,10 +78,10 @@ def operands(**changed):
 def test_an_op_knows_its_parts():
     op = Everything(**operands())
     assert [t.name for t in op.outputs] == ["out", "spare"] and [t.name for t in op.kept] == ["out"]
-    assert [v.name for v in op.inputs] == ["x", "small", "large", "angles", "pages"]
+    assert [v.name for v in op.inputs] == ["x", "small", "large", "angles", "grids", "pages"]
     assert op.params == dict(width=16, scale=0.5, shift=2.0, sharp=True) and (op.kind, op.rows) == ("everything", "T")
     assert op.changed(scale=1.0).scale == 1.0 and op.scale == 0.5
-    assert str(op) == "out f32[T, 32], spare i32[T, 8] = everything(x, small, large, angles, pages)"
+    assert str(op) == "out f32[T, 32], spare i32[T, 8] = everything(x, small, large, angles, grids, pages)"
 
 
 WRONG = [
@@ -98,6 +101,9 @@ WRONG = [
     (dict(large=Weight("w", "f32", (16, 16), ())), r"large \(w\) is 16 x 16 wide, expected 4 x 16"),
     (dict(angles=Table("t", np.zeros((5, 9), np.float32), None)), r"angles \(t\) is 9 wide, expected 8"),
     (dict(angles=Table("t", np.zeros((5, 8)), None)), "angles is a table of float64, expected float32"),
+    (dict(grids=Setting("g", np.zeros((2, 3), np.float32))), r"grids \(g\) is 2 x 3 wide, expected 2 x 4 \(2, 4\)"),
+    (dict(grids=Setting("g", np.zeros((2, 4)))), "grids is a setting of float64, expected float32"),
+    (dict(grids=Setting("g", np.zeros((4, 2), np.float32).T)), "grids is a setting of float32, expected rows of float32"),
     (dict(x=Tensor("h", "R", 16)), r"x is h f32\[R, 16\], expected rows T as of out"),
     (dict(spare=Tensor("s", "S", 8, "i32")), r"spare is s i32\[S, 8\], expected rows T as of out"),
     (dict(pages=CacheArray("c", "state", "f32", (2, 16))), "pages is a cache of state, expected pages"),
@@ -189,7 +195,9 @@ def tell(op, step, thread, num_threads):
             poke(a.out + 4 * at, number)
         for at, number in enumerate((a.width, a.sharp, a.gate, a.large.dmin, s.num_tokens, s.num_requests)):
             poke(a.out + 8 + 8 * at, number)
-        for at, address in enumerate((a.x, a.small, a.large.codes, a.large.d, a.angles, a.pages, s.context_len)):
+        for at, address in enumerate(
+            (a.x, a.small, a.large.codes, a.large.d, a.angles, a.grids, a.pages, s.context_len)
+        ):
             poke(a.out + 56 + 8 * at, 1 if address != 0 else 0)
 
 
@@ -201,13 +209,14 @@ def test_a_kernel_reads_what_was_declared():
         small=np.ones((16, 2), np.float32),
         large=weight(PART, "large"),
         angles=np.ones((4, 8), np.float32),
+        grids=np.ones((2, 4), np.float32),
         pages=np.ones((1, 2, 16), np.float32),
     )
     numbers = dict(width=16, scale=0.5, shift=2.0, sharp=True)
     out = run_op(Implementation(tell, layout), Everything, step=step, **given, **numbers)["out"]
     assert out[0, :2].tolist() == [0.5, 2.0]
     assert out.view(np.int64).reshape(-1)[1:7].tolist() == [16, 1, 0, 0, 3, 1]
-    assert out.view(np.int64).reshape(-1)[7:14].tolist() == [1] * 7
+    assert out.view(np.int64).reshape(-1)[7:15].tolist() == [1] * 8
 
 
 def test_words_of_fields_do_not_overlap_and_fit_a_row():

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from delta_rule import delta_rule_chunked, delta_rule_recurrent
 from export import verify_folder, write_folder
 from head_loss import head_loss
-from model import Model, ModelConfig
-from tokenizers import Tokenizer, models
+from models import MODELS, make_model
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 
 def worst_difference(results, expected):
@@ -58,7 +59,7 @@ def check_transformers(model):
         p.data += 0.2 * torch.randn_like(p) * (p.ndim == 1)
         p.data *= 1 + (p.ndim == 2)
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = Tokenizer(models.BPE(byte_vocab(), [], unk_token="a"))
+        tokenizer = Tokenizer(BPE(byte_vocab(), [], unk_token="a"))
         tokenizer.save(str(Path(folder) / "bytes.json"))
         write_folder(model, Path(folder) / "bytes.json", Path(folder))
         assert verify_folder(Path(folder)) < 1e-3
@@ -70,10 +71,10 @@ def byte_vocab():
 
 def main():
     torch.manual_seed(0)
-    model = Model(ModelConfig())
     check_delta_rule()
-    check_head_loss(model)
-    check_transformers(model)
+    check_head_loss(make_model("llama"))
+    for name in MODELS:
+        check_transformers(make_model(name))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from model import Model, ModelConfig
+from models import MODELS, make_model
 from safetensors.torch import load_file, save_file
 from tokenizer import END_OF_TEXT, END_OF_TURN, SPECIAL_TOKENS, START_OF_TURN
 
@@ -26,34 +26,14 @@ def token_id(token):
 
 
 def config_json(c):
-    """The configuration as transformers and other engines read it; the rope sections only matter for images."""
-    half = int(c.head_dim * c.partial_rotary_factor) // 2
-    rope = {
-        "rope_type": "default",
-        "rope_theta": c.rope_theta,
-        "partial_rotary_factor": c.partial_rotary_factor,
-        "mrope_interleaved": True,
-        "mrope_section": [half - 2 * (half // 3), half // 3, half // 3],
-    }
-    values = c.to_dict()
-    del values["rope_theta"]
+    """The configuration as transformers and other engines read it."""
     return {
-        "architectures": ["Qwen3_5ForCausalLM"],
-        "model_type": "qwen3_5_text",
-        **values,
-        "layer_types": list(c.layer_types),
-        "num_hidden_layers": len(c.layer_types),
-        "full_attention_interval": 4,
-        "rope_parameters": rope,
+        **c.hugging_face(),
         "hidden_act": "silu",
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "attn_output_gate": True,
         "initializer_range": 0.02,
-        "mamba_ssm_dtype": "float32",
         "max_position_embeddings": MAX_POSITIONS,
-        "mtp_num_hidden_layers": 1,
-        "mtp_use_dedicated_embeddings": False,
         "tie_word_embeddings": True,
         "use_cache": True,
         "bos_token_id": None,
@@ -93,7 +73,7 @@ def write_json(path, value):
 def load_model(path, weights):
     """A checkpoint of train.py as a float32 model; weights is 'averaged' or 'last'."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=False)
-    model = Model(ModelConfig(**checkpoint["config"]))
+    model = make_model(checkpoint["name"], checkpoint["config"])
     model.load_state_dict(checkpoint[weights])
     return model.eval()
 
@@ -101,11 +81,9 @@ def load_model(path, weights):
 def load_folder(folder):
     """The exported folder as a float32 model."""
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    known = {key: values[key] for key in ModelConfig().to_dict() if key in values}
-    c = ModelConfig(
-        **{**known, "layer_types": tuple(values["layer_types"]), "rope_theta": values["rope_parameters"]["rope_theta"]}
-    )
-    model = Model(c)
+    values |= values["rope_parameters"]
+    name = values["model_type"]
+    model = make_model(name, {key: values[key] for key in MODELS[name][1]().to_dict()})
     model.load_state_dict({name: t.float() for name, t in load_file(folder / "model.safetensors").items()})
     return model.eval()
 
@@ -148,11 +126,12 @@ def verify_folder(folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", type=Path, help="of train.py; without it, random weights of the default shape")
+    parser.add_argument("--model", choices=MODELS, default="qwen3_5_text", help="the architecture of random weights")
     parser.add_argument("--weights", choices=("averaged", "last"), default="averaged")
     parser.add_argument("--tokenizer", type=Path, required=True, help="tokenizer.json that tokenizer.py wrote")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    model = load_model(options.checkpoint, options.weights) if options.checkpoint else Model(ModelConfig())
+    model = load_model(options.checkpoint, options.weights) if options.checkpoint else make_model(options.model)
     write_folder(model, options.tokenizer, options.out)
     total = sum(path.stat().st_size for path in options.out.iterdir())
     print(f"{sum(p.numel() for p in model.parameters())} parameters, {total / 1e6:.2f} MB in {options.out.name}")

@@ -32,6 +32,30 @@ class ModelConfig:
     def to_dict(self):
         return asdict(self)
 
+    def hugging_face(self):
+        """What config.json says of this architecture alone; the rope sections only matter for images."""
+        values = self.to_dict()
+        half = int(self.head_dim * self.partial_rotary_factor) // 2
+        rope = {
+            "rope_type": "default",
+            "rope_theta": values.pop("rope_theta"),
+            "partial_rotary_factor": self.partial_rotary_factor,
+            "mrope_interleaved": True,
+            "mrope_section": [half - 2 * (half // 3), half // 3, half // 3],
+        }
+        return {
+            "architectures": ["Qwen3_5ForCausalLM"],
+            "model_type": "qwen3_5_text",
+            **values,
+            "num_hidden_layers": len(self.layer_types),
+            "full_attention_interval": 4,
+            "rope_parameters": rope,
+            "attn_output_gate": True,
+            "mamba_ssm_dtype": "float32",
+            "mtp_num_hidden_layers": 1,
+            "mtp_use_dedicated_embeddings": False,
+        }
+
 
 class OffsetNorm(nn.Module):
     """RMS norm multiplied by one plus the weight."""

@@ -1,4 +1,4 @@
-"""Train the byte-level BPE tokenizer and encode the text that prepare.py collected.
+"""Train the byte-level BPE tokenizer, or take one, and encode the text that prepare.py collected.
 
 A piece never mixes a newline with anything else, and a run of two or more spaces is one piece, so that an indentation
 is one token and a prompt may end after any line.
@@ -66,11 +66,15 @@ def encode_pairs(tokenizer, pairs):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="the folder that prepare.py wrote")
+    parser.add_argument("--tokenizer", type=Path, help="a tokenizer.json to take instead of training one")
     parser.add_argument("--vocab-size", type=int, default=4096)
     options = parser.parse_args()
 
     documents = {part: read_jsonl(options.data / f"{part}.jsonl") for part in ("train", "heldout")}
-    tokenizer = train_tokenizer([row["text"] for row in documents["train"]], options.vocab_size)
+    if options.tokenizer:
+        tokenizer = Tokenizer.from_file(str(options.tokenizer))
+    else:
+        tokenizer = train_tokenizer([row["text"] for row in documents["train"]], options.vocab_size)
     tokenizer.save(str(options.data / "tokenizer.json"))
     for part, rows in documents.items():
         ids = encode_documents(tokenizer, rows)

@@ -18,10 +18,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from head_loss import head_loss
-from model import Model, ModelConfig
+from models import MODELS, make_model
 from optimizer import Optimizer, num_processes, rank
 
-CHAT_FROM = 0.76
 WARMUP, DECAY_FROM = 0.02, 0.3
 MTP_WEIGHT = 0.3
 AVERAGE_DECAY = 0.98
@@ -73,12 +72,14 @@ def make_batch(windows, pairs, first, num_rows, in_chat_stage, device):
 
 
 def losses(model, ids, weights, num_mtp_rows):
-    """Loss of the next token, and of the one after it from the MTP head on the first rows."""
+    """Loss of the next token, and of the one after it from the MTP head on the first rows, where the model has one."""
     hidden = model(ids[:, :-2])
     main = head_loss(model, hidden, ids[:, 1:-1], weights[:, 1:-1])
+    if model.mtp is None:
+        return [main]
     ids, weights = ids[:num_mtp_rows], weights[:num_mtp_rows]
     ahead = model.mtp_hidden(hidden[:num_mtp_rows], ids[:, 1:-1])
-    return main, head_loss(model, ahead, ids[:, 2:], weights[:, 2:])
+    return [main, head_loss(model, ahead, ids[:, 2:], weights[:, 2:])]
 
 
 def rate_scale(fraction):
@@ -90,18 +91,20 @@ def rate_scale(fraction):
 def heldout_loss(model, rows):
     hidden = model(rows[:, :-2])
     main = F.cross_entropy(model.logits(hidden).flatten(0, 1), rows[:, 1:-1].flatten())
+    if model.mtp is None:
+        return [main.item()]
     ahead = model.mtp_hidden(hidden, rows[:, 1:-1])
-    return main.item(), F.cross_entropy(model.logits(ahead).flatten(0, 1), rows[:, 2:].flatten()).item()
+    return [main.item(), F.cross_entropy(model.logits(ahead).flatten(0, 1), rows[:, 2:].flatten()).item()]
 
 
 class Run:
     """The state of a training run, and how it is kept on disk."""
 
     def __init__(self, options, device):
-        self.path, self.device = options.out / "checkpoint.pt", device
+        self.path, self.device, self.name = options.out / "checkpoint.pt", device, options.model
         torch.manual_seed(0)
-        self.model = Model(ModelConfig()).to(device)
-        self.average = Model(ModelConfig()).to(device).requires_grad_(False)
+        self.model = make_model(self.name).to(device)
+        self.average = make_model(self.name).to(device).requires_grad_(False)
         self.average.load_state_dict(self.model.state_dict())
         self.optimizer = Optimizer(self.model, options.muon_rate, options.adam_rate)
         self.step, self.tokens, self.started = 0, 0, time.time()
@@ -117,15 +120,15 @@ class Run:
 
     def save(self):
         state = {name: getattr(self, name) for name in ("step", "tokens", "started")}
-        state |= {"config": self.model.c.to_dict(), "optimizer": self.optimizer.state_dict()}
+        state |= {"name": self.name, "config": self.model.c.to_dict(), "optimizer": self.optimizer.state_dict()}
         state |= {"last": self.model.state_dict(), "averaged": self.average.state_dict()}
         # written beside and renamed, so that a kill leaves the old checkpoint
         torch.save(state, self.path.with_suffix(".new"))
         self.path.with_suffix(".new").replace(self.path)
 
     def train_step(self, batch, num_mtp_rows, scale):
-        main, ahead = losses(self.model, *batch, num_mtp_rows)
-        (main + MTP_WEIGHT * ahead).backward()
+        main, *ahead = losses(self.model, *batch, num_mtp_rows)
+        (main + sum(MTP_WEIGHT * loss for loss in ahead)).backward()
         self.optimizer.step(scale)
         for p in self.model.parameters():
             p.grad = None
@@ -134,7 +137,7 @@ class Run:
         torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
         self.step += 1
         self.tokens += batch[0].numel() * num_processes()
-        return main.item(), ahead.item()
+        return [main.item(), *(loss.item() for loss in ahead)]
 
 
 def seconds_until(clock):
@@ -157,12 +160,12 @@ def train(run, options, windows, pairs, heldout):
     while (fraction := agreed_fraction(run, end)) < 1:
         # counted in tokens, so that a resumed run may use other batch sizes
         first = run.tokens // windows.length
-        batch = make_batch(windows, pairs, first, options.rows, fraction >= CHAT_FROM, run.device)
+        batch = make_batch(windows, pairs, first, options.rows, fraction >= options.chat_from, run.device)
         # the MTP head gets a third of the rows, and more once the trunk is good enough to learn from
         num_mtp_rows = max(1, options.rows // (3 if fraction < 0.6 else 2))
         cpu, scale = time.process_time(), rate_scale(fraction)
-        main, ahead = run.train_step(batch, num_mtp_rows, scale)
-        entry = {"step": run.step, "tokens": run.tokens, "fraction": fraction, "loss": main, "mtp_loss": ahead}
+        entry = dict(zip(("loss", "mtp_loss"), run.train_step(batch, num_mtp_rows, scale), strict=False))
+        entry |= {"step": run.step, "tokens": run.tokens, "fraction": fraction}
         entry |= {"scale": scale, "cpu_s": time.process_time() - cpu, "time": time.time() - run.started}
         if rank() == 0:
             if time.time() > checkpoint_at:
@@ -180,11 +183,13 @@ def train(run, options, windows, pairs, heldout):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", choices=MODELS, default="qwen3_5_text")
     parser.add_argument("--data", type=Path, required=True, help="the folder of prepare.py and tokenizer.py")
     parser.add_argument("--out", type=Path, required=True, help="where the checkpoint and the log go")
     parser.add_argument("--until", required=True, metavar="HH:MM")
     parser.add_argument("--rows", type=int, default=6, help="sequences per step and process")
     parser.add_argument("--length", type=int, default=512, help="tokens per sequence, a multiple of 64")
+    parser.add_argument("--chat-from", type=float, default=0.76, help="fraction of the time after which pairs mix in")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--muon-rate", type=float, default=0.02)
     parser.add_argument("--adam-rate", type=float, default=0.003)

@@ -24,6 +24,7 @@ ORDER = (
     "ceiling",
     "parity",
     "parity_drafts",
+    "study",
     "serve",
     "engine",
     "models",

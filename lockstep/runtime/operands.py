@@ -24,7 +24,7 @@ from typing import Any, ClassVar, NamedTuple, cast, dataclass_transform, get_typ
 
 import numpy as np
 
-from lockstep.runtime.program import CacheArray, Setting, Table, Tensor, Weight
+from lockstep.runtime.program import DTYPES, CacheArray, Setting, Table, Tensor, Weight
 from lockstep.runtime.words import Readable, Word, evaluated
 
 NUMBERS = {int: (int, np.integer), float: (float, np.floating), bool: (bool, np.bool_)}
@@ -49,10 +49,10 @@ class Operand:
     """How a field of a declaration is used.
 
     role: "output", "rows", "constant", "packed", "table", "setting" or "cache". shape: expressions over the parameters,
-    one for each number of a shape, of rows only the width; None: any. dtype: of a tensor; None: any. scratch: only the
-    op's own kernel reads the output. asked: the output is written only in rows that ask for it. optional: it may be
-    left out. other_rows: it has rows of its own; all others have those of the op's first output. kind: of a cache;
-    None: any.
+    one for each number of a shape, of rows only the width; None: any. dtype: of a tensor (None: any) or of a setting.
+    scratch: only the op's own kernel reads the output. asked: the output is written only in rows that ask for it.
+    optional: it may be left out. other_rows: it has rows of its own; all others have those of the op's first output.
+    kind: of a cache; None: any.
     """
 
     role: str
@@ -106,9 +106,9 @@ def table(width: str | None = None) -> Any:
     return _field(Operand("table", width))
 
 
-def setting(shape: str | None = None, optional: bool = False) -> Any:
+def setting(shape: str | None = None, dtype: str = "f32", optional: bool = False) -> Any:
     """Numbers that may change between steps, [rows, columns]; see `program.Setting`."""
-    return _field(Operand("setting", shape, optional=optional))
+    return _field(Operand("setting", shape, dtype, optional=optional))
 
 
 def cache(shape: str | None = None, kind: str | None = None, dtype: str | None = None) -> Any:
@@ -285,14 +285,17 @@ class Operands(metaclass=Declaration):
             raise ValueError(f"{type(self).__name__}: {name} is {found}, expected a {expected.__name__}")
         if operand.role == "table" and value.rows.dtype != np.float32:
             raise ValueError(f"{type(self).__name__}: {name} is a table of {value.rows.dtype}, expected float32")
-        if operand.role == "setting" and not (value.values.dtype == np.float32 and value.values.flags.c_contiguous):
-            raise ValueError(
-                f"{type(self).__name__}: {name} is a setting of {value.values.dtype}, expected rows of float32"
-            )
+        if operand.role == "setting":
+            self._check_setting(name, DTYPES[operand.dtype or "f32"], value.values)
+            return
         if operand.kind and value.kind != operand.kind:
             raise ValueError(f"{type(self).__name__}: {name} is a cache of {value.kind}, expected {operand.kind}")
         if operand.dtype and value.dtype != operand.dtype:
             raise ValueError(f"{type(self).__name__}: {name} is {value}, expected {operand.dtype}")
+
+    def _check_setting(self, name: str, dtype: np.dtype, values: np.ndarray) -> None:
+        if values.dtype != dtype or not values.flags.c_contiguous:
+            raise ValueError(f"{type(self).__name__}: {name} is a setting of {values.dtype}, expected rows of {dtype}")
 
     def _check_rule(self, rule: str) -> None:
         try:

@@ -72,10 +72,10 @@ class Table:
 
 @dataclass(frozen=True, eq=False)
 class Setting:
-    """Numbers that may change from one step to the next, such as the grids of a quantization plan.
+    """Numbers that whoever runs the program may write or read between steps: grids of a quantization plan, counters.
 
-    values: float32 [rows, columns], contiguous; kernels read them where they lie, so that a change records, compiles
-    and allocates nothing.
+    values: [rows, columns], contiguous. Kernels find them where they lie, so that a change records, compiles and
+    allocates nothing.
     """
 
     name: str

@@ -26,6 +26,7 @@ GRIDS = {
     "off": row(grids.OFF),
     "i8": integer(0.03, 0, -128, 127),
     "u4": integer(0.4, 7, 0, 15),
+    "u3": integer(0.5, 1, 0, 7),
     "i16": integer(2e-4, 0, -32768, 32767),
     "i8/row": row(grids.ROW_SYMMETRIC, 0, 0, 0, -128, 127),
     "u8/row": row(grids.ROW_ASYMMETRIC, 0, 0, 0, 0, 255),

@@ -1,0 +1,197 @@
+"""Causal attention as quantized hardware computes it, every intermediate on a grid: the definition.
+
+    raw = q . k    qk = raw * scale    masked = qk, or qk + mask    p = softmax(masked)    pv = p v
+
+each rounded to the grid of its query head. Softmax has three passes: the largest score, the sum, the division; the
+online form of `attention` has no finished weights to round.
+
+The mask is structural (a token's row ends at its own position) or added: a row then has all keys of the sequence, those
+after the token with `fill` added to their scores, as hardware does that cannot shorten a row. What an added mask gives
+depends on which later tokens are there, so that a window must be one step.
+"""
+
+import numpy as np
+from numba import carray
+
+from lockstep.ops.attention import gated
+from lockstep.ops.grids import GRID_WORDS, quantize_row
+from lockstep.ops.kv_cache import check_pages, k_index, kv_dtype_of, read_number, v_index
+from lockstep.ops.math import exp
+from lockstep.ops.reduce import tree_sum
+from lockstep.runtime.backend import Implementation
+from lockstep.runtime.kernel import definition, inlined, kernel
+from lockstep.runtime.machine import float_array
+from lockstep.runtime.operands import Operands, cache, output, rows, setting
+from lockstep.runtime.program import CacheArray, Setting, Tensor
+from lockstep.runtime.simd import fma, maximum
+from lockstep.runtime.step import StepBlock, entry
+
+SITES = ("qk.raw", "qk", "qk.masked", "p", "pv")  # in the order of the rows of grids, each for all query heads
+RAW, QK, MASKED, P, PV = range(len(SITES))
+MAX_KEYS = 32768  # of a row of scores, which a thread keeps on its stack
+ZERO = np.float32(0)
+
+
+class RoundedAttention(Operands):
+    """out[h] = softmax(scale * q[h] . k) v with every intermediate on grids, times sigmoid(gate[h]) if there is a gate.
+
+    grids: of SITES, one after the other, a row for each query head. additive: the mask is added, see above. max_keys:
+    of a sequence. The gate is laid out as that of `attention`.
+    """
+
+    group = "attention"
+    rules = ("num_heads % num_kv_heads == 0", "head_dim % 16 == 0", f"max_keys <= {MAX_KEYS}")
+    out: Tensor = output("num_heads * head_dim")
+    q: Tensor = rows("num_heads * head_dim")
+    k_pages: CacheArray = cache(kind="pages", dtype="f32")
+    v_pages: CacheArray = cache(kind="pages", dtype="f32")
+    grids: Setting = setting(f"{len(SITES)} * num_heads, {GRID_WORDS}")
+    gate: Tensor | None = rows("gate_width", optional=True)
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_keys: int
+    scale: float
+    additive: bool
+    fill: float
+    gate_width: int = 0
+    gate_offset: int = 0
+    gate_stride: int = 0
+
+    def check(self):
+        check_pages(self)
+
+    @property
+    def kv_dtype(self):
+        """The type of the cache, one of KV_DTYPES."""
+        return kv_dtype_of(self.k_pages)
+
+    def flops(self, context):
+        return self.num_heads * (4 * self.head_dim + 4) * context
+
+
+@inlined
+def grid_of(grids, site, num_heads, head):
+    """The grid of a head at a site, of grids at an address."""
+    return carray(float_array(grids + 4 * GRID_WORDS * (site * num_heads + head)), (GRID_WORDS,))
+
+
+@definition
+def scores_of(q_K, k_CK, out_C):
+    """q . k for every key.
+
+    Shapes: q [K], k [C, K] float32; out [C].
+    Error: that of a float32 sum of K products.
+    Order: a chain of fma over d ascending from +0.
+    """
+    for j in range(out_C.size):
+        score = ZERO
+        for d in range(q_K.size):
+            score = fma(q_K[d], k_CK[j, d], score)
+        out_C[j] = score
+
+
+@definition
+def mask_added(x_C, position, fill):
+    """fill is added to the scores of keys after a position, 0 to the others."""
+    for j in range(x_C.size):
+        x_C[j] = x_C[j] + (fill if j > position else ZERO)
+
+
+@definition
+def softmax(x_C):
+    """e**x / sum of e**x, in place.
+
+    Shapes: x [C] float32.
+    Error: 3e-6 relative, and absolute below e**-87 of the largest.
+    Order: the largest score exactly; exp(x - largest) of `math`; the sum in 16 lanes, lane j % 16 taking key j, keys
+      ascending, the lanes by `tree_sum`; a division each.
+    """
+    top, lane = x_C[0], np.zeros(16, np.float32)
+    for j in range(x_C.size):
+        top = maximum(x_C[j], top)
+    for j in range(x_C.size):
+        x_C[j] = exp(x_C[j] - top)
+        lane[j % 16] = lane[j % 16] + x_C[j]
+    total = tree_sum(lane)
+    for j in range(x_C.size):
+        x_C[j] = x_C[j] / total
+
+
+@definition
+def values_of(p_C, v_CK, out_K):
+    """sum of p[j] v[j].
+
+    Shapes: p [C], v [C, K] float32; out [K].
+    Error: that of a float32 sum of C products.
+    Order: out = fma(p, v, out) from +0, keys ascending.
+    """
+    out_K[:] = ZERO
+    for j in range(p_C.size):
+        for d in range(out_K.size):
+            out_K[d] = fma(p_C[j], v_CK[j, d], out_K[d])
+
+
+@inlined
+def keys_of(pages, batch, request, g, count, G, K):
+    """The first so many keys of a kv head of a request, [count, K]."""
+    k_CK = np.empty((count, K), np.float32)
+    for j in range(count):
+        page = entry(batch.page_table, request * batch.pages_per_request + j // 64)
+        for d in range(K):
+            k_CK[j, d] = read_number(pages, k_index(page, g, d, j % 64, G, K, False), False)
+    return k_CK
+
+
+@inlined
+def values_at(pages, batch, request, g, count, G, K):
+    """The first so many values, likewise."""
+    v_CK = np.empty((count, K), np.float32)
+    for j in range(count):
+        page = entry(batch.page_table, request * batch.pages_per_request + j // 64)
+        for d in range(K):
+            v_CK[j, d] = read_number(pages, v_index(page, g, d, j % 64, G, K, False), False)
+    return v_CK
+
+
+@inlined
+def row_keys(a, batch, t):
+    """How many keys a token's row has."""
+    position = entry(batch.position, t)
+    return entry(batch.context_len, entry(batch.request, t)) if a.additive else position + 1
+
+
+@inlined
+def attend_head(a, batch, t, h):
+    """One query head of token t."""
+    H, G, K = a.num_heads, a.num_kv_heads, a.head_dim
+    request, g, count = entry(batch.request, t), h // (H // G), row_keys(a, batch, t)
+    x_C, out_K = np.empty(count, np.float32), carray(float_array(a.out + 4 * K * (H * t + h)), (K,))
+    q_K = carray(float_array(a.q + 4 * K * (H * t + h)), (K,))
+    scores_of(q_K, keys_of(a.k_pages, batch, request, g, count, G, K), x_C)
+    quantize_row(x_C, grid_of(a.grids, RAW, H, h))
+    for j in range(count):
+        x_C[j] = x_C[j] * a.scale
+    quantize_row(x_C, grid_of(a.grids, QK, H, h))
+    if a.additive:
+        mask_added(x_C, entry(batch.position, t), a.fill)
+        quantize_row(x_C, grid_of(a.grids, MASKED, H, h))
+    softmax(x_C)
+    quantize_row(x_C, grid_of(a.grids, P, H, h))
+    values_of(x_C, values_at(a.v_pages, batch, request, g, count, G, K), out_K)
+    quantize_row(out_K, grid_of(a.grids, PV, H, h))
+    if a.gate != 0:
+        gate = a.gate + 4 * (a.gate_width * t + a.gate_offset + a.gate_stride * h)
+        gated(out_K, carray(float_array(gate), (K,)))
+
+
+@kernel
+def _run(op, step, thread, num_threads):
+    if thread == 0:
+        a, batch = RoundedAttention.read(op), StepBlock.read(step)
+        for t in range(batch.num_tokens):
+            for h in range(a.num_heads):
+                attend_head(a, batch, t, h)
+
+
+REFERENCE = {"rounded_attention": Implementation(_run)}

@@ -1,0 +1,177 @@
+"""Plans: which sites are rounded to which grids, and the choices of arithmetic around them.
+
+rules = [
+    ["*", "i16"],             # sites by name, ? and * and [..] as in file names; the last rule that matches counts
+    ["*.w", "u4/row:mse"],
+    ["L*.k.all", "i8/head"],
+]
+mask = "additive"
+fill = -120.0
+rope = "hf"
+fuse_scale = "none"
+arithmetic = "float"
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import hashlib
+import json
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from lockstep.ptq.site import Site
+from lockstep.ptq.spec import Spec
+
+OPTIONS = {
+    "mask": ("structural", "additive"),
+    "rope": ("hf", "pre_negated"),
+    "fuse_scale": ("none", "q", "k"),
+    "arithmetic": ("float", "integer"),
+}
+USUAL_FILL = -120.0
+NUM_NEAREST = 3
+FORM = "lockstep plan 1\n"  # what a hash is of; another number when equal texts mean other numbers
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which sites are rounded to which grids.
+
+    rules: (glob over names of sites, text of a spec), of which the last that matches a site counts; kept as tuples.
+    mask: "structural" (keys that a row does not see take no part) or "additive" (`fill` is added to their logits).
+    fill: None for a structural mask. rope: "hf" rotates (-x2, x1), "pre_negated" has the sign in the table of sines.
+    fuse_scale: whether the scale of attention is multiplied into the weights of q or of k. arithmetic: "float", or
+    "integer" where there are kernels for it.
+    Raises ValueError for anything else.
+    """
+
+    rules: Sequence[Sequence[str]] = ()
+    mask: str = "structural"
+    fill: float | None = None
+    rope: str = "hf"
+    fuse_scale: str = "none"
+    arithmetic: str = "float"
+
+    def __post_init__(self) -> None:
+        for name, allowed in OPTIONS.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"plan: {name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
+        object.__setattr__(self, "fill", _fill(self.mask, self.fill))
+        object.__setattr__(self, "rules", tuple(_rule(i, rule) for i, rule in enumerate(_list(self.rules), 1)))
+
+    # ------------------------------------------------------------ sites
+
+    def resolve(self, sites: Sequence[Site]) -> dict[str, Spec]:
+        """{name of a site: its spec, nothing left open} in the order of the sites; what no rule names is off.
+
+        ValueError for a rule that matches none, and for a spec that a site cannot have.
+        """
+        names = [site.name for site in sites]
+        matched = [_matching(names, glob) for glob, _ in self.rules]
+        for (glob, text), found in zip(self.rules, matched, strict=True):
+            if not found:
+                raise ValueError(f"plan: rule {glob!r} = {text!r} matches no site; {_nearest(glob, names)}")
+        return {site.name: self._spec(site, matched) for site in sites}
+
+    def _spec(self, site: Site, matched: list[set[str]]) -> Spec:
+        for (glob, text), found in zip(reversed(self.rules), reversed(matched), strict=True):
+            if site.name in found:
+                try:
+                    return Spec.parse(text).resolved(site.is_weight)
+                except ValueError as error:
+                    raise ValueError(f"plan: rule {glob!r} = {text!r}, site {site.name}: {error}") from None
+        return Spec("off")
+
+    # ------------------------------------------------------------ text
+
+    def to_toml(self) -> str:
+        """The plan as TOML: `from_toml` gives an equal one, and equal plans have equal texts."""
+        rules = "".join(f"    [{_quoted(glob)}, {_quoted(text)}],\n" for glob, text in self.rules)
+        lines = [f"rules = [\n{rules}]" if rules else "rules = []", f"mask = {_quoted(self.mask)}"]
+        if self.fill is not None:
+            lines.append(f"fill = {self.fill!r}")
+        lines += [f"{name} = {_quoted(getattr(self, name))}" for name in ("rope", "fuse_scale", "arithmetic")]
+        return "\n".join(lines) + "\n"
+
+    @staticmethod
+    def from_toml(text: str) -> Plan:
+        """The plan of a TOML text; ValueError if it is none."""
+        try:
+            return Plan.from_table(tomllib.loads(text))
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"plan: it cannot be read as TOML: {error}") from None
+
+    @staticmethod
+    def from_table(table: Mapping[str, Any]) -> Plan:
+        """The plan of a table that was read from TOML or JSON; ValueError for a key that plans do not have."""
+        names = [field.name for field in fields(Plan)]
+        if not isinstance(table, Mapping):
+            raise ValueError(f"plan: it is {table!r:.80}, expected a table with {', '.join(names)}")
+        unknown = next((name for name in table if name not in names), None)
+        if unknown is not None:
+            raise ValueError(f"plan: there is no {unknown!r}; a plan has {', '.join(names)}")
+        return Plan(**table)
+
+    def to_table(self) -> dict[str, Any]:
+        """The plan as JSON or TOML can hold it, what is None left out."""
+        made: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        made["rules"] = [list(rule) for rule in self.rules]
+        return {name: value for name, value in made.items() if value is not None}
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the plan, in hexadecimal: equal for equal plans, whatever their text was."""
+        return hashlib.sha256((FORM + self.to_toml()).encode()).hexdigest()
+
+
+def _matching(names: Sequence[str], glob: str) -> set[str]:
+    """The names that a glob matches as a whole; capital letters are others, on every system."""
+    return {name for name in names if fnmatch.fnmatchcase(name, glob)}
+
+
+def _nearest(glob: str, names: Sequence[str]) -> str:
+    """Words for a glob that matches nothing: the sites whose names are most like it."""
+    if not names:
+        return "the model has no sites"
+    near = difflib.get_close_matches(glob, names, NUM_NEAREST, 0.0)
+    return f"the nearest are {', '.join(near)}"
+
+
+def _list(rules: Any) -> Sequence[Any]:
+    if isinstance(rules, (list, tuple)):
+        return rules
+    raise ValueError(f"plan: rules is {rules!r:.80}, expected a list of [sites, grid]")
+
+
+def _rule(number: int, rule: Any) -> tuple[str, str]:
+    """A rule as (glob, canonical text of its spec)."""
+    two = isinstance(rule, (list, tuple)) and len(rule) == 2
+    if not two or not all(isinstance(part, str) for part in rule) or not rule[0]:
+        raise ValueError(f'plan: rule {number} is {rule!r:.80}, expected [sites, grid], as ["*.w", "u4/row"]')
+    try:
+        return rule[0], str(Spec.parse(rule[1]))
+    except ValueError as error:
+        raise ValueError(f"plan: rule {number}, {rule[0]!r}: {error}") from None
+
+
+def _fill(mask: str, fill: Any) -> float | None:
+    """The fill that a mask has."""
+    if mask == "structural":
+        if fill is not None:
+            raise ValueError(f'plan: fill is {fill!r}, but mask is "structural"; only "additive" has a fill')
+        return None
+    if fill is None:
+        return USUAL_FILL
+    if isinstance(fill, bool) or not isinstance(fill, (int, float)) or not -1e30 <= fill < 0 or math.isnan(fill):
+        raise ValueError(f"plan: fill is {fill!r}, expected a number below 0, at least -1e30")
+    return float(fill)
+
+
+def _quoted(text: str) -> str:
+    """A TOML basic string; JSON's are such, but for DEL."""
+    return json.dumps(text).replace("\x7f", "\\u007f")

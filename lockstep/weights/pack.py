@@ -118,7 +118,7 @@ def k_major(values: np.ndarray) -> np.ndarray:
     return values.transpose(0, 2, 1)
 
 
-def _grouped(size: int) -> Arrange:
+def grouped(size: int) -> Arrange:
     """[panels, 16, K] to [panels, K / size, 16, size]."""
     return lambda v: v.reshape(v.shape[0], PANEL, -1, size).transpose(0, 2, 1, 3)
 
@@ -141,7 +141,7 @@ def pack_bf16(weight: Weight) -> tuple[np.ndarray, ...]:
     """bf16 pairs of panels, as uint16."""
     panels = np.zeros((num_panels(weight.shape[0]), weight.shape[1] // 2, PANEL, 2), np.uint16)
     convert = lambda part, rows: [floats(part, rows).astype(ml_dtypes.bfloat16).view(np.uint16)]
-    scatter(weight, [(panels, _grouped(2))], convert)
+    scatter(weight, [(panels, grouped(2))], convert)
     return (panels,)
 
 
@@ -156,7 +156,7 @@ def pack_q8_0(weight: Weight) -> tuple[np.ndarray, ...]:
         values, scale = q8_0_fields(part, rows)
         return (values.view(np.uint8) + np.uint8(zero)), scale
 
-    scatter(weight, [(codes, _grouped(4)), (scales, k_major)], convert)
+    scatter(weight, [(codes, grouped(4)), (scales, k_major)], convert)
     return codes, scales
 
 

@@ -1,0 +1,108 @@
+"""Speed of integer linear layers (`code_linear`) against float32 and q8_0 ones, in the same interleaved rounds.
+
+    python bench/bench_code_linear.py [--shapes 4096x1024] [--rows 512] [--threads 1,2] [--rounds 7] [--copies 2]
+
+A shape is features x values. Plans: bits of weights and activations. Each line: the layer's time, the time that making
+codes of its rows takes on top, GOP/s of the layer (two for each multiply-add), and how many times as fast as linear_f32
+and linear_q8_0 it is: the medians, over rounds, of the ratios of neighbours in time, since the cores may be shared.
+"""
+
+import argparse
+import statistics
+
+import numpy as np
+
+from lockstep.bench_layer import Case, Given, nothing
+from lockstep.ops import code_linear_cpu, code_rows_cpu, linear_cpu
+from lockstep.ops.code_linear import CodeLinear
+from lockstep.ops.code_rows import CodeRows, row_width
+from lockstep.ops.code_weights import code_tensor, code_weight
+from lockstep.ops.grids import INTEGER
+from lockstep.runtime.backend import Implementation
+from lockstep.runtime.executor import Executor, WeightStore
+from lockstep.runtime.program import Program, Setting
+from lockstep.runtime.step_block import StepBlock
+from lockstep.runtime.threads import Team
+
+SHAPES, PLANS = "4096x1024,1024x3072", "w8a8,w4a8,w4a16,w8a16"
+FLOATS = ("f32", "q8_0")
+
+
+def symmetric(bits: int, largest: float) -> list[float]:
+    """An integer grid for numbers up to a size: see `ops/grids.py`."""
+    high = 2 ** (bits - 1) - 1
+    scale = np.float32(largest / high)
+    return [INTEGER, scale, np.float32(1) / scale, 0, -high - 1, high, 0, 0]
+
+
+class Plan:
+    """A layer with weights and activations of so many bits. times: {"rows" or "layer": seconds in each round}."""
+
+    def __init__(self, name: str, shape: str, rows: int, team: Team) -> None:
+        self.N, self.K = map(int, shape.split("x"))
+        weight_bits, bits = map(int, name[1:].split("a"))
+        self.name, self.rows, self.times = name, rows, {"rows": [], "layer": []}
+        rng, most = np.random.default_rng(0), 2 ** (weight_bits - 1)
+        codes = rng.integers(-most, most, (self.N, self.K))
+        weight = code_weight(
+            "w", code_tensor("w", codes, np.full(self.N, 0.01, np.float32), np.zeros(self.N, np.int32))
+        )
+        program = Program()
+        x, out = program.tensor("x", "T", self.K), program.tensor("out", "T", self.N)
+        program.emit(Given(out=x))
+        coded = program.tensor("coded", "T", row_width(self.K), "i8")
+        grid = Setting("grid", np.array([symmetric(bits, 4.0)], np.float32))
+        sizes = dict(in_features=self.K, out_features=self.N, width=self.N, column=0)
+        program.emit(CodeRows(out=coded, x=x, grid=grid, width=self.K))
+        program.emit(CodeLinear(out=out, x=coded, weight=weight, **sizes))
+        table = {**code_rows_cpu.CPU, **code_linear_cpu.CPU, "given": Implementation(nothing)}
+        self.executor = Executor(program, table, team, WeightStore(), {"T": rows}, {}, keep=True)
+        self.executor.view(x, rows)[...] = rng.standard_normal((rows, self.K), np.float32)
+
+    def run(self) -> None:
+        """Runs the layer once."""
+        clock = np.zeros(3, np.int64)
+        self.executor.run(StepBlock.made(num_tokens=self.rows, num_requests=1, num_sampled=1), clock)
+        for name, each in zip(self.times, np.diff(clock), strict=True):
+            self.times[name].append(float(each) / 1e9)
+
+
+def compare(shape: str, rows: int, names: list[str], threads: int, rounds: int) -> None:
+    """Prints a line for each plan."""
+    team = Team(threads)
+    floats = [Case(format, shape, rows, team, linear_cpu.CPU) for format in FLOATS]
+    plans = [Plan(name, shape, rows, team) for name in names]
+    for _ in range(rounds + 1):  # the first warms up
+        for each in (*floats, *plans):
+            each.run(rows) if isinstance(each, Case) else each.run()
+    seen = {case.format: case.times[rows][1:] for case in floats} | {p.name: p.times["layer"][1:] for p in plans}
+    work = 2 * rows * plans[0].N * plans[0].K / 1e9
+    preparing = {p.name: statistics.median(p.times["rows"][1:]) for p in plans}
+    for name, times in seen.items():
+        seconds = statistics.median(times)
+        ratios = [statistics.median(a / b for a, b in zip(seen[base], times, strict=True)) for base in FLOATS]
+        print(
+            f"{name:6s} {shape:10s} rows {rows:4d} threads {threads}  layer {seconds * 1e6:8.0f} us  "
+            f"rows {preparing.get(name, 0) * 1e6:6.0f} us  {work / seconds:7.0f} GOP/s  "
+            f"{ratios[0]:5.2f}x f32  {ratios[1]:5.2f}x q8_0",
+            flush=True,
+        )
+    team.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", default=SHAPES)
+    parser.add_argument("--plans", default=PLANS)
+    parser.add_argument("--rows", default="512")
+    parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args()
+    for shape in args.shapes.split(","):
+        for rows in map(int, args.rows.split(",")):
+            for threads in map(int, args.threads.split(",")):
+                compare(shape, rows, args.plans.split(","), threads, args.rounds)
+
+
+if __name__ == "__main__":
+    main()

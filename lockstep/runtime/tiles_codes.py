@@ -1,0 +1,147 @@
+"""Linear tiles of integer codes: exact sums of products over all of K in int32, scaled once at the end.
+
+A row of x is one plane of int8 codes or two, and a tail (see ops/code_rows.py); weights are panels of int8 codes and
+the words of their features (see ops/code_weights.py). Two planes are two rows to the loop over K. Which instruction
+makes the products is the target's; all give the same integers.
+"""
+
+from llvmlite import ir
+from numba import types
+
+from lockstep.runtime import targets
+from lockstep.runtime.emit import moved, pinned, read, spread, spread4, vector
+from lockstep.runtime.simd import F32, I32, I64, LANES, constant, primitive
+from lockstep.runtime.tiles_dots import WIDE, absolute, maddubs, pair_sums
+from lockstep.runtime.tiles_linear import Site, fields, finish, lanes_of
+
+BLOCK, PANEL_BYTES = 32, 512  # k of a turn of the loop, and bytes that they take in a panel
+NARROW_SUMS = 12  # vectors of sums that registers of eight lanes hold
+F64 = ir.DoubleType()
+
+
+class CodeSite(Site):
+    """A `Site` whose cells are (row, plane, column), with int32 sums that begin as the weights' words say."""
+
+    def __init__(self, b, magic, height, columns, lanes, x, w, *, planes):
+        super().__init__(b, magic, height, columns, lanes, x, w)
+        self.planes = range(planes)
+        self.cells = [(r, p, c) for r in range(self.rows) for p in self.planes for c in range(self.cols)]
+        firsts = [self.word(c, 3, I32) if self.how == "avx2" else constant(self.ints, 0) for c in range(self.cols)]
+        self.start = {cell: firsts[cell[2]] for cell in self.cells}
+
+    def a(self, r, plane, k):
+        """Four codes of a row from k on, for each feature."""
+        place = moved(self.b, moved(self.b, self.x[r], k), 0)
+        return spread4(self.b, moved(self.b, place, self.b.mul(self.K, self.int(plane))), self.lanes)
+
+    def word(self, c, number, element):
+        """One of the four words of each feature of column c."""
+        return read(
+            self.b, moved(self.b, self.scales[c], 64 * number + 4 * self.first[c]), vector(element, self.lanes), 4
+        )
+
+    def tail(self, r, number, element):
+        """One of the words after row r's planes, for each feature."""
+        place = moved(self.b, self.x[r], self.b.mul(self.K, self.int(2)))
+        return spread(self.b, moved(self.b, place, 4 * number), element, self.lanes)
+
+
+def sums(s):
+    """The products of all planes with all columns, exactly. On VNNI's the codes of weights count 128 too high."""
+    step = _avx2_step if s.how == "avx2" else _wide_step
+    return s.blocks(BLOCK, lambda i, acc: step(s, i, acc), PANEL_BYTES)
+
+
+def _wide_step(s, i, acc):
+    b, dot, acc = s.b, WIDE[s.how], dict(acc)
+    start, k = b.mul(i, s.int(PANEL_BYTES)), b.mul(i, s.int(BLOCK))
+    for g in range(BLOCK // 4):
+        columns = [s.codes(c, start, 64 * g) for c in range(s.cols)]
+        for r in range(s.rows):
+            for p in s.planes:
+                a = s.a(r, p, b.add(k, s.int(4 * g)))
+                for c in range(s.cols):
+                    acc[r, p, c] = dot(b, acc[r, p, c], columns[c], a)
+    return acc
+
+
+def _avx2_step(s, i, acc):
+    """|w| times a xor the sign of w, which counts a as -a - 1 where w is negative: from -32768 to 32512 a pair."""
+    b, acc = s.b, dict(acc)
+    start, k = b.mul(i, s.int(PANEL_BYTES)), b.mul(i, s.int(BLOCK))
+    for g in range(BLOCK // 4):
+        for c in range(s.cols):
+            w = s.codes(c, start, 64 * g)
+            sign, size = b.sext(b.icmp_signed("<", w, constant(w.type, 0)), w.type), absolute(b, w)
+            for r in range(s.rows):
+                for p in s.planes:
+                    a = b.xor(s.a(r, p, b.add(k, s.int(4 * g))), sign)
+                    acc[r, p, c] = b.add(acc[r, p, c], pair_sums(b, maddubs(b, size, a)))
+        acc = dict(zip(acc, pinned(b, acc.values()), strict=True))
+    return acc
+
+
+def scaled(s, acc):
+    """float32(float64(exact) * (float64(row's scale) * float64(feature's scale))) for each row and column.
+
+    exact = sum of a w - w's zero * the row's sum - the row's zero * sum of (w - zero). One plane: below 2**31, so that
+    int32 may wrap on the way. Two: 256 * first + second, in float64, which has all of them exactly.
+    """
+    b, doubles, values = s.b, vector(F64, s.lanes), {}
+    exact = _exact_of_one if len(s.planes) == 1 else _exact_of_two
+    for r in range(s.rows):
+        row_scale = b.fpext(s.tail(r, 0, F32), doubles)
+        for c in range(s.cols):
+            scale = b.fmul(row_scale, b.fpext(s.word(c, 0, F32), doubles))
+            values[r, c] = b.fptrunc(b.fmul(exact(s, acc, r, c), scale), s.floats)
+    return values
+
+
+def _exact_of_one(s, acc, r, c):
+    b = s.b
+    both = b.add(b.mul(s.word(c, 1, I32), s.tail(r, 2, I32)), b.mul(s.tail(r, 1, I32), s.word(c, 2, I32)))
+    return b.sitofp(b.sub(acc[r, 0, c], both), vector(F64, s.lanes))
+
+
+def _exact_of_two(s, acc, r, c):
+    b, double = s.b, lambda v: s.b.sitofp(v, vector(F64, s.lanes))
+    first, second = double(acc[r, 0, c]), double(acc[r, 1, c])
+    products = b.fadd(b.fmul(first, constant(first.type, 256.0)), second)
+    of_zero = b.fmul(double(s.word(c, 1, I32)), double(s.tail(r, 2, I32)))
+    of_row = b.fmul(double(s.tail(r, 1, I32)), double(s.word(c, 2, I32)))
+    return b.fsub(products, b.fadd(of_zero, of_row))
+
+
+@primitive()
+def code_tile(context, planes, shape, num_rows, x, w, out):
+    """out = x W^T (+ residual) for num_rows rows by a number of panels, over all of K.
+
+    planes: a literal, 1 or 2. shape: literals: (fewest, most) rows, panels. x: `tiles_linear.Rows` of codes. w:
+    `tiles_linear.Panels`, K that of a plane. out: `tiles_linear.Output`.
+    """
+    fewest, most = (n.literal_value for n in shape[0])
+
+    def codegen(ctx, b, sig, args):
+        magic = ctx.codegen().magic_tuple()
+        operands = [fields(b, *pair) for pair in zip(sig.args[3:], args[3:], strict=True)]
+        choice = b.switch(args[2], end := b.append_basic_block("no_rows"))
+        for height in range(fewest, most + 1):
+            choice.add_case(ir.Constant(I64, height), block := b.append_basic_block(f"rows_{height}"))
+            b.position_at_start(block)
+            _tile(b, magic, planes.literal_value, height, range(shape[1].literal_value), operands)
+            b.branch(end)
+        b.position_at_start(end)
+        return ctx.get_dummy_value()
+
+    return types.void(planes, shape, types.int64, x, w, out), codegen
+
+
+def _tile(b, magic, planes, height, panels, operands):
+    """All columns at once in registers of sixteen lanes; as many as fit in those of eight."""
+    x, w, out = operands
+    lanes = lanes_of("codes", targets.int_dot(magic))
+    columns = [(p, first) for p in panels for first in range(0, LANES, lanes)]
+    at_once = len(columns) if lanes == LANES else max(1, NARROW_SUMS // (height * planes))
+    for start in range(0, len(columns), at_once):
+        s = CodeSite(b, magic, height, columns[start : start + at_once], lanes, x, w, planes=planes)
+        finish(s, scaled(s, sums(s)), out)

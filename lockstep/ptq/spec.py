@@ -188,6 +188,13 @@ class Spec:
         """The percentage of the observer, None of another observer."""
         return _percentile(self.observer) if self.observer else None
 
+    def activation_row(self) -> np.ndarray:
+        """The grid of an activation as kernels read it, float32 [GRID_WORDS]; without scale, if it has a range."""
+        row = self.what.row()
+        if self.per == "row":
+            row[grids.KIND] = grids.ROW_SYMMETRIC if self.symmetric else grids.ROW_ASYMMETRIC
+        return row
+
     # ------------------------------------------------------------ for a site
 
     def resolved(self, is_weight: bool) -> Spec:

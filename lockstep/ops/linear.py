@@ -4,6 +4,8 @@ Every output element is one chain of operations over K, in ascending order and n
 many rows or features are computed with it. Weights and activations are prepared by `ops/activations.py`.
 """
 
+from typing import ClassVar
+
 import numpy as np
 from numba import carray, float32, int32
 
@@ -49,6 +51,7 @@ class Linear(Operands):
     """
 
     group = "linear"
+    multiplied: ClassVar[dict[str, str]] = {"x": "weight"}  # rows, and what they are prepared for
     out: Tensor = output("width")
     x: Tensor = rows(dtype=None)
     weight: Weight = packed("out_features, in_features")

@@ -14,6 +14,7 @@ from lockstep.ops.add import Add
 from lockstep.ops.gated_delta import DeltaInputs, GatedDelta
 from lockstep.ops.gated_delta_verify import DeltaInputsVerify, GatedDeltaVerify
 from lockstep.ops.linear import PREPARATION, Linear
+from lockstep.ops.score import Score
 from lockstep.runtime.operands import Operands
 from lockstep.runtime.program import CacheArray, Program, Tensor
 
@@ -26,12 +27,15 @@ def lower(program: Program) -> Program:
     """Every linear layer takes the format of its weight, and prepared rows; rows prepared alike are prepared once."""
     ops, prepared = [], {}
     for op in program.ops:
-        if isinstance(op, Linear):
-            kind = PREPARATION[op.weight.format]
-            if kind and (op.x, kind) not in prepared:
-                ops.append(_preparation(program, op.x, kind))
-                prepared[op.x, kind] = ops[-1].out
-            op = op.changed(x=prepared[op.x, kind] if kind else op.x, format=op.weight.format)
+        if isinstance(op, (Linear, Score)):
+            rows = {name: getattr(op, name) for name in op.multiplied if getattr(op, name) is not None}
+            for name, x in rows.items():
+                kind = PREPARATION[getattr(op, op.multiplied[name]).format]
+                if kind and (x, kind) not in prepared:
+                    ops.append(_preparation(program, x, kind))
+                    prepared[x, kind] = ops[-1].out
+                rows[name] = prepared[x, kind] if kind else x
+            op = op.changed(format=op.weight.format, **rows)
         ops.append(op)
         prepared = {key: rows for key, rows in prepared.items() if key[0] not in op.outputs}
     return program.rewritten(ops)

@@ -31,7 +31,7 @@ def encode(declaration, row, values):
     for name, kind, _ in declaration.words():
         value = values[name]
         if kind == "weight":
-            words += value
+            words += value or [0] * len(WeightArrays._fields)
         else:
             words.append(int(np.float32(value).view(np.int32)) if kind == "float" else value or 0)
     row[OPERANDS : OPERANDS + len(words)] = words

@@ -145,6 +145,11 @@ def inlined(function):
     return numba.njit(**INLINED)(function)
 
 
+def separate(function):
+    """Decorator for a helper of kernels that calls `machine.kept_apart`; it cannot be called from Python."""
+    return numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **STRICT)(function)
+
+
 class Kernel:
     """A native function (op, step, thread, num_threads) -> None over addresses, compiled when first asked for."""
 

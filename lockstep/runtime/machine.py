@@ -115,6 +115,12 @@ def set_float_control(b, word):
         call(b, "llvm.x86.sse.ldmxcsr", ir.VoidType(), [b.bitcast(slot, I8.as_pointer())])
 
 
+@emitted(types.void())
+def kept_apart(b):
+    """Keeps the function that calls this from being inlined, so that arithmetic moves neither into it nor out of it."""
+    b.function.attributes.add("noinline")
+
+
 @emitted(types.void(*[types.int64] * 5))
 def call_kernel(b, kernel, op, step, thread, num_threads):
     """Calls a kernel by its address; LLVM cannot see through the call."""

@@ -96,9 +96,9 @@ def constant(shape: str | None = None, optional: bool = False) -> Any:
     return _field(Operand("constant", shape, optional=optional))
 
 
-def packed(shape: str | None = None) -> Any:
+def packed(shape: str | None = None, optional: bool = False) -> Any:
     """A weight in the layout that the op's implementation wants, up to five arrays: see WeightArrays."""
-    return _field(Operand("packed", shape))
+    return _field(Operand("packed", shape, optional=optional))
 
 
 def table(width: str | None = None) -> Any:

@@ -130,9 +130,9 @@ class Program:
         self._names.add(unique)
         return Tensor(unique, rows, width, dtype)
 
-    def give(self, name: str, rows: str, width: int) -> Tensor:
+    def give(self, name: str, rows: str, width: int, dtype: str = "f32") -> Tensor:
         """A new activation that is there before the first op."""
-        made = self.tensor(name, rows, width)
+        made = self.tensor(name, rows, width, dtype)
         self.given.append(made)
         self._written.add(made)
         return made

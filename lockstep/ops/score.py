@@ -1,0 +1,228 @@
+"""How well rows of a model predict the tokens that follow, and how far from another model: the definition.
+
+    logits[t] = W x[t]        base[t] = W0 x0[t]        both [vocab_size], and neither is ever in memory as a whole
+
+Every logit is what `ops/linear.py` defines, and log-probabilities are what `ops/sample.py` reports: the negative
+log-likelihood of a token is the engine's own log-probability of it, bit for bit, with the other sign.
+"""
+
+from typing import ClassVar
+
+import numpy as np
+from numba import carray, float32, int32
+
+from lockstep.ops.activations import check_rows
+from lockstep.ops.linear import FORMATS, PREPARATION, PRODUCTS
+from lockstep.ops.math import exp, log
+from lockstep.ops.reduce import tree_sum
+from lockstep.ops.sample import CHUNK, INFINITY, LOWEST, UNKNOWN, argmax, is_sound, log_normalizer, maximum_of
+from lockstep.runtime.backend import Implementation
+from lockstep.runtime.kernel import definition, inlined, variant
+from lockstep.runtime.machine import float_array
+from lockstep.runtime.operands import Operands, output, packed, rows
+from lockstep.runtime.program import Tensor, Weight
+from lockstep.runtime.simd import fma, peek
+from lockstep.runtime.step import num_rows
+from lockstep.weights.tensor import BLOCK_FORMATS
+
+ZERO, ONE, NO_TARGET = np.float32(0), np.float32(1), -1
+# columns of a row of scores
+NLL, BASE_NLL, KL, DELTA_P, SAME_TOP, TOP, BASE_TOP, TOP_LOGPROB = range(8)
+NUM_SCORES = 8
+MOST_TOKENS = 2**24  # a float32 holds every token below this
+# what the fast kernel keeps of each chunk of a row's logits, and behind all chunks the logits of the target
+CHUNK_WORDS, TARGET_WORDS = 7, 2
+ROW_BYTES = READ = DOT = None  # of a variant: as in `ops/linear.py`
+
+
+class Score(Operands):
+    """out = for each row what `scores` says of its logits, W x, and of base logits, W0 x0.
+
+    out: float32 [rows, 8]. x, base_x: rows of in_features values, as of `Linear`: float32 as recorded, prepared for the
+    weight once lowered. weight, base_weight [vocab_size, in_features]: heads, which may be one. target: the token that
+    follows a row, -1 for none. base_x and base_weight are given both or neither.
+    """
+
+    group = "linear"
+    rules = (f"0 < vocab_size <= {MOST_TOKENS}",)
+    multiplied: ClassVar[dict[str, str]] = {"x": "weight", "base_x": "base_weight"}
+    out: Tensor = output(f"{NUM_SCORES}")
+    scratch: Tensor = output("scratch_width", scratch=True)
+    x: Tensor = rows(dtype=None)
+    weight: Weight = packed("vocab_size, in_features")
+    target: Tensor = rows("1", dtype="i32")
+    base_x: Tensor | None = rows(dtype=None, optional=True)
+    base_weight: Weight | None = packed("vocab_size, in_features", optional=True)
+    in_features: int
+    vocab_size: int
+    scratch_width: int
+    format: str = ""
+
+    @property
+    def kind(self) -> str:
+        return f"{self.name()}_{self.format}" if self.format else self.name()
+
+    def flops(self, context: int) -> int:
+        return 2 * self.in_features * self.vocab_size * (1 if self.base_x is None else 2)
+
+    def check(self) -> None:
+        if (self.base_x is None) != (self.base_weight is None):
+            raise ValueError("Score: base_x and base_weight are given both or neither")
+        if self.format not in ("", self.weight.format):
+            raise ValueError(f"Score: format is {self.format!r}, expected that of the weight, {self.weight.format!r}")
+        for x, weight in self.multiplied.items():
+            if getattr(self, x) is not None:
+                self._check_head(x, getattr(self, weight))
+        if self.scratch_width != scratch_width(self.vocab_size):
+            expected = f"{scratch_width(self.vocab_size)} for {self.vocab_size} tokens"
+            raise ValueError(f"Score: scratch_width is {self.scratch_width}, expected {expected}")
+
+    def _check_head(self, x: str, weight: Weight) -> None:
+        if weight.format != self.weight.format:
+            raise ValueError(f"Score: the base's weight is {weight.format}, expected {self.weight.format} as the other")
+        check_rows(self, x, PREPARATION[self.format] if self.format else "", self.in_features)
+        block = BLOCK_FORMATS[weight.format].BLOCK_SIZE if weight.format in BLOCK_FORMATS else 1
+        if not 0 < self.in_features or self.in_features % block:
+            raise ValueError(f"Score: in_features is {self.in_features}, expected a positive multiple of {block}")
+
+
+def num_chunks(vocabulary: int) -> int:
+    """How many parts of the vocabulary have sums of their own."""
+    return -(-vocabulary // CHUNK)
+
+
+def scratch_width(vocabulary: int) -> int:
+    """Width of the output `scratch`, where the fast kernel keeps partial results."""
+    return CHUNK_WORDS * num_chunks(vocabulary) + TARGET_WORDS
+
+
+@definition
+def scores(logits_V, base_V, target, out):
+    """Writes the scores of a row. Without a base (base_V has no entry) columns 1 to 4 and 6 are 0.
+
+    Columns, natural logarithms throughout:
+      0 nll          -log p(target); 0 without a target (-1), NaN for one that is no token
+      1 base_nll     the same of the base
+      2 kl           sum of p0 * log(p0 / p), see `divergence`; it needs no target
+      3 delta_p      p(target) - p0(target); 0 without a target
+      4 same_top     1 where both have the same likeliest token, 0 where not
+      5 top          the likeliest token, the first of equals; exact, since tokens are below 2**24
+      6 base_top     that of the base
+      7 top_logprob  log p(top)
+    A row with a logit that is NaN or +inf has no softmax: what depends on it is NaN, never an ordinary number.
+    Shapes: logits_V float32 [V]; base_V [V] or [0]; out float32 [8].
+    Error: of a log-probability below 3e-6 + 1 ulp, as `sample.report`.
+    Order: log p = (logit - largest) - log(sum), see `sample.log_normalizer`; p = exp(log p).
+    """
+    sound, largest, log_total = normalizer(logits_V)
+    out[NLL], out[TOP] = nll(logits_V, target, sound, largest, log_total), likeliest(logits_V, sound)
+    out[TOP_LOGPROB] = (largest - largest) - log_total if sound else UNKNOWN
+    out[BASE_NLL], out[KL], out[DELTA_P], out[SAME_TOP], out[BASE_TOP] = ZERO, ZERO, ZERO, ZERO, ZERO
+    if base_V.size == 0:
+        return
+    base_sound, base_largest, base_log_total = normalizer(base_V)
+    out[BASE_NLL] = nll(base_V, target, base_sound, base_largest, base_log_total)
+    out[BASE_TOP] = likeliest(base_V, base_sound)
+    out[DELTA_P], out[SAME_TOP], out[KL] = UNKNOWN, UNKNOWN, UNKNOWN
+    if sound and base_sound:
+        out[DELTA_P] = difference(out[NLL], out[BASE_NLL], target)
+        out[SAME_TOP] = ONE if out[TOP] == out[BASE_TOP] else ZERO
+        mean = mean_difference(logits_V, base_V, base_largest)
+        out[KL] = divergence(mean, largest, log_total, base_largest, base_log_total)
+
+
+@definition
+def normalizer(logits_V):
+    """(Whether a row has a softmax, its largest logit, the logarithm of its sum)."""
+    if not is_sound(logits_V):
+        return False, ZERO, ZERO
+    largest, log_total = log_normalizer(logits_V)
+    return True, largest, log_total
+
+
+@definition
+def likeliest(logits_V, sound):
+    """The likeliest token, as a number of the output."""
+    return float32(argmax(logits_V)) if sound else UNKNOWN
+
+
+@definition
+def nll(logits_V, target, sound, largest, log_total):
+    """-log p(target) of a row."""
+    logit = logits_V[target] if 0 <= target < logits_V.size else ZERO
+    return nll_of(logit, target, logits_V.size, sound, largest, log_total)
+
+
+@inlined
+def nll_of(logit, target, V, sound, largest, log_total):
+    """-log p(target), the target's logit being known."""
+    if not sound or target >= V or target < NO_TARGET:
+        return UNKNOWN
+    return log_total - (logit - largest) if target >= 0 else ZERO
+
+
+@inlined
+def difference(trial_nll, base_nll, target):
+    """p(target) - p0(target); NaN where the target is no token."""
+    if not (trial_nll == trial_nll and base_nll == base_nll):
+        return UNKNOWN
+    return exp(-trial_nll) - exp(-base_nll) if target >= 0 else ZERO
+
+
+@definition
+def mean_difference(logits_V, base_V, base_largest):
+    """The sum of p0 * (l0 - l).
+
+    Order: as `sample.log_normalizer` has it, by chunks of 4096: in each exp(l0 - its maximum) and that times (l0 - l),
+      the latter by FMA, in 16 lanes and a tree; both sums times exp(its maximum - the largest of all), by FMA in
+      ascending order; then one division.
+    """
+    total, cross = ZERO, ZERO
+    weights, products = np.empty(16, np.float32), np.empty(16, np.float32)
+    for first in range(0, base_V.size, CHUNK):
+        base, trial = base_V[first : first + CHUNK], logits_V[first : first + CHUNK]
+        top = maximum_of(base)
+        weights[:], products[:] = ZERO, ZERO
+        for i in range(base.size):
+            weight = exp(base[i] - top)
+            weights[i % 16] += weight
+            products[i % 16] = fma(weight, base[i] - trial[i], products[i % 16])
+        scale = exp(top - base_largest)
+        total, cross = fma(tree_sum(weights), scale, total), fma(tree_sum(products), scale, cross)
+    return cross / total
+
+
+@inlined
+def divergence(mean, largest, log_total, base_largest, base_log_total):
+    """KL(base || the row) = sum of p0 * (l0 - l) - (log of the base's sum - log of the row's).
+
+    Exactly 0 for equal logits; near 0 it may be negative by its error. NaN or inf where a logit is minus infinity.
+    Error: see tests/ops/test_score.py.
+    Order: (mean - (largest0 - largest)) + (log(sum) - log(sum0)).
+    """
+    kl = (mean - (base_largest - largest)) + (log_total - base_log_total)
+    return kl if kl == kl else UNKNOWN
+
+
+def _score(op, step, thread, num_threads):
+    """Rows are dealt to threads in turn."""
+    a = Score.read(op)
+    logits_V, base_V = np.empty(a.vocab_size, np.float32), np.empty(a.vocab_size if a.base_x else 0, np.float32)
+    for t in range(thread, num_rows(op, step), num_threads):
+        x = READ(a.x + ROW_BYTES(a.in_features) * t, a.in_features)
+        for n in range(a.vocab_size):
+            logits_V[n] = DOT(x, a.weight, n, a.in_features)
+        if a.base_x:
+            x = READ(a.base_x + ROW_BYTES(a.in_features) * t, a.in_features)
+            for n in range(a.vocab_size):
+                base_V[n] = DOT(x, a.base_weight, n, a.in_features)
+        out = carray(float_array(a.out + 4 * NUM_SCORES * t), (NUM_SCORES,))
+        scores(logits_V, base_V, int32(peek(a.target + 4 * t, int32)), out)
+
+
+for _name, _constants in PRODUCTS.items():
+    globals()[f"_score_{_name}"] = variant(_score, f"_score_{_name}", **_constants)
+REFERENCE = {
+    f"score_{format}": Implementation(globals()[f"_score_{product}"], layout)
+    for format, (product, layout) in FORMATS.items()
+}

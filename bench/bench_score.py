@@ -51,7 +51,10 @@ def executor(format: str, vocabulary: int, width: int, rows: int, team: Team) ->
         )
         sizes = dict(in_features=width, vocab_size=vocabulary, scratch_width=scratch)
         program.emit(Score(x=x, weight=head, target=target, **outputs, **operands, **sizes))
-    made, rng = Executor(lower(program), TABLE, team, WeightStore(), {"T": rows}, {}, keep=True), np.random.default_rng(1)
+    made, rng = (
+        Executor(lower(program), TABLE, team, WeightStore(), {"T": rows}, {}, keep=True),
+        np.random.default_rng(1),
+    )
     made.view(x, rows)[...] = rng.standard_normal((rows, width), np.float32)
     made.view(base, rows)[...] = made.view(x, rows) + 0.01 * rng.standard_normal((rows, width), np.float32)
     made.view(target, rows)[...] = rng.integers(0, vocabulary, (rows, 1))

@@ -13,9 +13,9 @@ from numba import carray, float32, int32
 
 from lockstep.ops.activations import check_rows
 from lockstep.ops.linear import FORMATS, PREPARATION, PRODUCTS
-from lockstep.ops.math import exp, log
+from lockstep.ops.math import exp
 from lockstep.ops.reduce import tree_sum
-from lockstep.ops.sample import CHUNK, INFINITY, LOWEST, UNKNOWN, argmax, is_sound, log_normalizer, maximum_of
+from lockstep.ops.sample import CHUNK, UNKNOWN, argmax, is_sound, log_normalizer, maximum_of
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import definition, inlined, variant
 from lockstep.runtime.machine import float_array

@@ -34,7 +34,8 @@ SIGNATURE = types.void(types.int64, types.int64, types.int64, types.int64)
 STRICT: dict[str, Any] = dict(error_model="numpy", fastmath=False, boundscheck=False, nogil=True)
 
 IMPORTS = re.compile(rf"^\s*from ({PACKAGE.name}[.\w]*) import (\([^)]*\)|.*)", re.MULTILINE)
-INLINED: dict[str, Any] = dict(forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, **STRICT)
+SEPARATE: dict[str, Any] = dict(no_cpython_wrapper=True, no_cfunc_wrapper=True, **STRICT)
+INLINED: dict[str, Any] = dict(forceinline=True, **SEPARATE)
 
 
 def target() -> tuple[str, str, str]:
@@ -147,7 +148,7 @@ def inlined(function):
 
 def separate(function):
     """Decorator for a helper of kernels that calls `machine.kept_apart`; it cannot be called from Python."""
-    return numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **STRICT)(function)
+    return numba.njit(**SEPARATE)(function)
 
 
 class Kernel:

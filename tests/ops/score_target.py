@@ -1,6 +1,6 @@
 """Prints a digest of scores for each format, compiled for whatever target NUMBA_CPU_NAME says.
 
-    python -m tests.ops.score_target FORMAT...
+python -m tests.ops.score_target FORMAT...
 """
 
 import hashlib

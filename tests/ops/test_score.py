@@ -116,10 +116,15 @@ def exactly(logits, base, target):
     """Scores in float64, from the float32 logits."""
     rows = np.arange(len(logits))
     l, l0 = logits.astype(np.float64), base.astype(np.float64)
-    lp, lp0 = (x - np.log(np.exp(x - x.max(1, keepdims=True)).sum(1, keepdims=True)) - x.max(1, keepdims=True) for x in (l, l0))
+    lp, lp0 = (
+        x - np.log(np.exp(x - x.max(1, keepdims=True)).sum(1, keepdims=True)) - x.max(1, keepdims=True) for x in (l, l0)
+    )
     made = np.zeros((len(logits), NUM_SCORES))
     made[:, NLL], made[:, BASE_NLL] = -lp[rows, target], -lp0[rows, target]
-    made[:, KL], made[:, DELTA_P] = (np.exp(lp0) * (lp0 - lp)).sum(1), np.exp(lp[rows, target]) - np.exp(lp0[rows, target])
+    made[:, KL], made[:, DELTA_P] = (
+        (np.exp(lp0) * (lp0 - lp)).sum(1),
+        np.exp(lp[rows, target]) - np.exp(lp0[rows, target]),
+    )
     made[:, TOP], made[:, BASE_TOP] = l.argmax(1), l0.argmax(1)
     made[:, SAME_TOP], made[:, TOP_LOGPROB] = made[:, TOP] == made[:, BASE_TOP], lp.max(1)
     return made
@@ -228,7 +233,9 @@ def test_other_targets_give_the_same_bits():
     formats = ["bf16", "q8_0", "q4_k"]
     command = [sys.executable, "-m", "tests.ops.score_target", *formats]
     printed = subprocess.run(command, env=compiling_for("haswell"), capture_output=True, text=True, check=True).stdout
-    assert printed.split() == [word for format in formats for word in (format, score_target.digest(format, score.REFERENCE))]
+    assert printed.split() == [
+        word for format in formats for word in (format, score_target.digest(format, score.REFERENCE))
+    ]
 
 
 # ---------------------------------------------------------------- the declaration

@@ -131,7 +131,7 @@ class Stat:
             set_range(row, low, high)
         elif spec.observer == MSE:
             points, weights = self.points(head)
-            search_range(row, low, high, points, weights, np.empty_like(points))
+            search_range(row, low, high, points, weights)
         else:
             set_range(row, *self._tails(head, spec))
         if not np.isfinite(row).all():

@@ -27,7 +27,7 @@ NVFP4_LARGEST = E2M1_LARGEST * E4M3_LARGEST
 NUM_FACTORS = 80  # 1.00, 0.99 .. 0.21 of the range of all numbers
 HUNDRED = np.float32(100)
 NEVER_LESS = np.inf
-CHECKED = 64  # numbers between two looks whether a sum of errors is too large already
+CHECKED = 64  # numbers that are summed up before a look whether the sum is too large already
 
 
 @definition
@@ -50,25 +50,26 @@ def set_range(g, lowest, highest):
 def squared_error(x, weights, g, rounded, limit):
     """Sum of weights * (x - x rounded to g)**2, or any number above `limit` once the sum is above it.
 
-    Shapes: x float32, weights float64, rounded (scratch) float32, all of one length. Order: ascending, float64.
+    Shapes: x float32 and weights float64, of one length; rounded float32 [CHECKED], scratch. Order: ascending, float64.
     """
-    rounded[:] = x
-    quantize_row(rounded, g)
     total = 0.0
     for start in range(0, x.size, CHECKED):
-        for i in range(start, min(start + CHECKED, x.size)):
-            error = np.float64(x[i]) - np.float64(rounded[i])
-            total += weights[i] * (error * error)
+        size = min(CHECKED, x.size - start)
+        rounded[:size] = x[start : start + size]
+        quantize_row(rounded[:size], g)
+        for i in range(size):
+            error = np.float64(x[start + i]) - np.float64(rounded[i])
+            total += weights[start + i] * (error * error)
         if total > limit:
             break
     return total
 
 
 @definition
-def search_range(g, lowest, highest, x, weights, rounded):
-    """Gives a grid the range, a hundredth after another smaller than lowest .. highest, with the least squared error;
-    of several such the widest. See `set_range` and `squared_error`."""
-    least, best = NEVER_LESS, ONE
+def search_range(g, lowest, highest, x, weights):
+    """Gives a grid of no blocks the range, a hundredth after another smaller than lowest .. highest, with the least
+    squared error; of several such the widest. See `set_range` and `squared_error`."""
+    least, best, rounded = NEVER_LESS, ONE, np.empty(CHECKED, np.float32)
     for i in range(NUM_FACTORS):
         factor = np.float32(100 - i) / HUNDRED
         set_range(g, lowest * factor, highest * factor)

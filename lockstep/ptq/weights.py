@@ -1,0 +1,140 @@
+"""Weights on grids: rounded to nearest, with the range of all numbers or the one that loses least."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lockstep.ops.grids import HIGH, INVERSE, LOW, SCALE, ZERO_POINT, quantize_row
+from lockstep.ptq.ranges import search_range, set_range
+from lockstep.ptq.spec import MSE, Spec
+from lockstep.runtime.kernel import native
+from lockstep.weights import q4_0, q8_0
+from lockstep.weights.blocks import row_bytes
+
+STORED = {"q8_0": q8_0, "q4_0": q4_0}  # formats of the engine that a plan may name
+CODES = (np.int8, np.int16, np.int32)  # the smallest that holds all codes of a grid is taken
+CHUNK = 1 << 22  # weights whose codes are made at once
+
+
+@dataclass(frozen=True, eq=False)
+class Folded:
+    """A weight on a grid.
+
+    values: float32 [N, K], what the codes stand for. codes: of an integer grid, the smallest of int8, int16 and int32
+    [N, K] that holds its range; value = (code - zero) * scale in float32. scale, zero: float32 [1, 1] (of a tensor),
+    [N, 1] (of rows) or [N, K / group]; zero is 0 for symmetric grids. None of what other grids do not have.
+    """
+
+    values: np.ndarray
+    codes: np.ndarray | None = None
+    scale: np.ndarray | None = None
+    zero: np.ndarray | None = None
+
+
+def fold(values: np.ndarray, spec: Spec, name: str = "weight") -> Folded:
+    """Weights [N, K] float32 on the grid of a spec. name: of the weight, for errors.
+
+    ValueError for weights that are not finite and for groups or blocks that do not divide K.
+    """
+    spec = spec.resolved(is_weight=True)
+    if values.ndim != 2 or values.dtype != np.float32 or not values.size:
+        raise ValueError(f"{name}: a weight of {values.dtype} {list(values.shape)}, expected float32 [N, K]")
+    if spec.is_off:
+        return Folded(values)
+    if not np.isfinite(values).all():
+        count = values.size - int(np.isfinite(values).sum())
+        raise ValueError(f"{name}: {count} of {values.size} weights are NaN or infinite; a grid needs finite numbers")
+    if spec.grid in STORED:
+        return _fold_stored(values, spec, name)
+    return _fold_rows(values, spec, name)
+
+
+def _fold_stored(values: np.ndarray, spec: Spec, name: str) -> Folded:
+    """In a format of the engine's, as a file of it holds them."""
+    _check_width(values.shape[1], spec, spec.what.block, name)
+    packing = STORED[spec.grid]
+    try:
+        return Folded(packing.dequantize(packing.quantize(values)))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _check_width(width: int, spec: Spec, block: int, name: str) -> None:
+    if block and width % block:
+        raise ValueError(f"{name}: rows of {width} weights are not a whole number of blocks of {block} ({spec})")
+
+
+def row_width(spec: Spec, shape: tuple[int, int]) -> int:
+    """How many weights of a [N, K] share a grid, in memory's order."""
+    return spec.per if isinstance(spec.per, int) else shape[0] * shape[1] if spec.per == "tensor" else shape[1]
+
+
+def _fold_rows(values: np.ndarray, spec: Spec, name: str) -> Folded:
+    """On a grid of `ops.grids`: each part of the weight that shares a grid is a row for the definition."""
+    group = spec.per if isinstance(spec.per, int) else 0
+    _check_width(values.shape[1], spec, group or spec.what.block, name)
+    parts = np.array(values, np.float32, order="C")  # a copy, which is rounded in place
+    rows = parts.reshape(-1, row_width(spec, (values.shape[0], values.shape[1])))
+    found = np.tile(spec.what.row(), (len(rows), 1))
+    if spec.what.has_range:
+        _find_ranges(rows, found, spec.observer == MSE)
+        if not np.isfinite(found).all():
+            raise ValueError(f"{name}: weights from {values.min():g} to {values.max():g} have no scale in float32")
+    codes = _codes(rows, found).reshape(values.shape) if spec.what.is_integer else None
+    _round(parts if spec.what.block else rows, found)
+    if not spec.what.has_range:
+        return Folded(parts, codes)
+    shape = (len(values) if spec.per != "tensor" else 1, -1)
+    zero = found[:, ZERO_POINT].reshape(shape) if spec.what.is_integer else None
+    return Folded(parts, codes, found[:, SCALE].reshape(shape), zero)
+
+
+@native
+def _find_ranges(rows, found, is_searched):
+    """Gives each row of float32 [n, width] the grid of the same number, [n, 8], that fits it."""
+    width = rows.shape[1]
+    ones = np.ones(width)
+    for i in range(rows.shape[0]):
+        if is_searched:
+            search_range(found[i], rows[i].min(), rows[i].max(), rows[i], ones)
+        else:
+            set_range(found[i], rows[i].min(), rows[i].max())
+
+
+@native
+def _round(rows, found):
+    """Rounds rows, in place, to grids; to the one grid, if there is one."""
+    for i in range(rows.shape[0]):
+        quantize_row(rows[i], found[i if found.shape[0] > 1 else 0])
+
+
+def _codes(rows: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """The codes of rows on integer grids: the same operations in float32 as `grids.on_integers` has."""
+    low, high = int(found[0, LOW]), int(found[0, HIGH])
+    dtype = next(kind for kind in CODES if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max)
+    made, step = np.empty(rows.shape, dtype), max(1, CHUNK // rows.shape[1])
+    for start in range(0, len(rows), step):
+        part, grid = rows[start : start + step], found[start : start + step]
+        whole = np.rint(part * grid[:, INVERSE, None]) + grid[:, ZERO_POINT, None]
+        made[start : start + step] = whole.clip(low, high)
+    return made
+
+
+# ------------------------------------------------------------ bytes
+
+SCALE_BYTES, BLOCK_SCALE_BYTES = 4, 1  # a float32; an e8m0 or an e4m3
+
+
+def num_bytes(spec: Spec, shape: tuple[int, int]) -> int:
+    """Bytes of a weight [N, K] on a grid: codes without gaps, float32 scales, zero points of as many bits as a code."""
+    spec = spec.resolved(is_weight=True)
+    size, grid = shape[0] * shape[1], spec.what
+    if spec.grid in STORED:
+        packing = STORED[spec.grid]
+        return shape[0] * row_bytes(shape[1], packing.BLOCK_SIZE, packing.BLOCK_BYTES)
+    num_ranges = size // row_width(spec, shape) if grid.has_range else 0
+    bits = size * grid.bits + (num_ranges * grid.bits if grid.is_integer and not grid.symmetric else 0)
+    blocks = shape[0] * -(-shape[1] // grid.block) if grid.block else 0
+    return -(-bits // 8) + SCALE_BYTES * num_ranges + BLOCK_SCALE_BYTES * blocks

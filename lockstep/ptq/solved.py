@@ -1,0 +1,158 @@
+"""A plan with its numbers: what a planned model needs besides its weights, as a file."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lockstep.ops.grids import GRID_WORDS, INVERSE, SCALE, ZERO_POINT
+from lockstep.ptq.observers import Stat
+from lockstep.ptq.plan import Plan
+from lockstep.ptq.site import Site
+from lockstep.ptq.spec import Spec
+
+FORM = 1  # of the file; another number when its content means something else
+KEYS = ("form", "plan", "model", "model_hash", "grids")
+LARGEST = float(np.finfo(np.float32).max)
+SHOWN = 12  # digits of a hash in an error
+WHAT = "a solved plan"
+
+
+@dataclass(frozen=True, eq=False)
+class Solved:
+    """A plan, the grids of all activations that it rounds, and the model that they are for.
+
+    model: a name for people. model_hash: of its content. grids: {site: float32 [heads or 1, GRID_WORDS]}, for every
+    activation that is not off; weights are folded anew from the plan, which says all about them.
+    """
+
+    plan: Plan
+    model: str
+    model_hash: str
+    grids: Mapping[str, np.ndarray]
+
+    @staticmethod
+    def solve(plan: Plan, model: str, model_hash: str, sites: Sequence[Site], stats: Mapping[str, Stat]) -> Solved:
+        """The grids of a plan from what was seen at its sites. ValueError, with the site, where nothing was."""
+        unseen = {site.name: Stat.empty(site.name) for site in sites}
+        specs = rounded(plan, sites)
+        return Solved(plan, model, model_hash, {n: stats.get(n, unseen[n]).solve(spec) for n, spec in specs.items()})
+
+    def check(self, model: str, model_hash: str, sites: Sequence[Site]) -> None:
+        """ValueError if the plan is another model's, or its grids are not those of the model's sites."""
+        if model_hash != self.model_hash:
+            raise ValueError(
+                f"a plan of another model: it is for {self.model} ({self.model_hash[:SHOWN]}), this is {model} "
+                f"({model_hash[:SHOWN]})"
+            )
+        specs, heads = rounded(self.plan, sites), {site.name: site.heads for site in sites}
+        for name in [*specs, *self.grids]:
+            if name not in self.grids or name not in specs:
+                where = "its rules round it, and there is no grid" if name in specs else "its rules do not round it"
+                raise ValueError(f"{WHAT} for {self.model}: site {name}: {where}")
+        for name, rows in self.grids.items():
+            self._check_rows(name, rows, specs[name], heads[name])
+
+    def _check_rows(self, name: str, rows: np.ndarray, spec: Spec, num_heads: int) -> None:
+        """The grids of a site must be of the kind and number that its spec says."""
+        expected = num_heads if spec.per == "head" else 1
+        if len(rows) != expected:
+            raise ValueError(f"{WHAT} for {self.model}: site {name}: {len(rows)} grids, expected {expected} ({spec})")
+        free = [SCALE, INVERSE] + [ZERO_POINT] * (not spec.symmetric)
+        other, kind = rows.copy(), spec.activation_row()
+        if spec.observer is not None:
+            other[:, free] = kind[free]
+            good = (rows[:, SCALE] > 0) & (rows[:, INVERSE] == np.float32(1) / rows[:, SCALE])
+        else:
+            good = np.ones(len(rows), bool)
+        if not (good & (other == kind).all(1)).all():
+            raise ValueError(f"{WHAT} for {self.model}: site {name}: its grid is none of {spec}: {rows.tolist()}")
+
+    # ------------------------------------------------------------ text
+
+    def to_json(self) -> str:
+        """The file's content: equal for equal plans. Numbers are float32, which their digits give back exactly."""
+        made = dict(
+            form=FORM,
+            plan=self.plan.to_table(),
+            model=self.model,
+            model_hash=self.model_hash,
+            grids={name: rows.tolist() for name, rows in sorted(self.grids.items())},
+        )
+        return json.dumps(made, indent=1, allow_nan=False) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> Solved:
+        """What `to_json` wrote; ValueError for anything else."""
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{WHAT} cannot be read as JSON: {error}") from None
+        if not isinstance(found, dict) or sorted(found) != sorted(KEYS):
+            what = f"an object with {', '.join(found)}" if isinstance(found, dict) else f"{found!r:.80}"
+            raise ValueError(f"{WHAT} is {what}, expected an object with {', '.join(KEYS)}")
+        if found["form"] != FORM:
+            raise ValueError(f"{WHAT} of form {found['form']!r:.80}, expected {FORM}")
+        for key in ("model", "model_hash"):
+            if not isinstance(found[key], str):
+                raise ValueError(f"{WHAT}: {key} is {found[key]!r:.80}, expected a text")
+        if not isinstance(found["grids"], dict):
+            raise ValueError(f"{WHAT}: grids is {found['grids']!r:.80}, expected an object of sites")
+        grids = {name: _rows(name, rows) for name, rows in found["grids"].items()}
+        return Solved(Plan.from_table(found["plan"]), found["model"], found["model_hash"], grids)
+
+    def save(self, path: Path) -> None:
+        """Writes a file, whole or not at all. OSError, with the path, if the disk is full."""
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            beside.write_text(self.to_json(), "utf-8")
+            os.replace(beside, path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                beside.unlink()
+            raise OSError(error.errno, error.strerror, str(path)) from None
+
+    @staticmethod
+    def load(path: Path) -> Solved:
+        """What a file holds; ValueError, with the path, if it is none of `save`'s."""
+        try:
+            return Solved.from_json(path.read_text("utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of plan, model's content and grids, in hexadecimal: what tells one planned model from another."""
+        made = json.loads(self.to_json()) | dict(model="", plan=self.plan.hash)
+        return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
+
+
+def rounded(plan: Plan, sites: Sequence[Site]) -> dict[str, Spec]:
+    """{site: spec} of the activations that a plan rounds."""
+    weights = {site.name for site in sites if site.is_weight}
+    return {name: spec for name, spec in plan.resolve(sites).items() if name not in weights and not spec.is_off}
+
+
+def _rows(name: str, rows: Any) -> np.ndarray:
+    """Grids of a site, read from JSON."""
+    if isinstance(rows, list) and rows and all(map(_is_row, rows)):
+        made = np.array(rows, np.float32)
+        if (made == np.array(rows, np.float64)).all():
+            return made
+    raise ValueError(f"{WHAT}: site {name}: {rows!r:.80}, expected rows of {GRID_WORDS} finite float32")
+
+
+def _is_row(row: Any) -> bool:
+    return (
+        isinstance(row, list)
+        and len(row) == GRID_WORDS
+        and all(type(x) in (int, float) and abs(x) <= LARGEST for x in row)
+    )

@@ -6,24 +6,31 @@ The heads of a tensor's rows are rounded each on a grid of its own. What is not 
 from numba import carray, float32
 
 from lockstep.ops.grids import GRID_WORDS, quantize_row
+from lockstep.ops.row_keys import row_keys
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import inlined, kernel
 from lockstep.runtime.machine import float_array
 from lockstep.runtime.operands import Operands, output, rows, setting
 from lockstep.runtime.program import Setting, Tensor
 from lockstep.runtime.simd import peek, poke
-from lockstep.runtime.step import StepBlock, entry, num_rows
+from lockstep.runtime.step import StepBlock, num_rows
 
 
 class FakeQuant(Operands):
     """out = x with head h, columns column + h * stride on, head_width of them, on grid h.
 
-    seen_only: columns are keys, by position, of which only those up to the row's own are there: a head's row is that
-    long, and the rest of it is left alone. out may be x; otherwise one head must be all of it.
+    seen_only: columns are keys, by position, of which only those are there that the row's token has scores for (see
+    `row_keys`; additive: a mask is added to them): a head's row is that long, and the rest of it is left alone. out may
+    be x; otherwise one head must be all of it.
     """
 
     in_place = True
-    rules = ("num_heads >= 1", "head_width >= 1", "column + (num_heads - 1) * stride + head_width <= width")
+    rules = (
+        "num_heads >= 1",
+        "head_width >= 1",
+        "column + (num_heads - 1) * stride + head_width <= width",
+        "seen_only >= additive",
+    )
     out: Tensor = output("width")
     x: Tensor = rows("width")
     grids: Setting = setting(f"num_heads, {GRID_WORDS}")
@@ -33,6 +40,7 @@ class FakeQuant(Operands):
     head_width: int
     num_heads: int
     seen_only: bool = False
+    additive: bool = False
 
     def check(self):
         if self.out is not self.x and self.head_width != self.width:
@@ -45,7 +53,7 @@ class FakeQuant(Operands):
 @inlined
 def seen_width(a, step, t):
     """How many columns a head's row has."""
-    return min(a.head_width, entry(StepBlock.read(step).position, t) + 1) if a.seen_only else a.head_width
+    return min(a.head_width, row_keys(a, StepBlock.read(step), t)) if a.seen_only else a.head_width
 
 
 @kernel

@@ -46,6 +46,7 @@ class Observe(Operands):
         "head_width >= 1",
         "copies >= 1",
         "column + (num_heads - 1) * stride + head_width <= width",
+        "seen_only >= additive",
     )
     x: Tensor = rows("width")
     counters: Setting = setting(f"copies * num_heads, {WORDS}", dtype="i32")
@@ -56,6 +57,7 @@ class Observe(Operands):
     num_heads: int
     copies: int
     seen_only: bool = False
+    additive: bool = False
 
     @property
     def rows(self) -> str:

@@ -18,6 +18,7 @@ from lockstep.ops.grids import GRID_WORDS, quantize_row
 from lockstep.ops.kv_cache import check_pages, k_index, kv_dtype_of, read_number, v_index
 from lockstep.ops.math import exp
 from lockstep.ops.reduce import tree_sum
+from lockstep.ops.row_keys import row_keys
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import definition, inlined, kernel
 from lockstep.runtime.machine import float_array
@@ -152,13 +153,6 @@ def values_at(pages, batch, request, g, count, G, K):
         for d in range(K):
             v_CK[j, d] = read_number(pages, v_index(page, g, d, j % 64, G, K, False), False)
     return v_CK
-
-
-@inlined
-def row_keys(a, batch, t):
-    """How many keys a token's row has."""
-    position = entry(batch.position, t)
-    return entry(batch.context_len, entry(batch.request, t)) if a.additive else position + 1
 
 
 @inlined

@@ -14,7 +14,8 @@ from lockstep.ops.grids import GRID_WORDS
 from lockstep.ops.grids_cpu import quantize_row
 from lockstep.ops.kv_cache import PAGE_TOKENS
 from lockstep.ops.math import sigmoid
-from lockstep.ops.rounded_attention import MASKED, MAX_KEYS, PV, QK, RAW, P, RoundedAttention, row_keys
+from lockstep.ops.rounded_attention import MASKED, MAX_KEYS, PV, QK, RAW, P, RoundedAttention
+from lockstep.ops.row_keys import row_keys
 from lockstep.ops.row_math_cpu import add_mask_row, copy_row, scale_row, softmax_row
 from lockstep.ops.share import dealt
 from lockstep.runtime.backend import Implementation

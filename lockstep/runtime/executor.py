@@ -75,7 +75,10 @@ def lay_out(program, max_rows, keep, elsewhere=()):
 
     elsewhere: tensors that have their memory already.
     """
-    offsets, free, end, last = {}, [], 0, last_uses(program)
+    offsets, free, end, dying = {}, [], 0, {}
+    for tensor, at in last_uses(program).items():
+        dying.setdefault(at, []).append(tensor)
+    results = {*program.results.values()}
     for i, op in enumerate(program.ops):
         for tensor in op.outputs:
             if tensor in offsets or tensor in elsewhere:
@@ -90,7 +93,7 @@ def lay_out(program, max_rows, keep, elsewhere=()):
             else:
                 offsets[tensor], end = end, end + size
         if not keep:
-            dead = [t for t, at in last.items() if at == i and t in offsets and t not in program.results.values()]
+            dead = [t for t in dying.get(i, ()) if t in offsets and t not in results]
             free += [(offsets[t], _tensor_bytes(t, max_rows)) for t in dead]
     return offsets, end
 

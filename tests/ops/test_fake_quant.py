@@ -142,3 +142,15 @@ def in_place(program, op, backend, values):
 def test_a_grid_is_one_row_a_head():
     with pytest.raises(ValueError, match=r"FakeQuant: grids \(grids\) is 2 x 8 wide, expected 1 x 8"):
         run(fake_quant_cpu.CPU, numbers(1, 16), [row(0), row(0)], num_heads=1)
+
+
+@pytest.mark.parametrize("table", [fake_quant.REFERENCE, fake_quant_cpu.CPU], ids=["reference", "cpu"])
+def test_with_an_added_mask_a_row_has_all_keys_of_its_sequence(table):
+    x, step = numbers(3, 96), ragged_step([2, 1], [34, 70])
+    out = run(table, x, [GRIDS["i8/row"]], step=step[0], seen_only=True, additive=True)
+    for t, there in enumerate((34, 34, 70)):
+        same_bits(out[t, there:], x[t, there:])
+        alone = run(table, np.ascontiguousarray(x[t : t + 1, :there]), [GRIDS["i8/row"]])
+        same_bits(out[t, :there], alone[0])
+    with pytest.raises(ValueError, match="expected seen_only >= additive, got seen_only False, additive True"):
+        run(table, x, [GRIDS["off"]], additive=True)

@@ -23,7 +23,8 @@ def run(llm, ids, params):
     request, first = llm.engine.add(ids, params), None
     while llm.engine.has_work:
         llm.engine.step()
-        first = first or time.perf_counter()
+        if first is None and request.output_ids:
+            first = time.perf_counter()
     return time.perf_counter() - first, request
 
 

@@ -15,10 +15,13 @@ FIRST_GUESS = 0.5  # that a draft is right, before any was seen; it counts for s
 PRIOR = 1
 FORCED = "grammar"  # the source of drafts that nothing else may stand for
 LEAST_GAIN, LEAST_GAIN_OF_ALL = 0.1, 0.03  # of an average, that a new value has: of a request, of all requests
+TEXTS, HEAD = 0, 1  # sorts of drafts: each is tried by itself
 OWN_AFTER = 4  # drafts of a request, after which what was seen of it counts, and not what was seen of all
 RECONSIDERED = 16  # steps without drafts, after which costs may say something else
-PROBE_EVERY, PROBE_SELDOM = 24, 192  # steps without drafts, after which one is tried again: at first, and at most
+PROBE_EVERY, PROBE_SELDOM = 24, 192  # steps without drafts of a sort until one is tried again: at first, at most
+WITHOUT = 8  # steps on end in which texts had nothing that was worth its row, after which they are left alone
 TOLD_BEFORE = 8  # steps before a draft is tried again, and after the last one, in which a head still follows
+TIMED_AGAIN = 8  # steps in which texts say nothing, of which one is timed
 TIMED_EVERY, MUCH = 48, 1.6  # steps with drafts, after which one has none so that it is timed, unless they gain so much
 WORTH = 1.03  # times as many tokens a second as without, from which drafts are made
 WORTH_GUESSING = 1.1  # the same of drafts that take time to guess, of which less is known
@@ -55,7 +58,7 @@ class Acceptance:
         self._depths, self._everybody = depths, everybody
         self._rates: dict[str, Rates] = {}
         self._num_seen: dict[str, int] = {}
-        self.last_draft = 0  # the number of the step that had one
+        self.last = [0, 0]  # the number of the step that had a draft of texts, and one of the head
 
     def of(self, source: str) -> list[float]:
         """[depth]: how often a draft from there is right."""
@@ -79,19 +82,10 @@ class Acceptance:
         for depth, source in enumerate(sources[: num_right + 1]):
             if self._everybody is None or source in self._rates:
                 self.rates_of(source).note(depth, depth < num_right)
-        for source in set(sources[:1]) if self._everybody is not None else ():
-            self._num_seen[source] = self._num_seen.get(source, 0) + 1
-            if self._num_seen[source] == OWN_AFTER:
-                self._rates[source] = self.rates_of(source).of_one()
-
-    def expected(self, sources: Sequence[str]) -> list[float]:
-        """[k]: tokens that the first k of these drafts give beside the certain one, on average."""
-        total, survives, made = 0.0, 1.0, [0.0]
-        for depth, source in enumerate(sources):
-            survives *= self.of(source)[depth]
-            total += survives
-            made.append(total)
-        return made
+        if self._everybody is not None and sources:
+            count = self._num_seen[sources[0]] = self._num_seen.get(sources[0], 0) + 1
+            if count == OWN_AFTER:
+                self._rates[sources[0]] = self.rates_of(sources[0]).of_one()
 
     def hopes(self, but_of: str | None = None) -> list[float]:
         """[depth]: how likely a draft is right and all before it, if they come from the best source at each depth, of
@@ -109,6 +103,16 @@ class Acceptance:
         """The same of drafts from one source."""
         return list(itertools.accumulate(self.of(source), operator.mul))
 
+    def hopes_for(self, sources: Sequence[str]) -> list[float]:
+        """The same of drafts of which it is known where they come from."""
+        survives, made, last, rates = 1.0, [], "", []
+        for depth, source in enumerate(sources):
+            if source != last:
+                last, rates = source, self.of(source)
+            survives *= rates[depth]
+            made.append(survives)
+        return made
+
     @property
     def sources(self) -> Set[str]:
         """Where drafts came from, of this request and of all."""
@@ -116,156 +120,250 @@ class Acceptance:
 
 
 class Guesser(NamedTuple):
-    """A model that guesses: what its drafts are counted under, the seconds of one more guess for all requests of a
-    step, and whether texts are looked in first."""
+    """A model that guesses: what its drafts are judged by, the seconds of one more guess for all requests of a step,
+    and how many it could give each of them (None: as many as may be)."""
 
     name: str
     seconds: float
-    is_second: bool
+    most: Sequence[int] | None = None
+
+    def most_of(self, i: int) -> int:
+        """How many it could give request number i."""
+        return LONG_AGO if self.most is None else self.most[i]
 
 
 class Widths(NamedTuple):
-    """How many drafts of each request pay: those that texts give, and those that a head guesses."""
+    """How many drafts of each request are made: those that texts give, or those that a head guesses."""
 
     of_texts: list[int]
     of_head: list[int]
+
+    @property
+    def are_none(self) -> bool:
+        """Whether nobody has any."""
+        return not any(self.of_texts) and not any(self.of_head)
+
+
+class Tries:
+    """When drafts of one sort are tried again where they do not pay, and until when nothing has to be chosen.
+
+    sort: TEXTS or HEAD. follows: whether whoever guesses has to follow a request for a few steps before it is tried.
+    """
+
+    def __init__(self, sort: int, follows: bool) -> None:
+        self.sort, self._follows, self.patience, self.last = sort, follows, PROBE_EVERY, 0
+        self._without: tuple[int, int] | None = None  # rows, and what was noted, when none was worth it
+        self._decided = self._num_without = 0  # in which step that was, and how many times on end
+
+    @property
+    def wakes_after(self) -> int:
+        """Steps after a try that nothing is to be done for the next one."""
+        return self.patience - TOLD_BEFORE * self._follows
+
+    def failed(self) -> None:
+        """Notes a try, from which nothing has come yet: it is the longer to the next where to follow a request costs
+        time."""
+        if self._follows:
+            self.patience = min(2 * self.patience, PROBE_SELDOM)
+
+    def decide(self, is_none: bool, rows: int, num_noted: int, now: int) -> None:
+        """Notes whether none was worth its row in a step."""
+        self._without, self._decided = (rows, num_noted) if is_none else None, now
+        self._num_without = self._num_without + 1 if is_none else 0
+
+    def rest(self, rows: int, num_noted: int, now: int) -> bool:
+        """Whether, a few steps ago, none was worth it in such a step, and nothing was noted since; of the head, also
+        that none is to be tried: what texts say is another thing in each step."""
+        if self._without != (rows, num_noted) or now > self._decided + RECONSIDERED:
+            return False
+        return self._num_without >= WITHOUT if self.sort == TEXTS else now < self.last + self.wakes_after
 
 
 class WidthChoice:
     """Decides how many drafts the requests of a step have, where as many are made as pay.
 
-    depths: the most of one request. follows: whether whoever guesses has to follow a request for a few steps before it
-    is tried.
+    depths: the most of one request. follows: whether the head has to follow a request for a few steps before it is
+    tried.
     """
 
     def __init__(self, depths: int, follows: bool = False) -> None:
         self._depths, self._everybody, self._costs = depths, Acceptance(depths), CostTable()
-        self._follows, self._patience = follows, PROBE_EVERY  # and steps from one try to the next
-        self._num_steps = self._last_probe = self._last_timed = 0
+        self._tries = Tries(TEXTS, False), Tries(HEAD, follows)
+        self._num_steps = self._last_timed = 0
         self._num_noted = 0  # changes of what is known of drafts
-        self._next: Acceptance | None = None  # who soon is given a draft to try
-        self._without: tuple[int, int] | None = None  # rows, and what was noted, when none was worth it
-        self._decided = 0  # in which step that was
+        self._next: Acceptance | None = None  # whose guess by the head is soon tried
 
     def newcomer(self) -> Acceptance:
         """What is known of a new request's drafts."""
         made, self._num_noted = Acceptance(self._depths, self._everybody), self._num_noted + 1
-        made.last_draft = self._num_steps
+        made.last = [self._num_steps] * 2
         return made
 
     def costs(self, requests: int) -> StepCosts:
         """What steps of so many requests cost."""
         return self._costs.among(requests)
 
-    def choose(self, seen: Sequence[Acceptance], rows: int, head: Guesser | None = None) -> Widths:
-        """How many drafts of each request are worth their rows, if what is known of it holds.
-
-        rows: of the step without drafts. head: who guesses where texts do not. A request that has had none for long is
-        given one now and then.
-        """
+    def begin(self) -> None:
+        """Begins a step."""
         self._num_steps += 1
-        widths, seconds = self._paying(seen, rows, head), head.seconds if head else 0.0
-        for each, *both in zip(seen, *widths, strict=True):
-            each.last_draft = self._num_steps if any(both) else each.last_draft
-        self._next = None
-        if self._num_steps - self._last_probe >= self._wakes_after:
-            self._probe(seen, widths, rows, seconds)
-        if any(map(any, widths)) and self._is_to_be_timed(seen, widths, rows, head):
-            widths = Widths([0] * len(seen), [0] * len(seen))
-        self._without = None if any(map(any, widths)) else (rows, self._num_noted)
-        self._decided = self._num_steps
+
+    def rests(self, sort: int, rows: int) -> bool:
+        """Whether no draft of a sort will be worth its row in this step, as in those before it, and none is to be
+        tried."""
+        return self._tries[sort].rest(rows, self._num_noted, self._num_steps)
+
+    def found_nothing(self, rows: int) -> None:
+        """Notes that texts had no draft for a step."""
+        self._tries[TEXTS].decide(True, rows, self._num_noted, self._num_steps)
+
+    def was_timed(self, rows: int) -> bool:
+        """Whether such a step without drafts was timed a few steps ago."""
+        return self._num_steps < self._last_timed + TIMED_AGAIN and self.costs(rows).num_since(rows) < TIMED_EVERY
+
+    def choose(
+        self, seen: Sequence[Acceptance], found: Sequence[Sequence[str]], rows: int, head: Guesser | None = None
+    ) -> Widths:
+        """How many drafts of each request are worth their rows, if what is known of them holds.
+
+        found: the kinds of each request's drafts from texts. rows: of the step without drafts. head: who guesses
+        instead. A request that has had none for long is given one now and then.
+        """
+        costs, texts = self.costs(rows), [each.hopes_for(kinds) for each, kinds in zip(seen, found, strict=True)]
+        of_texts, of_head, seconds = best_widths(texts, costs, rows), [0] * len(seen), head.seconds if head else 0.0
+        if head:
+            guesses = [each.hopes_of(head.name)[: head.most_of(i)] for i, each in enumerate(seen)]
+            of_head = best_widths(guesses, costs, rows, seconds)
+        self._tries[TEXTS].decide(not any(of_texts), rows, self._num_noted, self._num_steps)
+        self._tries[HEAD].decide(not any(of_head), rows, self._num_noted, self._num_steps)
+        widths = self._better(seen, found, rows, head, Widths(of_texts, of_head))
+        self._note_last(seen, widths)
+        self._try(TEXTS, seen, [i for i, kinds in enumerate(found) if kinds], widths, rows, 0.0)
+        if head:
+            self._next = None
+            self._try(HEAD, seen, [i for i in range(len(seen)) if not any(found[i])], widths, rows, seconds)
+        if not widths.are_none and self._is_to_be_timed(seen, found, widths, rows, head):
+            return Widths([0] * len(seen), [0] * len(seen))
         return widths
 
-    def _paying(self, seen: Sequence[Acceptance], rows: int, head: Guesser | None) -> Widths:
-        """The Widths with which there are the most tokens a second."""
-        costs, none = self.costs(rows), [0] * len(seen)
+    def best(
+        self, seen: Sequence[Acceptance], found: Sequence[Sequence[str]], rows: int, head: Guesser | None = None
+    ) -> Widths:
+        """The same where all that there are are made."""
+        of_texts = [len(kinds) for kinds in found]
         if head is None:
-            return Widths(best_widths([each.hopes() for each in seen], costs, rows), none)
-        of_texts = best_widths([each.hopes(head.name) for each in seen], costs, rows) if head.is_second else none
-        return Widths(of_texts, best_widths([each.hopes_of(head.name) for each in seen], costs, rows, head.seconds))
+            return Widths(of_texts, [0] * len(seen))
+        return self._better(seen, found, rows, head, Widths(of_texts, [head.most_of(i) for i in range(len(seen))]))
 
-    def rests(self, rows: int) -> bool:
-        """Whether, a few steps ago, no draft was worth its row in such a step, nothing was noted of drafts since, and
-        none is to be tried. Then this step has none either, and nothing is to be chosen."""
-        now = self._num_steps + 1
-        if self._without != (rows, self._num_noted) or now > self._decided + RECONSIDERED:
-            return False
-        if now >= self._last_probe + self._wakes_after:
-            return False
-        self._num_steps = now
-        return True
+    def _better(
+        self,
+        seen: Sequence[Acceptance],
+        found: Sequence[Sequence[str]],
+        rows: int,
+        head: Guesser | None,
+        widths: Widths,
+    ) -> Widths:
+        """The widths with either drafts of texts or of the head for each request, whichever give more tokens a second.
+        What a grammar forces is always right."""
+        for i, (each, kinds) in enumerate(zip(seen, found, strict=True)):
+            texts, guesses = widths.of_texts[i], widths.of_head[i]
+            if not (texts and guesses and head):
+                continue
+            forced = kinds[0] == FORCED
+            if forced or self._speed(each.hopes_for(kinds[:texts]), rows) >= self._speed(
+                each.hopes_of(head.name)[:guesses], rows, head.seconds
+            ):
+                widths.of_head[i] = 0
+            else:
+                widths.of_texts[i] = 0
+        return widths
 
-    @property
-    def _wakes_after(self) -> int:
-        """Steps after a try that nothing is to be done for the next one."""
-        return self._patience - TOLD_BEFORE * self._follows
+    def _speed(self, hopes: Sequence[float], rows: int, seconds_of_guess: float = 0.0) -> float:
+        """Tokens a second with drafts of one request."""
+        return (rows + sum(hopes)) / (self.costs(rows).of(rows + len(hopes)) + len(hopes) * seconds_of_guess)
+
+    def _note_last(self, seen: Sequence[Acceptance], widths: Widths) -> None:
+        for sort, counts in enumerate(widths):
+            for each, count in zip(seen, counts, strict=True):
+                if count:
+                    each.last[sort] = self._num_steps
 
     def is_tried_soon(self, seen: Acceptance) -> bool:
-        """Whether a request had drafts lately, or is the next that is given one to try."""
-        return seen is self._next or self._num_steps - seen.last_draft < TOLD_BEFORE
+        """Whether a request had guesses of the head lately, or is the next that is given one to try."""
+        return seen is self._next or self._num_steps - seen.last[HEAD] < TOLD_BEFORE
 
     def may_pay(self, seen: Acceptance, head: Guesser) -> bool:
         """Whether a head's drafts of a request are worth their rows once it decodes alone, or it is not known yet."""
         costs = self.costs(1)
         return not costs.knows(1) or any(best_widths([seen.hopes_of(head.name)], costs, 1, head.seconds))
 
-    def try_again(self, seen: Acceptance) -> None:
-        """Notes that there was no guess to be tried, and will soon be one."""
-        seen.last_draft = self._last_probe = -LONG_AGO
+    def most_of_texts(self, seen: Acceptance, rows: int, head: str | None) -> int:
+        """How many drafts of texts would be worth their rows if they were as good as any."""
+        return best_widths([seen.hopes(head)], self.costs(rows), rows)[0]
 
-    def _probe(self, seen: Sequence[Acceptance], widths: Widths, rows: int, seconds_of_guess: float) -> None:
-        """Gives the request that has had no draft for the longest time one, if sure ones would pay; a few steps before,
-        it is the next."""
-        longest = min(range(len(seen)), key=lambda i: seen[i].last_draft, default=None)
-        if longest is None or self._num_steps - seen[longest].last_draft < self._wakes_after:
+    def try_again(self, seen: Acceptance) -> None:
+        """Notes that there was no guess of the head to be tried, and will soon be one."""
+        seen.last[HEAD] = self._tries[HEAD].last = -LONG_AGO
+
+    def _try(
+        self,
+        sort: int,
+        seen: Sequence[Acceptance],
+        able: Sequence[int],
+        widths: Widths,
+        rows: int,
+        seconds_of_guess: float,
+    ) -> None:
+        """Gives the request, of those that can have one, that has had no draft of a sort for the longest time one, if
+        sure ones would pay; a few steps before, it is the next."""
+        tries, now = self._tries[sort], self._num_steps
+        if now < tries.last + tries.wakes_after:
+            return
+        longest = min(able, key=lambda i: seen[i].last[sort], default=None)
+        if longest is None or now - max(tries.last, seen[longest].last[sort]) < tries.wakes_after:
             return
         if not any(best_widths([[1.0] * self._depths] * len(seen), self.costs(rows), rows, seconds_of_guess)):
-            self._last_probe = self._num_steps
+            tries.last = now
             return
-        self._next = seen[longest]
-        if self._num_steps - max(self._last_probe, seen[longest].last_draft) >= self._patience:
-            self._last_probe = seen[longest].last_draft = self._num_steps
-            widths.of_texts[longest] = widths.of_head[longest] = 1
-            if self._follows:  # to follow a request costs time: after tries that gave nothing, less often
-                self._patience = min(2 * self._patience, PROBE_SELDOM)
+        self._next = seen[longest] if sort == HEAD else self._next
+        if now - max(tries.last, seen[longest].last[sort]) >= tries.patience:
+            tries.last = seen[longest].last[sort] = now
+            widths[sort][longest] = 1
+            tries.failed()
 
-    def _is_to_be_timed(self, seen: Sequence[Acceptance], widths: Widths, rows: int, head: Guesser | None) -> bool:
+    def _is_to_be_timed(
+        self,
+        seen: Sequence[Acceptance],
+        found: Sequence[Sequence[str]],
+        widths: Widths,
+        rows: int,
+        head: Guesser | None,
+    ) -> bool:
         """Whether it is long ago that a step like this one was timed without drafts, which may cost less by now, and
         drafts do not gain so much that it hardly matters."""
         costs, tokens = self.costs(rows), float(rows)
         if costs.num_since(rows) < TIMED_EVERY:
             return False
-        most = [max(both) for both in zip(*widths, strict=True)]
-        tokens += sum(sum(each.hopes()[:width]) for each, width in zip(seen, most, strict=True))
-        seconds = costs.of(rows + sum(most)) + max(widths.of_head) * (head.seconds if head else 0.0)
+        for each, kinds, of_texts, of_head in zip(seen, found, *widths, strict=True):
+            tokens += sum(each.hopes_for(kinds[:of_texts]))
+            tokens += sum(each.hopes_of(head.name)[:of_head]) if head else 0.0
+        num_drafts = sum(widths.of_texts) + sum(widths.of_head)
+        seconds = costs.of(rows + num_drafts) + max(widths.of_head) * (head.seconds if head else 0.0)
         return tokens / seconds < MUCH * rows / costs.of(rows)
 
-    def note(self, seen: Acceptance, sources: Sequence[str], num_right: int) -> None:
-        """Takes in where a request's drafts of the last step came from, and how many were right."""
+    def note(self, seen: Acceptance, kinds: Sequence[str], num_right: int, sort: int = TEXTS) -> None:
+        """Takes in of which kinds a request's drafts of the last step were, and how many were right."""
         self._num_noted += 1
-        self._everybody.note(sources, num_right)
-        seen.note(sources, num_right)
-        if num_right and self._last_probe == self._num_steps:
-            self._patience = PROBE_EVERY
-            self.try_again(seen)
+        self._everybody.note(kinds, num_right)
+        seen.note(kinds, num_right)
+        tries = self._tries[sort]
+        if num_right and tries.last == self._num_steps:
+            tries.patience = PROBE_EVERY
+            seen.last[sort] = tries.last = -LONG_AGO
 
     def time(self, requests: int, num_drafts: int, seconds: float) -> None:
         """Takes in how long a step of so many requests, each with one token and all with so many drafts, took."""
         num_steps, self._last_timed = max(1, self._num_steps - self._last_timed), self._num_steps
         self.costs(requests).note(requests + num_drafts, seconds, num_steps)
-
-
-def best_width(expected: Sequence[float], costs: StepCosts, rows: int, tokens: float) -> int:
-    """How many drafts give the most tokens a second.
-
-    expected: for each number of them, see Acceptance. rows, tokens: what the step has and gives without them.
-    """
-    best, most = 0, WORTH * tokens / costs.of(rows)
-    for k in range(1, min(len(expected), costs.reach - rows + 1)):
-        speed = (tokens + expected[k]) / costs.of(rows + k)
-        if speed > most:
-            best, most = k, speed
-    return best
 
 
 def best_widths(
@@ -278,14 +376,16 @@ def best_widths(
     """
     if not costs.knows(rows):
         return [0] * len(hopes)
-    likely = sorted(((hope, i) for i, each in enumerate(hopes) for hope in each), reverse=True)
-    likely = likely[: max(0, costs.reach - rows)]
-    worth = WORTH_GUESSING if seconds_of_guess else WORTH
-    widths, best, most, tokens, deepest = [0] * len(hopes), 0, worth * rows / costs.of(rows), float(rows), 0
+    likely = [(hope, i) for i, each in enumerate(hopes) for hope in each]
+    if len(hopes) > 1:  # of one request each is at most as likely as the one before
+        likely.sort(reverse=True)
+    del likely[max(0, costs.reach - rows) :]
+    seconds, worth = costs.up_to(rows + len(likely)), WORTH_GUESSING if seconds_of_guess else WORTH
+    widths, best, most, tokens, deepest = [0] * len(hopes), 0, worth * rows / seconds[rows], float(rows), 0
     for count, (hope, i) in enumerate(likely, 1):
         tokens, widths[i] = tokens + hope, widths[i] + 1
         deepest = max(deepest, widths[i])
-        speed = tokens / (costs.of(rows + count) + deepest * seconds_of_guess)
+        speed = tokens / (seconds[rows + count] + deepest * seconds_of_guess)
         if speed > most:
             best, most = count, speed
     for _, i in likely[best:]:

@@ -14,14 +14,13 @@ from typing import Protocol
 
 import numpy as np
 
-from lockstep.engine.draft_width import FORCED, Acceptance, Guesser, WidthChoice, best_width
+from lockstep.engine.draft_width import FORCED, HEAD, TEXTS, Acceptance, Guesser, WidthChoice
 from lockstep.engine.earlier_answers import EarlierAnswers
 from lockstep.engine.lookup import Guess, Lookup
 from lockstep.engine.request import Request
 from lockstep.engine.sampling import num_rows
 from lockstep.engine.scheduler import Scheduler
 from lockstep.engine.speculative_mask import SpeculativeMask
-from lockstep.engine.step_costs import StepCosts
 
 MAX_DRAFTS, MOST_BY_ITSELF = 15, 7  # of a request in a step: that may be asked for; where the width follows what pays
 ROUNDS = 4  # of asking for drafts that follow other drafts
@@ -31,35 +30,35 @@ DOUBTED = 0.99  # of the time that a head takes, for each step in which it was n
 
 @dataclass
 class Spare:
-    """What a step has left: tokens, and rows that sample; how many rows and new tokens it has already, what rows cost,
-    and how many drafts each request may have, by its id, where as many are made as pay."""
+    """What a step has left: tokens, and rows that sample."""
 
     tokens: int
     rows: int
-    num_rows: int
-    num_new: float
-    costs: StepCosts
-    widths: dict[int, tuple[int, int]] | None = None  # that pay, by request: of texts, and of the head
 
 
 @dataclass(slots=True)
 class Drafts:
-    """Guessed tokens of a request, in order, and where each comes from."""
+    """Guessed tokens of a request, in order; where each comes from, and with which others it is judged: see
+    `Guess.kind`."""
 
     tokens: list[int] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def add(self, guess: Guess) -> None:
         """Takes in what may follow them."""
+        count = len(guess.tokens)
         self.tokens += guess.tokens
-        self.sources += [guess.source] * len(guess.tokens)
+        self.sources += [guess.source] * count
+        self.kinds += [guess.kind] * count
 
     def cut(self, count: int) -> None:
         """Keeps the first `count`."""
-        del self.tokens[count:], self.sources[count:]
+        if count < len(self.tokens):
+            del self.tokens[count:], self.sources[count:], self.kinds[count:]
 
 
 # (request, at most how many, drafts of its next tokens): what may follow the drafts
@@ -74,7 +73,8 @@ def look_up(request: Request, most: int, drafts: Sequence[int]) -> Guess:
 
 
 class Head(Protocol):
-    """A model that guesses, for all requests of a step together. name: what its drafts are counted under."""
+    """A model that guesses, for all requests of a step together. name: what its drafts are counted under, and judged
+    by."""
 
     name: str
 
@@ -138,8 +138,7 @@ class Drafter:
 
     source: of texts, or None. num_drafts: of one request in a step; None: as many as pay. eos_ids: the model's end
     tokens, after which nothing is drafted. head: a model that guesses where texts do not guess better. counts: {source:
-    DraftCounts}. rests: whether this step is like those before it, in which no draft was worth its row; it need not be
-    timed.
+    DraftCounts}. rests: whether this step need not be timed: nothing follows from it, or it is like others before it.
     """
 
     def __init__(
@@ -156,6 +155,7 @@ class Drafter:
         # of this step, where it guesses and texts had a guess, too: that one, and after how many tokens of the answer
         self._passed_over: dict[Request, tuple[Drafts, int]] = {}
         self._is_fixed, self._num_drafts = num_drafts is not None, num_drafts or MOST_BY_ITSELF
+        self._weighs = num_drafts is None or (head is not None and source is not None)
         self._choice = WidthChoice(self._num_drafts, follows=head is not None)
         self._answers = EarlierAnswers()
         self.rests = False
@@ -167,87 +167,97 @@ class Drafter:
         Only for requests that decode and may have drafts.
         """
         decoding = [request for request, _ in plan if request.num_left == 1]
-        self._passed_over, self.rests = {}, self._rests(decoding, len(plan))
-        if self.rests:
-            self._since_asked += 1
+        able = [request for request in decoding if may_draft(request)]
+        looking, guessing = self._awake(able, len(decoding), len(plan))
+        self._passed_over, self._seconds_guessing, self._since_asked = {}, 0.0, self._since_asked + 1
+        self.rests = not (looking or guessing) or not self._weighs
+        if not (looking or guessing):
             return {}
-        spare, made, asked = self._spare(plan, decoding), {}, []
-        for request, _ in plan:
-            if not may_draft(request):
-                continue
-            if request.num_left > 1:
-                if self.head and self._is_read(request):
-                    asked.append((request, 0))
-            elif spare:
-                made[request], count = self._planned(request, spare)
-                asked += [(request, count)] if count else []
-        if self.head:
-            self._ask(self.head, asked, made, sum(count for _, count in plan))
+        spare = self._left(plan)
+        made = {request: self._guessed(request, spare, len(decoding)) for request in able} if looking else {}
+        if not guessing and not any(made.values()):
+            self._choice.found_nothing(len(decoding))
+            self.rests = self.rests or self._choice.was_timed(len(decoding))
+            return {}
+        asked = self._lent(able, made, self._chosen(able, made, len(decoding), spare), spare)
+        if self.head and guessing:
+            reads = [(r, 0) for r, _ in plan if r.num_left > 1 and may_draft(r) and self._is_read(r)]
+            self._ask(self.head, reads + list(asked.items()), made, sum(count for _, count in plan))
         return made
 
-    def _rests(self, decoding: list[Request], num_planned: int) -> bool:
-        """Whether this step is like those before it, in which no draft was worth its row."""
-        if self._is_fixed or any(request.params.logits_mask for request in decoding):
-            return False
-        if self.head and (len(decoding) < num_planned or not self.head.may_rest):
-            return False
-        return self._choice.rests(len(decoding))
+    def _awake(self, able: list[Request], rows: int, num_planned: int) -> tuple[bool, bool]:
+        """Whether texts are to be looked in, and whether the head may have something to do, in a step of so many
+        requests: not where it is like those before it, in which none of their drafts was worth its row."""
+        has_masks = any(request.params.logits_mask for request in able)
+        if self._is_fixed:
+            return bool(able) and (has_masks or self._source is not None), self.head is not None
+        self._choice.begin()
+        looks = self._source is not None and bool(able) and not self._choice.rests(TEXTS, rows)
+        if self.head is None:
+            return looks or has_masks, False
+        is_idle = rows == num_planned and self.head.may_rest and self._choice.rests(HEAD, rows)
+        return looks or has_masks, not is_idle
 
-    def _spare(self, plan: list[tuple[Request, int]], decoding: list[Request]) -> Spare | None:
-        """What is left in a step of so many tokens of each request; None if nobody is to draft."""
-        rows = len(decoding)  # a prompt's step costs what it costs: drafts are weighed as if it were not there
-        widths = None
-        if not self._is_fixed:
-            able = [request for request in decoding if may_draft(request)]
-            found = self._choice.choose([self._seen(request) for request in able], rows, self._guesser(len(plan)))
-            if not any(map(any, found)) and not any(request.params.logits_mask for request in able):
-                return None
-            widths = {request.id: both for request, both in zip(able, zip(*found, strict=True), strict=True)}
+    def _left(self, plan: list[tuple[Request, int]]) -> Spare:
+        """What is left in a step of so many tokens of each request."""
         limits, tokens = self._scheduler.limits, sum(count for _, count in plan)
         sampled = sum(num_rows(request, count) for request, count in plan)
-        left = limits.max_step_tokens - tokens, limits.max_sampled - sampled
-        return Spare(*left, rows, rows, self._choice.costs(rows), widths)
+        return Spare(limits.max_step_tokens - tokens, limits.max_sampled - sampled)
 
-    def _guesser(self, num_requests: int) -> Guesser | None:
-        """What choosing widths takes from the head; a measured time that keeps it from being asked is doubted more and
-        more."""
+    def _chosen(self, able: list[Request], made: dict[Request, Drafts], rows: int, spare: Spare) -> dict[Request, int]:
+        """Cuts the drafts of texts to those that are worth their rows, and says how many the head is to guess instead
+        where that gives more tokens a second."""
+        for request in able if len(made) < len(able) else ():
+            made[request] = Drafts()
+        seen, found = [self._seen(r) for r in able], [made[r] for r in able]
+        most = [self._ready(request, spare) for request in able]
+        guesser = self._guesser(rows, most)
+        kinds = [drafts.kinds for drafts in found]
+        choose = self._choice.best if self._is_fixed else self._choice.choose
+        widths, asked = choose(seen, kinds, rows, guesser), {}
+        for request, drafts, ready, of_texts, of_head in zip(able, found, most, *widths, strict=True):
+            if of_head and ready:
+                self._passed_over[request], made[request] = (drafts, len(request.output_ids)), Drafts()
+                asked[request] = min(of_head, ready)
+            else:
+                drafts.cut(of_texts)
+        return asked
+
+    def _ready(self, request: Request, spare: Spare) -> int:
+        """How many drafts the head could give a request."""
+        room = self._room(request, spare) if self.head else 0
+        return self.head.ready(request, room) if self.head and room else 0
+
+    def _guesser(self, num_requests: int, most: list[int] | None = None) -> Guesser | None:
+        """What choosing widths takes from the head, of which each request may have so many drafts; a measured time that
+        keeps it from being asked is doubted more and more."""
         if self.head is None:
             return None
         seconds = self.head.seconds(num_requests) * DOUBTED**self._since_asked
-        return Guesser(self.head.name, seconds, self._source is not None)
+        return Guesser(self.head.name, seconds, most)
 
-    def _planned(self, request: Request, spare: Spare) -> tuple[Drafts, int]:
-        """A request's drafts from its grammar and from texts, or how many the head is asked for; they are taken from
-        what is spare."""
-        room, (paying, of_head) = self._room(request, spare), self._most(request, spare)
-        forces = request.params.logits_mask is not None  # and what it forces is right
-        drafts, asked = self._guessed(request, room, paying) if paying or (room and forces) else Drafts(), 0
-        if self.head and of_head and self._is_better(self.head, request, drafts):
-            asked = self.head.ready(request, of_head)
-        if asked:
-            self._passed_over[request], drafts = (drafts, len(request.output_ids)), Drafts()
-        drafts.cut(self._width(request, drafts, paying, spare))
-        count = asked or len(drafts)
-        count = self._scheduler.lend(request, count) if count else 0
-        spare.tokens, spare.rows, spare.num_rows = spare.tokens - count, spare.rows - count, spare.num_rows + count
-        drafts.cut(count)
-        return drafts, min(asked, count)
-
-    def _is_better(self, head: Head, request: Request, drafts: Drafts) -> bool:
-        """Whether a head may guess better than what there is."""
-        if not drafts:
-            return True
-        first, seen = drafts.sources[0], self._seen(request)
-        return first != FORCED and seen.of(head.name)[0] > seen.of(first)[0]
+    def _lent(
+        self, able: list[Request], made: dict[Request, Drafts], asked: dict[Request, int], spare: Spare
+    ) -> dict[Request, int]:
+        """Takes what drafts need from what is spare, and cuts them to what there is; returns how many are asked for."""
+        for request in able:
+            drafts = made[request]
+            count = min(asked.get(request) or len(drafts), spare.tokens, spare.rows)
+            count = self._scheduler.lend(request, count) if count > 0 else 0
+            spare.tokens, spare.rows = spare.tokens - count, spare.rows - count
+            drafts.cut(count)
+            if request in asked:
+                asked[request] = count
+        return {request: count for request, count in asked.items() if count}
 
     def _ask(self, head: Head, asked: list[tuple[Request, int]], made: dict[Request, Drafts], num_planned: int) -> None:
         """Adds what the head guesses."""
         began = time.perf_counter()
         found = head.guess(asked, num_planned)
         self._seconds_guessing = time.perf_counter() - began
-        self._since_asked = 0 if any(count for _, count in asked) else self._since_asked + 1
         for request, count in asked:
             if count:
+                self._since_asked = 0
                 if head.is_behind(request):
                     self._choice.try_again(self._seen(request))
                 with contextlib.suppress(ValueError):  # a limit of the grammar, as in `_next`
@@ -276,24 +286,25 @@ class Drafter:
         left = request.params.max_tokens - len(request.output_ids) - 1
         return max(0, min(self._num_drafts, spare.tokens, spare.rows, left))
 
-    def _most(self, request: Request, spare: Spare) -> tuple[int, int]:
-        """The same of drafts from texts and from the head that are as good as others were, and so may not pay."""
-        room = self._room(request, spare)
-        of_texts, of_head = (room, room) if spare.widths is None else spare.widths[request.id]
-        return min(room, of_texts), min(room, of_head)
-
-    def _guessed(self, request: Request, room: int, paying: int) -> Drafts:
-        """Guesses of a request's next tokens, all of them before the first that would end the answer: up to `room` that
-        a grammar forces, and up to `paying` with others."""
+    def _guessed(self, request: Request, spare: Spare, rows: int) -> Drafts:
+        """Guesses of a request's next tokens, all of them before the first that would end the answer: what a grammar
+        forces, and what texts say."""
         if request.lookup is None:
             of_salt = self._answers, request.cache_salt
             request.lookup = Lookup(len(request.prompt_ids), request.prediction, *of_salt)
+        room = paying = self._room(request, spare)
+        if request.params.logits_mask is not None and not self._is_fixed:  # what it allows takes time to find out
+            paying = min(
+                room, self._choice.most_of_texts(self._seen(request), rows, self.head.name if self.head else None)
+            )
         drafts = Drafts()
-        for _ in range(ROUNDS):
+        for _ in range(ROUNDS if room else 0):
             guess = self._next(request, room - len(drafts), paying - len(drafts), drafts.tokens)
             if not guess.tokens:
                 break
             drafts.add(guess)
+            if len(drafts) >= room:
+                break
         return drafts
 
     def _next(self, request: Request, room: int, paying: int, drafts: list[int]) -> Guess:
@@ -316,21 +327,7 @@ class Drafter:
         mask, tokens = request.params.logits_mask, guess.tokens[: self._num_before_end(request, guess.tokens)]
         if isinstance(mask, SpeculativeMask) and tokens:
             tokens = tokens[: mask.num_allowed(request.output_ids, [*drafts, *tokens]) - len(drafts)]
-        return Guess(tokens, guess.source)
-
-    def _width(self, request: Request, drafts: Drafts, paying: int, spare: Spare) -> int:
-        """How many of the drafts are worth their rows, now that it is known where they come from.
-
-        paying: how many would be if they were as good as others were.
-        """
-        if self._is_fixed or not drafts:
-            return len(drafts)
-        seen = self._seen(request)
-        expected, hopes = seen.expected(drafts.sources), seen.hopes()
-        as_hoped = len(drafts) <= paying and expected[-1] >= sum(hopes[: len(drafts)]) - 1e-6
-        width = len(drafts) if as_hoped else best_width(expected, spare.costs, spare.num_rows, spare.num_new)
-        spare.num_new += expected[width]
-        return width
+        return guess._replace(tokens=tokens)
 
     def _seen(self, request: Request) -> Acceptance:
         """How often a request's drafts were right; of a new one, how often those of all were."""
@@ -340,23 +337,27 @@ class Drafter:
 
     def note(self, request: Request, drafts: Drafts, num_right: int) -> None:
         """Takes in how many of a request's drafts were right."""
-        self._choice.note(self._seen(request), drafts.sources, num_right)
-        self._note_passed_over(request)
+        if self._weighs:
+            is_guess = self.head is not None and drafts.kinds[0] == self.head.name
+            self._choice.note(self._seen(request), drafts.kinds, num_right, HEAD if is_guess else TEXTS)
+            self._note_passed_over(request)
         for depth, source in enumerate(drafts.sources):
-            counts = self.counts.setdefault(source, DraftCounts())
+            counts = self.counts.get(source)
+            if counts is None:
+                counts = self.counts[source] = DraftCounts()
             counts.drafted[depth] += 1
             counts.right[depth] += depth < num_right
 
     def _note_passed_over(self, request: Request) -> None:
         """Takes in how right texts would have been where the head guessed: else nobody would look there again once the
         head was better, whatever is found there later, or in another request."""
-        guessed, start = self._passed_over.pop(request, (Drafts(), 0))
-        came = request.output_ids[start:]
-        guessed.cut(len(came))
+        guessed, start = self._passed_over.pop(request, (None, 0))
         if guessed:
+            came = request.output_ids[start:]
+            guessed.cut(len(came))
             pairs = enumerate(zip(guessed.tokens, came, strict=False))
             right = next((i for i, (guess, token) in pairs if guess != token), len(guessed))
-            self._choice.note(self._seen(request), guessed.sources, right)
+            self._choice.note(self._seen(request), guessed.kinds, right)
 
     def time(self, counts: list[int], num_drafts: int, seconds: float) -> None:
         """Takes in how long a step took that computed so many tokens of each request, and so many drafts in all."""
@@ -374,5 +375,7 @@ class Drafter:
     def _num_before_end(self, request: Request, drafts: Sequence[int]) -> int:
         """How many drafts there are before the first that would end the answer: nothing follows that one."""
         p = request.params
-        ends = set(p.stop_token_ids) | (set() if p.ignore_eos else self._eos_ids)
-        return next((i for i, token in enumerate(drafts) if token in ends), len(drafts))
+        for i, token in enumerate(drafts):
+            if token in p.stop_token_ids or (token in self._eos_ids and not p.ignore_eos):
+                return i
+        return len(drafts)

@@ -5,8 +5,8 @@ earlier_answers.py). The place that agrees with the end of the own text for the 
 ones the own text's, then the prediction's.
 """
 
-from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -16,15 +16,23 @@ SIZES = (4, 3, 2)  # of the tails that are looked for in the own text, the longe
 SIZES_OF_PREDICTION = (8, *SIZES)
 READ_AT_ONCE = 4096  # tokens of a prediction
 MOST_ALIKE = 16  # tokens before a place that are compared with the end of the own text
+GRADES = (4, 6, MOST_ALIKE)  # of them alike, from which guesses are judged by others of their like
 
 Tokens = Sequence[int]
 
 
 class Guess(NamedTuple):
-    """Tokens that may come next, and where they come from: "lookup", "prediction", "earlier_answers", ..."""
+    """Tokens that may come next, and where they come from: "lookup", "prediction", "earlier_answers", ...; from a text,
+    how many tokens before them are alike."""
 
     tokens: list[int]
     source: str
+    num_alike: int = 0
+
+    @property
+    def kind(self) -> str:
+        """With which guesses it is judged: the more tokens are alike, the likelier the next one is."""
+        return f"{self.source} {bisect_right(GRADES, self.num_alike)}" if self.num_alike else self.source
 
 
 class Place(NamedTuple):
@@ -44,6 +52,15 @@ def tail_keys(tokens: Tokens, size: int) -> Iterator[int]:
     """The keys of all tails of a size that another token follows, in order: the first of them ends at `size`."""
     num_tails = max(0, len(tokens) - size)
     return map(hash, zip(*(tokens[i : i + num_tails] for i in range(size)), strict=True))
+
+
+def own_keys(tokens: Tokens) -> Iterable[int]:
+    """The keys of the tails of each of SIZES, as far as there are so many tokens. It is asked for with every token: the
+    usual case is spelled out."""
+    if len(tokens) >= SIZES[0]:
+        a, b, c, d = tokens[-SIZES[0] :]
+        return hash((a, b, c, d)), hash((b, c, d)), hash((c, d))
+    return [tail_key(tokens, len(tokens), size) for size in SIZES if len(tokens) >= size]
 
 
 def is_longer(place: Place | None, other: Place | None) -> bool:
@@ -160,9 +177,8 @@ class Lookup:
         """Takes in one token that is not the first of the prompt."""
         tokens = self._tokens
         at = len(tokens)
-        for size in SIZES:
-            if at >= size:
-                self._after[hash(tuple(tokens[-size:]))] = at
+        for key in own_keys(tokens):
+            self._after[key] = at
         tokens.append(token)
         if self._follower and at >= self._num_prompt:
             self._follower.follow(token)
@@ -185,12 +201,12 @@ class Lookup:
         if source == "lookup" and len(tokens) < most:
             tokens += drafts
             tokens = (tokens * -(-most // len(tokens)))[:most]
-        return Guess(tokens, source)
+        return Guess(tokens, source, place.length)
 
     def _own(self, tail: list[int]) -> Place | None:
         """The latest place in the own text after the longest tail that was there before."""
-        for size in SIZES:
-            at = self._after.get(tail_key(tail, len(tail), size)) if len(tail) >= size else None
+        for key in own_keys(tail):
+            at = self._after.get(key)
             if at is not None:
                 return Place(self._tokens, at, num_alike(self._tokens, at, tail))
         return None

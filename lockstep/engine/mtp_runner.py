@@ -9,13 +9,13 @@ import numpy as np
 
 from lockstep.engine.model import Model
 from lockstep.engine.runner import Limits
+from lockstep.engine.step_arrays import StepArrays, records_view, write_record
 from lockstep.ops.kv_cache import PAGE_TOKENS
 from lockstep.ops.sample import SAMPLING_RECORD, Sample
 from lockstep.runtime.backend import OpTable
 from lockstep.runtime.executor import ALIGNMENT, Chain, Executor, aligned
 from lockstep.runtime.kernel import OnCompile
 from lockstep.runtime.program import Program
-from lockstep.runtime.step_block import StepBlock
 from lockstep.runtime.threads import Team
 
 LINE = ALIGNMENT // 4  # numbers in a cache line
@@ -66,10 +66,16 @@ class MtpRunner:
         self._hidden = [_rows(S, D) for _ in range(K)]
         line = -(-S // LINE) * LINE + LINE  # of each depth, so that kernels may go past the end of a row
         self._tokens, self._logprobs = _rows(K, line).view(np.int32), _rows(K, line)
-        self._sampling = np.zeros((K, S), SAMPLING_RECORD)
+        self._sampling, self._num_requests = np.zeros((K, S), SAMPLING_RECORD), S
         self._position, self._context_len = np.zeros((2, K, S), np.int32)
+        self._records, self._positions, self._context_lens = (
+            records_view(self._sampling),
+            self._position.reshape(-1).data,
+            self._context_len.reshape(-1).data,
+        )
         caches, pages = {name: a.ctypes.data for name, a in self.caches.items()}, -(-model.max_context // PAGE_TOKENS)
-        executors, self._arrays, self._steps = [], [], []
+        executors: list[Executor] = []
+        self._steps: list[StepArrays] = []
         for depth in range(K):
             rows = {"T": S if depth else self.max_rows, "O": S, "R": S, "E": 0, "S": S}
             elsewhere = {
@@ -83,41 +89,43 @@ class MtpRunner:
                     self.program, backend, team, model.store, rows, caches, elsewhere=elsewhere, on_compile=on_compile
                 )
             )
-            self._allocate(rows, pages)
-        self._chain = Chain(executors, self._steps)
+            self._steps.append(StepArrays(rows, pages, self._given_to(depth, rows["S"])))
+        self._layout: list[tuple[int, int]] = []  # of the last step: pairs and drafts of each request
+        self._chain = Chain(executors, [step.block for step in self._steps])
 
-    def _allocate(self, rows: dict[str, int], pages: int) -> None:
-        """The step block and arrays of the next depth. Those after the first read the tokens of the one before, one of
-        each request, on the same pages."""
-        depth = len(self._arrays)
-        shapes = StepBlock.shapes(**rows, P=pages)
-        del shapes["sampling"]
-        a = {name: np.zeros(shape, np.int32) for name, shape in shapes.items()}
-        a["sampling"] = self._sampling[depth]
-        if depth:
-            count = np.arange(rows["S"], dtype=np.int32)
-            a["request"][:] = a["output_row"][:] = a["sampled_row"][:] = count
-            a["query_start"][1:] = count + 1
-            a["position"], a["context_len"] = self._position[depth], self._context_len[depth]
-            a["token_ids"], a["page_table"] = self._tokens[depth - 1], self._arrays[0]["page_table"]
-        self._arrays.append(a)
-        self._steps.append(StepBlock.made(**a, pages_per_request=pages))
+    def _given_to(self, depth: int, count: int) -> dict[str, np.ndarray]:
+        """Arrays of a depth's step block. Those after the first read the tokens of the one before, one of each request,
+        on the same pages."""
+        records = {"sampling": self._sampling[depth]}
+        if not depth:
+            return records
+        each, first = np.arange(count, dtype=np.int32), self._steps[0].arrays
+        same = dict(request=each, output_row=each, sampled_row=each, query_start=np.arange(count + 1, dtype=np.int32))
+        there = dict(position=self._position[depth], context_len=self._context_len[depth])
+        return records | same | there | dict(token_ids=self._tokens[depth - 1], page_table=first["page_table"])
 
     def run(self, chases: Sequence[Chase]) -> list[list[int]]:
         """Takes in the pairs of all requests; returns the drafts of each, fewer where the head gives no numbers.
 
         Those that draft must come first, the most drafts first.
         """
-        depths = [chase.depth for chase in chases]
-        assert depths == sorted(depths, reverse=True), depths
+        layout = [(len(chase.token_ids), chase.depth) for chase in chases]
+        if layout != self._layout:  # while requests decode, it is often that of the step before
+            self._lay_out([chase.depth for chase in chases])
+            self._steps[0].lay_out([len(chase.token_ids) for chase in chases])
+            self._layout = layout
         self._fill(chases)
-        deepest = max(depths)
-        for depth in range(1, deepest):
+        self._chain.run(max(1, chases[0].depth))
+        return [self._taken(s, chase.depth) for s, chase in enumerate(chases)]
+
+    def _lay_out(self, depths: list[int]) -> None:
+        """Writes how many requests each step has, where so many drafts of each are wanted."""
+        assert depths == sorted(depths, reverse=True), depths
+        sampled = sum(depth > 0 for depth in depths)
+        self._steps[0].set_counts(num_sampled=sampled, num_outputs=sampled)
+        for depth in range(1, depths[0]):
             count = sum(d > depth for d in depths)
-            counts = dict.fromkeys(("num_tokens", "num_requests", "num_sampled", "num_outputs"), count)
-            StepBlock.write(self._steps[depth], **counts)
-        self._chain.run(max(1, deepest))
-        return [self._taken(s, depth) for s, depth in enumerate(depths)]
+            self._steps[depth].set_counts(num_tokens=count, num_requests=count, num_sampled=count, num_outputs=count)
 
     def _taken(self, row: int, depth: int) -> list[int]:
         """The drafts of a row, up to the first that is no choice."""
@@ -127,39 +135,32 @@ class MtpRunner:
 
     def _fill(self, chases: Sequence[Chase]) -> None:
         """Writes the step blocks of all depths."""
-        a, at, longest, sampled = self._arrays[0], 0, 0, 0
+        step, at, longest = self._steps[0], 0, 0
         for s, chase in enumerate(chases):
-            n, end = len(chase.token_ids), chase.start + len(chase.token_ids)
-            rows = slice(at, at + n)
-            at += n
+            end = chase.start + len(chase.token_ids)
             longest = max(longest, end + chase.depth)
-            a["token_ids"][rows] = chase.token_ids
-            a["position"][rows] = np.arange(chase.start, end)
-            a["request"][rows] = s
-            a["context_len"][s], a["query_start"][s + 1] = end, at
-            a["page_table"][s, : len(chase.pages)] = chase.pages
-            self._given[rows.start : at - len(chase.hidden)] = 0
-            self._given[at - len(chase.hidden) : at] = chase.hidden
+            step.set_tokens(s, at, chase.token_ids, chase.start)
+            step.set_pages(s, chase.pages)
+            known = at + len(chase.token_ids) - len(chase.hidden)
+            if known > at:
+                self._given[at:known] = 0
+            at += len(chase.token_ids)
+            self._given[known:at] = chase.hidden
             if chase.depth:
-                a["output_row"][s] = at - 1
-                a["sampled_row"][s] = s
+                step.ints["output_row"][s], step.ints["sampled_row"][s] = at - 1, s
                 self._fill_sampling(s, chase, end)
-                sampled += 1
         for source in self._sources:
             source.cover(longest)
-        counts = dict(num_tokens=at, num_requests=len(chases), num_sampled=sampled, num_outputs=sampled)
-        StepBlock.write(self._steps[0], **counts)
 
     def _fill_sampling(self, row: int, chase: Chase, end: int) -> None:
         """How each draft of a request is chosen, and where the ones after the first lie."""
-        record, depths = np.zeros(1, SAMPLING_RECORD), np.arange(chase.depth)
-        for name, value in (chase.sampling or {}).items():
-            record[name] = value
-        rows = self._sampling[: chase.depth, row]
-        rows[:] = record
-        rows["position"] += depths
-        rows["mask"][1:] = 0  # it is that of the first
-        self._position[: chase.depth, row], self._context_len[: chase.depth, row] = end + depths - 1, end + depths
+        fields = dict(chase.sampling or {})
+        position = fields.get("position", 0)
+        for depth in range(chase.depth):
+            fields["position"], at = position + depth, depth * self._num_requests + row
+            write_record(self._records, at, fields)
+            self._positions[at], self._context_lens[at] = end + depth - 1, end + depth
+            fields["mask"] = 0  # it is that of the first
 
 
 def _rows(count: int, width: int) -> np.ndarray:

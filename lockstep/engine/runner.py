@@ -6,14 +6,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from lockstep.engine.step_arrays import StepArrays, write
 from lockstep.ops.kv_cache import PAGE_TOKENS
 from lockstep.ops.rewrite import verifying
-from lockstep.ops.sample import SAMPLING_RECORD, Sample
+from lockstep.ops.sample import Sample
 from lockstep.runtime.backend import OpTable
 from lockstep.runtime.executor import Executor, WeightStore, aligned
 from lockstep.runtime.kernel import OnCompile
 from lockstep.runtime.program import CacheArray, Program
-from lockstep.runtime.step_block import StepBlock
 from lockstep.runtime.threads import Team
 
 
@@ -101,20 +101,24 @@ class Runner:
         self.executor = Executor(
             self.program, backend, team, model.store, rows, addresses, keep=keep, on_compile=on_compile
         )
-        self.pages_per_request = -(-model.max_context // PAGE_TOKENS)
-        self._allocate(rows)
+        self._step = StepArrays(rows, -(-model.max_context // PAGE_TOKENS))
         [self.sample] = [op for op in self.program.ops if isinstance(op, Sample)]
+        self._make_views(rows)
+        self._layout: list[tuple] = []  # of the last step: rows of each request, those embedded, those that sample
+        self._num_sampled = 0  # of it
 
     def _count(self, cache: CacheArray) -> int:
         return self.limits.num_pages if cache.kind == "pages" else self.limits.max_requests
 
-    def _allocate(self, rows: dict[str, int]) -> None:
-        """Makes the step block and its arrays for steps of at most so many rows, by letter."""
-        shapes = StepBlock.shapes(**rows, P=self.pages_per_request)
-        self._sampling = np.zeros(shapes.pop("sampling"), SAMPLING_RECORD)
-        self._arrays = {name: np.zeros(shape, np.int32) for name, shape in shapes.items()}
-        arrays = self._arrays | dict(sampling=self._sampling)
-        self._step = StepBlock.made(**arrays, pages_per_request=self.pages_per_request)
+    def _make_views(self, rows: dict[str, int]) -> None:
+        """What `step` and `hidden` give the first rows of."""
+        token, logprob, logits = (
+            self.executor.view(tensor, rows["R"])
+            for tensor in (self.sample.token, self.sample.logprob, self.sample.logits)
+        )
+        self._sampled = token[:, 0], logprob[:, 0], logits[:, : self.sample.vocab_size]
+        hidden = self.program.results.get("hidden")
+        self._hidden = None if hidden is None else self.executor.view(hidden, rows["E"])
 
     def step(self, spans: Sequence[Span], clock: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Runs one step. Returns (tokens int32 [R], logprobs float32 [R], logits float32 [R, V]).
@@ -123,12 +127,9 @@ class Runner:
         `Executor.run`.
         """
         num_sampled = self._fill(spans)
-        self.executor.run(self._step, clock)
-        token, logprob, logits = (
-            self.executor.view(tensor, num_sampled)
-            for tensor in (self.sample.token, self.sample.logprob, self.sample.logits)
-        )
-        return token[:, 0], logprob[:, 0], logits[:, : self.sample.vocab_size]
+        self.executor.run(self._step.block, clock)
+        token, logprob, logits = self._sampled
+        return token[:num_sampled], logprob[:num_sampled], logits[:num_sampled]
 
     def alternatives(self, row: int, count: int) -> dict[int, float]:
         """The `count` likeliest tokens of a row of the last step that asked for so many: {token id: logprob}."""
@@ -138,53 +139,49 @@ class Runner:
 
     def hidden(self, first: int, count: int) -> np.ndarray:
         """Last hidden states, after the final norm, of embedded rows of the last step, in order: float32 [count, D]."""
-        return self.executor.view(self.program.results["hidden"], first + count)[first:]
+        assert self._hidden is not None, "the program gives none"
+        return self._hidden[first : first + count]
 
     def is_adjusted(self, row: int) -> bool:
         """Whether a row of the last step changed its logits before a token was chosen."""
-        return bool(self._sampling["adjustment"][row])
+        return bool(self._step.records["adjustment"][row])
 
     def is_forbidden(self, row: int, token: int) -> bool:
         """Whether a row of the last step does not allow a token: such a token is only taken where none is allowed."""
-        adjusted = self._sampling["adjustment"][row] != 0
+        adjusted = self._step.records["adjustment"][row] != 0
         return bool(adjusted and np.isneginf(self.executor.view(self.sample.adjusted, row + 1)[row, token]))
 
     def _fill(self, spans: Sequence[Span]) -> int:
         """Writes the spans into the step block; returns the number of rows that sample."""
-        a, at, longest = self._arrays, 0, 0
+        layout = [(len(span.token_ids), span.embedded, *span.sampled) for span in spans]
+        if layout != self._layout:  # while requests decode, it is that of the step before
+            self._num_sampled, self._layout = self._lay_out(spans), layout
+        step, at, row, longest = self._step, 0, 0, 0
+        slot, num_drafts, num_pending = (step.ints[name] for name in ("state_slot", "num_drafts", "num_pending"))
         for s, span in enumerate(spans):
-            n = len(span.token_ids)
-            longest = max(longest, span.start + n)
-            a["token_ids"][at : at + n] = span.token_ids
-            positions = range(span.start, span.start + n)
-            # a range is the faster for few tokens
-            a["position"][at : at + n] = positions if n < 8 else np.arange(positions.start, positions.stop)
-            a["request"][at : at + n] = s
-            a["context_len"][s], a["state_slot"][s], a["query_start"][s + 1] = span.start + n, span.slot, at + n
-            a["num_drafts"][s], a["num_pending"][s] = span.num_drafts, span.num_pending
-            a["page_table"][s, : len(span.pages)] = span.pages
-            at += n
+            step.set_tokens(s, at, span.token_ids, span.start)
+            step.set_pages(s, span.pages)
+            slot[s], num_drafts[s], num_pending[s] = span.slot, span.num_drafts, span.num_pending
+            for fields in span.sampled.values():
+                step.set_record(row, fields)
+                row += 1
+            at += len(span.token_ids)
+            longest = max(longest, span.start + len(span.token_ids))
         for source in self._sources:
             source.cover(longest)
-        StepBlock.write(self._step, num_tokens=at, num_requests=len(spans))
-        return self._fill_outputs(spans)
+        return self._num_sampled
 
-    def _fill_outputs(self, spans: Sequence[Span]) -> int:
-        """Writes which rows have an output, and how those sample that do."""
-        a, at, row, output, embedded = self._arrays, 0, 0, 0, 0
-        self._sampling[: sum(len(span.sampled) for span in spans)] = 0  # a record need not name every field
+    def _lay_out(self, spans: Sequence[Span]) -> int:
+        """Writes which rows are whose, and which have an output; returns how many of them sample."""
+        step, at, row, output, embedded = self._step, 0, 0, 0, 0
+        step.lay_out([len(span.token_ids) for span in spans])
         for span in spans:
-            output_of = {offset: output + i for i, offset in enumerate(sorted({*span.sampled, *span.embedded}))}
-            for offset, o in output_of.items():
-                a["output_row"][o] = at + offset
-            for offset, record in span.sampled.items():
-                a["sampled_row"][row] = output_of[offset]
-                for name, value in record.items():
-                    self._sampling[name][row] = value
-                row += 1
-            for offset in span.embedded:
-                a["embedded_row"][embedded] = output_of[offset]
-                embedded += 1
-            at, output = at + len(span.token_ids), output + len(output_of)
-        StepBlock.write(self._step, num_sampled=row, num_embedded=embedded, num_outputs=output)
+            offsets = sorted({*span.sampled, *span.embedded})
+            output_of = dict(zip(offsets, range(output, output + len(offsets)), strict=True))
+            write(step.ints["output_row"], output, [at + offset for offset in offsets])
+            write(step.ints["sampled_row"], row, [output_of[offset] for offset in span.sampled])
+            write(step.ints["embedded_row"], embedded, [output_of[offset] for offset in span.embedded])
+            at, output = at + len(span.token_ids), output + len(offsets)
+            row, embedded = row + len(span.sampled), embedded + len(span.embedded)
+        step.set_counts(num_sampled=row, num_embedded=embedded, num_outputs=output)
         return row

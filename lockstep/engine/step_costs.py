@@ -10,6 +10,7 @@ FASTER, SLOWER = 0.3, 0.1  # what a quicker step moves an average, and a slower 
 GUESS_GAIN = 0.15  # what a measured guess moves an average
 DOUBTED = 1.25  # times what was expected: more is not believed before it was seen twice
 CHANGED = 0.02  # of a cost, from which others follow
+DRAWN_FOR = 8  # steps, in which a small change counts for nothing: to draw the curve takes a while
 FORGET_AFTER = 256  # steps, after which what a number of rows cost has to be found out again
 
 
@@ -24,6 +25,7 @@ class StepCosts:
         self._num_steps, self._forgets_at = 0, FORGET_AFTER
         self._curve: list[float] = []  # by rows, made when it is asked for, of these:
         self._drawn: dict[int, float] = {}
+        self._drawn_at = 0
 
     def __len__(self) -> int:
         """How many numbers of rows were measured."""
@@ -37,7 +39,8 @@ class StepCosts:
         if before is not None:
             gain = self._gains[seconds < before]
             self._seconds[rows] = after = before + gain * (min(seconds, 2 * before) - before)
-            if abs(after - self._drawn.get(rows, 0.0)) > CHANGED * after:
+            is_moved = abs(after - self._drawn.get(rows, 0.0)) > CHANGED * after
+            if is_moved and self._num_steps >= self._drawn_at + DRAWN_FOR:
                 self._changed()
         else:
             once = self._once.pop(rows, None)
@@ -79,9 +82,14 @@ class StepCosts:
     def of(self, rows: int) -> float:
         """Seconds that a step of so many rows may take, 1 if none was ever measured: never more than one of more rows
         (where such a one was quicker, others slowed this one), and at least a little more than one of fewer."""
+        return self.up_to(rows)[rows]
+
+    def up_to(self, rows: int) -> list[float]:
+        """[n]: the same of all n, up to so many rows at least. It is the costs' own."""
         if len(self._curve) <= rows:
             self._curve, self._drawn = self._made(max(rows, self.reach)), dict(self._seconds)
-        return self._curve[rows]
+            self._drawn_at = self._num_steps
+        return self._curve
 
     def _made(self, most: int) -> list[float]:
         if not self._noted:

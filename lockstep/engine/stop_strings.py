@@ -22,6 +22,8 @@ class StopStrings:
         may_stop: whether a match that this piece completes counts.
         """
         assert self.found is None, "text after its end"
+        if not self._strings:
+            return piece
         text, before = self._held + piece, len(self._held)
         for at, character in enumerate(piece, before + 1):
             ended = self._read(character)

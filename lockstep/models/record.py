@@ -4,6 +4,7 @@ A model names checkpoint tensors by their Hugging Face names; shapes are checked
 """
 
 import itertools
+from dataclasses import replace
 
 from lockstep.ops.activations import ROW_FORMATS
 from lockstep.ops.add import Add
@@ -133,9 +134,13 @@ class Recorder:
             column += self._emit_linear(out, x, format, group, column)
         return self.add_bias(out, biases, [p.shape[0] for p in parts]) if biases else out
 
+    def format_of(self, part, width):
+        """The format in which a stored tensor is multiplied with rows of a width."""
+        return compute_format(part.format, self.weights, width)
+
     def _by_format(self, parts, width):
         """Neighbours that are multiplied in one format: (format, [tensors]), ... in order."""
-        runs = itertools.groupby(parts, lambda part: compute_format(part.format, self.weights, width))
+        runs = itertools.groupby(parts, lambda part: self.format_of(part, width))
         return [(format, list(run)) for format, run in runs]
 
     def _emit_linear(self, out, x, format, parts, column):
@@ -147,9 +152,14 @@ class Recorder:
         return features
 
     def first_products(self, x, part, count, label):
-        """x times the first `count` rows of a stored tensor, in memory that a layer with the whole tensor has."""
-        format = compute_format(part.format, self.weights, x.width)
-        weight = Weight(part.name, format, tuple(part.shape), (part,)).first_rows(count)
+        """x times the first `count` rows of a stored tensor: in memory that a layer with the whole tensor has, if it is
+        multiplied in the same format there."""
+        format = self.format_of(part, x.width)
+        if format == compute_format(part.format, self.weights, x.width):
+            weight = Weight(part.name, format, tuple(part.shape), (part,)).first_rows(count)
+        else:
+            first = replace(part, shape=(count, *part.shape[1:]), data=part.data[:count])
+            weight = Weight(f"{part.name}.first_{count}", format, first.shape, (first,))
         out = self.program.tensor(label, x.rows, padded_width(count))
         sizes = dict(in_features=x.width, out_features=count, width=out.width, column=0)
         return self.program.emit(Linear(out=out, x=x, weight=weight, **sizes))

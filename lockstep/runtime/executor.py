@@ -139,6 +139,8 @@ class Executor:
         compile_kernels([i.kernel for i in implementations], on_compile)
         for i, (op, implementation) in enumerate(zip(program.ops, implementations, strict=True)):
             self._encode(i, op, implementation)
+        self._most = [(letter, ROW_COUNTS[letter], most) for letter, most in max_rows.items()]
+        self._table_address, self._step, self._step_address = self._table.ctypes.data, None, 0
 
     def _encode(self, index, op, implementation):
         row = self._table[index]
@@ -188,21 +190,20 @@ class Executor:
     def run(self, step, clock=None):
         """Runs all ops on a step block (int64[STEP_WORDS]). clock: int64[len(ops)] for the time when each op ended."""
         self.begin(step)
-        self.team.run(
-            self._table.ctypes.data,
-            len(self.program.ops),
-            step.ctypes.data,
-            clock.ctypes.data if clock is not None else 0,
-        )
+        if step is not self._step:
+            self._step, self._step_address = step, step.ctypes.data
+        address = clock.ctypes.data if clock is not None else 0
+        self.team.run(self._table_address, len(self._table), self._step_address, address)
 
     def begin(self, step):
         """Makes ready to run on a step block. ValueError for one with more rows than there is memory for."""
         assert step.shape == (STEP_WORDS,) and step.dtype == np.int64, (step.shape, step.dtype)
-        for letter, most in self.max_rows.items():
-            if step[ROW_COUNTS[letter]] > most:
-                found = step[ROW_COUNTS[letter]]
+        words = step.tolist()  # a look at a word of an array takes as long as this
+        for letter, word, most in self._most:
+            found = words[word]
+            if found > most:
                 raise ValueError(f"a step of {found} rows {letter}, this executor was made for at most {most}")
-        self._counters[:] = 0
+        self._counters.fill(0)
 
     def table_on(self, step):
         """The op table for a step block of its own, whichever the walk through the table is given: see `Chain`."""
@@ -223,9 +224,11 @@ class Chain:
         self._ends = np.cumsum([len(table) for table in tables]).tolist()
         self._table = aligned(8 * ROW_WORDS * self._ends[-1]).view(np.int64).reshape(-1, ROW_WORDS)
         self._table[:] = np.concatenate(tables)
+        self._addresses = self._table.ctypes.data, steps[0].ctypes.data
 
     def run(self, count):
         """Runs the first `count` executors."""
         for executor, step in zip(self._executors[:count], self._steps[:count], strict=True):
             executor.begin(step)
-        self._team.run(self._table.ctypes.data, self._ends[count - 1], self._steps[0].ctypes.data)
+        table, step = self._addresses
+        self._team.run(table, self._ends[count - 1], step)

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 
 from lockstep.engine.draft_width import (
+    HEAD,
     OWN_AFTER,
     PROBE_EVERY,
+    TEXTS,
     Acceptance,
     Guesser,
     WidthChoice,
-    best_width,
     best_widths,
 )
 from lockstep.engine.step_costs import FORGET_AFTER, StepCosts
@@ -24,8 +25,8 @@ def rates(right, width=DEPTHS, steps=400):
     return made
 
 
-def expected(acceptance, width=DEPTHS):
-    return acceptance.expected(["lookup"] * width)
+def best_width(acceptance, sources, table, rows=1):
+    return best_widths([acceptance.hopes_for(sources)], table, rows)[0]
 
 
 def costs(seconds):
@@ -44,13 +45,13 @@ STEEP = costs({n: float(n) for n in range(1, 17)})
     "right, table, width", [(7, FLAT, 7), (0, FLAT, 0), (2, FLAT, 2), (7, STEEP, 0), (0, STEEP, 0)]
 )
 def test_as_many_as_pay(right, table, width):
-    assert best_width(expected(rates(lambda i: right)), table, 1, 1) == width
+    assert best_width(rates(lambda i: right), ["lookup"] * DEPTHS, table) == width
     assert best_widths([rates(lambda i: right).hopes()], table, 1) == [width]
 
 
 def test_where_rows_are_dear_fewer_are_worth_it():
-    half = expected(rates(lambda i: (0, 7)[i % 2]))
-    widths = [best_width(half, costs({1: 1.0, 8: 1 + 7 * each}), 1, 1) for each in (0.01, 0.1, 0.3, 0.6)]
+    half, all_found = rates(lambda i: (0, 7)[i % 2]), ["lookup"] * DEPTHS
+    widths = [best_width(half, all_found, costs({1: 1.0, 8: 1 + 7 * each})) for each in (0.01, 0.1, 0.3, 0.6)]
     assert widths == sorted(widths, reverse=True) and widths[0] == 7 and widths[-1] == 0
 
 
@@ -66,7 +67,7 @@ def test_nothing_is_tried_before_a_step_without_drafts_was_measured_nor_far_beyo
     assert best_widths(sure, costs({5: 1.0}), 3) == [0, 0, 0]
     assert sum(best_widths(sure, costs({3: 1.0}), 3)) == 2
     assert sum(best_widths(sure, costs({3: 1.0, 16: 1.0}), 3)) == 17
-    assert best_width([0.0, 1.0, 2.0, 3.0], costs({1: 1.0}), 1, 1) == 2
+    assert best_widths([[1.0, 1.0, 1.0]], costs({1: 1.0}), 1) == [2]
 
 
 def test_only_drafts_whose_predecessors_were_right_are_judged():
@@ -83,8 +84,8 @@ def test_what_a_grammar_forces_raises_no_hopes():
     low = made.hopes()
     for _ in range(50):
         made.note(["grammar"] * 5, 5)
-    assert made.hopes() == low and made.expected(["grammar"] * 5)[-1] > 4.5
-    assert best_width(made.expected(["grammar"] * 5), FLAT, 1, 1) == 5
+    assert made.hopes() == low and sum(made.hopes_for(["grammar"] * 5)) > 4.5
+    assert best_width(made, ["grammar"] * 5, FLAT) == 5
 
 
 def test_depths_that_were_never_seen_are_as_good_as_the_one_before():
@@ -103,8 +104,8 @@ def test_each_source_is_judged_by_its_own_drafts():
         made.note(["prediction", "prediction", "lookup"], 2)
     assert made.of("prediction")[:2] == pytest.approx([1, 1], abs=0.01)
     assert made.of("lookup")[2] == pytest.approx(0, abs=0.01)
-    assert made.expected(["prediction", "prediction", "lookup"]) == pytest.approx([0, 1, 2, 2], abs=0.03)
-    assert best_width(made.expected(["prediction", "prediction", "lookup"]), FLAT, 1, 1) == 2
+    assert made.hopes_for(["prediction", "prediction", "lookup"]) == pytest.approx([1, 1, 0], abs=0.03)
+    assert best_width(made, ["prediction", "prediction", "lookup"], FLAT) == 2
     assert made.hopes() == pytest.approx([1, 1, 1], abs=0.03)  # the third might be predicted, too
 
 
@@ -156,7 +157,8 @@ def decode(probability, seconds, requests=1, steps=400, seed=0):
     rng, choice, tokens, spent, widths = np.random.default_rng(seed), WidthChoice(DEPTHS), 0, 0.0, []
     seen = [choice.newcomer() for _ in range(requests)]
     for step in range(steps):
-        chosen = choice.choose(seen, requests).of_texts
+        choice.begin()
+        chosen = choice.choose(seen, [["lookup"] * DEPTHS] * requests, requests).of_texts
         for each, width in zip(seen, chosen, strict=True):
             wrong = rng.random(width) >= probability(step)
             right = int(np.argmax(wrong)) if wrong.any() else width
@@ -205,32 +207,70 @@ def test_guesses_that_take_time_themselves_are_worth_less():
     assert widths[0] == [7, 7] and widths[-1] == [0, 0] and widths == sorted(widths, reverse=True)
 
 
-def hopeless(seconds_of_guess):
-    """(a WidthChoice where no draft was right and steps of two rows are known, an Acceptance, widths of its steps)."""
-    choice, guesser = WidthChoice(DEPTHS), Guesser("model", seconds_of_guess, False)
+def asked(choice, seen, seconds_of_guess):
+    """How many guesses of a head a request has in the next step."""
+    choice.begin()
+    return choice.choose([seen], [[]], 1, Guesser("model", seconds_of_guess)).of_head[0]
+
+
+def hopeless(seconds_of_guess, follows=False):
+    """(a WidthChoice where no guess was right and steps of two rows are known, an Acceptance, widths of its steps)."""
+    choice = WidthChoice(DEPTHS, follows)
     seen = choice.newcomer()
     for rows in (0, 1):
         choice.time(1, rows, 1.0)
     for _ in range(60):
-        choice.note(seen, ["model"] * DEPTHS, 0)
-    return (
-        choice,
-        seen,
-        [choice.choose([seen], 1, guesser).of_head[0] for _ in range(100)],
-    )
+        choice.note(seen, ["model"] * DEPTHS, 0, HEAD)
+    return choice, seen, [asked(choice, seen, seconds_of_guess) for _ in range(100)]
 
 
-def test_guesses_are_tried_again_only_where_sure_ones_would_pay():
-    assert 3 <= sum(hopeless(0.1)[2]) <= 5
-    assert sum(hopeless(1.0)[2]) == 0
+@pytest.mark.parametrize("follows, times", [(False, 1), (True, 2)])
+def test_guesses_are_tried_again_only_where_sure_ones_would_pay(follows, times):
+    first, second, *_ = [step for step, width in enumerate(hopeless(0.1, follows)[2]) if width]
+    assert second - first == times * PROBE_EVERY  # to follow a request costs time
+    assert sum(hopeless(1.0, follows)[2]) == 0
 
 
 def test_a_guess_that_was_to_be_tried_and_was_not_made_is_asked_for_again():
     choice, seen, _ = hopeless(0.1)
-    assert choice.choose([seen], 1, Guesser("model", 0.1, False)).of_head == [0]
+    assert asked(choice, seen, 0.1) == 0
     choice.try_again(seen)
-    assert choice.choose([seen], 1, Guesser("model", 0.1, False)).of_head == [1]
-    assert choice.choose([seen], 1, Guesser("model", 0.1, False)).of_head == [0]
+    assert [asked(choice, seen, 0.1) for _ in range(2)] == [1, 0]
+
+
+def test_texts_are_tried_whatever_became_of_the_head():
+    choice, seen, _ = hopeless(0.1)
+    for _ in range(60):
+        choice.note(seen, ["lookup"] * DEPTHS, 0)
+    tried = []
+    for step in range(2 * PROBE_EVERY):
+        choice.begin()
+        tried += [step] * choice.choose([seen], [["lookup"] * DEPTHS], 1, Guesser("model", 0.1)).of_texts[0]
+    assert tried and tried[0] <= PROBE_EVERY
+
+
+def test_texts_or_the_head_whichever_give_more_tokens_a_second():
+    choice = WidthChoice(DEPTHS)
+    seen = choice.newcomer()
+    choice.begin()
+    for num_drafts in (*range(DEPTHS + 1), *range(DEPTHS + 1)):
+        choice.time(1, num_drafts, 1 + 0.1 * num_drafts)
+    for _ in range(60):
+        choice.note(seen, ["lookup 0"] * DEPTHS, 0)
+        choice.note(seen, ["lookup 1"] * DEPTHS, 3)
+        choice.note(seen, ["lookup 3"] * DEPTHS, DEPTHS)
+        choice.note(seen, ["grammar"] * DEPTHS, DEPTHS)
+        choice.note(seen, ["model"] * DEPTHS, 5, HEAD)
+    for kind, seconds, of_texts, of_head in (
+        ("lookup 0", 0.1, 0, 5),
+        ("lookup 1", 0.02, 0, 5),
+        ("lookup 1", 0.3, 3, 0),
+        ("lookup 3", 0.1, 7, 0),
+        ("grammar", 0.0, 7, 0),
+    ):
+        choice.begin()
+        made = choice.choose([seen], [[kind] * DEPTHS], 1, Guesser("model", seconds))
+        assert (made.of_texts, made.of_head) == ([of_texts], [of_head]), (kind, seconds)
 
 
 def test_steps_that_were_not_measured_count_as_time():
@@ -244,10 +284,21 @@ def test_where_no_draft_is_worth_it_nothing_is_chosen_for_a_while():
     choice, seen, _ = hopeless(1.0)
     rested = 0
     for _ in range(100):
-        if choice.rests(1):
+        choice.begin()
+        if choice.rests(HEAD, 1):
             rested += 1
         else:
-            assert choice.choose([seen], 1, Guesser("model", 1.0, False)).of_head == [0]
-    assert 80 < rested < 100 and not choice.rests(2)
-    choice.note(seen, ["model"], 1)
-    assert not choice.rests(1)
+            assert choice.choose([seen], [[]], 1, Guesser("model", 1.0)).of_head == [0]
+    assert 80 < rested < 100 and not choice.rests(HEAD, 2)
+    choice.note(seen, ["model"], 1, HEAD)
+    assert not choice.rests(HEAD, 1)
+
+
+def test_texts_in_which_nothing_is_found_for_long_are_left_alone_for_a_while():
+    choice, looked = WidthChoice(DEPTHS), []
+    for step in range(60):
+        choice.begin()
+        if not choice.rests(TEXTS, 1):
+            looked.append(step)
+            choice.found_nothing(1)
+    assert looked[:8] == list(range(8)) and 8 < len(looked) < 20

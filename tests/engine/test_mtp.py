@@ -12,6 +12,7 @@ from lockstep.engine.mtp import Known, MtpDrafts
 from lockstep.engine.request import SamplingParams
 from lockstep.models.mtp import FEW_TOKENS, guessed_tokens
 from lockstep.ops.kv_cache import PAGE_TOKENS
+from lockstep.ops.linear import Linear
 from lockstep.runtime.executor import WeightStore
 from lockstep.serve.hub import resolve_model
 from lockstep.weights.checkpoint import open_checkpoint
@@ -239,8 +240,8 @@ def test_a_prediction_is_followed_although_the_head_was_better_before(engine):
     while made.has_work:
         made.step()
     for _ in range(50):  # others' predictions were wrong, and the head was right
-        made.drafter.note(first, Drafts([3] * 3, ["mtp"] * 3), 3)
-        made.drafter.note(first, Drafts([3] * 3, ["prediction"] * 3), 0)
+        made.drafter.note(first, Drafts([3] * 3, ["mtp"] * 3, ["mtp"] * 3), 3)
+        made.drafter.note(first, Drafts([3] * 3, ["prediction"] * 3, ["prediction 3"] * 3), 0)
     before = made.drafter.counts["mtp"].drafted[0], made.drafter.counts["prediction"].right[0]
     second = made.add(PROMPTS[1], params, prediction=first.output_ids)
     while made.has_work:
@@ -252,6 +253,19 @@ def test_a_prediction_is_followed_although_the_head_was_better_before(engine):
 
 def test_of_a_large_vocabulary_the_first_tokens_are_guessed():
     assert [guessed_tokens(n) for n in (4096, 2 * FEW_TOKENS, 151936)] == [4096, 2 * FEW_TOKENS, FEW_TOKENS]
+
+
+@pytest.mark.parametrize("weights, expected", [("f32", "q8_0"), ("bf16", "q8_0"), ("auto", "q8_0"), ("q4_0", "q4_0")])
+def test_a_head_is_multiplied_in_eight_bits_or_fewer(bundled, monkeypatch, weights, expected):
+    monkeypatch.setattr("lockstep.models.mtp.FEW_TOKENS", 1024)
+    made = load_model(bundled.checkpoint, WeightStore(), weights)
+    used = [op.weight for op in made.recorded_mtp.ops if isinstance(op, Linear)]
+    assert {weight.format for weight in used} == {expected}
+    logits = used[-1]
+    assert logits.shape == (1024, 256)
+    assert (logits.whole is not None) == (weights == expected)  # the model's own rows, or rows of their own
+    if logits.whole is None:
+        assert [part.shape for part in logits.parts] == [(1024, 256)] and len(logits.parts[0].data) == 1024
 
 
 def test_a_head_over_the_first_tokens_drafts_them(tmp_path, monkeypatch, alone):

@@ -1,0 +1,87 @@
+"""The step block of a runner with its arrays, and how they are written: through plain views of their memory, since for
+the few numbers of a small step each assignment to a NumPy array costs as much as all of this."""
+
+import struct
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lockstep.ops.sample import SAMPLING_RECORD
+from lockstep.runtime.step_block import StepBlock
+
+KINDS = {np.dtype(np.float32): "f", np.dtype(np.int32): "i", np.dtype(np.int64): "q"}
+NAMES = SAMPLING_RECORD.names or ()
+RECORD = struct.Struct("=" + "".join(KINDS[SAMPLING_RECORD[name]] for name in NAMES))
+BLANK = dict.fromkeys(NAMES, 0)
+assert RECORD.size == SAMPLING_RECORD.itemsize
+
+
+def write(view: memoryview, at: int, numbers: Sequence[int]) -> None:
+    """Writes numbers from one place of int32 memory on."""
+    view[at : at + len(numbers)] = array("i", numbers)
+
+
+def records_view(records: np.ndarray) -> memoryview:
+    """What `write_record` writes to: the memory of contiguous SAMPLING_RECORDs."""
+    return records.reshape(-1).view(np.uint8).data
+
+
+def write_record(view: memoryview, row: int, fields: Mapping[str, Any]) -> None:
+    """Makes a SAMPLING_RECORD of some of its fields; the others are 0."""
+    RECORD.pack_into(view, row * RECORD.size, *{**BLANK, **fields}.values())
+
+
+class StepArrays:
+    """A step block and the arrays that it points to. `ints` are their memory, flat, by name.
+
+    rows: the most rows, by letter. pages: of a request. given: arrays that are there already.
+    """
+
+    def __init__(self, rows: Mapping[str, int], pages: int, given: Mapping[str, np.ndarray] | None = None) -> None:
+        shapes = StepBlock.shapes(**rows, P=pages)
+        records, given = np.zeros(shapes.pop("sampling"), SAMPLING_RECORD), given or {}
+        made = {name: np.zeros(shape, np.int32) for name, shape in shapes.items() if name not in given}
+        self.arrays: dict[str, np.ndarray] = {"sampling": records, **made, **given}
+        self.block = StepBlock.made(**self.arrays, pages_per_request=pages)
+        self.ints = {name: self.arrays[name].reshape(-1).data for name in shapes}
+        self._records, self._words = records_view(self.arrays["sampling"]), self.block.data
+        self._number_of, self._pages_per_request = StepBlock.numbers(), pages
+        self._pages: dict[int, list[int]] = {}  # that were written last, by request of the step
+
+    @property
+    def records(self) -> np.ndarray:
+        """SAMPLING_RECORDs of the rows that sample."""
+        return self.arrays["sampling"]
+
+    def set_counts(self, **counts: int) -> None:
+        """Sets counts of the step."""
+        for name, count in counts.items():
+            self._words[self._number_of[name]] = count
+
+    def set_pages(self, s: int, pages: list[int]) -> None:
+        """Writes the pages of a request of the step."""
+        if self._pages.get(s) != pages:
+            write(self.ints["page_table"], s * self._pages_per_request, pages)
+            self._pages[s] = list(pages)
+
+    def set_record(self, row: int, fields: Mapping[str, Any]) -> None:
+        """Writes how a row samples."""
+        write_record(self._records, row, fields)
+
+    def set_tokens(self, s: int, at: int, token_ids: Sequence[int], start: int) -> None:
+        """Writes tokens of a request, which lie at positions from `start` on, to rows from `at` on."""
+        end = start + len(token_ids)
+        write(self.ints["token_ids"], at, token_ids)
+        write(self.ints["position"], at, range(start, end))
+        self.ints["context_len"][s] = end
+
+    def lay_out(self, counts: Sequence[int]) -> None:
+        """Writes which rows are whose: so many of each request."""
+        at = 0
+        for s, count in enumerate(counts):
+            write(self.ints["request"], at, (s,) * count)
+            at += count
+            self.ints["query_start"][s + 1] = at
+        self.set_counts(num_tokens=at, num_requests=len(counts))

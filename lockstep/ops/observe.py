@@ -37,8 +37,8 @@ class Observe(Operands):
     """Counts x's numbers, head h being head_width columns from column + h * stride on.
 
     counters: int32 words, [copies, num_heads, WORDS], to which numbers are added until a reader clears them, see
-    `cleared`. A thread adds to a copy of its own; where there are fewer copies, only so many threads work. seen_only:
-    columns are keys, by position, of which only those up to the row's own are there.
+    `cleared`. A thread adds to a copy of its own; where there are fewer copies, only so many threads work. seen_only
+    and additive: as `FakeQuant` has them.
     """
 
     rules = (

@@ -51,7 +51,7 @@ def _of_head(stat: Stat, head: int, row: np.ndarray) -> Figures:
     points, weights = stat.points(head)
     rounded = points.copy()
     grids.quantize_row(rounded, row)
-    x = points.astype(np.float64)
+    x, weights = points.astype(np.float64), weights.astype(np.float64)
     noise, signal = _sum(weights * (x - rounded) ** 2), _sum(weights * x * x)
     counts, ends = stat.bins(head)[2], points.reshape(-1, POINTS)[:, [0, -1]].T
     first, last = (_index(np.ascontiguousarray(end), row) for end in ends)

@@ -14,7 +14,8 @@ import numpy as np
 from lockstep.ops import observe
 from lockstep.ops.grids import HIGH, INVERSE, SCALE, SMALLEST_SCALE, ZERO_POINT
 from lockstep.ops.observe import BINS, COUNT, FIRST_BIN, HISTOGRAM, MAXIMUM, MINIMUM, NOT_FINITE, SHIFT, WORDS
-from lockstep.ptq.ranges import search_range, set_range
+from lockstep.ptq.ranges import set_range
+from lockstep.ptq.ranges_cpu import search_range
 from lockstep.ptq.spec import MINMAX, MSE, Spec
 
 POINTS = 8  # that stand for the numbers of a bin where errors are summed up
@@ -131,7 +132,7 @@ class Stat:
             set_range(row, low, high)
         elif spec.observer == MSE:
             points, weights = self.points(head)
-            search_range(row, low, high, points, weights)
+            search_range(row, low, high, points.ctypes.data, weights.ctypes.data, points.size)
         else:
             set_range(row, *self._tails(head, spec))
         if not np.isfinite(row).all():
@@ -184,11 +185,11 @@ class Stat:
         return float(left[bin] + (right[bin] - left[bin]) * min(inside, 1.0))
 
     def points(self, head: int) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers that stand for all, POINTS for each bin, float32, and how many each stands for, float64."""
+        """Numbers that stand for all, POINTS for each bin, and how many each stands for: float32."""
         left, right, counts = self.bins(head)
         inside = (np.arange(POINTS) + 0.5) / POINTS
         points = left[:, None] + (right - left)[:, None] * inside
-        return points.astype(np.float32).ravel(), np.repeat(counts / POINTS, POINTS)
+        return points.astype(np.float32).ravel(), np.repeat((counts / POINTS).astype(np.float32), POINTS)
 
 
 def _fit_constant(row: np.ndarray, value: np.float32) -> None:

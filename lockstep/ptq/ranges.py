@@ -1,4 +1,4 @@
-"""From a range of numbers to a grid: scale and zero point, and the search for the range that loses least."""
+"""From a range of numbers to a grid: scale and zero point, and what is lost by rounding. The definitions."""
 
 import numpy as np
 
@@ -20,14 +20,11 @@ from lockstep.ops.grids import (
     quantize_row,
     symmetric_scale,
 )
+from lockstep.ops.reduce import tree_sum
 from lockstep.runtime.kernel import definition
-from lockstep.runtime.simd import maximum, minimum
+from lockstep.runtime.simd import fma, maximum, minimum
 
 NVFP4_LARGEST = E2M1_LARGEST * E4M3_LARGEST
-NUM_FACTORS = 80  # 1.00, 0.99 .. 0.21 of the range of all numbers
-HUNDRED = np.float32(100)
-NEVER_LESS = np.inf
-CHECKED = 64  # numbers that are summed up before a look whether the sum is too large already
 
 
 @definition
@@ -47,33 +44,16 @@ def set_range(g, lowest, highest):
 
 
 @definition
-def squared_error(x, weights, g, rounded, limit):
-    """Sum of weights * (x - x rounded to g)**2, or any number above `limit` once the sum is above it.
+def squared_error(x, weights, g, unit):
+    """The sum of weights * (x - x rounded to g)**2, in units of 1 / unit**2.
 
-    Shapes: x float32 and weights float64, of one length; rounded float32 [CHECKED], scratch. Order: ascending, float64.
+    Shapes: x, weights: float32 [n]; g: a grid of kind INTEGER or FLOAT. Order: u = (x - rounded) * unit, then
+      lane i % 16 = fma(weight * u, u, lane) over i ascending, then the lanes by `tree_sum`. No lane ever becomes less,
+      so that a sum of the first numbers is a lower bound of the sum of all.
     """
-    total = 0.0
-    for start in range(0, x.size, CHECKED):
-        size = min(CHECKED, x.size - start)
-        rounded[:size] = x[start : start + size]
-        quantize_row(rounded[:size], g)
-        for i in range(size):
-            error = np.float64(x[start + i]) - np.float64(rounded[i])
-            total += weights[start + i] * (error * error)
-        if total > limit:
-            break
-    return total
-
-
-@definition
-def search_range(g, lowest, highest, x, weights):
-    """Gives a grid of no blocks the range, a hundredth after another smaller than lowest .. highest, with the least
-    squared error; of several such the widest. See `set_range` and `squared_error`."""
-    least, best, rounded = NEVER_LESS, ONE, np.empty(CHECKED, np.float32)
-    for i in range(NUM_FACTORS):
-        factor = np.float32(100 - i) / HUNDRED
-        set_range(g, lowest * factor, highest * factor)
-        error = squared_error(x, weights, g, rounded, least)
-        if error < least:
-            least, best = error, factor
-    set_range(g, lowest * best, highest * best)
+    rounded, lane = x.copy(), np.zeros(16, np.float32)
+    quantize_row(rounded, g)
+    for i in range(x.size):
+        u = (x[i] - rounded[i]) * unit
+        lane[i % 16] = fma(weights[i] * u, u, lane[i % 16])
+    return tree_sum(lane)

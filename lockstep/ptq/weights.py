@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from lockstep.ops.grids import HIGH, INVERSE, LOW, SCALE, ZERO_POINT, quantize_row
-from lockstep.ptq.ranges import search_range, set_range
+from lockstep.ptq.ranges import set_range
+from lockstep.ptq.ranges_cpu import search_range
 from lockstep.ptq.spec import MSE, Spec
 from lockstep.runtime.kernel import native
 from lockstep.weights import q4_0, q8_0
@@ -94,11 +95,9 @@ def _fold_rows(values: np.ndarray, spec: Spec, name: str) -> Folded:
 @native
 def _find_ranges(rows, found, is_searched):
     """Gives each row of float32 [n, width] the grid of the same number, [n, 8], that fits it."""
-    width = rows.shape[1]
-    ones = np.ones(width)
     for i in range(rows.shape[0]):
         if is_searched:
-            search_range(found[i], rows[i].min(), rows[i].max(), rows[i], ones)
+            search_range(found[i], rows[i].min(), rows[i].max(), rows[i].ctypes.data, 0, rows.shape[1])
         else:
             set_range(found[i], rows[i].min(), rows[i].max())
 

@@ -9,7 +9,6 @@ from lockstep.ops.observe import COUNT, TOO_MANY, cleared
 from lockstep.ptq import ranges
 from lockstep.ptq.observers import Stat
 from lockstep.ptq.spec import GRIDS, Spec
-from lockstep.runtime.kernel import interpreted
 
 RNG = np.random.default_rng(9)
 
@@ -160,15 +159,6 @@ def test_mse_is_the_best_of_all_factors(text):
     best = min(error(np.float32((100 - i) / 100)) for i in range(80))
     assert found <= 1.05 * best  # numbers of a bin are taken as evenly spread
     assert found < 0.9 * error(np.float32(1)) or text == "i8:mse"
-
-
-def test_ranges_have_the_same_bits_interpreted():
-    x, weights = X[0, :40].copy(), np.arange(1.0, 41.0)
-    for text in ("i4", "u4", "fp8", "nvfp4"):
-        compiled, plain = GRIDS[text].row(), GRIDS[text].row()
-        ranges.search_range(compiled, x.min(), x.max(), x, weights)
-        interpreted(ranges.search_range)(plain, x.min(), x.max(), x, weights)
-        np.testing.assert_array_equal(compiled, plain)
 
 
 def test_what_was_not_seen_or_is_not_finite_is_named():

@@ -1,0 +1,84 @@
+"""The search for the range of numbers that loses least: up to eighty times the work of rounding."""
+
+import numpy as np
+from numba import float32
+
+from lockstep.ops.grids import (
+    EMAX,
+    EMIN,
+    HIGH,
+    INFINITY,
+    INTEGER,
+    INVERSE,
+    KIND,
+    LARGEST,
+    LOW,
+    MANTISSA,
+    ONE,
+    SCALE,
+    ZERO,
+    ZERO_POINT,
+    on_floats,
+    on_integers,
+)
+from lockstep.ptq.ranges import set_range
+from lockstep.runtime.kernel import inlined, native
+from lockstep.runtime.machine import stack_memory
+from lockstep.runtime.simd import fma, lanes, load, peek, poke, store, sum_lanes
+
+NUM_FACTORS = 80  # 1.00, 0.99 .. 0.21 of the range of all numbers
+HUNDRED = np.float32(100)
+CHECKED = 16  # times sixteen numbers are summed up before a look whether the sum is too large already
+
+
+@inlined
+def rounded(x, g):
+    """x, lanes or one number, on a grid of kind INTEGER or FLOAT."""
+    if g[KIND] == INTEGER:
+        return on_integers(x, g[SCALE], g[INVERSE], g[ZERO_POINT], g[LOW], g[HIGH])
+    return on_floats(x * g[INVERSE], g[MANTISSA], g[EMIN], g[EMAX], g[LARGEST]) * g[SCALE]
+
+
+@inlined
+def last_errors(x, weights, first, count, g, unit, total):
+    """The sum of sixteen lanes and the squared errors of numbers first .. count, fewer than sixteen."""
+    memory = stack_memory(64)
+    store(memory, total)
+    for i in range(first, count):
+        v = peek(x + 4 * i, float32)
+        u, at = (v - rounded(v, g)) * unit, memory + 4 * (i - first)
+        poke(at, fma((peek(weights + 4 * i, float32) if weights != 0 else ONE) * u, u, peek(at, float32)))
+    return sum_lanes(load(memory))
+
+
+@native
+def squared_error(x, weights, count, g, unit, limit):
+    """`ranges.squared_error` of so many float32 at addresses, or any number above `limit` if it is above that.
+
+    weights: 0 stands for ones.
+    """
+    total, whole = lanes(ZERO), count - count % 16
+    for start in range(0, whole, 16 * CHECKED):
+        for i in range(4 * start, 4 * min(start + 16 * CHECKED, whole), 64):
+            v = load(x + i)
+            u = (v - rounded(v, g)) * unit
+            total = fma(load(weights + i) * u if weights != 0 else u, u, total)
+        if sum_lanes(total) > limit:
+            return INFINITY
+    return last_errors(x, weights, whole, count, g, unit, total)
+
+
+@native
+def search_range(g, lowest, highest, x, weights, count):
+    """Gives a grid of kind INTEGER or FLOAT the range, a hundredth after another smaller than lowest .. highest, with
+    the least squared error of so many float32 at x; of several such the widest. weights: as `squared_error` has them.
+    """
+    set_range(g, lowest, highest)
+    unit, least, best = g[INVERSE], INFINITY, ONE
+    for i in range(NUM_FACTORS):
+        factor = np.float32(100 - i) / HUNDRED
+        set_range(g, lowest * factor, highest * factor)
+        error = squared_error(x, weights, count, g, unit, least)
+        if error < least:
+            least, best = error, factor
+    set_range(g, lowest * best, highest * best)

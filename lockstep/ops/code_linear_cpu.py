@@ -9,26 +9,27 @@ from numba import int32, int64
 from lockstep.ops.code_linear import CodeLinear
 from lockstep.ops.code_rows import TAIL_PLANES, code_bytes, plane_bytes
 from lockstep.ops.code_weights import PANELS
-from lockstep.ops.linear_cpu import COLS, MAX_ROWS, claim_size, merged, output_at, rows_at_once
+from lockstep.ops.linear_cpu import ALL_PANELS, COLS, MAX_ROWS, claim_size, merged, output_at, rows_at_once
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import inlined, kernel
 from lockstep.runtime.machine import fetch_add
 from lockstep.runtime.simd import peek
 from lockstep.runtime.step import COUNTER, num_rows
 from lockstep.runtime.tiles_codes import code_tile
-from lockstep.runtime.tiles_linear import Output, Panels, Rows
+from lockstep.runtime.tiles_linear import Ahead, Output, Panels, Rows
 
 WORD_BYTES = 256  # of a panel: what its features have beside codes
 
 
 @merged
-def tiles(planes, x, w, out, left):
-    """COLS panels by `left` rows, in tiles of nearly equal height."""
+def tiles(planes, x, w, out, ahead, left):
+    """COLS panels by `left` rows, in tiles of nearly equal height; the first one brings what comes next near."""
     while left > 0:
         count = (left + MAX_ROWS - 1) // MAX_ROWS
         rows = (left + count - 1) // count
-        code_tile(planes, ((1, MAX_ROWS), COLS), rows, x, w, out)
+        code_tile(planes, ((1, MAX_ROWS), COLS), rows, x, w, out, ahead)
         left, x, out = left - rows, Rows(x.address + rows * x.stride, x.stride), below(out, rows)
+        ahead = Ahead(ahead.codes, ahead.scales, 0)
 
 
 @inlined
@@ -46,8 +47,9 @@ def sweep(planes, a, num_rows, first, last):
     for t in range(0, num_rows, at_once):
         for p in range(first, last, COLS):
             w = Panels(a.weight.codes + 16 * K * p, 16 * K, a.weight.d + WORD_BYTES * p, WORD_BYTES, K)
-            out = output_at(a, t, p, num_panels, 0, True)
-            tiles(planes, Rows(a.x + row * t, row), w, out, min(at_once, num_rows - t))
+            out, x = output_at(a, t, p, num_panels, 0, True), Rows(a.x + row * t, row)
+            ahead = Ahead(w.codes + 16 * K * COLS, w.scales, ALL_PANELS)
+            tiles(planes, x, w, out, ahead, min(at_once, num_rows - t))
 
 
 @kernel

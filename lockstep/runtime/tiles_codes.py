@@ -12,10 +12,10 @@ from lockstep.runtime import targets
 from lockstep.runtime.emit import moved, pinned, read, spread, spread4, vector
 from lockstep.runtime.simd import F32, I32, I64, LANES, constant, primitive
 from lockstep.runtime.tiles_dots import WIDE, absolute, maddubs, pair_sums
-from lockstep.runtime.tiles_linear import Site, fields, finish, lanes_of
+from lockstep.runtime.tiles_linear import Site, fields, finish, lanes_of, look_ahead
 
 BLOCK, PANEL_BYTES = 32, 512  # k of a turn of the loop, and bytes that they take in a panel
-NARROW_SUMS = 12  # vectors of sums that registers of eight lanes hold
+NARROW_SUMS = 6  # vectors of sums that registers of eight lanes hold
 F64 = ir.DoubleType()
 
 
@@ -113,11 +113,11 @@ def _exact_of_two(s, acc, r, c):
 
 
 @primitive()
-def code_tile(context, planes, shape, num_rows, x, w, out):
+def code_tile(context, planes, shape, num_rows, x, w, out, ahead):
     """out = x W^T (+ residual) for num_rows rows by a number of panels, over all of K.
 
     planes: a literal, 1 or 2. shape: literals: (fewest, most) rows, panels. x: `tiles_linear.Rows` of codes. w:
-    `tiles_linear.Panels`, K that of a plane. out: `tiles_linear.Output`.
+    `tiles_linear.Panels`, K that of a plane. out: `tiles_linear.Output`. ahead: `tiles_linear.Ahead`.
     """
     fewest, most = (n.literal_value for n in shape[0])
 
@@ -133,15 +133,16 @@ def code_tile(context, planes, shape, num_rows, x, w, out):
         b.position_at_start(end)
         return ctx.get_dummy_value()
 
-    return types.void(planes, shape, types.int64, x, w, out), codegen
+    return types.void(planes, shape, types.int64, x, w, out, ahead), codegen
 
 
 def _tile(b, magic, planes, height, panels, operands):
     """All columns at once in registers of sixteen lanes; as many as fit in those of eight."""
-    x, w, out = operands
+    x, w, out, ahead = operands
     lanes = lanes_of("codes", targets.int_dot(magic))
     columns = [(p, first) for p in panels for first in range(0, LANES, lanes)]
     at_once = len(columns) if lanes == LANES else max(1, NARROW_SUMS // (height * planes))
     for start in range(0, len(columns), at_once):
         s = CodeSite(b, magic, height, columns[start : start + at_once], lanes, x, w, planes=planes)
+        look_ahead(s, w, ahead)
         finish(s, scaled(s, sums(s)), out)

@@ -1,5 +1,5 @@
 """What the self-check asks of ops that no made-up model has: gated delta rules over drafts, block-diagonal layers,
-and tensors side by side.
+layers in integer arithmetic, and tensors side by side.
 
 The ops work on rows of a table. Caches are looked at, too: what a step records of its drafts shows in a later one.
 """
@@ -17,9 +17,13 @@ from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.engine.selfcheck_sampling import ProbeModel
 from lockstep.engine.selfcheck_weights import constant, rows_of, stored
 from lockstep.ops.add import Add
+from lockstep.ops.code_linear import CodeLinear
+from lockstep.ops.code_rows import CodeRows, row_width
+from lockstep.ops.code_weights import code_tensor, code_weight
 from lockstep.ops.concat import Concat
 from lockstep.ops.gated_delta import DeltaInputs, GatedDelta
 from lockstep.ops.gated_delta_verify import DeltaInputsVerify, GatedDeltaVerify
+from lockstep.ops.grids import INTEGER
 from lockstep.ops.grouped_linear import GroupedLinear
 from lockstep.ops.linear import PREPARATION
 from lockstep.ops.rewrite import fuse, lower, verifying
@@ -27,7 +31,7 @@ from lockstep.ops.select_rows import SelectRows, selected_rows
 from lockstep.runtime.backend import OpTable
 from lockstep.runtime.kernel import OnCompile
 from lockstep.runtime.operands import Operands
-from lockstep.runtime.program import Program, Tensor, Weight
+from lockstep.runtime.program import Program, Setting, Tensor, Weight
 from lockstep.runtime.threads import Team
 
 ROWS, MOST_DRAFTS = 64, 3  # of a step; of a request in a step
@@ -108,6 +112,25 @@ def concat_program() -> Program:
     return _ended(program, program.emit(Concat(out=program.tensor("concat", "T", 64), **tensors, **widths)))
 
 
+def integer_program() -> Program:
+    """Two layers in integer arithmetic, on rows of codes in one plane and in two."""
+    K, N, ends = 256, 48, {"u8": (0, 255), "i16": (-32768, 32767)}
+    values = np.random.RandomState(8).randint(-4096, 4096, (2 * ROWS, K)) * np.float32(2.0**-11)
+    program, outs, draw = Program(), [], np.random.RandomState(9).randint
+    x = rows_of(program, "integers.rows", values.astype(np.float32))
+    for name, (low, high) in ends.items():
+        scale, zero = np.float32(4 / (high - low)), (low + high) // 2
+        grid = np.array([[INTEGER, scale, np.float32(1) / scale, zero, low, high, 0, 0]], np.float32)
+        coded = program.tensor(f"{name}.codes", "T", row_width(K), "i8")
+        program.emit(CodeRows(out=coded, x=x, grid=Setting(name, grid), width=K))
+        codes, scales = draw(0, 256, (N, K)), (draw(1, 256, N) * np.float32(2.0**-16)).astype(np.float32)
+        weight = code_weight(f"integers.{name}", code_tensor(name, codes, scales, draw(0, 256, N)))
+        out, sizes = program.tensor(name, "T", N), dict(in_features=K, out_features=N, width=N, column=0)
+        outs.append(program.emit(CodeLinear(out=out, x=coded, weight=weight, **sizes)))
+    both = Add(out=program.tensor("both", "T", N), x=outs[0], y=outs[1], width=N)
+    return _ended(program, program.emit(both))
+
+
 def _ended(program: Program, rows: Tensor) -> Program:
     """The program with a choice of tokens at its end, which every Runner wants."""
     logits = program.tensor("logits", "R", rows.width)
@@ -123,17 +146,19 @@ def grouped_probe(format: str) -> OpProbe:
 
 
 CONCAT = OpProbe("concat", concat_program, ROW_STEPS, (Concat,))
+INTEGERS = OpProbe("integers", integer_program, ROW_STEPS, (CodeRows, CodeLinear))
 DRAFTS = OpProbe("drafts", drafts_program, DRAFT_STEPS, (DeltaInputsVerify, GatedDeltaVerify))
+PLAIN = (DRAFTS, CONCAT, INTEGERS)  # of one form each
 
 
 def all_probes() -> list[OpProbe]:
     """Every probe that a program may want."""
-    return [DRAFTS, CONCAT, *map(grouped_probe, PREPARATION)]
+    return [*PLAIN, *map(grouped_probe, PREPARATION)]
 
 
 def probes(program: Program) -> list[OpProbe]:
     """The probes of ops that a program has."""
-    plain = [probe for probe in (DRAFTS, CONCAT) if any(isinstance(op, probe.kinds) for op in program.ops)]
+    plain = [probe for probe in PLAIN if any(isinstance(op, probe.kinds) for op in program.ops)]
     formats = {op.weight.format for op in program.ops if isinstance(op, GroupedLinear)}
     return plain + [grouped_probe(format) for format in PREPARATION if format in formats]
 

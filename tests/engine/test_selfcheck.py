@@ -103,13 +103,15 @@ def test_models_in_formats_of_gguf_files_can_be_checked(family, weights):
 
 
 @pytest.mark.parametrize(
-    "probe", [selfcheck_ops.DRAFTS, *map(selfcheck_ops.grouped_probe, ("q8_0", "q4_k", "bf16"))], ids=str
+    "probe",
+    [selfcheck_ops.DRAFTS, selfcheck_ops.INTEGERS, *map(selfcheck_ops.grouped_probe, ("q8_0", "q4_k", "bf16"))],
+    ids=str,
 )
 def test_a_wrong_bit_in_an_op_that_no_made_up_model_has_is_refused(probe):
     made = selfcheck_ops.probe_model(probe, TABLE, True).program
     selfcheck.check(made, TABLE)
     written = places(made, lambda op: (*op.shared, *op.caches) if isinstance(op, probe.kinds) else ())
-    assert len(written) == (6 if probe is selfcheck_ops.DRAFTS else 1)
+    assert len(written) == {"drafts": 6, "integers": 2}.get(probe.name, 1)
     for kind, _, word in written:
         said = rf"op {kind} gives other bits.*of probe {probe}: expected .*`--op {kind.removesuffix('_verify')}=ref"
         with pytest.raises(UnfitMachine, match=said):
@@ -127,6 +129,6 @@ def test_the_recorded_digests_are_those_of_the_definitions():
     golden = json.loads(selfcheck.GOLDEN.read_text())
     for probe in (selfcheck.Probe("qwen2", "f32", "f32"), selfcheck.Probe("qwen3_5", "q8_0", "q8")):
         assert recorded(probe) == golden[str(probe)]
-    for probe in (selfcheck_ops.DRAFTS, selfcheck_ops.grouped_probe("q4_0")):
+    for probe in (selfcheck_ops.DRAFTS, selfcheck_ops.INTEGERS, selfcheck_ops.grouped_probe("q4_0")):
         assert recorded_ops(probe) == golden[str(probe)]
     assert recorded_sampling() == golden[selfcheck_sampling.NAME]

@@ -27,7 +27,7 @@ def lower(program: Program) -> Program:
     """Every linear layer takes the format of its weight, and prepared rows; rows prepared alike are prepared once."""
     ops, prepared = [], {}
     for op in program.ops:
-        if isinstance(op, (Linear, Score)):
+        if isinstance(op, (Linear, Score)) and op.weight.format in PREPARATION:
             rows = {name: getattr(op, name) for name in op.multiplied if getattr(op, name) is not None}
             for name, x in rows.items():
                 kind = PREPARATION[getattr(op, op.multiplied[name]).format]

@@ -2,25 +2,32 @@
 
     logits[t] = W x[t]        base[t] = W0 x0[t]        both [vocab_size], and neither is ever in memory as a whole
 
-Every logit is what `ops/linear.py` defines, and log-probabilities are what `ops/sample.py` reports: the negative
-log-likelihood of a token is the engine's own log-probability of it, bit for bit, with the other sign.
+Every logit is what `ops/linear.py` defines (`ops/code_linear.py` for a head of codes), and log-probabilities are what
+`ops/sample.py` reports: the negative log-likelihood of a token is the engine's own log-probability of it, bit for bit,
+with the other sign. Logits may pass a grid before they are scored; those of the base never do.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import numpy as np
-from numba import carray, float32, int32
+from numba import carray, float32, int32, int64
 
 from lockstep.ops.activations import check_rows
-from lockstep.ops.linear import FORMATS, PREPARATION, PRODUCTS
+from lockstep.ops.code_linear import centered_row, code_dot, scaled
+from lockstep.ops.code_rows import check_codes, code_bytes, tail_of
+from lockstep.ops.code_weights import FORMAT as CODES
+from lockstep.ops.code_weights import ROWS
+from lockstep.ops.grids import GRID_WORDS, KIND, ROW_ASYMMETRIC, ROW_SYMMETRIC, quantize_row
+from lockstep.ops.linear import FORMATS, PREPARATION, PRODUCTS, codes_at, floats_at, row_dot_f32
 from lockstep.ops.math import exp
 from lockstep.ops.reduce import tree_sum
 from lockstep.ops.sample import CHUNK, UNKNOWN, argmax, is_sound, log_normalizer, maximum_of
-from lockstep.runtime.backend import Implementation
-from lockstep.runtime.kernel import definition, inlined, variant
+from lockstep.runtime.backend import Implementation, Layout
+from lockstep.runtime.kernel import Kernel, definition, inlined, variant
 from lockstep.runtime.machine import float_array
-from lockstep.runtime.operands import Operands, output, packed, rows
-from lockstep.runtime.program import Tensor, Weight
+from lockstep.runtime.operands import Operands, output, packed, rows, setting
+from lockstep.runtime.program import Setting, Tensor, Weight
 from lockstep.runtime.simd import fma, peek
 from lockstep.runtime.step import num_rows
 from lockstep.weights.tensor import BLOCK_FORMATS
@@ -39,12 +46,14 @@ class Score(Operands):
     """out = for each row what `scores` says of its logits, W x, and of base logits, W0 x0.
 
     out: float32 [rows, 8]. x, base_x: rows of in_features values, as of `Linear`: float32 as recorded, prepared for the
-    weight once lowered. weight, base_weight [vocab_size, in_features]: heads, which may be one. target: the token that
-    follows a row, -1 for none. base_x and base_weight are given both or neither.
+    weight once lowered, or rows of codes for a head of codes. weight, base_weight [vocab_size, in_features]: heads,
+    which may be one; that of the base has the same format, or is f32, which base_f32 says. target: the token that
+    follows a row, -1 for none. base_x and base_weight are given both or neither. grid: what logits W x are rounded to;
+    one with a scale for each row of logits, which are never there as a whole, makes them NaN.
     """
 
     group = "linear"
-    rules = (f"0 < vocab_size <= {MOST_TOKENS}",)
+    rules = ("0 < in_features", f"0 < vocab_size <= {MOST_TOKENS}")
     multiplied: ClassVar[dict[str, str]] = {"x": "weight", "base_x": "base_weight"}
     out: Tensor = output(f"{NUM_SCORES}")
     scratch: Tensor = output("scratch_width", scratch=True)
@@ -53,14 +62,17 @@ class Score(Operands):
     target: Tensor = rows("1", dtype="i32")
     base_x: Tensor | None = rows(dtype=None, optional=True)
     base_weight: Weight | None = packed("vocab_size, in_features", optional=True)
+    grid: Setting | None = setting(f"1, {GRID_WORDS}", optional=True)
     in_features: int
     vocab_size: int
     scratch_width: int
+    base_f32: bool = False
     format: str = ""
 
     @property
     def kind(self) -> str:
-        return f"{self.name()}_{self.format}" if self.format else self.name()
+        kind = f"{self.name()}_{self.format}" if self.format else self.name()
+        return f"{kind}_base_f32" if self.base_f32 else kind
 
     def flops(self, context: int) -> int:
         return 2 * self.in_features * self.vocab_size * (1 if self.base_x is None else 2)
@@ -70,20 +82,29 @@ class Score(Operands):
             raise ValueError("Score: base_x and base_weight are given both or neither")
         if self.format not in ("", self.weight.format):
             raise ValueError(f"Score: format is {self.format!r}, expected that of the weight, {self.weight.format!r}")
+        self._check_base()
         for x, weight in self.multiplied.items():
             if getattr(self, x) is not None:
-                self._check_head(x, getattr(self, weight))
+                self._check_rows_of(x, getattr(self, weight).format)
         if self.scratch_width != scratch_width(self.vocab_size):
             expected = f"{scratch_width(self.vocab_size)} for {self.vocab_size} tokens"
             raise ValueError(f"Score: scratch_width is {self.scratch_width}, expected {expected}")
 
-    def _check_head(self, x: str, weight: Weight) -> None:
-        if weight.format != self.weight.format:
-            raise ValueError(f"Score: the base's weight is {weight.format}, expected {self.weight.format} as the other")
-        check_rows(self, x, PREPARATION[self.format] if self.format else "", self.in_features)
-        block = BLOCK_FORMATS[weight.format].BLOCK_SIZE if weight.format in BLOCK_FORMATS else 1
-        if not 0 < self.in_features or self.in_features % block:
-            raise ValueError(f"Score: in_features is {self.in_features}, expected a positive multiple of {block}")
+    def _check_base(self) -> None:
+        format, base = self.weight.format, self.base_weight.format if self.base_weight else self.weight.format
+        if base not in (format, "f32"):
+            raise ValueError(f"Score: the base's head is {base}, expected f32 or {format} as the other")
+        if self.base_f32 != (base != format):
+            raise ValueError(f"Score: base_f32 is {self.base_f32} for a base's head in {base} beside one in {format}")
+
+    def _check_rows_of(self, x: str, format: str) -> None:
+        if format == CODES:
+            check_codes(self, x, self.in_features)
+            return
+        check_rows(self, x, PREPARATION[format] if self.format else "", self.in_features)
+        block = BLOCK_FORMATS[format].BLOCK_SIZE if format in BLOCK_FORMATS else 1
+        if self.in_features % block:
+            raise ValueError(f"Score: in_features is {self.in_features}, expected a multiple of {block} for {format}")
 
 
 def num_chunks(vocabulary: int) -> int:
@@ -204,25 +225,70 @@ def divergence(mean, largest, log_total, base_largest, base_log_total):
     return kl if kl == kl else UNKNOWN
 
 
+@definition
+def round_logits(logits_V, grid):
+    """Rounds a row of logits to a grid [GRID_WORDS]; to one whose scale the row would make, to NaN."""
+    kind = int(grid[KIND])
+    if kind == ROW_SYMMETRIC or kind == ROW_ASYMMETRIC:
+        logits_V[:] = UNKNOWN
+    else:
+        quantize_row(logits_V, grid)
+
+
+@definition
+def f32_logits(x_K, head, logits_V):
+    """Writes a row's logits by a float32 head."""
+    for n in range(logits_V.size):
+        logits_V[n] = row_dot_f32(x_K, head, n, x_K.size)
+
+
+@inlined
+def code_row(row, K):
+    """What a row of codes is to `row_dot_codes`: its codes less their zero point, and its scale."""
+    return centered_row(row, K), tail_of(row, K)[0]
+
+
+@inlined
+def row_dot_codes(x, w, n, K):
+    acc = code_dot(x[0], codes_at(w.codes, n, K), int64(peek(w.m + 4 * n, int32)))
+    return scaled(acc, x[1], floats_at(w.d, n, 1)[0])
+
+
 def _score(op, step, thread, num_threads):
     """Rows are dealt to threads in turn."""
     a = Score.read(op)
-    logits_V, base_V = np.empty(a.vocab_size, np.float32), np.empty(a.vocab_size if a.base_x else 0, np.float32)
+    V, K = a.vocab_size, a.in_features
+    logits_V, base_V = np.empty(V, np.float32), np.empty(V if a.base_x else 0, np.float32)
     for t in range(thread, num_rows(op, step), num_threads):
-        x = READ(a.x + ROW_BYTES(a.in_features) * t, a.in_features)
-        for n in range(a.vocab_size):
-            logits_V[n] = DOT(x, a.weight, n, a.in_features)
-        if a.base_x:
-            x = READ(a.base_x + ROW_BYTES(a.in_features) * t, a.in_features)
-            for n in range(a.vocab_size):
-                base_V[n] = DOT(x, a.base_weight, n, a.in_features)
+        x = READ(a.x + ROW_BYTES(K) * t, K)
+        for n in range(V):
+            logits_V[n] = DOT(x, a.weight, n, K)
+        if a.grid:
+            round_logits(logits_V, carray(float_array(a.grid), (GRID_WORDS,)))
+        if a.base_f32:
+            f32_logits(floats_at(a.base_x, t, K), a.base_weight, base_V)
+        elif a.base_x:
+            x = READ(a.base_x + ROW_BYTES(K) * t, K)
+            for n in range(V):
+                base_V[n] = DOT(x, a.base_weight, n, K)
         out = carray(float_array(a.out + 4 * NUM_SCORES * t), (NUM_SCORES,))
-        scores(logits_V, base_V, int32(peek(a.target + 4 * t, int32)), out)
+        scores(logits_V, base_V, int64(peek(a.target + 4 * t, int32)), out)
 
 
-for _name, _constants in PRODUCTS.items():
+def implementations(kernels: Mapping[str, Kernel], layouts: Mapping[str, Layout]) -> dict[str, Implementation]:
+    """An op table: of heads of each format, whose base has the same or is f32. By formats."""
+    made = {f"score_{format}": Implementation(kernel, layouts[format]) for format, kernel in kernels.items()}
+    for format in kernels.keys() - {"f32"}:
+        plain = Implementation(kernels[format], layouts[format], layouts={"base_weight": layouts["f32"]})
+        made[f"score_{format}_base_f32"] = plain
+    return made
+
+
+_CODES = dict(READ=code_row, ROW_BYTES=code_bytes, DOT=row_dot_codes)
+for _name, _constants in {**PRODUCTS, CODES: _CODES}.items():
     globals()[f"_score_{_name}"] = variant(_score, f"_score_{_name}", **_constants)
-REFERENCE = {
-    f"score_{format}": Implementation(globals()[f"_score_{product}"], layout)
-    for format, (product, layout) in FORMATS.items()
-}
+_PRODUCT_AND_LAYOUT = {**FORMATS, CODES: (CODES, ROWS)}
+REFERENCE = implementations(
+    {format: globals()[f"_score_{product}"] for format, (product, _) in _PRODUCT_AND_LAYOUT.items()},
+    {format: layout for format, (_, layout) in _PRODUCT_AND_LAYOUT.items()},
+)

@@ -12,7 +12,13 @@ from typing import NamedTuple
 import numpy as np
 from numba import float32, int32, int64
 
-from lockstep.ops.activations import NATIVE_BF16
+from lockstep.ops.activations import NATIVE_BF16, f32_bytes
+from lockstep.ops.code_linear_cpu import sweep
+from lockstep.ops.code_rows import TAIL_PLANES, code_bytes, plane_bytes
+from lockstep.ops.code_weights import FORMAT as CODES
+from lockstep.ops.code_weights import PANELS
+from lockstep.ops.grids import KIND, ROW_ASYMMETRIC, ROW_SYMMETRIC
+from lockstep.ops.grids_cpu import quantize_row
 from lockstep.ops.linear_cpu import (
     FORMATS,
     MAX_ROWS,
@@ -45,9 +51,9 @@ from lockstep.ops.score import (
     Score,
     difference,
     divergence,
+    implementations,
     nll_of,
 )
-from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import inlined, separate, variant
 from lockstep.runtime.machine import (
     FLUSH,
@@ -83,9 +89,9 @@ DONE = 1 << 32  # what a thread without work adds to the counter, which counts c
 SIXTEEN, FAR = np.float32(16), np.float32(CHUNK)
 # words of a chunk in a row's scratch
 HIGHEST, FIRST, SUM, BASE_HIGHEST, BASE_FIRST, BASE_SUM, CROSS = range(CHUNK_WORDS)
-FORMAT = BLOCK = PANEL_BYTES = ROW_BYTES = FEW = None  # of a variant, see `linear_cpu`
+FEW_ROWS = 2  # share a panel at a time, as in `linear_cpu`, but in all formats: more rows are the rule here
+FORMAT = BLOCK = PANEL_BYTES = ROW_BYTES = None  # of a variant, see `linear_cpu`
 MULTIPLY = None  # of a variant: what makes the logits of a claim
-BF16_FEW = constants("bf16")["FEW"]
 
 
 class Head(NamedTuple):
@@ -94,10 +100,21 @@ class Head(NamedTuple):
     x: int
     weight: WeightArrays
     in_features: int
+    out_features: int
     out: int
     residual: int
     width: int
     column: int
+
+
+class Part(NamedTuple):
+    """A claim: a chunk of the vocabulary, by its panels first .. last, and so many rows from row t on."""
+
+    chunk: int
+    first: int
+    last: int
+    t: int
+    num_rows: int
 
 
 class Logits(NamedTuple):
@@ -109,53 +126,83 @@ class Logits(NamedTuple):
     sound: bool
 
 
+@inlined
+def sizes_of(head, row, panel, part):
+    """The `Sizes` of a claim; row, panel: bytes of in_features values of x and of a panel."""
+    in_cache = part_of_k(head.in_features, panel, part.num_rows, FEW_ROWS)
+    return Sizes(row, panel, rows_at_once(row), in_cache, (head.out_features + 15) // 16)
+
+
 @merged
-def multiplied(format, few, layer, sizes, claim):
+def multiplied(format, head, row, panel, part):
     """Writes the logits of a claim."""
-    sweep_claim(format, few, together, whole_rows, layer, sizes, claim)
+    claim = Claim(0, part.num_rows, part.first, part.last, part.first)
+    sweep_claim(format, FEW_ROWS, together, whole_rows, head, sizes_of(head, row, panel, part), claim)
 
 
 @separate
-def multiplied_pairs(layer, sizes, claim):
-    """The same by pairs of bf16, which takes FLUSH mode where the target has no instruction for it."""
+def multiplied_pairs(head, row, panel, part):
+    """The same by pairs of bf16 where they take FLUSH mode."""
     kept_apart()
-    sweep_claim("bf16", BF16_FEW, together, whole_rows, layer, sizes, claim)
+    multiplied("bf16", head, row, panel, part)
 
 
 @separate
-def multiplied_flushing(format, few, layer, sizes, claim):
-    """The same, and the mode: scores are not flushed."""
+def multiplied_flushing(format, head, row, panel, part):
+    """The same, and the mode, which scores do not have."""
     kept_apart()
     set_float_control(FLUSH)
-    multiplied_pairs(layer, sizes, claim)
+    multiplied_pairs(head, row, panel, part)
     set_float_control(IEEE)
+
+
+@merged
+def multiplied_codes(format, head, row, panel, part):
+    """Writes the logits of a claim by a head of codes."""
+    if peek(head.x + 2 * plane_bytes(head.in_features) + TAIL_PLANES, int32) == 1:
+        sweep(1, head, part.num_rows, part.first, part.last)
+    else:
+        sweep(2, head, part.num_rows, part.first, part.last)
 
 
 def _score(op, step, thread, num_threads):
     """See above; claims and the barrier count on the op's own counter."""
-    a, T, K = Score.read(op), num_rows(op, step), 0
+    a, T = Score.read(op), num_rows(op, step)
     K, C, counter, memory = a.in_features, chunks_of(a), peek(op + 8 * COUNTER, int64), stack_memory(MEMORY_BYTES)
-    row, panel, num_panels = ROW_BYTES(K), K // BLOCK * PANEL_BYTES, (a.vocab_size + 15) // 16
-    rows = rows_of_claim(T, C, num_threads, a.base_x != 0)
-    blocks, base = (T + rows - 1) // rows, memory + MEMORY_BYTES // 2
-    sizes = Sizes(row, panel, rows_at_once(row), part_of_k(K, panel, rows, FEW), num_panels)
+    rows, base = rows_of_claim(T, C, num_threads, a.base_x != 0), memory + MEMORY_BYTES // 2
+    claims = (T + rows - 1) // rows * C
     claim = fetch_add(counter, 1) % DONE
-    while claim < blocks * C:
-        c, t = claim // blocks, claim % blocks * rows
-        count, first = min(rows, T - t), CHUNK // 16 * c
-        last = min(first + CHUNK // 16, num_panels)
-        parts = Claim(0, count, first, last, first if t + rows < T else last)
+    while claim < claims:
+        part = part_of(a, claim, claims // C, rows, T)
         for is_base in range(2 if a.base_x else 1):
-            x, head, out = (a.base_x, a.base_weight, base) if is_base else (a.x, a.weight, memory)
-            layer = Head(x + row * t, head, K, out - 64 * first, 0, ROW // WORDS, 0)
-            MULTIPLY(FORMAT, FEW, layer, sizes, parts)
-        for r in range(count):
-            score_chunk(a, t + r, c, C, memory + ROW * r, base + ROW * r)
+            if is_base and a.base_f32:
+                head = head_of(a, a.base_x + f32_bytes(K) * part.t, a.base_weight, base, part)
+                multiplied("f32", head, f32_bytes(K), 64 * K, part)
+            else:
+                x, weights, out = (a.base_x, a.base_weight, base) if is_base else (a.x, a.weight, memory)
+                head = head_of(a, x + ROW_BYTES(K) * part.t, weights, out, part)
+                MULTIPLY(FORMAT, head, ROW_BYTES(K), K // BLOCK * PANEL_BYTES, part)
+        for r in range(part.num_rows):
+            score_chunk(a, part.t + r, part.chunk, C, memory + ROW * r, base + ROW * r)
         claim = fetch_add(counter, 1) % DONE
     fetch_add(counter, DONE)
     wait_until(counter, DONE * num_threads)
     for t in range(thread, T, num_threads):
         finish_row(a, t, C)
+
+
+@inlined
+def part_of(a, claim, num_blocks, rows, T):
+    """A claim's `Part`: the blocks of rows of a chunk follow one another."""
+    chunk, t = claim // num_blocks, claim % num_blocks * rows
+    first = CHUNK // 16 * chunk
+    return Part(chunk, first, min(first + CHUNK // 16, (a.vocab_size + 15) // 16), t, min(rows, T - t))
+
+
+@inlined
+def head_of(a, x, weights, out, part):
+    """The `Head` that writes a claim's logits at an address."""
+    return Head(x, weights, a.in_features, a.vocab_size, out - 64 * part.first, 0, ROW // WORDS, 0)
 
 
 @inlined
@@ -182,6 +229,8 @@ def score_chunk(a, t, c, C, logits, base):
     count, scratch = min(CHUNK, a.vocab_size - CHUNK * c), row_scratch(a, t)
     kept, at_target = scratch + WORDS * CHUNK_WORDS * c, scratch + WORDS * CHUNK_WORDS * C
     place = int64(peek(a.target + WORDS * t, int32)) - CHUNK * c
+    if a.grid:
+        round_part(logits, count, a.grid)
     if 0 <= place < count:
         poke(at_target, peek(logits + WORDS * place, float32))
         if a.base_x:
@@ -196,6 +245,17 @@ def score_chunk(a, t, c, C, logits, base):
         for i in range(0, count, 16):
             total = total + weight(load(logits + WORDS * i), largest)
         poke(kept + WORDS * SUM, sum_lanes(total))
+
+
+@inlined
+def round_part(logits, count, grid):
+    """Rounds a chunk of a row's logits as `score.round_logits` does the row: blocks do not cross chunks."""
+    kind = int64(peek(grid + WORDS * KIND, float32))
+    if kind == ROW_SYMMETRIC or kind == ROW_ASYMMETRIC:
+        for i in range(count):
+            poke(logits + WORDS * i, UNKNOWN)
+    else:
+        quantize_row(logits, count, grid)
 
 
 @inlined
@@ -306,8 +366,14 @@ def mean_difference(scratch, C, base_largest):
     return cross / total
 
 
-CPU = {}
-for _name, _format in FORMATS.items():
-    _multiply = multiplied_flushing if _name == "bf16" and not NATIVE_BF16 else multiplied
-    globals()[f"score_{_name}"] = variant(_score, f"score_{_name}", MULTIPLY=_multiply, **constants(_name))
-    CPU[f"score_{_name}"] = Implementation(globals()[f"score_{_name}"], _format.layout)
+_KERNELS = {}
+for _name in (*FORMATS, CODES):
+    _how = dict(FORMAT=_name, MULTIPLY=multiplied, BLOCK=1, PANEL_BYTES=0, ROW_BYTES=code_bytes)
+    if _name in FORMATS:
+        _how |= {name: value for name, value in constants(_name).items() if name != "FEW"}
+    if _name == CODES:
+        _how["MULTIPLY"] = multiplied_codes
+    elif _name == "bf16" and not NATIVE_BF16:
+        _how["MULTIPLY"] = multiplied_flushing
+    _KERNELS[_name] = globals()[f"score_{_name}"] = variant(_score, f"score_{_name}", **_how)
+CPU = implementations(_KERNELS, {name: format.layout for name, format in FORMATS.items()} | {CODES: PANELS})

@@ -1,7 +1,7 @@
 """A backend is a value: a table from op kind to implementation. Any entry can be swapped for another backend's."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,12 +32,13 @@ class Implementation:
     """One way to run an op.
 
     kernel: native code, given an op row, whose words the op's declaration names. layout: of the op's weights. flushes:
-    see `runtime.step.FLUSHES`.
+    see `runtime.step.FLUSHES`. layouts: of weights that have another layout, by the name of their operand.
     """
 
     kernel: Kernel
     layout: Layout = Layout("f32 rows", raw_weight)
     flushes: bool = False
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
 
 
 OpTable = Mapping[str, Implementation]  # by kind of op

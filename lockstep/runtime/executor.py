@@ -153,14 +153,13 @@ class Executor:
         value = getattr(op, word.name)
         if value is None or word.kind not in ("address", "weight"):
             return value
-        addresses = self._addresses(value, implementation)
+        layout = implementation.layouts.get(word.name, implementation.layout)
+        addresses = self._addresses(value, layout)
         if word.kind == "address":
             return addresses[0]
-        return WeightArrays(
-            **dict.fromkeys(WeightArrays._fields, 0) | dict(zip(implementation.layout.arrays, addresses, strict=True))
-        )
+        return WeightArrays(**dict.fromkeys(WeightArrays._fields, 0) | dict(zip(layout.arrays, addresses, strict=True)))
 
-    def _addresses(self, value, implementation):
+    def _addresses(self, value, layout):
         if isinstance(value, Tensor):
             return [self._elsewhere.get(value) or self._memory.ctypes.data + self._offsets[value]]
         if isinstance(value, CacheArray):
@@ -170,7 +169,7 @@ class Executor:
         if isinstance(value, Setting):
             return [value.values.ctypes.data]
         assert isinstance(value, Weight), value
-        return [a.ctypes.data for a in self._weights.arrays(value.whole or value, implementation.layout)]
+        return [a.ctypes.data for a in self._weights.arrays(value.whole or value, layout)]
 
     def view(self, tensor, num_rows):
         """A tensor's first rows, as an array on the executor's own memory."""

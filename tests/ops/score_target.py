@@ -10,14 +10,8 @@ import numpy as np
 
 from lockstep.ops.score_cpu import CPU
 from lockstep.runtime.backend import OpTable
-from lockstep.weights.tensor import StoredTensor
 
 ROWS, VOCABULARY = 9, 4100
-
-
-def plain(values: np.ndarray) -> StoredTensor:
-    """A float32 weight."""
-    return StoredTensor("w", "f32", values.shape, values)
 
 
 def digest(format: str, table: OpTable) -> str:

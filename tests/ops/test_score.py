@@ -5,6 +5,21 @@ import numpy as np
 import pytest
 
 from lockstep.ops import linear, linear_cpu, sample, score, score_cpu
+from lockstep.ops.code_weights import FORMAT as CODES
+from lockstep.ops.code_weights import code_tensor
+from lockstep.ops.grids import (
+    FLOAT,
+    GRID_WORDS,
+    INTEGER,
+    MICROSCALED,
+    NVFP4,
+    OFF,
+    Q8,
+    ROW_ASYMMETRIC,
+    ROW_SYMMETRIC,
+    SMALL_FLOATS,
+    quantize_row,
+)
 from lockstep.ops.linear import PREPARATION
 from lockstep.ops.rewrite import lower
 from lockstep.ops.score import (
@@ -24,32 +39,51 @@ from lockstep.ops.score import (
 )
 from lockstep.runtime.kernel import interpreted
 from lockstep.runtime.program import Program, Weight
+from lockstep.weights.tensor import StoredTensor
 from tests.ops import score_target
 from tests.ops.harness import Given, run_op, same_bits
+from tests.ops.test_code_linear import I16, U8, coded
 from tests.ops.test_linear import narrow, prepared, stored
 from tests.ops.test_linear import run as run_linear
 from tests.targets import compiling_for
 
 RNG = np.random.default_rng(3)
-FORMATS = ["f32", "bf16", "q8_0", "q4_0", "q4_k"]
+FORMATS = ["f32", "bf16", "q8_0", "q4_0", "q4_k", CODES]
 VOCABULARIES = [1, 15, 17, CHUNK + 3]
 ROWS = [1, 2, 3, 4, 5, 6, 7, 13]
 
 
-def run(table, x, part, target, base=None, base_part=None, num_threads=1):
-    """Scores [rows, 8]; base_part: the base's head, the same one if it is left out."""
-    format, (V, K) = part.format, part.shape
-    head, operands = Weight("head", format, (V, K), (part,)), {}
+def run(table, x, part, target, base=None, base_part=None, grid=None, num_threads=1):
+    """Scores [rows, 8]; base_part: the base's head, the same one if it is left out. grid: [GRID_WORDS]."""
+    head, operands = Weight("head", part.format, part.shape, (part,)), {}
     if base is not None:
-        base_head = head if base_part is None else Weight("base head", format, (V, K), (base_part,))
-        operands = dict(base_x=prepared(format, base), base_weight=base_head)
-    sizes = dict(in_features=K, vocab_size=V, scratch_width=scratch_width(V), format=format)
-    rows = dict(x=prepared(format, x), target=np.asarray(target, np.int32)[:, None])
+        base_head = head if base_part is None else Weight("base head", base_part.format, part.shape, (base_part,))
+        plain = base_head.format != head.format
+        operands = dict(base_x=rows_for(base_head, base), base_weight=base_head, base_f32=plain)
+    if grid is not None:
+        operands["grid"] = grid[None]
+    V, K = part.shape
+    sizes = dict(in_features=K, vocab_size=V, scratch_width=scratch_width(V), format=part.format)
+    rows = dict(x=rows_for(head, x), target=np.asarray(target, np.int32)[:, None])
     return run_op(table, Score, num_threads=num_threads, weight=head, **rows, **operands, **sizes)["out"]
 
 
+def rows_for(head, x):
+    """Rows of values as a head multiplies them; for codes on a grid of 8 bits, or of 16 if there are many rows."""
+    return coded(x, I16 if len(x) > 5 else U8) if head.format == CODES else prepared(head.format, x)
+
+
+def head_of(format, V, name="w"):
+    """A random head, of an awkward width."""
+    if format != CODES:
+        return stored(format, V, narrow(format), name)
+    codes, zero = RNG.integers(-100, 128, (V, 83)), RNG.integers(-3, 9, V)
+    return code_tensor(name, codes, (RNG.random(V) * 1e-3).astype(np.float32), zero)
+
+
 def rows_of(num_rows, format, scale=3.0):
-    return (scale * RNG.standard_normal((num_rows, narrow(format)))).astype(np.float32)
+    K = 83 if format == CODES else narrow(format)
+    return (scale * RNG.standard_normal((num_rows, K))).astype(np.float32)
 
 
 def near(x):
@@ -66,11 +100,12 @@ def targets_of(num_rows, vocabulary):
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 @pytest.mark.parametrize("format", FORMATS)
 def test_kernel_equals_definition(format, vocabulary):
-    part, base_part = (stored(format, vocabulary, narrow(format), name) for name in ("w", "w0"))
+    part, other = (head_of(format, vocabulary, name) for name in ("w", "w0"))
+    plain = StoredTensor("plain", "f32", part.shape, RNG.standard_normal(part.shape).astype(np.float32))
     for num_rows in ROWS:
         x, target = rows_of(num_rows, format), targets_of(num_rows, vocabulary)
         base = near(x)
-        for operands in ((), (base,), (base, base_part)):
+        for operands in ((), (base,), (base, other), (base, plain)):
             expected = run(score.REFERENCE, x, part, target, *operands)
             for num_threads in (1, 2, 3) if num_rows in (1, 7, 13) else (2,):
                 same_bits(run(score_cpu.CPU, x, part, target, *operands, num_threads=num_threads), expected)
@@ -159,9 +194,43 @@ def test_scores_against_float64(scale, distance):
     assert np.abs(found[:, KL] - exact[:, KL]).max() < 2e-6 * max(1, largest.max())
 
 
+def grids():
+    """Grids of each kind, for logits of a size of about 1."""
+    made = {"off": [OFF], "integers": [INTEGER, 0.01, 100, 3, -128, 127], "q8": [Q8], "nvfp4": [NVFP4, 0.01, 100]}
+    for name, (kind, scales) in {"e4m3": (FLOAT, [0.5, 2]), "int8": (MICROSCALED, [0, 0])}.items():
+        made[name] = [kind, *scales, *SMALL_FLOATS[name]]
+    return {name: np.float32(values + [0] * (GRID_WORDS - len(values))) for name, values in made.items()}
+
+
+@pytest.mark.parametrize("name, grid", grids().items(), ids=grids())
+def test_logits_pass_a_grid_before_they_are_scored(name, grid):
+    """Those of the base do not; of the whole row at once, in the kernel chunk after chunk."""
+    part, x = stored("f32", CHUNK + 37, 96), rows_of(7, "f32")
+    base, target = near(x), targets_of(7, CHUNK)
+    expected = run(score.REFERENCE, x, part, target, base, grid=grid)
+    same_bits(run(score_cpu.CPU, x, part, target, base, grid=grid, num_threads=2), expected)
+    same_bits(run(score_cpu.CPU, x, part, target, grid=grid)[:, NLL], expected[:, NLL])
+    logits, base_logits = (run_linear(linear_cpu.CPU, "f32", rows, [part]) for rows in (x, base))
+    for row in logits:
+        quantize_row(row, grid)
+    by_hand = np.zeros_like(expected)
+    for t, row in enumerate(logits):
+        score.scores(row, base_logits[t], target[t], by_hand[t])
+    same_bits(expected, by_hand)
+    assert (name == "off") == (expected == run(score_cpu.CPU, x, part, target, base)).all()
+
+
+@pytest.mark.parametrize("kind", [ROW_SYMMETRIC, ROW_ASYMMETRIC])
+def test_a_grid_that_the_whole_row_would_make_is_seen(kind):
+    part, x, grid = stored("f32", 70, 96), rows_of(3, "f32"), np.float32([kind, 0, 0, 0, -128, 127, 0, 0])
+    for table in (score.REFERENCE, score_cpu.CPU):
+        out = run(table, x, part, [1, 2, 3], near(x), grid=grid)
+        assert np.isnan(out[:, [NLL, KL, DELTA_P, SAME_TOP, TOP]]).all() and np.isfinite(out[:, BASE_NLL]).all()
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_base_of_the_same_rows_and_head_is_equal(format):
-    part, x = stored(format, CHUNK + 40, narrow(format)), rows_of(9, format)
+    part, x = head_of(format, CHUNK + 40), rows_of(9, format)
     out = run(score_cpu.CPU, x, part, targets_of(9, CHUNK), x, num_threads=2)
     assert (out[:, [KL, DELTA_P]] == 0).all() and (out[:, SAME_TOP] == 1).all()
     same_bits(out[:, [NLL, TOP]], out[:, [BASE_NLL, BASE_TOP]])
@@ -207,7 +276,7 @@ def test_logits_that_overflow_or_are_all_alike():
     """A head of ones and signs: minus infinity has no weight, ties go to the first, zeros are equal."""
     signs = np.ones((3 * CHUNK // 2, 2), np.float32)
     signs[::3, 0], signs[5::7, 1] = -1, -1
-    part = score_target.plain(signs)
+    part = StoredTensor("signs", "f32", signs.shape, signs)
     x = np.array([[0, 0], [1, 0], [0, -1], [3e38, 2e38], [-3e38, -3e38], [1e-40, 1e-41], [20, -20]], np.float32)
     base = np.array([[0, 0], [0, 1], [0, 0], [1, 0], [3e38, -2e38], [1e-41, 1e-40], [1, 1]], np.float32)
     target = [0, 1, 2, 3, 5, 4100, -1]
@@ -269,6 +338,15 @@ def test_lowering_prepares_rows_of_both_heads(format, preparation):
     assert len(lower(program).ops) == (4 if preparation else 3)
 
 
+def test_lowering_prepares_rows_of_heads_of_two_formats():
+    op, program = declared("q8_0")
+    plain = Weight("plain", "f32", (50, 96), (stored("f32", 50, 96),))
+    program.emit(op.changed(base_weight=plain, base_f32=True))
+    made = lower(program).ops
+    assert [each.kind for each in made] == ["given", "given", "quantize_q8", "score_q8_0_base_f32"]
+    assert made[-1].base_x is op.base_x and made[-1].x is made[2].out
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -276,7 +354,16 @@ def test_lowering_prepares_rows_of_both_heads(format, preparation):
         (dict(base_weight=None), "base_x and base_weight are given both or neither"),
         (dict(format="q8_0"), "format is 'q8_0', expected that of the weight, 'f32'"),
         (dict(vocab_size=49), r"weight \(head\) is 50 x 96 wide, expected 49 x 96"),
-        (dict(base_weight=Weight("b", "q8_0", (50, 96), ())), "the base's weight is q8_0, expected f32 as the other"),
+        (
+            dict(base_weight=Weight("b", "q8_0", (50, 96), ())),
+            "the base's head is q8_0, expected f32 or f32 as the oth",
+        ),
+        (dict(base_f32=True), "base_f32 is True for a base's head in f32 beside one in f32"),
+        (
+            dict(weight=Weight("b", "q8_0", (50, 96), ())),
+            "base_f32 is False for a base's head in f32 beside one in q8_0",
+        ),
+        (dict(weight=Weight("b", CODES, (50, 96), ()), base_f32=True), "x is x f32.T, 96., expected i8.T, 208."),
     ],
 )
 def test_wrong_operands_are_named(changes, message):

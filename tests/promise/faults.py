@@ -1,9 +1,9 @@
 """Planted faults: an op's kernel, with one bit of one output element wrong."""
 
 import ctypes
+import dataclasses
 import threading
 
-from lockstep.runtime.backend import Implementation
 from lockstep.runtime.step import OPERANDS
 
 NATIVE = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)
@@ -37,7 +37,7 @@ class Faulty:
 
 def faulty(implementation, word):
     """The implementation with a fault in an output or a cache, the operand of this word."""
-    return Implementation(Faulty(implementation.kernel, word), implementation.layout, implementation.flushes)
+    return dataclasses.replace(implementation, kernel=Faulty(implementation.kernel, word))
 
 
 def places(program, chosen):

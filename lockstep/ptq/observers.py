@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from lockstep.ops import observe
-from lockstep.ops.grids import HIGH, INVERSE, SCALE, SMALLEST_SCALE, ZERO_POINT
 from lockstep.ops.observe import BINS, COUNT, FIRST_BIN, HISTOGRAM, MAXIMUM, MINIMUM, NOT_FINITE, SHIFT, WORDS
-from lockstep.ptq.ranges import set_range
+from lockstep.ptq.ranges import is_constant, set_constant, set_range
 from lockstep.ptq.ranges_cpu import search_range
 from lockstep.ptq.spec import MINMAX, MSE, Spec
 
@@ -126,8 +125,8 @@ class Stat:
     def fit(self, row: np.ndarray, head: int, spec: Spec) -> None:
         """Gives a grid the range of a head."""
         low, high = self.low[head], self.high[head]
-        if not spec.symmetric and np.float64(high) - np.float64(low) < SMALLEST_SCALE:
-            _fit_constant(row, low)
+        if not spec.symmetric and is_constant(low, high):
+            set_constant(row, low)
         elif spec.observer == MINMAX or spec.percentile == 100:
             set_range(row, low, high)
         elif spec.observer == MSE:
@@ -190,11 +189,3 @@ class Stat:
         inside = (np.arange(POINTS) + 0.5) / POINTS
         points = left[:, None] + (right - left)[:, None] * inside
         return points.astype(np.float32).ravel(), np.repeat((counts / POINTS).astype(np.float32), POINTS)
-
-
-def _fit_constant(row: np.ndarray, value: np.float32) -> None:
-    """The asymmetric grid on which one number is exact, as TICO has it: one code from zero, on the number's side."""
-    size = abs(value)
-    row[SCALE] = 1 if size <= SMALLEST_SCALE else size
-    row[INVERSE] = np.float32(1) / row[SCALE]
-    row[ZERO_POINT] = row[HIGH] if value < -SMALLEST_SCALE else 0

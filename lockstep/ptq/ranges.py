@@ -14,6 +14,7 @@ from lockstep.ops.grids import (
     LOW,
     ONE,
     SCALE,
+    SMALLEST_SCALE,
     ZERO,
     ZERO_POINT,
     asymmetric_scale,
@@ -22,7 +23,7 @@ from lockstep.ops.grids import (
 )
 from lockstep.ops.reduce import tree_sum
 from lockstep.runtime.kernel import definition
-from lockstep.runtime.simd import fma, maximum, minimum
+from lockstep.runtime.simd import absolute, fma, maximum, minimum
 
 NVFP4_LARGEST = E2M1_LARGEST * E4M3_LARGEST
 
@@ -41,6 +42,21 @@ def set_range(g, lowest, highest):
     else:
         scale = symmetric_scale(amax, g[LARGEST] if int(g[KIND]) == FLOAT else NVFP4_LARGEST)
     g[SCALE], g[INVERSE] = scale, ONE / scale
+
+
+@definition
+def is_constant(lowest, highest):
+    """Whether numbers from lowest to highest are taken as one number."""
+    return np.float64(highest) - np.float64(lowest) < np.float64(SMALLEST_SCALE)
+
+
+@definition
+def set_constant(g, value):
+    """Gives an asymmetric grid of a whole tensor the scale and zero point for one number: a code from zero, on its
+    side, is the number itself. Source: TICO 0.3.0, affine observers."""
+    size = absolute(value)
+    g[SCALE] = ONE if size <= SMALLEST_SCALE else size
+    g[INVERSE], g[ZERO_POINT] = ONE / g[SCALE], g[HIGH] if value < ZERO - SMALLEST_SCALE else ZERO
 
 
 @definition

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lockstep.ops.grids import HIGH, INVERSE, LOW, SCALE, ZERO_POINT, quantize_row
-from lockstep.ptq.ranges import set_range
+from lockstep.ptq.ranges import is_constant, set_constant, set_range
 from lockstep.ptq.ranges_cpu import search_range
 from lockstep.ptq.spec import MSE, Spec
 from lockstep.runtime.kernel import native
@@ -80,7 +80,7 @@ def _fold_rows(values: np.ndarray, spec: Spec, name: str) -> Folded:
     rows = parts.reshape(-1, row_width(spec, (values.shape[0], values.shape[1])))
     found = np.tile(spec.what.row(), (len(rows), 1))
     if spec.what.has_range:
-        _find_ranges(rows, found, spec.observer == MSE)
+        _find_ranges(rows, found, spec.observer == MSE, spec.per == "tensor" and not spec.symmetric)
         if not np.isfinite(found).all():
             raise ValueError(f"{name}: weights from {values.min():g} to {values.max():g} have no scale in float32")
     codes = _codes(rows, found).reshape(values.shape) if spec.what.is_integer else None
@@ -93,13 +93,17 @@ def _fold_rows(values: np.ndarray, spec: Spec, name: str) -> Folded:
 
 
 @native
-def _find_ranges(rows, found, is_searched):
-    """Gives each row of float32 [n, width] the grid of the same number, [n, 8], that fits it."""
+def _find_ranges(rows, found, is_searched, has_constant):
+    """Gives each row of float32 [n, width] the grid of the same number, [n, 8], that fits it. has_constant: see
+    `ranges.set_constant`."""
     for i in range(rows.shape[0]):
-        if is_searched:
-            search_range(found[i], rows[i].min(), rows[i].max(), rows[i].ctypes.data, 0, rows.shape[1])
+        lowest, highest = rows[i].min(), rows[i].max()
+        if has_constant and is_constant(lowest, highest):
+            set_constant(found[i], lowest)
+        elif is_searched:
+            search_range(found[i], lowest, highest, rows[i].ctypes.data, 0, rows.shape[1])
         else:
-            set_range(found[i], rows[i].min(), rows[i].max())
+            set_range(found[i], lowest, highest)
 
 
 @native

@@ -74,3 +74,12 @@ def test_ranges_have_the_same_bits_interpreted(word):
         ranges.set_range(compiled, F32(low), F32(high))
         interpreted(ranges.set_range)(plain, F32(low), F32(high))
         same_bits(compiled, plain)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-8, -1e-8, 3e-8, -3e-8, 0.3, -0.3])
+def test_constants_have_the_same_bits_interpreted(value):
+    compiled, plain = GRIDS["u8"].row(), GRIDS["u8"].row()
+    ranges.set_constant(compiled, F32(value))
+    interpreted(ranges.set_constant)(plain, F32(value))
+    same_bits(compiled, plain)
+    assert ranges.is_constant(F32(value), F32(value)) and not ranges.is_constant(F32(value), F32(value + 1e-7))

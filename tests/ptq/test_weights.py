@@ -88,6 +88,16 @@ def rounded(x, spec, i):
     return made.astype(float)
 
 
+def test_a_tensor_that_is_one_number_is_exact_on_an_asymmetric_grid():
+    for value, code in ((1.0, 1), (-0.7, 254), (0.0, 0)):
+        w = np.full((1, 8), value, F32)
+        for text in ("u8/tensor", "u8/tensor:mse"):
+            made = folded(text, w)
+            assert made.codes is not None and (made.codes == code).all()
+            same_bits(made.values, w)
+        assert (folded("u8/row", w).codes != code).all() or value == 0  # rows are like any other
+
+
 def test_small_floats_are_those_of_ml_dtypes():
     for text, dtype, largest in (("fp8", ml_dtypes.float8_e4m3fn, 448), ("fp4", ml_dtypes.float4_e2m1fn, 6)):
         made = folded(text)

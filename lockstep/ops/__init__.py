@@ -14,7 +14,8 @@ MODULES = """
     gated_delta_verify_cpu gated_norm gated_norm_cpu grouped_linear kv_cache kv_cache_cpu kv_cache_q8
     kv_cache_q8_cpu linear linear_cpu moe moe_cpu observe observe_cpu rms_norm rms_norm_cpu rounded_attention
     rounded_attention_cpu rounded_inputs rounded_inputs_cpu rounded_silu_mul rounded_silu_mul_cpu sample sample_cpu
-    score score_cpu select_rows select_rows_cpu silu_mul silu_mul_cpu
+    score score_cpu select_rows select_rows_cpu silu_mul silu_mul_cpu unrolled_heads unrolled_heads_cpu
+    unrolled_rows unrolled_rows_cpu
 """.split()
 
 

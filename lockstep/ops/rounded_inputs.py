@@ -77,35 +77,31 @@ class RoundedInputs(Operands):
 
 
 @definition
-def table_row(values_R, negated, grid, out_2R):
-    """The values of a position twice, the first ones negated if so, on a grid."""
+def doubled(values_R, negated, out_2R):
+    """The values of a position twice, the first ones negated if so."""
     R = values_R.size
     for i in range(R):
         out_2R[i] = -values_R[i] if negated else values_R[i]
         out_2R[R + i] = values_R[i]
-    quantize_row(out_2R, grid)
 
 
 @definition
-def swapped_halves(x_2R, pre_negated, grids, H, out_2R):
-    """cat, from a head's rotated channels. grids: of the head, at rows X1 * H, X2 * H and CAT * H."""
-    R = x_2R.size // 2
-    x1_R, x2_R = x_2R[:R].copy(), x_2R[R:].copy()
-    quantize_row(x1_R, grids[X1 * H])
-    quantize_row(x2_R, grids[X2 * H])
+def swapped_halves(x1_R, x2_R, pre_negated, out_2R):
+    """cat, from the halves of a head's rotated channels."""
+    R = x1_R.size
     for i in range(R):
         out_2R[i] = x2_R[i] if pre_negated else -x2_R[i]
         out_2R[R + i] = x1_R[i]
-    quantize_row(out_2R, grids[CAT * H])
 
 
 @definition
-def rounded_head(x_K, norm_K, norm, cos_2R, sin_2R, pre_negated, grids, H, out_K):
+def rounded_head(x_K, norm_K, norm, tables, pre_negated, grids, H, out_K):
     """One head, normed (not if norm_K is empty) and rotated.
 
-    Shapes: x, out [K]; cos, sin [2 R] as from `table_row`; grids [SITES * H, GRID_WORDS] from the head's own first row.
-    norm: (eps, offset).
+    Shapes: x, out [K]; grids [SITES * H, GRID_WORDS] from the head's own first row. norm: (eps, offset). tables: (cos,
+    sin), [2 R] each, as from `tables_of`.
     """
+    cos_2R, sin_2R = tables
     K, R2 = x_K.size, cos_2R.size
     out_K[:] = x_K
     if norm_K.size > 0:
@@ -114,7 +110,11 @@ def rounded_head(x_K, norm_K, norm, cos_2R, sin_2R, pre_negated, grids, H, out_K
     quantize_row(out_K, grids[NORM * H])
     if R2 > 0:
         cat_2R, cos_product_2R, sin_product_2R = np.empty(R2, np.float32), out_K[:R2] * cos_2R, np.empty_like(sin_2R)
-        swapped_halves(out_K[:R2], pre_negated, grids, H, cat_2R)
+        x1_R, x2_R = out_K[: R2 // 2].copy(), out_K[R2 // 2 : R2].copy()
+        quantize_row(x1_R, grids[X1 * H])
+        quantize_row(x2_R, grids[X2 * H])
+        swapped_halves(x1_R, x2_R, pre_negated, cat_2R)
+        quantize_row(cat_2R, grids[CAT * H])
         for i in range(R2):
             sin_product_2R[i] = cat_2R[i] * sin_2R[i]
         quantize_row(cos_product_2R, grids[COS * H])
@@ -136,8 +136,10 @@ def tables_of(a, position):
     R = a.rope_dim // 2
     grids = carray(float_array(a.rope_grids), (2, GRID_WORDS))
     cos_2R, sin_2R = np.empty(2 * R, np.float32), np.empty(2 * R, np.float32)
-    table_row(carray(float_array(a.cos + 4 * R * position), (R,)), False, grids[0], cos_2R)
-    table_row(carray(float_array(a.sin + 4 * R * position), (R,)), a.pre_negated, grids[1], sin_2R)
+    doubled(carray(float_array(a.cos + 4 * R * position), (R,)), False, cos_2R)
+    doubled(carray(float_array(a.sin + 4 * R * position), (R,)), a.pre_negated, sin_2R)
+    quantize_row(cos_2R, grids[0])
+    quantize_row(sin_2R, grids[1])
     return cos_2R, sin_2R
 
 
@@ -146,17 +148,17 @@ def write_token(a, batch, t):
     """A token's query heads to q, its keys and values to their page."""
     H, G, K, row = a.num_heads, a.num_kv_heads, a.head_dim, a.x + 4 * a.row_width * t
     position, out_K = entry(batch.position, t), np.empty(K, np.float32)
-    (cos_2R, sin_2R), norm = tables_of(a, position), (a.eps, a.norm_offset)
+    tables, norm = tables_of(a, position), (a.eps, a.norm_offset)
     q_norm_K = carray(float_array(a.q_norm), (K if a.q_norm != 0 else 0,))
     k_norm_K = carray(float_array(a.k_norm), (K if a.k_norm != 0 else 0,))
     for h in range(H):
         x_K = carray(float_array(row + 4 * (a.q_offset + h * a.q_stride)), (K,))
         q_K, grids = carray(float_array(a.q + 4 * K * (t * H + h)), (K,)), grids_from(a.q_grids, h, Q_SITES * H)
-        rounded_head(x_K, q_norm_K, norm, cos_2R, sin_2R, a.pre_negated, grids, H, q_K)
+        rounded_head(x_K, q_norm_K, norm, tables, a.pre_negated, grids, H, q_K)
     for g in range(G):
         page = entry(batch.page_table, entry(batch.request, t) * batch.pages_per_request + position // PAGE_TOKENS)
         x_K, grids = carray(float_array(row + 4 * (a.k_offset + g * K)), (K,)), grids_from(a.k_grids, g, K_SITES * G)
-        rounded_head(x_K, k_norm_K, norm, cos_2R, sin_2R, a.pre_negated, grids, G, out_K)
+        rounded_head(x_K, k_norm_K, norm, tables, a.pre_negated, grids, G, out_K)
         quantize_row(out_K, grids[ALL * G])
         for d in range(K):
             write_number(a.k_pages, k_index(page, g, d, position % PAGE_TOKENS, G, K, False), out_K[d], False)

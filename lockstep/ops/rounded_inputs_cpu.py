@@ -28,17 +28,31 @@ Head = namedtuple("Head", "norm grids num_heads")
 
 
 @inlined
+def double_row(values, R, negated, out):
+    """So many values twice, the first ones negated if so."""
+    if negated:
+        negate_row(values, R, out)
+    else:
+        copy_row(values, R, out)
+    copy_row(values, R, out + 4 * R)
+
+
+@inlined
+def swap_halves(x1, x2, R, pre_negated, out):
+    """cat: the second half, negated if its table of sines is not, then the first."""
+    if pre_negated:
+        copy_row(x2, R, out)
+    else:
+        negate_row(x2, R, out)
+    copy_row(x1, R, out + 4 * R)
+
+
+@inlined
 def make_tables(a, position, memory):
     """cos and sin of a position, twice each and on their grids, to scratch."""
     R = a.rope_dim // 2
-    cos, sin = a.cos + 4 * R * position, a.sin + 4 * R * position
-    copy_row(cos, R, memory + COSINES)
-    copy_row(cos, R, memory + COSINES + 4 * R)
-    if a.pre_negated:
-        negate_row(sin, R, memory + SINES)
-    else:
-        copy_row(sin, R, memory + SINES)
-    copy_row(sin, R, memory + SINES + 4 * R)
+    double_row(a.cos + 4 * R * position, R, False, memory + COSINES)
+    double_row(a.sin + 4 * R * position, R, a.pre_negated, memory + SINES)
     quantize_row(memory + COSINES, 2 * R, a.rope_grids)
     quantize_row(memory + SINES, 2 * R, a.rope_grids + 4 * GRID_WORDS)
 
@@ -50,18 +64,14 @@ def round_at(x, count, head, site):
 
 
 @inlined
-def swap_halves(a, out, head, memory):
+def make_cat(a, out, head, memory):
     """cat of the rotated channels at `out`, to scratch."""
     R = a.rope_dim // 2
     copy_row(out, R, memory + FIRST)
     copy_row(out + 4 * R, R, memory + SECOND)
     round_at(memory + FIRST, R, head, X1)
     round_at(memory + SECOND, R, head, X2)
-    if a.pre_negated:
-        copy_row(memory + SECOND, R, memory + SWAPPED)
-    else:
-        negate_row(memory + SECOND, R, memory + SWAPPED)
-    copy_row(memory + FIRST, R, memory + SWAPPED + 4 * R)
+    swap_halves(memory + FIRST, memory + SECOND, R, a.pre_negated, memory + SWAPPED)
     round_at(memory + SWAPPED, 2 * R, head, CAT)
 
 
@@ -75,7 +85,7 @@ def make_head(a, x, head, out, memory):
         copy_row(x, K, out)
     round_at(out, K, head, NORM)
     if R2 > 0:
-        swap_halves(a, out, head, memory)
+        make_cat(a, out, head, memory)
         multiply_rows(memory + SWAPPED, memory + SINES, R2, memory + PRODUCT)
         round_at(memory + PRODUCT, R2, head, SIN)
         multiply_rows(out, memory + COSINES, R2, out)

@@ -60,16 +60,29 @@ class CodeTensor:
 
 
 def code_tensor(name: str, codes: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> CodeTensor:
-    """Codes of at most 8 bits, signed or unsigned, in any integer type. ValueError for codes of more.
+    """Codes of at most 8 bits, signed or unsigned, in any integer type. ValueError for codes of more, and for scales of
+    groups of columns.
 
-    codes: [N, K]. scale: [N], float32. zero: [N]. Codes above 127 are kept as code - 128, as their zero points are.
+    codes: [N, K]. scale, zero: one number, or one for each row, whatever their type: [1, 1], [N, 1] or [N]. Codes above
+    127 are kept as code - 128, as their zero points are.
     """
+    scale, zero = (_of_rows(name, array, len(codes)) for array in (scale, zero))
     low, high = int(min(codes.min(), zero.min())), int(max(codes.max(), zero.max()))
     shift = 128 if high > 127 else 0
     if low - shift < -128 or high - shift > 127:
         raise ValueError(f"weight {name!r}: codes and zero points from {low} to {high}, expected -128..127 or 0..255")
     moved = (codes.astype(np.int16) - np.int16(shift)).astype(np.int8)
-    return CodeTensor(name, moved, np.asarray(scale, np.float32), (zero.astype(np.int32) - np.int32(shift)))
+    return CodeTensor(name, moved, scale.astype(np.float32), zero.astype(np.int32) - np.int32(shift))
+
+
+def _of_rows(name: str, array: np.ndarray, num_rows: int) -> np.ndarray:
+    """Scales or zero points as [num_rows]."""
+    if array.size not in (1, num_rows) or array.shape not in ((array.size,), (array.size, 1)):
+        raise ValueError(
+            f"weight {name!r}: scales or zero points {list(array.shape)}, expected one, or one for each of {num_rows} "
+            f"rows: groups of columns have no integer kernel"
+        )
+    return np.broadcast_to(array.reshape(-1), (num_rows,))
 
 
 def code_weight(name: str, *parts: CodeTensor) -> Weight:

@@ -14,6 +14,8 @@ from lockstep.ops.code_rows import CodeRows, row_width
 from lockstep.ops.code_weights import CodeTensor, code_tensor, code_weight
 from lockstep.ops.fake_quant import FakeQuant
 from lockstep.ops.grids import FLOAT, HIGH, INTEGER, KIND, LOW, OFF, ROW_ASYMMETRIC, ROW_SYMMETRIC
+from lockstep.ptq.spec import Spec
+from lockstep.ptq.weights import fold
 from lockstep.runtime.kernel import interpreted
 from lockstep.runtime.program import Setting, Tensor, Weight
 from lockstep.weights.pack import padded_width
@@ -234,9 +236,25 @@ def test_weights_that_are_no_codes_are_refused(wrong, said):
         CodeTensor("w", **right | wrong)
 
 
-def test_codes_of_more_than_eight_bits_are_refused():
+def test_weights_that_have_no_kernel_are_refused():
+    one = np.ones((1, 1), np.float32)
     with pytest.raises(ValueError, match=r"'w': codes and zero points from 0 to 256, expected -128..127 or 0..255"):
-        code_tensor("w", np.array([[0, 256]]), np.ones(1, np.float32), np.zeros(1, np.int32))
+        code_tensor("w", np.array([[0, 256]]), one, 0 * one)
+    with pytest.raises(ValueError, match=r"'w': scales or zero points \[4, 2\], .* groups of columns have no integer"):
+        code_tensor("w", np.zeros((4, 8), np.int8), np.ones((4, 2), np.float32), np.zeros((4, 2), np.float32))
+
+
+@pytest.mark.parametrize("spec", ["i8/tensor", "u8", "i4/row:mse", "u4/row"])
+def test_folded_weights_are_multiplied_as_they_are(spec):
+    """What a plan folds is what is multiplied: on rows of a grid of whole numbers, sums are exact in float64."""
+    folded = fold(np.random.default_rng(5).standard_normal((20, 64)).astype(np.float32), Spec.parse(spec))
+    weight = code_weight("w", code_tensor("w", folded.codes, folded.scale, folded.zero))
+    x = np.random.default_rng(6).integers(-100, 101, (3, 64)).astype(np.float32)
+    rows = coded(x, grid(1, 0, -128, 127))
+    sizes = dict(in_features=64, out_features=20, width=32, column=0)
+    out = run_op(BACKENDS["cpu"], CodeLinear, x=rows, weight=weight, **sizes)["out"][:, :20]
+    codes = (folded.codes.astype(np.float64) - folded.zero.astype(np.float64)) @ x.T.astype(np.float64)
+    same_bits(out, (codes * folded.scale.astype(np.float64)).T.astype(np.float32))
 
 
 def test_what_does_not_fit_is_refused():

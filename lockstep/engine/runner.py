@@ -13,7 +13,7 @@ from lockstep.ops.sample import Sample
 from lockstep.runtime.backend import OpTable
 from lockstep.runtime.executor import Executor, WeightStore, aligned
 from lockstep.runtime.kernel import OnCompile
-from lockstep.runtime.program import CacheArray, Program
+from lockstep.runtime.program import CacheArray, Program, Tensor
 from lockstep.runtime.threads import Team
 
 
@@ -73,7 +73,7 @@ class Runner:
     """A model bound to memory and threads. Everything is allocated here; `step` allocates nothing native.
 
     sample: the program's Sample, whose operands can be looked at after a step. num_drafts: the most of one request in a
-    step.
+    step. elsewhere: see `Executor`.
     """
 
     def __init__(
@@ -87,6 +87,7 @@ class Runner:
         keep: bool = False,
         fused: bool = True,
         num_drafts: int = 0,
+        elsewhere: dict[Tensor, int] | None = None,
         on_compile: OnCompile | None = None,
     ) -> None:
         self.model, self.limits, self.team = model, limits, team
@@ -99,7 +100,15 @@ class Runner:
         addresses = {name: array.ctypes.data for name, array in self.caches.items()}
         self._sources = self.program.sources()
         self.executor = Executor(
-            self.program, backend, team, model.store, rows, addresses, keep=keep, on_compile=on_compile
+            self.program,
+            backend,
+            team,
+            model.store,
+            rows,
+            addresses,
+            keep=keep,
+            elsewhere=elsewhere,
+            on_compile=on_compile,
         )
         self._step = StepArrays(rows, -(-model.max_context // PAGE_TOKENS))
         [self.sample] = [op for op in self.program.ops if isinstance(op, Sample)]
@@ -130,6 +139,11 @@ class Runner:
         self.executor.run(self._step.block, clock)
         token, logprob, logits = self._sampled
         return token[:num_sampled], logprob[:num_sampled], logits[:num_sampled]
+
+    def prepare(self, spans: Sequence[Span]) -> np.ndarray:
+        """The step block of a step, for who runs parts of it; the next step overwrites it."""
+        self._fill(spans)
+        return self._step.block
 
     def alternatives(self, row: int, count: int) -> dict[int, float]:
         """The `count` likeliest tokens of a row of the last step that asked for so many: {token id: logprob}."""

@@ -70,6 +70,17 @@ def last_uses(program):
     }
 
 
+def tensors_between(program, index):
+    """The tensors that ops before an index of a program write and ops from there on read, in order of first use."""
+    written, read = {}, set()
+    for i, op in enumerate(program.ops):
+        for tensor in op.outputs if i < index else ():
+            written.setdefault(tensor)
+        if i >= index:
+            read.update(value for value in op.inputs if isinstance(value, Tensor))
+    return [tensor for tensor in written if tensor in read]
+
+
 def lay_out(program, max_rows, keep, elsewhere=()):
     """Offsets of all tensors in one block of memory, reusing the space of dead ones unless keep is true.
 
@@ -127,6 +138,7 @@ class Executor:
     ):
         self.program, self.backend, self.team, self.max_rows = program, backend, team, max_rows
         self._weights, self._caches, self._elsewhere = weights, caches, elsewhere or {}
+        self._read = {}  # arrays of the weights that each op reads, by its index: kept as long as it reads them
         nowhere = next((tensor for tensor in program.given if tensor not in self._elsewhere), None)
         if nowhere is not None:
             raise ValueError(f"{nowhere} is given to the program, and there is no memory that it is in")
@@ -144,6 +156,7 @@ class Executor:
 
     def _encode(self, index, op, implementation):
         row = self._table[index]
+        self._reading = self._read[index] = []
         encode(op, row, {word.name: self._field(op, word, implementation) for word in op.words()})
         row[KERNEL], row[FLAGS] = implementation.kernel.address, FLUSHES * implementation.flushes
         row[ROWS], row[COUNTER] = ROW_COUNTS[op.rows], self._counters[index:].ctypes.data
@@ -169,7 +182,9 @@ class Executor:
         if isinstance(value, Setting):
             return [value.values.ctypes.data]
         assert isinstance(value, Weight), value
-        return [a.ctypes.data for a in self._weights.arrays(value.whole or value, layout)]
+        arrays = self._weights.arrays(value.whole or value, layout)
+        self._reading.append(arrays)
+        return [a.ctypes.data for a in arrays]
 
     def view(self, tensor, num_rows):
         """A tensor's first rows, as an array on the executor's own memory."""
@@ -186,13 +201,26 @@ class Executor:
         self._counters[index] = 0
         self.team.run(self._table[index:].ctypes.data, 1, step.ctypes.data)
 
-    def run(self, step, clock=None):
-        """Runs all ops on a step block (int64[STEP_WORDS]). clock: int64[len(ops)] for the time when each op ended."""
+    def run(self, step, clock=None, first=0, last=None):
+        """Runs the ops first .. last (all of them) on a step block (int64[STEP_WORDS]).
+
+        clock: int64[last - first] for the time when each op ended. What the first op reads must be there: see
+        `tensors_between`.
+        """
         self.begin(step)
         if step is not self._step:
             self._step, self._step_address = step, step.ctypes.data
         address = clock.ctypes.data if clock is not None else 0
-        self.team.run(self._table_address, len(self._table), self._step_address, address)
+        num_ops = len(self._table) - first if last is None else last - first
+        self.team.run(self._table_address + 8 * ROW_WORDS * first, num_ops, self._step_address, address)
+
+    def change(self, index, op):
+        """Puts an op in the place of another of its kind that has other weights or numbers."""
+        old, implementation = self.program.ops[index], self.backend[op.kind]
+        if op.kind != old.kind or op.outputs != old.outputs:
+            raise ValueError(f"op {op} cannot take the place of {old}: expected one of its kind and outputs")
+        self._encode(index, op, implementation)
+        self.program.ops[index] = op
 
     def begin(self, step):
         """Makes ready to run on a step block. ValueError for one with more rows than there is memory for."""

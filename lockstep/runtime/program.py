@@ -161,10 +161,10 @@ class Program:
         return made
 
     def rewritten(self, ops):
-        """The same program with another list of ops."""
+        """The same program with another list of ops. What is added to the one later is not in the other."""
         other = Program()
-        other.ops, other.caches, other.results, other._names = list(ops), self.caches, self.results, self._names
-        other.given = self.given
+        other.ops, other.caches, other.given = list(ops), list(self.caches), list(self.given)
+        other.results, other._names = dict(self.results), set(self._names)
         other._written = {*self.given, *(tensor for op in other.ops for tensor in op.outputs)}
         return other
 

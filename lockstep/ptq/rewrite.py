@@ -1,0 +1,348 @@
+"""A recorded program with its sites: where they are, and the program that rounds them.
+
+Boundary sites are tensors, or columns of tensors, of the recorded program: they are rounded in place by an op of their
+own. Inner sites (products of the rotation, scores, weights of softmax, sigmoid) exist only where the op that makes them
+is put aside for one that rounds all it makes: attention's inputs, attention, SwiGLU, in every layer or in none. Such an
+op has other bits than the engine's own even without a grid, because it rounds products that the engine fuses; what is
+not taken apart, and what has no grid, keeps the engine's bits.
+"""
+
+import re
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from lockstep.ops import rounded_attention, rounded_inputs, rounded_silu_mul
+from lockstep.ops.add import Add
+from lockstep.ops.add_bias import AddBias
+from lockstep.ops.attention import Attention
+from lockstep.ops.embed import Embed
+from lockstep.ops.fake_quant import FakeQuant
+from lockstep.ops.gated_delta import DeltaInputs, GatedDelta
+from lockstep.ops.gated_norm import GatedNorm
+from lockstep.ops.grids import GRID_WORDS
+from lockstep.ops.kv_cache import PAGE_TOKENS, AttentionInputs
+from lockstep.ops.linear import Linear
+from lockstep.ops.moe import CombineExperts
+from lockstep.ops.rms_norm import RmsNorm
+from lockstep.ops.rounded_attention import RoundedAttention
+from lockstep.ops.rounded_inputs import K_SITES, Q_SITES, TABLE_SITES, RoundedInputs
+from lockstep.ops.rounded_silu_mul import RoundedSiluMul
+from lockstep.ops.silu_mul import SiluMul
+from lockstep.ptq.site import Site
+from lockstep.runtime.executor import aligned
+from lockstep.runtime.operands import Operands
+from lockstep.runtime.program import Program, Setting, Tensor, Weight
+
+INSIDE = ("inputs", "attention", "swiglu")  # what can be taken apart
+LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
+NAMES = {
+    "q_proj": "q",
+    "k_proj": "k",
+    "v_proj": "v",
+    "o_proj": "o",
+    "out_proj": "o",
+    "gate_proj": "gate",
+    "up_proj": "up",
+    "down_proj": "down",
+    "input_layernorm": "norm1",
+    "post_attention_layernorm": "norm2",
+}
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """How a program is to be rounded. sites: names of those that have a grid; None: all. inside: of INSIDE, what is
+    taken apart. additive, fill: the mask, see `ops.rounded_attention`. pre_negated: the sign of the rotation, see
+    `ops.rounded_inputs`. max_keys: of a sequence."""
+
+    sites: Collection[str] | None = None
+    inside: tuple[str, ...] = ()
+    additive: bool = False
+    fill: float = -120.0
+    pre_negated: bool = False
+    max_keys: int = 4096
+
+
+@dataclass(frozen=True)
+class Part:
+    """A weight of a program, and which of its parts (stored tensors) a site is."""
+
+    weight: Weight
+    index: int
+
+
+@dataclass
+class Rounded:
+    """A program with its sites.
+
+    sites: by name, in order. grids: of those that are rounded, float32 [heads, GRID_WORDS] each, OFF at first; the
+    program's kernels read them where they lie. weights: by site, what is to be rounded before the program runs.
+    """
+
+    program: Program
+    sites: dict[str, Site] = field(default_factory=dict)
+    grids: dict[str, np.ndarray] = field(default_factory=dict)
+    weights: dict[str, list[Part]] = field(default_factory=dict)
+
+
+def sites_of(program: Program) -> list[Site]:
+    """Every site that a recorded program has, inner ones included, in the order in which it comes to them."""
+    return list(_Rewriter(program, Treatment(inside=INSIDE), lists=True).run().sites.values())
+
+
+def rounded(program: Program, treatment: Treatment) -> Rounded:
+    """The program with its sites rounded. ValueError for an inner site of what is not, or cannot be, taken apart."""
+    made = _Rewriter(program, treatment).run()
+    missing = next((name for name in treatment.sites or () if name not in made.sites), None)
+    if missing is not None:
+        raise ValueError(f"site {missing!r}: the program has none of this name with {treatment.inside} taken apart")
+    return made
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """A projection in a tensor: from a column on, so many of them."""
+
+    name: str
+    column: int
+    width: int
+
+
+def layer_of(name: str) -> int | None:
+    """The decoder layer that a tensor's name tells."""
+    found = LAYER.search(name)
+    return int(found[0]) if found else None
+
+
+def component(name: str) -> str:
+    """What a checkpoint tensor is called in rules: "q" of model.layers.3.self_attn.q_proj.weight."""
+    if name.endswith(".mlp.gate.weight"):
+        return "router"
+    last = name.removesuffix(".weight").removesuffix(".bias").split(".")[-1]
+    return NAMES.get(last, last)
+
+
+class _Rewriter:
+    """One walk through a program, op after op."""
+
+    def __init__(self, program: Program, treatment: Treatment, lists: bool = False) -> None:
+        self._program, self._how, self._lists = program, treatment, lists
+        self._ops: list[Operands] = []
+        self._columns: dict[Tensor, list[_Columns]] = {}  # of projections that nothing has read yet
+        self._tables: np.ndarray | None = None  # grids of TABLE_SITES
+        self.made = Rounded(program)
+        self._visit: dict[type, Callable[[Any], None]] = {
+            Embed: self._embed,
+            RmsNorm: self._norm,
+            Linear: self._linear,
+            AddBias: self._bias,
+            AttentionInputs: self._inputs,
+            Attention: self._attention,
+            SiluMul: self._silu_mul,
+            Add: self._add,
+            DeltaInputs: self._plain,
+            GatedDelta: self._delta,
+            GatedNorm: self._gated_norm,
+            CombineExperts: self._experts,
+        }
+
+    def run(self) -> Rounded:
+        for op in self._program.ops:
+            if not isinstance(op, (Linear, AddBias, AttentionInputs, SiluMul)):
+                self._finish_columns(op.inputs)
+            self._visit.get(type(op), self._plain)(op)
+        self.made.program = self._program.rewritten(self._ops)
+        return self.made
+
+    # ------------------------------------------------------------ sites
+
+    def _site(self, name: str, layer: int | None, heads: int = 1, width: int = 0, is_inner: bool = False) -> str:
+        """Registers an activation's site; returns its full name."""
+        full = f"L{layer}.{name}" if layer is not None else name
+        self.made.sites.setdefault(full, Site(full, heads, width, layer, is_inner=is_inner))
+        return full
+
+    def _wants(self, name: str) -> bool:
+        return not self._lists and (self._how.sites is None or name in self._how.sites)
+
+    def _grids(self, name: str, heads: int) -> np.ndarray:
+        if name not in self.made.grids:
+            self.made.grids[name] = off_grids(heads)
+        return self.made.grids[name]
+
+    def _place(self, name: str, layer: int | None, tensor: Tensor, column: int, stride: int, heads: int, width: int):
+        """Rounds columns of a tensor in place, where the site has a grid."""
+        full = self._site(name, layer, heads, width)
+        if self._wants(full):
+            where = dict(width=tensor.width, column=column, stride=stride, head_width=width, num_heads=heads)
+            setting = Setting(full, self._grids(full, heads))
+            self._ops.append(FakeQuant(out=tensor, x=tensor, grids=setting, **where))
+
+    def _whole(self, name: str, tensor: Tensor, width: int | None = None) -> None:
+        """A site that is a whole tensor, or its first columns."""
+        width = width or tensor.width
+        self._place(name, layer_of(tensor.name), tensor, 0, width, 1, width)
+
+    def _weight(self, name: str, layer: int | None, op: Operands, operand: str, part: int = 0) -> None:
+        full = f"L{layer}.{name}.w" if layer is not None else f"{name}.w"
+        weight = getattr(op, operand)
+        self.made.sites.setdefault(full, Site(full, 1, weight.parts[part].shape[-1], layer, is_weight=True))
+        parts = self.made.weights.setdefault(full, [])
+        if not any(known.weight is weight for known in parts):
+            parts.append(Part(weight, part))
+
+    # ------------------------------------------------------------ ops
+
+    def _plain(self, op: Operands) -> None:
+        self._ops.append(op)
+
+    def _embed(self, op: Embed) -> None:
+        self._ops.append(op)
+        self._weight("embed", None, op, "table")
+        self._whole("embed", op.out)
+
+    def _norm(self, op: RmsNorm) -> None:
+        """A norm's input is rounded for it alone: what else reads the tensor has a site of its own."""
+        name, layer = component(op.weight.name), layer_of(op.weight.name)
+        full = self._site(f"{name}.in", layer, 1, op.width)
+        if self._wants(full):
+            x = self._program.tensor(f"{op.x.name}.branch", op.x.rows, op.width)
+            where = dict(width=op.width, column=0, stride=op.width, head_width=op.width, num_heads=1)
+            self._ops.append(FakeQuant(out=x, x=op.x, grids=Setting(full, self._grids(full, 1)), **where))
+            op = op.changed(x=x)
+        self._ops.append(op)
+        self._weight(name, layer, op, "weight")
+        self._place(name, layer, op.out, 0, op.width, 1, op.width)
+
+    def _linear(self, op: Linear) -> None:
+        self._ops.append(op)
+        column = op.column
+        for i, part in enumerate(op.weight.parts):
+            is_head = layer_of(part.name) is None and layer_of(op.out.name) is None
+            name = "head" if is_head else component(part.name)
+            self._weight(name, layer_of(op.out.name), op, "weight", i)
+            width = min(part.shape[0], op.column + op.out_features - column)
+            self._columns.setdefault(op.out, []).append(_Columns(name, column, width))
+            column += part.shape[0]
+
+    def _bias(self, op: AddBias) -> None:
+        self._ops.append(op)
+        self._columns[op.out] = self._columns.pop(op.x, [])
+
+    def _finish_columns(self, values: Iterable[Any]) -> None:
+        """Rounds the projections in tensors that an op is about to read."""
+        for tensor in values:
+            for c in self._columns.pop(tensor, ()) if isinstance(tensor, Tensor) else ():
+                self._place(c.name, layer_of(tensor.name), tensor, c.column, c.width, 1, c.width)
+
+    def _inputs(self, op: AttentionInputs) -> None:
+        layer, K = layer_of(op.q.name), op.head_dim
+        self._columns.pop(op.x, None)
+        heads = [("q", op.q_offset, op.q_stride, op.num_heads)]
+        if op.q_stride == 2 * K:
+            heads.append(("q.gate", op.q_offset + K, op.q_stride, op.num_heads))
+        heads += [("k", op.k_offset, K, op.num_kv_heads), ("v", op.v_offset, K, op.num_kv_heads)]
+        for name, column, stride, count in heads:
+            self._place(name, layer, op.x, column, stride, count, K)
+        if "inputs" in self._how.inside:
+            op = self._apart(op, layer)
+        self._ops.append(op)
+        for name in ("q", "k") if op.q_norm is not None else ():
+            self._weight(f"{name}.norm", layer, op, f"{name}_norm")
+
+    def _apart(self, op: AttentionInputs, layer: int | None) -> Any:
+        """The op with every intermediate on a grid."""
+        H, G, K, R = op.num_heads, op.num_kv_heads, op.head_dim, op.rope_dim
+        self._need_f32(op, layer)
+        widths = dict(norm=K, x1=R // 2, x2=R // 2, cat=R, cos=R, sin=R, rot=K, all=K)
+        there = [s for s in rounded_inputs.SITES if (s != "norm" or op.q_norm is not None) and widths[s]]
+        groups = dict(
+            q=self._group("q.", layer, rounded_inputs.SITES[:Q_SITES], H, there, widths),
+            k=self._group("k.", layer, rounded_inputs.SITES[:K_SITES], G, there, widths),
+            v=self._group("v.", layer, ("all",), G, there, widths),
+            rope=self._group("", None, TABLE_SITES, 1, TABLE_SITES if R else (), dict.fromkeys(TABLE_SITES, R)),
+        )
+        if self._lists:
+            return op
+        settings = {f"{name}_grids": Setting(f"{op.q.name}.{name}", rows) for name, rows in groups.items()}
+        shared = {f: getattr(op, f) for f in RoundedInputs.__dataclass_fields__ if hasattr(op, f)}
+        return RoundedInputs(**shared, **settings, pre_negated=self._how.pre_negated)
+
+    def _attention(self, op: Attention) -> None:
+        layer, H = layer_of(op.out.name), op.num_heads
+        if "attention" in self._how.inside:
+            self._need_f32(op, layer)
+            if op.window or op.soft_cap:
+                raise ValueError(f"layer {layer}: sites inside attention with a window or a soft cap are not supported")
+            there = [s for s in rounded_attention.SITES if s != "pv" or op.gate is not None]
+            there = [s for s in there if s != "qk.masked" or self._how.additive or self._lists]
+            widths = dict.fromkeys(rounded_attention.SITES, 0) | dict(pv=op.head_dim)
+            grids = self._group("", layer, rounded_attention.SITES, H, there, widths)
+            if not self._lists:
+                shared = {f: getattr(op, f) for f in RoundedAttention.__dataclass_fields__ if hasattr(op, f)}
+                mask = dict(additive=self._how.additive, fill=self._how.fill)
+                keys = -(-self._how.max_keys // PAGE_TOKENS) * PAGE_TOKENS
+                op = RoundedAttention(**shared, grids=Setting(op.out.name, grids), max_keys=keys, **mask)
+        self._ops.append(op)
+        self._place("ctx", layer, op.out, 0, op.head_dim, H, op.head_dim)
+
+    def _silu_mul(self, op: SiluMul) -> None:
+        layer, F = layer_of(op.out.name), op.width
+        self._columns.pop(op.x, None)
+        for name, column in (("gate", 0), ("up", F)):
+            self._place(name, layer, op.x, column, F, 1, F)
+        if "swiglu" in self._how.inside:
+            sites = rounded_silu_mul.SITES
+            grids = self._group("", layer, sites, 1, sites, dict.fromkeys(sites, F))
+            if not self._lists:
+                self._ops.append(RoundedSiluMul(out=op.out, x=op.x, width=F, grids=Setting(op.out.name, grids)))
+                return
+        self._ops.append(op)
+        self._whole("mul", op.out)
+
+    def _group(self, prefix: str, layer: int | None, names: Iterable[str], heads: int, there: Collection[str], widths):
+        """Grids of several sites in one array, [sites * heads, GRID_WORDS]."""
+        names = tuple(names)
+        if names == TABLE_SITES and self._tables is not None:  # which all layers read
+            return self._tables
+        rows = off_grids(len(names) * heads)
+        if names == TABLE_SITES:
+            self._tables = rows
+        for i, name in enumerate(names):
+            if name in there:
+                full = self._site(prefix + name, layer, heads, widths[name], is_inner=name != "mul")
+                if self._wants(full):
+                    self.made.grids[full] = rows[i * heads : (i + 1) * heads]
+        return rows
+
+    def _need_f32(self, op: Any, layer: int | None) -> None:
+        if op.kv_dtype != "f32" and not self._lists:
+            raise ValueError(
+                f"layer {layer}: sites inside attention need a cache of float32, and this one is {op.kv_dtype}; "
+                f"grids take its place"
+            )
+
+    def _add(self, op: Add) -> None:
+        self._ops.append(op)
+        self._whole("res.mlp" if ".mlp." in op.y.name else "res.attn", op.out)
+
+    def _delta(self, op: GatedDelta) -> None:
+        self._ops.append(op)
+        layer, width = layer_of(op.out.name), op.v_head_dim
+        self._place("delta", layer, op.out, 0, width, op.num_v_heads, width)
+
+    def _gated_norm(self, op: GatedNorm) -> None:
+        self._ops.append(op)
+        self._place("ctx", layer_of(op.out.name), op.out, 0, op.head_dim, op.num_heads, op.head_dim)
+
+    def _experts(self, op: CombineExperts) -> None:
+        self._ops.append(op)
+        self._whole("experts", op.out)
+
+
+def off_grids(count: int) -> np.ndarray:
+    """So many grids that leave numbers as they are, on a cache line."""
+    return aligned(4 * GRID_WORDS * count).view(np.float32).reshape(count, GRID_WORDS)

@@ -1,0 +1,1 @@
+"""Studies: many ways to round one model, measured on the same text."""

@@ -1,0 +1,100 @@
+"""Rounded weights: made when a trial first asks for them, and kept as long as there is room."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lockstep.ops.embed import Embed, format_code
+from lockstep.ops.linear import Linear
+from lockstep.ops.score import Score
+from lockstep.ptq.rewrite import Part
+from lockstep.ptq.spec import Spec
+from lockstep.ptq.weights import fold
+from lockstep.runtime.backend import Layout
+from lockstep.runtime.executor import WeightStore
+from lockstep.runtime.operands import Operands
+from lockstep.runtime.program import Weight
+from lockstep.weights.tensor import StoredTensor
+
+MOST_BYTES = 4 << 30
+
+
+@dataclass(frozen=True, eq=False)
+class FoldedWeight(Weight):
+    """A weight some parts of which are rounded: specs has (index of the part, spec)."""
+
+    specs: tuple[tuple[int, Spec], ...] = ()
+
+    def folded(self) -> Weight:
+        """The same with the rounded numbers."""
+        parts = list(self.parts)
+        for index, spec in self.specs:
+            parts[index] = _folded(parts[index], spec)
+        return Weight(self.name, self.format, self.shape, tuple(parts))
+
+
+def _folded(part: StoredTensor, spec: Spec) -> StoredTensor:
+    values = part.finite_f32().reshape(-1, part.shape[-1])
+    return StoredTensor(part.name, "f32", part.shape, fold(values, spec).values.reshape(part.shape))
+
+
+class FoldedStore(WeightStore):
+    """The weights of a model, rounded ones included, of which those used last stay, up to most_bytes.
+
+    num_folds: how often weights were rounded and packed.
+    """
+
+    def __init__(self, store: WeightStore, most_bytes: int = MOST_BYTES) -> None:
+        super().__init__()
+        self._store, self._most, self.num_folds = store, most_bytes, 0
+        self._kept: OrderedDict[tuple[str, str], tuple[np.ndarray, ...]] = OrderedDict()
+
+    def arrays(self, weight: Weight, layout: Layout) -> tuple[np.ndarray, ...]:
+        if not isinstance(weight, FoldedWeight):
+            return self._store.arrays(weight, layout)
+        key = weight.name, layout.name
+        if key not in self._kept:
+            self._kept[key] = self.make(weight.folded(), layout)
+            self.num_folds += 1
+        self._kept.move_to_end(key)
+        while len(self._kept) > 1 and sum(a.nbytes for arrays in self._kept.values() for a in arrays) > self._most:
+            self._kept.popitem(last=False)
+        return self._kept[key]
+
+
+class FoldedWeights:
+    """The weights of a rounded program under changing specs. sites: the parts of weights that each site is."""
+
+    def __init__(self, sites: Mapping[str, list[Part]]) -> None:
+        self._sites: dict[Weight, list[tuple[int, str]]] = {}
+        for name, parts in sites.items():
+            for part in parts:
+                self._sites.setdefault(part.weight, []).append((part.index, name))
+        self._made: dict[tuple[Weight, str], FoldedWeight] = {}
+
+    def weight(self, weight: Weight, specs: Mapping[str, Spec]) -> Weight:
+        """The weight with its parts rounded as specs say; itself where none is."""
+        named = [(i, specs[name]) for i, name in self._sites.get(weight, ()) if name in specs]
+        wanted = tuple((i, spec) for i, spec in named if not spec.is_off)
+        key = ", ".join(f"{i} {spec}" for i, spec in wanted)
+        if wanted and (weight, key) not in self._made:
+            made = FoldedWeight(f"{weight.name} on {key}", "f32", weight.shape, weight.parts, None, wanted)
+            self._made[weight, key] = made
+        return self._made[weight, key] if wanted else weight
+
+
+def with_weight(op: Operands, name: str, weight: Weight) -> Any:
+    """The op with a weight in an operand's place. ValueError for an op that multiplies it in another format."""
+    if isinstance(op, Embed):
+        return op.changed(table=weight, format=format_code(weight.format))
+    if isinstance(op, (Linear, Score)) and weight.format != op.format:
+        raise ValueError(
+            f"weight {weight.name}: the layer multiplies {op.format}, and rounded weights are float32; expected a "
+            f"model that was loaded with weights f32"
+        )
+    return op.changed(**{name: weight})

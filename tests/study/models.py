@@ -1,0 +1,44 @@
+"""Small models for studies, and windows of tokens for them."""
+
+import functools
+import pathlib
+import tempfile
+
+import numpy as np
+
+from lockstep.engine.model import load_model
+from lockstep.runtime.executor import WeightStore
+from lockstep.weights.checkpoint import open_checkpoint
+from tests.models import tiny
+from tests.models.cases import case, hybrid
+
+CONFIGS = {
+    "plain": case("llama", num_hidden_layers=2),
+    "normed": case("qwen3", head_dim=32, num_hidden_layers=2),
+    "biased": case("llama", attention_bias=True, mlp_bias=True, tie_word_embeddings=True, num_hidden_layers=2),
+    "hybrid": hybrid(),
+}
+
+
+@functools.cache
+def folder(name):
+    """A model's folder, which stays until the process ends."""
+    made = pathlib.Path(_root().name) / name
+    return tiny.write(made, CONFIGS[name], tiny.tensors(CONFIGS[name], 5))
+
+
+@functools.cache
+def _root():
+    return tempfile.TemporaryDirectory()
+
+
+@functools.cache
+def recorded(name, weights="f32", kv_dtype="f32"):
+    """A loaded model, shared by tests: nothing of it may be changed."""
+    return load_model(open_checkpoint(folder(name)), WeightStore(), weights, kv_dtype, 256)
+
+
+def window(model, length, seed=0):
+    """(token ids, the token after each)."""
+    ids = np.random.RandomState(seed).randint(0, model.config.vocab_size, length + 1).tolist()
+    return ids[:-1], ids[1:]

@@ -73,7 +73,7 @@ class Rig:
         """Ends the program with a score; keeps it."""
         [head] = [op for op in program.ops if isinstance(op, Linear) and op.out is self.model.logits]
         hidden, vocabulary = program.results["hidden"], self.model.config.vocab_size
-        width = scratch_width(vocabulary)
+        width, grids = scratch_width(vocabulary), self.rounded.grids.get("head")
         score = Score(
             out=program.tensor("score", hidden.rows, NUM_SCORES),
             scratch=program.tensor("score.scratch", hidden.rows, width),
@@ -82,6 +82,7 @@ class Rig:
             target=program.give("score.target", hidden.rows, 1, "i32"),
             base_x=program.give("score.base", hidden.rows, hidden.width),
             base_weight=_same(head.weight),
+            grid=None if grids is None else Setting("head", grids),
             in_features=hidden.width,
             vocab_size=vocabulary,
             scratch_width=width,

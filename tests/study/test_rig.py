@@ -125,3 +125,12 @@ def test_rounded_weights_need_float32(team):
     rig = Rig(recorded("plain", "bf16"), Treatment(sites=()), team, LENGTH)
     with pytest.raises(ValueError, match="the layer multiplies bf16, and rounded weights are float32"):
         rig.set_weights({"L0.q.w": Spec.parse("i4")})
+
+
+def test_logits_can_be_rounded(team):
+    model = recorded("plain")
+    ids, targets = window(model, LENGTH)
+    rig = Rig(model, Treatment(), team, LENGTH)
+    plain = scored(rig, ids, targets)
+    rig.set_grids({"head": GRIDS["u3"]})
+    assert len(np.unique(scored(rig, ids, targets)[:, NLL])) < len(np.unique(plain[:, NLL]))

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from lockstep.bench_layer import Case
-from lockstep.engine.drafts import MAX_DRAFTS, MOST_BY_ITSELF, Drafter, Head
+from lockstep.engine.draft_head import Head
+from lockstep.engine.drafts import MAX_DRAFTS, MOST_BY_ITSELF, Drafter
 from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.lookup import Guess
 from lockstep.engine.model import Model
@@ -50,7 +51,7 @@ class Replay:
 
 
 class ReplayedHead:
-    """A `drafts.Head` that guesses as another does, at its cost, and says what a Replay says instead."""
+    """A `draft_head.Head` that guesses as another does, at its cost, and says what a Replay says instead."""
 
     def __init__(self, head: Head, replay: Replay) -> None:
         self._head, self._replay, self.name = head, replay, head.name

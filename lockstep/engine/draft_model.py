@@ -63,7 +63,7 @@ class Guesses:
 
 
 class DraftModel:
-    """Guesses of a smaller model: a `drafts.Head`.
+    """Guesses of a smaller model: a `draft_head.Head`.
 
     limits: the target's. Pages are as many as the target's (see DraftMemory); who finds none is not followed. eos_ids:
     end tokens, after which nothing is guessed. ValueError for another vocabulary than the target's.

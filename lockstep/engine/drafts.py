@@ -10,11 +10,12 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 
-from lockstep.engine.draft_width import FORCED, HEAD, TEXTS, Acceptance, Guesser, WidthChoice
+from lockstep.engine.acceptance import FORCED, Acceptance
+from lockstep.engine.draft_head import Head
+from lockstep.engine.draft_width import HEAD, TEXTS, Guesser, WidthChoice
 from lockstep.engine.earlier_answers import EarlierAnswers
 from lockstep.engine.lookup import Guess, Lookup
 from lockstep.engine.request import Request
@@ -72,48 +73,6 @@ def look_up(request: Request, most: int, drafts: Sequence[int]) -> Guess:
     return request.lookup.guess(most, drafts)
 
 
-class Head(Protocol):
-    """A model that guesses, for all requests of a step together. name: what its drafts are counted under, and judged
-    by."""
-
-    name: str
-
-    @property
-    def may_rest(self) -> bool:
-        """Whether `guess` need not be called in this step if nothing is wanted."""
-        ...
-
-    def wants_hidden(self, request: Request) -> bool:
-        """Whether `observe` is to be told the hidden states of a request's tokens."""
-        ...
-
-    def observe(self, request: Request, start: int, hidden: np.ndarray) -> None:
-        """After a step: takes in the last hidden states of a request's tokens from position `start` on, float32 [n, D];
-        they are overwritten by the next step."""
-        ...
-
-    def ready(self, request: Request, most: int) -> int:
-        """How many drafts a request may have, up to `most`."""
-        ...
-
-    def guess(self, wanted: Sequence[tuple[Request, int]], num_planned: int) -> dict[int, list[int]]:
-        """Before every step: {id of a request: guesses of its next tokens}, for each at most as many as wanted; 0: it
-        has yet to be read. num_planned: tokens that the model computes in this step."""
-        ...
-
-    def is_behind(self, request: Request) -> bool:
-        """Whether a request has yet to be read, so that it got no guess."""
-        ...
-
-    def seconds(self, num_requests: int) -> float:
-        """Seconds that one more guess for each of so many requests takes; 0 before any was measured."""
-        ...
-
-    def forget(self, request: Request) -> None:
-        """Gives back what a request has here; it may come again."""
-        ...
-
-
 # of texts, by what the option `speculate` says; None: texts are not looked in
 SOURCES: dict[str, Source | None] = {"off": None, "auto": look_up, "mtp": None, "lookup": look_up}
 MODEL = "model"  # what it says where a smaller model drafts
@@ -138,7 +97,8 @@ class Drafter:
 
     source: of texts, or None. num_drafts: of one request in a step; None: as many as pay. eos_ids: the model's end
     tokens, after which nothing is drafted. head: a model that guesses where texts do not guess better. counts: {source:
-    DraftCounts}. rests: whether this step need not be timed: nothing follows from it, or it is like others before it.
+    DraftCounts}. rests: whether this step is not to be timed: nothing follows from it, or it is like others before it.
+    tells: whether hidden states may be wanted of this step.
     """
 
     def __init__(
@@ -158,7 +118,10 @@ class Drafter:
         self._weighs = num_drafts is None or (head is not None and source is not None)
         self._choice = WidthChoice(self._num_drafts, follows=head is not None)
         self._answers = EarlierAnswers()
-        self.rests = False
+        # steps that are surely like the last one, of so many requests; sorts of drafts that there are
+        self._num_quiet = self._num_rows = 0
+        self._sorts = [sort for sort, there_is in ((TEXTS, source), (HEAD, head)) if there_is is not None]
+        self.rests = self.tells = False
         self.counts: dict[str, DraftCounts] = {}
 
     def draft(self, plan: list[tuple[Request, int]]) -> dict[Request, Drafts]:
@@ -166,37 +129,66 @@ class Drafter:
 
         Only for requests that decode and may have drafts.
         """
+        if self._num_quiet > 0 and self._is_quiet(plan):
+            return {}
         decoding = [request for request, _ in plan if request.num_left == 1]
         able = [request for request in decoding if may_draft(request)]
-        looking, guessing = self._awake(able, len(decoding), len(plan))
+        looking, guessing, is_due = self._awake(able, len(decoding), len(plan))
         self._passed_over, self._seconds_guessing, self._since_asked = {}, 0.0, self._since_asked + 1
-        self.rests = not (looking or guessing) or not self._weighs
-        if not (looking or guessing):
+        self.rests, self.tells = not self._weighs, self.head is not None
+        if not (looking or guessing or is_due):
+            self.rests = self.rests or self._choice.was_timed(len(decoding))
+            self._num_rows, self._num_quiet = len(plan), 0 if self._is_fixed else self._choice.num_quiet(self._sorts)
             return {}
         spare = self._left(plan)
         made = {request: self._guessed(request, spare, len(decoding)) for request in able} if looking else {}
-        if not guessing and not any(made.values()):
+        is_found = any(made.values())
+        if is_due and is_found:
+            self._choice.put_off()
+        guessing = guessing or (is_due and not is_found)
+        if not guessing and not is_found:
             self._choice.found_nothing(len(decoding))
             self.rests = self.rests or self._choice.was_timed(len(decoding))
             return {}
-        asked = self._lent(able, made, self._chosen(able, made, len(decoding), spare), spare)
+        asked = self._lent(able, made, self._chosen(able, made, len(decoding), spare, guessing), spare)
         if self.head and guessing:
             reads = [(r, 0) for r, _ in plan if r.num_left > 1 and may_draft(r) and self._is_read(r)]
             self._ask(self.head, reads + list(asked.items()), made, sum(count for _, count in plan))
+        self.rests = self.rests or not any(made.values())  # what it cost to find none is no part of such a step
         return made
 
-    def _awake(self, able: list[Request], rows: int, num_planned: int) -> tuple[bool, bool]:
+    def _is_quiet(self, plan: list[tuple[Request, int]]) -> bool:
+        """Whether a step is surely like the last one, for which nothing had to be done."""
+        self._num_quiet -= 1
+        for request, _ in plan:
+            if request.num_left != 1 or request.params.logits_mask:
+                self._num_quiet = 0
+        if len(plan) != self._num_rows or not self._num_quiet:
+            self._num_quiet = 0
+            return False
+        self._choice.begin()
+        self.rests, self.tells, self._since_asked = True, False, self._since_asked + 1
+        return True
+
+    def _awake(self, able: list[Request], rows: int, num_planned: int) -> tuple[bool, bool, bool]:
         """Whether texts are to be looked in, and whether the head may have something to do, in a step of so many
-        requests: not where it is like those before it, in which none of their drafts was worth its row."""
+        requests: not where it is like those before it, in which none of their drafts was worth its row; and whether the
+        head is to be tried all the same, if texts say nothing."""
         has_masks = any(request.params.logits_mask for request in able)
         if self._is_fixed:
-            return bool(able) and (has_masks or self._source is not None), self.head is not None
+            return bool(able) and (has_masks or self._source is not None), self.head is not None, False
         self._choice.begin()
+        if rows == num_planned and self._choice.is_to_be_timed(rows) and self._head_may_rest:
+            return False, False, False
         looks = self._source is not None and bool(able) and not self._choice.rests(TEXTS, rows)
         if self.head is None:
-            return looks or has_masks, False
-        is_idle = rows == num_planned and self.head.may_rest and self._choice.rests(HEAD, rows)
-        return looks or has_masks, not is_idle
+            return looks or has_masks, False, False
+        is_idle = rows == num_planned and self._head_may_rest and self._choice.rests(HEAD, rows)
+        return looks or has_masks, not is_idle, self._choice.is_due()
+
+    @property
+    def _head_may_rest(self) -> bool:
+        return self.head is None or self.head.may_rest
 
     def _left(self, plan: list[tuple[Request, int]]) -> Spare:
         """What is left in a step of so many tokens of each request."""
@@ -204,14 +196,16 @@ class Drafter:
         sampled = sum(num_rows(request, count) for request, count in plan)
         return Spare(limits.max_step_tokens - tokens, limits.max_sampled - sampled)
 
-    def _chosen(self, able: list[Request], made: dict[Request, Drafts], rows: int, spare: Spare) -> dict[Request, int]:
-        """Cuts the drafts of texts to those that are worth their rows, and says how many the head is to guess instead
-        where that gives more tokens a second."""
+    def _chosen(
+        self, able: list[Request], made: dict[Request, Drafts], rows: int, spare: Spare, guessing: bool
+    ) -> dict[Request, int]:
+        """Cuts the drafts of texts to those that are worth their rows, and says how many the head, if it is asked, is
+        to guess instead where that gives more tokens a second."""
         for request in able if len(made) < len(able) else ():
             made[request] = Drafts()
         seen, found = [self._seen(r) for r in able], [made[r] for r in able]
-        most = [self._ready(request, spare) for request in able]
-        guesser = self._guesser(rows, most)
+        most = [self._ready(request, spare) if guessing else 0 for request in able]
+        guesser = self._guesser(rows, most) if guessing else None
         kinds = [drafts.kinds for drafts in found]
         choose = self._choice.best if self._is_fixed else self._choice.choose
         widths, asked = choose(seen, kinds, rows, guesser), {}
@@ -233,8 +227,7 @@ class Drafter:
         keeps it from being asked is doubted more and more."""
         if self.head is None:
             return None
-        seconds = self.head.seconds(num_requests) * DOUBTED**self._since_asked
-        return Guesser(self.head.name, seconds, most)
+        return Guesser(self.head.name, self.head.seconds(num_requests), most, DOUBTED**self._since_asked)
 
     def _lent(
         self, able: list[Request], made: dict[Request, Drafts], asked: dict[Request, int], spare: Spare

@@ -214,7 +214,7 @@ class Engine:
             drafts.cut(len(sampled) - 1)
             self.scheduler.settle(request, count + len(drafts))
         token_ids = request.token_ids(start, end) + drafts.tokens
-        if self.drafter and self.drafter.wants_hidden(request):
+        if self.drafter and self.drafter.tells and self.drafter.wants_hidden(request):
             embedded = range(len(token_ids))
         assert start + len(token_ids) <= len(request.pages) * PAGE_TOKENS, (start, len(token_ids), request.pages)
         counts = dict(num_drafts=len(drafts), num_pending=request.num_pending)

@@ -1,8 +1,9 @@
 """Who gives an engine its drafts: texts, the model's MTP head, a smaller model, as options ask for them."""
 
 from lockstep.engine import selfcheck
+from lockstep.engine.draft_head import Head
 from lockstep.engine.draft_model import DraftModel
-from lockstep.engine.drafts import SOURCES, Drafter, Head
+from lockstep.engine.drafts import SOURCES, Drafter
 from lockstep.engine.model import Model
 from lockstep.engine.mtp import MtpDrafts
 from lockstep.engine.mtp_runner import MtpRunner

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lockstep.engine.mtp_runner import Chase, MtpRunner
+from lockstep.engine.mtp_runner import KEPT_PAIRS, Chase, MtpRunner
 from lockstep.engine.prefix import PrefixCache
 from lockstep.engine.request import Request
 from lockstep.engine.sampling import guessed
 from lockstep.engine.step_costs import GUESS_GAIN, StepCosts
 from lockstep.ops.kv_cache import PAGE_TOKENS
 
-MOST_PAIRS = 16  # of a request that a guess takes in while its time says what a guess takes
+MOST_PAIRS = 8  # of a request that a guess takes in while its time says what a guess takes
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Known:
 
 
 class MtpDrafts:
-    """A `drafts.Head`. prefix: where names of pages come from; None: nobody finds pages. eos_ids, vocab_size: the
+    """A `draft_head.Head`. prefix: where names of pages come from; None: nobody finds pages. eos_ids, vocab_size: the
     model's."""
 
     name = "mtp"
@@ -49,7 +49,7 @@ class MtpDrafts:
         self.runner, self._prefix, self._eos_ids, self._vocab_size = runner, prefix, eos_ids, vocab_size
         self.costs = StepCosts(GUESS_GAIN, GUESS_GAIN)
         self.names: dict[int, bytes] = {}  # by page whose pairs are all there: the name of its block
-        self._waiting: list[Request] = []  # whose hidden states have not been taken in
+        self._waiting: list[Request] = []  # with many hidden states that have not been taken in
 
     @property
     def may_rest(self) -> bool:
@@ -61,13 +61,17 @@ class MtpDrafts:
         return True
 
     def observe(self, request: Request, start: int, hidden: np.ndarray) -> None:
-        """Takes in the hidden states of a request's tokens from position `start` on: float32 [n, D], which is read
-        before the next step."""
+        """Takes in the hidden states of a request's tokens from position `start` on: float32 [n, D]. Few are copied
+        and wait until drafts are wanted, many are read before the next step."""
         known = request.draft_state
         if not isinstance(known, Known) or known.next_end != start + 1:
             known = request.draft_state = self._begun(request, start)
-        known.hidden = hidden if not len(known.hidden) else np.concatenate([known.hidden, hidden])
-        self._waiting.append(request)
+        if len(known.hidden):
+            known.hidden = np.concatenate([known.hidden, hidden])
+        else:
+            known.hidden = hidden.copy() if len(hidden) <= KEPT_PAIRS else hidden
+        if len(known.hidden) > KEPT_PAIRS:
+            self._waiting.append(request)
 
     def _begun(self, request: Request, start: int) -> Known:
         """What the head has of a request of which it gets states from position `start` on."""
@@ -89,7 +93,8 @@ class MtpDrafts:
         return most if isinstance(known, Known) and known.next_end == request.num_tokens else 0
 
     def guess(self, wanted: Sequence[tuple[Request, int]], num_planned: int) -> dict[int, list[int]]:
-        """{id of a request: so many drafts of it}, all in one native call, in which all waiting states are taken in."""
+        """{id of a request: so many drafts of it}, all in one native call, in which all of their states that wait
+        are taken in, and those of others that are many."""
         counts = {request: count for request, count in wanted if count}
         waiting = [r for r in dict.fromkeys([*counts, *self._waiting]) if r.slot is not None and r.draft_state]
         waiting.sort(key=lambda request: -counts.get(request, 0))
@@ -152,4 +157,3 @@ class MtpDrafts:
         """Keeps hidden states for which there is no page yet beyond the step that made them."""
         assert isinstance(request.draft_state, Known)
         request.draft_state.hidden = request.draft_state.hidden.copy()
-        self._waiting.append(request)

@@ -18,6 +18,7 @@ from lockstep.runtime.kernel import OnCompile
 from lockstep.runtime.program import Program
 from lockstep.runtime.threads import Team
 
+KEPT_PAIRS = 16  # the most of a request that wait to be taken in with others
 LINE = ALIGNMENT // 4  # numbers in a cache line
 
 
@@ -56,7 +57,7 @@ class MtpRunner:
         on_compile: OnCompile | None = None,
     ) -> None:
         self.program, S, K = program, limits.max_requests, num_drafts
-        self.max_rows = limits.max_step_tokens + S * (PAGE_TOKENS + 1)
+        self.max_rows = limits.max_step_tokens + S * (PAGE_TOKENS + 1 + KEPT_PAIRS)
         self._sources = self.program.sources()
         self.caches = {c.name: aligned(c.bytes_each * limits.num_pages) for c in self.program.caches}
         D = model.config.hidden_size

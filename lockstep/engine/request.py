@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, SupportsIndex
 
+from lockstep.engine.acceptance import Acceptance
 from lockstep.engine.answer_text import AnswerText
-from lockstep.engine.draft_width import Acceptance
 from lockstep.engine.embedding import POOLINGS, Pool
 from lockstep.engine.lookup import Lookup, Prediction
 from lockstep.engine.sampling import Adjustment
@@ -227,7 +227,7 @@ class Request:
     lookup: Lookup | None = None  # made with the first draft
     prediction: Prediction | None = None  # a text that its answer may be like
     num_drafted: int = 0  # tokens that were guessed and computed
-    draft_state: object | None = None  # what a `drafts.Head` has of it
+    draft_state: object | None = None  # what a `draft_head.Head` has of it
     num_lent: int = 0  # of its pages, those that hold nothing but drafts
     num_pending: int = 0  # drafts of its last step that were right: recurrent layers have yet to absorb them
     num_accepted: int = 0  # of those, the ones that were right

@@ -3,16 +3,8 @@
 import numpy as np
 import pytest
 
-from lockstep.engine.draft_width import (
-    HEAD,
-    OWN_AFTER,
-    PROBE_EVERY,
-    TEXTS,
-    Acceptance,
-    Guesser,
-    WidthChoice,
-    best_widths,
-)
+from lockstep.engine.acceptance import OWN_AFTER, Acceptance
+from lockstep.engine.draft_width import HEAD, PROBE_EVERY, TEXTS, TRIED_FOR, Guesser, WidthChoice, best_widths
 from lockstep.engine.step_costs import FORGET_AFTER, StepCosts
 
 DEPTHS = 7
@@ -158,7 +150,8 @@ def decode(probability, seconds, requests=1, steps=400, seed=0):
     seen = [choice.newcomer() for _ in range(requests)]
     for step in range(steps):
         choice.begin()
-        chosen = choice.choose(seen, [["lookup"] * DEPTHS] * requests, requests).of_texts
+        found = [["lookup"] * DEPTHS] * requests
+        chosen = [0] * requests if choice.is_to_be_timed(requests) else choice.choose(seen, found, requests).of_texts
         for each, width in zip(seen, chosen, strict=True):
             wrong = rng.random(width) >= probability(step)
             right = int(np.argmax(wrong)) if wrong.any() else width
@@ -226,8 +219,10 @@ def hopeless(seconds_of_guess, follows=False):
 
 @pytest.mark.parametrize("follows, times", [(False, 1), (True, 2)])
 def test_guesses_are_tried_again_only_where_sure_ones_would_pay(follows, times):
-    first, second, *_ = [step for step, width in enumerate(hopeless(0.1, follows)[2]) if width]
-    assert second - first == times * PROBE_EVERY  # to follow a request costs time
+    widths = hopeless(0.1, follows)[2]
+    first, second, *_ = [step for step, width in enumerate(widths) if width and not widths[step - 1]]
+    assert widths[first : first + TRIED_FOR + 1] == [1, *[2] * (TRIED_FOR - 1), 0]
+    assert second - first == times * PROBE_EVERY + TRIED_FOR - 1  # to follow a request costs time
     assert sum(hopeless(1.0, follows)[2]) == 0
 
 
@@ -235,7 +230,7 @@ def test_a_guess_that_was_to_be_tried_and_was_not_made_is_asked_for_again():
     choice, seen, _ = hopeless(0.1)
     assert asked(choice, seen, 0.1) == 0
     choice.try_again(seen)
-    assert [asked(choice, seen, 0.1) for _ in range(2)] == [1, 0]
+    assert [asked(choice, seen, 0.1) for _ in range(TRIED_FOR + 1)] == [1, 2, 2, 2, 0]
 
 
 def test_texts_are_tried_whatever_became_of_the_head():
@@ -283,13 +278,13 @@ def test_steps_that_were_not_measured_count_as_time():
 def test_where_no_draft_is_worth_it_nothing_is_chosen_for_a_while():
     choice, seen, _ = hopeless(1.0)
     rested = 0
-    for _ in range(100):
+    for _ in range(400):
         choice.begin()
         if choice.rests(HEAD, 1):
             rested += 1
         else:
             assert choice.choose([seen], [[]], 1, Guesser("model", 1.0)).of_head == [0]
-    assert 80 < rested < 100 and not choice.rests(HEAD, 2)
+    assert 380 < rested < 400 and not choice.rests(HEAD, 2)
     choice.note(seen, ["model"], 1, HEAD)
     assert not choice.rests(HEAD, 1)
 

@@ -120,6 +120,15 @@ def test_keys_that_a_row_does_not_see_are_not_counted():
         same_bits(count(table, x, step=step[0], seen_only=True)[0, 0], expected)
 
 
+def test_with_an_added_mask_all_keys_of_a_sequence_are_counted():
+    x, step = numbers(3, 96), ragged_step([2, 1], [34, 70])
+    expected = by_hand(np.concatenate([x[0, :34], x[1, :34], x[2, :70]]))
+    for table in (observe.REFERENCE, observe_cpu.CPU):
+        same_bits(count(table, x, step=step[0], seen_only=True, additive=True)[0, 0], expected)
+    with pytest.raises(ValueError, match="expected seen_only >= additive, got seen_only False, additive True"):
+        count(observe_cpu.CPU, x, additive=True)
+
+
 def test_too_many_numbers_are_seen_as_such():
     x = numbers(1, 40)
     for table in (observe.REFERENCE, observe_cpu.CPU):

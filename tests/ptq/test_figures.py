@@ -33,7 +33,8 @@ def test_figures_are_near_those_of_the_numbers(text):
     if text.startswith(("i", "u")):
         assert found.saturated == pytest.approx(beyond, abs=2e-3)
         assert found.codes == 1 << int(text[1:].split(":")[0])
-    assert (found.saturated > 1e-3) == (text in ("u8:p99", "i8:p99.9", "i4:mse")) or text == "i8:p99.9"
+    least = {"u8:p99": 8e-3, "i8:p99.9": 5e-4, "i4:mse": 1e-3}.get(text, 0)
+    assert found.saturated >= least and (least or found.saturated <= 1e-3)
 
 
 @pytest.mark.parametrize(

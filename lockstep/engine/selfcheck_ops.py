@@ -1,5 +1,5 @@
 """What the self-check asks of ops that no made-up model has: gated delta rules over drafts, block-diagonal layers,
-layers in integer arithmetic, and tensors side by side.
+layers in integer arithmetic, scores, and tensors side by side.
 
 The ops work on rows of a table. Caches are looked at, too: what a step records of its drafts shows in a later one.
 """
@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from lockstep.engine.selfcheck_weights import constant, rows_of, stored
 from lockstep.ops.add import Add
 from lockstep.ops.code_linear import CodeLinear
 from lockstep.ops.code_rows import CodeRows, row_width
+from lockstep.ops.code_weights import FORMAT as CODES
 from lockstep.ops.code_weights import code_tensor, code_weight
 from lockstep.ops.concat import Concat
 from lockstep.ops.gated_delta import DeltaInputs, GatedDelta
@@ -26,7 +28,9 @@ from lockstep.ops.gated_delta_verify import DeltaInputsVerify, GatedDeltaVerify
 from lockstep.ops.grids import INTEGER
 from lockstep.ops.grouped_linear import GroupedLinear
 from lockstep.ops.linear import PREPARATION
+from lockstep.ops.moe import Route
 from lockstep.ops.rewrite import fuse, lower, verifying
+from lockstep.ops.score import Score, scratch_width
 from lockstep.ops.select_rows import SelectRows, selected_rows
 from lockstep.runtime.backend import OpTable
 from lockstep.runtime.kernel import OnCompile
@@ -131,6 +135,47 @@ def integer_program() -> Program:
     return _ended(program, program.emit(both))
 
 
+def score_program(format: str) -> Program:
+    """Scores by a head in a weight format: on a grid and without a base, with a base of the format, and of float32."""
+    K, V, program = 256, 4100, Program()
+    values = np.random.RandomState(10).randint(-4096, 4096, (2 * ROWS, K)) * np.float32(2.0**-11)
+    x = rows_of(program, "scored.rows", values.astype(np.float32))
+    base = program.emit(Add(out=program.tensor("base", "T", K), x=x, y=x, width=K))
+    target, weights = program.tensor("target", "T", 1, "i32"), program.tensor("target.weight", "T", 1)
+    routed = dict(num_experts=K, top_k=1, renormalise=False, width=K)
+    program.emit(Route(expert_ids=target, weights=weights, logits=x, **routed))
+    head, plain = _head(format, V, K), _head("f32", V, K)
+    coded, coded_base = (_coded(program, rows) if format == CODES else rows for rows in (x, base))
+    grid = np.array([[INTEGER, 0.125, 8, 3, -128, 127, 0, 0]], np.float32)
+    operands: dict[str, dict[str, Any]] = {
+        "alone": dict(grid=Setting("grid", grid)),
+        "same": dict(base_x=coded_base, base_weight=head),
+        "f32": dict(base_x=base, base_weight=plain, base_f32=format != "f32"),
+    }
+    for name, each in operands.items():
+        out, scratch = (program.tensor(f"{name}{suffix}", "T", n) for suffix, n in (("", 8), (".s", scratch_width(V))))
+        sizes = dict(in_features=K, vocab_size=V, scratch_width=scratch_width(V))
+        program.emit(Score(out=out, scratch=scratch, x=coded, weight=head, target=target, **sizes, **each))
+    return _ended(program, x)
+
+
+def _head(format: str, V: int, K: int) -> Weight:
+    """A made-up head."""
+    if format != CODES:
+        part = stored(f"head {format}", (V, K), format)
+        return Weight(part.name, part.format, (V, K), (part,))
+    draw = np.random.RandomState(11).randint
+    scales = (draw(1, 256, V) * np.float32(2.0**-18)).astype(np.float32)
+    return code_weight("head", code_tensor("head", draw(0, 256, (V, K)), scales, draw(0, 256, V)))
+
+
+def _coded(program: Program, x: Tensor) -> Tensor:
+    """Rows of codes of 16 bits."""
+    out = program.tensor(f"{x.name}.codes", "T", row_width(x.width), "i8")
+    grid = np.array([[INTEGER, 2.0**-13, 2.0**13, 0, -32768, 32767, 0, 0]], np.float32)
+    return program.emit(CodeRows(out=out, x=x, grid=Setting(out.name, grid), width=x.width))
+
+
 def _ended(program: Program, rows: Tensor) -> Program:
     """The program with a choice of tokens at its end, which every Runner wants."""
     logits = program.tensor("logits", "R", rows.width)
@@ -145,22 +190,30 @@ def grouped_probe(format: str) -> OpProbe:
     return OpProbe(f"grouped_linear {format}", partial(grouped_program, format), ROW_STEPS, kinds)
 
 
+def score_probe(format: str) -> OpProbe:
+    """The probe of scores by heads in a format."""
+    return OpProbe(f"score {format}", partial(score_program, format), ROW_STEPS, (Score,))
+
+
 CONCAT = OpProbe("concat", concat_program, ROW_STEPS, (Concat,))
 INTEGERS = OpProbe("integers", integer_program, ROW_STEPS, (CodeRows, CodeLinear))
 DRAFTS = OpProbe("drafts", drafts_program, DRAFT_STEPS, (DeltaInputsVerify, GatedDeltaVerify))
 PLAIN = (DRAFTS, CONCAT, INTEGERS)  # of one form each
+HEAD_FORMATS = (*PREPARATION, CODES)
 
 
 def all_probes() -> list[OpProbe]:
     """Every probe that a program may want."""
-    return [*PLAIN, *map(grouped_probe, PREPARATION)]
+    return [*PLAIN, *map(grouped_probe, PREPARATION), *map(score_probe, HEAD_FORMATS)]
 
 
 def probes(program: Program) -> list[OpProbe]:
     """The probes of ops that a program has."""
     plain = [probe for probe in PLAIN if any(isinstance(op, probe.kinds) for op in program.ops)]
     formats = {op.weight.format for op in program.ops if isinstance(op, GroupedLinear)}
-    return plain + [grouped_probe(format) for format in PREPARATION if format in formats]
+    heads = {op.weight.format for op in program.ops if isinstance(op, Score)}
+    grouped = [grouped_probe(format) for format in PREPARATION if format in formats]
+    return plain + grouped + [score_probe(format) for format in HEAD_FORMATS if format in heads]
 
 
 def probe_model(probe: OpProbe, table: OpTable, fused: bool) -> ProbeModel:

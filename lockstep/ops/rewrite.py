@@ -11,6 +11,7 @@ from typing import Any
 
 from lockstep.ops.activations import ROW_FORMATS, Preparable, Preparation, QuantizeQ8, RoundBf16
 from lockstep.ops.add import Add
+from lockstep.ops.code_weights import FORMAT as CODES
 from lockstep.ops.gated_delta import DeltaInputs, GatedDelta
 from lockstep.ops.gated_delta_verify import DeltaInputsVerify, GatedDeltaVerify
 from lockstep.ops.linear import PREPARATION, Linear
@@ -18,6 +19,7 @@ from lockstep.ops.score import Score
 from lockstep.runtime.operands import Operands
 from lockstep.runtime.program import CacheArray, Program, Tensor
 
+PREPARED = PREPARATION | {CODES: ""}  # rows of codes are recorded as such
 PREPARATIONS = {op.name(): op for op in (QuantizeQ8, RoundBf16)}
 # kinds of ops in the place of which `verifying` puts others: {its own: the kind that a program is recorded with}
 RECORDED_KINDS = {v.name(): op.name() for v, op in ((DeltaInputsVerify, DeltaInputs), (GatedDeltaVerify, GatedDelta))}
@@ -27,10 +29,10 @@ def lower(program: Program) -> Program:
     """Every linear layer takes the format of its weight, and prepared rows; rows prepared alike are prepared once."""
     ops, prepared = [], {}
     for op in program.ops:
-        if isinstance(op, (Linear, Score)) and op.weight.format in PREPARATION:
+        if isinstance(op, (Linear, Score)):
             rows = {name: getattr(op, name) for name in op.multiplied if getattr(op, name) is not None}
             for name, x in rows.items():
-                kind = PREPARATION[getattr(op, op.multiplied[name]).format]
+                kind = PREPARED[getattr(op, op.multiplied[name]).format]
                 if kind and (x, kind) not in prepared:
                     ops.append(_preparation(program, x, kind))
                     prepared[x, kind] = ops[-1].out

@@ -104,14 +104,19 @@ def test_models_in_formats_of_gguf_files_can_be_checked(family, weights):
 
 @pytest.mark.parametrize(
     "probe",
-    [selfcheck_ops.DRAFTS, selfcheck_ops.INTEGERS, *map(selfcheck_ops.grouped_probe, ("q8_0", "q4_k", "bf16"))],
+    [
+        selfcheck_ops.DRAFTS,
+        selfcheck_ops.INTEGERS,
+        *map(selfcheck_ops.grouped_probe, ("q8_0", "q4_k", "bf16")),
+        *map(selfcheck_ops.score_probe, ("f32", "codes")),
+    ],
     ids=str,
 )
 def test_a_wrong_bit_in_an_op_that_no_made_up_model_has_is_refused(probe):
     made = selfcheck_ops.probe_model(probe, TABLE, True).program
     selfcheck.check(made, TABLE)
     written = places(made, lambda op: (*op.shared, *op.caches) if isinstance(op, probe.kinds) else ())
-    assert len(written) == {"drafts": 6, "integers": 2}.get(probe.name, 1)
+    assert len(written) == {"drafts": 6, "integers": 2, "score codes": 2}.get(probe.name, 1)
     for kind, _, word in written:
         said = rf"op {kind} gives other bits.*of probe {probe}: expected .*`--op {kind.removesuffix('_verify')}=ref"
         with pytest.raises(UnfitMachine, match=said):
@@ -125,10 +130,19 @@ def test_block_diagonal_layers_of_every_format_have_a_probe():
         assert [str(probe) for probe in selfcheck_ops.probes(made)] == [f"grouped_linear {format}"]
 
 
+def test_heads_of_every_format_have_a_probe():
+    for format in selfcheck_ops.HEAD_FORMATS:
+        made = selfcheck_ops.probe_model(selfcheck_ops.score_probe(format), TABLE, True).program
+        kinds = {op.kind for op in made.ops if op.kind.startswith("score")}
+        assert kinds == {f"score_{format}"} | ({f"score_{format}_base_f32"} if format != "f32" else set())
+        assert f"score {format}" in [str(probe) for probe in selfcheck_ops.probes(made)]
+
+
 def test_the_recorded_digests_are_those_of_the_definitions():
     golden = json.loads(selfcheck.GOLDEN.read_text())
     for probe in (selfcheck.Probe("qwen2", "f32", "f32"), selfcheck.Probe("qwen3_5", "q8_0", "q8")):
         assert recorded(probe) == golden[str(probe)]
-    for probe in (selfcheck_ops.DRAFTS, selfcheck_ops.INTEGERS, selfcheck_ops.grouped_probe("q4_0")):
+    grouped, scored = selfcheck_ops.grouped_probe("q4_0"), selfcheck_ops.score_probe("q8_0")
+    for probe in (selfcheck_ops.DRAFTS, selfcheck_ops.INTEGERS, grouped, scored):
         assert recorded_ops(probe) == golden[str(probe)]
     assert recorded_sampling() == golden[selfcheck_sampling.NAME]

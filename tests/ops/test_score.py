@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from lockstep.ops import linear, linear_cpu, sample, score, score_cpu
+from lockstep.ops.code_rows import row_width
 from lockstep.ops.code_weights import FORMAT as CODES
 from lockstep.ops.code_weights import code_tensor
 from lockstep.ops.grids import (
@@ -345,6 +346,11 @@ def test_lowering_prepares_rows_of_heads_of_two_formats():
     made = lower(program).ops
     assert [each.kind for each in made] == ["given", "given", "quantize_q8", "score_q8_0_base_f32"]
     assert made[-1].base_x is op.base_x and made[-1].x is made[2].out
+    op, program = declared("f32")
+    coded = program.tensor("coded", "T", row_width(96), "i8")
+    program.emit(Given(out=coded))
+    program.emit(op.changed(x=coded, weight=Weight("codes", CODES, (50, 96), ()), base_f32=True))
+    assert lower(program).ops[-1].kind == "score_codes_base_f32"
 
 
 @pytest.mark.parametrize(

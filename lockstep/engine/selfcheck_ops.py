@@ -18,6 +18,7 @@ from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.engine.selfcheck_sampling import ProbeModel
 from lockstep.engine.selfcheck_weights import constant, rows_of, stored
 from lockstep.ops.add import Add
+from lockstep.ops.code_fixed import CodeFixed
 from lockstep.ops.code_linear import CodeLinear
 from lockstep.ops.code_rows import CodeRows, row_width
 from lockstep.ops.code_weights import FORMAT as CODES
@@ -131,6 +132,8 @@ def integer_program() -> Program:
         weight = code_weight(f"integers.{name}", code_tensor(name, codes, scales, draw(0, 256, N)))
         out, sizes = program.tensor(name, "T", N), dict(in_features=K, out_features=N, width=N, column=0)
         outs.append(program.emit(CodeLinear(out=out, x=coded, weight=weight, **sizes)))
+        on_grid, fixed = program.tensor(f"{name}.fixed", "T", N), Setting(f"{name}.fixed", grid)
+        program.emit(CodeFixed(out=on_grid, x=coded, weight=weight, grid=fixed, **sizes))
     both = Add(out=program.tensor("both", "T", N), x=outs[0], y=outs[1], width=N)
     return _ended(program, program.emit(both))
 
@@ -196,7 +199,7 @@ def score_probe(format: str) -> OpProbe:
 
 
 CONCAT = OpProbe("concat", concat_program, ROW_STEPS, (Concat,))
-INTEGERS = OpProbe("integers", integer_program, ROW_STEPS, (CodeRows, CodeLinear))
+INTEGERS = OpProbe("integers", integer_program, ROW_STEPS, (CodeRows, CodeLinear, CodeFixed))
 DRAFTS = OpProbe("drafts", drafts_program, DRAFT_STEPS, (DeltaInputsVerify, GatedDeltaVerify))
 PLAIN = (DRAFTS, CONCAT, INTEGERS)  # of one form each
 HEAD_FORMATS = (*PREPARATION, CODES)

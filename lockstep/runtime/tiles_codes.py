@@ -9,8 +9,8 @@ from llvmlite import ir
 from numba import types
 
 from lockstep.runtime import targets
-from lockstep.runtime.emit import moved, pinned, read, spread, spread4, vector
-from lockstep.runtime.simd import F32, I32, I64, LANES, constant, primitive
+from lockstep.runtime.emit import moved, pinned, pointer, read, spread, spread4, vector
+from lockstep.runtime.simd import F32, I32, I64, LANES, constant, primitive, splat
 from lockstep.runtime.tiles_dots import WIDE, absolute, maddubs, pair_sums
 from lockstep.runtime.tiles_linear import Site, fields, finish, lanes_of, look_ahead
 
@@ -28,6 +28,10 @@ class CodeSite(Site):
         self.cells = [(r, p, c) for r in range(self.rows) for p in self.planes for c in range(self.cols)]
         firsts = [self.word(c, 3, I32) if self.how == "avx2" else constant(self.ints, 0) for c in range(self.cols)]
         self.start = {cell: firsts[cell[2]] for cell in self.cells}
+
+    def places(self):
+        """(row, column) of all values."""
+        return [(r, c) for r in range(self.rows) for c in range(self.cols)]
 
     def a(self, r, plane, k):
         """Four codes of a row from k on, for each feature."""
@@ -81,20 +85,73 @@ def _avx2_step(s, i, acc):
     return acc
 
 
-def scaled(s, acc):
-    """float32(float64(exact) * (float64(row's scale) * float64(feature's scale))) for each row and column.
-
-    exact = sum of a w - w's zero * the row's sum - the row's zero * sum of (w - zero). One plane: below 2**31, so that
-    int32 may wrap on the way. Two: 256 * first + second, in float64, which has all of them exactly.
-    """
-    b, doubles, values = s.b, vector(F64, s.lanes), {}
-    exact = _exact_of_one if len(s.planes) == 1 else _exact_of_two
-    for r in range(s.rows):
-        row_scale = b.fpext(s.tail(r, 0, F32), doubles)
-        for c in range(s.cols):
-            scale = b.fmul(row_scale, b.fpext(s.word(c, 0, F32), doubles))
-            values[r, c] = b.fptrunc(b.fmul(exact(s, acc, r, c), scale), s.floats)
+def scaled(s, acc, grid):
+    """float32(float64(exact) * (float64(row's scale) * float64(feature's scale))) for each row and column."""
+    b, values = s.b, {}
+    for r, c in s.places():
+        values[r, c] = b.fptrunc(b.fmul(exact(s, acc, r, c), scale(s, r, c)), s.floats)
     return values
+
+
+def requantized(s, acc, grid):
+    """Values of the grid at an address, made as `ops.code_fixed` says. The constants are its own, and its steps."""
+    b, values, longs = s.b, {}, vector(I64, s.lanes)
+    word = lambda n: splat(b, read(b, moved(b, pointer(b, grid), 4 * n), F32, 4), s.floats)
+    kind, y_scale, zero, low, high = (word(n) for n in (0, 1, 3, 4, 5))
+    known = b.fcmp_ordered("==", kind, constant(s.floats, 1.0))
+    for r, c in s.places():
+        m = b.fdiv(scale(s, r, c), b.fpext(y_scale, vector(F64, s.lanes)))
+        sound = b.and_(known, b.fcmp_ordered("ord", m, m))
+        r32 = b.sitofp(_fixed(b, b.fptosi(exact(s, acc, r, c), longs), m), s.floats)
+        code = _clamped(b, b.fadd(zero, r32), low, high)
+        value = b.fmul(b.fsub(code, zero), y_scale)
+        values[r, c] = b.select(sound, value, constant(s.floats, float("nan")))
+    return values
+
+
+def _fixed(b, acc, m):
+    """round(acc * M / 2**shift), half away from zero, at most 2**20 in size, where m = M / 2**shift nearly."""
+    of = lambda n: constant(acc.type, n)
+    bits = b.bitcast(m, acc.type)
+    shift = b.sub(of(31 + 1022), b.and_(b.lshr(bits, of(52)), of(2047)))
+    unit = b.bitcast(b.or_(b.and_(bits, of((1 << 52) - 1)), of(1022 << 52)), m.type)  # 0.5 <= unit < 1
+    M = b.fptosi(b.fadd(b.fmul(unit, constant(m.type, 2.0**31)), constant(m.type, 0.5)), acc.type)
+    negative = b.icmp_signed("<", acc, of(0))
+    size = b.select(negative, b.sub(of(0), acc), acc)
+    large = b.icmp_signed("<", shift, of(17))
+    of_large = b.mul(_least(b, size, of(1 << 18)), M)
+    upper = b.mul(size, b.lshr(M, of(16)))
+    of_others = b.add(upper, b.lshr(b.mul(size, b.and_(M, of(65535))), of(16)))
+    total = b.select(large, of_large, of_others)
+    by = b.select(large, shift, b.sub(shift, of(16)))
+    by = _least(b, b.select(b.icmp_signed("<", by, of(1)), of(1), by), of(62))
+    rounded = b.lshr(b.add(total, b.shl(of(1), b.sub(by, of(1)))), by)
+    rounded = _least(b, rounded, of(1 << 20))
+    return b.select(negative, b.sub(of(0), rounded), rounded)
+
+
+def _least(b, x, y):
+    return b.select(b.icmp_signed("<", x, y), x, y)
+
+
+def _clamped(b, x, low, high):
+    x = b.select(b.fcmp_ordered("<", x, high), x, high)
+    return b.select(b.fcmp_ordered(">", x, low), x, low)
+
+
+def scale(s, r, c):
+    """float64(row's scale) * float64(feature's scale), exactly."""
+    b, doubles = s.b, vector(F64, s.lanes)
+    return b.fmul(b.fpext(s.tail(r, 0, F32), doubles), b.fpext(s.word(c, 0, F32), doubles))
+
+
+def exact(s, acc, r, c):
+    """The sum of a row and a column in float64, which has all of them exactly.
+
+    It is the sum of a w - w's zero * the row's sum - the row's zero * sum of (w - zero). One plane: below 2**31, so
+    that int32 may wrap on the way. Two: 256 * first + second.
+    """
+    return (_exact_of_one if len(s.planes) == 1 else _exact_of_two)(s, acc, r, c)
 
 
 def _exact_of_one(s, acc, r, c):
@@ -112,37 +169,43 @@ def _exact_of_two(s, acc, r, c):
     return b.fsub(products, b.fadd(of_zero, of_row))
 
 
+SCALINGS = {"float": scaled, "fixed": requantized}
+
+
 @primitive()
-def code_tile(context, planes, shape, num_rows, x, w, out, ahead):
+def code_tile(context, shape, num_rows, x, w, out, ahead, grid):
     """out = x W^T (+ residual) for num_rows rows by a number of panels, over all of K.
 
-    planes: a literal, 1 or 2. shape: literals: (fewest, most) rows, panels. x: `tiles_linear.Rows` of codes. w:
-    `tiles_linear.Panels`, K that of a plane. out: `tiles_linear.Output`. ahead: `tiles_linear.Ahead`.
+    shape: literals: planes, 1 or 2; (fewest, most) rows; panels; one of SCALINGS. x: `tiles_linear.Rows` of codes. w:
+    `tiles_linear.Panels`, K that of a plane. out: `tiles_linear.Output`. ahead: `tiles_linear.Ahead`. grid: the address
+    of the output's grid, if it has one.
     """
-    fewest, most = (n.literal_value for n in shape[0])
+    planes, rows, panels, scaling = shape
+    fewest, most = (n.literal_value for n in rows)
+    how = planes.literal_value, range(panels.literal_value), SCALINGS[scaling.literal_value]
 
     def codegen(ctx, b, sig, args):
         magic = ctx.codegen().magic_tuple()
-        operands = [fields(b, *pair) for pair in zip(sig.args[3:], args[3:], strict=True)]
-        choice = b.switch(args[2], end := b.append_basic_block("no_rows"))
+        operands = [fields(b, *pair) for pair in zip(sig.args[2:6], args[2:6], strict=True)]
+        choice = b.switch(args[1], end := b.append_basic_block("no_rows"))
         for height in range(fewest, most + 1):
             choice.add_case(ir.Constant(I64, height), block := b.append_basic_block(f"rows_{height}"))
             b.position_at_start(block)
-            _tile(b, magic, planes.literal_value, height, range(shape[1].literal_value), operands)
+            _tile(b, magic, how, height, operands, args[6])
             b.branch(end)
         b.position_at_start(end)
         return ctx.get_dummy_value()
 
-    return types.void(planes, shape, types.int64, x, w, out, ahead), codegen
+    return types.void(shape, types.int64, x, w, out, ahead, types.int64), codegen
 
 
-def _tile(b, magic, planes, height, panels, operands):
+def _tile(b, magic, how, height, operands, grid):
     """All columns at once in registers of sixteen lanes; as many as fit in those of eight."""
-    x, w, out, ahead = operands
+    (planes, panels, scaling), (x, w, out, ahead) = how, operands
     lanes = lanes_of("codes", targets.int_dot(magic))
     columns = [(p, first) for p in panels for first in range(0, LANES, lanes)]
     at_once = len(columns) if lanes == LANES else max(1, NARROW_SUMS // (height * planes))
     for start in range(0, len(columns), at_once):
         s = CodeSite(b, magic, height, columns[start : start + at_once], lanes, x, w, planes=planes)
         look_ahead(s, w, ahead)
-        finish(s, scaled(s, sums(s)), out)
+        finish(s, scaling(s, sums(s), grid), out)

@@ -116,7 +116,7 @@ def test_a_wrong_bit_in_an_op_that_no_made_up_model_has_is_refused(probe):
     made = selfcheck_ops.probe_model(probe, TABLE, True).program
     selfcheck.check(made, TABLE)
     written = places(made, lambda op: (*op.shared, *op.caches) if isinstance(op, probe.kinds) else ())
-    assert len(written) == {"drafts": 6, "integers": 2, "score codes": 2}.get(probe.name, 1)
+    assert len(written) == {"drafts": 6, "integers": 3, "score codes": 2}.get(probe.name, 1)
     for kind, _, word in written:
         said = rf"op {kind} gives other bits.*of probe {probe}: expected .*`--op {kind.removesuffix('_verify')}=ref"
         with pytest.raises(UnfitMachine, match=said):

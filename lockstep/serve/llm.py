@@ -92,7 +92,10 @@ class LLM:
         self._store = PackedStore(checkpoint, progress)
         loaded = load_model(checkpoint, self._store, weights, kv_dtype, max_context)
         self._draft = None
-        if isinstance(speculate, str) and speculate not in SOURCES:
+        if not isinstance(speculate, str):
+            words = ", ".join(SOURCES)
+            raise ValueError(f"speculate: expected {words} or the name of a smaller model, got {speculate!r:.80}")
+        if speculate not in SOURCES:
             reads_alike = self.tokenizer if self.has_tokenizer else None
             how = HowLoaded(weights, kv_dtype, max_context, progress, verify_weights)
             self._draft, speculate = load_draft(speculate, tuple(SOURCES), loaded, reads_alike, how), MODEL

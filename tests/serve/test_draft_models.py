@@ -88,7 +88,7 @@ def test_the_command_names_a_model(capsys):
 def test_what_is_no_model_is_named(name, said, capsys):
     assert main(["generate", "-p", "x", "--speculate", name]) == 2
     assert said in capsys.readouterr().err
-    with pytest.raises(ValueError, match="speculate: expected one of off, auto"):
+    with pytest.raises(ValueError, match="expected off, auto, mtp, lookup or the name of a smaller model, got 5"):
         LLM(speculate=5)
 
 

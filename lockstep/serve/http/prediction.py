@@ -1,6 +1,8 @@
 """OpenAI's `prediction`: a text that the answer is likely to be much like, such as a file that is to be changed."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BeforeValidator
 
 from lockstep.serve.http.body import Fields, Items, SimpleOr
 from lockstep.serve.http.errors import bad_request, check_most
@@ -16,11 +18,18 @@ class PredictedPart(Fields):
     text: str
 
 
+def _text_or_parts(content: Any) -> Any:
+    """The content, if it is a text or an array; ValueError for anything else."""
+    if not isinstance(content, (str, list)):
+        raise ValueError("expected a string or an array of text parts")
+    return content
+
+
 class PredictionFields(Fields):
     """The text, whole or in parts."""
 
     type: Literal["content"]
-    content: SimpleOr[str, Items[PredictedPart]]
+    content: Annotated[SimpleOr[str, Items[PredictedPart]], BeforeValidator(_text_or_parts)]
 
     @property
     def text(self) -> str:

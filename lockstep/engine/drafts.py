@@ -203,6 +203,9 @@ class Drafter:
         to guess instead where that gives more tokens a second."""
         for request in able if len(made) < len(able) else ():
             made[request] = Drafts()
+        if not self._weighs:  # there is but one sort, and what a grammar forces is better
+            ready = {r: self._ready(r, spare) for r in able if guessing and not made[r]}
+            return {request: count for request, count in ready.items() if count}
         seen, found = [self._seen(r) for r in able], [made[r] for r in able]
         most = [self._ready(request, spare) if guessing else 0 for request in able]
         guesser = self._guesser(rows, most) if guessing else None

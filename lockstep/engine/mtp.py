@@ -97,7 +97,8 @@ class MtpDrafts:
         are taken in, and those of others that are many."""
         counts = {request: count for request, count in wanted if count}
         waiting = [r for r in dict.fromkeys([*counts, *self._waiting]) if r.slot is not None and r.draft_state]
-        waiting.sort(key=lambda request: -counts.get(request, 0))
+        if len(waiting) > 1:
+            waiting.sort(key=lambda request: -counts.get(request, 0))
         self._waiting = []
         chases = [(request, self._chase(request, counts.get(request, 0))) for request in waiting]
         for request, chase in chases:

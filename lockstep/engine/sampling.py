@@ -184,6 +184,8 @@ def guessed(request: "Request", eos_ids: frozenset[int], vocab_size: int, drafts
 
 def take_prompt_rows(request: "Request", span: "Span", row: int, runner: "Runner", logprobs: np.ndarray) -> int:
     """Takes in what the rows of a span from `row` on say about the prompt; returns the row after them."""
+    if request.params.prompt_logprobs is None:
+        return row
     end, num_top = row + sum("given" in fields for fields in span.sampled.values()), request.params.prompt_logprobs
     request.prompt_logprobs += logprobs[row:end].tolist()
     if num_top:
@@ -193,6 +195,8 @@ def take_prompt_rows(request: "Request", span: "Span", row: int, runner: "Runner
 
 def is_finite(request: "Request", logprob: float, alternatives: dict[int, float]) -> bool:
     """Whether the log-probabilities that come with a token are all numbers; with the first token, the prompt's, too."""
+    if request.output_ids and not alternatives:
+        return math.isfinite(logprob)
     found = [logprob, *alternatives.values()]
     if not request.output_ids:
         found += request.prompt_logprobs

@@ -160,9 +160,9 @@ def multiplied_flushing(format, head, row, panel, part):
 def multiplied_codes(format, head, row, panel, part):
     """Writes the logits of a claim by a head of codes."""
     if peek(head.x + 2 * plane_bytes(head.in_features) + TAIL_PLANES, int32) == 1:
-        sweep(1, head, part.num_rows, part.first, part.last)
+        sweep(1, "float", head, 0, part.num_rows, part.first, part.last)
     else:
-        sweep(2, head, part.num_rows, part.first, part.last)
+        sweep(2, "float", head, 0, part.num_rows, part.first, part.last)
 
 
 def _score(op, step, thread, num_threads):

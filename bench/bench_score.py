@@ -1,13 +1,15 @@
 """Scores of rows against the linear layer that makes their logits: what nll costs beyond it, and what KL does.
 
-    python bench/bench_score.py [--formats f32,q8_0] [--vocabularies 4096,151936] [--width 1024] [--rows 512]
+    python bench/bench_score.py [--formats f32,q8_0] [--vocabularies 4096,151936] [--rows 512] [--cpu-time]
 
 One line for each vocabulary and format: time of the layer alone, which writes all logits, of `score` without a base,
 and of `score` with a base of the same head, which multiplies twice; the latter two as shares of the layer's time. The
-three run one after the other in every round; medians of the rounds, and of the rounds' shares.
+three run one after the other in every round; medians of the rounds, and of the rounds' shares. --cpu-time counts the
+thread's processor time instead, of one thread: for a machine that others use, too.
 """
 
 import argparse
+import time
 
 import numpy as np
 
@@ -61,7 +63,7 @@ def executor(format: str, vocabulary: int, width: int, rows: int, team: Team) ->
     return made
 
 
-def seconds(made: Executor, rows: int, rounds: int) -> np.ndarray:
+def seconds(made: Executor, rows: int, rounds: int, cpu_time: bool) -> np.ndarray:
     """[rounds, 3]: seconds of the layer, of scores without a base and with one, in each round."""
     step = StepBlock.made(num_tokens=rows, num_requests=1, num_sampled=1)
     clock = np.zeros(len(made.program.ops), np.int64)
@@ -69,8 +71,16 @@ def seconds(made: Executor, rows: int, rounds: int) -> np.ndarray:
     times = []
     for _ in range(rounds + 1):
         made.run(step, clock)
-        times.append([(clock[i] - clock[i - 1]) / 1e9 for i in ops])
+        on_clock = [(clock[i] - clock[i - 1]) / 1e9 for i in ops]
+        times.append([processor_seconds(made, i, step) for i in ops] if cpu_time else on_clock)
     return np.array(times[1:])
+
+
+def processor_seconds(made: Executor, index: int, step: np.ndarray) -> float:
+    """What one op takes of the thread that calls."""
+    started = time.thread_time()
+    made.run_op(index, step)
+    return time.thread_time() - started
 
 
 def main() -> None:
@@ -81,12 +91,15 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cpu-time", action="store_true", help="processor time, of one thread")
     args = parser.parse_args()
-    team = Team(args.threads)
-    print(f"{args.rows} rows of {args.width} values, {args.threads} threads; ms, and times as long as the layer")
+    num_threads = 1 if args.cpu_time else args.threads
+    team = Team(num_threads)
+    print(f"{args.rows} rows of {args.width} values, threads: {num_threads}; ms, and times as long as the layer")
     for vocabulary in map(int, args.vocabularies.split(",")):
         for format in args.formats.split(","):
-            times = seconds(executor(format, vocabulary, args.width, args.rows, team), args.rows, args.rounds)
+            made = executor(format, vocabulary, args.width, args.rows, team)
+            times = seconds(made, args.rows, args.rounds, args.cpu_time)
             layer, nll, kl = np.median(times, axis=0) * 1e3
             nll_share, kl_share = np.median(times[:, 1:] / times[:, :1], axis=0)
             print(

@@ -11,7 +11,7 @@ from lockstep.engine.acceptance import FORCED, Acceptance
 from lockstep.engine.step_costs import LONG_AGO, CostTable, StepCosts
 
 TEXTS, HEAD = 0, 1  # sorts of drafts: each is tried by itself
-RECONSIDERED = 16, 128  # steps without drafts of texts and of a head, after which costs may say something else
+RECONSIDERED = 16  # steps without drafts of a sort, after which costs may say something else; more with the patience
 PROBE_EVERY, PROBE_SELDOM = 24, 768  # steps without drafts of a sort until one is tried again: at first, at most
 WITHOUT = 8  # steps on end in which texts had nothing that was worth its row, after which they are left alone
 TOLD_BEFORE, TOLD_AFTER = 8, 2  # steps before a head is tried again, and after its last draft, in which it is told
@@ -60,9 +60,14 @@ class Tries:
         self._without: tuple[int, int] | None = None  # rows, and what was noted, when none was worth it
         self._decided = self._num_without = 0  # in which step that was, and how many times on end
 
+    @property
+    def _pause(self) -> int:
+        """Steps after which costs may say something else."""
+        return max(RECONSIDERED, self.patience // 6)
+
     def rests_until(self) -> int:
         """The first step that is not surely like this one, in which it rests."""
-        until = self._decided + RECONSIDERED[self.sort] + 1
+        until = self._decided + self._pause + 1
         return until if self.sort == TEXTS else min(until, self.last + self.patience - TOLD_BEFORE)
 
     def are_near(self, now: int) -> bool:
@@ -83,7 +88,7 @@ class Tries:
     def rest(self, rows: int, num_noted: int, now: int) -> bool:
         """Whether, a few steps ago, none was worth it in such a step, and nothing was noted since. What texts say is
         another thing in each step."""
-        if self._without != (rows, num_noted) or now > self._decided + RECONSIDERED[self.sort]:
+        if self._without != (rows, num_noted) or now > self._decided + self._pause:
             return False
         return self.sort == HEAD or self._num_without >= WITHOUT
 
@@ -146,7 +151,8 @@ class WidthChoice:
     def is_to_be_timed(self, rows: int) -> bool:
         """Whether it is long ago that such a step without drafts was timed, which may cost less by now, and drafts do
         not gain so much that it hardly matters."""
-        return self._gain < MUCH and self.costs(rows).num_since(rows) + self._num_steps - self._last_timed > TIMED_EVERY
+        costs, since = self.costs(rows), self._num_steps - self._last_timed
+        return not costs.is_sure(rows) or (self._gain < MUCH and costs.num_since(rows) + since > TIMED_EVERY)
 
     def choose(
         self, seen: Sequence[Acceptance], found: Sequence[Sequence[str]], rows: int, head: Guesser | None = None

@@ -69,6 +69,10 @@ class StepCosts:
         """Steps since one of so many rows was measured."""
         return self._num_steps - self._noted.get(rows, -LONG_AGO)
 
+    def is_sure(self, rows: int) -> bool:
+        """Whether a step of so many rows was measured more than once."""
+        return rows in self._seconds
+
     def knows(self, rows: int) -> bool:
         """Whether a step of so many rows, or of fewer, was measured."""
         return any(n <= rows for n in self._noted)

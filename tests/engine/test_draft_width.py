@@ -284,7 +284,7 @@ def test_where_no_draft_is_worth_it_nothing_is_chosen_for_a_while():
             rested += 1
         else:
             assert choice.choose([seen], [[]], 1, Guesser("model", 1.0)).of_head == [0]
-    assert 380 < rested < 400 and not choice.rests(HEAD, 2)
+    assert 350 < rested < 400 and not choice.rests(HEAD, 2)
     choice.note(seen, ["model"], 1, HEAD)
     assert not choice.rests(HEAD, 1)
 

@@ -13,6 +13,7 @@ from lockstep.commands.options import (
     MaxContext,
     ModelName,
     OpSwaps,
+    PlanFile,
     Speculate,
     Threads,
     VerifyWeights,
@@ -69,6 +70,7 @@ def command(
     max_context: MaxContext = None,
     cache_dir: CacheDir = None,
     speculate: Speculate = "off",
+    plan: PlanFile = None,
     draft: Draft = None,
     verify_weights: VerifyWeights = False,
     op: OpSwaps = None,
@@ -109,6 +111,7 @@ def command(
         prefix_cache=cache_dir is not None,
         cache_dir=cache_dir,
         speculate=speculate,
+        plan=plan,
         draft=draft,
         verify_weights=verify_weights,
     )

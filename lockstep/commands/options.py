@@ -56,6 +56,15 @@ Draft = Annotated[
         min=1, max=15, help="With --speculate: guesses for a request in a step.", show_default="as many as pay, up to 7"
     ),
 ]
+PlanFile = Annotated[
+    str | None,
+    typer.Option(
+        "--plan",
+        metavar="FILE",
+        show_default="none",
+        help="Run on the grids of a solved quantization plan, as lockstep ptq writes them (winner.json).",
+    ),
+]
 VerifyWeights = Annotated[
     bool,
     typer.Option(

@@ -15,6 +15,7 @@ from lockstep.commands.options import (
     KvDtype,
     ModelName,
     OpSwaps,
+    PlanFile,
     Speculate,
     Threads,
     VerifyWeights,
@@ -121,6 +122,7 @@ def command(
     threads: Threads = None,
     cache_dir: CacheDir = None,
     speculate: Speculate = "off",
+    plan: PlanFile = None,
     draft: Draft = None,
     early: Annotated[
         bool,
@@ -166,6 +168,7 @@ def command(
         prefix_cache=prefix_cache,
         cache_dir=cache_dir,
         speculate=speculate,
+        plan=plan,
         draft=draft,
         generation_config=generation_config,
         wait_for_content=not early,

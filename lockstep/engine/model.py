@@ -26,7 +26,8 @@ class Model:
     """A model ready to be run.
 
     checkpoint: where it came from. config: ModelConfig. recorded: the unfused program. logits: the tensor of that name
-    in it. store: its packed weights. weights, kv_dtype: formats of the linear layers and of the KV cache.
+    in it. store: its packed weights. weights, kv_dtype: formats of the linear layers and of the KV cache. plan: the
+    hash of a quantization plan that it runs by, see `planned`.
     """
 
     checkpoint: Checkpoint
@@ -37,6 +38,7 @@ class Model:
     weights: str
     kv_dtype: str
     max_context: int
+    plan: str = ""
 
     @functools.cached_property
     def can_generate(self) -> bool:

@@ -37,7 +37,7 @@ def model_identity(model: Model, numerics: int) -> bytes:
     It is enough where there are no other weights: in one process. What outlives it is named by the content, too.
     """
     caches = [(c.name, c.kind, c.dtype, c.shape) for c in model.recorded.caches]
-    known = LAYOUT, numerics, model.weights, model.kv_dtype, PAGE_TOKENS, caches
+    known = LAYOUT, numerics, model.weights, model.kv_dtype, PAGE_TOKENS, caches, *([model.plan] if model.plan else ())
     return hashlib.sha256(repr(known).encode()).digest()
 
 

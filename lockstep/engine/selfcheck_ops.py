@@ -1,5 +1,5 @@
 """What the self-check asks of ops that no made-up model has: gated delta rules over drafts, block-diagonal layers,
-layers in integer arithmetic, scores, and tensors side by side.
+layers in integer arithmetic, scores, attention on grids, and tensors side by side.
 
 The ops work on rows of a table. Caches are looked at, too: what a step records of its drafts shows in a later one.
 """
@@ -15,6 +15,8 @@ import numpy as np
 
 from lockstep.engine.model import emit_sampling
 from lockstep.engine.runner import Limits, Runner, Span
+from lockstep.engine.selfcheck_rounded import KINDS as ROUNDED_KINDS
+from lockstep.engine.selfcheck_rounded import rounded_rows
 from lockstep.engine.selfcheck_sampling import ProbeModel
 from lockstep.engine.selfcheck_weights import constant, rows_of, stored
 from lockstep.ops.add import Add
@@ -200,8 +202,9 @@ def score_probe(format: str) -> OpProbe:
 
 CONCAT = OpProbe("concat", concat_program, ROW_STEPS, (Concat,))
 INTEGERS = OpProbe("integers", integer_program, ROW_STEPS, (CodeRows, CodeLinear, CodeFixed))
+ROUNDED = OpProbe("rounded", lambda: _ended(*rounded_rows(2 * ROWS)), ROW_STEPS, ROUNDED_KINDS)
 DRAFTS = OpProbe("drafts", drafts_program, DRAFT_STEPS, (DeltaInputsVerify, GatedDeltaVerify))
-PLAIN = (DRAFTS, CONCAT, INTEGERS)  # of one form each
+PLAIN = (DRAFTS, CONCAT, INTEGERS, ROUNDED)  # of one form each
 HEAD_FORMATS = (*PREPARATION, CODES)
 
 

@@ -10,6 +10,7 @@ fill = -120.0
 rope = "hf"
 fuse_scale = "none"
 arithmetic = "float"
+apart = ["attention"]         # taken apart even if no rule rounds anything inside
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 from lockstep.ptq.site import Site
 from lockstep.ptq.spec import Spec
 
+INSIDE = ("inputs", "attention", "swiglu")  # what can be taken apart: see `ptq.rewrite`
 OPTIONS = {
     "mask": ("structural", "additive"),
     "rope": ("hf", "pre_negated"),
@@ -46,7 +48,8 @@ class Plan:
     mask: "structural" (keys that a row does not see take no part) or "additive" (`fill` is added to their logits).
     fill: None for a structural mask. rope: "hf" rotates (-x2, x1), "pre_negated" has the sign in the table of sines.
     fuse_scale: whether the scale of attention is multiplied into the weights of q or of k. arithmetic: "float", or
-    "integer" where there are kernels for it.
+    "integer" where there are kernels for it. apart: of `rewrite.INSIDE`, what is taken apart although no rule rounds
+    anything inside: as it is in a study where another trial does, so that both have the same bits.
     Raises ValueError for anything else.
     """
 
@@ -56,12 +59,14 @@ class Plan:
     rope: str = "hf"
     fuse_scale: str = "none"
     arithmetic: str = "float"
+    apart: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for name, allowed in OPTIONS.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"plan: {name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
         object.__setattr__(self, "fill", _fill(self.mask, self.fill))
+        object.__setattr__(self, "apart", _apart(self.apart))
         object.__setattr__(self, "rules", tuple(_rule(i, rule) for i, rule in enumerate(_list(self.rules), 1)))
 
     # ------------------------------------------------------------ sites
@@ -96,6 +101,8 @@ class Plan:
         if self.fill is not None:
             lines.append(f"fill = {self.fill!r}")
         lines += [f"{name} = {_quoted(getattr(self, name))}" for name in ("rope", "fuse_scale", "arithmetic")]
+        if self.apart:
+            lines.append(f"apart = [{', '.join(map(_quoted, self.apart))}]")
         return "\n".join(lines) + "\n"
 
     @staticmethod
@@ -121,6 +128,7 @@ class Plan:
         """The plan as JSON or TOML can hold it, what is None left out."""
         made: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         made["rules"] = [list(rule) for rule in self.rules]
+        made["apart"] = list(self.apart) or None
         return {name: value for name, value in made.items() if value is not None}
 
     @property
@@ -146,6 +154,13 @@ def _list(rules: Any) -> Sequence[Any]:
     if isinstance(rules, (list, tuple)):
         return rules
     raise ValueError(f"plan: rules is {rules!r:.80}, expected a list of [sites, grid]")
+
+
+def _apart(groups: Any) -> tuple[str, ...]:
+    """Groups that are taken apart, in their usual order."""
+    if not isinstance(groups, (list, tuple)) or not all(group in INSIDE for group in groups):
+        raise ValueError(f"plan: apart is {groups!r:.80}, expected a list of {', '.join(INSIDE)}")
+    return tuple(group for group in INSIDE if group in groups)
 
 
 def _rule(number: int, rule: Any) -> tuple[str, str]:

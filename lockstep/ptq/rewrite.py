@@ -31,12 +31,12 @@ from lockstep.ops.rounded_attention import RoundedAttention
 from lockstep.ops.rounded_inputs import K_SITES, Q_SITES, TABLE_SITES, RoundedInputs
 from lockstep.ops.rounded_silu_mul import RoundedSiluMul
 from lockstep.ops.silu_mul import SiluMul
+from lockstep.ptq.plan import INSIDE
 from lockstep.ptq.site import Site
 from lockstep.runtime.executor import aligned
 from lockstep.runtime.operands import Operands
 from lockstep.runtime.program import Program, Setting, Tensor, Weight
 
-INSIDE = ("inputs", "attention", "swiglu")  # what can be taken apart
 LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
 NAMES = {
     "q_proj": "q",
@@ -88,9 +88,12 @@ class Rounded:
     weights: dict[str, list[Part]] = field(default_factory=dict)
 
 
-def sites_of(program: Program) -> list[Site]:
-    """Every site that a recorded program has, inner ones included, in the order in which it comes to them."""
-    return list(_Rewriter(program, Treatment(inside=INSIDE), lists=True).run().sites.values())
+def sites_of(program: Program, additive: bool = False) -> list[Site]:
+    """Every site that a recorded program has, inner ones included, in the order in which it comes to them.
+
+    additive: with those of an added mask.
+    """
+    return list(_Rewriter(program, Treatment(inside=INSIDE, additive=additive), lists=True).run().sites.values())
 
 
 def rounded(program: Program, treatment: Treatment) -> Rounded:
@@ -109,6 +112,20 @@ class _Columns:
     name: str
     column: int
     width: int
+
+
+def inside_of(sites: Iterable[Site], others: Iterable[str] = ()) -> tuple[str, ...]:
+    """Which of INSIDE has to be taken apart for some sites, and for other reasons."""
+    found = {_group_of(site.name) for site in sites if site.is_inner} | {*others}
+    return tuple(group for group in INSIDE if group in found)
+
+
+def _group_of(name: str) -> str:
+    """The group of an inner site."""
+    own = re.sub(r"^L\d+\.", "", name)
+    if own in rounded_silu_mul.SITES:
+        return "swiglu"
+    return "attention" if own in rounded_attention.SITES else "inputs"
 
 
 def layer_of(name: str) -> int | None:
@@ -278,7 +295,7 @@ class _Rewriter:
             if op.window or op.soft_cap:
                 raise ValueError(f"layer {layer}: sites inside attention with a window or a soft cap are not supported")
             there = [s for s in rounded_attention.SITES if s != "pv" or op.gate is not None]
-            there = [s for s in there if s != "qk.masked" or self._how.additive or self._lists]
+            there = [s for s in there if s != "qk.masked" or self._how.additive]
             widths = dict.fromkeys(rounded_attention.SITES, 0) | dict(pv=op.head_dim)
             grids = self._group("", layer, rounded_attention.SITES, H, there, widths)
             if not self._lists:

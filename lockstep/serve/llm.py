@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,10 @@ from lockstep.engine.cache_size import context_size
 from lockstep.engine.drafts import MODEL, SOURCES
 from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.model import load_model
+from lockstep.engine.planned import planned
 from lockstep.engine.request import Request, SamplingParams, check_single, token_list
 from lockstep.models.config import end_ids, text_config
+from lockstep.ptq.solved import Solved
 from lockstep.runtime.kernel import OnCompile
 from lockstep.serve.completion import Completion, completion
 from lockstep.serve.draft_model import HowLoaded, load_draft
@@ -51,8 +54,9 @@ class LLM:
     requests use what earlier ones computed for the same first tokens; cache_dir: a folder of at most cache_dir_bytes
     that keeps it across restarts. speculate, draft: see EngineOptions; speculate may also be the name, as `model` has
     it, of a smaller model of the same vocabulary, which drafts; weights and kv_dtype are then those of both.
-    needs_chat: refuse a model without a chat template. generation_config: where sampling_defaults come from: "auto"
-    (the model's own), "none", or a folder with a generation_config.json.
+    plan: a file with a solved quantization plan for this model (`lockstep ptq`), on whose grids it then runs; weights
+    and kv_dtype are f32 then. needs_chat: refuse a model without a chat template. generation_config: where
+    sampling_defaults come from: "auto" (the model's own), "none", or a folder with a generation_config.json.
     max_context: tokens that a prompt and its answer may have, never more than kv_tokens hold; None: the model's own, as
     far as its KV cache has room (in kv_tokens, or in half of the memory that is free beside the weights).
     verify_weights: read all of the weights, packed ones too, and check their hashes, although they were checked before.
@@ -80,6 +84,7 @@ class LLM:
         cache_dir_bytes: int = 8 << 30,
         speculate: str = "off",
         draft: int | None = None,
+        plan: str | os.PathLike[str] | None = None,
         needs_chat: bool = False,
         generation_config: str = "auto",
         verify_weights: bool = False,
@@ -90,7 +95,10 @@ class LLM:
         if needs_chat:
             check_can_chat(self.tokenizer if self.has_tokenizer else None, model or "the bundled model")
         self._store = PackedStore(checkpoint, progress)
+        weights = "f32" if plan is not None and weights == "auto" else weights
         loaded = load_model(checkpoint, self._store, weights, kv_dtype, max_context)
+        if plan is not None:
+            loaded = planned(loaded, Solved.load(Path(plan)), checkpoint.content.wait(progress))
         self._draft = None
         if not isinstance(speculate, str):
             words = ", ".join(SOURCES)

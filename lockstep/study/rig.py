@@ -20,6 +20,7 @@ from lockstep.ops.kv_cache import PAGE_TOKENS
 from lockstep.ops.linear import Linear
 from lockstep.ops.rewrite import fuse, lower
 from lockstep.ops.score import NUM_SCORES, Score, scratch_width
+from lockstep.ptq.folded import FoldedStore, FoldedWeights, with_weight
 from lockstep.ptq.rewrite import Rounded, Treatment, layer_of, rounded
 from lockstep.ptq.spec import Spec
 from lockstep.runtime.backend import OpTable
@@ -27,7 +28,6 @@ from lockstep.runtime.executor import WeightStore, aligned, tensors_between
 from lockstep.runtime.operands import Operands
 from lockstep.runtime.program import Program, Setting, Tensor, Weight
 from lockstep.runtime.threads import Team
-from lockstep.study.folded import FoldedStore, FoldedWeights, with_weight
 
 
 class Rig:

@@ -23,7 +23,9 @@ def test_a_plain_layer_has_the_sites_that_rules_name():
     assert layer >= projections | {f"{p}.w" for p in projections} | {"ctx", "mul", "res.attn", "res.mlp", "norm1.in"}
     inner = {name.removeprefix("L1.") for name in names(sites, layer=1, is_inner=True)}
     rotation = {f"{head}.{part}" for head in "qk" for part in ("x1", "x2", "cat", "cos", "sin", "rot")}
-    assert inner == rotation | {"k.all", "v.all", "qk.raw", "qk", "qk.masked", "p", "act.sig", "act"}
+    assert inner == rotation | {"k.all", "v.all", "qk.raw", "qk", "p", "act.sig", "act"}
+    masked = names(sites_of(recorded("plain").recorded, additive=True)) - names(sites)
+    assert masked == {"L0.qk.masked", "L1.qk.masked"}
     outside = names(sites, layer=None)
     assert outside == {"embed", "embed.w", "norm", "norm.in", "norm.w", "head", "head.w", "rope.cos", "rope.sin"}
 

@@ -40,7 +40,7 @@ class FoldedWeight(Weight):
 
 def _folded(part: StoredTensor, spec: Spec) -> StoredTensor:
     values = part.finite_f32().reshape(-1, part.shape[-1])
-    return StoredTensor(part.name, "f32", part.shape, fold(values, spec).values.reshape(part.shape))
+    return StoredTensor(part.name, "f32", part.shape, fold(values, spec, part.name).values.reshape(part.shape))
 
 
 class FoldedStore(WeightStore):
@@ -92,7 +92,7 @@ def with_weight(op: Operands, name: str, weight: Weight) -> Any:
     """The op with a weight in an operand's place. ValueError for an op that multiplies it in another format."""
     if isinstance(op, Embed):
         return op.changed(table=weight, format=format_code(weight.format))
-    if isinstance(op, (Linear, Score)) and weight.format != op.format:
+    if isinstance(op, (Linear, Score)) and weight.format != (op.format or op.weight.format):
         raise ValueError(
             f"weight {weight.name}: the layer multiplies {op.format}, and rounded weights are float32; expected a "
             f"model that was loaded with weights f32"

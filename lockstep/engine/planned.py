@@ -1,0 +1,79 @@
+"""A model that runs as a quantization plan says: rounded where its hardware would round."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from lockstep.engine.model import Model
+from lockstep.ops.rounded_attention import MAX_KEYS
+from lockstep.ptq.folded import FoldedStore, FoldedWeights, with_weight
+from lockstep.ptq.plan import Plan
+from lockstep.ptq.rewrite import Treatment, inside_of, rounded, sites_of
+from lockstep.ptq.site import Site
+from lockstep.ptq.solved import Solved
+from lockstep.ptq.spec import Spec
+from lockstep.runtime.operands import Operands
+from lockstep.runtime.program import Weight
+
+
+def treatment_of(plan: Plan, sites: Sequence[Site], max_keys: int) -> Treatment:
+    """How a program is rounded by a plan alone. max_keys: of a sequence."""
+    named = {name for name, spec in plan.resolve(sites).items() if not spec.is_off}
+    activations = {site.name for site in sites if site.name in named and not site.is_weight}
+    return Treatment(
+        sites=activations,
+        inside=inside_of([site for site in sites if site.name in activations], plan.apart),
+        additive=plan.mask == "additive",
+        fill=-120.0 if plan.fill is None else plan.fill,
+        pre_negated=plan.rope == "pre_negated",
+        max_keys=max_keys,
+    )
+
+
+def planned(model: Model, solved: Solved, content: str) -> Model:
+    """The model with its activations and weights on the grids of a solved plan; prompts may be cut into steps, and run
+    beside others, as ever. content: the hash of the model's files.
+
+    ValueError for a plan of another model; for one whose results depend on the rest of a step (an added mask counts
+    tokens that come later); and for a model whose weights or cache are in formats of their own.
+    """
+    sites = sites_of(model.recorded, solved.plan.mask == "additive")
+    solved.check(model.config.model_type, content, sites)
+    plan = solved.plan
+    _check(model, plan)
+    treatment = treatment_of(plan, sites, min(model.max_context, MAX_KEYS))
+    made = rounded(model.recorded, treatment)
+    for name, rows in made.grids.items():
+        rows[...] = solved.grids.get(name, 0)
+    specs = plan.resolve(sites)
+    folded = FoldedWeights(made.weights)
+    program = made.program.rewritten([_on_grids(op, folded, specs) for op in made.program.ops])
+    return replace(model, recorded=program, store=FoldedStore(model.store), plan=solved.hash)
+
+
+def _check(model: Model, plan: Plan) -> None:
+    for what, found in (("weights", model.weights), ("kv_dtype", model.kv_dtype)):
+        if found != "f32":
+            raise ValueError(
+                f"plan: {what} is {found!r}, expected 'f32': a plan's grids take the place of other formats"
+            )
+    if plan.mask == "additive":
+        raise ValueError(
+            "plan: mask is 'additive', so that what a token sees depends on the later tokens of its step; expected "
+            "'structural' outside of studies"
+        )
+    if plan.arithmetic != "float" or plan.fuse_scale != "none":
+        raise ValueError(
+            f"plan: arithmetic {plan.arithmetic!r} and fuse_scale {plan.fuse_scale!r}; expected 'float' and 'none'"
+        )
+
+
+def _on_grids(op: Operands, folded: FoldedWeights, specs: dict[str, Spec]) -> Operands:
+    """The op with rounded weights."""
+    for name, operand in op.declared():
+        weight = getattr(op, name)
+        if operand.role in ("constant", "packed") and isinstance(weight, Weight):
+            made = folded.weight(weight, specs)
+            op = op if made is weight else with_weight(op, name, made)
+    return op

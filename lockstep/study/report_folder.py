@@ -1,0 +1,135 @@
+"""What a study's folder holds, read for its report: every part is checked, and what is missing is named."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+STUDY, TRIALS, CONFIRM, RECIPE, WINNER = "study.json", "trials.jsonl", "confirm.jsonl", "recipe.toml", "winner.toml"
+STATUSES = ("done", "stopped", "failed")
+NUMBER = (int, float)
+WORDS = {NUMBER: "a number", str: "a text", dict: "an object", list: "a list", int: "a whole number"}
+NEEDED = ("nll", "delta_nll", "delta_low", "delta_high")  # metrics without which a trial says nothing
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """study: of study.json. trials, confirmed: lines in the order of their files. torn: whether the last line of the
+    trials was cut short, and left out. recipe, winner: texts; empty where there is no such file yet."""
+
+    study: Mapping[str, Any]
+    trials: list[Mapping[str, Any]]
+    confirmed: list[Mapping[str, Any]]
+    torn: bool
+    recipe: str
+    winner: str
+
+
+def read_folder(folder: Path) -> StudyFolder:
+    """Reads a study. ValueError, with file and key, for what is missing or is something else."""
+    if not (folder / STUDY).is_file():
+        raise ValueError(f"{folder}: there is no {STUDY}; expected the folder of a study")
+    study = _json(folder / STUDY, _text(folder / STUDY, (folder / STUDY).read_bytes()))
+    _check_study(study, str(folder / STUDY))
+    trials, torn = _lines(folder / TRIALS)
+    for number, trial in enumerate(trials, 1):
+        _check_trial(trial, f"{folder / TRIALS}, line {number}")
+    confirmed, _ = _lines(folder / CONFIRM)
+    known = {trial["id"] for trial in trials}
+    for number, row in enumerate(confirmed, 1):
+        where = f"{folder / CONFIRM}, line {number}"
+        if need(row, "id", (*NUMBER, str), where) not in known:
+            raise ValueError(f"{where}: id is {row['id']!r:.80}, and {TRIALS} has no such trial")
+    recipe, winner = _toml(folder / RECIPE), _toml(folder / WINNER)
+    return StudyFolder(study, latest(trials), latest(confirmed), torn, recipe, winner)
+
+
+def latest(rows: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """One row for each id, the last that was written, in the order in which ids first came."""
+    return list({row["id"]: row for row in rows}.values())
+
+
+def need(table: Mapping[str, Any], key: str, kind: Any, where: str) -> Any:
+    """What a table has under a key. ValueError, with where it was, if it is missing or of another kind."""
+    if key not in table:
+        raise ValueError(f"{where}: {key} is missing")
+    return checked(table[key], key, kind, where)
+
+
+def optional(table: Mapping[str, Any], key: str, kind: Any, where: str) -> Any:
+    """The same, None if it is missing or null."""
+    return None if table.get(key) is None else checked(table[key], key, kind, where)
+
+
+def checked(value: Any, key: str, kind: Any, where: str) -> Any:
+    """A value of a kind; ValueError for another."""
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{where}: {key} is {value!r:.80}, expected {WORDS.get(kind, 'a number or a text')}")
+    return value
+
+
+def _check_study(study: Mapping[str, Any], where: str) -> None:
+    model = need(study, "model", dict, where)
+    for key in ("name", "hash"):
+        need(model, key, str, f"{where}: model")
+    need(need(study, "baseline", dict, where), "nll", NUMBER, f"{where}: baseline")
+    for number, site in enumerate(need(study, "sites", list, where), 1):
+        need(checked(site, f"site {number}", dict, where), "name", str, f"{where}: site {number}")
+
+
+def _check_trial(trial: Mapping[str, Any], where: str) -> None:
+    need(trial, "id", (*NUMBER, str), where)
+    need(trial, "name", str, where)
+    if need(trial, "status", str, where) not in STATUSES:
+        raise ValueError(f"{where}: status is {trial['status']!r:.80}, expected one of {', '.join(STATUSES)}")
+    need(trial, "plan", dict, where)
+    if trial["status"] == "done":
+        metrics = need(trial, "metrics", dict, where)
+        for key in NEEDED:
+            need(metrics, key, NUMBER, f"{where}: metrics")
+
+
+# ---------------------------------------------------------------- files
+
+
+def _lines(path: Path) -> tuple[list[Mapping[str, Any]], bool]:
+    """Objects of a file of lines, none if there is no file, and whether the last line had no end."""
+    if not path.is_file():
+        return [], False
+    *whole, last = path.read_bytes().split(b"\n")
+    return [_json(f"{path}, line {n}", _text(path, line)) for n, line in enumerate(whole, 1)], bool(last)
+
+
+def _text(path: Path, raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: it is no UTF-8 text: {error}") from None
+
+
+def _json(where: Any, text: str) -> Mapping[str, Any]:
+    try:
+        found = json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: it cannot be read as JSON: {error}") from None
+    return checked(found, "the content", dict, str(where))
+
+
+def _refuse(word: str) -> Any:
+    raise ValueError(f"{word} is no number of a report")
+
+
+def _toml(path: Path) -> str:
+    """A file of TOML, as text; empty if there is none."""
+    if not path.is_file():
+        return ""
+    text = _text(path, path.read_bytes())
+    try:
+        tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: it cannot be read as TOML: {error}") from None
+    return text

@@ -1,0 +1,113 @@
+"""What a study's trials say of single sites: how much each of them hurts, and how its grids fit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lockstep.study.report_folder import STUDY, TRIALS, optional
+
+FIGURES = ("spec", "scale", "zero", "saturation", "code_use", "sqnr")
+SITE = ("heads", "width", "layer", "is_weight", "is_inner")
+BY_HEAD = "/head"
+
+
+def component(name: str, layer: int | None) -> str:
+    """A site's name without its layer: "q" of L3.q."""
+    return name.removeprefix(f"L{layer}.") if layer is not None else name
+
+
+# ---------------------------------------------------------------- sensitivity
+
+
+def sensitivity(trials: Sequence[Mapping[str, Any]], sites: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Groups of trials that differ from each other in one rule, whose sites are one: what each site costs alone.
+
+    A group has a title, whether its sites were left as they are while others were rounded, and a row for each site.
+    """
+    known = {site["name"]: site.get("layer") for site in sites}
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for trial in trials:
+        rules = trial["plan"]["rules"]
+        if trial["status"] == "done" and rules and rules[-1][0] in known:
+            rest = dict(trial["plan"], rules=rules[:-1])
+            key = json.dumps([rest, rules[-1][1]], sort_keys=True)
+            groups.setdefault(key, []).append(_row(trial, known))
+    return [_group(key, rows) for key, rows in groups.items() if len(rows) > 1]
+
+
+def _row(trial: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    site, spec = trial["plan"]["rules"][-1]
+    metrics = {key: trial["metrics"].get(key) for key in ("delta_nll", "delta_low", "delta_high", "kl_mean")}
+    where = dict(site=site, layer=known[site], component=component(site, known[site]))
+    return dict(where, trial=trial["id"], spec=spec, **metrics)
+
+
+def _group(key: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    rest, spec = json.loads(key)
+    others = ", ".join(f"{glob} {other}" for glob, other in rest["rules"])
+    spared = spec == "off"
+    title = f"each alone not rounded, beside {others}" if spared else f"each alone on {spec}"
+    if others and not spared:
+        title += f", beside {others}"
+    return dict(title=title, spared=spared, spec=spec, rows=sorted(rows, key=lambda r: -r["delta_nll"]))
+
+
+# ---------------------------------------------------------------- sites
+
+
+def sites_table(
+    study: Mapping[str, Any], trials: Sequence[Mapping[str, Any]], folder: str
+) -> dict[str, dict[str, Any]]:
+    """{site: what it is, what calibration saw, and how each grid that was tried fits it}."""
+    stats = optional(study, "stats", dict, f"{folder}: {STUDY}") or {}
+    made = {site["name"]: _site(site, stats.get(site["name"]), folder) for site in study["sites"]}
+    for trial in trials:
+        where = f"{folder}: {TRIALS}: trial {trial['id']!r}"
+        for name, figures in (optional(trial, "sites", dict, where) or {}).items():
+            if name not in made:
+                raise ValueError(f"{where}: sites has {name!r:.80}, and {STUDY} has no such site")
+            _add(made[name]["grids"], figures, f"{where}: site {name}")
+    return made
+
+
+def _site(site: Mapping[str, Any], stat: Any, folder: str) -> dict[str, Any]:
+    made = {key: site[key] for key in SITE if key in site}
+    made["component"] = component(site["name"], site.get("layer"))
+    where = f"{folder}: {STUDY}: stats of {site['name']}"
+    if stat is not None:
+        stat = dict(stat)
+        made |= {key: stat[key] for key in ("min", "max") if stat.get(key) is not None}
+        made |= dict(histogram=_histogram(stat["histogram"], where)) if stat.get("histogram") else {}
+    return made | dict(grids=[])
+
+
+def _histogram(found: Any, where: str) -> dict[str, Any]:
+    """{edges [n + 1], counts [n]}."""
+    edges, counts = (found.get("edges"), found.get("counts")) if isinstance(found, Mapping) else (None, None)
+    if not isinstance(edges, list) or not isinstance(counts, list) or len(edges) != len(counts) + 1:
+        raise ValueError(f"{where}: histogram is {found!r:.80}, expected counts, and edges of which there is one more")
+    return dict(edges=edges, counts=counts)
+
+
+def _add(grids: list[dict[str, Any]], figures: Any, where: str) -> None:
+    """Adds a trial's figures of a site, equal ones once: calibration is the same for all trials."""
+    if not isinstance(figures, Mapping) or not isinstance(figures.get("spec"), str):
+        raise ValueError(f"{where}: {figures!r:.80}, expected figures with a spec")
+    kept = {key: figures[key] for key in FIGURES if figures.get(key) is not None}
+    for known in grids:
+        if {key: value for key, value in known.items() if key != "trials"} == kept:
+            known["trials"] += 1
+            return
+    grids.append(kept | dict(trials=1))
+
+
+def by_head(sites: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Sites with a grid for each head: site, spec, and the signal to noise of every head."""
+    return [
+        dict(site=name, spec=grid["spec"], sqnr=grid["sqnr"])
+        for name, site in sites.items()
+        for grid in site["grids"]
+        if BY_HEAD in grid["spec"] and isinstance(grid.get("sqnr"), list)
+    ]

@@ -1,0 +1,217 @@
+"""A study's folder with made-up numbers that look like real ones: python -m tests.study.plausible FOLDER."""
+
+import functools
+import hashlib
+import json
+import pathlib
+import sys
+
+import numpy as np
+
+from lockstep.ptq.plan import Plan
+from lockstep.ptq.site import Site
+
+LAYERS, HEADS, KV_HEADS, WIDTH = 6, 8, 2, 256
+WINDOWS, NLL = 24, 2.4713
+INNER = {"q.rot": HEADS, "k.rot": KV_HEADS, "k.all": KV_HEADS, "v.all": KV_HEADS, "qk": HEADS, "p": HEADS}
+OUTER = {"norm1": 1, "q": HEADS, "k": KV_HEADS, "v": KV_HEADS, "ctx": HEADS, "o": 1, "res.attn": 1, "norm2": 1}
+MLP = {"gate": 1, "up": 1, "mul": 1, "down": 1, "res.mlp": 1}
+WEIGHTS = ("q", "k", "v", "o", "gate", "up", "down")
+LOUD = {"down": 2.5, "mul": 3.0, "qk": 1.8, "p": 2.2, "res.mlp": 1.6, "norm2": 0.7}  # what hurts most
+
+
+def write(folder, seed=7, num_trials=60, confirmed=5):
+    """Writes a study of so many trials; returns its folder."""
+    rng, sites = np.random.RandomState(seed), all_sites()
+    folder.mkdir(parents=True, exist_ok=True)
+    plans = [*alone(sites), *mixed()][:num_trials]
+    trials = [trial(i, name, swept, plan, sites, rng) for i, (name, swept, plan) in enumerate(plans)]
+    save(folder / "study.json", json.dumps(study(sites, rng), indent=1))
+    save(folder / "recipe.toml", RECIPE)
+    save(folder / "trials.jsonl", lines(trials))
+    done = sorted((t for t in trials if t["status"] == "done"), key=lambda t: t["metrics"]["delta_nll"])[:confirmed]
+    save(folder / "confirm.jsonl", lines(confirmations(done)))
+    if done:
+        save(folder / "winner.toml", Plan.from_table(done[0]["plan"]).to_toml())
+    return folder
+
+
+def save(path, text):
+    path.write_text(text, "utf-8")
+
+
+def lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def site(name, heads=1, width=0, layer=None, is_weight=False, is_inner=False):
+    return dict(name=name, heads=heads, width=width, layer=layer, is_weight=is_weight, is_inner=is_inner)
+
+
+def all_sites():
+    made = [site("embed.w", width=WIDTH, is_weight=True), site("embed", width=WIDTH)]
+    for i in range(LAYERS):
+        made += [site(f"L{i}.{n}", heads, WIDTH // heads, i) for n, heads in (OUTER | MLP).items()]
+        made += [site(f"L{i}.{n}", heads, 32, i, is_inner=True) for n, heads in INNER.items()]
+        made += [site(f"L{i}.{n}.w", width=WIDTH, layer=i, is_weight=True) for n in WEIGHTS]
+    return [*made, site("norm", width=WIDTH), site("head", width=4096)]
+
+
+def alone(sites):
+    """One plan for each activation of some kinds, rounded alone."""
+    for s in sites:
+        if s["name"].split(".", 1)[-1] in ("qk", "p", "k.all", "mul", "down", "res.mlp", "norm2"):
+            rules = [[s["name"], "u8"]]
+            yield f"u8 at {s['name']}", {"site": s["name"], "spec": "u8"}, Plan(rules)
+
+
+def mixed():
+    """Products of grids of weights, of caches and of the weights of softmax."""
+    for weights in ("u4/row:mse", "i8/row"):
+        for cache in ("i16", "i8", "i8/head"):
+            for p in ("i16", "u8", "u8/head"):
+                rules = [["*", "i16"], ["*.w", weights], ["L*.[kv].all", cache], ["L*.p", p]]
+                yield f"{weights}, cache {cache}, p {p}", {"w": weights, "cache": cache, "p": p}, Plan(rules)
+
+
+def hurt(rules):
+    """Roughly how much a plan costs, in nats."""
+    total = 0.0
+    for glob, spec in rules:
+        bits = bits_of(spec)
+        loud = next((x for name, x in LOUD.items() if glob.endswith("." + name)), 1.0)
+        everywhere = 12 if "*" in glob else 1
+        depth = 1.0 if "*" in glob else 1.6 - 0.2 * int(glob[1])
+        total += everywhere * depth * loud * 2.0 ** (-1.6 * bits) * (0.6 if "/head" in spec else 1.0)
+    return 6 * total
+
+
+def trial(number, name, swept, plan, sites, rng):
+    status = "failed" if number == 11 else "stopped" if number in (20, 41) else "done"
+    made = dict(id=number, name=name, swept=swept, plan=plan.to_table(), plan_hash=plan.hash, status=status)
+    made |= dict(windows=WINDOWS if status == "done" else 8 if status == "stopped" else 0)
+    if status == "failed":
+        return made | dict(reason="site L3.qk: calibration saw no number (head 2)")
+    delta = hurt(plan.rules) * rng.uniform(0.8, 1.3) + rng.normal(0, 2e-4)
+    error = 3e-4 + 0.15 * abs(delta)
+    one = len(plan.rules) == 1
+    specs = plan.resolve([Site(**s) for s in sites])
+    heads = {s["name"]: s["heads"] for s in sites}
+    made |= dict(
+        metrics=metrics(delta, error, specs, rng),
+        window_nll=[round(NLL + delta + x, 6) for x in rng.normal(0, 0.2, made["windows"])],
+        forwards=made["windows"],
+        layers_run=made["windows"] * (LAYERS - (int(plan.rules[-1][0][1]) if one else 0)),
+        layers_saved=made["windows"] * (int(plan.rules[-1][0][1]) if one else 0),
+        sites={n: figures(n, str(spec), heads[n]) for n, spec in specs.items() if not spec.is_off},
+    )
+    return made
+
+
+def bits_of(spec):
+    """Of a code, 16 where it is off."""
+    return int("".join(c for c in spec.split("/")[0].split(":")[0] if c.isdigit()) or 16)
+
+
+def metrics(delta, error, specs, rng):
+    bits = np.mean([bits_of(str(spec)) for name, spec in specs.items() if name.endswith(".w")])
+    kl = abs(delta) * 0.9 + 1e-5
+    return dict(
+        nll=NLL + delta,
+        ppl=float(np.exp(NLL + delta)),
+        ppl_error=0.12,
+        delta_nll=delta,
+        delta_low=delta - error,
+        delta_high=delta + error * rng.uniform(0.9, 1.1),
+        kl_mean=kl,
+        kl_p99=kl * rng.uniform(6, 11),
+        kl_max=kl * rng.uniform(60, 200),
+        top1=1 - min(0.5, 4 * kl**0.7),
+        delta_p=-delta * 0.1,
+        weight_bytes=int(3_200_000 * (float(bits) / 8)),
+        bits_per_weight=float(bits),
+        kv_bytes=int(6 * 2 * 64 * bits_of(str(specs["L0.k.all"])) / 8),
+    )
+
+
+@functools.cache
+def figures(name, spec, num_heads):
+    """Of a site on a grid; the same whenever they are asked for."""
+    own = np.random.RandomState(int(digest(f"{name} {spec}")[:8], 16))
+    heads, bits = num_heads if "/head" in spec else 1, bits_of(spec)
+    return dict(
+        spec=spec,
+        scale=(own.uniform(1, 9, heads) / 2**bits).tolist(),
+        zero=[int(2 ** (bits - 1)) if spec[0] == "u" else 0] * heads,
+        saturation=own.uniform(0, 0.002, heads).round(5).tolist(),
+        code_use=own.uniform(0.3, 0.99, heads).round(3).tolist(),
+        sqnr=(6 * bits - own.uniform(4, 14, heads)).round(2).tolist(),
+    )
+
+
+def study(sites, rng):
+    return dict(
+        form=1,
+        model=dict(name="study-llama", hash=digest("model")),
+        texts=dict(
+            calibration=[dict(file="calibration.txt", sha256=digest("c"), tokens=8192, windows=16)],
+            evaluation=[dict(file="evaluation.txt", sha256=digest("e"), tokens=12288, windows=WINDOWS)],
+        ),
+        sites=sites,
+        inside=["inputs", "attention", "swiglu"],
+        baseline=dict(nll=NLL, perplexity=float(np.exp(NLL)), tokens=12264),
+        calibration=dict(forwards=16),
+        stats={s["name"]: stat(rng, s["name"]) for s in sites if not s["is_weight"]},
+        versions=dict(lockstep="0.1.0", python="3.11.9", numpy="2.1.0"),
+        threads=2,
+        seed=42,
+    )
+
+
+def digest(text):
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def stat(rng, name):
+    x = np.abs(rng.normal(0, 0.1, 4000)) if name.endswith(".p") else rng.normal(0.1, 1, 4000) ** 3
+    counts, edges = np.histogram(x, 48)
+    histogram = dict(edges=edges.round(4).tolist(), counts=counts.tolist())
+    return dict(min=float(x.min()), max=float(x.max()), histogram=histogram)
+
+
+def confirmations(trials):
+    order = [0, 2, 1, 3, 4][: len(trials)]
+    for rank, (row, place) in enumerate(zip(trials, order, strict=True), 1):
+        equal = dict(equal=True) if rank != 4 else dict(equal=False, first=dict(window=3, token=17, layer=2, site="qk"))
+        yield dict(
+            id=row["id"],
+            parity=equal,
+            fast_rank=rank,
+            confirmed_rank=place + 1,
+            metrics=row["metrics"],
+            disagreement={"L0.q": 0.0021, "L0.gate": 0.0017, "L1.down": 0.0040} if rank == 1 else None,
+        )
+
+
+RECIPE = """model = "study-llama"
+seed = 42
+
+[calibrate]
+text = "calibration.txt"
+windows = 16
+
+[evaluate]
+text = "evaluation.txt"
+
+[plan]
+rules = [["*", "i16"]]
+
+[[sweep]]
+one_at_a_time = { sites = "coarse", spec = "u8" }
+
+[confirm]
+top = 5
+"""
+
+if __name__ == "__main__":
+    print(write(pathlib.Path(sys.argv[1])))

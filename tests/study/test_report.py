@@ -1,0 +1,285 @@
+"""A study's report: what it says, that it needs nothing else, and that bad folders are named."""
+
+import json
+import re
+import shutil
+
+import pytest
+
+from lockstep.study.report import text_table, write_report
+from lockstep.study.report_data import frontier, report_data, verdict
+from lockstep.study.report_markup import Markup, script_json, tag
+from lockstep.study.report_sites import by_head
+from tests.study import plausible
+
+HOSTILE = "</script><img src=x onerror=alert(1)>\"'&<!-- data -->\u2028"
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    return plausible.write(tmp_path_factory.mktemp("study"))
+
+
+@pytest.fixture
+def copy(study, tmp_path):
+    """A folder that a test may change."""
+    return shutil.copytree(study, tmp_path / "study")
+
+
+def change(path, line, edit):
+    """Edits one line of JSON, or the whole file where line is None."""
+    lines = path.read_text("utf-8").splitlines() if line is not None else [path.read_text("utf-8")]
+    found = json.loads(lines[line or 0])
+    edit(found)
+    lines[line or 0] = json.dumps(found)
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def trial_of(data, id):
+    return next(trial for trial in data["trials"] if trial["id"] == id)
+
+
+def embedded(html):
+    """The JSON that the page's script reads."""
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.S)[1])
+
+
+# ---------------------------------------------------------------- what it says
+
+
+def test_the_report_holds_all_parts_in_order(study):
+    html = write_report(study).read_text("utf-8")
+    parts = re.findall(r'<section id="(\w+)"', html)
+    assert parts == "verdict bytes trials sensitivity heads confirm work origin recipe".split()
+    assert json.loads((study / "report.json").read_text("utf-8")) == report_data(study)
+
+
+def test_equal_folders_give_equal_bytes(study, copy):
+    files = [
+        [(write_report(folder).parent / name).read_bytes() for name in ("report.html", "report.json")]
+        for folder in (study, copy)
+    ]
+    assert files[0] == files[1]
+
+
+def test_the_report_needs_nothing_from_elsewhere(study):
+    html = write_report(study).read_text("utf-8")
+    without = html.replace('"http://www.w3.org/2000/svg"', "")  # the name of SVG's elements, which is never asked for
+    assert not re.search(r"https?://|//[a-z]|<link|\bsrc=|@import|url\(|fetch\(|\bimport\b", without)
+    assert "default-src 'none'" in html
+
+
+def test_the_verdict_names_winner_loss_and_noise(study):
+    data = report_data(study)
+    won = trial_of(data, data["verdict"]["winner"])
+    assert won["plan_text"] == (study / "winner.toml").read_text("utf-8")
+    assert data["verdict"]["like_float"] and data["verdict"]["like"]
+    html = write_report(study).read_text("utf-8")
+    said = html[html.index('id="verdict"') : html.index('id="bytes"')]
+    for text in (won["name"], "Within noise of the model in float", "KL, p99", "same top-1", "confirmed on prefill"):
+        assert text in said
+
+
+def case(id, delta, half, **metrics):
+    return dict(id=id, metrics=dict(delta_nll=delta, delta_low=delta - half, delta_high=delta + half, **metrics))
+
+
+@pytest.mark.parametrize(
+    "winner, other, like_float, like",
+    [
+        ((0.01, 0.02), (0.05, 0.01), True, []),
+        ((0.03, 0.01), (0.035, 0.01), False, [2]),
+        ((0.1, 0.01), (0.2, 0.01), False, []),
+    ],
+)
+def test_within_noise_is_an_interval_that_holds_zero_or_overlaps(winner, other, like_float, like):
+    trials = [case(1, *winner), case(2, *other)]
+    found = verdict(trials[0], trials, {})
+    assert (found["like_float"], found["like"]) == (like_float, like)
+
+
+def test_confirmed_metrics_decide_the_verdict():
+    trials = [case(1, 0.1, 0.01), case(2, 0.2, 0.01)]
+    confirmed = {1: dict(id=1, metrics=case(1, 0.2, 0.01)["metrics"])}
+    found = verdict(trials[0], trials, confirmed)
+    assert found["metrics"]["delta_nll"] == 0.2 and found["like"] == [2] and found["is_confirmed"]
+
+
+def test_the_frontier_has_what_no_other_trial_beats():
+    sizes = {1: (100, 0.5), 2: (100, 0.4), 3: (200, 0.4), 4: (300, 0.1), 5: (400, 0.2)}
+    trials = [case(id, loss, 0.0, weight_bytes=size) for id, (size, loss) in sizes.items()]
+    trials.append(dict(id=6, metrics=dict(delta_nll=-1.0)))  # of unknown size
+    assert frontier(trials, "weight_bytes", "delta_nll") == [2, 4]
+
+
+def test_sensitivity_is_of_trials_that_differ_in_one_site(study):
+    data = report_data(study)
+    [group] = data["sensitivity"]
+    rows = group["rows"]
+    assert group["title"] == "each alone on u8" and len(rows) == sum(
+        t["name"].startswith("u8 at") and t["status"] == "done" for t in data["trials"]
+    )
+    for row in rows:
+        trial = trial_of(data, row["trial"])
+        assert trial["plan"]["rules"] == [[row["site"], "u8"]]
+        assert row["delta_nll"] == trial["metrics"]["delta_nll"]
+        assert row["site"] == f"L{row['layer']}.{row['component']}"
+    assert [r["delta_nll"] for r in rows] == sorted((r["delta_nll"] for r in rows), reverse=True)
+
+
+def test_figures_of_a_site_are_those_of_its_trials(study):
+    data, lines = report_data(study), (study / "trials.jsonl").read_text("utf-8").splitlines()
+    for name, site in data["sites"].items():
+        tried = [json.loads(line).get("sites", {}).get(name) for line in lines[::7]]
+        for figures in filter(None, tried):
+            assert [g for g in site["grids"] if {**figures, "trials": g["trials"]} == g]
+
+
+def test_heads_with_grids_of_their_own_are_listed(study):
+    found = by_head(report_data(study)["sites"])
+    assert {row["site"].split(".", 1)[1] for row in found} == {"k.all", "v.all", "p"}
+    assert {len(row["sqnr"]) for row in found if row["site"].endswith(".p")} == {plausible.HEADS}
+
+
+def test_work_is_summed_over_trials(study):
+    lines = [json.loads(line) for line in (study / "trials.jsonl").read_text("utf-8").splitlines()]
+    work = report_data(study)["work"]
+    assert work["layers_saved"] == sum(line.get("layers_saved", 0) for line in lines) > 0
+    assert (work["done"], work["stopped"], work["failed"], work["calibration_forwards"]) == (57, 2, 1, 16)
+
+
+def test_the_text_table_has_every_trial_the_best_first(study):
+    lines = text_table(study).splitlines()
+    data = report_data(study)
+    assert lines[0].startswith(f"study-llama: {trial_of(data, data['ranking'][0])['name']}, ΔNLL ")
+    assert len(lines) == 3 + len(data["trials"])
+    assert all(trial_of(data, id)["name"] in line for id, line in zip(data["ranking"], lines[3:], strict=False))
+    assert lines[-1].endswith("stopped") or lines[-1].endswith("failed")
+
+
+# ---------------------------------------------------------------- parts that are not there
+
+
+@pytest.mark.parametrize("name", ["confirm.jsonl", "winner.toml", "recipe.toml"])
+def test_a_file_that_is_not_there_yet_is_left_out(copy, name):
+    (copy / name).unlink()
+    html = write_report(copy).read_text("utf-8")
+    assert ('id="confirm"' in html) == (name != "confirm.jsonl")
+
+
+def test_a_study_without_trials_says_so(copy):
+    for name in ("trials.jsonl", "confirm.jsonl", "winner.toml"):
+        (copy / name).unlink()
+    assert "No trial is done yet" in write_report(copy).read_text("utf-8")
+    assert "no trial is done yet" in text_table(copy)
+
+
+def test_a_torn_last_line_is_left_out_and_said(copy):
+    path = copy / "trials.jsonl"
+    path.write_bytes(path.read_bytes()[:-40])
+    data = report_data(copy)
+    assert data["torn"] and len(data["trials"]) == 59
+    assert "cut short" in write_report(copy).read_text("utf-8")
+
+
+def test_the_last_line_of_a_trial_counts(copy):
+    path = copy / "trials.jsonl"
+    first = json.loads(path.read_text("utf-8").splitlines()[0])
+    first["metrics"]["delta_nll"] = 9.0
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(first) + "\n")
+    data = report_data(copy)
+    assert len(data["trials"]) == 60 and trial_of(data, first["id"])["metrics"]["delta_nll"] == 9.0
+
+
+# ---------------------------------------------------------------- bad folders
+
+
+BAD = [
+    ("study.json", None, lambda t: t.pop("model"), r"study\.json: model is missing"),
+    ("study.json", None, lambda t: t["model"].pop("hash"), r"study\.json: model: hash is missing"),
+    (
+        "study.json",
+        None,
+        lambda t: t["baseline"].update(nll="low"),
+        r"study\.json: baseline: nll is 'low', expected a number",
+    ),
+    ("study.json", None, lambda t: t["sites"].append("q"), r"study\.json: site \d+ is 'q', expected an object"),
+    (
+        "study.json",
+        None,
+        lambda t: t["stats"]["L0.q"].update(histogram=[1, 2]),
+        r"stats of L0\.q: histogram is \[1, 2\]",
+    ),
+    ("trials.jsonl", 3, lambda t: t.pop("id"), r"trials\.jsonl, line 4: id is missing"),
+    (
+        "trials.jsonl",
+        3,
+        lambda t: t.update(status="odd"),
+        r"line 4: status is 'odd', expected one of done, stopped, failed",
+    ),
+    ("trials.jsonl", 3, lambda t: t["metrics"].pop("delta_low"), r"line 4: metrics: delta_low is missing"),
+    ("trials.jsonl", 3, lambda t: t["metrics"].update(nll=float("nan")), r"line 4: it cannot be read as JSON: NaN"),
+    ("trials.jsonl", 3, lambda t: t.update(plan=dict(odd=1)), r"trial 3: plan: there is no 'odd'"),
+    (
+        "trials.jsonl",
+        3,
+        lambda t: t["sites"].update(nowhere={}),
+        r"sites has 'nowhere', and study\.json has no such site",
+    ),
+    ("trials.jsonl", 3, lambda t: t["sites"].update({"L0.q": {}}), r"site L0\.q: \{\}, expected figures with a spec"),
+    (
+        "confirm.jsonl",
+        0,
+        lambda t: t.update(id=999),
+        r"confirm\.jsonl, line 1: id is 999, and trials\.jsonl has no such",
+    ),
+]
+
+
+@pytest.mark.parametrize("name, line, edit, said", BAD, ids=[said[:40] for *_, said in BAD])
+def test_what_is_wrong_is_named(copy, name, line, edit, said):
+    change(copy / name, line, edit)
+    with pytest.raises(ValueError, match=said):
+        report_data(copy)
+
+
+def test_a_broken_line_is_named(copy):
+    path = copy / "trials.jsonl"
+    path.write_text("{\n" + path.read_text("utf-8"), "utf-8")
+    with pytest.raises(ValueError, match=r"trials\.jsonl, line 1: it cannot be read as JSON"):
+        report_data(copy)
+
+
+def test_a_folder_that_is_no_study_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"there is no study\.json"):
+        write_report(tmp_path)
+
+
+def test_a_winner_that_was_not_tried_is_named(copy):
+    (copy / "winner.toml").write_text('rules = [["L0.q", "i3"]]\n', "utf-8")
+    with pytest.raises(ValueError, match=r"winner\.toml: no trial of trials\.jsonl has its plan"):
+        report_data(copy)
+
+
+# ---------------------------------------------------------------- hostile names
+
+
+def test_names_cannot_become_markup(copy):
+    change(copy / "study.json", None, lambda t: t["model"].update(name=HOSTILE))
+    change(copy / "trials.jsonl", 39, lambda t: t.update(name=HOSTILE))
+    change(copy / "trials.jsonl", 11, lambda t: t.update(reason=HOSTILE))
+    change(copy / "study.json", None, lambda t: t["sites"].append(dict(name=HOSTILE)))
+    (copy / "recipe.toml").write_text(f"# {HOSTILE}\n", "utf-8")
+    html = write_report(copy).read_text("utf-8")
+    assert "<img" not in html and html.count("<script") == 2 == html.count("</script>")
+    found = embedded(html)
+    assert found["trials"][39]["name"] == HOSTILE and HOSTILE in found["sites"]
+
+
+def test_what_is_no_markup_is_escaped():
+    assert tag("b", "<i>", Markup("<i>"), None, ["&"], title='"<', data_site=1) == (
+        '<b title="&quot;&lt;" data-site="1">&lt;i&gt;<i>&amp;</b>'
+    )
+    assert json.loads(script_json({"<": "\u2028</script>"})) == {"<": "\u2028</script>"}
+    assert "<" not in script_json("</script>")

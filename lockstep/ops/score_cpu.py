@@ -83,6 +83,7 @@ from lockstep.runtime.step import COUNTER, num_rows
 WORDS = 4  # bytes
 ROW = WORDS * (CHUNK + 16)  # from one row of a claim's logits to the next: a line more, since caches dislike 4096
 MOST_ROWS = 48  # of a claim; with a base half as many, since each has two rows of logits
+FEWEST_ROWS = 2 * MAX_ROWS  # fewer would be too little arithmetic for the bytes of a chunk of weights
 MEMORY_BYTES = MOST_ROWS * ROW
 CLAIMS = 8  # of a thread, at least, where there are enough rows
 DONE = 1 << 32  # what a thread without work adds to the counter, which counts claims below
@@ -212,9 +213,9 @@ def chunks_of(a):
 
 @inlined
 def rows_of_claim(T, C, num_threads, has_base):
-    """Rows of a claim: whole tiles, few enough for every thread to have claims to balance."""
+    """Rows of a claim: whole tiles, few enough for all threads to end together, enough to be worth the weights."""
     wanted = T * C // (CLAIMS * num_threads) // MAX_ROWS * MAX_ROWS
-    return max(MAX_ROWS, min(wanted, MOST_ROWS // 2 if has_base else MOST_ROWS))
+    return max(FEWEST_ROWS, min(wanted, MOST_ROWS // 2 if has_base else MOST_ROWS))
 
 
 @inlined

@@ -10,6 +10,7 @@ from lockstep.study.report_markup import MINUS, NONE, Markup, decibels, divergen
 from lockstep.study.report_sites import by_head
 
 MOST_BARS = 16  # before the rest is folded away
+MANY = 18  # columns of a heat map, which then has narrow cells
 MEASURES = {"delta_nll": ("ΔNLL", nats), "kl_mean": ("KL, mean", divergence)}
 
 
@@ -113,7 +114,8 @@ def heat_table(caption: str, columns: Sequence[str], names: Sequence[str], cells
     """A heat map, of which arrow keys move the focus."""
     head = tag("tr", tag("td"), [tag("th", name, scope="col") for name in columns])
     body = [tag("tr", tag("th", name, scope="row"), row) for name, row in zip(names, cells, strict=True)]
-    table = tag("table", tag("thead", head), tag("tbody", body), class_="heats", aria_label=caption)
+    kind = "heats many" if len(columns) > MANY else "heats"
+    table = tag("table", tag("thead", head), tag("tbody", body), class_=kind, aria_label=caption)
     return tag("figure", tag("figcaption", caption), tag("div", table, class_="scroll-x"))
 
 

@@ -27,6 +27,8 @@ COMMANDS = {
     "bench": "Measure prefill and decode, A/B, and this machine's ceiling.",
     "bench serve": "Drive arrivals against the engine, without HTTP; latencies and throughput.",
     "bench speculate": "Measure what drafts gain, by how many are right.",
+    "ptq sites": "List what of a model a quantization plan can round.",
+    "ptq eval": "Score a text: perplexity, and what a quantization plan changes.",
     "inspect": "Show a model's config, tensors, program and memory.",
     "cache": "List what is kept on disk: packed weights, compiled kernels.",
     "cache prune": "Remove what is kept on disk.",

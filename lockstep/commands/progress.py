@@ -57,3 +57,32 @@ class Progress:
 
     def _print(self, line) -> None:
         print(line, file=self._stream, flush=True)
+
+
+class Counter:
+    """A context in which steps of one kind are counted, with the time that is left: a live line on a terminal, nothing
+    elsewhere. Called with how many are done, and how many there are."""
+
+    def __init__(self, doing: str, noun: str, stream: TextIO | None = None) -> None:
+        self._doing, self._noun, self._stream = doing, noun, stream or sys.stderr
+        self._started, self._status = time.perf_counter(), None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._status:
+            self._status.stop()
+
+    def __call__(self, done: int, total: int, detail: str = "") -> None:
+        if not self._stream.isatty():
+            return
+        from rich.console import Console
+
+        seconds = time.perf_counter() - self._started
+        left = f", {seconds / done * (total - done):.0f} s left" if done and seconds > QUIET_SECONDS else ""
+        line = f"{self._doing}: {self._noun} {done} of {total}{f' ({detail})' if detail else ''}{left}"
+        if self._status is None:
+            self._status = Console(file=self._stream).status(line)
+            self._status.start()
+        self._status.update(line)

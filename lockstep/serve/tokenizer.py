@@ -74,7 +74,7 @@ class Tokenizer:
         if most is not None and len(text) > max(PIECE_CHARS, CHARS_PER_TOKEN * most):
             self._check_length(text, most)
         ids = self.piece_ids(text, add_special_tokens)
-        begins_twice = add_special_tokens and self._first_added is not None and ids[:2] == [self._first_added] * 2
+        begins_twice = add_special_tokens and self.first_added is not None and ids[:2] == [self.first_added] * 2
         return ids[1:] if begins_twice else ids
 
     def piece_ids(self, text: str, add_special_tokens: bool) -> list[int]:
@@ -162,7 +162,7 @@ class Tokenizer:
         return rules_of(self.backend.decoder)
 
     @cached_property
-    def _first_added(self) -> int | None:
+    def first_added(self) -> int | None:
         """The token that `encode` puts before every text, if any."""
         with_special, plain = (self.backend.encode("a", add_special_tokens=flag).ids for flag in (True, False))
         return with_special[0] if with_special[:1] != plain[:1] else None

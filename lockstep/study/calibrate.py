@@ -8,16 +8,18 @@ import numpy as np
 
 from lockstep.engine.model import Model
 from lockstep.ops.fake_quant import FakeQuant
+from lockstep.ops.linear import Linear
 from lockstep.ops.observe import Observe, cleared
 from lockstep.ptq.observers import Stat
 from lockstep.ptq.rewrite import Rounded, Treatment
 from lockstep.ptq.unroll import unroll
 from lockstep.runtime.operands import Operands
-from lockstep.runtime.program import Program, Setting
+from lockstep.runtime.program import Program, Setting, Tensor
 from lockstep.runtime.threads import Team
 from lockstep.study.rig import Rig
 
 OBSERVED = ("x", "width", "column", "stride", "head_width", "num_heads", "seen_only", "additive")
+HEAD = "head"  # the site that logits are
 COUNTED = ("count", "not_finite", "low", "high", "histogram")  # arrays of a Stat, by head
 
 
@@ -54,6 +56,18 @@ class Observers:
         if op.out is not op.x:
             yield op  # which only copies: its grid is off
 
+    def observing_logits(self, program: Program, logits: Tensor) -> Program:
+        """The program with the logits of all rows, which are counted as site "head". They are in memory as a whole."""
+        [head] = [op for op in program.ops if isinstance(op, Linear) and op.out is logits]
+        hidden = program.results["hidden"]
+        x = program.emit(head.changed(x=hidden, out=program.tensor("head.seen", hidden.rows, head.out.width)))
+        self._counters[HEAD, 0] = cleared(1, self._copies)
+        counters = Setting(f"{HEAD}.counters", self._counters[HEAD, 0])
+        width = head.out_features
+        where = dict(width=x.width, column=head.column, stride=width, head_width=width, num_heads=1)
+        program.emit(Observe(x=x, counters=counters, copies=self._copies, **where))
+        return program
+
     def take(self) -> dict[str, Stat]:
         """What was counted since the last time, by site."""
         found: dict[str, dict[int, Stat]] = {}
@@ -86,7 +100,8 @@ def calibrate(
 
     def observing(rounded: Rounded) -> Program:
         made.append(Observers(rounded, team.num_threads))
-        return made[0].observing(unroll(rounded.program))
+        program = made[0].observing(unroll(rounded.program))
+        return made[0].observing_logits(program, model.logits) if HEAD in rounded.grids else program
 
     rig = Rig(model, treatment, team, max(map(len, windows)), observing)
     stats: dict[str, Stat] = {}

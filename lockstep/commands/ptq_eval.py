@@ -1,0 +1,151 @@
+"""`lockstep ptq eval`: how well a model, or a plan for it, predicts a text."""
+
+import json
+import pathlib
+import sys
+from typing import Annotated
+
+import typer
+
+from lockstep.commands.options import KvDtype, ModelName, Threads, Weights
+from lockstep.commands.output import counted
+from lockstep.commands.progress import Counter, Progress
+
+CALIBRATION_WINDOWS = 32
+
+
+def command(
+    *,
+    model: ModelName = None,
+    text: Annotated[pathlib.Path, typer.Option(metavar="FILE", help="The text, in UTF-8.")],
+    plan: Annotated[
+        pathlib.Path | None,
+        typer.Option(metavar="FILE", help="A plan (.toml), or a plan with its grids (.json). Nothing: no rounding."),
+    ] = None,
+    calibrate: Annotated[
+        pathlib.Path | None,
+        typer.Option(metavar="FILE", help="The text from which a plan in .toml takes ranges. Not part of --text."),
+    ] = None,
+    calibration_windows: Annotated[
+        int | None,
+        typer.Option(min=1, help="Windows of it, evenly spread.", show_default=f"up to {CALIBRATION_WINDOWS}"),
+    ] = None,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a window; windows know nothing of each other.")] = 512,
+    windows: Annotated[
+        int | None, typer.Option(min=1, help="Windows, evenly spread over the text.", show_default="all")
+    ] = None,
+    like: Annotated[
+        str | None,
+        typer.Option(
+            metavar="llama.cpp",
+            show_default="none",
+            help="Cut and score windows as llama-perplexity does: only the second half of each, --windows the first.",
+        ),
+    ] = None,
+    twin: Annotated[
+        str,
+        typer.Option(metavar="TWIN", help="prefill_reference, or prefill: head by head, as hardware. The same bits."),
+    ] = "prefill_reference",
+    weights: Annotated[
+        str | None,
+        typer.Option(metavar="FORMAT", help="As for generate.", show_default="auto; f32 with a plan"),
+    ] = None,
+    kv_dtype: KvDtype = None,
+    threads: Threads = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Score a text: mean negative log-likelihood, perplexity with its standard error, and, with a plan, how far it is
+    from the model without: paired differences, KL divergence, share of equal top tokens."""
+    from lockstep.study.evaluate import TWINS, evaluate
+    from lockstep.study.subject import load_subject
+    from lockstep.study.text import LIKE, read_text, windows_of
+
+    for option, value, allowed in (("--like", like, LIKE), ("--twin", twin, TWINS)):
+        if value is not None and value not in allowed:
+            raise ValueError(f"{option} {value!r}: expected {' or '.join(allowed)}")
+    if plan is None and (calibrate or calibration_windows):
+        raise ValueError("--calibrate and --calibration-windows: expected only with --plan")
+    with Progress() as progress:
+        asked = weights or ("auto" if plan is None else "f32")
+        subject = load_subject(model, length, asked, kv_dtype or (None if plan is None else "f32"), progress.packing)
+        tokenizer = subject.tokenizer
+        read = read_text(text, tokenizer)
+        cut = windows_of(read, length, windows, like)
+        with made_team(threads) as team:
+            solved = None
+            if plan is not None:
+                fitted = calibration_text(calibrate, read, tokenizer)
+                solved = solved_plan(subject, plan, fitted, calibration_windows, team, length)
+            with Counter("scoring", "window") as counter:
+                found = evaluate(subject, cut, team, solved, twin, like is not None, counter)
+    found |= dict(text=read.sha256, model=subject.content, windows=len(cut), length=length, twin=twin)
+    found["plan_hash"] = solved.plan.hash if solved else None
+    print(json.dumps(found)) if as_json else show(found)
+
+
+def made_team(threads):
+    """A team of threads that ends with the context."""
+    import contextlib
+
+    from lockstep.runtime.threads import Team, num_cores
+
+    if (threads or 0) > num_cores():
+        print(f"lockstep: {threads} threads on {num_cores()} cores only take turns", file=sys.stderr)
+    return contextlib.closing(Team(threads or num_cores()))
+
+
+def calibration_text(path, evaluation, tokenizer):
+    """The text to calibrate on, which must not be in that to evaluate on; None where none is given."""
+    from lockstep.study.text import check_disjoint, read_text
+
+    if path is None:
+        return None
+    read = read_text(path, tokenizer)
+    check_disjoint(read, evaluation, tokenizer)
+    return read
+
+
+def solved_plan(subject, path, text, count, team, length):
+    """The plan of a file with its grids, found on a calibration text if they are not in the file."""
+    from lockstep.ptq.plan import Plan
+    from lockstep.ptq.solved import Solved
+    from lockstep.study.evaluate import needs_ranges, solve
+    from lockstep.study.subject import check_supported
+    from lockstep.study.text import windows_of
+
+    if path.suffix == ".json":
+        if text is not None:
+            raise ValueError(f"--calibrate: {path} has its grids already; expected only with a plan in .toml")
+        solved = Solved.load(path)
+        check_supported(solved.plan)
+        return solved
+    try:
+        plan = Plan.from_toml(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if text is None and needs_ranges(plan, subject):
+        raise ValueError(f"{path}: its grids need ranges; expected --calibrate FILE, or a plan with its grids (.json)")
+    windows = []
+    if text is not None:
+        every = len(windows_of(text, length))
+        windows = windows_of(text, length, count or min(every, CALIBRATION_WINDOWS))
+    with Counter("calibrating", "window") as counter:
+        return solve(subject, plan, team, windows, counter)
+
+
+def show(found) -> None:
+    """Prints the figures as lines."""
+    for name in ("float", "plan"):
+        if name in found:
+            f = found[name]
+            error = "" if f["perplexity_error"] is None else f" +- {f['perplexity_error']:.4f}"
+            print(f"{name:6} {f['nll']:.6f} nats a token, perplexity {f['perplexity']:.4f}{error}")
+    if "against float" in found:
+        a = found["against float"]
+        low, high = a["delta_nll_interval"] or (a["delta_nll"],) * 2
+        print(
+            f"delta  {a['delta_nll']:+.6f} nats a token ({low:+.6f} .. {high:+.6f}), KL mean {a['kl_mean']:.6f}, p99 "
+            f"{a['kl_p99']:.5f}, max {a['kl_max']:.4f}, same top token {a['top1']:.2%}"
+        )
+    windows = counted(found["windows"], "window")
+    print(f"{found['float']['tokens']} tokens scored, {windows} of {found['length']}, twin {found['twin']}")

@@ -1,0 +1,146 @@
+"""The model of a study, its sites, and how its program has to be taken apart so that plans can round it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lockstep.engine.model import Model, load_model
+from lockstep.ptq.plan import USUAL_FILL, Plan
+from lockstep.ptq.rewrite import INSIDE, Treatment, rounded, sites_of
+from lockstep.ptq.site import Site
+from lockstep.ptq.spec import Spec
+from lockstep.ptq.weights import num_bytes
+from lockstep.runtime.program import Program
+from lockstep.serve.hub import resolve_model
+from lockstep.serve.tokenizer import Tokenizer, find_tokenizer
+from lockstep.weights.checkpoint import open_checkpoint
+from lockstep.weights.content import Progress
+from lockstep.weights.store import PackedStore
+from lockstep.weights.tensor import StoredTensor
+
+BUNDLED = "bundled"  # what the model that comes with the package is called in files
+MASKED = ".qk.masked"  # the site that only an additive mask has
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A loaded model. name: as it was asked for. content: the hash of its files."""
+
+    name: str
+    path: Path
+    model: Model
+    content: str
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Its tokenizer. ValueError if it has none."""
+        return find_tokenizer(self.path, self.model.checkpoint.metadata)
+
+
+def load_subject(
+    name: str | None, length: int, weights: str, kv_dtype: str | None = None, progress: Progress | None = None
+) -> Subject:
+    """Loads a model for windows of `length` tokens. name: as of `LLM`; None or "bundled": that of the package.
+
+    ValueError for a model that cannot be loaded, and for windows that are longer than its context.
+    """
+    path = resolve_model(None if name == BUNDLED else name)
+    checkpoint = open_checkpoint(path)
+    model = load_model(checkpoint, PackedStore(checkpoint, progress), weights, kv_dtype, length)
+    if model.max_context < length:
+        raise ValueError(f"windows of {length} tokens: the model's context is {model.max_context}")
+    if not model.can_generate:
+        raise ValueError(f"{path}: the model has no head, so there is no next token to score")
+    return Subject(name or BUNDLED, path, model, checkpoint.content.wait(progress))
+
+
+# ------------------------------------------------------------ sites
+
+
+def sites_for(program: Program, mask: str) -> list[Site]:
+    """The sites that a recorded program has under a mask, "structural" or "additive"."""
+    return [site for site in sites_of(program) if mask == "additive" or not site.name.endswith(MASKED)]
+
+
+def groups_of(program: Program) -> dict[str, str]:
+    """{inner site: which of INSIDE has to be taken apart for it}."""
+    found = {}
+    for group in INSIDE:
+        made = rounded(program, Treatment(sites=(), inside=(group,), additive=group == "attention"))
+        found |= {name: group for name, site in made.sites.items() if site.is_inner}
+    return found
+
+
+def treatment_for(program: Program, plan: Plan, specs: Iterable[Mapping[str, Spec]], length: int) -> Treatment:
+    """How to treat a program so that each of several plans, given by their specs by site, can be set on it.
+
+    plan: any of them, for the mask and the rotation, in which they are equal. Nothing is taken apart unless a plan
+    rounds a site that is inside, or adds its mask.
+    """
+    there = {site.name: site for site in sites_for(program, plan.mask)}
+    names = {name for each in specs for name, spec in each.items() if not spec.is_off}
+    inner = [name for name in there if name in names and there[name].is_inner]
+    groups = set(map(groups_of(program).__getitem__, inner)) if inner else set()
+    groups |= {"attention"} if plan.mask == "additive" else set()
+    return Treatment(
+        sites=tuple(name for name in there if name in names),
+        inside=tuple(group for group in INSIDE if group in groups),
+        additive=plan.mask == "additive",
+        fill=USUAL_FILL if plan.fill is None else plan.fill,
+        pre_negated=plan.rope == "pre_negated",
+        max_keys=length,
+    )
+
+
+def check_supported(plan: Plan) -> None:
+    """ValueError for what plans can say and no program does yet."""
+    if plan.fuse_scale != "none":
+        raise ValueError(f"plan: fuse_scale is {plan.fuse_scale!r}; studies run with 'none' only so far")
+    if plan.arithmetic != "float":
+        raise ValueError(f"plan: arithmetic is {plan.arithmetic!r}; studies run with 'float' only so far")
+
+
+# ------------------------------------------------------------ bytes
+
+
+def weight_bytes(parts: Mapping[str, Sequence[StoredTensor]], specs: Mapping[str, Spec]) -> tuple[int, int]:
+    """(Bytes of all weights under a plan, scales included; how many numbers they are).
+
+    What is not rounded counts as it is stored. A tensor that two sites are (a head tied to the embedding) counts once
+    if both have the same grid.
+    """
+    counted = {(part.name, str(specs.get(site, ""))): (part, specs.get(site)) for site in parts for part in parts[site]}
+    total = sum(_bytes_of(part, spec) for part, spec in counted.values())
+    return total, sum(_size(part) for part, _ in counted.values())
+
+
+def _size(part: StoredTensor) -> int:
+    size = 1
+    for n in part.shape:
+        size *= n
+    return size
+
+
+def _bytes_of(part: StoredTensor, spec: Spec | None) -> int:
+    if spec is None or spec.is_off:
+        return part.data.nbytes
+    return num_bytes(spec, (_size(part) // part.shape[-1], part.shape[-1]))
+
+
+def kv_bytes(sites: Iterable[Site], specs: Mapping[str, Spec]) -> int | None:
+    """Bytes that a token takes in the KV cache, where all keys and values (k.all, v.all) are rounded; else None.
+
+    A scale that each row makes itself is a float32, a zero point as many bits as a code, a block's scale a byte.
+    """
+    there = [site for site in sites if site.name.endswith((".k.all", ".v.all"))]
+    if not there or any(specs.get(site.name, Spec("off")).is_off for site in there):
+        return None
+    return -(-sum(site.heads * _row_bits(specs[site.name], site.width) for site in there) // 8)
+
+
+def _row_bits(spec: Spec, width: int) -> int:
+    scales = -(-width // spec.what.block) * (32 if spec.grid == "q8_0" else 8) if spec.what.block else 0
+    own = 32 + (0 if spec.symmetric else spec.bits) if spec.per == "row" else 0
+    return width * spec.bits + scales + own

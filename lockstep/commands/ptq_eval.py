@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lockstep.commands.options import KvDtype, ModelName, Threads, Weights
+from lockstep.commands.options import KvDtype, ModelName, Threads
 from lockstep.commands.output import counted
 from lockstep.commands.progress import Counter, Progress
 
@@ -138,14 +138,14 @@ def show(found) -> None:
     for name in ("float", "plan"):
         if name in found:
             f = found[name]
-            error = "" if f["perplexity_error"] is None else f" +- {f['perplexity_error']:.4f}"
-            print(f"{name:6} {f['nll']:.6f} nats a token, perplexity {f['perplexity']:.4f}{error}")
+            error = "" if f["ppl_error"] is None else f" +- {f['ppl_error']:.4f}"
+            print(f"{name:6} {f['nll']:.6f} nats a token, perplexity {f['ppl']:.4f}{error}")
     if "against float" in found:
         a = found["against float"]
-        low, high = a["delta_nll_interval"] or (a["delta_nll"],) * 2
+        within = "" if a["delta_low"] is None else f" ({a['delta_low']:+.6f} .. {a['delta_high']:+.6f})"
         print(
-            f"delta  {a['delta_nll']:+.6f} nats a token ({low:+.6f} .. {high:+.6f}), KL mean {a['kl_mean']:.6f}, p99 "
-            f"{a['kl_p99']:.5f}, max {a['kl_max']:.4f}, same top token {a['top1']:.2%}"
+            f"delta  {a['delta_nll']:+.6f} nats a token{within}, KL mean {a['kl_mean']:.6f}, p99 {a['kl_p99']:.5f}, "
+            f"max {a['kl_max']:.4f}, same top token {a['top1']:.2%}"
         )
     windows = counted(found["windows"], "window")
     print(f"{found['float']['tokens']} tokens scored, {windows} of {found['length']}, twin {found['twin']}")

@@ -89,7 +89,7 @@ def evaluate(
     by_token: bool = False,
     on_window: OnWindow | None = None,
 ) -> dict[str, Any]:
-    """Figures of a text as `scoring` has them: {"float": .., "plan": .., "against float": ..}, the last two with a plan.
+    """Figures of a text as `scoring` has them: {"float": .., "plan": .., "against float": ..}, the last two of a plan.
 
     "float" is the same program with nothing rounded; without a plan it has the engine's own bits. by_token: see
     `scoring.text_figures`. on_window: called with how many windows are done, and how many there are.

@@ -71,7 +71,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def text_figures(windows: Sequence[dict[str, Any]], by_token: bool = False) -> dict[str, Any]:
-    """nll (mean over tokens), nll_error, perplexity and perplexity_error of windows, None where one window has no error.
+    """tokens, nll (mean over tokens), nll_error, ppl (perplexity) and ppl_error; errors are None for a single window.
 
     Errors take windows as independent; by_token: tokens, as llama-perplexity does, which is too small where
     neighbouring tokens are alike.
@@ -82,20 +82,15 @@ def text_figures(windows: Sequence[dict[str, Any]], by_token: bool = False) -> d
     if by_token:
         spread = math.fsum(w["nll_squares"] for w in windows) / tokens - nll * nll
         error = math.sqrt(max(spread, 0.0) / (tokens - 1)) if tokens > 1 else None
-    perplexity = exp(nll)
-    return dict(
-        tokens=tokens,
-        nll=nll,
-        nll_error=error,
-        perplexity=perplexity,
-        perplexity_error=None if error is None else perplexity * error,
-    )
+    ppl = exp(nll)
+    return dict(tokens=tokens, nll=nll, nll_error=error, ppl=ppl, ppl_error=None if error is None else ppl * error)
 
 
 def compared_figures(windows: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Figures against the float model on the same windows.
 
-    delta_nll: mean of the windows' differences; delta_nll_error: its standard error; delta_nll_interval: 95 %, normal.
+    delta_nll: mean of the windows' differences; delta_error: its standard error; delta_low, delta_high: 95 %, normal;
+    None for a single window.
     kl_mean, kl_p99, kl_max, top1 (share of tokens with the same likeliest one), delta_p (mean change of the target's
     probability).
     """
@@ -104,8 +99,9 @@ def compared_figures(windows: Sequence[dict[str, Any]], base: Sequence[dict[str,
     kl = np.sort(np.concatenate([kl_of(w) for w in windows]))
     return dict(
         delta_nll=delta,
-        delta_nll_error=error,
-        delta_nll_interval=None if error is None else [delta - INTERVAL * error, delta + INTERVAL * error],
+        delta_error=error,
+        delta_low=None if error is None else delta - INTERVAL * error,
+        delta_high=None if error is None else delta + INTERVAL * error,
         kl_mean=math.fsum(kl.astype(np.float64)) / tokens,
         kl_p99=float(kl[math.ceil(TAIL * tokens) - 1]),
         kl_max=float(kl[-1]),

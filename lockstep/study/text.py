@@ -25,7 +25,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Text:
-    """A text that was read. sha256: of the file's bytes. ids: its tokens. first: the token that begins texts, if any."""
+    """A text that was read. sha256: of the file. ids: its tokens. first: the token that begins texts, if any."""
 
     path: Path
     sha256: str
@@ -106,10 +106,10 @@ def check_disjoint(calibration: Text, evaluation: Text, tokenizer: Tokenizer) ->
     if found is None:
         return
     a, b = found
-    excerpt = tokenizer.decode(evaluation.ids[b : b + SHINGLE])
+    excerpt = tokenizer.decode(evaluation.ids[b : b + SHINGLE])[:SHOWN]
     raise ValueError(
-        f"{calibration.path}: its tokens {a} to {a + SHINGLE - 1} are tokens {b} to {b + SHINGLE - 1} of the evaluation "
-        f"text {evaluation.path}, {excerpt[:SHOWN]!r}; expected texts that share no {SHINGLE} tokens in a row"
+        f"{calibration.path}: its tokens {a} to {a + SHINGLE - 1} are tokens {b} to {b + SHINGLE - 1} of the "
+        f"evaluation text {evaluation.path}, {excerpt!r}; expected texts that share no {SHINGLE} tokens in a row"
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lockstep.engine.model import Model, load_model
 from lockstep.ptq.plan import USUAL_FILL, Plan
-from lockstep.ptq.rewrite import INSIDE, Treatment, rounded, sites_of
+from lockstep.ptq.rewrite import Treatment, inside_of, sites_of
 from lockstep.ptq.site import Site
 from lockstep.ptq.spec import Spec
 from lockstep.ptq.weights import num_bytes
@@ -21,7 +21,6 @@ from lockstep.weights.store import PackedStore
 from lockstep.weights.tensor import StoredTensor
 
 BUNDLED = "bundled"  # what the model that comes with the package is called in files
-MASKED = ".qk.masked"  # the site that only an additive mask has
 
 
 @dataclass(frozen=True)
@@ -61,32 +60,20 @@ def load_subject(
 
 def sites_for(program: Program, mask: str) -> list[Site]:
     """The sites that a recorded program has under a mask, "structural" or "additive"."""
-    return [site for site in sites_of(program) if mask == "additive" or not site.name.endswith(MASKED)]
-
-
-def groups_of(program: Program) -> dict[str, str]:
-    """{inner site: which of INSIDE has to be taken apart for it}."""
-    found = {}
-    for group in INSIDE:
-        made = rounded(program, Treatment(sites=(), inside=(group,), additive=group == "attention"))
-        found |= {name: group for name, site in made.sites.items() if site.is_inner}
-    return found
+    return sites_of(program, mask == "additive")
 
 
 def treatment_for(program: Program, plan: Plan, specs: Iterable[Mapping[str, Spec]], length: int) -> Treatment:
     """How to treat a program so that each of several plans, given by their specs by site, can be set on it.
 
-    plan: any of them, for the mask and the rotation, in which they are equal. Nothing is taken apart unless a plan
-    rounds a site that is inside, or adds its mask.
+    plan: any of them, for what they have in common: mask, rotation, and what is taken apart in any case. More is taken
+    apart where a plan rounds a site that is inside, or adds its mask.
     """
-    there = {site.name: site for site in sites_for(program, plan.mask)}
-    names = {name for each in specs for name, spec in each.items() if not spec.is_off}
-    inner = [name for name in there if name in names and there[name].is_inner]
-    groups = set(map(groups_of(program).__getitem__, inner)) if inner else set()
-    groups |= {"attention"} if plan.mask == "additive" else set()
+    named = {name for each in specs for name, spec in each.items() if not spec.is_off}
+    there = [site for site in sites_for(program, plan.mask) if site.name in named and not site.is_weight]
     return Treatment(
-        sites=tuple(name for name in there if name in names),
-        inside=tuple(group for group in INSIDE if group in groups),
+        sites=tuple(site.name for site in there),
+        inside=inside_of(there, [*plan.apart, *(["attention"] if plan.mask == "additive" else [])]),
         additive=plan.mask == "additive",
         fill=USUAL_FILL if plan.fill is None else plan.fill,
         pre_negated=plan.rope == "pre_negated",

@@ -49,7 +49,7 @@ def verdict_line(data: Mapping[str, Any]) -> str:
     noise += [f"{len(found['like'])} other{'s' if len(found['like']) > 1 else ''}"] if found["like"] else []
     within = f", within noise of {' and '.join(noise)}" if noise else ""
     loss = METRICS["delta_nll"][1](found["metrics"]["delta_nll"])
-    ends = interval(found["metrics"]["delta_low"], found["metrics"]["delta_high"])
+    ends = interval(found["metrics"].get("delta_low"), found["metrics"].get("delta_high"))
     return f"{data['model']['name']}: {names[found['winner']]}, ΔNLL {f'{loss} {ends}'.replace(MINUS, '-')}{within}"
 
 

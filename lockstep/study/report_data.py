@@ -95,16 +95,18 @@ def _of_plan(table: Mapping[str, Any], trials: Sequence[Any], folder: Path) -> A
 def verdict(winner: Any, ranked: Sequence[Any], confirmed: Mapping[Any, Any]) -> dict[str, Any]:
     """Which trial won, and which others may be as good.
 
-    like_float: the interval of its loss holds 0. like: ids of other trials whose intervals overlap its own. metrics:
-    those of the confirmation where there was one.
+    has_interval: whether its loss has one, without which nothing is said of noise. like_float: it holds 0. like: ids
+    of other trials whose intervals overlap its own. metrics: those of the confirmation where there was one.
     """
     if winner is None:
-        return dict(winner=None, like_float=False, like=[], metrics={}, is_confirmed=False)
+        return dict(winner=None, has_interval=False, like_float=False, like=[], metrics={}, is_confirmed=False)
     mine = metrics_of(winner, confirmed)
+    has_interval = mine.get("delta_low") is not None
     others = [t["id"] for t in ranked if t is not winner and overlap(mine, metrics_of(t, confirmed))]
     return dict(
         winner=winner["id"],
-        like_float=mine["delta_low"] <= 0 <= mine["delta_high"],
+        has_interval=has_interval,
+        like_float=has_interval and mine["delta_low"] <= 0 <= mine["delta_high"],
         like=others,
         metrics=mine,
         is_confirmed=bool(confirmed.get(winner["id"])),
@@ -122,7 +124,9 @@ def confirmed_of(rows: Iterable[Mapping[str, Any]]) -> dict[Any, Mapping[str, An
 
 
 def overlap(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Whether the intervals of two losses have numbers in common."""
+    """Whether the intervals of two losses have numbers in common; False where there is none."""
+    if a.get("delta_low") is None or b.get("delta_low") is None:
+        return False
     return a["delta_low"] <= b["delta_high"] and b["delta_low"] <= a["delta_high"]
 
 

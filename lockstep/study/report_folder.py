@@ -13,7 +13,9 @@ STUDY, TRIALS, CONFIRM, RECIPE, WINNER = "study.json", "trials.jsonl", "confirm.
 STATUSES = ("done", "stopped", "failed")
 NUMBER = (int, float)
 WORDS = {NUMBER: "a number", str: "a text", dict: "an object", list: "a list", int: "a whole number"}
-NEEDED = ("nll", "delta_nll", "delta_low", "delta_high")  # metrics without which a trial says nothing
+NEEDED = ("nll", "delta_nll")  # metrics without which a trial says nothing
+
+ENDS = ("delta_low", "delta_high")  # of the interval of a loss; a single window has none
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,9 @@ def _check_trial(trial: Mapping[str, Any], where: str) -> None:
         metrics = need(trial, "metrics", dict, where)
         for key in NEEDED:
             need(metrics, key, NUMBER, f"{where}: metrics")
+        ends = [optional(metrics, key, NUMBER, f"{where}: metrics") for key in ENDS]
+        if None in ends and ends != [None, None]:
+            raise ValueError(f"{where}: metrics: {ENDS[ends.index(None)]} is missing, and the other end is there")
 
 
 # ---------------------------------------------------------------- files

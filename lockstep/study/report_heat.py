@@ -35,8 +35,9 @@ def _capital(text: str) -> str:
 
 def _bars(rows: Sequence[Mapping[str, Any]], every: Sequence[Mapping[str, Any]]) -> Markup:
     """One for each site; all on one scale, which holds 0."""
-    low = min(0.0, *(row["delta_low"] for row in every))
-    width = max(0.0, *(row["delta_high"] for row in every)) - low or 1.0
+    ends = [end for row in every for end in _ends(row)]
+    low = min(0.0, *ends)
+    width = max(0.0, *ends) - low or 1.0
     words = {"Site": None, "ΔNLL": "number", "": None, "Interval": None}
     head = tag("tr", [tag("th", word, scope="col", class_=kind) for word, kind in words.items()])
     body = [_bar(row, low, width) for row in rows]
@@ -47,10 +48,18 @@ def _bar(row: Mapping[str, Any], low: float, width: float) -> Markup:
     place = lambda x: f"{100 * (x - low) / width:.2f}%"
     ends = sorted((0.0, row["delta_nll"]))
     bar = tag("i", class_="bar", style=f"left:{place(ends[0])};right:calc(100% - {place(ends[1])})")
-    whisker = f"left:{place(row['delta_low'])};right:calc(100% - {place(row['delta_high'])})"
+    first, last = _ends(row)
+    whisker = f"left:{place(first)};right:calc(100% - {place(last)})"
     cell = tag("td", tag("div", bar, tag("i", class_="whisker", style=whisker), class_="track"), class_="wide")
     number = tag("td", nats(row["delta_nll"]), class_="number")
     return tag("tr", tag("th", site_button(row["site"]), scope="row"), number, cell, _range(row))
+
+
+def _ends(row: Mapping[str, Any]) -> tuple[float, float]:
+    """Of a row's interval; its loss twice where it has none."""
+    if row["delta_low"] is None:
+        return row["delta_nll"], row["delta_nll"]
+    return row["delta_low"], row["delta_high"]
 
 
 def _range(row: Mapping[str, Any]) -> Markup:

@@ -119,7 +119,7 @@ def verdict_section(data: Mapping[str, Any]) -> Markup:
 
 def _figure(key: str, metrics: Mapping[str, Any]) -> Markup:
     word, how = METRICS[key]
-    more = interval(metrics["delta_low"], metrics["delta_high"]) if key == "delta_nll" else None
+    more = interval(metrics.get("delta_low"), metrics.get("delta_high")) if key == "delta_nll" else None
     if key == "weight_bytes" and metrics.get("bits_per_weight") is not None:
         more = f"{plain(metrics['bits_per_weight'], 3)} bits a weight"
     return tag("div", tag("dt", word), tag("dd", how(metrics[key]), more and tag("small", more)))
@@ -127,6 +127,8 @@ def _figure(key: str, metrics: Mapping[str, Any]) -> Markup:
 
 def _noise(found: Mapping[str, Any], names: Mapping[Any, str]) -> Markup:
     """What the intervals allow to say."""
+    if not found["has_interval"]:
+        return Markup("Its loss has no interval, which takes two windows or more: what is noise cannot be told.")
     if found["like_float"]:
         first = "Within noise of the model in float: the interval of its loss holds 0."
     else:

@@ -174,6 +174,17 @@ def test_a_study_without_trials_says_so(copy):
     assert "no trial is done yet" in text_table(copy)
 
 
+def test_losses_of_a_single_window_have_no_interval(copy):
+    path = copy / "trials.jsonl"
+    trials = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    for trial in trials:
+        trial.get("metrics", {}).update(delta_low=None, delta_high=None)
+    path.write_text(plausible.lines(trials), "utf-8")
+    (copy / "confirm.jsonl").unlink()
+    assert "what is noise cannot be told" in write_report(copy).read_text("utf-8")
+    assert "within noise" not in text_table(copy)
+
+
 def test_a_torn_last_line_is_left_out_and_said(copy):
     path = copy / "trials.jsonl"
     path.write_bytes(path.read_bytes()[:-40])
@@ -218,7 +229,12 @@ BAD = [
         lambda t: t.update(status="odd"),
         r"line 4: status is 'odd', expected one of done, stopped, failed",
     ),
-    ("trials.jsonl", 3, lambda t: t["metrics"].pop("delta_low"), r"line 4: metrics: delta_low is missing"),
+    (
+        "trials.jsonl",
+        3,
+        lambda t: t["metrics"].pop("delta_low"),
+        r"line 4: metrics: delta_low is missing, and the other end",
+    ),
     ("trials.jsonl", 3, lambda t: t["metrics"].update(nll=float("nan")), r"line 4: it cannot be read as JSON: NaN"),
     ("trials.jsonl", 3, lambda t: t.update(plan=dict(odd=1)), r"trial 3: plan: there is no 'odd'"),
     (

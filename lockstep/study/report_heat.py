@@ -22,8 +22,9 @@ def sensitivity_section(data: Mapping[str, Any]) -> Markup | None:
 
 
 def _group(group: Mapping[str, Any]) -> Markup:
-    there = [key for key in MEASURES if any(row.get(key) is not None for row in group["rows"])]
-    maps = [_map(group, key) for key in there]
+    single = [row for row in group["rows"] if row["is_site"]]
+    there = [key for key in MEASURES if any(row.get(key) is not None for row in single)]
+    maps = [_map([row for row in single if row.get(key) is not None], key) for key in there]
     few, more = _bars(group["rows"][:MOST_BARS], group["rows"]), group["rows"][MOST_BARS:]
     folded = tag("details", tag("summary", f"{len(more)} more"), _bars(more, group["rows"])) if more else None
     return tag("div", tag("h3", _capital(group["title"])), few, folded, tag("div", maps, class_="maps"), class_="group")
@@ -47,12 +48,19 @@ def _bars(rows: Sequence[Mapping[str, Any]], every: Sequence[Mapping[str, Any]])
 def _bar(row: Mapping[str, Any], low: float, width: float) -> Markup:
     place = lambda x: f"{100 * (x - low) / width:.2f}%"
     ends = sorted((0.0, row["delta_nll"]))
-    bar = tag("i", class_="bar", style=f"left:{place(ends[0])};right:calc(100% - {place(ends[1])})")
+    kind = "bar good" if row["delta_nll"] < 0 else "bar"
+    bar = tag("i", class_=kind, style=f"left:{place(ends[0])};right:calc(100% - {place(ends[1])})")
     first, last = _ends(row)
     whisker = f"left:{place(first)};right:calc(100% - {place(last)})"
     cell = tag("td", tag("div", bar, tag("i", class_="whisker", style=whisker), class_="track"), class_="wide")
     number = tag("td", nats(row["delta_nll"]), class_="number")
-    return tag("tr", tag("th", site_button(row["site"]), scope="row"), number, cell, _range(row))
+    return tag(
+        "tr",
+        tag("th", site_button(row["site"]) if row["is_site"] else row["site"], scope="row"),
+        number,
+        cell,
+        _range(row),
+    )
 
 
 def _ends(row: Mapping[str, Any]) -> tuple[float, float]:
@@ -74,9 +82,8 @@ def site_button(name: str) -> Markup:
 # ---------------------------------------------------------------- heat maps
 
 
-def _map(group: Mapping[str, Any], key: str) -> Markup:
+def _map(rows: Sequence[Mapping[str, Any]], key: str) -> Markup:
     """Components in rows, layers in columns."""
-    rows = [row for row in group["rows"] if row.get(key) is not None]
     layers = sorted({-1 if row["layer"] is None else row["layer"] for row in rows})
     largest = max(abs(row[key]) for row in rows) or 1.0
     power, unit = _unit(largest)

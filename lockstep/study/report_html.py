@@ -269,7 +269,8 @@ def _site_facts(site: Mapping[str, Any]) -> dict[str, Any]:
 def _grid_facts(grid: Mapping[str, Any]) -> dict[str, Any]:
     """How a grid fits: over all heads, and of each where they have grids of their own."""
     row = [grid["spec"], *(spread(grid.get(key), how) for key, _, how in FIGURES)]
-    more = ", ".join(f"{key} {spread(grid[key], plain)}" for key in ("scale", "zero") if key in grid)
+    more = [f"{key} {spread(grid[key], plain)}" for key in ("scale", "zero") if key in grid]
+    more += [f"reaches {plain(grid['reach'][0])} … {plain(grid['reach'][1])}"] if grid.get("reach") else []
     lists = [grid.get(key) for key in ("scale", "zero", *(key for key, _, _ in FIGURES))]
     hows = [plain, plain, *(how for _, _, how in FIGURES)]
     num_heads = max((len(values) for values in lists if isinstance(values, list)), default=1)
@@ -278,4 +279,4 @@ def _grid_facts(grid: Mapping[str, Any]) -> dict[str, Any]:
         for values, how in zip(lists, hows, strict=True)
     ]
     by_head = [[str(head), *cells(head)] for head in range(num_heads)] if num_heads > 1 else []
-    return dict(row=row, more=more, by_head=by_head)
+    return dict(row=row, more=", ".join(more), by_head=by_head)

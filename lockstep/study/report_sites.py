@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lockstep.ptq.spec import Spec
 from lockstep.study.report_folder import STUDY, TRIALS, optional
 
 FIGURES = ("spec", "scale", "zero", "saturation", "code_use", "sqnr")
@@ -22,25 +23,27 @@ def component(name: str, layer: int | None) -> str:
 
 
 def sensitivity(trials: Sequence[Mapping[str, Any]], sites: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Groups of trials that differ from each other in one rule, whose sites are one: what each site costs alone.
+    """Groups of trials that differ from each other in the sites of their last rule only: what each of these costs.
 
-    A group has a title, whether its sites were left as they are while others were rounded, and a row for each site.
+    A group has a title, whether its sites were left as they are while others were rounded, and a row for each rule:
+    site is the rule's, which is a glob where layer and component are None and is_site is False.
     """
     known = {site["name"]: site.get("layer") for site in sites}
     groups: dict[str, list[dict[str, Any]]] = {}
     for trial in trials:
         rules = trial["plan"]["rules"]
-        if trial["status"] == "done" and rules and rules[-1][0] in known:
+        if trial["status"] == "done" and rules:
             rest = dict(trial["plan"], rules=rules[:-1])
             key = json.dumps([rest, rules[-1][1]], sort_keys=True)
             groups.setdefault(key, []).append(_row(trial, known))
-    return [_group(key, rows) for key, rows in groups.items() if len(rows) > 1]
+    return [_group(key, rows) for key, rows in groups.items() if len({row["site"] for row in rows}) > 1]
 
 
 def _row(trial: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
     site, spec = trial["plan"]["rules"][-1]
     metrics = {key: trial["metrics"].get(key) for key in ("delta_nll", "delta_low", "delta_high", "kl_mean")}
-    where = dict(site=site, layer=known[site], component=component(site, known[site]))
+    is_site, layer = site in known, known.get(site)
+    where = dict(site=site, is_site=is_site, layer=layer, component=component(site, layer) if is_site else None)
     return dict(where, trial=trial["id"], spec=spec, **metrics)
 
 
@@ -97,10 +100,24 @@ def _add(grids: list[dict[str, Any]], figures: Any, where: str) -> None:
         raise ValueError(f"{where}: {figures!r:.80}, expected figures with a spec")
     kept = {key: figures[key] for key in FIGURES if figures.get(key) is not None}
     for known in grids:
-        if {key: value for key, value in known.items() if key != "trials"} == kept:
+        if {key: known[key] for key in FIGURES if key in known} == kept:
             known["trials"] += 1
             return
-    grids.append(kept | dict(trials=1))
+    try:
+        reach = _reach(kept)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where}: {error}") from None
+    grids.append(kept | dict(trials=1) | (dict(reach=reach) if reach else {}))
+
+
+def _reach(figures: Mapping[str, Any]) -> list[float] | None:
+    """The lowest and the highest value that an integer grid has, of any head; None for grids that make scales."""
+    grid, scale, zero = Spec.parse(figures["spec"]).what, figures.get("scale"), figures.get("zero")
+    if not grid.is_integer or scale is None or zero is None:
+        return None
+    as_list = lambda x: x if isinstance(x, list) else [x]
+    pairs = list(zip(as_list(scale), as_list(zero), strict=True))
+    return [min((grid.low - z) * s for s, z in pairs), max((grid.high - z) * s for s, z in pairs)]
 
 
 def by_head(sites: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:

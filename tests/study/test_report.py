@@ -132,7 +132,25 @@ def test_figures_of_a_site_are_those_of_its_trials(study):
     for name, site in data["sites"].items():
         tried = [json.loads(line).get("sites", {}).get(name) for line in lines[::7]]
         for figures in filter(None, tried):
-            assert [g for g in site["grids"] if {**figures, "trials": g["trials"]} == g]
+            assert [grid for grid in site["grids"] if figures.items() <= grid.items()]
+
+
+def test_sensitivity_may_be_of_globs(copy):
+    for line, glob in enumerate(("L*.qk", "L*.p")):
+        change(copy / "trials.jsonl", line, lambda t, glob=glob: t["plan"].update(rules=[["*", "i16"], [glob, "i8"]]))
+    (copy / "confirm.jsonl").unlink()
+    group = next(g for g in report_data(copy)["sensitivity"] if g["spec"] == "i8")
+    assert group["title"] == "each alone on i8, beside * i16"
+    rows = {(row["site"], row["is_site"], row["layer"]) for row in group["rows"]}
+    assert rows == {("L*.qk", False, None), ("L*.p", False, None)}
+    write_report(copy)
+
+
+def test_a_grid_reaches_from_its_lowest_to_its_highest_value(copy):
+    made = dict(spec="u4/head", scale=[0.5, 0.25], zero=[8, 0])
+    change(copy / "trials.jsonl", 3, lambda t: t["sites"].update({"L0.q": made}))
+    grids = report_data(copy)["sites"]["L0.q"]["grids"]
+    assert [g["reach"] for g in grids if g["spec"] == "u4/head"] == [[-4.0, 3.75]]
 
 
 def test_heads_with_grids_of_their_own_are_listed(study):
@@ -244,6 +262,7 @@ BAD = [
         r"sites has 'nowhere', and study\.json has no such site",
     ),
     ("trials.jsonl", 3, lambda t: t["sites"].update({"L0.q": {}}), r"site L0\.q: \{\}, expected figures with a spec"),
+    ("trials.jsonl", 3, lambda t: t["sites"].update({"L0.q": dict(spec="odd")}), r"site L0\.q: 'odd' is no grid"),
     (
         "confirm.jsonl",
         0,

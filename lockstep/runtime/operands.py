@@ -256,7 +256,7 @@ class Operands(metaclass=Declaration):
         """The outputs that may be read in any row, not only in rows that asked for it."""
         return tuple(getattr(self, n) for n, o in self.declared() if o.role == "output" and not (o.scratch or o.asked))
 
-    @property
+    @functools.cached_property
     def params(self) -> dict[str, Any]:
         """The parameters by name."""
         return {name: getattr(self, name) for name in self.parameters()}

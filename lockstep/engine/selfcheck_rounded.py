@@ -26,8 +26,8 @@ KINDS = (RoundedInputs, RoundedAttention, RoundedSiluMul, FakeQuant)
 
 
 def rounded_rows(num_rows: int) -> tuple[Program, Tensor]:
-    """A program of attention's inputs, attention, SwiGLU's product and a tensor, all of their intermediates on grids, and
-    its last rows. num_rows: of the made-up table that it reads."""
+    """A program of attention's inputs, attention, SwiGLU's product and a tensor, all of their intermediates on grids,
+    and its last rows. num_rows: of the made-up table that it reads."""
     H, G, K = 4, 2, 32
     width = (H + 2 * G) * K
     values = np.random.RandomState(10).randint(-4096, 4096, (num_rows, width)) * np.float32(2.0**-11)

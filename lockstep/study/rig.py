@@ -8,14 +8,15 @@ where an earlier run with the same grids before it has left what that layer read
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from lockstep.engine.model import Model
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.ops import BACKENDS
+from lockstep.ops.code_linear import CodeLinear
+from lockstep.ops.code_rows import CodeRows, row_width
 from lockstep.ops.kv_cache import PAGE_TOKENS
 from lockstep.ops.linear import Linear
 from lockstep.ops.rewrite import fuse, lower
@@ -34,7 +35,8 @@ class Rig:
     """A model whose windows of text are scored under changing grids.
 
     model: with float32 weights where weights are to be rounded. treatment: which sites have grids at all. length: of a
-    window, in tokens. change: makes another program of it, such as `ptq.unroll.unroll` of its own. table: the op table.
+    window, in tokens. change: makes another program of it, such as `ptq.unroll.unroll` of its own. table: the op table. keep:
+    give every tensor memory of its own, so that all can be looked at after a run.
     """
 
     def __init__(
@@ -43,8 +45,10 @@ class Rig:
         treatment: Treatment,
         team: Team,
         length: int,
-        change: Any = None,
+        change: Callable[[Rounded], Program] | None = None,
         table: OpTable | None = None,
+        *,
+        keep: bool = False,
     ) -> None:
         self.model, self.length = model, length
         self.rounded: Rounded = rounded(model.recorded, treatment)
@@ -60,7 +64,7 @@ class Rig:
         self.store = FoldedStore(model.store)
         table = table or {**BACKENDS["reference"], **BACKENDS["cpu"]}
         runnable = _Runnable(self.store, model.max_context, self._program, table)
-        self._runner = Runner(runnable, team, Limits(length, 1, pages, 1), elsewhere=given)
+        self._runner = Runner(runnable, team, Limits(length, 1, pages, 1), elsewhere=given, keep=keep)
         self._executor, self._pages = self._runner.executor, list(range(pages))
         self.program: Program = self._executor.program
         [self.score_index] = [i for i, op in enumerate(self.program.ops) if isinstance(op, Score)]
@@ -71,17 +75,19 @@ class Rig:
 
     def _scored(self, program: Program) -> Score:
         """Ends the program with a score; keeps it."""
-        [head] = [op for op in program.ops if isinstance(op, Linear) and op.out is self.model.logits]
+        [head] = [op for op in program.ops if self.model.logits in op.outputs and isinstance(op, (Linear, CodeLinear))]
+        [base] = [op for op in self.model.recorded.ops if isinstance(op, Linear) and op.out is self.model.logits]
         hidden, vocabulary = program.results["hidden"], self.model.config.vocab_size
         width, grids = scratch_width(vocabulary), self.rounded.grids.get("head")
         score = Score(
             out=program.tensor("score", hidden.rows, NUM_SCORES),
             scratch=program.tensor("score.scratch", hidden.rows, width),
-            x=hidden,
+            x=hidden if isinstance(head, Linear) else self._coded(program, hidden),
             weight=head.weight,
             target=program.give("score.target", hidden.rows, 1, "i32"),
             base_x=program.give("score.base", hidden.rows, hidden.width),
-            base_weight=_same(head.weight),
+            base_weight=_same(base.weight),
+            base_f32=head.weight.format != base.weight.format,
             grid=None if grids is None else Setting("head", grids),
             in_features=hidden.width,
             vocab_size=vocabulary,
@@ -90,6 +96,12 @@ class Rig:
         program.emit(score)
         self._program = program
         return score
+
+    def _coded(self, program: Program, hidden: Tensor) -> Tensor:
+        """The hidden states as codes, for a head in integer arithmetic."""
+        out = program.tensor("score.codes", hidden.rows, row_width(hidden.width), "i8")
+        grid = Setting("norm", self.rounded.grids["norm"])
+        return program.emit(CodeRows(out=out, x=hidden, grid=grid, width=hidden.width))
 
     # ------------------------------------------------------------ what is rounded
 

@@ -12,6 +12,7 @@ from lockstep.engine.prefix import model_identity
 from lockstep.ops.rounded_attention import RoundedAttention
 from lockstep.ops.score import NLL
 from lockstep.parity import Path, run_parity, run_path
+from lockstep.ptq.integer import integers
 from lockstep.ptq.plan import Plan
 from lockstep.ptq.rewrite import sites_of
 from lockstep.ptq.solved import Solved
@@ -37,10 +38,14 @@ def team():
         yield made
 
 
+INTEGERS = (("*", "i16"), ("*.w", "u4/row"), ("L*.norm*", "u8"), ("head", "off"))
+
+
 @pytest.mark.parametrize("name", ["plain", "normed", "hybrid"])
-def test_every_path_has_the_bits_of_the_study(name, team):
+@pytest.mark.parametrize("arithmetic", ["float", "integer"])
+def test_every_path_has_the_bits_of_the_study(name, arithmetic, team):
     model = recorded(name)
-    plan = Plan((*RULES, ("head", "off")))
+    plan = Plan(INTEGERS if arithmetic == "integer" else (*RULES, ("head", "off")), arithmetic=arithmetic)
     made = planned(model, solved(model, plan, team), CONTENT)
     ids, targets = window(model, LENGTH)
     for result in run_parity(made, ids, 2):
@@ -48,9 +53,11 @@ def test_every_path_has_the_bits_of_the_study(name, team):
     outcome = run_path(made, ids, Path("whole", (LENGTH,), 2), num_rows=LENGTH)
     logits = outcome.logits.astype(np.float64)
     exact = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
-    rig = Rig(model, treatment_of(plan, sites_of(model.recorded), LENGTH), team, LENGTH)
+    specs = plan.resolve(sites_of(model.recorded))
+    change = (lambda rounded: integers(rounded, specs).program) if arithmetic == "integer" else None
+    rig = Rig(model, treatment_of(plan, sites_of(model.recorded), LENGTH), team, LENGTH, change)
     rig.set_grids(solved(model, plan, team).grids)
-    rig.set_weights(plan.resolve(sites_of(model.recorded)))
+    rig.set_weights(specs)
     rig.load(ids, targets)
     rig.run()
     np.testing.assert_allclose(rig.scores()[:, NLL], exact - logits[range(LENGTH), targets], atol=2e-5)
@@ -89,6 +96,6 @@ def test_what_is_refused(team):
     additive = dataclasses.replace(plan, plan=Plan((("L0.q", "i8"),), mask="additive"))
     with pytest.raises(ValueError, match="plan: mask is 'additive', so that what a token sees depends on the later"):
         planned(model, additive, CONTENT)
-    integer = dataclasses.replace(plan, plan=Plan((("L0.q", "i8"),), arithmetic="integer"))
-    with pytest.raises(ValueError, match="plan: arithmetic 'integer' and fuse_scale 'none'"):
-        planned(model, integer, CONTENT)
+    fused = dataclasses.replace(plan, plan=Plan((("L0.q", "i8"),), fuse_scale="q"))
+    with pytest.raises(ValueError, match="plan: fuse_scale is 'q', expected 'none'"):
+        planned(model, fused, CONTENT)

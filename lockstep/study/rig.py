@@ -30,13 +30,15 @@ from lockstep.runtime.operands import Operands
 from lockstep.runtime.program import Program, Setting, Tensor, Weight
 from lockstep.runtime.threads import Team
 
+NO_TARGET = -1  # of a row after which no token is known
+
 
 class Rig:
     """A model whose windows of text are scored under changing grids.
 
     model: with float32 weights where weights are to be rounded. treatment: which sites have grids at all. length: of a
-    window, in tokens. change: makes another program of it, such as `ptq.unroll.unroll` of its own. table: the op table. keep:
-    give every tensor memory of its own, so that all can be looked at after a run.
+    window, in tokens. change: makes another program of it, such as `ptq.unroll.unroll` of its own. table: the op table.
+    keep: give every tensor memory of its own, so that all can be looked at after a run.
     """
 
     def __init__(

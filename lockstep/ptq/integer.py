@@ -41,8 +41,9 @@ def integers(rounded: Rounded, specs: Mapping[str, Spec]) -> Integers:
 
 
 def code_weight_of(weight: Weight, specs: Mapping[int, Spec]) -> Weight:
-    """A weight as codes. specs: by part."""
-    return code_weight(weight.name, *(_codes(part, specs[i]) for i, part in enumerate(weight.parts)))
+    """A weight as codes. specs: by part; they are in its name, by which packed weights are kept."""
+    name = f"{weight.name} on {', '.join(str(specs[i]) for i in range(len(weight.parts)))}"
+    return code_weight(name, *(_codes(part, specs[i]) for i, part in enumerate(weight.parts)))
 
 
 def _codes(part: StoredTensor, spec: Spec) -> CodeTensor:

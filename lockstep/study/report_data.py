@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lockstep.ptq.plan import Plan
 from lockstep.study.report_folder import TRIALS, WINNER, StudyFolder, read_folder
+from lockstep.study.report_pairs import difference, from_float
 from lockstep.study.report_sites import sensitivity, sites_table
 
 FORM = 1  # of report.json; another number when its content means something else
 ERRORS, SIZES = ("delta_nll", "kl_mean"), ("weight_bytes", "kv_bytes")
-KEPT = ("id", "name", "status", "windows", "swept", "plan_hash", "forwards", "layers_run", "layers_saved", "reason")
+SAID = ("form", "sites", "stats", "model", "baseline", "num_trials")  # of study.json, elsewhere in the report
+KEPT = (
+    "id",
+    "name",
+    "status",
+    "windows",
+    "window_nll",
+    "swept",
+    "forwards",
+    "layers_run",
+    "layers_saved",
+    "reason",
+)
 
 
 def report_data(folder: Path) -> dict[str, Any]:
@@ -25,7 +37,7 @@ def report_data(folder: Path) -> dict[str, Any]:
     return dict(
         form=FORM,
         model=found.study["model"],
-        baseline=found.study["baseline"],
+        baseline=found.study.get("baseline"),
         verdict=verdict(winner, ranked, confirmed_of(found.confirmed)),
         ranking=[trial["id"] for trial in ranked],
         frontiers={f"{error}/{size}": frontier(ranked, size, error) for error in ERRORS for size in SIZES},
@@ -35,9 +47,8 @@ def report_data(folder: Path) -> dict[str, Any]:
         confirmed=found.confirmed,
         work=work(found.study, trials),
         torn=found.torn,
-        provenance={key: value for key, value in found.study.items() if key not in ("form", "sites", "stats", "model")},
+        provenance={key: value for key, value in found.study.items() if key not in SAID},
         recipe=found.recipe,
-        winner=found.winner,
     )
 
 
@@ -73,17 +84,17 @@ def frontier(trials: Iterable[Mapping[str, Any]], size: str, error: str) -> list
 
 
 def _winner(found: StudyFolder, trials: Sequence[Any], ranked: Sequence[Any], folder: Path) -> Any:
-    """The trial whose plan is in winner.toml; without that file the first by confirmed rank, then by the fast one."""
-    if found.winner:
-        return _of_plan(tomllib.loads(found.winner), trials, folder)
+    """The trial whose plan is in winner.json; without that file the first by confirmed rank, then by the fast one."""
+    if found.winner is not None:
+        return _of_plan(found.winner["plan"], trials, folder)
     places = {row["id"]: row["confirmed_rank"] for row in found.confirmed if row.get("confirmed_rank") is not None}
     return min((t for t in ranked), key=lambda t: places.get(t["id"], len(places) + 1), default=None)
 
 
 def _of_plan(table: Mapping[str, Any], trials: Sequence[Any], folder: Path) -> Any:
-    """The trial that has a recipe's plan."""
+    """The trial that has a plan."""
     try:
-        wanted = Plan.from_table(table.get("plan", table)).hash
+        wanted = Plan.from_table(table).hash
     except ValueError as error:
         raise ValueError(f"{folder / WINNER}: {error}") from None
     for trial in trials:
@@ -96,19 +107,22 @@ def verdict(winner: Any, ranked: Sequence[Any], confirmed: Mapping[Any, Any]) ->
     """Which trial won, and which others may be as good.
 
     has_interval: whether its loss has one, without which nothing is said of noise. like_float: it holds 0. like: ids
-    of other trials whose intervals overlap its own. metrics: those of the confirmation where there was one.
+    of other trials whose difference to it has an interval that holds 0, window by window. next: the best of the others
+    and its difference, None if there is none. metrics: those of the confirmation where there was one.
     """
     if winner is None:
-        return dict(winner=None, has_interval=False, like_float=False, like=[], metrics={}, is_confirmed=False)
-    mine = metrics_of(winner, confirmed)
-    has_interval = mine.get("delta_low") is not None
-    others = [t["id"] for t in ranked if t is not winner and overlap(mine, metrics_of(t, confirmed))]
+        return dict(
+            winner=None, has_interval=False, like_float=False, like=[], next=None, metrics={}, is_confirmed=False
+        )
+    others = [(trial["id"], difference(trial, winner)) for trial in ranked if trial is not winner]
+    loss = from_float(winner)
     return dict(
         winner=winner["id"],
-        has_interval=has_interval,
-        like_float=has_interval and mine["delta_low"] <= 0 <= mine["delta_high"],
-        like=others,
-        metrics=mine,
+        has_interval=loss.low is not None,
+        like_float=loss.is_noise,
+        like=[id for id, apart in others if apart.is_noise],
+        next=dict(id=others[0][0], **others[0][1]._asdict()) if others else None,
+        metrics=metrics_of(winner, confirmed),
         is_confirmed=bool(confirmed.get(winner["id"])),
     )
 
@@ -121,13 +135,6 @@ def metrics_of(trial: Mapping[str, Any], confirmed: Mapping[Any, Any]) -> dict[s
 def confirmed_of(rows: Iterable[Mapping[str, Any]]) -> dict[Any, Mapping[str, Any]]:
     """Confirmations by trial."""
     return {row["id"]: row for row in rows}
-
-
-def overlap(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Whether the intervals of two losses have numbers in common; False where there is none."""
-    if a.get("delta_low") is None or b.get("delta_low") is None:
-        return False
-    return a["delta_low"] <= b["delta_high"] and b["delta_low"] <= a["delta_high"]
 
 
 # ---------------------------------------------------------------- what it took
@@ -143,4 +150,7 @@ def work(study: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -> dict[
         counts = [trial[key] for trial in trials if trial.get(key) is not None]
         if counts:
             made[key] = sum(counts)
+    total = study.get("num_trials")
+    if isinstance(total, int) and total > len(trials):
+        made["to_come"] = total - len(trials)
     return made | {status: sum(t["status"] == status for t in trials) for status in ("done", "stopped", "failed")}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-STUDY, TRIALS, CONFIRM, RECIPE, WINNER = "study.json", "trials.jsonl", "confirm.jsonl", "recipe.toml", "winner.toml"
+STUDY, TRIALS, CONFIRM, RECIPE, WINNER = "study.json", "trials.jsonl", "confirm.jsonl", "recipe.toml", "winner.json"
 STATUSES = ("done", "stopped", "failed")
 NUMBER = (int, float)
 WORDS = {NUMBER: "a number", str: "a text", dict: "an object", list: "a list", int: "a whole number"}
@@ -21,14 +21,15 @@ ENDS = ("delta_low", "delta_high")  # of the interval of a loss; a single window
 @dataclass(frozen=True)
 class StudyFolder:
     """study: of study.json. trials, confirmed: lines in the order of their files. torn: whether the last line of the
-    trials was cut short, and left out. recipe, winner: texts; empty where there is no such file yet."""
+    trials was cut short, and left out. recipe: text, empty if there is none. winner: what
+    winner.json says, None before there is one."""
 
     study: Mapping[str, Any]
     trials: list[Mapping[str, Any]]
     confirmed: list[Mapping[str, Any]]
     torn: bool
     recipe: str
-    winner: str
+    winner: Mapping[str, Any] | None
 
 
 def read_folder(folder: Path) -> StudyFolder:
@@ -46,8 +47,7 @@ def read_folder(folder: Path) -> StudyFolder:
         where = f"{folder / CONFIRM}, line {number}"
         if need(row, "id", (*NUMBER, str), where) not in known:
             raise ValueError(f"{where}: id is {row['id']!r:.80}, and {TRIALS} has no such trial")
-    recipe, winner = _toml(folder / RECIPE), _toml(folder / WINNER)
-    return StudyFolder(study, latest(trials), latest(confirmed), torn, recipe, winner)
+    return StudyFolder(study, latest(trials), latest(confirmed), torn, _toml(folder / RECIPE), _winner(folder / WINNER))
 
 
 def latest(rows: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -78,7 +78,9 @@ def _check_study(study: Mapping[str, Any], where: str) -> None:
     model = need(study, "model", dict, where)
     for key in ("name", "hash"):
         need(model, key, str, f"{where}: model")
-    need(need(study, "baseline", dict, where), "nll", NUMBER, f"{where}: baseline")
+    baseline = optional(study, "baseline", dict, where)
+    if baseline is not None:
+        need(baseline, "nll", NUMBER, f"{where}: baseline")
     for number, site in enumerate(need(study, "sites", list, where), 1):
         need(checked(site, f"site {number}", dict, where), "name", str, f"{where}: site {number}")
 
@@ -93,6 +95,10 @@ def _check_trial(trial: Mapping[str, Any], where: str) -> None:
         metrics = need(trial, "metrics", dict, where)
         for key in NEEDED:
             need(metrics, key, NUMBER, f"{where}: metrics")
+        nll = need(trial, "window_nll", list, where)
+        if len(nll) != need(trial, "windows", int, where) or not nll:
+            raise ValueError(f"{where}: window_nll has {len(nll)} numbers, and {trial['windows']} windows ran")
+        [checked(x, "window_nll", NUMBER, where) for x in nll]
         ends = [optional(metrics, key, NUMBER, f"{where}: metrics") for key in ENDS]
         if None in ends and ends != [None, None]:
             raise ValueError(f"{where}: metrics: {ENDS[ends.index(None)]} is missing, and the other end is there")
@@ -122,6 +128,15 @@ def _json(where: Any, text: str) -> Mapping[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: it cannot be read as JSON: {error}") from None
     return checked(found, "the content", dict, str(where))
+
+
+def _winner(path: Path) -> Mapping[str, Any] | None:
+    """The plan that won, with its grids; None if there is no file."""
+    if not path.is_file():
+        return None
+    found = _json(path, _text(path, path.read_bytes()))
+    need(found, "plan", dict, str(path))
+    return found
 
 
 def _refuse(word: str) -> Any:

@@ -6,28 +6,33 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lockstep.study.report_markup import MINUS, NONE, Markup, decibels, divergence, interval, joined, nats, tag
+from lockstep.study.report_markup import MINUS, NONE, Markup, decibels, interval, joined, nats, signed, tag
 from lockstep.study.report_sites import by_head
 
 MOST_BARS = 16  # before the rest is folded away
 MANY = 18  # columns of a heat map, which then has narrow cells
-MEASURES = {"delta_nll": ("ΔNLL", nats), "kl_mean": ("KL, mean", divergence)}
+MEASURES = {"delta_nll": ("ΔNLL", nats), "kl_mean": ("KL, mean", signed)}
 
 
 def sensitivity_section(data: Mapping[str, Any]) -> Markup | None:
     """Of every group of one-at-a-time trials: bars, and components by layers."""
     if not data["sensitivity"]:
         return None
-    return joined([_group(group) for group in data["sensitivity"]])
+    names = {trial["id"]: trial["name"] for trial in data["trials"]}
+    return joined([_group(group, names) for group in data["sensitivity"]])
 
 
-def _group(group: Mapping[str, Any]) -> Markup:
+def _group(group: Mapping[str, Any], names: Mapping[Any, str]) -> Markup:
     single = [row for row in group["rows"] if row["is_site"]]
     there = [key for key in MEASURES if any(row.get(key) is not None for row in single)]
     maps = [_map([row for row in single if row.get(key) is not None], key) for key in there]
     few, more = _bars(group["rows"][:MOST_BARS], group["rows"]), group["rows"][MOST_BARS:]
     folded = tag("details", tag("summary", f"{len(more)} more"), _bars(more, group["rows"])) if more else None
-    return tag("div", tag("h3", _capital(group["title"])), few, folded, tag("div", maps, class_="maps"), class_="group")
+    against = ["the trial ", tag("q", names[group["base"]])] if group["base"] is not None else "the model in float"
+    words = tag("p", "Differences to ", against, ", window by window.", class_="quiet")
+    return tag(
+        "div", tag("h3", _capital(group["title"])), words, few, folded, tag("div", maps, class_="maps"), class_="group"
+    )
 
 
 def _capital(text: str) -> str:

@@ -43,7 +43,7 @@ METRICS = {  # how each is written
     "top1": ("same top-1", percent),
     "weight_bytes": ("weights", num_bytes),
     "bits_per_weight": ("bits a weight", plain),
-    "kv_bytes": ("KV cache", num_bytes),
+    "kv_bytes": ("KV cache, a token", num_bytes),
     "ppl": ("perplexity", plain),
     "kl_max": ("KL, largest", divergence),
     "delta_p": ("Δp", signed),
@@ -135,21 +135,36 @@ def _noise(found: Mapping[str, Any], names: Mapping[Any, str]) -> Markup:
         first = "It differs from the model in float by more than noise."
     like = [names[id] for id in found["like"]]
     if not like:
-        return joined([first, " No other trial is as good: no interval overlaps its own."])
+        return joined([first, _next(found, names)])
     more = f" and {many(len(like) - MOST_NAMES, 'other')}" if len(like) > MOST_NAMES else ""
     listed = [[", " if i else "", tag("q", name)] for i, name in enumerate(like[:MOST_NAMES])]
-    return joined([first, " Within noise of ", listed, more, ": their intervals overlap its own."])
+    return joined(
+        [first, " Within noise of ", listed, more, ": window by window, the interval of the difference holds 0."]
+    )
+
+
+def _next(found: Mapping[str, Any], names: Mapping[Any, str]) -> Markup | None:
+    """How far the best of the other trials is behind."""
+    other = found["next"]
+    if other is None:
+        return None
+    more = f", loses {nats(other['mean']).lstrip('+')} more {interval(other['low'], other['high'])}."
+    return joined([" No other trial is as good: the next, ", tag("q", names[other["id"]]), more])
 
 
 def _statuses(data: Mapping[str, Any]) -> str:
     work = data["work"]
     rest = [f"{count(work[s])} {s}" for s in ("stopped", "failed") if work[s]]
+    rest += [f"{count(work['to_come'])} to come"] if "to_come" in work else []
     return ", ".join([f"{many(work['done'], 'trial')} done", *rest])
 
 
 def _float(data: Mapping[str, Any]) -> str:
     base = data["baseline"]
+    if base is None:
+        return ""
     ppl = f", perplexity {plain(base['perplexity'])}" if base.get("perplexity") is not None else ""
+    ppl += f" ± {plain(base['perplexity_error'], 2)}" if ppl and base.get("perplexity_error") is not None else ""
     tokens = f", {count(base['tokens'])} tokens" if base.get("tokens") is not None else ""
     return f" The model in float: NLL {plain(base['nll'], 5)}{ppl}{tokens}."
 

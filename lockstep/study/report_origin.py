@@ -118,9 +118,7 @@ def facts_list(facts: list[tuple[str, str]]) -> Markup:
 
 def winner_section(data: Mapping[str, Any]) -> Markup | None:
     """The plan that won, ready to be copied."""
-    text = data["winner"] or next(
-        (t["plan_text"] for t in data["trials"] if t["id"] == data["verdict"]["winner"]), None
-    )
+    text = next((t["plan_text"] for t in data["trials"] if t["id"] == data["verdict"]["winner"]), None)
     if text is None:
         return None
     button = tag("button", "Copy", type="button", id="copy", data_scripted=True, hidden=True)

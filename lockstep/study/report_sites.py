@@ -8,6 +8,7 @@ from typing import Any
 
 from lockstep.ptq.spec import Spec
 from lockstep.study.report_folder import STUDY, TRIALS, optional
+from lockstep.study.report_pairs import difference, from_float
 
 FIGURES = ("spec", "scale", "zero", "saturation", "code_use", "sqnr")
 SITE = ("heads", "width", "layer", "is_weight", "is_inner")
@@ -25,36 +26,50 @@ def component(name: str, layer: int | None) -> str:
 def sensitivity(trials: Sequence[Mapping[str, Any]], sites: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Groups of trials that differ from each other in the sites of their last rule only: what each of these costs.
 
-    A group has a title, whether its sites were left as they are while others were rounded, and a row for each rule:
-    site is the rule's, which is a glob where layer and component are None and is_site is False.
+    A group has a title, whether its sites were left as they are while others were rounded (spared), the trial without
+    that rule (base; None: the model in float), and a row for each rule, the one that matters most first. A row has the
+    difference to the base, delta_nll with its interval and kl_mean. Its site is the rule's, which is a glob where layer
+    and component are None and is_site is False.
     """
     known = {site["name"]: site.get("layer") for site in sites}
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for trial in trials:
+    done = {_key(t["plan"], t["plan"]["rules"]): t for t in trials if t["status"] == "done"}
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for trial in done.values():
         rules = trial["plan"]["rules"]
-        if trial["status"] == "done" and rules:
-            rest = dict(trial["plan"], rules=rules[:-1])
-            key = json.dumps([rest, rules[-1][1]], sort_keys=True)
-            groups.setdefault(key, []).append(_row(trial, known))
-    return [_group(key, rows) for key, rows in groups.items() if len({row["site"] for row in rows}) > 1]
+        if rules:
+            groups.setdefault((_key(trial["plan"], rules[:-1]), rules[-1][1]), []).append(trial)
+    found = ((rest, spec, group) for (rest, spec), group in groups.items() if len(group) > 1)
+    return [_group(json.loads(rest), spec, group, done.get(rest), known) for rest, spec, group in found]
 
 
-def _row(trial: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
-    site, spec = trial["plan"]["rules"][-1]
-    metrics = {key: trial["metrics"].get(key) for key in ("delta_nll", "delta_low", "delta_high", "kl_mean")}
+def _key(plan: Mapping[str, Any], rules: Sequence[Any]) -> str:
+    """A plan with other rules, as text."""
+    return json.dumps(dict(plan, rules=rules), sort_keys=True)
+
+
+def _group(
+    rest: Mapping[str, Any], spec: str, trials: Sequence[Mapping[str, Any]], base: Any, known: Mapping[str, Any]
+) -> dict[str, Any]:
+    others, spared = ", ".join(f"{glob} {other}" for glob, other in rest["rules"]), spec == "off"
+    title = "each alone not rounded" if spared else f"each alone on {spec}"
+    rows = [_row(trial, base, known) for trial in trials]
+    return dict(
+        title=f"{title}, beside {others}" if others else title,
+        spared=spared,
+        base=base and base["id"],
+        rows=sorted(rows, key=lambda row: row["delta_nll"] if spared else -row["delta_nll"]),
+    )
+
+
+def _row(trial: Mapping[str, Any], base: Any, known: Mapping[str, Any]) -> dict[str, Any]:
+    site = trial["plan"]["rules"][-1][0]
+    loss, kl = from_float(trial) if base is None else difference(trial, base), trial["metrics"].get("kl_mean")
+    if base is not None and kl is not None:
+        before = base["metrics"].get("kl_mean")
+        kl = None if before is None else kl - before
     is_site, layer = site in known, known.get(site)
     where = dict(site=site, is_site=is_site, layer=layer, component=component(site, layer) if is_site else None)
-    return dict(where, trial=trial["id"], spec=spec, **metrics)
-
-
-def _group(key: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    rest, spec = json.loads(key)
-    others = ", ".join(f"{glob} {other}" for glob, other in rest["rules"])
-    spared = spec == "off"
-    title = f"each alone not rounded, beside {others}" if spared else f"each alone on {spec}"
-    if others and not spared:
-        title += f", beside {others}"
-    return dict(title=title, spared=spared, spec=spec, rows=sorted(rows, key=lambda r: -r["delta_nll"]))
+    return dict(where, trial=trial["id"], delta_nll=loss.mean, delta_low=loss.low, delta_high=loss.high, kl_mean=kl)
 
 
 # ---------------------------------------------------------------- sites

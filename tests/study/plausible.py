@@ -10,29 +10,33 @@ import numpy as np
 
 from lockstep.ptq.plan import Plan
 from lockstep.ptq.site import Site
+from lockstep.ptq.spec import Spec
+from lockstep.study.scoring import INTERVAL, mean_and_error
 
 LAYERS, HEADS, KV_HEADS, WIDTH = 6, 8, 2, 256
 WINDOWS, NLL = 24, 2.4713
+BASE = [["*", "i16"], ["*.w", "i8"]]
 INNER = {"q.rot": HEADS, "k.rot": KV_HEADS, "k.all": KV_HEADS, "v.all": KV_HEADS, "qk": HEADS, "p": HEADS}
 OUTER = {"norm1": 1, "q": HEADS, "k": KV_HEADS, "v": KV_HEADS, "ctx": HEADS, "o": 1, "res.attn": 1, "norm2": 1}
 MLP = {"gate": 1, "up": 1, "mul": 1, "down": 1, "res.mlp": 1}
 WEIGHTS = ("q", "k", "v", "o", "gate", "up", "down")
-LOUD = {"down": 2.5, "mul": 3.0, "qk": 1.8, "p": 2.2, "res.mlp": 1.6, "norm2": 0.7}  # what hurts most
+LOUD = {"down": 2.5, "mul": 3.0, "qk": 1.8, "p": 2.2, "res.mlp": 1.6, "norm2": 0.7, "w": 0.05}  # what hurts most
 
 
 def write(folder, seed=7, num_trials=60, confirmed=5):
     """Writes a study of so many trials; returns its folder."""
     rng, sites = np.random.RandomState(seed), all_sites()
     folder.mkdir(parents=True, exist_ok=True)
-    plans = [*alone(sites), *mixed()][:num_trials]
-    trials = [trial(i, name, swept, plan, sites, rng) for i, (name, swept, plan) in enumerate(plans)]
+    plans = [("base", {}, Plan(BASE)), *alone(sites), *products()][:num_trials]
+    noise = rng.normal(0, 1, (num_trials, 2 * WINDOWS))
+    trials = [trial(i, name, swept, plan, sites, noise) for i, (name, swept, plan) in enumerate(plans)]
     save(folder / "study.json", json.dumps(study(sites, rng), indent=1))
     save(folder / "recipe.toml", RECIPE)
     save(folder / "trials.jsonl", lines(trials))
     done = sorted((t for t in trials if t["status"] == "done"), key=lambda t: t["metrics"]["delta_nll"])[:confirmed]
     save(folder / "confirm.jsonl", lines(confirmations(done)))
     if done:
-        save(folder / "winner.toml", Plan.from_table(done[0]["plan"]).to_toml())
+        save(folder / "winner.json", json.dumps(dict(plan=done[0]["plan"], model="study-llama")))
     return folder
 
 
@@ -58,79 +62,84 @@ def all_sites():
 
 
 def alone(sites):
-    """One plan for each activation of some kinds, rounded alone."""
+    """Plans that differ from the base at one activation of some kinds."""
     for s in sites:
         if s["name"].split(".", 1)[-1] in ("qk", "p", "k.all", "mul", "down", "res.mlp", "norm2"):
-            rules = [[s["name"], "u8"]]
-            yield f"u8 at {s['name']}", {"site": s["name"], "spec": "u8"}, Plan(rules)
+            yield f"{s['name']} u8", {"site": s["name"], "spec": "u8"}, Plan([*BASE, [s["name"], "u8"]])
 
 
-def mixed():
-    """Products of grids of weights, of caches and of the weights of softmax."""
-    for weights in ("u4/row:mse", "i8/row"):
+def products():
+    """Plans of grids of weights, of caches and of the weights of softmax."""
+    for weights in ("u4/row:mse", "i6/row"):
         for cache in ("i16", "i8", "i8/head"):
-            for p in ("i16", "u8", "u8/head"):
-                rules = [["*", "i16"], ["*.w", weights], ["L*.[kv].all", cache], ["L*.p", p]]
-                yield f"{weights}, cache {cache}, p {p}", {"w": weights, "cache": cache, "p": p}, Plan(rules)
+            for p in ("u12", "u8", "u8/head"):
+                rules = [*BASE, ["*.w", weights], ["L*.[kv].all", cache], ["L*.p", p]]
+                yield f"w {weights}, cache {cache}, p {p}", {"w": weights, "cache": cache, "p": p}, Plan(rules)
 
 
-def hurt(rules):
-    """Roughly how much a plan costs, in nats."""
+def hurt(specs):
+    """Roughly how much grids cost, in nats."""
     total = 0.0
-    for glob, spec in rules:
-        bits = bits_of(spec)
-        loud = next((x for name, x in LOUD.items() if glob.endswith("." + name)), 1.0)
-        everywhere = 12 if "*" in glob else 1
-        depth = 1.0 if "*" in glob else 1.6 - 0.2 * int(glob[1])
-        total += everywhere * depth * loud * 2.0 ** (-1.6 * bits) * (0.6 if "/head" in spec else 1.0)
+    for name, spec in specs.items():
+        loud = next((x for end, x in LOUD.items() if name.endswith("." + end)), 0.6)
+        depth = 1.6 - 0.2 * (int(name[1:].split(".")[0]) % LAYERS) if name[0] == "L" else 1.0
+        total += depth * loud * 2.0 ** (-1.6 * bits_of(spec)) * (0.6 if "/head" in spec else 1.0)
     return 6 * total
 
 
-def trial(number, name, swept, plan, sites, rng):
+def trial(number, name, swept, plan, sites, noise):
+    """A line of trials.jsonl. noise: random numbers for each trial and window."""
     status = "failed" if number == 11 else "stopped" if number in (20, 41) else "done"
-    made = dict(id=number, name=name, swept=swept, plan=plan.to_table(), plan_hash=plan.hash, status=status)
-    made |= dict(windows=WINDOWS if status == "done" else 8 if status == "stopped" else 0)
+    made = dict(id=f"{number:04x}", name=name, swept=swept, plan=plan.to_table(), plan_hash=plan.hash, status=status)
     if status == "failed":
-        return made | dict(reason="site L3.qk: calibration saw no number (head 2)")
-    delta = hurt(plan.rules) * rng.uniform(0.8, 1.3) + rng.normal(0, 2e-4)
-    error = 3e-4 + 0.15 * abs(delta)
-    one = len(plan.rules) == 1
-    specs = plan.resolve([Site(**s) for s in sites])
-    heads = {s["name"]: s["heads"] for s in sites}
-    made |= dict(
-        metrics=metrics(delta, error, specs, rng),
-        window_nll=[round(NLL + delta + x, 6) for x in rng.normal(0, 0.2, made["windows"])],
-        forwards=made["windows"],
-        layers_run=made["windows"] * (LAYERS - (int(plan.rules[-1][0][1]) if one else 0)),
-        layers_saved=made["windows"] * (int(plan.rules[-1][0][1]) if one else 0),
-        sites={n: figures(n, str(spec), heads[n]) for n, spec in specs.items() if not spec.is_off},
+        return made | dict(windows=0, reason="site L3.qk: calibration saw no number (head 2)")
+    specs = {s: str(spec) for s, spec in plan.resolve([Site(**s) for s in sites]).items() if not spec.is_off}
+    windows, cost = WINDOWS if status == "done" else 8, hurt(specs)
+    deltas = cost * (1 + 0.1 * noise[number, :windows]) + 2e-4 * noise[number, -windows:]
+    heads, skipped = {s["name"]: s["heads"] for s in sites}, int(name[1]) if "site" in swept else 0
+    return made | dict(
+        windows=windows,
+        metrics=metrics(deltas, specs),
+        window_nll=(base_nll()[:windows] + deltas).tolist(),
+        forwards=windows,
+        layers_run=windows * (LAYERS - skipped),
+        layers_saved=windows * skipped,
+        sites={site: figures(site, spec, heads[site]) for site, spec in specs.items()},
     )
-    return made
+
+
+def base_nll():
+    """Of the model in float, by window."""
+    return NLL + np.random.RandomState(1).normal(0, 0.2, WINDOWS)
 
 
 def bits_of(spec):
-    """Of a code, 16 where it is off."""
-    return int("".join(c for c in spec.split("/")[0].split(":")[0] if c.isdigit()) or 16)
+    """Of a code."""
+    return Spec.parse(spec).bits
 
 
-def metrics(delta, error, specs, rng):
-    bits = np.mean([bits_of(str(spec)) for name, spec in specs.items() if name.endswith(".w")])
-    kl = abs(delta) * 0.9 + 1e-5
+def metrics(deltas, specs):
+    delta, error = mean_and_error(deltas.tolist())
+    bits = np.mean([bits_of(spec) for name, spec in specs.items() if name.endswith(".w")])
+    kl, nll = abs(delta) * 0.9 + 1e-5, float(base_nll()[: len(deltas)].mean()) + delta
     return dict(
-        nll=NLL + delta,
-        ppl=float(np.exp(NLL + delta)),
-        ppl_error=0.12,
+        tokens=511 * len(deltas),
+        nll=nll,
+        nll_error=0.04,
+        ppl=float(np.exp(nll)),
+        ppl_error=0.04 * float(np.exp(nll)),
         delta_nll=delta,
-        delta_low=delta - error,
-        delta_high=delta + error * rng.uniform(0.9, 1.1),
+        delta_error=error,
+        delta_low=delta - INTERVAL * error,
+        delta_high=delta + INTERVAL * error,
         kl_mean=kl,
-        kl_p99=kl * rng.uniform(6, 11),
-        kl_max=kl * rng.uniform(60, 200),
+        kl_p99=kl * 8,
+        kl_max=kl * 120,
         top1=1 - min(0.5, 4 * kl**0.7),
         delta_p=-delta * 0.1,
-        weight_bytes=int(3_200_000 * (float(bits) / 8)),
+        weight_bytes=int(3_200_000 * float(bits) / 8),
         bits_per_weight=float(bits),
-        kv_bytes=int(6 * 2 * 64 * bits_of(str(specs["L0.k.all"])) / 8),
+        kv_bytes=LAYERS * 2 * 64 * bits_of(specs["L0.k.all"]) // 8,
     )
 
 
@@ -159,7 +168,14 @@ def study(sites, rng):
         ),
         sites=sites,
         inside=["inputs", "attention", "swiglu"],
-        baseline=dict(nll=NLL, perplexity=float(np.exp(NLL)), tokens=12264),
+        baseline=dict(
+            nll=float(base_nll().mean()),
+            perplexity=float(np.exp(base_nll().mean())),
+            perplexity_error=0.47,
+            tokens=511 * WINDOWS,
+            windows=WINDOWS,
+            window_nll=base_nll().tolist(),
+        ),
         calibration=dict(forwards=16),
         stats={s["name"]: stat(rng, s["name"]) for s in sites if not s["is_weight"]},
         versions=dict(lockstep="0.1.0", python="3.11.9", numpy="2.1.0"),

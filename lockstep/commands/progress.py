@@ -74,15 +74,22 @@ class Counter:
         if self._status:
             self._status.stop()
 
-    def __call__(self, done: int, total: int, detail: str = "") -> None:
+    def __call__(self, done: int, total: int) -> None:
+        """Shows how far it is."""
         if not self._stream.isatty():
             return
         from rich.console import Console
 
         seconds = time.perf_counter() - self._started
         left = f", {seconds / done * (total - done):.0f} s left" if done and seconds > QUIET_SECONDS else ""
-        line = f"{self._doing}: {self._noun} {done} of {total}{f' ({detail})' if detail else ''}{left}"
+        line = f"{self._doing}: {self._noun} {done} of {total}{left}"
         if self._status is None:
             self._status = Console(file=self._stream).status(line)
             self._status.start()
         self._status.update(line)
+
+    def step(self, doing: str, noun: str, done: int, total: int) -> None:
+        """The same of work in several parts, each of which has a clock of its own."""
+        if doing != self._doing:
+            self._doing, self._noun, self._started = doing, noun, time.perf_counter()
+        self(done, total)

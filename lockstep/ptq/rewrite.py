@@ -226,7 +226,7 @@ class _Rewriter:
         name, layer = component(op.weight.name), layer_of(op.weight.name)
         full = self._site(f"{name}.in", layer, 1, op.width)
         if self._wants(full):
-            x = self._program.tensor(f"{op.x.name}.branch", op.x.rows, op.width)
+            x = self._program.tensor(f"{op.out.name}.in", op.x.rows, op.width)
             where = dict(width=op.width, column=0, stride=op.width, head_width=op.width, num_heads=1)
             self._ops.append(FakeQuant(out=x, x=op.x, grids=Setting(full, self._grids(full, 1)), **where))
             op = op.changed(x=x)

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from lockstep.ops.score import DELTA_P, KL, NLL, SAME_TOP
+from lockstep.ops.score import DELTA_P, KL, NLL, SAME_TOP, TOP, TOP_LOGPROB
 from lockstep.study.text import NO_TARGET, Window
 
 INTERVAL = 1.96  # standard errors on either side of a mean: 95 % of a normal distribution
+OWN = [NLL, TOP, TOP_LOGPROB]  # columns of scores that need no base; NLL stays the first
 TAIL = 0.99  # of KL, which is reported beside mean and largest
 
 
@@ -24,6 +25,7 @@ def window_figures(scores: np.ndarray, window: Window, has_base: bool) -> dict[s
     tokens: how many were scored. nll, nll_squares: sums over them. digest: SHA-256 of all scores. With a base also:
     kl: each token's, base64 of float32; same_top: how many; delta_p: their sum. ValueError for scores that are NaN.
     """
+    scores = scores if has_base else scores[:, OWN]  # the others are of whatever base was there before
     rows = scores[np.array(window.targets) != NO_TARGET]
     unscored = int((~np.isfinite(rows).all(1)).sum())
     if unscored:

@@ -1,0 +1,54 @@
+"""`lockstep ptq run`: many plans for one model, measured on one text."""
+
+import pathlib
+import sys
+from typing import Annotated
+
+import typer
+
+from lockstep.commands.options import Threads
+from lockstep.commands.progress import Counter, Progress
+
+
+def command(
+    recipe: Annotated[pathlib.Path, typer.Argument(help="A recipe, in TOML.")],
+    out: Annotated[
+        pathlib.Path | None,
+        typer.Option(metavar="FOLDER", help="The study's folder.", show_default="RECIPE-study, where you are"),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, max=64, help="Processes that share the windows of a round.")] = 1,
+    threads: Threads = None,
+    change: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Instead of what the recipe says, as evaluate.windows=8."),
+    ] = None,
+) -> None:
+    """Calibrate once, try every plan of a recipe on the same windows, rank them. What was interrupted goes on where it
+    was; the results are the same bytes for any number of jobs and threads."""
+    from lockstep.commands.ptq_eval import made_team
+    from lockstep.study.assemble import assembled, keep_recipe, save_winner
+    from lockstep.study.recipe import Recipe
+    from lockstep.study.run import How, ranking, run_study
+
+    read = Recipe.load(recipe, change or ())
+    folder = out or pathlib.Path(f"{recipe.stem}-study")
+    say = lambda line: print(f"lockstep: {line}", file=sys.stderr)
+    with Progress() as progress:
+        study, subject = assembled(read, progress.packing)
+        keep_recipe(folder, read)
+        with made_team(threads) as team, Counter("", "trial") as counter:
+            how = How(jobs, team.num_threads, counter.step, say)
+            trials = run_study(folder, study, subject, team, how)
+    ranked = ranking(trials)
+    if ranked:
+        save_winner(folder, read, ranked[0]["plan"])
+    show(folder)
+
+
+def show(folder) -> None:
+    """Writes the report; prints its table, and where it is."""
+    from lockstep.commands.output import write
+    from lockstep.study.report import text_table, write_report
+
+    path = write_report(folder)
+    write(text_table(folder) + f"\n{path}\n")

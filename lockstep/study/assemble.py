@@ -1,0 +1,101 @@
+"""From a recipe to a study: its model loaded, its texts read, checked and cut."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lockstep.serve.tokenizer import Tokenizer
+from lockstep.study.recipe import CALIBRATION_WINDOWS, Recipe, TextChoice, first_difference, to_toml
+from lockstep.study.records import save
+from lockstep.study.subject import Subject, load_subject
+from lockstep.study.text import Text, Window, check_disjoint, read_text, windows_hash, windows_of
+from lockstep.study.trials import Study, make_study
+from lockstep.weights.content import Progress
+
+RECIPE, WINNER_RECIPE = "recipe.toml", "winner.toml"
+
+
+def assembled(recipe: Recipe, progress: Progress | None = None) -> tuple[Study, Subject]:
+    """The study that a recipe describes, and its model. ValueError or OSError for what is not there or not allowed."""
+    longest = max(choice.length for choice in (recipe.evaluate, recipe.calibrate) if choice)
+    subject = load_subject(recipe.model, longest, recipe.weights, "f32", progress)
+    tokenizer = subject.tokenizer
+    text, evaluation = _read(recipe.evaluate, tokenizer)
+    records = dict(evaluation=[_record(recipe.evaluate, text, evaluation)])
+    calibration: list[Window] = []
+    if recipe.calibrate is not None:
+        fitted, calibration = _calibration(recipe.calibrate, tokenizer)
+        check_disjoint(fitted, text, tokenizer)
+        records["calibration"] = [_record(recipe.calibrate, fitted, calibration)]
+    study = make_study(
+        subject,
+        recipe.plan,
+        recipe.sweeps,
+        [window.ids for window in calibration],
+        evaluation,
+        round=recipe.round,
+        early_stop=recipe.early_stop,
+        by_token=recipe.evaluate.like is not None,
+        texts=records,
+    )
+    return study, subject
+
+
+def _read(choice: TextChoice, tokenizer: Tokenizer) -> tuple[Text, list[Window]]:
+    text = read_text(choice.text, tokenizer, choice.sha256)
+    return text, windows_of(text, choice.length, choice.windows, choice.like)
+
+
+def _calibration(choice: TextChoice, tokenizer: Tokenizer) -> tuple[Text, list[Window]]:
+    """The same of a calibration text: CALIBRATION_WINDOWS, or as many as it has, where the recipe does not say."""
+    text, every = _read(replace(choice, windows=None), tokenizer)
+    count = choice.windows or min(CALIBRATION_WINDOWS, len(every))
+    return text, windows_of(text, choice.length, count)
+
+
+def _record(choice: TextChoice, text: Text, windows: list[Window]) -> dict[str, Any]:
+    """What study.json says of a text."""
+    return dict(
+        file=choice.text.name,
+        sha256=text.sha256,
+        bytes=text.num_bytes,
+        tokens=len(text.ids),
+        windows=len(windows),
+        length=choice.length,
+        windows_hash=windows_hash(windows),
+        like=choice.like,
+    )
+
+
+# ------------------------------------------------------------ a study's folder
+
+
+def keep_recipe(folder: Path, recipe: Recipe) -> None:
+    """Writes a recipe into the folder of its study. ValueError, with the first key that differs, if another one is
+    there: trials of two recipes are not mixed."""
+    path = folder / RECIPE
+    if path.exists():
+        found = first_difference(kept_recipe(folder).table, recipe.table)
+        if found:
+            raise ValueError(
+                f"{path}: the folder holds a study of another recipe: {found}; expected a new folder (--out), or the "
+                f"recipe as it was"
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    save(path, lambda beside: beside.write_text(to_toml(recipe.table), "utf-8"))
+
+
+def kept_recipe(folder: Path) -> Recipe:
+    """The recipe of a study's folder. ValueError if there is none."""
+    if not (folder / RECIPE).is_file():
+        raise ValueError(f"{folder}: there is no {RECIPE}; expected the folder of a study")
+    return Recipe.load(folder / RECIPE)
+
+
+def save_winner(folder: Path, recipe: Recipe, plan: dict[str, Any]) -> None:
+    """The winning plan as a recipe: on the same texts, without sweeps."""
+    made = {**recipe.table, "plan": plan, "sweep": []}
+    save(folder / WINNER_RECIPE, lambda beside: beside.write_text(to_toml(made), "utf-8"))

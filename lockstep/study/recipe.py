@@ -1,0 +1,280 @@
+"""Recipes: what a study runs, as TOML. `docs/ptq.md` lists the keys."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lockstep.ptq.plan import Plan
+from lockstep.ptq.spec import Spec
+from lockstep.study.subject import BUNDLED
+from lockstep.study.text import LIKE
+
+ONE_AT_A_TIME, LEAVE_ONE_OUT = "one_at_a_time", "leave_one_out"
+KEYS = ("model", "weights", "calibrate", "evaluate", "plan", "sweep", "confirm")
+TEXT_KEYS = {
+    "calibrate": ("text", "sha256", "windows", "length"),
+    "evaluate": ("text", "sha256", "windows", "length", "like", "round", "early_stop"),
+}
+LENGTH, CALIBRATION_WINDOWS, ROUND, TOP = 512, 32, 8, 3
+WEIGHTS = ("f32", "bf16", "q8_0", "q4_0", "auto")
+HASH = re.compile(r"[0-9a-fA-F]{64}")
+
+
+@dataclass(frozen=True)
+class TextChoice:
+    """Which windows of which file: see `text.windows_of`. windows: None for all (of a calibration text: up to
+    CALIBRATION_WINDOWS)."""
+
+    text: Path
+    sha256: str | None
+    windows: int | None
+    length: int
+    like: str | None = None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Some trials. kind: "product", "one_at_a_time" or "leave_one_out". lists: {name: (glob of sites, specs)}; of the
+    other two kinds one, named as the kind."""
+
+    kind: str
+    lists: Mapping[str, tuple[str, tuple[str, ...]]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A study. round: windows after which trials are compared. early_stop: whether trials of products that are clearly
+    worse than the best end there. top: how many are confirmed."""
+
+    model: str
+    weights: str
+    calibrate: TextChoice | None
+    evaluate: TextChoice
+    plan: Plan
+    sweeps: tuple[Sweep, ...] = ()
+    round: int = ROUND
+    early_stop: bool = True
+    top: int = TOP
+    table: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    @staticmethod
+    def load(path: Path, changes: Sequence[str] = ()) -> Recipe:
+        """The recipe of a file. changes: "key=value", as "evaluate.windows=8", in the place of what the file says.
+        Paths in it are relative to its folder. ValueError, with file and key, if it is none."""
+        try:
+            table = tomllib.loads(path.read_text("utf-8"))
+            for change in changes:
+                _change(table, change)
+            return Recipe.from_table(table, path.parent)
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{path}: it cannot be read as TOML: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    @staticmethod
+    def from_table(table: Mapping[str, Any], folder: Path) -> Recipe:
+        """The recipe of a table that was read from TOML."""
+        _known(table, KEYS, "")
+        evaluate = _table(table, "evaluate")
+        choices = {name: _text(table, name, folder) for name in ("evaluate", "calibrate")}
+        if choices["evaluate"] is None:
+            raise ValueError("evaluate is missing; expected a table with text")
+        plan = Plan.from_table(table.get("plan", {}))
+        top = _table(table, "confirm")
+        _known(top, ("top",), "confirm.")
+        made = Recipe(
+            model=_model(table.get("model", BUNDLED), folder),
+            weights=_word(table, "weights", WEIGHTS, "f32"),
+            calibrate=choices["calibrate"],
+            evaluate=choices["evaluate"],
+            plan=plan,
+            sweeps=_sweeps(table.get("sweep", [])),
+            round=_count(evaluate, "round", "evaluate.", ROUND, 2) or ROUND,
+            early_stop=_flag(evaluate, "early_stop", "evaluate.", True),
+            top=_count(top, "top", "confirm.", TOP, 0) or 0,
+        )
+        object.__setattr__(made, "table", made.to_table())
+        return made
+
+    def to_table(self) -> dict[str, Any]:
+        """The recipe in full, with absolute paths."""
+        made: dict[str, Any] = dict(model=self.model, weights=self.weights)
+        if self.calibrate is not None:
+            made["calibrate"] = _text_table(self.calibrate)
+        made["evaluate"] = _text_table(self.evaluate) | dict(round=self.round, early_stop=self.early_stop)
+        made["plan"] = self.plan.to_table()
+        made["sweep"] = [
+            {name: dict(sites=glob, spec=list(specs)) for name, (glob, specs) in sweep.lists.items()}
+            for sweep in self.sweeps
+        ]
+        return made | dict(confirm=dict(top=self.top))
+
+
+def first_difference(old: Any, new: Any, key: str = "") -> str | None:
+    """Words for the first key in which two recipes' tables differ; None if they are equal."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for name in [*old, *(name for name in new if name not in old)]:
+            inner = f"{key}.{name}" if key else name
+            if name not in old or name not in new:
+                there, value = ("study", old[name]) if name in old else ("recipe", new[name])
+                return f"{inner} is only in the {there}: {value!r:.80}"
+            found = first_difference(old[name], new[name], inner)
+            if found:
+                return found
+        return None
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = enumerate(zip(old, new, strict=True), 1)
+        return next(filter(None, (first_difference(a, b, f"{key}[{i}]") for i, (a, b) in pairs)), None)
+    return None if old == new else f"{key} was {old!r:.80} and is now {new!r:.80}"
+
+
+# ------------------------------------------------------------ TOML
+
+
+def to_toml(table: Mapping[str, Any]) -> str:
+    """A table as TOML: numbers and texts first, then tables, then lists of tables."""
+    is_tables = lambda value: isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value)
+    plain = {k: v for k, v in table.items() if not isinstance(v, dict) and not is_tables(v)}
+    parts = ["".join(f"{k} = {_value(v)}\n" for k, v in plain.items() if v != [] or k == "rules")]
+    for name, value in table.items():
+        if name not in plain:
+            head, inner = (f"[[{name}]]", value) if is_tables(value) else (f"[{name}]", [value])
+            parts += [f"{head}\n" + "".join(f"{k} = {_value(v)}\n" for k, v in each.items()) for each in inner]
+    return "\n".join(parts)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{k} = {_value(v)}" for k, v in value.items()) + " }"
+    if isinstance(value, list) and any(isinstance(v, list) for v in value):
+        return "[\n" + "".join(f"    {_value(v)},\n" for v in value) + "]"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_value, value)) + "]"
+    return json.dumps(value).replace("\x7f", "\\u007f") if isinstance(value, str) else repr(value)
+
+
+def _change(table: dict[str, Any], change: str) -> None:
+    """Puts "key=value" into a table: the value as TOML, or a text where it is none."""
+    key, equals, text = change.partition("=")
+    *path, last = key.strip().split(".")
+    if not equals or not last:
+        raise ValueError(f"--set {change}: expected KEY=VALUE, as evaluate.windows=8")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    for name in path:
+        table = table.setdefault(name, {})
+        if not isinstance(table, dict):
+            raise ValueError(f"--set {change}: {name} is no table")
+    table[last] = value
+
+
+# ------------------------------------------------------------ keys
+
+
+def _known(table: Mapping[str, Any], allowed: Sequence[str], where: str) -> None:
+    unknown = next((name for name in table if name not in allowed), None)
+    if unknown is not None:
+        raise ValueError(f"there is no {where}{unknown}; expected one of {', '.join(allowed)}")
+
+
+def _table(table: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = table.get(key, {})
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{key} is {found!r:.80}, expected a table")
+    return found
+
+
+def _count(table: Mapping[str, Any], key: str, where: str, usual: int | None, least: int) -> int | None:
+    found = table.get(key, usual)
+    if found is not None and (type(found) is not int or found < least):
+        raise ValueError(f"{where}{key} is {found!r:.80}, expected a whole number from {least} on")
+    return found
+
+
+def _flag(table: Mapping[str, Any], key: str, where: str, usual: bool) -> bool:
+    found = table.get(key, usual)
+    if not isinstance(found, bool):
+        raise ValueError(f"{where}{key} is {found!r:.80}, expected true or false")
+    return found
+
+
+def _word(table: Mapping[str, Any], key: str, allowed: Sequence[str], usual: str) -> str:
+    found = table.get(key, usual)
+    if found not in allowed:
+        raise ValueError(f"{key} is {found!r:.80}, expected one of {', '.join(allowed)}")
+    return found
+
+
+def _model(name: Any, folder: Path) -> str:
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"model is {name!r:.80}, expected a folder, a .gguf file, a hub name or {BUNDLED!r}")
+    return str((folder / name).resolve()) if name != BUNDLED and (folder / name).exists() else name
+
+
+def _text(table: Mapping[str, Any], name: str, folder: Path) -> TextChoice | None:
+    if name not in table:
+        return None
+    found, where = _table(table, name), f"{name}."
+    _known(found, TEXT_KEYS[name], where)
+    path, digest, like = found.get("text"), found.get("sha256"), found.get("like")
+    if not isinstance(path, str) or not path:
+        raise ValueError(f"{where}text is {path!r:.80}, expected the path of a file")
+    if digest is not None and not (isinstance(digest, str) and HASH.fullmatch(digest)):
+        raise ValueError(f"{where}sha256 is {digest!r:.80}, expected 64 hexadecimal digits")
+    if like is not None and like not in LIKE:
+        raise ValueError(f"{where}like is {like!r:.80}, expected {' or '.join(LIKE)}")
+    usual = LENGTH if name == "evaluate" else _table(table, "evaluate").get("length", LENGTH)
+    length = _count(found, "length", where, usual, 2) or LENGTH
+    least = 2 if name == "evaluate" else 1  # differences of one window have no interval
+    return TextChoice((folder / path).resolve(), digest, _count(found, "windows", where, None, least), length, like)
+
+
+def _text_table(choice: TextChoice) -> dict[str, Any]:
+    made = dict(
+        text=str(choice.text), sha256=choice.sha256, windows=choice.windows, length=choice.length, like=choice.like
+    )
+    return {name: value for name, value in made.items() if value is not None}
+
+
+# ------------------------------------------------------------ sweeps
+
+
+def _sweeps(found: Any) -> tuple[Sweep, ...]:
+    if not isinstance(found, list) or not all(isinstance(each, Mapping) and each for each in found):
+        raise ValueError(f"sweep is {found!r:.80}, expected tables [[sweep]]")
+    return tuple(_sweep(each, f"sweep[{i}].") for i, each in enumerate(found, 1))
+
+
+def _sweep(table: Mapping[str, Any], where: str) -> Sweep:
+    kind = next((kind for kind in (ONE_AT_A_TIME, LEAVE_ONE_OUT) if kind in table), "product")
+    if kind != "product" and len(table) > 1:
+        other = next(name for name in table if name != kind)
+        raise ValueError(f"{where}{other} stands beside {kind}; expected a [[sweep]] of its own")
+    return Sweep(kind, {name: _list(name, found, where, kind) for name, found in table.items()})
+
+
+def _list(name: str, found: Any, where: str, kind: str) -> tuple[str, tuple[str, ...]]:
+    """(Glob of sites, specs) of one list of a sweep."""
+    if not isinstance(found, Mapping):
+        raise ValueError(f'{where}{name} is {found!r:.80}, expected a table, as {{ sites = "L*.p", spec = ["u8"] }}')
+    _known(found, ("sites", "spec"), f"{where}{name}.")
+    glob, specs = found.get("sites"), found.get("spec", "off" if kind == LEAVE_ONE_OUT else None)
+    if not isinstance(glob, str) or not glob:
+        raise ValueError(f"{where}{name}.sites is {glob!r:.80}, expected names of sites with *, ? or [..]")
+    specs = [specs] if isinstance(specs, str) else specs
+    if not isinstance(specs, list) or not specs:
+        raise ValueError(f"{where}{name}.spec is {specs!r:.80}, expected a grid or a list of grids")
+    try:
+        return glob, tuple(str(Spec.parse(spec)) for spec in specs)
+    except ValueError as error:
+        raise ValueError(f"{where}{name}.spec: {error}") from None

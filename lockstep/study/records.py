@@ -1,0 +1,116 @@
+"""Files of a study: lines of JSON that are only ever added to, and files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def line_of(record: Mapping[str, Any]) -> bytes:
+    """A record as a line of JSON."""
+    return json.dumps(record, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+
+
+class Lines:
+    """Records in a file, in order.
+
+    A last line that was cut short (by a crash or a full disk) is removed, and `was_torn` says so. ValueError, with file
+    and line, for a line that is no JSON object.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.was_torn = path, False
+        content = path.read_bytes() if path.exists() else b""
+        *whole, rest = content.split(b"\n")
+        self.records: list[dict[str, Any]] = [self._parsed(i, line) for i, line in enumerate(whole, 1)]
+        self._size = len(content) - len(rest)
+        if rest:
+            self.was_torn = True
+            with self._told():
+                os.truncate(path, self._size)
+
+    def _parsed(self, number: int, line: bytes) -> dict[str, Any]:
+        try:
+            found = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{self.path}, line {number}: it cannot be read as JSON: {error}") from None
+        if not isinstance(found, dict):
+            raise ValueError(f"{self.path}, line {number}: it is {found!r:.80}, expected an object")
+        return found
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Adds a line. OSError, with the path, if the disk is full; the lines before it stay as they are."""
+        line = line_of(record)
+        with self._told():
+            try:
+                with open(self.path, "ab", buffering=0) as file:
+                    write_all(file, line)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.truncate(self.path, self._size)
+                raise
+        self._size += len(line)
+        self.records.append(json.loads(line))
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """OSErrors that name the file."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
+
+
+def write_all(file: io.RawIOBase, content: bytes) -> None:
+    """Writes all of it, in as many pieces as the system wants; OSError if there is no room."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[file.write(rest) or 0 :]
+
+
+class Replayed:
+    """Lines that follow from others: what is in the file already must be what would be written."""
+
+    def __init__(self, path: Path) -> None:
+        self._lines, self._next = Lines(path), 0
+        self.was_torn = self._lines.was_torn
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Adds a line, or finds it there. ValueError, with file and line, for another one in its place."""
+        there, self._next = self._lines.records, self._next + 1
+        if self._next > len(there):
+            self._lines.add(record)
+        elif line_of(there[self._next - 1]) != line_of(record):
+            raise ValueError(
+                f"{self._lines.path}, line {self._next}: it is not what the study's rounds give; was it changed, or "
+                f"made by another version? Expected a new folder, or this file deleted, which is then made anew"
+            )
+
+
+def save(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes a file, whole or not at all: `write` is given a path beside it. OSError, with the path."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(beside)
+        os.replace(beside, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of a folder. ValueError if one is in it."""
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another run is at work in this folder") from None
+        yield

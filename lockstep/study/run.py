@@ -1,0 +1,272 @@
+"""Runs a study: calibration once, then trials in rounds of windows; what was done is never done again.
+
+rounds.jsonl has a line for each trial and round, as soon as it is there. All else follows from it: a run that was
+interrupted goes through the same rounds, and finds in the file what it had done.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lockstep.ptq.observers import Stat
+from lockstep.ptq.solved import Solved
+from lockstep.runtime.threads import Team
+from lockstep.study.bench import FLOAT_TRIAL, Outcome
+from lockstep.study.calibrate import COUNTED, calibrate
+from lockstep.study.records import Lines, Replayed, held, save
+from lockstep.study.scoring import compared_figures, mean_and_error, nll_of, text_figures
+from lockstep.study.subject import Subject
+from lockstep.study.summary import Figures, study_record
+from lockstep.study.trials import Study
+from lockstep.study.workers import Workers
+
+STUDY, TRIALS, ROUNDS, TIMES = "study.json", "trials.jsonl", "rounds.jsonl", "times.jsonl"
+CALIBRATION, WINNER = "calibration.npz", "winner.json"
+CLEARLY = 3.0  # standard errors by which a trial must be worse than the best to end early
+LEAST_WINDOWS = 4  # from which a standard error is taken seriously
+DONE, STOPPED, FAILED = "done", "stopped", "failed"
+FLOAT_NAME = "float"
+# called with what is done, what is counted, how many of them are done, and how many there are
+OnStep = Callable[[str, str, int, int], object]
+
+
+@dataclass(frozen=True)
+class How:
+    """How a study is run, which changes no bit of it. threads: of all jobs together."""
+
+    jobs: int = 1
+    threads: int = 1
+    on_step: OnStep = lambda what, noun, done, total: None
+    say: Callable[[str], object] = lambda line: None
+
+
+def run_study(folder: Path, study: Study, subject: Subject, team: Team, how: How) -> list[dict[str, Any]]:
+    """Runs a study in its folder, or goes on with it. Returns the lines of trials.jsonl.
+
+    ValueError for a folder whose files are of another study; OSError, with the path, for a file that cannot be written:
+    what was written before stays.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with held(folder):
+        _check_same(folder, study)
+        stats = _calibrated(folder, study, subject, team, how)
+        with Workers(study, subject, stats, how.jobs, how.threads, team) as workers:
+            return _Run(folder, study, subject, stats, workers, how).run()
+
+
+def _check_same(folder: Path, study: Study) -> None:
+    """ValueError if the folder is of other trials."""
+    path = folder / "ids.json"
+    ids = [trial.id for trial in study.trials] + [str(study.round)]
+    if path.exists() and json.loads(path.read_text("utf-8")) != ids:
+        raise ValueError(
+            f"{folder}: it holds a study of other trials, another model or other texts; expected a new folder"
+        )
+    save(path, lambda beside: beside.write_text(json.dumps(ids) + "\n", "utf-8"))
+
+
+# ------------------------------------------------------------ calibration
+
+
+def _calibrated(folder: Path, study: Study, subject: Subject, team: Team, how: How) -> dict[str, Stat]:
+    """What calibration saw: from the folder, or from one pass over each window."""
+    path = folder / CALIBRATION
+    if path.exists():
+        return load_stats(path)
+    if not study.calibration or not study.treatment.sites:
+        return {}
+    step = lambda done, total: how.on_step("calibrating", "window", done, total)
+    stats = calibrate(subject.model, study.treatment, team, study.calibration, step)
+    save(path, lambda beside: _save_stats(beside, stats))
+    return stats
+
+
+def _save_stats(path: Path, stats: Mapping[str, Stat]) -> None:
+    arrays = {f"{name}/{field}": getattr(stat, field) for name, stat in stats.items() for field in COUNTED}
+    with open(path, "wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def load_stats(path: Path) -> dict[str, Stat]:
+    """What a study's calibration saw. ValueError, with the path, for a file that does not hold it."""
+    try:
+        with np.load(path) as found:
+            names = dict.fromkeys(key.rpartition("/")[0] for key in found.files)
+            return {name: Stat(name, *(found[f"{name}/{field}"] for field in COUNTED)) for name in names}
+    except (ValueError, KeyError, EOFError, OSError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
+        raise ValueError(f"{path}: it does not hold what calibration saw ({error}); delete it") from None
+
+
+# ------------------------------------------------------------ rounds
+
+
+class _Run:
+    """One run through all rounds. windows: figures by trial and window, as far as it has come."""
+
+    def __init__(
+        self,
+        folder: Path,
+        study: Study,
+        subject: Subject,
+        stats: Mapping[str, Stat],
+        workers: Workers,
+        how: How,
+    ) -> None:
+        self._folder, self._study, self._stats, self._workers, self._how = folder, study, stats, workers, how
+        self._lines, self._trials = Lines(folder / ROUNDS), Replayed(folder / TRIALS)
+        self._times, self._figures = Lines(folder / TIMES), Figures(study, subject, stats)
+        for lines in (self._lines, self._trials, self._times):
+            if lines.was_torn:
+                how.say(f"{folder}: the last line of a file was cut short and is left out: it is made again")
+        self._known = {(record["round"], record["trial"]): record for record in self._lines.records}
+        self.windows: dict[int, list[dict[str, Any]]] = {t: [] for t in range(FLOAT_TRIAL, len(study.trials))}
+        self._layers = {t: [0, 0] for t in self.windows}
+        self._written: list[dict[str, Any]] = []
+
+    def run(self) -> list[dict[str, Any]]:
+        active, rounds = list(range(len(self._study.trials))), self._study.rounds()
+        for number, windows in enumerate(rounds):
+            failed = self._round(number, windows, active)
+            active = [trial for trial in active if trial not in failed]
+            if number + 1 < len(rounds):
+                stopped = self._clearly_worse(active)
+                for trial in stopped:
+                    self._write(trial, STOPPED)
+                active = [trial for trial in active if trial not in stopped]
+            self._save_study()
+        for trial in active:
+            self._write(trial, DONE)
+        self._save_winner()
+        return self._written
+
+    def _round(self, number: int, windows: range, active: Sequence[int]) -> set[int]:
+        """Runs what of a round is not known yet; returns the trials that failed."""
+        trials = [FLOAT_TRIAL, *active]
+        if any((number, self._name(trial)) not in self._known for trial in trials):
+            self._run_round(number, windows, active)
+        failed = set()
+        for trial in trials:
+            record = self._known[number, self._name(trial)]
+            if "failed" in record:
+                if trial == FLOAT_TRIAL:
+                    raise ValueError(f"the model in float: {record['failed']}")
+                self._write(trial, FAILED, record["failed"])
+                failed.add(trial)
+            else:
+                self.windows[trial] += record["windows"]
+                self._layers[trial] = [a + b for a, b in zip(self._layers[trial], record["layers"], strict=True)]
+        return failed
+
+    def _run_round(self, number: int, windows: range, active: Sequence[int]) -> None:
+        """Runs a round from its first trial that is not known on; the float model and the base plan always, since
+        others begin with what they leave."""
+        wanted = [trial for trial in active if trial == 0 or (number, self._name(trial)) not in self._known]
+        before = time.perf_counter()
+        for done, outcome in enumerate(self._workers.round(windows, wanted), 1):
+            record = self._record(number, outcome, windows)
+            key, now = (number, record["trial"]), time.perf_counter()
+            if key not in self._known:
+                self._lines.add(record)
+                self._times.add(dict(round=number, trial=record["trial"], seconds=round(now - before, 4)))
+                self._known[key] = record
+            elif self._known[key] != record:
+                raise ValueError(
+                    f"{self._lines.path}: trial {record['trial']} of round {number} gives other figures now"
+                )
+            before = now
+            self._how.on_step(f"round {number + 1} of {len(self._study.rounds())}", "plan", done, len(wanted) + 1)
+
+    def _record(self, number: int, outcome: Outcome, windows: range) -> dict[str, Any]:
+        made: dict[str, Any] = dict(round=number, trial=self._name(outcome.trial))
+        if outcome.failure is not None:
+            window, why = outcome.failure
+            return made | dict(failed=why if window < 0 else f"window {window}: {why}")
+        layers = [outcome.layers_run, outcome.layers_saved]
+        return made | dict(layers=layers, windows=[outcome.windows[window] for window in windows])
+
+    def _name(self, trial: int) -> str:
+        return FLOAT_NAME if trial == FLOAT_TRIAL else self._study.trials[trial].id
+
+    def _clearly_worse(self, active: Sequence[int]) -> list[int]:
+        """Trials that may stop and are worse than the best of the round, by window differences."""
+        if not active or len(self.windows[FLOAT_TRIAL]) < LEAST_WINDOWS:
+            return []
+        best = min(active, key=lambda trial: (math.fsum(map(nll_of, self.windows[trial])), trial))
+        return [t for t in active if self._study.trials[t].may_stop and t != best and self._is_worse(t, best)]
+
+    def _is_worse(self, trial: int, best: int) -> bool:
+        pairs = zip(self.windows[trial], self.windows[best], strict=True)
+        mean, error = mean_and_error([nll_of(a) - nll_of(b) for a, b in pairs])
+        return error is not None and mean - CLEARLY * error > 0
+
+    # ------------------------------------------------------------ files
+
+    def _write(self, index: int, status: str, reason: str | None = None) -> None:
+        """Adds a trial to trials.jsonl."""
+        trial, windows = self._study.trials[index], self.windows[index]
+        made: dict[str, Any] = dict(
+            id=trial.id,
+            name=trial.name,
+            swept=dict(trial.swept),
+            plan=trial.plan.to_table(),
+            plan_hash=trial.plan.hash,
+            status=status,
+            windows=len(windows),
+        )
+        if reason is not None:
+            made["reason"] = reason
+        if windows:
+            specs = trial.plan.resolve(self._study.sites)
+            base = self.windows[FLOAT_TRIAL][: len(windows)]
+            text = text_figures(windows, self._study.by_token)
+            made["metrics"] = text | compared_figures(windows, base) | self._figures.sizes(specs)
+            made["window_nll"] = [nll_of(window) for window in windows]
+            made["forwards"] = len(windows)
+            made["layers_run"], made["layers_saved"] = self._layers[index]
+            grids = self._solved(index).grids
+            made["sites"] = self._figures.sites(specs, grids)
+        self._trials.add(made)
+        self._written.append(made)
+
+    def _solved(self, index: int) -> Solved:
+        study = self._study
+        return Solved.solve(study.trials[index].plan, study.model, study.content, study.sites, self._stats)
+
+    def _save_study(self) -> None:
+        windows = self.windows[FLOAT_TRIAL]
+        text = text_figures(windows, self._study.by_token)
+        baseline = dict(
+            nll=text["nll"],
+            perplexity=text["ppl"],
+            perplexity_error=text["ppl_error"],
+            tokens=text["tokens"],
+            windows=len(windows),
+            window_nll=[nll_of(window) for window in windows],
+        )
+        forwards = len(self._study.calibration) if self._stats else 0
+        record = study_record(self._study, self._stats, forwards, self._how.threads, baseline)
+        text_of = json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+        save(self._folder / STUDY, lambda beside: beside.write_text(text_of, "utf-8"))
+
+    def _save_winner(self) -> None:
+        """The plan of the best trial with its grids, for `serve --plan`."""
+        ranked = ranking(self._written)
+        if ranked:
+            ids = [trial.id for trial in self._study.trials]
+            self._solved(ids.index(ranked[0]["id"])).save(self._folder / WINNER)
+
+
+def ranking(trials: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Trials that are done, the least loss first; of equal ones the smaller, then the earlier."""
+    done = [trial for trial in trials if trial["status"] == DONE]
+    return sorted(done, key=lambda trial: (trial["metrics"]["delta_nll"], trial["metrics"]["weight_bytes"]))

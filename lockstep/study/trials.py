@@ -1,0 +1,158 @@
+"""The trials of a study: plans that differ from its base plan in what its sweeps say."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from lockstep.ptq.plan import Plan
+from lockstep.ptq.rewrite import Treatment
+from lockstep.ptq.site import Site
+from lockstep.ptq.spec import Spec
+from lockstep.study.recipe import ONE_AT_A_TIME, Sweep
+from lockstep.study.subject import Subject, check_supported, sites_for, treatment_for
+from lockstep.study.text import Window, windows_hash
+
+BASE = "base"
+ID_DIGITS = 16
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A plan to try. swept: what a table of trials has columns of, by name. may_stop: whether it ends early where it is
+    clearly worse than others. id: of the plan, the model, and the windows."""
+
+    name: str
+    swept: Mapping[str, str]
+    plan: Plan
+    may_stop: bool = False
+    id: str = ""
+
+
+@dataclass(frozen=True)
+class Study:
+    """All that decides a study's bits, and can be sent to another process.
+
+    model: a name as of `load_subject`; content: the hash of its files. trials: the base plan first. calibration: token
+    ids of its windows. evaluation: windows. round: windows after which trials are compared. by_token: how errors are
+    estimated, see `scoring.text_figures`.
+    """
+
+    model: str
+    weights: str
+    content: str
+    sites: tuple[Site, ...]
+    treatment: Treatment
+    trials: tuple[Trial, ...]
+    calibration: tuple[tuple[int, ...], ...]
+    evaluation: tuple[Window, ...]
+    round: int
+    by_token: bool = False
+    texts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        """The tokens of the longest window that is evaluated."""
+        return max(len(window.ids) for window in self.evaluation)
+
+    def rounds(self) -> list[range]:
+        """Windows of each round."""
+        return [range(i, min(i + self.round, len(self.evaluation))) for i in range(0, len(self.evaluation), self.round)]
+
+
+def make_study(
+    subject: Subject,
+    plan: Plan,
+    sweeps: Sequence[Sweep],
+    calibration: Sequence[Sequence[int]],
+    evaluation: Sequence[Window],
+    *,
+    round: int = 8,
+    early_stop: bool = True,
+    by_token: bool = False,
+    texts: Mapping[str, Any] | None = None,
+) -> Study:
+    """A study of a model on windows of token ids. ValueError, with the rule, for a plan that the model's sites do not
+    allow."""
+    check_supported(plan)
+    program = subject.model.recorded
+    sites = sites_for(program, plan.mask)
+    trials = expand(plan, sweeps, sites, early_stop)
+    specs = [trial.plan.resolve(sites) for trial in trials]
+    treatment = treatment_for(program, plan, specs, max(len(window.ids) for window in evaluation))
+    about = [subject.content, subject.model.weights, [list(ids) for ids in calibration], windows_hash(evaluation)]
+    return Study(
+        model=subject.name,
+        weights=subject.model.weights,
+        content=subject.content,
+        sites=tuple(sites),
+        treatment=treatment,
+        trials=tuple(_with_id(trial, treatment.inside, about) for trial in trials),
+        calibration=tuple(map(tuple, calibration)),
+        evaluation=tuple(evaluation),
+        round=round,
+        by_token=by_token,
+        texts=texts or {},
+    )
+
+
+def _with_id(trial: Trial, inside: Sequence[str], about: Sequence[Any]) -> Trial:
+    """The trial with its id. What the study takes apart is part of the plan, so that it has the same bits alone."""
+    plan = replace(trial.plan, apart=inside)
+    digest = hashlib.sha256(json.dumps([plan.hash, *about]).encode()).hexdigest()
+    return replace(trial, plan=plan, id=digest[:ID_DIGITS])
+
+
+# ------------------------------------------------------------ sweeps
+
+
+def expand(plan: Plan, sweeps: Sequence[Sweep], sites: Sequence[Site], early_stop: bool = True) -> list[Trial]:
+    """The base plan and what sweeps make of it, in order. Of plans that round alike only the first is kept.
+
+    Trials of products may stop early; those that change one site may not, since each is to say how much its site
+    matters. ValueError for sites that there are none of, and for grids that they cannot have.
+    """
+    made: dict[tuple[Spec, ...], Trial] = {}
+    for trial in _all(plan, sweeps, sites, early_stop):
+        made.setdefault(tuple(trial.plan.resolve(sites).values()), trial)
+    return list(made.values())
+
+
+def _all(plan: Plan, sweeps: Sequence[Sweep], sites: Sequence[Site], early_stop: bool) -> Iterator[Trial]:
+    yield Trial(BASE, {}, plan)
+    for sweep in sweeps:
+        if sweep.kind == "product":
+            yield from _product(plan, sweep, early_stop)
+        else:
+            yield from _single(plan, sweep, sites)
+
+
+def _product(plan: Plan, sweep: Sweep, early_stop: bool) -> Iterator[Trial]:
+    names = list(sweep.lists)
+    for specs in itertools.product(*(specs for _, specs in sweep.lists.values())):
+        chosen = dict(zip(names, specs, strict=True))
+        rules = [(sweep.lists[name][0], spec) for name, spec in chosen.items()]
+        label = ", ".join(f"{name} {spec}" for name, spec in chosen.items())
+        yield Trial(label, chosen, replace(plan, rules=[*plan.rules, *rules]), early_stop)
+
+
+def _single(plan: Plan, sweep: Sweep, sites: Sequence[Site]) -> Iterator[Trial]:
+    """A trial for each site and grid: that site alone differs from the base plan."""
+    [(glob, specs)] = sweep.lists.values()
+    found = [site.name for site in sites if fnmatch.fnmatchcase(site.name, glob)]
+    if not found:
+        Plan([(glob, specs[0])]).resolve(sites)  # says which sites are near
+    for spec, name in itertools.product(specs, found):
+        label = f"{name} {spec}" if sweep.kind == ONE_AT_A_TIME else f"without {name}"
+        label += f" ({spec})" if sweep.kind != ONE_AT_A_TIME and spec != "off" else ""
+        yield Trial(label, dict(site=name, spec=spec), replace(plan, rules=[*plan.rules, (_literal(name), spec)]))
+
+
+def _literal(name: str) -> str:
+    """A glob that matches this name only."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)

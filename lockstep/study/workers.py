@@ -1,0 +1,110 @@
+"""Rounds of a study in this process or in several: windows are shared out, results come in one order."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any, Self
+
+from lockstep.ptq.observers import Stat
+from lockstep.runtime.threads import Team
+from lockstep.study.bench import Bench, Outcome
+from lockstep.study.subject import Subject, load_subject
+from lockstep.study.trials import Study
+
+SECONDS_TO_END = 5
+
+
+class Workers:
+    """A context: `jobs` processes, each with a rig of its own and its share of the threads.
+
+    subject: the model in this process, which is the only one with one job. More processes are started when the first
+    round is run.
+    """
+
+    def __init__(
+        self, study: Study, subject: Subject, stats: Mapping[str, Stat], jobs: int, threads: int, team: Team
+    ) -> None:
+        self._study, self._subject, self._stats, self._team = study, subject, stats, team
+        self._jobs, self._threads = jobs, max(1, threads // jobs)
+        self._bench: Bench | None = None
+        self._started: list[tuple[BaseProcess, Any]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for process, connection in self._started:
+            connection.close()
+            process.terminate()
+        for process, _ in self._started:
+            process.join(SECONDS_TO_END)
+
+    def round(self, windows: Sequence[int], trials: Sequence[int]) -> Iterator[Outcome]:
+        """What `Bench.round` gives, of all windows together."""
+        if self._jobs == 1:
+            self._bench = self._bench or Bench(self._study, self._subject, self._stats, self._team)
+            return self._bench.round(windows, trials)
+        return self._elsewhere(windows, trials)
+
+    def _elsewhere(self, windows: Sequence[int], trials: Sequence[int]) -> Iterator[Outcome]:
+        if not self._started:
+            self._started = [self._start() for _ in range(self._jobs)]
+        shares = [list(windows[i :: self._jobs]) for i in range(self._jobs)]
+        busy = [worker for worker, share in zip(self._started, shares, strict=True) if share]
+        for (_, connection), share in zip(self._started, shares, strict=True):
+            if share:
+                connection.send((share, list(trials)))
+        for _ in range(len(trials) + 1):
+            yield _joined([_received(process, connection) for process, connection in busy])
+
+    def _start(self) -> tuple[BaseProcess, Any]:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        args = self._study, self._stats, self._threads, theirs
+        process = context.Process(target=_work, args=args, daemon=True)
+        process.start()
+        theirs.close()
+        return process, ours
+
+
+def _joined(parts: Sequence[Outcome]) -> Outcome:
+    """Parts of one outcome as one: the failure of the earliest window counts."""
+    made, failures = Outcome(parts[0].trial), [part.failure for part in parts if part.failure]
+    made.windows = dict(sorted(item for part in parts for item in part.windows.items()))
+    made.layers_run, made.layers_saved = (sum(getattr(p, f) for p in parts) for f in ("layers_run", "layers_saved"))
+    made.failure = min(failures, default=None)
+    return made
+
+
+def _received(process: BaseProcess, connection: Connection) -> Outcome:
+    try:
+        found: Any = connection.recv()
+    except (EOFError, OSError):
+        process.join(SECONDS_TO_END)
+        raise OSError(f"a process of the study ended before its work was done (exit code {process.exitcode})") from None
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def _work(study: Study, stats: Mapping[str, Stat], threads: int, connection: Connection) -> None:
+    """What a process does until nobody listens: rounds that it is sent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process, which ends this one
+    with (
+        contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError),
+        contextlib.closing(Team(threads)) as team,
+    ):
+        try:
+            subject = load_subject(study.model, study.length, study.weights, "f32")
+            bench = Bench(study, subject, stats, team)
+            while True:
+                windows, trials = connection.recv()
+                for outcome in bench.round(windows, trials):
+                    connection.send(outcome)
+        except (ValueError, MemoryError) as error:
+            connection.send(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ def report_data(folder: Path) -> dict[str, Any]:
         torn=found.torn,
         provenance={key: value for key, value in found.study.items() if key not in SAID},
         recipe=found.recipe,
+        winner_recipe=_winner_recipe(found, winner),
     )
 
 
@@ -89,6 +91,14 @@ def _winner(found: StudyFolder, trials: Sequence[Any], ranked: Sequence[Any], fo
         return _of_plan(found.winner["plan"], trials, folder)
     places = {row["id"]: row["confirmed_rank"] for row in found.confirmed if row.get("confirmed_rank") is not None}
     return min((t for t in ranked), key=lambda t: places.get(t["id"], len(places) + 1), default=None)
+
+
+def _winner_recipe(found: StudyFolder, winner: Any) -> str | None:
+    """The winner as a recipe, or as a plan where winner.toml is not there, or not its own."""
+    if winner is None:
+        return None
+    plan = tomllib.loads(found.winner_recipe).get("plan")
+    return found.winner_recipe if plan == winner["plan"] else winner["plan_text"]
 
 
 def _of_plan(table: Mapping[str, Any], trials: Sequence[Any], folder: Path) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 STUDY, TRIALS, CONFIRM, RECIPE, WINNER = "study.json", "trials.jsonl", "confirm.jsonl", "recipe.toml", "winner.json"
+WINNER_RECIPE = "winner.toml"
 STATUSES = ("done", "stopped", "failed")
 NUMBER = (int, float)
 WORDS = {NUMBER: "a number", str: "a text", dict: "an object", list: "a list", int: "a whole number"}
@@ -21,8 +22,8 @@ ENDS = ("delta_low", "delta_high")  # of the interval of a loss; a single window
 @dataclass(frozen=True)
 class StudyFolder:
     """study: of study.json. trials, confirmed: lines in the order of their files. torn: whether the last line of the
-    trials was cut short, and left out. recipe: text, empty if there is none. winner: what
-    winner.json says, None before there is one."""
+    trials was cut short, and left out. recipe, winner_recipe: texts, empty if there is none.
+    winner: what winner.json says, None before there is one."""
 
     study: Mapping[str, Any]
     trials: list[Mapping[str, Any]]
@@ -30,6 +31,7 @@ class StudyFolder:
     torn: bool
     recipe: str
     winner: Mapping[str, Any] | None
+    winner_recipe: str
 
 
 def read_folder(folder: Path) -> StudyFolder:
@@ -47,7 +49,9 @@ def read_folder(folder: Path) -> StudyFolder:
         where = f"{folder / CONFIRM}, line {number}"
         if need(row, "id", (*NUMBER, str), where) not in known:
             raise ValueError(f"{where}: id is {row['id']!r:.80}, and {TRIALS} has no such trial")
-    return StudyFolder(study, latest(trials), latest(confirmed), torn, _toml(folder / RECIPE), _winner(folder / WINNER))
+    recipe, winner_recipe = _toml(folder / RECIPE), _toml(folder / WINNER_RECIPE)
+    rows = latest(trials), latest(confirmed)
+    return StudyFolder(study, *rows, torn, recipe, _winner(folder / WINNER), winner_recipe)
 
 
 def latest(rows: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from lockstep.study.report_markup import MINUS, NONE, Markup, decibels, interval, joined, nats, signed, tag
 from lockstep.study.report_sites import by_head
 
+LEAST_SPREAD = 6.0  # decibels that are shown with all colours: what is closer looks alike
 MOST_BARS = 16  # before the rest is folded away
 MANY = 18  # columns of a heat map, which then has narrow cells
 MEASURES = {"delta_nll": ("ΔNLL", nats), "kl_mean": ("KL, mean", signed)}
@@ -25,7 +27,8 @@ def sensitivity_section(data: Mapping[str, Any]) -> Markup | None:
 def _group(group: Mapping[str, Any], names: Mapping[Any, str]) -> Markup:
     single = [row for row in group["rows"] if row["is_site"]]
     there = [key for key in MEASURES if any(row.get(key) is not None for row in single)]
-    maps = [_map([row for row in single if row.get(key) is not None], key) for key in there]
+    has_layers = len({row["layer"] for row in single}) > 1  # else bars say the same
+    maps = [_map([row for row in single if row.get(key) is not None], key) for key in there if has_layers]
     few, more = _bars(group["rows"][:MOST_BARS], group["rows"]), group["rows"][MOST_BARS:]
     folded = tag("details", tag("summary", f"{len(more)} more"), _bars(more, group["rows"])) if more else None
     against = ["the trial ", tag("q", names[group["base"]])] if group["base"] is not None else "the model in float"
@@ -114,7 +117,8 @@ def _cell(row: Mapping[str, Any] | None, key: str, largest: float, power: float)
     if row is None:
         return tag("td")
     value, how = row[key], MEASURES[key][1]
-    return _button(row["site"], value / largest, short(value * power), f"{row['site']}: {how(value)}")
+    heat = math.copysign(math.sqrt(abs(value) / largest), value)  # small differences can be seen beside large ones
+    return _button(row["site"], heat, short(value * power), f"{row['site']}: {how(value)}")
 
 
 def short(x: float) -> str:
@@ -126,7 +130,7 @@ def short(x: float) -> str:
 def _button(site: str, heat: float, text: str, title: str) -> Markup:
     """A cell that shows its site. heat: from -1 (good) to 1 (bad)."""
     kind = "heat good" if heat < 0 else "heat"
-    style = f"--heat:{min(1, abs(heat)):.3f}"
+    style = f"--heat:{abs(heat):.3f}"
     inside = tag("button", text, type="button", class_=kind, style=style, data_site=site, title=title, aria_label=title)
     return tag("td", inside)
 
@@ -162,7 +166,7 @@ def _heads(what: tuple[str, str], rows: Sequence[Mapping[str, Any]]) -> Markup:
     """Layers in rows, heads in columns."""
     values = [x for row in rows for x in row["sqnr"] if x is not None]
     low, high = min(values, default=0.0), max(values, default=1.0)
-    heat = lambda x: (high - x) / (high - low) if high > low else 0.0
+    heat = lambda x: (high - x) / max(high - low, LEAST_SPREAD)
     cells = [
         [
             _button(row["site"], heat(x), f"{x:.0f}", f"{row['site']}, head {head}: {decibels(x)}")

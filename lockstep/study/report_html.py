@@ -138,9 +138,8 @@ def _noise(found: Mapping[str, Any], names: Mapping[Any, str]) -> Markup:
         return joined([first, _next(found, names)])
     more = f" and {many(len(like) - MOST_NAMES, 'other')}" if len(like) > MOST_NAMES else ""
     listed = [[", " if i else "", tag("q", name)] for i, name in enumerate(like[:MOST_NAMES])]
-    return joined(
-        [first, " Within noise of ", listed, more, ": window by window, the interval of the difference holds 0."]
-    )
+    why = ". Window by window, the difference has an interval that holds 0."
+    return joined([first, " As good within noise: ", listed, more, why])
 
 
 def _next(found: Mapping[str, Any], names: Mapping[Any, str]) -> Markup | None:

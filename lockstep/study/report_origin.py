@@ -117,9 +117,8 @@ def facts_list(facts: list[tuple[str, str]]) -> Markup:
 
 
 def winner_section(data: Mapping[str, Any]) -> Markup | None:
-    """The plan that won, ready to be copied."""
-    text = next((t["plan_text"] for t in data["trials"] if t["id"] == data["verdict"]["winner"]), None)
-    if text is None:
+    """The winner, ready to be copied."""
+    if data["winner_recipe"] is None:
         return None
     button = tag("button", "Copy", type="button", id="copy", data_scripted=True, hidden=True)
-    return joined([tag("div", tag("pre", text, id="winner", tabindex="0"), button, class_="copied")])
+    return tag("div", tag("pre", data["winner_recipe"], id="winner", tabindex="0"), button, class_="copied")

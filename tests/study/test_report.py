@@ -20,10 +20,15 @@ def study(tmp_path_factory):
     return plausible.write(tmp_path_factory.mktemp("study"))
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return plausible.write(tmp_path_factory.mktemp("small"), num_trials=14)
+
+
 @pytest.fixture
-def copy(study, tmp_path):
+def copy(small, tmp_path):
     """A folder that a test may change."""
-    return shutil.copytree(study, tmp_path / "study")
+    return shutil.copytree(small, tmp_path / "study")
 
 
 def change(path, line, edit):
@@ -54,10 +59,10 @@ def test_the_report_holds_all_parts_in_order(study):
     assert json.loads((study / "report.json").read_text("utf-8")) == report_data(study)
 
 
-def test_equal_folders_give_equal_bytes(study, copy):
+def test_equal_folders_give_equal_bytes(small, copy):
     files = [
         [(write_report(folder).parent / name).read_bytes() for name in ("report.html", "report.json")]
-        for folder in (study, copy)
+        for folder in (small, copy)
     ]
     assert files[0] == files[1]
 
@@ -79,6 +84,17 @@ def test_the_verdict_names_winner_loss_and_noise(study):
     following = trial_of(data, data["ranking"][1])["name"]
     for text in (won["name"], "more than noise", following, "KL, p99", "same top-1", "confirmed on prefill"):
         assert text in said
+
+
+def test_the_winner_is_given_as_a_recipe_if_it_is_its_own(copy):
+    data = report_data(copy)
+    won = trial_of(data, data["verdict"]["winner"])
+    assert data["winner_recipe"] == won["plan_text"]
+    recipe = 'model = "m"\n[plan]\n' + won["plan_text"]
+    (copy / "winner.toml").write_text(recipe, "utf-8")
+    assert report_data(copy)["winner_recipe"] == recipe
+    (copy / "winner.toml").write_text(recipe.replace("i16", "i12"), "utf-8")
+    assert report_data(copy)["winner_recipe"] == won["plan_text"]
 
 
 def case(id, windows, low=0.01, high=0.03, **metrics):
@@ -225,7 +241,7 @@ def test_a_torn_last_line_is_left_out_and_said(copy):
     path = copy / "trials.jsonl"
     path.write_bytes(path.read_bytes()[:-40])
     data = report_data(copy)
-    assert data["torn"] and len(data["trials"]) == 59
+    assert data["torn"] and len(data["trials"]) == 13
     assert "cut short" in write_report(copy).read_text("utf-8")
 
 
@@ -236,7 +252,7 @@ def test_the_last_line_of_a_trial_counts(copy):
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(first) + "\n")
     data = report_data(copy)
-    assert len(data["trials"]) == 60 and trial_of(data, first["id"])["metrics"]["delta_nll"] == 9.0
+    assert len(data["trials"]) == 14 and trial_of(data, first["id"])["metrics"]["delta_nll"] == 9.0
 
 
 # ---------------------------------------------------------------- bad folders
@@ -323,14 +339,14 @@ def test_a_winner_that_was_not_tried_is_named(copy):
 
 def test_names_cannot_become_markup(copy):
     change(copy / "study.json", None, lambda t: t["model"].update(name=HOSTILE))
-    change(copy / "trials.jsonl", 39, lambda t: t.update(name=HOSTILE))
+    change(copy / "trials.jsonl", 3, lambda t: t.update(name=HOSTILE))
     change(copy / "trials.jsonl", 11, lambda t: t.update(reason=HOSTILE))
     change(copy / "study.json", None, lambda t: t["sites"].append(dict(name=HOSTILE)))
     (copy / "recipe.toml").write_text(f"# {HOSTILE}\n", "utf-8")
     html = write_report(copy).read_text("utf-8")
     assert "<img" not in html and html.count("<script") == 2 == html.count("</script>")
     found = embedded(html)
-    assert found["trials"][39]["name"] == HOSTILE and HOSTILE in found["sites"]
+    assert found["trials"][3]["name"] == HOSTILE and HOSTILE in found["sites"]
 
 
 def test_what_is_no_markup_is_escaped():

@@ -11,6 +11,7 @@ from lockstep.ptq.plan import Plan
 from lockstep.study.report_folder import TRIALS, WINNER, StudyFolder, read_folder
 from lockstep.study.report_pairs import difference, from_float
 from lockstep.study.report_sites import sensitivity, sites_table
+from lockstep.study.run import ranking
 
 FORM = 1  # of report.json; another number when its content means something else
 ERRORS, SIZES = ("delta_nll", "kl_mean"), ("weight_bytes", "kv_bytes")
@@ -63,12 +64,6 @@ def _trial(trial: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     kept = {key: trial[key] for key in KEPT if trial.get(key) is not None}
     metrics = {key: value for key, value in (trial.get("metrics") or {}).items() if not isinstance(value, (list, dict))}
     return kept | dict(metrics=metrics, plan=plan.to_table(), plan_text=plan.to_toml(), plan_hash=plan.hash)
-
-
-def ranking(trials: Iterable[Mapping[str, Any]]) -> list[Any]:
-    """Trials that are done, the least loss first; of equal ones the smaller, then the earlier."""
-    done = [trial for trial in trials if trial["status"] == "done"]
-    return sorted(done, key=lambda t: (t["metrics"]["delta_nll"], t["metrics"].get("weight_bytes") or 0))
 
 
 def frontier(trials: Iterable[Mapping[str, Any]], size: str, error: str) -> list[Any]:

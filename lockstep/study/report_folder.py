@@ -13,7 +13,14 @@ STUDY, TRIALS, CONFIRM, RECIPE, WINNER = "study.json", "trials.jsonl", "confirm.
 WINNER_RECIPE = "winner.toml"
 STATUSES = ("done", "stopped", "failed")
 NUMBER = (int, float)
-WORDS = {NUMBER: "a number", str: "a text", dict: "an object", list: "a list", int: "a whole number"}
+WORDS = {
+    NUMBER: "a number",
+    str: "a text",
+    dict: "an object",
+    list: "a list",
+    int: "a whole number",
+    bool: "true or false",
+}
 NEEDED = ("nll", "delta_nll")  # metrics without which a trial says nothing
 
 ENDS = ("delta_low", "delta_high")  # of the interval of a loss; a single window has none
@@ -49,6 +56,10 @@ def read_folder(folder: Path) -> StudyFolder:
         where = f"{folder / CONFIRM}, line {number}"
         if need(row, "id", (*NUMBER, str), where) not in known:
             raise ValueError(f"{where}: id is {row['id']!r:.80}, and {TRIALS} has no such trial")
+        need(need(row, "parity", dict, where), "equal", bool, f"{where}: parity")
+        for site, pair in (optional(row, "disagreement", dict, where) or {}).items():
+            if not isinstance(pair, list) or [type(x) for x in pair] != [int, int]:
+                raise ValueError(f"{where}: disagreement of {site} is {pair!r:.80}, expected [different, all] numbers")
     recipe, winner_recipe = _toml(folder / RECIPE), _toml(folder / WINNER_RECIPE)
     rows = latest(trials), latest(confirmed)
     return StudyFolder(study, *rows, torn, recipe, _winner(folder / WINNER), winner_recipe)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lockstep.study.report_markup import NONE, Markup, count, joined, percent, plain, tag
+from lockstep.study.report_markup import NONE, Markup, count, joined, nats, percent, plain, tag
 
 WORK = {
     "calibration_forwards": "forward passes of calibration",
@@ -16,11 +16,11 @@ WORK = {
 
 
 def confirm_section(data: Mapping[str, Any]) -> Markup | None:
-    """Whether both paths have the same bits; places on the fast and on the confirmed path; float against integer."""
+    """Whether both twins have the same bits; places on the fast and on the confirmed path; float against integer."""
     if not data["confirmed"]:
         return None
     names = {trial["id"]: trial["name"] for trial in data["trials"]}
-    heads = ("Trial", "prefill = prefill_reference", "Fast rank", "Confirmed rank")
+    heads = ("Trial", "prefill = prefill_reference", "ΔNLL on prefill", "Fast rank", "Confirmed rank")
     rows = [_confirmed(row, names[row["id"]]) for row in data["confirmed"]]
     table = tag("table", tag("thead", tag("tr", [tag("th", h, scope="col") for h in heads])), tag("tbody", rows))
     return joined([tag("div", table, class_="scroll-x"), _disagreement(data, names)])
@@ -28,23 +28,21 @@ def confirm_section(data: Mapping[str, Any]) -> Markup | None:
 
 def _confirmed(row: Mapping[str, Any], name: str) -> Markup:
     fast, slow = row.get("fast_rank"), row.get("confirmed_rank")
-    moved = None if fast == slow or None in (fast, slow) else "moved"
-    words, kind = parity_words(row.get("parity"))
+    parity, metrics = row["parity"], row.get("metrics") or {}
     button = tag("button", name, type="button", class_="link", data_trial=row["id"])
-    ranks = [tag("td", NONE if rank is None else str(rank), class_="number") for rank in (fast, slow)]
-    return tag("tr", tag("td", button), tag("td", words, class_=kind), ranks, class_=moved)
+    cells = [nats(metrics.get("delta_nll")), *(NONE if rank is None else str(rank) for rank in (fast, slow))]
+    said = tag("td", parity_words(parity, row.get("tokens")), class_="same" if parity["equal"] else "differs")
+    moved = "moved" if fast != slow else None
+    return tag("tr", tag("td", button), said, [tag("td", cell, class_="number") for cell in cells], class_=moved)
 
 
-def parity_words(parity: Any) -> tuple[str, str | None]:
-    """Whether the twins have the same bits, in words, and a class for its colour."""
-    if parity is None:
-        return "not compared", None
-    if parity is True or parity == "equal" or (isinstance(parity, Mapping) and parity.get("equal") is True):
-        return "equal to the bit", "same"
-    first = parity.get("first", parity) if isinstance(parity, Mapping) else parity
-    if isinstance(first, Mapping):
-        first = ", ".join(f"{key} {value}" for key, value in first.items() if key != "equal")
-    return f"first difference: {first}", "differs"
+def parity_words(parity: Mapping[str, Any], tokens: int | None) -> str:
+    """Whether the twins have the same bits."""
+    if parity["equal"]:
+        return "equal to the bit" + (f" in {count(tokens)} tokens" if tokens else "")
+    exact = lambda value: f"{value:.9g}" if isinstance(value, float) else _text(value)  # other bits are other digits
+    first = ", ".join(f"{key} {exact(value)}" for key, value in (parity.get("first") or {}).items())
+    return f"first difference: {first}" if first else "not equal"
 
 
 def _disagreement(data: Mapping[str, Any], names: Mapping[Any, str]) -> Markup | None:
@@ -52,20 +50,21 @@ def _disagreement(data: Mapping[str, Any], names: Mapping[Any, str]) -> Markup |
     found = [row for row in data["confirmed"] if row.get("disagreement")]
     if not found:
         return None
-    made: list[Any] = [tag("h3", "Codes in which float and integer arithmetic differ")]
+    made: list[Any] = [tag("h3", "Numbers that integer arithmetic gives another code than float")]
     for row in found:
-        shares = sorted(row["disagreement"].items(), key=lambda item: -item[1])
-        cells = [
-            tag(
-                "div",
-                tag("dt", tag("button", site, type="button", class_="link", data_site=site)),
-                tag("dd", percent(x, 3)),
-            )
-            for site, x in shares
-        ]
+        sites = sorted(row["disagreement"].items(), key=lambda item: -_share(item[1]))
         made.append(tag("p", names[row["id"]]))
-        made.append(tag("dl", cells, class_="figures small"))
+        made.append(tag("dl", [_different(site, pair) for site, pair in sites], class_="figures small"))
     return joined(made)
+
+
+def _different(site: str, pair: list[int]) -> Markup:
+    button = tag("button", site, type="button", class_="link", data_site=site)
+    return tag("div", tag("dt", button), tag("dd", percent(_share(pair), 3), tag("small", f"of {count(pair[1])}")))
+
+
+def _share(pair: list[int]) -> float:
+    return pair[0] / pair[1] if pair[1] else 0.0
 
 
 # ---------------------------------------------------------------- work and origin

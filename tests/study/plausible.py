@@ -198,17 +198,19 @@ def stat(rng, name):
 def confirmations(trials):
     order = [0, 2, 1, 3, 4][: len(trials)]
     for rank, (row, place) in enumerate(zip(trials, order, strict=True), 1):
-        equal = dict(equal=True) if rank != 4 else dict(equal=False, first=dict(window=3, token=17, layer=2, site="qk"))
+        equal = dict(equal=True) if rank != 4 else dict(equal=False, first=FIRST)
         yield dict(
             id=row["id"],
             parity=equal,
             fast_rank=rank,
             confirmed_rank=place + 1,
             metrics=row["metrics"],
-            disagreement={"L0.q": 0.0021, "L0.gate": 0.0017, "L1.down": 0.0040} if rank == 1 else None,
+            tokens=511 * WINDOWS,
+            disagreement={"L0.q": [2100, 10**6], "L0.gate": [5100, 3 * 10**6], "L1.down": [0, 10**6]},
         )
 
 
+FIRST = dict(window=3, token=17, score="nll", fast=2.25, prefill=2.2500002)
 RECIPE = """model = "study-llama"
 seed = 42
 

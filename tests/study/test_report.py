@@ -209,6 +209,15 @@ def test_the_text_table_has_every_trial_the_best_first(study):
     assert lines[-1].endswith("stopped") or lines[-1].endswith("failed")
 
 
+def test_parity_is_said_with_its_first_difference(study):
+    html = write_report(study).read_text("utf-8")
+    said = html[html.index('id="confirm"') : html.index('id="work"')]
+    assert said.count("equal to the bit in 12\u202f264 tokens") == 4
+    assert "first difference: window 3, token 17, score nll, fast 2.25, prefill 2.2500002" in said
+    shares = re.findall(r"<dd>([\d.]+ %)", said)
+    assert shares[:3] == ["0.210 %", "0.170 %", "0.000 %"]
+
+
 # ---------------------------------------------------------------- parts that are not there
 
 
@@ -300,6 +309,9 @@ BAD = [
     ),
     ("trials.jsonl", 3, lambda t: t["sites"].update({"L0.q": {}}), r"site L0\.q: \{\}, expected figures with a spec"),
     ("trials.jsonl", 3, lambda t: t["sites"].update({"L0.q": dict(spec="odd")}), r"site L0\.q: 'odd' is no grid"),
+    ("confirm.jsonl", 0, lambda t: t.pop("parity"), r"confirm\.jsonl, line 1: parity is missing"),
+    ("confirm.jsonl", 0, lambda t: t["parity"].update(equal=1), r"parity: equal is 1, expected true or false"),
+    ("confirm.jsonl", 0, lambda t: t["disagreement"].update({"L0.q": 0.1}), r"disagreement of L0\.q is 0\.1"),
     (
         "confirm.jsonl",
         0,

@@ -18,6 +18,8 @@ from lockstep.study.bench import Bench
 from lockstep.study.calibrate import calibrate
 from lockstep.study.recipe import Sweep
 from lockstep.study.records import held
+from lockstep.study.report import write_report
+from lockstep.study.report_data import report_data
 from lockstep.study.rig import Rig
 from lockstep.study.run import How, ranking, run_study
 from lockstep.study.subject import load_subject
@@ -232,3 +234,14 @@ def test_a_full_disk_names_the_file_and_loses_nothing(made, tmp_path, monkeypatc
     monkeypatch.undo()
     run(tmp_path, study)
     assert contents(tmp_path) == contents(folder)
+
+
+def test_a_report_can_be_made_of_it(made):
+    _, folder, trials = made
+    data = report_data(folder)
+    assert data["ranking"] == [trial["id"] for trial in ranking(trials)]
+    assert data["verdict"]["winner"] == data["ranking"][0]
+    [group] = data["sensitivity"]
+    assert {row["trial"] for row in group["rows"]} == {t["id"] for t in trials if "site" in t["swept"]}
+    assert data["sites"]["L0.k.all"]["grids"] and not data["torn"]
+    assert write_report(folder).read_text("utf-8").count("<tr") > len(trials)

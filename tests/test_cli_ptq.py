@@ -74,3 +74,83 @@ def test_a_mistake_is_one_sentence(args, said, plan, capsys):
     args = [plan if arg == "PLAN" else arg for arg in args]
     assert main(["ptq", "eval", *SHORT, *args]) == 2
     assert said in capsys.readouterr().err
+
+
+# ------------------------------------------------------------ studies
+
+RECIPE = f"""
+[calibrate]
+text = "{CALIBRATION}"
+windows = 2
+length = 48
+[evaluate]
+text = "{EVALUATION}"
+windows = 2
+length = 48
+[plan]
+rules = [["*", "i16"]]
+[[sweep]]
+k = {{ sites = "L3.k.all", spec = ["u4", "u4/head"] }}
+[[sweep]]
+one_at_a_time = {{ sites = "L3.[pv]", spec = "u4" }}
+[confirm]
+top = 1
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small.toml").write_text(RECIPE)
+    return tmp_path / "small.toml"
+
+
+def test_a_study_from_recipe_to_confirmation(recipe, tmp_path, capsys):
+    assert main(["ptq", "run", "small.toml"]) == 0
+    folder = tmp_path / "small-study"
+    said = capsys.readouterr().out
+    assert "k u4/head" in said and str(folder.relative_to(tmp_path) / "report.html") in said
+    trials = [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
+    assert [trial["name"] for trial in trials] == ["base", "k u4", "k u4/head", "L3.v u4", "L3.p u4"]
+    assert json.loads((folder / "study.json").read_text())["calibration"]["forwards"] == 2
+    before = (folder / "trials.jsonl").read_bytes()
+    assert main(["ptq", "run", "small.toml", "--jobs", "2"]) == 0
+    assert (folder / "trials.jsonl").read_bytes() == before
+    assert main(["ptq", "confirm", str(folder)]) == 0
+    assert "the same bits in all 96 tokens" in capsys.readouterr().out
+    assert main(["ptq", "show", str(folder)]) == 0
+    assert "report.html" in capsys.readouterr().out
+    found = evaluated(capsys, "--plan", str(folder / "winner.json"))
+    best = min(trials, key=lambda trial: trial["metrics"]["delta_nll"])
+    assert found["plan"]["nll"] == best["metrics"]["nll"] and found["plan_hash"] == best["plan_hash"]
+    assert main(["ptq", "run", str(folder / "winner.toml"), "--out", str(tmp_path / "again")]) == 0
+    again = json.loads((tmp_path / "again" / "trials.jsonl").read_text())
+    assert again["metrics"]["nll"] == best["metrics"]["nll"]
+
+
+def test_a_recipe_that_changed_is_refused(recipe, tmp_path, capsys):
+    assert main(["ptq", "run", "small.toml", "--out", "study", "--set", "sweep=[]"]) == 0
+    assert (
+        main(["ptq", "run", "small.toml", "--out", "study", "--set", "sweep=[]", "--set", "calibrate.windows=3"]) == 2
+    )
+    assert "another recipe: calibrate.windows was 2 and is now 3; expected a new folder" in capsys.readouterr().err
+    assert main(["ptq", "confirm", str(tmp_path)]) == 2
+    assert "there is no recipe.toml; expected the folder of a study" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (f'calibrate.text="{EVALUATION}"', "its tokens 0 to 31 are tokens 0 to 31 of the evaluation text"),
+        ("evaluate.sha256=" + "0" * 64, "evaluation.txt: its SHA-256 is 3cf9246d"),
+        ("evaluate.windows=9999", "9999 windows of 48 tokens wanted, it has"),
+        ('plan.rules=[["L9.p", "u8"]]', "rule 'L9.p' = 'u8' matches no site"),
+        ('plan.arithmetic="integer"', "plan: arithmetic is 'integer'; studies run with 'float' only so far"),
+        ('plan.fuse_scale="q"', "plan: fuse_scale is 'q'; studies run with 'none' only so far"),
+        ('model="no/such/model.gguf"', "model.gguf"),
+    ],
+)
+def test_a_recipe_that_cannot_be_run(change, said, recipe, capsys):
+    assert main(["ptq", "run", "small.toml", "--set", change]) == 2
+    assert said in capsys.readouterr().err
+    assert not (recipe.parent / "small-study").exists()

@@ -56,13 +56,13 @@ def run_study(folder: Path, study: Study, subject: Subject, team: Team, how: How
     """
     folder.mkdir(parents=True, exist_ok=True)
     with held(folder):
-        _check_same(folder, study)
+        check_same(folder, study)
         stats = _calibrated(folder, study, subject, team, how)
         with Workers(study, subject, stats, how.jobs, how.threads, team) as workers:
             return _Run(folder, study, subject, stats, workers, how).run()
 
 
-def _check_same(folder: Path, study: Study) -> None:
+def check_same(folder: Path, study: Study) -> None:
     """ValueError if the folder is of other trials."""
     path = folder / "ids.json"
     ids = [trial.id for trial in study.trials] + [str(study.round)]

@@ -84,7 +84,8 @@ def make_study(
     sites = sites_for(program, plan.mask)
     trials = expand(plan, sweeps, sites, early_stop)
     specs = [trial.plan.resolve(sites) for trial in trials]
-    treatment = treatment_for(program, plan, specs, max(len(window.ids) for window in evaluation))
+    longest = max(len(ids) for ids in (*calibration, *(window.ids for window in evaluation)))
+    treatment = treatment_for(program, plan, specs, longest)
     about = [subject.content, subject.model.weights, [list(ids) for ids in calibration], windows_hash(evaluation)]
     return Study(
         model=subject.name,

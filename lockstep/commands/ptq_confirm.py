@@ -1,0 +1,46 @@
+"""`lockstep ptq confirm`: the best plans of a study, run as hardware would."""
+
+import pathlib
+from typing import Annotated
+
+import typer
+
+from lockstep.commands.options import Threads
+from lockstep.commands.progress import Counter, Progress
+
+
+def command(
+    folder: Annotated[pathlib.Path, typer.Argument(metavar="FOLDER", help="A study's folder.")],
+    top: Annotated[int | None, typer.Option(min=1, help="How many.", show_default="as the recipe says")] = None,
+    threads: Threads = None,
+) -> None:
+    """Run the best plans of a study on the twin prefill, attention head by head, and compare every token's scores with
+    those that ranked them, bit for bit. Exit 1 if one differs."""
+    from lockstep.commands.output import write
+    from lockstep.commands.ptq_eval import made_team
+    from lockstep.commands.ptq_run import show
+    from lockstep.study.assemble import assembled, kept_recipe
+    from lockstep.study.confirm import confirm_study
+    from lockstep.study.run import check_same
+
+    recipe = kept_recipe(folder)
+    with Progress() as progress:
+        study, subject = assembled(recipe, progress.packing)
+        check_same(folder, study)
+        with made_team(threads) as team, Counter("", "window") as counter:
+            made = confirm_study(folder, study, subject, team, top or max(1, recipe.top), counter.step)
+    show(folder)
+    for record in made:
+        write(f"{words(record)}\n")
+    if not all(record["parity"]["equal"] for record in made):
+        raise typer.Exit(1)
+
+
+def words(record) -> str:
+    """A line about a confirmed trial."""
+    m = record["metrics"]
+    said = f"{record['name']}: prefill {m['nll']:.6f} nats a token, delta {m['delta_nll']:+.6f}, "
+    said += f"rank {record['confirmed_rank']} (fast {record['fast_rank']}), "
+    if record["parity"]["equal"]:
+        return said + f"the same bits in all {record['tokens']} tokens"
+    return said + "OTHER BITS: " + ", ".join(f"{name} {value}" for name, value in record["parity"]["first"].items())

@@ -1,0 +1,127 @@
+"""The best trials once more on the twin `prefill`, head by head as hardware runs: all scores must have equal bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lockstep.ops import score
+from lockstep.ptq.solved import Solved
+from lockstep.runtime.threads import Team
+from lockstep.study.evaluate import FLOAT, PREFILL, PREFILL_REFERENCE, Setup, rig_for
+from lockstep.study.records import Lines, held, line_of, save
+from lockstep.study.rig import Rig
+from lockstep.study.run import CALIBRATION, FLOAT_NAME, ROUNDS, TRIALS, OnStep, load_stats, ranking
+from lockstep.study.scoring import compared_figures, text_figures, window_figures
+from lockstep.study.subject import Subject
+from lockstep.study.trials import Study
+
+CONFIRM = "confirm.jsonl"
+COLUMNS = {score.NLL: "nll", score.KL: "kl", score.DELTA_P: "delta_p", score.SAME_TOP: "same_top", score.TOP: "top"}
+
+
+def confirm_study(
+    folder: Path, study: Study, subject: Subject, team: Team, top: int, on_step: OnStep = lambda *_: None
+) -> list[dict[str, Any]]:
+    """Runs the `top` best trials of a study on `prefill`, on all windows, and writes confirm.jsonl: for each its
+    figures there, both ranks, and whether all scores have the bits of `prefill_reference`, or the first that has not.
+
+    ValueError for a folder in which no trial is done.
+    """
+    with held(folder):
+        best = ranking(Lines(folder / TRIALS).records)[:top]
+        if not best:
+            raise ValueError(f"{folder}: no trial is done yet, so there is nothing to confirm")
+        made = _Confirmation(folder, study, subject, team).run([trial["id"] for trial in best], on_step)
+        content = b"".join(map(line_of, made))
+        save(folder / CONFIRM, lambda beside: beside.write_bytes(content))
+    return made
+
+
+class _Confirmation:
+    """Both twins of a study's model, the fast one made only where something differs."""
+
+    def __init__(self, folder: Path, study: Study, subject: Subject, team: Team) -> None:
+        self._study, self._subject, self._team = study, subject, team
+        stats = load_stats(folder / CALIBRATION) if (folder / CALIBRATION).exists() else {}
+        self._solve = lambda plan: Solved.solve(plan, study.model, study.content, study.sites, stats)
+        self._rig, self._fast = self._made(PREFILL), None
+        self._digests = _digests(folder / ROUNDS)
+
+    def _made(self, twin: str) -> Rig:
+        return rig_for(self._subject, self._study.treatment, self._team, self._study.length, twin)
+
+    def run(self, ids: Sequence[str], on_step: OnStep) -> list[dict[str, Any]]:
+        """All windows of all these trials."""
+        setups = {FLOAT_NAME: FLOAT} | {id: self._setup(id) for id in ids}
+        figures: dict[str, list[dict[str, Any]]] = {name: [] for name in setups}
+        first: dict[str, dict[str, Any]] = {}
+        for index in range(len(self._study.evaluation)):
+            base = None
+            for name, setup in setups.items():
+                scores = self._scores(self._rig, setup, index, base)
+                base = self._rig.hidden() if base is None else base
+                found = window_figures(scores, self._study.evaluation[index], name != FLOAT_NAME)
+                figures[name].append(found)
+                if found["digest"] != self._digests[name][index] and name not in first:
+                    first[name] = self._difference(setup, index, base, scores)
+            on_step("confirming", "window", index + 1, len(self._study.evaluation))
+        return self._records(ids, figures, first)
+
+    def _setup(self, id: str) -> Setup:
+        [plan] = [trial.plan for trial in self._study.trials if trial.id == id]
+        return Setup(plan.resolve(self._study.sites), self._solve(plan).grids)
+
+    def _scores(self, rig: Rig, setup: Setup, index: int, base: np.ndarray | None) -> np.ndarray:
+        window = self._study.evaluation[index]
+        setup.put_on(rig)
+        rig.load(window.ids, window.targets, base)
+        rig.run()
+        return rig.scores()
+
+    def _difference(self, setup: Setup, index: int, base: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
+        """The first score of a window that the twins do not share."""
+        self._fast = self._fast or self._made(PREFILL_REFERENCE)
+        fast = self._scores(self._fast, setup, index, base)
+        return dict(window=index) | (first_difference(fast, scores) or dict(rounds="the study's were others"))
+
+    def _records(
+        self, ids: Sequence[str], figures: Mapping[str, list[dict[str, Any]]], first: Mapping[str, dict[str, Any]]
+    ) -> list[dict[str, Any]]:
+        base, made = figures[FLOAT_NAME], []
+        names = {trial.id: trial.name for trial in self._study.trials}
+        for rank, id in enumerate(ids, 1):
+            found = first.get(id) or first.get(FLOAT_NAME)
+            parity = dict(equal=True) if found is None else dict(equal=False, first=found)
+            metrics = text_figures(figures[id], self._study.by_token) | compared_figures(figures[id], base)
+            tokens = sum(len(window.ids) for window in self._study.evaluation)
+            made.append(
+                dict(id=id, name=names[id], fast_rank=rank, windows=len(base), tokens=tokens, parity=parity)
+                | dict(metrics=metrics)
+            )
+        order = sorted(made, key=lambda record: (record["metrics"]["delta_nll"], record["fast_rank"]))
+        for rank, record in enumerate(order, 1):
+            record["confirmed_rank"] = rank
+        return made
+
+
+def _digests(path: Path) -> dict[str, list[str]]:
+    """Of the scores of each trial's windows, in order."""
+    found: dict[str, list[str]] = {}
+    for record in Lines(path).records:
+        found.setdefault(record["trial"], []).extend(window["digest"] for window in record.get("windows", ()))
+    return found
+
+
+def first_difference(fast: np.ndarray, slow: np.ndarray) -> dict[str, Any] | None:
+    """Token, score and both values where two arrays of scores [tokens, NUM_SCORES] first have other bits."""
+    columns = list(COLUMNS)
+    differs = fast[:, columns].view(np.int32) != slow[:, columns].view(np.int32)
+    if not differs.any():
+        return None
+    token, column = (int(i) for i in np.argwhere(differs)[0])
+    at = token, columns[column]
+    return dict(token=token, score=COLUMNS[columns[column]], fast=float(fast[at]), prefill=float(slow[at]))

@@ -24,6 +24,7 @@ from lockstep.study.report_markup import (
     many,
     nats,
     num_bytes,
+    part,
     percent,
     plain,
     script_json,
@@ -50,7 +51,7 @@ METRICS = {  # how each is written
 }
 COLUMNS = ("delta_nll", "kl_mean", "kl_p99", "top1", "weight_bytes", "kv_bytes")
 SHOWN = ("delta_nll", "kl_mean", "kl_p99", "top1", "weight_bytes", "kv_bytes")  # of the winner
-FIGURES = (("sqnr", "SQNR", decibels), ("saturation", "saturated", percent), ("code_use", "codes used", percent))
+FIGURES = (("sqnr", "SQNR", decibels), ("saturation", "saturated", percent), ("code_use", "codes used", part))
 
 
 def page(data: Mapping[str, Any]) -> str:

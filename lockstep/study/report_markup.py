@@ -87,6 +87,11 @@ def percent(x: float | None, digits: int = 2) -> str:
     return NONE if x is None else f"{100 * x:.{digits}f} %".replace("-", MINUS)
 
 
+def part(x: float | None) -> str:
+    """A share of one, with fewer digits."""
+    return percent(x, 1)
+
+
 def num_bytes(x: float | None) -> str:
     """In units of a thousand."""
     if x is None:
@@ -119,4 +124,5 @@ def spread(values: Any, how: Any) -> str:
     if not found:
         return NONE
     low, high = how(min(found)), how(max(found))
-    return low if low == high else f"{low} … {high}"
+    unit = high[high.rfind(" ") :] if " " in high else ""
+    return low if low == high else f"{low.removesuffix(unit)} … {high}"

@@ -93,8 +93,10 @@ def origin_section(data: Mapping[str, Any]) -> Markup:
 
 def _flat(name: str, value: Any) -> list[tuple[str, str]]:
     """Tables in tables as names with dots between."""
+    if value is None:
+        return []
     if isinstance(value, Mapping):
-        return [fact for key, inner in value.items() for fact in _flat(f"{name} {key}", inner)]
+        return [fact for key, inner in value.items() for fact in _flat(f"{name} {key.replace('_', ' ')}", inner)]
     if isinstance(value, list) and any(isinstance(x, (Mapping, list)) for x in value):
         return [
             fact for i, inner in enumerate(value, 1) for fact in _flat(f"{name} {i}" if len(value) > 1 else name, inner)

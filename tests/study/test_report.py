@@ -8,7 +8,7 @@ import pytest
 
 from lockstep.study.report import text_table, write_report
 from lockstep.study.report_data import frontier, report_data, verdict
-from lockstep.study.report_markup import Markup, script_json, tag
+from lockstep.study.report_markup import NONE, Markup, decibels, plain, script_json, spread, tag
 from lockstep.study.report_sites import by_head
 from tests.study import plausible
 
@@ -359,6 +359,12 @@ def test_names_cannot_become_markup(copy):
     assert "<img" not in html and html.count("<script") == 2 == html.count("</script>")
     found = embedded(html)
     assert found["trials"][3]["name"] == HOSTILE and HOSTILE in found["sites"]
+
+
+def test_a_spread_has_its_unit_once():
+    assert spread([1.25, 3.0, None], decibels) == "1.2 … 3.0 dB"
+    assert spread([2, 2], plain) == spread(2, plain) == "2"
+    assert spread([None], plain) == spread(None, plain) == NONE
 
 
 def test_what_is_no_markup_is_escaped():

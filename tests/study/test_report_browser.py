@@ -4,6 +4,7 @@ import pytest
 
 from lockstep.study.report import write_report
 from lockstep.study.report_data import report_data
+from lockstep.study.report_markup import plain, spread
 from tests.serve.page import browser as driver
 from tests.study import plausible
 
@@ -56,11 +57,24 @@ def test_arrow_keys_walk_a_heat_map_and_a_cell_shows_its_site(page, study):
     site = report_data(study)["sites"][cells[1]]
     assert page.text("#detail-title") == cells[1]
     assert len(page.texts("#detail rect")) == sum(count > 0 for count in site["histogram"]["counts"])
-    assert page.texts("#detail tbody td:first-child")[0].startswith(site["grids"][0]["spec"])
+    assert page.texts("#detail tbody td:first-child")[0] == site["grids"][0]["spec"]
     page.press("ArrowLeft", "Enter")
     assert page.text("#detail-title") == cells[0]
     page.press("Escape")
     assert page.run("return document.activeElement.dataset.site") == cells[0]
+
+
+def test_what_is_said_of_a_grid_stands_under_it(page, study):
+    """Also where grids of heads stand between: a site that was tried on several."""
+    page.run("document.querySelector('.heads [data-site=\"L0.k.all\"]').click()")
+    grids = report_data(study)["sites"]["L0.k.all"]["grids"]
+    rows = page.run("return [...document.querySelector('#detail tbody').rows].map(row => row.textContent)")
+    assert len(rows) == 2 * len(grids) > 4 and any("/head" in grid["spec"] for grid in grids)
+    for grid, row, below in zip(grids, rows[::2], rows[1::2], strict=True):
+        assert row.startswith(grid["spec"]) and below.startswith("scale ")
+        assert ("2 heads" in below) == ("/head" in grid["spec"])
+        assert f"scale {spread(grid['scale'], plain)}, zero" in below
+    page.press("Escape")
 
 
 def test_a_click_on_a_column_sorts_by_its_numbers(page, study):

@@ -41,21 +41,21 @@ function closeDetail() {
   opener?.focus();
 }
 
-/** A row for each grid; under it, where heads have grids of their own, one for each head. */
+/** A row for each grid; under it what else is known of it, and of each head that has a grid of its own. */
 function grids(site) {
   const made = table(site.heads, site.grids.map(grid => grid.row));
-  site.grids.forEach((grid, i) => {
-    const cell = made.tBodies[0].rows[i].cells[0];
-    cell.append(element("small", {}, grid.more));
-    if (grid.by_head.length) made.tBodies[0].rows[i].after(byHead(site, grid));
-  });
+  const rows = [...made.tBodies[0].rows];
+  site.grids.forEach((grid, i) => rows[i].after(more(site, grid)));
   return element("div", { className: "scroll-x" }, made);
 }
 
-function byHead(site, grid) {
-  const inner = table(["head", ...site.every.slice(1)], grid.by_head);
-  const cell = element("td", { colSpan: site.heads.length }, element("details", {}, element("summary", {}, `${grid.by_head.length} heads`), inner));
-  return element("tr", {}, cell);
+function more(site, grid) {
+  const cell = element("td", { colSpan: site.heads.length }, element("small", {}, grid.more));
+  if (grid.by_head.length) {
+    const inner = table(["head", ...site.every.slice(1)], grid.by_head);
+    cell.append(element("details", {}, element("summary", {}, `${grid.by_head.length} heads`), inner));
+  }
+  return element("tr", { className: "more" }, cell);
 }
 
 function table(heads, rows) {

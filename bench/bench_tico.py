@@ -87,7 +87,7 @@ def rigs_of(model, team, args, windows):
     }
     made = {}
     for name, change in changes.items():
-        made[name] = rig = Rig(model, treatment, team, args.tokens, change)
+        made[name] = rig = Rig(model, treatment, team, args.tokens, change, compares=args.kl)
         rig.set_grids(grids)
         rig.set_weights(specs)
         rig.load(windows[0], [*windows[0][1:], NO_TARGET])
@@ -99,6 +99,7 @@ def main():
     parser.add_argument("--tico", required=True, metavar="PYTHON")
     for name, usual in dict(layers=2, vocab=4096, tokens=512, threads=2, bits=4, rounds=7).items():
         parser.add_argument(f"--{name}", type=int, default=usual)
+    parser.add_argument("--kl", action="store_true", help="ours also compare with the float model, which TICO does not")
     parser.add_argument("--act", choices=("i16", "u8"), default="i16")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, closing(Tico(args.tico, folder, args)) as tico:

@@ -38,7 +38,8 @@ class Rig:
 
     model: with float32 weights where weights are to be rounded. treatment: which sites have grids at all. length: of a
     window, in tokens. change: makes another program of it, such as `ptq.unroll.unroll` of its own. table: the op table.
-    keep: give every tensor memory of its own, so that all can be looked at after a run.
+    keep: give every tensor memory of its own, so that all can be looked at after a run. compares: whether scores tell
+    how far a window is from another model's hidden states, which takes another head.
     """
 
     def __init__(
@@ -51,17 +52,19 @@ class Rig:
         table: OpTable | None = None,
         *,
         keep: bool = False,
+        compares: bool = True,
     ) -> None:
         self.model, self.length = model, length
         self.rounded: Rounded = rounded(model.recorded, treatment)
         program = change(self.rounded) if change else self.rounded.program
-        score = self._scored(program)
+        score = self._scored(program, compares)
         self._targets, self._base = (
             aligned(4 * length + 64).view(np.int32),
             aligned(4 * length * score.in_features + 64),
         )
-        assert score.base_x is not None
-        given = {score.target: self._targets.ctypes.data, score.base_x: self._base.ctypes.data}
+        given = {score.target: self._targets.ctypes.data}
+        if score.base_x is not None:
+            given[score.base_x] = self._base.ctypes.data
         pages = -(-length // PAGE_TOKENS)
         self.store = FoldedStore(model.store)
         table = table or {**BACKENDS["reference"], **BACKENDS["cpu"]}
@@ -75,7 +78,7 @@ class Rig:
         self._folded = FoldedWeights(self.rounded.weights)
         self.num_tokens = 0
 
-    def _scored(self, program: Program) -> Score:
+    def _scored(self, program: Program, compares: bool) -> Score:
         """Ends the program with a score; keeps it."""
         [head] = [op for op in program.ops if self.model.logits in op.outputs and isinstance(op, (Linear, CodeLinear))]
         [base] = [op for op in self.model.recorded.ops if isinstance(op, Linear) and op.out is self.model.logits]
@@ -87,9 +90,9 @@ class Rig:
             x=hidden if isinstance(head, Linear) else self._coded(program, hidden),
             weight=head.weight,
             target=program.give("score.target", hidden.rows, 1, "i32"),
-            base_x=program.give("score.base", hidden.rows, hidden.width),
-            base_weight=_same(base.weight),
-            base_f32=head.weight.format != base.weight.format,
+            base_x=program.give("score.base", hidden.rows, hidden.width) if compares else None,
+            base_weight=_same(base.weight) if compares else None,
+            base_f32=compares and head.weight.format != base.weight.format,
             grid=None if grids is None else Setting("head", grids),
             in_features=hidden.width,
             vocab_size=vocabulary,

@@ -134,3 +134,12 @@ def test_logits_can_be_rounded(team):
     plain = scored(rig, ids, targets)
     rig.set_grids({"head": GRIDS["u3"]})
     assert scored(rig, ids, targets).tobytes() != plain.tobytes()
+
+
+def test_without_a_base_there_is_the_same_nll(team):
+    model = recorded("plain")
+    ids, targets = window(model, LENGTH)
+    both = [
+        scored(Rig(model, Treatment(), team, LENGTH, compares=compares), ids, targets) for compares in (True, False)
+    ]
+    assert (both[0][:, NLL] == both[1][:, NLL]).all() and not both[1][:, KL].any()

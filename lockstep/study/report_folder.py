@@ -44,7 +44,7 @@ class StudyFolder:
 def read_folder(folder: Path) -> StudyFolder:
     """Reads a study. ValueError, with file and key, for what is missing or is something else."""
     if not (folder / STUDY).is_file():
-        raise ValueError(f"{folder}: there is no {STUDY}; expected the folder of a study")
+        raise ValueError(f"{folder}: there is no {STUDY}; expected the folder of a study whose first round is done")
     study = _json(folder / STUDY, _text(folder / STUDY, (folder / STUDY).read_bytes()))
     _check_study(study, str(folder / STUDY))
     trials, torn = _lines(folder / TRIALS)

@@ -44,7 +44,7 @@ METRICS = {  # how each is written
     "top1": ("same top-1", percent),
     "weight_bytes": ("weights", num_bytes),
     "bits_per_weight": ("bits a weight", plain),
-    "kv_bytes": ("KV cache, a token", num_bytes),
+    "kv_bytes": ("KV per token", num_bytes),
     "ppl": ("perplexity", plain),
     "kl_max": ("KL, largest", divergence),
     "delta_p": ("Δp", signed),

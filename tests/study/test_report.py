@@ -104,6 +104,7 @@ def case(id, windows, low=0.01, high=0.03, **metrics):
 def test_a_loss_whose_interval_holds_zero_is_noise():
     assert not verdict(case(1, [2.0, 3.0]), [], {})["like_float"]
     assert verdict(case(1, [2.0, 3.0], low=-0.01), [], {})["like_float"]
+    assert not verdict(case(1, [2.0, 3.0], low=-0.03, high=-0.01), [], {})["like_float"]  # better than float
 
 
 def test_a_trial_is_as_good_where_the_paired_difference_may_be_zero():

@@ -32,8 +32,25 @@ def command(
     show(folder)
     for record in made:
         write(f"{words(record)}\n")
+        if "integer" in record:
+            write(f"    {integer_words(record)}\n")
     if not all(record["parity"]["equal"] for record in made):
         raise typer.Exit(1)
+
+
+def integer_words(record) -> str:
+    """A line about the same plan in integer arithmetic."""
+    integer, floats = record["integer"], record["integer"]["floats"]
+    pairs = record["disagreement"].values()
+    different, total = (sum(pair[i] for pair in pairs) for i in range(2))
+    said = f"in integers: {integer['metrics']['nll']:.6f} nats a token, delta {integer['metrics']['delta_nll']:+.6f}, "
+    said += f"{integer['layers']} linear layers"
+    if total:
+        said += f", {different / total:.4%} of their rounded outputs are another code"
+    if floats:
+        site, reason = next(iter(floats.items()))
+        said += f"; {len(floats)} stay in floats, as {site}: {reason}"
+    return said
 
 
 def words(record) -> str:

@@ -29,9 +29,11 @@ MOST_WEIGHT_BITS, OFF = 8, Spec("off")
 
 @dataclass
 class Integers:
-    """A program with layers in integer arithmetic. floats: {site of a layer's first weight: why it is not one}."""
+    """A program with layers in integer arithmetic, so many of them. floats: {site of a layer's first weight: why it is
+    not one}."""
 
     program: Program
+    num_layers: int = 0
     floats: dict[str, str] = field(default_factory=dict)
 
 
@@ -100,6 +102,7 @@ class _Rewriter:
         if reason:
             self.made.floats[names[0]] = reason
             return op
+        self.made.num_layers += 1
         if op.x not in self._codes:
             coded = self._rounded.program.tensor(f"{op.x.name}.codes", op.x.rows, row_width(op.in_features), "i8")
             self._ops.append(CodeRows(out=coded, x=op.x, grid=self._grids[op.x][1], width=op.in_features))

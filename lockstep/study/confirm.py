@@ -12,6 +12,7 @@ from lockstep.ops import score
 from lockstep.ptq.solved import Solved
 from lockstep.runtime.threads import Team
 from lockstep.study.evaluate import FLOAT, PREFILL, PREFILL_REFERENCE, Setup, rig_for
+from lockstep.study.in_integers import InIntegers
 from lockstep.study.records import Lines, held, line_of, save
 from lockstep.study.rig import Rig
 from lockstep.study.run import CALIBRATION, FLOAT_NAME, ROUNDS, TRIALS, OnStep, load_stats, ranking
@@ -27,7 +28,8 @@ def confirm_study(
     folder: Path, study: Study, subject: Subject, team: Team, top: int, on_step: OnStep = lambda *_: None
 ) -> list[dict[str, Any]]:
     """Runs the `top` best trials of a study on `prefill`, on all windows, and writes confirm.jsonl: for each its
-    figures there, both ranks, and whether all scores have the bits of `prefill_reference`, or the first that has not.
+    figures there, both ranks, and whether all scores have the bits of `prefill_reference`, or the first that has not;
+    and the same plan in integer arithmetic, see `in_integers`.
 
     ValueError for a folder in which no trial is done.
     """
@@ -35,7 +37,12 @@ def confirm_study(
         best = ranking(Lines(folder / TRIALS).records)[:top]
         if not best:
             raise ValueError(f"{folder}: no trial is done yet, so there is nothing to confirm")
-        made = _Confirmation(folder, study, subject, team).run([trial["id"] for trial in best], on_step)
+        confirmation = _Confirmation(folder, study, subject, team)
+        made = confirmation.run([trial["id"] for trial in best], on_step)
+        in_integers = InIntegers(study, subject, team)
+        for done, record in enumerate(made, 1):
+            record.update(in_integers.record(confirmation.setup(record["id"])))
+            on_step("in integers", "plan", done, len(made))
         content = b"".join(map(line_of, made))
         save(folder / CONFIRM, lambda beside: beside.write_bytes(content))
     return made
@@ -56,7 +63,7 @@ class _Confirmation:
 
     def run(self, ids: Sequence[str], on_step: OnStep) -> list[dict[str, Any]]:
         """All windows of all these trials."""
-        setups = {FLOAT_NAME: FLOAT} | {id: self._setup(id) for id in ids}
+        setups = {FLOAT_NAME: FLOAT} | {id: self.setup(id) for id in ids}
         figures: dict[str, list[dict[str, Any]]] = {name: [] for name in setups}
         first: dict[str, dict[str, Any]] = {}
         for index in range(len(self._study.evaluation)):
@@ -71,7 +78,8 @@ class _Confirmation:
             on_step("confirming", "window", index + 1, len(self._study.evaluation))
         return self._records(ids, figures, first)
 
-    def _setup(self, id: str) -> Setup:
+    def setup(self, id: str) -> Setup:
+        """A trial's specs and grids."""
         [plan] = [trial.plan for trial in self._study.trials if trial.id == id]
         return Setup(plan.resolve(self._study.sites), self._solve(plan).grids)
 

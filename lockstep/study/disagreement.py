@@ -80,7 +80,8 @@ class _Pair:
         """What integer layers write for every token and something rounds."""
         ops = self._integer.program.ops
         rounded = {op.out for op in ops if isinstance(op, FakeQuant)}
-        return list(dict.fromkeys(op.out for op in ops if isinstance(op, CodeLinear) and op.out in rounded))
+        layers = [op.out for op in ops if isinstance(op, CodeLinear) and op.out.rows != "R"]  # no row is sampled
+        return [out for out in dict.fromkeys(layers) if out in rounded]
 
     def _run(self, out: Tensor) -> None:
         """The integer layers that write a tensor, and what rounds it."""

@@ -43,6 +43,8 @@ def command(
     if ranked:
         save_winner(folder, read, ranked[0]["plan"])
     show(folder)
+    if ranked and read.top and not (folder / "confirm.jsonl").exists():
+        print(f"lockstep ptq confirm {folder} runs the best {read.top} head by head, as hardware does", file=sys.stderr)
 
 
 def show(folder) -> None:

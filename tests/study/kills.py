@@ -32,13 +32,14 @@ p = {{ sites = "L3.p", spec = ["u2", "u8"] }}
 [[sweep]]
 one_at_a_time = {{ sites = "L3.*", spec = "u4" }}
 """
+AVX2 = os.environ | {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": ""}
 FILES = ("trials.jsonl", "rounds.jsonl")
 
 
-def started(recipe, folder, jobs):
+def started(recipe, folder, jobs, env=None):
     command = [sys.executable, "-m", "lockstep", "ptq", "run", str(recipe), "--out", str(folder), "--jobs", str(jobs)]
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return subprocess.Popen(command, start_new_session=True, **quiet)
+    return subprocess.Popen(command, start_new_session=True, env=env, **quiet)
 
 
 def contents(folder):
@@ -52,7 +53,9 @@ def size_of(path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
-    kills = parser.parse_args().kills
+    parser.add_argument("--avx2", action="store_true", help="one more run, compiled for AVX2 (Haswell)")
+    args = parser.parse_args()
+    kills = args.kills
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         recipe = root / "recipe.toml"
@@ -73,6 +76,10 @@ def main():
         assert started(recipe, folder, 2).wait() == 0
         assert contents(folder) == wanted, "other bytes"
         print(f"{trials} trials, {kills} kills, the same bytes")
+        if args.avx2:
+            assert started(recipe, root / "avx2", 2, AVX2).wait() == 0
+            assert contents(root / "avx2") == wanted, "other bytes with AVX2"
+            print("the same bytes with AVX2")
 
 
 if __name__ == "__main__":

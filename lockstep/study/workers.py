@@ -56,9 +56,12 @@ class Workers:
             self._started = [self._start() for _ in range(self._jobs)]
         shares = [list(windows[i :: self._jobs]) for i in range(self._jobs)]
         busy = [worker for worker, share in zip(self._started, shares, strict=True) if share]
-        for (_, connection), share in zip(self._started, shares, strict=True):
+        for (process, connection), share in zip(self._started, shares, strict=True):
             if share:
-                connection.send((share, list(trials)))
+                try:
+                    connection.send((share, list(trials)))
+                except OSError:
+                    raise _lost(process) from None
         for _ in range(len(trials) + 1):
             yield _joined([_received(process, connection) for process, connection in busy])
 
@@ -81,12 +84,16 @@ def _joined(parts: Sequence[Outcome]) -> Outcome:
     return made
 
 
+def _lost(process: BaseProcess) -> OSError:
+    process.join(SECONDS_TO_END)
+    return OSError(f"a process of the study ended before its work was done (exit code {process.exitcode})")
+
+
 def _received(process: BaseProcess, connection: Connection) -> Outcome:
     try:
         found: Any = connection.recv()
     except (EOFError, OSError):
-        process.join(SECONDS_TO_END)
-        raise OSError(f"a process of the study ended before its work was done (exit code {process.exitcode})") from None
+        raise _lost(process) from None
     if isinstance(found, Exception):
         raise found
     return found

@@ -1,5 +1,8 @@
 """Recipes: what they say is what is run; every mistake names its key; sweeps become trials."""
 
+import hashlib
+from pathlib import Path
+
 import pytest
 
 from lockstep.ptq.plan import Plan
@@ -8,6 +11,7 @@ from lockstep.study.recipe import Recipe, Sweep, TextChoice, first_difference, t
 from lockstep.study.trials import expand
 from tests.study.models import recorded
 
+STUDIES = Path(__file__).parents[2] / "studies"
 WHOLE = """
 model = "bundled"
 [calibrate]
@@ -149,3 +153,11 @@ def test_sites_that_there_are_none_of():
             expand(Plan(), [Sweep(kind, {kind: ("L9.p", ("u8",))})], sites)
     with pytest.raises(ValueError, match=r"L0.q.w: u8/head: a weight has no heads"):
         expand(Plan(), [Sweep("one_at_a_time", {"one_at_a_time": ("L0.q*", ("u8/head",))})], sites)
+
+
+@pytest.mark.parametrize("path", sorted((STUDIES / "recipes").glob("*.toml")), ids=lambda path: path.stem)
+def test_recipes_that_are_shipped_name_texts_that_are_there(path):
+    made = Recipe.load(path)
+    for choice in (made.calibrate, made.evaluate):
+        assert hashlib.sha256(choice.text.read_bytes()).hexdigest() == choice.sha256
+    assert made.sweeps and (made.model == "bundled" or (Path(made.model) / "config.json").is_file())

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import multiprocessing
 import os
 import shutil
 from dataclasses import replace
@@ -25,6 +26,7 @@ from lockstep.study.run import How, ranking, run_study
 from lockstep.study.subject import load_subject
 from lockstep.study.text import Window
 from lockstep.study.trials import make_study
+from lockstep.study.workers import Workers
 from tests.study.models import folder, window
 
 LENGTH, BASE = 40, Plan([["*", "i16"], ["*.w", "i8"]])
@@ -245,3 +247,15 @@ def test_a_report_can_be_made_of_it(made):
     assert {row["trial"] for row in group["rows"]} == {t["id"] for t in trials if "site" in t["swept"]}
     assert data["sites"]["L0.k.all"]["grids"] and not data["torn"]
     assert write_report(folder).read_text("utf-8").count("<tr") > len(trials)
+
+
+def test_a_process_that_is_lost_is_told(made):
+    study, _, _ = made
+    with contextlib.closing(Team(1)) as team, Workers(study, subject_of(), {}, 2, 2, team) as workers:
+        outcomes = workers.round(range(2), range(len(study.trials)))
+        next(outcomes)
+        for process in multiprocessing.active_children():
+            process.kill()
+        with pytest.raises(OSError, match=r"a process of the study ended before its work was done \(exit code -9\)"):
+            list(outcomes)
+            list(workers.round(range(2), [0]))

@@ -65,7 +65,7 @@ class Bench:
     def _made(self, trial: int) -> Setup | str:
         study, plan = self._study, self._study.trials[trial].plan
         try:
-            solved = Solved.solve(plan, study.model, study.content, study.sites, self._stats)
+            solved = Solved.solve(plan, study.model_name, study.content, study.sites, self._stats)
         except ValueError as error:
             return str(error)
         return Setup(plan.resolve(study.sites), solved.grids)

@@ -54,7 +54,7 @@ class _Confirmation:
     def __init__(self, folder: Path, study: Study, subject: Subject, team: Team) -> None:
         self._study, self._subject, self._team = study, subject, team
         stats = load_stats(folder / CALIBRATION) if (folder / CALIBRATION).exists() else {}
-        self._solve = lambda plan: Solved.solve(plan, study.model, study.content, study.sites, stats)
+        self._solve = lambda plan: Solved.solve(plan, study.model_name, study.content, study.sites, stats)
         self._rig, self._fast = self._made(PREFILL), None
         self._digests = _digests(folder / ROUNDS)
 

@@ -240,7 +240,7 @@ class _Run:
 
     def _solved(self, index: int) -> Solved:
         study = self._study
-        return Solved.solve(study.trials[index].plan, study.model, study.content, study.sites, self._stats)
+        return Solved.solve(study.trials[index].plan, study.model_name, study.content, study.sites, self._stats)
 
     def _save_study(self) -> None:
         windows = self.windows[FLOAT_TRIAL]

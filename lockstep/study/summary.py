@@ -30,7 +30,7 @@ def study_record(
     """The content of study.json. baseline: figures of the model in float, None before it ran."""
     return dict(
         form=FORM,
-        model=dict(name=study.model, hash=study.content, weights=study.weights),
+        model=dict(name=study.model_name, hash=study.content, weights=study.weights),
         texts=study.texts,
         sites=[asdict(site) for site in study.sites],
         inside=list(study.treatment.inside),

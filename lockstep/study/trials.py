@@ -8,6 +8,7 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from lockstep.ptq.plan import Plan
@@ -59,6 +60,11 @@ class Study:
     def length(self) -> int:
         """The tokens of the longest window that is evaluated."""
         return max(len(window.ids) for window in self.evaluation)
+
+    @property
+    def model_name(self) -> str:
+        """The model as files and pages say it: of a folder or file its name, not where it is on this machine."""
+        return Path(self.model).name if Path(self.model).is_absolute() else self.model
 
     def rounds(self) -> list[range]:
         """Windows of each round."""

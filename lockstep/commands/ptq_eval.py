@@ -147,5 +147,7 @@ def show(found) -> None:
             f"delta  {a['delta_nll']:+.6f} nats a token{within}, KL mean {a['kl_mean']:.6f}, p99 {a['kl_p99']:.5f}, "
             f"max {a['kl_max']:.4f}, same top token {a['top1']:.2%}"
         )
+    for site, reason in found.get("in floats", {}).items():
+        print(f"{site}: its layer stays in float arithmetic: {reason}")
     windows = counted(found["windows"], "window")
     print(f"{found['float']['tokens']} tokens scored, {windows} of {found['length']}, twin {found['twin']}")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lockstep.ptq.integer import integers
 from lockstep.ptq.observers import Stat
 from lockstep.ptq.plan import Plan
 from lockstep.ptq.rewrite import Rounded, Treatment
@@ -26,14 +27,17 @@ PREFILL, PREFILL_REFERENCE = TWINS = ("prefill", "prefill_reference")
 OnWindow = Callable[[int, int], object]
 
 
-def taken_apart(rounded: Rounded) -> Program:
-    """The program of the twin `prefill`."""
-    return unroll(rounded.program)
-
-
-def rig_for(subject: Subject, treatment: Treatment, team: Team, length: int, twin: str = PREFILL_REFERENCE) -> Rig:
-    """The rig of a twin."""
-    return Rig(subject.model, treatment, team, length, taken_apart if twin == PREFILL else None)
+def rig_for(
+    subject: Subject,
+    treatment: Treatment,
+    team: Team,
+    length: int,
+    twin: str = PREFILL_REFERENCE,
+    change: Callable[[Rounded], Program] = lambda rounded: rounded.program,
+) -> Rig:
+    """The rig of a twin. change: makes the program of the fast one."""
+    made = (lambda rounded: unroll(change(rounded))) if twin == PREFILL else change
+    return Rig(subject.model, treatment, team, length, made)
 
 
 @dataclass(frozen=True)
@@ -91,8 +95,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Figures of a text as `scoring` has them: {"float": .., "plan": .., "against float": ..}, the last two of a plan.
 
-    "float" is the same program with nothing rounded; without a plan it has the engine's own bits. by_token: see
-    `scoring.text_figures`. on_window: called with how many windows are done, and how many there are.
+    "float" is the same program with nothing rounded; without a plan it has the engine's own bits. Of a plan in integer
+    arithmetic "in floats" says which layers are not, and why. by_token: see `scoring.text_figures`. on_window: called
+    with how many windows are done, and how many there are.
     """
     length, program = max(len(w.ids) for w in windows), subject.model.recorded
     specs, treatment = {}, Treatment(sites=())
@@ -102,17 +107,36 @@ def evaluate(
         specs = solved.plan.resolve(sites)
         treatment = treatment_for(program, solved.plan, [specs], length)
     rig = rig_for(subject, treatment, team, length, twin)
+    planned_rig, floats = rig, {}
+    if solved is not None and solved.plan.arithmetic == "integer":
+        planned_rig, floats = _in_integers(subject, treatment, team, length, twin, specs)
     base, planned = [], []
     for done, window in enumerate(windows, 1):
         base.append(_scored(rig, FLOAT, window, None))
         if solved is not None:
-            planned.append(_scored(rig, Setup(specs, solved.grids), window, rig.hidden()))
+            planned.append(_scored(planned_rig, Setup(specs, solved.grids), window, rig.hidden()))
         if on_window:
             on_window(done, len(windows))
     found = dict(float=text_figures(base, by_token))
     if solved is not None:
         found |= {"plan": text_figures(planned, by_token), "against float": compared_figures(planned, base)}
+    if floats:
+        found["in floats"] = floats
     return found
+
+
+def _in_integers(
+    subject: Subject, treatment: Treatment, team: Team, length: int, twin: str, specs: Mapping[str, Spec]
+) -> tuple[Rig, dict[str, str]]:
+    """A rig whose layers are integer wherever they can be, and why others are not."""
+    floats: dict[str, str] = {}
+
+    def change(rounded: Rounded) -> Program:
+        made = integers(rounded, specs)
+        floats.update(made.floats)
+        return made.program
+
+    return rig_for(subject, treatment, team, length, twin, change), floats
 
 
 def _scored(rig: Rig, setup: Setup, window: Window, base: np.ndarray | None) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def make_study(
 ) -> Study:
     """A study of a model on windows of token ids. ValueError, with the rule, for a plan that the model's sites do not
     allow."""
-    check_supported(plan)
+    check_supported(plan, in_sweeps=True)
     program = subject.model.recorded
     sites = sites_for(program, plan.mask)
     trials = expand(plan, sweeps, sites, early_stop)

@@ -47,7 +47,7 @@ demo: $(VENV)/.installed
 	@if [ -f lockstep/commands/bench.py ]; then echo; $(LOCKSTEP) bench --quick; fi
 
 # A process for each core. In the order of their names, files that take long come early: no process ends long after others.
-BUDGET ?= 720
+BUDGET ?= 900
 test: $(VENV)/.test
 	@LOCKSTEP_TEST_BUDGET=$(BUDGET) $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 

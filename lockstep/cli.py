@@ -72,7 +72,9 @@ def heed_interrupts() -> None:
 
 
 def _joined(args):
-    """The arguments, with a command of two words as one of them."""
+    """The arguments, with a command of two words as one of them; the first word alone asks for the list of commands."""
+    if args and args[0] not in COMMANDS and args[1:] in ([], ["--help"]):
+        return ["--help"] if any(name.startswith(f"{args[0]} ") for name in COMMANDS) else args
     return [" ".join(args[:2]), *args[2:]] if " ".join(args[:2]) in COMMANDS else args
 
 

@@ -36,6 +36,12 @@ def test_sites_are_listed(capsys):
     assert "--match 'x*': it matches none of the model's" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("args", [["ptq"], ["ptq", "--help"]])
+def test_the_first_word_alone_lists_the_commands(args, capsys):
+    assert main(args) == 0
+    assert "ptq confirm" in capsys.readouterr().out
+
+
 def test_a_text_is_scored(capsys):
     found = evaluated(capsys)
     assert found["float"]["tokens"] == 96 and found["windows"] == 2 and 1 < found["float"]["nll"] < 5

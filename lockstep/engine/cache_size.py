@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lockstep.engine.draft_model import SLOTS
+from lockstep.ops.code_weights import FORMAT as CODES
 from lockstep.ops.embed import Embed
 from lockstep.ops.kv_cache import PAGE_TOKENS
 from lockstep.ops.rewrite import verifying
@@ -130,8 +131,15 @@ def weight_bytes(*programs: Program) -> int:
     the head that is made of it."""
     ops = [op for program in programs for op in program.ops]
     weights = {(isinstance(op, Embed), w.name): w for op in reversed(ops) for w in op.inputs if isinstance(w, Weight)}
-    sizes = [stored_shape(weight.format, tuple(weight.shape)) for weight in weights.values()]
-    return sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in sizes)
+    return sum(map(_stored_bytes, weights.values()))
+
+
+def _stored_bytes(weight: Weight) -> int:
+    """Bytes of a weight in its format; of codes those of the codes, beside which scales are few."""
+    if weight.format == CODES:
+        return int(np.prod(weight.shape))
+    shape, dtype = stored_shape(weight.format, tuple(weight.shape))
+    return int(np.prod(shape)) * dtype.itemsize
 
 
 # ---------------------------------------------------------------- the machine

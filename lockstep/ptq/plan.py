@@ -188,5 +188,5 @@ def _fill(mask: str, fill: Any) -> float | None:
 
 
 def _quoted(text: str) -> str:
-    """A TOML basic string; JSON's are such, but for DEL."""
-    return json.dumps(text).replace("\x7f", "\\u007f")
+    """A TOML basic string; JSON's are such, but for DEL, and for surrogates in the place of other characters."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lockstep.ops.grids import GRID_WORDS, INVERSE, SCALE, ZERO_POINT
+from lockstep.ops.grids import GRID_WORDS, HIGH, INVERSE, LOW, SCALE, ZERO_POINT
 from lockstep.ptq.observers import Stat
 from lockstep.ptq.plan import Plan
 from lockstep.ptq.site import Site
@@ -71,6 +71,9 @@ class Solved:
         if spec.observer is not None:
             other[:, free] = kind[free]
             good = (rows[:, SCALE] > 0) & (rows[:, INVERSE] == np.float32(1) / rows[:, SCALE])
+            if not spec.symmetric:
+                zero = rows[:, ZERO_POINT]
+                good &= (zero == np.rint(zero)) & (rows[:, LOW] <= zero) & (zero <= rows[:, HIGH])
         else:
             good = np.ones(len(rows), bool)
         if not (good & (other == kind).all(1)).all():

@@ -136,16 +136,18 @@ def first_difference(old: Any, new: Any, key: str = "") -> str | None:
 
 # ------------------------------------------------------------ TOML
 
+BARE = re.compile(r"[A-Za-z0-9_-]+", re.ASCII)  # keys that TOML takes without quotes
+
 
 def to_toml(table: Mapping[str, Any]) -> str:
     """A table as TOML: numbers and texts first, then tables, then lists of tables."""
     is_tables = lambda value: isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value)
     plain = {k: v for k, v in table.items() if not isinstance(v, dict) and not is_tables(v)}
-    parts = ["".join(f"{k} = {_value(v)}\n" for k, v in plain.items() if v != [] or k == "rules")]
+    parts = ["".join(f"{_key(k)} = {_value(v)}\n" for k, v in plain.items() if v != [] or k == "rules")]
     for name, value in table.items():
         if name not in plain:
-            head, inner = (f"[[{name}]]", value) if is_tables(value) else (f"[{name}]", [value])
-            parts += [f"{head}\n" + "".join(f"{k} = {_value(v)}\n" for k, v in each.items()) for each in inner]
+            head, inner = (f"[[{_key(name)}]]", value) if is_tables(value) else (f"[{_key(name)}]", [value])
+            parts += [f"{head}\n" + "".join(f"{_key(k)} = {_value(v)}\n" for k, v in each.items()) for each in inner]
     return "\n".join(parts)
 
 
@@ -153,12 +155,22 @@ def _value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{k} = {_value(v)}" for k, v in value.items()) + " }"
+        return "{ " + ", ".join(f"{_key(k)} = {_value(v)}" for k, v in value.items()) + " }"
     if isinstance(value, list) and any(isinstance(v, list) for v in value):
         return "[\n" + "".join(f"    {_value(v)},\n" for v in value) + "]"
     if isinstance(value, list):
         return "[" + ", ".join(map(_value, value)) + "]"
-    return json.dumps(value).replace("\x7f", "\\u007f") if isinstance(value, str) else repr(value)
+    return _quoted(value) if isinstance(value, str) else repr(value)
+
+
+def _key(name: str) -> str:
+    """A key as it is where TOML allows that, else in quotes."""
+    return name if BARE.fullmatch(name) else _quoted(name)
+
+
+def _quoted(value: str) -> str:
+    """A TOML basic string; JSON's are such, but for DEL, and for surrogates in the place of other characters."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _change(table: dict[str, Any], change: str) -> None:

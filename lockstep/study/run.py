@@ -128,7 +128,7 @@ class _Run:
         for lines in (self._lines, self._trials, self._times):
             if lines.was_torn:
                 how.say(f"{folder}: the last line of a file was cut short and is left out: it is made again")
-        self._known = {(record["round"], record["trial"]): record for record in self._lines.records}
+        self._known = {_key(self._lines, i): record for i, record in enumerate(self._lines.records)}
         self.windows: dict[int, list[dict[str, Any]]] = {t: [] for t in range(FLOAT_TRIAL, len(study.trials))}
         self._layers = {t: [0, 0] for t in self.windows}
         self._written: list[dict[str, Any]] = []
@@ -264,6 +264,15 @@ class _Run:
         if ranked:
             ids = [trial.id for trial in self._study.trials]
             self._solved(ids.index(ranked[0]["id"])).save(self._folder / WINNER)
+
+
+def _key(lines: Lines, index: int) -> tuple[int, str]:
+    """Round and trial of a record of rounds.jsonl. ValueError, with file and line, for one that was changed."""
+    record = lines.records[index]
+    whole = "failed" in record or ("windows" in record and "layers" in record)
+    if not whole or not isinstance(record.get("round"), int) or not isinstance(record.get("trial"), str):
+        raise ValueError(f"{lines.path}, line {index + 1}: it is no record of a trial in a round; it was changed")
+    return record["round"], record["trial"]
 
 
 def ranking(trials: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -79,6 +79,8 @@ def text_figures(windows: Sequence[dict[str, Any]], by_token: bool = False) -> d
     neighbouring tokens are alike.
     """
     tokens = sum(w["tokens"] for w in windows)
+    if not tokens:
+        raise ValueError("no token of the windows is scored; expected longer windows")
     nll = math.fsum(w["nll"] for w in windows) / tokens
     error = mean_and_error([nll_of(w) for w in windows])[1]
     if by_token:

@@ -20,6 +20,7 @@ from lockstep.weights.content import Progress
 from lockstep.weights.store import PackedStore
 from lockstep.weights.tensor import StoredTensor
 
+HEAD = "head"  # the site of logits
 BUNDLED = "bundled"  # what the model that comes with the package is called in files
 
 
@@ -69,7 +70,12 @@ def treatment_for(program: Program, plan: Plan, specs: Iterable[Mapping[str, Spe
     plan: any of them, for what they have in common: mask, rotation, and what is taken apart in any case. More is taken
     apart where a plan rounds a site that is inside, or adds its mask.
     """
+    specs = list(specs)
     named = {name for each in specs for name, spec in each.items() if not spec.is_off}
+    if any(each[HEAD].per == "row" for each in specs if HEAD in each):
+        raise ValueError(
+            f"site {HEAD}: a grid /row needs a whole row of logits, which is never there; expected /tensor"
+        )
     there = [site for site in sites_for(program, plan.mask) if site.name in named and not site.is_weight]
     return Treatment(
         sites=tuple(site.name for site in there),

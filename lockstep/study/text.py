@@ -61,8 +61,9 @@ def windows_of(text: Text, length: int, count: int | None = None, like: str | No
     does so); None: all. The target of each row is the next token of the text; the tokens after the last window are
     not used. like: "llama.cpp" cuts and scores as llama-perplexity does. ValueError for what the text cannot give.
     """
-    if length < 2:
-        raise ValueError(f"windows of {length} tokens, expected at least 2")
+    least = 3 if like else 2  # of which one is scored
+    if length < least:
+        raise ValueError(f"windows of {length} tokens, expected at least {least}")
     made = (_like_llama_cpp if like else _one_after_another)(text, length)
     if not made:
         raise ValueError(f"{text.path}: {len(text.ids)} tokens, expected more than {length} for one window of {length}")
@@ -106,9 +107,10 @@ def check_disjoint(calibration: Text, evaluation: Text, tokenizer: Tokenizer) ->
     if found is None:
         return
     a, b = found
-    excerpt = tokenizer.decode(evaluation.ids[b : b + SHINGLE])[:SHOWN]
+    last = min(SHINGLE, len(calibration.ids), len(evaluation.ids)) - 1
+    excerpt = tokenizer.decode(evaluation.ids[b : b + last + 1])[:SHOWN]
     raise ValueError(
-        f"{calibration.path}: its tokens {a} to {a + SHINGLE - 1} are tokens {b} to {b + SHINGLE - 1} of the "
+        f"{calibration.path}: its tokens {a} to {a + last} are tokens {b} to {b + last} of the "
         f"evaluation text {evaluation.path}, {excerpt!r}; expected texts that share no {SHINGLE} tokens in a row"
     )
 

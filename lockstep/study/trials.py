@@ -6,6 +6,7 @@ import fnmatch
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from lockstep.study.text import Window, windows_hash
 
 BASE = "base"
 ID_DIGITS = 16
+
+MOST_TRIALS = 10_000  # of a sweep
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,9 @@ def expand(plan: Plan, sweeps: Sequence[Sweep], sites: Sequence[Site], early_sto
 def _all(plan: Plan, sweeps: Sequence[Sweep], sites: Sequence[Site], early_stop: bool) -> Iterator[Trial]:
     yield Trial(BASE, {}, plan)
     for sweep in sweeps:
+        count = math.prod(len(specs) for _, specs in sweep.lists.values())
+        if count > MOST_TRIALS:
+            raise ValueError(f"sweep: {count} combinations of {', '.join(sweep.lists)}, expected at most {MOST_TRIALS}")
         if sweep.kind == "product":
             yield from _product(plan, sweep, early_stop)
         else:

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from lockstep.engine import selfcheck
+from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.planned import planned, treatment_of
 from lockstep.engine.prefix import model_identity
+from lockstep.engine.request import SamplingParams
 from lockstep.ops.rounded_attention import RoundedAttention
 from lockstep.ops.score import NLL
 from lockstep.parity import Path, run_parity, run_path
@@ -84,6 +86,19 @@ def test_its_ops_are_checked_on_this_cpu(team):
     made = planned(recorded("plain"), solved(recorded("plain"), Plan((*RULES, ("head", "off"))), team), CONTENT)
     assert any(isinstance(op, RoundedAttention) for op in made.program.ops)
     selfcheck.check(made.program, made.backend())
+
+
+@pytest.mark.parametrize("arithmetic", ["float", "integer"])
+def test_an_engine_generates_by_a_plan(arithmetic, team):
+    model = recorded("plain")
+    plan = Plan((*INTEGERS[:2], ("head", "off")), arithmetic=arithmetic)
+    made = planned(model, solved(model, plan, team), CONTENT)
+    with contextlib.closing(Engine(made, EngineOptions(max_requests=2, threads=1))) as engine:
+        params = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
+        requests = [engine.add(window(model, n, n)[0], params) for n in (3, 40)]
+        while engine.has_work:
+            engine.step()
+    assert all(len(request.output_ids) == 5 for request in requests)
 
 
 def test_what_is_refused(team):

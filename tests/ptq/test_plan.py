@@ -116,3 +116,8 @@ def test_every_part_of_a_plan_is_in_its_hash():
     assert Plan([("*", "i8:p99.90")]).hash == Plan((("*", "i8:p99.9"),)).hash
     recorded = Plan([("*", "i16"), ("*.w", "u4/row:mse")], mask="additive").hash
     assert recorded == "be785c0b9357f96ada770a1733295431c5844cae6c7d603c6ea9144c98298335"
+
+
+def test_a_glob_of_any_characters_reads_back():
+    plan = Plan([("\U0001f600*", "i8"), ('\x7f"\\', "i4")])
+    assert Plan.from_toml(plan.to_toml()) == plan

@@ -105,6 +105,10 @@ def test_grids_must_be_those_of_the_rules():
         wrong = rows["head"].copy()
         wrong[0, word] = value
         refused("site head: its grid is none of i16/tensor:minmax", head=wrong)
+    for value in (7.5, -1e6, 256):  # zero points of codes from 0 to 255
+        wrong = rows["L0.q"].copy()
+        wrong[1, grids.ZERO_POINT] = value
+        refused("site L0.q: its grid is none of u8/head:mse", **{"L0.q": wrong})
     with pytest.raises(ValueError, match=r"rule 'L0\.q' = 'u8/head:mse' matches no site"):
         SOLVED.check(NAME, HASH, SITES[:1])
 

@@ -1,6 +1,7 @@
 """Recipes: what they say is what is run; every mistake names its key; sweeps become trials."""
 
 import hashlib
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -161,3 +162,9 @@ def test_recipes_that_are_shipped_name_texts_that_are_there(path):
     for choice in (made.calibrate, made.evaluate):
         assert hashlib.sha256(choice.text.read_bytes()).hexdigest() == choice.sha256
     assert made.sweeps and (made.model == "bundled" or (Path(made.model) / "config.json").is_file())
+
+
+@pytest.mark.parametrize("name", ["plain", "a b.c", "a.b", "ü", "x=1", "", "\U0001f600", 'quo"te', "tab\t"])
+def test_any_name_and_text_reads_back(name):
+    table = {"model": name, "sweep": [{name: {"sites": name, "spec": ["u4", name]}}], "plan": {"rules": [[name, "i8"]]}}
+    assert tomllib.loads(to_toml(table)) == table

@@ -212,6 +212,9 @@ def test_lines_that_somebody_changed(made, tmp_path):
     (tmp_path / "copy" / "rounds.jsonl").write_text("{}\nnothing\n")
     with pytest.raises(ValueError, match=r"rounds.jsonl, line 2: it cannot be read as JSON"):
         run(tmp_path / "copy", study)
+    (tmp_path / "copy" / "rounds.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match=r"rounds.jsonl, line 1: it is no record of a trial in a round"):
+        run(tmp_path / "copy", study)
 
 
 def test_a_full_disk_names_the_file_and_loses_nothing(made, tmp_path, monkeypatch):

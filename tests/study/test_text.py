@@ -112,3 +112,10 @@ def test_a_calibration_text_in_the_evaluation_text(tmp_path, tokenizer):
         check_disjoint(a, b, tokenizer)
     texts = Path(__file__).parents[2] / "studies" / "texts"
     check_disjoint(*(read_text(texts / f"{name}.txt", tokenizer) for name in ("calibration", "evaluation")), tokenizer)
+
+
+def test_windows_in_which_nothing_would_be_scored(tmp_path):
+    text = Text(tmp_path / "t", "", 0, tuple(range(40)))
+    with pytest.raises(ValueError, match="windows of 2 tokens, expected at least 3"):
+        windows_of(text, 2, like="llama.cpp")
+    assert sum(target != NO_TARGET for target in windows_of(text, 3, like="llama.cpp")[0].targets) == 1

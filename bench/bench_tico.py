@@ -65,7 +65,7 @@ class Tico:
 def plan_of(args, arithmetic):
     """TICO's plan in our words."""
     rules = [["*", args.act], ["*.w", f"u{args.bits}/row"], ["embed.w", "u8/row"], ["head.w", "u8/row"]]
-    rules += [["*norm*.w", args.act], ["L*.res.*", "off"]]
+    rules += [["*norm*.w", "i16/tensor"], ["L*.res.attn", "off"]]
     rope = dict(mask="additive", rope="pre_negated")
     return Plan(rules, arithmetic=arithmetic, **rope)
 

@@ -1,0 +1,154 @@
+"""A plan's numbers as TICO 0.3.0 takes them: scales and zero points by the names of its observers, for a Llama model.
+
+    for name, numbers in json.loads(text).items():
+        scale, zero = torch.tensor(numbers["scale"]), torch.tensor(numbers["zero_point"])
+        model.get_observer(name).load_qparams(scale, zero, lock=True)
+
+between TICO's `prepare` and `convert`. Then it needs no calibration of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from lockstep.engine.model import Model
+from lockstep.ops.attention import Attention
+from lockstep.ops.grids import SCALE, ZERO_POINT
+from lockstep.ptq.observers import Stat
+from lockstep.ptq.plan import USUAL_FILL
+from lockstep.ptq.rewrite import Part, Treatment, layer_of, rounded, sites_of
+from lockstep.ptq.site import Site
+from lockstep.ptq.solved import Solved
+from lockstep.ptq.spec import MINMAX, Spec
+from lockstep.ptq.weights import fold
+
+ROTATED = ("x1", "x2", "cat", "cos", "sin", "rot")
+LAYER = {  # our sites of a layer, and the observers that see the same numbers
+    "norm1.in": ["input_layernorm.act_in"],
+    "norm1.w": ["input_layernorm.weight"],
+    "norm1": ["input_layernorm.act_out", "self_attn.hidden", *(f"self_attn.{x}_proj.act_in" for x in "qkv")],
+    **{f"{x}.w": [f"self_attn.{x}_proj.weight"] for x in "qkvo"},
+    **{x: [f"self_attn.{x}_proj.act_out"] for x in "qkvo"},
+    **{f"{x}.{part}": [f"self_attn.{x}_{part}"] for x in "qk" for part in ROTATED},
+    "k.all": [f"self_attn.{name}" for name in ("new_k", "past_key", "present_key")],
+    "v.all": [f"self_attn.{name}" for name in ("new_v", "past_value", "present_value")],
+    "qk.raw": ["self_attn.logits_raw"],
+    "qk": ["self_attn.logits"],
+    "qk.masked": ["self_attn.mask_add"],
+    "p": ["self_attn.softmax", "self_attn.attn_weights"],
+    "ctx": ["self_attn.attn_out", "self_attn.attn_out_h", "self_attn.o_proj.act_in"],
+    "norm2.in": ["post_attention_layernorm.act_in"],
+    "norm2.w": ["post_attention_layernorm.weight"],
+    "norm2": ["post_attention_layernorm.act_out", "mlp.act_in", "mlp.gate_proj.act_in", "mlp.up_proj.act_in"],
+    **{f"{x}.w": [f"mlp.{x}_proj.weight"] for x in ("gate", "up", "down")},
+    "gate": ["mlp.gate_proj.act_out", "mlp.act_fn.act_in"],
+    "up": ["mlp.up_proj.act_out"],
+    "act.sig": ["mlp.act_fn.sigmoid"],
+    "act": ["mlp.act_fn.mul"],
+    "mul": ["mlp.mul", "mlp.down_proj.act_in"],
+    "down": ["mlp.down_proj.act_out"],
+    "res.mlp": ["mlp_residual_out"],
+}
+OUTSIDE = {  # of all layers
+    "embed.w": ["model.embed_tokens.weight"],
+    "embed": ["model.embed_tokens.act_out"],
+    "norm.in": ["model.norm.act_in"],
+    "norm.w": ["model.norm.weight"],
+    "norm": ["model.norm.act_out", "lm_head.act_in"],
+    "head.w": ["lm_head.weight"],
+    "head": ["lm_head.act_out"],
+}
+
+
+def qparams(solved: Solved, model: Model) -> dict[str, dict[str, Any]]:
+    """{observer: {"scale", "zero_point"}} of a solved plan of a model: numbers, of a matrix's rows lists of them.
+
+    They can be written as JSON, whose digits give back the same float32. Observers of sites that are off are left out.
+    What TICO rounds and plans do not name, the mask and the scale of attention, has the kind of grid of the logits that
+    come out of them. TICO's configuration has to say the same kinds of grids.
+
+    ValueError for what TICO does not have: another model_type than "llama", a structural mask, a fused scale, a grid
+    after attention's addition, and grids that are not integers, of a tensor or of a matrix's rows.
+    """
+    _check(solved, model)
+    sites = sites_of(model.recorded, additive=True)
+    specs, parts = solved.plan.resolve(sites), rounded(model.recorded, Treatment(sites=())).weights
+    made: dict[str, dict[str, Any]] = {}
+    for site in sites:
+        spec = specs[site.name]
+        if not spec.is_off:
+            names = _observers(site, spec, model.config.num_layers)
+            grid = _weight(parts[site.name][0], spec) if site.is_weight else _numbers(solved.grids[site.name])
+            made |= dict.fromkeys(names, grid)
+    return made | dict(_constants(solved, model, specs))
+
+
+def _check(solved: Solved, model: Model) -> None:
+    plan, kind = solved.plan, model.config.model_type
+    if kind != "llama":
+        raise ValueError(f"TICO's observers are known for models of type 'llama', and this one is {kind!r}")
+    for name, value, expected in (("mask", plan.mask, "additive"), ("fuse_scale", plan.fuse_scale, "none")):
+        if value != expected:
+            raise ValueError(f"plan: {name} is {value!r}, expected {expected!r} for TICO")
+
+
+def _observers(site: Site, spec: Spec, num_layers: int) -> list[str]:
+    """The observers of a site that has a grid."""
+    allowed = ("tensor", "row") if site.is_weight else ("tensor",)
+    if not spec.what.is_integer or spec.per not in allowed:
+        of = " or /".join(allowed)
+        raise ValueError(f"site {site.name}: {spec} is no grid of TICO's; expected i2 .. i16 or u2 .. u16, /{of}")
+    if site.name.startswith("rope."):
+        return [f"{where}{site.name.removeprefix('rope.')}" for where in _places(num_layers)]
+    own = site.name if site.layer is None else site.name.removeprefix(f"L{site.layer}.")
+    known, where = (OUTSIDE, "") if site.layer is None else (LAYER, f"model.layers.{site.layer}.")
+    if own not in known:
+        raise ValueError(f"site {site.name}: TICO rounds nothing there; expected off")
+    return [where + name for name in known[own]]
+
+
+def _places(num_layers: int) -> list[str]:
+    """Where the tables of the rotation and the mask are rounded."""
+    layers = [f"model.layers.{layer}." for layer in range(num_layers)]
+    return ["model.", *layers, *(f"{layer}self_attn." for layer in layers)]
+
+
+def _constants(solved: Solved, model: Model, specs: Mapping[str, Spec]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What plans do not name: mask and scale of attention."""
+    fill = USUAL_FILL if solved.plan.fill is None else solved.plan.fill
+    for place in _places(model.config.num_layers):
+        name = "causal_mask" if place == "model." else "attn_mask"
+        spec = specs[f"L{layer_of(place) or 0}.qk.masked"]
+        yield from _constant(place + name, spec, fill, 0.0)
+    for op in model.recorded.ops:
+        if isinstance(op, Attention):
+            layer = layer_of(op.out.name)
+            name = f"model.layers.{layer}.self_attn.scale"
+            yield from _constant(name, specs[f"L{layer}.qk"], op.scale, op.scale)
+
+
+def _constant(name: str, spec: Spec, low: float, high: float) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The grid of numbers from low to high, unless it is off."""
+    if not spec.is_off:
+        stat = Stat.empty(name)
+        stat.count[:], stat.low[:], stat.high[:] = 1, low, high
+        yield name, _numbers(stat.solve(replace(spec, observer=MINMAX)))
+
+
+def _numbers(rows: np.ndarray) -> dict[str, Any]:
+    return dict(scale=float(rows[0, SCALE]), zero_point=int(rows[0, ZERO_POINT]))
+
+
+def _weight(part: Part, spec: Spec) -> dict[str, Any]:
+    """Of a matrix a scale for each row, where the spec says so; a norm's weight is one row, and has one scale."""
+    stored = part.weight.parts[part.index]
+    made = fold(stored.finite_f32().reshape(-1, stored.shape[-1]), spec, stored.name)
+    assert made.scale is not None and made.zero is not None
+    scale, zero = made.scale.ravel().tolist(), made.zero.ravel().astype(int).tolist()
+    if spec.per == "tensor" or len(stored.shape) == 1:
+        [scale], [zero] = scale, zero
+    return dict(scale=scale, zero_point=zero)

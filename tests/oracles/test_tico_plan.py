@@ -1,0 +1,218 @@
+"""Live comparison with TICO 0.3.0: a random Llama model under one plan, on both of its layouts and both of our twins.
+
+Seeds are fixed: two float32 programs that add in different orders may differ in a rounded number by a whole code, and
+how many of those there are, and what they do, depends on the numbers. LOCKSTEP_SEED takes others.
+"""
+
+import copy
+import json
+import os
+from contextlib import closing
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from lockstep.ptq.plan import Plan
+from lockstep.runtime.threads import Team
+from lockstep.study.evaluate import TWINS, Setup, rig_for, solve
+from lockstep.study.subject import load_subject, sites_for, treatment_for
+from lockstep.study.text import Window
+from lockstep.study.tico import qparams
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+tico = pytest.importorskip("tico.quantization", reason="TICO 0.3.0 is needed")
+builders = pytest.importorskip("tico.quantization.config.builders")
+affine = pytest.importorskip("tico.quantization.config.specs").affine
+DType = pytest.importorskip("tico.quantization.wrapq.dtypes").DType
+
+SEED = int(os.environ.get("LOCKSTEP_SEED") or 0)
+LAYERS, HIDDEN, FFN, VOCABULARY, LENGTH = 2, 64, 160, 96, 32
+ACTS = {"i16": DType.int(16), "u8": DType.uint(8)}
+ROPE = {"npu_export": "pre_negated", "reference_eval": "hf"}  # TICO's profiles; both with the scale not fused
+# What TICO does not see without a cache. Ours are those of the same numbers elsewhere.
+UNSEEN = ("self_attn.new_k", "self_attn.new_v", "self_attn.past_key", "self_attn.past_value")
+# Weights, and what is only looked up in them: nothing is computed before they are seen.
+SAME = (".weight", "embed_tokens.act_out", "layers.0.input_layernorm.act_in")
+# Float32 rounds each addition by 2^-24 of it at most. The longest way to a number has 7 sums in each layer, and the
+# head's, of at most FFN numbers; roundings of such a way are as often up as down, and there are two programs.
+RANGE_ERROR = 2 * np.sqrt((7 * LAYERS + 1) * FFN) * 2.0**-24
+NUM_NUDGES = 16
+
+
+@dataclass
+class Case:
+    """One plan on both sides.
+
+    theirs: TICO's model by its own calibration. fresh: another, not calibrated. qparams: ours, from JSON. logits:
+    TICO's, of the first window. code: what a code of logits is worth. ours: log-probabilities of all tokens, by twin.
+    """
+
+    theirs: object
+    fresh: object
+    windows: torch.Tensor
+    qparams: dict
+    logits: np.ndarray
+    code: float
+    ours: dict = field(default_factory=dict)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    torch.manual_seed(SEED)
+    torch.set_num_threads(1)
+    config = transformers.LlamaConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=FFN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=LENGTH,
+        initializer_range=0.15,
+        tie_word_embeddings=False,
+        attn_implementation="eager",
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name:
+                weight.add_(0.2 * torch.randn_like(weight))
+    folder = tmp_path_factory.mktemp("llama")
+    model.save_pretrained(folder)
+    return model, load_subject(str(folder), LENGTH, "f32"), torch.randint(0, VOCABULARY, (2, 1, LENGTH))
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(act, bits, profile) for act, bits in (("i16", 4), ("u8", 8)) for profile in ROPE],
+    ids=lambda p: f"w{p[1]}a{p[0]}-{p[2]}",
+)
+def case(request, llama):
+    (act, bits, profile), (model, subject, windows) = request.param, llama
+    with torch.no_grad(), closing(Team(1)) as team:
+        theirs = prepared(model, act, bits, profile)
+        for ids in windows:
+            theirs(ids, use_cache=False)
+        theirs = tico.convert(theirs).eval()
+        plan = plan_of(act, bits, ROPE[profile])
+        texts = [Window(tuple(ids[0].tolist()), (-1,) * LENGTH) for ids in windows]
+        solved = solve(subject, plan, team, texts)
+        made = Case(
+            theirs,
+            prepared(model, act, bits, profile),
+            windows,
+            json.loads(json.dumps(qparams(solved, subject.model))),
+            logits_of(theirs, windows),
+            float(theirs.get_observer("lm_head.act_out").compute_qparams()[0]),
+        )
+        made.ours = {twin: our_logprobs(subject, solved, team, texts[0], twin) for twin in TWINS}
+    return made
+
+
+def prepared(model, act, bits, profile):
+    """The model with TICO's wrappers."""
+    config = builders.build_llm_ptq_config(
+        model_type="llama",
+        num_hidden_layers=LAYERS,
+        activation=affine(ACTS[act]),
+        linear_weight=affine(DType.uint(bits)),
+        embedding_weight=affine(DType.uint(8)),
+        lm_head_weight=affine(DType.uint(8)),
+        profile=profile,
+    )
+    config.model_args["attention"] = {"scale_fusion": "none"}
+    return tico.prepare(copy.deepcopy(model), config)
+
+
+def plan_of(act, bits, rope):
+    """TICO's plan in our words."""
+    rules = [["*", act], ["*.w", f"u{bits}/row"], ["embed.w", "u8/row"], ["head.w", "u8/row"]]
+    return Plan([*rules, ["*norm*.w", "i16/tensor"], ["L*.res.attn", "off"]], mask="additive", rope=rope)
+
+
+def logits_of(model, windows):
+    """TICO's logits of the first window."""
+    with torch.no_grad():
+        return model(windows[0], use_cache=False).logits[0].numpy()
+
+
+def logprobs(logits):
+    return torch.log_softmax(torch.from_numpy(logits).double(), -1).numpy()
+
+
+def our_logprobs(subject, solved, team, window, twin):
+    """Log-probabilities of all tokens after each: with every token as the one that is scored."""
+    program, plan = subject.model.recorded, solved.plan
+    specs = plan.resolve(sites_for(program, plan.mask))
+    rig = rig_for(subject, treatment_for(program, plan, [specs], LENGTH), team, LENGTH, twin)
+    Setup(specs, solved.grids).put_on(rig)
+    made, base = np.empty((LENGTH, VOCABULARY), np.float32), np.zeros((LENGTH, HIDDEN), np.float32)
+    for token in range(VOCABULARY):
+        rig.load(window.ids, [token] * LENGTH, base)
+        rig.run(rig.score_index if token else 0)
+        made[:, token] = -rig.scores()[:, 0]
+    return made
+
+
+def scale_differences(case):
+    """Of every observer that saw something: (name, largest relative difference of our scales to its own)."""
+    for name, observer in case.theirs.named_observers():
+        if torch.isfinite(observer.min_val).all():
+            scale = observer.compute_qparams()[0].double().numpy()
+            yield name, np.abs(np.float32(case.qparams[name]["scale"]) / scale - 1).max()
+
+
+def tolerance(case):
+    """How far two float32 programs of one plan may be apart: (any logit, root mean square).
+
+    A code of logits, and twice the most that happens to TICO's own when each of its scales moves by up to twice its
+    difference to ours: numbers between two codes then jump, as they do where sums are added in another order.
+    """
+    differences, rng = dict(scale_differences(case)), np.random.default_rng(SEED)
+    model, moved = copy.deepcopy(case.theirs), []
+    kept = {name: observer.compute_qparams() for name, observer in model.named_observers()}
+    for _ in range(NUM_NUDGES):
+        for name, observer in model.named_observers():
+            scale, zero = kept[name]
+            factor = 1 + 2 * differences.get(name, 0) * rng.uniform(-1, 1)
+            observer.load_qparams((scale.double() * factor).float(), zero, lock=True)
+        moved.append(logits_of(model, case.windows) - case.logits)
+    return case.code + 2 * np.abs(moved).max(), case.code / 10 + 2 * max(map(rms, moved))
+
+
+def rms(x):
+    return np.sqrt(np.mean(np.square(x, dtype=np.float64)))
+
+
+# ------------------------------------------------------------ tests
+
+
+def test_every_observer_has_our_scale_and_zero_point(case):
+    observers = dict(case.theirs.named_observers())
+    assert observers.keys() == case.qparams.keys()
+    differences = dict(scale_differences(case))
+    assert all(name.endswith(UNSEEN) for name in observers.keys() - differences.keys())
+    for name, difference in differences.items():
+        assert difference <= (0 if name.endswith(SAME) else RANGE_ERROR), name
+        zero = observers[name].compute_qparams()[1].numpy()
+        np.testing.assert_array_equal(case.qparams[name]["zero_point"], zero, name)
+
+
+def test_logits_are_those_of_both_twins(case):
+    """Log-probabilities: the logarithm of a sum moves by no more than logits do, so that twice as much is allowed."""
+    assert case.ours[TWINS[0]].tobytes() == case.ours[TWINS[1]].tobytes()
+    apart, (most, mean) = case.ours[TWINS[0]] - logprobs(case.logits), tolerance(case)
+    assert np.abs(apart).max() <= 2 * most
+    assert rms(apart) <= 2 * mean
+
+
+def test_tico_takes_our_numbers_in_place_of_a_calibration(case):
+    for name, numbers in case.qparams.items():
+        scale, zero = torch.tensor(numbers["scale"]), torch.tensor(numbers["zero_point"])
+        case.fresh.get_observer(name).load_qparams(scale, zero, lock=True)
+    apart, (most, mean) = logits_of(tico.convert(case.fresh).eval(), case.windows) - case.logits, tolerance(case)
+    assert np.abs(apart).max() <= most
+    assert rms(apart) <= mean

@@ -78,7 +78,6 @@ def rigs_of(model, team, args, windows):
     started = time.perf_counter()
     stats = calibrate(model, treatment, team, windows)
     calibration = (time.perf_counter() - started) / len(windows)
-    stats["head"] = stats.get("head") or stats["norm"]
     grids = Solved.solve(plan, "random", "", sites, stats).grids
     changes = {
         "prefill": lambda rounded: unroll(rounded.program),

@@ -20,11 +20,11 @@ from contextlib import closing
 from pathlib import Path
 
 from lockstep.engine.model import load_model
-from lockstep.engine.planned import treatment_of
 from lockstep.ptq.integer import integers
 from lockstep.ptq.plan import Plan
 from lockstep.ptq.rewrite import sites_of
 from lockstep.ptq.solved import Solved
+from lockstep.ptq.treatment import treatment_of
 from lockstep.ptq.unroll import unroll
 from lockstep.runtime.executor import WeightStore
 from lockstep.runtime.threads import Team

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from lockstep.engine.model import Model
@@ -10,26 +9,12 @@ from lockstep.ops.rounded_attention import MAX_KEYS
 from lockstep.ptq.folded import FoldedStore, FoldedWeights, with_weight
 from lockstep.ptq.integer import integers
 from lockstep.ptq.plan import Plan
-from lockstep.ptq.rewrite import Treatment, inside_of, rounded, sites_of
-from lockstep.ptq.site import Site
+from lockstep.ptq.rewrite import rounded, sites_of
 from lockstep.ptq.solved import Solved
 from lockstep.ptq.spec import Spec
+from lockstep.ptq.treatment import treatment_of
 from lockstep.runtime.operands import Operands
 from lockstep.runtime.program import Weight
-
-
-def treatment_of(plan: Plan, sites: Sequence[Site], max_keys: int) -> Treatment:
-    """How a program is rounded by a plan alone. max_keys: of a sequence."""
-    named = {name for name, spec in plan.resolve(sites).items() if not spec.is_off}
-    activations = {site.name for site in sites if site.name in named and not site.is_weight}
-    return Treatment(
-        sites=activations,
-        inside=inside_of([site for site in sites if site.name in activations], plan.apart),
-        additive=plan.mask == "additive",
-        fill=-120.0 if plan.fill is None else plan.fill,
-        pre_negated=plan.rope == "pre_negated",
-        max_keys=max_keys,
-    )
 
 
 def planned(model: Model, solved: Solved, content: str) -> Model:

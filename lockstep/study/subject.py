@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lockstep.engine.model import Model, load_model
-from lockstep.ptq.plan import USUAL_FILL, Plan
-from lockstep.ptq.rewrite import Treatment, inside_of, sites_of
+from lockstep.ptq.plan import Plan
+from lockstep.ptq.rewrite import Treatment, sites_of
 from lockstep.ptq.site import Site
 from lockstep.ptq.spec import Spec
+from lockstep.ptq.treatment import treatment_of
 from lockstep.ptq.weights import num_bytes
 from lockstep.runtime.program import Program
 from lockstep.serve.hub import resolve_model
@@ -65,26 +66,13 @@ def sites_for(program: Program, mask: str) -> list[Site]:
 
 
 def treatment_for(program: Program, plan: Plan, specs: Iterable[Mapping[str, Spec]], length: int) -> Treatment:
-    """How to treat a program so that each of several plans, given by their specs by site, can be set on it.
-
-    plan: any of them, for what they have in common: mask, rotation, and what is taken apart in any case. More is taken
-    apart where a plan rounds a site that is inside, or adds its mask.
-    """
+    """`treatment_of` of plans for windows of so many tokens. ValueError for a grid that logits cannot be scored on."""
     specs = list(specs)
-    named = {name for each in specs for name, spec in each.items() if not spec.is_off}
     if any(each[HEAD].per == "row" for each in specs if HEAD in each):
         raise ValueError(
             f"site {HEAD}: a grid /row needs a whole row of logits, which is never there; expected /tensor"
         )
-    there = [site for site in sites_for(program, plan.mask) if site.name in named and not site.is_weight]
-    return Treatment(
-        sites=tuple(site.name for site in there),
-        inside=inside_of(there, [*plan.apart, *(["attention"] if plan.mask == "additive" else [])]),
-        additive=plan.mask == "additive",
-        fill=USUAL_FILL if plan.fill is None else plan.fill,
-        pre_negated=plan.rope == "pre_negated",
-        max_keys=length,
-    )
+    return treatment_of(plan, sites_for(program, plan.mask), length, specs)
 
 
 def check_supported(plan: Plan, in_sweeps: bool = False) -> None:

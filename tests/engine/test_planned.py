@@ -8,7 +8,7 @@ import pytest
 
 from lockstep.engine import selfcheck
 from lockstep.engine.engine import Engine, EngineOptions
-from lockstep.engine.planned import planned, treatment_of
+from lockstep.engine.planned import planned
 from lockstep.engine.prefix import model_identity
 from lockstep.engine.request import SamplingParams
 from lockstep.ops.rounded_attention import RoundedAttention
@@ -18,6 +18,7 @@ from lockstep.ptq.integer import integers
 from lockstep.ptq.plan import Plan
 from lockstep.ptq.rewrite import sites_of
 from lockstep.ptq.solved import Solved
+from lockstep.ptq.treatment import treatment_of
 from lockstep.runtime.threads import Team
 from lockstep.study.calibrate import calibrate
 from lockstep.study.rig import Rig

@@ -5,7 +5,6 @@ import contextlib
 import numpy as np
 import pytest
 
-from lockstep.engine.planned import treatment_of
 from lockstep.ops.code_linear import CodeLinear
 from lockstep.ops.linear import Linear
 from lockstep.ops.score import NLL
@@ -13,6 +12,7 @@ from lockstep.ptq.integer import integers
 from lockstep.ptq.plan import Plan
 from lockstep.ptq.rewrite import rounded, sites_of
 from lockstep.ptq.solved import Solved
+from lockstep.ptq.treatment import treatment_of
 from lockstep.runtime.threads import Team
 from lockstep.study.calibrate import calibrate
 from lockstep.study.rig import Rig

@@ -1,9 +1,9 @@
 import contextlib
 
-from lockstep.engine.planned import treatment_of
 from lockstep.ptq.plan import Plan
 from lockstep.ptq.rewrite import sites_of
 from lockstep.ptq.solved import Solved
+from lockstep.ptq.treatment import treatment_of
 from lockstep.runtime.threads import Team
 from lockstep.study.calibrate import calibrate
 from lockstep.study.disagreement import disagreement

@@ -15,7 +15,7 @@ from numba import carray
 
 from lockstep.ops.attention import gated
 from lockstep.ops.grids import GRID_WORDS, quantize_row
-from lockstep.ops.kv_cache import check_pages, k_index, kv_dtype_of, read_number, v_index
+from lockstep.ops.kv_cache import PAGE_TOKENS, check_pages, k_index, kv_dtype_of, read_number, v_index
 from lockstep.ops.math import exp
 from lockstep.ops.reduce import tree_sum
 from lockstep.ops.row_keys import row_keys
@@ -134,25 +134,14 @@ def values_of(p_C, v_CK, out_K):
 
 
 @inlined
-def keys_of(pages, batch, request, g, count, G, K):
-    """The first so many keys of a kv head of a request, [count, K]."""
-    k_CK = np.empty((count, K), np.float32)
+def cached(pages, index_of, batch, request, g, count, G, K):
+    """The first so many keys or values of a kv head of a request, [count, K]. index_of: `k_index` or `v_index`."""
+    rows_CK = np.empty((count, K), np.float32)
     for j in range(count):
-        page = entry(batch.page_table, request * batch.pages_per_request + j // 64)
+        page = entry(batch.page_table, request * batch.pages_per_request + j // PAGE_TOKENS)
         for d in range(K):
-            k_CK[j, d] = read_number(pages, k_index(page, g, d, j % 64, G, K, False), False)
-    return k_CK
-
-
-@inlined
-def values_at(pages, batch, request, g, count, G, K):
-    """The first so many values, likewise."""
-    v_CK = np.empty((count, K), np.float32)
-    for j in range(count):
-        page = entry(batch.page_table, request * batch.pages_per_request + j // 64)
-        for d in range(K):
-            v_CK[j, d] = read_number(pages, v_index(page, g, d, j % 64, G, K, False), False)
-    return v_CK
+            rows_CK[j, d] = read_number(pages, index_of(page, g, d, j % PAGE_TOKENS, G, K, False), False)
+    return rows_CK
 
 
 @inlined
@@ -162,7 +151,7 @@ def attend_head(a, batch, t, h):
     request, g, count = entry(batch.request, t), h // (H // G), row_keys(a, batch, t)
     x_C, out_K = np.empty(count, np.float32), carray(float_array(a.out + 4 * K * (H * t + h)), (K,))
     q_K = carray(float_array(a.q + 4 * K * (H * t + h)), (K,))
-    scores_of(q_K, keys_of(a.k_pages, batch, request, g, count, G, K), x_C)
+    scores_of(q_K, cached(a.k_pages, k_index, batch, request, g, count, G, K), x_C)
     quantize_row(x_C, grid_of(a.grids, RAW, H, h))
     for j in range(count):
         x_C[j] = x_C[j] * a.scale
@@ -172,7 +161,7 @@ def attend_head(a, batch, t, h):
         quantize_row(x_C, grid_of(a.grids, MASKED, H, h))
     softmax(x_C)
     quantize_row(x_C, grid_of(a.grids, P, H, h))
-    values_of(x_C, values_at(a.v_pages, batch, request, g, count, G, K), out_K)
+    values_of(x_C, cached(a.v_pages, v_index, batch, request, g, count, G, K), out_K)
     quantize_row(out_K, grid_of(a.grids, PV, H, h))
     if a.gate != 0:
         gate = a.gate + 4 * (a.gate_width * t + a.gate_offset + a.gate_stride * h)

@@ -8,7 +8,7 @@ others is not read. A row of a token with more keys than columns is NaN.
 import numpy as np
 
 from lockstep.ops.kv_cache import PAGE_TOKENS, k_index, page_shapes, v_index, write_number
-from lockstep.ops.rounded_attention import keys_of, mask_added, scores_of, softmax, values_at, values_of
+from lockstep.ops.rounded_attention import cached, mask_added, scores_of, softmax, values_of
 from lockstep.ops.row_keys import row_keys
 from lockstep.ops.unrolled_rows import row_of
 from lockstep.runtime.backend import Implementation
@@ -167,7 +167,7 @@ def _head_scores(op, step, thread, num_threads):
     a, batch = HeadScores.read(op), StepBlock.read(step)
     for t in range(num_rows(op, step) if thread == 0 else 0):
         request, count = entry(batch.request, t), keys_there(a, batch, t)
-        k_CK = keys_of(a.k_pages, batch, request, a.kv_head, count, a.num_kv_heads, a.head_dim)
+        k_CK = cached(a.k_pages, k_index, batch, request, a.kv_head, count, a.num_kv_heads, a.head_dim)
         scores_of(row_of(a.q, a.head_dim, t, 0, a.head_dim), k_CK, scores_at(a, a.out, batch, t))
         if count < row_keys(a, batch, t):
             poke(a.out + 4 * a.width * t, UNKNOWN)
@@ -205,7 +205,7 @@ def _head_values(op, step, thread, num_threads):
     a, batch = HeadValues.read(op), StepBlock.read(step)
     for t in range(num_rows(op, step) if thread == 0 else 0):
         request, count = entry(batch.request, t), keys_there(a, batch, t)
-        v_CK = values_at(a.v_pages, batch, request, a.kv_head, count, a.num_kv_heads, a.head_dim)
+        v_CK = cached(a.v_pages, v_index, batch, request, a.kv_head, count, a.num_kv_heads, a.head_dim)
         values_of(scores_at(a, a.p, batch, t), v_CK, row_of(a.out, a.head_dim, t, 0, a.head_dim))
 
 

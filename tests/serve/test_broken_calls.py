@@ -16,6 +16,7 @@ from lockstep.serve.tool_calls.styles import HERMES, LLAMA, MISTRAL, MISTRAL_NAM
 from lockstep.serve.tool_calls.tools import Tool, ToolUse
 from tests.serve.calls import parse, ways_to_cut
 from tests.serve.test_tool_schemas import written
+from tests.slowness import is_within
 
 BY_STYLE = pytest.mark.parametrize("style", STYLES, ids=lambda style: style.name)
 USE = ToolUse(
@@ -257,7 +258,7 @@ def test_a_long_broken_call_costs_no_more_than_its_length(text):
     style = MISTRAL if text[0] == "[" else HERMES if text.startswith(BEGIN) else XML
     began = time.process_time()
     parse(CallParser(style, USE), list(text))
-    assert time.process_time() - began < 8, "hardly two where the machine is free, and hours if it were quadratic"
+    assert is_within(time.process_time() - began, 4), "hardly two, and hours if it were quadratic"
 
 
 def test_a_block_knows_that_the_answer_ended_in_it():

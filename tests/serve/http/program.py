@@ -58,6 +58,12 @@ class Program:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(re.search(r"VmRSS:\s*(\d+)", status)[1]) / 1024
 
+    @property
+    def processor_seconds(self):
+        """What all its threads have used so far, in user and system time."""
+        used = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        return sum(map(int, used)) / os.sysconf("SC_CLK_TCK")
+
 
 @contextlib.contextmanager
 def program(*options):

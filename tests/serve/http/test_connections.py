@@ -111,7 +111,7 @@ def test_a_client_that_ends_within_a_request_has_left(server, raw):
     with connect(server) as connection:
         connection.sendall(raw)
         connection.shutdown(socket.SHUT_WR)
-        connection.settimeout(5)
+        connection.settimeout(20)  # it would take the 30 that a body may
         assert read_all(connection) == b""
 
 
@@ -126,14 +126,13 @@ def test_a_client_that_closes_altogether_is_noticed_soon(fields):
         with connect(made) as connection:
             connection.sendall(request(dict(prompt="x", max_tokens=4000, ignore_eos=True, **fields)))
             wait_until(lambda: engine.has_work)
-        wait_until(lambda: not engine.has_work, 2)
+        wait_until(lambda: not engine.has_work, 40)  # all tokens would take 80
         wait_until(lambda: made.service.metrics.cancelled == 1)
 
 
 # ---------------------------------------------------------------- too many
 
 
-@pytest.mark.alone
 def test_health_is_answered_whoever_holds_connections():
     """Half-sent requests of one address, far more than there may be, that come again as they are refused."""
     with running(limits=FEW) as made:
@@ -143,10 +142,11 @@ def test_health_is_answered_whoever_holds_connections():
                 each.sendall(b"GET /heal")
             for path in ("/health", "/ready"):
                 began = time.monotonic()
-                assert httpx.get(made.url + path).status_code == 200 and time.monotonic() - began < 0.5
+                assert httpx.get(made.url + path).status_code == 200
+                assert time.monotonic() - began < FEW.body_seconds / 2, "it waited for one that is held"
             status, body = exchange(made, request(dict(prompt="x")))
             assert status == 503 and json.loads(body)["error"]["code"] == "connections_full"
-            wait_until(lambda: len(made.server.server_state.connections) <= 8, 5)
+            wait_until(lambda: len(made.server.server_state.connections) <= 8, FEW.body_seconds / 2)
             for each in held:
                 each.close()
         wait_until(lambda: not made.server.server_state.connections)

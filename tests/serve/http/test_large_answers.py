@@ -16,6 +16,7 @@ from lockstep.serve.http.sse import LARGE
 from lockstep.serve.http.values import num_logprobs, num_values, within
 from tests.serve.http.program import program
 from tests.serve.http.server import running, wait_until
+from tests.slowness import is_within
 
 ASKED = dict(prompt=["def f(", "x"], n=8, max_tokens=100, logprobs=20, ignore_eos=True, temperature=1.0, seed=1)
 
@@ -120,7 +121,6 @@ def test_a_large_answer_is_the_same_as_a_small_one_in_pieces(server, monkeypatch
     assert "content-length" in small.headers and small.json()["choices"] == large.json()["choices"]
 
 
-@pytest.mark.alone
 def test_others_are_answered_and_memory_is_bounded_while_a_large_answer_is_made_and_written():
     with program("--max-requests", 32) as made:
         httpx.post(f"{made.url}/v1/completions", json=ASKED, timeout=120)
@@ -135,11 +135,10 @@ def test_others_are_answered_and_memory_is_bounded_while_a_large_answer_is_made_
         threading.Thread(target=ask).start()
         with httpx.Client(timeout=60) as client:
             while not done.is_set():
-                began = time.monotonic()
+                began = time.monotonic(), made.processor_seconds
                 assert client.get(f"{made.url}/health").status_code == 200
-                waits.append(time.monotonic() - began)
+                waits.append(min(time.monotonic() - began[0], made.processor_seconds - began[1]))
                 peak = max(peak, made.rss_mb)
                 time.sleep(0.01)
         assert answers[0].status_code == 200 and len(answers[0].content) > 6e6
-        late = [seconds for seconds in waits if seconds > 0.5]
-        assert len(late) <= 1 and peak - before < 100, (late, peak - before)  # one: the machine may have stood still
+        assert is_within(max(waits), 0.5) and peak - before < 100, (max(waits), peak - before)

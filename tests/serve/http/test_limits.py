@@ -4,6 +4,7 @@ import gzip
 import json
 import socket
 import time
+from dataclasses import replace
 
 import pytest
 from pydantic import Field
@@ -29,6 +30,13 @@ CLOSE = dict(Connection="close")
 @pytest.fixture(scope="module")
 def small():
     with running(limits=SMALL) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def patient():
+    """A server that waits for the rest of what has begun, however slow the machine is."""
+    with running(limits=replace(SMALL, body_seconds=60)) as made:
         yield made
 
 
@@ -95,14 +103,14 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read(small):
     refused(exchange(small, head(Transfer_Encoding="chunked", **CLOSE) + pieces), 413, "larger than 100000 bytes")
 
 
-def test_bodies_of_many_requests_are_bounded_together(small):
+def test_bodies_of_many_requests_are_bounded_together(patient):
     half = head(Content_Length=99_000) + b"x" * 90_000
-    with connect(small) as first:
+    with connect(patient) as first:
         first.sendall(half)
-        wait_until(lambda: small.service.num_bytes == 90_000)
-        refused(exchange(small, head(Content_Length=99_000, **CLOSE) + b"x" * 90_000), 429, "too much memory")
-    wait_until(lambda: small.service.num_bytes == 0)
-    assert exchange(small, request(dict(prompt="x", max_tokens=1), **CLOSE))[0] == 200
+        wait_until(lambda: patient.service.num_bytes == 90_000)
+        refused(exchange(patient, head(Content_Length=99_000, **CLOSE) + b"x" * 90_000), 429, "too much memory")
+    wait_until(lambda: patient.service.num_bytes == 0)
+    assert exchange(patient, request(dict(prompt="x", max_tokens=1), **CLOSE))[0] == 200
 
 
 def test_a_gzip_body_is_unpacked(small):
@@ -226,15 +234,15 @@ def test_a_client_that_does_not_read_is_dropped(small):
     wait_until(lambda: not small.service.num_open)
 
 
-def test_too_many_connections_are_answered_and_the_others_go_on(small):
-    idle = [connect(small) for _ in range(20)]
-    wait_until(lambda: len(small.server.server_state.connections) >= 20)
-    found = exchange(small, request(dict(prompt="x", max_tokens=1)))
+def test_too_many_connections_are_answered_and_the_others_go_on(patient):
+    idle = [connect(patient) for _ in range(20)]
+    wait_until(lambda: len(patient.server.server_state.connections) >= 20)
+    found = exchange(patient, request(dict(prompt="x", max_tokens=1)))
     refused(found, 503, "more than 20 connections")
     for each in idle:
         each.close()
-    wait_until(lambda: not small.server.server_state.connections)
-    assert exchange(small, request(dict(prompt="x", max_tokens=1), **CLOSE))[0] == 200
+    wait_until(lambda: not patient.server.server_state.connections)
+    assert exchange(patient, request(dict(prompt="x", max_tokens=1), **CLOSE))[0] == 200
 
 
 def test_requests_in_one_go_are_answered_in_order(small):

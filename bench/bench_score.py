@@ -14,6 +14,7 @@ import time
 import numpy as np
 
 from lockstep.bench_layer import nothing, stored
+from lockstep.formats.panels import padded_width
 from lockstep.ops import activations_cpu, linear_cpu, score_cpu
 from lockstep.ops.linear import Linear
 from lockstep.ops.rewrite import lower
@@ -24,7 +25,6 @@ from lockstep.runtime.operands import Operands, output
 from lockstep.runtime.program import Program, Tensor, Weight
 from lockstep.runtime.step_block import StepBlock
 from lockstep.runtime.threads import Team
-from lockstep.weights.pack import padded_width
 
 TABLE = {**activations_cpu.CPU, **linear_cpu.CPU, **score_cpu.CPU, "given": Implementation(nothing)}
 

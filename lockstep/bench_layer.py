@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 
+from lockstep.formats import q4_0, q8_0
 from lockstep.ops import activations_cpu, linear_cpu
 from lockstep.ops.grouped_linear import GroupedLinear
 from lockstep.ops.linear import Linear
@@ -19,7 +20,6 @@ from lockstep.runtime.operands import Operands, output
 from lockstep.runtime.program import Program, Tensor, Weight
 from lockstep.runtime.step_block import StepBlock
 from lockstep.runtime.threads import Team
-from lockstep.weights import q4_0, q8_0
 from lockstep.weights.tensor import StoredTensor, stored_shape
 
 CACHES = 96 * 2**20  # bytes of weights that no cache holds

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from lockstep.engine.cache_size import request_bytes, weight_bytes
 from lockstep.engine.drafts import MOST_BY_ITSELF
+from lockstep.formats.panels import PANEL, num_panels
 from lockstep.ops.embed import Embed
 from lockstep.ops.kv_cache import PAGE_TOKENS
 from lockstep.ops.linear_cpu import FORMATS
 from lockstep.runtime.program import DTYPES, Tensor, Weight
-from lockstep.weights.pack import PANEL, num_panels
 
 LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
 

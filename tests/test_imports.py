@@ -1,6 +1,6 @@
 """Imports only go down: folders in the order in which a token passes them.
 
-`weights` is below `ops`: an implementation of an op names the layout in which it reads its weights.
+`formats` and `weights` are below `ops`: an implementation of an op names the layout in which it reads its weights.
 """
 
 import ast
@@ -31,6 +31,7 @@ ORDER = (
     "ptq",
     "ops",
     "weights",
+    "formats",
     "runtime",
 )
 

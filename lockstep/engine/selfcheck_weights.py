@@ -5,9 +5,9 @@ import hashlib
 import ml_dtypes
 import numpy as np
 
+from lockstep.formats import q4_0, q8_0
 from lockstep.ops.embed import Embed, format_code
 from lockstep.runtime.program import Program, Tensor, Weight
-from lockstep.weights import q4_0, q8_0
 from lockstep.weights.finite import SCALES
 from lockstep.weights.tensor import BLOCK_FORMATS, StoredTensor
 

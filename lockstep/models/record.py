@@ -6,6 +6,7 @@ A model names checkpoint tensors by their Hugging Face names; shapes are checked
 import itertools
 from dataclasses import replace
 
+from lockstep.formats.panels import padded_width
 from lockstep.ops.activations import ROW_FORMATS
 from lockstep.ops.add import Add
 from lockstep.ops.add_bias import AddBias
@@ -25,7 +26,6 @@ from lockstep.ops.rope import RopeTables
 from lockstep.ops.select_rows import SelectRows, selected_rows
 from lockstep.ops.silu_mul import SiluMul
 from lockstep.runtime.program import Program, Table, Weight
-from lockstep.weights.pack import padded_width
 
 LINEAR_FORMATS = tuple(PREPARATION)
 INTEGER_FORMATS = tuple(f for f, preparation in PREPARATION.items() if preparation == "quantize_q8")

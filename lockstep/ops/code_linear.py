@@ -10,6 +10,7 @@ most 8 bits, with a scale and a zero point for each output row (`ops/code_weight
 import numpy as np
 from numba import carray, int32, int64
 
+from lockstep.formats.panels import padded_width
 from lockstep.ops.code_rows import check_codes, code_bytes, plane_bytes, tail_of
 from lockstep.ops.code_weights import FORMAT, ROWS
 from lockstep.ops.linear import codes_at, finish, floats_at
@@ -21,7 +22,6 @@ from lockstep.runtime.operands import Operands, output, packed, rows
 from lockstep.runtime.program import Tensor, Weight
 from lockstep.runtime.simd import peek
 from lockstep.runtime.step import num_rows
-from lockstep.weights.pack import padded_width
 
 MOST_VALUES = 32768  # of a row: 255 * 255 * 32768 < 2**31, so int32 holds the sums of a plane, zero points and all
 

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lockstep.formats.pack import scatter
+from lockstep.formats.panels import PANEL, grouped, k_major, num_panels, padded_width
 from lockstep.ops.code_rows import plane_bytes
 from lockstep.runtime import targets
 from lockstep.runtime.backend import Layout
 from lockstep.runtime.program import Weight
-from lockstep.weights.pack import PANEL, grouped, k_major, num_panels, padded_width, scatter
 
 FORMAT = "codes"  # of weights whose parts are code tensors
 

@@ -9,6 +9,10 @@ from typing import ClassVar
 import numpy as np
 from numba import carray, float32, int32
 
+from lockstep.formats.pack import floats, q4_0_fields, q8_0_fields
+from lockstep.formats.pack_k import q4_k_fields, q5_k_fields, q6_k_fields
+from lockstep.formats.pack_q5 import q4_1_fields, q5_0_fields, q5_1_fields
+from lockstep.formats.panels import padded_width
 from lockstep.ops.activations import NATIVE_BF16, bf16_bytes, check_rows, f32_bytes, q8_bytes, quantized_row
 from lockstep.ops.share import contiguous
 from lockstep.runtime.backend import Implementation, Layout
@@ -18,9 +22,6 @@ from lockstep.runtime.operands import Operands, output, packed, rows
 from lockstep.runtime.program import Tensor, Weight
 from lockstep.runtime.simd import bf16_f32, fma, peek, poke
 from lockstep.runtime.step import num_rows
-from lockstep.weights.pack import floats, padded_width, q4_0_fields, q8_0_fields
-from lockstep.weights.pack_k import q4_k_fields, q5_k_fields, q6_k_fields
-from lockstep.weights.pack_q5 import q4_1_fields, q5_0_fields, q5_1_fields
 from lockstep.weights.tensor import BLOCK_FORMATS
 
 ZERO, ONE_128TH = np.float32(0), np.float32(1 / 128)
@@ -283,7 +284,7 @@ def _linear(op, step, thread, num_threads):
 
 
 def _rows(weight, fields):
-    """The fields of all rows of a weight, piece after piece, and of zeros up to whole panels as in `weights.pack`."""
+    """The fields of all rows of a weight, piece after piece, and of zeros up to whole panels as in `formats.pack`."""
     pieces = [fields(part, slice(None)) for part in weight.parts]
     joined = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
     return tuple(np.pad(a, ((0, padded_width(len(a)) - len(a)), (0, 0))) for a in joined)

@@ -3,7 +3,7 @@
 A few rows are bound by the stream of weights; many by arithmetic. Threads claim runs of panels, so that uneven cores
 balance; a run's weights are read from memory once and serve all rows, up to MAX_ROWS of them at a time from registers.
 
-    panel (16 features)   [k block][16 features]...   one contiguous stream, see weights/pack.py
+    panel (16 features)   [k block][16 features]...   one contiguous stream, see formats/pack.py
     tile, few rows        all rows x 1 panel of accumulators: panel follows panel, one stream of memory
     tile, many rows       MAX_ROWS x COLS panels: fewest loads for each dot, see runtime/tiles_linear.py
 """
@@ -12,6 +12,9 @@ from typing import NamedTuple
 
 from numba import int64, njit
 
+from lockstep.formats.pack import pack_bf16, pack_f16, pack_f32, pack_q4_0, pack_q8_0
+from lockstep.formats.pack_k import pack_q4_k, pack_q5_k, pack_q6_k
+from lockstep.formats.pack_q5 import pack_q4_1, pack_q5_0, pack_q5_1
 from lockstep.ops.activations import ROW_FORMATS
 from lockstep.ops.grouped_linear import GroupedLinear
 from lockstep.ops.linear import PREPARATION, Linear
@@ -24,9 +27,6 @@ from lockstep.runtime.targets import wide_registers
 from lockstep.runtime.tiles_dots import Q4_1_BYTES, Q5_0_BYTES, Q5_1_BYTES
 from lockstep.runtime.tiles_k import Q4_K_BYTES, Q5_K_BYTES, Q6_K_BYTES
 from lockstep.runtime.tiles_linear import Ahead, Output, Panels, Rows, linear_tile
-from lockstep.weights.pack import pack_bf16, pack_f16, pack_f32, pack_q4_0, pack_q8_0
-from lockstep.weights.pack_k import pack_q4_k, pack_q5_k, pack_q6_k
-from lockstep.weights.pack_q5 import pack_q4_1, pack_q5_0, pack_q5_1
 
 COLS = 2 if wide_registers() else 1  # panels of a tile: 6 x 2 x 16 lanes fill 32 registers, 6 x 1 x 16 fill 16
 MIN_ROWS, MAX_ROWS = 3, 6

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lockstep.formats import q4_0, q8_0
+from lockstep.formats.blocks import row_bytes
 from lockstep.ops.grids import HIGH, INVERSE, LOW, SCALE, ZERO_POINT, quantize_row
 from lockstep.ptq.ranges import is_constant, set_constant, set_range
 from lockstep.ptq.ranges_cpu import search_range
 from lockstep.ptq.spec import MSE, Spec
 from lockstep.runtime.kernel import native
-from lockstep.weights import q4_0, q8_0
-from lockstep.weights.blocks import row_bytes
 
 STORED = {"q8_0": q8_0, "q4_0": q4_0}  # formats of the engine that a plan may name
 CODES = (np.int8, np.int16, np.int32)  # the smallest that holds all codes of a grid is taken

@@ -45,21 +45,34 @@ def target() -> tuple[str, str, str]:
 
 
 @functools.cache
-def imported_sources(module: str) -> frozenset[pathlib.Path]:
-    """The source files of a module and of every module of this package that it imports, directly or not.
+def _source_and_imports(module: str) -> tuple[pathlib.Path | None, frozenset[str]]:
+    """The source file of a module, or of a package itself, and the names that it imports from this package.
 
     A script, or another's module, is not found by its name but is loaded.
     """
-    path = PACKAGE.parent / (module.replace(".", "/") + ".py")
-    if not path.exists():
+    place = PACKAGE.parent / module.replace(".", "/")
+    path = next((p for p in (place.with_suffix(".py"), place / "__init__.py") if p.exists()), None)
+    if path is None:
         loaded = None if module.split(".")[0] == PACKAGE.name else getattr(sys.modules.get(module), "__file__", None)
         if loaded is None:
-            return frozenset()
+            return None, frozenset()
         path = pathlib.Path(loaded)
     names = set()
     for package, imported in IMPORTS.findall(path.read_text()):  # a word too many only makes the hash depend on more
         names |= {package, *(f"{package}.{name}" for name in re.findall(r"\w+", imported))}
-    return frozenset({path}.union(*map(imported_sources, names)))
+    return path, frozenset(names)
+
+
+@functools.cache
+def imported_sources(module: str) -> frozenset[pathlib.Path]:
+    """The source files of a module and of every module and package of this one that it imports, directly or not."""
+    sources, seen, left = set(), {module}, [module]
+    while left:
+        path, names = _source_and_imports(left.pop())
+        sources |= {path} if path else set()
+        left += names - seen
+        seen |= names
+    return frozenset(sources)
 
 
 def fingerprint(module: str) -> str:

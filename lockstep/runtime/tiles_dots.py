@@ -9,7 +9,7 @@ from llvmlite import ir
 from lockstep.runtime.emit import by_halves, fma, halves_f32, moved, pinned, read, spread, spread4, vector, words
 from lockstep.runtime.simd import F32, I1, I16, I32, call, constant, splat
 
-Q4_1_BYTES, Q5_0_BYTES, Q5_1_BYTES = 320, 320, 384  # of a panel's stream, for 32 k (see weights/pack_q5.py)
+Q4_1_BYTES, Q5_0_BYTES, Q5_1_BYTES = 320, 320, 384  # of a panel's stream, for 32 k (see formats/pack_q5.py)
 
 
 def vnni(b, acc, w, a):

@@ -1,4 +1,4 @@
-"""Linear tiles of the K-quants: blocks of 256 weights with small integer scales, laid out as weights/pack_k.py says."""
+"""Linear tiles of the K-quants: blocks of 256 weights with small integer scales, laid out as formats/pack_k.py says."""
 
 from lockstep.runtime.emit import bytes_f32, fma, moved, pinned, read, spread, spread4, vector, words
 from lockstep.runtime.simd import F32, I8, I32, call, constant

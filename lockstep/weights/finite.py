@@ -2,8 +2,10 @@
 
 import numpy as np
 
-from lockstep.weights.blocks import as_blocks, field_f16
-from lockstep.weights.tensor import BLOCK_FORMATS, StoredTensor, check_finite
+from lockstep.formats import BLOCK_FORMATS
+from lockstep.formats.blocks import as_blocks, field_f16
+from lockstep.formats.finite import check_finite
+from lockstep.weights.tensor import StoredTensor
 
 # Where each block keeps its float16 scales.
 SCALES = {

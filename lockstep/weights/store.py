@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lockstep import formats
 from lockstep.runtime.backend import Layout
 from lockstep.runtime.executor import WeightStore
 from lockstep.runtime.program import Weight
@@ -149,6 +150,7 @@ def file_name(what: str) -> str:
 def packing_version() -> str:
     """Changes with the source of anything that turns a checkpoint's bytes into packed ones."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    for folder in (Path(__file__).parent, Path(formats.__file__).parent):
+        for path in sorted(folder.glob("*.py")):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:8]

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import ml_dtypes
 import numpy as np
 
-from lockstep.weights import q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0
-from lockstep.weights.blocks import row_bytes
+from lockstep.formats import BLOCK_FORMATS
+from lockstep.formats.blocks import row_bytes
+from lockstep.formats.finite import check_finite
 from lockstep.weights.mapped import read_array
 
 PLAIN_FORMATS: Mapping[str, np.dtype] = {
@@ -29,17 +29,6 @@ PLAIN_FORMATS: Mapping[str, np.dtype] = {
     "u16": np.dtype(np.uint16),
     "u8": np.dtype(np.uint8),
     "bool": np.dtype(np.bool_),
-}
-
-BLOCK_FORMATS: Mapping[str, ModuleType] = {
-    "q8_0": q8_0,
-    "q4_0": q4_0,
-    "q4_1": q4_1,
-    "q5_0": q5_0,
-    "q5_1": q5_1,
-    "q4_k": q4_k,
-    "q5_k": q5_k,
-    "q6_k": q6_k,
 }
 
 
@@ -169,21 +158,3 @@ def view_tensor(raw: np.ndarray, info: TensorInfo) -> StoredTensor:
     data = data.reshape(shape)
     data.flags.writeable = False
     return StoredTensor(info.name, info.format, info.shape, data)
-
-
-def check_finite(tensor: StoredTensor, array: np.ndarray, first_row: int = 0, what: str = "weights") -> None:
-    """Raise ValueError naming the tensor, how many values are NaN or infinite, and the first one's index.
-
-    `array` is whatever part of the tensor is being packed, as floats: its values or its block scales (`what`), from row
-    `first_row` on.
-    """
-    finite = np.isfinite(array)
-    if finite.all():
-        return
-    first = tuple(int(i) for i in np.argwhere(~finite)[0])
-    count = array.size - int(np.count_nonzero(finite))
-    index = [first[0] + first_row, *first[1:]] if first else []
-    raise ValueError(
-        f"tensor {tensor.name!r}: expected finite {what}, found {count} NaN or infinite, "
-        f"the first ({float(array[first])}) at index {index}"
-    )

@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 
+from lockstep.formats.panels import padded_width
 from lockstep.ops import BACKENDS, code_fixed
 from lockstep.ops.code_fixed import CodeFixed
 from lockstep.ops.grids import FLOAT, HIGH, KIND, LOW, SCALE, ZERO_POINT
 from lockstep.runtime.kernel import interpreted
-from lockstep.weights.pack import padded_width
 from tests.ops import test_code_linear as cases
 from tests.ops.harness import run_op, same_bits
 

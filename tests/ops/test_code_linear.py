@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+from lockstep.formats.panels import padded_width
 from lockstep.ops import BACKENDS, code_linear, code_rows, code_weights
 from lockstep.ops.code_linear import MOST_VALUES, CodeLinear
 from lockstep.ops.code_rows import CodeRows, row_width
@@ -18,7 +19,6 @@ from lockstep.ptq.spec import Spec
 from lockstep.ptq.weights import fold
 from lockstep.runtime.kernel import interpreted
 from lockstep.runtime.program import Setting, Tensor, Weight
-from lockstep.weights.pack import padded_width
 from tests.ops import code_target
 from tests.ops.harness import run_op, same_bits
 from tests.targets import compiling_for, pretending, skip_own

@@ -5,6 +5,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from lockstep.formats import q4_0, q8_0
+from lockstep.formats.panels import padded_width
 from lockstep.models.record import INTEGER_FORMATS
 from lockstep.ops import activations, activations_cpu, linear, linear_cpu, rms_norm_cpu, silu_mul
 from lockstep.ops.activations import ROW_FORMATS
@@ -16,9 +18,7 @@ from lockstep.runtime import targets
 from lockstep.runtime.kernel import interpreted
 from lockstep.runtime.program import Weight
 from lockstep.runtime.unfit import UnfitMachine
-from lockstep.weights import q4_0, q8_0
 from lockstep.weights.finite import SCALES
-from lockstep.weights.pack import padded_width
 from lockstep.weights.tensor import BLOCK_FORMATS, StoredTensor
 from tests.ops import linear_target
 from tests.ops.harness import run_op, same_bits

@@ -4,10 +4,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from lockstep.formats import q4_0, q8_0
 from lockstep.ops import fake_quant_cpu, grids
 from lockstep.ptq.spec import Spec
 from lockstep.ptq.weights import fold, num_bytes
-from lockstep.weights import q4_0, q8_0
 from tests.ops.harness import same_bits
 from tests.ops.test_fake_quant import run
 

@@ -92,3 +92,14 @@ def test_kernels_of_a_script_depend_on_what_it_imports(tmp_path, monkeypatch):
     found = kernel.imported_sources("far_away_kernels")
     assert {path, kernel.PACKAGE / "runtime" / "step.py"} <= found
     assert not kernel.imported_sources("no_such_module")
+
+
+def test_kernels_depend_on_packages_and_on_what_these_import(tmp_path, monkeypatch):
+    path = tmp_path / "far_away_formats.py"
+    path.write_text("from lockstep.formats import BLOCK_FORMATS\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("far_away_formats")
+    folder = kernel.PACKAGE / "formats"
+    assert {folder / "__init__.py", folder / "q4_0.py", folder / "blocks.py"} <= kernel.imported_sources(
+        "far_away_formats"
+    )

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from lockstep.weights import blocks, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0
+from lockstep.formats import blocks, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0
 from lockstep.weights.tensor import BLOCK_FORMATS
 from tests.weights.record_block_vectors import awkward_weights, random_blocks
 

@@ -6,7 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from lockstep.weights import gguf, q8_0
+from lockstep.formats import q8_0
+from lockstep.weights import gguf
 from lockstep.weights.gguf_metadata import MAX_ARRAY_DEPTH
 from tests.weights.files import (
     ARRAY,

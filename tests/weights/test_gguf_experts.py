@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from lockstep import LLM, SamplingParams
+from lockstep.formats.pack import pack_q8_0
 from lockstep.ops.experts import ExpertLinear
 from lockstep.weights.checkpoint import open_checkpoint
 from lockstep.weights.finite import SCALES
-from lockstep.weights.pack import pack_q8_0
 from lockstep.weights.tensor import BLOCK_FORMATS
 from tests.kernels import shared_kernels
 from tests.models import tiny

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lockstep.weights import q4_0, q8_0
+from lockstep.formats import q4_0, q8_0
 from lockstep.weights.checkpoint import open_checkpoint
 from lockstep.weights.gguf_rope import llama3_scaling
 from tests.weights import convert

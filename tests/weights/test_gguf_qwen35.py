@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from lockstep.formats import q4_0, q8_0
 from lockstep.models.families import model_config
-from lockstep.weights import q4_0, q8_0
 from lockstep.weights.checkpoint import open_checkpoint
 from tests.weights import convert
 from tests.weights.fuzz import mutations
@@ -66,7 +66,7 @@ def test_qwen35_columns_across_blocks_become_float32(tmp_path):
     checkpoint = open_checkpoint(write_qwen35(tmp_path / "m.gguf", tensors, 2, 4, size=64, packed=packed))
     tensor, info = checkpoint.tensors[name], checkpoint.tensors.info[name]
     assert tensor.format == info.format == "f32" and tensor.shape == info.shape and tensor.data.nbytes == info.num_bytes
-    from lockstep.weights import q4_k
+    from lockstep.formats import q4_k
 
     assert (convert.tile_heads(tensor.data, 1, 2, 4) == q4_k.dequantize(raw)).all()
 

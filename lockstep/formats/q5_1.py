@@ -10,9 +10,9 @@ Source: block_q5_1 in ggml-common.h.
 
 import numpy as np
 
-from lockstep.weights import blocks as blk
-from lockstep.weights.q4_1 import affine
-from lockstep.weights.q5_0 import five_bits
+from lockstep.formats import blocks as blk
+from lockstep.formats.q4_1 import affine
+from lockstep.formats.q5_0 import five_bits
 
 BLOCK_SIZE = 32
 BLOCK_BYTES = 24

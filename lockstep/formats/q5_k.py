@@ -9,8 +9,8 @@ Source: block_q5_K in ggml-common.h and dequantize_row_q5_K in ggml-quants.c.
 
 import numpy as np
 
-from lockstep.weights import blocks as blk
-from lockstep.weights.q4_k import affine, fields
+from lockstep.formats import blocks as blk
+from lockstep.formats.q4_k import affine, fields
 
 BLOCK_SIZE = 256
 BLOCK_BYTES = 176

@@ -10,7 +10,7 @@ Source: block_q6_K in ggml-common.h and dequantize_row_q6_K in ggml-quants.c.
 
 import numpy as np
 
-from lockstep.weights import blocks as blk
+from lockstep.formats import blocks as blk
 
 BLOCK_SIZE = 256
 BLOCK_BYTES = 210

@@ -9,7 +9,7 @@ Source: block_q5_0 in ggml-common.h.
 
 import numpy as np
 
-from lockstep.weights import blocks as blk
+from lockstep.formats import blocks as blk
 
 BLOCK_SIZE = 32
 BLOCK_BYTES = 22

@@ -10,33 +10,42 @@ The last panels are filled with zeros up to an even number of panels, so that a 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from types import ModuleType
+from typing import Protocol
 
 import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 
+from lockstep.formats import BLOCK_FORMATS, q4_0, q8_0
+from lockstep.formats.finite import check_finite
+from lockstep.formats.panels import PANEL, Arrange, Output, grouped, k_major, nibble_pairs, num_panels
 from lockstep.runtime.program import Weight
 from lockstep.runtime.targets import unsigned_weights
-from lockstep.weights import q4_0, q8_0
-from lockstep.weights.tensor import BLOCK_FORMATS, StoredTensor, check_finite
 
-Arrange = Callable[[np.ndarray], np.ndarray]
-Output = tuple[np.ndarray, Arrange]
-PANEL = 16
 ROWS_AT_ONCE = 64 * PANEL  # packing works through a tensor in pieces of so many rows
 
 
-def num_panels(num_features: int) -> int:
-    """Panels of a packed weight: an even number."""
-    return -(-num_features // (2 * PANEL)) * 2
+class Stored(Protocol):
+    """What packing asks of a tensor of a checkpoint; rows: of the first axis."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def format(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def read(self, rows: slice = ...) -> np.ndarray:
+        """The rows as stored."""
+        ...
+
+    def finite_f32(self, rows: slice = ...) -> np.ndarray:
+        """The rows' weights as float32; ValueError for one that is NaN or infinite."""
+        ...
 
 
-def padded_width(num_features: int) -> int:
-    """Columns of a linear layer's output: features rounded up to whole panels."""
-    return -(-num_features // PANEL) * PANEL
-
-
-def _pieces(weight: Weight) -> Iterator[tuple[int, StoredTensor, slice]]:
+def _pieces(weight: Weight) -> Iterator[tuple[int, Stored, slice]]:
     """(first row, float32 or stored blocks) of a weight, piece by piece: (row, part, slice)."""
     row = 0
     for part in weight.parts:
@@ -47,10 +56,12 @@ def _pieces(weight: Weight) -> Iterator[tuple[int, StoredTensor, slice]]:
         row += count
 
 
-floats = StoredTensor.finite_f32
+def floats(part: Stored, rows: slice) -> np.ndarray:
+    """Rows of a tensor as float32."""
+    return part.finite_f32(rows)
 
 
-def block_fields(part: StoredTensor, rows: slice, format: str) -> tuple[np.ndarray, ...]:
+def block_fields(part: Stored, rows: slice, format: str) -> tuple[np.ndarray, ...]:
     """What the `split` of a block format returns for rows of a tensor, as stored or quantized now; scales are checked.
 
     Raises ValueError for a tensor in another format than one to which nothing is quantized.
@@ -69,7 +80,7 @@ def block_fields(part: StoredTensor, rows: slice, format: str) -> tuple[np.ndarr
     return fields
 
 
-def _quantized(part: StoredTensor, rows: slice, block: ModuleType) -> np.ndarray:
+def _quantized(part: Stored, rows: slice, block: ModuleType) -> np.ndarray:
     values = floats(part, rows)
     try:
         return block.quantize(values)
@@ -81,14 +92,8 @@ q8_0_fields = partial(block_fields, format="q8_0")
 q4_0_fields = partial(block_fields, format="q4_0")
 
 
-def low_and_high(fields: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
-    """Codes as their bits from the fifth on and their low four, and the other fields."""
-    codes, *rest = fields
-    return codes >> 4, codes & 15, *rest
-
-
 def scatter(
-    weight: Weight, outputs: Iterable[Output], convert: Callable[[StoredTensor, slice], Iterable[np.ndarray]]
+    weight: Weight, outputs: Iterable[Output], convert: Callable[[Stored, slice], Iterable[np.ndarray]]
 ) -> None:
     """Fills row-major staging of ROWS_AT_ONCE rows and writes it to the outputs' panels.
 
@@ -111,16 +116,6 @@ def _place(array: np.ndarray, arrange: Arrange, values: np.ndarray, row: int) ->
     mask[row - first * PANEL :][: len(values)] = True
     shape = (last - first, PANEL, *values.shape[1:])
     np.copyto(array[first:last], arrange(staged.reshape(shape)), where=arrange(mask.reshape(shape)).astype(bool))
-
-
-def k_major(values: np.ndarray) -> np.ndarray:
-    """[panels, 16, K] to [panels, K, 16]."""
-    return values.transpose(0, 2, 1)
-
-
-def grouped(size: int) -> Arrange:
-    """[panels, 16, K] to [panels, K / size, 16, size]."""
-    return lambda v: v.reshape(v.shape[0], PANEL, -1, size).transpose(0, 2, 1, 3)
 
 
 def pack_f32(weight: Weight) -> tuple[np.ndarray, ...]:
@@ -158,29 +153,6 @@ def pack_q8_0(weight: Weight) -> tuple[np.ndarray, ...]:
 
     scatter(weight, [(codes, grouped(4)), (scales, k_major)], convert)
     return codes, scales
-
-
-def nibble_pairs(values: np.ndarray) -> np.ndarray:
-    """Codes [panels, 16, K] to bytes [panels, K / 8, 16, 4]."""
-    grouped = values.reshape(values.shape[0], PANEL, -1, 2, 4).transpose(0, 2, 1, 3, 4)
-    return grouped[..., 0, :] | (grouped[..., 1, :] << 4)
-
-
-def fifth_bits(values: np.ndarray) -> np.ndarray:
-    """Bits 0 or 1 [panels, 16, K] to bytes [panels, K / 32, 16, 4]: bit g of byte j is that of k = 4 g + j."""
-    eight = values.reshape(values.shape[0], PANEL, -1, 8, 4)
-    shifts = np.arange(8, dtype=np.uint8)[:, None]
-    return np.bitwise_or.reduce(eight.astype(np.uint8) << shifts, axis=3).transpose(0, 2, 1, 3)
-
-
-def in_blocks(arrange: Arrange, per_block: int, *parts: int) -> Arrange:
-    """An arrangement of [panels, 16, per_block * blocks of a row] as [panels, blocks, *parts, values of a part]."""
-    return lambda v: arrange(v).reshape(v.shape[0], v.shape[2] // per_block, *parts, -1)
-
-
-def block_field(blocks: np.ndarray, start: int, count: int, dtype: npt.DTypeLike = np.uint8) -> np.ndarray:
-    """A field of every block, `start` bytes into it: uint8 [panels, blocks, bytes] as dtype [panels, blocks, count]."""
-    return blocks[..., start : start + count * np.dtype(dtype).itemsize].view(dtype)
 
 
 def pack_q4_0(weight: Weight) -> tuple[np.ndarray, ...]:

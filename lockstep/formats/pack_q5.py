@@ -11,21 +11,20 @@ from functools import partial
 
 import numpy as np
 
-from lockstep.runtime.program import Weight
-from lockstep.runtime.tiles_dots import Q4_1_BYTES, Q5_0_BYTES, Q5_1_BYTES
-from lockstep.weights.pack import (
+from lockstep.formats.pack import block_fields, scatter
+from lockstep.formats.panels import (
     PANEL,
     Output,
     block_field,
-    block_fields,
     fifth_bits,
     in_blocks,
     k_major,
     low_and_high,
     nibble_pairs,
     num_panels,
-    scatter,
 )
+from lockstep.runtime.program import Weight
+from lockstep.runtime.tiles_dots import Q4_1_BYTES, Q5_0_BYTES, Q5_1_BYTES
 
 q4_1_fields = partial(block_fields, format="q4_1")
 q5_0_fields = partial(block_fields, format="q5_0")

@@ -10,7 +10,7 @@ Source: block_q4_K and get_scale_min_k4 in ggml-common.h and ggml-quants.c.
 
 import numpy as np
 
-from lockstep.weights import blocks as blk
+from lockstep.formats import blocks as blk
 
 BLOCK_SIZE = 256
 BLOCK_BYTES = 144

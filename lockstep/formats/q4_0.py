@@ -8,7 +8,7 @@ Source: block_q4_0 in ggml-common.h; quantize is its reference quantizer's arith
 
 import numpy as np
 
-from lockstep.weights import blocks as blk
+from lockstep.formats import blocks as blk
 
 BLOCK_SIZE = 32
 BLOCK_BYTES = 18

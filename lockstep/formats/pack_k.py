@@ -12,21 +12,20 @@ from functools import partial
 
 import numpy as np
 
-from lockstep.runtime.program import Weight
-from lockstep.runtime.tiles_k import Q4_K_BYTES, Q5_K_BYTES, Q6_K_BYTES
-from lockstep.weights.pack import (
+from lockstep.formats.pack import block_fields, scatter
+from lockstep.formats.panels import (
     PANEL,
     Output,
     block_field,
-    block_fields,
     fifth_bits,
     in_blocks,
     k_major,
     low_and_high,
     nibble_pairs,
     num_panels,
-    scatter,
 )
+from lockstep.runtime.program import Weight
+from lockstep.runtime.tiles_k import Q4_K_BYTES, Q5_K_BYTES, Q6_K_BYTES
 
 q4_k_fields = partial(block_fields, format="q4_k")
 q5_k_fields = partial(block_fields, format="q5_k")

@@ -1,0 +1,59 @@
+"""Panels of sixteen output features: what the arrays of packed weights are made of, K in the order of the reduction."""
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+Arrange = Callable[[np.ndarray], np.ndarray]
+Output = tuple[np.ndarray, Arrange]
+PANEL = 16
+
+
+def num_panels(num_features: int) -> int:
+    """Panels of a packed weight: an even number."""
+    return -(-num_features // (2 * PANEL)) * 2
+
+
+def padded_width(num_features: int) -> int:
+    """Columns of a linear layer's output: features rounded up to whole panels."""
+    return -(-num_features // PANEL) * PANEL
+
+
+def k_major(values: np.ndarray) -> np.ndarray:
+    """[panels, 16, K] to [panels, K, 16]."""
+    return values.transpose(0, 2, 1)
+
+
+def grouped(size: int) -> Arrange:
+    """[panels, 16, K] to [panels, K / size, 16, size]."""
+    return lambda v: v.reshape(v.shape[0], PANEL, -1, size).transpose(0, 2, 1, 3)
+
+
+def nibble_pairs(values: np.ndarray) -> np.ndarray:
+    """Codes [panels, 16, K] to bytes [panels, K / 8, 16, 4]."""
+    grouped = values.reshape(values.shape[0], PANEL, -1, 2, 4).transpose(0, 2, 1, 3, 4)
+    return grouped[..., 0, :] | (grouped[..., 1, :] << 4)
+
+
+def fifth_bits(values: np.ndarray) -> np.ndarray:
+    """Bits 0 or 1 [panels, 16, K] to bytes [panels, K / 32, 16, 4]: bit g of byte j is that of k = 4 g + j."""
+    eight = values.reshape(values.shape[0], PANEL, -1, 8, 4)
+    shifts = np.arange(8, dtype=np.uint8)[:, None]
+    return np.bitwise_or.reduce(eight.astype(np.uint8) << shifts, axis=3).transpose(0, 2, 1, 3)
+
+
+def in_blocks(arrange: Arrange, per_block: int, *parts: int) -> Arrange:
+    """An arrangement of [panels, 16, per_block * blocks of a row] as [panels, blocks, *parts, values of a part]."""
+    return lambda v: arrange(v).reshape(v.shape[0], v.shape[2] // per_block, *parts, -1)
+
+
+def block_field(blocks: np.ndarray, start: int, count: int, dtype: npt.DTypeLike = np.uint8) -> np.ndarray:
+    """A field of every block, `start` bytes into it: uint8 [panels, blocks, bytes] as dtype [panels, blocks, count]."""
+    return blocks[..., start : start + count * np.dtype(dtype).itemsize].view(dtype)
+
+
+def low_and_high(fields: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
+    """Codes as their bits from the fifth on and their low four, and the other fields."""
+    codes, *rest = fields
+    return codes >> 4, codes & 15, *rest

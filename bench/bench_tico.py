@@ -20,7 +20,6 @@ from contextlib import closing
 from pathlib import Path
 
 from lockstep.engine.model import load_model
-from lockstep.ptq.integer import integers
 from lockstep.ptq.plan import Plan
 from lockstep.ptq.rewrite import sites_of
 from lockstep.ptq.solved import Solved
@@ -79,16 +78,13 @@ def rigs_of(model, team, args, windows):
     stats = calibrate(model, treatment, team, windows)
     calibration = (time.perf_counter() - started) / len(windows)
     grids = Solved.solve(plan, "random", "", sites, stats).grids
-    changes = {
-        "prefill": lambda rounded: unroll(rounded.program),
-        "prefill_reference": None,
-        "integer": lambda rounded: integers(rounded, specs).program,
-    }
+    in_heads = lambda rounded: unroll(rounded.program)
+    ways = {"prefill": (in_heads, "float"), "prefill_reference": (None, "float"), "integer": (None, "integer")}
     made = {}
-    for name, change in changes.items():
+    for name, (change, arithmetic) in ways.items():
         made[name] = rig = Rig(model, treatment, team, args.tokens, change, compares=args.kl)
         rig.set_grids(grids)
-        rig.set_weights(specs)
+        rig.set_weights(specs, arithmetic)
         rig.load(windows[0], [*windows[0][1:], NO_TARGET])
     return made, calibration
 

@@ -151,10 +151,7 @@ def test_a_recipe_that_changed_is_refused(recipe, tmp_path, capsys):
         ("evaluate.sha256=" + "0" * 64, "evaluation.txt: its SHA-256 is 3cf9246d"),
         ("evaluate.windows=9999", "9999 windows of 48 tokens wanted, it has"),
         ('plan.rules=[["L9.p", "u8"]]', "rule 'L9.p' = 'u8' matches no site"),
-        (
-            'plan.arithmetic="integer"',
-            "plan: arithmetic is 'integer'; sweeps rank in 'float', ptq confirm runs the best",
-        ),
+        ('plan.arithmetic="int"', "arithmetic is 'int', expected one of float, integer"),
         ('plan.fuse_scale="q"', "plan: fuse_scale is 'q'; studies run with 'none' only so far"),
         ('model="no/such/model.gguf"', "model.gguf"),
     ],

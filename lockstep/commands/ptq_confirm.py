@@ -34,6 +34,9 @@ def command(
         write(f"{words(record)}\n")
         if "integer" in record:
             write(f"    {integer_words(record)}\n")
+        if "float" in record:
+            metrics = record["float"]["metrics"]
+            write(f"    in floats: {metrics['nll']:.6f} nats a token, delta {metrics['delta_nll']:+.6f}\n")
     if not all(record["parity"]["equal"] for record in made):
         raise typer.Exit(1)
 

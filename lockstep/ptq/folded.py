@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from lockstep.ops.code_weights import FORMAT as CODES
+from lockstep.ops.code_weights import CodeTensor, code_tensor, code_weight
 from lockstep.ops.embed import Embed, format_code
 from lockstep.ops.linear import Linear
 from lockstep.ops.score import Score
@@ -41,6 +43,25 @@ class FoldedWeight(Weight):
 def _folded(part: StoredTensor, spec: Spec) -> StoredTensor:
     values = part.finite_f32().reshape(-1, part.shape[-1])
     return StoredTensor(part.name, "f32", part.shape, fold(values, spec, part.name).values.reshape(part.shape))
+
+
+@dataclass(frozen=True, eq=False)
+class CodedWeight(FoldedWeight):
+    """A weight whose parts, all of them, are codes of integer grids, for integer arithmetic. source: the weight itself.
+
+    It has the parts of the source, which codes are made from when they are first asked for.
+    """
+
+    source: Weight | None = None
+
+    def folded(self) -> Weight:
+        return code_weight(self.name, *(_codes(self.parts[index], spec) for index, spec in self.specs))
+
+
+def _codes(part: StoredTensor, spec: Spec) -> CodeTensor:
+    made = fold(part.finite_f32().reshape(-1, part.shape[-1]), spec, part.name)
+    assert made.codes is not None and made.scale is not None and made.zero is not None, spec
+    return code_tensor(part.name, made.codes, made.scale, made.zero)
 
 
 class FoldedStore(WeightStore):
@@ -76,6 +97,7 @@ class FoldedWeights:
             for part in parts:
                 self._sites.setdefault(part.weight, []).append((part.index, name))
         self._made: dict[tuple[Weight, str], FoldedWeight] = {}
+        self._coded: dict[tuple[Weight, str], CodedWeight] = {}
 
     def weight(self, weight: Weight, specs: Mapping[str, Spec]) -> Weight:
         """The weight with its parts rounded as specs say; itself where none is."""
@@ -86,6 +108,21 @@ class FoldedWeights:
             made = FoldedWeight(f"{weight.name} on {key}", "f32", weight.shape, weight.parts, None, wanted)
             self._made[weight, key] = made
         return self._made[weight, key] if wanted else weight
+
+    def codes(self, weight: Weight, specs: Mapping[str, Spec]) -> CodedWeight:
+        """The weight as codes of integer grids of at most 8 bits, which specs must have for all its parts."""
+        wanted = tuple((i, specs[name]) for i, name in sorted(self._sites[weight]))
+        key = ", ".join(str(spec) for _, spec in wanted)
+        if (weight, key) not in self._coded:
+            name = f"{weight.name} in codes of {key}"
+            self._coded[weight, key] = CodedWeight(name, CODES, weight.shape, weight.parts, None, wanted, weight)
+        return self._coded[weight, key]
+
+    def like(self, weight: Weight, specs: Mapping[str, Spec]) -> Weight:
+        """What takes the place of a weight under specs: codes of codes, else floats."""
+        if isinstance(weight, CodedWeight) and weight.source is not None:
+            return self.codes(weight.source, specs)
+        return self.weight(weight, specs)
 
 
 def with_weight(op: Operands, name: str, weight: Weight) -> Any:

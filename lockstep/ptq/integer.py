@@ -7,122 +7,144 @@ integers; see `ops/code_linear.py`. Others stay in float arithmetic, and are nam
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from lockstep.ops.code_linear import MOST_VALUES, CodeLinear
 from lockstep.ops.code_rows import CodeRows, row_width
-from lockstep.ops.code_weights import CodeTensor, code_tensor, code_weight
 from lockstep.ops.fake_quant import FakeQuant
 from lockstep.ops.linear import Linear
 from lockstep.ops.rounded_silu_mul import RoundedSiluMul
 from lockstep.ops.select_rows import SelectRows
+from lockstep.ptq.folded import FoldedWeights
 from lockstep.ptq.rewrite import Rounded
 from lockstep.ptq.spec import Spec
-from lockstep.ptq.weights import fold
 from lockstep.runtime.operands import Operands
 from lockstep.runtime.program import Program, Setting, Tensor, Weight
-from lockstep.weights.tensor import StoredTensor
 
+INTEGER = "integer"  # as a plan says it
 MOST_WEIGHT_BITS, OFF = 8, Spec("off")
 
 
-@dataclass
-class Integers:
-    """A program with layers in integer arithmetic, so many of them. floats: {site of a layer's first weight: why it is
-    not one}."""
+@dataclass(frozen=True)
+class Choice:
+    """Which linear layers of a rounded program multiply integers: layers, by the site of a layer's first weight, in
+    order. floats: of the others the same, and why they are not."""
+
+    layers: tuple[str, ...]
+    floats: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Integers(Choice):
+    """Such a choice, and the program with these layers in integer arithmetic."""
 
     program: Program
-    num_layers: int = 0
-    floats: dict[str, str] = field(default_factory=dict)
 
 
 def integers(rounded: Rounded, specs: Mapping[str, Spec]) -> Integers:
     """The rounded program whose layers are integer wherever they can be, with weights as specs, by site, say."""
-    return _Rewriter(rounded, specs).run()
+    layers = LinearLayers(rounded)
+    choice = layers.choose(specs)
+    program = layers.program(choice, FoldedWeights(rounded.weights), specs)
+    return Integers(choice.layers, choice.floats, program)
 
 
-def code_weight_of(weight: Weight, specs: Mapping[int, Spec]) -> Weight:
-    """A weight as codes. specs: by part; they are in its name, by which packed weights are kept."""
-    name = f"{weight.name} on {', '.join(str(specs[i]) for i in range(len(weight.parts)))}"
-    return code_weight(name, *(_codes(part, specs[i]) for i, part in enumerate(weight.parts)))
+@dataclass(frozen=True)
+class _Layer:
+    """A linear layer. names: sites of its weight's parts. site, grid: of its input, where that lies on one grid for the
+    whole tensor."""
 
+    op: Linear
+    names: tuple[str, ...]
+    site: str = ""
+    grid: Setting | None = None
 
-def _codes(part: StoredTensor, spec: Spec) -> CodeTensor:
-    made = fold(part.finite_f32().reshape(-1, part.shape[-1]), spec, part.name)
-    assert made.codes is not None and made.scale is not None and made.zero is not None, spec
-    return code_tensor(part.name, made.codes, made.scale, made.zero)
-
-
-class _Rewriter:
-    """One walk through a program, op after op."""
-
-    def __init__(self, rounded: Rounded, specs: Mapping[str, Spec]) -> None:
-        self._rounded, self._specs = rounded, specs
-        self._ops: list[Operands] = []
-        self._grids: dict[
-            Tensor, tuple[str, Setting]
-        ] = {}  # of tensors that lie on one grid: its site, and where it is
-        self._codes: dict[Tensor, Tensor] = {}
-        self._sites = {(part.weight, part.index): name for name, parts in rounded.weights.items() for part in parts}
-        self.made = Integers(rounded.program)
-
-    def run(self) -> Integers:
-        for op in self._rounded.program.ops:
-            self._forget(op)
-            if isinstance(op, Linear):
-                op = self._linear(op)
-            self._ops.append(op)
-            self._remember(op)
-        self.made.program = self._rounded.program.rewritten(self._ops)
-        return self.made
-
-    def _forget(self, op: Operands) -> None:
-        for tensor in op.outputs:
-            self._grids.pop(tensor, None)
-            self._codes.pop(tensor, None)
-
-    def _remember(self, op: Operands) -> None:
-        """Notes the tensors that lie on one grid after an op."""
-        if isinstance(op, FakeQuant) and op.stride == op.head_width and op.num_heads * op.head_width == op.width:
-            self._grids[op.out] = op.grids.name, Setting(op.grids.name, op.grids.values[:1])
-        elif isinstance(op, SelectRows) and op.x in self._grids:
-            self._grids[op.out] = self._grids[op.x]
-        elif isinstance(op, RoundedSiluMul):
-            last = Setting(f"{op.grids.name}.mul", op.grids.values[2:3])
-            name = next(
-                (n for n, rows in self._rounded.grids.items() if rows.ctypes.data == last.values.ctypes.data), ""
-            )
-            if name:
-                self._grids[op.out] = name, last
-
-    def _linear(self, op: Linear) -> Operands:
-        names = [self._sites[op.weight, i] for i in range(len(op.weight.parts))]
-        reason = self._reason(op, names)
-        if reason:
-            self.made.floats[names[0]] = reason
-            return op
-        self.made.num_layers += 1
-        if op.x not in self._codes:
-            coded = self._rounded.program.tensor(f"{op.x.name}.codes", op.x.rows, row_width(op.in_features), "i8")
-            self._ops.append(CodeRows(out=coded, x=op.x, grid=self._grids[op.x][1], width=op.in_features))
-            self._codes[op.x] = coded
-        specs = {i: self._specs[name] for i, name in enumerate(names)}
-        sizes = dict(in_features=op.in_features, out_features=op.out_features, width=op.width, column=op.column)
-        return CodeLinear(out=op.out, x=self._codes[op.x], weight=code_weight_of(op.weight, specs), **sizes)
-
-    def _reason(self, op: Linear, names: Sequence[str]) -> str:
-        """Why a layer is not in integer arithmetic; nothing if it is."""
-        if op.x not in self._grids:
-            return f"its input, {op.x.name}, has no grid"
-        site = self._grids[op.x][0]
-        spec = self._specs.get(site, OFF)
+    def reason(self, specs: Mapping[str, Spec]) -> str:
+        """Why it is not in integer arithmetic under specs; nothing if it is."""
+        if self.grid is None:
+            return f"its input, {self.op.x.name}, has no grid"
+        spec = specs.get(self.site, OFF)
         if not spec.what.is_integer or spec.per != "tensor":
-            return f"its input, {site}, is {spec}, no integer grid of a tensor"
-        reason = next(filter(None, (_weight_reason(name, self._specs.get(name, OFF)) for name in names)), "")
+            return f"its input, {self.site}, is {spec}, no integer grid of a tensor"
+        reason = next(filter(None, (_weight_reason(name, specs.get(name, OFF)) for name in self.names)), "")
         if reason:
             return reason
-        return "" if op.in_features <= MOST_VALUES else f"it has rows of {op.in_features} numbers"
+        return "" if self.op.in_features <= MOST_VALUES else f"it has rows of {self.op.in_features} numbers"
+
+
+class LinearLayers:
+    """The linear layers of a rounded program, found in one walk, and programs of which some are in integers.
+
+    A program of integers depends on nothing but which layers are: grids of inputs are read as it runs, and weights may
+    be put in the place of others.
+    """
+
+    def __init__(self, rounded: Rounded) -> None:
+        self._program = rounded.program
+        self._of_memory = {rows.ctypes.data: name for name, rows in rounded.grids.items()}
+        sites = {(part.weight, part.index): name for name, parts in rounded.weights.items() for part in parts}
+        grids: dict[Tensor, tuple[str, Setting]] = {}  # of tensors that lie on one grid: its site, and where it is
+        self._layers: dict[Operands, _Layer] = {}
+        self._codes: dict[Tensor, Tensor] = {}  # of inputs: the same in all programs
+        for op in rounded.program.ops:
+            if isinstance(op, Linear):
+                names = tuple(sites[op.weight, i] for i in range(len(op.weight.parts)))
+                self._layers[op] = _Layer(op, names, *grids.get(op.x, ("", None)))
+            for tensor in op.outputs:
+                grids.pop(tensor, None)
+            grids.update(self._on_one_grid(op, grids))
+
+    def _on_one_grid(
+        self, op: Operands, grids: Mapping[Tensor, tuple[str, Setting]]
+    ) -> dict[Tensor, tuple[str, Setting]]:
+        """The tensors that an op leaves on one grid."""
+        if isinstance(op, FakeQuant) and op.stride == op.head_width and op.num_heads * op.head_width == op.width:
+            return {op.out: (op.grids.name, Setting(op.grids.name, op.grids.values[:1]))}
+        if isinstance(op, SelectRows) and op.x in grids:
+            return {op.out: grids[op.x]}
+        if isinstance(op, RoundedSiluMul):
+            last = Setting(f"{op.grids.name}.mul", op.grids.values[2:3])
+            name = self._of_memory.get(last.values.ctypes.data)
+            return {op.out: (name, last)} if name else {}
+        return {}
+
+    def choose(self, specs: Mapping[str, Spec]) -> Choice:
+        """Layers that are integer wherever they can be under specs, by site."""
+        reasons = {layer.names[0]: layer.reason(specs) for layer in self._layers.values()}
+        layers = tuple(name for name, reason in reasons.items() if not reason)
+        return Choice(layers, {name: reason for name, reason in reasons.items() if reason})
+
+    def program(self, choice: Choice, weights: FoldedWeights, specs: Mapping[str, Spec]) -> Program:
+        """The program with a choice of layers in integers, whose weights are codes as specs say."""
+        ops: list[Operands] = []
+        codes: dict[Tensor, Tensor] = {}
+        chosen = {*choice.layers}
+        for op in self._program.ops:
+            layer = self._layers.get(op)
+            if layer is not None and layer.names[0] in chosen:
+                if layer.op.x not in codes:
+                    ops.append(self._coding(layer))
+                    codes[layer.op.x] = ops[-1].outputs[0]
+                op = _in_codes(layer.op, codes[layer.op.x], weights.codes(layer.op.weight, specs))
+            for tensor in op.outputs:
+                codes.pop(tensor, None)
+            ops.append(op)
+        return self._program.rewritten(ops)
+
+    def _coding(self, layer: _Layer) -> CodeRows:
+        """What makes codes of a layer's input."""
+        x, width = layer.op.x, layer.op.in_features
+        assert layer.grid is not None, layer
+        if x not in self._codes:
+            self._codes[x] = self._program.tensor(f"{x.name}.codes", x.rows, row_width(width), "i8")
+        return CodeRows(out=self._codes[x], x=x, grid=layer.grid, width=width)
+
+
+def _in_codes(op: Linear, x: Tensor, weight: Weight) -> CodeLinear:
+    """The layer that multiplies codes."""
+    sizes = dict(in_features=op.in_features, out_features=op.out_features, width=op.width, column=op.column)
+    return CodeLinear(out=op.out, x=x, weight=weight, **sizes)
 
 
 def _weight_reason(name: str, spec: Spec) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 
 from lockstep.ptq.observers import Stat
 from lockstep.ptq.solved import Solved
+from lockstep.runtime.program import Tensor
 from lockstep.runtime.threads import Team
 from lockstep.study.evaluate import FLOAT, PREFILL_REFERENCE, Setup, rig_for
 from lockstep.study.scoring import window_figures
@@ -17,6 +18,7 @@ from lockstep.study.subject import Subject
 from lockstep.study.trials import Study
 
 FLOAT_TRIAL = -1  # the index of the model in float among trials
+State = dict[Tensor, np.ndarray]
 STATE_BYTES = 2 << 30  # of what layers read, kept for the windows of a round, in all processes together
 
 
@@ -33,7 +35,7 @@ class Outcome:
 
 
 class Bench:
-    """A rig, and what its windows left behind.
+    """`rig`, and what its windows left behind.
 
     Only what the float model and the base plan leave is used by others: how many layers a trial runs depends on nothing
     else, so that it is the same however trials are shared among processes or interrupted.
@@ -45,13 +47,13 @@ class Bench:
         if subject.content != study.content:
             raise ValueError(f"{study.model}: the model's files have changed since the study began")
         self._study, self._subject, self._stats = study, subject, stats
-        self._rig = rig_for(subject, study.treatment, team, study.length, PREFILL_REFERENCE)
+        self.rig = rig_for(subject, study.treatment, team, study.length, PREFILL_REFERENCE)
         self._setups: dict[int, Setup | str] = {FLOAT_TRIAL: FLOAT}
         self._most = state_bytes // study.round
 
     def round(self, windows: Sequence[int], trials: Sequence[int]) -> Iterator[Outcome]:
         """Runs the model in float, and then trials, on some windows."""
-        self._states: dict[int, dict[bytes, list[np.ndarray]]] = {window: {} for window in windows}
+        self._states: dict[int, dict[bytes, State]] = {window: {} for window in windows}
         self._hidden: dict[int, np.ndarray] = {}
         for trial in (FLOAT_TRIAL, *trials):
             yield self._run(trial, windows)
@@ -68,7 +70,7 @@ class Bench:
             solved = Solved.solve(plan, study.model_name, study.content, study.sites, self._stats)
         except ValueError as error:
             return str(error)
-        return Setup(plan.resolve(study.sites), solved.grids)
+        return Setup(plan.resolve(study.sites), solved.grids, plan.arithmetic)
 
     def _run(self, trial: int, windows: Sequence[int]) -> Outcome:
         """A trial on its windows; it ends at the first that fails."""
@@ -77,8 +79,8 @@ class Bench:
             outcome.failure = window, setup
             return outcome
         try:
-            setup.put_on(self._rig)
-            prefixes = self._rig.prefixes()
+            setup.put_on(self.rig)
+            prefixes = self.rig.prefixes()
             for window in windows:
                 self._run_window(outcome, window, prefixes)
         except ValueError as error:
@@ -86,7 +88,7 @@ class Bench:
         return outcome
 
     def _run_window(self, outcome: Outcome, index: int, prefixes: Sequence[bytes]) -> None:
-        rig, window, states = self._rig, self._study.evaluation[index], self._states[index]
+        rig, window, states = self.rig, self._study.evaluation[index], self._states[index]
         rig.load(window.ids, window.targets, self._hidden.get(index))
         known = max((k for k, prefix in enumerate(prefixes) if prefix in states), default=0)
         starts = rig.layer_starts
@@ -102,15 +104,15 @@ class Bench:
             self._hidden[index] = rig.hidden()
         outcome.windows[index] = window_figures(rig.scores(), window, outcome.trial != FLOAT_TRIAL)
 
-    def _run_keeping(self, first: int, known: int, prefixes: Sequence[bytes], states: dict) -> int:
+    def _run_keeping(self, first: int, known: int, prefixes: Sequence[bytes], states: dict[bytes, State]) -> int:
         """Runs up to the last layer, and keeps what each layer reads as long as there is room; returns where to go
         on. The first layer is not worth it."""
-        used = sum(array.nbytes for state in states.values() for array in state)
+        used = sum(array.nbytes for state in states.values() for array in state.values())
         for k in range(max(known, 0) + 1, len(prefixes)):
-            start = self._rig.layer_starts[k]
-            self._rig.run(first, start)
-            state, first = self._rig.state(start), start
-            used += sum(array.nbytes for array in state)
+            start = self.rig.layer_starts[k]
+            self.rig.run(first, start)
+            state, first = self.rig.state(start), start
+            used += sum(array.nbytes for array in state.values())
             if used > self._most:
                 break
             states[prefixes[k]] = state

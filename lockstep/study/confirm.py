@@ -29,7 +29,7 @@ def confirm_study(
 ) -> list[dict[str, Any]]:
     """Runs the `top` best trials of a study on `prefill`, on all windows, and writes confirm.jsonl: for each its
     figures there, both ranks, and whether all scores have the bits of `prefill_reference`, or the first that has not;
-    and the same plan in integer arithmetic, see `in_integers`.
+    and the same plan in the other arithmetic, see `in_integers`.
 
     ValueError for a folder in which no trial is done.
     """
@@ -41,8 +41,8 @@ def confirm_study(
         made = confirmation.run([trial["id"] for trial in best], on_step)
         in_integers = InIntegers(study, subject, team)
         for done, record in enumerate(made, 1):
-            record.update(in_integers.record(confirmation.setup(record["id"])))
-            on_step("in integers", "plan", done, len(made))
+            record.update(in_integers.record(confirmation.setup(record["id"]), record["metrics"]))
+            on_step("in the other arithmetic", "plan", done, len(made))
         content = b"".join(map(line_of, made))
         save(folder / CONFIRM, lambda beside: beside.write_bytes(content))
     return made
@@ -79,9 +79,9 @@ class _Confirmation:
         return self._records(ids, figures, first)
 
     def setup(self, id: str) -> Setup:
-        """A trial's specs and grids."""
+        """A trial's specs, grids and arithmetic."""
         [plan] = [trial.plan for trial in self._study.trials if trial.id == id]
-        return Setup(plan.resolve(self._study.sites), self._solve(plan).grids)
+        return Setup(plan.resolve(self._study.sites), self._solve(plan).grids, plan.arithmetic)
 
     def _scores(self, rig: Rig, setup: Setup, index: int, base: np.ndarray | None) -> np.ndarray:
         window = self._study.evaluation[index]

@@ -10,7 +10,7 @@ import numpy as np
 from lockstep.engine.model import Model
 from lockstep.ops.code_linear import CodeLinear
 from lockstep.ops.fake_quant import FakeQuant
-from lockstep.ptq.integer import integers
+from lockstep.ptq.integer import INTEGER
 from lockstep.ptq.rewrite import Treatment
 from lockstep.ptq.spec import Spec
 from lockstep.runtime.program import Tensor
@@ -58,12 +58,10 @@ class _Pair:
         grids: Mapping[str, np.ndarray],
         specs: Mapping[str, Spec],
     ) -> None:
-        change = lambda rounded: integers(rounded, specs).program
-        self._float = Rig(model, treatment, team, length, keep=True)
-        self._integer = Rig(model, treatment, team, length, change, keep=True)
-        for rig in (self._float, self._integer):
+        self._float, self._integer = (Rig(model, treatment, team, length, keep=True) for _ in range(2))
+        for rig, arithmetic in ((self._float, "float"), (self._integer, INTEGER)):
             rig.set_grids(grids)
-            rig.set_weights(specs)
+            rig.set_weights(specs, arithmetic)
 
     def compare(self, ids: Sequence[int]) -> Iterator[tuple[str, Different]]:
         """(site, Different) of a window."""

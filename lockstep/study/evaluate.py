@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from lockstep.ptq.integer import integers
+from lockstep.ptq.integer import INTEGER
 from lockstep.ptq.observers import Stat
 from lockstep.ptq.plan import Plan
-from lockstep.ptq.rewrite import Rounded, Treatment
+from lockstep.ptq.rewrite import Treatment
 from lockstep.ptq.solved import Solved
 from lockstep.ptq.spec import Spec
 from lockstep.ptq.unroll import unroll
-from lockstep.runtime.program import Program
 from lockstep.runtime.threads import Team
 from lockstep.study.calibrate import calibrate
 from lockstep.study.rig import Rig
@@ -27,30 +26,25 @@ PREFILL, PREFILL_REFERENCE = TWINS = ("prefill", "prefill_reference")
 OnWindow = Callable[[int, int], object]
 
 
-def rig_for(
-    subject: Subject,
-    treatment: Treatment,
-    team: Team,
-    length: int,
-    twin: str = PREFILL_REFERENCE,
-    change: Callable[[Rounded], Program] = lambda rounded: rounded.program,
-) -> Rig:
-    """The rig of a twin. change: makes the program of the fast one."""
-    made = (lambda rounded: unroll(change(rounded))) if twin == PREFILL else change
-    return Rig(subject.model, treatment, team, length, made)
+def rig_for(subject: Subject, treatment: Treatment, team: Team, length: int, twin: str = PREFILL_REFERENCE) -> Rig:
+    """The rig of a twin."""
+    change = (lambda rounded: unroll(rounded.program)) if twin == PREFILL else None
+    return Rig(subject.model, treatment, team, length, change)
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A plan ready to be set on a rig. specs: of every site. grids: of activations, float32 rows."""
+    """A plan ready to be set on a rig. specs: of every site. grids: of activations, float32 rows. arithmetic: "float"
+    or "integer"."""
 
     specs: Mapping[str, Spec]
     grids: Mapping[str, np.ndarray]
+    arithmetic: str = "float"
 
     def put_on(self, rig: Rig) -> None:
-        """Sets grids and weights."""
+        """Sets grids, weights and arithmetic."""
         rig.set_grids(self.grids)
-        rig.set_weights({name: spec for name, spec in self.specs.items() if name in rig.rounded.weights})
+        rig.set_weights(self.specs, self.arithmetic)
 
 
 FLOAT = Setup({}, {})  # nothing is rounded
@@ -107,36 +101,20 @@ def evaluate(
         specs = solved.plan.resolve(sites)
         treatment = treatment_for(program, solved.plan, [specs], length)
     rig = rig_for(subject, treatment, team, length, twin)
-    planned_rig, floats = rig, {}
-    if solved is not None and solved.plan.arithmetic == "integer":
-        planned_rig, floats = _in_integers(subject, treatment, team, length, twin, specs)
-    base, planned = [], []
+    base, planned, planned_setup = [], [], FLOAT
+    if solved is not None:
+        planned_setup = Setup(specs, solved.grids, solved.plan.arithmetic)
     for done, window in enumerate(windows, 1):
         base.append(_scored(rig, FLOAT, window, None))
         if solved is not None:
-            planned.append(_scored(planned_rig, Setup(specs, solved.grids), window, rig.hidden()))
+            planned.append(_scored(rig, planned_setup, window, rig.hidden()))
         if on_window:
             on_window(done, len(windows))
     found = dict(float=text_figures(base, by_token))
     if solved is not None:
         found |= {"plan": text_figures(planned, by_token), "against float": compared_figures(planned, base)}
-    if floats:
-        found["in floats"] = floats
-    return found
-
-
-def _in_integers(
-    subject: Subject, treatment: Treatment, team: Team, length: int, twin: str, specs: Mapping[str, Spec]
-) -> tuple[Rig, dict[str, str]]:
-    """A rig whose layers are integer wherever they can be, and why others are not."""
-    floats: dict[str, str] = {}
-
-    def change(rounded: Rounded) -> Program:
-        made = integers(rounded, specs)
-        floats.update(made.floats)
-        return made.program
-
-    return rig_for(subject, treatment, team, length, twin, change), floats
+    floats = rig.layers.choose(specs).floats if planned_setup.arithmetic == INTEGER else {}
+    return found | ({"in floats": floats} if floats else {})
 
 
 def _scored(rig: Rig, setup: Setup, window: Window, base: np.ndarray | None) -> dict[str, Any]:

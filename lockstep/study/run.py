@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from lockstep.ptq.integer import INTEGER
 from lockstep.ptq.observers import Stat
 from lockstep.ptq.solved import Solved
 from lockstep.runtime.threads import Team
@@ -235,6 +236,8 @@ class _Run:
             made["layers_run"], made["layers_saved"] = self._layers[index]
             grids = self._solved(index).grids
             made["sites"] = self._figures.sites(specs, grids)
+            if trial.plan.arithmetic == INTEGER:
+                made["integer"] = self._figures.integer(specs)
         self._trials.add(made)
         self._written.append(made)
 

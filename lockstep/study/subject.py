@@ -75,15 +75,10 @@ def treatment_for(program: Program, plan: Plan, specs: Iterable[Mapping[str, Spe
     return treatment_of(plan, sites_for(program, plan.mask), length, specs)
 
 
-def check_supported(plan: Plan, in_sweeps: bool = False) -> None:
-    """ValueError for what plans can say and no program does yet; in_sweeps: or no sweep."""
+def check_supported(plan: Plan) -> None:
+    """ValueError for what plans can say and no program does yet."""
     if plan.fuse_scale != "none":
         raise ValueError(f"plan: fuse_scale is {plan.fuse_scale!r}; studies run with 'none' only so far")
-    if in_sweeps and plan.arithmetic != "float":
-        raise ValueError(
-            f"plan: arithmetic is {plan.arithmetic!r}; sweeps rank in 'float', ptq confirm runs the best plans in "
-            f"integers, too, and ptq eval any plan"
-        )
 
 
 # ------------------------------------------------------------ bytes

@@ -13,8 +13,9 @@ import numpy as np
 from lockstep import __version__
 from lockstep.ops.grids import SCALE, ZERO_POINT
 from lockstep.ptq.figures import figures
+from lockstep.ptq.integer import LinearLayers
 from lockstep.ptq.observers import Stat
-from lockstep.ptq.rewrite import Treatment, rounded
+from lockstep.ptq.rewrite import rounded
 from lockstep.ptq.spec import Spec
 from lockstep.study.subject import Subject, kv_bytes, weight_bytes
 from lockstep.study.trials import Study
@@ -68,7 +69,8 @@ class Figures:
 
     def __init__(self, study: Study, subject: Subject, stats: Mapping[str, Stat]) -> None:
         self._study, self._stats = study, stats
-        made = rounded(subject.model.recorded, Treatment(sites=()))
+        made = rounded(subject.model.recorded, study.treatment)
+        self._layers = LinearLayers(made)
         self._parts: dict[str, list[StoredTensor]] = {
             name: [part.weight.parts[part.index] for part in parts] for name, parts in made.weights.items()
         }
@@ -78,6 +80,11 @@ class Figures:
         """weight_bytes, bits_per_weight, and kv_bytes a token, None where keys and values are not all rounded."""
         total, count = weight_bytes(self._parts, specs)
         return dict(weight_bytes=total, bits_per_weight=8 * total / count, kv_bytes=kv_bytes(self._study.sites, specs))
+
+    def integer(self, specs: Mapping[str, Spec]) -> dict[str, Any]:
+        """layers: how many linear layers are in integers under specs. floats: the others, each with its reason."""
+        choice = self._layers.choose(specs)
+        return dict(layers=len(choice.layers), floats=choice.floats)
 
     def sites(self, specs: Mapping[str, Spec], grids: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """{site: spec and, of a static grid of an activation, scale, zero, saturation, code_use, sqnr by head}, for

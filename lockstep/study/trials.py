@@ -88,7 +88,7 @@ def make_study(
 ) -> Study:
     """A study of a model on windows of token ids. ValueError, with the rule, for a plan that the model's sites do not
     allow."""
-    check_supported(plan, in_sweeps=True)
+    check_supported(plan)
     program = subject.model.recorded
     sites = sites_for(program, plan.mask)
     trials = expand(plan, sweeps, sites, early_stop)
@@ -127,9 +127,9 @@ def expand(plan: Plan, sweeps: Sequence[Sweep], sites: Sequence[Site], early_sto
     Trials of products may stop early; those that change one site may not, since each is to say how much its site
     matters. ValueError for sites that there are none of, and for grids that they cannot have.
     """
-    made: dict[tuple[Spec, ...], Trial] = {}
+    made: dict[tuple[str | Spec, ...], Trial] = {}
     for trial in _all(plan, sweeps, sites, early_stop):
-        made.setdefault(tuple(trial.plan.resolve(sites).values()), trial)
+        made.setdefault((trial.plan.arithmetic, *trial.plan.resolve(sites).values()), trial)
     return list(made.values())
 
 

@@ -14,7 +14,6 @@ from lockstep.engine.request import SamplingParams
 from lockstep.ops.rounded_attention import RoundedAttention
 from lockstep.ops.score import NLL
 from lockstep.parity import Path, run_parity, run_path
-from lockstep.ptq.integer import integers
 from lockstep.ptq.plan import Plan
 from lockstep.ptq.rewrite import sites_of
 from lockstep.ptq.solved import Solved
@@ -57,10 +56,9 @@ def test_every_path_has_the_bits_of_the_study(name, arithmetic, team):
     logits = outcome.logits.astype(np.float64)
     exact = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
     specs = plan.resolve(sites_of(model.recorded))
-    change = (lambda rounded: integers(rounded, specs).program) if arithmetic == "integer" else None
-    rig = Rig(model, treatment_of(plan, sites_of(model.recorded), LENGTH), team, LENGTH, change)
+    rig = Rig(model, treatment_of(plan, sites_of(model.recorded), LENGTH), team, LENGTH)
     rig.set_grids(solved(model, plan, team).grids)
-    rig.set_weights(specs)
+    rig.set_weights(specs, arithmetic)
     rig.load(ids, targets)
     rig.run()
     np.testing.assert_allclose(rig.scores()[:, NLL], exact - logits[range(LENGTH), targets], atol=2e-5)

@@ -63,10 +63,10 @@ def test_integers_are_near_floats(name):
         stats = calibrate(model, treatment, team, [ids])
         grids = Solved.solve(plan, name, "", sites, stats).grids
         found = []
-        for change in (None, lambda made: integers(made, specs).program):
-            rig = Rig(model, treatment, team, LENGTH, change)
-            rig.set_grids(grids)
-            rig.set_weights(specs)
+        rig = Rig(model, treatment, team, LENGTH)
+        rig.set_grids(grids)
+        for arithmetic in ("float", "integer"):
+            rig.set_weights(specs, arithmetic)
             rig.load(ids, targets)
             rig.run()
             found.append(rig.scores()[:, NLL])

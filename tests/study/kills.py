@@ -53,13 +53,14 @@ def size_of(path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--arithmetic", choices=("float", "integer"), default="float", help="of all plans")
     parser.add_argument("--avx2", action="store_true", help="one more run, compiled for AVX2 (Haswell)")
     args = parser.parse_args()
     kills = args.kills
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         recipe = root / "recipe.toml"
-        recipe.write_text(RECIPE)
+        recipe.write_text(RECIPE.replace("[plan]", f'[plan]\narithmetic = "{args.arithmetic}"'))
         assert started(recipe, root / "warm", 1).wait() == 0  # compiles what is not compiled yet
         assert started(recipe, root / "whole", 1).wait() == 0
         wanted, folder = contents(root / "whole"), root / "killed"

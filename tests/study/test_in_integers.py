@@ -41,8 +41,9 @@ def test_a_confirmed_plan_says_what_integers_make_of_it():
     with contextlib.closing(Team(1)) as team:
         made = solved(subject, study.evaluation, team)
         setup = Setup(made.plan.resolve(study.sites), made.grids)
-        record = InIntegers(study, subject, team).record(setup)
-        nothing = InIntegers(study, subject, team).record(Setup({}, {}))
-    assert nothing == {}
+        in_integers = InIntegers(study, subject, team)
+        record = in_integers.record(setup, {})
+        assert in_integers.record(Setup({}, {}), {}) == {}
+    assert "float" not in record
     assert record["integer"]["layers"] > 0 and record["integer"]["metrics"]["nll"] > 0
     assert all(0 <= different <= total for different, total in record["disagreement"].values())

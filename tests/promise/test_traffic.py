@@ -29,9 +29,9 @@ CASES = [
 STEPS = 200
 # the states of so many positions fit; budgets from less than a block to more than any prompt
 OPTIONS = (
-    dict(max_step_tokens=70, threads=1, state_every=64, num_states=4, prompt_state_from=0),
-    dict(max_step_tokens=300, threads=2, state_every=128),
-    dict(max_step_tokens=9, threads=3, state_every=64, num_states=30),
+    dict(max_step_tokens=70, threads=2, state_every=64, num_states=4, prompt_state_from=0),
+    dict(max_step_tokens=300, threads=3, state_every=128),
+    dict(max_step_tokens=9, threads=1, state_every=64, num_states=30),  # the most steps
 )
 HAPPENS = (
     "steps",
@@ -96,36 +96,43 @@ def test_every_kind_of_event_happened(events):
 # ---------------------------------------------------------------- what is wrong must be seen
 
 
-def differs(menu):
-    """Whether one of eight walks finds a wrong bit: a fault shows where two prompts meet in the right order."""
-    try:
-        for seed in range(8):
-            Traffic(menu, seed, **{**OPTIONS[0], "num_states": 30}).run(150)
-    except Differs:
-        return True
-    return False
+def walk(menu, seed):
+    Traffic(menu, seed, **{**OPTIONS[0], "threads": 1, "num_states": 30}).run(150)
+
+
+def differing(menu):
+    """The first of eight walks that finds a wrong bit, or None: a fault shows where two prompts meet in the right
+    order."""
+    for seed in range(8):
+        try:
+            walk(menu, seed)
+        except Differs:
+            return seed
 
 
 def test_a_wrong_bit_in_a_kept_state_breaks_the_promise(menu, monkeypatch):
-    get, flipped = StateStore.get, []
+    if not menu.state_bytes:
+        pytest.skip("keeps no states")
+    get = StateStore.get
 
     def wrong(self, name):
         array = get(self, name)
         if array is not None:
-            array, flipped[len(flipped) :] = array.copy(), [name]
+            array = array.copy()
             array[3] ^= 0x80  # a sign: a small error can be lost, rightly, in the next rounding
         return array
 
-    assert not differs(menu)
-    monkeypatch.setattr(StateStore, "get", wrong)
-    assert differs(menu) == bool(menu.state_bytes)
-    assert bool(flipped) == bool(menu.state_bytes)
+    with monkeypatch.context() as patch:
+        patch.setattr(StateStore, "get", wrong)
+        seed = differing(menu)
+    assert seed is not None
+    walk(menu, seed)  # without the fault nothing differs
 
 
 def test_a_page_under_a_wrong_name_breaks_the_promise(menu, monkeypatch):
     # names made of a block's own tokens only: blocks after different beginnings are taken for one
     monkeypatch.setattr(prefix, "block_name", lambda before, ids: hashlib.sha256(repr(ids).encode()).digest())
-    assert differs(menu)
+    assert differing(menu) is not None
 
 
 def test_a_request_that_reads_the_page_of_its_last_token_from_the_cache_has_no_logits(menu, monkeypatch):
@@ -133,7 +140,7 @@ def test_a_request_that_reads_the_page_of_its_last_token_from_the_cache_has_no_l
         return self.names(request, request.num_tokens // 64)
 
     monkeypatch.setattr(prefix.PrefixCache, "_usable", all_blocks)
-    assert differs(menu)
+    assert differing(menu) is not None
 
 
 @pytest.mark.skipif("LOCKSTEP_SOAK" not in os.environ, reason="a long run: set LOCKSTEP_SOAK=minutes")

@@ -73,7 +73,7 @@ def state_digest(runner, slot):
     made = hashlib.sha256()
     for cache in runner.program.caches:
         if cache.kind == "state":
-            made.update(runner.caches[cache.name].reshape(-1, cache.bytes_each)[slot])
+            made.update(runner.caches[cache.name].reshape(runner.limits.max_requests, -1)[slot])
     return made.hexdigest()
 
 
@@ -81,7 +81,7 @@ def positions(runner, pages, count):
     """{name: bytes of positions 0 .. count [count, heads, head size, bytes]} of every array of pages."""
     found = {}
     for cache in (c for c in runner.program.caches if c.kind == "pages"):
-        memory = runner.caches[cache.name].reshape(-1, *cache.shape, cache.bytes_each // int(np.prod(cache.shape)))
+        memory = runner.caches[cache.name].reshape(runner.limits.num_pages, *cache.shape, -1)
         found[cache.name] = by_position(memory[pages], cache.name.endswith("k_pages"))[:count]
     return found
 

@@ -152,7 +152,6 @@ def test_a_recipe_that_changed_is_refused(recipe, tmp_path, capsys):
         ("evaluate.windows=9999", "9999 windows of 48 tokens wanted, it has"),
         ('plan.rules=[["L9.p", "u8"]]', "rule 'L9.p' = 'u8' matches no site"),
         ('plan.arithmetic="int"', "arithmetic is 'int', expected one of float, integer"),
-        ('plan.fuse_scale="q"', "plan: fuse_scale is 'q'; studies run with 'none' only so far"),
         ('model="no/such/model.gguf"', "model.gguf"),
     ],
 )

@@ -9,10 +9,10 @@ from lockstep.ops.rounded_attention import MAX_KEYS
 from lockstep.ptq.folded import FoldedStore, FoldedWeights, with_weight
 from lockstep.ptq.integer import integers
 from lockstep.ptq.plan import Plan
-from lockstep.ptq.rewrite import rounded, sites_of
+from lockstep.ptq.rewrite import rounded
 from lockstep.ptq.solved import Solved
 from lockstep.ptq.spec import Spec
-from lockstep.ptq.treatment import treatment_of
+from lockstep.ptq.treatment import sites_for, treatment_of
 from lockstep.runtime.operands import Operands
 from lockstep.runtime.program import Weight
 
@@ -24,7 +24,7 @@ def planned(model: Model, solved: Solved, content: str) -> Model:
     ValueError for a plan of another model; for one whose results depend on the rest of a step (an added mask counts
     tokens that come later); and for a model whose weights or cache are in formats of their own.
     """
-    sites = sites_of(model.recorded, solved.plan.mask == "additive")
+    sites = sites_for(model.recorded, solved.plan)
     solved.check(model.config.model_type, content, sites)
     plan = solved.plan
     _check(model, plan)
@@ -51,8 +51,6 @@ def _check(model: Model, plan: Plan) -> None:
             "plan: mask is 'additive', so that what a token sees depends on the later tokens of its step; expected "
             "'structural' outside of studies"
         )
-    if plan.fuse_scale != "none":
-        raise ValueError(f"plan: fuse_scale is {plan.fuse_scale!r}, expected 'none': no other runs yet")
 
 
 def _on_grids(op: Operands, folded: FoldedWeights, specs: dict[str, Spec]) -> Operands:

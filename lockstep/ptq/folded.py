@@ -4,64 +4,23 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from lockstep.ops.code_weights import FORMAT as CODES
-from lockstep.ops.code_weights import CodeTensor, code_tensor, code_weight
 from lockstep.ops.embed import Embed, format_code
 from lockstep.ops.linear import Linear
 from lockstep.ops.score import Score
+from lockstep.ptq.parts import CodedWeight, FoldedWeight
 from lockstep.ptq.rewrite import Part
 from lockstep.ptq.spec import Spec
-from lockstep.ptq.weights import fold
 from lockstep.runtime.backend import Layout
 from lockstep.runtime.executor import WeightStore
 from lockstep.runtime.operands import Operands
 from lockstep.runtime.program import Weight
-from lockstep.weights.tensor import StoredTensor
 
 MOST_BYTES = 4 << 30
-
-
-@dataclass(frozen=True, eq=False)
-class FoldedWeight(Weight):
-    """A weight some parts of which are rounded: specs has (index of the part, spec)."""
-
-    specs: tuple[tuple[int, Spec], ...] = ()
-
-    def folded(self) -> Weight:
-        """The same with the rounded numbers."""
-        parts = list(self.parts)
-        for index, spec in self.specs:
-            parts[index] = _folded(parts[index], spec)
-        return Weight(self.name, self.format, self.shape, tuple(parts))
-
-
-def _folded(part: StoredTensor, spec: Spec) -> StoredTensor:
-    values = part.finite_f32().reshape(-1, part.shape[-1])
-    return StoredTensor(part.name, "f32", part.shape, fold(values, spec, part.name).values.reshape(part.shape))
-
-
-@dataclass(frozen=True, eq=False)
-class CodedWeight(FoldedWeight):
-    """A weight whose parts, all of them, are codes of integer grids, for integer arithmetic. source: the weight itself.
-
-    It has the parts of the source, which codes are made from when they are first asked for.
-    """
-
-    source: Weight | None = None
-
-    def folded(self) -> Weight:
-        return code_weight(self.name, *(_codes(self.parts[index], spec) for index, spec in self.specs))
-
-
-def _codes(part: StoredTensor, spec: Spec) -> CodeTensor:
-    made = fold(part.finite_f32().reshape(-1, part.shape[-1]), spec, part.name)
-    assert made.codes is not None and made.scale is not None and made.zero is not None, spec
-    return code_tensor(part.name, made.codes, made.scale, made.zero)
 
 
 class FoldedStore(WeightStore):

@@ -47,9 +47,10 @@ class Plan:
     rules: (glob over names of sites, text of a spec), of which the last that matches a site counts; kept as tuples.
     mask: "structural" (keys that a row does not see take no part) or "additive" (`fill` is added to their logits).
     fill: None for a structural mask. rope: "hf" rotates (-x2, x1), "pre_negated" has the sign in the table of sines.
-    fuse_scale: whether the scale of attention is multiplied into the weights of q or of k. arithmetic: "float", or
-    "integer" where there are kernels for it. apart: of `rewrite.INSIDE`, what is taken apart although no rule rounds
-    anything inside: as it is in a study where another trial does, so that both have the same bits.
+    fuse_scale: whether the scale of attention is multiplied into the weights of q or of k, see `fuse.fused`.
+    arithmetic: "float", or "integer" where there are kernels for it. apart: of `rewrite.INSIDE`, what is taken apart
+    although no rule rounds anything inside: as it is in a study where another trial does, so that both have the same
+    bits.
     Raises ValueError for anything else.
     """
 

@@ -31,6 +31,7 @@ from lockstep.ops.rounded_attention import RoundedAttention
 from lockstep.ops.rounded_inputs import K_SITES, Q_SITES, TABLE_SITES, RoundedInputs
 from lockstep.ops.rounded_silu_mul import RoundedSiluMul
 from lockstep.ops.silu_mul import SiluMul
+from lockstep.ptq.fuse import fused
 from lockstep.ptq.plan import INSIDE
 from lockstep.ptq.site import Site
 from lockstep.runtime.executor import aligned
@@ -56,13 +57,14 @@ NAMES = {
 class Treatment:
     """How a program is to be rounded. sites: names of those that have a grid; None: all. inside: of INSIDE, what is
     taken apart. additive, fill: the mask, see `ops.rounded_attention`. pre_negated: the sign of the rotation, see
-    `ops.rounded_inputs`. max_keys: of a sequence."""
+    `ops.rounded_inputs`. fuse_scale: where attention's scale goes before, see `fuse.fused`. max_keys: of a sequence."""
 
     sites: Collection[str] | None = None
     inside: tuple[str, ...] = ()
     additive: bool = False
     fill: float = -120.0
     pre_negated: bool = False
+    fuse_scale: str = "none"
     max_keys: int = 4096
 
 
@@ -88,17 +90,19 @@ class Rounded:
     weights: dict[str, list[Part]] = field(default_factory=dict)
 
 
-def sites_of(program: Program, additive: bool = False) -> list[Site]:
+def sites_of(program: Program, additive: bool = False, fuse_scale: str = "none") -> list[Site]:
     """Every site that a recorded program has, inner ones included, in the order in which it comes to them.
 
-    additive: with those of an added mask.
+    additive: with those of an added mask. fuse_scale: without those of a scale that is in weights.
     """
-    return list(_Rewriter(program, Treatment(inside=INSIDE, additive=additive), lists=True).run().sites.values())
+    how = Treatment(inside=INSIDE, additive=additive)
+    return list(_Rewriter(fused(program, fuse_scale), how, lists=True).run().sites.values())
 
 
 def rounded(program: Program, treatment: Treatment) -> Rounded:
-    """The program with its sites rounded. ValueError for an inner site of what is not, or cannot be, taken apart."""
-    made = _Rewriter(program, treatment).run()
+    """The program with its sites rounded. ValueError for an inner site of what is not, or cannot be, taken apart, and
+    for weights that cannot have attention's scale in them."""
+    made = _Rewriter(fused(program, treatment.fuse_scale), treatment).run()
     missing = next((name for name in treatment.sites or () if name not in made.sites), None)
     if missing is not None:
         raise ValueError(f"site {missing!r}: the program has none of this name with {treatment.inside} taken apart")
@@ -296,6 +300,7 @@ class _Rewriter:
                 raise ValueError(f"layer {layer}: sites inside attention with a window or a soft cap are not supported")
             there = [s for s in rounded_attention.SITES if s != "pv" or op.gate is not None]
             there = [s for s in there if s != "qk.masked" or self._how.additive]
+            there = [s for s in there if s != "qk.raw" or op.scale != 1]  # then it is "qk"
             widths = dict.fromkeys(rounded_attention.SITES, 0) | dict(pv=op.head_dim)
             grids = self._group("", layer, rounded_attention.SITES, H, there, widths)
             if not self._lists:

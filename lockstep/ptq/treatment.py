@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from lockstep.ptq.plan import USUAL_FILL, Plan
-from lockstep.ptq.rewrite import Treatment, inside_of
+from lockstep.ptq.rewrite import Treatment, inside_of, sites_of
 from lockstep.ptq.site import Site
 from lockstep.ptq.spec import Spec
+from lockstep.runtime.program import Program
+
+
+def sites_for(program: Program, plan: Plan) -> list[Site]:
+    """The sites that a recorded program has under a plan's mask and scale of attention."""
+    return sites_of(program, plan.mask == "additive", plan.fuse_scale)
 
 
 def treatment_of(
@@ -15,9 +21,9 @@ def treatment_of(
 ) -> Treatment:
     """How to treat a program so that a plan can be set on it, or each of several, given by their specs by site.
 
-    plan: of several any, for what they have in common: mask, rotation, and what is taken apart in any case. More is
-    taken apart where a plan rounds a site that is inside, or adds its mask. sites: of the program under the plan's
-    mask. max_keys: of a sequence.
+    plan: of several any, for what they have in common: mask, rotation, attention's scale, and what is taken apart in
+    any case. More is taken apart where a plan rounds a site that is inside, or adds its mask. sites: see `sites_for`.
+    max_keys: of a sequence.
     """
     all_specs = [plan.resolve(sites)] if specs is None else specs
     named = {name for each in all_specs for name, spec in each.items() if not spec.is_off}
@@ -29,5 +35,6 @@ def treatment_of(
         additive=is_additive,
         fill=USUAL_FILL if plan.fill is None else plan.fill,
         pre_negated=plan.rope == "pre_negated",
+        fuse_scale=plan.fuse_scale,
         max_keys=max_keys,
     )

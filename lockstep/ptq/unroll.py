@@ -185,8 +185,12 @@ class _Unroller:
         width = -(-op.max_keys // 16) * 16 + SPARE_COLUMNS
         keys = dict(width=width, additive=op.additive)
         kv = dict(num_kv_heads=op.num_kv_heads, head_dim=op.head_dim, kv_head=h // (op.num_heads // op.num_kv_heads))
-        raw = self._site(scores, "qk.raw", RAW, width, HeadScores, q=q, k_pages=op.k_pages, **kv, **keys)
-        x = self._site(scores, "qk", QK, width, ScaleRows, x=raw, factor=op.scale, **keys)
+        raw = "qk" if op.scale == 1 else "qk.raw"
+        x = self._site(scores, raw, RAW, width, HeadScores, q=q, k_pages=op.k_pages, **kv, **keys)
+        if op.scale == 1:
+            self._ops.append(self._rounding(scores, QK, x, x))
+        else:
+            x = self._site(scores, "qk", QK, width, ScaleRows, x=x, factor=op.scale, **keys)
         if op.additive:
             x = self._site(scores, "qk.masked", MASKED, width, MaskRows, x=x, fill=op.fill, **keys)
         p = self._site(scores, "p", P, width, SoftmaxRows, x=x, **keys)

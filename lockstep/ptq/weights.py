@@ -34,8 +34,11 @@ class Folded:
     zero: np.ndarray | None = None
 
 
-def fold(values: np.ndarray, spec: Spec, name: str = "weight") -> Folded:
-    """Weights [N, K] float32 on the grid of a spec. name: of the weight, for errors.
+def fold(values: np.ndarray, spec: Spec, name: str = "weight", factor: float = 1.0) -> Folded:
+    """Weights [N, K] float32 on the grid of a spec.
+
+    name: of the weight, for errors. factor: by which the scale of a grid of integers or of small floats is multiplied
+    after it was found, so that the codes stay; 1 for others.
 
     ValueError for weights that are not finite and for groups or blocks that do not divide K.
     """
@@ -49,7 +52,7 @@ def fold(values: np.ndarray, spec: Spec, name: str = "weight") -> Folded:
         raise ValueError(f"{name}: {count} of {values.size} weights are NaN or infinite; a grid needs finite numbers")
     if spec.grid in STORED:
         return _fold_stored(values, spec, name)
-    return _fold_rows(values, spec, name)
+    return _fold_rows(values, spec, name, factor)
 
 
 def _fold_stored(values: np.ndarray, spec: Spec, name: str) -> Folded:
@@ -72,7 +75,7 @@ def row_width(spec: Spec, shape: tuple[int, int]) -> int:
     return spec.per if isinstance(spec.per, int) else shape[0] * shape[1] if spec.per == "tensor" else shape[1]
 
 
-def _fold_rows(values: np.ndarray, spec: Spec, name: str) -> Folded:
+def _fold_rows(values: np.ndarray, spec: Spec, name: str, factor: float) -> Folded:
     """On a grid of `ops.grids`: each part of the weight that shares a grid is a row for the definition."""
     group = spec.per if isinstance(spec.per, int) else 0
     _check_width(values.shape[1], spec, group or spec.what.block, name)
@@ -84,6 +87,7 @@ def _fold_rows(values: np.ndarray, spec: Spec, name: str) -> Folded:
         if not np.isfinite(found).all():
             raise ValueError(f"{name}: weights from {values.min():g} to {values.max():g} have no scale in float32")
     codes = _codes(rows, found).reshape(values.shape) if spec.what.is_integer else None
+    found[:, SCALE] *= np.float32(factor)  # its inverse stays, which makes the codes
     _round(parts if spec.what.block else rows, found)
     if not spec.what.has_range:
         return Folded(parts, codes)

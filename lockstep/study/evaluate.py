@@ -14,12 +14,13 @@ from lockstep.ptq.plan import Plan
 from lockstep.ptq.rewrite import Treatment
 from lockstep.ptq.solved import Solved
 from lockstep.ptq.spec import Spec
+from lockstep.ptq.treatment import sites_for
 from lockstep.ptq.unroll import unroll
 from lockstep.runtime.threads import Team
 from lockstep.study.calibrate import calibrate
 from lockstep.study.rig import Rig
 from lockstep.study.scoring import compared_figures, text_figures, window_figures
-from lockstep.study.subject import Subject, check_supported, sites_for, treatment_for
+from lockstep.study.subject import Subject, treatment_for
 from lockstep.study.text import Window
 
 PREFILL, PREFILL_REFERENCE = TWINS = ("prefill", "prefill_reference")
@@ -59,8 +60,7 @@ def solve(
 ) -> Solved:
     """The plan's grids from one pass over calibration windows; no pass where the plan needs no ranges. ValueError for a
     plan that has no grids."""
-    check_supported(plan)
-    sites = sites_for(subject.model.recorded, plan.mask)
+    sites = sites_for(subject.model.recorded, plan)
     stats: dict[str, Stat] = {}
     if needs_ranges(plan, subject):
         length = max(len(w.ids) for w in windows) if windows else 0
@@ -73,7 +73,7 @@ def solve(
 
 def needs_ranges(plan: Plan, subject: Subject) -> bool:
     """Whether a plan rounds an activation to a grid that is found by an observer."""
-    sites = sites_for(subject.model.recorded, plan.mask)
+    sites = sites_for(subject.model.recorded, plan)
     specs = plan.resolve(sites)
     return any(specs[s.name].observer is not None for s in sites if not s.is_weight)
 
@@ -96,7 +96,7 @@ def evaluate(
     length, program = max(len(w.ids) for w in windows), subject.model.recorded
     specs, treatment = {}, Treatment(sites=())
     if solved is not None:
-        sites = sites_for(program, solved.plan.mask)
+        sites = sites_for(program, solved.plan)
         solved.check(subject.name, subject.content, sites)
         specs = solved.plan.resolve(sites)
         treatment = treatment_for(program, solved.plan, [specs], length)

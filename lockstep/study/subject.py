@@ -8,10 +8,10 @@ from pathlib import Path
 
 from lockstep.engine.model import Model, load_model
 from lockstep.ptq.plan import Plan
-from lockstep.ptq.rewrite import Treatment, sites_of
+from lockstep.ptq.rewrite import Treatment
 from lockstep.ptq.site import Site
 from lockstep.ptq.spec import Spec
-from lockstep.ptq.treatment import treatment_of
+from lockstep.ptq.treatment import sites_for, treatment_of
 from lockstep.ptq.weights import num_bytes
 from lockstep.runtime.program import Program
 from lockstep.serve.hub import resolve_model
@@ -60,11 +60,6 @@ def load_subject(
 # ------------------------------------------------------------ sites
 
 
-def sites_for(program: Program, mask: str) -> list[Site]:
-    """The sites that a recorded program has under a mask, "structural" or "additive"."""
-    return sites_of(program, mask == "additive")
-
-
 def treatment_for(program: Program, plan: Plan, specs: Iterable[Mapping[str, Spec]], length: int) -> Treatment:
     """`treatment_of` of plans for windows of so many tokens. ValueError for a grid that logits cannot be scored on."""
     specs = list(specs)
@@ -72,13 +67,7 @@ def treatment_for(program: Program, plan: Plan, specs: Iterable[Mapping[str, Spe
         raise ValueError(
             f"site {HEAD}: a grid /row needs a whole row of logits, which is never there; expected /tensor"
         )
-    return treatment_of(plan, sites_for(program, plan.mask), length, specs)
-
-
-def check_supported(plan: Plan) -> None:
-    """ValueError for what plans can say and no program does yet."""
-    if plan.fuse_scale != "none":
-        raise ValueError(f"plan: fuse_scale is {plan.fuse_scale!r}; studies run with 'none' only so far")
+    return treatment_of(plan, sites_for(program, plan), length, specs)
 
 
 # ------------------------------------------------------------ bytes

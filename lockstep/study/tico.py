@@ -19,12 +19,14 @@ from lockstep.engine.model import Model
 from lockstep.ops.attention import Attention
 from lockstep.ops.grids import SCALE, ZERO_POINT
 from lockstep.ptq.observers import Stat
+from lockstep.ptq.parts import fold_part
 from lockstep.ptq.plan import USUAL_FILL
-from lockstep.ptq.rewrite import Part, Treatment, layer_of, rounded, sites_of
+from lockstep.ptq.rewrite import Part, Treatment, layer_of, rounded
 from lockstep.ptq.site import Site
 from lockstep.ptq.solved import Solved
 from lockstep.ptq.spec import MINMAX, Spec
-from lockstep.ptq.weights import fold
+from lockstep.ptq.treatment import sites_for
+from lockstep.runtime.program import Program
 
 ROTATED = ("x1", "x2", "cat", "cos", "sin", "rot")
 LAYER = {  # our sites of a layer, and the observers that see the same numbers
@@ -71,29 +73,31 @@ def qparams(solved: Solved, model: Model) -> dict[str, dict[str, Any]]:
     What TICO rounds and plans do not name, the mask and the scale of attention, has the kind of grid of the logits that
     come out of them. TICO's configuration has to say the same kinds of grids.
 
-    ValueError for what TICO does not have: another model_type than "llama", a structural mask, a fused scale, a grid
-    after attention's addition, and grids that are not integers, of a tensor or of a matrix's rows.
+    Its scale_fusion, "none", "q_proj" or "k_proj", is the plan's fuse_scale.
+
+    ValueError for what TICO does not have: another model_type than "llama", a structural mask, a grid after attention's
+    addition, and grids that are not integers, of a tensor or of a matrix's rows.
     """
     _check(solved, model)
-    sites = sites_of(model.recorded, additive=True)
-    specs, parts = solved.plan.resolve(sites), rounded(model.recorded, Treatment(sites=())).weights
+    sites = sites_for(model.recorded, solved.plan)
+    specs = solved.plan.resolve(sites)
+    program = rounded(model.recorded, Treatment(sites=(), fuse_scale=solved.plan.fuse_scale))
     made: dict[str, dict[str, Any]] = {}
     for site in sites:
         spec = specs[site.name]
         if not spec.is_off:
             names = _observers(site, spec, model.config.num_layers)
-            grid = _weight(parts[site.name][0], spec) if site.is_weight else _numbers(solved.grids[site.name])
+            grid = _weight(program.weights[site.name][0], spec) if site.is_weight else _numbers(solved.grids[site.name])
             made |= dict.fromkeys(names, grid)
-    return made | dict(_constants(solved, model, specs))
+    return made | dict(_constants(solved, program.program, specs))
 
 
 def _check(solved: Solved, model: Model) -> None:
     plan, kind = solved.plan, model.config.model_type
     if kind != "llama":
         raise ValueError(f"TICO's observers are known for models of type 'llama', and this one is {kind!r}")
-    for name, value, expected in (("mask", plan.mask, "additive"), ("fuse_scale", plan.fuse_scale, "none")):
-        if value != expected:
-            raise ValueError(f"plan: {name} is {value!r}, expected {expected!r} for TICO")
+    if plan.mask != "additive":
+        raise ValueError(f"plan: mask is {plan.mask!r}, expected 'additive' for TICO")
 
 
 def _observers(site: Site, spec: Spec, num_layers: int) -> list[str]:
@@ -117,16 +121,16 @@ def _places(num_layers: int) -> list[str]:
     return ["model.", *layers, *(f"{layer}self_attn." for layer in layers)]
 
 
-def _constants(solved: Solved, model: Model, specs: Mapping[str, Spec]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What plans do not name: mask and scale of attention."""
+def _constants(solved: Solved, program: Program, specs: Mapping[str, Spec]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What plans do not name: mask and, where it is not in weights, scale of attention."""
     fill = USUAL_FILL if solved.plan.fill is None else solved.plan.fill
-    for place in _places(model.config.num_layers):
+    attention = {layer_of(op.out.name): op for op in program.ops if isinstance(op, Attention)}
+    for place in _places(len(attention)):
         name = "causal_mask" if place == "model." else "attn_mask"
         spec = specs[f"L{layer_of(place) or 0}.qk.masked"]
         yield from _constant(place + name, spec, fill, 0.0)
-    for op in model.recorded.ops:
-        if isinstance(op, Attention):
-            layer = layer_of(op.out.name)
+    for layer, op in attention.items():
+        if solved.plan.fuse_scale == "none":
             name = f"model.layers.{layer}.self_attn.scale"
             yield from _constant(name, specs[f"L{layer}.qk"], op.scale, op.scale)
 
@@ -146,7 +150,7 @@ def _numbers(rows: np.ndarray) -> dict[str, Any]:
 def _weight(part: Part, spec: Spec) -> dict[str, Any]:
     """Of a matrix a scale for each row, where the spec says so; a norm's weight is one row, and has one scale."""
     stored = part.weight.parts[part.index]
-    made = fold(stored.finite_f32().reshape(-1, stored.shape[-1]), spec, stored.name)
+    made = fold_part(stored, spec)
     assert made.scale is not None and made.zero is not None
     scale, zero = made.scale.ravel().tolist(), made.zero.ravel().astype(int).tolist()
     if spec.per == "tensor" or len(stored.shape) == 1:

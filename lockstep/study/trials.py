@@ -16,8 +16,9 @@ from lockstep.ptq.plan import Plan
 from lockstep.ptq.rewrite import Treatment
 from lockstep.ptq.site import Site
 from lockstep.ptq.spec import Spec
+from lockstep.ptq.treatment import sites_for
 from lockstep.study.recipe import ONE_AT_A_TIME, Sweep
-from lockstep.study.subject import Subject, check_supported, sites_for, treatment_for
+from lockstep.study.subject import Subject, treatment_for
 from lockstep.study.text import Window, windows_hash
 
 BASE = "base"
@@ -88,9 +89,8 @@ def make_study(
 ) -> Study:
     """A study of a model on windows of token ids. ValueError, with the rule, for a plan that the model's sites do not
     allow."""
-    check_supported(plan)
     program = subject.model.recorded
-    sites = sites_for(program, plan.mask)
+    sites = sites_for(program, plan)
     trials = expand(plan, sweeps, sites, early_stop)
     specs = [trial.plan.resolve(sites) for trial in trials]
     longest = max(len(ids) for ids in (*calibration, *(window.ids for window in evaluation)))

@@ -15,9 +15,8 @@ from lockstep.ops.rounded_attention import RoundedAttention
 from lockstep.ops.score import NLL
 from lockstep.parity import Path, run_parity, run_path
 from lockstep.ptq.plan import Plan
-from lockstep.ptq.rewrite import sites_of
 from lockstep.ptq.solved import Solved
-from lockstep.ptq.treatment import treatment_of
+from lockstep.ptq.treatment import sites_for, treatment_of
 from lockstep.runtime.threads import Team
 from lockstep.study.calibrate import calibrate
 from lockstep.study.rig import Rig
@@ -28,7 +27,7 @@ RULES = (("*", "u8"), ("*.w", "u4/row"), ("L*.p", "u8/row"), ("L*.k.all", "i8/he
 
 
 def solved(model, plan, team, content=CONTENT):
-    sites = sites_of(model.recorded, plan.mask == "additive")
+    sites = sites_for(model.recorded, plan)
     treatment = treatment_of(plan, sites, LENGTH)
     stats = calibrate(model, treatment, team, [window(model, LENGTH, 3)[0]]) if treatment.sites else {}
     return Solved.solve(plan, "tiny", content, sites, stats)
@@ -43,11 +42,15 @@ def team():
 INTEGERS = (("*", "i16"), ("*.w", "u4/row"), ("L*.norm*", "u8"), ("head", "off"))
 
 
-@pytest.mark.parametrize("name", ["plain", "normed", "hybrid"])
+@pytest.mark.parametrize(
+    "name, fuse_scale",
+    [("plain", "none"), ("normed", "none"), ("hybrid", "none"), ("biased", "k"), ("normed", "k"), ("hybrid", "q")],
+)
 @pytest.mark.parametrize("arithmetic", ["float", "integer"])
-def test_every_path_has_the_bits_of_the_study(name, arithmetic, team):
+def test_every_path_has_the_bits_of_the_study(name, fuse_scale, arithmetic, team):
     model = recorded(name)
-    plan = Plan(INTEGERS if arithmetic == "integer" else (*RULES, ("head", "off")), arithmetic=arithmetic)
+    rules = INTEGERS if arithmetic == "integer" else (*RULES, ("head", "off"))
+    plan = Plan(rules, arithmetic=arithmetic, fuse_scale=fuse_scale)
     made = planned(model, solved(model, plan, team), CONTENT)
     ids, targets = window(model, LENGTH)
     for result in run_parity(made, ids, 2):
@@ -55,8 +58,9 @@ def test_every_path_has_the_bits_of_the_study(name, arithmetic, team):
     outcome = run_path(made, ids, Path("whole", (LENGTH,), 2), num_rows=LENGTH)
     logits = outcome.logits.astype(np.float64)
     exact = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
-    specs = plan.resolve(sites_of(model.recorded))
-    rig = Rig(model, treatment_of(plan, sites_of(model.recorded), LENGTH), team, LENGTH)
+    sites = sites_for(model.recorded, plan)
+    specs = plan.resolve(sites)
+    rig = Rig(model, treatment_of(plan, sites, LENGTH), team, LENGTH)
     rig.set_grids(solved(model, plan, team).grids)
     rig.set_weights(specs, arithmetic)
     rig.load(ids, targets)
@@ -110,6 +114,3 @@ def test_what_is_refused(team):
     additive = dataclasses.replace(plan, plan=Plan((("L0.q", "i8"),), mask="additive"))
     with pytest.raises(ValueError, match="plan: mask is 'additive', so that what a token sees depends on the later"):
         planned(model, additive, CONTENT)
-    fused = dataclasses.replace(plan, plan=Plan((("L0.q", "i8"),), fuse_scale="q"))
-    with pytest.raises(ValueError, match="plan: fuse_scale is 'q', expected 'none'"):
-        planned(model, fused, CONTENT)

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from lockstep.ptq.plan import Plan
+from lockstep.ptq.treatment import sites_for
 from lockstep.runtime.threads import Team
 from lockstep.study.evaluate import TWINS, Setup, rig_for, solve
-from lockstep.study.subject import load_subject, sites_for, treatment_for
+from lockstep.study.subject import load_subject, treatment_for
 from lockstep.study.text import Window
 from lockstep.study.tico import qparams
 
@@ -146,7 +147,7 @@ def logprobs(logits):
 def our_logprobs(subject, solved, team, window, twin):
     """Log-probabilities of all tokens after each: with every token as the one that is scored."""
     program, plan = subject.model.recorded, solved.plan
-    specs = plan.resolve(sites_for(program, plan.mask))
+    specs = plan.resolve(sites_for(program, plan))
     rig = rig_for(subject, treatment_for(program, plan, [specs], LENGTH), team, LENGTH, twin)
     Setup(specs, solved.grids).put_on(rig)
     made, base = np.empty((LENGTH, VOCABULARY), np.float32), np.zeros((LENGTH, HIDDEN), np.float32)

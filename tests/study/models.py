@@ -18,13 +18,17 @@ CONFIGS = {
     "biased": case("llama", attention_bias=True, mlp_bias=True, tie_word_embeddings=True, num_hidden_layers=2),
     "hybrid": hybrid(),
 }
+SIXTEEN = {  # heads of 16, so that attention's scale is a power of two
+    "normed 16": case("qwen3", head_dim=16, num_hidden_layers=2),
+    "hybrid 16": hybrid(head_dim=16),
+}
 
 
 @functools.cache
 def folder(name):
     """A model's folder, which stays until the process ends."""
-    made = pathlib.Path(_root().name) / name
-    return tiny.write(made, CONFIGS[name], tiny.tensors(CONFIGS[name], 5))
+    made, config = pathlib.Path(_root().name) / name, {**CONFIGS, **SIXTEEN}[name]
+    return tiny.write(made, config, tiny.tensors(config, 5))
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from lockstep.study import confirm
 from lockstep.study.confirm import confirm_study, first_difference
 from lockstep.study.evaluate import PREFILL, rig_for
 from lockstep.study.run import ranking
-from tests.study.test_run import run, study_of, subject_of
+from tests.study.test_run import BASE, SWEEPS, run, study_of, subject_of
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +76,13 @@ def test_scores_of_the_same_bits_have_no_difference():
 def test_nothing_to_confirm(made, tmp_path):
     with pytest.raises(ValueError, match="no trial is done yet, so there is nothing to confirm"):
         confirmed(tmp_path, made[0])
+
+
+def test_a_scale_in_the_keys_is_confirmed(made, tmp_path):
+    """One quarter, so that scores are those of the study that multiplies by it."""
+    _, _, trials = made
+    study = study_of(subject_of(), replace(BASE, fuse_scale="k"), SWEEPS[:1], num_windows=3)
+    found = {trial["name"]: trial for trial in run(tmp_path, study)}
+    assert all(found[trial["name"]]["window_nll"] == trial["window_nll"] for trial in trials if trial["name"] in found)
+    assert len(found) == 5 and found["base"]["plan"]["fuse_scale"] == "k"
+    assert [row["parity"] for row in confirmed(tmp_path, study)] == [dict(equal=True)] * 2

@@ -4,11 +4,12 @@ import contextlib
 
 from lockstep.ptq.plan import Plan
 from lockstep.ptq.solved import Solved
+from lockstep.ptq.treatment import sites_for
 from lockstep.runtime.threads import Team
 from lockstep.study.calibrate import calibrate
 from lockstep.study.evaluate import TWINS, Setup, evaluate
 from lockstep.study.in_integers import InIntegers
-from lockstep.study.subject import sites_for, treatment_for
+from lockstep.study.subject import treatment_for
 from tests.study.test_run import study_of, subject_of
 
 RULES = (("*", "i16"), ("*.w", "u8/row"), ("*norm*.w", "off"))
@@ -16,7 +17,7 @@ RULES = (("*", "i16"), ("*.w", "u8/row"), ("*norm*.w", "off"))
 
 def solved(subject, windows, team, *rules, arithmetic="integer"):
     plan = Plan((*RULES, *rules), arithmetic=arithmetic)
-    sites = sites_for(subject.model.recorded, plan.mask)
+    sites = sites_for(subject.model.recorded, plan)
     specs = plan.resolve(sites)
     treatment = treatment_for(subject.model.recorded, plan, [specs], max(len(w.ids) for w in windows))
     stats = calibrate(subject.model, treatment, team, [w.ids for w in windows])

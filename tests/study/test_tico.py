@@ -35,7 +35,6 @@ def test_weights_have_the_scales_of_their_rows():
     [
         ("normed", solved(), "type 'llama', and this one is 'qwen3'"),
         ("plain", solved(mask="structural"), "mask is 'structural', expected 'additive'"),
-        ("plain", solved(fuse_scale="k"), "fuse_scale is 'k', expected 'none'"),
         ("plain", solved(["L1.res.attn", "i16"]), "site L1.res.attn: TICO rounds nothing there"),
         ("plain", solved(["L0.q", "u8/head"]), "site L0.q: u8/head:minmax is no grid of TICO's"),
         ("plain", solved(["L0.q", "mxfp4"]), "site L0.q: mxfp4 is no grid of TICO's"),

@@ -1,0 +1,84 @@
+"""The parts of a weight as plans change them: multiplied by attention's scale, rounded to grids."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lockstep.ops.code_weights import CodeTensor, code_tensor, code_weight
+from lockstep.ptq.spec import Spec
+from lockstep.ptq.weights import Folded, fold
+from lockstep.runtime.program import Weight
+from lockstep.weights.tensor import StoredTensor, check_finite
+
+
+@dataclass(frozen=True)
+class ScaledTensor(StoredTensor):
+    """A stored tensor that is read as values * factor + offset: float32, one operation after the other, and no
+    addition where the offset is 0."""
+
+    factor: float = 1.0
+    offset: float = 0.0
+
+    def to_f32(self, rows: slice = slice(None)) -> np.ndarray:
+        return self.moved(super().to_f32(rows) * np.float32(self.factor))
+
+    def moved(self, values: np.ndarray) -> np.ndarray:
+        """Values that are multiplied already, with the offset."""
+        return values + np.float32(self.offset) if self.offset else values
+
+
+def fold_part(part: StoredTensor, spec: Spec) -> Folded:
+    """A part as [features, width] on the grid of a spec; of a ScaledTensor without the offset.
+
+    A grid of integers or of small floats with a scale of its own is found for the stored numbers, and its scale is
+    multiplied by the factor, so that the codes are those of the tensor alone. A grid of blocks, whose scales are no
+    float32, is that of the multiplied numbers. ValueError for weights that are not finite and for blocks that do not
+    divide the width.
+    """
+    values = StoredTensor.to_f32(part)
+    check_finite(part, values)
+    values, factor = values.reshape(-1, part.shape[-1]), part.factor if isinstance(part, ScaledTensor) else 1.0
+    if spec.what.block or spec.is_off:
+        values, factor = values * np.float32(factor), 1.0
+    return fold(values, spec, part.name, factor)
+
+
+@dataclass(frozen=True, eq=False)
+class FoldedWeight(Weight):
+    """A weight that is made in memory: specs has (index of a part, spec) of those that are rounded."""
+
+    specs: tuple[tuple[int, Spec], ...] = ()
+
+    def folded(self) -> Weight:
+        """The same with the rounded numbers."""
+        parts = list(self.parts)
+        for index, spec in self.specs:
+            parts[index] = _rounded(parts[index], spec)
+        return Weight(self.name, self.format, self.shape, tuple(parts))
+
+
+def _rounded(part: StoredTensor, spec: Spec) -> StoredTensor:
+    values = fold_part(part, spec).values.reshape(part.shape)
+    values = part.moved(values) if isinstance(part, ScaledTensor) else values
+    return StoredTensor(part.name, "f32", part.shape, values)
+
+
+@dataclass(frozen=True, eq=False)
+class CodedWeight(FoldedWeight):
+    """A weight whose parts, all of them, are codes of integer grids, for integer arithmetic. source: the weight itself.
+
+    It has the parts of the source, which codes are made from when they are first asked for.
+    """
+
+    source: Weight | None = None
+
+    def folded(self) -> Weight:
+        return code_weight(self.name, *(_codes(self.parts[index], spec) for index, spec in self.specs))
+
+
+def _codes(part: StoredTensor, spec: Spec) -> CodeTensor:
+    made = fold_part(part, spec)
+    assert made.codes is not None and made.scale is not None and made.zero is not None, spec
+    return code_tensor(part.name, made.codes, made.scale, made.zero)

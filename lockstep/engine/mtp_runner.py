@@ -90,7 +90,7 @@ class MtpRunner:
                     self.program, backend, team, model.store, rows, caches, elsewhere=elsewhere, on_compile=on_compile
                 )
             )
-            self._steps.append(StepArrays(rows, pages, self._given_to(depth, rows["S"])))
+            self._steps.append(StepArrays(rows, pages, given=self._given_to(depth, rows["S"])))
         self._layout: list[tuple[int, int]] = []  # of the last step: pairs and drafts of each request
         self._chain = Chain(executors, [step.block for step in self._steps])
 

@@ -110,7 +110,7 @@ class Runner:
             elsewhere=elsewhere,
             on_compile=on_compile,
         )
-        self._step = StepArrays(rows, -(-model.max_context // PAGE_TOKENS))
+        self._step = StepArrays(rows, -(-model.max_context // PAGE_TOKENS), max(1, len(self.program.windows())))
         [self.sample] = [op for op in self.program.ops if isinstance(op, Sample)]
         self._make_views(rows)
         self._layout: list[tuple] = []  # of the last step: rows of each request, those embedded, those that sample

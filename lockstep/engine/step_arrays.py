@@ -36,18 +36,20 @@ def write_record(view: memoryview, row: int, fields: Mapping[str, Any]) -> None:
 class StepArrays:
     """A step block and the arrays that it points to. `ints` are their memory, flat, by name.
 
-    rows: the most rows, by letter. pages: of a request. given: arrays that are there already.
+    rows: the most rows, by letter. pages: of a request, in each of the groups. given: arrays that are there already.
     """
 
-    def __init__(self, rows: Mapping[str, int], pages: int, given: Mapping[str, np.ndarray] | None = None) -> None:
-        shapes = StepBlock.shapes(**rows, P=pages)
+    def __init__(
+        self, rows: Mapping[str, int], pages: int, groups: int = 1, given: Mapping[str, np.ndarray] | None = None
+    ) -> None:
+        shapes = StepBlock.shapes(**rows, P=pages, W=groups)
         records, given = np.zeros(shapes.pop("sampling"), SAMPLING_RECORD), given or {}
         made = {name: np.zeros(shape, np.int32) for name, shape in shapes.items() if name not in given}
         self.arrays: dict[str, np.ndarray] = {"sampling": records, **made, **given}
-        self.block = StepBlock.made(**self.arrays, pages_per_request=pages)
+        self.block = StepBlock.made(**self.arrays, pages_per_request=pages, num_page_groups=groups)
         self.ints = {name: self.arrays[name].reshape(-1).data for name in shapes}
         self._records, self._words = records_view(self.arrays["sampling"]), self.block.data
-        self._number_of, self._pages_per_request = StepBlock.numbers(), pages
+        self._number_of, self._pages_per_request, self._num_groups = StepBlock.numbers(), pages, groups
         self._pages: dict[int, list[int]] = {}  # that were written last, by request of the step
 
     @property
@@ -61,9 +63,10 @@ class StepArrays:
             self._words[self._number_of[name]] = count
 
     def set_pages(self, s: int, pages: list[int]) -> None:
-        """Writes the pages of a request of the step."""
+        """Writes the pages of a request of the step, the same in every group."""
         if self._pages.get(s) != pages:
-            write(self.ints["page_table"], s * self._pages_per_request, pages)
+            for group in range(self._num_groups):
+                write(self.ints["page_table"], (s * self._num_groups + group) * self._pages_per_request, pages)
             self._pages[s] = list(pages)
 
     def set_record(self, row: int, fields: Mapping[str, Any]) -> None:

@@ -269,10 +269,11 @@ class Recorder:
         names = [(f"{label}.{p}_proj", n) for p, n in (("q", H * q_stride), ("k", G * K), ("v", G * K))]
         qkv = self.linear(x, names, f"{label}.qkv", config.qkv_bias)
         k_pages, v_pages = (
-            self.program.cache(f"{label}.{p}_pages", "pages", ELEMENTS[self.kv_dtype], shape)
+            self.program.cache(f"{label}.{p}_pages", "pages", ELEMENTS[self.kv_dtype], shape, layer.window)
             for p, shape in zip("kv", page_shapes(G, K, self.kv_dtype), strict=True)
         )
-        heads = dict(k_pages=k_pages, v_pages=v_pages, num_heads=H, num_kv_heads=G, head_dim=K)
+        heads = dict(k_pages=k_pages, v_pages=v_pages, page_group=k_pages.group)
+        heads |= dict(num_heads=H, num_kv_heads=G, head_dim=K)
         cos, sin = self.rope_tables(config)
         q = self.program.emit(
             AttentionInputs(

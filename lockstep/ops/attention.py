@@ -21,7 +21,7 @@ from lockstep.runtime.machine import float_array
 from lockstep.runtime.operands import Operands, cache, output, rows
 from lockstep.runtime.program import CacheArray, Tensor
 from lockstep.runtime.simd import fma, maximum, round_bf16
-from lockstep.runtime.step import StepBlock, entry
+from lockstep.runtime.step import StepBlock, entry, pages_of
 
 
 class Attention(Operands):
@@ -29,7 +29,7 @@ class Attention(Operands):
 
     window: how many keys a token sees at most, 0: all up to its own. soft_cap: scores become soft_cap * tanh(score /
     soft_cap), 0: they stay. stats receives the maximum and the sum of each softmax, [num_heads, 2] a row. Head h of the
-    gate begins at column gate_offset + h * gate_stride.
+    gate begins at column gate_offset + h * gate_stride. page_group: that of the pages.
     """
 
     group = "attention"
@@ -49,9 +49,13 @@ class Attention(Operands):
     gate_width: int = 0
     gate_offset: int = 0
     gate_stride: int = 0
+    page_group: int = 0
 
     def check(self):
         check_pages(self)
+        kept = self.k_pages.window
+        if kept and not 0 < self.window <= kept:
+            raise ValueError(f"Attention: window is {self.window}, but {self.k_pages.name} is kept for {kept} tokens")
         end = self.gate_offset + (self.num_heads - 1) * self.gate_stride + self.head_dim
         if self.gate is not None and end > self.gate_width:
             raise ValueError(f"Attention: the gate ends at column {end} of rows of {self.gate_width}")
@@ -198,13 +202,21 @@ def gated(out_K, gate_K):
 
 
 @inlined
+def first_seen(a, batch, request):
+    """The first position that a token of the step sees, of a request."""
+    num_tokens = entry(batch.query_start, request + 1) - entry(batch.query_start, request)
+    return first_key(entry(batch.context_len, request) - num_tokens, a.window)
+
+
+@inlined
 def sequence(a, batch, request, g, bf16):
-    """Keys and values of one kv head of a request, gathered from its pages: k, v [C, K], C tokens of context."""
+    """Keys and values of one kv head of a request, gathered from its pages: k, v [C, K], C tokens of context; those
+    that no token of the step sees are not there."""
     G, K, length = a.num_kv_heads, a.head_dim, entry(batch.context_len, request)
     k_CK, v_CK = np.empty((length, K), np.float32), np.empty((length, K), np.float32)
-    first_page = request * batch.pages_per_request
-    for position in range(length):
-        page, slot = entry(batch.page_table, first_page + position // PAGE_TOKENS), position % PAGE_TOKENS
+    table = pages_of(batch, request, a.page_group)
+    for position in range(first_seen(a, batch, request), length):
+        page, slot = entry(table, position // PAGE_TOKENS), position % PAGE_TOKENS
         for d in range(K):
             k_CK[position, d] = read_number(a.k_pages, k_index(page, g, d, slot, G, K, bf16), bf16)
             v_CK[position, d] = read_number(a.v_pages, v_index(page, g, d, slot, G, K, bf16), bf16)

@@ -30,7 +30,7 @@ from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import inlined, variant
 from lockstep.runtime.machine import fetch_add, stack_memory, wait_until
 from lockstep.runtime.simd import fma, load, maximum, peek, poke, store, sum_lanes
-from lockstep.runtime.step import COUNTER, StepBlock, entry
+from lockstep.runtime.step import COUNTER, StepBlock, entry, pages_of
 
 TILES_PER_THREAD = 4  # with fewer, tiles are cut into spans
 # Constants of each variant. LOAD, ATTEND, HOW: take the queries of a tile, and a span of its keys, from a cache of one
@@ -44,7 +44,7 @@ def make_tile(a, batch, group, request, first, tokens, unit):
     """The tile of `tokens` tokens of a request from its token `first` of this step; unit: which group of heads."""
     start, stop = entry(batch.query_start, request), entry(batch.query_start, request + 1)
     position = entry(batch.context_len, request) - (stop - start) + first
-    table = batch.page_table + 4 * request * batch.pages_per_request
+    table = pages_of(batch, request, a.page_group)
     head = unit * group
     return Tile(start + first, tokens, position, head, group, head // (a.num_heads // a.num_kv_heads), table)
 

@@ -13,7 +13,7 @@ import numpy as np
 from numba import int64
 
 from lockstep.ops.activations import HIGHEST, INFINITY, ONE_127TH, SMALLEST, magnitude
-from lockstep.ops.attention import attend_all, merge
+from lockstep.ops.attention import attend_all, first_seen, merge
 from lockstep.ops.attention_math import BLOCK, ONE, SPAN, ZERO, cleared, exp2, first_key, soft_capped
 from lockstep.ops.kv_cache import PAGE_TOKENS
 from lockstep.ops.kv_cache_q8 import head_place, read_key, read_value
@@ -21,7 +21,7 @@ from lockstep.ops.reduce import tree_sum
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import definition, inlined, kernel
 from lockstep.runtime.simd import fma, maximum, rint, to_f32, to_i32
-from lockstep.runtime.step import entry
+from lockstep.runtime.step import entry, pages_of
 
 MOST, ONE_MOST = np.float32(32767), np.float32(1 / 32767)  # of a weight's codes, so that pairs of int16 can hold them
 
@@ -150,13 +150,14 @@ def add_values(weight_J, v_JK, out_K):
 
 @inlined
 def sequence(a, batch, request, g):
-    """Keys and values of one kv head of a request, gathered from its pages: k, v Quantized [C, K]."""
+    """Keys and values of one kv head of a request, gathered from its pages: k, v Quantized [C, K]. See
+    `attention.sequence`."""
     G, K, length = a.num_kv_heads, a.head_dim, entry(batch.context_len, request)
     k = Quantized(np.empty((length, K), np.int8), np.empty(length, np.float32))
     v = Quantized(np.empty((length, K), np.int8), np.empty(length, np.float32))
-    first_page = request * batch.pages_per_request
-    for position in range(length):
-        head = head_place(entry(batch.page_table, first_page + position // PAGE_TOKENS), g, G, K)
+    table = pages_of(batch, request, a.page_group)
+    for position in range(first_seen(a, batch, request), length):
+        head = head_place(entry(table, position // PAGE_TOKENS), g, G, K)
         k.scale[position] = read_key(a.k_pages + head, position % PAGE_TOKENS, k.codes[position])
         v.scale[position] = read_value(a.v_pages + head, position % PAGE_TOKENS, v.codes[position])
     return k, v

@@ -1,7 +1,7 @@
 """The KV cache and what enters it: the definitions of its layout and of the op that prepares attention's inputs.
 
 A page holds PAGE_TOKENS consecutive positions of one request, which is also one block of keys in attention. Position p
-of request s lives in page `page_table[s, p // 64]`, slot `p % 64`:
+of request s lives in page `pages_of(request)[p // 64]` of the layer's group, slot `p % 64`:
 
               f32           bf16                 q8
     K page    [G, K, 64]    [G, K / 2, 64, 2]    [G, (K / 4, 64, 4) and scales]    lanes of q . k are keys
@@ -24,7 +24,7 @@ from lockstep.runtime.machine import float_array
 from lockstep.runtime.operands import Operands, cache, constant, output, rows, table
 from lockstep.runtime.program import CacheArray, Table, Tensor, Weight
 from lockstep.runtime.simd import bf16_bits, peek, peek_bf16, poke, round_bf16
-from lockstep.runtime.step import StepBlock, entry, num_rows
+from lockstep.runtime.step import StepBlock, entry, num_rows, pages_of
 
 PAGE_TOKENS = 64
 KV_DTYPES = ("f32", "bf16", "q8")  # of a cache
@@ -47,7 +47,8 @@ def kv_dtype_of(pages: CacheArray) -> str:
 
 
 def check_pages(op: Operands) -> None:
-    """ValueError if an op's k_pages and v_pages are not those of its kv heads, both of one type."""
+    """ValueError if an op's k_pages and v_pages are not those of its kv heads and its group, both of one type."""
+    check_group(op, op.k_pages, op.v_pages)
     if op.k_pages.dtype not in ELEMENTS.values():
         raise ValueError(f"{type(op).__name__}: pages of {op.k_pages.dtype}, expected {', '.join(ELEMENTS.values())}")
     shapes = page_shapes(op.num_kv_heads, op.head_dim, kv_dtype_of(op.k_pages))
@@ -59,12 +60,21 @@ def check_pages(op: Operands) -> None:
             )
 
 
+def check_group(op: Operands, *caches: CacheArray) -> None:
+    """ValueError if an op's page_group, whose page table it reads, is not that of its caches."""
+    for pages in caches:
+        if op.page_group != pages.group:
+            raise ValueError(
+                f"{type(op).__name__}: page_group is {op.page_group}, expected {pages.group} as of {pages.name}"
+            )
+
+
 class AttentionInputs(Operands):
     """q = rope(norm(heads of x)); keys of x, prepared likewise, and values of x go to their pages: see `token_inputs`.
 
     Without q_norm and k_norm heads are not normed; rope_dim 0: they are not rotated. Head h of q begins at column
     q_offset + h * q_stride of x, of k at k_offset + h * head_dim, of v at v_offset + h * head_dim. bf16: the type of
-    the pages, which is also told by them.
+    the pages, which is also told by them. page_group: theirs, too.
     """
 
     group = "attention"
@@ -89,6 +99,7 @@ class AttentionInputs(Operands):
     eps: float
     norm_offset: float
     bf16: bool
+    page_group: int = 0
 
     def check(self):
         check_pages(self)
@@ -204,7 +215,7 @@ def token_inputs(a, batch, t):
     H, G, K, R = a.num_heads, a.num_kv_heads, a.head_dim, a.rope_dim // 2
     q_norm_K = carray(float_array(a.q_norm), (K if a.q_norm != 0 else 0,))
     k_norm_K = carray(float_array(a.k_norm), (K if a.k_norm != 0 else 0,))
-    position, first_page = entry(batch.position, t), entry(batch.request, t) * batch.pages_per_request
+    position, table = entry(batch.position, t), pages_of(batch, entry(batch.request, t), a.page_group)
     row_W = carray(float_array(a.x + 4 * a.row_width * t), (a.row_width,))
     cos_R = carray(float_array(a.cos + 4 * R * position), (R,))
     sin_R = carray(float_array(a.sin + 4 * R * position), (R,))
@@ -213,7 +224,7 @@ def token_inputs(a, batch, t):
     for h in range(H):
         for d in range(K):
             poke(a.q + 4 * ((t * H + h) * K + d), q_HK[h, d])
-    page = entry(batch.page_table, first_page + position // PAGE_TOKENS)
+    page = entry(table, position // PAGE_TOKENS)
     return k_GK, heads_of(row_W, a.v_offset, K, G, K), page, position % PAGE_TOKENS
 
 

@@ -13,7 +13,7 @@ from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import inlined, kernel
 from lockstep.runtime.machine import stack_memory
 from lockstep.runtime.simd import bf16_bits, fma, load, peek, poke, round_bf16, store, store_bf16
-from lockstep.runtime.step import StepBlock, entry, num_rows
+from lockstep.runtime.step import StepBlock, entry, num_rows, pages_of
 from lockstep.runtime.tiles import store_pairs
 
 ONE, ZERO = np.float32(1), np.float32(0)
@@ -75,11 +75,10 @@ def keep_two_values(v, row, v_pages, at, K):
 
 
 @inlined
-def slot_of(batch, t):
-    """(request, page, slot) of a token."""
+def slot_of(a, batch, t):
+    """(request, page, slot) of a token, by the page table of an op's group."""
     position, request = entry(batch.position, t), entry(batch.request, t)
-    index = request * batch.pages_per_request + position // PAGE_TOKENS
-    return request, entry(batch.page_table, index), position % PAGE_TOKENS
+    return request, entry(pages_of(batch, request, a.page_group), position // PAGE_TOKENS), position % PAGE_TOKENS
 
 
 @inlined
@@ -91,7 +90,7 @@ def prepare_token(a, batch, t, g, keep, memory):
     for h in range(g * group, (g + 1) * group):
         prepare_head(a, x + 4 * (a.q_offset + h * a.q_stride), a.q_norm, cos, sin, a.q + 4 * K * (t * H + h))
     prepare_head(a, x + 4 * (a.k_offset + g * K), a.k_norm, cos, sin, memory)
-    _, page, slot = slot_of(batch, t)
+    _, page, slot = slot_of(a, batch, t)
     keep(a, memory, page, slot, g)
 
 
@@ -100,7 +99,7 @@ def keep_values(a, batch, first, last, g, memory):
     """One kv head's values of tokens first .. last: by two where they share a row of pairs."""
     K, row, t = a.head_dim, 4 * a.row_width, first
     while t < last:
-        request, page, slot = slot_of(batch, t)
+        request, page, slot = slot_of(a, batch, t)
         v, at = a.x + row * t + 4 * (a.v_offset + g * K), v_index(page, g, 0, slot, a.num_kv_heads, K, a.bf16)
         if a.bf16 and slot % 2 == 0 and t + 1 < last and entry(batch.request, t + 1) == request:
             keep_two_values(v, row, a.v_pages, at, K)

@@ -74,7 +74,7 @@ def keep_values(a, batch, first, last, g, memory):
     """One kv head's values of tokens first .. last: by four where they fill a row. memory: scratch for a head."""
     K, row, t = a.head_dim, 4 * a.row_width, first
     while t < last:
-        request, page, slot = slot_of(batch, t)
+        request, page, slot = slot_of(a, batch, t)
         v, head = a.x + row * t + 4 * (a.v_offset + g * K), a.v_pages + head_place(page, g, a.num_kv_heads, K)
         if slot % 4 == 0 and t + 3 < last and entry(batch.request, t + 3) == request:
             keep_four_values(v, row, head, slot, K)

@@ -25,7 +25,7 @@ from lockstep.runtime.machine import float_array
 from lockstep.runtime.operands import Operands, cache, output, rows, setting
 from lockstep.runtime.program import CacheArray, Setting, Tensor
 from lockstep.runtime.simd import fma, maximum
-from lockstep.runtime.step import StepBlock, entry
+from lockstep.runtime.step import StepBlock, entry, pages_of
 
 SITES = ("qk.raw", "qk", "qk.masked", "p", "pv")  # in the order of the rows of grids, each for all query heads
 RAW, QK, MASKED, P, PV = range(len(SITES))
@@ -33,11 +33,20 @@ MAX_KEYS = 32768  # of a row of scores, which a thread keeps on its stack
 ZERO = np.float32(0)
 
 
+def check_whole(op: Operands, *caches: CacheArray) -> None:
+    """ValueError for caches that do not keep all keys of a sequence: the op reads every one."""
+    for pages in caches:
+        if pages.window:
+            raise ValueError(
+                f"{type(op).__name__}: {pages.name} is kept for a window of {pages.window} tokens, expected no window"
+            )
+
+
 class RoundedAttention(Operands):
     """out[h] = softmax(scale * q[h] . k) v with every intermediate on grids, times sigmoid(gate[h]) if there is a gate.
 
     grids: of SITES, one after the other, a row for each query head. additive: the mask is added, see above. max_keys:
-    of a sequence. The gate is laid out as that of `attention`.
+    of a sequence. The gate is laid out as that of `attention`. page_group: that of the pages.
     """
 
     group = "attention"
@@ -58,9 +67,11 @@ class RoundedAttention(Operands):
     gate_width: int = 0
     gate_offset: int = 0
     gate_stride: int = 0
+    page_group: int = 0
 
     def check(self):
         check_pages(self)
+        check_whole(self, self.k_pages, self.v_pages)
 
     @property
     def kv_dtype(self):
@@ -134,11 +145,12 @@ def values_of(p_C, v_CK, out_K):
 
 
 @inlined
-def cached(pages, index_of, batch, request, g, count, G, K):
-    """The first so many keys or values of a kv head of a request, [count, K]. index_of: `k_index` or `v_index`."""
+def cached(pages, index_of, table, g, count, G, K):
+    """The first so many keys or values of a kv head of a request, [count, K]. index_of: `k_index` or `v_index`. table:
+    the request's, see `pages_of`."""
     rows_CK = np.empty((count, K), np.float32)
     for j in range(count):
-        page = entry(batch.page_table, request * batch.pages_per_request + j // PAGE_TOKENS)
+        page = entry(table, j // PAGE_TOKENS)
         for d in range(K):
             rows_CK[j, d] = read_number(pages, index_of(page, g, d, j % PAGE_TOKENS, G, K, False), False)
     return rows_CK
@@ -148,10 +160,10 @@ def cached(pages, index_of, batch, request, g, count, G, K):
 def attend_head(a, batch, t, h):
     """One query head of token t."""
     H, G, K = a.num_heads, a.num_kv_heads, a.head_dim
-    request, g, count = entry(batch.request, t), h // (H // G), row_keys(a, batch, t)
+    table, g, count = pages_of(batch, entry(batch.request, t), a.page_group), h // (H // G), row_keys(a, batch, t)
     x_C, out_K = np.empty(count, np.float32), carray(float_array(a.out + 4 * K * (H * t + h)), (K,))
     q_K = carray(float_array(a.q + 4 * K * (H * t + h)), (K,))
-    scores_of(q_K, cached(a.k_pages, k_index, batch, request, g, count, G, K), x_C)
+    scores_of(q_K, cached(a.k_pages, k_index, table, g, count, G, K), x_C)
     quantize_row(x_C, grid_of(a.grids, RAW, H, h))
     for j in range(count):
         x_C[j] = x_C[j] * a.scale
@@ -161,7 +173,7 @@ def attend_head(a, batch, t, h):
         quantize_row(x_C, grid_of(a.grids, MASKED, H, h))
     softmax(x_C)
     quantize_row(x_C, grid_of(a.grids, P, H, h))
-    values_of(x_C, cached(a.v_pages, v_index, batch, request, g, count, G, K), out_K)
+    values_of(x_C, cached(a.v_pages, v_index, table, g, count, G, K), out_K)
     quantize_row(out_K, grid_of(a.grids, PV, H, h))
     if a.gate != 0:
         gate = a.gate + 4 * (a.gate_width * t + a.gate_offset + a.gate_stride * h)

@@ -22,7 +22,7 @@ from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import inlined, variant
 from lockstep.runtime.machine import stack_memory
 from lockstep.runtime.simd import load, store
-from lockstep.runtime.step import StepBlock, entry
+from lockstep.runtime.step import StepBlock, entry, pages_of
 from lockstep.runtime.targets import wide_registers
 from lockstep.runtime.tiles import tile_fma_f32, tile_load, tile_store, tile_zeros
 
@@ -40,10 +40,9 @@ Sequence = namedtuple("Sequence", "k v table page_bytes row_bytes")
 
 
 @inlined
-def sequence_of(pages, batch, request, g, G, K):
-    """A Sequence. pages: (k_pages, v_pages)."""
+def sequence_of(pages, table, g, G, K):
+    """A Sequence. pages: (k_pages, v_pages). table: the request's, see `pages_of`."""
     size = 4 * PAGE_TOKENS * K
-    table = batch.page_table + 4 * request * batch.pages_per_request
     return Sequence(pages[0] + size * g, pages[1] + size * g, table, size * G, 4 * K)
 
 
@@ -139,7 +138,7 @@ def attend_rows(a, batch, request, g, first, count, memory):
     """`count` rows (HEIGHT at most) of a kv head of a request, from `first` on: token by token, its query heads."""
     H, K, group = a.num_heads, a.head_dim, a.num_heads // a.num_kv_heads
     start, x = entry(batch.query_start, request), memory + HEIGHT * Q_BYTES
-    s = sequence_of((a.k_pages, a.v_pages), batch, request, g, a.num_kv_heads, K)
+    s = sequence_of((a.k_pages, a.v_pages), pages_of(batch, request, a.page_group), g, a.num_kv_heads, K)
     for r in range(count):
         t, h = start + (first + r) // group, g * group + (first + r) % group
         copy_row(a.q + 4 * K * (H * t + h), K, memory + Q_BYTES * r)

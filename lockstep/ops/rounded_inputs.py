@@ -20,7 +20,7 @@ from lockstep.runtime.kernel import definition, inlined, kernel
 from lockstep.runtime.machine import float_array
 from lockstep.runtime.operands import Operands, cache, constant, output, rows, setting, table
 from lockstep.runtime.program import CacheArray, Setting, Table, Tensor, Weight
-from lockstep.runtime.step import StepBlock, entry, num_rows
+from lockstep.runtime.step import StepBlock, entry, num_rows, pages_of
 
 SITES = ("norm", "x1", "x2", "cat", "cos", "sin", "rot", "all")  # in the order of rows of grids; q has no "all"
 NORM, X1, X2, CAT, COS, SIN, ROT, ALL = range(len(SITES))
@@ -63,6 +63,7 @@ class RoundedInputs(Operands):
     eps: float
     norm_offset: float
     pre_negated: bool
+    page_group: int = 0
 
     def check(self):
         check_pages(self)
@@ -156,7 +157,7 @@ def write_token(a, batch, t):
         q_K, grids = carray(float_array(a.q + 4 * K * (t * H + h)), (K,)), grids_from(a.q_grids, h, Q_SITES * H)
         rounded_head(x_K, q_norm_K, norm, tables, a.pre_negated, grids, H, q_K)
     for g in range(G):
-        page = entry(batch.page_table, entry(batch.request, t) * batch.pages_per_request + position // PAGE_TOKENS)
+        page = entry(pages_of(batch, entry(batch.request, t), a.page_group), position // PAGE_TOKENS)
         x_K, grids = carray(float_array(row + 4 * (a.k_offset + g * K)), (K,)), grids_from(a.k_grids, g, K_SITES * G)
         rounded_head(x_K, k_norm_K, norm, tables, a.pre_negated, grids, G, out_K)
         quantize_row(out_K, grids[ALL * G])

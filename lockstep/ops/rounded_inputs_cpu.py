@@ -122,7 +122,7 @@ def make_tokens(op, step, thread, num_threads):
         for h in range(H):
             head = Head(a.q_norm, a.q_grids + 4 * GRID_WORDS * h, H)
             make_head(a, row + 4 * (a.q_offset + h * a.q_stride), head, a.q + 4 * a.head_dim * (H * t + h), memory)
-        _, page, slot = slot_of(batch, t)
+        _, page, slot = slot_of(a, batch, t)
         for g in range(a.num_kv_heads):
             keep(a, row, page, slot, g, memory)
 

@@ -7,8 +7,8 @@ others is not read. A row of a token with more keys than columns is NaN.
 
 import numpy as np
 
-from lockstep.ops.kv_cache import PAGE_TOKENS, k_index, page_shapes, v_index, write_number
-from lockstep.ops.rounded_attention import cached, mask_added, scores_of, softmax, values_of
+from lockstep.ops.kv_cache import PAGE_TOKENS, check_group, k_index, page_shapes, v_index, write_number
+from lockstep.ops.rounded_attention import cached, check_whole, mask_added, scores_of, softmax, values_of
 from lockstep.ops.row_keys import row_keys
 from lockstep.ops.unrolled_rows import row_of
 from lockstep.runtime.backend import Implementation
@@ -16,7 +16,7 @@ from lockstep.runtime.kernel import inlined, kernel
 from lockstep.runtime.operands import Operands, cache, output, rows
 from lockstep.runtime.program import CacheArray, Tensor
 from lockstep.runtime.simd import poke
-from lockstep.runtime.step import StepBlock, entry, num_rows
+from lockstep.runtime.step import StepBlock, entry, num_rows, pages_of
 
 UNKNOWN = np.float32(np.nan)
 HEAD_RULES = ("kv_head < num_kv_heads", "head_dim % 16 == 0")
@@ -35,6 +35,7 @@ class KeepHead(Operands):
     num_kv_heads: int
     head_dim: int
     kv_head: int
+    page_group: int = 0
 
     def check(self):
         for pages, index in ((self.k_pages, 0), (self.v_pages, 1)):
@@ -54,9 +55,11 @@ class HeadScores(Operands):
     kv_head: int
     width: int
     additive: bool
+    page_group: int = 0
 
     def check(self):
         check_page(self, self.k_pages, 0)
+        check_whole(self, self.k_pages)
 
     def flops(self, context):
         return 2 * self.head_dim * context
@@ -119,16 +122,19 @@ class HeadValues(Operands):
     kv_head: int
     width: int
     additive: bool
+    page_group: int = 0
 
     def check(self):
         check_page(self, self.v_pages, 1)
+        check_whole(self, self.v_pages)
 
     def flops(self, context):
         return 2 * self.head_dim * context
 
 
 def check_page(op, pages, index):
-    """ValueError if a cache has not the pages of an op's kv heads, of keys (index 0) or of values (1)."""
+    """ValueError if a cache has not the pages of an op's kv heads and group, of keys (index 0) or of values (1)."""
+    check_group(op, pages)
     expected = page_shapes(op.num_kv_heads, op.head_dim, "f32")[index]
     if tuple(pages.shape) != expected:
         raise ValueError(
@@ -155,7 +161,7 @@ def _keep_head(op, step, thread, num_threads):
     G, K = a.num_kv_heads, a.head_dim
     for t in range(num_rows(op, step) if thread == 0 else 0):
         position = entry(batch.position, t)
-        page = entry(batch.page_table, entry(batch.request, t) * batch.pages_per_request + position // PAGE_TOKENS)
+        page = entry(pages_of(batch, entry(batch.request, t), a.page_group), position // PAGE_TOKENS)
         k_K, v_K, slot = row_of(a.k, K, t, 0, K), row_of(a.v, K, t, 0, K), position % PAGE_TOKENS
         for d in range(K):
             write_number(a.k_pages, k_index(page, a.kv_head, d, slot, G, K, False), k_K[d], False)
@@ -166,8 +172,8 @@ def _keep_head(op, step, thread, num_threads):
 def _head_scores(op, step, thread, num_threads):
     a, batch = HeadScores.read(op), StepBlock.read(step)
     for t in range(num_rows(op, step) if thread == 0 else 0):
-        request, count = entry(batch.request, t), keys_there(a, batch, t)
-        k_CK = cached(a.k_pages, k_index, batch, request, a.kv_head, count, a.num_kv_heads, a.head_dim)
+        table, count = pages_of(batch, entry(batch.request, t), a.page_group), keys_there(a, batch, t)
+        k_CK = cached(a.k_pages, k_index, table, a.kv_head, count, a.num_kv_heads, a.head_dim)
         scores_of(row_of(a.q, a.head_dim, t, 0, a.head_dim), k_CK, scores_at(a, a.out, batch, t))
         if count < row_keys(a, batch, t):
             poke(a.out + 4 * a.width * t, UNKNOWN)
@@ -204,8 +210,8 @@ def _softmax_rows(op, step, thread, num_threads):
 def _head_values(op, step, thread, num_threads):
     a, batch = HeadValues.read(op), StepBlock.read(step)
     for t in range(num_rows(op, step) if thread == 0 else 0):
-        request, count = entry(batch.request, t), keys_there(a, batch, t)
-        v_CK = cached(a.v_pages, v_index, batch, request, a.kv_head, count, a.num_kv_heads, a.head_dim)
+        table, count = pages_of(batch, entry(batch.request, t), a.page_group), keys_there(a, batch, t)
+        v_CK = cached(a.v_pages, v_index, table, a.kv_head, count, a.num_kv_heads, a.head_dim)
         values_of(scores_at(a, a.p, batch, t), v_CK, row_of(a.out, a.head_dim, t, 0, a.head_dim))
 
 

@@ -24,7 +24,7 @@ from lockstep.ops.unrolled_heads import (
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import inlined, kernel
 from lockstep.runtime.simd import peek, poke
-from lockstep.runtime.step import StepBlock, entry, num_rows
+from lockstep.runtime.step import StepBlock, entry, num_rows, pages_of
 
 
 @kernel
@@ -33,7 +33,7 @@ def keep_head(op, step, thread, num_threads):
     a, batch, T = KeepHead.read(op), StepBlock.read(step), num_rows(op, step)
     G, K = a.num_kv_heads, a.head_dim
     for t in range(T * thread // num_threads, T * (thread + 1) // num_threads):
-        _, page, slot = slot_of(batch, t)
+        _, page, slot = slot_of(a, batch, t)
         key, k = a.k + 4 * K * t, a.k_pages + 4 * k_index(page, a.kv_head, 0, slot, G, K, False)
         for d in range(K):
             poke(k + 4 * PAGE_TOKENS * d, peek(key + 4 * d, float32))
@@ -69,7 +69,7 @@ def head_scores(op, step, thread, num_threads):
     for request in range(batch.num_requests):
         first = first_of(entry(batch.query_start, request), thread, num_threads)
         num_own = rows_until(first, entry(batch.query_start, request + 1), num_threads)
-        s = sequence_of((a.k_pages, 0), batch, request, a.kv_head, a.num_kv_heads, a.head_dim)
+        s = sequence_of((a.k_pages, 0), pages_of(batch, request, a.page_group), a.kv_head, a.num_kv_heads, a.head_dim)
         for i in range((num_own + HEIGHT - 1) // HEIGHT):
             skip, height = tile_at(i, num_own)
             t = first + num_threads * skip
@@ -118,7 +118,7 @@ def head_values(op, step, thread, num_threads):
     for request in range(batch.num_requests):
         first = first_of(entry(batch.query_start, request), thread, num_threads)
         num_own = rows_until(first, entry(batch.query_start, request + 1), num_threads)
-        s = sequence_of((0, a.v_pages), batch, request, a.kv_head, a.num_kv_heads, a.head_dim)
+        s = sequence_of((0, a.v_pages), pages_of(batch, request, a.page_group), a.kv_head, a.num_kv_heads, a.head_dim)
         for i in range((num_own + HEIGHT - 1) // HEIGHT):
             skip, height = tile_at(i, num_own)
             t = first + num_threads * skip

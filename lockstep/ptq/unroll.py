@@ -138,7 +138,7 @@ class _Unroller:
         k = self._copy(key, "all", ALL, rotated)
         value = _Head(f"{op.q.name}.v", op.q.rows, op.v_grids, G, g)
         v = self._site(value, "all", 0, K, _columns, x_column=op.v_offset + g * K, x=op.x, width=K)
-        pages = dict(k_pages=op.k_pages, v_pages=op.v_pages)
+        pages = dict(k_pages=op.k_pages, v_pages=op.v_pages, page_group=op.page_group)
         self._ops.append(KeepHead(k=k, v=v, **pages, num_kv_heads=G, head_dim=K, kv_head=g))
 
     def _rotated(self, op: RoundedInputs, head: _Head, column: int, weight: Any, tables: Sequence[Tensor]) -> Tensor:
@@ -185,6 +185,7 @@ class _Unroller:
         width = -(-op.max_keys // 16) * 16 + SPARE_COLUMNS
         keys = dict(width=width, additive=op.additive)
         kv = dict(num_kv_heads=op.num_kv_heads, head_dim=op.head_dim, kv_head=h // (op.num_heads // op.num_kv_heads))
+        kv |= dict(page_group=op.page_group)
         raw = "qk" if op.scale == 1 else "qk.raw"
         x = self._site(scores, raw, RAW, width, HeadScores, q=q, k_pages=op.k_pages, **kv, **keys)
         if op.scale == 1:

@@ -12,7 +12,7 @@ import numpy as np
 
 from lockstep.runtime.step_block import StepBlock
 
-ROW_COUNTS = {letter: index for letter, index in StepBlock.counts().items() if letter != "P"}
+ROW_COUNTS = {letter: index for letter, index in StepBlock.counts().items() if letter not in "PW"}
 CACHE_KINDS = ("pages", "state", "ring", "records")
 DTYPES = {"f32": np.dtype(np.float32), "i32": np.dtype(np.int32), "bf16": np.dtype(np.uint16), "i8": np.dtype(np.int8)}
 
@@ -92,13 +92,17 @@ class CacheArray:
     """Memory that outlives a step: KV pages (kind "pages") or, for each request, recurrent state ("state"), rows of it
     by position ("ring"), or what drafts would change it to ("records").
 
-    shape is that of one page or of one request's slot.
+    shape is that of one page or of one request's slot. window: of pages, how many keys a token sees at most, its own
+    included; 0: all up to its own. Pages of one window are a group, of this number: each request has one page table for
+    all of them.
     """
 
     name: str
     kind: str
     dtype: str
     shape: tuple
+    window: int = 0
+    group: int = 0
 
     @property
     def bytes_each(self):
@@ -149,9 +153,11 @@ class Program:
         self.ops.append(op)
         return op.outputs[0] if op.outputs else None
 
-    def cache(self, name, kind, dtype, shape):
-        """Declares memory that outlives a step."""
-        made = CacheArray(name, kind, dtype, tuple(shape))
+    def cache(self, name, kind, dtype, shape, window=0):
+        """Declares memory that outlives a step; see CacheArray."""
+        made = CacheArray(name, kind, dtype, tuple(shape), window, self._group(window) if kind == "pages" else 0)
+        if not isinstance(window, int) or window < 0 or (window and kind != "pages"):
+            raise ValueError(f"{made}: expected a window of 0 or more for pages, and none for others")
         if kind not in CACHE_KINDS or dtype not in DTYPES or not all(isinstance(n, int) and n > 0 for n in shape):
             kinds, dtypes = ", ".join(CACHE_KINDS), ", ".join(DTYPES)
             raise ValueError(f"{made}: expected one of {kinds}, one of {dtypes}, and a shape of positive integers")
@@ -159,6 +165,15 @@ class Program:
             raise ValueError(f"{made}: there is another cache of this name")
         self.caches.append(made)
         return made
+
+    def windows(self) -> list[int]:
+        """The window of each group of pages, by its number."""
+        return list(dict.fromkeys(cache.window for cache in self.caches if cache.kind == "pages"))
+
+    def _group(self, window: int) -> int:
+        """The number of the group of pages of a window, which may be new."""
+        known = self.windows()
+        return known.index(window) if window in known else len(known)
 
     def rewritten(self, ops):
         """The same program with another list of ops. What is added to the one later is not in the other."""

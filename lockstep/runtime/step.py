@@ -32,6 +32,12 @@ def entry(array, index):
     return int64(peek(array + 4 * index, int32))
 
 
+@inlined
+def pages_of(batch, request, group):
+    """Where a request's page table of a group lies: int32, a page id for each 64 positions from 0 on."""
+    return batch.page_table + 4 * batch.pages_per_request * (request * batch.num_page_groups + group)
+
+
 class ReadableType(types.Dummy):
     """What a declaration is to Numba: a constant whose `read` is a function."""
 

@@ -16,7 +16,8 @@ from lockstep.runtime.words import Readable, Word, evaluated
 class StepBlock(metaclass=Readable):
     """Counts, and addresses of arrays with their shapes in terms of the counts; all int32, but for `sampling`.
 
-    T tokens, S requests, O rows with an output, R of them that are sampled, E that are embedded; P pages a request.
+    T tokens, S requests, O rows with an output, R of them that are sampled, E that are embedded; W groups of pages, in
+    which a request has a page table each; P pages in such a table.
     """
 
     num_tokens = "T"
@@ -25,8 +26,11 @@ class StepBlock(metaclass=Readable):
     token_ids = ("T",)
     query_start = ("S + 1",)
     context_len = ("S",)
-    page_table = ("S", "P")  # page page_table[s, p] holds positions 64 p .. 64 (p + 1) of request s
-    pages_per_request = "P"
+    # page page_table[s W + w, p] of group w holds positions 64 p .. 64 (p + 1) of request s; where the layers of a group
+    # see a window of keys only, pages before it are not there, and what stands for them is not read
+    page_table = ("S * W", "P")
+    pages_per_request = "P"  # in one group
+    num_page_groups = "W"
     state_slot = ("S",)  # row of each recurrent-state array that belongs to the request
     sampled_row = ("R",)  # output rows that reach the last norm and the head
     position = ("T",)  # of each token in its sequence

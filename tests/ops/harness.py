@@ -46,6 +46,7 @@ def ragged_step(lengths=(1,), contexts=None, pages=None, **arrays):
     }
     of = dict(T="token_ids", S="context_len", R="sampled_row", E="embedded_row", O="output_row")
     counts = {letter: len(keep[name]) for letter, name in of.items()} | dict(P=keep["page_table"].shape[1])
+    counts["W"] = len(keep["page_table"]) // counts["S"]
     keep["sampling"] = arrays.get("sampling", np.zeros(counts["R"], SAMPLING_RECORD))
     for name, shape in StepBlock.shapes(**counts).items():
         assert keep[name].shape == shape, (name, keep[name].shape, shape)
@@ -70,6 +71,9 @@ def run_op(backend, declaration, step=None, num_threads=1, rows="T", **operands)
     whose width or type the declaration leaves open is given as (width, dtype).
     """
     program, written, caches, values = Program(), [], {}, {}
+    for group in range(operands.get("page_group", 0)):  # those before it are others' groups
+        program.cache(f"pages of group {group}", "pages", "f32", (1,), window=1 + group)
+        caches[f"pages of group {group}"] = 0
     for name, operand in declaration.declared():
         given = operands.get(name)
         if operand.role == "output":

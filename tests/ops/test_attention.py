@@ -13,7 +13,7 @@ from lockstep.ops.kv_cache import KV_DTYPES
 from lockstep.runtime.kernel import interpreted
 from tests.ops import q8_target
 from tests.ops.harness import ragged_step, run_op, same_bits
-from tests.ops.pages import quantize, random_cache, round_bf16, scales_of, widen
+from tests.ops.pages import NEVER, quantize, random_cache, round_bf16, scales_of, widen
 from tests.targets import compiling_for, pretending, skip_without
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -34,11 +34,22 @@ class Batch:
         self.gate_TW = rng.standard_normal((sum(lengths), 2 * H * K + 5), np.float32)
 
     def run(
-        self, backend, num_threads=1, gated=False, rows=slice(None), lengths=None, contexts=None, requests=slice(None)
+        self,
+        backend,
+        num_threads=1,
+        gated=False,
+        rows=slice(None),
+        lengths=None,
+        contexts=None,
+        requests=slice(None),
+        group=0,
     ):
-        """(out, stats); rows, lengths, contexts and requests choose a part of the batch."""
+        """(out, stats); rows, lengths, contexts and requests choose a part of the batch. group: where its page table
+        stands, behind those of other groups."""
         H, G, K = self.shape
-        step, _held = ragged_step(lengths or self.lengths, contexts or self.contexts, self.table[requests])
+        tables = np.concatenate([np.full_like(self.table, NEVER)] * group + [self.table], axis=1)[requests]
+        tables = tables.reshape(-1, self.table.shape[1])
+        step, _held = ragged_step(lengths or self.lengths, contexts or self.contexts, tables)
         gate = dict(gate=self.gate_TW[rows], gate_width=self.gate_TW.shape[1], gate_offset=5 + K, gate_stride=2 * K)
         made = run_op(
             backend,
@@ -54,6 +65,7 @@ class Batch:
             scale=K**-0.5,
             window=self.window,
             soft_cap=self.soft_cap,
+            page_group=group,
             **(gate if gated else {}),
         )
         return made["out"], made["stats"]
@@ -189,6 +201,19 @@ def test_what_a_query_does_not_see_cannot_reach_it(spoilt, window, kv_dtype):
     sees[180:] = False
     same_bits(out[~sees], clean[~sees])
     assert not np.isfinite(out[sees]).all(axis=-1).any()
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("backend", [CPU, PER_TOKEN, REFERENCE], ids=["cpu", "per_token", "reference"])
+def test_the_page_table_of_the_group_is_read_and_of_it_what_a_window_shows(backend, kv_dtype):
+    batch = Batch([3, 1, 70], [140, 1, 265], 2, 1, 16, kv_dtype, window=70)
+    expected = batch.run(backend)
+    for s, (length, context) in enumerate(zip(batch.lengths, batch.contexts, strict=True)):
+        batch.table[s, : max(0, context - length - 70 + 1) // 64] = NEVER
+    assert (batch.table == NEVER).sum(1).tolist() == [1 + 2, 0 + 5, 1 + 1]
+    for group in (0, 2):
+        for made, want in zip(batch.run(backend, group=group), expected, strict=True):
+            same_bits(made, want)
 
 
 @pytest.mark.parametrize("kv_dtype", ["f32", "bf16"])

@@ -7,7 +7,7 @@ from lockstep.ops.rope import rope_table
 from lockstep.runtime.kernel import interpreted
 from lockstep.runtime.program import CacheArray, Table, Tensor
 from tests.ops.harness import ragged_step, run_op, same_bits, weight
-from tests.ops.pages import by_row, in_fours, in_pairs, on_cache_line, page_table, quantize, round_bf16, widen
+from tests.ops.pages import NEVER, by_row, in_fours, in_pairs, on_cache_line, page_table, quantize, round_bf16, widen
 
 LENGTHS, CONTEXTS = [1, 30, 66, 2], [65, 30, 130, 64]
 SHAPES = {
@@ -32,7 +32,7 @@ def codes_and_scales(pages, K, cell):
 class Inputs:
     """A projection of random numbers, its q and gate interleaved by head, and empty pages."""
 
-    def __init__(self, H, G, K, rope_dim, normed, kv_dtype):
+    def __init__(self, H, G, K, rope_dim, normed, kv_dtype, group=0):
         rng = np.random.default_rng(0)
         self.shape, self.rope_dim, self.normed, self.kv_dtype = (H, G, K), rope_dim, normed, kv_dtype
         self.k_offset, self.v_offset = GAP + 2 * H * K, 2 * GAP + 2 * H * K + G * K
@@ -40,7 +40,9 @@ class Inputs:
         self.norms = [rng.standard_normal(K, np.float32) for _ in "qk"]
         self.tables = rope_table(200, rope_dim or 16, 1e4)
         self.table, self.num_pages = page_table(CONTEXTS, rng)
-        self.step, self.held = ragged_step(LENGTHS, CONTEXTS, self.table)
+        tables = np.concatenate([np.full_like(self.table, NEVER)] * group + [self.table], axis=1)
+        self.group = group
+        self.step, self.held = ragged_step(LENGTHS, CONTEXTS, tables.reshape(-1, self.table.shape[1]))
 
     def run(self, backend, num_threads=1):
         """(q, k pages, v pages) of one run."""
@@ -76,6 +78,7 @@ class Inputs:
             eps=1e-6,
             norm_offset=1.0,
             bf16=self.kv_dtype == "bf16",
+            page_group=self.group,
         )["q"]
         if self.kv_dtype == "q8":
             return q, *codes_and_scales(pages[0], K, (K, 64)), *codes_and_scales(pages[1], K, (64, K))
@@ -198,7 +201,16 @@ def declared(**changed):
     return AttentionInputs(**given | changed)
 
 
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_pages_are_found_in_the_table_of_the_group(backend, kv_dtype):
+    expected, made = (Inputs(4, 2, 32, 16, True, kv_dtype, group).run(BACKENDS[backend]) for group in (0, 2))
+    for found, want in zip(made, expected, strict=True):
+        same_bits(found, want)
+
+
 WRONG = [
+    (dict(page_group=1), "page_group is 1, expected 0 as of k"),
     (dict(q_norm=weight(np.ones(32), "n")), "there is only one of q_norm and k_norm, expected both or none"),
     (dict(bf16=True), "bf16 is True, the pages are f32"),
     (dict(rope_dim=32), r"cos and sin are \(8, 8\) wide, expected 16 both"),

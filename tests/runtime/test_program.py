@@ -321,12 +321,23 @@ def foreign(program):
         (lambda p: p.cache("c", "stat", "f32", (4,)), "expected one of pages, state"),
         (lambda p: p.cache("c", "state", "f32", (-4, 1.5)), "a shape of positive integers"),
         (lambda p: [p.cache("c", "state", "f32", (n,)) for n in (4, 5)], "there is another cache of this name"),
+        (lambda p: p.cache("c", "pages", "f32", (4,), -1), "expected a window of 0 or more for pages"),
+        (lambda p: p.cache("c", "state", "f32", (4,), 9), "expected a window of 0 or more for pages, and none for others"),
         (foreign, "other is no cache of this program"),
     ],
 )
 def test_what_a_program_cannot_hold_is_refused_while_recording(record, message):
     with pytest.raises(ValueError, match=message):
         record(Program())
+
+
+def test_pages_of_one_window_are_a_group():
+    program = Program()
+    program.cache("state", "state", "f32", (4,))
+    windows = (9, 9, 0, 70, 0, 9)
+    caches = [program.cache(str(i), "pages", "f32", (4,), window) for i, window in enumerate(windows)]
+    assert [cache.group for cache in caches] == [0, 0, 1, 2, 1, 0] and program.windows() == [9, 0, 70]
+    assert program.rewritten([]).windows() == [9, 0, 70]
 
 
 def test_a_step_of_more_rows_than_there_is_memory_for_is_refused():

@@ -8,8 +8,8 @@ from tests.ops.harness import ragged_step
 
 
 def test_shapes_are_numbers_for_each_letter():
-    shapes = StepBlock.shapes(T=7, S=2, R=3, E=1, O=4, P=5)
-    assert (shapes["token_ids"], shapes["query_start"], shapes["page_table"]) == ((7,), (3,), (2, 5))
+    shapes = StepBlock.shapes(T=7, S=2, R=3, E=1, O=4, P=5, W=3)
+    assert (shapes["token_ids"], shapes["query_start"], shapes["page_table"]) == ((7,), (3,), (6, 5))
     assert (shapes["sampled_row"], shapes["embedded_row"], shapes["output_row"]) == ((3,), (1,), (4,))
     assert set(shapes) | {"num_tokens", "num_requests"} < {word.name for word in StepBlock.words()}
 

@@ -26,8 +26,8 @@ class StepBlock(metaclass=Readable):
     token_ids = ("T",)
     query_start = ("S + 1",)
     context_len = ("S",)
-    # page page_table[s W + w, p] of group w holds positions 64 p .. 64 (p + 1) of request s; where the layers of a group
-    # see a window of keys only, pages before it are not there, and what stands for them is not read
+    # page page_table[s W + w, p] of group w holds positions 64 p .. 64 (p + 1) of request s; where a group's layers see
+    # a window of keys only, pages before it are not there, and what stands for them is not read
     page_table = ("S * W", "P")
     pages_per_request = "P"  # in one group
     num_page_groups = "W"

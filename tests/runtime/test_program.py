@@ -322,7 +322,10 @@ def foreign(program):
         (lambda p: p.cache("c", "state", "f32", (-4, 1.5)), "a shape of positive integers"),
         (lambda p: [p.cache("c", "state", "f32", (n,)) for n in (4, 5)], "there is another cache of this name"),
         (lambda p: p.cache("c", "pages", "f32", (4,), -1), "expected a window of 0 or more for pages"),
-        (lambda p: p.cache("c", "state", "f32", (4,), 9), "expected a window of 0 or more for pages, and none for others"),
+        (
+            lambda p: p.cache("c", "state", "f32", (4,), 9),
+            "and none for others",
+        ),
         (foreign, "other is no cache of this program"),
     ],
 )

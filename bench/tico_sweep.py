@@ -1,0 +1,65 @@
+"""What a plan of a sweep takes TICO 0.3.0, which calibrates for each: beside studies/recipes/sixteen-bits.toml.
+
+    PYTHON bench/tico_sweep.py [--threads 1] [--plans 2] [--act u8|i16] [--bits 8]
+
+PYTHON: an interpreter of an environment that has torch==2.13.0, transformers and tico==0.3.0. The study model on 16
+calibration and 12 evaluation windows of 512 tokens of the same texts. For each plan and profile: wrap the model,
+calibrate, convert, and the mean negative log-likelihood of the evaluation windows. Loading is not counted.
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from tico_worker import ACTIVATIONS, quantized
+from tokenizers import Tokenizer
+from transformers import LlamaForCausalLM
+
+STUDIES = Path(__file__).parents[1] / "studies"
+LENGTH, CALIBRATION, EVALUATION = 512, 16, 12
+PROFILES = ("npu_export", "reference_eval")
+
+
+def windows_of(text, count):
+    """Windows of a text, evenly spread: [1, LENGTH] each."""
+    tokenizer = Tokenizer.from_file(str(STUDIES / "llama-6x256" / "tokenizer.json"))
+    ids = tokenizer.encode((STUDIES / "texts" / text).read_text("utf-8"), add_special_tokens=False).ids
+    every = len(ids) // LENGTH
+    starts = [i * every // count * LENGTH for i in range(count)]
+    return [torch.tensor([ids[start : start + LENGTH]]) for start in starts]
+
+
+def nll(model, ids):
+    """The mean over a window's tokens that have one before them."""
+    logits = model(ids, use_cache=False).logits[0, :-1]
+    return torch.nn.functional.cross_entropy(logits, ids[0, 1:]).item()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, usual in dict(threads=1, plans=2, bits=8).items():
+        parser.add_argument(f"--{name}", type=int, default=usual)
+    parser.add_argument("--act", choices=ACTIVATIONS, default="u8")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    model = LlamaForCausalLM.from_pretrained(
+        STUDIES / "llama-6x256", dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    args.layers = model.config.num_hidden_layers
+    calibration, evaluation = windows_of("calibration.txt", CALIBRATION), windows_of("evaluation.txt", EVALUATION)
+    with torch.no_grad():
+        print(f"float: {statistics.mean(nll(model, ids) for ids in evaluation):.4f} nats a token")
+        for profile in PROFILES:
+            seconds = []
+            for _ in range(args.plans):
+                started = time.perf_counter()
+                made, _ = quantized(model, args, profile, calibration)
+                loss = statistics.mean(nll(made, ids) for ids in evaluation)
+                seconds.append(time.perf_counter() - started)
+            print(f"{profile}: {loss:.4f} nats a token, {statistics.mean(seconds):.2f} s a plan", flush=True)
+
+
+if __name__ == "__main__":
+    main()

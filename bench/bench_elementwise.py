@@ -11,10 +11,10 @@ import time
 
 import numpy as np
 
-from lockstep.ops import add_cpu, rms_norm_cpu, silu_mul_cpu
+from lockstep.ops import add_cpu, gated_mul_cpu, rms_norm_cpu
 from lockstep.ops.add import Add
+from lockstep.ops.gated_mul import GatedMul
 from lockstep.ops.rms_norm import RmsNorm
-from lockstep.ops.silu_mul import SiluMul
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.executor import Executor, WeightStore
 from lockstep.runtime.kernel import kernel
@@ -36,7 +36,7 @@ def emit(program, kind, width):
     out_width = width // 2 if kind == "silu_mul" else width
     operands = dict(out=program.tensor("out", "T", out_width), x=x, width=out_width)
     if kind == "silu_mul":
-        program.emit(SiluMul(**operands))
+        program.emit(GatedMul(activation="silu", **operands))
     elif kind == "add":
         program.emit(Add(y=y, **operands))
     else:
@@ -69,8 +69,8 @@ def seconds(call, repeat):
 
 def compare(kind, num_tokens, width, team, rounds):
     tables = {
-        "batched": {**add_cpu.CPU, **rms_norm_cpu.CPU, **silu_mul_cpu.CPU},
-        "per token": {**add_cpu.PER_TOKEN, **rms_norm_cpu.PER_TOKEN, **silu_mul_cpu.PER_TOKEN},
+        "batched": {**add_cpu.CPU, **rms_norm_cpu.CPU, **gated_mul_cpu.CPU},
+        "per token": {**add_cpu.PER_TOKEN, **rms_norm_cpu.PER_TOKEN, **gated_mul_cpu.PER_TOKEN},
     }
     step, _held = ragged_step([num_tokens])
     runs, moved = {}, 0

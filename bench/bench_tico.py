@@ -20,6 +20,7 @@ from contextlib import closing
 from pathlib import Path
 
 from lockstep.engine.model import load_model
+from lockstep.models.checkpoint import open_checkpoint
 from lockstep.ptq.plan import Plan
 from lockstep.ptq.rewrite import sites_of
 from lockstep.ptq.solved import Solved
@@ -29,7 +30,6 @@ from lockstep.runtime.executor import WeightStore
 from lockstep.runtime.threads import Team
 from lockstep.study.calibrate import calibrate
 from lockstep.study.rig import NO_TARGET, Rig
-from lockstep.weights.checkpoint import open_checkpoint
 
 SHAPE = {"hidden": 1024, "ffn": 3072, "heads": 16, "kv-heads": 8, "head-dim": 128}
 WORKER = Path(__file__).with_name("tico_worker.py")

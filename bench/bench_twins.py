@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from lockstep.engine.model import load_model
+from lockstep.models.checkpoint import open_checkpoint
 from lockstep.ops.grids import INTEGER
 from lockstep.ptq.rewrite import INSIDE, Rounded, Treatment
 from lockstep.ptq.unroll import unroll
@@ -23,7 +24,6 @@ from lockstep.runtime.executor import WeightStore, lay_out
 from lockstep.runtime.program import Program
 from lockstep.runtime.threads import Team
 from lockstep.study.rig import Rig
-from lockstep.weights.checkpoint import open_checkpoint
 
 GRID = np.array([INTEGER, 1 / 1024, 1024, 0, -32768, 32767, 0, 0], np.float32)
 

@@ -57,10 +57,17 @@ def random_tensor(name, shape, format):
 
 def random_model(shape, weights):
     from lockstep.engine.model import Model, emit_sampling
-    from lockstep.models import decoder, record
-    from lockstep.models.families import model_config
+    from lockstep.models.record import Recorder
     from lockstep.runtime.executor import WeightStore
     from tests.models import published
+
+    try:
+        from lockstep.models.recording import record
+        from lockstep.models.registry import model_config
+    except ImportError:  # a version from before each model was a file
+        from lockstep.models.families import model_config
+
+        from lockstep.models.decoder import record
 
     raw = getattr(published, SHAPES[shape])
     raw = raw.get("text_config", raw) | {"tie_word_embeddings": True}
@@ -71,9 +78,9 @@ def random_model(shape, weights):
             made[name] = random_tensor(name, shape, format_of(name, shape, weights))
         return made[name]
 
-    record.Recorder.stored, record.Recorder.check_all_used = stored, lambda self: None
+    Recorder.stored, Recorder.check_all_used = stored, lambda self: None
     config = model_config(raw)
-    program, logits = decoder.record(config, {"model.embed_tokens.weight": None}, "auto", "bf16", 4096)
+    program, logits = record(config, {"model.embed_tokens.weight": None}, "auto", "bf16", 4096)
     emit_sampling(program, logits, config.vocab_size)
     return Model(None, config, program, logits, WeightStore(), "auto", "bf16", 4096)
 

@@ -239,7 +239,8 @@ def test_memory_of_an_mtp_head(llm):
         llm.model.config,
         llm.model.checkpoint.tensors,
     )
-    assert shown["mtp_cache_per_token"] == 2 * config.num_kv_heads * config.head_dim * 2
+    heads = config.mtp_layers[0].mixer
+    assert shown["mtp_cache_per_token"] == 2 * heads.num_kv_heads * heads.head_dim * 2
     shapes = [tensors[name].shape for name in tensors if name.startswith("mtp.")]
     shapes.append((config.vocab_size, config.hidden_size))  # the head that drafts read, in 8 bits as the layers
     matrices = sum(shape[0] * shape[1] for shape in shapes if len(shape) == 2)

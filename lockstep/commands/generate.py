@@ -193,9 +193,9 @@ def needed_context(model, text, num_tokens):
 
 def tokenizer_of(model):
     """A model's tokenizer, without loading the model."""
+    from lockstep.models.checkpoint import open_checkpoint
     from lockstep.serve.hub import resolve_model
     from lockstep.serve.tokenizer import find_tokenizer
-    from lockstep.weights.checkpoint import open_checkpoint
 
     path = resolve_model(model)
     return find_tokenizer(path, open_checkpoint(path).metadata)

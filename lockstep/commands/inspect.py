@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from collections import Counter
 from typing import Annotated
 
 import typer
@@ -24,9 +25,9 @@ def command(
 ) -> None:
     """Show a model's config, tensors, recorded program and memory. No weights are read."""
     from lockstep.engine.model import load_model
+    from lockstep.models.checkpoint import open_checkpoint
     from lockstep.runtime.executor import WeightStore
     from lockstep.serve.hub import resolve_model
-    from lockstep.weights.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(resolve_model(model))
     loaded = load_model(checkpoint, WeightStore(), weights, kv_dtype)
@@ -42,7 +43,7 @@ def described(checkpoint, model, context):
 
     return dict(
         path=str(checkpoint.path),
-        config=dataclasses.asdict(model.config),
+        config=config_numbers(model.config),
         weights=model.weights,
         kv_dtype=model.kv_dtype,
         context=context,
@@ -79,21 +80,37 @@ def show(checkpoint, model, context, tensors, everything) -> None:
         console.print(table)
 
 
+def config_numbers(config):
+    """A ModelConfig as a JSON object; each layer says what kind it is."""
+    layers = [dict(kind=layer.kind, **dataclasses.asdict(layer)) for layer in config.layers]
+    return dataclasses.asdict(config) | dict(layers=layers)
+
+
 def config_table(checkpoint, config):
-    """The numbers of a config that are set, layers counted by kind."""
+    """The numbers of a config that are set; of layers the parts that differ, and how many layers have each."""
     table = made_table(str(checkpoint.path), "config", "")
-    for name, value in dataclasses.asdict(config).items():
-        if name == "layers":
-            kinds = [f"{layer.mixer}{f' of {layer.window} keys' if layer.window else ''}" for layer in config.layers]
-            value = f"{len(kinds)}: " + ", ".join(f"{kinds.count(k)} {k}" for k in dict.fromkeys(kinds))
-        if value not in (None, False, {}):
-            table.add_row(name, _plain(value))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name == "layers":
+            table.add_row("layers", str(len(value)))
+            for part in ("mixer", "mlp"):
+                for sort, count in Counter(getattr(layer, part) for layer in value).items():
+                    table.add_row(f"  {count} x", _plain(sort))
+        elif field.name == "mtp_layers":
+            table.add_row("mtp layers", str(len(value)))
+        elif value not in (None, False):
+            table.add_row(field.name, _plain(value))
     return table
 
 
 def _plain(value):
-    if isinstance(value, dict):
-        return ", ".join(f"{k} {v}" for k, v in value.items() if v is not None)
+    """A value of a config in words: of parts of a layer what is set."""
+    if dataclasses.is_dataclass(value):
+        plain = dataclasses.asdict(value)
+        shown = {k: v for k, v in plain.items() if v not in (None, False, 0) and not isinstance(v, dict)}
+        words = ", ".join(f"{k} {v}" for k, v in shown.items())
+        inner = "".join(f", {k} ({_plain(getattr(value, k))})" for k, v in plain.items() if isinstance(v, dict))
+        return f"{type(value).__name__}: {words}{inner}"
     return ", ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
 

@@ -20,10 +20,10 @@ def command(
 ) -> None:
     """List the sites of a model: tensors, or parts of them, that a plan can round. No weights are read."""
     from lockstep.engine.model import load_model
+    from lockstep.models.checkpoint import open_checkpoint
     from lockstep.ptq.rewrite import sites_of
     from lockstep.runtime.executor import WeightStore
     from lockstep.serve.hub import resolve_model
-    from lockstep.weights.checkpoint import open_checkpoint
 
     loaded = load_model(open_checkpoint(resolve_model(model)), WeightStore(), "f32", "f32")
     every = sites_of(loaded.recorded)

@@ -4,10 +4,11 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lockstep.models.config import ModelConfig
-from lockstep.models.decoder import can_generate, record
-from lockstep.models.families import model_config
+from lockstep.models.decoder import can_generate
+from lockstep.models.model_config import ModelConfig
 from lockstep.models.mtp import check_mtp, has_mtp, record_mtp
+from lockstep.models.recording import record
+from lockstep.models.registry import model_config
 from lockstep.ops import BACKENDS
 from lockstep.ops.adjust_logits import AdjustLogits
 from lockstep.ops.kv_cache import KV_DTYPES

@@ -6,6 +6,7 @@ own, since their layout depends on the target: what is multiplied with them has.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import pathlib
@@ -21,16 +22,14 @@ from lockstep.engine.model import emit_sampling
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.engine.selfcheck_sampling import ProbeModel
 from lockstep.engine.selfcheck_weights import stored
-from lockstep.models.decoder import record_on
-from lockstep.models.families import model_config
-from lockstep.models.record import LINEAR_FORMATS, Recorder
-from lockstep.ops.add_bias import AddBias
-from lockstep.ops.attention import Attention
+from lockstep.models.record import LINEAR_FORMATS
+from lockstep.models.recording import record_on
+from lockstep.models.registry import FAMILIES
+from lockstep.models.shapes import AnyTensor
+from lockstep.models.tiny import CONTEXT, VOCABULARY
 from lockstep.ops.experts import ExpertLinear
-from lockstep.ops.gated_delta import GatedDelta
 from lockstep.ops.kv_cache import AttentionInputs
 from lockstep.ops.linear import Linear
-from lockstep.ops.moe import Route
 from lockstep.ops.rewrite import RECORDED_KINDS, fuse, lower
 from lockstep.runtime.kernel import fingerprint, target
 from lockstep.runtime.threads import Team
@@ -40,52 +39,14 @@ from lockstep.runtime.user_cache import cache_subfolder
 NUMERICS = 3  # version of the arithmetic: any change of any bit raises it
 GOLDEN = pathlib.Path(__file__).with_name("golden_kernels.json")
 FORMATS = LINEAR_FORMATS
-WIDTH, VOCABULARY, CONTEXT = 256, 64, 128
 # token counts of two requests in each step: a page's end, tiles with rows to spare, decode beside prefill
 STEPS = ((61, 3), (5, 1), (1, 1))
-BASE = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": WIDTH,
-    "intermediate_size": WIDTH,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-3,
-    "max_position_embeddings": CONTEXT,
-    "tie_word_embeddings": False,
-    "rope_theta": 500.0,
-    "eos_token_id": 2,
-}
-HYBRID = {
-    "layer_types": ["linear_attention", "full_attention"],
-    "num_hidden_layers": 2,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 64,
-    "linear_conv_kernel_dim": 4,
-}
-CONFIGS = {
-    "qwen3_5": {**BASE, **HYBRID, "model_type": "qwen3_5_text"},
-    "qwen3": {**BASE, "model_type": "qwen3"},
-    "qwen2": {**BASE, "model_type": "qwen2"},
-    "llama": {**BASE, "model_type": "llama"},
-    "qwen3_moe": {
-        **BASE,
-        "model_type": "qwen3_moe",
-        "num_experts": 16,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 64,
-        "norm_topk_prob": True,
-    },
-}
+CONFIGS = {name: family.tiny for name, family in FAMILIES.items() if family.tiny}
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A made-up model: family (a key of CONFIGS), weight format, KV format."""
+    """A made-up model: the name of its family, weight format, KV format."""
 
     family: str
     weights: str
@@ -97,41 +58,59 @@ class Probe:
 
 def probes(program):
     """The probes that together run every kind of op of a program."""
-    has = lambda declaration: any(isinstance(op, declaration) for op in program.ops)
     formats = {weight.format for op in program.ops if isinstance(op, (Linear, ExpertLinear)) for weight in op.packed}
-    inputs = [op for op in program.ops if isinstance(op, AttentionInputs)]
-    families = ["qwen3_5"] if has(GatedDelta) else []
-    if any(isinstance(op, Attention) and op.gate is None for op in program.ops):
-        normed = "qwen3_moe" if has(Route) else "qwen3"
-        plain = [] if has(AddBias) else ["llama"]
-        families += [normed] if any(op.q_norm is not None for op in inputs) else plain
-    families += ["qwen2"] if has(AddBias) else []
-    kv = sorted({op.kv_dtype for op in inputs})
-    return [Probe(f, w, k) for f in families for w in FORMATS if w in formats for k in kv]
+    kv = sorted({op.kv_dtype for op in program.ops if isinstance(op, AttentionInputs)})
+    return [Probe(f, w, k) for f in families_of(program) for w in FORMATS if w in formats for k in kv]
+
+
+def families_of(program):
+    """Names of families that together have all of a program's forms; first the one with most of them and least else."""
+    tiny = {name: tiny_forms(name) for name in CONFIGS}
+    wanted, found = forms(program) & set().union(*tiny.values()), []
+    while wanted:
+        found.append(max(tiny, key=lambda name: (len(wanted & tiny[name]), -len(tiny[name]))))
+        wanted -= tiny[found[-1]]
+    return found
+
+
+def forms(program):
+    """What tells one family's ops from another's: their declarations, optional operands and activations.
+
+    Residuals do not: fusing adds them. What `verifying` puts in the place of an op counts as that op.
+    """
+    return {(_recorded(type(op)), getattr(op, "activation", ""), frozenset(_optional(op))) for op in program.ops}
+
+
+def _recorded(declaration):
+    return declaration.__base__ if declaration.name() in RECORDED_KINDS else declaration
+
+
+def _optional(op):
+    return {name for name, o in op.declared() if o.optional and name != "residual" and getattr(op, name) is not None}
+
+
+@functools.cache
+def tiny_forms(name):
+    """The forms of a family's tiny model."""
+    return forms(recorded(name, AnyTensor(max_context=CONTEXT)))
 
 
 # ---------------------------------------------------------------- the made-up model
 
 
-class Inventor(Recorder):
-    """A recorder for which every tensor exists, in a format: it is made up, in the shape in which it is asked for."""
-
-    def __init__(self, format, kv_dtype):
-        super().__init__({}, "model.", "auto", kv_dtype, CONTEXT)
-        self._format = format
-
-    def stored(self, name, *shape):
-        return self._once(f"stored {name}", lambda: stored(name, shape, self._format))
+def recorded(family, ops):
+    """The program of a family's tiny model on a Recorder, sampling included."""
+    config = FAMILIES[family].read(CONFIGS[family])
+    program, logits = record_on(ops, config)
+    emit_sampling(program, logits, config.vocab_size)
+    return program
 
 
 def probe_model(probe, table, fused):
     """What a Runner wants of a model."""
-    config = model_config(CONFIGS[probe.family])
-    ops = Inventor(probe.weights, probe.kv_dtype)
-    emit_sampling(ops.program, record_on(ops, config), config.vocab_size)
-    lowered = lower(ops.program)
-    rewritten = fuse(lowered, table) if fused else lowered
-    return ProbeModel(table, rewritten, CONTEXT)
+    made_up = AnyTensor(lambda *what: stored(*what, probe.weights), probe.kv_dtype, CONTEXT)
+    lowered = lower(recorded(probe.family, made_up))
+    return ProbeModel(table, fuse(lowered, table) if fused else lowered, CONTEXT)
 
 
 # ---------------------------------------------------------------- digests

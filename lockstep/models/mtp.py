@@ -8,9 +8,12 @@ lie at the position of the token whose embedding they are made of.
 Source: DeepSeek-V3 technical report 2024, section 2.2; the tensors' names are those of Qwen3.5's checkpoints.
 """
 
-from lockstep.models.config import Layer, ModelConfig
-from lockstep.models.decoder import HEAD, decoder_layer, text_prefix
+from lockstep.models.decoder import HEAD
+from lockstep.models.model_config import Experts, ModelConfig
+from lockstep.models.qwen3_5 import OFFSET, layer
 from lockstep.models.record import Recorder, compute_format
+from lockstep.models.recording import text_prefix
+from lockstep.ops.output_rows import output_rows_only
 from lockstep.runtime.program import Program, Tensor
 from lockstep.weights.tensor import StoredTensor, TensorMap
 
@@ -20,21 +23,27 @@ WIDE = ("f32", "f16", "bf16")  # formats
 
 def has_mtp(config: ModelConfig, tensors: TensorMap) -> bool:
     """Whether a checkpoint has an MTP head that is supported."""
-    return config.num_mtp_layers == 1 and not config.experts and "mtp.fc.weight" in tensors
+    return len(config.mtp_layers) == 1 and not has_experts(config) and "mtp.fc.weight" in tensors
+
+
+def has_experts(config: ModelConfig) -> bool:
+    """Whether a layer of the head has experts."""
+    return any(isinstance(layer.mlp, Experts) for layer in config.mtp_layers)
 
 
 def check_mtp(config: ModelConfig, tensors: TensorMap) -> None:
     """ValueError for a checkpoint without an MTP head, or with one of another sort."""
-    if config.num_mtp_layers == 0 or "mtp.fc.weight" not in tensors:
+    num_layers = len(config.mtp_layers)
+    if num_layers == 0 or "mtp.fc.weight" not in tensors:
         tensor = "a" if "mtp.fc.weight" in tensors else "no"
         raise ValueError(
-            f"speculate: mtp needs a checkpoint with an MTP head; this one has {config.num_mtp_layers} MTP layers in "
+            f"speculate: mtp needs a checkpoint with an MTP head; this one has {num_layers} MTP layers in "
             f"its config and {tensor} tensor mtp.fc.weight"
         )
-    if config.num_mtp_layers > 1 or config.experts:
+    if num_layers > 1 or has_experts(config):
         raise ValueError(
             f"speculate: mtp is supported with one MTP layer and no experts, this checkpoint has "
-            f"{config.num_mtp_layers}{' with experts' if config.experts else ''}"
+            f"{num_layers}{' with experts' if has_experts(config) else ''}"
         )
 
 
@@ -65,17 +74,18 @@ def record_mtp(
     check_mtp(config, tensors)
     prefix = text_prefix(tensors)
     ops = HeadRecorder(tensors, prefix, weights, kv_dtype, max_context)
-    D, norm = config.hidden_size, (config.rms_eps, config.norm_offset)
+    D, norm = config.hidden_size, (config.rms_eps, OFFSET)
     e = ops.embed(f"{prefix}embed_tokens.weight", config.vocab_size, D)
     e = ops.rms_norm(e, "mtp.pre_fc_norm_embedding.weight", *norm)
     h = ops.rms_norm(ops.program.give("hidden", "T", D), "mtp.pre_fc_norm_hidden.weight", *norm)
     x = ops.linear(ops.concat(e, h, "mtp.pair"), [("mtp.fc", D)])
-    x = decoder_layer(ops, x, config, Layer("attention"), "mtp.layers.0", is_last=True)
+    x = layer(ops, x, config, config.mtp_layers[0], "mtp.layers.0")
     h = ops.rms_norm(ops.select_rows(x, "sampled", "R"), "mtp.norm.weight", *norm)
     ops.result("hidden", h)
     vocab = guessed_tokens(config.vocab_size) if num_tokens is None else min(num_tokens, config.vocab_size)
     name = HEAD if HEAD in tensors else f"{prefix}embed_tokens.weight"
-    return ops.program, ops.first_products(h, ops.stored(name, config.vocab_size, D), vocab, "logits"), vocab
+    logits = ops.first_products(h, ops.stored(name, config.vocab_size, D), vocab, "logits")
+    return output_rows_only(ops.program), logits, vocab
 
 
 def guessed_tokens(vocab_size: int) -> int:

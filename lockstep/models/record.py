@@ -1,30 +1,26 @@
 """Recording: the vocabulary in which a model says what it computes. Each call appends an op to a program.
 
-A model names checkpoint tensors by their Hugging Face names; shapes are checked here, once, with a clear error.
+A model names checkpoint tensors by their Hugging Face names; shapes are checked here, once, with a clear error. Nothing
+here knows families: what differs between models is an argument.
 """
 
 import itertools
 from dataclasses import replace
 
 from lockstep.formats.panels import padded_width
-from lockstep.ops.activations import ROW_FORMATS
+from lockstep.models.model_config import Rope
 from lockstep.ops.add import Add
 from lockstep.ops.add_bias import AddBias
 from lockstep.ops.attention import Attention
 from lockstep.ops.concat import Concat
 from lockstep.ops.embed import FORMATS as EMBED_FORMATS
 from lockstep.ops.embed import Embed, format_code
-from lockstep.ops.experts import FORMATS as EXPERT_FORMATS
-from lockstep.ops.experts import ExpertGated, ExpertLinear, ExpertRows, ExpertScatter
-from lockstep.ops.gated_delta import DeltaInputs, GatedDelta
-from lockstep.ops.gated_norm import GatedNorm
+from lockstep.ops.gated_mul import GatedMul
 from lockstep.ops.kv_cache import ELEMENTS, AttentionInputs, page_shapes
 from lockstep.ops.linear import PREPARATION, Linear
-from lockstep.ops.moe import CombineExperts, GroupExperts, Route
 from lockstep.ops.rms_norm import RmsNorm
 from lockstep.ops.rope import RopeTables
 from lockstep.ops.select_rows import SelectRows, selected_rows
-from lockstep.ops.silu_mul import SiluMul
 from lockstep.runtime.program import Program, Table, Weight
 
 LINEAR_FORMATS = tuple(PREPARATION)
@@ -32,6 +28,8 @@ INTEGER_FORMATS = tuple(f for f, preparation in PREPARATION.items() if preparati
 CHOICES = ("auto", "f32", "bf16", "q8_0", "q4_0")
 # tensors that a text model's checkpoint may hold beside its own: draft heads, the part that sees, old rope tables
 NOT_TEXT = ("mtp.", "model.visual.", "visual.", "model.vision_tower.", "vision_tower.")
+
+NO_ROPE = Rope(2, 1.0)  # tables for heads that do not turn, which read none
 
 
 def compute_format(stored, requested, width):
@@ -59,7 +57,7 @@ class Recorder:
     def __init__(self, tensors, prefix, weights, kv_dtype, max_context):
         self.program, self.tensors, self.prefix = Program(), tensors, prefix
         self.weights, self.kv_dtype, self.max_context, self._constants = weights, kv_dtype, max_context, {}
-        self._used = set()
+        self._used, self._num_ropes = set(), 0
 
     # ------------------------------------------------------------ tensors of the checkpoint
 
@@ -95,7 +93,8 @@ class Recorder:
 
     # ------------------------------------------------------------ ops
 
-    def embed(self, name, vocab_size, width):
+    def embed(self, name, vocab_size, width, scale=1.0):
+        """Rows of an embedding matrix, times scale."""
         table = self.stored(name, vocab_size, width)
         if table.format not in EMBED_FORMATS:
             raise ValueError(
@@ -104,9 +103,9 @@ class Recorder:
         out = self.program.tensor("embed", "T", width)
         weight = Weight(name, table.format, table.shape, (table,))
         code = format_code(table.format)
-        return self.program.emit(Embed(out=out, table=weight, width=width, format=code, scale=1.0))
+        return self.program.emit(Embed(out=out, table=weight, width=width, format=code, scale=scale))
 
-    def rms_norm(self, x, name, eps, offset, label=None):
+    def rms_norm(self, x, name, eps, offset=0.0, label=None):
         out = self.program.tensor(label or name.removesuffix(".weight"), x.rows, x.width)
         weight = self.constant(name, x.width)
         return self.program.emit(RmsNorm(out=out, x=x, weight=weight, width=x.width, eps=eps, offset=offset))
@@ -180,67 +179,17 @@ class Recorder:
         out = self.program.tensor(f"{y.name}.residual", x.rows, x.width)
         return self.program.emit(Add(out=out, x=x, y=y, width=x.width))
 
-    def silu_mul(self, x, label):
-        """silu(first half of the row) * second half."""
+    def gated_mlp(self, x, mlp, label):
+        """down(activation(gate x) * (up x)), each with its bias if there are any."""
+        names = [(f"{label}.{p}_proj", mlp.width) for p in ("gate", "up")]
+        both = self.linear(x, names, f"{label}.gate_up", mlp.bias)
+        h = self.gated_mul(both, label, mlp.activation)
+        return self.linear(h, [(f"{label}.down_proj", x.width)], bias=mlp.bias)
+
+    def gated_mul(self, x, label, activation="silu"):
+        """activation(first half of the row) * second half."""
         out = self.program.tensor(f"{label}.act", x.rows, x.width // 2)
-        return self.program.emit(SiluMul(out=out, x=x, width=out.width))
-
-    def experts(self, x, config, label):
-        """A mixture of experts: each row through the SwiGLU of its most probable experts, summed by their weights."""
-        m, D = config.experts, x.width
-        E, X = m.num_experts, m.num_per_token
-        tensor, emit = self.program.tensor, self.program.emit
-        logits = self.linear(x, [(f"{label}.gate", E)])
-        counts = dict(num_experts=E, top_k=X)
-        route = Route(
-            expert_ids=tensor(f"{label}.expert_ids", x.rows, X, "i32"),
-            weights=tensor(f"{label}.weights", x.rows, X),
-            logits=logits,
-            renormalise=m.renormalise,
-            width=logits.width,
-            **counts,
-        )
-        group = GroupExperts(
-            order=tensor(f"{label}.order", x.rows, X, "i32"),
-            expert_start=tensor(f"{label}.expert_start", x.rows, E + 1, "i32"),
-            expert_ids=emit(route),
-            **counts,
-        )
-        order, shape = emit(group), dict(expert_start=group.expert_start, **counts)
-        gate_up, down = self._expert_weights(label, m, D)
-        made = self._prepared_rows(f"{label}.expert_rows", x.rows, X, gate_up.format, D)
-        h = emit(ExpertRows(x=x, order=order, **made))
-        made = dict(out=tensor(f"{label}.experts.gate_up", x.rows, X * 2 * m.width), features=2 * m.width)
-        h = emit(ExpertLinear(x=h, weight=gate_up, width=D, **made, **shape))
-        made = self._prepared_rows(f"{label}.experts.act", x.rows, X, down.format, m.width)
-        h = emit(ExpertGated(x=h, **made))
-        made = dict(out=tensor(f"{label}.experts.down", x.rows, X * D), features=D)
-        h = emit(ExpertLinear(x=h, weight=down, width=m.width, **made, **shape))
-        y = tensor(f"{label}.experts", x.rows, X * D)
-        y = emit(ExpertScatter(out=y, x=h, order=order, width=D, top_k=X))
-        out = tensor(f"{label}.combined", x.rows, D)
-        return emit(CombineExperts(out=out, weights=route.weights, y=y, width=D, top_k=X))
-
-    def _prepared_rows(self, label, rows, top_k, format, width):
-        """The output and parameters of an op that prepares top_k rows for experts' weights of a format."""
-        prepared = ROW_FORMATS[PREPARATION[format]]
-        out = self.program.tensor(label, rows, top_k * prepared.width(width), prepared.dtype)
-        return dict(out=out, width=width, top_k=top_k, preparation=PREPARATION[format])
-
-    def _expert_weights(self, label, m, D):
-        """All experts' gate and up, expert after expert, and all experts' down, as two weights.
-
-        Experts in formats that there is no kernel for become q8_0 when they are packed.
-        """
-
-        def joined(names, rows, width):
-            each = [f"{label}.experts.{e}.{n}_proj.weight" for e in range(m.num_experts) for n in names]
-            parts = tuple(self.stored(name, rows, width) for name in each)
-            formats = {compute_format(p.format, self.weights, width) for p in parts}
-            format = formats.pop() if len(formats) == 1 and formats <= set(EXPERT_FORMATS) else "q8_0"
-            return Weight(f"{label}.experts.{'_'.join(names)}", format, (len(parts) * rows, width), parts)
-
-        return joined(("gate", "up"), m.width, D), joined(("down",), D, m.width)
+        return self.program.emit(GatedMul(out=out, x=x, width=out.width, activation=activation))
 
     def select_rows(self, x, label, rows):
         """Some rows of x: those with an output ("O"), of them those that are sampled ("R") or embedded ("E")."""
@@ -253,111 +202,70 @@ class Recorder:
 
     # ------------------------------------------------------------ attention
 
-    def rope_tables(self, config):
+    def rope_tables(self, rope):
         """cos and sin of all positions up to max_context."""
-        return self._once("rope", lambda: self._make_rope_tables(config))
+        return self._once(rope, lambda: self._make_rope_tables(rope))
 
-    def _make_rope_tables(self, config):
-        made = RopeTables(self.max_context, config.rope_dim, config.rope_theta, config.rope_scaling)
+    def _make_rope_tables(self, rope):
+        made = RopeTables(self.max_context, rope.dim, rope.theta, rope.scaling)
         made.cover(1)  # what it runs is compiled now
-        return [Table("rope.cos", made.cos_PR, made), Table("rope.sin", made.sin_PR, made)]
+        self._num_ropes += 1
+        name = "rope" if self._num_ropes == 1 else f"rope{self._num_ropes}"
+        return [Table(f"{name}.cos", made.cos_PR, made), Table(f"{name}.sin", made.sin_PR, made)]
 
-    def attention(self, x, config, layer, label):
-        """Grouped causal attention over the pages, from hidden rows x to the (gated) heads side by side [T, H K]."""
-        H, G, K = config.num_heads, config.num_kv_heads, config.head_dim
-        q_stride = 2 * K if config.output_gate else K
+    def attention(self, x, heads, label, head_norms=None, gated=False):
+        """Grouped causal attention over the pages, from hidden rows x to the (gated) heads side by side [T, H K].
+
+        heads: `model_config.Heads`. head_norms: (eps, offset) of norms of each query and key head. gated: the
+        projection of each query is followed by a gate, whose sigmoid its head is multiplied by.
+        """
+        H, G, K = heads.num_heads, heads.num_kv_heads, heads.head_dim
+        q_stride = 2 * K if gated else K
         names = [(f"{label}.{p}_proj", n) for p, n in (("q", H * q_stride), ("k", G * K), ("v", G * K))]
-        qkv = self.linear(x, names, f"{label}.qkv", config.qkv_bias)
+        qkv = self.linear(x, names, f"{label}.qkv", heads.qkv_bias)
         k_pages, v_pages = (
-            self.program.cache(f"{label}.{p}_pages", "pages", ELEMENTS[self.kv_dtype], shape, layer.window)
+            self.program.cache(f"{label}.{p}_pages", "pages", ELEMENTS[self.kv_dtype], shape, heads.window)
             for p, shape in zip("kv", page_shapes(G, K, self.kv_dtype), strict=True)
         )
-        heads = dict(k_pages=k_pages, v_pages=v_pages, page_group=k_pages.group)
-        heads |= dict(num_heads=H, num_kv_heads=G, head_dim=K)
-        cos, sin = self.rope_tables(config)
+        shape = dict(k_pages=k_pages, v_pages=v_pages, page_group=k_pages.group)
+        shape |= dict(num_heads=H, num_kv_heads=G, head_dim=K)
+        cos, sin = self.rope_tables(heads.rope or NO_ROPE)
+        eps, offset = head_norms or (0.0, 0.0)
         q = self.program.emit(
             AttentionInputs(
                 q=self.program.tensor(f"{label}.q", "T", H * K),
                 x=qkv,
                 cos=cos,
                 sin=sin,
-                q_norm=self.constant(f"{label}.q_norm.weight", K) if config.qk_norm else None,
-                k_norm=self.constant(f"{label}.k_norm.weight", K) if config.qk_norm else None,
-                rope_dim=config.rope_dim if layer.rope else 0,
+                q_norm=self.constant(f"{label}.q_norm.weight", K) if head_norms else None,
+                k_norm=self.constant(f"{label}.k_norm.weight", K) if head_norms else None,
+                rope_dim=heads.rope.dim if heads.rope else 0,
                 row_width=qkv.width,
                 q_offset=0,
                 q_stride=q_stride,
                 k_offset=H * q_stride,
                 v_offset=H * q_stride + G * K,
-                eps=config.rms_eps,
-                norm_offset=config.norm_offset,
+                eps=eps,
+                norm_offset=offset,
                 bf16=self.kv_dtype == "bf16",
-                **heads,
+                **shape,
             )
         )
-        gate = dict(gate=qkv, gate_width=qkv.width, gate_offset=K, gate_stride=q_stride) if config.output_gate else {}
+        gate = dict(gate=qkv, gate_width=qkv.width, gate_offset=K, gate_stride=q_stride) if gated else {}
         return self.program.emit(
             Attention(
                 out=self.program.tensor(f"{label}.heads", "T", H * K),
                 stats=self.program.tensor(f"{label}.softmax", "T", 2 * H),
                 q=q,
-                scale=float(K) ** -0.5,
-                window=layer.window,
-                soft_cap=0.0,
-                **heads,
+                scale=heads.scale,
+                window=heads.window,
+                soft_cap=heads.soft_cap,
+                **shape,
                 **gate,
             )
         )
 
-    # ------------------------------------------------------------ gated delta rule
-
-    def linear_attention(self, x, config, label):
-        """The gated delta rule layer, from hidden rows x to the normed and gated heads [T, H V]."""
-        m = config.linear_attention
-        C, H, V, J = m.conv_channels, m.num_v_heads, m.v_head_dim, m.conv_width
-        names = [(f"{label}.in_proj_{p}", n) for p, n in (("qkv", C), ("z", m.v_width), ("b", H), ("a", H))]
-        parts = [self.stored(f"{name}.weight", n, x.width) for name, n in names]
-        proj = self.projected(x, parts, label)
-        state = self.program.cache(f"{label}.state", "state", "f32", (H, V // 16, m.k_head_dim, 16))
-        history = self.program.cache(f"{label}.conv_state", "state", "f32", (J - 1, C))
-        taps = self.stored(f"{label}.conv1d.weight", C, 1, J)
-        z, b = C, padded_width(C + m.v_width)
-        heads = dict(num_k_heads=m.num_k_heads, k_head_dim=m.k_head_dim, num_v_heads=H)
-        inputs = DeltaInputs(
-            out=self.program.tensor(f"{label}.conv", "T", C),
-            gates=self.program.tensor(f"{label}.gates", "T", 2 * H),
-            x=proj,
-            weight=Weight(f"{label}.conv1d.weight", "f32", (C, J), (taps,)),
-            a_log=self.constant(f"{label}.A_log", H),
-            dt_bias=self.constant(f"{label}.dt_bias", H),
-            state=history,
-            row_width=proj.width,
-            offset=0,
-            channels=C,
-            conv_width=J,
-            a_offset=b + padded_width(H),
-            b_offset=b,
-            **heads,
-        )
-        qkv = self.program.emit(inputs)
-        rule = GatedDelta(
-            out=self.program.tensor(f"{label}.heads", "T", H * V),
-            qk=qkv,
-            v=qkv,
-            gates=inputs.gates,
-            state=state,
-            qk_width=C,
-            v_width=C,
-            v_offset=m.qk_width,
-            v_head_dim=V,
-            **heads,
-        )
-        out = self.program.tensor(f"{label}.norm", "T", H * V)
-        weight = self.constant(f"{label}.norm.weight", V)
-        where = dict(row_width=proj.width, z_offset=z, num_heads=H, head_dim=V)
-        return self.program.emit(
-            GatedNorm(out=out, o=self.program.emit(rule), z=proj, weight=weight, eps=config.rms_eps, **where)
-        )
+    # ------------------------------------------------------------ projections side by side
 
     def projected(self, x, parts, label):
         """Projections side by side, each starting at a multiple of 16."""

@@ -11,11 +11,11 @@ MODULES = """
     activations activations_cpu add add_bias add_cpu adjust_logits adjust_logits_cpu attention attention_cpu
     attention_q8 code_fixed code_linear code_linear_cpu code_rows code_rows_cpu concat concat_cpu conv1d conv1d_cpu
     embed embed_cpu experts experts_cpu fake_quant fake_quant_cpu gated_delta gated_delta_cpu gated_delta_verify
-    gated_delta_verify_cpu gated_norm gated_norm_cpu grouped_linear kv_cache kv_cache_cpu kv_cache_q8
-    kv_cache_q8_cpu linear linear_cpu moe moe_cpu observe observe_cpu rms_norm rms_norm_cpu rounded_attention
-    rounded_attention_cpu rounded_inputs rounded_inputs_cpu rounded_silu_mul rounded_silu_mul_cpu sample sample_cpu
-    score score_cpu select_rows select_rows_cpu silu_mul silu_mul_cpu unrolled_heads unrolled_heads_cpu
-    unrolled_rows unrolled_rows_cpu
+    gated_delta_verify_cpu gated_mul gated_mul_cpu gated_norm gated_norm_cpu grouped_linear kv_cache kv_cache_cpu
+    kv_cache_q8 kv_cache_q8_cpu linear linear_cpu moe moe_cpu observe observe_cpu rms_norm rms_norm_cpu
+    rounded_attention rounded_attention_cpu rounded_inputs rounded_inputs_cpu rounded_silu_mul rounded_silu_mul_cpu
+    sample sample_cpu score score_cpu select_rows select_rows_cpu unrolled_heads unrolled_heads_cpu unrolled_rows
+    unrolled_rows_cpu
 """.split()
 
 

@@ -112,8 +112,13 @@ class Preparable(Operands):
     preparation: str = ""
 
     @property
+    def own_kind(self):
+        """Its kind without a preparation."""
+        return self.name()
+
+    @property
     def kind(self):
-        return f"{self.name()}+{self.preparation}" if self.preparation else self.name()
+        return f"{self.own_kind}+{self.preparation}" if self.preparation else self.own_kind
 
     def check(self):
         check_rows(self, "out", self.preparation, self.width)

@@ -23,11 +23,11 @@ from lockstep.ops.activations import (
     magnitude,
     q8_bytes,
 )
-from lockstep.ops.math import silu
+from lockstep.ops.gated_mul import GatedMul
+from lockstep.ops.gates import GATES
 from lockstep.ops.rms_norm import RmsNorm
 from lockstep.ops.rms_norm_cpu import inverse_rms
 from lockstep.ops.share import dealt
-from lockstep.ops.silu_mul import SiluMul
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import inlined, variant
 from lockstep.runtime.simd import (
@@ -47,8 +47,8 @@ from lockstep.runtime.simd import (
 )
 from lockstep.runtime.step import num_rows
 
-# of a variant: what stores 32 values, bytes of a row, and whether one thread makes token after token
-PUT = ROW_BYTES = ALONE = None
+# of a variant: what stores 32 values, bytes of a row, whether one thread makes token after token, and one of GATES
+PUT = ROW_BYTES = ALONE = GATE = None
 
 
 @inlined
@@ -106,13 +106,13 @@ def normed(op, step, thread, num_threads):
 
 
 def gated(op, step, thread, num_threads):
-    """silu_mul."""
-    a = SiluMul.read(op)
+    """The product of an activated gate and a value."""
+    a = GatedMul.read(op)
     for t in dealt(num_rows(op, step), thread, num_threads, ALONE):
         x, out = a.x + 8 * a.width * t, a.out + ROW_BYTES(a.width) * t
         for i in range(0, a.width, 32):
             gate, up = x + 4 * i, x + 4 * (a.width + i)
-            PUT(silu(load(gate)) * load(up), silu(load(gate + 64)) * load(up + 64), out, a.width, i)
+            PUT(GATE(load(gate), load(up)), GATE(load(gate + 64), load(up + 64)), out, a.width, i)
 
 
 QUANTIZED = dict(PUT=store_q8, ROW_BYTES=q8_bytes)
@@ -121,9 +121,10 @@ quantize_q8 = variant(plain, "quantize_q8", **QUANTIZED, ALONE=False)
 round_to_bf16 = variant(plain, "round_to_bf16", **ROUNDED, ALONE=False)
 CPU = {"quantize_q8": Implementation(quantize_q8), "round_bf16": Implementation(round_to_bf16)}
 PER_TOKEN = {}  # one token after another on one thread, as the ops that they are made of
-for _first, _body in (("rms_norm", normed), ("silu_mul", gated)):
+_fused = {"rms_norm": (normed, {})} | {f"{name}_mul": (gated, dict(GATE=gate)) for name, gate in GATES.items()}
+for _first, (_body, _gate) in _fused.items():
     for _then, _constants in (("quantize_q8", QUANTIZED), ("round_bf16", ROUNDED)):
         for _table, _alone, _suffix in ((CPU, False, ""), (PER_TOKEN, True, "_per_token")):
             _kernel = f"{_first}_{_then}{_suffix}"
-            globals()[_kernel] = variant(_body, _kernel, **_constants, ALONE=_alone)
+            globals()[_kernel] = variant(_body, _kernel, **_constants, **_gate, ALONE=_alone)
             _table[f"{_first}+{_then}"] = Implementation(globals()[_kernel])

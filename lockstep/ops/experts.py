@@ -5,7 +5,7 @@ the ops here work on that order, T X rows in all, so that an expert's rows lie t
 
     ExpertRows      row s = the prepared input of the token that pair order[s] belongs to
     ExpertLinear    out[s] = x[s] W[e]^T, where e is the expert of row s
-    ExpertGated     row s = silu(gate) * up, prepared
+    ExpertGated     row s = activation(gate) * up, prepared
     ExpertScatter   y[order[s]] = x[s], back to the order of pairs
 
 Prepared means: as it is for f32 and f16 weights, rounded for bf16, quantized for the others (`ops/activations.py`).
@@ -16,9 +16,10 @@ import numpy as np
 from numba import int32
 
 from lockstep.ops.activations import ROW_FORMATS, check_rows, quantize_row, round_row
+from lockstep.ops.gated_mul import check_gate
+from lockstep.ops.gates import GATES
 from lockstep.ops.linear import FORMATS as LINEAR_FORMATS
 from lockstep.ops.linear import PREPARATION, PRODUCTS, plain_row
-from lockstep.ops.math import silu
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import definition, inlined, kernel, variant
 from lockstep.runtime.operands import Operands, output, packed, rows
@@ -26,7 +27,7 @@ from lockstep.runtime.program import Tensor, Weight
 from lockstep.runtime.simd import peek, poke
 from lockstep.runtime.step import num_rows
 
-PUT = ROW_BYTES = READ = DOT = None  # constants of the variants below
+PUT = ROW_BYTES = READ = DOT = GATE = None  # constants of the variants below
 FORMATS = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q5_k")  # that there are kernels for
 
 
@@ -77,9 +78,23 @@ class ExpertLinear(Operands):
 
 
 class ExpertGated(ExpertPreparation):
-    """Row s of out: silu(gate) * up; row s of x: gate [width], up [width]."""
+    """Row s of out: activation(gate) * up; row s of x: gate [width], up [width]. activation: one of `gates.GATES`."""
 
     x: Tensor = rows("2 * top_k * width")
+    activation: str
+
+    def check(self):
+        check_gate(self)
+        super().check()
+
+    @property
+    def kind(self):
+        return gated_kind(self.activation, ROW_FORMATS[self.preparation].name)
+
+
+def gated_kind(activation: str, rows: str) -> str:
+    """The kind of an ExpertGated, by the format of the rows that it makes."""
+    return f"expert_gated_{rows}" if activation == "silu" else f"expert_{activation}_gated_{rows}"
 
 
 class ExpertScatter(Operands):
@@ -118,7 +133,7 @@ def _gated(op, step, thread, num_threads):
     for s in range(num_rows(op, step) * a.top_k if thread == 0 else 0):
         x = plain_row(a.x + 8 * K * s, 2 * K)
         for k in range(K):
-            row_K[k] = silu(x[k]) * x[K + k]
+            row_K[k] = GATE(x[k], x[K + k])
         PUT(row_K, a.out + ROW_BYTES(K) * s)
 
 
@@ -143,9 +158,12 @@ PUTS = {"f32": put_f32, "bf16": round_row, "q8": quantize_row}
 REFERENCE = {"expert_scatter": Implementation(_scatter)}
 for _name, _, _row_bytes in ROW_FORMATS.values():
     _constants = dict(PUT=PUTS[_name], ROW_BYTES=_row_bytes)
-    for _kind, _body in {"rows": _rows, "gated": _gated}.items():
-        globals()[f"_{_kind}_{_name}"] = variant(_body, f"_{_kind}_{_name}", **_constants)
-        REFERENCE[f"expert_{_kind}_{_name}"] = Implementation(globals()[f"_{_kind}_{_name}"])
+    globals()[f"_rows_{_name}"] = variant(_rows, f"_rows_{_name}", **_constants)
+    REFERENCE[f"expert_rows_{_name}"] = Implementation(globals()[f"_rows_{_name}"])
+    for _activation, _gate in GATES.items():
+        _kernel = f"_gated_{_activation}_{_name}"
+        globals()[_kernel] = variant(_gated, _kernel, **_constants, GATE=_gate)
+        REFERENCE[gated_kind(_activation, _name)] = Implementation(globals()[_kernel])
 for _name in {LINEAR_FORMATS[format][0] for format in FORMATS}:
     globals()[f"_linear_{_name}"] = variant(_linear, f"_linear_{_name}", **PRODUCTS[_name])
 for _name in FORMATS:

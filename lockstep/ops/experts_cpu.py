@@ -9,10 +9,18 @@ from numba import int64
 
 from lockstep.ops.activations import ROW_FORMATS
 from lockstep.ops.activations_cpu import store_q8, store_rounded
-from lockstep.ops.experts import FORMATS, ExpertGated, ExpertLinear, ExpertRows, ExpertScatter, pair_at
+from lockstep.ops.experts import (
+    FORMATS,
+    ExpertGated,
+    ExpertLinear,
+    ExpertRows,
+    ExpertScatter,
+    gated_kind,
+    pair_at,
+)
+from lockstep.ops.gates import GATES
 from lockstep.ops.linear_cpu import ALL_PANELS, COLS, constants, rows_at_once, together
 from lockstep.ops.linear_cpu import FORMATS as LINEAR_FORMATS
-from lockstep.ops.math import silu
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import inlined, kernel, variant
 from lockstep.runtime.machine import fetch_add
@@ -21,7 +29,7 @@ from lockstep.runtime.step import COUNTER, num_rows
 from lockstep.runtime.tiles_linear import Ahead, Output, Panels, Rows
 
 CLAIM = 8  # panels that a thread takes at a time
-STORE = FORMAT = PANEL_BYTES = BLOCK = ROW_BYTES = FEW = None  # constants of the variants below
+STORE = FORMAT = PANEL_BYTES = BLOCK = ROW_BYTES = FEW = GATE = None  # constants of the variants below
 
 
 @inlined
@@ -48,7 +56,7 @@ def _gated(op, step, thread, num_threads):
         x, out = a.x + 8 * a.width * s, a.out + ROW_BYTES(a.width) * s
         for i in range(0, a.width, 32):
             g, up = x + 4 * i, x + 4 * (a.width + i)
-            STORE(silu(load(g)) * load(up), silu(load(g + 64)) * load(up + 64), out, a.width, i)
+            STORE(GATE(load(g), load(up)), GATE(load(g + 64), load(up + 64)), out, a.width, i)
 
 
 @kernel
@@ -92,9 +100,12 @@ STORES = {"f32": store_plain, "bf16": store_rounded, "q8": store_q8}
 CPU = {"expert_scatter": Implementation(scatter)}
 for _name, _, _row_bytes in ROW_FORMATS.values():
     _constants = dict(STORE=STORES[_name], ROW_BYTES=_row_bytes)
-    for _kind, _body in {"rows": _rows, "gated": _gated}.items():
-        globals()[f"{_kind}_{_name}"] = variant(_body, f"{_kind}_{_name}", **_constants)
-        CPU[f"expert_{_kind}_{_name}"] = Implementation(globals()[f"{_kind}_{_name}"])
+    globals()[f"rows_{_name}"] = variant(_rows, f"rows_{_name}", **_constants)
+    CPU[f"expert_rows_{_name}"] = Implementation(globals()[f"rows_{_name}"])
+    for _activation, _gate in GATES.items():
+        _kernel = f"gated_{_activation}_{_name}"
+        globals()[_kernel] = variant(_gated, _kernel, **_constants, GATE=_gate)
+        CPU[gated_kind(_activation, _name)] = Implementation(globals()[_kernel])
 for _name in FORMATS:
     _layout = LINEAR_FORMATS[_name].layout
     globals()[f"linear_{_name}"] = variant(_linear, f"linear_{_name}", **constants(_name))

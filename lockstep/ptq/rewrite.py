@@ -21,6 +21,7 @@ from lockstep.ops.attention import Attention
 from lockstep.ops.embed import Embed
 from lockstep.ops.fake_quant import FakeQuant
 from lockstep.ops.gated_delta import DeltaInputs, GatedDelta
+from lockstep.ops.gated_mul import GatedMul
 from lockstep.ops.gated_norm import GatedNorm
 from lockstep.ops.grids import GRID_WORDS
 from lockstep.ops.kv_cache import PAGE_TOKENS, AttentionInputs
@@ -30,7 +31,6 @@ from lockstep.ops.rms_norm import RmsNorm
 from lockstep.ops.rounded_attention import RoundedAttention
 from lockstep.ops.rounded_inputs import K_SITES, Q_SITES, TABLE_SITES, RoundedInputs
 from lockstep.ops.rounded_silu_mul import RoundedSiluMul
-from lockstep.ops.silu_mul import SiluMul
 from lockstep.ptq.fuse import fused
 from lockstep.ptq.plan import INSIDE
 from lockstep.ptq.site import Site
@@ -162,7 +162,7 @@ class _Rewriter:
             AddBias: self._bias,
             AttentionInputs: self._inputs,
             Attention: self._attention,
-            SiluMul: self._silu_mul,
+            GatedMul: self._gated_mul,
             Add: self._add,
             DeltaInputs: self._plain,
             GatedDelta: self._delta,
@@ -172,7 +172,7 @@ class _Rewriter:
 
     def run(self) -> Rounded:
         for op in self._program.ops:
-            if not isinstance(op, (Linear, AddBias, AttentionInputs, SiluMul)):
+            if not isinstance(op, (Linear, AddBias, AttentionInputs, GatedMul)):
                 self._finish_columns(op.inputs)
             self._visit.get(type(op), self._plain)(op)
         self.made.program = self._program.rewritten(self._ops)
@@ -311,12 +311,12 @@ class _Rewriter:
         self._ops.append(op)
         self._place("ctx", layer, op.out, 0, op.head_dim, H, op.head_dim)
 
-    def _silu_mul(self, op: SiluMul) -> None:
+    def _gated_mul(self, op: GatedMul) -> None:
         layer, F = layer_of(op.out.name), op.width
         self._columns.pop(op.x, None)
         for name, column in (("gate", 0), ("up", F)):
             self._place(name, layer, op.x, column, F, 1, F)
-        if "swiglu" in self._how.inside:
+        if "swiglu" in self._how.inside and op.activation == "silu":
             sites = rounded_silu_mul.SITES
             grids = self._group("", layer, sites, 1, sites, dict.fromkeys(sites, F))
             if not self._lists:

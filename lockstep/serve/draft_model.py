@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 from lockstep.engine.draft_model import check_vocabulary, named
 from lockstep.engine.model import Model, load_model
+from lockstep.models.checkpoint import open_checkpoint
 from lockstep.serve.hub import resolve_model
 from lockstep.serve.tokenizer import Tokenizer, find_tokenizer, has_tokenizer
-from lockstep.weights.checkpoint import open_checkpoint
 from lockstep.weights.content import Progress
 from lockstep.weights.store import PackedStore
 

@@ -16,6 +16,7 @@ from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.model import load_model
 from lockstep.engine.planned import planned
 from lockstep.engine.request import Request, SamplingParams, check_single, token_list
+from lockstep.models.checkpoint import open_checkpoint
 from lockstep.models.config import end_ids, text_config
 from lockstep.ptq.solved import Solved
 from lockstep.runtime.kernel import OnCompile
@@ -25,7 +26,6 @@ from lockstep.serve.generation_config import sampling_defaults
 from lockstep.serve.hub import resolve_model
 from lockstep.serve.pooling import default_pooling
 from lockstep.serve.tokenizer import Tokenizer, answer_reader, check_can_chat, find_tokenizer, has_tokenizer
-from lockstep.weights.checkpoint import open_checkpoint
 from lockstep.weights.content import ContentHash, Progress
 from lockstep.weights.store import PackedStore
 

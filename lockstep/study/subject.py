@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lockstep.engine.model import Model, load_model
+from lockstep.models.checkpoint import open_checkpoint
 from lockstep.ptq.plan import Plan
 from lockstep.ptq.rewrite import Treatment
 from lockstep.ptq.site import Site
@@ -16,7 +17,6 @@ from lockstep.ptq.weights import num_bytes
 from lockstep.runtime.program import Program
 from lockstep.serve.hub import resolve_model
 from lockstep.serve.tokenizer import Tokenizer, find_tokenizer
-from lockstep.weights.checkpoint import open_checkpoint
 from lockstep.weights.content import Progress
 from lockstep.weights.store import PackedStore
 from lockstep.weights.tensor import StoredTensor

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lockstep.weights import safetensors
 from lockstep.weights.content import ContentHash, Stamp, check_unchanged, content_hash, stamp
+from lockstep.weights.gguf_architecture import Architectures
 from lockstep.weights.gguf_model import open_gguf
 from lockstep.weights.mapped import descriptor_of, read_json_object
 from lockstep.weights.tensor import TensorFile, TensorMap, merge
@@ -61,16 +62,16 @@ class Checkpoint:
             check_unchanged(file.path, stamped)
 
 
-def open_checkpoint(path: str | Path, *, verify: bool = False) -> Checkpoint:
+def open_checkpoint(path: str | Path, architectures: Architectures, *, verify: bool = False) -> Checkpoint:
     """Open a Hugging Face folder, a .safetensors file beside its config.json, or a .gguf file.
 
-    verify: hash all of the weights, although their hash may be known.
+    architectures: that a .gguf file may have. verify: hash all of the weights, although their hash may be known.
 
     Raises ValueError that names the file, and the tensor if it is one, what was expected and what was found.
     """
     path = Path(path)
     if path.suffix == ".gguf":
-        return _open_gguf(path, verify)
+        return _open_gguf(path, architectures, verify)
     if path.suffix == ".safetensors":
         return _open_safetensors(path, path.parent, [safetensors.open_file(path)], verify)
     if not path.is_dir():
@@ -91,8 +92,8 @@ def _open_safetensors(path: Path, folder: Path, files: list[TensorFile], verify:
     )
 
 
-def _open_gguf(path: Path, verify: bool) -> Checkpoint:
-    parts, config, tensors = open_gguf(path)
+def _open_gguf(path: Path, architectures: Architectures, verify: bool) -> Checkpoint:
+    parts, config, tensors = open_gguf(path, architectures)
     token_ids = ("bos_token_id", "eos_token_id")
     generation = {key: config[key] for key in token_ids if key in config}
     return Checkpoint(path, config, generation, tensors, parts[0].metadata, tuple(parts), verify)

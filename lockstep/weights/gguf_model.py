@@ -5,19 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lockstep.weights.gguf import open_parts
-from lockstep.weights.gguf_config import architecture_of, hf_config
+from lockstep.weights.gguf_architecture import Architecture, Architectures, architecture_of
+from lockstep.weights.gguf_config import hf_config
 from lockstep.weights.gguf_names import hf_name
-from lockstep.weights.gguf_undo import (
-    ConvChannels,
-    DecayLog,
-    Expert,
-    GroupedColumns,
-    GroupedRows,
-    HalfSplitRows,
-    MinusOne,
-    Undo,
-    ValueHeads,
-)
+from lockstep.weights.gguf_undo import Expert, Undo
 from lockstep.weights.tensor import StoredTensor, TensorFile, TensorInfo, TensorMap, merge
 
 
@@ -39,19 +30,21 @@ class Recipe:
             raise ValueError(f"{self.file.path}: tensor {self.source!r} {list(stored.shape)}: {error}") from None
 
 
-def open_gguf(path: Path) -> tuple[list[TensorFile], dict, TensorMap]:
-    """Open a GGUF file or split file: its parts, its Hugging Face config and its tensors by Hugging Face name."""
+def open_gguf(path: Path, architectures: Architectures) -> tuple[list[TensorFile], dict, TensorMap]:
+    """Open a GGUF file or split file of one of these architectures: its parts, its Hugging Face config and its tensors
+    by Hugging Face name."""
     parts = open_parts(path)
     metadata = parts[0].metadata
     stored = merge(parts)
     rope_factors = stored["rope_freqs.weight"].to_f32() if "rope_freqs.weight" in stored else None
-    config = hf_config(metadata, stored.info, rope_factors, str(path))
-    recipes = _recipes(parts, architecture_of(metadata, str(path)), config)
+    architecture = architecture_of(metadata, architectures, str(path))
+    config = hf_config(architecture, metadata, stored.info, rope_factors, str(path))
+    recipes = _recipes(parts, architecture, config)
     tensors = TensorMap({name: recipe.info for name, recipe in recipes.items()}, lambda name: recipes[name].load())
     return parts, config, tensors
 
 
-def _recipes(parts: list[TensorFile], architecture: str, config: Mapping) -> dict[str, Recipe]:
+def _recipes(parts: list[TensorFile], architecture: Architecture, config: Mapping) -> dict[str, Recipe]:
     recipes: dict[str, Recipe] = {}
     for part in parts:
         for source, info in part.infos.items():
@@ -63,7 +56,7 @@ def _recipes(parts: list[TensorFile], architecture: str, config: Mapping) -> dic
     return recipes
 
 
-def _recipes_of(part: TensorFile, info: TensorInfo, architecture: str, config: Mapping) -> list[Recipe]:
+def _recipes_of(part: TensorFile, info: TensorInfo, architecture: Architecture, config: Mapping) -> list[Recipe]:
     try:
         name = hf_name(architecture, info.name, config["num_hidden_layers"])
         undos = {} if name is None else _undos(name, info, architecture, config)
@@ -72,45 +65,10 @@ def _recipes_of(part: TensorFile, info: TensorInfo, architecture: str, config: M
         raise ValueError(f"{part.path}: tensor {info.name!r} {list(info.shape)}: {error}") from None
 
 
-def _undos(name: str, info: TensorInfo, architecture: str, config: Mapping) -> dict[str, Undo]:
+def _undos(name: str, info: TensorInfo, architecture: Architecture, config: Mapping) -> dict[str, Undo]:
     """Hugging Face names made from one GGUF tensor (several for stacked experts), and how."""
     if "{expert}" in name:
         if len(info.shape) != 3 or info.shape[0] != config["num_experts"]:
             raise ValueError(f"expected a stack of {config['num_experts']} experts' matrices")
         return {name.format(expert=index): Expert(index) for index in range(info.shape[0])}
-    if architecture in ("llama", "smollm3"):
-        return {name: _undo_llama(name, config)}
-    return {name: _undo_qwen35(name, config) if architecture == "qwen35" else Undo()}
-
-
-def _undo_llama(name: str, config: Mapping) -> Undo:
-    if ".q_proj." in name:
-        return HalfSplitRows(config["num_attention_heads"])
-    if ".k_proj." in name:
-        return HalfSplitRows(config["num_key_value_heads"])
-    return Undo()
-
-
-def _undo_qwen35(name: str, config: Mapping) -> Undo:
-    heads = ValueHeads(config["linear_num_key_heads"], config["linear_num_value_heads"])
-    if heads.num_key_heads == 0 or heads.num_value_heads % heads.num_key_heads:
-        raise ValueError(f"{heads.num_value_heads} value heads do not divide over {heads.num_key_heads} key heads")
-    num_query_key_rows = 2 * heads.num_key_heads * config["linear_key_head_dim"]
-    stem = name.removesuffix(".weight").rpartition(".")[2]
-    if stem == "A_log":
-        return DecayLog(heads)
-    if stem == "conv1d":
-        return ConvChannels(heads, num_query_key_rows)
-    if stem.endswith("norm") or "_norm_" in stem:
-        return Undo() if ".linear_attn." in name else MinusOne()
-    if heads.num_key_heads == heads.num_value_heads:
-        return Undo()
-    return _regrouping(stem, heads, num_query_key_rows)
-
-
-def _regrouping(stem: str, heads: ValueHeads, num_query_key_rows: int) -> Undo:
-    if stem == "in_proj_qkv":
-        return GroupedRows(heads, num_query_key_rows)
-    if stem in ("in_proj_z", "in_proj_a", "in_proj_b", "dt_bias"):
-        return GroupedRows(heads)
-    return GroupedColumns(heads) if stem == "out_proj" else Undo()
+    return {name: architecture.undo(name, config)}

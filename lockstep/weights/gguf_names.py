@@ -1,10 +1,12 @@
-"""GGUF tensor names and their Hugging Face names, by architecture.
+"""GGUF tensor names and their Hugging Face names: those that many architectures have, and how a name is translated.
 
 Source: gguf-py/gguf/tensor_mapping.py and conversion/*.py of llama.cpp.
 """
 
 import re
 from collections.abc import Mapping
+
+from lockstep.weights.gguf_architecture import Architecture
 
 # An entry without ".weight" or ".bias" stands for both.
 TOP: Mapping[str, str] = {
@@ -35,38 +37,13 @@ EXPERTS: Mapping[str, str] = {
     "ffn_up_exps": "mlp.experts.{expert}.up_proj",
     "ffn_down_exps": "mlp.experts.{expert}.down_proj",
 }
-GATED_DELTA: Mapping[str, str] = {
-    "attn_qkv": "linear_attn.in_proj_qkv",
-    "attn_gate": "linear_attn.in_proj_z",
-    "ssm_alpha": "linear_attn.in_proj_a",
-    "ssm_beta": "linear_attn.in_proj_b",
-    "ssm_out": "linear_attn.out_proj",
-    "ssm_conv1d": "linear_attn.conv1d",
-    "ssm_norm": "linear_attn.norm",
-    "ssm_a": "linear_attn.A_log",
-    "ssm_dt.bias": "linear_attn.dt_bias",
-}
-MTP: Mapping[str, str] = {
-    "nextn.eh_proj": "mtp.fc",
-    "nextn.enorm": "mtp.pre_fc_norm_embedding",
-    "nextn.hnorm": "mtp.pre_fc_norm_hidden",
-    "nextn.shared_head_norm": "mtp.norm",
-}
 DENSE = {**ATTENTION, **MLP, "ffn_norm": "post_attention_layernorm"}
 
-LAYER_NAMES: Mapping[str, Mapping[str, str]] = {
-    "llama": DENSE,
-    "smollm3": DENSE,
-    "qwen2": DENSE,
-    "qwen3": {**DENSE, **HEAD_NORMS},
-    "qwen3moe": {**ATTENTION, **HEAD_NORMS, **EXPERTS, "ffn_norm": "post_attention_layernorm"},
-    "qwen35": {**ATTENTION, **HEAD_NORMS, **MLP, **GATED_DELTA, "post_attention_norm": "post_attention_layernorm"},
-}
 # Their content reaches the model through the config.
 IGNORED = {"rope_freqs.weight"}
 
 
-def hf_name(architecture: str, name: str, num_layers: int) -> str | None:
+def hf_name(architecture: Architecture, name: str, num_layers: int) -> str | None:
     """The Hugging Face name of GGUF tensor `name`, or None for one the config already tells.
 
     Blocks from `num_layers` on are multi-token-prediction layers. Names of stacked experts contain
@@ -77,15 +54,15 @@ def hf_name(architecture: str, name: str, num_layers: int) -> str | None:
     block = re.fullmatch(r"blk\.(\d{1,6})\.(.+)", name)
     found = _layer_name(architecture, int(block[1]), block[2], num_layers) if block else _renamed(TOP, name)
     if found is None:
-        raise ValueError(f"tensor {name!r} is not one that architecture {architecture!r} is known to have")
+        raise ValueError(f"tensor {name!r} is not one that architecture {architecture.name!r} is known to have")
     return found
 
 
-def _layer_name(architecture: str, layer: int, name: str, num_layers: int) -> str | None:
+def _layer_name(architecture: Architecture, layer: int, name: str, num_layers: int) -> str | None:
     is_mtp = layer >= num_layers
-    if is_mtp and (found := _renamed(MTP, name)):
+    if is_mtp and (found := _renamed(architecture.mtp_names, name)):
         return found
-    found = _renamed(LAYER_NAMES[architecture], name)
+    found = _renamed(architecture.names, name)
     prefix = f"mtp.layers.{layer - num_layers}" if is_mtp else f"model.layers.{layer}"
     return found and f"{prefix}.{found}"
 

@@ -10,8 +10,8 @@ from lockstep.engine.cache_size import ContextSize, context_size, num_pages, req
 from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.model import load_model
 from lockstep.engine.request import SamplingParams
+from lockstep.models.checkpoint import open_checkpoint
 from lockstep.runtime.executor import WeightStore
-from lockstep.weights.checkpoint import open_checkpoint
 from tests.models import published, tiny
 from tests.models.cases import CASES, case, hybrid
 from tests.models.running import load

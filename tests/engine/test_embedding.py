@@ -86,7 +86,7 @@ def test_a_cached_prefix_does_not_matter(engine, alone, pooling):
     before = hits.hit_tokens
     same_bits(embedded(made, pooling), alone[pooling])
     # whole blocks before the last token: (64 of 70), 128 of 129, 192 of 200; the mean wants every row
-    found = 64 * (made.model.config.layers[0].mixer == "attention") + 128 + 192
+    found = 64 * (made.model.config.layers[0].kind == "attention") + 128 + 192
     assert hits.hit_tokens - before == (found if pooling == "last" else 0)
 
 

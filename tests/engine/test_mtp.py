@@ -10,12 +10,12 @@ from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.model import load_model
 from lockstep.engine.mtp import Known, MtpDrafts
 from lockstep.engine.request import SamplingParams
+from lockstep.models.checkpoint import open_checkpoint
 from lockstep.models.mtp import FEW_TOKENS, guessed_tokens
 from lockstep.ops.kv_cache import PAGE_TOKENS
 from lockstep.ops.linear import Linear
 from lockstep.runtime.executor import WeightStore
 from lockstep.serve.hub import resolve_model
-from lockstep.weights.checkpoint import open_checkpoint
 from tests.engine.test_drafts import LONG, PARAMS, PROMPTS, answer, pages, preemptions, run
 from tests.models import tiny
 from tests.models.cases import hybrid

@@ -6,9 +6,9 @@ import pytest
 from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.model import load_model
 from lockstep.engine.request import SamplingParams
+from lockstep.models.checkpoint import open_checkpoint
 from lockstep.ops.kv_cache import PAGE_TOKENS
 from lockstep.runtime.executor import WeightStore
-from lockstep.weights.checkpoint import open_checkpoint
 from tests.models import tiny
 from tests.models.cases import case, hybrid
 

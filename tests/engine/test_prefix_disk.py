@@ -13,8 +13,8 @@ from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.model import load_model
 from lockstep.engine.prefix_disk import HEADER, MAKING, DiskStore
 from lockstep.engine.request import SamplingParams
+from lockstep.models.checkpoint import open_checkpoint
 from lockstep.runtime.executor import WeightStore
-from lockstep.weights.checkpoint import open_checkpoint
 from tests.models import tiny
 from tests.promise.models import CONFIGS, Case, load
 

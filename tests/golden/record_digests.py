@@ -10,10 +10,10 @@ import pathlib
 
 from lockstep.engine.model import load_model
 from lockstep.engine.selfcheck import NUMERICS
+from lockstep.models.checkpoint import open_checkpoint
 from lockstep.parity import Path, run_path
 from lockstep.runtime.executor import WeightStore
 from lockstep.serve.hub import resolve_model
-from lockstep.weights.checkpoint import open_checkpoint
 
 GOLDEN = pathlib.Path(__file__).with_name("digests.json")
 FORMATS = ("auto", "f32", "q8_0", "q4_0")

@@ -6,10 +6,10 @@ import numpy as np
 
 from lockstep.engine.model import load_model
 from lockstep.engine.runner import Limits, Runner, Span
+from lockstep.models.checkpoint import open_checkpoint
 from lockstep.ops.kv_cache import PAGE_TOKENS
 from lockstep.runtime.executor import WeightStore
 from lockstep.runtime.threads import Team
-from lockstep.weights.checkpoint import open_checkpoint
 
 TOLERANCE = 1e-4
 

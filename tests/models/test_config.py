@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from lockstep.models.config import Experts, LinearAttention
-from lockstep.models.families import model_config
+from lockstep.models.model_config import Experts, Heads, LinearAttention, Mlp, Rope
 from lockstep.models.record import compute_format
+from lockstep.models.registry import model_config
 from lockstep.ops.linear import Linear
 from lockstep.ops.rope import RopeScaling
 from tests.models import published as p
@@ -15,55 +15,51 @@ from tests.models.running import load
 
 
 @pytest.mark.parametrize(
-    "config, expected",
+    "config, expected, heads",
     [
         (
             p.LLAMA_3_2_1B,
-            dict(
-                rope_dim=64,
-                rope_theta=5e5,
-                tied=True,
-                eos_ids=(128001, 128008, 128009),
-                num_kv_heads=8,
-                rope_scaling=RopeScaling("llama3", 32.0, 1.0, 4.0, 8192),
-                qkv_bias=False,
-                o_bias=False,
-            ),
+            dict(tied=True, eos_ids=(128001, 128008, 128009)),
+            dict(num_kv_heads=8, rope=Rope(64, 5e5, RopeScaling("llama3", 32.0, 1.0, 4.0, 8192))),
         ),
-        (p.LLAMA_2_7B, dict(rope_dim=128, rope_theta=1e4, tied=False, head_dim=128, rms_eps=1e-5)),
-        (p.SMOLLM2, dict(num_heads=9, head_dim=64, tied=True)),
-        (p.MISTRAL_7B_V0_3, dict(num_kv_heads=8, head_dim=128, rope_theta=1e6, tied=False)),
-        (p.QWEN2_5_0_5B, dict(qkv_bias=True, o_bias=False, qk_norm=False, head_dim=64, num_kv_heads=2)),
-        (p.QWEN3_0_6B, dict(qk_norm=True, qkv_bias=False, head_dim=128, norm_offset=0.0)),
-        (p.QWEN3_30B_A3B, dict(experts=Experts(128, 8, 768, True), ffn_width=0, qk_norm=True)),
-        (p.SMOLLM3_3B, dict(tied=True, rope_theta=5e6)),
-        (
-            p.QWEN3_5_0_8B,
-            dict(
-                linear_attention=LinearAttention(16, 16, 128, 128, 4),
-                rope_dim=64,
-                rope_theta=1e7,
-                tied=True,
-                norm_offset=1.0,
-                qk_norm=True,
-                output_gate=True,
-                eos_ids=(248044,),
-                num_mtp_layers=1,
-            ),
-        ),
+        (p.LLAMA_2_7B, dict(tied=False, rms_eps=1e-5), dict(rope=Rope(128, 1e4), head_dim=128, scale=128**-0.5)),
+        (p.SMOLLM2, dict(tied=True), dict(num_heads=9, head_dim=64)),
+        (p.MISTRAL_7B_V0_3, dict(tied=False), dict(num_kv_heads=8, head_dim=128, rope=Rope(128, 1e6))),
+        (p.QWEN2_5_0_5B, {}, dict(qkv_bias=True, o_bias=False, head_dim=64, num_kv_heads=2)),
+        (p.QWEN3_0_6B, {}, dict(qkv_bias=False, head_dim=128)),
+        (p.QWEN3_30B_A3B, {}, {}),
+        (p.SMOLLM3_3B, dict(tied=True), dict(rope=Rope(128, 5e6))),
+        (p.QWEN3_5_0_8B, dict(tied=True, eos_ids=(248044,)), dict(rope=Rope(64, 1e7))),
     ],
     ids=lambda v: v.get("model_type") if "model_type" in v else "",
 )
-def test_published_configs(config, expected):
+def test_published_configs(config, expected, heads):
+    """heads: of the first attention layer, beside biases that are there only where they are said to be."""
     made = model_config(config)
     assert {k: getattr(made, k) for k in expected} == expected
+    found = next(layer.mixer for layer in made.layers if isinstance(layer.mixer, Heads))
+    assert {k: getattr(found, k) for k in heads} == heads
+    assert found.qkv_bias == heads.get("qkv_bias", False) and not found.o_bias
     assert all(layer.window == 0 for layer in made.layers)
 
 
 def test_layers_of_published_configs():
-    assert [layer.rope for layer in model_config(p.SMOLLM3_3B).layers] == [True, True, True, False] * 9
-    mixers = [layer.mixer for layer in model_config(p.QWEN3_5_0_8B).layers]
-    assert mixers == (["linear_attention"] * 3 + ["attention"]) * 6
+    assert [layer.mixer.rope is not None for layer in model_config(p.SMOLLM3_3B).layers] == [
+        True,
+        True,
+        True,
+        False,
+    ] * 9
+    qwen3_5 = model_config(p.QWEN3_5_0_8B)
+    assert [layer.kind for layer in qwen3_5.layers] == (["linear attention"] * 3 + ["attention"]) * 6
+    assert {layer.mixer for layer in qwen3_5.layers[:3]} == {LinearAttention(16, 16, 128, 128, 4)}
+    assert qwen3_5.mtp_layers == qwen3_5.layers[3:4]
+    assert {layer.mlp for layer in model_config(p.QWEN3_30B_A3B).layers} == {Experts(128, 8, 768, True)}
+
+
+def heads(config):
+    """Those of the first attention layer."""
+    return next(layer.mixer for layer in model_config(config).layers if isinstance(layer.mixer, Heads))
 
 
 def windows(config):
@@ -95,8 +91,8 @@ def test_a_list_of_ropes_may_be_longer_than_the_model():
 
 
 def test_layers_without_experts():
-    assert [layer.dense for layer in model_config(CASES["qwen3_moe_some_dense"]).layers] == [True, True, True, False]
-    assert model_config(CASES["qwen3_moe_some_dense"]).ffn_width == 96
+    layers = model_config(CASES["qwen3_moe_some_dense"]).layers
+    assert [layer.mlp for layer in layers] == [Mlp(96)] * 3 + [Experts(6, 2, 48, True)]
 
 
 def test_what_a_silent_config_means():
@@ -105,11 +101,11 @@ def test_what_a_silent_config_means():
 
     assert not model_config(without(case("llama"), "tie_word_embeddings")).tied
     assert model_config(without(case("smollm3"), "tie_word_embeddings", "rope_theta")).tied
-    assert model_config(without(case("smollm3"), "rope_theta")).rope_theta == 2e6
-    assert model_config(without(case("llama"), "num_key_value_heads")).num_kv_heads == 4
+    assert heads(without(case("smollm3"), "rope_theta")).rope.theta == 2e6
+    assert heads(without(case("llama"), "num_key_value_heads")).num_kv_heads == 4
     plain = hybrid(rope_parameters={"rope_theta": 10.0, "rope_type": "default"})
-    assert model_config(without(plain, "layer_types")).layers == model_config(hybrid()).layers
-    assert model_config(plain).rope_dim == 8  # a quarter
+    assert model_config(without(plain, "layer_types")).layers == model_config(plain).layers
+    assert heads(plain).rope.dim == 8  # a quarter
     outer = {"model_type": "qwen3_5", "eos_token_id": [7, 8], "text_config": without(hybrid(), "eos_token_id")}
     assert model_config(outer).eos_ids == (7, 8)
 
@@ -126,9 +122,9 @@ def test_experts_may_be_counted_under_either_name():
 
 def test_old_context_of_scaled_rope():
     llama3 = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    assert model_config(case("llama", rope_scaling=llama3)).rope_scaling.original_max_position_embeddings == 256
+    assert heads(case("llama", rope_scaling=llama3)).rope.scaling.original_max_position_embeddings == 256
     outside = case("llama", rope_scaling=llama3, original_max_position_embeddings=64)
-    assert model_config(outside).rope_scaling.original_max_position_embeddings == 64
+    assert heads(outside).rope.scaling.original_max_position_embeddings == 64
 
 
 REFUSED = [

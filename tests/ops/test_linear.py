@@ -8,12 +8,12 @@ import pytest
 from lockstep.formats import q4_0, q8_0
 from lockstep.formats.panels import padded_width
 from lockstep.models.record import INTEGER_FORMATS
-from lockstep.ops import activations, activations_cpu, linear, linear_cpu, rms_norm_cpu, silu_mul
+from lockstep.ops import activations, activations_cpu, gated_mul, linear, linear_cpu, rms_norm_cpu
 from lockstep.ops.activations import ROW_FORMATS
+from lockstep.ops.gated_mul import GatedMul
 from lockstep.ops.linear import PREPARATION, Linear
 from lockstep.ops.rewrite import PREPARATIONS
 from lockstep.ops.rms_norm import RmsNorm
-from lockstep.ops.silu_mul import SiluMul
 from lockstep.runtime import targets
 from lockstep.runtime.kernel import interpreted
 from lockstep.runtime.program import Weight
@@ -164,11 +164,12 @@ def test_fused_norm_and_gate_equal_their_parts(kind):
     norm = dict(x=x, weight=w, width=128, eps=1e-6, offset=1.0)
     out = lambda K: (ROW_FORMATS[kind].width(K), "i8")
     normed = run_op(rms_norm_cpu.CPU, RmsNorm, out=(128, "f32"), **norm)["out"]
-    gated = run_op(silu_mul.REFERENCE, SiluMul, out=(64, "f32"), x=x, width=64)["out"]
+    gated = run_op(gated_mul.REFERENCE, GatedMul, out=(64, "f32"), x=x, width=64, activation="silu")["out"]
     for table in (activations_cpu.CPU, activations_cpu.PER_TOKEN):
         fused = run_op(table, RmsNorm, num_threads=2, out=out(128), preparation=kind, **norm)["out"]
         same_bits(fused, prepared(format, normed))
-        fused = run_op(table, SiluMul, num_threads=2, out=out(64), preparation=kind, x=x, width=64)["out"]
+        how = dict(num_threads=2, preparation=kind, width=64, activation="silu")
+        fused = run_op(table, GatedMul, out=out(64), x=x, **how)["out"]
         same_bits(fused, prepared(format, gated))
 
 

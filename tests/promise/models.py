@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from lockstep.engine.model import load_model
+from lockstep.models.checkpoint import open_checkpoint
 from lockstep.runtime.executor import WeightStore
 from lockstep.serve.hub import resolve_model
-from lockstep.weights.checkpoint import open_checkpoint
 from tests.models import tiny
 from tests.models.cases import case, hybrid
 from tests.promise.trace import Sequence, trace

@@ -39,11 +39,12 @@ def test_a_hybrid_has_norms_of_heads_gates_and_the_delta_rule():
 def test_heads_and_widths_are_the_models():
     model = recorded("plain")
     by_name = {site.name: site for site in sites_of(model.recorded)}
-    H, G, K = model.config.num_heads, model.config.num_kv_heads, model.config.head_dim
+    layer = model.config.layers[0]
+    H, G, K = layer.mixer.num_heads, layer.mixer.num_kv_heads, layer.mixer.head_dim
     assert (by_name["L0.q"].heads, by_name["L0.q"].width) == (H, K)
     assert (by_name["L0.k.all"].heads, by_name["L0.k.all"].width) == (G, K)
     assert (by_name["L0.p"].heads, by_name["L0.p"].width) == (H, 0)
-    assert (by_name["L0.mul"].heads, by_name["L0.mul"].width) == (1, model.config.ffn_width)
+    assert (by_name["L0.mul"].heads, by_name["L0.mul"].width) == (1, layer.mlp.width)
 
 
 def test_a_program_without_sites_is_the_recorded_one():

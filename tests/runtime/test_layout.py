@@ -1,41 +1,29 @@
 """Where activations lie: never two at once in one place, and no more memory than the models are known to need."""
 
 import itertools
+from functools import partial
 
-import numpy as np
 import pytest
 
 from lockstep.engine.model import emit_sampling
-from lockstep.models.decoder import record_on
-from lockstep.models.families import model_config
-from lockstep.models.record import Recorder
+from lockstep.models.recording import record_on
+from lockstep.models.registry import model_config
+from lockstep.models.shapes import AnyTensor, only_shape
 from lockstep.ops import BACKENDS
 from lockstep.ops.rewrite import fuse, lower
 from lockstep.runtime.executor import lay_out
 from lockstep.runtime.program import DTYPES, Tensor
-from lockstep.weights.tensor import StoredTensor, stored_shape
 from tests.models import published
 
 ROWS = {"T": 512, "O": 512, "R": 64, "E": 512, "S": 16}
 
 
-class Shapes(Recorder):
-    """A recorder of programs whose weights are only shapes: matrices of q8_0, all else float32."""
-
-    def __init__(self):
-        super().__init__({}, "model.", "auto", "bf16", 4096)
-
-    def stored(self, name, *shape):
-        format = "q8_0" if len(shape) == 2 else "f32"
-        stored, dtype = stored_shape(format, shape)
-        return StoredTensor(name, format, shape, np.broadcast_to(np.zeros(1, dtype), stored))
-
-
 def program_of(raw):
     raw = raw.get("text_config", raw) | {"tie_word_embeddings": raw.get("tie_word_embeddings", True)}
-    config, ops = model_config(raw), Shapes()
-    emit_sampling(ops.program, record_on(ops, config), config.vocab_size)
-    return fuse(lower(ops.program), {**BACKENDS["reference"], **BACKENDS["cpu"]})
+    config = model_config(raw)
+    program, logits = record_on(AnyTensor(partial(only_shape, matrices="q8_0")), config)
+    emit_sampling(program, logits, config.vocab_size)
+    return fuse(lower(program), {**BACKENDS["reference"], **BACKENDS["cpu"]})
 
 
 @pytest.fixture(scope="module", params=["QWEN3_0_6B", "LLAMA_3_2_1B", "QWEN3_5_0_8B", "QWEN3_30B_A3B"])

@@ -12,10 +12,10 @@ import pytest
 from lockstep.ops import BACKENDS, backend
 from lockstep.ops.add import Add
 from lockstep.ops.conv1d import Conv1d
+from lockstep.ops.gated_mul import GatedMul
 from lockstep.ops.linear import Linear
 from lockstep.ops.rewrite import fuse, lower
 from lockstep.ops.rms_norm import RmsNorm
-from lockstep.ops.silu_mul import SiluMul
 from lockstep.runtime.backend import Implementation, Layout, swapped
 from lockstep.runtime.executor import Executor, WeightStore, aligned, lay_out
 from lockstep.runtime.program import Program, Weight
@@ -55,7 +55,7 @@ def mlp(format="q8_0"):
     norm = dict(weight=Weight("norm", "f32", (32,), ()), eps=1e-6, offset=0.0)
     h = program.emit(RmsNorm(out=tensor("h"), x=x, width=32, **norm))
     both = linear(program, "both", h, weight("up", 64, 32))
-    act = program.emit(SiluMul(out=tensor("act"), x=both, width=32))
+    act = program.emit(GatedMul(out=tensor("act"), x=both, width=32, activation="silu"))
     add(program, "out", x, linear(program, "y", act, weight("down", 32, 32)))
     return program
 

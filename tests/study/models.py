@@ -7,8 +7,8 @@ import tempfile
 import numpy as np
 
 from lockstep.engine.model import load_model
+from lockstep.models.checkpoint import open_checkpoint
 from lockstep.runtime.executor import WeightStore
-from lockstep.weights.checkpoint import open_checkpoint
 from tests.models import tiny
 from tests.models.cases import case, hybrid
 

@@ -37,7 +37,7 @@ def test_what_is_counted_is_there():
     model = recorded("plain")
     ids, targets = window(model, LENGTH)
     stats = stats_of(model, [ids])
-    H, K = model.config.num_heads, model.config.head_dim
+    H, K = model.config.layers[0].mixer.num_heads, model.config.layers[0].mixer.head_dim
     assert (stats["L0.q"].count == LENGTH * K).all() and len(stats["L0.q"].count) == H
     assert (stats["L1.p"].count == LENGTH * (LENGTH + 1) // 2).all()
     assert (stats["L1.p"].low >= 0).all() and (stats["L1.p"].high == 1).all()  # the first token sees only itself

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lockstep.formats import q4_0, q8_0
-from lockstep.weights.checkpoint import open_checkpoint
+from lockstep.models.checkpoint import open_checkpoint
 from lockstep.weights.tensor import StoredTensor
 from tests.weights.files import STRING, UINT32, gguf_bytes, plain_tensors, safetensors_bytes, write, write_folder
 

@@ -8,8 +8,8 @@ import shutil
 import numpy as np
 import pytest
 
+from lockstep.models.checkpoint import open_checkpoint
 from lockstep.weights import content
-from lockstep.weights.checkpoint import open_checkpoint
 from tests.weights.files import safetensors_bytes
 
 WEIGHTS = {"w": np.arange(4, dtype=np.float32).reshape(2, 2)}

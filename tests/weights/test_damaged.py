@@ -10,11 +10,11 @@ import pytest
 
 from lockstep.engine.request import SamplingParams
 from lockstep.formats.pack import pack_q8_0
+from lockstep.models.checkpoint import open_checkpoint
 from lockstep.ops.embed import raw_bytes
 from lockstep.runtime.program import Weight
 from lockstep.serve.llm import LLM
 from lockstep.weights import finite
-from lockstep.weights.checkpoint import open_checkpoint
 from lockstep.weights.store import PackedStore
 from lockstep.weights.tensor import BLOCK_FORMATS, StoredTensor
 from tests.kernels import shared_kernels

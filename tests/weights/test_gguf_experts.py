@@ -6,8 +6,8 @@ import pytest
 
 from lockstep import LLM, SamplingParams
 from lockstep.formats.pack import pack_q8_0
+from lockstep.models.checkpoint import open_checkpoint
 from lockstep.ops.experts import ExpertLinear
-from lockstep.weights.checkpoint import open_checkpoint
 from lockstep.weights.finite import SCALES
 from lockstep.weights.tensor import BLOCK_FORMATS
 from tests.kernels import shared_kernels

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lockstep.formats import q4_0, q8_0
-from lockstep.weights.checkpoint import open_checkpoint
+from lockstep.models.checkpoint import open_checkpoint
 from lockstep.weights.gguf_rope import llama3_scaling
 from tests.weights import convert
 from tests.weights.files import FLOAT32, STRING, UINT32, gguf_bytes, plain_tensors, write

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from lockstep.formats import q4_0, q8_0
-from lockstep.models.families import model_config
-from lockstep.weights.checkpoint import open_checkpoint
+from lockstep.models.checkpoint import open_checkpoint
+from lockstep.models.registry import model_config
 from tests.weights import convert
 from tests.weights.fuzz import mutations
 from tests.weights.gguf_models import assert_same_qwen35, qwen35_tensors, write_qwen35
@@ -32,7 +32,7 @@ def test_qwen35(num_keys, num_values, mtp, tmp_path):
 def test_qwen35_heads_that_turn_whole(tmp_path):
     tensors, path = qwen35_tensors(np.random.default_rng(12), 2, 2, mtp=False), tmp_path / "m.gguf"
     config = open_checkpoint(write_qwen35(path, tensors, 2, 2, rope__dimension_count=16)).config
-    assert model_config(config).rope_dim == 16  # a silent config means a quarter
+    assert model_config(config).layers[3].mixer.rope.dim == 16  # a silent config means a quarter
     with pytest.raises(ValueError, match=r"qwen35\.rope\.dimension_sections must be an array of numbers, found 11"):
         open_checkpoint(write_qwen35(path, tensors, 2, 2, rope__dimension_sections=11))
 

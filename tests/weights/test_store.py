@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from lockstep.formats.pack import pack_f32
+from lockstep.models.checkpoint import open_checkpoint
 from lockstep.runtime.backend import Layout
 from lockstep.runtime.program import Weight
 from lockstep.weights import content, packed_cache, packed_file
-from lockstep.weights.checkpoint import open_checkpoint
 from lockstep.weights.leased_map import LeasedMaps
 from lockstep.weights.packed_file import Damaged
 from lockstep.weights.store import PackedStore

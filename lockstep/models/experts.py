@@ -1,0 +1,71 @@
+"""Recording a mixture of experts."""
+
+from typing import Any
+
+from lockstep.models.model_config import Experts
+from lockstep.models.record import Recorder, compute_format
+from lockstep.ops.activations import ROW_FORMATS
+from lockstep.ops.experts import FORMATS as EXPERT_FORMATS
+from lockstep.ops.experts import ExpertGated, ExpertLinear, ExpertRows, ExpertScatter
+from lockstep.ops.linear import PREPARATION
+from lockstep.ops.moe import CombineExperts, GroupExperts, Route
+from lockstep.runtime.program import Tensor, Weight
+
+
+def experts(ops: Recorder, x: Tensor, m: Experts, label: str) -> Tensor:
+    """A mixture of experts: each row through the MLPs of its most probable experts, summed by their weights."""
+    D, E, X = x.width, m.num_experts, m.num_per_token
+    tensor, emit = ops.program.tensor, ops.program.emit
+    logits = ops.linear(x, [(f"{label}.gate", E)])
+    counts = dict(num_experts=E, top_k=X)
+    route = Route(
+        expert_ids=tensor(f"{label}.expert_ids", x.rows, X, "i32"),
+        weights=tensor(f"{label}.weights", x.rows, X),
+        logits=logits,
+        renormalise=m.renormalise,
+        width=logits.width,
+        **counts,
+    )
+    group = GroupExperts(
+        order=tensor(f"{label}.order", x.rows, X, "i32"),
+        expert_start=tensor(f"{label}.expert_start", x.rows, E + 1, "i32"),
+        expert_ids=emit(route),
+        **counts,
+    )
+    order, shape = emit(group), dict(expert_start=group.expert_start, **counts)
+    gate_up, down = _weights(ops, label, m, D)
+    made = _prepared_rows(ops, f"{label}.expert_rows", x.rows, X, gate_up.format, D)
+    h = emit(ExpertRows(x=x, order=order, **made))
+    made = dict(out=tensor(f"{label}.experts.gate_up", x.rows, X * 2 * m.width), features=2 * m.width)
+    h = emit(ExpertLinear(x=h, weight=gate_up, width=D, **made, **shape))
+    made = _prepared_rows(ops, f"{label}.experts.act", x.rows, X, down.format, m.width)
+    h = emit(ExpertGated(x=h, activation=m.activation, **made))
+    made = dict(out=tensor(f"{label}.experts.down", x.rows, X * D), features=D)
+    h = emit(ExpertLinear(x=h, weight=down, width=m.width, **made, **shape))
+    y = tensor(f"{label}.experts", x.rows, X * D)
+    y = emit(ExpertScatter(out=y, x=h, order=order, width=D, top_k=X))
+    out = tensor(f"{label}.combined", x.rows, D)
+    return emit(CombineExperts(out=out, weights=route.weights, y=y, width=D, top_k=X))
+
+
+def _prepared_rows(ops: Recorder, label: str, rows: str, top_k: int, format: str, width: int) -> dict[str, Any]:
+    """The output and parameters of an op that prepares top_k rows for experts' weights of a format."""
+    prepared = ROW_FORMATS[PREPARATION[format]]
+    out = ops.program.tensor(label, rows, top_k * prepared.width(width), prepared.dtype)
+    return dict(out=out, width=width, top_k=top_k, preparation=PREPARATION[format])
+
+
+def _weights(ops: Recorder, label: str, m: Experts, D: int) -> tuple[Weight, Weight]:
+    """All experts' gate and up, expert after expert, and all experts' down, as two weights.
+
+    Experts in formats that there is no kernel for become q8_0 when they are packed.
+    """
+
+    def joined(names: tuple[str, ...], rows: int, width: int) -> Weight:
+        each = [f"{label}.experts.{e}.{n}_proj.weight" for e in range(m.num_experts) for n in names]
+        parts = tuple(ops.stored(name, rows, width) for name in each)
+        formats = {compute_format(p.format, ops.weights, width) for p in parts}
+        format = formats.pop() if len(formats) == 1 and formats <= set(EXPERT_FORMATS) else "q8_0"
+        return Weight(f"{label}.experts.{'_'.join(names)}", format, (len(parts) * rows, width), parts)
+
+    return joined(("gate", "up"), m.width, D), joined(("down",), D, m.width)

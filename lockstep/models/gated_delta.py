@@ -1,0 +1,54 @@
+"""Recording a layer of the gated delta rule."""
+
+from lockstep.formats.panels import padded_width
+from lockstep.models.model_config import LinearAttention
+from lockstep.models.record import Recorder
+from lockstep.ops.gated_delta import DeltaInputs, GatedDelta
+from lockstep.ops.gated_norm import GatedNorm
+from lockstep.runtime.program import Tensor, Weight
+
+
+def gated_delta(ops: Recorder, x: Tensor, m: LinearAttention, label: str, eps: float) -> Tensor:
+    """A gated delta rule layer, from hidden rows x to the normed and gated heads [T, H V]. eps: of that norm."""
+    C, H, V, J = m.conv_channels, m.num_v_heads, m.v_head_dim, m.conv_width
+    names = [(f"{label}.in_proj_{p}", n) for p, n in (("qkv", C), ("z", m.v_width), ("b", H), ("a", H))]
+    parts = [ops.stored(f"{name}.weight", n, x.width) for name, n in names]
+    proj = ops.projected(x, parts, label)
+    state = ops.program.cache(f"{label}.state", "state", "f32", (H, V // 16, m.k_head_dim, 16))
+    history = ops.program.cache(f"{label}.conv_state", "state", "f32", (J - 1, C))
+    taps = ops.stored(f"{label}.conv1d.weight", C, 1, J)
+    z, b = C, padded_width(C + m.v_width)
+    heads = dict(num_k_heads=m.num_k_heads, k_head_dim=m.k_head_dim, num_v_heads=H)
+    inputs = DeltaInputs(
+        out=ops.program.tensor(f"{label}.conv", "T", C),
+        gates=ops.program.tensor(f"{label}.gates", "T", 2 * H),
+        x=proj,
+        weight=Weight(f"{label}.conv1d.weight", "f32", (C, J), (taps,)),
+        a_log=ops.constant(f"{label}.A_log", H),
+        dt_bias=ops.constant(f"{label}.dt_bias", H),
+        state=history,
+        row_width=proj.width,
+        offset=0,
+        channels=C,
+        conv_width=J,
+        a_offset=b + padded_width(H),
+        b_offset=b,
+        **heads,
+    )
+    qkv = ops.program.emit(inputs)
+    rule = GatedDelta(
+        out=ops.program.tensor(f"{label}.heads", "T", H * V),
+        qk=qkv,
+        v=qkv,
+        gates=inputs.gates,
+        state=state,
+        qk_width=C,
+        v_width=C,
+        v_offset=m.qk_width,
+        v_head_dim=V,
+        **heads,
+    )
+    out = ops.program.tensor(f"{label}.norm", "T", H * V)
+    weight = ops.constant(f"{label}.norm.weight", V)
+    where = dict(row_width=proj.width, z_offset=z, num_heads=H, head_dim=V)
+    return ops.program.emit(GatedNorm(out=out, o=ops.program.emit(rule), z=proj, weight=weight, eps=eps, **where))

@@ -1,0 +1,152 @@
+"""The numbers that a model's program depends on: what the families' readers make of config.json.
+
+A layer is what mixes its tokens (attention heads, or the gated delta rule) and what follows (an MLP, or experts).
+Layers of one model may differ in anything: head sizes, kv heads, ropes, windows, widths.
+"""
+
+from dataclasses import dataclass
+
+from lockstep.ops.rope import RopeScaling
+
+LARGEST_HEAD = 256
+UNSCALED = RopeScaling()
+
+
+@dataclass(frozen=True)
+class Rope:
+    """How heads turn with their position. dim: channels of a head that turn, the first ones."""
+
+    dim: int
+    theta: float
+    scaling: RopeScaling = UNSCALED
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The attention heads of a layer.
+
+    scale: of the products of queries and keys. rope None: heads do not turn. window: keys that a token sees, itself
+    included; 0: all. soft_cap: c of c tanh(score / c); 0: scores have no bound.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    rope: Rope | None
+    window: int = 0
+    soft_cap: float = 0.0
+    qkv_bias: bool = False
+    o_bias: bool = False
+
+
+@dataclass(frozen=True)
+class LinearAttention:
+    """Shape of a gated delta rule layer."""
+
+    num_k_heads: int
+    num_v_heads: int
+    k_head_dim: int
+    v_head_dim: int
+    conv_width: int
+
+    @property
+    def qk_width(self) -> int:
+        return 2 * self.num_k_heads * self.k_head_dim
+
+    @property
+    def v_width(self) -> int:
+        return self.num_v_heads * self.v_head_dim
+
+    @property
+    def conv_channels(self) -> int:
+        return self.qk_width + self.v_width
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """A gated MLP: down(activation(gate h) * (up h)). activation: one of `ops.gates.GATES`."""
+
+    width: int
+    activation: str = "silu"
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts, each a gated MLP without biases. renormalise: the chosen experts' weights add up to 1."""
+
+    num_experts: int
+    num_per_token: int
+    width: int
+    renormalise: bool
+    activation: str = "silu"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer."""
+
+    mixer: Heads | LinearAttention
+    mlp: Mlp | Experts
+
+    @property
+    def kind(self) -> str:
+        """What mixes tokens, in a word."""
+        return "attention" if isinstance(self.mixer, Heads) else "linear attention"
+
+    @property
+    def window(self) -> int:
+        """How many keys a token sees; 0: all."""
+        return self.mixer.window if isinstance(self.mixer, Heads) else 0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A model, in the numbers that all families have. Sizes in elements. tied: the head is the embedding.
+
+    mtp_layers: of its multi-token-prediction head. headless: of a class that ends with the final norm, as embedding
+    models are.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    rms_eps: float
+    max_positions: int
+    layers: tuple[Layer, ...]
+    tied: bool
+    eos_ids: tuple[int, ...]
+    mtp_layers: tuple[Layer, ...] = ()
+    headless: bool = False
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+
+def checked(config: ModelConfig) -> ModelConfig:
+    """Refuses shapes that the kernels cannot run."""
+    _check_multiple("hidden_size", config.hidden_size, 32)
+    for layer in dict.fromkeys((*config.layers, *config.mtp_layers)):
+        if isinstance(layer.mixer, Heads):
+            _check_heads(layer.mixer)
+        if isinstance(layer.mlp, Mlp):
+            _check_multiple("ffn_width", layer.mlp.width, 16)
+        elif layer.mlp.width % 16:
+            raise ValueError(f"experts of width {layer.mlp.width} are not supported: it must be a multiple of 16")
+    return config
+
+
+def _check_multiple(name: str, value: int, step: int) -> None:
+    if value % step:
+        raise ValueError(f"{name} {value} is not supported: it must be a multiple of {step}")
+
+
+def _check_heads(heads: Heads) -> None:
+    _check_multiple("head_dim", heads.head_dim, 16)
+    if heads.head_dim > LARGEST_HEAD or heads.num_heads % heads.num_kv_heads:
+        raise ValueError(
+            f"head_dim {heads.head_dim} (at most {LARGEST_HEAD}) with {heads.num_heads} heads and "
+            f"{heads.num_kv_heads} kv heads (a divisor of the heads) is not supported"
+        )

@@ -1,0 +1,37 @@
+"""A model's program, from its config and its checkpoint's tensors."""
+
+from lockstep.models.model_config import ModelConfig
+from lockstep.models.record import Recorder
+from lockstep.models.registry import family_of
+from lockstep.ops.output_rows import output_rows_only
+from lockstep.runtime.program import Program, Tensor
+from lockstep.weights.tensor import TensorMap
+
+PREFIXES = ("model.language_model.", "language_model.model.", "model.", "")
+
+
+def record(
+    config: ModelConfig, tensors: TensorMap, weights: str = "auto", kv_dtype: str = "bf16", max_context: int = 4096
+) -> tuple[Program, Tensor]:
+    """The program of a model: (Program, logits tensor [R, V padded]).
+
+    tensors: HF name -> StoredTensor. weights, kv_dtype: see Recorder.
+    """
+    ops = Recorder(tensors, text_prefix(tensors), weights, kv_dtype, max_context)
+    made = record_on(ops, config)
+    ops.check_all_used()
+    return made
+
+
+def record_on(ops: Recorder, config: ModelConfig) -> tuple[Program, Tensor]:
+    """`record`, on a Recorder of one's own."""
+    logits = family_of(config.model_type).record(ops, config)
+    return output_rows_only(ops.program), logits
+
+
+def text_prefix(tensors: TensorMap) -> str:
+    """What the names of the text model's tensors begin with."""
+    prefix = next((p for p in PREFIXES if f"{p}embed_tokens.weight" in tensors), None)
+    if prefix is None:
+        raise ValueError("tensor 'model.embed_tokens.weight' is missing from the checkpoint")
+    return prefix

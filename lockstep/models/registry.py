@@ -1,0 +1,41 @@
+"""The model families that can be run, a line for each file."""
+
+from collections.abc import Mapping
+
+from lockstep.models.config import Config, text_config
+from lockstep.models.family import Family
+from lockstep.models.llama import LLAMA
+from lockstep.models.mistral import MISTRAL
+from lockstep.models.model_config import ModelConfig
+from lockstep.models.qwen2 import QWEN2
+from lockstep.models.qwen3 import QWEN3
+from lockstep.models.qwen3_5 import QWEN3_5
+from lockstep.models.qwen3_moe import QWEN3_MOE
+from lockstep.models.smollm3 import SMOLLM3
+from lockstep.weights.gguf_architecture import Architecture
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": LLAMA,
+    "mistral": MISTRAL,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "qwen3_moe": QWEN3_MOE,
+    "smollm3": SMOLLM3,
+    "qwen3_5": QWEN3_5,
+}
+BY_MODEL_TYPE = {model_type: family for family in FAMILIES.values() for model_type in family.model_types}
+ARCHITECTURES: Mapping[str, Architecture] = {f.gguf.name: f.gguf for f in FAMILIES.values() if f.gguf}
+
+
+def family_of(model_type: object) -> Family:
+    """The family of a model_type; ValueError for one that is not supported."""
+    if not isinstance(model_type, str) or model_type not in BY_MODEL_TYPE:
+        supported = ", ".join(sorted(BY_MODEL_TYPE))
+        raise ValueError(f"model_type {model_type!r} is not supported; supported are {supported}")
+    return BY_MODEL_TYPE[model_type]
+
+
+def model_config(config: Config) -> ModelConfig:
+    """The ModelConfig of a config.json; a ValueError names the key that is missing or not supported."""
+    inner = text_config(config)
+    return family_of(inner.get("model_type")).read(inner)

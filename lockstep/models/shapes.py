@@ -1,0 +1,37 @@
+"""What a model asks for of a checkpoint, without one: from the program that is recorded for it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from lockstep.models.record import Recorder
+from lockstep.weights.tensor import StoredTensor, stored_shape
+
+
+def only_shape(name: str, shape: tuple[int, ...], matrices: str = "f32") -> StoredTensor:
+    """A tensor of zeros that takes no memory. matrices: the format of those; all else is float32."""
+    format = matrices if len(shape) == 2 else "f32"
+    stored, dtype = stored_shape(format, shape)
+    return StoredTensor(name, format, shape, np.broadcast_to(np.zeros(1, dtype), stored))
+
+
+class AnyTensor(Recorder):
+    """A recorder for which every tensor exists: `make(name, shape)` gives it in the shape in which it is asked for.
+
+    shapes: {name: shape} of what was asked for.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[str, tuple[int, ...]], StoredTensor] = only_shape,
+        kv_dtype: str = "bf16",
+        max_context: int = 4096,
+    ) -> None:
+        super().__init__({}, "model.", "auto", kv_dtype, max_context)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._make = make
+
+    def stored(self, name: str, *shape: int) -> Any:
+        self.shapes[name] = shape
+        return self._once(f"stored {name}", lambda: self._make(name, shape))

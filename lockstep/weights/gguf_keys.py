@@ -1,0 +1,83 @@
+"""The metadata of a GGUF file that describes its model.
+
+Every key must be understood: one that is neither used nor known to be harmless is an error, because it might change the
+arithmetic.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+MAX_FLOAT32 = 3.4e38
+HARMLESS = {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "expert_feed_forward_length"}
+# Values that mean "as usual" wherever these keys appear.
+USUAL = {"expert_count": 0, "expert_used_count": 0, "attention.causal": True, "nextn_predict_layers": 0}
+
+
+class Keys:
+    """Metadata of one architecture; remembers which keys were used."""
+
+    def __init__(self, metadata: Mapping[str, object], architecture: str, where: str):
+        self._metadata, self._where = metadata, where
+        self._prefix = f"{architecture}."
+        self._used: set[str] = set()
+
+    def __contains__(self, key: str) -> bool:
+        return self._prefix + key in self._metadata
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        """An integer of at least 0; for a per-layer array, the value all layers share."""
+        value = self._get(key, default)
+        if isinstance(value, np.ndarray):
+            value = self._shared(key, value)
+        if type(value) is not int or value < 0 or value > 1 << 40:
+            raise ValueError(f"{self._where}: {self._prefix}{key} must be a whole number, found {value!r}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A finite number; a float32 comes as the shortest decimal that means it, as config.json would have it."""
+        value = self._get(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < MAX_FLOAT32:
+            raise ValueError(f"{self._where}: {self._prefix}{key} must be a finite number, found {value!r}")
+        return float(str(np.float32(value)))
+
+    def values(self, key: str) -> list | None:
+        """An array of numbers as a list, or None if the key is absent."""
+        if key not in self:
+            return None
+        value = self._get(key, None)
+        if not isinstance(value, np.ndarray):
+            raise ValueError(f"{self._where}: {self._prefix}{key} must be an array of numbers, found {value!r:.80}")
+        return value.tolist()
+
+    def text(self, key: str, default: str) -> str:
+        """A string."""
+        value = self._get(key, default)
+        if not isinstance(value, str):
+            raise ValueError(f"{self._where}: {self._prefix}{key} must be a string, found {value!r}")
+        return value
+
+    def check_all_used(self) -> None:
+        """Raise ValueError naming the keys that nobody understood."""
+        known = self._used | HARMLESS
+        keys = [key.removeprefix(self._prefix) for key in self._metadata if key.startswith(self._prefix)]
+        unknown = [key for key in keys if key not in known and not self._is_usual(key)]
+        if unknown:
+            named = ", ".join(f"{self._prefix}{key}" for key in unknown)
+            raise ValueError(f"{self._where}: metadata not supported: {named}")
+
+    def _is_usual(self, key: str) -> bool:
+        value = self._metadata[self._prefix + key]
+        return key in USUAL and not isinstance(value, np.ndarray) and value == USUAL[key]
+
+    def _get(self, key: str, default: object) -> object:
+        self._used.add(key)
+        value = self._metadata.get(self._prefix + key, default)
+        if value is None:
+            raise ValueError(f"{self._where}: metadata {self._prefix}{key} is missing")
+        return value
+
+    def _shared(self, key: str, values: np.ndarray) -> int:
+        if len(values) == 0 or (values != values[0]).any():
+            raise ValueError(f"{self._where}: {self._prefix}{key} differs between layers, which is not supported")
+        return values[0].item()

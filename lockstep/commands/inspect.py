@@ -105,7 +105,7 @@ def config_table(checkpoint, config):
 
 def _plain(value):
     """A value of a config in words: of parts of a layer what is set."""
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         plain = dataclasses.asdict(value)
         shown = {k: v for k, v in plain.items() if v not in (None, False, 0) and not isinstance(v, dict)}
         words = ", ".join(f"{k} {v}" for k, v in shown.items())

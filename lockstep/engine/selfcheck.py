@@ -108,7 +108,7 @@ def recorded(family, ops):
 
 def probe_model(probe, table, fused):
     """What a Runner wants of a model."""
-    made_up = AnyTensor(lambda *what: stored(*what, probe.weights), probe.kv_dtype, CONTEXT)
+    made_up = AnyTensor(lambda name, shape: stored(name, shape, probe.weights), probe.kv_dtype, CONTEXT)
     lowered = lower(recorded(probe.family, made_up))
     return ProbeModel(table, fuse(lowered, table) if fused else lowered, CONTEXT)
 

@@ -48,7 +48,7 @@ def heads_of(config: Config, rope_defaults: Config | None = None, **others: Any)
     return Heads(num_heads, num_kv_heads, head_dim, float(head_dim) ** -0.5, turned, **others)
 
 
-def biases(config: Config) -> dict[str, bool]:
+def biases(config: Config) -> dict[str, Any]:
     """Biases on all four attention projections if attention_bias."""
     bias = flag(config, "attention_bias")
     return {"qkv_bias": bias, "o_bias": bias}

@@ -72,14 +72,41 @@ def test_a_plan_is_scored_and_both_twins_say_the_same(plan, capsys):
         (["--plan", "PLAN"], "plan.toml: its grids need ranges; expected --calibrate FILE"),
         (["--plan", "PLAN", "--calibrate", EVALUATION], "its tokens 0 to 31 are tokens 0 to 31 of the evaluation text"),
         (["--plan", "no.toml"], "no.toml: No such file or directory"),
-        (["--plan", "PLAN", "--calibrate", CALIBRATION, "--kv-dtype", "bf16"], "need a cache of float32"),
-        (["--plan", "PLAN", "--calibrate", CALIBRATION, "--weights", "bf16"], "rounded weights are float32"),
+        (["--plan", "PLAN", "--kv-dtype", "bf16"], "--kv-dtype bf16: with --plan weights and cache are float32"),
+        (
+            ["--plan", "PLAN", "--weights", "q8_0"],
+            "--weights q8_0: with --plan weights and cache are float32; ",
+        ),
+        (["--plan", "RECIPE"], "recipe.toml: it is a recipe; expected its [plan] alone, as a file with rules = [..]"),
+        (["--plan", "FILE.json"], "cannot be read as JSON"),
     ],
 )
-def test_a_mistake_is_one_sentence(args, said, plan, capsys):
-    args = [plan if arg == "PLAN" else arg for arg in args]
-    assert main(["ptq", "eval", *SHORT, *args]) == 2
+def test_a_mistake_is_one_sentence(args, said, plan, tmp_path, capsys):
+    files = {"PLAN": plan, "RECIPE": str(tmp_path / "recipe.toml"), "FILE.json": str(tmp_path / "broken.json")}
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    (tmp_path / "broken.json").write_text("{")
+    assert main(["ptq", "eval", *SHORT, *(files.get(arg, arg) for arg in args)]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--weights", "--kv-dtype"])
+def test_formats_that_no_plan_can_have_are_refused_before_a_model_is_loaded(option, plan, monkeypatch, capsys):
+    monkeypatch.setattr("lockstep.study.subject.load_subject", None)
+    assert main(["ptq", "eval", *SHORT, "--plan", plan, option, "bf16"]) == 2
+    assert f"{option} bf16: with --plan" in capsys.readouterr().err
+
+
+def test_a_plan_that_is_not_solved_says_what_is(tmp_path, capsys):
+    (tmp_path / "winner.toml").write_text(RECIPE)
+    assert main(["generate", "-p", "x", "--plan", str(tmp_path / "winner.toml")]) == 2
+    said = capsys.readouterr().err
+    assert "winner.toml: a plan or a recipe in TOML has no grids yet; expected a solved plan" in said
+    assert "as `lockstep ptq run RECIPE` writes it (winner.json)" in said and "there is" not in said
+    (tmp_path / "winner.json").write_text("{")
+    assert main(["generate", "-p", "x", "--plan", str(tmp_path / "winner.toml")]) == 2
+    assert f"(winner.json); there is {tmp_path / 'winner.json'}" in capsys.readouterr().err
+    assert main(["generate", "-p", "x", "--plan", str(tmp_path / "winner.json")]) == 2
+    assert "cannot be read as JSON" in (said := capsys.readouterr().err) and "expected a solved plan" in said
 
 
 # ------------------------------------------------------------ studies
@@ -144,6 +171,29 @@ def test_a_recipe_that_changed_is_refused(recipe, tmp_path, capsys):
     assert "there is no recipe.toml; expected the folder of a study" in capsys.readouterr().err
 
 
+def test_a_study_of_which_nothing_could_run_says_why(recipe, capsys, monkeypatch):
+    def solve(*args):
+        raise ValueError("site L3.k.all: calibration saw no number")
+
+    monkeypatch.setattr("lockstep.study.bench.Solved.solve", solve)
+    assert main(["ptq", "run", "small.toml", "--set", "sweep=[]"]) == 2
+    out, err = capsys.readouterr()
+    assert "\nbase failed: site L3.k.all: calibration saw no number\n" in out
+    assert err.endswith("lockstep: small-study: none of the 1 trials could run, for the reasons above\n")
+
+
+def test_nothing_is_confirmed_where_the_recipe_says_so(tmp_path, capsys):
+    (tmp_path / "recipe.toml").write_text(RECIPE.replace("top = 1", "top = 0"))
+    assert main(["ptq", "confirm", str(tmp_path)]) == 2
+    assert "its recipe says confirm.top = 0, so nothing is to be confirmed; expected --top N" in capsys.readouterr().err
+
+
+def test_a_file_in_the_place_of_a_folder(recipe, capsys):
+    for args in (["run", "small.toml", "--out", "small.toml"], ["confirm", "small.toml"], ["show", "small.toml"]):
+        assert main(["ptq", *args]) == 2
+        assert capsys.readouterr().err == "lockstep: small.toml: it is a file, expected the folder of a study\n"
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -152,6 +202,8 @@ def test_a_recipe_that_changed_is_refused(recipe, tmp_path, capsys):
         ("evaluate.windows=9999", "9999 windows of 48 tokens wanted, it has"),
         ('plan.rules=[["L9.p", "u8"]]', "rule 'L9.p' = 'u8' matches no site"),
         ('plan.arithmetic="int"', "arithmetic is 'int', expected one of float, integer"),
+        ('plan.rules=[["L3.p", "q4_0"]]', "q4_0 is a format of weights; expected i2 .. i16, u2 .. u16, fp8,"),
+        ("model=5", "small.toml: model is 5, expected a text: a folder, a .gguf file, a hub name or 'bundled'"),
         ('model="no/such/model.gguf"', "model.gguf"),
     ],
 )

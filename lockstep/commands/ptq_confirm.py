@@ -21,14 +21,17 @@ def command(
     from lockstep.commands.ptq_run import show
     from lockstep.study.assemble import assembled, kept_recipe
     from lockstep.study.confirm import confirm_study
-    from lockstep.study.run import check_same
+    from lockstep.study.report_folder import read_folder
 
     recipe = kept_recipe(folder)
+    top = recipe.top if top is None else top
+    if not top:
+        raise ValueError(f"{folder}: its recipe says confirm.top = 0, so nothing is to be confirmed; expected --top N")
+    read_folder(folder)
     with Progress() as progress:
         study, subject = assembled(recipe, progress.packing)
-        check_same(folder, study)
         with made_team(threads) as team, Counter("", "window") as counter:
-            made = confirm_study(folder, study, subject, team, top or max(1, recipe.top), counter.step)
+            made = confirm_study(folder, study, subject, team, top, counter.step)
     show(folder)
     for record in made:
         write(f"{words(record)}\n")

@@ -65,17 +65,23 @@ def command(
             raise ValueError(f"{option} {value!r}: expected {' or '.join(allowed)}")
     if plan is None and (calibrate or calibration_windows):
         raise ValueError("--calibrate and --calibration-windows: expected only with --plan")
+    for option, value, allowed in (("--weights", weights, ("f32", "auto")), ("--kv-dtype", kv_dtype, ("f32",))):
+        if plan is not None and value is not None and value not in allowed:
+            raise ValueError(
+                f"{option} {value}: with --plan weights and cache are float32; expected f32, or no {option}"
+            )
+    given = None if plan is None else read_plan(plan, calibrate)
     with Progress() as progress:
-        asked = weights or ("auto" if plan is None else "f32")
-        subject = load_subject(model, length, asked, kv_dtype or (None if plan is None else "f32"), progress.packing)
+        formats = (weights or "auto", kv_dtype) if plan is None else ("f32", "f32")
+        subject = load_subject(model, length, *formats, progress.packing)
         tokenizer = subject.tokenizer
         read = read_text(text, tokenizer)
         cut = windows_of(read, length, windows, like)
         with made_team(threads) as team:
             solved = None
-            if plan is not None:
+            if given is not None:
                 fitted = calibration_text(calibrate, read, tokenizer)
-                solved = solved_plan(subject, plan, fitted, calibration_windows, team, length)
+                solved = solved_plan(subject, plan, given, fitted, calibration_windows, team, length)
             with Counter("scoring", "window") as counter:
                 found = evaluate(subject, cut, team, solved, twin, like is not None, counter)
     found |= dict(text=read.sha256, model=subject.content, windows=len(cut), length=length, twin=twin)
@@ -105,21 +111,37 @@ def calibration_text(path, evaluation, tokenizer):
     return read
 
 
-def solved_plan(subject, path, text, count, team, length):
-    """The plan of a file with its grids, found on a calibration text if they are not in the file."""
+def read_plan(path, calibrate):
+    """The plan of a file, with its grids if they are in it."""
+    import tomllib
+
     from lockstep.ptq.plan import Plan
+    from lockstep.ptq.solved import EXPECTED, Solved
+
+    if path.suffix == ".json":
+        if calibrate is not None:
+            raise ValueError(f"--calibrate: {path} has its grids already; expected only with a plan in .toml")
+        return Solved.load(path)
+    text = path.read_text("utf-8")
+    try:
+        table = tomllib.loads(text)
+        if "evaluate" in table:
+            raise ValueError(f"it is a recipe; expected its [plan] alone, as a file with rules = [..], or {EXPECTED}")
+        return Plan.from_table(table)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: it cannot be read as TOML: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def solved_plan(subject, path, plan, text, count, team, length):
+    """The plan of a file with its grids, found on a calibration text if they are not in the file."""
     from lockstep.ptq.solved import Solved
     from lockstep.study.evaluate import needs_ranges, solve
     from lockstep.study.text import windows_of
 
-    if path.suffix == ".json":
-        if text is not None:
-            raise ValueError(f"--calibrate: {path} has its grids already; expected only with a plan in .toml")
-        return Solved.load(path)
-    try:
-        plan = Plan.from_toml(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    if isinstance(plan, Solved):
+        return plan
     if text is None and needs_ranges(plan, subject):
         raise ValueError(f"{path}: its grids need ranges; expected --calibrate FILE, or a plan with its grids (.json)")
     windows = []

@@ -28,10 +28,12 @@ def command(
     from lockstep.commands.ptq_eval import made_team
     from lockstep.study.assemble import assembled, keep_recipe, save_winner
     from lockstep.study.recipe import Recipe
+    from lockstep.study.records import check_folder
     from lockstep.study.run import How, ranking, run_study
 
-    read = Recipe.load(recipe, change or ())
     folder = out or pathlib.Path(f"{recipe.stem}-study")
+    check_folder(folder)
+    read = Recipe.load(recipe, change or ())
     say = lambda line: print(f"lockstep: {line}", file=sys.stderr)
     with Progress() as progress:
         study, subject = assembled(read, progress.packing)
@@ -43,7 +45,9 @@ def command(
     if ranked:
         save_winner(folder, read, ranked[0]["plan"])
     show(folder)
-    if ranked and read.top and not (folder / "confirm.jsonl").exists():
+    if not ranked:
+        raise ValueError(f"{folder}: none of the {len(trials)} trials could run, for the reasons above")
+    if read.top and not (folder / "confirm.jsonl").exists():
         print(f"lockstep ptq confirm {folder} runs the best {read.top} head by head, as hardware does", file=sys.stderr)
 
 

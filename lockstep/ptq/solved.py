@@ -24,6 +24,8 @@ KEYS = ("form", "plan", "model", "model_hash", "grids")
 LARGEST = float(np.finfo(np.float32).max)
 SHOWN = 12  # digits of a hash in an error
 WHAT = "a solved plan"
+FILE = "winner.json"  # what studies call it
+EXPECTED = f"{WHAT}: a plan with its grids in JSON, as `lockstep ptq run RECIPE` writes it ({FILE})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,16 +128,24 @@ class Solved:
     @staticmethod
     def load(path: Path) -> Solved:
         """What a file holds; ValueError, with the path, if it is none of `save`'s."""
+        if path.suffix == ".toml" and path.is_file():
+            raise ValueError(f"{path}: a plan or a recipe in TOML has no grids yet; expected {EXPECTED}{_beside(path)}")
         try:
             return Solved.from_json(path.read_text("utf-8"))
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise ValueError(f"{path}: {error}; expected {EXPECTED}") from None
 
     @property
     def hash(self) -> str:
         """SHA-256 of plan, model's content and grids, in hexadecimal: what tells one planned model from another."""
         made = json.loads(self.to_json()) | dict(model="", plan=self.plan.hash)
         return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
+
+
+def _beside(path: Path) -> str:
+    """Words for the solved plan in the same folder, if there is one."""
+    beside = path.with_name(FILE)
+    return f"; there is {beside}" if beside.is_file() else ""
 
 
 def rounded(plan: Plan, sites: Sequence[Site]) -> dict[str, Spec]:

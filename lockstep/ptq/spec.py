@@ -89,7 +89,8 @@ BLOCKS = {
 STORED = {"q4_0": Grid("q4_0", None, 4, 32)}  # of weights only
 OFF = Grid("off", grids.OFF, 32)
 GRIDS: Mapping[str, Grid] = {g.word: g for g in _integers()} | SMALL | BLOCKS | STORED | {OFF.word: OFF}
-GRID_WORDS_IN_TEXT = ", ".join(["i2 .. i16", "u2 .. u16", *SMALL, *BLOCKS, *STORED, OFF.word])
+ACTIVATIONS_IN_TEXT = ", ".join(["i2 .. i16", "u2 .. u16", *SMALL, *BLOCKS, OFF.word])
+GRID_WORDS_IN_TEXT = ", ".join([ACTIVATIONS_IN_TEXT, *STORED])
 TEXT = re.compile(r"(?P<grid>\w+)(?:/(?P<per>\w{1,20}))?(?::(?P<observer>[\w.]+))?", re.ASCII)
 NUMBER = re.compile(r"\d{1,3}(\.\d{1,9})?", re.ASCII)
 MOST_GROUP = 1 << 20
@@ -220,7 +221,7 @@ class Spec:
 
     def _check_activation(self) -> None:
         if self.what.kind is None:
-            raise ValueError(f"{self}: {self.grid} is a format of weights; expected {GRID_WORDS_IN_TEXT} but that")
+            raise ValueError(f"{self}: {self.grid} is a format of weights; expected {ACTIVATIONS_IN_TEXT}")
         if isinstance(self.per, int):
             raise ValueError(f"{self}: groups of columns are for weights; an activation has /tensor, /head or /row")
         if self.per == "row" and not self.what.is_integer:

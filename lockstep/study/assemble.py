@@ -8,13 +8,13 @@ from typing import Any
 
 from lockstep.serve.tokenizer import Tokenizer
 from lockstep.study.recipe import CALIBRATION_WINDOWS, Recipe, TextChoice, first_difference, to_toml
-from lockstep.study.records import save
+from lockstep.study.records import RECIPE, check_folder, save
 from lockstep.study.subject import Subject, load_subject
 from lockstep.study.text import Text, Window, check_disjoint, read_text, windows_hash, windows_of
 from lockstep.study.trials import Study, make_study
 from lockstep.weights.content import Progress
 
-RECIPE, WINNER_RECIPE = "recipe.toml", "winner.toml"
+WINNER_RECIPE = "winner.toml"
 
 
 def assembled(recipe: Recipe, progress: Progress | None = None) -> tuple[Study, Subject]:
@@ -89,10 +89,16 @@ def keep_recipe(folder: Path, recipe: Recipe) -> None:
 
 
 def kept_recipe(folder: Path) -> Recipe:
-    """The recipe of a study's folder. ValueError if there is none."""
+    """The recipe of a study's folder. ValueError if there is none, or none that can be read."""
+    check_folder(folder)
     if not (folder / RECIPE).is_file():
         raise ValueError(f"{folder}: there is no {RECIPE}; expected the folder of a study")
-    return Recipe.load(folder / RECIPE)
+    try:
+        return Recipe.load(folder / RECIPE)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; delete it: `lockstep ptq run` writes it again when it is given the study's recipe"
+        ) from None
 
 
 def save_winner(folder: Path, recipe: Recipe, plan: dict[str, Any]) -> None:

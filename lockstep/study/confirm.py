@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 
 from lockstep.ops import score
+from lockstep.ptq.observers import Stat
 from lockstep.ptq.solved import Solved
 from lockstep.runtime.threads import Team
 from lockstep.study.evaluate import FLOAT, PREFILL, PREFILL_REFERENCE, Setup, rig_for
 from lockstep.study.in_integers import InIntegers
-from lockstep.study.records import Lines, held, line_of, save
+from lockstep.study.kept import CALIBRATION, FLOAT_NAME, ROUNDS, check_same, load_stats
+from lockstep.study.records import Lines, going_on, held, line_of, save
 from lockstep.study.rig import Rig
-from lockstep.study.run import CALIBRATION, FLOAT_NAME, ROUNDS, TRIALS, OnStep, load_stats, ranking
+from lockstep.study.run import TRIALS, OnStep, ranking
 from lockstep.study.scoring import compared_figures, text_figures, window_figures
 from lockstep.study.subject import Subject
 from lockstep.study.trials import Study
@@ -31,14 +33,24 @@ def confirm_study(
     figures there, both ranks, and whether all scores have the bits of `prefill_reference`, or the first that has not;
     and the same plan in the other arithmetic, see `in_integers`.
 
-    ValueError for a folder in which no trial is done.
+    ValueError for a folder of another study, and for one in which no trial is done, or not all that there are.
     """
     with held(folder):
-        best = ranking(Lines(folder / TRIALS).records)[:top]
+        check_same(folder, study)
+        trials = Lines(folder / TRIALS).records
+        best = ranking(trials)[:top]
         if not best:
-            raise ValueError(f"{folder}: no trial is done yet, so there is nothing to confirm")
-        confirmation = _Confirmation(folder, study, subject, team)
-        made = confirmation.run([trial["id"] for trial in best], on_step)
+            raise ValueError(
+                f"{folder}: no trial is done yet, so there is nothing to confirm; {going_on(folder)} goes on with them"
+            )
+        if len(trials) < len(study.trials):
+            raise ValueError(
+                f"{folder / TRIALS}: it has {len(trials)} of {len(study.trials)} trials, and the best may be among the "
+                f"others; {going_on(folder)} makes them"
+            )
+        ids = [trial["id"] for trial in best]
+        confirmation = _Confirmation(folder, study, subject, team, _digests(folder, study, [FLOAT_NAME, *ids]))
+        made = confirmation.run(ids, on_step)
         in_integers = InIntegers(study, subject, team)
         for done, record in enumerate(made, 1):
             record.update(in_integers.record(confirmation.setup(record["id"]), record["metrics"]))
@@ -49,14 +61,17 @@ def confirm_study(
 
 
 class _Confirmation:
-    """Both twins of a study's model, the fast one made only where something differs."""
+    """Both twins of a study's model, the fast one made only where something differs. digests: of the scores of all
+    windows on the fast one, by trial."""
 
-    def __init__(self, folder: Path, study: Study, subject: Subject, team: Team) -> None:
+    def __init__(
+        self, folder: Path, study: Study, subject: Subject, team: Team, digests: Mapping[str, list[str]]
+    ) -> None:
         self._study, self._subject, self._team = study, subject, team
-        stats = load_stats(folder / CALIBRATION) if (folder / CALIBRATION).exists() else {}
+        stats = _stats(folder / CALIBRATION, study)
         self._solve = lambda plan: Solved.solve(plan, study.model_name, study.content, study.sites, stats)
         self._rig, self._fast = self._made(PREFILL), None
-        self._digests = _digests(folder / ROUNDS)
+        self._digests = digests
 
     def _made(self, twin: str) -> Rig:
         return rig_for(self._subject, self._study.treatment, self._team, self._study.length, twin)
@@ -116,11 +131,30 @@ class _Confirmation:
         return made
 
 
-def _digests(path: Path) -> dict[str, list[str]]:
-    """Of the scores of each trial's windows, in order."""
-    found: dict[str, list[str]] = {}
-    for record in Lines(path).records:
-        found.setdefault(record["trial"], []).extend(window["digest"] for window in record.get("windows", ()))
+def _stats(path: Path, study: Study) -> dict[str, Stat]:
+    """What calibration saw, nothing where there was none. ValueError if it is missing."""
+    if path.exists():
+        return load_stats(path)
+    if study.calibration and study.treatment.sites:
+        raise ValueError(f"{path}: it is missing; {going_on(path.parent)} makes it anew")
+    return {}
+
+
+def _digests(folder: Path, study: Study, names: Sequence[str]) -> dict[str, list[str]]:
+    """Of the scores of all windows of some trials. ValueError, with file and line, for lines that are missing or that
+    somebody changed."""
+    path, found = folder / ROUNDS, dict[str, list[str]]()
+    for number, record in enumerate(Lines(path).records, 1):
+        try:
+            found.setdefault(record["trial"], []).extend(window["digest"] for window in record.get("windows", ()))
+        except (KeyError, TypeError):
+            raise ValueError(f"{path}, line {number}: it is no record of a trial in a round; it was changed") from None
+    for name in names:
+        if len(found.get(name, ())) != len(study.evaluation):
+            raise ValueError(
+                f"{path}: it has not all windows of trial {name}, which is to be confirmed; {going_on(folder)} makes "
+                f"them anew"
+            )
     return found
 
 

@@ -229,7 +229,7 @@ def _word(table: Mapping[str, Any], key: str, allowed: Sequence[str], usual: str
 
 def _model(name: Any, folder: Path) -> str:
     if not isinstance(name, str) or not name:
-        raise ValueError(f"model is {name!r:.80}, expected a folder, a .gguf file, a hub name or {BUNDLED!r}")
+        raise ValueError(f"model is {name!r:.80}, expected a text: a folder, a .gguf file, a hub name or {BUNDLED!r}")
     return str((folder / name).resolve()) if name != BUNDLED and (folder / name).exists() else name
 
 

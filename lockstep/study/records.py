@@ -7,9 +7,24 @@ import fcntl
 import io
 import json
 import os
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+RECIPE = "recipe.toml"  # of a study, in its folder
+
+
+def going_on(folder: Path) -> str:
+    """The command that goes on with the study of a folder, and makes anew what follows from its rounds."""
+    recipe = shlex.quote(str(folder / RECIPE)) if (folder / RECIPE).is_file() else "RECIPE"
+    return f"`lockstep ptq run {recipe} --out {shlex.quote(str(folder))}`"
+
+
+def check_folder(folder: Path) -> None:
+    """ValueError for a file in the place of a study's folder."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: it is a file, expected the folder of a study")
 
 
 def line_of(record: Mapping[str, Any]) -> bytes:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.study.report_data import report_data
-from lockstep.study.report_html import COLUMNS, METRICS, page
+from lockstep.study.report_html import COLUMNS, METRICS, page, torn_words
 from lockstep.study.report_markup import MINUS, interval
 
 REPORT, DATA = "report.html", "report.json"
@@ -30,14 +30,19 @@ def write_report(folder: Path) -> Path:
 
 
 def text_table(folder: Path) -> str:
-    """The verdict and all trials, the best first, as lines of text. ValueError as `write_report`."""
+    """The verdict and all trials, the best first, why trials failed, and what is cut short, as lines of text.
+
+    ValueError as `write_report`.
+    """
     data = report_data(folder)
     places = {id: place for place, id in enumerate(data["ranking"], 1)}
     trials = sorted(data["trials"], key=lambda trial: places.get(trial["id"], len(places) + 1))
     keys = [key for key in COLUMNS if any(trial["metrics"].get(key) is not None for trial in trials)]
     heads = ["#", "trial", *(METRICS[key][0] for key in keys), "interval" if "delta_nll" in keys else ""]
     rows = [_row(trial, places.get(trial["id"]), keys) for trial in trials]
-    return "\n".join([verdict_line(data), "", *_aligned([heads, *rows])]) + "\n"
+    notes = [f"{trial['name']} failed: {trial['reason']}" for trial in trials if trial.get("reason")]
+    notes += map(torn_words, data["torn"])
+    return "\n".join([verdict_line(data), "", *_aligned([heads, *rows]), *[""][: len(notes)], *notes]) + "\n"
 
 
 def verdict_line(data: Mapping[str, Any]) -> str:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.ptq.plan import Plan
+from lockstep.study.records import going_on
 from lockstep.study.report_folder import TRIALS, WINNER, StudyFolder, read_folder
 from lockstep.study.report_pairs import difference, from_float
 from lockstep.study.report_sites import sensitivity, sites_table
 from lockstep.study.run import ranking
 
-FORM = 1  # of report.json; another number when its content means something else
+FORM = 2  # of report.json; another number when its content means something else
 ERRORS, SIZES = ("delta_nll", "kl_mean"), ("weight_bytes", "kv_bytes")
 SAID = ("form", "sites", "stats", "model", "baseline", "num_trials")  # of study.json, elsewhere in the report
 KEPT = (
@@ -83,7 +84,7 @@ def frontier(trials: Iterable[Mapping[str, Any]], size: str, error: str) -> list
 def _winner(found: StudyFolder, trials: Sequence[Any], ranked: Sequence[Any], folder: Path) -> Any:
     """The trial whose plan is in winner.json; without that file the first by confirmed rank, then by the fast one."""
     if found.winner is not None:
-        return _of_plan(found.winner["plan"], trials, folder)
+        return _of_plan(found, trials, folder)
     places = {row["id"]: row["confirmed_rank"] for row in found.confirmed if row.get("confirmed_rank") is not None}
     return min((t for t in ranked), key=lambda t: places.get(t["id"], len(places) + 1), default=None)
 
@@ -96,16 +97,19 @@ def _winner_recipe(found: StudyFolder, winner: Any) -> str | None:
     return found.winner_recipe if plan == winner["plan"] else winner["plan_text"]
 
 
-def _of_plan(table: Mapping[str, Any], trials: Sequence[Any], folder: Path) -> Any:
-    """The trial that has a plan."""
+def _of_plan(found: StudyFolder, trials: Sequence[Any], folder: Path) -> Any:
+    """The trial that has the plan of winner.json."""
+    anew = f"delete {WINNER}: {going_on(folder)} makes it anew"
     try:
-        wanted = Plan.from_table(table).hash
+        wanted = Plan.from_table((found.winner or {})["plan"]).hash
     except ValueError as error:
-        raise ValueError(f"{folder / WINNER}: {error}") from None
+        raise ValueError(f"{folder / WINNER}: {error}; {anew}") from None
     for trial in trials:
         if trial["plan_hash"] == wanted:
             return trial
-    raise ValueError(f"{folder / WINNER}: no trial of {TRIALS} has its plan ({wanted[:12]})")
+    if found.lacking:
+        raise ValueError(f"{found.lacking}, of which {WINNER} has one")
+    raise ValueError(f"{folder / WINNER}: no trial of {TRIALS} has its plan ({wanted[:12]}); {anew}")
 
 
 def verdict(winner: Any, ranked: Sequence[Any], confirmed: Mapping[Any, Any]) -> dict[str, Any]:

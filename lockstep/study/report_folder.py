@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-STUDY, TRIALS, CONFIRM, RECIPE, WINNER = "study.json", "trials.jsonl", "confirm.jsonl", "recipe.toml", "winner.json"
+from lockstep.study.records import RECIPE, check_folder, going_on
+
+STUDY, TRIALS, CONFIRM, WINNER = "study.json", "trials.jsonl", "confirm.jsonl", "winner.json"
 WINNER_RECIPE = "winner.toml"
 STATUSES = ("done", "stopped", "failed")
 NUMBER = (int, float)
@@ -28,41 +31,95 @@ ENDS = ("delta_low", "delta_high")  # of the interval of a loss; a single window
 
 @dataclass(frozen=True)
 class StudyFolder:
-    """study: of study.json. trials, confirmed: lines in the order of their files. torn: whether the last line of the
-    trials was cut short, and left out. recipe, winner_recipe: texts, empty if there is none.
-    winner: what winner.json says, None before there is one."""
+    """study: of study.json. trials, confirmed: lines in the order of their files. torn: files whose last line was cut
+    short, and left out. lacking: why trials are not all there, None if they are. recipe, winner_recipe: texts, empty if
+    there is none. winner: what winner.json says, None before there is one."""
 
     study: Mapping[str, Any]
     trials: list[Mapping[str, Any]]
     confirmed: list[Mapping[str, Any]]
-    torn: bool
+    torn: list[str]
+    lacking: str | None
     recipe: str
     winner: Mapping[str, Any] | None
     winner_recipe: str
 
 
 def read_folder(folder: Path) -> StudyFolder:
-    """Reads a study. ValueError, with file and key, for what is missing or is something else."""
-    if not (folder / STUDY).is_file():
-        raise ValueError(f"{folder}: there is no {STUDY}; expected the folder of a study whose first round is done")
-    study = _json(folder / STUDY, _text(folder / STUDY, (folder / STUDY).read_bytes()))
-    _check_study(study, str(folder / STUDY))
-    trials, torn = _lines(folder / TRIALS)
-    for number, trial in enumerate(trials, 1):
-        _check_trial(trial, f"{folder / TRIALS}, line {number}")
-    confirmed, _ = _lines(folder / CONFIRM)
-    known = {trial["id"] for trial in trials}
+    """Reads a study. ValueError, with file and key, for what is missing or is something else, and with what makes it
+    anew."""
+    check_folder(folder)
+    study = _study(folder)
+    with _made_by(going_on(folder), TRIALS):
+        trials, is_torn = _lines(folder / TRIALS)
+        for number, trial in enumerate(trials, 1):
+            _check_trial(trial, f"{folder / TRIALS}, line {number}")
+    lacking = _lacking(study, len(latest(trials)), is_torn, folder)
+    with _made_by(f"`lockstep ptq confirm {folder}`", CONFIRM):
+        confirmed, is_confirm_torn = _lines(folder / CONFIRM)
+        for number, row in enumerate(confirmed, 1):
+            _check_confirmed(row, f"{folder / CONFIRM}, line {number}")
+    _check_known(confirmed, {trial["id"] for trial in trials}, lacking, folder)
+    with _made_by("`lockstep ptq run`, given the study's recipe,", RECIPE):
+        recipe = _toml(folder / RECIPE)
+    with _made_by(going_on(folder), WINNER_RECIPE):
+        winner_recipe = _toml(folder / WINNER_RECIPE)
+    with _made_by(going_on(folder), WINNER):
+        winner = _winner(folder / WINNER)
+    torn = [name for name, there in ((TRIALS, is_torn), (CONFIRM, is_confirm_torn)) if there]
+    return StudyFolder(study, latest(trials), latest(confirmed), torn, lacking, recipe, winner, winner_recipe)
+
+
+def _study(folder: Path) -> Mapping[str, Any]:
+    path = folder / STUDY
+    if not path.is_file():
+        more = f"; {going_on(folder)} goes on with the study that is there" if (folder / RECIPE).is_file() else ""
+        raise ValueError(
+            f"{folder}: there is no {STUDY}; expected the folder of a study whose first round is done{more}"
+        )
+    with _made_by(going_on(folder), STUDY):
+        study = _json(path, _text(path, path.read_bytes()))
+        _check_study(study, str(path))
+    return study
+
+
+@contextlib.contextmanager
+def _made_by(command: str, name: str) -> Iterator[None]:
+    """Errors of a file that say what makes it anew."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{error}; delete {name}: {command} makes it anew") from None
+
+
+def _lacking(study: Mapping[str, Any], count: int, is_torn: bool, folder: Path) -> str | None:
+    """Words, with the command that makes them, for trials that are not all in their file; None if they are."""
+    total = study.get("num_trials")
+    if not (folder / TRIALS).is_file():
+        what = "it is missing"
+    elif is_torn:
+        what = "its last line is cut short"
+    elif not count or (isinstance(total, int) and count < total):
+        what = f"it has {count} of {total if isinstance(total, int) else 'the'} trials"
+    else:
+        return None
+    return f"{folder / TRIALS}: {what}; {going_on(folder)} makes the others"
+
+
+def _check_known(confirmed: list[Mapping[str, Any]], known: set[Any], lacking: str | None, folder: Path) -> None:
+    """ValueError for a confirmation of a trial that is not there, with the file that is at fault."""
     for number, row in enumerate(confirmed, 1):
-        where = f"{folder / CONFIRM}, line {number}"
-        if need(row, "id", (*NUMBER, str), where) not in known:
-            raise ValueError(f"{where}: id is {row['id']!r:.80}, and {TRIALS} has no such trial")
-        need(need(row, "parity", dict, where), "equal", bool, f"{where}: parity")
-        for site, pair in (optional(row, "disagreement", dict, where) or {}).items():
-            if not isinstance(pair, list) or [type(x) for x in pair] != [int, int]:
-                raise ValueError(f"{where}: disagreement of {site} is {pair!r:.80}, expected [different, all] numbers")
-    recipe, winner_recipe = _toml(folder / RECIPE), _toml(folder / WINNER_RECIPE)
-    rows = latest(trials), latest(confirmed)
-    return StudyFolder(study, *rows, torn, recipe, _winner(folder / WINNER), winner_recipe)
+        if row["id"] not in known:
+            where = f"{folder / CONFIRM}, line {number}: id is {row['id']!r:.80}, and {TRIALS} has no such trial"
+            raise ValueError(f"{lacking}, of which {CONFIRM} has one" if lacking else where)
+
+
+def _check_confirmed(row: Mapping[str, Any], where: str) -> None:
+    need(row, "id", (*NUMBER, str), where)
+    need(need(row, "parity", dict, where), "equal", bool, f"{where}: parity")
+    for site, pair in (optional(row, "disagreement", dict, where) or {}).items():
+        if not isinstance(pair, list) or [type(x) for x in pair] != [int, int]:
+            raise ValueError(f"{where}: disagreement of {site} is {pair!r:.80}, expected [different, all] numbers")
 
 
 def latest(rows: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
+from lockstep.study.report_folder import TRIALS
 from lockstep.study.report_heat import heads_section, sensitivity_section
 from lockstep.study.report_markup import (
     NONE,
@@ -212,11 +213,15 @@ def trials_section(data: Mapping[str, Any]) -> Markup | None:
         heads.insert(3, "Interval")
     body = [_trial_row(trial, places.get(trial["id"]), keys, data["verdict"]["winner"]) for trial in rows]
     table = tag("table", tag("thead", tag("tr", map(_head, heads))), tag("tbody", body), class_="sortable")
-    torn = "The last line of the trials is cut short, and left out." if data["torn"] else None
+    torn = [tag("p", torn_words(name)) for name in data["torn"]]
     label = "Table of trials"
-    return joined(
-        [tag("div", table, class_="scroll", role="region", tabindex="0", aria_label=label), torn and tag("p", torn)]
-    )
+    return joined([tag("div", table, class_="scroll", role="region", tabindex="0", aria_label=label), torn])
+
+
+def torn_words(name: str) -> str:
+    """What is said of a file whose last line was left out."""
+    command = "run" if name == TRIALS else "confirm"
+    return f"The last line of {name} is cut short, and left out: lockstep ptq {command} makes it again."
 
 
 def _head(word: str) -> Markup:

@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lockstep.ptq.integer import INTEGER
 from lockstep.ptq.observers import Stat
 from lockstep.ptq.solved import Solved
 from lockstep.runtime.threads import Team
 from lockstep.study.bench import FLOAT_TRIAL, Outcome
-from lockstep.study.calibrate import COUNTED, calibrate
+from lockstep.study.calibrate import calibrate
+from lockstep.study.kept import CALIBRATION, FLOAT_NAME, ROUNDS, check_same, load_stats, save_ids, save_stats
 from lockstep.study.records import Lines, Replayed, held, save
 from lockstep.study.scoring import compared_figures, mean_and_error, nll_of, text_figures
 from lockstep.study.subject import Subject
@@ -29,12 +28,10 @@ from lockstep.study.summary import Figures, study_record
 from lockstep.study.trials import Study
 from lockstep.study.workers import Workers
 
-STUDY, TRIALS, ROUNDS, TIMES = "study.json", "trials.jsonl", "rounds.jsonl", "times.jsonl"
-CALIBRATION, WINNER = "calibration.npz", "winner.json"
+STUDY, TRIALS, TIMES, WINNER = "study.json", "trials.jsonl", "times.jsonl", "winner.json"
 CLEARLY = 3.0  # standard errors by which a trial must be worse than the best to end early
 LEAST_WINDOWS = 4  # from which a standard error is taken seriously
 DONE, STOPPED, FAILED = "done", "stopped", "failed"
-FLOAT_NAME = "float"
 # called with what is done, what is counted, how many of them are done, and how many there are
 OnStep = Callable[[str, str, int, int], object]
 
@@ -58,20 +55,10 @@ def run_study(folder: Path, study: Study, subject: Subject, team: Team, how: How
     folder.mkdir(parents=True, exist_ok=True)
     with held(folder):
         check_same(folder, study)
+        save_ids(folder, study)
         stats = _calibrated(folder, study, subject, team, how)
         with Workers(study, subject, stats, how.jobs, how.threads, team) as workers:
             return _Run(folder, study, subject, stats, workers, how).run()
-
-
-def check_same(folder: Path, study: Study) -> None:
-    """ValueError if the folder is of other trials."""
-    path = folder / "ids.json"
-    ids = [trial.id for trial in study.trials] + [str(study.round)]
-    if path.exists() and json.loads(path.read_text("utf-8")) != ids:
-        raise ValueError(
-            f"{folder}: it holds a study of other trials, another model or other texts; expected a new folder"
-        )
-    save(path, lambda beside: beside.write_text(json.dumps(ids) + "\n", "utf-8"))
 
 
 # ------------------------------------------------------------ calibration
@@ -86,26 +73,8 @@ def _calibrated(folder: Path, study: Study, subject: Subject, team: Team, how: H
         return {}
     step = lambda done, total: how.on_step("calibrating", "window", done, total)
     stats = calibrate(subject.model, study.treatment, team, study.calibration, step)
-    save(path, lambda beside: _save_stats(beside, stats))
+    save_stats(path, stats)
     return stats
-
-
-def _save_stats(path: Path, stats: Mapping[str, Stat]) -> None:
-    arrays = {f"{name}/{field}": getattr(stat, field) for name, stat in stats.items() for field in COUNTED}
-    with open(path, "wb") as file:
-        np.savez_compressed(file, **arrays)
-
-
-def load_stats(path: Path) -> dict[str, Stat]:
-    """What a study's calibration saw. ValueError, with the path, for a file that does not hold it."""
-    try:
-        with np.load(path) as found:
-            names = dict.fromkeys(key.rpartition("/")[0] for key in found.files)
-            return {name: Stat(name, *(found[f"{name}/{field}"] for field in COUNTED)) for name in names}
-    except (ValueError, KeyError, EOFError, OSError) as error:
-        if isinstance(error, OSError) and error.errno:
-            raise
-        raise ValueError(f"{path}: it does not hold what calibration saw ({error}); delete it") from None
 
 
 # ------------------------------------------------------------ rounds
@@ -164,6 +133,11 @@ class _Run:
                 self._write(trial, FAILED, record["failed"])
                 failed.add(trial)
             else:
+                if len(record["windows"]) != len(windows):
+                    raise ValueError(
+                        f"{self._lines.path}: round {number} of trial {record['trial']} has {len(record['windows'])} "
+                        f"windows, expected {len(windows)}; it is of a study with other rounds, expected a new folder"
+                    )
                 self.windows[trial] += record["windows"]
                 self._layers[trial] = [a + b for a, b in zip(self._layers[trial], record["layers"], strict=True)]
         return failed

@@ -17,6 +17,7 @@ from lockstep.ptq.rewrite import Treatment
 from lockstep.ptq.site import Site
 from lockstep.ptq.spec import Spec
 from lockstep.ptq.treatment import sites_for
+from lockstep.study.formats import check_formats
 from lockstep.study.recipe import ONE_AT_A_TIME, Sweep
 from lockstep.study.subject import Subject, treatment_for
 from lockstep.study.text import Window, windows_hash
@@ -93,6 +94,7 @@ def make_study(
     sites = sites_for(program, plan)
     trials = expand(plan, sweeps, sites, early_stop)
     specs = [trial.plan.resolve(sites) for trial in trials]
+    check_formats(program, specs)
     longest = max(len(ids) for ids in (*calibration, *(window.ids for window in evaluation)))
     treatment = treatment_for(program, plan, specs, longest)
     about = [subject.content, subject.model.weights, [list(ids) for ids in calibration], windows_hash(evaluation)]

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -86,3 +87,24 @@ def test_a_scale_in_the_keys_is_confirmed(made, tmp_path):
     assert all(found[trial["name"]]["window_nll"] == trial["window_nll"] for trial in trials if trial["name"] in found)
     assert len(found) == 5 and found["base"]["plan"]["fuse_scale"] == "k"
     assert [row["parity"] for row in confirmed(tmp_path, study)] == [dict(equal=True)] * 2
+
+
+@pytest.mark.parametrize("name", ["rounds.jsonl", "calibration.npz"])
+def test_files_without_which_nothing_can_be_confirmed(made, name, tmp_path):
+    study, folder, _ = made
+    shutil.copytree(folder, tmp_path / "study")
+    (tmp_path / "study" / name).unlink()
+    said = "it has not all windows of trial float" if name == "rounds.jsonl" else "it is missing"
+    with pytest.raises(ValueError, match=rf"{name}: {said}.*; `lockstep ptq run RECIPE --out .*study` makes"):
+        confirmed(tmp_path / "study", study)
+
+
+def test_the_best_of_some_trials_is_not_the_best(made, tmp_path):
+    study, folder, trials = made
+    shutil.copytree(folder, tmp_path / "study")
+    path = tmp_path / "study" / "trials.jsonl"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=rf"it has {len(trials) - 1} of {len(trials)} trials, and the best may be"):
+        confirmed(tmp_path / "study", study)
+    with pytest.raises(ValueError, match="it holds a study of other trials"):
+        confirmed(tmp_path / "study", replace(study, trials=study.trials[:2]))

@@ -75,7 +75,11 @@ def test_values_may_be_set(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ('model = "bundled"', "model = 3", "model is 3, expected a folder, a .gguf file, a hub name or 'bundled'"),
+        (
+            'model = "bundled"',
+            "model = 3",
+            "model is 3, expected a text: a folder, a .gguf file, a hub name or 'bundled'",
+        ),
         ('model = "bundled"', 'modell = "x"', "there is no modell; expected one of model, weights, calibrate"),
         ('model = "bundled"', 'weights = "f8"', "weights is 'f8', expected one of f32, bf16"),
         ('model = "bundled"', "model = ", "it cannot be read as TOML"),

@@ -205,9 +205,11 @@ def test_the_text_table_has_every_trial_the_best_first(study):
     lines = text_table(study).splitlines()
     data = report_data(study)
     assert lines[0].startswith(f"study-llama: {trial_of(data, data['ranking'][0])['name']}, ΔNLL ")
-    assert len(lines) == 3 + len(data["trials"])
+    assert len(lines) == 3 + len(data["trials"]) + 2
     assert all(trial_of(data, id)["name"] in line for id, line in zip(data["ranking"], lines[3:], strict=False))
-    assert lines[-1].endswith("stopped") or lines[-1].endswith("failed")
+    assert lines[-3].endswith("stopped") or lines[-3].endswith("failed")
+    [failed] = [trial for trial in data["trials"] if trial["status"] == "failed"]
+    assert lines[-2:] == ["", f"{failed['name']} failed: site L3.qk: calibration saw no number (head 2)"]
 
 
 def test_parity_is_said_with_its_first_difference(study):

@@ -180,6 +180,13 @@ def test_a_plan_that_cannot_be_is_recorded_and_the_others_run(tmp_path, monkeypa
     assert "metrics" not in failed and all(trial["status"] == "done" for trial in trials.values())
 
 
+def test_weights_in_a_format_of_their_own_are_refused_before_anything_runs():
+    subject = load_subject(str(folder("plain")), LENGTH, "q8_0", "f32")
+    with pytest.raises(ValueError, match=r"site L0.q.w: its layer multiplies q8_0, and rounded weights are float32"):
+        study_of(subject)
+    assert study_of(subject, Plan([["L0.q", "u8"], ["embed.w", "u8"]]), ()).trials
+
+
 def test_without_calibration_only_grids_without_ranges_can_be(tmp_path):
     sweep = Sweep("product", {"q": ("L0.q", ("u8", "mxint8", "u8/row"))})
     study = study_of(subject_of(), Plan(), [sweep], num_windows=2, num_calibration=0)

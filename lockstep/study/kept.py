@@ -1,0 +1,90 @@
+"""What a study's folder keeps from run to run: whose trials it holds, and what calibration saw."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lockstep.ptq.observers import Stat
+from lockstep.study.calibrate import COUNTED
+from lockstep.study.records import Lines, going_on, save
+from lockstep.study.trials import Study
+
+IDS, ROUNDS, CALIBRATION = "ids.json", "rounds.jsonl", "calibration.npz"
+# what NumPy says of files that it did not write, or not as a whole
+BROKEN = (ValueError, TypeError, AttributeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+FLOAT_NAME = "float"  # of the model in float, in the place of a trial's id
+
+
+def check_same(folder: Path, study: Study) -> None:
+    """ValueError if the folder is of other trials, or nothing in it says of which it is."""
+    path, ids = folder / IDS, ids_of(study)
+    there = _read_ids(path) if path.exists() else _ids_of_rounds(folder, ids)
+    if there != ids:
+        raise ValueError(
+            f"{folder}: it holds a study of other trials, another model or other texts; expected a new folder"
+        )
+
+
+def save_ids(folder: Path, study: Study) -> None:
+    """Says in the folder which study it is of."""
+    save(folder / IDS, lambda beside: beside.write_text(json.dumps(ids_of(study)) + "\n", "utf-8"))
+
+
+def ids_of(study: Study) -> list[str]:
+    """All that a folder is of: trials, whose ids are of model and texts too, and how long rounds are."""
+    return [trial.id for trial in study.trials] + [str(study.round)]
+
+
+def _read_ids(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: it cannot be read as JSON ({error}); delete it: rounds tell the same") from None
+
+
+def _ids_of_rounds(folder: Path, ids: list[str]) -> list[str]:
+    """The ids of a study if all rounds in a folder without ids are of its trials; else theirs. ValueError for a
+    calibration of which nothing says whose it is."""
+    found = {str(record.get("trial")) for record in Lines(folder / ROUNDS).records} - {FLOAT_NAME}
+    if not found and (folder / CALIBRATION).exists():
+        raise ValueError(
+            f"{folder / CALIBRATION}: nothing says which study it is of, since {IDS} is missing; delete it: "
+            f"{going_on(folder)} makes it anew"
+        )
+    return ids if found <= set(ids) else sorted(found)
+
+
+# ------------------------------------------------------------ calibration
+
+
+def save_stats(path: Path, stats: Mapping[str, Stat]) -> None:
+    """Writes what calibration saw, whole or not at all. OSError, with the path."""
+    save(path, lambda beside: _write_stats(beside, stats))
+
+
+def _write_stats(path: Path, stats: Mapping[str, Stat]) -> None:
+    arrays = {f"{name}/{field}": getattr(stat, field) for name, stat in stats.items() for field in COUNTED}
+    with open(path, "wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def load_stats(path: Path) -> dict[str, Stat]:
+    """What a study's calibration saw. ValueError, with the path, for a file that does not hold it."""
+    try:
+        with np.load(path) as found:
+            names = dict.fromkeys(key.rpartition("/")[0] for key in found.files)
+            return {name: Stat(name, *(found[f"{name}/{field}"] for field in COUNTED)) for name in names}
+    except (*BROKEN, OSError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
+        raise ValueError(
+            f"{path}: it is cut short or was changed, so that what calibration saw cannot be read; delete it: "
+            f"{going_on(path.parent)} makes it anew"
+        ) from None

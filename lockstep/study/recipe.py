@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lockstep.ptq.plan import Plan
+from lockstep.ptq.plan import OPTIONS, Plan
 from lockstep.ptq.spec import Spec
 from lockstep.study.subject import BUNDLED
 from lockstep.study.text import LIKE
 
-ONE_AT_A_TIME, LEAVE_ONE_OUT = "one_at_a_time", "leave_one_out"
+ONE_AT_A_TIME, LEAVE_ONE_OUT, ARITHMETIC = "one_at_a_time", "leave_one_out", "arithmetic"
 KEYS = ("model", "weights", "calibrate", "evaluate", "plan", "sweep", "confirm")
 TEXT_KEYS = {
     "calibrate": ("text", "sha256", "windows", "length"),
@@ -41,10 +41,12 @@ class TextChoice:
 @dataclass(frozen=True)
 class Sweep:
     """Some trials. kind: "product", "one_at_a_time" or "leave_one_out". lists: {name: (glob of sites, specs)}; of the
-    other two kinds one, named as the kind."""
+    other two kinds one, named as the kind. arithmetic: of a product, each in combination with the others; nothing: that
+    of the base plan."""
 
     kind: str
     lists: Mapping[str, tuple[str, tuple[str, ...]]]
+    arithmetic: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -109,10 +111,7 @@ class Recipe:
             made["calibrate"] = _text_table(self.calibrate)
         made["evaluate"] = _text_table(self.evaluate) | dict(round=self.round, early_stop=self.early_stop)
         made["plan"] = self.plan.to_table()
-        made["sweep"] = [
-            {name: dict(sites=glob, spec=list(specs)) for name, (glob, specs) in sweep.lists.items()}
-            for sweep in self.sweeps
-        ]
+        made["sweep"] = [_sweep_table(sweep) for sweep in self.sweeps]
         return made | dict(confirm=dict(top=self.top))
 
 
@@ -272,7 +271,21 @@ def _sweep(table: Mapping[str, Any], where: str) -> Sweep:
     if kind != "product" and len(table) > 1:
         other = next(name for name in table if name != kind)
         raise ValueError(f"{where}{other} stands beside {kind}; expected a [[sweep]] of its own")
-    return Sweep(kind, {name: _list(name, found, where, kind) for name, found in table.items()})
+    lists = {name: _list(name, found, where, kind) for name, found in table.items() if name != ARITHMETIC}
+    return Sweep(kind, lists, _arithmetic(table[ARITHMETIC], where) if ARITHMETIC in table else ())
+
+
+def _arithmetic(found: Any, where: str) -> tuple[str, ...]:
+    allowed = OPTIONS[ARITHMETIC]
+    words = [found] if isinstance(found, str) else found
+    if not isinstance(words, list) or not words or any(word not in allowed for word in words):
+        raise ValueError(f"{where}{ARITHMETIC} is {found!r:.80}, expected a list of {', '.join(allowed)}")
+    return tuple(words)
+
+
+def _sweep_table(sweep: Sweep) -> dict[str, Any]:
+    made: dict[str, Any] = {name: dict(sites=glob, spec=list(specs)) for name, (glob, specs) in sweep.lists.items()}
+    return made | ({ARITHMETIC: list(sweep.arithmetic)} if sweep.arithmetic else {})
 
 
 def _list(name: str, found: Any, where: str, kind: str) -> tuple[str, tuple[str, ...]]:

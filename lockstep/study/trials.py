@@ -18,7 +18,7 @@ from lockstep.ptq.site import Site
 from lockstep.ptq.spec import Spec
 from lockstep.ptq.treatment import sites_for
 from lockstep.study.formats import check_formats
-from lockstep.study.recipe import ONE_AT_A_TIME, Sweep
+from lockstep.study.recipe import ARITHMETIC, ONE_AT_A_TIME, Sweep
 from lockstep.study.subject import Subject, treatment_for
 from lockstep.study.text import Window, windows_hash
 
@@ -138,9 +138,10 @@ def expand(plan: Plan, sweeps: Sequence[Sweep], sites: Sequence[Site], early_sto
 def _all(plan: Plan, sweeps: Sequence[Sweep], sites: Sequence[Site], early_stop: bool) -> Iterator[Trial]:
     yield Trial(BASE, {}, plan)
     for sweep in sweeps:
-        count = math.prod(len(specs) for _, specs in sweep.lists.values())
+        count = math.prod(len(specs) for _, specs in sweep.lists.values()) * max(1, len(sweep.arithmetic))
         if count > MOST_TRIALS:
-            raise ValueError(f"sweep: {count} combinations of {', '.join(sweep.lists)}, expected at most {MOST_TRIALS}")
+            names = ", ".join([*sweep.lists, *([ARITHMETIC] if sweep.arithmetic else [])])
+            raise ValueError(f"sweep: {count} combinations of {names}, expected at most {MOST_TRIALS}")
         if sweep.kind == "product":
             yield from _product(plan, sweep, early_stop)
         else:
@@ -148,12 +149,14 @@ def _all(plan: Plan, sweeps: Sequence[Sweep], sites: Sequence[Site], early_stop:
 
 
 def _product(plan: Plan, sweep: Sweep, early_stop: bool) -> Iterator[Trial]:
-    names = list(sweep.lists)
-    for specs in itertools.product(*(specs for _, specs in sweep.lists.values())):
-        chosen = dict(zip(names, specs, strict=True))
-        rules = [(sweep.lists[name][0], spec) for name, spec in chosen.items()]
-        label = ", ".join(f"{name} {spec}" for name, spec in chosen.items())
-        yield Trial(label, chosen, replace(plan, rules=[*plan.rules, *rules]), early_stop)
+    axes = {name: specs for name, (_, specs) in sweep.lists.items()}
+    axes |= {ARITHMETIC: sweep.arithmetic} if sweep.arithmetic else {}
+    for values in itertools.product(*axes.values()):
+        chosen = dict(zip(axes, values, strict=True))
+        rules = [(glob, chosen[name]) for name, (glob, _) in sweep.lists.items()]
+        label = ", ".join(f"{name} {value}" for name, value in chosen.items())
+        arithmetic = chosen.get(ARITHMETIC, plan.arithmetic)
+        yield Trial(label, chosen, replace(plan, rules=[*plan.rules, *rules], arithmetic=arithmetic), early_stop)
 
 
 def _single(plan: Plan, sweep: Sweep, sites: Sequence[Site]) -> Iterator[Trial]:

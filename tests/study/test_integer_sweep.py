@@ -24,6 +24,7 @@ from tests.study.test_run import LENGTH, contents, run, study_of, subject_of
 BASE = Plan(RULES, arithmetic="integer")
 SWEEPS = (
     Sweep("product", {"norm": ("L1.norm1", ("u8", "i8/row")), "up": ("L*.up.w", ("i4/row", "mxfp4"))}),
+    Sweep("product", {}, ("float", "integer")),
     Sweep("one_at_a_time", {"one_at_a_time": ("L1.[pk]*", ("u8",))}),
 )
 ALL_LAYERS = 9  # 4 in each of two, and the head
@@ -46,25 +47,27 @@ def test_a_trial_has_the_figures_of_its_plan_alone(made):
     study, folder, trials = made
     by_name, subject = {trial["name"]: trial for trial in trials}, subject_of()
     with contextlib.closing(Team(2)) as team:
-        for name in ("base", "norm i8/row, up i4/row", "L1.k.rot u8"):
+        for name in ("base", "arithmetic float", "norm i8/row, up i4/row", "L1.k.rot u8"):
             [trial] = [trial for trial in study.trials if trial.name == name]
             alone = evaluate(subject, study.evaluation, team, solved(study, folder, trial))
             figures = alone["plan"] | alone["against float"]
             assert figures.items() <= by_name[name]["metrics"].items()
-            assert list(by_name[name]["integer"]["floats"]) == list(alone.get("in floats", ()))
+            assert list(by_name[name].get("integer", {"floats": ()})["floats"]) == list(alone.get("in floats", ()))
 
 
 def test_trials_say_which_layers_are_in_floats(made):
-    by_name = {trial["name"]: trial["integer"] for trial in made[2]}
+    by_name = {trial["name"]: trial.get("integer") for trial in made[2]}
     assert by_name["base"] == by_name["norm u8, up i4/row"] == dict(layers=ALL_LAYERS, floats={})
     both = by_name["norm i8/row, up mxfp4"]
     assert both["layers"] == ALL_LAYERS - 3 and list(both["floats"]) == ["L0.gate.w", "L1.q.w", "L1.gate.w"]
+    assert by_name["arithmetic float"] is None
     assert both["floats"]["L1.q.w"] == "its input, L1.norm1, is i8/row, no integer grid of a tensor"
 
 
-def test_it_is_another_study_than_in_floats(made):
+def test_arithmetic_is_part_of_a_trials_id(made):
     floats = study_of(subject_of(), Plan(RULES), SWEEPS, num_windows=3)
-    assert not {trial.id for trial in floats.trials} & {trial.id for trial in made[0].trials}
+    same = {trial.id for trial in floats.trials}
+    assert [trial.name for trial in made[0].trials if trial.id in same] == ["base", "arithmetic float"]
 
 
 @pytest.mark.parametrize("jobs, kept", [(2, 0), (1, 5)])

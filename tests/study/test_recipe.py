@@ -27,6 +27,7 @@ rules = [["*", "i16"], ["*.w", "u4/row:mse"]]
 [[sweep]]
 k = { sites = "L*.k.all", spec = ["i8", "i8/head"] }
 p = { sites = "L*.p", spec = "u8" }
+arithmetic = ["float", "integer"]
 [[sweep]]
 one_at_a_time = { sites = "L0.*", spec = ["u8", "u4"] }
 [[sweep]]
@@ -48,7 +49,7 @@ def test_a_recipe_is_read(tmp_path):
     assert made.evaluate == TextChoice(tmp_path / "texts/b.txt", "0f" * 32, None, 64)
     assert made.plan == Plan([["*", "i16"], ["*.w", "u4/row:mse"]])
     assert made.sweeps == (
-        Sweep("product", {"k": ("L*.k.all", ("i8", "i8/head")), "p": ("L*.p", ("u8",))}),
+        Sweep("product", {"k": ("L*.k.all", ("i8", "i8/head")), "p": ("L*.p", ("u8",))}, ("float", "integer")),
         Sweep("one_at_a_time", {"one_at_a_time": ("L0.*", ("u8", "u4"))}),
         Sweep("leave_one_out", {"leave_one_out": ("*.w", ("off",))}),
     )
@@ -95,6 +96,8 @@ def test_values_may_be_set(tmp_path):
         ('"u4/row:mse"', '"u99"', "plan: rule 2, .*: 'u99' is no grid"),
         ('spec = "u8" }', 'spec = "u99" }', r"sweep\[1\].p.spec: 'u99' is no grid"),
         ('spec = "u8" }', "spec = [] }", r"sweep\[1\].p.spec is \[\], expected a grid or a list of grids"),
+        ('"float", "int', '"float", "dint', r"sweep\[1\].arithmetic is .*, expected a list of float, integer"),
+        ("leave_one_out = {", 'arithmetic = "float"\nleave_one_out = {', r"sweep\[3\].arithmetic stands beside leave"),
         ('sites = "L*.p"', "sites = 1", r"sweep\[1\].p.sites is 1, expected names of sites"),
         ('sites = "L*.p"', 'site = "L*.p"', r"there is no sweep\[1\].p.site; expected one of sites, spec"),
         (
@@ -149,6 +152,15 @@ def test_plans_that_round_alike_are_one():
     sites, plan = sites_of(recorded("plain").recorded), Plan([["*", "i16"]])
     names = [t.name for t in expand(plan, [Sweep("product", {"p": ("L*.p", ("i16", "u8"))})] * 2, sites)]
     assert names == ["base", "p u8"]
+
+
+def test_arithmetic_can_be_swept():
+    sites, plan = sites_of(recorded("plain").recorded), Plan([["*", "i16"], ["*.w", "i8"]])
+    sweep = Sweep("product", {"p": ("L*.p", ("i16", "u8"))}, ("float", "integer"))
+    trials = {trial.name: trial for trial in expand(plan, [sweep], sites)}
+    assert list(trials) == ["base", "p i16, arithmetic integer", "p u8, arithmetic float", "p u8, arithmetic integer"]
+    assert trials["p u8, arithmetic integer"].swept == dict(p="u8", arithmetic="integer")
+    assert [trial.plan.arithmetic for trial in trials.values()] == ["float", "integer", "float", "integer"]
 
 
 def test_sites_that_there_are_none_of():

@@ -28,6 +28,7 @@ KEPT = (
     "layers_run",
     "layers_saved",
     "reason",
+    "integer",
 )
 
 

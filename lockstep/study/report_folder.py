@@ -163,6 +163,10 @@ def _check_trial(trial: Mapping[str, Any], where: str) -> None:
     if need(trial, "status", str, where) not in STATUSES:
         raise ValueError(f"{where}: status is {trial['status']!r:.80}, expected one of {', '.join(STATUSES)}")
     need(trial, "plan", dict, where)
+    integer = optional(trial, "integer", dict, where)
+    if integer is not None:
+        need(integer, "layers", int, f"{where}: integer")
+        need(integer, "floats", dict, f"{where}: integer")
     if trial["status"] == "done":
         metrics = need(trial, "metrics", dict, where)
         for key in NEEDED:

@@ -38,6 +38,7 @@ from lockstep.study.report_origin import confirm_section, origin_section, winner
 PAGE = "lockstep.study"
 SCRIPTS = ("dom.js", "plot.js", "detail.js", "tables.js", "app.js")  # in this order, as one module
 MOST_NAMES = 4  # of trials that are named in the verdict
+MOST_FLOATS = 12  # layers of a plan in integers that are named because they are not
 METRICS = {  # how each is written
     "delta_nll": ("ΔNLL", nats),
     "kl_mean": ("KL, mean", divergence),
@@ -264,11 +265,21 @@ def _trial_facts(trial: Mapping[str, Any]) -> dict[str, Any]:
         facts.insert(1, ["interval", interval(metrics["delta_low"], metrics.get("delta_high"))])
     words = dict(windows="windows", layers_run="layers run", layers_saved="layers saved", reason="reason")
     facts += [[word, _said(trial[key])] for key, word in words.items() if key in trial]
-    facts += [["plan", trial["plan_hash"][:12]]]
+    facts += [["plan", trial["plan_hash"][:12]], *_arithmetic_facts(trial.get("integer"))]
     numbers = {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
     kept = dict(id=trial["id"], name=trial["name"], status=trial["status"], plan=trial["plan_text"])
     kept["words"] = {key: how(metrics[key]) for key, (_, how) in METRICS.items() if metrics.get(key) is not None}
     return kept | dict(metrics=numbers, facts=facts)
+
+
+def _arithmetic_facts(integer: Mapping[str, Any] | None) -> list[list[str]]:
+    """How many linear layers of a plan in integers are, and why others are not."""
+    if integer is None:
+        return []
+    floats = [["in floats", f"{site}: {why}"] for site, why in list(integer["floats"].items())[:MOST_FLOATS]]
+    rest = len(integer["floats"]) - len(floats)
+    more = [["in floats", f"and {many(rest, 'other')}"]] if rest else []
+    return [["layers in integers", count(integer["layers"])], *floats, *more]
 
 
 def _said(value: Any) -> str:

@@ -267,6 +267,14 @@ def test_the_last_line_of_a_trial_counts(copy):
     assert len(data["trials"]) == 14 and trial_of(data, first["id"])["metrics"]["delta_nll"] == 9.0
 
 
+def test_layers_that_a_plan_leaves_in_floats_are_named(copy):
+    floats = {f"L{i}.q.w": f"L{i}.q.w is off" for i in range(13)}
+    change(copy / "trials.jsonl", 3, lambda t: t.update(integer=dict(layers=5, floats=floats)))
+    facts = embedded(write_report(copy).read_text("utf-8"))["trials"][3]["facts"]
+    assert facts[-14:-12] == [["layers in integers", "5"], ["in floats", "L0.q.w: L0.q.w is off"]]
+    assert facts[-1] == ["in floats", "and 1 other"]
+
+
 # ---------------------------------------------------------------- bad folders
 
 
@@ -312,6 +320,7 @@ BAD = [
     ),
     ("trials.jsonl", 3, lambda t: t["sites"].update({"L0.q": {}}), r"site L0\.q: \{\}, expected figures with a spec"),
     ("trials.jsonl", 3, lambda t: t["sites"].update({"L0.q": dict(spec="odd")}), r"site L0\.q: 'odd' is no grid"),
+    ("trials.jsonl", 3, lambda t: t.update(integer=dict(layers=5)), r"line 4: integer: floats is missing"),
     ("confirm.jsonl", 0, lambda t: t.pop("parity"), r"confirm\.jsonl, line 1: parity is missing"),
     ("confirm.jsonl", 0, lambda t: t["parity"].update(equal=1), r"parity: equal is 1, expected true or false"),
     ("confirm.jsonl", 0, lambda t: t["disagreement"].update({"L0.q": 0.1}), r"disagreement of L0\.q is 0\.1"),

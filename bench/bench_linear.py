@@ -18,7 +18,7 @@ import time
 from numba import njit
 
 from lockstep.bench_layer import CACHES, Case
-from lockstep.models.record import INTEGER_FORMATS
+from lockstep.formats import FORMATS
 from lockstep.ops import linear_cpu
 from lockstep.runtime.executor import aligned
 from lockstep.runtime.kernel import STRICT
@@ -27,7 +27,6 @@ from lockstep.runtime.simd import load, store
 from lockstep.runtime.threads import Team
 
 SHAPES = ["4096x1024", "1024x2048", "6144x1024", "1024x3072", "151936x1024"]
-FORMATS = ["f32", "f16", "bf16", *INTEGER_FORMATS]
 
 
 @njit(**STRICT)
@@ -103,7 +102,7 @@ def report(case, rows, ceilings, together=None):
     seconds = case.seconds(rows)
     gops, times_read = 2 * rows * case.N * case.K / seconds / 1e9, rows if together else 1
     read = times_read * case.weight_bytes / seconds / 1e9
-    peak = ceilings.of("int8" if case.format.startswith("q") else "float32")
+    peak = ceilings.of("int8" if FORMATS[case.format].is_quantized else "float32")
     times = f"  per token: {seconds / together.seconds(rows):.2f} times as long" if together else ""
     print(
         f"{case.format:5s} {case.shape:14s} rows {rows:4d}  {seconds * 1e6:9.1f} us  "

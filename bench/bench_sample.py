@@ -16,7 +16,7 @@ from lockstep.engine.request import SamplingParams
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.engine.sampling import Adjustment
 from lockstep.ops import BACKENDS
-from lockstep.ops.embed import Embed, format_code
+from lockstep.ops.embed import Embed
 from lockstep.ops.select_rows import SelectRows, selected_rows
 from lockstep.runtime.executor import WeightStore
 from lockstep.runtime.program import Program, Weight
@@ -44,7 +44,7 @@ def model(vocabulary, flat):
     program, stored = Program(), StoredTensor("logits", "f32", logits.shape, logits)
     table = Weight("logits", "f32", logits.shape, (stored,))
     rows, made = program.tensor("rows", "T", vocabulary), program.tensor("logits", "R", vocabulary)
-    program.emit(Embed(out=rows, table=table, width=vocabulary, format=format_code("f32"), scale=1.0))
+    program.emit(Embed(out=rows, table=table, width=vocabulary, scale=1.0))
     program.emit(SelectRows(out=made, x=rows, width=vocabulary, selected=selected_rows("R")))
     emit_sampling(program, made, vocabulary)
     ops = {**BACKENDS["reference"], **BACKENDS["cpu"]}

@@ -35,23 +35,30 @@ def format_of(name, shape, weights):
     return "q6_k" if "embed_tokens" in name or "v_proj" in name or "down_proj" in name else "q4_k"
 
 
+BLOCKS = {  # of any version: weights, bytes, and where the float16 scales lie
+    "q8_0": (32, 34, (0,)),
+    "q4_0": (32, 18, (0,)),
+    "q4_k": (256, 144, (0, 2)),
+    "q6_k": (256, 210, (208,)),
+}
+
+
 def random_tensor(name, shape, format):
     import numpy as np
 
-    from lockstep.weights.finite import SCALES
-    from lockstep.weights.tensor import BLOCK_FORMATS, StoredTensor, stored_shape
+    from lockstep.weights.tensor import StoredTensor, stored_shape
 
     rng = np.random.default_rng(int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little"))
-    if format not in BLOCK_FORMATS:
+    if format not in BLOCKS:
         values = (rng.standard_normal(shape, np.float32) * np.float32(0.02 if len(shape) == 2 else 0.5)).astype(
             np.float32
         )
         return StoredTensor(name, format, shape, values.astype(stored_shape(format, shape)[1]))
-    block = BLOCK_FORMATS[format]
-    made = np.frombuffer(rng.bytes(shape[0] * shape[1] // block.BLOCK_SIZE * block.BLOCK_BYTES), np.uint8)
-    made = made.reshape(shape[0], -1, block.BLOCK_BYTES).copy()
-    for at in SCALES[format]:
-        made[..., at : at + 2] = np.array([2.0**-12 if block.BLOCK_SIZE == 32 else 2.0**-17], np.float16).view(np.uint8)
+    size, num_bytes, scales = BLOCKS[format]
+    made = np.frombuffer(rng.bytes(shape[0] * shape[1] // size * num_bytes), np.uint8)
+    made = made.reshape(shape[0], -1, num_bytes).copy()
+    for at in scales:
+        made[..., at : at + 2] = np.array([2.0**-12 if size == 32 else 2.0**-17], np.float16).view(np.uint8)
     return StoredTensor(name, format, shape, made.reshape(shape[0], -1))
 
 

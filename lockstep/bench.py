@@ -14,7 +14,7 @@ import numpy as np
 
 from lockstep.describe import is_linear, packed_bytes
 from lockstep.engine.runner import Limits, Runner, Span
-from lockstep.models.record import INTEGER_FORMATS
+from lockstep.formats import FORMATS
 from lockstep.ops.kv_cache import PAGE_TOKENS
 from lockstep.parity import GREEDY
 from lockstep.runtime.operands import GROUPS
@@ -141,5 +141,5 @@ def summed(profile, rows):
         for weight in op.packed if is_linear(op) else ():
             total[1] += int(packed_bytes(weight) * min(1, macs / math.prod(weight.shape)))
             total[2] += macs
-            total[3] = weight.format in INTEGER_FORMATS
+            total[3] = FORMATS[weight.format].is_quantized
     return sorted(((kind, *t) for kind, t in totals.items()), key=lambda row: -row[1])

@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from lockstep.formats import q4_0, q8_0
+from lockstep.formats import FORMATS
 from lockstep.ops import activations_cpu, linear_cpu
 from lockstep.ops.grouped_linear import GroupedLinear
 from lockstep.ops.linear import Linear
@@ -23,13 +23,6 @@ from lockstep.runtime.threads import Team
 from lockstep.weights.tensor import StoredTensor, stored_shape
 
 CACHES = 96 * 2**20  # bytes of weights that no cache holds
-STORE = {
-    "f32": lambda v: v,
-    "bf16": lambda v: v.astype("bfloat16"),
-    "f16": lambda v: v.astype(np.float16),
-    "q8_0": q8_0.quantize,
-    "q4_0": q4_0.quantize,
-}
 
 
 class Given(Operands):
@@ -46,9 +39,9 @@ def nothing(op, step, thread, num_threads):
 def stored(format: str, N: int, K: int) -> StoredTensor:
     """A random weight [N, K] as a checkpoint would hold it."""
     rng = np.random.default_rng(0)
-    if format in STORE:
+    if FORMATS[format].stored.encode is not None:
         values = rng.standard_normal((N, K), np.float32) * np.float32(0.05)
-        return StoredTensor("w", format, (N, K), STORE[format](values))
+        return StoredTensor("w", format, (N, K), FORMATS[format].data_of(values))
     shape, _ = stored_shape(format, (N, K))
     return StoredTensor("w", format, (N, K), rng.integers(0, 60, shape, np.uint8))  # no byte makes a scale infinite
 

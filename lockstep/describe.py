@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from lockstep.engine.cache_size import request_bytes, weight_bytes
 from lockstep.engine.drafts import MOST_BY_ITSELF
-from lockstep.formats.panels import PANEL, num_panels
+from lockstep.formats import FORMATS
+from lockstep.formats.panels import num_panels
 from lockstep.ops.embed import Embed
 from lockstep.ops.kv_cache import PAGE_TOKENS
-from lockstep.ops.linear_cpu import FORMATS
 from lockstep.runtime.program import DTYPES, Tensor, Weight
 
 LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
@@ -71,9 +71,7 @@ def is_linear(op):
 
 def packed_bytes(weight):
     """Bytes of a linear layer's weight as its kernel reads it, padding included."""
-    block, panel_bytes, layout = FORMATS[weight.format]
-    a_panel = weight.shape[1] // block * panel_bytes + weight.shape[1] // 32 * PANEL * 2 * ("d" in layout.arrays)
-    return num_panels(weight.shape[0]) * a_panel
+    return num_panels(weight.shape[0]) * FORMATS[weight.format].panel_bytes(weight.shape[1])
 
 
 def collapsed(costs):

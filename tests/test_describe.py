@@ -9,7 +9,7 @@ from lockstep.bench import summed
 from lockstep.commands.bench import profile_table
 from lockstep.describe import is_linear, memory, op_costs, packed_bytes
 from lockstep.engine.selfcheck_weights import stored as made_up
-from lockstep.models.record import INTEGER_FORMATS
+from lockstep.formats import BLOCK_FORMATS
 from lockstep.ops import BACKENDS
 from lockstep.ops.experts import ExpertLinear
 from lockstep.runtime.program import Weight
@@ -34,7 +34,7 @@ def test_experts_are_counted_as_they_are_packed(weights, tmp_path):
     assert memory(program)["constants"] < 4 * CONFIG["num_experts"] * CONFIG["moe_intermediate_size"] * 64
 
 
-@pytest.mark.parametrize("format", INTEGER_FORMATS)
+@pytest.mark.parametrize("format", BLOCK_FORMATS)
 def test_every_format_is_counted_as_it_is_packed(format):
     stored = made_up("w", (40, 512), format)
     weight = Weight("w", format, stored.shape, (stored,))
@@ -66,7 +66,7 @@ def test_a_profile_counts_what_every_op_with_weights_does(weights, int8, tmp_pat
     for tokens in (1, 100):
         counts = {"T": tokens, "O": 1, "R": 1, "E": 0, "S": 1}
         rows = {kind: row for kind, *row in summed([(op, 1.0) for op in program.ops], counts)}
-        assert set(rows) == {op.kind for op in program.ops} and rows["embed"][1:] == [0, 0, False]
+        assert set(rows) == {op.kind for op in program.ops} and rows["embed_f32"][1:] == [0, 0, False]
         experts = [op for op in program.ops if op.kind == f"expert_linear_{weights}"]
         macs = sum(counts[op.rows] * op.top_k * op.width * op.features for op in experts)
         shares = [min(1, counts[op.rows] * op.top_k / op.num_experts) for op in experts]

@@ -22,7 +22,7 @@ from lockstep.engine.model import emit_sampling
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.engine.selfcheck_sampling import ProbeModel
 from lockstep.engine.selfcheck_weights import stored
-from lockstep.models.record import LINEAR_FORMATS
+from lockstep.formats import FORMATS
 from lockstep.models.recording import record_on
 from lockstep.models.registry import FAMILIES
 from lockstep.models.shapes import AnyTensor
@@ -38,7 +38,6 @@ from lockstep.runtime.user_cache import cache_subfolder
 
 NUMERICS = 3  # version of the arithmetic: any change of any bit raises it
 GOLDEN = pathlib.Path(__file__).with_name("golden_kernels.json")
-FORMATS = LINEAR_FORMATS
 # token counts of two requests in each step: a page's end, tiles with rows to spare, decode beside prefill
 STEPS = ((61, 3), (5, 1), (1, 1))
 CONFIGS = {name: family.tiny for name, family in FAMILIES.items() if family.tiny}

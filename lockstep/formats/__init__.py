@@ -1,17 +1,20 @@
-"""Weight formats: how each is stored, packed and multiplied."""
+"""Weight formats: each is a file with one value, and a line here. Every table of formats is made from FORMATS."""
 
 from collections.abc import Mapping
-from types import ModuleType
 
-from lockstep.formats import q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0
+from lockstep.formats.bf16 import BF16
+from lockstep.formats.f16 import F16
+from lockstep.formats.f32 import F32
+from lockstep.formats.format import Format
+from lockstep.formats.q4_0 import Q4_0
+from lockstep.formats.q4_1 import Q4_1
+from lockstep.formats.q4_k import Q4_K
+from lockstep.formats.q5_0 import Q5_0
+from lockstep.formats.q5_1 import Q5_1
+from lockstep.formats.q5_k import Q5_K
+from lockstep.formats.q6_k import Q6_K
+from lockstep.formats.q8_0 import Q8_0
 
-BLOCK_FORMATS: Mapping[str, ModuleType] = {
-    "q8_0": q8_0,
-    "q4_0": q4_0,
-    "q4_1": q4_1,
-    "q5_0": q5_0,
-    "q5_1": q5_1,
-    "q4_k": q4_k,
-    "q5_k": q5_k,
-    "q6_k": q6_k,
-}
+ALL = (F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K)
+FORMATS: Mapping[str, Format] = {format.name: format for format in ALL}
+BLOCK_FORMATS: Mapping[str, Format] = {name: format for name, format in FORMATS.items() if format.is_quantized}

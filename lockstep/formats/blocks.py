@@ -1,4 +1,4 @@
-"""What all block formats share: a row of K weights is K / block_size blocks of block_bytes bytes each."""
+"""What all block formats share: a row of K weights is K / size blocks, each one element of a structured dtype."""
 
 import math
 from collections.abc import Callable
@@ -9,11 +9,11 @@ import numpy as np
 CHUNK_WEIGHTS = 1 << 18
 
 
-def row_bytes(columns: int, block_size: int, block_bytes: int) -> int:
-    """Bytes of one row of `columns` weights; raises ValueError unless blocks fill the row exactly."""
-    if columns % block_size:
-        raise ValueError(f"a row of {columns} weights is not a whole number of blocks of {block_size}")
-    return columns // block_size * block_bytes
+def row_bytes(columns: int, size: int, block: np.dtype) -> int:
+    """Bytes of one row of `columns` weights; raises ValueError unless blocks of `size` fill the row exactly."""
+    if columns % size:
+        raise ValueError(f"a row of {columns} weights is not a whole number of blocks of {size}")
+    return columns // size * block.itemsize
 
 
 def joined(fields: np.ndarray) -> np.ndarray:
@@ -21,21 +21,16 @@ def joined(fields: np.ndarray) -> np.ndarray:
     return fields.reshape(*fields.shape[:-2], fields.shape[-2] * fields.shape[-1])
 
 
-def as_blocks(packed: np.ndarray, block_bytes: int) -> np.ndarray:
-    """View packed rows uint8 [..., bytes] as uint8 [..., blocks, block_bytes].
+def as_blocks(packed: np.ndarray, block: np.dtype) -> np.ndarray:
+    """View packed rows uint8 [..., bytes] as blocks [..., blocks].
 
     Raises ValueError if the dtype is not uint8 or the last axis is not a whole number of blocks.
     """
     if packed.dtype != np.uint8:
         raise ValueError(f"packed blocks must be uint8, got {packed.dtype}")
-    if packed.ndim == 0 or packed.shape[-1] % block_bytes:
-        raise ValueError(f"packed rows of shape {packed.shape} are not whole blocks of {block_bytes} bytes")
-    return packed.reshape(*packed.shape[:-1], packed.shape[-1] // block_bytes, block_bytes)
-
-
-def field_f16(blocks: np.ndarray, offset: int) -> np.ndarray:
-    """The little-endian float16 stored at byte `offset` of each block: [..., blocks]."""
-    return np.ascontiguousarray(blocks[..., offset : offset + 2]).view("<f2")[..., 0]
+    if packed.ndim == 0 or packed.shape[-1] % block.itemsize:
+        raise ValueError(f"packed rows of shape {packed.shape} are not whole blocks of {block.itemsize} bytes")
+    return np.ascontiguousarray(packed).view(block)
 
 
 def nibbles(packed: np.ndarray) -> np.ndarray:
@@ -44,32 +39,46 @@ def nibbles(packed: np.ndarray) -> np.ndarray:
 
 
 def scaled(codes: np.ndarray, scale: np.ndarray, zero: int = 0) -> np.ndarray:
-    """scale * (codes - zero) in float32, for codes [blocks, block_size] and float16 scales [blocks, 1]."""
-    return (codes.astype(np.float32) - np.float32(zero)) * scale.astype(np.float32)
+    """scale * (codes - zero) in float32, for codes [blocks, size] and float16 scales [blocks]."""
+    return (codes.astype(np.float32) - np.float32(zero)) * scale.astype(np.float32)[:, None]
 
 
-def dequantize_in_chunks(
-    packed: np.ndarray, block_size: int, block_bytes: int, decode: Callable[[np.ndarray], np.ndarray]
+def in_chunks(
+    blocks: np.ndarray, size: int, made: tuple[int, np.dtype], convert: Callable[[np.ndarray], np.ndarray]
 ) -> np.ndarray:
-    """Decode packed rows uint8 [..., bytes] to float32 [..., K], a few rows' worth of blocks at a time.
+    """Blocks of `size` weights [num, ...] as `convert` makes them, a few rows' worth at a time.
 
-    `decode` maps uint8 [blocks, block_bytes] to float32 [blocks, block_size].
+    made: how many values convert(blocks) has for each block (0: one element, without an axis of its own), and their
+    dtype.
     """
+    width, dtype = made
+    result = np.empty((len(blocks), width) if width else len(blocks), dtype)
+    step = CHUNK_WEIGHTS // size
+    for start in range(0, len(blocks), step):
+        result[start : start + step] = convert(blocks[start : start + step])
+    return result
+
+
+def decoded(packed: np.ndarray, size: int, block: np.dtype, decode: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Packed rows uint8 [..., bytes] as float32 [..., K]; decode: blocks [num] to float32 [num, size]."""
+    blocks = as_blocks(packed, block)
     # A damaged file may hold infinite scales: check_finite names them, NumPy's warnings would not.
     with np.errstate(invalid="ignore", over="ignore"):
-        return _in_chunks(as_blocks(packed, block_bytes), block_size, block_size, np.float32, decode)
+        values = in_chunks(blocks.reshape(-1), size, (size, np.dtype(np.float32)), decode)
+    return values.reshape(*blocks.shape[:-1], blocks.shape[-1] * size)
 
 
-def _in_chunks(
-    blocks: np.ndarray, block_size: int, width: int, dtype: type, convert: Callable[[np.ndarray], np.ndarray]
-) -> np.ndarray:
-    """Blocks of block_size weights [..., blocks, n], each converted to `width` values: dtype [..., blocks * width]."""
-    flat = blocks.reshape(math.prod(blocks.shape[:-1]), blocks.shape[-1])
-    made = np.empty((len(flat), width), dtype)
-    step = CHUNK_WEIGHTS // block_size
-    for start in range(0, len(flat), step):
-        made[start : start + step] = convert(flat[start : start + step])
-    return joined(made.reshape(*blocks.shape[:-1], width))
+def encoded(weights: np.ndarray, size: int, block: np.dtype, encode: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Weights [..., K] as packed rows uint8 [..., bytes]; encode: float32 [num, size] to blocks [num].
+
+    ValueError unless K is whole blocks.
+    """
+    if weights.ndim == 0 or weights.shape[-1] % size:
+        raise ValueError(f"weights of shape {weights.shape} are not whole blocks of {size}")
+    count = math.prod(weights.shape[:-1]) * (weights.shape[-1] // size)
+    values = weights.astype(np.float32, copy=False).reshape(count, size)
+    blocks = in_chunks(values, size, (0, block), encode)
+    return blocks.view(np.uint8).reshape(*weights.shape[:-1], row_bytes(weights.shape[-1], size, block))
 
 
 def round_half_away(values: np.ndarray) -> np.ndarray:
@@ -92,17 +101,3 @@ def scale_to_f16(scale: np.ndarray) -> np.ndarray:
         largest = np.abs(scale).max()
         raise ValueError(f"block scale {largest} does not fit float16: the weights are too large for this format")
     return rounded
-
-
-def quantize_in_chunks(
-    weights: np.ndarray, block_size: int, block_bytes: int, encode: Callable[[np.ndarray], np.ndarray]
-) -> np.ndarray:
-    """Encode weights [..., K] to packed rows uint8 [..., bytes], a few rows' worth of blocks at a time.
-
-    `encode` maps float32 [blocks, block_size] to uint8 [blocks, block_bytes]. ValueError unless K is whole blocks.
-    """
-    if weights.ndim == 0 or weights.shape[-1] % block_size:
-        raise ValueError(f"weights of shape {weights.shape} are not whole blocks of {block_size}")
-    shape = (*weights.shape[:-1], weights.shape[-1] // block_size, block_size)
-    blocks = weights.astype(np.float32, copy=False).reshape(shape)
-    return _in_chunks(blocks, block_size, block_bytes, np.uint8, encode)

@@ -1,12 +1,15 @@
-"""Panels of sixteen output features: what the arrays of packed weights are made of, K in the order of the reduction."""
+"""Panels of sixteen output features: what the arrays of packed weights are made of, K in the order of the reduction.
+
+A format says as a structured dtype what a panel holds for the weights of a block; here is how values lie in a field.
+"""
 
 from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 
 Arrange = Callable[[np.ndarray], np.ndarray]
 Output = tuple[np.ndarray, Arrange]
+Placed = dict[str, tuple[Arrange, np.ndarray]]  # what a field of a panel holds: values of rows, and how they lie
 PANEL = 16
 
 
@@ -41,19 +44,3 @@ def fifth_bits(values: np.ndarray) -> np.ndarray:
     eight = values.reshape(values.shape[0], PANEL, -1, 8, 4)
     shifts = np.arange(8, dtype=np.uint8)[:, None]
     return np.bitwise_or.reduce(eight.astype(np.uint8) << shifts, axis=3).transpose(0, 2, 1, 3)
-
-
-def in_blocks(arrange: Arrange, per_block: int, *parts: int) -> Arrange:
-    """An arrangement of [panels, 16, per_block * blocks of a row] as [panels, blocks, *parts, values of a part]."""
-    return lambda v: arrange(v).reshape(v.shape[0], v.shape[2] // per_block, *parts, -1)
-
-
-def block_field(blocks: np.ndarray, start: int, count: int, dtype: npt.DTypeLike = np.uint8) -> np.ndarray:
-    """A field of every block, `start` bytes into it: uint8 [panels, blocks, bytes] as dtype [panels, blocks, count]."""
-    return blocks[..., start : start + count * np.dtype(dtype).itemsize].view(dtype)
-
-
-def low_and_high(fields: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
-    """Codes as their bits from the fifth on and their low four, and the other fields."""
-    codes, *rest = fields
-    return codes >> 4, codes & 15, *rest

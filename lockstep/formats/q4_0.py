@@ -3,44 +3,82 @@
     byte 0..1   d, float16
     byte 2..17  low nibble of byte 2 + i is q[i], high nibble is q[i + 16]
 
-Source: block_q4_0 in ggml-common.h; quantize is its reference quantizer's arithmetic.
+Source: block_q4_0 in ggml-common.h; encode is its reference quantizer's arithmetic.
 """
 
 import numpy as np
 
 from lockstep.formats import blocks as blk
+from lockstep.formats.dots import LOW_BITS, dots_u4, with_zero_points
+from lockstep.formats.format import SCALES, Format, Lookup, Packed, Stored
+from lockstep.formats.layout import offsets
+from lockstep.formats.panels import k_major, nibble_pairs
+from lockstep.formats.products import CODES as PRODUCT
+from lockstep.formats.scalars import half, low_bits
+from lockstep.runtime.kernel import definition, inlined
+from lockstep.runtime.simd import bit_and, load_u8, peek_f16, shift_right, store, to_f32
 
-BLOCK_SIZE = 32
-BLOCK_BYTES = 18
+BLOCK = np.dtype([("d", "<f2"), ("codes", "u1", 16)])
+BYTES, (D, CODES) = BLOCK.itemsize, offsets(BLOCK)
+PANEL = np.dtype([("codes", LOW_BITS)])
+ZERO = 8
+EIGHT = np.int32(ZERO)
 
 
-def split(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Fields of packed rows uint8 [..., bytes]: codes uint8 0..15 [..., K] and scales float16 [..., K / 32]."""
-    blocks = blk.as_blocks(packed, BLOCK_BYTES)
-    return blk.joined(blk.nibbles(blocks[..., 2:])), blk.field_f16(blocks, 0)
+def unpack(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Codes uint8 0..15 [..., K] and scales float16 [..., K / 32]."""
+    return blk.joined(blk.nibbles(blocks["codes"])), blocks["d"]
 
 
-def dequantize(packed: np.ndarray) -> np.ndarray:
-    """Packed rows uint8 [..., bytes] to float32 [..., K]. Error: none, each product is exact in float32."""
-    return blk.dequantize_in_chunks(packed, BLOCK_SIZE, BLOCK_BYTES, lambda blocks: blk.scaled(*split(blocks), zero=8))
+def decode(blocks: np.ndarray) -> np.ndarray:
+    """float32 [num, 32]. Error: none, each product is exact in float32."""
+    return blk.scaled(blk.nibbles(blocks["codes"]), blocks["d"], ZERO)
 
 
-def quantize(weights: np.ndarray) -> np.ndarray:
-    """Finite weights [..., K] to packed rows uint8 [..., bytes].
+def encode(weights: np.ndarray) -> np.ndarray:
+    """Blocks of float32 [num, 32]: the weight of largest magnitude becomes code 0, so d has the opposite of its sign.
 
-    The weight of largest magnitude becomes code 0, so d has the opposite of its sign.
     Error: at most one code, |d|, plus the rounding of d to float16. Source: quantize_row_q4_0_ref.
     """
-    return blk.quantize_in_chunks(weights, BLOCK_SIZE, BLOCK_BYTES, _encode)
-
-
-def _encode(weights: np.ndarray) -> np.ndarray:
     # argmax takes the first of equal magnitudes, as the reference does.
     largest = np.abs(weights).argmax(axis=1)
-    scale = weights[np.arange(len(weights)), largest] / np.float32(-8)
-    shifted = weights * blk.inverse_or_zero(scale)[:, None] + np.float32(8.5)
+    scale = weights[np.arange(len(weights)), largest] / np.float32(-ZERO)
+    shifted = weights * blk.inverse_or_zero(scale)[:, None] + np.float32(ZERO + 0.5)
     codes = np.minimum(shifted.astype(np.uint8), 15)
-    blocks = np.empty((len(weights), BLOCK_BYTES), np.uint8)
-    blocks[:, :2] = blk.scale_to_f16(scale)[:, None].view(np.uint8)
-    blocks[:, 2:] = codes[:, :16] | codes[:, 16:] << 4
+    blocks = np.empty(len(weights), BLOCK)
+    blocks["d"], blocks["codes"] = blk.scale_to_f16(scale), codes[:, :16] | codes[:, 16:] << 4
     return blocks
+
+
+def tile(s):
+    """acc = fma(float(dot), w_scale * a_scale, acc): bias is -128 * sum, so bias >> 4 is -8 * sum."""
+    return with_zero_points(s, PANEL, dots_u4, 4)
+
+
+@definition
+def weight(row_B, i):
+    """Weight i of a row."""
+    block = BYTES * (i // 32)
+    return half(row_B, block + D) * np.float32(low_bits(row_B, block + CODES, i) - ZERO)
+
+
+@inlined
+def store_block(block, scale, out):
+    """The weights of a block."""
+    d, codes = peek_f16(block + D), load_u8(block + CODES)
+    store(out, to_f32(bit_and(codes, 15) - EIGHT) * d * scale)
+    store(out + 64, to_f32(shift_right(codes, 4) - EIGHT) * d * scale)
+
+
+Q4_0 = Format(
+    "q4_0",
+    gguf_type=2,
+    stored=Stored(BLOCK, 32, unpack, decode, encode),
+    packed=Packed(PANEL, 32, lambda codes, d: {"codes": (nibble_pairs, codes), "d": (k_major, d)}, SCALES),
+    product=PRODUCT,
+    tile=tile,
+    lookup=Lookup(weight, store_block, 32),
+    fallback="f32",
+    zero=ZERO,
+    is_choice=True,
+)

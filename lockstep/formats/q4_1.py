@@ -10,22 +10,53 @@ Source: block_q4_1 in ggml-common.h.
 import numpy as np
 
 from lockstep.formats import blocks as blk
+from lockstep.formats.affine import decoded, placed, store_affine
+from lockstep.formats.dots import LOW_BITS, dots_u4, with_minima
+from lockstep.formats.format import Format, Lookup, Packed, Stored
+from lockstep.formats.layout import offsets
+from lockstep.formats.panels import PANEL as FEATURES
+from lockstep.formats.panels import Placed, nibble_pairs
+from lockstep.formats.products import CODES_AND_MINIMA
+from lockstep.formats.scalars import half, low_bits
+from lockstep.runtime.kernel import definition, inlined
+from lockstep.runtime.simd import bit_and, load_u8, shift_right
 
-BLOCK_SIZE = 32
-BLOCK_BYTES = 20
+BLOCK = np.dtype([("d", "<f2"), ("m", "<f2"), ("codes", "u1", 16)])
+BYTES, (D, M, CODES) = BLOCK.itemsize, offsets(BLOCK)
+PANEL = np.dtype([("d", "<f2", FEATURES), ("m", "<f2", FEATURES), ("codes", LOW_BITS)])
 
 
-def split(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Fields of packed rows uint8 [..., bytes]: codes uint8 0..15 [..., K], d and m float16 [..., K / 32]."""
-    blocks = blk.as_blocks(packed, BLOCK_BYTES)
-    return blk.joined(blk.nibbles(blocks[..., 4:])), blk.field_f16(blocks, 0), blk.field_f16(blocks, 2)
+def unpack(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Codes uint8 0..15 [..., K], d and m float16 [..., K / 32]."""
+    return blk.joined(blk.nibbles(blocks["codes"])), blocks["d"], blocks["m"]
 
 
-def dequantize(packed: np.ndarray) -> np.ndarray:
-    """Packed rows uint8 [..., bytes] to float32 [..., K]. Error: one rounding, of the addition."""
-    return blk.dequantize_in_chunks(packed, BLOCK_SIZE, BLOCK_BYTES, lambda blocks: affine(*split(blocks)))
+def arrange(codes: np.ndarray, d: np.ndarray, m: np.ndarray) -> Placed:
+    return {"codes": (nibble_pairs, codes), **placed(d, m)}
 
 
-def affine(codes: np.ndarray, scale: np.ndarray, minimum: np.ndarray) -> np.ndarray:
-    """d * q + m for codes q [blocks, 32], d and m [blocks, 1]."""
-    return blk.scaled(codes, scale) + minimum.astype(np.float32)
+@definition
+def weight(row_B, i):
+    """Weight i of a row."""
+    block = BYTES * (i // 32)
+    return half(row_B, block + D) * np.float32(low_bits(row_B, block + CODES, i)) + half(row_B, block + M)
+
+
+@inlined
+def store_block(block, scale, out):
+    """The weights of a block."""
+    codes = load_u8(block + CODES)
+    store_affine((bit_and(codes, 15), shift_right(codes, 4)), block + D, block + M, scale, out)
+
+
+Q4_1 = Format(
+    "q4_1",
+    gguf_type=3,
+    stored=Stored(BLOCK, 32, unpack, lambda blocks: decoded(blk.nibbles(blocks["codes"]), blocks)),
+    packed=Packed(PANEL, 32, arrange),
+    product=CODES_AND_MINIMA,
+    tile=lambda s: with_minima(s, PANEL, dots_u4),
+    lookup=Lookup(weight, store_block, 32),
+    fallback="f32",
+    made_up_scale=2.0**-8,
+)

@@ -10,22 +10,58 @@ Source: block_q5_0 in ggml-common.h.
 import numpy as np
 
 from lockstep.formats import blocks as blk
+from lockstep.formats.dots import with_zero_points
+from lockstep.formats.five_bits import FIVE_BITS, code, codes_of, dots_u5, loaded_codes, placed
+from lockstep.formats.format import SCALES, Format, Lookup, Packed, Stored
+from lockstep.formats.layout import offsets
+from lockstep.formats.panels import k_major
+from lockstep.formats.products import CODES
+from lockstep.formats.scalars import half
+from lockstep.runtime.kernel import definition, inlined
+from lockstep.runtime.simd import peek_f16, store, to_f32
 
-BLOCK_SIZE = 32
-BLOCK_BYTES = 22
+BLOCK = np.dtype([("d", "<f2"), ("fifth", "u1", 4), ("low", "u1", 16)])
+BYTES, (D, FIFTH, LOW) = BLOCK.itemsize, offsets(BLOCK)
+PANEL = np.dtype([("codes", FIVE_BITS)])
+ZERO = 16
+SIXTEEN = np.int32(ZERO)
 
 
-def split(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Fields of packed rows uint8 [..., bytes]: codes q uint8 0..31 [..., K] and scales float16 [..., K / 32]."""
-    blocks = blk.as_blocks(packed, BLOCK_BYTES)
-    return blk.joined(five_bits(blocks[..., 2:6], blocks[..., 6:])), blk.field_f16(blocks, 0)
+def unpack(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Codes uint8 0..31 [..., K] and scales float16 [..., K / 32]."""
+    return blk.joined(codes_of(blocks)), blocks["d"]
 
 
-def dequantize(packed: np.ndarray) -> np.ndarray:
-    """Packed rows uint8 [..., bytes] to float32 [..., K]. Error: none, each product is exact in float32."""
-    return blk.dequantize_in_chunks(packed, BLOCK_SIZE, BLOCK_BYTES, lambda blocks: blk.scaled(*split(blocks), zero=16))
+def tile(s):
+    """acc = fma(float(dot), w_scale * a_scale, acc): bias is -128 * sum, so bias >> 3 is -16 * sum."""
+    return with_zero_points(s, PANEL, dots_u5, 3)
 
 
-def five_bits(fifth: np.ndarray, low: np.ndarray) -> np.ndarray:
-    """Codes 0..31 of blocks, uint8 [..., 32], from their fifth bits [..., 4] and low bits [..., 16]."""
-    return blk.nibbles(low) | np.unpackbits(fifth, axis=-1, bitorder="little") << 4
+@definition
+def weight(row_B, i):
+    """Weight i of a row."""
+    block = BYTES * (i // 32)
+    return half(row_B, block + D) * np.float32(code(row_B, block + FIFTH, block + LOW, i) - ZERO)
+
+
+@inlined
+def store_block(block, scale, out):
+    """The weights of a block."""
+    d = peek_f16(block + D)
+    first, last = loaded_codes(block + FIFTH, block + LOW)
+    store(out, to_f32(first - SIXTEEN) * d * scale)
+    store(out + 64, to_f32(last - SIXTEEN) * d * scale)
+
+
+Q5_0 = Format(
+    "q5_0",
+    gguf_type=6,
+    stored=Stored(BLOCK, 32, unpack, lambda blocks: blk.scaled(codes_of(blocks), blocks["d"], ZERO)),
+    packed=Packed(PANEL, 32, lambda codes, d: {**placed(codes), "d": (k_major, d)}, SCALES),
+    product=CODES,
+    tile=tile,
+    lookup=Lookup(weight, store_block, 32),
+    fallback="f32",
+    zero=ZERO,
+    made_up_scale=2.0**-8,
+)

@@ -10,21 +10,55 @@ Source: block_q5_1 in ggml-common.h.
 
 import numpy as np
 
+from lockstep.formats import affine, five_bits
 from lockstep.formats import blocks as blk
-from lockstep.formats.q4_1 import affine
-from lockstep.formats.q5_0 import five_bits
+from lockstep.formats.dots import with_minima
+from lockstep.formats.five_bits import FIVE_BITS
+from lockstep.formats.format import Format, Lookup, Packed, Stored
+from lockstep.formats.layout import offsets
+from lockstep.formats.panels import PANEL as FEATURES
+from lockstep.formats.panels import Placed
+from lockstep.formats.products import CODES_AND_MINIMA
+from lockstep.formats.scalars import half
+from lockstep.runtime.kernel import definition, inlined
 
-BLOCK_SIZE = 32
-BLOCK_BYTES = 24
+BLOCK = np.dtype([("d", "<f2"), ("m", "<f2"), ("fifth", "u1", 4), ("low", "u1", 16)])
+BYTES, (D, M, FIFTH, LOW) = BLOCK.itemsize, offsets(BLOCK)
+PANEL = np.dtype([("d", "<f2", FEATURES), ("m", "<f2", FEATURES), ("codes", FIVE_BITS)])
 
 
-def split(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Fields of packed rows uint8 [..., bytes]: codes uint8 0..31 [..., K], d and m float16 [..., K / 32]."""
-    blocks = blk.as_blocks(packed, BLOCK_BYTES)
-    codes = five_bits(blocks[..., 4:8], blocks[..., 8:])
-    return blk.joined(codes), blk.field_f16(blocks, 0), blk.field_f16(blocks, 2)
+def unpack(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Codes uint8 0..31 [..., K], d and m float16 [..., K / 32]."""
+    return blk.joined(five_bits.codes_of(blocks)), blocks["d"], blocks["m"]
 
 
-def dequantize(packed: np.ndarray) -> np.ndarray:
-    """Packed rows uint8 [..., bytes] to float32 [..., K]. Error: one rounding, of the addition."""
-    return blk.dequantize_in_chunks(packed, BLOCK_SIZE, BLOCK_BYTES, lambda blocks: affine(*split(blocks)))
+def arrange(codes: np.ndarray, d: np.ndarray, m: np.ndarray) -> Placed:
+    return {**five_bits.placed(codes), **affine.placed(d, m)}
+
+
+@definition
+def weight(row_B, i):
+    """Weight i of a row."""
+    block = BYTES * (i // 32)
+    code = five_bits.code(row_B, block + FIFTH, block + LOW, i)
+    return half(row_B, block + D) * np.float32(code) + half(row_B, block + M)
+
+
+@inlined
+def store_block(block, scale, out):
+    """The weights of a block."""
+    codes = five_bits.loaded_codes(block + FIFTH, block + LOW)
+    affine.store_affine(codes, block + D, block + M, scale, out)
+
+
+Q5_1 = Format(
+    "q5_1",
+    gguf_type=7,
+    stored=Stored(BLOCK, 32, unpack, lambda blocks: affine.decoded(five_bits.codes_of(blocks), blocks)),
+    packed=Packed(PANEL, 32, arrange),
+    product=CODES_AND_MINIMA,
+    tile=lambda s: with_minima(s, PANEL, five_bits.dots_u5),
+    lookup=Lookup(weight, store_block, 32),
+    fallback="f32",
+    made_up_scale=2.0**-9,
+)

@@ -9,22 +9,65 @@ Source: block_q5_K in ggml-common.h and dequantize_row_q5_K in ggml-quants.c.
 
 import numpy as np
 
-from lockstep.formats import blocks as blk
-from lockstep.formats.q4_k import affine, fields
+from lockstep.formats import five_bits, k_scales
+from lockstep.formats.five_bits import FIVE_BITS
+from lockstep.formats.format import Format, Lookup, Packed, Stored
+from lockstep.formats.layout import offset
+from lockstep.formats.panels import Placed
+from lockstep.formats.scalars import byte
+from lockstep.runtime.kernel import definition, inlined
+from lockstep.runtime.simd import bit_and, load_u8, shift_right
 
-BLOCK_SIZE = 256
-BLOCK_BYTES = 176
+BLOCK = np.dtype([*k_scales.HEAD, ("fifth", "u1", 32), ("low", "u1", (4, 32))])
+BYTES, FIFTH, LOW = BLOCK.itemsize, offset(BLOCK, "fifth"), offset(BLOCK, "low")
+PANEL = np.dtype([*k_scales.PANEL_HEAD, ("codes", FIVE_BITS, 8)])
+SIXTEEN = np.int32(16)
 
 
-def split(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Fields of packed rows uint8 [..., bytes]: as `q4_k.split`, with codes 0..31."""
-    blocks = blk.as_blocks(packed, BLOCK_BYTES)
-    shape = blocks.shape[:-1]
-    low = blk.nibbles(blocks[..., 48:].reshape(*shape, 4, 32)).reshape(*shape, 8, 32)
+def codes_of(blocks: np.ndarray) -> np.ndarray:
+    """Codes 0..31 of blocks [..., 256]."""
+    low = k_scales.low_codes(blocks["low"]).reshape(*blocks.shape, 8, 32)
     groups = np.arange(8, dtype=np.uint8)[:, None]
-    return fields(blocks, low | (blocks[..., None, 16:48] >> groups & 1) << 4)
+    codes = low | (blocks["fifth"][..., None, :] >> groups & 1) << 4
+    return codes.reshape(*blocks.shape, 256)
 
 
-def dequantize(packed: np.ndarray) -> np.ndarray:
-    """Packed rows uint8 [..., bytes] to float32 [..., K]. Error: one rounding, of the subtraction."""
-    return blk.dequantize_in_chunks(packed, BLOCK_SIZE, BLOCK_BYTES, lambda blocks: affine(*split(blocks)))
+def unpack(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Codes uint8 0..31 [..., K], d, dmin, sc and m."""
+    return k_scales.unpacked(codes_of(blocks), blocks)
+
+
+def arrange(codes: np.ndarray, *scales: np.ndarray) -> Placed:
+    return {**five_bits.placed(codes), **k_scales.placed(*scales)}
+
+
+@definition
+def weight(row_B, i):
+    """Weight i of a row."""
+    block_B, j = row_B[BYTES * (i // 256) :], i % 256
+    fifth = byte(block_B, FIFTH + j % 32) >> j // 32 & 1
+    return k_scales.weight(block_B, j, k_scales.low_code(block_B, LOW, j) | fifth << 4)
+
+
+@inlined
+def store_block(block, scale, out):
+    """As of Q4_K; bit g of byte i of the fifth bits belongs to weight i of the g-th 32."""
+    for pair in range(4):
+        for i in range(0, 32, 16):
+            codes, fifth = load_u8(block + LOW + 32 * pair + i), shift_right(load_u8(block + FIFTH + i), 2 * pair)
+            low = bit_and(codes, 15) + bit_and(fifth, 1) * SIXTEEN
+            high = shift_right(codes, 4) + bit_and(shift_right(fifth, 1), 1) * SIXTEEN
+            k_scales.store_pair(low, high, block, pair, scale, out + 256 * pair + 4 * i)
+
+
+Q5_K = Format(
+    "q5_k",
+    gguf_type=13,
+    stored=Stored(BLOCK, 256, unpack, lambda blocks: k_scales.decoded(codes_of(blocks), blocks)),
+    packed=Packed(PANEL, 256, arrange),
+    product=k_scales.PRODUCT,
+    tile=lambda s: k_scales.tile(s, PANEL, five_bits.dots_u5),
+    lookup=Lookup(weight, store_block, 256),
+    fallback="bf16",
+    made_up_scale=2.0**-15,
+)

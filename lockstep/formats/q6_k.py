@@ -5,43 +5,245 @@
     byte 192..207  sc, int8
     byte 208..209  d, float16
 
+In a panel the two high bits of the codes k, k + 4, k + 8, k + 12 share a byte, lowest first; they lie beside the low
+nibbles of the same 32 k, so that one row reads one stream.
+
 Source: block_q6_K in ggml-common.h and dequantize_row_q6_K in ggml-quants.c.
 """
 
 import numpy as np
+from numba import int8
 
 from lockstep.formats import blocks as blk
+from lockstep.formats import scalars
+from lockstep.formats.dots import GROUP_BYTES, LOW_BITS, nibbles
+from lockstep.formats.format import Format, Lookup, Packed, Stored
+from lockstep.formats.k_scales import block_of, inside
+from lockstep.formats.layout import offset, offsets, part_bytes
+from lockstep.formats.panels import PANEL as FEATURES
+from lockstep.formats.panels import Placed, k_major, nibble_pairs
+from lockstep.formats.products import ZERO, Product, codes_at, floats_at
+from lockstep.formats.rows import QUANTIZED
+from lockstep.formats.scalars import byte, nibble
+from lockstep.runtime.emit import fma as emit_fma
+from lockstep.runtime.emit import moved, pinned, read, spread, spread4, vector, words
+from lockstep.runtime.kernel import definition, inlined
+from lockstep.runtime.simd import (
+    F32,
+    I8,
+    I32,
+    bit_and,
+    call,
+    constant,
+    fma,
+    load_u8,
+    peek,
+    peek_f16,
+    shift_right,
+    store,
+    to_f32,
+)
+from lockstep.runtime.tiles_dots import WIDE, maddubs, maddwd
 
-BLOCK_SIZE = 256
-BLOCK_BYTES = 210
+BLOCK = np.dtype([("low", "u1", (2, 64)), ("high", "u1", (2, 32)), ("sc", "i1", 16), ("d", "<f2")])
+BYTES, (LOW, HIGH, SC, D) = BLOCK.itemsize, offsets(BLOCK)
+CODES = np.dtype([("low", LOW_BITS), ("high", "u1", (2, FEATURES, 4))])  # of 32 k
+PANEL = np.dtype([("d", "<f4", FEATURES), ("sc", "i1", (16, FEATURES)), ("codes", CODES, 8)])
+SIXTEEN, THIRTY_TWO = np.int32(16), np.int32(32)
 
 
-def split(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Fields of packed rows uint8 [..., bytes].
-
-    Returns codes int8 -32..31 [..., K], scales int8 [..., K / 16] and d float16 [..., K / 256].
-    """
-    blocks = blk.as_blocks(packed, BLOCK_BYTES)
-    scales = np.ascontiguousarray(blocks[..., 192:208]).view(np.int8)
-    return blk.joined(_codes(blocks)), blk.joined(scales), blk.field_f16(blocks, 208)
-
-
-def dequantize(packed: np.ndarray) -> np.ndarray:
-    """Packed rows uint8 [..., bytes] to float32 [..., K]. Error: none, each product is exact in float32."""
-    return blk.dequantize_in_chunks(packed, BLOCK_SIZE, BLOCK_BYTES, _decode)
+def unpack(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Codes int8 -32..31 [..., K], scales int8 [..., K / 16] and d float16 [..., K / 256]."""
+    return blk.joined(_codes(blocks)), blk.joined(blocks["sc"]), blocks["d"]
 
 
 def _codes(blocks: np.ndarray) -> np.ndarray:
-    rows = blocks.shape[:-1]
-    low = blk.nibbles(blocks[..., 0:128].reshape(*rows, 2, 64)).reshape(*rows, 2, 4, 32)
-    pairs = blocks[..., 128:192].reshape(*rows, 2, 1, 32)
+    low = blk.nibbles(blocks["low"]).reshape(*blocks.shape, 2, 4, 32)
     shifts = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
-    codes = low | (pairs >> shifts & 3) << 4
-    return codes.reshape(*rows, BLOCK_SIZE).view(np.int8) - np.int8(32)
+    codes = low | (blocks["high"][..., None, :] >> shifts & 3) << 4
+    return codes.reshape(*blocks.shape, 256).view(np.int8) - np.int8(32)
 
 
-def _decode(blocks: np.ndarray) -> np.ndarray:
-    codes, scales, d = split(blocks)
-    scale = d.astype(np.float32) * scales
-    grouped = codes.reshape(-1, 16, 16).astype(np.float32)
-    return (scale[:, :, None] * grouped).reshape(-1, BLOCK_SIZE)
+def decode(blocks: np.ndarray) -> np.ndarray:
+    """float32 [num, 256]. Error: none, each product is exact in float32."""
+    scale = blocks["d"].astype(np.float32)[:, None] * blocks["sc"]
+    grouped = _codes(blocks).reshape(-1, 16, 16).astype(np.float32)
+    return (scale[:, :, None] * grouped).reshape(-1, 256)
+
+
+def arrange(codes: np.ndarray, sc: np.ndarray, d: np.ndarray) -> Placed:
+    codes = (codes + np.int8(32)).view(np.uint8)
+    return {
+        "codes.low": (nibble_pairs, codes & 15),
+        "codes.high": (_high_bits, codes >> 4),
+        "sc": (k_major, sc),
+        "d": (k_major, d.astype(np.float32)),
+    }
+
+
+def _high_bits(values: np.ndarray) -> np.ndarray:
+    """Codes 0..3 [panels, 16, K] to bytes [panels, K / 16, 16, 4]."""
+    four = values.reshape(values.shape[0], FEATURES, -1, 4, 4).transpose(0, 2, 1, 3, 4)
+    return four[..., 0, :] | four[..., 1, :] << 2 | four[..., 2, :] << 4 | four[..., 3, :] << 6
+
+
+@definition
+def dot_q6_k(a_K, a_scale, codes_K, sc, d):
+    """sum of a_scale * a[k] * d * sc * code[k], with d for 256 weights, a_scale for 32 and the integer sc for 16.
+
+    Order: acc = fma(float(sc0 * dot0 + sc1 * dot1), d * a_scale, acc) for each block of 32, ascending from +0; the
+      integers, dots of the block's first and last 16, are exact and below 2**24.
+    """
+    acc = ZERO
+    for b in range(a_scale.size):
+        total = 0
+        for k in range(32 * b, 32 * b + 32):
+            total += np.int64(sc[k // 16]) * np.int64(a_K[k]) * np.int64(codes_K[k])
+        acc = fma(np.float32(total), d[b // 8] * a_scale[b], acc)
+    return acc
+
+
+@inlined
+def row_dot(x, w, n, K):
+    sc, d = codes_at(w.sc, n, K // 16), floats_at(w.d, n, K // 256)
+    return dot_q6_k(x[0], x[1], codes_at(w.codes, n, K), sc, d)
+
+
+def tile(s):
+    """acc = fma(float(sc0 * dot0 + sc1 * dot1), d * a_scale, acc): a scale for the first 16 and one for the last."""
+    dots, b = _q6_avx2 if s.how == "avx2" else _q6_wide, s.b
+
+    def block(i, acc):
+        start, j = block_of(s, i, PANEL.itemsize)
+        for c, w in enumerate(s.w):
+            low, high, scales = (
+                moved(b, moved(b, w, inside(s, start, j, size)), offset(PANEL, path) + each * s.first[c])
+                for path, size, each in (
+                    ("codes.low", part_bytes(PANEL, "codes"), 4),
+                    ("codes.high", part_bytes(PANEL, "codes"), 4),
+                    ("sc", 2 * part_bytes(PANEL, "sc"), 1),
+                )
+            )
+            found = dots(s, i, low, high, [_scale(s, scales, half) for half in (0, 1)])
+            d = read(b, moved(b, moved(b, w, start), 4 * s.first[c]), s.floats, 4 * s.lanes)
+            for r in range(s.rows):
+                factor = b.fmul(d, spread(b, s.a_scale(r, i), F32, s.lanes))
+                acc[r, c] = emit_fma(b, b.sitofp(found[r], s.floats), factor, acc[r, c])
+        return acc
+
+    return s.blocks(32, block, PANEL.itemsize // 8)
+
+
+def _scale(s, scales, half):
+    """The int8 scales of a half block, as int32."""
+    return s.b.sext(read(s.b, moved(s.b, scales, part_bytes(PANEL, "sc") * half), vector(I8, s.lanes), s.lanes), s.ints)
+
+
+def _two_codes(s, low, high, half, first):
+    """Codes 0..63 of groups `first` (0 or 2) and first + 1 of a half block: nibbles of low, two bits of high."""
+    b, kind = s.b, vector(I8, 4 * s.lanes)
+    nibble = nibbles(b, read(b, moved(b, low, 2 * GROUP_BYTES * half + GROUP_BYTES * first // 2), kind, 4 * s.lanes))
+    bits = words(b, read(b, moved(b, high, GROUP_BYTES * half), kind, 4 * s.lanes))
+    shift = lambda move, count: b.bitcast(move(bits, constant(bits.type, count)) if count else bits, kind)
+    upper = (shift(b.shl, 4), shift(b.shl, 2)) if first == 0 else (shift(b.shl, 0), shift(b.lshr, 2))
+    return [b.or_(n, b.and_(u, constant(kind, 0x30))) for n, u in zip(nibble, upper, strict=True)]
+
+
+def _zero_point(s, scale):
+    """Pairs of int16, -32 times the two scales: what codes 0..63 instead of -32..31 add too much per activation."""
+    b = s.b
+    both = b.or_(b.and_(scale[0], constant(s.ints, 0xFFFF)), b.shl(scale[1], constant(s.ints, 16)))
+    return b.mul(words(b, both), constant(words(b, both).type, -32))
+
+
+def _q6_wide(s, i, low, high, scale):
+    b, dot, totals = s.b, WIDE[s.how], [None] * s.rows
+    for half in (0, 1):
+        dots = [constant(s.ints, 0)] * s.rows
+        for first in (0, 2):
+            codes = _two_codes(s, low, high, half, first)
+            for r in range(s.rows):
+                for g in (0, 1):
+                    dots[r] = dot(b, dots[r], codes[g], spread4(b, s.code(r, i, 16 * half + 4 * (first + g)), s.lanes))
+        products = [b.mul(v, scale[half]) for v in dots]
+        totals = pinned(b, [b.add(t, v) for t, v in zip(totals, products, strict=True)] if half else products)
+    zero_point = _zero_point(s, scale)
+    sums = [words(b, spread(b, s.sums(r, i), I32, s.lanes)) for r in range(s.rows)]
+    return [PAIRS[s.how](b, total, zero_point, both) for total, both in zip(totals, sums, strict=True)]
+
+
+def _pairs_vnni(b, acc, x, y):
+    name = f"llvm.x86.avx512.vpdpwssd.{32 * acc.type.count}"
+    return call(b, name, acc.type, [acc, b.bitcast(x, acc.type), b.bitcast(y, acc.type)])
+
+
+def _pairs_anywhere(b, acc, x, y):
+    """acc + x[2i] * y[2i] + x[2i + 1] * y[2i + 1] for int16 x and y."""
+    wide = acc.type
+    for shift in (16, 0):
+        parts = [b.ashr(b.shl(b.bitcast(v, wide), constant(wide, shift)), constant(wide, 16)) for v in (x, y)]
+        acc = b.add(acc, b.mul(*parts))
+    return acc
+
+
+PAIRS = {"avx512_vnni": _pairs_vnni, "avx_vnni": _pairs_vnni, "sdot": _pairs_anywhere, "generic": _pairs_anywhere}
+
+
+def _q6_avx2(s, i, low, high, scale):
+    """Pairs of two groups stay below 4 * 63 * 127 = 32004; PMADDWD multiplies by the scale as it widens."""
+    b = s.b
+    zero_point = _zero_point(s, scale)
+    totals = [maddwd(b, zero_point, words(b, spread(b, s.sums(r, i), I32, s.lanes))) for r in range(s.rows)]
+    for half in (0, 1):
+        twice = b.or_(b.and_(scale[half], constant(s.ints, 0xFFFF)), b.shl(scale[half], constant(s.ints, 16)))
+        for first in (0, 2):
+            codes = _two_codes(s, low, high, half, first)
+            for r in range(s.rows):
+                places = [s.code(r, i, 16 * half + 4 * (first + g)) for g in (0, 1)]
+                sums = [maddubs(b, code, spread4(b, place, s.lanes)) for code, place in zip(codes, places, strict=True)]
+                totals[r] = b.add(totals[r], maddwd(b, b.add(*sums), words(b, twice)))
+            totals = pinned(b, totals)
+    return totals
+
+
+@definition
+def weight(row_B, i):
+    """Weight i of a row."""
+    block_B, j = row_B[BYTES * (i // 256) :], i % 256
+    part, k = j // 128, j % 128
+    low = nibble(block_B, LOW + 64 * part + k % 64, k // 64)
+    high = byte(block_B, HIGH + 32 * part + k % 32) >> 2 * (k // 32) & 3
+    return scalars.half(block_B, D) * np.float32(block_B[SC + j // 16]) * np.float32((low | high << 4) - 32)
+
+
+@inlined
+def store_block(block, scale, out):
+    """Sixteen bytes of high bits serve four times sixteen weights, 32 apart."""
+    for i in range(0, 64, 16):
+        part, j = i // 32, i % 32
+        low, high = block + LOW + 64 * part + j, load_u8(block + HIGH + 32 * part + j)
+        first, second = load_u8(low), load_u8(low + 32)
+        sc, to = block + SC + 8 * part + j // 16, out + 512 * part + 4 * j
+        _store(bit_and(first, 15), high, block, sc, scale, to)
+        _store(bit_and(second, 15), shift_right(high, 2), block, sc + 2, scale, to + 128)
+        _store(shift_right(first, 4), shift_right(high, 4), block, sc + 4, scale, to + 256)
+        _store(shift_right(second, 4), shift_right(high, 6), block, sc + 6, scale, to + 384)
+
+
+@inlined
+def _store(low, high, block, sc, scale, out):
+    d_sc = peek_f16(block + D) * np.float32(peek(sc, int8))
+    store(out, to_f32(low + bit_and(high, 3) * SIXTEEN - THIRTY_TWO) * d_sc * scale)
+
+
+Q6_K = Format(
+    "q6_k",
+    gguf_type=14,
+    stored=Stored(BLOCK, 256, unpack, decode),
+    packed=Packed(PANEL, 256, arrange),
+    product=Product("q6_k", QUANTIZED, ("codes", "sc", "d"), row_dot),
+    tile=tile,
+    lookup=Lookup(weight, store_block, 256),
+    fallback="bf16",
+    made_up_scale=2.0**-18,
+)

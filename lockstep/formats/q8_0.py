@@ -3,41 +3,138 @@
     byte 0..1   d, float16
     byte 2..33  q[0..31], int8
 
-Source: block_q8_0 in ggml-common.h; quantize is its reference quantizer's arithmetic.
+Source: block_q8_0 in ggml-common.h; encode is its reference quantizer's arithmetic.
 """
 
 import numpy as np
 
 from lockstep.formats import blocks as blk
+from lockstep.formats.dots import GROUP_BYTES, scale_add, w_scales, zero_points
+from lockstep.formats.format import SCALES, Format, Lookup, Packed, Stored
+from lockstep.formats.layout import offsets
+from lockstep.formats.panels import PANEL as FEATURES
+from lockstep.formats.panels import Placed, grouped, k_major
+from lockstep.formats.products import CODES as PRODUCT
+from lockstep.formats.scalars import half
+from lockstep.runtime.emit import pinned, spread4
+from lockstep.runtime.kernel import definition, inlined
+from lockstep.runtime.simd import call, constant, load_i8, peek_f16, store, to_f32
+from lockstep.runtime.targets import unsigned_weights
+from lockstep.runtime.tiles_dots import WIDE, absolute, maddubs, pair_sums
 
-BLOCK_SIZE = 32
-BLOCK_BYTES = 34
+BLOCK = np.dtype([("d", "<f2"), ("codes", "i1", 32)])
+BYTES, (D, CODES) = BLOCK.itemsize, offsets(BLOCK)
+PANEL = np.dtype([("codes", "u1", (8, FEATURES, 4))])  # plus 128 where the target's dot takes unsigned weights
 
 
-def split(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Fields of packed rows uint8 [..., bytes]: codes int8 [..., K] and scales float16 [..., K / 32]."""
-    blocks = blk.as_blocks(packed, BLOCK_BYTES)
-    codes = np.ascontiguousarray(blocks[..., 2:]).view(np.int8)
-    return blk.joined(codes), blk.field_f16(blocks, 0)
+def unpack(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Codes int8 [..., K] and scales float16 [..., K / 32]."""
+    return blk.joined(blocks["codes"]), blocks["d"]
 
 
-def dequantize(packed: np.ndarray) -> np.ndarray:
-    """Packed rows uint8 [..., bytes] to float32 [..., K]. Error: none, each product is exact in float32."""
-    return blk.dequantize_in_chunks(packed, BLOCK_SIZE, BLOCK_BYTES, lambda blocks: blk.scaled(*split(blocks)))
+def decode(blocks: np.ndarray) -> np.ndarray:
+    """float32 [num, 32]. Error: none, each product is exact in float32."""
+    return blk.scaled(blocks["codes"], blocks["d"])
 
 
-def quantize(weights: np.ndarray) -> np.ndarray:
-    """Finite weights [..., K] to packed rows uint8 [..., bytes].
+def encode(weights: np.ndarray) -> np.ndarray:
+    """Blocks of float32 [num, 32]. Error: at most half a code, d / 2, plus the rounding of d to float16.
 
-    Error: at most half a code, d / 2, plus the rounding of d to float16. Source: quantize_row_q8_0_ref.
+    Source: quantize_row_q8_0_ref.
     """
-    return blk.quantize_in_chunks(weights, BLOCK_SIZE, BLOCK_BYTES, _encode)
-
-
-def _encode(weights: np.ndarray) -> np.ndarray:
     scale = np.abs(weights).max(axis=1) / np.float32(127)
     codes = blk.round_half_away(weights * blk.inverse_or_zero(scale)[:, None])
-    blocks = np.empty((len(weights), BLOCK_BYTES), np.uint8)
-    blocks[:, :2] = blk.scale_to_f16(scale)[:, None].view(np.uint8)
-    blocks[:, 2:] = codes.astype(np.int8).view(np.uint8)
+    blocks = np.empty(len(weights), BLOCK)
+    blocks["d"], blocks["codes"] = blk.scale_to_f16(scale), codes.astype(np.int8)
     return blocks
+
+
+def arrange(codes: np.ndarray, d: np.ndarray) -> Placed:
+    zero = np.uint8(128 if unsigned_weights() else 0)
+    return {"codes": (grouped(4), codes.view(np.uint8) + zero), "d": (k_major, d)}
+
+
+def tile(s):
+    """acc = fma(float(dot), w_scale * a_scale, acc)."""
+    dots = _q8_avx2 if s.how == "avx2" else _q8_wide
+    block = lambda i, acc: scale_add(s, acc, dots(s, i), w_scales(s, i), i)
+    return s.blocks(32, block, PANEL.itemsize, SCALES.itemsize)
+
+
+def _q8_wide(s, i):
+    """Codes plus 128 where the instruction takes unsigned weights, else signed codes."""
+    b, dot, unsigned = s.b, WIDE[s.how], "vnni" in s.how
+    first = zero_points(s, i, 0) if unsigned else [constant(s.ints, 0)] * s.rows
+    dots = {(r, c): first[r] for r, c in s.cells}
+    start = b.mul(i, s.int(PANEL.itemsize))
+    for g in range(8):
+        columns = [s.codes(c, start, GROUP_BYTES * g) for c in range(s.cols)]
+        for r in range(s.rows):
+            a = spread4(b, s.code(r, i, 4 * g), s.lanes)
+            for c in range(s.cols):
+                dots[r, c] = dot(b, dots[r, c], columns[c], a)
+    return dots
+
+
+def _q8_avx2(s, i):
+    """|w| times a with the sign of w: at most 2 * 127 * 127 a pair."""
+    if s.rows > 1:
+        return _q8_avx2_rows(s, i)
+    b, start, dots = s.b, s.b.mul(i, s.int(PANEL.itemsize)), [constant(s.ints, 0)] * s.cols
+    for g in range(8):
+        a = spread4(b, s.code(0, i, 4 * g), s.lanes)
+        for c in range(s.cols):
+            w = s.codes(c, start, GROUP_BYTES * g)
+            signed = call(b, "llvm.x86.avx2.psign.b", w.type, [a, w])
+            dots[c] = b.add(dots[c], pair_sums(b, maddubs(b, absolute(b, w), signed)))
+        dots = pinned(b, dots)
+    return {(0, c): v for c, v in enumerate(dots)}
+
+
+def _q8_avx2_rows(s, i):
+    """The same with fewer multiplications a row: a xor the sign of w, which counts a as -a - 1 where w is negative.
+
+    At most 2 * 127 * 128 a pair. The excess is the sum of the negative w, the same for all rows.
+    """
+    b, start, dots, excess = s.b, s.b.mul(i, s.int(PANEL.itemsize)), {}, {}
+    for g in range(8):
+        for c in range(s.cols):
+            w = s.codes(c, start, GROUP_BYTES * g)
+            sign, size = b.sext(b.icmp_signed("<", w, constant(w.type, 0)), w.type), absolute(b, w)
+            extra = maddubs(b, size, sign)
+            excess[c] = b.add(excess[c], extra) if g else extra
+            for r in range(s.rows):
+                pairs = pair_sums(b, maddubs(b, size, b.xor(spread4(b, s.code(r, i, 4 * g), s.lanes), sign)))
+                dots[r, c] = b.add(dots[r, c], pairs) if g else pairs
+        held = dict(zip([*dots, *excess], pinned(b, [*dots.values(), *excess.values()]), strict=True))
+        dots, excess = {k: held[k] for k in dots}, {k: held[k] for k in excess}
+    excess = {c: pair_sums(b, v) for c, v in excess.items()}
+    return {(r, c): b.sub(v, excess[c]) for (r, c), v in dots.items()}
+
+
+@definition
+def weight(row_B, i):
+    """Weight i of a row."""
+    block = BYTES * (i // 32)
+    return half(row_B, block + D) * np.float32(row_B[block + CODES + i % 32])
+
+
+@inlined
+def store_block(block, scale, out):
+    """The weights of a block."""
+    d = peek_f16(block + D)
+    for i in range(0, 32, 16):
+        store(out + 4 * i, to_f32(load_i8(block + CODES + i)) * d * scale)
+
+
+Q8_0 = Format(
+    "q8_0",
+    gguf_type=8,
+    stored=Stored(BLOCK, 32, unpack, decode, encode),
+    packed=Packed(PANEL, 32, arrange, SCALES),
+    product=PRODUCT,
+    tile=tile,
+    lookup=Lookup(weight, store_block, 32),
+    fallback="f32",
+    is_choice=True,
+)

@@ -2,10 +2,10 @@
 
 from typing import Any
 
+from lockstep.formats.choice import compute_format
+from lockstep.formats.rows import ROW_FORMATS
 from lockstep.models.model_config import Experts
-from lockstep.models.record import Recorder, compute_format
-from lockstep.ops.activations import ROW_FORMATS
-from lockstep.ops.experts import FORMATS as EXPERT_FORMATS
+from lockstep.models.record import Recorder
 from lockstep.ops.experts import ExpertGated, ExpertLinear, ExpertRows, ExpertScatter
 from lockstep.ops.linear import PREPARATION
 from lockstep.ops.moe import CombineExperts, GroupExperts, Route
@@ -65,7 +65,7 @@ def _weights(ops: Recorder, label: str, m: Experts, D: int) -> tuple[Weight, Wei
         each = [f"{label}.experts.{e}.{n}_proj.weight" for e in range(m.num_experts) for n in names]
         parts = tuple(ops.stored(name, rows, width) for name in each)
         formats = {compute_format(p.format, ops.weights, width) for p in parts}
-        format = formats.pop() if len(formats) == 1 and formats <= set(EXPERT_FORMATS) else "q8_0"
+        format = formats.pop() if len(formats) == 1 and not formats & {"q4_k", "q6_k"} else "q8_0"
         return Weight(f"{label}.experts.{'_'.join(names)}", format, (len(parts) * rows, width), parts)
 
     return joined(("gate", "up"), m.width, D), joined(("down",), D, m.width)

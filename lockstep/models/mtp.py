@@ -8,10 +8,11 @@ lie at the position of the token whose embedding they are made of.
 Source: DeepSeek-V3 technical report 2024, section 2.2; the tensors' names are those of Qwen3.5's checkpoints.
 """
 
+from lockstep.formats.choice import compute_format
 from lockstep.models.decoder import HEAD
 from lockstep.models.model_config import Experts, ModelConfig
 from lockstep.models.qwen3_5 import OFFSET, layer
-from lockstep.models.record import Recorder, compute_format
+from lockstep.models.record import Recorder
 from lockstep.models.recording import text_prefix
 from lockstep.ops.output_rows import output_rows_only
 from lockstep.runtime.program import Program, Tensor

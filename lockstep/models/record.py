@@ -7,51 +7,34 @@ here knows families: what differs between models is an argument.
 import itertools
 from dataclasses import replace
 
+from lockstep.formats import FORMATS
+from lockstep.formats.choice import compute_format
 from lockstep.formats.panels import padded_width
 from lockstep.models.model_config import Rope
 from lockstep.ops.add import Add
 from lockstep.ops.add_bias import AddBias
 from lockstep.ops.attention import Attention
 from lockstep.ops.concat import Concat
-from lockstep.ops.embed import FORMATS as EMBED_FORMATS
-from lockstep.ops.embed import Embed, format_code
+from lockstep.ops.embed import Embed
 from lockstep.ops.gated_mul import GatedMul
 from lockstep.ops.kv_cache import ELEMENTS, AttentionInputs, page_shapes
-from lockstep.ops.linear import PREPARATION, Linear
+from lockstep.ops.linear import Linear
 from lockstep.ops.rms_norm import RmsNorm
 from lockstep.ops.rope import RopeTables
 from lockstep.ops.select_rows import SelectRows, selected_rows
 from lockstep.runtime.program import Program, Table, Weight
 
-LINEAR_FORMATS = tuple(PREPARATION)
-INTEGER_FORMATS = tuple(f for f, preparation in PREPARATION.items() if preparation == "quantize_q8")
-CHOICES = ("auto", "f32", "bf16", "q8_0", "q4_0")
 # tensors that a text model's checkpoint may hold beside its own: draft heads, the part that sees, old rope tables
 NOT_TEXT = ("mtp.", "model.visual.", "visual.", "model.vision_tower.", "vision_tower.")
 
 NO_ROPE = Rope(2, 1.0)  # tables for heads that do not turn, which read none
 
 
-def compute_format(stored, requested, width):
-    """The format in which a linear layer multiplies a tensor that is stored in another.
-
-    "auto" keeps what is stored, if there is a kernel for it. Formats that prepare activations take them in blocks of 32
-    (and K-quants of 256); another width falls back to a format that can.
-    """
-    if requested not in CHOICES:
-        raise ValueError(f"weights {requested!r}: expected one of {', '.join(CHOICES)}")
-    chosen = stored if requested == "auto" else requested
-    if chosen not in LINEAR_FORMATS:
-        chosen = "q8_0" if chosen.startswith("q") else "f32" if chosen == "f64" else "bf16"
-    if chosen not in ("f32", "f16") and width % 32:
-        return "f32"
-    return "bf16" if chosen.endswith("_k") and width % 256 else chosen
-
-
 class Recorder:
     """Records a model's program.
 
-    tensors: HF name -> StoredTensor. weights: format of the linear layers (see CHOICES). kv_dtype: one of KV_DTYPES.
+    tensors: HF name -> StoredTensor. weights: format of the linear layers (see `formats.choice`). kv_dtype: one of
+    KV_DTYPES.
     """
 
     def __init__(self, tensors, prefix, weights, kv_dtype, max_context):
@@ -96,14 +79,11 @@ class Recorder:
     def embed(self, name, vocab_size, width, scale=1.0):
         """Rows of an embedding matrix, times scale."""
         table = self.stored(name, vocab_size, width)
-        if table.format not in EMBED_FORMATS:
-            raise ValueError(
-                f"tensor {name!r}: format {table.format} is not supported, only {', '.join(EMBED_FORMATS)}"
-            )
+        if table.format not in FORMATS:
+            raise ValueError(f"tensor {name!r}: format {table.format} is not supported, only {', '.join(FORMATS)}")
         out = self.program.tensor("embed", "T", width)
         weight = Weight(name, table.format, table.shape, (table,))
-        code = format_code(table.format)
-        return self.program.emit(Embed(out=out, table=weight, width=width, format=code, scale=scale))
+        return self.program.emit(Embed(out=out, table=weight, width=width, scale=scale))
 
     def rms_norm(self, x, name, eps, offset=0.0, label=None):
         out = self.program.tensor(label or name.removesuffix(".weight"), x.rows, x.width)

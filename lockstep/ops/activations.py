@@ -3,71 +3,35 @@
 Weights of 4 to 8 bits multiply int8 activations with one float32 scale per block of 32; bf16 weights multiply
 activations rounded to bf16. Both are done per row, never per batch.
 
-A row of quantized activations is K / 32 blocks of 44 bytes, so that a kernel needs one pointer a row:
-    32 int8 codes | float32 scale | int32 bias | int16 sum of the first 16 codes | int16 sum of the last 16
-where bias = -128 * (sum of the block's codes) is what weights stored as code + 128 add too much, and the half sums
-serve formats with a scale for every 16 weights (q6_k).
+How prepared rows lie in memory is in `formats/rows.py`: a row of quantized activations is one run of blocks, so that a
+kernel needs one pointer a row.
 """
-
-from typing import Any, NamedTuple
 
 import numpy as np
 from numba import carray, float32, int32
 
+from lockstep.formats.rows import (
+    BIAS,
+    BLOCK,
+    BLOCK_BYTES,
+    NATIVE_BF16,
+    ROW_FORMATS,
+    SCALE,
+    SUMS,
+    bf16_bytes,
+    q8_bytes,
+)
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import definition, inlined, variant
 from lockstep.runtime.machine import byte_array, float_array
 from lockstep.runtime.operands import Operands, output, rows
-from lockstep.runtime.program import DTYPES, Tensor
-from lockstep.runtime.simd import absolute, bf16_bits, maximum, peek, poke, rint, round_bf16, to_i32, where_below
+from lockstep.runtime.program import Tensor
+from lockstep.runtime.simd import absolute, bf16_bits, maximum, poke, rint, round_bf16, to_i32, where_below
 from lockstep.runtime.step import num_rows
-from lockstep.runtime.targets import bf16_dot
 
-BLOCK, BLOCK_BYTES = 32, 44
-SCALE, BIAS, SUMS = 32, 36, 40  # bytes into a block
-NATIVE_BF16 = bf16_dot()
-BF16_BYTES = 2 if NATIVE_BF16 else 4  # elsewhere the same values as float32
 ZERO, ONE_127TH, HIGHEST, INFINITY = np.float32(0), np.float32(1 / 127), np.float32(127), np.float32(np.inf)
 PUT = ROW_BYTES = None  # of a variant: what writes a prepared row, and its bytes
 SMALLEST = np.float32(1e-30)  # a block whose largest value is below this is taken as zero: 127 / amax must stay finite
-
-
-@inlined
-def f32_bytes(num_values):
-    """Bytes of a row as it is."""
-    return 4 * num_values
-
-
-@inlined
-def q8_bytes(num_values):
-    """Bytes of a row of quantized activations."""
-    return num_values // BLOCK * BLOCK_BYTES
-
-
-@inlined
-def bf16_bytes(num_values):
-    """Bytes of a row rounded to bf16."""
-    return BF16_BYTES * num_values
-
-
-class RowFormat(NamedTuple):
-    """How prepared rows lie in memory. num_bytes: of a row of so many values. dtype: of tensors of such rows."""
-
-    name: str
-    dtype: str
-    num_bytes: Any
-
-    def width(self, num_values: int) -> int:
-        """Elements of a tensor's row that holds so many values."""
-        return self.num_bytes.py_func(num_values) // DTYPES[self.dtype].itemsize
-
-
-# by the kind of op that prepares rows; "" stands for rows as they are
-ROW_FORMATS = {
-    "": RowFormat("f32", "f32", f32_bytes),
-    "quantize_q8": RowFormat("q8", "i8", q8_bytes),
-    "round_bf16": RowFormat("bf16", "i8", bf16_bytes),
-}
 
 
 def check_rows(op: Operands, name: str, preparation: str, num_values: int, count: int = 1) -> None:
@@ -177,17 +141,6 @@ def round_row(x_K, out):
             poke(out + 2 * k, bf16_bits(round_bf16(x_K[k])))
         else:
             poke(out + 4 * k, round_bf16(x_K[k]))
-
-
-@definition
-def quantized_row(row, K):
-    """Codes and scales of the quantized row at an address."""
-    codes, scales = np.empty(K, np.int8), np.empty(K // BLOCK, np.float32)
-    for b in range(K // BLOCK):
-        place = row + BLOCK_BYTES * b
-        codes[BLOCK * b : BLOCK * b + BLOCK] = carray(byte_array(place), (BLOCK,))
-        scales[b] = peek(place + SCALE, float32)
-    return codes, scales
 
 
 def _prepare(op, step, thread, num_threads):

@@ -10,9 +10,9 @@ The arithmetic depends only on the query's own position and keys: never on its b
 import numpy as np
 from numba import carray
 
+from lockstep.formats.bf16 import dot_bf16, flushed_fma
 from lockstep.ops.attention_math import BLOCK, ONE, SPAN, ZERO, cleared, exp2, first_key, score_scales, soft_capped
 from lockstep.ops.kv_cache import PAGE_TOKENS, check_pages, k_index, kv_dtype_of, read_number, v_index
-from lockstep.ops.linear import dot_bf16, flushed_fma
 from lockstep.ops.math import sigmoid
 from lockstep.ops.reduce import tree_sum
 from lockstep.runtime.backend import Implementation

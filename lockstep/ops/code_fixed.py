@@ -12,11 +12,12 @@ import math
 import numpy as np
 from numba import int32, int64
 
+from lockstep.formats.products import codes_at, floats_at
 from lockstep.ops.code_linear import CodeLinear, centered_row, code_dot
 from lockstep.ops.code_rows import code_bytes, tail_of
 from lockstep.ops.code_weights import ROWS
 from lockstep.ops.grids import GRID_WORDS, HIGH, INTEGER, KIND, LOW, SCALE, UNKNOWN, ZERO_POINT
-from lockstep.ops.linear import codes_at, finish, floats_at
+from lockstep.ops.linear import finish
 from lockstep.ops.share import contiguous
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import definition, kernel

@@ -11,9 +11,10 @@ import numpy as np
 from numba import carray, int32, int64
 
 from lockstep.formats.panels import padded_width
+from lockstep.formats.products import codes_at, floats_at
 from lockstep.ops.code_rows import check_codes, code_bytes, plane_bytes, tail_of
 from lockstep.ops.code_weights import FORMAT, ROWS
-from lockstep.ops.linear import codes_at, finish, floats_at
+from lockstep.ops.linear import finish
 from lockstep.ops.share import contiguous
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import definition, kernel

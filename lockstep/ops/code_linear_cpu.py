@@ -6,9 +6,11 @@ MAX_ROWS rows by COLS panels goes through all of K in registers, since its sums 
 
 from numba import int32, int64
 
+from lockstep.formats.tiles import Ahead, Panels, Rows
 from lockstep.ops.code_fixed import CodeFixed
 from lockstep.ops.code_linear import CodeLinear
 from lockstep.ops.code_rows import TAIL_PLANES, code_bytes, plane_bytes
+from lockstep.ops.code_tile import code_tile
 from lockstep.ops.code_weights import PANELS
 from lockstep.ops.linear_cpu import ALL_PANELS, COLS, MAX_ROWS, below, claim_size, merged, output_at, rows_at_once
 from lockstep.runtime.backend import Implementation
@@ -16,8 +18,6 @@ from lockstep.runtime.kernel import inlined, variant
 from lockstep.runtime.machine import fetch_add
 from lockstep.runtime.simd import peek
 from lockstep.runtime.step import COUNTER, num_rows
-from lockstep.runtime.tiles_codes import code_tile
-from lockstep.runtime.tiles_linear import Ahead, Panels, Rows
 
 WORD_BYTES = 256  # of a panel: what its features have beside codes
 OP = SCALING = GRID = None  # of a variant: the op, how its sums become values, and where the grid of these is

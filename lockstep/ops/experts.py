@@ -15,11 +15,12 @@ Every output element is what `ops/linear.py` defines for that row and weight, wh
 import numpy as np
 from numba import int32
 
-from lockstep.ops.activations import ROW_FORMATS, check_rows, quantize_row, round_row
+from lockstep.formats import FORMATS
+from lockstep.formats.rows import ROW_FORMATS, plain_row
+from lockstep.ops.activations import check_rows, quantize_row, round_row
 from lockstep.ops.gated_mul import check_gate
 from lockstep.ops.gates import GATES
-from lockstep.ops.linear import FORMATS as LINEAR_FORMATS
-from lockstep.ops.linear import PREPARATION, PRODUCTS, plain_row
+from lockstep.ops.linear import LAYOUTS, PREPARATION, PRODUCTS, constants
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import definition, inlined, kernel, variant
 from lockstep.runtime.operands import Operands, output, packed, rows
@@ -28,7 +29,6 @@ from lockstep.runtime.simd import peek, poke
 from lockstep.runtime.step import num_rows
 
 PUT = ROW_BYTES = READ = DOT = GATE = None  # constants of the variants below
-FORMATS = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q5_k")  # that there are kernels for
 
 
 class ExpertPreparation(Operands):
@@ -156,16 +156,16 @@ def _linear(op, step, thread, num_threads):
 
 PUTS = {"f32": put_f32, "bf16": round_row, "q8": quantize_row}
 REFERENCE = {"expert_scatter": Implementation(_scatter)}
-for _name, _, _row_bytes in ROW_FORMATS.values():
-    _constants = dict(PUT=PUTS[_name], ROW_BYTES=_row_bytes)
+for _rows_of in ROW_FORMATS.values():
+    _name, _constants = _rows_of.name, dict(PUT=PUTS[_rows_of.name], ROW_BYTES=_rows_of.num_bytes)
     globals()[f"_rows_{_name}"] = variant(_rows, f"_rows_{_name}", **_constants)
     REFERENCE[f"expert_rows_{_name}"] = Implementation(globals()[f"_rows_{_name}"])
     for _activation, _gate in GATES.items():
         _kernel = f"_gated_{_activation}_{_name}"
         globals()[_kernel] = variant(_gated, _kernel, **_constants, GATE=_gate)
         REFERENCE[gated_kind(_activation, _name)] = Implementation(globals()[_kernel])
-for _name in {LINEAR_FORMATS[format][0] for format in FORMATS}:
-    globals()[f"_linear_{_name}"] = variant(_linear, f"_linear_{_name}", **PRODUCTS[_name])
-for _name in FORMATS:
-    _product, _layout = LINEAR_FORMATS[_name]
-    REFERENCE[f"expert_linear_{_name}"] = Implementation(globals()[f"_linear_{_product}"], _layout)
+for _name, _product in PRODUCTS.items():
+    globals()[f"_linear_{_name}"] = variant(_linear, f"_linear_{_name}", **constants(_product))
+for _name, _format in FORMATS.items():
+    _kernel = globals()[f"_linear_{_format.product.name}"]
+    REFERENCE[f"expert_linear_{_name}"] = Implementation(_kernel, LAYOUTS[_name])

@@ -7,10 +7,11 @@ panels); an expert that no token chose costs one comparison.
 
 from numba import int64
 
-from lockstep.ops.activations import ROW_FORMATS
+from lockstep.formats import FORMATS
+from lockstep.formats.rows import ROW_FORMATS
+from lockstep.formats.tiles import Ahead, Output, Panels, Rows
 from lockstep.ops.activations_cpu import store_q8, store_rounded
 from lockstep.ops.experts import (
-    FORMATS,
     ExpertGated,
     ExpertLinear,
     ExpertRows,
@@ -19,14 +20,12 @@ from lockstep.ops.experts import (
     pair_at,
 )
 from lockstep.ops.gates import GATES
-from lockstep.ops.linear_cpu import ALL_PANELS, COLS, constants, rows_at_once, together
-from lockstep.ops.linear_cpu import FORMATS as LINEAR_FORMATS
+from lockstep.ops.linear_cpu import ALL_PANELS, COLS, LAYOUTS, constants, rows_at_once, together
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import inlined, kernel, variant
 from lockstep.runtime.machine import fetch_add
 from lockstep.runtime.simd import load, peek, store
 from lockstep.runtime.step import COUNTER, num_rows
-from lockstep.runtime.tiles_linear import Ahead, Output, Panels, Rows
 
 CLAIM = 8  # panels that a thread takes at a time
 STORE = FORMAT = PANEL_BYTES = BLOCK = ROW_BYTES = FEW = GATE = None  # constants of the variants below
@@ -98,15 +97,14 @@ def _linear(op, step, thread, num_threads):
 
 STORES = {"f32": store_plain, "bf16": store_rounded, "q8": store_q8}
 CPU = {"expert_scatter": Implementation(scatter)}
-for _name, _, _row_bytes in ROW_FORMATS.values():
-    _constants = dict(STORE=STORES[_name], ROW_BYTES=_row_bytes)
+for _rows_of in ROW_FORMATS.values():
+    _name, _constants = _rows_of.name, dict(STORE=STORES[_rows_of.name], ROW_BYTES=_rows_of.num_bytes)
     globals()[f"rows_{_name}"] = variant(_rows, f"rows_{_name}", **_constants)
     CPU[f"expert_rows_{_name}"] = Implementation(globals()[f"rows_{_name}"])
     for _activation, _gate in GATES.items():
         _kernel = f"gated_{_activation}_{_name}"
         globals()[_kernel] = variant(_gated, _kernel, **_constants, GATE=_gate)
         CPU[gated_kind(_activation, _name)] = Implementation(globals()[_kernel])
-for _name in FORMATS:
-    _layout = LINEAR_FORMATS[_name].layout
-    globals()[f"linear_{_name}"] = variant(_linear, f"linear_{_name}", **constants(_name))
-    CPU[f"expert_linear_{_name}"] = Implementation(globals()[f"linear_{_name}"], _layout, _name == "bf16")
+for _name, _format in FORMATS.items():
+    globals()[f"linear_{_name}"] = variant(_linear, f"linear_{_name}", **constants(_format))
+    CPU[f"expert_linear_{_name}"] = Implementation(globals()[f"linear_{_name}"], LAYOUTS[_name], _format.flushes)

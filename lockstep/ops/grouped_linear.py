@@ -7,7 +7,8 @@ then 8192 to 4096), whose second half reads the rows of out as they are. Every e
 for those values and that row of the weight.
 """
 
-from lockstep.ops.linear import FORMATS, PRODUCTS, Linear, finish
+from lockstep.formats import FORMATS
+from lockstep.ops.linear import LAYOUTS, PRODUCTS, Linear, constants, finish
 from lockstep.ops.share import contiguous
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.kernel import variant
@@ -42,9 +43,9 @@ def _grouped_linear(op, step, thread, num_threads):
                 finish(a, t, N * g + n, DOT(x, a.weight, N * g + n, K))
 
 
-for _name, _constants in PRODUCTS.items():
-    globals()[f"_grouped_linear_{_name}"] = variant(_grouped_linear, f"_grouped_linear_{_name}", **_constants)
+for _name, _product in PRODUCTS.items():
+    globals()[f"_grouped_linear_{_name}"] = variant(_grouped_linear, f"_grouped_linear_{_name}", **constants(_product))
 REFERENCE = {
-    f"grouped_linear_{format}": Implementation(globals()[f"_grouped_linear_{product}"], layout)
-    for format, (product, layout) in FORMATS.items()
+    f"grouped_linear_{name}": Implementation(globals()[f"_grouped_linear_{format.product.name}"], LAYOUTS[name])
+    for name, format in FORMATS.items()
 }

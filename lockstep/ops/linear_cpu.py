@@ -3,39 +3,34 @@
 A few rows are bound by the stream of weights; many by arithmetic. Threads claim runs of panels, so that uneven cores
 balance; a run's weights are read from memory once and serve all rows, up to MAX_ROWS of them at a time from registers.
 
-    panel (16 features)   [k block][16 features]...   one contiguous stream, see formats/pack.py
+    panel (16 features)   [k block][16 features]...   one contiguous stream, see the formats
     tile, few rows        all rows x 1 panel of accumulators: panel follows panel, one stream of memory
-    tile, many rows       MAX_ROWS x COLS panels: fewest loads for each dot, see runtime/tiles_linear.py
+    tile, many rows       MAX_ROWS x COLS panels: fewest loads for each dot, see linear_tile.py
 """
 
+from functools import partial
 from typing import NamedTuple
 
 from numba import int64, njit
 
-from lockstep.formats.pack import pack_bf16, pack_f16, pack_f32, pack_q4_0, pack_q8_0
-from lockstep.formats.pack_k import pack_q4_k, pack_q5_k, pack_q6_k
-from lockstep.formats.pack_q5 import pack_q4_1, pack_q5_0, pack_q5_1
-from lockstep.ops.activations import ROW_FORMATS
+from lockstep.formats import FORMATS
+from lockstep.formats.pack import pack
+from lockstep.formats.tiles import Ahead, Output, Panels, Rows
 from lockstep.ops.grouped_linear import GroupedLinear
-from lockstep.ops.linear import PREPARATION, Linear
+from lockstep.ops.linear import Linear
+from lockstep.ops.linear_tile import linear_tile
 from lockstep.runtime.backend import Implementation, Layout
 from lockstep.runtime.kernel import STRICT, inlined, variant
 from lockstep.runtime.machine import fetch_add
 from lockstep.runtime.simd import peek
 from lockstep.runtime.step import COUNTER, num_rows
 from lockstep.runtime.targets import wide_registers
-from lockstep.runtime.tiles_dots import Q4_1_BYTES, Q5_0_BYTES, Q5_1_BYTES
-from lockstep.runtime.tiles_k import Q4_K_BYTES, Q5_K_BYTES, Q6_K_BYTES
-from lockstep.runtime.tiles_linear import Ahead, Output, Panels, Rows, linear_tile
 
 COLS = 2 if wide_registers() else 1  # panels of a tile: 6 x 2 x 16 lanes fill 32 registers, 6 x 1 x 16 fill 16
 MIN_ROWS, MAX_ROWS = 3, 6
-# so many rows share each panel while it streams by, one panel at a time; more are bound by arithmetic, or by loads
-FEW_ROWS = {"f32": 2, "f16": 2, "bf16": 4} if COLS == 2 else {}
-MOST_FEW_ROWS = 8 if COLS == 2 else MAX_ROWS  # of other formats
 ALL_PANELS = (1 << COLS) - 1  # a bit each
 NEAR_BYTES = 34 * 1024  # weights of a tile that stay in the first-level cache, beside six rows of activations
-K_UNIT = 256  # the largest block of a format
+K_UNIT = max(format.packed.size for format in FORMATS.values())
 CACHE_BYTES = 192 * 1024  # activations that stay in the second-level cache while panels pass by
 CLAIMS_FEW_ROWS, CLAIMS_MANY_ROWS = 8, 16  # of a thread: long streams for memory, even ends for arithmetic
 MAX_CLAIM = 64  # panels
@@ -44,36 +39,16 @@ MAX_CLAIM = 64  # panels
 OP = ROWS_OF = FORMAT = BLOCK = PANEL_BYTES = ROW_BYTES = FEW = ALONE = SWEEP = None
 
 
-class Format(NamedTuple):
-    """A weight format in panels: so many k of a panel take so many bytes in the stream of codes."""
-
-    block: int
-    panel_bytes: int
-    layout: Layout
-
-
-CODES_AND_SCALES = ("codes", "d")
-FORMATS = {
-    "f32": Format(1, 64, Layout("f32 panels", pack_f32)),
-    "f16": Format(1, 32, Layout("f16 panels", pack_f16)),
-    "bf16": Format(1, 32, Layout("bf16 panels", pack_bf16)),
-    "q8_0": Format(32, 512, Layout("q8_0 panels", pack_q8_0, CODES_AND_SCALES)),
-    "q4_0": Format(32, 256, Layout("q4_0 panels", pack_q4_0, CODES_AND_SCALES)),
-    "q4_1": Format(32, Q4_1_BYTES, Layout("q4_1 panels", pack_q4_1)),
-    "q5_0": Format(32, Q5_0_BYTES, Layout("q5_0 panels", pack_q5_0, CODES_AND_SCALES)),
-    "q5_1": Format(32, Q5_1_BYTES, Layout("q5_1 panels", pack_q5_1)),
-    "q4_k": Format(256, Q4_K_BYTES, Layout("q4_k panels", pack_q4_k)),
-    "q5_k": Format(256, Q5_K_BYTES, Layout("q5_k panels", pack_q5_k)),
-    "q6_k": Format(256, Q6_K_BYTES, Layout("q6_k panels", pack_q6_k)),
+LAYOUTS = {
+    name: Layout(f"{name} panels", partial(pack, format), format.packed.arrays) for name, format in FORMATS.items()
 }
 
 
 def constants(format):
     """What variants for a format of weights are made with."""
-    block, panel_bytes, _ = FORMATS[format]
-    row_bytes = ROW_FORMATS[PREPARATION[format]].num_bytes
-    few = FEW_ROWS.get(format, MOST_FEW_ROWS)
-    return dict(FORMAT=format, BLOCK=block, PANEL_BYTES=panel_bytes, ROW_BYTES=row_bytes, FEW=few)
+    few = format.few_rows if COLS == 2 else MAX_ROWS
+    sizes = dict(BLOCK=format.packed.size, PANEL_BYTES=format.packed.panel.itemsize)
+    return dict(FORMAT=format.name, ROW_BYTES=format.product.rows.num_bytes, FEW=few, **sizes)
 
 
 def merged(function):
@@ -229,7 +204,7 @@ for _name, _format in FORMATS.items():
     for _op, _rows_of in ((Linear, whole_rows), (GroupedLinear, rows_of_group)):
         for _table, _sweep, _suffix in ((CPU, together, ""), (PER_TOKEN, alone, "_per_token")):
             _kind = f"{_op.name()}_{_name}"
-            _how = constants(_name) | dict(OP=_op, ROWS_OF=_rows_of, ALONE=_sweep is alone, SWEEP=_sweep)
+            _how = constants(_format) | dict(OP=_op, ROWS_OF=_rows_of, ALONE=_sweep is alone, SWEEP=_sweep)
             globals()[_kind + _suffix] = variant(linear, _kind + _suffix, **_how)
             _kernel = globals()[_kind + _suffix]
-            _table[_kind] = Implementation(_kernel, _format.layout, flushes=_name == "bf16")
+            _table[_kind] = Implementation(_kernel, LAYOUTS[_name], flushes=_format.flushes)

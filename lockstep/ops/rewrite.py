@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Container
 from typing import Any
 
-from lockstep.ops.activations import ROW_FORMATS, Preparable, Preparation, QuantizeQ8, RoundBf16
+from lockstep.formats.rows import ROW_FORMATS
+from lockstep.ops.activations import Preparable, Preparation, QuantizeQ8, RoundBf16
 from lockstep.ops.add import Add
 from lockstep.ops.code_weights import FORMAT as CODES
 from lockstep.ops.gated_delta import DeltaInputs, GatedDelta

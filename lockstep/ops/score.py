@@ -13,13 +13,15 @@ from typing import ClassVar
 import numpy as np
 from numba import carray, float32, int32, int64
 
+from lockstep.formats import FORMATS
+from lockstep.formats.products import codes_at, floats_at, row_dot_f32
 from lockstep.ops.activations import check_rows
 from lockstep.ops.code_linear import centered_row, code_dot, scaled
 from lockstep.ops.code_rows import check_codes, code_bytes, tail_of
 from lockstep.ops.code_weights import FORMAT as CODES
 from lockstep.ops.code_weights import ROWS
 from lockstep.ops.grids import GRID_WORDS, KIND, ROW_ASYMMETRIC, ROW_SYMMETRIC, quantize_row
-from lockstep.ops.linear import FORMATS, PREPARATION, PRODUCTS, codes_at, floats_at, row_dot_f32
+from lockstep.ops.linear import LAYOUTS, PREPARATION, PRODUCTS, constants
 from lockstep.ops.math import exp
 from lockstep.ops.reduce import tree_sum
 from lockstep.ops.sample import CHUNK, UNKNOWN, argmax, is_sound, log_normalizer, maximum_of
@@ -30,7 +32,6 @@ from lockstep.runtime.operands import Operands, output, packed, rows, setting
 from lockstep.runtime.program import Setting, Tensor, Weight
 from lockstep.runtime.simd import fma, peek
 from lockstep.runtime.step import num_rows
-from lockstep.weights.tensor import BLOCK_FORMATS
 
 ZERO, ONE, NO_TARGET = np.float32(0), np.float32(1), -1
 # columns of a row of scores
@@ -102,7 +103,7 @@ class Score(Operands):
             check_codes(self, x, self.in_features)
             return
         check_rows(self, x, PREPARATION[format] if self.format else "", self.in_features)
-        block = BLOCK_FORMATS[format].BLOCK_SIZE if format in BLOCK_FORMATS else 1
+        block = FORMATS[format].block_size if format in FORMATS else 1
         if self.in_features % block:
             raise ValueError(f"Score: in_features is {self.in_features}, expected a multiple of {block} for {format}")
 
@@ -285,10 +286,9 @@ def implementations(kernels: Mapping[str, Kernel], layouts: Mapping[str, Layout]
 
 
 _CODES = dict(READ=code_row, ROW_BYTES=code_bytes, DOT=row_dot_codes)
-for _name, _constants in {**PRODUCTS, CODES: _CODES}.items():
+for _name, _constants in {**{name: constants(each) for name, each in PRODUCTS.items()}, CODES: _CODES}.items():
     globals()[f"_score_{_name}"] = variant(_score, f"_score_{_name}", **_constants)
-_PRODUCT_AND_LAYOUT = {**FORMATS, CODES: (CODES, ROWS)}
+_PRODUCT_OF = {**{name: format.product.name for name, format in FORMATS.items()}, CODES: CODES}
 REFERENCE = implementations(
-    {format: globals()[f"_score_{product}"] for format, (product, _) in _PRODUCT_AND_LAYOUT.items()},
-    {format: layout for format, (_, layout) in _PRODUCT_AND_LAYOUT.items()},
+    {format: globals()[f"_score_{product}"] for format, product in _PRODUCT_OF.items()}, {**LAYOUTS, CODES: ROWS}
 )

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from numba import float32, int32, int64
 
-from lockstep.ops.activations import NATIVE_BF16, f32_bytes
+from lockstep.formats import FORMATS
+from lockstep.formats.rows import NATIVE_BF16, f32_bytes
 from lockstep.ops.code_linear_cpu import sweep
 from lockstep.ops.code_rows import TAIL_PLANES, code_bytes, plane_bytes
 from lockstep.ops.code_weights import FORMAT as CODES
@@ -20,7 +21,7 @@ from lockstep.ops.code_weights import PANELS
 from lockstep.ops.grids import KIND, ROW_ASYMMETRIC, ROW_SYMMETRIC
 from lockstep.ops.grids_cpu import quantize_row
 from lockstep.ops.linear_cpu import (
-    FORMATS,
+    LAYOUTS,
     MAX_ROWS,
     Claim,
     Sizes,
@@ -371,10 +372,10 @@ _KERNELS = {}
 for _name in (*FORMATS, CODES):
     _how = dict(FORMAT=_name, MULTIPLY=multiplied, BLOCK=1, PANEL_BYTES=0, ROW_BYTES=code_bytes)
     if _name in FORMATS:
-        _how |= {name: value for name, value in constants(_name).items() if name != "FEW"}
+        _how |= {name: value for name, value in constants(FORMATS[_name]).items() if name != "FEW"}
     if _name == CODES:
         _how["MULTIPLY"] = multiplied_codes
-    elif _name == "bf16" and not NATIVE_BF16:
+    elif FORMATS[_name].flushes and not NATIVE_BF16:
         _how["MULTIPLY"] = multiplied_flushing
     _KERNELS[_name] = globals()[f"score_{_name}"] = variant(_score, f"score_{_name}", **_how)
-CPU = implementations(_KERNELS, {name: format.layout for name, format in FORMATS.items()} | {CODES: PANELS})
+CPU = implementations(_KERNELS, {**LAYOUTS, CODES: PANELS})

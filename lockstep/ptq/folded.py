@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lockstep.ops.code_weights import FORMAT as CODES
-from lockstep.ops.embed import Embed, format_code
+from lockstep.ops.embed import Embed
 from lockstep.ops.linear import Linear
 from lockstep.ops.score import Score
 from lockstep.ptq.parts import CodedWeight, FoldedWeight
@@ -87,7 +87,7 @@ class FoldedWeights:
 def with_weight(op: Operands, name: str, weight: Weight) -> Any:
     """The op with a weight in an operand's place. ValueError for an op that multiplies it in another format."""
     if isinstance(op, Embed):
-        return op.changed(table=weight, format=format_code(weight.format))
+        return op.changed(table=weight)
     if isinstance(op, (Linear, Score)) and weight.format != (op.format or op.weight.format):
         raise ValueError(
             f"weight {weight.name}: the layer multiplies {op.format}, and rounded weights are float32; expected a "

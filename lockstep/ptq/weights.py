@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lockstep.formats import q4_0, q8_0
-from lockstep.formats.blocks import row_bytes
+from lockstep.formats.q4_0 import Q4_0
+from lockstep.formats.q8_0 import Q8_0
 from lockstep.ops.grids import HIGH, INVERSE, LOW, SCALE, ZERO_POINT, quantize_row
 from lockstep.ptq.ranges import is_constant, set_constant, set_range
 from lockstep.ptq.ranges_cpu import search_range
 from lockstep.ptq.spec import MSE, Spec
 from lockstep.runtime.kernel import native
 
-STORED = {"q8_0": q8_0, "q4_0": q4_0}  # formats of the engine that a plan may name
+STORED = {format.name: format for format in (Q8_0, Q4_0)}  # formats of the engine that a plan may name
 CODES = (np.int8, np.int16, np.int32)  # the smallest that holds all codes of a grid is taken
 CHUNK = 1 << 22  # weights whose codes are made at once
 
@@ -140,7 +140,7 @@ def num_bytes(spec: Spec, shape: tuple[int, int]) -> int:
     size, grid = shape[0] * shape[1], spec.what
     if spec.grid in STORED:
         packing = STORED[spec.grid]
-        return shape[0] * row_bytes(shape[1], packing.BLOCK_SIZE, packing.BLOCK_BYTES)
+        return shape[0] * packing.row_bytes(shape[1])
     num_ranges = size // row_width(spec, shape) if grid.has_range else 0
     bits = size * grid.bits + (num_ranges * grid.bits if grid.is_integer and not grid.symmetric else 0)
     blocks = shape[0] * -(-shape[1] // grid.block) if grid.block else 0

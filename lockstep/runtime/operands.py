@@ -29,7 +29,7 @@ from lockstep.runtime.words import Readable, Word, evaluated
 
 NUMBERS = {int: (int, np.integer), float: (float, np.floating), bool: (bool, np.bool_)}
 IN_WORDS = {int: "an integer", float: "a float", bool: "True or False"}
-GROUPS = ("linear", "attention", "elementwise", "grouped_linear")  # what `--op GROUP=...` may name
+GROUPS = ("linear", "attention", "elementwise", "grouped_linear", "embed")  # what `--op GROUP=...` may name
 MOST_WORDS = 43  # of an op row, see `runtime.step`
 FITTING = {int: "an integer from 0 to 2**63 - 1", float: "a finite float of 32 bits"}
 

@@ -1,7 +1,7 @@
 """Register tiles: rows of x by columns of sixteen lanes of w, kept in registers through a reduction, as attention does.
 
 All addresses are in bytes; `rows` and `cols` are literal integers, so that a tile is a fixed set of registers. Linear
-layers have tiles of their own, which hold the whole loop (tiles_linear.py).
+layers have tiles of their own, which hold the whole loop (formats/tiles.py).
 """
 
 from llvmlite import ir

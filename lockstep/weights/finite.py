@@ -3,21 +3,10 @@
 import numpy as np
 
 from lockstep.formats import BLOCK_FORMATS
-from lockstep.formats.blocks import as_blocks, field_f16
+from lockstep.formats.blocks import as_blocks
 from lockstep.formats.finite import check_finite
 from lockstep.weights.tensor import StoredTensor
 
-# Where each block keeps its float16 scales.
-SCALES = {
-    "q8_0": (0,),
-    "q4_0": (0,),
-    "q4_1": (0, 2),
-    "q5_0": (0,),
-    "q5_1": (0, 2),
-    "q4_k": (0, 2),
-    "q5_k": (0, 2),
-    "q6_k": (208,),
-}
 # Without the sign, a float's bits from here on are infinity or NaN.
 INFINITY = {"f32": (np.uint32, 0x7F800000), "f16": (np.uint16, 0x7C00), "bf16": (np.uint16, 0x7F80)}
 PIECE_BYTES = 4 << 20
@@ -44,9 +33,10 @@ def _check(tensor: StoredTensor, piece: np.ndarray, first_row: int) -> None:
     if tensor.format not in BLOCK_FORMATS:
         _check_floats(tensor, piece, tensor.format, first_row, "weights")
         return
-    blocks = as_blocks(piece, BLOCK_FORMATS[tensor.format].BLOCK_BYTES)
-    for at in SCALES[tensor.format]:
-        _check_floats(tensor, field_f16(blocks, at), "f16", first_row, "block scales")
+    blocks = as_blocks(piece, BLOCK_FORMATS[tensor.format].stored.block)
+    for name in blocks.dtype.names or ():
+        if blocks.dtype[name] == np.float16:
+            _check_floats(tensor, np.ascontiguousarray(blocks[name]), "f16", first_row, "block scales")
 
 
 def _check_floats(tensor: StoredTensor, values: np.ndarray, format: str, first_row: int, what: str) -> None:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from lockstep.formats import FORMATS
 from lockstep.weights.gguf_metadata import Allowance, Cursor, read_metadata
 from lockstep.weights.mapped import map_file
 from lockstep.weights.tensor import TensorFile, TensorInfo, merge, stored_shape
@@ -24,10 +25,12 @@ MAX_PARTS = 1 << 12
 SPLIT_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 # GGML's type numbers; those without an entry in FORMAT_OF_TYPE are known by name only.
-FORMAT_OF_TYPE: Mapping[int, str] = {
-    0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 12: "q4_k", 13: "q5_k", 14: "q6_k",
-    24: "i8", 25: "i16", 26: "i32", 27: "i64", 28: "f64", 30: "bf16",
-}  # fmt: skip
+FORMAT_OF_TYPE: Mapping[int, str] = dict(
+    sorted(
+        {format.gguf_type: name for name, format in FORMATS.items()}.items()
+        | {24: "i8", 25: "i16", 26: "i32", 27: "i64", 28: "f64"}.items()
+    )
+)
 OTHER_TYPES: Mapping[int, str] = {
     9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS",
     19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0",

@@ -78,14 +78,14 @@ class GroupedColumns(Undo):
         if tensor.format not in BLOCK_FORMATS:
             return _take(tensor, self.heads.order(tensor.shape[-1]), axis=1)
         block = BLOCK_FORMATS[tensor.format]
-        blocks = tensor.read().reshape(len(tensor.data), -1, block.BLOCK_BYTES)
+        blocks = tensor.read().reshape(len(tensor.data), -1, block.block_bytes)
         moved = blocks[:, self.heads.order(blocks.shape[1])].reshape(tensor.data.shape)
         return _with_data(tensor, moved)
 
     def _moves_whole_blocks(self, format: str, shape: tuple[int, ...]) -> bool:
         if format not in BLOCK_FORMATS:
             return True
-        return shape[-1] // self.heads.num_value_heads % BLOCK_FORMATS[format].BLOCK_SIZE == 0
+        return shape[-1] // self.heads.num_value_heads % BLOCK_FORMATS[format].block_size == 0
 
 
 class MinusOne(Undo):

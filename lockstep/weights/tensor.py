@@ -7,16 +7,13 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from lockstep.formats import BLOCK_FORMATS
-from lockstep.formats.blocks import row_bytes
+from lockstep.formats import BLOCK_FORMATS, FORMATS
 from lockstep.formats.finite import check_finite
 from lockstep.weights.mapped import read_array
 
 PLAIN_FORMATS: Mapping[str, np.dtype] = {
+    **{name: format.stored.block for name, format in FORMATS.items() if not format.is_quantized},
     "f64": np.dtype(np.float64),
-    "f32": np.dtype(np.float32),
-    "f16": np.dtype(np.float16),
-    "bf16": np.dtype(ml_dtypes.bfloat16),
     "f8_e4m3": np.dtype(ml_dtypes.float8_e4m3fn),
     "f8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
     "f8_e8m0": np.dtype(ml_dtypes.float8_e8m0fnu),
@@ -141,9 +138,8 @@ def stored_shape(format: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], 
     """Shape and dtype of the array that holds a tensor: itself, or uint8 rows for a block format."""
     if format in PLAIN_FORMATS:
         return shape, PLAIN_FORMATS[format]
-    block = BLOCK_FORMATS[format]
     columns = shape[-1] if shape else 1
-    return (*shape[:-1], row_bytes(columns, block.BLOCK_SIZE, block.BLOCK_BYTES)), np.dtype(np.uint8)
+    return (*shape[:-1], BLOCK_FORMATS[format].row_bytes(columns)), np.dtype(np.uint8)
 
 
 def view_tensor(raw: np.ndarray, info: TensorInfo) -> StoredTensor:

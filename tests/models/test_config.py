@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from lockstep.formats.choice import compute_format
 from lockstep.models.model_config import Experts, Heads, LinearAttention, Mlp, Rope
-from lockstep.models.record import compute_format
 from lockstep.models.registry import model_config
 from lockstep.ops.linear import Linear
 from lockstep.ops.rope import RopeScaling

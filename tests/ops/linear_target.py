@@ -28,7 +28,8 @@ def pretend(how, wide, bf16):
 
 def spell_out():
     """Replaces AVX-512's instructions by what they do."""
-    from lockstep.runtime import tiles_dots, tiles_k, tiles_linear
+    from lockstep.formats import bf16, q6_k
+    from lockstep.runtime import tiles_dots
     from lockstep.runtime.emit import cut, fma, join, vector, words
     from lockstep.runtime.simd import F32, constant
 
@@ -48,9 +49,9 @@ def spell_out():
         lower = lambda v: as_floats(b.shl(v, constant(v.type, 16)))
         return fma(b, lower(x), lower(w), fma(b, upper(x), upper(w), acc))
 
-    tiles_dots.WIDE["avx512_vnni"], tiles_linear.dpbf16 = vpdpbusd, vdpbf16ps
-    tiles_k.PAIRS["avx512_vnni"] = tiles_k.PAIRS["generic"]
-    tiles_k.pinned = lambda b, values: values  # there may be no register of this width
+    tiles_dots.WIDE["avx512_vnni"], bf16.dpbf16 = vpdpbusd, vdpbf16ps
+    q6_k.PAIRS["avx512_vnni"] = q6_k.PAIRS["generic"]
+    q6_k.pinned = lambda b, values: values  # there may be no register of this width
 
 
 def digest(format):
@@ -59,7 +60,7 @@ def digest(format):
     from tests.ops import test_linear
 
     test_linear.RNG = np.random.default_rng(7)
-    K = 512 if format.endswith("_k") else 96
+    K = test_linear.narrow(format)
     part = [test_linear.stored(format, N, K)]
     out = test_linear.run(linear_cpu.CPU, format, test_linear.RNG.standard_normal((ROWS, K)).astype(np.float32), part)
     return hashlib.sha256(out.tobytes()).hexdigest()[:16]

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from lockstep.engine.selfcheck_weights import stored
-from lockstep.ops import experts, experts_cpu, linear
-from lockstep.ops.activations import ROW_FORMATS
+from lockstep.formats import FORMATS, products
+from lockstep.formats.rows import ROW_FORMATS
+from lockstep.ops import experts, experts_cpu
 from lockstep.ops.experts import ExpertGated, ExpertLinear, ExpertRows, ExpertScatter
 from lockstep.ops.linear import PREPARATION
 from lockstep.runtime.program import Tensor, Weight
@@ -14,7 +15,7 @@ from lockstep.weights.tensor import StoredTensor
 from tests.ops.harness import ragged_step, run_op, same_bits
 
 E, X, D, N = 4, 2, 64, 96
-STORED = ("q4_1", "q5_0", "q5_1", "q5_k")  # formats that nothing is quantized to
+STORED = [name for name, format in FORMATS.items() if format.stored.encode is None]  # nothing is quantized to them
 TOLERANCE = {"f32": 1e-4, "f16": 1e-4, "bf16": 0.4, "q8_0": 0.5, "q4_0": 5}  # of STORED 0.05: their weights are exact
 
 
@@ -50,11 +51,11 @@ def experts_of(random, format="f32", D=D):
     return tuple(StoredTensor(f"expert {e}", "f32", (N, D), values[e]) for e in range(E))
 
 
-@pytest.mark.parametrize("format", ["f32", "bf16", "q8_0", "q4_0", "f16", *STORED])
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("T", [1, 7, 33])
 def test_experts(format, T):
     random, (order, start) = np.random.RandomState(T), routed(T, 5)
-    D = 256 if format == "q5_k" else 64
+    D = max(64, FORMATS[format].block_size)
     x = random.standard_normal((T, D)).astype(np.float32)
     parts = experts_of(random, format, D)
     weights = Weight("experts", format, (E * N, D), parts)
@@ -88,7 +89,7 @@ def test_a_row_is_that_of_an_ordinary_linear_layer():
     for s, row in enumerate(found.reshape(-1, N)):
         e = int(np.searchsorted(start[0], s, "right")) - 1
         pair = int(order.reshape(-1)[s])
-        same_bits(row, np.array([linear.dot_f32(x[pair // X], w) for w in parts[e].data], np.float32))
+        same_bits(row, np.array([products.dot_f32(x[pair // X], w) for w in parts[e].data], np.float32))
 
 
 def test_rows_that_are_not_prepared_for_the_weights_are_refused():

@@ -5,11 +5,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from lockstep.formats import q4_0, q8_0
+from lockstep.formats import BLOCK_FORMATS, FORMATS, bf16, products
 from lockstep.formats.panels import padded_width
-from lockstep.models.record import INTEGER_FORMATS
+from lockstep.formats.rows import ROW_FORMATS, quantized_row
 from lockstep.ops import activations, activations_cpu, gated_mul, linear, linear_cpu, rms_norm_cpu
-from lockstep.ops.activations import ROW_FORMATS
 from lockstep.ops.gated_mul import GatedMul
 from lockstep.ops.linear import PREPARATION, Linear
 from lockstep.ops.rewrite import PREPARATIONS
@@ -18,44 +17,37 @@ from lockstep.runtime import targets
 from lockstep.runtime.kernel import interpreted
 from lockstep.runtime.program import Weight
 from lockstep.runtime.unfit import UnfitMachine
-from lockstep.weights.finite import SCALES
-from lockstep.weights.tensor import BLOCK_FORMATS, StoredTensor
+from lockstep.weights.tensor import StoredTensor
 from tests.ops import linear_target
 from tests.ops.harness import run_op, same_bits
 from tests.targets import compiling_for, pretending, skip_own
 
 RNG = np.random.default_rng(1)
-STORE = {
-    "f32": lambda a: a,
-    "f16": lambda a: a.astype(np.float16),
-    "bf16": lambda a: a.astype(ml_dtypes.bfloat16),
-    "q8_0": q8_0.quantize,
-    "q4_0": q4_0.quantize,
-}
-FORMATS = list(PREPARATION)
+INTEGER_FORMATS = list(BLOCK_FORMATS)
+KEPT_FORMATS = [name for name, format in BLOCK_FORMATS.items() if format.stored.encode is None]
 TOLERANCE = {"f32": 1e-5, "f16": 1e-5, "q4_k": 0.1, "q5_k": 0.2, "q6_k": 0.3}  # of the others 0.03
 
 
 def random_blocks(format, N, K):
     """Random blocks: every code and every scale of a block of 256, with the float16 scales made small."""
     block = BLOCK_FORMATS[format]
-    blocks = RNG.integers(0, 256, (N, K // block.BLOCK_SIZE, block.BLOCK_BYTES), np.uint8)
-    size = 2e-3 if block.BLOCK_SIZE == 32 else 2e-4
-    for start in SCALES[format]:
+    blocks = RNG.integers(0, 256, (N, K // block.block_size, block.block_bytes), np.uint8)
+    size = 2e-3 if block.block_size == 32 else 2e-4
+    for start in block.scale_offsets:
         blocks[..., start : start + 2] = RNG.normal(0, size, (*blocks.shape[:2], 1)).astype("<f2").view(np.uint8)
     return blocks.reshape(N, -1)
 
 
 def stored(format, N, K, name="w"):
-    if format not in STORE:
+    if format in KEPT_FORMATS:
         return StoredTensor(name, format, (N, K), random_blocks(format, N, K))
     values = (RNG.standard_normal((N, K)) * 0.05).astype(np.float32)
-    return StoredTensor(name, format, (N, K), STORE[format](values))
+    return StoredTensor(name, format, (N, K), FORMATS[format].data_of(values))
 
 
 def narrow(format):
     """A width with an odd number of blocks of 32; of blocks of 256 two, the fewest that are not one."""
-    return 512 if format.endswith("_k") else 96
+    return 512 if FORMATS[format].block_size == 256 else 96
 
 
 def prepared(format, x, table=activations_cpu.CPU):
@@ -98,7 +90,7 @@ def test_integer_formats_multiply_the_weights_of_the_file(format):
     """Only activations are quantized: by quantized activations, the product is that of the decoded weights."""
     K = narrow(format)
     part, x = stored(format, 48, K), RNG.standard_normal((3, K)).astype(np.float32)
-    rows = [activations.quantized_row(row.ctypes.data, K) for row in prepared(format, x)]
+    rows = [quantized_row(row.ctypes.data, K) for row in prepared(format, x)]
     quantized = np.stack([codes * np.repeat(scales.astype(np.float64), 32) for codes, scales in rows])
     exact, size = quantized @ part.to_f32().T, np.abs(quantized) @ np.abs(part.to_f32().T)
     assert (np.abs(run(linear.REFERENCE, format, x, [part]) - exact) <= 2e-6 * size).all()
@@ -176,12 +168,12 @@ def test_fused_norm_and_gate_equal_their_parts(kind):
 def test_definitions_interpreted():
     x, w = (RNG.standard_normal(64).astype(ml_dtypes.bfloat16).astype(np.float32) for _ in range(2))
     x[3], w[3], x[8:10], w[8:10] = 2.0**-100, 2.0**-30, 0, -1
-    for dot in (linear.dot_f32, linear.dot_bf16):
+    for dot in (products.dot_f32, bf16.dot_bf16):
         assert np.float32(interpreted(dot)(x, w)).tobytes() == np.float32(dot(x, w)).tobytes()
     a, codes = RNG.integers(-127, 128, (2, 64)).astype(np.int8)
     scales = RNG.random((2, 2)).astype(np.float32)
     args = a, scales[0], codes, scales[1]
-    assert np.float32(interpreted(linear.dot_q8)(*args)).tobytes() == np.float32(linear.dot_q8(*args)).tobytes()
+    assert np.float32(interpreted(products.dot_q8)(*args)).tobytes() == np.float32(products.dot_q8(*args)).tobytes()
 
 
 def test_bf16_flushes_denormals_everywhere():

@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from lockstep.formats import q4_0, q8_0
+from lockstep.formats import Q4_0, Q8_0
 from lockstep.ops import fake_quant_cpu, grids
 from lockstep.ptq.spec import Spec
 from lockstep.ptq.weights import fold, num_bytes
@@ -122,7 +122,7 @@ def test_blocks_are_those_of_activations(text):
 
 
 def test_formats_of_the_engine_are_those_of_its_files():
-    for text, packing in (("q8_0", q8_0), ("q4_0", q4_0)):
+    for text, packing in (("q8_0", Q8_0), ("q4_0", Q4_0)):
         same_bits(folded(text).values, packing.dequantize(packing.quantize(W)))
     with pytest.raises(ValueError, match=r"^L0\.q\.w: block scale .* does not fit float16"):
         folded("q8_0", np.full((1, 32), 1e30, F32))

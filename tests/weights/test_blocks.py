@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from lockstep.formats import blocks, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0
-from lockstep.weights.tensor import BLOCK_FORMATS
+from lockstep.formats import BLOCK_FORMATS, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0, blocks
 from tests.weights.record_block_vectors import awkward_weights, random_blocks
 
 VECTORS = json.loads(Path(__file__).with_name("block_vectors.json").read_text())
@@ -24,8 +23,8 @@ def bits(array):
 
 def recorded(name, block):
     vector = VECTORS["dequantize"][name]
-    packed = np.frombuffer(bytes.fromhex(vector["packed"]), np.uint8).reshape(2, 2 * block.BLOCK_BYTES)
-    return packed, np.frombuffer(bytes.fromhex(vector["weights"]), "<f4").reshape(2, 2 * block.BLOCK_SIZE)
+    packed = np.frombuffer(bytes.fromhex(vector["packed"]), np.uint8).reshape(2, 2 * block.block_bytes)
+    return packed, np.frombuffer(bytes.fromhex(vector["weights"]), "<f4").reshape(2, 2 * block.block_size)
 
 
 @pytest.mark.parametrize("name", BLOCK_FORMATS)
@@ -34,10 +33,10 @@ def test_dequantize_gives_the_recorded_bits(name):
     assert (bits(BLOCK_FORMATS[name].dequantize(packed)) == bits(expected)).all()
 
 
-@pytest.mark.parametrize("block", [q8_0, q4_0])
+@pytest.mark.parametrize("block", [Q8_0, Q4_0])
 def test_quantize_gives_the_recorded_bytes(block):
     weights = np.frombuffer(bytes.fromhex(VECTORS["weights"]), "<f4").reshape(3, 128)
-    expected = np.frombuffer(bytes.fromhex(VECTORS["quantize"][block.__name__.rpartition(".")[2]]), np.uint8)
+    expected = np.frombuffer(bytes.fromhex(VECTORS["quantize"][block.name]), np.uint8)
     assert (block.quantize(weights).ravel() == expected).all()
 
 
@@ -48,34 +47,34 @@ def test_against_the_gguf_package(name):
     packed = random_blocks(name.upper(), 64, rng)
     expected = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType[name.upper()])
     assert (bits(BLOCK_FORMATS[name].dequantize(packed)) == bits(expected)).all()
-    if name in ("q8_0", "q4_0"):
+    if BLOCK_FORMATS[name].stored.encode:
         weights = awkward_weights(rng)
         assert (BLOCK_FORMATS[name].quantize(weights) == gguf.quants.quantize(
             weights, gguf.GGMLQuantizationType[name.upper()])).all()  # fmt: skip
 
 
 def test_split_q8_0():
-    packed, weights = recorded("q8_0", q8_0)
-    codes, scales = q8_0.split(packed)
+    packed, weights = recorded("q8_0", Q8_0)
+    codes, scales = Q8_0.split(packed)
     assert codes.dtype == np.int8 and codes.shape == (2, 64) and scales.shape == (2, 2)
     assert (codes * np.repeat(scales, 32, 1).astype(np.float32) == weights).all()
 
 
 def test_split_q4_0():
-    packed, weights = recorded("q4_0", q4_0)
-    codes, scales = q4_0.split(packed)
+    packed, weights = recorded("q4_0", Q4_0)
+    codes, scales = Q4_0.split(packed)
     assert codes.dtype == np.uint8 and codes.max() == 15 and scales.shape == (2, 2)
     assert ((codes.astype(np.float32) - 8) * np.repeat(scales, 32, 1).astype(np.float32) == weights).all()
 
 
 def test_split_q5_0():
-    packed, weights = recorded("q5_0", q5_0)
-    codes, scales = q5_0.split(packed)
+    packed, weights = recorded("q5_0", Q5_0)
+    codes, scales = Q5_0.split(packed)
     assert codes.dtype == np.uint8 and codes.max() == 31 and scales.shape == (2, 2)
     assert ((codes.astype(np.float32) - 16) * np.repeat(scales, 32, 1).astype(np.float32) == weights).all()
 
 
-@pytest.mark.parametrize(("block", "name", "largest"), [(q4_1, "q4_1", 15), (q5_1, "q5_1", 31)])
+@pytest.mark.parametrize(("block", "name", "largest"), [(Q4_1, "q4_1", 15), (Q5_1, "q5_1", 31)])
 def test_split_into_codes_a_scale_and_a_minimum(block, name, largest):
     packed, weights = recorded(name, block)
     codes, d, m = block.split(packed)
@@ -84,7 +83,7 @@ def test_split_into_codes_a_scale_and_a_minimum(block, name, largest):
     assert (scale * codes + minimum == weights).all()
 
 
-@pytest.mark.parametrize(("block", "name", "largest"), [(q4_k, "q4_k", 15), (q5_k, "q5_k", 31)])
+@pytest.mark.parametrize(("block", "name", "largest"), [(Q4_K, "q4_k", 15), (Q5_K, "q5_k", 31)])
 def test_split_into_codes_and_scales_of_scales(block, name, largest):
     packed, weights = recorded(name, block)
     codes, d, dmin, scales, minima = block.split(packed)
@@ -97,8 +96,8 @@ def test_split_into_codes_and_scales_of_scales(block, name, largest):
 
 
 def test_split_q6_k():
-    packed, weights = recorded("q6_k", q6_k)
-    codes, scales, d = q6_k.split(packed)
+    packed, weights = recorded("q6_k", Q6_K)
+    codes, scales, d = Q6_K.split(packed)
     assert codes.dtype == scales.dtype == np.int8 and codes.min() >= -32 and codes.max() <= 31
     assert codes.shape == (2, 512) and scales.shape == (2, 32) and d.shape == (2, 2)
     scale = np.repeat(d.astype(np.float32), 16, 1) * scales
@@ -106,28 +105,28 @@ def test_split_q6_k():
 
 
 def test_leading_axes_are_kept():
-    packed = np.zeros((3, 5, 2 * q6_k.BLOCK_BYTES), np.uint8)
-    assert q6_k.dequantize(packed).shape == (3, 5, 512)
-    assert [field.shape for field in q6_k.split(packed)] == [(3, 5, 512), (3, 5, 32), (3, 5, 2)]
-    assert q8_0.quantize(np.zeros((3, 5, 64), np.float32)).shape == (3, 5, 68)
+    packed = np.zeros((3, 5, 2 * Q6_K.block_bytes), np.uint8)
+    assert Q6_K.dequantize(packed).shape == (3, 5, 512)
+    assert [field.shape for field in Q6_K.split(packed)] == [(3, 5, 512), (3, 5, 32), (3, 5, 2)]
+    assert Q8_0.quantize(np.zeros((3, 5, 64), np.float32)).shape == (3, 5, 68)
 
 
 def test_no_rows():
-    assert q8_0.dequantize(np.zeros((0, 34), np.uint8)).shape == (0, 32)
-    assert q4_0.quantize(np.zeros((0, 32), np.float32)).shape == (0, 18)
+    assert Q8_0.dequantize(np.zeros((0, 34), np.uint8)).shape == (0, 32)
+    assert Q4_0.quantize(np.zeros((0, 32), np.float32)).shape == (0, 18)
 
 
 @pytest.mark.parametrize("block", BLOCK_FORMATS.values())
 def test_bad_rows_are_refused(block):
     with pytest.raises(ValueError, match="whole blocks"):
-        block.dequantize(np.zeros((2, block.BLOCK_BYTES + 1), np.uint8))
+        block.dequantize(np.zeros((2, block.block_bytes + 1), np.uint8))
     with pytest.raises(ValueError, match="uint8"):
-        block.dequantize(np.zeros((2, block.BLOCK_BYTES), np.int8))
+        block.dequantize(np.zeros((2, block.block_bytes), np.int8))
 
 
 def test_weights_too_large_for_a_float16_scale():
     with pytest.raises(ValueError, match="float16"):
-        q8_0.quantize(np.full((1, 32), 1e9, np.float32))
+        Q8_0.quantize(np.full((1, 32), 1e9, np.float32))
 
 
 finite = st.floats(-1000, 1000, width=32)
@@ -136,11 +135,11 @@ finite = st.floats(-1000, 1000, width=32)
 @settings(max_examples=50, deadline=None)
 @given(arrays(np.float32, (2, 32), elements=finite))
 def test_q8_0_error_is_half_a_code(weights):
-    packed = q8_0.quantize(weights)
+    packed = Q8_0.quantize(weights)
     scale = np.abs(weights).max(axis=1, keepdims=True) / 127
     # Half a code, the rounding of 127 codes' scale to float16, and the denormal scales' steps.
     allowed = scale * (0.501 + 127 / 2048) + 127 * 2.0**-25
-    assert (np.abs(q8_0.dequantize(packed) - weights) <= allowed).all()
+    assert (np.abs(Q8_0.dequantize(packed) - weights) <= allowed).all()
 
 
 @settings(max_examples=50, deadline=None)
@@ -148,7 +147,7 @@ def test_q8_0_error_is_half_a_code(weights):
 def test_q4_0_error_is_a_code(weights):
     scale = np.abs(weights).max(axis=1, keepdims=True) / 8
     allowed = scale * (1.001 + 8 / 2048) + 8 * 2.0**-25
-    assert (np.abs(q4_0.dequantize(q4_0.quantize(weights)) - weights) <= allowed).all()
+    assert (np.abs(Q4_0.dequantize(Q4_0.quantize(weights)) - weights) <= allowed).all()
 
 
 @settings(max_examples=200, deadline=None)
@@ -161,9 +160,9 @@ def test_round_half_away_is_roundf(value):
 
 
 def test_dequantize_needs_little_more_than_its_result():
-    packed = np.zeros((4096, 8 * q4_k.BLOCK_BYTES), np.uint8)
+    packed = np.zeros((4096, 8 * Q4_K.block_bytes), np.uint8)
     tracemalloc.start()
-    weights = q4_k.dequantize(packed)
+    weights = Q4_K.dequantize(packed)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < weights.nbytes + (16 << 20)

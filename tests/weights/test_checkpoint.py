@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from lockstep.formats import q4_0, q8_0
+from lockstep.formats import Q4_0, Q8_0
 from lockstep.models.checkpoint import open_checkpoint
 from lockstep.weights.tensor import StoredTensor
 from tests.weights.files import STRING, UINT32, gguf_bytes, plain_tensors, safetensors_bytes, write, write_folder
@@ -77,8 +77,8 @@ def test_rows_of_every_format():
         "f32": weights,
         "bf16": weights.astype(ml_dtypes.bfloat16),
         "f8_e4m3": weights.astype(ml_dtypes.float8_e4m3fn),
-        "q8_0": q8_0.quantize(weights),
-        "q4_0": q4_0.quantize(weights),
+        "q8_0": Q8_0.quantize(weights),
+        "q4_0": Q4_0.quantize(weights),
     }
     for format, data in stored.items():
         tensor = StoredTensor("w", format, (5, 64), data)
@@ -118,7 +118,7 @@ def test_models_converted_by_llama_cpp(model, form):
         pytest.skip(f"{path.name} has not been made")
     expected, found = open_checkpoint(PEERS / f"{model}-hf").tensors, open_checkpoint(path).tensors
     assert set(found) == set(expected)
-    quantize = {"q8_0": q8_0.quantize, "q4_0": q4_0.quantize}
+    quantize = {"q8_0": Q8_0.quantize, "q4_0": Q4_0.quantize}
     for name in expected:
         wanted, tensor = expected[name].to_f32(slice(0, 512)), found[name]
         if tensor.format in quantize:

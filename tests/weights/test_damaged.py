@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 
 from lockstep.engine.request import SamplingParams
-from lockstep.formats.pack import pack_q8_0
+from lockstep.formats import BLOCK_FORMATS, Q8_0
+from lockstep.formats.pack import pack
 from lockstep.models.checkpoint import open_checkpoint
 from lockstep.ops.embed import raw_bytes
 from lockstep.runtime.program import Weight
 from lockstep.serve.llm import LLM
 from lockstep.weights import finite
 from lockstep.weights.store import PackedStore
-from lockstep.weights.tensor import BLOCK_FORMATS, StoredTensor
+from lockstep.weights.tensor import StoredTensor
 from tests.kernels import shared_kernels
 from tests.models import tiny
 from tests.models.cases import CASES
@@ -30,9 +31,9 @@ def table(format):
     """A valid table of a format, 70 rows of 256."""
     if format in BLOCK_FORMATS:
         block = BLOCK_FORMATS[format]
-        shape = 70, 256 // block.BLOCK_SIZE, block.BLOCK_BYTES
+        shape = 70, 256 // block.block_size, block.block_bytes
         blocks = np.random.default_rng(2).integers(0, 256, shape, np.uint8)
-        for at in finite.SCALES[format]:
+        for at in block.scale_offsets:
             blocks[..., at + 1] &= 0x3B
         data = blocks.reshape(70, -1)
     else:
@@ -44,7 +45,8 @@ def spoil(tensor, row, column, bits):
     """One float of a plain table, or the last scale of a block."""
     raw = tensor.data.view(np.uint8).reshape(70, -1)
     size = {"f32": 4, "f16": 2, "bf16": 2}.get(tensor.format)
-    at = column * size if size else BLOCK_FORMATS[tensor.format].BLOCK_BYTES * column + finite.SCALES[tensor.format][-1]
+    block = BLOCK_FORMATS.get(tensor.format)
+    at = column * size if size else block.block_bytes * column + block.scale_offsets[-1]
     raw[row, at : at + (size or 2)] = np.frombuffer(bits.tobytes(), np.uint8)
 
 
@@ -55,7 +57,8 @@ def test_a_bad_place_of_a_table_is_named(format, negative, monkeypatch):
     good = table(format)
     assert (finite.finite_bytes(good) == good.data.view(np.uint8).reshape(70, -1)).all()
     dtype = {"f32": np.float32, "bf16": ml_dtypes.bfloat16}.get(format, np.float16)
-    plain, column = format not in BLOCK_FORMATS, 0 if format.endswith("_k") else 1
+    plain = format not in BLOCK_FORMATS
+    column = 0 if not plain and BLOCK_FORMATS[format].block_size == 256 else 1
     for value in (np.inf, np.nan):
         bad = table(format)
         spoil(bad, 41, column, np.array([-value if negative else value], dtype))
@@ -96,13 +99,13 @@ def test_the_index_counts_from_the_first_row_of_the_tensor():
     weights[2050, 5] = np.inf
     tensor = StoredTensor("w", "f32", weights.shape, weights)
     with pytest.raises(ValueError, match=r"tensor 'w': expected finite weights.*index \[2050, 5\]"):
-        pack_q8_0(Weight("w", "q8_0", weights.shape, (tensor,)))
+        pack(Q8_0, Weight("w", "q8_0", weights.shape, (tensor,)))
 
 
 def test_weights_too_large_for_a_format_are_named():
     tensor = StoredTensor("w", "f32", (16, 32), np.full((16, 32), 1e9, np.float32))
     with pytest.raises(ValueError, match=r"tensor 'w': block scale .* does not fit float16"):
-        pack_q8_0(Weight("w", "q8_0", (16, 32), (tensor,)))
+        pack(Q8_0, Weight("w", "q8_0", (16, 32), (tensor,)))
 
 
 def test_reading_a_file_that_was_truncated_since(tmp_path):

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from lockstep.formats import q8_0
+from lockstep.formats import Q8_0
 from lockstep.weights import gguf
 from lockstep.weights.gguf_metadata import MAX_ARRAY_DEPTH
 from tests.weights.files import (
@@ -59,7 +59,7 @@ def small_tensors():
         **plain_tensors(
             {"f32": weights, "bf16": weights.astype(ml_dtypes.bfloat16), "f16": weights.astype(np.float16)}
         ),
-        "blocks": ("q8_0", (3, 64), q8_0.quantize(weights).tobytes()),
+        "blocks": ("q8_0", (3, 64), Q8_0.quantize(weights).tobytes()),
         "vector": ("f32", (5,), np.arange(5, dtype=np.float32).tobytes()),
         "stack": ("f32", (2, 3, 4), np.arange(24, dtype=np.float32).tobytes()),
     }

@@ -5,11 +5,10 @@ import numpy as np
 import pytest
 
 from lockstep import LLM, SamplingParams
-from lockstep.formats.pack import pack_q8_0
+from lockstep.formats import BLOCK_FORMATS, Q8_0
+from lockstep.formats.pack import pack
 from lockstep.models.checkpoint import open_checkpoint
 from lockstep.ops.experts import ExpertLinear
-from lockstep.weights.finite import SCALES
-from lockstep.weights.tensor import BLOCK_FORMATS
 from tests.kernels import shared_kernels
 from tests.models import tiny
 from tests.models.cases import case
@@ -44,15 +43,15 @@ def encode(format, weights, rng):
         stored = weights.astype(PLAIN[format])
         return stored.tobytes(), stored.astype(np.float32)
     block = BLOCK_FORMATS[format]
-    packed = block.quantize(weights) if format in ("q8_0", "q4_0") else random_blocks(format, weights.shape, rng)
+    packed = block.quantize(weights) if block.stored.encode else random_blocks(format, weights.shape, rng)
     return packed.tobytes(), block.dequantize(packed)
 
 
 def random_blocks(format, shape, rng):
     block = BLOCK_FORMATS[format]
-    blocks = rng.integers(0, 256, (*shape[:-1], shape[-1] // block.BLOCK_SIZE, block.BLOCK_BYTES), np.uint8)
-    size = 1e-4 if block.BLOCK_SIZE == 256 else 4e-3
-    for at in SCALES[format]:
+    blocks = rng.integers(0, 256, (*shape[:-1], shape[-1] // block.block_size, block.block_bytes), np.uint8)
+    size = 1e-4 if block.block_size == 256 else 4e-3
+    for at in block.scale_offsets:
         scales = rng.uniform(size, 2 * size, blocks.shape[:-1]).astype("<f2")
         blocks[..., at : at + 2] = scales[..., None].view(np.uint8)
     return blocks.reshape(*shape[:-1], -1)
@@ -103,7 +102,7 @@ def test_the_usual_q4_k_m_experts_are_multiplied_as_q8_0(tmp_path):
     auto, q8 = (expert_weights(load(path, weights).recorded) for path, weights in ((fused, "auto"), (unfused, "q8_0")))
     assert len(auto) == 2 * LAYERS and {w.format for w in auto} == {"q8_0"}
     for one, other in zip(auto, q8, strict=True):
-        assert all((a == b).all() for a, b in zip(pack_q8_0(one), pack_q8_0(other), strict=True)), one.name
+        assert all((a == b).all() for a, b in zip(pack(Q8_0, one), pack(Q8_0, other), strict=True)), one.name
 
 
 def test_experts_of_the_formats_that_kernels_take_stay_as_they_are(tmp_path):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lockstep.formats import q4_0, q8_0
+from lockstep.formats import Q4_0, Q8_0
 from lockstep.models.checkpoint import open_checkpoint
 from lockstep.weights.gguf_rope import llama3_scaling
 from tests.weights import convert
@@ -45,12 +45,12 @@ def test_dense_architectures(architecture, model_type, options, change, tmp_path
         assert config["no_rope_layers"] == [1, 1] and config["no_rope_layer_interval"] == 4
 
 
-@pytest.mark.parametrize("block", [q8_0, q4_0])
+@pytest.mark.parametrize("block", [Q8_0, Q4_0])
 def test_rotary_rows_of_blocks(block, tmp_path):
     tensors = dense_tensors(np.random.default_rng(6))
     weights = tensors.pop("model.layers.0.self_attn.q_proj.weight").astype(np.float32)
     packed = block.quantize(convert.interleave_rotary(weights, 4))
-    extra = {"blk.0.attn_q.weight": (block.__name__.rpartition(".")[2], (32, 32), packed.tobytes())}
+    extra = {"blk.0.attn_q.weight": (block.name, (32, 32), packed.tobytes())}
     path = write_dense(tmp_path / "m.gguf", tensors, "llama", extra, rotary)
     tensor = open_checkpoint(path).tensors["model.layers.0.self_attn.q_proj.weight"]
     assert (tensor.data == block.quantize(weights)).all() and tensor.shape == (32, 32)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lockstep.formats import q4_0, q8_0
+from lockstep.formats import Q4_0, Q8_0
 from lockstep.models.checkpoint import open_checkpoint
 from lockstep.models.registry import model_config
 from tests.weights import convert
@@ -43,13 +43,13 @@ def test_qwen35_layer_types_by_interval(tmp_path):
     assert open_checkpoint(path).config["layer_types"] == ["linear_attention"] * 3 + ["full_attention"]
 
 
-@pytest.mark.parametrize("block", [q8_0, q4_0])
+@pytest.mark.parametrize("block", [Q8_0, Q4_0])
 def test_qwen35_columns_of_blocks_move_whole(block, tmp_path):
     rng, name = np.random.default_rng(13), "model.layers.0.linear_attn.out_proj.weight"
     tensors = qwen35_tensors(rng, 2, 4, mtp=False)
     weights = tensors.pop(name).astype(np.float32)
     raw = block.quantize(convert.tile_heads(weights, 1, 2, 4)).tobytes()
-    format = block.__name__.rpartition(".")[2]
+    format = block.name
     path = write_qwen35(tmp_path / "m.gguf", tensors, 2, 4, packed={"blk.0.ssm_out.weight": (format, (32, 128), raw)})
     tensor = open_checkpoint(path).tensors[name]
     assert tensor.format == format and (tensor.data == block.quantize(weights)).all()
@@ -66,9 +66,9 @@ def test_qwen35_columns_across_blocks_become_float32(tmp_path):
     checkpoint = open_checkpoint(write_qwen35(tmp_path / "m.gguf", tensors, 2, 4, size=64, packed=packed))
     tensor, info = checkpoint.tensors[name], checkpoint.tensors.info[name]
     assert tensor.format == info.format == "f32" and tensor.shape == info.shape and tensor.data.nbytes == info.num_bytes
-    from lockstep.formats import q4_k
+    from lockstep.formats import Q4_K
 
-    assert (convert.tile_heads(tensor.data, 1, 2, 4) == q4_k.dequantize(raw)).all()
+    assert (convert.tile_heads(tensor.data, 1, 2, 4) == Q4_K.dequantize(raw)).all()
 
 
 def test_decay_that_is_no_bfloat16_logarithm(tmp_path):

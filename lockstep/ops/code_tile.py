@@ -8,11 +8,11 @@ makes the products is the target's; all give the same integers.
 from llvmlite import ir
 from numba import types
 
+from lockstep.formats.tiles import Site, fields, finish, lanes_of, look_ahead
 from lockstep.runtime import targets
 from lockstep.runtime.emit import moved, pinned, pointer, read, spread, spread4, vector
 from lockstep.runtime.simd import F32, I32, I64, LANES, constant, primitive, splat
 from lockstep.runtime.tiles_dots import WIDE, absolute, maddubs, pair_sums
-from lockstep.runtime.tiles_linear import Site, fields, finish, lanes_of, look_ahead
 
 BLOCK, PANEL_BYTES = 32, 512  # k of a turn of the loop, and bytes that they take in a panel
 NARROW_SUMS = 6  # vectors of sums that registers of eight lanes hold
@@ -176,8 +176,8 @@ SCALINGS = {"float": scaled, "fixed": requantized}
 def code_tile(context, shape, num_rows, x, w, out, ahead, grid):
     """out = x W^T (+ residual) for num_rows rows by a number of panels, over all of K.
 
-    shape: literals: planes, 1 or 2; (fewest, most) rows; panels; one of SCALINGS. x: `tiles_linear.Rows` of codes. w:
-    `tiles_linear.Panels`, K that of a plane. out: `tiles_linear.Output`. ahead: `tiles_linear.Ahead`. grid: the address
+    shape: literals: planes, 1 or 2; (fewest, most) rows; panels; one of SCALINGS. x: `tiles.Rows` of codes. w:
+    `tiles.Panels`, K that of a plane. out: `tiles.Output`. ahead: `tiles.Ahead`. grid: the address
     of the output's grid, if it has one.
     """
     planes, rows, panels, scaling = shape
@@ -202,7 +202,7 @@ def code_tile(context, shape, num_rows, x, w, out, ahead, grid):
 def _tile(b, magic, how, height, operands, grid):
     """All columns at once in registers of sixteen lanes; as many as fit in those of eight."""
     (planes, panels, scaling), (x, w, out, ahead) = how, operands
-    lanes = lanes_of("codes", targets.int_dot(magic))
+    lanes = lanes_of(True, targets.int_dot(magic))
     columns = [(p, first) for p in panels for first in range(0, LANES, lanes)]
     at_once = len(columns) if lanes == LANES else max(1, NARROW_SUMS // (height * planes))
     for start in range(0, len(columns), at_once):

@@ -7,13 +7,13 @@ dots are made. Each format is one function of a `Site`, which emits the loop ove
 from typing import NamedTuple
 
 from llvmlite import ir
-from numba import types
 
+from lockstep.formats.rows import BIAS, BLOCK_BYTES, SCALE, SUMS
 from lockstep.runtime import targets
-from lockstep.runtime.emit import counted, dpbf16, fma, moved, pointer, prefetch, read, spread, vector, write
-from lockstep.runtime.simd import F16, F32, I1, I8, I32, I64, LANES, constant, primitive
-from lockstep.runtime.tiles_dots import q4_0, q4_1, q5_0, q5_1, q8_0
-from lockstep.runtime.tiles_k import q4_k, q5_k, q6_k
+from lockstep.runtime.emit import counted, fma, moved, pointer, prefetch, read, spread, vector, write
+from lockstep.runtime.simd import F32, I1, I8, I32, I64, LANES, constant
+
+AHEAD_BYTES = 8192  # of a single stream: what passes by in the time that memory takes to answer
 
 
 class Rows(NamedTuple):
@@ -83,17 +83,17 @@ class Site:
         return [pointer(self.b, self.b.add(address, self.b.mul(stride, self.int(n)))) for n in numbers]
 
     def code(self, r, i, offset):
-        """Codes of row r's block i of quantized activations, and what follows them (see ops/activations.py)."""
-        return moved(self.b, moved(self.b, self.x[r], self.b.mul(i, self.int(44))), offset)
+        """Codes of row r's block i of quantized activations, and what follows them (see rows.py)."""
+        return moved(self.b, moved(self.b, self.x[r], self.b.mul(i, self.int(BLOCK_BYTES))), offset)
 
     def a_scale(self, r, i):
-        return self.code(r, i, 32)
+        return self.code(r, i, SCALE)
 
     def bias(self, r, i):
-        return self.code(r, i, 36)
+        return self.code(r, i, BIAS)
 
     def sums(self, r, i):
-        return self.code(r, i, 40)
+        return self.code(r, i, SUMS)
 
     def codes(self, c, start, offset):
         """Four codes of each feature of column c, at start + offset."""
@@ -149,57 +149,9 @@ def outer(s, acc, start, offset, columns):
     return {(r, c): fma(s.b, values[r], columns[c], acc[r, c]) for r, c in s.cells}
 
 
-def f32(s):
-    return float_steps(s, 64, lambda place: read(s.b, place, s.floats, 64))
-
-
-def f16(s):
-    return float_steps(s, 32, lambda place: s.b.fpext(read(s.b, place, vector(F16, s.lanes), 32), s.floats))
-
-
-def bf16(s):
-    """acc = fma(x[2i], w[2i], fma(x[2i+1], w[2i+1], acc)), flushed after each."""
-    return s.blocks(2, (_pairs_native if s.bf16 else _pairs_wide)(s), 64)
-
-
-def _pair_columns(s, i):
-    return [read(s.b, moved(s.b, w, s.b.mul(i, s.int(64))), s.ints, 64) for w in s.w]
-
-
-def _pairs_native(s):
-    """VDPBF16PS: x holds bf16 pairs. Its denormals are zero and its results flushed, whatever MXCSR says."""
-    b = s.b
-
-    def step(i, acc):
-        columns = _pair_columns(s, i)
-        values = [spread(b, moved(b, x, b.mul(i, s.int(4))), I32, s.lanes) for x in s.x]
-        return {(r, c): dpbf16(b, acc[r, c], values[r], columns[c]) for r, c in s.cells}
-
-    return step
-
-
-def _pairs_wide(s):
-    """The same in two steps: x holds float32 pairs. Needs FLUSH mode."""
-    b = s.b
-
-    def step(i, acc):
-        raw, place = _pair_columns(s, i), b.mul(i, s.int(8))
-        odd = [b.bitcast(b.and_(v, constant(s.ints, -65536)), s.floats) for v in raw]
-        even = [b.bitcast(b.shl(v, constant(s.ints, 16)), s.floats) for v in raw]
-        return outer(s, outer(s, acc, place, 4, odd), place, 0, even)
-
-    return step
-
-
-FORMATS = {emit.__name__: emit for emit in (f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q4_k, q5_k, q6_k)}
-FLOATS = ("f32", "f16", "bf16")
-AHEAD_BYTES = 8192  # of a single stream: what passes by in the time that memory takes to answer
-WHOLE_PANELS = 2  # so few rows leave registers for whole panels where these are more than one vector
-
-
-def lanes_of(format, how):
+def lanes_of(is_integer, how):
     """Features of a vector: integer dots fill the registers of narrower targets with eight."""
-    return LANES if how == "avx512_vnni" or format in FLOATS else LANES // 2
+    return LANES // 2 if is_integer and how != "avx512_vnni" else LANES
 
 
 def finish(s, acc, out):
@@ -265,42 +217,3 @@ def look_ahead(s, w, ahead):
 def fields(b, kind, value):
     """The LLVM values of a named tuple, under their names."""
     return kind.instance_class(*(b.extract_value(value, i) for i in range(len(kind.fields))))
-
-
-@primitive()
-def linear_tile(context, format, shape, num_rows, x, w, out, ahead):
-    """out = x W^T (+ residual) for num_rows rows by a number of panels, over K or a part of it.
-
-    format: a literal, one of FORMATS. shape: literals: (fewest, most) rows; panels; how many of them are worked on
-    together, the others following. All panels are read, but only as many stored as `out` says. x: `Rows`. w: `Panels`.
-    out: `Output`. ahead: `Ahead`.
-    """
-    heights, num_cols, at_once = shape[0], shape[1].literal_value, shape[2].literal_value
-    heights = range(heights[0].literal_value, heights[1].literal_value + 1)
-
-    def codegen(ctx, b, sig, args):
-        magic = ctx.codegen().magic_tuple()
-        operands = [fields(b, *pair) for pair in zip(sig.args[3:], args[3:], strict=True)]
-        choice = b.switch(args[2], end := b.append_basic_block("no_rows"))
-        for height in heights:
-            choice.add_case(ir.Constant(I64, height), block := b.append_basic_block(f"rows_{height}"))
-            b.position_at_start(block)
-            for start in range(0, num_cols, at_once):
-                _tile(b, magic, format.literal_value, height, range(start, start + at_once), operands)
-            b.branch(end)
-        b.position_at_start(end)
-        return ctx.get_dummy_value()
-
-    return types.void(format, shape, types.int64, x, w, out, ahead), codegen
-
-
-def _tile(b, magic, format, height, panels, operands):
-    x, w, out, ahead = operands
-    lanes = lanes_of(format, targets.int_dot(magic))
-    columns = [(p, first) for p in panels for first in range(0, LANES, lanes)]
-    whole = height <= WHOLE_PANELS or lanes == LANES
-    for group in [columns] if whole else [[column] for column in columns]:
-        s = Site(b, magic, height, group, lanes, x, w)
-        begin(s, out)
-        look_ahead(s, w, ahead)
-        finish(s, FORMATS[format](s), out)

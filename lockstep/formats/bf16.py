@@ -1,0 +1,121 @@
+"""BF16: the upper halves of float32, multiplied with activations rounded alike, in pairs."""
+
+import ml_dtypes
+import numpy as np
+
+from lockstep.formats.format import Format, Lookup, Packed, Stored
+from lockstep.formats.panels import PANEL as FEATURES
+from lockstep.formats.panels import grouped
+from lockstep.formats.products import Product, floats_at
+from lockstep.formats.rows import ROUNDED
+from lockstep.formats.scalars import upper_half
+from lockstep.formats.tiles import outer
+from lockstep.runtime.emit import dpbf16, moved, read, spread
+from lockstep.runtime.kernel import definition, inlined
+from lockstep.runtime.simd import I32, constant, fma, load_bf16, store
+
+NUMBER = np.dtype(ml_dtypes.bfloat16)
+PANEL = np.dtype([("codes", "<u2", (FEATURES, 2))])  # of two k
+ZERO = np.float32(0)
+SMALLEST_NORMAL = np.float32(2.0**-126)
+FLUSH_BELOW = 2.0**-126 - 2.0**-151
+
+
+@inlined
+def daz(x):
+    """Denormals are zero, of the same sign."""
+    return x * ZERO if abs(x) < SMALLEST_NORMAL else x
+
+
+@inlined
+def flushed_fma(x, w, acc):
+    """fma(daz x, daz w, daz acc), then zero iff the exact result is below 2**-126 - 2**-151 in magnitude.
+
+    The product of two bf16 is exact in float64, and the sum exact enough near the bound to tell the side.
+    """
+    x, w, acc = daz(x), daz(w), daz(acc)
+    result, exact = fma(x, w, acc), np.float64(x) * np.float64(w) + np.float64(acc)
+    if exact != 0 and abs(exact) < FLUSH_BELOW:
+        return ZERO if exact > 0 else -ZERO
+    return result
+
+
+@definition
+def dot_bf16(x_K, w_K):
+    """sum of x[k] * w[k] for bf16 values held as float32, in pairs, the odd one first.
+
+    Order: acc = f(x[2i], w[2i], f(x[2i+1], w[2i+1], acc)) with f = `flushed_fma`, i ascending from acc = +0: what
+      VDPBF16PS does. Source: Intel SDM; 0 mismatches in 96 million lanes on a Zen 5.
+    """
+    acc = ZERO
+    for i in range(0, x_K.size, 2):
+        acc = flushed_fma(x_K[i], w_K[i], flushed_fma(x_K[i + 1], w_K[i + 1], acc))
+    return acc
+
+
+@inlined
+def row_dot(x, w, n, K):
+    return dot_bf16(x, floats_at(w.codes, n, K))
+
+
+def tile(s):
+    """acc = fma(x[2i], w[2i], fma(x[2i+1], w[2i+1], acc)), flushed after each."""
+    return s.blocks(2, (_pairs_native if s.bf16 else _pairs_wide)(s), PANEL.itemsize)
+
+
+def _pair_columns(s, i):
+    return [read(s.b, moved(s.b, w, s.b.mul(i, s.int(PANEL.itemsize))), s.ints, PANEL.itemsize) for w in s.w]
+
+
+def _pairs_native(s):
+    """VDPBF16PS: x holds bf16 pairs. Its denormals are zero and its results flushed, whatever MXCSR says."""
+    b = s.b
+
+    def step(i, acc):
+        columns = _pair_columns(s, i)
+        values = [spread(b, moved(b, x, b.mul(i, s.int(4))), I32, s.lanes) for x in s.x]
+        return {(r, c): dpbf16(b, acc[r, c], values[r], columns[c]) for r, c in s.cells}
+
+    return step
+
+
+def _pairs_wide(s):
+    """The same in two steps: x holds float32 pairs. Needs FLUSH mode."""
+    b = s.b
+
+    def step(i, acc):
+        raw, place = _pair_columns(s, i), b.mul(i, s.int(8))
+        odd = [b.bitcast(b.and_(v, constant(s.ints, -65536)), s.floats) for v in raw]
+        even = [b.bitcast(b.shl(v, constant(s.ints, 16)), s.floats) for v in raw]
+        return outer(s, outer(s, acc, place, 4, odd), place, 0, even)
+
+    return step
+
+
+@definition
+def weight(row_B, i):
+    """Weight i of a row."""
+    return np.uint32(upper_half(row_B, 2 * i)).view(np.float32)
+
+
+@inlined
+def store_weights(place, scale, out):
+    """Sixteen weights."""
+    store(out, load_bf16(place) * scale)
+
+
+BF16 = Format(
+    "bf16",
+    gguf_type=30,
+    stored=Stored(
+        NUMBER, 1, lambda values: (values,), lambda values: values.astype(np.float32), lambda v: v.astype(NUMBER)
+    ),
+    packed=Packed(PANEL, 2, lambda values: {"codes": (grouped(2), values.view(np.uint16))}),
+    product=Product("bf16", ROUNDED, ("codes",), row_dot),
+    tile=tile,
+    lookup=Lookup(weight, store_weights, 16),
+    fallback="f32",
+    is_choice=True,
+    few_rows=4,
+    flushes=True,
+)

@@ -1,0 +1,49 @@
+"""F16: numbers of 16 bits, multiplied as the float32 that they are."""
+
+import numpy as np
+
+from lockstep.formats.format import Format, Lookup, Packed, Stored
+from lockstep.formats.panels import PANEL as FEATURES
+from lockstep.formats.panels import k_major
+from lockstep.formats.products import FLOATS
+from lockstep.formats.scalars import half
+from lockstep.formats.tiles import float_steps
+from lockstep.runtime import simd
+from lockstep.runtime.emit import read, vector
+from lockstep.runtime.kernel import definition, inlined
+from lockstep.runtime.simd import load_f16, store
+
+NUMBER = np.dtype("<f2")
+PANEL = np.dtype([("codes", NUMBER, FEATURES)])
+
+
+def tile(s):
+    """acc = fma(x[k], w[k], acc), k ascending."""
+    halves = vector(simd.F16, s.lanes)
+    return float_steps(s, PANEL.itemsize, lambda place: s.b.fpext(read(s.b, place, halves, PANEL.itemsize), s.floats))
+
+
+@definition
+def weight(row_B, i):
+    """Weight i of a row."""
+    return half(row_B, 2 * i)
+
+
+@inlined
+def store_weights(place, scale, out):
+    """Sixteen weights."""
+    store(out, load_f16(place) * scale)
+
+
+F16 = Format(
+    "f16",
+    gguf_type=1,
+    stored=Stored(
+        NUMBER, 1, lambda values: (values,), lambda values: values.astype(np.float32), lambda v: v.astype(NUMBER)
+    ),
+    packed=Packed(PANEL, 1, lambda values: {"codes": (k_major, values)}),
+    product=FLOATS,
+    tile=tile,
+    lookup=Lookup(weight, store_weights, 16),
+    few_rows=2,
+)

@@ -1,0 +1,47 @@
+"""F32: numbers of 32 bits."""
+
+import numpy as np
+
+from lockstep.formats.format import Format, Lookup, Packed, Stored
+from lockstep.formats.panels import PANEL as FEATURES
+from lockstep.formats.panels import k_major
+from lockstep.formats.products import FLOATS
+from lockstep.formats.scalars import byte, upper_half
+from lockstep.formats.tiles import float_steps
+from lockstep.runtime.emit import read
+from lockstep.runtime.kernel import definition, inlined
+from lockstep.runtime.simd import load, store
+
+NUMBER = np.dtype("<f4")
+PANEL = np.dtype([("codes", NUMBER, FEATURES)])
+
+
+def tile(s):
+    """acc = fma(x[k], w[k], acc), k ascending."""
+    return float_steps(s, PANEL.itemsize, lambda place: read(s.b, place, s.floats, PANEL.itemsize))
+
+
+@definition
+def weight(row_B, i):
+    """Weight i of a row."""
+    low = byte(row_B, 4 * i) | byte(row_B, 4 * i + 1) << 8
+    return np.uint32(low | upper_half(row_B, 4 * i + 2)).view(np.float32)
+
+
+@inlined
+def store_weights(place, scale, out):
+    """Sixteen weights."""
+    store(out, load(place) * scale)
+
+
+F32 = Format(
+    "f32",
+    gguf_type=0,
+    stored=Stored(NUMBER, 1, lambda values: (values,), lambda values: values, lambda values: values),
+    packed=Packed(PANEL, 1, lambda values: {"codes": (k_major, values)}),
+    product=FLOATS,
+    tile=tile,
+    lookup=Lookup(weight, store_weights, 16),
+    is_choice=True,
+    few_rows=2,
+)

@@ -1,0 +1,141 @@
+"""What a weight format is: how a checkpoint stores it, how it is packed, multiplied and looked up."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lockstep.formats import blocks as blk
+from lockstep.formats.panels import PANEL, Placed
+from lockstep.formats.products import Product
+
+SCALES = np.dtype([("d", "<f2", PANEL)])  # of a panel, for 32 weights of each feature
+
+
+class Stored(NamedTuple):
+    """A block of `size` weights as a checkpoint has it; formats of plain numbers have blocks of one.
+
+    unpack: blocks [..., blocks] to the fields of their rows, as `Product.arrays` names them: codes [..., K], and what
+    belongs to several weights [..., fewer]. decode: blocks [num] to float32 [num, size]. encode: the reverse, rounded;
+    None: nothing is converted to the format.
+    """
+
+    block: np.dtype
+    size: int
+    unpack: Callable[[np.ndarray], tuple[np.ndarray, ...]]
+    decode: Callable[[np.ndarray], np.ndarray]
+    encode: Callable[[np.ndarray], np.ndarray] | None = None
+
+
+class Packed(NamedTuple):
+    """A panel of sixteen features, as kernels read them, for `size` weights of each.
+
+    arrange: the fields of rows to {field of panel or scales, by its path: (how values lie in it, values [rows, ...])}.
+    scales: of a stream of its own, where scales are not in the panel.
+    """
+
+    panel: np.dtype
+    size: int
+    arrange: Callable[..., Placed]
+    scales: np.dtype | None = None
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """The arrays of a packed weight, as `operands.WeightArrays` has them."""
+        return ("codes",) if self.scales is None else ("codes", "d")
+
+
+class Lookup(NamedTuple):
+    """Rows of a table of the format, decoded from the bytes of the checkpoint.
+
+    weight: the definition: (row int8 [bytes], i) to weight i of a row. store: the kernel's: (address of `count`
+    weights, factor, address to write them to), each multiplied by the factor.
+    """
+
+    weight: Any
+    store: Any
+    count: int
+
+
+@dataclass(frozen=True, eq=False)
+class Format:
+    """A weight format.
+
+    gguf_type: GGML's number of it. zero: what codes, as `unpack` has them, count too much. tile: emits the product of a
+    tile of prepared rows and panels, for a `tiles.Site`. fallback: the format that stands for it in rows that its
+    blocks, or those of prepared rows, do not fill. is_choice: whether `--weights` may ask for it. few_rows: so many
+    rows share each panel while it streams by, where registers hold sixteen lanes; more are bound by arithmetic, or by
+    loads. flushes: see `runtime.step.FLUSHES`. made_up_scale: of random blocks, where nothing is encoded.
+    """
+
+    name: str
+    gguf_type: int
+    stored: Stored
+    packed: Packed
+    product: Product
+    tile: Callable[[Any], dict]
+    lookup: Lookup
+    fallback: str | None = None
+    zero: int = 0
+    is_choice: bool = False
+    few_rows: int = 8
+    flushes: bool = False
+    made_up_scale: float = 0.0
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether weights are blocks of codes, which a checkpoint has as rows of bytes."""
+        return self.stored.size > 1
+
+    @property
+    def preparation(self) -> str:
+        """The kind of op that prepares rows for such weights; "" if they are multiplied as they are."""
+        return self.product.rows.preparation
+
+    @property
+    def block_size(self) -> int:
+        """Weights of a block as stored."""
+        return self.stored.size
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block as stored."""
+        return self.stored.block.itemsize
+
+    @property
+    def scale_offsets(self) -> tuple[int, ...]:
+        """The bytes of a stored block at which its float16 scales lie."""
+        fields = self.stored.block.fields or {}
+        return tuple(begin for kind, begin, *_ in fields.values() if kind == np.float16)
+
+    def panel_bytes(self, width: int) -> int:
+        """Bytes of a packed panel of so many weights for each of its features, its scales included."""
+        scales = self.packed.scales.itemsize * (width // self.stored.size) if self.packed.scales else 0
+        return width // self.packed.size * self.packed.panel.itemsize + scales
+
+    def fits(self, width: int) -> bool:
+        """Whether rows of so many weights can be multiplied in this format."""
+        return width % self.stored.size == 0 and width % self.product.rows.block == 0
+
+    def row_bytes(self, columns: int) -> int:
+        """Bytes of one row as stored; raises ValueError unless blocks fill it exactly."""
+        return blk.row_bytes(columns, self.stored.size, self.stored.block)
+
+    def split(self, packed: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Fields of packed rows uint8 [..., bytes]; ValueError unless these are whole blocks."""
+        return self.stored.unpack(blk.as_blocks(packed, self.stored.block))
+
+    def dequantize(self, packed: np.ndarray) -> np.ndarray:
+        """Packed rows uint8 [..., bytes] to float32 [..., K]. Error: at most the rounding of one addition."""
+        return blk.decoded(packed, self.stored.size, self.stored.block, self.stored.decode)
+
+    def data_of(self, weights: np.ndarray) -> np.ndarray:
+        """Finite weights [..., K] as a checkpoint's array has them: blocks as rows of bytes, numbers in their dtype."""
+        assert self.stored.encode is not None, self.name
+        return self.quantize(weights) if self.is_quantized else self.stored.encode(weights)
+
+    def quantize(self, weights: np.ndarray) -> np.ndarray:
+        """Finite weights [..., K] to packed rows uint8 [..., bytes], as the format's `encode` rounds them."""
+        assert self.stored.encode is not None, self.name
+        return blk.encoded(weights, self.stored.size, self.stored.block, self.stored.encode)

@@ -15,6 +15,7 @@ import numpy as np
 from lockstep.describe import is_linear, packed_bytes
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.formats import FORMATS
+from lockstep.ops import BACKENDS
 from lockstep.ops.kv_cache import PAGE_TOKENS
 from lockstep.parity import GREEDY
 from lockstep.runtime.operands import GROUPS
@@ -116,8 +117,9 @@ def against_per_token(bench, num_tokens, repeat):
 
 def switch_ratios(bench, num_tokens, repeat):
     """Each founding change: prefill without it against with it, {name: Paired}."""
-    results = {}
-    for name in GROUPS:
+    results, single = {}, BACKENDS["per_token"]
+    groups = {op.group for op in bench.model.program.ops if op.kind in single}
+    for name in (group for group in GROUPS if group in groups):
         swaps = {name: "per_token"}
         bench.prefill(num_tokens, swaps=swaps)
         results[name] = paired(

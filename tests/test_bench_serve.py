@@ -14,7 +14,7 @@ from lockstep.engine.engine import Engine
 from lockstep.engine.request import Request, SamplingParams
 
 SMALL = dict(requests=10, rate=0.0, prompt=(20, 90), output=(5, 12))
-ARGUMENTS = ["bench", "serve", "--requests", "6", "--rate", "200", "--prompt", "10-30", "--output", "4-8"]
+ARGUMENTS = "bench serve --threads 1 --requests 6 --rate 200 --prompt 10-30 --output 4-8".split()
 
 
 # ------------------------------------------------------------ workloads
@@ -199,7 +199,7 @@ def finished():
 
 @pytest.fixture(scope="module")
 def llm():
-    llm = LLM(max_context=1200, max_requests=8, max_step_tokens=128, kv_tokens=1280)
+    llm = LLM(threads=1, max_context=1200, max_requests=8, max_step_tokens=128, kv_tokens=1280)
     yield llm
     llm.close()
 

@@ -19,7 +19,7 @@ PROMPT = "def read_lines(path):\n"
 @pytest.fixture(scope="module")
 def expected():
     """What the bundled model answers to PROMPT, greedily, in twelve tokens."""
-    llm = LLM(max_requests=1)
+    llm = LLM(max_requests=1, threads=1)
     yield llm.generate([PROMPT], SamplingParams(max_tokens=12))[0]
     llm.close()
 

@@ -30,7 +30,7 @@ SETTINGS = dict(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, max_toke
 
 @pytest.fixture(scope="module")
 def llm():
-    made = LLM(max_requests=1)
+    made = LLM(max_requests=1, threads=1)
     yield made
     made.close()
 

@@ -57,7 +57,7 @@ def test_an_answer_ends_with_a_block(length, least):
 
 
 def test_the_command_prints_a_row_for_each_answer(capsys):
-    assert main(["parity", "--speculate", "--tokens", "10", "--length", "60"]) == 0
+    assert main(["parity", "--threads", "1", "--speculate", "--tokens", "10", "--length", "60"]) == 0
     out = capsys.readouterr().out
     assert "60 tokens and 69 more, with and without drafts" in out
     assert "32 answers, the same with drafts and without" in " ".join(out.split())

@@ -47,7 +47,7 @@ class Watched:
     """
 
     def __init__(self, model, draft, most=5, every=1, **options):
-        self.engine = Engine(model, EngineOptions(**{"threads": 2, "max_requests": 5, **options}))
+        self.engine = Engine(model, EngineOptions(**{"threads": 1, "max_requests": 5, **options}))
         self.drafts = DraftModel(draft, model, self.engine.team, self.engine.limits, self.engine.eos_ids)
         self.most, self.every, self.num_steps, self.guesses, self.behind = most, every, 0, [], {}
 
@@ -287,7 +287,7 @@ def engine():
 
     def make(model, smaller=None, **options):
         speculate = "off" if smaller is None else "model"
-        options = {"threads": 2, "max_requests": 3, "speculate": speculate, **options}
+        options = {"threads": 1, "max_requests": 3, "speculate": speculate, **options}
         made.append(Engine(model, EngineOptions(**options), draft_model=smaller))
         return made[-1]
 
@@ -321,7 +321,9 @@ def test_drafts_of_the_model_itself_are_all_right(model, engine, draft):
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("options", [dict(draft=5), dict(), dict(draft=3, kv_tokens=320, max_step_tokens=50)], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(draft=5, threads=2), dict(), dict(draft=3, kv_tokens=320, max_step_tokens=50)], ids=str
+)
 def test_drafts_of_another_model_change_no_answer(model, engine, config, options, tmp_path):
     plain = {name: value for name, value in options.items() if name != "draft"}
     params = [dataclasses.replace(p, ignore_eos=True, stop_token_ids=()) for p in PARAMS]

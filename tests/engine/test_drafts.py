@@ -52,7 +52,7 @@ def engine(model):
     made = []
 
     def make(source=None, swaps=None, **options):
-        options = {"threads": 2, "max_requests": 3, "speculate": "lookup", **options}
+        options = {"threads": 1, "max_requests": 3, "speculate": "lookup", **options}
         made.append(Engine(model, EngineOptions(**options), swaps))
         if source is not None:
             drafts, eos_ids = made[-1].drafter, made[-1].eos_ids
@@ -159,7 +159,9 @@ def noise(seed):
     return lambda request, most: rng.integers(0, VOCABULARY, rng.integers(0, most + 1)).tolist()
 
 
-@pytest.mark.parametrize("options", [dict(), dict(max_step_tokens=5), dict(kv_tokens=256, max_requests=6)], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(), dict(max_step_tokens=5, threads=2), dict(kv_tokens=256, max_requests=6)], ids=str
+)
 def test_noise_in_any_company_changes_nothing(engine, alone, options):
     made = engine(noise(len(options)), draft=MAX_DRAFTS, **options)
     assert [answer(r) for r in run(made)] == alone[0]

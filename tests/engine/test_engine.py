@@ -26,7 +26,7 @@ def engine(model):
     made = []
 
     def make(**options):
-        options = {"threads": 2, "max_requests": 3, "prompt_state_from": 0, **options}
+        options = {"threads": 1, "max_requests": 3, "prompt_state_from": 0, **options}
         made.append(Engine(model, EngineOptions(**options)))
         return made[-1]
 

@@ -47,7 +47,7 @@ def engine(model):
     made = []
 
     def make(of=model, **options):
-        made.append(Engine(of, EngineOptions(**{"threads": 2, "max_requests": 3, "speculate": "mtp", **options})))
+        made.append(Engine(of, EngineOptions(**{"threads": 1, "max_requests": 3, "speculate": "mtp", **options})))
         return made[-1]
 
     make.made = made
@@ -71,7 +71,7 @@ def head(engine) -> MtpDrafts:
 
 
 @pytest.mark.parametrize(
-    "options", [dict(draft=1), dict(draft=3), dict(draft=MAX_DRAFTS), dict(), dict(speculate="auto")]
+    "options", [dict(draft=1), dict(draft=3, threads=2), dict(draft=MAX_DRAFTS), dict(), dict(speculate="auto")]
 )
 def test_no_answer_and_no_cached_byte_changes(engine, alone, options):
     made = engine(kv_tokens=64 * 40, **options)
@@ -270,7 +270,7 @@ def test_a_head_is_multiplied_in_eight_bits_or_fewer(bundled, monkeypatch, weigh
 
 def test_a_head_over_the_first_tokens_drafts_them(tmp_path, monkeypatch, alone):
     monkeypatch.setattr("lockstep.models.mtp.FEW_TOKENS", 32)
-    made = Engine(loaded(tmp_path), EngineOptions(threads=2, max_requests=3, speculate="mtp", draft=3))
+    made = Engine(loaded(tmp_path), EngineOptions(threads=1, max_requests=3, speculate="mtp", draft=3))
     drafted, stepped = [], made.runner.step
 
     def step(spans, clock=None):

@@ -55,7 +55,7 @@ def engine(model):
     made = []
 
     def make(**options):
-        made.append(Engine(model, EngineOptions(**{"threads": 2, "max_requests": 3, **options})))
+        made.append(Engine(model, EngineOptions(**{"threads": 1, "max_requests": 3, **options})))
         return made[-1]
 
     yield make

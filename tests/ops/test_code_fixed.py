@@ -16,7 +16,7 @@ from tests.ops.harness import run_op, same_bits
 OUTS = [cases.grid(0.5, 0, -128, 127), cases.grid(0.25, 100, 0, 255), cases.grid(1e-3, 0, -32768, 32767)]
 
 
-def run(layer, grid, backend="cpu", num_threads=2):
+def run(layer, grid, backend="cpu", num_threads=1):
     N, K = layer.codes.shape
     sizes = dict(in_features=K, out_features=N, width=padded_width(N), column=0)
     rows = dict(x=layer.rows, weight=layer.weight(), grid=grid, residual=layer.residual)

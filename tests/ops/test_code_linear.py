@@ -46,7 +46,7 @@ ENDS = [grid(1, *ends) for ends in ((-128, -128, 127), (0, 0, 255), (-32768, -32
 WEIGHTS = [(-128, 127), (0, 255), (0, 15)]  # the codes of an 8-bit, an unsigned and a 4-bit weight
 
 
-def coded(x, grid, backend="cpu", num_threads=2):
+def coded(x, grid, backend="cpu", num_threads=1):
     """The rows of codes of x."""
     out, table = (row_width(x.shape[1]), "i8"), BACKENDS[backend]
     return run_op(table, CodeRows, num_threads=num_threads, out=out, x=x, grid=grid, width=x.shape[1])["out"]

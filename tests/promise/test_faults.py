@@ -70,7 +70,7 @@ def test_a_wrong_bit_in_any_op_breaks_the_promise(model, teams, fused, monkeypat
 
 
 # several steps: a wrong query or decay at position 0 has nothing to act on
-PATH = Path("chunks of 7", (7, 14, len(PROMPT)), 2)
+PATH = Path("chunks of 7", (7, 14, len(PROMPT)), 1)
 
 
 def test_parity_turns_red_and_names_the_op(model, monkeypatch):

@@ -26,7 +26,7 @@ BUNDLED = resolve_model(None)
 
 def answers(**options):
     """(token ids and log-probabilities of the answers, drafts, accepted drafts)."""
-    with contextlib.closing(LLM(threads=2, max_context=256, **options)) as llm:
+    with contextlib.closing(LLM(threads=1, max_context=256, **options)) as llm:
         made = llm.generate(PROMPTS, PARAMS)
         counts = llm.engine.counts()
     return [(c.token_ids, c.logprobs) for c in made], counts["drafts"], counts["accepted_drafts"]
@@ -49,7 +49,7 @@ def test_the_model_itself_drafts_what_it_says(tmp_path):
 def test_it_guesses_under_the_mask_of_a_grammar():
     grammar, found = structured.regex('(name: "[a-z]{3,9}", age: [1-9][0-9]{0,2}\\n){5}'), []
     for options in (dict(), dict(speculate=str(BUNDLED), draft=4)):
-        with contextlib.closing(LLM(threads=2, max_context=256, **options)) as llm:
+        with contextlib.closing(LLM(threads=1, max_context=256, **options)) as llm:
             grammars = Grammars(llm.tokenizer, llm.engine.eos_ids, llm.vocab_size)
             with contextlib.closing(grammars):
                 params = SamplingParams(max_tokens=120, temperature=0.8, seed=2, logits_mask=grammars.mask(grammar))

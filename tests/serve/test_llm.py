@@ -18,7 +18,7 @@ PROMPTS = [PROMPT, "import os\n", "class Queue:\n    ", "x", "for i in range(10)
 
 @pytest.fixture(scope="module")
 def llm():
-    made = LLM(threads=2, max_requests=8, max_context=512)
+    made = LLM(threads=1, max_requests=8, max_context=512)
     yield made
     made.close()
 

@@ -118,7 +118,7 @@ def test_a_file_of_one_format_is_loaded_and_answers_as_its_definitions_do(attent
     path, _ = fused_and_not(tmp_path, ("q4_k", "q4_k", "q6_k"), attention)
     answers = []
     for ops in (None, None, {"linear": "reference"}):  # packed now, packed before, defined
-        llm = LLM(str(path), ops=ops, max_requests=1)
+        llm = LLM(str(path), ops=ops, max_requests=1, threads=1)
         assert {w.format for w in llm.model.recorded.weights()} >= {attention, "q8_0", "f32"}
         answers += llm.generate([tiny.prompt(CONFIG, 20)], SamplingParams(max_tokens=5, ignore_eos=True))
         llm.close()

@@ -25,7 +25,8 @@ from lockstep.ops.select_rows import SelectRows, selected_rows
 from lockstep.runtime.program import Program, Table, Weight
 
 # tensors that a text model's checkpoint may hold beside its own: draft heads, the part that sees, old rope tables
-NOT_TEXT = ("mtp.", "model.visual.", "visual.", "model.vision_tower.", "vision_tower.")
+NOT_TEXT = ("mtp.", "model.visual.", "visual.", "model.vision_tower.", "vision_tower.", "model.multi_modal_projector.",
+            "multi_modal_projector.")  # fmt: skip
 
 NO_ROPE = Rope(2, 1.0)  # tables for heads that do not turn, which read none
 

@@ -1,6 +1,6 @@
 """The part of config.json that says how heads turn with their position."""
 
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from typing import Any
 
 from lockstep.models.config import Config, need
@@ -51,6 +51,28 @@ def rope(
         raise ValueError(f"rope parameter 'partial_rotary_factor': {share} is not supported, only 1")
     scaling = RopeScaling(kind=kind, **_old_context(config, kind, numbers))
     return Rope(_rope_dim(head_dim, share), rope_theta, scaling)
+
+
+def ropes_by_type(config: Config, head_dim: int, thetas: Mapping[str, float]) -> dict[str, Rope]:
+    """The rope of each layer type: of rope_parameters, an object for each type (transformers 5); before, rope_theta and
+    rope_scaling are of layers that see all keys, rope_local_base_freq is of those with a window.
+
+    thetas: by layer type, of "full_attention" and "sliding_attention", where the config is silent.
+    """
+    given, found = _rope_object(config, "rope_parameters"), {}
+    wrong = next((kind for kind, its in given.items() if kind not in thetas or not isinstance(its, dict)), None)
+    if wrong is not None:
+        raise ValueError(
+            f"config key 'rope_parameters': expected an object for each of {', '.join(thetas)}, got {wrong!r}"
+        )
+    old = {
+        "full_attention": {k: config.get(k) for k in ("rope_theta", "rope_scaling")},
+        "sliding_attention": {"rope_theta": config.get("rope_local_base_freq")},
+    }
+    for kind, theta in thetas.items():
+        part = {OLD_CONTEXT: config.get(OLD_CONTEXT), "max_position_embeddings": config["max_position_embeddings"]}
+        found[kind] = rope({**part, **old[kind], "rope_parameters": given.get(kind)}, head_dim, theta)
+    return found
 
 
 def _rope_dim(head_dim: int, share: float) -> int:

@@ -51,8 +51,8 @@ def _preparation(program: Program, x: Tensor, kind: str) -> Preparation:
 
 
 def fuse(program: Program, kinds: Container[str]) -> Program:
-    """Joins residual additions with linear layers; norms and silu_mul with the preparation of their rows, where the
-    backend has the fused op (kinds)."""
+    """Joins residual additions with linear layers; norms and gated products with the preparation of their rows, where
+    the backend has the fused op (kinds)."""
     return fuse_preparations(fuse_residuals(program), kinds)
 
 

@@ -349,7 +349,7 @@ class _Rewriter:
 
     def _add(self, op: Add) -> None:
         self._ops.append(op)
-        self._whole("res.mlp" if ".mlp." in op.y.name else "res.attn", op.out)
+        self._whole("res.mlp" if ".mlp." in op.y.name or ".post_feedforward_" in op.y.name else "res.attn", op.out)
 
     def _delta(self, op: GatedDelta) -> None:
         self._ops.append(op)

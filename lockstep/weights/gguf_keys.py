@@ -41,6 +41,10 @@ class Keys:
             raise ValueError(f"{self._where}: {self._prefix}{key} must be a finite number, found {value!r}")
         return float(str(np.float32(value)))
 
+    def is_array(self, key: str) -> bool:
+        """Whether a key is there and holds an array."""
+        return isinstance(self._metadata.get(self._prefix + key), np.ndarray)
+
     def values(self, key: str) -> list | None:
         """An array of numbers as a list, or None if the key is absent."""
         if key not in self:

@@ -4,6 +4,7 @@ One formula for scalars and for lanes. A new activation is a function, in a file
 line in GATES: the ops that multiply by it, alone, with the preparation of their rows, and for experts, are derived.
 """
 
+from lockstep.ops.gelu import gelu_tanh_gate
 from lockstep.ops.math import silu
 from lockstep.runtime.kernel import inlined
 
@@ -17,4 +18,4 @@ def silu_gate(gate, up):
     return silu(gate) * up
 
 
-GATES = {"silu": silu_gate}
+GATES = {"silu": silu_gate, "gelu_tanh": gelu_tanh_gate}

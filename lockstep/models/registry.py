@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from lockstep.models.config import Config, text_config
 from lockstep.models.family import Family
+from lockstep.models.gemma3 import GEMMA3
 from lockstep.models.llama import LLAMA
 from lockstep.models.mistral import MISTRAL
 from lockstep.models.model_config import ModelConfig
@@ -22,6 +23,7 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3_moe": QWEN3_MOE,
     "smollm3": SMOLLM3,
     "qwen3_5": QWEN3_5,
+    "gemma3": GEMMA3,
 }
 BY_MODEL_TYPE = {model_type: family for family in FAMILIES.values() for model_type in family.model_types}
 ARCHITECTURES: Mapping[str, Architecture] = {f.gguf.name: f.gguf for f in FAMILIES.values() if f.gguf}

@@ -67,6 +67,23 @@ def nested(config):
     return {"model_type": "qwen3_5", "text_config": config, "vision_config": VISION, **outer}
 
 
+def windowed(**changes):
+    """gemma3_text: a scale of scores that is not the heads', two ropes, and one full layer to two with a window."""
+    made = case(
+        "gemma3_text",
+        head_dim=32,
+        hidden_activation="gelu_pytorch_tanh",
+        query_pre_attn_scalar=24,
+        sliding_window=9,
+        sliding_window_pattern=3,
+        rope_scaling={"rope_type": "linear", "factor": 2.5},
+        rope_local_base_freq=50.0,
+        tie_word_embeddings=True,
+    )
+    del made["hidden_act"]
+    return {**made, **changes}
+
+
 CASES = {
     "llama": case("llama"),
     "llama_tied_biased": case("llama", attention_bias=True, tie_word_embeddings=True, num_key_value_heads=1),
@@ -113,6 +130,12 @@ CASES = {
         norm_topk_prob=True,
         decoder_sparse_step=2,
         mlp_only_layers=[1],
+    ),
+    "gemma3": windowed(),
+    "gemma3_by_type": windowed(
+        num_key_value_heads=1,
+        num_hidden_layers=4,
+        layer_types=["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
     ),
 }
 SEED = 7

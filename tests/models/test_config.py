@@ -10,7 +10,7 @@ from lockstep.ops.linear import Linear
 from lockstep.ops.rope import RopeScaling
 from tests.models import published as p
 from tests.models import tiny
-from tests.models.cases import CASES, LLAMA3, SEED, YARN, case, hybrid, nested
+from tests.models.cases import CASES, LLAMA3, SEED, YARN, case, hybrid, nested, windowed
 from tests.models.running import load
 
 
@@ -90,6 +90,31 @@ def test_a_list_of_ropes_may_be_longer_than_the_model():
     assert model_config(longer) == model_config(exact)
 
 
+def test_a_window_in_five_of_six_layers():
+    small, large = model_config(p.GEMMA_3_1B), model_config(p.GEMMA_3_4B)
+    assert [layer.window for layer in small.layers] == ([512] * 5 + [0]) * 4 + [512] * 2
+    assert [layer.window for layer in large.layers] == ([1024] * 5 + [0]) * 5 + [1024] * 4
+    assert small.layers[0].mixer == Heads(4, 1, 256, 1 / 16, Rope(256, 1e4), 512)
+    assert small.layers[5].mixer == Heads(4, 1, 256, 1 / 16, Rope(256, 1e6))
+    assert large.layers[0].mixer == Heads(8, 4, 256, 1 / 16, Rope(256, 1e4), 1024)
+    assert large.layers[5].mixer == Heads(8, 4, 256, 1 / 16, Rope(256, 1e6, RopeScaling("linear", 8.0)))
+    assert {layer.mlp for layer in large.layers} == {Mlp(10240, "gelu_tanh")}
+    assert (large.vocab_size, large.rms_eps, large.max_positions, large.tied) == (262208, 1e-6, 131072, True)
+    assert large.eos_ids == small.eos_ids == (1, 106)
+
+
+def test_ropes_by_layer_type():
+    """As transformers 5 writes them; they win over the older keys."""
+    ropes = {
+        "full_attention": {"rope_type": "linear", "factor": 2.5, "rope_theta": 500.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+    }
+    newer = windowed(rope_parameters=ropes, rope_scaling=None, rope_local_base_freq=7.0)
+    assert model_config(newer) == model_config(windowed())
+    silent = model_config(windowed(rope_theta=None, rope_local_base_freq=None))
+    assert [layer.mixer.rope.theta for layer in silent.layers] == [1e4, 1e4, 1e6]
+
+
 def test_layers_without_experts():
     layers = model_config(CASES["qwen3_moe_some_dense"]).layers
     assert [layer.mlp for layer in layers] == [Mlp(96)] * 3 + [Experts(6, 2, 48, True)]
@@ -128,7 +153,7 @@ def test_old_context_of_scaled_rope():
 
 
 REFUSED = [
-    (case("gpt2"), "model_type 'gpt2' is not supported; supported are llama, mistral"),
+    (case("gpt2"), "model_type 'gpt2' is not supported; supported are gemma3_text, llama, mistral"),
     (case(None), "model_type None is not supported"),
     (case("llama", attention_multiplier=0.5), "config key 'attention_multiplier' (value 0.5) is not supported"),
     (case("llama", logits_scaling=8.0), "'logits_scaling'"),
@@ -219,6 +244,18 @@ REFUSED = [
     (case("llama", num_hidden_layers=0), "config key 'num_hidden_layers': expected 1 to 1000, got 0"),
     (case("llama", num_hidden_layers=True), "config key 'num_hidden_layers': expected a number, got True"),
     (case("llama", head_dim="64"), "config key 'head_dim': expected a number, got '64'"),
+    (windowed(hidden_activation="gelu"), "config key 'hidden_activation': 'gelu' is not supported, only 'gelu_pytorch"),
+    (windowed(hidden_act="relu"), "config key 'hidden_act': 'relu' is not supported"),
+    (windowed(attn_logit_softcapping=50.0), "'attn_logit_softcapping'"),
+    (windowed(use_bidirectional_attention=True), "'use_bidirectional_attention'"),
+    (windowed(query_pre_attn_scalar=0), "config key 'query_pre_attn_scalar': expected 0.001 to"),
+    (windowed(sliding_window_pattern=0), "config key 'sliding_window_pattern': expected 1 to"),
+    (windowed(layer_types=["full_attention"]), "config key 'layer_types': expected 3 of"),
+    (
+        windowed(rope_parameters={"rope_theta": 5.0}),
+        "config key 'rope_parameters': expected an object for each of full",
+    ),
+    (windowed(rope_parameters={"sliding_attention": {"rope_type": "yarn"}}), "rope parameter 'factor'"),
     (case("llama", eos_token_id="</s>"), "config key 'eos_token_id': expected token ids, got '</s>'"),
 ]
 

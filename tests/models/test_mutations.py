@@ -1,11 +1,13 @@
 """Each plausible mistake, planted: the comparison with transformers must turn red."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
 
 from lockstep.ops.add_bias import AddBias
+from lockstep.ops.gated_mul import GatedMul
 from lockstep.runtime.program import Weight
 from lockstep.weights.tensor import StoredTensor
 from tests.golden.record_models import GOLDEN, NUM_TOKENS
@@ -58,7 +60,18 @@ def without_bias_of(name):
     return lambda op: without_bias(op) if any(name in x.name for x in op.inputs[1:]) else op
 
 
+def of_norm(name, **changed):
+    """Changes parameters of the norms of a name."""
+    return lambda op: params(["rms_norm"], **changed)(op) if op.kind == "rms_norm" and name in op.weight.name else op
+
+
+def with_activation(name):
+    """Another activation in every gated MLP."""
+    return lambda op: op.changed(activation=name) if isinstance(op, GatedMul) else op
+
+
 INPUTS, ATTENTION = ("attention_inputs",), ("attention",)
+SANDWICH = [f"{name}_layernorm" for name in ("input", "post_attention", "pre_feedforward", "post_feedforward")]
 OPS = {
     "no +1 in norms": ("qwen3_5", params(["rms_norm"], offset=0.0)),
     "no +1 in head norms": ("qwen3_5", params(INPUTS, norm_offset=0.0)),
@@ -77,14 +90,11 @@ OPS = {
     ),
     "keys for values": ("llama", params(INPUTS, v_offset=lambda op: op.params["k_offset"])),
     "no rope on partial heads": ("qwen3_5", params(INPUTS, rope_dim=0)),
-    "rope on a layer without": ("smollm3", params(INPUTS, rope_dim=16)),
     "no rope": ("llama", params(INPUTS, rope_dim=0)),
     "scores not scaled": ("llama", params(ATTENTION, scale=1.0)),
     "scores scaled by 1/K": ("qwen3_5", params(ATTENTION, scale=1 / 32)),
-    "window one too long": ("mistral_window", params(ATTENTION, window=lambda op: op.params["window"] + 1)),
     "window one too short": ("mistral_window", params(ATTENTION, window=lambda op: op.params["window"] - 1)),
     "window on every layer": ("qwen2_window", params(ATTENTION, window=7)),
-    "window forgotten": ("qwen2_window", params(ATTENTION, window=0)),
     "biases forgotten": ("qwen2", without_bias),
     "biases of gate and up forgotten": ("llama_mlp_biased", without_bias_of("gate_proj")),
     "bias of down forgotten": ("llama_mlp_biased", without_bias_of("down_proj")),
@@ -98,6 +108,15 @@ OPS = {
     ),
     "experts not renormalised": ("qwen3_moe", params(["route"], renormalise=False)),
     "experts renormalised": ("qwen3_moe_not_renormalised", params(["route"], renormalise=True)),
+    "embedding not scaled": ("gemma3", params(["embed"], scale=1.0)),
+    "embedding scaled by a rounded root": ("gemma3", params(["embed"], scale=8.03125)),
+    **{f"no +1 in {name}": ("gemma3", of_norm(name, offset=0.0)) for name in SANDWICH},
+    **{f"eps of {name} forgotten": ("gemma3", of_norm(name, eps=0.0)) for name in SANDWICH if "post" in name},
+    "windows one too short": ("gemma3", params(ATTENTION, window=lambda op: op.window and op.window - 1)),
+    "a window on the full layer": ("gemma3", params(ATTENTION, window=9)),
+    "scores scaled by the size of heads": ("gemma3", params(ATTENTION, scale=32**-0.5)),
+    "silu for gelu": ("gemma3", with_activation("silu")),
+    "gelu for silu": ("llama", with_activation("gelu_tanh")),
 }
 
 
@@ -174,6 +193,10 @@ WEIGHTS = {
         {"input_layernorm": "post_attention_layernorm", "post_attention_layernorm": "input_layernorm"},
     ),
     "gate and up of experts swapped": ("qwen3_moe", {"gate_proj": "up_proj", "up_proj": "gate_proj"}),
+    **{
+        f"{first} and {second} swapped": ("gemma3", {first: second, second: first})
+        for first, second in itertools.combinations(SANDWICH, 2)
+    },
     "neighbouring experts swapped": ("qwen3_moe", {"experts.2": "experts.3", "experts.3": "experts.2"}),
 }
 
@@ -209,6 +232,28 @@ CONFIGS = {
         dict(rope_scaling={**CASES["qwen3_yarn_biased"]["rope_scaling"], "attention_factor": 1.0}),
     ),
     "another theta": ("llama", dict(rope_theta=10000.0)),
+    "rope on a layer without": ("smollm3", dict(no_rope_layers=[1] * 4)),
+    "window one too long": ("mistral_window", dict(sliding_window=10)),
+    "window forgotten": ("qwen2_window", dict(use_sliding_window=False)),
+    "windows one too long": ("gemma3", dict(sliding_window=10)),
+    "windows forgotten": ("gemma3", dict(layer_types=["full_attention"] * 3)),
+    "one rope for all layers": ("gemma3", dict(rope_local_base_freq=500.0, rope_scaling=None)),
+    "the two ropes swapped": (
+        "gemma3",
+        dict(
+            rope_theta=None,
+            rope_scaling=None,
+            rope_parameters={
+                "full_attention": {"rope_theta": 50.0},
+                "sliding_attention": {"rope_theta": 500.0, "rope_type": "linear", "factor": 2.5},
+            },
+        ),
+    ),
+    "linear scaling of windows, too": (
+        "gemma3",
+        dict(rope_parameters={"sliding_attention": {"rope_theta": 50.0, "rope_type": "linear", "factor": 2.5}}),
+    ),
+    "linear scaling of the full layer forgotten": ("gemma3", dict(rope_scaling=None)),
     "one expert too few": ("qwen3_moe", dict(num_experts_per_tok=2)),
 }
 

@@ -19,6 +19,11 @@ def text_part(config):
     return config.get("text_config", config)
 
 
+def is_gemma(config):
+    """Whether norms also follow the mixer and the MLP."""
+    return config["model_type"].startswith("gemma3")
+
+
 def prefix(config):
     """What the names of all tensors but the head start with."""
     return "model.language_model." if "text_config" in config else "model."
@@ -39,6 +44,7 @@ def shapes(config):
         layer = {
             "input_layernorm.weight": (width,),
             "post_attention_layernorm.weight": (width,),
+            **({f"{p}_feedforward_layernorm.weight": (width,) for p in ("pre", "post")} if is_gemma(c) else {}),
             **mixer,
             **{f"mlp.{k}": v for k, v in _mlp(c, i).items()},
         }
@@ -66,7 +72,7 @@ def _attention(c):
         made.update({f"{p}_proj.bias": (n,) for p, n in rows.items()})
     if c.get("attention_bias"):
         made["o_proj.bias"] = (c["hidden_size"],)
-    if kind.startswith("qwen3"):
+    if kind.startswith("qwen3") or is_gemma(c):
         made.update({"q_norm.weight": (K,), "k_norm.weight": (K,)})
     return made
 
@@ -109,7 +115,8 @@ def interval(name, shape, config):
     """Lowest and highest value of a tensor."""
     kind, leaf = text_part(config)["model_type"], name.split(".")[-2]
     if leaf.endswith("norm"):
-        return (-0.5, 0.5) if kind.startswith("qwen3_5") and "linear_attn" not in name else (0.5, 1.5)
+        is_offset = kind.startswith(("qwen3_5", "gemma")) and "linear_attn" not in name
+        return (-0.5, 0.5) if is_offset else (0.5, 1.5)
     fixed = {"A_log": (-1.5, 1.5), "dt_bias": (-2.0, 1.0), "bias": (-0.5, 0.5)}
     if name.split(".")[-1] in fixed:
         return fixed[name.split(".")[-1]]

@@ -9,7 +9,7 @@ from lockstep.models.checkpoint import open_checkpoint
 from lockstep.runtime.executor import WeightStore
 from lockstep.serve.hub import resolve_model
 from tests.models import tiny
-from tests.models.cases import case, hybrid
+from tests.models.cases import case, hybrid, windowed
 from tests.promise.trace import Sequence, trace
 
 LONG = 2150  # past two spans of attention (1024 keys each)
@@ -18,6 +18,7 @@ CONFIGS = {
     "qwen3": case("qwen3", head_dim=32, max_position_embeddings=4096),
     "qwen2": case("qwen2", max_position_embeddings=4096),
     "mistral_window": case("mistral", sliding_window=70, max_position_embeddings=4096),
+    "gemma3": windowed(sliding_window=70, max_position_embeddings=4096),
 }
 
 
@@ -43,6 +44,8 @@ CASES = [
     Case("qwen3", "f32", "bf16"),
     Case("mistral_window", "q4_0", "bf16"),
     Case("mistral_window", "bf16", "f32", (5, 63, 260)),
+    Case("gemma3", "f32", "f32", (1, 64, 200, 300)),
+    Case("gemma3", "q4_0", "q8", (5, 71, 260)),
     Case("bundled", "auto", "bf16", (1, 17, 150)),
     Case("bundled", "f32", "f32", (2, 90)),
     Case("bundled", "q8_0", "bf16", (1, 66, 150)),

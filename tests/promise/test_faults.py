@@ -18,6 +18,7 @@ CASES = [
     Case("qwen2", "f32", "f32"),
     Case("qwen3_5", "q4_0", "q8"),
     Case("mistral_window", "bf16", "q8"),
+    Case("gemma3", "q8_0", "bf16"),
 ]
 LENGTHS = (9, 70)
 PROMPT = np.random.RandomState(5).randint(0, 90, 20).tolist()

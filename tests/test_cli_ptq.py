@@ -1,6 +1,11 @@
 """The commands of quantization studies as a user meets them."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -211,3 +216,33 @@ def test_a_recipe_that_cannot_be_run(change, said, recipe, capsys):
     assert main(["ptq", "run", "small.toml", "--set", change]) == 2
     assert said in capsys.readouterr().err
     assert not (recipe.parent / "small-study").exists()
+
+
+def test_ctrl_c_while_processes_start_leaves_no_traceback(recipe):
+    arguments = ["ptq", "run", "small.toml", "--jobs", "2", "--set", "calibrate.windows=1"]
+    command = [sys.executable, "-m", "lockstep", *arguments]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True) as process:
+        children, starting = Path(f"/proc/{process.pid}/task/{process.pid}/children"), []
+        while process.poll() is None and not starting:
+            starting = [child for child in children.read_text().split() if is_starting(child)]
+            time.sleep(0.001)
+        is_deaf = [hears_no_interrupt(child) for child in starting]
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to all of them
+        error = process.communicate(timeout=600)[1]
+    assert is_deaf and all(is_deaf)
+    assert process.returncode == 130 and b"Traceback" not in error and b"Interrupt" not in error
+
+
+def is_starting(process):
+    """Whether a process is one of a study's, in the middle of its imports; it may be gone."""
+    try:
+        about = [Path(f"/proc/{process}/{name}").read_text() for name in ("cmdline", "maps")]
+        return "spawn_main" in about[0] and "numpy" in about[1]
+    except OSError:
+        return False
+
+
+def hears_no_interrupt(process):
+    """Whether SIGINT is blocked in a process, or ignored."""
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
+    return any(int(status[name], 16) >> signal.SIGINT - 1 & 1 for name in ("SigBlk", "SigIgn"))

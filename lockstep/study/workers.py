@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, Self
@@ -53,7 +55,9 @@ class Workers:
 
     def _elsewhere(self, windows: Sequence[int], trials: Sequence[int]) -> Iterator[Outcome]:
         if not self._started:
-            self._started = [self._start() for _ in range(self._jobs)]
+            with interrupts_wait():
+                for _ in range(self._jobs):
+                    self._started.append(self._start())
         shares = [list(windows[i :: self._jobs]) for i in range(self._jobs)]
         busy = [worker for worker, share in zip(self._started, shares, strict=True) if share]
         for (process, connection), share in zip(self._started, shares, strict=True):
@@ -73,6 +77,28 @@ class Workers:
         process.start()
         theirs.close()
         return process, ours
+
+
+@contextlib.contextmanager
+def interrupts_wait() -> Iterator[None]:
+    """A context in which Ctrl-C waits for its end, and at whose end it has not reached processes that were started.
+
+    These are deaf from their first moment on, since what is blocked is blocked in them, too: until a new interpreter
+    has come as far as `_work`, it would tell of Ctrl-C in a traceback of its own.
+    """
+    noted: list[int] = []
+    is_main = threading.current_thread() is threading.main_thread()
+    resource_tracker.ensure_running()  # it is started with the first process, and lets signals through again
+    before = signal.signal(signal.SIGINT, lambda number, frame: noted.append(number)) if is_main else None
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if is_main:
+            signal.signal(signal.SIGINT, before)
+    if noted:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _joined(parts: Sequence[Outcome]) -> Outcome:
@@ -102,6 +128,7 @@ def _received(process: BaseProcess, connection: Connection) -> Outcome:
 def _work(study: Study, stats: Mapping[str, Stat], threads: int, connection: Connection) -> None:
     """What a process does until nobody listens: rounds that it is sent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process, which ends this one
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     with (
         contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError),
         contextlib.closing(Team(threads)) as team,
@@ -113,5 +140,5 @@ def _work(study: Study, stats: Mapping[str, Stat], threads: int, connection: Con
                 windows, trials = connection.recv()
                 for outcome in bench.round(windows, trials):
                     connection.send(outcome)
-        except (ValueError, MemoryError) as error:
+        except (ValueError, MemoryError, OSError) as error:
             connection.send(error)

@@ -30,7 +30,8 @@ from lockstep.runtime.threads import Team
 from lockstep.study.bound import Bindings, Bound
 
 NO_TARGET = -1  # of a row after which no token is known
-MOST_PROGRAMS = 8  # with layers in integers, beside that in floats: those used last stay
+# with layers in integers, beside that in floats: those used last stay, each with the weights that it read last
+MOST_PROGRAMS = 8
 
 
 class Rig:

@@ -48,7 +48,7 @@ def process():
 @pytest.fixture(scope="module")
 def small():
     """A process whose limits are reached soon."""
-    made = TemplateProcess(seconds=0.25, num_bytes=128 << 20)
+    made = TemplateProcess(seconds=0.1, num_bytes=128 << 20)
     yield made
     made.jobs.close()
 

@@ -9,6 +9,7 @@ from lockstep.formats import FORMATS, products
 from lockstep.formats.rows import ROW_FORMATS
 from lockstep.ops import experts, experts_cpu
 from lockstep.ops.experts import ExpertGated, ExpertLinear, ExpertRows, ExpertScatter
+from lockstep.ops.gates import GATES
 from lockstep.ops.linear import PREPARATION
 from lockstep.runtime.program import Tensor, Weight
 from lockstep.weights.tensor import StoredTensor
@@ -63,7 +64,8 @@ def test_experts(format, T):
     shape = dict(width=D, features=N, num_experts=E, top_k=X)
     out = both(ExpertLinear, T, x=h, expert_start=start, weight=weights, **shape)
     if N // 2 % 32 == 0 or not PREPARATION[format]:
-        both(ExpertGated, T, x=out, **prepared(format, N // 2))
+        for activation in GATES:
+            both(ExpertGated, T, x=out, activation=activation, **prepared(format, N // 2))
     pairs = both(ExpertScatter, T, x=out, order=order, width=N, top_k=X).reshape(T, X, N)
     exact = dense(x, parts, order.reshape(-1), start[0])
     assert np.abs(pairs - exact).max() < TOLERANCE.get(format, 0.05)
@@ -97,7 +99,8 @@ def test_rows_that_are_not_prepared_for_the_weights_are_refused():
     with pytest.raises(ValueError, match=r"ExpertRows: out is o f32.T, 64., expected i8.T, 88."):
         ExpertRows(out=Tensor("o", "T", 64), x=Tensor("x", "T", 32), order=order, preparation="quantize_q8", **small)
     with pytest.raises(ValueError, match="ExpertGated: preparation is 'q7', expected one of '', 'quantize_q8'"):
-        ExpertGated(out=Tensor("o", "T", 64), x=Tensor("x", "T", 128), preparation="q7", **small)
+        gated = dict(preparation="q7", activation="silu", **small)
+        ExpertGated(out=Tensor("o", "T", 64), x=Tensor("x", "T", 128), **gated)
     small.update(features=16, num_experts=E, weight=Weight("w", "q8_0", (E * 16, 32), ()))
     with pytest.raises(ValueError, match=r"ExpertLinear: x is x f32.T, 64., expected i8.T, 88."):
         start = Tensor("start", "T", E + 1, "i32")

@@ -1,0 +1,26 @@
+"""What a model asks for of a checkpoint, told by its recorded program, is what `tiny` writes down from the checkpoints'
+own conventions."""
+
+import pytest
+
+from lockstep.models.recording import record_on
+from lockstep.models.registry import model_config
+from lockstep.models.shapes import AnyTensor, only_shape
+from tests.models import tiny
+from tests.models.cases import CASES
+
+FLAT = {name: config for name, config in CASES.items() if "text_config" not in config}
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_a_recorded_model_tells_the_shapes_of_its_tensors(name):
+    ops = AnyTensor()
+    record_on(ops, model_config(CASES[name]))
+    assert ops.shapes == tiny.shapes(CASES[name])
+
+
+@pytest.mark.parametrize("format", ["f32", "q8_0"])
+def test_a_tensor_of_zeros_takes_no_memory(format):
+    made = only_shape("w", (1 << 20, 1 << 12), format)
+    assert (made.format, made.shape) == (format, (1 << 20, 1 << 12)) and not made.data[:2].any()
+    assert made.data.strides[0] == 0

@@ -177,7 +177,7 @@ if when == "loading":
     made = Engine.__init__
     Engine.__init__ = lambda *args: (truncate(), made(*args))[1]
 try:
-    llm = LLM(folder)
+    llm = LLM(folder, threads=1)
     expected = llm.generate([[5, 6, 7]], SamplingParams(max_tokens=5, ignore_eos=True))
     truncate()
     again = llm.generate([[5, 6, 7]], SamplingParams(max_tokens=5, ignore_eos=True))

@@ -37,6 +37,12 @@ def team():
         yield made
 
 
+def scale_of(model):
+    """That of attention, which is the same in all layers."""
+    [scale] = {op.scale for op in model.recorded.ops if isinstance(op, Attention)}
+    return scale
+
+
 def seen(name, plan, team):
     """(sites, treatment, what calibration saw) of a plan on a model."""
     model = recorded(name)
@@ -105,7 +111,7 @@ def plain(name, team):
 @pytest.mark.parametrize("name", ["biased", "normed", "hybrid"])
 def test_without_grids_only_roundings_differ(name, into, team):
     near(name, into, team)
-    factor = recorded(name).config.head_dim ** -0.5
+    factor = scale_of(recorded(name))
     again = lambda program: program.rewritten(
         [op.changed(scale=factor) if op.kind == "rounded_attention" else op for op in program.ops]
     )
@@ -128,7 +134,7 @@ def check_ranges(stats, expected, into, factor):
 
 @pytest.mark.parametrize("name", ["biased", "normed", "hybrid"])
 def test_ranges_of_queries_or_keys_are_multiplied(name, team):
-    factor = recorded(name).config.head_dim ** -0.5
+    factor = scale_of(recorded(name))
     stats = {into: seen(name, Plan(RULES, fuse_scale=into), team)[2] for into in ("none", *"qk")}
     for into, other in ("qk", "kq"):
         assert stats["none"].keys() - stats[into].keys() == {s for s in stats["none"] if s.endswith(".qk.raw")}
@@ -157,7 +163,7 @@ def test_offsets_of_norms_are_in_their_weights(into):
     programs = model.recorded, fused(model.recorded, into)
     [before], [after] = ([op for op in program.ops if isinstance(op, AttentionInputs)] for program in programs)
     assert (before.norm_offset, after.norm_offset) == (1.0, 0.0)
-    factor = F32(model.config.head_dim**-0.5)
+    factor = F32(scale_of(model))
     for name in "qk":
         [stored], [made] = (getattr(op, f"{name}_norm").parts for op in (before, after))
         own = factor if name == into else F32(1)

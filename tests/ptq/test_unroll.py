@@ -47,6 +47,7 @@ class Case:
     steps: tuple = ((20, 131, 1),)
     F: int = 33
     seed: int = 0
+    scale: float | None = None
     grids: dict = field(default_factory=dict)
 
     def __post_init__(self):
@@ -107,7 +108,7 @@ class Case:
             out=program.tensor("L0.heads", "T", H * K),
             q=q,
             grids=settings["attention"],
-            scale=K**-0.5,
+            scale=K**-0.5 if self.scale is None else self.scale,
             **mask,
             **gate,
             **pages,
@@ -182,6 +183,7 @@ CASES = {
     "ragged steps": Case(steps=RAGGED, seed=7),
     "ragged steps, added mask": Case(steps=RAGGED, rope_dim=32, additive=True, seed=8),
     "a wide head": Case(H=2, G=1, K=128, rope_dim=128, seed=9, F=208),
+    "no scale": Case(scale=1.0, additive=True, seed=10),
 }
 
 
@@ -323,6 +325,12 @@ def test_heads_come_one_after_the_other_in_the_order_of_hardware():
     assert names_of(twin) == expected
     rounded = [op.out.name for op in twin.ops if isinstance(op, FakeQuant)]
     assert rounded == [n for n in expected if n.split(".")[-2] not in ("in", "gated") and n != "L0.heads"]
+
+
+def test_without_a_scale_there_is_no_step_for_it():
+    case = Case(H=2, G=1, K=16, rope_dim=0, normed=False, scale=1.0)
+    made = [name.removeprefix("L0.heads.") for name in names_of(unroll(case.program())) if name.startswith("L0.heads.")]
+    assert made == [f"{site}.{head}" for head in range(2) for site in ("qk", "p", "pv")]
 
 
 if __name__ == "__main__":

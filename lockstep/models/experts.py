@@ -58,14 +58,14 @@ def _prepared_rows(ops: Recorder, label: str, rows: str, top_k: int, format: str
 def _weights(ops: Recorder, label: str, m: Experts, D: int) -> tuple[Weight, Weight]:
     """All experts' gate and up, expert after expert, and all experts' down, as two weights.
 
-    Experts in formats that there is no kernel for become q8_0 when they are packed.
+    Gate and up, which are one product, become q8_0 when they are packed if their formats differ.
     """
 
     def joined(names: tuple[str, ...], rows: int, width: int) -> Weight:
         each = [f"{label}.experts.{e}.{n}_proj.weight" for e in range(m.num_experts) for n in names]
         parts = tuple(ops.stored(name, rows, width) for name in each)
         formats = {compute_format(p.format, ops.weights, width) for p in parts}
-        format = formats.pop() if len(formats) == 1 and not formats & {"q4_k", "q6_k"} else "q8_0"
+        format = formats.pop() if len(formats) == 1 else "q8_0"
         return Weight(f"{label}.experts.{'_'.join(names)}", format, (len(parts) * rows, width), parts)
 
     return joined(("gate", "up"), m.width, D), joined(("down",), D, m.width)

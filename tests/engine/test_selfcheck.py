@@ -95,7 +95,7 @@ def test_biases_are_checked_in_every_family(name, tmp_path):
 @pytest.mark.parametrize("family", selfcheck.CONFIGS)
 @pytest.mark.parametrize("weights", [name for name, made in BLOCK_FORMATS.items() if made.stored.encode is None])
 def test_models_in_formats_of_gguf_files_can_be_checked(family, weights):
-    """Rows that their blocks do not fill are bf16; experts in q4_k and q6_k are multiplied as q8_0."""
+    """Rows that their blocks do not fill have a fallback."""
     probe = selfcheck.Probe(family, weights, "bf16")
     program = selfcheck.probe_model(probe, TABLE, True).rewritten(None, True)
     assert f"linear_{weights}" in {op.kind for op in program.ops} and str(probe) in map(str, selfcheck.probes(program))

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from lockstep import LLM, SamplingParams
-from lockstep.formats import BLOCK_FORMATS, Q8_0
+from lockstep.formats import BLOCK_FORMATS, FORMATS, Q8_0
 from lockstep.formats.pack import pack
 from lockstep.models.checkpoint import open_checkpoint
 from lockstep.ops.experts import ExpertLinear
@@ -97,29 +97,34 @@ def test_fused_experts_are_the_experts_one_by_one(formats, tmp_path):
     assert np.isfinite(logits[0]).all() and (logits[0] == logits[1]).all()
 
 
-def test_the_usual_q4_k_m_experts_are_multiplied_as_q8_0(tmp_path):
+def test_the_usual_q4_k_m_experts_are_multiplied_as_they_are_stored(tmp_path):
     fused, unfused = fused_and_not(tmp_path, ("q4_k", "q4_k", "q6_k"))
     auto, q8 = (expert_weights(load(path, weights).recorded) for path, weights in ((fused, "auto"), (unfused, "q8_0")))
-    assert len(auto) == 2 * LAYERS and {w.format for w in auto} == {"q8_0"}
-    for one, other in zip(auto, q8, strict=True):
-        assert all((a == b).all() for a, b in zip(pack(Q8_0, one), pack(Q8_0, other), strict=True)), one.name
+    assert [w.format for w in auto] == ["q4_k", "q6_k"] * LAYERS and {w.format for w in q8} == {"q8_0"}
+
+
+def test_gate_and_up_of_two_formats_are_one_product_in_q8_0(tmp_path):
+    fused, unfused = fused_and_not(tmp_path, ("q6_k", "q4_k", "q4_0"))
+    auto, q8 = (expert_weights(load(path, weights).recorded) for path, weights in ((fused, "auto"), (unfused, "q8_0")))
+    assert [w.format for w in auto] == ["q8_0", "q4_0"] * LAYERS
+    assert all((a == b).all() for a, b in zip(pack(Q8_0, auto[0]), pack(Q8_0, q8[0]), strict=True))
 
 
 def test_experts_of_the_formats_that_kernels_take_stay_as_they_are(tmp_path):
-    for format in ("f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q5_k"):
+    for format in FORMATS:
         fused, _ = fused_and_not(tmp_path, (format,) * 3)
         assert {w.format for w in expert_weights(load(fused, "auto").recorded)} == {format}
         assert np.isfinite(logits_of(load(fused, "auto"), tiny.prompt(CONFIG, 9))).all()
 
 
-@pytest.mark.parametrize("attention", ["q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k"])
+@pytest.mark.parametrize("attention", [f for f, made in BLOCK_FORMATS.items() if not made.stored.encode])
 def test_a_file_of_one_format_is_loaded_and_answers_as_its_definitions_do(attention, tmp_path, monkeypatch):
     monkeypatch.setenv("LOCKSTEP_CACHE", str(shared_kernels(tmp_path / "cache")))
     path, _ = fused_and_not(tmp_path, ("q4_k", "q4_k", "q6_k"), attention)
     answers = []
     for ops in (None, None, {"linear": "reference"}):  # packed now, packed before, defined
         llm = LLM(str(path), ops=ops, max_requests=1, threads=1)
-        assert {w.format for w in llm.model.recorded.weights()} >= {attention, "q8_0", "f32"}
+        assert {w.format for w in llm.model.recorded.weights()} >= {attention, "q4_k", "q6_k", "f32"}
         answers += llm.generate([tiny.prompt(CONFIG, 20)], SamplingParams(max_tokens=5, ignore_eos=True))
         llm.close()
     assert answers[0].logprobs == answers[1].logprobs == answers[2].logprobs

@@ -11,8 +11,8 @@ from lockstep.formats.layout import offset
 from lockstep.formats.panels import PANEL
 from lockstep.formats.rows import BLOCK
 from lockstep.runtime.emit import fma, halves_f32, moved, pinned, read, spread, spread4, words
-from lockstep.runtime.simd import F32, I32, constant, splat
-from lockstep.runtime.tiles_dots import WIDE, maddubs, pair_sums
+from lockstep.runtime.simd import F32, I32, call, constant, splat
+from lockstep.runtime.tiles_dots import WIDE, absolute, maddubs, pair_sums
 
 LOW_BITS = np.dtype(("u1", (4, PANEL, 4)))  # of 32 k: nibbles of k .. k + 3, low, and k + 4 .. k + 7, high, and so on
 GROUP_BYTES = 4 * PANEL  # four codes of 8 bits, or eight of 4, of each feature
@@ -140,3 +140,63 @@ def _unsigned_avx2(s, i, columns, first, groups):
             wide = {cell: pair_sums(b, v) for cell, v in sums.items()}
             dots = {cell: b.add(dots[cell], v) for cell, v in wide.items()} if dots else wide
     return {(r, c): b.add(v, first[r]) if first else v for (r, c), v in dots.items()}
+
+
+# ---------------------------------------------------------------- codes of 8 bits
+
+
+def byte_dots(s, i, column):
+    """Dots of block i with codes of 8 bits.
+
+    column(c, g): the codes of group g in column c: signed, plus 128 where the target's dot takes unsigned weights.
+    """
+    return (_byte_dots_avx2 if s.how == "avx2" else _byte_dots_wide)(s, i, column)
+
+
+def _byte_dots_wide(s, i, column):
+    b, dot, unsigned = s.b, WIDE[s.how], "vnni" in s.how
+    first = zero_points(s, i, 0) if unsigned else [constant(s.ints, 0)] * s.rows
+    dots = {(r, c): first[r] for r, c in s.cells}
+    for g in range(8):
+        columns = [column(c, g) for c in range(s.cols)]
+        for r in range(s.rows):
+            a = spread4(b, s.code(r, i, 4 * g), s.lanes)
+            for c in range(s.cols):
+                dots[r, c] = dot(b, dots[r, c], columns[c], a)
+    return dots
+
+
+def _byte_dots_avx2(s, i, column):
+    """|w| times a with the sign of w: at most 2 * 127 * 127 a pair."""
+    if s.rows > 1:
+        return _byte_dots_avx2_rows(s, i, column)
+    b, dots = s.b, [constant(s.ints, 0)] * s.cols
+    for g in range(8):
+        a = spread4(b, s.code(0, i, 4 * g), s.lanes)
+        for c in range(s.cols):
+            w = column(c, g)
+            signed = call(b, "llvm.x86.avx2.psign.b", w.type, [a, w])
+            dots[c] = b.add(dots[c], pair_sums(b, maddubs(b, absolute(b, w), signed)))
+        dots = pinned(b, dots)
+    return {(0, c): v for c, v in enumerate(dots)}
+
+
+def _byte_dots_avx2_rows(s, i, column):
+    """The same with fewer multiplications a row: a xor the sign of w, which counts a as -a - 1 where w is negative.
+
+    At most 2 * 127 * 128 a pair. The excess is the sum of the negative w, the same for all rows.
+    """
+    b, dots, excess = s.b, {}, {}
+    for g in range(8):
+        for c in range(s.cols):
+            w = column(c, g)
+            sign, size = b.sext(b.icmp_signed("<", w, constant(w.type, 0)), w.type), absolute(b, w)
+            extra = maddubs(b, size, sign)
+            excess[c] = b.add(excess[c], extra) if g else extra
+            for r in range(s.rows):
+                pairs = pair_sums(b, maddubs(b, size, b.xor(spread4(b, s.code(r, i, 4 * g), s.lanes), sign)))
+                dots[r, c] = b.add(dots[r, c], pairs) if g else pairs
+        held = dict(zip([*dots, *excess], pinned(b, [*dots.values(), *excess.values()]), strict=True))
+        dots, excess = {k: held[k] for k in dots}, {k: held[k] for k in excess}
+    excess = {c: pair_sums(b, v) for c, v in excess.items()}
+    return {(r, c): b.sub(v, excess[c]) for (r, c), v in dots.items()}

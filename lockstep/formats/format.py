@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lockstep.formats import blocks as blk
+from lockstep.formats.layout import offset
 from lockstep.formats.panels import PANEL, Placed
 from lockstep.formats.products import Product
 
+LINE_BYTES = 64  # of a cache
 SCALES = np.dtype([("d", "<f2", PANEL)])  # of a panel, for 32 weights of each feature
 
 
@@ -82,6 +84,14 @@ class Format:
     few_rows: int = 8
     flushes: bool = False
     made_up_scale: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Kernels read codes by whole cache lines."""
+        codes, panel = offset(self.packed.panel, "codes"), self.packed.panel.itemsize
+        if self.is_quantized and (codes % LINE_BYTES or panel % LINE_BYTES):
+            raise ValueError(
+                f"{self.name}: codes at byte {codes} of panels of {panel}, expected multiples of {LINE_BYTES}"
+            )
 
     @property
     def is_quantized(self) -> bool:

@@ -9,18 +9,16 @@ Source: block_q8_0 in ggml-common.h; encode is its reference quantizer's arithme
 import numpy as np
 
 from lockstep.formats import blocks as blk
-from lockstep.formats.dots import GROUP_BYTES, scale_add, w_scales, zero_points
+from lockstep.formats.dots import GROUP_BYTES, byte_dots, scale_add, w_scales
 from lockstep.formats.format import SCALES, Format, Lookup, Packed, Stored
 from lockstep.formats.layout import offsets
 from lockstep.formats.panels import PANEL as FEATURES
 from lockstep.formats.panels import Placed, grouped, k_major
 from lockstep.formats.products import CODES as PRODUCT
 from lockstep.formats.scalars import half
-from lockstep.runtime.emit import pinned, spread4
 from lockstep.runtime.kernel import definition, inlined
-from lockstep.runtime.simd import call, constant, load_i8, peek_f16, store, to_f32
+from lockstep.runtime.simd import load_i8, peek_f16, store, to_f32
 from lockstep.runtime.targets import unsigned_weights
-from lockstep.runtime.tiles_dots import WIDE, absolute, maddubs, pair_sums
 
 BLOCK = np.dtype([("d", "<f2"), ("codes", "i1", 32)])
 BYTES, (D, CODES) = BLOCK.itemsize, offsets(BLOCK)
@@ -56,60 +54,13 @@ def arrange(codes: np.ndarray, d: np.ndarray) -> Placed:
 
 def tile(s):
     """acc = fma(float(dot), w_scale * a_scale, acc)."""
-    dots = _q8_avx2 if s.how == "avx2" else _q8_wide
-    block = lambda i, acc: scale_add(s, acc, dots(s, i), w_scales(s, i), i)
+
+    def block(i, acc):
+        start = s.b.mul(i, s.int(PANEL.itemsize))
+        dots = byte_dots(s, i, lambda c, g: s.codes(c, start, GROUP_BYTES * g))
+        return scale_add(s, acc, dots, w_scales(s, i), i)
+
     return s.blocks(32, block, PANEL.itemsize, SCALES.itemsize)
-
-
-def _q8_wide(s, i):
-    """Codes plus 128 where the instruction takes unsigned weights, else signed codes."""
-    b, dot, unsigned = s.b, WIDE[s.how], "vnni" in s.how
-    first = zero_points(s, i, 0) if unsigned else [constant(s.ints, 0)] * s.rows
-    dots = {(r, c): first[r] for r, c in s.cells}
-    start = b.mul(i, s.int(PANEL.itemsize))
-    for g in range(8):
-        columns = [s.codes(c, start, GROUP_BYTES * g) for c in range(s.cols)]
-        for r in range(s.rows):
-            a = spread4(b, s.code(r, i, 4 * g), s.lanes)
-            for c in range(s.cols):
-                dots[r, c] = dot(b, dots[r, c], columns[c], a)
-    return dots
-
-
-def _q8_avx2(s, i):
-    """|w| times a with the sign of w: at most 2 * 127 * 127 a pair."""
-    if s.rows > 1:
-        return _q8_avx2_rows(s, i)
-    b, start, dots = s.b, s.b.mul(i, s.int(PANEL.itemsize)), [constant(s.ints, 0)] * s.cols
-    for g in range(8):
-        a = spread4(b, s.code(0, i, 4 * g), s.lanes)
-        for c in range(s.cols):
-            w = s.codes(c, start, GROUP_BYTES * g)
-            signed = call(b, "llvm.x86.avx2.psign.b", w.type, [a, w])
-            dots[c] = b.add(dots[c], pair_sums(b, maddubs(b, absolute(b, w), signed)))
-        dots = pinned(b, dots)
-    return {(0, c): v for c, v in enumerate(dots)}
-
-
-def _q8_avx2_rows(s, i):
-    """The same with fewer multiplications a row: a xor the sign of w, which counts a as -a - 1 where w is negative.
-
-    At most 2 * 127 * 128 a pair. The excess is the sum of the negative w, the same for all rows.
-    """
-    b, start, dots, excess = s.b, s.b.mul(i, s.int(PANEL.itemsize)), {}, {}
-    for g in range(8):
-        for c in range(s.cols):
-            w = s.codes(c, start, GROUP_BYTES * g)
-            sign, size = b.sext(b.icmp_signed("<", w, constant(w.type, 0)), w.type), absolute(b, w)
-            extra = maddubs(b, size, sign)
-            excess[c] = b.add(excess[c], extra) if g else extra
-            for r in range(s.rows):
-                pairs = pair_sums(b, maddubs(b, size, b.xor(spread4(b, s.code(r, i, 4 * g), s.lanes), sign)))
-                dots[r, c] = b.add(dots[r, c], pairs) if g else pairs
-        held = dict(zip([*dots, *excess], pinned(b, [*dots.values(), *excess.values()]), strict=True))
-        dots, excess = {k: held[k] for k in dots}, {k: held[k] for k in excess}
-    excess = {c: pair_sums(b, v) for c, v in excess.items()}
-    return {(r, c): b.sub(v, excess[c]) for (r, c), v in dots.items()}
 
 
 @definition

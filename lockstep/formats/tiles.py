@@ -64,7 +64,8 @@ class Site:
     """
 
     def __init__(self, b, magic, height, columns, lanes, x, w):
-        self.b, self.how, self.bf16, self.K = b, targets.int_dot(magic), targets.bf16_dot(magic), w.K
+        self.b, self.magic, self.K = b, magic, w.K
+        self.how, self.bf16 = targets.int_dot(magic), targets.bf16_dot(magic)
         self.rows, self.cols, self.lanes, self.panels = height, len(columns), lanes, [p for p, _ in columns]
         self.first = [first for _, first in columns]
         self.cells = [(r, c) for r in range(self.rows) for c in range(self.cols)]

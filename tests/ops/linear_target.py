@@ -29,8 +29,8 @@ def pretend(how, wide, bf16):
 def spell_out():
     """Replaces AVX-512's instructions by what they do."""
     from lockstep.formats import bf16, q6_k
-    from lockstep.runtime import tiles_dots
-    from lockstep.runtime.emit import cut, fma, join, vector, words
+    from lockstep.runtime import lookup, tiles_dots
+    from lockstep.runtime.emit import by_halves, cut, fma, join, vector, words
     from lockstep.runtime.simd import F32, constant
 
     def vpdpbusd(b, acc, w, a):
@@ -49,6 +49,12 @@ def spell_out():
         lower = lambda v: as_floats(b.shl(v, constant(v.type, 16)))
         return fma(b, lower(x), lower(w), fma(b, upper(x), upper(w), acc))
 
+    def in_halves(b, table, codes, by=lookup.shuffled):
+        return (
+            by_halves(b, lambda b, half: by(b, table, half), codes) if codes.type.count == 64 else by(b, table, codes)
+        )
+
+    lookup.shuffled = in_halves
     tiles_dots.WIDE["avx512_vnni"], bf16.dpbf16 = vpdpbusd, vdpbf16ps
     q6_k.PAIRS["avx512_vnni"] = q6_k.PAIRS["generic"]
     q6_k.pinned = lambda b, values: values  # there may be no register of this width

@@ -21,7 +21,7 @@ from lockstep.ops.kv_cache import ELEMENTS, KV_DTYPES, PAGE_TOKENS, SCALE_BYTES,
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.executor import Executor, WeightStore, aligned
 from lockstep.runtime.kernel import kernel
-from lockstep.runtime.program import DTYPES, CacheArray, Program
+from lockstep.runtime.program import DTYPES, Program
 from lockstep.runtime.threads import Team
 from tests.ops.harness import Given, ragged_step
 
@@ -45,7 +45,7 @@ class Case:
         program.emit(Given(out=q))
         for i in range(layers):
             k_pages, v_pages = (
-                CacheArray(f"{i}{part}", "pages", ELEMENTS[dtype], pages[2 * i + part].shape[1:]) for part in (0, 1)
+                program.cache(f"{i}{part}", "pages", ELEMENTS[dtype], pages[2 * i + part].shape[1:]) for part in (0, 1)
             )
             program.emit(
                 Attention(

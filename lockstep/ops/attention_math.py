@@ -1,7 +1,5 @@
 """What all sorts of attention share: elementary functions, one formula for scalars and lanes, and constants."""
 
-from collections import namedtuple
-
 import numpy as np
 
 from lockstep.runtime.kernel import inlined
@@ -9,6 +7,8 @@ from lockstep.runtime.simd import absolute, fma, maximum, minimum, pow2, rint, w
 
 BLOCK = 64  # keys that share one maximum: a page
 SPAN = 1024  # keys after which a partial result is merged; both are constants of the numerics
+MAX_HEAD_DIM = 512  # multiples of 16
+MAX_GROUP = 96  # query heads that share a kv head
 SMALLEST_KEPT = np.float32(2.0**-125)
 ZERO, ONE, TWO, SIXTY_FOUR = np.float32(0), np.float32(1), np.float32(2), np.float32(64)
 LOG2E, LOWEST = np.float32(1.4426950408889634), np.float32(-126)
@@ -23,9 +23,6 @@ C1, C2, C3, C4, C5, C6 = (
         0.00015353361889547043,
     )
 )
-
-# a block of keys and the rows of a tile that see any of them. start: position of its first key; rows first..last
-Block = namedtuple("Block", "start first last")
 
 
 @inlined
@@ -68,3 +65,16 @@ def score_scales(sm_scale, soft_cap):
 def first_key(position, window):
     """The first key that a query at a position sees; window 0: all keys up to its own."""
     return max(0, position + 1 - window) if window > 0 else 0
+
+
+@inlined
+def kept_share(top, total, sink):
+    """What is left of a row's weights when a sink, a score without a value, joins its softmax.
+
+    Units: top, total as `attention.attend` returns them; sink: the score itself, in units of e.
+    Order: s = sink * log2 e; M the larger of s and top; kept = total * 2**(top - M); kept / (kept + 2**(s - M)).
+    """
+    score = sink * LOG2E
+    higher = maximum(score, top)
+    kept = total * exp2(top - higher)
+    return kept / (kept + exp2(score - higher))

@@ -7,6 +7,7 @@ thread takes sixteen tokens at a time, so that those lines are written whole by 
 import numpy as np
 from numba import float32, int32
 
+from lockstep.ops.attention_math import MAX_HEAD_DIM
 from lockstep.ops.kv_cache import PAGE_TOKENS, AttentionInputs, k_index, v_index
 from lockstep.ops.rms_norm_cpu import norm_row
 from lockstep.runtime.backend import Implementation
@@ -18,7 +19,7 @@ from lockstep.runtime.tiles import store_pairs
 
 ONE, ZERO = np.float32(1), np.float32(0)
 TOKENS_AT_ONCE = 16
-MAX_HEAD_BYTES = 1024
+MAX_HEAD_BYTES = 4 * MAX_HEAD_DIM
 
 
 @inlined

@@ -12,8 +12,9 @@ import numpy as np
 
 from lockstep.ops import ragged_checks as checks
 from lockstep.ops.attention_math import score_scales
+from lockstep.ops.attention_work import STATE_BYTES, TILES_PER_THREAD
 from lockstep.ops.ragged_attention import RaggedAttention, Scoring, Sequences, attend_ragged
-from lockstep.ops.ragged_attention_cpu import STATE_BYTES, TILES_PER_THREAD, ragged_attention
+from lockstep.ops.ragged_attention_cpu import KERNELS
 from lockstep.runtime.executor import aligned, encode
 from lockstep.runtime.kernel import interpreted
 from lockstep.runtime.step import COUNTER, KERNEL, ROW_WORDS
@@ -47,15 +48,17 @@ def ragged_paged_attention(
 ):
     """Causal attention of the last tokens of several sequences over their keys and values in pages.
 
-    Shapes: q, out [T, H, K], float32 or bfloat16, K a multiple of 16 up to 256; kv_pages [N, B, 2 G, K] with the key of
-      kv head g at 2 g and its value at 2 g + 1, or a pair (k_pages, v_pages) of [N, B, G, K]; int32: kv_lens [S],
-      page_indices [S, P], cu_q_lens [S + 1], num_seqs [1]; sinks float32 [H]. Arrays may be views with any strides, as
-      long as the numbers of a head lie together. out must not overlap an input.
+    Shapes: q, out [T, H, K], float32 or bfloat16, K a multiple of 16 up to 512; kv_pages [N, B, 2 G, K] with the key of
+      kv head g at 2 g and its value at 2 g + 1, or a pair (k_pages, v_pages) of [N, B, G, K], of float32, bfloat16,
+      float8_e4m3fn, float8_e5m2 or int8; int32: kv_lens [S], page_indices [S, P], cu_q_lens [S + 1], num_seqs [1];
+      sinks float32 [H]. Arrays may be views with any strides, as long as the numbers of a head lie together. out must
+      not overlap an input.
     Units: kv_lens counts tokens, this call's included: rows cu_q_lens[s] .. cu_q_lens[s + 1] of q are the last tokens
       of sequence s, whose position p is in slot p % B of page page_indices[s, p // B]. Scores are q . k * sm_scale *
       k_scale, then soft_cap * tanh(score / soft_cap); values are multiplied by v_scale. A row sees its own position
       and, with a window, sliding_window positions in all. A sink joins the softmax as one more score, without a value.
-    Error, Order: see `ragged_attention.attend_ragged`; a bfloat16 result is that of float32, rounded once.
+    Error, Order: see `ragged_attention.attend_ragged`. All arithmetic is float32, whatever type the pages have; a
+      bfloat16 result is that of float32, rounded once.
     threads: how many; by default one for each core. backend: "cpu", or "reference" for the definition (slow).
     mask_value and the last three arguments are accepted and change nothing: hidden keys are not read, and how the work
     is cut is part of the numerics. Raises ValueError for arguments that break a rule. Returns out, with zeros in the
@@ -92,11 +95,12 @@ def scoring(sm_scale, soft_cap=None, k_scale=None, v_scale=None, sliding_window=
 
 
 def define(q, k, v, sequences, how, out):
-    """The definition on checked arguments: bfloat16 is widened, and the result rounded once."""
+    """The definition on checked arguments: all numbers are widened, and the result rounded once."""
     q_THK, k_NBGK, v_NBGK = (np.ascontiguousarray(x, np.float32) for x in (q, k, v))
     out_THK = np.empty(q.shape, np.float32)
     contiguous = Sequences(*map(np.ascontiguousarray, sequences))
-    attend_ragged(q_THK, k_NBGK, v_NBGK, contiguous, how._replace(sinks=np.ascontiguousarray(how.sinks)), out_THK)
+    how = how._replace(sinks=np.ascontiguousarray(how.sinks))
+    attend_ragged(q_THK, k_NBGK, v_NBGK, contiguous, how, out_THK)
     out[...] = out_THK
 
 
@@ -107,10 +111,8 @@ class Workers:
         self.team, self._lock = Team(num_threads), threading.Lock()
         num_tiles = TILES_PER_THREAD * num_threads
         self._states, self._row = aligned(STATE_BYTES * num_tiles), aligned(8 * ROW_WORDS).view(np.int64)
-        self._turns = aligned(64 * num_tiles).view(np.int64)
         self._counter = aligned(8).view(np.int64)
-        self._row[KERNEL], self._row[COUNTER] = ragged_attention.address, self._counter.ctypes.data
-        self._own = {"states": self._states.ctypes.data, "turns": self._turns.ctypes.data}
+        self._row[COUNTER] = self._counter.ctypes.data
         self._row_address = self._row.ctypes.data
 
     def attend(self, q, k, v, sequences, how, out, grouped=True):
@@ -118,7 +120,7 @@ class Workers:
         H, G = q.shape[1], k.shape[2]
         values = dict(
             out=out.ctypes.data,
-            **self._own,
+            states=self._states.ctypes.data,
             q=q.ctypes.data,
             k=k.ctypes.data,
             v=v.ctypes.data,
@@ -146,15 +148,20 @@ class Workers:
             unit_heads=H // G if grouped else 1,
             window=how.window,
             q_bf16=q.dtype == BF16,
-            kv_bf16=k.dtype == BF16,
             scale=how.scale,
             cap=how.cap,
             v_scale=how.v_scale,
         )
         with self._lock:
             encode(RaggedAttention, self._row, values)
-            self._turns[:], self._counter[:] = 0, 0
+            self._row[KERNEL], self._counter[:] = kernel_address(k.dtype), 0
             self.team.run(self._row_address, 1, 0)
+
+
+@cache
+def kernel_address(dtype):
+    """Where the kernel for pages of a type is; compiles or loads it on first use."""
+    return KERNELS[checks.PAGE_DTYPES[dtype]].address
 
 
 @cache

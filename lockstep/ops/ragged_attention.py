@@ -2,18 +2,17 @@
 
 Sequence s owns rows cu_q_lens[s] .. cu_q_lens[s + 1] of q, the last tokens of the kv_lens[s] it has. Its position p
 lies in slot p % B of page page_indices[s, p // B]. Each row is `attention.attend`, so that its bits are those of the
-engine's attention, whatever the page size, the chunk and the rest of the batch; a sink then takes its share.
+engine's attention over a float32 cache, whatever the type and size of the pages, the chunk and the rest of the batch.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-from lockstep.ops.attention import attend
-from lockstep.ops.attention_math import LOG2E, ZERO, exp2, first_key
-from lockstep.runtime.kernel import definition, inlined
+from lockstep.ops.attention import attend, finished
+from lockstep.ops.attention_math import ZERO, first_key
+from lockstep.runtime.kernel import definition
 from lockstep.runtime.operands import Operands, cache, constant, output, rows, table
-from lockstep.runtime.simd import maximum
 
 
 class Sequences(NamedTuple):
@@ -41,12 +40,11 @@ class RaggedAttention(Operands):
 
     Strides are in bytes: out_token leads from one token of out to the next, k_slot from one slot of a page to the next,
     table_row from one sequence's page indices to the next. unit_heads: query heads that share one read of a kv head.
-    states, turns: memory for the sums of tiles that are cut, and for whose turn it is.
+    states: memory for the sums of tiles between their spans.
     """
 
     out: np.ndarray = output()
     states: np.ndarray = output(scratch=True)
-    turns: np.ndarray = output(scratch=True)
     q: np.ndarray = rows()
     k: np.ndarray = cache()
     v: np.ndarray = cache()
@@ -74,23 +72,9 @@ class RaggedAttention(Operands):
     unit_heads: int
     window: int
     q_bf16: bool
-    kv_bf16: bool
     scale: float
     cap: float
     v_scale: float
-
-
-@inlined
-def kept_share(top, total, sink):
-    """What is left of a row's weights when a sink, a score without a value, joins its softmax.
-
-    Units: top, total as `attend` returns them; sink: the score itself, in units of e.
-    Order: s = sink * log2 e; M the larger of s and top; kept = total * 2**(top - M); kept / (kept + 2**(s - M)).
-    """
-    score = sink * LOG2E
-    higher = maximum(score, top)
-    kept = total * exp2(top - higher)
-    return kept / (kept + exp2(score - higher))
 
 
 @definition
@@ -111,7 +95,7 @@ def attend_ragged(q_THK, k_NBGK, v_NBGK, sequences, scoring, out_THK):
 
     Shapes: all float32, Sequences and Scoring aside; K dimensions, pages of B slots.
     Error: 2e-6 of the float64 result for scores below 20 and |v| < 4, up to 2048 keys.
-    Order: `attend`, then with a sink out * `kept_share`, then out * v_scale.
+    Order: `attention.attend`, then `attention.finished`.
     Source: the arguments are those of JAX's Pallas kernel of the same name.
     """
     H, G = q_THK.shape[1], k_NBGK.shape[2]
@@ -131,10 +115,5 @@ def attend_ragged(q_THK, k_NBGK, v_NBGK, sequences, scoring, out_THK):
             for t in range(start, stop):
                 for h in range(g * (H // G), (g + 1) * (H // G)):
                     position, out_K = length - (stop - t), out_THK[t, h]
-                    top, total = attend(q_THK[t, h], k_CK, v_CK, position, window, scales, out_K, 0)
-                    if scoring.sinks.size > 0:
-                        share = kept_share(top, total, scoring.sinks[h])
-                        for d in range(out_K.size):
-                            out_K[d] = out_K[d] * share
-                    for d in range(out_K.size):
-                        out_K[d] = out_K[d] * scoring.v_scale
+                    top, total = attend(q_THK[t, h], k_CK, v_CK, position, window, scales, out_K)
+                    finished(out_K, top, total, scoring.sinks[h : h + 1], scoring.v_scale)

@@ -4,13 +4,21 @@ import ml_dtypes
 import numpy as np
 from numba import int32
 
-from lockstep.ops.attention_math import first_key
+from lockstep.ops.attention_math import MAX_GROUP, MAX_HEAD_DIM, first_key
 from lockstep.runtime.kernel import native
 from lockstep.runtime.simd import peek
 from lockstep.runtime.threads import num_cores
 
 FLOATS = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16))
-MAX_HEAD_DIM, MAX_GROUP, MAX_PAGE_SIZE, MAX_THREADS = 256, 96, 1 << 20, 1024
+# of pages: the name under which `tiles_rows.ROW_NUMBERS` has them
+PAGE_DTYPES = {
+    np.dtype(np.float32): "f32",
+    np.dtype(ml_dtypes.bfloat16): "bf16",
+    np.dtype(ml_dtypes.float8_e4m3fn): "f8_e4m3",
+    np.dtype(ml_dtypes.float8_e5m2): "f8_e5m2",
+    np.dtype(np.int8): "i8",
+}
+MAX_PAGE_SIZE, MAX_THREADS = 1 << 20, 1024
 LARGEST = float(np.finfo(np.float32).max)
 REAL = int | float | np.integer | np.floating
 OVERLAP_WORK = 1000  # steps to tell interleaved arrays from overlapping ones
@@ -26,11 +34,11 @@ def pages(kv_pages):
     if isinstance(kv_pages, tuple | list):
         if len(kv_pages) != 2:
             refuse("kv_pages as separate arrays", f"{len(kv_pages)} of them", "a pair (k_pages, v_pages)")
-        k, v = (array("kv_pages", a, 4, FLOATS) for a in kv_pages)
+        k, v = (array("kv_pages", a, 4, PAGE_DTYPES) for a in kv_pages)
         if k.shape != v.shape or k.dtype != v.dtype:
             refuse("k_pages and v_pages", f"{k.shape} {k.dtype} and {v.shape} {v.dtype}", "the same shape and dtype")
         return k, v
-    array("kv_pages", kv_pages, 4, FLOATS)
+    array("kv_pages", kv_pages, 4, PAGE_DTYPES)
     if kv_pages.shape[2] % 2:
         refuse("kv_pages.shape[2], keys and values interleaved", kv_pages.shape[2], "an even number, 2 * kv heads")
     return kv_pages[:, :, 0::2], kv_pages[:, :, 1::2]

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 F32, BF16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
+E4M3, E5M2, I8 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2), np.dtype(np.int8)
 MIXED = [1, 5, 0, 70, 1], [70, 5, 10, 200, 130]  # new tokens and tokens in all, of each sequence
 GARBAGE = [2**31 - 1, -7, -(2**31)]
 
@@ -22,7 +23,8 @@ def numbers(shape, seed):
 
 @dataclass(frozen=True)
 class Batch:
-    """What one call is about. All numbers are such that dtype holds them exactly."""
+    """What one call is about. All numbers are such that their dtype holds them exactly, pages_dtype being that of K and
+    V where it is another."""
 
     lengths: list
     contexts: list
@@ -32,6 +34,7 @@ class Batch:
     seed: int = 0
     padding_rows: int = 3
     options: dict = field(default_factory=dict)
+    pages_dtype: np.dtype | None = None
 
     @property
     def q(self):
@@ -42,6 +45,8 @@ class Batch:
         """(keys, values) [C, G, K] of a sequence."""
         _, G, K = self.heads
         both = numbers((self.contexts[s], 2, G, K), 1000 * self.seed + s + 1)
+        if self.pages_dtype is not None:
+            both = (32 * both if self.pages_dtype == I8 else both).astype(self.pages_dtype).astype(np.float32)
         return both[:, 0], both[:, 1]
 
     def table(self):
@@ -56,7 +61,8 @@ class Batch:
     def pages(self):
         """kv_pages [N, B, 2 G, K], keys and values interleaved."""
         (table, N), (_, G, K) = self.table(), self.heads
-        made = np.full((N, self.page_size, 2 * G, K), np.nan, self.dtype)
+        dtype = self.pages_dtype or self.dtype
+        made = np.full((N, self.page_size, 2 * G, K), 127 if dtype == I8 else np.nan, dtype)
         for s, context in enumerate(self.contexts):
             page, slot = table[s, np.arange(context) // self.page_size], np.arange(context) % self.page_size
             made[page, slot, 0::2], made[page, slot, 1::2] = self.kv(s)

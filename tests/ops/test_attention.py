@@ -25,10 +25,13 @@ MIXED = [1, 65, 7, 130, 1], [1, 65, 1027, 1090, 2050]  # new tokens and context 
 class Batch:
     """Requests with random queries, keys and values, and what attention makes of them."""
 
-    def __init__(self, lengths, contexts, H, G, K, kv_dtype="f32", window=0, *, soft_cap=0.0, seed=0):
+    def __init__(
+        self, lengths, contexts, H, G, K, kv_dtype="f32", window=0, *, soft_cap=0.0, sinks=None, v_scale=1.0, seed=0
+    ):
         rng = np.random.default_rng(seed)
         self.lengths, self.contexts, self.shape, self.kv_dtype = lengths, contexts, (H, G, K), kv_dtype
-        self.window, self.soft_cap = window, soft_cap
+        self.window, self.soft_cap, self.v_scale = window, soft_cap, v_scale
+        self.sinks = None if sinks is None else np.array(sinks, np.float32)
         self.k_pages, self.v_pages, self.table, self.keys, self.values = random_cache(contexts, G, K, kv_dtype, rng)
         self.q_TD = rng.standard_normal((sum(lengths), H * K), np.float32)
         self.gate_TW = rng.standard_normal((sum(lengths), 2 * H * K + 5), np.float32)
@@ -66,6 +69,8 @@ class Batch:
             window=self.window,
             soft_cap=self.soft_cap,
             page_group=group,
+            sinks=self.sinks,
+            v_scale=self.v_scale,
             **(gate if gated else {}),
         )
         return made["out"], made["stats"]
@@ -100,8 +105,11 @@ class Batch:
             score = q_GJK @ keys[s][:, seen].transpose(0, 2, 1) * K**-0.5
             if self.soft_cap:
                 score = self.soft_cap * np.tanh(score / self.soft_cap)
-            weight = np.exp(score - score.max(-1, keepdims=True))
-            rows.append(weight @ values[s][:, seen] / weight.sum(-1, keepdims=True))
+            sink = np.full(H, -np.inf) if self.sinks is None else self.sinks.astype(np.float64)
+            sink = sink.reshape(G, H // G, 1)
+            top = np.maximum(score.max(-1, keepdims=True), sink)
+            weight, rest = np.exp(score - top), np.exp(sink - top)
+            rows.append(self.v_scale * (weight @ values[s][:, seen]) / (weight.sum(-1, keepdims=True) + rest))
         return np.array(rows).reshape(-1, H * K)
 
 
@@ -117,6 +125,14 @@ CASES = {
     "window 100, soft cap": dict(H=4, G=1, K=32, window=100, soft_cap=3.0, kv_dtype="bf16"),
     "window 1500": dict(H=2, G=1, K=16, window=1500),
     "soft cap": dict(H=2, G=2, K=32, soft_cap=30.0),
+    "sinks": dict(H=4, G=2, K=32, sinks=[-2, 0, 3, 60]),
+    "window 5 bf16, soft cap, sinks": dict(
+        H=2, G=1, K=64, window=5, soft_cap=5.0, kv_dtype="bf16", sinks=[0.5, -1], v_scale=-0.5
+    ),
+    "window 100 q8, sinks": dict(H=3, G=1, K=48, window=100, kv_dtype="q8", sinks=[1, 2, -3], v_scale=0.25),
+    "heads of 512": dict(H=2, G=1, K=512),
+    "heads of 512 bf16": dict(H=8, G=1, K=512, kv_dtype="bf16"),
+    "heads of 496 q8": dict(H=7, G=1, K=496, kv_dtype="q8"),
     "multi-head q8": dict(H=2, G=2, K=64, kv_dtype="q8"),
     "GQA 4 q8, odd width": dict(H=4, G=1, K=80, kv_dtype="q8"),
     "GQA 2 q8": dict(H=4, G=2, K=96, kv_dtype="q8"),
@@ -256,38 +272,41 @@ def test_denormal_products_are_the_same_bits_everywhere(scale, kv_dtype):
             same_bits(made, want)
 
 
-@pytest.mark.parametrize("pairs", [0, 1])
+DEFINITIONS = {"f32": attention.attend, "bf16": attention.attend_pairs, "q8": attention_q8.attend_quantized}
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("window, soft_cap", [(0, 0.0), (71, 5.0)])
-def test_definition_compiled_equals_interpreted(window, soft_cap, pairs):
-    rng = np.random.default_rng(0)
+def test_definition_compiled_equals_interpreted(window, soft_cap, kv_dtype):
+    rng, attend = np.random.default_rng(0), DEFINITIONS[kv_dtype]
     k, v = (rng.standard_normal((1030, 4), np.float32) for _ in "kv")
-    if pairs:
+    if kv_dtype == "bf16":
         k, v = widen(round_bf16(k)), widen(round_bf16(v))
+    elif kv_dtype == "q8":
+        k, v = (attention_q8.Quantized(codes, widen(scale)[:, 0]) for codes, scale in map(quantize, (k, v)))
     q, outs = rng.standard_normal(4, np.float32), np.empty((2, 4), np.float32)
     scales = interpreted(score_scales)(np.float32(0.5), np.float32(soft_cap))
     position = 1026 if window else 130
-    results = [
-        f(q, k, v, position, window, scales, out, pairs)
-        for f, out in zip((attention.attend, interpreted(attention.attend)), outs, strict=True)
-    ]
+    results = []
+    for form, out in zip((lambda f: f, interpreted), outs, strict=True):
+        top, total = form(attend)(q, k, v, position, window, scales, out)
+        form(attention.finished)(out, np.float32(top), np.float32(total), np.array([1.5], np.float32), np.float32(0.7))
+        results.append(np.array([top, total], np.float32))
     same_bits(outs[0], outs[1])
-    same_bits(*(np.array(r, np.float32) for r in results))
+    same_bits(*results)
 
 
-@pytest.mark.parametrize("window, soft_cap", [(0, 0.0), (71, 5.0)])
-def test_definition_over_8_bits_compiled_equals_interpreted(window, soft_cap):
-    rng = np.random.default_rng(0)
-    cached = [quantize(rng.standard_normal((1030, 4), np.float32)) for _ in "kv"]
-    k, v = (attention_q8.Quantized(codes, widen(scale)[:, 0]) for codes, scale in cached)
-    q, outs = rng.standard_normal(4, np.float32), np.empty((2, 4), np.float32)
-    scales = interpreted(score_scales)(np.float32(0.5), np.float32(soft_cap))
-    position = 1026 if window else 130
-    results = [
-        f(q, k, v, position, window, scales, out)
-        for f, out in zip((attention_q8.attend, interpreted(attention_q8.attend)), outs, strict=True)
-    ]
-    same_bits(outs[0], outs[1])
-    same_bits(*(np.array(r, np.float32) for r in results))
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (dict(H=98), "expected num_heads <= 96 [*] num_kv_heads, got num_heads 98, num_kv_heads 1"),
+        (dict(K=528), "expected head_dim <= 512, got head_dim 528"),
+        (dict(sinks=[1.0, 2.0]), r"sinks \(sinks\) is 2 wide, expected 4"),
+    ],
+)
+def test_what_a_kernel_could_not_hold_is_refused(changed, message):
+    with pytest.raises(ValueError, match=f"Attention: {message}"):
+        Batch([1], [1], **(dict(H=4, G=1, K=16) | changed)).run(CPU)
 
 
 @pytest.mark.parametrize("variant, cpu", [("native", "haswell"), ("avx_vnni", ""), ("generic", "")])

@@ -63,11 +63,12 @@ SHAPES = [
     (dict(kv_pages=misplaced(KV.astype(BF16))), "strides and address of kv_pages: got .*allowed: multiples of 2"),
     (dict(q=Q[:, :, :16]), "head_dim of kv_pages: got 32, allowed: 16"),
     (dict(q=Q[:, :3]), "query heads: got 3 with 2 kv heads"),
-    (dict(q=Q[:, :, :8], kv_pages=KV[..., :8]), "head_dim: got 8, allowed: multiples of 16 up to 256"),
-    (dict(q=np.zeros((9, 4, 272), np.float32), kv_pages=np.zeros((10, 16, 4, 272), np.float32)), "head_dim: got 272"),
+    (dict(q=Q[:, :, :8], kv_pages=KV[..., :8]), "head_dim: got 8, allowed: multiples of 16 up to 512"),
+    (dict(q=np.zeros((9, 4, 528), np.float32), kv_pages=np.zeros((10, 16, 4, 528), np.float32)), "head_dim: got 528"),
     (dict(q=np.zeros((9, 194, 32), np.float32)), "query heads: got 194 with 2 kv heads"),
     (dict(kv_pages=KV[:, :, :3]), r"kv_pages.shape\[2\].*got 3, allowed: an even number"),
     (dict(kv_pages=(KV, KV, KV)), "kv_pages as separate arrays: got 3 of them"),
+    (dict(kv_pages=KV.astype(np.float16)), "kv_pages: got float16, allowed: float32 or bfloat16 or float8_e4m3fn or"),
     (dict(kv_pages=(KV, KV.astype(BF16))), "k_pages and v_pages: .* allowed: the same shape and dtype"),
     (dict(kv_pages=np.zeros((4, 16, 0, 32), np.float32)), "query heads: got 4 with 0 kv heads"),
     (dict(kv_pages=KV[:, :0]), r"page size, kv_pages.shape\[1\]: got 0"),
@@ -196,6 +197,7 @@ def test_a_hundred_mixes_compile_and_allocate_nothing(native_allocations, monkey
     outs = [np.full_like(arguments[0], np.nan) for arguments, _ in mixes]
     for threads in (1, 2, 3):
         call(threads=threads)
+        call(kv_pages=KV.astype(BF16), threads=threads)
     monkeypatch.setattr(Kernel, "compile", lambda kernel, *_: compiled.append(kernel.name))
     before = native_allocations()
     with event.install_recorder("numba:compile") as recorder:

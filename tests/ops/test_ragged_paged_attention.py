@@ -18,7 +18,7 @@ from lockstep.ops.ragged_checks import pages
 from lockstep.runtime.kernel import interpreted
 from tests.ops import ragged_isa
 from tests.ops.harness import same_bits
-from tests.ops.ragged_cases import BF16, F32, MIXED, RECORDED, Batch
+from tests.ops.ragged_cases import BF16, E4M3, E5M2, F32, I8, MIXED, RECORDED, Batch
 from tests.targets import FEATURES, compiling_for
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -44,6 +44,11 @@ CASES = {
     "soft cap": Batch(*LONG, (2, 2, 32), 2, options=dict(soft_cap=30.0)),
     "sinks": Batch(*LONG, (8, 2, 128), options=dict(sm_scale=0.1, sinks=SINKS[:8])),
     "scales": Batch(*LONG, (4, 2, 32), options=dict(sm_scale=0.2, k_scale=0.5, v_scale=-1.5)),
+    "heads of 512": Batch([1, 9, 0, 70], [65, 9, 3, 1090], (3, 1, 512), 5, options=dict(sm_scale=0.05)),
+    "e4m3, bf16": Batch(*LONG, (8, 2, 128), 16, BF16, pages_dtype=E4M3, options=dict(sm_scale=0.1, v_scale=0.5)),
+    "e4m3": Batch(*LONG, (3, 1, 80), 100, pages_dtype=E4M3, options=dict(sm_scale=0.1, sliding_window=70)),
+    "e5m2, 16 query heads": Batch(*LONG, (16, 1, 64), 1, pages_dtype=E5M2, options=dict(sinks=SINKS[:16], k_scale=0.2)),
+    "int8": Batch(*LONG, (4, 2, 48), pages_dtype=I8, options=dict(sm_scale=0.2, k_scale=1 / 32, v_scale=1 / 32)),
 }
 
 
@@ -64,6 +69,25 @@ def test_bf16_is_rounded_once():
     wide = ragged_paged_attention(q.astype(np.float32), kv, *rest, **batch.options)
     assert np.abs(wide - batch.exact()).max() < 5e-6
     same_bits(ragged_paged_attention(q, kv, *rest, **batch.options), wide.astype(BF16))
+
+
+@pytest.mark.parametrize("K", [16, 80])
+@pytest.mark.parametrize("dtype", [E4M3, E5M2, I8], ids=str)
+def test_all_codes_of_a_byte_are_what_they_are_in_float32(dtype, K):
+    """One row, which reads values where they are, and many rows, for which they are packed."""
+    codes = np.arange(256, dtype=np.uint8).view(dtype)
+    finite = codes[np.isfinite(codes.astype(np.float32))]
+    kv = np.resize(finite, (40, 7, 2, K))  # 7 * 2 * K is no multiple of the number of codes: each comes everywhere
+    q = np.resize(np.array([1, -0.5, 0.25], np.float32), (31, 2, K))
+    rest = np.array([190, 200]), np.resize(np.random.default_rng(0).permutation(40), (2, 40)), np.array([0, 1, 31]), [2]
+    rest = [np.array(x, np.int32) for x in rest]
+    made = [ragged_paged_attention(q, pages, *rest, sm_scale=1e-5) for pages in (kv, kv.astype(np.float32))]
+    same_bits(*made)
+    assert np.isfinite(made[0]).all()
+    if len(finite) < 256:
+        kv.view(np.uint8)[rest[1][1, 199 // 7], 199 % 7] = 0x7F  # NaN in both types; only the last row sees it
+        made = ragged_paged_attention(q, kv, *rest)
+        assert np.isnan(made[30]).all() and np.isfinite(made[:30]).all()
 
 
 @pytest.mark.parametrize("name", RECORDED)
@@ -102,7 +126,7 @@ def test_a_row_has_the_bits_of_the_engine_s_attention():
     for t in range(3):
         for h in range(2):
             out = np.empty(16, np.float32)
-            attention.attend(batch.q[t, h], k[:, 0].copy(), v[:, 0].copy(), 1097 + t, 0, scales, out, 0)
+            attention.attend(batch.q[t, h], k[:, 0].copy(), v[:, 0].copy(), 1097 + t, 0, scales, out)
             same_bits(made[t, h], out)
 
 

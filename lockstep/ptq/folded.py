@@ -26,12 +26,13 @@ MOST_BYTES = 4 << 30
 class FoldedStore(WeightStore):
     """The weights of a model, rounded ones included, of which those used last stay, up to most_bytes.
 
-    num_folds: how often weights were rounded and packed.
+    num_folds: how often weights were rounded and packed. noise: of all parts that were ever rounded, by name and spec.
     """
 
     def __init__(self, store: WeightStore, most_bytes: int = MOST_BYTES) -> None:
         super().__init__()
         self._store, self._most, self.num_folds = store, most_bytes, 0
+        self.noise: dict[tuple[str, str], tuple[float, float]] = {}
         self._kept: OrderedDict[tuple[str, str], tuple[np.ndarray, ...]] = OrderedDict()
 
     def arrays(self, weight: Weight, layout: Layout) -> tuple[np.ndarray, ...]:
@@ -40,6 +41,7 @@ class FoldedStore(WeightStore):
         key = weight.name, layout.name
         if key not in self._kept:
             self._kept[key] = self.make(weight.folded(), layout)
+            self.noise |= weight.noise
             self.num_folds += 1
         self._kept.move_to_end(key)
         while len(self._kept) > 1 and sum(a.nbytes for arrays in self._kept.values() for a in arrays) > self._most:
@@ -74,7 +76,7 @@ class FoldedWeights:
         key = ", ".join(str(spec) for _, spec in wanted)
         if (weight, key) not in self._coded:
             name = f"{weight.name} in codes of {key}"
-            self._coded[weight, key] = CodedWeight(name, CODES, weight.shape, weight.parts, None, wanted, weight)
+            self._coded[weight, key] = CodedWeight(name, CODES, weight.shape, weight.parts, None, wanted, source=weight)
         return self._coded[weight, key]
 
     def like(self, weight: Weight, specs: Mapping[str, Spec]) -> Weight:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from lockstep.ops.code_weights import CodeTensor, code_tensor, code_weight
+from lockstep.ptq.noise import powers
 from lockstep.ptq.spec import Spec
 from lockstep.ptq.weights import Folded, fold
 from lockstep.runtime.program import Weight
@@ -47,20 +48,32 @@ def fold_part(part: StoredTensor, spec: Spec) -> Folded:
 
 @dataclass(frozen=True, eq=False)
 class FoldedWeight(Weight):
-    """A weight that is made in memory: specs has (index of a part, spec) of those that are rounded."""
+    """A weight that is made in memory: specs has (index of a part, spec) of those that are rounded. noise: of those
+    that were, by name of the part and spec, see `noise.powers`."""
 
     specs: tuple[tuple[int, Spec], ...] = ()
+    noise: dict[tuple[str, str], tuple[float, float]] = field(default_factory=dict)
 
     def folded(self) -> Weight:
         """The same with the rounded numbers."""
         parts = list(self.parts)
         for index, spec in self.specs:
-            parts[index] = _rounded(parts[index], spec)
+            parts[index] = _rounded(parts[index], self.fold(index, spec))
         return Weight(self.name, self.format, self.shape, tuple(parts))
 
+    def fold(self, index: int, spec: Spec) -> Folded:
+        """A part on the grid of a spec; notes its noise."""
+        part = self.parts[index]
+        made = fold_part(part, spec)
+        values = StoredTensor.to_f32(part)
+        if isinstance(part, ScaledTensor):
+            values = values * np.float32(part.factor)
+        self.noise[part.name, str(spec)] = powers(values, made.values)
+        return made
 
-def _rounded(part: StoredTensor, spec: Spec) -> StoredTensor:
-    values = fold_part(part, spec).values.reshape(part.shape)
+
+def _rounded(part: StoredTensor, made: Folded) -> StoredTensor:
+    values = made.values.reshape(part.shape)
     values = part.moved(values) if isinstance(part, ScaledTensor) else values
     return StoredTensor(part.name, "f32", part.shape, values)
 
@@ -75,10 +88,10 @@ class CodedWeight(FoldedWeight):
     source: Weight | None = None
 
     def folded(self) -> Weight:
-        return code_weight(self.name, *(_codes(self.parts[index], spec) for index, spec in self.specs))
+        codes = (_codes(self.parts[index].name, self.fold(index, spec)) for index, spec in self.specs)
+        return code_weight(self.name, *codes)
 
 
-def _codes(part: StoredTensor, spec: Spec) -> CodeTensor:
-    made = fold_part(part, spec)
-    assert made.codes is not None and made.scale is not None and made.zero is not None, spec
-    return code_tensor(part.name, made.codes, made.scale, made.zero)
+def _codes(name: str, made: Folded) -> CodeTensor:
+    assert made.codes is not None and made.scale is not None and made.zero is not None, name
+    return code_tensor(name, made.codes, made.scale, made.zero)

@@ -25,12 +25,14 @@ STATE_BYTES = 2 << 30  # of what layers read, kept for the windows of a round, i
 @dataclass
 class Outcome:
     """A trial on windows. trial: its index, or FLOAT_TRIAL. windows: their indices and figures. layers_saved: that were
-    not run, because an earlier plan had run the same. failure: (window, what went wrong); -1 where no window ran."""
+    not run, because an earlier plan had run the same. weights: signal to noise of those that are rounded, in decibels,
+    by site. failure: (window, what went wrong); -1 where no window ran."""
 
     trial: int
     windows: dict[int, dict[str, Any]] = field(default_factory=dict)
     layers_run: int = 0
     layers_saved: int = 0
+    weights: dict[str, float | None] = field(default_factory=dict)
     failure: tuple[int, str] | None = None
 
 
@@ -80,6 +82,7 @@ class Bench:
             return outcome
         try:
             setup.put_on(self.rig)
+            outcome.weights = self.rig.weight_noise(setup.specs)
             prefixes = self.rig.prefixes()
             for window in windows:
                 self._run_window(outcome, window, prefixes)

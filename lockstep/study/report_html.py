@@ -34,6 +34,7 @@ from lockstep.study.report_markup import (
     tag,
 )
 from lockstep.study.report_origin import confirm_section, origin_section, winner_section, work_section
+from lockstep.study.report_weights import weights_section
 
 PAGE = "lockstep.study"
 SCRIPTS = ("dom.js", "plot.js", "detail.js", "tables.js", "app.js")  # in this order, as one module
@@ -86,6 +87,7 @@ def body(data: Mapping[str, Any]) -> Markup:
         "trials": ("Trials", trials_section(data)),
         "sensitivity": ("Sensitivity", sensitivity_section(data)),
         "heads": ("Heads", heads_section(data)),
+        "weights": ("Weights", weights_section(data)),
         "confirm": ("Confirmation", confirm_section(data)),
         "work": ("Work", work_section(data)),
         "origin": ("Origin", origin_section(data)),

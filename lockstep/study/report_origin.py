@@ -85,6 +85,7 @@ def origin_section(data: Mapping[str, Any]) -> Markup:
     facts: list[tuple[str, str]] = [("model", data["model"]["name"]), ("model's content", data["model"]["hash"])]
     for key, value in data["provenance"].items():
         facts += _flat(key.replace("_", " "), value)
+    facts.append(("seeds", "none: nothing in a study is random"))
     recipe = (
         tag("details", tag("summary", "The study's recipe"), tag("pre", data["recipe"])) if data["recipe"] else None
     )

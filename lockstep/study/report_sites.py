@@ -143,3 +143,15 @@ def by_head(sites: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
         for grid in site["grids"]
         if BY_HEAD in grid["spec"] and isinstance(grid.get("sqnr"), list)
     ]
+
+
+def by_weight(sites: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Weights on the grids that were tried, site, spec, sqnr and number of trials: the most noise first. What a grid
+    holds exactly has no noise, and comes last."""
+    rows = [
+        dict(site=name, spec=grid["spec"], sqnr=grid["sqnr"][0], trials=grid["trials"])
+        for name, site in sites.items()
+        for grid in site["grids"]
+        if site.get("is_weight") and isinstance(grid.get("sqnr"), list)
+    ]
+    return sorted(rows, key=lambda row: float("inf") if row["sqnr"] is None else row["sqnr"])

@@ -20,6 +20,7 @@ import numpy as np
 from lockstep.engine.model import Model
 from lockstep.ptq.folded import FoldedStore, FoldedWeights, with_weight
 from lockstep.ptq.integer import INTEGER, LinearLayers
+from lockstep.ptq.noise import decibels
 from lockstep.ptq.rewrite import Rounded, Treatment, rounded
 from lockstep.ptq.spec import Spec
 from lockstep.runtime.backend import OpTable
@@ -112,6 +113,17 @@ class Rig:
                 op = self.program.ops[index]
                 if getattr(op, name) is not made:
                     self._now.executor.change(index, with_weight(op, name, made))
+
+    def weight_noise(self, specs: Mapping[str, Spec]) -> dict[str, float | None]:
+        """{site: signal to quantization noise in decibels, None if there is no noise} of the weights that are rounded
+        now, under the specs that were set."""
+        made = {}
+        for name, parts in self.rounded.weights.items():
+            spec = specs.get(name)
+            if spec is not None and not spec.is_off:
+                keys = {(part.weight.parts[part.index].name, str(spec)) for part in parts}
+                made[name] = decibels(*map(sum, zip(*(self.store.noise[key] for key in sorted(keys)), strict=True)))
+        return made
 
     def _chosen(self, specs: Mapping[str, Spec]) -> Bound:
         """The program for the layers that can be integer."""

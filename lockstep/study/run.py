@@ -101,6 +101,7 @@ class _Run:
         self._known = {_key(self._lines, i): record for i, record in enumerate(self._lines.records)}
         self.windows: dict[int, list[dict[str, Any]]] = {t: [] for t in range(FLOAT_TRIAL, len(study.trials))}
         self._layers = {t: [0, 0] for t in self.windows}
+        self._weights: dict[int, dict[str, float | None]] = {t: {} for t in self.windows}
         self._written: list[dict[str, Any]] = []
 
     def run(self) -> list[dict[str, Any]]:
@@ -139,6 +140,7 @@ class _Run:
                         f"windows, expected {len(windows)}; it is of a study with other rounds, expected a new folder"
                     )
                 self.windows[trial] += record["windows"]
+                self._weights[trial] |= record.get("weights", {})
                 self._layers[trial] = [a + b for a, b in zip(self._layers[trial], record["layers"], strict=True)]
         return failed
 
@@ -166,6 +168,8 @@ class _Run:
         if outcome.failure is not None:
             window, why = outcome.failure
             return made | dict(failed=why if window < 0 else f"window {window}: {why}")
+        if number == 0 and outcome.weights:
+            made["weights"] = outcome.weights
         layers = [outcome.layers_run, outcome.layers_saved]
         return made | dict(layers=layers, windows=[outcome.windows[window] for window in windows])
 
@@ -209,7 +213,7 @@ class _Run:
             made["forwards"] = len(windows)
             made["layers_run"], made["layers_saved"] = self._layers[index]
             grids = self._solved(index).grids
-            made["sites"] = self._figures.sites(specs, grids)
+            made["sites"] = self._figures.sites(specs, grids, self._weights[index])
             if trial.plan.arithmetic == INTEGER:
                 made["integer"] = self._figures.integer(specs)
         self._trials.add(made)

@@ -86,10 +86,13 @@ class Figures:
         choice = self._layers.choose(specs)
         return dict(layers=len(choice.layers), floats=choice.floats)
 
-    def sites(self, specs: Mapping[str, Spec], grids: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """{site: spec and, of a static grid of an activation, scale, zero, saturation, code_use, sqnr by head}, for
-        all that are rounded."""
-        return {name: self._site(name, spec, grids.get(name)) for name, spec in specs.items() if not spec.is_off}
+    def sites(
+        self, specs: Mapping[str, Spec], grids: Mapping[str, np.ndarray], weights: Mapping[str, float | None]
+    ) -> dict[str, Any]:
+        """{site: spec and, of a static grid of an activation, scale, zero, saturation, code_use, sqnr by head, of a
+        weight sqnr}, for all that are rounded. weights: signal to noise by site, as far as it is known."""
+        made = {name: self._site(name, spec, grids.get(name)) for name, spec in specs.items() if not spec.is_off}
+        return {name: site | dict(sqnr=[weights[name]]) if name in weights else site for name, site in made.items()}
 
     def _site(self, name: str, spec: Spec, rows: np.ndarray | None) -> dict[str, Any]:
         key = name, str(spec)

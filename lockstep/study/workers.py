@@ -104,6 +104,7 @@ def interrupts_wait() -> Iterator[None]:
 def _joined(parts: Sequence[Outcome]) -> Outcome:
     """Parts of one outcome as one: the failure of the earliest window counts."""
     made, failures = Outcome(parts[0].trial), [part.failure for part in parts if part.failure]
+    made.weights = parts[0].weights
     made.windows = dict(sorted(item for part in parts for item in part.windows.items()))
     made.layers_run, made.layers_saved = (sum(getattr(p, f) for p in parts) for f in ("layers_run", "layers_saved"))
     made.failure = min(failures, default=None)

@@ -180,7 +180,6 @@ def study(sites, rng):
         stats={s["name"]: stat(rng, s["name"]) for s in sites if not s["is_weight"]},
         versions=dict(lockstep="0.1.0", python="3.11.9", numpy="2.1.0"),
         threads=2,
-        seed=42,
     )
 
 
@@ -212,7 +211,6 @@ def confirmations(trials):
 
 FIRST = dict(window=3, token=17, score="nll", fast=2.25, prefill=2.2500002)
 RECIPE = """model = "study-llama"
-seed = 42
 
 [calibrate]
 text = "calibration.txt"

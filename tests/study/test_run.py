@@ -8,11 +8,14 @@ import os
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from lockstep.ptq.observers import Stat
 from lockstep.ptq.plan import Plan
+from lockstep.ptq.rewrite import rounded
 from lockstep.ptq.solved import Solved
+from lockstep.ptq.weights import fold
 from lockstep.runtime.threads import Team
 from lockstep.study import records
 from lockstep.study.bench import Bench
@@ -79,7 +82,20 @@ def test_trials_say_what_was_tried(made):
     assert by_name["k u8/head, p u2"]["swept"] == dict(k="u8/head", p="u2")
     assert len(by_name["k u8/head, p u2"]["sites"]["L0.k.all"]["scale"]) == 2
     assert by_name["k u4, p u8"]["metrics"]["kv_bytes"] < base["metrics"]["kv_bytes"]
-    assert base["sites"]["L0.q.w"] == dict(spec="i8/row:minmax")
+    assert base["sites"]["L0.q.w"]["spec"] == "i8/row:minmax"
+
+
+def test_trials_say_how_far_weights_are_from_what_they_were(made):
+    study, _, trials = made
+    specs = {name: spec for name, spec in study.trials[0].plan.resolve(study.sites).items() if name.endswith(".w")}
+    found, parts = trials[0]["sites"], rounded(subject_of().model.recorded, study.treatment).weights
+    assert len(specs) > 10 and all(found[name]["sqnr"][0] > 20 for name in specs)
+    for name in ("L0.q.w", "L1.down.w", "embed.w"):
+        [part] = [part.weight.parts[part.index] for part in parts[name]]
+        x = part.to_f32().astype(np.float64)
+        apart = x - fold(part.to_f32(), specs[name]).values
+        assert found[name]["sqnr"] == [pytest.approx(10 * np.log10((x * x).sum() / (apart * apart).sum()), abs=1e-4)]
+    assert all(trial["sites"]["L0.q.w"] == found["L0.q.w"] for trial in trials)
 
 
 def test_the_folder_says_what_was_run(made):

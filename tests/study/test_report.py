@@ -9,7 +9,7 @@ import pytest
 from lockstep.study.report import text_table, write_report
 from lockstep.study.report_data import frontier, report_data, verdict
 from lockstep.study.report_markup import NONE, Markup, decibels, plain, script_json, spread, tag
-from lockstep.study.report_sites import by_head, by_weight
+from lockstep.study.report_sites import by_head
 from tests.study import plausible
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\"'&<!-- data -->\u2028"
@@ -192,21 +192,6 @@ def test_heads_with_grids_of_their_own_are_listed(study):
     found = by_head(report_data(study)["sites"])
     assert {row["site"].split(".", 1)[1] for row in found} == {"k.all", "v.all", "p"}
     assert {len(row["sqnr"]) for row in found if row["site"].endswith(".p")} == {plausible.HEADS}
-
-
-def test_weights_are_listed_the_worst_first(study):
-    data = report_data(study)
-    rows = by_weight(data["sites"])
-    assert {row["site"] for row in rows} == {name for name, site in data["sites"].items() if site["is_weight"]}
-    assert [row["sqnr"] for row in rows] == sorted(row["sqnr"] for row in rows) and len({r["spec"] for r in rows}) == 3
-    html = write_report(study).read_text("utf-8")
-    said = html[html.index('id="weights"') : html.index('id="confirm"')]
-    worst = f'data-site="{rows[0]["site"]}">{rows[0]["site"]}</button></td><td>{rows[0]["spec"]}</td>'
-    assert said.index(worst) < said.index("</tr>", said.index("<tbody>")) and decibels(rows[0]["sqnr"]) in said
-
-
-def test_the_origin_says_that_nothing_is_random(study):
-    assert "<dt>seeds</dt><dd>none: nothing in a study is random</dd>" in write_report(study).read_text("utf-8")
 
 
 def test_work_is_summed_over_trials(study):

@@ -27,6 +27,7 @@ from lockstep.models.recording import record_on
 from lockstep.models.registry import FAMILIES
 from lockstep.models.shapes import AnyTensor
 from lockstep.models.tiny import CONTEXT, VOCABULARY
+from lockstep.ops.embed import Embed
 from lockstep.ops.experts import ExpertLinear
 from lockstep.ops.kv_cache import AttentionInputs
 from lockstep.ops.linear import Linear
@@ -56,10 +57,14 @@ class Probe:
 
 
 def probes(program):
-    """The probes that together run every kind of op of a program."""
+    """The probes that together run every kind of op of a program. An embedding in a format that no layer has takes one
+    more."""
     formats = {weight.format for op in program.ops if isinstance(op, (Linear, ExpertLinear)) for weight in op.packed}
+    tables = {op.table.format for op in program.ops if isinstance(op, Embed)} - formats
     kv = sorted({op.kv_dtype for op in program.ops if isinstance(op, AttentionInputs)})
-    return [Probe(f, w, k) for f in families_of(program) for w in FORMATS if w in formats for k in kv]
+    families = families_of(program)
+    made = [Probe(f, w, k) for f in families for w in FORMATS if w in formats for k in kv]
+    return made + [Probe(families[0], w, kv[0]) for w in FORMATS if w in tables and kv]
 
 
 def families_of(program):

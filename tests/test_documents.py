@@ -1,0 +1,105 @@
+"""Documents name what is there: links, headings, files, modules and make targets."""
+
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "studies" / "README.md"]
+# The changelog names what was there at the time; its links lead to what is there now.
+DATED = {"CHANGELOG.md"}
+SKIPPED_FOLDERS = {".git", ".venv", ".venv-dev", ".venv-oracles", "build", "node_modules"}
+FOLDERS = ("lockstep", "tests", "bench", "docs", "studies", "training")
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+WORD = re.compile(r"[\w./-]+")
+TARGET = re.compile(r"^([\w-]+)(?: [\w-]+)*:", re.MULTILINE)
+
+
+def names(folder=ROOT):
+    """Names of all files of the repository, and nothing that was installed or built."""
+    for path in folder.iterdir():
+        if path.is_dir() and path.name not in SKIPPED_FOLDERS:
+            yield from names(path)
+        elif path.is_file():
+            yield path.name
+
+
+@pytest.fixture(scope="module")
+def file_names():
+    return set(names())
+
+
+def slugs(path):
+    """The anchors of a document's headings, as forges make them."""
+    titles = re.findall(r"^#+ (.*)", re.sub(r"```.*?```", "", path.read_text("utf-8"), flags=re.DOTALL), re.MULTILINE)
+    plain = (re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", title) for title in titles)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in plain}
+
+
+def broken_links(path):
+    """Relative links of a document that lead nowhere."""
+    for link in LINK.findall(path.read_text("utf-8")):
+        if link.startswith(("http://", "https://", "mailto:")):
+            continue
+        name, _, anchor = link.partition("#")
+        goal = (path.parent / name) if name else path
+        if not goal.exists() or (anchor and anchor not in slugs(goal)):
+            yield link
+
+
+def words(path):
+    """All words of a document that may be paths, whether in a sentence, a link or code."""
+    for word in WORD.findall(re.sub(r"https?://\S+", "", path.read_text("utf-8"))):
+        yield word.strip(".-/")
+
+
+def is_placeholder(word):
+    """Whether a word stands for names of the reader's own: NAME_cpu.py."""
+    return bool(re.search(r"[A-Z]{3}", word)) and pathlib.Path(word).stem not in ("README", "LICENSE")
+
+
+def missing(path, file_names):
+    """Paths from the repository's root, or from the package, that are not there; names of modules that no file has."""
+    for word in words(path):
+        first, _, rest = word.partition("/")
+        if is_placeholder(word):
+            continue
+        if rest and (first in FOLDERS or (word.endswith(".py") and (ROOT / "lockstep" / first).is_dir())):
+            if not (ROOT / word).exists() and not (ROOT / "lockstep" / word).exists():
+                yield word
+        elif word.endswith(".py") and word.rpartition("/")[2] not in file_names:
+            yield word
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(path):
+    assert list(broken_links(path)) == []
+
+
+@pytest.mark.parametrize("path", [p for p in DOCUMENTS if p.name not in DATED], ids=lambda p: str(p.relative_to(ROOT)))
+def test_named_files_exist(path, file_names):
+    assert list(missing(path, file_names)) == []
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_commands_exist(path):
+    text = path.read_text("utf-8")
+    targets = set(TARGET.findall((ROOT / "Makefile").read_text("utf-8")))
+    assert set(re.findall(r"(?:`|^ *)make (?:-\S+ )*([a-z][a-z-]+)", text, re.MULTILINE)) <= targets
+    modules = set(re.findall(r"python -m ((?:tests|lockstep)[\w.]*)", text))
+    places = [ROOT / module.replace(".", "/") for module in modules]
+    assert [p for p in places if not p.with_suffix(".py").exists() and not (p / "__main__.py").exists()] == []
+
+
+def test_what_is_missing_is_seen(tmp_path):
+    path = tmp_path / "text.md"
+    path.write_text(
+        "# One: two\n[a](#one-two) [b](#three) [c](none.md)\n`ops/none.py` `lockstep/ops/add.py` (nothing.py)"
+    )
+    assert list(broken_links(path)) == ["#three", "none.md"]
+    assert list(missing(path, {"add.py"})) == ["ops/none.py", "nothing.py"]
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) < 150

@@ -215,10 +215,11 @@ class Executor:
         self.team.run(self._table_address + 8 * ROW_WORDS * first, num_ops, self._step_address, address)
 
     def change(self, index, op):
-        """Puts an op in the place of another of its kind that has other weights or numbers."""
-        old, implementation = self.program.ops[index], self.backend[op.kind]
-        if op.kind != old.kind or op.outputs != old.outputs:
-            raise ValueError(f"op {op} cannot take the place of {old}: expected one of its kind and outputs")
+        """Puts an op in the place of another of its declaration that has other weights or numbers; its kernel may be
+        another, as that of a table in another format."""
+        old, implementation = self.program.ops[index], _implementation(op, self.backend)
+        if type(op) is not type(old) or op.outputs != old.outputs:
+            raise ValueError(f"op {op} cannot take the place of {old}: expected one of its declaration and outputs")
         self._encode(index, op, implementation)
         self.program.ops[index] = op
 

@@ -5,12 +5,16 @@ import contextlib
 import numpy as np
 import pytest
 
+from lockstep.engine.model import load_model
+from lockstep.models.checkpoint import open_checkpoint
 from lockstep.ops.score import BASE_NLL, KL, NLL, SAME_TOP
 from lockstep.parity import Path, run_path
 from lockstep.ptq.rewrite import INSIDE, Treatment
 from lockstep.ptq.spec import Spec
+from lockstep.runtime.executor import WeightStore
 from lockstep.runtime.threads import Team
 from lockstep.study.rig import Rig
+from tests.models import tiny
 from tests.ops.grid_cases import GRIDS
 from tests.study.models import CONFIGS, recorded, window
 
@@ -109,6 +113,19 @@ def test_every_weight_can_be_rounded_and_put_back(name, team):
     rig.set_weights({})
     again = scored(rig, ids, targets, hidden)
     assert (again[:, NLL] == base[:, NLL]).all() and not again[:, KL].any() and again[:, SAME_TOP].all()
+
+
+def test_a_table_of_bf16_is_rounded_in_place_and_put_back(tmp_path, team):
+    config = CONFIGS["plain"]
+    path = tiny.write(tmp_path, config, tiny.tensors(config, 5), "BF16")
+    model = load_model(open_checkpoint(path), WeightStore(), "f32", "f32", 256)
+    ids, targets = window(model, LENGTH)
+    rig = Rig(model, Treatment(), team, LENGTH)
+    plain = scored(rig, ids, targets)
+    rig.set_weights({"embed.w": Spec.parse("i8")})
+    assert scored(rig, ids, targets).tobytes() != plain.tobytes()
+    rig.set_weights({})
+    assert scored(rig, ids, targets).tobytes() == plain.tobytes() and rig.num_programs == 1
 
 
 def test_a_trial_packs_only_what_is_new(team):

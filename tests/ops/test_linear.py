@@ -25,7 +25,15 @@ from tests.targets import compiling_for, pretending, skip_own
 RNG = np.random.default_rng(1)
 INTEGER_FORMATS = list(BLOCK_FORMATS)
 KEPT_FORMATS = [name for name, format in BLOCK_FORMATS.items() if format.stored.encode is None]
-TOLERANCE = {"f32": 1e-5, "f16": 1e-5, "q4_k": 0.1, "q5_k": 0.2, "q6_k": 0.3}  # of the others 0.03
+TOLERANCE = {
+    "f32": 1e-5,
+    "f16": 1e-5,
+    "q4_k": 0.1,
+    "q5_k": 0.2,
+    "q6_k": 0.3,
+    "iq4_nl": 0.1,
+    "iq4_xs": 0.3,
+}  # of the others 0.03
 
 
 def random_blocks(format, N, K):
@@ -196,9 +204,9 @@ def test_nan_weight_is_refused():
 @pytest.mark.parametrize(
     "variant, cpu, formats",
     [
-        ("native", "haswell", ["q8_0", "q5_0", "q5_1"]),
-        ("generic", "", ["q6_k", "q5_0"]),
-        ("avx512", "", ["q8_0", "q4_k", "q6_k", "q5_1", "bf16"]),
+        ("native", "haswell", ["q8_0", "q5_0", "q5_1", "iq4_nl", "iq4_xs"]),
+        ("generic", "", ["q6_k", "q5_0", "iq4_nl"]),
+        ("avx512", "", ["q8_0", "q4_k", "q6_k", "q5_1", "iq4_xs", "bf16"]),
     ],
 )
 def test_other_targets_give_the_same_bits(variant, cpu, formats, tmp_path):

@@ -1,14 +1,18 @@
-"""Record block_vectors.json with the gguf package: python -m tests.weights.record_block_vectors
+"""Records in block_vectors.json with the gguf package: python -m tests.weights.record_block_vectors
 
 Random blocks and what gguf.quants makes of them, and random weights and what it quantizes them to.
 """
 
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
 
-BLOCK_BYTES = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210}
+BLOCK_BYTES = {
+    "Q8_0": 34, "Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210, "IQ4_NL": 18,
+    "IQ4_XS": 136,
+}  # fmt: skip
 # Bytes with the exponents of float16 fields: without their lowest exponent bit they are never NaN or infinite.
 HIGH_BYTES = {"Q4_1": (1, 3), "Q5_1": (1, 3), "Q4_K": (1, 3), "Q5_K": (1, 3), "Q6_K": (209,)}
 
@@ -34,20 +38,19 @@ def awkward_weights(rng: np.random.Generator) -> np.ndarray:
 
 
 def main() -> None:
-    """Write the vectors beside this file."""
+    """Add the vectors of formats that have none to those beside this file."""
     from gguf import GGMLQuantizationType, quants
 
-    rng = np.random.default_rng(7)
-    vectors = {"dequantize": {}, "quantize": {}}
+    path = Path(__file__).with_name("block_vectors.json")
+    vectors = json.loads(path.read_text())
     for name in BLOCK_BYTES:
-        packed = random_blocks(name, 4, rng)
-        weights = quants.dequantize(packed, GGMLQuantizationType[name]).astype("<f4")
-        vectors["dequantize"][name.lower()] = {"packed": packed.tobytes().hex(), "weights": weights.tobytes().hex()}
-    weights = awkward_weights(rng).astype("<f4")
-    vectors["weights"] = weights.tobytes().hex()
+        if name.lower() not in vectors["dequantize"]:
+            packed = random_blocks(name, 4, np.random.default_rng(zlib.crc32(name.encode())))
+            weights = quants.dequantize(packed, GGMLQuantizationType[name]).astype("<f4")
+            vectors["dequantize"][name.lower()] = {"packed": packed.tobytes().hex(), "weights": weights.tobytes().hex()}
+    weights = np.frombuffer(bytes.fromhex(vectors["weights"]), "<f4").reshape(3, 128)
     for name in ("Q8_0", "Q4_0"):
         vectors["quantize"][name.lower()] = quants.quantize(weights, GGMLQuantizationType[name]).tobytes().hex()
-    path = Path(__file__).with_name("block_vectors.json")
     path.write_text(json.dumps(vectors, indent=1) + "\n")
 
 

@@ -184,7 +184,7 @@ BROKEN = {
     "dimension 0": (entry(dims=(32, 0)), r"tensor 'w' has dimensions \[32, 0\]"),
     "huge dimensions": (entry(dims=(1 << 47, 1 << 47, 1 << 47)), "tensor 'w' ends at byte"),
     "dimension 2^64 - 1": (entry(dims=(HUGE,)), "tensor 'w' has dimensions"),
-    "known type not supported": (entry(ggml_type=23), "tensor 'w' has type IQ4_XS, which is not supported"),
+    "known type not supported": (entry(ggml_type=21), "tensor 'w' has type IQ3_S, which is not supported"),
     "unknown tensor type": (entry(ggml_type=1000), "tensor 'w' has type number 1000"),
     "rows not of whole blocks": (entry(dims=(33, 2), ggml_type=8), "tensor 'w' .* not a whole number of blocks of 32"),
     "offset not aligned": (entry(offset=8), "tensor 'w' begins at byte .* not a multiple of 32"),

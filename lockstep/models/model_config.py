@@ -6,9 +6,9 @@ Layers of one model may differ in anything: head sizes, kv heads, ropes, windows
 
 from dataclasses import dataclass
 
+from lockstep.ops.attention_math import MAX_HEAD_DIM
 from lockstep.ops.rope import RopeScaling
 
-LARGEST_HEAD = 256
 UNSCALED = RopeScaling()
 
 
@@ -145,8 +145,8 @@ def _check_multiple(name: str, value: int, step: int) -> None:
 
 def _check_heads(heads: Heads) -> None:
     _check_multiple("head_dim", heads.head_dim, 16)
-    if heads.head_dim > LARGEST_HEAD or heads.num_heads % heads.num_kv_heads:
+    if heads.head_dim > MAX_HEAD_DIM or heads.num_heads % heads.num_kv_heads:
         raise ValueError(
-            f"head_dim {heads.head_dim} (at most {LARGEST_HEAD}) with {heads.num_heads} heads and "
+            f"head_dim {heads.head_dim} (at most {MAX_HEAD_DIM}) with {heads.num_heads} heads and "
             f"{heads.num_kv_heads} kv heads (a divisor of the heads) is not supported"
         )

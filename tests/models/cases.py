@@ -90,6 +90,7 @@ CASES = {
     "llama_mlp_biased": case("llama", mlp_bias=True, intermediate_size=112),
     "llama_llama3": case("llama", rope_scaling=LLAMA3, head_dim=32),
     "llama_linear": case("llama", rope_scaling={"type": "linear", "factor": 2.5}, num_key_value_heads=4),
+    "llama_wide_heads": case("llama", head_dim=512, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=2),
     "mistral": case("mistral", sliding_window=None, head_dim=32),
     "mistral_window": case("mistral", sliding_window=9),
     "qwen2": case("qwen2", tie_word_embeddings=True),

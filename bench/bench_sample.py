@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from lockstep.engine.model import emit_sampling
+from lockstep.engine.pages import everywhere
 from lockstep.engine.request import SamplingParams
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.engine.sampling import Adjustment
@@ -77,7 +78,8 @@ def fields(wishes, vocabulary):
 
 def microseconds(runner, record, num_rows, rounds):
     """Median time of each of the last two ops."""
-    span, clock = Span(list(range(num_rows)), 0, [0], 0, dict.fromkeys(range(num_rows), record)), np.zeros(4, np.int64)
+    span = Span(list(range(num_rows)), 0, everywhere([0]), 0, dict.fromkeys(range(num_rows), record))
+    clock = np.zeros(4, np.int64)
     times = []
     for _ in range(rounds):
         runner.step([span], clock)

@@ -96,17 +96,19 @@ def model_tasks(shape, weights):
     """{name: function that does the work of a round and returns what it computed}."""
     import numpy as np
 
+    from lockstep.engine import pages as of_engine
     from lockstep.engine.runner import Limits, Runner, Span
     from lockstep.parity import GREEDY
     from lockstep.runtime.threads import Team
 
     model = random_model(shape, weights)
     pages = -(-PROMPT // 64)
+    everywhere = getattr(of_engine, "everywhere", list)  # older versions have one list for all layers
     runner = Runner(model, Team(len(os.sched_getaffinity(0))), Limits(PROMPT, REQUESTS, pages * REQUESTS, REQUESTS))
     ids = np.random.default_rng(7).integers(0, model.config.vocab_size, PROMPT).tolist()
 
     def span(slot, start, end):
-        held = list(range(slot * pages, (slot + 1) * pages))
+        held = everywhere(range(slot * pages, (slot + 1) * pages))
         return Span(ids[start:end], start, held, slot, {end - start - 1: GREEDY})
 
     def prefill():

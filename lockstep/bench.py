@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from lockstep.describe import is_linear, packed_bytes
+from lockstep.engine.pages import everywhere, pages_for
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.formats import FORMATS
 from lockstep.ops import BACKENDS
-from lockstep.ops.kv_cache import PAGE_TOKENS
 from lockstep.parity import GREEDY
 from lockstep.runtime.operands import GROUPS
 
@@ -26,7 +26,7 @@ class Bench:
 
     def __init__(self, model, team, max_tokens, chunk: int = 512) -> None:
         self.model, self.team, self.chunk = model, team, chunk
-        self._limits = Limits(chunk, 1, -(-max_tokens // PAGE_TOKENS), 1)
+        self._limits = Limits(chunk, 1, pages_for(max_tokens), 1)
         self._runners = {}
         self._ids = np.random.default_rng(7).integers(0, model.config.vocab_size, max_tokens).tolist()
 
@@ -58,7 +58,7 @@ class Bench:
         return (time.perf_counter() - started) / steps
 
     def _span(self, start, end, num_tokens):
-        pages = list(range(-(-end // PAGE_TOKENS)))
+        pages = everywhere(range(pages_for(end)))
         return Span(self._ids[start:end], start, pages, 0, {end - start - 1: GREEDY} if end == num_tokens else {})
 
     def profile(self, num_tokens, context: int = 0, repeat: int = 3):

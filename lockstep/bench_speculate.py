@@ -18,6 +18,7 @@ from lockstep.engine.drafts import MAX_DRAFTS, MOST_BY_ITSELF, Drafter
 from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.lookup import Guess
 from lockstep.engine.model import Model
+from lockstep.engine.pages import everywhere
 from lockstep.engine.request import Request, SamplingParams
 from lockstep.engine.runner import Runner, Span
 from lockstep.ops import linear_cpu
@@ -296,7 +297,7 @@ def _span(ids: list[int], context: int, slot: int) -> Span:
     return Span(
         ids,
         context,
-        list(range(slot * each, (slot + 1) * each)),
+        everywhere(range(slot * each, (slot + 1) * each)),
         slot,
         sampled,
         num_drafts=drafts,

@@ -5,8 +5,9 @@ import math
 import re
 from dataclasses import dataclass
 
-from lockstep.engine.cache_size import request_bytes, weight_bytes
+from lockstep.engine.cache_size import page_bytes, request_bytes, weight_bytes
 from lockstep.engine.drafts import MOST_BY_ITSELF
+from lockstep.engine.pages import most_pages
 from lockstep.formats import FORMATS
 from lockstep.formats.panels import num_panels
 from lockstep.ops.embed import Embed
@@ -90,9 +91,10 @@ def collapsed(costs):
 
 
 def memory(program, mtp=None):
-    """Bytes of packed weights, the embedding as stored, small constants, KV cache per token, state per request, and
-    what speculation adds to it where the number of drafts is not given; of an MTP head, if a model has one whose
-    recorded program this is, weights and KV cache per token."""
+    """Bytes of packed weights, the embedding as stored, small constants, KV cache per token of layers that see all
+    keys, and per request of layers that see a window, state per request, and what speculation adds to it where the
+    number of drafts is not given; of an MTP head, if a model has one whose recorded program this is, weights and KV
+    cache per token."""
     linear = {w.name: w for op in program.ops if is_linear(op) for w in op.inputs if isinstance(w, Weight)}
     tables = {w.name: w for op in program.ops if isinstance(op, Embed) for w in op.inputs}
     small = [w for w in program.weights() if w.name not in linear and w.name not in tables]
@@ -101,6 +103,7 @@ def memory(program, mtp=None):
         embedding=sum(p.data.nbytes for w in tables.values() for p in w.parts),
         constants=sum(4 * math.prod(w.shape) for w in small),
         kv_cache_per_token=_cache_per_token(program),
+        windows_per_request=_windows_per_request(program),
         state_per_request=request_bytes(program, 0),
         drafts_per_request=request_bytes(program, MOST_BY_ITSELF) - request_bytes(program, 0),
         mtp_weights=weight_bytes(program, mtp) - weight_bytes(program) if mtp else 0,
@@ -109,7 +112,12 @@ def memory(program, mtp=None):
 
 
 def _cache_per_token(program):
-    return sum(c.bytes_each for c in program.caches if c.kind == "pages") // PAGE_TOKENS
+    return page_bytes(program).get(0, 0) // PAGE_TOKENS
+
+
+def _windows_per_request(program):
+    """Bytes that a request holds while it decodes, of layers that see a window of keys."""
+    return sum(each * most_pages(window) for window, each in page_bytes(program).items() if window)
 
 
 def formats(infos):

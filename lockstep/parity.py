@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lockstep.engine.pages import everywhere
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.ops.kv_cache import PAGE_TOKENS, by_position
 from lockstep.runtime.operands import Operands
@@ -115,7 +116,7 @@ def sampling(position):
 def _span(ids, slot, pages, start, end, wanted):
     rows = [i - start for i in wanted if start <= i < end]
     sampled = {row: sampling(start + row) for row in rows}
-    return Span(ids[start:end], start, list(range(slot * pages, (slot + 1) * pages)), slot, sampled, rows)
+    return Span(ids[start:end], start, everywhere(range(slot * pages, (slot + 1) * pages)), slot, sampled, rows)
 
 
 def _outcome(logits, seen, runner, num_pages, num_tokens):

@@ -169,13 +169,20 @@ def _cached(engine: Engine, request: Request) -> dict[str, str]:
     """Digests of the pages and of the kept states of all that was computed for a request."""
     prefix = engine.scheduler.prefix
     assert prefix is not None, "the engine was made with one"
-    pages, states = hashlib.sha256(), hashlib.sha256()
-    out = np.zeros(prefix.memory.page_bytes, np.uint8)
-    for index, name in enumerate(prefix.names(request, (request.num_tokens - 1) // PAGE_TOKENS)):
-        page = prefix.pages.find(name)
-        assert page is not None, f"block {index} is not in the cache"
-        prefix.memory.read_page(page, out)
-        pages.update(out.tobytes())
+    pages, states, names = (
+        hashlib.sha256(),
+        hashlib.sha256(),
+        prefix.names(request, (request.num_tokens - 1) // PAGE_TOKENS),
+    )
+    for number, (group, allocator) in enumerate(zip(prefix.pages.groups, prefix.pages.allocators, strict=True)):
+        out = np.zeros(prefix.memory.page_bytes[number], np.uint8)
+        first = group.first_seen(len(names) * PAGE_TOKENS)  # those before it need not be there
+        for index, name in enumerate(names[first:], first):
+            page = allocator.find(name)
+            assert page is not None, f"block {index} is not in the cache"
+            prefix.memory.read_page(number, page, out)
+            pages.update(out.tobytes())
+    for name in names:
         state = prefix.states.get(name) if prefix.states is not None else None
         states.update(b"none" if state is None else state.tobytes())
     return dict(pages=pages.hexdigest(), states=states.hexdigest())

@@ -247,7 +247,7 @@ def test_memory_of_an_mtp_head(llm):
     norms = sum(shape[0] for shape in shapes if len(shape) == 1)
     assert shown["mtp_weights"] == matrices * 34 // 32 + 4 * norms  # q8_0, and float32
     off, on = (needs(llm.model, EngineOptions(speculate=speculate)) for speculate in ("off", "mtp"))
-    assert on.page - off.page == 64 * shown["mtp_cache_per_token"]
+    assert on.pages[0] - off.pages[0] == 64 * shown["mtp_cache_per_token"]
     assert on.weights - off.weights == shown["mtp_weights"]
     assert memory(llm.model.recorded)["mtp_weights"] == 0
 

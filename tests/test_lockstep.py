@@ -33,6 +33,7 @@ HAPPENS = (
     "cancelled",
     "recomputed",
     "past 2048",
+    "pages before a window",
     *(f"{n} threads" for n in range(1, 9)),
 )
 NUM_STEPS = 400

@@ -193,6 +193,7 @@ def memory_table(needed, model):
         embedding="embedding, mapped from the file",
         constants="norms, biases, rope",
         kv_cache_per_token=f"KV cache ({model.kv_dtype}), per token",
+        windows_per_request="the same of layers that see a window, per request at most",
         state_per_request="recurrent state, per request",
         drafts_per_request=f"the same, with --speculate: up to {MOST_BY_ITSELF} drafts beside it",
         mtp_weights="weights of the MTP head, with --speculate mtp",

@@ -1,7 +1,9 @@
 """How many tokens a context may have and a KV cache holds, by this machine's memory. It changes no bit of an answer."""
 
 import os
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lockstep.engine.draft_model import SLOTS
+from lockstep.engine.pages import PageGroup, most_pages, pages_for
 from lockstep.ops.code_weights import FORMAT as CODES
 from lockstep.ops.embed import Embed
 from lockstep.ops.kv_cache import PAGE_TOKENS
@@ -40,11 +43,12 @@ class ContextSize:
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes that a model takes, and a smaller one that drafts for it, which has as many pages: weights; a page of KV
-    cache over all layers; what a request has beside pages; whether there are recurrent states to be kept."""
+    """Bytes that a model takes, and a smaller one that drafts for it, which has as many pages: weights; {window: a page
+    of KV cache over all layers that see so many keys}, 0: that see all; what a request has beside pages; whether there
+    are recurrent states to be kept."""
 
     weights: int
-    page: int
+    pages: Mapping[int, int]
     request: int
     has_states: bool
 
@@ -52,7 +56,9 @@ class Needs:
 def needs(model: "Model", options: "EngineOptions", draft: "Model | None" = None) -> Needs:
     """The Needs of a model with EngineOptions, and of the model that drafts for it."""
     programs = [model.recorded, *([model.recorded_mtp] if model.drafts_by_mtp(options.speculate) else [])]
-    of_page = sum(c.bytes_each for program in programs for c in program.caches if c.kind == "pages")
+    of_page = Counter[int]()
+    for program in programs:
+        of_page.update(page_bytes(program))
     made = Needs(
         weight_bytes(*programs),
         of_page,
@@ -63,7 +69,35 @@ def needs(model: "Model", options: "EngineOptions", draft: "Model | None" = None
         return made
     own = needs(draft, replace(options, speculate="off"))
     request = made.request + SLOTS * own.request
-    return Needs(made.weights + own.weights, made.page + own.page, request, made.has_states)
+    return Needs(made.weights + own.weights, Counter(made.pages) + Counter(own.pages), request, made.has_states)
+
+
+def page_bytes(program: Program) -> Mapping[int, int]:
+    """{window: bytes of a page over all layers that see so many keys}."""
+    made = Counter[int]()
+    for cache in program.caches:
+        if cache.kind == "pages":
+            made[cache.window] += cache.bytes_each
+    return made
+
+
+def page_groups(program: Program, num_pages: int, options: "EngineOptions") -> tuple[PageGroup, ...]:
+    """The pages of each group of a program, where layers that see all keys have num_pages."""
+    return tuple(PageGroup(_group_pages(w, num_pages, options), w) for w in program.windows() or [0])
+
+
+def _group_pages(window: int, num_pages: int, options: "EngineOptions") -> int:
+    """How many pages the layers of a window have: what as many requests as may run hold while they decode, drafts
+    included, and what a step of one prompt takes beside that; never more than the layers that see all keys."""
+    if not window:
+        return num_pages
+    decoding = options.max_requests * most_pages(window + options.num_drafts)
+    return min(num_pages, decoding + pages_for(options.max_step_tokens - 1))
+
+
+def cache_bytes(needed: Needs, num_pages: int, options: "EngineOptions") -> int:
+    """Bytes of the pages of all groups, where layers that see all keys have num_pages."""
+    return sum(each * _group_pages(window, num_pages, options) for window, each in needed.pages.items())
 
 
 def context_size(
@@ -83,34 +117,38 @@ def context_size(
         bounds.append(ContextSize(-(-options.kv_tokens // PAGE_TOKENS) * PAGE_TOKENS, "kv_tokens"))
     elif max_context is None:
         needed = needs(model, options, draft)
-        held = _pages_in(needed, _cache_bytes(needed, options)) * PAGE_TOKENS
+        held = _pages_in(needed, _free_for_pages(needed, options), options) * PAGE_TOKENS
         bounds.append(ContextSize(max(LEAST_CONTEXT, held), "memory"))
     return min(bounds, key=lambda bound: bound.num_tokens)  # the first of equal ones: more of the others gives no more
 
 
 def num_pages(model: "Model", options: "EngineOptions", draft: "Model | None" = None) -> int:
-    """Pages of KV cache for these options: what max_requests full contexts need, up to CACHE_BYTES and to what memory
-    holds, and those of one context in any case. ValueError for kv_tokens that are more than this machine's memory.
+    """Pages of KV cache, of layers that see all keys, for these options: what max_requests full contexts need, up to
+    CACHE_BYTES and to what memory holds, and those of one context in any case. ValueError for kv_tokens that are more
+    than this machine's memory.
 
     draft: a smaller model that drafts for this one.
     """
     a_request, needed = -(-model.max_context // PAGE_TOKENS), needs(model, options, draft)
     if options.kv_tokens is None:
-        most = min(CACHE_BYTES, _cache_bytes(needed, options))
-        return max(a_request, min(a_request * options.max_requests, _pages_in(needed, most)))
+        most = min(CACHE_BYTES, _free_for_pages(needed, options))
+        return max(a_request, min(a_request * options.max_requests, _pages_in(needed, most, options)))
     asked, memory = -(-options.kv_tokens // PAGE_TOKENS), _physical_bytes()
-    taken, others = asked * needed.page, options.max_requests * needed.request
+    taken, others = cache_bytes(needed, asked, options), options.max_requests * needed.request
     if taken + others > memory:
         beside = f", of which {options.max_requests} requests take {others / 2**30:.1f}" if others else ""
+        enough = _pages_in(needed, max(0, memory - others), options) * PAGE_TOKENS
         raise ValueError(
             f"kv_tokens: {options.kv_tokens} tokens take {taken / 2**30:.1f} GiB; this machine has "
-            f"{memory / 2**30:.1f}{beside}, enough for {_pages_in(needed, max(0, memory - others)) * PAGE_TOKENS}"
+            f"{memory / 2**30:.1f}{beside}, enough for {enough}"
         )
     return asked
 
 
-def _pages_in(needed: Needs, num_bytes: int) -> int:
-    return num_bytes // (needed.page or 1)
+def _pages_in(needed: Needs, num_bytes: int, options: "EngineOptions") -> int:
+    """How many pages layers that see all keys have where all groups together take so many bytes."""
+    counts = range(num_bytes + 1)  # that many, where there are no such layers
+    return bisect_right(counts, num_bytes, key=lambda count: cache_bytes(needed, count, options)) - 1
 
 
 def request_bytes(program: Program, num_drafts: int) -> int:
@@ -120,7 +158,7 @@ def request_bytes(program: Program, num_drafts: int) -> int:
     return sum(c.bytes_each for c in run.caches if c.kind != "pages")
 
 
-def _cache_bytes(needed: Needs, options: "EngineOptions") -> int:
+def _free_for_pages(needed: Needs, options: "EngineOptions") -> int:
     """Bytes that KV pages may take beside weights, what requests have beside them, and kept states."""
     kept = options.state_bytes if needed.has_states and options.prefix_cache else 0
     return max(0, (available_bytes() - needed.weights) // SHARE - options.max_requests * needed.request - kept)

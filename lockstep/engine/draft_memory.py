@@ -6,9 +6,8 @@ A conversation goes on with its next turn: what was read of it need not be read 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lockstep.engine.pages import PageAllocator
+from lockstep.engine.pages import Held, PageGroup, PagePool
 from lockstep.engine.request import Request
-from lockstep.engine.scheduler import pages_for
 from lockstep.ops.kv_cache import PAGE_TOKENS
 
 
@@ -19,7 +18,7 @@ class Follower:
 
     request: Request
     slot: int
-    pages: list[int] = field(default_factory=list)
+    pages: list[Held]
     num_fed: int = 0
     guessed: list[int] = field(default_factory=list)
     is_done: bool = False
@@ -35,7 +34,7 @@ class Left:
     """What a request left: the slot, the pages, and the tokens that are computed there."""
 
     slot: int
-    pages: list[int]
+    pages: list[Held]
     token_ids: list[int]
     cache_salt: str
 
@@ -43,12 +42,11 @@ class Left:
 class DraftMemory:
     """Gives followers their memory.
 
-    num_slots: of followers; there are never more. has_states: whether layers have recurrent state, which lies in a slot
-    after the last computed token only.
-    """
+    groups: of pages. num_slots: of followers; there are never more. has_states: whether layers have recurrent state,
+    which lies in a slot after the last computed token only."""
 
-    def __init__(self, num_pages: int, num_slots: int, has_states: bool) -> None:
-        self.pages, self.free_slots, self._has_states = PageAllocator(num_pages), list(range(num_slots)), has_states
+    def __init__(self, groups: Sequence[PageGroup], num_slots: int, has_states: bool) -> None:
+        self.pages, self.free_slots, self._has_states = PagePool(groups), list(range(num_slots)), has_states
         self.left: list[Left] = []  # in the order in which they ended
 
     def begin(self, request: Request) -> Follower:
@@ -59,14 +57,14 @@ class DraftMemory:
         if best is None or not count:
             if not self.free_slots:
                 self.drop_oldest()
-            return Follower(request, self.free_slots.pop())
+            return Follower(request, self.free_slots.pop(), self.pages.none())
         self.left.remove(best)
-        kept = pages_for(count)
-        self.pages.give_back(best.pages[kept:])
-        return Follower(request, best.slot, best.pages[:kept], count)
+        self.pages.cut(best.pages, count)
+        return Follower(request, best.slot, best.pages, count)
 
     def _num_usable(self, left: Left, cache_salt: str, known: Sequence[int]) -> int:
-        """How many of the known tokens are computed there: all of its own with states, else in whole pages."""
+        """How many of the known tokens are computed there, and what the next one sees: all of its own with states, else
+        in whole pages."""
         if left.cache_salt != cache_salt:
             return 0
         if self._has_states:
@@ -75,21 +73,29 @@ class DraftMemory:
         most = min(len(left.token_ids), len(known))
         starts = range(0, most, PAGE_TOKENS)
         parts = (slice(start, min(start + PAGE_TOKENS, most)) for start in starts)
-        return next((part.start for part in parts if left.token_ids[part] != list(known[part])), most)
+        count = next((part.start for part in parts if left.token_ids[part] != list(known[part])), most)
+        firsts = zip(left.pages, self.pages.groups, strict=True)
+        return count if all(held.first <= group.first_seen(count) for held, group in firsts) else 0
 
     def grow(self, follower: Follower, num_tokens: int) -> bool:
-        """Gives a follower pages for so many tokens; whether there were enough."""
-        wanted = max(0, pages_for(num_tokens) - len(follower.pages))
-        while self.left and self.pages.num_free < wanted:
+        """Gives a follower pages for so many tokens in the layers that keep all; whether there were enough. What no
+        token sees that is to be computed is given back in the others."""
+        self.pages.drop_unseen(follower.pages, follower.num_fed)
+        while not (is_there := self.pages.take_all(follower.pages, num_tokens)) and self.left:
             self.drop_oldest()
-        fresh = self.pages.take(wanted)
-        follower.pages += fresh or []
-        return fresh is not None
+        return is_there
+
+    def extend(self, follower: Follower, count: int) -> int:
+        """Gives a follower pages for up to so many tokens after its computed ones, in all layers; for how many there
+        are."""
+        while (found := self.pages.extend(follower.pages, follower.num_fed, count)) < count and self.left:
+            self.drop_oldest()
+        return found
 
     def stop(self, follower: Follower) -> None:
         """Takes a follower's pages: it will have no guesses any more."""
         self.pages.give_back(follower.pages)
-        follower.pages, follower.is_done = [], True
+        follower.pages, follower.is_done = self.pages.none(), True
 
     def end(self, follower: Follower) -> None:
         """Takes back a follower's memory. What was computed there stays until the room is needed."""
@@ -97,10 +103,9 @@ class DraftMemory:
             self.stop(follower)
             self.free_slots.append(follower.slot)
             return
-        kept, request = pages_for(follower.num_fed), follower.request
-        self.pages.give_back(follower.pages[kept:])
-        tokens = request.token_ids(0, follower.num_fed)
-        self.left.append(Left(follower.slot, follower.pages[:kept], tokens, request.cache_salt))
+        self.pages.cut(follower.pages, follower.num_fed)
+        tokens = follower.request.token_ids(0, follower.num_fed)
+        self.left.append(Left(follower.slot, follower.pages, tokens, follower.request.cache_salt))
 
     def drop_oldest(self) -> None:
         """Gives up what has been left for the longest time."""

@@ -19,6 +19,7 @@ import numpy as np
 from lockstep.engine.draft_memory import DraftMemory, Follower
 from lockstep.engine.drafts import MODEL
 from lockstep.engine.model import Model
+from lockstep.engine.pages import PageGroup
 from lockstep.engine.request import Request
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.engine.sampling import guessed
@@ -65,9 +66,9 @@ class Guesses:
 class DraftModel:
     """Guesses of a smaller model: a `draft_head.Head`.
 
-    limits: the target's. Pages are as many as the target's (see DraftMemory); who finds none is not followed. eos_ids:
-    end tokens, after which nothing is guessed. ValueError for another vocabulary than the target's.
-    """
+    limits: the target's. groups: its own pages, of which there are as many as the target's (see DraftMemory); who finds
+    none is not followed. eos_ids: end tokens, after which nothing is guessed. ValueError for another vocabulary than
+    the target's."""
 
     def __init__(
         self,
@@ -75,6 +76,7 @@ class DraftModel:
         target: Model,
         team: Team,
         limits: Limits,
+        groups: tuple[PageGroup, ...],
         eos_ids: frozenset[int],
         on_compile: OnCompile | None = None,
     ) -> None:
@@ -84,10 +86,10 @@ class DraftModel:
         states = [c for c in model.recorded.caches if c.kind != "pages"]
         num_slots = limits.max_requests * (SLOTS if states else 1)
         num_tokens = max(limits.max_step_tokens, limits.max_requests)
-        own = Limits(num_tokens, num_slots, limits.num_pages, limits.max_requests)
+        own = Limits(num_tokens, num_slots, limits.num_pages, limits.max_requests, groups)
         with named(model.checkpoint.path):
             self.runner = Runner(self.model, team, own, on_compile=on_compile)
-        self.memory = DraftMemory(limits.num_pages, limits.max_requests, bool(states))
+        self.memory = DraftMemory(groups, limits.max_requests, bool(states))
         self._states = [self.runner.caches[c.name].reshape(-1, c.bytes_each) for c in states]
         self._first_copy = limits.max_requests
         self.followers: dict[int, Follower] = {}
@@ -200,13 +202,20 @@ class DraftModel:
         budget, spans, asking = min(budget, self.runner.limits.max_step_tokens), [], []
         for g in sorted(guesses, key=lambda g: g.follower.num_left):
             f = g.follower
-            count = min(f.num_left - (g.most == 0), budget)
+            count = self._with_pages(g, min(f.num_left - (g.most == 0), budget))
             if count:
                 asks = count == f.num_left
                 spans.append(self._span(g, f.request.token_ids(f.num_fed, f.num_fed + count), f.num_fed, f.slot, asks))
                 budget, f.num_fed = budget - count, f.num_fed + count
                 asking += [g] if asks else []
         return self._run(spans, asking)
+
+    def _with_pages(self, g: Guesses, count: int) -> int:
+        """How many of `count` known tokens there are pages for: not all that are left where guesses have none."""
+        f = g.follower
+        ahead = g.most if count == f.num_left else 0
+        found = self.memory.extend(f, count + ahead)
+        return count if found == count + ahead else max(0, min(count - (ahead > 0), found))
 
     def _go_on(self, guesses: Sequence[Guesses]) -> list[Guesses]:
         """Computes the last guess of each; returns those of which more are wanted."""

@@ -10,7 +10,7 @@ import numpy as np
 from lockstep.engine import selfcheck
 from lockstep.engine.admission import check
 from lockstep.engine.answer_text import AnswerText, Detokenizer
-from lockstep.engine.cache_size import num_pages
+from lockstep.engine.cache_size import num_pages, page_groups
 from lockstep.engine.drafts import DraftCounts, Drafter, Drafts
 from lockstep.engine.embedding import Pool
 from lockstep.engine.heads import made_drafter
@@ -18,8 +18,8 @@ from lockstep.engine.lookup import Prediction
 from lockstep.engine.memory import Memory
 from lockstep.engine.model import Model
 from lockstep.engine.options import DEFAULTS, EngineOptions
-from lockstep.engine.pages import PageAllocator
-from lockstep.engine.prefix import PrefixCache, model_identity
+from lockstep.engine.pages import PagePool
+from lockstep.engine.prefix import PrefixCache, model_identity, page_kind
 from lockstep.engine.prefix_disk import DiskStore
 from lockstep.engine.request import Request, SamplingParams, check_single, samples, token_list
 from lockstep.engine.runner import Limits, Runner, Span
@@ -71,7 +71,8 @@ class Engine:
         rows = max(PROMPT_ROWS, options.max_requests * (1 + num_drafts) if num_drafts else 0)
         num_sampled = max(options.max_requests, min(options.max_step_tokens, rows))
         pages = num_pages(model, options, draft_model)
-        limits = Limits(options.max_step_tokens, options.max_requests, pages, num_sampled)
+        groups = page_groups(model.recorded, pages, options)
+        limits = Limits(options.max_step_tokens, options.max_requests, pages, num_sampled, groups)
         self.model, self.limits, self.team = model, limits, Team(options.threads or num_cores())
         try:
             self.runner = Runner(model, self.team, limits, swaps, num_drafts=num_drafts, on_compile=on_compile)
@@ -88,8 +89,8 @@ class Engine:
         self._ids, self.num_generated, self.num_not_finite = itertools.count(), 0, 0
         self.num_drafted = self.num_accepted = 0
 
-    def _prefix_cache(self, options: EngineOptions) -> Callable[[PageAllocator], PrefixCache] | None:
-        """Makes the prefix cache, given the PageAllocator; None where it is not wanted or could keep nothing."""
+    def _prefix_cache(self, options: EngineOptions) -> Callable[[PagePool], PrefixCache] | None:
+        """Makes the prefix cache, given the PagePool; None where it is not wanted or could keep nothing."""
         memory = Memory(self.runner.program, self.runner.caches)
         states = StateStore(options.state_bytes, memory.state_bytes) if memory.state_bytes else None
         if not options.prefix_cache or (states is not None and not states.max_states):
@@ -100,7 +101,8 @@ class Engine:
                 )
             return None
         identity = model_identity(self.model, selfcheck.NUMERICS)
-        sizes = dict(page=memory.page_bytes, state=memory.state_bytes)
+        sizes = {page_kind(group): num_bytes for group, num_bytes in enumerate(memory.page_bytes)}
+        sizes["state"] = memory.state_bytes
         disk = None
         if options.cache_dir is not None:
             disk = DiskStore(options.cache_dir, options.cache_dir_bytes, sizes, self.model.checkpoint.content)
@@ -216,7 +218,8 @@ class Engine:
         token_ids = request.token_ids(start, end) + drafts.tokens
         if self.drafter and self.drafter.tells and self.drafter.wants_hidden(request):
             embedded = range(len(token_ids))
-        assert start + len(token_ids) <= len(request.pages) * PAGE_TOKENS, (start, len(token_ids), request.pages)
+        ends = min(held.end for held in request.pages) * PAGE_TOKENS
+        assert start + len(token_ids) <= ends, (start, len(token_ids), request.pages)
         counts = dict(num_drafts=len(drafts), num_pending=request.num_pending)
         return Span(token_ids, start, request.pages, request.running_slot, sampled, embedded, **counts)
 

@@ -1,6 +1,7 @@
 """Who gives an engine its drafts: texts, the model's MTP head, a smaller model, as options ask for them."""
 
 from lockstep.engine import selfcheck
+from lockstep.engine.cache_size import page_groups
 from lockstep.engine.draft_head import Head
 from lockstep.engine.draft_model import DraftModel
 from lockstep.engine.drafts import SOURCES, Drafter
@@ -32,7 +33,8 @@ def made_drafter(
         return None
     head: Head | None = None
     if draft_model is not None:
-        head = DraftModel(draft_model, model, runner.team, runner.limits, eos_ids, on_compile)
+        groups = page_groups(draft_model.recorded, runner.limits.num_pages, options)
+        head = DraftModel(draft_model, model, runner.team, runner.limits, groups, eos_ids, on_compile)
         selfcheck.check(head.runner.program, head.runner.executor.backend, on_compile)
         caches = head.runner.caches
     elif model.drafts_by_mtp(options.speculate):
@@ -40,10 +42,19 @@ def made_drafter(
         program = fuse(lower(model.recorded_mtp), backend)
         selfcheck.check(program, backend, on_compile)
         mtp = MtpRunner(model, program, backend, runner.team, runner.limits, options.num_drafts, on_compile)
-        head, caches = MtpDrafts(mtp, scheduler.prefix, eos_ids, model.config.vocab_size), mtp.caches
+        group = _whole_group(scheduler)
+        head, caches = MtpDrafts(mtp, group, scheduler.prefix, eos_ids, model.config.vocab_size), mtp.caches
     else:
         caches = {}
     if options.kv_tokens is not None:
         for array in caches.values():
             array.fill(0)  # as of the model: see Engine
     return Drafter(scheduler, SOURCES.get(options.speculate), options.draft, eos_ids, head)
+
+
+def _whole_group(scheduler: Scheduler) -> int:
+    """The group of pages that keeps all tokens of a request. ValueError where there is none."""
+    windows = [group.window for group in scheduler.pages.groups]
+    if 0 not in windows:
+        raise ValueError(f"speculate: mtp needs a layer that sees all keys, this model has windows {windows}")
+    return windows.index(0)

@@ -75,13 +75,14 @@ class Ring:
 class Memory:
     """Copies pages and recurrent state out of the arrays of a Runner and into them, between steps.
 
-    page_bytes, state_bytes: bytes of one page and of one request's state over all layers, in the program's order of
-    caches. The bytes of a state are the same whether the runner can forget drafts or not.
+    page_bytes, state_bytes: bytes of one page of each group of pages, and of one request's state, over all layers in
+    the program's order of caches. The bytes of a state are the same whether the runner can forget drafts or not.
     """
 
     def __init__(self, program: Program, arrays: Mapping[str, np.ndarray]) -> None:
         rows = {c: arrays[c.name].reshape(-1, c.bytes_each) for c in program.caches}
-        self._pages = [a for c, a in rows.items() if c.kind == "pages"]
+        groups = range(max(1, len(program.windows())))
+        self._pages = [[a for c, a in rows.items() if c.kind == "pages" and c.group == group] for group in groups]
         verifying = {op.state: op for op in program.ops if isinstance(op, (DeltaInputsVerify, GatedDeltaVerify))}
         self._states: list[Part] = []
         for cache, array in rows.items():
@@ -92,15 +93,15 @@ class Memory:
                 self._states.append(Recurrence(op, arrays))
             elif cache.kind == "state":
                 self._states.append(Whole(array))
-        self.page_bytes = sum(a.shape[1] for a in self._pages)
+        self.page_bytes = [sum(a.shape[1] for a in arrays) for arrays in self._pages]
         self.state_bytes = sum(part.num_bytes for part in self._states)
 
-    def read_page(self, page: int, out: np.ndarray) -> None:
-        np.concatenate([a[page] for a in self._pages], out=out)
+    def read_page(self, group: int, page: int, out: np.ndarray) -> None:
+        np.concatenate([a[page] for a in self._pages[group]], out=out)
 
-    def write_page(self, page: int, data: np.ndarray) -> None:
+    def write_page(self, group: int, page: int, data: np.ndarray) -> None:
         at = 0
-        for a in self._pages:
+        for a in self._pages[group]:
             a[page] = data[at : at + a.shape[1]]
             at += a.shape[1]
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lockstep.engine.mtp_runner import KEPT_PAIRS, Chase, MtpRunner
+from lockstep.engine.pages import everywhere, pages_for
 from lockstep.engine.prefix import PrefixCache
 from lockstep.engine.request import Request
 from lockstep.engine.sampling import guessed
@@ -40,13 +41,21 @@ class Known:
 
 
 class MtpDrafts:
-    """A `draft_head.Head`. prefix: where names of pages come from; None: nobody finds pages. eos_ids, vocab_size: the
-    model's."""
+    """A `draft_head.Head`. group: of pages of the model, that which keeps all, on whose pages the head lies. prefix:
+    where names of pages come from; None: nobody finds pages. eos_ids, vocab_size: the model's."""
 
     name = "mtp"
 
-    def __init__(self, runner: MtpRunner, prefix: PrefixCache | None, eos_ids: frozenset[int], vocab_size: int) -> None:
-        self.runner, self._prefix, self._eos_ids, self._vocab_size = runner, prefix, eos_ids, vocab_size
+    def __init__(
+        self,
+        runner: MtpRunner,
+        group: int,
+        prefix: PrefixCache | None,
+        eos_ids: frozenset[int],
+        vocab_size: int,
+    ) -> None:
+        self.runner, self._group, self._prefix = runner, group, prefix
+        self._eos_ids, self._vocab_size = eos_ids, vocab_size
         self.costs = StepCosts(GUESS_GAIN, GUESS_GAIN)
         self.names: dict[int, bytes] = {}  # by page whose pairs are all there: the name of its block
         self._waiting: list[Request] = []  # with many hidden states that have not been taken in
@@ -84,7 +93,7 @@ class MtpDrafts:
 
     def _has(self, request: Request, number: int) -> bool:
         """Whether all pairs of a request's page are there."""
-        name = self.names.get(request.pages[number])
+        name = self.names.get(request.pages[self._group].ids[number])
         return name is not None and name == request.block_names[number]
 
     def ready(self, request: Request, most: int) -> int:
@@ -131,23 +140,24 @@ class MtpDrafts:
         known = request.draft_state
         assert isinstance(known, Known)
         first = known.first_page * PAGE_TOKENS
-        end = min(known.next_end, len(request.pages) * PAGE_TOKENS)
+        ids = request.pages[self._group].ids
+        end = min(known.next_end, len(ids) * PAGE_TOKENS)
         hidden = known.hidden[: max(0, end - known.end - known.missing)]
         sampling = guessed(request, self._eos_ids, self._vocab_size) if depth else None
-        pages = request.pages[known.first_page :]
+        pages = everywhere(ids[known.first_page :])
         return Chase(request.token_ids(known.end, end), known.end - first, hidden, pages, depth, sampling)
 
     def _taken_in(self, request: Request, chase: Chase) -> None:
         """Notes what the head now has of a request, and which pages are whole."""
         known = request.draft_state
         assert isinstance(known, Known)
-        before, count = known.end, len(chase.token_ids)
+        before, count, ids = known.end, len(chase.token_ids), request.pages[self._group].ids
         known.end += count
         known.missing = max(0, known.missing - (count - len(chase.hidden)))
         known.hidden = known.hidden[len(chase.hidden) :]
-        written = min(len(request.pages), -(-(known.end + chase.depth) // PAGE_TOKENS))  # pages, by drafts, too
+        written = min(len(ids), pages_for(known.end + chase.depth))  # pages, by drafts, too
         for number in range(before // PAGE_TOKENS, written):
-            page = request.pages[number]
+            page = ids[number]
             self.names.pop(page, None)
             if self._prefix and (number + 1) * PAGE_TOKENS <= known.end:
                 self.names[page] = self._prefix.names(request, number + 1)[number]

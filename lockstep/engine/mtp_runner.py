@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from lockstep.engine.model import Model
+from lockstep.engine.pages import Held, pages_for
 from lockstep.engine.runner import Limits
 from lockstep.engine.step_arrays import StepArrays, records_view, write_record
 from lockstep.ops.kv_cache import PAGE_TOKENS
@@ -26,8 +27,8 @@ LINE = ALIGNMENT // 4  # numbers in a cache line
 class Chase:
     """Pairs of one request: tokens that lie at positions start, ... of its pages, and the hidden states before them.
 
-    token_ids: n tokens. hidden: float32 [m, D], m <= n, of the last m; the others have zeros. pages: page ids, of which
-    the first holds position 0 (the head knows positions only by their distance, so that a request's first pages may be
+    token_ids: n tokens. hidden: float32 [m, D], m <= n, of the last m; the others have zeros. pages: the first of
+    which holds position 0 (the head knows positions only by their distance, so that a request's first pages may be
     left out). depth: how many drafts follow the last token. sampling: fields of the first one's SAMPLING_RECORD, each
     later one's the same but for its position, and without a mask.
     """
@@ -35,7 +36,7 @@ class Chase:
     token_ids: list[int]
     start: int
     hidden: np.ndarray
-    pages: list[int]
+    pages: Sequence[Held]
     depth: int = 0
     sampling: dict[str, Any] | None = None
 
@@ -74,7 +75,7 @@ class MtpRunner:
             self._position.reshape(-1).data,
             self._context_len.reshape(-1).data,
         )
-        caches, pages = {name: a.ctypes.data for name, a in self.caches.items()}, -(-model.max_context // PAGE_TOKENS)
+        caches, pages = {name: a.ctypes.data for name, a in self.caches.items()}, pages_for(model.max_context)
         executors: list[Executor] = []
         self._steps: list[StepArrays] = []
         for depth in range(K):

@@ -1,11 +1,66 @@
-"""Which pages of the KV cache are whose: reference counts, and names for pages whose content is worth finding again."""
+"""Which pages of the KV cache are whose: reference counts, and names for pages whose content is worth finding again.
+
+Layers that see all keys of a sequence, and layers that see a window of some length, each have pages of their own (a
+group): those of a window are held as long as a token that is yet to be computed sees them, the others as long as their
+request.
+"""
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from lockstep.ops.kv_cache import PAGE_TOKENS
+
+
+def pages_for(num_tokens: int) -> int:
+    """Pages that hold so many tokens from position 0 on."""
+    return -(-num_tokens // PAGE_TOKENS)
+
+
+def most_pages(num_tokens: int) -> int:
+    """Pages that so many tokens may lie on, wherever they begin: at least one."""
+    return (num_tokens + PAGE_TOKENS - 2) // PAGE_TOKENS + 1
+
+
+@dataclass(frozen=True)
+class PageGroup:
+    """Pages that live equally long. num_pages: of all requests together. window: how many keys a token sees there, its
+    own included; 0: all up to its own."""
+
+    num_pages: int
+    window: int = 0
+
+    def first_seen(self, position: int) -> int:
+        """The first page of a request that a token at a position, and any token after it, sees."""
+        return max(0, position + 1 - self.window) // PAGE_TOKENS if self.window else 0
+
+    def needed(self, num_tokens: int) -> int:
+        """The pages with which a request of so many tokens can be computed one by one."""
+        return min(pages_for(num_tokens), most_pages(self.window)) if self.window else pages_for(num_tokens)
+
+
+@dataclass
+class Held:
+    """Pages of one group that a request holds: `ids` are those of its pages number first, first + 1, ... in order of
+    position. num_lent: how many of the last hold nothing but drafts."""
+
+    first: int = 0
+    ids: list[int] = field(default_factory=list)
+    num_lent: int = 0
+
+    @property
+    def end(self) -> int:
+        """The number of the page after the last."""
+        return self.first + len(self.ids)
+
+
+def everywhere(page_ids: Sequence[int]) -> list[Held]:
+    """What a Span holds if it has the same pages in every group, all of them from position 0 on."""
+    return [Held(0, list(page_ids))]
 
 
 class PageAllocator:
-    """Hands out page ids 0 .. num_pages - 1.
+    """Hands out page ids 0 .. num_pages - 1 of one group.
 
     A page is held by one request or shared by several. A named page that nobody holds keeps its content (it is idle)
     until memory is needed: free pages are taken first, those freed last before others, then idle ones, least recently
@@ -28,6 +83,11 @@ class PageAllocator:
     @property
     def num_idle(self) -> int:
         return len(self._idle)
+
+    @property
+    def num_blank(self) -> int:
+        """Pages that nobody uses and that hold nothing."""
+        return len(self._free)
 
     def take(self, count: int) -> list[int] | None:
         """`count` page ids, or None if there are not so many. What idle pages held is forgotten."""
@@ -86,3 +146,121 @@ class PageAllocator:
                 self._idle[page] = None
             else:
                 self._free.append(page)
+
+
+class PagePool:
+    """The pages of all groups: an allocator each, and how what a request holds of them follows its tokens.
+
+    What a request holds is a list of Held, one of each group; `none` before it has any.
+    """
+
+    def __init__(self, groups: Sequence[PageGroup]) -> None:
+        self.groups = tuple(groups)
+        self.allocators = [PageAllocator(group.num_pages) for group in groups]
+        self._has_windows = any(group.window for group in groups)
+
+    @property
+    def num_pages(self) -> int:
+        """Of all groups, as are the other counts."""
+        return sum(group.num_pages for group in self.groups)
+
+    @property
+    def num_free(self) -> int:
+        return sum(allocator.num_free for allocator in self.allocators)
+
+    @property
+    def num_idle(self) -> int:
+        return sum(allocator.num_idle for allocator in self.allocators)
+
+    @property
+    def num_evicted(self) -> int:
+        return sum(allocator.num_evicted for allocator in self.allocators)
+
+    def none(self) -> list[Held]:
+        """What a request holds that has no page yet."""
+        return [Held() for _ in self.groups]
+
+    def extend(self, pages: Sequence[Held], start: int, count: int) -> int:
+        """Takes pages for up to `count` tokens from position `start` on; for how many every group has pages."""
+        if all(held.end * PAGE_TOKENS >= start + count for held in pages):
+            return count
+        ends = (held.end + allocator.num_free for held, allocator in zip(pages, self.allocators, strict=True))
+        count = min(count, min(ends) * PAGE_TOKENS - start)
+        if count > 0:
+            self._take(pages, pages_for(start + count))
+        return max(0, count)
+
+    def take_all(self, pages: Sequence[Held], num_tokens: int) -> bool:
+        """Takes pages for so many tokens in the groups that keep all of them; whether there were enough."""
+        whole = [
+            (held, allocator)
+            for held, group, allocator in zip(pages, self.groups, self.allocators, strict=True)
+            if not group.window
+        ]
+        end = pages_for(num_tokens)
+        if any(end - held.end > allocator.num_free for held, allocator in whole):
+            return False
+        for held, allocator in whole:
+            held.ids += allocator.take(max(0, end - held.end)) or []
+        return True
+
+    def lend(self, pages: Sequence[Held], start: int, count: int) -> int:
+        """The same for drafts, of pages that hold nothing; they are lent until `settle`."""
+        ends = (held.end + allocator.num_blank for held, allocator in zip(pages, self.allocators, strict=True))
+        count = max(0, min(count, min(ends) * PAGE_TOKENS - start))
+        before = [held.end for held in pages]
+        self._take(pages, pages_for(start + count))
+        for held, end in zip(pages, before, strict=True):
+            held.num_lent += held.end - end
+        return count
+
+    def _take(self, pages: Sequence[Held], end: int) -> None:
+        """Takes pages up to number `end`, of which there are enough."""
+        for held, allocator in zip(pages, self.allocators, strict=True):
+            if held.end < end:
+                taken = allocator.take(end - held.end)
+                assert taken is not None, (held, end, allocator.num_free)
+                held.ids += taken
+
+    def settle(self, pages: Sequence[Held], num_tokens: int) -> None:
+        """Takes back what was lent and holds none of the first so many tokens."""
+        for held, allocator in zip(pages, self.allocators, strict=True):
+            if held.num_lent:
+                self._cut(held, allocator, max(pages_for(num_tokens), held.end - held.num_lent))
+                held.num_lent = 0
+
+    def cut(self, pages: Sequence[Held], num_tokens: int) -> None:
+        """Gives back the pages after the first so many tokens."""
+        for held, allocator in zip(pages, self.allocators, strict=True):
+            self._cut(held, allocator, pages_for(num_tokens))
+
+    def _cut(self, held: Held, allocator: PageAllocator, end: int) -> None:
+        assert end >= held.first, (held, end)
+        allocator.give_back(held.ids[end - held.first :])
+        del held.ids[end - held.first :]
+
+    def drop_unseen(self, pages: Sequence[Held], position: int) -> None:
+        """Gives back the pages that no token from a position on sees."""
+        if not self._has_windows:
+            return
+        for held, group, allocator in zip(pages, self.groups, self.allocators, strict=True):
+            count = group.first_seen(position) - held.first if group.window else 0
+            if count > 0:
+                allocator.give_back(held.ids[:count])
+                del held.ids[:count]
+                held.first += count
+
+    def name(self, pages: Sequence[Held], number: int, name: bytes) -> None:
+        """Names a request's page of a number by its content, in every group."""
+        for held, allocator in zip(pages, self.allocators, strict=True):
+            allocator.name(held.ids[number - held.first], name)
+
+    def forget(self, name: bytes) -> None:
+        """Takes a name back in every group."""
+        for allocator in self.allocators:
+            allocator.forget(name)
+
+    def give_back(self, pages: Sequence[Held]) -> None:
+        """Ends a holder's claim on all its pages."""
+        for held, allocator in zip(pages, self.allocators, strict=True):
+            allocator.give_back(held.ids)

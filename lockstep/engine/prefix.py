@@ -2,7 +2,9 @@
 
 Tokens are named in blocks of one page (64): a block's name is the SHA-256 of the name before it and of its token
 ids, and the first name is made of the model's identity and the request's salt. So a name stands for all tokens from
-the first one on, for one model and one salt, and a page of keys and values can be shared under it.
+the first one on, for one model and one salt, and a page of keys and values can be shared under it, in each group of
+layers. Layers with a window need the pages that the next token sees, and none before them: a prefix is known where all
+pages of the other layers are, and the last ones of these.
 
 Layers with recurrent state need more: the state after the last shared token. States are kept (`StateStore`) where it
 pays: every `state_every` tokens, at the last whole block of a prompt of at least `prompt_state_from` tokens, where two
@@ -22,7 +24,7 @@ import numpy as np
 
 from lockstep.engine.memory import Memory
 from lockstep.engine.model import Model
-from lockstep.engine.pages import PageAllocator
+from lockstep.engine.pages import Held, PagePool
 from lockstep.engine.prefix_disk import DiskStore
 from lockstep.engine.request import Request
 from lockstep.engine.states import StateStore
@@ -36,7 +38,7 @@ def model_identity(model: Model, numerics: int) -> bytes:
 
     It is enough where there are no other weights: in one process. What outlives it is named by the content, too.
     """
-    caches = [(c.name, c.kind, c.dtype, c.shape) for c in model.recorded.caches]
+    caches = [(c.name, c.kind, c.dtype, c.shape, *([c.window] if c.window else [])) for c in model.recorded.caches]
     known = LAYOUT, numerics, model.weights, model.kv_dtype, PAGE_TOKENS, caches, *([model.plan] if model.plan else ())
     return hashlib.sha256(repr(known).encode()).digest()
 
@@ -53,10 +55,11 @@ def block_name(before: bytes, token_ids: Sequence[int]) -> bytes:
 
 @dataclass(frozen=True)
 class Found:
-    """What is known of a request's prefix: names of its blocks, how many of their pages are held by others."""
+    """What is known of a request's prefix: names of its blocks; of each group, how many of the pages that are needed of
+    them are held by others."""
 
     names: list[bytes]
-    num_held: int
+    num_held: list[int]
 
 
 @dataclass
@@ -80,16 +83,21 @@ def _copy(states: StateStore, name: bytes, out: np.ndarray) -> None:
     np.copyto(out, data)
 
 
+def page_kind(group: int) -> str:
+    """What a group's pages are called on disk."""
+    return f"page{group}" if group else "page"
+
+
 class PrefixCache:
     """Finds and keeps computed prefixes.
 
-    pages: the PageAllocator. memory: copies pages and states. states: the StateStore; None where no layer has a state.
+    pages: the PagePool. memory: copies pages and states. states: the StateStore; None where no layer has a state.
     disk: a DiskStore behind memory, or None.
     """
 
     def __init__(
         self,
-        pages: PageAllocator,
+        pages: PagePool,
         memory: Memory,
         identity: bytes,
         states: StateStore | None = None,
@@ -131,16 +139,46 @@ class PrefixCache:
     def find(self, request: Request) -> Found:
         """The longest known prefix of a request."""
         names = self._usable(request)
-        count = num_pages = next((i for i, name in enumerate(names) if not self._has_page(name)), len(names))
+        count = num_pages = self._seen(names, self._whole(names))
         if self.states is not None:
             while count and not self._has_state(self.states, names[count - 1]):
-                count -= 1
+                count = self._seen(names, count - 1)
             request.branch = num_pages * PAGE_TOKENS if self._pays(num_pages * PAGE_TOKENS) else 0
-        pages = [self.pages.find(name) for name in names[:count]]
-        return Found(names[:count], sum(p is not None and not self.pages.is_idle(p) for p in pages))
+        return self._found(names[:count])
 
-    def _has_page(self, name: bytes) -> bool:
-        return self.pages.find(name) is not None or (self.disk is not None and self.disk.has("page", name))
+    def _found(self, names: list[bytes]) -> Found:
+        """The first blocks of a request that these are the names of."""
+        num_held = []
+        for group, allocator in enumerate(self.pages.allocators):
+            pages = [allocator.find(name) for name in names[self._first(group, len(names)) :]]
+            num_held.append(sum(page is not None and not allocator.is_idle(page) for page in pages))
+        return Found(names, num_held)
+
+    def _first(self, group: int, count: int) -> int:
+        """The first block of which a group's page is seen by the token after so many blocks."""
+        return self.pages.groups[group].first_seen(count * PAGE_TOKENS)
+
+    def _whole(self, names: list[bytes]) -> int:
+        """How many of the first blocks are known in the groups that keep all pages."""
+        whole = [number for number, group in enumerate(self.pages.groups) if not group.window]
+        known = lambda name: all(self._has_page(group, name) for group in whole)
+        return next((i for i, name in enumerate(names) if not known(name)), len(names))
+
+    def _seen(self, names: list[bytes], count: int) -> int:
+        """The most blocks, up to `count`, after which all that a token sees is known in the groups with a window."""
+        windows = [number for number, group in enumerate(self.pages.groups) if group.window]
+        while count:
+            seen = ((group, i) for group in windows for i in range(count - 1, self._first(group, count) - 1, -1))
+            gap = next((i for group, i in seen if not self._has_page(group, names[i])), None)
+            if gap is None:
+                return count
+            count = gap  # a prefix that ends after it, and is shorter, needs that block, too
+        return 0
+
+    def _has_page(self, group: int, name: bytes) -> bool:
+        if self.pages.allocators[group].find(name) is not None:
+            return True
+        return self.disk is not None and self.disk.has(page_kind(group), name)
 
     def _has_state(self, states: StateStore, name: bytes) -> bool:
         return name in states or (self.disk is not None and self.disk.has("state", name))
@@ -148,8 +186,9 @@ class PrefixCache:
     def attach(self, request: Request, found: Found) -> None:
         """Gives a request, which has a slot and no pages, the pages and the state of its known prefix."""
         while found.names and not self._load(request, found.names):
-            found = self.find(request)  # an entry on disk was damaged, and is gone
-        request.num_named, request.num_computed = len(request.pages), PAGE_TOKENS * len(request.pages)
+            again = self.find(request)  # an entry on disk was damaged, and is gone
+            found = again if len(again.names) < len(found.names) else self._found([])
+        request.num_named, request.num_computed = len(found.names), PAGE_TOKENS * len(found.names)
         if request.num_preemptions:
             self.counts.recovered_tokens += request.num_computed
         else:
@@ -158,30 +197,45 @@ class PrefixCache:
             self.counts.hit_tokens += request.num_computed
 
     def _load(self, request: Request, names: list[bytes]) -> bool:
+        """Gives a request the state and the pages that the token after these blocks needs; False, and no page, if a
+        part of them is not there after all."""
         if self.states is not None and not self._load_state(self.states, request.running_slot, names):
             return False
-        # those in memory are held before pages are taken for those on disk, which may evict what nobody holds
-        held = [self.pages.find(name) for name in names]
-        for page in held:
-            if page is not None:
-                self.pages.share(page)
-        made = [self._load_page(name) if page is None else page for page, name in zip(held, names, strict=True)]
-        pages = [page for page in made if page is not None]
-        if len(pages) < len(made):
-            self.pages.give_back(pages)
+        firsts = [self._first(group, len(names)) for group in range(len(self.pages.groups))]
+        made = [self._load_pages(group, names[first:]) for group, first in enumerate(firsts)]
+        for allocator, pages in zip(self.pages.allocators, made, strict=True):
+            if None in made:
+                allocator.give_back(pages or [])
+        if None in made:
             return False
-        request.pages = pages
+        request.pages = [Held(first, pages or []) for first, pages in zip(firsts, made, strict=True)]
         return True
 
-    def _load_page(self, name: bytes) -> int | None:
+    def _load_pages(self, group: int, names: list[bytes]) -> list[int] | None:
+        """A group's pages of these names, held; None, and none held, if one is not there after all."""
+        allocator = self.pages.allocators[group]
+        # those in memory are held before pages are taken for those on disk, which may evict what nobody holds
+        held = [allocator.find(name) for name in names]
+        for page in held:
+            if page is not None:
+                allocator.share(page)
+        made = [self._load_page(group, name) if page is None else page for page, name in zip(held, names, strict=True)]
+        pages = [page for page in made if page is not None]
+        if len(pages) == len(made):
+            return pages
+        allocator.give_back(pages)
+        return None
+
+    def _load_page(self, group: int, name: bytes) -> int | None:
         """A page with what the disk has for a name; None if that is damaged."""
-        page = self.pages.take(1)
-        data = self.disk.load("page", name) if page and self.disk is not None else None
+        allocator = self.pages.allocators[group]
+        page = allocator.take(1)
+        data = self.disk.load(page_kind(group), name) if page and self.disk is not None else None
         if page is None or data is None:
-            self.pages.give_back(page or [])
+            allocator.give_back(page or [])
             return None
-        self.memory.write_page(page[0], data)
-        self.pages.name(page[0], name)
+        self.memory.write_page(group, page[0], data)
+        allocator.name(page[0], name)
         return page[0]
 
     def _load_state(self, states: StateStore, slot: int, names: list[bytes]) -> bool:
@@ -237,8 +291,8 @@ class PrefixCache:
             if self.states is not None:
                 self.states.drop(name)
             if self.disk is not None:
-                self.disk.forget("page", name)
-                self.disk.forget("state", name)
+                for kind in (*map(page_kind, range(len(self.pages.groups))), "state"):
+                    self.disk.forget(kind, name)
 
     # ------------------------------------------------------------ keeping
 
@@ -268,15 +322,22 @@ class PrefixCache:
         """After a step: names the blocks that it filled, and keeps the state where it ended on such a place."""
         count = request.num_computed // PAGE_TOKENS
         names = self.names(request, count)
-        for name, page in zip(names[request.num_named :], request.pages[request.num_named :], strict=False):
-            self.pages.name(page, name)
+        for number in range(request.num_named, count):
+            name = names[number]
+            self.pages.name(request.pages, number, name)
             if self._awaited.get(name) is request:
                 del self._awaited[name]
             if self.disk is not None:
-                self.disk.save("page", name, lambda out, page=page: self.memory.read_page(page, out))
+                self._save(self.disk, request.pages, number, name)
         request.num_named = count
         if self.states is not None and request.num_computed == count * PAGE_TOKENS:
             self._keep_state(self.states, request, names[-1])
+
+    def _save(self, disk: DiskStore, pages: Sequence[Held], number: int, name: bytes) -> None:
+        """Keeps a request's page of a number, in every group."""
+        for group, held in enumerate(pages):
+            read = functools.partial(self.memory.read_page, group, held.ids[number - held.first])
+            disk.save(page_kind(group), name, read)
 
     def _keep_state(self, states: StateStore, request: Request, name: bytes) -> None:
         end = request.num_computed

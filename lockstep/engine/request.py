@@ -11,6 +11,7 @@ from lockstep.engine.acceptance import Acceptance
 from lockstep.engine.answer_text import AnswerText
 from lockstep.engine.embedding import POOLINGS, Pool
 from lockstep.engine.lookup import Lookup, Prediction
+from lockstep.engine.pages import Held
 from lockstep.engine.sampling import Adjustment
 from lockstep.ops.sample import MAX_LOGPROBS
 
@@ -213,7 +214,7 @@ class Request:
     answer: AnswerText | None = None  # made with the first token, where there is a tokenizer
     pool: Pool | None = None  # where the prompt's embedding is wanted
     num_computed: int = 0
-    pages: list[int] = field(default_factory=list)
+    pages: list[Held] = field(default_factory=list)  # of each group, while it runs
     slot: int | None = None
     finish_reason: str | None = None  # "stop", "length", "embedded", "cancelled" or "error"
     stop_reason: int | str | None = None  # the token or string that ended it
@@ -228,7 +229,6 @@ class Request:
     prediction: Prediction | None = None  # a text that its answer may be like
     num_drafted: int = 0  # tokens that were guessed and computed
     draft_state: object | None = None  # what a `draft_head.Head` has of it
-    num_lent: int = 0  # of its pages, those that hold nothing but drafts
     num_pending: int = 0  # drafts of its last step that were right: recurrent layers have yet to absorb them
     num_accepted: int = 0  # of those, the ones that were right
     num_cached: int = 0  # tokens of the prompt that the prefix cache had when it was first admitted
@@ -247,6 +247,11 @@ class Request:
         """The slot of a request that runs."""
         assert self.slot is not None, "it waits, or has ended"
         return self.slot
+
+    @property
+    def num_lent(self) -> int:
+        """Pages of it that hold nothing but drafts."""
+        return sum(held.num_lent for held in self.pages)
 
     @property
     def reuses_prefix(self) -> bool:

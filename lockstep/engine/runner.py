@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from lockstep.engine.pages import Held, PageGroup
 from lockstep.engine.step_arrays import StepArrays, write
 from lockstep.ops.kv_cache import PAGE_TOKENS
 from lockstep.ops.rewrite import verifying
@@ -21,15 +22,15 @@ from lockstep.runtime.threads import Team
 class Span:
     """The tokens of one request in a step: positions start .. start + len(token_ids).
 
-    pages: its page ids in order of position. slot: its recurrent state. sampled: which of its rows sample, and how
-    ({row: fields of a SAMPLING_RECORD}, rows counted from the span's first token). embedded: rows whose last hidden
-    state is wanted. num_drafts: how many of the last token_ids are drafts. num_pending: how many drafts of the
-    request's last step were right, and are now known: see `ops.gated_delta_verify`.
-    """
+    pages: of each group of pages (`Program.windows`) those that it holds; one alone stands for all. slot: its recurrent
+    state. sampled: which of its rows sample, and how ({row: fields of a SAMPLING_RECORD}, rows counted from the span's
+    first token). embedded: rows whose last hidden state is wanted. num_drafts: how many of the last token_ids are
+    drafts. num_pending: how many drafts of the request's last step were right, and are now known: see
+    `ops.gated_delta_verify`."""
 
     token_ids: list[int]
     start: int
-    pages: list[int]
+    pages: Sequence[Held]
     slot: int
     sampled: dict[int, dict[str, Any]] = field(default_factory=dict)
     embedded: Sequence[int] = ()
@@ -39,12 +40,16 @@ class Span:
 
 @dataclass(frozen=True)
 class Limits:
-    """The largest step: tokens, requests and sampling rows; pages of KV cache in all."""
+    """The largest step: tokens, requests and sampling rows; pages of KV cache in all, for layers that see all keys.
+
+    groups: pages of each group; where there are none, each has num_pages, for all tokens.
+    """
 
     max_step_tokens: int = 512
     max_requests: int = 8
     num_pages: int = 64
     max_sampled: int = 8
+    groups: tuple[PageGroup, ...] = ()
 
 
 class Runnable(Protocol):
@@ -117,7 +122,10 @@ class Runner:
         self._num_sampled = 0  # of it
 
     def _count(self, cache: CacheArray) -> int:
-        return self.limits.num_pages if cache.kind == "pages" else self.limits.max_requests
+        """How many pages or slots of a cache there are."""
+        if cache.kind != "pages":
+            return self.limits.max_requests
+        return self.limits.groups[cache.group].num_pages if self.limits.groups else self.limits.num_pages
 
     def _make_views(self, rows: dict[str, int]) -> None:
         """What `step` and `hidden` give the first rows of."""

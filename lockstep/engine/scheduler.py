@@ -8,13 +8,16 @@ A request is admitted when a slot is free and pages for all its known tokens, wi
 request; it takes further pages as it grows. Where there are none, the running request of the lowest rank is preempted:
 it gives all back, waits again, and computes its known tokens once more (less what the prefix cache still has). Nobody
 is stopped for one that waits, whatever its priority.
-"""
+
+Layers with a window need no pages for what lies before it. Of those a request takes pages with each step, for as many
+of its tokens as there are pages for, and gives back what no later token sees. It is admitted when there are as many as
+it needs to go on token by token, beside those that running requests have yet to take."""
 
 from bisect import insort
 from collections.abc import Callable
 
-from lockstep.engine.pages import PageAllocator
-from lockstep.engine.prefix import PrefixCache
+from lockstep.engine.pages import PageGroup, PagePool
+from lockstep.engine.prefix import Found, PrefixCache
 from lockstep.engine.request import Request
 from lockstep.engine.runner import Limits
 from lockstep.ops.kv_cache import PAGE_TOKENS
@@ -25,18 +28,14 @@ def rank(request: Request) -> tuple[int, int]:
     return request.priority, request.id
 
 
-def pages_for(num_tokens: int) -> int:
-    return -(-num_tokens // PAGE_TOKENS)
-
-
 class Scheduler:
     """Waiting and running requests in order of rank, their pages and slots.
 
-    prefix: makes the PrefixCache of these pages (a function of the PageAllocator), or None: every request starts cold.
+    prefix: makes the PrefixCache of these pages (a function of the PagePool), or None: every request starts cold.
     """
 
-    def __init__(self, limits: Limits, prefix: Callable[[PageAllocator], PrefixCache] | None = None) -> None:
-        self.limits, self.pages = limits, PageAllocator(limits.num_pages)
+    def __init__(self, limits: Limits, prefix: Callable[[PagePool], PrefixCache] | None = None) -> None:
+        self.limits, self.pages = limits, PagePool(limits.groups or [PageGroup(limits.num_pages)])
         self.prefix = prefix(self.pages) if prefix else None
         self.waiting: list[Request] = []
         self.running: list[Request] = []
@@ -45,7 +44,7 @@ class Scheduler:
 
     def check(self, request: Request) -> None:
         """ValueError for a request that could never run."""
-        if pages_for(request.max_num_tokens) > self.limits.num_pages:
+        if any(group.needed(request.max_num_tokens) > group.num_pages for group in self.pages.groups):
             raise ValueError(
                 f"prompt of {len(request.prompt_ids)} tokens and max_tokens {request.params.max_tokens}: "
                 f"the KV cache holds {self.limits.num_pages * PAGE_TOKENS} tokens in all"
@@ -74,13 +73,14 @@ class Scheduler:
         self.pages.give_back(request.pages)
         self.free_slots.append(request.running_slot)
         request.pages, request.slot, request.num_computed, request.num_named = [], None, 0, 0
-        request.num_pending, request.num_lent, request.draft_state = 0, 0, None
+        request.num_pending, request.draft_state = 0, None
 
     def computed(self, request: Request, count: int) -> None:
         """Notes that a step computed `count` more tokens of a request."""
         request.num_computed += count
         if self.prefix and request.num_computed // PAGE_TOKENS > request.num_named:
             self.prefix.computed(request)
+        self.pages.drop_unseen(request.pages, request.num_computed)
 
     def schedule(self) -> list[tuple[Request, int]]:
         """[(request, number of its tokens to compute), ...] for the next step."""
@@ -88,11 +88,14 @@ class Scheduler:
             self._admit()
         plan, budget = [], self.limits.max_step_tokens
         for request in [r for r in self.running if r.num_left == 1]:
-            if budget and request.slot is not None and self._grow(request):
+            if budget and request.slot is not None and self._grow(request, 1):
                 plan.append((request, 1))
                 budget -= 1
         prompts = [r for r in self.running if r.num_left > 1]
-        return plan + self._prompts(prompts, budget) if prompts else plan
+        if not prompts:
+            return plan
+        plan += self._prompts(prompts, budget)
+        return [(request, count) for request, count in plan if request.slot is not None]
 
     def _prompts(self, prompts: list[Request], budget: int) -> list[tuple[Request, int]]:
         """Deals the budget to prompts, the one with the least left first; half is kept for the first in rank."""
@@ -101,7 +104,9 @@ class Scheduler:
         for request in sorted(prompts, key=lambda r: (r.priority, r.num_left, r.id)):
             kept = 0 if request is first else kept
             count = self._most(request, budget - kept)
-            if count:
+            if count and request.slot is not None:
+                count = self._grow(request, count)
+            if count and request.slot is not None:
                 plan.append((request, count))
                 budget -= count
         return plan
@@ -128,51 +133,47 @@ class Scheduler:
 
     def _place(self, request: Request) -> bool:
         """Gives a request its slot and pages for all that is known; False if there are too few, and nothing changed."""
-        needed = pages_for(request.num_tokens)
         found = self.prefix.find(request) if self.prefix else None
-        if self.pages.num_free + (found.num_held if found else 0) - needed < len(self.running):
+        if not self._has_room(request, found):
             return False
-        request.slot = self.free_slots.pop()
+        request.slot, request.pages = self.free_slots.pop(), self.pages.none()
         if self.prefix and found:
             self.prefix.attach(request, found)
-        fresh = self.pages.take(needed - len(request.pages))
-        if fresh is None:  # what was found turned out to be damaged
+        if not self.pages.take_all(request.pages, request.num_tokens):  # what was found turned out to be damaged
             self.strip(request)
             return False
-        request.pages += fresh
         if self.prefix:
             self.prefix.enter(request)
         return True
 
-    def _grow(self, request: Request) -> bool:
-        """A page for a request's next token, if it needs one; False if it was the one to be preempted for it."""
-        while request.num_computed == len(request.pages) * PAGE_TOKENS:
-            page = self.pages.take(1)
-            if page:
-                request.pages += page
-                return True
+    def _has_room(self, request: Request, found: Found | None) -> bool:
+        """Whether there are pages for a request, of which the prefix cache found a part."""
+        for number, (group, allocator) in enumerate(zip(self.pages.groups, self.pages.allocators, strict=True)):
+            there = allocator.num_free + (found.num_held[number] if found else 0)
+            if group.window:
+                there -= sum(max(0, group.needed(r.num_tokens) - len(r.pages[number].ids)) for r in self.running)
+            if there - group.needed(request.num_tokens) < len(self.running):
+                return False
+        return True
+
+    def _grow(self, request: Request, count: int) -> int:
+        """Pages for up to `count` more tokens of a request; for how many there are. None are there if it was the one to
+        be preempted for the first of them."""
+        while not (found := self.pages.extend(request.pages, request.num_computed, count)):
             last = self.running[-1]
             self.preempt(last)
             if last is request:
-                return False
-        return True
+                return 0
+        return found
 
     def lend(self, request: Request, count: int) -> int:
         """Pages for up to `count` drafts after a request's next token, of those that nobody uses and that hold nothing;
         for how many there is room. They are lent until `settle`."""
-        wanted = pages_for(request.num_computed + 1 + count) - len(request.pages)
-        blank = self.pages.num_free - self.pages.num_idle
-        lent = self.pages.take(min(wanted, blank)) or [] if wanted > 0 else []
-        request.pages += lent
-        request.num_lent += len(lent)
-        return min(count, len(request.pages) * PAGE_TOKENS - request.num_computed - 1)
+        return self.pages.lend(request.pages, request.num_computed + 1, count)
 
     def settle(self, request: Request, num_next: int = 0) -> None:
         """Takes back what was lent to a running request and holds no computed token, nor one of the next so many."""
-        kept = max(pages_for(request.num_computed + num_next), len(request.pages) - request.num_lent)
-        self.pages.give_back(request.pages[kept:])
-        del request.pages[kept:]
-        request.num_lent = 0
+        self.pages.settle(request.pages, request.num_computed + num_next)
 
     def preempt(self, request: Request) -> None:
         """Takes a running request's memory away; it waits again, with the tokens that it has."""

@@ -19,6 +19,7 @@ import numpy as np
 
 from lockstep.engine import selfcheck_ops, selfcheck_sampling
 from lockstep.engine.model import emit_sampling
+from lockstep.engine.pages import everywhere
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.engine.selfcheck_sampling import ProbeModel
 from lockstep.engine.selfcheck_weights import stored
@@ -146,7 +147,7 @@ def span(index, start, count):
     rows = sorted({0, count - 1}) if index == 0 else [count - 1]
     how = [dict(temperature=0.8, top_p=0.9, top_k=20, min_p=0.01), dict(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0)]
     sampled = {row: dict(how[(row + index) % 2], seed=index, position=start + row + 1) for row in rows}
-    return Span(ids, start, [3 - 2 * index, 2 - 2 * index], index, sampled, range(count))
+    return Span(ids, start, everywhere([3 - 2 * index, 2 - 2 * index]), index, sampled, range(count))
 
 
 def visible(program):

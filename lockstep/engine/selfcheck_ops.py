@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from lockstep.engine.model import emit_sampling
+from lockstep.engine.pages import everywhere
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.engine.selfcheck_rounded import KINDS as ROUNDED_KINDS
 from lockstep.engine.selfcheck_rounded import rounded_rows
@@ -255,4 +256,4 @@ def span(index: int, start: int, known: int, drafts: int, held: int) -> Span:
     """Tokens of a probe's request from position `start` on. Those of drafts depend on where they were guessed."""
     ids = [(7 * p * p + 13 * index + 3) % ROWS for p in range(start, start + known)]
     ids += [ROWS + (5 * p + start + index) % ROWS for p in range(start + known, start + known + drafts)]
-    return Span(ids, start, [], index, {len(ids) - 1: {}}, num_drafts=drafts, num_pending=held)
+    return Span(ids, start, everywhere([]), index, {len(ids) - 1: {}}, num_drafts=drafts, num_pending=held)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from lockstep.engine.model import emit_sampling
+from lockstep.engine.pages import everywhere
 from lockstep.engine.request import SamplingParams
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.engine.sampling import Adjustment
@@ -70,7 +71,7 @@ def digests(table: OpTable, on_compile: OnCompile | None = None) -> list[tuple[O
         held = [Adjustment(SEEN, w, frozenset({0, 9}), VOCABULARY) for w in wishes]
         sampled = {r: record(r, w, a) for r, (w, a) in enumerate(zip(wishes, held, strict=True))}
         sampled[0]["given"] = 1 + 4099
-        runner.step([Span(list(range(ROWS)), 0, [0], 0, sampled)])
+        runner.step([Span(list(range(ROWS)), 0, everywhere([0]), 0, sampled)])
         ops = [op for op in runner.program.ops if isinstance(op, (AdjustLogits, Sample))]
         written = [(op, t) for op in ops for t in op.shared]
         return [(op, t.name, digest(runner.executor.view(t, ROWS), t)) for op, t in written]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lockstep.engine.pages import Held
 from lockstep.ops.sample import SAMPLING_RECORD
 from lockstep.runtime.step_block import StepBlock
 
@@ -50,7 +51,7 @@ class StepArrays:
         self.ints = {name: self.arrays[name].reshape(-1).data for name in shapes}
         self._records, self._words = records_view(self.arrays["sampling"]), self.block.data
         self._number_of, self._pages_per_request, self._num_groups = StepBlock.numbers(), pages, groups
-        self._pages: dict[int, list[int]] = {}  # that were written last, by request of the step
+        self._pages: dict[tuple[int, int], tuple[int, list[int]]] = {}  # that were written last, by request and group
 
     @property
     def records(self) -> np.ndarray:
@@ -62,12 +63,14 @@ class StepArrays:
         for name, count in counts.items():
             self._words[self._number_of[name]] = count
 
-    def set_pages(self, s: int, pages: list[int]) -> None:
-        """Writes the pages of a request of the step, the same in every group."""
-        if self._pages.get(s) != pages:
-            for group in range(self._num_groups):
-                write(self.ints["page_table"], (s * self._num_groups + group) * self._pages_per_request, pages)
-            self._pages[s] = list(pages)
+    def set_pages(self, s: int, pages: Sequence[Held]) -> None:
+        """Writes the pages of a request of the step, of each group; those of one alone go to all groups."""
+        for group in range(self._num_groups):
+            held = pages[group] if len(pages) > 1 else pages[0]
+            if self._pages.get((s, group)) != (held.first, held.ids):
+                table = (s * self._num_groups + group) * self._pages_per_request
+                write(self.ints["page_table"], table + held.first, held.ids)
+                self._pages[s, group] = held.first, list(held.ids)
 
     def set_record(self, row: int, fields: Mapping[str, Any]) -> None:
         """Writes how a row samples."""

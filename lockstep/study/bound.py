@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from lockstep.engine.model import Model
+from lockstep.engine.pages import everywhere, pages_for
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.ops import BACKENDS
 from lockstep.ops.code_linear import CodeLinear
 from lockstep.ops.code_rows import CodeRows, row_width
-from lockstep.ops.kv_cache import PAGE_TOKENS
 from lockstep.ops.linear import Linear
 from lockstep.ops.rewrite import fuse, lower
 from lockstep.ops.score import NUM_SCORES, Score, scratch_width
@@ -65,7 +65,7 @@ class Bindings:
         [self._head] = [op for op in model.recorded.ops if isinstance(op, Linear) and op.out is model.logits]
         self.targets = aligned(4 * length + 64).view(np.int32)
         self.base = aligned(4 * length * self._head.in_features + 64)
-        self._pages = list(range(-(-length // PAGE_TOKENS)))
+        self._pages = everywhere(range(pages_for(length)))
         self._runner: Runner | None = None
         self.num_bound = 0
 
@@ -88,7 +88,7 @@ class Bindings:
     def _first(self, program: Program, given: dict[Tensor, int]) -> Runner:
         """The runner of the first program, whose cache and step the others share."""
         runnable = _Runnable(self._store, self._model.max_context, program, self._table)
-        limits = Limits(self._length, 1, len(self._pages), 1)
+        limits = Limits(self._length, 1, pages_for(self._length), 1)
         return Runner(runnable, self._team, limits, elsewhere=given, keep=self._keep)
 
     def prepare(self, ids: Sequence[int]) -> np.ndarray:

@@ -80,13 +80,14 @@ def answer(r):
 
 def pages(engine, requests):
     """{name of a block: the bytes of its page} of all that is cached of some requests."""
-    memory, allocator, made = Memory(engine.runner.program, engine.runner.caches), engine.scheduler.pages, {}
+    memory, [allocator] = Memory(engine.runner.program, engine.runner.caches), engine.scheduler.pages.allocators
+    [num_bytes], made = memory.page_bytes, {}
     for r in requests:
         for name in engine.scheduler.prefix.names(r, (r.num_tokens - 1) // PAGE_TOKENS):
             page = allocator.find(name)
             if page is not None:
-                out = np.zeros(memory.page_bytes, np.uint8)
-                memory.read_page(page, out)
+                out = np.zeros(num_bytes, np.uint8)
+                memory.read_page(0, page, out)
                 made[name] = out.tobytes()
     return made
 

@@ -78,7 +78,7 @@ def test_cancelled_requests_free_their_pages_at_once_and_disturb_nobody(engine, 
     made.step()
     running, waiting = made.scheduler.running[1], made.scheduler.waiting[-1]
     free = made.scheduler.pages.num_free
-    held = len(running.pages)
+    held = sum(len(each.ids) for each in running.pages)
     made.cancel(running)
     made.cancel(waiting)
     assert made.scheduler.pages.num_free == free + held and running.pages == [] and held > 0

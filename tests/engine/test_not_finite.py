@@ -63,7 +63,8 @@ def test_requests_fail_by_name_and_their_neighbours_give_the_same_bits(model, tm
         engine.scheduler.prefix.disk.flush()
         for request in together:
             known = [
-                engine.scheduler.pages.find(name) is not None or engine.scheduler.prefix.disk.has("page", name)
+                engine.scheduler.pages.allocators[0].find(name) is not None
+                or engine.scheduler.prefix.disk.has("page", name)
                 for name in request.block_names[: 70 // PAGE_TOKENS]
             ]
             assert known == [request.finish_reason != "error"]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from lockstep.engine.engine import Engine, EngineOptions
+from lockstep.engine.pages import everywhere
 from lockstep.engine.request import Request, SamplingParams
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.engine.sampling import num_rows, within_rows
@@ -145,9 +146,9 @@ def logits_of(model):
     """A function from token ids to the logits of every position, float64."""
     team = Team(1)
     runner = Runner(model, team, Limits(256, 1, 4, 256))
-    yield lambda ids: runner.step([Span(ids, 0, [0, 1, 2, 3], 0, {row: {} for row in range(len(ids))})])[2].astype(
-        float
-    )
+    yield lambda ids: runner.step([Span(ids, 0, everywhere(range(4)), 0, {row: {} for row in range(len(ids))})])[
+        2
+    ].astype(float)
     team.close()
 
 

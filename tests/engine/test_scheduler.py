@@ -34,7 +34,7 @@ def cached(pages):
 
 
 def planned(scheduler):
-    return [(r.id, count, list(r.pages), r.slot) for r, count in scheduler.schedule()]
+    return [(r.id, count, list(r.pages[0].ids), r.slot) for r, count in scheduler.schedule()]
 
 
 def advance(scheduler, plan, token=0):
@@ -141,10 +141,12 @@ def test_a_request_waits_until_all_its_known_tokens_have_pages_and_nobody_overta
     for r in (first, second, third):
         scheduler.add(r)
     assert [name for name, *_ in planned(scheduler)] == [0]
-    assert (first.pages, second.pages, third.pages) == ([0, 1, 2], [], []), "a page is left for the first to grow"
+    assert ([held.ids for held in first.pages], second.pages, third.pages) == ([[0, 1, 2]], [], []), (
+        "a page is left for the first to grow"
+    )
     scheduler.remove(first)
     scheduler.schedule()
-    assert (second.pages, third.pages) == ([0], [1])
+    assert (second.pages[0].ids, third.pages[0].ids) == ([0], [1])
 
 
 def test_the_lowest_in_rank_is_preempted_keeps_its_tokens_and_comes_back():
@@ -155,7 +157,7 @@ def test_the_lowest_in_rank_is_preempted_keeps_its_tokens_and_comes_back():
     for _ in range(300):
         if old.num_tokens < 160:
             advance(scheduler, planned(scheduler))
-    assert (len(old.pages), new.num_preemptions) == (3, 1)
+    assert (len(old.pages[0].ids), new.num_preemptions) == (3, 1)
     kept = new.num_tokens
     assert new.slot is None and kept > 100 and new.num_computed == 0
     scheduler.remove(old)
@@ -190,7 +192,7 @@ def test_requests_with_another_salt_share_nothing():
     for name, salt in enumerate(("a", "b", "a")):
         scheduler.add(request(name, [9] * 200, 5, cache_salt=salt))
         advance(scheduler, planned(scheduler))
-    assert [r.pages[0] for r in scheduler.running] == [0, 4, 0]
+    assert [r.pages[0].ids[0] for r in scheduler.running] == [0, 4, 0]
 
 
 def test_the_least_recently_used_prefix_is_evicted_last_blocks_first():
@@ -199,7 +201,7 @@ def test_the_least_recently_used_prefix_is_evicted_last_blocks_first():
         scheduler.add(request(name, prompt, 1))
         advance(scheduler, planned(scheduler))
         scheduler.remove(scheduler.running[0])
-    pages, names = scheduler.pages, [block_name(first_name(b"model", ""), [n] * 64) for n in (1, 2, 3)]
+    [pages], names = scheduler.pages.allocators, [block_name(first_name(b"model", ""), [n] * 64) for n in (1, 2, 3)]
     assert pages.num_evicted == 1 and [pages.find(name) for name in names] == [0, 2, 4]
     assert pages.find(block_name(names[1], [2] * 64)) is None and pages.find(block_name(names[0], [1] * 64)) == 1
 

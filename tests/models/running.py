@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 
 from lockstep.engine.model import load_model
+from lockstep.engine.pages import everywhere
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.models.checkpoint import open_checkpoint
 from lockstep.ops.kv_cache import PAGE_TOKENS
@@ -30,7 +31,7 @@ def logits_of(model, ids, cuts=(), slots=None, num_threads=2, dirty=False, **run
     team = Team(num_threads)
     try:
         made = Runner(model, team, Limits(len(ids), 3, num_pages + 2, len(ids)), **runner)
-        pages = list(range(num_pages + 1, 1, -1))
+        pages = everywhere(range(num_pages + 1, 1, -1))
         if dirty:
             made.step([Span(ids[::-1], 0, pages, 1, {len(ids) - 1: {}})])
         return np.concatenate(

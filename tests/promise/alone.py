@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lockstep.engine.pages import everywhere, pages_for
 from lockstep.engine.runner import Limits, Runner, Span
-from lockstep.ops.kv_cache import PAGE_TOKENS
 from lockstep.runtime.threads import Team
-from tests.promise.trace import positions, state_digest
+from tests.promise.trace import state_digest, whole
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ def sampling(params, position):
 def answer(model, prompt, params):
     """Runs a prompt to its max_tokens (end tokens are ignored)."""
     known, rows, states = list(prompt), [], []
-    pages = list(range(-(-(len(prompt) + params.max_tokens) // PAGE_TOKENS)))
+    pages = everywhere(range(pages_for(len(prompt) + params.max_tokens)))
     team = Team(1)
     try:
-        runner = Runner(model, team, Limits(1, 1, len(pages), 1))
+        runner = Runner(model, team, Limits(1, 1, pages[0].end, 1))
         for p in range(len(prompt) + params.max_tokens - 1):
             sampled = {0: sampling(params, p + 1)} if p >= len(prompt) - 1 else {}
             tokens, logprobs, logits = runner.step([Span([known[p]], p, pages, 0, sampled)])
@@ -49,6 +49,6 @@ def answer(model, prompt, params):
                 rows.append((logits[0].copy(), logprobs[0]))
             states.append(state_digest(runner, 0))
         logits, logprobs = (np.array(column) for column in zip(*rows, strict=True))
-        return Answer(known, len(prompt), logits, logprobs, states, positions(runner, pages, len(states)))
+        return Answer(known, len(prompt), logits, logprobs, states, whole(runner, pages, len(states)))
     finally:
         team.close()

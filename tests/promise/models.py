@@ -19,6 +19,15 @@ CONFIGS = {
     "qwen2": case("qwen2", max_position_embeddings=4096),
     "mistral_window": case("mistral", sliding_window=70, max_position_embeddings=4096),
     "gemma3": windowed(sliding_window=70, max_position_embeddings=4096),
+    "qwen3_windows": case(
+        "qwen3",
+        head_dim=32,
+        num_hidden_layers=3,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        use_sliding_window=True,
+        sliding_window=24,
+        max_position_embeddings=4096,
+    ),
 }
 
 
@@ -54,6 +63,7 @@ CASES = [
     Case("qwen3", "q4_0", "q8"),
     Case("qwen2", "f32", "q8"),
     Case("mistral_window", "bf16", "q8", (5, 63, 260)),
+    Case("qwen3_windows", "q8_0", "bf16", (1, 88, 260)),
     Case("bundled", "auto", "q8", (1, 66, 150)),
 ]
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lockstep.engine.pages import Held, pages_for
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.ops.kv_cache import PAGE_TOKENS
 from lockstep.runtime.threads import Team
@@ -33,7 +34,7 @@ class Running:
 
     sequence: Sequence
     trace: Trace
-    pages: list[int]
+    pages: list[Held]  # of each group
     slot: int
     stop_at: int  # cancelled there, if before its end
     num_computed: int = 0
@@ -63,8 +64,9 @@ class Walk:
         self.runner = Runner(model, teams.by_size[1], limits, **options)
         for memory in self.runner.caches.values():
             memory[:] = POISON
-        self.free_pages, self.free_slots = list(range(limits.num_pages)), list(range(limits.max_requests))
-        self.used_pages, self.used_slots, self.running = set(), set(), []
+        self.windows, self.free_slots = self.runner.program.windows(), list(range(limits.max_requests))
+        self.free_pages = [list(range(limits.num_pages)) for _ in self.windows]
+        self.used_pages, self.used_slots, self.running = [set() for _ in self.windows], set(), []
 
     def run(self, num_steps):
         """Runs steps; raises Differs at the first wrong bit."""
@@ -85,6 +87,11 @@ class Walk:
         used.update(taken)
         return taken
 
+    def take_pages(self, count):
+        """So many pages of each group."""
+        groups = zip(self.free_pages, self.used_pages, strict=True)
+        return [Held(0, self.take(free, used, count, "pages")) for free, used in groups]
+
     def arrive(self):
         """Random requests, as far as slots and pages go."""
         while self.free_slots and (not self.running or self.rng.random() < 0.5):
@@ -93,13 +100,13 @@ class Walk:
             sequence, trace = self.library[-1 if first else self.rng.integers(len(self.library))]
             length = len(sequence.token_ids)
             needed = -(-length // PAGE_TOKENS)
-            if needed > len(self.free_pages):
+            if needed > min(map(len, self.free_pages)):
                 return
-            pages = self.take(self.free_pages, self.used_pages, needed, "pages")
+            pages = self.take_pages(needed)
             slot = self.take(self.free_slots, self.used_slots, 1, "slots")[0]
             stop_at = int(self.rng.integers(1, length + 1)) if self.rng.random() < 0.3 and not first else length
             self.events["arrived"] += 1
-            self.events["pages out of order"] += pages != sorted(pages)
+            self.events["pages out of order"] += any(held.ids != sorted(held.ids) for held in pages)
             self.running.append(Running(sequence, trace, pages, slot, stop_at))
 
     def step(self, number):
@@ -168,6 +175,35 @@ class Walk:
             request.num_computed += count
             if state_digest(self.runner, request.slot) != request.trace.states[request.num_computed - 1]:
                 raise Differs(f"state of {request.sequence.name} after {request.num_computed} tokens ({where})")
+            self.drop_unseen(request)
+
+    def drop_unseen(self, request):
+        """Layers with a window lose the pages that lie before it for every token that is yet to come."""
+        for group, (window, held) in enumerate(zip(self.windows, request.pages, strict=True)):
+            unseen = max(0, request.num_computed + 1 - window) // PAGE_TOKENS - held.first if window else 0
+            if unseen > 0:
+                self.check_pages(request)
+                self.events["pages before a window"] += unseen
+                self.give_back(group, held.ids[:unseen])
+                del held.ids[:unseen]
+                held.first += unseen
+
+    def check_pages(self, request):
+        """Compares all keys and values that a request holds."""
+        for name, (start, found) in positions(self.runner, request.pages, request.num_computed).items():
+            different = np.flatnonzero(
+                (found != request.trace.cache[name][start : request.num_computed]).any((1, 2, 3))
+            )
+            if len(different):
+                where = f"at position {start + different[0]} (seed {self.seed})"
+                raise Differs(f"{name} of {request.sequence.name} {where}")
+
+    def give_back(self, group, pages):
+        """Poisons and frees pages."""
+        for cache in self.runner.program.caches:
+            if cache.kind == "pages" and cache.group == group:
+                self.runner.caches[cache.name].reshape(-1, cache.bytes_each)[pages] = POISON
+        self.free_pages[group] += pages
 
     def disturb(self):
         """Ends what is done; cancels and recomputes at random."""
@@ -181,22 +217,20 @@ class Walk:
     def recompute(self, request):
         """Preemption: the request loses its memory and starts again from its first token on other pages."""
         self.leave(request, "recomputed")
-        pages = self.take(self.free_pages, self.used_pages, len(request.pages), "pages")
+        pages = self.take_pages(pages_for(len(request.sequence.token_ids)))
         slot = self.take(self.free_slots, self.used_slots, 1, "slots")[0]
         self.running.append(Running(request.sequence, request.trace, pages, slot, request.stop_at))
 
     def leave(self, request, how):
         """Compares all that a request wrote, then poisons and frees its memory."""
         self.events[how] += 1
-        for name, found in positions(self.runner, request.pages, request.num_computed).items():
-            different = np.flatnonzero((found != request.trace.cache[name][: request.num_computed]).any((1, 2, 3)))
-            if len(different):
-                raise Differs(f"{name} of {request.sequence.name} at position {different[0]} (seed {self.seed})")
+        self.check_pages(request)
         self.running.remove(request)
         for cache in self.runner.program.caches:
-            memory = self.runner.caches[cache.name].reshape(-1, cache.bytes_each)
-            memory[request.pages if cache.kind == "pages" else request.slot] = POISON
-        self.free_pages += request.pages
+            if cache.kind != "pages":
+                self.runner.caches[cache.name].reshape(-1, cache.bytes_each)[request.slot] = POISON
+        for group, held in enumerate(request.pages):
+            self.give_back(group, held.ids)
         self.free_slots.append(request.slot)
 
     def check_untouched(self):

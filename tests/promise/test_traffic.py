@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from lockstep.engine import prefix
+from lockstep.engine.pages import PageGroup, pages_for
 from lockstep.engine.states import StateStore
 from tests.promise.models import Case, load
 from tests.promise.schedule import Differs
@@ -25,7 +26,9 @@ CASES = [
     Case("mistral_window", "q4_0", "bf16"),
     Case("bundled", "q8_0", "bf16"),
     Case("qwen3_5", "bf16", "q8"),
+    Case("qwen3_windows", "f32", "f32"),
 ]
+SIZES = {"qwen3_windows": dict(kv_tokens=64 * 14, max_requests=3)}  # layers with a window have 7 to 11 pages
 STEPS = 200
 # the states of so many positions fit; budgets from less than a block to more than any prompt
 OPTIONS = (
@@ -46,6 +49,7 @@ HAPPENS = (
     "hot hit",
     "cold hit",
     "hit with a state",
+    "hit without what is before a window",
     "pages_evicted",
     "kept_states",
     "states_evicted",
@@ -65,7 +69,7 @@ def events():
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
 def menu(request, tmp_path_factory):
-    return Menu(load(request.param, tmp_path_factory.mktemp("tiny")))
+    return Menu(load(request.param, tmp_path_factory.mktemp("tiny")), **SIZES.get(request.param.config, {}))
 
 
 def test_a_request_gives_the_same_bits_under_any_traffic(menu, events):
@@ -141,6 +145,23 @@ def test_a_request_that_reads_the_page_of_its_last_token_from_the_cache_has_no_l
 
     monkeypatch.setattr(prefix.PrefixCache, "_usable", all_blocks)
     assert differing(menu) is not None
+
+
+@pytest.mark.parametrize("num_tokens", [1, 64])
+def test_a_page_that_is_given_back_too_early_breaks_the_promise(menu, num_tokens, monkeypatch):
+    if not any(menu.model.recorded.windows()):
+        pytest.skip("every layer sees all keys")
+    first_seen = PageGroup.first_seen
+
+    def too_late(self, position):
+        """As if a window were shorter by so many tokens."""
+        return min(first_seen(self, position + num_tokens), pages_for(position)) if self.window else 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PageGroup, "first_seen", too_late)
+        seed = differing(menu)
+    assert seed is not None
+    walk(menu, seed)
 
 
 @pytest.mark.skipif("LOCKSTEP_SOAK" not in os.environ, reason="a long run: set LOCKSTEP_SOAK=minutes")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lockstep.engine.pages import everywhere, pages_for
 from lockstep.engine.request import SamplingParams
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.engine.sampling import Adjustment
@@ -78,21 +79,29 @@ def state_digest(runner, slot):
 
 
 def positions(runner, pages, count):
-    """{name: bytes of positions 0 .. count [count, heads, head size, bytes]} of every array of pages."""
+    """{name: (the first position, bytes of those from it to `count` [n, heads, head size, bytes])} of every array of
+    pages, as far as a request holds them."""
     found = {}
     for cache in (c for c in runner.program.caches if c.kind == "pages"):
-        memory = runner.caches[cache.name].reshape(runner.limits.num_pages, *cache.shape, -1)
-        found[cache.name] = by_position(memory[pages], cache.name.endswith("k_pages"))[:count]
+        held = pages[cache.group] if len(pages) > 1 else pages[0]
+        memory = runner.caches[cache.name].reshape(-1, *cache.shape, cache.bytes_each // int(np.prod(cache.shape)))
+        start = held.first * PAGE_TOKENS
+        found[cache.name] = start, by_position(memory[held.ids], cache.name.endswith("k_pages"))[: count - start]
     return found
+
+
+def whole(runner, pages, count):
+    """The bytes of all positions, of pages that hold all of them."""
+    return {name: rows for name, (_, rows) in positions(runner, pages, count).items()}
 
 
 def trace(model, sequence):
     """Runs a sequence alone on fresh memory."""
     n = len(sequence.token_ids)
-    pages = list(range(-(-n // PAGE_TOKENS)))
+    pages = everywhere(range(pages_for(n)))
     team = Team(1)
     try:
-        runner = Runner(model, team, Limits(1, 1, len(pages), 1))
+        runner = Runner(model, team, Limits(1, 1, pages[0].end, 1))
         rows, reports, states = [], [], []
         for p, token in enumerate(sequence.token_ids):
             tokens, logprobs, logits = runner.step([Span([token], p, pages, 0, {0: sequence.sampling(p)}, [0])])
@@ -101,6 +110,6 @@ def trace(model, sequence):
             states.append(state_digest(runner, 0))
         logits, hidden, tokens, logprobs = (np.array(column) for column in zip(*rows, strict=True))
         assert np.isfinite(logits).all(), f"{sequence.name}: logits are not finite"
-        return Trace(logits, hidden, tokens, logprobs, reports, states, positions(runner, pages, n))
+        return Trace(logits, hidden, tokens, logprobs, reports, states, whole(runner, pages, n))
     finally:
         team.close()

@@ -5,12 +5,14 @@ too small for the requests, prompts share prefixes, requests have priorities, sa
 cancelled at any time. Every page that is taken and every slot that is left is filled with NaN bytes first.
 """
 
+import functools
 from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 
 from lockstep.engine.engine import Engine, EngineOptions
+from lockstep.engine.pages import Held
 from lockstep.engine.request import SamplingParams
 from lockstep.ops.kv_cache import PAGE_TOKENS
 from tests.promise.alone import answer
@@ -22,10 +24,11 @@ MOST_STEPS = 3000  # that what is left after a walk may take
 
 
 class Menu:
-    """Prompts that share prefixes, and what each is answered with alone."""
+    """Prompts that share prefixes, and what each is answered with alone. sizes: of engines, where they are not PAGES
+    and SLOTS."""
 
-    def __init__(self, model):
-        self.model, self._answers = model, {}
+    def __init__(self, model, **sizes):
+        self.model, self.sizes, self._answers = model, sizes, {}
         self.page_bytes, self.state_bytes = (
             sum(c.bytes_each for c in model.recorded.caches if c.kind == kind) for kind in ("pages", "state")
         )
@@ -65,7 +68,7 @@ class Traffic:
 
     def __init__(self, menu, seed, num_states=1000, num_entries=1000, **options):
         self.rng, self.menu, self.seed, self.events = np.random.default_rng(seed), menu, seed, Counter()
-        options = {"kv_tokens": PAGE_TOKENS * PAGES, "max_requests": SLOTS, **options}
+        options = {"kv_tokens": PAGE_TOKENS * PAGES, "max_requests": SLOTS, **menu.sizes, **options}
         options["state_bytes"] = num_states * menu.state_bytes
         options["cache_dir_bytes"] = num_entries * (max(menu.state_bytes, menu.page_bytes) + 100)
         self.engine = Engine(menu.model, EngineOptions(**options))
@@ -77,12 +80,12 @@ class Traffic:
 
     def _watch(self):
         """Puts checks between the parts of the engine."""
-        scheduler, pages = self.engine.scheduler, self.engine.scheduler.pages
-        schedule, take, strip = scheduler.schedule, pages.take, scheduler.strip
+        scheduler = self.engine.scheduler
+        schedule, strip = scheduler.schedule, scheduler.strip
 
-        def taken(count):
+        def taken(group, take, count):
             made = take(count)
-            self._poison("pages", made or [])
+            self._poison("pages", made or [], group)
             return made
 
         def stripped(request):
@@ -96,12 +99,21 @@ class Traffic:
             self._count_admissions([r for r in scheduler.running if r.id not in before])
             return self._plan
 
-        scheduler.schedule, pages.take, scheduler.strip = planned, taken, stripped
+        scheduler.schedule, scheduler.strip = planned, stripped
+        for group, allocator in enumerate(scheduler.pages.allocators):
+            allocator.take = functools.partial(taken, group, allocator.take)
         self.engine.runner.step = self._checked_step
+        pages = scheduler.pages
+        self._hidden = [a.take(1) if g.window else [] for g, a in zip(pages.groups, pages.allocators, strict=True)]
 
-    def _poison(self, kind, rows):
+    def _with_hidden(self, span):
+        """A span whose page tables name a page of NaN bytes before a window: whoever looks there is seen."""
+        pages = [Held(0, hidden * held.first + held.ids) for held, hidden in zip(span.pages, self._hidden, strict=True)]
+        return replace(span, pages=pages)
+
+    def _poison(self, kind, rows, group=0):
         for cache in self.engine.runner.program.caches:
-            if cache.kind == kind:
+            if cache.kind == kind and cache.group == group:
                 self.memory[cache.name].reshape(-1, cache.bytes_each)[rows] = POISON
 
     # ------------------------------------------------------------ running
@@ -141,16 +153,21 @@ class Traffic:
         alive = [r for r in self.requests if r.finish_reason is None]
         if alive:
             request = alive[self.rng.integers(len(alive))]
-            free, held = self.engine.scheduler.pages.num_free, len(request.pages)
-            shared = sum(self.engine.scheduler.pages.num_holders(p) > 1 for p in request.pages)
+            pages = self.engine.scheduler.pages
+            groups = list(zip(pages.allocators, request.pages, strict=request.slot is not None))
+            free, held = pages.num_free, sum(len(held.ids) for _, held in groups)
+            shared = sum(allocator.num_holders(p) > 1 for allocator, held in groups for p in held.ids)
             self.events["cancelled running" if request.slot is not None else "cancelled waiting"] += 1
             self.engine.cancel(request)
-            assert self.engine.scheduler.pages.num_free == free + held - shared and request.pages == []
+            assert pages.num_free == free + held - shared and request.pages == []
 
     def finish(self):
         """After the last step: nobody holds anything, and every answer is the expected one."""
         scheduler = self.engine.scheduler
-        assert scheduler.pages.num_free == PAGES and sorted(scheduler.free_slots) == list(range(SLOTS))
+        for allocator, hidden in zip(scheduler.pages.allocators, self._hidden, strict=True):
+            allocator.give_back(hidden)
+        assert scheduler.pages.num_free == scheduler.pages.num_pages
+        assert sorted(scheduler.free_slots) == list(range(scheduler.limits.max_requests))
         for request in self.requests:
             answer = self.expected[request.id]
             if request.finish_reason != "cancelled" and request.output_ids != answer.known[answer.num_prompt :]:
@@ -163,16 +180,19 @@ class Traffic:
     # ------------------------------------------------------------ checks
 
     def _count_admissions(self, admitted):
-        self._fresh, pages = {r.id for r in admitted}, self.engine.scheduler.pages
+        self._fresh, allocators = {r.id for r in admitted}, self.engine.scheduler.pages.allocators
         for r in admitted:
-            shared = r.pages[: r.num_computed // PAGE_TOKENS]
-            hot = any(pages.num_holders(p) > 1 for p in shared)
-            self.events["hot hit" if hot else "cold hit"] += bool(shared)
-            self.events["hit with a state"] += bool(shared) and self.engine.scheduler.prefix.states is not None
+            found = r.num_computed // PAGE_TOKENS
+            groups = list(zip(allocators, r.pages, strict=True))
+            shared = [(allocator, held.ids[: found - held.first]) for allocator, held in groups]
+            hot = any(allocator.num_holders(p) > 1 for allocator, pages in shared for p in pages)
+            self.events["hot hit" if hot else "cold hit"] += found > 0
+            self.events["hit without what is before a window"] += any(held.first > 0 for held in r.pages)
+            self.events["hit with a state"] += found > 0 and self.engine.scheduler.prefix.states is not None
             self.events["second admission"] += r.num_preemptions > 0
 
     def _checked_step(self, spans):
-        found = self._step(spans)
+        found = self._step([self._with_hidden(span) for span in spans])
         row = 0
         for (request, _), span in zip(self._plan, spans, strict=True):
             self._check(request, span, [x[row] for x in found] if span.sampled else None)
@@ -194,6 +214,6 @@ class Traffic:
             raise Differs(f"recurrent state ({where})")
         # what was not written in this step is looked at after a hit, and now and then
         if len(span.token_ids) > 1 or request.id in self._fresh or self.rng.random() < 0.1:
-            for name, bytes_ in positions(runner, span.pages, end).items():
-                if (bytes_ != answer.cache[name][:end]).any():
+            for name, (first, bytes_) in positions(runner, span.pages, end).items():
+                if (bytes_ != answer.cache[name][first:end]).any():
                     raise Differs(f"{name} ({where})")

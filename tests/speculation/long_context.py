@@ -49,7 +49,7 @@ class Answer:
 def digests(request: Request, seen: Seen) -> list[str]:
     """Those of an Answer, in few digits."""
     ids, logprobs = np.array(request.output_ids, np.int64), np.array(request.logprobs)
-    pages = b"".join(np.ascontiguousarray(rows).tobytes() for rows in seen.pages[-1].values())
+    pages = b"".join(np.ascontiguousarray(rows).tobytes() for _, rows in seen.pages[-1].values())
     state = seen.states.get(max(seen.states, default=0), b"")
     found = ids.tobytes(), logprobs.tobytes(), b"".join(seen.logits), pages, state
     return [hashlib.sha256(data).hexdigest()[:8] for data in found]

@@ -223,9 +223,16 @@ def unlike_memory(off: Request, off_seen: Seen, on_seen: Seen) -> Iterator[str]:
             yield f"the state after {at} tokens"
     for found in on_seen.pages:
         for name, known in off_seen.pages[-1].items():  # drafts may have caches of their own
-            rows = found[name]
-            if len(rows) > len(known) or (known[: len(rows)] != rows).any():
+            if _unlike_positions(*known, *found[name]):
                 yield f"{name}: keys or values"
+
+
+def _unlike_positions(start: int, known: np.ndarray, first: int, rows: np.ndarray) -> bool:
+    """Whether rows from a first position on differ from those known from `start` on, where both are there."""
+    low, high = max(start, first), min(start + len(known), first + len(rows))
+    return first + len(rows) > start + len(known) or (
+        low < high and bool((known[low - start : high - start] != rows[low - first : high - first]).any())
+    )
 
 
 def lots(menu: Menu, seed: int, size: int) -> list[Lot]:

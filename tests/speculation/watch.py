@@ -4,9 +4,10 @@ Only what counts is looked at: rows of tokens that became part of an answer, pos
 that were wrong, and what lies past the computed tokens, may hold anything.
 """
 
+import functools
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,30 +31,30 @@ class Seen:
     """What one request gave.
 
     logits: digests of those that each token of its answer was chosen from. states: {computed tokens: digest of the
-    recurrent state}. pages: whenever it left its memory, {name of a cache array: bytes of its computed positions}.
+    recurrent state}. pages: whenever it left its memory, the computed positions that it held, see `positions`.
     """
 
     logits: list[bytes] = field(default_factory=list)
     states: dict[int, bytes] = field(default_factory=dict)
-    pages: list[dict[str, np.ndarray]] = field(default_factory=list)
+    pages: list[dict[str, tuple[int, np.ndarray]]] = field(default_factory=list)
 
 
 class Watch:
     """Stands between the parts of an engine.
 
-    seen: {id of a request: Seen}. blocks, kept: digests of pages and of states when they got their names. faults: what
-    no run may do. events: how often what happened. steps: of each step [(request, its first token, how many known ones
-    were computed)].
+    seen: {id of a request: Seen}. blocks, kept: digests of pages, by group, and of states when they got their names.
+    faults: what no run may do. events: how often what happened. steps: of each step [(request, its first token, how
+    many known ones were computed)].
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.seen, self.events = engine, {}, Counter()
-        self.blocks: dict[bytes, bytes] = {}
+        self.blocks: dict[tuple[int, bytes], bytes] = {}
         self.kept: dict[bytes, bytes] = {}
         self.faults: list[str] = []
         self.steps: list[list[tuple[int, int, int]]] = []
         self._memory = Memory(engine.runner.program, engine.runner.caches)
-        self._page = np.zeros(self._memory.page_bytes, np.uint8)
+        self._pages = [np.zeros(num_bytes, np.uint8) for num_bytes in self._memory.page_bytes]
         self._state = np.zeros(self._memory.state_bytes, np.uint8)
         self._spans: list[tuple[Request, Span, int]] = []
         self._results: tuple[np.ndarray, ...] = ()
@@ -63,14 +64,9 @@ class Watch:
 
     def _watch_names(self) -> None:
         scheduler = self.engine.scheduler
-        name, states = scheduler.pages.name, scheduler.prefix.states if scheduler.prefix else None
-
-        def named(page: int, block: bytes) -> None:
-            name(page, block)
-            self._memory.read_page(page, self._page)
-            self._note("block", self.blocks, block, digest(self._page))
-
-        scheduler.pages.name = named
+        states = scheduler.prefix.states if scheduler.prefix else None
+        for group, allocator in enumerate(scheduler.pages.allocators):
+            allocator.name = functools.partial(self._named, group, allocator.name)
         if states is not None:
             put = states.put
 
@@ -81,6 +77,11 @@ class Watch:
                 self._note("kept state", self.kept, block, digest(made))
 
             states.put = kept
+
+    def _named(self, group: int, name: Callable[[int, bytes], None], page: int, block: bytes) -> None:
+        name(page, block)
+        self._memory.read_page(group, page, self._pages[group])
+        self._note("block", self.blocks, (group, block), digest(self._pages[group]))
 
     def _note(self, what: str, known: dict[Any, bytes], name: Any, found: bytes) -> None:
         if known.setdefault(name, found) != found:

@@ -116,7 +116,7 @@ def test_a_cancelled_stream_ends_and_its_memory_is_free(running):
     assert first.index == 0 and len(rest) < 1999 and stream.finish_reason == "cancelled"
     wait_until(lambda: never_read.finish_reason)
     scheduler = running.engine.scheduler
-    wait_until(lambda: scheduler.pages.num_free == scheduler.limits.num_pages)
+    wait_until(lambda: scheduler.pages.num_free == scheduler.pages.num_pages)
     stream.cancel()
     assert [t.id for t in running.submit(PROMPTS[0], SamplingParams(max_tokens=1))] == [first.id], "it goes on"
 
@@ -319,7 +319,7 @@ def test_a_reader_that_leaves_does_not_wait_for_the_step(running):
     assert asyncio.run(read()) == []
     hold.set()
     scheduler = running.engine.scheduler
-    wait_until(lambda: not running.engine.has_work and scheduler.pages.num_free == scheduler.limits.num_pages)
+    wait_until(lambda: not running.engine.has_work and scheduler.pages.num_free == scheduler.pages.num_pages)
 
 
 def test_all_prompts_are_queued_or_none(running):

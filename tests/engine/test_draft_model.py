@@ -334,7 +334,7 @@ def test_drafts_of_another_model_change_no_answer(model, engine, config, options
     assert answers(requests) == expected
     if "draft" in options:  # else it follows the clock
         assert sum(r.num_drafted for r in requests) > sum(r.num_accepted for r in requests)
-    assert made.scheduler.pages.num_free == made.limits.num_pages
+    assert made.scheduler.pages.num_free == made.scheduler.pages.num_pages
     assert not made.drafter.head.followers
     check_all_is_back(made.drafter.head.memory, made.limits)
 

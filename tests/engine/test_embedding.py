@@ -75,7 +75,7 @@ def test_company_chunks_and_threads_do_not_matter(engine, alone, pooling, option
     mates = [made.add(p[::-1], SamplingParams(max_tokens=9, ignore_eos=True)) for p in PROMPTS[1:4]]
     same_bits(embedded(made, pooling), alone[pooling])
     assert [m.finish_reason for m in mates] == ["length"] * 3
-    assert made.scheduler.pages.num_free == made.scheduler.limits.num_pages
+    assert made.scheduler.pages.num_free == made.scheduler.pages.num_pages
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)

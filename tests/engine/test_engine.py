@@ -69,7 +69,7 @@ def alone(model):
 def test_more_requests_than_places_all_finish_with_their_own_tokens(engine, alone, options):
     made = engine(**options)
     assert answers(made) == alone
-    assert made.scheduler.pages.num_free == made.scheduler.limits.num_pages
+    assert made.scheduler.pages.num_free == made.scheduler.pages.num_pages
 
 
 def test_cancelled_requests_free_their_pages_at_once_and_disturb_nobody(engine, alone):

@@ -16,7 +16,7 @@ from lockstep.ops.kv_cache import PAGE_TOKENS
 from lockstep.ops.linear import Linear
 from lockstep.runtime.executor import WeightStore
 from lockstep.serve.hub import resolve_model
-from tests.engine.test_drafts import LONG, PARAMS, PROMPTS, answer, pages, preemptions, run
+from tests.engine.test_drafts import LONG, PARAMS, PROMPTS, answer, pages, preemptions, run, same_pages
 from tests.models import tiny
 from tests.models.cases import hybrid
 from tests.weights.gguf_models import qwen35_tensors, write_qwen35
@@ -77,9 +77,9 @@ def test_no_answer_and_no_cached_byte_changes(engine, alone, options):
     made = engine(kv_tokens=64 * 40, **options)
     requests = run(made)
     assert [answer(r) for r in requests] == alone[0]
-    assert pages(made, requests) == alone[1]
+    assert same_pages(pages(made, requests), alone[1])
     assert sum(r.num_drafted for r in requests) > (20 if "draft" in options else 0)
-    assert made.scheduler.pages.num_free == made.scheduler.limits.num_pages
+    assert made.scheduler.pages.num_free == made.scheduler.pages.num_pages
 
 
 @pytest.mark.parametrize("options", [dict(max_step_tokens=5), dict(kv_tokens=320, max_requests=6, max_step_tokens=50)])

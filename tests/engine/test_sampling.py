@@ -280,7 +280,7 @@ def test_a_mask_that_fails_ends_its_request_and_no_other(engine, alone, mask, me
     assert (bad.finish_reason, seen) == ("error", [bad]) and bad.error.startswith(message)
     assert len(bad.output_ids) in (0, 2)
     assert [answer(r) for r in others] == alone
-    assert made.scheduler.pages.num_free == made.scheduler.limits.num_pages
+    assert made.scheduler.pages.num_free == made.scheduler.pages.num_pages
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -301,7 +301,7 @@ def test_a_mask_may_cancel_others_of_its_step(engine, first):
         other()
     finish(made)
     assert answer(r) == answer(expected) and others[0].finish_reason == "cancelled" and len(others[0].output_ids) == 2
-    assert made.scheduler.pages.num_free == made.scheduler.limits.num_pages
+    assert made.scheduler.pages.num_free == made.scheduler.pages.num_pages
 
 
 def test_a_request_that_fails_alone_leaves_nothing(engine):

@@ -63,7 +63,6 @@ CASES = [
     Case("qwen3", "q4_0", "q8"),
     Case("qwen2", "f32", "q8"),
     Case("mistral_window", "bf16", "q8", (5, 63, 260)),
-    Case("qwen3_windows", "q8_0", "bf16", (1, 88, 260)),
     Case("bundled", "auto", "q8", (1, 66, 150)),
 ]
 

@@ -8,6 +8,7 @@ request.
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 
 from lockstep.ops.kv_cache import PAGE_TOKENS
 
@@ -180,15 +181,18 @@ class PagePool:
         """What a request holds that has no page yet."""
         return [Held() for _ in self.groups]
 
-    def extend(self, pages: Sequence[Held], start: int, count: int) -> int:
-        """Takes pages for up to `count` tokens from position `start` on; for how many every group has pages."""
+    def extend(self, pages: Sequence[Held], start: int, count: int, kept: Sequence[int] = ()) -> int:
+        """Takes pages for up to `count` tokens from position `start` on; for how many every group has pages.
+
+        kept: of each group, how many pages are left for others.
+        """
         if all(held.end * PAGE_TOKENS >= start + count for held in pages):
             return count
-        ends = (held.end + allocator.num_free for held, allocator in zip(pages, self.allocators, strict=True))
-        count = min(count, min(ends) * PAGE_TOKENS - start)
-        if count > 0:
-            self._take(pages, pages_for(start + count))
-        return max(0, count)
+        free = [allocator.num_free - left for allocator, left in zip(self.allocators, kept or repeat(0), strict=False)]
+        ends = (held.end + max(0, num_free) for held, num_free in zip(pages, free, strict=True))
+        count = max(0, min(count, min(ends) * PAGE_TOKENS - start))
+        self._take(pages, pages_for(start + count) if count else 0)
+        return count
 
     def take_all(self, pages: Sequence[Held], num_tokens: int) -> bool:
         """Takes pages for so many tokens in the groups that keep all of them; whether there were enough."""

@@ -10,11 +10,12 @@ it gives all back, waits again, and computes its known tokens once more (less wh
 is stopped for one that waits, whatever its priority.
 
 Layers with a window need no pages for what lies before it. Of those a request takes pages with each step, for as many
-of its tokens as there are pages for, and gives back what no later token sees. It is admitted when there are as many as
-it needs to go on token by token, beside those that running requests have yet to take."""
+of its tokens as others can spare pages for, and gives back what no later token sees. It is admitted when there are as
+many as it needs to go on token by token, beside those that running requests have yet to take.
+"""
 
 from bisect import insort
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from lockstep.engine.pages import PageGroup, PagePool
 from lockstep.engine.prefix import Found, PrefixCache
@@ -150,21 +151,33 @@ class Scheduler:
         """Whether there are pages for a request, of which the prefix cache found a part."""
         for number, (group, allocator) in enumerate(zip(self.pages.groups, self.pages.allocators, strict=True)):
             there = allocator.num_free + (found.num_held[number] if found else 0)
-            if group.window:
-                there -= sum(max(0, group.needed(r.num_tokens) - len(r.pages[number].ids)) for r in self.running)
+            there -= self._num_lacking(number, self.running)
             if there - group.needed(request.num_tokens) < len(self.running):
                 return False
         return True
 
+    def _num_lacking(self, number: int, requests: Iterable[Request]) -> int:
+        """How many pages of a group running requests have yet to take, to go on token by token. Of layers that see all
+        keys they take them at once, and one when they need it."""
+        group = self.pages.groups[number]
+        if not group.window:
+            return 0
+        return sum(max(0, group.needed(r.num_tokens) - len(r.pages[number].ids)) for r in requests)
+
     def _grow(self, request: Request, count: int) -> int:
         """Pages for up to `count` more tokens of a request; for how many there are. None are there if it was the one to
         be preempted for the first of them."""
-        while not (found := self.pages.extend(request.pages, request.num_computed, count)):
+        if count > 1:  # as many as others can spare
+            others = [r for r in self.running if r is not request]
+            kept = [self._num_lacking(number, others) for number in range(len(self.pages.groups))]
+            if found := self.pages.extend(request.pages, request.num_computed, count, kept):
+                return found
+        while not self.pages.extend(request.pages, request.num_computed, 1):
             last = self.running[-1]
             self.preempt(last)
             if last is request:
                 return 0
-        return found
+        return 1
 
     def lend(self, request: Request, count: int) -> int:
         """Pages for up to `count` drafts after a request's next token, of those that nobody uses and that hold nothing;

@@ -3,13 +3,54 @@
 PAGE_TOKENS = 64
 
 
-class Naive:
-    """Requests are dicts; `tokens` are all that are known, the salt in front of them is part of what a page holds."""
+class NaiveGroup:
+    """The pages of layers that see a window of so many keys; 0: all."""
 
-    def __init__(self, budget, num_slots, num_pages, caches=True):
-        self.budget, self.slots, self.caches, self.preempted = budget, list(range(num_slots)), caches, 0
+    def __init__(self, num_pages, window):
+        self.window = window
+        touched = [len({p // PAGE_TOKENS for p in range(i, i + window)}) for i in range(PAGE_TOKENS)]
+        self.most = max(touched)  # blocks that as many tokens lie on
         self.free, self.idle = list(range(num_pages)), []  # in the order in which they are taken
         self.holders, self.content = {p: 0 for p in range(num_pages)}, {}  # content: page -> the prefix that ends in it
+
+    def sees(self, position, block):
+        """Whether a token at a position sees one in a block."""
+        first, last = block * PAGE_TOKENS, block * PAGE_TOKENS + PAGE_TOKENS - 1
+        return first <= position and (not self.window or last > position - self.window)
+
+    def page_of(self, prefix):
+        return next((p for p, held in self.content.items() if held == prefix), None)
+
+    def take(self):
+        page = self.free.pop(0) if self.free else self.idle.pop(0)
+        self.content.pop(page, None)
+        self.holders[page] = 1
+        return page
+
+    def share(self, page):
+        self.idle = [p for p in self.idle if p != page]
+        self.holders[page] += 1
+        return page
+
+    def give_back(self, pages):
+        for page in reversed(pages):
+            self.holders[page] -= 1
+            if not self.holders[page]:
+                self.idle.append(page) if page in self.content else self.free.insert(0, page)
+
+    def needed(self, num_tokens):
+        """The most blocks that a request of so many tokens holds if it goes on token by token."""
+        total = -(-num_tokens // PAGE_TOKENS)
+        return min(total, self.most) if self.window else total
+
+
+class Naive:
+    """Requests are dicts; `tokens` are all that are known, the salt in front of them is part of what a page holds;
+    `pages` are {block: page} of each group."""
+
+    def __init__(self, budget, num_slots, groups, caches=True):
+        self.budget, self.slots, self.caches, self.preempted = budget, list(range(num_slots)), caches, 0
+        self.groups = [NaiveGroup(*group) for group in groups]
         self.promised = {}  # prefix -> the running request that computes it
         self.requests = []
 
@@ -28,20 +69,9 @@ class Naive:
     def usable(self, r):
         return self.prefixes(r, (len(r["tokens"]) - 1) // PAGE_TOKENS if self.caches else 0)
 
-    def page_of(self, prefix):
-        return next((p for p, held in self.content.items() if held == prefix), None)
-
-    def take(self):
-        page = self.free.pop(0) if self.free else self.idle.pop(0)
-        self.content.pop(page, None)
-        self.holders[page] = 1
-        return page
-
     def give_back(self, r):
-        for page in reversed(r["pages"]):
-            self.holders[page] -= 1
-            if not self.holders[page]:
-                self.idle.append(page) if page in self.content else self.free.insert(0, page)
+        for group, pages in zip(self.groups, r["pages"], strict=True):
+            group.give_back(list(pages.values()))
         self.slots.insert(0, r["slot"])
         self.promised = {prefix: who for prefix, who in self.promised.items() if who is not r}
         r.update(pages=[], slot=None, computed=0)
@@ -52,38 +82,71 @@ class Naive:
                 return
             if any(p in self.promised and self.promised[p]["priority"] <= r["priority"] for p in self.usable(r)):
                 continue
-            hits = []
-            for prefix in self.usable(r):
-                if self.page_of(prefix) is None:
-                    break
-                hits.append(self.page_of(prefix))
-            total = -(-len(r["tokens"]) // PAGE_TOKENS)
-            room = len(self.free) + len(self.idle) - sum(p in self.idle for p in hits)
-            if room - (total - len(hits)) < len(self.running()):
+            first, found = self.longest(self.usable(r))
+            if not all(self.has_room(i, r, blocks) for i, blocks in enumerate(found)):
                 return
-            for page in hits:
-                self.idle = [p for p in self.idle if p != page]
-                self.holders[page] += 1
-            r["slot"], r["computed"] = self.slots.pop(0), PAGE_TOKENS * len(hits)
-            r["pages"] = hits + [self.take() for _ in range(total - len(hits))]
-            for prefix in self.usable(r)[len(hits) :]:
+            pages = [
+                {b: group.share(page) for b, page in blocks.items()}
+                for group, blocks in zip(self.groups, found, strict=True)
+            ]
+            r.update(slot=self.slots.pop(0), computed=PAGE_TOKENS * first, pages=pages)
+            for group, pages in zip(self.groups, r["pages"], strict=True):
+                for block in range(first, group.needed(len(r["tokens"])) if not group.window else 0):
+                    pages[block] = group.take()
+            for prefix in self.usable(r)[first:]:
                 self.promised.setdefault(prefix, r)
+
+    def longest(self, prefixes):
+        """The blocks of the longest prefix after which all that the next token sees is cached: how many, and of each
+        group {block: page} of what it sees."""
+        for count in range(len(prefixes), 0, -1):
+            found = [
+                {b: g.page_of(prefixes[b]) for b in range(count) if g.sees(count * PAGE_TOKENS, b)} for g in self.groups
+            ]
+            if not any(None in blocks.values() for blocks in found):
+                return count, found
+        return 0, [{} for _ in self.groups]
+
+    def has_room(self, index, r, found):
+        group = self.groups[index]
+        room = len(group.free) + len(group.idle) - sum(page in group.idle for page in found.values())
+        return room - self.lacks(index, None) - (group.needed(len(r["tokens"])) - len(found)) >= len(self.running())
+
+    def lacks(self, index, r):
+        """Pages that running requests, but this one, have yet to take in a group of layers with a window."""
+        group, others = self.groups[index], [o for o in self.running() if o is not r]
+        lacks = [group.needed(len(o["tokens"])) - len(o["pages"][index]) for o in others if group.window]
+        return sum(n for n in lacks if n > 0)
+
+    def grow(self, r, count):
+        """Takes pages for up to so many tokens; for how many there were."""
+        while r["slot"] is not None:
+            for possible in range(count, 0, -1):
+                wanted = [self.missing(r, i, possible) for i in range(len(self.groups))]
+                free = [len(g.free) + len(g.idle) - self.lacks(i, r) for i, g in enumerate(self.groups)]
+                if possible == 1:
+                    free = [len(g.free) + len(g.idle) for g in self.groups]
+                if all(len(w) <= max(0, n) for w, n in zip(wanted, free, strict=True)):
+                    for group, pages, blocks in zip(self.groups, r["pages"], wanted, strict=True):
+                        pages.update({block: group.take() for block in blocks})
+                    return possible
+            self.preempted += 1
+            self.give_back(self.running()[-1])
+        return 0
+
+    def missing(self, r, index, count):
+        """Blocks of a request's next so many tokens for which it has no page in a group."""
+        blocks = range(r["computed"] // PAGE_TOKENS, (r["computed"] + count - 1) // PAGE_TOKENS + 1)
+        return [block for block in blocks if block not in r["pages"][index]]
 
     def step(self):
         """[(name, tokens, pages, slot)]: those with one token left first, then prompts."""
         self.admit()
         left, plan = self.budget, []
         for r in self.running():
-            if len(r["tokens"]) - r["computed"] == 1 and r["slot"] is not None and left:
-                while r["slot"] is not None and r["computed"] == PAGE_TOKENS * len(r["pages"]):
-                    if self.free or self.idle:
-                        r["pages"].append(self.take())
-                    else:
-                        self.preempted += 1
-                        self.give_back(self.running()[-1])
-                if r["slot"] is not None:
-                    plan.append((r, 1))
-                    left -= 1
+            if len(r["tokens"]) - r["computed"] == 1 and r["slot"] is not None and left and self.grow(r, 1):
+                plan.append((r, 1))
+                left -= 1
         prompts = [(r, len(r["tokens"]) - r["computed"]) for r in self.running()]
         prompts = [(r, missing) for r, missing in prompts if missing > 1]
         if prompts and left:
@@ -94,10 +157,15 @@ class Naive:
             )
             turn = [r for r, _ in order].index(first)
             for i, (r, missing) in enumerate(order):
-                count = min(missing, left - half if i < turn else left)
+                most = min(missing, left - half if i < turn else left)
+                count = self.grow(r, most) if most else 0
                 left -= count
                 plan += [(r, count)] * (count > 0)
-        return [(r["name"], count, list(r["pages"]), r["slot"]) for r, count in plan]
+        return [
+            (r["name"], count, [dict(pages) for pages in r["pages"]], r["slot"])
+            for r, count in plan
+            if r["slot"] is not None
+        ]
 
     def done(self, plan, token):
         """Marks a step's tokens as computed; who has none missing gets one more."""
@@ -106,13 +174,21 @@ class Naive:
             before = r["computed"] // PAGE_TOKENS
             r["computed"] += counts[r["name"]]
             full = self.prefixes(r, r["computed"] // PAGE_TOKENS) if self.caches else []
-            for prefix, page in list(zip(full, r["pages"], strict=False))[before:]:
-                if page not in self.content and self.page_of(prefix) is None:
-                    self.content[page] = prefix
+            for block, prefix in list(enumerate(full))[before:]:
+                for group, pages in zip(self.groups, r["pages"], strict=True):
+                    if pages[block] not in group.content and group.page_of(prefix) is None:
+                        group.content[pages[block]] = prefix
                 if self.promised.get(prefix) is r:
                     del self.promised[prefix]
+            self.drop(r)
             if r["computed"] == len(r["tokens"]):
                 r["tokens"].append(token)
+
+    def drop(self, r):
+        """Gives back the blocks before all that the next token, or a later one, sees."""
+        for group, pages in zip(self.groups, r["pages"], strict=True):
+            gone = [b for b in pages if (b + 1) * PAGE_TOKENS <= r["computed"] and not group.sees(r["computed"], b)]
+            group.give_back([pages.pop(block) for block in gone])
 
     def end(self, name):
         for r in self.requests:

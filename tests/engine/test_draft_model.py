@@ -12,6 +12,7 @@ from lockstep.engine.request import SamplingParams
 from tests.models import tiny
 from tests.models.cases import case, hybrid
 from tests.models.running import load
+from tests.promise.models import CONFIGS as promised
 from tests.promise.models import Case
 from tests.promise.models import load as load_case
 from tests.speculation.masks import FewAfterEach
@@ -47,8 +48,11 @@ class Watched:
     """
 
     def __init__(self, model, draft, most=5, every=1, **options):
-        self.engine = Engine(model, EngineOptions(**{"threads": 1, "max_requests": 5, **options}))
-        self.drafts = DraftModel(draft, model, self.engine.team, self.engine.limits, self.engine.eos_ids)
+        options = EngineOptions(**{"threads": 1, "max_requests": 5, **options})
+        self.engine = Engine(model, options)
+        drafting = dataclasses.replace(options, speculate="model", draft=most)
+        groups = cache_size.page_groups(draft.recorded, self.engine.limits.num_pages, drafting)
+        self.drafts = DraftModel(draft, model, self.engine.team, self.engine.limits, groups, self.engine.eos_ids)
         self.most, self.every, self.num_steps, self.guesses, self.behind = most, every, 0, [], {}
 
     def step(self):
@@ -120,11 +124,12 @@ def other(model, config, tmp_path, seed):
     raw = {
         "qwen3": case("qwen3", head_dim=32, num_hidden_layers=1, max_position_embeddings=1000),
         "qwen3_5": hybrid(max_position_embeddings=1000),
+        "qwen3_windows": {**promised["qwen3_windows"], "max_position_embeddings": 1000},
     }[config]
     return load(tiny.write(tmp_path / config, raw, tiny.tensors(raw, seed)), max_context=1000)
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", (*CONFIGS, "qwen3_windows"))
 def test_another_model_guesses_what_it_would_say_itself(model, watched, config, tmp_path):
     """Whatever it guessed wrong before: each guess is how the draft model alone goes on from the known tokens."""
     draft = other(model, config, tmp_path, 5)

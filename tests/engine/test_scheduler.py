@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep.engine.pages import PageAllocator
+from lockstep.engine.pages import PageAllocator, PageGroup
 from lockstep.engine.prefix import PrefixCache, block_name, first_name
 from lockstep.engine.request import Request, SamplingParams, sample_seed, samples
 from lockstep.engine.runner import Limits
@@ -37,6 +37,10 @@ def planned(scheduler):
     return [(r.id, count, list(r.pages[0].ids), r.slot) for r, count in scheduler.schedule()]
 
 
+def by_block(held):
+    return dict(enumerate(held.ids, held.first))
+
+
 def advance(scheduler, plan, token=0):
     """What the engine does after a step: whoever has nothing left to compute gets a token."""
     counts = {name: count for name, count, *_ in plan}
@@ -47,12 +51,12 @@ def advance(scheduler, plan, token=0):
 
 
 def both_step(scheduler, naive, budget):
-    plan = planned(scheduler)
+    plan = [(r.id, count, [by_block(held) for held in r.pages], r.slot) for r, count in scheduler.schedule()]
     assert plan == naive.step()
     assert sum(count for _, count, *_ in plan) <= budget
     advance(scheduler, plan, 7)
     naive.done(plan, 7)
-    assert scheduler.pages.num_free == len(naive.free) + len(naive.idle)
+    assert [a.num_free for a in scheduler.pages.allocators] == [len(g.free) + len(g.idle) for g in naive.groups]
     for r in [r for r in scheduler.running if r.max_num_tokens <= r.num_tokens]:
         scheduler.remove(r)
         naive.end(r.id)
@@ -63,12 +67,28 @@ def both_step(scheduler, naive, budget):
     st.integers(1, 200), st.integers(1, 4), st.integers(6, 10), st.booleans(), st.lists(STEP, min_size=1, max_size=12)
 )
 def test_plans_pages_and_slots_equal_those_of_a_naive_scheduler(budget, num_slots, num_pages, caches, steps):
-    compare(budget, num_slots, num_pages, caches, steps)
+    compare(budget, num_slots, [(num_pages, 0)], caches, steps)
 
 
-def test_they_are_equal_under_load_too_with_preemption_eviction_and_shared_pages():
+# (pages, window) of each group: scarce or not, beside layers that see all keys or alone
+GROUPS = st.lists(
+    st.sampled_from([(6, 0), (9, 0), (7, 400), (4, 130), (9, 130), (3, 65), (2, 64), (2, 24), (6, 24), (1, 1)]),
+    min_size=1,
+    max_size=3,
+    unique_by=lambda group: group[1],
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 200), st.integers(1, 4), GROUPS, st.booleans(), st.lists(STEP, min_size=1, max_size=12))
+def test_they_are_equal_for_groups_of_layers_with_windows(budget, num_slots, groups, caches, steps):
+    compare(budget, num_slots, groups, caches, steps)
+
+
+@pytest.mark.parametrize("windows", [(), ((8, 24),), ((10, 65), (14, 130))])
+def test_they_are_equal_under_load_too_with_preemption_eviction_and_shared_pages(windows):
     seen, rng = Counter(), random.Random(0)
-    for _ in range(40):
+    for _ in range(20 if windows else 40):
         steps = []
         for _ in range(30):
             arrivals = [
@@ -82,14 +102,17 @@ def test_they_are_equal_under_load_too_with_preemption_eviction_and_shared_pages
                 for _ in range(rng.randint(1, 2))
             ]
             steps.append((arrivals, [rng.randrange(6)] * rng.randrange(2), rng.randint(1, 60)))
-        compare(rng.randint(20, 200), rng.randint(2, 4), rng.randint(6, 10), True, steps, seen)
-    assert all(seen[what] > 20 for what in ("preempted", "evicted", "found", "recovered")), seen
+        compare(rng.randint(20, 200), rng.randint(2, 4), [(rng.randint(6, 10), 0), *windows], True, steps, seen)
+    few = 5 if windows else 20  # who would lack pages of a window is not let in
+    assert all(seen[what] > few for what in ("preempted", "evicted", "found", "recovered")), seen
 
 
-def compare(budget, num_slots, num_pages, caches, steps, seen=None):
-    """Takes both schedulers through the same arrivals and ends; every plan must be equal. seen: a Counter of events."""
-    scheduler = Scheduler(Limits(budget, num_slots, num_pages, num_slots), cached if caches else None)
-    naive, names = Naive(budget, num_slots, num_pages, caches), 0
+def compare(budget, num_slots, groups, caches, steps, seen=None):
+    """Takes both schedulers through the same arrivals and ends; every plan must be equal. groups: (pages, window) of
+    each. seen: a Counter of events."""
+    made = tuple(PageGroup(*group) for group in groups)
+    scheduler = Scheduler(Limits(budget, num_slots, 0, num_slots, made), cached if caches else None)
+    naive, names = Naive(budget, num_slots, groups, caches), 0
     for arrivals, ends, num_steps in steps:
         for text, prompt, max_tokens, priority, salt in arrivals:
             scheduler.add(request(names, TEXTS[text][:prompt], max_tokens, priority=priority, cache_salt=salt))
@@ -206,11 +229,41 @@ def test_the_least_recently_used_prefix_is_evicted_last_blocks_first():
     assert pages.find(block_name(names[1], [2] * 64)) is None and pages.find(block_name(names[0], [1] * 64)) == 1
 
 
+@pytest.mark.parametrize("window", [512, 1000, 1024])
+@pytest.mark.parametrize("budget", [1, 100, 512])
+def test_a_long_request_holds_pages_for_its_window_and_its_step(window, budget):
+    """Five layers of six see a window: at 20,000 tokens a request holds what counting says, at most."""
+    pages, length = 400, 20_000
+    limits = Limits(budget, 1, pages, 1, (PageGroup(pages), PageGroup(pages, window)))
+    scheduler, most = Scheduler(limits), [0, 0]
+    scheduler.add(request(0, length, 200))
+    while scheduler.running or scheduler.waiting:
+        plan = scheduler.schedule()
+        most = [max(n, a.num_pages - a.num_free) for n, a in zip(most, scheduler.pages.allocators, strict=True)]
+        for r, count in plan:
+            assert all(held.end * 64 >= r.num_computed + count for held in r.pages)
+            assert r.pages[1].first == max(0, r.num_computed - window + 1) // 64, "the first page with a key it sees"
+            scheduler.computed(r, count)
+            if r.num_left == 0:
+                r.output_ids.append(0)
+        if scheduler.running[0].num_tokens > length + 150:
+            scheduler.remove(scheduler.running[0])
+    span = window - 1 + budget  # keys that the tokens of a step see, their own included
+    assert most[0] == -(-(length + 151) // 64) and most[1] in (-(-span // 64), -(-(span - 1) // 64) + 1)
+    whole, held = 6 * most[0], most[0] + 5 * most[1]
+    assert held < 0.44 * whole
+
+
 def test_what_could_never_run_is_refused():
     scheduler = Scheduler(Limits(10, 4, 2, 4))
     scheduler.add(request(0, 100, 28))
     with pytest.raises(ValueError, match="100 tokens and max_tokens 29: the KV cache holds 128 tokens"):
         scheduler.add(request(1, 100, 29))
+    scheduler = Scheduler(Limits(10, 4, 2, 4, (PageGroup(2, 24),)))
+    scheduler.add(request(0, 100, 10_000))
+    scheduler = Scheduler(Limits(10, 4, 2, 4, (PageGroup(2, 90),)))
+    with pytest.raises(ValueError, match="the KV cache holds 128 tokens"):
+        scheduler.add(request(0, 100, 29))
 
 
 def test_a_page_given_back_twice_is_noticed():
@@ -258,3 +311,46 @@ def test_samples_have_seeds_of_their_own_and_the_first_has_the_given_one():
 
 
 SAMPLE_1_OF_SEED_0 = 3586058455694805751
+
+
+def test_a_prefix_is_found_without_the_pages_that_a_window_has_left():
+    """Of the second turn's prefix, layers with a window have the last pages only: the first took the others again."""
+    groups = (PageGroup(40), PageGroup(4, 100))
+    scheduler, text = Scheduler(Limits(64, 1, 40, 1, groups), cached), list(range(2000))
+    first, second, other = request(0, text[:1000], 1), request(1, text[:1100], 1), request(2, text[:500] + [7] * 9, 1)
+    for r in (first, second, other):
+        scheduler.add(r)
+        while not r.output_ids:
+            advance(scheduler, [(r.id, n) for r, n in scheduler.schedule()])
+        scheduler.remove(r)
+    assert second.num_cached == 1000 // 64 * 64, "those that it sees are there"
+    assert other.num_cached == 0, "where the texts part they are not"
+
+
+def test_requests_share_what_both_see_and_each_holds_its_own_window():
+    groups = (PageGroup(40), PageGroup(20, 100))
+    scheduler, text = Scheduler(Limits(1000, 2, 40, 2, groups), cached), list(range(2000))
+    first, second = request(0, text[:400], 300), request(1, text[:400], 300)
+    for r in (first, second):
+        scheduler.add(r)
+        advance(scheduler, planned(scheduler))
+    shared = [set(a.ids) & set(b.ids) for a, b in zip(first.pages, second.pages, strict=True)]
+    assert [len(pages) for pages in shared] == [6, 2] and first.pages[1].first == 301 // 64
+    for _ in range(200):
+        advance(scheduler, planned(scheduler))
+    assert [len(set(a.ids) & set(b.ids)) for a, b in zip(first.pages, second.pages, strict=True)] == [6, 0]
+    assert first.pages[1].first == second.pages[1].first + (first.num_computed - second.num_computed) // 64 == 501 // 64
+
+
+def test_a_step_is_as_long_as_there_are_pages_of_a_window():
+    scheduler = Scheduler(Limits(500, 2, 40, 2, (PageGroup(40), PageGroup(5, 65))))
+    first, second = request(0, 700, 20), request(1, 700, 20)
+    scheduler.add(first)
+    assert [count for _, count, *_ in planned(scheduler)] == [5 * 64]
+    advance(scheduler, [(0, 5 * 64)])
+    scheduler.add(second)
+    plan = planned(scheduler)
+    assert [(name, count) for name, count, *_ in plan] == [(0, 2 * 64), (1, 2 * 64)], "two are kept for the other"
+    advance(scheduler, plan)
+    assert [(name, count) for name, count, *_ in planned(scheduler)] == [(0, 2 * 64), (1, 64)]
+    assert scheduler.num_preempted == 0

@@ -4,7 +4,8 @@ import io
 
 import pytest
 
-from lockstep.commands.progress import Progress
+from lockstep.commands import progress as module
+from lockstep.commands.progress import Counter, Progress
 
 
 class Terminal(io.StringIO):
@@ -29,3 +30,21 @@ def test_progress_of_a_moment_is_silent():
     with Progress(stream) as progress:
         progress.packing("packing", 1, None)
     assert stream.getvalue() == ""
+
+
+def test_time_left_is_that_of_a_part_from_its_first_step_on(monkeypatch):
+    now = iter([0.0, 100.0, 100.0, 110.0, 110.0, 130.0, 500.0, 500.0])
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(now))
+    said = []
+    with Counter(stream=Terminal()) as counter:
+        monkeypatch.setattr(counter, "_live", said.append)
+        counter.step("measuring", "plan 1 of 3", 4, 24)
+        counter.step("measuring", "plan 2 of 3", 8, 24)
+        counter.step("measuring", "plan 3 of 3", 12, 24)
+        counter.step("confirming", "window 1 of 9", 1, 9)
+    assert said == [
+        "measuring: plan 1 of 3",
+        "measuring: plan 2 of 3, 40 s left",
+        "measuring: plan 3 of 3, 15 s left",
+        "confirming: window 1 of 9",
+    ]

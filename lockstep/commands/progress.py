@@ -63,9 +63,10 @@ class Counter:
     """A context in which steps of one kind are counted, with the time that is left: a live line on a terminal, nothing
     elsewhere. Called with how many are done, and how many there are."""
 
-    def __init__(self, doing: str, noun: str, stream: TextIO | None = None) -> None:
+    def __init__(self, doing: str = "", noun: str = "", stream: TextIO | None = None) -> None:
         self._doing, self._noun, self._stream = doing, noun, stream or sys.stderr
         self._started, self._status = time.perf_counter(), None
+        self._first = 0  # work of a part that was done when its clock began
 
     def __enter__(self) -> Self:
         return self
@@ -76,20 +77,25 @@ class Counter:
 
     def __call__(self, done: int, total: int) -> None:
         """Shows how far it is."""
-        if not self._stream.isatty():
-            return
-        from rich.console import Console
+        self._show(f"{self._doing}: {self._noun} {done} of {total}", done, total)
 
+    def step(self, part: str, where: str, done: int, total: int) -> None:
+        """Shows work in several parts, each of which has a clock of its own, from its first step on. where: in words;
+        done, total: in any unit of work."""
+        if part != self._doing:
+            self._doing, self._started, self._first = part, time.perf_counter(), done
+        self._show(f"{part}: {where}", done - self._first, total - self._first)
+
+    def _show(self, where: str, done: int, total: int) -> None:
         seconds = time.perf_counter() - self._started
         left = f", {seconds / done * (total - done):.0f} s left" if done and seconds > QUIET_SECONDS else ""
-        line = f"{self._doing}: {self._noun} {done} of {total}{left}"
+        if self._stream.isatty():
+            self._live(where + left)
+
+    def _live(self, line: str) -> None:
+        from rich.console import Console
+
         if self._status is None:
             self._status = Console(file=self._stream).status(line)
             self._status.start()
         self._status.update(line)
-
-    def step(self, doing: str, noun: str, done: int, total: int) -> None:
-        """The same of work in several parts, each of which has a clock of its own."""
-        if doing != self._doing:
-            self._doing, self._noun, self._started = doing, noun, time.perf_counter()
-        self(done, total)

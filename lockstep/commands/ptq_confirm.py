@@ -30,7 +30,7 @@ def command(
     read_folder(folder)
     with Progress() as progress:
         study, subject = assembled(recipe, progress.packing)
-        with made_team(threads) as team, Counter("", "window") as counter:
+        with made_team(threads) as team, Counter() as counter:
             made = confirm_study(folder, study, subject, team, top, counter.step)
     show(folder)
     for record in made:

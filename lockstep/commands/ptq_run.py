@@ -38,7 +38,7 @@ def command(
     with Progress() as progress:
         study, subject = assembled(read, progress.packing)
         keep_recipe(folder, read)
-        with made_team(threads) as team, Counter("", "trial") as counter:
+        with made_team(threads) as team, Counter() as counter:
             how = How(jobs, team.num_threads, counter.step, say)
             trials = run_study(folder, study, subject, team, how)
     ranked = ranking(trials)

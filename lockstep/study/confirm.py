@@ -54,7 +54,7 @@ def confirm_study(
         in_integers = InIntegers(study, subject, team)
         for done, record in enumerate(made, 1):
             record.update(in_integers.record(confirmation.setup(record["id"]), record["metrics"]))
-            on_step("in the other arithmetic", "plan", done, len(made))
+            on_step("in the other arithmetic", f"plan {done} of {len(made)}", done, len(made))
         content = b"".join(map(line_of, made))
         save(folder / CONFIRM, lambda beside: beside.write_bytes(content))
     return made
@@ -90,7 +90,8 @@ class _Confirmation:
                 figures[name].append(found)
                 if found["digest"] != self._digests[name][index] and name not in first:
                     first[name] = self._difference(setup, index, base, scores)
-            on_step("confirming", "window", index + 1, len(self._study.evaluation))
+            done, total = index + 1, len(self._study.evaluation)
+            on_step("confirming", f"window {done} of {total}", done, total)
         return self._records(ids, figures, first)
 
     def setup(self, id: str) -> Setup:

@@ -32,7 +32,7 @@ STUDY, TRIALS, TIMES, WINNER = "study.json", "trials.jsonl", "times.jsonl", "win
 CLEARLY = 3.0  # standard errors by which a trial must be worse than the best to end early
 LEAST_WINDOWS = 4  # from which a standard error is taken seriously
 DONE, STOPPED, FAILED = "done", "stopped", "failed"
-# called with what is done, what is counted, how many of them are done, and how many there are
+# called with a part of the work, where it is, both in words, how much is done, and how much is to be done at most
 OnStep = Callable[[str, str, int, int], object]
 
 
@@ -42,7 +42,7 @@ class How:
 
     jobs: int = 1
     threads: int = 1
-    on_step: OnStep = lambda what, noun, done, total: None
+    on_step: OnStep = lambda part, where, done, total: None
     say: Callable[[str], object] = lambda line: None
 
 
@@ -71,7 +71,7 @@ def _calibrated(folder: Path, study: Study, subject: Subject, team: Team, how: H
         return load_stats(path)
     if not study.calibration or not study.treatment.sites:
         return {}
-    step = lambda done, total: how.on_step("calibrating", "window", done, total)
+    step = lambda done, total: how.on_step("calibrating", f"window {done} of {total}", done, total)
     stats = calibrate(subject.model, study.treatment, team, study.calibration, step)
     save_stats(path, stats)
     return stats
@@ -103,6 +103,7 @@ class _Run:
         self._layers = {t: [0, 0] for t in self.windows}
         self._weights: dict[int, dict[str, float | None]] = {t: {} for t in self.windows}
         self._written: list[dict[str, Any]] = []
+        self._windows_run = 0  # in this run, of all trials
 
     def run(self) -> list[dict[str, Any]]:
         active, rounds = list(range(len(self._study.trials))), self._study.rounds()
@@ -161,7 +162,16 @@ class _Run:
                     f"{self._lines.path}: trial {record['trial']} of round {number} gives other figures now"
                 )
             before = now
-            self._how.on_step(f"round {number + 1} of {len(self._study.rounds())}", "plan", done, len(wanted) + 1)
+            self._say_step(number, len(active) + 1, done, len(wanted) + 1)
+
+    def _say_step(self, number: int, num_active: int, done: int, num_wanted: int) -> None:
+        """Tells that `done` trials of a round are done. Work is counted in windows of a trial; in later rounds are all
+        trials that may still be there."""
+        sizes = [len(windows) for windows in self._study.rounds()]
+        self._windows_run += sizes[number]
+        left = sizes[number] * (num_wanted - done) + num_active * sum(sizes[number + 1 :])
+        where = f"round {number + 1} of {len(sizes)}, plan {done} of {num_wanted}"
+        self._how.on_step("measuring", where, self._windows_run, self._windows_run + left)
 
     def _record(self, number: int, outcome: Outcome, windows: range) -> dict[str, Any]:
         made: dict[str, Any] = dict(round=number, trial=self._name(outcome.trial))

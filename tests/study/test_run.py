@@ -170,6 +170,17 @@ def test_runs_that_begin_later_have_the_same_figures():
     assert sum(outcome.layers_saved for outcome in later) > 0 == sum(outcome.layers_saved for outcome in whole)
 
 
+def test_progress_counts_the_whole_study(tmp_path):
+    steps = []
+    study = study_of(subject_of(), sweeps=SWEEPS[1:], num_windows=3, early_stop=False)
+    run(tmp_path, study, on_step=lambda *step: steps.append(step))
+    num_trials = len(study.trials) + 1  # and the model in float
+    rounds = [step for step in steps if step[0] == "measuring"]
+    assert [step[0] for step in steps[:2]] == ["calibrating"] * 2 and len(rounds) == 2 * num_trials
+    assert {total for *_, total in rounds} == {3 * num_trials} and rounds[-1][2] == 3 * num_trials
+    assert rounds[0][1:3] == (f"round 1 of 2, plan 1 of {num_trials}", 2)
+
+
 def test_what_is_clearly_worse_ends_early(tmp_path):
     sweep = Sweep("product", {"norm": ("norm*", ("i8", "u2", "u3"))})
     study = study_of(subject_of(), Plan([["*", "i16"]]), [sweep], num_windows=6, round=4)

@@ -13,6 +13,7 @@ SKIPPED_FOLDERS = {".git", ".venv", ".venv-dev", ".venv-oracles", "build", "node
 FOLDERS = ("lockstep", "tests", "bench", "docs", "studies", "training")
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 WORD = re.compile(r"[\w./-]+")
+NAME_IN_FILE = re.compile(r"`([\w.]+)`\s+(?:in\s+|\()`((?:lockstep|tests|bench)/[\w/]+\.py)`")
 TARGET = re.compile(r"^([\w-]+)(?: [\w-]+)*:", re.MULTILINE)
 
 
@@ -54,6 +55,14 @@ def words(path):
         yield word.strip(".-/")
 
 
+def strangers(text):
+    """Pairs (name, file) of `name` in `file.py` or `name` (`file.py`), where the file has no such name."""
+    for name, place in NAME_IN_FILE.findall(text):
+        path = ROOT / place
+        if path.exists() and not re.search(rf"\b{name.rpartition('.')[2]}\b", path.read_text("utf-8")):
+            yield name, place
+
+
 def is_placeholder(word):
     """Whether a word stands for names of the reader's own: NAME_cpu.py."""
     return bool(re.search(r"[A-Z]{3}", word)) and pathlib.Path(word).stem not in ("README", "LICENSE")
@@ -83,6 +92,11 @@ def test_named_files_exist(path, file_names):
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_names_are_in_their_files(path):
+    assert list(strangers(path.read_text("utf-8"))) == []
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_commands_exist(path):
     text = path.read_text("utf-8")
     targets = set(TARGET.findall((ROOT / "Makefile").read_text("utf-8")))
@@ -97,6 +111,8 @@ def test_what_is_missing_is_seen(tmp_path):
     path.write_text(
         "# One: two\n[a](#one-two) [b](#three) [c](none.md)\n`ops/none.py` `lockstep/ops/add.py` (nothing.py)"
     )
+    assert list(strangers("`Add` in `lockstep/ops/add.py`, `Add.read` (`lockstep/ops/add_cpu.py`)")) == []
+    assert list(strangers("`Sub` in\n`lockstep/ops/add.py`")) == [("Sub", "lockstep/ops/add.py")]
     assert list(broken_links(path)) == ["#three", "none.md"]
     assert list(missing(path, {"add.py"})) == ["ops/none.py", "nothing.py"]
 

@@ -6,10 +6,9 @@ import re
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "studies" / "README.md"]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "studies" / "README.md"])
 # The changelog names what was there at the time; its links lead to what is there now.
 DATED = {"CHANGELOG.md"}
-SKIPPED_FOLDERS = {".git", ".venv", ".venv-dev", ".venv-oracles", "build", "node_modules"}
 FOLDERS = ("lockstep", "tests", "bench", "docs", "studies", "training")
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 WORD = re.compile(r"[\w./-]+")
@@ -17,18 +16,10 @@ NAME_IN_FILE = re.compile(r"`([\w.]+)`\s+(?:in\s+|\()`((?:lockstep|tests|bench)/
 TARGET = re.compile(r"^([\w-]+)(?: [\w-]+)*:", re.MULTILINE)
 
 
-def names(folder=ROOT):
-    """Names of all files of the repository, and nothing that was installed or built."""
-    for path in folder.iterdir():
-        if path.is_dir() and path.name not in SKIPPED_FOLDERS:
-            yield from names(path)
-        elif path.is_file():
-            yield path.name
-
-
 @pytest.fixture(scope="module")
 def file_names():
-    return set(names())
+    """Names of all files of the repository's folders."""
+    return {path.name for folder in FOLDERS for path in (ROOT / folder).rglob("*")}
 
 
 def slugs(path):

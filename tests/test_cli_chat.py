@@ -207,6 +207,7 @@ def test_inspect_tables(capsys):
     assert main(["inspect", "--all", "--tensors"]) == 0
     full = capsys.readouterr().out
     assert "0-2" in short and "gated_delta" in short and "KV cache" in short
+    assert "x linear attention" in short and "num_kv_heads" in short and "rope (dim" in short
     assert full.count("gated_delta") == 3 * short.count("gated_delta")
     assert "model.embed_tokens.weight" in full and "model.embed_tokens.weight" not in short
 

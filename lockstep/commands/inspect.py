@@ -93,9 +93,10 @@ def config_table(checkpoint, config):
         value = getattr(config, field.name)
         if field.name == "layers":
             table.add_row("layers", str(len(value)))
-            for part in ("mixer", "mlp"):
-                for sort, count in Counter(getattr(layer, part) for layer in value).items():
-                    table.add_row(f"  {count} x", _plain(sort))
+            sorts = Counter((layer.kind, layer.mixer) for layer in value)
+            sorts += Counter((_mlp(layer), layer.mlp) for layer in value)
+            for (kind, sort), count in sorts.items():
+                table.add_row(f"  {count} x {kind}", _plain(sort))
         elif field.name == "mtp_layers":
             table.add_row("mtp layers", str(len(value)))
         elif value not in (None, False):
@@ -103,15 +104,24 @@ def config_table(checkpoint, config):
     return table
 
 
+def _mlp(layer):
+    """What follows the mixer, in a word."""
+    return type(layer.mlp).__name__.lower()
+
+
 def _plain(value):
-    """A value of a config in words: of parts of a layer what is set."""
+    """A value of a config in words; of parts of a layer what is not as it mostly is."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        plain = dataclasses.asdict(value)
-        shown = {k: v for k, v in plain.items() if v not in (None, False, 0) and not isinstance(v, dict)}
-        words = ", ".join(f"{k} {v}" for k, v in shown.items())
-        inner = "".join(f", {k} ({_plain(getattr(value, k))})" for k, v in plain.items() if isinstance(v, dict))
-        return f"{type(value).__name__}: {words}{inner}"
+        set_ones = [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)]
+        usual = {f.name: f.default for f in dataclasses.fields(value)}
+        return ", ".join(f"{name} {_inner(one)}" for name, one in set_ones if one != usual[name])
     return ", ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+
+
+def _inner(value):
+    if dataclasses.is_dataclass(value):
+        return f"({_plain(value)})"
+    return f"{value:.6g}" if isinstance(value, float) else _plain(value)
 
 
 def tensor_table(infos, every):

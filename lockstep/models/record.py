@@ -5,12 +5,14 @@ here knows families: what differs between models is an argument.
 """
 
 import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from lockstep.formats import FORMATS
 from lockstep.formats.choice import compute_format
 from lockstep.formats.panels import padded_width
-from lockstep.models.model_config import Rope
+from lockstep.models.model_config import Heads, Mlp, Rope
 from lockstep.ops.add import Add
 from lockstep.ops.add_bias import AddBias
 from lockstep.ops.attention import Attention
@@ -22,7 +24,8 @@ from lockstep.ops.linear import Linear
 from lockstep.ops.rms_norm import RmsNorm
 from lockstep.ops.rope import RopeTables
 from lockstep.ops.select_rows import SelectRows, selected_rows
-from lockstep.runtime.program import Program, Table, Weight
+from lockstep.runtime.program import Program, Table, Tensor, Weight
+from lockstep.weights.tensor import StoredTensor
 
 # tensors that a text model's checkpoint may hold beside its own: draft heads, the part that sees, old rope tables
 NOT_TEXT = ("mtp.", "model.visual.", "visual.", "model.vision_tower.", "vision_tower.", "model.multi_modal_projector.",
@@ -38,14 +41,18 @@ class Recorder:
     KV_DTYPES.
     """
 
-    def __init__(self, tensors, prefix, weights, kv_dtype, max_context):
+    def __init__(
+        self, tensors: Mapping[str, StoredTensor], prefix: str, weights: str, kv_dtype: str, max_context: int
+    ) -> None:
         self.program, self.tensors, self.prefix = Program(), tensors, prefix
-        self.weights, self.kv_dtype, self.max_context, self._constants = weights, kv_dtype, max_context, {}
-        self._used, self._num_ropes = set(), 0
+        self.weights, self.kv_dtype, self.max_context = weights, kv_dtype, max_context
+        self._constants: dict[Any, Any] = {}
+        self._used: set[str] = set()
+        self._num_ropes = 0
 
     # ------------------------------------------------------------ tensors of the checkpoint
 
-    def stored(self, name, *shape):
+    def stored(self, name: str, *shape: int) -> StoredTensor:
         """A tensor of the checkpoint, which must have this shape."""
         if name not in self.tensors:
             raise ValueError(f"tensor {name!r} of shape {list(shape)} is missing from the checkpoint")
@@ -55,7 +62,7 @@ class Recorder:
             raise ValueError(f"tensor {name!r}: expected shape {list(shape)}, found {list(tensor.shape)}")
         return tensor
 
-    def check_all_used(self):
+    def check_all_used(self) -> None:
         """Refuses a checkpoint with tensors that the program does not read: the model is another than the config
         says."""
         left = [n for n in self.tensors if n not in self._used and not n.startswith(NOT_TEXT) and "rotary_emb" not in n]
@@ -65,19 +72,19 @@ class Recorder:
                 f"describes it; the result would differ"
             )
 
-    def constant(self, name, *shape):
+    def constant(self, name: str, *shape: int) -> Weight:
         """A small tensor (norm weight, bias) as float32."""
         stored = self.stored(name, *shape)
         return self._once(name, lambda: Weight(name, "f32", (shape[-1],) if len(shape) == 1 else shape, (stored,)))
 
-    def _once(self, name, make):
+    def _once(self, name: Any, make: Callable[[], Any]) -> Any:
         if name not in self._constants:
             self._constants[name] = make()
         return self._constants[name]
 
     # ------------------------------------------------------------ ops
 
-    def embed(self, name, vocab_size, width, scale=1.0):
+    def embed(self, name: str, vocab_size: int, width: int, scale: float = 1.0) -> Tensor:
         """Rows of an embedding matrix, times scale."""
         table = self.stored(name, vocab_size, width)
         if table.format not in FORMATS:
@@ -86,12 +93,15 @@ class Recorder:
         weight = Weight(name, table.format, table.shape, (table,))
         return self.program.emit(Embed(out=out, table=weight, width=width, scale=scale))
 
-    def rms_norm(self, x, name, eps, offset=0.0, label=None):
+    def rms_norm(self, x: Tensor, name: str, eps: float, offset: float = 0.0, label: str | None = None) -> Tensor:
+        """x / rms(x) * (weight + offset), row by row."""
         out = self.program.tensor(label or name.removesuffix(".weight"), x.rows, x.width)
         weight = self.constant(name, x.width)
         return self.program.emit(RmsNorm(out=out, x=x, weight=weight, width=x.width, eps=eps, offset=offset))
 
-    def linear(self, x, layers, label=None, bias=False):
+    def linear(
+        self, x: Tensor, layers: Sequence[tuple[str, int]], label: str | None = None, bias: bool = False
+    ) -> Tensor:
         """x times one or several weights [N, K], their outputs side by side. layers: ((HF name, N), ...).
 
         Neighbours of one format become one product. Returns the row tensor; output i starts at the sum of the N before.
@@ -100,7 +110,7 @@ class Recorder:
         label = label or layers[0][0]
         return self.product(x, parts, label, [f"{name}.bias" for name, _ in layers] if bias else None)
 
-    def product(self, x, parts, label, biases=None):
+    def product(self, x: Tensor, parts: list[StoredTensor], label: str, biases: list[str] | None = None) -> Tensor:
         """`linear` on stored tensors."""
         total = sum(p.shape[0] for p in parts)
         if len(parts) > 1 and any(p.shape[0] % 16 for p in parts[:-1]):
@@ -114,16 +124,16 @@ class Recorder:
             column += self._emit_linear(out, x, format, group, column)
         return self.add_bias(out, biases, [p.shape[0] for p in parts]) if biases else out
 
-    def format_of(self, part, width):
+    def format_of(self, part: StoredTensor, width: int) -> str:
         """The format in which a stored tensor is multiplied with rows of a width."""
         return compute_format(part.format, self.weights, width)
 
-    def _by_format(self, parts, width):
+    def _by_format(self, parts: list[StoredTensor], width: int) -> list[tuple[str, list[StoredTensor]]]:
         """Neighbours that are multiplied in one format: (format, [tensors]), ... in order."""
         runs = itertools.groupby(parts, lambda part: self.format_of(part, width))
         return [(format, list(run)) for format, run in runs]
 
-    def _emit_linear(self, out, x, format, parts, column):
+    def _emit_linear(self, out: Tensor, x: Tensor, format: str, parts: Sequence[StoredTensor], column: int) -> int:
         """One product of x with weights of a format end to end; returns how many columns of out it makes."""
         features = sum(p.shape[0] for p in parts)
         weight = Weight("|".join(p.name for p in parts), format, (features, x.width), tuple(parts))
@@ -131,7 +141,7 @@ class Recorder:
         self.program.emit(Linear(out=out, x=x, weight=weight, **sizes))
         return features
 
-    def first_products(self, x, part, count, label):
+    def first_products(self, x: Tensor, part: StoredTensor, count: int, label: str) -> Tensor:
         """x times the first `count` rows of a stored tensor: in memory that a layer with the whole tensor has, if it is
         multiplied in the same format there."""
         format = self.format_of(part, x.width)
@@ -144,57 +154,66 @@ class Recorder:
         sizes = dict(in_features=x.width, out_features=count, width=out.width, column=0)
         return self.program.emit(Linear(out=out, x=x, weight=weight, **sizes))
 
-    def concat(self, first, second, label):
+    def concat(self, first: Tensor, second: Tensor, label: str) -> Tensor:
         """Rows of two tensors side by side."""
         out = self.program.tensor(label, first.rows, first.width + second.width)
         widths = dict(first_width=first.width, second_width=second.width)
         return self.program.emit(Concat(out=out, first=first, second=second, **widths))
 
-    def add_bias(self, x, names, widths):
+    def add_bias(self, x: Tensor, names: Sequence[str], widths: Sequence[int]) -> Tensor:
+        """x plus biases side by side."""
         parts = tuple(self.stored(name, n) for name, n in zip(names, widths, strict=True))
         weight = Weight("|".join(names), "f32", (1, x.width), parts)
         out = self.program.tensor(f"{x.name}.biased", x.rows, x.width)
         return self.program.emit(AddBias(out=out, x=x, bias=weight, width=x.width))
 
-    def add(self, x, y):
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """x + y, which is named after y."""
         out = self.program.tensor(f"{y.name}.residual", x.rows, x.width)
         return self.program.emit(Add(out=out, x=x, y=y, width=x.width))
 
-    def gated_mlp(self, x, mlp, label):
+    def gated_mlp(self, x: Tensor, mlp: Mlp, label: str) -> Tensor:
         """down(activation(gate x) * (up x)), each with its bias if there are any."""
         names = [(f"{label}.{p}_proj", mlp.width) for p in ("gate", "up")]
         both = self.linear(x, names, f"{label}.gate_up", mlp.bias)
         h = self.gated_mul(both, label, mlp.activation)
         return self.linear(h, [(f"{label}.down_proj", x.width)], bias=mlp.bias)
 
-    def gated_mul(self, x, label, activation="silu"):
+    def gated_mul(self, x: Tensor, label: str, activation: str) -> Tensor:
         """activation(first half of the row) * second half."""
         out = self.program.tensor(f"{label}.act", x.rows, x.width // 2)
         return self.program.emit(GatedMul(out=out, x=x, width=out.width, activation=activation))
 
-    def select_rows(self, x, label, rows):
+    def select_rows(self, x: Tensor, label: str, rows: str) -> Tensor:
         """Some rows of x: those with an output ("O"), of them those that are sampled ("R") or embedded ("E")."""
         out = self.program.tensor(label, rows, x.width)
         return self.program.emit(SelectRows(out=out, x=x, width=x.width, selected=selected_rows(rows)))
 
-    def result(self, name, x):
+    def result(self, name: str, x: Tensor) -> None:
         """Makes a tensor readable after a step, under a name."""
         self.program.results[name] = x
 
     # ------------------------------------------------------------ attention
 
-    def rope_tables(self, rope):
+    def rope_tables(self, rope: Rope) -> list[Table]:
         """cos and sin of all positions up to max_context."""
         return self._once(rope, lambda: self._make_rope_tables(rope))
 
-    def _make_rope_tables(self, rope):
+    def _make_rope_tables(self, rope: Rope) -> list[Table]:
         made = RopeTables(self.max_context, rope.dim, rope.theta, rope.scaling)
         made.cover(1)  # what it runs is compiled now
         self._num_ropes += 1
         name = "rope" if self._num_ropes == 1 else f"rope{self._num_ropes}"
         return [Table(f"{name}.cos", made.cos_PR, made), Table(f"{name}.sin", made.sin_PR, made)]
 
-    def attention(self, x, heads, label, head_norms=None, gated=False):
+    def attention(
+        self,
+        x: Tensor,
+        heads: Heads,
+        label: str,
+        head_norms: tuple[float, float] | None = None,
+        gated: bool = False,
+    ) -> Tensor:
         """Grouped causal attention over the pages, from hidden rows x to the (gated) heads side by side [T, H K].
 
         heads: `model_config.Heads`. head_norms: (eps, offset) of norms of each query and key head. gated: the
@@ -248,7 +267,7 @@ class Recorder:
 
     # ------------------------------------------------------------ projections side by side
 
-    def projected(self, x, parts, label):
+    def projected(self, x: Tensor, parts: list[StoredTensor], label: str) -> Tensor:
         """Projections side by side, each starting at a multiple of 16."""
         offsets = [0]
         for part in parts:
@@ -262,9 +281,9 @@ class Recorder:
         return out
 
 
-def _aligned_runs(parts):
+def _aligned_runs(parts: Iterable[StoredTensor]) -> list[list[StoredTensor]]:
     """Cuts a list of tensors after each one whose rows are no multiple of 16."""
-    runs = [[]]
+    runs: list[list[StoredTensor]] = [[]]
     for part in parts:
         runs[-1].append(part)
         if part.shape[0] % 16:

@@ -8,6 +8,7 @@ lie at the position of the token whose embedding they are made of.
 Source: DeepSeek-V3 technical report 2024, section 2.2; the tensors' names are those of Qwen3.5's checkpoints.
 """
 
+from lockstep.formats import FORMATS
 from lockstep.formats.choice import compute_format
 from lockstep.models.decoder import HEAD
 from lockstep.models.model_config import Experts, ModelConfig
@@ -19,7 +20,6 @@ from lockstep.runtime.program import Program, Tensor
 from lockstep.weights.tensor import StoredTensor, TensorMap
 
 FEW_TOKENS = 32768  # of a larger vocabulary, those that are guessed: the first ones, the most frequent in most
-WIDE = ("f32", "f16", "bf16")  # formats
 
 
 def has_mtp(config: ModelConfig, tensors: TensorMap) -> bool:
@@ -55,7 +55,7 @@ class HeadRecorder(Recorder):
     def format_of(self, part: StoredTensor, width: int) -> str:
         """As of the model's layers, but q8_0 for a wider format, where the width allows it."""
         format = super().format_of(part, width)
-        return format if format not in WIDE else compute_format(part.format, "q8_0", width)
+        return format if FORMATS[format].is_quantized else compute_format(part.format, "q8_0", width)
 
 
 def record_mtp(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lockstep.formats.choice import CHOICES
 from lockstep.ptq.plan import OPTIONS, Plan
 from lockstep.ptq.spec import Spec
 from lockstep.study.subject import BUNDLED
@@ -22,7 +23,6 @@ TEXT_KEYS = {
     "evaluate": ("text", "sha256", "windows", "length", "like", "round", "early_stop"),
 }
 LENGTH, CALIBRATION_WINDOWS, ROUND, TOP = 512, 32, 8, 3
-WEIGHTS = ("f32", "bf16", "q8_0", "q4_0", "auto")
 HASH = re.compile(r"[0-9a-fA-F]{64}")
 
 
@@ -92,7 +92,7 @@ class Recipe:
         _known(top, ("top",), "confirm.")
         made = Recipe(
             model=_model(table.get("model", BUNDLED), folder),
-            weights=_word(table, "weights", WEIGHTS, "f32"),
+            weights=_word(table, "weights", CHOICES, "f32"),
             calibrate=choices["calibrate"],
             evaluate=choices["evaluate"],
             plan=plan,

@@ -82,7 +82,7 @@ def test_values_may_be_set(tmp_path):
             "model is 3, expected a text: a folder, a .gguf file, a hub name or 'bundled'",
         ),
         ('model = "bundled"', 'modell = "x"', "there is no modell; expected one of model, weights, calibrate"),
-        ('model = "bundled"', 'weights = "f8"', "weights is 'f8', expected one of f32, bf16"),
+        ('model = "bundled"', 'weights = "f8"', "weights is 'f8', expected one of auto, f32, bf16"),
         ('model = "bundled"', "model = ", "it cannot be read as TOML"),
         ("windows = 4", "windows = 0", "calibrate.windows is 0, expected a whole number from 1 on"),
         ("windows = 4", "window = 4", "there is no calibrate.window; expected one of text, sha256, windows, length"),

@@ -1,4 +1,4 @@
-"""Records in block_vectors.json with the gguf package: python -m tests.weights.record_block_vectors
+"""Records in block_vectors.json with the gguf package: python -m tests.formats.record_block_vectors
 
 Random blocks and what gguf.quants makes of them, and random weights and what it quantizes them to.
 """

@@ -61,10 +61,21 @@ VISION = {
 }
 
 
-def nested(config):
+def nested(config, model_type="qwen3_5", vision=VISION):
     """The same as the text part of a model that also sees."""
     outer = {k: config[k] for k in ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")}
-    return {"model_type": "qwen3_5", "text_config": config, "vision_config": VISION, **outer}
+    return {"model_type": model_type, "text_config": config, "vision_config": vision, **outer}
+
+
+SIGLIP = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+}
 
 
 def windowed(**changes):
@@ -84,6 +95,12 @@ def windowed(**changes):
     return {**made, **changes}
 
 
+# with a layer that sees all keys where nobody says which, and the usual thetas
+SILENT = {
+    k: v
+    for k, v in windowed(num_hidden_layers=6).items()
+    if k not in ("sliding_window_pattern", "rope_theta", "rope_local_base_freq")
+}
 CASES = {
     "llama": case("llama"),
     "llama_tied_biased": case("llama", attention_bias=True, tie_word_embeddings=True, num_key_value_heads=1),
@@ -133,6 +150,7 @@ CASES = {
         mlp_only_layers=[1],
     ),
     "gemma3": windowed(),
+    "gemma3_nested": nested(SILENT, "gemma3", SIGLIP),
     "gemma3_by_type": windowed(
         num_key_value_heads=1,
         num_hidden_layers=4,

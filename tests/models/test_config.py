@@ -335,7 +335,9 @@ def test_a_tensor_that_the_config_does_not_announce(tmp_path, name):
 
 def test_tensors_beside_the_text_model_are_left_alone(tmp_path):
     arrays = tiny.tensors(CASES["llama"], SEED)
-    for name in ("mtp.fc.weight", "model.visual.merger.norm.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"):
+    others = ("visual.merger.norm.weight", "vision_tower.norm.weight", "multi_modal_projector.norm.weight")
+    others = (*others, *(f"model.{name}" for name in others), "mtp.fc.weight")
+    for name in (*others, "model.layers.0.self_attn.rotary_emb.inv_freq"):
         arrays[name] = np.ones(8, np.float32)
     assert load(tiny.write(tmp_path, CASES["llama"], arrays)).config.num_layers == 3
 

@@ -4,13 +4,15 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+OTHER_PARTS = (".visual.", "vision_tower.", "multi_modal_projector.")  # of models that also see
+
 
 def load(folder, dtype=torch.float32):
     """The folder's model; a tensor that is missing, left over or of another shape is an error."""
     config = AutoConfig.from_pretrained(folder)
     kind = AutoModelForImageTextToText if hasattr(config, "text_config") else AutoModelForCausalLM
     model, report = kind.from_pretrained(folder, dtype=dtype, attn_implementation="eager", output_loading_info=True)
-    missing = [k for k in report["missing_keys"] if ".visual." not in k]
+    missing = [k for k in report["missing_keys"] if not any(part in k for part in OTHER_PARTS)]
     unexpected = [k for k in report["unexpected_keys"] if not k.startswith("mtp.")]
     assert not (missing or unexpected or report["mismatched_keys"]), report
     return model.eval()

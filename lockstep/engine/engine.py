@@ -218,8 +218,8 @@ class Engine:
         token_ids = request.token_ids(start, end) + drafts.tokens
         if self.drafter and self.drafter.tells and self.drafter.wants_hidden(request):
             embedded = range(len(token_ids))
-        ends = min(held.end for held in request.pages) * PAGE_TOKENS
-        assert start + len(token_ids) <= ends, (start, len(token_ids), request.pages)
+        for held in request.pages:
+            assert start + len(token_ids) <= held.end * PAGE_TOKENS, (start, len(token_ids), request.pages)
         counts = dict(num_drafts=len(drafts), num_pending=request.num_pending)
         return Span(token_ids, start, request.pages, request.running_slot, sampled, embedded, **counts)
 

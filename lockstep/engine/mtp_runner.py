@@ -36,7 +36,7 @@ class Chase:
     token_ids: list[int]
     start: int
     hidden: np.ndarray
-    pages: Sequence[Held]
+    pages: list[Held]
     depth: int = 0
     sampling: dict[str, Any] | None = None
 

@@ -152,13 +152,14 @@ class PageAllocator:
 class PagePool:
     """The pages of all groups: an allocator each, and how what a request holds of them follows its tokens.
 
-    What a request holds is a list of Held, one of each group; `none` before it has any.
+    What a request holds is a list of Held, one of each group; `none` before it has any. has_windows: whether there is a
+    group that gives pages back while a request runs.
     """
 
     def __init__(self, groups: Sequence[PageGroup]) -> None:
         self.groups = tuple(groups)
         self.allocators = [PageAllocator(group.num_pages) for group in groups]
-        self._has_windows = any(group.window for group in groups)
+        self.has_windows = any(group.window for group in groups)
 
     @property
     def num_pages(self) -> int:
@@ -186,7 +187,10 @@ class PagePool:
 
         kept: of each group, how many pages are left for others.
         """
-        if all(held.end * PAGE_TOKENS >= start + count for held in pages):
+        for held in pages:  # a loop, and no property: every step of every request comes here, and mostly goes on
+            if (held.first + len(held.ids)) * PAGE_TOKENS < start + count:
+                break
+        else:
             return count
         free = [allocator.num_free - left for allocator, left in zip(self.allocators, kept or repeat(0), strict=False)]
         ends = (held.end + max(0, num_free) for held, num_free in zip(pages, free, strict=True))
@@ -245,8 +249,6 @@ class PagePool:
 
     def drop_unseen(self, pages: Sequence[Held], position: int) -> None:
         """Gives back the pages that no token from a position on sees."""
-        if not self._has_windows:
-            return
         for held, group, allocator in zip(pages, self.groups, self.allocators, strict=True):
             count = group.first_seen(position) - held.first if group.window else 0
             if count > 0:

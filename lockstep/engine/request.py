@@ -229,6 +229,7 @@ class Request:
     prediction: Prediction | None = None  # a text that its answer may be like
     num_drafted: int = 0  # tokens that were guessed and computed
     draft_state: object | None = None  # what a `draft_head.Head` has of it
+    num_lent: int = 0  # of its pages, those that hold nothing but drafts
     num_pending: int = 0  # drafts of its last step that were right: recurrent layers have yet to absorb them
     num_accepted: int = 0  # of those, the ones that were right
     num_cached: int = 0  # tokens of the prompt that the prefix cache had when it was first admitted
@@ -247,11 +248,6 @@ class Request:
         """The slot of a request that runs."""
         assert self.slot is not None, "it waits, or has ended"
         return self.slot
-
-    @property
-    def num_lent(self) -> int:
-        """Pages of it that hold nothing but drafts."""
-        return sum(held.num_lent for held in self.pages)
 
     @property
     def reuses_prefix(self) -> bool:

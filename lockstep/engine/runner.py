@@ -30,7 +30,7 @@ class Span:
 
     token_ids: list[int]
     start: int
-    pages: Sequence[Held]
+    pages: list[Held]
     slot: int
     sampled: dict[int, dict[str, Any]] = field(default_factory=dict)
     embedded: Sequence[int] = ()

@@ -74,14 +74,15 @@ class Scheduler:
         self.pages.give_back(request.pages)
         self.free_slots.append(request.running_slot)
         request.pages, request.slot, request.num_computed, request.num_named = [], None, 0, 0
-        request.num_pending, request.draft_state = 0, None
+        request.num_pending, request.num_lent, request.draft_state = 0, 0, None
 
     def computed(self, request: Request, count: int) -> None:
         """Notes that a step computed `count` more tokens of a request."""
         request.num_computed += count
         if self.prefix and request.num_computed // PAGE_TOKENS > request.num_named:
             self.prefix.computed(request)
-        self.pages.drop_unseen(request.pages, request.num_computed)
+        if self.pages.has_windows:
+            self.pages.drop_unseen(request.pages, request.num_computed)
 
     def schedule(self) -> list[tuple[Request, int]]:
         """[(request, number of its tokens to compute), ...] for the next step."""
@@ -182,11 +183,14 @@ class Scheduler:
     def lend(self, request: Request, count: int) -> int:
         """Pages for up to `count` drafts after a request's next token, of those that nobody uses and that hold nothing;
         for how many there is room. They are lent until `settle`."""
-        return self.pages.lend(request.pages, request.num_computed + 1, count)
+        count = self.pages.lend(request.pages, request.num_computed + 1, count)
+        request.num_lent = sum(held.num_lent for held in request.pages)
+        return count
 
     def settle(self, request: Request, num_next: int = 0) -> None:
         """Takes back what was lent to a running request and holds no computed token, nor one of the next so many."""
         self.pages.settle(request.pages, request.num_computed + num_next)
+        request.num_lent = 0
 
     def preempt(self, request: Request) -> None:
         """Takes a running request's memory away; it waits again, with the tokens that it has."""

@@ -51,7 +51,7 @@ class StepArrays:
         self.ints = {name: self.arrays[name].reshape(-1).data for name in shapes}
         self._records, self._words = records_view(self.arrays["sampling"]), self.block.data
         self._number_of, self._pages_per_request, self._num_groups = StepBlock.numbers(), pages, groups
-        self._pages: dict[tuple[int, int], tuple[int, list[int]]] = {}  # that were written last, by request and group
+        self._pages: dict[int, tuple[int, list[int]]] = {}  # that were written last, by row of the page table
 
     @property
     def records(self) -> np.ndarray:
@@ -63,14 +63,15 @@ class StepArrays:
         for name, count in counts.items():
             self._words[self._number_of[name]] = count
 
-    def set_pages(self, s: int, pages: Sequence[Held]) -> None:
+    def set_pages(self, s: int, pages: list[Held]) -> None:
         """Writes the pages of a request of the step, of each group; those of one alone go to all groups."""
-        for group in range(self._num_groups):
-            held = pages[group] if len(pages) > 1 else pages[0]
-            if self._pages.get((s, group)) != (held.first, held.ids):
-                table = (s * self._num_groups + group) * self._pages_per_request
-                write(self.ints["page_table"], table + held.first, held.ids)
-                self._pages[s, group] = held.first, list(held.ids)
+        row = s * self._num_groups
+        for held in pages if len(pages) == self._num_groups else pages * self._num_groups:
+            known = self._pages.get(row)
+            if known is None or known[0] != held.first or known[1] != held.ids:
+                write(self.ints["page_table"], row * self._pages_per_request + held.first, held.ids)
+                self._pages[row] = held.first, list(held.ids)
+            row += 1
 
     def set_record(self, row: int, fields: Mapping[str, Any]) -> None:
         """Writes how a row samples."""

@@ -13,7 +13,7 @@ from lockstep.engine.request import SamplingParams
 from lockstep.models.checkpoint import open_checkpoint
 from lockstep.runtime.executor import WeightStore
 from tests.models import published, tiny
-from tests.models.cases import CASES, case, hybrid
+from tests.models.cases import CASES, case, hybrid, windowed
 from tests.models.running import load
 from tests.runtime.test_layout import program_of
 
@@ -62,6 +62,22 @@ def test_the_context_is_what_half_of_the_free_memory_holds_beside_weights_and_st
         assert num_pages(dataclasses.replace(model, max_context=64 * 10), options) == min(pages, 40)
     memory(weight_bytes(model.recorded) + 2 * (states + 2048 * page_bytes(model)))
     assert context_size(model, options) == ContextSize(MANY)
+
+
+@pytest.mark.parametrize("window", [512, 1024])
+def test_layers_with_a_window_take_memory_for_it_and_for_a_step(window, tmp_path, memory):
+    """Five layers of six, at 32,768 tokens."""
+    raw = windowed(num_hidden_layers=6, sliding_window=window, sliding_window_pattern=6, max_position_embeddings=MANY)
+    folder = tiny.write(tmp_path / "m", raw, tiny.tensors(raw, 1))
+    model, options = loaded(folder, 32768), EngineOptions(max_requests=1, kv_tokens=32768, threads=1)
+    engine = Engine(model, options)
+    taken = sum(array.nbytes for array in engine.runner.caches.values())
+    engine.close()
+    counted = page_bytes(model) // 64 // 6 * (32768 + 5 * (window + 512))
+    assert counted <= taken < 1.01 * counted and taken < 0.21 * 512 * page_bytes(model)
+    assert cache_size.cache_bytes(cache_size.needs(model, options), 512, options) == taken
+    memory(weight_bytes(model.recorded) + 2 * taken)
+    assert context_size(loaded(folder), dataclasses.replace(options, kv_tokens=None)) == ContextSize(32768, "memory")
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -59,7 +59,7 @@ def test_the_bundled_models_answers_and_memory_are_the_same_with_drafts(menu, tm
     assert not missing and events["requests"] >= NUM_REQUESTS, f"{missing} did not happen; {dict(events)}"
 
 
-TINY = [("qwen3", "q8_0", "q8"), ("mistral_window", "bf16", "f32"), ("qwen3_5", "q4_0", "q8")]
+TINY = [("qwen3", "q8_0", "q8"), ("qwen3_windows", "bf16", "f32"), ("qwen3_5", "q4_0", "q8")]
 
 
 @pytest.mark.parametrize("config, weights, kv_dtype", TINY)

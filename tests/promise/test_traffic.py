@@ -12,7 +12,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from lockstep.engine import prefix
+from lockstep.engine import engine, prefix
 from lockstep.engine.pages import PageGroup, pages_for
 from lockstep.engine.states import StateStore
 from tests.promise.models import Case, load
@@ -162,6 +162,16 @@ def test_a_page_that_is_given_back_too_early_breaks_the_promise(menu, num_tokens
         seed = differing(menu)
     assert seed is not None
     walk(menu, seed)
+
+
+def test_where_pages_of_a_window_are_scarce_steps_are_cut_and_bits_are_the_same(menu, monkeypatch):
+    windows = menu.model.recorded.windows()
+    if len(windows) == 1:
+        pytest.skip("one group of layers")
+    few = lambda program, num_pages, options: tuple(PageGroup(4 if window else num_pages, window) for window in windows)
+    monkeypatch.setattr(engine, "page_groups", few)
+    for seed in range(2):
+        Traffic(menu, 20 + seed, **OPTIONS[seed]).run(STEPS // 2)
 
 
 @pytest.mark.skipif("LOCKSTEP_SOAK" not in os.environ, reason="a long run: set LOCKSTEP_SOAK=minutes")

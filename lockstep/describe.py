@@ -80,7 +80,7 @@ def collapsed(costs):
     groups, seen = [], {}
     for layer, run in itertools.groupby(costs, lambda cost: cost.layer):
         ops = list(run)
-        key = tuple((c.kind, c.label, c.width, c.weights) for c in ops)
+        key = tuple((c.kind, c.label, c.width, c.weights, c.flops) for c in ops)
         if layer is not None and key in seen:
             seen[key][0].append(layer)
             continue

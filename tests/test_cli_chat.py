@@ -23,6 +23,8 @@ from lockstep.ops.attention import Attention
 from lockstep.ops.linear import Linear
 from lockstep.runtime.executor import WeightStore
 from lockstep.serve.hub import resolve_model
+from tests.models import tiny
+from tests.models.cases import CASES as FAMILY_CASES
 from tests.test_cli import Output
 
 SETTINGS = dict(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, max_tokens=8)
@@ -199,6 +201,18 @@ def test_inspect_json(llm, capsys):
     assert made["config"]["model_type"] == llm.model.config.model_type
     assert len(made["program"]) == len(llm.model.recorded.ops)
     assert {t["name"] for t in made["tensors"]} == set(llm.model.checkpoint.tensors)
+
+
+def test_inspect_a_config_without_weights(tmp_path, capsys):
+    config = FAMILY_CASES["gemma3"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["inspect", str(tmp_path), "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert {t["name"]: tuple(t["shape"]) for t in made["tensors"]} == tiny.shapes(config)
+    tiny.write(tmp_path, config, tiny.tensors(config, 1), "BF16")
+    assert main(["inspect", str(tmp_path), "--json"]) == 0
+    stored = json.loads(capsys.readouterr().out)
+    assert made["program"] == stored["program"] and made["memory"] == stored["memory"]
 
 
 def test_inspect_tables(capsys):

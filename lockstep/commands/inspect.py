@@ -23,13 +23,15 @@ def command(
     everything: Annotated[bool, typer.Option("--all", help="List every layer, equal ones too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with all of it.")] = False,
 ) -> None:
-    """Show a model's config, tensors, recorded program and memory. No weights are read."""
+    """Show a model's config, tensors, recorded program and memory. No weights are read; a folder needs none."""
     from lockstep.engine.model import load_model
-    from lockstep.models.checkpoint import open_checkpoint
+    from lockstep.models.checkpoint import open_checkpoint, open_config
     from lockstep.runtime.executor import WeightStore
     from lockstep.serve.hub import resolve_model
 
-    checkpoint = open_checkpoint(resolve_model(model))
+    path = resolve_model(model)
+    has_weights = not path.is_dir() or any(path.glob("*.safetensors*"))
+    checkpoint = open_checkpoint(path) if has_weights else open_config(path)
     loaded = load_model(checkpoint, WeightStore(), weights, kv_dtype)
     if as_json:
         print(json.dumps(described(checkpoint, loaded, context)))

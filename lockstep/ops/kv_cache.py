@@ -16,6 +16,7 @@ same numbers whether they were written in this step or long ago.
 import numpy as np
 from numba import carray, float32
 
+from lockstep.ops.attention_math import MAX_HEAD_DIM
 from lockstep.ops.rms_norm import rms_norm
 from lockstep.ops.rope import rotate
 from lockstep.runtime.backend import Implementation
@@ -78,7 +79,14 @@ class AttentionInputs(Operands):
     """
 
     group = "attention"
-    rules = ("num_heads % num_kv_heads == 0", "rope_dim % 2 == 0", "rope_dim <= head_dim", "eps >= 0")
+    rules = (
+        "num_heads % num_kv_heads == 0",
+        "head_dim % 16 == 0",
+        f"head_dim <= {MAX_HEAD_DIM}",
+        "rope_dim % 2 == 0",
+        "rope_dim <= head_dim",
+        "eps >= 0",
+    )
     q: Tensor = output("num_heads * head_dim")
     x: Tensor = rows("row_width")
     cos: Table = table()

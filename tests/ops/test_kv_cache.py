@@ -16,7 +16,7 @@ SHAPES = {
     "partial, normed": (8, 2, 64, 16, True),
     "odd rotation, normed": (3, 3, 80, 40, True),
     "no rotation": (7, 1, 16, 0, False),
-    "wide, no rotation, normed": (2, 1, 256, 0, True),
+    "widest, normed": (2, 1, 512, 256, True),
 }  # H, G, K, rope_dim, normed
 UNTOUCHED = 0xFF  # every byte of a page: no number that is written
 GAP = 3  # columns between the parts of a row
@@ -223,6 +223,7 @@ WRONG = [
         r"a page of v is bf16 .*, expected f32 \(1, 64, 32\)",
     ),
     (dict(k_pages=CacheArray("k", "pages", "i32", (1, 32, 64))), "pages of i32, expected f32, bf16, i8"),
+    (dict(head_dim=528), "expected head_dim <= 512, got head_dim 528"),
     (dict(k_offset=97), "k ends at column 129 of x, which has 128"),
     (dict(q_stride=97), "q ends at column 129 of x, which has 128"),
 ]

@@ -10,6 +10,7 @@ that has one waits for its turn.
 
 from collections import namedtuple
 
+import numba
 from numba import float32, int64
 
 from lockstep.ops.attention_math import SPAN, ZERO, cleared, exp2, first_key, kept_share
@@ -81,7 +82,7 @@ def count_work(c, cut):
     return tiles, items, spans
 
 
-@inlined
+@numba.njit(inline="always")  # the whole of a kernel: as a helper it would be compiled by itself, too
 def attend_claimed(c, layout, together, alone, counter, thread, num_threads, memory):
     """One thread: it walks the same list of items as every other and works on those that it has claimed.
 

@@ -64,15 +64,15 @@ class PageAllocator:
     """Hands out page ids 0 .. num_pages - 1 of one group.
 
     A page is held by one request or shared by several. A named page that nobody holds keeps its content (it is idle)
-    until memory is needed: free pages are taken first, those freed last before others, then idle ones, least recently
-    used first.
+    until memory is needed: free pages are taken first, those freed last before others, then idle ones: first those that
+    nobody is known to want, then the least recently used.
     """
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages, self.num_evicted = num_pages, 0
         self._free = list(range(num_pages - 1, -1, -1))
         self._holders = [0] * num_pages
-        self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._idle: OrderedDict[int, None] = OrderedDict()  # in the order in which they are taken
         self._page_of: dict[bytes, int] = {}
         self._name_of: dict[int, bytes] = {}
 
@@ -136,8 +136,9 @@ class PageAllocator:
     def num_holders(self, page: int) -> int:
         return self._holders[page]
 
-    def give_back(self, pages: Sequence[int]) -> None:
-        """Ends a holder's claim on its pages, given in order of position: the last will be evicted first."""
+    def give_back(self, pages: Sequence[int], is_wanted: bool = True) -> None:
+        """Ends a holder's claim on its pages, given in order of position: the last will be evicted first. is_wanted:
+        whether others are likely to look for them."""
         for page in reversed(pages):
             assert self._holders[page], f"page {page} was given back twice"
             self._holders[page] -= 1
@@ -145,6 +146,7 @@ class PageAllocator:
                 continue
             if page in self._name_of:
                 self._idle[page] = None
+                self._idle.move_to_end(page, last=is_wanted)
             else:
                 self._free.append(page)
 
@@ -247,14 +249,17 @@ class PagePool:
         allocator.give_back(held.ids[end - held.first :])
         del held.ids[end - held.first :]
 
-    def drop_unseen(self, pages: Sequence[Held], position: int) -> None:
-        """Gives back the pages that no token from a position on sees."""
+    def drop_unseen(self, pages: Sequence[Held], position: int, stops: Sequence[int] = ()) -> None:
+        """Gives back the pages that no token from a position on sees. stops: positions from which others may go on, who
+        want what a token there sees."""
         for held, group, allocator in zip(pages, self.groups, self.allocators, strict=True):
-            count = group.first_seen(position) - held.first if group.window else 0
-            if count > 0:
-                allocator.give_back(held.ids[:count])
-                del held.ids[:count]
-                held.first += count
+            first = group.first_seen(position)
+            for number in range(held.first, first):
+                is_wanted = any(group.first_seen(stop) <= number < stop // PAGE_TOKENS for stop in stops)
+                allocator.give_back(held.ids[number - held.first : number - held.first + 1], is_wanted)
+            if first > held.first:
+                del held.ids[: first - held.first]
+                held.first = first
 
     def name(self, pages: Sequence[Held], number: int, name: bytes) -> None:
         """Names a request's page of a number by its content, in every group."""

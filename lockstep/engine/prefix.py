@@ -4,7 +4,8 @@ Tokens are named in blocks of one page (64): a block's name is the SHA-256 of th
 ids, and the first name is made of the model's identity and the request's salt. So a name stands for all tokens from
 the first one on, for one model and one salt, and a page of keys and values can be shared under it, in each group of
 layers. Layers with a window need the pages that the next token sees, and none before them: a prefix is known where all
-pages of the other layers are, and the last ones of these.
+pages of the other layers are, and the last ones of these. What a request leaves behind its window is the first to be
+forgotten, but for two places from which others go on: the end of its prompt, and of what was known of it.
 
 Layers with recurrent state need more: the state after the last shared token. States are kept (`StateStore`) where it
 pays: every `state_every` tokens, at the last whole block of a prompt of at least `prompt_state_from` tokens, where two
@@ -139,7 +140,9 @@ class PrefixCache:
     def find(self, request: Request) -> Found:
         """The longest known prefix of a request."""
         names = self._usable(request)
-        count = num_pages = self._seen(names, self._whole(names))
+        whole = self._whole(names)
+        count = num_pages = self._seen(names, whole)
+        request.known = whole * PAGE_TOKENS
         if self.states is not None:
             while count and not self._has_state(self.states, names[count - 1]):
                 count = self._seen(names, count - 1)
@@ -160,9 +163,11 @@ class PrefixCache:
 
     def _whole(self, names: list[bytes]) -> int:
         """How many of the first blocks are known in the groups that keep all pages."""
-        whole = [number for number, group in enumerate(self.pages.groups) if not group.window]
-        known = lambda name: all(self._has_page(group, name) for group in whole)
-        return next((i for i, name in enumerate(names) if not known(name)), len(names))
+        count = len(names)
+        for number, group in enumerate(self.pages.groups):
+            if not group.window:
+                count = next((i for i in range(count) if not self._has_page(number, names[i])), count)
+        return count
 
     def _seen(self, names: list[bytes], count: int) -> int:
         """The most blocks, up to `count`, after which all that a token sees is known in the groups with a window."""
@@ -174,6 +179,11 @@ class PrefixCache:
                 return count
             count = gap  # a prefix that ends after it, and is shorter, needs that block, too
         return 0
+
+    def stops(self, request: Request) -> tuple[int, int]:
+        """Positions from which others may go on: the end of the last whole block of a prompt before its last token, and
+        of the last block that was known when the request came."""
+        return (len(request.prompt_ids) - 1) // PAGE_TOKENS * PAGE_TOKENS, request.known
 
     def _has_page(self, group: int, name: bytes) -> bool:
         if self.pages.allocators[group].find(name) is not None:

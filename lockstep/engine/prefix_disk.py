@@ -45,11 +45,11 @@ class DiskCounts:
 
 
 class DiskStore:
-    """Entries of two kinds in a folder of at most `max_bytes`; those used longest ago (by file time) go first.
+    """Entries of several kinds in a folder of at most `max_bytes`; those used longest ago (by file time) go first.
 
-    sizes: {"page": bytes of a page, "state": bytes of a state}. content: the model's ContentHash. A thread of its own
-    writes; up to `max_pending` bytes wait for it. Raises ValueError for a folder that cannot be made or written, or
-    that others can write to.
+    sizes: {kind: bytes of an entry}, of pages of each group of layers (`prefix.page_kind`) and of states. content: the
+    model's ContentHash. A thread of its own writes; up to `max_pending` bytes wait for it. Raises ValueError for a
+    folder that cannot be made or written, or that others can write to.
     """
 
     def __init__(

@@ -233,11 +233,12 @@ class Request:
     num_pending: int = 0  # drafts of its last step that were right: recurrent layers have yet to absorb them
     num_accepted: int = 0  # of those, the ones that were right
     num_cached: int = 0  # tokens of the prompt that the prefix cache had when it was first admitted
-    # what the prefix cache knows: names of full blocks, how many of its pages have theirs, where a known prefix ends
-    # that has no state, the newest kept state of its output, the names of blocks that it is the first to compute, and
-    # that of a block for which it waits
+    # what the prefix cache knows: names of full blocks, how many of its pages have theirs, where known pages end of
+    # layers that see all keys, where a known prefix ends that has no state, the newest kept state of its output, the
+    # names of blocks that it is the first to compute, and that of a block for which it waits
     block_names: list[bytes] = field(default_factory=list)
     num_named: int = 0
+    known: int = 0
     branch: int = 0
     newest_state: bytes | None = None
     leads: list[bytes] = field(default_factory=list)

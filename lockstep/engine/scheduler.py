@@ -82,7 +82,8 @@ class Scheduler:
         if self.prefix and request.num_computed // PAGE_TOKENS > request.num_named:
             self.prefix.computed(request)
         if self.pages.has_windows:
-            self.pages.drop_unseen(request.pages, request.num_computed)
+            stops = self.prefix.stops(request) if self.prefix else ()
+            self.pages.drop_unseen(request.pages, request.num_computed, stops)
 
     def schedule(self) -> list[tuple[Request, int]]:
         """[(request, number of its tokens to compute), ...] for the next step."""

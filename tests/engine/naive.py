@@ -32,11 +32,13 @@ class NaiveGroup:
         self.holders[page] += 1
         return page
 
-    def give_back(self, pages):
+    def give_back(self, pages, wanted=True):
         for page in reversed(pages):
             self.holders[page] -= 1
-            if not self.holders[page]:
-                self.idle.append(page) if page in self.content else self.free.insert(0, page)
+            if not self.holders[page] and page in self.content:
+                self.idle.insert(len(self.idle) if wanted else 0, page)
+            elif not self.holders[page]:
+                self.free.insert(0, page)
 
     def needed(self, num_tokens):
         """The most blocks that a request of so many tokens holds if it goes on token by token."""
@@ -56,7 +58,16 @@ class Naive:
 
     def add(self, name, prompt, max_tokens, priority, salt):
         self.requests.append(
-            dict(name=name, tokens=list(prompt), priority=priority, salt=salt, computed=0, pages=[], slot=None)
+            dict(
+                name=name,
+                tokens=list(prompt),
+                stops=[(len(prompt) - 1) // PAGE_TOKENS, 0],
+                priority=priority,
+                salt=salt,
+                computed=0,
+                pages=[],
+                slot=None,
+            )
         )
         self.requests.sort(key=lambda r: (r["priority"], r["name"]))
 
@@ -83,6 +94,7 @@ class Naive:
             if any(p in self.promised and self.promised[p]["priority"] <= r["priority"] for p in self.usable(r)):
                 continue
             first, found = self.longest(self.usable(r))
+            r["stops"][1] = self.known(self.usable(r))
             if not all(self.has_room(i, r, blocks) for i, blocks in enumerate(found)):
                 return
             pages = [
@@ -95,6 +107,11 @@ class Naive:
                     pages[block] = group.take()
             for prefix in self.usable(r)[first:]:
                 self.promised.setdefault(prefix, r)
+
+    def known(self, prefixes):
+        """How many of the first blocks the layers that see all keys have."""
+        missing = [i for i, p in enumerate(prefixes) for g in self.groups if not g.window and g.page_of(p) is None]
+        return min(missing, default=len(prefixes))
 
     def longest(self, prefixes):
         """The blocks of the longest prefix after which all that the next token sees is cached: how many, and of each
@@ -188,7 +205,9 @@ class Naive:
         """Gives back the blocks before all that the next token, or a later one, sees."""
         for group, pages in zip(self.groups, r["pages"], strict=True):
             gone = [b for b in pages if (b + 1) * PAGE_TOKENS <= r["computed"] and not group.sees(r["computed"], b)]
-            group.give_back([pages.pop(block) for block in gone])
+            for block in gone:
+                wanted = [s for s in r["stops"] if block < s and group.sees(s * PAGE_TOKENS, block)]
+                group.give_back([pages.pop(block)], bool(wanted))
 
     def end(self, name):
         for r in self.requests:

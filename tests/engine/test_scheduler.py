@@ -354,3 +354,19 @@ def test_a_step_is_as_long_as_there_are_pages_of_a_window():
     advance(scheduler, plan)
     assert [(name, count) for name, count, *_ in planned(scheduler)] == [(0, 2 * 64), (1, 64)]
     assert scheduler.num_preempted == 0
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_where_two_prompts_part_the_third_finds_what_a_window_shows(keeps, monkeypatch):
+    """And so it does at the end of a prompt, however long the answer was."""
+    if not keeps:
+        monkeypatch.setattr(PrefixCache, "stops", lambda self, request: ())
+    scheduler, found = Scheduler(Limits(64, 1, 100, 1, (PageGroup(100), PageGroup(8, 100))), cached), []
+    for name, tail in enumerate(([1] * 700, [2] * 700, [3] * 700, [3] * 700)):
+        made = request(name, list(range(256)) + tail, 700)
+        scheduler.add(made)
+        while len(made.output_ids) < 700:
+            advance(scheduler, [(r.id, n) for r, n in scheduler.schedule()])
+        scheduler.remove(made)
+        found.append(made.num_cached)
+    assert (found[2:] == [256, 956 // 64 * 64]) == keeps, found

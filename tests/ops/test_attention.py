@@ -9,8 +9,10 @@ import pytest
 from lockstep.ops import BACKENDS, attention, attention_q8
 from lockstep.ops.attention import Attention
 from lockstep.ops.attention_math import score_scales
-from lockstep.ops.kv_cache import KV_DTYPES
+from lockstep.ops.kv_cache import KV_DTYPES, page_shapes
+from lockstep.ops.rounded_attention import RoundedAttention
 from lockstep.runtime.kernel import interpreted
+from lockstep.runtime.program import Program, Setting, Tensor
 from tests.ops import q8_target
 from tests.ops.harness import ragged_step, run_op, same_bits
 from tests.ops.pages import NEVER, quantize, random_cache, round_bf16, scales_of, widen
@@ -307,6 +309,22 @@ def test_definition_compiled_equals_interpreted(window, soft_cap, kv_dtype):
 def test_what_a_kernel_could_not_hold_is_refused(changed, message):
     with pytest.raises(ValueError, match=f"Attention: {message}"):
         Batch([1], [1], **(dict(H=4, G=1, K=16) | changed)).run(CPU)
+
+
+@pytest.mark.parametrize("window", [0, 8])
+def test_a_token_may_not_see_more_than_its_pages_are_kept_for(window):
+    program, sizes = Program(), dict(num_heads=2, num_kv_heads=1, head_dim=16, scale=0.25, soft_cap=0.0)
+    q, out = (Tensor(name, "T", 32) for name in ("q", "out"))
+    shapes = zip("kv", page_shapes(1, 16, "f32"), strict=True)
+    pages = {f"{p}_pages": program.cache(p, "pages", "f32", shape, 7) for p, shape in shapes}
+    made = dict(out=out, stats=Tensor("stats", "T", 4), q=q, **pages, **sizes)
+    Attention(**made, window=7)
+    with pytest.raises(ValueError, match=f"Attention: window is {window}, but k is kept for 7 tokens"):
+        Attention(**made, window=window)
+    rounded = dict(max_keys=64, scale=0.25, additive=False, fill=0.0, grids=Setting("g", np.zeros((10, 8), np.float32)))
+    sizes = dict(num_heads=2, num_kv_heads=1, head_dim=16)
+    with pytest.raises(ValueError, match="RoundedAttention: k is kept for a window of 7 tokens, expected no window"):
+        RoundedAttention(out=out, q=q, **pages, **sizes, **rounded)
 
 
 @pytest.mark.parametrize("variant, cpu", [("native", "haswell"), ("avx_vnni", ""), ("generic", "")])

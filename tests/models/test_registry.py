@@ -1,0 +1,32 @@
+"""A model is a file: it is named after its model_type, and only the registry knows it beside."""
+
+from pathlib import Path
+
+import pytest
+
+import lockstep
+from lockstep.models.registry import ARCHITECTURES, BY_MODEL_TYPE, FAMILIES
+
+PACKAGE = Path(lockstep.__file__).parent
+# text tokenizers and notations of tool calls have names of their own, which some models share; so have others' programs
+ROOMS = ("commands", "engine", "formats", "models", "ops", "ptq", "runtime", "weights")
+ALSO = {"mistral": {"models/llama.py"}}  # as which GGUF stores it
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_is_known_in_its_own_file_and_in_the_registry(name):
+    files = [path for room in ROOMS for path in (PACKAGE / room).rglob("*.py")]
+    found = {path.relative_to(PACKAGE).as_posix() for path in files if f'"{name}"' in path.read_text()}
+    own = {f"models/{name}.py", "models/registry.py"} | ALSO.get(name, set())
+    assert (PACKAGE / "models" / f"{name}.py").is_file() and found <= own
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_describes_itself(name):
+    family = FAMILIES[name]
+    assert name in {model_type.removesuffix("_text") for model_type in family.model_types}
+    assert all(BY_MODEL_TYPE[model_type] is family for model_type in family.model_types)
+    if family.tiny is not None:
+        assert family.read(family.tiny).model_type in family.model_types
+    if family.gguf is not None:
+        assert ARCHITECTURES[family.gguf.name] is family.gguf and family.gguf.model_type in BY_MODEL_TYPE

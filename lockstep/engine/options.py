@@ -26,18 +26,18 @@ MAY_BE_NONE = ("kv_tokens", "threads", "prompt_state_from", "draft")
 class EngineOptions:
     """Sizes of an engine. ValueError for one that is not allowed.
 
-    kv_tokens: tokens of KV cache in all, its memory claimed at once; None: what max_requests full contexts need, up to
-    2 GiB, or what one full context needs (see cache_size.py), claimed as it is used. threads: None: one for each core.
-    prefix_cache: whether requests use what others computed for the same first tokens. state_bytes: host memory for
-    checkpoints of recurrent state, for models that have one; state_every: tokens from one checkpoint to the next, a
-    multiple of 64; prompt_state_from: length from which prompts get one near their end, too (None: 2048, or any with
-    a cache_dir): it takes a step of its own, which costs a shorter prompt more than 3 %. cache_dir: a folder that
-    keeps prefixes across restarts, of at most cache_dir_bytes. speculate: where drafts come from, guesses of the next
-    tokens that are computed together and kept where they are what the model chooses, so that no answer changes.
-    "lookup": what followed the same few tokens in the prompt, the answer, its prediction or an earlier answer. "mtp":
-    the model's own multi-token-prediction head. "auto": both, or lookup where the model has no such head. "model": a
-    smaller model that the engine is given. "off": none. draft: how many of a request in a step, 1 to 15; None: as many
-    as pay, up to 7.
+    kv_tokens: tokens of KV cache in all, of which layers with a window keep those that requests may see, its memory
+    claimed at once; None: what max_requests full contexts need, up to 2 GiB, or what one full context needs (see
+    cache_size.py), claimed as it is used. threads: None: one for each core. prefix_cache: whether requests use what
+    others computed for the same first tokens. state_bytes: host memory for checkpoints of recurrent state, for models
+    that have one; state_every: tokens from one checkpoint to the next, a multiple of 64; prompt_state_from: length from
+    which prompts get one near their end, too (None: 2048, or any with a cache_dir): it takes a step of its own, which
+    costs a shorter prompt more than 3 %. cache_dir: a folder that keeps prefixes across restarts, of at most
+    cache_dir_bytes. speculate: where drafts come from, guesses of the next tokens that are computed together and kept
+    where they are what the model chooses, so that no answer changes. "lookup": what followed the same few tokens in the
+    prompt, the answer, its prediction or an earlier answer. "mtp": the model's own multi-token-prediction head. "auto":
+    both, or lookup where the model has no such head. "model": a smaller model that the engine is given. "off": none.
+    draft: how many of a request in a step, 1 to 15; None: as many as pay, up to 7.
     """
 
     max_step_tokens: int = 512

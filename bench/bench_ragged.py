@@ -2,6 +2,8 @@
 
     python bench/bench_ragged.py [--threads 2] [--rounds 5] [--dtype f32] [--mix mixed] [--contexts 4096,16384,65536]
 
+--dtype: of the pages, f32, bf16 or e4m3 (float8).
+
 The mixes of lengths are those that JAX's own tests publish. Variants, on the same kernel and the same numbers:
 
     ragged        one call on the batch as it is
@@ -36,7 +38,8 @@ MIXES = {
     "prefill": [5, 15, 120, 100, 21, 32, 251, 40, 64, 99, 10, 5, 3, 120, 9, 2],
     "decode": [1] * 16,
 }
-DTYPES = {"f32": np.dtype(np.float32), "bf16": np.dtype(ml_dtypes.bfloat16)}
+BF16 = np.dtype(ml_dtypes.bfloat16)
+DTYPES = {"f32": np.dtype(np.float32), "bf16": BF16, "e4m3": np.dtype(ml_dtypes.float8_e4m3fn)}  # of pages
 SM_SCALE = HEAD_DIM**-0.5
 
 
@@ -76,12 +79,12 @@ def numbers(shape, dtype, seed):
 
 
 def batch(q_lens, kv_lens, dtype, page_size):
-    """Sequences on pages in a random order."""
+    """Sequences on pages in a random order. dtype: of the pages; where it has one byte, queries are bfloat16."""
     counts = [-(-c // page_size) for c in kv_lens]
     order, table = np.random.default_rng(2).permutation(sum(counts)), np.zeros((len(counts), max(counts)), np.int32)
     for s, count in enumerate(counts):
         table[s, :count] = order[sum(counts[:s]) : sum(counts[: s + 1])]
-    q = numbers((sum(q_lens), HEADS, HEAD_DIM), dtype, 0)
+    q = numbers((sum(q_lens), HEADS, HEAD_DIM), dtype if dtype.itemsize > 1 else BF16, 0)
     kv = numbers((sum(counts), page_size, 2 * KV_HEADS, HEAD_DIM), dtype, 1)
     starts = np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32)
     return Batch(q, kv, np.array(kv_lens, np.int32), table, starts, np.array([len(q_lens)], np.int32), np.empty_like(q))
@@ -134,7 +137,7 @@ def seconds(run, *args):
 def cases(args):
     """{name: (variant, batch, operations that count)}, in the order in which they are shown."""
     made = {}
-    for dtype in args.dtype or DTYPES:
+    for dtype in args.dtype or ("f32", "bf16"):
         for mix in args.mix or MIXES:
             whole = batch(MIXES[mix], KV, DTYPES[dtype], args.page_size)
             padded = batch([max(MIXES[mix])] * len(KV), [max(KV)] * len(KV), DTYPES[dtype], args.page_size)

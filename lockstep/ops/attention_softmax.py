@@ -12,6 +12,7 @@ Few, large functions: each level of nesting compiles everything below it again.
 
 from collections import namedtuple
 
+import numba
 import numpy as np
 from numba import float32
 
@@ -71,7 +72,7 @@ def rows_that_see(c, tile, block):
     return Block(start, max(0, start - tile.position) * c.unit_heads, last * c.unit_heads)
 
 
-@inlined
+@numba.njit(inline="always")  # as `attention_work.attend_claimed`
 def attend_span(c, layout, tile, span, end, memory):
     """Adds the blocks of one span to the rows that see any of their keys; `end` is the last span that follows it.
 

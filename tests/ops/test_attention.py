@@ -133,7 +133,7 @@ CASES = {
     ),
     "window 100 q8, sinks": dict(H=3, G=1, K=48, window=100, kv_dtype="q8", sinks=[1, 2, -3], v_scale=0.25),
     "heads of 512": dict(H=2, G=1, K=512),
-    "heads of 512 bf16": dict(H=8, G=1, K=512, kv_dtype="bf16"),
+    "heads of 512 bf16": dict(H=3, G=1, K=512, kv_dtype="bf16"),
     "heads of 496 q8": dict(H=7, G=1, K=496, kv_dtype="q8"),
     "multi-head q8": dict(H=2, G=2, K=64, kv_dtype="q8"),
     "GQA 4 q8, odd width": dict(H=4, G=1, K=80, kv_dtype="q8"),

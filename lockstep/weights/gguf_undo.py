@@ -31,9 +31,12 @@ class HalfSplitRows(Undo):
 
     num_heads: int
 
+    def info(self, info: TensorInfo) -> TensorInfo:
+        return _of_whole_rows(info)
+
     def apply(self, tensor: StoredTensor) -> StoredTensor:
         rows = np.arange(tensor.shape[0])
-        return _take(tensor, rows.reshape(self.num_heads, -1, 2).swapaxes(1, 2).ravel(), axis=0)
+        return _take_rows(tensor, rows.reshape(self.num_heads, -1, 2).swapaxes(1, 2).ravel())
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,14 @@ class GroupedRows(Undo):
     heads: ValueHeads
     first: int = 0
 
+    def info(self, info: TensorInfo) -> TensorInfo:
+        return _of_whole_rows(info)
+
     def apply(self, tensor: StoredTensor) -> StoredTensor:
         if tensor.shape[0] < self.first:
             raise ValueError(f"expected at least {self.first} rows")
         order = self.first + self.heads.order(tensor.shape[0] - self.first)
-        return _take(tensor, np.concatenate([np.arange(self.first), order]), axis=0)
+        return _take_rows(tensor, np.concatenate([np.arange(self.first), order]))
 
 
 @dataclass(frozen=True)
@@ -74,9 +80,9 @@ class GroupedColumns(Undo):
 
     def apply(self, tensor: StoredTensor) -> StoredTensor:
         if not self._moves_whole_blocks(tensor.format, tensor.shape):
-            tensor = StoredTensor(tensor.name, "f32", tensor.shape, tensor.to_f32())
+            tensor = _f32(tensor, tensor.to_f32())
         if tensor.format not in BLOCK_FORMATS:
-            return _take(tensor, self.heads.order(tensor.shape[-1]), axis=1)
+            return _with_data(tensor, tensor.read().take(self.heads.order(tensor.shape[-1]), axis=1))
         block = BLOCK_FORMATS[tensor.format]
         blocks = tensor.read().reshape(len(tensor.data), -1, block.block_bytes)
         moved = blocks[:, self.heads.order(blocks.shape[1])].reshape(tensor.data.shape)
@@ -89,7 +95,11 @@ class GroupedColumns(Undo):
 
 
 class MinusOne(Undo):
-    """A norm stored as 1 + w. The difference is exact, and 1 + w in float32 gives the stored value again."""
+    """A norm stored as s = 1 + w.
+
+    Error: none, and 1 + w in float32 gives s again, where s is 0.5 to 2^24 or the sum of 1 and a float32. Any other
+    s, as blocks may hold, is off by at most half the spacing of float32 at s - 1: 2^-25 from 0 to 0.5.
+    """
 
     def info(self, info: TensorInfo) -> TensorInfo:
         return _as_f32(info)
@@ -156,8 +166,15 @@ def _snapped_log(decay: float) -> float:
     return snapped if abs(math.exp(snapped) - decay) <= tolerance else log
 
 
-def _take(tensor: StoredTensor, order: np.ndarray, axis: int) -> StoredTensor:
-    return _with_data(tensor, tensor.read().take(order, axis))
+def _of_whole_rows(info: TensorInfo) -> TensorInfo:
+    """Rows of blocks move as they are. A vector's elements lie within blocks, so that it becomes float32."""
+    return _as_f32(info) if info.format in BLOCK_FORMATS and len(info.shape) == 1 else info
+
+
+def _take_rows(tensor: StoredTensor, order: np.ndarray) -> StoredTensor:
+    if tensor.format in BLOCK_FORMATS and len(tensor.shape) == 1:
+        return _f32(tensor, tensor.to_f32().take(order))
+    return _with_data(tensor, tensor.read().take(order, axis=0))
 
 
 def _with_data(tensor: StoredTensor, data: np.ndarray) -> StoredTensor:
@@ -166,7 +183,8 @@ def _with_data(tensor: StoredTensor, data: np.ndarray) -> StoredTensor:
 
 
 def _f32(tensor: StoredTensor, data: np.ndarray) -> StoredTensor:
-    return _with_data(replace(tensor, format="f32"), data)
+    data.flags.writeable = False
+    return StoredTensor(tensor.name, "f32", tensor.shape, data)
 
 
 def _as_f32(info: TensorInfo) -> TensorInfo:

@@ -5,14 +5,15 @@
 Hidden states, norm(x), are a result of the step, of rows that are embedded.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from lockstep.models.model_config import Layer, ModelConfig
 from lockstep.models.record import Recorder
 from lockstep.runtime.program import Tensor
-from lockstep.weights.tensor import TensorMap
+from lockstep.weights.tensor import StoredTensor, TensorMap
 
 HEAD = "lm_head.weight"
+HEADS = (HEAD, "language_model.lm_head.weight")  # the second in old checkpoints of models that also see
 RecordLayer = Callable[[Recorder, Tensor, ModelConfig, Layer, str], Tensor]
 
 
@@ -38,11 +39,20 @@ def head(ops: Recorder, x: Tensor, config: ModelConfig, prefix: str) -> Tensor:
 
     Where there is none at all, see `can_generate`, the embedding stands in for it: a program always has one.
     """
-    has_own = HEAD in ops.tensors or not (config.tied or config.headless)
-    name = HEAD if has_own else f"{prefix}embed_tokens.weight"
+    name = own_head(ops.tensors)
+    if name is None:
+        name = f"{prefix}embed_tokens.weight" if config.tied or config.headless else HEAD
     return ops.product(x, [ops.stored(name, config.vocab_size, config.hidden_size)], "logits")
+
+
+def own_head(tensors: Mapping[str, StoredTensor]) -> str | None:
+    """The name of a checkpoint's head, None without one of its own; ValueError for two."""
+    found = [name for name in HEADS if name in tensors]
+    if len(found) > 1:
+        raise ValueError(f"tensors {found[0]!r} and {found[1]!r} are both the head; expected one of them")
+    return found[0] if found else None
 
 
 def can_generate(config: ModelConfig, tensors: TensorMap) -> bool:
     """Whether a checkpoint has a head, its own or its embedding; otherwise it is only good for embeddings."""
-    return config.tied or not config.headless or HEAD in tensors
+    return config.tied or not config.headless or own_head(tensors) is not None

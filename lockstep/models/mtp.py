@@ -10,7 +10,7 @@ Source: DeepSeek-V3 technical report 2024, section 2.2; the tensors' names are t
 
 from lockstep.formats import FORMATS
 from lockstep.formats.choice import compute_format
-from lockstep.models.decoder import HEAD
+from lockstep.models.decoder import own_head
 from lockstep.models.model_config import Experts, ModelConfig
 from lockstep.models.qwen3_5 import OFFSET, layer
 from lockstep.models.record import Recorder
@@ -84,7 +84,7 @@ def record_mtp(
     h = ops.rms_norm(ops.select_rows(x, "sampled", "R"), "mtp.norm.weight", *norm)
     ops.result("hidden", h)
     vocab = guessed_tokens(config.vocab_size) if num_tokens is None else min(num_tokens, config.vocab_size)
-    name = HEAD if HEAD in tensors else f"{prefix}embed_tokens.weight"
+    name = own_head(tensors) or f"{prefix}embed_tokens.weight"
     logits = ops.first_products(h, ops.stored(name, config.vocab_size, D), vocab, "logits")
     return output_rows_only(ops.program), logits, vocab
 

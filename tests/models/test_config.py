@@ -5,7 +5,9 @@ import pytest
 
 from lockstep.formats.choice import compute_format
 from lockstep.models.model_config import Experts, Heads, LinearAttention, Mlp, Rope
+from lockstep.models.recording import record, record_on
 from lockstep.models.registry import model_config
+from lockstep.models.shapes import AnyTensor, only_shape
 from lockstep.ops.linear import Linear
 from lockstep.ops.rope import RopeScaling
 from tests.models import published as p
@@ -340,6 +342,20 @@ def test_tensors_beside_the_text_model_are_left_alone(tmp_path):
     for name in (*others, "model.layers.0.self_attn.rotary_emb.inv_freq"):
         arrays[name] = np.ones(8, np.float32)
     assert load(tiny.write(tmp_path, CASES["llama"], arrays)).config.num_layers == 3
+
+
+def test_the_head_of_an_old_checkpoint_that_also_sees():
+    config = model_config({**CASES["gemma3_nested"], "tie_word_embeddings": False})
+    asked = AnyTensor(kv_dtype="f32")
+    record_on(asked, config)
+    shapes = {n.replace("model.", "language_model.model.", 1): shape for n, shape in asked.shapes.items()}
+    shapes["language_model.lm_head.weight"] = shapes.pop("lm_head.weight")
+    tensors = {name: only_shape(name, shape) for name, shape in shapes.items()}
+    program, _ = record(config, tensors, kv_dtype="f32")
+    assert "language_model.lm_head.weight" in [weight.name for weight in program.weights()]
+    tensors["lm_head.weight"] = tensors["language_model.lm_head.weight"]
+    with pytest.raises(ValueError, match=r"'lm_head\.weight' and 'language_model\.lm_head\.weight' are both the head"):
+        record(config, tensors)
 
 
 def test_a_head_of_its_own_wins_over_a_config_that_ties_it(tmp_path):

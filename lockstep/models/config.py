@@ -112,7 +112,7 @@ def text_config(config: Config) -> Config:
     inner = config.get("text_config")
     if not isinstance(inner, dict):
         return config
-    check_keys(config)
+    check_keys(config, free=["hidden_act"])  # which the text part says
     keys = ("tie_word_embeddings", "eos_token_id", "architectures")
     outside = {k: config[k] for k in keys if config.get(k) is not None}
     return {**outside, **inner, **{k: v for k, v in outside.items() if k == "tie_word_embeddings"}}

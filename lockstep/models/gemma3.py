@@ -19,7 +19,7 @@ from lockstep.models.llama_like import (
     self_attention,
     with_windows,
 )
-from lockstep.models.model_config import Heads, Layer, ModelConfig
+from lockstep.models.model_config import Heads, Layer, ModelConfig, checked_head_dim
 from lockstep.models.record import Recorder
 from lockstep.models.rope_config import ropes_by_type
 from lockstep.models.tiny import BASE
@@ -43,8 +43,11 @@ layer_types rope_local_base_freq""".split()
 
 
 def read(config: Config) -> ModelConfig:
-    """The ModelConfig; what is left out of a text_config is as in `DEFAULTS`."""
-    check_keys(config, KEYS)
+    """The ModelConfig; what is left out of a text_config is as in `DEFAULTS`.
+
+    hidden_activation alone says what the MLP's activation is: hidden_act is not read, as in transformers.
+    """
+    check_keys(config, KEYS, free=["hidden_act"])
     config = {**DEFAULTS, **{key: value for key, value in config.items() if value is not None}}
     if config["hidden_activation"] != "gelu_pytorch_tanh":
         found = config["hidden_activation"]
@@ -60,7 +63,10 @@ def read(config: Config) -> ModelConfig:
 
 def heads_by_type(config: Config) -> dict[str, Heads]:
     """The heads of a layer of each type, all with all keys."""
-    head_dim, scale = need(config, "head_dim"), need_float(config, "query_pre_attn_scalar", 1e-3, 1e6) ** -0.5
+    head_dim, scale = (
+        checked_head_dim(need(config, "head_dim")),
+        need_float(config, "query_pre_attn_scalar", 1e-3, 1e6) ** -0.5,
+    )
     counts = need(config, "num_attention_heads"), need(config, "num_key_value_heads")
     ropes = ropes_by_type(config, head_dim, THETAS)
     return {kind: Heads(*counts, head_dim, scale, rope) for kind, rope in ropes.items()}
@@ -105,8 +111,7 @@ def gguf_config(config: dict, keys: Keys, names: Container[str]) -> dict:
     scalar = config["head_dim"]
     if config["num_hidden_layers"] == 62:  # the model of 27 billion weights
         scalar = config["hidden_size"] // config["num_attention_heads"]
-    return config | {
-        "hidden_act": None,
+    return {key: value for key, value in config.items() if key != "hidden_act"} | {
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": scalar,
         "rope_local_base_freq": keys.number("rope.freq_base_swa", 10000.0),

@@ -6,7 +6,16 @@ from typing import Any, NamedTuple
 
 from lockstep.models.config import Config, end_ids, flag, is_headless, need, need_float, optional
 from lockstep.models.experts import experts
-from lockstep.models.model_config import Experts, Heads, Layer, LinearAttention, Mlp, ModelConfig, checked
+from lockstep.models.model_config import (
+    Experts,
+    Heads,
+    Layer,
+    LinearAttention,
+    Mlp,
+    ModelConfig,
+    checked,
+    checked_head_dim,
+)
 from lockstep.models.record import Recorder
 from lockstep.models.rope_config import rope
 from lockstep.runtime.program import Tensor
@@ -42,10 +51,18 @@ def num_layers(config: Config) -> int:
 def heads_of(config: Config, rope_defaults: Config | None = None, **others: Any) -> Heads:
     """Heads that see all keys, scaled by the root of their size. rope_defaults: see `rope_config.rope`."""
     num_heads = need(config, "num_attention_heads")
-    head_dim = optional(config, "head_dim", need(config, "hidden_size") // num_heads)
+    head_dim = head_dim_of(config, num_heads)
     turned = rope(config, head_dim, **(rope_defaults or {}))
     num_kv_heads = optional(config, "num_key_value_heads", num_heads)
     return Heads(num_heads, num_kv_heads, head_dim, float(head_dim) ** -0.5, turned, **others)
+
+
+def head_dim_of(config: Config, num_heads: int) -> int:
+    """The size of a head: head_dim, or the hidden size's share; ValueError for one that the kernels cannot run."""
+    hidden_size = need(config, "hidden_size")
+    if config.get("head_dim") is None:
+        return checked_head_dim(hidden_size // num_heads, f"hidden_size {hidden_size} / {num_heads} heads =")
+    return checked_head_dim(need(config, "head_dim"))
 
 
 def biases(config: Config) -> dict[str, Any]:

@@ -125,6 +125,13 @@ class ModelConfig:
         return len(self.layers)
 
 
+def checked_head_dim(head_dim: int, name: str = "head_dim") -> int:
+    """A head's size; ValueError for one that the kernels cannot run, which says where it is from (`name`)."""
+    if head_dim % 16 or not 0 < head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"{name} {head_dim} is not supported: it must be a multiple of 16 and at most {MAX_HEAD_DIM}")
+    return head_dim
+
+
 def checked(config: ModelConfig) -> ModelConfig:
     """Refuses shapes that the kernels cannot run."""
     _check_multiple("hidden_size", config.hidden_size, 32)
@@ -144,9 +151,9 @@ def _check_multiple(name: str, value: int, step: int) -> None:
 
 
 def _check_heads(heads: Heads) -> None:
-    _check_multiple("head_dim", heads.head_dim, 16)
-    if heads.head_dim > MAX_HEAD_DIM or heads.num_heads % heads.num_kv_heads:
+    checked_head_dim(heads.head_dim)
+    if heads.num_heads % heads.num_kv_heads:
         raise ValueError(
-            f"head_dim {heads.head_dim} (at most {MAX_HEAD_DIM}) with {heads.num_heads} heads and "
-            f"{heads.num_kv_heads} kv heads (a divisor of the heads) is not supported"
+            f"{heads.num_heads} heads with {heads.num_kv_heads} kv heads is not supported: these must be a divisor of "
+            f"the heads"
         )

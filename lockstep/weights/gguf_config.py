@@ -89,7 +89,8 @@ def _rope(keys: Keys, config: dict, factors: np.ndarray | None, where: str) -> d
     theta = keys.number("rope.freq_base", 10000.0)
     head_dim = config["head_dim"]
     rope_dim = keys.integer("rope.dimension_count", head_dim)
-    if rope_dim % 2 or not 0 < rope_dim <= head_dim or theta < 1:
+    is_said = "rope.dimension_count" in keys  # otherwise the size of heads is checked with the model
+    if theta < 1 or (is_said and (rope_dim % 2 or not 0 < rope_dim <= head_dim)):
         raise ValueError(f"{where}: rope.dimension_count {rope_dim}, base {theta} do not fit heads of {head_dim}")
     scaling = _scaling(keys, theta, rope_dim, factors, where)
     partial = {"partial_rotary_factor": rope_dim / head_dim} if rope_dim != head_dim else {}

@@ -11,7 +11,15 @@ import numpy as np
 MAX_FLOAT32 = 3.4e38
 HARMLESS = {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "expert_feed_forward_length"}
 # Values that mean "as usual" wherever these keys appear.
-USUAL = {"expert_count": 0, "expert_used_count": 0, "attention.causal": True, "nextn_predict_layers": 0}
+USUAL = {
+    "expert_count": 0,
+    "expert_used_count": 0,
+    "attention.causal": True,
+    "nextn_predict_layers": 0,
+    "attn_logit_softcapping": 0,  # no bound, as of the next two
+    "final_logit_softcapping": 0,
+    "attention.clamp_kqv": 0,
+}
 
 
 class Keys:

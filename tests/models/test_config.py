@@ -154,6 +154,22 @@ def test_old_context_of_scaled_rope():
     assert heads(outside).rope.scaling.original_max_position_embeddings == 64
 
 
+def test_gemma_reads_one_of_two_names_of_the_activation():
+    for others in ({"hidden_act": "gelu_pytorch_tanh"}, {"hidden_act": "silu"}):
+        made = model_config(windowed(**others))
+        assert {layer.mlp.activation for layer in made.layers} == {"gelu_tanh"}
+        assert model_config({**CASES["gemma3_nested"], **others}).layers
+    with pytest.raises(ValueError, match="'hidden_activation': 'silu' is not supported, only 'gelu_pytorch_tanh'"):
+        model_config(windowed(hidden_activation="silu", hidden_act="gelu_pytorch_tanh"))
+
+
+@pytest.mark.parametrize("name", ["gemma3_nested", "qwen3_5_nested"])
+def test_a_text_part_may_leave_out_its_model_type(name):
+    text = {key: value for key, value in CASES[name]["text_config"].items() if key != "model_type"}
+    assert model_config({**CASES[name], "text_config": text}) == model_config(CASES[name])
+
+
+OUTSIDE = dict.fromkeys(("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"))
 REFUSED = [
     (case("gpt2"), "model_type 'gpt2' is not supported; supported are gemma3_text, llama, mistral"),
     (case(None), "model_type None is not supported"),
@@ -238,16 +254,20 @@ REFUSED = [
     (hybrid(linear_num_value_heads=3), "a multiple of the key heads"),
     (case("smollm3", no_rope_layers=[1, 0]), "config key 'no_rope_layers': expected 3 of 0 and 1, got [1, 0]"),
     (case("llama", head_dim=20), "head_dim 20 is not supported: it must be a multiple of 16"),
-    (case("llama", head_dim=528), "head_dim 528 (at most 512)"),
-    (case("llama", num_key_value_heads=3), "3 kv heads (a divisor"),
-    (case("llama", hidden_size=80), "hidden_size 80"),
+    (case("llama", head_dim=528), "head_dim 528 is not supported: it must be a multiple of 16 and at most 512"),
+    (case("llama", num_key_value_heads=3), "4 heads with 3 kv heads is not supported: these must be a divisor"),
+    (case("llama", hidden_size=80), "hidden_size 80 / 4 heads = 20 is not supported: it must be a multiple of 16"),
+    (case("llama", hidden_size=80, head_dim=32), "hidden_size 80 is not supported"),
     (case("llama", intermediate_size=90), "ffn_width 90"),
     (case("llama", vocab_size="many"), "config key 'vocab_size': expected a number, got 'many'"),
     (case("llama", num_hidden_layers=0), "config key 'num_hidden_layers': expected 1 to 1000, got 0"),
     (case("llama", num_hidden_layers=True), "config key 'num_hidden_layers': expected a number, got True"),
     (case("llama", head_dim="64"), "config key 'head_dim': expected a number, got '64'"),
     (windowed(hidden_activation="gelu"), "config key 'hidden_activation': 'gelu' is not supported, only 'gelu_pytorch"),
-    (windowed(hidden_act="relu"), "config key 'hidden_act': 'relu' is not supported"),
+    (windowed(head_dim=513), "head_dim 513 is not supported: it must be a multiple of 16 and at most 512"),
+    (case("llama", head_dim=513), "head_dim 513 is not supported: it must be a multiple of 16 and at most 512"),
+    (hybrid(head_dim=513), "head_dim 513 is not supported: it must be a multiple of 16 and at most 512"),
+    (nested({"vocab_size": 9, **OUTSIDE}, "llava"), "model_type 'llava' is not supported"),
     (windowed(attn_logit_softcapping=50.0), "'attn_logit_softcapping'"),
     (windowed(use_bidirectional_attention=True), "'use_bidirectional_attention'"),
     (windowed(query_pre_attn_scalar=0), "config key 'query_pre_attn_scalar': expected 0.001 to"),

@@ -72,6 +72,19 @@ def test_what_llama_cpp_knows_by_heart(arrays, tmp_path):
     assert {layer.mixer.window for layer in layers} == {9} and {layer.mixer.scale for layer in layers} == {32**-0.5}
 
 
+def test_caps_of_zero_are_none(arrays, tmp_path):
+    zero = dict(final_logit_softcapping=0.0, attn_logit_softcapping=0.0)
+    assert model_config(open_checkpoint(write_gemma3(tmp_path / "m.gguf", arrays, **zero)).config).layers
+    with pytest.raises(ValueError, match=r"metadata not supported: gemma3\.final_logit_softcapping"):
+        open_checkpoint(write_gemma3(tmp_path / "m.gguf", arrays, final_logit_softcapping=30.0))
+
+
+def test_a_size_of_heads_is_named_where_it_is_wrong(arrays, tmp_path):
+    path = write_gemma3(tmp_path / "m.gguf", arrays, attention__key_length=513, attention__value_length=513)
+    with pytest.raises(ValueError, match="head_dim 513 is not supported: it must be a multiple of 16"):
+        model_config(open_checkpoint(path).config)
+
+
 def test_windows_said_for_each_layer(arrays, tmp_path):
     path = write_gemma3(tmp_path / "m.gguf", arrays, attention__sliding_window_pattern=[True, False, True])
     assert [layer.window for layer in model_config(open_checkpoint(path).config).layers] == [9, 0, 9]

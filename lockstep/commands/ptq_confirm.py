@@ -18,7 +18,7 @@ def command(
     those that ranked them, bit for bit. Exit 1 if one differs."""
     from lockstep.commands.output import write
     from lockstep.commands.ptq_eval import made_team
-    from lockstep.commands.ptq_run import show
+    from lockstep.commands.ptq_run import show, told_interrupt
     from lockstep.study.assemble import assembled, kept_recipe
     from lockstep.study.confirm import confirm_study
     from lockstep.study.report_folder import read_folder
@@ -28,8 +28,9 @@ def command(
     if not top:
         raise ValueError(f"{folder}: its recipe says confirm.top = 0, so nothing is to be confirmed; expected --top N")
     read_folder(folder)
-    with Progress() as progress:
-        study, subject = assembled(recipe, progress.packing)
+    with told_interrupt("lockstep ptq confirm"):
+        with Progress() as progress:
+            study, subject = assembled(recipe, progress.packing)
         with made_team(threads) as team, Counter() as counter:
             made = confirm_study(folder, study, subject, team, top, counter.step)
     show(folder)

@@ -1,5 +1,6 @@
 """`lockstep ptq run`: many plans for one model, measured on one text."""
 
+import contextlib
 import pathlib
 import sys
 from typing import Annotated
@@ -35,9 +36,10 @@ def command(
     check_folder(folder)
     read = Recipe.load(recipe, change or ())
     say = lambda line: print(f"lockstep: {line}", file=sys.stderr)
-    with Progress() as progress:
-        study, subject = assembled(read, progress.packing)
-        keep_recipe(folder, read)
+    with told_interrupt("lockstep ptq run"):
+        with Progress() as progress:
+            study, subject = assembled(read, progress.packing)
+            keep_recipe(folder, read)
         with made_team(threads) as team, Counter() as counter:
             how = How(jobs, team.num_threads, counter.step, say)
             trials = run_study(folder, study, subject, team, how)
@@ -49,6 +51,17 @@ def command(
         raise ValueError(f"{folder}: none of the {len(trials)} trials could run, for the reasons above")
     if read.top and not (folder / "confirm.jsonl").exists():
         print(f"lockstep ptq confirm {folder} runs the best {read.top} head by head, as hardware does", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def told_interrupt(name):
+    """A context in which Ctrl-C says what becomes of the work, before it ends the command."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        after = "goes on where it was" if name == "lockstep ptq run" else "starts anew"
+        print(f"lockstep: interrupted; the same `{name}` {after}", file=sys.stderr)
+        raise
 
 
 def show(folder) -> None:

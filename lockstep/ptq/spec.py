@@ -145,7 +145,7 @@ class Spec:
         if percentile is None:
             raise ValueError(
                 f"{self}: {self.observer!r} is no observer; expected minmax, mse or a percentile above 50 and up to "
-                f"100, as p99.9"
+                f"100 with up to 9 digits after the point, as p99.9"
             )
         object.__setattr__(self, "observer", f"p{percentile:.9f}".rstrip("0").rstrip("."))
 

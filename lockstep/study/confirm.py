@@ -14,9 +14,10 @@ from lockstep.ptq.solved import Solved
 from lockstep.runtime.threads import Team
 from lockstep.study.evaluate import FLOAT, PREFILL, PREFILL_REFERENCE, Setup, rig_for
 from lockstep.study.in_integers import InIntegers
-from lockstep.study.kept import CALIBRATION, FLOAT_NAME, ROUNDS, check_same, load_stats
+from lockstep.study.kept import CALIBRATION, check_same, load_stats
 from lockstep.study.records import Lines, going_on, held, line_of, save
 from lockstep.study.rig import Rig
+from lockstep.study.rounds import ANEW, FLOAT_NAME, ROUNDS, check_follows, read_rounds
 from lockstep.study.run import TRIALS, OnStep, ranking
 from lockstep.study.scoring import compared_figures, text_figures, window_figures
 from lockstep.study.subject import Subject
@@ -49,7 +50,9 @@ def confirm_study(
                 f"others; {going_on(folder)} makes them"
             )
         ids = [trial["id"] for trial in best]
-        confirmation = _Confirmation(folder, study, subject, team, _digests(folder, study, [FLOAT_NAME, *ids]))
+        measured = _measured(folder, study, [FLOAT_NAME, *ids])
+        check_follows(folder, trials)
+        confirmation = _Confirmation(folder, study, subject, team, measured)
         made = confirmation.run(ids, on_step)
         in_integers = InIntegers(study, subject, team)
         for done, record in enumerate(made, 1):
@@ -61,17 +64,17 @@ def confirm_study(
 
 
 class _Confirmation:
-    """Both twins of a study's model, the fast one made only where something differs. digests: of the scores of all
-    windows on the fast one, by trial."""
+    """Both twins of a study's model, the fast one made only where something differs. measured: figures of all
+    windows on the fast one, with digests of the scores, by trial."""
 
     def __init__(
-        self, folder: Path, study: Study, subject: Subject, team: Team, digests: Mapping[str, list[str]]
+        self, folder: Path, study: Study, subject: Subject, team: Team, measured: Mapping[str, list[dict[str, Any]]]
     ) -> None:
         self._study, self._subject, self._team = study, subject, team
         stats = _stats(folder / CALIBRATION, study)
         self._solve = lambda plan: Solved.solve(plan, study.model_name, study.content, study.sites, stats)
         self._rig, self._fast = self._made(PREFILL), None
-        self._digests = digests
+        self._measured = measured
 
     def _made(self, twin: str) -> Rig:
         return rig_for(self._subject, self._study.treatment, self._team, self._study.length, twin)
@@ -88,7 +91,7 @@ class _Confirmation:
                 base = self._rig.hidden() if base is None else base
                 found = window_figures(scores, self._study.evaluation[index], name != FLOAT_NAME)
                 figures[name].append(found)
-                if found["digest"] != self._digests[name][index] and name not in first:
+                if found != self._measured[name][index] and name not in first:
                     first[name] = self._difference(setup, index, base, scores)
             done, total = index + 1, len(self._study.evaluation)
             on_step("confirming", f"window {done} of {total}", done, total)
@@ -141,15 +144,12 @@ def _stats(path: Path, study: Study) -> dict[str, Stat]:
     return {}
 
 
-def _digests(folder: Path, study: Study, names: Sequence[str]) -> dict[str, list[str]]:
-    """Of the scores of all windows of some trials. ValueError, with file and line, for lines that are missing or that
+def _measured(folder: Path, study: Study, names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """Figures and digests of the scores of all windows of some trials. ValueError, with file and line, for lines that are missing or that
     somebody changed."""
-    path, found = folder / ROUNDS, dict[str, list[str]]()
-    for number, record in enumerate(Lines(path).records, 1):
-        try:
-            found.setdefault(record["trial"], []).extend(window["digest"] for window in record.get("windows", ()))
-        except (KeyError, TypeError):
-            raise ValueError(f"{path}, line {number}: it is no record of a trial in a round; it was changed") from None
+    path, found = folder / ROUNDS, dict[str, list[dict[str, Any]]]()
+    for (_, name), record in sorted(read_rounds(Lines(path, ANEW)).items()):
+        found.setdefault(name, []).extend(record.get("windows", ()))
     for name in names:
         if len(found.get(name, ())) != len(study.evaluation):
             raise ValueError(

@@ -14,12 +14,12 @@ import numpy as np
 from lockstep.ptq.observers import Stat
 from lockstep.study.calibrate import COUNTED
 from lockstep.study.records import Lines, going_on, save
+from lockstep.study.rounds import ANEW, FLOAT_NAME, ROUNDS
 from lockstep.study.trials import Study
 
-IDS, ROUNDS, CALIBRATION = "ids.json", "rounds.jsonl", "calibration.npz"
+IDS, CALIBRATION = "ids.json", "calibration.npz"
 # what NumPy says of files that it did not write, or not as a whole
 BROKEN = (ValueError, TypeError, AttributeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
-FLOAT_NAME = "float"  # of the model in float, in the place of a trial's id
 
 
 def check_same(folder: Path, study: Study) -> None:
@@ -52,7 +52,7 @@ def _read_ids(path: Path) -> Any:
 def _ids_of_rounds(folder: Path, ids: list[str]) -> list[str]:
     """The ids of a study if all rounds in a folder without ids are of its trials; else theirs. ValueError for a
     calibration of which nothing says whose it is."""
-    found = {str(record.get("trial")) for record in Lines(folder / ROUNDS).records} - {FLOAT_NAME}
+    found = {str(record.get("trial")) for record in Lines(folder / ROUNDS, ANEW).records} - {FLOAT_NAME}
     if not found and (folder / CALIBRATION).exists():
         raise ValueError(
             f"{folder / CALIBRATION}: nothing says which study it is of, since {IDS} is missing; delete it: "

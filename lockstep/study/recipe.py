@@ -290,6 +290,8 @@ def _sweep_table(sweep: Sweep) -> dict[str, Any]:
 
 def _list(name: str, found: Any, where: str, kind: str) -> tuple[str, tuple[str, ...]]:
     """(Glob of sites, specs) of one list of a sweep."""
+    if not name or not name.isprintable():
+        raise ValueError(f"{where}{name!r:.80}: expected a name of one or more printable characters")
     if not isinstance(found, Mapping):
         raise ValueError(f'{where}{name} is {found!r:.80}, expected a table, as {{ sites = "L*.p", spec = ["u8"] }}')
     _known(found, ("sites", "spec"), f"{where}{name}.")

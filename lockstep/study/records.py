@@ -32,31 +32,39 @@ def line_of(record: Mapping[str, Any]) -> bytes:
     return json.dumps(record, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
 
 
+def reason_of(error: Exception) -> str:
+    """Why a line is no JSON, without a number of a line, which would be that inside the line."""
+    return f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+
+
 class Lines:
     """Records in a file, in order.
 
     A last line that was cut short (by a crash or a full disk) is removed, and `was_torn` says so. ValueError, with file
-    and line, for a line that is no JSON object.
+    and line, for a line that is no JSON object; advice: what it says to do then.
+    reads_only: the file may be one that another process adds to, and is left as it is.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.was_torn = path, False
+    def __init__(self, path: Path, advice: str = "", reads_only: bool = False) -> None:
+        self.path, self.was_torn, self._advice = path, False, advice
         content = path.read_bytes() if path.exists() else b""
         *whole, rest = content.split(b"\n")
         self.records: list[dict[str, Any]] = [self._parsed(i, line) for i, line in enumerate(whole, 1)]
         self._size = len(content) - len(rest)
         if rest:
             self.was_torn = True
+        if rest and not reads_only:
             with self._told():
                 os.truncate(path, self._size)
 
     def _parsed(self, number: int, line: bytes) -> dict[str, Any]:
+        more = f"; {self._advice}" if self._advice else ""
         try:
             found = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{self.path}, line {number}: it cannot be read as JSON: {error}") from None
+            raise ValueError(f"{self.path}, line {number}: it is no JSON: {reason_of(error)}{more}") from None
         if not isinstance(found, dict):
-            raise ValueError(f"{self.path}, line {number}: it is {found!r:.80}, expected an object")
+            raise ValueError(f"{self.path}, line {number}: it is {found!r:.80}, expected an object{more}")
         return found
 
     def add(self, record: Mapping[str, Any]) -> None:
@@ -92,8 +100,9 @@ def write_all(file: io.RawIOBase, content: bytes) -> None:
 class Replayed:
     """Lines that follow from others: what is in the file already must be what would be written."""
 
-    def __init__(self, path: Path) -> None:
-        self._lines, self._next = Lines(path), 0
+    def __init__(self, path: Path, source: Path) -> None:
+        """source: the file that they follow from."""
+        self._lines, self._next, self._source = Lines(path), 0, source
         self.was_torn = self._lines.was_torn
 
     def add(self, record: Mapping[str, Any]) -> None:
@@ -103,8 +112,8 @@ class Replayed:
             self._lines.add(record)
         elif line_of(there[self._next - 1]) != line_of(record):
             raise ValueError(
-                f"{self._lines.path}, line {self._next}: it is not what the study's rounds give; was it changed, or "
-                f"made by another version? Expected a new folder, or this file deleted, which is then made anew"
+                f"{self._lines.path}, line {self._next}: it is not what {self._source} gives; one of the two was "
+                f"changed, or made by another version; only a new folder is safe"
             )
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lockstep.study.records import RECIPE, check_folder, going_on
+from lockstep.study.records import RECIPE, check_folder, going_on, reason_of
+from lockstep.study.rounds import ROUNDS, check_follows
 
 STUDY, TRIALS, CONFIRM, WINNER = "study.json", "trials.jsonl", "confirm.jsonl", "winner.json"
 WINNER_RECIPE = "winner.toml"
@@ -54,6 +55,8 @@ def read_folder(folder: Path) -> StudyFolder:
         trials, is_torn = _lines(folder / TRIALS)
         for number, trial in enumerate(trials, 1):
             _check_trial(trial, f"{folder / TRIALS}, line {number}")
+    if (folder / ROUNDS).is_file():
+        check_follows(folder, trials)
     lacking = _lacking(study, len(latest(trials)), is_torn, folder)
     with _made_by(f"`lockstep ptq confirm {folder}`", CONFIRM):
         confirmed, is_confirm_torn = _lines(folder / CONFIRM)
@@ -202,7 +205,7 @@ def _json(where: Any, text: str) -> Mapping[str, Any]:
     try:
         found = json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: it cannot be read as JSON: {error}") from None
+        raise ValueError(f"{where}: it cannot be read as JSON: {reason_of(error)}") from None
     return checked(found, "the content", dict, str(where))
 
 

@@ -20,8 +20,9 @@ from lockstep.ptq.solved import Solved
 from lockstep.runtime.threads import Team
 from lockstep.study.bench import FLOAT_TRIAL, Outcome
 from lockstep.study.calibrate import calibrate
-from lockstep.study.kept import CALIBRATION, FLOAT_NAME, ROUNDS, check_same, load_stats, save_ids, save_stats
+from lockstep.study.kept import CALIBRATION, check_same, load_stats, save_ids, save_stats
 from lockstep.study.records import Lines, Replayed, held, save
+from lockstep.study.rounds import ANEW, FLOAT_NAME, ROUNDS, read_rounds, sealed
 from lockstep.study.scoring import compared_figures, mean_and_error, nll_of, text_figures
 from lockstep.study.subject import Subject
 from lockstep.study.summary import Figures, study_record
@@ -93,12 +94,12 @@ class _Run:
         how: How,
     ) -> None:
         self._folder, self._study, self._stats, self._workers, self._how = folder, study, stats, workers, how
-        self._lines, self._trials = Lines(folder / ROUNDS), Replayed(folder / TRIALS)
+        self._lines, self._trials = Lines(folder / ROUNDS, ANEW), Replayed(folder / TRIALS, folder / ROUNDS)
         self._times, self._figures = Lines(folder / TIMES), Figures(study, subject, stats)
         for lines in (self._lines, self._trials, self._times):
             if lines.was_torn:
                 how.say(f"{folder}: the last line of a file was cut short and is left out: it is made again")
-        self._known = {_key(self._lines, i): record for i, record in enumerate(self._lines.records)}
+        self._known = read_rounds(self._lines)
         self.windows: dict[int, list[dict[str, Any]]] = {t: [] for t in range(FLOAT_TRIAL, len(study.trials))}
         self._layers = {t: [0, 0] for t in self.windows}
         self._weights: dict[int, dict[str, float | None]] = {t: {} for t in self.windows}
@@ -177,11 +178,11 @@ class _Run:
         made: dict[str, Any] = dict(round=number, trial=self._name(outcome.trial))
         if outcome.failure is not None:
             window, why = outcome.failure
-            return made | dict(failed=why if window < 0 else f"window {window}: {why}")
+            return sealed(made | dict(failed=why if window < 0 else f"window {window}: {why}"))
         if number == 0 and outcome.weights:
             made["weights"] = outcome.weights
         layers = [outcome.layers_run, outcome.layers_saved]
-        return made | dict(layers=layers, windows=[outcome.windows[window] for window in windows])
+        return sealed(made | dict(layers=layers, windows=[outcome.windows[window] for window in windows]))
 
     def _name(self, trial: int) -> str:
         return FLOAT_NAME if trial == FLOAT_TRIAL else self._study.trials[trial].id
@@ -255,15 +256,6 @@ class _Run:
         if ranked:
             ids = [trial.id for trial in self._study.trials]
             self._solved(ids.index(ranked[0]["id"])).save(self._folder / WINNER)
-
-
-def _key(lines: Lines, index: int) -> tuple[int, str]:
-    """Round and trial of a record of rounds.jsonl. ValueError, with file and line, for one that was changed."""
-    record = lines.records[index]
-    whole = "failed" in record or ("windows" in record and "layers" in record)
-    if not whole or not isinstance(record.get("round"), int) or not isinstance(record.get("trial"), str):
-        raise ValueError(f"{lines.path}, line {index + 1}: it is no record of a trial in a round; it was changed")
-    return record["round"], record["trial"]
 
 
 def ranking(trials: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

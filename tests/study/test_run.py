@@ -21,10 +21,11 @@ from lockstep.study import records
 from lockstep.study.bench import Bench
 from lockstep.study.calibrate import calibrate
 from lockstep.study.recipe import Sweep
-from lockstep.study.records import held
+from lockstep.study.records import Lines, held, line_of
 from lockstep.study.report import write_report
 from lockstep.study.report_data import report_data
 from lockstep.study.rig import Rig
+from lockstep.study.rounds import check_follows
 from lockstep.study.run import How, ranking, run_study
 from lockstep.study.subject import load_subject
 from lockstep.study.text import Window
@@ -241,14 +242,42 @@ def test_lines_that_somebody_changed(made, tmp_path):
     shutil.copytree(folder, tmp_path / "copy")
     path = tmp_path / "copy" / "trials.jsonl"
     path.write_text(path.read_text().replace('"status":"done"', '"status":"failed"', 1))
-    with pytest.raises(ValueError, match=r"trials.jsonl, line 1: it is not what the study's rounds give"):
+    with pytest.raises(
+        ValueError, match=r"trials.jsonl, line 1: it is not what .*rounds.jsonl gives; .* only a new folder"
+    ):
         run(tmp_path / "copy", study)
     (tmp_path / "copy" / "rounds.jsonl").write_text("{}\nnothing\n")
-    with pytest.raises(ValueError, match=r"rounds.jsonl, line 2: it cannot be read as JSON"):
+    with pytest.raises(ValueError, match=r"rounds.jsonl, line 2: it is no JSON: .* at column 1; .* a new folder"):
         run(tmp_path / "copy", study)
     (tmp_path / "copy" / "rounds.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match=r"rounds.jsonl, line 1: it is no record of a trial in a round"):
         run(tmp_path / "copy", study)
+
+
+def test_scores_that_do_not_follow_from_rounds_are_refused_without_running(made, tmp_path):
+    """What `show` and `confirm` check; it leaves a study alone whose last line is being written."""
+    _, folder, _ = made
+    rounds, trials = (Lines(folder / name, reads_only=True).records for name in ("rounds.jsonl", "trials.jsonl"))
+    path, text = tmp_path / "rounds.jsonl", (folder / "rounds.jsonl").read_bytes()
+    path.write_bytes(text + b'{"round":')
+    check_follows(tmp_path, trials)
+    assert path.read_bytes() == text + b'{"round":'
+    window = trials[1]["window_nll"]
+    for changed in (
+        dict(metrics=trials[1]["metrics"] | dict(nll=5.0, delta_nll=-5.0)),
+        dict(window_nll=[window[0] + 1, *window[1:]]),
+        dict(status="failed"),
+    ):
+        with pytest.raises(ValueError, match=r"trials.jsonl, line 2: its scores are not those that .*rounds.jsonl"):
+            check_follows(tmp_path, [trials[0], trials[1] | changed])
+    path.write_bytes(text + line_of(rounds[0]))
+    with pytest.raises(ValueError, match=r"rounds.jsonl, line \d+: it is a second record of round 0"):
+        check_follows(tmp_path, trials)
+    nll_squares = text.replace(b'"nll_squares":', b'"nll_squares":1', 1)
+    assert nll_squares != text
+    path.write_bytes(nll_squares)
+    with pytest.raises(ValueError, match=r"rounds.jsonl, line 1: its sha256 is not that of what it says"):
+        check_follows(tmp_path, trials)
 
 
 def test_a_full_disk_names_the_file_and_loses_nothing(made, tmp_path, monkeypatch):

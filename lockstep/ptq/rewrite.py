@@ -268,7 +268,7 @@ class _Rewriter:
         heads += [("k", op.k_offset, K, op.num_kv_heads), ("v", op.v_offset, K, op.num_kv_heads)]
         for name, column, stride, count in heads:
             self._place(name, layer, op.x, column, stride, count, K)
-        if "inputs" in self._how.inside:
+        if "inputs" in self._how.inside and not op.k_pages.window:
             op = self._apart(op, layer)
         self._ops.append(op)
         for name in ("q", "k") if op.q_norm is not None else ():
@@ -294,10 +294,8 @@ class _Rewriter:
 
     def _attention(self, op: Attention) -> None:
         layer, H = layer_of(op.out.name), op.num_heads
-        if "attention" in self._how.inside:
+        if "attention" in self._how.inside and not (op.window or op.soft_cap):  # whose steps no op rounds
             self._need_f32(op, layer)
-            if op.window or op.soft_cap:
-                raise ValueError(f"layer {layer}: sites inside attention with a window or a soft cap are not supported")
             there = [s for s in rounded_attention.SITES if s != "pv" or op.gate is not None]
             there = [s for s in there if s != "qk.masked" or self._how.additive]
             there = [s for s in there if s != "qk.raw" or op.scale != 1]  # then it is "qk"

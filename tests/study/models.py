@@ -10,13 +10,14 @@ from lockstep.engine.model import load_model
 from lockstep.models.checkpoint import open_checkpoint
 from lockstep.runtime.executor import WeightStore
 from tests.models import tiny
-from tests.models.cases import case, hybrid
+from tests.models.cases import case, hybrid, windowed
 
 CONFIGS = {
     "plain": case("llama", num_hidden_layers=2),
     "normed": case("qwen3", head_dim=32, num_hidden_layers=2),
     "biased": case("llama", attention_bias=True, mlp_bias=True, tie_word_embeddings=True, num_hidden_layers=2),
     "hybrid": hybrid(),
+    "windowed": windowed(num_hidden_layers=3),
 }
 SIXTEEN = {  # heads of 16, so that attention's scale is a power of two
     "normed 16": case("qwen3", head_dim=16, num_hidden_layers=2),

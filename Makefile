@@ -14,13 +14,14 @@ SOURCES := pyproject.toml $(wildcard lockstep/*.py lockstep/*/*.py lockstep/bund
 BIN := $(VENV)/bin
 LOCKSTEP := $(BIN)/lockstep
 
-.PHONY: help demo test test-targets soak fuzz attacks speculation test-oracles oracles-lm-eval oracles-others oracles dev lint lock audit clean
+.PHONY: help demo test test-targets test-formats soak fuzz attacks speculation test-oracles oracles-lm-eval oracles-others oracles dev lint lock audit clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo          install into $(VENV) and generate with the bundled model"
 	@echo "make test          run the tests (without torch)"
 	@echo "make test-targets  compare with kernels for other CPUs, those with this CPU's own instructions included"
+	@echo "make test-formats  layers in groups and scores in every weight format, not in some"
 	@echo "make soak          random schedules with fresh seeds, for SOAK minutes (10), and 2 minutes of make fuzz"
 	@echo "make fuzz          random requests, bytes, templates, grammars and files, for FUZZ minutes (60)"
 	@echo "make attacks       the attacks of a review, one by one, and SIGTERM in the middle of them"
@@ -47,7 +48,7 @@ demo: $(VENV)/.installed
 	@if [ -f lockstep/commands/bench.py ]; then echo; $(LOCKSTEP) bench --quick; fi
 
 # A process for each core. In the order of their names, files that take long come early: no process ends long after others.
-BUDGET ?= 900
+BUDGET ?= 960
 test: $(VENV)/.test
 	@LOCKSTEP_TEST_BUDGET=$(BUDGET) $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
@@ -55,6 +56,10 @@ test: $(VENV)/.test
 test-targets: $(VENV)/.test
 	@LOCKSTEP_ALL_TARGETS=1 $(BIN)/python -m pytest -q tests/promise/test_isa.py tests/ops/test_linear.py \
 		tests/ops/test_attention.py tests/ops/test_ragged_paged_attention.py -k target
+
+# layers in groups and scores in every format, whose kernels take a minute to compile
+test-formats: $(VENV)/.test
+	@LOCKSTEP_ALL_FORMATS=1 $(BIN)/python -m pytest -q tests/ops/test_score.py tests/ops/test_grouped_linear.py
 
 SOAK ?= 10
 soak: $(VENV)/.test

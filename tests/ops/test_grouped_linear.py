@@ -7,11 +7,13 @@ from lockstep.ops import grouped_linear, linear_cpu
 from lockstep.ops.grouped_linear import GroupedLinear
 from lockstep.ops.rewrite import lower
 from lockstep.runtime.program import Program, Weight
+from tests.kernels import ALL_FORMATS
 from tests.ops.harness import Given, run_op, same_bits, weight
-from tests.ops.test_linear import RNG, narrow, prepared, run, stored
+from tests.ops.test_linear import INTEGER_FORMATS, RNG, narrow, prepared, run, stored
 
 GROUPS, N = 3, 64
-FORMATS = ("q8_0", "q4_k", "bf16", "f32")  # a kind of rows and of packing each; tests/ops/test_linear.py has all tiles
+# a kind of rows and of packing each, if not all: tests/ops/test_linear.py has all tiles
+FORMATS = (*INTEGER_FORMATS, "bf16", "f32") if ALL_FORMATS else ("q8_0", "q4_k", "bf16", "f32")
 
 
 def run_grouped(table, format, x, parts, residual=None, num_threads=1):

@@ -41,6 +41,7 @@ from lockstep.ops.score import (
 from lockstep.runtime.kernel import interpreted
 from lockstep.runtime.program import Program, Weight
 from lockstep.weights.tensor import StoredTensor
+from tests.kernels import ALL_FORMATS
 from tests.ops import score_target
 from tests.ops.harness import Given, run_op, same_bits
 from tests.ops.test_code_linear import I16, U8, coded
@@ -112,6 +113,7 @@ def test_kernel_equals_definition(format, vocabulary):
                 same_bits(run(score_cpu.CPU, x, part, target, *operands, num_threads=num_threads), expected)
 
 
+@pytest.mark.skipif(not ALL_FORMATS, reason="kernels take a minute to compile: make test-formats")
 @pytest.mark.parametrize("format", [format for format in PREPARATION if format not in FORMATS])
 def test_every_format_has_a_kernel(format):
     part, x = stored(format, 83, narrow(format)), rows_of(4, format)

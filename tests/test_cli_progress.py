@@ -48,3 +48,11 @@ def test_time_left_is_that_of_a_part_from_its_first_step_on(monkeypatch):
         "measuring: plan 3 of 3, 15 s left",
         "confirming: window 1 of 9",
     ]
+
+
+def test_a_counter_without_a_terminal_tells_the_ends_of_rounds():
+    stream = io.StringIO()
+    with Counter(stream=stream) as counter:
+        counter.step("measuring", "round 1 of 2, plan 1 of 2", 1, 4)
+        counter.step("measuring", "round 1 of 2, plan 2 of 2", 2, 4, True)
+    assert stream.getvalue() == "measuring: round 1 of 2, plan 2 of 2\n"

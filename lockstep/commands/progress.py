@@ -5,6 +5,7 @@ import time
 from typing import Self, TextIO
 
 QUIET_SECONDS = 1.0  # what takes less is not worth a line
+PLAIN_SECONDS = 10.0  # between lines where stderr is no terminal
 
 
 class Progress:
@@ -60,12 +61,14 @@ class Progress:
 
 
 class Counter:
-    """A context in which steps of one kind are counted, with the time that is left: a live line on a terminal, nothing
-    elsewhere. Called with how many are done, and how many there are."""
+    """A context in which steps of one kind are counted, with the time that is left. Called with how many are done, and
+    how many there are: a live line on a terminal; elsewhere a plain one at the end of a round, and where
+    PLAIN_SECONDS have passed since the last."""
 
     def __init__(self, doing: str = "", noun: str = "", stream: TextIO | None = None) -> None:
         self._doing, self._noun, self._stream = doing, noun, stream or sys.stderr
         self._started, self._status = time.perf_counter(), None
+        self._said = self._started  # when the last plain line was
         self._first = 0  # work of a part that was done when its clock began
 
     def __enter__(self) -> Self:
@@ -79,18 +82,21 @@ class Counter:
         """Shows how far it is."""
         self._show(f"{self._doing}: {self._noun} {done} of {total}", done, total)
 
-    def step(self, part: str, where: str, done: int, total: int) -> None:
+    def step(self, part: str, where: str, done: int, total: int, ends: bool = False) -> None:
         """Shows work in several parts, each of which has a clock of its own, from its first step on. where: in words;
-        done, total: in any unit of work."""
+        done, total: in any unit of work. ends: whether a round ends with it."""
         if part != self._doing:
             self._doing, self._started, self._first = part, time.perf_counter(), done
-        self._show(f"{part}: {where}", done - self._first, total - self._first)
+        self._show(f"{part}: {where}", done - self._first, total - self._first, ends)
 
-    def _show(self, where: str, done: int, total: int) -> None:
+    def _show(self, where: str, done: int, total: int, ends: bool = False) -> None:
         seconds = time.perf_counter() - self._started
         left = f", {seconds / done * (total - done):.0f} s left" if done and seconds > QUIET_SECONDS else ""
         if self._stream.isatty():
             self._live(where + left)
+        elif ends or time.perf_counter() - self._said > PLAIN_SECONDS:
+            self._said = time.perf_counter()
+            print(where + left, file=self._stream, flush=True)
 
     def _live(self, line: str) -> None:
         from rich.console import Console

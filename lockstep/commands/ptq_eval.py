@@ -152,13 +152,18 @@ def solved_plan(subject, path, plan, text, count, team, length):
         return solve(subject, plan, team, windows, counter)
 
 
+def plain(value) -> str:
+    """A number with four digits after the point, or in powers of ten where that would be long."""
+    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.5g}"
+
+
 def show(found) -> None:
     """Prints the figures as lines."""
     for name in ("float", "plan"):
         if name in found:
             f = found[name]
-            error = "" if f["ppl_error"] is None else f" +- {f['ppl_error']:.4f}"
-            print(f"{name:6} {f['nll']:.6f} nats a token, perplexity {f['ppl']:.4f}{error}")
+            error = "" if f["ppl_error"] is None else f" +- {plain(f['ppl_error'])}"
+            print(f"{name:6} {f['nll']:.6f} nats a token, perplexity {plain(f['ppl'])}{error}")
     if "against float" in found:
         a = found["against float"]
         within = "" if a["delta_low"] is None else f" ({a['delta_low']:+.6f} .. {a['delta_high']:+.6f})"

@@ -25,6 +25,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from lockstep.ops.rounded_attention import SITES
+from lockstep.ops.rounded_inputs import SITES as INPUTS
 from lockstep.ptq.site import Site
 from lockstep.ptq.spec import Spec
 
@@ -37,6 +39,8 @@ OPTIONS = {
 }
 USUAL_FILL = -120.0
 NUM_NEAREST = 3
+INNER = (*SITES, *(f"{name}.{site}" for name in ("q", "k") for site in INPUTS), "v.all")  # sites inside attention
+WINDOWED = "attention with a window or a soft cap has no sites inside; "
 FORM = "lockstep plan 1\n"  # what a hash is of; another number when equal texts mean other numbers
 
 
@@ -81,7 +85,10 @@ class Plan:
         matched = [_matching(names, glob) for glob, _ in self.rules]
         for (glob, text), found in zip(self.rules, matched, strict=True):
             if not found:
-                raise ValueError(f"plan: rule {glob!r} = {text!r} matches no site; {_nearest(glob, names)}")
+                layer, _, own = glob.partition(".")
+                is_whole = not _matching(names, f"{layer}.q") or _matching(names, f"{layer}.qk")
+                why = WINDOWED if own in INNER and not is_whole else ""
+                raise ValueError(f"plan: rule {glob!r} = {text!r} matches no site; {why}{_nearest(glob, names)}")
         return {site.name: self._spec(site, matched) for site in sites}
 
     def _spec(self, site: Site, matched: list[set[str]]) -> Spec:

@@ -145,8 +145,8 @@ def _stats(path: Path, study: Study) -> dict[str, Stat]:
 
 
 def _measured(folder: Path, study: Study, names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """Figures and digests of the scores of all windows of some trials. ValueError, with file and line, for lines that are missing or that
-    somebody changed."""
+    """Figures of all windows of some trials, with digests of their scores. ValueError, with file and line, for lines
+    that are missing or that somebody changed."""
     path, found = folder / ROUNDS, dict[str, list[dict[str, Any]]]()
     for (_, name), record in sorted(read_rounds(Lines(path, ANEW)).items()):
         found.setdefault(name, []).extend(record.get("windows", ()))

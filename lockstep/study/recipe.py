@@ -130,7 +130,7 @@ def first_difference(old: Any, new: Any, key: str = "") -> str | None:
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         pairs = enumerate(zip(old, new, strict=True), 1)
         return next(filter(None, (first_difference(a, b, f"{key}[{i}]") for i, (a, b) in pairs)), None)
-    return None if old == new else f"{key} was {old!r:.80} and is now {new!r:.80}"
+    return None if old == new else f"{key} was {_shown(old)} and is now {_shown(new)}"
 
 
 # ------------------------------------------------------------ TOML
@@ -201,34 +201,39 @@ def _known(table: Mapping[str, Any], allowed: Sequence[str], where: str) -> None
 def _table(table: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     found = table.get(key, {})
     if not isinstance(found, Mapping):
-        raise ValueError(f"{key} is {found!r:.80}, expected a table")
+        raise ValueError(f"{key} is {_shown(found)}, expected a table")
     return found
+
+
+def _shown(value: Any) -> str:
+    """A value as TOML says it, at most 80 characters."""
+    return str(value).lower() if isinstance(value, bool) else f"{value!r:.80}"
 
 
 def _count(table: Mapping[str, Any], key: str, where: str, usual: int | None, least: int) -> int | None:
     found = table.get(key, usual)
     if found is not None and (type(found) is not int or found < least):
-        raise ValueError(f"{where}{key} is {found!r:.80}, expected a whole number from {least} on")
+        raise ValueError(f"{where}{key} is {_shown(found)}, expected a whole number from {least} on")
     return found
 
 
 def _flag(table: Mapping[str, Any], key: str, where: str, usual: bool) -> bool:
     found = table.get(key, usual)
     if not isinstance(found, bool):
-        raise ValueError(f"{where}{key} is {found!r:.80}, expected true or false")
+        raise ValueError(f"{where}{key} is {_shown(found)}, expected true or false")
     return found
 
 
 def _word(table: Mapping[str, Any], key: str, allowed: Sequence[str], usual: str) -> str:
     found = table.get(key, usual)
     if found not in allowed:
-        raise ValueError(f"{key} is {found!r:.80}, expected one of {', '.join(allowed)}")
+        raise ValueError(f"{key} is {_shown(found)}, expected one of {', '.join(allowed)}")
     return found
 
 
 def _model(name: Any, folder: Path) -> str:
     if not isinstance(name, str) or not name:
-        raise ValueError(f"model is {name!r:.80}, expected a text: a folder, a .gguf file, a hub name or {BUNDLED!r}")
+        raise ValueError(f"model is {_shown(name)}, expected a text: a folder, a .gguf file, a hub name or {BUNDLED!r}")
     return str((folder / name).resolve()) if name != BUNDLED and (folder / name).exists() else name
 
 
@@ -239,11 +244,11 @@ def _text(table: Mapping[str, Any], name: str, folder: Path) -> TextChoice | Non
     _known(found, TEXT_KEYS[name], where)
     path, digest, like = found.get("text"), found.get("sha256"), found.get("like")
     if not isinstance(path, str) or not path:
-        raise ValueError(f"{where}text is {path!r:.80}, expected the path of a file")
+        raise ValueError(f"{where}text is {_shown(path)}, expected the path of a file")
     if digest is not None and not (isinstance(digest, str) and HASH.fullmatch(digest)):
-        raise ValueError(f"{where}sha256 is {digest!r:.80}, expected 64 hexadecimal digits")
+        raise ValueError(f"{where}sha256 is {_shown(digest)}, expected 64 hexadecimal digits")
     if like is not None and like not in LIKE:
-        raise ValueError(f"{where}like is {like!r:.80}, expected {' or '.join(LIKE)}")
+        raise ValueError(f"{where}like is {_shown(like)}, expected {' or '.join(LIKE)}")
     usual = LENGTH if name == "evaluate" else _table(table, "evaluate").get("length", LENGTH)
     length = _count(found, "length", where, usual, 2) or LENGTH
     least = 2 if name == "evaluate" else 1  # differences of one window have no interval
@@ -262,7 +267,7 @@ def _text_table(choice: TextChoice) -> dict[str, Any]:
 
 def _sweeps(found: Any) -> tuple[Sweep, ...]:
     if not isinstance(found, list) or not all(isinstance(each, Mapping) and each for each in found):
-        raise ValueError(f"sweep is {found!r:.80}, expected tables [[sweep]]")
+        raise ValueError(f"sweep is {_shown(found)}, expected tables [[sweep]]")
     return tuple(_sweep(each, f"sweep[{i}].") for i, each in enumerate(found, 1))
 
 
@@ -279,7 +284,7 @@ def _arithmetic(found: Any, where: str) -> tuple[str, ...]:
     allowed = OPTIONS[ARITHMETIC]
     words = [found] if isinstance(found, str) else found
     if not isinstance(words, list) or not words or any(word not in allowed for word in words):
-        raise ValueError(f"{where}{ARITHMETIC} is {found!r:.80}, expected a list of {', '.join(allowed)}")
+        raise ValueError(f"{where}{ARITHMETIC} is {_shown(found)}, expected a list of {', '.join(allowed)}")
     return tuple(words)
 
 
@@ -293,14 +298,14 @@ def _list(name: str, found: Any, where: str, kind: str) -> tuple[str, tuple[str,
     if not name or not name.isprintable():
         raise ValueError(f"{where}{name!r:.80}: expected a name of one or more printable characters")
     if not isinstance(found, Mapping):
-        raise ValueError(f'{where}{name} is {found!r:.80}, expected a table, as {{ sites = "L*.p", spec = ["u8"] }}')
+        raise ValueError(f'{where}{name} is {_shown(found)}, expected a table, as {{ sites = "L*.p", spec = ["u8"] }}')
     _known(found, ("sites", "spec"), f"{where}{name}.")
     glob, specs = found.get("sites"), found.get("spec", "off" if kind == LEAVE_ONE_OUT else None)
     if not isinstance(glob, str) or not glob:
-        raise ValueError(f"{where}{name}.sites is {glob!r:.80}, expected names of sites with *, ? or [..]")
+        raise ValueError(f"{where}{name}.sites is {_shown(glob)}, expected names of sites with *, ? or [..]")
     specs = [specs] if isinstance(specs, str) else specs
     if not isinstance(specs, list) or not specs:
-        raise ValueError(f"{where}{name}.spec is {specs!r:.80}, expected a grid or a list of grids")
+        raise ValueError(f"{where}{name}.spec is {_shown(specs)}, expected a grid or a list of grids")
     try:
         return glob, tuple(str(Spec.parse(spec)) for spec in specs)
     except ValueError as error:

@@ -33,8 +33,9 @@ STUDY, TRIALS, TIMES, WINNER = "study.json", "trials.jsonl", "times.jsonl", "win
 CLEARLY = 3.0  # standard errors by which a trial must be worse than the best to end early
 LEAST_WINDOWS = 4  # from which a standard error is taken seriously
 DONE, STOPPED, FAILED = "done", "stopped", "failed"
-# called with a part of the work, where it is, both in words, how much is done, and how much is to be done at most
-OnStep = Callable[[str, str, int, int], object]
+# called with a part of the work, where it is, both in words, how much is done, and how much is to be done at most;
+# at the end of a round with True, too
+OnStep = Callable[..., object]
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class How:
 
     jobs: int = 1
     threads: int = 1
-    on_step: OnStep = lambda part, where, done, total: None
+    on_step: OnStep = lambda *_: None
     say: Callable[[str], object] = lambda line: None
 
 
@@ -172,7 +173,7 @@ class _Run:
         self._windows_run += sizes[number]
         left = sizes[number] * (num_wanted - done) + num_active * sum(sizes[number + 1 :])
         where = f"round {number + 1} of {len(sizes)}, plan {done} of {num_wanted}"
-        self._how.on_step("measuring", where, self._windows_run, self._windows_run + left)
+        self._how.on_step("measuring", where, self._windows_run, self._windows_run + left, done == num_wanted)
 
     def _record(self, number: int, outcome: Outcome, windows: range) -> dict[str, Any]:
         made: dict[str, Any] = dict(round=number, trial=self._name(outcome.trial))

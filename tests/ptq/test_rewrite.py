@@ -8,7 +8,8 @@ from lockstep.ops.fake_quant import FakeQuant
 from lockstep.ops.rounded_attention import RoundedAttention
 from lockstep.ops.rounded_inputs import RoundedInputs
 from lockstep.ops.rounded_silu_mul import RoundedSiluMul
-from lockstep.ptq.rewrite import INSIDE, Treatment, component, rounded, sites_of
+from lockstep.ptq.plan import Plan
+from lockstep.ptq.rewrite import INSIDE, Treatment, component, layer_of, rounded, sites_of
 from tests.study.models import recorded
 
 
@@ -109,3 +110,18 @@ def test_weights_are_parts_of_what_the_program_reads():
 )
 def test_components(name, short):
     assert component(name) == short
+
+
+@pytest.mark.parametrize("name", ["window", "some windows"])
+def test_attention_with_a_window_has_no_sites_inside_and_all_others(name):
+    program = recorded(name).recorded
+    sites = sites_of(program)
+    windowed = {layer_of(op.out.name) for op in program.ops if isinstance(op, Attention) and op.window}
+    names = {f"L{layer}.{site}" for layer in windowed for site in ("ctx", "q", "o.w", "mul", "down")}
+    assert windowed and names <= {site.name for site in sites}
+    within = {site.layer for site in sites if site.is_inner and "act" not in site.name and site.layer is not None}
+    assert not within & windowed and (within if name == "some windows" else not within)
+    made = rounded(program, Treatment(inside=INSIDE))
+    assert {layer_of(op.out.name) for op in made.program.ops if isinstance(op, Attention)} == windowed
+    with pytest.raises(ValueError, match=r"attention with a window or a soft cap has no sites inside"):
+        Plan([(f"L{min(windowed)}.qk", "u8")]).resolve(sites)

@@ -19,6 +19,7 @@ CONFIGS = {
     "hybrid": hybrid(),
     "windowed": windowed(num_hidden_layers=3),
 }
+WINDOWS = {"window": case("mistral", sliding_window=9, num_hidden_layers=2), "some windows": windowed()}
 SIXTEEN = {  # heads of 16, so that attention's scale is a power of two
     "normed 16": case("qwen3", head_dim=16, num_hidden_layers=2),
     "hybrid 16": hybrid(head_dim=16),
@@ -28,7 +29,7 @@ SIXTEEN = {  # heads of 16, so that attention's scale is a power of two
 @functools.cache
 def folder(name):
     """A model's folder, which stays until the process ends."""
-    made, config = pathlib.Path(_root().name) / name, {**CONFIGS, **SIXTEEN}[name]
+    made, config = pathlib.Path(_root().name) / name, {**CONFIGS, **SIXTEEN, **WINDOWS}[name]
     return tiny.write(made, config, tiny.tensors(config, 5))
 
 

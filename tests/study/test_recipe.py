@@ -1,6 +1,7 @@
 """Recipes: what they say is what is run; every mistake names its key; sweeps become trials."""
 
 import hashlib
+import pathlib
 import tomllib
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def test_values_may_be_set(tmp_path):
         ("windows = 4", "windows = 0", "calibrate.windows is 0, expected a whole number from 1 on"),
         ("windows = 4", "window = 4", "there is no calibrate.window; expected one of text, sha256, windows, length"),
         ("length = 64", "windows = 1", "evaluate.windows is 1, expected a whole number from 2 on"),
-        ("length = 64", "length = true", "evaluate.length is True, expected a whole number from 2 on"),
+        ("length = 64", "length = true", "evaluate.length is true, expected a whole number from 2 on"),
         ("length = 64", 'like = "vllm"', "evaluate.like is 'vllm', expected llama.cpp"),
         ("length = 64", "early_stop = 1", "evaluate.early_stop is 1, expected true or false"),
         ('text = "a.txt"', "text = []", r"calibrate.text is \[\], expected the path of a file"),
@@ -184,3 +185,10 @@ def test_recipes_that_are_shipped_name_texts_that_are_there(path):
 def test_any_name_and_text_reads_back(name):
     table = {"model": name, "sweep": [{name: {"sites": name, "spec": ["u4", name]}}], "plan": {"rules": [[name, "i8"]]}}
     assert tomllib.loads(to_toml(table)) == table
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "\x1b[2J"])
+def test_a_name_of_a_sweep_can_be_printed(name):
+    table = dict(evaluate=dict(text="t"), sweep=[{name: dict(sites="*", spec=["u8"])}])
+    with pytest.raises(ValueError, match="expected a name of one or more printable characters"):
+        Recipe.from_table(table, pathlib.Path())

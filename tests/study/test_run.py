@@ -178,7 +178,7 @@ def test_progress_counts_the_whole_study(tmp_path):
     num_trials = len(study.trials) + 1  # and the model in float
     rounds = [step for step in steps if step[0] == "measuring"]
     assert [step[0] for step in steps[:2]] == ["calibrating"] * 2 and len(rounds) == 2 * num_trials
-    assert {total for *_, total in rounds} == {3 * num_trials} and rounds[-1][2] == 3 * num_trials
+    assert {step[3] for step in rounds} == {3 * num_trials} and rounds[-1][4] and rounds[-1][2] == 3 * num_trials
     assert rounds[0][1:3] == (f"round 1 of 2, plan 1 of {num_trials}", 2)
 
 

@@ -44,7 +44,15 @@ INTEGERS = (("*", "i16"), ("*.w", "u4/row"), ("L*.norm*", "u8"), ("head", "off")
 
 @pytest.mark.parametrize(
     "name, fuse_scale",
-    [("plain", "none"), ("normed", "none"), ("hybrid", "none"), ("biased", "k"), ("normed", "k"), ("hybrid", "q"), ("windowed", "none")],
+    [
+        ("plain", "none"),
+        ("normed", "none"),
+        ("hybrid", "none"),
+        ("biased", "k"),
+        ("normed", "k"),
+        ("hybrid", "q"),
+        ("windowed", "none"),
+    ],
 )
 @pytest.mark.parametrize("arithmetic", ["float", "integer"])
 def test_every_path_has_the_bits_of_the_study(name, fuse_scale, arithmetic, team):

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from lockstep.formats.choice import compute_format
 from lockstep.models.model_config import Experts, Heads, LinearAttention, Mlp, Rope
 from lockstep.models.recording import record, record_on
 from lockstep.models.registry import model_config
@@ -383,31 +382,3 @@ def test_a_head_of_its_own_wins_over_a_config_that_ties_it(tmp_path):
     program = load(tiny.write(tmp_path, tied, tiny.tensors(CASES["llama"], SEED))).recorded
     head = [op for op in program.ops if isinstance(op, Linear)][-1]
     assert head.weight.name == "lm_head.weight"
-
-
-@pytest.mark.parametrize(
-    "stored, requested, width, chosen",
-    [
-        ("bf16", "auto", 64, "bf16"),
-        ("f32", "auto", 64, "f32"),
-        ("q5_k", "auto", 256, "q5_k"),
-        ("f64", "auto", 64, "f32"),
-        ("bf16", "q8_0", 64, "q8_0"),
-        ("bf16", "q8_0", 48, "f32"),
-        ("bf16", "auto", 48, "f32"),
-        ("f16", "auto", 48, "f16"),
-        ("q4_1", "auto", 32, "q4_1"),
-        ("q5_0", "auto", 96, "q5_0"),
-        ("q5_1", "auto", 64, "q5_1"),
-        ("q5_1", "q8_0", 64, "q8_0"),
-        ("q4_k", "auto", 256, "q4_k"),
-        ("q4_k", "auto", 288, "bf16"),
-    ],
-)
-def test_format_of_a_linear_layer(stored, requested, width, chosen):
-    assert compute_format(stored, requested, width) == chosen
-
-
-def test_unknown_format_of_weights():
-    with pytest.raises(ValueError, match="weights 'int4': expected one of auto, f32"):
-        compute_format("bf16", "int4", 64)

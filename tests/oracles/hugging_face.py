@@ -1,4 +1,4 @@
-"""What transformers computes for a checkpoint folder, in float32."""
+"""What transformers computes for a checkpoint folder, in float32 unless another dtype is asked for."""
 
 import numpy as np
 import torch
@@ -11,7 +11,8 @@ def load(folder, dtype=torch.float32):
     """The folder's model; a tensor that is missing, left over or of another shape is an error."""
     config = AutoConfig.from_pretrained(folder)
     kind = AutoModelForImageTextToText if hasattr(config, "text_config") else AutoModelForCausalLM
-    model, report = kind.from_pretrained(folder, dtype=dtype, attn_implementation="eager", output_loading_info=True)
+    plain = dict(attn_implementation="eager", experts_implementation="eager")  # others know no float64
+    model, report = kind.from_pretrained(folder, dtype=dtype, **plain, output_loading_info=True)
     missing = [k for k in report["missing_keys"] if not any(part in k for part in OTHER_PARTS)]
     unexpected = [k for k in report["unexpected_keys"] if not k.startswith("mtp.")]
     assert not (missing or unexpected or report["mismatched_keys"]), report

@@ -13,7 +13,7 @@ import pytest
 import lockstep
 from tests.models import tiny
 from tests.models.cases import CASES
-from tests.models.running import check, difference, load, logits_of
+from tests.models.running import difference, load, logits_of
 
 hugging_face = pytest.importorskip(
     "tests.oracles.hugging_face", reason="torch and transformers are needed", exc_type=ImportError
@@ -32,11 +32,15 @@ def made(folder, name, dtype="F32", seed=SEED):
 
 @pytest.mark.parametrize("name", CASES)
 def test_float32(name, tmp_path):
+    """Against transformers in float64: its own float32 is off by more than the bound for some seeds.
+
+    No argmax is compared: within the bound only those of near ties can differ, and fresh seeds have some.
+    """
     folder, ids = made(tmp_path, name)
-    expected, model = hugging_face.logits(folder, ids), load(folder)
+    expected, model = hugging_face.logits(folder, ids, hugging_face.torch.float64), load(folder)
     whole = logits_of(model, ids)
-    worst, flips = difference(whole, expected)
-    assert worst <= 1e-4 and flips == 0, f"seed {SEED}: max_abs_diff {worst:.3g}, {flips} argmax differ"
+    worst, _ = difference(whole, expected)
+    assert worst <= 1e-4, f"seed {SEED}: max_abs_diff {worst:.3g}"
     assert whole.tobytes() == logits_of(model, ids, cuts=(1, 2, 33, 64, 65)).tobytes(), f"seed {SEED}"
 
 
@@ -76,11 +80,14 @@ def test_embeddings(name, tmp_path):
     llm.close()
 
 
-@pytest.mark.parametrize("weights, worst_allowed", [("f32", 1e-4), ("auto", 0.1)])
-def test_bundled_model(weights, worst_allowed):
+def test_bundled_model():
+    """In float32 the same logits; as stored, in bf16, nearer to them than transformers' own bf16 (24 seeds: rms error
+    0.40 to 0.50 of its error, largest 0.38 to 0.60)."""
     ids = [1, *np.random.RandomState(SEED).randint(0, 4096, NUM_TOKENS - 1).tolist()]
-    expected = hugging_face.logits(BUNDLED, ids)
-    found = logits_of(load(BUNDLED, weights), ids)
-    if weights == "f32":
-        check(found, expected, worst_allowed)
-    assert difference(found, expected)[0] <= worst_allowed
+    expected = hugging_face.logits(BUNDLED, ids, hugging_face.torch.float64)
+    worst, _ = difference(logits_of(load(BUNDLED, "f32"), ids), expected)
+    assert worst <= 1e-4, f"seed {SEED}: max_abs_diff {worst:.3g}"
+    theirs = hugging_face.logits(BUNDLED, ids, hugging_face.torch.bfloat16) - expected
+    ours = logits_of(load(BUNDLED, "auto"), ids) - expected
+    assert np.sqrt(np.mean(ours**2)) <= 0.7 * np.sqrt(np.mean(theirs**2)), f"seed {SEED}"
+    assert np.abs(ours).max() <= np.abs(theirs).max(), f"seed {SEED}"

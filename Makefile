@@ -10,7 +10,7 @@ ITSELF := $(PIP_INSTALL) --no-deps --no-build-isolation
 COMPILE := bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --annotation-style line \
 	--no-header --no-emit-index-url --no-emit-find-links
 AUDIT := bin/pip-audit --strict --progress-spinner off --disable-pip
-SOURCES := pyproject.toml $(wildcard lockstep/*.py lockstep/*/*.py lockstep/bundled/*)
+SOURCES := pyproject.toml $(wildcard lockstep/*.py lockstep/*/*.py lockstep/*/*/*.py lockstep/bundled/*)
 BIN := $(VENV)/bin
 LOCKSTEP := $(BIN)/lockstep
 
@@ -54,17 +54,17 @@ test: $(VENV)/.test
 
 # also instruction sets that are this machine's own
 test-targets: $(VENV)/.test
-	@LOCKSTEP_ALL_TARGETS=1 $(BIN)/python -m pytest -q tests/promise/test_isa.py tests/ops/test_linear.py \
-		tests/ops/test_attention.py tests/ops/test_ragged_paged_attention.py -k target
+	@LOCKSTEP_ALL_TARGETS=1 $(BIN)/python -m pytest -q tests/promise/test_isa.py tests/ops/linear/test_linear.py \
+		tests/ops/attention/test_attention.py tests/ops/attention/test_ragged_paged_attention.py -k target
 
 # layers in groups and scores in every format, whose kernels take a minute to compile
 test-formats: $(VENV)/.test
-	@LOCKSTEP_ALL_FORMATS=1 $(BIN)/python -m pytest -q tests/ops/test_score.py tests/ops/test_grouped_linear.py
+	@LOCKSTEP_ALL_FORMATS=1 $(BIN)/python -m pytest -q tests/ops/sampling/test_score.py tests/ops/linear/test_grouped_linear.py
 
 SOAK ?= 10
 soak: $(VENV)/.test
 	@LOCKSTEP_SOAK=$(SOAK) $(BIN)/python -m pytest -q tests/test_lockstep.py tests/promise/test_traffic.py \
-		tests/serve/http -k soak
+		tests/serve -k soak
 	@$(BIN)/python -m tests.fuzz --minutes 2
 
 FUZZ ?= 60

@@ -14,9 +14,9 @@ import sysconfig
 
 import numpy as np
 
-from lockstep.engine.mtp import MtpDrafts
 from lockstep.engine.request import SamplingParams
-from lockstep.serve.llm import LLM
+from lockstep.engine.speculation.mtp import MtpDrafts
+from lockstep.llm import LLM
 
 DEPTHS, PROMPT = 7, 192
 SKIPPED = {"site-packages", "test", "tests", "idle_test", "encodings", "_bundled", "msilib", "dist-packages"}

@@ -14,15 +14,16 @@ import time
 
 import numpy as np
 
-from lockstep import ceiling
+from lockstep.lab import ceiling
+from lockstep.native.kernel import kernel
 from lockstep.ops import BACKENDS
-from lockstep.ops.attention import Attention
-from lockstep.ops.kv_cache import ELEMENTS, KV_DTYPES, PAGE_TOKENS, SCALE_BYTES, page_shapes
+from lockstep.ops.attention.attention import Attention
+from lockstep.ops.attention.kv_cache import ELEMENTS, KV_DTYPES, PAGE_TOKENS, SCALE_BYTES, page_shapes
 from lockstep.runtime.backend import Implementation
-from lockstep.runtime.executor import Executor, WeightStore, aligned
-from lockstep.runtime.kernel import kernel
+from lockstep.runtime.executor import Executor, aligned
 from lockstep.runtime.program import DTYPES, Program
 from lockstep.runtime.threads import Team
+from lockstep.weights.store import WeightStore
 from tests.ops.harness import Given, ragged_step
 
 SHAPES = {"qwen3": (16, 8, 128), "qwen3_5": (8, 2, 256), "llama": (32, 8, 64), "llama_8b": (32, 8, 128)}  # H, G, K

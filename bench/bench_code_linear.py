@@ -12,12 +12,13 @@ import statistics
 
 import numpy as np
 
-from lockstep.bench_layer import CACHES, Case, Copies, Given, nothing
-from lockstep.ops import code_linear_cpu, code_rows_cpu, linear_cpu
-from lockstep.ops.code_linear import CodeLinear
-from lockstep.ops.code_rows import CodeRows, row_width
-from lockstep.ops.code_weights import CodeTensor, code_tensor, code_weight
-from lockstep.ops.grids import INTEGER
+from lockstep.lab.layer_speed import CACHES, Case, Copies, Given, nothing
+from lockstep.ops.integer import code_linear_cpu, code_rows_cpu
+from lockstep.ops.integer.code_linear import CodeLinear
+from lockstep.ops.integer.code_rows import CodeRows, row_width
+from lockstep.ops.integer.code_weights import CodeTensor, code_tensor, code_weight
+from lockstep.ops.linear import linear_cpu
+from lockstep.ops.rounded.grids import INTEGER
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.executor import Executor
 from lockstep.runtime.program import Program, Setting
@@ -29,7 +30,7 @@ FLOATS = ("f32", "q8_0")
 
 
 def symmetric(bits: int, largest: float) -> list[float]:
-    """An integer grid for numbers up to a size: see `ops/grids.py`."""
+    """An integer grid for numbers up to a size: see `ops/rounded/grids.py`."""
     high = 2 ** (bits - 1) - 1
     scale = np.float32(largest / high)
     return [INTEGER, scale, np.float32(1) / scale, 0, -high - 1, high, 0, 0]

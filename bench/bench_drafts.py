@@ -13,9 +13,9 @@ import statistics
 import time
 
 from lockstep.engine.request import SamplingParams
-from lockstep.serve.llm import LLM
+from lockstep.llm import LLM
 
-TEXT = pathlib.Path(__file__).resolve().parents[1] / "lockstep" / "engine" / "prefix.py"
+TEXT = pathlib.Path(__file__).resolve().parents[1] / "lockstep" / "engine" / "cache" / "prefix.py"
 
 
 def run(llm, ids, params):

@@ -11,15 +11,16 @@ import time
 
 import numpy as np
 
-from lockstep.ops import add_cpu, gated_mul_cpu, rms_norm_cpu
-from lockstep.ops.add import Add
-from lockstep.ops.gated_mul import GatedMul
-from lockstep.ops.rms_norm import RmsNorm
+from lockstep.native.kernel import kernel
+from lockstep.ops.elementwise import add_cpu, gated_mul_cpu, rms_norm_cpu
+from lockstep.ops.elementwise.add import Add
+from lockstep.ops.elementwise.gated_mul import GatedMul
+from lockstep.ops.elementwise.rms_norm import RmsNorm
 from lockstep.runtime.backend import Implementation
-from lockstep.runtime.executor import Executor, WeightStore
-from lockstep.runtime.kernel import kernel
+from lockstep.runtime.executor import Executor
 from lockstep.runtime.program import Program
 from lockstep.runtime.threads import Team
+from lockstep.weights.store import WeightStore
 from tests.ops.harness import Given, ragged_step, weight
 
 SHAPES = [(1, 1024), (512, 1024), (512, 6144)]

@@ -12,18 +12,19 @@ import time
 
 import numpy as np
 
-from lockstep.ops import conv1d_cpu, gated_delta_cpu, gated_delta_verify_cpu, gated_norm_cpu
-from lockstep.ops.conv1d import Conv1d
-from lockstep.ops.gated_delta import DeltaGates, DeltaInputs, GatedDelta, L2Norm
-from lockstep.ops.gated_delta_verify import GatedDeltaVerify
-from lockstep.ops.gated_norm import GatedNorm
+from lockstep.native.kernel import kernel
+from lockstep.native.simd import fma, lanes, load, store
+from lockstep.ops.recurrent import conv1d_cpu, gated_delta_cpu, gated_delta_verify_cpu, gated_norm_cpu
+from lockstep.ops.recurrent.conv1d import Conv1d
+from lockstep.ops.recurrent.gated_delta import DeltaGates, DeltaInputs, GatedDelta, L2Norm
+from lockstep.ops.recurrent.gated_delta_verify import GatedDeltaVerify
+from lockstep.ops.recurrent.gated_norm import GatedNorm
 from lockstep.runtime.backend import Implementation
-from lockstep.runtime.executor import Executor, WeightStore, aligned
-from lockstep.runtime.kernel import kernel
+from lockstep.runtime.executor import Executor, aligned
 from lockstep.runtime.operands import Operands, output
 from lockstep.runtime.program import Program, Tensor
-from lockstep.runtime.simd import fma, lanes, load, store
 from lockstep.runtime.threads import Team
+from lockstep.weights.store import WeightStore
 from tests.ops.harness import ragged_step, weight
 
 G, H, K, V, J = 16, 16, 128, 128, 4

@@ -19,9 +19,9 @@ import time
 
 from lockstep import LLM, SamplingParams
 from lockstep.engine.async_engine import batches
-from lockstep.serve.http.app import make_app
-from lockstep.serve.http.service import Service
-from lockstep.serve.http.serving import Server, bind
+from lockstep.serve.app import make_app
+from lockstep.serve.server import Server, bind
+from lockstep.serve.service import Service
 
 PROMPT_TOKENS = 16
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"

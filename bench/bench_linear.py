@@ -17,13 +17,13 @@ import time
 
 from numba import njit
 
-from lockstep.bench_layer import CACHES, Case
 from lockstep.formats import FORMATS
-from lockstep.ops import linear_cpu
+from lockstep.lab.layer_speed import CACHES, Case
+from lockstep.native.kernel import STRICT
+from lockstep.native.peak import CHAINS, lanes_of, peak_f32, peak_int8
+from lockstep.native.simd import load, store
+from lockstep.ops.linear import linear_cpu
 from lockstep.runtime.executor import aligned
-from lockstep.runtime.kernel import STRICT
-from lockstep.runtime.peak import CHAINS, lanes_of, peak_f32, peak_int8
-from lockstep.runtime.simd import load, store
 from lockstep.runtime.threads import Team
 
 SHAPES = ["4096x1024", "1024x2048", "6144x1024", "1024x3072", "151936x1024"]

@@ -13,7 +13,7 @@ import time
 import numpy as np
 
 from lockstep.engine.request import SamplingParams
-from lockstep.serve.llm import LLM
+from lockstep.llm import LLM
 
 
 def seconds(llm, ids):

@@ -13,7 +13,7 @@ The mixes of lengths are those that JAX's own tests publish. Variants, on the sa
 
 All run interleaved in one process; medians of the rounds. A multiply-add counts as two operations, only visible keys
 count; "% done" also counts what padding adds. The copies of "transposed" are NumPy's, on one thread. The ceilings are
-measured in the same run (`lockstep.ceiling`).
+measured in the same run (`lockstep.lab.ceiling`).
 """
 
 import argparse
@@ -24,11 +24,11 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
-from lockstep import ceiling
+from lockstep.lab import ceiling
 from lockstep.ops import ragged_paged_attention
-from lockstep.ops.ragged import scoring, workers
-from lockstep.ops.ragged_attention import Sequences
-from lockstep.ops.ragged_checks import pages
+from lockstep.ops.attention.ragged import scoring, workers
+from lockstep.ops.attention.ragged_attention import Sequences
+from lockstep.ops.attention.ragged_checks import pages
 from lockstep.runtime.executor import aligned
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128

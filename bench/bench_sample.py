@@ -11,17 +11,17 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from lockstep.engine.cache.pages import everywhere
 from lockstep.engine.model import emit_sampling
-from lockstep.engine.pages import everywhere
 from lockstep.engine.request import SamplingParams
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.engine.sampling import Adjustment
 from lockstep.ops import BACKENDS
-from lockstep.ops.embed import Embed
-from lockstep.ops.select_rows import SelectRows, selected_rows
-from lockstep.runtime.executor import WeightStore
+from lockstep.ops.elementwise.embed import Embed
+from lockstep.ops.elementwise.select_rows import SelectRows, selected_rows
 from lockstep.runtime.program import Program, Weight
 from lockstep.runtime.threads import Team
+from lockstep.weights.store import WeightStore
 from lockstep.weights.tensor import StoredTensor
 
 ROWS = 8

@@ -13,18 +13,21 @@ import time
 
 import numpy as np
 
-from lockstep.bench_layer import nothing, stored
-from lockstep.formats.panels import padded_width
-from lockstep.ops import activations_cpu, linear_cpu, score_cpu
-from lockstep.ops.linear import Linear
+from lockstep.formats.parts.panels import padded_width
+from lockstep.lab.layer_speed import nothing, stored
+from lockstep.ops.elementwise import activations_cpu
+from lockstep.ops.linear import linear_cpu
+from lockstep.ops.linear.linear import Linear
 from lockstep.ops.rewrite import lower
-from lockstep.ops.score import NUM_SCORES, Score, scratch_width
+from lockstep.ops.sampling import score_cpu
+from lockstep.ops.sampling.score import NUM_SCORES, Score, scratch_width
 from lockstep.runtime.backend import Implementation
-from lockstep.runtime.executor import Executor, WeightStore
+from lockstep.runtime.executor import Executor
 from lockstep.runtime.operands import Operands, output
 from lockstep.runtime.program import Program, Tensor, Weight
 from lockstep.runtime.step_block import StepBlock
 from lockstep.runtime.threads import Team
+from lockstep.weights.store import WeightStore
 
 TABLE = {**activations_cpu.CPU, **linear_cpu.CPU, **score_cpu.CPU, "given": Implementation(nothing)}
 

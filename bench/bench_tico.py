@@ -26,10 +26,10 @@ from lockstep.ptq.rewrite import sites_of
 from lockstep.ptq.solved import Solved
 from lockstep.ptq.treatment import treatment_of
 from lockstep.ptq.unroll import unroll
-from lockstep.runtime.executor import WeightStore
 from lockstep.runtime.threads import Team
-from lockstep.study.calibrate import calibrate
-from lockstep.study.rig import NO_TARGET, Rig
+from lockstep.study.scoring.calibrate import calibrate
+from lockstep.study.scoring.rig import NO_TARGET, Rig
+from lockstep.weights.store import WeightStore
 
 SHAPE = {"hidden": 1024, "ffn": 3072, "heads": 16, "kv-heads": 8, "head-dim": 128}
 WORKER = Path(__file__).with_name("tico_worker.py")

@@ -17,13 +17,14 @@ import numpy as np
 
 from lockstep.engine.model import load_model
 from lockstep.models.checkpoint import open_checkpoint
-from lockstep.ops.grids import INTEGER
+from lockstep.ops.rounded.grids import INTEGER
 from lockstep.ptq.rewrite import INSIDE, Rounded, Treatment
 from lockstep.ptq.unroll import unroll
-from lockstep.runtime.executor import WeightStore, lay_out
+from lockstep.runtime.executor import lay_out
 from lockstep.runtime.program import Program
 from lockstep.runtime.threads import Team
-from lockstep.study.rig import Rig
+from lockstep.study.scoring.rig import Rig
+from lockstep.weights.store import WeightStore
 
 GRID = np.array([INTEGER, 1 / 1024, 1024, 0, -32768, 32767, 0, 0], np.float32)
 

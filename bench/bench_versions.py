@@ -65,16 +65,15 @@ def random_tensor(name, shape, format):
 def random_model(shape, weights):
     from lockstep.engine.model import Model, emit_sampling
     from lockstep.models.record import Recorder
-    from lockstep.runtime.executor import WeightStore
+    from lockstep.weights.store import WeightStore
     from tests.models import published
 
     try:
         from lockstep.models.recording import record
         from lockstep.models.registry import model_config
     except ImportError:  # a version from before each model was a file
-        from lockstep.models.families import model_config
-
         from lockstep.models.decoder import record
+        from lockstep.models.families import model_config
 
     raw = getattr(published, SHAPES[shape])
     raw = raw.get("text_config", raw) | {"tie_word_embeddings": True}
@@ -96,9 +95,9 @@ def model_tasks(shape, weights):
     """{name: function that does the work of a round and returns what it computed}."""
     import numpy as np
 
-    from lockstep.engine import pages as of_engine
+    from lockstep.engine.cache import pages as of_engine
     from lockstep.engine.runner import Limits, Runner, Span
-    from lockstep.parity import GREEDY
+    from lockstep.lab.parity import GREEDY
     from lockstep.runtime.threads import Team
 
     model = random_model(shape, weights)

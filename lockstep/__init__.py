@@ -14,15 +14,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lockstep.completion import Completion
     from lockstep.engine.request import SamplingParams
-    from lockstep.serve.completion import Completion
-    from lockstep.serve.llm import LLM
+    from lockstep.llm import LLM
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "Completion", "SamplingParams"]
 _HOMES = {
-    "LLM": "lockstep.serve.llm",
-    "Completion": "lockstep.serve.completion",
+    "LLM": "lockstep.llm",
+    "Completion": "lockstep.completion",
     "SamplingParams": "lockstep.engine.request",
 }
 

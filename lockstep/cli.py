@@ -16,8 +16,8 @@ from typing import Any
 import typer
 
 from lockstep import __version__
-from lockstep.commands.errors import is_told, sentence
-from lockstep.commands.output import shown, unread
+from lockstep.commands.terminal.errors import is_told, sentence
+from lockstep.commands.terminal.output import shown, unread
 
 COMMANDS = {
     "generate": "Continue a text with a model.",
@@ -25,7 +25,7 @@ COMMANDS = {
     "serve": "Answer requests over HTTP, as OpenAI's API does.",
     "parity": "Show that every path of a model gives the same bits.",
     "bench": "Measure prefill and decode, A/B, and this machine's ceiling.",
-    "bench serve": "Drive arrivals against the engine, without HTTP; latencies and throughput.",
+    "bench load": "Drive arrivals against the engine, without HTTP; latencies and throughput.",
     "bench speculate": "Measure what drafts gain, by how many are right.",
     "ptq sites": "List what of a model a quantization plan can round.",
     "ptq eval": "Score a text: perplexity, and what a quantization plan changes.",

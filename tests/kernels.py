@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from lockstep.native.compile import compile_kernels
 from lockstep.ops import BACKENDS
-from lockstep.runtime.compile import compile_kernels
-from lockstep.runtime.user_cache import PRIVATE, cache_subfolder
+from lockstep.user_cache import PRIVATE, cache_subfolder
 
 SOME_FORMATS = ("f32", "bf16", "q8_0", "q4_0", "q4_k", "codes")  # a kind of rows and of packing each
 ALL_FORMATS = bool(os.environ.get("LOCKSTEP_ALL_FORMATS"))

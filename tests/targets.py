@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lockstep.runtime import targets
-from lockstep.runtime.kernel import target
+from lockstep.native import targets
+from lockstep.native.kernel import target
 
 FEATURES = {"haswell": ("avx2", "fma"), "znver4": ("avx512f", "avx512_vnni", "avx512_bf16")}  # as Linux names them
 
@@ -25,7 +25,7 @@ def skip_without(*features: str) -> None:
 
 
 def skip_own(name: str) -> None:
-    """Skips a test of instructions, named as `lockstep.runtime.targets.name` does, that all other tests are about."""
+    """Skips a test of instructions, named as `lockstep.native.targets.name` does, that all other tests are about."""
     if name == targets.name() and not os.environ.get("LOCKSTEP_ALL_TARGETS"):
         pytest.skip(f"{name} is what this machine has: make test-targets runs this, too")
 

@@ -98,12 +98,10 @@ def test_commands_exist(path):
 
 
 def test_what_is_missing_is_seen(tmp_path):
-    path = tmp_path / "text.md"
-    path.write_text(
-        "# One: two\n[a](#one-two) [b](#three) [c](none.md)\n`ops/none.py` `lockstep/ops/add.py` (nothing.py)"
-    )
-    assert list(strangers("`Add` in `lockstep/ops/add.py`, `Add.read` (`lockstep/ops/add_cpu.py`)")) == []
-    assert list(strangers("`Sub` in\n`lockstep/ops/add.py`")) == [("Sub", "lockstep/ops/add.py")]
+    path, add = tmp_path / "text.md", "lockstep/ops/elementwise/add.py"
+    path.write_text(f"# One: two\n[a](#one-two) [b](#three) [c](none.md)\n`ops/none.py` `{add}` (nothing.py)")
+    assert list(strangers(f"`Add` in `{add}`, `Add.read` (`lockstep/ops/elementwise/add_cpu.py`)")) == []
+    assert list(strangers(f"`Sub` in\n`{add}`")) == [("Sub", add)]
     assert list(broken_links(path)) == ["#three", "none.md"]
     assert list(missing(path, {"add.py"})) == ["ops/none.py", "nothing.py"]
 

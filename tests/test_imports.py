@@ -16,28 +16,28 @@ ORDER = (
     "__main__",
     "cli",
     "commands",
-    "bench",
-    "bench_serve",
-    "bench_speculate",
-    "bench_layer",
-    "describe",
-    "ceiling",
-    "parity",
-    "parity_drafts",
+    "lab",
     "study",
     "serve",
+    "llm",
+    "completion",
+    "draft_model",
     "engine",
+    "text",
     "models",
     "ptq",
     "ops",
     "weights",
     "formats",
     "runtime",
+    "native",
+    "user_cache",
 )
+COMPILERS = ("numba", "llvmlite")  # only the room `native` knows them
 
 
 def part(module):
-    """Which of ORDER a module such as lockstep.ops.add belongs to; None for the bare package, which imports nothing."""
+    """Which of ORDER a module such as lockstep.ops.elementwise.add belongs to; None for the bare package."""
     names = module.split(".")
     return names[1] if len(names) > 1 else None
 
@@ -55,6 +55,14 @@ def imported(path):
             yield from (alias.name for alias in node.names if alias.name.startswith("lockstep."))
 
 
+def compilers(source):
+    """Which of COMPILERS a file imports."""
+    nodes = list(ast.walk(ast.parse(source)))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+    return {name.split(".")[0] for name in names} & set(COMPILERS)
+
+
 def upward(path):
     """Imports of a file that go up: (its part, the imported module)."""
     own = part(".".join(path.relative_to(ROOT).with_suffix("").parts))
@@ -67,11 +75,36 @@ def upward(path):
 
 BENCHES = sorted((ROOT / "bench").glob("*.py"))
 FILES = sorted((ROOT / "lockstep").rglob("*.py"))
+SHOWN = ("lockstep", "tests", "bench", "docs", "studies", "training")
+SHOWN_FILES = [path for name in SHOWN for path in (ROOT / name).rglob("*.*") if "__pycache__" not in path.parts]
+FOLDERS = sorted({path.parent for path in SHOWN_FILES if path.is_file()})
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_go_down(path):
     assert not upward(path)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_only_native_knows_the_compilers(path):
+    assert "native" in path.parts or not compilers(path.read_text("utf-8"))
+
+
+def test_an_imported_compiler_is_seen():
+    assert compilers("def f():\n    from numba.core import types\n    import numpy, llvmlite.ir") == {
+        "numba",
+        "llvmlite",
+    }
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_folder_has_more_than_twenty_files(folder):
+    assert sum(path.is_file() for path in folder.iterdir()) <= 20
+
+
+def test_no_file_has_more_than_400_lines():
+    paths = [path for folder in FOLDERS for path in folder.glob("*.py")]
+    assert len(paths) > 700 and not [p for p in paths if len(p.read_text("utf-8").splitlines()) > 400]
 
 
 def test_the_package_itself_imports_nothing():

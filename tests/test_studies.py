@@ -7,8 +7,8 @@ import re
 import numpy as np
 import pytest
 
-from lockstep.parity import Path, run_path
-from lockstep.serve.tokenizer import load_tokenizer
+from lockstep.lab.parity import Path, run_path
+from lockstep.text.tokenizer.tokenizer import load_tokenizer
 from tests.models.running import load
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from lockstep import bench as measure
-from lockstep import ceiling as machine
 from lockstep.commands.options import KvDtype, ModelName, Threads, Weights, load
-from lockstep.commands.output import made_table, pyplot
+from lockstep.commands.terminal.output import made_table, pyplot
+from lockstep.lab import ceiling as machine
+from lockstep.lab import model_speed as measure
 
 PICTURES = (".png", ".svg", ".pdf")
 

@@ -8,11 +8,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from lockstep import bench_speculate as measure
 from lockstep.commands.options import KvDtype, ModelName, Threads, Weights, load
-from lockstep.commands.output import made_table, write
-from lockstep.engine.drafts import MAX_DRAFTS
+from lockstep.commands.terminal.output import made_table, write
 from lockstep.engine.engine import EngineOptions
+from lockstep.engine.speculation.drafts import MAX_DRAFTS
+from lockstep.lab import speculation as measure
 
 PARTS = ("steps", "answers", "grouped")
 

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lockstep.commands.output import shown
-from lockstep.runtime.user_cache import user_cache
+from lockstep.commands.terminal.output import shown
+from lockstep.user_cache import user_cache
 from lockstep.weights import packed_cache
 
 OTHER_KINDS = ("kernels", "hashes", "selfcheck")  # what is kept beside packed weights

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from lockstep.commands.cache import OTHER_KINDS, size
-from lockstep.runtime.user_cache import user_cache
+from lockstep.user_cache import user_cache
 from lockstep.weights import packed_cache
 
 

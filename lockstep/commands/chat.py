@@ -65,7 +65,7 @@ def command(
     op: OpSwaps = None,
 ) -> None:
     """Talk with a model. /help lists what can be typed; Ctrl-C interrupts an answer, Ctrl-D ends."""
-    from lockstep.commands.conversation import Conversation
+    from lockstep.commands.terminal.conversation import Conversation
     from lockstep.engine.request import SamplingParams
 
     drawn = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
@@ -100,14 +100,14 @@ def command(
 
 def first_settings(defaults: dict, asked: dict) -> dict:
     """What `/set` shows at the start: options that were given, before the model's defaults."""
-    from lockstep.serve.generation_config import for_talking
+    from lockstep.engine.generation_config import for_talking
 
     return for_talking(defaults) | asked
 
 
 def first_line(llm, settings: dict) -> str:
     """What is said before the first message: the context, and how answers are sampled."""
-    from lockstep.serve.generation_config import described
+    from lockstep.engine.generation_config import described
 
     shown = {
         name: settings.get(name, value)

@@ -20,7 +20,7 @@ from lockstep.commands.options import (
     Weights,
     load,
 )
-from lockstep.commands.output import write
+from lockstep.commands.terminal.output import write
 
 if TYPE_CHECKING:
     from lockstep.engine.request import SamplingParams
@@ -120,7 +120,7 @@ def command(
 
 def run(llm, text, num_tokens, fields, echo, as_json) -> None:
     """Generates and prints."""
-    from lockstep.commands.answer import answer
+    from lockstep.commands.terminal.answer import answer
     from lockstep.engine.request import SamplingParams
 
     ids = llm.encode(text)
@@ -142,7 +142,7 @@ def run(llm, text, num_tokens, fields, echo, as_json) -> None:
 def unheard_wishes(asked: dict[str, Any], params: "SamplingParams") -> str:
     """In words: how the model's makers ask to sample, where the answer is greedy and would be another by that. Empty
     where options ask for sampling."""
-    from lockstep.serve.generation_config import DRAWS, described
+    from lockstep.engine.generation_config import DRAWS, described
 
     counts = {name for name in asked if name not in DRAWS or asked.get("temperature") != 0 or name == "temperature"}
     as_asked = all(asked[name] == getattr(params, name) for name in counts)
@@ -194,8 +194,8 @@ def needed_context(model, text, num_tokens):
 def tokenizer_of(model):
     """A model's tokenizer, without loading the model."""
     from lockstep.models.checkpoint import open_checkpoint
-    from lockstep.serve.hub import resolve_model
-    from lockstep.serve.tokenizer import find_tokenizer
+    from lockstep.text.tokenizer.tokenizer import find_tokenizer
+    from lockstep.weights.hub import resolve_model
 
     path = resolve_model(model)
     return find_tokenizer(path, open_checkpoint(path).metadata)

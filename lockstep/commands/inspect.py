@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lockstep.commands.options import KvDtype, ModelName, Weights
-from lockstep.commands.output import made_table, shown
+from lockstep.commands.terminal.output import made_table, shown
 
 WIDTH = 150  # where the output is no terminal
 
@@ -26,8 +26,8 @@ def command(
     """Show a model's config, tensors, recorded program and memory. No weights are read; a folder needs none."""
     from lockstep.engine.model import load_model
     from lockstep.models.checkpoint import open_checkpoint, open_config
-    from lockstep.runtime.executor import WeightStore
-    from lockstep.serve.hub import resolve_model
+    from lockstep.weights.hub import resolve_model
+    from lockstep.weights.store import WeightStore
 
     path = resolve_model(model)
     has_weights = not path.is_dir() or any(path.glob("*.safetensors*"))
@@ -41,7 +41,7 @@ def command(
 
 def described(checkpoint, model, context):
     """Everything, as a JSON object."""
-    from lockstep.describe import memory, op_costs
+    from lockstep.lab.describe import memory, op_costs
 
     return dict(
         path=str(checkpoint.path),
@@ -67,7 +67,7 @@ def show(checkpoint, model, context, tensors, everything) -> None:
     """Prints the tables."""
     from rich.console import Console
 
-    from lockstep.describe import collapsed, memory, op_costs
+    from lockstep.lab.describe import collapsed, memory, op_costs
 
     console = Console()
     console = console if console.is_terminal else Console(width=WIDTH)
@@ -130,7 +130,7 @@ def tensor_table(infos, every):
     """Tensors by format, or all of them."""
     from rich.text import Text
 
-    from lockstep.describe import formats
+    from lockstep.lab.describe import formats
 
     if every:
         table = made_table(f"{len(infos)} tensors", "name", "format", ">shape", ">bytes")
@@ -197,7 +197,7 @@ def spans(numbers) -> str:
 
 def memory_table(needed, model):
     """What must be resident, and what a request adds."""
-    from lockstep.engine.drafts import MOST_BY_ITSELF
+    from lockstep.engine.speculation.drafts import MOST_BY_ITSELF
 
     table = made_table("Memory", "for", ">bytes")
     labels = dict(

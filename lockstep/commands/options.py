@@ -112,9 +112,9 @@ def load(model, *, ops=None, max_requests: int = 1, wait_for_content: bool = Fal
 
     wait_for_content: return only when the model's content hash is known.
     """
-    from lockstep.commands.progress import Progress
-    from lockstep.runtime.threads import num_cores
-    from lockstep.serve.llm import LLM
+    from lockstep.commands.terminal.progress import Progress
+    from lockstep.llm import LLM
+    from lockstep.native.host import num_cores
 
     if (options.get("threads") or 0) > num_cores():
         print(f"lockstep: {options['threads']} threads on {num_cores()} cores only take turns", file=sys.stderr)

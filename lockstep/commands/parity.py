@@ -7,11 +7,11 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from lockstep import parity as paths
 from lockstep.commands.options import ModelName, OpSwaps, Threads, Weights, load, parse_swaps
-from lockstep.commands.output import made_table
+from lockstep.commands.terminal.output import made_table
+from lockstep.lab import parity as paths
 from lockstep.ops import BACKENDS
-from lockstep.ops.kv_cache import PAGE_TOKENS
+from lockstep.ops.attention.kv_cache import PAGE_TOKENS
 
 ANSWER_TOKENS = 64
 PROMPT = '''"""Heap queue algorithm (a.k.a. priority queue)."""
@@ -127,7 +127,7 @@ def report_paths(model, ids, swaps, max_threads, as_json):
 
 def report_drafts(model, ids, tokens, swaps, max_threads, as_json):
     """The table of answers with drafts; exits with 1 if one differs."""
-    from lockstep import parity_drafts as drafts
+    from lockstep.lab import parity_drafts as drafts
 
     console = Console(stderr=as_json)
     columns = ("drafts", "most", "at T", "right", "max_abs_diff", "digest", "bits")

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from lockstep.commands.options import Threads
-from lockstep.commands.progress import Counter, Progress
+from lockstep.commands.terminal.progress import Counter, Progress
 
 
 def command(
@@ -16,12 +16,12 @@ def command(
 ) -> None:
     """Run the best plans of a study on the twin prefill, attention head by head, and compare every token's scores with
     those that ranked them, bit for bit. Exit 1 if one differs."""
-    from lockstep.commands.output import write
     from lockstep.commands.ptq_eval import made_team
     from lockstep.commands.ptq_run import show, told_interrupt
+    from lockstep.commands.terminal.output import write
     from lockstep.study.assemble import assembled, kept_recipe
     from lockstep.study.confirm import confirm_study
-    from lockstep.study.report_folder import read_folder
+    from lockstep.study.report.folder import read_folder
 
     recipe = kept_recipe(folder)
     top = recipe.top if top is None else top

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from lockstep.commands.options import KvDtype, ModelName, Threads
-from lockstep.commands.output import counted
-from lockstep.commands.progress import Counter, Progress
+from lockstep.commands.terminal.output import counted
+from lockstep.commands.terminal.progress import Counter, Progress
 
 CALIBRATION_WINDOWS = 32
 
@@ -56,9 +56,9 @@ def command(
 ) -> None:
     """Score a text: mean negative log-likelihood, perplexity with its standard error, and, with a plan, how far it is
     from the model without: paired differences, KL divergence, share of equal top tokens."""
-    from lockstep.study.evaluate import TWINS, evaluate
-    from lockstep.study.subject import load_subject
-    from lockstep.study.text import LIKE, read_text, windows_of
+    from lockstep.study.scoring.evaluate import TWINS, evaluate
+    from lockstep.study.scoring.subject import load_subject
+    from lockstep.study.scoring.text import LIKE, read_text, windows_of
 
     for option, value, allowed in (("--like", like, LIKE), ("--twin", twin, TWINS)):
         if value is not None and value not in allowed:
@@ -93,7 +93,8 @@ def made_team(threads):
     """A team of threads that ends with the context."""
     import contextlib
 
-    from lockstep.runtime.threads import Team, num_cores
+    from lockstep.native.host import num_cores
+    from lockstep.runtime.threads import Team
 
     if (threads or 0) > num_cores():
         print(f"lockstep: {threads} threads on {num_cores()} cores only take turns", file=sys.stderr)
@@ -102,7 +103,7 @@ def made_team(threads):
 
 def calibration_text(path, evaluation, tokenizer):
     """The text to calibrate on, which must not be in that to evaluate on; None where none is given."""
-    from lockstep.study.text import check_disjoint, read_text
+    from lockstep.study.scoring.text import check_disjoint, read_text
 
     if path is None:
         return None
@@ -137,8 +138,8 @@ def read_plan(path, calibrate):
 def solved_plan(subject, path, plan, text, count, team, length):
     """The plan of a file with its grids, found on a calibration text if they are not in the file."""
     from lockstep.ptq.solved import Solved
-    from lockstep.study.evaluate import needs_ranges, solve
-    from lockstep.study.text import windows_of
+    from lockstep.study.scoring.evaluate import needs_ranges, solve
+    from lockstep.study.scoring.text import windows_of
 
     if isinstance(plan, Solved):
         return plan

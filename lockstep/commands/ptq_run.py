@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lockstep.commands.options import Threads
-from lockstep.commands.progress import Counter, Progress
+from lockstep.commands.terminal.progress import Counter, Progress
 
 
 def command(
@@ -66,8 +66,8 @@ def told_interrupt(name):
 
 def show(folder) -> None:
     """Writes the report; prints its table, and where it is."""
-    from lockstep.commands.output import write
-    from lockstep.study.report import text_table, write_report
+    from lockstep.commands.terminal.output import write
+    from lockstep.study.report.report import text_table, write_report
 
     path = write_report(folder)
     write(text_table(folder) + f"\n{path}\n")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lockstep.commands.options import ModelName
-from lockstep.commands.output import made_table
+from lockstep.commands.terminal.output import made_table
 
 WIDTH = 120  # where the output is no terminal
 
@@ -22,8 +22,8 @@ def command(
     from lockstep.engine.model import load_model
     from lockstep.models.checkpoint import open_checkpoint
     from lockstep.ptq.rewrite import sites_of
-    from lockstep.runtime.executor import WeightStore
-    from lockstep.serve.hub import resolve_model
+    from lockstep.weights.hub import resolve_model
+    from lockstep.weights.store import WeightStore
 
     loaded = load_model(open_checkpoint(resolve_model(model)), WeightStore(), "f32", "f32")
     every = sites_of(loaded.recorded)

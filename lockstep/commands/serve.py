@@ -23,7 +23,7 @@ from lockstep.commands.options import (
     context_words,
     load,
 )
-from lockstep.commands.output import counted
+from lockstep.commands.terminal.output import counted
 
 KEY_VARIABLE = "LOCKSTEP_API_KEY"
 
@@ -140,10 +140,10 @@ def command(
     The first SIGTERM, SIGHUP or Ctrl-C refuses new requests and lets those that run come to their end; a second SIGTERM
     or Ctrl-C ends at once.
     """
-    from lockstep.serve.http.app import make_app
-    from lockstep.serve.http.limits import Limits
-    from lockstep.serve.http.service import Service
-    from lockstep.serve.http.target import host_name, origin
+    from lockstep.serve.app import make_app
+    from lockstep.serve.limits import Limits
+    from lockstep.serve.request_target import host_name, origin
+    from lockstep.serve.service import Service
 
     limits = Limits(
         max_queued=max_queued,
@@ -183,7 +183,7 @@ def command(
 
 def serve(load_model, service, app, host, port) -> None:
     """Listens at once, answers when the model is loaded, and returns when it was told to end."""
-    from lockstep.serve.http.serving import Server, allow_files, bind
+    from lockstep.serve.server import Server, allow_files, bind
 
     allow_files(service.limits)
     listening = bind(host, port)
@@ -218,7 +218,7 @@ def ready_line(service, host, port) -> str:
 
 def notes(llm) -> list[str]:
     """What a user should know beside it."""
-    from lockstep.serve.generation_config import described
+    from lockstep.engine.generation_config import described
 
     asked, more = described(llm.sampling_defaults), context_words(llm)[1]
     sampling = asked and (

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Protocol
 
-from lockstep.engine.stop_strings import StopStrings
+from lockstep.text.stop_strings import StopStrings
 
 if TYPE_CHECKING:
     from lockstep.engine.request import SamplingParams

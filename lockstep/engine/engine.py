@@ -7,28 +7,29 @@ from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 
-from lockstep.engine import selfcheck
 from lockstep.engine.admission import check
 from lockstep.engine.answer_text import AnswerText, Detokenizer
-from lockstep.engine.cache_size import num_pages, page_groups
-from lockstep.engine.drafts import DraftCounts, Drafter, Drafts
+from lockstep.engine.cache.memory import Memory
+from lockstep.engine.cache.pages import PagePool
+from lockstep.engine.cache.prefix import PrefixCache, model_identity, page_kind
+from lockstep.engine.cache.prefix_disk import DiskStore
+from lockstep.engine.cache.size import num_pages, page_groups
+from lockstep.engine.cache.states import StateStore
 from lockstep.engine.embedding import Pool
-from lockstep.engine.heads import made_drafter
-from lockstep.engine.lookup import Prediction
-from lockstep.engine.memory import Memory
 from lockstep.engine.model import Model
 from lockstep.engine.options import DEFAULTS, EngineOptions
-from lockstep.engine.pages import PagePool
-from lockstep.engine.prefix import PrefixCache, model_identity, page_kind
-from lockstep.engine.prefix_disk import DiskStore
 from lockstep.engine.request import Request, SamplingParams, check_single, samples, token_list
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.engine.sampling import NothingAllowed, Refused, is_finite, sampled_rows, take_prompt_rows, within_rows
 from lockstep.engine.scheduler import Scheduler
-from lockstep.engine.states import StateStore
-from lockstep.ops.kv_cache import PAGE_TOKENS
-from lockstep.runtime.kernel import OnCompile
-from lockstep.runtime.threads import Team, num_cores
+from lockstep.engine.selfcheck import check as selfcheck
+from lockstep.engine.speculation.drafts import DraftCounts, Drafter, Drafts
+from lockstep.engine.speculation.heads import made_drafter
+from lockstep.engine.speculation.lookup import Prediction
+from lockstep.native.host import num_cores
+from lockstep.native.kernel import OnCompile
+from lockstep.ops.attention.kv_cache import PAGE_TOKENS
+from lockstep.runtime.threads import Team
 
 PROMPT_ROWS = 64  # rows of a step that may report log-probabilities of prompts; their memory is touched when used
 LONG_PROMPT = 2048  # tokens that make an extra step cheap

@@ -10,16 +10,16 @@ from lockstep.models.mtp import check_mtp, has_mtp, record_mtp
 from lockstep.models.recording import record
 from lockstep.models.registry import model_config
 from lockstep.ops import BACKENDS
-from lockstep.ops.adjust_logits import AdjustLogits
-from lockstep.ops.kv_cache import KV_DTYPES
+from lockstep.ops.attention.kv_cache import KV_DTYPES
+from lockstep.ops.attention.rope import MAX_POSITIONS
 from lockstep.ops.rewrite import RECORDED_KINDS, fuse, lower
-from lockstep.ops.rope import MAX_POSITIONS
-from lockstep.ops.sample import MAX_LOGPROBS, Sample, scratch_width
+from lockstep.ops.sampling.adjust_logits import AdjustLogits
+from lockstep.ops.sampling.sample import MAX_LOGPROBS, Sample, scratch_width
 from lockstep.runtime.backend import OpTable, swapped
-from lockstep.runtime.executor import WeightStore
 from lockstep.runtime.operands import GROUPS
 from lockstep.runtime.program import Program, Tensor
 from lockstep.weights.checkpoint import Checkpoint
+from lockstep.weights.store import WeightStore
 
 
 @dataclass(frozen=True)

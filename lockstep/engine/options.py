@@ -3,8 +3,8 @@
 import os
 from dataclasses import dataclass
 
-from lockstep.engine.drafts import MAX_DRAFTS, MODEL, MOST_BY_ITSELF, SOURCES
-from lockstep.ops.kv_cache import PAGE_TOKENS
+from lockstep.engine.speculation.drafts import MAX_DRAFTS, MODEL, MOST_BY_ITSELF, SOURCES
+from lockstep.ops.attention.kv_cache import PAGE_TOKENS
 
 MANY = (1 << 31) - 1
 LOWEST = {

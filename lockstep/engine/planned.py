@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lockstep.engine.model import Model
-from lockstep.ops.rounded_attention import MAX_KEYS
+from lockstep.ops.rounded.attention import MAX_KEYS
 from lockstep.ptq.folded import FoldedStore, FoldedWeights, with_weight
 from lockstep.ptq.integer import integers
 from lockstep.ptq.plan import Plan

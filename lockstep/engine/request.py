@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, SupportsIndex
 
-from lockstep.engine.acceptance import Acceptance
 from lockstep.engine.answer_text import AnswerText
+from lockstep.engine.cache.pages import Held
 from lockstep.engine.embedding import POOLINGS, Pool
-from lockstep.engine.lookup import Lookup, Prediction
-from lockstep.engine.pages import Held
 from lockstep.engine.sampling import Adjustment
-from lockstep.ops.sample import MAX_LOGPROBS
+from lockstep.engine.speculation.acceptance import Acceptance
+from lockstep.engine.speculation.lookup import Lookup, Prediction
+from lockstep.ops.sampling.sample import MAX_LOGPROBS
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,17 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lockstep.engine.pages import Held, PageGroup
+from lockstep.engine.cache.pages import Held, PageGroup
 from lockstep.engine.step_arrays import StepArrays, write
-from lockstep.ops.kv_cache import PAGE_TOKENS
+from lockstep.native.kernel import OnCompile
+from lockstep.ops.attention.kv_cache import PAGE_TOKENS
 from lockstep.ops.rewrite import verifying
-from lockstep.ops.sample import Sample
+from lockstep.ops.sampling.sample import Sample
 from lockstep.runtime.backend import OpTable
-from lockstep.runtime.executor import Executor, WeightStore, aligned
-from lockstep.runtime.kernel import OnCompile
+from lockstep.runtime.executor import Executor, aligned
 from lockstep.runtime.program import CacheArray, Program, Tensor
 from lockstep.runtime.threads import Team
+from lockstep.weights.store import WeightStore
 
 
 @dataclass

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lockstep.engine.speculative_mask import SpeculativeMask
-from lockstep.ops.adjust_logits import ADJUSTMENT_RECORD
+from lockstep.ops.sampling.adjust_logits import ADJUSTMENT_RECORD
+from lockstep.text.speculative_mask import SpeculativeMask
 
 if TYPE_CHECKING:
     from lockstep.engine.request import Request, SamplingParams

@@ -17,11 +17,11 @@ many as it needs to go on token by token, beside those that running requests hav
 from bisect import insort
 from collections.abc import Callable, Iterable
 
-from lockstep.engine.pages import PageGroup, PagePool
-from lockstep.engine.prefix import Found, PrefixCache
+from lockstep.engine.cache.pages import PageGroup, PagePool
+from lockstep.engine.cache.prefix import Found, PrefixCache
 from lockstep.engine.request import Request
 from lockstep.engine.runner import Limits
-from lockstep.ops.kv_cache import PAGE_TOKENS
+from lockstep.ops.attention.kv_cache import PAGE_TOKENS
 
 
 def rank(request: Request) -> tuple[int, int]:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from lockstep.engine.pages import Held
-from lockstep.ops.sample import SAMPLING_RECORD
+from lockstep.engine.cache.pages import Held
+from lockstep.ops.sampling.sample import SAMPLING_RECORD
 from lockstep.runtime.step_block import StepBlock
 
 KINDS = {np.dtype(np.float32): "f", np.dtype(np.int32): "i", np.dtype(np.int64): "q"}

@@ -4,15 +4,15 @@ import ml_dtypes
 import numpy as np
 
 from lockstep.formats.format import Format, Lookup, Packed, Stored
-from lockstep.formats.panels import PANEL as FEATURES
-from lockstep.formats.panels import grouped
-from lockstep.formats.products import Product, floats_at
-from lockstep.formats.rows import ROUNDED
-from lockstep.formats.scalars import upper_half
-from lockstep.formats.tiles import outer
-from lockstep.runtime.emit import dpbf16, moved, read, spread
-from lockstep.runtime.kernel import definition, inlined
-from lockstep.runtime.simd import I32, constant, fma, load_bf16, store
+from lockstep.formats.parts.panels import PANEL as FEATURES
+from lockstep.formats.parts.panels import grouped
+from lockstep.formats.parts.products import Product, floats_at
+from lockstep.formats.parts.rows import ROUNDED
+from lockstep.formats.parts.scalars import upper_half
+from lockstep.formats.parts.tiles import outer
+from lockstep.native.emit import dpbf16, moved, read, spread
+from lockstep.native.kernel import definition, inlined
+from lockstep.native.simd import I32, constant, fma, load_bf16, store
 
 NUMBER = np.dtype(ml_dtypes.bfloat16)
 PANEL = np.dtype([("codes", "<u2", (FEATURES, 2))])  # of two k

@@ -3,15 +3,15 @@
 import numpy as np
 
 from lockstep.formats.format import Format, Lookup, Packed, Stored
-from lockstep.formats.panels import PANEL as FEATURES
-from lockstep.formats.panels import k_major
-from lockstep.formats.products import FLOATS
-from lockstep.formats.scalars import half
-from lockstep.formats.tiles import float_steps
-from lockstep.runtime import simd
-from lockstep.runtime.emit import read, vector
-from lockstep.runtime.kernel import definition, inlined
-from lockstep.runtime.simd import load_f16, store
+from lockstep.formats.parts.panels import PANEL as FEATURES
+from lockstep.formats.parts.panels import k_major
+from lockstep.formats.parts.products import FLOATS
+from lockstep.formats.parts.scalars import half
+from lockstep.formats.parts.tiles import float_steps
+from lockstep.native import simd
+from lockstep.native.emit import read, vector
+from lockstep.native.kernel import definition, inlined
+from lockstep.native.simd import load_f16, store
 
 NUMBER = np.dtype("<f2")
 PANEL = np.dtype([("codes", NUMBER, FEATURES)])

@@ -3,14 +3,14 @@
 import numpy as np
 
 from lockstep.formats.format import Format, Lookup, Packed, Stored
-from lockstep.formats.panels import PANEL as FEATURES
-from lockstep.formats.panels import k_major
-from lockstep.formats.products import FLOATS
-from lockstep.formats.scalars import byte, upper_half
-from lockstep.formats.tiles import float_steps
-from lockstep.runtime.emit import read
-from lockstep.runtime.kernel import definition, inlined
-from lockstep.runtime.simd import load, store
+from lockstep.formats.parts.panels import PANEL as FEATURES
+from lockstep.formats.parts.panels import k_major
+from lockstep.formats.parts.products import FLOATS
+from lockstep.formats.parts.scalars import byte, upper_half
+from lockstep.formats.parts.tiles import float_steps
+from lockstep.native.emit import read
+from lockstep.native.kernel import definition, inlined
+from lockstep.native.simd import load, store
 
 NUMBER = np.dtype("<f4")
 PANEL = np.dtype([("codes", NUMBER, FEATURES)])

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lockstep.formats import blocks as blk
-from lockstep.formats.layout import offset
-from lockstep.formats.panels import PANEL, Placed
-from lockstep.formats.products import Product
+from lockstep.formats.parts import blocks as blk
+from lockstep.formats.parts.layout import offset
+from lockstep.formats.parts.panels import PANEL, Placed
+from lockstep.formats.parts.products import Product
 
 LINE_BYTES = 64  # of a cache
 SCALES = np.dtype([("d", "<f2", PANEL)])  # of a panel, for 32 weights of each feature

@@ -8,16 +8,24 @@ Source: block_iq4_nl and kvalues_iq4nl in ggml-common.h.
 
 import numpy as np
 
-from lockstep.formats import blocks as blk
-from lockstep.formats.dots import LOW_BITS, scale_add, w_scales
 from lockstep.formats.format import SCALES, Format, Lookup, Packed, Stored
-from lockstep.formats.layout import offsets
-from lockstep.formats.panels import Placed, k_major, nibble_pairs
-from lockstep.formats.products import CODES as PRODUCT
-from lockstep.formats.scalars import half
-from lockstep.formats.tables import NONLINEAR, NONLINEAR_WORDS, codes_of, entries, load_entries, nonlinear, table_dots
-from lockstep.runtime.kernel import definition, inlined
-from lockstep.runtime.simd import peek_f16, store, to_f32
+from lockstep.formats.parts import blocks as blk
+from lockstep.formats.parts.dots import LOW_BITS, scale_add, w_scales
+from lockstep.formats.parts.layout import offsets
+from lockstep.formats.parts.panels import Placed, k_major, nibble_pairs
+from lockstep.formats.parts.products import CODES as PRODUCT
+from lockstep.formats.parts.scalars import half
+from lockstep.formats.parts.tables import (
+    NONLINEAR,
+    NONLINEAR_WORDS,
+    codes_of,
+    entries,
+    load_entries,
+    nonlinear,
+    table_dots,
+)
+from lockstep.native.kernel import definition, inlined
+from lockstep.native.simd import peek_f16, store, to_f32
 
 BLOCK = np.dtype([("d", "<f2"), ("codes", "u1", 16)])
 BYTES, (D, CODES) = BLOCK.itemsize, offsets(BLOCK)

@@ -9,22 +9,30 @@ Source: block_iq4_xs in ggml-common.h and dequantize_row_iq4_xs in ggml-quants.c
 """
 
 import numpy as np
-from numba import uint8, uint16
 
-from lockstep.formats import blocks as blk
-from lockstep.formats.dots import LOW_BITS, scale_add
 from lockstep.formats.format import Format, Lookup, Packed, Stored
-from lockstep.formats.k_scales import block_of, inside
-from lockstep.formats.layout import offset, offsets, part_bytes
-from lockstep.formats.panels import PANEL as FEATURES
-from lockstep.formats.panels import Placed, k_major, nibble_pairs
-from lockstep.formats.products import ZERO, Product, codes_at, floats_at
-from lockstep.formats.rows import QUANTIZED
-from lockstep.formats.scalars import byte, half, nibble
-from lockstep.formats.tables import NONLINEAR, NONLINEAR_WORDS, codes_of, entries, load_entries, nonlinear, table_dots
-from lockstep.runtime.emit import moved, read, vector
-from lockstep.runtime.kernel import definition, inlined
-from lockstep.runtime.simd import I8, fma, peek, peek_f16, store, to_f32
+from lockstep.formats.parts import blocks as blk
+from lockstep.formats.parts.dots import LOW_BITS, scale_add
+from lockstep.formats.parts.k_scales import block_of, inside
+from lockstep.formats.parts.layout import offset, offsets, part_bytes
+from lockstep.formats.parts.panels import PANEL as FEATURES
+from lockstep.formats.parts.panels import Placed, k_major, nibble_pairs
+from lockstep.formats.parts.products import ZERO, Product, codes_at, floats_at
+from lockstep.formats.parts.rows import QUANTIZED
+from lockstep.formats.parts.scalars import byte, half, nibble
+from lockstep.formats.parts.tables import (
+    NONLINEAR,
+    NONLINEAR_WORDS,
+    codes_of,
+    entries,
+    load_entries,
+    nonlinear,
+    table_dots,
+)
+from lockstep.native.emit import moved, read, vector
+from lockstep.native.kernel import definition, inlined
+from lockstep.native.numbers import uint8, uint16
+from lockstep.native.simd import I8, fma, peek, peek_f16, store, to_f32
 
 BLOCK = np.dtype([("d", "<f2"), ("high", "<u2"), ("low", "u1", 4), ("codes", "u1", (8, 16))])
 BYTES, (D, HIGH, LOW, CODES) = BLOCK.itemsize, offsets(BLOCK)

@@ -8,10 +8,10 @@ from typing import Protocol
 
 import numpy as np
 
-from lockstep.formats.finite import check_finite
 from lockstep.formats.format import Format
-from lockstep.formats.layout import view
-from lockstep.formats.panels import PANEL, Arrange, Output, num_panels, padded_width
+from lockstep.formats.parts.finite import check_finite
+from lockstep.formats.parts.layout import view
+from lockstep.formats.parts.panels import PANEL, Arrange, Output, num_panels, padded_width
 from lockstep.runtime.program import Weight
 
 ROWS_AT_ONCE = 64 * PANEL  # packing works through a tensor in pieces of so many rows

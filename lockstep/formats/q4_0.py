@@ -8,15 +8,15 @@ Source: block_q4_0 in ggml-common.h; encode is its reference quantizer's arithme
 
 import numpy as np
 
-from lockstep.formats import blocks as blk
-from lockstep.formats.dots import LOW_BITS, dots_u4, with_zero_points
 from lockstep.formats.format import SCALES, Format, Lookup, Packed, Stored
-from lockstep.formats.layout import offsets
-from lockstep.formats.panels import k_major, nibble_pairs
-from lockstep.formats.products import CODES as PRODUCT
-from lockstep.formats.scalars import half, low_bits
-from lockstep.runtime.kernel import definition, inlined
-from lockstep.runtime.simd import bit_and, load_u8, peek_f16, shift_right, store, to_f32
+from lockstep.formats.parts import blocks as blk
+from lockstep.formats.parts.dots import LOW_BITS, dots_u4, with_zero_points
+from lockstep.formats.parts.layout import offsets
+from lockstep.formats.parts.panels import k_major, nibble_pairs
+from lockstep.formats.parts.products import CODES as PRODUCT
+from lockstep.formats.parts.scalars import half, low_bits
+from lockstep.native.kernel import definition, inlined
+from lockstep.native.simd import bit_and, load_u8, peek_f16, shift_right, store, to_f32
 
 BLOCK = np.dtype([("d", "<f2"), ("codes", "u1", 16)])
 BYTES, (D, CODES) = BLOCK.itemsize, offsets(BLOCK)

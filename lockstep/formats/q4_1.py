@@ -9,17 +9,17 @@ Source: block_q4_1 in ggml-common.h.
 
 import numpy as np
 
-from lockstep.formats import blocks as blk
-from lockstep.formats.affine import decoded, placed, store_affine
-from lockstep.formats.dots import LOW_BITS, dots_u4, with_minima
 from lockstep.formats.format import Format, Lookup, Packed, Stored
-from lockstep.formats.layout import offsets
-from lockstep.formats.panels import PANEL as FEATURES
-from lockstep.formats.panels import Placed, nibble_pairs
-from lockstep.formats.products import CODES_AND_MINIMA
-from lockstep.formats.scalars import half, low_bits
-from lockstep.runtime.kernel import definition, inlined
-from lockstep.runtime.simd import bit_and, load_u8, shift_right
+from lockstep.formats.parts import blocks as blk
+from lockstep.formats.parts.affine import decoded, placed, store_affine
+from lockstep.formats.parts.dots import LOW_BITS, dots_u4, with_minima
+from lockstep.formats.parts.layout import offsets
+from lockstep.formats.parts.panels import PANEL as FEATURES
+from lockstep.formats.parts.panels import Placed, nibble_pairs
+from lockstep.formats.parts.products import CODES_AND_MINIMA
+from lockstep.formats.parts.scalars import half, low_bits
+from lockstep.native.kernel import definition, inlined
+from lockstep.native.simd import bit_and, load_u8, shift_right
 
 BLOCK = np.dtype([("d", "<f2"), ("m", "<f2"), ("codes", "u1", 16)])
 BYTES, (D, M, CODES) = BLOCK.itemsize, offsets(BLOCK)

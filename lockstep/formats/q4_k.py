@@ -8,13 +8,13 @@ Source: block_q4_K and get_scale_min_k4 in ggml-common.h and ggml-quants.c.
 
 import numpy as np
 
-from lockstep.formats import k_scales
-from lockstep.formats.dots import LOW_BITS, dots_u4
 from lockstep.formats.format import Format, Lookup, Packed, Stored
-from lockstep.formats.layout import offset
-from lockstep.formats.panels import Placed, nibble_pairs
-from lockstep.runtime.kernel import definition, inlined
-from lockstep.runtime.simd import bit_and, load_u8, shift_right
+from lockstep.formats.parts import k_scales
+from lockstep.formats.parts.dots import LOW_BITS, dots_u4
+from lockstep.formats.parts.layout import offset
+from lockstep.formats.parts.panels import Placed, nibble_pairs
+from lockstep.native.kernel import definition, inlined
+from lockstep.native.simd import bit_and, load_u8, shift_right
 
 BLOCK = np.dtype([*k_scales.HEAD, ("codes", "u1", (4, 32))])
 BYTES, CODES = BLOCK.itemsize, offset(BLOCK, "codes")

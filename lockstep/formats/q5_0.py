@@ -9,16 +9,16 @@ Source: block_q5_0 in ggml-common.h.
 
 import numpy as np
 
-from lockstep.formats import blocks as blk
-from lockstep.formats.dots import with_zero_points
-from lockstep.formats.five_bits import FIVE_BITS, code, codes_of, dots_u5, loaded_codes, placed
 from lockstep.formats.format import SCALES, Format, Lookup, Packed, Stored
-from lockstep.formats.layout import offsets
-from lockstep.formats.panels import k_major
-from lockstep.formats.products import CODES
-from lockstep.formats.scalars import half
-from lockstep.runtime.kernel import definition, inlined
-from lockstep.runtime.simd import peek_f16, store, to_f32
+from lockstep.formats.parts import blocks as blk
+from lockstep.formats.parts.dots import with_zero_points
+from lockstep.formats.parts.five_bits import FIVE_BITS, code, codes_of, dots_u5, loaded_codes, placed
+from lockstep.formats.parts.layout import offsets
+from lockstep.formats.parts.panels import k_major
+from lockstep.formats.parts.products import CODES
+from lockstep.formats.parts.scalars import half
+from lockstep.native.kernel import definition, inlined
+from lockstep.native.simd import peek_f16, store, to_f32
 
 BLOCK = np.dtype([("d", "<f2"), ("fifth", "u1", 4), ("low", "u1", 16)])
 BYTES, (D, FIFTH, LOW) = BLOCK.itemsize, offsets(BLOCK)

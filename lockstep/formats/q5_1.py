@@ -10,17 +10,17 @@ Source: block_q5_1 in ggml-common.h.
 
 import numpy as np
 
-from lockstep.formats import affine, five_bits
-from lockstep.formats import blocks as blk
-from lockstep.formats.dots import with_minima
-from lockstep.formats.five_bits import FIVE_BITS
 from lockstep.formats.format import Format, Lookup, Packed, Stored
-from lockstep.formats.layout import offsets
-from lockstep.formats.panels import PANEL as FEATURES
-from lockstep.formats.panels import Placed
-from lockstep.formats.products import CODES_AND_MINIMA
-from lockstep.formats.scalars import half
-from lockstep.runtime.kernel import definition, inlined
+from lockstep.formats.parts import affine, five_bits
+from lockstep.formats.parts import blocks as blk
+from lockstep.formats.parts.dots import with_minima
+from lockstep.formats.parts.five_bits import FIVE_BITS
+from lockstep.formats.parts.layout import offsets
+from lockstep.formats.parts.panels import PANEL as FEATURES
+from lockstep.formats.parts.panels import Placed
+from lockstep.formats.parts.products import CODES_AND_MINIMA
+from lockstep.formats.parts.scalars import half
+from lockstep.native.kernel import definition, inlined
 
 BLOCK = np.dtype([("d", "<f2"), ("m", "<f2"), ("fifth", "u1", 4), ("low", "u1", 16)])
 BYTES, (D, M, FIFTH, LOW) = BLOCK.itemsize, offsets(BLOCK)

@@ -9,14 +9,14 @@ Source: block_q5_K in ggml-common.h and dequantize_row_q5_K in ggml-quants.c.
 
 import numpy as np
 
-from lockstep.formats import five_bits, k_scales
-from lockstep.formats.five_bits import FIVE_BITS
 from lockstep.formats.format import Format, Lookup, Packed, Stored
-from lockstep.formats.layout import offset
-from lockstep.formats.panels import Placed
-from lockstep.formats.scalars import byte
-from lockstep.runtime.kernel import definition, inlined
-from lockstep.runtime.simd import bit_and, load_u8, shift_right
+from lockstep.formats.parts import five_bits, k_scales
+from lockstep.formats.parts.five_bits import FIVE_BITS
+from lockstep.formats.parts.layout import offset
+from lockstep.formats.parts.panels import Placed
+from lockstep.formats.parts.scalars import byte
+from lockstep.native.kernel import definition, inlined
+from lockstep.native.simd import bit_and, load_u8, shift_right
 
 BLOCK = np.dtype([*k_scales.HEAD, ("fifth", "u1", 32), ("low", "u1", (4, 32))])
 BYTES, FIFTH, LOW = BLOCK.itemsize, offset(BLOCK, "fifth"), offset(BLOCK, "low")

@@ -12,23 +12,23 @@ Source: block_q6_K in ggml-common.h and dequantize_row_q6_K in ggml-quants.c.
 """
 
 import numpy as np
-from numba import int8
 
-from lockstep.formats import blocks as blk
-from lockstep.formats import scalars
-from lockstep.formats.dots import GROUP_BYTES, LOW_BITS, nibbles
 from lockstep.formats.format import Format, Lookup, Packed, Stored
-from lockstep.formats.k_scales import block_of, inside
-from lockstep.formats.layout import offset, offsets, part_bytes
-from lockstep.formats.panels import PANEL as FEATURES
-from lockstep.formats.panels import Placed, k_major, nibble_pairs
-from lockstep.formats.products import ZERO, Product, codes_at, floats_at
-from lockstep.formats.rows import QUANTIZED
-from lockstep.formats.scalars import byte, nibble
-from lockstep.runtime.emit import fma as emit_fma
-from lockstep.runtime.emit import moved, pinned, read, spread, spread4, vector, words
-from lockstep.runtime.kernel import definition, inlined
-from lockstep.runtime.simd import (
+from lockstep.formats.parts import blocks as blk
+from lockstep.formats.parts import scalars
+from lockstep.formats.parts.dots import GROUP_BYTES, LOW_BITS, nibbles
+from lockstep.formats.parts.k_scales import block_of, inside
+from lockstep.formats.parts.layout import offset, offsets, part_bytes
+from lockstep.formats.parts.panels import PANEL as FEATURES
+from lockstep.formats.parts.panels import Placed, k_major, nibble_pairs
+from lockstep.formats.parts.products import ZERO, Product, codes_at, floats_at
+from lockstep.formats.parts.rows import QUANTIZED
+from lockstep.formats.parts.scalars import byte, nibble
+from lockstep.native.emit import fma as emit_fma
+from lockstep.native.emit import moved, pinned, read, spread, spread4, vector, words
+from lockstep.native.kernel import definition, inlined
+from lockstep.native.numbers import int8
+from lockstep.native.simd import (
     F32,
     I8,
     I32,
@@ -43,7 +43,7 @@ from lockstep.runtime.simd import (
     store,
     to_f32,
 )
-from lockstep.runtime.tiles_dots import WIDE, maddubs, maddwd
+from lockstep.native.tiles_dots import WIDE, maddubs, maddwd
 
 BLOCK = np.dtype([("low", "u1", (2, 64)), ("high", "u1", (2, 32)), ("sc", "i1", 16), ("d", "<f2")])
 BYTES, (LOW, HIGH, SC, D) = BLOCK.itemsize, offsets(BLOCK)

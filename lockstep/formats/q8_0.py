@@ -8,17 +8,17 @@ Source: block_q8_0 in ggml-common.h; encode is its reference quantizer's arithme
 
 import numpy as np
 
-from lockstep.formats import blocks as blk
-from lockstep.formats.dots import GROUP_BYTES, byte_dots, scale_add, w_scales
 from lockstep.formats.format import SCALES, Format, Lookup, Packed, Stored
-from lockstep.formats.layout import offsets
-from lockstep.formats.panels import PANEL as FEATURES
-from lockstep.formats.panels import Placed, grouped, k_major
-from lockstep.formats.products import CODES as PRODUCT
-from lockstep.formats.scalars import half
-from lockstep.runtime.kernel import definition, inlined
-from lockstep.runtime.simd import load_i8, peek_f16, store, to_f32
-from lockstep.runtime.targets import unsigned_weights
+from lockstep.formats.parts import blocks as blk
+from lockstep.formats.parts.dots import GROUP_BYTES, byte_dots, scale_add, w_scales
+from lockstep.formats.parts.layout import offsets
+from lockstep.formats.parts.panels import PANEL as FEATURES
+from lockstep.formats.parts.panels import Placed, grouped, k_major
+from lockstep.formats.parts.products import CODES as PRODUCT
+from lockstep.formats.parts.scalars import half
+from lockstep.native.kernel import definition, inlined
+from lockstep.native.simd import load_i8, peek_f16, store, to_f32
+from lockstep.native.targets import unsigned_weights
 
 BLOCK = np.dtype([("d", "<f2"), ("codes", "i1", 32)])
 BYTES, (D, CODES) = BLOCK.itemsize, offsets(BLOCK)

@@ -3,12 +3,12 @@
 from typing import Any
 
 from lockstep.formats.choice import compute_format
-from lockstep.formats.rows import ROW_FORMATS
+from lockstep.formats.parts.rows import ROW_FORMATS
 from lockstep.models.model_config import Experts
 from lockstep.models.record import Recorder
-from lockstep.ops.experts import ExpertGated, ExpertLinear, ExpertRows, ExpertScatter
-from lockstep.ops.linear import PREPARATION
-from lockstep.ops.moe import CombineExperts, GroupExperts, Route
+from lockstep.ops.linear.experts import ExpertGated, ExpertLinear, ExpertRows, ExpertScatter
+from lockstep.ops.linear.linear import PREPARATION
+from lockstep.ops.linear.moe import CombineExperts, GroupExperts, Route
 from lockstep.runtime.program import Tensor, Weight
 
 

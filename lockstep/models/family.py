@@ -8,7 +8,7 @@ from lockstep.models.config import Config
 from lockstep.models.model_config import ModelConfig
 from lockstep.models.record import Recorder
 from lockstep.runtime.program import Tensor
-from lockstep.weights.gguf_architecture import Architecture
+from lockstep.weights.gguf.architecture import Architecture
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """Recording a layer of the gated delta rule."""
 
-from lockstep.formats.panels import padded_width
+from lockstep.formats.parts.panels import padded_width
 from lockstep.models.model_config import LinearAttention
 from lockstep.models.record import Recorder
-from lockstep.ops.gated_delta import DeltaInputs, GatedDelta
-from lockstep.ops.gated_norm import GatedNorm
+from lockstep.ops.recurrent.gated_delta import DeltaInputs, GatedDelta
+from lockstep.ops.recurrent.gated_norm import GatedNorm
 from lockstep.runtime.program import Tensor, Weight
 
 

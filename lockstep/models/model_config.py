@@ -6,8 +6,8 @@ Layers of one model may differ in anything: head sizes, kv heads, ropes, windows
 
 from dataclasses import dataclass
 
-from lockstep.ops.attention_math import MAX_HEAD_DIM
-from lockstep.ops.rope import RopeScaling
+from lockstep.ops.attention.formulas import MAX_HEAD_DIM
+from lockstep.ops.attention.rope import RopeScaling
 
 UNSCALED = RopeScaling()
 

@@ -11,11 +11,11 @@ Source: DeepSeek-V3 technical report 2024, section 2.2; the tensors' names are t
 from lockstep.formats import FORMATS
 from lockstep.formats.choice import compute_format
 from lockstep.models.decoder import own_head
+from lockstep.models.families.qwen3_5 import OFFSET, layer
 from lockstep.models.model_config import Experts, ModelConfig
-from lockstep.models.qwen3_5 import OFFSET, layer
 from lockstep.models.record import Recorder
 from lockstep.models.recording import text_prefix
-from lockstep.ops.output_rows import output_rows_only
+from lockstep.ops.linear.output_rows import output_rows_only
 from lockstep.runtime.program import Program, Tensor
 from lockstep.weights.tensor import StoredTensor, TensorMap
 

@@ -11,19 +11,19 @@ from typing import Any
 
 from lockstep.formats import FORMATS
 from lockstep.formats.choice import compute_format
-from lockstep.formats.panels import padded_width
+from lockstep.formats.parts.panels import padded_width
 from lockstep.models.model_config import Heads, Mlp, Rope
-from lockstep.ops.add import Add
-from lockstep.ops.add_bias import AddBias
-from lockstep.ops.attention import Attention
-from lockstep.ops.concat import Concat
-from lockstep.ops.embed import Embed
-from lockstep.ops.gated_mul import GatedMul
-from lockstep.ops.kv_cache import ELEMENTS, AttentionInputs, page_shapes
-from lockstep.ops.linear import Linear
-from lockstep.ops.rms_norm import RmsNorm
-from lockstep.ops.rope import RopeTables
-from lockstep.ops.select_rows import SelectRows, selected_rows
+from lockstep.ops.attention.attention import Attention
+from lockstep.ops.attention.kv_cache import ELEMENTS, AttentionInputs, page_shapes
+from lockstep.ops.attention.rope import RopeTables
+from lockstep.ops.elementwise.add import Add
+from lockstep.ops.elementwise.add_bias import AddBias
+from lockstep.ops.elementwise.concat import Concat
+from lockstep.ops.elementwise.embed import Embed
+from lockstep.ops.elementwise.gated_mul import GatedMul
+from lockstep.ops.elementwise.rms_norm import RmsNorm
+from lockstep.ops.elementwise.select_rows import SelectRows, selected_rows
+from lockstep.ops.linear.linear import Linear
 from lockstep.runtime.program import Program, Table, Tensor, Weight
 from lockstep.weights.tensor import StoredTensor
 

@@ -3,7 +3,7 @@
 from lockstep.models.model_config import ModelConfig
 from lockstep.models.record import Recorder
 from lockstep.models.registry import family_of
-from lockstep.ops.output_rows import output_rows_only
+from lockstep.ops.linear.output_rows import output_rows_only
 from lockstep.runtime.program import Program, Tensor
 from lockstep.weights.tensor import TensorMap
 

@@ -3,17 +3,17 @@
 from collections.abc import Mapping
 
 from lockstep.models.config import Config, text_config
+from lockstep.models.families.gemma3 import GEMMA3
+from lockstep.models.families.llama import LLAMA
+from lockstep.models.families.mistral import MISTRAL
+from lockstep.models.families.qwen2 import QWEN2
+from lockstep.models.families.qwen3 import QWEN3
+from lockstep.models.families.qwen3_5 import QWEN3_5
+from lockstep.models.families.qwen3_moe import QWEN3_MOE
+from lockstep.models.families.smollm3 import SMOLLM3
 from lockstep.models.family import Family
-from lockstep.models.gemma3 import GEMMA3
-from lockstep.models.llama import LLAMA
-from lockstep.models.mistral import MISTRAL
 from lockstep.models.model_config import ModelConfig
-from lockstep.models.qwen2 import QWEN2
-from lockstep.models.qwen3 import QWEN3
-from lockstep.models.qwen3_5 import QWEN3_5
-from lockstep.models.qwen3_moe import QWEN3_MOE
-from lockstep.models.smollm3 import SMOLLM3
-from lockstep.weights.gguf_architecture import Architecture
+from lockstep.weights.gguf.architecture import Architecture
 
 FAMILIES: Mapping[str, Family] = {
     "llama": LLAMA,

@@ -5,7 +5,7 @@ from typing import Any
 
 from lockstep.models.config import Config, need
 from lockstep.models.model_config import Rope
-from lockstep.ops.rope import RopeScaling
+from lockstep.ops.attention.rope import RopeScaling
 
 OLD_CONTEXT = "original_max_position_embeddings"
 YARN = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")

@@ -1,4 +1,4 @@
-"""Ops: each file is one op's definition; its `_cpu` twin is the fast kernel.
+"""Ops, in a folder for each sort: a file is one op's definition, its `_cpu` twin is the fast kernel.
 
 BACKENDS are tables from op kind to implementation. "reference" runs definitions, "cpu" the fast kernels, "per_token"
 the fast arithmetic one token at a time (what the batched forms are measured against). All give the same bits.
@@ -7,25 +7,29 @@ the fast arithmetic one token at a time (what the batched forms are measured aga
 from importlib import import_module
 
 # tables of implementations: REFERENCE of definitions; CPU and PER_TOKEN of kernels
-MODULES = """
-    activations activations_cpu add add_bias add_cpu adjust_logits adjust_logits_cpu attention attention_cpu
-    attention_q8 code_fixed code_linear code_linear_cpu code_rows code_rows_cpu concat concat_cpu conv1d conv1d_cpu
-    embed embed_cpu experts experts_cpu fake_quant fake_quant_cpu gated_delta gated_delta_cpu gated_delta_verify
-    gated_delta_verify_cpu gated_mul gated_mul_cpu gated_norm gated_norm_cpu grouped_linear kv_cache kv_cache_cpu
-    kv_cache_q8 kv_cache_q8_cpu linear linear_cpu moe moe_cpu observe observe_cpu rms_norm rms_norm_cpu
-    rounded_attention rounded_attention_cpu rounded_inputs rounded_inputs_cpu rounded_silu_mul rounded_silu_mul_cpu
-    sample sample_cpu score score_cpu select_rows select_rows_cpu unrolled_heads unrolled_heads_cpu unrolled_rows
-    unrolled_rows_cpu
-""".split()
+MODULES = dict(
+    attention="attention attention_cpu attention_q8 kv_cache kv_cache_cpu kv_cache_q8 kv_cache_q8_cpu",
+    elementwise="activations activations_cpu add add_bias add_cpu concat concat_cpu embed embed_cpu gated_mul "
+    "gated_mul_cpu rms_norm rms_norm_cpu select_rows select_rows_cpu",
+    integer="code_fixed code_linear code_linear_cpu code_rows code_rows_cpu",
+    linear="experts experts_cpu grouped_linear linear linear_cpu moe moe_cpu",
+    recurrent="conv1d conv1d_cpu gated_delta gated_delta_cpu gated_delta_verify gated_delta_verify_cpu gated_norm "
+    "gated_norm_cpu",
+    rounded="attention attention_cpu fake_quant fake_quant_cpu inputs inputs_cpu observe observe_cpu silu_mul "
+    "silu_mul_cpu unrolled_heads unrolled_heads_cpu unrolled_rows unrolled_rows_cpu",
+    sampling="adjust_logits adjust_logits_cpu sample sample_cpu score score_cpu",
+)
 
 
 def backend(table, modules=MODULES):
     """The tables of a name of all modules as one; ValueError if two implement one kind of op."""
     made = {}
-    for name in modules:
-        found = getattr(import_module(f"lockstep.ops.{name}"), table, {})
+    for folder, name in ((folder, name) for folder, names in modules.items() for name in names.split()):
+        found = getattr(import_module(f"lockstep.ops.{folder}.{name}"), table, {})
         if made.keys() & found.keys():
-            raise ValueError(f"ops/{name}.py: {table} has {min(made.keys() & found.keys())!r}, as another module's has")
+            raise ValueError(
+                f"ops/{folder}/{name}.py: {table} has {min(made.keys() & found.keys())!r}, as another module's has"
+            )
         made |= found
     return made
 
@@ -36,7 +40,7 @@ BACKENDS = {"reference": backend("REFERENCE"), "cpu": backend("CPU"), "per_token
 def __getattr__(name):
     """The public op is imported when first asked for: whoever only runs models does not load it."""
     if name == "ragged_paged_attention":
-        from lockstep.ops.ragged import ragged_paged_attention
+        from lockstep.ops.attention.ragged import ragged_paged_attention
 
         return ragged_paged_attention
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

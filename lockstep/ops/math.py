@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from lockstep.runtime.kernel import inlined
-from lockstep.runtime.simd import absolute, exponent, fma, mantissa, minimum, pow2, rint, where_below
+from lockstep.native.kernel import inlined
+from lockstep.native.simd import absolute, exponent, fma, mantissa, maximum, minimum, pow2, rint, where_below
 
 ZERO, ONE = np.float32(0), np.float32(1)
 LOG2E, MINUS_LN2_HIGH, MINUS_LN2_LOW = np.float32(1.44269504), np.float32(-0.693359375), np.float32(2.12194440e-4)
@@ -17,6 +17,7 @@ L10, L9, L8, L7, L6, L5, L4, L3 = (
     for c in (-0.0763443, 0.1276155, -0.13160194, 0.14201762, -0.16623357, 0.20001227, -0.25000823, 0.3333333)
 )
 T11, T9, T7, T5, T3 = (np.float32(c) for c in (-0.0057049785, 0.020639079, -0.05373971, 0.13331442, -0.3333328))
+A15, A13, A11, A9, A7, A5, A3 = (np.float32(1 / n) for n in (15, 13, 11, 9, 7, 5, 3))
 TANH_SMALL, TANH_LARGE = np.float32(0.625), np.float32(44)
 
 
@@ -93,3 +94,29 @@ def tanh(x):
     large = ONE - TWO / (exp(TWO * minimum(a, TANH_LARGE)) + ONE)
     t = where_below(a, TANH_SMALL, fma(a * square, p, a), large)
     return where_below(x, ZERO, -t, t)
+
+
+@inlined
+def softplus(x):
+    """log(1 + e**x), for any finite x.
+
+    Error: below 3 ulp. Order: z = e**-|x|, s = z / (2 + z), y = s * s; log(1 + z) = 2 atanh(s) = 2s + 2s * y * p(y)
+    with p of degree 6 by Horner's rule; then max(x, 0) + log(1 + z).
+    """
+    z = exp(-absolute(x))
+    s = z / (TWO + z)
+    y = s * s
+    p = fma(fma(fma(fma(fma(fma(A15, y, A13), y, A11), y, A9), y, A7), y, A5), y, A3)
+    double = s + s
+    return maximum(x, ZERO) + fma(double * y, p, double)
+
+
+@inlined
+def tree_sum(lane):
+    """Sum of 16 float32, the lanes of every sum here: each pair 8 apart, then 4, 2, 1; as `simd.sum_lanes` does."""
+    width = 8
+    while width >= 1:
+        for i in range(width):
+            lane[i] = lane[i] + lane[i + width]
+        width //= 2
+    return lane[0]

@@ -9,14 +9,14 @@ from collections import Counter
 from collections.abc import Container
 from typing import Any
 
-from lockstep.formats.rows import ROW_FORMATS
-from lockstep.ops.activations import Preparable, Preparation, QuantizeQ8, RoundBf16
-from lockstep.ops.add import Add
-from lockstep.ops.code_weights import FORMAT as CODES
-from lockstep.ops.gated_delta import DeltaInputs, GatedDelta
-from lockstep.ops.gated_delta_verify import DeltaInputsVerify, GatedDeltaVerify
-from lockstep.ops.linear import PREPARATION, Linear
-from lockstep.ops.score import Score
+from lockstep.formats.parts.rows import ROW_FORMATS
+from lockstep.ops.elementwise.activations import Preparable, Preparation, QuantizeQ8, RoundBf16
+from lockstep.ops.elementwise.add import Add
+from lockstep.ops.integer.code_weights import FORMAT as CODES
+from lockstep.ops.linear.linear import PREPARATION, Linear
+from lockstep.ops.recurrent.gated_delta import DeltaInputs, GatedDelta
+from lockstep.ops.recurrent.gated_delta_verify import DeltaInputsVerify, GatedDeltaVerify
+from lockstep.ops.sampling.score import Score
 from lockstep.runtime.operands import Operands
 from lockstep.runtime.program import CacheArray, Program, Tensor
 

@@ -1,6 +1,6 @@
 """How the work of an op is shared among threads."""
 
-from lockstep.runtime.kernel import inlined
+from lockstep.native.kernel import inlined
 
 
 @inlined

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lockstep.ops import grids
+from lockstep.native.kernel import interpreted
 from lockstep.ops.math import log
+from lockstep.ops.rounded import grids
 from lockstep.ptq.observers import POINTS, Stat
-from lockstep.runtime.kernel import interpreted
 
 DECIBELS = 10 / 2.302585092994046  # of a natural logarithm
 FIGURED = (grids.INTEGER, grids.FLOAT)

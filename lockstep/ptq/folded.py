@@ -8,17 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from lockstep.ops.code_weights import FORMAT as CODES
-from lockstep.ops.embed import Embed
-from lockstep.ops.linear import Linear
-from lockstep.ops.score import Score
+from lockstep.ops.elementwise.embed import Embed
+from lockstep.ops.integer.code_weights import FORMAT as CODES
+from lockstep.ops.linear.linear import Linear
+from lockstep.ops.sampling.score import Score
 from lockstep.ptq.parts import CodedWeight, FoldedWeight
 from lockstep.ptq.rewrite import Part
 from lockstep.ptq.spec import Spec
 from lockstep.runtime.backend import Layout
-from lockstep.runtime.executor import WeightStore
 from lockstep.runtime.operands import Operands
 from lockstep.runtime.program import Weight
+from lockstep.weights.store import WeightStore
 
 MOST_BYTES = 4 << 30
 

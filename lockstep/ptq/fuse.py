@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from lockstep.ops.add_bias import AddBias
-from lockstep.ops.attention import Attention
-from lockstep.ops.kv_cache import AttentionInputs
-from lockstep.ops.linear import Linear
+from lockstep.ops.attention.attention import Attention
+from lockstep.ops.attention.kv_cache import AttentionInputs
+from lockstep.ops.elementwise.add_bias import AddBias
+from lockstep.ops.linear.linear import Linear
 from lockstep.ptq.parts import FoldedWeight, ScaledTensor
 from lockstep.runtime.operands import Operands
 from lockstep.runtime.program import Program, Tensor, Weight

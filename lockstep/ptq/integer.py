@@ -2,7 +2,7 @@
 
 A layer can be one whose input lies on one integer grid for the whole tensor, found before the model runs, and whose
 weights lie on integer grids of at most 8 bits with a scale for each row or for all. Its input's codes are multiplied as
-integers; see `ops/code_linear.py`. Others stay in float arithmetic, and are named with the reason.
+integers; see `ops/integer/code_linear.py`. Others stay in float arithmetic, and are named with the reason.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lockstep.ops.code_linear import MOST_VALUES, CodeLinear
-from lockstep.ops.code_rows import CodeRows, row_width
-from lockstep.ops.fake_quant import FakeQuant
-from lockstep.ops.linear import Linear
-from lockstep.ops.rounded_silu_mul import RoundedSiluMul
-from lockstep.ops.select_rows import SelectRows
+from lockstep.ops.elementwise.select_rows import SelectRows
+from lockstep.ops.integer.code_linear import MOST_VALUES, CodeLinear
+from lockstep.ops.integer.code_rows import CodeRows, row_width
+from lockstep.ops.linear.linear import Linear
+from lockstep.ops.rounded.fake_quant import FakeQuant
+from lockstep.ops.rounded.silu_mul import RoundedSiluMul
 from lockstep.ptq.folded import FoldedWeights
 from lockstep.ptq.rewrite import Rounded
 from lockstep.ptq.spec import Spec

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from lockstep.native.kernel import interpreted, native
 from lockstep.ops.math import log
 from lockstep.ptq.figures import DECIBELS
-from lockstep.runtime.kernel import interpreted, native
 
 
 def powers(values: np.ndarray, rounded: np.ndarray) -> tuple[float, float]:

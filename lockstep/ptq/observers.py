@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lockstep.ops import observe
-from lockstep.ops.observe import BINS, COUNT, FIRST_BIN, HISTOGRAM, MAXIMUM, MINIMUM, NOT_FINITE, SHIFT, WORDS
+from lockstep.ops.rounded import observe
+from lockstep.ops.rounded.observe import BINS, COUNT, FIRST_BIN, HISTOGRAM, MAXIMUM, MINIMUM, NOT_FINITE, SHIFT, WORDS
 from lockstep.ptq.ranges import is_constant, set_constant, set_range
 from lockstep.ptq.ranges_cpu import search_range
 from lockstep.ptq.spec import MINMAX, MSE, Spec

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lockstep.ops.code_weights import CodeTensor, code_tensor, code_weight
+from lockstep.ops.integer.code_weights import CodeTensor, code_tensor, code_weight
 from lockstep.ptq.noise import powers
 from lockstep.ptq.spec import Spec
 from lockstep.ptq.weights import Folded, fold

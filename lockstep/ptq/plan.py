@@ -25,8 +25,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from lockstep.ops.rounded_attention import SITES
-from lockstep.ops.rounded_inputs import SITES as INPUTS
+from lockstep.ops.rounded.attention import SITES
+from lockstep.ops.rounded.inputs import SITES as INPUTS
 from lockstep.ptq.site import Site
 from lockstep.ptq.spec import Spec
 

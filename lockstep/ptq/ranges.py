@@ -2,7 +2,10 @@
 
 import numpy as np
 
-from lockstep.ops.grids import (
+from lockstep.native.kernel import definition
+from lockstep.native.simd import absolute, fma, maximum, minimum
+from lockstep.ops.math import tree_sum
+from lockstep.ops.rounded.grids import (
     E2M1_LARGEST,
     E4M3_LARGEST,
     FLOAT,
@@ -21,9 +24,6 @@ from lockstep.ops.grids import (
     quantize_row,
     symmetric_scale,
 )
-from lockstep.ops.reduce import tree_sum
-from lockstep.runtime.kernel import definition
-from lockstep.runtime.simd import absolute, fma, maximum, minimum
 
 NVFP4_LARGEST = E2M1_LARGEST * E4M3_LARGEST
 

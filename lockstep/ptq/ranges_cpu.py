@@ -1,9 +1,12 @@
 """The search for the range of numbers that loses least: up to eighty times the work of rounding."""
 
 import numpy as np
-from numba import float32
 
-from lockstep.ops.grids import (
+from lockstep.native.kernel import inlined, native
+from lockstep.native.machine import stack_memory
+from lockstep.native.numbers import float32
+from lockstep.native.simd import fma, lanes, load, peek, poke, store, sum_lanes
+from lockstep.ops.rounded.grids import (
     EMAX,
     EMIN,
     HIGH,
@@ -22,9 +25,6 @@ from lockstep.ops.grids import (
     on_integers,
 )
 from lockstep.ptq.ranges import set_range
-from lockstep.runtime.kernel import inlined, native
-from lockstep.runtime.machine import stack_memory
-from lockstep.runtime.simd import fma, lanes, load, peek, poke, store, sum_lanes
 
 NUM_FACTORS = 80  # 1.00, 0.99 .. 0.21 of the range of all numbers
 HUNDRED = np.float32(100)

@@ -14,23 +14,25 @@ from typing import Any
 
 import numpy as np
 
-from lockstep.ops import rounded_attention, rounded_inputs, rounded_silu_mul
-from lockstep.ops.add import Add
-from lockstep.ops.add_bias import AddBias
-from lockstep.ops.attention import Attention
-from lockstep.ops.embed import Embed
-from lockstep.ops.fake_quant import FakeQuant
-from lockstep.ops.gated_delta import DeltaInputs, GatedDelta
-from lockstep.ops.gated_mul import GatedMul
-from lockstep.ops.gated_norm import GatedNorm
-from lockstep.ops.grids import GRID_WORDS
-from lockstep.ops.kv_cache import PAGE_TOKENS, AttentionInputs
-from lockstep.ops.linear import Linear
-from lockstep.ops.moe import CombineExperts
-from lockstep.ops.rms_norm import RmsNorm
-from lockstep.ops.rounded_attention import RoundedAttention
-from lockstep.ops.rounded_inputs import K_SITES, Q_SITES, TABLE_SITES, RoundedInputs
-from lockstep.ops.rounded_silu_mul import RoundedSiluMul
+from lockstep.ops.attention.attention import Attention
+from lockstep.ops.attention.kv_cache import PAGE_TOKENS, AttentionInputs
+from lockstep.ops.elementwise.add import Add
+from lockstep.ops.elementwise.add_bias import AddBias
+from lockstep.ops.elementwise.embed import Embed
+from lockstep.ops.elementwise.gated_mul import GatedMul
+from lockstep.ops.elementwise.rms_norm import RmsNorm
+from lockstep.ops.linear.linear import Linear
+from lockstep.ops.linear.moe import CombineExperts
+from lockstep.ops.recurrent.gated_delta import DeltaInputs, GatedDelta
+from lockstep.ops.recurrent.gated_norm import GatedNorm
+from lockstep.ops.rounded import attention as rounded_attention
+from lockstep.ops.rounded import inputs as rounded_inputs
+from lockstep.ops.rounded import silu_mul as rounded_silu_mul
+from lockstep.ops.rounded.attention import RoundedAttention
+from lockstep.ops.rounded.fake_quant import FakeQuant
+from lockstep.ops.rounded.grids import GRID_WORDS
+from lockstep.ops.rounded.inputs import K_SITES, Q_SITES, TABLE_SITES, RoundedInputs
+from lockstep.ops.rounded.silu_mul import RoundedSiluMul
 from lockstep.ptq.fuse import fused
 from lockstep.ptq.plan import INSIDE
 from lockstep.ptq.site import Site

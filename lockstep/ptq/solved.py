@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lockstep.ops.grids import GRID_WORDS, HIGH, INVERSE, LOW, SCALE, ZERO_POINT
+from lockstep.ops.rounded.grids import GRID_WORDS, HIGH, INVERSE, LOW, SCALE, ZERO_POINT
 from lockstep.ptq.observers import Stat
 from lockstep.ptq.plan import Plan
 from lockstep.ptq.site import Site

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lockstep.ops import grids
+from lockstep.ops.rounded import grids
 
 MINMAX, MSE, PERCENTILE = "minmax", "mse", "percentile"
 

@@ -17,14 +17,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lockstep.ops.add import Add
-from lockstep.ops.fake_quant import FakeQuant
-from lockstep.ops.rms_norm import RmsNorm
-from lockstep.ops.rounded_attention import MASKED, PV, QK, RAW, P, RoundedAttention
-from lockstep.ops.rounded_inputs import ALL, CAT, COS, NORM, ROT, SIN, TABLE_SITES, X1, X2, RoundedInputs
-from lockstep.ops.rounded_silu_mul import RoundedSiluMul
-from lockstep.ops.unrolled_heads import HeadScores, HeadValues, KeepHead, MaskRows, ScaleRows, SoftmaxRows
-from lockstep.ops.unrolled_rows import Columns, GateRows, Multiply, RopeRows, Sigmoid, SwapHalves
+from lockstep.ops.elementwise.add import Add
+from lockstep.ops.elementwise.rms_norm import RmsNorm
+from lockstep.ops.rounded.attention import MASKED, PV, QK, RAW, P, RoundedAttention
+from lockstep.ops.rounded.fake_quant import FakeQuant
+from lockstep.ops.rounded.inputs import ALL, CAT, COS, NORM, ROT, SIN, TABLE_SITES, X1, X2, RoundedInputs
+from lockstep.ops.rounded.silu_mul import RoundedSiluMul
+from lockstep.ops.rounded.unrolled_heads import HeadScores, HeadValues, KeepHead, MaskRows, ScaleRows, SoftmaxRows
+from lockstep.ops.rounded.unrolled_rows import Columns, GateRows, Multiply, RopeRows, Sigmoid, SwapHalves
 from lockstep.runtime.operands import Operands
 from lockstep.runtime.program import Program, Setting, Tensor
 

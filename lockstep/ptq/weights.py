@@ -8,11 +8,11 @@ import numpy as np
 
 from lockstep.formats.q4_0 import Q4_0
 from lockstep.formats.q8_0 import Q8_0
-from lockstep.ops.grids import HIGH, INVERSE, LOW, SCALE, ZERO_POINT, quantize_row
+from lockstep.native.kernel import native
+from lockstep.ops.rounded.grids import HIGH, INVERSE, LOW, SCALE, ZERO_POINT, quantize_row
 from lockstep.ptq.ranges import is_constant, set_constant, set_range
 from lockstep.ptq.ranges_cpu import search_range
 from lockstep.ptq.spec import MSE, Spec
-from lockstep.runtime.kernel import native
 
 STORED = {format.name: format for format in (Q8_0, Q4_0)}  # formats of the engine that a plan may name
 CODES = (np.int8, np.int16, np.int32)  # the smallest that holds all codes of a grid is taken

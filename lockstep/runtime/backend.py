@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lockstep.runtime.kernel import Kernel
+from lockstep.native.kernel import Kernel
 from lockstep.runtime.program import Weight
 
 

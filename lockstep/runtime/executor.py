@@ -6,7 +6,7 @@ the words of the step block.
 
 import numpy as np
 
-from lockstep.runtime.compile import compile_kernels
+from lockstep.native.compile import compile_kernels
 from lockstep.runtime.operands import WeightArrays
 from lockstep.runtime.program import DTYPES, ROW_COUNTS, CacheArray, Setting, Table, Tensor, Weight
 from lockstep.runtime.step import COUNTER, FLAGS, FLUSHES, KERNEL, OPERANDS, OWN_STEP, ROW_WORDS, ROWS
@@ -35,32 +35,6 @@ def encode(declaration, row, values):
         else:
             words.append(int(np.float32(value).view(np.int32)) if kind == "float" else value or 0)
     row[OPERANDS : OPERANDS + len(words)] = words
-
-
-class WeightStore:
-    """Weights in the layouts that kernels read, each made once and shared by all executors of a model."""
-
-    def __init__(self):
-        self._arrays = {}
-
-    def arrays(self, weight, layout):
-        """The arrays of a weight in a layout (`runtime.backend.Layout`)."""
-        key = weight.name, layout.name
-        if key not in self._arrays:
-            self._arrays[key] = self.make(weight, layout)
-        return self._arrays[key]
-
-    def make(self, weight, layout):
-        return tuple(_line_aligned(a) for a in layout.make(weight))
-
-
-def _line_aligned(array):
-    """The array on a cache line; read-only ones are files in memory and stay where they lie."""
-    if not array.flags.writeable or (array.ctypes.data % ALIGNMENT == 0 and array.flags.c_contiguous):
-        return array
-    copy = aligned(array.nbytes).view(array.dtype).reshape(array.shape)
-    copy[...] = array
-    return copy
 
 
 def last_uses(program):

@@ -3,14 +3,11 @@
 import functools
 from collections import namedtuple
 
-from numba import float32, int32, int64, types
-from numba.core.imputils import lower_constant
-from numba.core.typing.templates import AttributeTemplate
-from numba.extending import infer_getattr, lower_getattr, models, register_model, typeof_impl
-
-from lockstep.runtime.kernel import inlined
+from lockstep.native.kernel import inlined
+from lockstep.native.numbers import float32, int32, int64
+from lockstep.native.readable import readable
+from lockstep.native.simd import peek
 from lockstep.runtime.operands import WeightArrays
-from lockstep.runtime.simd import peek
 from lockstep.runtime.step_block import StepBlock
 from lockstep.runtime.words import Readable
 
@@ -38,40 +35,6 @@ def pages_of(batch, request, group):
     return batch.page_table + 4 * batch.pages_per_request * (request * batch.num_page_groups + group)
 
 
-class ReadableType(types.Dummy):
-    """What a declaration is to Numba: a constant whose `read` is a function."""
-
-    def __init__(self, declared):
-        self.declared = declared
-        super().__init__(f"declaration {declared.__module__}.{declared.__qualname__}")
-
-
-register_model(ReadableType)(models.OpaqueModel)
-
-
-@typeof_impl.register(Readable)
-def _type_of(declared, context):
-    return ReadableType(declared)
-
-
-@infer_getattr
-class _ReadableAttributes(AttributeTemplate):
-    key = ReadableType
-
-    def resolve_read(self, kind):
-        return types.Dispatcher(reader(kind.declared))
-
-
-@lower_constant(ReadableType)
-def _no_value(context, builder, kind, value):
-    return context.get_dummy_value()
-
-
-@lower_getattr(ReadableType, "read")
-def _no_attribute(context, builder, kind, value):
-    return context.get_dummy_value()
-
-
 @functools.cache
 def reader(declared):
     """The inlined function from the address of an op row or a step block to its fields by name."""
@@ -90,3 +53,6 @@ def _expression(word, first):
         parts = (f"peek(address + {place + 8 * i}, int64)" for i in range(len(WeightArrays._fields)))
         return f"WeightArrays({', '.join(parts)})"
     return f"peek(address + {place}, {kind})"
+
+
+readable(Readable, reader)

@@ -9,10 +9,9 @@ import threading
 import weakref
 
 import numpy as np
-from numba import int64
 
-from lockstep.runtime.kernel import native
-from lockstep.runtime.machine import (
+from lockstep.native.kernel import native
+from lockstep.native.machine import (
     FLUSH,
     IEEE,
     call_kernel,
@@ -26,7 +25,8 @@ from lockstep.runtime.machine import (
     wait_until,
     wake,
 )
-from lockstep.runtime.simd import peek, poke
+from lockstep.native.numbers import int64
+from lockstep.native.simd import peek, poke
 from lockstep.runtime.step import FLAGS, FLUSHES, OWN_STEP, ROW_WORDS
 
 LINE = 64  # bytes; each shared word has a cache line of its own
@@ -97,11 +97,6 @@ def help_forever(shared, thread, num_threads, seen):
         if load_acquire(shared + QUIT) != 0:
             return
         run_ops(shared, thread, num_threads)
-
-
-def num_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Team:

@@ -1,1 +1,1 @@
-"""Serving: tokenizer, chat templates, finding models."""
+"""The HTTP server: an OpenAI-compatible API over the engine, with every input bounded."""

@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lockstep.serve.tokenizer import Tokenizer
 from lockstep.study.recipe import CALIBRATION_WINDOWS, Recipe, TextChoice, first_difference, to_toml
 from lockstep.study.records import RECIPE, check_folder, save
-from lockstep.study.subject import Subject, load_subject
-from lockstep.study.text import Text, Window, check_disjoint, read_text, windows_hash, windows_of
+from lockstep.study.scoring.subject import Subject, load_subject
+from lockstep.study.scoring.text import Text, Window, check_disjoint, read_text, windows_hash, windows_of
 from lockstep.study.trials import Study, make_study
+from lockstep.text.tokenizer.tokenizer import Tokenizer
 from lockstep.weights.content import Progress
 
 WINNER_RECIPE = "winner.toml"

@@ -8,19 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from lockstep.ops import score
+from lockstep.ops.sampling import score
 from lockstep.ptq.observers import Stat
 from lockstep.ptq.solved import Solved
 from lockstep.runtime.threads import Team
-from lockstep.study.evaluate import FLOAT, PREFILL, PREFILL_REFERENCE, Setup, rig_for
-from lockstep.study.in_integers import InIntegers
 from lockstep.study.kept import CALIBRATION, check_same, load_stats
 from lockstep.study.records import Lines, going_on, held, line_of, save
-from lockstep.study.rig import Rig
 from lockstep.study.rounds import ANEW, FLOAT_NAME, ROUNDS, check_follows, read_rounds
 from lockstep.study.run import TRIALS, OnStep, ranking
-from lockstep.study.scoring import compared_figures, text_figures, window_figures
-from lockstep.study.subject import Subject
+from lockstep.study.scoring.evaluate import FLOAT, PREFILL, PREFILL_REFERENCE, Setup, rig_for
+from lockstep.study.scoring.figures import compared_figures, text_figures, window_figures
+from lockstep.study.scoring.in_integers import InIntegers
+from lockstep.study.scoring.rig import Rig
+from lockstep.study.scoring.subject import Subject
 from lockstep.study.trials import Study
 
 CONFIRM = "confirm.jsonl"

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from lockstep.ptq.observers import Stat
-from lockstep.study.calibrate import COUNTED
 from lockstep.study.records import Lines, going_on, save
 from lockstep.study.rounds import ANEW, FLOAT_NAME, ROUNDS
+from lockstep.study.scoring.calibrate import COUNTED
 from lockstep.study.trials import Study
 
 IDS, CALIBRATION = "ids.json", "calibration.npz"

@@ -13,8 +13,8 @@ from typing import Any
 from lockstep.formats.choice import CHOICES
 from lockstep.ptq.plan import OPTIONS, Plan
 from lockstep.ptq.spec import Spec
-from lockstep.study.subject import BUNDLED
-from lockstep.study.text import LIKE
+from lockstep.study.scoring.subject import BUNDLED
+from lockstep.study.scoring.text import LIKE
 
 ONE_AT_A_TIME, LEAVE_ONE_OUT, ARITHMETIC = "one_at_a_time", "leave_one_out", "arithmetic"
 KEYS = ("model", "weights", "calibrate", "evaluate", "plan", "sweep", "confirm")

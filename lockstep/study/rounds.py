@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.study.records import Lines, line_of
-from lockstep.study.scoring import compared_figures, nll_of, text_figures
+from lockstep.study.scoring.figures import compared_figures, nll_of, text_figures
 
 ROUNDS, FLOAT_NAME, DIGEST = "rounds.jsonl", "float", "sha256"  # FLOAT_NAME: in the place of a trial's id
 DIGITS = 16

@@ -18,14 +18,14 @@ from lockstep.ptq.integer import INTEGER
 from lockstep.ptq.observers import Stat
 from lockstep.ptq.solved import Solved
 from lockstep.runtime.threads import Team
-from lockstep.study.bench import FLOAT_TRIAL, Outcome
-from lockstep.study.calibrate import calibrate
 from lockstep.study.kept import CALIBRATION, check_same, load_stats, save_ids, save_stats
 from lockstep.study.records import Lines, Replayed, held, save
 from lockstep.study.rounds import ANEW, FLOAT_NAME, ROUNDS, read_rounds, sealed
-from lockstep.study.scoring import compared_figures, mean_and_error, nll_of, text_figures
-from lockstep.study.subject import Subject
+from lockstep.study.scoring.calibrate import calibrate
+from lockstep.study.scoring.figures import compared_figures, mean_and_error, nll_of, text_figures
+from lockstep.study.scoring.subject import Subject
 from lockstep.study.summary import Figures, study_record
+from lockstep.study.trial_bench import FLOAT_TRIAL, Outcome
 from lockstep.study.trials import Study
 from lockstep.study.workers import Workers
 

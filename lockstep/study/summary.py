@@ -7,17 +7,17 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-import numba
 import numpy as np
 
 from lockstep import __version__
-from lockstep.ops.grids import SCALE, ZERO_POINT
+from lockstep.native.numbers import versions as compilers
+from lockstep.ops.rounded.grids import SCALE, ZERO_POINT
 from lockstep.ptq.figures import figures
 from lockstep.ptq.integer import LinearLayers
 from lockstep.ptq.observers import Stat
 from lockstep.ptq.rewrite import rounded
 from lockstep.ptq.spec import Spec
-from lockstep.study.subject import Subject, kv_bytes, weight_bytes
+from lockstep.study.scoring.subject import Subject, kv_bytes, weight_bytes
 from lockstep.study.trials import Study
 from lockstep.weights.tensor import StoredTensor
 
@@ -42,7 +42,7 @@ def study_record(
         ),
         stats={name: stat_record(stat) for name, stat in stats.items()},
         versions=dict(
-            lockstep=__version__, python=platform.python_version(), numpy=np.__version__, numba=numba.__version__
+            lockstep=__version__, python=platform.python_version(), numpy=np.__version__, numba=compilers()["numba"]
         ),
         threads=threads,
         num_trials=len(study.trials),

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from lockstep.engine.model import Model
-from lockstep.ops.attention import Attention
-from lockstep.ops.grids import SCALE, ZERO_POINT
+from lockstep.ops.attention.attention import Attention
+from lockstep.ops.rounded.grids import SCALE, ZERO_POINT
 from lockstep.ptq.observers import Stat
 from lockstep.ptq.parts import fold_part
 from lockstep.ptq.plan import USUAL_FILL

@@ -17,10 +17,10 @@ from lockstep.ptq.rewrite import Treatment
 from lockstep.ptq.site import Site
 from lockstep.ptq.spec import Spec
 from lockstep.ptq.treatment import sites_for
-from lockstep.study.formats import check_formats
 from lockstep.study.recipe import ARITHMETIC, ONE_AT_A_TIME, Sweep
-from lockstep.study.subject import Subject, treatment_for
-from lockstep.study.text import Window, windows_hash
+from lockstep.study.scoring.formats import check_formats
+from lockstep.study.scoring.subject import Subject, treatment_for
+from lockstep.study.scoring.text import Window, windows_hash
 
 BASE = "base"
 ID_DIGITS = 16

@@ -14,8 +14,8 @@ from typing import Any, Self
 
 from lockstep.ptq.observers import Stat
 from lockstep.runtime.threads import Team
-from lockstep.study.bench import Bench, Outcome
-from lockstep.study.subject import Subject, load_subject
+from lockstep.study.scoring.subject import Subject, load_subject
+from lockstep.study.trial_bench import Bench, Outcome
 from lockstep.study.trials import Study
 
 SECONDS_TO_END = 5

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from lockstep.weights import safetensors
 from lockstep.weights.content import ContentHash, Stamp, check_unchanged, content_hash, stamp
-from lockstep.weights.gguf_architecture import Architectures
-from lockstep.weights.gguf_model import open_gguf
+from lockstep.weights.gguf.architecture import Architectures
+from lockstep.weights.gguf.model import open_gguf
 from lockstep.weights.mapped import descriptor_of, read_json_object
 from lockstep.weights.tensor import TensorFile, TensorMap, merge
 

@@ -19,7 +19,7 @@ from concurrent.futures import Future
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from lockstep.runtime.user_cache import cache_subfolder
+from lockstep.user_cache import cache_subfolder
 
 PIECE = 4 << 20  # bytes that are read at once
 # A file that is written to again within the file system's tick keeps its times; what is younger is not remembered.

@@ -3,8 +3,8 @@
 import numpy as np
 
 from lockstep.formats import BLOCK_FORMATS
-from lockstep.formats.blocks import as_blocks
-from lockstep.formats.finite import check_finite
+from lockstep.formats.parts.blocks import as_blocks
+from lockstep.formats.parts.finite import check_finite
 from lockstep.weights.tensor import StoredTensor
 
 # Without the sign, a float's bits from here on are infinity or NaN.

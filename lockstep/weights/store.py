@@ -1,4 +1,5 @@
-"""Packed weights: made once, kept on disk under the content of what they were made from, and mapped from then on."""
+"""Packed weights: made once for all executors of a model, and kept on disk under the content of what they were made
+from."""
 
 import contextlib
 import functools
@@ -10,11 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from lockstep import formats
+from lockstep.native.targets import name as target_name
 from lockstep.runtime.backend import Layout
-from lockstep.runtime.executor import WeightStore
+from lockstep.runtime.executor import ALIGNMENT, aligned
 from lockstep.runtime.program import Weight
-from lockstep.runtime.targets import name as target_name
-from lockstep.runtime.user_cache import cache_subfolder, make_private, user_cache
+from lockstep.user_cache import cache_subfolder, make_private, user_cache
 from lockstep.weights import packed_cache, packed_file
 from lockstep.weights.checkpoint import Checkpoint
 from lockstep.weights.content import Progress
@@ -23,6 +24,32 @@ from lockstep.weights.leased_map import LeasedMaps
 # Layouts whose names end like this are kept on disk; the others are small. A kept table was checked when it was made,
 # and no step reads the checkpoint's file, which somebody might truncate.
 KEPT = ("panels", "stored bytes")
+
+
+class WeightStore:
+    """Weights in the layouts that kernels read, each made once and shared by all executors of a model."""
+
+    def __init__(self):
+        self._arrays = {}
+
+    def arrays(self, weight, layout):
+        """The arrays of a weight in a layout (`runtime.backend.Layout`)."""
+        key = weight.name, layout.name
+        if key not in self._arrays:
+            self._arrays[key] = self.make(weight, layout)
+        return self._arrays[key]
+
+    def make(self, weight, layout):
+        return tuple(_line_aligned(a) for a in layout.make(weight))
+
+
+def _line_aligned(array):
+    """The array on a cache line; read-only ones are files in memory and stay where they lie."""
+    if not array.flags.writeable or (array.ctypes.data % ALIGNMENT == 0 and array.flags.c_contiguous):
+        return array
+    copy = aligned(array.nbytes).view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
 
 
 class PackedStore(WeightStore):
@@ -151,6 +178,6 @@ def packing_version() -> str:
     """Changes with the source of anything that turns a checkpoint's bytes into packed ones."""
     digest = hashlib.sha256()
     for folder in (Path(__file__).parent, Path(formats.__file__).parent):
-        for path in sorted(folder.glob("*.py")):
+        for path in sorted(folder.rglob("*.py")):
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:8]

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from lockstep.formats import BLOCK_FORMATS, FORMATS
-from lockstep.formats.finite import check_finite
+from lockstep.formats.parts.finite import check_finite
 from lockstep.weights.mapped import read_array
 
 PLAIN_FORMATS: Mapping[str, np.dtype] = {

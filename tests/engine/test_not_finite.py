@@ -7,8 +7,8 @@ from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.model import load_model
 from lockstep.engine.request import SamplingParams
 from lockstep.models.checkpoint import open_checkpoint
-from lockstep.ops.kv_cache import PAGE_TOKENS
-from lockstep.runtime.executor import WeightStore
+from lockstep.ops.attention.kv_cache import PAGE_TOKENS
+from lockstep.weights.store import WeightStore
 from tests.models import tiny
 from tests.models.cases import case, hybrid
 

@@ -6,20 +6,20 @@ import dataclasses
 import numpy as np
 import pytest
 
-from lockstep.engine import selfcheck
+from lockstep.engine.cache.prefix import model_identity
 from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.planned import planned
-from lockstep.engine.prefix import model_identity
 from lockstep.engine.request import SamplingParams
-from lockstep.ops.rounded_attention import RoundedAttention
-from lockstep.ops.score import NLL
-from lockstep.parity import Path, run_parity, run_path
+from lockstep.engine.selfcheck import check as selfcheck
+from lockstep.lab.parity import Path, run_parity, run_path
+from lockstep.ops.rounded.attention import RoundedAttention
+from lockstep.ops.sampling.score import NLL
 from lockstep.ptq.plan import Plan
 from lockstep.ptq.solved import Solved
 from lockstep.ptq.treatment import sites_for, treatment_of
 from lockstep.runtime.threads import Team
-from lockstep.study.calibrate import calibrate
-from lockstep.study.rig import Rig
+from lockstep.study.scoring.calibrate import calibrate
+from lockstep.study.scoring.rig import Rig
 from tests.study.models import recorded, window
 
 LENGTH, CONTENT = 70, "c" * 64

@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from lockstep.engine.cache.pages import everywhere
 from lockstep.engine.engine import Engine, EngineOptions
-from lockstep.engine.pages import everywhere
 from lockstep.engine.request import Request, SamplingParams
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.engine.sampling import num_rows, within_rows

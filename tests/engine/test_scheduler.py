@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep.engine.pages import PageAllocator, PageGroup
-from lockstep.engine.prefix import PrefixCache, block_name, first_name
+from lockstep.engine.cache.pages import PageAllocator, PageGroup
+from lockstep.engine.cache.prefix import PrefixCache, block_name, first_name
 from lockstep.engine.request import Request, SamplingParams, sample_seed, samples
 from lockstep.engine.runner import Limits
 from lockstep.engine.scheduler import Scheduler

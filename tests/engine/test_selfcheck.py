@@ -5,15 +5,17 @@ import re
 
 import pytest
 
-from lockstep.engine import selfcheck, selfcheck_ops, selfcheck_sampling
+from lockstep.engine.selfcheck import check as selfcheck
+from lockstep.engine.selfcheck import ops as selfcheck_ops
+from lockstep.engine.selfcheck import sampling as selfcheck_sampling
 from lockstep.formats import BLOCK_FORMATS
+from lockstep.native.host import UnfitMachine
 from lockstep.ops import BACKENDS
-from lockstep.ops.add import Add
-from lockstep.ops.adjust_logits import AdjustLogits
+from lockstep.ops.elementwise.add import Add
 from lockstep.ops.rewrite import verifying
-from lockstep.ops.sample import Sample
+from lockstep.ops.sampling.adjust_logits import AdjustLogits
+from lockstep.ops.sampling.sample import Sample
 from lockstep.runtime.program import Program, Tensor
-from lockstep.runtime.unfit import UnfitMachine
 from tests.golden.record_kernels import recorded, recorded_ops, recorded_sampling
 from tests.kernels import shared_kernels
 from tests.models import tiny

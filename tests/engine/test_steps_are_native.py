@@ -9,7 +9,7 @@ from numba.core.runtime import _nrt_python, rtsys
 
 from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.request import SamplingParams
-from lockstep.runtime.kernel import Kernel
+from lockstep.native.kernel import Kernel
 from tests.promise.models import Case, load
 
 SAMPLING = [

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from lockstep.formats import BLOCK_FORMATS, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0, blocks
+from lockstep.formats import BLOCK_FORMATS, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0
+from lockstep.formats.parts import blocks
 from tests.formats.record_block_vectors import awkward_weights, random_blocks
 
 VECTORS = json.loads(Path(__file__).with_name("block_vectors.json").read_text())

@@ -12,8 +12,8 @@ from pathlib import Path
 import lockstep
 from tests.fuzz.attacks import ATTACKS, CHAT, Attack, post, template
 from tests.fuzz.liveness import MOST_GROWTH_MB, Liveness
-from tests.serve.http.chatting import HELLO
-from tests.serve.http.program import Program, program
+from tests.serve.chatting import HELLO
+from tests.serve.program import Program, program
 
 OPTIONS = ("--name", "lockstep", "--max-requests", 8, "--max-context", 2048, "--kv-tokens", 16384)
 DRAIN = 3  # seconds: --drain-timeout

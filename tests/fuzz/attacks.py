@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from tests.fuzz.client import STATUS, exchange, read_all
 from tests.fuzz.sockets import HIDDEN, OTHERS, SMUGGLING, head
-from tests.serve.http.chatting import HELLO, THINKING
+from tests.serve.chatting import HELLO, THINKING
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MB8 = (8 << 20) - 4096  # a body may have 8 MB

@@ -3,7 +3,7 @@
 import json
 import random
 
-from tests.serve.http.raw import head
+from tests.serve.raw import head
 
 KINDS = "value", "body", "header", "anything"
 MESSAGES = [dict(role="user", content="hello")]

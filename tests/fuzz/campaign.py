@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import lockstep
-from lockstep.serve.chat_template import TemplateProcess
+from lockstep.text.templates.chat_template import TemplateProcess
 from tests.fuzz.bodies import BODIES, damaged_request
 from tests.fuzz.client import Fault, ask
 from tests.fuzz.files import Files
@@ -22,8 +22,8 @@ from tests.fuzz.grammars import Grammars
 from tests.fuzz.liveness import MOST_GROWTH_MB, Liveness
 from tests.fuzz.sockets import Sockets
 from tests.fuzz.templates import Templates, programs, served
-from tests.serve.http.program import Program, program
-from tests.serve.http.server import wait_until
+from tests.serve.program import Program, program
+from tests.serve.server import wait_until
 
 THREADS = dict(bodies=2, sockets=3, grammars=2)  # of one kind; 1, if it is not named here
 KINDS = "bodies", "sockets", "templates", "grammars", "files"

@@ -16,7 +16,7 @@ import traceback
 import lockstep.commands.chat
 import lockstep.commands.generate
 import lockstep.commands.inspect
-import lockstep.serve.llm  # noqa: F401
+import lockstep.llm  # noqa: F401
 from lockstep.cli import main
 
 ESCAPED = 70  # the exit code where an exception came out of the command

@@ -10,16 +10,16 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from lockstep.runtime.user_cache import user_cache
+from lockstep.user_cache import user_cache
 from tests.fuzz.bodies import damaged_bytes, damaged_value
 from tests.fuzz.client import Fault
 from tests.fuzz.templates import program
 from tests.fuzz.watch import ROOT
 from tests.models import tiny
 from tests.models.cases import case
-from tests.serve.test_small_gguf import CHATML, chatml
-from tests.serve.test_small_gguf import write as write_gguf
-from tests.serve.vocabularies import byte_fallback, byte_level, words_metadata, write_folder
+from tests.text.tokenizer.test_small_gguf import CHATML, chatml
+from tests.text.tokenizer.test_small_gguf import write as write_gguf
+from tests.text.vocabularies import byte_fallback, byte_level, words_metadata, write_folder
 from tests.weights.fuzz import mutant
 
 CONFIG = case("qwen3", head_dim=32, vocab_size=512, num_hidden_layers=2)

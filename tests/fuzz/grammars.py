@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from tests.fuzz.bodies import ODD, SCHEMA, damaged_bytes, damaged_value
 from tests.fuzz.client import ask
 from tests.fuzz.sockets import head
-from tests.serve.http.chatting import HELLO
-from tests.serve.http.test_chat_refusals import BOMBS
+from tests.serve.chatting import HELLO
+from tests.serve.routes.test_chat_refusals import BOMBS
 
 NUMBERS = [0, 1, 2, 7, 99, 9973, 999983, 10**9, -(1 << 63), 1 << 63, 0.1, 1e-9, 1e300, -1, 2.5]
 WORDS = ["a", "x" * 50, "", "\u00e9", "$ref", "^", "0", "\U0001f642", "\\", '"', "\n", "#"]

@@ -4,7 +4,7 @@ import time
 from typing import NamedTuple
 
 from tests.fuzz.watch import Look, Watcher
-from tests.serve.http.program import Program
+from tests.serve.program import Program
 
 MOST_GAP = 0.5  # seconds that /health may take, where the server has its cores for itself
 MOST_GROWTH_MB = 256

@@ -5,11 +5,11 @@ import random
 import time
 from collections.abc import Sequence
 
-from lockstep.serve.chat_template import ChatTemplate, TemplateProcess, TooMuch
-from lockstep.serve.job_process import Busy
+from lockstep.text.job_process import Busy
+from lockstep.text.templates.chat_template import ChatTemplate, TemplateProcess, TooMuch
 from tests.fuzz.client import Fault, ask
 from tests.fuzz.sockets import head
-from tests.serve.http.chatting import THINKING
+from tests.serve.chatting import THINKING
 
 MESSAGES = [dict(role="user", content="hi %s {0}"), dict(role="assistant", content="x" * 5000)]
 NUMBERS = ["0", "1", "3", "-1", "1000", "65536", "16777216", "99999999", "-6000000", "2.5", "1e308", "9" * 30, "n"]

@@ -9,11 +9,11 @@ import json
 import pathlib
 
 from lockstep.engine.model import load_model
-from lockstep.engine.selfcheck import NUMERICS
+from lockstep.engine.selfcheck.check import NUMERICS
+from lockstep.lab.parity import Path, run_path
 from lockstep.models.checkpoint import open_checkpoint
-from lockstep.parity import Path, run_path
-from lockstep.runtime.executor import WeightStore
-from lockstep.serve.hub import resolve_model
+from lockstep.weights.hub import resolve_model
+from lockstep.weights.store import WeightStore
 
 GOLDEN = pathlib.Path(__file__).with_name("digests.json")
 FORMATS = ("auto", "f32", "q8_0", "q4_0")

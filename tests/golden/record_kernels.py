@@ -5,10 +5,11 @@ Only after a decision to change bits, together with a new NUMERICS version.
 
 import json
 
-from lockstep.engine import selfcheck_ops, selfcheck_sampling
-from lockstep.engine.selfcheck import CONFIGS, FORMATS, GOLDEN, Probe, digests
+from lockstep.engine.selfcheck import ops as selfcheck_ops
+from lockstep.engine.selfcheck import sampling as selfcheck_sampling
+from lockstep.engine.selfcheck.check import CONFIGS, FORMATS, GOLDEN, Probe, digests
 from lockstep.ops import BACKENDS
-from lockstep.ops.kv_cache import KV_DTYPES
+from lockstep.ops.attention.kv_cache import KV_DTYPES
 
 
 def all_probes():

@@ -1,4 +1,4 @@
-"""Records ragged.npz: what JAX's ref_ragged_paged_attention makes of the batches in tests/ops/ragged_cases.py.
+"""Records ragged.npz: what JAX's ref_ragged_paged_attention makes of the batches in ops/attention/ragged_cases.py.
 
 python -m tests.golden.record_ragged        (needs jax, on any machine; recorded with jax 0.10.2)
 """
@@ -9,7 +9,7 @@ import numpy as np
 from jax import numpy as jnp
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ref_ragged_paged_attention
 
-from tests.ops.ragged_cases import RECORDED
+from tests.ops.attention.ragged_cases import RECORDED
 
 PATH = pathlib.Path(__file__).with_name("ragged.npz")
 

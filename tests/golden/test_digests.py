@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lockstep.engine.selfcheck import NUMERICS
+from lockstep.engine.selfcheck.check import NUMERICS
 from tests.golden.record_digests import FORMATS, GOLDEN, logits_digest, weights_digest
 
 RECORDED = json.loads(GOLDEN.read_text())
@@ -23,6 +23,6 @@ def test_logits_are_the_recorded_ones(weights, kv_dtype, recorded):
     assert logits_digest(weights, kv_dtype) == RECORDED[recorded][weights], (
         "The bits of the logits changed. That is a decision, not a repair: if an op's definition was changed on "
         "purpose, "
-        "raise NUMERICS in lockstep/engine/selfcheck.py, record both golden files again, and commit only that. "
+        "raise NUMERICS in lockstep/engine/selfcheck/check.py, record both golden files again, and commit only that. "
         "Otherwise a kernel or the order of its arithmetic is wrong: `lockstep parity --first-difference` names the op."
     )

@@ -6,7 +6,7 @@ import shutil
 import ml_dtypes
 import numpy as np
 
-from lockstep.serve.hub import resolve_model
+from lockstep.weights.hub import resolve_model
 
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 

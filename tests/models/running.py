@@ -4,13 +4,13 @@ import itertools
 
 import numpy as np
 
+from lockstep.engine.cache.pages import everywhere
 from lockstep.engine.model import load_model
-from lockstep.engine.pages import everywhere
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.models.checkpoint import open_checkpoint
-from lockstep.ops.kv_cache import PAGE_TOKENS
-from lockstep.runtime.executor import WeightStore
+from lockstep.ops.attention.kv_cache import PAGE_TOKENS
 from lockstep.runtime.threads import Team
+from lockstep.weights.store import WeightStore
 
 TOLERANCE = 1e-4
 

@@ -7,8 +7,8 @@ from lockstep.models.model_config import Experts, Heads, LinearAttention, Mlp, R
 from lockstep.models.recording import record, record_on
 from lockstep.models.registry import model_config
 from lockstep.models.shapes import AnyTensor, only_shape
-from lockstep.ops.linear import Linear
-from lockstep.ops.rope import RopeScaling
+from lockstep.ops.attention.rope import RopeScaling
+from lockstep.ops.linear.linear import Linear
 from tests.models import published as p
 from tests.models import tiny
 from tests.models.cases import CASES, LLAMA3, SEED, YARN, case, hybrid, nested, windowed

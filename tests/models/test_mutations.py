@@ -6,9 +6,9 @@ import itertools
 import numpy as np
 import pytest
 
-from lockstep.ops.add_bias import AddBias
-from lockstep.ops.embed import Embed
-from lockstep.ops.gated_mul import GatedMul
+from lockstep.ops.elementwise.add_bias import AddBias
+from lockstep.ops.elementwise.embed import Embed
+from lockstep.ops.elementwise.gated_mul import GatedMul
 from lockstep.runtime.program import Weight
 from lockstep.weights.tensor import StoredTensor
 from tests.golden.record_models import GOLDEN, NUM_TOKENS

@@ -9,16 +9,16 @@ from lockstep.models.registry import ARCHITECTURES, BY_MODEL_TYPE, FAMILIES
 
 PACKAGE = Path(lockstep.__file__).parent
 # text tokenizers and notations of tool calls have names of their own, which some models share; so have others' programs
-ROOMS = ("commands", "engine", "formats", "models", "ops", "ptq", "runtime", "weights")
-ALSO = {"mistral": {"models/llama.py"}}  # as which GGUF stores it
+ROOMS = ("commands", "engine", "formats", "models", "native", "ops", "ptq", "runtime", "weights")
+ALSO = {"mistral": {"models/families/llama.py"}}  # as which GGUF stores it
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_model_is_known_in_its_own_file_and_in_the_registry(name):
     files = [path for room in ROOMS for path in (PACKAGE / room).rglob("*.py")]
     found = {path.relative_to(PACKAGE).as_posix() for path in files if f'"{name}"' in path.read_text()}
-    own = {f"models/{name}.py", "models/registry.py"} | ALSO.get(name, set())
-    assert (PACKAGE / "models" / f"{name}.py").is_file() and found <= own
+    own = {f"models/families/{name}.py", "models/registry.py"} | ALSO.get(name, set())
+    assert (PACKAGE / "models" / "families" / f"{name}.py").is_file() and found <= own
 
 
 @pytest.mark.parametrize("name", FAMILIES)

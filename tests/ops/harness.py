@@ -2,12 +2,13 @@
 
 import numpy as np
 
-from lockstep.ops.sample import SAMPLING_RECORD
-from lockstep.runtime.executor import Executor, WeightStore
+from lockstep.ops.sampling.sample import SAMPLING_RECORD
+from lockstep.runtime.executor import Executor
 from lockstep.runtime.operands import Operands, output
 from lockstep.runtime.program import DTYPES, ROW_COUNTS, Program, Setting, Table, Tensor, Weight
 from lockstep.runtime.step_block import StepBlock
 from lockstep.runtime.threads import Team
+from lockstep.weights.store import WeightStore
 from lockstep.weights.tensor import StoredTensor
 
 NAN_BYTES = 0xFF  # float32 and bf16 of all ones are NaN: what a kernel leaves unwritten shows

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from numba import njit
 
+from lockstep.native.kernel import STRICT, interpreted
+from lockstep.native.simd import load, store
 from lockstep.ops import math
-from lockstep.runtime.kernel import STRICT, interpreted
-from lockstep.runtime.simd import load, store
 
 FUNCTIONS = {
     "exp": (math.exp, np.exp, (-87, 88)),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lockstep.ops import ragged_paged_attention
-from tests.ops.ragged_cases import BF16, E4M3, E5M2, F32, I8, Batch
+from tests.ops.attention.ragged_cases import BF16, E4M3, E5M2, F32, I8, Batch
 
 jax = pytest.importorskip("jax", reason="jax is needed")
 kernels = pytest.importorskip("jax.experimental.pallas.ops.tpu.ragged_paged_attention")

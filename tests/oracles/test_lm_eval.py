@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lockstep import LLM, SamplingParams
-from tests.serve.http.program import program
+from tests.serve.program import program
 
 pytest.importorskip("lm_eval")
 TASKS = Path(__file__).with_name("lm_eval_tasks")

@@ -9,7 +9,7 @@ import secrets
 import numpy as np
 import pytest
 
-from lockstep.ops import grids
+from lockstep.ops.rounded import grids
 from lockstep.ptq.spec import Spec
 from lockstep.ptq.weights import fold
 from tests.ptq.test_observers import seen

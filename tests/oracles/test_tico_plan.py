@@ -18,9 +18,9 @@ from lockstep.ptq.plan import Plan
 from lockstep.ptq.solved import Solved
 from lockstep.ptq.treatment import sites_for
 from lockstep.runtime.threads import Team
-from lockstep.study.evaluate import TWINS, Setup, rig_for, solve
-from lockstep.study.subject import Subject, load_subject, treatment_for
-from lockstep.study.text import Window
+from lockstep.study.scoring.evaluate import TWINS, Setup, rig_for, solve
+from lockstep.study.scoring.subject import Subject, load_subject, treatment_for
+from lockstep.study.scoring.text import Window
 from lockstep.study.tico import qparams
 
 torch = pytest.importorskip("torch")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lockstep.engine.pages import everywhere, pages_for
+from lockstep.engine.cache.pages import everywhere, pages_for
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.runtime.threads import Team
 from tests.promise.trace import state_digest, whole

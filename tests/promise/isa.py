@@ -3,8 +3,8 @@
 import pathlib
 import tempfile
 
-from lockstep.parity import Path, run_path
-from lockstep.runtime.kernel import target
+from lockstep.lab.parity import Path, run_path
+from lockstep.native.kernel import target
 from tests.models import tiny
 from tests.promise.models import Case, load
 

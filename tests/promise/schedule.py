@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lockstep.engine.pages import Held, pages_for
+from lockstep.engine.cache.pages import Held, pages_for
 from lockstep.engine.runner import Limits, Runner, Span
-from lockstep.ops.kv_cache import PAGE_TOKENS
+from lockstep.ops.attention.kv_cache import PAGE_TOKENS
 from lockstep.runtime.threads import Team
 from tests.promise.trace import Sequence, Trace, positions, report, state_digest
 

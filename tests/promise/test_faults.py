@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from lockstep.lab.parity import Path, compare, first_difference, run_path
 from lockstep.ops import BACKENDS
 from lockstep.ops.rewrite import RECORDED_KINDS
-from lockstep.parity import Path, compare, first_difference, run_path
 from tests.promise.faults import faulty, places
 from tests.promise.models import Case, library, load
 from tests.promise.schedule import Differs, Teams, Walk, limits

@@ -10,8 +10,8 @@ from collections import Counter
 
 import pytest
 
-from lockstep.engine.drafts import MAX_DRAFTS
-from lockstep.serve.grammar_mask import GrammarMask
+from lockstep.engine.speculation.drafts import MAX_DRAFTS
+from lockstep.text.grammars.mask import GrammarMask
 from tests.speculation.faults import FAULTS, state_lost
 from tests.speculation.long_context import answers
 from tests.speculation.one_by_one import one_by_one

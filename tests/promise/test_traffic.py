@@ -12,9 +12,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from lockstep.engine import engine, prefix
-from lockstep.engine.pages import PageGroup, pages_for
-from lockstep.engine.states import StateStore
+from lockstep.engine import engine
+from lockstep.engine.cache import prefix
+from lockstep.engine.cache.pages import PageGroup, pages_for
+from lockstep.engine.cache.states import StateStore
 from tests.promise.models import Case, load
 from tests.promise.schedule import Differs
 from tests.promise.traffic import Menu, Traffic

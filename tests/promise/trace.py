@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lockstep.engine.pages import everywhere, pages_for
+from lockstep.engine.cache.pages import everywhere, pages_for
 from lockstep.engine.request import SamplingParams
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.engine.sampling import Adjustment
-from lockstep.ops.kv_cache import PAGE_TOKENS, by_position
+from lockstep.ops.attention.kv_cache import PAGE_TOKENS, by_position
 from lockstep.runtime.threads import Team
 
 ALTERNATIVES = 3

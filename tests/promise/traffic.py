@@ -11,10 +11,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from lockstep.engine.cache.pages import Held
 from lockstep.engine.engine import Engine, EngineOptions
-from lockstep.engine.pages import Held
 from lockstep.engine.request import SamplingParams
-from lockstep.ops.kv_cache import PAGE_TOKENS
+from lockstep.ops.attention.kv_cache import PAGE_TOKENS
 from tests.promise.alone import answer
 from tests.promise.schedule import POISON, Differs
 from tests.promise.trace import positions, state_digest

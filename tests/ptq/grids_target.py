@@ -9,12 +9,12 @@ import hashlib
 
 import numpy as np
 
-from lockstep.ops.observe import cleared
-from lockstep.ops.observe_cpu import CPU
+from lockstep.ops.rounded.observe import cleared
+from lockstep.ops.rounded.observe_cpu import CPU
 from lockstep.ptq.observers import Stat
 from lockstep.ptq.spec import Spec
 from lockstep.ptq.weights import fold
-from tests.ops.test_observe import count
+from tests.ops.rounded.test_observe import count
 
 ACTIVATIONS = ["i8", "u8:p99.9", "i4/head:mse", "u4/head:mse", "fp8/head:p99", "nvfp4"]
 WEIGHTS = ["i4", "u4/row:mse", "u3/32:mse", "fp4:mse", "mxfp4", "nvfp4", "q4_0"]

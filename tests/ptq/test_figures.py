@@ -2,7 +2,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from lockstep.ops import grids
+from lockstep.ops.rounded import grids
 from lockstep.ptq.figures import figures
 from lockstep.ptq.observers import Stat
 from lockstep.ptq.spec import Spec

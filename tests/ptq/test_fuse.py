@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from lockstep.ops import BACKENDS
-from lockstep.ops.attention import Attention
-from lockstep.ops.kv_cache import AttentionInputs
-from lockstep.ops.score import NLL
+from lockstep.ops.attention.attention import Attention
+from lockstep.ops.attention.kv_cache import AttentionInputs
+from lockstep.ops.sampling.score import NLL
 from lockstep.ptq.fuse import fused
 from lockstep.ptq.parts import ScaledTensor, fold_part
 from lockstep.ptq.plan import Plan
@@ -20,8 +20,8 @@ from lockstep.ptq.treatment import sites_for, treatment_of
 from lockstep.ptq.unroll import unroll
 from lockstep.ptq.weights import fold
 from lockstep.runtime.threads import Team
-from lockstep.study.calibrate import calibrate
-from lockstep.study.rig import Rig
+from lockstep.study.scoring.calibrate import calibrate
+from lockstep.study.scoring.rig import Rig
 from lockstep.weights.tensor import StoredTensor
 from tests.ops.harness import same_bits
 from tests.study.models import recorded, window

@@ -5,17 +5,17 @@ import contextlib
 import numpy as np
 import pytest
 
-from lockstep.ops.code_linear import CodeLinear
-from lockstep.ops.linear import Linear
-from lockstep.ops.score import NLL
+from lockstep.ops.integer.code_linear import CodeLinear
+from lockstep.ops.linear.linear import Linear
+from lockstep.ops.sampling.score import NLL
 from lockstep.ptq.integer import integers
 from lockstep.ptq.plan import Plan
 from lockstep.ptq.rewrite import rounded, sites_of
 from lockstep.ptq.solved import Solved
 from lockstep.ptq.treatment import treatment_of
 from lockstep.runtime.threads import Team
-from lockstep.study.calibrate import calibrate
-from lockstep.study.rig import Rig
+from lockstep.study.scoring.calibrate import calibrate
+from lockstep.study.scoring.rig import Rig
 from tests.study.models import recorded, window
 
 LENGTH = 60

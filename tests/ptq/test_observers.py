@@ -4,8 +4,8 @@ import re
 import numpy as np
 import pytest
 
-from lockstep.ops import grids, observe
-from lockstep.ops.observe import COUNT, TOO_MANY, cleared
+from lockstep.ops.rounded import grids, observe
+from lockstep.ops.rounded.observe import COUNT, TOO_MANY, cleared
 from lockstep.ptq import ranges
 from lockstep.ptq.observers import Stat
 from lockstep.ptq.spec import GRIDS, Spec

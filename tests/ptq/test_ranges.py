@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
-from lockstep.ops import grids
+from lockstep.native.kernel import interpreted
+from lockstep.ops.rounded import grids
 from lockstep.ptq import ranges, ranges_cpu
 from lockstep.ptq.spec import GRIDS
-from lockstep.runtime.kernel import interpreted
 from tests.ops.harness import same_bits
 
 RNG = np.random.default_rng(19)

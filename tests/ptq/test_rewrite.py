@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from lockstep.ops.attention import Attention
-from lockstep.ops.fake_quant import FakeQuant
-from lockstep.ops.rounded_attention import RoundedAttention
-from lockstep.ops.rounded_inputs import RoundedInputs
-from lockstep.ops.rounded_silu_mul import RoundedSiluMul
+from lockstep.ops.attention.attention import Attention
+from lockstep.ops.rounded.attention import RoundedAttention
+from lockstep.ops.rounded.fake_quant import FakeQuant
+from lockstep.ops.rounded.inputs import RoundedInputs
+from lockstep.ops.rounded.silu_mul import RoundedSiluMul
 from lockstep.ptq.plan import Plan
 from lockstep.ptq.rewrite import INSIDE, Treatment, component, layer_of, rounded, sites_of
 from tests.study.models import recorded

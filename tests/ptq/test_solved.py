@@ -4,8 +4,8 @@ import re
 import numpy as np
 import pytest
 
-from lockstep.ops import grids, observe
-from lockstep.ops.observe import cleared
+from lockstep.ops.rounded import grids, observe
+from lockstep.ops.rounded.observe import cleared
 from lockstep.ptq.observers import Stat
 from lockstep.ptq.plan import Plan
 from lockstep.ptq.site import Site

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from lockstep.ops import grids
+from lockstep.ops.rounded import grids
 from lockstep.ptq.spec import GRIDS, Spec
-from tests.ops.grid_cases import GRIDS as CASES
+from tests.ops.rounded.grid_cases import GRIDS as CASES
 
 TEXTS = """
     i2 i8 i16 u2 u4 u16 fp8 fp8_e5m2 fp4 mxint8 mxfp8 mxfp8_e5m2 mxfp4 nvfp4 q8_0 q4_0 off i8/tensor i8/head u8/row

@@ -9,18 +9,20 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from lockstep.ops import BACKENDS, rounded_attention
-from lockstep.ops.fake_quant import FakeQuant
-from lockstep.ops.rounded_attention import RoundedAttention
-from lockstep.ops.rounded_inputs import K_SITES, Q_SITES, TABLE_SITES, RoundedInputs
-from lockstep.ops.rounded_silu_mul import RoundedSiluMul
-from lockstep.ops.unrolled_heads import HeadScores, HeadValues, KeepHead, MaskRows, ScaleRows
+from lockstep.ops import BACKENDS
+from lockstep.ops.rounded import attention as rounded_attention
+from lockstep.ops.rounded.attention import RoundedAttention
+from lockstep.ops.rounded.fake_quant import FakeQuant
+from lockstep.ops.rounded.inputs import K_SITES, Q_SITES, TABLE_SITES, RoundedInputs
+from lockstep.ops.rounded.silu_mul import RoundedSiluMul
+from lockstep.ops.rounded.unrolled_heads import HeadScores, HeadValues, KeepHead, MaskRows, ScaleRows
 from lockstep.ptq.unroll import unroll
-from lockstep.runtime.executor import Executor, WeightStore, aligned
+from lockstep.runtime.executor import Executor, aligned
 from lockstep.runtime.program import Program, Setting, Table
 from lockstep.runtime.threads import Team
-from tests.ops.grid_cases import GRIDS, integer
+from lockstep.weights.store import WeightStore
 from tests.ops.harness import ragged_step, same_bits, weight
+from tests.ops.rounded.grid_cases import GRIDS, integer
 from tests.targets import compiling_for
 
 PAGES = 3  # of a request

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from lockstep.formats import Q4_0, Q8_0
-from lockstep.ops import fake_quant_cpu, grids
+from lockstep.ops.rounded import fake_quant_cpu, grids
 from lockstep.ptq.spec import Spec
 from lockstep.ptq.weights import fold, num_bytes
 from tests.ops.harness import same_bits
-from tests.ops.test_fake_quant import run
+from tests.ops.rounded.test_fake_quant import run
 
 RNG = np.random.default_rng(11)
 W = (RNG.standard_normal((6, 64)) * np.exp2(RNG.integers(-4, 3, (6, 1)))).astype(np.float32)

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 
 from lockstep.ops import BACKENDS
-from lockstep.ops.rounded_attention import RoundedAttention
-from lockstep.ops.score import NLL
+from lockstep.ops.rounded.attention import RoundedAttention
+from lockstep.ops.sampling.score import NLL
 from lockstep.ptq.plan import Plan
 from lockstep.ptq.rewrite import rounded
 from lockstep.ptq.solved import Solved
 from lockstep.ptq.treatment import sites_for, treatment_of
 from lockstep.ptq.unroll import unroll
 from lockstep.runtime.threads import Team
-from lockstep.study.calibrate import calibrate
-from lockstep.study.rig import Rig
+from lockstep.study.scoring.calibrate import calibrate
+from lockstep.study.scoring.rig import Rig
 from tests.ops.harness import same_bits
 from tests.study.models import recorded, window
 

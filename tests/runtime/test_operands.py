@@ -5,10 +5,11 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from lockstep.ops.add import Add
-from lockstep.ops.rms_norm import RmsNorm
+from lockstep.native.kernel import kernel
+from lockstep.native.simd import poke
+from lockstep.ops.elementwise.add import Add
+from lockstep.ops.elementwise.rms_norm import RmsNorm
 from lockstep.runtime.backend import Implementation, Layout
-from lockstep.runtime.kernel import kernel
 from lockstep.runtime.operands import (
     MOST_WORDS,
     Declaration,
@@ -23,7 +24,6 @@ from lockstep.runtime.operands import (
     table,
 )
 from lockstep.runtime.program import CacheArray, Program, Setting, Table, Tensor, Weight
-from lockstep.runtime.simd import poke
 from lockstep.runtime.step import OPERANDS, ROW_WORDS, StepBlock
 from tests.ops.harness import ragged_step, run_op, weight
 

@@ -10,17 +10,18 @@ import numpy as np
 import pytest
 
 from lockstep.ops import BACKENDS, backend
-from lockstep.ops.add import Add
-from lockstep.ops.conv1d import Conv1d
-from lockstep.ops.gated_mul import GatedMul
-from lockstep.ops.linear import Linear
+from lockstep.ops.elementwise.add import Add
+from lockstep.ops.elementwise.gated_mul import GatedMul
+from lockstep.ops.elementwise.rms_norm import RmsNorm
+from lockstep.ops.linear.linear import Linear
+from lockstep.ops.recurrent.conv1d import Conv1d
 from lockstep.ops.rewrite import fuse, lower
-from lockstep.ops.rms_norm import RmsNorm
 from lockstep.runtime.backend import Implementation, Layout, swapped
-from lockstep.runtime.executor import Executor, WeightStore, aligned, lay_out
+from lockstep.runtime.executor import Executor, aligned, lay_out
 from lockstep.runtime.program import Program, Weight
 from lockstep.runtime.step_block import STEP_WORDS, StepBlock
 from lockstep.runtime.threads import Team
+from lockstep.weights.store import WeightStore
 from tests.ops.harness import Given
 from tests.promise.faults import NATIVE
 
@@ -217,9 +218,9 @@ def test_an_op_that_no_module_implements_is_named():
 
 
 def test_no_two_modules_implement_one_kind():
-    assert backend("REFERENCE", ["add", "rms_norm"]).keys() == {"add", "rms_norm"}
-    with pytest.raises(ValueError, match=r"ops/add.py: REFERENCE has 'add', as another module's has"):
-        backend("REFERENCE", ["add", "rms_norm", "add"])
+    assert backend("REFERENCE", dict(elementwise="add rms_norm")).keys() == {"add", "rms_norm"}
+    with pytest.raises(ValueError, match=r"ops/elementwise/add.py: REFERENCE has 'add', as another module's has"):
+        backend("REFERENCE", dict(elementwise="add rms_norm add"))
 
 
 def test_swaps_name_what_is_missing():

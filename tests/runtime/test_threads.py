@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from numba import int64
 
+from lockstep.native.kernel import kernel, native
+from lockstep.native.machine import FOREVER, fetch_add, wait_until
+from lockstep.native.simd import peek
 from lockstep.runtime.executor import aligned
-from lockstep.runtime.kernel import kernel, native
-from lockstep.runtime.machine import FOREVER, fetch_add, wait_until
-from lockstep.runtime.simd import peek
 from lockstep.runtime.step import COUNTER, KERNEL, ROW_WORDS
 from lockstep.runtime.threads import Team
 

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from lockstep.ops.kv_cache import KV_DTYPES
+from lockstep.ops.attention.kv_cache import KV_DTYPES
 from tests.budget import used_seconds
 from tests.promise.models import CONFIGS
 from tests.speculation.proof import Menu, Report, lots, run_lot

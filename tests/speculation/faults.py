@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lockstep.engine import engine, memory, runner
-from lockstep.engine.prefix import PrefixCache
+from lockstep.engine import engine, runner
+from lockstep.engine.cache import memory
+from lockstep.engine.cache.prefix import PrefixCache
 from lockstep.engine.request import Request
 from lockstep.engine.runner import Runner, Span
 from lockstep.engine.sampling import Adjustment, sampled_rows
 from lockstep.engine.scheduler import Scheduler
-from lockstep.ops.gated_delta_verify import DeltaInputsVerify, GatedDeltaVerify, absorb_all
+from lockstep.ops.recurrent.gated_delta_verify import DeltaInputsVerify, GatedDeltaVerify, absorb_all
 from lockstep.ops.rewrite import verifying
 from lockstep.runtime.program import CacheArray, Program
 

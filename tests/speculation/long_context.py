@@ -19,8 +19,8 @@ import numpy as np
 from lockstep.engine.model import load_model
 from lockstep.engine.request import Request, SamplingParams
 from lockstep.models.checkpoint import open_checkpoint
-from lockstep.ops.kv_cache import PAGE_TOKENS
-from lockstep.runtime.executor import WeightStore
+from lockstep.ops.attention.kv_cache import PAGE_TOKENS
+from lockstep.weights.store import WeightStore
 from tests.models import published, tiny
 from tests.speculation.proof import differences, opened
 from tests.speculation.sources import BUILT_IN, KNOWING, plant

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from lockstep.engine.speculative_mask import SpeculativeMask
+from lockstep.text.speculative_mask import SpeculativeMask
 
 
 class FewAfterEach(SpeculativeMask):

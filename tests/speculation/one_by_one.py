@@ -13,7 +13,7 @@ import numpy as np
 
 from lockstep.engine.engine import Engine
 from lockstep.engine.request import Request
-from lockstep.ops.kv_cache import PAGE_TOKENS
+from lockstep.ops.attention.kv_cache import PAGE_TOKENS
 from tests.speculation.proof import opened
 from tests.speculation.sources import BUILT_IN, KNOWING, plant
 from tests.speculation.subjects import Subject

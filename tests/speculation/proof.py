@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from lockstep.engine.drafts import MAX_DRAFTS, MODEL
 from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.request import Request
-from lockstep.ops.kv_cache import PAGE_TOKENS
+from lockstep.engine.speculation.drafts import MAX_DRAFTS, MODEL
+from lockstep.ops.attention.kv_cache import PAGE_TOKENS
 from tests.speculation.sources import BUILT_IN, KNOWING, built_in, plant
 from tests.speculation.subjects import Subject, UsersMask
 from tests.speculation.watch import Seen, Watch

@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from lockstep.engine.drafts import MAX_DRAFTS, MODEL, Drafter, Source
 from lockstep.engine.engine import Engine
-from lockstep.engine.lookup import Guess
 from lockstep.engine.model import Model
 from lockstep.engine.request import Request
+from lockstep.engine.speculation.drafts import MAX_DRAFTS, MODEL, Drafter, Source
+from lockstep.engine.speculation.lookup import Guess
 
 Answers = Callable[[Request], list[int]]  # what a request will be answered with
 Guesses = Callable[[Request, int], list[int]]  # (request, at most how many): what may come next

@@ -11,10 +11,10 @@ import numpy as np
 from lockstep.engine.answer_text import Detokenizer
 from lockstep.engine.model import Model
 from lockstep.engine.request import Request
-from lockstep.engine.speculative_mask import SpeculativeMask
-from lockstep.serve.hub import resolve_model
-from lockstep.serve.structured import Grammars, json_schema, lark, regex
-from lockstep.serve.tokenizer import Tokenizer, answer_reader, find_tokenizer
+from lockstep.text.grammars.structured import Grammars, json_schema, lark, regex
+from lockstep.text.speculative_mask import SpeculativeMask
+from lockstep.text.tokenizer.tokenizer import Tokenizer, answer_reader, find_tokenizer
+from lockstep.weights.hub import resolve_model
 from tests.promise.models import Case, load
 from tests.speculation.masks import FewAfterEach
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from lockstep.engine.cache.memory import Memory
 from lockstep.engine.engine import Engine
-from lockstep.engine.memory import Memory
 from lockstep.engine.request import Request
 from lockstep.engine.runner import Span
-from lockstep.ops.kv_cache import PAGE_TOKENS
+from lockstep.ops.attention.kv_cache import PAGE_TOKENS
 from tests.promise.trace import positions
 
 

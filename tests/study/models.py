@@ -8,7 +8,7 @@ import numpy as np
 
 from lockstep.engine.model import load_model
 from lockstep.models.checkpoint import open_checkpoint
-from lockstep.runtime.executor import WeightStore
+from lockstep.weights.store import WeightStore
 from tests.models import tiny
 from tests.models.cases import case, hybrid, windowed
 

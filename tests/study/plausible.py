@@ -11,7 +11,7 @@ import numpy as np
 from lockstep.ptq.plan import Plan
 from lockstep.ptq.site import Site
 from lockstep.ptq.spec import Spec
-from lockstep.study.scoring import INTERVAL, mean_and_error
+from lockstep.study.scoring.figures import INTERVAL, mean_and_error
 
 LAYERS, HEADS, KV_HEADS, WIDTH = 6, 8, 2, 256
 WINDOWS, NLL = 24, 2.4713

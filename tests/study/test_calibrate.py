@@ -9,8 +9,8 @@ from lockstep.ptq.rewrite import INSIDE, Treatment, sites_of
 from lockstep.ptq.spec import Spec
 from lockstep.ptq.unroll import unroll
 from lockstep.runtime.threads import Team
-from lockstep.study.calibrate import COUNTED, calibrate
-from lockstep.study.rig import Rig
+from lockstep.study.scoring.calibrate import COUNTED, calibrate
+from lockstep.study.scoring.rig import Rig
 from tests.study.models import recorded, window
 
 LENGTH = 40

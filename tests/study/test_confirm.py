@@ -8,12 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lockstep.ops.grids import INVERSE, SCALE
+from lockstep.ops.rounded.grids import INVERSE, SCALE
 from lockstep.runtime.threads import Team
 from lockstep.study import confirm
 from lockstep.study.confirm import confirm_study, first_difference
-from lockstep.study.evaluate import PREFILL, rig_for
 from lockstep.study.run import ranking
+from lockstep.study.scoring.evaluate import PREFILL, rig_for
 from tests.study.test_run import BASE, SWEEPS, run, study_of, subject_of
 
 

@@ -5,8 +5,8 @@ from lockstep.ptq.rewrite import sites_of
 from lockstep.ptq.solved import Solved
 from lockstep.ptq.treatment import treatment_of
 from lockstep.runtime.threads import Team
-from lockstep.study.calibrate import calibrate
-from lockstep.study.disagreement import disagreement
+from lockstep.study.scoring.calibrate import calibrate
+from lockstep.study.scoring.disagreement import disagreement
 from tests.study.models import recorded, window
 
 

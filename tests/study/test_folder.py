@@ -11,8 +11,8 @@ from lockstep.ptq.observers import Stat
 from lockstep.study.assemble import kept_recipe
 from lockstep.study.kept import check_same, ids_of, load_stats, save_ids, save_stats
 from lockstep.study.records import line_of
-from lockstep.study.report import text_table, write_report
-from lockstep.study.report_data import report_data
+from lockstep.study.report.data import report_data
+from lockstep.study.report.report import text_table, write_report
 from tests.study import plausible
 
 

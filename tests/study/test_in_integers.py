@@ -6,10 +6,10 @@ from lockstep.ptq.plan import Plan
 from lockstep.ptq.solved import Solved
 from lockstep.ptq.treatment import sites_for
 from lockstep.runtime.threads import Team
-from lockstep.study.calibrate import calibrate
-from lockstep.study.evaluate import TWINS, Setup, evaluate
-from lockstep.study.in_integers import InIntegers
-from lockstep.study.subject import treatment_for
+from lockstep.study.scoring.calibrate import calibrate
+from lockstep.study.scoring.evaluate import TWINS, Setup, evaluate
+from lockstep.study.scoring.in_integers import InIntegers
+from lockstep.study.scoring.subject import treatment_for
 from tests.study.test_run import study_of, subject_of
 
 RULES = (("*", "i16"), ("*.w", "u8/row"), ("*norm*.w", "off"))

@@ -10,12 +10,12 @@ import pytest
 from lockstep.ptq.plan import Plan
 from lockstep.ptq.solved import Solved
 from lockstep.runtime.threads import Team
-from lockstep.study.bench import Bench
 from lockstep.study.confirm import confirm_study
-from lockstep.study.evaluate import evaluate
 from lockstep.study.recipe import Sweep
-from lockstep.study.rig import MOST_PROGRAMS, Rig
 from lockstep.study.run import load_stats
+from lockstep.study.scoring.evaluate import evaluate
+from lockstep.study.scoring.rig import MOST_PROGRAMS, Rig
+from lockstep.study.trial_bench import Bench
 from tests.study.models import recorded, window
 from tests.study.test_in_integers import RULES
 from tests.study.test_rig import scored
@@ -133,7 +133,7 @@ def test_a_known_choice_of_layers_records_nothing(made):
 
 def test_programs_that_were_not_used_for_long_are_made_again(made, monkeypatch):
     study = made[0]
-    monkeypatch.setattr("lockstep.study.rig.MOST_PROGRAMS", 1)
+    monkeypatch.setattr("lockstep.study.scoring.rig.MOST_PROGRAMS", 1)
     assert MOST_PROGRAMS > 1
     plan = lambda *rules: Plan((*RULES, *rules)).resolve(study.sites)
     with contextlib.closing(Team(1)) as team:

@@ -6,10 +6,10 @@ import shutil
 
 import pytest
 
-from lockstep.study.report import text_table, write_report
-from lockstep.study.report_data import frontier, report_data, verdict
-from lockstep.study.report_markup import NONE, Markup, decibels, plain, script_json, spread, tag
-from lockstep.study.report_sites import by_head
+from lockstep.study.report.data import frontier, report_data, verdict
+from lockstep.study.report.markup import NONE, Markup, decibels, plain, script_json, spread, tag
+from lockstep.study.report.report import text_table, write_report
+from lockstep.study.report.sites import by_head
 from tests.study import plausible
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\"'&<!-- data -->\u2028"

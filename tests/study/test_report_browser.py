@@ -2,9 +2,9 @@
 
 import pytest
 
-from lockstep.study.report import write_report
-from lockstep.study.report_data import report_data
-from lockstep.study.report_markup import plain, spread
+from lockstep.study.report.data import report_data
+from lockstep.study.report.markup import plain, spread
+from lockstep.study.report.report import write_report
 from tests.serve.page import browser as driver
 from tests.study import plausible
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from lockstep.study.report import write_report
-from lockstep.study.report_data import report_data
-from lockstep.study.report_markup import decibels
-from lockstep.study.report_sites import by_weight
+from lockstep.study.report.data import report_data
+from lockstep.study.report.markup import decibels
+from lockstep.study.report.report import write_report
+from lockstep.study.report.sites import by_weight
 from tests.study import plausible
 
 

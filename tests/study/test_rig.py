@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 
 from lockstep.engine.model import load_model
+from lockstep.lab.parity import Path, run_path
 from lockstep.models.checkpoint import open_checkpoint
-from lockstep.ops.score import BASE_NLL, KL, NLL, SAME_TOP
-from lockstep.parity import Path, run_path
+from lockstep.ops.sampling.score import BASE_NLL, KL, NLL, SAME_TOP
 from lockstep.ptq.rewrite import INSIDE, Treatment
 from lockstep.ptq.spec import Spec
-from lockstep.runtime.executor import WeightStore
 from lockstep.runtime.threads import Team
-from lockstep.study.rig import Rig
+from lockstep.study.scoring.rig import Rig
+from lockstep.weights.store import WeightStore
 from tests.models import tiny
-from tests.ops.grid_cases import GRIDS
+from tests.ops.rounded.grid_cases import GRIDS
 from tests.study.models import CONFIGS, recorded, window
 
 LENGTH = 70

@@ -18,17 +18,17 @@ from lockstep.ptq.solved import Solved
 from lockstep.ptq.weights import fold
 from lockstep.runtime.threads import Team
 from lockstep.study import records
-from lockstep.study.bench import Bench
-from lockstep.study.calibrate import calibrate
 from lockstep.study.recipe import Sweep
 from lockstep.study.records import Lines, held, line_of
-from lockstep.study.report import write_report
-from lockstep.study.report_data import report_data
-from lockstep.study.rig import Rig
+from lockstep.study.report.data import report_data
+from lockstep.study.report.report import write_report
 from lockstep.study.rounds import check_follows
 from lockstep.study.run import How, ranking, run_study
-from lockstep.study.subject import load_subject
-from lockstep.study.text import Window
+from lockstep.study.scoring.calibrate import calibrate
+from lockstep.study.scoring.rig import Rig
+from lockstep.study.scoring.subject import load_subject
+from lockstep.study.scoring.text import Window
+from lockstep.study.trial_bench import Bench
 from lockstep.study.trials import make_study
 from lockstep.study.workers import Workers
 from tests.study.models import folder, window

@@ -5,9 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lockstep.serve.hub import resolve_model
-from lockstep.serve.tokenizer import load_tokenizer
-from lockstep.study.text import (
+from lockstep.study.scoring.text import (
     NO_TARGET,
     Text,
     Window,
@@ -17,6 +15,8 @@ from lockstep.study.text import (
     windows_hash,
     windows_of,
 )
+from lockstep.text.tokenizer.tokenizer import load_tokenizer
+from lockstep.weights.hub import resolve_model
 
 SAID = "def read_lines(path):\n    with open(path) as file:\n        return file.readlines()\n" * 3
 

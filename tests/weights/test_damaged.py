@@ -11,10 +11,10 @@ import pytest
 from lockstep.engine.request import SamplingParams
 from lockstep.formats import BLOCK_FORMATS, Q8_0
 from lockstep.formats.pack import pack
+from lockstep.llm import LLM
 from lockstep.models.checkpoint import open_checkpoint
-from lockstep.ops.embed import raw_bytes
+from lockstep.ops.elementwise.embed import raw_bytes
 from lockstep.runtime.program import Weight
-from lockstep.serve.llm import LLM
 from lockstep.weights import finite
 from lockstep.weights.store import PackedStore
 from lockstep.weights.tensor import StoredTensor

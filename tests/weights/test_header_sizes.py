@@ -7,8 +7,9 @@ import tracemalloc
 
 import pytest
 
-from lockstep.weights import gguf, safetensors
-from lockstep.weights.gguf_metadata import MAX_ARRAY_ITEMS, MAX_NESTED_ARRAYS, Allowance
+from lockstep.weights import safetensors
+from lockstep.weights.gguf import file as gguf
+from lockstep.weights.gguf.metadata import MAX_ARRAY_ITEMS, MAX_NESTED_ARRAYS, Allowance
 from tests.weights.files import ARRAY, FLOAT32, INT32, STRING, UINT8, gguf_bytes, gguf_string, with_header, write
 
 

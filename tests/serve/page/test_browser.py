@@ -9,10 +9,10 @@ import httpx
 import pytest
 
 from lockstep import LLM
-from lockstep.serve.http.errors import ApiError
-from lockstep.serve.hub import resolve_model
-from tests.serve.http.server import SIZES, running
+from lockstep.serve.errors import ApiError
+from lockstep.weights.hub import resolve_model
 from tests.serve.page import browser as driver
+from tests.serve.server import SIZES, running
 
 pytestmark = [
     pytest.mark.alone,

@@ -1,0 +1,262 @@
+"""`lockstep bench load`: requests that arrive over time, without HTTP: throughput, latencies, cache hits."""
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from lockstep.commands.bench import check_plot
+from lockstep.commands.options import KvDtype, ModelName, Threads, Weights, load
+from lockstep.commands.terminal.output import counted, made_table, pyplot, write
+from lockstep.lab import load as measure
+from lockstep.ops.attention.kv_cache import PAGE_TOKENS
+
+WIDTH = 80  # columns
+COLOURS = dict(running="#3b6fb6", waiting="#b6693b", first="#3b6fb6", between="#b6693b")
+
+
+def command(
+    *,
+    model: ModelName = None,
+    weights: Weights = "auto",
+    kv_dtype: KvDtype = None,
+    threads: Threads = None,
+    requests: Annotated[int, typer.Option(help="How many requests arrive.")] = 192,
+    rate: Annotated[float, typer.Option(help="Arrivals per second, at random moments (Poisson). 0: all at once.")] = 80,
+    burst: Annotated[int, typer.Option(help="Requests that arrive together.")] = 1,
+    prompt: Annotated[str, typer.Option(metavar="MIN-MAX", help="Tokens of a prompt.")] = "32-512",
+    output: Annotated[str, typer.Option(metavar="MIN-MAX", help="Tokens of an answer.")] = "16-64",
+    shared_prefix: Annotated[int, typer.Option(help="Tokens in front of every prompt, the same for all.")] = 0,
+    concurrency: Annotated[
+        int | None,
+        typer.Option(min=1, show_default="no limit", help="Most requests under way; others are sent when one ends."),
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of arrivals, lengths and tokens.")] = 0,
+    max_requests: Annotated[int, typer.Option(min=1, help="Most requests in a step.")] = 16,
+    max_step_tokens: Annotated[int, typer.Option(min=1, help="Most tokens in a step.")] = 512,
+    kv_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, show_default="what all requests of a step need, up to 2 GiB", help="Tokens of KV cache in all."
+        ),
+    ] = None,
+    prefix_cache: Annotated[bool, typer.Option(help="Use what was computed for the same first tokens.")] = True,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Run some requests again, alone, and compare bits; exit code 1 on a difference."),
+    ] = False,
+    check_sample: Annotated[int, typer.Option(min=1, help="How many requests --check runs.")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    plot: Annotated[str | None, typer.Option(metavar="FILE.png", help="Draw load and latencies.")] = None,
+):
+    """Drive arrivals against the engine, without HTTP, and report throughput, latencies, cache hits and preemptions."""
+    workload = measure.Workload(
+        requests, rate, burst, _range("--prompt", prompt), _range("--output", output), shared_prefix, temperature, seed
+    )
+    if plot:
+        check_plot(plot)
+    llm = load(
+        model,
+        weights=weights,
+        kv_dtype=kv_dtype,
+        threads=threads,
+        max_context=workload.max_tokens,
+        max_requests=max_requests,
+        max_step_tokens=max_step_tokens,
+        kv_tokens=kv_tokens,
+        prefix_cache=prefix_cache,
+    )
+    _check_context(workload, llm)
+    visits = measure.prepare(llm.engine, workload)
+    # no live display while it runs: another Python thread would delay steps
+    print(f"lockstep: measuring {_arrivals(workload)}", file=sys.stderr)
+    measured = measure.measure(llm.engine, visits, concurrency)
+    found: dict[str, Any] = measure.plain(workload, measured) | dict(engine=_sizes(llm.engine, concurrency))
+    if check:
+        different, count = measure.differing(llm.engine, visits, check_sample)
+        found["check"] = dict(differing=different, compared=count)
+    llm.close()
+    write(json.dumps(found) + "\n") if as_json else show(found, workload, Console())
+    if plot:
+        draw(measured, workload, plot)
+    raise typer.Exit(1 if check and found["check"]["differing"] else 0)
+
+
+def _range(option, text):
+    """ "32-512" as (32, 512), and "32" as (32, 32)."""
+    low, dash, high = text.partition("-")
+    numbers = low, high if dash else low
+    if not all(n.isdecimal() for n in numbers) or not 1 <= int(numbers[0]) <= int(numbers[1]):
+        raise ValueError(f"{option} {text!r}: expected MIN-MAX or one number, in tokens, of at least 1")
+    return int(numbers[0]), int(numbers[1])
+
+
+def _check_context(workload, llm) -> None:
+    size = llm.context
+    if workload.max_tokens > size.num_tokens:
+        what = "--kv-tokens hold" if size.limit == "kv_tokens" else "the model's context is"
+        raise ValueError(
+            f"--shared-prefix, --prompt and --output: together up to {workload.max_tokens} tokens, but "
+            f"{what} {size.num_tokens}"
+        )
+
+
+def _sizes(engine, concurrency):
+    limits = engine.runner.limits
+    return dict(
+        max_requests=limits.max_requests,
+        max_step_tokens=limits.max_step_tokens,
+        kv_tokens=limits.num_pages * PAGE_TOKENS,
+        threads=engine.team.num_threads,
+        concurrency=concurrency,
+        prefix_cache=engine.scheduler.prefix is not None,
+    )
+
+
+def _arrivals(w):
+    """A workload's arrivals in words."""
+    groups = f" in groups of {w.burst}" if w.burst > 1 and w.rate else ""
+    return f"{counted(w.requests, 'request')}, " + (f"{w.rate:g} a second{groups}" if w.rate else "all at once")
+
+
+# ------------------------------------------------------------ report
+
+
+def show(found, workload, console) -> None:
+    """The report, within WIDTH columns."""
+    console.width = min(console.width, WIDTH)
+    say = lambda text: console.print(text, highlight=False)
+    for line in _headlines(workload, found["engine"]):
+        say(line)
+    say(_throughput(found))
+    say(_latencies(found))
+    for name, text in _remarks(found):
+        say(f"{name:14s}{text}")
+
+
+def _headlines(w, e):
+    prefix = f", {w.shared_prefix:,} more in front of each" if w.shared_prefix else ""
+    yield f"{_arrivals(w)} (seed {w.seed})"
+    yield f"prompts of {_between(w.prompt)} tokens{prefix}, answers of {_between(w.output)}"
+    yield (
+        f"engine: {counted(e['threads'], 'thread')}; a step has up to {counted(e['max_requests'], 'request')}, "
+        f"{e['max_step_tokens']:,} tokens"
+    )
+    cap = f"; up to {counted(e['concurrency'], 'request')} under way" if e["concurrency"] else ""
+    yield f"KV cache of {e['kv_tokens']:,} tokens{cap}"
+
+
+def _between(limits):
+    low, high = limits
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _throughput(found):
+    table = made_table(None, "throughput", ">total", ">per second")
+    for name, total in found["totals"].items():
+        table.add_row(name.replace("_", " "), f"{total:,}", f"{found['rates'][name]:,.1f}")
+    return table
+
+
+def _latencies(found):
+    names = ("mean", *(f"p{p}" for p in measure.PERCENTILES), "max")
+    table = made_table(None, "milliseconds", *(f">{name}" for name in names))
+    rows = {of: found[f"{of}_ms"] for of in ("first_token", "between_tokens", "whole_answer", "held_back")}
+    for of, values in (rows | dict(step=found["steps"]["ms"])).items():
+        if values:
+            table.add_row(of.replace("_", " "), *(_milliseconds(values[name]) for name in names))
+    return table
+
+
+def _milliseconds(number):
+    return f"{number:,.2f}" if number < 1000 else f"{number:,.0f}"
+
+
+def _remarks(found):
+    """(what, text) of everything that is no table."""
+    counts, steps, rate = found["counts"], found["steps"], found["hit_rate"]
+    hits = "off" if rate is None else f"{rate:.1%} of {counts['query_tokens']:,} prompt tokens were in it"
+    yield "prefix cache", hits
+    yield "preemptions", f"{counts['preempted']}; at most {counted(steps['most_waiting'], 'request')} waited"
+    if found["num_held_back"]:
+        yield "held back", f"{counted(found['num_held_back'], 'request')} found no place among the concurrent ones"
+    means = f"{steps['mean_requests']:.1f} requests and {steps['mean_tokens']:.1f} tokens on average"
+    yield "steps", f"{steps['count']:,} of {means}; busy {steps['busy']:.0%}"
+    share = steps["shares"]
+    parts = f"schedule {share['scheduling']:.1%}, build {share['building']:.1%}, take {share['taking']:.1%}"
+    yield "host", f"{steps['host_share']:.1%} of the steps' time ({parts})"
+    if "check" in found:
+        check = found["check"]
+        yield "check", f"{len(check['differing'])} of {check['compared']} differ from the same request alone"
+
+
+# ------------------------------------------------------------ picture
+
+
+def draw(measured, workload, path) -> None:
+    """Load over time, and how first tokens and tokens after them were distributed."""
+    plt = pyplot()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(3, 2))
+    _draw_load(left, measured)
+    _draw_latencies(right, measured)
+    figure.suptitle(_arrivals(workload), fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _draw_load(axis, measured) -> None:
+    """Running and waiting requests, with the arrivals as strokes below them."""
+    steps = measured.steps
+    at = [moment for s in steps for moment in (s.started, s.ended)]
+    for name, counts in (
+        ("running", [n for s in steps for n in (s.num_running, s.num_staying)]),
+        ("waiting", [s.num_waiting for s in steps for _ in range(2)]),
+    ):
+        axis.step(at, counts, where="post", color=COLOURS[name], linewidth=1, label=name)
+    most = max(s.num_running + s.num_waiting for s in steps)
+    axis.vlines(
+        [v.arrived for v in measured.visits], -0.09 * most, -0.03 * most, color="black", linewidth=0.6, label="arrivals"
+    )
+    axis.set_xlabel("seconds")
+    axis.set_ylabel("requests")
+    axis.yaxis.get_major_locator().set_params(integer=True)
+    axis.set_yticks([tick for tick in axis.get_yticks() if 0 <= tick <= axis.get_ylim()[1]])
+    axis.legend(frameon=False, fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_latencies(axis, measured) -> None:
+    """Which share of tokens came within so many milliseconds, with p50, p95 and p99 as dots."""
+    parts = {
+        "first": ("first token", [v.first_token for v in measured.visits]),
+        "between": ("between tokens", [gap for v in measured.visits for gap in v.between_tokens]),
+    }
+    for name, (label, seconds) in parts.items():
+        ms = sorted(1e3 * s for s in seconds)
+        if ms:
+            axis.plot(
+                ms,
+                [(i + 1) / len(ms) for i in range(len(ms))],
+                drawstyle="steps-post",
+                color=COLOURS[name],
+                linewidth=1.2,
+                label=label,
+            )
+            known = measure.spread(seconds)
+            axis.plot(
+                [known[f"p{p}"] for p in measure.PERCENTILES],
+                [p / 100 for p in measure.PERCENTILES],
+                "o",
+                color=COLOURS[name],
+                markersize=4,
+            )
+    axis.set_xscale("log")
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.set_xlabel("milliseconds; dots: " + ", ".join(f"p{p}" for p in measure.PERCENTILES))
+    axis.set_ylabel("share that came within")
+    axis.legend(frameon=False, fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)

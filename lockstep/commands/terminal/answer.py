@@ -1,0 +1,66 @@
+"""One answer, streamed: steps of the engine until it ends, and what they took."""
+
+import time
+from dataclasses import dataclass
+
+from lockstep.commands.terminal.output import counted
+
+
+@dataclass
+class Timing:
+    """Counts and seconds of one answer; the first token ends the prefill."""
+
+    num_prompt: int
+    num_output: int = 0
+    first_token: float = 0.0
+    total: float = 0.0
+    num_drafted: int = 0
+    num_accepted: int = 0
+
+    @property
+    def prefill_rate(self):
+        """Prompt tokens per second; the step that ends the prefill gives the first token too."""
+        return self.num_prompt / self.first_token if self.first_token else 0.0
+
+    @property
+    def decode_rate(self):
+        """Tokens per second after the first; 0 where there is only one."""
+        seconds = self.total - self.first_token
+        return (self.num_output - 1) / seconds if self.num_output > 1 and seconds > 0 else 0.0
+
+    def __str__(self) -> str:
+        rate = f" at {self.decode_rate:.1f} tok/s" if self.decode_rate else ""
+        right = f" ({self.num_accepted} of {counted(self.num_drafted, 'draft')} right)" if self.num_drafted else ""
+        decode = f"{counted(self.num_output, 'token')}{rate}{right}"
+        return (
+            f"prompt {counted(self.num_prompt, 'token')} at {self.prefill_rate:.1f} tok/s, decode {decode}, "
+            f"first token after {1000 * self.first_token:.0f} ms"
+        )
+
+
+def answer(llm, prompt, params, on_text, stopped=lambda: False):
+    """Streams an answer: on_text gets each new piece. Returns (Stream, Timing).
+
+    stopped is asked after every step; when it says yes the request is cancelled (its finish_reason says so).
+    """
+    stream = llm.start(prompt, params)
+    request, started = stream.request, time.perf_counter()
+    timing = Timing(len(request.prompt_ids))
+    try:
+        while request.finish_reason is None and not stopped():
+            if request in llm.engine.step():
+                _advance(llm, stream, timing, started)
+                if stream.new_text:
+                    on_text(stream.new_text)
+    finally:
+        llm.engine.cancel(request)
+    return stream, timing
+
+
+def _advance(llm, stream, timing, started) -> None:
+    timing.total = time.perf_counter() - started
+    request = stream.request
+    timing.num_output, timing.num_drafted = len(request.output_ids), request.num_drafted
+    timing.num_accepted = request.num_accepted
+    timing.first_token = timing.first_token or timing.total
+    stream.advance()

@@ -1,0 +1,38 @@
+"""A user's mistake, or what this machine lacks, as one sentence."""
+
+import errno
+
+from lockstep.native.host import UnfitMachine
+
+NO_THREAD = "can't start new thread"  # how Python's RuntimeError begins; it has no class of its own
+NOT_MAPPED = "failed to map segment"  # in the text of an ImportError or OSError, where a library finds no memory
+
+
+def is_told(error: Exception) -> bool:
+    """Whether an error is one for a sentence, not a fault of the program, whose place must be seen."""
+    return isinstance(error, (ValueError, OSError, UnfitMachine)) or _lack(error) is not None
+
+
+def sentence(error: Exception) -> str:
+    """What an error that `is_told` says, without codes and class names."""
+    lack = None if isinstance(error, ValueError) else _lack(error)
+    if lack is not None:
+        return lack
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
+def _lack(error: BaseException | None) -> str | None:
+    """In words: the memory or the thread that was not to be had, by an error or by what it came of."""
+    while error is not None:
+        if isinstance(error, MemoryError):
+            return f"not enough memory{f': {error}' if str(error) else ''}"
+        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+            return f"not enough memory{f': {error.filename}' if error.filename else ''}"
+        if isinstance(error, (ImportError, OSError)) and NOT_MAPPED in str(error):
+            return f"not enough memory: {error}"
+        if isinstance(error, RuntimeError) and str(error).startswith(NO_THREAD):
+            return "no thread can be started: there is no memory for it, or there are too many (ulimit -v, ulimit -u)"
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return None

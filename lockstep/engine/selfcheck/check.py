@@ -1,0 +1,222 @@
+"""Self-check: before an engine starts, each of its kernels reproduces on this CPU what the definitions gave elsewhere.
+
+Tiny made-up models that use the same kinds of op run three steps; a digest of every activation is compared with digests
+recorded from the definitions (`golden_kernels.json`). Rows of quantized or bf16 activations have no digest of their
+own, since their layout depends on the target: what is multiplied with them has.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import pathlib
+import platform
+from dataclasses import dataclass
+
+import numpy as np
+
+from lockstep.engine.cache.pages import everywhere
+from lockstep.engine.model import emit_sampling
+from lockstep.engine.runner import Limits, Runner, Span
+from lockstep.engine.selfcheck import ops as selfcheck_ops
+from lockstep.engine.selfcheck import sampling as selfcheck_sampling
+from lockstep.engine.selfcheck.sampling import ProbeModel
+from lockstep.engine.selfcheck.weights import stored
+from lockstep.formats import FORMATS
+from lockstep.models.recording import record_on
+from lockstep.models.registry import FAMILIES
+from lockstep.models.shapes import AnyTensor
+from lockstep.models.tiny import CONTEXT, VOCABULARY
+from lockstep.native.host import UnfitMachine
+from lockstep.native.kernel import fingerprint, target
+from lockstep.native.numbers import versions
+from lockstep.ops.attention.kv_cache import AttentionInputs
+from lockstep.ops.elementwise.embed import Embed
+from lockstep.ops.linear.experts import ExpertLinear
+from lockstep.ops.linear.linear import Linear
+from lockstep.ops.rewrite import RECORDED_KINDS, fuse, lower
+from lockstep.runtime.threads import Team
+from lockstep.user_cache import cache_subfolder
+
+NUMERICS = 4  # version of the arithmetic: any change of any bit raises it
+GOLDEN = pathlib.Path(__file__).with_name("golden_kernels.json")
+# token counts of two requests in each step: a page's end, tiles with rows to spare, decode beside prefill
+STEPS = ((61, 3), (5, 1), (1, 1))
+CONFIGS = {name: family.tiny for name, family in FAMILIES.items() if family.tiny}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A made-up model: the name of its family, weight format, KV format."""
+
+    family: str
+    weights: str
+    kv_dtype: str
+
+    def __str__(self):
+        return f"{self.family} {self.weights} kv {self.kv_dtype}"
+
+
+def probes(program):
+    """The probes that together run every kind of op of a program. An embedding in a format that no layer has takes one
+    more."""
+    formats = {weight.format for op in program.ops if isinstance(op, (Linear, ExpertLinear)) for weight in op.packed}
+    tables = {op.table.format for op in program.ops if isinstance(op, Embed)} - formats
+    kv = sorted({op.kv_dtype for op in program.ops if isinstance(op, AttentionInputs)})
+    families = families_of(program)
+    made = [Probe(f, w, k) for f in families for w in FORMATS if w in formats for k in kv]
+    return made + [Probe(families[0], w, kv[0]) for w in FORMATS if w in tables and kv]
+
+
+def families_of(program):
+    """Names of families that together have all of a program's forms; first the one with most of them and least else."""
+    tiny = {name: tiny_forms(name) for name in CONFIGS}
+    wanted, found = forms(program) & set().union(*tiny.values()), []
+    while wanted:
+        found.append(max(tiny, key=lambda name: (len(wanted & tiny[name]), -len(tiny[name]))))
+        wanted -= tiny[found[-1]]
+    return found
+
+
+def forms(program):
+    """What tells one family's ops from another's: their declarations, optional operands and activations.
+
+    Residuals do not: fusing adds them. What `verifying` puts in the place of an op counts as that op.
+    """
+    return {(_recorded(type(op)), getattr(op, "activation", ""), frozenset(_optional(op))) for op in program.ops}
+
+
+def _recorded(declaration):
+    return declaration.__base__ if declaration.name() in RECORDED_KINDS else declaration
+
+
+def _optional(op):
+    return {name for name, o in op.declared() if o.optional and name != "residual" and getattr(op, name) is not None}
+
+
+@functools.cache
+def tiny_forms(name):
+    """The forms of a family's tiny model."""
+    return forms(recorded(name, AnyTensor(max_context=CONTEXT)))
+
+
+# ---------------------------------------------------------------- the made-up model
+
+
+def recorded(family, ops):
+    """The program of a family's tiny model on a Recorder, sampling included."""
+    config = FAMILIES[family].read(CONFIGS[family])
+    program, logits = record_on(ops, config)
+    emit_sampling(program, logits, config.vocab_size)
+    return program
+
+
+def probe_model(probe, table, fused):
+    """What a Runner wants of a model."""
+    made_up = AnyTensor(lambda name, shape: stored(name, shape, probe.weights), probe.kv_dtype, CONTEXT)
+    lowered = lower(recorded(probe.family, made_up))
+    return ProbeModel(table, fuse(lowered, table) if fused else lowered, CONTEXT)
+
+
+# ---------------------------------------------------------------- digests
+
+
+def digests(probe, table, fused=True, on_compile=None):
+    """[(op, tensor name, digest)] of what each op of a probe's program writes, in order."""
+    with contextlib.closing(Team(1)) as team:
+        runner = Runner(probe_model(probe, table, fused), team, Limits(64, 2, 4, 3), keep=True, on_compile=on_compile)
+        made, at = {}, [0, 0]
+        for counts in STEPS:
+            runner.step([span(i, start, n) for i, (start, n) in enumerate(zip(at, counts, strict=True))])
+            at = [start + n for start, n in zip(at, counts, strict=True)]
+            for op, tensor in visible(runner.program):
+                rows = {"T": sum(counts), "O": sum(counts), "R": 3 if counts[0] > 1 else 2, "S": 2}[tensor.rows]
+                width = VOCABULARY if tensor.name == "logits" else tensor.width
+                made.setdefault((op, tensor.name), hashlib.sha256()).update(
+                    np.ascontiguousarray(runner.executor.view(tensor, rows)[:, :width]).tobytes()
+                )
+        return [(op, name, digest.hexdigest()[:16]) for (op, name), digest in made.items()]
+
+
+def span(index, start, count):
+    """Tokens of a probe's request; its pages lie backwards. The first request also samples its first row.
+
+    All rows are embedded, so that the ops after the last mixer see as many rows as those before.
+    """
+    ids = [(7 * p * p + 13 * index + 3) % VOCABULARY for p in range(start, start + count)]
+    rows = sorted({0, count - 1}) if index == 0 else [count - 1]
+    how = [dict(temperature=0.8, top_p=0.9, top_k=20, min_p=0.01), dict(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0)]
+    sampled = {row: dict(how[(row + index) % 2], seed=index, position=start + row + 1) for row in rows}
+    return Span(ids, start, everywhere([3 - 2 * index, 2 - 2 * index]), index, sampled, range(count))
+
+
+def visible(program):
+    """(op, tensor) for every output whose bytes are the same on all targets.
+
+    Not: what only its own kernel reads; what is written where a row asks for it, which `selfcheck_sampling` looks at;
+    embedded rows, which pass the kernels of sampled ones.
+    """
+    return [(op, t) for op in program.ops for t in op.kept if t.dtype != "i8" and t.rows != "E"]
+
+
+# ---------------------------------------------------------------- the check
+
+
+def check(program, backend, on_compile=None):
+    """Runs the probes of a program on an op table. UnfitMachine at the first op whose bits are not the recorded ones;
+    ValueError at the first for which none are recorded.
+
+    What was found good is remembered in the user's cache folder for as long as sources, versions and CPU stay the same.
+    """
+    wanted, others, kinds = probes(program), selfcheck_ops.probes(program), {op.kind for op in program.ops}
+    mark = cache_subfolder("selfcheck") / identity([*wanted, *others], [backend[kind].kernel for kind in kinds])
+    if mark.exists():
+        with contextlib.suppress(OSError):
+            mark.touch()  # it is used: `lockstep cache prune --older-than` leaves it
+        return
+    golden = json.loads(GOLDEN.read_text())
+    for probe in wanted:
+        compare(probe, golden.get(str(probe), {}), digests(probe, backend, on_compile=on_compile))
+    for other in others:
+        compare(other, golden.get(str(other), {}), selfcheck_ops.digests(other, backend, on_compile=on_compile))
+    sampling = selfcheck_sampling.digests(backend, on_compile)
+    compare(selfcheck_sampling.NAME, golden.get(selfcheck_sampling.NAME, {}), sampling)
+    with contextlib.suppress(OSError):
+        mark.touch()
+
+
+def compare(probe, golden, found):
+    """UnfitMachine for the first digest found that is not the recorded one, ValueError if none is."""
+    for op, name, digest in found:
+        if name not in golden:
+            raise ValueError(
+                f"self-check: op {op.kind} has no recorded digest (tensor {name} of probe {probe}); "
+                f"`python -m tests.golden.record_kernels` records what its definition gives"
+            )
+        if golden[name] != digest:
+            compilers = ", ".join(f"{name} {version}" for name, version in versions().items())
+            swap = f"--op {RECORDED_KINDS.get(op.kind, op.kind)}=reference"
+            raise UnfitMachine(
+                f"self-check failed: op {op.kind} gives other bits on this machine than its definition (tensor {name} "
+                f"of probe {probe}: expected {golden[name]}, found {digest}; CPU {cpu()}, target {target()[1]}, "
+                f"numerics {NUMERICS}, {compilers}). Nothing it "
+                f"computes can be trusted; please report this. `{swap}` runs the definition instead."
+            )
+
+
+def identity(wanted, kernels):
+    """A name for everything that the outcome of a check depends on."""
+    sources = sorted((module, fingerprint(module)) for module in {k.function.__module__ for k in kernels})
+    names = sorted(k.name for k in kernels)
+    files = GOLDEN.read_bytes(), pathlib.Path(__file__).read_bytes()
+    known = NUMERICS, cpu(), [str(p) for p in wanted], names, sources, *files
+    return hashlib.sha256(repr(known).encode()).hexdigest()[:32]
+
+
+def cpu():
+    """The CPU's name."""
+    with contextlib.suppress(OSError):
+        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("model name", "CPU part")):
+                return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()

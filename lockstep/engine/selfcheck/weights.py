@@ -1,0 +1,48 @@
+"""Made-up weights and rows for the self-check's probes: the same numbers on every machine."""
+
+import hashlib
+
+import numpy as np
+
+from lockstep.formats import FORMATS
+from lockstep.formats.choice import fitting
+from lockstep.formats.format import Format
+from lockstep.ops.elementwise.embed import Embed
+from lockstep.runtime.program import Program, Tensor, Weight
+from lockstep.weights.tensor import StoredTensor
+
+
+def stored(name, shape, format):
+    """A tensor of numbers that follow from its name. Matrices have the format; everything else is float32.
+
+    Rows that blocks do not fill have the format's fallback, as a linear layer would multiply them anyway.
+    """
+    generator = np.random.RandomState(int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little"))
+    unit = np.float32(2.0**-10 if len(shape) == 2 else 2.0**-7)
+    values = (generator.randint(-127, 128, shape) * unit).astype(np.float32)
+    if len(shape) != 2:
+        return StoredTensor(name, "f32", shape, values)
+    made = FORMATS[fitting(format, shape[1])]
+    data = blocks(generator, shape, made) if made.stored.encode is None else made.data_of(values)
+    return StoredTensor(name, made.name, shape, data)
+
+
+def blocks(generator: np.random.RandomState, shape: tuple[int, ...], format: Format) -> np.ndarray:
+    """Blocks of a format: any bytes, but the float16 scales."""
+    made = generator.randint(0, 256, (shape[0], shape[1] // format.block_size, format.block_bytes)).astype(np.uint8)
+    for at in format.scale_offsets:
+        made[..., at : at + 2] = np.array([format.made_up_scale], np.float16).view(np.uint8)
+    return made.reshape(shape[0], -1)
+
+
+def constant(name: str, *shape: int) -> Weight:
+    """A small float32 weight of numbers that follow from its name."""
+    return Weight(name, "f32", shape, (stored(name, shape, "f32"),))
+
+
+def rows_of(program: Program, name: str, values: np.ndarray) -> Tensor:
+    """Begins a program: a step's token i is row i of values, float32 [rows, width]."""
+    table = Weight(name, "f32", values.shape, (StoredTensor(name, "f32", values.shape, values),))
+    out, width = program.tensor("rows", "T", values.shape[1]), values.shape[1]
+    program.emit(Embed(out=out, table=table, width=width, scale=1.0))
+    return out

@@ -1,0 +1,60 @@
+"""Who gives an engine its drafts: texts, the model's MTP head, a smaller model, as options ask for them."""
+
+from lockstep.engine.cache.size import page_groups
+from lockstep.engine.model import Model
+from lockstep.engine.options import EngineOptions
+from lockstep.engine.runner import Runner
+from lockstep.engine.scheduler import Scheduler
+from lockstep.engine.selfcheck import check as selfcheck
+from lockstep.engine.speculation.draft_head import Head
+from lockstep.engine.speculation.draft_model import DraftModel
+from lockstep.engine.speculation.drafts import SOURCES, Drafter
+from lockstep.engine.speculation.mtp import MtpDrafts
+from lockstep.engine.speculation.mtp_runner import MtpRunner
+from lockstep.native.kernel import OnCompile
+from lockstep.ops.rewrite import fuse, lower
+
+
+def made_drafter(
+    options: EngineOptions,
+    runner: Runner,
+    scheduler: Scheduler,
+    model: Model,
+    eos_ids: frozenset[int],
+    draft_model: Model | None,
+    on_compile: OnCompile | None,
+) -> Drafter | None:
+    """The Drafter that options ask for, if any, on the threads and with the op table of the model's own runner.
+
+    draft_model: a smaller model, where one is to draft. ValueError where the model has no MTP head, or a part of one,
+    and for a smaller model of another vocabulary.
+    """
+    if not options.num_drafts:
+        return None
+    head: Head | None = None
+    if draft_model is not None:
+        groups = page_groups(draft_model.recorded, runner.limits.num_pages, options)
+        head = DraftModel(draft_model, model, runner.team, runner.limits, groups, eos_ids, on_compile)
+        selfcheck.check(head.runner.program, head.runner.executor.backend, on_compile)
+        caches = head.runner.caches
+    elif model.drafts_by_mtp(options.speculate):
+        backend = runner.executor.backend
+        program = fuse(lower(model.recorded_mtp), backend)
+        selfcheck.check(program, backend, on_compile)
+        mtp = MtpRunner(model, program, backend, runner.team, runner.limits, options.num_drafts, on_compile)
+        group = _whole_group(scheduler)
+        head, caches = MtpDrafts(mtp, group, scheduler.prefix, eos_ids, model.config.vocab_size), mtp.caches
+    else:
+        caches = {}
+    if options.kv_tokens is not None:
+        for array in caches.values():
+            array.fill(0)  # as of the model: see Engine
+    return Drafter(scheduler, SOURCES.get(options.speculate), options.draft, eos_ids, head)
+
+
+def _whole_group(scheduler: Scheduler) -> int:
+    """The group of pages that keeps all tokens of a request. ValueError where there is none."""
+    windows = [group.window for group in scheduler.pages.groups]
+    if 0 not in windows:
+        raise ValueError(f"speculate: mtp needs a layer that sees all keys, this model has windows {windows}")
+    return windows.index(0)

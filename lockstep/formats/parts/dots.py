@@ -1,0 +1,202 @@
+"""Linear tiles of codes: exact integer dots over blocks of 32, then the block's scales.
+
+Which instruction makes the dots is the target's (`targets.int_dot`). The integers are exact, so all give the same bits;
+the float32 steps that follow are those of the definitions in `products.py`.
+"""
+
+import numpy as np
+
+from lockstep.formats.format import SCALES
+from lockstep.formats.parts.layout import offset
+from lockstep.formats.parts.panels import PANEL
+from lockstep.formats.parts.rows import BLOCK
+from lockstep.native.emit import fma, halves_f32, moved, pinned, read, spread, spread4, words
+from lockstep.native.simd import F32, I32, call, constant, splat
+from lockstep.native.tiles_dots import WIDE, absolute, maddubs, pair_sums
+
+LOW_BITS = np.dtype(("u1", (4, PANEL, 4)))  # of 32 k: nibbles of k .. k + 3, low, and k + 4 .. k + 7, high, and so on
+GROUP_BYTES = 4 * PANEL  # four codes of 8 bits, or eight of 4, of each feature
+
+
+# ---------------------------------------------------------------- scales
+
+
+def w_scales(s, i):
+    """The weights' float16 scales of block i, from the stream `SCALES`, as float32, for every panel."""
+    start = s.b.mul(i, s.int(SCALES.itemsize))
+    places = [moved(s.b, moved(s.b, place, start), 2 * first) for place, first in zip(s.scales, s.first, strict=True)]
+    return [halves_f32(s.b, place, s.lanes) for place in places]
+
+
+def scale_add(s, acc, dots, scales, i):
+    """acc = fma(float(dots), scales * a_scale, acc), cell by cell."""
+    b = s.b
+    rows = [spread(b, s.a_scale(r, i), F32, s.lanes) for r in range(s.rows)]
+    return {(r, c): fma(b, b.sitofp(dots[r, c], s.floats), b.fmul(scales[c], rows[r]), acc[r, c]) for r, c in s.cells}
+
+
+def zero_points(s, i, shift):
+    """What unsigned codes add too much, for every row: bias >> shift in all lanes."""
+    biases = [spread(s.b, s.bias(r, i), I32, s.lanes) for r in range(s.rows)]
+    return [s.b.ashr(v, constant(s.ints, shift)) if shift else v for v in biases]
+
+
+def feature_halves(s, start, begin):
+    """A float16 for each feature, at start + begin of every panel, as float32."""
+    b = s.b
+    return [
+        halves_f32(b, moved(b, moved(b, w, start), begin + 2 * first), s.lanes)
+        for w, first in zip(s.w, s.first, strict=True)
+    ]
+
+
+def minimum_add(s, acc, minima, i):
+    """acc = fma(minima, float(bias) * a_scale, acc), cell by cell."""
+    b, made = s.b, {}
+    for r in range(s.rows):
+        bias = b.fmul(b.sitofp(read(b, s.bias(r, i), I32, 4), F32), read(b, s.a_scale(r, i), F32, 4))
+        for c in range(s.cols):
+            made[r, c] = fma(b, minima[c], splat(b, bias, s.floats), acc[r, c])
+    return made
+
+
+# ---------------------------------------------------------------- codes of 4 bits and more
+
+
+def nibbles(b, v):
+    """Two groups of codes 0..15 from bytes: the low halves, then the high ones."""
+    high = b.bitcast(b.lshr(words(b, v), constant(words(b, v).type, 4)), v.type)
+    return b.and_(v, constant(v.type, 15)), b.and_(high, constant(v.type, 15))
+
+
+def with_zero_points(s, panel, dots, shift):
+    """acc = fma(float(dot), w_scale * a_scale, acc), with scales in a stream of their own.
+
+    dots: of unsigned codes, which count bias >> shift too much: bias is -128 * (sum of the activations).
+    """
+
+    def block(i, acc):
+        start = s.b.mul(i, s.int(panel.itemsize))
+        return scale_add(s, acc, dots(s, i, start, zero_points(s, i, shift)), w_scales(s, i), i)
+
+    return s.blocks(BLOCK, block, panel.itemsize, SCALES.itemsize)
+
+
+def with_minima(s, panel, dots):
+    """acc = fma(-m / 128, float(bias) * a_scale, fma(float(dot), d * a_scale, acc)), codes unsigned: dots of them."""
+    b = s.b
+
+    def block(i, acc):
+        start = b.mul(i, s.int(panel.itemsize))
+        found = dots(s, i, b.add(start, s.int(offset(panel, "codes"))), None)
+        acc = scale_add(s, acc, found, feature_halves(s, start, offset(panel, "d")), i)
+        minima = feature_halves(s, start, offset(panel, "m"))
+        return minimum_add(s, acc, [b.fmul(m, constant(m.type, -(2.0**-7))) for m in minima], i)
+
+    return s.blocks(BLOCK, block, panel.itemsize)
+
+
+def dots_u4(s, i, start, first):
+    """Dots of a block with codes 0..15, `start` bytes into the panels, on top of first[row] (or of zero).
+
+    AVX2's 16-bit sums of pairs stay below 8 * 2 * 15 * 127 = 30480 over a whole block.
+    """
+    columns = lambda g: [nibbles(s.b, s.codes(c, start, GROUP_BYTES * g // 2)) for c in range(s.cols)]
+    return unsigned_dots(s, i, columns, first, 8)
+
+
+def unsigned_dots(s, i, columns, first, groups):
+    """Dots of block i with unsigned codes, on top of first[row] (or of zero).
+
+    columns(g): for each column the codes of groups g and g + 1. groups: how many groups' sums of pairs, each twice a
+    code times 127 at most, 16 bits hold.
+    """
+    return _unsigned_avx2(s, i, columns, first, groups) if s.how == "avx2" else _unsigned_wide(s, i, columns, first)
+
+
+def _unsigned_wide(s, i, columns, first):
+    b, dot = s.b, WIDE[s.how]
+    dots = {(r, c): first[r] if first else constant(s.ints, 0) for r, c in s.cells}
+    for g in range(0, 8, 2):
+        codes = columns(g)
+        for half in (0, 1):
+            for r in range(s.rows):
+                a = spread4(b, s.code(r, i, 4 * (g + half)), s.lanes)
+                for c in range(s.cols):
+                    dots[r, c] = dot(b, dots[r, c], codes[c][half], a)
+    return dots
+
+
+def _unsigned_avx2(s, i, columns, first, groups):
+    b, sums, dots = s.b, {}, {}
+    for g in range(0, 8, 2):
+        codes = columns(g)
+        for half in (0, 1):
+            for r, c in s.cells:
+                pairs = maddubs(b, codes[c][half], spread4(b, s.code(r, i, 4 * (g + half)), s.lanes))
+                sums[r, c] = b.add(sums[r, c], pairs) if (g + half) % groups else pairs
+            sums = dict(zip(sums, pinned(b, sums.values()), strict=True))
+        if (g + 2) % groups == 0:
+            wide = {cell: pair_sums(b, v) for cell, v in sums.items()}
+            dots = {cell: b.add(dots[cell], v) for cell, v in wide.items()} if dots else wide
+    return {(r, c): b.add(v, first[r]) if first else v for (r, c), v in dots.items()}
+
+
+# ---------------------------------------------------------------- codes of 8 bits
+
+
+def byte_dots(s, i, column):
+    """Dots of block i with codes of 8 bits.
+
+    column(c, g): the codes of group g in column c: signed, plus 128 where the target's dot takes unsigned weights.
+    """
+    return (_byte_dots_avx2 if s.how == "avx2" else _byte_dots_wide)(s, i, column)
+
+
+def _byte_dots_wide(s, i, column):
+    b, dot, unsigned = s.b, WIDE[s.how], "vnni" in s.how
+    first = zero_points(s, i, 0) if unsigned else [constant(s.ints, 0)] * s.rows
+    dots = {(r, c): first[r] for r, c in s.cells}
+    for g in range(8):
+        columns = [column(c, g) for c in range(s.cols)]
+        for r in range(s.rows):
+            a = spread4(b, s.code(r, i, 4 * g), s.lanes)
+            for c in range(s.cols):
+                dots[r, c] = dot(b, dots[r, c], columns[c], a)
+    return dots
+
+
+def _byte_dots_avx2(s, i, column):
+    """|w| times a with the sign of w: at most 2 * 127 * 127 a pair."""
+    if s.rows > 1:
+        return _byte_dots_avx2_rows(s, i, column)
+    b, dots = s.b, [constant(s.ints, 0)] * s.cols
+    for g in range(8):
+        a = spread4(b, s.code(0, i, 4 * g), s.lanes)
+        for c in range(s.cols):
+            w = column(c, g)
+            signed = call(b, "llvm.x86.avx2.psign.b", w.type, [a, w])
+            dots[c] = b.add(dots[c], pair_sums(b, maddubs(b, absolute(b, w), signed)))
+        dots = pinned(b, dots)
+    return {(0, c): v for c, v in enumerate(dots)}
+
+
+def _byte_dots_avx2_rows(s, i, column):
+    """The same with fewer multiplications a row: a xor the sign of w, which counts a as -a - 1 where w is negative.
+
+    At most 2 * 127 * 128 a pair. The excess is the sum of the negative w, the same for all rows.
+    """
+    b, dots, excess = s.b, {}, {}
+    for g in range(8):
+        for c in range(s.cols):
+            w = column(c, g)
+            sign, size = b.sext(b.icmp_signed("<", w, constant(w.type, 0)), w.type), absolute(b, w)
+            extra = maddubs(b, size, sign)
+            excess[c] = b.add(excess[c], extra) if g else extra
+            for r in range(s.rows):
+                pairs = pair_sums(b, maddubs(b, size, b.xor(spread4(b, s.code(r, i, 4 * g), s.lanes), sign)))
+                dots[r, c] = b.add(dots[r, c], pairs) if g else pairs
+        held = dict(zip([*dots, *excess], pinned(b, [*dots.values(), *excess.values()]), strict=True))
+        dots, excess = {k: held[k] for k in dots}, {k: held[k] for k in excess}
+    excess = {c: pair_sums(b, v) for c, v in excess.items()}
+    return {(r, c): b.sub(v, excess[c]) for (r, c), v in dots.items()}

@@ -1,0 +1,218 @@
+"""Linear layers as register tiles: rows of activations by panels of sixteen features, through all of K or a part.
+
+A tile is `rows` x `cols` vectors of `lanes` features; what fits the registers is the target's choice, and so is how
+dots are made. Each format is one function of a `Site`, which emits the loop over K and returns the accumulators.
+"""
+
+from typing import NamedTuple
+
+from lockstep.formats.parts.rows import BIAS, BLOCK_BYTES, SCALE, SUMS
+from lockstep.native import targets
+from lockstep.native.emit import counted, fma, ir, moved, pointer, prefetch, read, spread, vector, write
+from lockstep.native.simd import F32, I1, I8, I32, I64, LANES, constant
+
+AHEAD_BYTES = 8192  # of a single stream: what passes by in the time that memory takes to answer
+
+
+class Rows(NamedTuple):
+    """Prepared rows of activations: where the first lies, and bytes from one to the next."""
+
+    address: int
+    stride: int
+
+
+class Panels(NamedTuple):
+    """A run of packed panels, and how much of K is worked on: codes and scales (0 in formats that have none), each with
+    the bytes from one panel to the next."""
+
+    codes: int
+    codes_stride: int
+    scales: int
+    scales_stride: int
+    K: int
+
+
+class Output(NamedTuple):
+    """Where rows of out and of the residual begin (0: none), bytes from one row to the next, how many panels are
+    stored, and whether out already holds the sums of what came before in K (0: no)."""
+
+    address: int
+    residual: int
+    stride: int
+    num_panels: int
+    resume: int
+
+
+class Ahead(NamedTuple):
+    """The panels that will be read next; those of `wanted` (a bit each) are brought near meanwhile."""
+
+    codes: int
+    scales: int
+    wanted: int
+
+
+class Site:
+    """Where a tile is emitted: its shape, the target's dot, and pointers to what it reads.
+
+    columns: for each vector of `lanes` features the number of its panel and its first feature there. x: a pointer to
+    each row; w, scales: to the panel of each column. The pointers do not change in the loop over K, so that an
+    instruction addresses by pointer, index and constant. start: what the accumulators hold at first. coming: for each
+    panel whether what comes next is wanted, and pointers to its codes and scales; ahead: how many bytes after those of
+    the block at hand.
+    """
+
+    def __init__(self, b, magic, height, columns, lanes, x, w):
+        self.b, self.magic, self.K = b, magic, w.K
+        self.how, self.bf16 = targets.int_dot(magic), targets.bf16_dot(magic)
+        self.rows, self.cols, self.lanes, self.panels = height, len(columns), lanes, [p for p, _ in columns]
+        self.first = [first for _, first in columns]
+        self.cells = [(r, c) for r in range(self.rows) for c in range(self.cols)]
+        self.floats, self.ints = vector(F32, self.lanes), vector(I32, self.lanes)
+        self.x = self.pointers(x.address, x.stride, range(height))
+        self.w = self.pointers(w.codes, w.codes_stride, self.panels)
+        self.scales = self.pointers(w.scales, w.scales_stride, self.panels)
+        self.start = {cell: constant(self.floats, 0.0) for cell in self.cells}
+        self.coming, self.ahead, self.near = [], 0, targets.prefetch_locality(magic)
+
+    def int(self, value):
+        return ir.Constant(I64, value)
+
+    def pointers(self, address, stride, numbers):
+        """Pointers to address + stride * n for each n of the numbers."""
+        return [pointer(self.b, self.b.add(address, self.b.mul(stride, self.int(n)))) for n in numbers]
+
+    def code(self, r, i, offset):
+        """Codes of row r's block i of quantized activations, and what follows them (see rows.py)."""
+        return moved(self.b, moved(self.b, self.x[r], self.b.mul(i, self.int(BLOCK_BYTES))), offset)
+
+    def a_scale(self, r, i):
+        return self.code(r, i, SCALE)
+
+    def bias(self, r, i):
+        return self.code(r, i, BIAS)
+
+    def sums(self, r, i):
+        return self.code(r, i, SUMS)
+
+    def codes(self, c, start, offset):
+        """Four codes of each feature of column c, at start + offset."""
+        place = moved(self.b, moved(self.b, self.w[c], start), offset + 4 * self.first[c])
+        return read(self.b, place, vector(I8, 4 * self.lanes), 4 * self.lanes)
+
+    def place(self, c):
+        """Bytes into a row of out where column c lies."""
+        return 64 * self.panels[c] + 4 * self.first[c]
+
+    def fetch(self, i, panel_bytes, scale_bytes):
+        """Asks for the block that comes `ahead` after block i: arithmetic of more rows than one hides the stream of
+        weights from the memory's own look-ahead."""
+        b, i = self.b, self.b.add(i, self.int(self.ahead // panel_bytes))
+        for wanted, codes, scales in self.coming:
+            with b.if_then(wanted):
+                block = moved(b, codes, b.mul(i, self.int(panel_bytes)))
+                for line in range(0, panel_bytes, 64):
+                    prefetch(b, moved(b, block, line), self.near)
+                if scale_bytes:
+                    prefetch(b, moved(b, scales, b.mul(i, self.int(scale_bytes))), self.near)
+
+    def blocks(self, size, body, panel_bytes=0, scale_bytes=0):
+        """The accumulators after body(i, accumulators) for each of K / size blocks.
+
+        panel_bytes, scale_bytes: of a block in a panel, where fetching the next panels ahead is worth it.
+        """
+
+        def step(i, values):
+            if panel_bytes:
+                self.fetch(i, panel_bytes, scale_bytes)
+            after = body(i, dict(zip(self.cells, values, strict=True)))
+            return [after[cell] for cell in self.cells]
+
+        values = counted(self.b, self.b.udiv(self.K, self.int(size)), [self.start[cell] for cell in self.cells], step)
+        return dict(zip(self.cells, values, strict=True))
+
+
+def float_steps(s, size, column):
+    """acc = fma(x[k], w[k], acc), k ascending; column(place) reads one k of a panel, size bytes."""
+    b = s.b
+
+    def step(k, acc):
+        columns = [column(moved(b, w, b.mul(k, s.int(size)))) for w in s.w]
+        return outer(s, acc, b.mul(k, s.int(4)), 0, columns)
+
+    return s.blocks(1, step, size)
+
+
+def outer(s, acc, start, offset, columns):
+    """acc[r, c] = fma(x[r], columns[c], acc[r, c]) for the float32 at start + offset of every row."""
+    values = [spread(s.b, moved(s.b, moved(s.b, x, start), offset), F32, s.lanes) for x in s.x]
+    return {(r, c): fma(s.b, values[r], columns[c], acc[r, c]) for r, c in s.cells}
+
+
+def lanes_of(is_integer, how):
+    """Features of a vector: integer dots fill the registers of narrower targets with eight."""
+    return LANES // 2 if is_integer and how != "avx512_vnni" else LANES
+
+
+def finish(s, acc, out):
+    """Adds the residual, if there is one, and stores the panels that are wanted."""
+    b, outs = s.b, s.pointers(out.address, out.stride, range(s.rows))
+    with b.if_else(b.icmp_signed("!=", out.residual, s.int(0))) as (then, otherwise):
+        with then:
+            helds = s.pointers(out.residual, out.stride, range(s.rows))
+            _store(
+                s,
+                out.num_panels,
+                lambda r, c, at: write(
+                    b, moved(b, outs[r], at), b.fadd(read(b, moved(b, helds[r], at), s.floats, 4), acc[r, c]), 4
+                ),
+            )
+        with otherwise:
+            _store(s, out.num_panels, lambda r, c, at: write(b, moved(b, outs[r], at), acc[r, c], 4))
+
+
+def _store(s, num_panels, store):
+    for c in range(s.cols):
+        with s.b.if_then(s.b.icmp_signed(">", num_panels, s.int(s.panels[c]))):
+            for r in range(s.rows):
+                store(r, c, s.place(c))
+
+
+def begin(s, out):
+    """Takes up the sums of an earlier tile over the first part of K, if there was one; prefetches the residual."""
+    b, zeros = s.b, list(s.start.values())
+    with b.if_then(b.icmp_signed("!=", out.residual, s.int(0))):
+        for place in s.pointers(out.residual, out.stride, range(s.rows)):
+            for p in sorted(set(s.panels)):
+                prefetch(b, moved(b, place, 64 * p), s.near)
+    with b.if_else(b.icmp_signed("!=", out.resume, s.int(0))) as (then, otherwise):
+        with then:
+            outs = s.pointers(out.address, out.stride, range(s.rows))
+            held = [read(b, moved(b, outs[r], s.place(c)), s.floats, 4) for r, c in s.cells]
+            held_from = b.block
+        with otherwise:
+            zeros_from = b.block
+    for cell, value, zero in zip(s.cells, held, zeros, strict=True):
+        s.start[cell] = b.phi(s.floats)
+        s.start[cell].add_incoming(value, held_from)
+        s.start[cell].add_incoming(zero, zeros_from)
+
+
+def look_ahead(s, w, ahead):
+    """What comes next: of a single panel the bytes that follow, of several the next ones, p where bit p of `wanted` is
+    set.
+
+    Targets whose few rows are bound by arithmetic need no help.
+    """
+    if s.lanes < LANES:
+        return
+    if s.cols == 1:
+        s.coming, s.ahead = [(constant(I1, 1), s.w[0], s.scales[0])], AHEAD_BYTES
+        return
+    for p in sorted(set(s.panels)):
+        [codes], [scales] = s.pointers(ahead.codes, w.codes_stride, [p]), s.pointers(ahead.scales, w.scales_stride, [p])
+        s.coming.append((s.b.trunc(s.b.lshr(ahead.wanted, s.int(p)), I1), codes, scales))
+
+
+def fields(b, kind, value):
+    """The LLVM values of a named tuple, under their names."""
+    return kind.instance_class(*(b.extract_value(value, i) for i in range(len(kind.fields))))

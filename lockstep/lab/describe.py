@@ -1,0 +1,129 @@
+"""What a model is made of, in numbers: tensors, ops with their shapes, bytes and FLOPs, and the memory they need."""
+
+import itertools
+import math
+import re
+from dataclasses import dataclass
+
+from lockstep.engine.cache.pages import most_pages
+from lockstep.engine.cache.size import page_bytes, request_bytes, weight_bytes
+from lockstep.engine.speculation.drafts import MOST_BY_ITSELF
+from lockstep.formats import FORMATS
+from lockstep.formats.parts.panels import num_panels
+from lockstep.ops.attention.kv_cache import PAGE_TOKENS
+from lockstep.ops.elementwise.embed import Embed
+from lockstep.runtime.program import DTYPES, Tensor, Weight
+
+LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
+
+
+@dataclass(frozen=True)
+class OpCost:
+    """An op of the recorded program: what it writes, weight bytes it reads once a step, and its work for each row.
+
+    layer: number of the decoder layer it belongs to, None outside of all. label: its name without that number.
+    """
+
+    kind: str
+    label: str
+    layer: int | None
+    rows: str
+    width: int
+    weights: str
+    weight_bytes: int
+    row_bytes: int
+    flops: int
+
+
+def op_costs(program, context):
+    """Every op of a recorded program. context: how many tokens a row of attention looks back on."""
+    kept = {tensor for op in program.ops for tensor in op.kept}
+    return [_op_cost(op, context, kept) for op in program.ops]
+
+
+def _op_cost(op, context, kept):
+    asked = not op.kept or op.rows == "E"  # it works only for rows that ask
+    tensors = set() if asked else kept.intersection(v for v in (*op.outputs, *op.inputs) if isinstance(v, Tensor))
+    weights, name = [v for v in op.inputs if isinstance(v, Weight)], op.outputs[0].name
+    found = LAYER.search(name)
+    return OpCost(
+        kind=op.kind,
+        label=LAYER.sub("*", name),
+        layer=int(found[0]) if found else None,
+        rows=op.rows,
+        width=op.outputs[0].width,
+        weights=", ".join(f"{w.format} {'x'.join(map(str, w.shape))}" for w in weights),
+        weight_bytes=_read_bytes(op, weights),
+        row_bytes=sum(t.width * DTYPES[t.dtype].itemsize for t in tensors),
+        flops=0 if asked else int(op.flops(context)),
+    )
+
+
+def _read_bytes(op, weights):
+    if isinstance(op, Embed):
+        return 0  # one row is read per token
+    return sum(packed_bytes(w) if w in op.packed else 4 * math.prod(w.shape) for w in weights)
+
+
+def is_linear(op):
+    """Whether an op of a recorded program multiplies by packed weights (those of all experts, if it has experts)."""
+    return bool(op.packed) and not isinstance(op, Embed)
+
+
+def packed_bytes(weight):
+    """Bytes of a linear layer's weight as its kernel reads it, padding included."""
+    return num_panels(weight.shape[0]) * FORMATS[weight.format].panel_bytes(weight.shape[1])
+
+
+def collapsed(costs):
+    """Ops grouped by layer, equal layers shown once: [(layer numbers or None, [OpCost, ...]), ...] in order."""
+    groups, seen = [], {}
+    for layer, run in itertools.groupby(costs, lambda cost: cost.layer):
+        ops = list(run)
+        key = tuple((c.kind, c.label, c.width, c.weights, c.flops) for c in ops)
+        if layer is not None and key in seen:
+            seen[key][0].append(layer)
+            continue
+        group = ([layer] if layer is not None else None, ops)
+        groups.append(group)
+        seen[key] = group
+    return groups
+
+
+def memory(program, mtp=None):
+    """Bytes of packed weights, the embedding as stored, small constants, KV cache per token of layers that see all
+    keys, and per request of layers that see a window, state per request, and what speculation adds to it where the
+    number of drafts is not given; of an MTP head, if a model has one whose recorded program this is, weights and KV
+    cache per token."""
+    linear = {w.name: w for op in program.ops if is_linear(op) for w in op.inputs if isinstance(w, Weight)}
+    tables = {w.name: w for op in program.ops if isinstance(op, Embed) for w in op.inputs}
+    small = [w for w in program.weights() if w.name not in linear and w.name not in tables]
+    return dict(
+        packed_weights=sum(map(packed_bytes, linear.values())),
+        embedding=sum(p.data.nbytes for w in tables.values() for p in w.parts),
+        constants=sum(4 * math.prod(w.shape) for w in small),
+        kv_cache_per_token=_cache_per_token(program),
+        windows_per_request=_windows_per_request(program),
+        state_per_request=request_bytes(program, 0),
+        drafts_per_request=request_bytes(program, MOST_BY_ITSELF) - request_bytes(program, 0),
+        mtp_weights=weight_bytes(program, mtp) - weight_bytes(program) if mtp else 0,
+        mtp_cache_per_token=_cache_per_token(mtp) if mtp else 0,
+    )
+
+
+def _cache_per_token(program):
+    return page_bytes(program).get(0, 0) // PAGE_TOKENS
+
+
+def _windows_per_request(program):
+    """Bytes that a request holds while it decodes, of layers that see a window of keys."""
+    return sum(each * most_pages(window) for window, each in page_bytes(program).items() if window)
+
+
+def formats(infos):
+    """{format: (number of tensors, parameters, bytes)} of a checkpoint, the largest first."""
+    totals = {}
+    for info in infos:
+        count, size, stored = totals.get(info.format, (0, 0, 0))
+        totals[info.format] = (count + 1, size + math.prod(info.shape), stored + info.num_bytes)
+    return dict(sorted(totals.items(), key=lambda item: -item[1][2]))

@@ -1,0 +1,109 @@
+"""Linear layers alone, with random weights: how long one takes for some rows.
+
+Weights of all copies of a layer together exceed the caches, so that one row reads from memory, as in a model.
+"""
+
+import statistics
+from functools import partial
+
+import numpy as np
+
+from lockstep.formats import FORMATS
+from lockstep.native.kernel import kernel
+from lockstep.ops.elementwise import activations_cpu
+from lockstep.ops.linear import linear_cpu
+from lockstep.ops.linear.grouped_linear import GroupedLinear
+from lockstep.ops.linear.linear import Linear
+from lockstep.ops.rewrite import lower
+from lockstep.runtime.backend import Implementation, OpTable
+from lockstep.runtime.executor import Executor, aligned
+from lockstep.runtime.operands import Operands, output
+from lockstep.runtime.program import Program, Tensor, Weight
+from lockstep.runtime.step_block import StepBlock
+from lockstep.runtime.threads import Team
+from lockstep.weights.store import WeightStore
+from lockstep.weights.tensor import StoredTensor, stored_shape
+
+CACHES = 96 * 2**20  # bytes of weights that no cache holds
+
+
+class Given(Operands):
+    """Activations that are written before a step."""
+
+    out: Tensor = output()
+
+
+@kernel
+def nothing(op, step, thread, num_threads):
+    """Stands for the ops that made the activations."""
+
+
+def stored(format: str, N: int, K: int) -> StoredTensor:
+    """A random weight [N, K] as a checkpoint would hold it."""
+    rng = np.random.default_rng(0)
+    if FORMATS[format].stored.encode is not None:
+        values = rng.standard_normal((N, K), np.float32) * np.float32(0.05)
+        return StoredTensor("w", format, (N, K), FORMATS[format].data_of(values))
+    shape, _ = stored_shape(format, (N, K))
+    return StoredTensor("w", format, (N, K), rng.integers(0, 60, shape, np.uint8))  # no byte makes a scale infinite
+
+
+class Copies(WeightStore):
+    """Packs one weight and copies the packed arrays for all others."""
+
+    def arrays(self, weight, layout):
+        if weight.name not in self._arrays:
+            first = next(iter(self._arrays.values()), None)
+            made = first or layout.make(weight)
+            self._arrays[weight.name] = tuple(_aligned_copy(a) for a in made)
+        return self._arrays[weight.name]
+
+
+def _aligned_copy(array: np.ndarray) -> np.ndarray:
+    copy = aligned(array.nbytes).view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+class Case:
+    """One format and shape, ready to run with any number of rows.
+
+    shape: features x values, for a block-diagonal layer (`grouped_linear`) features of all groups x values of one x
+    groups, as "8192x4096x8". table: whose kernels run. times: {rows: seconds of one layer in each run}.
+    """
+
+    def __init__(self, format: str, shape: str, max_rows: int, team: Team, table: OpTable) -> None:
+        self.N, self.K, *groups = map(int, shape.split("x"))
+        self.format, self.shape, self.table, self.groups = format, shape, table, groups
+        self.times: dict[int, list[float]] = {}
+        part = stored(format, self.N, self.K)
+        packed = linear_cpu.CPU[f"linear_{format}"].layout.make(Weight("w", format, (self.N, self.K), (part,)))
+        self.weight_bytes = sum(a.nbytes for a in packed)
+        self.copies = max(2, -(-CACHES // self.weight_bytes))
+        self.executor = self._executor(part, max_rows, team)
+
+    def _executor(self, part: StoredTensor, max_rows: int, team: Team) -> Executor:
+        program, sizes = Program(), dict(in_features=self.K, out_features=self.N, width=self.N, column=0)
+        declared = partial(GroupedLinear, groups=self.groups[0]) if self.groups else Linear
+        width = self.K * (self.groups[0] if self.groups else 1)
+        x, out = program.tensor("x", "T", width), program.tensor("out", "T", self.N)
+        program.emit(Given(out=x))
+        for i in range(self.copies):
+            weight = Weight(f"w{i}", self.format, (self.N, self.K), (part,))
+            program.emit(declared(out=out, x=x, weight=weight, **sizes))
+        backend = {**activations_cpu.CPU, **self.table, "given": Implementation(nothing)}
+        executor = Executor(lower(program), backend, team, Copies(), {"T": max_rows}, {}, keep=True)
+        executor.view(x, max_rows)[...] = np.random.default_rng(1).standard_normal((max_rows, width), np.float32)
+        return executor
+
+    def run(self, rows: int) -> None:
+        """Runs all copies once; what most of them took counts, since some are held up by others on the machine."""
+        step = StepBlock.made(num_tokens=rows, num_requests=1, num_sampled=1)
+        clock = np.zeros(len(self.executor.program.ops), np.int64)
+        self.executor.run(step, clock)
+        each = np.diff(clock[-1 - self.copies :])
+        self.times.setdefault(rows, []).append(float(np.median(each)) / 1e9)
+
+    def seconds(self, rows: int) -> float:
+        """Median of the runs with so many rows."""
+        return statistics.median(self.times[rows])

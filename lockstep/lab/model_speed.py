@@ -1,0 +1,147 @@
+"""Measurements of a model on this machine: prefill, decode, A/B of paths, and a profile of its ops.
+
+Everything compared is run interleaved in one process, and ratios are medians of paired runs: machines are noisy, and
+seconds of different moments do not compare.
+"""
+
+import math
+import statistics
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+
+from lockstep.engine.cache.pages import everywhere, pages_for
+from lockstep.engine.runner import Limits, Runner, Span
+from lockstep.formats import FORMATS
+from lockstep.lab.describe import is_linear, packed_bytes
+from lockstep.lab.parity import GREEDY
+from lockstep.ops import BACKENDS
+from lockstep.runtime.operands import GROUPS
+
+
+class Bench:
+    """A model's runners, one for each op table, all on one team and one set of weights."""
+
+    def __init__(self, model, team, max_tokens, chunk: int = 512) -> None:
+        self.model, self.team, self.chunk = model, team, chunk
+        self._limits = Limits(chunk, 1, pages_for(max_tokens), 1)
+        self._runners = {}
+        self._ids = np.random.default_rng(7).integers(0, model.config.vocab_size, max_tokens).tolist()
+
+    def runner(self, swaps=None):
+        """The runner of an op table, made when first asked for."""
+        key = tuple(sorted((swaps or {}).items()))
+        if key not in self._runners:
+            self._runners[key] = Runner(self.model, self.team, self._limits, swaps)
+        return self._runners[key]
+
+    def prefill(self, num_tokens, chunk=None, swaps=None):
+        """Runs a prompt in chunks; (seconds, logits of its last position)."""
+        runner, size = self.runner(swaps), chunk or self.chunk
+        started = time.perf_counter()
+        for start in range(0, num_tokens, size):
+            logits = runner.step([self._span(start, min(start + size, num_tokens), num_tokens)])[2]
+        return time.perf_counter() - started, logits[0].copy()
+
+    def per_token(self, num_tokens):
+        """Runs a prompt one token at a time, without the head but for the last; (seconds, logits)."""
+        return self.prefill(num_tokens, 1)
+
+    def decode(self, context, steps: int = 16, swaps=None):
+        """Seconds per token of `steps` single tokens after `context` tokens (whose cache holds whatever it holds)."""
+        runner = self.runner(swaps)
+        started = time.perf_counter()
+        for i in range(context, context + steps):
+            runner.step([self._span(i, i + 1, i + 1)])
+        return (time.perf_counter() - started) / steps
+
+    def _span(self, start, end, num_tokens):
+        pages = everywhere(range(pages_for(end)))
+        return Span(self._ids[start:end], start, pages, 0, {end - start - 1: GREEDY} if end == num_tokens else {})
+
+    def profile(self, num_tokens, context: int = 0, repeat: int = 3):
+        """Median seconds of every op of one step: [(op, seconds), ...] in the order of the program."""
+        runner, ops = self.runner(), self.runner().program.ops
+        clock, rows = np.zeros(len(ops), np.int64), []
+        span = self._span(context, context + num_tokens, context + num_tokens)
+        for _ in range(repeat):
+            started = time.monotonic_ns()
+            runner.step([span], clock)
+            rows.append(np.diff(clock, prepend=started))
+        return list(zip(ops, np.median(rows, axis=0) / 1e9, strict=True))
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A against B, interleaved: seconds of each (medians) and the median of the paired ratios A / B."""
+
+    a_seconds: float
+    b_seconds: float
+    ratio: float
+    spread: tuple[float, float]  # smallest and largest ratio
+
+
+def paired(run_a, run_b, repeat):
+    """Runs two functions, each returning seconds, alternately and in alternating order."""
+    times = []
+    for i in range(repeat):
+        first, second = (run_a, run_b) if i % 2 == 0 else (run_b, run_a)
+        one, two = first(), second()
+        times.append((one, two) if i % 2 == 0 else (two, one))
+    ratios = [a / b for a, b in times]
+    return Paired(
+        statistics.median(a for a, _ in times),
+        statistics.median(b for _, b in times),
+        statistics.median(ratios),
+        (min(ratios), max(ratios)),
+    )
+
+
+def against_per_token(bench, num_tokens, repeat):
+    """The prompt whole and in chunks against one token at a time: {name: Paired} and the largest difference of
+    logits."""
+    reference = bench.per_token(num_tokens)[1]
+    results, largest = {}, 0.0
+    for name, size in (("chunks of 64", 64), ("chunks of 512", 512)):
+        if size <= bench.chunk:
+            largest = max(largest, float(np.abs(bench.prefill(num_tokens, size)[1] - reference).max()))
+            results[name] = paired(
+                lambda: bench.per_token(num_tokens)[0],
+                lambda size=size: bench.prefill(num_tokens, size)[0],
+                repeat,
+            )
+    return results, largest
+
+
+def switch_ratios(bench, num_tokens, repeat):
+    """Each founding change: prefill without it against with it, {name: Paired}."""
+    results, single = {}, BACKENDS["per_token"]
+    groups = {op.group for op in bench.model.program.ops if op.kind in single}
+    for name in (group for group in GROUPS if group in groups):
+        swaps = {name: "per_token"}
+        bench.prefill(num_tokens, swaps=swaps)
+        results[name] = paired(
+            lambda swaps=swaps: bench.prefill(num_tokens, swaps=swaps)[0],
+            lambda: bench.prefill(num_tokens)[0],
+            repeat,
+        )
+    return results
+
+
+def summed(profile, rows):
+    """A profile by kind of op: [(kind, seconds, weight bytes read, multiply-adds with weights, int8), ...], largest
+    first.
+
+    int8: whether the weights are multiplied as integers. Of experts, at most one is read for each row that it gets.
+    """
+    totals = defaultdict(lambda: [0.0, 0, 0, False])
+    for op, seconds in profile:
+        total, macs = totals[op.kind], op.flops(0) // 2 * rows[op.rows]
+        total[0] += seconds
+        for weight in op.packed if is_linear(op) else ():
+            total[1] += int(packed_bytes(weight) * min(1, macs / math.prod(weight.shape)))
+            total[2] += macs
+            total[3] = FORMATS[weight.format].is_quantized
+    return sorted(((kind, *t) for kind, t in totals.items()), key=lambda row: -row[1])

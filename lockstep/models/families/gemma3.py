@@ -1,0 +1,149 @@
+"""Gemma 3, its text part: norms before and after the mixer and the MLP, a gated MLP with GELU, and five layers that see
+a window, with a rope of their own, to each that sees all keys.
+
+The embedding is multiplied by the root of the width as float32, whatever the weights are stored in, as llama.cpp does
+it; transformers rounds the root to the type of the weights (25.25 in place of 25.298 for the smallest model in bf16).
+"""
+
+from collections.abc import Container, Mapping
+
+from lockstep.models.config import Config, check_keys, layer_types, need, need_float, optional
+from lockstep.models.decoder import decoder
+from lockstep.models.families.llama_like import (
+    Norm,
+    feed_forward,
+    mlp_of,
+    model_of,
+    num_layers,
+    self_attention,
+    with_windows,
+)
+from lockstep.models.family import Family
+from lockstep.models.model_config import Heads, Layer, ModelConfig, checked_head_dim
+from lockstep.models.record import Recorder
+from lockstep.models.rope_config import ropes_by_type
+from lockstep.models.tiny import BASE
+from lockstep.runtime.program import Tensor
+from lockstep.weights.gguf.architecture import Architecture
+from lockstep.weights.gguf.keys import Keys
+from lockstep.weights.gguf.names import ATTENTION, HEAD_NORMS, MLP
+from lockstep.weights.gguf.undo import MinusOne, Undo
+
+OFFSET = 1.0  # of every norm
+THETAS = {"full_attention": 1e6, "sliding_attention": 1e4}  # where the config is silent
+DEFAULTS = dict(
+    vocab_size=262_208, num_attention_heads=8, num_key_value_heads=4, head_dim=256, rms_norm_eps=1e-6,
+    max_position_embeddings=131_072, query_pre_attn_scalar=256, sliding_window=4096,
+    hidden_activation="gelu_pytorch_tanh",
+)  # fmt: skip
+KEYS = """hidden_activation query_pre_attn_scalar sliding_window sliding_window_pattern _sliding_window_pattern
+layer_types rope_local_base_freq""".split()
+
+# ------------------------------------------------------------ config.json
+
+
+def read(config: Config) -> ModelConfig:
+    """The ModelConfig; what is left out of a text_config is as in `DEFAULTS`.
+
+    hidden_activation alone says what the MLP's activation is: hidden_act is not read, as in transformers.
+    """
+    check_keys(config, KEYS, free=["hidden_act"])
+    config = {**DEFAULTS, **{key: value for key, value in config.items() if value is not None}}
+    if config["hidden_activation"] != "gelu_pytorch_tanh":
+        found = config["hidden_activation"]
+        raise ValueError(f"config key 'hidden_activation': {found!r} is not supported, only 'gelu_pytorch_tanh'")
+    every = optional(config, "sliding_window_pattern", optional(config, "_sliding_window_pattern", 6))
+    types = layer_types(config, *THETAS) or [
+        "sliding_attention" if (i + 1) % every else "full_attention" for i in range(num_layers(config))
+    ]
+    mlp = mlp_of(config, activation="gelu_tanh")
+    layers = {kind: Layer(heads, mlp) for kind, heads in heads_by_type(config).items()}
+    return model_of(config, with_windows([layers[kind] for kind in types], config, types), tied=True)
+
+
+def heads_by_type(config: Config) -> dict[str, Heads]:
+    """The heads of a layer of each type, all with all keys."""
+    head_dim, scale = (
+        checked_head_dim(need(config, "head_dim")),
+        need_float(config, "query_pre_attn_scalar", 1e-3, 1e6) ** -0.5,
+    )
+    counts = need(config, "num_attention_heads"), need(config, "num_key_value_heads")
+    ropes = ropes_by_type(config, head_dim, THETAS)
+    return {kind: Heads(*counts, head_dim, scale, rope) for kind, rope in ropes.items()}
+
+
+# ------------------------------------------------------------ the model
+
+
+def layer(ops: Recorder, x: Tensor, config: ModelConfig, shape: Layer, label: str) -> Tensor:
+    """x += norm(attention(norm(x))); x += norm(mlp(norm(x)))."""
+    eps = config.rms_eps
+
+    def norm(h: Tensor, name: str) -> Tensor:
+        return ops.rms_norm(h, f"{label}.{name}_layernorm.weight", eps, OFFSET)
+
+    h = norm(x, "input")
+    h = self_attention(ops, h, shape.mixer, f"{label}.self_attn", head_norms=Norm(eps, OFFSET))
+    x = ops.add(x, norm(h, "post_attention"))
+    h = feed_forward(ops, norm(x, "pre_feedforward"), shape.mlp, f"{label}.mlp")
+    return ops.add(x, norm(h, "post_feedforward"))
+
+
+def record(ops: Recorder, config: ModelConfig) -> Tensor:
+    """The model; returns its logits."""
+    return decoder(ops, config, layer, norm_offset=OFFSET, embed_scale=float(config.hidden_size) ** 0.5)
+
+
+# ------------------------------------------------------------ GGUF
+
+NAMES = {
+    **ATTENTION,
+    **HEAD_NORMS,
+    **MLP,
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+
+
+def gguf_config(config: dict, keys: Keys, names: Container[str]) -> dict:
+    """With what llama.cpp knows by heart: the scale of scores, and which layers have a window if the file is silent."""
+    scalar = config["head_dim"]
+    if config["num_hidden_layers"] == 62:  # the model of 27 billion weights
+        scalar = config["hidden_size"] // config["num_attention_heads"]
+    return {key: value for key, value in config.items() if key != "hidden_act"} | {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": scalar,
+        "rope_local_base_freq": keys.number("rope.freq_base_swa", 10000.0),
+        "sliding_window": keys.integer("attention.sliding_window"),
+        **gguf_layers(keys),
+    }
+
+
+def gguf_layers(keys: Keys) -> dict:
+    """Which layers have a window: every so many have none, or as is said for each."""
+    name = "attention.sliding_window_pattern"
+    if not keys.is_array(name):
+        return {"sliding_window_pattern": keys.integer(name, 6)}
+    return {"layer_types": ["sliding_attention" if slides else "full_attention" for slides in keys.values(name) or ()]}
+
+
+def undo(name: str, config: Mapping) -> Undo:
+    """Norms are stored as 1 + w."""
+    return MinusOne() if name.endswith("norm.weight") else Undo()
+
+
+GEMMA3 = Family(
+    model_types=("gemma3_text",),
+    read=read,
+    record=record,
+    gguf=Architecture("gemma3", "gemma3_text", "Gemma3ForCausalLM", NAMES, gguf_config, undo),
+    tiny={
+        **{key: value for key, value in BASE.items() if key != "hidden_act"},
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 2,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": 40,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+)

@@ -1,0 +1,195 @@
+"""Qwen3.5: layers of the gated delta rule with a gated attention layer among them; norms store w - 1; partial rope."""
+
+from collections.abc import Container, Mapping
+from functools import partial
+
+from lockstep.models.config import Config, check_keys, layer_types, need, optional
+from lockstep.models.decoder import decoder
+from lockstep.models.families.llama_like import (
+    Norm,
+    biases,
+    feed_forward,
+    heads_of,
+    mlp_of,
+    model_of,
+    num_layers,
+    pre_norm,
+    self_attention,
+)
+from lockstep.models.family import Family
+from lockstep.models.gated_delta import gated_delta
+from lockstep.models.model_config import Layer, LinearAttention, ModelConfig
+from lockstep.models.record import Recorder
+from lockstep.models.rope_config import MROPE
+from lockstep.models.tiny import BASE
+from lockstep.runtime.program import Tensor
+from lockstep.weights.gguf.architecture import Architecture, has_biases
+from lockstep.weights.gguf.keys import Keys
+from lockstep.weights.gguf.names import ATTENTION, HEAD_NORMS, MLP
+from lockstep.weights.gguf.undo import ConvChannels, DecayLog, GroupedColumns, GroupedRows, MinusOne, Undo, ValueHeads
+
+OFFSET = 1.0  # of every norm but that of the delta rule's heads
+DELTA = """linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim
+linear_conv_kernel_dim""".split()
+KEYS = ["attention_bias", "layer_types", "full_attention_interval", "mtp_num_hidden_layers", *DELTA]
+
+# ------------------------------------------------------------ config.json
+
+
+def read(config: Config) -> ModelConfig:
+    """The ModelConfig."""
+    check_keys(config, KEYS, free=["partial_rotary_factor"])
+    attention = Layer(heads_of(config, {"partial": 0.25, "ignored": MROPE}, **biases(config)), mlp_of(config))
+    linear = Layer(delta_rule(config), attention.mlp)
+    interval, count = optional(config, "full_attention_interval", 4), num_layers(config)
+    types = layer_types(config, "full_attention", "linear_attention") or [
+        "full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(count)
+    ]
+    mtp_layers = (attention,) * optional(config, "mtp_num_hidden_layers", 0, low=0)
+    layers = [attention if kind == "full_attention" else linear for kind in types]
+    return model_of(config, layers, mtp_layers=mtp_layers)
+
+
+def delta_rule(config: Config) -> LinearAttention:
+    """The shape of the gated delta rule layers."""
+    linear = LinearAttention(*(need(config, key) for key in DELTA))
+    if linear.k_head_dim % 16 or linear.v_head_dim % 16 or linear.num_v_heads % linear.num_k_heads:
+        raise ValueError(
+            f"linear attention of {linear.num_v_heads} value heads of {linear.v_head_dim} and {linear.num_k_heads} "
+            f"key heads of {linear.k_head_dim} is not supported: sizes must be multiples of 16, the value heads "
+            f"a multiple of the key heads"
+        )
+    return linear
+
+
+# ------------------------------------------------------------ a layer
+
+
+def layer(ops: Recorder, x: Tensor, config: ModelConfig, shape: Layer, label: str) -> Tensor:
+    """One layer of either sort."""
+    norm = Norm(config.rms_eps, OFFSET)
+
+    def mixer(h: Tensor) -> Tensor:
+        if not isinstance(shape.mixer, LinearAttention):
+            return self_attention(ops, h, shape.mixer, f"{label}.self_attn", head_norms=norm, gated=True)
+        heads = gated_delta(ops, h, shape.mixer, f"{label}.linear_attn", config.rms_eps)
+        return ops.linear(heads, [(f"{label}.linear_attn.out_proj", h.width)])
+
+    return pre_norm(ops, x, label, norm, mixer, mlp=lambda h: feed_forward(ops, h, shape.mlp, f"{label}.mlp"))
+
+
+# ------------------------------------------------------------ GGUF
+
+NAMES = {
+    **ATTENTION,
+    **HEAD_NORMS,
+    **MLP,
+    "post_attention_norm": "post_attention_layernorm",
+    "attn_qkv": "linear_attn.in_proj_qkv",
+    "attn_gate": "linear_attn.in_proj_z",
+    "ssm_alpha": "linear_attn.in_proj_a",
+    "ssm_beta": "linear_attn.in_proj_b",
+    "ssm_out": "linear_attn.out_proj",
+    "ssm_conv1d": "linear_attn.conv1d",
+    "ssm_norm": "linear_attn.norm",
+    "ssm_a": "linear_attn.A_log",
+    "ssm_dt.bias": "linear_attn.dt_bias",
+}
+MTP_NAMES = {
+    "nextn.eh_proj": "mtp.fc",
+    "nextn.enorm": "mtp.pre_fc_norm_embedding",
+    "nextn.hnorm": "mtp.pre_fc_norm_hidden",
+    "nextn.shared_head_norm": "mtp.norm",
+}
+
+
+def gguf_config(config: dict, keys: Keys, names: Container[str]) -> dict:
+    """With the numbers of the delta rule. The rope turns a part of a head, and has sections that text does not need."""
+    num_value_heads, inner_size = keys.integer("ssm.time_step_rank"), keys.integer("ssm.inner_size")
+    if num_value_heads == 0 or inner_size % num_value_heads:
+        raise ValueError(f"qwen35.ssm.inner_size {inner_size} is not {num_value_heads} heads of one size")
+    return gguf_rope(config, keys) | {
+        **has_biases(names, "attention_bias"),
+        "layer_types": gguf_layer_types(keys, config["num_hidden_layers"]),
+        "full_attention_interval": keys.integer("full_attention_interval", 4),
+        "linear_num_key_heads": keys.integer("ssm.group_count"),
+        "linear_num_value_heads": num_value_heads,
+        "linear_key_head_dim": keys.integer("ssm.state_size"),
+        "linear_value_head_dim": inner_size // num_value_heads,
+        "linear_conv_kernel_dim": keys.integer("ssm.conv_kernel"),
+        "attn_output_gate": True,
+        "mamba_ssm_dtype": "float32",
+        "mtp_num_hidden_layers": keys.integer("nextn_predict_layers", 0),
+    }
+
+
+def gguf_rope(config: dict, keys: Keys) -> dict:
+    """The config with its rope in one object."""
+    sections = (keys.values("rope.dimension_sections") or [11, 11, 10])[:3]
+    rest = {key: value for key, value in config.items() if key not in ("rope_theta", "rope_scaling")}
+    made = {
+        "rope_type": "default",
+        "rope_theta": config["rope_theta"],
+        "partial_rotary_factor": rest.pop("partial_rotary_factor", 1.0),
+        **(config["rope_scaling"] or {}),
+        "mrope_section": sections,
+        "mrope_interleaved": True,
+    }
+    return {**rest, "rope_parameters": made}
+
+
+def gguf_layer_types(keys: Keys, num_layers: int) -> list[str]:
+    """What each layer is: said for each, or every so many."""
+    recurrent = keys.values("attention.recurrent_layers")
+    interval = keys.integer("full_attention_interval", 4)
+    if recurrent is None and interval > 0:
+        recurrent = [(layer + 1) % interval != 0 for layer in range(num_layers)]
+    if not isinstance(recurrent, list) or len(recurrent) < num_layers:
+        raise ValueError(f"qwen35.attention.recurrent_layers must tell {num_layers} layers, found {recurrent!r}")
+    return ["linear_attention" if flag else "full_attention" for flag in recurrent[:num_layers]]
+
+
+def undo(name: str, config: Mapping) -> Undo:
+    """Value heads stand in another order, norms as 1 + w, decays as such."""
+    heads = ValueHeads(config["linear_num_key_heads"], config["linear_num_value_heads"])
+    if heads.num_key_heads == 0 or heads.num_value_heads % heads.num_key_heads:
+        raise ValueError(f"{heads.num_value_heads} value heads do not divide over {heads.num_key_heads} key heads")
+    num_query_key_rows = 2 * heads.num_key_heads * config["linear_key_head_dim"]
+    stem = name.removesuffix(".weight").rpartition(".")[2]
+    if stem == "A_log":
+        return DecayLog(heads)
+    if stem == "conv1d":
+        return ConvChannels(heads, num_query_key_rows)
+    if stem.endswith("norm") or "_norm_" in stem:
+        return Undo() if ".linear_attn." in name else MinusOne()
+    if heads.num_key_heads == heads.num_value_heads:
+        return Undo()
+    return regrouping(stem, heads, num_query_key_rows)
+
+
+def regrouping(stem: str, heads: ValueHeads, num_query_key_rows: int) -> Undo:
+    """Of the tensors that hold value heads."""
+    if stem == "in_proj_qkv":
+        return GroupedRows(heads, num_query_key_rows)
+    if stem in ("in_proj_z", "in_proj_a", "in_proj_b", "dt_bias"):
+        return GroupedRows(heads)
+    return GroupedColumns(heads) if stem == "out_proj" else Undo()
+
+
+QWEN3_5 = Family(
+    model_types=("qwen3_5_text", "qwen3_5"),
+    read=read,
+    record=partial(decoder, layer=layer, norm_offset=OFFSET),
+    gguf=Architecture("qwen35", "qwen3_5_text", "Qwen3_5ForCausalLM", NAMES, gguf_config, undo, MTP_NAMES),
+    tiny={
+        **BASE,
+        "model_type": "qwen3_5_text",
+        "layer_types": ["linear_attention", "full_attention"],
+        "num_hidden_layers": 2,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 64,
+        "linear_conv_kernel_dim": 4,
+    },
+)

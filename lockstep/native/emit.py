@@ -1,0 +1,146 @@
+"""Emitting LLVM for register tiles: Python that runs while a kernel is compiled and writes its instructions.
+
+A Python `for` here is unrolled code; `counted` is a loop of the kernel. Places are pointers to bytes.
+"""
+
+from llvmlite import ir
+
+from lockstep.native.simd import F16, F32, I8, I16, I32, I64, call, splat
+
+
+class BFloat(ir.types.Type):
+    """LLVM's bfloat, which llvmlite does not know."""
+
+    def _to_string(self):
+        return "bfloat"
+
+    def __eq__(self, other):
+        return isinstance(other, BFloat)
+
+    def __hash__(self):
+        return hash(BFloat)
+
+
+BF16 = BFloat()
+
+
+def vector(element, count):
+    return ir.VectorType(element, count)
+
+
+def pointer(b, address):
+    """An address as a pointer to bytes."""
+    return b.inttoptr(address, I8.as_pointer())
+
+
+def moved(b, place, offset):
+    """A pointer so many bytes on; offset is a Python number or an int64 value."""
+    if isinstance(offset, int):
+        return b.gep(place, [ir.Constant(I64, offset)]) if offset else place
+    return b.gep(place, [offset])
+
+
+def read(b, place, llvm_type, align=1):
+    """Loads from a pointer."""
+    loaded = b.load(b.bitcast(place, llvm_type.as_pointer()))
+    loaded.align = align
+    return loaded
+
+
+def write(b, place, value, align=1):
+    """Stores at a pointer."""
+    b.store(value, b.bitcast(place, value.type.as_pointer())).align = align
+
+
+def prefetch(b, place, locality):
+    """Asks for the line at a pointer, which may point anywhere. locality: of `targets.prefetch_locality`."""
+    hints = [ir.Constant(I32, hint) for hint in (0, locality, 1)]  # a read, how near, of data
+    call(b, "llvm.prefetch.p0", ir.VoidType(), [place, *hints])
+
+
+def spread(b, place, scalar, lanes, align=4):
+    """The scalar at a pointer, in all lanes."""
+    return splat(b, read(b, place, scalar, align), vector(scalar, lanes))
+
+
+def spread4(b, place, lanes):
+    """Four bytes at a pointer, once for each lane: int8 [4 * lanes]."""
+    return b.bitcast(spread(b, place, I32, lanes), vector(I8, 4 * lanes))
+
+
+def pinned(b, values):
+    """The same values, which LLVM can neither compute in another order nor carry loads across.
+
+    Left alone it turns chains of integer additions into trees and hoists their loads, which spills registers.
+    """
+    clobber = ",~{memory}"
+    result = []
+    for v in values:
+        result.append(b.asm(ir.FunctionType(v.type, [v.type]), "", f"=v,0{clobber}", [v], side_effect=True))
+        clobber = ""
+    return result
+
+
+def fma(b, x, y, z):
+    return call(b, f"llvm.fma.v{x.type.count}f32", x.type, [x, y, z])
+
+
+def halves_f32(b, place, lanes):
+    """float16 at a pointer, widened."""
+    return b.fpext(read(b, place, vector(F16, lanes), 2 * lanes), vector(F32, lanes))
+
+
+def bytes_f32(b, place, lanes):
+    """uint8 at a pointer, as float32."""
+    raw, wide = read(b, place, vector(I8, lanes), lanes), vector(I32, lanes)
+    return b.uitofp(b.zext(raw, wide), vector(F32, lanes))
+
+
+def cut(b, v, start, count):
+    """Lanes start .. start + count."""
+    lanes = ir.Constant(vector(I32, count), list(range(start, start + count)))
+    return b.shuffle_vector(v, ir.Constant(v.type, ir.Undefined), lanes)
+
+
+def join(b, low, high):
+    """Two vectors as one."""
+    count = low.type.count * 2
+    return b.shuffle_vector(low, high, ir.Constant(vector(I32, count), list(range(count))))
+
+
+def by_halves(b, step, *operands):
+    """A step of vectors of half the size, on both halves of the operands."""
+    half = lambda v, h: cut(b, v, v.type.count // 2 * h, v.type.count // 2)
+    return join(b, *(step(b, *(half(v, h) for v in operands)) for h in (0, 1)))
+
+
+def words(b, v):
+    """The same bits as int16 lanes."""
+    size = v.type.count * v.type.element.width
+    return b.bitcast(v, vector(I16, size // 16))
+
+
+def counted(b, count, carried, body):
+    """for i in range(count): carried = body(i, carried), with count at least 1. Returns the last values."""
+    entry, loop = b.block, b.append_basic_block("loop")
+    b.branch(loop)
+    b.position_at_end(loop)
+    index = b.phi(I64)
+    index.add_incoming(ir.Constant(I64, 0), entry)
+    phis = [b.phi(v.type) for v in carried]
+    for phi, value in zip(phis, carried, strict=True):
+        phi.add_incoming(value, entry)
+    values = body(index, phis)
+    following = b.add(index, ir.Constant(I64, 1))
+    end, done = b.block, b.append_basic_block("done")
+    b.cbranch(b.icmp_signed("<", following, count), loop, done)
+    for phi, value in zip([index, *phis], [following, *values], strict=True):
+        phi.add_incoming(value, end)
+    b.position_at_end(done)
+    return values
+
+
+def dpbf16(b, acc, x, w):
+    """VDPBF16PS, for pairs held as int32: odd halves first, denormals zero and flushed, whatever MXCSR says."""
+    pairs = vector(BF16, 32)
+    return call(b, "llvm.x86.avx512bf16.dpbf16ps.512", acc.type, [acc, b.bitcast(x, pairs), b.bitcast(w, pairs)])

@@ -1,0 +1,83 @@
+"""Sixteen bytes looked up by codes of 4 bits: one instruction for a register of codes where the target has it.
+
+    x86      PSHUFB, which looks up in each sixteen bytes of a register of 16, 32 or (AVX-512) 64
+    ARM      TBL, sixteen bytes at a time
+    others   four steps of choosing between halves of the table, by the bits of the code
+
+Numbers of more than a byte are looked up byte by byte: each byte of the result has a table of its own.
+"""
+
+from llvmlite import ir
+from numba import types
+
+from lockstep.native import targets
+from lockstep.native.emit import by_halves, vector
+from lockstep.native.simd import I1, I8, I32, I64, call, constant, i32x16, primitive, splat
+
+ENTRIES = 16
+X86 = {16: "llvm.x86.ssse3.pshuf.b.128", 32: "llvm.x86.avx2.pshuf.b", 64: "llvm.x86.avx512.pshuf.b.512"}
+
+
+def lookup(b, magic, table, codes):
+    """table[code] for every code.
+
+    table: <16 x i8>; codes: bytes 0..15, 16 or a power of two times as many. magic: of the target.
+    """
+    count, how = codes.type.count, targets.int_dot(magic)
+    if magic[0].startswith(("aarch64", "arm64")):
+        most = ENTRIES
+    elif how == "generic":
+        return _chosen(b, table, codes)
+    else:
+        most = 64 if how == "avx512_vnni" else 32
+    if count > most:
+        return by_halves(b, lambda b, half: lookup(b, magic, table, half), codes)
+    return (_tbl if most == ENTRIES else shuffled)(b, table, codes)
+
+
+def shuffled(b, table, codes):
+    """By PSHUFB."""
+    count = codes.type.count
+    repeated = ir.Constant(vector(I32, count), list(range(ENTRIES)) * (count // ENTRIES))
+    tables = b.shuffle_vector(table, ir.Constant(table.type, ir.Undefined), repeated)
+    return call(b, X86[count], codes.type, [tables, codes])
+
+
+def _tbl(b, table, codes):
+    return call(b, "llvm.aarch64.neon.tbl1.v16i8", codes.type, [table, codes])
+
+
+def _chosen(b, table, codes):
+    """By the bits of the code, the lowest first: 15 choices."""
+    entries = [splat(b, b.extract_element(table, ir.Constant(I32, i)), codes.type) for i in range(ENTRIES)]
+    for bit in range(4):
+        wanted = b.and_(b.lshr(codes, constant(codes.type, bit)), constant(codes.type, 1))
+        is_set = b.trunc(wanted, vector(I1, codes.type.count))
+        entries = [b.select(is_set, high, low) for low, high in zip(entries[::2], entries[1::2], strict=True)]
+    return entries[0]
+
+
+def table_of(values):
+    """Sixteen integers of 8 bits, signed or not, as a constant <16 x i8>."""
+    return ir.Constant(vector(I8, ENTRIES), [int(value) & 255 for value in values])
+
+
+def words_of(values) -> tuple[int, int]:
+    """Sixteen integers of 8 bits as the two int64 that `lookup_i8` wants."""
+    raw = b"".join((int(value) & 255).to_bytes(1, "little") for value in values)
+    return int.from_bytes(raw[:8], "little", signed=True), int.from_bytes(raw[8:], "little", signed=True)
+
+
+@primitive()
+def lookup_i8(context, codes, low, high):
+    """Signed bytes of a table for sixteen codes 0..15, as int32. low, high: the table, see `words_of`."""
+
+    def codegen(ctx, b, sig, args):
+        table = ir.Constant(vector(I64, 2), ir.Undefined)
+        for i, word in enumerate(args[1:]):
+            table = b.insert_element(table, word, ir.Constant(I32, i))
+        table = b.bitcast(table, vector(I8, ENTRIES))
+        found = lookup(b, ctx.codegen().magic_tuple(), table, b.trunc(args[0], vector(I8, ENTRIES)))
+        return b.sext(found, i32x16.ir)
+
+    return i32x16(codes, types.int64, types.int64), codegen

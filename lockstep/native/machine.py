@@ -1,0 +1,172 @@
+"""What a kernel asks of the machine itself: atomics, waiting, floating-point control, calls by address."""
+
+import platform
+import sys
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from lockstep.native import emit, targets
+from lockstep.native.kernel import inlined
+from lockstep.native.simd import F32, I8, I32, I64, call, emitted, primitive
+
+SPINS_BEFORE_YIELD, FOREVER = 50, 1 << 62
+IEEE, FLUSH = 0x1F80, 0x9FC0  # MXCSR: round to nearest, no traps; FLUSH adds flush-to-zero and denormals-are-zero
+X86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
+FUTEX_CALL = {"x86_64": 202, "aarch64": 98}.get(platform.machine()) if sys.platform == "linux" else None
+FUTEX_WAIT, FUTEX_WAKE = 128, 129  # of threads of one process
+
+
+@emitted(types.int64(types.int64, types.int64))
+def fetch_add(b, address, value):
+    """Adds value to the int64 at an address, atomically; returns what was there."""
+    return b.atomic_rmw("add", b.inttoptr(address, I64.as_pointer()), value, "acq_rel")
+
+
+@emitted(types.int64(types.int64))
+def load_acquire(b, address):
+    """Reads the int64 at an address with acquire order."""
+    return b.load_atomic(b.inttoptr(address, I64.as_pointer()), "acquire", 8)
+
+
+@emitted(types.void(types.int64, types.int64))
+def store_release(b, address, value):
+    """Writes the int64 at an address with release order."""
+    b.store_atomic(value, b.inttoptr(address, I64.as_pointer()), "release", 8)
+
+
+@emitted(types.void())
+def pause(b):
+    """Tells the core that this is a spin loop."""
+    if X86:
+        call(b, "llvm.x86.sse2.pause", ir.VoidType(), [])
+
+
+@emitted(types.void())
+def yield_core(b):
+    """Lets another thread run on this core."""
+    call(b, "sched_yield", I32, [])
+
+
+@inlined
+def wait_until(address, least, spins=FOREVER):
+    """Spins until the int64 at an address, which only grows, is at least a number; returns whether it is, which it may
+    not be after so many spins. Yields the core early: it may be shared with strangers, or with those who are late."""
+    spun = 0
+    while load_acquire(address) < least:
+        if spun == spins:
+            return False
+        pause()
+        spun += 1
+        if spun > SPINS_BEFORE_YIELD:
+            yield_core()
+    return True
+
+
+def _futex(b, address, operation, value):
+    zero, operation = ir.Constant(I64, 0), ir.Constant(I64, operation)
+    syscall = cgutils.get_or_insert_function(b.module, ir.FunctionType(I64, [I64], var_arg=True), "syscall")
+    b.call(syscall, [ir.Constant(I64, FUTEX_CALL), address, operation, value, zero, zero, zero])
+
+
+@emitted(types.void(types.int64, types.int64))
+def sleep_while_equal(b, address, value):
+    """Sleeps while the int32 at an address has this value, until `wake`; may return early."""
+    if FUTEX_CALL is None:  # no futex: sleep 50 us and look again
+        call(b, "usleep", I32, [ir.Constant(I32, 50)])
+    else:
+        _futex(b, address, FUTEX_WAIT, value)
+
+
+@emitted(types.void(types.int64, types.int64))
+def wake(b, address, count):
+    """Wakes up to count threads that sleep on an address."""
+    if FUTEX_CALL is not None:
+        _futex(b, address, FUTEX_WAKE, count)
+
+
+@emitted(types.int64())
+def nanoseconds(b):
+    """The monotonic clock."""
+    slot = cgutils.alloca_once(b, ir.ArrayType(I64, 2))
+    clock = 1 if sys.platform == "linux" else 6
+    call(b, "clock_gettime", I32, [ir.Constant(I32, clock), b.bitcast(slot, I8.as_pointer())])
+    seconds, rest = (b.load(b.gep(slot, [ir.Constant(I32, 0), ir.Constant(I32, i)])) for i in (0, 1))
+    return b.add(b.mul(seconds, ir.Constant(I64, 10**9)), rest)
+
+
+@emitted(types.int64())
+def float_control(b):
+    """The floating-point control word of this thread (MXCSR on x86; 0 elsewhere)."""
+    if not X86:
+        return ir.Constant(I64, 0)
+    slot = cgutils.alloca_once(b, I32)
+    call(b, "llvm.x86.sse.stmxcsr", ir.VoidType(), [b.bitcast(slot, I8.as_pointer())])
+    return b.zext(b.load(slot), I64)
+
+
+@emitted(types.void(types.int64))
+def set_float_control(b, word):
+    """Sets the control word. Never in a function that also does arithmetic: LLVM would move it across."""
+    if X86:
+        slot = cgutils.alloca_once(b, I32)
+        b.store(b.trunc(word, I32), slot)
+        call(b, "llvm.x86.sse.ldmxcsr", ir.VoidType(), [b.bitcast(slot, I8.as_pointer())])
+
+
+@emitted(types.void())
+def kept_apart(b):
+    """Keeps the function that calls this from being inlined, so that arithmetic moves neither into it nor out of it."""
+    b.function.attributes.add("noinline")
+
+
+@emitted(types.void(*[types.int64] * 5))
+def call_kernel(b, kernel, op, step, thread, num_threads):
+    """Calls a kernel by its address; LLVM cannot see through the call."""
+    signature = ir.FunctionType(ir.VoidType(), [I64] * 4)
+    b.call(b.inttoptr(kernel, signature.as_pointer()), [op, step, thread, num_threads])
+
+
+@emitted(types.CPointer(types.float32)(types.int64))
+def float_array(b, address):
+    """A float32 pointer for `numba.carray`, as a definition's arrays are made from addresses."""
+    return b.inttoptr(address, F32.as_pointer())
+
+
+@emitted(types.CPointer(types.int32)(types.int64))
+def int_array(b, address):
+    """An int32 pointer for `numba.carray`."""
+    return b.inttoptr(address, I32.as_pointer())
+
+
+@emitted(types.CPointer(types.int8)(types.int64))
+def byte_array(b, address):
+    """An int8 pointer for `numba.carray`."""
+    return b.inttoptr(address, I8.as_pointer())
+
+
+@primitive()
+def stack_memory(context, num_bytes):
+    """Address of num_bytes (a literal) of the calling kernel's stack, on a cache line: a thread's own scratch."""
+    size = num_bytes.literal_value
+
+    def codegen(ctx, b, sig, args):
+        with b.goto_entry_block():  # not alloca_once: its zero fill of a large array takes LLVM minutes
+            slot = b.alloca(ir.ArrayType(I8, size))
+        slot.align = 64
+        return b.ptrtoint(slot, I64)
+
+    return types.int64(num_bytes), codegen
+
+
+@primitive()
+def prefetch(context, address):
+    """Asks for the cache line at an address, which may be any; how near is the target's choice."""
+
+    def codegen(ctx, b, sig, args):
+        locality = targets.prefetch_locality(ctx.codegen().magic_tuple())
+        emit.prefetch(b, emit.pointer(b, args[0]), locality)
+        return ctx.get_dummy_value()
+
+    return types.void(types.int64), codegen

@@ -1,0 +1,69 @@
+"""What the target CPU offers, asked by target, never by host: an instruction that it lacks aborts the process."""
+
+from lockstep.native.host import UnfitMachine
+from lockstep.native.kernel import target
+
+# LLVM's names, or how they start: used where a target is named without its features
+SAPPHIRE_RAPIDS_ON = ("sapphirerapids", "emeraldrapids", "graniterapids")
+ALDER_LAKE_ON = ("alderlake", "raptorlake", "meteorlake", "arrowlake", "lunarlake", "pantherlake")
+ICE_LAKES = ("icelake", "tigerlake", "rocketlake")
+AVX512_VNNI_CPUS = ("znver4", "znver5", "cascadelake", "cooperlake", *ICE_LAKES, *SAPPHIRE_RAPIDS_ON)
+AVX512_CPUS = (*AVX512_VNNI_CPUS, "skylake-avx512", "skx", "cannonlake", "x86-64-v4")
+AVX512_BF16_CPUS = ("znver4", "znver5", "cooperlake", *SAPPHIRE_RAPIDS_ON)
+AVX_VNNI_CPUS = (*ALDER_LAKE_ON, "sierraforest", "grandridge", "clearwaterforest", "gracemont")
+OLDER_AVX2_CPUS = ("haswell", "core-avx2", "broadwell", "skylake", "znver", "bdver4", "x86-64-v3")
+AVX2_CPUS = (*AVX512_CPUS, *AVX_VNNI_CPUS, *OLDER_AVX2_CPUS)
+# their nearest cache has 48 KB, the others' 32
+LARGE_NEAR_CACHE_CPUS = ("znver5", *ICE_LAKES, *SAPPHIRE_RAPIDS_ON, *ALDER_LAKE_ON)
+APPLE_CPUS = ("apple-m", "apple-a13", "apple-a14", "apple-a15", "apple-a16", "apple-a17")
+DOTPROD_CPUS = ("neoverse", *APPLE_CPUS, "cortex-a76", "cortex-a78", "cortex-x", "cortex-a710", "ampere1", "grace")
+
+
+def _has(feature, cpus, magic=None):
+    _, cpu, features = magic or target()
+    if features:
+        return f"+{feature}" in features.split(",")
+    return cpu.startswith(cpus)
+
+
+def int_dot(magic=None):
+    """How four-byte dots are made: "avx512_vnni", "avx_vnni", "avx2", "sdot" or, on any other architecture, "generic".
+
+    Raises UnfitMachine on an x86 target without AVX2.
+    """
+    triple, cpu, _ = magic or target()
+    if triple.startswith(("aarch64", "arm64")):
+        return "sdot" if _has("dotprod", DOTPROD_CPUS, magic) else "generic"
+    if not triple.startswith(("x86_64", "i686", "i386")):
+        return "generic"
+    if not _has("avx2", AVX2_CPUS, magic):
+        raise UnfitMachine(f"Lockstep needs a CPU with AVX2 (any since 2015); {cpu or 'unnamed'!r} has none")
+    if _has("avx512vnni", AVX512_VNNI_CPUS, magic):
+        return "avx512_vnni"
+    return "avx_vnni" if _has("avxvnni", AVX_VNNI_CPUS, magic) else "avx2"
+
+
+def bf16_dot(magic=None):
+    """Whether the target has VDPBF16PS."""
+    return _has("avx512bf16", AVX512_BF16_CPUS, magic)
+
+
+def wide_registers(magic=None):
+    """Whether a register holds sixteen lanes (and there are 32 of them)."""
+    return _has("avx512f", AVX512_CPUS, magic)
+
+
+def prefetch_locality(magic=None):
+    """LLVM's number of the cache that weights and keys are asked into: 3, the nearest, where it has room for more than
+    what is worked on, else 2, the second (see studies/15-one-stream.md)."""
+    return 3 if (magic or target())[1].startswith(LARGE_NEAR_CACHE_CPUS) else 2
+
+
+def unsigned_weights(magic=None):
+    """Whether int8 weights are packed as code + 128, for a dot that takes unsigned by signed bytes."""
+    return int_dot(magic) in ("avx512_vnni", "avx_vnni")
+
+
+def name(magic=None):
+    """A short name of everything above; packed weights are kept under it."""
+    return f"{int_dot(magic)}{'-bf16' if bf16_dot(magic) else ''}"

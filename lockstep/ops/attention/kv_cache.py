@@ -1,0 +1,253 @@
+"""The KV cache and what enters it: the definitions of its layout and of the op that prepares attention's inputs.
+
+A page holds PAGE_TOKENS consecutive positions of one request, which is also one block of keys in attention. Position p
+of request s lives in page `pages_of(request)[p // 64]` of the layer's group, slot `p % 64`:
+
+              f32           bf16                 q8
+    K page    [G, K, 64]    [G, K / 2, 64, 2]    [G, (K / 4, 64, 4) and scales]    lanes of q . k are keys
+    V page    [G, 64, K]    [G, 32, K, 2]        [G, (16, K, 4) and scales]        lanes of p . v are dimensions
+
+A row holds a dimension of 64 keys, or all dimensions of a value; or two or four of them, neighbours in the sum that
+they enter, as instructions for pairs and fours want them. A bfloat16 is the upper half of a float32, rounded to nearest
+even when written; q8 is described in `kv_cache_q8`. Attention reads K and V back from here only, so a token sees the
+same numbers whether they were written in this step or long ago.
+"""
+
+import numpy as np
+
+from lockstep.native.kernel import definition, inlined, kernel
+from lockstep.native.machine import float_array
+from lockstep.native.numbers import carray, float32
+from lockstep.native.simd import bf16_bits, peek, peek_bf16, poke, round_bf16
+from lockstep.ops.attention.formulas import MAX_HEAD_DIM
+from lockstep.ops.attention.rope import rotate
+from lockstep.ops.elementwise.rms_norm import rms_norm
+from lockstep.runtime.backend import Implementation
+from lockstep.runtime.operands import Operands, cache, constant, output, rows, table
+from lockstep.runtime.program import CacheArray, Table, Tensor, Weight
+from lockstep.runtime.step import StepBlock, entry, num_rows, pages_of
+
+PAGE_TOKENS = 64
+KV_DTYPES = ("f32", "bf16", "q8")  # of a cache
+ELEMENTS = {"f32": "f32", "bf16": "bf16", "q8": "i8"}  # what a page is an array of
+SCALE_BYTES = 2  # of a q8 head: a bfloat16
+
+
+def page_shapes(G, K, kv_dtype):
+    """Shapes of a page of K and of a page of V, in elements."""
+    if kv_dtype == "q8":
+        return ((G, PAGE_TOKENS * (K + SCALE_BYTES)),) * 2
+    if kv_dtype == "bf16":
+        return (G, K // 2, PAGE_TOKENS, 2), (G, PAGE_TOKENS // 2, K, 2)
+    return (G, K, PAGE_TOKENS), (G, PAGE_TOKENS, K)
+
+
+def kv_dtype_of(pages: CacheArray) -> str:
+    """The type of a cache, one of KV_DTYPES."""
+    return next(kv_dtype for kv_dtype, element in ELEMENTS.items() if element == pages.dtype)
+
+
+def check_pages(op: Operands) -> None:
+    """ValueError if an op's k_pages and v_pages are not those of its kv heads and its group, both of one type."""
+    check_group(op, op.k_pages, op.v_pages)
+    if op.k_pages.dtype not in ELEMENTS.values():
+        raise ValueError(f"{type(op).__name__}: pages of {op.k_pages.dtype}, expected {', '.join(ELEMENTS.values())}")
+    shapes = page_shapes(op.num_kv_heads, op.head_dim, kv_dtype_of(op.k_pages))
+    for pages, shape in zip((op.k_pages, op.v_pages), shapes, strict=True):
+        if (pages.dtype, tuple(pages.shape)) != (op.k_pages.dtype, shape):
+            raise ValueError(
+                f"{type(op).__name__}: a page of {pages.name} is {pages.dtype} {tuple(pages.shape)}, expected "
+                f"{op.k_pages.dtype} {shape}"
+            )
+
+
+def check_group(op: Operands, *caches: CacheArray) -> None:
+    """ValueError if an op's page_group, whose page table it reads, is not that of its caches."""
+    for pages in caches:
+        if op.page_group != pages.group:
+            raise ValueError(
+                f"{type(op).__name__}: page_group is {op.page_group}, expected {pages.group} as of {pages.name}"
+            )
+
+
+class AttentionInputs(Operands):
+    """q = rope(norm(heads of x)); keys of x, prepared likewise, and values of x go to their pages: see `token_inputs`.
+
+    Without q_norm and k_norm heads are not normed; rope_dim 0: they are not rotated. Head h of q begins at column
+    q_offset + h * q_stride of x, of k at k_offset + h * head_dim, of v at v_offset + h * head_dim. bf16: the type of
+    the pages, which is also told by them. page_group: theirs, too.
+    """
+
+    group = "attention"
+    rules = (
+        "num_heads % num_kv_heads == 0",
+        "head_dim % 16 == 0",
+        f"head_dim <= {MAX_HEAD_DIM}",
+        "rope_dim % 2 == 0",
+        "rope_dim <= head_dim",
+        "eps >= 0",
+    )
+    q: Tensor = output("num_heads * head_dim")
+    x: Tensor = rows("row_width")
+    cos: Table = table()
+    sin: Table = table()
+    k_pages: CacheArray = cache(kind="pages")
+    v_pages: CacheArray = cache(kind="pages")
+    q_norm: Weight | None = constant("head_dim", optional=True)
+    k_norm: Weight | None = constant("head_dim", optional=True)
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_dim: int
+    row_width: int
+    q_offset: int
+    q_stride: int
+    k_offset: int
+    v_offset: int
+    eps: float
+    norm_offset: float
+    bf16: bool
+    page_group: int = 0
+
+    def check(self):
+        check_pages(self)
+        if (self.kv_dtype == "bf16") != self.bf16:
+            raise ValueError(f"AttentionInputs: bf16 is {self.bf16}, the pages are {self.kv_dtype}")
+        if (self.q_norm is None) != (self.k_norm is None):
+            raise ValueError("AttentionInputs: there is only one of q_norm and k_norm, expected both or none")
+        widths = self.cos.rows.shape[1], self.sin.rows.shape[1]
+        if self.rope_dim and widths != (self.rope_dim // 2,) * 2:
+            raise ValueError(f"AttentionInputs: cos and sin are {widths} wide, expected {self.rope_dim // 2} both")
+        heads = dict(q=self.q_offset + (self.num_heads - 1) * self.q_stride, k=self.k_offset, v=self.v_offset)
+        for name, last in heads.items():
+            end = last + self.head_dim * (1 if name == "q" else self.num_kv_heads)
+            if end > self.row_width:
+                raise ValueError(f"AttentionInputs: {name} ends at column {end} of x, which has {self.row_width}")
+
+    @property
+    def kv_dtype(self):
+        """The type of the cache, one of KV_DTYPES."""
+        return kv_dtype_of(self.k_pages)
+
+    @property
+    def kind(self):
+        return "attention_inputs_q8" if self.kv_dtype == "q8" else "attention_inputs"
+
+    def flops(self, context):
+        return (self.num_heads + self.num_kv_heads) * (
+            3 * self.rope_dim + 5 * self.head_dim * (self.q_norm is not None)
+        )
+
+
+def by_position(pages, is_keys):
+    """Pages [N, *page shape, bytes] as what they hold for each position in turn, [64 N, G, K, bytes].
+
+    Of q8 pages [64 N, G, K + 2, 1]: the codes, then the scale.
+    """
+    if pages.ndim == 4:
+        return _q8_by_position(pages[..., 0], is_keys)[..., None]
+    if pages.ndim == 6:
+        ordered = pages.transpose((0, 3, 1, 2, 4, 5) if is_keys else (0, 2, 4, 1, 3, 5))
+    else:
+        ordered = pages.transpose((0, 3, 1, 2, 4) if is_keys else (0, 2, 1, 3, 4))
+    G, K = (pages.shape[1], pages.shape[2] * (pages.ndim - 4)) if is_keys else (pages.shape[1], pages.shape[3])
+    return ordered.reshape(-1, G, K, pages.shape[-1])
+
+
+def _q8_by_position(pages, is_keys):
+    """Bytes of q8 pages [N, G, 64 (K + 2)] as [64 N, G, K + 2]."""
+    N, G, size = pages.shape
+    K = size // PAGE_TOKENS - SCALE_BYTES
+    codes, scales = pages[..., : PAGE_TOKENS * K], pages[..., PAGE_TOKENS * K :].reshape(N, G, PAGE_TOKENS, SCALE_BYTES)
+    fours = codes.reshape(N, G, -1, PAGE_TOKENS if is_keys else K, 4)
+    ordered = fours.transpose((0, 3, 1, 2, 4) if is_keys else (0, 2, 4, 1, 3)).reshape(-1, G, K)
+    return np.concatenate([ordered, scales.swapaxes(1, 2).reshape(-1, G, SCALE_BYTES)], axis=-1)
+
+
+@inlined
+def write_number(array, index, x, bf16):
+    """Stores one number of a cache array, rounded to its type."""
+    if bf16:
+        poke(array + 2 * index, bf16_bits(round_bf16(x)))
+    else:
+        poke(array + 4 * index, x)
+
+
+@inlined
+def read_number(array, index, bf16):
+    """One number of a cache array, as float32."""
+    return peek_bf16(array + 2 * index) if bf16 else peek(array + 4 * index, float32)
+
+
+@inlined
+def k_index(page, g, d, slot, G, K, bf16):
+    """Where dimension d of a slot's key is in the array of K pages."""
+    head = (page * G + g) * K * PAGE_TOKENS
+    return head + (d // 2 * PAGE_TOKENS + slot) * 2 + d % 2 if bf16 else head + d * PAGE_TOKENS + slot
+
+
+@inlined
+def v_index(page, g, d, slot, G, K, bf16):
+    """Where dimension d of a slot's value is in the array of V pages."""
+    head = (page * G + g) * PAGE_TOKENS * K
+    return head + (slot // 2 * K + d) * 2 + slot % 2 if bf16 else head + slot * K + d
+
+
+@definition
+def heads_of(row_W, offset, stride, num_heads, head_dim):
+    """Copies the heads of a row of a projection: head h starts at column offset + h * stride."""
+    x_HK = np.empty((num_heads, head_dim), np.float32)
+    for h in range(num_heads):
+        for d in range(head_dim):
+            x_HK[h, d] = row_W[offset + h * stride + d]
+    return x_HK
+
+
+@definition
+def prepared(x_HK, norm_K, eps, norm_offset, cos_R, sin_R):
+    """Each head normed by itself (`rms_norm` with heads as rows; not if norm is empty), then rotated by `rope`."""
+    out_HK = np.empty(x_HK.shape, np.float32)
+    if norm_K.size > 0:
+        rms_norm(x_HK, norm_K, eps, norm_offset, x_HK)
+    for h in range(x_HK.shape[0]):
+        rotate(x_HK[h], cos_R, sin_R, out_HK[h])
+    return out_HK
+
+
+@inlined
+def token_inputs(a, batch, t):
+    """Writes a token's query heads, normed and rotated, to q; returns its keys (likewise), values, page and slot.
+
+    Order: `rms_norm` of the head, then `rotate`.
+    """
+    H, G, K, R = a.num_heads, a.num_kv_heads, a.head_dim, a.rope_dim // 2
+    q_norm_K = carray(float_array(a.q_norm), (K if a.q_norm != 0 else 0,))
+    k_norm_K = carray(float_array(a.k_norm), (K if a.k_norm != 0 else 0,))
+    position, table = entry(batch.position, t), pages_of(batch, entry(batch.request, t), a.page_group)
+    row_W = carray(float_array(a.x + 4 * a.row_width * t), (a.row_width,))
+    cos_R = carray(float_array(a.cos + 4 * R * position), (R,))
+    sin_R = carray(float_array(a.sin + 4 * R * position), (R,))
+    q_HK = prepared(heads_of(row_W, a.q_offset, a.q_stride, H, K), q_norm_K, a.eps, a.norm_offset, cos_R, sin_R)
+    k_GK = prepared(heads_of(row_W, a.k_offset, K, G, K), k_norm_K, a.eps, a.norm_offset, cos_R, sin_R)
+    for h in range(H):
+        for d in range(K):
+            poke(a.q + 4 * ((t * H + h) * K + d), q_HK[h, d])
+    page = entry(table, position // PAGE_TOKENS)
+    return k_GK, heads_of(row_W, a.v_offset, K, G, K), page, position % PAGE_TOKENS
+
+
+@kernel
+def _run(op, step, thread, num_threads):
+    """For every token: its query heads to q, its keys and values (`token_inputs`) to the cache, rounded to its type."""
+    if thread == 0:
+        a, batch = AttentionInputs.read(op), StepBlock.read(step)
+        G, K = a.num_kv_heads, a.head_dim
+        for t in range(num_rows(op, step)):
+            k_GK, v_GK, page, slot = token_inputs(a, batch, t)
+            for g in range(G):
+                for d in range(K):
+                    write_number(a.k_pages, k_index(page, g, d, slot, G, K, a.bf16), k_GK[g, d], a.bf16)
+                    write_number(a.v_pages, v_index(page, g, d, slot, G, K, a.bf16), v_GK[g, d], a.bf16)
+
+
+REFERENCE = {"attention_inputs": Implementation(_run)}

@@ -1,0 +1,129 @@
+"""What a linear layer makes of its input rows: the fast kernels, each fused with the op that produces the row.
+
+The values of a block of 32 are made and quantized in registers; nothing goes through memory in between. Bound by the
+read of the row. Fused kernels give the bits of the op followed by `quantize_q8` or `round_bf16`.
+"""
+
+from lockstep.native.kernel import inlined, variant
+from lockstep.native.numbers import float32, int32
+from lockstep.native.simd import (
+    absolute,
+    load,
+    max_lanes,
+    maximum,
+    poke,
+    rint,
+    round_bf16,
+    store,
+    store_bf16,
+    store_i8,
+    sum_lanes,
+    to_i32,
+    where_below,
+)
+from lockstep.ops.elementwise.activations import (
+    BIAS,
+    BLOCK,
+    BLOCK_BYTES,
+    HIGHEST,
+    INFINITY,
+    NATIVE_BF16,
+    ONE_127TH,
+    SCALE,
+    SMALLEST,
+    SUMS,
+    ZERO,
+    Preparation,
+    bf16_bytes,
+    magnitude,
+    q8_bytes,
+)
+from lockstep.ops.elementwise.gated_mul import GatedMul
+from lockstep.ops.elementwise.gates import GATES
+from lockstep.ops.elementwise.rms_norm import RmsNorm
+from lockstep.ops.elementwise.rms_norm_cpu import inverse_rms
+from lockstep.ops.share import dealt
+from lockstep.runtime.backend import Implementation
+from lockstep.runtime.step import num_rows
+
+# of a variant: what stores 32 values, bytes of a row, whether one thread makes token after token, and one of GATES
+PUT = ROW_BYTES = ALONE = GATE = None
+
+
+@inlined
+def finite(x):
+    """x, or zero for NaN and infinities."""
+    return where_below(absolute(x), INFINITY, x, ZERO)
+
+
+@inlined
+def store_q8(low, high, out, K, i):
+    """Quantizes elements i .. i + 31 of a row, given as two vectors."""
+    amax = max_lanes(maximum(magnitude(low), magnitude(high)))
+    scale, inverse = amax * ONE_127TH, HIGHEST / amax
+    if amax < SMALLEST:
+        scale, inverse = ZERO, ZERO
+    a, b = to_i32(rint(finite(low) * inverse)), to_i32(rint(finite(high) * inverse))
+    first, last, place = sum_lanes(a), sum_lanes(b), out + i // BLOCK * BLOCK_BYTES
+    store_i8(place, a)
+    store_i8(place + 16, b)
+    poke(place + SCALE, float32(scale))
+    poke(place + BIAS, int32(-128 * (first + last)))
+    poke(place + SUMS, int32(last * 65536 + (first & 65535)))
+
+
+@inlined
+def store_rounded(low, high, out, K, i):
+    """Rounds elements i .. i + 31 of a row to bf16."""
+    if NATIVE_BF16:
+        store_bf16(out + 2 * i, round_bf16(low))
+        store_bf16(out + 2 * i + 32, round_bf16(high))
+    else:
+        store(out + 4 * i, round_bf16(low))
+        store(out + 4 * i + 64, round_bf16(high))
+
+
+def plain(op, step, thread, num_threads):
+    """x as it is."""
+    a = Preparation.read(op)
+    for t in dealt(num_rows(op, step), thread, num_threads, ALONE):
+        x, out = a.x + 4 * a.width * t, a.out + ROW_BYTES(a.width) * t
+        for i in range(0, a.width, 32):
+            PUT(load(x + 4 * i), load(x + 4 * i + 64), out, a.width, i)
+
+
+def normed(op, step, thread, num_threads):
+    """rms_norm."""
+    a = RmsNorm.read(op)
+    for t in dealt(num_rows(op, step), thread, num_threads, ALONE):
+        x, out = a.x + 4 * a.width * t, a.out + ROW_BYTES(a.width) * t
+        scale = inverse_rms(x, a.width, a.eps)
+        for i in range(0, a.width, 32):
+            low = (load(x + 4 * i) * scale) * (load(a.weight + 4 * i) + a.offset)
+            high = (load(x + 4 * i + 64) * scale) * (load(a.weight + 4 * i + 64) + a.offset)
+            PUT(low, high, out, a.width, i)
+
+
+def gated(op, step, thread, num_threads):
+    """The product of an activated gate and a value."""
+    a = GatedMul.read(op)
+    for t in dealt(num_rows(op, step), thread, num_threads, ALONE):
+        x, out = a.x + 8 * a.width * t, a.out + ROW_BYTES(a.width) * t
+        for i in range(0, a.width, 32):
+            gate, up = x + 4 * i, x + 4 * (a.width + i)
+            PUT(GATE(load(gate), load(up)), GATE(load(gate + 64), load(up + 64)), out, a.width, i)
+
+
+QUANTIZED = dict(PUT=store_q8, ROW_BYTES=q8_bytes)
+ROUNDED = dict(PUT=store_rounded, ROW_BYTES=bf16_bytes)
+quantize_q8 = variant(plain, "quantize_q8", **QUANTIZED, ALONE=False)
+round_to_bf16 = variant(plain, "round_to_bf16", **ROUNDED, ALONE=False)
+CPU = {"quantize_q8": Implementation(quantize_q8), "round_bf16": Implementation(round_to_bf16)}
+PER_TOKEN = {}  # one token after another on one thread, as the ops that they are made of
+_fused = {"rms_norm": (normed, {})} | {f"{name}_mul": (gated, dict(GATE=gate)) for name, gate in GATES.items()}
+for _first, (_body, _gate) in _fused.items():
+    for _then, _constants in (("quantize_q8", QUANTIZED), ("round_bf16", ROUNDED)):
+        for _table, _alone, _suffix in ((CPU, False, ""), (PER_TOKEN, True, "_per_token")):
+            _kernel = f"{_first}_{_then}{_suffix}"
+            globals()[_kernel] = variant(_body, _kernel, **_constants, **_gate, ALONE=_alone)
+            _table[f"{_first}+{_then}"] = Implementation(globals()[_kernel])

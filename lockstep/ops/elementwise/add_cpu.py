@@ -1,0 +1,34 @@
+"""Sum of two activations: the fast kernel. Bound by memory: two reads and one write of four bytes per element."""
+
+from lockstep.native.kernel import inlined, variant
+from lockstep.native.simd import load, store
+from lockstep.ops.elementwise.add import Add
+from lockstep.ops.share import dealt
+from lockstep.runtime.backend import Implementation
+from lockstep.runtime.step import num_rows
+
+BLOCK = 4096  # bytes that one thread takes at a time
+ALONE = None  # of a variant: whether one thread adds row after row
+
+
+def add_blocks(op, step, thread, num_threads):
+    """Rows lie end to end, so blocks of the whole activation are dealt to threads in turn."""
+    a = Add.read(op)
+    num_bytes, block = 4 * a.width * num_rows(op, step), 4 * a.width if ALONE else BLOCK
+    for task in dealt((num_bytes + block - 1) // block, thread, num_threads, ALONE):
+        start = block * task
+        add_row(a.x + start, a.y + start, min(block, num_bytes - start), a.out + start)
+
+
+@inlined
+def add_row(x, y, num_bytes, out):
+    """Adds num_bytes of float32; whole lanes are stored, up to 60 bytes past the end."""
+    for i in range(0, num_bytes, 64):
+        store(out + i, load(x + i) + load(y + i))
+
+
+add = variant(add_blocks, "add", ALONE=False)
+add_per_token = variant(add_blocks, "add_per_token", ALONE=True)
+
+CPU = {"add": Implementation(add)}
+PER_TOKEN = {"add": Implementation(add_per_token)}

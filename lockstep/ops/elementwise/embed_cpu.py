@@ -1,0 +1,28 @@
+"""Rows of the embedding matrix: the fast kernel. Bound by the read of the rows needed; nothing else is touched."""
+
+from lockstep.formats import FORMATS
+from lockstep.native.kernel import variant
+from lockstep.ops.elementwise.embed import RAW, Embed, row_bytes
+from lockstep.runtime.backend import Implementation
+from lockstep.runtime.step import StepBlock, entry, num_rows
+
+# of a variant: what stores so many weights, and the weights and bytes of a block
+STORE = COUNT = SIZE = BLOCK_BYTES = None
+
+
+def embed(op, step, thread, num_threads):
+    """Rows are dealt to threads in turn."""
+    a, token_ids = Embed.read(op), StepBlock.read(step).token_ids
+    size = row_bytes(a.width, SIZE, BLOCK_BYTES)
+    for t in range(thread, num_rows(op, step), num_threads):
+        row, out = a.table.codes + size * entry(token_ids, t), a.out + 4 * a.width * t
+        for i in range(0, a.width, COUNT):
+            STORE(row + i // SIZE * BLOCK_BYTES, a.scale, out + 4 * i)
+
+
+CPU = {}
+for _name, _format in FORMATS.items():
+    _constants = dict(STORE=_format.lookup.store, COUNT=_format.lookup.count)
+    _constants |= dict(SIZE=_format.block_size, BLOCK_BYTES=_format.block_bytes)
+    globals()[f"embed_{_name}"] = variant(embed, f"embed_{_name}", **_constants)
+    CPU[f"embed_{_name}"] = Implementation(globals()[f"embed_{_name}"], RAW)

@@ -1,0 +1,209 @@
+"""Linear tiles of integer codes: exact sums of products over all of K in int32, scaled once at the end.
+
+A row of x is one plane of int8 codes or two, and a tail (see ops/integer/code_rows.py); weights are panels of int8
+codes and the words of their features (see ops/integer/code_weights.py). Two planes are two rows to the loop over K.
+Which instruction makes the products is the target's; all give the same integers.
+"""
+
+from lockstep.formats.parts.tiles import Site, fields, finish, lanes_of, look_ahead
+from lockstep.native import targets
+from lockstep.native.emit import ir, moved, pinned, pointer, read, spread, spread4, vector
+from lockstep.native.numbers import types
+from lockstep.native.simd import F32, I32, I64, LANES, constant, primitive, splat
+from lockstep.native.tiles_dots import WIDE, absolute, maddubs, pair_sums
+
+BLOCK, PANEL_BYTES = 32, 512  # k of a turn of the loop, and bytes that they take in a panel
+NARROW_SUMS = 6  # vectors of sums that registers of eight lanes hold
+F64 = ir.DoubleType()
+
+
+class CodeSite(Site):
+    """A `Site` whose cells are (row, plane, column), with int32 sums that begin as the weights' words say."""
+
+    def __init__(self, b, magic, height, columns, lanes, x, w, *, planes):
+        super().__init__(b, magic, height, columns, lanes, x, w)
+        self.planes = range(planes)
+        self.cells = [(r, p, c) for r in range(self.rows) for p in self.planes for c in range(self.cols)]
+        firsts = [self.word(c, 3, I32) if self.how == "avx2" else constant(self.ints, 0) for c in range(self.cols)]
+        self.start = {cell: firsts[cell[2]] for cell in self.cells}
+
+    def places(self):
+        """(row, column) of all values."""
+        return [(r, c) for r in range(self.rows) for c in range(self.cols)]
+
+    def a(self, r, plane, k):
+        """Four codes of a row from k on, for each feature."""
+        place = moved(self.b, moved(self.b, self.x[r], k), 0)
+        return spread4(self.b, moved(self.b, place, self.b.mul(self.K, self.int(plane))), self.lanes)
+
+    def word(self, c, number, element):
+        """One of the four words of each feature of column c."""
+        return read(
+            self.b, moved(self.b, self.scales[c], 64 * number + 4 * self.first[c]), vector(element, self.lanes), 4
+        )
+
+    def tail(self, r, number, element):
+        """One of the words after row r's planes, for each feature."""
+        place = moved(self.b, self.x[r], self.b.mul(self.K, self.int(2)))
+        return spread(self.b, moved(self.b, place, 4 * number), element, self.lanes)
+
+
+def sums(s):
+    """The products of all planes with all columns, exactly. On VNNI's the codes of weights count 128 too high."""
+    step = _avx2_step if s.how == "avx2" else _wide_step
+    return s.blocks(BLOCK, lambda i, acc: step(s, i, acc), PANEL_BYTES)
+
+
+def _wide_step(s, i, acc):
+    b, dot, acc = s.b, WIDE[s.how], dict(acc)
+    start, k = b.mul(i, s.int(PANEL_BYTES)), b.mul(i, s.int(BLOCK))
+    for g in range(BLOCK // 4):
+        columns = [s.codes(c, start, 64 * g) for c in range(s.cols)]
+        for r in range(s.rows):
+            for p in s.planes:
+                a = s.a(r, p, b.add(k, s.int(4 * g)))
+                for c in range(s.cols):
+                    acc[r, p, c] = dot(b, acc[r, p, c], columns[c], a)
+    return acc
+
+
+def _avx2_step(s, i, acc):
+    """|w| times a xor the sign of w, which counts a as -a - 1 where w is negative: from -32768 to 32512 a pair."""
+    b, acc = s.b, dict(acc)
+    start, k = b.mul(i, s.int(PANEL_BYTES)), b.mul(i, s.int(BLOCK))
+    for g in range(BLOCK // 4):
+        for c in range(s.cols):
+            w = s.codes(c, start, 64 * g)
+            sign, size = b.sext(b.icmp_signed("<", w, constant(w.type, 0)), w.type), absolute(b, w)
+            for r in range(s.rows):
+                for p in s.planes:
+                    a = b.xor(s.a(r, p, b.add(k, s.int(4 * g))), sign)
+                    acc[r, p, c] = b.add(acc[r, p, c], pair_sums(b, maddubs(b, size, a)))
+        acc = dict(zip(acc, pinned(b, acc.values()), strict=True))
+    return acc
+
+
+def scaled(s, acc, grid):
+    """float32(float64(exact) * (float64(row's scale) * float64(feature's scale))) for each row and column."""
+    b, values = s.b, {}
+    for r, c in s.places():
+        values[r, c] = b.fptrunc(b.fmul(exact(s, acc, r, c), scale(s, r, c)), s.floats)
+    return values
+
+
+def requantized(s, acc, grid):
+    """Values of the grid at an address, made as `ops.code_fixed` says. The constants are its own, and its steps."""
+    b, values, longs = s.b, {}, vector(I64, s.lanes)
+    word = lambda n: splat(b, read(b, moved(b, pointer(b, grid), 4 * n), F32, 4), s.floats)
+    kind, y_scale, zero, low, high = (word(n) for n in (0, 1, 3, 4, 5))
+    known = b.fcmp_ordered("==", kind, constant(s.floats, 1.0))
+    for r, c in s.places():
+        m = b.fdiv(scale(s, r, c), b.fpext(y_scale, vector(F64, s.lanes)))
+        sound = b.and_(known, b.fcmp_ordered("ord", m, m))
+        r32 = b.sitofp(_fixed(b, b.fptosi(exact(s, acc, r, c), longs), m), s.floats)
+        code = _clamped(b, b.fadd(zero, r32), low, high)
+        value = b.fmul(b.fsub(code, zero), y_scale)
+        values[r, c] = b.select(sound, value, constant(s.floats, float("nan")))
+    return values
+
+
+def _fixed(b, acc, m):
+    """round(acc * M / 2**shift), half away from zero, at most 2**20 in size, where m = M / 2**shift nearly."""
+    of = lambda n: constant(acc.type, n)
+    bits = b.bitcast(m, acc.type)
+    shift = b.sub(of(31 + 1022), b.and_(b.lshr(bits, of(52)), of(2047)))
+    unit = b.bitcast(b.or_(b.and_(bits, of((1 << 52) - 1)), of(1022 << 52)), m.type)  # 0.5 <= unit < 1
+    M = b.fptosi(b.fadd(b.fmul(unit, constant(m.type, 2.0**31)), constant(m.type, 0.5)), acc.type)
+    negative = b.icmp_signed("<", acc, of(0))
+    size = b.select(negative, b.sub(of(0), acc), acc)
+    large = b.icmp_signed("<", shift, of(17))
+    of_large = b.mul(_least(b, size, of(1 << 18)), M)
+    upper = b.mul(size, b.lshr(M, of(16)))
+    of_others = b.add(upper, b.lshr(b.mul(size, b.and_(M, of(65535))), of(16)))
+    total = b.select(large, of_large, of_others)
+    by = b.select(large, shift, b.sub(shift, of(16)))
+    by = _least(b, b.select(b.icmp_signed("<", by, of(1)), of(1), by), of(62))
+    rounded = b.lshr(b.add(total, b.shl(of(1), b.sub(by, of(1)))), by)
+    rounded = _least(b, rounded, of(1 << 20))
+    return b.select(negative, b.sub(of(0), rounded), rounded)
+
+
+def _least(b, x, y):
+    return b.select(b.icmp_signed("<", x, y), x, y)
+
+
+def _clamped(b, x, low, high):
+    x = b.select(b.fcmp_ordered("<", x, high), x, high)
+    return b.select(b.fcmp_ordered(">", x, low), x, low)
+
+
+def scale(s, r, c):
+    """float64(row's scale) * float64(feature's scale), exactly."""
+    b, doubles = s.b, vector(F64, s.lanes)
+    return b.fmul(b.fpext(s.tail(r, 0, F32), doubles), b.fpext(s.word(c, 0, F32), doubles))
+
+
+def exact(s, acc, r, c):
+    """The sum of a row and a column in float64, which has all of them exactly.
+
+    It is the sum of a w - w's zero * the row's sum - the row's zero * sum of (w - zero). One plane: below 2**31, so
+    that int32 may wrap on the way. Two: 256 * first + second.
+    """
+    return (_exact_of_one if len(s.planes) == 1 else _exact_of_two)(s, acc, r, c)
+
+
+def _exact_of_one(s, acc, r, c):
+    b = s.b
+    both = b.add(b.mul(s.word(c, 1, I32), s.tail(r, 2, I32)), b.mul(s.tail(r, 1, I32), s.word(c, 2, I32)))
+    return b.sitofp(b.sub(acc[r, 0, c], both), vector(F64, s.lanes))
+
+
+def _exact_of_two(s, acc, r, c):
+    b, double = s.b, lambda v: s.b.sitofp(v, vector(F64, s.lanes))
+    first, second = double(acc[r, 0, c]), double(acc[r, 1, c])
+    products = b.fadd(b.fmul(first, constant(first.type, 256.0)), second)
+    of_zero = b.fmul(double(s.word(c, 1, I32)), double(s.tail(r, 2, I32)))
+    of_row = b.fmul(double(s.tail(r, 1, I32)), double(s.word(c, 2, I32)))
+    return b.fsub(products, b.fadd(of_zero, of_row))
+
+
+SCALINGS = {"float": scaled, "fixed": requantized}
+
+
+@primitive()
+def code_tile(context, shape, num_rows, x, w, out, ahead, grid):
+    """out = x W^T (+ residual) for num_rows rows by a number of panels, over all of K.
+
+    shape: literals: planes, 1 or 2; (fewest, most) rows; panels; one of SCALINGS. x: `tiles.Rows` of codes. w:
+    `tiles.Panels`, K that of a plane. out: `tiles.Output`. ahead: `tiles.Ahead`. grid: the address
+    of the output's grid, if it has one.
+    """
+    planes, rows, panels, scaling = shape
+    fewest, most = (n.literal_value for n in rows)
+    how = planes.literal_value, range(panels.literal_value), SCALINGS[scaling.literal_value]
+
+    def codegen(ctx, b, sig, args):
+        magic = ctx.codegen().magic_tuple()
+        operands = [fields(b, *pair) for pair in zip(sig.args[2:6], args[2:6], strict=True)]
+        choice = b.switch(args[1], end := b.append_basic_block("no_rows"))
+        for height in range(fewest, most + 1):
+            choice.add_case(ir.Constant(I64, height), block := b.append_basic_block(f"rows_{height}"))
+            b.position_at_start(block)
+            _tile(b, magic, how, height, operands, args[6])
+            b.branch(end)
+        b.position_at_start(end)
+        return ctx.get_dummy_value()
+
+    return types.void(shape, types.int64, x, w, out, ahead, types.int64), codegen
+
+
+def _tile(b, magic, how, height, operands, grid):
+    """All columns at once in registers of sixteen lanes; as many as fit in those of eight."""
+    (planes, panels, scaling), (x, w, out, ahead) = how, operands
+    lanes = lanes_of(True, targets.int_dot(magic))
+    columns = [(p, first) for p in panels for first in range(0, LANES, lanes)]
+    at_once = len(columns) if lanes == LANES else max(1, NARROW_SUMS // (height * planes))
+    for start in range(0, len(columns), at_once):
+        s = CodeSite(b, magic, height, columns[start : start + at_once], lanes, x, w, planes=planes)
+        look_ahead(s, w, ahead)
+        finish(s, scaling(s, sums(s), grid), out)

@@ -1,0 +1,173 @@
+"""The linear layers of a mixture of experts: the definitions.
+
+A token's top_k experts make X pairs (token, rank). `group_experts` of `ops/linear/moe.py` puts them in order of expert,
+and the ops here work on that order, T X rows in all, so that an expert's rows lie together and its weights are read
+once:
+
+    ExpertRows      row s = the prepared input of the token that pair order[s] belongs to
+    ExpertLinear    out[s] = x[s] W[e]^T, where e is the expert of row s
+    ExpertGated     row s = activation(gate) * up, prepared
+    ExpertScatter   y[order[s]] = x[s], back to the order of pairs
+
+Prepared means: as it is for f32 and f16 weights, rounded for bf16, quantized for the others
+(`ops/elementwise/activations.py`). Every output element is what `ops/linear/linear.py` defines for that row and weight,
+whichever rows share the expert.
+"""
+
+import numpy as np
+
+from lockstep.formats import FORMATS
+from lockstep.formats.parts.rows import ROW_FORMATS, plain_row
+from lockstep.native.kernel import definition, inlined, kernel, variant
+from lockstep.native.numbers import int32
+from lockstep.native.simd import peek, poke
+from lockstep.ops.elementwise.activations import check_rows, quantize_row, round_row
+from lockstep.ops.elementwise.gated_mul import check_gate
+from lockstep.ops.elementwise.gates import GATES
+from lockstep.ops.linear.linear import LAYOUTS, PREPARATION, PRODUCTS, constants
+from lockstep.runtime.backend import Implementation
+from lockstep.runtime.operands import Operands, output, packed, rows
+from lockstep.runtime.program import Tensor, Weight
+from lockstep.runtime.step import num_rows
+
+PUT = ROW_BYTES = READ = DOT = GATE = None  # constants of the variants below
+
+
+class ExpertPreparation(Operands):
+    """An op that makes top_k rows of `width` values for each row of the step, prepared for a format of weights."""
+
+    out: Tensor = output(dtype=None)
+    width: int
+    top_k: int
+    preparation: str
+
+    def check(self):
+        check_rows(self, "out", self.preparation, self.width, self.top_k)
+
+    @property
+    def kind(self):
+        return f"{self.name()}_{ROW_FORMATS[self.preparation].name}"
+
+
+class ExpertRows(ExpertPreparation):
+    """Row s of out: the row of x that pair order[s] belongs to."""
+
+    x: Tensor = rows("width")
+    order: Tensor = rows("top_k", dtype="i32")
+
+
+class ExpertLinear(Operands):
+    """out[s] = x[s] W[e]^T; the rows of expert e are those from expert_start[e] on, its weights e * features and on."""
+
+    out: Tensor = output("top_k * features")
+    x: Tensor = rows(dtype=None)
+    expert_start: Tensor = rows("num_experts + 1", dtype="i32")
+    weight: Weight = packed("num_experts * features, width")
+    width: int
+    features: int
+    num_experts: int
+    top_k: int
+
+    def check(self):
+        check_rows(self, "x", PREPARATION[self.weight.format], self.width, self.top_k)
+
+    @property
+    def kind(self):
+        return f"expert_linear_{self.weight.format}"
+
+    def flops(self, context):
+        return 2 * self.top_k * self.width * self.features
+
+
+class ExpertGated(ExpertPreparation):
+    """Row s of out: activation(gate) * up; row s of x: gate [width], up [width]. activation: one of `gates.GATES`."""
+
+    x: Tensor = rows("2 * top_k * width")
+    activation: str
+
+    def check(self):
+        check_gate(self)
+        super().check()
+
+    @property
+    def kind(self):
+        return gated_kind(self.activation, ROW_FORMATS[self.preparation].name)
+
+
+def gated_kind(activation: str, rows: str) -> str:
+    """The kind of an ExpertGated, by the format of the rows that it makes."""
+    return f"expert_gated_{rows}" if activation == "silu" else f"expert_{activation}_gated_{rows}"
+
+
+class ExpertScatter(Operands):
+    """out[order[s]] = x[s]."""
+
+    out: Tensor = output("top_k * width")
+    x: Tensor = rows("top_k * width")
+    order: Tensor = rows("top_k", dtype="i32")
+    width: int
+    top_k: int
+
+
+@inlined
+def pair_at(order, s):
+    """The pair in row s: token * top_k + rank."""
+    return np.int64(peek(order + 4 * s, int32))
+
+
+@definition
+def put_f32(x_K, out):
+    """A row as it is."""
+    for k in range(x_K.size):
+        poke(out + 4 * k, x_K[k])
+
+
+def _rows(op, step, thread, num_threads):
+    a = ExpertRows.read(op)
+    for s in range(num_rows(op, step) * a.top_k if thread == 0 else 0):
+        t = pair_at(a.order, s) // a.top_k
+        PUT(plain_row(a.x + 4 * a.width * t, a.width), a.out + ROW_BYTES(a.width) * s)
+
+
+def _gated(op, step, thread, num_threads):
+    a = ExpertGated.read(op)
+    K, row_K = a.width, np.empty(a.width, np.float32)
+    for s in range(num_rows(op, step) * a.top_k if thread == 0 else 0):
+        x = plain_row(a.x + 8 * K * s, 2 * K)
+        for k in range(K):
+            row_K[k] = GATE(x[k], x[K + k])
+        PUT(row_K, a.out + ROW_BYTES(K) * s)
+
+
+@kernel
+def _scatter(op, step, thread, num_threads):
+    a = ExpertScatter.read(op)
+    for s in range(num_rows(op, step) * a.top_k if thread == 0 else 0):
+        put_f32(plain_row(a.x + 4 * a.width * s, a.width), a.out + 4 * a.width * pair_at(a.order, s))
+
+
+def _linear(op, step, thread, num_threads):
+    a = ExpertLinear.read(op)
+    K, N = a.width, a.features
+    for e in range(a.num_experts if thread == 0 else 0):
+        for s in range(pair_at(a.expert_start, e), pair_at(a.expert_start, e + 1)):
+            x = READ(a.x + ROW_BYTES(K) * s, K)
+            for n in range(N):
+                poke(a.out + 4 * (N * s + n), DOT(x, a.weight, e * N + n, K))
+
+
+PUTS = {"f32": put_f32, "bf16": round_row, "q8": quantize_row}
+REFERENCE = {"expert_scatter": Implementation(_scatter)}
+for _rows_of in ROW_FORMATS.values():
+    _name, _constants = _rows_of.name, dict(PUT=PUTS[_rows_of.name], ROW_BYTES=_rows_of.num_bytes)
+    globals()[f"_rows_{_name}"] = variant(_rows, f"_rows_{_name}", **_constants)
+    REFERENCE[f"expert_rows_{_name}"] = Implementation(globals()[f"_rows_{_name}"])
+    for _activation, _gate in GATES.items():
+        _kernel = f"_gated_{_activation}_{_name}"
+        globals()[_kernel] = variant(_gated, _kernel, **_constants, GATE=_gate)
+        REFERENCE[gated_kind(_activation, _name)] = Implementation(globals()[_kernel])
+for _name, _product in PRODUCTS.items():
+    globals()[f"_linear_{_name}"] = variant(_linear, f"_linear_{_name}", **constants(_product))
+for _name, _format in FORMATS.items():
+    _kernel = globals()[f"_linear_{_format.product.name}"]
+    REFERENCE[f"expert_linear_{_name}"] = Implementation(_kernel, LAYOUTS[_name])

@@ -1,0 +1,50 @@
+"""A tile of a linear layer, as its format emits it: the loop over K, and what is stored where."""
+
+from lockstep.formats import FORMATS
+from lockstep.formats.parts.rows import QUANTIZED
+from lockstep.formats.parts.tiles import Site, begin, fields, finish, lanes_of, look_ahead
+from lockstep.native import targets
+from lockstep.native.emit import ir
+from lockstep.native.numbers import types
+from lockstep.native.simd import I64, LANES, primitive
+
+WHOLE_PANELS = 2  # so few rows leave registers for whole panels where these are more than one vector
+
+
+@primitive()
+def linear_tile(context, format, shape, num_rows, x, w, out, ahead):
+    """out = x W^T (+ residual) for num_rows rows by a number of panels, over K or a part of it.
+
+    format: a literal, the name of one. shape: literals: (fewest, most) rows; panels; how many of them are worked on
+    together, the others following. All panels are read, but only as many stored as `out` says. x: `Rows`. w: `Panels`.
+    out: `Output`. ahead: `Ahead`.
+    """
+    heights, num_cols, at_once = shape[0], shape[1].literal_value, shape[2].literal_value
+    heights = range(heights[0].literal_value, heights[1].literal_value + 1)
+
+    def codegen(ctx, b, sig, args):
+        magic = ctx.codegen().magic_tuple()
+        operands = [fields(b, *pair) for pair in zip(sig.args[3:], args[3:], strict=True)]
+        choice = b.switch(args[2], end := b.append_basic_block("no_rows"))
+        for height in heights:
+            choice.add_case(ir.Constant(I64, height), block := b.append_basic_block(f"rows_{height}"))
+            b.position_at_start(block)
+            for start in range(0, num_cols, at_once):
+                _tile(b, magic, format.literal_value, height, range(start, start + at_once), operands)
+            b.branch(end)
+        b.position_at_start(end)
+        return ctx.get_dummy_value()
+
+    return types.void(format, shape, types.int64, x, w, out, ahead), codegen
+
+
+def _tile(b, magic, format, height, panels, operands):
+    x, w, out, ahead = operands
+    lanes = lanes_of(FORMATS[format].product.rows is QUANTIZED, targets.int_dot(magic))
+    columns = [(p, first) for p in panels for first in range(0, LANES, lanes)]
+    whole = height <= WHOLE_PANELS or lanes == LANES
+    for group in [columns] if whole else [[column] for column in columns]:
+        s = Site(b, magic, height, group, lanes, x, w)
+        begin(s, out)
+        look_ahead(s, w, ahead)
+        finish(s, FORMATS[format].tile(s), out)

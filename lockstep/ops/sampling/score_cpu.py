@@ -1,0 +1,373 @@
+"""Scores of rows by their logits: the fast kernel. It takes the time of the linear layers that it consists of.
+
+Threads claim (4096 tokens of the vocabulary, a few rows), the rows of the same tokens one after the other, so that
+these weights are read from memory once. A claim's logits are made by the tiles of `linear_cpu` and stay in the cache:
+
+    logits of a claim | of each row: grid, maximum and first token that has it | sums of exp and of exp * difference
+    wait for all | of each row: the chunks' sums in ascending order, and the scores
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from lockstep.formats import FORMATS
+from lockstep.formats.parts.rows import NATIVE_BF16, f32_bytes
+from lockstep.native.kernel import inlined, separate, variant
+from lockstep.native.machine import FLUSH, IEEE, fetch_add, kept_apart, set_float_control, stack_memory, wait_until
+from lockstep.native.numbers import float32, int32, int64
+from lockstep.native.simd import (
+    fma,
+    lane_numbers,
+    lanes,
+    load,
+    max_lanes,
+    maximum,
+    peek,
+    poke,
+    sum_lanes,
+    to_f32,
+    where_below,
+)
+from lockstep.ops.integer.code_linear_cpu import sweep
+from lockstep.ops.integer.code_rows import TAIL_PLANES, code_bytes, plane_bytes
+from lockstep.ops.integer.code_weights import FORMAT as CODES
+from lockstep.ops.integer.code_weights import PANELS
+from lockstep.ops.linear.linear_cpu import (
+    LAYOUTS,
+    MAX_ROWS,
+    Claim,
+    Sizes,
+    constants,
+    merged,
+    part_of_k,
+    rows_at_once,
+    sweep_claim,
+    together,
+    whole_rows,
+)
+from lockstep.ops.math import exp, log
+from lockstep.ops.rounded.grids import KIND, ROW_ASYMMETRIC, ROW_SYMMETRIC
+from lockstep.ops.rounded.grids_cpu import quantize_row
+from lockstep.ops.sampling.sample import CHUNK, INFINITY, LOWEST, UNKNOWN
+from lockstep.ops.sampling.sample_cpu import weight
+from lockstep.ops.sampling.score import (
+    BASE_NLL,
+    BASE_TOP,
+    CHUNK_WORDS,
+    DELTA_P,
+    KL,
+    NLL,
+    NUM_SCORES,
+    ONE,
+    SAME_TOP,
+    TOP,
+    TOP_LOGPROB,
+    ZERO,
+    Score,
+    difference,
+    divergence,
+    implementations,
+    nll_of,
+)
+from lockstep.runtime.operands import WeightArrays
+from lockstep.runtime.step import COUNTER, num_rows
+
+WORDS = 4  # bytes
+ROW = WORDS * (CHUNK + 16)  # from one row of a claim's logits to the next: a line more, since caches dislike 4096
+MOST_ROWS = 48  # of a claim; with a base half as many, since each has two rows of logits
+FEWEST_ROWS = 2 * MAX_ROWS  # fewer would be too little arithmetic for the bytes of a chunk of weights
+MEMORY_BYTES = MOST_ROWS * ROW
+CLAIMS = 8  # of a thread, at least, where there are enough rows
+DONE = 1 << 32  # what a thread without work adds to the counter, which counts claims below
+SIXTEEN, FAR = np.float32(16), np.float32(CHUNK)
+# words of a chunk in a row's scratch
+HIGHEST, FIRST, SUM, BASE_HIGHEST, BASE_FIRST, BASE_SUM, CROSS = range(CHUNK_WORDS)
+FEW_ROWS = 2  # share a panel at a time, as in `linear_cpu`, but in all formats: more rows are the rule here
+FORMAT = BLOCK = PANEL_BYTES = ROW_BYTES = None  # of a variant, see `linear_cpu`
+MULTIPLY = None  # of a variant: what makes the logits of a claim
+
+
+class Head(NamedTuple):
+    """What `sweep_claim` wants of a layer, for some rows and a chunk of a head; out: where panel 0 would be."""
+
+    x: int
+    weight: WeightArrays
+    in_features: int
+    out_features: int
+    out: int
+    residual: int
+    width: int
+    column: int
+
+
+class Part(NamedTuple):
+    """A claim: a chunk of the vocabulary, by its panels first .. last, and so many rows from row t on."""
+
+    chunk: int
+    first: int
+    last: int
+    t: int
+    num_rows: int
+
+
+class Logits(NamedTuple):
+    """Largest logit of a row (at least LOWEST), the logarithm of its sum, the token, and whether it has a softmax."""
+
+    largest: float
+    log_total: float
+    token: float
+    sound: bool
+
+
+@inlined
+def sizes_of(head, row, panel, part):
+    """The `Sizes` of a claim; row, panel: bytes of in_features values of x and of a panel."""
+    in_cache = part_of_k(head.in_features, panel, part.num_rows, FEW_ROWS)
+    return Sizes(row, panel, rows_at_once(row), in_cache, (head.out_features + 15) // 16)
+
+
+@merged
+def multiplied(format, head, row, panel, part):
+    """Writes the logits of a claim."""
+    claim = Claim(0, part.num_rows, part.first, part.last, part.first)
+    sweep_claim(format, FEW_ROWS, together, whole_rows, head, sizes_of(head, row, panel, part), claim)
+
+
+@separate
+def multiplied_pairs(head, row, panel, part):
+    """The same by pairs of bf16 where they take FLUSH mode."""
+    kept_apart()
+    multiplied("bf16", head, row, panel, part)
+
+
+@separate
+def multiplied_flushing(format, head, row, panel, part):
+    """The same, and the mode, which scores do not have."""
+    kept_apart()
+    set_float_control(FLUSH)
+    multiplied_pairs(head, row, panel, part)
+    set_float_control(IEEE)
+
+
+@merged
+def multiplied_codes(format, head, row, panel, part):
+    """Writes the logits of a claim by a head of codes."""
+    if peek(head.x + 2 * plane_bytes(head.in_features) + TAIL_PLANES, int32) == 1:
+        sweep(1, "float", head, 0, part.num_rows, part.first, part.last)
+    else:
+        sweep(2, "float", head, 0, part.num_rows, part.first, part.last)
+
+
+def _score(op, step, thread, num_threads):
+    """See above; claims and the barrier count on the op's own counter."""
+    a, T = Score.read(op), num_rows(op, step)
+    K, C, counter, memory = a.in_features, chunks_of(a), peek(op + 8 * COUNTER, int64), stack_memory(MEMORY_BYTES)
+    rows, base = rows_of_claim(T, C, num_threads, a.base_x != 0), memory + MEMORY_BYTES // 2
+    claims = (T + rows - 1) // rows * C
+    claim = fetch_add(counter, 1) % DONE
+    while claim < claims:
+        part = part_of(a, claim, claims // C, rows, T)
+        for is_base in range(2 if a.base_x else 1):
+            if is_base and a.base_f32:
+                head = head_of(a, a.base_x + f32_bytes(K) * part.t, a.base_weight, base, part)
+                multiplied("f32", head, f32_bytes(K), 64 * K, part)
+            else:
+                x, weights, out = (a.base_x, a.base_weight, base) if is_base else (a.x, a.weight, memory)
+                head = head_of(a, x + ROW_BYTES(K) * part.t, weights, out, part)
+                MULTIPLY(FORMAT, head, ROW_BYTES(K), K // BLOCK * PANEL_BYTES, part)
+        for r in range(part.num_rows):
+            score_chunk(a, part.t + r, part.chunk, C, memory + ROW * r, base + ROW * r)
+        claim = fetch_add(counter, 1) % DONE
+    fetch_add(counter, DONE)
+    wait_until(counter, DONE * num_threads)
+    for t in range(thread, T, num_threads):
+        finish_row(a, t, C)
+
+
+@inlined
+def part_of(a, claim, num_blocks, rows, T):
+    """A claim's `Part`: the blocks of rows of a chunk follow one another."""
+    chunk, t = claim // num_blocks, claim % num_blocks * rows
+    first = CHUNK // 16 * chunk
+    return Part(chunk, first, min(first + CHUNK // 16, (a.vocab_size + 15) // 16), t, min(rows, T - t))
+
+
+@inlined
+def head_of(a, x, weights, out, part):
+    """The `Head` that writes a claim's logits at an address."""
+    return Head(x, weights, a.in_features, a.vocab_size, out - 64 * part.first, 0, ROW // WORDS, 0)
+
+
+@inlined
+def chunks_of(a):
+    return (a.vocab_size + CHUNK - 1) // CHUNK
+
+
+@inlined
+def rows_of_claim(T, C, num_threads, has_base):
+    """Rows of a claim: whole tiles, few enough for all threads to end together, enough to be worth the weights."""
+    wanted = T * C // (CLAIMS * num_threads) // MAX_ROWS * MAX_ROWS
+    return max(FEWEST_ROWS, min(wanted, MOST_ROWS // 2 if has_base else MOST_ROWS))
+
+
+@inlined
+def row_scratch(a, t):
+    """Address of what is kept of a row's chunks."""
+    return a.scratch + WORDS * a.scratch_width * t
+
+
+@inlined
+def score_chunk(a, t, c, C, logits, base):
+    """What is kept of a chunk of row t: logits and base logits lie at addresses, with room for whole lanes."""
+    count, scratch = min(CHUNK, a.vocab_size - CHUNK * c), row_scratch(a, t)
+    kept, at_target = scratch + WORDS * CHUNK_WORDS * c, scratch + WORDS * CHUNK_WORDS * C
+    place = int64(peek(a.target + WORDS * t, int32)) - CHUNK * c
+    if a.grid:
+        round_part(logits, count, a.grid)
+    if 0 <= place < count:
+        poke(at_target, peek(logits + WORDS * place, float32))
+        if a.base_x:
+            poke(at_target + WORDS, peek(base + WORDS * place, float32))
+    fill_lanes(logits, count)
+    largest = keep_peak(logits, count, kept + WORDS * HIGHEST)
+    if a.base_x:
+        fill_lanes(base, count)
+        compare_sums(logits, base, count, largest, keep_peak(base, count, kept + WORDS * BASE_HIGHEST), kept)
+    else:
+        total = lanes(ZERO)
+        for i in range(0, count, 16):
+            total = total + weight(load(logits + WORDS * i), largest)
+        poke(kept + WORDS * SUM, sum_lanes(total))
+
+
+@inlined
+def round_part(logits, count, grid):
+    """Rounds a chunk of a row's logits as `score.round_logits` does the row: blocks do not cross chunks."""
+    kind = int64(peek(grid + WORDS * KIND, float32))
+    if kind == ROW_SYMMETRIC or kind == ROW_ASYMMETRIC:
+        for i in range(count):
+            poke(logits + WORDS * i, UNKNOWN)
+    else:
+        quantize_row(logits, count, grid)
+
+
+@inlined
+def fill_lanes(logits, count):
+    """Gives the lanes past the end the lowest logit: they weigh nothing, and have no difference to a base's."""
+    for i in range(count, (count + 15) // 16 * 16):
+        poke(logits + WORDS * i, LOWEST)
+
+
+@inlined
+def keep_peak(logits, count, kept):
+    """Writes the largest of a chunk's logits, and the first place that has it. Returns it as sums go by it."""
+    best, here = lanes(-INFINITY), to_f32(lane_numbers())
+    place = here
+    for i in range(0, count, 16):
+        x = load(logits + WORDS * i)
+        place = where_below(best, x, here, place)
+        best = maximum(x, best)
+        here = here + SIXTEEN
+    highest = max_lanes(best)
+    first = -max_lanes(-where_below(best, highest, FAR, place))
+    poke(kept, highest)
+    poke(kept + WORDS, where_below(first, np.float32(count), first, ZERO))
+    return maximum(highest, LOWEST) + ZERO
+
+
+@inlined
+def compare_sums(logits, base, count, largest, base_largest, kept):
+    """Writes a chunk's sums of exp of logits and of base logits, and of the latter times the difference."""
+    total, base_total, cross = lanes(ZERO), lanes(ZERO), lanes(ZERO)
+    for i in range(0, count, 16):
+        x, y = load(logits + WORDS * i), load(base + WORDS * i)
+        base_weight = weight(y, base_largest)
+        total, base_total = total + weight(x, largest), base_total + base_weight
+        cross = fma(base_weight, y - x, cross)
+    poke(kept + WORDS * SUM, sum_lanes(total))
+    poke(kept + WORDS * BASE_SUM, sum_lanes(base_total))
+    poke(kept + WORDS * CROSS, sum_lanes(cross))
+
+
+# ---------------------------------------------------------------- rows
+
+
+@inlined
+def finish_row(a, t, C):
+    """Writes the scores of a row."""
+    scratch, out, target = row_scratch(a, t), a.out + WORDS * NUM_SCORES * t, int64(peek(a.target + WORDS * t, int32))
+    at_target = scratch + WORDS * CHUNK_WORDS * C
+    trial = joined(scratch, C)
+    trial_nll = score_of(trial, target, a.vocab_size, at_target)
+    for i in range(NUM_SCORES):
+        poke(out + WORDS * i, ZERO)
+    poke(out + WORDS * NLL, trial_nll)
+    poke(out + WORDS * TOP, trial.token if trial.sound else UNKNOWN)
+    poke(out + WORDS * TOP_LOGPROB, ZERO - trial.log_total if trial.sound else UNKNOWN)
+    if a.base_x:
+        base = joined(scratch + WORDS * BASE_HIGHEST, C)
+        base_nll = score_of(base, target, a.vocab_size, at_target + WORDS)
+        both = trial.sound and base.sound
+        kl = divergence(
+            mean_difference(scratch, C, base.largest), trial.largest, trial.log_total, base.largest, base.log_total
+        )
+        poke(out + WORDS * BASE_NLL, base_nll)
+        poke(out + WORDS * KL, kl if both else UNKNOWN)
+        poke(out + WORDS * DELTA_P, difference(trial_nll, base_nll, target) if both else UNKNOWN)
+        poke(out + WORDS * SAME_TOP, (ONE if trial.token == base.token else ZERO) if both else UNKNOWN)
+        poke(out + WORDS * BASE_TOP, base.token if base.sound else UNKNOWN)
+
+
+@inlined
+def score_of(row, target, V, at_target):
+    """-log p(target), whose logit lies at an address."""
+    logit = peek(at_target, float32) if 0 <= target < V else ZERO
+    return nll_of(logit, target, V, row.sound, row.largest, row.log_total)
+
+
+@inlined
+def joined(kept, C):
+    """The `Logits` of all chunks; kept: where the highest logit of the first is."""
+    highest, token, total, sound = -INFINITY, ZERO, ZERO, True
+    for c in range(C):
+        found = peek(kept + WORDS * CHUNK_WORDS * c, float32)
+        if found > highest:
+            highest, token = found, np.float32(CHUNK * c) + peek(kept + WORDS * (CHUNK_WORDS * c + FIRST), float32)
+    largest = maximum(highest, LOWEST) + ZERO
+    for c in range(C):
+        part = peek(kept + WORDS * (CHUNK_WORDS * c + SUM), float32)
+        sound = sound and part == part
+        total = fma(part, chunk_scale(kept, c, largest), total)
+    return Logits(largest, log(total), token, sound)
+
+
+@inlined
+def chunk_scale(kept, c, largest):
+    """What the sums of a chunk are multiplied by."""
+    top = maximum(peek(kept + WORDS * CHUNK_WORDS * c, float32), LOWEST) + ZERO
+    return exp(top - largest)
+
+
+@inlined
+def mean_difference(scratch, C, base_largest):
+    """The sum of p0 * (l0 - l), by the sums of the chunks."""
+    total, cross = ZERO, ZERO
+    for c in range(C):
+        scale, place = chunk_scale(scratch + WORDS * BASE_HIGHEST, c, base_largest), scratch + WORDS * CHUNK_WORDS * c
+        total = fma(peek(place + WORDS * BASE_SUM, float32), scale, total)
+        cross = fma(peek(place + WORDS * CROSS, float32), scale, cross)
+    return cross / total
+
+
+_KERNELS = {}
+for _name in (*FORMATS, CODES):
+    _how = dict(FORMAT=_name, MULTIPLY=multiplied, BLOCK=1, PANEL_BYTES=0, ROW_BYTES=code_bytes)
+    if _name in FORMATS:
+        _how |= {name: value for name, value in constants(FORMATS[_name]).items() if name != "FEW"}
+    if _name == CODES:
+        _how["MULTIPLY"] = multiplied_codes
+    elif FORMATS[_name].flushes and not NATIVE_BF16:
+        _how["MULTIPLY"] = multiplied_flushing
+    _KERNELS[_name] = globals()[f"score_{_name}"] = variant(_score, f"score_{_name}", **_how)
+CPU = implementations(_KERNELS, {**LAYOUTS, CODES: PANELS})

@@ -1,0 +1,91 @@
+"""Prompts in the forms that a body may give them, as token ids."""
+
+from collections.abc import Sequence
+
+from lockstep.serve.errors import bad_request, check_most, wrong_field
+from lockstep.serve.fields.body import shown, whole
+from lockstep.serve.service import Service
+from lockstep.text.tokenizer.tokenizer import Tokenizer
+
+STRING_OR_IDS = "a string, an array of strings, an array of token ids or an array of such arrays"
+
+
+def read_prompts(
+    service: Service, prompt, add_special_tokens: bool, most: int | None, field: str = "prompt", keep_end: bool = True
+) -> tuple[list[str | None], list[list[int]]]:
+    """(texts, lists of token ids) of a prompt in any of its four forms; the text of ids, or of a cut text, is None.
+
+    most: tokens of each prompt, of whose content the end is kept, or else the beginning; None: all. field: that of the
+    body which has the prompt. ApiError 400.
+    """
+    prompts = prompt if isinstance(prompt, list) and not _is_ids(prompt) else [prompt]
+    check_most(field, len(prompts), service.limits.max_prompts, f"{field}s")
+    texts, kept = [], []
+    for each in prompts:
+        ids = _ids(service, each, add_special_tokens, most is not None, field)
+        kept.append(ids if most is None else shortened(service, each, ids, most, keep_end))
+        texts.append(each if isinstance(each, str) and len(kept[-1]) == len(ids) else None)
+    return texts, kept
+
+
+def _is_ids(prompt) -> bool:
+    return not prompt or isinstance(prompt[0], (int, float))
+
+
+def _ids(service: Service, prompt, add_special_tokens: bool, may_be_cut: bool, field: str) -> list[int]:
+    if isinstance(prompt, str):
+        most = service.max_counted if may_be_cut else service.max_context
+        ids = text_tokenizer(service, field).encode(prompt, add_special_tokens, most)
+    elif isinstance(prompt, list):
+        ids = check_ids(service, prompt, field)
+    else:
+        raise wrong_field(field, f"expected {STRING_OR_IDS}, got {shown(prompt)}", "invalid_type")
+    if not ids:
+        raise wrong_field(field, "expected at least one token, got none")
+    return ids
+
+
+def text_tokenizer(service: Service, field: str = "prompt") -> Tokenizer:
+    """The tokenizer. ApiError 400 where there is none."""
+    if service.tokenizer is None:
+        raise bad_request(f"this model has no tokenizer: {field}s must be arrays of token ids", field, "no_tokenizer")
+    return service.tokenizer
+
+
+def check_ids(service: Service, ids: Sequence[float], where: str) -> list[int]:
+    """Token ids that the model has. ApiError 400 for anything else."""
+    vocab, made = service.loaded.vocab_size, []
+    for each in map(whole, ids):
+        if type(each) is not int or not 0 <= each < vocab:
+            raise wrong_field(where, f"expected token ids from 0 to {vocab - 1}, got {shown(each)}")
+        made.append(each)
+    return made
+
+
+def shortened(service: Service, given, ids: list[int], most: int, keep_end: bool) -> list[int]:
+    """At most so many of a prompt's ids. What the tokenizer put around a text stays, and its content is cut.
+
+    given: the text or ids that the ids are of; keep_end: whether to keep the end of the content, or its beginning.
+    ApiError 400 where nothing of the content would be left.
+    """
+    if len(ids) <= most:
+        return ids
+    before, after = _marks_around(text_tokenizer(service), given, ids) if isinstance(given, str) else (0, 0)
+    left = most - before - after
+    if left < 1:
+        raise wrong_field(
+            "truncate_prompt_tokens",
+            f"expected more than the {before + after} tokens that are put around a text, got {most}",
+        )
+    content = ids[before : len(ids) - after]
+    kept = content[-left:] if keep_end else content[:left]
+    return ids[:before] + kept + ids[len(ids) - after :]
+
+
+def _marks_around(tokenizer: Tokenizer, text: str, ids: list[int]) -> tuple[int, int]:
+    """How many of a text's ids the tokenizer put before and after it, such as the beginning of the sequence."""
+    content = tokenizer.encode(text, add_special_tokens=False)
+    for before in range(len(ids) - len(content) + 1):
+        if ids[before : before + len(content)] == content:
+            return before, len(ids) - len(content) - before
+    return 0, 0

@@ -1,0 +1,143 @@
+"""The form that an answer has to have: OpenAI's response_format, and vLLM's names for the same and more."""
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from lockstep.serve.errors import bad_request, wrong_field
+from lockstep.serve.fields.body import Fields, Items, SimpleOr, loads, shown
+from lockstep.serve.fields.known import STRUCTURED, KnownFields
+from lockstep.serve.service import Service
+from lockstep.text.grammars import structured
+from lockstep.text.grammars.gbnf import is_gbnf, to_lark
+from lockstep.text.grammars.structured import told_as
+
+
+class SchemaFields(Fields):
+    """A JSON schema with OpenAI's wrapping."""
+
+    name: str | None = None
+    schema_: dict | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Fields):
+    """What the answer's text has to be."""
+
+    type: str
+    json_schema: SchemaFields | None = None
+    schema_: dict | None = Field(None, alias="schema")
+    pattern: str | None = None
+    grammar: str | None = None
+
+
+class StructuredOutputs(KnownFields):
+    """vLLM's extension: one of these."""
+
+    refused: ClassVar = STRUCTURED
+    inside: ClassVar = "structured_outputs."
+
+    json_: SimpleOr[str, dict] | None = Field(default=None, alias="json")
+    regex: str | None = None
+    choice: Items[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+
+class FormFields(Fields):
+    """The fields of a request that say it."""
+
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: SimpleOr[str, dict] | None = None
+    guided_regex: str | None = None
+    guided_choice: Items[str] | None = None
+    guided_grammar: str | None = None
+    json_schema: SimpleOr[str, dict] | None = None  # llama.cpp's name for guided_json
+    grammar: str | None = None  # llama.cpp's, in GBNF; "" is none
+
+    @property
+    def form_names(self) -> list[str]:
+        """Those of them that are there."""
+        return [
+            name
+            for name in FormFields.model_fields
+            if (value := getattr(self, name)) is not None and not (name == "grammar" and not value)
+        ]
+
+
+def masks(service: Service, fields, count):
+    """A mask for each of so many prompts of a request with FormFields. ApiError 400 for a form that cannot be."""
+    if service.chat is None:
+        raise bad_request("this model has no tokenizer, so its answers have no form", "response_format", "no_tokenizer")
+    grammar = grammar_of(fields)
+    with told_as(form_of(fields)):
+        return [
+            None if grammar is None else service.chat.grammars.mask(grammar, fields.num_samples) for _ in range(count)
+        ]
+
+
+def form_of(fields) -> str:
+    """The field of a request with FormFields that asks for a form of the answer."""
+    return (fields.form_names or ["grammar"])[0]
+
+
+def grammar_of(fields):
+    """The grammar that response_format or one of vLLM's extensions asks for; None where the text is free."""
+    with told_as(form_of(fields)):
+        return _grammar_of(fields)
+
+
+def _grammar_of(fields):
+    options, extension = fields.response_format, fields.structured_outputs or StructuredOutputs.model_validate({})
+    given = {
+        "response_format": _format_grammar(options) if options else None,
+        "guided_json": _maybe(json_schema, fields.guided_json, extension.json_),
+        "guided_regex": _maybe(structured.regex, fields.guided_regex, extension.regex),
+        "guided_choice": _maybe(structured.choice, fields.guided_choice, extension.choice),
+        "guided_grammar": _maybe(lark_or_gbnf, fields.guided_grammar, extension.grammar),
+        "grammar": _maybe(lark_or_gbnf, fields.grammar or None, None),
+        "json_schema": _maybe(json_schema, fields.json_schema, None),
+        "json_object": structured.json_object() if extension.json_object else None,
+    }
+    found = {name: grammar for name, grammar in given.items() if grammar is not None}
+    if len(found) > 1:
+        raise bad_request(f"expected at most one form of the answer, got {' and '.join(found)}", next(iter(found)))
+    return next(iter(found.values()), None)
+
+
+def _maybe(make, first, second):
+    value = first if first is not None else second
+    return None if value is None else make(value)
+
+
+def lark_or_gbnf(text: str) -> str:
+    """The grammar of a text in Lark, or in llama.cpp's GBNF."""
+    return structured.lark(to_lark(text) if is_gbnf(text) else text)
+
+
+def json_schema(schema, strict: bool = True):
+    """The grammar of a schema, which may be JSON text."""
+    if isinstance(schema, str):
+        try:
+            schema = loads(schema, "a JSON schema")
+        except (ValueError, RecursionError):
+            raise ValueError("JSON schema: expected an object or its JSON text") from None
+    return structured.json_schema(schema, strict)
+
+
+def _format_grammar(options):
+    kind, wrapped = options.type, options.json_schema
+    schema = options.schema_ if wrapped is None else wrapped.schema_
+    if kind == "text":
+        return None
+    if kind in ("json_object", "json_schema") and schema is not None:
+        return structured.json_schema(schema, bool(wrapped and wrapped.strict))
+    if kind == "json_object":
+        return structured.json_object()
+    if kind == "regex" and options.pattern is not None:
+        return structured.regex(options.pattern)
+    if kind == "grammar" and options.grammar is not None:
+        return lark_or_gbnf(options.grammar)
+    expected = "text, json_object, json_schema with its schema, regex with a pattern, or grammar with a grammar"
+    raise wrong_field("response_format", f"expected {expected}, got {shown(kind)}")

@@ -1,0 +1,199 @@
+"""The fields that say how tokens are chosen, the same on every route that generates."""
+
+import dataclasses
+import secrets
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from lockstep.engine.request import MIN_TEMPERATURE, SamplingParams
+from lockstep.serve.errors import check_most, not_allowed, wrong_field
+from lockstep.serve.fields.body import Items, Whole, shown, whole
+from lockstep.serve.fields.known import GENERATION, KnownFields
+from lockstep.serve.fields.prediction import PredictionFields
+from lockstep.serve.limits import Limits
+
+INT64: dict[str, Any] = dict(ge=-(1 << 63), le=(1 << 63) - 1)
+TokenId = Annotated[Whole, Field(ge=0, lt=1 << 31)]
+Count = Annotated[Whole, Field(ge=0, le=1 << 30)]
+UNTIL_FULL = RANDOM = -1  # as max_tokens, and as seed
+MOST_TOKENS = ("n_predict", "max_completion_tokens", "max_tokens", "max_output_tokens")  # names of the same on routes
+
+
+def _check_most(value: int) -> int:
+    if value < 1 and value != UNTIL_FULL:
+        raise ValueError("expected at least 1, or -1 for as many as the context has room for")
+    return value
+
+
+# of an answer: as many as the context has room for where it is more, or UNTIL_FULL
+MostTokens = Annotated[Whole, AfterValidator(_check_most)]
+CacheSalt = Annotated[str, Field(max_length=256)]
+Penalty = Annotated[float, Field(ge=0.01, le=100)]
+
+
+def _as_object(biases: object) -> object:
+    """llama.cpp's form of logit_bias, an array of [token id, bias], as OpenAI's; anything else as it is."""
+    if not isinstance(biases, list):
+        return biases
+    for each in biases:
+        if not (isinstance(each, list) and len(each) == 2 and type(whole(each[0])) is int):
+            raise ValueError("expected an object from token ids to numbers, or an array of [token id, number]")
+    return {str(whole(token)): bias for token, bias in biases}
+
+
+Biases = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_as_object)]
+
+
+class SamplingFields(KnownFields):
+    """OpenAI's sampling fields and the usual extensions. null stands for the default."""
+
+    refused: ClassVar = GENERATION
+
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[Whole, Field(ge=-1, le=(1 << 31) - 1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: Annotated[Whole, Field(**INT64)] | None = None
+    n: Annotated[Whole, Field(ge=1, le=128)] | None = None
+    n_cmpl: Annotated[Whole, Field(ge=1, le=128)] | None = None  # llama.cpp's name, which counts more
+    best_of: Whole | None = None
+    stop: str | Items[str] | None = None
+    stop_token_ids: Items[TokenId] | None = None
+    ignore_eos: bool | None = None
+    min_tokens: Count | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    repetition_penalty: Penalty | None = None
+    repeat_penalty: Penalty | None = None  # llama.cpp's name
+    repeat_last_n: Whole | None = None
+    penalize_nl: bool | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: Biases | None = None
+    suppress_tokens: Items[TokenId] | None = None
+    allowed_token_ids: Items[Whole] | None = None
+    bad_words: Items[str] | None = None
+    cache_salt: CacheSalt | None = None
+    prediction: PredictionFields | None = None
+
+    @property
+    def num_samples(self) -> int:
+        """Of each prompt."""
+        return self.n_cmpl or self.n or 1
+
+
+# what becomes a field of SamplingParams as it is, and its default, where for OpenAI the temperature is 1
+DEFAULTS = {
+    each.name: each.default
+    for each in dataclasses.fields(SamplingParams)
+    if each.name in SamplingFields.model_fields and each.name not in ("seed", "stop", "stop_token_ids", "logit_bias")
+} | {"temperature": 1.0}
+LEAST_TOP_P = 1e-9
+
+
+def sampling_params(
+    fields: SamplingFields, limits: Limits, max_tokens: int, defaults: Mapping, **more
+) -> SamplingParams:
+    """SamplingParams of a request's SamplingFields. ApiError 400 for a value that is not allowed.
+
+    defaults: the model's, for fields that the request does not have; those of the API come after them. more: other
+    arguments of SamplingParams, such as logprobs. Without a seed, or with RANDOM, each request draws with one of its
+    own.
+    """
+    chosen = {
+        name: default if getattr(fields, name) is None else getattr(fields, name)
+        for name, default in {**DEFAULTS, **defaults}.items()
+    }
+    chosen["top_p"] = max(chosen["top_p"], LEAST_TOP_P)  # 0 means the most probable token, for OpenAI
+    chosen["top_k"] = max(chosen["top_k"], 0)  # -1 means all, for vLLM
+    chosen["temperature"] = chosen["temperature"] and max(chosen["temperature"], MIN_TEMPERATURE)
+    chosen["repetition_penalty"] = _repetition_penalty(fields, chosen["repetition_penalty"])
+    seed = secrets.randbits(63) if fields.seed in (None, RANDOM) else fields.seed
+    chosen["n"] = fields.num_samples
+    _check_samples(fields, limits)
+    _check_window(fields, chosen)
+    check_most("suppress_tokens", len(fields.suppress_tokens or ()), limits.max_logit_bias)
+    check_most("stop_token_ids", len(fields.stop_token_ids or ()), limits.max_stop)
+    try:
+        return SamplingParams(
+            max_tokens=max_tokens,
+            seed=seed,
+            stop=_stop(fields.stop, limits),
+            stop_token_ids=tuple(fields.stop_token_ids or ()),
+            logit_bias=_bias(fields.logit_bias or {}, limits),
+            **chosen,
+            **more,
+        )
+    except ValueError as error:
+        raise not_allowed(error) from None
+
+
+def most_tokens(fields: SamplingFields, room: int, default: int | None = None) -> int:
+    """How many tokens an answer may have: the first of MOST_TOKENS that is not null, and at most `room`.
+
+    default: for a body that has none of the fields, where that is not all the room.
+    """
+    given = next((value for name in MOST_TOKENS if (value := getattr(fields, name, None)) is not None), None)
+    if given is None and fields.model_fields_set.isdisjoint(MOST_TOKENS):
+        given = default
+    return room if given in (None, UNTIL_FULL) else min(given, room)
+
+
+def _repetition_penalty(fields: SamplingFields, chosen: float) -> float:
+    first, second = fields.repetition_penalty, fields.repeat_penalty
+    if None not in (first, second) and first != second:
+        raise wrong_field(
+            "repeat_penalty", f"expected the value of repetition_penalty, {shown(first)}, or none, got {shown(second)}"
+        )
+    return chosen if second is None else second
+
+
+def _check_window(fields: SamplingFields, chosen: dict) -> None:
+    """ApiError 400 for penalties that are to look at a part of the tokens only, as llama.cpp's do."""
+    if chosen["repetition_penalty"] == 1 and not chosen["presence_penalty"] and not chosen["frequency_penalty"]:
+        return
+    if fields.repeat_last_n not in (None, -1):
+        raise wrong_field(
+            "repeat_last_n",
+            f"penalties look at all tokens, expected -1 or none, got {fields.repeat_last_n}",
+            "unsupported",
+        )
+    if fields.penalize_nl is False:
+        raise wrong_field(
+            "penalize_nl", "penalties look at all tokens, expected true or none, got false", "unsupported"
+        )
+
+
+def check_single(fields: SamplingFields) -> None:
+    """ApiError 400 for several samples, for routes whose answers have one."""
+    if fields.num_samples != 1:
+        name = _name_of_n(fields)
+        raise wrong_field(name, f"expected 1, got {fields.num_samples}")
+
+
+def _name_of_n(fields: SamplingFields) -> str:
+    return "n" if fields.n_cmpl is None else "n_cmpl"
+
+
+def _check_samples(fields: SamplingFields, limits: Limits) -> None:
+    n, name = fields.num_samples, _name_of_n(fields)
+    check_most(name, n, limits.max_samples)
+    if fields.best_of not in (None, n):
+        raise wrong_field("best_of", f"expected none or the value of {name}, {n}, got {fields.best_of}", "unsupported")
+
+
+def _stop(stop, limits):
+    strings = [each for each in ([stop] if isinstance(stop, str) else stop or []) if each]
+    check_most("stop", len(strings), limits.max_stop, "strings")
+    check_most("stop", max(map(len, strings), default=0), limits.max_stop_chars, "characters")
+    return tuple(strings)
+
+
+def _bias(biases, limits):
+    check_most("logit_bias", len(biases), limits.max_logit_bias, "tokens")
+    for token in biases:
+        if not (token.isascii() and token.isdecimal() and len(token) < 10):
+            raise wrong_field("logit_bias", f"expected token ids as keys, got {token[:20]!r}")
+    return {int(token): bias for token, bias in biases.items()}

@@ -1,1 +1,0 @@
-"""The HTTP server: an OpenAI-compatible API over the engine, with every input bounded."""

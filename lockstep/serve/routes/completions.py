@@ -1,0 +1,189 @@
+"""/v1/completions: texts go on."""
+
+import secrets
+import time
+from typing import Annotated, Any
+
+from pydantic import Field
+from starlette.routing import Route
+
+from lockstep.serve.answers.json_response import to_text
+from lockstep.serve.answers.logprobs import LegacyLogprobs, check_prompt_logprobs, prompt_logprobs
+from lockstep.serve.answers.sse import EventStream, data, json_answer
+from lockstep.serve.errors import check_most
+from lockstep.serve.fields.body import Whole
+from lockstep.serve.fields.prediction import predicted_ids
+from lockstep.serve.fields.prompts import read_prompts
+from lockstep.serve.fields.response_format import FormFields, masks
+from lockstep.serve.fields.sampling import UNTIL_FULL, MostTokens, SamplingFields, most_tokens, sampling_params
+from lockstep.serve.fields.stream import ChunkEnd, StreamFields
+from lockstep.serve.generation import Generates, Job
+from lockstep.serve.service import Service
+from lockstep.serve.token_masks import combined, narrowing
+
+DEFAULT_TOKENS = 16
+MostTokensOrNone = Annotated[Whole, Field(ge=UNTIL_FULL)]
+
+
+class CompletionFields(SamplingFields, FormFields, StreamFields):
+    """The body of a request."""
+
+    model: str | None = None
+    prompt: Any
+    max_tokens: MostTokensOrNone | None = None
+    max_completion_tokens: MostTokensOrNone | None = None
+    n_predict: MostTokensOrNone | None = None
+    echo: bool | None = None
+    logprobs: Annotated[Whole, Field(ge=0)] | None = None
+    prompt_logprobs: Annotated[Whole, Field(ge=0)] | None = None
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: MostTokens | None = None
+    return_token_ids: bool | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no token of an answer is wanted."""
+        return most_tokens(self, 1, DEFAULT_TOKENS) == 0
+
+
+def routes(service: Service):
+    async def complete(job: Job):
+        fields = await job.read(CompletionFields)
+        check_prompt_logprobs(fields)
+        check_most("logprobs", fields.logprobs or 0, service.limits.max_logprobs)
+        texts, ids = await job.prepare(
+            read_prompts,
+            service,
+            fields.prompt,
+            fields.add_special_tokens is not False,
+            _most_prompt(fields, service.max_context),
+        )
+        each_mask = await job.offload(masks, service, fields, len(ids)) if fields.form_names else [None] * len(ids)
+        each_mask = await job.prepare(combined, service, fields, each_mask, each_mask[0] is not None)
+        predicted = await job.prepare(predicted_ids, service, fields.prediction)
+        answer = Answer(job, fields, texts)
+        await job.start(
+            [(each, _params(fields, service, len(each), mask)) for each, mask in zip(ids, each_mask, strict=True)],
+            fields.cache_salt or "",
+            narrowing(fields),
+            predicted,
+        )
+        if fields.stream:
+            return EventStream(job, answer.events())
+        await job.finished()
+        is_quick = fields.logprobs is fields.prompt_logprobs is None
+        return await json_answer(job, answer.whole, is_quick)
+
+    return [Route("/v1/completions", Generates(service, complete), methods=["POST"])]
+
+
+def _most_prompt(fields, max_context):
+    """How many tokens of a prompt are kept: with UNTIL_FULL those that leave room for the answer; None: all."""
+    if fields.truncate_prompt_tokens != UNTIL_FULL:
+        return fields.truncate_prompt_tokens
+    wanted = most_tokens(fields, max_context, DEFAULT_TOKENS)
+    return max_context - (wanted if 1 <= wanted < max_context else 1)
+
+
+def _params(fields, service: Service, num_prompt, mask):
+    """SamplingParams of one prompt. A request for no tokens runs for one, which nobody gets to see."""
+    room = max(1, service.max_context - num_prompt)
+    max_tokens = max(1, most_tokens(fields, room, DEFAULT_TOKENS))
+    wants_prompt = fields.echo and fields.logprobs is not None
+    return sampling_params(
+        fields,
+        service.limits,
+        max_tokens,
+        service.loaded.sampling_defaults,
+        logprobs=fields.logprobs,
+        logits_mask=mask,
+        prompt_logprobs=fields.logprobs if wants_prompt else fields.prompt_logprobs,
+    )
+
+
+class Answer:
+    """The answer to one request. texts: what each prompt was, None for token ids."""
+
+    def __init__(self, job: Job, fields, texts) -> None:
+        self.job, self.fields, self._texts = job, fields, texts
+        self.tokenizer, self.is_empty = job.service.tokenizer, fields.is_empty
+        self.head = dict(
+            id=f"cmpl-{secrets.token_hex(12)}",
+            object="text_completion",
+            created=int(time.time()),
+            model=job.model_name,
+            **job.service.fingerprint_field,
+        )
+
+    def whole(self):
+        """The response; arrays that may be long are Parts."""
+        choices = [self._choice(number, request) for number, request in enumerate(self.job.requests)]
+        return self.head | dict(choices=choices, usage=self._usage())
+
+    def _choice(self, number, request):
+        num_output = 0 if self.is_empty else len(request.output_ids)
+        text = "" if self.is_empty else request.text
+        reason = "length" if self.is_empty else request.finish_reason
+        made = dict(index=number, text=self.echoed(number) + text, logprobs=None, finish_reason=reason)
+        if self.fields.logprobs is not None:
+            made["logprobs"] = LegacyLogprobs(self.tokenizer, request, bool(self.fields.echo)).whole(num_output)
+        if self.fields.prompt_logprobs is not None:
+            made["prompt_logprobs"] = prompt_logprobs(self.tokenizer, request)
+        if self.fields.return_token_ids:
+            made |= dict(prompt_token_ids=request.prompt_ids, token_ids=request.output_ids[:num_output])
+        return made
+
+    def echoed(self, number):
+        """What comes before a sequence's own text: its prompt, if that is wanted."""
+        if not self.fields.echo:
+            return ""
+        text = self._texts[number // (self.fields.num_samples)]
+        if text is None and self.tokenizer is not None:
+            return self.tokenizer.decode(self.job.requests[number].prompt_ids)
+        return text or ""
+
+    def _usage(self):
+        usage = self.job.usage()
+        if self.is_empty:
+            usage |= dict(completion_tokens=0, total_tokens=usage["prompt_tokens"])
+        return usage
+
+    async def events(self):
+        """The chunks of a stream, those of one step together."""
+        sequences = [Chunks(self, number) for number in range(len(self.job.requests))]
+        async for found in self.job.tokens():
+            yield b"".join([sequences[number].chunk(tokens, reason) for number, tokens, reason in found])
+        if self.fields.streams_usage:
+            yield data(self.head | dict(choices=[], usage=self._usage()))
+
+
+class Chunks:
+    """The chunks of one sequence. What they have in common is encoded once."""
+
+    def __init__(self, answer, number) -> None:
+        self._answer, self._request = answer, answer.job.requests[number]
+        self._before = f'data: {to_text(answer.head)[:-1]},"choices":[{{"index":{number},"text":'
+        self._end = ChunkEnd(answer.fields, self._request)
+        self._echo, self._num_sent = answer.echoed(number), 0
+        self._logprobs = None
+        if answer.fields.logprobs is not None:
+            self._logprobs = LegacyLogprobs(answer.tokenizer, self._request, bool(answer.fields.echo))
+
+    def chunk(self, tokens, reason):
+        """The event of new tokens; nothing where there is nothing to tell yet."""
+        if self._answer.is_empty:
+            tokens, reason = [], "length"
+        text, self._echo = self._echo + "".join([token.text for token in tokens]), ""
+        start, self._num_sent = self._num_sent, self._num_sent + len(tokens)
+        if not (text or reason or self._logprobs or self._answer.fields.return_token_ids):
+            return b""
+        logprobs = to_text(self._logprobs and self._logprobs.part(start, self._num_sent))
+        return (
+            f'{self._before}{to_text(text)},"logprobs":{logprobs},"finish_reason":{to_text(reason)}'
+            f"{self._token_ids(tokens)}{self._end.after(self._num_sent)}".encode("ascii")
+        )
+
+    def _token_ids(self, tokens) -> str:
+        if not self._answer.fields.return_token_ids:
+            return ""
+        return f',"token_ids":{to_text([token.id for token in tokens])}'

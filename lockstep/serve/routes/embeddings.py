@@ -1,0 +1,89 @@
+"""/v1/embeddings: texts as vectors, each the model's last hidden state of its text."""
+
+import base64
+from typing import Any, ClassVar, Literal
+
+from starlette.routing import Route
+
+from lockstep.engine.request import SamplingParams
+from lockstep.serve.answers.json_response import Parts
+from lockstep.serve.answers.sse import json_answer
+from lockstep.serve.errors import wrong_field
+from lockstep.serve.fields.body import Whole
+from lockstep.serve.fields.known import EMBEDDING, KnownFields
+from lockstep.serve.fields.prompts import read_prompts
+from lockstep.serve.fields.sampling import UNTIL_FULL, CacheSalt, MostTokens
+from lockstep.serve.generation import Generates, Job
+from lockstep.serve.service import Service
+
+
+class EmbeddingFields(KnownFields):
+    """The body of a request. pooling and normalize: see LLM.embed."""
+
+    refused: ClassVar = EMBEDDING
+
+    model: str | None = None
+    input: Any
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Whole | None = None
+    pooling: Literal["last", "mean"] | None = None
+    normalize: bool | None = None
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: MostTokens | None = None
+    cache_salt: CacheSalt | None = None
+
+
+def routes(service: Service):
+    async def embed(job: Job):
+        fields = await job.read(EmbeddingFields)
+        _check_dimensions(fields.dimensions, service.loaded.hidden_size)
+        inputs = await job.offload(read_inputs, service, fields)
+        params = SamplingParams(pooling=fields.pooling or await job.offload(lambda: service.loaded.pooling))
+        await job.start([(ids, params) for ids in inputs], fields.cache_salt or "")
+        await job.finished()
+        service.metrics.prompt_tokens += sum(map(len, inputs))
+        size = len(inputs) * service.loaded.hidden_size
+        return await json_answer(job, lambda: _answer(job, fields), size=size)
+
+    return [Route("/v1/embeddings", Generates(service, embed), methods=["POST"])]
+
+
+def _check_dimensions(wanted, found) -> None:
+    # the first numbers of a vector only mean something by themselves for models that were trained so
+    if wanted not in (None, found):
+        raise wrong_field(
+            "dimensions", f"this model's embeddings have {found}, and cannot be shortened to {wanted}", "unsupported"
+        )
+
+
+def read_inputs(service: Service, fields: EmbeddingFields) -> list[list[int]]:
+    """Lists of token ids: of a string, an array of strings, token ids, or an array of arrays of them. ApiError 400."""
+    limit, most = service.max_context, fields.truncate_prompt_tokens
+    most = limit if most == UNTIL_FULL else most
+    _, inputs = read_prompts(service, fields.input, fields.add_special_tokens is not False, most, "input", False)
+    if (longest := max(map(len, inputs))) > limit:
+        problem = f"one has {longest} tokens, more than the context of {limit}"
+        raise wrong_field("input", problem, "context_length_exceeded")
+    return inputs
+
+
+def _answer(job: Job, fields):
+    """The response, its vectors one by one."""
+    requests = job.requests
+    encoded = _as_base64 if fields.encoding_format == "base64" else lambda vector: vector.tolist()
+    pools = [request.pool for request in requests if request.pool is not None]
+    vectors = [pool.embedding(fields.normalize is not False) for pool in pools]
+    data = ([dict(object="embedding", index=i, embedding=encoded(vector))] for i, vector in enumerate(vectors))
+    count = sum(len(request.prompt_ids) for request in requests)
+    return dict(
+        object="list",
+        data=Parts(data),
+        model=job.model_name,
+        **job.service.fingerprint_field,
+        usage=dict(prompt_tokens=count, total_tokens=count),
+    )
+
+
+def _as_base64(vector):
+    """float32, little-endian."""
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii")

@@ -1,0 +1,81 @@
+"""The page at /: its files, and the figures that it shows."""
+
+import hashlib
+import pathlib
+from typing import Any
+
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from lockstep.engine.generation_config import for_talking
+from lockstep.serve.answers.json_response import to_json
+from lockstep.serve.service import Service
+
+FOLDER = pathlib.Path(__file__).resolve().parent.parent / "page"
+TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+# nothing from elsewhere, no inline script or style, no frame around it
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    "content-security-policy": POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cache-control": "no-cache",
+}
+COUNTS = ("running", "waiting", "pages", "query_tokens", "hit_tokens", "generated_tokens")
+FILES = {
+    ("/" if path.name == "index.html" else f"/page/{path.name}"): path
+    for path in sorted(FOLDER.iterdir())
+    if path.suffix in TYPES
+}
+
+
+def routes(service: Service):
+    async def figures(request):
+        return Response(to_json(shown(service)), headers={"cache-control": "no-store"}, media_type="application/json")
+
+    files = [Route(where, File(path), methods=["GET"]) for where, path in FILES.items()]
+    return [*files, Route("/page/figures", figures)]
+
+
+def shown(service: Service):
+    """What the page knows of the server: {name: value}. Counts are 0 while the model is loading.
+
+    sampling: what the page's controls show until somebody moves them.
+    """
+    made: dict[str, Any] = dict(
+        model=service.model_name,
+        state=service.state,
+        system_fingerprint=service.fingerprint,
+        can_chat=service.tokenizer is not None and service.tokenizer.has_chat_template,
+    )
+    made["sampling"] = None if service.llm is None else for_talking(service.llm.sampling_defaults)
+    found = dict.fromkeys(COUNTS, 0) | service.counts()
+    made |= {name: found[name] for name in COUNTS}
+    return made | dict(pages_used=found["pages"] - found.get("pages_free", 0) - found.get("pages_idle", 0))
+
+
+class File:
+    """The ASGI endpoint of one file, which browsers keep and ask after: 304 as long as it has not changed."""
+
+    def __init__(self, path) -> None:
+        self._content, self._type = path.read_bytes(), TYPES[path.suffix]
+        self._tag = f'"{hashlib.sha256(self._content).hexdigest()[:32]}"'
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        known = dict(scope["headers"]).get(b"if-none-match", b"").decode("latin-1")
+        headers = HEADERS | {"etag": self._tag}
+        if self._tag in known:
+            response = Response(status_code=304, headers=headers)
+        else:
+            response = Response(self._content, headers=headers, media_type=self._type)
+        await response(scope, receive, send)

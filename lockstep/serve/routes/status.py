@@ -1,0 +1,54 @@
+"""What the server tells of itself: whether it is alive and ready, what it has done, and the one model that there is."""
+
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import Response
+from starlette.routing import Route
+
+from lockstep.serve.answers.json_response import json_response
+from lockstep.serve.service import Service
+
+
+def routes(service: Service):
+    async def health(request):
+        """503 where only a restart helps."""
+        trouble = service.trouble
+        return json_response(dict(status="failed", reason=trouble), 503) if trouble else json_response({"status": "ok"})
+
+    async def ready(request):
+        """503 where requests should go elsewhere for now."""
+        state = service.state if service.trouble is None else "failed"
+        if state == "ready" and service.num_sequences >= service.most_sequences:
+            state = "full"
+        return json_response(dict(status=state), 200 if state == "ready" else 503)
+
+    async def metrics(request):
+        return Response(service.metrics.text(), headers={"content-type": CONTENT_TYPE_LATEST})
+
+    async def listed(request):
+        """The model once for each of its names."""
+        names = service.names or [service.model_name]
+        return json_response({"object": "list", "data": [described(service, name) for name in names]})
+
+    async def one(request):
+        return json_response(described(service, service.name_in_answers(request.path_params["name"])))
+
+    return [
+        Route("/health", health),
+        Route("/ready", ready),
+        Route("/metrics", metrics),
+        Route("/v1/models", listed),
+        Route("/v1/models/{name:path}", one),
+    ]
+
+
+def described(service: Service, name):
+    """The model under one of its names, as OpenAI describes one. ApiError 503 while it is loading."""
+    service.check_loaded()
+    return dict(
+        id=name,
+        object="model",
+        created=service.created,
+        owned_by="lockstep",
+        max_model_len=service.max_context,
+        **service.fingerprint_field,
+    )

@@ -1,0 +1,114 @@
+"""From scores of tokens to figures of a window, and of a text. Sums are exact, so that their order does not matter."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+from collections.abc import Sequence
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+
+from lockstep.ops.sampling.score import DELTA_P, KL, NLL, SAME_TOP, TOP, TOP_LOGPROB
+from lockstep.study.scoring.text import NO_TARGET, Window
+
+INTERVAL = 1.96  # standard errors on either side of a mean: 95 % of a normal distribution
+OWN = [NLL, TOP, TOP_LOGPROB]  # columns of scores that need no base; NLL stays the first
+TAIL = 0.99  # of KL, which is reported beside mean and largest
+
+
+def window_figures(scores: np.ndarray, window: Window, has_base: bool) -> dict[str, Any]:
+    """What is kept of a window's scores, float32 [tokens, NUM_SCORES], as JSON can hold it.
+
+    tokens: how many were scored. nll, nll_squares: sums over them. digest: SHA-256 of all scores. With a base also:
+    kl: each token's, base64 of float32; same_top: how many; delta_p: their sum. ValueError for scores that are NaN.
+    """
+    scores = scores if has_base else scores[:, OWN]  # the others are of whatever base was there before
+    rows = scores[np.array(window.targets) != NO_TARGET]
+    unscored = int((~np.isfinite(rows).all(1)).sum())
+    if unscored:
+        raise ValueError(f"{unscored} of {len(rows)} tokens have no score: logits are NaN or infinite")
+    nll = rows[:, NLL].astype(np.float64)
+    made = dict(
+        tokens=len(rows),
+        nll=math.fsum(nll),
+        nll_squares=math.fsum(nll * nll),
+        digest=hashlib.sha256(scores.tobytes()).hexdigest(),
+    )
+    if has_base:
+        made |= dict(
+            kl=base64.b64encode(rows[:, KL].astype("<f4").tobytes()).decode(),
+            same_top=int(rows[:, SAME_TOP].sum()),
+            delta_p=math.fsum(rows[:, DELTA_P].astype(np.float64)),
+        )
+    return made
+
+
+def kl_of(window: dict[str, Any]) -> np.ndarray:
+    """KL of each scored token of a window, float32."""
+    return np.frombuffer(base64.b64decode(window["kl"]), "<f4")
+
+
+def nll_of(window: dict[str, Any]) -> float:
+    """The mean of a window."""
+    return window["nll"] / window["tokens"]
+
+
+# ------------------------------------------------------------ of a text
+
+
+def exp(x: float) -> float:
+    """e ** x, the same on every machine."""
+    return float(Decimal(x).exp())
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean, and its standard error; None for a single value."""
+    n, mean = len(values), math.fsum(values) / len(values)
+    if n == 1:
+        return mean, None
+    return mean, math.sqrt(math.fsum((x - mean) ** 2 for x in values) / (n - 1) / n)
+
+
+def text_figures(windows: Sequence[dict[str, Any]], by_token: bool = False) -> dict[str, Any]:
+    """tokens, nll (mean over tokens), nll_error, ppl (perplexity) and ppl_error; errors are None for a single window.
+
+    Errors take windows as independent; by_token: tokens, as llama-perplexity does, which is too small where
+    neighbouring tokens are alike.
+    """
+    tokens = sum(w["tokens"] for w in windows)
+    if not tokens:
+        raise ValueError("no token of the windows is scored; expected longer windows")
+    nll = math.fsum(w["nll"] for w in windows) / tokens
+    error = mean_and_error([nll_of(w) for w in windows])[1]
+    if by_token:
+        spread = math.fsum(w["nll_squares"] for w in windows) / tokens - nll * nll
+        error = math.sqrt(max(spread, 0.0) / (tokens - 1)) if tokens > 1 else None
+    ppl = exp(nll)
+    return dict(tokens=tokens, nll=nll, nll_error=error, ppl=ppl, ppl_error=None if error is None else ppl * error)
+
+
+def compared_figures(windows: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Figures against the float model on the same windows.
+
+    delta_nll: mean of the windows' differences; delta_error: its standard error; delta_low, delta_high: 95 %, normal;
+    None for a single window.
+    kl_mean, kl_p99, kl_max, top1 (share of tokens with the same likeliest one), delta_p (mean change of the target's
+    probability).
+    """
+    tokens = sum(w["tokens"] for w in windows)
+    delta, error = mean_and_error([nll_of(w) - nll_of(b) for w, b in zip(windows, base, strict=True)])
+    kl = np.sort(np.concatenate([kl_of(w) for w in windows]))
+    return dict(
+        delta_nll=delta,
+        delta_error=error,
+        delta_low=None if error is None else delta - INTERVAL * error,
+        delta_high=None if error is None else delta + INTERVAL * error,
+        kl_mean=math.fsum(kl.astype(np.float64)) / tokens,
+        kl_p99=float(kl[math.ceil(TAIL * tokens) - 1]),
+        kl_max=float(kl[-1]),
+        top1=sum(w["same_top"] for w in windows) / tokens,
+        delta_p=math.fsum(w["delta_p"] for w in windows) / tokens,
+    )

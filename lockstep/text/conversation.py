@@ -1,0 +1,218 @@
+"""A conversation as what the engine runs: a prompt, a mask that holds the answer to what was asked for, and a parser.
+
+Every route that talks (chat, responses, messages) makes a Conversation of its request and sends it through here.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from lockstep.text import reasoning
+from lockstep.text.grammars import structured
+from lockstep.text.grammars.structured import Grammars
+from lockstep.text.reasoning import PlainParser, ThoughtParser
+from lockstep.text.templates.abilities import CUT, abilities_of
+from lockstep.text.templates.beside_calls import rendered
+from lockstep.text.templates.fallbacks import adapted
+from lockstep.text.tokenizer.tokenizer import Tokenizer
+from lockstep.text.tool_calls.events import Parser, short_id
+from lockstep.text.tool_calls.grammar import Lark
+from lockstep.text.tool_calls.parser import CallParser
+from lockstep.text.tool_calls.styles import MISTRAL
+from lockstep.text.tool_calls.tools import Tool, ToolUse
+
+MAX_TRIES = 64  # to find the tools of a request whose schemas cannot be enforced
+
+
+T = TypeVar("T")
+Mask = Callable[[list[int]], Any] | None
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a request says and wants.
+
+    messages: as chat templates know them; the arguments of tool calls are objects. grammar: of structured.py, for the
+    text of the answer; form: the request's field that asks for it. variables: of the chat template. continues: the last
+    message is the beginning of the answer.
+    """
+
+    messages: list[dict]
+    tools: ToolUse = ToolUse()
+    grammar: str | None = None
+    variables: Mapping = field(default_factory=dict)
+    continues: bool = False
+    form: str = "grammar"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a Conversation comes to: the prompt's token ids, arguments for SamplingParams, and what makes a parser for
+    the text of one answer: its `push` and `finish` return events, see tool_calls/events.py."""
+
+    ids: list[int]
+    options: dict[str, Any]
+    new_parser: Callable[[], Parser]
+
+
+class ChatModel:
+    """What a model's tokenizer and chat template say about conversations. Any thread may use it.
+
+    max_context: tokens that a prompt may have, where a longer one need not be tokenized.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, eos_ids: Iterable[int], vocab_size: int, max_context: int | None = None
+    ) -> None:
+        self._tokenizer, self._max_context = tokenizer, max_context
+        self.grammars = Grammars(tokenizer, eos_ids, vocab_size)
+        template = "\n".join(tokenizer.chat_templates.values())
+        self._abilities, self._without_tools = abilities_of(tokenizer), abilities_of(tokenizer, with_tools=False)
+        self.style, self._thinks = self._abilities.style, reasoning.thinks(template)
+        added = tokenizer.backend.get_added_tokens_decoder()
+        self._added = {token.content: token_id for token_id, token in added.items()}
+        self._special = {token.content: token_id for token_id, token in added.items() if token.special}
+
+    def prepare(self, conversation: Conversation, num_samples: int = 1) -> Prepared:
+        """The Prepared of a Conversation, for so many samples. It renders, tokenizes and compiles: it may take a while.
+
+        ValueError if the model has no chat template, the template refuses, the prompt is far too long, or the grammar
+        is wrong.
+        """
+        prompt = self.prompt(conversation)
+        uses_tools, opened = bool(conversation.tools.tools), reasoning.is_open(prompt)
+        options: dict[str, Any] = dict(logits_mask=self.mask(conversation, prompt, num_samples))
+        marks = (self.style.begin, *self.style.after) if uses_tools else ()
+        if self._special.keys() & {*marks, *((reasoning.OPEN, reasoning.CLOSE) if self._thinks else ())}:
+            options["skip_special_tokens"] = False  # the parser has to see them
+
+        def new_parser():
+            made = CallParser(self.style, conversation.tools) if uses_tools else PlainParser()
+            return ThoughtParser(made, opened) if self._thinks else made
+
+        ids = self._tokenizer.encode(prompt, add_special_tokens=False, most=self._max_context)
+        return Prepared(ids, options, new_parser)
+
+    def prompt(self, conversation: Conversation, asks: bool = True) -> str:
+        """The text of the prompt. asks: it ends where an answer begins. ValueError if the model has no chat template or
+        it refuses."""
+        messages, use, variables = conversation.messages, conversation.tools, conversation.variables
+        abilities = self._abilities if use.tools else self._without_tools
+        if not abilities.developer:
+            messages = [m | dict(role="system") if m["role"] == "developer" else m for m in messages]
+        if self.style.begin == MISTRAL.begin:
+            messages = [with_short_ids(message) for message in messages]
+        messages = adapted(messages, use, abilities)
+        if not conversation.continues:
+            return rendered(self._tokenizer, abilities, messages, use.tools, add_generation_prompt=asks, **variables)
+        last = messages[-1]
+        marked = [*messages[:-1], last | dict(content=(last["content"] or "") + CUT)]
+        text = rendered(self._tokenizer, abilities, marked, use.tools, add_generation_prompt=False, **variables)
+        return text.partition(CUT)[0]
+
+    # ------------------------------------------------------------ what the answer may be
+
+    def mask(self, conversation: Conversation, prompt: str, num_samples: int) -> Mask:
+        """The mask that the conversation asks for; None where the answer is free."""
+        use, grammar = conversation.tools, conversation.grammar
+        if not use.must_call and grammar is None:
+            return self._mask_of_free_calls(use, prompt, num_samples) if use.tools else None
+        parts = [*(["calls"] if use.tools else []), *(["@answer"] if not use.must_call else [])]
+        if grammar is not None and parts == ["@answer"] and not self._before_answer(Lark(self._special), prompt):
+            with structured.told_as(conversation.form):
+                return self.grammars.mask(grammar, num_samples)
+
+        def mask_with(tools):
+            rules = Lark(self._special)
+            rules.rule("start", self._before_answer(rules, prompt), f"({' | '.join(parts)})")
+            if tools:
+                self._add_calls(rules, tools, use.parallel and self._abilities.several_calls)
+            return self.grammars.mask(structured.compose(rules.text, None if use.must_call else grammar), num_samples)
+
+        return self._with_enforceable(use.callable, mask_with, conversation.form if grammar else "tools")
+
+    def _before_answer(self, rules: Lark, prompt: str) -> str:
+        """The part of a grammar for what the model thinks; empty where it does not."""
+        if not self._thinks or reasoning.is_closed(prompt):
+            return ""
+        return reasoning.add_rules(rules, reasoning.is_open(prompt))
+
+    def _mask_of_free_calls(self, use: ToolUse, prompt: str, num_samples: int) -> Mask:
+        """A mask that makes calls valid once the model has begun one; None where that cannot be seen or enforced."""
+        trigger = self._added.get(self.style.begin)
+        if trigger is None:
+            return None
+        after = self._added.get(reasoning.CLOSE) if reasoning.is_open(prompt) else None
+        parallel = use.parallel and self._abilities.several_calls
+        try:
+            return self._with_enforceable(
+                use.callable,
+                lambda tools: self.grammars.mask(
+                    self._calls_grammar(tools, parallel, "call"), num_samples, trigger, after, not use.parallel
+                ),
+            )
+        except ValueError:
+            if any(tool.strict for tool in use.tools):
+                raise
+            return None
+
+    def _calls_grammar(self, tools: list[Tool], parallel: bool, start: str) -> str:
+        rules = Lark(self._special)
+        rules.rule("start", start)
+        self._add_calls(rules, tools, parallel)
+        return structured.compose(rules.text)
+
+    def _add_calls(self, rules: Lark, tools: list[Tool], parallel: bool) -> None:
+        for tool in tools:
+            if tool.strict and self.style.takes_apart:
+                self.grammars.check(structured.json_schema(tool.arguments))
+        self.style.rules(rules, tools, parallel)
+
+    def _with_enforceable(self, tools: list[Tool], make: Callable[[list[Tool]], T], form: str = "tools") -> T:
+        """What is made of tools; where that cannot be, of tools whose schemas say no more than can be enforced.
+
+        A schema that cannot be enforced so takes nothing from the tools beside it, unless its tool is strict: the error
+        then names that tool, and otherwise the form of the answer.
+        """
+        try:
+            return make(tools)
+        except structured.TooSlow:
+            raise
+        except ValueError:
+            good = self._enforceable([tool for tool in tools if not tool.strict])
+        loose = [tool if tool.strict or tool.name in good else tool.without_schema() for tool in tools]
+        for tool in [tool for tool in tools if tool.strict][:MAX_TRIES]:
+            with structured.told_as(f"tools: parameters of {tool.name}"):
+                self.grammars.check(self._calls_grammar([tool], False, "calls"))
+        with structured.told_as(form):
+            return make(loose)
+
+    def _enforceable(self, tools: list[Tool]) -> set[str]:
+        """The names of the tools whose schemas can be enforced, found by halves; too many that cannot hide others."""
+        good, groups, tries = set(), [tools] if tools else [], 0
+        while groups and tries < MAX_TRIES:
+            group, tries = groups.pop(), tries + 1
+            if self._compiles(group):
+                good |= {tool.name for tool in group}
+            elif len(group) > 1:
+                groups += [group[len(group) // 2 :], group[: len(group) // 2]]
+        return good
+
+    def _compiles(self, tools: list[Tool]) -> bool:
+        try:
+            self.grammars.check(self._calls_grammar(tools, False, "calls"))
+        except structured.TooSlow:
+            raise
+        except ValueError:
+            return False
+        return True
+
+
+def with_short_ids(message: dict) -> dict:
+    """A message whose ids of tool calls are such as Mistral's templates accept."""
+    made = dict(message)
+    if "tool_call_id" in made:
+        made["tool_call_id"] = short_id(made["tool_call_id"])
+    if "tool_calls" in made:
+        made["tool_calls"] = [call | dict(id=short_id(call["id"])) for call in made["tool_calls"]]
+    return made

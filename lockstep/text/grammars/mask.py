@@ -1,0 +1,168 @@
+"""Masks of the tokens that a grammar allows next."""
+
+import contextlib
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+
+import llguidance
+import numpy as np
+
+from lockstep.text.grammars.matchers import check
+from lockstep.text.speculative_mask import SpeculativeMask
+
+MAX_SAMPLES = 128  # of one prompt, as many as there may be
+
+
+def fill(matcher: llguidance.LLMatcher, words: np.ndarray) -> np.ndarray:
+    """Writes a matcher's mask into uint32 words and returns them. ValueError if it reached a limit."""
+    matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+    check(matcher)
+    return words
+
+
+@dataclass
+class Sample:
+    """One output (kept, so that its id stays its own), the compiled grammar, the matcher that is at work, if any,
+    whether triggers count, how much of the output was read, whether the matchers have read drafts, too, and whether
+    they may."""
+
+    output_ids: list[int]
+    compiled: llguidance.LLMatcher
+    matcher: llguidance.LLMatcher | None
+    armed: bool
+    num_read: int = 0
+    has_read_drafts: bool = False
+    may_draft: bool = True
+
+
+class GrammarMask(SpeculativeMask):
+    """The function for SamplingParams.logits_mask: given the output so far, the tokens allowed next.
+
+    Works for all samples of a request; each has a matcher of its own, of those given or made by new_matcher, that
+    advances with its output. The array it returns is used again by the next call. trigger, after, once: see
+    `structured.Grammars.mask`. may_draft: whether a matcher is made so soon that drafts may make another necessary.
+    """
+
+    def __init__(
+        self,
+        matchers: list[llguidance.LLMatcher],
+        new_matcher: Callable[[], llguidance.LLMatcher],
+        num_words: int,
+        trigger: int | None = None,
+        after: int | None = None,
+        once: bool = False,
+        may_draft: bool = True,
+    ) -> None:
+        self._unused, self._new_matcher, self._trigger, self._after = matchers, new_matcher, trigger, after
+        self._once, self._may_draft = once, may_draft
+        self._words = np.zeros(num_words, np.uint32)
+        self._samples: OrderedDict[int, Sample] = OrderedDict()
+
+    def __call__(self, output_ids: list[int]) -> np.ndarray | None:
+        sample = self._sample(output_ids)
+        try:
+            return self._mask(self._up_to_date(sample))
+        except ValueError:
+            if not sample.has_read_drafts:
+                raise
+        self._begin_again(sample)  # drafts may have led to the limit: they must not end an answer
+        return self._mask(self._up_to_date(sample))
+
+    def masks(self, output_ids: list[int], drafts: Sequence[int], first: int = 0) -> Iterator[np.ndarray | None]:
+        if not first:
+            yield self(output_ids)
+        sample = self._up_to_date(self._sample(output_ids))
+        with contextlib.closing(self._followed(sample, drafts)) as states:
+            for matcher in itertools.islice(states, max(0, first - 1), None):
+                try:
+                    words = None if matcher is None else fill(matcher, self._words)
+                except ValueError:
+                    return  # said when the token is final
+                yield words
+
+    def forced(self, output_ids: list[int], drafts: Sequence[int]) -> list[int]:
+        sample = self._up_to_date(self._sample(output_ids))
+        if not drafts or not sample.may_draft:
+            return sample.matcher.compute_ff_tokens() if sample.matcher is not None and sample.may_draft else []
+        with contextlib.closing(self._followed(sample, drafts)) as states:
+            matchers = list(zip(drafts, states, strict=False))
+            matcher = matchers[-1][1] if len(matchers) == len(drafts) else None
+            return [] if matcher is None else matcher.compute_ff_tokens()
+
+    def num_allowed(self, output_ids: list[int], drafts: Sequence[int]) -> int:
+        sample = self._up_to_date(self._sample(output_ids))
+        if self._trigger is None and sample.matcher is not None and sample.may_draft:
+            return sample.matcher.validate_tokens(list(drafts))
+        return sum(1 for _ in self._followed(sample, drafts))
+
+    def _sample(self, output_ids: list[int]) -> Sample:
+        """What is known of this list, which only ever grows; a new list is read from its beginning."""
+        known = self._samples.get(id(output_ids))
+        if known is None or known.num_read > len(output_ids):
+            compiled = self._unused.pop() if self._unused else self._new_matcher()
+            at_work = compiled if self._trigger is None else None
+            known = Sample(output_ids, compiled, at_work, self._after is None, may_draft=self._may_draft)
+            self._samples[id(output_ids)] = known
+            if len(self._samples) > MAX_SAMPLES:
+                self._samples.popitem(last=False)
+        return known
+
+    def _mask(self, sample: Sample) -> np.ndarray | None:
+        return None if sample.matcher is None else fill(sample.matcher, self._words)
+
+    def _up_to_date(self, sample: Sample) -> Sample:
+        """The sample, after all of its output was read. ValueError for a token that is not allowed, or at a limit."""
+        for token in sample.output_ids[sample.num_read :]:
+            self._read(sample, token)
+        return sample
+
+    def _read(self, sample: Sample, token: int) -> None:
+        sample.num_read += 1
+        if sample.matcher is not None:
+            if not sample.matcher.consume_token(token):
+                check(sample.matcher)
+            if self._is_over(sample.matcher):
+                sample.matcher = None
+        elif token == self._after:
+            sample.armed = True
+        elif token == self._trigger and sample.armed:
+            sample.matcher = sample.compiled.deep_copy()
+
+    def _is_over(self, matcher: llguidance.LLMatcher) -> bool:
+        """Whether everything is free again after a grammar that a trigger began."""
+        return self._trigger is not None and not self._once and matcher.is_stopped()
+
+    def _begin_again(self, sample: Sample) -> None:
+        """Reads the output as if there had never been a draft: limits are reached where they would have been. There is
+        none from now on, so that the grammar is compiled once more at most."""
+        sample.compiled, output = self._new_matcher(), sample.output_ids[: sample.num_read]
+        sample.matcher = sample.compiled if self._trigger is None else None
+        sample.armed, sample.num_read, sample.has_read_drafts = self._after is None, 0, False
+        sample.may_draft = False
+        for token in output:
+            self._mask(sample)
+            self._read(sample, token)
+
+    def _followed(self, sample: Sample, drafts: Sequence[int]) -> Generator[llguidance.LLMatcher | None]:
+        """The matcher at work after each of the drafts, as far as they are allowed. Then all is as before."""
+        if not drafts or not sample.may_draft:
+            return
+        sample.has_read_drafts = True
+        matcher, armed, num_to_forget = sample.matcher, sample.armed, 0
+        try:
+            for token in drafts:
+                if matcher is not None:
+                    if not matcher.try_consume_tokens([token]):
+                        return
+                    num_to_forget += matcher is sample.matcher
+                    matcher = None if self._is_over(matcher) else matcher
+                elif token == self._after:
+                    armed = True
+                elif token == self._trigger and armed:
+                    matcher = sample.compiled.deep_copy()
+                yield matcher
+        finally:
+            if num_to_forget and sample.matcher is not None:
+                sample.matcher.rollback(num_to_forget)

@@ -1,0 +1,167 @@
+"""What a chat template can say, found out by trying it.
+
+Templates drop or refuse what their authors did not think of: tools under their usual name, calls, results, a second
+system message, two messages of the user in a row. What one cannot say is put otherwise, see adapt.py.
+"""
+
+import json
+from dataclasses import dataclass
+from os.path import commonprefix
+from typing import Any
+
+from lockstep.text.templates.chat_template import CUT, TooMuch
+from lockstep.text.tokenizer.tokenizer import TOOL_TEMPLATE
+from lockstep.text.tool_calls.events import Arguments, CallStart, partial
+from lockstep.text.tool_calls.parser import CallParser
+from lockstep.text.tool_calls.styles import HERMES, STYLES, Style, style_of
+from lockstep.text.tool_calls.tools import Tool, ToolUse
+
+AMBER, BIRCH, CEDAR = "amberword", "birchword", "cedarword"  # none begins like another
+PLACES = dict(type="object", properties=dict(place=dict(type="string")), required=["place"])
+PROBE = Tool("probe_place", "Probes a place.", PLACES)
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """Each is true if the template shows such messages and false if it drops or refuses them.
+
+    developer: messages of that role, beside the system's. opening: the user's text that has to stand before what the
+    assistant says first; None for nothing. tools: the name of its variable for tools; None if it has none, or teaches
+    calls that we cannot read: then all about tools is written out, in the style of Hermes. teaches: it shows how to
+    call. style: how calls are written. beside_calls: text in a message with calls. system_at_results: what the system
+    said, while a result is the last message. after_results: the assistant's text that has to stand between a result and
+    a message of the user; None for nothing.
+    """
+
+    system: bool
+    several_systems: bool
+    developer: bool
+    late_systems: bool
+    several_users: bool
+    several_assistants: bool
+    opening: str | None
+    tools: str | None = None
+    teaches: bool = False
+    style: Style = HERMES
+    calls: bool = False
+    several_calls: bool = True
+    beside_calls: bool = True
+    results: bool = False
+    system_at_results: bool = True
+    after_results: str | None = None
+
+
+def abilities_of(tokenizer, with_tools: bool = True):
+    """The Abilities of a Tokenizer's chat template for conversations with tools, or of that for those without."""
+    probe = _Probe(tokenizer, with_tools)
+    user, last = said("user", AMBER), said("user", CEDAR)
+    late = [said("system", AMBER), said("user", "Hello."), said("assistant", BIRCH), said("system", CEDAR)]
+    return Abilities(
+        system=probe.shows([said("system", BIRCH), user]),
+        several_systems=probe.shows([said("system", BIRCH), said("system", CEDAR), user]),
+        developer="developer" in probe.source and probe.shows([said("system", BIRCH), said("developer", CEDAR), user]),
+        late_systems=probe.shows([*late, said("user", "Hello.")]),
+        several_users=probe.shows([user, last]),
+        several_assistants=probe.shows([user, said("assistant", BIRCH), said("assistant", CEDAR)]),
+        opening=probe.first_text("user", [], [said("assistant", BIRCH), last]),
+        **probe.about_tools(user, last),
+    )
+
+
+def said(role, text):
+    """A message."""
+    return dict(role=role, content=text)
+
+
+class _Probe:
+    def __init__(self, tokenizer, with_tools) -> None:
+        self._tokenizer, self.source = tokenizer, "\n".join(tokenizer.chat_templates.values())
+        self._variable, self._tools, self._is_hopeless = None, [PROBE] if with_tools else [], False
+        found = (name for name in ("tools", "xml_tools") if name in self.source and self._has_variable(name))
+        self._variable = next(found, None)
+
+    def text(self, messages):
+        """What becomes of messages; nothing where they are refused, or once the template has taken too much."""
+        if self._is_hopeless:
+            return ""
+        try:
+            return render(self._tokenizer, self._variable, messages, self._tools, add_generation_prompt=False)
+        except ValueError as error:
+            self._is_hopeless = isinstance(error, TooMuch)
+            return ""
+
+    def shows(self, messages) -> bool:
+        """Whether the texts of all messages, and of their calls, are there."""
+        found, given = self.text(messages), json.dumps(messages)
+        return bool(found) and all(word in found for word in (AMBER, BIRCH, CEDAR) if word in given)
+
+    def _has_variable(self, name) -> bool:
+        self._variable = name
+        return PROBE.name in self.text([said("user", AMBER)])
+
+    def first_text(self, role, before, after):
+        """The shortest text, said in a role, with which what is before and after it can be shown; None for nothing."""
+        tried = ([], [said(role, "")], [said(role, "OK." if role == "assistant" else "Hello.")])
+        found = next((between for between in tried if self.shows([*before, *between, *after])), [])
+        return found[0]["content"] if found else None
+
+    def about_tools(self, user: dict, last: dict) -> dict[str, Any]:
+        """The abilities that have to do with tools."""
+        call, style = calling(BIRCH), style_of(self.source) or HERMES
+        calls = self.shows([user, call])
+        read = next((s for s in (style, *STYLES) if self._reads(s, user, call)), None)
+        teaches = read is not None or (not calls and style.begin in self.source)
+        # a template for tools by its name is right for them even if it does not teach anything
+        is_meant = TOOL_TEMPLATE in self._tokenizer.chat_templates and not calls
+        if (self._variable is None and self._tools) or not (teaches or is_meant):
+            return {}
+        asked = [user, call if calls else said("assistant", BIRCH)]
+        at_results = [said("system", BIRCH), user, calling(CEDAR) if calls else said("assistant", CEDAR), YES]
+        both = [user, calling(BIRCH, CEDAR), YES, answering(2, "No.")]
+        return dict(
+            tools=self._variable,
+            teaches=teaches,
+            style=read or style if teaches else HERMES,
+            calls=calls,
+            several_calls=not calls or self.shows(both),
+            beside_calls=not calls or self.shows([said("user", "Hello."), calling(BIRCH) | dict(content=AMBER)]),
+            results=self.shows([*asked, answering(1, CEDAR)]),
+            system_at_results=self.shows(at_results),
+            after_results=self.first_text("assistant", [*asked, YES], [last]),
+        )
+
+    def _reads(self, style, user, call):
+        """Whether a style reads what the template makes of a call."""
+        text, plain = self.text([user, call]), self.text([user, said("assistant", CUT)])
+        before = commonprefix([text, plain])  # of texts, not of paths  # noqa: RUF071
+        at = len(before) - partial(before, style.begin)
+        parser = CallParser(style, ToolUse((PROBE,)))
+        events = parser.push(text[at:]) + parser.finish()
+        names = [event.name for event in events if isinstance(event, CallStart)]
+        arguments = "".join([event.text for event in events if isinstance(event, Arguments)])
+        return names == [PROBE.name] and arguments.endswith("}") and json.loads(arguments) == dict(place=BIRCH)
+
+
+def render(tokenizer, variable, messages, tools, **variables):
+    """The text of a prompt. variable: the name under which the template knows tools, or None."""
+    if variable == "xml_tools" and tools:
+        return tokenizer.render_chat(messages, **variables, xml_tools=[t.for_template()["function"] for t in tools])
+    usual = [tool.for_template() for tool in tools] if variable == "tools" and tools else None
+    return tokenizer.render_chat(messages, usual, **variables)
+
+
+def calling(*places):
+    """A message that calls PROBE for each of these places."""
+    calls = [
+        dict(id=f"probecal{i}", type="function", function=dict(name=PROBE.name, arguments=dict(place=place)))
+        for i, place in enumerate(places, 1)
+    ]
+    return dict(role="assistant", content="", tool_calls=calls)
+
+
+def answering(number, text):
+    """The message with the result of a call."""
+    return dict(role="tool", tool_call_id=f"probecal{number}", content=text)
+
+
+YES = answering(1, "Yes.")

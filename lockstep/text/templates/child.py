@@ -1,0 +1,68 @@
+"""The process in which chat templates are compiled and rendered: see job_server.py, and chat_template.py for the other
+side. It imports nothing but jinja2."""
+
+import marshal
+from collections.abc import Callable
+
+from jinja2 import Template, TemplateError
+
+from lockstep.text.job_server import Order, limit, serve
+from lockstep.text.templates.sandbox import Sandbox
+
+MAX_CHARS = 1 << 24  # of what a template renders
+MAX_CODE_BYTES = 1 << 24  # of what a template is compiled to
+MAX_REASON_CHARS = 2000
+USUAL = "{% for m in messages %}{{ '<' + m.role + '>' + m['content'] | trim }}{{ m | tojson }}{% endfor %}"
+
+
+def prepare(_about: Order) -> Callable[[Order], bytes]:
+    """What answers orders; it has once done what all of them need, which copies then share."""
+    _rendered(_compiled(USUAL), {"messages": [{"role": "user", "content": "Hello."}]})
+    return answer
+
+
+def answer(order: Order) -> bytes:
+    """The compiled code of a template or, where there are variables, what it renders. ValueError for all that fails."""
+    seconds, num_bytes, template, variables = marshal.loads(order)
+    limit(seconds, num_bytes)
+    try:
+        return _answer(template, variables)
+    except MemoryError:
+        much = f"more than {num_bytes >> 20} MB of memory"
+        raise ValueError(f"chat template is nested too deeply, or takes {much}") from None
+
+
+def _answer(template: str | bytes, variables: dict[str, object] | None) -> bytes:
+    try:
+        if isinstance(template, str):
+            return _compiled(template)
+        return _rendered(template, variables or {}).encode("utf-8", "surrogatepass")
+    except MemoryError:
+        raise
+    except RecursionError:
+        raise ValueError("chat template is nested too deeply, or calls itself without end") from None
+    except Exception as error:  # whatever it is, the template or the conversation is the cause
+        own_words = isinstance(error, TemplateError) and variables is not None
+        what = "" if own_words else " is not valid" if variables is None else " failed"
+        raise ValueError(f"chat template{what}: {str(error)[:MAX_REASON_CHARS]}") from None
+
+
+def _compiled(source: str) -> bytes:
+    code = marshal.dumps(Sandbox().compile(source))
+    if len(code) > MAX_CODE_BYTES:
+        raise ValueError(f"it is compiled to more than {MAX_CODE_BYTES} bytes")
+    return code
+
+
+def _rendered(code: bytes, variables: dict[str, object]) -> str:
+    sandbox, pieces, length = Sandbox(), [], 0
+    for piece in Template.from_code(sandbox, marshal.loads(code), sandbox.globals).generate(**variables):
+        length += len(piece)
+        if length > MAX_CHARS:
+            raise ValueError(f"more than {MAX_CHARS} characters")
+        pieces.append(piece)
+    return "".join(pieces)
+
+
+if __name__ == "__main__":
+    serve(prepare)

@@ -1,0 +1,335 @@
+"""Text to token ids and back: a thin layer over the tokenizers library, with a streaming detokenizer."""
+
+import codecs
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import tokenizers
+
+from lockstep.text.templates.chat_template import ChatTemplate, TemplateProcess
+from lockstep.text.tokenizer import gguf as gguf_tokenizer
+from lockstep.text.tokenizer.decoder_rules import DecoderRules, rules_of
+from lockstep.text.tokenizer.end_mark import end_mark
+from lockstep.text.tokenizer.folder import (
+    add_missing_tokens,
+    chat_templates,
+    eos_ids,
+    optional_json,
+    read_backend,
+    special_tokens,
+    written,
+)
+
+PIECE_CHARS = 1 << 16  # of a long text, whose tokens are counted in pieces
+CUT_TOKENS = 64  # that a text may have less than its pieces, for each place where it is cut
+CHARS_PER_TOKEN = 8  # a text with more than so many for each token that is allowed is counted in pieces first
+TOOL_TEMPLATE = "tool_use"  # the name of a model's second chat template, for conversations with tools
+
+
+class TooManyTokens(ValueError):
+    """A text has more tokens than may be asked for."""
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A model's tokenizer.
+
+    `eos_ids` end a generation, `bos_id` is None where the tokenizer has none, `special_tokens` maps names such
+    as "eos_token" to text, `chat_templates` holds templates by name ("default", sometimes TOOL_TEMPLATE), none of them
+    empty. `only_decodes` is why texts cannot be encoded, or None if they can. `template_process` is where templates
+    run: it is started when the first one is used.
+    """
+
+    backend: tokenizers.Tokenizer
+    eos_ids: frozenset[int]
+    bos_id: int | None
+    special_tokens: Mapping[str, str]
+    chat_templates: Mapping[str, str]
+    only_decodes: str | None = None
+    template_process: TemplateProcess = field(default_factory=TemplateProcess, repr=False, compare=False)
+    # templates, or what is wrong with them, by name
+    compiled_templates: dict[str, ChatTemplate | str] = field(
+        init=False, default_factory=dict, repr=False, compare=False
+    )
+    _bytes_of_id: dict[int, bytes] = field(init=False, default_factory=dict, repr=False, compare=False)
+
+    def encode(self, text: str, add_special_tokens: bool = True, most: int | None = None) -> list[int]:
+        """Token ids of `text`; special tokens written out in it are recognised.
+
+        `add_special_tokens` adds what the model expects around a text, such as its beginning-of-sequence token;
+        pass False for a rendered chat. A text that begins with that token gets no second one. `most`: a text that has
+        far more tokens is not worth the time and memory of finding all of them. Raises TooManyTokens for such a text,
+        ValueError for lone surrogates, which are not text, and where texts cannot be encoded. Other threads run
+        meanwhile.
+        """
+        check_text(text)
+        if self.only_decodes is not None:
+            raise ValueError(self.only_decodes)
+        if most is not None and len(text) > max(PIECE_CHARS, CHARS_PER_TOKEN * most):
+            self._check_length(text, most)
+        ids = self.piece_ids(text, add_special_tokens)
+        begins_twice = add_special_tokens and self.first_added is not None and ids[:2] == [self.first_added] * 2
+        return ids[1:] if begins_twice else ids
+
+    def piece_ids(self, text: str, add_special_tokens: bool) -> list[int]:
+        """The ids of a text that is short enough for one call of the library."""
+        # Encoding one text holds Python's global lock until its end; encoding a list of texts does not.
+        try:
+            return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        except BaseException as error:  # the library raises plain Exception, and where it panics no Exception at all
+            if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+                raise ValueError(f"the model's tokenizer cannot read this text ({error})") from None
+            raise
+
+    def _check_length(self, text: str, most: int) -> None:
+        """Raise TooManyTokens as soon as the first pieces of a text have more tokens than the text may have."""
+        found = 0
+        for begin in range(0, len(text), PIECE_CHARS):
+            found += max(0, len(self.piece_ids(text[begin : begin + PIECE_CHARS], False)) - CUT_TOKENS)
+            if found > most:
+                first = min(begin + PIECE_CHARS, len(text))
+                raise TooManyTokens(
+                    f"the text has {len(text)} characters, of which the first {first} are more than "
+                    f"the {most} tokens that it may have"
+                )
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids: exactly what a Detokenizer emits for them in total. Ids without a token are empty."""
+        detokenizer = Detokenizer(self, skip_special_tokens)
+        return "".join([detokenizer.push(token_id) for token_id in ids]) + detokenizer.finish()
+
+    def render_chat(self, messages: Sequence[Mapping], tools: Sequence | None = None, **variables: object) -> str:
+        """The prompt text for a conversation, see ChatTemplate.render. ValueError if the model has no chat template or
+        that refuses it."""
+        template = self.chat_template(tools is not None)
+        return template.render(messages, tools, **{**self.special_tokens, **variables})
+
+    def encode_chat(self, messages: Sequence[Mapping], tools: Sequence | None = None, **variables: object) -> list[int]:
+        """Token ids of a conversation's prompt; the template itself writes the special tokens."""
+        return self.encode(self.render_chat(messages, tools, **variables), add_special_tokens=False)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the model says how to write a conversation, in tokens that it can be given."""
+        return bool(self.chat_templates) and self.only_decodes is None
+
+    def chat_template(self, with_tools: bool = False) -> ChatTemplate:
+        """The compiled template for conversations with or without tools. ValueError if there is none or it is wrong."""
+        if not self.chat_templates:
+            raise ValueError("this model has no chat template: it continues text, use generate or pass a template")
+        wanted = TOOL_TEMPLATE if with_tools and TOOL_TEMPLATE in self.chat_templates else "default"
+        name = wanted if wanted in self.chat_templates else next(iter(self.chat_templates))
+        if name not in self.compiled_templates:
+            try:
+                self.compiled_templates[name] = ChatTemplate(self.chat_templates[name], self.template_process)
+            except ValueError as error:  # so would the next time be, and it may take as long
+                self.compiled_templates[name] = str(error)
+        found = self.compiled_templates[name]
+        if isinstance(found, str):
+            raise ValueError(found)
+        return found
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included; the model may have more rows than that."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that are not text: skipped when decoding unless asked for."""
+        added = self.backend.get_added_tokens_decoder()
+        return frozenset(token_id for token_id, token in added.items() if token.special)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes a token adds to a text (at its start, a leading space may be dropped from them)."""
+        known = self._bytes_of_id.get(token_id)
+        if known is None:
+            if not 0 <= token_id < 1 << 32:
+                raise ValueError(f"a token id is a whole number from 0, got {token_id}")
+            token = self.backend.id_to_token(token_id)
+            known = self._bytes_of_id[token_id] = b"" if token is None else self.rules.token_bytes(token)
+        return known
+
+    @cached_property
+    def rules(self) -> DecoderRules:
+        """How tokens become text. Raises ValueError for a decoder that is not supported."""
+        return rules_of(self.backend.decoder)
+
+    @cached_property
+    def first_added(self) -> int | None:
+        """The token that `encode` puts before every text, if any."""
+        with_special, plain = (self.backend.encode("a", add_special_tokens=flag).ids for flag in (True, False))
+        return with_special[0] if with_special[:1] != plain[:1] else None
+
+
+class Detokenizer:
+    """Streaming decode: `push` returns the text that a token completes, never part of a character.
+
+    What all pushes and the final `finish` return is, joined, Tokenizer.decode of all ids. SentencePiece writes a space
+    before the first word of a text, which is dropped again here; with `begins_text` False the ids go on with a text
+    that has begun, so nothing is dropped. Bytes that are not UTF-8 become U+FFFD, one for each maximal part that could
+    have begun a character (the tokenizers library does the same for byte-level vocabularies, and one per byte for those
+    with byte fallback).
+    The cost per token does not depend on how many came before.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True, begins_text: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._strip_left = tokenizer.rules.strip_left if begins_text else 0
+        self.at_start = begins_text  # whether the next token may yet lose the space that begins a text
+
+    def push(self, token_id: int) -> str:
+        """Text completed by this token; empty while a character is incomplete or for a skipped token."""
+        if token_id in self._skipped:
+            return ""
+        return self._strip(self.utf8.decode(self._bytes(token_id)))
+
+    def finish(self) -> str:
+        """The rest: U+FFFD for a character left incomplete, otherwise empty."""
+        return self._strip(self.utf8.decode(b"", final=True))
+
+    def _bytes(self, token_id: int) -> bytes:
+        added = self._tokenizer.token_bytes(token_id)
+        dropped = self._tokenizer.rules.dropped_at_start
+        if self.at_start and added:
+            self.at_start = False
+            return added.replace(dropped, b"") if dropped else added
+        return added
+
+    def _strip(self, text: str) -> str:
+        while self._strip_left and text:
+            if not text.startswith(self._tokenizer.rules.strip_text):
+                self._strip_left = 0
+                break
+            text, self._strip_left = text[1:], self._strip_left - 1
+        return text
+
+
+class AnswerParams(Protocol):
+    """What of SamplingParams changes how an answer becomes text."""
+
+    @property
+    def skip_special_tokens(self) -> bool: ...
+    @property
+    def logits_mask(self) -> Any: ...
+
+
+class Answering(Protocol):
+    """What an answer's text depends on of the request: engine.request.Request has it."""
+
+    @property
+    def prompt_ids(self) -> Sequence[int]: ...
+    @property
+    def params(self) -> AnswerParams: ...
+
+
+def answer_reader(tokenizer: Tokenizer, request: Answering) -> Detokenizer:
+    """The Detokenizer for a request's answer, which continues the text of its prompt.
+
+    The answer begins a text itself if the prompt has none, such as one of BOS alone. Under a mask it does not: grammars
+    count every byte of a token.
+    """
+    params = request.params
+    skipped = tokenizer.special_ids if params.skip_special_tokens else frozenset()
+    has_text = any(tokenizer.token_bytes(i) for i in request.prompt_ids if i not in skipped)
+    return Detokenizer(tokenizer, params.skip_special_tokens, not has_text and params.logits_mask is None)
+
+
+def check_can_chat(tokenizer: Tokenizer | None, name: str) -> None:
+    """Raise ValueError unless the model, called `name`, can be given conversations."""
+    if tokenizer is not None and tokenizer.only_decodes is not None:
+        raise ValueError(f"{name}: {tokenizer.only_decodes}")
+    if tokenizer is None or not tokenizer.chat_templates:
+        raise ValueError(
+            f"{name}: has no chat template, so it can only continue text (lockstep generate); pass a chat "
+            f"model, such as Qwen/Qwen3-0.6B"
+        )
+
+
+def check_text(text: str) -> None:
+    """Raise ValueError if `text` has a lone surrogate: it has no UTF-8 form."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        raise ValueError(f"text must be valid Unicode, found a lone surrogate U+{code:04X} at {error.start}") from None
+
+
+def find_tokenizer(path: Path, metadata: Mapping[str, object]) -> Tokenizer:
+    """The tokenizer of a checkpoint: in a GGUF file's metadata, or in the folder that is `path` or has it.
+
+    Raises ValueError if there is none, or it is broken or not supported.
+    """
+    folder = path if path.is_dir() else path.parent
+    inside = gguf_tokenizer.has_tokenizer(metadata) or (path.suffix == ".gguf" and not _is_in(folder))
+    return tokenizer_from_gguf(metadata) if inside else load_tokenizer(folder)
+
+
+def has_tokenizer(path: Path, metadata: Mapping[str, object]) -> bool:
+    """Whether `find_tokenizer` would find one, or one that is broken."""
+    return gguf_tokenizer.has_tokenizer(metadata) or _is_in(path if path.is_dir() else path.parent)
+
+
+def _is_in(folder: Path) -> bool:
+    return (folder / "tokenizer.json").is_file()
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer in a Hugging Face folder: tokenizer.json and what the JSON files beside it add to it.
+
+    Raises ValueError that names the file if it is missing, broken or inconsistent.
+    """
+    folder = Path(folder)
+    backend = read_backend(folder / "tokenizer.json")
+    config = optional_json(folder / "tokenizer_config.json")
+    add_missing_tokens(backend, config.get("added_tokens_decoder", {}), folder)
+    by_file = [special_tokens(given) for given in (optional_json(folder / "special_tokens_map.json"), config)]
+    named = by_file[0] | by_file[1]
+    bos_token = named.get("bos_token")
+    return _with_end_mark(
+        Tokenizer(
+            backend=backend,
+            eos_ids=eos_ids(folder, backend, [tokens["eos_token"] for tokens in by_file if "eos_token" in tokens]),
+            bos_id=None if bos_token is None else backend.token_to_id(bos_token),
+            special_tokens=named,
+            chat_templates=chat_templates(folder, config),
+        )
+    )
+
+
+def tokenizer_from_gguf(metadata: Mapping[str, object]) -> Tokenizer:
+    """The tokenizer in a GGUF file's metadata. Raises ValueError if there is none or its kind is not supported.
+
+    One with an unknown pre-tokenizer turns ids into text, but refuses to encode.
+    """
+    backend, ids = gguf_tokenizer.build_tokenizer(metadata), gguf_tokenizer.named_ids(metadata)
+    tokens = {f"{name}_token": backend.id_to_token(token_id) for name, token_id in ids.items()}
+    return _with_end_mark(
+        Tokenizer(
+            backend=backend,
+            eos_ids=gguf_tokenizer.end_token_ids(metadata, backend),
+            bos_id=ids.get("bos"),
+            special_tokens={name: token for name, token in tokens.items() if token is not None},
+            chat_templates=_templates_of_gguf(metadata),
+            only_decodes=gguf_tokenizer.unknown_pre_tokenizer(metadata),
+        )
+    )
+
+
+def _with_end_mark(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer with the mark that its chat template ends an answer with among its ends, whatever files say."""
+    mark = end_mark(tokenizer)
+    made = tokenizer if mark is None else replace(tokenizer, eos_ids=tokenizer.eos_ids | {mark})
+    made.compiled_templates.update(tokenizer.compiled_templates)
+    return made
+
+
+def _templates_of_gguf(metadata: Mapping[str, object]) -> dict[str, str]:
+    key = "tokenizer.chat_template"
+    named = {name.removeprefix(f"{key}."): value for name, value in metadata.items() if name.startswith(f"{key}.")}
+    return written({"default": metadata.get(key), **named})

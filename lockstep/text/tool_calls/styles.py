@@ -1,0 +1,59 @@
+"""The ways in which models write tool calls, and which one a chat template asks for."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lockstep.text.tool_calls import hermes, llama, mistral, xml
+from lockstep.text.tool_calls.readers import Calls, Reader
+
+
+@dataclass(frozen=True)
+class Style:
+    """How calls are written.
+
+    begin: the text that begins one; first: what begins one at the start of an answer, if that is another. after: texts
+    that end or separate calls; end: the one that ends every call, if there is such. takes_apart: values stand there
+    without quotes, so that a schema is not enforced as a whole. read: makes the coroutine that reads what follows
+    `begin` into a Calls. rules: see grammar.py.
+    """
+
+    name: str
+    begin: str
+    read: Callable[[Calls], Reader]
+    rules: Callable
+    after: tuple[str, ...] = ()
+    first: str | None = None
+    takes_apart: bool = False
+    end: str | None = None
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """Texts that are no part of a call's JSON."""
+        return (self.begin, self.end) if self.end else (self.begin,)
+
+
+HERMES = Style("hermes", "<tool_call>", hermes.read, hermes.rules, after=("</tool_call>",), end="</tool_call>")
+XML = Style(
+    "xml",
+    "<tool_call>",
+    xml.read,
+    xml.rules,
+    after=("</tool_call>", xml.FUNCTION_END, xml.END),
+    takes_apart=True,
+    end="</tool_call>",
+)
+MISTRAL = Style("mistral", "[TOOL_CALLS]", mistral.read, mistral.rules)
+MISTRAL_NAMED = Style("mistral_named", "[TOOL_CALLS]", mistral.read, mistral.named_rules)
+LLAMA = Style("llama", "<|python_tag|>", llama.read, llama.rules, after=(";",), first="{")
+STYLES = (HERMES, XML, MISTRAL, MISTRAL_NAMED, LLAMA)
+
+
+def style_of(template):
+    """The Style that a chat template teaches; None where it knows no tools."""
+    if "<tool_call>" in template:
+        return XML if "<function=" in template else HERMES
+    if "[TOOL_CALLS]" in template:
+        return MISTRAL_NAMED if "[ARGS]" in template else MISTRAL
+    if "<|python_tag|>" in template or "ipython" in template:
+        return LLAMA
+    return HERMES if "tools" in template else None

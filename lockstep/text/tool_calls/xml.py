@@ -1,0 +1,307 @@
+"""<tool_call><function=name><parameter=key>value</parameter></function></tool_call>, as Qwen3-Coder and Qwen3.5 write.
+
+Values stand there as plain text: what is a string and what is JSON only the tool's schema tells.
+"""
+
+import json
+import re
+
+from lockstep.text.grammars.schemas import self_contained
+from lockstep.text.grammars.structured import quote
+from lockstep.text.tool_calls.events import CallEnd
+from lockstep.text.tool_calls.grammar import either, marked_calls
+from lockstep.text.tool_calls.json_text import json_value, repaired
+from lockstep.text.tool_calls.readers import MAX_NAME, NOTHING, NotACall, after_space, expect, ignore, name_until, until
+from lockstep.text.tool_calls.shapes import IGNORED, MAX_NAMES, Shape, kinds, shapes
+from lockstep.text.tool_calls.texts import END, alternatives, is_null, is_text, pattern_part, text_rule
+
+FUNCTION, PARAMETER, FUNCTION_END = "function=", "parameter=", "</function>"
+ENDS = (END, FUNCTION_END, "</tool_call>", f"<{PARAMETER}")  # of a value that is JSON, outside of its strings
+PARAMETER_TAG = re.compile(r"parameter(=(?P<key>.*)|\s+name\s*=(?P<name>.*))", re.DOTALL)
+NEXT_CALL = re.compile(rf"{FUNCTION_END}\s*</tool_call>\s*<tool_call>\s*<{FUNCTION}\Z")
+MAX_NEXT = 100  # characters of that
+END_OF_NAME = ">\n"
+LITERALS = {"True": True, "False": False, "None": None}
+WRITABLE = r"/[!-;=?-~]([ -;=?-~]{0,62}[!-;=?-~])?/"  # names of a model's own choice
+MAX_COUNTED = 500  # rules of a call whose parameters have to be counted
+
+
+def read(calls):
+    """Reads one call from behind its mark."""
+    if (yield from after_space()) != "<":
+        raise NotACall
+    yield from expect(FUNCTION)
+    name = (yield from name_until(">")).strip()
+    if not name:
+        raise NotACall
+    calls.begin(name)
+    calls.add("{")
+    try:
+        yield from _parameters(calls, calls.remembered(name, lambda: _written(calls.tools, name)))
+    except CallEnd:
+        calls.add("}")
+        raise
+    calls.add("}")
+
+
+def _written(tools, name):
+    """The function that says which kinds of values a parameter of a tool may have; any text where nobody knows."""
+    tool = next((tool for tool in tools if tool.name == name), None)
+    try:
+        found = shapes(tool.arguments) if tool else []
+    except ValueError:
+        found = []
+    return lambda key: kinds(found, key, tool.parameters if tool else {})
+
+
+def _parameters(calls, kinds_of):
+    """Reads parameters up to </function>. Tags that are none of a call are dropped, and so is text between them."""
+    separator, tag = "", ""
+    while True:
+        tag = tag or (yield from _tag(""))
+        if tag == "/function":
+            return
+        if tag in ("/tool_call", "tool_call"):
+            raise CallEnd(f"<{tag}>")
+        if tag.startswith(FUNCTION):
+            raise CallEnd(f"<tool_call><{tag}>")
+        named, tag = PARAMETER_TAG.fullmatch(tag), ""
+        if named:
+            key = named["key"].strip() if named["key"] is not None else named["name"].strip(" \t\r\n\"'")
+            calls.add(f"{separator}{json.dumps(key)}: ")
+            separator = ", "
+            tag = yield from _value(calls, kinds_of(key))
+
+
+def _tag(begun):
+    """What stands between the brackets of the next tag, of which `begun` has been read; empty: not even its bracket."""
+    if not begun:
+        yield from until(("<",), ignore)
+    text = begun
+    while (character := (yield)) != ">":
+        if character == "<" and not text.startswith(PARAMETER):
+            text = ""
+        elif len(text) < MAX_NAME + len(PARAMETER):
+            text += character
+    return text.strip()
+
+
+def _value(calls, kinds):
+    """Reads a value and what ends it; returns the tag that did where it is another one's, or empty."""
+    pieces = []
+    if is_text(kinds) and not any(map(is_null, kinds)):
+        calls.add('"')
+        try:
+            yield from _text(lambda text: calls.add(json.dumps(text)[1:-1]))
+        finally:
+            calls.add('"')
+        return ""
+    is_cut, end = True, ""
+    try:
+        end = yield from (_text(pieces.append) if is_text(kinds) else _json(pieces))
+        is_cut = False
+    finally:
+        calls.add(json.dumps(_decoded("".join(pieces), kinds, is_cut)))
+    return (yield from _tag(PARAMETER)) if end == f"<{PARAMETER}" else end[1:-1] if end else ""
+
+
+def _json(pieces):
+    """Reads a value that is to be JSON, and its end, which is none in a string; returns that of another one."""
+    num_quotes = 0
+    while True:
+        first = len(pieces)
+        end = yield from until(ENDS, pieces.append)
+        part = "".join(pieces[first:])
+        num_quotes += re.findall(r'\\.|"', part, re.DOTALL).count('"')
+        if num_quotes % 2 == 0 or part.endswith("\n") or (first == 0 and not _is_begun(part)):
+            break
+        pieces += end
+    pieces[:] = "".join(pieces).removeprefix("\n").removesuffix("\n")
+    return "" if end == END else end
+
+
+def _text(out):
+    """Passes a text on to `out` as it is read, with its end."""
+    text = _Text(Lines(out).add)
+    try:
+        yield from until((END,), text.add)
+    except CallEnd:
+        text.end()
+        raise
+    text.release()
+
+
+class _Text:
+    """A text in which </function> may stand; where the text's own end is missing, it ends there. So everything from
+    there on waits for that end, for the next call or for the end of the answer."""
+
+    def __init__(self, out) -> None:
+        self._out, self._held, self._waiting = out, "", []
+
+    def add(self, character) -> None:
+        """Takes the next character. CallEnd where the next call begins."""
+        if self._waiting:
+            self._waiting.append(character)
+            if character == "=" and (found := NEXT_CALL.search("".join(self._waiting[-MAX_NEXT:]))):
+                self._end_at(len(self._waiting) - len(found[0]))
+            return
+        self._held += character
+        if self._held == FUNCTION_END:
+            self._waiting, self._held = list(FUNCTION_END), ""
+        while self._held and not FUNCTION_END.startswith(self._held):
+            self._out(self._held[0])
+            self._held = self._held[1:]
+
+    def release(self) -> None:
+        """The text's own end was read."""
+        for character in self._waiting or self._held:
+            self._out(character)
+
+    def end(self) -> None:
+        """The answer has ended. CallEnd with what follows the text, if that ended before."""
+        if self._waiting:
+            self._end_at("".join(self._waiting).rindex(FUNCTION_END))
+
+    def _end_at(self, at):
+        rest = "".join(self._waiting[at + len(FUNCTION_END) :])
+        del self._waiting[at:]
+        self.release()
+        raise CallEnd(rest)
+
+
+def _is_begun(text):
+    """Whether a text is the beginning of JSON, and no more."""
+    return text.lstrip().startswith(("{", "[", '"')) and not repaired(text)
+
+
+class Lines:
+    """Passes characters on without the line break that follows <parameter=key> and the one before its end."""
+
+    def __init__(self, out) -> None:
+        self._out, self._held, self._first = out, "", True
+
+    def add(self, character) -> None:
+        """Takes the next character."""
+        if self._held:
+            self._out(self._held)
+        self._held = character if character == "\n" and not self._first else ""
+        if character != "\n":
+            self._out(character)
+        self._first = False
+
+
+def _decoded(text, kinds, is_cut):
+    """The value that a text stands for; the text itself where it is no JSON, or may be nothing else but null."""
+    if is_text(kinds) and text.strip() not in NOTHING:
+        return text
+    return LITERALS.get(text.strip(), json_value(text, text, is_cut))
+
+
+def is_writable(key):
+    """Whether a parameter may have this name: it has to be read again."""
+    return key == key.strip() and 0 < len(key) <= MAX_NAME and ">" not in key and key.isprintable()
+
+
+def rules(lark, tools, parallel) -> None:
+    """Adds rules `call`, for what follows the mark of one call, and `calls`. Parameters come in the schema's order."""
+    marked_calls(lark, [_function(lark, f"tool_{i}", tool) for i, tool in enumerate(tools)], parallel)
+
+
+def _function(lark, name, tool):
+    try:
+        parameters = _Parameters(lark, name, tool).any
+        return lark.rule(name, quote(f"<function={tool.name}>\n"), parameters, quote("</function>"))
+    except ValueError as error:
+        raise ValueError(f"tools: parameters of {tool.name}: {error}") from None
+
+
+class _Parameters:
+    """Writes rules for the parameters of one tool. any: what stands for them in a rule."""
+
+    def __init__(self, lark, name, tool) -> None:
+        self._lark, self._name, self._tool, self._count = lark, name, tool, 0
+        if tool.strict and tool.parameters.keys() & IGNORED:
+            raise ValueError(f"{min(tool.parameters.keys() & IGNORED)}: cannot be enforced")
+        self._shapes = shapes(tool.arguments)
+        self.any = either([self._members(shape) for shape in self._shapes])
+
+    def _new_name(self) -> str:
+        self._count += 1
+        return f"{self._name}_{self._count}"
+
+    def _members(self, shape: Shape) -> str:
+        """The members of one Shape, as many as there may be."""
+        needed = [
+            (self._known(key, schema), key in shape.required)
+            for key, schema in shape.members.items()
+            if schema is not False and (key in shape.required or is_writable(key))
+        ]
+        unknown = self._unknown(shape)
+        least, most = max(0, shape.least - len(shape.required)), shape.most
+        if not least and (most is None or most >= len(needed) + MAX_NAMES * bool(unknown)):
+            return " ".join(
+                [
+                    *(part if must else f"{part}?" for part, must in needed),
+                    f"{unknown}{{0,{MAX_NAMES}}}" if unknown else "",
+                    '""',
+                ]
+            )
+        return self._counted(needed, unknown, shape)
+
+    def _counted(self, parts, unknown, shape) -> str:
+        """The same where their number matters: a rule for what follows each part after each number of parts."""
+        most = len(parts) + max(MAX_NAMES, shape.least) if shape.most is None else shape.most
+        top = min(most, len(parts)) + 1
+        if len(parts) * top > MAX_COUNTED or shape.least > MAX_COUNTED:
+            raise ValueError(f"minProperties, maxProperties: expected at most {MAX_COUNTED} counts of properties")
+        after = {count: self._rest(unknown, shape.least - count, most - count) for count in range(top)}
+        for part, must in reversed(parts):
+            after = {
+                count: self._either([[part, after.get(count + 1)], *([] if must else [["", after.get(count)]])])
+                for count in after
+            }
+        whole = after.get(0)
+        if whole is None:
+            raise ValueError("minProperties, maxProperties: no object fits the schema")
+        return whole
+
+    def _rest(self, unknown, least, most):
+        """As many members of other names; None if that is impossible."""
+        if (least > 0 and not unknown) or most < 0:
+            return None
+        return f"{unknown}{{{max(0, least)},{min(most, max(least, MAX_NAMES))}}}" if unknown else '""'
+
+    def _either(self, options):
+        possible = [" ".join(option) for option in options if option[-1] is not None]
+        return self._lark.rule(self._new_name(), " | ".join(possible)) if possible else None
+
+    def _known(self, key, schema) -> str:
+        if not is_writable(key):
+            raise ValueError(f"properties: {key!r:.100} cannot be written in this model's calls")
+        return self._parameter(quote(f"<parameter={key}>\n"), kinds(self._shapes, key, self._tool.parameters), schema)
+
+    def _unknown(self, shape) -> str:
+        """Any member of the Shape whose name its schema does not know; empty if there is none."""
+        of_any = kinds(self._shapes, None, self._tool.parameters)
+        known = "".join(f" & ~{quote(key)}" for key in dict.fromkeys(n for each in self._shapes for n in each.members))
+        found, made = [part for pattern in shape.patterns for part in pattern_part(pattern, self._tool.strict)], []
+        for pattern, schema in shape.unknown.items():
+            where = pattern_part(pattern, self._tool.strict) if pattern is not None else [f"~{part}" for part in found]
+            if schema is False or (pattern is not None and not where):
+                continue
+            key = self._lark.rule(f"{self._new_name()}_key".upper(), " & ".join([WRITABLE, *where]) + known)
+            made.append(self._parameter(f"{quote('<parameter=')} {key} {quote(END_OF_NAME)}", of_any, schema))
+        return either(made) if made else ""
+
+    def _parameter(self, head, written, schema) -> str:
+        """A rule for one parameter. written: the alternatives that say how its value is written."""
+        name, tool = self._new_name(), self._tool
+        if not is_text(written):
+            whole = schema if isinstance(schema, dict) else {}
+            value = self._lark.json(f"{name}_value", self_contained(whole, tool.parameters), tool.strict)
+            return self._lark.rule(name, head, value, quote(f"\n{END}\n"))
+        own = alternatives(schema, tool.parameters)
+        texts = [text_rule(self._lark, self._new_name(), kind, tool.strict) for kind in own]
+        if not texts:
+            raise ValueError("enum: no value fits the schema")
+        return self._lark.rule(name, head, either(texts))

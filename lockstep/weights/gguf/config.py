@@ -1,0 +1,122 @@
+"""A Hugging Face config from GGUF metadata: what all architectures have. The rest is a model family's own.
+
+Source: src/llama-arch.cpp, src/llama-model.cpp and conversion/*.py of llama.cpp.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from lockstep.weights.gguf.architecture import Architecture
+from lockstep.weights.gguf.keys import Keys
+from lockstep.weights.gguf.rope import LLAMA3_CONTEXT, llama3_scaling
+from lockstep.weights.tensor import TensorInfo
+
+# By llama.cpp's numbers.
+POOLINGS: Mapping[int, str] = {0: "none", 1: "mean", 2: "cls", 3: "last", 4: "rank"}
+
+
+def hf_config(
+    architecture: Architecture,
+    metadata: Mapping[str, object],
+    infos: Mapping[str, TensorInfo],
+    rope_factors: np.ndarray | None,
+    where: str,
+) -> dict:
+    """The equivalent of config.json.
+
+    `infos` are GGUF's tensors by GGUF name and shape, `rope_factors` float32 [K / 2] the content of
+    rope_freqs.weight if there is one. Raises ValueError for what is missing, inconsistent or not supported.
+    """
+    keys = Keys(metadata, architecture.name, where)
+    config = _common(keys, metadata, infos, architecture, where)
+    config |= _rope(keys, config, rope_factors, where)
+    config = architecture.config(config, keys, infos)
+    keys.check_all_used()
+    return config
+
+
+def _common(
+    keys: Keys, metadata: Mapping[str, object], infos: Mapping[str, TensorInfo], architecture: Architecture, where: str
+) -> dict:
+    if "token_embd.weight" not in infos or len(infos["token_embd.weight"].shape) != 2:
+        raise ValueError(f"{where}: tensor 'token_embd.weight' [vocabulary, width] is missing")
+    hidden_size, num_heads = keys.integer("embedding_length"), keys.integer("attention.head_count")
+    if num_heads == 0 or hidden_size == 0:
+        raise ValueError(f"{where}: {hidden_size} embedding_length and {num_heads} heads, expected more than 0")
+    head_dim = keys.integer("attention.key_length", hidden_size // num_heads)
+    if keys.integer("attention.value_length", head_dim) != head_dim:
+        raise ValueError(f"{where}: value heads of another size than key heads ({head_dim}) are not supported")
+    num_layers = keys.integer("block_count") - keys.integer("nextn_predict_layers", 0)
+    if not 0 < num_layers < len(infos):
+        raise ValueError(f"{where}: {num_layers} layers do not fit a file of {len(infos)} tensors")
+    return {
+        "model_type": architecture.model_type,
+        "architectures": [architecture.class_name],
+        "vocab_size": infos["token_embd.weight"].shape[0],
+        "hidden_size": hidden_size,
+        "intermediate_size": keys.integer("feed_forward_length", 0),
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": keys.integer("attention.head_count_kv", num_heads),
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": keys.integer("context_length"),
+        "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
+        "tie_word_embeddings": "output.weight" not in infos,
+        **_pooling(keys, where),
+        **_token_ids(metadata, infos["token_embd.weight"].shape[0]),
+    }
+
+
+def _pooling(keys: Keys, where: str) -> dict[str, str]:
+    """How the hidden states of a text become its embedding, as `pooling_type`, which config.json does not know."""
+    number = keys.integer("pooling_type", 0)
+    pooling = POOLINGS.get(number, str(number))
+    if pooling not in ("none", "mean", "last"):
+        raise ValueError(f"{where}: pooling_type {pooling} is not supported, only none, mean and last")
+    return {} if pooling == "none" else {"pooling_type": pooling}
+
+
+def _token_ids(metadata: Mapping[str, object], vocab_size: int) -> dict[str, object]:
+    """Without ids that no token has: some conversions write 2^32 - 1 for none, see text/tokenizer/gguf.py."""
+    given = {name: metadata.get(f"tokenizer.ggml.{name}") for name in ("bos_token_id", "eos_token_id")}
+    is_there = lambda value: type(value) is not int or 0 <= value < vocab_size
+    return {name: value for name, value in given.items() if value is not None and is_there(value)}
+
+
+def _rope(keys: Keys, config: dict, factors: np.ndarray | None, where: str) -> dict:
+    theta = keys.number("rope.freq_base", 10000.0)
+    head_dim = config["head_dim"]
+    rope_dim = keys.integer("rope.dimension_count", head_dim)
+    is_said = "rope.dimension_count" in keys  # otherwise the size of heads is checked with the model
+    if theta < 1 or (is_said and (rope_dim % 2 or not 0 < rope_dim <= head_dim)):
+        raise ValueError(f"{where}: rope.dimension_count {rope_dim}, base {theta} do not fit heads of {head_dim}")
+    scaling = _scaling(keys, theta, rope_dim, factors, where)
+    partial = {"partial_rotary_factor": rope_dim / head_dim} if rope_dim != head_dim else {}
+    return {"rope_theta": theta, "rope_scaling": scaling, **partial}
+
+
+def _scaling(keys: Keys, theta: float, rope_dim: int, factors: np.ndarray | None, where: str) -> dict | None:
+    kind = keys.text("rope.scaling.type", "none")
+    if factors is not None and kind in ("none", "llama3"):
+        original = keys.integer("rope.scaling.original_context_length", LLAMA3_CONTEXT)
+        return llama3_scaling(theta, rope_dim, factors, original, where)
+    if kind == "none":
+        return None
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": keys.number("rope.scaling.factor")}
+    if kind != "yarn":
+        raise ValueError(f"{where}: rope.scaling.type {kind!r} is not supported, only none, linear and yarn")
+    return _yarn_scaling(keys)
+
+
+def _yarn_scaling(keys: Keys) -> dict:
+    scaling = {
+        "rope_type": "yarn",
+        "factor": keys.number("rope.scaling.factor"),
+        "original_max_position_embeddings": keys.integer("rope.scaling.original_context_length"),
+    }
+    renamed = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow", "yarn_attn_factor": "attention_factor"}
+    present = {name: key for key, name in renamed.items() if f"rope.scaling.{key}" in keys}
+    return scaling | {name: keys.number(f"rope.scaling.{key}") for name, key in present.items()}

@@ -1,0 +1,176 @@
+"""GGUF versions 2 and 3, little-endian: metadata, tensor directory, aligned data; also split files.
+
+Source: docs/gguf.md in github.com/ggml-org/ggml. Every count, length and offset is checked against the
+file and against a limit before anything is read or allocated with it.
+"""
+
+import hashlib
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from lockstep.formats import FORMATS
+from lockstep.weights.gguf.metadata import Allowance, Cursor, read_metadata
+from lockstep.weights.mapped import map_file
+from lockstep.weights.tensor import TensorFile, TensorInfo, merge, stored_shape
+
+MAGIC = b"GGUF"
+MAX_TENSORS = 1 << 17
+MAX_DIMS = 4
+MAX_DIM = 1 << 48
+MAX_NAME_BYTES = 1 << 10
+MAX_ALIGNMENT = 1 << 20
+MAX_PARTS = 1 << 12
+SPLIT_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+
+# GGML's type numbers; those without an entry in FORMAT_OF_TYPE are known by name only.
+FORMAT_OF_TYPE: Mapping[int, str] = dict(
+    sorted(
+        {format.gguf_type: name for name, format in FORMATS.items()}.items()
+        | {24: "i8", 25: "i16", 26: "i32", 27: "i64", 28: "f64"}.items()
+    )
+)
+OTHER_TYPES: Mapping[int, str] = {
+    9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS",
+    19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0",
+    39: "MXFP4", 40: "NVFP4",
+}  # fmt: skip
+
+
+def open_parts(path: Path) -> list[TensorFile]:
+    """Open a .gguf file, or all parts of a split one in order, whichever part is named.
+
+    Raises ValueError if a part is missing or does not belong, or a tensor is in two parts.
+    """
+    first = open_file(path)
+    count = _unsigned(first.metadata, "split.count", 1, MAX_PARTS, path)
+    if count <= 1:
+        return [first]
+    allowance = Allowance()
+    parts = [open_file(part, allowance) for part in _part_paths(path, count)]
+    for number, part in enumerate(parts):
+        _check_part(part, number, count)
+    found = len(merge(parts))
+    expected = parts[0].metadata.get("split.tensors.count", found)
+    if expected != found:
+        raise ValueError(f"{parts[0].path}: split.tensors.count is {expected}, the parts hold {found} tensors")
+    return parts
+
+
+def open_file(path: Path, allowance: Allowance | None = None) -> TensorFile:
+    """Map one .gguf file and check its whole header, whose metadata is taken from the allowance.
+
+    Raises ValueError saying what is wrong with it.
+    """
+    raw = map_file(path)
+    cursor = Cursor(raw, str(path), allowance)
+    num_tensors, num_pairs = _read_counts(cursor)
+    metadata = read_metadata(cursor, num_pairs)
+    alignment = _alignment(metadata, path)
+    directory = [_read_tensor(cursor, index) for index in range(num_tensors)]
+    header_hash = hashlib.sha256(raw[: cursor.position].data).hexdigest()
+    data_start = -(-cursor.position // alignment) * alignment
+    infos = _unique_infos(directory, path)
+    begins = {info.name: data_start + offset for info, offset in directory}
+    _check_layout(infos, begins, alignment, len(raw), path)
+    return TensorFile(path, raw, header_hash, metadata, infos, begins)
+
+
+def _read_counts(cursor: Cursor) -> tuple[int, int]:
+    magic = bytes(cursor.take(min(4, len(cursor.buffer)), "magic"))
+    if magic != MAGIC:
+        raise ValueError(f"{cursor.where}: expected a GGUF file, it starts with {magic!r}")
+    version = cursor.unsigned(4, "version")
+    if version & 0xFFFF == 0:
+        raise ValueError(f"{cursor.where}: big-endian GGUF files are not supported, only little-endian ones")
+    if version not in (2, 3):
+        raise ValueError(f"{cursor.where}: GGUF version {version} is not supported, only 2 and 3")
+    # A directory entry takes at least 32 bytes, a metadata pair at least 13.
+    num_tensors = cursor.count(8, "tensor count", MAX_TENSORS, 32)
+    return num_tensors, cursor.count(8, "metadata count", 1 << 16, 13)
+
+
+def _read_tensor(cursor: Cursor, index: int) -> tuple[TensorInfo, int]:
+    """One directory entry as its info and its offset within the data section."""
+    name = cursor.string(f"name of tensor {index}", MAX_NAME_BYTES)
+    where = f"tensor {name!r}"
+    num_dims = cursor.unsigned(4, f"{where} dimension count")
+    if not 0 < num_dims <= MAX_DIMS:
+        raise ValueError(f"{cursor.where}: {where} has {num_dims} dimensions, expected 1 to {MAX_DIMS}")
+    dims = [cursor.unsigned(8, f"{where} dimension") for _ in range(num_dims)]
+    if any(not 0 < dim < MAX_DIM for dim in dims):
+        raise ValueError(f"{cursor.where}: {where} has dimensions {dims}, expected 1 to 2^48 each")
+    ggml_type = cursor.unsigned(4, f"{where} type")
+    offset = cursor.unsigned(8, f"{where} offset")
+    # GGML lists the fastest-moving dimension first.
+    return _info(name, ggml_type, tuple(reversed(dims)), cursor.where), offset
+
+
+def _info(name: str, ggml_type: int, shape: tuple[int, ...], path: str) -> TensorInfo:
+    if ggml_type not in FORMAT_OF_TYPE:
+        known = OTHER_TYPES.get(ggml_type, f"number {ggml_type}")
+        readable = ", ".join(format.upper() for format in FORMAT_OF_TYPE.values())
+        raise ValueError(f"{path}: tensor {name!r} has type {known}, which is not supported, only {readable}")
+    format = FORMAT_OF_TYPE[ggml_type]
+    try:
+        stored, dtype = stored_shape(format, shape)
+    except ValueError as error:
+        raise ValueError(f"{path}: tensor {name!r} {list(shape)} as {format}: {error}") from None
+    return TensorInfo(name, format, shape, math.prod(stored) * dtype.itemsize)
+
+
+def _alignment(metadata: Mapping[str, object], path: Path) -> int:
+    alignment = _unsigned(metadata, "general.alignment", 32, MAX_ALIGNMENT, path)
+    if alignment == 0 or alignment & (alignment - 1):
+        raise ValueError(f"{path}: general.alignment must be a power of two, found {alignment}")
+    return alignment
+
+
+def _unsigned(metadata: Mapping[str, object], key: str, default: int, limit: int, path: Path) -> int:
+    value = metadata.get(key, default)
+    if type(value) is not int or not 0 <= value <= limit:
+        raise ValueError(f"{path}: {key} must be an integer from 0 to {limit}, found {value!r}")
+    return value
+
+
+def _unique_infos(directory: list[tuple[TensorInfo, int]], path: Path) -> dict[str, TensorInfo]:
+    infos: dict[str, TensorInfo] = {}
+    for info, _ in directory:
+        if info.name in infos:
+            raise ValueError(f"{path}: tensor {info.name!r} is listed twice")
+        infos[info.name] = info
+    return infos
+
+
+def _check_layout(
+    infos: Mapping[str, TensorInfo], begins: Mapping[str, int], alignment: int, size: int, path: Path
+) -> None:
+    """Tensors must be aligned, end within the file and not overlap."""
+    previous_end = 0
+    for name in sorted(infos, key=begins.__getitem__):
+        begin, end = begins[name], begins[name] + infos[name].num_bytes
+        if begin % alignment:
+            raise ValueError(f"{path}: tensor {name!r} begins at byte {begin}, not a multiple of {alignment}")
+        if end > size:
+            raise ValueError(f"{path}: tensor {name!r} ends at byte {end}, the file has {size} bytes")
+        if begin < previous_end:
+            raise ValueError(f"{path}: tensor {name!r} begins at byte {begin}, inside the tensor before it")
+        previous_end = end
+
+
+def _part_paths(path: Path, count: int) -> list[Path]:
+    match = SPLIT_NAME.fullmatch(path.name)
+    if match is None or int(match[3]) != count:
+        raise ValueError(f"{path}: one of {count} parts, its name should end in -00001-of-{count:05d}.gguf")
+    parts = [path.with_name(f"{match[1]}-{number:05d}-of-{match[3]}.gguf") for number in range(1, count + 1)]
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing:
+        raise ValueError(f"{path}: {len(missing)} of {count} parts are missing, the first is {missing[0]}")
+    return parts
+
+
+def _check_part(part: TensorFile, number: int, count: int) -> None:
+    found = (part.metadata.get("split.no"), part.metadata.get("split.count"))
+    if found != (number, count):
+        raise ValueError(f"{part.path}: expected split.no, split.count = {(number, count)}, found {found}")

@@ -1,0 +1,74 @@
+"""A GGUF file as the Hugging Face checkpoint it was made from: config, names, and conversions undone."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lockstep.weights.gguf.architecture import Architecture, Architectures, architecture_of
+from lockstep.weights.gguf.config import hf_config
+from lockstep.weights.gguf.file import open_parts
+from lockstep.weights.gguf.names import hf_name
+from lockstep.weights.gguf.undo import Expert, Undo
+from lockstep.weights.tensor import StoredTensor, TensorFile, TensorInfo, TensorMap, merge
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Where a Hugging Face tensor comes from: `file` holds it as `source`, and `undo` brings it back."""
+
+    info: TensorInfo
+    file: TensorFile
+    source: str
+    undo: Undo
+
+    def load(self) -> StoredTensor:
+        """The tensor under its Hugging Face name and in its Hugging Face form."""
+        stored = replace(self.file.load(self.source), name=self.info.name)
+        try:
+            return self.undo.apply(stored)
+        except ValueError as error:
+            raise ValueError(f"{self.file.path}: tensor {self.source!r} {list(stored.shape)}: {error}") from None
+
+
+def open_gguf(path: Path, architectures: Architectures) -> tuple[list[TensorFile], dict, TensorMap]:
+    """Open a GGUF file or split file of one of these architectures: its parts, its Hugging Face config and its tensors
+    by Hugging Face name."""
+    parts = open_parts(path)
+    metadata = parts[0].metadata
+    stored = merge(parts)
+    rope_factors = stored["rope_freqs.weight"].to_f32() if "rope_freqs.weight" in stored else None
+    architecture = architecture_of(metadata, architectures, str(path))
+    config = hf_config(architecture, metadata, stored.info, rope_factors, str(path))
+    recipes = _recipes(parts, architecture, config)
+    tensors = TensorMap({name: recipe.info for name, recipe in recipes.items()}, lambda name: recipes[name].load())
+    return parts, config, tensors
+
+
+def _recipes(parts: list[TensorFile], architecture: Architecture, config: Mapping) -> dict[str, Recipe]:
+    recipes: dict[str, Recipe] = {}
+    for part in parts:
+        for source, info in part.infos.items():
+            for recipe in _recipes_of(part, info, architecture, config):
+                if recipe.info.name in recipes:
+                    other = recipes[recipe.info.name].source
+                    raise ValueError(f"{part.path}: tensors {source!r} and {other!r} are both {recipe.info.name!r}")
+                recipes[recipe.info.name] = recipe
+    return recipes
+
+
+def _recipes_of(part: TensorFile, info: TensorInfo, architecture: Architecture, config: Mapping) -> list[Recipe]:
+    try:
+        name = hf_name(architecture, info.name, config["num_hidden_layers"])
+        undos = {} if name is None else _undos(name, info, architecture, config)
+        return [Recipe(replace(undo.info(info), name=hf), part, info.name, undo) for hf, undo in undos.items()]
+    except ValueError as error:
+        raise ValueError(f"{part.path}: tensor {info.name!r} {list(info.shape)}: {error}") from None
+
+
+def _undos(name: str, info: TensorInfo, architecture: Architecture, config: Mapping) -> dict[str, Undo]:
+    """Hugging Face names made from one GGUF tensor (several for stacked experts), and how."""
+    if "{expert}" in name:
+        if len(info.shape) != 3 or info.shape[0] != config["num_experts"]:
+            raise ValueError(f"expected a stack of {config['num_experts']} experts' matrices")
+        return {name.format(expert=index): Expert(index) for index in range(info.shape[0])}
+    return {name: architecture.undo(name, config)}

@@ -1,0 +1,74 @@
+"""GGUF tensor names and their Hugging Face names: those that many architectures have, and how a name is translated.
+
+Source: gguf-py/gguf/tensor_mapping.py and conversion/*.py of llama.cpp.
+"""
+
+import re
+from collections.abc import Mapping
+
+from lockstep.weights.gguf.architecture import Architecture
+
+# An entry without ".weight" or ".bias" stands for both.
+TOP: Mapping[str, str] = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+ATTENTION: Mapping[str, str] = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+}
+HEAD_NORMS: Mapping[str, str] = {
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+}
+MLP: Mapping[str, str] = {
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+# Stacked [experts, rows, columns] in GGUF, one tensor per expert in Hugging Face checkpoints.
+EXPERTS: Mapping[str, str] = {
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.{expert}.gate_proj",
+    "ffn_up_exps": "mlp.experts.{expert}.up_proj",
+    "ffn_down_exps": "mlp.experts.{expert}.down_proj",
+}
+DENSE = {**ATTENTION, **MLP, "ffn_norm": "post_attention_layernorm"}
+
+# Their content reaches the model through the config.
+IGNORED = {"rope_freqs.weight"}
+
+
+def hf_name(architecture: Architecture, name: str, num_layers: int) -> str | None:
+    """The Hugging Face name of GGUF tensor `name`, or None for one the config already tells.
+
+    Blocks from `num_layers` on are multi-token-prediction layers. Names of stacked experts contain
+    "{expert}". Raises ValueError for a name that the architecture does not have.
+    """
+    if name in IGNORED:
+        return None
+    block = re.fullmatch(r"blk\.(\d{1,6})\.(.+)", name)
+    found = _layer_name(architecture, int(block[1]), block[2], num_layers) if block else _renamed(TOP, name)
+    if found is None:
+        raise ValueError(f"tensor {name!r} is not one that architecture {architecture.name!r} is known to have")
+    return found
+
+
+def _layer_name(architecture: Architecture, layer: int, name: str, num_layers: int) -> str | None:
+    is_mtp = layer >= num_layers
+    if is_mtp and (found := _renamed(architecture.mtp_names, name)):
+        return found
+    found = _renamed(architecture.names, name)
+    prefix = f"mtp.layers.{layer - num_layers}" if is_mtp else f"model.layers.{layer}"
+    return found and f"{prefix}.{found}"
+
+
+def _renamed(names: Mapping[str, str], name: str) -> str | None:
+    if name in names:
+        return names[name]
+    stem, _, suffix = name.rpartition(".")
+    return f"{names[stem]}.{suffix}" if stem in names and suffix in ("weight", "bias") else None

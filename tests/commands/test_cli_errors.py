@@ -1,0 +1,153 @@
+"""What goes wrong on the command line: one sentence for what a user can mend, the place for a fault of the program."""
+
+import errno
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from lockstep.cli import main
+from lockstep.native.host import UnfitMachine
+
+
+def run(*args):
+    return main(["generate", *args])
+
+
+@pytest.mark.parametrize(("args", "said"), [
+    ([], "expected one prompt: -p TEXT, -f FILE or -"),
+    (["-p", "x", "-f", "y"], "expected one prompt"),
+    (["-p", ""], "the prompt is empty"),
+    (["-p", "x", "-n", "0"], "greater than or equal to 1"),
+    (["-p", "x", "-n", "many"], "-n"),
+    (["-p", "x", "-n", "5000"], "is more than the context of 4096 tokens"),
+    (["-p", "x " * 9000], "tokens plus max_tokens"),
+    (["-p", "x", "--top-p", "2"], "top_p: expected a number from"),
+    (["-p", "x", "--temperature", "nan"], "temperature: expected a number from"),
+    (["-p", "x", "--weights", "q9"], "weights 'q9': expected one of auto"),
+    (["-p", "x", "--kv-dtype", "f8"], "kv_dtype 'f8'"),
+    (["-p", "x", "--op", "linear"], "--op linear: expected KIND=BACKEND"),
+    (["-p", "x", "--op", "linear=gpu"], "no such backend"),
+    (["-p", "x", "--op", "liner=cpu"], "--op liner=cpu: the model has no op of this kind; it has add, adjust_logits, "),
+    (["-p", "x", "--op", "expert_linear_f32=cpu"], "in the groups linear, attention, elementwise"),
+    (["-p", "x", "--op", "add=cpu", "--op", "add=reference"], "--op add=reference: add is given twice, cpu before"),
+    (["-p", "x", "--stop", ""], "stop: expected non-empty strings"),
+    (["-p", "x", "--logit-bias", "5"], "--logit-bias 5: expected ID:BIAS, such as 42:-100"),
+    (["-p", "x", "--logit-bias", "4:1000"], "logit_bias of token 4: expected a number from -100 to 100, got 1000.0"),
+    (["-p", "x", "--logit-bias", "9999:1"], "logit_bias: token ids must be 0 to 4095, got 9999"),
+    (["-p", "x", "-n", "5", "--min-tokens", "6"], "min_tokens: expected at most max_tokens, 5, got 6"),
+    (["nowhere", "-p", "x"], "nowhere: no such folder or file"),
+    (["a", "b", "-p", "x"], "'b': expected a prompt"),
+    (["-f", "nowhere.txt"], "nowhere.txt: No such file or directory"),
+    (["-p", "\udc80"], "surrogate"),
+    (["--bogus"], "--bogus"),
+])  # fmt: skip
+def test_a_mistake_is_one_sentence(args, said, capsys):
+    assert run(*args) == 2
+    out, err = capsys.readouterr()
+    assert not out and said in err
+    assert err.startswith("lockstep: ") and err.count("\n") == 1
+
+
+def test_bad_files(tmp_path, capsys):
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    assert run("-f", str(tmp_path / "latin.txt")) == 2
+    assert "latin.txt: not UTF-8 text, byte 0 is 0xe9" in capsys.readouterr().err
+    assert run(str(tmp_path), "-p", "x") == 2
+    assert f"{tmp_path}: expected" in capsys.readouterr().err
+    assert run("-f", str(tmp_path)) == 2
+    assert "Is a directory" in capsys.readouterr().err
+
+
+def caused(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "not enough memory"),
+        (MemoryError("for 3 GiB"), "not enough memory: for 3 GiB"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "not enough memory"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory", "m.gguf"), "not enough memory: m.gguf"),
+        (
+            ImportError("a.so: failed to map segment from shared object"),
+            "not enough memory: a.so: failed to map segment",
+        ),
+        (
+            caused(OSError("cannot load b.so"), OSError("b.so: failed to map segment")),
+            "not enough memory: b.so: failed",
+        ),
+        (RuntimeError("can't start new thread"), "no thread can be started: there is no memory for it, or"),
+        (caused(RuntimeError("no loop"), RuntimeError("can't start new thread")), "no thread can be started"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device\n"),
+        (PermissionError(errno.EACCES, "Permission denied", "m.gguf"), "m.gguf: Permission denied\n"),
+        (UnfitMachine("self-check failed: op add gives other bits"), "self-check failed: op add gives other bits\n"),
+    ],
+    ids=repr,
+)
+def test_what_a_machine_lacks_is_one_sentence(error, said, monkeypatch, capsys):
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr("lockstep.commands.generate.load", fail)
+    assert main(["generate", "-p", "x"]) == 2
+    assert capsys.readouterr().err.startswith(f"lockstep: {said}")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("two ops differ"), ImportError("no module"), ZeroDivisionError()])
+def test_a_fault_of_the_program_shows_where_it_is(error, monkeypatch):
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr("lockstep.commands.generate.load", fail)
+    with pytest.raises(type(error)):
+        main(["generate", "-p", "x"])
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="about a CPU of this kind")
+def test_a_cpu_that_is_too_old_is_one_sentence():
+    old = dict(NUMBA_CPU_NAME="nehalem", NUMBA_CPU_FEATURES="+sse4.2")
+    command = [sys.executable, "-m", "lockstep", "generate", "-p", "x"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | old)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr == "lockstep: Lockstep needs a CPU with AVX2 (any since 2015); 'nehalem' has none\n"
+
+
+def test_a_hub_name_offline(capsys, monkeypatch):
+    def unreachable(*args, **options):
+        raise ConnectionError("network is unreachable")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    assert run("org/model", "-p", "x") == 2
+    assert "fetching org/model from the Hugging Face hub failed: network is unreachable" in capsys.readouterr().err
+
+
+def test_unknown_commands(capsys):
+    assert main(["compose"]) == 2
+    assert "compose" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("args", "said"), [
+    (["generate", "no.gguf", "-p", "x"], "no.gguf: no such folder or file\n"),
+    (["inspect", "./no/model"], "./no/model: no such folder or file\n"),
+    (["generate", "-p", "x", "--threads", "257"], "--threads"),
+    (["parity", "--length", "1"], "--length"),
+    (["parity", "-p", "", "--length", "5"], "the prompt is empty\n"),
+    (["bench", "--plot", "/no/such/x.png"], "--plot /no/such/x.png: expected a file name ending in .png"),
+    (["bench", "--plot", "x.doc"], "--plot x.doc: expected a file name ending in .png"),
+])  # fmt: skip
+def test_a_mistake_is_found_before_anything_is_done(args, said, capsys):
+    if args[0] == "bench":
+        pytest.importorskip("matplotlib")
+    assert main(args) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_files_that_are_no_models_or_cannot_encode_text(tmp_path, capsys):
+    (tmp_path / "short.gguf").write_bytes(b"hi")
+    assert run(str(tmp_path / "short.gguf"), "-p", "x") == 2
+    assert "short.gguf: expected a GGUF file, it starts with b'hi'" in capsys.readouterr().err

@@ -1,0 +1,46 @@
+"""What a model's text does to a terminal: nothing. A pipe gets it as it is."""
+
+import contextlib
+import io
+import os
+import pty
+import select
+
+from lockstep.cli import main
+from lockstep.commands.terminal.conversation import tell
+from lockstep.commands.terminal.output import shown, write
+
+HOSTILE = "a\x1b]52;c;eA==\x07\x1b[2J\x9b31m\r\b\x00\x7fb\n\tc \N{PILE OF POO}\N{SNOWMAN}"
+SHOWN = "a\\x1b]52;c;eA==\\x07\\x1b[2J\\x9b31m\\x0d\\x08\\x00\\x7fb\n\tc \N{PILE OF POO}\N{SNOWMAN}"
+
+
+@contextlib.contextmanager
+def terminal():
+    """Inside, standard output and error are a terminal; a function that returns what came there."""
+    ours, theirs = pty.openpty()
+    stream = io.TextIOWrapper(os.fdopen(theirs, "wb", 0), "utf-8", write_through=True)
+
+    def read():
+        assert select.select([ours], [], [], 10)[0]
+        return os.read(ours, 1 << 16).decode().replace("\r\n", "\n")
+
+    with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
+        yield read
+    os.close(ours)
+    stream.close()
+
+
+def test_on_a_terminal_control_characters_are_written_out():
+    with terminal() as read:
+        write(HOSTILE)
+        assert read() == SHOWN
+        tell(f"stopped at {HOSTILE}")
+        assert read() == f"(stopped at {SHOWN})\n"
+        assert main(["generate", "\x1b[2J", "-p", "x"]) != 0
+        said = read()
+    assert "\x1b" not in said and "\\x1b[2J" in said
+
+
+def test_elsewhere_the_bytes_are_the_model_s(capsys):
+    write(HOSTILE)
+    assert capsys.readouterr().out == HOSTILE and shown(HOSTILE, io.StringIO()) == HOSTILE

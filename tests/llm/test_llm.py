@@ -1,0 +1,290 @@
+"""`LLM` on the bundled model: text, stop strings wherever tokens end, and everything at once in any company."""
+
+import contextlib
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from lockstep import LLM, SamplingParams
+from lockstep.engine.cache.size import ContextSize
+from lockstep.engine.request import samples
+from tests.models import tiny
+from tests.models.cases import CASES
+
+PROMPT = "def read_lines(path):\n"
+PROMPTS = [PROMPT, "import os\n", "class Queue:\n    ", "x", "for i in range(10):\n    print(i)\n" * 12]
+
+
+@pytest.fixture(scope="module")
+def llm():
+    made = LLM(threads=1, max_requests=8, max_context=512)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def free(llm):
+    """An answer that nothing stops."""
+    return llm.generate([PROMPT], SamplingParams(max_tokens=60, ignore_eos=True))[0]
+
+
+def stream(llm, **options):
+    """(Stream, [new_text of each step])"""
+    pieces = []
+    for made in llm.stream(PROMPT, SamplingParams(max_tokens=60, ignore_eos=True, **options)):
+        pieces.append(made.new_text)
+    return made, pieces
+
+
+def token_ends(llm, ids):
+    """Length of the text after each token."""
+    return [len(llm.tokenizer.decode(ids[: n + 1])) for n in range(len(ids))]
+
+
+def test_every_stretch_of_an_answer_stops_it_at_its_first_end(llm, free):
+    text, ends = free.text, token_ends(llm, free.token_ids)
+    inside_tokens = 0
+    for start, size in [(0, 1), (3, 2), (7, 5), (11, 9), (20, 3), (26, 17), (40, 4), (58, 12), (66, 1)]:
+        string = text[start : start + size]
+        at = text.index(string)
+        made, pieces = stream(llm, stop=(string, "\0never"))
+        r = made.request
+        assert (made.text, r.finish_reason, r.stop_reason) == (text[:at], "stop", string)
+        assert "".join(pieces) == made.text  # nothing shown was taken back
+        assert len(r.output_ids) == next(n for n, end in enumerate(ends, 1) if end >= at + size)
+        inside_tokens += not {at, at + size} & set(ends)
+        kept, pieces = stream(llm, stop=string, include_stop_str_in_output=True)
+        assert kept.text == "".join(pieces) == text[: at + size]
+    assert inside_tokens > 2
+
+
+def test_text_is_held_back_only_while_it_could_be_cut(llm, free):
+    string = free.text[10:30] + "\0never"
+    made, pieces = stream(llm, stop=string)
+    assert made.text == "".join(pieces) == free.text and made.request.finish_reason == "length"
+    shown = np.cumsum([len(p) for p in pieces])
+    ends = np.array(token_ends(llm, free.token_ids))
+    assert (shown <= ends).all() and (shown < ends).any() and shown[-1] == len(free.text)
+
+
+def test_a_stop_string_does_not_count_in_the_first_min_tokens(llm, free):
+    ends, text = token_ends(llm, free.token_ids), free.text
+    string = next(c for c in text[: ends[5]] if c in text[ends[29] :])
+    made, pieces = stream(llm, stop=string, min_tokens=30)
+    at = text.index(string, ends[29])
+    assert made.text == "".join(pieces) == text[:at] and len(made.request.output_ids) > 30
+
+
+def test_a_stop_token_is_not_part_of_the_text_unless_asked_for(llm, free):
+    n = next(n for n, t in enumerate(free.token_ids) if n > 10 and t not in free.token_ids[:n])
+    token, before = free.token_ids[n], llm.tokenizer.decode(free.token_ids[:n])
+    made, _ = stream(llm, stop_token_ids=(token,))
+    assert (made.text, made.request.stop_reason, made.request.output_ids[-1]) == (before, token, token)
+    made, _ = stream(llm, stop_token_ids=(token,), include_stop_str_in_output=True)
+    assert made.text == llm.tokenizer.decode(free.token_ids[: n + 1]) != before
+
+
+def parity_mask(output_ids):
+    """Only even tokens after an odd count, and the other way round."""
+    return np.full(128, 0x55555555 << len(output_ids) % 2, np.uint32)
+
+
+ALL = [
+    SamplingParams(
+        max_tokens=40,
+        temperature=0.9,
+        seed=i,
+        repetition_penalty=1.2,
+        frequency_penalty=0.2,
+        presence_penalty=0.1,
+        logit_bias={17: 2.0, 300 + i: -100},
+        min_tokens=8,
+        logprobs=i,
+        logits_mask=parity_mask if i % 2 else None,
+        prompt_logprobs=4 * i,
+        stop=("\n\n", "e\n"),
+    )
+    for i in range(len(PROMPTS))
+]
+
+
+def test_all_features_at_once_are_the_same_in_any_company(llm):
+    together = llm.generate(PROMPTS, ALL)
+    assert {a.finish_reason for a in together} == {"stop", "length"} and all(len(a.token_ids) > 8 for a in together)
+    assert all(len(a.prompt_logprobs) == len(a.prompt_token_ids) - 1 for a in together)
+    assert [llm.generate([p], s)[0] for p, s in zip(PROMPTS, ALL, strict=True)] == together
+    for options in (
+        dict(threads=1, max_requests=1, max_step_tokens=1),
+        dict(threads=3, max_requests=2, max_step_tokens=13),
+    ):
+        other = LLM(max_context=512, **options)
+        assert other.generate(PROMPTS, ALL) == together
+        other.close()
+
+
+def test_an_answer_that_fails_says_why_and_keeps_its_text(llm):
+    def mask(output_ids):
+        return None if len(output_ids) < 5 else np.zeros(128, np.uint32)
+
+    bad, good = llm.generate([PROMPT, PROMPT], [SamplingParams(logits_mask=mask), SamplingParams(max_tokens=8)])
+    assert (bad.finish_reason, bad.text) == ("error", llm.tokenizer.decode(good.token_ids[:5]))
+    assert bad.error.startswith("no token is allowed") and good.finish_reason == "length" and good.error is None
+
+
+def test_samples_of_a_prompt_are_what_their_seeds_give_alone(llm):
+    params = SamplingParams(max_tokens=12, temperature=1.0, seed=5, ignore_eos=True, n=3)
+    several, single = llm.generate(PROMPTS[:2], [params, SamplingParams(max_tokens=4)])
+    alone = [llm.generate([PROMPT], replace(p, n=1))[0] for p in samples(params)]
+    assert [c.token_ids for c in several.samples] == [c.token_ids for c in alone]
+    assert [c.text for c in several.samples] == [c.text for c in alone] and several.samples[0] is several
+    assert len({tuple(c.token_ids) for c in several.samples}) == 3 and single.samples == [single]
+    with pytest.raises(ValueError, match="n: expected 1"):
+        next(llm.stream(PROMPT, params))
+
+
+def test_an_answer_from_a_cache_dir_is_the_same(llm, tmp_path):
+    prompt = PROMPTS[4] * 2
+    cold = llm.generate([prompt], SamplingParams(max_tokens=8))[0]
+    for found in (False, True):
+        other = LLM(threads=1, max_requests=1, max_context=512, cache_dir=tmp_path)
+        warm = other.generate([prompt], SamplingParams(max_tokens=8))[0]
+        counts = other.engine.scheduler.prefix.counts
+        other.close()
+        assert (warm.token_ids, warm.logprobs, bool(counts.hit_tokens)) == (cold.token_ids, cold.logprobs, found)
+
+
+def test_embeddings_are_the_same_in_any_company(llm):
+    together = llm.embed(PROMPTS)
+    assert together.shape == (len(PROMPTS), llm.model.config.hidden_size) and together.dtype == np.float32
+    assert np.abs(np.linalg.norm(together.astype(np.float64), axis=1) - 1).max() < 1e-6
+    for prompt, row in zip(PROMPTS, together, strict=True):
+        assert llm.embed(prompt)[0].tobytes() == llm.embed([llm.encode(prompt)])[0].tobytes() == row.tobytes()
+    raw, mean = llm.embed(PROMPTS, normalize=False), llm.embed(PROMPTS, pooling="mean")
+    lengths = np.linalg.norm(raw.astype(np.float64), axis=1, keepdims=True)
+    assert np.abs(raw / lengths - together).max() < 1e-6 and np.abs(mean - together).max() > 0.1
+    assert llm.embed([]).shape == (0, together.shape[1])
+
+
+def test_one_bad_prompt_leaves_no_embedding_behind(llm):
+    with pytest.raises(ValueError, match="at least one token"):
+        llm.embed([PROMPT, []])
+    assert not llm.engine.has_work
+
+
+def test_ends_of_a_generation_config_that_are_no_token_ids(tmp_path):
+    folder = tiny.write(tmp_path, CASES["llama"], tiny.tensors(CASES["llama"], 3))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [[2]]}')
+    with pytest.raises(ValueError, match=r"generation_config\.json key 'eos_token_id': expected token ids"):
+        LLM(str(folder))
+
+
+def test_ends_out_of_range_are_warned_about_and_ignored(tmp_path, caplog):
+    folder = tiny.write(tmp_path, {**CASES["llama"], "eos_token_id": [2, -1]}, tiny.tensors(CASES["llama"], 3))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 96]}')
+    llm = LLM(str(folder), threads=1, max_requests=1)
+    llm.close()
+    assert llm.engine.eos_ids == {2, 5}
+    assert "end tokens [-1, 96] are ignored: the model has 96 tokens" in caplog.text
+
+
+def test_the_ends_of_a_config_and_of_its_text_part_are_both_ends(tmp_path):
+    config = CASES["qwen3_5_nested"]
+    config = {**config, "eos_token_id": [3, 4], "text_config": {**config["text_config"], "eos_token_id": 5}}
+    llm = LLM(str(tiny.write(tmp_path, config, tiny.tensors(CASES["qwen3_5_nested"], 3))), threads=1, max_requests=1)
+    llm.close()
+    assert llm.engine.eos_ids == {3, 4, 5}
+
+
+SHORT, LONG = SamplingParams(max_tokens=4, ignore_eos=True), SamplingParams(max_tokens=30, ignore_eos=True)
+
+
+def test_an_open_stream_and_other_calls_do_not_disturb_each_other(llm):
+    expected = [answer.token_ids for answer in llm.generate([PROMPT, "x"], [LONG, SHORT])]
+    opened = llm.stream(PROMPT, LONG)
+    next(opened)
+    assert llm.generate(["x"], SHORT)[0].token_ids == expected[1] and llm.engine.has_work
+    *_, last = opened
+    assert last.request.output_ids == expected[0] and last.text == last.request.text
+    opened = llm.stream("x", SHORT)
+    next(opened)
+    llm.generate([PROMPT], LONG)
+    *_, last = opened  # its last tokens came with the other call's steps
+    assert last.request.output_ids == expected[1] and last.text == last.request.text
+
+
+def test_an_interrupted_call_leaves_nothing_behind(llm):
+    def interrupts(output_ids):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([PROMPT, "x"], [LONG, replace(SHORT, logits_mask=interrupts)])
+    assert not llm.engine.has_work
+    llm.generate(["x"], SHORT)
+
+
+@pytest.mark.parametrize(
+    "prompts, params, message",
+    [
+        ([1, 2, 3], SHORT, "prompt: expected text or a list of token ids, got 1"),
+        ([[1.0]], SHORT, "prompt: expected text or a list of token ids"),
+        (["x", None], SHORT, "prompt: expected text or a list of token ids, got None"),
+        ([b"text"], SHORT, "prompt: expected text or a list of token ids, got b'text'"),
+        (None, SHORT, "prompts: expected text or a list of prompts, got None"),
+        (["x"], None, "params: expected SamplingParams, got None"),
+        (["x"], {"max_tokens": 3}, "params: expected SamplingParams, got {'max_tokens': 3}"),
+    ],
+    ids=str,
+)
+def test_what_is_no_prompt_or_params_is_named(llm, prompts, params, message):
+    with pytest.raises(ValueError, match=message):
+        llm.generate(prompts, params)
+    assert not llm.engine.has_work
+
+
+@pytest.mark.parametrize(
+    "prediction, message",
+    [
+        (5, "prediction: expected text or a list of token ids, got 5"),
+        (b"text", "prediction: expected text or a list of token ids, got b'text'"),
+        ([5, 6], "prediction: expected one text or a list of 1, got 2"),
+        ([["x"]], "prediction: expected text or a list of token ids"),
+        ([[1 << 20]], "prediction: token ids must be 0 to 4095, got 1048576"),
+        ([[1] * 5000], "prediction: expected at most [0-9]+ tokens, as many as the context, got 5000"),
+        ("x " * 200000, "prediction: the text has 400000 characters"),
+    ],
+    ids=lambda each: str(each)[:40],
+)
+def test_what_is_no_prediction_is_named(llm, prediction, message):
+    with pytest.raises(ValueError, match=message):
+        llm.generate(["x"], SHORT, prediction)
+    assert not llm.engine.has_work
+
+
+def test_predictions_are_of_their_prompts(llm):
+    prompts, params = ["def f(", "class A"], SamplingParams(max_tokens=40, temperature=1.0, ignore_eos=True)
+    plain = [answer.token_ids for answer in llm.generate(prompts, params)]
+    with contextlib.closing(LLM(threads=1, max_context=512, speculate="lookup", draft=5)) as guessing:
+        assert [answer.token_ids for answer in guessing.generate(prompts, params, plain)] == plain
+        assert guessing.engine.num_accepted > 50
+        for given in (list(reversed(plain)), "def f(): pass", [None, "class A:"]):
+            assert [answer.token_ids for answer in guessing.generate(prompts, params, given)] == plain
+        streamed = list(guessing.stream(prompts[0], params, plain[0]))[-1].request
+        assert streamed.output_ids == plain[0] and streamed.num_accepted > 25
+
+
+def test_a_closed_llm_says_so():
+    closed = LLM(threads=2, max_context=64)
+    closed.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        closed.generate(["x"], SHORT)
+
+
+def test_a_conversation_ends_with_the_kv_cache_where_that_is_smaller_than_the_context():
+    made = LLM(threads=1, max_requests=1, max_context=4096, kv_tokens=100)
+    assert made.context == ContextSize(128, "kv_tokens") and made.model.max_context == 128
+    answer = made.chat([dict(role="user", content="Write a loop.")])
+    assert len(answer.prompt_token_ids) + len(answer.token_ids) <= 128 and answer.finish_reason in ("stop", "length")
+    with pytest.raises(ValueError, match="is more than the context of 128 tokens"):
+        made.generate([[5] * 100], SamplingParams(max_tokens=29))
+    made.close()

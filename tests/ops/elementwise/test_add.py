@@ -1,0 +1,30 @@
+import numpy as np
+import pytest
+
+from lockstep.native.kernel import interpreted
+from lockstep.ops.elementwise import add, add_cpu
+from lockstep.ops.elementwise.add import Add
+from tests.ops.harness import run_op, same_bits
+
+RNG = np.random.default_rng(0)
+
+
+def run(backend, x, y, num_threads=1):
+    return run_op(backend, Add, num_threads=num_threads, x=x, y=y, width=x.shape[1])["out"]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 7, 97])
+@pytest.mark.parametrize("width", [15, 16, 33, 1040])
+def test_kernels_equal_definition(num_tokens, width):
+    x, y = RNG.standard_normal((2, num_tokens, width)).astype(np.float32)
+    expected = run(add.REFERENCE, x, y)
+    same_bits(run(add_cpu.CPU, x, y, num_threads=3), expected)
+    same_bits(run(add_cpu.PER_TOKEN, x, y, num_threads=2), expected)
+
+
+def test_definition_is_the_sum_and_equals_interpreted():
+    x, y = RNG.standard_normal((2, 3, 17)).astype(np.float32)
+    out = np.empty_like(x)
+    interpreted(add.add)(x, y, out)
+    same_bits(out, x + y)
+    same_bits(run(add.REFERENCE, x, y), out)

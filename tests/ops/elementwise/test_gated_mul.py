@@ -1,0 +1,65 @@
+import re
+
+import numpy as np
+import pytest
+
+from lockstep.native.kernel import interpreted
+from lockstep.ops.elementwise import gated_mul, gated_mul_cpu
+from lockstep.ops.elementwise.gated_mul import GatedMul
+from lockstep.ops.elementwise.gates import GATES
+from tests.ops.harness import run_op, same_bits
+
+RNG = np.random.default_rng(0)
+EXACT = {  # of float64
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+}
+ABSOLUTE = {"silu": 0.0, "gelu_tanh": 5e-8}  # error of a gate below -1
+
+
+def inputs(num_tokens, width):
+    return (3 * RNG.standard_normal((num_tokens, 2 * width))).astype(np.float32)
+
+
+def run(backend, x, activation, num_threads=1):
+    how = dict(num_threads=num_threads, width=x.shape[1] // 2, activation=activation)
+    return run_op(backend, GatedMul, out=(how["width"], "f32"), x=x, **how)["out"]
+
+
+@pytest.mark.parametrize("activation", GATES)
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 7, 17])
+@pytest.mark.parametrize("width", [16, 48, 512, 1040])
+def test_kernels_equal_definition(num_tokens, width, activation):
+    x = inputs(num_tokens, width)
+    expected = run(gated_mul.REFERENCE, x, activation)
+    same_bits(run(gated_mul_cpu.CPU, x, activation, num_threads=3), expected)
+    same_bits(run(gated_mul_cpu.PER_TOKEN, x, activation, num_threads=2), expected)
+
+
+@pytest.mark.parametrize("activation", GATES)
+def test_definition_compiled_equals_interpreted(activation):
+    x, gate = inputs(2, 16), interpreted(GATES[activation])
+    same_bits(run(gated_mul.REFERENCE, x, activation), np.float32([[gate(*p) for p in r.reshape(2, 16).T] for r in x]))
+
+
+@pytest.mark.parametrize("activation", GATES)
+def test_definition_is_accurate(activation):
+    x = inputs(8, 1024)
+    gate, up = x[:, :1024].astype(np.float64), x[:, 1024:]
+    exact = EXACT[activation](gate) * up
+    allowed = 4 * np.spacing(np.abs(exact).astype(np.float32)) + (gate < -1) * ABSOLUTE[activation] * np.abs(up)
+    assert (np.abs(run(gated_mul.REFERENCE, x, activation) - exact) < allowed).all()
+
+
+@pytest.mark.parametrize("activation", GATES)
+def test_large_gates_are_finite(activation):
+    x = np.repeat(np.float32([-1e30, -1e4, -88, 0, 88, 1e4, 1e30]), 16).reshape(-1, 1, 16)
+    x = np.concatenate([x, np.ones_like(x)], axis=1).reshape(-1, 32)
+    found, gate = run(gated_mul.REFERENCE, x, activation), x[:, :16]
+    assert np.isfinite(found).all() and (found[gate > 80] == gate[gate > 80]).all()
+    assert (np.abs(found[gate <= 0]) < 1e-8).all()
+
+
+def test_an_unknown_activation_is_refused():
+    with pytest.raises(ValueError, match=re.escape("GatedMul: activation is 'relu', expected one of 'silu'")):
+        run(gated_mul.REFERENCE, inputs(1, 16), "relu")

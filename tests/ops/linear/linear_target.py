@@ -1,0 +1,82 @@
+"""Prints a digest of each linear layer's output, compiled for another target or with another target's instructions.
+
+    python -m tests.ops.linear.linear_target VARIANT FORMAT...
+
+VARIANT native: whatever NUMBA_CPU_NAME says. The others run anywhere, the code emitted for a target with its own
+instructions spelled out in others: "avx512" (AVX512-VNNI and BF16, 2 panels of 16 lanes), "generic" (no dot
+instruction).
+"""
+
+import hashlib
+import sys
+
+import numpy as np
+
+from lockstep.native import targets
+
+ROWS, N = 9, 75
+
+
+def pretend(how, wide, bf16):
+    """Makes every module ask for this target; called before they are imported."""
+    targets.int_dot, targets.wide_registers, targets.bf16_dot = (
+        lambda m=None: how,
+        lambda m=None: wide,
+        lambda m=None: bf16,
+    )
+
+
+def spell_out():
+    """Replaces AVX-512's instructions by what they do."""
+    from lockstep.formats import bf16, q6_k
+    from lockstep.native import lookup, tiles_dots
+    from lockstep.native.emit import by_halves, cut, fma, join, vector, words
+    from lockstep.native.simd import F32, constant
+
+    def vpdpbusd(b, acc, w, a):
+        # even and odd bytes as int16, which cannot overflow
+        halves = []
+        for h in (0, 1):
+            w16, a16 = (words(b, cut(b, v, 32 * h, 32)) for v in (w, a))
+            eight = constant(w16.type, 8)
+            even = tiles_dots.maddwd(b, b.and_(w16, constant(w16.type, 255)), b.ashr(b.shl(a16, eight), eight))
+            halves.append(b.add(even, tiles_dots.maddwd(b, b.lshr(w16, eight), b.ashr(a16, eight))))
+        return b.add(acc, join(b, *halves))
+
+    def vdpbf16ps(b, acc, x, w):
+        as_floats = lambda v: b.bitcast(v, vector(F32, 16))
+        upper = lambda v: as_floats(b.and_(v, constant(v.type, -65536)))
+        lower = lambda v: as_floats(b.shl(v, constant(v.type, 16)))
+        return fma(b, lower(x), lower(w), fma(b, upper(x), upper(w), acc))
+
+    def in_halves(b, table, codes, by=lookup.shuffled):
+        return (
+            by_halves(b, lambda b, half: by(b, table, half), codes) if codes.type.count == 64 else by(b, table, codes)
+        )
+
+    lookup.shuffled = in_halves
+    tiles_dots.WIDE["avx512_vnni"], bf16.dpbf16 = vpdpbusd, vdpbf16ps
+    q6_k.PAIRS["avx512_vnni"] = q6_k.PAIRS["generic"]
+    q6_k.pinned = lambda b, values: values  # there may be no register of this width
+
+
+def digest(format):
+    """Digest of a linear layer on inputs that are the same in every process."""
+    from lockstep.ops.linear import linear_cpu
+    from tests.ops.linear import test_linear
+
+    test_linear.RNG = np.random.default_rng(7)
+    K = test_linear.narrow(format)
+    part = [test_linear.stored(format, N, K)]
+    out = test_linear.run(linear_cpu.CPU, format, test_linear.RNG.standard_normal((ROWS, K)).astype(np.float32), part)
+    return hashlib.sha256(out.tobytes()).hexdigest()[:16]
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "avx512":
+        pretend("avx512_vnni", True, True)
+        spell_out()
+    elif sys.argv[1] == "generic":
+        pretend("generic", False, False)
+    for chosen in sys.argv[2:]:
+        print(chosen, digest(chosen))

@@ -1,0 +1,92 @@
+import numpy as np
+import pytest
+
+from lockstep.native.kernel import interpreted
+from lockstep.ops.linear import moe, moe_cpu
+from lockstep.ops.linear.moe import CombineExperts, GroupExperts, Route
+from tests.ops.harness import run_op, same_bits
+
+RNG = np.random.default_rng(0)
+
+
+def logits_of(num_tokens, experts):
+    """Logits with ties: only a few distinct values in every other row."""
+    logits = (2 * RNG.standard_normal((num_tokens, experts))).astype(np.float32)
+    logits[::2] = np.round(logits[::2])
+    return logits
+
+
+def route(backend, logits, top_k, renormalise=True, num_threads=1):
+    """Rows of logits are as wide as a linear layer's output, with anything after the experts'."""
+    padded = np.pad(logits, ((0, 0), (0, -logits.shape[1] % 16)), constant_values=1e9)
+    how = dict(num_experts=logits.shape[1], top_k=top_k, renormalise=renormalise, width=padded.shape[1])
+    return run_op(backend, Route, num_threads=num_threads, logits=padded, **how)
+
+
+def group(backend, ids, experts, num_threads=1):
+    how = dict(num_experts=experts, top_k=ids.shape[1])
+    return run_op(backend, GroupExperts, num_threads=num_threads, expert_ids=ids, **how)
+
+
+def combine(backend, weights, y, num_threads=1):
+    T, X, D = y.shape
+    given = dict(weights=weights, y=y.reshape(T, X * D), width=D, top_k=X)
+    return run_op(backend, CombineExperts, num_threads=num_threads, **given)["out"]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 7])
+@pytest.mark.parametrize("experts,top_k", [(1, 1), (2, 2), (8, 2), (15, 3), (60, 4), (128, 8), (16, 16)])
+@pytest.mark.parametrize("renormalise", [False, True])
+def test_route_kernel_equals_definition(num_tokens, experts, top_k, renormalise):
+    logits = logits_of(num_tokens, experts)
+    expected = route(moe.REFERENCE, logits, top_k, renormalise)
+    fast = route(moe_cpu.CPU, logits, top_k, renormalise, num_threads=3)
+    same_bits(fast["expert_ids"], expected["expert_ids"])
+    same_bits(fast["weights"], expected["weights"])
+
+
+def test_route_is_accurate_and_ties_go_to_the_lowest_index():
+    logits = logits_of(50, 64)
+    out = route(moe.REFERENCE, logits, 6)
+    same_bits(out["expert_ids"], np.argsort(-logits, axis=1, kind="stable")[:, :6].astype(np.int32))
+    p = np.exp(logits.astype(np.float64))
+    p /= p.sum(1, keepdims=True)
+    chosen = np.take_along_axis(p, out["expert_ids"].astype(int), 1)
+    np.testing.assert_allclose(out["weights"], chosen / chosen.sum(1, keepdims=True), rtol=6e-7)
+    np.testing.assert_allclose(route(moe.REFERENCE, logits, 6, False)["weights"], chosen, rtol=6e-7)
+
+
+@pytest.mark.parametrize("num_tokens,experts,top_k", [(1, 1, 1), (1, 128, 8), (2, 3, 2), (17, 8, 2), (97, 60, 4)])
+def test_group(num_tokens, experts, top_k):
+    ids = route(moe_cpu.CPU, logits_of(num_tokens, experts), top_k)["expert_ids"]
+    expected = group(moe.REFERENCE, ids, experts)
+    for threads in (1, 3):
+        fast = group(moe_cpu.CPU, ids, experts, threads)
+        same_bits(fast["order"], expected["order"])
+        same_bits(fast["expert_start"], expected["expert_start"])
+    same_bits(expected["order"].ravel(), np.argsort(ids.ravel(), kind="stable").astype(np.int32))
+    start = np.concatenate([[0], np.cumsum(np.bincount(ids.ravel(), minlength=experts))])
+    same_bits(expected["expert_start"][0], start.astype(np.int32))
+
+
+@pytest.mark.parametrize("num_tokens,top_k,width", [(1, 1, 16), (2, 8, 48), (7, 3, 1040)])
+def test_combine(num_tokens, top_k, width):
+    weights = RNG.random((num_tokens, top_k)).astype(np.float32)
+    y = RNG.standard_normal((num_tokens, top_k, width)).astype(np.float32)
+    expected = combine(moe.REFERENCE, weights, y)
+    same_bits(combine(moe_cpu.CPU, weights, y, num_threads=3), expected)
+    np.testing.assert_allclose(expected, np.einsum("tx,txd->td", weights.astype(np.float64), y), atol=2e-6)
+
+
+def test_definitions_compiled_equal_interpreted():
+    logits, ids, weights = logits_of(2, 20), np.empty((2, 3), np.int32), np.empty((2, 3), np.float32)
+    interpreted(moe.route)(logits, 3, True, ids, weights)
+    out = route(moe.REFERENCE, logits, 3)
+    same_bits(out["expert_ids"], ids)
+    same_bits(out["weights"], weights)
+    order, start = np.empty_like(ids), np.empty((2, 21), np.int32)
+    interpreted(moe.group_experts)(ids, order, start)
+    same_bits(group(moe.REFERENCE, ids, 20)["order"], order)
+    y, summed = RNG.standard_normal((2, 3, 16)).astype(np.float32), np.empty((2, 16), np.float32)
+    interpreted(moe.combine_experts)(weights, y, summed)
+    same_bits(combine(moe.REFERENCE, weights, y), summed)

@@ -1,0 +1,54 @@
+"""Event streams, and the comments that keep them open."""
+
+import asyncio
+import gc
+from types import SimpleNamespace
+
+import pytest
+
+from lockstep.serve.answers.sse import DONE, KEEP_ALIVE, EventStream
+from lockstep.serve.limits import Limits
+
+
+class Client:
+    """What uvicorn's `send` does: it refuses whatever comes after the end. ends: when the client closes its half."""
+
+    def __init__(self, ends):
+        self.got, self.is_complete, self.ends, self.has_ended = b"", False, ends, asyncio.Event()
+
+    async def send(self, message):
+        if self.is_complete:
+            raise RuntimeError("sent after the response was complete")
+        self.got += message.get("body", b"")
+        self.is_complete = message["type"] == "http.response.body" and not message["more_body"]
+        if self.ends == ("with the answer" if self.is_complete else "at once"):
+            self.has_ended.set()
+
+
+async def stream(seconds, **how):
+    """What a client got of a stream whose only event comes after so many seconds, and what went wrong beside it."""
+    client, wrong = Client(how.get("ends")), []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: wrong.append(context["message"]))
+
+    async def events():
+        await asyncio.sleep(seconds)
+        yield b"data: 1\n\n"
+
+    limits = Limits(keep_alive_seconds=how.get("keep_alive", 15))
+    job = SimpleNamespace(service=SimpleNamespace(limits=limits))
+    scope = {"path": "/v1/completions", "lockstep.has_ended": client.has_ended}
+    await EventStream(job, events())(scope, None, client.send)
+    await asyncio.sleep(0.2)
+    gc.collect()
+    return client.got, wrong
+
+
+@pytest.mark.parametrize("ends", [None, "with the answer"])
+def test_nothing_follows_the_end_of_a_stream(ends):
+    assert asyncio.run(stream(0.01, ends=ends)) == (b"data: 1\n\n" + DONE, [])
+
+
+@pytest.mark.parametrize("how", [dict(keep_alive=0.01), dict(ends="at once")], ids=str)
+def test_comments_keep_a_silent_stream_open(how):
+    got, wrong = asyncio.run(stream(0.3, **how))
+    assert got.count(KEEP_ALIVE) >= 2 and got.endswith(b"data: 1\n\n" + DONE) and not wrong

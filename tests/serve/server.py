@@ -1,0 +1,49 @@
+"""A real server for tests: uvicorn in a thread of its own, on a port that the system chooses."""
+
+import contextlib
+import threading
+import time
+
+from lockstep import LLM
+from lockstep.serve.app import make_app
+from lockstep.serve.limits import Limits
+from lockstep.serve.server import Server, bind
+from lockstep.serve.service import Service
+
+SIZES = dict(threads=1, max_requests=8, max_context=1024)
+
+
+class Running:
+    """A server that listens. url: where; service: its Service."""
+
+    def __init__(self, service, server, port):
+        self.service, self.server, self.port, self.url = service, server, port, f"http://127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def running(
+    llm=None, limits=Limits(), api_keys=(), cors_origins=(), names=(), allowed_hosts=(), share_prefixes=False, **sizes
+):
+    """A Running server of an LLM: the bundled one, unless it is given. The LLM is closed in the end."""
+    service = Service("lockstep", limits, api_keys, names, share_prefixes)
+    [listening] = bind("127.0.0.1", 0)
+    server = Server(make_app(service, cors_origins, allowed_hosts), service)
+    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+    service.open(llm or LLM(**{**SIZES, **sizes}))
+    thread.start()
+    wait_until(lambda: server.started)
+    try:
+        yield Running(service, server, listening.getsockname()[1])
+    finally:
+        server.should_exit = True
+        thread.join(60)
+        service.close()
+        assert not thread.is_alive()
+
+
+def wait_until(condition, seconds=120):
+    """Waits for something that happens soon; AssertionError if it does not."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)

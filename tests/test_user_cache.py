@@ -1,0 +1,168 @@
+"""Who may write to the cache folder: only this user. Its files are machine code behind pickles, and weights."""
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lockstep import user_cache
+from lockstep.native import kernel
+
+SHOW = "from lockstep.user_cache import user_cache; print(user_cache())"
+
+
+def shown(**environment):
+    """What the cache folder of another process is: (folder, error)."""
+    names = {k: v for k, v in os.environ.items() if k not in ("LOCKSTEP_CACHE", "XDG_CACHE_HOME", "HOME", "TMPDIR")}
+    done = subprocess.run([sys.executable, "-c", SHOW], capture_output=True, text=True, env={**names, **environment})
+    return done.stdout.strip(), done.stderr
+
+
+def mode(path):
+    return stat.S_IMODE(os.stat(path).st_mode)
+
+
+def test_the_usual_folder_is_made_for_its_owner_alone(tmp_path):
+    folder, _ = shown(HOME=str(tmp_path))
+    assert folder == str(tmp_path / ".cache" / "lockstep") and mode(folder) == 0o700
+    assert shown(XDG_CACHE_HOME=str(tmp_path / "x"))[0] == str(tmp_path / "x" / "lockstep")
+
+
+@pytest.mark.parametrize("home", ["no home", "a file", "open to others", "in a folder open to others"])
+def test_where_home_is_of_no_use_a_private_folder_takes_its_place(home, tmp_path):
+    where, temporary = tmp_path / "home", tmp_path / "tmp"
+    temporary.mkdir()
+    (where / ".cache").mkdir(parents=True)
+    environment = dict(HOME=str(where), TMPDIR=str(temporary))
+    if home == "no home":
+        environment["HOME"] = "/nonexistent/of/nobody" if os.getuid() else "/proc/nobody"
+    elif home == "a file":
+        (where / ".cache" / "lockstep").write_text("")
+    elif home == "open to others":
+        (where / ".cache" / "lockstep").mkdir()
+        (where / ".cache" / "lockstep").chmod(0o777)
+    else:
+        where.chmod(0o777)
+    folder, error = shown(**environment)
+    assert folder == str(temporary / f"lockstep-{os.getuid()}") and mode(folder) == 0o700, error
+
+
+def test_a_folder_that_somebody_else_made_in_the_temporary_directory_is_not_used(tmp_path):
+    planted = tmp_path / f"lockstep-{os.getuid()}"
+    planted.mkdir()
+    planted.chmod(0o777)
+    folder, _ = shown(HOME="/proc/nobody", TMPDIR=str(tmp_path))
+    assert Path(folder).parent == tmp_path and folder != str(planted)
+    assert not Path(folder).exists(), "one for that process only"
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
+def test_a_folder_of_another_user_is_refused(tmp_path):
+    folder = tmp_path / "cache"
+    folder.mkdir(mode=0o700)
+    os.chown(folder, 12345, 12345)
+    with pytest.raises(user_cache.NotPrivate, match="owner 12345, mode 700"):
+        user_cache.make_private(folder)
+    with pytest.raises(user_cache.NotPrivate, match="owner 12345"):
+        user_cache.make_private(folder / "below")
+
+
+def test_a_folder_named_by_the_user_that_others_can_write_to_is_an_error(tmp_path):
+    tmp_path.chmod(0o777)
+    _, error = shown(LOCKSTEP_CACHE=str(tmp_path))
+    assert f"ValueError: LOCKSTEP_CACHE: {tmp_path.resolve()}: other users can write here" in error
+    _, error = shown(LOCKSTEP_CACHE="/proc/nowhere")
+    assert "ValueError: LOCKSTEP_CACHE '/proc/nowhere': cannot be written" in error
+
+
+def test_a_shared_folder_is_not_to_be_closed_to_others(tmp_path):
+    tmp_path.chmod(0o1777)
+    with pytest.raises(user_cache.NotPrivate, match=f"a folder of one's own, such as .*lockstep-{os.getuid()}"):
+        user_cache.make_private(tmp_path)
+    tmp_path.chmod(0o777)
+    with pytest.raises(user_cache.NotPrivate, match="such as this one after `chmod go-w"):
+        user_cache.make_private(tmp_path)
+
+
+def test_a_sticky_folder_of_roots_may_lie_above():
+    user_cache.check_parent(Path("/tmp"))
+
+
+def test_a_link_counts_as_what_it_leads_to(tmp_path):
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    (tmp_path / "link").symlink_to(tmp_path / "open")
+    with pytest.raises(user_cache.NotPrivate, match="open: other users can write"):
+        user_cache.make_private(tmp_path / "link")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a link away")
+def test_a_link_of_another_user_is_refused(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path)
+    os.chown(tmp_path / "link", 12345, 12345, follow_symlinks=False)
+    with pytest.raises(user_cache.NotPrivate, match=r"link: other users can write here \(owner 12345"):
+        user_cache.make_private(tmp_path / "link")
+
+
+def test_what_was_checked_is_what_is_used(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    assert user_cache.make_private(tmp_path / "link" / "new") == tmp_path / "folder" / "new"
+    assert shown(LOCKSTEP_CACHE=str(tmp_path / "link"))[0] == str(tmp_path / "folder")
+
+
+def test_folders_inside_are_made_private_whatever_the_umask_and_checked(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCKSTEP_CACHE", str(tmp_path / "a" / "b"))
+    before = os.umask(0)
+    try:
+        made = user_cache.cache_subfolder("kernels", "x")
+    finally:
+        os.umask(before)
+    assert [mode(folder) for folder in (made, *made.parents[:3])] == [0o700] * 4
+    made.parent.chmod(0o777)
+    with pytest.raises(ValueError, match="kernels: other users can write here"):
+        user_cache.cache_subfolder("kernels")
+
+
+def test_odd_environments_name_no_folder_in_the_current_one(tmp_path):
+    assert shown(XDG_CACHE_HOME="relative", HOME=str(tmp_path))[0] == str(tmp_path / ".cache" / "lockstep")
+    assert shown(LOCKSTEP_CACHE="~/x", HOME=str(tmp_path))[0] == str(tmp_path / "x")
+
+
+# ---------------------------------------------------------------- another environment of the same sources
+
+COMPILED = """
+from lockstep.ops import BACKENDS
+kernel = BACKENDS["cpu"]["add"].kernel
+assert kernel.compile(lambda name: print("compiled", name)).address == kernel.address != 0
+print(kernel.function.__code__.co_filename)
+"""
+
+
+def compiled(package, cache):
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=package,
+        env={**os.environ, "PYTHONPATH": str(package), "LOCKSTEP_CACHE": str(cache)},
+    )
+    return done.stdout.splitlines()
+
+
+def test_a_copy_of_the_sources_elsewhere_with_other_times_compiles_nothing_again(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    for package, when in ((first, 1_600_000_000), (second, 1_700_000_000)):
+        shutil.copytree(kernel.PACKAGE, package / "lockstep", ignore=shutil.ignore_patterns("bundled", "__pycache__"))
+        for path in (package / "lockstep").rglob("*.py"):
+            os.utime(path, (when, when))
+    assert compiled(first, tmp_path / "cache") == ["compiled add", str(first / "lockstep/ops/elementwise/add_cpu.py")]
+    assert compiled(second, tmp_path / "cache") == [str(second / "lockstep/ops/elementwise/add_cpu.py")]
+    changed = second / "lockstep" / "ops" / "add_cpu.py"
+    changed.write_text(changed.read_text() + "\n# another source\n")
+    assert compiled(second, tmp_path / "cache")[0] == "compiled add"

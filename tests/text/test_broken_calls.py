@@ -1,0 +1,267 @@
+"""Calls that models write badly, or do not end: what is sent on is JSON, and nothing of a mark gets into the text."""
+
+import json
+import random
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lockstep.serve.answers.content_blocks import collect
+from lockstep.serve.routes.conversation_routes import count_calls
+from lockstep.text.tool_calls.events import Arguments, CallStart, Content
+from lockstep.text.tool_calls.parser import CallParser
+from lockstep.text.tool_calls.styles import HERMES, LLAMA, MISTRAL, MISTRAL_NAMED, STYLES, XML
+from lockstep.text.tool_calls.tools import Tool, ToolUse
+from tests.slowness import is_within
+from tests.text.calls import parse, ways_to_cut
+from tests.text.test_tool_schemas import written
+
+BY_STYLE = pytest.mark.parametrize("style", STYLES, ids=lambda style: style.name)
+USE = ToolUse(
+    (
+        Tool(
+            "g",
+            "",
+            {
+                "properties": {
+                    "s": {"type": "string"},
+                    "n": {"type": "integer"},
+                    "l": {"type": "array"},
+                    "t": {"type": ["string", "null"]},
+                }
+            },
+        ),
+        Tool("h", "", {}),
+    )
+)
+ONE, NOTHING = ("g", '{"a": 1}'), ("h", "{}")
+BEGIN = '<tool_call>\n{"name": "g", "arguments": '
+FUNCTION = "<tool_call>\n<function=g>\n"
+FUNCTION_END = "</function>\n</tool_call>"
+SECOND = '\n<tool_call>\n{"name": "h", "arguments": {}}\n</tool_call>'
+BROKEN = [
+    # a call's JSON
+    (HERMES, BEGIN + '{"s": "a\\u12"}}\n</tool_call>', [("g", '{"s": "a\\\\u12"}')]),
+    (HERMES, BEGIN + '{"s": "a\\u12\\n\\ud"}}\n</tool_call>', [("g", '{"s": "a\\\\u12\\n\\\\ud"}')]),
+    (LLAMA, '{"name": "g", "parameters": {"s": "a\\u"}}', [("g", '{"s": "a\\\\u"}')]),
+    (HERMES, BEGIN + '{"a": 1}\n</tool_call>' + SECOND, [ONE, NOTHING]),
+    (HERMES, BEGIN + '{"a": 1\n</tool_call>' + SECOND, [("g", '{"a": 1\n}'), NOTHING]),
+    (HERMES, BEGIN + '{"a": [1, {"b": 2</tool_call>' + SECOND, [("g", '{"a": [1, {"b": 2}]}'), NOTHING]),
+    (HERMES, BEGIN + '{"a": 1' + SECOND, [("g", '{"a": 1\n}'), NOTHING]),
+    (HERMES, BEGIN + '{"a": 1}}}\n</tool_call>' + SECOND, [ONE, NOTHING]),
+    (HERMES, BEGIN + '{"a": 1}]\n</tool_call>' + SECOND, [ONE, NOTHING]),
+    (HERMES, BEGIN + '{"a": 1]}\n</tool_call>' + SECOND, [ONE, NOTHING]),
+    (HERMES, BEGIN + '{"a": 1}} // as asked\n</tool_call>' + SECOND + " Done.", [ONE, NOTHING, "Done."]),
+    (HERMES, BEGIN + '{"a": 1} // as asked\n}\n</tool_call>' + SECOND, [ONE, NOTHING]),
+    (HERMES, BEGIN + '{"a": 1}, "b": {"c": [1, 2}]}\n</tool_call>' + SECOND, [ONE, NOTHING]),
+    (HERMES, BEGIN + '{"a": 1}} Done.', [ONE, "Done."]),
+    (HERMES, BEGIN + '{"a": 1}} ' + "x" * 300 + "</tool_call>", [ONE, "x" * 300 + "</tool_call>"]),
+    (HERMES, '<tool_call>\n{"name": "", "arguments": {"a": 1}}\n</tool_call>',
+     ['<tool_call>\n{"name": "", "arguments": {"a": 1}}\n</tool_call>']),
+    (LLAMA, '{"name": "g", "parameters": {"a": 1}, "parameters": {"b": 2}}', [ONE]),
+    (LLAMA, '{"name": "g", "parameters": {"a": 1}}}', [ONE]),
+    (LLAMA, '{"name": "g", "parameters": {"a": 1}]', [ONE]),
+    (LLAMA, '{"name": "g", "parameters": {"a": 1} // as asked\n}; {"name": "h", "parameters": {}}', [ONE, NOTHING]),
+    (LLAMA, '{"name": "g", "parameters": {"a": 1}}}; {"name": "h", "parameters": {}}', [ONE, NOTHING]),
+    (MISTRAL, '[TOOL_CALLS][{"name": "g", "arguments": {"a": 1}}}]', [ONE]),
+    (MISTRAL, '[TOOL_CALLS][{"name": "g", "arguments": {"a": 1}]', [ONE]),
+    (MISTRAL, '[TOOL_CALLS][{"name": "g", "arguments": {"a": 1}}, {"nam": 1}, ["a"]] Done.', [ONE, "Done."]),
+    (MISTRAL, '[TOOL_CALLS][{"name": "g", "arguments": {"a": 1}} // one\n, {"name": "h"},]', [ONE, NOTHING]),
+    (MISTRAL, "[TOOL_CALLS][]", ["[TOOL_CALLS][]"]),
+    (MISTRAL_NAMED, '[TOOL_CALLS]g[ARGS]"{\\"a\\": 1}"[TOOL_CALLS]h[ARGS]{}', [ONE, NOTHING]),
+    (MISTRAL_NAMED, '[TOOL_CALLS]g[ARGS]{"a": 1[TOOL_CALLS]h[ARGS]{}', [ONE, NOTHING]),
+    (MISTRAL_NAMED, '[TOOL_CALLS]g[ARGS]{"a": [1, [2[TOOL_CALLS]h[ARGS]{}', [("g", '{"a": [1, [2]]}'), NOTHING]),
+    (MISTRAL_NAMED, '[TOOL_CALLS]g[ARGS]{"a": 1}}[TOOL_CALLS]h[ARGS]{}', [ONE, NOTHING]),
+    (MISTRAL_NAMED, '[TOOL_CALLS]g[TOOL_CALLS]h[ARGS]{}', ["[TOOL_CALLS]g", NOTHING]),
+    # what stands there as plain text
+    (XML, FUNCTION + "<parameter=s>\nx\n</parameter>\n<foo>\n" + FUNCTION_END, [("g", '{"s": "x"}')]),
+    (XML, FUNCTION + "<parameter=s>\nx\n</parameter>\nand a < b\n" + FUNCTION_END, [("g", '{"s": "x"}')]),
+    (XML, FUNCTION + '<parameter name="n">\n5\n</parameter>\n<parameter=s>\nx\n</parameter>\n' + FUNCTION_END,
+     [("g", '{"n": 5, "s": "x"}')]),
+    (XML, FUNCTION + "<parameter=n>\n5\n" + FUNCTION_END, [("g", '{"n": 5}')]),
+    (XML, FUNCTION + "<parameter=n>\n5\n<parameter=s>\nx\n</parameter>\n" + FUNCTION_END,
+     [("g", '{"n": 5, "s": "x"}')]),
+    (XML, FUNCTION + "</function>\n</parameter>\n so </function>\n", [("g", "{}")]),
+    (XML, FUNCTION + "<parameter=n>\n5\n</tool_call>\n" + FUNCTION + FUNCTION_END, [("g", '{"n": 5}'), ("g", "{}")]),
+    (XML, FUNCTION + '<parameter=l>\n["a\n</parameter>\n<parameter=n>\n5\n</parameter>\n' + FUNCTION_END,
+     [("g", '{"l": "[\\"a", "n": 5}')]),
+    (XML, FUNCTION + "<parameter=s>\nx\n" + FUNCTION_END, [("g", '{"s": "x"}')]),
+    (XML, FUNCTION + "<parameter=t>\nnull\n" + FUNCTION_END + " Done.", [("g", '{"t": null}'), "Done."]),
+    (XML, FUNCTION + "<parameter=s>\na </function> b\n" + FUNCTION_END, [("g", '{"s": "a </function> b"}')]),
+    (XML, FUNCTION + "<parameter=s>\na\n" + FUNCTION_END + "\n</parameter>\n" + FUNCTION_END,
+     [("g", json.dumps({"s": "a\n" + FUNCTION_END}))]),
+    (XML, FUNCTION + "<parameter=s>\nx\n" + FUNCTION_END + "\n" + FUNCTION + "<parameter=s>\ny\n</parameter>\n"
+     + FUNCTION_END, [("g", '{"s": "x"}'), ("g", '{"s": "y"}')]),
+    (XML, FUNCTION + "<parameter=s>\nx\n</parameter>\n</tool_call>", [("g", '{"s": "x"}')]),
+    (XML, FUNCTION + "<parameter=s>\nx\n</parameter>\n<function=h>\n" + FUNCTION_END, [("g", '{"s": "x"}'), NOTHING]),
+    (XML, "<tool_call><function=></function></tool_call>", ["<tool_call><function=></function></tool_call>"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("style, text, expected", BROKEN, ids=[f"{s.name}-{i}" for i, (s, *_) in enumerate(BROKEN)])
+def test_what_is_read_of_a_broken_call(style, text, expected):
+    for pieces in ways_to_cut(text):
+        assert parse(CallParser(style, USE), pieces) == expected, pieces
+
+
+ENDED = [
+    (HERMES, BEGIN + '{"a": 1', '{"a": ', '{"a": 1}'),
+    (HERMES, BEGIN + '{"s": "abc', '{"s": "abc', '{"s": "abc"}'),
+    (HERMES, BEGIN + '{"s": "a\\', '{"s": "a', '{"s": "a"}'),
+    (HERMES, BEGIN + '{"s": "a\\u00', '{"s": "a', '{"s": "a"}'),
+    (HERMES, BEGIN + '{"s', '{"s', '{"s": null}'),
+    (HERMES, BEGIN + '{"s":', '{"s":', '{"s":null}'),
+    (HERMES, BEGIN + '{"l": [1, tru', '{"l": [1', '{"l": [1, "tru"]}'),
+    (MISTRAL_NAMED, '[TOOL_CALLS]g[ARGS]{"l": [', '{"l": ', '{"l": null}'),
+    (XML, FUNCTION + "<parameter=n>\n5", '{"n": ', '{"n": 5}'),
+    (XML, FUNCTION + "<parameter=l>\n[1, 2", '{"l": ', '{"l": [1, 2]}'),
+    (XML, FUNCTION + "<parameter=s>\nab\n</para", '{"s": "ab', '{"s": "ab"}'),
+    (XML, FUNCTION + "<parameter=s>\nab\n</parameter>\n<para", '{"s": "ab"', '{"s": "ab"}'),
+    (XML, FUNCTION, "{", "{}"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("style, text, cut, completed", ENDED, ids=range(len(ENDED)))
+def test_arguments_that_the_answer_ends_in(style, text, cut, completed):
+    """An answer that was as long as it might be ends where it ends; any other is completed, and asks for no call."""
+    for pieces in ways_to_cut(text):
+        [(_, found)] = parse(CallParser(style, USE), pieces, is_cut=True)
+        assert found.rstrip() == cut.rstrip()
+        assert parse(CallParser(style, USE), pieces) == [("g", completed)]
+    events = (parser := CallParser(style, USE)).push(text) + parser.finish()
+    assert events[-1].is_cut and count_calls(events) == count_calls(events[-1:], 1) == 0
+
+
+def test_an_answer_that_ends_behind_the_arguments_asks_for_the_call():
+    for style, text in [
+        (HERMES, BEGIN + '{"a": 1}'),
+        (MISTRAL, '[TOOL_CALLS][{"name": "g", "arguments": {"a": 1}}'),
+        (XML, FUNCTION + "<parameter=s>\nx\n</function>\n</tool"),
+    ]:
+        events = (parser := CallParser(style, USE)).push(text) + parser.finish()
+        assert count_calls(events) == 1, text
+
+
+TAGS = ("tool_call>", "</function>", "</parameter>")
+INSERTED = [
+    "{",
+    "}",
+    "[",
+    "]",
+    '"',
+    "'",
+    ":",
+    ",",
+    ";",
+    "\\",
+    "\\u12",
+    "\\u",
+    "\n",
+    " ",
+    "//",
+    "<",
+    ">",
+    "</",
+    "<foo>",
+    "null",
+    "None",
+    "1",
+    "a",
+    "é",
+    "}}",
+    '"}',
+    "}]",
+    '", "',
+    "tru",
+    "\x01",
+    "NaN",
+    "-",
+    ".",
+    "/*",
+    "`",
+]
+VALUES = st.fixed_dictionaries(
+    {},
+    optional={
+        "s": st.sampled_from(["", "x", "a\nb", 'q"\\', "</function>", "<b>"]),
+        "n": st.integers(-5, 99),
+        "l": st.lists(st.sampled_from([1, "a", None, {"k": []}]), max_size=3),
+        "t": st.sampled_from([None, "y"]),
+    },
+)
+
+
+@st.composite
+def damaged(draw, style):
+    """Two calls, of which the arguments of the first, and what follows them, have been damaged, perhaps cut off."""
+    first, second = (written(style, "g", draw(VALUES)) for _ in range(2))
+    if style is MISTRAL:
+        text = first[:-1] + ", " + second.removeprefix("[TOOL_CALLS][")
+    else:
+        text = first + {"hermes": "\n", "xml": "\n", "llama": "; ", "mistral_named": ""}[style.name] + second
+    begin = first.index({"xml": "g>", "mistral_named": "[ARGS]{"}.get(style.name, ': {"' if ': {"' in first else ": {"))
+    begin += {"xml": 2, "mistral_named": 7}.get(style.name, 3)
+    end = len(first) - len("</tool_call>") * (style.end is not None)
+    part = text[begin:end]
+    for _ in range(draw(st.integers(0, 4))):
+        at = draw(st.integers(0, len(part)))
+        stop = at + draw(st.integers(0, 6)) * draw(st.booleans())
+        part = part[:at] + draw(st.sampled_from(["", *INSERTED])) + part[stop:]
+    made = text[:begin] + part + text[end:]
+    return made[: draw(st.integers(begin, len(made)))] if draw(st.booleans()) else made
+
+
+@BY_STYLE
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), seed=st.integers(0, 9))
+def test_whatever_is_damaged_arguments_are_json_and_no_mark_is_text(style, data, seed):
+    text = data.draw(damaged(style))
+    rng = random.Random(seed)
+    cuts = sorted(rng.sample(range(len(text) + 1), min(4, len(text))))
+    ways = [text], list(text), [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    found, *others = [parse(CallParser(style, USE), pieces) for pieces in ways]
+    assert others == [found, found]
+    assert isinstance(found[0], tuple) and found[0][0] == "g"
+    for each in found:
+        if isinstance(each, tuple):
+            assert isinstance(json.loads(each[1], parse_constant=pytest.fail), dict)
+        else:
+            assert not any(mark in each for mark in (*style.marks, *(TAGS if style is XML else ())))
+    events = (parser := CallParser(style, USE)).push(text) + parser.finish(is_cut=True)
+    whole = [event for event in events if not isinstance(event, Content)]
+    arguments = [
+        "".join(e.text for e in whole if isinstance(e, Arguments) and e.index == start.index)
+        for start in whole
+        if isinstance(start, CallStart)
+    ]
+    for each in arguments[:-1]:
+        json.loads(each)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        FUNCTION + "<parameter=s>\n" + "</function>\n=" * 8_000,
+        FUNCTION + "<parameter=s>\n" + "<" * 40_000,
+        FUNCTION + '<parameter=l>\n["' + "</parameter>" * 4_000,
+        FUNCTION + "<" * 40_000,
+        BEGIN + "{" + "<tool_call" * 4_000,
+        BEGIN + '{"a": 1}}' + "}" * 40_000,
+        "[TOOL_CALLS]" * 4_000,
+        FUNCTION * 2_000,
+        (FUNCTION + "<parameter=s>\n" + FUNCTION_END) * 1_200,
+    ],
+)
+def test_a_long_broken_call_costs_no_more_than_its_length(text):
+    style = MISTRAL if text[0] == "[" else HERMES if text.startswith(BEGIN) else XML
+    began = time.process_time()
+    parse(CallParser(style, USE), list(text))
+    assert is_within(time.process_time() - began, 4), "hardly two, and hours if it were quadratic"
+
+
+def test_a_block_knows_that_the_answer_ended_in_it():
+    for end, is_cut in [('{"a": 1', True), ('{"a": 1}', False), ('{"a": 1}}\n</tool_call> Done.', False)]:
+        events = (parser := CallParser(HERMES, USE)).push(BEGIN + end) + parser.finish()
+        assert [block.is_cut for block in collect(events)] == [is_cut] + [False] * ("Done" in end)

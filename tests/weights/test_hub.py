@@ -1,0 +1,155 @@
+"""Names of models: bundled, local, or on the hub; the hub itself is replaced by a folder here."""
+
+import pytest
+from huggingface_hub.utils import filter_repo_objects
+
+from lockstep.weights import hub
+from lockstep.weights.hub import resolve_model
+
+
+@pytest.fixture
+def downloads(monkeypatch, tmp_path):
+    """What was asked of the hub; it answers with tmp_path / "cache", or raises what the test puts there."""
+    asked = []
+
+    def snapshot_download(repo, **options):
+        asked.append((repo, options))
+        if answers:
+            raise answers[0]
+        return str(tmp_path / "cache")
+
+    answers = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr(
+        "huggingface_hub.list_repo_files", lambda repo, revision=None: ["a.txt", "m-Q4.gguf", "m-Q8.gguf"]
+    )
+    (tmp_path / "cache").mkdir()
+    return asked, answers
+
+
+def test_local_folders_and_files(tmp_path, monkeypatch):
+    (tmp_path / "m.gguf").write_bytes(b"")
+    (tmp_path / "notes.txt").write_bytes(b"")
+    assert resolve_model(str(tmp_path)) == tmp_path
+    assert resolve_model(str(tmp_path / "m.gguf")) == tmp_path / "m.gguf"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve_model("~/m.gguf") == tmp_path / "m.gguf"
+    with pytest.raises(ValueError, match=r"notes\.txt: expected a model folder, a \.gguf or a \.safetensors file"):
+        resolve_model(str(tmp_path / "notes.txt"))
+
+
+def test_a_local_folder_comes_before_the_hub(tmp_path, monkeypatch, downloads):
+    (tmp_path / "org" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model("org/model").is_dir() and not downloads[0]
+
+
+def test_the_bundled_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "__file__", str(tmp_path / "lockstep" / "weights" / "hub.py"))
+    with pytest.raises(ValueError, match="no model is bundled with this installation"):
+        resolve_model(None)
+    folder = tmp_path / "lockstep" / "bundled"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    assert resolve_model(None) == folder
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "model",
+        "a/b/c",
+        "./a/b",
+        "/a/b",
+        "../b",
+        "a/..",
+        "a/b:c.txt",
+        "a/b:../c.gguf",
+        "a b/c",
+        "a/b@",
+        "a/b:",
+        "~nobody/x/y",
+        "a\0b",
+        "x" * 5000,
+        "\ud800",
+    ],
+)
+def test_what_is_no_name(name, tmp_path, monkeypatch, downloads):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(ValueError, match="no such folder or file"):
+        resolve_model(name)
+    assert not downloads[0]
+
+
+def test_a_repository_of_safetensors(tmp_path, downloads):
+    (tmp_path / "cache" / "model.safetensors").write_bytes(b"")
+    assert resolve_model("org/model") == tmp_path / "cache"
+    assert resolve_model("org/model.v2@refs/pr/1") == tmp_path / "cache"
+    (first, options), (_, of_subfolders), (second, at_revision), _ = downloads[0]
+    assert (first, options["revision"]) == ("org/model", None)
+    assert (second, at_revision["revision"]) == ("org/model.v2", "refs/pr/1")
+    assert "*.safetensors" in options["allow_patterns"] and not any(
+        "bin" in wanted for wanted in options["allow_patterns"]
+    )
+    assert of_subfolders["revision"] == "cache", "the commit that the first files came from"
+
+
+def test_which_files_of_a_repository_are_downloaded(tmp_path, downloads):
+    (tmp_path / "cache" / "model.safetensors").write_bytes(b"")
+    resolve_model("org/model")
+    files = [
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "chat_template.jinja",
+        "additional_chat_templates/rag.jinja",
+        "1_Pooling/config.json",
+        "onnx/config.json",
+        "onnx/model.safetensors",
+        "consolidated.safetensors",
+        "a.bin",
+        "additional_chat_templates/notes.txt",
+        "2_Dense/model.safetensors",
+    ]
+    patterns = [{name: options[name] for name in ("allow_patterns", "ignore_patterns")} for _, options in downloads[0]]
+    found = [set(filter_repo_objects(files, **each)) for each in patterns]
+    assert found == [set(files[:3]), set(files[3:5])]
+
+
+def test_a_repository_of_other_files(downloads):
+    with pytest.raises(ValueError, match=r"no \.safetensors file; name one .*, like org/model:m-Q4\.gguf"):
+        resolve_model("org/model")
+
+
+def test_a_gguf_file_of_a_repository(tmp_path, downloads):
+    (tmp_path / "cache" / "m.gguf").write_bytes(b"")
+    assert resolve_model("org/model:m.gguf@main") == tmp_path / "cache" / "m.gguf"
+    assert downloads[0][0][1]["allow_patterns"] == ["m.gguf"] and downloads[0][0][1]["revision"] == "main"
+    with pytest.raises(ValueError, match=r"the hub repository org/model has no file other\.gguf"):
+        resolve_model("org/model:other.gguf")
+
+
+def test_all_parts_of_a_split_file(tmp_path, downloads):
+    (tmp_path / "cache" / "sub").mkdir()
+    (tmp_path / "cache" / "sub" / "m-00001-of-00002.gguf").write_bytes(b"")
+    assert resolve_model("org/model:sub/m-00002-of-00002.gguf").name == "m-00001-of-00002.gguf"
+    assert downloads[0][0][1]["allow_patterns"] == ["sub/m-00001-of-00002.gguf", "sub/m-00002-of-00002.gguf"]
+    with pytest.raises(ValueError, match="expected 1 to 1000 parts"):
+        resolve_model("org/model:m-00001-of-99999.gguf")
+
+
+def test_offline_is_one_clear_sentence(downloads):
+    inner, outer = OSError("Name or service not known\nand more"), RuntimeError("a long story")
+    outer.__cause__ = inner
+    downloads[1].append(outer)
+    with pytest.raises(ValueError) as raised:
+        resolve_model("org/model")
+    assert str(raised.value) == (
+        "org/model: no folder or file of that name here, and fetching org/model from the Hugging Face hub failed: "
+        "Name or service not known"
+    )
+    assert raised.value.__suppress_context__
+    downloads[1][0] = KeyError()
+    with pytest.raises(ValueError, match=r"failed: KeyError$"):
+        resolve_model("org/model")

@@ -11,6 +11,7 @@ mixes of bench_ragged.py. Printed are the median of the ratios (seconds of this 
 
 import argparse
 import hashlib
+import importlib
 import os
 import pathlib
 import statistics
@@ -24,6 +25,16 @@ SHAPES = {"qwen3-0.6b": "QWEN3_0_6B", "qwen3.5-0.8b": "QWEN3_5_0_8B"}
 
 
 # ---------------------------------------------------------------- in a worker: one version, with its own modules
+
+
+def found(name, *modules):
+    """A name of the first of these modules that there is and that has it: older versions have other folders."""
+    for module in modules:
+        try:
+            return getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError):
+            continue
+    raise ImportError(f"{name}: in none of {', '.join(modules)}")
 
 
 def format_of(name, shape, weights):
@@ -65,16 +76,11 @@ def random_tensor(name, shape, format):
 def random_model(shape, weights):
     from lockstep.engine.model import Model, emit_sampling
     from lockstep.models.record import Recorder
-    from lockstep.weights.store import WeightStore
     from tests.models import published
 
-    try:
-        from lockstep.models.recording import record
-        from lockstep.models.registry import model_config
-    except ImportError:  # a version from before each model was a file
-        from lockstep.models.decoder import record
-        from lockstep.models.families import model_config
-
+    store = found("WeightStore", "lockstep.weights.store", "lockstep.runtime.executor")
+    record = found("record", "lockstep.models.recording", "lockstep.models.decoder")
+    model_config = found("model_config", "lockstep.models.registry", "lockstep.models.families")
     raw = getattr(published, SHAPES[shape])
     raw = raw.get("text_config", raw) | {"tie_word_embeddings": True}
     made = {}
@@ -88,27 +94,30 @@ def random_model(shape, weights):
     config = model_config(raw)
     program, logits = record(config, {"model.embed_tokens.weight": None}, "auto", "bf16", 4096)
     emit_sampling(program, logits, config.vocab_size)
-    return Model(None, config, program, logits, WeightStore(), "auto", "bf16", 4096)
+    return Model(None, config, program, logits, store(), "auto", "bf16", 4096)
 
 
 def model_tasks(shape, weights):
     """{name: function that does the work of a round and returns what it computed}."""
     import numpy as np
 
-    from lockstep.engine.cache import pages as of_engine
     from lockstep.engine.runner import Limits, Runner, Span
-    from lockstep.lab.parity import GREEDY
     from lockstep.runtime.threads import Team
+
+    greedy = found("GREEDY", "lockstep.lab.parity", "lockstep.parity")
 
     model = random_model(shape, weights)
     pages = -(-PROMPT // 64)
-    everywhere = getattr(of_engine, "everywhere", list)  # older versions have one list for all layers
+    try:
+        everywhere = found("everywhere", "lockstep.engine.cache.pages", "lockstep.engine.pages")
+    except ImportError:  # a version with one list of pages for all layers
+        everywhere = list
     runner = Runner(model, Team(len(os.sched_getaffinity(0))), Limits(PROMPT, REQUESTS, pages * REQUESTS, REQUESTS))
     ids = np.random.default_rng(7).integers(0, model.config.vocab_size, PROMPT).tolist()
 
     def span(slot, start, end):
         held = everywhere(range(slot * pages, (slot + 1) * pages))
-        return Span(ids[start:end], start, held, slot, {end - start - 1: GREEDY})
+        return Span(ids[start:end], start, held, slot, {end - start - 1: greedy})
 
     def prefill():
         return runner.step([span(0, 0, PROMPT)])[2].copy()
@@ -150,9 +159,9 @@ def work(what):
     for line in sys.stdin:
         run = tasks[line.strip()]
         started = time.perf_counter()
-        found = run()
+        result = run()
         spent = time.perf_counter() - started
-        print(spent, hashlib.sha256(found.tobytes()).hexdigest()[:16], flush=True)
+        print(spent, hashlib.sha256(result.tobytes()).hexdigest()[:16], flush=True)
 
 
 # ---------------------------------------------------------------- the driver

@@ -163,6 +163,6 @@ def test_a_copy_of_the_sources_elsewhere_with_other_times_compiles_nothing_again
             os.utime(path, (when, when))
     assert compiled(first, tmp_path / "cache") == ["compiled add", str(first / "lockstep/ops/elementwise/add_cpu.py")]
     assert compiled(second, tmp_path / "cache") == [str(second / "lockstep/ops/elementwise/add_cpu.py")]
-    changed = second / "lockstep" / "ops" / "add_cpu.py"
+    changed = second / "lockstep" / "ops" / "elementwise" / "add_cpu.py"
     changed.write_text(changed.read_text() + "\n# another source\n")
     assert compiled(second, tmp_path / "cache")[0] == "compiled add"

@@ -303,7 +303,7 @@ def test_a_difference_is_exit_code_one(capsys, monkeypatch):
     (["no.gguf"], "no.gguf: no such folder or file"),
 ])  # fmt: skip
 def test_a_mistake_is_one_sentence(args, said, capsys):
-    assert main(["bench", "serve", *args]) == 2
+    assert main(["bench", "load", *args]) == 2
     error = capsys.readouterr().err
     assert said in error and "Traceback" not in error
 
@@ -311,7 +311,7 @@ def test_a_mistake_is_one_sentence(args, said, capsys):
 def test_bench_itself_is_still_a_command_with_a_model(capsys):
     assert main(["bench", "--help"]) == 0
     assert "--quick" in capsys.readouterr().out
-    assert main(["bench", "serve", "--help"]) == 0
+    assert main(["bench", "load", "--help"]) == 0
     assert "--rate" in capsys.readouterr().out
-    assert main(["bench", "./serve", "--quick"]) == 2
-    assert "./serve: no such folder or file" in capsys.readouterr().err
+    assert main(["bench", "./load", "--quick"]) == 2
+    assert "./load: no such folder or file" in capsys.readouterr().err

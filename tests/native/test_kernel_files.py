@@ -100,6 +100,6 @@ def test_kernels_depend_on_packages_and_on_what_these_import(tmp_path, monkeypat
     monkeypatch.syspath_prepend(tmp_path)
     importlib.import_module("far_away_formats")
     folder = kernel.PACKAGE / "formats"
-    assert {folder / "__init__.py", folder / "q4_0.py", folder / "blocks.py"} <= kernel.imported_sources(
+    assert {folder / "__init__.py", folder / "q4_0.py", folder / "parts" / "blocks.py"} <= kernel.imported_sources(
         "far_away_formats"
     )

@@ -15,7 +15,7 @@ from lockstep.text.tool_calls.styles import HERMES, MISTRAL, XML
 from lockstep.text.tool_calls.texts import alternatives
 from lockstep.text.tool_calls.tools import Tool, ToolUse
 from tests.text.calls import EMPTY, STYLES, TOOLS, USE, WEATHER, calls_grammar, parse
-from tests.text.grammars import GRAMMARS, TOKENIZERS, allows, random_answer
+from tests.text.grammar_cases import GRAMMARS, TOKENIZERS, allows, random_answer
 
 
 @pytest.mark.parametrize("style", STYLES, ids=lambda s: s.name)

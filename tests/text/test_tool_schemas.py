@@ -13,7 +13,7 @@ from lockstep.text.tool_calls.styles import STYLES, XML
 from lockstep.text.tool_calls.texts import matches
 from lockstep.text.tool_calls.tools import Tool, ToolUse
 from tests.text.calls import calls_grammar, parse
-from tests.text.grammars import GRAMMARS, allows, random_answer
+from tests.text.grammar_cases import GRAMMARS, allows, random_answer
 
 BY_STYLE = pytest.mark.parametrize("style", STYLES, ids=lambda style: style.name)
 X = {"type": "object", "properties": {"x": {"type": "boolean"}}, "required": ["x"], "additionalProperties": False}

@@ -36,7 +36,7 @@ from lockstep.study.report.markup import (
 from lockstep.study.report.origin import confirm_section, origin_section, winner_section, work_section
 from lockstep.study.report.weights import weights_section
 
-PAGE = "lockstep.study"
+PAGE = "lockstep.study.report"
 SCRIPTS = ("dom.js", "plot.js", "detail.js", "tables.js", "app.js")  # in this order, as one module
 MOST_NAMES = 4  # of trials that are named in the verdict
 MOST_FLOATS = 12  # layers of a plan in integers that are named because they are not

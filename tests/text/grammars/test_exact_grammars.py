@@ -10,7 +10,7 @@ import pytest
 from lockstep.text.grammars import structured
 from lockstep.text.grammars.gbnf import to_lark
 from lockstep.text.grammars.structured import Grammars
-from tests.text.grammars import GRAMMARS, KINDS, TOKENIZERS, allowed, allows, random_answer
+from tests.text.grammar_cases import GRAMMARS, KINDS, TOKENIZERS, allowed, allows, random_answer
 
 
 def quoting(text):

@@ -8,7 +8,7 @@ import pytest
 from lockstep.text.grammars import structured
 from lockstep.text.grammars.gbnf import is_gbnf, to_lark
 from tests.slowness import is_within
-from tests.text.grammars import GRAMMARS, allows
+from tests.text.grammar_cases import GRAMMARS, allows
 
 JSON = r"""
 root   ::= object

@@ -9,7 +9,7 @@ import pytest
 
 from lockstep.text.grammars import matchers, structured
 from tests.slowness import is_within
-from tests.text.grammars import GRAMMARS, MIN, allowed, allows, random_answer
+from tests.text.grammar_cases import GRAMMARS, MIN, allowed, allows, random_answer
 
 MULTIPLES = dict(
     schema=lambda many: structured.json_schema(dict(allOf=[dict(multipleOf=each) for each in many])),

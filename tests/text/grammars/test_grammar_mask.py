@@ -11,7 +11,7 @@ from lockstep.engine.sampling import Adjustment, Refused
 from lockstep.serve.token_masks import TokenMask, UntilComplete
 from lockstep.text.grammars import matchers, structured
 from lockstep.text.grammars.mask import GrammarMask
-from tests.text.grammars import GRAMMARS, PERSON, TOKENIZERS, allowed
+from tests.text.grammar_cases import GRAMMARS, PERSON, TOKENIZERS, allowed
 
 TEXTS = dict(
     person=structured.json_schema(PERSON),

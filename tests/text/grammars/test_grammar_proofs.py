@@ -15,7 +15,7 @@ from lockstep.text.grammars import structured
 from lockstep.text.grammars.proofs import Proofs, TooSlow
 from lockstep.text.grammars.structured import Grammars
 from lockstep.text.job_process import Busy
-from tests.text.grammars import MIN, TOKENIZERS, allowed
+from tests.text.grammar_cases import MIN, TOKENIZERS, allowed
 
 BYTES = 192 << 20
 SIZES = dict(seconds=0.5, num_bytes=BYTES)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lockstep.text.grammars import matchers, structured
 from lockstep.text.grammars.structured import Grammars
-from tests.text.grammars import GRAMMARS, KINDS, PERSON, TOKENIZERS, allowed, allows, random_answer
+from tests.text.grammar_cases import GRAMMARS, KINDS, PERSON, TOKENIZERS, allowed, allows, random_answer
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "gguf"])

@@ -1,10 +1,11 @@
-"""Imports only go down: folders in the order in which a token passes them.
+"""Imports only go down: rooms (folders and files of the package) in the order in which a token passes them.
 
 `formats` and `weights` are below `ops`: an implementation of an op names the layout in which it reads its weights.
 """
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
 import tomllib
@@ -37,13 +38,13 @@ COMPILERS = ("numba", "llvmlite")  # only the room `native` knows them
 
 
 def part(module):
-    """Which of ORDER a module such as lockstep.ops.elementwise.add belongs to; None for the bare package."""
+    """The room in ORDER that a module such as lockstep.ops.elementwise.add belongs to; None for the bare package."""
     names = module.split(".")
     return names[1] if len(names) > 1 else None
 
 
 def imported(path):
-    """Full names of what a file imports from lockstep, whether on top or inside functions."""
+    """Full names of the modules of lockstep that a file imports, at its top or inside functions."""
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import in line {node.lineno}"
@@ -56,16 +57,21 @@ def imported(path):
 
 
 def compilers(source):
-    """Which of COMPILERS a file imports."""
+    """Those of COMPILERS that a source text imports."""
     nodes = list(ast.walk(ast.parse(source)))
     names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     names += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
     return {name.split(".")[0] for name in names} & set(COMPILERS)
 
 
+def room(path):
+    """The room of a file of the package."""
+    return part(".".join(path.relative_to(ROOT).with_suffix("").parts))
+
+
 def upward(path):
-    """Imports of a file that go up: (its part, the imported module)."""
-    own = part(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    """Imports of a file that go up: (its room, the imported module)."""
+    own = room(path)
     return [
         (own, module)
         for module in imported(path)
@@ -83,6 +89,17 @@ FOLDERS = sorted({path.parent for path in SHOWN_FILES if path.is_file()})
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_go_down(path):
     assert not upward(path)
+
+
+def test_the_design_lists_the_rooms_and_what_each_may_import():
+    table = (ROOT / "docs" / "design.md").read_text("utf-8").split("## The rooms")[1].split("##")[0]
+    rows = [row.split("|")[1::2] for row in table.splitlines() if row.startswith("| `")]
+    names = [[re.findall(r"`(\w+)`", cell) for cell in cells] for cells in rows]
+    assert [name for rooms, _ in names for name in rooms] == list(ORDER)
+    allowed = {name: {*rooms, *below} for rooms, below in names for name in rooms}
+    files = [path for path in FILES if room(path) != "__init__"]
+    taken = {(room(path), part(module)) for path in files for module in imported(path) if part(module)}
+    assert [pair for pair in sorted(taken) if pair[1] not in allowed[pair[0]]] == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -129,7 +146,7 @@ def test_an_upward_import_is_seen(tmp_path, monkeypatch):
     assert upward(path) == [("ops", "lockstep.serve"), ("ops", "lockstep.engine.model")]
 
 
-# what a second backend would use as it is: none of it may load a compiler or know addresses
+# modules that a second backend would use unchanged: none of them may load a compiler or know addresses
 PURE = ("runtime.words", "runtime.step_block", "runtime.program", "runtime.operands")
 
 

@@ -26,7 +26,7 @@ import numpy as np
 
 from lockstep.lab import ceiling
 from lockstep.ops import ragged_paged_attention
-from lockstep.ops.attention.ragged import scoring, workers
+from lockstep.ops.attention.ragged import scoring_of, workers
 from lockstep.ops.attention.ragged_attention import Sequences
 from lockstep.ops.attention.ragged_checks import pages
 from lockstep.runtime.executor import aligned
@@ -99,7 +99,7 @@ def ragged(b, threads):
 def ungrouped(b, threads):
     k, v = pages(b.kv)
     sequences = Sequences(b.kv_lens, b.table, b.starts, b.num_seqs)
-    workers(threads).attend(b.q, k, v, sequences, scoring(SM_SCALE), b.out, grouped=False)
+    workers(threads).attend(b.q, k, v, sequences, scoring_of(SM_SCALE), b.out, grouped=False)
 
 
 def transposed(b, threads):

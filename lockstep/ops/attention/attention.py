@@ -42,11 +42,11 @@ from lockstep.runtime.step import StepBlock, entry, pages_of
 class Attention(Operands):
     """out[h] = softmax(scale * q[h] . k) v over the keys that a token sees, times sigmoid(gate[h]) if there is a gate.
 
-    window: how many keys a token sees at most, 0: all up to its own. soft_cap: scores become soft_cap * tanh(score /
-    soft_cap), 0: they stay. sinks: one score for each query head, in units of e, that joins its softmax without a
-    value. v_scale: a factor of all values; one of all keys belongs into scale. stats receives the maximum and the sum
-    of each softmax, without its sink, [num_heads, 2] a row. Head h of the gate begins at column gate_offset + h *
-    gate_stride. page_group: that of the pages.
+    window: how many keys a token sees at most; 0: all up to its own. soft_cap: scores become soft_cap * tanh(score /
+    soft_cap); 0: they stay. sinks: one score for each query head, in units of e, that joins its softmax without a
+    value. v_scale: a factor of all values; a factor of all keys belongs into scale. stats receives the maximum and the
+    sum of each softmax, without its sink, [num_heads, 2] a row. Head h of the gate begins at column gate_offset + h *
+    gate_stride. page_group: the cache group of the pages.
     """
 
     group = "attention"
@@ -78,9 +78,11 @@ class Attention(Operands):
 
     def check(self):
         check_pages(self)
-        kept = self.k_pages.window
-        if kept and not 0 < self.window <= kept:
-            raise ValueError(f"Attention: window is {self.window}, but {self.k_pages.name} is kept for {kept} tokens")
+        max_window = self.k_pages.window
+        if max_window and not 0 < self.window <= max_window:
+            raise ValueError(
+                f"Attention: window is {self.window}, but {self.k_pages.name} is kept for {max_window} tokens"
+            )
         end = self.gate_offset + (self.num_heads - 1) * self.gate_stride + self.head_dim
         if self.gate is not None and end > self.gate_width:
             raise ValueError(f"Attention: the gate ends at column {end} of rows of {self.gate_width}")
@@ -141,8 +143,8 @@ def rounded_weight(p):
 
 @definition
 def add_pairs_of_values(weight, v_CK, low, high, out_K):
-    """Order: an even key and the odd one after it, the odd one first, each step flushed: with f = `bf16.flushed_fma`
-    out = f(p0, v0, f(p1, v1, out)); a key of a pair that is not among low..high counts as 0 times 0."""
+    """Order: pairs of an even key and the odd key after it, the odd one first, each step flushed: with f =
+    `bf16.flushed_fma`, out = f(p0, v0, f(p1, v1, out)); a key of a pair outside low .. high - 1 counts as 0 times 0."""
     for j in range(low - low % 2, high, 2):
         for d in range(out_K.size):
             p0, v0 = (weight[j - low], v_CK[j, d]) if j >= low else (ZERO, ZERO)
@@ -150,21 +152,22 @@ def add_pairs_of_values(weight, v_CK, low, high, out_K):
             out_K[d] = flushed_fma(p0, v0, flushed_fma(p1, v1, out_K[d]))
 
 
-# How a type of keys and values is multiplied: constants of each variant of `attend_head` and `attend_span`.
-# QUERY(q [K], scaled): the query as SCORE takes it; SCORE(query, keys, j): the score of key j, in units of log 2;
-# WEIGHT(p): a weight as it is multiplied; ADD_VALUES(weight [64], values, low, high, out [K]): out += sum of
-# weight[j - low] v[j], low <= j < high
+# How keys and values of a type are multiplied: constants of each variant of `attend_head` and `attend_span`.
+# QUERY(q [K], scaled): the query in the form that SCORE takes; SCORE(query, keys, j): the score of key j, in units of
+# log 2; WEIGHT(p): a weight, rounded for its product; ADD_VALUES(weight [64], values, low, high, out [K]): out += sum
+# of weight[j - low] v[j], low <= j < high
 QUERY, SCORE, WEIGHT, ADD_VALUES = as_it_is, float_score, as_it_is, add_float_values
 
 
 def attend_span(q, keys, values, start, stop, cap, out_K):
-    """Keys start..stop of one span: out = sum of 2**(score - maximum) v, not yet divided; returns maximum and sum.
+    """Keys start .. stop - 1 of one span: out = sum of 2**(score - maximum) v, not yet divided; returns the maximum and
+    the sum of 2**(score - maximum).
 
     Order: keys in blocks of 64 at absolute positions. In a block: the scores by SCORE, then the soft cap if any
       (cap > 0): cap * (1 - 2 / (1 + 2**score)), the score being limited to 64 from above; the new maximum of all keys
-      so far; where it grew, out and the 16 lanes of the sum are multiplied by 2**(old - new) and cleared; then the
-      weights, p = 2**(score - maximum), as WEIGHT makes them, key by key: lane j % 16 += p; then ADD_VALUES. At the end
-      the lanes by `tree_sum`.
+      so far; where the maximum grew, out and the 16 lanes of the sum are multiplied by 2**(old - new) and cleared; then
+      the weights p = WEIGHT(2**(score - maximum)), key by key: lane j % 16 += p; then ADD_VALUES. At the end the lanes
+      are added by `tree_sum`.
     """
     lane, score, top = np.empty(16, np.float32), np.empty(BLOCK, np.float32), ZERO
     for i in range(16):
@@ -194,35 +197,37 @@ def attend_span(q, keys, values, start, stop, cap, out_K):
     return top, tree_sum(lane)
 
 
-ATTEND_SPAN = attend_span  # of a variant of `attend_head`: the same variant's
+ATTEND_SPAN = attend_span  # a constant of each variant of `attend_head`: the same variant of `attend_span`
 
 
 @definition
 def merge(top, total, out_K, span_top, span_total, span_K, is_first):
-    """A span joins what earlier spans left in out (see `attend`); returns the new maximum and sum."""
+    """Merges the result of a span into that of earlier spans, in out (see `attend_head`); returns the new maximum and
+    sum."""
     if is_first:
         for d in range(out_K.size):
             out_K[d] = span_K[d]
         return span_top, span_total
     higher = maximum(span_top, top)
-    a, b = exp2(top - higher), exp2(span_top - higher)
+    old, new = exp2(top - higher), exp2(span_top - higher)
     for d in range(out_K.size):
-        out_K[d] = cleared(fma(out_K[d], a, cleared(span_K[d] * b)))
-    return higher, fma(total, a, span_total * b)
+        out_K[d] = cleared(fma(out_K[d], old, cleared(span_K[d] * new)))
+    return higher, fma(total, old, span_total * new)
 
 
 def attend_head(q_K, keys, values, position, window, scales, out_K):
     """One query head at one position over a sequence's keys and values; returns the maximum and the sum of its softmax.
 
-    Shapes: q, out [K] float32; keys and values of C > position tokens: [C, K] float32, which `attend_pairs` takes for
-      bfloat16, or what another SCORE and ADD_VALUES read; window 0: all keys up to position, else the last `window`.
+    Shapes: q, out [K] float32; keys and values of C > position tokens: [C, K] float32 (for `attend_pairs` with bfloat16
+      numbers), or what SCORE and ADD_VALUES of the variant read. window 0: all keys up to position, else the last
+      `window` of them.
     Units: scales from `score_scales`; the maximum is a score in units of log 2, sum = sum of 2**(score - maximum).
-    Error: 2e-6 of the float64 result for scores below 20 and |v| < 4, up to 2048 keys; of pairs 2**-9 of a score and of
-      each weight, as in every attention that multiplies bfloat16.
+    Error: 2e-6 of the float64 result for scores below 20 and |v| < 4, up to 2048 keys; for bfloat16 pairs 2**-9 of a
+      score and of each weight, as in every attention that multiplies bfloat16.
     Order: q * scale, cleared, then QUERY. Keys in spans of 1024 at absolute positions 0, 1024, ...:
-      ATTEND_SPAN each, merged in ascending order: with M the larger maximum, a = 2**(m1 - M), b = 2**(m2 - M):
-      sum = fma(sum1, a, sum2 * b), out = fma(out1, a, out2 * b). Last, out / sum. out2 * b and whatever goes to out are
-      `cleared`.
+      ATTEND_SPAN each, merged in ascending order: with M the larger maximum, old = 2**(m1 - M), new = 2**(m2 - M):
+      sum = fma(sum1, old, sum2 * new), out = fma(out1, old, out2 * new). Last, out / sum. out2 * new and all numbers
+      that go to out are `cleared`.
     Source: online softmax, Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022.
     """
     first, (scale, cap) = first_key(position, window), scales
@@ -240,13 +245,14 @@ def attend_head(q_K, keys, values, position, window, scales, out_K):
 
 
 def bound(body, name, **constants):
-    """The definition `body`, a plain function, with some of its global names bound; it is cached under its name."""
+    """The definition made from `body`, a plain function, with some of its global names bound to constants; it is cached
+    under the given name."""
     code = body.__code__.replace(co_name=name, co_qualname=name)
     return definition(FunctionType(code, {**body.__globals__, **constants}, name))
 
 
 def attention_of(name, **constants):
-    """`attend_head` of a type of keys and values. constants: QUERY, SCORE, WEIGHT and ADD_VALUES."""
+    """The variant of `attend_head` for a type of keys and values. constants: QUERY, SCORE, WEIGHT and ADD_VALUES."""
     span = bound(attend_span, f"{name}_span", **constants)
     return bound(attend_head, name, **constants, ATTEND_SPAN=span)
 
@@ -259,7 +265,7 @@ attend_pairs = attention_of(
 
 @definition
 def finished(out_K, top, total, sinks_1, v_scale):
-    """What becomes of a head's result after `attend`.
+    """Applies the sink and v_scale to a head's result, in place, after `attend`.
 
     Shapes: sinks [1], or [0] for none.
     Order: with a sink out * `kept_share`, cleared; then out * v_scale, cleared.
@@ -281,15 +287,15 @@ def gated(out_K, gate_K):
 
 @inlined
 def first_seen(a, batch, request):
-    """The first position that a token of the step sees, of a request."""
+    """The first position of a request that any of its tokens of the step sees."""
     num_tokens = entry(batch.query_start, request + 1) - entry(batch.query_start, request)
     return first_key(entry(batch.context_len, request) - num_tokens, a.window)
 
 
 @inlined
 def gather(a, batch, request, g, bf16):
-    """Keys and values of one kv head of a request, gathered from its pages: k, v [C, K], C tokens of context; those
-    that no token of the step sees are not there."""
+    """Keys and values of one kv head of a request, gathered from its pages: k, v [C, K], C tokens of context. What no
+    token of the step sees is left undefined."""
     G, K, length = a.num_kv_heads, a.head_dim, entry(batch.context_len, request)
     k_CK, v_CK = np.empty((length, K), np.float32), np.empty((length, K), np.float32)
     table = pages_of(batch, request, a.page_group)
@@ -312,15 +318,15 @@ def gather_pairs(a, batch, request, g):
 
 
 @inlined
-def attend_all(op, step, gathered, attend_one):
-    """The op on all requests, head by head. gathered: as `gather_floats`; attend_one: the attention of what it gathers,
-    as `attend`."""
+def attend_all(op, step, gather_head, attend_one):
+    """The op on all requests, head by head. gather_head: gathers keys and values, as `gather_floats`; attend_one: the
+    attention over them, as `attend`."""
     a, batch = Attention.read(op), StepBlock.read(step)
     group = a.num_heads // a.num_kv_heads
     for s in range(batch.num_requests):
         start, stop, length = entry(batch.query_start, s), entry(batch.query_start, s + 1), entry(batch.context_len, s)
         for g in range(a.num_kv_heads):
-            k, v = gathered(a, batch, s, g)
+            k, v = gather_head(a, batch, s, g)
             for t in range(start, stop):
                 for h in range(g * group, (g + 1) * group):
                     _attend_head(a, t, h, length - (stop - t), k, v, attend_one)

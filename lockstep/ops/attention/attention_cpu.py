@@ -1,6 +1,6 @@
 """Causal attention over a paged cache: the fast kernels, one for each type of cache.
 
-Who does what is in `attention_work`, and what is done with a page in `attention_pages` and `attention_pages_q8`.
+How the work is shared among threads is in `work`, how a page is worked on in `pages` and `pages_q8`.
 """
 
 from lockstep.native.kernel import inlined, variant
@@ -16,13 +16,13 @@ from lockstep.ops.attention.work import Call, attend_claimed
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.step import COUNTER, StepBlock, pages_of
 
-# Constants of each variant. LAYOUT: of the pages; ALONE: a tile is one token and one head, and nothing is shared
-LAYOUT, ALONE = SINGLE, False
+# constants of each variant. LAYOUT: of the pages; ONE_ROW: a tile is one token and one head, so that no read is shared
+LAYOUT, ONE_ROW = SINGLE, False
 
 
 @inlined
 def call_of(a, batch, unit_heads):
-    """The Call of an op on a step."""
+    """The Call of an op in a step."""
     (scale, cap), head = score_scales(a.scale, a.soft_cap), 4 * a.head_dim
     token, table = head * a.num_heads, pages_of(batch, 0, a.page_group)
     gate = a.gate + 4 * a.gate_offset if a.gate != 0 else 0
@@ -56,21 +56,22 @@ def call_of(a, batch, unit_heads):
         states=0,
         k=a.k_pages,
         v=a.v_pages,
-        pages=0,
+        strides=0,
     )
 
 
 def attend(op, step, thread, num_threads):
     """One thread of an attention op."""
     a, memory = Attention.read(op), stack_memory(SCRATCH_BYTES_Q8)
-    unit_heads = min(num_threads, 1) if ALONE else a.num_heads // a.num_kv_heads
+    unit_heads = min(num_threads, 1) if ONE_ROW else a.num_heads // a.num_kv_heads
     call = call_of(a, StepBlock.read(step), unit_heads)
-    attend_claimed(call, LAYOUT, False, ALONE, peek(op + 8 * COUNTER, int64), thread, num_threads, memory)
+    attend_claimed(call, LAYOUT, False, ONE_ROW, peek(op + 8 * COUNTER, int64), thread, num_threads, memory)
 
 
 CPU, PER_TOKEN = {}, {}
 for kind, layout in (("attention", SINGLE), ("attention_bf16", PAIRS), ("attention_q8", QUANTIZED)):
-    for name, alone, implementations in ((kind, False, CPU), (f"{kind}_per_token", True, PER_TOKEN)):
-        globals()[name] = made = variant(attend, name, LAYOUT=layout, ALONE=alone)
-        # pairs are flushed step by step; where that takes a mode it is the whole op's, which `cleared` makes invisible
-        implementations[kind] = Implementation(made, flushes=layout is PAIRS)
+    for name, one_row, implementations in ((kind, False, CPU), (f"{kind}_per_token", True, PER_TOKEN)):
+        globals()[name] = kernel = variant(attend, name, LAYOUT=layout, ONE_ROW=one_row)
+        # sums of pairs flush denormals; where that takes a mode of the CPU, it holds for the whole op, whose other
+        # results do not depend on it: they are `cleared`
+        implementations[kind] = Implementation(kernel, flushes=layout is PAIRS)

@@ -1,10 +1,11 @@
-"""Attention over the 8-bit cache, its sums exact integer dots: the definition. What it computes is in `attention`.
+"""Attention over the 8-bit cache, by exact integer dots: the definition. The formula of attention is in `attention`.
 
     score_j = (q_scale * k_scale_j) * (q_codes . k_codes_j)
-    out    += w_scale * sum_j w_codes_j v_codes_j        of a block, where w_j = 2**(score_j - maximum) * v_scale_j
+    out    += w_scale * sum_j w_codes_j v_codes_j        for each block, where w_j = 2**(score_j - maximum) * v_scale_j
 
-Queries are quantized to 8 bits, each head by itself; the weights w to 15 bits, each block of 64 keys by itself: they
-cost what bfloat16 weights would, and the error of 8 bits would show where one key outweighs the others of its block.
+Queries are quantized to 8 bits, each head by itself; the weights w to 15 bits, each block of 64 keys by itself. Such
+weights cost as much as bfloat16 weights, and an error of 8 bits would show where one key outweighs the others of its
+block.
 
 Error: for standard normal q, k and v 0.5 % of the float64 result (rms), and 1 % counted from the numbers before they
   were cached (bfloat16: 0.3 %).
@@ -26,11 +27,11 @@ from lockstep.ops.elementwise.activations import HIGHEST, INFINITY, ONE_127TH, S
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.step import entry, pages_of
 
-MOST, ONE_MOST = np.float32(32767), np.float32(1 / 32767)  # of a weight's codes, so that pairs of int16 can hold them
+MAX_CODE, ONE_CODE = np.float32(32767), np.float32(1 / 32767)  # a weight's code is an int16
 
 
 class Quantized(NamedTuple):
-    """Codes int8 with their scales float32: a query's [K] with one, or keys or values [C, K] with one each, [C]."""
+    """int8 codes with float32 scales: those of a query [K] with one scale, those of keys or values [C, K] with [C]."""
 
     codes: np.ndarray
     scale: np.ndarray | np.float32
@@ -38,11 +39,11 @@ class Quantized(NamedTuple):
 
 @definition
 def quantized_query(q_K):
-    """A query, scaled, as codes and their scale.
+    """Quantizes a query, which is multiplied by the attention's scale already.
 
     Error: half a code, amax / 254.
     Order: amax exactly; the scale is amax * (1 / 127), a code rint(q * (127 / amax)), ties to even. With amax < 1e-30
-      scale and codes are zero; with a NaN or an infinity the codes are, and the scale is infinite.
+      scale and codes are zero; with a NaN or an infinity the codes are zero and the scale is infinite.
     """
     amax, codes_K = ZERO, np.zeros(q_K.size, np.int8)
     for d in range(q_K.size):
@@ -68,19 +69,19 @@ def score(q, k, j):
 
 @definition
 def add_values(weight, v, low, high, out_K):
-    """out += sum of w[j] code[j] over the seen keys of a block, w[j] = weight[j - low] * scale[j], which it quantizes.
+    """out += sum of w[j] code[j] over the seen keys of a block, with w[j] = weight[j - low] * scale[j] quantized.
 
     Error: 2**-16 of the largest w.
     Order: the largest w exactly; scale = w * (1 / 32767); a code is rint(w[j] * (32767 / w)), ties to even, or 0 if
       w < 1e-30; out = fma(float(exact dot, to nearest even), scale, out).
     """
-    most, weight_J = ZERO, np.empty(high - low, np.float32)
+    largest, weight_J = ZERO, np.empty(high - low, np.float32)
     for j in range(low, high):
         weight_J[j - low] = weight[j - low] * v.scale[j]
-        most = maximum(weight_J[j - low], most)
-    if most < SMALLEST:
+        largest = maximum(weight_J[j - low], largest)
+    if largest < SMALLEST:
         return
-    inverse, scale, codes = MOST / most, most * ONE_MOST, np.empty(weight_J.size, np.int64)
+    inverse, scale, codes = MAX_CODE / largest, largest * ONE_CODE, np.empty(weight_J.size, np.int64)
     for j in range(weight_J.size):
         codes[j] = to_i32(rint(weight_J[j] * inverse))
     for d in range(out_K.size):

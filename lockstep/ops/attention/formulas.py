@@ -1,4 +1,7 @@
-"""What all sorts of attention share: elementary functions, one formula for scalars and lanes, and constants."""
+"""Elementary functions and constants that all attention kernels and definitions share.
+
+Each function is one formula for scalars and for lanes.
+"""
 
 import numpy as np
 
@@ -6,8 +9,8 @@ from lockstep.native.kernel import inlined
 from lockstep.native.simd import absolute, fma, maximum, minimum, pow2, rint, where_below
 
 BLOCK = 64  # keys that share one maximum: a page
-SPAN = 1024  # keys after which a partial result is merged; both are constants of the numerics
-MAX_HEAD_DIM = 512  # multiples of 16
+SPAN = 1024  # keys whose partial result is merged with those before; BLOCK and SPAN are constants of the numerics
+MAX_HEAD_DIM = 512  # head dimensions are multiples of 16
 MAX_GROUP = 96  # query heads that share a kv head
 SMALLEST_KEPT = np.float32(2.0**-125)
 ZERO, ONE, TWO, SIXTY_FOUR = np.float32(0), np.float32(1), np.float32(2), np.float32(64)
@@ -40,7 +43,7 @@ def exp2(x):
 
 @inlined
 def cleared(x):
-    """x, or +0 if its magnitude is below 2**-125: so that modes that flush denormals and modes that keep them agree."""
+    """x, or +0 if its magnitude is below 2**-125: the same result whether the CPU flushes denormals or keeps them."""
     return where_below(absolute(x), SMALLEST_KEPT, ZERO, x)
 
 
@@ -52,7 +55,7 @@ def soft_capped(score, cap):
 
 @inlined
 def score_scales(sm_scale, soft_cap):
-    """(scale, cap): what q is multiplied by, so that scores are powers of two, and the cap in the same units (0: none).
+    """(scale, cap): the factor of q, which puts scores in units of log 2, and the cap in these units (0: none).
 
     soft_cap * tanh(s / soft_cap) = soft_cap * (1 - 2 / (1 + e**(2 s / soft_cap))).
     """
@@ -69,9 +72,9 @@ def first_key(position, window):
 
 @inlined
 def kept_share(top, total, sink):
-    """What is left of a row's weights when a sink, a score without a value, joins its softmax.
+    """The share of a row's weights that is left when a sink, a score without a value, joins the row's softmax.
 
-    Units: top, total as `attention.attend` returns them; sink: the score itself, in units of e.
+    Units: top and total as `attention.attend` returns them; sink: a score in units of e.
     Order: s = sink * log2 e; M the larger of s and top; kept = total * 2**(top - M); kept / (kept + 2**(s - M)).
     """
     score = sink * LOG2E

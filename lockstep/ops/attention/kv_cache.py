@@ -1,4 +1,4 @@
-"""The KV cache and what enters it: the definitions of its layout and of the op that prepares attention's inputs.
+"""The KV cache: the definitions of its layout and of the op that prepares queries, keys and values for attention.
 
 A page holds PAGE_TOKENS consecutive positions of one request, which is also one block of keys in attention. Position p
 of request s lives in page `pages_of(request)[p // 64]` of the layer's group, slot `p % 64`:
@@ -7,10 +7,11 @@ of request s lives in page `pages_of(request)[p // 64]` of the layer's group, sl
     K page    [G, K, 64]    [G, K / 2, 64, 2]    [G, (K / 4, 64, 4) and scales]    lanes of q . k are keys
     V page    [G, 64, K]    [G, 32, K, 2]        [G, (16, K, 4) and scales]        lanes of p . v are dimensions
 
-A row holds a dimension of 64 keys, or all dimensions of a value; or two or four of them, neighbours in the sum that
-they enter, as instructions for pairs and fours want them. A bfloat16 is the upper half of a float32, rounded to nearest
-even when written; q8 is described in `kv_cache_q8`. Attention reads K and V back from here only, so a token sees the
-same numbers whether they were written in this step or long ago.
+In float32 a row holds one dimension of 64 keys, or all dimensions of one value. In bfloat16 two and in q8 four
+dimensions (or values) that are neighbours in a sum are interleaved, as the instructions for pairs and fours want them.
+A bfloat16 is the upper half of a float32, rounded to nearest even when it is written; q8 is described in `kv_cache_q8`.
+Attention reads K and V from these pages only, so a token sees the same numbers whether they were written in this step
+or long ago.
 """
 
 import numpy as np
@@ -28,9 +29,9 @@ from lockstep.runtime.program import CacheArray, Table, Tensor, Weight
 from lockstep.runtime.step import StepBlock, entry, num_rows, pages_of
 
 PAGE_TOKENS = 64
-KV_DTYPES = ("f32", "bf16", "q8")  # of a cache
-ELEMENTS = {"f32": "f32", "bf16": "bf16", "q8": "i8"}  # what a page is an array of
-SCALE_BYTES = 2  # of a q8 head: a bfloat16
+KV_DTYPES = ("f32", "bf16", "q8")  # types of a cache
+ELEMENTS = {"f32": "f32", "bf16": "bf16", "q8": "i8"}  # the dtype of a page's elements
+SCALE_BYTES = 2  # of a q8 key or value of one head: a bfloat16
 
 
 def page_shapes(G, K, kv_dtype):
@@ -48,7 +49,7 @@ def kv_dtype_of(pages: CacheArray) -> str:
 
 
 def check_pages(op: Operands) -> None:
-    """ValueError if an op's k_pages and v_pages are not those of its kv heads and its group, both of one type."""
+    """ValueError if an op's k_pages and v_pages do not fit its kv heads and its page group, or are not of one type."""
     check_group(op, op.k_pages, op.v_pages)
     if op.k_pages.dtype not in ELEMENTS.values():
         raise ValueError(f"{type(op).__name__}: pages of {op.k_pages.dtype}, expected {', '.join(ELEMENTS.values())}")
@@ -62,7 +63,7 @@ def check_pages(op: Operands) -> None:
 
 
 def check_group(op: Operands, *caches: CacheArray) -> None:
-    """ValueError if an op's page_group, whose page table it reads, is not that of its caches."""
+    """ValueError if an op's page_group, whose page table the op reads, is not the group of its caches."""
     for pages in caches:
         if op.page_group != pages.group:
             raise ValueError(
@@ -71,11 +72,11 @@ def check_group(op: Operands, *caches: CacheArray) -> None:
 
 
 class AttentionInputs(Operands):
-    """q = rope(norm(heads of x)); keys of x, prepared likewise, and values of x go to their pages: see `token_inputs`.
+    """q = rope(norm(heads of x)); the keys of x, normed and rotated likewise, and the values of x go to their pages.
 
-    Without q_norm and k_norm heads are not normed; rope_dim 0: they are not rotated. Head h of q begins at column
-    q_offset + h * q_stride of x, of k at k_offset + h * head_dim, of v at v_offset + h * head_dim. bf16: the type of
-    the pages, which is also told by them. page_group: theirs, too.
+    See `token_inputs`. Without q_norm and k_norm heads are not normed; rope_dim 0: they are not rotated. Head h of q
+    begins at column q_offset + h * q_stride of x, of k at k_offset + h * head_dim, of v at v_offset + h * head_dim.
+    bf16: whether the pages are bfloat16, page_group: their group; both are checked against the pages.
     """
 
     group = "attention"
@@ -140,9 +141,9 @@ class AttentionInputs(Operands):
 
 
 def by_position(pages, is_keys):
-    """Pages [N, *page shape, bytes] as what they hold for each position in turn, [64 N, G, K, bytes].
+    """Pages [N, *page shape, bytes] in the order of positions: [64 N, G, K, bytes].
 
-    Of q8 pages [64 N, G, K + 2, 1]: the codes, then the scale.
+    For q8 pages [64 N, G, K + 2, 1]: the codes, then the scale.
     """
     if pages.ndim == 4:
         return _q8_by_position(pages[..., 0], is_keys)[..., None]
@@ -155,7 +156,7 @@ def by_position(pages, is_keys):
 
 
 def _q8_by_position(pages, is_keys):
-    """Bytes of q8 pages [N, G, 64 (K + 2)] as [64 N, G, K + 2]."""
+    """Bytes of q8 pages [N, G, 64 (K + 2)] in the order of positions: [64 N, G, K + 2]."""
     N, G, size = pages.shape
     K = size // PAGE_TOKENS - SCALE_BYTES
     codes, scales = pages[..., : PAGE_TOKENS * K], pages[..., PAGE_TOKENS * K :].reshape(N, G, PAGE_TOKENS, SCALE_BYTES)
@@ -166,7 +167,7 @@ def _q8_by_position(pages, is_keys):
 
 @inlined
 def write_number(array, index, x, bf16):
-    """Stores one number of a cache array, rounded to its type."""
+    """Stores one number in a cache array, rounded to the array's type."""
     if bf16:
         poke(array + 2 * index, bf16_bits(round_bf16(x)))
     else:
@@ -181,14 +182,14 @@ def read_number(array, index, bf16):
 
 @inlined
 def k_index(page, g, d, slot, G, K, bf16):
-    """Where dimension d of a slot's key is in the array of K pages."""
+    """The index of dimension d of a slot's key in the array of K pages."""
     head = (page * G + g) * K * PAGE_TOKENS
     return head + (d // 2 * PAGE_TOKENS + slot) * 2 + d % 2 if bf16 else head + d * PAGE_TOKENS + slot
 
 
 @inlined
 def v_index(page, g, d, slot, G, K, bf16):
-    """Where dimension d of a slot's value is in the array of V pages."""
+    """The index of dimension d of a slot's value in the array of V pages."""
     head = (page * G + g) * PAGE_TOKENS * K
     return head + (slot // 2 * K + d) * 2 + slot % 2 if bf16 else head + slot * K + d
 
@@ -205,7 +206,7 @@ def heads_of(row_W, offset, stride, num_heads, head_dim):
 
 @definition
 def prepared(x_HK, norm_K, eps, norm_offset, cos_R, sin_R):
-    """Each head normed by itself (`rms_norm` with heads as rows; not if norm is empty), then rotated by `rope`."""
+    """Norms each head by itself (`rms_norm` with heads as rows; not if norm is empty), then rotates it by `rotate`."""
     out_HK = np.empty(x_HK.shape, np.float32)
     if norm_K.size > 0:
         rms_norm(x_HK, norm_K, eps, norm_offset, x_HK)
@@ -216,7 +217,8 @@ def prepared(x_HK, norm_K, eps, norm_offset, cos_R, sin_R):
 
 @inlined
 def token_inputs(a, batch, t):
-    """Writes a token's query heads, normed and rotated, to q; returns its keys (likewise), values, page and slot.
+    """Writes a token's query heads, normed and rotated, to q; returns its keys, normed and rotated, its values, and the
+    page and slot of its position.
 
     Order: `rms_norm` of the head, then `rotate`.
     """
@@ -238,7 +240,7 @@ def token_inputs(a, batch, t):
 
 @kernel
 def _run(op, step, thread, num_threads):
-    """For every token: its query heads to q, its keys and values (`token_inputs`) to the cache, rounded to its type."""
+    """For every token: its query heads go to q, its keys and values to the cache, rounded to the cache's type."""
     if thread == 0:
         a, batch = AttentionInputs.read(op), StepBlock.read(step)
         G, K = a.num_kv_heads, a.head_dim

@@ -1,7 +1,8 @@
-"""What enters attention: the fast kernel. One pass over a token's row: norm, rotation, and K and V into their page.
+"""The op that prepares attention's inputs: the fast kernel. One pass over a token's row: norm, rotation, K and V to
+their page.
 
-Bound by the read of the projection, and by the scattered writes of K (one line of memory for each dimension or pair). A
-thread takes sixteen tokens at a time, so that those lines are written whole by one core while they are in its cache.
+Bound by the read of the projection, and by the scattered writes of K (one cache line for each dimension or pair). A
+thread takes sixteen tokens at a time, so that one core writes whole lines of K while they are in its cache.
 """
 
 import numpy as np
@@ -24,7 +25,7 @@ MAX_HEAD_BYTES = 4 * MAX_HEAD_DIM
 
 @inlined
 def prepare_head(a, x, norm, cos, sin, out):
-    """One head of float32 at x, normed (not if norm is 0) and rotated, to out."""
+    """Writes one head of float32 at x, normed (not if norm is 0) and rotated, to out."""
     K, R = a.head_dim, a.rope_dim // 2
     if norm != 0:
         norm_row(x, norm, K, a.eps, a.norm_offset, out)
@@ -33,19 +34,19 @@ def prepare_head(a, x, norm, cos, sin, out):
             store(out + i, load(x + i))
     whole = R - R % 16
     for i in range(0, 4 * whole, 64):
-        low, high, c, s = load(out + i), load(out + 4 * R + i), load(cos + i), load(sin + i)
-        store(out + i, fma(low, c, high * -s))
-        store(out + 4 * R + i, fma(high, c, low * s))
+        low, high, cosine, sine = load(out + i), load(out + 4 * R + i), load(cos + i), load(sin + i)
+        store(out + i, fma(low, cosine, high * -sine))
+        store(out + 4 * R + i, fma(high, cosine, low * sine))
     for i in range(4 * whole, 4 * R, 4):
         low, high = peek(out + i, float32), peek(out + 4 * R + i, float32)
-        c, s = peek(cos + i, float32), peek(sin + i, float32)
-        poke(out + i, fma(low, c, high * -s))
-        poke(out + 4 * R + i, fma(high, c, low * s))
+        cosine, sine = peek(cos + i, float32), peek(sin + i, float32)
+        poke(out + i, fma(low, cosine, high * -sine))
+        poke(out + 4 * R + i, fma(high, cosine, low * sine))
 
 
 @inlined
-def keep_key(a, k, page, slot, g):
-    """Scatters a key over its page, one dimension (or pair) every 64 of them."""
+def write_key(a, k, page, slot, g):
+    """Scatters a key over its page: a dimension (or pair of dimensions) in each row."""
     K, at = a.head_dim, k_index(page, g, 0, slot, a.num_kv_heads, a.head_dim, a.bf16)
     if a.bf16:
         for d in range(0, K, 16):
@@ -58,84 +59,86 @@ def keep_key(a, k, page, slot, g):
 
 
 @inlined
-def keep_value(v, v_pages, at, K, bf16):
-    """Copies a value to index at of its page; in pairs every other number there is a neighbour's."""
+def write_value(v, v_pages, index, K, bf16):
+    """Copies a value to an index of V pages; in bfloat16 it is interleaved with the value of a neighbouring slot."""
     if bf16:
         for d in range(K):
-            poke(v_pages + 2 * (at + 2 * d), bf16_bits(round_bf16(peek(v + 4 * d, float32))))
+            poke(v_pages + 2 * (index + 2 * d), bf16_bits(round_bf16(peek(v + 4 * d, float32))))
     else:
         for d in range(0, K, 16):
-            store(v_pages + 4 * (at + d), load(v + 4 * d))
+            store(v_pages + 4 * (index + d), load(v + 4 * d))
 
 
 @inlined
-def keep_two_values(v, row, v_pages, at, K):
-    """Copies an even position's value and the next one, `row` bytes on, to index at of their page of pairs."""
+def write_two_values(v, row_bytes, v_pages, index, K):
+    """Copies an even position's value and the next one, row_bytes further on, to an index of bfloat16 V pages."""
     for d in range(0, K, 16):
-        store_pairs(v_pages + 2 * (at + 2 * d), round_bf16(load(v + 4 * d)), round_bf16(load(v + row + 4 * d)))
+        low, high = load(v + 4 * d), load(v + row_bytes + 4 * d)
+        store_pairs(v_pages + 2 * (index + 2 * d), round_bf16(low), round_bf16(high))
 
 
 @inlined
 def slot_of(a, batch, t):
-    """(request, page, slot) of a token, by the page table of an op's group."""
+    """(request, page, slot) of a token, by the page table of the op's page group."""
     position, request = entry(batch.position, t), entry(batch.request, t)
     return request, entry(pages_of(batch, request, a.page_group), position // PAGE_TOKENS), position % PAGE_TOKENS
 
 
 @inlined
-def prepare_token(a, batch, t, g, keep, memory):
-    """One kv head's key of a token, and the query heads that read it. memory: scratch for a head."""
+def prepare_token(a, batch, t, g, write_key, memory):
+    """Prepares a token's key of one kv head, and the query heads that share the kv head. memory: scratch for a head."""
     H, K, group = a.num_heads, a.head_dim, a.num_heads // a.num_kv_heads
-    x, place = a.x + 4 * a.row_width * t, 4 * (a.rope_dim // 2) * entry(batch.position, t)
-    cos, sin = a.cos + place, a.sin + place
+    x, table_row = a.x + 4 * a.row_width * t, 4 * (a.rope_dim // 2) * entry(batch.position, t)
+    cos, sin = a.cos + table_row, a.sin + table_row
     for h in range(g * group, (g + 1) * group):
         prepare_head(a, x + 4 * (a.q_offset + h * a.q_stride), a.q_norm, cos, sin, a.q + 4 * K * (t * H + h))
     prepare_head(a, x + 4 * (a.k_offset + g * K), a.k_norm, cos, sin, memory)
     _, page, slot = slot_of(a, batch, t)
-    keep(a, memory, page, slot, g)
+    write_key(a, memory, page, slot, g)
 
 
 @inlined
-def keep_values(a, batch, first, last, g, memory):
-    """One kv head's values of tokens first .. last: by two where they share a row of pairs."""
-    K, row, t = a.head_dim, 4 * a.row_width, first
-    while t < last:
+def write_values(a, batch, first, end, g, memory):
+    """Writes one kv head's values of tokens first .. end - 1: two at a time where they share a row of pairs."""
+    K, row_bytes, t = a.head_dim, 4 * a.row_width, first
+    while t < end:
         request, page, slot = slot_of(a, batch, t)
-        v, at = a.x + row * t + 4 * (a.v_offset + g * K), v_index(page, g, 0, slot, a.num_kv_heads, K, a.bf16)
-        if a.bf16 and slot % 2 == 0 and t + 1 < last and entry(batch.request, t + 1) == request:
-            keep_two_values(v, row, a.v_pages, at, K)
+        v, index = a.x + row_bytes * t + 4 * (a.v_offset + g * K), v_index(page, g, 0, slot, a.num_kv_heads, K, a.bf16)
+        if a.bf16 and slot % 2 == 0 and t + 1 < end and entry(batch.request, t + 1) == request:
+            write_two_values(v, row_bytes, a.v_pages, index, K)
             t += 1
         else:
-            keep_value(v, a.v_pages, at, K, a.bf16)
+            write_value(v, a.v_pages, index, K, a.bf16)
         t += 1
 
 
 @inlined
-def prepare(op, step, thread, num_threads, keep, keep_all):
-    """The thread's share: runs of tokens, whole rows of the projection; few runs are cut by kv heads.
+def prepare(op, step, thread, num_threads, write_key, write_values):
+    """The thread's share: runs of tokens, whole rows of the projection; where there are few runs, they are cut by kv
+    heads.
 
-    The runs of a thread are neighbours: where one ends inside a line of K, two threads would take turns with the line.
-    keep, keep_all: write a key, and a run's values, to pages of one type (as `keep_key` and `keep_values`).
+    A thread's runs are neighbours: where a run ends inside a cache line of K, the thread of the next run writes to the
+    same line. write_key, write_values: write a key, and the values of a run, to pages of one type.
     """
     a, batch, T = AttentionInputs.read(op), StepBlock.read(step), num_rows(op, step)
     memory = stack_memory(MAX_HEAD_BYTES)
-    runs = (T + TOKENS_AT_ONCE - 1) // TOKENS_AT_ONCE
-    heads = a.num_kv_heads if runs >= 4 * num_threads else 1
+    num_runs = (T + TOKENS_AT_ONCE - 1) // TOKENS_AT_ONCE
+    heads = a.num_kv_heads if num_runs >= 4 * num_threads else 1
     parts = a.num_kv_heads // heads
-    for item in range(runs * parts * thread // num_threads, runs * parts * (thread + 1) // num_threads):
-        first, g0 = item // parts * TOKENS_AT_ONCE, item % parts * heads
-        last = min(T, first + TOKENS_AT_ONCE)
-        for t in range(first, last):
-            for g in range(g0, g0 + heads):
-                prepare_token(a, batch, t, g, keep, memory)
-        for g in range(g0, g0 + heads):
-            keep_all(a, batch, first, last, g, memory)
+    for item in range(num_runs * parts * thread // num_threads, num_runs * parts * (thread + 1) // num_threads):
+        first, first_head = item // parts * TOKENS_AT_ONCE, item % parts * heads
+        end = min(T, first + TOKENS_AT_ONCE)
+        for t in range(first, end):
+            for g in range(first_head, first_head + heads):
+                prepare_token(a, batch, t, g, write_key, memory)
+        for g in range(first_head, first_head + heads):
+            write_values(a, batch, first, end, g, memory)
 
 
 @kernel
 def attention_inputs(op, step, thread, num_threads):
-    """float32 or bfloat16 pages."""
-    prepare(op, step, thread, num_threads, keep_key, keep_values)
+    """For float32 or bfloat16 pages."""
+    prepare(op, step, thread, num_threads, write_key, write_values)
 
 
 CPU = {"attention_inputs": Implementation(attention_inputs)}

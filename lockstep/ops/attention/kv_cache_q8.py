@@ -1,11 +1,11 @@
-"""The 8-bit KV cache: int8 codes with one bfloat16 scale for each token and kv head, x = scale * code. Definitions.
+"""The 8-bit KV cache: int8 codes with one bfloat16 scale for each token and kv head, x = scale * code. The definitions.
 
-A head of a page is 64 (K + 2) bytes, its codes and then its scales, so that one pointer and one stream serve it:
+A head of a page is 64 (K + 2) bytes, its codes and then its scales, so that both are read as one stream:
 
     K    codes [K / 4, 64, 4]: four dimensions of 64 keys a row      scales [64]
     V    codes [16, K, 4]: all dimensions of four values a row       scales [64]
 
-Four neighbours in the sum that they enter lie together, as instructions for dots of four want them.
+Four neighbours in a sum lie together, as the instructions for dots of four want them.
 """
 
 import numpy as np
@@ -23,36 +23,36 @@ ONE = np.float32(1)
 
 @inlined
 def head_place(page, g, G, K):
-    """Where a head of a page begins, in bytes."""
+    """Where a head begins, in bytes from the first page."""
     return (page * G + g) * PAGE_TOKENS * (K + SCALE_BYTES)
 
 
 @inlined
 def scale_place(slot, K):
-    """Where a slot's scale is in its head."""
+    """Where a slot's scale lies, in bytes from the start of its head."""
     return PAGE_TOKENS * K + SCALE_BYTES * slot
 
 
 @inlined
 def k_place(slot, d):
-    """Where a code of a key is in its head."""
+    """Where the code of dimension d of a slot's key lies, in bytes from the start of its head."""
     return (d // 4 * PAGE_TOKENS + slot) * 4 + d % 4
 
 
 @inlined
 def v_place(slot, d, K):
-    """Where a code of a value is in its head."""
+    """Where the code of dimension d of a slot's value lies, in bytes from the start of its head."""
     return (slot // 4 * K + d) * 4 + slot % 4
 
 
 @definition
 def quantize_head(x_K, codes_K):
-    """Quantizes a key or a value [K] float32 to int8 codes; returns their scale.
+    """Quantizes a key or a value, [K] float32, to int8 codes; returns the scale.
 
     Error: half a code, at most (1 + 2**-8) amax / 254. Order: amax exactly; scale = bfloat16(amax * (1 / 127)), to
-      nearest even; inverse = 1 / scale; code = rint(x * inverse), ties to even, which is at most 127 in size since a
-      scale is rounded by 2**-9 of it at most. With amax < 1e-30 scale and codes are zero. With a NaN or an infinity
-      the codes are zero and the scale is infinite, so that what is multiplied with it is NaN.
+      nearest even; inverse = 1 / scale; code = rint(x * inverse), ties to even, which is at most 127 in size since
+      rounding changes a scale by at most 2**-9 of it. With amax < 1e-30 scale and codes are zero. With a NaN or an
+      infinity the codes are zero and the scale is infinite, so that products with it are NaN.
     """
     amax = ZERO
     for d in range(x_K.size):
@@ -72,7 +72,7 @@ def quantize_head(x_K, codes_K):
 
 @definition
 def read_key(head, slot, codes_K):
-    """Reads the codes of a slot of a head of K; returns the scale."""
+    """Reads the codes of a slot's key in a head of K; returns the scale."""
     for d in range(codes_K.size):
         codes_K[d] = peek(head + k_place(slot, d), int8)
     return peek_bf16(head + scale_place(slot, codes_K.size))
@@ -80,7 +80,7 @@ def read_key(head, slot, codes_K):
 
 @definition
 def read_value(head, slot, codes_K):
-    """Reads the codes of a slot of a head of V; returns the scale."""
+    """Reads the codes of a slot's value in a head of V; returns the scale."""
     for d in range(codes_K.size):
         codes_K[d] = peek(head + v_place(slot, d, codes_K.size), int8)
     return peek_bf16(head + scale_place(slot, codes_K.size))
@@ -88,7 +88,7 @@ def read_value(head, slot, codes_K):
 
 @kernel
 def _run(op, step, thread, num_threads):
-    """For every token: its query heads to q, its keys and values (`token_inputs`), quantized, to the cache."""
+    """For every token: its query heads go to q, its keys and values, quantized, to the cache."""
     if thread == 0:
         a, batch = AttentionInputs.read(op), StepBlock.read(step)
         G, K = a.num_kv_heads, a.head_dim

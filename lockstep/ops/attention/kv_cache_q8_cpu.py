@@ -1,6 +1,7 @@
-"""What enters attention over an 8-bit cache: the fast kernel. `kv_cache_cpu`, and K and V quantized on their way.
+"""The op that prepares attention's inputs, for an 8-bit cache: the fast kernel. As `kv_cache_cpu`, with K and V
+quantized as they are written.
 
-Four values that share a row of their page are written together, a whole line at a time.
+Four values that share a row of their page are written together, a whole cache line at a time.
 """
 
 import numpy as np
@@ -33,8 +34,8 @@ BYTE, TWO_BYTES, THREE_BYTES = np.int32(1 << 8), np.int32(1 << 16), np.int32(1 <
 
 
 @inlined
-def keep_scale(x, K, place):
-    """Writes the scale of K float32 at x; returns what they are multiplied with."""
+def write_scale(x, K, place):
+    """Writes the scale of K float32 at x; returns the factor that turns them into codes."""
     top = lanes(ZERO)
     for i in range(0, 4 * K, 64):
         top = maximum(magnitude(load(x + i)), top)
@@ -49,63 +50,65 @@ def keep_scale(x, K, place):
 
 @inlined
 def codes_of(x, inverse):
-    """Sixteen codes as int32."""
+    """The codes of sixteen float32 at x, as int32."""
     return to_i32(rint(finite(load(x)) * inverse))
 
 
 @inlined
 def write_codes(x, K, inverse, out):
-    """The codes of K float32 at x, as bytes."""
+    """Writes the codes of K float32 at x to out, as bytes."""
     for d in range(0, K, 16):
         store_i8(out + d, codes_of(x + 4 * d, inverse))
 
 
 @inlined
-def keep_key(a, k, page, slot, g):
-    """Scatters a key over its page, four dimensions every 64 of them. Its codes take the place of its numbers."""
+def write_key(a, k, page, slot, g):
+    """Scatters a key over its page: four dimensions in each row. Its codes overwrite its numbers at k."""
     K, head = a.head_dim, a.k_pages + head_place(page, g, a.num_kv_heads, a.head_dim)
-    write_codes(k, K, keep_scale(k, K, head + scale_place(slot, K)), k)
+    write_codes(k, K, write_scale(k, K, head + scale_place(slot, K)), k)
     for d in range(0, K, 4):
         poke(head + k_place(slot, d), peek(k + d, int32))
 
 
 @inlined
-def keep_values(a, batch, first, last, g, memory):
-    """One kv head's values of tokens first .. last: by four where they fill a row. memory: scratch for a head."""
-    K, row, t = a.head_dim, 4 * a.row_width, first
-    while t < last:
+def write_values(a, batch, first, end, g, memory):
+    """Writes one kv head's values of tokens first .. end - 1: four at a time where they fill a row. memory: scratch for
+    a head."""
+    K, row_bytes, t = a.head_dim, 4 * a.row_width, first
+    while t < end:
         request, page, slot = slot_of(a, batch, t)
-        v, head = a.x + row * t + 4 * (a.v_offset + g * K), a.v_pages + head_place(page, g, a.num_kv_heads, K)
-        if slot % 4 == 0 and t + 3 < last and entry(batch.request, t + 3) == request:
-            keep_four_values(v, row, head, slot, K)
+        v, head = a.x + row_bytes * t + 4 * (a.v_offset + g * K), a.v_pages + head_place(page, g, a.num_kv_heads, K)
+        if slot % 4 == 0 and t + 3 < end and entry(batch.request, t + 3) == request:
+            write_four_values(v, row_bytes, head, slot, K)
             t += 4
         else:
-            write_codes(v, K, keep_scale(v, K, head + scale_place(slot, K)), memory)
+            write_codes(v, K, write_scale(v, K, head + scale_place(slot, K)), memory)
             for d in range(K):
                 poke(head + v_place(slot, d, K), peek(memory + d, int8))
             t += 1
 
 
 @inlined
-def keep_four_values(v, row, head, slot, K):
-    """The values of four neighbouring positions, `row` bytes from each other."""
+def write_four_values(v, row_bytes, head, slot, K):
+    """Writes the values of four neighbouring positions, which lie row_bytes apart."""
     first, second, third, last = (
-        keep_scale(v, K, head + scale_place(slot, K)),
-        keep_scale(v + row, K, head + scale_place(slot + 1, K)),
-        keep_scale(v + 2 * row, K, head + scale_place(slot + 2, K)),
-        keep_scale(v + 3 * row, K, head + scale_place(slot + 3, K)),
+        write_scale(v, K, head + scale_place(slot, K)),
+        write_scale(v + row_bytes, K, head + scale_place(slot + 1, K)),
+        write_scale(v + 2 * row_bytes, K, head + scale_place(slot + 2, K)),
+        write_scale(v + 3 * row_bytes, K, head + scale_place(slot + 3, K)),
     )
     for d in range(0, K, 16):
         x = v + 4 * d
-        low = bit_and(codes_of(x, first), 255) + bit_and(codes_of(x + row, second), 255) * BYTE
-        high = bit_and(codes_of(x + 2 * row, third), 255) * TWO_BYTES + codes_of(x + 3 * row, last) * THREE_BYTES
+        low = bit_and(codes_of(x, first), 255) + bit_and(codes_of(x + row_bytes, second), 255) * BYTE
+        high = bit_and(codes_of(x + 2 * row_bytes, third), 255) * TWO_BYTES
+        high = high + codes_of(x + 3 * row_bytes, last) * THREE_BYTES
         store(head + v_place(slot, d, K), low + high)
 
 
 @kernel
 def attention_inputs_q8(op, step, thread, num_threads):
-    """8-bit pages."""
-    prepare(op, step, thread, num_threads, keep_key, keep_values)
+    """For 8-bit pages."""
+    prepare(op, step, thread, num_threads, write_key, write_values)
 
 
 CPU = {"attention_inputs_q8": Implementation(attention_inputs_q8)}

@@ -59,10 +59,10 @@ def ragged_paged_attention(
       and, with a window, sliding_window positions in all. A sink joins the softmax as one more score, without a value.
     Error, Order: see `ragged_attention.attend_ragged`. All arithmetic is float32, whatever type the pages have; a
       bfloat16 result is that of float32, rounded once.
-    threads: how many; by default one for each core. backend: "cpu", or "reference" for the definition (slow).
-    mask_value and the last three arguments are accepted and change nothing: hidden keys are not read, and how the work
-    is cut is part of the numerics. Raises ValueError for arguments that break a rule. Returns out, with zeros in the
-    rows of no sequence. Thread-safe; calls with the same number of threads wait for each other.
+    threads: number of threads; by default one for each core. backend: "cpu", or "reference" for the definition (slow).
+    mask_value and the last three arguments are accepted and change nothing: hidden keys are not read, and the cut of
+    the work into blocks is part of the numerics. Raises ValueError for arguments that break a rule. Returns out, with
+    zeros in the rows that belong to no sequence. Thread-safe; calls with the same number of threads run one at a time.
     """
     (k, v), sequences = checks.pages(kv_pages), Sequences(kv_lens, page_indices, cu_q_lens, num_seqs)
     checks.shapes(q, k, sequences)
@@ -71,18 +71,18 @@ def ragged_paged_attention(
     num_threads, inputs = checks.thread_count(threads), (q, k, v, *sequences, sinks)
     out = np.empty(q.shape, q.dtype) if out is None else checks.output(out, q, inputs)
     checks.metadata(q.shape[0], k.shape, sequences, sliding_window)
-    how = scoring(sm_scale, soft_cap, k_scale, v_scale, sliding_window, sinks)
+    scoring = scoring_of(sm_scale, soft_cap, k_scale, v_scale, sliding_window, sinks)
     if backend == "reference":
-        define(q, k, v, sequences, how, out)
+        define(q, k, v, sequences, scoring, out)
     else:
-        workers(num_threads).attend(q, k, v, sequences, how, out)
+        workers(num_threads).attend(q, k, v, sequences, scoring, out)
     return out
 
 
-def scoring(sm_scale, soft_cap=None, k_scale=None, v_scale=None, sliding_window=None, sinks=None):
-    """The arguments of `ragged_paged_attention` as the definition and the kernel want them."""
-    given = {"sm_scale": sm_scale, "soft_cap": soft_cap, "k_scale": k_scale, "v_scale": v_scale}
-    for name, value in given.items():
+def scoring_of(sm_scale, soft_cap=None, k_scale=None, v_scale=None, sliding_window=None, sinks=None):
+    """The Scoring that arguments of `ragged_paged_attention` ask for; ValueError if a scale is not finite."""
+    numbers = {"sm_scale": sm_scale, "soft_cap": soft_cap, "k_scale": k_scale, "v_scale": v_scale}
+    for name, value in numbers.items():
         checks.finite(name, value)
     with np.errstate(over="ignore"):
         factor = np.float32(sm_scale) * np.float32(1 if k_scale is None else k_scale)
@@ -94,18 +94,18 @@ def scoring(sm_scale, soft_cap=None, k_scale=None, v_scale=None, sliding_window=
     )
 
 
-def define(q, k, v, sequences, how, out):
-    """The definition on checked arguments: all numbers are widened, and the result rounded once."""
+def define(q, k, v, sequences, scoring, out):
+    """The definition on checked arguments: all numbers are widened to float32, and the result is rounded once."""
     q_THK, k_NBGK, v_NBGK = (np.ascontiguousarray(x, np.float32) for x in (q, k, v))
     out_THK = np.empty(q.shape, np.float32)
     contiguous = Sequences(*map(np.ascontiguousarray, sequences))
-    how = how._replace(sinks=np.ascontiguousarray(how.sinks))
-    attend_ragged(q_THK, k_NBGK, v_NBGK, contiguous, how, out_THK)
+    scoring = scoring._replace(sinks=np.ascontiguousarray(scoring.sinks))
+    attend_ragged(q_THK, k_NBGK, v_NBGK, contiguous, scoring, out_THK)
     out[...] = out_THK
 
 
 class Workers:
-    """A team of threads with the memory that they need between the spans of a tile; made once, used by every call."""
+    """A team of threads, with memory for the sums of tiles between their spans; made once, used by every call."""
 
     def __init__(self, num_threads):
         self.team, self._lock = Team(num_threads), threading.Lock()
@@ -115,8 +115,8 @@ class Workers:
         self._row[COUNTER] = self._counter.ctypes.data
         self._row_address = self._row.ctypes.data
 
-    def attend(self, q, k, v, sequences, how, out, grouped=True):
-        """One call of the kernel on checked arguments. grouped: the query heads of a kv head share one read of it."""
+    def attend(self, q, k, v, sequences, scoring, out, grouped=True):
+        """One call of the kernel on checked arguments. grouped: query heads of one kv head share its read."""
         H, G = q.shape[1], k.shape[2]
         values = dict(
             out=out.ctypes.data,
@@ -128,7 +128,7 @@ class Workers:
             page_indices=sequences.page_indices.ctypes.data,
             cu_q_lens=sequences.cu_q_lens.ctypes.data,
             num_seqs=sequences.num_seqs.ctypes.data,
-            sinks=how.sinks.ctypes.data if how.sinks.size else None,
+            sinks=scoring.sinks.ctypes.data if scoring.sinks.size else None,
             out_token=out.strides[0],
             out_head=out.strides[1],
             q_token=q.strides[0],
@@ -146,11 +146,11 @@ class Workers:
             head_dim=q.shape[2],
             page_size=k.shape[1],
             unit_heads=H // G if grouped else 1,
-            window=how.window,
+            window=scoring.window,
             q_bf16=q.dtype == BF16,
-            scale=how.scale,
-            cap=how.cap,
-            v_scale=how.v_scale,
+            scale=scoring.scale,
+            cap=scoring.cap,
+            v_scale=scoring.v_scale,
         )
         with self._lock:
             encode(RaggedAttention, self._row, values)
@@ -160,13 +160,13 @@ class Workers:
 
 @cache
 def kernel_address(dtype):
-    """Where the kernel for pages of a type is; compiles or loads it on first use."""
+    """The address of the kernel for pages of a type; compiles or loads the kernel on first use."""
     return KERNELS[checks.PAGE_DTYPES[dtype]].address
 
 
 @cache
 def workers(num_threads):
-    """The Workers of so many threads: one set for the whole process."""
+    """The Workers with num_threads threads: the same for the whole process."""
     return Workers(num_threads)
 
 

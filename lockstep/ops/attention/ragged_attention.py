@@ -1,6 +1,6 @@
 """Attention of a ragged batch over pages of any size: the definition.
 
-Sequence s owns rows cu_q_lens[s] .. cu_q_lens[s + 1] of q, the last tokens of the kv_lens[s] it has. Its position p
+Sequence s has kv_lens[s] tokens, the last of which are rows cu_q_lens[s] .. cu_q_lens[s + 1] - 1 of q. Its position p
 lies in slot p % B of page page_indices[s, p // B]. Each row is `attention.attend`, so that its bits are those of the
 engine's attention over a float32 cache, whatever the type and size of the pages, the chunk and the rest of the batch.
 """
@@ -16,7 +16,8 @@ from lockstep.runtime.operands import Operands, cache, constant, output, rows, t
 
 
 class Sequences(NamedTuple):
-    """Whose rows and pages are whose: int32 kv_lens [S], page_indices [S, P], cu_q_lens [S + 1], num_seqs [1]."""
+    """Which rows and pages belong to which sequence. int32: kv_lens [S], page_indices [S, P], cu_q_lens [S + 1],
+    num_seqs [1]."""
 
     kv_lens: np.ndarray
     page_indices: np.ndarray
@@ -25,8 +26,8 @@ class Sequences(NamedTuple):
 
 
 class Scoring(NamedTuple):
-    """How keys are weighed. scale, cap: as `score_scales` gives them; v_scale: of the result; window: how many keys a
-    row sees at most, 0 for all up to its own; sinks: float32 [H], or [0] for none."""
+    """How keys are weighed. scale, cap: as `score_scales` gives them; v_scale: a factor of the result; window: how many
+    keys a row sees at most, 0 for all up to its own position; sinks: float32 [H], or [0] for none."""
 
     scale: np.float32
     cap: np.float32
@@ -36,7 +37,7 @@ class Scoring(NamedTuple):
 
 
 class RaggedAttention(Operands):
-    """`attend_ragged` over arrays wherever they lie. It is part of no program: `ragged.Workers` writes its row.
+    """`attend_ragged` over arrays anywhere in memory. The op is part of no program: `ragged.Workers` writes its op row.
 
     Strides are in bytes: out_token leads from one token of out to the next, k_slot from one slot of a page to the next,
     table_row from one sequence's page indices to the next. unit_heads: query heads that share one read of a kv head.
@@ -79,7 +80,7 @@ class RaggedAttention(Operands):
 
 @definition
 def gathered(pages_NBGK, page_indices_P, g, first, stop):
-    """Keys (or values) of one kv head at positions first .. stop, in an array [stop, K]; nothing else is read."""
+    """Keys (or values) of one kv head at positions first .. stop - 1, in an array [stop, K]; nothing else is read."""
     page_size, head_dim = pages_NBGK.shape[1], pages_NBGK.shape[3]
     rows_CK = np.zeros((stop, head_dim), np.float32)
     for position in range(first, stop):
@@ -91,7 +92,7 @@ def gathered(pages_NBGK, page_indices_P, g, first, stop):
 
 @definition
 def attend_ragged(q_THK, k_NBGK, v_NBGK, sequences, scoring, out_THK):
-    """out[t, h] = softmax(soft_cap(scale * q[t, h] . k)) v over the keys that row t sees; rows of no sequence are 0.
+    """out[t, h] = softmax(soft_cap(scale * q[t, h] . k)) v over the keys that row t sees; other rows are 0.
 
     Shapes: all float32, Sequences and Scoring aside; K dimensions, pages of B slots.
     Error: 2e-6 of the float64 result for scores below 20 and |v| < 4, up to 2048 keys.

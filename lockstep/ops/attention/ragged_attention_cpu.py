@@ -1,16 +1,18 @@
-"""Attention of a ragged batch over pages of any size: the fast kernels, one for each type of pages. The work is in
-`attention_work`."""
+"""Attention of a ragged batch over pages of any size: the fast kernels, one for each type of pages.
+
+How the work is shared among threads is in `work`, how a page is worked on in `pages_rows`.
+"""
 
 from lockstep.native.kernel import inlined, variant
 from lockstep.native.machine import stack_memory
 from lockstep.native.numbers import int64
 from lockstep.native.simd import peek
-from lockstep.ops.attention.pages_rows import LAYOUTS, SCRATCH_BYTES, Places
+from lockstep.ops.attention.pages_rows import LAYOUTS, SCRATCH_BYTES, Strides
 from lockstep.ops.attention.ragged_attention import RaggedAttention
 from lockstep.ops.attention.work import Call, attend_claimed
 from lockstep.runtime.step import COUNTER, entry
 
-LAYOUT = LAYOUTS["f32"]  # of each variant's pages
+LAYOUT = LAYOUTS["f32"]  # a constant of each variant: the layout of its pages
 
 
 @inlined
@@ -46,17 +48,17 @@ def call_of(a):
         states=a.states,
         k=a.k,
         v=a.v,
-        pages=Places(a.page_size, a.k_page, a.k_slot, a.k_head, a.v_page, a.v_slot, a.v_head),
+        strides=Strides(a.page_size, a.k_page, a.k_slot, a.k_head, a.v_page, a.v_slot, a.v_head),
     )
 
 
 def attend(op, step, thread, num_threads):
-    """One thread; step is not used."""
+    """One thread of a call; step is not used."""
     call, memory = call_of(RaggedAttention.read(op)), stack_memory(SCRATCH_BYTES)
     attend_claimed(call, LAYOUT, True, False, peek(op + 8 * COUNTER, int64), thread, num_threads, memory)
 
 
-KERNELS = {}  # by type of pages
+KERNELS = {}  # by the type of pages
 for pages, layout in LAYOUTS.items():
     name = f"ragged_attention_{pages}"
     globals()[name] = KERNELS[pages] = variant(attend, name, LAYOUT=layout)

@@ -1,4 +1,4 @@
-"""What ragged paged attention refuses: each rule with what was wrong, what was given and what is allowed."""
+"""The rules for arguments of ragged paged attention. An error says what was wrong, what was given, what is allowed."""
 
 import ml_dtypes
 import numpy as np
@@ -10,7 +10,7 @@ from lockstep.native.simd import peek
 from lockstep.ops.attention.formulas import MAX_GROUP, MAX_HEAD_DIM, first_key
 
 FLOATS = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16))
-# of pages: the name under which `tiles_rows.ROW_NUMBERS` has them
+# dtypes of pages, with their names in `tiles_rows.ROW_NUMBERS`
 PAGE_DTYPES = {
     np.dtype(np.float32): "f32",
     np.dtype(ml_dtypes.bfloat16): "bf16",
@@ -21,8 +21,8 @@ PAGE_DTYPES = {
 MAX_PAGE_SIZE, MAX_THREADS = 1 << 20, 1024
 LARGEST = float(np.finfo(np.float32).max)
 REAL = int | float | np.integer | np.floating
-OVERLAP_WORK = 1000  # steps to tell interleaved arrays from overlapping ones
-HIDES = -1000.0  # a mask_value above it would, in a kernel that adds it, let hidden keys through
+OVERLAP_WORK = 1000  # steps that NumPy may take to tell interleaved arrays from overlapping ones
+MAX_MASK = -1000.0  # a larger mask_value would let hidden keys through in a kernel that adds it to scores
 
 
 def refuse(what, got, allowed):
@@ -30,7 +30,7 @@ def refuse(what, got, allowed):
 
 
 def pages(kv_pages):
-    """(K, V), each [N, B, G, K], of one interleaved array or of a pair."""
+    """(K, V), each [N, B, G, K], from one interleaved array or from a pair."""
     if isinstance(kv_pages, tuple | list):
         if len(kv_pages) != 2:
             refuse("kv_pages as separate arrays", f"{len(kv_pages)} of them", "a pair (k_pages, v_pages)")
@@ -51,7 +51,7 @@ def array(name, value, rank, dtypes):
         refuse(name, got, f"a NumPy array of rank {rank}")
     if value.dtype not in dtypes:
         refuse(f"dtype of {name}", value.dtype, " or ".join(d.name for d in dtypes))
-    if value.size == 0:  # NumPy says nothing of such strides, and nothing is read
+    if value.size == 0:  # the strides of an empty array mean nothing, and nothing is read
         return value
     if value.shape[-1] > 1 and value.strides[-1] != value.itemsize:
         refuse(f"last stride of {name}", f"{value.strides[-1]} bytes", f"{value.itemsize}: the last axis contiguous")
@@ -61,7 +61,7 @@ def array(name, value, rank, dtypes):
 
 
 def shapes(q, k, sequences):
-    """Everything that follows from shapes and dtypes alone; k: pages [N, B, G, K], those of V are alike."""
+    """Checks all that follows from shapes and dtypes alone. k: pages [N, B, G, K]; the pages of V are alike."""
     array("q", q, 3, FLOATS)
     kv_lens, page_indices, cu_q_lens, num_seqs = sequences
     for name, value, rank in (
@@ -89,21 +89,21 @@ def shapes(q, k, sequences):
 
 
 def scoring(num_heads, sliding_window, soft_cap, mask_value, sinks):
-    """What says how keys are weighed. Finiteness of scales is `finite`'s."""
+    """Checks the arguments that say how keys are weighed, but for the scales, which `finite` checks."""
     if sliding_window is not None:
         whole("sliding_window", sliding_window, np.iinfo(np.int32).max)
     if soft_cap is not None:
         finite("soft_cap", soft_cap)
         if not np.float32(soft_cap):
             refuse("soft_cap", soft_cap, "any number but 0.0 that float32 holds, or None for no cap")
-    if mask_value is not None and not (isinstance(mask_value, REAL) and mask_value <= HIDES):
-        refuse("mask_value", repr(mask_value), f"None or at most {HIDES}: hidden keys have no weight at all")
+    if mask_value is not None and not (isinstance(mask_value, REAL) and mask_value <= MAX_MASK):
+        refuse("mask_value", repr(mask_value), f"None or at most {MAX_MASK}: hidden keys have no weight at all")
     if sinks is not None and array("sinks", sinks, 1, FLOATS[:1]).shape != (num_heads,):
         refuse("shape of sinks", sinks.shape, f"{(num_heads,)}, one for each query head")
 
 
 def resources(backend, pages_per_seq, num_kv_pages_per_block, num_queries_per_block, vmem_limit_bytes):
-    """What says where and in which pieces the work is done."""
+    """Checks the arguments that say where and in which pieces the work is done."""
     if not (isinstance(backend, str) and backend in ("cpu", "reference")):
         refuse("backend", repr(backend), "'cpu' or 'reference'")
     if num_kv_pages_per_block is not None:
@@ -113,9 +113,9 @@ def resources(backend, pages_per_seq, num_kv_pages_per_block, num_queries_per_bl
             whole(name, value, np.iinfo(np.int64).max)
 
 
-def whole(name, value, most):
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or not 0 < value <= most:
-        refuse(name, f"{value!r:.80}", f"None or an integer from 1 to {most}")
+def whole(name, value, max_value):
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or not 0 < value <= max_value:
+        refuse(name, f"{value!r:.80}", f"None or an integer from 1 to {max_value}")
 
 
 def finite(name, value):
@@ -124,18 +124,18 @@ def finite(name, value):
 
 
 def output(out, q, inputs):
-    """The given array, if results can be written to it without changing an input."""
+    """The array out itself, if results can be written to it without changing an input."""
     array("out", out, 3, (q.dtype,))
     if out.shape != q.shape or not out.flags.writeable:
         refuse("out", f"shape {out.shape}{'' if out.flags.writeable else ', read-only'}", f"shape {q.shape}, writeable")
-    for one in inputs:
-        if one is not None and np.may_share_memory(out, one, OVERLAP_WORK):
-            refuse("out", f"memory of an input of shape {one.shape}", "memory of its own")
+    for x in inputs:
+        if x is not None and np.may_share_memory(out, x, OVERLAP_WORK):
+            refuse("out", f"memory of an input of shape {x.shape}", "memory of its own")
     return out
 
 
 def thread_count(threads):
-    """How many threads: the given number, or one for each core this process may use."""
+    """The number of threads: the given number, or one for each core that this process may use."""
     if threads is None:
         return num_cores()
     whole("threads", threads, MAX_THREADS)
@@ -155,11 +155,11 @@ RULES = {
 
 @native
 def first_fault(limits, arrays, row_bytes, window):
-    """The first broken rule of the metadata: (rule or 0, sequence, got, limit, detail).
+    """The first rule of RULES that the metadata breaks: (rule or 0, sequence, got, limit, detail).
 
-    limits: rows of q, pages, slots of a page, rows and columns of page_indices. arrays: addresses of `Sequences`;
-    row_bytes: from one row of page_indices to the next. Only what the kernel reads is looked at: no entry past
-    num_seqs, no page that no row sees.
+    limits: rows of q, pages, slots of a page, rows and columns of page_indices. arrays: addresses of the arrays of
+    `Sequences`; row_bytes: from one row of page_indices to the next. Only numbers that the kernel reads are checked: no
+    entry past num_seqs, no page that no row sees.
     """
     num_tokens, num_pages, page_size, max_seqs, pages_per_seq = limits
     kv_lens, page_indices, cu_q_lens, num_seqs = arrays
@@ -190,7 +190,7 @@ def first_fault(limits, arrays, row_bytes, window):
 
 
 def metadata(num_tokens, pages_shape, sequences, sliding_window):
-    """The numbers in kv_lens, page_indices, cu_q_lens and num_seqs."""
+    """Checks the numbers in kv_lens, page_indices, cu_q_lens and num_seqs."""
     for name in ("kv_lens", "cu_q_lens"):
         value = getattr(sequences, name)
         if value.strides[0] != 4 and value.size > 1:

@@ -1,8 +1,8 @@
 """Rotary position embedding: the tables of cosines and sines, and the rotation of one head. Definitions.
 
-Nothing here calls libm: frequencies, angles and the two tables are made with + - * / on float64, which is the same
-everywhere, and rounded once to float32. Because a float32 frequency times a position below 2^28 is exact in float64,
-the only error of a table entry is that of the polynomials (1e-16) and the last rounding.
+Nothing here calls libm: frequencies, angles and the two tables are computed by + - * / on float64, which give the same
+bits everywhere, and rounded once to float32. Because a float32 frequency times a position below 2^28 is exact in
+float64, the only error of a table entry is that of the polynomials (1e-16) and the last rounding.
 """
 
 import math
@@ -14,8 +14,8 @@ from lockstep.native.kernel import definition
 from lockstep.native.simd import fma
 from lockstep.runtime.executor import aligned
 
-MAX_POSITIONS = 1 << 20  # up to here the tables are as accurate as they say
-POSITIONS_AT_ONCE = 512  # 64 frequencies: 0.8 ms
+MAX_POSITIONS = 1 << 20  # up to here the tables have the error that RopeTables states
+POSITIONS_AT_ONCE = 512  # with 64 frequencies 0.8 ms
 
 LN2, PI = 0.6931471805599453, 3.141592653589793
 # pi/2 in two parts; the first has 33 bits, so that its product with an integer below 2^20 is exact
@@ -26,7 +26,7 @@ COS_TERMS = tuple((-1.0) ** n / math.factorial(2 * n) for n in range(9, -1, -1))
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How frequencies are stretched for contexts longer than those trained on; names as in Hugging Face configs.
+    """How frequencies are lowered for contexts longer than the trained one; names as in Hugging Face configs.
 
     kind: "default", "linear", "llama3" or "yarn".
     """
@@ -82,7 +82,7 @@ def inverse_frequencies(rope_dim, theta, scaling=RopeScaling()):
 def _llama3(plain, theta, scaling):
     old, low, high = scaling.original_max_position_embeddings, scaling.low_freq_factor, scaling.high_freq_factor
 
-    def stretched(frequency):
+    def lowered(frequency):
         turns = old * frequency / (2.0 * PI)  # how often the pair turned in the trained context
         if turns < low:
             return frequency / scaling.factor
@@ -91,13 +91,13 @@ def _llama3(plain, theta, scaling):
         smooth = (turns - low) / (high - low)
         return (1.0 - smooth) * frequency / scaling.factor + smooth * frequency
 
-    return [stretched(f) for f in plain]
+    return [lowered(f) for f in plain]
 
 
 def _yarn(plain, theta, scaling):
     rope_dim = 2 * len(plain)
 
-    def channel(turns):  # the channel pair that turns so often in the trained context
+    def channel(turns):  # the channel pair that makes `turns` turns in the trained context
         return (
             rope_dim
             * natural_log(scaling.original_max_position_embeddings / (turns * 2.0 * PI))
@@ -122,7 +122,7 @@ SCALINGS = {
 
 
 def attention_factor(scaling):
-    """What both tables are multiplied by: 1 except for yarn."""
+    """The factor of both tables: 1 except for yarn."""
 
     def mscale(weight):
         return 1.0 if scaling.factor <= 1 else 0.1 * weight * natural_log(scaling.factor) + 1.0
@@ -137,10 +137,10 @@ def attention_factor(scaling):
 
 
 class RopeTables:
-    """The tables of all positions, times the attention factor, computed as far as steps come.
+    """Tables of cosines and sines of all positions, times the attention factor, computed as far as steps need them.
 
-    Memory that was not computed is not touched, so that a long context costs nothing before it is used. A row is a
-    function of its position only: it does not matter when, or with which others, it was computed.
+    Rows that are not computed are not touched, so that a long context costs no memory before it is used. A row is a
+    function of its position only: it does not matter when, or with which other rows, it was computed.
 
     Shapes: cos_PR, sin_PR float32 [num_positions, rope_dim / 2], zero from num_covered on. Error: 0.5 ulp of float32
       and 1e-15, for positions below MAX_POSITIONS.
@@ -153,7 +153,7 @@ class RopeTables:
         self.num_covered = 0
 
     def cover(self, num_positions: int) -> None:
-        """Computes the rows of the first so many positions, as far as they are not there yet, and some more."""
+        """Computes the rows of the first num_positions positions that are not computed yet, and some more."""
         start = self.num_covered
         if num_positions > start:
             end = min(-(-num_positions // POSITIONS_AT_ONCE) * POSITIONS_AT_ONCE, len(self.cos_PR))
@@ -162,10 +162,10 @@ class RopeTables:
 
 
 def rope_table(num_positions, rope_dim, theta, scaling=RopeScaling()):
-    """The tables (cos, sin) of so many positions, complete: see RopeTables."""
-    made = RopeTables(num_positions, rope_dim, theta, scaling)
-    made.cover(num_positions)
-    return made.cos_PR, made.sin_PR
+    """The complete tables (cos, sin) of num_positions positions: see RopeTables."""
+    tables = RopeTables(num_positions, rope_dim, theta, scaling)
+    tables.cover(num_positions)
+    return tables.cos_PR, tables.sin_PR
 
 
 @definition
@@ -198,9 +198,9 @@ def fill_table(frequency_R, factor, start, cos_PR, sin_PR):
 
 @definition
 def rotate(x_K, cos_R, sin_R, out_K):
-    """Turns each pair of channels (i, i + R) by its angle; channels from 2 R on pass through.
+    """Rotates each pair of channels (i, i + R) by its angle; channels from 2 R on pass through.
 
-    Shapes: x, out [K] float32; cos, sin [R] float32 with 2 R <= K, the table's row of the token's position.
+    Shapes: x, out [K] float32; cos, sin [R] float32 with 2 R <= K, the rows of the tables at the token's position.
     Error: 1 ulp of the larger of the pair.
     Order: out[i] = fma(x[i], cos, x[i + R] * -sin), out[i + R] = fma(x[i + R], cos, x[i] * sin).
     Source: the "NeoX" pairing, as in all Hugging Face models served here.

@@ -14,7 +14,7 @@ from lockstep.native.kernel import interpreted
 from lockstep.ops import ragged_paged_attention
 from lockstep.ops.attention import attention
 from lockstep.ops.attention.formulas import score_scales
-from lockstep.ops.attention.ragged import scoring, workers
+from lockstep.ops.attention.ragged import scoring_of, workers
 from lockstep.ops.attention.ragged_attention import Scoring, Sequences, attend_ragged
 from lockstep.ops.attention.ragged_checks import pages
 from tests.ops.attention import ragged_isa
@@ -123,7 +123,7 @@ def test_definition_compiled_equals_interpreted(window, cap):
 def test_a_row_has_the_bits_of_the_engine_s_attention():
     batch = Batch([3], [1100], (2, 1, 16), options=dict(sm_scale=0.25))
     (k, v), made = batch.kv(0), ragged_paged_attention(*batch.arguments(), **batch.options)
-    scales = scoring(0.25)[:2]
+    scales = scoring_of(0.25)[:2]
     for t in range(3):
         for h in range(2):
             out = np.empty(16, np.float32)
@@ -229,7 +229,7 @@ def test_heads_that_read_alone_give_the_same_bits():
     batch = CASES["GQA 4, five columns"]
     q, kv, *rest = batch.arguments()
     out = np.empty_like(q)
-    workers(2).attend(q, *pages(kv), Sequences(*rest), scoring(0.1), out, grouped=False)
+    workers(2).attend(q, *pages(kv), Sequences(*rest), scoring_of(0.1), out, grouped=False)
     same_bits(out, ragged_paged_attention(q, kv, *rest, **batch.options))
 
 

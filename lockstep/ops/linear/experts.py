@@ -1,17 +1,17 @@
 """The linear layers of a mixture of experts: the definitions.
 
-A token's top_k experts make X pairs (token, rank). `group_experts` of `ops/linear/moe.py` puts them in order of expert,
-and the ops here work on that order, T X rows in all, so that an expert's rows lie together and its weights are read
-once:
+A token's top_k experts make X pairs (token, rank). `group_experts` of `ops/linear/moe.py` puts the pairs in order of
+expert, and the ops here work on rows in that order, T X rows in all, so that an expert's rows lie together and its
+weights are read once:
 
     ExpertRows      row s = the prepared input of the token that pair order[s] belongs to
     ExpertLinear    out[s] = x[s] W[e]^T, where e is the expert of row s
     ExpertGated     row s = activation(gate) * up, prepared
     ExpertScatter   y[order[s]] = x[s], back to the order of pairs
 
-Prepared means: as it is for f32 and f16 weights, rounded for bf16, quantized for the others
+Prepared means: unchanged for f32 and f16 weights, rounded for bf16, quantized for the other formats
 (`ops/elementwise/activations.py`). Every output element is what `ops/linear/linear.py` defines for that row and weight,
-whichever rows share the expert.
+whichever other rows the expert has.
 """
 
 import numpy as np
@@ -30,11 +30,11 @@ from lockstep.runtime.operands import Operands, output, packed, rows
 from lockstep.runtime.program import Tensor, Weight
 from lockstep.runtime.step import num_rows
 
-PUT = ROW_BYTES = READ = DOT = GATE = None  # constants of the variants below
+PUT = ROW_BYTES = READ = DOT = GATE = None  # constants of the variants below: how rows are stored, read, multiplied
 
 
 class ExpertPreparation(Operands):
-    """An op that makes top_k rows of `width` values for each row of the step, prepared for a format of weights."""
+    """An op that makes top_k rows of `width` values for each row of the step, prepared for weights of a format."""
 
     out: Tensor = output(dtype=None)
     width: int
@@ -57,7 +57,7 @@ class ExpertRows(ExpertPreparation):
 
 
 class ExpertLinear(Operands):
-    """out[s] = x[s] W[e]^T; the rows of expert e are those from expert_start[e] on, its weights e * features and on."""
+    """out[s] = x[s] W[e]^T. The rows of expert e begin at expert_start[e], its rows of the weight at e * features."""
 
     out: Tensor = output("top_k * features")
     x: Tensor = rows(dtype=None)
@@ -95,7 +95,7 @@ class ExpertGated(ExpertPreparation):
 
 
 def gated_kind(activation: str, rows: str) -> str:
-    """The kind of an ExpertGated, by the format of the rows that it makes."""
+    """The kind of an ExpertGated, by the format of the rows that the op makes."""
     return f"expert_gated_{rows}" if activation == "silu" else f"expert_{activation}_gated_{rows}"
 
 
@@ -117,7 +117,7 @@ def pair_at(order, s):
 
 @definition
 def put_f32(x_K, out):
-    """A row as it is."""
+    """Stores a row as it is."""
     for k in range(x_K.size):
         poke(out + 4 * k, x_K[k])
 

@@ -1,8 +1,8 @@
 """The linear layers of a mixture of experts: the fast kernels.
 
 One expert's rows lie together, so each expert is a linear layer of few rows, made of the tiles of `linear_cpu`. Few
-tokens are bound by the stream of the chosen experts' weights, many by arithmetic. Threads claim (expert, run of
-panels); an expert that no token chose costs one comparison.
+tokens are bound by the stream of the chosen experts' weights, many tokens by arithmetic. Threads claim pairs of an
+expert and a run of panels; an expert that no token chose costs one comparison.
 """
 
 from lockstep.formats import FORMATS
@@ -15,17 +15,17 @@ from lockstep.native.simd import load, peek, store
 from lockstep.ops.elementwise.activations_cpu import store_q8, store_rounded
 from lockstep.ops.elementwise.gates import GATES
 from lockstep.ops.linear.experts import ExpertGated, ExpertLinear, ExpertRows, ExpertScatter, gated_kind, pair_at
-from lockstep.ops.linear.linear_cpu import ALL_PANELS, COLS, LAYOUTS, constants, rows_at_once, together
+from lockstep.ops.linear.linear_cpu import ALL_PANELS, COLS, LAYOUTS, constants, multiply_rows, rows_at_once
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.step import COUNTER, num_rows
 
-CLAIM = 8  # panels that a thread takes at a time
+CLAIM = 8  # panels that a thread claims at a time
 STORE = FORMAT = PANEL_BYTES = BLOCK = ROW_BYTES = FEW = GATE = None  # constants of the variants below
 
 
 @inlined
 def store_plain(low, high, out, K, i):
-    """Elements i .. i + 31 of a row as they are."""
+    """Stores elements i .. i + 31 of a row as they are."""
     store(out + 4 * i, low)
     if i + 16 < K:
         store(out + 4 * i + 64, high)
@@ -46,45 +46,50 @@ def _gated(op, step, thread, num_threads):
     for s in range(thread, num_rows(op, step) * a.top_k, num_threads):
         x, out = a.x + 8 * a.width * s, a.out + ROW_BYTES(a.width) * s
         for i in range(0, a.width, 32):
-            g, up = x + 4 * i, x + 4 * (a.width + i)
-            STORE(GATE(load(g), load(up)), GATE(load(g + 64), load(up + 64)), out, a.width, i)
+            gate, up = x + 4 * i, x + 4 * (a.width + i)
+            STORE(GATE(load(gate), load(up)), GATE(load(gate + 64), load(up + 64)), out, a.width, i)
 
 
 @kernel
 def scatter(op, step, thread, num_threads):
     """Rows are dealt to threads in turn; the width is a multiple of 16."""
     a = ExpertScatter.read(op)
-    row = 4 * a.width
+    row_bytes = 4 * a.width
     for s in range(thread, num_rows(op, step) * a.top_k, num_threads):
-        x, out = a.x + row * s, a.out + row * pair_at(a.order, s)
-        for i in range(0, row, 64):
+        x, out = a.x + row_bytes * s, a.out + row_bytes * pair_at(a.order, s)
+        for i in range(0, row_bytes, 64):
             store(out + i, load(x + i))
 
 
 def _linear(op, step, thread, num_threads):
     """The thread's share of all experts' products."""
     a = ExpertLinear.read(op)
-    K, num_panels, row, panel = a.width, a.features // 16, ROW_BYTES(a.width), a.width // BLOCK * PANEL_BYTES
-    at_once = rows_at_once(row)
-    claims, counter = (num_panels + CLAIM - 1) // CLAIM, peek(op + 8 * COUNTER, int64)
-    task = fetch_add(counter, 1)
-    while task < a.num_experts * claims:
-        e, first = task // claims, task % claims * CLAIM
+    K, num_panels, row_bytes, panel_bytes = (
+        a.width,
+        a.features // 16,
+        ROW_BYTES(a.width),
+        a.width // BLOCK * PANEL_BYTES,
+    )
+    at_once = rows_at_once(row_bytes)
+    num_claims, counter = (num_panels + CLAIM - 1) // CLAIM, peek(op + 8 * COUNTER, int64)
+    claim = fetch_add(counter, 1)
+    while claim < a.num_experts * num_claims:
+        e, first = claim // num_claims, claim % num_claims * CLAIM
         start, stop = pair_at(a.expert_start, e), pair_at(a.expert_start, e + 1)
         for s in range(start, stop, at_once):
             for p in range(first, min(first + CLAIM, num_panels), COLS):
-                at = e * num_panels + p
-                codes, scales = a.weight.codes + panel * at, a.weight.d + K * at
-                together(
+                panel = e * num_panels + p
+                codes, scales = a.weight.codes + panel_bytes * panel, a.weight.d + K * panel
+                multiply_rows(
                     FORMAT,
                     FEW,
-                    Rows(a.x + row * s, row),
-                    Panels(codes, panel, scales, K, K),
+                    Rows(a.x + row_bytes * s, row_bytes),
+                    Panels(codes, panel_bytes, scales, K, K),
                     Output(a.out + 64 * (num_panels * s + p), 0, 64 * num_panels, num_panels - p, 0),
-                    Ahead(codes + panel * COLS, scales + K * COLS, ALL_PANELS),
+                    Ahead(codes + panel_bytes * COLS, scales + K * COLS, ALL_PANELS),
                     min(at_once, stop - s),
                 )
-        task = fetch_add(counter, 1)
+        claim = fetch_add(counter, 1)
 
 
 STORES = {"f32": store_plain, "bf16": store_rounded, "q8": store_q8}

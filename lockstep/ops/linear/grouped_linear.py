@@ -2,9 +2,9 @@
 
     out[t, g N + n] = x[t, g K .. (g + 1) K] . W[g N + n]        G groups of K values and N features
 
-As the first half of a low-rank projection of attention's output (DeepSeek-V4: 8 groups of 4096 values to 1024 features,
-then 8192 to 4096), whose second half reads the rows of out as they are. Every element is what `ops/linear/linear.py`
-defines for those values and that row of the weight.
+Used as the first half of a low-rank projection of attention's output (DeepSeek-V4: 8 groups of 4096 values to 1024
+features, then 8192 to 4096), whose second half reads the rows of out as they are. Every element is what
+`ops/linear/linear.py` defines for its group's values and its row of the weight.
 """
 
 from lockstep.formats import FORMATS
@@ -14,17 +14,17 @@ from lockstep.ops.share import contiguous
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.step import num_rows
 
-ROW_BYTES = READ = DOT = None  # of a variant: as in `ops/linear/linear.py`
+ROW_BYTES = READ = DOT = None  # constants of each variant, as in `ops/linear/linear.py`
 
 
 class GroupedLinear(Linear):
-    """`Linear` whose rows of x are `groups` groups of in_features values, as W [out_features, in_features] is of rows.
+    """`Linear` on `groups` groups: of in_features values in a row of x, and of rows of W [out_features, in_features].
 
     Groups have the same number of features, a multiple of 32.
     """
 
     group = "grouped_linear"
-    rules = ("out_features % (32 * groups) == 0",)  # as many features at a time as the widest tile has
+    rules = ("out_features % (32 * groups) == 0",)  # 32: the features of the widest tile
     groups: int
 
     @property
@@ -33,7 +33,7 @@ class GroupedLinear(Linear):
 
 
 def _grouped_linear(op, step, thread, num_threads):
-    """Row by row and group by group, each thread a contiguous share of the features."""
+    """Row by row and group by group; each thread has a contiguous share of the features."""
     a = GroupedLinear.read(op)
     K, N = a.in_features, a.out_features // a.groups
     for t in range(num_rows(op, step)):

@@ -1,8 +1,8 @@
 """Linear layers, out = x W^T (+ residual): the definitions, one for each product of rows and weights.
 
-Every output element is one chain of operations over K, in ascending order and never split: it does not depend on how
-many rows or features are computed with it. The chain is the format's own (`formats/parts/products.py` and the formats'
-files); activations are prepared by `ops/elementwise/activations.py`.
+Every output element is one chain of operations over K, in ascending order and never split: the chain does not depend on
+the other rows and features that are computed. Each format has its own chain (`formats/parts/products.py` and the
+formats' files); activations are prepared by `ops/elementwise/activations.py`.
 """
 
 from functools import partial
@@ -22,21 +22,26 @@ from lockstep.runtime.operands import Operands, output, packed, rows
 from lockstep.runtime.program import Tensor, Weight
 from lockstep.runtime.step import num_rows
 
-ROW_BYTES = READ = DOT = None  # of a variant: of rows of x, what reads one, and its dot with a row of the weight
-# the kind of op that prepares rows for weights of a format; "" if they are multiplied as they are
+ROW_BYTES = READ = DOT = (
+    None  # constants of each variant: bytes of a row of x, how it is read, its dot with a weight row
+)
+# by format of weights: the kind of the op that prepares rows for it; "" if rows are multiplied as they are
 PREPARATION = {name: format.preparation for name, format in FORMATS.items()}
 PRODUCTS = {format.product.name: format.product for format in FORMATS.values()}
 
 
 class Linear(Operands):
-    """out = x W^T (+ residual) in columns column .. column + out_features; W [out_features, in_features].
+    """out = x W^T (+ residual) in columns column .. column + out_features - 1; W [out_features, in_features].
 
-    out, residual [rows, width]. format: "" as recorded, where x is float32 [rows, in_features]; once lowered, that of
-    the weight, for which x is prepared. Kernels write whole panels: zeros (+ residual) up to a multiple of 16 columns.
+    out, residual [rows, width]. format: "" as recorded, where x is float32 [rows, in_features]; once lowered, the
+    weight's format, for which x is prepared. Kernels write whole panels: zeros (+ residual) up to a multiple of 16
+    columns.
     """
 
     group = "linear"
-    multiplied: ClassVar[dict[str, str]] = {"x": "weight"}  # rows, and what they are prepared for
+    multiplied: ClassVar[dict[str, str]] = {
+        "x": "weight"
+    }  # the operand of rows, and the weight for which they are prepared
     out: Tensor = output("width")
     x: Tensor = rows(dtype=None)
     weight: Weight = packed("out_features, in_features")
@@ -82,7 +87,7 @@ def finish(a, t, n, value):
 
 
 def _linear(op, step, thread, num_threads):
-    """Row by row, each thread a contiguous share of the features; those up to whole panels are zeros."""
+    """Row by row; each thread has a contiguous share of the features, with zeros up to whole panels."""
     a = Linear.read(op)
     for t in range(num_rows(op, step)):
         x = READ(a.x + ROW_BYTES(a.in_features) * t, a.in_features)
@@ -91,7 +96,7 @@ def _linear(op, step, thread, num_threads):
 
 
 def constants(product: Product) -> dict:
-    """What variants of a definition for a product are made with."""
+    """The constants of a variant of a definition for a product."""
     return dict(READ=product.rows.read, ROW_BYTES=product.rows.num_bytes, DOT=product.dot)
 
 

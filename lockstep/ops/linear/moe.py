@@ -1,4 +1,4 @@
-"""Mixture of experts: which experts a token goes to, the plan that groups tokens by expert, and the weighted sum.
+"""Mixture of experts: the choice of a token's experts, the order of tokens by expert, the weighted sum. Definitions.
 
 route:    probability = softmax(logits[t]);  the top_k experts and their probabilities
 group:    the (token, rank) pairs in order of expert, so that an expert's weights are read once
@@ -21,7 +21,7 @@ ZERO = np.float32(0)
 
 
 class Route(Operands):
-    """The top_k experts of each row of logits and their probabilities; rows of logits are `width` wide."""
+    """The top_k experts of each row of logits, and their probabilities; a row of logits is `width` wide."""
 
     rules = ("1 <= top_k <= num_experts <= width",)
     expert_ids: Tensor = output("top_k", dtype="i32")
@@ -34,7 +34,7 @@ class Route(Operands):
 
 
 class GroupExperts(Operands):
-    """order: the pairs (token, rank) in order of expert; expert_start: where each expert's begin, in row 0."""
+    """order: the pairs (token, rank) in order of expert; expert_start: where each expert's pairs begin, in row 0."""
 
     order: Tensor = output("top_k", dtype="i32")
     expert_start: Tensor = output("num_experts + 1", dtype="i32")
@@ -59,7 +59,7 @@ def route(logits_TE, top_k, renormalise, expert_ids_TX, weights_TX):
 
     Shapes: logits [T, E] float32 without NaN; expert_ids [T, X] int32 and weights [T, X] float32 with X = top_k <= E,
       the likeliest expert first.
-    Units: renormalise 1 makes a token's weights sum to one (`norm_topk_prob`).
+    Units: with renormalise a token's weights sum to one (`norm_topk_prob`).
     Error: below 8 ulp.
     Order: experts by (logit descending, index ascending). Sum of exp(logit - largest) over all experts in 16 lanes and
       a tree; weight = exp(logit - largest) / sum; renormalised by a division by the sum of weights in rank order.
@@ -84,7 +84,7 @@ def route(logits_TE, top_k, renormalise, expert_ids_TX, weights_TX):
 
 @definition
 def rank_experts(logits_E, expert_ids_X):
-    """The experts of largest logit, in order."""
+    """The experts of largest logit, in descending order of logits."""
     for r in range(expert_ids_X.size):
         best = -1
         for e in range(logits_E.size):
@@ -101,8 +101,8 @@ def group_experts(expert_ids_TX, order_TX, expert_start_TE1):
     """Groups the pairs (token t, rank r), numbered t * X + r, by expert.
 
     Shapes: expert_ids, order [T, X] int32; expert_start [T, E + 1] int32, of which row 0 counts and the rest is zero.
-    Order: order, read flat, holds the pairs of expert 0 by ascending number, then those of expert 1, ...; expert e's
-      are at expert_start[0, e] .. expert_start[0, e + 1].
+    Order: order, read flat, holds the pairs of expert 0 by ascending number, then those of expert 1, ...; the pairs of
+      expert e are at expert_start[0, e] .. expert_start[0, e + 1] - 1.
     """
     T, X = expert_ids_TX.shape
     expert_start_TE1[:, :] = 0

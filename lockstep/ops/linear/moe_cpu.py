@@ -1,4 +1,4 @@
-"""Mixture of experts: the fast kernels around the experts' own linear layers. Bound by the read of y in combine."""
+"""Mixture of experts: the fast kernels around the experts' linear layers. Bound by the read of y in combine."""
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from lockstep.runtime.backend import Implementation
 from lockstep.runtime.step import num_rows
 
 ZERO, INFINITY = np.float32(0), np.float32(np.inf)
-BLOCK = 512  # outputs that one thread takes at a time
+BLOCK = 512  # outputs of a row that a thread computes at a time
 
 
 @kernel
@@ -27,7 +27,8 @@ def route(op, step, thread, num_threads):
 
 @inlined
 def rank_experts(logits, E, X, ids, best):
-    """Insertion into a list of X, kept in the outputs themselves: ids, and for now the logits in place of weights."""
+    """The X experts of largest logit, by insertion into a sorted list. The list is kept in the outputs: `best`, where
+    weights will be, holds their logits."""
     for e in range(E):
         logit, r = peek(logits + 4 * e, float32), min(e, X)
         if r == X:
@@ -44,7 +45,7 @@ def rank_experts(logits, E, X, ids, best):
 
 @inlined
 def weigh_experts(logits, E, X, renormalise, weights):
-    """The chosen logits become weights."""
+    """Turns the logits of the chosen experts into weights, in place."""
     largest, total, chosen = peek(weights, float32), lanes(ZERO), ZERO
     for e in range(0, E, 16):
         inside = where_below(to_f32(lane_numbers()), np.float32(E - e), load(logits + 4 * e), -INFINITY)
@@ -60,7 +61,8 @@ def weigh_experts(logits, E, X, renormalise, weights):
 
 @kernel
 def group_experts(op, step, thread, num_threads):
-    """A counting sort by one thread: a few thousand pairs are not worth sharing. The last thread clears the rest."""
+    """A counting sort by one thread, since a few thousand pairs are not worth sharing. The last thread clears
+    expert_start after its first row."""
     a, T = GroupExperts.read(op), num_rows(op, step)
     order, start, ids, E, X = a.order, a.expert_start, a.expert_ids, a.num_experts, a.top_k
     if thread == num_threads - 1:
@@ -68,7 +70,7 @@ def group_experts(op, step, thread, num_threads):
             poke(start + 4 * at, np.int32(0))
     if thread == 0:
         count_experts(start, ids, E, T * X)
-        # from the last pair down, an expert's end moves to its begin
+        # from the last pair down: the end of an expert's pairs moves down to their begin
         for pair in range(T * X - 1, -1, -1):
             end = start + 4 * peek(ids + 4 * pair, int32) + 4
             at = peek(end, int32) - 1
@@ -80,11 +82,11 @@ def group_experts(op, step, thread, num_threads):
 
 
 @inlined
-def count_experts(start, ids, E, pairs):
-    """start[e + 1] = the number of pairs of experts up to e."""
+def count_experts(start, ids, E, num_pairs):
+    """start[e + 1] = the number of pairs of experts 0 .. e."""
     for e in range(E + 1):
         poke(start + 4 * e, np.int32(0))
-    for pair in range(pairs):
+    for pair in range(num_pairs):
         count = start + 4 * peek(ids + 4 * pair, int32) + 4
         poke(count, np.int32(peek(count, int32) + 1))
     for e in range(E):
@@ -96,9 +98,9 @@ def combine_experts(op, step, thread, num_threads):
     """Blocks of every row are dealt to threads in turn."""
     a = CombineExperts.read(op)
     D, X = a.width, a.top_k
-    blocks = (D + BLOCK - 1) // BLOCK
-    for task in range(thread, num_rows(op, step) * blocks, num_threads):
-        t, first = task // blocks, task % blocks * BLOCK
+    num_blocks = (D + BLOCK - 1) // BLOCK
+    for task in range(thread, num_rows(op, step) * num_blocks, num_threads):
+        t, first = task // num_blocks, task % num_blocks * BLOCK
         for i in range(first, min(first + BLOCK, D), 16):
             acc = lanes(ZERO)
             for r in range(X):

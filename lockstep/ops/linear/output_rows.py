@@ -1,8 +1,8 @@
-"""A rewrite of a recorded program: rows that nobody asks for are dropped as early as they can be.
+"""A rewrite of a recorded program: rows without an output are dropped as early as possible.
 
-After the last op that mixes tokens (attention, a gated delta rule) no row is read by another, so from there on only
-rows with an output (sampled or embedded) go on: a prompt has one, and nearly the whole last layer of its other tokens
-is not computed. Every row that is computed keeps its bits.
+After the last op that mixes tokens (attention, a gated delta rule) every row depends on itself only, so from there on
+only rows with an output (sampled or embedded) are computed. A prompt has one such row; for its other tokens most of the
+last layer is not computed. Every row that is computed keeps its bits.
 """
 
 import re
@@ -19,7 +19,7 @@ LAYER = re.compile(r".*\blayers\.\d+(?=\.)")
 def output_rows_only(program: Program) -> Program:
     """The program whose rows without an output end before the first linear layer after the last op that mixes tokens.
 
-    What is read of them from there on, at most a few tensors, is copied for the rows that go on ("O").
+    Tensors of all rows that are read from there on, at most a few, are copied for the rows with an output ("O").
     """
     ops = program.ops
     last = max((i for i, op in enumerate(ops) if op.rows == "T" and not is_by_row(op)), default=-1)
@@ -28,19 +28,19 @@ def output_rows_only(program: Program) -> Program:
         return program
     before = {tensor for op in ops[:first] for tensor in op.outputs} | {*program.given}
     read = [v for op in ops[first:] for v in op.inputs if v in before and v.rows == "T"]
-    copies, made = _copies(program, dict.fromkeys(read), ops[first].out)
-    later = [_with_other_rows(op, made) for op in ops[first:]]
+    copies, replaced = _copies(program, dict.fromkeys(read), ops[first].out)
+    later = [_on_output_rows(op, replaced) for op in ops[first:]]
     return program.rewritten([*ops[:first], *copies, *later])
 
 
 def is_by_row(op: Operands) -> bool:
-    """Whether what an op writes in a row depends on that row of what it reads, and on nothing else of the step."""
+    """Whether each row that an op writes depends on the same row of its inputs, and on nothing else of the step."""
     reads_rows = any(isinstance(value, Tensor) for value in op.inputs)
     return reads_rows and not op.caches and not any(isinstance(value, Table) for value in op.inputs)
 
 
 def _is_result(tensors: set[Tensor], program: Program) -> bool:
-    """Whether some rows of all tokens are a result of the step."""
+    """Whether one of the tensors has rows of all tokens and is a result of the step."""
     return any(t in tensors and t.rows == "T" for t in program.results.values())
 
 
@@ -49,23 +49,24 @@ def _copies(
 ) -> tuple[Sequence[SelectRows], dict[Tensor, Tensor]]:
     """Ops that copy the rows with an output, and {tensor: its copy}.
 
-    A copy is named after the layer of the consumer, which drops the rows; what came into the layer is its residual.
+    A copy is named after the consumer's layer, in which the other rows are dropped; the copy of a tensor that comes
+    from outside the layer is named residual.
     """
-    found = LAYER.match(consumer.name)
-    layer = found[0] if found else consumer.name
-    ops, made = [], {}
+    match = LAYER.match(consumer.name)
+    layer = match[0] if match else consumer.name
+    ops, copies = [], {}
     for x in tensors:
         part = x.name.rpartition(".")[2] if x.name.startswith(f"{layer}.") else "residual"
-        made[x] = program.tensor(f"{layer}.{part}.output", "O", x.width)
-        ops.append(SelectRows(out=made[x], x=x, width=x.width, selected=selected_rows("O")))
-    return ops, made
+        copies[x] = program.tensor(f"{layer}.{part}.output", "O", x.width)
+        ops.append(SelectRows(out=copies[x], x=x, width=x.width, selected=selected_rows("O")))
+    return ops, copies
 
 
-def _with_other_rows(op: Operands, made: dict[Tensor, Tensor]) -> Operands:
-    """The op on the rows with an output; `made` grows by what it writes."""
+def _on_output_rows(op: Operands, replaced: dict[Tensor, Tensor]) -> Operands:
+    """The op on the rows with an output; its own outputs are added to `replaced`."""
     for tensor in op.outputs:
         if tensor.rows == "T":
-            made.setdefault(tensor, Tensor(tensor.name, "O", tensor.width, tensor.dtype))
+            replaced.setdefault(tensor, Tensor(tensor.name, "O", tensor.width, tensor.dtype))
     values = {name: getattr(op, name) for name, _ in op.declared()}
-    changed = {name: made[v] for name, v in values.items() if isinstance(v, Tensor) and v in made}
+    changed = {name: replaced[v] for name, v in values.items() if isinstance(v, Tensor) and v in replaced}
     return op.changed(**changed) if changed else op

@@ -1,4 +1,4 @@
-"""A tile of a linear layer, as its format emits it: the loop over K, and what is stored where."""
+"""A tile of a linear layer as LLVM: the loop over K, which the format emits, and the stores of the results."""
 
 from lockstep.formats import FORMATS
 from lockstep.formats.parts.rows import QUANTIZED
@@ -8,16 +8,16 @@ from lockstep.native.emit import ir
 from lockstep.native.numbers import types
 from lockstep.native.simd import I64, LANES, primitive
 
-WHOLE_PANELS = 2  # so few rows leave registers for whole panels where these are more than one vector
+WHOLE_PANELS = 2  # up to so many rows leave registers for whole panels where a panel is more than one vector
 
 
 @primitive()
 def linear_tile(context, format, shape, num_rows, x, w, out, ahead):
-    """out = x W^T (+ residual) for num_rows rows by a number of panels, over K or a part of it.
+    """out = x W^T (+ residual) for num_rows rows by a number of panels, over K or a part of K.
 
-    format: a literal, the name of one. shape: literals: (fewest, most) rows; panels; how many of them are worked on
-    together, the others following. All panels are read, but only as many stored as `out` says. x: `Rows`. w: `Panels`.
-    out: `Output`. ahead: `Ahead`.
+    format: its name, a literal. shape: literals: ((fewest rows, most rows), panels, panels that are worked on at a
+    time). All panels are read, but only out.num_panels of them are stored. x: `Rows`. w: `Panels`. out: `Output`.
+    ahead: `Ahead`.
     """
     heights, num_cols, at_once = shape[0], shape[1].literal_value, shape[2].literal_value
     heights = range(heights[0].literal_value, heights[1].literal_value + 1)

@@ -40,10 +40,10 @@ from lockstep.ops.linear.linear_cpu import (
     Sizes,
     constants,
     merged,
+    multiply_claim,
+    multiply_rows,
     part_of_k,
     rows_at_once,
-    sweep_claim,
-    together,
     whole_rows,
 )
 from lockstep.ops.math import exp, log
@@ -89,7 +89,7 @@ MULTIPLY = None  # of a variant: what makes the logits of a claim
 
 
 class Head(NamedTuple):
-    """What `sweep_claim` wants of a layer, for some rows and a chunk of a head; out: where panel 0 would be."""
+    """What `multiply_claim` wants of a layer, for some rows and a chunk of a head; out: where panel 0 would be."""
 
     x: int
     weight: WeightArrays
@@ -131,7 +131,7 @@ def sizes_of(head, row, panel, part):
 def multiplied(format, head, row, panel, part):
     """Writes the logits of a claim."""
     claim = Claim(0, part.num_rows, part.first, part.last, part.first)
-    sweep_claim(format, FEW_ROWS, together, whole_rows, head, sizes_of(head, row, panel, part), claim)
+    multiply_claim(format, FEW_ROWS, multiply_rows, whole_rows, head, sizes_of(head, row, panel, part), claim)
 
 
 @separate

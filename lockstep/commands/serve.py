@@ -183,9 +183,9 @@ def command(
 
 def serve(load_model, service, app, host, port) -> None:
     """Listens at once, answers when the model is loaded, and returns when it was told to end."""
-    from lockstep.serve.server import Server, allow_files, bind
+    from lockstep.serve.server import Server, bind, raise_open_file_limit
 
-    allow_files(service.limits)
+    raise_open_file_limit(service.limits)
     listening = bind(host, port)
     server, failed = Server(app, service), []
     threading.Thread(target=_open, args=(load_model, service, server, failed, listening), daemon=True).start()

@@ -1,4 +1,4 @@
-"""How much an answer may hold. A value is a token or a log-probability: each takes about as much memory as another."""
+"""How many values an answer may have. A value is a token or a log-probability: both take about the same memory."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,12 +10,12 @@ Prompts = Sequence[tuple[list[int], SamplingParams]]
 
 
 def num_values(prompts: Prompts) -> int:
-    """The most values that the answers to [(token ids, SamplingParams), ...] can have."""
+    """The most values that the answers to the prompts, [(token ids, SamplingParams), ...], can have."""
     return sum(params.n * params.max_tokens for _, params in prompts) + num_logprobs(prompts)
 
 
 def num_logprobs(prompts: Prompts) -> int:
-    """How many of them are log-probabilities that were asked for."""
+    """The most log-probabilities (of alternatives and of prompts) that the answers to the prompts can have."""
     return sum(
         params.n * (params.max_tokens * (params.logprobs or 0) + _of_prompt(ids, params)) for ids, params in prompts
     )
@@ -25,24 +25,25 @@ def _of_prompt(ids: list[int], params: SamplingParams) -> int:
     return 0 if params.prompt_logprobs is None else len(ids) * (1 + params.prompt_logprobs)
 
 
-def num_held(requests: Sequence[Request]) -> int:
-    """Values of finished requests."""
+def num_values_held(requests: Sequence[Request]) -> int:
+    """The number of values that finished requests have."""
     return sum(
-        len(r.output_ids) * (1 + (r.params.logprobs or 0))
-        + len(r.prompt_logprobs) * (1 + (r.params.prompt_logprobs or 0))
-        for r in requests
+        len(request.output_ids) * (1 + (request.params.logprobs or 0))
+        + len(request.prompt_logprobs) * (1 + (request.params.prompt_logprobs or 0))
+        for request in requests
     )
 
 
-def within(prompts: Prompts, most: int, max_context: int) -> Prompts:
-    """The prompts, if their answers have at most so many values; ApiError 400 if they have more.
+def fit_answers(prompts: Prompts, most: int, max_context: int) -> Prompts:
+    """The prompts, if their answers can have at most `most` values; else ApiError 400.
 
-    Answers that may fill the context are made shorter instead: nobody said how long they are to be.
+    Where all answers may fill the context, so that the client set no length, they are made shorter instead.
     """
     found = num_values(prompts)
     if found <= most:
         return prompts
-    shorter = [made for ids, params in prompts if (made := _shorter(ids, params, most // len(prompts))) is not None]
+    share = most // len(prompts)
+    shorter = [prompt for ids, params in prompts if (prompt := _shorter(ids, params, share)) is not None]
     if all(len(ids) + params.max_tokens == max_context for ids, params in prompts) and len(shorter) == len(prompts):
         return shorter
     raise wrong_field(
@@ -54,7 +55,7 @@ def within(prompts: Prompts, most: int, max_context: int) -> Prompts:
 
 
 def _shorter(ids: list[int], params: SamplingParams, most: int) -> tuple[list[int], SamplingParams] | None:
-    """The same with at most so many values; None if that leaves no token."""
+    """A prompt with max_tokens lowered so that its answers have at most `most` values; None if no token is left."""
     max_tokens = (most // params.n - _of_prompt(ids, params)) // (1 + (params.logprobs or 0))
     if max_tokens < max(1, params.min_tokens):
         return None

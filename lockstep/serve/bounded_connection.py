@@ -1,51 +1,52 @@
-"""Connections with bounds that uvicorn does not set: sizes of heads, how many there are, time for what arrives."""
+"""Connections with bounds that uvicorn lacks: the size of headers, the number of connections, the time to send."""
 
 import asyncio
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from lockstep.serve import request_target as target
+from lockstep.serve import request_target
 from lockstep.serve.answers.json_response import to_json
 from lockstep.serve.connections import Connections
 from lockstep.serve.errors import ApiError, openai_shape
 from lockstep.serve.limits import Limits
 
-ALIVE = (b"/health", b"/ready")  # what may be asked where there are too many connections
+ALIVE = (b"/health", b"/ready")  # the paths that are served where there are too many connections
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 PROBE_SECONDS, LONGEST_PROBE = 0.05, 1.0
 LAST_LOOK_SECONDS = 0.05
-HEADER_COST = 32  # bytes that a header counts beside its own
+HEADER_COST = 32  # bytes that are added to the size of each header
 
 
 def bounded_protocol(limits):
-    """The class of uvicorn's protocol for these limits."""
-    return type("Bounded", (BoundedProtocol,), {"limits": limits, "held": Connections(limits)})
+    """A subclass of uvicorn's protocol with these limits."""
+    return type("Bounded", (BoundedProtocol,), {"limits": limits, "open_connections": Connections(limits)})
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol with httptools' parser, held to `limits`, an attribute of the class.
+    """uvicorn's protocol with httptools' parser, with bounds.
 
-    held: the Connections that it is one of, also of the class.
+    limits and open_connections (those of the whole server) are attributes of the subclass that `bounded_protocol`
+    makes.
     """
 
     limits: Limits
-    held: Connections
+    open_connections: Connections
 
     def connection_made(self, transport) -> None:
-        """Takes a connection; where there are too many, it may only ask whether the server is alive."""
+        """Takes a connection; where there are too many, it may only ask for ALIVE paths."""
         super().connection_made(transport)
-        # bytes of the head so far, and bytes since anything became of them
+        # bytes of the headers so far, and bytes received since the parser last completed headers or a part of a body
         self._num_head_bytes, self._num_pending = 0, 0
         self._timer, self._stalled, self._is_in_head, self._has_progress, self._refused = None, None, True, False, False
         self._has_ended, self._probe = asyncio.Event(), None
-        self._is_spare = not self.held.enter(self, self.client[0] if self.client else "")
+        self._is_spare = not self.open_connections.enter(self, self.client[0] if self.client else "")
         if not self._refused:
             self._set_timer()
 
     def connection_lost(self, error) -> None:
         """The connection is gone."""
-        self.held.leave(self)
+        self.open_connections.leave(self)
         self._clear_timer()
         if self._probe is not None:
             self._probe.cancel()
@@ -53,7 +54,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(error)
 
     def crowded_out(self) -> None:
-        """Others want to know whether the server is alive. What this one asks may have come, but not been read yet."""
+        """This spare connection has to make room for a newer one; a request that has arrived is answered first."""
         self.loop.call_later(LAST_LOOK_SECONDS, self._make_room)
 
     def _make_room(self) -> None:
@@ -61,33 +62,33 @@ class BoundedProtocol(HttpToolsProtocol):
             self._refuse(self._too_many())
 
     def _too_many(self):
-        in_all, each = self.limits.max_connections, self.limits.max_address_connections
-        return ApiError(
-            503, f"more than {in_all} connections, or {each} from one address", code="connections_full", retry_after=1
-        )
+        most, of_address = self.limits.max_connections, self.limits.max_address_connections
+        problem = f"more than {most} connections, or {of_address} from one address"
+        return ApiError(503, problem, code="connections_full", retry_after=1)
 
     def eof_received(self) -> bool:
-        """The client sends no more. It gets the answers to what it has sent in full (True); else it has left.
+        """The client sends no more. True keeps the connection open to answer a complete request; False closes it.
 
-        One that closed altogether looks the same until it is written to: see `_look`.
+        A client that closed the whole connection looks the same until the server writes to it: see `_probe_client`.
         """
         waits = self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body
         if not waits or self._refused:
             return False
         self._has_ended.set()
-        self._look(PROBE_SECONDS)
+        self._probe_client(PROBE_SECONDS)
         return True
 
-    def _look(self, seconds) -> None:
-        """Finds out whether the client is still there, before its answer begins, by an interim response."""
+    def _probe_client(self, seconds) -> None:
+        """Finds out whether the client is still there, by interim responses until its answer begins."""
         if self.cycle.response_started or self.transport.is_closing():
             return
-        if self.cycle.scope["http_version"] == "1.1" and not self.pipeline:  # else it would stand in another's answer
+        # with pipelined requests an interim response would stand inside of an earlier answer
+        if self.cycle.scope["http_version"] == "1.1" and not self.pipeline:
             self.transport.write(CONTINUE)
-        self._probe = self.loop.call_later(seconds, self._look, min(2 * seconds, LONGEST_PROBE))
+        self._probe = self.loop.call_later(seconds, self._probe_client, min(2 * seconds, LONGEST_PROBE))
 
     def pause_writing(self) -> None:
-        """The client does not read what it asked for; it must go on in time."""
+        """The client does not read its answer; the connection ends unless it reads again within `body_seconds`."""
         super().pause_writing()
         self._stalled = self.loop.call_later(self.limits.body_seconds, self.transport.abort)
 
@@ -99,7 +100,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._stalled = None
 
     def data_received(self, data) -> None:
-        """Takes bytes in. What grows without becoming a header or a part of a body is bounded here."""
+        """Takes bytes in. Bytes that never complete a header or a part of a body are bounded here."""
         if self._refused:
             return
         if self._is_in_head and self._timer is None:
@@ -122,26 +123,26 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_url(url)
 
     def on_header(self, name, value) -> None:
-        """A header; trailers after a body in chunks are counted, and not kept."""
+        """A header; trailers after a chunked body are counted but not kept."""
         self._num_head_bytes += len(name) + len(value) + HEADER_COST
         if self._is_in_head:
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """A head is there; one that is too large or means nothing never becomes a request."""
+        """The headers are complete. Too large or invalid ones are refused, and never become a request."""
         self._has_progress = True
         if self._num_head_bytes > self.limits.max_header_bytes or self._refused:
             return
         parser: Any = self.parser
         version = parser.get_http_version()
-        problem = target.problem(parser.get_method(), version, self.url, self.headers)
+        problem = request_target.head_problem(parser.get_method(), version, self.url, self.headers)
         if problem is not None:
             self.send_400_response(problem)
             return
-        expected = target.unknown_expectation(version, self.headers)
+        expected = request_target.unknown_expectation(version, self.headers)
         if expected is not None:
-            what = f"Expect: only 100-continue can be expected here, got {target.shown(expected)}"
-            self._refuse(ApiError(417, what, code="unknown_expectation"))
+            problem = f"Expect: only 100-continue can be expected here, got {request_target.quoted(expected)}"
+            self._refuse(ApiError(417, problem, code="unknown_expectation"))
             return
         if self._is_spare and self.url.partition(b"?")[0] not in ALIVE:
             self._refuse(self._too_many())
@@ -160,7 +161,7 @@ class BoundedProtocol(HttpToolsProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """The end of a request. What follows belongs to the next one."""
+        """The request is complete; the next bytes belong to the next request."""
         self._has_progress = True
         if self._num_head_bytes > self.limits.max_header_bytes or self._refused:
             return
@@ -170,7 +171,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """An answer was sent; the rest of its request, if it has not come, must not take for ever."""
+        """An answer was sent; the rest of its request, where it has not arrived yet, gets `body_seconds`."""
         is_last = not self.pipeline
         super().on_response_complete()
         if self._has_ended.is_set() and is_last:
@@ -188,7 +189,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._timer = None
 
     def _last_look(self) -> None:
-        """Time is up; but where the whole process was stopped, what came meanwhile has yet to be read."""
+        """Time is up. Where the whole process was stopped for a while, bytes that arrived meanwhile are read first."""
         self._timer = self.loop.call_later(LAST_LOOK_SECONDS, self._too_slow)
 
     def _too_slow(self) -> None:
@@ -200,11 +201,11 @@ class BoundedProtocol(HttpToolsProtocol):
         self._refuse(ApiError(431, f"the request's head is larger than {limit} bytes", code="headers_too_large"))
 
     def send_400_response(self, message) -> None:
-        """Answers what is not HTTP."""
+        """Answers bytes that are not HTTP, and headers that are not valid."""
         self._refuse(ApiError(400, message, code="bad_http"))
 
     def _refuse(self, error) -> None:
-        """Closes the connection, with an answer if the request that arrives has none yet."""
+        """Closes the connection, after an error response if the current request was not answered yet."""
         self._refused = True
         self._clear_timer()
         if self._is_unanswered():
@@ -214,7 +215,7 @@ class BoundedProtocol(HttpToolsProtocol):
                 head += b"retry-after: %d\r\n" % error.retry_after
             self.transport.write(STATUS_LINE[error.status] + head + b"\r\n" + body)
         self.transport.close()
-        self.loop.call_later(self.limits.body_seconds, self.transport.abort)  # where nobody takes the answer
+        self.loop.call_later(self.limits.body_seconds, self.transport.abort)  # where the client does not read it
 
     def _is_unanswered(self):
         if self._is_in_head or self.cycle is None:

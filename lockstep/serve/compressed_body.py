@@ -1,4 +1,4 @@
-"""Bodies that a client compressed: gzip is unpacked piece by piece, everything else is refused."""
+"""Compressed request bodies: gzip is unpacked piece by piece, every other coding is refused."""
 
 import asyncio
 import zlib
@@ -8,30 +8,30 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lockstep.serve.errors import ApiError, bad_request
 
-PIECE_BYTES = 64 << 10  # of a body, unpacked at once
+PIECE_BYTES = 64 << 10  # the most that is unpacked at once
 GZIP = 16 + zlib.MAX_WBITS
 
 
-class Unpack:
-    """Hands on a gzip body as if it had come unpacked; whoever reads it counts its bytes and stops reading in time."""
+class GzipBodyMiddleware:
+    """Hands on a gzip body unpacked. The next middleware counts the unpacked bytes, and stops reading at the limit."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app, self._max_bytes = app, max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         coding = content_coding(scope) if scope["type"] == "http" else ""
-        await self._app(scope, Unpacked(receive, coding, self._max_bytes) if coding else receive, send)
+        await self._app(scope, UnpackedBody(receive, coding, self._max_bytes) if coding else receive, send)
 
 
 def content_coding(scope: Scope) -> str:
-    """All values of Content-Encoding in lower case, separated by commas; "" where the body is as it is."""
+    """All values of Content-Encoding in lower case, separated by commas; "" where the body is not encoded."""
     values = [value.decode("latin-1") for name, value in scope["headers"] if name == b"content-encoding"]
     codings = [each.strip().lower() for value in values for each in value.split(",")]
     return ", ".join(each for each in codings if each not in ("", "identity"))
 
 
-class Unpacked:
-    """An ASGI `receive` that returns the unpacked parts of a body. max_bytes: of the packed body.
+class UnpackedBody:
+    """An ASGI `receive` that returns the unpacked parts of a body. max_bytes: the limit of the packed body.
 
     ApiError 415 for a coding that is not gzip, 413 for a packed body that is too large, 400 for one that is not gzip.
     """
@@ -42,9 +42,9 @@ class Unpacked:
         self._num_bytes, self._member = 0, zlib.decompressobj(GZIP)
 
     async def __call__(self) -> Message:
-        """The next part, or whatever follows the body."""
+        """The next part, or the message that follows the body."""
         async for message in self._parts:
-            await asyncio.sleep(0)  # others have their turn between two parts, however many there are
+            await asyncio.sleep(0)  # other requests have their turn between two parts
             return message
         return await self._receive()
 
@@ -67,7 +67,7 @@ class Unpacked:
         yield dict(type="http.request", body=b"", more_body=False)
 
     def _pieces(self, packed: bytes):
-        """Yields what these bytes unpack to; gzip allows several members, one after the other."""
+        """Yields the unpacked bytes of a part; a gzip file may consist of several members."""
         self._num_bytes += len(packed)
         if self._num_bytes > self._max_bytes:
             raise ApiError(413, f"the body is larger than {self._max_bytes} bytes", code="body_too_large")

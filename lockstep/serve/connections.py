@@ -1,17 +1,17 @@
-"""Who is connected, and who is let in beyond the bounds to ask whether the server is alive."""
+"""The open connections, and the spare ones that may only ask whether the server is alive."""
 
 import ipaddress
 from collections import Counter
 
-SUBNET_BITS = 64  # of an IPv6 address, which a single host may have to itself
+SUBNET_BITS = 64  # the part of an IPv6 address that is a network, which a single host may have to itself
 
 
 class Connections:
-    """The connections of a server, each with the address that it comes from.
+    """The connections of a server, each with its client's address.
 
     Up to `max_connections` in all and `max_address_connections` from one address may ask for anything. Beyond them
-    there are `spare_connections`, for those who only want to know whether the server is alive: whoever came first of
-    them makes room for whoever comes next, so that nobody can hold them.
+    there are `spare_connections`, which may only ask for /health and /ready: the oldest spare one makes room for the
+    next, so that nobody can occupy all of them.
     """
 
     def __init__(self, limits) -> None:
@@ -21,8 +21,8 @@ class Connections:
         return len(self._addresses) + len(self._spare)
 
     def enter(self, connection, host) -> bool:
-        """Takes in a connection from a host; False for a spare one. One that makes room is `crowded_out`."""
-        address = origin(host)
+        """Takes in a connection from a host; False for a spare one. Calls `crowded_out` of the one that makes room."""
+        address = client_group(host)
         within = len(self._addresses) < self._limits.max_connections
         if within and self._count_of[address] < self._limits.max_address_connections:
             self._addresses[connection] = address
@@ -45,8 +45,8 @@ class Connections:
                 del self._count_of[address]
 
 
-def origin(host):
-    """What stands for the one who connects: an IPv4 address, the network of an IPv6 address, or the host as it is."""
+def client_group(host):
+    """The unit that connections are counted by: an IPv4 address, the network of an IPv6 address, or else the host."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Refusals and errors as clients know them: OpenAI's nested object, and Anthropic's on its own routes."""
+"""Errors as clients know them: OpenAI's error object, and Anthropic's on Anthropic's routes."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,8 +23,8 @@ ANTHROPIC_TYPES = {
 
 
 class ApiError(Exception):
-    """An answer other than success. param: the field of the request that is wrong; code: for programs to tell errors
-    apart; retry_after: seconds, where it pays to ask again."""
+    """An HTTP error for the client. param: the field of the request that is wrong; code: names the error for programs;
+    retry_after: seconds, where the client should try again."""
 
     def __init__(
         self,
@@ -39,31 +39,34 @@ class ApiError(Exception):
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """A request that is wrong in itself: asking again does not help."""
+    """ApiError 400: the request itself is wrong, and trying again does not help."""
     return ApiError(400, message, param, code)
 
 
 def wrong_field(field: str, problem: str, code: str = "invalid_value") -> ApiError:
-    """A field that is wrong, such as "messages[2].content"; problem: what is allowed, and what was got."""
+    """ApiError 400 for a field, such as "messages[2].content"; problem: what is allowed, and what was got."""
     return bad_request(f"{field}: {problem}", field, code)
 
 
-def check_most(field: str, found: int, most: int, what: str = "") -> None:
-    """ApiError 400 for more in a field than there may be; what: how they are counted, such as "characters"."""
-    if found > most:
-        raise wrong_field(field, f"expected at most {most}{what and ' '}{what}, got {found}")
+def check_most(field: str, number: int, most: int, unit: str = "") -> None:
+    """ApiError 400 if a field has more than `most` of a unit, such as "characters"; unit "": the field is a number."""
+    if number > most:
+        raise wrong_field(field, f"expected at most {most}{unit and ' '}{unit}, got {number}")
 
 
 def not_allowed(error: Exception) -> ApiError:
-    """A ValueError of the engine's as an ApiError; those about a field begin with its name."""
+    """A ValueError of the engine as ApiError 400; messages about a field begin with the field's name and a colon."""
     field, colon, _ = str(error).partition(":")
     code = "context_length_exceeded" if isinstance(error, TooManyTokens) else "invalid_value"
     return bad_request(str(error), field if colon and field.isidentifier() else None, code)
 
 
 def not_generated(request: Request, fields: Sequence[str]) -> Exception:
-    """Why an answer ended where it could not go on. request: the engine's, which failed; fields: those of the body that
-    say which tokens there may be, see `token_masks.narrowing`. What is no fault of theirs is the server's own."""
+    """The error for a failed request of the engine: ApiError 400 where one of `fields` left no token to choose, or a
+    grammar reached a limit; any other exception is the server's own fault.
+
+    fields: names of the body's fields that restrict tokens, see `token_masks.narrowing_fields`.
+    """
     refused, cause = request.refused, request.refused and request.refused.__cause__
     if isinstance(refused, NothingAllowed):
         which = f" that {' and '.join(fields)} allow{'' if len(fields) > 1 else 's'}" if fields else ""
@@ -91,7 +94,7 @@ def anthropic_shape(error: ApiError) -> dict[str, Any]:
 
 
 def shape_for(path: str) -> Callable[[ApiError], dict[str, Any]]:
-    """The function that makes the error's object for a route."""
+    """The function that makes the error object of a route: anthropic_shape or openai_shape."""
     return anthropic_shape if path.startswith("/v1/messages") else openai_shape
 
 

@@ -1,4 +1,4 @@
-"""One HTTP request that generates, from its admission to the end of its answer."""
+"""One HTTP request that generates tokens, from its admission to the end of its answer."""
 
 import asyncio
 import math
@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lockstep.engine.async_engine import Token, TokenStream, batches
 from lockstep.engine.request import Request
-from lockstep.serve.answer_size import Prompts, num_logprobs, within
+from lockstep.serve.answer_size import Prompts, fit_answers, num_logprobs
 from lockstep.serve.errors import ApiError, check_most, not_allowed, not_generated, wrong_field
 from lockstep.serve.fields import body
 
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 F = TypeVar("F", bound=body.Fields)
-Found = tuple[int, list[Token], str | None]  # a number of a sequence, its new tokens and its finish_reason
+SequenceTokens = tuple[int, list[Token], str | None]  # the number of a sequence, its new tokens, its finish_reason
 
-SHORT_BYTES = 2048  # of a body
-FRAME_SECONDS = 1 / 60  # nobody sees tokens that come faster than this one by one
+SHORT_BYTES = 2048  # bodies up to here are prepared on the event loop
+FRAME_SECONDS = 1 / 60  # between events of a stream: readers cannot see more
 EVENT_SECONDS = 1e-3  # between events of all streams together
 
 
-class Job:
-    """A request in work: its body, its sequences in the engine, and what ends it early.
+class Generation:
+    """A running request: its body, its sequences in the engine, and the exception that ends it early, if any.
 
-    The order of use: `read`, then `start`, then `tokens` (or `finished`) until all sequences have ended. A client that
-    leaves, the time limit and the end of the server cancel the sequences, wherever they are, and make the next of these
-    calls raise. model_name: what the answer calls the model, from `read` on. requests: the engine's, one for each
-    sequence, with what is known of it.
+    The order of use: `read`, then `start`, then `tokens` (or `finished`) until all sequences have ended. When the
+    client disconnects, the time limit passes or the server ends, the sequences are cancelled and the next of these
+    calls raises. model_name: the model's name in the answer, from `read` on. requests: the engine's Requests, one for
+    each sequence.
     """
 
     def __init__(self, service: "Service", scope: Scope, receive: Receive) -> None:
@@ -46,40 +46,40 @@ class Job:
         self.num_sequences, self.num_queued_tokens, self.num_logprobs = 1, 0, 0
         self._ended_by: Exception | None = None
         self._watcher: asyncio.Task[None] | None = None
-        self._began, self._is_short = time.monotonic(), False
+        self._began, self._has_short_body = time.monotonic(), False
         self._last_tokens: float | None = None
 
     @property
     def seconds(self) -> float:
-        """Since the request came."""
+        """Seconds since the request arrived."""
         return time.monotonic() - self._began
 
     # ------------------------------------------------------------ the request
 
     async def read(self, fields: type[F]) -> F:
-        """The body, checked against a model of its fields, of which one is `model`. From then on the socket is watched.
+        """The body as an object of the class `fields`, which has a field `model`.
 
-        ApiError 404 for a model that is not here.
+        Watches for a disconnect from then on. ApiError 400 for a wrong body, 404 for an unknown model.
         """
-        raw = await body.read(self._receive, self.service.limits.body_seconds)
-        self._is_short = len(raw) <= SHORT_BYTES
+        raw = await body.read_body(self._receive, self.service.limits.body_seconds)
+        self._has_short_body = len(raw) <= SHORT_BYTES
         self._watcher = asyncio.create_task(self._watch())
-        made = await body.checked(self.service, fields, raw)
+        made = await body.parse_and_check_async(self.service, fields, raw)
         self.model_name = self.service.name_in_answers(made.model)
         return made
 
     async def offload(self, function: Callable[..., T], *args: Any) -> T:
-        """Runs a function in a worker thread, see `Service.offload`; raises if the request ended meanwhile."""
+        """Runs a function in a worker thread (`Service.offload`); raises if the request has ended meanwhile."""
         made = await self.service.offload(function, *args)
-        self.go_on()
+        self.raise_if_ended()
         return made
 
     async def prepare(self, function: Callable[..., T], *args: Any) -> T:
-        """Runs a function whose time is in proportion to the body: at once where that is short, else as `offload`.
+        """Runs a function whose time grows with the body: at once for a short body, else as `offload` does.
 
         A hop to a thread and back costs as much as generating a few tokens.
         """
-        if not self._is_short:
+        if not self._has_short_body:
             return await self.offload(function, *args)
         try:
             return function(*args)
@@ -102,16 +102,16 @@ class Job:
     ) -> list[Request]:
         """Queues all samples of [(token ids, SamplingParams), ...] in order; returns the engine's Requests.
 
-        narrowing: fields that may leave an answer without a token to choose, see `token_masks.narrowing`. prediction:
-        token ids that each answer may be like.
-        ApiError 400 for what cannot run, 429 where it would have to wait behind too much.
+        narrowing: names of the request's fields that may leave no allowed token, for error messages (see
+        `token_masks.narrowing_fields`). prediction: token ids that each answer is expected to resemble.
+        ApiError 400 for prompts that can never run, 429 where too many sequences or tokens wait already.
         """
         num_sequences = sum(params.n for _, params in prompts)
         check_most("prompt", len(prompts), self.service.limits.max_prompts, "prompts")
         check_most("n", num_sequences, self.service.limits.max_sequences, "samples of all prompts together")
         for ids, params in prompts:
             self._check_context(len(ids), params.max_tokens)
-        prompts = within(prompts, self.service.limits.max_answer_values, self.service.max_context)
+        prompts = fit_answers(prompts, self.service.limits.max_answer_values, self.service.max_context)
         self.service.admit(
             self, num_sequences, sum(len(ids) * params.n for ids, params in prompts), num_logprobs(prompts)
         )
@@ -125,35 +125,36 @@ class Job:
         assert engine is not None, "requests are admitted from `open` on"
         self.streams = engine.submit_all(prompts, **options)
         self.requests = [stream.request for stream in self.streams]
-        if self._ended_by is not None:  # while they were being prepared
+        if self._ended_by is not None:  # the request ended while its sequences were submitted
             self._cancel()
 
     def _check_context(self, num_prompt: int, max_tokens: int) -> None:
         limit = self.service.max_context
-        if num_prompt + max_tokens > limit:  # the routes ask for no more than there is room for, and for one at least
+        if num_prompt + max_tokens > limit:  # routes cut max_tokens to the room, but never below one token
             raise wrong_field(
                 "prompt",
                 f"it has {num_prompt} tokens, which leaves no room for an answer in the context of {limit} tokens",
                 "context_length_exceeded",
             )
 
-    async def tokens(self, pause: Callable[[], float] | None = None) -> AsyncIterator[list[Found]]:
-        """Yields lists of (number of a sequence, its new Tokens, its finish_reason) whenever a step brought some.
+    async def tokens(self, pause: Callable[[], float] | None = None) -> AsyncIterator[list[SequenceTokens]]:
+        """Yields lists of (number of a sequence, its new Tokens, its finish_reason) as steps of the engine give tokens.
 
-        Tokens that come within `pause()` seconds come together, by default as long as nobody sees a difference.
+        Tokens of `pause()` seconds are collected into one list; by default the pause is too short to be seen.
         finish_reason is None before a sequence's last tokens. A sequence that failed raises ApiError at the end: 400,
-        or 500 where the fault is the model's.
+        or 500 where the model's logits were not finite.
         """
         async for found in batches(self.streams, pause or self._frame):
-            self.go_on()
-            self._note(found)
+            self.raise_if_ended()
+            self._count_tokens(found)
             yield found
-        self.go_on()
+        self.raise_if_ended()
         self._check_errors()
         self.service.metrics.whole_answer.add(self.seconds)
 
     def _frame(self) -> float:
-        """Seconds between two events of a stream: longer where there are many, since each costs several tokens."""
+        """Seconds between two events of a stream: longer with many streams, as an event takes the time of several
+        tokens."""
         return max(FRAME_SECONDS, EVENT_SECONDS * self.service.num_open)
 
     async def finished(self) -> list[Request]:
@@ -162,18 +163,18 @@ class Job:
             pass
         return self.requests
 
-    def _note(self, found: list[Found]) -> None:
-        """Metrics of a step's tokens; with the first of them the prompts no longer wait."""
+    def _count_tokens(self, found: list[SequenceTokens]) -> None:
+        """Adds a step's tokens to the metrics; from the first tokens on the prompts no longer count as queued."""
         now, metrics = time.monotonic(), self.service.metrics
-        count = sum(len(tokens) for _, tokens, _ in found)
-        metrics.generated_tokens += count
+        num_tokens = sum(len(tokens) for _, tokens, _ in found)
+        metrics.generated_tokens += num_tokens
         if self._last_tokens is None:
             metrics.first_token.add(now - self._began)
             metrics.prompt_tokens += sum(len(ids) for ids, _ in self._prompts)
             self.service.num_queued_tokens -= self.num_queued_tokens
             self.num_queued_tokens = 0
         else:
-            metrics.between_tokens.add((now - self._last_tokens) * len(found) / count, count)
+            metrics.between_tokens.add((now - self._last_tokens) * len(found) / num_tokens, num_tokens)
         self._last_tokens = now
 
     def _check_errors(self) -> None:
@@ -181,12 +182,12 @@ class Job:
         faulty = next((request for request in failed if request.is_fault), None)
         self.service.note_end(faulty is not None)
         if faulty is not None:
-            raise ApiError(500, str(faulty.error), code="not_finite")  # whoever asks: the engine says why
+            raise ApiError(500, str(faulty.error), code="not_finite")
         if failed:
             raise not_generated(failed[0], self._narrowing)
 
     def usage(self) -> dict[str, Any]:
-        """OpenAI's usage object: each prompt counts once, however many samples it has."""
+        """OpenAI's usage object. A prompt counts once, whatever its number of samples."""
         num_prompt = sum(len(ids) for ids, _ in self._prompts)
         num_output = sum(len(request.output_ids) for request in self.requests)
         cached, first = 0, 0
@@ -195,13 +196,13 @@ class Job:
             first += params.n
         drafted = sum(request.num_drafted for request in self.requests)
         accepted = sum(request.num_accepted for request in self.requests)
-        guessed = dict(accepted_prediction_tokens=accepted, rejected_prediction_tokens=drafted - accepted)
+        drafts = dict(accepted_prediction_tokens=accepted, rejected_prediction_tokens=drafted - accepted)
         return dict(
             prompt_tokens=num_prompt,
             completion_tokens=num_output,
             total_tokens=num_prompt + num_output,
             prompt_tokens_details=dict(cached_tokens=cached),
-            **(dict(completion_tokens_details=guessed) if drafted else {}),
+            **(dict(completion_tokens_details=drafts) if drafted else {}),
         )
 
     # ------------------------------------------------------------ its end
@@ -211,7 +212,7 @@ class Job:
         return self.service.explain(error)
 
     def end(self, reason: Exception) -> None:
-        """Cancels all sequences; the handler meets the exception `reason` at its next step."""
+        """Cancels all sequences; the handler's next call of a method here raises `reason`."""
         if self._ended_by is None:
             self._ended_by = reason
             self._cancel()
@@ -221,8 +222,8 @@ class Job:
             if stream.request.finish_reason is None:
                 stream.leave()
 
-    def go_on(self) -> None:
-        """Raises what ended the request early, if something did."""
+    def raise_if_ended(self) -> None:
+        """Raises the exception that ended the request early, if there is one."""
         if self._ended_by is not None:
             raise self._ended_by
 
@@ -241,17 +242,17 @@ class Job:
         self.service.leave(self)
 
 
-class Generates:
-    """The ASGI endpoint of a handler: `await handler(job)` returns an ASGI response, such as a Response or EventStream.
+class GenerationEndpoint:
+    """The ASGI endpoint of a handler: `await handler(generation)` returns an ASGI response, such as an EventStream.
 
-    Admits the request, and ends all that it started, whether its answer was complete or not.
+    Checks that the service is open, and cancels all sequences that are left when the response ends.
     """
 
-    def __init__(self, service: "Service", handler: Callable[[Job], Awaitable[ASGIApp]]) -> None:
+    def __init__(self, service: "Service", handler: Callable[[Generation], Awaitable[ASGIApp]]) -> None:
         self._service, self._handler = service, handler
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._service.check_open()
-        with Job(self._service, scope, receive) as job:
-            response = await self._handler(job)
+        with Generation(self._service, scope, receive) as generation:
+            response = await self._handler(generation)
             await response(scope, receive, send)

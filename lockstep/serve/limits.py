@@ -1,4 +1,4 @@
-"""What a server allows. Everything that a client sends is held against one of these."""
+"""The bounds of a server. All that a client sends is checked against one of them."""
 
 from dataclasses import dataclass, fields
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass, fields
 class Limits:
     """Bounds of a server. ValueError for one that is not a positive number.
 
-    A sequence is one sample of one prompt. max_queued: sequences that may wait beside those that the engine runs;
-    max_queued_tokens: prompt tokens of sequences that have no token of an answer yet. A request that is alone may pass
-    both, and max_pending_logprobs, so that whatever the model can do can be asked for.
+    A sequence is one sample of one prompt. max_queued: sequences that may wait besides those that the engine runs;
+    max_queued_tokens: prompt tokens of sequences without a first token of their answer. These two and
+    max_pending_logprobs do not apply to a request that is alone, so that it may use all that the model can do.
     """
 
     max_header_bytes: int = 32 << 10
@@ -26,23 +26,23 @@ class Limits:
     max_prompts: int = 256  # of one request
     max_samples: int = 64  # of one prompt: n
     max_sequences: int = 256  # of one request: prompts times samples
-    max_answer_values: int = 3 << 19  # tokens and log-probabilities of one answer, of some 140 bytes each: see `values`
-    max_pending_logprobs: int = 3 << 19  # of all answers in work
+    max_answer_values: int = 3 << 19  # of one answer: tokens and log-probabilities, about 140 bytes each
+    max_pending_logprobs: int = 3 << 19  # of all running answers
     max_logprobs: int = 20
     max_stop: int = 16
     max_stop_chars: int = 256
     max_logit_bias: int = 1024
     max_queued: int = 256
     max_queued_tokens: int = 1 << 18
-    max_counted_tokens: int = 1 << 18  # of a text to be counted, or cut; more where the context is longer
-    max_offloaded: int = 64  # calls that may wait for a worker before /tokenize and the like are refused
+    max_counted_tokens: int = 1 << 18  # of a text that is counted or truncated; more where the context is longer
+    max_offloaded: int = 64  # calls that may wait for a worker thread; beyond, /tokenize and the like are refused
     offload_seconds: float = 20.0
     body_seconds: float = 30.0
     request_seconds: float = 600.0
     keep_alive_seconds: float = 15.0  # between the comments that keep a silent stream open
     drain_seconds: float = 30.0
     stuck_seconds: float = 120.0  # a step that takes longer makes /health red
-    max_faults: int = 3  # requests in a row for which the model gave no finite numbers make /health red
+    max_faults: int = 3  # requests in a row whose logits were not finite make /health red
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -1,4 +1,4 @@
-"""What happened, counted on the event loop and shown in Prometheus' text form."""
+"""Counters and histograms of the server, kept on the event loop and shown in Prometheus' text form."""
 
 from bisect import bisect_left
 from collections import Counter
@@ -29,29 +29,29 @@ COUNTERS = {
 
 
 class Histogram:
-    """Counts of values up to each bound. For one thread: prometheus_client's own takes a lock for each value."""
+    """Counts of values up to each bound. For one thread only: prometheus_client's class takes a lock for each value."""
 
     def __init__(self, bounds) -> None:
         self._bounds, self._counts, self._sum = bounds, [0] * (len(bounds) + 1), 0.0
 
     def add(self, value, count: int = 1) -> None:
-        """Takes in a value, or `count` that are the same."""
+        """Adds a value, `count` times."""
         self._counts[bisect_left(self._bounds, value)] += count
         self._sum += value * count
 
     def family(self, name, text):
-        """The metric as Prometheus knows it."""
-        total, buckets = 0, []
+        """The histogram as a metric family of prometheus_client."""
+        cumulative, buckets = 0, []
         for bound, count in zip((*map(str, self._bounds), "+Inf"), self._counts, strict=True):
-            total += count
-            buckets.append((bound, total))
+            cumulative += count
+            buckets.append((bound, cumulative))
         return HistogramMetricFamily(name, text, buckets=buckets, sum_value=self._sum)
 
 
 class Metrics:
     """Counters and histograms of a server. Only its event loop may change them.
 
-    refused: {reason: requests} that were refused without being looked at closely. answered: {HTTP status: requests}.
+    refused: {reason: requests} that were refused because of the server's state or load. answered: {status: requests}.
     """
 
     def __init__(self, service) -> None:
@@ -68,7 +68,7 @@ class Metrics:
         return generate_latest(self._registry)
 
     def collect(self):
-        """The metrics as prometheus_client asks for them."""
+        """Yields all metric families; prometheus_client calls it."""
         yield _counter("prompt_tokens", "Prompt tokens of requests that began to be answered", self.prompt_tokens)
         yield _counter("generated_tokens", "Tokens generated", self.generated_tokens)
         yield _counter("cancelled_requests", "Requests whose client left", self.cancelled)
@@ -92,16 +92,16 @@ class Metrics:
 
 
 def _drafts(counts: Mapping[str, DraftCounts]) -> Iterator[CounterMetricFamily]:
-    """How many tokens were guessed, and how many were right, by where they came from and by their depth: the first
-    after a certain token is at depth 1."""
+    """How many draft tokens were computed and how many were right, by source and depth: the first draft token after
+    a sampled one has depth 1."""
     labels = ["source", "depth"]
     drafted = CounterMetricFamily("lockstep_drafts", "Tokens guessed ahead and computed", labels=labels)
     right = CounterMetricFamily("lockstep_accepted_drafts", "Of these, the ones that were right", labels=labels)
-    for source, each in sorted(counts.items()):
-        for depth, count in enumerate(each.drafted):
+    for source, source_counts in sorted(counts.items()):
+        for depth, count in enumerate(source_counts.drafted):
             if count:
                 drafted.add_metric([source, str(depth + 1)], count)
-                right.add_metric([source, str(depth + 1)], each.right[depth])
+                right.add_metric([source, str(depth + 1)], source_counts.right[depth])
     yield from (drafted, right)
 
 
@@ -110,7 +110,7 @@ def _counter(name, text, value):
 
 
 def _labelled(name, text, label, values):
-    made = CounterMetricFamily(f"lockstep_{name}", text, labels=[label])
+    family = CounterMetricFamily(f"lockstep_{name}", text, labels=[label])
     for value, count in sorted(values.items()):
-        made.add_metric([str(value)], count)
-    return made
+        family.add_metric([str(value)], count)
+    return family

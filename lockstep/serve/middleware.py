@@ -1,4 +1,4 @@
-"""What every request passes on its way to a route: counted, held to the size of a body, and let in by its key."""
+"""Middleware: error objects, bounds on bodies, API keys, and checks of Host and Origin."""
 
 import hashlib
 import hmac
@@ -6,7 +6,7 @@ import hmac
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from lockstep.serve import request_target as target
+from lockstep.serve import request_target
 from lockstep.serve.errors import ApiError, error_response
 from lockstep.serve.routes.page import FILES
 from lockstep.serve.service import Service
@@ -14,8 +14,9 @@ from lockstep.serve.service import Service
 OPEN_PATHS = frozenset(["/health", "/ready", *FILES])  # these need no key; the page asks for one itself
 
 
-class Guard:
-    """Turns every exception into an error object, counts answers and bounds bodies, each one and all together."""
+class GuardMiddleware:
+    """Turns every exception into an error object, counts answers by status, and bounds the size of bodies: of each one
+    and of all together."""
 
     def __init__(self, app, service: Service) -> None:
         self._app, self._service = app, service
@@ -23,22 +24,22 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send):
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        passage = Passage(self._service, receive, send)
+        exchange = Exchange(self._service, receive, send)
         try:
-            passage.check_length(dict(scope["headers"]).get(b"content-length", b"0"))
-            await self._app(scope, passage.receive, passage.send)
+            exchange.check_length(dict(scope["headers"]).get(b"content-length", b"0"))
+            await self._app(scope, exchange.receive, exchange.send)
         except ClientDisconnect:
             self._service.metrics.cancelled += 1
         except Exception as error:
-            if passage.started:
+            if exchange.started:
                 raise
-            await error_response(self._service.explain(error), scope["path"])(scope, receive, passage.send)
+            await error_response(self._service.explain(error), scope["path"])(scope, receive, exchange.send)
         finally:
-            passage.close()
+            exchange.close()
 
 
-class Passage:
-    """One request and its answer. started: whether the answer began."""
+class Exchange:
+    """One request and its answer. started: whether the answer has begun."""
 
     def __init__(self, service: Service, receive: Receive, send: Send) -> None:
         self._service, self._receive, self._send = service, receive, send
@@ -50,7 +51,7 @@ class Passage:
             raise self._too_large()
 
     async def receive(self):
-        """The next part of the body, or the client's leaving. ApiError 413 or 429 where that makes too many bytes."""
+        """The next part of the body, or a disconnect. ApiError 413 if the body, 429 if all bodies, become too large."""
         message = await self._receive()
         size = len(message.get("body", b""))
         if size:
@@ -64,7 +65,7 @@ class Passage:
         if self._num_bytes > limits.max_body_bytes:
             raise self._too_large()
         if self._service.num_bytes > limits.max_pending_bytes and self._service.num_bytes > self._num_bytes:
-            raise self._service.full("bodies_full", "the bodies of the requests in work take too much memory")
+            raise self._service.too_busy("bodies_full", "the bodies of the requests in work take too much memory")
 
     def _too_large(self):
         limit = self._service.limits.max_body_bytes
@@ -78,12 +79,12 @@ class Passage:
         await self._send(message)
 
     def close(self) -> None:
-        """The body's memory is free."""
+        """The body no longer counts: its memory is free."""
         self._service.num_bytes -= self._num_bytes
 
 
-class Keys:
-    """Lets requests pass that carry one of the service's API keys, if it has any, and notes whose they are.
+class ApiKeyMiddleware:
+    """Refuses requests without one of the service's API keys, if it has any, and notes which key a request has.
 
     scope["lockstep.tenant"]: the key's digest, "" without a key.
     """
@@ -99,51 +100,53 @@ class Keys:
         await self._app(scope, receive, send)
 
     def _check(self, headers):
-        """Whose key it is. ApiError 401 without a right key, as OpenAI's clients send it or as Anthropic's do."""
-        kind, _, given = headers.get(b"authorization", b"").partition(b" ")
-        sent = [given.strip() if kind.lower() == b"bearer" else b"", headers.get(b"x-api-key", b"")]
+        """The tenant of the request's key. ApiError 401 without a valid one, in OpenAI's header or Anthropic's."""
+        scheme, _, credentials = headers.get(b"authorization", b"").partition(b" ")
+        sent = [credentials.strip() if scheme.lower() == b"bearer" else b"", headers.get(b"x-api-key", b"")]
         # every comparison is made, so that the time says nothing about which key came close
-        found = [name for key, name in self._tenants.items() for each in sent if hmac.compare_digest(key, each)]
-        if not found:
+        tenants = [name for key, name in self._tenants.items() for each in sent if hmac.compare_digest(key, each)]
+        if not tenants:
             raise ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
-        return found[0]
+        return tenants[0]
 
 
 def tenant(key):
-    """What stands for the owner of a key where the key itself must not be: 32 hexadecimal digits."""
+    """A key's digest, 32 hexadecimal digits, which names its owner wherever the key itself must not appear."""
     return hashlib.sha256(b"lockstep tenant " + key).hexdigest()[:32]
 
 
-class Hosts:
-    """Refuses requests that call this server by a name which could be another's; for servers without keys.
+class HostMiddleware:
+    """Refuses requests whose Host is a name that somebody else may own; for servers without API keys.
 
-    A web page from elsewhere can have its own name changed to this machine's address (DNS rebinding), and would then
-    read all that this server says. allowed: names that may be used besides addresses and localhost; "*": any.
+    A foreign web page can point its own name to this machine's address (DNS rebinding), and would then be allowed to
+    read this server's answers. allowed: names that a Host may have besides addresses and localhost; "*": any.
     """
 
     def __init__(self, app, allowed=()) -> None:
-        self._app, self._allowed = app, frozenset(target.name_of(each.encode("latin-1", "replace")) for each in allowed)
+        self._app, self._allowed = (
+            app,
+            frozenset(request_target.name_of(each.encode("latin-1", "replace")) for each in allowed),
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         host = dict(scope["headers"]).get(b"host") if scope["type"] == "http" else None
-        if host is not None and not self._may(target.name_of(host)):
+        if host is not None and not self._is_allowed(request_target.name_of(host)):
             raise ApiError(
                 403,
-                f"this server may not be called {target.shown(host)}, unless it is started with "
+                f"this server may not be called {request_target.quoted(host)}, unless it is started with "
                 f"--allowed-host, or with an --api-key",
                 code="host_not_allowed",
             )
         await self._app(scope, receive, send)
 
-    def _may(self, name):
-        return target.is_here(name) or name in self._allowed or "*" in self._allowed
+    def _is_allowed(self, name):
+        return request_target.is_local_name(name) or name in self._allowed or "*" in self._allowed
 
 
-class Origins:
-    """Refuses requests of web pages from elsewhere, which browsers send without asking first where they look simple.
+class OriginMiddleware:
+    """Refuses requests of foreign web pages: browsers send "simple" ones without a preflight request.
 
-    allowed: origins of pages that may, "*": of all. Pages of other schemes, such as those of extensions and files, are
-    from elsewhere, too.
+    allowed: origins whose pages may call the server; "*": all. Pages of extensions and files are foreign, too.
     """
 
     def __init__(self, app, allowed=()) -> None:
@@ -152,7 +155,7 @@ class Origins:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"]) if scope["type"] == "http" else {}
         origin = headers.get(b"origin", b"").decode("latin-1").lower()
-        if origin and scope["path"] not in OPEN_PATHS and not self._may(origin, headers.get(b"host", b"")):
+        if origin and scope["path"] not in OPEN_PATHS and not self._is_allowed(origin, headers.get(b"host", b"")):
             raise ApiError(
                 403,
                 f"web pages of {origin[:200]!r} may not call this server, unless it is started with --cors-origin",
@@ -160,7 +163,7 @@ class Origins:
             )
         await self._app(scope, receive, send)
 
-    def _may(self, origin, host):
-        scheme, _, place = origin.partition("://")
-        own = scheme in ("http", "https") and place == host.decode("latin-1").lower()
-        return own or bool(self._allowed & {origin, "*"})
+    def _is_allowed(self, origin, host):
+        scheme, _, authority = origin.partition("://")
+        is_own_page = scheme in ("http", "https") and authority == host.decode("latin-1").lower()
+        return is_own_page or bool(self._allowed & {origin, "*"})

@@ -1,4 +1,4 @@
-"""Listening: the socket, uvicorn, and how a server ends."""
+"""The sockets to listen on, the uvicorn server, and its shutdown."""
 
 import asyncio
 import contextlib
@@ -18,82 +18,83 @@ from lockstep.serve.service import Service
 
 BACKLOG = 1024
 IDLE_SECONDS = 75  # how long a connection may wait for its next request
-OWN_FILES = 256  # sockets that listen, models, caches, pipes
-LAST_SECONDS = 5  # for answers that were cut off to reach their clients
+OWN_FILES = 256  # open files besides connections: listening sockets, models, caches, pipes
+LAST_SECONDS = 5  # for the last bytes of interrupted answers to reach their clients
 
 
-def allow_files(limits: Limits) -> None:
-    """Lets this process have a file open for each connection that there may be, beside its own.
+def raise_open_file_limit(limits: Limits) -> None:
+    """Raises this process's limit of open files to one for each connection, plus OWN_FILES.
 
-    Else the system refuses connections, /health too, before they can be counted. ValueError where it may not have so
-    many.
+    Otherwise the system refuses connections, those to /health too, before the server can count them. ValueError where
+    the system's hard limit is too low.
     """
-    wanted = limits.max_connections + limits.spare_connections + OWN_FILES
+    needed = limits.max_connections + limits.spare_connections + OWN_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        if hard != resource.RLIM_INFINITY and hard < wanted:
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        if hard != resource.RLIM_INFINITY and hard < needed:
             raise ValueError(
-                f"{limits.max_connections} connections need {wanted} open files, and this process may "
+                f"{limits.max_connections} connections need {needed} open files, and this process may "
                 f"have {hard} (ulimit -n)"
             )
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def bind(host: str, port: int) -> list[socket.socket]:
-    """Sockets that listen on one port of every address of a host. "localhost" has 127.0.0.1 and ::1: clients try both.
+    """Sockets that listen on the same port of every address of a host; "localhost" means 127.0.0.1 and ::1.
 
-    An address that this machine does not have is left out, unless none is left. ValueError, in one sentence, if that is
-    not possible, such as where one of the addresses is in use.
+    Addresses that this machine does not have are left out. ValueError, in one sentence, where an address is in use or
+    none can be listened on.
     """
-    made: list[socket.socket] = []
+    sockets: list[socket.socket] = []
     try:
-        _bind_all(made, _addresses(host), port)
+        _bind_all(sockets, _addresses(host), port)
     except (OSError, OverflowError) as error:
-        for each in made:
+        for each in sockets:
             each.close()
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"cannot listen on {host} port {port}: {str(reason).lower()}") from None
-    return made
+    return sockets
 
 
 def _addresses(host: str) -> list[tuple[int, tuple]]:
-    """(family, socket address) of a host, each once, IPv4 first. OSError for a host that there is not."""
+    """(family, socket address) of a host, each once, IPv4 first. OSError for an unknown host."""
     if host.lower() == "localhost":
         return [(socket.AF_INET, ("127.0.0.1", 0)), (socket.AF_INET6, ("::1", 0))]
     found = [(each[0], each[4]) for each in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
     return sorted(dict.fromkeys(found), key=lambda each: each[0] != socket.AF_INET)
 
 
-def _bind_all(made: list[socket.socket], addresses: list[tuple[int, tuple]], port: int) -> None:
-    """Adds to `made` a socket for each address that this machine has. OSError where one cannot listen, or none is."""
+def _bind_all(sockets: list[socket.socket], addresses: list[tuple[int, tuple]], port: int) -> None:
+    """Adds to `sockets` a listening one for each address that this machine has. OSError where one cannot listen, or
+    this machine has none of the addresses."""
     missing = None
     for family, (address, _, *scope) in addresses:
         try:
-            one = socket.socket(family, socket.SOCK_STREAM)
-        except OSError as error:  # no IPv6 here
+            listener = socket.socket(family, socket.SOCK_STREAM)
+        except OSError as error:  # this machine has no IPv6
             missing = error
             continue
-        made.append(one)
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sockets.append(listener)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6 and len(addresses) > 1:
-            one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         try:
-            # port 0 is any free one for the first address, and that one for the others
-            one.bind((address, made[0].getsockname()[1] if len(made) > 1 else port, *scope))
-            one.listen(BACKLOG)
+            # with port 0 the system chooses a port for the first address, and the other addresses get the same port
+            listener.bind((address, sockets[0].getsockname()[1] if len(sockets) > 1 else port, *scope))
+            listener.listen(BACKLOG)
         except OSError as error:
             if error.errno != errno.EADDRNOTAVAIL:
                 raise
             missing = error
-            made.pop().close()
-    if not made and missing is not None:
+            sockets.pop().close()
+    if not sockets and missing is not None:
         raise missing
 
 
 class Server(uvicorn.Server):
-    """A server of an application and its Service. The first signal drains it, the second ends it at once.
+    """A uvicorn server of an application and its Service. The first signal drains it, the second ends it at once.
 
-    A terminal that closes only drains it, however often it says so. Where it is ignored (nohup), it still is.
+    SIGHUP, from a terminal that closes, only drains it, even if it comes twice; under nohup SIGHUP stays ignored.
     """
 
     def __init__(self, app, service: Service) -> None:
@@ -105,7 +106,7 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self):
-        """Inside, signals are handled by `handle_exit`."""
+        """A context in which `handle_exit` handles SIGINT, SIGTERM and SIGHUP."""
         with contextlib.ExitStack() as stack:
             is_main = threading.current_thread() is threading.main_thread()
             if is_main and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
@@ -114,15 +115,15 @@ class Server(uvicorn.Server):
             yield
 
     def handle_exit(self, sig, frame) -> None:
-        """A signal: new requests are refused from now on, those that run may end in their time."""
+        """On the first signal new requests are refused, and running ones get `drain_seconds` to complete."""
         if self._drained_by is None:
             self._service.drain()
             self._drained_by = time.monotonic() + self._service.limits.drain_seconds
-        elif sig != signal.SIGHUP:  # which comes twice from some shells
+        elif sig != signal.SIGHUP:  # some shells send SIGHUP twice
             self._drained_by = 0.0
 
     async def on_tick(self, counter):
-        """Called ten times a second; True ends the server."""
+        """uvicorn calls this ten times a second; True ends the server."""
         if self._drained_by is not None and (not self._service.num_open or time.monotonic() > self._drained_by):
             self._service.cut_off()
             await asyncio.sleep(0)

@@ -1,4 +1,4 @@
-"""What the routes share: the model and its engine, what a client may ask for, who is being answered, and metrics."""
+"""The state that all routes share: the model and its engine, limits, running generations, and metrics."""
 
 import asyncio
 import concurrent.futures
@@ -18,7 +18,7 @@ from lockstep.engine.selfcheck.check import NUMERICS
 from lockstep.engine.speculation.drafts import DraftCounts
 from lockstep.ops.attention.kv_cache import PAGE_TOKENS
 from lockstep.serve.errors import ApiError, not_allowed
-from lockstep.serve.generation import Job
+from lockstep.serve.generation import Generation
 from lockstep.serve.limits import Limits
 from lockstep.serve.metrics import Metrics
 from lockstep.text.conversation import ChatModel
@@ -32,17 +32,17 @@ T = TypeVar("T")
 WORKERS = 2  # threads for tokenizers, templates and grammars
 REFUSED = {"loading": "the model is still loading", "draining": "the server is shutting down"}
 LONGEST_RETRY = 60
-CLOSE_SECONDS = 20  # what is to be kept on disk is written in them
+CLOSE_SECONDS = 20  # for the engine to write its prefix cache to disk
 log = logging.getLogger("lockstep.http")
 
 
 class Service:
     """The state behind a server's routes. All but `offload`ed functions run on the event loop's thread.
 
-    model_name: what clients call the model; names: what else they may call it, or None for anything. share_prefixes:
-    whether one key's requests may use what another's computed for the same first tokens, which tells whether somebody
-    asked the same. state: "loading" until `open`, then "ready", "draining" after `drain`, and "closed". llm, engine (an
-    AsyncEngine), tokenizer and chat (a ChatModel) are there from `open` on.
+    model_name: the model's name in answers; names: further names that requests may use, or None for any name.
+    share_prefixes: whether requests of one API key may use prefixes that another key's requests computed, whose timing
+    tells that somebody asked the same. state: "loading" until `open`, then "ready", "draining" after `drain`, and
+    "closed". llm, engine (an AsyncEngine), tokenizer and chat (a ChatModel) are None before `open`.
     """
 
     def __init__(
@@ -63,9 +63,9 @@ class Service:
         self.tokenizer: Tokenizer | None = None
         self.chat: ChatModel | None = None
         self._fingerprint: str | None = None
-        self.jobs: set[Job] = set()
+        self.generations: set[Generation] = set()
         self.num_sequences, self.num_queued_tokens, self.num_bytes = 0, 0, 0
-        self.num_logprobs = 0  # the most that the answers in work may have
+        self.num_logprobs = 0  # the most log-probabilities that the running answers may have, together
         self.metrics, self.num_faults, self._has_logged_stop = Metrics(self), 0, False
         self._workers = concurrent.futures.ThreadPoolExecutor(WORKERS, "lockstep worker")
         self._num_offloaded, self._seconds_each = 0, 1.0
@@ -73,7 +73,7 @@ class Service:
     # ------------------------------------------------------------ life
 
     def open(self, llm: "LLM") -> None:
-        """Begins to answer with an LLM, which belongs to the service from then on."""
+        """Begins to answer requests with an LLM, which `close` closes."""
         self.llm = llm
         self.tokenizer = llm.tokenizer if llm.has_tokenizer else None
         if llm.has_tokenizer:
@@ -83,9 +83,34 @@ class Service:
 
     @property
     def loaded(self) -> "LLM":
-        """The LLM, where it is there: requests are read from `open` on."""
+        """The LLM, for code that runs after `open` only."""
         assert self.llm is not None, "requests are read from `open` on"
         return self.llm
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids of the model are below it."""
+        return self.loaded.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        """Numbers of an embedding."""
+        return self.loaded.hidden_size
+
+    @property
+    def pooling(self) -> str:
+        """The model's own pooling for embeddings. ValueError where it asks for one that is not supported."""
+        return self.loaded.pooling
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Token ids that end an answer."""
+        return self.loaded.engine.eos_ids
+
+    @property
+    def sampling_defaults(self) -> dict[str, Any]:
+        """The model's defaults for sampling fields that a request leaves out."""
+        return self.loaded.sampling_defaults
 
     @property
     def fingerprint(self) -> str | None:
@@ -97,18 +122,18 @@ class Service:
 
     @property
     def fingerprint_field(self) -> dict[str, str]:
-        """What an answer says of it: nothing, as long as it is not known."""
+        """The fingerprint as a field of an answer, which is left out as long as it is not known."""
         return {} if self.fingerprint is None else {"system_fingerprint": self.fingerprint}
 
     def drain(self) -> None:
-        """Refuses new requests from now on; those that run go on."""
+        """Refuses new requests from now on; running ones continue."""
         if self.state != "closed":
             self.state = "draining"
 
     def cut_off(self) -> None:
-        """Ends what is still being answered, with an error that says why."""
-        for job in list(self.jobs):
-            job.end(ApiError(503, "the server shut down before this answer was complete", code="shutting_down"))
+        """Ends all running answers with an error that says why."""
+        for generation in list(self.generations):
+            generation.end(ApiError(503, "the server shut down before this answer was complete", code="shutting_down"))
 
     def close(self) -> None:
         """Ends the engine and the workers. A step that does not end is not waited for."""
@@ -121,7 +146,7 @@ class Service:
 
     @property
     def trouble(self) -> str | None:
-        """Why only a restart is likely to help, or None."""
+        """Why only a restart of the server is likely to help, or None."""
         if self.num_faults >= self.limits.max_faults:
             return f"{self.num_faults} requests in a row failed, as the model's logits are not finite"
         return self.engine_trouble
@@ -141,11 +166,11 @@ class Service:
 
     @property
     def num_open(self) -> int:
-        """Requests that are being answered."""
-        return len(self.jobs)
+        """The number of requests that are being answered."""
+        return len(self.generations)
 
     def check_open(self) -> None:
-        """ApiError 503 unless requests are answered, 429 if no sequence more may wait. Before anything is read."""
+        """ApiError 503 unless the service is ready, 429 if no more sequences may wait. Called before a body is read."""
         trouble = self.engine_trouble
         if self.state in REFUSED or self.state == "closed" or trouble:
             reason = self.state if self.state != "ready" else "engine"
@@ -156,22 +181,22 @@ class Service:
                 code=reason,
                 retry_after=1 if reason == "loading" else None,
             )
-        if self.num_sequences >= self.most_sequences:
-            raise self.full("queue_full", f"{self.num_sequences} sequences are being answered or wait")
+        if self.num_sequences >= self.max_open_sequences:
+            raise self.too_busy("queue_full", f"{self.num_sequences} sequences are being answered or wait")
 
     @property
     def max_context(self) -> int:
-        """Tokens that a prompt and its answer may have: the model's context, or the KV cache where that is smaller."""
+        """The most tokens of a prompt and its answer: the model's context, or the KV cache where that is smaller."""
         return min(self.loaded.max_context, self.loaded.engine.limits.num_pages * PAGE_TOKENS)
 
     @property
     def max_counted(self) -> int:
-        """Tokens of a text that is only counted, or of which a part is kept, and so may be longer than the context."""
+        """The most tokens of a text that is only counted or is truncated, and may be longer than the context."""
         return max(self.max_context, self.limits.max_counted_tokens)
 
     @property
-    def most_sequences(self) -> int:
-        """Sequences that may run and wait together."""
+    def max_open_sequences(self) -> int:
+        """The most sequences that may run and wait together."""
         return self.loaded.max_requests + self.limits.max_queued
 
     def check_loaded(self) -> None:
@@ -180,72 +205,78 @@ class Service:
             raise ApiError(503, REFUSED["loading"], code="loading", retry_after=1)
 
     def check_workers(self) -> None:
-        """ApiError 429 if too much waits for a worker. For routes that are not admitted as sequences are."""
+        """ApiError 429 if too many calls wait for a worker thread. For routes that generate no sequences."""
         if self._num_offloaded >= self.limits.max_offloaded:
-            raise self.full("workers_busy", f"{self._num_offloaded} requests wait to be prepared")
+            raise self.too_busy("workers_busy", f"{self._num_offloaded} requests wait to be prepared")
 
-    def admit(self, job: Job, num_sequences: int, num_tokens: int, num_logprobs: int = 0) -> None:
+    def admit(self, generation: Generation, num_sequences: int, num_tokens: int, num_logprobs: int = 0) -> None:
         """Counts a request's sequences, prompt tokens and log-probabilities from now on. ApiError 429 if they are too
-        many beside those of others."""
-        others = self.num_sequences - job.num_sequences
-        if others and others + num_sequences > self.most_sequences:
-            raise self.full("queue_full", f"{others} sequences are being answered or wait, of {self.most_sequences}")
+        many together with those of the other requests."""
+        others = self.num_sequences - generation.num_sequences
+        if others and others + num_sequences > self.max_open_sequences:
+            raise self.too_busy(
+                "queue_full", f"{others} sequences are being answered or wait, of {self.max_open_sequences}"
+            )
         if self.num_queued_tokens and self.num_queued_tokens + num_tokens > self.limits.max_queued_tokens:
-            raise self.full(
+            raise self.too_busy(
                 "queue_tokens_full", f"{self.num_queued_tokens} prompt tokens wait, of {self.limits.max_queued_tokens}"
             )
         if self.num_logprobs and num_logprobs and self.num_logprobs + num_logprobs > self.limits.max_pending_logprobs:
-            raise self.full(
+            raise self.too_busy(
                 "answers_full",
                 f"{self.num_logprobs} log-probabilities are asked for, of {self.limits.max_pending_logprobs}",
             )
-        self.num_sequences += num_sequences - job.num_sequences
+        self.num_sequences += num_sequences - generation.num_sequences
         self.num_queued_tokens += num_tokens
         self.num_logprobs += num_logprobs
-        job.num_sequences, job.num_queued_tokens, job.num_logprobs = num_sequences, num_tokens, num_logprobs
+        generation.num_sequences, generation.num_queued_tokens, generation.num_logprobs = (
+            num_sequences,
+            num_tokens,
+            num_logprobs,
+        )
 
     def salt(self, tenant: str, cache_salt: str) -> str:
-        """What a request of a tenant's must have in common with another to share prefixes, in memory and on disk."""
+        """The salt of the engine's prefix cache, in memory and on disk: requests with equal salts share prefixes."""
         return cache_salt if self.shares_prefixes else f"{tenant}:{cache_salt}"
 
-    def full(self, reason: str, message: str) -> ApiError:
-        """ApiError 429, counted under its reason, which also is its code."""
+    def too_busy(self, reason: str, message: str) -> ApiError:
+        """ApiError 429, counted in the metrics under its reason, which also is its code."""
         self.metrics.refused[reason] += 1
         return ApiError(429, f"the server is busy: {message}", code=reason, retry_after=self._retry_after())
 
     def _retry_after(self) -> int:
-        """Seconds until what waits now will be answered, judged by how long answers took."""
-        slots = self.most_sequences - self.limits.max_queued
+        """Seconds until the sequences that wait now will be answered, estimated from the duration of past answers."""
+        slots = self.max_open_sequences - self.limits.max_queued
         return max(1, min(LONGEST_RETRY, math.ceil(self._seconds_each * self.num_sequences / slots)))
 
-    def enter(self, job: Job) -> None:
-        """A request begins to be answered: it counts as one sequence until `admit` knows better."""
-        self.jobs.add(job)
-        self.num_sequences += job.num_sequences
+    def enter(self, generation: Generation) -> None:
+        """A generation begins: it counts as one sequence until `admit` knows their number."""
+        self.generations.add(generation)
+        self.num_sequences += generation.num_sequences
 
-    def leave(self, job: Job) -> None:
-        """A request's answer ended, however it did."""
-        self.jobs.discard(job)
-        self.num_sequences -= job.num_sequences
-        self.num_queued_tokens -= job.num_queued_tokens
-        self.num_logprobs -= job.num_logprobs
-        if job.streams:
-            self._seconds_each += 0.1 * (job.seconds - self._seconds_each)
+    def leave(self, generation: Generation) -> None:
+        """A generation ended, with success or without."""
+        self.generations.discard(generation)
+        self.num_sequences -= generation.num_sequences
+        self.num_queued_tokens -= generation.num_queued_tokens
+        self.num_logprobs -= generation.num_logprobs
+        if generation.streams:
+            self._seconds_each += 0.1 * (generation.seconds - self._seconds_each)
 
     def note_end(self, is_fault: bool) -> None:
-        """A request's sequences ended. is_fault: the model gave no finite numbers for one of them.
+        """A request's sequences ended. is_fault: the model's logits were not finite for one of them.
 
-        Faults in a row make `trouble`; requests are still answered, and one that goes well ends it.
+        `max_faults` in a row make `trouble`; requests are still answered, and a request that succeeds ends it.
         """
         self.num_faults = self.num_faults + 1 if is_fault else 0
 
     # ------------------------------------------------------------ work beside the event loop
 
     async def offload(self, function: Callable[..., T], *args: Any) -> T:
-        """Runs a function in a worker thread; returns what it does.
+        """Runs a function in a worker thread; returns its result.
 
-        A ValueError becomes ApiError 400, Busy a 429. ApiError 503 if it takes too long: it then goes on without
-        anybody waiting for it, so it must be bounded in itself, too.
+        A ValueError becomes ApiError 400, Busy a 429. ApiError 503 if it takes too long: the function then runs on with
+        nobody waiting for it, so it must also be bounded in itself.
         """
         self._num_offloaded += 1
         running = asyncio.get_running_loop().run_in_executor(self._workers, function, *args)
@@ -256,7 +287,7 @@ class Service:
         except ValueError as error:
             raise not_allowed(error) from None
         except Busy as error:
-            raise self.full(error.code, str(error)) from None
+            raise self.too_busy(error.code, str(error)) from None
         except TimeoutError:
             running.cancel()
             raise ApiError(
@@ -266,7 +297,7 @@ class Service:
     def _offloaded(self, running: asyncio.Future[Any]) -> None:
         self._num_offloaded -= 1
         if not running.cancelled():
-            running.exception()  # marks it as seen, where nobody waited any more
+            running.exception()  # so that asyncio does not warn of an exception that nobody retrieved
 
     # ------------------------------------------------------------ reports
 
@@ -279,7 +310,7 @@ class Service:
         return {} if self.llm is None else self.llm.engine.draft_counts()
 
     def explain(self, error: BaseException) -> ApiError:
-        """Any exception as the ApiError that a client may see; what is the server's own fault is logged."""
+        """Any exception as the ApiError that a client may see; the server's own faults are logged."""
         if isinstance(error, ApiError):
             return error
         if isinstance(error, EngineStopped):
@@ -289,15 +320,15 @@ class Service:
         return ApiError(500, "the server failed to answer this request; its log says why", code="internal_error")
 
     def _log_stop(self, cause: BaseException | None) -> None:
-        """Says once why the engine stopped; a service that was closed is no news."""
+        """Logs once why the engine stopped, unless the service was closed."""
         if cause is not None and not self._has_logged_stop:
             self._has_logged_stop = True
             log.error("the engine stopped", exc_info=cause)
 
     def name_in_answers(self, name: str | None) -> str:
-        """The model's name in an answer to a request for `name`; None and "" ask for the one model that there is.
+        """The model's name in an answer to a request for `name`; None and "" mean the server's only model.
 
-        ApiError 404 for a name that the model does not answer to.
+        ApiError 404 for a name that the model does not have.
         """
         if not name:
             return self.model_name
@@ -312,11 +343,10 @@ class Service:
 
 
 def system_fingerprint(llm: "LLM") -> str:
-    """Names all that an answer depends on besides the request: arithmetic, weights, tokenizer, template and defaults.
-
-    Waits for the model's content hash.
+    """A hash of all that an answer depends on besides the request: arithmetic, weights, tokenizer, template and
+    defaults. Waits for the model's content hash.
     """
-    known = [
+    parts = [
         hashlib.sha256(model_identity(llm.model, NUMERICS)).hexdigest(),
         llm.content.wait(),
         sorted(llm.engine.eos_ids),
@@ -324,7 +354,7 @@ def system_fingerprint(llm: "LLM") -> str:
     ]
     if llm.has_tokenizer:
         tokenizer = llm.tokenizer
-        known += [tokenizer.backend.to_str(), dict(tokenizer.chat_templates), dict(tokenizer.special_tokens)]
-    with contextlib.suppress(ValueError):  # one that is not supported makes no embeddings unless they ask for another
-        known.append(llm.pooling)
-    return "fp_" + hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
+        parts += [tokenizer.backend.to_str(), dict(tokenizer.chat_templates), dict(tokenizer.special_tokens)]
+    with contextlib.suppress(ValueError):  # without a supported pooling embeddings depend on the request's alone
+        parts.append(llm.pooling)
+    return "fp_" + hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

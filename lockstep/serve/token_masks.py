@@ -18,11 +18,12 @@ Mask = SpeculativeMask | None
 
 
 class TokenMask(SpeculativeMask):
-    """A logits_mask (see SamplingParams) that leaves out tokens, and what another mask does not allow.
+    """A logits_mask (see SamplingParams) of the tokens that are allowed, not banned, and allowed by another mask.
 
     allowed: token ids, or None for all; banned: sequences of token ids, whose last token is not allowed after the
-    others; ends: the tokens that end an answer, which the other mask may do where it leaves nothing else. It has no
-    state of its own, so that several samples may share it.
+    tokens before it; other: a further mask, such as a grammar's; ends: the tokens that end an answer, which stay
+    allowed where `other` allows them and no other token is left. A TokenMask has no state of its own, so that several
+    samples may share it.
     """
 
     def __init__(
@@ -35,10 +36,9 @@ class TokenMask(SpeculativeMask):
     ) -> None:
         self._bits = np.zeros(-(-vocab_size // 32), np.uint32)
         self._set(self._bits, np.arange(vocab_size) if allowed is None else np.array(allowed, np.int64))
-        single = [ids[0] for ids in banned if len(ids) == 1]
-        self._clear(self._bits, single)
-        self._longer = [(list(ids[:-1]), ids[-1]) for ids in banned if len(ids) > 1]
-        self._longest = max((len(before) for before, _ in self._longer), default=0)
+        self._clear(self._bits, [ids[0] for ids in banned if len(ids) == 1])
+        self._banned_after = [(list(ids[:-1]), ids[-1]) for ids in banned if len(ids) > 1]
+        self._longest = max((len(before) for before, _ in self._banned_after), default=0)
         self._other, self._ends = other, np.zeros_like(self._bits)
         self._set(self._ends, np.array(ends, np.int64))
 
@@ -70,35 +70,35 @@ class TokenMask(SpeculativeMask):
         return self._num_left_in(output_ids, drafts[:most])
 
     def _tails(self, output_ids: list[int], drafts: Sequence[int]) -> Iterator[list[int]]:
-        """As much of the output as counts, and the same after each of the drafts."""
+        """The last tokens of the output, as many as banned sequences need, and the same after each of the drafts."""
         tail = output_ids[-self._longest :] if self._longest else []
         return itertools.accumulate(drafts, lambda before, token: [*before, token], initial=tail)
 
     def _num_left_in(self, output_ids: list[int], tokens: Sequence[int]) -> int:
-        """How many tokens that follow the output there are before the first that is left out."""
+        """How many of the tokens, which follow the output, come before the first one that is not allowed."""
         for i, (tail, token) in enumerate(zip(self._tails(output_ids, tokens), tokens, strict=False)):
             if not int(self._narrowed(tail, None)[token // 32]) >> token % 32 & 1:
                 return i
         return len(tokens)
 
     def _narrowed(self, tail: list[int], found: np.ndarray | None) -> np.ndarray:
-        """What the other mask found for the token after a text, without what is left out."""
-        ended = [last for before, last in self._longer if tail[-len(before) :] == before]
-        if found is None and not ended:
+        """The allowed tokens after a tail. found: the other mask's tokens there, or None for all."""
+        banned = [last for before, last in self._banned_after if tail[-len(before) :] == before]
+        if found is None and not banned:
             return self._bits
         if found is None:
             bits = self._bits.copy()
-            self._clear(bits, ended)
+            self._clear(bits, banned)
             return bits
         found = np.asarray(found).view(np.uint32)
         bits = self._bits & found
-        self._clear(bits, ended)
+        self._clear(bits, banned)
         return bits if bits.any() else found & self._ends
 
 
 class UntilComplete(SpeculativeMask):
-    """A logits_mask for a grammar and ignore_eos: the tokens of another mask, but those that end an answer only where
-    there are no others. The answer then ends: there is nothing that it could go on with."""
+    """A logits_mask for a grammar with ignore_eos: the grammar's tokens without those that end an answer, unless no
+    other token is allowed: the text is complete then, and the answer ends."""
 
     def __init__(self, other: SpeculativeMask, llm: "LLM") -> None:
         self._other = other
@@ -106,10 +106,10 @@ class UntilComplete(SpeculativeMask):
 
     def __call__(self, output_ids: list[int]) -> np.ndarray:
         """uint32 [ceil(vocabulary / 32)] for the token after these."""
-        return self._going_on(self._other(output_ids))
+        return self._without_ends(self._other(output_ids))
 
     def masks(self, output_ids: list[int], drafts: Sequence[int], first: int = 0) -> Iterator[np.ndarray]:
-        return map(self._going_on, self._other.masks(output_ids, drafts, first))
+        return map(self._without_ends, self._other.masks(output_ids, drafts, first))
 
     def forced(self, output_ids: list[int], drafts: Sequence[int]) -> list[int]:
         return self._other.forced(output_ids, drafts)
@@ -117,44 +117,45 @@ class UntilComplete(SpeculativeMask):
     def num_allowed(self, output_ids: list[int], drafts: Sequence[int]) -> int:
         return self._other.num_allowed(output_ids, drafts)
 
-    def _going_on(self, found: np.ndarray | None) -> np.ndarray:
+    def _without_ends(self, found: np.ndarray | None) -> np.ndarray:
         words = np.asarray(found).view(np.uint32)
         others = words & ~self._ends
         return others if others.any() else words
 
 
-def narrowing(fields) -> list[str]:
-    """The names of a request's fields that may leave it without a token to choose: first those that leave out tokens,
-    then those that give the answer a form."""
-    left_out = [
+def narrowing_fields(fields) -> list[str]:
+    """The names of a request's fields that may leave no allowed token: first those that forbid tokens, then those that
+    constrain the answer by a grammar."""
+    forbidding = [
         name for name in ("allowed_token_ids", "bad_words", "suppress_tokens", "min_tokens") if getattr(fields, name)
     ]
-    return left_out + fields.form_names + (["tools"] if getattr(fields, "tools", None) else [])
+    return forbidding + fields.format_fields + (["tools"] if getattr(fields, "tools", None) else [])
 
 
-def combined(service: Service, fields, grammar_masks: Sequence[Mask], has_form: bool) -> Sequence[Mask]:
-    """Masks of grammars, or None, with what else SamplingFields leave out. It tokenizes: it may take a while.
+def combined_masks(service: Service, fields, grammar_masks: Sequence[Mask], covers_answer: bool) -> Sequence[Mask]:
+    """Masks of grammars (None: no grammar) combined with allowed_token_ids and bad_words of SamplingFields.
 
-    has_form: the grammars hold the answers from their beginnings on; ignore_eos then ends with them, and is switched
-    off. ApiError 400.
+    covers_answer: the grammars constrain whole answers; with ignore_eos, which is switched off in `fields`, an answer
+    then ends where its grammar ends. ApiError 400. It tokenizes, which may take a while.
     """
-    allowed, words, made = fields.allowed_token_ids, fields.bad_words, list(grammar_masks)
+    allowed, words, masks = fields.allowed_token_ids, fields.bad_words, list(grammar_masks)
     if allowed is not None or words:
         if allowed is not None:
             if not allowed:
                 raise wrong_field("allowed_token_ids", "expected at least one token id, got none")
             allowed = check_ids(service, allowed, "allowed_token_ids")
-        banned, ends = bad_sequences(service, words or []), sorted(service.loaded.engine.eos_ids)
-        made = [TokenMask(service.loaded.vocab_size, allowed, banned, other, ends) for other in made]
-    if has_form and fields.ignore_eos:
+        banned, ends = bad_sequences(service, words or []), sorted(service.eos_ids)
+        masks = [TokenMask(service.vocab_size, allowed, banned, mask, ends) for mask in masks]
+    if covers_answer and fields.ignore_eos:
         fields.ignore_eos = False
-        made = [mask and UntilComplete(mask, service.loaded) for mask in made]
-    return made
+        masks = [mask and UntilComplete(mask, service.loaded) for mask in masks]
+    return masks
 
 
 def bad_sequences(service: Service, words: list[str]) -> list[list[int]]:
-    """Token ids of words, in the middle of a text and, where that is another single token, after a space: as vLLM."""
-    limits, made = service.limits, []
+    """Token ids of words as vLLM has them: without a space before the word, and also with one where that gives as many
+    tokens of which the first differs."""
+    limits, sequences = service.limits, []
     check_most("bad_words", len(words), limits.max_logit_bias, "words")
     for word in words:
         if not word.strip() or len(word) > limits.max_stop_chars:
@@ -166,7 +167,7 @@ def bad_sequences(service: Service, words: list[str]) -> list[list[int]]:
         spaced = encode(f" {word.lstrip()}", add_special_tokens=False)
         if not plain:
             raise wrong_field("bad_words", f"expected words that have tokens, got {word!r}")
-        made.append(plain)
+        sequences.append(plain)
         if len(spaced) == len(plain) and spaced[0] != plain[0]:
-            made.append(spaced)
-    return made
+            sequences.append(spaced)
+    return sequences

@@ -12,7 +12,7 @@ import pytest
 from lockstep.serve.connections import Connections
 from lockstep.serve.limits import Limits
 from lockstep.serve.request_target import name_of
-from lockstep.serve.server import OWN_FILES, allow_files
+from lockstep.serve.server import OWN_FILES, raise_open_file_limit
 from tests.serve.program import program
 from tests.serve.raw import connect, exchange, head, read_all, request
 from tests.serve.server import running, wait_until
@@ -220,12 +220,12 @@ def test_a_process_may_open_a_file_for_each_connection():
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
-        allow_files(Limits(max_connections=300, spare_connections=4))
+        raise_open_file_limit(Limits(max_connections=300, spare_connections=4))
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (304 + OWN_FILES, hard)
-        allow_files(Limits(max_connections=8))  # it is never lowered
+        raise_open_file_limit(Limits(max_connections=8))  # it is never lowered
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 304 + OWN_FILES
         if hard != resource.RLIM_INFINITY:
             with pytest.raises(ValueError, match=rf"{hard} connections need {hard + 272} open files, .* \(ulimit -n\)"):
-                allow_files(Limits(max_connections=hard))
+                raise_open_file_limit(Limits(max_connections=hard))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

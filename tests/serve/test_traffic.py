@@ -207,12 +207,17 @@ def answering(**limits):
     """A Running server and the readers of streams that have begun, and an event, without which they do not end."""
     go = threading.Event()
     with running(max_requests=32, limits=Limits(**limits)) as made:
-        engine, jobs = made.service.engine.engine, made.service.jobs
+        engine, generations = made.service.engine.engine, made.service.generations
         step = engine.step
 
         def step_or_wait():
-            wait_until(lambda: (len(jobs) == READERS and all(job.requests for job in list(jobs))) or go.is_set())
-            if all(request.output_ids for job in list(jobs) for request in job.requests):
+            wait_until(
+                lambda: (
+                    (len(generations) == READERS and all(generation.requests for generation in list(generations)))
+                    or go.is_set()
+                )
+            )
+            if all(request.output_ids for generation in list(generations) for request in generation.requests):
                 go.wait(300)
             return step()
 

@@ -1,4 +1,4 @@
-"""Answers as blocks: thoughts, texts and tool calls, one after the other, in Anthropic's and OpenAI's newer API."""
+"""Answers as a list of blocks (thoughts, texts, tool calls), as /v1/messages and /v1/responses report them."""
 
 from dataclasses import dataclass, field
 
@@ -9,9 +9,9 @@ KINDS = {Content: "text", Reasoning: "thought", CallStart: "call"}
 
 @dataclass
 class Block:
-    """One block. kind: "text", "thought" or "call"; index: its place; call: the CallStart of a call; pieces: its text,
-    or the JSON text of its arguments; tokens: those that the pieces of a text came from, as far as they are known;
-    is_cut: the answer ended within its arguments, which were completed."""
+    """One block. kind: "text", "thought" or "call"; index: its position in the answer; call: the CallStart of a call;
+    pieces: its text, or the JSON text of a call's arguments; tokens: the Tokens of a text, where the parser gives them;
+    is_cut: whether the answer ended within a call's arguments, which the parser then completed."""
 
     kind: str
     index: int
@@ -22,19 +22,19 @@ class Block:
 
     @property
     def text(self) -> str:
-        """All pieces."""
+        """All pieces, joined."""
         return "".join(self.pieces)
 
 
 class Blocks:
-    """Collects a parser's events in blocks. all: those that have begun."""
+    """Collects a parser's events in blocks. all: the blocks that have begun."""
 
     def __init__(self) -> None:
         self.all = []
         self._open = None
 
     def add(self, events):
-        """Yields what events do, in order: ("open", block, None), ("piece", block, event), ("close", block, None)."""
+        """Yields the changes of new events: ("open", block, None), ("piece", block, event), ("close", block, None)."""
         for event in events:
             kind = KINDS.get(type(event), "call")
             if self._open is None or kind != self._open.kind or isinstance(event, CallStart):
@@ -49,15 +49,15 @@ class Blocks:
                 yield "piece", self._open, event
 
     def close(self):
-        """Closes the block that is open, if there is one."""
+        """Yields the change ("close", block, None) if a block is open."""
         if self._open is not None:
             yield "close", self._open, None
             self._open = None
 
 
 def collect(events):
-    """The blocks of all events of an answer."""
-    made = Blocks()
-    for _ in made.add(events):
+    """The blocks of a complete answer's events."""
+    blocks = Blocks()
+    for _ in blocks.add(events):
         pass
-    return made.all
+    return blocks.all

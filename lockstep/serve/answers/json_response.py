@@ -1,4 +1,4 @@
-"""Values as JSON bytes."""
+"""JSON of answers, whole or piece by piece."""
 
 import json
 import secrets
@@ -7,42 +7,42 @@ from typing import Any
 
 from starlette.responses import Response
 
-PART = 64  # elements of an array that are made at once
+PART = 64  # the number of an array's elements that are made at once
 
 
 class Parts:
-    """An array of JSON that is made in parts, which are lists; it can be gone through once."""
+    """A JSON array that is made part by part, each a list of elements. It can be iterated once."""
 
     def __init__(self, parts: Iterable[list]) -> None:
         self.parts = parts
 
 
-def in_parts(count: int, make: Callable[[int, int], list]) -> Parts:
-    """An array of `count` elements, of which make(start, end) gives some."""
-    return Parts(make(start, min(start + PART, count)) for start in range(0, count, PART))
+def in_parts(num_elements: int, make_elements: Callable[[int, int], list]) -> Parts:
+    """An array whose elements start .. end are make_elements(start, end)."""
+    return Parts(make_elements(start, min(start + PART, num_elements)) for start in range(0, num_elements, PART))
 
 
 def _whole(value: object) -> list:
     if isinstance(value, Parts):
         return [each for part in value.parts for each in part]
-    raise TypeError(f"{type(value).__name__} is no JSON")
+    raise TypeError(f"{type(value).__name__} is not a JSON value")
 
 
 _encoder = json.JSONEncoder(separators=(",", ":"), allow_nan=False, default=_whole)
 
 
 def to_text(value: Any) -> str:
-    """A value as compact JSON; a string as it stands inside a larger one. ValueError for NaN and infinity."""
+    """A value as compact JSON text, in ASCII. ValueError for NaN and infinity."""
     return _encoder.encode(value)
 
 
 def to_json(value: Any) -> bytes:
-    """The same as bytes."""
+    """A value as compact JSON bytes, in ASCII. ValueError for NaN and infinity."""
     return _encoder.encode(value).encode("ascii")
 
 
 def json_pieces(value: object) -> Iterator[bytes]:
-    """The same in pieces: each part of the Parts in it is one, made when it is asked for."""
+    """Yields the JSON bytes of a value in pieces: each part of the Parts in it becomes a piece when it is needed."""
     arrays, mark = [], secrets.token_hex(16)
 
     def hold(array: Parts) -> str:
@@ -61,5 +61,5 @@ def json_pieces(value: object) -> Iterator[bytes]:
 
 
 def json_response(value: Any, status: int = 200) -> Response:
-    """A value, or its JSON as bytes, as a response."""
+    """The response with a value, or with JSON bytes."""
     return Response(value if isinstance(value, bytes) else to_json(value), status, media_type="application/json")

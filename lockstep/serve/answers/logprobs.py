@@ -1,4 +1,4 @@
-"""Log-probabilities as OpenAI's two routes and vLLM report them."""
+"""Log-probabilities in the shapes of OpenAI's two routes, and prompt_logprobs in vLLM's."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from lockstep.text.tokenizer.tokenizer import Detokenizer, Tokenizer, answer_rea
 
 
 def token_text(tokenizer: Tokenizer | None, token_id):
-    """A token as text; its bytes, where they are no text by themselves; its id, where there is no tokenizer."""
+    """A token's text; "bytes:..." where its bytes alone are not text; "token_id:..." without a tokenizer."""
     if tokenizer is None:
         return f"token_id:{token_id}"
     raw = tokenizer.token_bytes(token_id)
@@ -23,8 +23,8 @@ def token_text(tokenizer: Tokenizer | None, token_id):
 class LegacyLogprobs:
     """Log-probabilities of one sequence in the shape of /v1/completions: parallel lists, alternatives by their text.
 
-    with_prompt: those of the prompt come before those of the answer. They are asked for once, from the beginning to the
-    end. text_offset counts characters from where the first begins.
+    with_prompt: whether the prompt's tokens come before those of the answer. Tokens must be asked for once, in order.
+    text_offset counts characters from the first token.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, request: Request, with_prompt: bool) -> None:
@@ -34,22 +34,22 @@ class LegacyLogprobs:
             self._reader = Detokenizer(tokenizer) if with_prompt else answer_reader(tokenizer, request)
 
     def part(self, start: int, end: int) -> dict[str, list]:
-        """Those of output tokens start .. end, and of the prompt before the first of them."""
-        return self._described(*self._known(start, end))
+        """The columns for output tokens start .. end, and with start 0 for the prompt's tokens before them."""
+        return self._columns(*self._token_values(start, end))
 
     def whole(self, num_output: int) -> dict[str, Parts]:
-        """Those of a finished request with so many output tokens.
+        """The columns for the first `num_output` output tokens of a finished request, as Parts.
 
-        The alternatives, of which there are most, come first: the other lists are filled meanwhile.
+        top_logprobs is the largest column and comes first: making its parts fills the other columns.
         """
-        ids, logprobs, tops = self._known(0, num_output)
+        ids, logprobs, tops = self._token_values(0, num_output)
         columns: dict[str, list] = dict(tokens=[], token_logprobs=[], text_offset=[])
 
         def alternatives(start: int, end: int) -> list:
-            made = self._described(ids[start:end], logprobs[start:end], tops[start:end])
+            part = self._columns(ids[start:end], logprobs[start:end], tops[start:end])
             for name, column in columns.items():
-                column += made[name]
-            return made["top_logprobs"]
+                column += part[name]
+            return part["top_logprobs"]
 
         filled = {
             name: in_parts(len(ids), lambda start, end, column=column: column[start:end])
@@ -57,8 +57,8 @@ class LegacyLogprobs:
         }
         return dict(top_logprobs=in_parts(len(ids), alternatives), **filled)
 
-    def _known(self, start: int, end: int) -> tuple[list[int], list[float | None], list[dict | None]]:
-        """Ids, log-probabilities and alternatives; of a prompt's first token nothing is known."""
+    def _token_values(self, start: int, end: int) -> tuple[list[int], list[float | None], list[dict | None]]:
+        """Ids, log-probabilities and alternatives of tokens; None for a prompt's first token, which has neither."""
         request = self._request
         ids, logprobs = request.output_ids[start:end], request.logprobs[start:end]
         tops = _filled(request.top_logprobs[start:end], len(ids))
@@ -67,45 +67,46 @@ class LegacyLogprobs:
         prompt_tops = _filled([None, *request.prompt_top_logprobs], len(request.prompt_ids))
         return request.prompt_ids + ids, [None, *request.prompt_logprobs, *logprobs], prompt_tops + tops
 
-    def _described(self, ids: list[int], logprobs: list[float | None], tops: list[dict | None]) -> dict[str, list]:
+    def _columns(self, ids: list[int], logprobs: list[float | None], tops: list[dict | None]) -> dict[str, list]:
         top_logprobs = [self._alternatives(*each) for each in zip(ids, logprobs, tops, strict=True)]
         offsets, texts = zip(*map(self._advance, ids), strict=True) if ids else ((), ())
         return dict(tokens=list(texts), token_logprobs=logprobs, top_logprobs=top_logprobs, text_offset=list(offsets))
 
     def _alternatives(self, token_id: int, logprob: float | None, top: dict | None) -> dict[str, float] | None:
-        """{text: log-probability}, best first and with the token itself; of ids with the same text the best counts."""
+        """{text: log-probability} of the alternatives, best first, and of the token itself. Where several ids have the
+        same text, the best one counts."""
         if logprob is None:
             return None
-        made: dict[str, float] = {}
+        by_text: dict[str, float] = {}
         for other, value in top.items() if top else ():
-            made.setdefault(token_text(self._tokenizer, other), value)
-        made.setdefault(token_text(self._tokenizer, token_id), logprob)
-        return made
+            by_text.setdefault(token_text(self._tokenizer, other), value)
+        by_text.setdefault(token_text(self._tokenizer, token_id), logprob)
+        return by_text
 
     def _advance(self, token_id):
-        """Where a token's text begins, and the text: for the first of a text without the space that begins one."""
-        at, text = self._offset, token_text(self._tokenizer, token_id)
+        """(text_offset, text) of the next token. The first token of a text loses the space that detokenizing drops."""
+        offset, text = self._offset, token_text(self._tokenizer, token_id)
         if self._reader is None:
-            return at, text
+            return offset, text
         begins_text, shown = self._reader.at_start, self._reader.push(token_id)
         self._offset += len(shown)
-        return at, shown if begins_text and text == " " + shown else text
+        return offset, shown if begins_text and text == " " + shown else text
 
 
-def _filled(tops: Sequence[dict | None], count: int) -> list[dict | None]:
-    """Alternatives of so many tokens: none were found where none were asked for."""
-    return [*tops, *[{}] * (count - len(tops))]
+def _filled(tops: Sequence[dict | None], num_tokens: int) -> list[dict | None]:
+    """Alternatives of `num_tokens` tokens: {} for tokens without any."""
+    return [*tops, *[{}] * (num_tokens - len(tops))]
 
 
 def chat_logprobs(tokenizer: Tokenizer, request: Request, start: int, end: int) -> dict[str, Any]:
-    """Those of output tokens start .. end in the shape of /v1/chat/completions: an object for each, with its bytes."""
+    """Log-probabilities of output tokens start .. end in the shape of /v1/chat/completions: an object for each."""
     tops = request.top_logprobs or [{}] * end
-    each = zip(request.output_ids[start:end], request.logprobs[start:end], tops[start:end], strict=True)
-    return dict(content=[one_logprob(tokenizer, *of_token) for of_token in each], refusal=None)
+    tokens = zip(request.output_ids[start:end], request.logprobs[start:end], tops[start:end], strict=True)
+    return dict(content=[token_logprob(tokenizer, *token) for token in tokens], refusal=None)
 
 
-def whole_logprobs(tokenizer: Tokenizer, request: Request) -> dict[str, Any]:
-    """Those of a finished request, in parts."""
+def all_chat_logprobs(tokenizer: Tokenizer, request: Request) -> dict[str, Any]:
+    """Log-probabilities of all output tokens of a finished request in the shape of /v1/chat/completions, as Parts."""
     return dict(
         refusal=None,
         content=in_parts(
@@ -114,18 +115,18 @@ def whole_logprobs(tokenizer: Tokenizer, request: Request) -> dict[str, Any]:
     )
 
 
-def one_logprob(tokenizer: Tokenizer, token_id: int, logprob: float, top: dict[int, float] | None) -> dict[str, Any]:
-    """That of one token. top: {id: log-probability} of the likeliest in its place, or None."""
-    made = _described(tokenizer, token_id, logprob)
-    return made | dict(top_logprobs=[_described(tokenizer, other, value) for other, value in (top or {}).items()])
+def token_logprob(tokenizer: Tokenizer, token_id: int, logprob: float, top: dict[int, float] | None) -> dict[str, Any]:
+    """The object of one token and its alternatives. top: {id: log-probability} of the alternatives, or None."""
+    alternatives = [_without_alternatives(tokenizer, other, value) for other, value in (top or {}).items()]
+    return _without_alternatives(tokenizer, token_id, logprob) | dict(top_logprobs=alternatives)
 
 
-def _described(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
+def _without_alternatives(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
     return dict(token=token_text(tokenizer, token_id), logprob=logprob, bytes=list(tokenizer.token_bytes(token_id)))
 
 
 def check_prompt_logprobs(fields) -> None:
-    """ApiError 400 where the prompt_logprobs of a completion or chat have no place in the answer."""
+    """ApiError 400 for prompt_logprobs in a stream, or beside echo with logprobs, which reports the same."""
     if fields.prompt_logprobs is None:
         return
     if fields.stream:
@@ -137,20 +138,20 @@ def check_prompt_logprobs(fields) -> None:
 
 
 def prompt_logprobs(tokenizer: Tokenizer | None, request) -> Parts:
-    """Those of a finished request's prompt as vLLM has them, an array: None for the first token, then
-    {id: {"logprob", "rank", "decoded_token"}} of the likeliest tokens and of the prompt's own, whose rank is None where
-    it is not among them."""
+    """Log-probabilities of a finished request's prompt in vLLM's shape, an array: None for the first token, then
+    {id: {"logprob", "rank", "decoded_token"}} of the alternatives and of the prompt's token, whose rank is None where
+    it is not among the alternatives."""
     tops = request.prompt_top_logprobs or [{}] * len(request.prompt_logprobs)
-    known = list(zip(request.prompt_ids[1:], request.prompt_logprobs, tops, strict=True))
+    tokens = list(zip(request.prompt_ids[1:], request.prompt_logprobs, tops, strict=True))
 
-    def of_tokens(start: int, end: int) -> list[dict | None]:
-        made: list[dict | None] = [_of_token(tokenizer, *each) for each in known[max(0, start - 1) : end - 1]]
+    def elements(start: int, end: int) -> list[dict | None]:
+        made: list[dict | None] = [_prompt_logprob(tokenizer, *each) for each in tokens[max(0, start - 1) : end - 1]]
         return made if start else [None, *made]
 
-    return in_parts(1 + len(known), of_tokens)
+    return in_parts(1 + len(tokens), elements)
 
 
-def _of_token(tokenizer: Tokenizer | None, token_id: int, logprob: float, top: dict[int, float]) -> dict:
+def _prompt_logprob(tokenizer: Tokenizer | None, token_id: int, logprob: float, top: dict[int, float]) -> dict:
     ranked: dict[int, tuple[float, int | None]] = {}
     for rank, (other, value) in enumerate(top.items(), 1):
         ranked[other] = value, rank

@@ -1,4 +1,4 @@
-"""Answers that come in pieces: server-sent events, and large ones, which others are answered between."""
+"""Answers sent in pieces: server-sent events, and large JSON between whose pieces other requests have their turn."""
 
 import asyncio
 import contextlib
@@ -8,12 +8,12 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from lockstep.serve.answer_size import num_held
+from lockstep.serve.answer_size import num_values_held
 from lockstep.serve.answers.json_response import json_pieces, json_response, to_json
 from lockstep.serve.errors import shape_for
-from lockstep.serve.generation import Job
+from lockstep.serve.generation import Generation
 
-LARGE = 1 << 14  # values; fewer take a few milliseconds and a megabyte
+LARGE = 1 << 14  # values; the JSON of fewer takes at most a few milliseconds and a megabyte
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 LOOK_SECONDS = 0.05
@@ -24,25 +24,25 @@ HEADERS = [
 ]
 
 
-def data(value):
-    """An event in OpenAI's form."""
+def data_event(value):
+    """A server-sent event without a name, as in OpenAI's streams."""
     return b"data: %b\n\n" % to_json(value)
 
 
-def named(name, value):
-    """An event with a name of its own, in Anthropic's form."""
+def named_event(name, value):
+    """A server-sent event with a name, as in streams of /v1/messages and /v1/responses."""
     return b"event: %b\ndata: %b\n\n" % (name.encode(), to_json(value))
 
 
 class EventStream:
-    """An ASGI response that sends what an async generator yields: bytes, each one or more whole events.
+    """An ASGI response that sends the bytes of an async generator, each one or more complete events.
 
-    Comments keep it open while nothing comes. An ApiError that the generator raises becomes an event; any other is
-    logged and becomes a general one. end: sent after the last event, also after an error.
+    Comments keep the connection open between events. An exception of the generator becomes an error event; exceptions
+    that are no ApiError are also logged. end: bytes that follow the last event, also after an error.
     """
 
-    def __init__(self, job: Job, events, end=DONE) -> None:
-        self._job, self._events, self._end, self._silent = job, events, end, True
+    def __init__(self, generation: Generation, events, end=DONE) -> None:
+        self._generation, self._events, self._end, self._silent = generation, events, end, True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
@@ -63,19 +63,20 @@ class EventStream:
         except ClientDisconnect:
             raise
         except Exception as error:
-            shaped = shape_for(path)(self._job.explain(error))
-            last = (named("error", shaped) if "type" in shaped else data(shaped)) + self._end
+            problem = shape_for(path)(self._generation.explain(error))
+            last = (named_event("error", problem) if "type" in problem else data_event(problem)) + self._end
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
     async def _keep_alive(self, send: Send, has_ended) -> None:
-        """has_ended: set when the client sends no more; comments then come soon, to show whether it is still there."""
-        longest, pause = self._job.service.limits.keep_alive_seconds, LOOK_SECONDS
+        """Sends comments while no events come. has_ended: set when the client has closed its side of the connection;
+        comments are then sent soon, to find out whether the client still reads."""
+        longest, pause = self._generation.service.limits.keep_alive_seconds, LOOK_SECONDS
         while True:
             if has_ended.is_set():
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, longest)
             else:
-                # not wait_for: in Python 3.11 it goes on where it is cancelled just as what it waits for comes
+                # wait_for of Python 3.11 would lose a cancellation that comes together with the awaited event
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(longest):
                         await has_ended.wait()
@@ -85,28 +86,28 @@ class EventStream:
 
 
 async def json_answer(
-    job: Job, make: Callable[[], object], is_quick: bool = False, size: int | None = None
+    generation: Generation, make: Callable[[], object], is_quick: bool = False, size: int | None = None
 ) -> "Response | Pieces":
-    """The response with the JSON of what `make` returns, in which large arrays should be Parts.
+    """The response with the JSON of the value that `make` returns, in which large arrays should be Parts.
 
-    is_quick: it takes no longer than a hop to a thread, unless the answer is large; size: its values, if they are not
-    those of the job's requests.
+    is_quick: whether making a small answer takes less time than a hop to a worker thread; size: the number of values in
+    the answer, if it is not that of the generation's requests.
     """
-    if (num_held(job.requests) if size is None else size) >= LARGE:
-        return Pieces(job, json_pieces(await job.offload(make)))
-    return json_response(make() if is_quick else await job.offload(lambda: to_json(make())))
+    if (num_values_held(generation.requests) if size is None else size) >= LARGE:
+        return Pieces(generation, json_pieces(await generation.offload(make)))
+    return json_response(make() if is_quick else await generation.offload(lambda: to_json(make())))
 
 
 class Pieces:
-    """An ASGI response of JSON whose length nobody knows before its end."""
+    """An ASGI response of JSON in pieces, without a Content-Length."""
 
-    def __init__(self, job: Job, pieces: Iterator[bytes]) -> None:
-        self._job, self._pieces = job, pieces
+    def __init__(self, generation: Generation, pieces: Iterator[bytes]) -> None:
+        self._generation, self._pieces = generation, pieces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]})
         for piece in self._pieces:
-            self._job.go_on()
+            self._generation.raise_if_ended()
             await send({"type": "http.response.body", "body": piece, "more_body": True})
             await asyncio.sleep(0)
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -1,17 +1,18 @@
-"""Which tokens the pieces of an answer's text came from, where their log-probabilities are asked for."""
+"""Finds the tokens of each piece of an answer's text, so that /v1/responses can report their log-probabilities."""
 
 from lockstep.text.tool_calls.events import Content, Reasoning
 
 
-class Placed:
-    """A parser that takes Tokens and whose Content has those that it came from, each token once.
+class TokenSpanParser:
+    """Wraps a parser: takes Tokens, and gives Content events the Tokens of their text, each Token once.
 
-    Tokens of marks, of calls and of thoughts belong to no text.
+    Tokens of markers, tool calls and thoughts belong to no Content.
     """
 
     def __init__(self, parser) -> None:
         self._parser = parser
-        # what no event has told: its text, and (begin, end, Token, or None where that was told) of its tokens
+        # the text that no event has covered yet, and (begin, end, Token) of its tokens in that text; the Token is None
+        # where an earlier event has it already
         self._text, self._tokens = "", []
 
     def push(self, tokens):
@@ -19,31 +20,37 @@ class Placed:
         return [event for token in tokens for event in self._push(token)]
 
     def finish(self, is_cut: bool = False):
-        """What was held back, now that nothing follows. is_cut: the answer was as long as it might be."""
-        return [self._placed(event, 0) for event in self._parser.finish(is_cut)]
+        """The last events, of text that the parser held back. is_cut: whether the answer reached its token limit."""
+        return [self._with_tokens(event, 0) for event in self._parser.finish(is_cut)]
 
     def _push(self, token):
         begin = len(self._text)
         self._text += token.text
         self._tokens.append((begin, len(self._text), token))
-        left = len(token.text)
-        return [self._placed(event, left) for event in (self._parser.push(token.text) if token.text else [])]
+        events = self._parser.push(token.text) if token.text else []
+        return [self._with_tokens(event, len(token.text)) for event in events]
 
-    def _placed(self, event, length):
-        """length: of the newest token, of which alone something may be left after a part of a call."""
+    def _with_tokens(self, event, newest_length):
+        """The event, a Content with its Tokens. newest_length: characters of the newest token, the only one whose text
+        may continue after an event of a tool call."""
         if not isinstance(event, (Content, Reasoning)):
-            self._forget(max(0, len(self._text) - length))
+            self._drop_text(max(0, len(self._text) - newest_length))
             return event
         begin = max(0, self._text.find(event.text))
         end = begin + len(event.text)
-        found = [token for b, e, token in self._tokens if b < end and (e > begin or b == e == begin)]
-        self._forget(end)
-        return event._replace(tokens=tuple(filter(None, found))) if isinstance(event, Content) else event
+        tokens = [
+            token
+            for token_begin, token_end, token in self._tokens
+            if token_begin < end and (token_end > begin or token_begin == token_end == begin)
+        ]
+        self._drop_text(end)
+        return event._replace(tokens=tuple(filter(None, tokens))) if isinstance(event, Content) else event
 
-    def _forget(self, end) -> None:
+    def _drop_text(self, end) -> None:
+        """Drops the text before `end`, and the tokens that lie in it altogether."""
         self._text = self._text[end:]
         self._tokens = [
-            (max(0, b - end), e - end, token if b >= end else None)
-            for b, e, token in self._tokens
-            if e > end or b == e == end
+            (max(0, token_begin - end), token_end - end, token if token_begin >= end else None)
+            for token_begin, token_end, token in self._tokens
+            if token_end > end or token_begin == token_end == end
         ]

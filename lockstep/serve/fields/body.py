@@ -1,4 +1,4 @@
-"""Request bodies: read under a limit, parsed strictly, checked field by field."""
+"""Request bodies: read within limits, parsed strictly, validated field by field."""
 
 import asyncio
 import json
@@ -18,7 +18,7 @@ SHOWN_CHARS = 80
 SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 CONTAINERS = (dict, list)
 MARKS = re.compile(rb'\\.|["\[{:,]', re.DOTALL)
-# what pydantic calls by the names of Python's types and of our classes
+# pydantic's error types whose own messages name Python's types or our classes
 JSON_NAMES = dict(
     int_type="an integer",
     int_from_float="an integer",
@@ -30,26 +30,26 @@ JSON_NAMES = dict(
     model_type="an object",
     model_attributes_type="an object",
 )
-UNION_MEMBERS = ("str", "int", "float", "bool", "dict", "list")  # how pydantic names them in the place of an error
+UNION_MEMBERS = ("str", "int", "float", "bool", "dict", "list")  # pydantic's names for them in an error's location
 
 
-def whole(value):
+def integral(value):
     """A number without a fraction, such as 5.0, as an integer; anything else as it is."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Whole = Annotated[int, BeforeValidator(whole)]  # an integer, which some clients write as 5.0
+Whole = Annotated[int, BeforeValidator(integral)]  # an integer, which some clients write as 5.0
 
 
 def or_default(default: Any) -> BeforeValidator:
-    """Marks the type of a field that has a default, which null stands for."""
+    """Marks the type of a field in which null means the default."""
     return BeforeValidator(lambda value: default if value is None else value)
 
 
 class UntilFirstError:
-    """Marks the type of an array that is not read beyond its first wrong item.
+    """Marks the type of an array whose validation ends at its first wrong item.
 
-    Millions of wrong items would otherwise be as many errors, all made in one call that nothing interrupts.
+    Millions of wrong items would otherwise become millions of errors, in one call that no other thread can interrupt.
     """
 
     def __get_pydantic_core_schema__(self, source, handler):
@@ -64,47 +64,48 @@ T = TypeVar("T")
 Simple = TypeVar("Simple")
 Container = TypeVar("Container")
 Items = Annotated[list[T], UntilFirstError()]
-# A field that is either a simple value or an array or object. Errors are those of what was meant.
+# A field that is either a simple value, or an array or object. Errors name the one of the two that the client sent.
 SimpleOr = Annotated[
     Annotated[Simple, Tag("(simple)")] | Annotated[Container, Tag("(container)")], Discriminator(_meant)
 ]
 
 
 class Fields(BaseModel):
-    """The fields of a body that a route reads. Types are strict; fields that nobody knows are ignored.
+    """The fields of a body that a route reads. Types are strict, unknown fields are ignored.
 
-    Integers are of type Whole, arrays of type Items.
+    Subclasses declare integers as Whole and arrays as Items.
     """
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, hide_input_in_errors=False)
 
 
-class Kinds(Fields):
-    """An object of one of many kinds, which `type` names. Those that are not `read` may have any other fields."""
+class TypedFields(Fields):
+    """An object whose field `type` says which other fields it has. Objects of a type that is not in `known_types` are
+    accepted with any fields, which are dropped."""
 
-    read: ClassVar[tuple[str, ...]] = ()
+    known_types: ClassVar[tuple[str, ...]] = ()
 
     @model_validator(mode="before")
     @classmethod
     def _only_type(cls, value: Any) -> Any:
-        kind = value.get("type") if isinstance(value, dict) else None
-        return dict(type=kind) if isinstance(kind, str) and kind not in cls.read else value
+        type_name = value.get("type") if isinstance(value, dict) else None
+        return dict(type=type_name) if isinstance(type_name, str) and type_name not in cls.known_types else value
 
 
 async def read_fields(request, service, fields):
-    """The body of a request that no Job reads, as a model of its fields, of which one is `model`.
+    """The body of a request that generates nothing, as an object of the class `fields`, which has a field `model`.
 
     ApiError 4xx, or 503 while the model is loading; ClientDisconnect.
     """
     service.check_loaded()
     service.check_workers()
-    raw = await read(request.receive, service.limits.body_seconds)
-    found = await checked(service, fields, raw)
+    raw = await read_body(request.receive, service.limits.body_seconds)
+    found = await parse_and_check_async(service, fields, raw)
     service.name_in_answers(found.model)
     return found
 
 
-async def read(receive, seconds):
+async def read_body(receive, seconds):
     """The bytes of a body. ApiError 408 if they take too long; ClientDisconnect if the client leaves before the end."""
     try:
         async with asyncio.timeout(seconds):
@@ -113,15 +114,15 @@ async def read(receive, seconds):
         raise ApiError(408, f"the body did not arrive within {seconds:g} s", code="timeout") from None
 
 
-async def checked(service, fields, raw):
-    """A body's bytes as a model of its fields. ApiError 400. Long ones are parsed beside the event loop."""
+async def parse_and_check_async(service, fields, raw):
+    """`parse_and_check` for the event loop: long bodies are parsed in a worker thread."""
     if len(raw) <= INLINE_BYTES:
-        return parsed(raw, fields, service.limits)
-    return await service.offload(parsed, raw, fields, service.limits)
+        return parse_and_check(raw, fields, service.limits)
+    return await service.offload(parse_and_check, raw, fields, service.limits)
 
 
-def parsed(raw, fields, limits):
-    """The same, at once."""
+def parse_and_check(raw, fields, limits):
+    """A body's bytes as an object of the class `fields`. ApiError 400."""
     return check(fields, parse(raw, limits))
 
 
@@ -157,8 +158,8 @@ def check_size(raw: bytes, limits: Limits, what: str = "the body") -> None:
     It counts before anything is parsed: parsing a text, and freeing what came of it, are single calls that no other
     thread can interrupt, so that millions of small values in one body would hold up every other request.
     """
-    # Nearly every body passes by these counts, which take in what only stands inside of strings.
-    if not _passed(raw.count(b"[") + raw.count(b"{"), raw.count(b":"), raw.count(b","), limits):
+    # These counts include characters inside of strings, so they are upper bounds, which nearly every body satisfies.
+    if not _exceeded_limit(raw.count(b"[") + raw.count(b"{"), raw.count(b":"), raw.count(b","), limits):
         return
     containers = fields = values = 0
     in_string = False
@@ -170,19 +171,19 @@ def check_size(raw: bytes, limits: Limits, what: str = "the body") -> None:
             containers += mark in b"[{"
             fields += mark == ord(":")
             values += mark == ord(",")
-            if allowed := _passed(containers, fields, values, limits):
-                raise bad_request(f"{what} has more than {allowed}")
+            if limit := _exceeded_limit(containers, fields, values, limits):
+                raise bad_request(f"{what} has more than {limit}")
 
 
-def loads(text: str, what: str) -> object:
-    """The value of JSON that stands in a string of a body. ApiError 400 where it has too many values,
-    ValueError where it is no JSON, RecursionError where it is nested too deeply."""
+def bounded_loads(text: str, what: str) -> object:
+    """The value of a JSON text that stands in a string of a body; what: its name in errors. ApiError 400 where it has
+    too many values, ValueError where it is not JSON, RecursionError where it is nested too deeply."""
     check_size(text.encode(), Limits(), what)
     return json.loads(text)
 
 
-def _passed(containers: int, fields: int, values: int, limits: Limits) -> str | None:
-    """Which limit is passed, in words."""
+def _exceeded_limit(containers: int, fields: int, values: int, limits: Limits) -> str | None:
+    """The limit that these numbers exceed, in words, or None."""
     if containers > limits.max_containers:
         return f"{limits.max_containers} arrays and objects"
     if fields > limits.max_fields:
@@ -193,12 +194,12 @@ def _passed(containers: int, fields: int, values: int, limits: Limits) -> str | 
 def _object(pairs, max_fields):
     if len(pairs) > max_fields:
         raise bad_request(f"the body has an object of {len(pairs)} fields, at most {max_fields} are allowed")
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
         seen = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))
         raise bad_request(f"the body has the field {shown(twice)} twice in one object")
-    return made
+    return fields
 
 
 def _no_constant(name):
@@ -231,39 +232,39 @@ def _check_surrogates(value) -> None:
 
 
 def check(fields, value):
-    """A JSON object as a model of its fields. ApiError 400 that names the field, what was got and what is allowed."""
+    """A JSON object as an object of the class `fields`. ApiError 400 that names the field, what is allowed and got."""
     try:
         return fields.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
     except RecursionError:
         raise bad_request("the body is nested too deeply") from None
-    where = place(first["loc"])
+    where = field_path(first["loc"])
     if first["type"] == "missing":
         raise wrong_field(where, "this field is required", "missing_field")
-    raise wrong_field(where, f"{wanted(first)}, got {shown(first['input'])}")
+    raise wrong_field(where, f"{expectation(first)}, got {shown(first['input'])}")
 
 
-def place(location):
-    """("stop", 2) as stop[2]. What unions add to say which of their members they tried is left out."""
-    made = ""
+def field_path(location):
+    """pydantic's location of an error, ("stop", 2), as stop[2], without the names of a union's members."""
+    path = ""
     for part in location:
         if isinstance(part, int):
-            made += f"[{part}]"
+            path += f"[{part}]"
         elif part.isidentifier() and part not in UNION_MEMBERS:
-            made += f".{part}" if made else part
-    return made
+            path += f".{part}" if path else part
+    return path
 
 
-def wanted(error):
-    """What pydantic says would have been right, in our words and JSON's."""
+def expectation(error):
+    """What a pydantic error expected, in JSON's words: "expected an integer"."""
     if error["type"] in JSON_NAMES:
         return f"expected {JSON_NAMES[error['type']]}"
     return error["msg"].removeprefix("Value error, ").replace("Input should be", "expected").replace("a valid ", "a ")
 
 
 def shown(value):
-    """A value as JSON, cut to what fits a sentence."""
+    """A value as JSON, cut to a length that fits a sentence."""
     if isinstance(value, CONTAINERS) and len(value) > 8:
         return f"{'an object' if isinstance(value, dict) else 'an array'} of {len(value)}"
     text = json.dumps(value, default=repr)

@@ -1,4 +1,4 @@
-"""The body of /v1/chat/completions, and the Conversation that it asks for."""
+"""The body of /v1/chat/completions, and the Conversation made from it."""
 
 from collections.abc import Collection, Sequence
 from typing import Annotated, Any, ClassVar, Literal
@@ -6,15 +6,15 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from lockstep.serve.errors import bad_request, wrong_field
-from lockstep.serve.fields.body import Fields, Items, Kinds, SimpleOr, Whole, loads, or_default, shown
-from lockstep.serve.fields.response_format import FormFields, form_of, grammar_of
+from lockstep.serve.fields.body import Fields, Items, SimpleOr, TypedFields, Whole, bounded_loads, or_default, shown
+from lockstep.serve.fields.response_format import ResponseFormatFields, format_field, grammar_of
 from lockstep.serve.fields.sampling import MostTokens, SamplingFields
 from lockstep.serve.fields.stream import StreamFields
 from lockstep.text.conversation import Conversation
 from lockstep.text.reasoning import template_variables
 from lockstep.text.tool_calls.tools import Tool, ToolUse
 
-TEXTS = ("text", "input_text", "output_text", "refusal")  # types of parts that a message may have
+TEXT_PARTS = ("text", "input_text", "output_text", "refusal")  # types of a message's parts that hold text
 NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -27,14 +27,14 @@ class Part(Fields):
 
 
 class CalledFunction(Fields):
-    """What was called, with arguments as JSON text."""
+    """The function of a tool call; arguments: JSON text, or the object itself."""
 
     name: str
     arguments: SimpleOr[str, dict] | None = None
 
 
 class Call(Fields):
-    """A tool call of an earlier answer."""
+    """A tool call of an earlier assistant message."""
 
     id: str | None = None
     function: CalledFunction
@@ -61,10 +61,10 @@ class FunctionFields(Fields):
     strict: bool | None = None
 
 
-class ToolFields(Kinds):
+class ToolFields(TypedFields):
     """A tool; only functions are used."""
 
-    read: ClassVar = ("function",)
+    known_types: ClassVar = ("function",)
 
     type: Annotated[str, or_default("function")] = "function"
     function: FunctionFields | None = None
@@ -84,14 +84,14 @@ class AllowedTools(Fields):
 
 
 class ToolChoice(Fields):
-    """A tool that has to be called, or the tools that may be."""
+    """The function that must be called, or the tools that may be called."""
 
     type: Annotated[Literal["function", "allowed_tools"], or_default("function")] = "function"
     function: NamedFunction | None = None
     allowed_tools: AllowedTools | None = None
 
 
-class ChatFields(SamplingFields, FormFields, StreamFields):
+class ChatFields(SamplingFields, ResponseFormatFields, StreamFields):
     """The body of a request."""
 
     model: str | None = None
@@ -113,7 +113,7 @@ class ChatFields(SamplingFields, FormFields, StreamFields):
 
 
 def conversation(fields):
-    """The Conversation of ChatFields. ValueError or ApiError 400 for what cannot be."""
+    """The Conversation of ChatFields. ValueError or ApiError 400 for fields that cannot be used."""
     messages = [message(i, each) for i, each in enumerate(fields.messages)]
     continues = bool(fields.continue_final_message)
     if not messages:
@@ -121,47 +121,52 @@ def conversation(fields):
     if continues and messages[-1]["role"] != "assistant":
         raise wrong_field("continue_final_message", "expected the last message to be the assistant's")
     variables = template_variables(fields.chat_template_kwargs, fields.reasoning_effort)
-    return Conversation(messages, tool_use(fields), grammar_of(fields), variables, continues, form_of(fields))
+    return Conversation(messages, tool_use(fields), grammar_of(fields), variables, continues, format_field(fields))
 
 
 # ---------------------------------------------------------------- messages
 
 
 def message(index, given):
-    """A message as chat templates know one."""
+    """A Message in the form that chat templates expect."""
     where = f"messages[{index}]"
     content = text_of(given.content, f"{where}.content")
     if content is None and given.role != "assistant":
         raise wrong_field(f"{where}.content", f"expected a text for role {given.role}, got null")
     made: dict[str, Any] = dict(role="tool" if given.role == "function" else given.role, content=content or "")
     if given.tool_calls:
-        made["tool_calls"] = [called(c.id, c.function.name, c.function.arguments) for c in given.tool_calls]
+        made["tool_calls"] = [
+            tool_call(call.id, call.function.name, call.function.arguments) for call in given.tool_calls
+        ]
     thought = given.reasoning_content if given.reasoning_content is not None else given.reasoning
-    more = dict(name=given.name, tool_call_id=given.tool_call_id, reasoning_content=thought)
-    return made | {name: value for name, value in more.items() if value is not None}
+    optional = dict(name=given.name, tool_call_id=given.tool_call_id, reasoning_content=thought)
+    return made | {name: value for name, value in optional.items() if value is not None}
 
 
-def text_of(content: str | list[Part] | None, where: str, kinds: tuple[str, ...] = TEXTS) -> str | None:
-    """The text of content that is a text, parts of these kinds, or null, which stays None. where: its place."""
+def text_of(content: str | list[Part] | None, where: str, types: tuple[str, ...] = TEXT_PARTS) -> str | None:
+    """The text of content: a string, parts of the given types, or null, which stays None. where: its path in the body.
+
+    ApiError 400 for a part of another type.
+    """
     if not isinstance(content, list):
         return content
     for i, part in enumerate(content):
-        if part.type not in kinds:
+        if part.type not in types:
             problem = f"this model reads only text, got a part of type {shown(part.type)}"
             raise bad_request(f"{where}[{i}]: {problem}", f"{where}[{i}].type", "unsupported")
     return "\n".join(part.text or part.refusal or "" for part in content)
 
 
-def called(call_id, name, arguments):
-    """A call of an earlier answer as chat templates know one: with its arguments as an object."""
+def tool_call(call_id, name, arguments):
+    """A tool call of an earlier answer in the form that chat templates expect: with its arguments as an object."""
     value = arguments if isinstance(arguments, dict) else arguments_of(arguments or "{}")
     return dict(id=call_id, type="function", function=dict(name=name, arguments=value))
 
 
 def arguments_of(text):
-    """The arguments of a call as an object; those of one that was cut off, or written badly, as far as they go."""
+    """The arguments of a tool call as an object; {"incomplete_json": text} where the text is cut off or not JSON."""
     try:
-        value = loads(text, "the text of a call's arguments")
+        value = bounded_loads(text, "the text of a call's arguments")
     except (ValueError, RecursionError):
         value = None
     return value if isinstance(value, dict) else dict(incomplete_json=text)
@@ -171,38 +176,44 @@ def arguments_of(text):
 
 
 def tool_use(fields):
-    """The ToolUse of the tools and tool_choice of ChatFields."""
+    """The ToolUse of ChatFields' tools and tool_choice."""
     functions = [tool.function for tool in fields.tools or () if tool.type == "function"]
     if None in functions:
         where = f"tools[{[tool.type == 'function' and tool.function is None for tool in fields.tools].index(True)}]"
         raise wrong_field(f"{where}.function", "this field is required for a tool of type function", "missing_field")
-    tools = [Tool(f.name, f.description or "", f.parameters or NO_PARAMETERS, bool(f.strict)) for f in functions]
+    tools = [
+        Tool(function.name, function.description or "", function.parameters or NO_PARAMETERS, bool(function.strict))
+        for function in functions
+    ]
     choice, parallel = fields.tool_choice or "auto", fields.parallel_tool_calls is not False
     if isinstance(choice, str):
-        return choose(tools, choice, None, parallel)
-    given = getattr(choice, choice.type)
-    if given is None:
+        return tool_use_of(tools, choice, None, parallel)
+    chosen = getattr(choice, choice.type)
+    if chosen is None:
         raise bad_request(f"tool_choice.{choice.type}: this field is required", "tool_choice", "missing_field")
     if choice.type == "function":
-        return choose(tools, "required", [given.name], False)
-    return choose(tools, given.mode, [tool.function.name for tool in given.tools if tool.function], parallel)
+        return tool_use_of(tools, "required", [chosen.name], False)
+    return tool_use_of(tools, chosen.mode, [tool.function.name for tool in chosen.tools if tool.function], parallel)
 
 
-def tools_of(given: Sequence[Any], kinds: Collection[str | None], parameters: str = "parameters") -> list[Tool]:
-    """The Tools of these kinds, whose schemas are in a field of this name. ApiError 400 for one without a name."""
-    made = []
+def tools_of(given: Sequence[Any], types: Collection[str | None], schema_field: str = "parameters") -> list[Tool]:
+    """The Tools whose type is among `types`. schema_field: the name of the field with a tool's JSON schema.
+
+    ApiError 400 for a tool without a name.
+    """
+    tools = []
     for i, tool in enumerate(given):
-        if tool.type in kinds:
+        if tool.type in types:
             if tool.name is None:
                 problem = "this field is required for a tool that the model calls"
                 raise wrong_field(f"tools[{i}].name", problem, "missing_field")
-            schema = getattr(tool, parameters) or NO_PARAMETERS
-            made.append(Tool(tool.name, tool.description or "", schema, bool(tool.strict)))
-    return made
+            schema = getattr(tool, schema_field) or NO_PARAMETERS
+            tools.append(Tool(tool.name, tool.description or "", schema, bool(tool.strict)))
+    return tools
 
 
-def choose(tools, mode, allowed=None, parallel: bool = True):
-    """A ToolUse. mode: "none", "auto" or "required"; allowed: names, where not all tools are."""
+def tool_use_of(tools, mode, allowed=None, parallel: bool = True):
+    """A ToolUse. mode: "none", "auto" or "required"; allowed: names of the tools that may be called, None for all."""
     if mode == "none":
         return ToolUse()
     return ToolUse(tuple(tools), mode == "required", None if allowed is None else tuple(allowed), parallel)

@@ -1,7 +1,7 @@
-"""Fields that OpenAI's API, Anthropic's, vLLM or llama.cpp's server know and a route here does not have.
+"""Fields of OpenAI's API, Anthropic's, vLLM's or llama.cpp's server that a route here does not support.
 
-They would change the answer, so they are refused by name; only a value that asks for nothing is accepted, since many
-clients send all that they know with its default. docs/server.md lists them. Fields that nobody knows are ignored.
+They would change the answer, so they are refused by name. Only a neutral value, which changes nothing, is accepted,
+since many clients send every field with its default. docs/server.md lists them. Unknown fields are ignored.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,9 +15,9 @@ from lockstep.serve.fields.body import Fields, shown
 
 
 @dataclass(frozen=True)
-class Known:
-    """A field that is refused. neutral: whether a value asks for nothing, which null always does; expected: what such
-    values are; instead: what a client may do to get the same."""
+class RefusedField:
+    """A field that is refused. neutral: whether a value changes nothing (null never does); expected: the neutral values
+    in words; instead: how a client gets the same effect here."""
 
     neutral: Callable[[Any], bool]
     expected: str
@@ -25,58 +25,57 @@ class Known:
 
 
 class KnownFields(Fields):
-    """Fields of a body beside which other servers know more: those of `refused`, as far as they are no fields of this.
+    """Fields of a body, or of an object in it, which refuses the fields in `refused` that it does not declare itself.
 
-    inside: the place of an object that is not the whole body, such as "structured_outputs.".
+    inside: the path of an object that is not the whole body, such as "structured_outputs.".
     """
 
-    refused: ClassVar[Mapping[str, Known]] = {}
+    refused: ClassVar[Mapping[str, RefusedField]] = {}
     inside: ClassVar[str] = ""
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_known(cls, value: Any) -> Any:
-        """ApiError 400 that names the first field of a body that is known, not had, and asks for something."""
+        """ApiError 400 that names the first refused field whose value is not neutral."""
         for name, given in value.items() if isinstance(value, dict) else ():
-            known = None if given is None or name in cls.model_fields else cls.refused.get(name)
-            if known is not None and not known.neutral(given):
-                place = cls.inside + name
+            field = None if given is None or name in cls.model_fields else cls.refused.get(name)
+            if field is not None and not field.neutral(given):
                 raise wrong_field(
-                    place,
-                    f"not supported, expected {known.expected}, got {shown(given)}"
-                    f"{known.instead and '; '}{known.instead}",
+                    cls.inside + name,
+                    f"not supported, expected {field.expected}, got {shown(given)}"
+                    f"{field.instead and '; '}{field.instead}",
                     "unsupported",
                 )
         return value
 
 
-def _only(*values: object, instead: str = "") -> Known:
-    """Null and these values ask for nothing."""
+def _only(*values: object, instead: str = "") -> RefusedField:
+    """A field of which null and these values are neutral."""
 
     def neutral(given: object) -> bool:
         return any(given == each and isinstance(given, bool) == isinstance(each, bool) for each in values)
 
-    return Known(neutral, " or ".join([*map(shown, values), "none"]), instead)
+    return RefusedField(neutral, " or ".join([*map(shown, values), "none"]), instead)
 
 
-def _at_most(limit: float) -> Known:
-    return Known(lambda given: _is_number(given) and given <= limit, f"at most {limit:g} or none")
+def _at_most(limit: float) -> RefusedField:
+    return RefusedField(lambda given: _is_number(given) and given <= limit, f"at most {limit:g} or none")
 
 
-def _at_least(limit: float) -> Known:
-    return Known(lambda given: _is_number(given) and given >= limit, f"at least {limit:g} or none")
+def _at_least(limit: float) -> RefusedField:
+    return RefusedField(lambda given: _is_number(given) and given >= limit, f"at least {limit:g} or none")
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _all(names: str, known: Known) -> dict[str, Known]:
-    """Fields, separated by spaces, that are refused alike."""
-    return dict.fromkeys(names.split(), known)
+def _all(names: str, field: RefusedField) -> dict[str, RefusedField]:
+    """Several fields, separated by spaces, that are refused alike."""
+    return dict.fromkeys(names.split(), field)
 
 
-# the names that routes have for the same
+# hints: the names that the same setting has on routes of this server
 EFFORT = "it is reasoning.effort in /v1/responses, output_config.effort in /v1/messages"
 SHAPE = "it is text.format in /v1/responses, output_config.format in /v1/messages"
 LENGTH = "it is max_output_tokens in /v1/responses, max_tokens elsewhere"
@@ -129,7 +128,7 @@ CHOICE = {
     **_all("early_stopping use_beam_search watermarking", _only(False)),
     **_all("logits_processors lora samplers", _only([])),
     **_all("tfs_z typical_p", _at_least(1)),
-    "adaptive_target": Known(lambda given: _is_number(given) and given < 0, "a negative number or none"),
+    "adaptive_target": RefusedField(lambda given: _is_number(given) and given < 0, "a negative number or none"),
     "length_penalty": _only(1),
     "min_keep": _at_most(1),
     "repetition_detection": _only(),

@@ -1,24 +1,24 @@
-"""The body of /v1/messages, Anthropic's form, and the Conversation that it asks for."""
+"""The body of Anthropic's /v1/messages, and the Conversation made from it."""
 
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from lockstep.serve.errors import bad_request, wrong_field
-from lockstep.serve.fields.body import Fields, Items, Kinds, SimpleOr, Whole, shown
-from lockstep.serve.fields.chat import called, choose, tools_of
+from lockstep.serve.fields.body import Fields, Items, SimpleOr, TypedFields, Whole, shown
+from lockstep.serve.fields.chat import tool_call, tool_use_of, tools_of
 from lockstep.serve.fields.known import GENERATION, PROMPT, KnownFields
 from lockstep.serve.fields.sampling import MostTokens, SamplingFields
-from lockstep.serve.fields.stream import OwnStreamFields
+from lockstep.serve.fields.stream import NamedEventStreamFields
 from lockstep.text.conversation import Conversation
 from lockstep.text.grammars import structured
 from lockstep.text.reasoning import template_variables
 
-IGNORED = ("redacted_thinking", "server_tool_use", "web_search_tool_result")
+IGNORED_BLOCKS = ("redacted_thinking", "server_tool_use", "web_search_tool_result")
 
 
 class ContentBlock(Fields):
-    """A block of content; which fields it has depends on its type."""
+    """A block of content. Its type says which of the fields it has."""
 
     type: str
     text: str | None = None
@@ -38,10 +38,10 @@ class Turn(Fields):
     content: SimpleOr[str, Items[ContentBlock]]
 
 
-class ToolFields(Kinds):
-    """A tool. Those with a type of Anthropic's own run on their servers and are not offered to the model."""
+class ToolFields(TypedFields):
+    """A tool. Tools with one of Anthropic's own types run on Anthropic's servers; the model does not see them."""
 
-    read: ClassVar = ("custom",)
+    known_types: ClassVar = ("custom",)
 
     type: str | None = None
     name: str | None = None
@@ -51,7 +51,7 @@ class ToolFields(Kinds):
 
 
 class ToolChoice(Fields):
-    """What the model is to do with the tools."""
+    """Whether the model may, must or must not call tools."""
 
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
@@ -59,21 +59,21 @@ class ToolChoice(Fields):
 
 
 class Thinking(Fields):
-    """Whether the model is to think first."""
+    """Whether the model thinks before it answers."""
 
     type: Literal["enabled", "disabled", "adaptive", "between_tools"]
     budget_tokens: Whole | None = None
 
 
 class OutputFormat(Fields):
-    """What the answer's text has to be."""
+    """The required format of the answer's text: JSON that fits a schema."""
 
     type: Literal["json_schema"]
     schema_: dict = Field(alias="schema")
 
 
 class OutputConfig(Fields):
-    """The same, where newer clients put it."""
+    """Where newer clients put the output format, and the effort of thinking."""
 
     format: OutputFormat | None = None
     effort: str | None = None
@@ -94,7 +94,7 @@ class CountFields(KnownFields):
     output_config: OutputConfig | None = None
 
 
-class MessagesFields(CountFields, SamplingFields, OwnStreamFields):
+class MessagesFields(CountFields, SamplingFields, NamedEventStreamFields):
     """The body of a request for an answer."""
 
     refused: ClassVar = GENERATION
@@ -103,25 +103,25 @@ class MessagesFields(CountFields, SamplingFields, OwnStreamFields):
     stop_sequences: Items[str] | None = None
 
     @property
-    def form_names(self) -> list[str]:
-        """The field that says what form the text has, if there is one."""
+    def format_fields(self) -> list[str]:
+        """The name of the field that sets the format of the text, if the body has one."""
         if self.output_format is not None:
             return ["output_format"]
         return ["output_config.format"] if self.output_config is not None and self.output_config.format else []
 
 
 def conversation(fields):
-    """The Conversation of CountFields. ValueError or ApiError 400 for what cannot be."""
+    """The Conversation of CountFields. ValueError or ApiError 400 for fields that cannot be used."""
     if not fields.messages:
         raise wrong_field("messages", "expected at least one message, got none")
-    messages = [made for i, turn in enumerate(fields.messages) for made in turn_messages(f"messages[{i}]", turn)]
+    messages = [message for i, turn in enumerate(fields.messages) for message in turn_messages(f"messages[{i}]", turn)]
     if fields.system:
         messages.insert(0, dict(role="system", content=text_of(fields.system, "system")))
     output = fields.output_config or OutputConfig()
-    wanted = fields.output_format or output.format
+    output_format = fields.output_format or output.format
     form = "output_format" if fields.output_format else "output_config"
     with structured.told_as(form):
-        grammar = structured.json_schema(wanted.schema_, strict=False) if wanted else None
+        grammar = structured.json_schema(output_format.schema_, strict=False) if output_format else None
     thinking = dict(enable_thinking=fields.thinking.type != "disabled") if fields.thinking else None
     return Conversation(
         messages,
@@ -134,13 +134,13 @@ def conversation(fields):
 
 
 def tool_use(fields):
-    """The ToolUse of Anthropic's tools and tool_choice."""
+    """The ToolUse of CountFields' tools and tool_choice."""
     tools = tools_of(fields.tools or (), [None, "custom"], "input_schema")
     choice = fields.tool_choice or ToolChoice(type="auto")
     if choice.type == "tool" and not choice.name:
         raise wrong_field("tool_choice", "expected the name of a tool, got none")
     mode = dict(auto="auto", none="none", any="required", tool="required")[choice.type]
-    return choose(
+    return tool_use_of(
         tools,
         mode,
         [choice.name] if choice.type == "tool" else None,
@@ -152,7 +152,7 @@ def tool_use(fields):
 
 
 def turn_messages(where, turn):
-    """The messages that one turn stands for: results of tools are messages of their own."""
+    """The messages of one Turn in the form that chat templates expect: each tool result is a message of its own."""
     if isinstance(turn.content, str):
         return [dict(role=turn.role, content=turn.content)]
     return _assistant(where, turn.content) if turn.role == "assistant" else _user(where, turn.role, turn.content)
@@ -177,21 +177,21 @@ def _result(where, block):
 
 
 def _loose(part):
-    """A block inside of a result, of which only the type and the text count."""
+    """A block inside of a tool result, of which only the type and the text are used."""
     texts = {name: value for name in ("type", "text") if isinstance(value := part.get(name), str)}
     return ContentBlock.model_validate({"type": "missing", **texts, "source": part.get("source")})
 
 
 def _assistant(where, blocks):
-    calls = [called(b.id, b.name or "", b.input or {}) for b in blocks if b.type == "tool_use"]
-    thought = "".join(b.thinking or "" for b in blocks if b.type == "thinking")
-    texts = [b for b in blocks if b.type not in ("tool_use", "thinking")]
+    calls = [tool_call(block.id, block.name or "", block.input or {}) for block in blocks if block.type == "tool_use"]
+    thought = "".join(block.thinking or "" for block in blocks if block.type == "thinking")
+    texts = [block for block in blocks if block.type not in ("tool_use", "thinking")]
     made = dict(role="assistant", content=text_of(texts, f"{where}.content"))
     return [made | (dict(tool_calls=calls) if calls else {}) | (dict(reasoning_content=thought) if thought else {})]
 
 
 def text_of(content, where):
-    """The text of a text or of blocks."""
+    """The text of content: a string, or blocks of text. where: its path in the body. ApiError 400 for other blocks."""
     if isinstance(content, str):
         return content
     texts = []
@@ -199,7 +199,7 @@ def text_of(content, where):
         source = block.source if block.type == "document" and isinstance(block.source, dict) else {}
         if block.type == "text" or (source.get("type") == "text" and isinstance(source.get("data"), str)):
             texts.append(source.get("data") or block.text or "")
-        elif block.type not in IGNORED:
+        elif block.type not in IGNORED_BLOCKS:
             raise bad_request(
                 f"{where}[{i}]: this model reads only text, got a block of type {shown(block.type)}", where
             )

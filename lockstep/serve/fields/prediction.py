@@ -1,4 +1,4 @@
-"""OpenAI's `prediction`: a text that the answer is likely to be much like, such as a file that is to be changed."""
+"""OpenAI's `prediction`: a text that the answer is likely to resemble, such as a file that the model edits."""
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,33 +12,33 @@ if TYPE_CHECKING:
 
 
 class PredictedPart(Fields):
-    """A part of the text."""
+    """A part of the predicted text."""
 
     type: Literal["text"]
     text: str
 
 
 def _text_or_parts(content: Any) -> Any:
-    """The content, if it is a text or an array; ValueError for anything else."""
+    """The content, if it is a string or an array; ValueError for anything else."""
     if not isinstance(content, (str, list)):
         raise ValueError("expected a string or an array of text parts")
     return content
 
 
 class PredictionFields(Fields):
-    """The text, whole or in parts."""
+    """The predicted text, whole or in parts."""
 
     type: Literal["content"]
     content: Annotated[SimpleOr[str, Items[PredictedPart]], BeforeValidator(_text_or_parts)]
 
     @property
     def text(self) -> str:
-        """All parts, one after another."""
+        """The whole predicted text."""
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
 def predicted_ids(service: "Service", prediction: PredictionFields | None) -> list[int]:
-    """The text's token ids, no more than the context has. It tokenizes: it may take a while. ApiError 400."""
+    """The predicted text's token ids. ApiError 400 for more than the context. It tokenizes, which may take a while."""
     if prediction is None:
         return []
     if service.tokenizer is None:

@@ -1,9 +1,9 @@
-"""Prompts in the forms that a body may give them, as token ids."""
+"""Token ids of a body's prompts: strings, arrays of strings, token ids or arrays of token ids."""
 
 from collections.abc import Sequence
 
 from lockstep.serve.errors import bad_request, check_most, wrong_field
-from lockstep.serve.fields.body import shown, whole
+from lockstep.serve.fields.body import integral, shown
 from lockstep.serve.service import Service
 from lockstep.text.tokenizer.tokenizer import Tokenizer
 
@@ -13,10 +13,11 @@ STRING_OR_IDS = "a string, an array of strings, an array of token ids or an arra
 def read_prompts(
     service: Service, prompt, add_special_tokens: bool, most: int | None, field: str = "prompt", keep_end: bool = True
 ) -> tuple[list[str | None], list[list[int]]]:
-    """(texts, lists of token ids) of a prompt in any of its four forms; the text of ids, or of a cut text, is None.
+    """(texts, lists of token ids) of the prompts in a field of the body, in any of the forms of STRING_OR_IDS.
 
-    most: tokens of each prompt, of whose content the end is kept, or else the beginning; None: all. field: that of the
-    body which has the prompt. ApiError 400.
+    The text of a prompt that was given as ids, or was truncated, is None. most: tokens to keep of each prompt, None for
+    all; keep_end: whether truncation keeps the end of a prompt or its beginning; field: the name of the field in
+    errors. ApiError 400.
     """
     prompts = prompt if isinstance(prompt, list) and not _is_ids(prompt) else [prompt]
     check_most(field, len(prompts), service.limits.max_prompts, f"{field}s")
@@ -46,31 +47,31 @@ def _ids(service: Service, prompt, add_special_tokens: bool, may_be_cut: bool, f
 
 
 def text_tokenizer(service: Service, field: str = "prompt") -> Tokenizer:
-    """The tokenizer. ApiError 400 where there is none."""
+    """The model's tokenizer. ApiError 400 where it has none."""
     if service.tokenizer is None:
         raise bad_request(f"this model has no tokenizer: {field}s must be arrays of token ids", field, "no_tokenizer")
     return service.tokenizer
 
 
 def check_ids(service: Service, ids: Sequence[float], where: str) -> list[int]:
-    """Token ids that the model has. ApiError 400 for anything else."""
-    vocab, made = service.loaded.vocab_size, []
-    for each in map(whole, ids):
-        if type(each) is not int or not 0 <= each < vocab:
-            raise wrong_field(where, f"expected token ids from 0 to {vocab - 1}, got {shown(each)}")
-        made.append(each)
-    return made
+    """The token ids as integers. ApiError 400 for an id that the model does not have; where: its field."""
+    checked = []
+    for token_id in map(integral, ids):
+        if type(token_id) is not int or not 0 <= token_id < service.vocab_size:
+            raise wrong_field(where, f"expected token ids from 0 to {service.vocab_size - 1}, got {shown(token_id)}")
+        checked.append(token_id)
+    return checked
 
 
 def shortened(service: Service, given, ids: list[int], most: int, keep_end: bool) -> list[int]:
-    """At most so many of a prompt's ids. What the tokenizer put around a text stays, and its content is cut.
+    """At most `most` of a prompt's ids: special tokens that the tokenizer put around a text stay, its content is cut.
 
-    given: the text or ids that the ids are of; keep_end: whether to keep the end of the content, or its beginning.
-    ApiError 400 where nothing of the content would be left.
+    given: the prompt as the body has it, text or ids; keep_end: whether to keep the end of the content, or its
+    beginning. ApiError 400 where nothing of the content would be left.
     """
     if len(ids) <= most:
         return ids
-    before, after = _marks_around(text_tokenizer(service), given, ids) if isinstance(given, str) else (0, 0)
+    before, after = _num_special_around(text_tokenizer(service), given, ids) if isinstance(given, str) else (0, 0)
     left = most - before - after
     if left < 1:
         raise wrong_field(
@@ -82,8 +83,8 @@ def shortened(service: Service, given, ids: list[int], most: int, keep_end: bool
     return ids[:before] + kept + ids[len(ids) - after :]
 
 
-def _marks_around(tokenizer: Tokenizer, text: str, ids: list[int]) -> tuple[int, int]:
-    """How many of a text's ids the tokenizer put before and after it, such as the beginning of the sequence."""
+def _num_special_around(tokenizer: Tokenizer, text: str, ids: list[int]) -> tuple[int, int]:
+    """How many special tokens the tokenizer put before and after a text's own, such as the one that begins a text."""
     content = tokenizer.encode(text, add_special_tokens=False)
     for before in range(len(ids) - len(content) + 1):
         if ids[before : before + len(content)] == content:

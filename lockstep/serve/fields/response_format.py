@@ -1,11 +1,11 @@
-"""The form that an answer has to have: OpenAI's response_format, and vLLM's names for the same and more."""
+"""The fields for constrained decoding: OpenAI's response_format, and those of vLLM and llama.cpp."""
 
 from typing import ClassVar
 
 from pydantic import Field
 
 from lockstep.serve.errors import bad_request, wrong_field
-from lockstep.serve.fields.body import Fields, Items, SimpleOr, loads, shown
+from lockstep.serve.fields.body import Fields, Items, SimpleOr, bounded_loads, shown
 from lockstep.serve.fields.known import STRUCTURED, KnownFields
 from lockstep.serve.service import Service
 from lockstep.text.grammars import structured
@@ -14,7 +14,7 @@ from lockstep.text.grammars.structured import told_as
 
 
 class SchemaFields(Fields):
-    """A JSON schema with OpenAI's wrapping."""
+    """A JSON schema with the name and strictness that OpenAI's API adds."""
 
     name: str | None = None
     schema_: dict | None = Field(None, alias="schema")
@@ -22,7 +22,7 @@ class SchemaFields(Fields):
 
 
 class ResponseFormat(Fields):
-    """What the answer's text has to be."""
+    """The required format of the answer's text."""
 
     type: str
     json_schema: SchemaFields | None = None
@@ -32,7 +32,7 @@ class ResponseFormat(Fields):
 
 
 class StructuredOutputs(KnownFields):
-    """vLLM's extension: one of these."""
+    """vLLM's extension: exactly one of these fields constrains the answer."""
 
     refused: ClassVar = STRUCTURED
     inside: ClassVar = "structured_outputs."
@@ -44,8 +44,8 @@ class StructuredOutputs(KnownFields):
     json_object: bool | None = None
 
 
-class FormFields(Fields):
-    """The fields of a request that say it."""
+class ResponseFormatFields(Fields):
+    """All fields that constrain the format of an answer; a request may use one of them."""
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -54,37 +54,37 @@ class FormFields(Fields):
     guided_choice: Items[str] | None = None
     guided_grammar: str | None = None
     json_schema: SimpleOr[str, dict] | None = None  # llama.cpp's name for guided_json
-    grammar: str | None = None  # llama.cpp's, in GBNF; "" is none
+    grammar: str | None = None  # llama.cpp's field, in GBNF; "" means no grammar
 
     @property
-    def form_names(self) -> list[str]:
-        """Those of them that are there."""
+    def format_fields(self) -> list[str]:
+        """The names of these fields that the request has."""
         return [
             name
-            for name in FormFields.model_fields
+            for name in ResponseFormatFields.model_fields
             if (value := getattr(self, name)) is not None and not (name == "grammar" and not value)
         ]
 
 
-def masks(service: Service, fields, count):
-    """A mask for each of so many prompts of a request with FormFields. ApiError 400 for a form that cannot be."""
+def masks(service: Service, fields, num_prompts):
+    """A mask for each prompt of a request with ResponseFormatFields, or None. ApiError 400 for an invalid format."""
     if service.chat is None:
         raise bad_request("this model has no tokenizer, so its answers have no form", "response_format", "no_tokenizer")
     grammar = grammar_of(fields)
-    with told_as(form_of(fields)):
-        return [
-            None if grammar is None else service.chat.grammars.mask(grammar, fields.num_samples) for _ in range(count)
-        ]
+    with told_as(format_field(fields)):
+        if grammar is None:
+            return [None] * num_prompts
+        return [service.chat.grammars.mask(grammar, fields.num_samples) for _ in range(num_prompts)]
 
 
-def form_of(fields) -> str:
-    """The field of a request with FormFields that asks for a form of the answer."""
-    return (fields.form_names or ["grammar"])[0]
+def format_field(fields) -> str:
+    """The name of the field that constrains the answer's format; "grammar" where there is none."""
+    return (fields.format_fields or ["grammar"])[0]
 
 
 def grammar_of(fields):
-    """The grammar that response_format or one of vLLM's extensions asks for; None where the text is free."""
-    with told_as(form_of(fields)):
+    """The grammar of a request with ResponseFormatFields; None for free text."""
+    with told_as(format_field(fields)):
         return _grammar_of(fields)
 
 
@@ -106,9 +106,10 @@ def _grammar_of(fields):
     return next(iter(found.values()), None)
 
 
-def _maybe(make, first, second):
+def _maybe(make_grammar, first, second):
+    """The grammar of the first value that is not None, or None."""
     value = first if first is not None else second
-    return None if value is None else make(value)
+    return None if value is None else make_grammar(value)
 
 
 def lark_or_gbnf(text: str) -> str:
@@ -117,27 +118,27 @@ def lark_or_gbnf(text: str) -> str:
 
 
 def json_schema(schema, strict: bool = True):
-    """The grammar of a schema, which may be JSON text."""
+    """The grammar of a JSON schema, which may be an object or its JSON text."""
     if isinstance(schema, str):
         try:
-            schema = loads(schema, "a JSON schema")
+            schema = bounded_loads(schema, "a JSON schema")
         except (ValueError, RecursionError):
             raise ValueError("JSON schema: expected an object or its JSON text") from None
     return structured.json_schema(schema, strict)
 
 
 def _format_grammar(options):
-    kind, wrapped = options.type, options.json_schema
+    format_type, wrapped = options.type, options.json_schema
     schema = options.schema_ if wrapped is None else wrapped.schema_
-    if kind == "text":
+    if format_type == "text":
         return None
-    if kind in ("json_object", "json_schema") and schema is not None:
+    if format_type in ("json_object", "json_schema") and schema is not None:
         return structured.json_schema(schema, bool(wrapped and wrapped.strict))
-    if kind == "json_object":
+    if format_type == "json_object":
         return structured.json_object()
-    if kind == "regex" and options.pattern is not None:
+    if format_type == "regex" and options.pattern is not None:
         return structured.regex(options.pattern)
-    if kind == "grammar" and options.grammar is not None:
+    if format_type == "grammar" and options.grammar is not None:
         return lark_or_gbnf(options.grammar)
     expected = "text, json_object, json_schema with its schema, regex with a pattern, or grammar with a grammar"
-    raise wrong_field("response_format", f"expected {expected}, got {shown(kind)}")
+    raise wrong_field("response_format", f"expected {expected}, got {shown(format_type)}")

@@ -1,25 +1,25 @@
-"""The body of /v1/responses, and the Conversation that it asks for. Nothing is stored between requests."""
+"""The body of /v1/responses, and the Conversation made from it. Nothing is stored between requests."""
 
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from lockstep.serve.errors import check_most, wrong_field
-from lockstep.serve.fields.body import Fields, Items, Kinds, SimpleOr, Whole, shown
-from lockstep.serve.fields.chat import TEXTS, Part, called, choose, text_of, tools_of
+from lockstep.serve.fields.body import Fields, Items, SimpleOr, TypedFields, Whole, shown
+from lockstep.serve.fields.chat import TEXT_PARTS, Part, text_of, tool_call, tool_use_of, tools_of
 from lockstep.serve.fields.sampling import MostTokens, SamplingFields, check_single
-from lockstep.serve.fields.stream import OwnStreamFields
+from lockstep.serve.fields.stream import NamedEventStreamFields
 from lockstep.text.conversation import Conversation
 from lockstep.text.grammars import structured
 from lockstep.text.reasoning import template_variables
 
-KINDS = (*TEXTS, "summary_text", "reasoning_text")  # types of parts that an item may have
+ITEM_PARTS = (*TEXT_PARTS, "summary_text", "reasoning_text")  # types of an item's parts that hold text
 
 
-class Item(Kinds):
-    """An item of the input; which fields it has depends on its type, which a message may leave out."""
+class Item(TypedFields):
+    """An item of the input. Its type, which a message may leave out, says which of the fields it has."""
 
-    read: ClassVar = ("message", "reasoning", "function_call", "function_call_output", "item_reference")
+    known_types: ClassVar = ("message", "reasoning", "function_call", "function_call_output", "item_reference")
 
     type: str | None = None
     role: Literal["system", "developer", "user", "assistant"] | None = None
@@ -31,10 +31,10 @@ class Item(Kinds):
     output: SimpleOr[str, Items[Part]] | None = None
 
 
-class ToolFields(Kinds):
-    """A tool; only functions are used, others are not offered to the model."""
+class ToolFields(TypedFields):
+    """A tool. Only functions are used; the model does not see tools of other types."""
 
-    read: ClassVar = ("function",)
+    known_types: ClassVar = ("function",)
 
     type: str
     name: str | None = None
@@ -43,8 +43,8 @@ class ToolFields(Kinds):
     strict: bool | None = None
 
 
-class Choice(Fields):
-    """What the model is to do with the tools."""
+class ToolChoice(Fields):
+    """The function that must be called, or the tools that may be called."""
 
     type: str
     name: str | None = None
@@ -53,7 +53,7 @@ class Choice(Fields):
 
 
 class TextFormat(Fields):
-    """What the answer's text has to be."""
+    """The required format of the answer's text."""
 
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = None
@@ -68,12 +68,12 @@ class TextFields(Fields):
 
 
 class ReasoningFields(Fields):
-    """How much the model is to think."""
+    """How much the model thinks before it answers."""
 
     effort: str | None = None
 
 
-class ResponsesFields(SamplingFields, OwnStreamFields):
+class ResponsesFields(SamplingFields, NamedEventStreamFields):
     """The body of a request."""
 
     model: str | None = None
@@ -83,7 +83,7 @@ class ResponsesFields(SamplingFields, OwnStreamFields):
     top_logprobs: Annotated[Whole, Field(ge=0)] | None = None
     max_output_tokens: MostTokens | None = None
     tools: Items[ToolFields] | None = None
-    tool_choice: SimpleOr[Literal["none", "auto", "required"], Choice] | None = None
+    tool_choice: SimpleOr[Literal["none", "auto", "required"], ToolChoice] | None = None
     parallel_tool_calls: bool | None = None
     text: TextFields | None = None
     reasoning: ReasoningFields | None = None
@@ -95,20 +95,20 @@ class ResponsesFields(SamplingFields, OwnStreamFields):
     chat_template_kwargs: dict | None = None
 
     @property
-    def form_names(self) -> list[str]:
-        """The field that says what form the text has, if there is one."""
+    def format_fields(self) -> list[str]:
+        """The name of the field that sets the format of the text, if the body has one."""
         return ["text.format"] if self.text is not None and self.text.format is not None else []
 
 
 def num_logprobs(fields, limits):
-    """How many alternatives to report for each token of the text; None for no log-probabilities."""
+    """The number of alternatives to report for each token of the text; None for no log-probabilities."""
     check_most("top_logprobs", fields.top_logprobs or 0, limits.max_logprobs)
     wanted = fields.top_logprobs or "message.output_text.logprobs" in (fields.include or ())
     return (fields.top_logprobs or 0) if wanted else None
 
 
 def conversation(fields):
-    """The Conversation of ResponsesFields. ValueError or ApiError 400 for what cannot be."""
+    """The Conversation of ResponsesFields. ValueError or ApiError 400 for fields that cannot be used."""
     refuse_state(fields)
     effort = fields.reasoning.effort if fields.reasoning else None
     return Conversation(
@@ -121,7 +121,7 @@ def conversation(fields):
 
 
 def refuse_state(fields) -> None:
-    """ApiError 400 for what would need a server that remembers."""
+    """ApiError 400 for fields that need a server which stores responses."""
     for name in ("previous_response_id", "conversation", "prompt"):
         if getattr(fields, name) is not None:
             raise wrong_field(name, "this server keeps nothing between requests, send the whole input", "unsupported")
@@ -134,66 +134,68 @@ def refuse_state(fields) -> None:
 
 
 def input_messages(fields):
-    """The messages that instructions and input stand for; items that are not for the model are left out."""
+    """The messages of instructions and input in the form that chat templates expect. Items of unknown types are left
+    out."""
     items = [Item(role="user", content=fields.input)] if isinstance(fields.input, str) else fields.input
-    made = [dict(role="system", content=fields.instructions)] if fields.instructions else []
+    messages = [dict(role="system", content=fields.instructions)] if fields.instructions else []
     for i, item in enumerate(items):
-        _add(made, f"input[{i}]", item)
-    if not any(message["role"] != "system" for message in made):
+        _add_item(messages, f"input[{i}]", item)
+    if not any(message["role"] != "system" for message in messages):
         raise wrong_field("input", "expected at least one message, got none")
-    return made
+    return messages
 
 
-def _add(made, where, item) -> None:
-    kind = item.type or "message"
-    if kind == "message":
-        _add_message(made, where, item)
-    elif kind == "reasoning":
-        part = "content" if item.content else "summary"
-        _answer(made)["reasoning_content"] = text_of(getattr(item, part) or "", f"{where}.{part}", KINDS)
-    elif kind == "function_call":
-        call = called(item.call_id, item.name or "", item.arguments)
-        _answer(made).setdefault("tool_calls", []).append(call)
-    elif kind == "function_call_output":
-        made.append(
-            dict(role="tool", tool_call_id=item.call_id, content=text_of(item.output or "", f"{where}.output", KINDS))
-        )
-    elif kind == "item_reference":
+def _add_item(messages, where, item) -> None:
+    """Adds an item to the messages. where: its path in the body."""
+    item_type = item.type or "message"
+    if item_type == "message":
+        _add_message(messages, where, item)
+    elif item_type == "reasoning":
+        field = "content" if item.content else "summary"
+        thought = text_of(getattr(item, field) or "", f"{where}.{field}", ITEM_PARTS)
+        _assistant_message(messages)["reasoning_content"] = thought
+    elif item_type == "function_call":
+        call = tool_call(item.call_id, item.name or "", item.arguments)
+        _assistant_message(messages).setdefault("tool_calls", []).append(call)
+    elif item_type == "function_call_output":
+        content = text_of(item.output or "", f"{where}.output", ITEM_PARTS)
+        messages.append(dict(role="tool", tool_call_id=item.call_id, content=content))
+    elif item_type == "item_reference":
         raise wrong_field(where, "this server keeps no items, send them whole", "unsupported")
 
 
-def _add_message(made, where, item) -> None:
+def _add_message(messages, where, item) -> None:
     if item.role is None:
         raise wrong_field(f"{where}.role", "this field is required", "missing_field")
-    content = text_of(item.content or "", f"{where}.content", KINDS)
+    content = text_of(item.content or "", f"{where}.content", ITEM_PARTS)
     if item.role != "assistant":
-        made.append(dict(role=item.role, content=content))
+        messages.append(dict(role=item.role, content=content))
         return
-    answer = _answer(made)
-    answer["content"] = "\n".join(text for text in (answer["content"], content) if text)
+    message = _assistant_message(messages)
+    message["content"] = "\n".join(text for text in (message["content"], content) if text)
 
 
-def _answer(made):
-    """The assistant's message that the items at the end belong to."""
-    if not made or made[-1]["role"] != "assistant":
-        made.append(dict(role="assistant", content=""))
-    return made[-1]
+def _assistant_message(messages):
+    """The last message if it is the assistant's, else a new one: successive items of an answer are one message."""
+    if not messages or messages[-1]["role"] != "assistant":
+        messages.append(dict(role="assistant", content=""))
+    return messages[-1]
 
 
-# ---------------------------------------------------------------- tools and the form of the text
+# ---------------------------------------------------------------- tools and the format of the text
 
 
 def tool_use(fields):
-    """The ToolUse of tools and tool_choice."""
+    """The ToolUse of ResponsesFields' tools and tool_choice."""
     tools = tools_of(fields.tools or (), ["function"])
     choice, parallel = fields.tool_choice or "auto", fields.parallel_tool_calls is not False
     if isinstance(choice, str):
-        return choose(tools, choice, None, parallel)
+        return tool_use_of(tools, choice, None, parallel)
     if choice.type == "function":
-        return choose(tools, "required", [choice.name], False)
+        return tool_use_of(tools, "required", [choice.name], False)
     if choice.type == "allowed_tools":
         names = [tool.get("name") for tool in choice.tools or () if tool.get("type") == "function"]
-        return choose(tools, choice.mode or "auto", names, parallel)
+        return tool_use_of(tools, choice.mode or "auto", names, parallel)
     raise wrong_field(
         "tool_choice",
         f"expected none, auto, required, a function or allowed_tools, got {shown(choice.type)}",
@@ -202,13 +204,13 @@ def tool_use(fields):
 
 
 def grammar_of(fields):
-    """The grammar that text.format asks for; None where the text is free."""
-    wanted = fields.text.format if fields.text else None
-    if wanted is None or wanted.type == "text":
+    """The grammar of text.format; None for free text."""
+    text_format = fields.text.format if fields.text else None
+    if text_format is None or text_format.type == "text":
         return None
-    if wanted.type == "json_object":
+    if text_format.type == "json_object":
         return structured.json_object()
-    if wanted.schema_ is None:
+    if text_format.schema_ is None:
         raise wrong_field("text.format.schema", "this field is required", "missing_field")
     with structured.told_as("text"):
-        return structured.json_schema(wanted.schema_, bool(wanted.strict))
+        return structured.json_schema(text_format.schema_, bool(text_format.strict))

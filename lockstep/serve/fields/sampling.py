@@ -1,4 +1,4 @@
-"""The fields that say how tokens are chosen, the same on every route that generates."""
+"""The fields that set how tokens are sampled, the same on every route that generates."""
 
 import dataclasses
 import secrets
@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from lockstep.engine.request import MIN_TEMPERATURE, SamplingParams
 from lockstep.serve.errors import check_most, not_allowed, wrong_field
-from lockstep.serve.fields.body import Items, Whole, shown, whole
+from lockstep.serve.fields.body import Items, Whole, integral, shown
 from lockstep.serve.fields.known import GENERATION, KnownFields
 from lockstep.serve.fields.prediction import PredictionFields
 from lockstep.serve.limits import Limits
@@ -17,8 +17,8 @@ from lockstep.serve.limits import Limits
 INT64: dict[str, Any] = dict(ge=-(1 << 63), le=(1 << 63) - 1)
 TokenId = Annotated[Whole, Field(ge=0, lt=1 << 31)]
 Count = Annotated[Whole, Field(ge=0, le=1 << 30)]
-UNTIL_FULL = RANDOM = -1  # as max_tokens, and as seed
-MOST_TOKENS = ("n_predict", "max_completion_tokens", "max_tokens", "max_output_tokens")  # names of the same on routes
+UNTIL_FULL = RANDOM = -1  # UNTIL_FULL: a value of max_tokens; RANDOM: a value of seed
+MOST_TOKENS = ("n_predict", "max_completion_tokens", "max_tokens", "max_output_tokens")  # this field's names on routes
 
 
 def _check_most(value: int) -> int:
@@ -27,27 +27,27 @@ def _check_most(value: int) -> int:
     return value
 
 
-# of an answer: as many as the context has room for where it is more, or UNTIL_FULL
+# the most tokens of an answer; a number above the context's room, and UNTIL_FULL, mean all of the room
 MostTokens = Annotated[Whole, AfterValidator(_check_most)]
 CacheSalt = Annotated[str, Field(max_length=256)]
 Penalty = Annotated[float, Field(ge=0.01, le=100)]
 
 
 def _as_object(biases: object) -> object:
-    """llama.cpp's form of logit_bias, an array of [token id, bias], as OpenAI's; anything else as it is."""
+    """llama.cpp's logit_bias, an array of [token id, bias], as OpenAI's object; any other value unchanged."""
     if not isinstance(biases, list):
         return biases
     for each in biases:
-        if not (isinstance(each, list) and len(each) == 2 and type(whole(each[0])) is int):
+        if not (isinstance(each, list) and len(each) == 2 and type(integral(each[0])) is int):
             raise ValueError("expected an object from token ids to numbers, or an array of [token id, number]")
-    return {str(whole(token)): bias for token, bias in biases}
+    return {str(integral(token)): bias for token, bias in biases}
 
 
 Biases = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_as_object)]
 
 
 class SamplingFields(KnownFields):
-    """OpenAI's sampling fields and the usual extensions. null stands for the default."""
+    """OpenAI's sampling fields and the usual extensions. null means the default."""
 
     refused: ClassVar = GENERATION
 
@@ -57,7 +57,7 @@ class SamplingFields(KnownFields):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Annotated[Whole, Field(**INT64)] | None = None
     n: Annotated[Whole, Field(ge=1, le=128)] | None = None
-    n_cmpl: Annotated[Whole, Field(ge=1, le=128)] | None = None  # llama.cpp's name, which counts more
+    n_cmpl: Annotated[Whole, Field(ge=1, le=128)] | None = None  # llama.cpp's name for n; used where both are given
     best_of: Whole | None = None
     stop: str | Items[str] | None = None
     stop_token_ids: Items[TokenId] | None = None
@@ -80,11 +80,11 @@ class SamplingFields(KnownFields):
 
     @property
     def num_samples(self) -> int:
-        """Of each prompt."""
+        """The number of samples of each prompt."""
         return self.n_cmpl or self.n or 1
 
 
-# what becomes a field of SamplingParams as it is, and its default, where for OpenAI the temperature is 1
+# defaults of the fields that SamplingParams takes unchanged; for OpenAI the temperature's is 1
 DEFAULTS = {
     each.name: each.default
     for each in dataclasses.fields(SamplingParams)
@@ -94,13 +94,12 @@ LEAST_TOP_P = 1e-9
 
 
 def sampling_params(
-    fields: SamplingFields, limits: Limits, max_tokens: int, defaults: Mapping, **more
+    fields: SamplingFields, limits: Limits, max_tokens: int, defaults: Mapping, **other_params
 ) -> SamplingParams:
     """SamplingParams of a request's SamplingFields. ApiError 400 for a value that is not allowed.
 
-    defaults: the model's, for fields that the request does not have; those of the API come after them. more: other
-    arguments of SamplingParams, such as logprobs. Without a seed, or with RANDOM, each request draws with one of its
-    own.
+    defaults: the model's, for fields that the request leaves out; they override the API's DEFAULTS. other_params: other
+    arguments of SamplingParams, such as logprobs. Without a seed, or with RANDOM, a request gets a random seed.
     """
     chosen = {
         name: default if getattr(fields, name) is None else getattr(fields, name)
@@ -120,20 +119,20 @@ def sampling_params(
         return SamplingParams(
             max_tokens=max_tokens,
             seed=seed,
-            stop=_stop(fields.stop, limits),
+            stop=_stop_strings(fields.stop, limits),
             stop_token_ids=tuple(fields.stop_token_ids or ()),
-            logit_bias=_bias(fields.logit_bias or {}, limits),
+            logit_bias=_logit_bias(fields.logit_bias or {}, limits),
             **chosen,
-            **more,
+            **other_params,
         )
     except ValueError as error:
         raise not_allowed(error) from None
 
 
 def most_tokens(fields: SamplingFields, room: int, default: int | None = None) -> int:
-    """How many tokens an answer may have: the first of MOST_TOKENS that is not null, and at most `room`.
+    """The most tokens of an answer: the first field of MOST_TOKENS that is not null, and at most `room`.
 
-    default: for a body that has none of the fields, where that is not all the room.
+    default: for a body without any of these fields; None for all of the room.
     """
     given = next((value for name in MOST_TOKENS if (value := getattr(fields, name, None)) is not None), None)
     if given is None and fields.model_fields_set.isdisjoint(MOST_TOKENS):
@@ -151,7 +150,7 @@ def _repetition_penalty(fields: SamplingFields, chosen: float) -> float:
 
 
 def _check_window(fields: SamplingFields, chosen: dict) -> None:
-    """ApiError 400 for penalties that are to look at a part of the tokens only, as llama.cpp's do."""
+    """ApiError 400 for penalties that llama.cpp's fields restrict to a part of the tokens."""
     if chosen["repetition_penalty"] == 1 and not chosen["presence_penalty"] and not chosen["frequency_penalty"]:
         return
     if fields.repeat_last_n not in (None, -1):
@@ -167,7 +166,7 @@ def _check_window(fields: SamplingFields, chosen: dict) -> None:
 
 
 def check_single(fields: SamplingFields) -> None:
-    """ApiError 400 for several samples, for routes whose answers have one."""
+    """ApiError 400 for several samples, on routes whose answers have one."""
     if fields.num_samples != 1:
         name = _name_of_n(fields)
         raise wrong_field(name, f"expected 1, got {fields.num_samples}")
@@ -184,14 +183,14 @@ def _check_samples(fields: SamplingFields, limits: Limits) -> None:
         raise wrong_field("best_of", f"expected none or the value of {name}, {n}, got {fields.best_of}", "unsupported")
 
 
-def _stop(stop, limits):
+def _stop_strings(stop, limits):
     strings = [each for each in ([stop] if isinstance(stop, str) else stop or []) if each]
     check_most("stop", len(strings), limits.max_stop, "strings")
     check_most("stop", max(map(len, strings), default=0), limits.max_stop_chars, "characters")
     return tuple(strings)
 
 
-def _bias(biases, limits):
+def _logit_bias(biases, limits):
     check_most("logit_bias", len(biases), limits.max_logit_bias, "tokens")
     for token in biases:
         if not (token.isascii() and token.isdecimal() and len(token) < 10):

@@ -1,4 +1,4 @@
-"""The fields that ask for a stream, as OpenAI and vLLM have them, and the usage that its chunks report."""
+"""The fields that ask for a stream, as in OpenAI's API and vLLM's, and the usage that chunks report."""
 
 from typing import ClassVar, Self
 
@@ -11,14 +11,14 @@ from lockstep.serve.fields.known import STREAM, KnownFields
 
 
 class StreamOptions(Fields):
-    """What a stream has besides the answer. continuous_usage_stats: with include_usage, in every chunk."""
+    """Whether a stream reports its usage: at its end, and with continuous_usage_stats in every chunk."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
 
 class StreamFields(Fields):
-    """Whether the answer comes as a stream. ApiError 400 for options of a stream that is not asked for."""
+    """Whether the answer is streamed. ApiError 400 for stream_options without stream."""
 
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -31,17 +31,17 @@ class StreamFields(Fields):
 
     @property
     def streams_usage(self) -> bool:
-        """Whether a stream ends with how many tokens there were."""
+        """Whether a stream ends with a chunk that reports its usage."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     @property
     def is_continuous(self) -> bool:
-        """Whether every chunk of a stream that ends with its usage tells it, too."""
+        """Whether every chunk of a stream reports the usage so far."""
         return self.streams_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
 
-class OwnStreamOptions(KnownFields):
-    """The options of a stream whose events are those of another API, which always end with the usage."""
+class NamedEventStreamOptions(KnownFields):
+    """The options of a stream of /v1/responses or /v1/messages, whose named events always end with the usage."""
 
     refused: ClassVar = STREAM
     inside: ClassVar = "stream_options."
@@ -49,14 +49,14 @@ class OwnStreamOptions(KnownFields):
     include_usage: bool | None = None
 
 
-class OwnStreamFields(StreamFields):
-    """The same where the events of a stream are those of another API."""
+class NamedEventStreamFields(StreamFields):
+    """StreamFields of /v1/responses and /v1/messages."""
 
-    stream_options: OwnStreamOptions | None = None
+    stream_options: NamedEventStreamOptions | None = None
 
 
 class ChunkEnd:
-    """The end of a chunk's JSON: its usage, as far as StreamFields ask for it, of one of the engine's requests."""
+    """The end of each chunk's JSON, with the usage of one of the engine's requests where StreamFields ask for it."""
 
     def __init__(self, fields: StreamFields, request) -> None:
         self._num_prompt = len(request.prompt_ids)
@@ -64,7 +64,7 @@ class ChunkEnd:
         self._fixed = '}],"usage":null}\n\n' if fields.streams_usage else "}]}\n\n"
 
     def after(self, num_output: int) -> str:
-        """The end of a chunk with which so many tokens of the answer have been sent."""
+        """The end of the chunk after which `num_output` tokens of the answer have been sent."""
         if not self._is_continuous:
             return self._fixed
         usage = dict(

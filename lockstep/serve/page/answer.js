@@ -1,12 +1,12 @@
-// One answer: its text as it comes, the facts about it, and the proof that it can be had again.
+// One answer: its streamed text, its facts (seed, speed), and the buttons that run it again and compare.
 
 import { answer as stream } from "/page/client.js";
 import { elements, reachable, watch } from "/page/tokens.js";
 
-const CROWD = 4; // strangers beside an answer that is run again in a crowd
+const CROWD = 4; // other requests that run beside an answer that is run again in a crowd
 
 export class Answer {
-  /** request: of client.js. prompt: text that the answer continues, shown before it. */
+  /** request: made by client.js. prompt: the text that the answer continues, shown before it. */
   constructor(request, prompt = "") {
     this.request = request;
     this.text = "";
@@ -22,7 +22,7 @@ export class Answer {
     [this.thought, this.body].forEach(watch);
   }
 
-  /** Streams the answer in; resolves when it ended, however it did. */
+  /** Streams the answer; resolves when it has ended, with success or without. */
   async run(key, signal, onPiece) {
     try {
       for await (const piece of stream(this.request, key, signal)) {
@@ -90,7 +90,7 @@ export class Answer {
     ].filter(Boolean));
   }
 
-  // ---------------------------------------------------------------- once more
+  // ---------------------------------------------------------------- run again
 
   again() {
     const line = make("div", "again");
@@ -120,7 +120,7 @@ export class Answer {
     }
   }
 
-  /** The same answer once more: {text, tokens}; as far as this one came, if it was stopped. */
+  /** Runs the request again: {text, tokens}, no further than this answer came if it was stopped. */
   async collect(signal) {
     const found = { text: "", tokens: [] };
     for await (const { text, tokens } of stream(this.request, this.key(), signal)) {
@@ -132,13 +132,13 @@ export class Answer {
     return found;
   }
 
-  /** Another sample of the same prompt; nobody reads it, and what goes wrong with it is its own affair. */
+  /** Runs another sample of the same prompt, only to share steps with it: its text and errors are ignored. */
   async stranger(number, signal) {
     const seed = this.request.body.seed + number + 1;
     const request = { ...this.request, body: { ...this.request.body, seed } };
     try {
       for await (const _ of stream(request, this.key(), signal));
-    } catch { /* it was only company */ }
+    } catch { /* its errors do not matter */ }
   }
 
   compare(found, strangers) {

@@ -10,7 +10,7 @@ const $ = id => document.getElementById(id);
 const log = $("log");
 const prompt = $("prompt");
 let messages = [];
-let model = null; // what figures.js knows of the server
+let model = null; // the last figures of the server
 let running = null; // the AbortController of the answer that streams
 
 keepSettings();
@@ -27,7 +27,7 @@ function introduce(found) {
   $("prompt-label").textContent = prompt.placeholder = word;
 }
 
-// ---------------------------------------------------------------- asking
+// ---------------------------------------------------------------- sending a message
 
 $("composer").addEventListener("submit", event => {
   event.preventDefault();
@@ -62,9 +62,9 @@ async function ask(text) {
   log.append(answer.root);
   log.scrollTop = log.scrollHeight;
   await stream(answer);
-  if (messages !== known) return; // forgotten meanwhile
+  if (messages !== known) return; // the conversation was cleared meanwhile
   if (canChat && answer.text) messages = [...asked, { role: "assistant", content: answer.text }];
-  if (!answer.text && !prompt.value) prompt.value = text; // to be sent again
+  if (!answer.text && !prompt.value) prompt.value = text; // so that it can be sent again
 }
 
 async function stream(answer) {
@@ -96,7 +96,7 @@ $("clear").addEventListener("click", () => {
   prompt.focus();
 });
 
-// ---------------------------------------------------------------- looks
+// ---------------------------------------------------------------- appearance
 
 $("toggle-settings").addEventListener("click", event => {
   const open = document.body.classList.toggle("settings-open");

@@ -1,6 +1,6 @@
 // Requests to the server, and its answers as they stream in.
 
-/** What the server says instead of an answer, in words for a reader. status: HTTP's, 0 where there was no response. */
+/** A request that failed, with a message for the reader. status: the HTTP status, 0 where there was no response. */
 export class Refusal extends Error {
   constructor(message, status = 0) {
     super(message);
@@ -8,14 +8,14 @@ export class Refusal extends Error {
   }
 }
 
-/** What the server is and does now; see page.py. */
+/** The figures of the server, see routes/page.py. */
 export async function figures(key) {
   return (await reach("/page/figures", { headers: headers(key) })).json();
 }
 
 /**
  * Yields the pieces of an answer: {text, thought, tokens, finish, usage, fingerprint}, all but tokens optional.
- * request: {path, body} as `chat` and `continuation` make them. Throws a Refusal, or AbortError after signal's abort.
+ * request: {path, body} as `chat` and `continuation` make them. Throws a Refusal, or an AbortError after `signal` aborts.
  */
 export async function* answer(request, key, signal) {
   const body = JSON.stringify({ ...request.body, stream: true, stream_options: { include_usage: true } });
@@ -31,7 +31,7 @@ export function chat(messages, settings) {
   return { path: "/v1/chat/completions", body: { ...settings, messages, logprobs: true, top_logprobs: 5 } };
 }
 
-/** A request that lets a text go on, for models without a chat template. */
+/** A request to continue a text, for models without a chat template. */
 export function continuation(prompt, settings) {
   return { path: "/v1/completions", body: { ...settings, prompt, logprobs: 5 } };
 }

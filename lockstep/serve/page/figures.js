@@ -1,13 +1,13 @@
-// What the server is doing, asked for once a second while somebody looks.
+// The figures in the header, fetched once a second while the page is visible.
 
 import { figures } from "/page/client.js";
 import { percent } from "/page/tokens.js";
 
 const PAUSE = 1000;
 const $ = id => document.getElementById(id);
-let before = null; // the last figures, and when they came
+let before = null; // the last generated_tokens, and the time of them
 
-/** Shows the figures from now on; onFigures gets each. */
+/** Updates the figures from now on, and passes each of them to onFigures. */
 export async function follow(onFigures) {
   for (;;) {
     if (!document.hidden) await look(onFigures);

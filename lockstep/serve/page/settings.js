@@ -1,12 +1,12 @@
-// How answers are sampled, as the form says. What was set is remembered in this tab; the API key is not.
+// The form with sampling settings. Changed settings are remembered in this tab; the API key is not.
 
 const form = document.getElementById("sampling");
 const field = name => document.getElementById(name);
 const NUMBERS = ["temperature", "top_p", "min_p", "top_k", "max_tokens"];
 const KEPT = [...NUMBERS, "seed", "system"];
-const kept = JSON.parse(sessionStorage.getItem("settings") ?? "{}"); // what somebody set, and nothing else
+const kept = JSON.parse(sessionStorage.getItem("settings") ?? "{}"); // only the settings that the reader changed
 
-/** The sampling fields of a request. A seed is drawn where none is given, so that every answer can be had again. */
+/** The sampling fields of a request. Without a seed a random one is drawn here, so that every answer can be repeated. */
 export function settings() {
   const made = Object.fromEntries(NUMBERS.map(name => [name, Number(field(name).value)]));
   return { ...made, seed: field("seed").value ? Number(field("seed").value) : drawn() };
@@ -16,7 +16,7 @@ function drawn() {
   return crypto.getRandomValues(new Uint32Array(1))[0];
 }
 
-/** Restores the form, and keeps it and its readings up to date from then on. */
+/** Restores the remembered settings, and from then on remembers changes and shows the values of sliders. */
 export function keepSettings() {
   KEPT.filter(name => name in kept).forEach(name => put(name, kept[name]));
   form.addEventListener("submit", event => event.preventDefault());
@@ -24,13 +24,13 @@ export function keepSettings() {
   read();
 }
 
-/** Shows the model's defaults, {name: number}, in the controls that nobody has touched. */
+/** Shows the model's defaults, {name: number}, in the controls that the reader has not changed. */
 export function offer(defaults) {
   NUMBERS.filter(name => name in defaults && !(name in kept)).forEach(name => put(name, String(defaults[name])));
   read();
 }
 
-/** Gives a control a value as it is, even between the steps of a slider or beyond its ends. */
+/** Sets a control to a value, even between the steps of a slider or beyond its ends. */
 function put(name, value) {
   const control = field(name);
   if (control.type === "range") {

@@ -1,12 +1,13 @@
-// The words of an answer, each with what the model considered in its place.
+// The tokens of an answer, each with the alternatives that the model considered.
 
 const card = document.getElementById("card");
-const considered = new WeakMap(); // token's element -> its tokens
+const considered = new WeakMap(); // element -> its tokens, with their alternatives
 let open = null;
 
 /**
- * Elements of new text: {made, left}. tokens: those that it is made of, each {text, logprob, top}. What does not add up
- * (a character of several tokens, text that a stop string held back) shares an element; left: tokens without text yet.
+ * Makes an element for each token of new text: {made, left}. tokens: [{text, logprob, top}, ...]. Tokens whose texts do
+ * not join to the text (a character of several tokens, text that a stop string held back) share an element; left: the
+ * tokens whose text has not come yet.
  */
 export function elements(text, tokens) {
   const begins = [], ends = [], left = [...tokens];
@@ -31,7 +32,7 @@ function element(text, tokens) {
   made.className = "token";
   made.textContent = text;
   made.tabIndex = -1;
-  // no token: text without log-probabilities
+  // text without log-probabilities has no tokens, and counts as certain
   const sure = tokens.reduce((least, token) => Math.min(least, Math.exp(token.logprob)), 1);
   made.style.setProperty("--doubt-share", (1 - sure).toFixed(3));
   considered.set(made, tokens);
@@ -60,7 +61,7 @@ export function watch(container) {
   });
 }
 
-/** Makes the first of them reachable with the Tab key; the others follow with the arrow keys. */
+/** Lets the Tab key reach the first token of a container; arrow keys reach the others. */
 export function reachable(container) {
   const first = container.querySelector(".token");
   if (first && !container.querySelector(".token[tabindex='0']")) first.tabIndex = 0;
@@ -84,7 +85,7 @@ export function hide() {
   card.hidden = true;
 }
 
-/** Below the token, or above it where there is no room. */
+/** Places the card below the token, or above it where there is no room. */
 function place(at) {
   const gap = 8;
   const { width, height } = card.getBoundingClientRect();
@@ -115,7 +116,7 @@ function row({ text, logprob }, chosen) {
   return made;
 }
 
-/** White space that a reader can see. */
+/** A text with visible signs for its white space. */
 function visible(text) {
   return text.replaceAll("\n", "⏎").replaceAll("\t", "⇥").replace(/^ +| +$/g, spaces => "␣".repeat(spaces.length));
 }

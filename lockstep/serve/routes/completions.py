@@ -1,4 +1,4 @@
-"""/v1/completions: texts go on."""
+"""/v1/completions: continuations of texts, as OpenAI's API has it."""
 
 import secrets
 import time
@@ -9,23 +9,23 @@ from starlette.routing import Route
 
 from lockstep.serve.answers.json_response import to_text
 from lockstep.serve.answers.logprobs import LegacyLogprobs, check_prompt_logprobs, prompt_logprobs
-from lockstep.serve.answers.sse import EventStream, data, json_answer
+from lockstep.serve.answers.sse import EventStream, data_event, json_answer
 from lockstep.serve.errors import check_most
 from lockstep.serve.fields.body import Whole
 from lockstep.serve.fields.prediction import predicted_ids
 from lockstep.serve.fields.prompts import read_prompts
-from lockstep.serve.fields.response_format import FormFields, masks
+from lockstep.serve.fields.response_format import ResponseFormatFields, masks
 from lockstep.serve.fields.sampling import UNTIL_FULL, MostTokens, SamplingFields, most_tokens, sampling_params
 from lockstep.serve.fields.stream import ChunkEnd, StreamFields
-from lockstep.serve.generation import Generates, Job
+from lockstep.serve.generation import Generation, GenerationEndpoint
 from lockstep.serve.service import Service
-from lockstep.serve.token_masks import combined, narrowing
+from lockstep.serve.token_masks import combined_masks, narrowing_fields
 
 DEFAULT_TOKENS = 16
 MostTokensOrNone = Annotated[Whole, Field(ge=UNTIL_FULL)]
 
 
-class CompletionFields(SamplingFields, FormFields, StreamFields):
+class CompletionFields(SamplingFields, ResponseFormatFields, StreamFields):
     """The body of a request."""
 
     model: str | None = None
@@ -42,43 +42,45 @@ class CompletionFields(SamplingFields, FormFields, StreamFields):
 
     @property
     def is_empty(self) -> bool:
-        """Whether no token of an answer is wanted."""
+        """Whether the request asks for no token of an answer, as with max_tokens 0 and echo."""
         return most_tokens(self, 1, DEFAULT_TOKENS) == 0
 
 
 def routes(service: Service):
-    async def complete(job: Job):
-        fields = await job.read(CompletionFields)
+    async def complete(generation: Generation):
+        fields = await generation.read(CompletionFields)
         check_prompt_logprobs(fields)
         check_most("logprobs", fields.logprobs or 0, service.limits.max_logprobs)
-        texts, ids = await job.prepare(
+        texts, ids = await generation.prepare(
             read_prompts,
             service,
             fields.prompt,
             fields.add_special_tokens is not False,
             _most_prompt(fields, service.max_context),
         )
-        each_mask = await job.offload(masks, service, fields, len(ids)) if fields.form_names else [None] * len(ids)
-        each_mask = await job.prepare(combined, service, fields, each_mask, each_mask[0] is not None)
-        predicted = await job.prepare(predicted_ids, service, fields.prediction)
-        answer = Answer(job, fields, texts)
-        await job.start(
+        each_mask = [None] * len(ids)
+        if fields.format_fields:
+            each_mask = await generation.offload(masks, service, fields, len(ids))
+        each_mask = await generation.prepare(combined_masks, service, fields, each_mask, each_mask[0] is not None)
+        predicted = await generation.prepare(predicted_ids, service, fields.prediction)
+        answer = Answer(generation, fields, texts)
+        await generation.start(
             [(each, _params(fields, service, len(each), mask)) for each, mask in zip(ids, each_mask, strict=True)],
             fields.cache_salt or "",
-            narrowing(fields),
+            narrowing_fields(fields),
             predicted,
         )
         if fields.stream:
-            return EventStream(job, answer.events())
-        await job.finished()
+            return EventStream(generation, answer.events())
+        await generation.finished()
         is_quick = fields.logprobs is fields.prompt_logprobs is None
-        return await json_answer(job, answer.whole, is_quick)
+        return await json_answer(generation, answer.whole, is_quick)
 
-    return [Route("/v1/completions", Generates(service, complete), methods=["POST"])]
+    return [Route("/v1/completions", GenerationEndpoint(service, complete), methods=["POST"])]
 
 
 def _most_prompt(fields, max_context):
-    """How many tokens of a prompt are kept: with UNTIL_FULL those that leave room for the answer; None: all."""
+    """How many tokens of a prompt to keep: with UNTIL_FULL as many as leave room for the answer; None: all."""
     if fields.truncate_prompt_tokens != UNTIL_FULL:
         return fields.truncate_prompt_tokens
     wanted = most_tokens(fields, max_context, DEFAULT_TOKENS)
@@ -86,7 +88,7 @@ def _most_prompt(fields, max_context):
 
 
 def _params(fields, service: Service, num_prompt, mask):
-    """SamplingParams of one prompt. A request for no tokens runs for one, which nobody gets to see."""
+    """SamplingParams of one prompt. A request for no tokens generates one, which is not shown."""
     room = max(1, service.max_context - num_prompt)
     max_tokens = max(1, most_tokens(fields, room, DEFAULT_TOKENS))
     wants_prompt = fields.echo and fields.logprobs is not None
@@ -94,7 +96,7 @@ def _params(fields, service: Service, num_prompt, mask):
         fields,
         service.limits,
         max_tokens,
-        service.loaded.sampling_defaults,
+        service.sampling_defaults,
         logprobs=fields.logprobs,
         logits_mask=mask,
         prompt_logprobs=fields.logprobs if wants_prompt else fields.prompt_logprobs,
@@ -102,22 +104,22 @@ def _params(fields, service: Service, num_prompt, mask):
 
 
 class Answer:
-    """The answer to one request. texts: what each prompt was, None for token ids."""
+    """The answer to one request. texts: the prompts; None for one that was given as token ids."""
 
-    def __init__(self, job: Job, fields, texts) -> None:
-        self.job, self.fields, self._texts = job, fields, texts
-        self.tokenizer, self.is_empty = job.service.tokenizer, fields.is_empty
+    def __init__(self, generation: Generation, fields, texts) -> None:
+        self.generation, self.fields, self._texts = generation, fields, texts
+        self.tokenizer, self.is_empty = generation.service.tokenizer, fields.is_empty
         self.head = dict(
             id=f"cmpl-{secrets.token_hex(12)}",
             object="text_completion",
             created=int(time.time()),
-            model=job.model_name,
-            **job.service.fingerprint_field,
+            model=generation.model_name,
+            **generation.service.fingerprint_field,
         )
 
     def whole(self):
-        """The response; arrays that may be long are Parts."""
-        choices = [self._choice(number, request) for number, request in enumerate(self.job.requests)]
+        """The response object; arrays that may be long are Parts."""
+        choices = [self._choice(number, request) for number, request in enumerate(self.generation.requests)]
         return self.head | dict(choices=choices, usage=self._usage())
 
     def _choice(self, number, request):
@@ -134,34 +136,34 @@ class Answer:
         return made
 
     def echoed(self, number):
-        """What comes before a sequence's own text: its prompt, if that is wanted."""
+        """The prompt of a sequence where the request asks for echo, else ""."""
         if not self.fields.echo:
             return ""
-        text = self._texts[number // (self.fields.num_samples)]
+        text = self._texts[number // self.fields.num_samples]
         if text is None and self.tokenizer is not None:
-            return self.tokenizer.decode(self.job.requests[number].prompt_ids)
+            return self.tokenizer.decode(self.generation.requests[number].prompt_ids)
         return text or ""
 
     def _usage(self):
-        usage = self.job.usage()
+        usage = self.generation.usage()
         if self.is_empty:
             usage |= dict(completion_tokens=0, total_tokens=usage["prompt_tokens"])
         return usage
 
     async def events(self):
-        """The chunks of a stream, those of one step together."""
-        sequences = [Chunks(self, number) for number in range(len(self.job.requests))]
-        async for found in self.job.tokens():
+        """Yields the chunks of a stream, the chunks of one step as one piece of bytes."""
+        sequences = [Chunks(self, number) for number in range(len(self.generation.requests))]
+        async for found in self.generation.tokens():
             yield b"".join([sequences[number].chunk(tokens, reason) for number, tokens, reason in found])
         if self.fields.streams_usage:
-            yield data(self.head | dict(choices=[], usage=self._usage()))
+            yield data_event(self.head | dict(choices=[], usage=self._usage()))
 
 
 class Chunks:
-    """The chunks of one sequence. What they have in common is encoded once."""
+    """The chunks of one sequence. Their common fields are encoded once."""
 
     def __init__(self, answer, number) -> None:
-        self._answer, self._request = answer, answer.job.requests[number]
+        self._answer, self._request = answer, answer.generation.requests[number]
         self._before = f'data: {to_text(answer.head)[:-1]},"choices":[{{"index":{number},"text":'
         self._end = ChunkEnd(answer.fields, self._request)
         self._echo, self._num_sent = answer.echoed(number), 0
@@ -170,7 +172,7 @@ class Chunks:
             self._logprobs = LegacyLogprobs(answer.tokenizer, self._request, bool(answer.fields.echo))
 
     def chunk(self, tokens, reason):
-        """The event of new tokens; nothing where there is nothing to tell yet."""
+        """The chunk for new tokens; empty where they have no text yet and nothing else is reported."""
         if self._answer.is_empty:
             tokens, reason = [], "length"
         text, self._echo = self._echo + "".join([token.text for token in tokens]), ""

@@ -1,4 +1,4 @@
-"""What /v1/chat/completions, /v1/responses and /v1/messages share: a Conversation is started, its answer is read."""
+"""Shared by /v1/chat/completions, /v1/responses and /v1/messages: starting a Conversation and reading its answer."""
 
 from lockstep.engine.request import Request
 from lockstep.serve.errors import bad_request
@@ -6,28 +6,28 @@ from lockstep.serve.fields.body import read_fields
 from lockstep.serve.fields.prediction import predicted_ids
 from lockstep.serve.fields.prompts import text_tokenizer
 from lockstep.serve.fields.sampling import most_tokens, sampling_params
-from lockstep.serve.generation import Job
+from lockstep.serve.generation import Generation
 from lockstep.serve.service import Service
-from lockstep.serve.token_masks import combined, narrowing
+from lockstep.serve.token_masks import combined_masks, narrowing_fields
 from lockstep.text.tool_calls.events import Arguments, CallStart
 
 
-async def start(job: Job, fields, conversation, **reports):
-    """Queues the samples of a conversation; returns what makes a parser for each.
+async def start(generation: Generation, fields, conversation, **reports):
+    """Queues the samples of a conversation; returns a function that makes a parser for the answer of one sample.
 
-    fields: the SamplingFields of the request; conversation: called with them in a worker thread, returns the
-    Conversation; reports: arguments of SamplingParams, such as logprobs.
+    fields: the SamplingFields of the request; conversation: makes the Conversation of these fields, in a worker thread;
+    reports: further arguments of SamplingParams, such as logprobs.
     """
-    service = job.service
+    service = generation.service
 
     def prepare():
-        made = conversation(fields)
-        has_form = made.grammar is not None or made.tools.must_call
-        prepared = chat_model(service).prepare(made, fields.num_samples)
-        [mask] = combined(service, fields, [prepared.options["logits_mask"]], has_form)
+        asked = conversation(fields)
+        covers_answer = asked.grammar is not None or asked.tools.must_call
+        prepared = chat_model(service).prepare(asked, fields.num_samples)
+        [mask] = combined_masks(service, fields, [prepared.options["logits_mask"]], covers_answer)
         return prepared, mask, predicted_ids(service, fields.prediction)
 
-    prepared, mask, predicted = await job.offload(prepare)
+    prepared, mask, predicted = await generation.offload(prepare)
     room = service.max_context - len(prepared.ids)
     if room < 1:
         raise bad_request(
@@ -38,9 +38,9 @@ async def start(job: Job, fields, conversation, **reports):
         )
     if not prepared.options.get("skip_special_tokens", True):
         fields.skip_special_tokens = False
-    most, defaults = most_tokens(fields, room), service.loaded.sampling_defaults
+    most, defaults = most_tokens(fields, room), service.sampling_defaults
     params = sampling_params(fields, service.limits, most, defaults, logits_mask=mask, **reports)
-    await job.start([(prepared.ids, params)], fields.cache_salt or "", narrowing(fields), predicted)
+    await generation.start([(prepared.ids, params)], fields.cache_salt or "", narrowing_fields(fields), predicted)
     return prepared.new_parser
 
 
@@ -56,7 +56,7 @@ def chat_model(service: Service):
 
 
 async def count(request, service: Service, fields_type, conversation):
-    """How many tokens the prompt of a request has, which is read as fields_type."""
+    """The number of tokens in the prompt of a request, whose body is read as fields_type."""
     fields = await read_fields(request, service, fields_type)
 
     def counted() -> int:
@@ -67,20 +67,20 @@ async def count(request, service: Service, fields_type, conversation):
 
 
 def read_all(new_parser, request):
-    """The events of a finished request's whole text."""
+    """The parser's events for the whole text of a finished request."""
     parser = new_parser()
     return parser.push(request.text) + parser.finish(request.finish_reason == "length")
 
 
 def finish_reason(request: Request, num_calls: int) -> str:
-    """ "stop", "length" or "tool_calls"."""
+    """OpenAI's finish_reason of a request that has ended: "stop", "length" or "tool_calls"."""
     assert request.finish_reason is not None, "it has ended"
     return "tool_calls" if num_calls and request.finish_reason == "stop" else request.finish_reason
 
 
 def count_calls(events, before: int = 0):
-    """How many tool calls there are after these events; before: how many there were before them. 0 where the answer
-    ended within the arguments of one, which were completed for it: such an answer asks for no call."""
+    """The number of tool calls after these events; before: their number before the events. 0 where the answer ended
+    within a call's arguments, which the parser then completed: such an answer asks for no call."""
     if events and isinstance(events[-1], Arguments) and events[-1].is_cut:
         return 0
     return before + sum(isinstance(event, CallStart) for event in events)

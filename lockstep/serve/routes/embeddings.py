@@ -1,4 +1,4 @@
-"""/v1/embeddings: texts as vectors, each the model's last hidden state of its text."""
+"""/v1/embeddings: a vector for each text, pooled from the model's last hidden states."""
 
 import base64
 from typing import Any, ClassVar, Literal
@@ -13,7 +13,7 @@ from lockstep.serve.fields.body import Whole
 from lockstep.serve.fields.known import EMBEDDING, KnownFields
 from lockstep.serve.fields.prompts import read_prompts
 from lockstep.serve.fields.sampling import UNTIL_FULL, CacheSalt, MostTokens
-from lockstep.serve.generation import Generates, Job
+from lockstep.serve.generation import Generation, GenerationEndpoint
 from lockstep.serve.service import Service
 
 
@@ -34,30 +34,30 @@ class EmbeddingFields(KnownFields):
 
 
 def routes(service: Service):
-    async def embed(job: Job):
-        fields = await job.read(EmbeddingFields)
-        _check_dimensions(fields.dimensions, service.loaded.hidden_size)
-        inputs = await job.offload(read_inputs, service, fields)
-        params = SamplingParams(pooling=fields.pooling or await job.offload(lambda: service.loaded.pooling))
-        await job.start([(ids, params) for ids in inputs], fields.cache_salt or "")
-        await job.finished()
+    async def embed(generation: Generation):
+        fields = await generation.read(EmbeddingFields)
+        _check_dimensions(fields.dimensions, service.hidden_size)
+        inputs = await generation.offload(read_inputs, service, fields)
+        params = SamplingParams(pooling=fields.pooling or await generation.offload(lambda: service.pooling))
+        await generation.start([(ids, params) for ids in inputs], fields.cache_salt or "")
+        await generation.finished()
         service.metrics.prompt_tokens += sum(map(len, inputs))
-        size = len(inputs) * service.loaded.hidden_size
-        return await json_answer(job, lambda: _answer(job, fields), size=size)
+        size = len(inputs) * service.hidden_size
+        return await json_answer(generation, lambda: _answer(generation, fields), size=size)
 
-    return [Route("/v1/embeddings", Generates(service, embed), methods=["POST"])]
+    return [Route("/v1/embeddings", GenerationEndpoint(service, embed), methods=["POST"])]
 
 
-def _check_dimensions(wanted, found) -> None:
-    # the first numbers of a vector only mean something by themselves for models that were trained so
-    if wanted not in (None, found):
-        raise wrong_field(
-            "dimensions", f"this model's embeddings have {found}, and cannot be shortened to {wanted}", "unsupported"
-        )
+def _check_dimensions(dimensions, hidden_size) -> None:
+    # only models that are trained for it have embeddings whose first numbers can be used alone
+    if dimensions not in (None, hidden_size):
+        problem = f"this model's embeddings have {hidden_size}, and cannot be shortened to {dimensions}"
+        raise wrong_field("dimensions", problem, "unsupported")
 
 
 def read_inputs(service: Service, fields: EmbeddingFields) -> list[list[int]]:
-    """Lists of token ids: of a string, an array of strings, token ids, or an array of arrays of them. ApiError 400."""
+    """Lists of token ids of `input`: a string, an array of strings, an array of token ids, or an array of such arrays.
+    ApiError 400."""
     limit, most = service.max_context, fields.truncate_prompt_tokens
     most = limit if most == UNTIL_FULL else most
     _, inputs = read_prompts(service, fields.input, fields.add_special_tokens is not False, most, "input", False)
@@ -67,9 +67,9 @@ def read_inputs(service: Service, fields: EmbeddingFields) -> list[list[int]]:
     return inputs
 
 
-def _answer(job: Job, fields):
-    """The response, its vectors one by one."""
-    requests = job.requests
+def _answer(generation: Generation, fields):
+    """The response object, whose vectors are made one by one."""
+    requests = generation.requests
     encoded = _as_base64 if fields.encoding_format == "base64" else lambda vector: vector.tolist()
     pools = [request.pool for request in requests if request.pool is not None]
     vectors = [pool.embedding(fields.normalize is not False) for pool in pools]
@@ -78,12 +78,12 @@ def _answer(job: Job, fields):
     return dict(
         object="list",
         data=Parts(data),
-        model=job.model_name,
-        **job.service.fingerprint_field,
+        model=generation.model_name,
+        **generation.service.fingerprint_field,
         usage=dict(prompt_tokens=count, total_tokens=count),
     )
 
 
 def _as_base64(vector):
-    """float32, little-endian."""
+    """A vector as base64 of its float32 values, little-endian."""
     return base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii")

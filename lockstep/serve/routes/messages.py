@@ -1,4 +1,4 @@
-"""/v1/messages, Anthropic's form of a conversation."""
+"""/v1/messages, Anthropic's API for conversations."""
 
 import secrets
 
@@ -6,12 +6,12 @@ from starlette.routing import Route
 
 from lockstep.serve.answers.content_blocks import Blocks, collect
 from lockstep.serve.answers.json_response import json_response
-from lockstep.serve.answers.sse import EventStream, named
+from lockstep.serve.answers.sse import EventStream, named_event
 from lockstep.serve.fields.chat import arguments_of
 from lockstep.serve.fields.messages import CountFields, MessagesFields, conversation
 from lockstep.serve.fields.sampling import check_single
-from lockstep.serve.generation import Generates, Job
-from lockstep.serve.routes import conversation_routes as talk
+from lockstep.serve.generation import Generation, GenerationEndpoint
+from lockstep.serve.routes import conversation_routes
 from lockstep.serve.service import Service
 
 STOP_REASONS = dict(stop="end_turn", length="max_tokens", tool_calls="tool_use")
@@ -21,23 +21,25 @@ DELTAS = dict(
 
 
 def routes(service: Service):
-    async def messages(job: Job):
-        fields = await job.read(MessagesFields)
+    async def messages(generation: Generation):
+        fields = await generation.read(MessagesFields)
         check_single(fields)
         stop = [fields.stop] if isinstance(fields.stop, str) else fields.stop or []
         fields.stop = [*stop, *(fields.stop_sequences or ())]
-        new_parser = await talk.start(job, fields, conversation)
-        answer = Answer(job, new_parser)
+        new_parser = await conversation_routes.start(generation, fields, conversation)
+        answer = Answer(generation, new_parser)
         if fields.stream:
-            return EventStream(job, answer.events(), end=b"")
-        await job.finished()
-        return json_response(await job.offload(answer.whole))
+            return EventStream(generation, answer.events(), end=b"")
+        await generation.finished()
+        return json_response(await generation.offload(answer.whole))
 
     async def count(request):
-        return json_response(dict(input_tokens=await talk.count(request, service, CountFields, conversation)))
+        return json_response(
+            dict(input_tokens=await conversation_routes.count(request, service, CountFields, conversation))
+        )
 
     return [
-        Route("/v1/messages", Generates(service, messages), methods=["POST"]),
+        Route("/v1/messages", GenerationEndpoint(service, messages), methods=["POST"]),
         Route("/v1/messages/count_tokens", count, methods=["POST"]),
     ]
 
@@ -45,21 +47,23 @@ def routes(service: Service):
 class Answer:
     """The answer to one request."""
 
-    def __init__(self, job: Job, new_parser) -> None:
-        self._job, self._request, self._new_parser = job, job.requests[0], new_parser
-        self._head = dict(id=f"msg_{secrets.token_hex(12)}", type="message", role="assistant", model=job.model_name)
+    def __init__(self, generation: Generation, new_parser) -> None:
+        self._generation, self._request, self._new_parser = generation, generation.requests[0], new_parser
+        self._head = dict(
+            id=f"msg_{secrets.token_hex(12)}", type="message", role="assistant", model=generation.model_name
+        )
 
     def whole(self):
-        """The response."""
-        blocks = collect(talk.read_all(self._new_parser, self._request))
+        """The response object."""
+        blocks = collect(conversation_routes.read_all(self._new_parser, self._request))
         return self._head | dict(
             content=[whole_block(block) for block in blocks], **self._end(blocks), usage=self._usage()
         )
 
     async def events(self):
-        """The events of a stream, those of one step together."""
+        """Yields the events of a stream, the events of one step as one piece of bytes."""
         parser, blocks, begun = self._new_parser(), Blocks(), False
-        async for ((_, tokens, reason),) in self._job.tokens():
+        async for ((_, tokens, reason),) in self._generation.tokens():
             made = [] if begun else [self._message_start()]
             begun = True
             found = parser.push("".join([token.text for token in tokens]))
@@ -67,24 +71,24 @@ class Answer:
             changes += blocks.close() if reason else ()
             made += [block_event(*change) for change in changes]
             yield b"".join(made)
-        yield named("message_delta", dict(type="message_delta", delta=self._end(blocks.all), usage=self._usage()))
-        yield named("message_stop", dict(type="message_stop"))
+        yield named_event("message_delta", dict(type="message_delta", delta=self._end(blocks.all), usage=self._usage()))
+        yield named_event("message_stop", dict(type="message_stop"))
 
     def _message_start(self):
         message = self._head | dict(
             content=[], stop_reason=None, stop_sequence=None, usage=self._usage() | dict(output_tokens=1)
         )
-        return named("message_start", dict(type="message_start", message=message))
+        return named_event("message_start", dict(type="message_start", message=message))
 
     def _end(self, blocks):
-        """Why the answer ended."""
+        """The fields that say why the answer ended."""
         sequence = self._request.stop_reason if isinstance(self._request.stop_reason, str) else None
         calls = 0 if blocks and blocks[-1].is_cut else sum(block.kind == "call" for block in blocks)
-        reason = STOP_REASONS[talk.finish_reason(self._request, calls)]
+        reason = STOP_REASONS[conversation_routes.finish_reason(self._request, calls)]
         return dict(stop_reason="stop_sequence" if sequence else reason, stop_sequence=sequence)
 
     def _usage(self):
-        usage = self._job.usage()
+        usage = self._generation.usage()
         cached = usage["prompt_tokens_details"]["cached_tokens"]
         return dict(
             input_tokens=usage["prompt_tokens"] - cached,
@@ -95,7 +99,7 @@ class Answer:
 
 
 def whole_block(block):
-    """A Block in Anthropic's form."""
+    """A Block as one of Anthropic's content blocks."""
     if block.kind == "call":
         return dict(type="tool_use", id=tool_id(block), name=block.call.name, input=arguments_of(block.text))
     if block.kind == "thought":
@@ -104,24 +108,24 @@ def whole_block(block):
 
 
 def tool_id(block) -> str:
-    """A call's id as Anthropic's clients expect one."""
+    """The id of a call in the form of Anthropic's API."""
     return f"toolu_{block.call.id}"
 
 
-def block_event(what, block, event):
-    """What a change of a Block looks like in a stream."""
+def block_event(change, block, event):
+    """The events for a change of a Block, see `Blocks.add`."""
 
-    def told(kind: str, **fields: object) -> bytes:
-        return named(kind, dict(type=kind, index=block.index, **fields))
+    def block_named_event(name: str, **fields: object) -> bytes:
+        return named_event(name, dict(type=name, index=block.index, **fields))
 
-    if what == "open":
+    if change == "open":
         empty = dict(text=dict(type="text", text=""), thought=dict(type="thinking", thinking="", signature=""))
         start = empty.get(block.kind) or dict(type="tool_use", id=tool_id(block), name=block.call.name, input={})
-        return told("content_block_start", content_block=start)
-    if what == "piece":
-        kind, key = DELTAS[block.kind]
-        return told("content_block_delta", delta={"type": kind, key: event.text})
-    signed = b""
+        return block_named_event("content_block_start", content_block=start)
+    if change == "piece":
+        delta_type, key = DELTAS[block.kind]
+        return block_named_event("content_block_delta", delta={"type": delta_type, key: event.text})
+    signature = b""
     if block.kind == "thought":
-        signed = told("content_block_delta", delta=dict(type="signature_delta", signature=""))
-    return signed + told("content_block_stop")
+        signature = block_named_event("content_block_delta", delta=dict(type="signature_delta", signature=""))
+    return signature + block_named_event("content_block_stop")

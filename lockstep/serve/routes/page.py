@@ -1,4 +1,4 @@
-"""The page at /: its files, and the figures that it shows."""
+"""The web page at /: its files, and the figures that it shows."""
 
 import hashlib
 import pathlib
@@ -19,7 +19,7 @@ TYPES = {
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-# nothing from elsewhere, no inline script or style, no frame around it
+# nothing from other hosts, no inline script or style, no frame around the page
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -41,40 +41,41 @@ FILES = {
 
 def routes(service: Service):
     async def figures(request):
-        return Response(to_json(shown(service)), headers={"cache-control": "no-store"}, media_type="application/json")
+        content = to_json(figures_of(service))
+        return Response(content, headers={"cache-control": "no-store"}, media_type="application/json")
 
     files = [Route(where, File(path), methods=["GET"]) for where, path in FILES.items()]
     return [*files, Route("/page/figures", figures)]
 
 
-def shown(service: Service):
-    """What the page knows of the server: {name: value}. Counts are 0 while the model is loading.
+def figures_of(service: Service):
+    """The figures of /page/figures: {name: value}. Counts are 0 while the model is loading.
 
-    sampling: what the page's controls show until somebody moves them.
+    sampling: the values that the page's controls have until the reader moves them.
     """
-    made: dict[str, Any] = dict(
+    figures: dict[str, Any] = dict(
         model=service.model_name,
         state=service.state,
         system_fingerprint=service.fingerprint,
         can_chat=service.tokenizer is not None and service.tokenizer.has_chat_template,
     )
-    made["sampling"] = None if service.llm is None else for_talking(service.llm.sampling_defaults)
-    found = dict.fromkeys(COUNTS, 0) | service.counts()
-    made |= {name: found[name] for name in COUNTS}
-    return made | dict(pages_used=found["pages"] - found.get("pages_free", 0) - found.get("pages_idle", 0))
+    figures["sampling"] = None if service.llm is None else for_talking(service.llm.sampling_defaults)
+    counts = dict.fromkeys(COUNTS, 0) | service.counts()
+    figures |= {name: counts[name] for name in COUNTS}
+    return figures | dict(pages_used=counts["pages"] - counts.get("pages_free", 0) - counts.get("pages_idle", 0))
 
 
 class File:
-    """The ASGI endpoint of one file, which browsers keep and ask after: 304 as long as it has not changed."""
+    """The ASGI endpoint of one file, which browsers cache and revalidate: 304 as long as it has not changed."""
 
     def __init__(self, path) -> None:
         self._content, self._type = path.read_bytes(), TYPES[path.suffix]
         self._tag = f'"{hashlib.sha256(self._content).hexdigest()[:32]}"'
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        known = dict(scope["headers"]).get(b"if-none-match", b"").decode("latin-1")
+        cached_tags = dict(scope["headers"]).get(b"if-none-match", b"").decode("latin-1")
         headers = HEADERS | {"etag": self._tag}
-        if self._tag in known:
+        if self._tag in cached_tags:
             response = Response(status_code=304, headers=headers)
         else:
             response = Response(self._content, headers=headers, media_type=self._type)

@@ -1,4 +1,4 @@
-"""/v1/responses, OpenAI's newer form of a conversation; stateless."""
+"""/v1/responses, OpenAI's newer API for conversations; nothing is stored."""
 
 import math
 import secrets
@@ -9,59 +9,62 @@ from starlette.routing import Route
 
 from lockstep.serve.answers.content_blocks import Blocks, collect
 from lockstep.serve.answers.json_response import in_parts, json_response
-from lockstep.serve.answers.logprobs import one_logprob
-from lockstep.serve.answers.sse import EventStream, json_answer, named
-from lockstep.serve.answers.token_spans import Placed
+from lockstep.serve.answers.logprobs import token_logprob
+from lockstep.serve.answers.sse import EventStream, json_answer, named_event
+from lockstep.serve.answers.token_spans import TokenSpanParser
 from lockstep.serve.errors import openai_shape
 from lockstep.serve.fields.prompts import text_tokenizer
 from lockstep.serve.fields.responses import ResponsesFields, conversation, num_logprobs
-from lockstep.serve.generation import Generates, Job
-from lockstep.serve.routes import conversation_routes as talk
+from lockstep.serve.generation import Generation, GenerationEndpoint
+from lockstep.serve.routes import conversation_routes
 from lockstep.serve.service import Service
 
-ENDS = {False: "completed", True: "incomplete"}  # by whether the answer was cut off in it
+ITEM_STATUS = {False: "completed", True: "incomplete"}  # by whether the answer was cut off within the item
 PARTS = dict(text="output_text", thought="reasoning_text")
 PIECES = dict(text="response.output_text", thought="response.reasoning_text", call="response.function_call_arguments")
 
 
 def routes(service: Service):
-    async def responses(job: Job):
-        fields = await job.read(ResponsesFields)
+    async def responses(generation: Generation):
+        fields = await generation.read(ResponsesFields)
         logprobs = num_logprobs(fields, service.limits)
-        new_parser = await talk.start(job, fields, conversation, logprobs=logprobs)
-        answer = Answer(job, fields, new_parser, logprobs is not None)
+        new_parser = await conversation_routes.start(generation, fields, conversation, logprobs=logprobs)
+        answer = Answer(generation, fields, new_parser, logprobs is not None)
         if fields.stream:
-            return EventStream(job, answer.events(), end=b"")
-        tokens = [token async for ((_, found, _),) in job.tokens(pause=lambda: math.inf) for token in found]
-        return await json_answer(job, lambda: answer.whole(tokens))
+            return EventStream(generation, answer.events(), end=b"")
+        tokens = [token async for ((_, found, _),) in generation.tokens(pause=lambda: math.inf) for token in found]
+        return await json_answer(generation, lambda: answer.whole(tokens))
 
     async def count(request):
-        made = await talk.count(request, service, ResponsesFields, conversation)
+        made = await conversation_routes.count(request, service, ResponsesFields, conversation)
         return json_response(dict(object="response.input_tokens", input_tokens=made))
 
     return [
-        Route("/v1/responses", Generates(service, responses), methods=["POST"]),
+        Route("/v1/responses", GenerationEndpoint(service, responses), methods=["POST"]),
         Route("/v1/responses/input_tokens", count, methods=["POST"]),
     ]
 
 
 class Answer:
-    """The answer to one request. with_logprobs: of the tokens of its text."""
+    """The answer to one request. with_logprobs: whether it reports log-probabilities of its text's tokens."""
 
-    def __init__(self, job: Job, fields, new_parser, with_logprobs: bool = False) -> None:
-        self._job, self._request = job, job.requests[0]
-        self._with_logprobs, self._parser = with_logprobs, Placed(new_parser()) if with_logprobs else new_parser()
+    def __init__(self, generation: Generation, fields, new_parser, with_logprobs: bool = False) -> None:
+        self._generation, self._request = generation, generation.requests[0]
+        self._with_logprobs, self._parser = (
+            with_logprobs,
+            TokenSpanParser(new_parser()) if with_logprobs else new_parser(),
+        )
         self._number, self._ids = 0, {}
         self._head = dict(
             id=f"resp_{secrets.token_hex(16)}",
             object="response",
             created_at=int(time.time()),
-            model=job.model_name,
+            model=generation.model_name,
             **_echoed(fields, self._request.params),
         )
 
     def whole(self, tokens):
-        """The response, of all Tokens."""
+        """The response object. tokens: all Tokens of the answer."""
         found = self._read(tokens) + self._parser.finish(self._request.finish_reason == "length")
         return self._response(collect(found))
 
@@ -69,12 +72,12 @@ class Answer:
         return self._parser.push(tokens if self._with_logprobs else "".join([token.text for token in tokens]))
 
     async def events(self):
-        """The events of a stream, those of one step together."""
+        """Yields the events of a stream, the events of one step as one piece of bytes."""
         blocks = Blocks()
         started = self._head | dict(status="in_progress", output=[], usage=None, incomplete_details=None)
         yield self._event("response.created", response=started) + self._event("response.in_progress", response=started)
         try:
-            async for ((_, tokens, reason),) in self._job.tokens():
+            async for ((_, tokens, reason),) in self._generation.tokens():
                 found = self._read(tokens) + (self._parser.finish(reason == "length") if reason else [])
                 made = [self._change(*change) for change in blocks.add(found)]
                 if reason:
@@ -83,7 +86,7 @@ class Answer:
         except ClientDisconnect:
             raise
         except Exception as error:
-            yield self._failed(started, self._job.explain(error))
+            yield self._failed(started, self._generation.explain(error))
             return
         response = self._response(blocks.all)
         yield self._event(f"response.{response['status']}", response=response)
@@ -94,19 +97,19 @@ class Answer:
         return self._event("response.failed", response=started | dict(status="failed", error=problem))
 
     def _event(self, name, **fields):
-        made = named(name, dict(type=name, sequence_number=self._number, **fields))
+        made = named_event(name, dict(type=name, sequence_number=self._number, **fields))
         self._number += 1
         return made
 
-    def _change(self, what, block, event, is_cut: bool = False):
-        """The events of a change of a Block. is_cut: the answer ends in it, as it was long enough."""
-        where = dict(item_id=self._id(block), output_index=block.index)
-        part = where if block.kind == "call" else where | dict(content_index=0)
-        told = event.tokens if what == "piece" and block.kind == "text" else block.tokens
-        logprobs = dict(logprobs=self._logprobs(told)) if block.kind == "text" else {}
-        if what == "piece":
+    def _change(self, change, block, event, is_cut: bool = False):
+        """The events for a change of a Block, see `Blocks.add`. is_cut: the answer reached its limit in this block."""
+        place = dict(item_id=self._id(block), output_index=block.index)
+        part = place if block.kind == "call" else place | dict(content_index=0)
+        tokens = event.tokens if change == "piece" and block.kind == "text" else block.tokens
+        logprobs = dict(logprobs=self._logprobs(tokens)) if block.kind == "text" else {}
+        if change == "piece":
             return self._event(f"{PIECES[block.kind]}.delta", **part, delta=event.text, **logprobs)
-        if what == "open":
+        if change == "open":
             item = self._item(block, "in_progress")
             made = self._event("response.output_item.added", output_index=block.index, item=item)
             if block.kind != "call":
@@ -116,7 +119,7 @@ class Answer:
         made = self._event(f"{PIECES[block.kind]}.done", **part, **{key: block.text}, **logprobs)
         if block.kind != "call":
             made += self._event("response.content_part.done", **part, part=self._part(block))
-        item = self._item(block, ENDS[is_cut or block.is_cut])
+        item = self._item(block, ITEM_STATUS[is_cut or block.is_cut])
         return made + self._event("response.output_item.done", output_index=block.index, item=item)
 
     # ------------------------------------------------------------ the response object
@@ -126,7 +129,9 @@ class Answer:
         return self._head | dict(
             status="incomplete" if is_cut else "completed",
             usage=self._usage(blocks),
-            output=[self._item(block, ENDS[(is_cut and block is blocks[-1]) or block.is_cut]) for block in blocks],
+            output=[
+                self._item(block, ITEM_STATUS[(is_cut and block is blocks[-1]) or block.is_cut]) for block in blocks
+            ],
             incomplete_details=dict(reason="max_output_tokens") if is_cut else None,
         )
 
@@ -152,11 +157,11 @@ class Answer:
         return made | dict(annotations=[], logprobs=[] if is_new else self._logprobs(block.tokens))
 
     def _logprobs(self, tokens):
-        tokenizer = text_tokenizer(self._job.service)
+        tokenizer = text_tokenizer(self._generation.service)
         return in_parts(
             len(tokens),
             lambda start, end: [
-                one_logprob(tokenizer, token.id, token.logprob, token.top_logprobs) for token in tokens[start:end]
+                token_logprob(tokenizer, token.id, token.logprob, token.top_logprobs) for token in tokens[start:end]
             ],
         )
 
@@ -165,7 +170,7 @@ class Answer:
         return self._ids.setdefault(block.index, f"{prefix}_{secrets.token_hex(16)}")
 
     def _usage(self, blocks):
-        usage, tokenizer = self._job.usage(), text_tokenizer(self._job.service)
+        usage, tokenizer = self._generation.usage(), text_tokenizer(self._generation.service)
         thoughts = [block.text for block in blocks if block.kind == "thought"]
         num_thought = sum(len(tokenizer.encode(text, add_special_tokens=False)) for text in thoughts)
         cached = usage["prompt_tokens_details"]["cached_tokens"]
@@ -179,7 +184,7 @@ class Answer:
 
 
 def _echoed(fields, params):
-    """What the response repeats of the request. params: the SamplingParams that were made of it."""
+    """The fields of the request that the response repeats. params: its SamplingParams."""
     dump = fields.model_dump(mode="json", by_alias=True, exclude_none=True)
     return dict(
         error=None,

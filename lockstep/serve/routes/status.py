@@ -1,4 +1,4 @@
-"""What the server tells of itself: whether it is alive and ready, what it has done, and the one model that there is."""
+"""/health, /ready, /metrics and /v1/models: the state of the server, its metrics, and its one model."""
 
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
@@ -17,7 +17,7 @@ def routes(service: Service):
     async def ready(request):
         """503 where requests should go elsewhere for now."""
         state = service.state if service.trouble is None else "failed"
-        if state == "ready" and service.num_sequences >= service.most_sequences:
+        if state == "ready" and service.num_sequences >= service.max_open_sequences:
             state = "full"
         return json_response(dict(status=state), 200 if state == "ready" else 503)
 
@@ -42,7 +42,7 @@ def routes(service: Service):
 
 
 def described(service: Service, name):
-    """The model under one of its names, as OpenAI describes one. ApiError 503 while it is loading."""
+    """OpenAI's model object for the model under one of its names. ApiError 503 while the model is loading."""
     service.check_loaded()
     return dict(
         id=name,

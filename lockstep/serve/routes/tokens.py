@@ -13,12 +13,12 @@ from lockstep.serve.errors import bad_request
 from lockstep.serve.fields.body import Fields, Items, Whole, read_fields
 from lockstep.serve.fields.chat import ChatFields, Message, conversation
 from lockstep.serve.fields.prompts import check_ids, text_tokenizer
-from lockstep.serve.routes import conversation_routes as talk
+from lockstep.serve.routes import conversation_routes
 from lockstep.serve.service import Service
 
 
 class TokenizeFields(ChatFields):
-    """A text, or a conversation as /v1/chat/completions takes it, to be turned into token ids."""
+    """The body of /tokenize: a text, or a conversation as /v1/chat/completions takes it."""
 
     prompt: str | None = None
     messages: Items[Message] | None = None
@@ -27,7 +27,7 @@ class TokenizeFields(ChatFields):
 
 
 class DetokenizeFields(Fields):
-    """Token ids to be turned into text."""
+    """The body of /detokenize."""
 
     model: str | None = None
     tokens: Items[Whole]
@@ -54,14 +54,16 @@ def routes(service: Service):
 
 
 def tokenized(service: Service, fields):
-    """The answer of /tokenize as JSON bytes. ApiError 400 unless there is one of prompt and messages."""
+    """The answer of /tokenize as JSON bytes. ApiError 400 unless exactly one of prompt and messages is given."""
     if (fields.prompt is None) == (fields.messages is None):
         raise bad_request("expected either prompt or messages", "prompt", "invalid_value")
     tokenizer = text_tokenizer(service)
     if fields.prompt is not None:
         ids = tokenizer.encode(fields.prompt, fields.add_special_tokens is not False, service.max_counted)
     else:
-        prompt = talk.chat_model(service).prompt(conversation(fields), fields.add_generation_prompt is not False)
+        prompt = conversation_routes.chat_model(service).prompt(
+            conversation(fields), fields.add_generation_prompt is not False
+        )
         ids = tokenizer.encode(prompt, False, service.max_counted)
     made: dict[str, Any] = dict(count=len(ids), max_model_len=service.max_context, tokens=ids)
     if fields.return_token_strs:
@@ -70,13 +72,13 @@ def tokenized(service: Service, fields):
 
 
 def detokenized(service: Service, fields):
-    """The answer of /detokenize as JSON bytes: special tokens are shown."""
+    """The answer of /detokenize as JSON bytes, with the text of special tokens."""
     ids = check_ids(service, fields.tokens, "tokens")
     return to_json(dict(prompt=text_tokenizer(service).decode(ids, skip_special_tokens=False)))
 
 
 def tokenizer_info(service: Service):
-    """What a client needs to know to count and score as the model does."""
+    """The answer of /tokenizer_info: what a client needs to count and score tokens as the model does."""
     tokenizer = text_tokenizer(service)
     special = {name: tokenizer.special_tokens.get(name) for name in ("bos_token", "eos_token", "pad_token")}
     ids = {f"{name}_id": tokenizer.backend.token_to_id(text or "") for name, text in special.items()}

@@ -35,9 +35,9 @@ async def stream(seconds, **how):
         yield b"data: 1\n\n"
 
     limits = Limits(keep_alive_seconds=how.get("keep_alive", 15))
-    job = SimpleNamespace(service=SimpleNamespace(limits=limits))
+    generation = SimpleNamespace(service=SimpleNamespace(limits=limits))
     scope = {"path": "/v1/completions", "lockstep.has_ended": client.has_ended}
-    await EventStream(job, events())(scope, None, client.send)
+    await EventStream(generation, events())(scope, None, client.send)
     await asyncio.sleep(0.2)
     gc.collect()
     return client.got, wrong

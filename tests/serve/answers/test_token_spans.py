@@ -5,7 +5,7 @@ import random
 import pytest
 
 from lockstep.engine.async_engine import Token
-from lockstep.serve.answers.token_spans import Placed
+from lockstep.serve.answers.token_spans import TokenSpanParser
 from lockstep.text.reasoning import PlainParser, ThoughtParser
 from lockstep.text.tool_calls.events import Content
 from lockstep.text.tool_calls.parser import CallParser
@@ -38,7 +38,7 @@ def test_tokens_of_each_text(text):
         cuts = sorted(rng.choices(range(len(text) + 1), k=rng.randrange(len(text) + 1)))
         pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
         tokens = [Token(i, i, 0.0, None, piece) for i, piece in enumerate(pieces)]
-        placed, events = Placed(parser()), []
+        placed, events = TokenSpanParser(parser()), []
         for token in tokens:
             events += placed.push([token])
         events += placed.finish()
@@ -58,7 +58,7 @@ def parser_events(text):
 
 
 def test_tokens_without_text_belong_to_the_character_that_they_begin():
-    placed = Placed(PlainParser())
+    placed = TokenSpanParser(PlainParser())
     texts = ["a", "", "", "\u00e9", "b", ""]
     events = placed.push([Token(i, i, 0.0, None, text) for i, text in enumerate(texts)]) + placed.finish()
     assert [(event.text, [token.index for token in event.tokens]) for event in events] == [

@@ -22,7 +22,7 @@ def refusal_and_stall(raw: bytes, fields: type) -> tuple[str | None, float]:
     """What a body is refused with, and the longest time in which no other thread could run meanwhile."""
     with longest_stall() as longest:
         try:
-            body.parsed(raw, fields, Limits())
+            body.parse_and_check(raw, fields, Limits())
             return None, longest[0]
         except ApiError as error:
             assert error.status == 400
@@ -102,4 +102,4 @@ def test_an_array_says_what_is_wrong_with_its_first_wrong_item():
         n: Items[int]
 
     with pytest.raises(ApiError, match=r'n\[1\]: expected an integer, got "a"'):
-        body.parsed(b'{"n": [1, "a", "b"]}', Numbers, Limits())
+        body.parse_and_check(b'{"n": [1, "a", "b"]}', Numbers, Limits())

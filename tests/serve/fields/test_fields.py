@@ -110,7 +110,7 @@ def test_every_integer_may_be_written_with_a_point():
     for made in fields_of():
         for name, field in made.model_fields.items() if made.__module__.startswith("lockstep") else ():
             asked = f"{field.annotation} {field.metadata}"
-            assert not re.search(r"\bint\b", asked) or "BeforeValidator(func=<function whole" in asked, (made, name)
+            assert not re.search(r"\bint\b", asked) or "BeforeValidator(func=<function integral" in asked, (made, name)
     assert read(CompletionFields, n=2.0, top_k=3.0, min_tokens=1.0, logprobs=1.0, stop_token_ids=[5.0]).n == 2
     assert refusal(CompletionFields, n=2.5).message == "n: expected an integer, got 2.5"
     assert refusal(ChatFields, top_k=True).message == "top_k: expected an integer, got true"

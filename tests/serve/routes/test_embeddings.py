@@ -95,7 +95,7 @@ def test_a_mistake_is_named(server, body, status, param, said):
     answer = post(server, **body)
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (status, param) and said in error["message"]
-    assert not server.service.jobs and not server.service.num_queued_tokens
+    assert not server.service.generations and not server.service.num_queued_tokens
 
 
 def test_the_whole_context_fits_and_is_counted(server):

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from lockstep.engine.request import SamplingParams
-from lockstep.serve.answer_size import num_logprobs, num_values, within
+from lockstep.serve.answer_size import fit_answers, num_logprobs, num_values
 from lockstep.serve.answers.json_response import PART, Parts, in_parts, json_pieces, to_json
 from lockstep.serve.answers.logprobs import LegacyLogprobs
 from lockstep.serve.answers.sse import LARGE
@@ -35,13 +35,15 @@ def test_answers_that_may_fill_the_context_are_made_shorter_and_others_refused()
     def prompt(max_tokens, **more):
         return [([1] * 10, SamplingParams(max_tokens=max_tokens, n=4, logprobs=4, **more))]
 
-    assert within(prompt(50), 1000, 1000) is not None and within(prompt(50), 1000, 1000)[0][1].max_tokens == 50
+    assert (
+        fit_answers(prompt(50), 1000, 1000) is not None and fit_answers(prompt(50), 1000, 1000)[0][1].max_tokens == 50
+    )
     with pytest.raises(ApiError, match=r"1020 tokens and log-probabilities .* expected at most 1000"):
-        within(prompt(51), 1000, 1000)
-    assert within(prompt(990), 1000, 1000)[0][1].max_tokens == 50
+        fit_answers(prompt(51), 1000, 1000)
+    assert fit_answers(prompt(990), 1000, 1000)[0][1].max_tokens == 50
     with pytest.raises(ApiError, match="expected at most 850"):  # 840 are the prompt's, and no sample has room for 5
-        within(prompt(990, prompt_logprobs=20), 850, 1000)
-    two = within([*prompt(990), ([1] * 990, SamplingParams(max_tokens=10))], 1000, 1000)
+        fit_answers(prompt(990, prompt_logprobs=20), 850, 1000)
+    two = fit_answers([*prompt(990), ([1] * 990, SamplingParams(max_tokens=10))], 1000, 1000)
     assert [params.max_tokens for _, params in two] == [25, 10] and num_values(two) <= 1000
 
 

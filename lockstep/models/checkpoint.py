@@ -1,4 +1,4 @@
-"""Checkpoints of the model families that can be run."""
+"""Opening checkpoints of the model families that can be run, and checkpoints that have only a config.json."""
 
 from pathlib import Path
 
@@ -14,20 +14,20 @@ from lockstep.weights.tensor import TensorInfo, TensorMap
 def open_checkpoint(path: str | Path, *, verify: bool = False) -> Checkpoint:
     """Open a Hugging Face folder, a .safetensors file beside its config.json, or a .gguf file.
 
-    verify: hash all of the weights, although their hash may be known.
+    verify: hash all weights, even if their hash is remembered.
 
-    Raises ValueError that names the file, and the tensor if it is one, what was expected and what was found.
+    Raises ValueError that names the file (and the tensor, if a tensor is wrong), what was expected and what was found.
     """
     return checkpoint.open_checkpoint(path, ARCHITECTURES, verify=verify)
 
 
-def open_config(folder: Path, matrices: str = "bf16") -> Checkpoint:
-    """A folder that holds a config.json and no weights: every tensor that the model asks for, as a shape.
+def open_config(folder: Path, matrix_format: str = "bf16") -> Checkpoint:
+    """A checkpoint from a config.json without weights: every tensor that the model reads, as zeros of its shape.
 
-    matrices: the format that those are said to have; all else is float32.
+    matrix_format: the format that matrices claim to have; all other tensors are float32.
     """
     config, ops = read_json_object(folder / "config.json"), AnyTensor()
     record_on(ops, model_config(config))
-    made = {name: only_shape(name, shape, matrices) for name, shape in ops.shapes.items()}
-    infos = {name: TensorInfo(name, t.format, t.shape, t.data.nbytes) for name, t in made.items()}
-    return Checkpoint(folder, config, {}, TensorMap(infos, made.__getitem__), {}, ())
+    tensors = {name: only_shape(name, shape, matrix_format) for name, shape in ops.shapes.items()}
+    infos = {name: TensorInfo(name, t.format, t.shape, t.data.nbytes) for name, t in tensors.items()}
+    return Checkpoint(folder, config, {}, TensorMap(infos, tensors.__getitem__), {}, ())

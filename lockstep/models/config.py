@@ -1,20 +1,23 @@
-"""Reading config.json: numbers and switches by their keys; what is not supported is refused by name."""
+"""Reading single keys of config.json, and refusing keys that are not supported.
+
+The numbers that come out of it, a `ModelConfig`, are declared in `model_config.py`.
+"""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-Config = Mapping[str, Any]  # of a config.json
-# words in the name of a config key that suggest that it changes what is computed
+Config = Mapping[str, Any]  # the content of a config.json
+# A key whose name contains one of these words probably changes the arithmetic.
 MATHS = """scal softcap bias norm rope rotary window expert moe multiplier factor act clip attention attn residual logit
 sink kv head layer mlp router quant position linear temperature_tuning mtp embedd""".split()
 
-# keys that every family reads; what else one reads is listed in its file
+# Keys that every family reads; a family lists its own keys in its file.
 READ = frozenset(
     """model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
 num_key_value_heads head_dim hidden_act rms_norm_eps tie_word_embeddings max_position_embeddings
 original_max_position_embeddings rope_theta rope_scaling rope_parameters partial_rotary_factor eos_token_id""".split()
 )
-# keys that do not matter to inference on text
+# Keys that do not change inference on text.
 NEUTRAL = frozenset(
     """architectures attention_dropout residual_dropout hidden_dropout classifier_dropout embd_pdrop
 attn_pdrop resid_pdrop initializer_range use_cache cache_implementation output_router_logits router_aux_loss_coef
@@ -44,9 +47,9 @@ def need_float(config: Config, key: str, low: float, high: float) -> float:
     return float(_within(config, key, (int, float), low, high))
 
 
-def _within(config: Config, key: str, kinds: type | tuple[type, ...], low: float, high: float) -> Any:
+def _within(config: Config, key: str, types: type | tuple[type, ...], low: float, high: float) -> Any:
     value: Any = config.get(key)
-    if not isinstance(value, kinds) or isinstance(value, bool):
+    if not isinstance(value, types) or isinstance(value, bool):
         raise ValueError(f"config key {key!r}: expected a number, got {value!r}")
     if not low <= value <= high:
         raise ValueError(f"config key {key!r}: expected {low} to {high}, got {value}")
@@ -54,12 +57,12 @@ def _within(config: Config, key: str, kinds: type | tuple[type, ...], low: float
 
 
 def optional(config: Config, key: str, default: int, low: int = 1) -> int:
-    """A number of a config that may be absent."""
+    """An integer of a config, or the default where it is absent."""
     return default if config.get(key) is None else need(config, key, low=low)
 
 
 def flag(config: Config, key: str, default: bool = False) -> bool:
-    """A switch of a config that may be absent."""
+    """A boolean of a config, or the default where it is absent."""
     value: Any = config.get(key)
     if value is not None and not isinstance(value, bool):
         raise ValueError(f"config key {key!r}: expected true or false, got {value!r}")
@@ -67,7 +70,7 @@ def flag(config: Config, key: str, default: bool = False) -> bool:
 
 
 def end_ids(config: Config, where: str = "config") -> tuple[int, ...]:
-    """The ids in eos_token_id: one, several or none. Some files name ids that no token has."""
+    """The ids in eos_token_id: one, several or none. Some files name ids outside the vocabulary."""
     eos = config.get("eos_token_id")
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(type(i) is int for i in ids):
@@ -76,23 +79,23 @@ def end_ids(config: Config, where: str = "config") -> tuple[int, ...]:
 
 
 def is_headless(config: Config) -> bool:
-    """Whether the class that a config names has no head: Qwen3Model, not Qwen3ForCausalLM."""
+    """Whether the config's model class has no language-model head: Qwen3Model, not Qwen3ForCausalLM."""
     names = config.get("architectures")
     return isinstance(names, list) and bool(names) and all(isinstance(n, str) and n.endswith("Model") for n in names)
 
 
-def layer_types(config: Config, *kinds: str) -> list[str] | None:
-    """What a config says each layer is, one of `kinds`; None where it is silent."""
+def layer_types(config: Config, *allowed: str) -> list[str] | None:
+    """The type of each layer, one of `allowed`; None where the config has no layer_types."""
     types, num_layers = config.get("layer_types"), need(config, "num_hidden_layers", high=1000)
     if types is None:
         return None
-    if not isinstance(types, list) or len(types) != num_layers or any(t not in kinds for t in types):
-        raise ValueError(f"config key 'layer_types': expected {num_layers} of {' and '.join(kinds)}, got {types!r}")
+    if not isinstance(types, list) or len(types) != num_layers or any(t not in allowed for t in types):
+        raise ValueError(f"config key 'layer_types': expected {num_layers} of {' and '.join(allowed)}, got {types!r}")
     return types
 
 
 def check_keys(config: Config, read: Iterable[str] = (), free: Iterable[str] = ()) -> None:
-    """Refuses a key that seems to change the maths and is not supported, and a value that is not.
+    """ValueError for an unsupported value, and for an unsupported key that seems to change the arithmetic.
 
     read: keys that the family reads besides READ. free: keys whose values the family checks itself.
     """
@@ -108,11 +111,11 @@ def check_keys(config: Config, read: Iterable[str] = (), free: Iterable[str] = (
 
 
 def text_config(config: Config) -> Config:
-    """The part of a config that describes the text model, with what is only said outside it."""
+    """The text_config of a multimodal config, with the keys that only the outer config has; else the config itself."""
     inner = config.get("text_config")
     if not isinstance(inner, dict):
         return config
-    check_keys(config, free=["hidden_act"])  # which the text part says
+    check_keys(config, free=["hidden_act"])  # the text_config names the activation
     keys = ("tie_word_embeddings", "eos_token_id", "architectures")
     outside = {k: config[k] for k in keys if config.get(k) is not None}
     return {**outside, **inner, **{k: v for k, v in outside.items() if k == "tie_word_embeddings"}}

@@ -1,8 +1,8 @@
-"""The frame of a decoder, around layers that each family records in its own way.
+"""A decoder around its layers: embedding, final norm and head. Each family records the layers in its own way.
 
-    x = embed(token);  each layer: x = layer(x);  logits = head(norm(x)) of rows that sample
+    x = embed(token);  each layer: x = layer(x);  logits = head(norm(x)) of the rows that sample
 
-Hidden states, norm(x), are a result of the step, of rows that are embedded.
+A step also returns hidden states, norm(x), of the rows whose request asks for an embedding.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,16 +13,17 @@ from lockstep.runtime.program import Tensor
 from lockstep.weights.tensor import StoredTensor, TensorMap
 
 HEAD = "lm_head.weight"
-HEADS = (HEAD, "language_model.lm_head.weight")  # the second in old checkpoints of models that also see
+HEADS = (HEAD, "language_model.lm_head.weight")  # the second in old checkpoints of vision-language models
 RecordLayer = Callable[[Recorder, Tensor, ModelConfig, Layer, str], Tensor]
 
 
 def decoder(
     ops: Recorder, config: ModelConfig, layer: RecordLayer, norm_offset: float = 0.0, embed_scale: float = 1.0
 ) -> Tensor:
-    """Records a model whose layers `layer(ops, x, config, Layer, label)` records; returns its logits [R, V padded].
+    """Records a model and returns its logits [R, V padded].
 
-    norm_offset: of the last norm. embed_scale: what embeddings are multiplied by.
+    layer: records one layer, called as layer(ops, x, config, Layer, label). norm_offset: of the final norm.
+    embed_scale: factor of the embeddings.
     """
     prefix, eps = ops.prefix, config.rms_eps
     x = ops.embed(f"{prefix}embed_tokens.weight", config.vocab_size, config.hidden_size, embed_scale)
@@ -35,9 +36,9 @@ def decoder(
 
 
 def head(ops: Recorder, x: Tensor, config: ModelConfig, prefix: str) -> Tensor:
-    """Logits of the rows that sample. A head of its own wins over a config that says it is the embedding.
+    """Logits of the rows that sample. A head in the checkpoint wins over a config that ties it to the embedding.
 
-    Where there is none at all, see `can_generate`, the embedding stands in for it: a program always has one.
+    A headless model (see `can_generate`) takes the embedding as its head, because every program has one.
     """
     name = own_head(ops.tensors)
     if name is None:
@@ -46,7 +47,7 @@ def head(ops: Recorder, x: Tensor, config: ModelConfig, prefix: str) -> Tensor:
 
 
 def own_head(tensors: Mapping[str, StoredTensor]) -> str | None:
-    """The name of a checkpoint's head, None without one of its own; ValueError for two."""
+    """The name of the checkpoint's head tensor; None if it has none. ValueError for two."""
     found = [name for name in HEADS if name in tensors]
     if len(found) > 1:
         raise ValueError(f"tensors {found[0]!r} and {found[1]!r} are both the head; expected one of them")
@@ -54,5 +55,5 @@ def own_head(tensors: Mapping[str, StoredTensor]) -> str | None:
 
 
 def can_generate(config: ModelConfig, tensors: TensorMap) -> bool:
-    """Whether a checkpoint has a head, its own or its embedding; otherwise it is only good for embeddings."""
+    """Whether a checkpoint has a head, stored or tied to the embedding; without one it can only embed texts."""
     return config.tied or not config.headless or own_head(tensors) is not None

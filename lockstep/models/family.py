@@ -1,4 +1,4 @@
-"""What a model file says of its family: everything that the rest asks of a model type."""
+"""`Family`: what each file in `families` declares about its models."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ from lockstep.weights.gguf.architecture import Architecture
 class Family:
     """A model family.
 
-    model_types: of config.json. read: config.json (its text part) -> ModelConfig; ValueError for what is not supported.
-    record: records the model on a Recorder and returns its logits [R, V padded]. gguf: what GGUF calls it, if it does.
-    tiny: a config.json of a small model with all that the family can do, on which the self-check tries kernels; None
-    for a family whose kinds of ops others have as well.
+    model_types: the values of model_type in config.json that it reads. read: turns config.json (its text part) into a
+    ModelConfig; ValueError for a config that is not supported. record: records the model on a Recorder and returns its
+    logits [R, V padded]. gguf: its GGUF architecture, None if GGUF has none. tiny: a config.json of a small model with
+    all features of the family, on which the self-check runs kernels; None where other families have the same ops.
     """
 
     model_types: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Recording a layer of the gated delta rule."""
+"""Recording the token mixer of a gated delta rule layer."""
 
 from lockstep.formats.parts.panels import padded_width
 from lockstep.models.model_config import LinearAttention
@@ -8,17 +8,20 @@ from lockstep.ops.recurrent.gated_norm import GatedNorm
 from lockstep.runtime.program import Tensor, Weight
 
 
-def gated_delta(ops: Recorder, x: Tensor, m: LinearAttention, label: str, eps: float) -> Tensor:
-    """A gated delta rule layer, from hidden rows x to the normed and gated heads [T, H V]. eps: of that norm."""
-    C, H, V, J = m.conv_channels, m.num_v_heads, m.v_head_dim, m.conv_width
-    names = [(f"{label}.in_proj_{p}", n) for p, n in (("qkv", C), ("z", m.v_width), ("b", H), ("a", H))]
+def gated_delta(ops: Recorder, x: Tensor, shape: LinearAttention, label: str, eps: float) -> Tensor:
+    """The gated delta rule, from hidden rows x to normed and gated value heads [T, H V]. eps: of the norm of heads.
+
+    C: channels of the convolution, J: its taps, H: value heads, V: the size of a value head.
+    """
+    C, H, V, J = shape.conv_channels, shape.num_v_heads, shape.v_head_dim, shape.conv_width
+    names = [(f"{label}.in_proj_{p}", n) for p, n in (("qkv", C), ("z", shape.v_width), ("b", H), ("a", H))]
     parts = [ops.stored(f"{name}.weight", n, x.width) for name, n in names]
     proj = ops.projected(x, parts, label)
-    state = ops.program.cache(f"{label}.state", "state", "f32", (H, V // 16, m.k_head_dim, 16))
+    state = ops.program.cache(f"{label}.state", "state", "f32", (H, V // 16, shape.k_head_dim, 16))
     history = ops.program.cache(f"{label}.conv_state", "state", "f32", (J - 1, C))
     taps = ops.stored(f"{label}.conv1d.weight", C, 1, J)
-    z, b = C, padded_width(C + m.v_width)
-    heads = dict(num_k_heads=m.num_k_heads, k_head_dim=m.k_head_dim, num_v_heads=H)
+    z, b = C, padded_width(C + shape.v_width)
+    heads = dict(num_k_heads=shape.num_k_heads, k_head_dim=shape.k_head_dim, num_v_heads=H)
     inputs = DeltaInputs(
         out=ops.program.tensor(f"{label}.conv", "T", C),
         gates=ops.program.tensor(f"{label}.gates", "T", 2 * H),
@@ -44,7 +47,7 @@ def gated_delta(ops: Recorder, x: Tensor, m: LinearAttention, label: str, eps: f
         state=state,
         qk_width=C,
         v_width=C,
-        v_offset=m.qk_width,
+        v_offset=shape.qk_width,
         v_head_dim=V,
         **heads,
     )

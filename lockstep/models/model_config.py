@@ -1,7 +1,7 @@
-"""The numbers that a model's program depends on: what the families' readers make of config.json.
+"""`ModelConfig`: a model in numbers, which its family reads from config.json (with `config.py`).
 
-A layer is what mixes its tokens (attention heads, or the gated delta rule) and what follows (an MLP, or experts).
-Layers of one model may differ in anything: head sizes, kv heads, ropes, windows, widths.
+A layer has a token mixer (attention heads, or the gated delta rule), followed by an MLP or experts. The layers of one
+model may differ in anything: head sizes, kv heads, ropes, windows, widths.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ UNSCALED = RopeScaling()
 
 @dataclass(frozen=True)
 class Rope:
-    """How heads turn with their position. dim: channels of a head that turn, the first ones."""
+    """A rotary position embedding. dim: how many channels of a head are rotated, the first ones."""
 
     dim: int
     theta: float
@@ -25,8 +25,8 @@ class Rope:
 class Heads:
     """The attention heads of a layer.
 
-    scale: of the products of queries and keys. rope None: heads do not turn. window: keys that a token sees, itself
-    included; 0: all. soft_cap: c of c tanh(score / c); 0: scores have no bound.
+    scale: of the products of queries and keys. rope: None for heads that are not rotated. window: keys that a token
+    sees, itself included; 0: all. soft_cap: c of c tanh(score / c); 0: scores are not capped.
     """
 
     num_heads: int
@@ -74,7 +74,7 @@ class Mlp:
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts, each a gated MLP without biases. renormalise: the chosen experts' weights add up to 1."""
+    """A mixture of experts, each a gated MLP without biases. renormalise: a token's expert weights sum to 1."""
 
     num_experts: int
     num_per_token: int
@@ -92,7 +92,7 @@ class Layer:
 
     @property
     def kind(self) -> str:
-        """What mixes tokens, in a word."""
+        """The name of the token mixer, for people."""
         return "attention" if isinstance(self.mixer, Heads) else "linear attention"
 
     @property
@@ -103,10 +103,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A model, in the numbers that all families have. Sizes in elements. tied: the head is the embedding.
+    """A model, in the numbers that all families have. Sizes in elements. tied: the head shares the embedding's matrix.
 
-    mtp_layers: of its multi-token-prediction head. headless: of a class that ends with the final norm, as embedding
-    models are.
+    mtp_layers: of its multi-token-prediction head. headless: the model class ends with the final norm, as in embedding
+    models.
     """
 
     model_type: str
@@ -126,14 +126,14 @@ class ModelConfig:
 
 
 def checked_head_dim(head_dim: int, name: str = "head_dim") -> int:
-    """A head's size; ValueError for one that the kernels cannot run, which says where it is from (`name`)."""
+    """The head_dim; ValueError for one that the kernels cannot run. name: where it comes from, for the error."""
     if head_dim % 16 or not 0 < head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"{name} {head_dim} is not supported: it must be a multiple of 16 and at most {MAX_HEAD_DIM}")
     return head_dim
 
 
 def checked(config: ModelConfig) -> ModelConfig:
-    """Refuses shapes that the kernels cannot run."""
+    """The config itself; ValueError for shapes that the kernels cannot run."""
     _check_multiple("hidden_size", config.hidden_size, 32)
     for layer in dict.fromkeys((*config.layers, *config.mtp_layers)):
         if isinstance(layer.mixer, Heads):

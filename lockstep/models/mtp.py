@@ -1,10 +1,10 @@
-"""The multi-token-prediction (MTP) head of Qwen3.5: a small model that guesses what follows the next token.
+"""The multi-token-prediction (MTP) head of Qwen3.5: a small model that drafts the token after the next one.
 
     x = fc [norm(embed(token at t + 1)), norm(hidden state at t)];  x = decoder layer(x)
-    hidden = norm(x);  logits = the model's own head(hidden): of the token at t + 2
+    hidden = norm(x);  logits = head of the model (hidden): of the token at t + 2
 
-Its hidden state can stand for the model's in the next pair: that is how it guesses several tokens. Its keys and values
-lie at the position of the token whose embedding they are made of.
+To draft several tokens, its own hidden state takes the place of the model's in the next pair. Its keys and values lie
+at the position of the token whose embedding they are computed from.
 Source: DeepSeek-V3 technical report 2024, section 2.2; the tensors' names are those of Qwen3.5's checkpoints.
 """
 
@@ -19,7 +19,8 @@ from lockstep.ops.linear.output_rows import output_rows_only
 from lockstep.runtime.program import Program, Tensor
 from lockstep.weights.tensor import StoredTensor, TensorMap
 
-FEW_TOKENS = 32768  # of a larger vocabulary, those that are guessed: the first ones, the most frequent in most
+# Of a large vocabulary only so many tokens are drafted: the first ones, which in most tokenizers are the most frequent.
+FEW_TOKENS = 32768
 
 
 def has_mtp(config: ModelConfig, tensors: TensorMap) -> bool:
@@ -28,12 +29,12 @@ def has_mtp(config: ModelConfig, tensors: TensorMap) -> bool:
 
 
 def has_experts(config: ModelConfig) -> bool:
-    """Whether a layer of the head has experts."""
+    """Whether a layer of the MTP head has experts."""
     return any(isinstance(layer.mlp, Experts) for layer in config.mtp_layers)
 
 
 def check_mtp(config: ModelConfig, tensors: TensorMap) -> None:
-    """ValueError for a checkpoint without an MTP head, or with one of another sort."""
+    """ValueError for a checkpoint without an MTP head, or with an MTP head that is not supported."""
     num_layers = len(config.mtp_layers)
     if num_layers == 0 or "mtp.fc.weight" not in tensors:
         tensor = "a" if "mtp.fc.weight" in tensors else "no"
@@ -49,11 +50,11 @@ def check_mtp(config: ModelConfig, tensors: TensorMap) -> None:
 
 
 class HeadRecorder(Recorder):
-    """Records a head. Eight bits are enough for a guess: what the model multiplies in wider formats is read in half the
-    time or less."""
+    """Records an MTP head, with weights of at most eight bits: enough for a draft, and read in half the time of wider
+    formats or less."""
 
     def format_of(self, part: StoredTensor, width: int) -> str:
-        """As of the model's layers, but q8_0 for a wider format, where the width allows it."""
+        """The format that the model's layers would have, or q8_0 in place of a wider one, where the width allows it."""
         format = super().format_of(part, width)
         return format if FORMATS[format].is_quantized else compute_format(part.format, "q8_0", width)
 
@@ -66,11 +67,11 @@ def record_mtp(
     max_context: int,
     num_tokens: int | None = None,
 ) -> tuple[Program, Tensor, int]:
-    """The program of a checkpoint's MTP head: (Program, logits tensor [R, padded], how many tokens they are of).
+    """The program of a checkpoint's MTP head: (Program, logits tensor [R, padded], number of tokens that have a logit).
 
-    It is given "hidden" [T, D], and its result is "hidden" [R, D], of the rows that sample. num_tokens: how many of the
-    vocabulary it guesses, the first ones; None: all, or the first FEW_TOKENS of a large one. ValueError, which names
-    the tensor, for a head of which a part is missing or has another shape.
+    Its input "hidden" is [T, D], its result "hidden" [R, D], of the rows that sample. num_tokens: how many tokens of
+    the vocabulary have a logit, the first ones; None: see `guessed_tokens`. ValueError, which names the tensor, for a
+    missing tensor or a wrong shape.
     """
     check_mtp(config, tensors)
     prefix = text_prefix(tensors)
@@ -90,6 +91,6 @@ def record_mtp(
 
 
 def guessed_tokens(vocab_size: int) -> int:
-    """How many tokens of a vocabulary are guessed where nobody says. Of a large one not all: that costs more than it
-    finds."""
+    """How many tokens of a vocabulary are drafted by default: all, or FEW_TOKENS of a large one, because logits of rare
+    tokens cost more than they gain."""
     return vocab_size if vocab_size <= 2 * FEW_TOKENS else FEW_TOKENS

@@ -1,4 +1,4 @@
-"""How a checkpoint's makers want the hidden states of a text pooled into its embedding."""
+"""The pooling of hidden states into a text's embedding that a checkpoint names."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,13 +6,13 @@ from pathlib import Path
 from lockstep.weights.mapped import read_json_object
 
 POOLING_OF_MODE = {"lasttoken": "last", "mean": "mean", "mean_tokens": "mean"}
-UNKNOWN = "last"  # what decoders are trained for where nothing is said
+DEFAULT = "last"  # what embedding models that are decoders are usually trained with
 
 
 def default_pooling(path: Path, config: Mapping[str, object]) -> str:
     """The pooling that a GGUF file's `config` names, or the folder's 1_Pooling/config.json of sentence-transformers.
 
-    "last" where neither does. Raises ValueError for one that is not supported.
+    DEFAULT where neither names one. Raises ValueError for a pooling that is not supported.
     """
     if config.get("pooling_type") is not None:
         return str(config["pooling_type"])
@@ -20,11 +20,11 @@ def default_pooling(path: Path, config: Mapping[str, object]) -> str:
     modes = _modes(read_json_object(file)) if file.is_file() else []
     if len(modes) > 1 or not set(modes) <= POOLING_OF_MODE.keys():
         raise ValueError(f"{file}: pooling by {' and '.join(modes)} is not supported, only by mean_tokens or lasttoken")
-    return POOLING_OF_MODE[modes[0]] if modes else UNKNOWN
+    return POOLING_OF_MODE[modes[0]] if modes else DEFAULT
 
 
 def _modes(pooling: Mapping[str, object]) -> list[str]:
-    """The modes that are on: one by its name, or switches such as pooling_mode_mean_tokens."""
+    """The modes that are on: pooling_mode names one, or switches such as pooling_mode_mean_tokens are true."""
     if isinstance(pooling.get("pooling_mode"), str):
         return [str(pooling["pooling_mode"])]
     return [

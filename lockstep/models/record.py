@@ -1,7 +1,7 @@
-"""Recording: the vocabulary in which a model says what it computes. Each call appends an op to a program.
+"""`Recorder`: the methods with which a family records its layers; each call appends an op to a program.
 
-A model names checkpoint tensors by their Hugging Face names; shapes are checked here, once, with a clear error. Nothing
-here knows families: what differs between models is an argument.
+`recording.py` records a whole model with it. Checkpoint tensors are named by their Hugging Face names, and their shapes
+are checked here, once. Nothing here depends on the family: differences between models are arguments.
 """
 
 import itertools
@@ -27,18 +27,18 @@ from lockstep.ops.linear.linear import Linear
 from lockstep.runtime.program import Program, Table, Tensor, Weight
 from lockstep.weights.tensor import StoredTensor
 
-# tensors that a text model's checkpoint may hold beside its own: draft heads, the part that sees, old rope tables
+# Tensors of a checkpoint that the text model does not read: draft heads and vision towers.
 NOT_TEXT = ("mtp.", "model.visual.", "visual.", "model.vision_tower.", "vision_tower.", "model.multi_modal_projector.",
             "multi_modal_projector.")  # fmt: skip
 
-NO_ROPE = Rope(2, 1.0)  # tables for heads that do not turn, which read none
+NO_ROPE = Rope(2, 1.0)  # placeholder tables for heads that are not rotated, which never read them
 
 
 class Recorder:
     """Records a model's program.
 
-    tensors: HF name -> StoredTensor. weights: format of the linear layers (see `formats.choice`). kv_dtype: one of
-    KV_DTYPES.
+    tensors: by Hugging Face name. prefix: of the text model's tensor names. weights: format of the linear layers (see
+    `formats.choice`). kv_dtype: type of the KV cache, one of KV_DTYPES.
     """
 
     def __init__(
@@ -63,12 +63,13 @@ class Recorder:
         return tensor
 
     def check_all_used(self) -> None:
-        """Refuses a checkpoint with tensors that the program does not read: the model is another than the config
-        says."""
-        left = [n for n in self.tensors if n not in self._used and not n.startswith(NOT_TEXT) and "rotary_emb" not in n]
-        if left:
+        """ValueError for a checkpoint with tensors that no op reads: its config describes another model."""
+        unused = [
+            n for n in self.tensors if n not in self._used and not n.startswith(NOT_TEXT) and "rotary_emb" not in n
+        ]
+        if unused:
             raise ValueError(
-                f"tensor {left[0]!r} (and {len(left) - 1} more) is not used by a model as its config "
+                f"tensor {unused[0]!r} (and {len(unused) - 1} more) is not used by a model as its config "
                 f"describes it; the result would differ"
             )
 
@@ -102,56 +103,56 @@ class Recorder:
     def linear(
         self, x: Tensor, layers: Sequence[tuple[str, int]], label: str | None = None, bias: bool = False
     ) -> Tensor:
-        """x times one or several weights [N, K], their outputs side by side. layers: ((HF name, N), ...).
+        """x times one or several weights [N, K], outputs side by side. layers: ((Hugging Face name, N), ...).
 
-        Neighbours of one format become one product. Returns the row tensor; output i starts at the sum of the N before.
+        Adjacent weights of one format become one product. In the result, output i starts at the sum of the N before.
         """
         parts = [self.stored(f"{name}.weight", n, x.width) for name, n in layers]
         label = label or layers[0][0]
         return self.product(x, parts, label, [f"{name}.bias" for name, _ in layers] if bias else None)
 
     def product(self, x: Tensor, parts: list[StoredTensor], label: str, biases: list[str] | None = None) -> Tensor:
-        """`linear` on stored tensors."""
-        total = sum(p.shape[0] for p in parts)
+        """`linear`, given stored tensors."""
+        num_features = sum(p.shape[0] for p in parts)
         if len(parts) > 1 and any(p.shape[0] % 16 for p in parts[:-1]):
             raise ValueError(
                 f"tensor {parts[0].name!r}: {parts[0].shape[0]} rows; projections that share an input must "
                 f"have a multiple of 16"
             )
-        out = self.program.tensor(label, x.rows, padded_width(total))
+        out = self.program.tensor(label, x.rows, padded_width(num_features))
         column = 0
         for format, group in self._by_format(parts, x.width):
             column += self._emit_linear(out, x, format, group, column)
         return self.add_bias(out, biases, [p.shape[0] for p in parts]) if biases else out
 
     def format_of(self, part: StoredTensor, width: int) -> str:
-        """The format in which a stored tensor is multiplied with rows of a width."""
+        """The format in which a stored tensor is multiplied with rows of `width` elements."""
         return compute_format(part.format, self.weights, width)
 
     def _by_format(self, parts: list[StoredTensor], width: int) -> list[tuple[str, list[StoredTensor]]]:
-        """Neighbours that are multiplied in one format: (format, [tensors]), ... in order."""
+        """Runs of adjacent tensors that are multiplied in one format: (format, [tensors]), ... in order."""
         runs = itertools.groupby(parts, lambda part: self.format_of(part, width))
         return [(format, list(run)) for format, run in runs]
 
     def _emit_linear(self, out: Tensor, x: Tensor, format: str, parts: Sequence[StoredTensor], column: int) -> int:
-        """One product of x with weights of a format end to end; returns how many columns of out it makes."""
+        """One product of x with concatenated weights of one format; returns how many columns of out it writes."""
         features = sum(p.shape[0] for p in parts)
         weight = Weight("|".join(p.name for p in parts), format, (features, x.width), tuple(parts))
         sizes = dict(in_features=x.width, out_features=features, width=out.width, column=column)
         self.program.emit(Linear(out=out, x=x, weight=weight, **sizes))
         return features
 
-    def first_products(self, x: Tensor, part: StoredTensor, count: int, label: str) -> Tensor:
-        """x times the first `count` rows of a stored tensor: in memory that a layer with the whole tensor has, if it is
-        multiplied in the same format there."""
+    def first_products(self, x: Tensor, part: StoredTensor, num_features: int, label: str) -> Tensor:
+        """x times the first `num_features` rows of a stored tensor. A layer with the whole tensor shares its memory, if
+        the layer multiplies in the same format."""
         format = self.format_of(part, x.width)
         if format == compute_format(part.format, self.weights, x.width):
-            weight = Weight(part.name, format, tuple(part.shape), (part,)).first_rows(count)
+            weight = Weight(part.name, format, tuple(part.shape), (part,)).first_rows(num_features)
         else:
-            first = replace(part, shape=(count, *part.shape[1:]), data=part.data[:count])
-            weight = Weight(f"{part.name}.first_{count}", format, first.shape, (first,))
-        out = self.program.tensor(label, x.rows, padded_width(count))
-        sizes = dict(in_features=x.width, out_features=count, width=out.width, column=0)
+            first = replace(part, shape=(num_features, *part.shape[1:]), data=part.data[:num_features])
+            weight = Weight(f"{part.name}.first_{num_features}", format, first.shape, (first,))
+        out = self.program.tensor(label, x.rows, padded_width(num_features))
+        sizes = dict(in_features=x.width, out_features=num_features, width=out.width, column=0)
         return self.program.emit(Linear(out=out, x=x, weight=weight, **sizes))
 
     def concat(self, first: Tensor, second: Tensor, label: str) -> Tensor:
@@ -168,12 +169,12 @@ class Recorder:
         return self.program.emit(AddBias(out=out, x=x, bias=weight, width=x.width))
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
-        """x + y, which is named after y."""
+        """x + y; the result is named after y."""
         out = self.program.tensor(f"{y.name}.residual", x.rows, x.width)
         return self.program.emit(Add(out=out, x=x, y=y, width=x.width))
 
     def gated_mlp(self, x: Tensor, mlp: Mlp, label: str) -> Tensor:
-        """down(activation(gate x) * (up x)), each with its bias if there are any."""
+        """down(activation(gate x) * (up x)), each with a bias if `mlp.bias`."""
         names = [(f"{label}.{p}_proj", mlp.width) for p in ("gate", "up")]
         both = self.linear(x, names, f"{label}.gate_up", mlp.bias)
         h = self.gated_mul(both, label, mlp.activation)
@@ -185,12 +186,12 @@ class Recorder:
         return self.program.emit(GatedMul(out=out, x=x, width=out.width, activation=activation))
 
     def select_rows(self, x: Tensor, label: str, rows: str) -> Tensor:
-        """Some rows of x: those with an output ("O"), of them those that are sampled ("R") or embedded ("E")."""
+        """The rows of x that have an output ("O"), that sample ("R") or that are embedded ("E")."""
         out = self.program.tensor(label, rows, x.width)
         return self.program.emit(SelectRows(out=out, x=x, width=x.width, selected=selected_rows(rows)))
 
     def result(self, name: str, x: Tensor) -> None:
-        """Makes a tensor readable after a step, under a name."""
+        """Makes a tensor readable after a step, under `name`."""
         self.program.results[name] = x
 
     # ------------------------------------------------------------ attention
@@ -200,11 +201,11 @@ class Recorder:
         return self._once(rope, lambda: self._make_rope_tables(rope))
 
     def _make_rope_tables(self, rope: Rope) -> list[Table]:
-        made = RopeTables(self.max_context, rope.dim, rope.theta, rope.scaling)
-        made.cover(1)  # what it runs is compiled now
+        tables = RopeTables(self.max_context, rope.dim, rope.theta, rope.scaling)
+        tables.cover(1)  # compiles its kernel now, not in the first step
         self._num_ropes += 1
         name = "rope" if self._num_ropes == 1 else f"rope{self._num_ropes}"
-        return [Table(f"{name}.cos", made.cos_PR, made), Table(f"{name}.sin", made.sin_PR, made)]
+        return [Table(f"{name}.cos", tables.cos_PR, tables), Table(f"{name}.sin", tables.sin_PR, tables)]
 
     def attention(
         self,
@@ -216,8 +217,8 @@ class Recorder:
     ) -> Tensor:
         """Grouped causal attention over the pages, from hidden rows x to the (gated) heads side by side [T, H K].
 
-        heads: `model_config.Heads`. head_norms: (eps, offset) of norms of each query and key head. gated: the
-        projection of each query is followed by a gate, whose sigmoid its head is multiplied by.
+        head_norms: (eps, offset) of the norm of each query and key head. gated: in the projection a gate follows each
+        query head, and the head's output is multiplied by the sigmoid of its gate.
         """
         H, G, K = heads.num_heads, heads.num_kv_heads, heads.head_dim
         q_stride = 2 * K if gated else K
@@ -268,7 +269,7 @@ class Recorder:
     # ------------------------------------------------------------ projections side by side
 
     def projected(self, x: Tensor, parts: list[StoredTensor], label: str) -> Tensor:
-        """Projections side by side, each starting at a multiple of 16."""
+        """x times several weights, outputs side by side, each starting at a multiple of 16 columns."""
         offsets = [0]
         for part in parts:
             offsets.append(offsets[-1] + padded_width(part.shape[0]))
@@ -282,7 +283,7 @@ class Recorder:
 
 
 def _aligned_runs(parts: Iterable[StoredTensor]) -> list[list[StoredTensor]]:
-    """Cuts a list of tensors after each one whose rows are no multiple of 16."""
+    """Splits a list of tensors after each tensor whose number of rows is no multiple of 16."""
     runs: list[list[StoredTensor]] = [[]]
     for part in parts:
         runs[-1].append(part)

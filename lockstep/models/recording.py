@@ -1,4 +1,4 @@
-"""A model's program, from its config and its checkpoint's tensors."""
+"""Recording a whole model: its program, from its ModelConfig and its checkpoint's tensors (`Recorder`: `record.py`)."""
 
 from lockstep.models.model_config import ModelConfig
 from lockstep.models.record import Recorder
@@ -15,22 +15,22 @@ def record(
 ) -> tuple[Program, Tensor]:
     """The program of a model: (Program, logits tensor [R, V padded]).
 
-    tensors: HF name -> StoredTensor. weights, kv_dtype: see Recorder.
+    tensors: by Hugging Face name. weights, kv_dtype: see Recorder.
     """
     ops = Recorder(tensors, text_prefix(tensors), weights, kv_dtype, max_context)
-    made = record_on(ops, config)
+    program, logits = record_on(ops, config)
     ops.check_all_used()
-    return made
+    return program, logits
 
 
 def record_on(ops: Recorder, config: ModelConfig) -> tuple[Program, Tensor]:
-    """`record`, on a Recorder of one's own."""
+    """`record`, on a Recorder that the caller made."""
     logits = family_of(config.model_type).record(ops, config)
     return output_rows_only(ops.program), logits
 
 
 def text_prefix(tensors: TensorMap) -> str:
-    """What the names of the text model's tensors begin with."""
+    """The prefix of the text model's tensor names. ValueError for a checkpoint without an embedding."""
     prefix = next((p for p in PREFIXES if f"{p}embed_tokens.weight" in tensors), None)
     if prefix is None:
         raise ValueError("tensor 'model.embed_tokens.weight' is missing from the checkpoint")

@@ -1,4 +1,4 @@
-"""The model families that can be run, a line for each file."""
+"""The model families that can be run: one line for each file in `families`."""
 
 from collections.abc import Mapping
 
@@ -38,12 +38,12 @@ def family_of(model_type: object) -> Family:
 
 
 def model_config(config: Config) -> ModelConfig:
-    """The ModelConfig of a config.json; a ValueError names the key that is missing or not supported."""
+    """The ModelConfig of a config.json. ValueError names a key that is missing or not supported."""
     inner = text_config(config)
     model_type = inner.get("model_type") or text_type(config.get("model_type"))
     return family_of(model_type).read({**inner, "model_type": model_type})
 
 
 def text_type(model_type: object) -> object:
-    """The model_type of a text part that is silent, within a config of this one: gemma3_text in gemma3."""
+    """The model_type of a text_config that names none, given the outer config's model_type: gemma3_text for gemma3."""
     return f"{model_type}_text" if f"{model_type}_text" in BY_MODEL_TYPE else model_type

@@ -1,4 +1,4 @@
-"""The part of config.json that says how heads turn with their position."""
+"""The part of config.json that describes the rotary position embedding (rope)."""
 
 from collections.abc import Mapping, Set
 from typing import Any
@@ -9,7 +9,7 @@ from lockstep.ops.attention.rope import RopeScaling
 
 OLD_CONTEXT = "original_max_position_embeddings"
 YARN = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
-ROPE_KEYS = {  # by rope type: parameters that must be there, and that may be
+ROPE_KEYS = {  # by rope type: required parameters, and optional ones
     "default": ((), ()),
     "linear": (("factor",), ()),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor"), (OLD_CONTEXT,)),
@@ -28,39 +28,39 @@ def rope(
 ) -> Rope:
     """The rope that a config describes: in rope_parameters (transformers 5), or rope_theta and rope_scaling (before).
 
-    theta, partial: what the family takes where the config is silent; partial None: the family turns all channels.
-    ignored: parameters that do not matter to text.
+    theta, partial: the family's defaults for rope_theta and partial_rotary_factor; partial None: the family always
+    rotates all channels. ignored: parameters that do not matter to text.
     """
     given = {**_rope_object(config, "rope_scaling"), **_rope_object(config, "rope_parameters")}
-    kind = given.get("rope_type") or given.get("type") or "default"
-    kind = "default" if kind == "mrope" and ignored else kind
-    if not isinstance(kind, str) or kind not in ROPE_KEYS:
-        raise ValueError(f"rope type {kind!r} is not supported; supported are {', '.join(ROPE_KEYS)}")
-    required, allowed = ROPE_KEYS[kind]
+    rope_type = given.get("rope_type") or given.get("type") or "default"
+    rope_type = "default" if rope_type == "mrope" and ignored else rope_type
+    if not isinstance(rope_type, str) or rope_type not in ROPE_KEYS:
+        raise ValueError(f"rope type {rope_type!r} is not supported; supported are {', '.join(ROPE_KEYS)}")
+    required, allowed = ROPE_KEYS[rope_type]
     unknown = {k for k, v in given.items() if v is not None} - ROPE_COMMON - ignored - set(required) - set(allowed)
     if unknown:
-        raise ValueError(f"rope parameter {sorted(unknown)[0]!r} is not supported with rope type {kind!r}")
+        raise ValueError(f"rope parameter {sorted(unknown)[0]!r} is not supported with rope type {rope_type!r}")
     numbers: dict[str, Any] = {
         k: _rope_number(given, k) for k in (*required, *allowed) if k in required or given.get(k) is not None
     }
     rope_theta = _first("rope_theta", theta, given, config)
-    if kind == "yarn" and rope_theta <= 1:
+    if rope_type == "yarn" and rope_theta <= 1:
         raise ValueError(f"rope parameter 'rope_theta': expected more than 1 with rope type 'yarn', got {rope_theta}")
     share = _first("partial_rotary_factor", partial or 1.0, given, config)
     if partial is None and share != 1:
         raise ValueError(f"rope parameter 'partial_rotary_factor': {share} is not supported, only 1")
-    scaling = RopeScaling(kind=kind, **_old_context(config, kind, numbers))
+    scaling = RopeScaling(kind=rope_type, **_with_old_context(config, rope_type, numbers))
     return Rope(_rope_dim(head_dim, share), rope_theta, scaling)
 
 
 def ropes_by_type(config: Config, head_dim: int, thetas: Mapping[str, float]) -> dict[str, Rope]:
-    """The rope of each layer type: of rope_parameters, an object for each type (transformers 5); before, rope_theta and
-    rope_scaling are of layers that see all keys, rope_local_base_freq is of those with a window.
+    """The rope of each layer type. In transformers 5 rope_parameters has an object for each type; before, rope_theta
+    and rope_scaling describe layers that see all keys, rope_local_base_freq layers with a window.
 
-    thetas: by layer type, of "full_attention" and "sliding_attention", where the config is silent.
+    thetas: the default rope_theta of "full_attention" and of "sliding_attention".
     """
-    given, found = _rope_object(config, "rope_parameters"), {}
-    wrong = next((kind for kind, its in given.items() if kind not in thetas or not isinstance(its, dict)), None)
+    given, ropes = _rope_object(config, "rope_parameters"), {}
+    wrong = next((t for t, parameters in given.items() if t not in thetas or not isinstance(parameters, dict)), None)
     if wrong is not None:
         raise ValueError(
             f"config key 'rope_parameters': expected an object for each of {', '.join(thetas)}, got {wrong!r}"
@@ -69,14 +69,15 @@ def ropes_by_type(config: Config, head_dim: int, thetas: Mapping[str, float]) ->
         "full_attention": {k: config.get(k) for k in ("rope_theta", "rope_scaling")},
         "sliding_attention": {"rope_theta": config.get("rope_local_base_freq")},
     }
-    for kind, theta in thetas.items():
-        part = {OLD_CONTEXT: config.get(OLD_CONTEXT), "max_position_embeddings": config["max_position_embeddings"]}
-        found[kind] = rope({**part, **old[kind], "rope_parameters": given.get(kind)}, head_dim, theta)
-    return found
+    for layer_type, theta in thetas.items():
+        context = {OLD_CONTEXT: config.get(OLD_CONTEXT), "max_position_embeddings": config["max_position_embeddings"]}
+        own = {**old[layer_type], "rope_parameters": given.get(layer_type)}
+        ropes[layer_type] = rope({**context, **own}, head_dim, theta)
+    return ropes
 
 
 def _rope_dim(head_dim: int, share: float) -> int:
-    """How many of a head's channels turn."""
+    """How many of a head's channels are rotated."""
     rope_dim = int(head_dim * share)
     if rope_dim % 2 or not 0 < rope_dim <= head_dim:
         raise ValueError(
@@ -87,7 +88,7 @@ def _rope_dim(head_dim: int, share: float) -> int:
 
 
 def _rope_object(config: Config, key: str) -> Config:
-    """The parameters under a key; none where the config is silent."""
+    """The object under a key of a config; empty where the key is absent."""
     value = config.get(key)
     if value is not None and not isinstance(value, dict):
         raise ValueError(f"config key {key!r}: expected an object, got {value!r}")
@@ -95,7 +96,7 @@ def _rope_object(config: Config, key: str) -> Config:
 
 
 def _first(key: str, default: float, *places: Config) -> float:
-    """A positive number from the first place that has it."""
+    """The positive number under `key` in the first of the places that has the key, else the default."""
     return _rope_number({key: next((p[key] for p in places if p.get(key) is not None), default)}, key)
 
 
@@ -108,8 +109,8 @@ def _rope_number(given: Config, key: str) -> float:
     return value if key == OLD_CONTEXT else float(value)
 
 
-def _old_context(config: Config, kind: str, numbers: dict[str, Any]) -> dict[str, Any]:
-    """Scaling parameters with the context that the model was first trained on; said outside, it wins."""
-    if kind in ("llama3", "yarn"):
+def _with_old_context(config: Config, rope_type: str, numbers: dict[str, Any]) -> dict[str, Any]:
+    """Scaling parameters with the context length of the first training; the outer config's value wins."""
+    if rope_type in ("llama3", "yarn"):
         numbers[OLD_CONTEXT] = _first(OLD_CONTEXT, need(config, "max_position_embeddings"), config, numbers)
     return numbers

@@ -1,4 +1,4 @@
-"""What a model asks for of a checkpoint, without one: from the program that is recorded for it."""
+"""The tensors that a model reads, by name and shape, found by recording its program without a checkpoint."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,17 +9,17 @@ from lockstep.models.record import Recorder
 from lockstep.weights.tensor import StoredTensor, stored_shape
 
 
-def only_shape(name: str, shape: tuple[int, ...], matrices: str = "f32") -> StoredTensor:
-    """A tensor of zeros that takes no memory. matrices: the format of those; all else is float32."""
-    format = matrices if len(shape) == 2 else "f32"
+def only_shape(name: str, shape: tuple[int, ...], matrix_format: str = "f32") -> StoredTensor:
+    """A tensor of zeros that takes no memory. matrix_format: of a tensor with two dimensions; others are float32."""
+    format = matrix_format if len(shape) == 2 else "f32"
     stored, dtype = stored_shape(format, shape)
     return StoredTensor(name, format, shape, np.broadcast_to(np.zeros(1, dtype), stored))
 
 
 class AnyTensor(Recorder):
-    """A recorder for which every tensor exists: `make(name, shape)` gives it in the shape in which it is asked for.
+    """A Recorder without a checkpoint: `make(name, shape)` makes every tensor that the model reads.
 
-    shapes: {name: shape} of what was asked for.
+    shapes: {name: shape} of the tensors read so far.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What the tiny configs of all families have in common: small numbers, on which the self-check tries kernels."""
+"""The config.json that all families' tiny configs start from: a small model, on which the self-check runs kernels."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""One tiny config for everything that a model type can do. Used by the golden vectors and by the live comparison."""
+"""Tiny configs, one for every feature of a model type, for the golden vectors and the live comparison."""
 
 BASE = {
     "vocab_size": 96,
@@ -32,7 +32,7 @@ def case(model_type, **changes):
 
 
 def hybrid(**changes):
-    """qwen3_5: three gated delta layers to one gated attention layer, two value heads to a key head."""
+    """qwen3_5: three gated delta rule layers per gated attention layer, two value heads per key head."""
     made = case(
         "qwen3_5_text",
         head_dim=32,
@@ -62,7 +62,7 @@ VISION = {
 
 
 def nested(config, model_type="qwen3_5", vision=VISION):
-    """The same as the text part of a model that also sees."""
+    """The config as the text_config of a vision-language model."""
     outer = {k: config[k] for k in ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")}
     return {"model_type": model_type, "text_config": config, "vision_config": vision, **outer}
 
@@ -79,7 +79,7 @@ SIGLIP = {
 
 
 def windowed(**changes):
-    """gemma3_text: a scale of scores that is not the heads', two ropes, and one full layer to two with a window."""
+    """gemma3_text: scores not scaled by the head size, two ropes, and one full layer per two layers with a window."""
     made = case(
         "gemma3_text",
         head_dim=32,
@@ -95,8 +95,8 @@ def windowed(**changes):
     return {**made, **changes}
 
 
-# with a layer that sees all keys where nobody says which, and the usual thetas
-SILENT = {
+# Without the window pattern and the thetas: six layers, so that the default pattern has a layer that sees all keys.
+WITH_DEFAULTS = {
     k: v
     for k, v in windowed(num_hidden_layers=6).items()
     if k not in ("sliding_window_pattern", "rope_theta", "rope_local_base_freq")
@@ -150,7 +150,7 @@ CASES = {
         mlp_only_layers=[1],
     ),
     "gemma3": windowed(),
-    "gemma3_nested": nested(SILENT, "gemma3", SIGLIP),
+    "gemma3_nested": nested(WITH_DEFAULTS, "gemma3", SIGLIP),
     "gemma3_by_type": windowed(
         num_key_value_heads=1,
         num_hidden_layers=4,

@@ -1,4 +1,4 @@
-"""config.json of published checkpoints, as their authors wrote them (what is the same everywhere left out)."""
+"""config.json of published checkpoints, as their authors wrote them, without keys that are the same in all."""
 
 LLAMA_3_2_1B = {
     "architectures": ["LlamaForCausalLM"],

@@ -1,4 +1,4 @@
-"""Runs a checkpoint through the engine's runner and gives back the logits of every position."""
+"""Runs a prompt through a checkpoint and the engine's runner; returns the logits of every position."""
 
 import itertools
 
@@ -16,27 +16,27 @@ TOLERANCE = 1e-4
 
 
 def load(folder, weights="f32", kv_dtype=None, max_context=256):
-    """A checkpoint's model, its packed weights in memory only."""
+    """A checkpoint's model, with packed weights in memory only, not on disk."""
     return load_model(open_checkpoint(folder), WeightStore(), weights, kv_dtype, max_context)
 
 
 def logits_of(model, ids, cuts=(), slots=None, num_threads=2, dirty=False, **runner):
     """Logits [tokens, V] of a prompt fed in pieces that end at `cuts`.
 
-    slots: the state slot of each piece (all the same in a sound run). dirty: another prompt used the same memory
-    before.
+    slots: the state slot of each piece (all the same in a sound run). dirty: another prompt ran in the same memory
+    before. runner: more keywords of Runner.
     """
     bounds = [0, *cuts, len(ids)]
     num_pages = -(-len(ids) // PAGE_TOKENS)
     team = Team(num_threads)
     try:
-        made = Runner(model, team, Limits(len(ids), 3, num_pages + 2, len(ids)), **runner)
+        engine = Runner(model, team, Limits(len(ids), 3, num_pages + 2, len(ids)), **runner)
         pages = everywhere(range(num_pages + 1, 1, -1))
         if dirty:
-            made.step([Span(ids[::-1], 0, pages, 1, {len(ids) - 1: {}})])
+            engine.step([Span(ids[::-1], 0, pages, 1, {len(ids) - 1: {}})])
         return np.concatenate(
             [
-                _piece(made, ids, start, stop, pages, slots[i] if slots else 1)
+                _piece(engine, ids, start, stop, pages, slots[i] if slots else 1)
                 for i, (start, stop) in enumerate(itertools.pairwise(bounds))
             ]
         )
@@ -50,7 +50,7 @@ def _piece(runner, ids, start, stop, pages, slot):
 
 
 def difference(found, expected):
-    """(largest absolute difference, positions whose argmax differs); infinite where something is not finite."""
+    """(largest absolute difference, positions whose argmax differs); infinite if a logit is not finite."""
     assert found.shape == expected.shape, (found.shape, expected.shape)
     if not np.isfinite(found).all():
         return float("inf"), len(found)

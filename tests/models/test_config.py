@@ -1,4 +1,4 @@
-"""What a config.json is understood as, and what is refused, and how."""
+"""How a config.json is read, and which configs are refused with which message."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ from tests.models.running import load
     ids=lambda v: v.get("model_type") if "model_type" in v else "",
 )
 def test_published_configs(config, expected, heads):
-    """heads: of the first attention layer, beside biases that are there only where they are said to be."""
+    """heads: fields of the first attention layer's Heads; biases are False where they are not named."""
     made = model_config(config)
     assert {k: getattr(made, k) for k in expected} == expected
     found = next(layer.mixer for layer in made.layers if isinstance(layer.mixer, Heads))
@@ -59,7 +59,7 @@ def test_layers_of_published_configs():
 
 
 def heads(config):
-    """Those of the first attention layer."""
+    """The Heads of the first attention layer."""
     return next(layer.mixer for layer in model_config(config).layers if isinstance(layer.mixer, Heads))
 
 
@@ -69,7 +69,7 @@ def windows(config):
 
 def test_windows():
     mistral = case("mistral")
-    assert windows(mistral) == [4096] * 3  # what transformers takes where the config is silent
+    assert windows(mistral) == [4096] * 3  # the default of transformers
     assert windows({**mistral, "sliding_window": None}) == [0] * 3
     sliding = dict(use_sliding_window=True, sliding_window=5)
     assert windows(case("qwen2", max_window_layers=2, **sliding)) == [0, 0, 5]
@@ -80,7 +80,7 @@ def test_windows():
     ]
     assert windows(case("qwen3", use_sliding_window=False, sliding_window=5, max_window_layers=0)) == [0] * 3
     assert windows({**CASES["qwen3_moe"], **sliding, "max_window_layers": 48}) == [5] * 3
-    for name in ("qwen2", "qwen3", "qwen3_moe"):  # nothing to slide
+    for name in ("qwen2", "qwen3", "qwen3_moe"):  # no layer has a window
         assert windows({**CASES[name], **sliding, "sliding_window": None, "max_window_layers": 0}) == [0] * 3
     assert windows({**CASES["smollm3"], **sliding}) == [0, 5, 0, 5]
     assert windows({**CASES["smollm3_window_by_type"], "layer_types": None}) == [0] * 3
@@ -131,7 +131,7 @@ def test_what_a_silent_config_means():
     assert heads(without(case("llama"), "num_key_value_heads")).num_kv_heads == 4
     plain = hybrid(rope_parameters={"rope_theta": 10.0, "rope_type": "default"})
     assert model_config(without(plain, "layer_types")).layers == model_config(plain).layers
-    assert heads(plain).rope.dim == 8  # a quarter
+    assert heads(plain).rope.dim == 8  # the default factor is a quarter
     outer = {"model_type": "qwen3_5", "eos_token_id": [7, 8], "text_config": without(hybrid(), "eos_token_id")}
     assert model_config(outer).eos_ids == (7, 8)
 

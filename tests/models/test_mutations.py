@@ -23,7 +23,7 @@ def golden():
 
 
 def run(folder, name, arrays=None, ops=lambda op: op, config=None, **feeding):
-    """Logits of a case whose tensors or ops were changed. ops: op -> op, or None to leave it out."""
+    """Logits of a case whose tensors or ops were changed. ops: maps an op to another, or to None to leave it out."""
     config = config or CASES[name]
     model = load(tiny.write(folder, config, arrays or tiny.tensors(config, SEED)))
     program = model.recorded.rewritten([op for op in map(ops, model.recorded.ops) if op is not None])
@@ -36,7 +36,7 @@ def is_red(found, golden, name):
 
 
 def params(kinds, **changed):
-    """Changes parameters of the ops of some kinds; a value may be a function of the op."""
+    """A change of parameters of all ops of these kinds; a value may be a function of the op."""
 
     def change(op):
         if op.kind not in kinds:
@@ -57,22 +57,22 @@ def without_bias(op):
 
 
 def without_bias_of(name):
-    """Only of the projections whose names have this in them."""
+    """Leaves out the biases of projections whose names contain `name`."""
     return lambda op: without_bias(op) if any(name in x.name for x in op.inputs[1:]) else op
 
 
 def of_norm(name, **changed):
-    """Changes parameters of the norms of a name."""
+    """A change of parameters of the norms whose names contain `name`."""
     return lambda op: params(["rms_norm"], **changed)(op) if op.kind == "rms_norm" and name in op.weight.name else op
 
 
 def embedding_times(scale):
-    """Another factor of the embedding."""
+    """A change of the embedding's factor."""
     return lambda op: op.changed(scale=scale) if isinstance(op, Embed) else op
 
 
 def with_activation(name):
-    """Another activation in every gated MLP."""
+    """A change of the activation in every gated MLP."""
     return lambda op: op.changed(activation=name) if isinstance(op, GatedMul) else op
 
 
@@ -132,37 +132,37 @@ def test_a_mistake_in_the_program_is_seen(mistake, golden, tmp_path):
     is_red(run(tmp_path, name, ops=change), golden, name)
 
 
-def rows(kind, order):
-    """Takes the rows of all tensors of a kind in another order: what a loader or a head map could confuse."""
-    return {kind: lambda a, c: a[order(c, len(a))]}
+def rows(part, order):
+    """A change of the row order of all tensors with `part` in their names, as a wrong loader or head map would make."""
+    return {part: lambda a, c: a[order(c, len(a))]}
 
 
 def blocks(*sizes):
-    """Row order that swaps two neighbours of so many rows."""
+    """Row order that swaps the first two blocks of rows, of these sizes."""
     first, second = sizes
     return lambda c, n: [*range(first, first + second), *range(first), *range(first + second, n)]
 
 
 def tiled(c, n):
-    """Query heads dealt to kv heads in turn (h % G), not in groups (h // (H / G))."""
+    """Row order that gives query heads to kv heads in turn (h % G) in place of groups (h // (H / G))."""
     H, G = c["num_attention_heads"], c["num_key_value_heads"]
     return spread([h // G + h % G * (H // G) for h in range(H)], n)
 
 
 def spread(heads, n):
-    """Rows of whole heads in another order."""
+    """Row order that takes whole heads in this order."""
     size = n // len(heads)
     return [h * size + i for h in heads for i in range(size)]
 
 
 def tiled_values(c, n):
-    """Value heads dealt to key heads in turn."""
+    """Row order that gives value heads to key heads in turn."""
     H, G = c["linear_num_value_heads"], c["linear_num_key_heads"]
     return spread([h // G + h % G * (H // G) for h in range(H)], n)
 
 
 def interleaved(c, n):
-    """Rope pairs (2i, 2i + 1) in place of (i, i + K / 2)."""
+    """Row order with rotary pairs (2i, 2i + 1) in place of (i, i + K / 2)."""
     K = 16
     return [h * K + i for h in range(n // K) for i in [*range(0, K, 2), *range(1, K, 2)]]
 
@@ -220,7 +220,7 @@ def test_a_mistake_in_the_weights_is_seen(mistake, golden, tmp_path):
 
 
 def mapped(name, changes):
-    """How a tensor is changed: taken from another name, or by a function; None if it is not."""
+    """How a tensor is changed: the name of another tensor to take, or a function; None for no change."""
     for part, change in changes.items():
         if f".{part}." in f".{name}.":
             if isinstance(change, str):

@@ -1,4 +1,4 @@
-"""A model is a file: it is named after its model_type, and only the registry knows it beside."""
+"""A model is one file, named after its model_type, and besides only the registry names it."""
 
 from pathlib import Path
 
@@ -8,9 +8,9 @@ import lockstep
 from lockstep.models.registry import ARCHITECTURES, BY_MODEL_TYPE, FAMILIES
 
 PACKAGE = Path(lockstep.__file__).parent
-# text tokenizers and notations of tool calls have names of their own, which some models share; so have others' programs
+# Not lockstep/text: tokenizers and notations of tool calls have names of their own, which some models share.
 ROOMS = ("commands", "engine", "formats", "models", "native", "ops", "ptq", "runtime", "weights")
-ALSO = {"mistral": {"models/families/llama.py"}}  # as which GGUF stores it
+ALSO = {"mistral": {"models/families/llama.py"}}  # GGUF files of Mistral name Llama's architecture
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -1,5 +1,4 @@
-"""What a model asks for of a checkpoint, told by its recorded program, is what `tiny` writes down from the checkpoints'
-own conventions."""
+"""The tensors that a recorded program reads are those that `tiny` writes down from the checkpoints' own conventions."""
 
 import pytest
 

@@ -1,8 +1,8 @@
 """Tiny random checkpoints, the same on every machine: config and seed in, a Hugging Face folder out.
 
 Names and shapes are written down here from the checkpoints' own conventions, not taken from the code under test; the
-recorder and the live comparison load the same folder into transformers, which refuses a wrong one. Norm weights,
-biases, decays and taps are far from their defaults, which would hide mistakes.
+script that records golden vectors and the live comparison load the same folder into transformers, which refuses a wrong
+one. Norm weights, biases, decays and taps are far from their defaults, which would hide mistakes.
 """
 
 import json
@@ -20,12 +20,12 @@ def text_part(config):
 
 
 def is_gemma(config):
-    """Whether norms also follow the mixer and the MLP."""
+    """Whether the model has norms after the token mixer and after the MLP, too."""
     return config["model_type"].startswith("gemma3")
 
 
 def prefix(config):
-    """What the names of all tensors but the head start with."""
+    """The prefix of all tensor names except the head's."""
     return "model.language_model." if "text_config" in config else "model."
 
 
@@ -112,7 +112,7 @@ def _mlp(c, layer):
 
 
 def interval(name, shape, config):
-    """Lowest and highest value of a tensor."""
+    """The bounds between which a tensor's values are drawn."""
     kind, leaf = text_part(config)["model_type"], name.split(".")[-2]
     if leaf.endswith("norm"):
         is_offset = kind.startswith(("qwen3_5", "gemma")) and "linear_attn" not in name
@@ -134,7 +134,7 @@ def interval(name, shape, config):
 
 
 def tensors(config, seed):
-    """Every tensor of a checkpoint as float32, each from its own stream of a frozen generator."""
+    """Every tensor of a checkpoint as float32, each drawn from its own seed of NumPy's frozen RandomState."""
     made = {}
     for name, shape in shapes(config).items():
         low, high = interval(name, shape, config)
@@ -160,5 +160,5 @@ def write(folder, config, arrays, dtype="F32"):
 
 
 def prompt(config, length, seed=0):
-    """Token ids."""
+    """Random token ids."""
     return np.random.RandomState(seed + 1).randint(0, text_part(config)["vocab_size"], length).tolist()

@@ -21,7 +21,7 @@ ROWS = {"T": 512, "O": 512, "R": 64, "E": 512, "S": 16}
 def program_of(raw):
     raw = raw.get("text_config", raw) | {"tie_word_embeddings": raw.get("tie_word_embeddings", True)}
     config = model_config(raw)
-    program, logits = record_on(AnyTensor(partial(only_shape, matrices="q8_0")), config)
+    program, logits = record_on(AnyTensor(partial(only_shape, matrix_format="q8_0")), config)
     emit_sampling(program, logits, config.vocab_size)
     return fuse(lower(program), {**BACKENDS["reference"], **BACKENDS["cpu"]})
 

@@ -1,8 +1,8 @@
-"""Gemma 3, its text part: norms before and after the mixer and the MLP, a gated MLP with GELU, and five layers that see
-a window, with a rope of their own, to each that sees all keys.
+"""Gemma 3, text only: norms before and after attention and the MLP, a gated MLP with GELU. For each layer that sees all
+keys there are five with a sliding window, which have another rope.
 
-The embedding is multiplied by the root of the width as float32, whatever the weights are stored in, as llama.cpp does
-it; transformers rounds the root to the type of the weights (25.25 in place of 25.298 for the smallest model in bf16).
+The embedding is multiplied by the square root of the hidden size as float32, whatever the type of the weights, as in
+llama.cpp; transformers rounds the root to that type (25.25 in place of 25.298 for the smallest model in bf16).
 """
 
 from collections.abc import Container, Mapping
@@ -30,7 +30,7 @@ from lockstep.weights.gguf.names import ATTENTION, HEAD_NORMS, MLP
 from lockstep.weights.gguf.undo import MinusOne, Undo
 
 OFFSET = 1.0  # of every norm
-THETAS = {"full_attention": 1e6, "sliding_attention": 1e4}  # where the config is silent
+THETAS = {"full_attention": 1e6, "sliding_attention": 1e4}  # defaults of rope_theta by layer type
 DEFAULTS = dict(
     vocab_size=262_208, num_attention_heads=8, num_key_value_heads=4, head_dim=256, rms_norm_eps=1e-6,
     max_position_embeddings=131_072, query_pre_attn_scalar=256, sliding_window=4096,
@@ -43,33 +43,31 @@ layer_types rope_local_base_freq""".split()
 
 
 def read(config: Config) -> ModelConfig:
-    """The ModelConfig; what is left out of a text_config is as in `DEFAULTS`.
+    """The ModelConfig; keys that a text_config leaves out have the values of `DEFAULTS`.
 
-    hidden_activation alone says what the MLP's activation is: hidden_act is not read, as in transformers.
+    The MLP's activation is hidden_activation; hidden_act is ignored, as in transformers.
     """
     check_keys(config, KEYS, free=["hidden_act"])
     config = {**DEFAULTS, **{key: value for key, value in config.items() if value is not None}}
     if config["hidden_activation"] != "gelu_pytorch_tanh":
         found = config["hidden_activation"]
         raise ValueError(f"config key 'hidden_activation': {found!r} is not supported, only 'gelu_pytorch_tanh'")
-    every = optional(config, "sliding_window_pattern", optional(config, "_sliding_window_pattern", 6))
+    interval = optional(config, "sliding_window_pattern", optional(config, "_sliding_window_pattern", 6))
     types = layer_types(config, *THETAS) or [
-        "sliding_attention" if (i + 1) % every else "full_attention" for i in range(num_layers(config))
+        "sliding_attention" if (i + 1) % interval else "full_attention" for i in range(num_layers(config))
     ]
     mlp = mlp_of(config, activation="gelu_tanh")
-    layers = {kind: Layer(heads, mlp) for kind, heads in heads_by_type(config).items()}
-    return model_of(config, with_windows([layers[kind] for kind in types], config, types), tied=True)
+    layers = {layer_type: Layer(heads, mlp) for layer_type, heads in heads_by_type(config).items()}
+    return model_of(config, with_windows([layers[layer_type] for layer_type in types], config, types), tied=True)
 
 
 def heads_by_type(config: Config) -> dict[str, Heads]:
-    """The heads of a layer of each type, all with all keys."""
-    head_dim, scale = (
-        checked_head_dim(need(config, "head_dim")),
-        need_float(config, "query_pre_attn_scalar", 1e-3, 1e6) ** -0.5,
-    )
-    counts = need(config, "num_attention_heads"), need(config, "num_key_value_heads")
+    """The heads of a layer of each type, still without their windows."""
+    head_dim = checked_head_dim(need(config, "head_dim"))
+    scale = need_float(config, "query_pre_attn_scalar", 1e-3, 1e6) ** -0.5
+    num_heads = need(config, "num_attention_heads"), need(config, "num_key_value_heads")
     ropes = ropes_by_type(config, head_dim, THETAS)
-    return {kind: Heads(*counts, head_dim, scale, rope) for kind, rope in ropes.items()}
+    return {layer_type: Heads(*num_heads, head_dim, scale, rope) for layer_type, rope in ropes.items()}
 
 
 # ------------------------------------------------------------ the model
@@ -90,7 +88,7 @@ def layer(ops: Recorder, x: Tensor, config: ModelConfig, shape: Layer, label: st
 
 
 def record(ops: Recorder, config: ModelConfig) -> Tensor:
-    """The model; returns its logits."""
+    """Records the model; returns its logits."""
     return decoder(ops, config, layer, norm_offset=OFFSET, embed_scale=float(config.hidden_size) ** 0.5)
 
 
@@ -107,9 +105,9 @@ NAMES = {
 
 
 def gguf_config(config: dict, keys: Keys, names: Container[str]) -> dict:
-    """With what llama.cpp knows by heart: the scale of scores, and which layers have a window if the file is silent."""
+    """Adds what llama.cpp hard-codes: the scale of scores, and the window pattern that holds if the file names none."""
     scalar = config["head_dim"]
-    if config["num_hidden_layers"] == 62:  # the model of 27 billion weights
+    if config["num_hidden_layers"] == 62:  # the model with 27 billion weights
         scalar = config["hidden_size"] // config["num_attention_heads"]
     return {key: value for key, value in config.items() if key != "hidden_act"} | {
         "hidden_activation": "gelu_pytorch_tanh",
@@ -121,7 +119,7 @@ def gguf_config(config: dict, keys: Keys, names: Container[str]) -> dict:
 
 
 def gguf_layers(keys: Keys) -> dict:
-    """Which layers have a window: every so many have none, or as is said for each."""
+    """Which layers have a window: all but every n-th, or an array with a flag for each layer."""
     name = "attention.sliding_window_pattern"
     if not keys.is_array(name):
         return {"sliding_window_pattern": keys.integer(name, 6)}
@@ -129,7 +127,7 @@ def gguf_layers(keys: Keys) -> dict:
 
 
 def undo(name: str, config: Mapping) -> Undo:
-    """Norms are stored as 1 + w."""
+    """Conversion stored norm weights as 1 + w."""
     return MinusOne() if name.endswith("norm.weight") else Undo()
 
 

@@ -1,5 +1,5 @@
-"""Llama 1 to 3: norm, attention, norm, SwiGLU. Biases on all attention projections if attention_bias, on the MLP's if
-mlp_bias."""
+"""Llama 1 to 3: norm, attention, norm, SwiGLU. All attention projections have biases if attention_bias, those of the
+MLP if mlp_bias."""
 
 from collections.abc import Container, Mapping
 from functools import partial
@@ -24,7 +24,7 @@ def read(config: Config) -> ModelConfig:
 
 
 def gguf_config(config: dict, keys: Keys, names: Container[str]) -> dict:
-    """Mistral's models are written as Llama's, with a window."""
+    """Adds biases. A file with a sliding window is a Mistral model: conversion writes both as Llama."""
     config |= has_biases(names, "attention_bias", "mlp_bias")
     if "attention.sliding_window" in keys:
         window = keys.integer("attention.sliding_window")
@@ -33,7 +33,7 @@ def gguf_config(config: dict, keys: Keys, names: Container[str]) -> dict:
 
 
 def undo(name: str, config: Mapping) -> Undo:
-    """Conversion puts the rows of rotary pairs side by side."""
+    """Conversion put the two rows of each rotary pair next to each other."""
     if ".q_proj." in name:
         return HalfSplitRows(config["num_attention_heads"])
     if ".k_proj." in name:

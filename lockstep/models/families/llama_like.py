@@ -1,4 +1,4 @@
-"""What Llama-like families share: how their config.json is read, and how a layer of theirs is recorded."""
+"""What Llama-like families share: reading their config.json, and recording their layers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,15 +20,15 @@ from lockstep.models.record import Recorder
 from lockstep.models.rope_config import rope
 from lockstep.runtime.program import Tensor
 
-Rows = Callable[[Tensor], Tensor]
+Sublayer = Callable[[Tensor], Tensor]  # records a token mixer or an MLP: from normed rows to its output
 
 # ------------------------------------------------------------ config.json
 
 
 def model_of(config: Config, layers: Sequence[Layer], tied: bool = False, **others: Any) -> ModelConfig:
-    """The ModelConfig of such layers. tied: whether the head is the embedding where the config is silent."""
+    """The ModelConfig of these layers. tied: default of tie_word_embeddings. others: more fields of ModelConfig."""
     vocab_size = need(config, "vocab_size")
-    made = ModelConfig(
+    model = ModelConfig(
         model_type=config["model_type"],
         vocab_size=vocab_size,
         hidden_size=need(config, "hidden_size"),
@@ -40,25 +40,28 @@ def model_of(config: Config, layers: Sequence[Layer], tied: bool = False, **othe
         headless=is_headless(config),
         **others,
     )
-    return checked(made)
+    return checked(model)
 
 
 def num_layers(config: Config) -> int:
-    """How many decoder layers a config says."""
+    """The number of decoder layers."""
     return need(config, "num_hidden_layers", high=1000)
 
 
 def heads_of(config: Config, rope_defaults: Config | None = None, **others: Any) -> Heads:
-    """Heads that see all keys, scaled by the root of their size. rope_defaults: see `rope_config.rope`."""
+    """Heads that see all keys, with scores scaled by 1 / sqrt(head_dim). rope_defaults: keywords of `rope_config.rope`.
+
+    others: further fields of Heads.
+    """
     num_heads = need(config, "num_attention_heads")
     head_dim = head_dim_of(config, num_heads)
-    turned = rope(config, head_dim, **(rope_defaults or {}))
+    head_rope = rope(config, head_dim, **(rope_defaults or {}))
     num_kv_heads = optional(config, "num_key_value_heads", num_heads)
-    return Heads(num_heads, num_kv_heads, head_dim, float(head_dim) ** -0.5, turned, **others)
+    return Heads(num_heads, num_kv_heads, head_dim, float(head_dim) ** -0.5, head_rope, **others)
 
 
 def head_dim_of(config: Config, num_heads: int) -> int:
-    """The size of a head: head_dim, or the hidden size's share; ValueError for one that the kernels cannot run."""
+    """head_dim, by default hidden_size / num_heads; ValueError for a size that the kernels cannot run."""
     hidden_size = need(config, "hidden_size")
     if config.get("head_dim") is None:
         return checked_head_dim(hidden_size // num_heads, f"hidden_size {hidden_size} / {num_heads} heads =")
@@ -66,26 +69,26 @@ def head_dim_of(config: Config, num_heads: int) -> int:
 
 
 def biases(config: Config) -> dict[str, Any]:
-    """Biases on all four attention projections if attention_bias."""
+    """Fields of Heads: biases on all four attention projections if attention_bias."""
     bias = flag(config, "attention_bias")
     return {"qkv_bias": bias, "o_bias": bias}
 
 
 def mlp_of(config: Config, **others: Any) -> Mlp:
-    """The MLP of every layer."""
+    """The MLP of a layer. others: further fields of Mlp."""
     return Mlp(need(config, "intermediate_size"), **others)
 
 
 def with_windows(layers: Sequence[Layer], config: Config, types: Sequence[str]) -> list[Layer]:
-    """Layers of which those of type "sliding_attention" see so many keys as sliding_window says."""
+    """The layers, where those of type "sliding_attention" have a window of sliding_window keys."""
     return [
-        with_heads(layer, window=need(config, "sliding_window")) if kind == "sliding_attention" else layer
-        for layer, kind in zip(layers, types, strict=True)
+        with_heads(layer, window=need(config, "sliding_window")) if layer_type == "sliding_attention" else layer
+        for layer, layer_type in zip(layers, types, strict=True)
     ]
 
 
 def with_heads(layer: Layer, **changes: Any) -> Layer:
-    """An attention layer whose heads are changed."""
+    """An attention layer with changed fields of its heads."""
     assert isinstance(layer.mixer, Heads), layer
     return replace(layer, mixer=replace(layer.mixer, **changes))
 
@@ -94,13 +97,13 @@ def with_heads(layer: Layer, **changes: Any) -> Layer:
 
 
 class Norm(NamedTuple):
-    """A norm's parameters. offset: 1 where checkpoints store w - 1."""
+    """Parameters of a norm. offset: added to the weight; 1 where checkpoints store w - 1."""
 
     eps: float
     offset: float = 0.0
 
 
-def pre_norm(ops: Recorder, x: Tensor, label: str, norm: Norm, mixer: Rows, mlp: Rows) -> Tensor:
+def pre_norm(ops: Recorder, x: Tensor, label: str, norm: Norm, mixer: Sublayer, mlp: Sublayer) -> Tensor:
     """x += mixer(norm(x)); x += mlp(norm(x))."""
     x = ops.add(x, mixer(ops.rms_norm(x, f"{label}.input_layernorm.weight", *norm)))
     return ops.add(x, mlp(ops.rms_norm(x, f"{label}.post_attention_layernorm.weight", *norm)))
@@ -109,7 +112,7 @@ def pre_norm(ops: Recorder, x: Tensor, label: str, norm: Norm, mixer: Rows, mlp:
 def layer(
     ops: Recorder, x: Tensor, config: ModelConfig, shape: Layer, label: str, head_norms: Norm | None = None
 ) -> Tensor:
-    """Llama's layer. head_norms: of a norm of each query and key head."""
+    """Llama's layer. head_norms: the norm of each query and key head, None without one."""
     return pre_norm(
         ops,
         x,
@@ -120,10 +123,10 @@ def layer(
     )
 
 
-def self_attention(ops: Recorder, h: Tensor, heads: Heads | LinearAttention, label: str, **how: Any) -> Tensor:
-    """Attention and what its heads are projected by. how: see `Recorder.attention`."""
+def self_attention(ops: Recorder, h: Tensor, heads: Heads | LinearAttention, label: str, **options: Any) -> Tensor:
+    """Attention and its output projection. options: head_norms and gated of `Recorder.attention`."""
     assert isinstance(heads, Heads), (label, heads)
-    out = ops.attention(h, heads, label, **how)
+    out = ops.attention(h, heads, label, **options)
     return ops.linear(out, [(f"{label}.o_proj", h.width)], bias=heads.o_bias)
 
 

@@ -1,4 +1,4 @@
-"""Mistral: Llama with a sliding window on every layer, or none. GGUF knows it as Llama."""
+"""Mistral: Llama with a sliding window on every layer or on none. Its GGUF files name Llama's architecture."""
 
 from functools import partial
 
@@ -13,9 +13,9 @@ def read(config: Config) -> ModelConfig:
     """The ModelConfig."""
     check_keys(config, ["sliding_window"])
     config = {"sliding_window": 4096, **config}
-    kind = "full_attention" if config["sliding_window"] is None else "sliding_attention"
+    layer_type = "full_attention" if config["sliding_window"] is None else "sliding_attention"
     layers = [Layer(heads_of(config), mlp_of(config))] * num_layers(config)
-    return model_of(config, with_windows(layers, config, [kind] * len(layers)))
+    return model_of(config, with_windows(layers, config, [layer_type] * len(layers)))
 
 
 MISTRAL = Family(model_types=("mistral",), read=read, record=partial(decoder, layer=layer))

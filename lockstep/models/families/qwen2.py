@@ -1,4 +1,4 @@
-"""Qwen2 and 2.5: Llama with biases on q, k and v; a sliding window on some layers if use_sliding_window."""
+"""Qwen2 and Qwen2.5: Llama with biases on q, k and v; some layers have a sliding window if use_sliding_window."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -12,20 +12,20 @@ from lockstep.models.tiny import BASE
 from lockstep.weights.gguf.architecture import Architecture
 from lockstep.weights.gguf.names import DENSE
 
-WINDOW = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
+WINDOW_KEYS = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
 WINDOW_TYPES = ("full_attention", "sliding_attention")
 
 
 def read(config: Config) -> ModelConfig:
     """The ModelConfig."""
-    check_keys(config, WINDOW)
+    check_keys(config, WINDOW_KEYS)
     layers = [Layer(heads_of(config, qkv_bias=True), mlp_of(config))] * num_layers(config)
     return model_of(config, qwen_windows(layers, config))
 
 
 def qwen_windows(layers: Sequence[Layer], config: Config) -> list[Layer]:
-    """The layers from max_window_layers on, or those that layer_types names, have a sliding window if
-    use_sliding_window."""
+    """The layers with their windows: if use_sliding_window, layers from max_window_layers on (or those that layer_types
+    names) have one."""
     config = {"sliding_window": 4096, **config}
     slides = flag(config, "use_sliding_window") and config["sliding_window"] is not None
     first = optional(config, "max_window_layers", 28, low=0)

@@ -7,7 +7,7 @@ from lockstep.models.config import Config, check_keys
 from lockstep.models.decoder import decoder
 from lockstep.models.families import llama_like
 from lockstep.models.families.llama_like import Norm, biases, heads_of, mlp_of, model_of, num_layers
-from lockstep.models.families.qwen2 import WINDOW, qwen_windows
+from lockstep.models.families.qwen2 import WINDOW_KEYS, qwen_windows
 from lockstep.models.family import Family
 from lockstep.models.model_config import Layer, ModelConfig
 from lockstep.models.record import Recorder
@@ -20,7 +20,7 @@ from lockstep.weights.gguf.names import DENSE, HEAD_NORMS
 
 def read(config: Config) -> ModelConfig:
     """The ModelConfig."""
-    check_keys(config, ["attention_bias", *WINDOW])
+    check_keys(config, ["attention_bias", *WINDOW_KEYS])
     layers = [Layer(heads_of(config, **biases(config)), mlp_of(config))] * num_layers(config)
     return model_of(config, qwen_windows(layers, config))
 
@@ -31,7 +31,7 @@ def layer(ops: Recorder, x: Tensor, config: ModelConfig, shape: Layer, label: st
 
 
 def gguf_config(config: dict, keys: Keys, names: Container[str]) -> dict:
-    """Nothing but biases differs."""
+    """Adds biases."""
     return config | has_biases(names, "attention_bias")
 
 

@@ -1,4 +1,4 @@
-"""Qwen3.5: layers of the gated delta rule with a gated attention layer among them; norms store w - 1; partial rope."""
+"""Qwen3.5: gated delta rule layers with a gated attention layer after every few; norms store w - 1; partial rope."""
 
 from collections.abc import Container, Mapping
 from functools import partial
@@ -28,7 +28,7 @@ from lockstep.weights.gguf.keys import Keys
 from lockstep.weights.gguf.names import ATTENTION, HEAD_NORMS, MLP
 from lockstep.weights.gguf.undo import ConvChannels, DecayLog, GroupedColumns, GroupedRows, MinusOne, Undo, ValueHeads
 
-OFFSET = 1.0  # of every norm but that of the delta rule's heads
+OFFSET = 1.0  # of every norm except the norm of the delta rule's heads
 DELTA = """linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim
 linear_conv_kernel_dim""".split()
 KEYS = ["attention_bias", "layer_types", "full_attention_interval", "mtp_num_hidden_layers", *DELTA]
@@ -41,17 +41,17 @@ def read(config: Config) -> ModelConfig:
     check_keys(config, KEYS, free=["partial_rotary_factor"])
     attention = Layer(heads_of(config, {"partial": 0.25, "ignored": MROPE}, **biases(config)), mlp_of(config))
     linear = Layer(delta_rule(config), attention.mlp)
-    interval, count = optional(config, "full_attention_interval", 4), num_layers(config)
+    interval = optional(config, "full_attention_interval", 4)
     types = layer_types(config, "full_attention", "linear_attention") or [
-        "full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(count)
+        "full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(num_layers(config))
     ]
     mtp_layers = (attention,) * optional(config, "mtp_num_hidden_layers", 0, low=0)
-    layers = [attention if kind == "full_attention" else linear for kind in types]
+    layers = [attention if layer_type == "full_attention" else linear for layer_type in types]
     return model_of(config, layers, mtp_layers=mtp_layers)
 
 
 def delta_rule(config: Config) -> LinearAttention:
-    """The shape of the gated delta rule layers."""
+    """The shape of gated delta rule layers; ValueError for one that the kernels cannot run."""
     linear = LinearAttention(*(need(config, key) for key in DELTA))
     if linear.k_head_dim % 16 or linear.v_head_dim % 16 or linear.num_v_heads % linear.num_k_heads:
         raise ValueError(
@@ -66,7 +66,7 @@ def delta_rule(config: Config) -> LinearAttention:
 
 
 def layer(ops: Recorder, x: Tensor, config: ModelConfig, shape: Layer, label: str) -> Tensor:
-    """One layer of either sort."""
+    """One layer, with either token mixer."""
     norm = Norm(config.rms_eps, OFFSET)
 
     def mixer(h: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ MTP_NAMES = {
 
 
 def gguf_config(config: dict, keys: Keys, names: Container[str]) -> dict:
-    """With the numbers of the delta rule. The rope turns a part of a head, and has sections that text does not need."""
+    """Adds biases, layer types and the numbers of the gated delta rule."""
     num_value_heads, inner_size = keys.integer("ssm.time_step_rank"), keys.integer("ssm.inner_size")
     if num_value_heads == 0 or inner_size % num_value_heads:
         raise ValueError(f"qwen35.ssm.inner_size {inner_size} is not {num_value_heads} heads of one size")
@@ -124,10 +124,10 @@ def gguf_config(config: dict, keys: Keys, names: Container[str]) -> dict:
 
 
 def gguf_rope(config: dict, keys: Keys) -> dict:
-    """The config with its rope in one object."""
+    """The config with its rope in rope_parameters, whose M-RoPE sections text does not need."""
     sections = (keys.values("rope.dimension_sections") or [11, 11, 10])[:3]
     rest = {key: value for key, value in config.items() if key not in ("rope_theta", "rope_scaling")}
-    made = {
+    parameters = {
         "rope_type": "default",
         "rope_theta": config["rope_theta"],
         "partial_rotary_factor": rest.pop("partial_rotary_factor", 1.0),
@@ -135,11 +135,11 @@ def gguf_rope(config: dict, keys: Keys) -> dict:
         "mrope_section": sections,
         "mrope_interleaved": True,
     }
-    return {**rest, "rope_parameters": made}
+    return {**rest, "rope_parameters": parameters}
 
 
 def gguf_layer_types(keys: Keys, num_layers: int) -> list[str]:
-    """What each layer is: said for each, or every so many."""
+    """The type of each layer: from an array with a flag for each layer, or every n-th layer is full attention."""
     recurrent = keys.values("attention.recurrent_layers")
     interval = keys.integer("full_attention_interval", 4)
     if recurrent is None and interval > 0:
@@ -150,7 +150,7 @@ def gguf_layer_types(keys: Keys, num_layers: int) -> list[str]:
 
 
 def undo(name: str, config: Mapping) -> Undo:
-    """Value heads stand in another order, norms as 1 + w, decays as such."""
+    """Conversion reordered value heads, stored norm weights as 1 + w, and A_log as decays -exp(A_log)."""
     heads = ValueHeads(config["linear_num_key_heads"], config["linear_num_value_heads"])
     if heads.num_key_heads == 0 or heads.num_value_heads % heads.num_key_heads:
         raise ValueError(f"{heads.num_value_heads} value heads do not divide over {heads.num_key_heads} key heads")
@@ -168,7 +168,7 @@ def undo(name: str, config: Mapping) -> Undo:
 
 
 def regrouping(stem: str, heads: ValueHeads, num_query_key_rows: int) -> Undo:
-    """Of the tensors that hold value heads."""
+    """The Undo of a tensor that holds value heads, by the last part of its name."""
     if stem == "in_proj_qkv":
         return GroupedRows(heads, num_query_key_rows)
     if stem in ("in_proj_z", "in_proj_a", "in_proj_b", "dt_bias"):

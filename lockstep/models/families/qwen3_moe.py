@@ -1,4 +1,4 @@
-"""Qwen3-MoE: Qwen3 with experts in place of most MLPs; a sliding window on every layer if use_sliding_window."""
+"""Qwen3-MoE: Qwen3 with experts in place of most MLPs; every layer has a sliding window if use_sliding_window."""
 
 from collections.abc import Container, Sequence
 from dataclasses import replace
@@ -7,7 +7,7 @@ from functools import partial
 from lockstep.models.config import Config, check_keys, flag, need, optional
 from lockstep.models.decoder import decoder
 from lockstep.models.families.llama_like import biases, heads_of, mlp_of, model_of, num_layers, with_windows
-from lockstep.models.families.qwen2 import WINDOW
+from lockstep.models.families.qwen2 import WINDOW_KEYS
 from lockstep.models.families.qwen3 import layer
 from lockstep.models.family import Family
 from lockstep.models.model_config import Experts, Layer, ModelConfig
@@ -22,7 +22,7 @@ decoder_sparse_step mlp_only_layers""".split()
 
 def read(config: Config) -> ModelConfig:
     """The ModelConfig."""
-    check_keys(config, ["attention_bias", *WINDOW, *EXPERT_KEYS], free=["decoder_sparse_step", "mlp_only_layers"])
+    check_keys(config, ["attention_bias", *WINDOW_KEYS, *EXPERT_KEYS], free=["decoder_sparse_step", "mlp_only_layers"])
     one = Layer(heads_of(config, **biases(config)), experts_of(config))
     layers = with_dense_layers([one] * num_layers(config), config)
     config = {"sliding_window": 4096, **config}
@@ -33,9 +33,9 @@ def read(config: Config) -> ModelConfig:
 
 def experts_of(config: Config) -> Experts:
     """The shape of the experts."""
-    total = "num_experts" if config.get("num_experts") is not None else "num_local_experts"
+    key = "num_experts" if config.get("num_experts") is not None else "num_local_experts"
     experts = Experts(
-        need(config, total, high=4096),
+        need(config, key, high=4096),
         need(config, "num_experts_per_tok", high=256),
         need(config, "moe_intermediate_size"),
         flag(config, "norm_topk_prob"),
@@ -48,7 +48,7 @@ def experts_of(config: Config) -> Experts:
 
 
 def with_dense_layers(layers: Sequence[Layer], config: Config) -> list[Layer]:
-    """Layers with experts only in every decoder_sparse_step-th, and in none of mlp_only_layers."""
+    """Layers with a plain MLP in mlp_only_layers, and in all but every decoder_sparse_step-th layer."""
     step, listed = optional(config, "decoder_sparse_step", 1), config.get("mlp_only_layers") or []
     if not isinstance(listed, list) or not all(type(i) is int and 0 <= i < len(layers) for i in listed):
         raise ValueError(f"config key 'mlp_only_layers': expected layers below {len(layers)}, got {listed!r}")
@@ -57,7 +57,7 @@ def with_dense_layers(layers: Sequence[Layer], config: Config) -> list[Layer]:
 
 
 def gguf_config(config: dict, keys: Keys, names: Container[str]) -> dict:
-    """With the experts' numbers; their weights always add up to 1."""
+    """Adds biases and experts. GGUF does not record norm_topk_prob: llama.cpp always renormalises."""
     return config | {
         **has_biases(names, "attention_bias"),
         "num_experts": keys.integer("expert_count"),

@@ -28,7 +28,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Loads the public names when they are first used: importing lockstep stays cheap."""
+    """Imports a public name when it is first used, so that `import lockstep` stays fast."""
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'lockstep' has no attribute {name!r}")

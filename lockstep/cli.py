@@ -1,8 +1,8 @@
 """The command `lockstep`: finds the subcommand, runs it, and turns a user's mistake, or a lack of memory, into one
 sentence and exit code 2.
 
-A subcommand is a module in `lockstep/commands` with a function `command`; the commands of two words have
-modules of their own. Only the one that is asked for is imported, so that `lockstep --help` stays fast.
+A subcommand is a module in `lockstep/commands` with a function `command`; "bench load" is `bench_load.py`. Only the
+subcommand that runs is imported, so that `lockstep --help` stays fast.
 """
 
 import importlib
@@ -42,11 +42,11 @@ CANNOT, INTERRUPTED = 2, 130
 
 
 def main(args=None):
-    """Runs a command line; returns the exit code. args: those of the process, if there are none."""
+    """Runs a command line; returns the exit code. args: None: the arguments of this process."""
     if args is None:
         heed_interrupts()
     args = _joined(sys.argv[1:] if args is None else list(args)) or ["--help"]
-    # a terminal that cannot show a character shows another
+    # a character that the terminal cannot show becomes "?" instead of an exception
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     try:
@@ -60,51 +60,51 @@ def main(args=None):
             raise
         return _refuse(sentence(error))
     except SystemExit:
-        # how typer and rich end when nobody reads standard output; they would say 1, which has another meaning here
+        # typer and rich exit so when the reader of standard output has gone; their code 1 means something else here
         return unread()
 
 
 def heed_interrupts() -> None:
-    """Lets Ctrl-C end this process, also where it was started with SIGINT ignored, as scripts start what they put into
-    the background: Python itself then ignores it, too."""
+    """Lets Ctrl-C end this process even if it was started with SIGINT ignored, which Python keeps. A shell script
+    starts its background processes so."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _joined(args):
-    """The arguments, with a command of two words as one of them; the first word alone asks for the list of commands."""
+    """The arguments, with a command of two words joined to one argument; "bench" alone becomes "--help"."""
     if args and args[0] not in COMMANDS and args[1:] in ([], ["--help"]):
         return ["--help"] if any(name.startswith(f"{args[0]} ") for name in COMMANDS) else args
     return [" ".join(args[:2]), *args[2:]] if " ".join(args[:2]) in COMMANDS else args
 
 
 def application(args):
-    """The command line's parser: the subcommand that args ask for in full, the others by name only."""
-    made = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True, help=_top.__doc__)
-    made.callback()(_top)
-    wanted = next((a for a in args if not a.startswith("-")), None)
+    """The command line's parser. The subcommand in args has its options; the others have only a name and a summary."""
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True, help=_top.__doc__)
+    app.callback()(_top)
+    subcommand = next((word for word in args if not word.startswith("-")), None)
     for name, summary in COMMANDS.items():
         module = f"lockstep.commands.{name.replace(' ', '_')}"
         if importlib.util.find_spec(module):
-            function = importlib.import_module(module).command if name == wanted else _not_asked_for
-            made.command(name, short_help=summary, help=function.__doc__ or summary)(function)
-    return made
+            function = importlib.import_module(module).command if name == subcommand else _not_loaded
+            app.command(name, short_help=summary, help=function.__doc__ or summary)(function)
+    return app
 
 
 def _top(
     version: bool = typer.Option(
-        False, "--version", is_eager=True, callback=lambda asked: _show_version(asked), help="Show the version."
+        False, "--version", is_eager=True, callback=lambda is_set: _show_version(is_set), help="Show the version."
     ),
 ) -> None:
     """An LLM inference engine whose every path gives the same bits."""
 
 
-def _not_asked_for() -> None:
+def _not_loaded() -> None:  # stands for each subcommand that does not run
     pass
 
 
-def _show_version(asked) -> None:
-    if asked:
+def _show_version(is_set) -> None:
+    if is_set:
         print(f"lockstep {__version__}")
         raise typer.Exit
 

@@ -1,4 +1,4 @@
-"""Answers as `LLM` gives them."""
+"""`Completion`: the result of a generation, and `Stream`: its text while it is generated."""
 
 from dataclasses import dataclass, field
 
@@ -7,11 +7,14 @@ from lockstep.engine.request import Request
 
 @dataclass
 class Completion:
-    """One answer: text, token ids, their log-probabilities (and alternatives, if asked for), and why it ended.
+    """The answer to one prompt.
 
-    finish_reason is "stop", "length" or "error"; stop_reason is the token id or string that stopped it, error what went
-    wrong. prompt_logprobs begin with the prompt's second token. Alternatives are {token id: logprob}, best first.
-    others: the samples after this one, where params asked for several.
+    text: without the prompt. token_ids, logprobs: the generated tokens and the natural logarithm of each one's
+    probability. top_logprobs: for each generated token {token id: log-probability}, the most probable first, where
+    SamplingParams.logprobs asks for them. prompt_logprobs, prompt_top_logprobs: the same for the prompt's tokens from
+    the second on, where SamplingParams.prompt_logprobs asks for them. finish_reason: "stop", "length" (max_tokens, or
+    the context is full) or "error". stop_reason: the token id or string that stopped the answer. error: what went
+    wrong, in one sentence. others: the second and later samples, where SamplingParams.n is more than 1.
     """
 
     text: str
@@ -33,8 +36,8 @@ class Completion:
 
 
 def completion(request: Request, *others: Request) -> Completion:
-    """What an ended request was answered with, and those of other samples of its prompt."""
-    assert request.finish_reason is not None, "it has ended"
+    """The Completion of a request that has ended. others: the further samples of the same prompt."""
+    assert request.finish_reason is not None, "the request has not ended"
     return Completion(
         text=request.text,
         token_ids=request.output_ids,
@@ -48,3 +51,18 @@ def completion(request: Request, *others: Request) -> Completion:
         error=request.error,
         others=[completion(other) for other in others],
     )
+
+
+class Stream:
+    """A request's text while it is generated: `text` is all of it so far, `new_text` what the last `advance` added.
+
+    Text only grows: no character is taken back. The request itself, with its token ids, is `request`.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.request, self.text, self.new_text = request, "", ""
+
+    def advance(self) -> None:
+        """Updates `text` and `new_text` with what the engine has generated since the last call."""
+        self.new_text = self.request.text[len(self.text) :]
+        self.text += self.new_text

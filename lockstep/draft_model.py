@@ -1,4 +1,4 @@
-"""Loads a smaller model that drafts for another, if both have the same vocabulary."""
+"""Loads the draft model of speculative decoding: a smaller model with the same vocabulary as the target model."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -12,8 +12,8 @@ from lockstep.weights.hub import resolve_model
 from lockstep.weights.store import PackedStore
 
 
-class HowLoaded(NamedTuple):
-    """How a model is loaded: see LLM."""
+class LoadOptions(NamedTuple):
+    """The arguments of LLM that also hold for its draft model."""
 
     weights: str
     kv_dtype: str | None
@@ -22,17 +22,20 @@ class HowLoaded(NamedTuple):
     verify: bool
 
 
-def load_draft(name: str, others: tuple[str, ...], target: Model, tokenizer: Tokenizer | None, how: HowLoaded) -> Model:
-    """The model of a name, which is to draft for the target. ValueError where it cannot be loaded, or its vocabulary is
-    another.
+def load_draft(
+    name: str, sources: tuple[str, ...], target: Model, tokenizer: Tokenizer | None, options: LoadOptions
+) -> Model:
+    """The draft model called `name`: a folder, a GGUF file or a hub name. ValueError where it cannot be loaded, or its
+    vocabulary is not the target's.
 
-    others: what speculation knows beside names of models. tokenizer: the target's, or None if it has none.
+    sources: the values of LLM's `speculate` that name no model, for the error message. tokenizer: the target's, or None
+    if it has none.
     """
-    path, own = _found(name, others), None
+    path, own = _resolve(name, sources), None
     with named(path):
-        checkpoint = open_checkpoint(path, verify=how.verify)
-        store = PackedStore(checkpoint, how.progress)
-        model = load_model(checkpoint, store, how.weights, how.kv_dtype, how.max_context)
+        checkpoint = open_checkpoint(path, verify=options.verify)
+        store = PackedStore(checkpoint, options.progress)
+        model = load_model(checkpoint, store, options.weights, options.kv_dtype, options.max_context)
         if tokenizer is not None and has_tokenizer(path, checkpoint.metadata):
             own = find_tokenizer(path, checkpoint.metadata)
     check_vocabulary(target, model)
@@ -41,30 +44,30 @@ def load_draft(name: str, others: tuple[str, ...], target: Model, tokenizer: Tok
     return model
 
 
-def _found(name: str, others: tuple[str, ...]) -> Path:
+def _resolve(name: str, sources: tuple[str, ...]) -> Path:
     try:
         return resolve_model(name)
     except ValueError as error:
-        raise ValueError(f"speculate: expected {', '.join(others)} or a smaller model; {error}") from None
+        raise ValueError(f"speculate: expected {', '.join(sources)} or a smaller model; {error}") from None
 
 
 def check_tokens(target: Tokenizer, draft: Tokenizer) -> None:
-    """ValueError that names the first token id which means one thing to the target and another to the draft model.
+    """ValueError that names the first token id whose token is another one in the draft model than in the target.
 
-    Ids after the last one of either vocabulary are padding, which has names in some files and none in others.
+    Ids beyond the end of the shorter vocabulary are not compared: they are padding, which some files name.
     """
-    ours, theirs = _tokens(target), _tokens(draft)
-    for token_id in range(min(max(ours, default=-1), max(theirs, default=-1)) + 1):
-        one, other = ours.get(token_id), theirs.get(token_id)
-        if one != other:
+    of_target, of_draft = _tokens(target), _tokens(draft)
+    for token_id in range(min(max(of_target, default=-1), max(of_draft, default=-1)) + 1):
+        expected, got = of_target.get(token_id), of_draft.get(token_id)
+        if expected != got:
             raise ValueError(
-                f"speculate: the draft model has another vocabulary: its token {token_id} is {_shown(other)}, that of "
-                f"the model is {_shown(one)}"
+                f"speculate: the draft model has another vocabulary: its token {token_id} is {_shown(got)}, that of "
+                f"the model is {_shown(expected)}"
             )
 
 
 def _tokens(tokenizer: Tokenizer) -> dict[int, str]:
-    """{token id: token}, added ones included."""
+    """{token id: token}, added tokens included."""
     return {token_id: token for token, token_id in tokenizer.backend.get_vocab(with_added_tokens=True).items()}
 
 

@@ -10,21 +10,27 @@ from typing import Any
 
 import numpy as np
 
-from lockstep.completion import Completion, completion
-from lockstep.draft_model import HowLoaded, load_draft
+from lockstep.completion import Completion, Stream, completion
+from lockstep.draft_model import LoadOptions, load_draft
 from lockstep.engine.cache.size import context_size
 from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.generation_config import sampling_defaults
 from lockstep.engine.model import load_model
 from lockstep.engine.planned import planned
-from lockstep.engine.request import Request, SamplingParams, check_single, token_list
+from lockstep.engine.request import SamplingParams, check_single, token_list
 from lockstep.engine.speculation.drafts import MODEL, SOURCES
 from lockstep.models.checkpoint import open_checkpoint
 from lockstep.models.config import end_ids, text_config
 from lockstep.models.pooling import default_pooling
 from lockstep.native.kernel import OnCompile
 from lockstep.ptq.solved import Solved
-from lockstep.text.tokenizer.tokenizer import Tokenizer, answer_reader, check_can_chat, find_tokenizer, has_tokenizer
+from lockstep.text.tokenizer.tokenizer import (
+    Tokenizer,
+    answer_detokenizer,
+    check_can_chat,
+    find_tokenizer,
+    has_tokenizer,
+)
 from lockstep.weights.content import ContentHash, Progress
 from lockstep.weights.hub import resolve_model
 from lockstep.weights.store import PackedStore
@@ -33,37 +39,40 @@ Prompt = str | Sequence[int]  # text, or token ids
 log = logging.getLogger("lockstep.model")
 
 
-class Stream:
-    """The text of a request so far; `new_text` is what came with the last `advance`, and is never taken back."""
-
-    def __init__(self, request: Request) -> None:
-        self.request, self.text, self.new_text = request, "", ""
-
-    def advance(self) -> None:
-        """Takes in what the engine has added to the request."""
-        self.new_text = self.request.text[len(self.text) :]
-        self.text += self.new_text
-
-
 class LLM:
-    """A model that answers.
+    """A model for offline inference: loads weights, tokenizer and engine, and generates text on this machine's CPU.
 
-    model: a Hugging Face folder, a GGUF file, a hub name, or None for the bundled model. weights: "auto" (as stored),
-    "f32", "bf16", "q8_0" or "q4_0". kv_dtype: "bf16", "f32" or "q8". ops: swaps of the op table, such as
-    {"linear": "reference"}. progress: called with (what, done, total) while weights are packed. prefix_cache: whether
-    requests use what earlier ones computed for the same first tokens; cache_dir: a folder of at most cache_dir_bytes
-    that keeps it across restarts. speculate, draft: see EngineOptions; speculate may also be the name, as `model` has
-    it, of a smaller model of the same vocabulary, which drafts; weights and kv_dtype are then those of both.
-    plan: a file with a solved quantization plan for this model (`lockstep ptq`), on whose grids it then runs; weights
-    and kv_dtype are f32 then. needs_chat: refuse a model without a chat template. generation_config: where
-    sampling_defaults come from: "auto" (the model's own), "none", or a folder with a generation_config.json.
-    max_context: tokens that a prompt and its answer may have, never more than kv_tokens hold; None: the model's own, as
-    far as its KV cache has room (in kv_tokens, or in half of the memory that is free beside the weights).
-    verify_weights: read all of the weights, packed ones too, and check their hashes, although they were checked before.
-    on_compile: called with the name of each kernel whose compilation starts, by any thread.
-    Raises ValueError, in one sentence, for a model that cannot be loaded.
+        from lockstep import LLM, SamplingParams
 
-    context: the ContextSize that came of it.
+        llm = LLM("Qwen/Qwen3-0.6B")
+        outputs = llm.generate(["The capital of France is"], SamplingParams(max_tokens=16, temperature=0.8, seed=1))
+        print(outputs[0].text, outputs[0].finish_reason)
+        print(llm.chat([{"role": "user", "content": "Hello!"}]).text)
+
+    Model. model: a Hugging Face folder, a GGUF file, a name on the Hugging Face hub, or None for the bundled model.
+    weights: the format of the linear layers: "auto" (as stored), "f32", "bf16", "q8_0" or "q4_0". kv_dtype: of the KV
+    cache: "bf16", "f32" or "q8". plan: a file with a solved quantization plan for this model (`lockstep ptq`), which
+    the model then runs with; weights and kv_dtype are f32 then. needs_chat: refuse a model without a chat template.
+    generation_config: the source of sampling_defaults: "auto" (the model's own), "none", or a folder with a
+    generation_config.json. verify_weights: read all weights, packed ones too, and check their hashes once more.
+
+    Sizes. max_context: tokens of a prompt and its answer together, at most kv_tokens; None: the model's own limit, as
+    far as the KV cache has room (in kv_tokens, or in half of the memory that is free beside the weights); the
+    attribute `context` has the ContextSize that resulted. max_requests: sequences that decode together, at most.
+    max_step_tokens: tokens that one forward pass computes, at most; longer prompts are prefilled in chunks. kv_tokens:
+    tokens of KV cache over all requests. threads: None: one for each core.
+
+    Prefix caching. prefix_cache: whether a request reuses the KV cache of earlier requests with the same first tokens.
+    cache_dir: a folder of at most cache_dir_bytes bytes that keeps cached prefixes across restarts.
+
+    Speculative decoding. speculate, draft: see EngineOptions; speculate may also name (as `model` does) a smaller model
+    of the same vocabulary, which then drafts; weights, kv_dtype and max_context hold for both models.
+
+    Debugging and progress. ops: {op kind: implementation} that replace entries of the backend, such as {"linear":
+    "reference"}. progress: called with (what, done, total) while weights are hashed and packed. on_compile: called with
+    the name of each kernel whose compilation starts, by any thread.
+
+    ValueError, in one sentence, for a model that cannot be loaded or an option that is not allowed.
     """
 
     def __init__(
@@ -101,12 +110,12 @@ class LLM:
             loaded = planned(loaded, Solved.load(Path(plan)), checkpoint.content.wait(progress))
         self._draft = None
         if not isinstance(speculate, str):
-            words = ", ".join(SOURCES)
-            raise ValueError(f"speculate: expected {words} or the name of a smaller model, got {speculate!r:.80}")
+            sources = ", ".join(SOURCES)
+            raise ValueError(f"speculate: expected {sources} or the name of a smaller model, got {speculate!r:.80}")
         if speculate not in SOURCES:
-            reads_alike = self.tokenizer if self.has_tokenizer else None
-            how = HowLoaded(weights, kv_dtype, max_context, progress, verify_weights)
-            self._draft, speculate = load_draft(speculate, tuple(SOURCES), loaded, reads_alike, how), MODEL
+            tokenizer = self.tokenizer if self.has_tokenizer else None
+            load_options = LoadOptions(weights, kv_dtype, max_context, progress, verify_weights)
+            self._draft, speculate = load_draft(speculate, tuple(SOURCES), loaded, tokenizer, load_options), MODEL
         options = EngineOptions(
             max_step_tokens=max_step_tokens,
             max_requests=max_requests,
@@ -124,67 +133,68 @@ class LLM:
             sampling_defaults, generation_config, checkpoint.generation_config, checkpoint.metadata, self.vocab_size
         )
         self.makers_sampling()  # refuses a source that cannot be read
-        reader = functools.partial(answer_reader, self.tokenizer) if self.has_tokenizer else None
-        self.engine = Engine(self.model, options, ops, self._eos_ids(), reader, on_compile, self._draft)
+        new_detokenizer = functools.partial(answer_detokenizer, self.tokenizer) if self.has_tokenizer else None
+        self.engine = Engine(self.model, options, ops, self._eos_ids(), new_detokenizer, on_compile, self._draft)
         try:
-            for each in (checkpoint, self._draft.checkpoint) if self._draft else (checkpoint,):
-                each.check_unchanged()  # all weights have been read
+            for read in (checkpoint, self._draft.checkpoint) if self._draft else (checkpoint,):
+                read.check_unchanged()  # all weights have been read
         except ValueError:
             self.engine.close()
             raise
 
     @functools.cached_property
     def sampling_defaults(self) -> dict[str, Any]:
-        """{field of SamplingParams: value} as the model's makers want it sampled; `chat` and `default_params` begin
-        with them, `generate` does not. When they are first asked for, what cannot be had of them is warned about."""
+        """{field of SamplingParams: value} that the model's makers recommend, from its generation_config.json or GGUF
+        metadata. `chat` and `default_params` start from them, `generate` does not. The first access logs a warning for
+        each recommended setting that is not supported."""
         return self._makers_sampling()
 
     def makers_sampling(self) -> dict[str, Any]:
-        """The same without warnings, for those who do not sample so."""
+        """As `sampling_defaults`, but without warnings, for callers that do not sample with them."""
         return self._makers_sampling(warn=lambda *_: None)
 
     @property
     def content(self) -> ContentHash:
-        """The hash of the model's weight files and config, which is its name."""
+        """The SHA-256 of the model's weight files and config, by which packed weights and cached prefixes are named."""
         return self._checkpoint.content
 
     @property
     def num_bytes_not_kept(self) -> int:
-        """Bytes of packed weights that the cache folder had no room for: they are packed again at the next start."""
+        """Bytes of packed weights that could not be written to the cache folder: the next start packs them again."""
         return self._store.num_bytes_not_kept
 
     @property
     def max_context(self) -> int:
-        """Tokens that a prompt and its answer may have together, as far as the model goes."""
+        """The most tokens that a prompt and its answer may have together."""
         return self.model.max_context
 
     @property
     def max_requests(self) -> int:
-        """Sequences that run together."""
+        """The most sequences that are computed in one step; further requests wait in the queue."""
         return self.engine.limits.max_requests
 
     @property
     def vocab_size(self) -> int:
-        """Tokens that the model knows."""
+        """Rows of the model's embedding table, which may be more than the tokenizer has tokens."""
         return self.model.config.vocab_size
 
     @property
     def hidden_size(self) -> int:
-        """Numbers in an embedding."""
+        """D, the length of an embedding from `embed`."""
         return self.model.config.hidden_size
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """The checkpoint's tokenizer. ValueError if it has none: prompts must then be token ids."""
+        """The checkpoint's tokenizer. ValueError if the checkpoint has none: prompts must then be token ids."""
         return find_tokenizer(self.path, self._checkpoint.metadata)
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether text can be encoded; without a tokenizer prompts are token ids and answers have no text."""
+        """Whether the checkpoint has a tokenizer; without one, prompts are token ids and answers have no text."""
         return has_tokenizer(self.path, self._checkpoint.metadata)
 
     def _eos_ids(self) -> frozenset[int]:
-        """Every id that the config, the generation config or the tokenizer calls an end."""
+        """Every end-of-sequence id that the config, the generation config or the tokenizer names."""
         config = self._checkpoint.config
         ids = {
             *end_ids(config),
@@ -198,16 +208,19 @@ class LLM:
         return frozenset(ids.difference(strange))
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt: a string, or ids as they are."""
+        """Token ids of a prompt: a string is tokenized, with BOS where the model expects it; token ids are returned as
+        they are."""
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else token_list(prompt)
 
     def chat_prompt(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None, **options: Any
     ) -> list[int]:
-        """Token ids of a conversation in the checkpoint's chat format. ValueError if it has none, or refuses.
+        """Token ids of a conversation, rendered with the checkpoint's chat template.
 
-        What the chat template cannot say is put otherwise (text/templates/fallbacks.py), unless there are tools: then
-        it gets all as it is.
+        messages: a list of {"role", "content"}. tools: JSON schemas of functions as in OpenAI's API. options: variables
+        of the template, such as enable_thinking. Without tools, messages that the template cannot show are rewritten
+        (text/templates/fallbacks.py); with tools, the template gets all messages unchanged. ValueError if there is no
+        chat template, or it refuses the conversation.
         """
         if tools is not None:
             return self.tokenizer.encode_chat(messages, tools, **options)
@@ -220,9 +233,9 @@ class LLM:
         return prompts_without_tools(self.tokenizer)
 
     def default_params(self, **fields: Any) -> SamplingParams:
-        """SamplingParams as the model's makers want them; fields that are given come first.
+        """SamplingParams with the values that the model's makers recommend, except for the given fields.
 
-        Where nobody says a temperature it is 1, as in OpenAI's API.
+        Where neither sets a temperature it is 1, as in OpenAI's API.
         """
         return SamplingParams(**{"temperature": 1.0, **self.sampling_defaults, **fields})
 
@@ -233,11 +246,11 @@ class LLM:
         prediction: Prompt | None = None,
         **options: Any,
     ) -> Completion:
-        """The model's answer to a conversation: a list of {"role", "content"}, as its chat template knows them.
+        """The model's answer to a conversation: a list of {"role", "content"}, as its chat template expects them.
 
-        params: None for `default_params`, and as many tokens as the context has room for. prediction: see `generate`.
-        options: of `chat_prompt`, such as tools or variables of the template. ValueError if the model has no chat
-        template or it refuses.
+        params: None: `default_params` with as many tokens as the context has room for. prediction: see `generate`.
+        options: for `chat_prompt`: tools, and variables of the template. ValueError if the model has no chat template,
+        or it refuses the conversation.
         """
         ids = self.chat_prompt(messages, **options)
         if params is None:
@@ -247,44 +260,48 @@ class LLM:
     def start(
         self, prompt: Prompt, params: SamplingParams = SamplingParams(), prediction: Prompt | None = None
     ) -> Stream:
-        """Queues one prompt; returns its Stream. prediction: see `generate`."""
+        """Queues one prompt without running it; returns its Stream, which advances with `engine.step()`.
+
+        prediction: see `generate`. ValueError for a prompt that cannot run, or params with n > 1.
+        """
         check_single(params)
         return self.start_samples(prompt, params, prediction)[0]
 
     def start_samples(self, prompt: Prompt, params: SamplingParams, prediction: Prompt | None = None) -> list[Stream]:
         """Queues the `params.n` samples of a prompt; returns a Stream for each. prediction: see `generate`."""
-        made = self.engine.add_samples(self.encode(prompt), params, prediction=self._predicted(prediction))
-        return [Stream(request) for request in made]
+        ids = self.encode(prompt)
+        requests = self.engine.add_samples(ids, params, prediction=self._prediction_ids(prediction))
+        return [Stream(request) for request in requests]
 
-    def _predicted(self, prediction: Prompt | None) -> Sequence[int]:
+    def _prediction_ids(self, prediction: Prompt | None) -> Sequence[int]:
         """Token ids of a prediction."""
         if not isinstance(prediction, str):
             return () if prediction is None else prediction
         try:
-            return self.tokenizer.encode(prediction, add_special_tokens=False, most=self.max_context)
+            return self.tokenizer.encode(prediction, add_special_tokens=False, max_tokens=self.max_context)
         except ValueError as error:
             raise ValueError(f"prediction: {error}") from None
 
     def stream(
         self, prompt: Prompt, params: SamplingParams = SamplingParams(), prediction: Prompt | None = None
     ) -> Iterator[Stream]:
-        """Yields the Stream of one prompt after every token, or after several that came with a step of drafts or with
-        another call's steps. prediction: see `generate`.
+        """Yields the Stream of one prompt after every token: print its `new_text` each time.
 
-        Closing the generator cancels the request.
+        Several tokens may come at once, where drafts were accepted or another call has run the engine's steps.
+        prediction: see `generate`. Closing the generator cancels the request.
         """
-        made, known = self.start(prompt, params, prediction), (0, None)
+        stream, seen = self.start(prompt, params, prediction), (0, None)
         try:
-            while known[1] is None:
-                now = len(made.request.output_ids), made.request.finish_reason
-                if now == known:
+            while seen[1] is None:
+                state = len(stream.request.output_ids), stream.request.finish_reason
+                if state == seen:
                     self.engine.step()
                     continue
-                known = now
-                made.advance()
-                yield made
+                seen = state
+                stream.advance()
+                yield stream
         finally:
-            self.engine.cancel(made.request)
+            self.engine.cancel(stream.request)
 
     def generate(
         self,
@@ -292,63 +309,64 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
         prediction: str | Sequence[Prompt | None] | None = None,
     ) -> list[Completion]:
-        """Answers all prompts (strings or lists of token ids) together; returns a Completion for each, in order.
+        """Completes all prompts (strings or lists of token ids) in one batch; returns a Completion for each, in order.
 
-        params: one SamplingParams for all, or a list with one for each prompt; by default the most probable tokens,
-        whatever the model's makers ask for (that is `default_params`). With n > 1 the Completion is that of
-        the first sample, and its `samples` are all. prediction: a text that the answers are likely to be much like, or
-        a list with one (text, token ids or None) for each prompt: with speculate "auto" or "lookup", answers come
-        sooner where they are.
+        params: one SamplingParams for all prompts, or a list with one for each. The default is greedy decoding of 128
+        tokens, whatever the model's makers recommend (`default_params` has that). With n > 1 the Completion is the
+        first sample's, and its `samples` are all n. prediction: a text that the answers are likely to repeat in large
+        part, or a list with one (text, token ids or None) for each prompt: with speculate "auto" or "lookup" the tokens
+        that match are decoded faster. ValueError for a prompt that cannot run; then none of them runs.
         """
         prompts = _prompt_list(prompts)
         each: list[Any] = list(params) if isinstance(params, (list, tuple)) else [params] * len(prompts)
         if len(each) != len(prompts):
             raise ValueError(f"params: expected one or {len(prompts)}, got {len(each)}")
-        predicted = list(prediction) if isinstance(prediction, (list, tuple)) else [prediction] * len(prompts)
-        if len(predicted) != len(prompts):
-            raise ValueError(f"prediction: expected one text or a list of {len(prompts)}, got {len(predicted)}")
-        return [
-            completion(*[stream.request for stream in streams]) for streams in self._answered(prompts, each, predicted)
-        ]
+        predictions = list(prediction) if isinstance(prediction, (list, tuple)) else [prediction] * len(prompts)
+        if len(predictions) != len(prompts):
+            raise ValueError(f"prediction: expected one text or a list of {len(prompts)}, got {len(predictions)}")
+        ended = self._run_all(prompts, each, predictions)
+        return [completion(*[stream.request for stream in streams]) for streams in ended]
 
     @functools.cached_property
     def pooling(self) -> str:
-        """How the model's makers want embeddings pooled; "last" where they do not say."""
+        """The pooling of embeddings that the model's makers recommend: "mean" or "last", which is the default."""
         return default_pooling(self.path, self._checkpoint.config)
 
     def embed(
         self, prompts: Prompt | Iterable[Prompt], pooling: str | None = None, normalize: bool = True
     ) -> np.ndarray:
-        """Embeddings of prompts (strings or lists of token ids), float32 [prompts, D], the same bits in any company.
+        """Embeddings of prompts (strings or lists of token ids): float32 [number of prompts, D].
 
-        Each comes from the hidden states after the model's final norm: the last token's ("last"), or the mean over all
-        tokens ("mean"); None: as the model's makers want it. normalize: to length 1. ValueError for a prompt that
-        cannot run, or for which the model gives no finite numbers.
+        A row has the same bits whichever prompts are computed beside it. It comes from the hidden states after the
+        model's final norm: pooling "last": the last token's; "mean": the mean over all tokens; None: `self.pooling`.
+        normalize: scale each row to length 1. ValueError for a prompt that cannot run, or whose embedding has numbers
+        that are not finite.
         """
         prompts, params = _prompt_list(prompts), SamplingParams(pooling=self.pooling if pooling is None else pooling)
-        started = self._answered(prompts, [params] * len(prompts), [None] * len(prompts))
-        failed = next((s.request.error for streams in started for s in streams if s.request.error), None)
-        if failed is not None:
-            raise ValueError(failed)
-        made = [pool.embedding(normalize) for streams in started if (pool := streams[0].request.pool) is not None]
-        return np.stack(made) if made else np.zeros((0, self.hidden_size), np.float32)
+        ended = self._run_all(prompts, [params] * len(prompts), [None] * len(prompts))
+        error = next((stream.request.error for streams in ended for stream in streams if stream.request.error), None)
+        if error is not None:
+            raise ValueError(error)
+        rows = [pool.embedding(normalize) for streams in ended if (pool := streams[0].request.pool) is not None]
+        return np.stack(rows) if rows else np.zeros((0, self.hidden_size), np.float32)
 
-    def _answered(
-        self, prompts: list[Prompt], each: Sequence[SamplingParams], predicted: Sequence[Any]
+    def _run_all(
+        self, prompts: list[Prompt], params: Sequence[SamplingParams], predictions: Sequence[Any]
     ) -> list[list[Stream]]:
-        """Runs every prompt's samples to their end, or none if one prompt is refused."""
+        """Runs every prompt's samples to their end and returns their Streams; runs nothing if one prompt is refused."""
         started = []
         try:
-            for asked in zip(prompts, each, predicted, strict=True):
-                started.append(self.start_samples(*asked))
+            for arguments in zip(prompts, params, predictions, strict=True):
+                started.append(self.start_samples(*arguments))
         except BaseException:
-            self._cancel([s for streams in started for s in streams])
+            self._cancel([stream for streams in started for stream in streams])
             raise
-        self._run([s for streams in started for s in streams])
+        self._run([stream for streams in started for stream in streams])
         return started
 
     def _run(self, streams: Sequence[Stream]) -> None:
-        """Runs steps until these have ended; if that is interrupted, they are cancelled."""
+        """Runs the engine's steps until all these streams have ended. An exception, such as Ctrl-C, cancels the streams
+        that have not."""
         left = list(streams)
         try:
             while left:
@@ -364,12 +382,12 @@ class LLM:
             self.engine.cancel(stream.request)
 
     def close(self) -> None:
-        """Ends the engine's threads."""
+        """Stops the engine's threads. The model cannot be used after that."""
         self.engine.close()
 
 
 def _prompt_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
-    """One prompt or several as a list."""
+    """The prompts as a list; a single string becomes a list of one."""
     if isinstance(prompts, str):
         return [prompts]
     listed: Any = prompts

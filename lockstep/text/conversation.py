@@ -90,7 +90,7 @@ class ChatModel:
             made = CallParser(self.style, conversation.tools) if uses_tools else PlainParser()
             return ThoughtParser(made, opened) if self._thinks else made
 
-        ids = self._tokenizer.encode(prompt, add_special_tokens=False, most=self._max_context)
+        ids = self._tokenizer.encode(prompt, add_special_tokens=False, max_tokens=self._max_context)
         return Prepared(ids, options, new_parser)
 
     def prompt(self, conversation: Conversation, asks: bool = True) -> str:
@@ -119,7 +119,7 @@ class ChatModel:
             return self._mask_of_free_calls(use, prompt, num_samples) if use.tools else None
         parts = [*(["calls"] if use.tools else []), *(["@answer"] if not use.must_call else [])]
         if grammar is not None and parts == ["@answer"] and not self._before_answer(Lark(self._special), prompt):
-            with structured.told_as(conversation.form):
+            with structured.errors_about(conversation.form):
                 return self.grammars.mask(grammar, num_samples)
 
         def mask_with(tools):
@@ -182,9 +182,9 @@ class ChatModel:
             good = self._enforceable([tool for tool in tools if not tool.strict])
         loose = [tool if tool.strict or tool.name in good else tool.without_schema() for tool in tools]
         for tool in [tool for tool in tools if tool.strict][:MAX_TRIES]:
-            with structured.told_as(f"tools: parameters of {tool.name}"):
+            with structured.errors_about(f"tools: parameters of {tool.name}"):
                 self.grammars.check(self._calls_grammar([tool], False, "calls"))
-        with structured.told_as(form):
+        with structured.errors_about(form):
             return make(loose)
 
     def _enforceable(self, tools: list[Tool]) -> set[str]:

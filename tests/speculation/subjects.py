@@ -13,7 +13,7 @@ from lockstep.engine.model import Model
 from lockstep.engine.request import Request
 from lockstep.text.grammars.structured import Grammars, json_schema, lark, regex
 from lockstep.text.speculative_mask import SpeculativeMask
-from lockstep.text.tokenizer.tokenizer import Tokenizer, answer_reader, find_tokenizer
+from lockstep.text.tokenizer.tokenizer import Tokenizer, answer_detokenizer, find_tokenizer
 from lockstep.weights.hub import resolve_model
 from tests.promise.models import Case, load
 from tests.speculation.masks import FewAfterEach
@@ -160,7 +160,7 @@ def bundled(weights: str = "auto", kv_dtype: str = "bf16") -> Subject:
         eos_ids,
         _texts(tokenizer, size),
         masks + _plain_masks(size),
-        functools.partial(answer_reader, tokenizer),
+        functools.partial(answer_detokenizer, tokenizer),
         ("\n", " = ", "self", "return", "):", "e"),
         grammars.close,
     )

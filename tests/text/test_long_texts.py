@@ -41,7 +41,7 @@ def test_a_text_that_cannot_fit_is_refused_without_tokenizing_all_of_it(tokenize
     monkeypatch.setattr(type(tokenizer), "piece_ids", lambda *args: seen.append(len(args[1])) or own(*args))
     text = char * 2_000_000
     with pytest.raises(TooManyTokens, match=r"2000000 characters, .* more than the 1000 tokens"):
-        tokenizer.encode(text, most=1000)
+        tokenizer.encode(text, max_tokens=1000)
     assert sum(seen) <= 8 * PIECE_CHARS
 
 
@@ -49,7 +49,7 @@ def test_a_text_that_cannot_fit_is_refused_without_tokenizing_all_of_it(tokenize
 def test_a_text_that_may_fit_is_tokenized(tokenizer):
     text = "the cat sat on the mat " * 10_000
     ids = tokenizer.encode(text)
-    assert tokenizer.encode(text, most=len(ids)) == ids
+    assert tokenizer.encode(text, max_tokens=len(ids)) == ids
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Any
 from lockstep.engine.request import Request
 from lockstep.serve.answers.json_response import Parts, in_parts
 from lockstep.serve.errors import wrong_field
-from lockstep.text.tokenizer.tokenizer import Detokenizer, Tokenizer, answer_reader
+from lockstep.text.tokenizer.tokenizer import Detokenizer, Tokenizer, answer_detokenizer
 
 
 def token_text(tokenizer: Tokenizer | None, token_id):
@@ -31,7 +31,7 @@ class LegacyLogprobs:
         self._tokenizer, self._request, self._with_prompt, self._offset = tokenizer, request, with_prompt, 0
         self._reader = None
         if tokenizer is not None:
-            self._reader = Detokenizer(tokenizer) if with_prompt else answer_reader(tokenizer, request)
+            self._reader = Detokenizer(tokenizer) if with_prompt else answer_detokenizer(tokenizer, request)
 
     def part(self, start: int, end: int) -> dict[str, list]:
         """The columns for output tokens start .. end, and with start 0 for the prompt's tokens before them."""

@@ -120,7 +120,7 @@ def conversation(fields):
     output = fields.output_config or OutputConfig()
     output_format = fields.output_format or output.format
     form = "output_format" if fields.output_format else "output_config"
-    with structured.told_as(form):
+    with structured.errors_about(form):
         grammar = structured.json_schema(output_format.schema_, strict=False) if output_format else None
     thinking = dict(enable_thinking=fields.thinking.type != "disabled") if fields.thinking else None
     return Conversation(

@@ -44,7 +44,7 @@ def predicted_ids(service: "Service", prediction: PredictionFields | None) -> li
     if service.tokenizer is None:
         raise bad_request("prediction: this model has no tokenizer to read it with", "prediction", "no_tokenizer")
     try:
-        ids = service.tokenizer.encode(prediction.text, add_special_tokens=False, most=service.max_context)
+        ids = service.tokenizer.encode(prediction.text, add_special_tokens=False, max_tokens=service.max_context)
     except ValueError as error:
         raise bad_request(f"prediction: {error}", "prediction", "invalid_value") from None
     check_most("prediction", len(ids), service.max_context, "tokens, as many as the context")

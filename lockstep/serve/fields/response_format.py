@@ -10,7 +10,7 @@ from lockstep.serve.fields.known import STRUCTURED, KnownFields
 from lockstep.serve.service import Service
 from lockstep.text.grammars import structured
 from lockstep.text.grammars.gbnf import is_gbnf, to_lark
-from lockstep.text.grammars.structured import told_as
+from lockstep.text.grammars.structured import errors_about
 
 
 class SchemaFields(Fields):
@@ -71,7 +71,7 @@ def masks(service: Service, fields, num_prompts):
     if service.chat is None:
         raise bad_request("this model has no tokenizer, so its answers have no form", "response_format", "no_tokenizer")
     grammar = grammar_of(fields)
-    with told_as(format_field(fields)):
+    with errors_about(format_field(fields)):
         if grammar is None:
             return [None] * num_prompts
         return [service.chat.grammars.mask(grammar, fields.num_samples) for _ in range(num_prompts)]
@@ -84,7 +84,7 @@ def format_field(fields) -> str:
 
 def grammar_of(fields):
     """The grammar of a request with ResponseFormatFields; None for free text."""
-    with told_as(format_field(fields)):
+    with errors_about(format_field(fields)):
         return _grammar_of(fields)
 
 

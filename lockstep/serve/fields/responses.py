@@ -212,5 +212,5 @@ def grammar_of(fields):
         return structured.json_object()
     if text_format.schema_ is None:
         raise wrong_field("text.format.schema", "this field is required", "missing_field")
-    with structured.told_as("text"):
+    with structured.errors_about("text"):
         return structured.json_schema(text_format.schema_, bool(text_format.strict))

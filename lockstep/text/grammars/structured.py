@@ -36,7 +36,7 @@ JSON_WHITESPACE = r"(\r?\n[ \t]{0,64}|[ \t])"
 
 
 @contextmanager
-def told_as(field: str) -> Iterator[None]:
+def errors_about(field: str) -> Iterator[None]:
     """Errors inside of it begin with the field of a request that they are about."""
     try:
         yield
@@ -268,6 +268,6 @@ def _check_bytes(text: str, most: int = MAX_GRAMMAR_BYTES) -> None:
 def _string(what: str, value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise ValueError(f"{what}: expected a text, got {value!r:.80}")
-    with told_as(what):
+    with errors_about(what):
         check_text(value)
     return value

@@ -23,24 +23,24 @@ from lockstep.text.tokenizer.folder import (
     written,
 )
 
-PIECE_CHARS = 1 << 16  # of a long text, whose tokens are counted in pieces
-CUT_TOKENS = 64  # that a text may have less than its pieces, for each place where it is cut
-CHARS_PER_TOKEN = 8  # a text with more than so many for each token that is allowed is counted in pieces first
+PIECE_CHARS = 1 << 16  # a long text is first tokenized in pieces of this length, to count its tokens
+CUT_TOKENS = 64  # a cut between two pieces adds at most this many tokens to the count
+CHARS_PER_TOKEN = 8  # a text with more characters than this for each allowed token counts as long
 TOOL_TEMPLATE = "tool_use"  # the name of a model's second chat template, for conversations with tools
 
 
 class TooManyTokens(ValueError):
-    """A text has more tokens than may be asked for."""
+    """A text has more tokens than `encode` was allowed to return."""
 
 
 @dataclass(frozen=True)
 class Tokenizer:
     """A model's tokenizer.
 
-    `eos_ids` end a generation, `bos_id` is None where the tokenizer has none, `special_tokens` maps names such
-    as "eos_token" to text, `chat_templates` holds templates by name ("default", sometimes TOOL_TEMPLATE), none of them
-    empty. `only_decodes` is why texts cannot be encoded, or None if they can. `template_process` is where templates
-    run: it is started when the first one is used.
+    `backend` is the tokenizers library's object. `eos_ids` end a generation, `bos_id` is None where the tokenizer has
+    none, `special_tokens` maps names such as "eos_token" to text, `chat_templates` holds templates by name ("default",
+    sometimes TOOL_TEMPLATE), none of them empty. `only_decodes` is the reason why texts cannot be encoded, or None if
+    they can. `template_process` is the worker process in which templates run, started with the first one.
     """
 
     backend: tokenizers.Tokenizer
@@ -50,74 +50,76 @@ class Tokenizer:
     chat_templates: Mapping[str, str]
     only_decodes: str | None = None
     template_process: TemplateProcess = field(default_factory=TemplateProcess, repr=False, compare=False)
-    # templates, or what is wrong with them, by name
+    # {name: compiled template, or the error message of one that cannot be compiled}
     compiled_templates: dict[str, ChatTemplate | str] = field(
         init=False, default_factory=dict, repr=False, compare=False
     )
     _bytes_of_id: dict[int, bytes] = field(init=False, default_factory=dict, repr=False, compare=False)
 
-    def encode(self, text: str, add_special_tokens: bool = True, most: int | None = None) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
         """Token ids of `text`; special tokens written out in it are recognised.
 
-        `add_special_tokens` adds what the model expects around a text, such as its beginning-of-sequence token;
-        pass False for a rendered chat. A text that begins with that token gets no second one. `most`: a text that has
-        far more tokens is not worth the time and memory of finding all of them. Raises TooManyTokens for such a text,
-        ValueError for lone surrogates, which are not text, and where texts cannot be encoded. Other threads run
-        meanwhile.
+        `add_special_tokens` adds the tokens that the model expects around a text, such as BOS (not a second one where
+        the text begins with it); pass False for a rendered chat. `max_tokens`: a text with far more tokens is refused
+        before all of it is tokenized, but one with a few more is not: check the length of the result. Raises
+        TooManyTokens for such a text, ValueError for lone surrogates, which are not text, and where texts cannot be
+        encoded. The library releases Python's global lock, so other threads run meanwhile.
         """
         check_text(text)
         if self.only_decodes is not None:
             raise ValueError(self.only_decodes)
-        if most is not None and len(text) > max(PIECE_CHARS, CHARS_PER_TOKEN * most):
-            self._check_length(text, most)
+        if max_tokens is not None and len(text) > max(PIECE_CHARS, CHARS_PER_TOKEN * max_tokens):
+            self._check_length(text, max_tokens)
         ids = self.piece_ids(text, add_special_tokens)
         begins_twice = add_special_tokens and self.first_added is not None and ids[:2] == [self.first_added] * 2
         return ids[1:] if begins_twice else ids
 
     def piece_ids(self, text: str, add_special_tokens: bool) -> list[int]:
-        """The ids of a text that is short enough for one call of the library."""
-        # Encoding one text holds Python's global lock until its end; encoding a list of texts does not.
+        """The ids of a text that is short enough for one call of the tokenizers library."""
+        # The library's `encode` holds Python's global lock until it returns; its `encode_batch_fast` does not.
         try:
             return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
-        except BaseException as error:  # the library raises plain Exception, and where it panics no Exception at all
+        # the library raises plain Exception, and where its Rust code panics a PanicException, which is no Exception
+        except BaseException as error:
             if isinstance(error, Exception) or type(error).__name__ == "PanicException":
                 raise ValueError(f"the model's tokenizer cannot read this text ({error})") from None
             raise
 
-    def _check_length(self, text: str, most: int) -> None:
-        """Raise TooManyTokens as soon as the first pieces of a text have more tokens than the text may have."""
-        found = 0
+    def _check_length(self, text: str, max_tokens: int) -> None:
+        """Raise TooManyTokens as soon as the first pieces of a text have more than max_tokens tokens."""
+        num_tokens = 0
         for begin in range(0, len(text), PIECE_CHARS):
-            found += max(0, len(self.piece_ids(text[begin : begin + PIECE_CHARS], False)) - CUT_TOKENS)
-            if found > most:
+            num_tokens += max(0, len(self.piece_ids(text[begin : begin + PIECE_CHARS], False)) - CUT_TOKENS)
+            if num_tokens > max_tokens:
                 first = min(begin + PIECE_CHARS, len(text))
                 raise TooManyTokens(
                     f"the text has {len(text)} characters, of which the first {first} are more than "
-                    f"the {most} tokens that it may have"
+                    f"the {max_tokens} tokens that it may have"
                 )
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """Text of token ids: exactly what a Detokenizer emits for them in total. Ids without a token are empty."""
+        """Text of token ids: exactly what a Detokenizer emits for them in total. Ids without a token add nothing."""
         detokenizer = Detokenizer(self, skip_special_tokens)
         return "".join([detokenizer.push(token_id) for token_id in ids]) + detokenizer.finish()
 
     def render_chat(self, messages: Sequence[Mapping], tools: Sequence | None = None, **variables: object) -> str:
-        """The prompt text for a conversation, see ChatTemplate.render. ValueError if the model has no chat template or
-        that refuses it."""
+        """The prompt text of a conversation, see ChatTemplate.render. ValueError if the model has no chat template, or
+        the template refuses the conversation."""
         template = self.chat_template(tools is not None)
         return template.render(messages, tools, **{**self.special_tokens, **variables})
 
     def encode_chat(self, messages: Sequence[Mapping], tools: Sequence | None = None, **variables: object) -> list[int]:
-        """Token ids of a conversation's prompt; the template itself writes the special tokens."""
+        """Token ids of a conversation's prompt. No special tokens are added: the template writes them itself."""
         return self.encode(self.render_chat(messages, tools, **variables), add_special_tokens=False)
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the model says how to write a conversation, in tokens that it can be given."""
+        """Whether the model has a chat template, and a tokenizer that can encode what it renders."""
         return bool(self.chat_templates) and self.only_decodes is None
 
     def chat_template(self, with_tools: bool = False) -> ChatTemplate:
-        """The compiled template for conversations with or without tools. ValueError if there is none or it is wrong."""
+        """The compiled template for conversations with or without tools. ValueError if there is none, or it is not
+        valid."""
         if not self.chat_templates:
             raise ValueError("this model has no chat template: it continues text, use generate or pass a template")
         wanted = TOOL_TEMPLATE if with_tools and TOOL_TEMPLATE in self.chat_templates else "default"
@@ -125,7 +127,7 @@ class Tokenizer:
         if name not in self.compiled_templates:
             try:
                 self.compiled_templates[name] = ChatTemplate(self.chat_templates[name], self.template_process)
-            except ValueError as error:  # so would the next time be, and it may take as long
+            except ValueError as error:  # remembered: compiling it again would fail again, and may take seconds
                 self.compiled_templates[name] = str(error)
         found = self.compiled_templates[name]
         if isinstance(found, str):
@@ -134,17 +136,17 @@ class Tokenizer:
 
     @cached_property
     def vocab_size(self) -> int:
-        """Number of tokens, added ones included; the model may have more rows than that."""
+        """Number of tokens, added ones included; the model's embedding table may have more rows."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
-        """Ids that are not text: skipped when decoding unless asked for."""
+        """Ids of special tokens, such as marks of the chat format, which `skip_special_tokens` leaves out of a text."""
         added = self.backend.get_added_tokens_decoder()
         return frozenset(token_id for token_id, token in added.items() if token.special)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes a token adds to a text (at its start, a leading space may be dropped from them)."""
+        """The bytes a token adds to a text (as the first token of a text, it may lose its leading space)."""
         known = self._bytes_of_id.get(token_id)
         if known is None:
             if not 0 <= token_id < 1 << 32:
@@ -155,12 +157,12 @@ class Tokenizer:
 
     @cached_property
     def rules(self) -> DecoderRules:
-        """How tokens become text. Raises ValueError for a decoder that is not supported."""
+        """The rules by which tokens become text. Raises ValueError for a decoder that is not supported."""
         return rules_of(self.backend.decoder)
 
     @cached_property
     def first_added(self) -> int | None:
-        """The token that `encode` puts before every text, if any."""
+        """The token that `encode` puts before every text (usually BOS), or None."""
         with_special, plain = (self.backend.encode("a", add_special_tokens=flag).ids for flag in (True, False))
         return with_special[0] if with_special[:1] != plain[:1] else None
 
@@ -168,12 +170,11 @@ class Tokenizer:
 class Detokenizer:
     """Streaming decode: `push` returns the text that a token completes, never part of a character.
 
-    What all pushes and the final `finish` return is, joined, Tokenizer.decode of all ids. SentencePiece writes a space
-    before the first word of a text, which is dropped again here; with `begins_text` False the ids go on with a text
-    that has begun, so nothing is dropped. Bytes that are not UTF-8 become U+FFFD, one for each maximal part that could
-    have begun a character (the tokenizers library does the same for byte-level vocabularies, and one per byte for those
-    with byte fallback).
-    The cost per token does not depend on how many came before.
+    The results of all pushes and of the final `finish`, joined, equal Tokenizer.decode of all ids. SentencePiece writes
+    a space before the first word of a text, which is dropped here; with `begins_text` False the ids continue a text, so
+    nothing is dropped. Bytes that are not UTF-8 become U+FFFD, one for each maximal part that could have begun a
+    character (so does the tokenizers library for byte-level vocabularies; with byte fallback it writes one per byte).
+    The cost per token does not depend on the length of the text.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True, begins_text: bool = True) -> None:
@@ -181,7 +182,7 @@ class Detokenizer:
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
         self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._strip_left = tokenizer.rules.strip_left if begins_text else 0
-        self.at_start = begins_text  # whether the next token may yet lose the space that begins a text
+        self.at_start = begins_text  # whether the next token is the first with bytes, which may lose its leading space
 
     def push(self, token_id: int) -> str:
         """Text completed by this token; empty while a character is incomplete or for a skipped token."""
@@ -190,7 +191,7 @@ class Detokenizer:
         return self._strip(self.utf8.decode(self._bytes(token_id)))
 
     def finish(self) -> str:
-        """The rest: U+FFFD for a character left incomplete, otherwise empty."""
+        """The end of the text: U+FFFD if its last character is incomplete, otherwise empty."""
         return self._strip(self.utf8.decode(b"", final=True))
 
     def _bytes(self, token_id: int) -> bytes:
@@ -211,7 +212,7 @@ class Detokenizer:
 
 
 class AnswerParams(Protocol):
-    """What of SamplingParams changes how an answer becomes text."""
+    """The fields of SamplingParams that matter for detokenizing an answer."""
 
     @property
     def skip_special_tokens(self) -> bool: ...
@@ -220,7 +221,7 @@ class AnswerParams(Protocol):
 
 
 class Answering(Protocol):
-    """What an answer's text depends on of the request: engine.request.Request has it."""
+    """The part of engine.request.Request that matters for detokenizing its answer."""
 
     @property
     def prompt_ids(self) -> Sequence[int]: ...
@@ -228,11 +229,11 @@ class Answering(Protocol):
     def params(self) -> AnswerParams: ...
 
 
-def answer_reader(tokenizer: Tokenizer, request: Answering) -> Detokenizer:
+def answer_detokenizer(tokenizer: Tokenizer, request: Answering) -> Detokenizer:
     """The Detokenizer for a request's answer, which continues the text of its prompt.
 
-    The answer begins a text itself if the prompt has none, such as one of BOS alone. Under a mask it does not: grammars
-    count every byte of a token.
+    If the prompt has no text, such as one of BOS alone, the answer begins the text, and its first token may lose the
+    leading space. Under a logits mask it keeps the space: grammars count every byte of a token.
     """
     params = request.params
     skipped = tokenizer.special_ids if params.skip_special_tokens else frozenset()
@@ -241,7 +242,7 @@ def answer_reader(tokenizer: Tokenizer, request: Answering) -> Detokenizer:
 
 
 def check_can_chat(tokenizer: Tokenizer | None, name: str) -> None:
-    """Raise ValueError unless the model, called `name`, can be given conversations."""
+    """Raise ValueError unless the model, called `name` in the message, has a usable chat template."""
     if tokenizer is not None and tokenizer.only_decodes is not None:
         raise ValueError(f"{name}: {tokenizer.only_decodes}")
     if tokenizer is None or not tokenizer.chat_templates:
@@ -252,7 +253,7 @@ def check_can_chat(tokenizer: Tokenizer | None, name: str) -> None:
 
 
 def check_text(text: str) -> None:
-    """Raise ValueError if `text` has a lone surrogate: it has no UTF-8 form."""
+    """Raise ValueError if `text` has a lone surrogate, which cannot be written in UTF-8."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -261,7 +262,8 @@ def check_text(text: str) -> None:
 
 
 def find_tokenizer(path: Path, metadata: Mapping[str, object]) -> Tokenizer:
-    """The tokenizer of a checkpoint: in a GGUF file's metadata, or in the folder that is `path` or has it.
+    """The tokenizer of a checkpoint: from a GGUF file's metadata, or from tokenizer.json in the folder `path` or, where
+    `path` is a file, beside it.
 
     Raises ValueError if there is none, or it is broken or not supported.
     """
@@ -271,7 +273,7 @@ def find_tokenizer(path: Path, metadata: Mapping[str, object]) -> Tokenizer:
 
 
 def has_tokenizer(path: Path, metadata: Mapping[str, object]) -> bool:
-    """Whether `find_tokenizer` would find one, or one that is broken."""
+    """Whether the checkpoint has a tokenizer, broken or not, for `find_tokenizer` to read."""
     return gguf_tokenizer.has_tokenizer(metadata) or _is_in(path if path.is_dir() else path.parent)
 
 
@@ -280,7 +282,7 @@ def _is_in(folder: Path) -> bool:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer in a Hugging Face folder: tokenizer.json and what the JSON files beside it add to it.
+    """The tokenizer in a Hugging Face folder: tokenizer.json, and the settings in the JSON files beside it.
 
     Raises ValueError that names the file if it is missing, broken or inconsistent.
     """
@@ -305,7 +307,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 def tokenizer_from_gguf(metadata: Mapping[str, object]) -> Tokenizer:
     """The tokenizer in a GGUF file's metadata. Raises ValueError if there is none or its kind is not supported.
 
-    One with an unknown pre-tokenizer turns ids into text, but refuses to encode.
+    A tokenizer with an unknown pre-tokenizer can only decode: its `encode` raises ValueError.
     """
     backend, ids = gguf_tokenizer.build_tokenizer(metadata), gguf_tokenizer.named_ids(metadata)
     tokens = {f"{name}_token": backend.id_to_token(token_id) for name, token_id in ids.items()}
@@ -322,11 +324,11 @@ def tokenizer_from_gguf(metadata: Mapping[str, object]) -> Tokenizer:
 
 
 def _with_end_mark(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer with the mark that its chat template ends an answer with among its ends, whatever files say."""
+    """The tokenizer with the token that its chat template writes after an answer added to `eos_ids`."""
     mark = end_mark(tokenizer)
-    made = tokenizer if mark is None else replace(tokenizer, eos_ids=tokenizer.eos_ids | {mark})
-    made.compiled_templates.update(tokenizer.compiled_templates)
-    return made
+    changed = tokenizer if mark is None else replace(tokenizer, eos_ids=tokenizer.eos_ids | {mark})
+    changed.compiled_templates.update(tokenizer.compiled_templates)
+    return changed
 
 
 def _templates_of_gguf(metadata: Mapping[str, object]) -> dict[str, str]:

@@ -7,7 +7,13 @@ import tokenizers
 
 from lockstep import SamplingParams
 from lockstep.serve.answers.logprobs import LegacyLogprobs
-from lockstep.text.tokenizer.tokenizer import Detokenizer, Tokenizer, answer_reader, load_tokenizer, tokenizer_from_gguf
+from lockstep.text.tokenizer.tokenizer import (
+    Detokenizer,
+    Tokenizer,
+    answer_detokenizer,
+    load_tokenizer,
+    tokenizer_from_gguf,
+)
 from tests.text.vocabularies import words_metadata, write_folder
 
 
@@ -54,27 +60,27 @@ def read(reader, ids):
 def test_an_answer_keeps_its_first_space(tokenizer):
     the, cat, space = ids_of(tokenizer, "▁the", "▁cat", "▁")
     bos = tokenizer.bos_id
-    assert read(answer_reader(tokenizer, asked([bos, the])), [cat, the]) == [" cat", " the"]
-    assert read(answer_reader(tokenizer, asked([bos, the])), [space, space, cat]) == [" ", " ", " cat"]
-    assert read(answer_reader(tokenizer, asked([bos, the])), [bos, cat]) == ["", " cat"]
+    assert read(answer_detokenizer(tokenizer, asked([bos, the])), [cat, the]) == [" cat", " the"]
+    assert read(answer_detokenizer(tokenizer, asked([bos, the])), [space, space, cat]) == [" ", " ", " cat"]
+    assert read(answer_detokenizer(tokenizer, asked([bos, the])), [bos, cat]) == ["", " cat"]
 
 
 @pytest.mark.parametrize("prompt", ["▁the", "▁", "s"])
 def test_prompt_and_answer_are_the_text_of_all_ids(tokenizer, prompt):
     prompt_ids = [tokenizer.bos_id, *ids_of(tokenizer, prompt)]
     answer = ids_of(tokenizer, "▁cat", "▁", "s", "▁the")
-    text = "".join(read(answer_reader(tokenizer, asked(prompt_ids)), answer))
+    text = "".join(read(answer_detokenizer(tokenizer, asked(prompt_ids)), answer))
     assert tokenizer.decode(prompt_ids) + text == tokenizer.decode(prompt_ids + answer)
 
 
 def test_an_answer_to_no_text_begins_one(tokenizer):
     the, cat = ids_of(tokenizer, "▁the", "▁cat")
     bos = tokenizer.bos_id
-    assert read(answer_reader(tokenizer, asked([bos])), [the, cat]) == ["the", " cat"]
+    assert read(answer_detokenizer(tokenizer, asked([bos])), [the, cat]) == ["the", " cat"]
     shown = asked([bos], skip_special_tokens=False)
-    assert read(answer_reader(tokenizer, shown), [the, cat]) == [" the", " cat"]
+    assert read(answer_detokenizer(tokenizer, shown), [the, cat]) == [" the", " cat"]
     masked = asked([bos], logits_mask=lambda ids: None)
-    assert read(answer_reader(tokenizer, masked), [the, cat]) == [" the", " cat"], "grammars count the space"
+    assert read(answer_detokenizer(tokenizer, masked), [the, cat]) == [" the", " cat"], "grammars count the space"
 
 
 def test_decoding_alone_begins_a_text(tokenizer):

@@ -1,4 +1,12 @@
-"""The engine: requests in, tokens out, one step at a time."""
+"""The engine: requests in, tokens out, one step at a time.
+
+A step has four parts, in this order. Plan (`_prepare`): the Scheduler says how many tokens of which requests run, the
+Drafter adds drafts to requests that decode, and each request becomes a Span: its token ids, their positions and pages,
+and which rows sample. Compute: the Runner runs all spans in one native call. Take in: the Scheduler notes what is
+computed, the sampled token is appended to its request, then the drafts that equal what the model chose; an end token, a
+stop string or max_tokens ends the request. Clean up (`_settle_drafts`): pages that were lent to wrong drafts are taken
+back, and hidden states go to the MTP head. `async_engine` runs all this in a thread of its own.
+"""
 
 import itertools
 import time
@@ -32,14 +40,14 @@ from lockstep.ops.attention.kv_cache import PAGE_TOKENS
 from lockstep.runtime.threads import Team
 
 PROMPT_ROWS = 64  # rows of a step that may report log-probabilities of prompts; their memory is touched when used
-LONG_PROMPT = 2048  # tokens that make an extra step cheap
+LONG_PROMPT = 2048  # tokens of a prompt beside which one more step, to keep a state, costs little
 
 
 class Planned(NamedTuple):
-    """What a request does in a step: how many of its tokens are computed, and which drafts after them."""
+    """What a request does in a step: how many of its known tokens are computed, and which drafts after them."""
 
     request: Request
-    count: int
+    num_tokens: int
     drafts: Drafts
     span: Span
 
@@ -47,10 +55,11 @@ class Planned(NamedTuple):
 class Engine:
     """Runs requests of one model. Not thread-safe: one thread calls `add`, `cancel` and `step`.
 
-    new_detokenizer: given a Request, makes what `AnswerText` reads tokens with; without it answers have no text.
-    on_compile: called with the name of each kernel that has to be compiled first. draft_model: a smaller model of the
-    same vocabulary, which drafts where options.speculate is "model". Raises UnfitMachine if a kernel does not give the
-    recorded bits on this CPU.
+    swaps: ops that another backend computes, see `Model.backend`. eos_ids: the tokens that end an answer; None: those
+    of the model's config. new_detokenizer: given a Request, makes the Detokenizer of its answer; None: answers have no
+    text. on_compile: called with the name of each kernel that has to be compiled first. draft_model: a smaller model of
+    the same vocabulary, which drafts where options.speculate is "model". Raises UnfitMachine if a kernel does not give
+    the recorded bits on this CPU.
     """
 
     def __init__(
@@ -68,7 +77,7 @@ class Engine:
         self.eos_ids = frozenset(model.config.eos_ids) if eos_ids is None else eos_ids
         self.new_detokenizer = new_detokenizer
         num_drafts = options.num_drafts
-        model.drafts_by_mtp(options.speculate)  # refuses what has no head
+        model.drafts_by_mtp(options.speculate)  # ValueError for "mtp" where the model has no MTP head
         rows = max(PROMPT_ROWS, options.max_requests * (1 + num_drafts) if num_drafts else 0)
         num_sampled = max(options.max_requests, min(options.max_step_tokens, rows))
         pages = num_pages(model, options, draft_model)
@@ -79,7 +88,7 @@ class Engine:
             self.runner = Runner(model, self.team, limits, swaps, num_drafts=num_drafts, on_compile=on_compile)
             if options.kv_tokens is not None:
                 for array in self.runner.caches.values():
-                    array.fill(0)  # the system hands out pages at the first touch: better now than within a request
+                    array.fill(0)  # the system gives memory at the first touch: better now than within a request
             selfcheck.check(self.runner.program, self.runner.executor.backend, on_compile)
             self.scheduler = Scheduler(limits, self._prefix_cache(options))
             drafter = made_drafter(options, self.runner, self.scheduler, model, self.eos_ids, draft_model, on_compile)
@@ -91,7 +100,8 @@ class Engine:
         self.num_drafted = self.num_accepted = 0
 
     def _prefix_cache(self, options: EngineOptions) -> Callable[[PagePool], PrefixCache] | None:
-        """Makes the prefix cache, given the PagePool; None where it is not wanted or could keep nothing."""
+        """A function that makes the PrefixCache of a PagePool; None where options switch it off, or where the model has
+        recurrent state and state_bytes hold not one."""
         memory = Memory(self.runner.program, self.runner.caches)
         states = StateStore(options.state_bytes, memory.state_bytes) if memory.state_bytes else None
         if not options.prefix_cache or (states is not None and not states.max_states):
@@ -119,10 +129,10 @@ class Engine:
 
     def add_samples(self, prompt_ids: Iterable[SupportsIndex], params: SamplingParams, **options: Any) -> list[Request]:
         """Queues the `params.n` samples of a prompt, which share its pages; returns their Requests."""
-        made = self.make(prompt_ids, params, **options)
-        for request in made:
+        requests = self.make(prompt_ids, params, **options)
+        for request in requests:
             self.scheduler.add(request)
-        return made
+        return requests
 
     def make(
         self,
@@ -134,27 +144,27 @@ class Engine:
     ) -> list[Request]:
         """The Requests of a prompt's samples, not queued yet. Any thread may call this. ValueError if they cannot run.
 
-        priority: the lower goes first. cache_salt: requests share cached prefixes, and look in each other's answers,
-        only with others of the same salt. prediction: token ids of a text that the answers may be like, for drafts.
+        priority: the lowest number goes first. cache_salt: only requests with the same salt share cached prefixes and
+        draft from one another's answers. prediction: token ids of a text that the answers may resemble, for drafts.
         """
         prompt_ids, predicted = token_list(prompt_ids), token_list(prediction, "prediction")
         check(self.model, self.new_detokenizer is not None, prompt_ids, params, priority, cache_salt, predicted)
         shared = Prediction(predicted) if self.drafter and predicted else None
-        made = [
+        requests = [
             Request(next(self._ids), list(prompt_ids), p, priority=priority, cache_salt=cache_salt, prediction=shared)
             for p in samples(params)
         ]
         if params.pooling is not None:
-            made[0].pool = Pool(params.pooling, len(prompt_ids))
-        self.scheduler.check(made[0])
-        if self.scheduler.prefix:  # here, so that a long prompt is hashed in its own client's thread
-            names = self.scheduler.prefix.names(made[0], len(prompt_ids) // PAGE_TOKENS)
-            for request in made:
-                request.block_names = list(names)
-        return made
+            requests[0].pool = Pool(params.pooling, len(prompt_ids))
+        self.scheduler.check(requests[0])
+        if self.scheduler.prefix:  # here, so that a long prompt is hashed in the thread of its client
+            names = self.scheduler.prefix.names(requests[0], len(prompt_ids) // PAGE_TOKENS)
+            for request in requests:
+                request.prefix.block_names = list(names)
+        return requests
 
     def cancel(self, request: Request) -> None:
-        """Ends a request now; its memory is free for the next step."""
+        """Ends a request at once, unless it has ended; its memory is free for the next step."""
         if request.finish_reason is None:
             self._end(request, "cancelled")
 
@@ -163,7 +173,7 @@ class Engine:
         return bool(self.scheduler.running or self.scheduler.waiting)
 
     def step(self) -> list[Request]:
-        """Runs one step; returns the requests that got a token or their embedding, or failed."""
+        """Runs one step; returns the requests that got tokens or their embedding, or failed."""
         began = time.perf_counter()
         plan, changed = self._prepare()
         if not plan:
@@ -173,51 +183,54 @@ class Engine:
         for planned in plan:
             request = planned.request
             request.num_pending = 0
-            self.scheduler.computed(request, planned.count)
+            self.scheduler.computed(request, planned.num_tokens)
             if request.num_left == 0:
                 changed.append(request)
             if request.pool is None:
                 row = self._take_sampled(planned, row, tokens, logprobs)
             else:
                 self._take_hidden(request, request.pool, planned.span, hidden_row)
-            is_told = request.num_lent or planned.span.embedded
-            if is_told and self.drafter and request.finish_reason is None:
-                self._tell(self.drafter, planned.span, request, hidden_row)
+            is_unsettled = request.num_lent or planned.span.embedded
+            if is_unsettled and self.drafter and request.finish_reason is None:
+                self._settle_drafts(self.drafter, planned.span, request, hidden_row)
             hidden_row += len(planned.span.embedded)
-        if self.drafter and not self.drafter.rests:
+        if self.drafter and not self.drafter.is_untimed:
             num_drafts = sum(len(planned.drafts) for planned in plan)
-            self.drafter.time([planned.count for planned in plan], num_drafts, time.perf_counter() - began)
+            self.drafter.time([planned.num_tokens for planned in plan], num_drafts, time.perf_counter() - began)
         return changed
 
-    def _tell(self, drafter: Drafter, span: Span, request: Request, row: int) -> None:
-        """Takes back what was lent to drafts, and tells the hidden states, from a row on, of tokens that are known."""
+    def _settle_drafts(self, drafter: Drafter, span: Span, request: Request, row: int) -> None:
+        """Takes back the pages that were lent to wrong drafts, and gives the Drafter the hidden states of the span's
+        tokens that are now known, the first of which is embedded row `row` of the step."""
         self.scheduler.settle(request)
         if span.embedded and request.pool is None:
             drafter.observe(request, span.start, self.runner.hidden(row, request.num_computed - span.start))
 
     def _prepare(self) -> tuple[list[Planned], list[Request]]:
-        """What runs in the next step, and the requests that failed."""
+        """The plan of the next step, and the requests that failed while it was made."""
         plan, failed = [], []
-        wanted = within_rows(self.scheduler.schedule(), self.runner.limits.max_sampled)
-        drafts_of = self.drafter.draft(wanted) if self.drafter else {}
-        for request, count in wanted:
+        scheduled = within_rows(self.scheduler.schedule(), self.runner.limits.max_sampled)
+        drafts_of = self.drafter.draft(scheduled) if self.drafter else {}
+        for request, num_tokens in scheduled:
             try:
                 if request.finish_reason is None:
                     drafts = drafts_of.get(request, Drafts())
-                    plan.append(Planned(request, count, drafts, self._span(request, count, drafts)))
+                    plan.append(Planned(request, num_tokens, drafts, self._span(request, num_tokens, drafts)))
             except Refused as error:
                 failed.append(self.fail(request, error))
-        return [each for each in plan if each.request.finish_reason is None], failed  # a mask may have cancelled some
+        # a logits_mask is a caller's function, which may have cancelled requests meanwhile
+        return [each for each in plan if each.request.finish_reason is None], failed
 
-    def _span(self, request: Request, count: int, drafts: Drafts) -> Span:
-        start, end = request.num_computed, request.num_computed + count
+    def _span(self, request: Request, num_tokens: int, drafts: Drafts) -> Span:
+        """The Span of a request's next tokens and of drafts after them; cuts the drafts where its logits_mask ends."""
+        start, end = request.num_computed, request.num_computed + num_tokens
         sampled = sampled_rows(request, start, end, self.eos_ids, self.model.config.vocab_size, drafts.tokens)
         embedded = request.pool.rows(start, end) if request.pool is not None else ()
-        if drafts and len(sampled) <= len(drafts):  # a mask does not go on to the last
+        if drafts and len(sampled) <= len(drafts):  # the logits_mask ends before the last draft
             drafts.cut(len(sampled) - 1)
-            self.scheduler.settle(request, count + len(drafts))
+            self.scheduler.settle(request, num_tokens + len(drafts))
         token_ids = request.token_ids(start, end) + drafts.tokens
-        if self.drafter and self.drafter.tells and self.drafter.wants_hidden(request):
+        if self.drafter and self.drafter.may_need_hidden and self.drafter.wants_hidden(request):
             embedded = range(len(token_ids))
         for held in request.pages:
             assert start + len(token_ids) <= held.end * PAGE_TOKENS, (start, len(token_ids), request.pages)
@@ -225,7 +238,7 @@ class Engine:
         return Span(token_ids, start, request.pages, request.running_slot, sampled, embedded, **counts)
 
     def _take_sampled(self, planned: Planned, row: int, tokens: np.ndarray, logprobs: np.ndarray) -> int:
-        """Takes in the sampled rows of a span, the first of which is `row`; returns the row after them."""
+        """Takes in the sampled rows of a span, from row `row` of the step on; returns the row after them."""
         request = planned.request
         row = take_prompt_rows(request, planned.span, row, self.runner, logprobs)
         if request.num_left:
@@ -244,7 +257,8 @@ class Engine:
         tokens: np.ndarray,
         logprobs: np.ndarray,
     ) -> None:
-        """Takes in the rows after `row` as far as the token before each is what was drafted: it has been computed."""
+        """Takes in the rows after `row`: one for each draft that is the token that the model chose, up to the first
+        that is not, since each row's logits follow from the draft before it."""
         before = request.num_accepted
         for i, draft in enumerate(drafts.tokens, row + 1):
             if request.finish_reason is not None or request.output_ids[-1] != draft:
@@ -259,7 +273,8 @@ class Engine:
         drafter.note(request, drafts, request.num_accepted - before)
 
     def _take_hidden(self, request: Request, pool: Pool, span: Span, row: int) -> None:
-        """The same for its embedded rows."""
+        """Pools the hidden states of a span's embedded rows, from embedded row `row` of the step on; ends the request
+        with the last token of its prompt."""
         pool.take(self.runner.hidden(row, len(span.embedded)))
         if request.num_left == 0 and pool.is_finite:
             self.finish(request, "embedded")
@@ -267,6 +282,8 @@ class Engine:
             self._fail_not_finite(request, "hidden states")
 
     def _take_token(self, request: Request, token: int, logprob: float, row: int) -> None:
+        """Appends the token that row `row` of the step chose to its request, and ends the request if it is the last; or
+        fails the request, if logits are not finite or no token is allowed."""
         p = request.params
         top = self.runner.alternatives(row, p.logprobs) if p.logprobs else {}
         if not is_finite(request, logprob, top):
@@ -281,9 +298,9 @@ class Engine:
         if p.logprobs:
             request.top_logprobs.append(top)
         is_end = token in p.stop_token_ids or (token in self.eos_ids and not p.ignore_eos)
-        found = self._read(request, token, is_end)
-        if is_end or found is not None:
-            request.stop_reason = token if found is None else found
+        stop_string = self._read(request, token, is_end)
+        if is_end or stop_string is not None:
+            request.stop_reason = token if stop_string is None else stop_string
             self.finish(request, "stop")
         elif len(request.output_ids) >= p.max_tokens:
             self.finish(request, "length")
@@ -297,16 +314,16 @@ class Engine:
         return request.answer.push(token, is_end)
 
     def fail(self, request: Request, error: Refused | str) -> Request:
-        """Ends a running request that cannot go on; its batch mates do not notice. Returns the request.
+        """Ends a running request that cannot go on; other requests of the step do not notice. Returns the request.
 
-        error: a Refused, or what was wrong in words.
+        error: a Refused, or a sentence that says what was wrong.
         """
         request.error, request.refused = str(error), error if isinstance(error, Refused) else None
         self.finish(request, "error")
         return request
 
     def _fail_not_finite(self, request: Request, what: str) -> None:
-        """Ends a request for which the model gave no numbers. Nobody finds what was computed for it."""
+        """Ends a request for which the model computed a NaN or an infinity; the prefix cache forgets its blocks."""
         self.num_not_finite += 1
         request.is_fault = True
         if self.scheduler.prefix:
@@ -314,9 +331,10 @@ class Engine:
         self.fail(request, f"the model's {what} are not finite")
 
     def counts(self) -> dict[str, int]:
-        """What happened so far and what is there now, for reports and metrics: {name: number}. For any thread."""
+        """Counts of events so far, and of requests and pages now, for reports and metrics: {name: number}. Any thread
+        may call this."""
         scheduler, pages, prefix = self.scheduler, self.scheduler.pages, self.scheduler.prefix
-        made = dict(
+        counts = dict(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             preempted=scheduler.num_preempted,
@@ -329,10 +347,10 @@ class Engine:
             accepted_drafts=self.num_accepted,
             not_finite=self.num_not_finite,
         )
-        return made | (prefix.report() if prefix else {})
+        return counts | (prefix.report() if prefix else {})
 
     def draft_counts(self) -> dict[str, DraftCounts]:
-        """How many drafts were computed, and how many were right, by where they came from. For any thread."""
+        """How many drafts were computed, and how many were right, by source. Any thread may call this."""
         return dict(self.drafter.counts) if self.drafter else {}
 
     def finish(self, request: Request, reason: str) -> None:
@@ -348,7 +366,7 @@ class Engine:
             self.drafter.end(request)
 
     def close(self) -> None:
-        """Ends the threads; what is to be kept on disk is written first."""
+        """Ends the threads, after all prefixes that are to be kept on disk are written."""
         if self.scheduler.prefix and self.scheduler.prefix.disk is not None:
             self.scheduler.prefix.disk.close()
         self.team.close()

@@ -26,9 +26,10 @@ from lockstep.weights.store import WeightStore
 class Model:
     """A model ready to be run.
 
-    checkpoint: where it came from. config: ModelConfig. recorded: the unfused program. logits: the tensor of that name
-    in it. store: its packed weights. weights, kv_dtype: formats of the linear layers and of the KV cache. plan: the
-    hash of a quantization plan that it runs by, see `planned`.
+    checkpoint: the files it was loaded from. config: ModelConfig. recorded: the unfused program. logits: the tensor of
+    logits in it. store: its packed weights. weights, kv_dtype: formats of the linear layers and of the KV cache.
+    max_context: the most positions of a request. plan: the hash of the quantization plan by which it runs, see
+    `planned`; "": none.
     """
 
     checkpoint: Checkpoint
@@ -43,12 +44,12 @@ class Model:
 
     @functools.cached_property
     def can_generate(self) -> bool:
-        """Whether it has a head; without one it only makes embeddings."""
+        """Whether it has an lm_head; without one it only makes embeddings."""
         return can_generate(self.config, self.checkpoint.tensors)
 
     def drafts_by_mtp(self, speculate: str) -> bool:
-        """Whether its MTP head is to draft: with "mtp", and with "auto" if there is one. ValueError where there must be
-        one and is not."""
+        """Whether its MTP head is to draft: with "mtp", and with "auto" if the model has one. ValueError for "mtp" if
+        it has none."""
         if speculate == "mtp":
             check_mtp(self.config, self.checkpoint.tensors)
         return speculate == "mtp" or (speculate == "auto" and has_mtp(self.config, self.checkpoint.tensors))
@@ -56,8 +57,9 @@ class Model:
     @functools.cached_property
     def recorded_mtp(self) -> Program:
         """The unfused program of its MTP head, sampling included. ValueError if a part of the head is missing."""
-        how = self.weights, self.kv_dtype, self.max_context
-        program, logits, num_tokens = record_mtp(self.config, self.checkpoint.tensors, *how)
+        program, logits, num_tokens = record_mtp(
+            self.config, self.checkpoint.tensors, self.weights, self.kv_dtype, self.max_context
+        )
         emit_sampling(program, logits, num_tokens)
         return program
 
@@ -72,9 +74,9 @@ class Model:
         return fuse(lowered, backend) if fused else lowered
 
     def backend(self, swaps: Mapping[str, str] | None = None, base: str = "cpu") -> OpTable:
-        """The op table, with swaps such as {"linear": "reference"}, of kinds or groups of ops that the model has.
+        """The op table, with swaps such as {"linear": "reference"}: {kind or group of ops of the model: backend}.
 
-        A swap holds for what `verifying` puts in the place of such an op, too.
+        A swap of a kind also holds for the op that `verifying` puts in its place.
         """
         if base not in BACKENDS:
             raise ValueError(f"backend {base!r}: there are {', '.join(sorted(BACKENDS))}")
@@ -82,7 +84,7 @@ class Model:
         return swapped(table, self._swaps_of_kinds(swaps, table) if swaps else {}, BACKENDS)
 
     def _swaps_of_kinds(self, swaps: Mapping[str, str], table: OpTable) -> dict[str, str]:
-        """Swaps with groups of ops spelled out: {kind: backend name}."""
+        """The swaps with each group of ops replaced by its kinds: {kind: backend name}."""
         if not isinstance(swaps, Mapping) or not all(isinstance(word, str) for pair in swaps.items() for word in pair):
             raise ValueError(f"ops: expected a mapping from kinds or groups of ops to backends, got {swaps!r:.80}")
         lowered = lower(self.recorded)
@@ -108,11 +110,11 @@ def load_model(
     kv_dtype: str | None = None,
     max_context: int | None = None,
 ) -> Model:
-    """Records a checkpoint's program. ValueError for a kv_dtype or max_context that cannot be.
+    """Records a checkpoint's program. ValueError for a kv_dtype or max_context that is not allowed.
 
-    weights: a format for the linear layers, or "auto": that of the file. kv_dtype: "f32", "bf16" or "q8"; by default
-    f32 only where that is the format asked for the weights, else bf16. max_context: positions, by default and at most
-    the model's; see `cache_size.context_size` for how many of them have room.
+    weights: a format for the linear layers, or "auto": the format of the file. kv_dtype: "f32", "bf16" or "q8"; None:
+    "f32" if weights is "f32", else "bf16". max_context: positions, at most the model's; None: the model's, up to
+    MAX_POSITIONS. `cache.size.context_size` says how many of them fit in memory.
     """
     if max_context is not None and not (type(max_context) is int and max_context > 0):
         raise ValueError(f"max_context: expected a positive integer or None, got {max_context!r:.80}")
@@ -128,8 +130,8 @@ def load_model(
 
 def emit_sampling(program: Program, logits: Tensor, vocab_size: int) -> None:
     """Ends a program with the choice of a token for each row of logits (which may be wider than the vocabulary)."""
-    what = dict(logits=logits, vocab_size=vocab_size, width=logits.width)
-    adjusted = program.emit(AdjustLogits(out=program.tensor("logits.adjusted", "R", logits.width), **what))
+    shared = dict(logits=logits, vocab_size=vocab_size, width=logits.width)
+    adjusted = program.emit(AdjustLogits(out=program.tensor("logits.adjusted", "R", logits.width), **shared))
     scratch = program.tensor("sample.scratch", "R", scratch_width(vocab_size))
     sample = Sample(
         token=program.tensor("token", "R", 1, "i32"),
@@ -139,6 +141,6 @@ def emit_sampling(program: Program, logits: Tensor, vocab_size: int) -> None:
         scratch=scratch,
         adjusted=adjusted,
         scratch_width=scratch.width,
-        **what,
+        **shared,
     )
     program.emit(sample)

@@ -1,4 +1,4 @@
-"""What a user asks for and what comes back."""
+"""SamplingParams, which say what a user asks for, and Request, which holds all that is known of one sequence."""
 
 import hashlib
 import math
@@ -20,27 +20,28 @@ from lockstep.ops.sampling.sample import MAX_LOGPROBS
 class SamplingParams:
     """How tokens are chosen and when to stop. ValueError if a value is not allowed.
 
-    Choice. temperature: 0 is greedy (the lowest id wins a tie), otherwise at least 0.001. top_k, top_p, min_p: keep the
-    k likeliest tokens, the likeliest that reach this sum, those at least this likely relative to the best; 0, 1 and 0
-    keep every token. seed: the noise is a function of seed, position and token id only.
+    Choice. temperature: 0 is greedy (the lowest id wins a tie), otherwise at least 0.001. top_k: keeps the k likeliest
+    tokens. top_p: keeps the likeliest tokens whose probabilities together reach this number. min_p: keeps the tokens at
+    least this likely relative to the likeliest. 0, 1 and 0 keep every token. seed: the noise is a function of seed,
+    position and token id only.
 
     Logits, changed before the choice in this order. repetition_penalty: divides the positive and multiplies the
-    negative logits of tokens in the prompt or the output; 1 changes nothing. frequency_penalty: subtracted for each
-    time that the output has a token. presence_penalty: subtracted once if it has it. logit_bias: {token id: -100 to
-    100} to add. suppress_tokens: ids that are never chosen. logits_mask: a function, called once for each token with
-    the list of output ids so far (not to be changed), that returns None or uint32[ceil(vocabulary / 32)], whose bit
-    i % 32 of word i // 32 allows token i (a SpeculativeMask may be asked about drafts, too). If nothing is allowed, or
-    the function raises, the request ends with finish_reason "error".
+    negative logits of tokens in the prompt or the output; 1 changes nothing. frequency_penalty: subtracted once for
+    each occurrence of a token in the output. presence_penalty: subtracted once if the token occurs there. logit_bias:
+    {token id: -100 to 100} to add. suppress_tokens: ids that are never chosen. logits_mask: a function, called once for
+    each token with the list of output ids so far (not to be changed), that returns None or uint32[ceil(vocabulary /
+    32)], whose bit i % 32 of word i // 32 allows token i (a SpeculativeMask may be asked about drafts, too). If nothing
+    is allowed, or the function raises, the request ends with finish_reason "error".
 
-    End. max_tokens: of the output. stop: strings; the answer ends before the first of them to be complete, or after it
-    with include_stop_str_in_output, which also keeps the text of a stop token. stop_token_ids: end an answer as the
-    model's own end tokens do; ignore_eos goes on after those. min_tokens: end tokens are not chosen, unless logits_mask
-    allows no other, and stop strings are not looked at, in the first so many tokens. skip_special_tokens: those, as
-    marks of a chat format, have no text.
+    End. max_tokens: of the output. stop: stop sequences; the answer ends before the first of them to be complete, or
+    after it with include_stop_str_in_output, which also keeps the text of a stop token. stop_token_ids: end an answer
+    as the model's own end tokens do; with ignore_eos the model's own do not. min_tokens: in the first min_tokens tokens
+    of the output no end token is chosen, unless logits_mask allows no other, and stop sequences are ignored.
+    skip_special_tokens: special tokens, such as those of a chat template, have no text.
 
-    Report. logprobs, prompt_logprobs: how many alternatives (up to 20) to report for each token of the output, and of
-    the prompt but its first; None: none, and for the prompt no log-probabilities at all. They are the model's own, of
-    the logits before any of the changes above.
+    Report. logprobs, prompt_logprobs: how many alternatives (up to 20) to report for each token of the output, and for
+    each token of the prompt but the first; None: no alternatives, and for the prompt no log-probabilities at all. They
+    are those of the model's own logits, before any of the changes above.
 
     n: how many samples of the prompt, each with a seed of its own (see `sample_seed`).
 
@@ -199,84 +200,91 @@ def samples(params: SamplingParams) -> list[SamplingParams]:
 
 
 @dataclass(eq=False)
+class PrefixState:
+    """What the PrefixCache knows of one request; nobody else changes it but to reset num_named with the pages."""
+
+    block_names: list[bytes] = field(default_factory=list)  # of its full blocks, as far as they were asked for
+    num_named: int = 0  # how many of its pages bear their block's name
+    known_end: int = 0  # the position where its known prefix ends, in the layers that see all keys
+    branch: int | None = None  # where a known prefix ends whose recurrent state is not kept, and is worth keeping
+    newest_state: bytes | None = None  # the name of the state kept last within its output, until a newer one is
+    leads: list[bytes] = field(default_factory=list)  # the names of the blocks that it is the first to compute
+    awaits: bytes | None = None  # the name of the block that another request computes, for which it waits
+
+
+@dataclass(eq=False)
 class Request:
-    """One sequence on its way: token ids known so far, and how many of them are in the cache."""
+    """One sequence: its known token ids, how many of them are computed, the memory that it holds, and how it ended."""
 
     id: int
     prompt_ids: list[int]
     params: SamplingParams
     output_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)  # of each output token
-    top_logprobs: list[dict[int, float]] = field(default_factory=list)
+    top_logprobs: list[dict[int, float]] = field(default_factory=list)  # of each output token, if asked for
     prompt_logprobs: list[float] = field(default_factory=list)  # of each prompt token but the first, if asked for
     prompt_top_logprobs: list[dict[int, float]] = field(default_factory=list)
-    adjustment: Adjustment | None = None  # made with the first row that needs one
+    adjustment: Adjustment | None = None  # made for the first row whose logits are changed
     answer: AnswerText | None = None  # made with the first token, where there is a tokenizer
     pool: Pool | None = None  # where the prompt's embedding is wanted
-    num_computed: int = 0
+    num_computed: int = 0  # known tokens whose keys, values and states are in the cache
     pages: list[Held] = field(default_factory=list)  # of each group, while it runs
-    slot: int | None = None
+    slot: int | None = None  # of recurrent state, while it runs
     finish_reason: str | None = None  # "stop", "length", "embedded", "cancelled" or "error"
     stop_reason: int | str | None = None  # the token or string that ended it
     error: str | None = None  # what was wrong, where finish_reason is "error"
-    refused: Exception | None = None  # the sampling.Refused that says so, if one does
-    is_fault: bool = False  # whether that lies with the model or the machine, and not with the request
-    priority: int = 0  # the lower goes first; then whoever came first
+    refused: Exception | None = None  # the sampling.Refused behind `error`, if there was one
+    is_fault: bool = False  # whether the error lies with the model or the machine, and not with the request
+    priority: int = 0  # the lowest number goes first; among equals the earlier request
     cache_salt: str = ""  # only requests with the same salt share cached prefixes
     num_preemptions: int = 0
-    acceptance: Acceptance | None = None  # made with the first draft, where as many are made as pay
+    acceptance: Acceptance | None = None  # made with the first draft, where the number of drafts follows what pays
     lookup: Lookup | None = None  # made with the first draft
-    prediction: Prediction | None = None  # a text that its answer may be like
-    num_drafted: int = 0  # tokens that were guessed and computed
-    draft_state: object | None = None  # what a `draft_head.Head` has of it
+    prediction: Prediction | None = None  # a text that its answer may resemble
+    draft_state: object | None = None  # what a `draft_head.Head` keeps about it
     num_lent: int = 0  # of its pages, those that hold nothing but drafts
     num_pending: int = 0  # drafts of its last step that were right: recurrent layers have yet to absorb them
-    num_accepted: int = 0  # of those, the ones that were right
+    num_drafted: int = 0  # drafts that were computed
+    num_accepted: int = 0  # of num_drafted, those that were right
     num_cached: int = 0  # tokens of the prompt that the prefix cache had when it was first admitted
-    # what the prefix cache knows: names of full blocks, how many of its pages have theirs, where known pages end of
-    # layers that see all keys, where a known prefix ends that has no state, the newest kept state of its output, the
-    # names of blocks that it is the first to compute, and that of a block for which it waits
-    block_names: list[bytes] = field(default_factory=list)
-    num_named: int = 0
-    known: int = 0
-    branch: int = 0
-    newest_state: bytes | None = None
-    leads: list[bytes] = field(default_factory=list)
-    awaits: bytes | None = None
+    prefix: PrefixState = field(default_factory=PrefixState)
 
     @property
     def running_slot(self) -> int:
         """The slot of a request that runs."""
-        assert self.slot is not None, "it waits, or has ended"
+        assert self.slot is not None, f"request {self.id} waits, or has ended"
         return self.slot
 
     @property
     def reuses_prefix(self) -> bool:
-        """Whether cached blocks may stand for computed ones: not where rows of the prompt have yet to be reported."""
+        """Whether cached blocks may stand in for computed ones: not while rows of the prompt have yet to be
+        reported."""
         if self.pool is not None:
             return self.pool.needs_only_last
         return self.params.prompt_logprobs is None or len(self.prompt_logprobs) == len(self.prompt_ids) - 1
 
     @property
     def text(self) -> str:
-        """The answer's text as far as it is certain; it only grows."""
+        """The text of the answer as far as it is certain; it only grows."""
         return "" if self.answer is None else self.answer.text
 
     @property
     def num_tokens(self) -> int:
+        """Known tokens: of the prompt and of the answer so far."""
         return len(self.prompt_ids) + len(self.output_ids)
 
     @property
     def num_left(self) -> int:
-        """Tokens that are known but not computed."""
+        """Tokens that are known but not computed; 1 while it decodes."""
         return len(self.prompt_ids) + len(self.output_ids) - self.num_computed
 
     @property
     def max_num_tokens(self) -> int:
+        """The most tokens that it may come to."""
         return len(self.prompt_ids) + self.params.max_tokens
 
     def token_ids(self, start: int, end: int) -> list[int]:
-        """Known tokens start .. end."""
+        """Known token ids at positions start .. end, without end."""
         num_prompt = len(self.prompt_ids)
         if end <= num_prompt:
             return self.prompt_ids[start:end]

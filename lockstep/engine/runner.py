@@ -23,11 +23,11 @@ from lockstep.weights.store import WeightStore
 class Span:
     """The tokens of one request in a step: positions start .. start + len(token_ids).
 
-    pages: of each group of pages (`Program.windows`) those that it holds; one alone stands for all. slot: its recurrent
-    state. sampled: which of its rows sample, and how ({row: fields of a SAMPLING_RECORD}, rows counted from the span's
-    first token). embedded: rows whose last hidden state is wanted. num_drafts: how many of the last token_ids are
-    drafts. num_pending: how many drafts of the request's last step were right, and are now known: see
-    `ops.gated_delta_verify`."""
+    pages: the pages that the request holds, one Held for each group of pages (`Program.windows`); a single Held stands
+    for all groups. slot: of its recurrent state. sampled: the rows that sample, {row: fields of a SAMPLING_RECORD},
+    rows counted from the span's first token. embedded: rows whose last hidden state is wanted. num_drafts: how many of
+    the last token_ids are drafts. num_pending: how many drafts of the request's last step were right, and so are known
+    tokens before `start`, which its recurrent layers have yet to absorb: see `ops.recurrent.gated_delta_verify`."""
 
     token_ids: list[int]
     start: int
@@ -41,9 +41,9 @@ class Span:
 
 @dataclass(frozen=True)
 class Limits:
-    """The largest step: tokens, requests and sampling rows; pages of KV cache in all, for layers that see all keys.
+    """The largest step (tokens, requests, sampled rows), and the pages of KV cache of layers without a window.
 
-    groups: pages of each group; where there are none, each has num_pages, for all tokens.
+    groups: the pages of each group; empty: every group has num_pages, and no window.
     """
 
     max_step_tokens: int = 512
@@ -58,28 +58,28 @@ class Runnable(Protocol):
 
     @property
     def store(self) -> WeightStore:
-        """Its weights."""
+        """The model's packed weights."""
         ...
 
     @property
     def max_context(self) -> int:
-        """Positions that a request may have."""
+        """The most positions of a request."""
         ...
 
     def backend(self, swaps: Mapping[str, str] | None, base: str) -> OpTable:
-        """The op table, with swaps."""
+        """The op table of the backend `base`, with swaps."""
         ...
 
     def rewritten(self, backend: OpTable, fused: bool) -> Program:
-        """The program, lowered for a backend."""
+        """The program, lowered for a backend, and fused if it is to be."""
         ...
 
 
 class Runner:
     """A model bound to memory and threads. Everything is allocated here; `step` allocates nothing native.
 
-    sample: the program's Sample, whose operands can be looked at after a step. num_drafts: the most of one request in a
-    step. elsewhere: see `Executor`.
+    swaps, base: see `Model.backend`. keep, elsewhere: see `Executor`. num_drafts: the most drafts of a request in a
+    step. sample: the Sample op of the program; tests read its operands after a step.
     """
 
     def __init__(
@@ -119,17 +119,19 @@ class Runner:
         self._step = StepArrays(rows, -(-model.max_context // PAGE_TOKENS), max(1, len(self.program.windows())))
         [self.sample] = [op for op in self.program.ops if isinstance(op, Sample)]
         self._make_views(rows)
-        self._layout: list[tuple] = []  # of the last step: rows of each request, those embedded, those that sample
-        self._num_sampled = 0  # of it
+        self._layout: list[
+            tuple
+        ] = []  # of the last step: of each request the number of rows, embedded and sampled rows
+        self._num_sampled = 0  # of the last step
 
     def _count(self, cache: CacheArray) -> int:
-        """How many pages or slots of a cache there are."""
+        """How many pages or slots a cache has."""
         if cache.kind != "pages":
             return self.limits.max_requests
         return self.limits.groups[cache.group].num_pages if self.limits.groups else self.limits.num_pages
 
     def _make_views(self, rows: dict[str, int]) -> None:
-        """What `step` and `hidden` give the first rows of."""
+        """Makes the views of tensors whose first rows `step` and `hidden` return."""
         token, logprob, logits = (
             self.executor.view(tensor, rows["R"])
             for tensor in (self.sample.token, self.sample.logprob, self.sample.logits)
@@ -141,8 +143,8 @@ class Runner:
     def step(self, spans: Sequence[Span], clock: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Runs one step. Returns (tokens int32 [R], logprobs float32 [R], logits float32 [R, V]).
 
-        They are views that the next step overwrites, rows in the order of spans and their sampled rows. clock: see
-        `Executor.run`.
+        R are the sampled rows, in the order of the spans and of the rows within each. The arrays are views that the
+        next step overwrites. clock: see `Executor.run`.
         """
         num_sampled = self._fill(spans)
         self.executor.run(self._step.block, clock)
@@ -150,34 +152,36 @@ class Runner:
         return token[:num_sampled], logprob[:num_sampled], logits[:num_sampled]
 
     def prepare(self, spans: Sequence[Span]) -> np.ndarray:
-        """The step block of a step, for who runs parts of it; the next step overwrites it."""
+        """The step block of a step, for callers that run single ops of it; the next step overwrites it."""
         self._fill(spans)
         return self._step.block
 
     def alternatives(self, row: int, count: int) -> dict[int, float]:
-        """The `count` likeliest tokens of a row of the last step that asked for so many: {token id: logprob}."""
+        """The `count` likeliest tokens of a sampled row of the last step, {token id: log-probability}. The row's
+        num_logprobs must have been at least `count`."""
         count, tensors = min(count, self.sample.vocab_size), (self.sample.top_token, self.sample.top_logprob)
         ids, logprobs = (self.executor.view(tensor, row + 1)[row, :count] for tensor in tensors)
         return dict(zip(ids.tolist(), logprobs.tolist(), strict=True))
 
     def hidden(self, first: int, count: int) -> np.ndarray:
-        """Last hidden states, after the final norm, of embedded rows of the last step, in order: float32 [count, D]."""
-        assert self._hidden is not None, "the program gives none"
+        """Last hidden states, after the final norm, of the embedded rows first .. first + count of the last step:
+        float32 [count, D], a view."""
+        assert self._hidden is not None, "the program has no result 'hidden'"
         return self._hidden[first : first + count]
 
     def is_adjusted(self, row: int) -> bool:
-        """Whether a row of the last step changed its logits before a token was chosen."""
+        """Whether a sampled row of the last step changed its logits before a token was chosen."""
         return bool(self._step.records["adjustment"][row])
 
     def is_forbidden(self, row: int, token: int) -> bool:
-        """Whether a row of the last step does not allow a token: such a token is only taken where none is allowed."""
+        """Whether a sampled row of the last step forbids a token; one is chosen only where every token is forbidden."""
         adjusted = self._step.records["adjustment"][row] != 0
         return bool(adjusted and np.isneginf(self.executor.view(self.sample.adjusted, row + 1)[row, token]))
 
     def _fill(self, spans: Sequence[Span]) -> int:
-        """Writes the spans into the step block; returns the number of rows that sample."""
+        """Writes the spans into the step block; returns the number of sampled rows."""
         layout = [(len(span.token_ids), span.embedded, *span.sampled) for span in spans]
-        if layout != self._layout:  # while requests decode, it is that of the step before
+        if layout != self._layout:  # while requests decode, the layout stays the same
             self._num_sampled, self._layout = self._lay_out(spans), layout
         step, at, row, longest = self._step, 0, 0, 0
         slot, num_drafts, num_pending = (step.ints[name] for name in ("state_slot", "num_drafts", "num_pending"))
@@ -195,7 +199,7 @@ class Runner:
         return self._num_sampled
 
     def _lay_out(self, spans: Sequence[Span]) -> int:
-        """Writes which rows are whose, and which have an output; returns how many of them sample."""
+        """Writes which rows belong to which request, and which have an output; returns the number of sampled rows."""
         step, at, row, output, embedded = self._step, 0, 0, 0, 0
         step.lay_out([len(span.token_ids) for span in spans])
         for span in spans:

@@ -1,17 +1,22 @@
-"""Which tokens run in the next step. One rule: what is computed chases what is known, under a budget of tokens.
+"""Which tokens run in the next step: each request computes the tokens that it knows (its prompt and its answer so far)
+but has not computed yet, under a budget of tokens per step. There is no prefill phase.
 
-Requests are ranked by priority (the lowest number first), then by arrival. Those that have one token left (they decode)
-go first, in order of rank. Prompts fill the rest of the budget, those with the least left first, so that a short prompt
-does not wait for a long one; but half of it is kept for the first in rank, so that a long one does not wait for ever.
+`schedule` works in this order. It admits waiting requests while slots and pages are free. It plans the decoding
+requests (one known token left to compute) in order of rank: priority, the lowest number first, then arrival. Prompts
+share the rest of the budget, the one with the fewest tokens left first, so that a short prompt does not wait for a long
+one; but half of the rest is kept for the prompt that is first in rank, so that a long one does not wait for ever. The
+Engine computes the plan and reports each request to `computed`; `remove` frees the memory of a request that has ended.
 
-A request is admitted when a slot is free and pages for all its known tokens, with a page to spare for each running
-request; it takes further pages as it grows. Where there are none, the running request of the lowest rank is preempted:
-it gives all back, waits again, and computes its known tokens once more (less what the prefix cache still has). Nobody
-is stopped for one that waits, whatever its priority.
+A request is admitted when there is a free slot and a page for each 64 of its known tokens, with one page to spare for
+each running request; it takes further pages as it grows. When a running request needs a page and none is free, the
+running request of the lowest rank is preempted: it gives back its pages and its slot, waits again, and computes its
+known tokens once more (less what the prefix cache still has). No request is preempted for a waiting one, whatever its
+priority.
 
-Layers with a window need no pages for what lies before it. Of those a request takes pages with each step, for as many
-of its tokens as others can spare pages for, and gives back what no later token sees. It is admitted when there are as
-many as it needs to go on token by token, beside those that running requests have yet to take.
+Layers with a window need no pages for keys before the window. For these layers a request takes pages step by step, for
+as many tokens as leave the other running requests their pages, and gives back the pages that no later token sees. It is
+admitted when such layers have the pages with which it can be computed token by token, beside those that running
+requests have yet to take.
 """
 
 from bisect import insort
@@ -25,14 +30,14 @@ from lockstep.ops.attention.kv_cache import PAGE_TOKENS
 
 
 def rank(request: Request) -> tuple[int, int]:
-    """Who goes first: the lower."""
+    """A request's place in the order: the lowest goes first."""
     return request.priority, request.id
 
 
 class Scheduler:
     """Waiting and running requests in order of rank, their pages and slots.
 
-    prefix: makes the PrefixCache of these pages (a function of the PagePool), or None: every request starts cold.
+    prefix: a function that makes the PrefixCache of the PagePool; None: every request computes its whole prompt.
     """
 
     def __init__(self, limits: Limits, prefix: Callable[[PagePool], PrefixCache] | None = None) -> None:
@@ -57,29 +62,31 @@ class Scheduler:
         insort(self.waiting, request, key=rank)
 
     def remove(self, request: Request) -> None:
-        """Ends a request, wherever it is; its pages and slot are free at once."""
+        """Ends a waiting or running request; its pages and slot are free at once."""
         if request.slot is None:
             self.waiting.remove(request)
         else:
             self._release(request)
 
     def _release(self, request: Request) -> None:
+        """Takes a request out of the running ones, and all its memory back."""
         self.running.remove(request)
         if self.prefix:
             self.prefix.leave(request)
         self.strip(request)
 
     def strip(self, request: Request) -> None:
-        """Takes back a request's pages and slot; what was computed for it is gone."""
+        """Takes back a request's pages and slot; none of its tokens counts as computed any more."""
         self.pages.give_back(request.pages)
         self.free_slots.append(request.running_slot)
-        request.pages, request.slot, request.num_computed, request.num_named = [], None, 0, 0
+        request.pages, request.slot, request.num_computed, request.prefix.num_named = [], None, 0, 0
         request.num_pending, request.num_lent, request.draft_state = 0, 0, None
 
     def computed(self, request: Request, count: int) -> None:
-        """Notes that a step computed `count` more tokens of a request."""
+        """Notes that a step computed `count` more tokens of a request: names the blocks that are full now, and gives
+        back the pages behind the windows."""
         request.num_computed += count
-        if self.prefix and request.num_computed // PAGE_TOKENS > request.num_named:
+        if self.prefix and request.num_computed // PAGE_TOKENS > request.prefix.num_named:
             self.prefix.computed(request)
         if self.pages.has_windows:
             stops = self.prefix.stops(request) if self.prefix else ()
@@ -101,12 +108,13 @@ class Scheduler:
         return [(request, count) for request, count in plan if request.slot is not None]
 
     def _prompts(self, prompts: list[Request], budget: int) -> list[tuple[Request, int]]:
-        """Deals the budget to prompts, the one with the least left first; half is kept for the first in rank."""
+        """Deals the budget to prompts, the one with the fewest tokens left first; half is reserved for the first in
+        rank."""
         plan, first = [], prompts[0]
-        kept = self._most(first, -(-budget // 2))
+        reserved = self._most(first, -(-budget // 2))
         for request in sorted(prompts, key=lambda r: (r.priority, r.num_left, r.id)):
-            kept = 0 if request is first else kept
-            count = self._most(request, budget - kept)
+            reserved = 0 if request is first else reserved
+            count = self._most(request, budget - reserved)
             if count and request.slot is not None:
                 count = self._grow(request, count)
             if count and request.slot is not None:
@@ -115,14 +123,16 @@ class Scheduler:
         return plan
 
     def _most(self, request: Request, budget: int) -> int:
-        """Tokens that a request may compute in a step: up to the budget, and to where its state is to be kept."""
+        """How many tokens a request may compute in a step: up to the budget, and up to the next position at which the
+        prefix cache keeps its recurrent state."""
         count = min(request.num_left, budget)
         return self.prefix.cut(request, count) if self.prefix else count
 
     # ------------------------------------------------------------ memory
 
     def _admit(self) -> None:
-        """Places waiting requests in order of rank; nobody overtakes one who waits for memory."""
+        """Places waiting requests in order of rank. None overtakes a request that waits for memory; a request whose
+        prefix a running one is computing is passed over."""
         index = 0
         while index < len(self.waiting) and self.free_slots:
             request = self.waiting[index]
@@ -135,14 +145,15 @@ class Scheduler:
                 return
 
     def _place(self, request: Request) -> bool:
-        """Gives a request its slot and pages for all that is known; False if there are too few, and nothing changed."""
+        """Gives a request its slot and pages for all its known tokens; False, and nothing changed, if there are too
+        few."""
         found = self.prefix.find(request) if self.prefix else None
         if not self._has_room(request, found):
             return False
         request.slot, request.pages = self.free_slots.pop(), self.pages.none()
         if self.prefix and found:
             self.prefix.attach(request, found)
-        if not self.pages.take_all(request.pages, request.num_tokens):  # what was found turned out to be damaged
+        if not self.pages.take_all(request.pages, request.num_tokens):  # a part that was found on disk is damaged
             self.strip(request)
             return False
         if self.prefix:
@@ -150,30 +161,31 @@ class Scheduler:
         return True
 
     def _has_room(self, request: Request, found: Found | None) -> bool:
-        """Whether there are pages for a request, of which the prefix cache found a part."""
+        """Whether there are pages for a request, of which the prefix cache found some."""
         for number, (group, allocator) in enumerate(zip(self.pages.groups, self.pages.allocators, strict=True)):
-            there = allocator.num_free + (found.num_held[number] if found else 0)
-            there -= self._num_lacking(number, self.running)
-            if there - group.needed(request.num_tokens) < len(self.running):
+            num_there = allocator.num_free + (found.num_held[number] if found else 0)
+            num_there -= self._num_lacking(number, self.running)
+            if num_there - group.needed(request.num_tokens) < len(self.running):
                 return False
         return True
 
     def _num_lacking(self, number: int, requests: Iterable[Request]) -> int:
-        """How many pages of a group running requests have yet to take, to go on token by token. Of layers that see all
-        keys they take them at once, and one when they need it."""
+        """How many pages of a group with a window running requests have yet to take before they can be computed token
+        by token; 0 in a group without a window, where a request takes the pages of its known tokens when it is
+        admitted."""
         group = self.pages.groups[number]
         if not group.window:
             return 0
         return sum(max(0, group.needed(r.num_tokens) - len(r.pages[number].ids)) for r in requests)
 
     def _grow(self, request: Request, count: int) -> int:
-        """Pages for up to `count` more tokens of a request; for how many there are. None are there if it was the one to
-        be preempted for the first of them."""
-        if count > 1:  # as many as others can spare
+        """Takes pages for up to `count` more tokens of a request, and preempts others for the first of them; returns
+        for how many tokens there are pages: 0 if the request itself had to be preempted."""
+        if count > 1:  # as many as leave the other running requests their pages
             others = [r for r in self.running if r is not request]
-            kept = [self._num_lacking(number, others) for number in range(len(self.pages.groups))]
-            if found := self.pages.extend(request.pages, request.num_computed, count, kept):
-                return found
+            reserved = [self._num_lacking(number, others) for number in range(len(self.pages.groups))]
+            if num_tokens := self.pages.extend(request.pages, request.num_computed, count, reserved):
+                return num_tokens
         while not self.pages.extend(request.pages, request.num_computed, 1):
             last = self.running[-1]
             self.preempt(last)
@@ -182,19 +194,20 @@ class Scheduler:
         return 1
 
     def lend(self, request: Request, count: int) -> int:
-        """Pages for up to `count` drafts after a request's next token, of those that nobody uses and that hold nothing;
-        for how many there is room. They are lent until `settle`."""
+        """Lends a request blank pages for up to `count` drafts after its next token, until `settle`; returns for how
+        many drafts there is room. No cached block is evicted for drafts."""
         count = self.pages.lend(request.pages, request.num_computed + 1, count)
         request.num_lent = sum(held.num_lent for held in request.pages)
         return count
 
     def settle(self, request: Request, num_next: int = 0) -> None:
-        """Takes back what was lent to a running request and holds no computed token, nor one of the next so many."""
+        """Takes back the pages that were lent to a running request, but for those of its computed tokens and of the
+        num_next tokens after them."""
         self.pages.settle(request.pages, request.num_computed + num_next)
         request.num_lent = 0
 
     def preempt(self, request: Request) -> None:
-        """Takes a running request's memory away; it waits again, with the tokens that it has."""
+        """Takes a running request's memory away; it waits again, and keeps the tokens of its answer."""
         self._release(request)
         request.num_preemptions += 1
         self.num_preempted += 1

@@ -1,5 +1,5 @@
-"""The step block of a runner with its arrays, and how they are written: through plain views of their memory, since for
-the few numbers of a small step each assignment to a NumPy array costs as much as all of this."""
+"""The step block of a Runner and the arrays that it points to. They are written through memoryviews: in a small step,
+one assignment to a NumPy array would cost as much as writing the whole step."""
 
 import struct
 from array import array
@@ -20,24 +20,25 @@ assert RECORD.size == SAMPLING_RECORD.itemsize
 
 
 def write(view: memoryview, at: int, numbers: Sequence[int]) -> None:
-    """Writes numbers from one place of int32 memory on."""
+    """Writes numbers to int32 memory, from index `at` on."""
     view[at : at + len(numbers)] = array("i", numbers)
 
 
 def records_view(records: np.ndarray) -> memoryview:
-    """What `write_record` writes to: the memory of contiguous SAMPLING_RECORDs."""
+    """The memory of contiguous SAMPLING_RECORDs, for `write_record`."""
     return records.reshape(-1).view(np.uint8).data
 
 
 def write_record(view: memoryview, row: int, fields: Mapping[str, Any]) -> None:
-    """Makes a SAMPLING_RECORD of some of its fields; the others are 0."""
+    """Writes a SAMPLING_RECORD with these fields, all others 0, to a row."""
     RECORD.pack_into(view, row * RECORD.size, *{**BLANK, **fields}.values())
 
 
 class StepArrays:
-    """A step block and the arrays that it points to. `ints` are their memory, flat, by name.
+    """A step block and the arrays that it points to. ints: {name: memory of an int32 array, flat}.
 
-    rows: the most rows, by letter. pages: of a request, in each of the groups. given: arrays that are there already.
+    rows: {letter: the most rows}. pages: of a request in each group. groups: of pages. given: arrays by name that
+    already exist; all others are made here.
     """
 
     def __init__(
@@ -51,41 +52,41 @@ class StepArrays:
         self.ints = {name: self.arrays[name].reshape(-1).data for name in shapes}
         self._records, self._words = records_view(self.arrays["sampling"]), self.block.data
         self._number_of, self._pages_per_request, self._num_groups = StepBlock.numbers(), pages, groups
-        self._pages: dict[int, tuple[int, list[int]]] = {}  # that were written last, by row of the page table
+        self._pages: dict[int, tuple[int, list[int]]] = {}  # the pages written last, by row of the page table
 
     @property
     def records(self) -> np.ndarray:
-        """SAMPLING_RECORDs of the rows that sample."""
+        """The SAMPLING_RECORDs of the sampled rows."""
         return self.arrays["sampling"]
 
     def set_counts(self, **counts: int) -> None:
-        """Sets counts of the step."""
+        """Sets counts of the step block, such as num_tokens."""
         for name, count in counts.items():
             self._words[self._number_of[name]] = count
 
     def set_pages(self, s: int, pages: list[Held]) -> None:
-        """Writes the pages of a request of the step, of each group; those of one alone go to all groups."""
+        """Writes the pages of the step's request number s, of each group; a single Held goes to all groups."""
         row = s * self._num_groups
         for held in pages if len(pages) == self._num_groups else pages * self._num_groups:
-            known = self._pages.get(row)
-            if known is None or known[0] != held.first or known[1] != held.ids:
+            last = self._pages.get(row)
+            if last is None or last[0] != held.first or last[1] != held.ids:
                 write(self.ints["page_table"], row * self._pages_per_request + held.first, held.ids)
                 self._pages[row] = held.first, list(held.ids)
             row += 1
 
     def set_record(self, row: int, fields: Mapping[str, Any]) -> None:
-        """Writes how a row samples."""
+        """Writes the SAMPLING_RECORD of a sampled row."""
         write_record(self._records, row, fields)
 
     def set_tokens(self, s: int, at: int, token_ids: Sequence[int], start: int) -> None:
-        """Writes tokens of a request, which lie at positions from `start` on, to rows from `at` on."""
+        """Writes the tokens of the step's request number s, whose positions begin at `start`, to rows from `at` on."""
         end = start + len(token_ids)
         write(self.ints["token_ids"], at, token_ids)
         write(self.ints["position"], at, range(start, end))
         self.ints["context_len"][s] = end
 
     def lay_out(self, counts: Sequence[int]) -> None:
-        """Writes which rows are whose: so many of each request."""
+        """Writes which rows belong to which request. counts: the number of rows of each request, in order."""
         at = 0
         for s, count in enumerate(counts):
             write(self.ints["request"], at, (s,) * count)

@@ -65,7 +65,7 @@ def test_requests_fail_by_name_and_their_neighbours_give_the_same_bits(model, tm
             known = [
                 engine.scheduler.pages.allocators[0].find(name) is not None
                 or engine.scheduler.prefix.disk.has("page", name)
-                for name in request.block_names[: 70 // PAGE_TOKENS]
+                for name in request.prefix.block_names[: 70 // PAGE_TOKENS]
             ]
             assert known == [request.finish_reason != "error"]
         counts = engine.counts()

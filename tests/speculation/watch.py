@@ -128,8 +128,9 @@ class Watch:
             self.events[f"rejected at {num_right}"] += 1
 
     def _check_names(self, request: Request) -> None:
-        if request.num_named * PAGE_TOKENS > request.num_computed:
-            self.faults.append(f"{request.num_named} blocks named at {request.num_computed} computed tokens")
+        num_named = request.prefix.num_named
+        if num_named * PAGE_TOKENS > request.num_computed:
+            self.faults.append(f"{num_named} blocks named at {request.num_computed} computed tokens")
 
     def _note_state(self, request: Request) -> None:
         if self._memory.state_bytes:

@@ -1,4 +1,4 @@
-"""A runner's cache memory, by page and by request, as bytes that can be kept elsewhere and brought back."""
+"""A Runner's cache memory as bytes, by page and by request's state, to be copied elsewhere and back."""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -10,21 +10,22 @@ from lockstep.runtime.program import Program
 
 
 class Part(Protocol):
-    """What a request's slot of one cache holds of its recurrent state."""
+    """The part of a request's recurrent state that lies in one cache."""
 
     num_bytes: int
 
     def read(self, slot: int, position: int, num_pending: int) -> np.ndarray:
-        """uint8 [num_bytes]: the state after `position` tokens, of which the last num_pending are pending drafts."""
+        """A slot's state after `position` tokens, the last num_pending of which are right drafts that the slot has yet
+        to absorb: uint8 [num_bytes]."""
         ...
 
     def write(self, slot: int, position: int, data: np.ndarray) -> None:
-        """Puts there the state after `position` tokens, nothing pending."""
+        """Writes a state after `position` tokens into a slot; no draft is pending."""
         ...
 
 
 class Whole:
-    """A cache that holds the state as it is."""
+    """A cache whose slots are the states themselves."""
 
     def __init__(self, rows: np.ndarray) -> None:
         self._rows, self.num_bytes = rows, rows.shape[1]
@@ -37,7 +38,7 @@ class Whole:
 
 
 class Recurrence:
-    """The memory of a gated delta rule whose drafts are recorded."""
+    """The states of a gated delta rule, and the records from which the drafts of a step can be absorbed afterwards."""
 
     def __init__(self, op: GatedDeltaVerify, arrays: Mapping[str, np.ndarray]) -> None:
         self._op = op
@@ -57,7 +58,8 @@ class Recurrence:
 
 
 class Ring:
-    """A convolution's history by position; its state is the last rows, zeros before position 0."""
+    """The inputs of a causal convolution in a ring buffer by position; its state is the last rows, zeros before
+    position 0."""
 
     def __init__(self, op: DeltaInputsVerify, arrays: Mapping[str, np.ndarray]) -> None:
         self._rows, self._count = arrays[op.state.name].reshape(-1, op.num_rows, 4 * op.channels), op.conv_width - 1
@@ -73,10 +75,10 @@ class Ring:
 
 
 class Memory:
-    """Copies pages and recurrent state out of the arrays of a Runner and into them, between steps.
+    """Copies pages and recurrent states out of the arrays of a Runner and into them, between steps.
 
-    page_bytes, state_bytes: bytes of one page of each group of pages, and of one request's state, over all layers in
-    the program's order of caches. The bytes of a state are the same whether the runner can forget drafts or not.
+    page_bytes: of each group of pages, the bytes of one page. state_bytes: of one request's state. Both are over all
+    layers, in the order of the program's caches. A state has the same bytes whether the Runner computes drafts or not.
     """
 
     def __init__(self, program: Program, arrays: Mapping[str, np.ndarray]) -> None:
@@ -97,20 +99,22 @@ class Memory:
         self.state_bytes = sum(part.num_bytes for part in self._states)
 
     def read_page(self, group: int, page: int, out: np.ndarray) -> None:
+        """Copies a page of a group to out, uint8 [page_bytes[group]]."""
         np.concatenate([a[page] for a in self._pages[group]], out=out)
 
     def write_page(self, group: int, page: int, data: np.ndarray) -> None:
+        """Copies data, as `read_page` gave it, to a page of a group."""
         at = 0
         for a in self._pages[group]:
             a[page] = data[at : at + a.shape[1]]
             at += a.shape[1]
 
     def read_state(self, slot: int, position: int, num_pending: int, out: np.ndarray) -> None:
-        """The state of a slot after `position` tokens, the last num_pending of which are drafts of its last step."""
+        """Copies a slot's state after `position` tokens to out, uint8 [state_bytes]; num_pending: see `Part.read`."""
         np.concatenate([part.read(slot, position, num_pending) for part in self._states], out=out)
 
     def write_state(self, slot: int, position: int, data: np.ndarray) -> None:
-        """Puts a state after `position` tokens into a slot."""
+        """Copies data, the state after `position` tokens, to a slot."""
         at = 0
         for part in self._states:
             part.write(slot, position, data[at : at + part.num_bytes])

@@ -1,8 +1,9 @@
-"""Which pages of the KV cache are whose: reference counts, and names for pages whose content is worth finding again.
+"""Which request holds which pages of the KV cache: reference counts, and names for pages whose content is worth finding
+again.
 
-Layers that see all keys of a sequence, and layers that see a window of some length, each have pages of their own (a
-group): those of a window are held as long as a token that is yet to be computed sees them, the others as long as their
-request.
+Layers that see all keys of a sequence have pages of their own (a group), and so have the layers of each window length.
+A request holds pages of layers with a window as long as a token that is yet to be computed sees them, and all other
+pages until it ends.
 """
 
 from collections import OrderedDict
@@ -14,36 +15,37 @@ from lockstep.ops.attention.kv_cache import PAGE_TOKENS
 
 
 def pages_for(num_tokens: int) -> int:
-    """Pages that hold so many tokens from position 0 on."""
+    """The number of pages that hold the tokens of positions 0 .. num_tokens - 1."""
     return -(-num_tokens // PAGE_TOKENS)
 
 
 def most_pages(num_tokens: int) -> int:
-    """Pages that so many tokens may lie on, wherever they begin: at least one."""
+    """The most pages on which num_tokens neighbouring tokens can lie, whatever the position of the first; at least
+    1."""
     return (num_tokens + PAGE_TOKENS - 2) // PAGE_TOKENS + 1
 
 
 @dataclass(frozen=True)
 class PageGroup:
-    """Pages that live equally long. num_pages: of all requests together. window: how many keys a token sees there, its
-    own included; 0: all up to its own."""
+    """The pages of all layers with the same window. num_pages: of all requests together. window: how many keys a token
+    sees, its own included; 0: all keys up to its own."""
 
     num_pages: int
     window: int = 0
 
     def first_seen(self, position: int) -> int:
-        """The first page of a request that a token at a position, and any token after it, sees."""
+        """The number of the first page that a request's token at a position, or any token after it, sees."""
         return max(0, position + 1 - self.window) // PAGE_TOKENS if self.window else 0
 
     def needed(self, num_tokens: int) -> int:
-        """The pages with which a request of so many tokens can be computed one by one."""
+        """The number of pages with which a request of num_tokens tokens can be computed token by token."""
         return min(pages_for(num_tokens), most_pages(self.window)) if self.window else pages_for(num_tokens)
 
 
 @dataclass
 class Held:
-    """Pages of one group that a request holds: `ids` are those of its pages number first, first + 1, ... in order of
-    position. num_lent: how many of the last hold nothing but drafts."""
+    """The pages of one group that a request holds. ids: the page ids of its pages number first, first + 1, ... in order
+    of position. num_lent: how many of the last pages hold nothing but drafts."""
 
     first: int = 0
     ids: list[int] = field(default_factory=list)
@@ -51,21 +53,21 @@ class Held:
 
     @property
     def end(self) -> int:
-        """The number of the page after the last."""
+        """The number of the page after the last one."""
         return self.first + len(self.ids)
 
 
 def everywhere(page_ids: Sequence[int]) -> list[Held]:
-    """What a Span holds if it has the same pages in every group, all of them from position 0 on."""
+    """The pages of a Span that has the same page ids in every group, from position 0 on."""
     return [Held(0, list(page_ids))]
 
 
 class PageAllocator:
     """Hands out page ids 0 .. num_pages - 1 of one group.
 
-    A page is held by one request or shared by several. A named page that nobody holds keeps its content (it is idle)
-    until memory is needed: free pages are taken first, those freed last before others, then idle ones: first those that
-    nobody is known to want, then the least recently used.
+    A page is held by one request or shared by several. A named page that no request holds is idle: it keeps its content
+    until its memory is needed. Free pages are taken first, the one freed last before the others; then idle pages: first
+    those that were given back as unwanted, then the least recently used.
     """
 
     def __init__(self, num_pages: int) -> None:
@@ -78,20 +80,21 @@ class PageAllocator:
 
     @property
     def num_free(self) -> int:
-        """Pages that can be taken: unused and idle ones."""
+        """Pages that can be taken: blank and idle ones."""
         return len(self._free) + len(self._idle)
 
     @property
     def num_idle(self) -> int:
+        """Named pages that no request holds."""
         return len(self._idle)
 
     @property
     def num_blank(self) -> int:
-        """Pages that nobody uses and that hold nothing."""
+        """Pages that no request holds and that have no name."""
         return len(self._free)
 
     def take(self, count: int) -> list[int] | None:
-        """`count` page ids, or None if there are not so many. What idle pages held is forgotten."""
+        """`count` page ids, or None if fewer can be taken. Idle pages that are taken lose their name."""
         if count > self.num_free:
             return None
         pages = [self._free.pop() if self._free else self._evict() for _ in range(count)]
@@ -110,7 +113,7 @@ class PageAllocator:
         return self._page_of.get(name)
 
     def forget(self, name: bytes) -> None:
-        """Takes a name back: its page, if there is one, is found no more."""
+        """Takes a name away from its page, if it has one: `find` no longer finds the page."""
         page = self._page_of.pop(name, None)
         if page is not None:
             del self._name_of[page]
@@ -122,13 +125,13 @@ class PageAllocator:
         return page in self._idle
 
     def share(self, page: int) -> None:
-        """One more holder for a named page."""
+        """Adds a holder to a named page."""
         assert page in self._name_of, f"page {page} has no name"
         self._idle.pop(page, None)
         self._holders[page] += 1
 
     def name(self, page: int, name: bytes) -> None:
-        """Names a held page by its content, unless that content is in another page already."""
+        """Names a held page by its content, unless another page has that name already."""
         assert self._holders[page], f"page {page} is held by nobody"
         if name not in self._page_of and page not in self._name_of:
             self._page_of[name], self._name_of[page] = page, name
@@ -137,8 +140,8 @@ class PageAllocator:
         return self._holders[page]
 
     def give_back(self, pages: Sequence[int], is_wanted: bool = True) -> None:
-        """Ends a holder's claim on its pages, given in order of position: the last will be evicted first. is_wanted:
-        whether others are likely to look for them."""
+        """Removes a holder from its pages, given in order of position: the last will be evicted first. is_wanted:
+        whether other requests are likely to look for them."""
         for page in reversed(pages):
             assert self._holders[page], f"page {page} was given back twice"
             self._holders[page] -= 1
@@ -152,10 +155,10 @@ class PageAllocator:
 
 
 class PagePool:
-    """The pages of all groups: an allocator each, and how what a request holds of them follows its tokens.
+    """The pages of all groups: one allocator per group, and which pages a request takes and gives back as it grows.
 
-    What a request holds is a list of Held, one of each group; `none` before it has any. has_windows: whether there is a
-    group that gives pages back while a request runs.
+    `pages` is everywhere the list of a request's Held, one of each group; `none` makes the list of a request without
+    pages. has_windows: whether a group has a window, so that running requests give pages back.
     """
 
     def __init__(self, groups: Sequence[PageGroup]) -> None:
@@ -165,7 +168,7 @@ class PagePool:
 
     @property
     def num_pages(self) -> int:
-        """Of all groups, as are the other counts."""
+        """Pages of all groups together; the other counts are of all groups, too."""
         return sum(group.num_pages for group in self.groups)
 
     @property
@@ -181,27 +184,29 @@ class PagePool:
         return sum(allocator.num_evicted for allocator in self.allocators)
 
     def none(self) -> list[Held]:
-        """What a request holds that has no page yet."""
+        """The pages of a request that has none yet."""
         return [Held() for _ in self.groups]
 
-    def extend(self, pages: Sequence[Held], start: int, count: int, kept: Sequence[int] = ()) -> int:
-        """Takes pages for up to `count` tokens from position `start` on; for how many every group has pages.
+    def extend(self, pages: Sequence[Held], start: int, count: int, reserved: Sequence[int] = ()) -> int:
+        """Takes pages for up to `count` tokens from position `start` on; returns for how many tokens every group has
+        pages.
 
-        kept: of each group, how many pages are left for others.
+        reserved: of each group, how many free pages are not to be taken; empty: none.
         """
-        for held in pages:  # a loop, and no property: every step of every request comes here, and mostly goes on
+        for held in pages:  # a plain loop: every request comes here in every step, and mostly needs no page
             if (held.first + len(held.ids)) * PAGE_TOKENS < start + count:
                 break
         else:
             return count
-        free = [allocator.num_free - left for allocator, left in zip(self.allocators, kept or repeat(0), strict=False)]
+        pairs = zip(self.allocators, reserved or repeat(0), strict=False)
+        free = [allocator.num_free - num_reserved for allocator, num_reserved in pairs]
         ends = (held.end + max(0, num_free) for held, num_free in zip(pages, free, strict=True))
         count = max(0, min(count, min(ends) * PAGE_TOKENS - start))
         self._take(pages, pages_for(start + count) if count else 0)
         return count
 
     def take_all(self, pages: Sequence[Held], num_tokens: int) -> bool:
-        """Takes pages for so many tokens in the groups that keep all of them; whether there were enough."""
+        """Takes pages for num_tokens tokens in the groups without a window; returns whether there were enough."""
         whole = [
             (held, allocator)
             for held, group, allocator in zip(pages, self.groups, self.allocators, strict=True)
@@ -215,7 +220,8 @@ class PagePool:
         return True
 
     def lend(self, pages: Sequence[Held], start: int, count: int) -> int:
-        """The same for drafts, of pages that hold nothing; they are lent until `settle`."""
+        """Lends blank pages for up to `count` drafts from position `start` on, until `settle`; returns for how many
+        drafts every group has pages."""
         ends = (held.end + allocator.num_blank for held, allocator in zip(pages, self.allocators, strict=True))
         count = max(0, min(count, min(ends) * PAGE_TOKENS - start))
         before = [held.end for held in pages]
@@ -225,7 +231,7 @@ class PagePool:
         return count
 
     def _take(self, pages: Sequence[Held], end: int) -> None:
-        """Takes pages up to number `end`, of which there are enough."""
+        """Takes the pages before number `end`, for which there must be enough free ones."""
         for held, allocator in zip(pages, self.allocators, strict=True):
             if held.end < end:
                 taken = allocator.take(end - held.end)
@@ -233,14 +239,14 @@ class PagePool:
                 held.ids += taken
 
     def settle(self, pages: Sequence[Held], num_tokens: int) -> None:
-        """Takes back what was lent and holds none of the first so many tokens."""
+        """Takes back the lent pages that hold none of the first num_tokens tokens; the others are lent no longer."""
         for held, allocator in zip(pages, self.allocators, strict=True):
             if held.num_lent:
                 self._cut(held, allocator, max(pages_for(num_tokens), held.end - held.num_lent))
                 held.num_lent = 0
 
     def cut(self, pages: Sequence[Held], num_tokens: int) -> None:
-        """Gives back the pages after the first so many tokens."""
+        """Gives back the pages that hold none of the first num_tokens tokens."""
         for held, allocator in zip(pages, self.allocators, strict=True):
             self._cut(held, allocator, pages_for(num_tokens))
 
@@ -250,8 +256,8 @@ class PagePool:
         del held.ids[end - held.first :]
 
     def drop_unseen(self, pages: Sequence[Held], position: int, stops: Sequence[int] = ()) -> None:
-        """Gives back the pages that no token from a position on sees. stops: positions from which others may go on, who
-        want what a token there sees."""
+        """Gives back the pages that no token from a position on sees. stops: positions from which other requests may go
+        on: the pages that a token sees there are given back as wanted."""
         for held, group, allocator in zip(pages, self.groups, self.allocators, strict=True):
             first = group.first_seen(position)
             for number in range(held.first, first):
@@ -262,16 +268,16 @@ class PagePool:
                 held.first = first
 
     def name(self, pages: Sequence[Held], number: int, name: bytes) -> None:
-        """Names a request's page of a number by its content, in every group."""
+        """Names a request's page number `number` by its content, in every group."""
         for held, allocator in zip(pages, self.allocators, strict=True):
             allocator.name(held.ids[number - held.first], name)
 
     def forget(self, name: bytes) -> None:
-        """Takes a name back in every group."""
+        """Takes a name away from its pages in every group."""
         for allocator in self.allocators:
             allocator.forget(name)
 
     def give_back(self, pages: Sequence[Held]) -> None:
-        """Ends a holder's claim on all its pages."""
+        """Gives back all pages of a request."""
         for held, allocator in zip(pages, self.allocators, strict=True):
             allocator.give_back(held.ids)

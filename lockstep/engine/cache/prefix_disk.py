@@ -1,10 +1,10 @@
-"""The prefix cache's second home: pages and states as files, which outlive the process and may be shared by several.
+"""The prefix cache on disk: pages and states as files, which outlive the process and may be shared by several
+processes.
 
 An entry is a file named by the model's content hash and its block's name: a header (magic, kind, name, length,
-checksum) and the bytes. Until the content hash is known, entries wait in memory. An entry is
-written beside its place and renamed, so that it is there whole or not at all. What is not as its header says is dropped
-and counted, never used. The checksum finds damage, not malice: who may write to the folder may change what the model
-sees.
+checksum) and the bytes. Until the content hash is known, entries wait in memory. An entry is written to a temporary
+file and renamed, so that it is there whole or not at all. An entry that does not fit its header is removed and counted,
+never used. The checksum finds damage, not malice: whoever may write to the folder may change what the model sees.
 """
 
 import contextlib
@@ -27,15 +27,16 @@ from lockstep.user_cache import NotPrivate, make_private
 from lockstep.weights.content import ContentHash
 
 MAGIC, HEADER = b"lockstep cache 1", struct.Struct("<16s8s32sQ16s")
-MAKING, FORGOTTEN_SECONDS = ".making-", 3600  # what a killed process left behind may go after so long
-GRACE_SECONDS = 2  # that closing waits for the content hash, if something is to be written
-WAIT_SECONDS = 0.05  # between two looks whether the content hash is known
-RESCAN = 64  # writes after which the folder is looked at again: other processes write to it too
+MAKING, FORGOTTEN_SECONDS = ".making-", 3600  # prefix of temporary files; older ones, of killed processes, are removed
+GRACE_SECONDS = 2  # how long `close` waits for the content hash, if an entry is to be written
+WAIT_SECONDS = 0.05  # between two checks whether the content hash is known
+RESCAN = 64  # writes after which the folder is listed again: other processes write to it, too
 
 
 @dataclass
 class DiskCounts:
-    """damaged: entries that were not what they should be. skipped: not written, since the disk was too slow or full."""
+    """Entries so far. damaged: not as their header says, or unreadable. skipped: not written, since too many waited,
+    the disk was full, or the content hash was not known in time."""
 
     written: int = 0
     loaded: int = 0
@@ -45,11 +46,11 @@ class DiskCounts:
 
 
 class DiskStore:
-    """Entries of several kinds in a folder of at most `max_bytes`; those used longest ago (by file time) go first.
+    """Entries of several kinds in a folder of at most `max_bytes`; the least recently used (by file time) make room.
 
-    sizes: {kind: bytes of an entry}, of pages of each group of layers (`prefix.page_kind`) and of states. content: the
-    model's ContentHash. A thread of its own writes; up to `max_pending` bytes wait for it. Raises ValueError for a
-    folder that cannot be made or written, or that others can write to.
+    sizes: {kind: bytes of an entry}, of the pages of each group (`prefix.page_kind`) and of states. content: the
+    model's ContentHash. A thread of its own writes; up to `max_pending` bytes wait for it. ValueError for a folder that
+    cannot be made or written, or to which other users can write.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class DiskStore:
         self._writer.start()
 
     def _scan(self) -> None:
-        """Finds the entries that are there and their bytes, in order of use."""
+        """Lists the entries in the folder and their bytes, in order of use; removes forgotten temporary files."""
         found = []
         for file in os.scandir(self.folder):
             with contextlib.suppress(OSError):
@@ -92,10 +93,10 @@ class DiskStore:
     # ------------------------------------------------------------ entries
 
     def entry(self, kind: str, name: bytes) -> tuple[str, bytes] | None:
-        """The file of an entry and what its header calls it; None as long as the content hash is not known."""
+        """The file of an entry and the name in its header; None as long as the content hash is not known."""
         try:
             content = self._content.known
-        except (OSError, ValueError):  # whoever loaded the model was told; nothing can be kept for it
+        except (OSError, ValueError):  # hashing failed, which loading the model reports: nothing can be kept
             return None
         if content is None:
             return None
@@ -103,12 +104,12 @@ class DiskStore:
         return f"{on_disk.hex()}.{kind}", on_disk
 
     def has(self, kind: str, name: bytes) -> bool:
-        """Whether there is an entry, which may still turn out to be damaged."""
+        """Whether there is an entry; `load` may still find it damaged."""
         entry = self.entry(kind, name)
         return (kind, name) in self._pending or (entry is not None and entry[0] in self._files)
 
     def save(self, kind: str, name: bytes, fill: Callable[[np.ndarray], object]) -> None:
-        """Keeps an entry that is not there yet: fill(uint8 array) writes its bytes."""
+        """Keeps an entry, unless there is one of this name; fill(uint8 array) writes its bytes."""
         size = self.sizes[kind]
         with self._lock:
             if self.has(kind, name):
@@ -122,7 +123,7 @@ class DiskStore:
         self._queue.put((kind, name))
 
     def load(self, kind: str, name: bytes) -> np.ndarray | None:
-        """The bytes of an entry, uint8 [size]; None if it is not there any more or is not what it should be."""
+        """The bytes of an entry, uint8 [size]; None if it is gone or damaged."""
         entry = self.entry(kind, name)
         with self._lock:
             if (kind, name) in self._pending:
@@ -132,7 +133,7 @@ class DiskStore:
             file, on_disk = entry
             try:
                 data = self._read(kind, on_disk, self.folder / file)
-            except FileNotFoundError:  # another process made room
+            except FileNotFoundError:  # another process removed it to make room
                 self._drop(file)
                 return None
             except (OSError, ValueError):
@@ -146,11 +147,11 @@ class DiskStore:
         return data
 
     def forget(self, kind: str, name: bytes) -> None:
-        """Removes an entry, if there is one, as soon as all that was saved before is written."""
+        """Removes an entry, if there is one, after all entries that were saved before are written."""
         self._queue.put(functools.partial(self._forget, kind, name))
 
     def _forget(self, kind: str, name: bytes) -> None:
-        entry = self.entry(kind, name)  # known, if anything was written or could be found
+        entry = self.entry(kind, name)  # None only if no entry was ever written or found
         with self._lock:
             if entry is not None:
                 self._drop(entry[0])
@@ -201,7 +202,7 @@ class DiskStore:
                 self.counts.skipped += 1
 
     def _entry_when_known(self, kind: str, name: bytes) -> tuple[str, bytes] | None:
-        """`entry`, once the content hash is known; None if it is not soon after this store is closed."""
+        """`entry`, once the content hash is known; None if it is not known GRACE_SECONDS after `close`."""
         with contextlib.suppress(OSError, ValueError):
             while self._content.known is None and not self._closing.wait(WAIT_SECONDS):
                 pass
@@ -209,7 +210,7 @@ class DiskStore:
         return self.entry(kind, name)
 
     def write_file(self, file: str, header: bytes, data: np.ndarray) -> None:
-        """Writes an entry's file, whole or not at all. OSError if that is not possible."""
+        """Writes an entry's file, whole or not at all. OSError if it cannot be written."""
         handle, beside = tempfile.mkstemp(prefix=MAKING, dir=self.folder)
         try:
             with os.fdopen(handle, "wb") as out:
@@ -227,13 +228,13 @@ class DiskStore:
             self.counts.evicted += 1
 
     def flush(self) -> None:
-        """Returns when all that was saved so far is on disk."""
+        """Waits until all entries that were saved so far are on disk."""
         done = threading.Event()
         self._queue.put(done.set)
         done.wait()
 
     def close(self) -> None:
-        """Writes what is left (nothing, if the content hash is not known yet) and ends the thread."""
+        """Writes the entries that wait (none, if the content hash is not known in time) and ends the thread."""
         self._closing.set()
         self._queue.put(None)
         self._writer.join()

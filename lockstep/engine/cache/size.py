@@ -1,4 +1,5 @@
-"""How many tokens a context may have and a KV cache holds, by this machine's memory. It changes no bit of an answer."""
+"""How many tokens a context may have, and how many pages the KV cache gets, by this machine's memory. Neither changes a
+bit of an answer."""
 
 import os
 from bisect import bisect_right
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from lockstep.engine.model import Model
 
 SHARE = 2  # one half of the memory that is free beside the weights may become KV cache
-CACHE_BYTES = 2 << 30  # what serves many requests and keeps prefixes; a single long context may take more
-LEAST_CONTEXT = 4096  # whatever is free: what nobody uses takes no memory
+CACHE_BYTES = 2 << 30  # of KV cache for many requests and prefixes; a single long context may take more
+LEAST_CONTEXT = 4096  # tokens, however little memory is free: pages that are never used take none
 CGROUPS = Path("/sys/fs/cgroup")
 # a limit on memory and what counts against it, in the folder of a control group, of its second and first version
 CGROUP_FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
@@ -34,8 +35,8 @@ CGROUP_FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "mem
 
 @dataclass(frozen=True)
 class ContextSize:
-    """A context, and what keeps it below the model's own: "memory", "kv_tokens", "max_context", "positions" (more than
-    MAX_POSITIONS must be asked for) or None."""
+    """The length of a context, and the limit that keeps it below the model's own: "memory", "kv_tokens", "max_context",
+    "positions" (MAX_POSITIONS, unless max_context asks for more) or None."""
 
     num_tokens: int
     limit: str | None = None
@@ -43,9 +44,9 @@ class ContextSize:
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes that a model takes, and a smaller one that drafts for it, which has as many pages: weights; {window: a page
-    of KV cache over all layers that see so many keys}, 0: that see all; what a request has beside pages; whether there
-    are recurrent states to be kept."""
+    """Bytes that a model and its draft model (if any; it has as many pages) take. weights: of both. pages: {window: one
+    page of KV cache over all layers of this window}, 0: layers without a window. request: of one request, beside its
+    pages. has_states: whether the model has recurrent states, which the prefix cache keeps."""
 
     weights: int
     pages: Mapping[int, int]
@@ -54,41 +55,45 @@ class Needs:
 
 
 def needs(model: "Model", options: "EngineOptions", draft: "Model | None" = None) -> Needs:
-    """The Needs of a model with EngineOptions, and of the model that drafts for it."""
+    """The Needs of a model with EngineOptions, and of its draft model."""
     programs = [model.recorded, *([model.recorded_mtp] if model.drafts_by_mtp(options.speculate) else [])]
     of_page = Counter[int]()
     for program in programs:
         of_page.update(page_bytes(program))
-    made = Needs(
+    of_model = Needs(
         weight_bytes(*programs),
         of_page,
         request_bytes(model.recorded, options.num_drafts),
         request_bytes(model.recorded, 0) > 0,
     )
     if draft is None:
-        return made
-    own = needs(draft, replace(options, speculate="off"))
-    request = made.request + SLOTS * own.request
-    return Needs(made.weights + own.weights, Counter(made.pages) + Counter(own.pages), request, made.has_states)
+        return of_model
+    of_draft = needs(draft, replace(options, speculate="off"))
+    return Needs(
+        of_model.weights + of_draft.weights,
+        Counter(of_model.pages) + Counter(of_draft.pages),
+        of_model.request + SLOTS * of_draft.request,
+        of_model.has_states,
+    )
 
 
 def page_bytes(program: Program) -> Mapping[int, int]:
-    """{window: bytes of a page over all layers that see so many keys}."""
-    made = Counter[int]()
+    """{window: bytes of one page over all layers of this window}."""
+    num_bytes = Counter[int]()
     for cache in program.caches:
         if cache.kind == "pages":
-            made[cache.window] += cache.bytes_each
-    return made
+            num_bytes[cache.window] += cache.bytes_each
+    return num_bytes
 
 
 def page_groups(program: Program, num_pages: int, options: "EngineOptions") -> tuple[PageGroup, ...]:
-    """The pages of each group of a program, where layers that see all keys have num_pages."""
+    """The groups of pages of a program, where the layers without a window have num_pages pages."""
     return tuple(PageGroup(_group_pages(w, num_pages, options), w) for w in program.windows() or [0])
 
 
 def _group_pages(window: int, num_pages: int, options: "EngineOptions") -> int:
-    """How many pages the layers of a window have: what as many requests as may run hold while they decode, drafts
-    included, and what a step of one prompt takes beside that; never more than the layers that see all keys."""
+    """How many pages the layers of a window have: as many as max_requests requests hold while they decode, drafts
+    included, and a step of one prompt beside them; never more than the layers without a window."""
     if not window:
         return num_pages
     decoding = options.max_requests * most_pages(window + options.num_drafts)
@@ -96,7 +101,7 @@ def _group_pages(window: int, num_pages: int, options: "EngineOptions") -> int:
 
 
 def cache_bytes(needed: Needs, num_pages: int, options: "EngineOptions") -> int:
-    """Bytes of the pages of all groups, where layers that see all keys have num_pages."""
+    """Bytes of the pages of all groups, where the layers without a window have num_pages pages."""
     return sum(each * _group_pages(window, num_pages, options) for window, each in needed.pages.items())
 
 
@@ -104,10 +109,10 @@ def context_size(
     model: "Model", options: "EngineOptions", max_context: int | None = None, draft: "Model | None" = None
 ) -> ContextSize:
     """The ContextSize of a model with EngineOptions: the model's own, as far as max_context and kv_tokens allow; where
-    neither is given, as far as memory holds its KV cache.
+    neither is given, as far as its KV cache fits in memory.
 
-    max_context: what the model was loaded with. None: for all its positions, up to MAX_POSITIONS. draft: a smaller
-    model that drafts for it.
+    max_context: with which the model was loaded; None: with all its positions, up to MAX_POSITIONS. draft: its draft
+    model.
     """
     bounds = [ContextSize(model.config.max_positions)]
     bounds.append(
@@ -119,61 +124,61 @@ def context_size(
         needed = needs(model, options, draft)
         held = _pages_in(needed, _free_for_pages(needed, options), options) * PAGE_TOKENS
         bounds.append(ContextSize(max(LEAST_CONTEXT, held), "memory"))
-    return min(bounds, key=lambda bound: bound.num_tokens)  # the first of equal ones: more of the others gives no more
+    return min(bounds, key=lambda bound: bound.num_tokens)  # the first of equal bounds: raising a later one helps not
 
 
 def num_pages(model: "Model", options: "EngineOptions", draft: "Model | None" = None) -> int:
-    """Pages of KV cache, of layers that see all keys, for these options: what max_requests full contexts need, up to
-    CACHE_BYTES and to what memory holds, and those of one context in any case. ValueError for kv_tokens that are more
-    than this machine's memory.
+    """How many pages of KV cache layers without a window get: for kv_tokens, or by default for max_requests full
+    contexts, up to CACHE_BYTES and to what fits in memory, but at least for one full context. ValueError for kv_tokens
+    that take more than this machine's memory.
 
-    draft: a smaller model that drafts for this one.
+    draft: the model's draft model.
     """
-    a_request, needed = -(-model.max_context // PAGE_TOKENS), needs(model, options, draft)
+    per_context, needed = pages_for(model.max_context), needs(model, options, draft)
     if options.kv_tokens is None:
         most = min(CACHE_BYTES, _free_for_pages(needed, options))
-        return max(a_request, min(a_request * options.max_requests, _pages_in(needed, most, options)))
-    asked, memory = -(-options.kv_tokens // PAGE_TOKENS), _physical_bytes()
-    taken, others = cache_bytes(needed, asked, options), options.max_requests * needed.request
-    if taken + others > memory:
-        beside = f", of which {options.max_requests} requests take {others / 2**30:.1f}" if others else ""
-        enough = _pages_in(needed, max(0, memory - others), options) * PAGE_TOKENS
+        return max(per_context, min(per_context * options.max_requests, _pages_in(needed, most, options)))
+    count, memory = pages_for(options.kv_tokens), _physical_bytes()
+    of_cache, of_requests = cache_bytes(needed, count, options), options.max_requests * needed.request
+    if of_cache + of_requests > memory:
+        beside = f", of which {options.max_requests} requests take {of_requests / 2**30:.1f}" if of_requests else ""
+        enough = _pages_in(needed, max(0, memory - of_requests), options) * PAGE_TOKENS
         raise ValueError(
-            f"kv_tokens: {options.kv_tokens} tokens take {taken / 2**30:.1f} GiB; this machine has "
+            f"kv_tokens: {options.kv_tokens} tokens take {of_cache / 2**30:.1f} GiB; this machine has "
             f"{memory / 2**30:.1f}{beside}, enough for {enough}"
         )
-    return asked
+    return count
 
 
 def _pages_in(needed: Needs, num_bytes: int, options: "EngineOptions") -> int:
-    """How many pages layers that see all keys have where all groups together take so many bytes."""
-    counts = range(num_bytes + 1)  # that many, where there are no such layers
+    """How many pages layers without a window get where the pages of all groups together take num_bytes."""
+    counts = range(num_bytes + 1)  # num_bytes pages where no page takes any byte
     return bisect_right(counts, num_bytes, key=lambda count: cache_bytes(needed, count, options)) - 1
 
 
 def request_bytes(program: Program, num_drafts: int) -> int:
-    """Bytes that a request has beside its pages, over all layers: its recurrent state, and what lets up to num_drafts
-    drafts of a step be forgotten."""
+    """Bytes of one request beside its pages, over all layers: its recurrent state, and the records from which up to
+    num_drafts drafts of a step are absorbed or dropped."""
     run = verifying(program, num_drafts) if num_drafts else program
     return sum(c.bytes_each for c in run.caches if c.kind != "pages")
 
 
 def _free_for_pages(needed: Needs, options: "EngineOptions") -> int:
-    """Bytes that KV pages may take beside weights, what requests have beside them, and kept states."""
-    kept = options.state_bytes if needed.has_states and options.prefix_cache else 0
-    return max(0, (available_bytes() - needed.weights) // SHARE - options.max_requests * needed.request - kept)
+    """Bytes that KV pages may take beside the weights, the requests' states and the kept states."""
+    of_states = options.state_bytes if needed.has_states and options.prefix_cache else 0
+    return max(0, (available_bytes() - needed.weights) // SHARE - options.max_requests * needed.request - of_states)
 
 
 def weight_bytes(*programs: Program) -> int:
-    """Bytes of the weights of programs in memory, of those that they share once. A table of embeddings is there beside
-    the head that is made of it."""
+    """Bytes of the weights of programs in memory; a weight that programs share counts once. A table of embeddings and
+    the head that is made from the same tensor count as two."""
     ops = [op for program in programs for op in program.ops]
     weights = {(isinstance(op, Embed), w.name): w for op in reversed(ops) for w in op.inputs if isinstance(w, Weight)}
     return sum(map(_stored_bytes, weights.values()))
 
 
 def _stored_bytes(weight: Weight) -> int:
-    """Bytes of a weight in its format; of codes those of the codes, beside which scales are few."""
+    """Bytes of a weight in its format; of integer codes without their scales, which take little."""
     if weight.format == CODES:
         return int(np.prod(weight.shape))
     shape, dtype = stored_shape(weight.format, tuple(weight.shape))
@@ -184,7 +189,7 @@ def _stored_bytes(weight: Weight) -> int:
 
 
 def available_bytes() -> int:
-    """Memory that this process may still take without others being pushed out: free, or holding files."""
+    """Memory that this process may still take without pushing others' out: free, or a cache of files."""
     return max(0, min([_free_bytes(), *_cgroup_bytes(), *_address_bytes()]))
 
 
@@ -193,17 +198,17 @@ def _physical_bytes() -> int:
 
 
 def _free_bytes() -> int:
-    """The system's own estimate; half of the memory where it gives none."""
-    found = _numbers("/proc/meminfo")
-    free = found.get("MemAvailable", _physical_bytes() // 2048) << 10
-    if file_text("/proc/sys/vm/overcommit_memory") == "2":  # memory is refused even where nobody touches it
-        free = min(free, (found["CommitLimit"] - found["Committed_AS"]) << 10)
+    """The system's own estimate of available memory; half of the physical memory where it gives none."""
+    meminfo = _numbers("/proc/meminfo")
+    free = meminfo.get("MemAvailable", _physical_bytes() // 2048) << 10
+    if file_text("/proc/sys/vm/overcommit_memory") == "2":  # the system refuses memory even before it is touched
+        free = min(free, (meminfo["CommitLimit"] - meminfo["Committed_AS"]) << 10)
     return free
 
 
 def _cgroup_bytes() -> Iterator[int]:
-    """What the control groups of this process leave, one number for each limit. Pages that only hold files count as
-    free."""
+    """Bytes that the control groups of this process leave, one number for each limit. Memory that caches files counts
+    as free."""
     for line in file_text("/proc/self/cgroup").splitlines():
         _, names, path = line.split(":", 2)
         root = CGROUPS / "memory" if "memory" in names.split(",") else CGROUPS
@@ -214,12 +219,12 @@ def _cgroup_bytes() -> Iterator[int]:
             for limit, used in CGROUP_FILES:
                 most, taken = file_text(folder / limit), file_text(folder / used)
                 if most.isdigit() and taken.isdigit():
-                    known = _numbers(folder / "memory.stat")
-                    yield int(most) - int(taken) + known.get("total_inactive_file", known.get("inactive_file", 0))
+                    stat = _numbers(folder / "memory.stat")
+                    yield int(most) - int(taken) + stat.get("total_inactive_file", stat.get("inactive_file", 0))
 
 
 def _address_bytes() -> Iterator[int]:
-    """What `ulimit -v` leaves, if there is such a limit."""
+    """Bytes that `ulimit -v` leaves, if there is such a limit."""
     try:
         import resource
     except ImportError:
@@ -231,7 +236,7 @@ def _address_bytes() -> Iterator[int]:
 
 
 def file_text(path: str | Path) -> str:
-    """The text of one of the system's files; "" where there is none."""
+    """The text of one of the system's files; "" where the file cannot be read."""
     try:
         return Path(path).read_text().strip()
     except OSError:

@@ -1,4 +1,4 @@
-"""Checkpoints of recurrent state in host memory: least recently used out, bounded by bytes."""
+"""Kept recurrent states in memory, at most so many bytes of them: the least recently used one makes room."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -7,7 +7,7 @@ import numpy as np
 
 
 class StateStore:
-    """Named states of `state_bytes` each. Memory is taken as it is needed, and used again."""
+    """Named states of `state_bytes` each, together at most max_bytes. Memory is taken when it is needed, and reused."""
 
     def __init__(self, max_bytes: int, state_bytes: int) -> None:
         self.max_states, self.state_bytes = max_bytes // state_bytes, state_bytes
@@ -22,13 +22,13 @@ class StateStore:
         return len(self._states)
 
     def get(self, name: bytes) -> np.ndarray | None:
-        """uint8 [state_bytes], which stays as it is until the next `put`; None where there is none."""
+        """The state of a name, uint8 [state_bytes], unchanged until the next `put`; None if there is none."""
         if name in self._states:
             self._states.move_to_end(name)
         return self._states.get(name)
 
     def put(self, name: bytes, fill: Callable[[np.ndarray], object]) -> None:
-        """Keeps a state; fill(array) writes it. What was used longest ago makes room."""
+        """Keeps a state, unless there is one of this name; fill(array) writes its bytes."""
         if name in self._states:
             self._states.move_to_end(name)
             return
@@ -40,6 +40,6 @@ class StateStore:
         self._states[name] = array
 
     def drop(self, name: bytes) -> None:
-        """Forgets a state, if it is there."""
+        """Forgets the state of a name, if there is one."""
         if name in self._states:
             self._spare.append(self._states.pop(name))

@@ -97,8 +97,8 @@ class Drafter:
 
     source: of texts, or None. num_drafts: of one request in a step; None: as many as pay. eos_ids: the model's end
     tokens, after which nothing is drafted. head: a model that guesses where texts do not guess better. counts: {source:
-    DraftCounts}. rests: whether this step is not to be timed: nothing follows from it, or it is like others before it.
-    tells: whether hidden states may be wanted of this step.
+    DraftCounts}. is_untimed: whether the time of this step is not to be taken in: nothing would follow from it, or a
+    like step was timed a few steps ago. may_need_hidden: whether hidden states of this step may be needed.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class Drafter:
         # steps that are surely like the last one, of so many requests; sorts of drafts that there are
         self._num_quiet = self._num_rows = 0
         self._sorts = [sort for sort, there_is in ((TEXTS, source), (HEAD, head)) if there_is is not None]
-        self.rests = self.tells = False
+        self.is_untimed = self.may_need_hidden = False
         self.counts: dict[str, DraftCounts] = {}
 
     def draft(self, plan: list[tuple[Request, int]]) -> dict[Request, Drafts]:
@@ -135,9 +135,9 @@ class Drafter:
         able = [request for request in decoding if may_draft(request)]
         looking, guessing, is_due = self._awake(able, len(decoding), len(plan))
         self._passed_over, self._seconds_guessing, self._since_asked = {}, 0.0, self._since_asked + 1
-        self.rests, self.tells = not self._weighs, self.head is not None
+        self.is_untimed, self.may_need_hidden = not self._weighs, self.head is not None
         if not (looking or guessing or is_due):
-            self.rests = self.rests or self._choice.was_timed(len(decoding))
+            self.is_untimed = self.is_untimed or self._choice.was_timed(len(decoding))
             self._num_rows, self._num_quiet = len(plan), 0 if self._is_fixed else self._choice.num_quiet(self._sorts)
             return {}
         spare = self._left(plan)
@@ -148,13 +148,15 @@ class Drafter:
         guessing = guessing or (is_due and not is_found)
         if not guessing and not is_found:
             self._choice.found_nothing(len(decoding))
-            self.rests = self.rests or self._choice.was_timed(len(decoding))
+            self.is_untimed = self.is_untimed or self._choice.was_timed(len(decoding))
             return {}
         asked = self._lent(able, made, self._chosen(able, made, len(decoding), spare, guessing), spare)
         if self.head and guessing:
             reads = [(r, 0) for r, _ in plan if r.num_left > 1 and may_draft(r) and self._is_read(r)]
             self._ask(self.head, reads + list(asked.items()), made, sum(count for _, count in plan))
-        self.rests = self.rests or not any(made.values())  # what it cost to find none is no part of such a step
+        self.is_untimed = self.is_untimed or not any(
+            made.values()
+        )  # what it cost to find none is no part of such a step
         return made
 
     def _is_quiet(self, plan: list[tuple[Request, int]]) -> bool:
@@ -167,7 +169,7 @@ class Drafter:
             self._num_quiet = 0
             return False
         self._choice.begin()
-        self.rests, self.tells, self._since_asked = True, False, self._since_asked + 1
+        self.is_untimed, self.may_need_hidden, self._since_asked = True, False, self._since_asked + 1
         return True
 
     def _awake(self, able: list[Request], rows: int, num_planned: int) -> tuple[bool, bool, bool]:

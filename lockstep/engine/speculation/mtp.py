@@ -94,7 +94,7 @@ class MtpDrafts:
     def _has(self, request: Request, number: int) -> bool:
         """Whether all pairs of a request's page are there."""
         name = self.names.get(request.pages[self._group].ids[number])
-        return name is not None and name == request.block_names[number]
+        return name is not None and name == request.prefix.block_names[number]
 
     def ready(self, request: Request, most: int) -> int:
         """How many drafts a request could have, up to `most`."""

@@ -1,4 +1,4 @@
-"""Whether a request can run at all."""
+"""Checks of a request against its model, before it is queued."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +16,7 @@ def check(
     cache_salt: Any,
     prediction: Sequence[int],
 ) -> None:
-    """ValueError, with what is wrong, for a request that a model cannot run; see `Engine.make`."""
+    """ValueError for a request that a model cannot run; see `Engine.make` for the parameters."""
     check_params(params)
     if params.pooling is None and not model.can_generate:
         raise ValueError("this checkpoint has no lm_head: it makes embeddings, and no text")
@@ -43,5 +43,5 @@ def check(
 
 def _check_ids(name: str, token_ids: Sequence[int], vocab_size: int) -> None:
     if token_ids and (min(token_ids) < 0 or max(token_ids) >= vocab_size):
-        found = f"{min(token_ids)} to {max(token_ids)}"
-        raise ValueError(f"{name}: token ids must be 0 to {vocab_size - 1}, got {found}")
+        got = f"{min(token_ids)} to {max(token_ids)}"
+        raise ValueError(f"{name}: token ids must be 0 to {vocab_size - 1}, got {got}")

@@ -1,4 +1,4 @@
-"""The text of an answer while it is generated: tokens turned into characters, up to a stop string."""
+"""The text of an answer while it is generated: tokens are detokenized up to the first stop sequence."""
 
 from typing import TYPE_CHECKING, Protocol
 
@@ -9,21 +9,21 @@ if TYPE_CHECKING:
 
 
 class Detokenizer(Protocol):
-    """What turns an answer's tokens into characters."""
+    """Turns the tokens of one answer into characters."""
 
     def push(self, token_id: int, /) -> str:
-        """The characters that a token completes."""
+        """Takes the next token; returns the characters that are complete with it."""
         ...
 
     def finish(self) -> str:
-        """The rest."""
+        """The characters of an unfinished tail, now that no token follows."""
         ...
 
 
 class AnswerText:
     """Reads an answer token by token.
 
-    `text` only grows: what may begin a stop string is held back until it is certain.
+    `text` only grows: characters that may begin a stop sequence are held back until that is decided.
     """
 
     def __init__(self, detokenizer: Detokenizer, params: "SamplingParams") -> None:
@@ -31,14 +31,15 @@ class AnswerText:
         self._stops = StopStrings(params.stop, params.include_stop_str_in_output)
 
     def push(self, token: int, is_end: bool) -> str | None:
-        """Takes a token in; returns the stop string that it completes, if any. is_end: it is one that ends answers."""
+        """Takes the next token; returns the stop sequence that it completes, if any. is_end: whether the token itself
+        ends the answer, so that it has no text unless include_stop_str_in_output is set."""
         self._num_tokens += 1
         if not is_end or self._params.include_stop_str_in_output:
             self._read(self._detokenizer.push(token))
         return self._stops.found
 
     def finish(self) -> None:
-        """Takes in what is left, now that no token follows."""
+        """Adds the characters that were held back, now that no token follows."""
         if self._stops.found is None:
             self._read(self._detokenizer.finish())
             self.text += self._stops.finish()

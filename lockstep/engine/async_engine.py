@@ -1,4 +1,4 @@
-"""An engine in a thread of its own: any thread or event loop submits requests and reads their tokens as they come."""
+"""An Engine in a thread of its own: any thread or event loop submits requests and reads their tokens as they come."""
 
 import asyncio
 import contextlib
@@ -12,19 +12,18 @@ from typing import Any, NamedTuple, Self, SupportsIndex
 from lockstep.engine.engine import Engine
 from lockstep.engine.request import Request, SamplingParams, check_single
 
-SWITCH_SECONDS = 5e-5  # a busy Python thread hands over after so long; the default of 5 ms would delay every step
-
-
-Woken = asyncio.Future[None]
+SWITCH_SECONDS = 5e-5  # until a busy Python thread hands over; the default of 5 ms would delay every step
+Woken = asyncio.Future[None]  # a reader awaits it; the engine's thread sets it
 
 
 class EngineStopped(RuntimeError):
-    """The engine ended before the request did: it was closed, or a step failed (then that error is the cause)."""
+    """The engine ended before the request: it was closed, or a step failed (then the step's error is the cause)."""
 
 
 class Token(NamedTuple):
-    """One token of an answer: its place in it, id, log-probability, alternatives if they were asked for, and the text
-    that became certain with it (tokens may share a character, and what may begin a stop string is held back)."""
+    """One token of an answer. index: its place in the answer. top_logprobs: the likeliest alternatives, if they were
+    asked for. text: the characters that became certain with this token (tokens may share a character, and characters
+    that may begin a stop sequence are held back)."""
 
     index: int
     id: int
@@ -36,8 +35,8 @@ class Token(NamedTuple):
 class TokenStream:
     """The tokens of one request, for one reader: `for token in stream` or `async for token in stream`.
 
-    After the last token `finish_reason` says why it ended, and `request` has all that is known. Raises EngineStopped if
-    the engine ends first.
+    After the last token `finish_reason` says why the stream ended, and `request` has everything else about the answer.
+    Reading raises EngineStopped if the engine ends first.
     """
 
     def __init__(self, engine: "AsyncEngine", request: Request) -> None:
@@ -50,12 +49,12 @@ class TokenStream:
 
     @property
     def finish_reason(self) -> str | None:
-        """ "stop", "length", "error" or "cancelled"; None while it runs."""
+        """ "stop", "length", "embedded", "error" or "cancelled"; None while the request runs."""
         return self.request.finish_reason if self._ended else None
 
     @property
     def is_read(self) -> bool:
-        """Whether it has ended and nothing is left to be read."""
+        """Whether the stream has ended and all its tokens are read."""
         with self._ready:
             return self._ended and not self._tokens
 
@@ -64,7 +63,7 @@ class TokenStream:
         self._engine.send("cancel", self)
 
     def leave(self) -> None:
-        """Cancels; for its reader the stream has ended already, even if the engine's step never does."""
+        """Cancels the request and ends the stream for its reader at once, even if the engine's step never returns."""
         self.cancel()
         with self._ready:
             self._left = self._ended = True
@@ -94,7 +93,8 @@ class TokenStream:
             await woken
 
     def take(self, woken: Woken) -> list[Token] | None:
-        """All tokens that are there; none: the future `woken` is set when there are some. None after the last token."""
+        """All tokens that have come; None after the last one. If the list is empty, the future `woken` is set when
+        tokens come."""
         with self._ready:
             if not self._tokens and self._ended:
                 self._check()
@@ -106,7 +106,8 @@ class TokenStream:
             return taken
 
     def wait_for_end(self, woken: Woken) -> bool:
-        """Has the future `woken` set at the stream's end. True, and nothing is set, if that has come."""
+        """Has the future `woken` set when the stream ends. Returns True, and does not set it, if the stream has
+        ended."""
         with self._ready:
             self._waiting, self._for_end = woken, True
             return self._ended
@@ -124,7 +125,8 @@ class TokenStream:
     # ------------------------------------------------------------ the engine's side
 
     def advance(self) -> Woken | None:
-        """Hands over what the request has got since the last time; returns the future its reader awaits, or None."""
+        """Hands over the tokens that the request got since the last call; returns the future that its reader awaits, or
+        None."""
         request, count = self.request, len(self.request.output_ids)
         text = request.answer.text if request.answer is not None else ""
         with self._ready:
@@ -137,7 +139,7 @@ class TokenStream:
             return self._woken()
 
     def fail(self, error: BaseException) -> Woken | None:
-        """Ends the stream for an error; returns the future its reader awaits, or None."""
+        """Ends the stream with an error; returns the future that its reader awaits, or None."""
         with self._ready:
             self._ended, self._error = True, error
             return self._woken()
@@ -153,32 +155,32 @@ class TokenStream:
 async def batches(
     streams: Iterable[TokenStream], pause: Callable[[], float] = lambda: 0.0
 ) -> AsyncIterator[list[tuple[int, list[Token], str | None]]]:
-    """Reads many streams at once: yields lists of (number of the stream, its new Tokens, its finish_reason), which is
-    None before its last tokens, until all have ended.
+    """Reads many streams at once until all have ended: yields lists of (number of the stream, its new Tokens, its
+    finish_reason), finish_reason being None but with the last Tokens.
 
-    pause: a function; the seconds that it gives after tokens came are those in which only a stream's end wakes the
-    reader: what comes in them comes together.
+    pause: called each time tokens came; for as many seconds as it returns, only the end of a stream wakes the reader,
+    so that the tokens of this time come in one list.
     """
     left, loop = dict(enumerate(streams)), asyncio.get_running_loop()
     while left:
         woken = loop.create_future()
         taken = [(number, stream, stream.take(woken)) for number, stream in left.items()]
         left = {number: stream for number, stream, tokens in taken if tokens is not None}
-        found = [
+        batch = [
             (number, tokens, stream.request.finish_reason if stream.is_read else None)
             for number, stream, tokens in taken
             if tokens
         ]
-        if found:
+        if batch:
             until = loop.time() + pause()
-            yield found
+            yield batch
             await _pause(list(left.values()), until, loop)
         elif left:
             await woken
 
 
 async def _pause(streams: Sequence[TokenStream], until: float, loop: asyncio.AbstractEventLoop) -> None:
-    """Waits until then, or for the end of a stream."""
+    """Waits until a time of the loop's clock, or for the end of a stream."""
     woken = loop.create_future()
     if until > loop.time() and not any([stream.wait_for_end(woken) for stream in streams]):
         timer = None if until == float("inf") else loop.call_at(until, _set, [woken])
@@ -188,13 +190,13 @@ async def _pause(streams: Sequence[TokenStream], until: float, loop: asyncio.Abs
 
 
 def _wake(futures: Iterable[Woken | None]) -> None:
-    """Sets futures of any event loops, with one call for each loop: it costs the engine's thread a system call."""
+    """Sets futures of any event loops, with one call for each loop: a call costs the engine's thread a system call."""
     by_loop: dict[asyncio.AbstractEventLoop, list[Woken]] = {}
     for future in futures:
         if future is not None:
             by_loop.setdefault(future.get_loop(), []).append(future)
     for loop, waiting in by_loop.items():
-        with contextlib.suppress(RuntimeError):  # the readers' event loop is closed: nobody waits any more
+        with contextlib.suppress(RuntimeError):  # the readers' event loop is closed: no reader waits any more
             loop.call_soon_threadsafe(_set, waiting)
 
 
@@ -205,7 +207,7 @@ def _set(futures: Iterable[Woken]) -> None:
 
 
 class AsyncEngine:
-    """Runs an Engine in its own thread, which nobody else may use from then on.
+    """Runs an Engine in a thread of its own; from then on nothing else may use the Engine.
 
     Any thread may call `submit`, `submit_all` and a stream's `cancel`. An error in a step ends the engine: every
     open stream, and every later `submit`, raises EngineStopped with that error as its cause. Also lowers the
@@ -224,54 +226,54 @@ class AsyncEngine:
         self._thread.start()
 
     def submit(self, prompt_ids: Iterable[SupportsIndex], params: SamplingParams, **options: Any) -> TokenStream:
-        """Queues one request; returns its TokenStream. options: of Engine.make. ValueError for one that cannot run."""
+        """Queues one request; returns its TokenStream. options: see `Engine.make`. ValueError if it cannot run."""
         check_single(params)
         return self.submit_all([(prompt_ids, params)], **options)[0]
 
     def submit_all(
         self, prompts: Iterable[tuple[Iterable[SupportsIndex], SamplingParams]], **options: Any
     ) -> list[TokenStream]:
-        """Queues every sample of all (prompt ids, SamplingParams), in order, or none if one is refused."""
-        made = [self.engine.make(prompt_ids, params, **options) for prompt_ids, params in prompts]
-        streams = [TokenStream(self, request) for requests in made for request in requests]
+        """Queues every sample of all (prompt ids, SamplingParams), in order, or none if one of them cannot run."""
+        requests_of = [self.engine.make(prompt_ids, params, **options) for prompt_ids, params in prompts]
+        streams = [TokenStream(self, request) for requests in requests_of for request in requests]
         self.send("submit", *streams)
         return streams
 
-    def send(self, what: str, *streams: TokenStream) -> None:
+    def send(self, action: str, *streams: TokenStream) -> None:
         """Has the engine's thread "submit" or "cancel" streams. EngineStopped if they cannot be submitted."""
-        if not self.is_alive:  # and if the process was forked, its locks may be held for ever
-            if what == "submit":
+        if not self.is_alive:  # asked before the lock: in a forked process the lock may be held for ever
+            if action == "submit":
                 raise EngineStopped(str(self._error or "the engine does not run in this process")) from self._error
             return
         with self._changed:
-            if what == "submit" and (self._closing or self._error is not None):
+            if action == "submit" and (self._closing or self._error is not None):
                 raise EngineStopped(str(self._error or "the engine is closed")) from self._error
-            self._inbox.extend((what, stream) for stream in streams)
+            self._inbox.extend((action, stream) for stream in streams)
             self._changed.notify()
 
     @property
     def error(self) -> BaseException | None:
-        """What ended the engine; None while it runs."""
+        """The error that ended the engine; None while it runs."""
         return self._error
 
     @property
     def is_closing(self) -> bool:
-        """Whether it was told to end."""
+        """Whether `close` was called."""
         return self._closing
 
     @property
     def is_alive(self) -> bool:
-        """Whether its thread runs."""
+        """Whether the engine's thread runs in this process."""
         return self._thread.is_alive()
 
     @property
     def seconds_in_step(self) -> float:
-        """How long the step that runs now has taken so far; 0 between steps."""
+        """Seconds that the running step has taken so far; 0 between steps."""
         began = self._step_began
         return 0.0 if began is None else time.monotonic() - began
 
     def close(self) -> None:
-        """Ends the thread after the step that it is in; open streams raise EngineStopped. Then closes the engine."""
+        """Ends the thread after its running step; open streams raise EngineStopped. Then closes the Engine."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -291,14 +293,15 @@ class AsyncEngine:
         self._stop(error or EngineStopped("the engine is closed"))
 
     def _receive(self) -> bool:
-        """Acts on what was sent; waits where there is nothing to do. False when the engine is to end."""
+        """Submits and cancels the streams that were sent; waits while there is no work. False when the engine is to
+        end."""
         with self._changed:
             self._changed.wait_for(lambda: self._inbox or self._closing or self.engine.has_work)
             if self._closing:
                 return False
             received = [self._inbox.popleft() for _ in range(len(self._inbox))]
-        for what, stream in received:
-            if what == "submit":
+        for action, stream in received:
+            if action == "submit":
                 self._open[stream.request.id] = stream
                 self.engine.scheduler.add(stream.request)
             elif stream.request.id in self._open:
@@ -318,7 +321,7 @@ class AsyncEngine:
     def _stop(self, error: BaseException) -> None:
         with self._changed:
             self._error = error
-            left = [stream for what, stream in self._inbox if what == "submit"]
+            left = [stream for action, stream in self._inbox if action == "submit"]
             self._inbox.clear()
         _wake([stream.fail(error) for stream in [*self._open.values(), *left]])
         self._open.clear()

@@ -10,8 +10,9 @@ POOLINGS = ("last", "mean")
 class Pool:
     """Takes in the hidden states of a prompt as steps compute them.
 
-    pooling: "last" is that of the last token; "mean" the mean over all tokens, each computed (the prefix cache has no
-    hidden states), summed in float64 in the order of their positions. Neither depends on how steps cut the prompt.
+    pooling: "last": the hidden state of the last token; "mean": the mean over all tokens, summed in float64 in the
+    order of their positions; all tokens are computed, since the prefix cache has no hidden states. Neither depends on
+    how steps cut the prompt.
     """
 
     def __init__(self, pooling: str, num_tokens: int) -> None:
@@ -20,28 +21,28 @@ class Pool:
 
     @property
     def needs_only_last(self) -> bool:
-        """Whether no hidden state is wanted but that of the last token."""
+        """Whether the hidden state of the last token is the only one that is still needed."""
         return self.pooling == "last" or self._num_taken == self.num_tokens - 1
 
     @property
     def is_finite(self) -> bool:
-        """Whether all numbers that were taken in are numbers."""
+        """Whether all hidden states that were taken in are finite."""
         return bool(np.isfinite(self._sum).all())
 
     def rows(self, start: int, end: int) -> range:
-        """Which rows of a step on tokens start .. end are wanted, counted from start."""
+        """The rows of a step on tokens start .. end whose hidden states are needed, counted from start."""
         first = self.num_tokens - 1 if self.pooling == "last" else self._num_taken
         return range(max(first, start) - start, end - start)
 
     def take(self, hidden_ED: np.ndarray) -> None:
-        """Takes in the rows that `rows` asked for."""
-        with np.errstate(invalid="ignore"):  # of a broken model: `is_finite` will say so
+        """Takes in the hidden states of the rows that `rows` gave: float32 [E, D]."""
+        with np.errstate(invalid="ignore"):  # NaNs of a broken model: `is_finite` reports them
             for row in hidden_ED:
                 self._sum = self._sum + row
         self._num_taken += len(hidden_ED)
 
     def embedding(self, normalize: bool = True) -> np.ndarray:
-        """The vector, float32 [D]. normalize: to length 1, with the exact sum of squares; a zero vector stays."""
+        """The vector, float32 [D]. normalize: to length 1, by the exact sum of squares; a zero vector stays zero."""
         mean = self._sum / self._num_taken
         length = math.sqrt(math.fsum(mean * mean)) if normalize else 0.0
         return (mean / (length or 1.0)).astype(np.float32)

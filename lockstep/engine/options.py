@@ -1,4 +1,4 @@
-"""Sizes and abilities of an engine, as whoever makes one asks for them."""
+"""EngineOptions: sizes of an engine, its prefix cache and its speculative decoding."""
 
 import os
 from dataclasses import dataclass
@@ -24,20 +24,25 @@ MAY_BE_NONE = ("kv_tokens", "threads", "prompt_state_from", "draft")
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Sizes of an engine. ValueError for one that is not allowed.
+    """Options of an engine. ValueError for a value that is not allowed.
 
-    kv_tokens: tokens of KV cache in all, of which layers with a window keep those that requests may see, its memory
-    claimed at once; None: what max_requests full contexts need, up to 2 GiB, or what one full context needs (see
-    cache_size.py), claimed as it is used. threads: None: one for each core. prefix_cache: whether requests use what
-    others computed for the same first tokens. state_bytes: host memory for checkpoints of recurrent state, for models
-    that have one; state_every: tokens from one checkpoint to the next, a multiple of 64; prompt_state_from: length from
-    which prompts get one near their end, too (None: 2048, or any with a cache_dir): it takes a step of its own, which
-    costs a shorter prompt more than 3 %. cache_dir: a folder that keeps prefixes across restarts, of at most
-    cache_dir_bytes. speculate: where drafts come from, guesses of the next tokens that are computed together and kept
-    where they are what the model chooses, so that no answer changes. "lookup": what followed the same few tokens in the
-    prompt, the answer, its prediction or an earlier answer. "mtp": the model's own multi-token-prediction head. "auto":
-    both, or lookup where the model has no such head. "model": a smaller model that the engine is given. "off": none.
-    draft: how many of a request in a step, 1 to 15; None: as many as pay, up to 7.
+    Steps. max_step_tokens, max_requests: the most tokens and requests of one step. threads: None: one for each core.
+
+    KV cache. kv_tokens: its tokens, all requests together; layers with a window keep only those that requests may see.
+    The memory is claimed at once. None: enough for max_requests full contexts, up to 2 GiB, but at least for one full
+    context (see cache/size.py), claimed as it is used.
+
+    Prefix cache. prefix_cache: whether a request uses what others computed for the same first tokens. state_bytes:
+    memory for kept recurrent states, for models that have such states. state_every: tokens from one kept state to the
+    next, a multiple of 64. prompt_state_from: the length from which a state is also kept near the end of a prompt;
+    None: 2048, or 0 with a cache_dir. Keeping it takes a step of its own, which costs a shorter prompt more than 3 %.
+    cache_dir: a folder that keeps prefixes across restarts, of at most cache_dir_bytes.
+
+    Speculative decoding: drafts are guesses of the next tokens, computed in one step and kept where they are what the
+    model chooses, so that no answer changes. speculate: where drafts come from. "lookup": what followed the same few
+    tokens in the prompt, the answer, its prediction or an earlier answer. "mtp": the model's own multi-token-prediction
+    head. "auto": both, or lookup where the model has no MTP head. "model": a smaller draft model. "off": no drafts.
+    draft: the number of drafts of a request in a step, 1 to 15; None: as many as pay, up to 7.
     """
 
     max_step_tokens: int = 512
@@ -71,7 +76,7 @@ class EngineOptions:
 
     @property
     def num_drafts(self) -> int:
-        """The most drafts that a request may have in a step; 0 without speculation."""
+        """The most drafts of a request in a step; 0 without speculative decoding."""
         return 0 if self.speculate == "off" else self.draft or MOST_BY_ITSELF
 
 

@@ -1,4 +1,4 @@
-"""A model that runs as a quantization plan says: rounded where its hardware would round."""
+"""A model under a quantization plan: it rounds where the plan's hardware would round."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from lockstep.runtime.program import Weight
 
 
 def planned(model: Model, solved: Solved, content: str) -> Model:
-    """The model with its activations and weights on the grids of a solved plan; prompts may be cut into steps, and run
-    beside others, as ever. content: the hash of the model's files.
+    """The model with its activations and weights on the grids of a solved plan. Its bits, too, do not depend on how
+    prompts are cut into steps, or on other requests. content: the hash of the model's files.
 
-    ValueError for a plan of another model; for one whose results depend on the rest of a step (an added mask counts
-    tokens that come later); and for a model whose weights or cache are in formats of their own.
+    ValueError for a plan of another model; for a plan whose results depend on the rest of a step (with an additive
+    mask, later tokens count); and for a model whose weights or KV cache are not float32.
     """
     sites = sites_for(model.recorded, solved.plan)
     solved.check(model.config.model_type, content, sites)
@@ -41,10 +41,11 @@ def planned(model: Model, solved: Solved, content: str) -> Model:
 
 
 def _check(model: Model, plan: Plan) -> None:
-    for what, found in (("weights", model.weights), ("kv_dtype", model.kv_dtype)):
-        if found != "f32":
+    """ValueError where the model's formats or the plan's mask do not allow the plan to run in an engine."""
+    for name, format in (("weights", model.weights), ("kv_dtype", model.kv_dtype)):
+        if format != "f32":
             raise ValueError(
-                f"plan: {what} is {found!r}, expected 'f32': a plan's grids take the place of other formats"
+                f"plan: {name} is {format!r}, expected 'f32': a plan's grids take the place of other formats"
             )
     if plan.mask == "additive":
         raise ValueError(
@@ -54,7 +55,7 @@ def _check(model: Model, plan: Plan) -> None:
 
 
 def _on_grids(op: Operands, folded: FoldedWeights, specs: dict[str, Spec]) -> Operands:
-    """The op with rounded weights."""
+    """The op with its weights on the plan's grids."""
     for name, operand in op.declared():
         weight = getattr(op, name)
         if operand.role in ("constant", "packed") and isinstance(weight, Weight):

@@ -162,8 +162,8 @@ BOUNDS = (
 
 
 def token_list(token_ids: Iterable[SupportsIndex], name: str = "prompt") -> list[int]:
-    """Token ids as a list of integers. ValueError, with the name of what was given, for anything else: bytes are text
-    that nobody decoded, although each of them is an integer."""
+    """Token ids as a list of integers. ValueError, which says `name`, for anything else; also for bytes, which are text
+    that was not decoded, although each byte is an integer."""
     try:
         if not isinstance(token_ids, (bytes, bytearray)):
             return list(map(operator.index, token_ids))
@@ -173,20 +173,20 @@ def token_list(token_ids: Iterable[SupportsIndex], name: str = "prompt") -> list
 
 
 def check_params(params: Any) -> None:
-    """ValueError for what are no SamplingParams."""
+    """ValueError if params are no SamplingParams."""
     if not isinstance(params, SamplingParams):
         raise ValueError(f"params: expected SamplingParams, got {params!r:.80}")
 
 
 def check_single(params: Any) -> None:
-    """ValueError for params of several samples."""
+    """ValueError for params that ask for several samples."""
     check_params(params)
     if params.n != 1:
         raise ValueError(f"n: expected 1 where one sample is asked for, got {params.n}")
 
 
 def sample_seed(seed: int, index: int) -> int:
-    """The seed of sample number `index` of a prompt: the seed itself for 0; else the first 8 bytes, as a little-endian
+    """The seed of a prompt's sample number `index`: for 0 the seed itself; else the first 8 bytes, as a little-endian
     signed integer, of SHA-256("lockstep sample", seed as 8 and index as 4 little-endian bytes)."""
     if index == 0:
         return seed

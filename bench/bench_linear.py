@@ -20,7 +20,7 @@ from numba import njit
 from lockstep.formats import FORMATS
 from lockstep.lab.layer_speed import CACHES, Case
 from lockstep.native.kernel import STRICT
-from lockstep.native.peak import CHAINS, lanes_of, peak_f32, peak_int8
+from lockstep.native.peak import CHAINS, lanes_per_register, peak_f32, peak_int8
 from lockstep.native.simd import load, store
 from lockstep.ops.linear import linear_cpu
 from lockstep.runtime.executor import aligned
@@ -68,7 +68,7 @@ class Ceilings:
     """float32 and int8 GOP/s and GB/s of this machine, measured again in every round: the cores may be shared."""
 
     def __init__(self, num_threads):
-        self.num_threads, self.lanes = num_threads, lanes_of()
+        self.num_threads, self.lanes = num_threads, lanes_per_register()
         self.seen = {"float32": [], "int8": [], "read": []}
         self._memory = aligned(2 * CACHES)
         self._memory[:] = 1

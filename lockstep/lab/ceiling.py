@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lockstep.native.kernel import kernel, target
-from lockstep.native.peak import CHAINS, lanes_of, peak_f32, peak_int8
+from lockstep.native.peak import CHAINS, lanes_per_register, peak_f32, peak_int8
 from lockstep.native.simd import lanes, load, store
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.executor import Executor
@@ -66,7 +66,7 @@ class Ceiling:
 def measure(team):
     """Measures the Ceiling: best of five short runs each."""
     memory, small = np.ones(STREAM_BYTES // 4, np.float32), np.zeros(16, np.float32)
-    work = team.num_threads * ROUNDS * 2 * CHAINS * lanes_of(target())
+    work = team.num_threads * ROUNDS * 2 * CHAINS * lanes_per_register(target())
     return Ceiling(
         STREAM_BYTES / _seconds(team, stream, memory, memory.nbytes),
         4 * work / _seconds(team, multiply_int8, small, ROUNDS),

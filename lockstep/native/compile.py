@@ -1,7 +1,7 @@
-"""Compiles many kernels at once: one process for each core, each taking the next kernel that nobody has taken.
+"""Compiles many kernels at once: one process for each core, each taking the next kernel that no process has taken.
 
-LLVM is held by one lock in a process, so threads would not help. A helper that fails leaves its kernels to be compiled
-by whoever asks for them. Run as `python -m lockstep.native.compile FOLDER module:name ...` it is such a helper.
+LLVM has one lock in a process, so threads would not help. Kernels that a helper process took and failed to compile are
+compiled by the first process. `python -m lockstep.native.compile FOLDER module:name ...` runs a helper process.
 """
 
 import importlib
@@ -17,7 +17,7 @@ from lockstep.native.host import num_cores
 from lockstep.native.kernel import Kernel, OnCompile
 from lockstep.user_cache import VARIABLE, user_cache
 
-FEW = 4  # kernels that are compiled without help: a helper takes a second to start
+KERNELS_PER_HELPER = 4  # at least: a helper process takes a second to start
 MAX_HELPERS = 7
 
 
@@ -26,11 +26,11 @@ def compile_kernels(
 ) -> None:
     """Makes sure that all kernels are compiled.
 
-    on_compile: called with the name of each that is compiled as that starts, by any thread. num_processes: in all; by
-    default one for each core.
+    on_compile: called, from any thread, with the name of each kernel whose compilation starts. num_processes: this one
+    included; by default one for each core.
     """
     missing = list(dict.fromkeys(k for k in kernels if not k.is_cached))
-    num_helpers = min((num_processes or num_cores()) - 1, len(missing) // FEW, MAX_HELPERS)
+    num_helpers = min((num_processes or num_cores()) - 1, len(missing) // KERNELS_PER_HELPER, MAX_HELPERS)
     if num_helpers > 0:
         with tempfile.TemporaryDirectory(prefix="lockstep-compile-") as folder:
             _share(missing, num_helpers, Path(folder), on_compile)
@@ -62,7 +62,7 @@ def _share(kernels: Iterable[Kernel], num_helpers: int, folder: Path, on_compile
 
 
 def _report(helper: subprocess.Popen[str], on_compile: OnCompile | None) -> None:
-    """Passes on the names that a helper prints as it goes."""
+    """Calls on_compile with each kernel name that a helper prints."""
     assert helper.stdout is not None
     for line in helper.stdout:
         if on_compile is not None:
@@ -70,7 +70,7 @@ def _report(helper: subprocess.Popen[str], on_compile: OnCompile | None) -> None
 
 
 def _take(folder: Path, path: str) -> bool:
-    """Whether this process is the first to want a kernel."""
+    """Whether this process is the first to take a kernel: the first makes the kernel's file in the folder."""
     try:
         os.close(os.open(folder / path.replace(":", "-"), os.O_CREAT | os.O_EXCL))
         return True
@@ -79,12 +79,12 @@ def _take(folder: Path, path: str) -> bool:
 
 
 def main(folder: str, *paths: str) -> None:
-    """A helper's work."""
+    """A helper process: compiles the kernels that no other process has taken."""
     for path in paths:
         if _take(Path(folder), path):
             module, name = path.split(":")
-            found: Kernel = getattr(importlib.import_module(module), name)
-            found.compile(on_compile=lambda name: print(name, flush=True))
+            kernel: Kernel = getattr(importlib.import_module(module), name)
+            kernel.compile(on_compile=lambda name: print(name, flush=True))
 
 
 if __name__ == "__main__":

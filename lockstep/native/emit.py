@@ -1,6 +1,7 @@
-"""Emitting LLVM for register tiles: Python that runs while a kernel is compiled and writes its instructions.
+"""Emitting LLVM for register tiles: Python that runs while a kernel is compiled and writes the kernel's instructions.
 
-A Python `for` here is unrolled code; `counted` is a loop of the kernel. Places are pointers to bytes.
+In all code that emits LLVM, here and elsewhere, `b` is the LLVM builder (`ir.IRBuilder`), a `place` is a pointer to
+bytes and an `address` an int64. A Python `for` becomes unrolled code; `counted` emits a loop.
 """
 
 from llvmlite import ir
@@ -24,8 +25,8 @@ class BFloat(ir.types.Type):
 BF16 = BFloat()
 
 
-def vector(element, count):
-    return ir.VectorType(element, count)
+def vector(element, num_lanes):
+    return ir.VectorType(element, num_lanes)
 
 
 def pointer(b, address):
@@ -34,7 +35,7 @@ def pointer(b, address):
 
 
 def moved(b, place, offset):
-    """A pointer so many bytes on; offset is a Python number or an int64 value."""
+    """The pointer `offset` bytes further on; offset: a Python int, or an int64 value of the kernel."""
     if isinstance(offset, int):
         return b.gep(place, [ir.Constant(I64, offset)]) if offset else place
     return b.gep(place, [offset])
@@ -53,8 +54,8 @@ def write(b, place, value, align=1):
 
 
 def prefetch(b, place, locality):
-    """Asks for the line at a pointer, which may point anywhere. locality: of `targets.prefetch_locality`."""
-    hints = [ir.Constant(I32, hint) for hint in (0, locality, 1)]  # a read, how near, of data
+    """Prefetches the cache line at a pointer, which may point anywhere. locality: see `targets.prefetch_locality`."""
+    hints = [ir.Constant(I32, hint) for hint in (0, locality, 1)]  # a read, its locality, of data
     call(b, "llvm.prefetch.p0", ir.VoidType(), [place, *hints])
 
 
@@ -64,14 +65,14 @@ def spread(b, place, scalar, lanes, align=4):
 
 
 def spread4(b, place, lanes):
-    """Four bytes at a pointer, once for each lane: int8 [4 * lanes]."""
+    """The four bytes at a pointer, repeated in every lane: int8 [4 * lanes]."""
     return b.bitcast(spread(b, place, I32, lanes), vector(I8, 4 * lanes))
 
 
 def pinned(b, values):
-    """The same values, which LLVM can neither compute in another order nor carry loads across.
+    """The same values behind a barrier: LLVM neither reorders their computation nor moves loads across the barrier.
 
-    Left alone it turns chains of integer additions into trees and hoists their loads, which spills registers.
+    Without it LLVM turns chains of integer additions into trees and hoists their loads, which spills registers.
     """
     clobber = ",~{memory}"
     result = []
@@ -86,7 +87,7 @@ def fma(b, x, y, z):
 
 
 def halves_f32(b, place, lanes):
-    """float16 at a pointer, widened."""
+    """float16 at a pointer, widened to float32."""
     return b.fpext(read(b, place, vector(F16, lanes), 2 * lanes), vector(F32, lanes))
 
 
@@ -96,20 +97,20 @@ def bytes_f32(b, place, lanes):
     return b.uitofp(b.zext(raw, wide), vector(F32, lanes))
 
 
-def cut(b, v, start, count):
-    """Lanes start .. start + count."""
-    lanes = ir.Constant(vector(I32, count), list(range(start, start + count)))
+def cut(b, v, start, num_lanes):
+    """Lanes start .. start + num_lanes."""
+    lanes = ir.Constant(vector(I32, num_lanes), list(range(start, start + num_lanes)))
     return b.shuffle_vector(v, ir.Constant(v.type, ir.Undefined), lanes)
 
 
 def join(b, low, high):
     """Two vectors as one."""
-    count = low.type.count * 2
-    return b.shuffle_vector(low, high, ir.Constant(vector(I32, count), list(range(count))))
+    num_lanes = low.type.count * 2
+    return b.shuffle_vector(low, high, ir.Constant(vector(I32, num_lanes), list(range(num_lanes))))
 
 
 def by_halves(b, step, *operands):
-    """A step of vectors of half the size, on both halves of the operands."""
+    """step(b, *halves) of the lower and of the upper halves of the operands, joined."""
     half = lambda v, h: cut(b, v, v.type.count // 2 * h, v.type.count // 2)
     return join(b, *(step(b, *(half(v, h) for v in operands)) for h in (0, 1)))
 
@@ -120,8 +121,8 @@ def words(b, v):
     return b.bitcast(v, vector(I16, size // 16))
 
 
-def counted(b, count, carried, body):
-    """for i in range(count): carried = body(i, carried), with count at least 1. Returns the last values."""
+def counted(b, num_rounds, carried, body):
+    """for i in range(num_rounds): carried = body(i, carried), with at least 1 round. Returns the last values."""
     entry, loop = b.block, b.append_basic_block("loop")
     b.branch(loop)
     b.position_at_end(loop)
@@ -133,7 +134,7 @@ def counted(b, count, carried, body):
     values = body(index, phis)
     following = b.add(index, ir.Constant(I64, 1))
     end, done = b.block, b.append_basic_block("done")
-    b.cbranch(b.icmp_signed("<", following, count), loop, done)
+    b.cbranch(b.icmp_signed("<", following, num_rounds), loop, done)
     for phi, value in zip([index, *phis], [following, *values], strict=True):
         phi.add_incoming(value, end)
     b.position_at_end(done)

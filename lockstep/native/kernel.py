@@ -1,8 +1,8 @@
 """How functions become machine code: compiled on first use, cached on disk under everything that can change a bit.
 
 Numba's own cache does not see that a function in another module has changed, so a module's kernels are cached in a
-folder named by a hash of its source and of all modules of this package that it imports, the versions of Python, Numba
-and llvmlite, and the target CPU with its features.
+folder named by a hash of the module's source, of the sources of all modules of this package that it imports, of the
+versions of Python, Numba and llvmlite, and of the target CPU with its features.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ def target() -> tuple[str, str, str]:
 def _source_and_imports(module: str) -> tuple[pathlib.Path | None, frozenset[str]]:
     """The source file of a module, or of a package itself, and the names that it imports from this package.
 
-    A script, or another's module, is not found by its name but is loaded.
+    The file of a script, or of a module outside this package, is looked up in the loaded module.
     """
     place = PACKAGE.parent / module.replace(".", "/")
     path = next((p for p in (place.with_suffix(".py"), place / "__init__.py") if p.exists()), None)
@@ -65,7 +65,7 @@ def _source_and_imports(module: str) -> tuple[pathlib.Path | None, frozenset[str
 
 @functools.cache
 def imported_sources(module: str) -> frozenset[pathlib.Path]:
-    """The source files of a module and of every module and package of this one that it imports, directly or not."""
+    """The source files of a module and of all modules of this package that it imports, directly or indirectly."""
     sources, seen, left = set(), {module}, [module]
     while left:
         path, names = _source_and_imports(left.pop())
@@ -76,7 +76,7 @@ def imported_sources(module: str) -> frozenset[pathlib.Path]:
 
 
 def fingerprint(module: str) -> str:
-    """Hash of whatever determines the machine code of a module's kernels."""
+    """Hash of everything that determines the machine code of a module's kernels."""
     digest = hashlib.sha256()
     for path in sorted(imported_sources(module)):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -86,15 +86,15 @@ def fingerprint(module: str) -> str:
 
 @functools.cache
 def kernel_cache(module: str) -> pathlib.Path:
-    """The folder of a module's compiled kernels, named by all that they are made from."""
+    """The folder of a module's compiled kernels, named by the module's `fingerprint`."""
     folder = cache_subfolder("kernels", fingerprint(module))
     with contextlib.suppress(OSError):
-        os.utime(folder)  # what has not been used for long is what `lockstep cache prune` removes
+        os.utime(folder)  # `lockstep cache prune` removes the folders that have not been used for long
     return folder
 
 
 class ContentLocator(caching._CacheLocator):  # noqa: SLF001 Numba has no other name for it
-    """Tells Numba where a function is cached: in a folder named by content, whatever its file's path and time are."""
+    """Tells Numba where to cache a function: in a folder named by content, not by a file's path and time."""
 
     def __init__(self, function):
         self._folder, self._line = str(kernel_cache(function.__module__)), function.__code__.co_firstlineno
@@ -114,8 +114,8 @@ class ContentLocator(caching._CacheLocator):  # noqa: SLF001 Numba has no other 
 
 
 @contextlib.contextmanager
-def cache_folder():
-    """Numba looks up where and how to cache when a function is decorated; others in the process keep their ways."""
+def cached_by_content():
+    """Functions that are decorated meanwhile are cached by ContentLocator and CheckedFiles; other packages' are not."""
     places = (config, "CACHE_LOCATOR_CLASSES"), (caching.CacheImpl, "_locator_classes"), (caching, "IndexDataCacheFile")
     before = [getattr(*place) for place in places]
     for place, value in zip(places, ("", [ContentLocator], CheckedFiles), strict=True):
@@ -127,25 +127,25 @@ def cache_folder():
             setattr(*place, value)
 
 
-def interpreted(function, _made=None):
+def interpreted(function, _copies=None):
     """A definition (or a helper of one) as plain Python, its own helpers included: no compiler takes part.
 
-    Functions of Lockstep that the source refers to are replaced in a copy of its globals.
+    Compiled functions that the source refers to are replaced in a copy of its globals. _copies: those made already.
     """
-    made = {} if _made is None else _made
+    copies = {} if _copies is None else _copies
     source = function.py_func
-    if source not in made:
+    if source not in copies:
         names = dict(source.__globals__)
-        made[source] = type(source)(source.__code__, names, source.__name__, source.__defaults__, source.__closure__)
+        copies[source] = type(source)(source.__code__, names, source.__name__, source.__defaults__, source.__closure__)
         for name in source.__code__.co_names:
             if hasattr(names.get(name), "py_func"):
-                names[name] = interpreted(names[name], made)
-    return made[source]
+                names[name] = interpreted(names[name], copies)
+    return copies[source]
 
 
 def native(function):
     """Decorator: strict native code of a plain function, compiled when first called and cached on disk."""
-    with cache_folder():
+    with cached_by_content():
         return numba.njit(cache=True, **STRICT)(function)
 
 
@@ -160,8 +160,8 @@ def inlined(function):
 
 
 def merged(function):
-    """Decorator for a helper that is part of its caller before types are inferred, so that LLVM sees its code once; it
-    cannot be called from Python."""
+    """Decorator for a helper that Numba copies into its caller before it infers types, so that LLVM sees its code once;
+    it cannot be called from Python."""
     return numba.njit(inline="always", **STRICT)(function)
 
 
@@ -188,11 +188,11 @@ class Kernel:
         """The machine code, compiled or loaded once. on_compile: called with the kernel's name before a compilation."""
         if self._compiled is None:
             if getattr(sys.modules[self.function.__module__], self.name, None) is not self:
-                raise ValueError(f"kernel {self.path}: it is cached under this name, but is not what has it there")
+                raise ValueError(f"kernel {self.path}: it is cached under this name, but is not the object that has it")
             if on_compile is not None and not self.is_cached:
                 on_compile(self.name)
             options = {k: v for k, v in STRICT.items() if k != "nogil"}
-            with cache_folder():
+            with cached_by_content():
                 self._compiled = numba.cfunc(SIGNATURE, cache=True, **options)(self.function)
             self._mark.touch()
         return self._compiled
@@ -204,11 +204,12 @@ class Kernel:
 
     @property
     def is_cached(self) -> bool:
-        """Whether a compiled form is (believed to be) on disk."""
+        """Whether machine code is loaded or, as its mark says, on disk."""
         return self._compiled is not None or self._mark.exists()
 
     @property
     def _mark(self) -> pathlib.Path:
+        """The file that is made when the kernel has been compiled."""
         return kernel_cache(self.function.__module__) / f"{self.name}.done"
 
 
@@ -220,8 +221,8 @@ def kernel(function: FunctionType) -> Kernel:
 def variant(body: FunctionType, name: str, **constants: Any) -> Kernel:
     """The kernel `body`, a plain function, with some of its global names bound to constants of this variant.
 
-    It is cached under its name and must be found under it in the module of `body`, where whoever compiles looks for it.
-    Made when all that `body` uses has been defined: later changes of the module's names are not seen.
+    The kernel is cached under its name, and the module of `body` must hold it under this name, where processes that
+    compile it look for it. Make a variant after all that `body` uses: later changes of the module's names are not seen.
     ValueError for a name that is taken and for constants that `body` does not use.
     """
     if name in body.__globals__:

@@ -1,7 +1,7 @@
-"""Numba's files of compiled code, checked when they are read: a damaged one is compiled again.
+"""Numba's files of compiled code, checked when they are read: what is damaged is compiled again.
 
-A full disk, a crash or a cleaner of temporary files leaves files that are cut off, empty or gone, a backup another's in
-their place. Numba raises whatever its unpickling raises, or would run what is there.
+A full disk, a crash or a cleaner of temporary files leaves files that are cut off, empty or missing; a backup may put
+another kernel's file in their place. Numba itself would raise an error of unpickling, or run the wrong code.
 """
 
 import contextlib
@@ -16,10 +16,10 @@ DIGEST_BYTES = hashlib.sha256().digest_size
 
 class CheckedFiles(IndexDataCacheFile):
     """A function's index and data files: pickles, each followed by a digest of its content, its name and its folder's
-    (which stands for all that the code is made from)."""
+    name (which is a hash of all that the code is made from)."""
 
     def load(self, key):
-        """The entry of a key; None if there is none, or none that is whole."""
+        """The entry of a key; None if there is none or a file is damaged."""
         try:
             return super().load(key)
         except Exception:  # a damaged pickle raises anything
@@ -46,7 +46,7 @@ class CheckedFiles(IndexDataCacheFile):
             content = file.read()
         pickled, digest = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
         if self._digest(name, pickled) != digest:
-            raise ValueError(f"{self._data_path(name)}: damaged, or another's")
+            raise ValueError(f"{self._data_path(name)}: damaged, or the file of another kernel")
         return pickle.loads(pickled)
 
     def _digest(self, name, pickled):

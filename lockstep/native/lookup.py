@@ -21,26 +21,26 @@ X86 = {16: "llvm.x86.ssse3.pshuf.b.128", 32: "llvm.x86.avx2.pshuf.b", 64: "llvm.
 def lookup(b, magic, table, codes):
     """table[code] for every code.
 
-    table: <16 x i8>; codes: bytes 0..15, 16 or a power of two times as many. magic: of the target.
+    table: <16 x i8>; codes: bytes 0..15, their number 16 times a power of two. magic: the target, see `kernel.target`.
     """
-    count, how = codes.type.count, targets.int_dot(magic)
+    num_codes, int_dot = codes.type.count, targets.int_dot(magic)
     if magic[0].startswith(("aarch64", "arm64")):
-        most = ENTRIES
-    elif how == "generic":
+        max_codes = ENTRIES
+    elif int_dot == "generic":
         return _chosen(b, table, codes)
     else:
-        most = 64 if how == "avx512_vnni" else 32
-    if count > most:
+        max_codes = 64 if int_dot == "avx512_vnni" else 32
+    if num_codes > max_codes:
         return by_halves(b, lambda b, half: lookup(b, magic, table, half), codes)
-    return (_tbl if most == ENTRIES else shuffled)(b, table, codes)
+    return (_tbl if max_codes == ENTRIES else shuffled)(b, table, codes)
 
 
 def shuffled(b, table, codes):
-    """By PSHUFB."""
-    count = codes.type.count
-    repeated = ir.Constant(vector(I32, count), list(range(ENTRIES)) * (count // ENTRIES))
+    """`lookup` by PSHUFB."""
+    num_codes = codes.type.count
+    repeated = ir.Constant(vector(I32, num_codes), list(range(ENTRIES)) * (num_codes // ENTRIES))
     tables = b.shuffle_vector(table, ir.Constant(table.type, ir.Undefined), repeated)
-    return call(b, X86[count], codes.type, [tables, codes])
+    return call(b, X86[num_codes], codes.type, [tables, codes])
 
 
 def _tbl(b, table, codes):
@@ -48,11 +48,11 @@ def _tbl(b, table, codes):
 
 
 def _chosen(b, table, codes):
-    """By the bits of the code, the lowest first: 15 choices."""
+    """`lookup` by the bits of the code, the lowest bit first: 15 selects."""
     entries = [splat(b, b.extract_element(table, ir.Constant(I32, i)), codes.type) for i in range(ENTRIES)]
     for bit in range(4):
-        wanted = b.and_(b.lshr(codes, constant(codes.type, bit)), constant(codes.type, 1))
-        is_set = b.trunc(wanted, vector(I1, codes.type.count))
+        bits = b.and_(b.lshr(codes, constant(codes.type, bit)), constant(codes.type, 1))
+        is_set = b.trunc(bits, vector(I1, codes.type.count))
         entries = [b.select(is_set, high, low) for low, high in zip(entries[::2], entries[1::2], strict=True)]
     return entries[0]
 
@@ -63,14 +63,14 @@ def table_of(values):
 
 
 def words_of(values) -> tuple[int, int]:
-    """Sixteen integers of 8 bits as the two int64 that `lookup_i8` wants."""
+    """Sixteen integers of 8 bits as the two int64 that `lookup_i8` takes."""
     raw = b"".join((int(value) & 255).to_bytes(1, "little") for value in values)
     return int.from_bytes(raw[:8], "little", signed=True), int.from_bytes(raw[8:], "little", signed=True)
 
 
 @primitive()
 def lookup_i8(context, codes, low, high):
-    """Signed bytes of a table for sixteen codes 0..15, as int32. low, high: the table, see `words_of`."""
+    """The signed bytes of a table for sixteen codes 0..15, as int32. low, high: the table, see `words_of`."""
 
     def codegen(ctx, b, sig, args):
         table = ir.Constant(vector(I64, 2), ir.Undefined)

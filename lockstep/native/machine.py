@@ -51,8 +51,10 @@ def yield_core(b):
 
 @inlined
 def wait_until(address, least, spins=FOREVER):
-    """Spins until the int64 at an address, which only grows, is at least a number; returns whether it is, which it may
-    not be after so many spins. Yields the core early: it may be shared with strangers, or with those who are late."""
+    """Spins until the int64 at an address, which only grows, is at least `least`; False after `spins` spins in vain.
+
+    Yields the core early: the thread that is waited for, or another program, may need this core.
+    """
     spun = 0
     while load_acquire(address) < least:
         if spun == spins:
@@ -80,10 +82,10 @@ def sleep_while_equal(b, address, value):
 
 
 @emitted(types.void(types.int64, types.int64))
-def wake(b, address, count):
-    """Wakes up to count threads that sleep on an address."""
+def wake(b, address, num_threads):
+    """Wakes up to num_threads threads that sleep on an address."""
     if FUTEX_CALL is not None:
-        _futex(b, address, FUTEX_WAKE, count)
+        _futex(b, address, FUTEX_WAKE, num_threads)
 
 
 @emitted(types.int64())
@@ -108,7 +110,7 @@ def float_control(b):
 
 @emitted(types.void(types.int64))
 def set_float_control(b, word):
-    """Sets the control word. Never in a function that also does arithmetic: LLVM would move it across."""
+    """Sets the control word. Never in a function that also does arithmetic: LLVM would move the arithmetic across."""
     if X86:
         slot = cgutils.alloca_once(b, I32)
         b.store(b.trunc(word, I32), slot)
@@ -162,7 +164,7 @@ def stack_memory(context, num_bytes):
 
 @primitive()
 def prefetch(context, address):
-    """Asks for the cache line at an address, which may be any; how near is the target's choice."""
+    """Prefetches the cache line at an address, which may be any, into the cache that suits the target."""
 
     def codegen(ctx, b, sig, args):
         locality = targets.prefetch_locality(ctx.codegen().magic_tuple())

@@ -1,6 +1,6 @@
 """Numba's number types and arrays at addresses, as kernels and definitions name them.
 
-The other rooms take them from here: only this folder knows Numba and LLVM.
+Other folders import these names from here, not from Numba.
 """
 
 import llvmlite

@@ -10,46 +10,46 @@ from lockstep.native.tiles_dots import WIDE, maddubs, pair_sums
 CHAINS = 12  # enough to cover the latency of an FMA with two of them started each cycle
 
 
-def lanes_of(magic=None):
+def lanes_per_register(magic=None):
     """float32 lanes of a register."""
     return 16 if wide_registers(magic) else 8
 
 
-def _spin(b, count, out, start, step):
-    """count rounds of step(values); the values are stored so that they are computed."""
-    for k, v in enumerate(counted(b, count, start, lambda i, values: step(values))):
+def _spin(b, num_rounds, out, start, step):
+    """num_rounds times values = step(values); the values are stored, so that LLVM does not drop the loop."""
+    for k, v in enumerate(counted(b, num_rounds, start, lambda i, values: step(values))):
         write(b, moved(b, pointer(b, out), 64 * k), v)
 
 
 @primitive()
-def peak_f32(context, count, out):
-    """count rounds of CHAINS float32 FMAs over a register each; out: 64 * CHAINS bytes, zeroed before."""
+def peak_f32(context, num_rounds, out):
+    """num_rounds rounds of CHAINS FMAs over a register of float32 each; out: 64 * CHAINS bytes, zeroed before."""
 
     def codegen(ctx, b, sig, args):
-        kind = vector(F32, lanes_of(ctx.codegen().magic_tuple()))
-        fixed = read(b, pointer(b, args[1]), kind)
-        count, out = args
-        _spin(b, count, out, [fixed] * CHAINS, lambda values: [fma(b, fixed, fixed, v) for v in values])
+        register = vector(F32, lanes_per_register(ctx.codegen().magic_tuple()))
+        fixed = read(b, pointer(b, args[1]), register)
+        num_rounds, out = args
+        _spin(b, num_rounds, out, [fixed] * CHAINS, lambda values: [fma(b, fixed, fixed, v) for v in values])
         return ctx.get_dummy_value()
 
     return types.void(types.int64, types.int64), codegen
 
 
 @primitive()
-def peak_int8(context, count, out):
-    """The same with dots of four int8: on AVX2 a multiplication, a widening and an addition each."""
+def peak_int8(context, num_rounds, out):
+    """`peak_f32` with dots of four int8: on AVX2 a multiplication, a widening and an addition each."""
 
     def codegen(ctx, b, sig, args):
         magic = ctx.codegen().magic_tuple()
-        how, lanes = int_dot(magic), lanes_of(magic)
+        instruction, lanes = int_dot(magic), lanes_per_register(magic)
         as_bytes = lambda v: b.bitcast(v, vector(I8, 4 * lanes))
         fixed = as_bytes(read(b, pointer(b, args[1]), vector(I32, lanes)))
-        if how == "avx2":
+        if instruction == "avx2":
             dot = lambda v: b.add(v, pair_sums(b, maddubs(b, fixed, as_bytes(v))))
         else:
-            dot = lambda v: WIDE[how](b, v, fixed, fixed)
-        (count, out), start = args, [constant(vector(I32, lanes), k) for k in range(CHAINS)]
-        _spin(b, count, out, start, lambda values: [dot(v) for v in values])
+            dot = lambda v: WIDE[instruction](b, v, fixed, fixed)
+        (num_rounds, out), start = args, [constant(vector(I32, lanes), k) for k in range(CHAINS)]
+        _spin(b, num_rounds, out, start, lambda values: [dot(v) for v in values])
         return ctx.get_dummy_value()
 
     return types.void(types.int64, types.int64), codegen

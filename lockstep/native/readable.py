@@ -22,24 +22,24 @@ class ReadableType(types.Dummy):
 register_model(ReadableType)(models.OpaqueModel)
 
 
-def readable(kind: type, reader: Reader) -> None:
-    """Lets kernels name declarations, which are of a Python type `kind`, and call their `read`."""
-    typeof_impl.register(kind)(lambda declared, context: ReadableType(declared, reader))
+def readable(declaration_type: type, reader: Reader) -> None:
+    """Lets kernels refer to declarations, values of a Python type, and call their `read`."""
+    typeof_impl.register(declaration_type)(lambda declared, context: ReadableType(declared, reader))
 
 
 @infer_getattr
 class _ReadableAttributes(AttributeTemplate):
     key = ReadableType
 
-    def resolve_read(self, kind):
-        return types.Dispatcher(kind.reader(kind.declared))
+    def resolve_read(self, readable_type):
+        return types.Dispatcher(readable_type.reader(readable_type.declared))
 
 
 @lower_constant(ReadableType)
-def _no_value(context, builder, kind, value):
+def _no_value(context, builder, readable_type, value):
     return context.get_dummy_value()
 
 
 @lower_getattr(ReadableType, "read")
-def _no_attribute(context, builder, kind, value):
+def _no_attribute(context, builder, readable_type, value):
     return context.get_dummy_value()

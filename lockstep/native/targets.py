@@ -1,9 +1,9 @@
-"""What the target CPU offers, asked by target, never by host: an instruction that it lacks aborts the process."""
+"""What the CPU that kernels are compiled for offers (not the host): an instruction that it lacks aborts the process."""
 
 from lockstep.native.host import UnfitMachine
 from lockstep.native.kernel import target
 
-# LLVM's names, or how they start: used where a target is named without its features
+# LLVM's names of CPUs, or their beginnings, for a target that is named without its features
 SAPPHIRE_RAPIDS_ON = ("sapphirerapids", "emeraldrapids", "graniterapids")
 ALDER_LAKE_ON = ("alderlake", "raptorlake", "meteorlake", "arrowlake", "lunarlake", "pantherlake")
 ICE_LAKES = ("icelake", "tigerlake", "rocketlake")
@@ -13,8 +13,8 @@ AVX512_BF16_CPUS = ("znver4", "znver5", "cooperlake", *SAPPHIRE_RAPIDS_ON)
 AVX_VNNI_CPUS = (*ALDER_LAKE_ON, "sierraforest", "grandridge", "clearwaterforest", "gracemont")
 OLDER_AVX2_CPUS = ("haswell", "core-avx2", "broadwell", "skylake", "znver", "bdver4", "x86-64-v3")
 AVX2_CPUS = (*AVX512_CPUS, *AVX_VNNI_CPUS, *OLDER_AVX2_CPUS)
-# their nearest cache has 48 KB, the others' 32
-LARGE_NEAR_CACHE_CPUS = ("znver5", *ICE_LAKES, *SAPPHIRE_RAPIDS_ON, *ALDER_LAKE_ON)
+# CPUs with a first-level data cache of 48 KB; the others have 32 KB
+LARGE_FIRST_CACHE_CPUS = ("znver5", *ICE_LAKES, *SAPPHIRE_RAPIDS_ON, *ALDER_LAKE_ON)
 APPLE_CPUS = ("apple-m", "apple-a13", "apple-a14", "apple-a15", "apple-a16", "apple-a17")
 DOTPROD_CPUS = ("neoverse", *APPLE_CPUS, "cortex-a76", "cortex-a78", "cortex-x", "cortex-a710", "ampere1", "grace")
 
@@ -27,7 +27,7 @@ def _has(feature, cpus, magic=None):
 
 
 def int_dot(magic=None):
-    """How four-byte dots are made: "avx512_vnni", "avx_vnni", "avx2", "sdot" or, on any other architecture, "generic".
+    """What makes dots of four bytes: "avx512_vnni", "avx_vnni", "avx2", "sdot", or "generic" on other architectures.
 
     Raises UnfitMachine on an x86 target without AVX2.
     """
@@ -54,9 +54,9 @@ def wide_registers(magic=None):
 
 
 def prefetch_locality(magic=None):
-    """LLVM's number of the cache that weights and keys are asked into: 3, the nearest, where it has room for more than
-    what is worked on, else 2, the second (see studies/15-one-stream.md)."""
-    return 3 if (magic or target())[1].startswith(LARGE_NEAR_CACHE_CPUS) else 2
+    """LLVM's number of the cache that weights and keys are prefetched into: 3, the first level, where it has room for
+    more than the data at hand, else 2, the second (see studies/15-one-stream.md)."""
+    return 3 if (magic or target())[1].startswith(LARGE_FIRST_CACHE_CPUS) else 2
 
 
 def unsigned_weights(magic=None):
@@ -65,5 +65,5 @@ def unsigned_weights(magic=None):
 
 
 def name(magic=None):
-    """A short name of everything above; packed weights are kept under it."""
+    """A short name of the target's dots, on which packed weights depend: they are kept under this name."""
     return f"{int_dot(magic)}{'-bf16' if bf16_dot(magic) else ''}"

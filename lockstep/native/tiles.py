@@ -1,4 +1,4 @@
-"""Register tiles: rows of x by columns of sixteen lanes of w, kept in registers through a reduction, as attention does.
+"""Register tiles for attention: rows of x by columns of sixteen lanes of w, kept in registers through a reduction.
 
 All addresses are in bytes; `rows` and `cols` are literal integers, so that a tile is a fixed set of registers. Linear
 layers have tiles of their own, which hold the whole loop (formats/parts/tiles.py).
@@ -58,10 +58,12 @@ def cells(tile):
 
 
 def unpack(b, tile, value):
+    """{(row, column): vector} of the value of a tile."""
     return {(r, c): b.extract_value(value, r * tile.cols + c) for r, c in cells(tile)}
 
 
 def pack(b, tile, parts):
+    """The value of a tile of {(row, column): vector}."""
     value = ir.Constant(tile.ir, ir.Undefined)
     for r, c in cells(tile):
         value = b.insert_value(value, parts[r, c], r * tile.cols + c)
@@ -113,8 +115,8 @@ def tile_store(context, tile, out, out_row, num_cols):
         shape = sig.args[0]
         parts = unpack(b, shape, value)
         for c in range(shape.cols):
-            wanted = b.icmp_signed(">", num_cols, ir.Constant(I64, c))
-            with b.if_then(wanted, likely=True):
+            is_stored = b.icmp_signed(">", num_cols, ir.Constant(I64, c))
+            with b.if_then(is_stored, likely=True):
                 for r in range(shape.rows):
                     write_at(b, at(b, out, out_row, r, 64 * c), parts[r, c], 4)
         return ctx.get_dummy_value()
@@ -123,8 +125,8 @@ def tile_store(context, tile, out, out_row, num_cols):
 
 
 @primitive()
-def tile_load(context, rows, cols, place, row_bytes):
-    """The tile stored at a place, to go on with a reduction."""
+def tile_load(context, rows, cols, address, row_bytes):
+    """The tile whose row r lies at address + r * row_bytes, to continue a reduction."""
     tile = Tile(rows.literal_value, cols.literal_value)
 
     def codegen(ctx, b, sig, args):
@@ -137,16 +139,16 @@ def tile_load(context, rows, cols, place, row_bytes):
 def tile_pairs(context, tile, x, x_row, w, w_column, mask):
     """tile[r, c] = f(x0[r], w0[c], f(x1[r], w1[c], tile[r, c])) for bfloat16 pairs (x0, x1), (w0, w1): two steps.
 
-    f = fma with denormals taken as zero and flushed. Where the target has an instruction for it, x is a pair; elsewhere
-    two float32, and FLUSH mode makes f of an FMA. mask: what remains of w's pairs, as 32 bits.
+    f is an FMA with denormal operands taken as zero and denormal results flushed. Where the target has an instruction
+    for f, x is bfloat16 pairs; elsewhere two float32, and FLUSH mode makes f of an FMA. mask: 32 bits, and-ed with w.
     """
 
     def codegen(ctx, b, sig, args):
         value, x, x_row, w, w_column, mask = args
         shape, parts = sig.args[0], unpack(b, sig.args[0], value)
         native = targets.bf16_dot(ctx.codegen().magic_tuple())
-        kept = splat(b, b.trunc(mask, I32), V16I)
-        columns = [b.and_(read_at(b, at(b, w, w_column, c), V16I, 64), kept) for c in range(shape.cols)]
+        mask_lanes = splat(b, b.trunc(mask, I32), V16I)
+        columns = [b.and_(read_at(b, at(b, w, w_column, c), V16I, 64), mask_lanes) for c in range(shape.cols)]
         (_dot_pairs if native else _fma_pairs)(b, shape, parts, x, x_row, columns)
         return pack(b, shape, parts)
 

@@ -33,65 +33,65 @@ from lockstep.native.tiles import FMA_OPERANDS, V16F, V16I, Tile, at, cells, pac
 from lockstep.native.tiles_dots import maddwd, vnni
 
 SIGN_BITS = 0x80  # turns int8 into its code + 128, which is what VPDPBUSD multiplies
-OFFSET = -128  # times the sum of a row of x: what that adds too much
+OFFSET = -128  # times the sum of a row of x: corrects a sum for the 128
 EVEN_FIRST = [4 * i + j for i in range(4) for j in (0, 2, 1, 3)]
 
 
-def _byte_dots(b, how, acc, unsigned, signed):
-    return vnni(b, acc, unsigned, signed) if how == "avx512_vnni" else by_halves(b, vnni, acc, unsigned, signed)
+def _byte_dots(b, int_dot, acc, unsigned, signed):
+    return vnni(b, acc, unsigned, signed) if int_dot == "avx512_vnni" else by_halves(b, vnni, acc, unsigned, signed)
 
 
-def _word_dots(b, how, acc, x, w):
+def _word_dots(b, int_dot, acc, x, w):
     """acc + x0 w0 + x1 w1 for pairs of int16."""
-    if how == "avx512_vnni":
+    if int_dot == "avx512_vnni":
         return call(b, "llvm.x86.avx512.vpdpwssd.512", acc.type, [acc, x, w])
-    if how == "avx_vnni":
+    if int_dot == "avx_vnni":
         return by_halves(b, lambda b, *v: call(b, "llvm.x86.avx512.vpdpwssd.256", v[0].type, [*v]), acc, x, w)
-    if how == "avx2":
+    if int_dot == "avx2":
         return by_halves(b, lambda b, a, x, w: b.add(a, maddwd(b, x, w)), acc, x, w)
     x, w, half = b.bitcast(x, V16I), b.bitcast(w, V16I), constant(V16I, 16)
     low = [b.ashr(b.shl(v, half), half) for v in (x, w)]
     return b.add(acc, b.add(b.mul(*low), b.mul(b.ashr(x, half), b.ashr(w, half))))
 
 
-def _columns_of_words(b, place, stride, cols):
+def _columns_of_words(b, address, stride, cols):
     """Even and odd bytes of each column as pairs of int16."""
-    made = []
+    columns = []
     for c in range(cols):
-        both = words(b, read_at(b, at(b, place, stride, c), V16I, 64))
-        eight = constant(both.type, 8)
-        made.append((b.ashr(b.shl(both, eight), eight), b.ashr(both, eight)))
-    return made
+        pairs = words(b, read_at(b, at(b, address, stride, c), V16I, 64))
+        eight = constant(pairs.type, 8)
+        columns.append((b.ashr(b.shl(pairs, eight), eight), b.ashr(pairs, eight)))
+    return columns
 
 
-def _add_words(b, how, shape, parts, x, x_row, columns):
+def _add_words(b, int_dot, shape, parts, x, x_row, columns):
     for half in (0, 1):
         for r in range(shape.rows):
             pair = words(b, splat(b, read_at(b, at(b, x, x_row, r, 4 * half), I32, 4), V16I))
             for c in range(shape.cols):
-                parts[r, c] = _word_dots(b, how, parts[r, c], pair, columns[c][half])
+                parts[r, c] = _word_dots(b, int_dot, parts[r, c], pair, columns[c][half])
 
 
-def _add_bytes(b, how, shape, parts, x, x_row, w, w_column):
+def _add_bytes(b, int_dot, shape, parts, x, x_row, w, w_column):
     four = vector(I8, 4 * LANES)
     columns = [b.xor(read_at(b, at(b, w, w_column, c), four, 64), constant(four, SIGN_BITS)) for c in range(shape.cols)]
     for r in range(shape.rows):
         quad = b.bitcast(splat(b, read_at(b, at(b, x, x_row, r), I32, 4), V16I), four)
         for c in range(shape.cols):
-            parts[r, c] = _byte_dots(b, how, parts[r, c], columns[c], quad)
+            parts[r, c] = _byte_dots(b, int_dot, parts[r, c], columns[c], quad)
 
 
 def _step(tile, multiplies_bytes):
-    """Typing of a step: tile[r, c] += x[r] . w[c], exactly."""
+    """Signature and code of a step: tile[r, c] += x[r] . w[c], exactly."""
 
     def codegen(ctx, b, sig, args):
         value, x, x_row, w, w_column = args
         magic, shape, parts = ctx.codegen().magic_tuple(), sig.args[0], unpack(b, sig.args[0], value)
-        how = targets.int_dot(magic)
+        int_dot = targets.int_dot(magic)
         if multiplies_bytes and targets.unsigned_weights(magic):
-            _add_bytes(b, how, shape, parts, x, x_row, w, w_column)
+            _add_bytes(b, int_dot, shape, parts, x, x_row, w, w_column)
         else:
-            _add_words(b, how, shape, parts, x, x_row, _columns_of_words(b, w, w_column, shape.cols))
+            _add_words(b, int_dot, shape, parts, x, x_row, _columns_of_words(b, w, w_column, shape.cols))
         return pack(b, shape, parts)
 
     return tile(tile, *FMA_OPERANDS), codegen
@@ -99,7 +99,7 @@ def _step(tile, multiplies_bytes):
 
 @primitive()
 def tile_add_bytes(context, tile, x, x_row, w, w_column):
-    """tile[r, c] += x[r] . w[c] over four int8; where the target multiplies bytes w counts 128 too high."""
+    """tile[r, c] += x[r] . w[c] over four int8; with w + 128 instead of w where the target multiplies bytes."""
     return _step(tile, multiplies_bytes=True)
 
 
@@ -132,20 +132,20 @@ def tile_int_spread(context, rows, cols, start, start_row):
 def tile_add_scaled(context, tile, scale, scale_row, out, out_row):
     """out[r, c] = fma(float(tile[r, c]), scale[r], out[r, c]) in memory, with the float32 scale of each row.
 
-    All is read before anything is written: a row that stands for two (out_row 0) is added once.
+    All of out is read before any is written: where out_row is 0, one row in memory stands for two and is added to once.
     """
 
     def codegen(ctx, b, sig, args):
         value, scale, scale_row, out, out_row = args
         shape, parts = sig.args[0], unpack(b, sig.args[0], value)
         factors = [splat(b, read_at(b, at(b, scale, scale_row, r), F32, 4), V16F) for r in range(shape.rows)]
-        places = {(r, c): at(b, out, out_row, r, 64 * c) for r, c in cells(shape)}
+        addresses = {(r, c): at(b, out, out_row, r, 64 * c) for r, c in cells(shape)}
         totals = {
-            (r, c): fma(b, b.sitofp(parts[r, c], V16F), factors[r], read_at(b, places[r, c], V16F, 4))
+            (r, c): fma(b, b.sitofp(parts[r, c], V16F), factors[r], read_at(b, addresses[r, c], V16F, 4))
             for r, c in cells(shape)
         }
         for cell, total in totals.items():
-            write_at(b, places[cell], total, 4)
+            write_at(b, addresses[cell], total, 4)
         return ctx.get_dummy_value()
 
     return types.void(tile, *[types.int64] * 4), codegen

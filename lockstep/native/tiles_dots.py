@@ -17,8 +17,8 @@ def sdot(b, acc, w, a):
 
 def widened(b, acc, w, a):
     """Signed by signed on any target: every fourth product, four times."""
-    kind = vector(I32, w.type.count)
-    products = b.mul(b.sext(w, kind), b.sext(a, kind))
+    wide_type = vector(I32, w.type.count)
+    products = b.mul(b.sext(w, wide_type), b.sext(a, wide_type))
     for j in range(4):
         acc = b.add(acc, every_fourth(b, products, j))
     return acc

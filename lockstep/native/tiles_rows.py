@@ -1,7 +1,7 @@
 """Rows that lie anywhere in memory, named by a table of addresses: transposed to panels, or multiplied where they are.
 
-A table holds one int64 address for each row. Rows may be anybody's memory: they need no alignment, and not a byte past
-their end is read.
+A table holds one int64 address for each row. Rows may lie in a caller's memory: they need no alignment, and not a byte
+past their end is read.
 """
 
 from collections import namedtuple
@@ -13,7 +13,7 @@ from lockstep.native.emit import moved, pointer, prefetch, read, vector, write
 from lockstep.native.simd import F16, I8, I16, I32, I64, LANES, constant, emitted, f32x16, primitive, widened
 from lockstep.native.tiles import V16F, V16I, _outer, pack, unpack
 
-SECOND_CACHE = 2  # where rows are asked into: those of a page are so far apart that the first would hold few of them
+SECOND_CACHE = 2  # rows are prefetched into this level: those of a page lie too far apart for the first to hold many
 
 
 def _shuffle(b, x, y, lanes):
@@ -29,12 +29,12 @@ def transposed(b, rows):
     """Sixteen vectors of sixteen, transposed: pairs and quads within quarters of a register, then whole quarters."""
 
     def pairs(rows, distance, low, high):
-        made = []
+        shuffled = []
         for start in range(0, 16, 2 * distance):
             for i in range(start, start + distance):
                 both = rows[i], rows[i + distance]
-                made += [_shuffle(b, *both, low), _shuffle(b, *both, high)]
-        return made
+                shuffled += [_shuffle(b, *both, low), _shuffle(b, *both, high)]
+        return shuffled
 
     rows = pairs(rows, 1, _within_quarters((0, 4, 1, 5)), _within_quarters((2, 6, 3, 7)))
     rows = pairs(rows, 2, _within_quarters((0, 1, 4, 5)), _within_quarters((2, 3, 6, 7)))
@@ -43,9 +43,12 @@ def transposed(b, rows):
     )
     columns = [None] * 16
     for j in range(4):  # rows[4 i + j]: quarter q holds column 4 q + j of rows 4 i .. 4 i + 3
-        (a, c), (d, f) = ([_shuffle(b, rows[i + j], rows[i + 4 + j], lanes) for lanes in (even, odd)] for i in (0, 8))
-        for q, (x, y, lanes) in enumerate(((a, d, even), (c, f, even), (a, d, odd), (c, f, odd))):
-            columns[4 * q + j] = _shuffle(b, x, y, lanes)
+        (top_even, top_odd), (low_even, low_odd) = (
+            [_shuffle(b, rows[i + j], rows[i + 4 + j], lanes) for lanes in (even, odd)] for i in (0, 8)
+        )
+        evens, odds = (top_even, low_even), (top_odd, low_odd)
+        for q, (halves, lanes) in enumerate(((evens, even), (odds, even), (evens, odd), (odds, odd))):
+            columns[4 * q + j] = _shuffle(b, *halves, lanes)
     return columns
 
 
@@ -54,18 +57,18 @@ def _place(b, table, row, offset):
     return moved(b, pointer(b, read(b, moved(b, table, 8 * row), I64, 8)), offset)
 
 
-def _transpose(name, element, count, columns_of):
-    """A primitive that turns `count` elements at an offset of sixteen rows of a table into columns of sixteen lanes, 64
-    bytes apart. columns_of: makes them of sixteen vectors, a row's elements each.
+def _transpose(name, element, num_elements, columns_of):
+    """A primitive that turns num_elements elements at an offset of sixteen rows of a table into columns of sixteen
+    lanes, 64 bytes apart. columns_of: makes the columns of sixteen vectors, each the elements of a row.
 
-    It asks for a line of the rows that `ahead` names.
+    The primitive also prefetches a cache line of each row of the table `ahead`.
     """
 
     def emit(b, rows, offset, panel, ahead, ahead_offset):
         rows, panel, ahead = (pointer(b, address) for address in (rows, panel, ahead))
         for r in range(LANES):
             prefetch(b, _place(b, ahead, r, ahead_offset), SECOND_CACHE)
-        values = [read(b, _place(b, rows, r, offset), vector(element, count)) for r in range(LANES)]
+        values = [read(b, _place(b, rows, r, offset), vector(element, num_elements)) for r in range(LANES)]
         for i, column in enumerate(columns_of(b, values)):
             write(b, moved(b, panel, 64 * i), column, 64)
 
@@ -82,7 +85,7 @@ def _pairs(b, values):
 
 
 def _fours(widen):
-    """The same for vectors of four bytes each; widen: makes float32 of a vector of bytes."""
+    """`_pairs` for vectors of fours of bytes; widen: makes float32 of a vector of bytes."""
 
     def columns_of(b, values):
         for four in transposed(b, [b.bitcast(v, V16I) for v in values]):
@@ -98,8 +101,8 @@ def _row(b, rows, row):
 
 
 def _fma_row(name, size, load_column):
-    """A primitive: tile[r, c] = fma(x[r], w[c], tile[r, c]) with w at an offset of a row of a table, `size` bytes a
-    number."""
+    """A primitive: tile[r, c] = fma(x[r], w[c], tile[r, c]) with w at an offset of a row of a table, in numbers of
+    `size` bytes."""
 
     def typer(context, tile, x, x_row, rows, row, offset):
         def codegen(ctx, b, sig, args):
@@ -139,7 +142,7 @@ def _from_e5m2(b, codes):
 
 
 def _from_e4m3(b, codes):
-    """float8 with 4 bits of exponent, no infinity and one NaN of each sign: as a float16, 2**8 too small."""
+    """float8 with 4 bits of exponent, no infinity and one NaN of each sign: as a float16 it is 2**8 too small."""
     value = b.fmul(b.fpext(_half_bits(b, codes, 7), V16F), constant(V16F, 256.0))
     is_nan = b.icmp_unsigned("==", b.and_(codes, constant(codes.type, 0x7F)), constant(codes.type, 0x7F))
     return b.select(is_nan, constant(V16F, float("nan")), value)
@@ -177,8 +180,8 @@ def _of_bytes(name, widen):
 
 
 # How rows of a type of numbers are read, all widened to float32, which is exact. size: bytes of a number; load: sixteen
-# at an address; transpose, transpose_wide: sixteen numbers, or `wide` at once, of sixteen rows, to columns; fma_row:
-# multiplies a tile with a row where it lies
+# numbers at an address; transpose, transpose_wide: sixteen numbers, or `wide` numbers, of each of sixteen rows become
+# columns; fma_row: multiplies a tile with a row where the row lies
 RowNumbers = namedtuple("RowNumbers", "size load transpose wide transpose_wide fma_row")
 
 _transpose_f32 = _transpose("f32", I32, 16, transposed)
@@ -215,6 +218,6 @@ def tile_store_rows(context, tile, out, out_row, num_rows):
 
 
 @emitted(types.void(*[types.int64] * 3))
-def ask(b, rows, row, offset):
-    """Asks for the cache line at an offset of a row of a table; any address is allowed."""
+def prefetch_row(b, rows, row, offset):
+    """Prefetches the cache line at an offset of a row of a table; any address is allowed."""
     prefetch(b, moved(b, _row(b, rows, row), offset), SECOND_CACHE)

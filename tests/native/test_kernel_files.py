@@ -1,4 +1,4 @@
-"""Files of compiled code that were damaged: never an error, never what is left of the code."""
+"""Files of compiled code that were damaged are compiled again: no error, and no damaged code runs."""
 
 import importlib
 import os
@@ -22,20 +22,20 @@ assert BACKENDS["cpu"]["add"].kernel.address
 """
 
 
-def damage(folder, endings, how):
+def damage(folder, endings, damage_name):
     paths = [path for path in folder.rglob("*") if path.name.endswith(endings)]
     assert paths
     for path in paths:
-        path.write_bytes(DAMAGES[how](path.read_bytes()))
+        path.write_bytes(DAMAGES[damage_name](path.read_bytes()))
 
 
-@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("damage_name", DAMAGES)
 @pytest.mark.parametrize("endings", [(".nbi",), (".nbc",), (".nbi", ".nbc")], ids="".join)
-def test_a_damaged_entry_is_none_and_can_be_saved_again(endings, how, tmp_path):
+def test_a_damaged_entry_is_not_loaded_and_can_be_saved_again(endings, damage_name, tmp_path):
     files = CheckedFiles(str(tmp_path), "kernel", "stamp")
     files.save("key", {"code": bytes(range(256)) * 20})
     assert files.load("key") == {"code": bytes(range(256)) * 20} and files.load("other") is None
-    damage(tmp_path, endings, how)
+    damage(tmp_path, endings, damage_name)
     assert files.load("key") is None
     files.save("key", {"code": b"again"})
     assert files.load("key") == {"code": b"again"}
@@ -50,7 +50,7 @@ def saved(folder, name="kernel", **entries):
 
 
 @pytest.mark.parametrize("ending", ["nbi", "1.nbc"])
-def test_files_of_another_kernel_are_none(ending, tmp_path):
+def test_files_of_another_kernel_are_not_loaded(ending, tmp_path):
     files = saved(tmp_path / "sources", key="code")
     saved(tmp_path / "sources", "other", key="another's"), saved(tmp_path / "changed", key="of other sources")
     for other in ("sources/other", "changed/kernel"):
@@ -59,7 +59,7 @@ def test_files_of_another_kernel_are_none(ending, tmp_path):
         assert files.load("key") is None
 
 
-def test_the_code_of_another_signature_is_none(tmp_path):
+def test_the_code_of_another_signature_is_not_loaded(tmp_path):
     files = saved(tmp_path, one=1, two=2)
     assert (files.load("one"), files.load("two")) == (1, 2)
     (tmp_path / "kernel.1.nbc").write_bytes((tmp_path / "kernel.2.nbc").read_bytes())
@@ -77,9 +77,9 @@ def test_no_bit_of_an_index_can_change(tmp_path):
 def test_a_damaged_kernel_is_compiled_again(tmp_path):
     path = os.pathsep.join(p for p in sys.path if p)
     environment = {**os.environ, "LOCKSTEP_CACHE": str(tmp_path), "PYTHONPATH": path}
-    for how in (None, "cut off"):
-        if how:
-            damage(tmp_path, (".nbi", ".nbc"), how)
+    for damage_name in (None, "cut off"):
+        if damage_name:
+            damage(tmp_path, (".nbi", ".nbc"), damage_name)
         done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr[-2000:]
 

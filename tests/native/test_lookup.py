@@ -1,4 +1,4 @@
-"""Sixteen bytes looked up by codes: the same entries by the instructions of this CPU, and of those that it is not."""
+"""Sixteen bytes looked up by codes: the same entries with the instructions of this CPU and of other targets."""
 
 import numpy as np
 import pytest
@@ -16,13 +16,13 @@ CODES = np.random.default_rng(0).integers(0, 16, 64).astype(np.uint8)
 CODES[:16] = np.arange(16)
 
 
-def looking_up(magic, count):
-    """A primitive that looks up `count` codes as it is done for a target."""
+def looking_up(magic, num_codes):
+    """A primitive that looks up num_codes codes with the instructions of a target."""
 
     @primitive()
     def look_up(context, codes, out):
         def codegen(ctx, b, sig, args):
-            found = lookup.lookup(b, magic, lookup.table_of(TABLE), read_at(b, args[0], vector(I8, count)))
+            found = lookup.lookup(b, magic, lookup.table_of(TABLE), read_at(b, args[0], vector(I8, num_codes)))
             write_at(b, args[1], found)
             return ctx.get_dummy_value()
 
@@ -31,18 +31,18 @@ def looking_up(magic, count):
     return look_up
 
 
-@pytest.mark.parametrize("count", [16, 32, 64])
+@pytest.mark.parametrize("num_codes", [16, 32, 64])
 @pytest.mark.parametrize("magic", [target(), ("riscv64-unknown-linux", "", "")], ids=["own", "generic"])
-def test_every_entry_is_found(magic, count):
-    look_up = looking_up(magic, count)
+def test_every_entry_is_found(magic, num_codes):
+    look_up = looking_up(magic, num_codes)
 
     @njit
     def run(codes, out):
         look_up(codes, out)
 
-    out = np.zeros(count, np.int8)
+    out = np.zeros(num_codes, np.int8)
     run(CODES.ctypes.data, out.ctypes.data)
-    assert out.tolist() == [TABLE[code] for code in CODES[:count]]
+    assert out.tolist() == [TABLE[code] for code in CODES[:num_codes]]
 
 
 def test_sixteen_lanes():
@@ -65,9 +65,9 @@ def test_sixteen_lanes():
     ids=["NEON", "AVX2", "AVX-512"],
 )
 def test_a_register_of_codes_takes_one_instruction(magic, instruction):
-    count = {"neoverse-n1": 16, "haswell": 32, "znver5": 64}[magic[1]]
+    num_codes = {"neoverse-n1": 16, "haswell": 32, "znver5": 64}[magic[1]]
     assert targets.int_dot(magic) in ("sdot", "avx2", "avx512_vnni")
-    module, kind = ir.Module(), vector(I8, count)
+    module, kind = ir.Module(), vector(I8, num_codes)
     module.triple = magic[0]
     function = ir.Function(module, ir.FunctionType(kind, [kind]), "look_up")
     b = ir.IRBuilder(function.append_basic_block())

@@ -29,8 +29,6 @@ def body(op, step, thread, num_threads):
 
 
 twice, thrice = variant(body, "twice", FACTOR=np.float32(2)), variant(body, "thrice", FACTOR=np.float32(3))
-
-
 twins = [variant(body, "twin", FACTOR=np.float32(factor)) for factor in (4, 5)]
 
 

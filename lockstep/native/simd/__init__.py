@@ -1,4 +1,4 @@
-"""SIMD values for kernels written in plain Python; with `tiles.py` and `machine.py` the only code that speaks LLVM.
+"""SIMD values for kernels written in plain Python.
 
 A kernel is vectorised across independent outputs, 16 float32 lanes at a time (`f32x16`), whatever the target: LLVM
 splits the sixteen lanes into as many registers as the machine needs, so one source gives the same bits everywhere.
@@ -6,8 +6,7 @@ Every function here works on a scalar `float32` and on lanes alike (a scalar amo
 has a Python form, also uncompiled on `np.float32`: a definition can be run by an interpreter that shares no compiler
 with the kernels.
 
-This is the one name to import from: `types` says what a value is, `math`, `memory` and `lanes` what can be done with
-it.
+Other modules import from this package: `types` defines the values, `math`, `memory` and `lanes` the functions on them.
 """
 
 from lockstep.native.simd.lanes import (

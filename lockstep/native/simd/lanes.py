@@ -1,4 +1,4 @@
-"""Sixteen lanes: made, converted, reduced, and with operators; see `simd.py`."""
+"""Sixteen lanes: made, converted, reduced, and with operators; see `simd/__init__.py`."""
 
 import functools
 import operator
@@ -159,9 +159,9 @@ def bit_xor(b, x, y):
 
 
 @_integers
-def shift_right(b, x, count):
-    """Logical shift: zeros come in."""
-    return b.lshr(x, count)
+def shift_right(b, x, num_bits):
+    """Logical shift by num_bits: zeros come in."""
+    return b.lshr(x, num_bits)
 
 
 @_integers

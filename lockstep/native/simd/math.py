@@ -1,6 +1,6 @@
-"""Arithmetic on float32, one at a time or sixteen: rounding, selection, bits; see `simd.py`.
+"""Arithmetic on float32, one at a time or sixteen: rounding, selection, bits; see `simd/__init__.py`.
 
-Each also runs uncompiled on `np.float32`.
+Each function also runs uncompiled on `np.float32`.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""Loads and stores by address, of sixteen values or of one; see `simd.py`."""
+"""Loads and stores by address, of sixteen values or of one; see `simd/__init__.py`."""
 
 from llvmlite import ir
 from numba import types

@@ -1,4 +1,4 @@
-"""What SIMD values are to Numba, and how the functions on them are made; see `simd.py`."""
+"""What SIMD values are to Numba, and the decorators that make functions on them; see `simd/__init__.py`."""
 
 import functools
 
@@ -41,10 +41,10 @@ class Primitive(_Intrinsic):  # pyright: ignore[reportGeneralTypeIssues]  Numba'
 
 
 def _null_is_valid(typer):
-    """The typing function, its code marked so that an address computed from integers may be based on null.
+    """The typing function; functions that its code is emitted into are marked "null_pointer_is_valid".
 
-    LLVM's code generation rewrites `inttoptr` sums as offsets from null, Numba optimizes helpers again after it, and
-    a load from such an address would count as unreachable: loops disappeared.
+    LLVM's code generation rewrites `inttoptr` sums as offsets from null, and Numba optimizes helpers once more after
+    that: without the mark a load from such an address counts as unreachable, and loops disappeared.
     """
 
     @functools.wraps(typer)
@@ -61,13 +61,13 @@ def _null_is_valid(typer):
 
 
 def primitive(python=None):
-    """Decorator: the typing function below it becomes a Primitive of the same name."""
+    """Decorator: the typing function below it becomes a Primitive of the same name. python: its uncompiled form."""
 
     def wrap(typer):
-        made = Primitive(typer.__name__, _null_is_valid(typer), prefer_literal=True)
-        made.python = python
-        made._register()  # noqa: SLF001 as Numba's own decorator does
-        return made
+        intrinsic = Primitive(typer.__name__, _null_is_valid(typer), prefer_literal=True)
+        intrinsic.python = python
+        intrinsic._register()  # noqa: SLF001 as Numba's own decorator does
+        return intrinsic
 
     return wrap
 
@@ -79,8 +79,8 @@ def emitted(signature, python=None):
         @functools.wraps(emit)
         def typer(_, *args):
             def codegen(context, b, sig, values):
-                made = emit(b, *values)
-                return context.get_dummy_value() if sig.return_type == types.void else made
+                value = emit(b, *values)
+                return context.get_dummy_value() if sig.return_type == types.void else value
 
             return signature, codegen
 

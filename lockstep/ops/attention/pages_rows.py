@@ -17,7 +17,7 @@ from lockstep.native.numbers import int32, int64
 from lockstep.native.simd import load, peek, poke, store
 from lockstep.native.targets import wide_registers
 from lockstep.native.tiles import tile_fma_f32, tile_load, tile_zeros
-from lockstep.native.tiles_rows import ROW_NUMBERS, RowNumbers, ask, tile_store_rows
+from lockstep.native.tiles_rows import ROW_NUMBERS, RowNumbers, prefetch_row, tile_store_rows
 from lockstep.ops.attention.formulas import BLOCK, MAX_HEAD_DIM, exp2, first_key
 from lockstep.ops.attention.softmax import (
     OWN,
@@ -122,7 +122,7 @@ def pack_values(call, numbers, v, next_v, memory):
     for j in range(BLOCK):
         value, panel = peek(rows + 8 * j, int64) + offset, memory + PANELS + 64 * j
         for i in range(0, numbers.size * call.head_dim, 64):
-            ask(rows_ahead, j, offset_ahead + i)
+            prefetch_row(rows_ahead, j, offset_ahead + i)
         for d in range(0, call.head_dim, 16):
             store(panel + 4 * BLOCK * d, numbers.load(value + numbers.size * d))
 
@@ -197,7 +197,7 @@ def add_values_in_place(call, numbers, tile, block, v, next_v, o, memory):
         for j in range(low, high):
             acc = numbers.fma_row(acc, p + 4 * j, P_BYTES, rows, j, here)
             for i in range(0, 16 * size * MORE_COLS, 64):
-                ask(rows_ahead, j, line + i)
+                prefetch_row(rows_ahead, j, line + i)
         tile_store_rows(acc, o + 64 * column, ROW_BYTES, height)
     for column in range(num_columns, call.head_dim // 16):
         four, here = tile_load(4, 1, o + 64 * column, ROW_BYTES), offset + 16 * size * column

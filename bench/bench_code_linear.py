@@ -56,7 +56,7 @@ class Plan:
         for i in range(max(2, -(-CACHES // (self.N * self.K)))):
             program.emit(CodeLinear(out=out, x=coded, weight=code_weight(f"w{i}", part), **sizes))
         table = {**code_rows_cpu.CPU, **code_linear_cpu.CPU, "given": Implementation(nothing)}
-        self.executor = Executor(program, table, team, Copies(), {"T": rows}, {}, keep=True)
+        self.executor = Executor(program, table, team, Copies(), {"T": rows}, {}, keep_all=True)
         self.executor.view(x, rows)[...] = np.random.default_rng(1).standard_normal((rows, self.K), np.float32)
 
     def run(self) -> None:

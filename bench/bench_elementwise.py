@@ -55,7 +55,7 @@ def build(table, kind, num_tokens, width, team):
         WeightStore(),
         {"T": num_tokens, "R": 1, "S": 1},
         {},
-        keep=True,
+        keep_all=True,
     )
     executor.fill(0x3F)  # float32 of 0.747
     return executor, 4 * numbers * num_tokens

@@ -182,7 +182,7 @@ class Rule:
                 program.emit(GatedDelta(out=out, state=state, **where))
         self.memory = {c.name: aligned(c.bytes_each) for c in program.caches}
         places, sizes = {n: a.ctypes.data for n, a in self.memory.items()}, dict(T=num_tokens, S=1, R=1)
-        self.executor = Executor(program, BACKEND, team, WeightStore(), sizes, places, keep=True)
+        self.executor = Executor(program, BACKEND, team, WeightStore(), sizes, places, keep_all=True)
         rng = np.random.default_rng(0)
         for tensor in given.values():
             self.executor.view(tensor, num_tokens)[...] = rng.random((num_tokens, tensor.width), np.float32) * 0.1

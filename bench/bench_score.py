@@ -57,7 +57,7 @@ def executor(format: str, vocabulary: int, width: int, rows: int, team: Team) ->
         sizes = dict(in_features=width, vocab_size=vocabulary, scratch_width=scratch)
         program.emit(Score(x=x, weight=head, target=target, **outputs, **operands, **sizes))
     made, rng = (
-        Executor(lower(program), TABLE, team, WeightStore(), {"T": rows}, {}, keep=True),
+        Executor(lower(program), TABLE, team, WeightStore(), {"T": rows}, {}, keep_all=True),
         np.random.default_rng(1),
     )
     made.view(x, rows)[...] = rng.standard_normal((rows, width), np.float32)

@@ -25,8 +25,8 @@ class NotPrivate(ValueError):
 def make_private(folder: Path) -> Path:
     """Makes a folder (mode 0700) where there is none, and checks that nobody else can write to it.
 
-    Returns its real path, of which all parts were checked. Raises NotPrivate, naming the folder or its parent, its
-    owner and its mode; OSError where it cannot be made.
+    Returns its real path, of which all parts were checked. Raises NotPrivate, naming the folder or parent that others
+    can write to, its owner and its mode; OSError if the folder cannot be made.
     """
     _make(folder)
     resolved = folder.resolve()
@@ -39,7 +39,7 @@ def make_private(folder: Path) -> Path:
 
 
 def _make(folder: Path) -> None:
-    """Makes a folder and what is missing above it, each for this user alone, whatever the umask."""
+    """Makes a folder and its missing parents, each for this user alone, whatever the umask."""
     for missing in reversed([path for path in (folder, *folder.parents) if not os.path.lexists(path)]):
         missing.mkdir(mode=PRIVATE, exist_ok=True)
 
@@ -54,25 +54,25 @@ def cache_subfolder(*names: str) -> Path:
 
 def check_private(folder: Path) -> None:
     """NotPrivate unless a folder belongs to this user or root and nobody else may write to it."""
-    found = folder.stat()
-    if not stat.S_ISDIR(found.st_mode):
+    status = folder.stat()
+    if not stat.S_ISDIR(status.st_mode):
         raise NotADirectoryError(f"{folder} is no folder")
-    if found.st_uid not in (os.getuid(), 0) or _others_may_write(found):
-        raise _not_private(folder, found)
+    if status.st_uid not in (os.getuid(), 0) or _others_may_write(status):
+        raise _not_private(folder, status)
 
 
 def check_parent(folder: Path) -> None:
     """NotPrivate if somebody else could rename what lies in a folder; a sticky one, such as /tmp, forbids that."""
-    found = folder.stat()
-    is_trusted = found.st_uid in (os.getuid(), 0)
-    if not (is_trusted and (found.st_mode & stat.S_ISVTX or not _others_may_write(found))):
-        raise _not_private(folder, found)
+    status = folder.stat()
+    is_trusted = status.st_uid in (os.getuid(), 0)
+    if not (is_trusted and (status.st_mode & stat.S_ISVTX or not _others_may_write(status))):
+        raise _not_private(folder, status)
 
 
-def _others_may_write(found: os.stat_result) -> bool:
-    if found.st_mode & stat.S_IWOTH:
+def _others_may_write(status: os.stat_result) -> bool:
+    if status.st_mode & stat.S_IWOTH:
         return True
-    return bool(found.st_mode & stat.S_IWGRP) and not _is_own_group(found.st_gid)
+    return bool(status.st_mode & stat.S_IWGRP) and not _is_own_group(status.st_gid)
 
 
 def _is_own_group(gid: int) -> bool:
@@ -87,34 +87,34 @@ def _is_own_group(gid: int) -> bool:
     return gid == user.pw_gid and group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}
 
 
-def _not_private(folder: Path, found: os.stat_result) -> NotPrivate:
-    mode, user = stat.S_IMODE(found.st_mode), os.getuid()
+def _not_private(folder: Path, status: os.stat_result) -> NotPrivate:
+    mode, user = stat.S_IMODE(status.st_mode), os.getuid()
     return NotPrivate(
-        f"{folder}: other users can write here (owner {found.st_uid}, mode {mode:o}, this is user "
-        f"{user}); expected {_better(folder, found)}"
+        f"{folder}: other users can write here (owner {status.st_uid}, mode {mode:o}, this is user "
+        f"{user}); expected {_better(folder, status)}"
     )
 
 
-def _better(folder: Path, found: os.stat_result) -> str:
-    """What to use in the place of a folder to which others can write. A shared one is not to be closed to others."""
-    if found.st_mode & stat.S_ISVTX:
+def _better(folder: Path, status: os.stat_result) -> str:
+    """What to use instead of a folder that others can write to. A shared one, such as /tmp, must stay open."""
+    if status.st_mode & stat.S_ISVTX:
         return f"a folder of one's own, such as {folder / f'lockstep-{os.getuid()}'}"
-    own = f", such as this one after `chmod go-w {folder}`" if found.st_uid == os.getuid() else ""
+    own = f", such as this one after `chmod go-w {folder}`" if status.st_uid == os.getuid() else ""
     return f"a folder that only its owner can write to{own}"
 
 
 def user_cache() -> Path:
     """The user's cache folder for Lockstep, private to this user; LOCKSTEP_CACHE names another.
 
-    Where the usual one cannot be written or is not private, a private one in the temporary directory takes its place.
-    Raises ValueError if it is LOCKSTEP_CACHE that names such a folder.
+    Where the usual folder cannot be written or is not private, one in the temporary directory takes its place.
+    Raises ValueError if LOCKSTEP_CACHE names a folder that cannot be written or is not private.
     """
     named = os.environ.get(VARIABLE)
     return _named_folder(named) if named else _usual_folder(os.environ.get("XDG_CACHE_HOME"), _home())
 
 
 def _home() -> str:
-    """The user's home; empty where nothing says it."""
+    """The user's home folder; empty if neither HOME nor the user database names one."""
     import pwd
 
     with contextlib.suppress(KeyError):
@@ -141,13 +141,13 @@ def _usual_folder(xdg: str | None, home: str) -> Path:
     for folder in (*(base / "lockstep" for base in usual), Path(tempfile.gettempdir()) / f"lockstep-{os.getuid()}"):
         with contextlib.suppress(OSError, NotPrivate):
             return _writable(folder.absolute())
-    folder = Path(tempfile.mkdtemp(prefix="lockstep-"))  # somebody else has taken our place: one for this process only
+    folder = Path(tempfile.mkdtemp(prefix="lockstep-"))  # neither can be used: one for this process only
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 
 def _writable(folder: Path) -> Path:
-    """`make_private`, and OSError if it cannot be written."""
-    made = make_private(folder)
-    with tempfile.TemporaryFile(dir=made):
-        return made
+    """`make_private`, and OSError if the folder cannot be written."""
+    private = make_private(folder)
+    with tempfile.TemporaryFile(dir=private):
+        return private

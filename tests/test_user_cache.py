@@ -15,8 +15,8 @@ from lockstep.native import kernel
 SHOW = "from lockstep.user_cache import user_cache; print(user_cache())"
 
 
-def shown(**environment):
-    """What the cache folder of another process is: (folder, error)."""
+def cache_of_process(**environment):
+    """The cache folder that another process uses, and its error output."""
     names = {k: v for k, v in os.environ.items() if k not in ("LOCKSTEP_CACHE", "XDG_CACHE_HOME", "HOME", "TMPDIR")}
     done = subprocess.run([sys.executable, "-c", SHOW], capture_output=True, text=True, env={**names, **environment})
     return done.stdout.strip(), done.stderr
@@ -27,13 +27,13 @@ def mode(path):
 
 
 def test_the_usual_folder_is_made_for_its_owner_alone(tmp_path):
-    folder, _ = shown(HOME=str(tmp_path))
+    folder, _ = cache_of_process(HOME=str(tmp_path))
     assert folder == str(tmp_path / ".cache" / "lockstep") and mode(folder) == 0o700
-    assert shown(XDG_CACHE_HOME=str(tmp_path / "x"))[0] == str(tmp_path / "x" / "lockstep")
+    assert cache_of_process(XDG_CACHE_HOME=str(tmp_path / "x"))[0] == str(tmp_path / "x" / "lockstep")
 
 
 @pytest.mark.parametrize("home", ["no home", "a file", "open to others", "in a folder open to others"])
-def test_where_home_is_of_no_use_a_private_folder_takes_its_place(home, tmp_path):
+def test_a_private_temporary_folder_stands_in_for_an_unusable_home(home, tmp_path):
     where, temporary = tmp_path / "home", tmp_path / "tmp"
     temporary.mkdir()
     (where / ".cache").mkdir(parents=True)
@@ -47,7 +47,7 @@ def test_where_home_is_of_no_use_a_private_folder_takes_its_place(home, tmp_path
         (where / ".cache" / "lockstep").chmod(0o777)
     else:
         where.chmod(0o777)
-    folder, error = shown(**environment)
+    folder, error = cache_of_process(**environment)
     assert folder == str(temporary / f"lockstep-{os.getuid()}") and mode(folder) == 0o700, error
 
 
@@ -55,7 +55,7 @@ def test_a_folder_that_somebody_else_made_in_the_temporary_directory_is_not_used
     planted = tmp_path / f"lockstep-{os.getuid()}"
     planted.mkdir()
     planted.chmod(0o777)
-    folder, _ = shown(HOME="/proc/nobody", TMPDIR=str(tmp_path))
+    folder, _ = cache_of_process(HOME="/proc/nobody", TMPDIR=str(tmp_path))
     assert Path(folder).parent == tmp_path and folder != str(planted)
     assert not Path(folder).exists(), "one for that process only"
 
@@ -73,9 +73,9 @@ def test_a_folder_of_another_user_is_refused(tmp_path):
 
 def test_a_folder_named_by_the_user_that_others_can_write_to_is_an_error(tmp_path):
     tmp_path.chmod(0o777)
-    _, error = shown(LOCKSTEP_CACHE=str(tmp_path))
+    _, error = cache_of_process(LOCKSTEP_CACHE=str(tmp_path))
     assert f"ValueError: LOCKSTEP_CACHE: {tmp_path.resolve()}: other users can write here" in error
-    _, error = shown(LOCKSTEP_CACHE="/proc/nowhere")
+    _, error = cache_of_process(LOCKSTEP_CACHE="/proc/nowhere")
     assert "ValueError: LOCKSTEP_CACHE '/proc/nowhere': cannot be written" in error
 
 
@@ -92,7 +92,7 @@ def test_a_sticky_folder_of_roots_may_lie_above():
     user_cache.check_parent(Path("/tmp"))
 
 
-def test_a_link_counts_as_what_it_leads_to(tmp_path):
+def test_a_link_is_checked_as_its_target(tmp_path):
     (tmp_path / "open").mkdir()
     (tmp_path / "open").chmod(0o777)
     (tmp_path / "link").symlink_to(tmp_path / "open")
@@ -108,29 +108,29 @@ def test_a_link_of_another_user_is_refused(tmp_path):
         user_cache.make_private(tmp_path / "link")
 
 
-def test_what_was_checked_is_what_is_used(tmp_path):
+def test_the_folder_that_was_checked_is_the_one_that_is_used(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "folder")
     assert user_cache.make_private(tmp_path / "link" / "new") == tmp_path / "folder" / "new"
-    assert shown(LOCKSTEP_CACHE=str(tmp_path / "link"))[0] == str(tmp_path / "folder")
+    assert cache_of_process(LOCKSTEP_CACHE=str(tmp_path / "link"))[0] == str(tmp_path / "folder")
 
 
 def test_folders_inside_are_made_private_whatever_the_umask_and_checked(tmp_path, monkeypatch):
     monkeypatch.setenv("LOCKSTEP_CACHE", str(tmp_path / "a" / "b"))
     before = os.umask(0)
     try:
-        made = user_cache.cache_subfolder("kernels", "x")
+        subfolder = user_cache.cache_subfolder("kernels", "x")
     finally:
         os.umask(before)
-    assert [mode(folder) for folder in (made, *made.parents[:3])] == [0o700] * 4
-    made.parent.chmod(0o777)
+    assert [mode(folder) for folder in (subfolder, *subfolder.parents[:3])] == [0o700] * 4
+    subfolder.parent.chmod(0o777)
     with pytest.raises(ValueError, match="kernels: other users can write here"):
         user_cache.cache_subfolder("kernels")
 
 
-def test_odd_environments_name_no_folder_in_the_current_one(tmp_path):
-    assert shown(XDG_CACHE_HOME="relative", HOME=str(tmp_path))[0] == str(tmp_path / ".cache" / "lockstep")
-    assert shown(LOCKSTEP_CACHE="~/x", HOME=str(tmp_path))[0] == str(tmp_path / "x")
+def test_odd_environments_never_put_the_cache_into_the_current_folder(tmp_path):
+    assert cache_of_process(XDG_CACHE_HOME="relative", HOME=str(tmp_path))[0] == str(tmp_path / ".cache" / "lockstep")
+    assert cache_of_process(LOCKSTEP_CACHE="~/x", HOME=str(tmp_path))[0] == str(tmp_path / "x")
 
 
 # ---------------------------------------------------------------- another environment of the same sources

@@ -112,7 +112,7 @@ class Runner:
             model.store,
             rows,
             addresses,
-            keep=keep,
+            keep_all=keep,
             elsewhere=elsewhere,
             on_compile=on_compile,
         )

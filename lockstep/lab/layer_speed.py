@@ -92,7 +92,7 @@ class Case:
             weight = Weight(f"w{i}", self.format, (self.N, self.K), (part,))
             program.emit(declared(out=out, x=x, weight=weight, **sizes))
         backend = {**activations_cpu.CPU, **self.table, "given": Implementation(nothing)}
-        executor = Executor(lower(program), backend, team, Copies(), {"T": max_rows}, {}, keep=True)
+        executor = Executor(lower(program), backend, team, Copies(), {"T": max_rows}, {}, keep_all=True)
         executor.view(x, max_rows)[...] = np.random.default_rng(1).standard_normal((max_rows, width), np.float32)
         return executor
 

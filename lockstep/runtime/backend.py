@@ -16,10 +16,10 @@ def raw_weight(weight: Weight) -> tuple[np.ndarray, ...]:
 
 
 class Layout(NamedTuple):
-    """How an implementation wants its weights: `make(weight)` gives as many arrays as `arrays` names.
+    """How an implementation reads a weight: `make(weight)` returns an array for each name in `arrays`.
 
-    arrays: fields of `operands.WeightArrays`. Arrays are kept by weight and layout name, so that implementations can
-    share them.
+    arrays: names of fields of `operands.WeightArrays`. The arrays are kept by weight and layout name, so that
+    implementations can share them.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Implementation:
     """One way to run an op.
 
     kernel: native code, given an op row, whose words the op's declaration names. layout: of the op's weights. flushes:
-    see `runtime.step.FLUSHES`. layouts: of weights that have another layout, by the name of their operand.
+    see `runtime.step.FLUSHES`. layouts: {name of an operand: layout} of the weights that have another one.
     """
 
     kernel: Kernel

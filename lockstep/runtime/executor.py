@@ -25,7 +25,7 @@ def aligned(num_bytes):
 def encode(declaration, row, values):
     """Writes the fields of an op to the words of its row.
 
-    values: by name: a number, an address, WeightArrays of a packed weight; None for what is left out.
+    values: {field: number, address, WeightArrays of a packed weight, or None for an operand that is left out}.
     """
     words = []
     for name, kind, _ in declaration.words():
@@ -55,29 +55,29 @@ def tensors_between(program, index):
     return [tensor for tensor in written if tensor in read]
 
 
-def lay_out(program, max_rows, keep, elsewhere=()):
-    """Offsets of all tensors in one block of memory, reusing the space of dead ones unless keep is true.
+def lay_out(program, max_rows, keep_all, elsewhere=()):
+    """Offsets of all tensors in one block of memory, where later tensors reuse the space of dead ones unless keep_all.
 
-    elsewhere: tensors that have their memory already.
+    elsewhere: tensors that have memory of their own already.
     """
     offsets, free, end, dying = {}, [], 0, {}
-    for tensor, at in last_uses(program).items():
-        dying.setdefault(at, []).append(tensor)
+    for tensor, index in last_uses(program).items():
+        dying.setdefault(index, []).append(tensor)
     results = {*program.results.values()}
     for i, op in enumerate(program.ops):
         for tensor in op.outputs:
             if tensor in offsets or tensor in elsewhere:
                 continue
             size = _tensor_bytes(tensor, max_rows)
-            fit = min((f for f in free if f[1] >= size), key=lambda f: f[1], default=None)
-            if fit:
-                free.remove(fit)
-                offsets[tensor] = fit[0]
-                if fit[1] > size:
-                    free.append((fit[0] + size, fit[1] - size))
+            best = min((hole for hole in free if hole[1] >= size), key=lambda hole: hole[1], default=None)
+            if best:
+                free.remove(best)
+                offsets[tensor] = best[0]
+                if best[1] > size:
+                    free.append((best[0] + size, best[1] - size))
             else:
                 offsets[tensor], end = end, end + size
-        if not keep:
+        if not keep_all:
             dead = [t for t in dying.get(i, ()) if t in offsets and t not in results]
             free += [(offsets[t], _tensor_bytes(t, max_rows)) for t in dead]
     return offsets, end
@@ -101,22 +101,22 @@ def _implementation(op, backend):
 class Executor:
     """A program bound to a backend, memory and threads.
 
-    max_rows: the largest T, R, E and S of a step, by letter. caches: address of each CacheArray, by name. keep: give
-    every tensor memory of its own, so that all can be looked at after a step. elsewhere: {tensor: address} of those
-    that have memory already, and one cache line after it; what is given to the program must be among them. on_compile:
+    max_rows: the largest T, O, R, E and S of a step, by letter. caches: address of each CacheArray, by name. keep_all:
+    give every tensor memory of its own, so that all can be read after a step. elsewhere: {tensor: address} of tensors
+    that have memory already, with one cache line after it; those given to the program must be among them. on_compile:
     see compile_kernels.
     """
 
     def __init__(
-        self, program, backend, team, weights, max_rows, caches, *, keep=False, elsewhere=None, on_compile=None
+        self, program, backend, team, weights, max_rows, caches, *, keep_all=False, elsewhere=None, on_compile=None
     ):
         self.program, self.backend, self.team, self.max_rows = program, backend, team, max_rows
         self._weights, self._caches, self._elsewhere = weights, caches, elsewhere or {}
-        self._read = {}  # arrays of the weights that each op reads, by its index: kept as long as it reads them
-        nowhere = next((tensor for tensor in program.given if tensor not in self._elsewhere), None)
-        if nowhere is not None:
-            raise ValueError(f"{nowhere} is given to the program, and there is no memory that it is in")
-        self._offsets, size = lay_out(program, max_rows, keep, self._elsewhere)
+        self._read_arrays = {}  # {index of an op: the arrays of its weights}: held as long as the op reads them
+        missing = next((tensor for tensor in program.given if tensor not in self._elsewhere), None)
+        if missing is not None:
+            raise ValueError(f"{missing} is given to the program, expected an address of it in `elsewhere`")
+        self._offsets, size = lay_out(program, max_rows, keep_all, self._elsewhere)
         self._memory = aligned(size)
         self._memory.fill(0)  # pages that are touched now do not have to be faulted in by the first step
         self._counters = np.zeros(max(1, len(program.ops)), np.int64)
@@ -125,18 +125,18 @@ class Executor:
         compile_kernels([i.kernel for i in implementations], on_compile)
         for i, (op, implementation) in enumerate(zip(program.ops, implementations, strict=True)):
             self._encode(i, op, implementation)
-        self._most = [(letter, ROW_COUNTS[letter], most) for letter, most in max_rows.items()]
+        self._row_limits = [(letter, ROW_COUNTS[letter], limit) for letter, limit in max_rows.items()]
         self._table_address, self._step, self._step_address = self._table.ctypes.data, None, 0
 
     def _encode(self, index, op, implementation):
         row = self._table[index]
-        self._reading = self._read[index] = []
+        self._arrays_of_op = self._read_arrays[index] = []
         encode(op, row, {word.name: self._field(op, word, implementation) for word in op.words()})
         row[KERNEL], row[FLAGS] = implementation.kernel.address, FLUSHES * implementation.flushes
         row[ROWS], row[COUNTER] = ROW_COUNTS[op.rows], self._counters[index:].ctypes.data
 
     def _field(self, op, word, implementation):
-        """What a field of an op holds, for `encode`."""
+        """The value of an op's field, for `encode`."""
         value = getattr(op, word.name)
         if value is None or word.kind not in ("address", "weight"):
             return value
@@ -157,29 +157,29 @@ class Executor:
             return [value.values.ctypes.data]
         assert isinstance(value, Weight), value
         arrays = self._weights.arrays(value.whole or value, layout)
-        self._reading.append(arrays)
+        self._arrays_of_op.append(arrays)
         return [a.ctypes.data for a in arrays]
 
     def view(self, tensor, num_rows):
-        """A tensor's first rows, as an array on the executor's own memory."""
+        """A tensor's first rows, as a view of the executor's memory."""
         dtype, start = DTYPES[tensor.dtype], self._offsets[tensor]
         flat = self._memory[start : start + num_rows * tensor.width * dtype.itemsize]
         return flat.view(dtype).reshape(num_rows, tensor.width)
 
     def fill(self, byte):
-        """Overwrites all activations with one byte: of 0xFF, float32 is NaN, so that what no kernel writes shows."""
+        """Overwrites all activations with one byte; with 0xFF all are NaN, so that values that no kernel wrote show."""
         self._memory[:] = byte
 
     def run_op(self, index, step):
-        """Runs one op of the program by itself, on a step block, as often as is asked."""
+        """Runs one op of the program by itself on a step block; may be called again and again."""
         self._counters[index] = 0
         self.team.run(self._table[index:].ctypes.data, 1, step.ctypes.data)
 
     def run(self, step, clock=None, first=0, last=None):
         """Runs the ops first .. last (all of them) on a step block (int64[STEP_WORDS]).
 
-        clock: int64[last - first] for the time when each op ended. What the first op reads must be there: see
-        `tensors_between`.
+        clock: int64[last - first] for the time when each op ended. The tensors that the first op reads must hold their
+        values: see `tensors_between`.
         """
         self.begin(step)
         if step is not self._step:
@@ -189,8 +189,8 @@ class Executor:
         self.team.run(self._table_address + 8 * ROW_WORDS * first, num_ops, self._step_address, address)
 
     def change(self, index, op):
-        """Puts an op in the place of another of its declaration that has other weights or numbers; its kernel may be
-        another, as that of a table in another format."""
+        """Replaces an op by one of the same declaration and outputs with other weights or numbers; its kernel may be
+        another, too, as where a table of embeddings has another format."""
         old, implementation = self.program.ops[index], _implementation(op, self.backend)
         if type(op) is not type(old) or op.outputs != old.outputs:
             raise ValueError(f"op {op} cannot take the place of {old}: expected one of its declaration and outputs")
@@ -198,17 +198,17 @@ class Executor:
         self.program.ops[index] = op
 
     def begin(self, step):
-        """Makes ready to run on a step block. ValueError for one with more rows than there is memory for."""
+        """Prepares for running on a step block. ValueError for a block with more rows than there is memory for."""
         assert step.shape == (STEP_WORDS,) and step.dtype == np.int64, (step.shape, step.dtype)
-        words = step.tolist()  # a look at a word of an array takes as long as this
-        for letter, word, most in self._most:
-            found = words[word]
-            if found > most:
-                raise ValueError(f"a step of {found} rows {letter}, this executor was made for at most {most}")
+        words = step.tolist()  # reading one element of an array takes as long as this list
+        for letter, word, limit in self._row_limits:
+            num_rows = words[word]
+            if num_rows > limit:
+                raise ValueError(f"a step of {num_rows} rows {letter}, this executor was made for at most {limit}")
         self._counters.fill(0)
 
     def table_on(self, step):
-        """The op table for a step block of its own, whichever the walk through the table is given: see `Chain`."""
+        """A copy of the op table whose ops use this step block, not the one that a run is given: see `Chain`."""
         table = self._table.copy()
         table[:, OWN_STEP] = step.ctypes.data
         return table
@@ -217,7 +217,8 @@ class Executor:
 class Chain:
     """Executors of one team that run one after the other in one native call, each on its own step block.
 
-    What an executor writes, a later one and its step block may read: a token that was chosen is looked up by the next.
+    An executor and its step block may read what an earlier executor wrote: the token that one chose is the next one's
+    input.
     """
 
     def __init__(self, executors, steps):
@@ -228,9 +229,9 @@ class Chain:
         self._table[:] = np.concatenate(tables)
         self._addresses = self._table.ctypes.data, steps[0].ctypes.data
 
-    def run(self, count):
-        """Runs the first `count` executors."""
-        for executor, step in zip(self._executors[:count], self._steps[:count], strict=True):
+    def run(self, num_executors):
+        """Runs the first num_executors executors."""
+        for executor, step in zip(self._executors[:num_executors], self._steps[:num_executors], strict=True):
             executor.begin(step)
         table, step = self._addresses
-        self._team.run(table, self._ends[count - 1], step)
+        self._team.run(table, self._ends[num_executors - 1], step)

@@ -30,7 +30,7 @@ from lockstep.runtime.words import Readable, Word, evaluated
 NUMBERS = {int: (int, np.integer), float: (float, np.floating), bool: (bool, np.bool_)}
 IN_WORDS = {int: "an integer", float: "a float", bool: "True or False"}
 GROUPS = ("linear", "attention", "elementwise", "grouped_linear", "embed")  # what `--op GROUP=...` may name
-MOST_WORDS = 43  # of an op row, see `runtime.step`
+MAX_WORDS = 43  # of an op row, see `runtime.step`
 FITTING = {int: "an integer from 0 to 2**63 - 1", float: "a finite float of 32 bits"}
 
 
@@ -50,16 +50,16 @@ class Operand:
 
     role: "output", "rows", "constant", "packed", "table", "setting" or "cache". shape: expressions over the parameters,
     one for each number of a shape, of rows only the width; None: any. dtype: of a tensor (None: any) or of a setting.
-    scratch: only the op's own kernel reads the output. asked: the output is written only in rows that ask for it.
-    optional: it may be left out. other_rows: it has rows of its own; all others have those of the op's first output.
-    kind: of a cache; None: any.
+    scratch: only the op's own kernel reads the output. on_request: the output is written only in rows that ask for it.
+    optional: the operand may be left out. other_rows: its rows are counted by another letter than those of the op's
+    first output. kind: of a cache; None: any.
     """
 
     role: str
     shape: str | None = None
     dtype: str | None = None
     scratch: bool = False
-    asked: bool = False
+    on_request: bool = False
     optional: bool = False
     other_rows: bool = False
     kind: str | None = None
@@ -81,9 +81,9 @@ def _field(operand: Operand) -> Any:
     return dataclasses.field(metadata={"operand": operand}, **default)
 
 
-def output(width: str | None = None, dtype: str | None = "f32", scratch: bool = False, asked: bool = False) -> Any:
+def output(width: str | None = None, dtype: str | None = "f32", scratch: bool = False, on_request: bool = False) -> Any:
     """An activation [rows, width] that the op writes; see `Operand`."""
-    return _field(Operand("output", width, dtype, scratch, asked))
+    return _field(Operand("output", width, dtype, scratch, on_request))
 
 
 def rows(width: str | None = None, dtype: str | None = "f32", optional: bool = False, other_rows: bool = False) -> Any:
@@ -97,7 +97,7 @@ def constant(shape: str | None = None, optional: bool = False) -> Any:
 
 
 def packed(shape: str | None = None, optional: bool = False) -> Any:
-    """A weight in the layout that the op's implementation wants, up to five arrays: see WeightArrays."""
+    """A weight in the layout of the op's implementation, up to five arrays: see WeightArrays."""
     return _field(Operand("packed", shape, optional=optional))
 
 
@@ -117,17 +117,17 @@ def cache(shape: str | None = None, kind: str | None = None, dtype: str | None =
 
 
 class Declaration(Readable):
-    """The class of declarations: their arguments are checked by name before anything is made of them."""
+    """The class of declarations: checks the names of the arguments before it makes an op."""
 
     def __call__(cls, *args: Any, **operands: Any) -> Any:
         fields = dataclasses.fields(cast(Any, cls))
         names = [f.name for f in fields]
         needed = [f.name for f in fields if f.default is dataclasses.MISSING]
-        wrong = next((n for n in operands if n not in names), None)
+        unknown = next((n for n in operands if n not in names), None)
         missing = next((n for n in needed if n not in operands), None)
-        if args or wrong is not None:
-            what = "operands are given by name" if args else f"there is no operand {wrong!r}"
-            raise ValueError(f"{cls.__name__}: {what}; it has {', '.join(names)}")
+        if args or unknown is not None:
+            problem = "operands are given by name" if args else f"there is no operand {unknown!r}"
+            raise ValueError(f"{cls.__name__}: {problem}; it has {', '.join(names)}")
         if missing is not None:
             raise ValueError(f"{cls.__name__}: operand {missing!r} is missing; it has {', '.join(names)}")
         return super().__call__(**operands)
@@ -137,9 +137,9 @@ class Declaration(Readable):
     kw_only_default=True, frozen_default=True, field_specifiers=(output, rows, constant, packed, table, setting, cache)
 )
 class Operands(metaclass=Declaration):
-    """An op of a program; its subclasses say what an op of their kind is made of.
+    """An op of a program; a subclass declares the operands and parameters of its ops.
 
-    group: what `--op GROUP=...` counts it to, one of GROUPS. in_place: an output may be an input, too.
+    group: the op's group in `--op GROUP=...`, one of GROUPS. in_place: an output may be an input, too.
     rules: expressions over the parameters that must hold.
     Raises ValueError, with a sentence, for operands that are not what is declared.
     """
@@ -169,14 +169,14 @@ class Operands(metaclass=Declaration):
         self.check()
 
     def check(self) -> None:
-        """What else must hold among the operands; ValueError if it does not."""
+        """Checks what else must hold among the operands; raises ValueError."""
 
     # ------------------------------------------------------------ of a declaration
 
     @classmethod
     @functools.cache
     def declared(cls) -> tuple[tuple[str, Operand], ...]:
-        """(name, Operand) of all operands that are no parameters, in order."""
+        """(name, Operand) of all fields that are operands, in order."""
         fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
         return tuple((f.name, f.metadata["operand"]) for f in fields if "operand" in f.metadata)
 
@@ -192,15 +192,15 @@ class Operands(metaclass=Declaration):
     @functools.cache
     def words(cls) -> tuple[Word, ...]:
         """Where a kernel finds each field in an op row."""
-        made, index = [], 0
+        words, index = [], 0
         for name, operand in cls.declared():
             kind = "weight" if operand.role == "packed" else "address"
-            made.append(Word(name, kind, index))
+            words.append(Word(name, kind, index))
             index += len(WeightArrays._fields) if kind == "weight" else 1
         for name, kind in cls.parameters().items():
-            made.append(Word(name, "float" if kind is float else "int", index))
+            words.append(Word(name, "float" if kind is float else "int", index))
             index += 1
-        return tuple(made)
+        return tuple(words)
 
     @classmethod
     @functools.cache
@@ -233,7 +233,7 @@ class Operands(metaclass=Declaration):
 
     @functools.cached_property
     def inputs(self) -> tuple[Any, ...]:
-        """What the op reads, caches (which it may write, too) included."""
+        """All that the op reads, with its caches (which it may write, too)."""
         return self._of_role("rows", "constant", "packed", "table", "setting", "cache")
 
     @property
@@ -243,7 +243,7 @@ class Operands(metaclass=Declaration):
 
     @property
     def packed(self) -> tuple[Weight, ...]:
-        """The weights in a layout of the implementation's."""
+        """The weights in the layout of the op's implementation."""
         return self._of_role("packed")
 
     @property
@@ -253,8 +253,10 @@ class Operands(metaclass=Declaration):
 
     @property
     def kept(self) -> tuple[Tensor, ...]:
-        """The outputs that may be read in any row, not only in rows that asked for it."""
-        return tuple(getattr(self, n) for n, o in self.declared() if o.role == "output" and not (o.scratch or o.asked))
+        """The outputs that hold values in every row, not only in rows that ask for them."""
+        return tuple(
+            getattr(self, n) for n, o in self.declared() if o.role == "output" and not (o.scratch or o.on_request)
+        )
 
     @functools.cached_property
     def params(self) -> dict[str, Any]:
@@ -267,7 +269,7 @@ class Operands(metaclass=Declaration):
         return self.outputs[0].rows if self.outputs else "T"
 
     def changed(self, **operands: Any) -> Any:
-        """The op with some operands in place of others."""
+        """A copy of the op with some operands replaced."""
         return dataclasses.replace(self, **operands)  # pyright: ignore[reportArgumentType]
 
     def __str__(self) -> str:
@@ -330,7 +332,7 @@ class Operands(metaclass=Declaration):
 
 
 def _check_declaration(cls: type[Operands]) -> None:
-    """ValueError for a class that declares something else than operands and parameters of an op."""
+    """ValueError for a class whose fields are not operands and parameters of an op."""
     hints, parameters = get_type_hints(cls), set(cls.parameters())
     taken = {"read", *(name for name in dir(Operands) if not name.startswith("__"))}
     if cls.group not in (None, *GROUPS):
@@ -350,8 +352,8 @@ def _check_declaration(cls: type[Operands]) -> None:
     for rule in cls.rules:
         _check_expression(cls, "a rule", rule, parameters)
     last = cls.words()[-1] if cls.words() else None
-    if last is not None and last.index >= MOST_WORDS:
-        raise ValueError(f"{cls.__name__}: {last.index + 1} words, expected at most {MOST_WORDS}")
+    if last is not None and last.index >= MAX_WORDS:
+        raise ValueError(f"{cls.__name__}: {last.index + 1} words, expected at most {MAX_WORDS}")
 
 
 def _check_expression(cls: type[Operands], name: str, shape: str, parameters: set[str]) -> None:

@@ -18,10 +18,10 @@ DTYPES = {"f32": np.dtype(np.float32), "i32": np.dtype(np.int32), "bf16": np.dty
 
 
 class PositionSource(Protocol):
-    """What computes a Table."""
+    """Computes the rows of a Table."""
 
     def cover(self, num_positions: int) -> None:
-        """Computes the rows of the first so many positions, as far as they are not there yet."""
+        """Computes those of the first num_positions rows that are not computed yet."""
 
 
 @dataclass(frozen=True)
@@ -50,19 +50,19 @@ class Weight:
     parts: tuple  # StoredTensor, top to bottom
     whole: "Weight | None" = None  # the weight of which this one is the first rows, in the same memory
 
-    def first_rows(self, count: int) -> "Weight":
+    def first_rows(self, num_rows: int) -> "Weight":
         """The first rows, which take no memory of their own. ValueError if there are fewer."""
-        if not 0 < count <= self.shape[0]:
-            raise ValueError(f"weight {self.name}: {count} rows of {self.shape[0]}")
-        return replace(self, shape=(count, *self.shape[1:]), whole=self.whole or self)
+        if not 0 < num_rows <= self.shape[0]:
+            raise ValueError(f"weight {self.name}: {num_rows} rows of {self.shape[0]}")
+        return replace(self, shape=(num_rows, *self.shape[1:]), whole=self.whole or self)
 
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Constants with a row for each position, which are computed as far as steps come.
+    """Constants with a row for each position, which are computed as far as steps need them.
 
-    rows: float32 [positions, width], on a cache line. source: its `cover(num_positions)` computes the first so many
-    rows, of this table and of others that share it.
+    rows: float32 [positions, width], on a cache line. source: computes the rows, of this table and of all others that
+    share the source.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Table:
 class Setting:
     """Numbers that whoever runs the program may write or read between steps: grids of a quantization plan, counters.
 
-    values: [rows, columns], contiguous. Kernels find them where they lie, so that a change records, compiles and
+    values: [rows, columns], contiguous. Kernels read this very array, so that a change of values records, compiles and
     allocates nothing.
     """
 
@@ -89,12 +89,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class CacheArray:
-    """Memory that outlives a step: KV pages (kind "pages") or, for each request, recurrent state ("state"), rows of it
-    by position ("ring"), or what drafts would change it to ("records").
+    """Memory that outlives a step: KV pages (kind "pages") or, for each request, recurrent state ("state"), rows by
+    position ("ring"), or the changes that drafts would make to a state ("records").
 
-    shape is that of one page or of one request's slot. window: of pages, how many keys a token sees at most, its own
-    included; 0: all up to its own. Pages of one window are a group, of this number: each request has one page table for
-    all of them.
+    shape: of one page or of one request's slot. window: of pages, how many keys a token sees at most, its own included;
+    0: all keys up to its own. group: the number of the window among the program's windows; a request has a page table
+    for each group.
     """
 
     name: str
@@ -110,10 +110,10 @@ class CacheArray:
 
 
 class Program:
-    """Ops in the order in which they run, and the names that users may ask for.
+    """Ops in the order in which they run, and the tensors that the caller reads and writes.
 
-    results: {name: Tensor} that is read after a step, and whose memory no later op may use. given: tensors that whoever
-    runs the program has written before a step, in memory of their own.
+    results: {name: Tensor} of tensors that are read after a step, whose memory no later op may use. given: tensors that
+    the caller writes before a step, in memory of their own.
     """
 
     def __init__(self):
@@ -128,22 +128,24 @@ class Program:
                 f"tensor {name}: {dtype}[{rows}, {width!r}], expected one of {', '.join(DTYPES)}, rows of "
                 f"{', '.join(ROW_COUNTS)} and a positive width"
             )
-        unique, count = name, 2
+        unique, number = name, 2
         while unique in self._names:
-            unique, count = f"{name}.{count}", count + 1
+            unique, number = f"{name}.{number}", number + 1
         self._names.add(unique)
         return Tensor(unique, rows, width, dtype)
 
     def give(self, name: str, rows: str, width: int, dtype: str = "f32") -> Tensor:
-        """A new activation that is there before the first op."""
-        made = self.tensor(name, rows, width, dtype)
-        self.given.append(made)
-        self._written.add(made)
-        return made
+        """A new activation that the caller writes before a step: one of `given`."""
+        tensor = self.tensor(name, rows, width, dtype)
+        self.given.append(tensor)
+        self._written.add(tensor)
+        return tensor
 
     def emit(self, op) -> Any:
-        """Appends an op (`runtime.operands.Operands`) and returns its first output. ValueError if it reads what is not
-        there."""
+        """Appends an op (`runtime.operands.Operands`) and returns its first output.
+
+        ValueError if the op reads a tensor that no op before it writes, or another program's cache.
+        """
         for value in op.inputs:
             if isinstance(value, Tensor) and value not in self._written:
                 raise ValueError(f"{op}: no op before it writes {value}")
@@ -155,16 +157,16 @@ class Program:
 
     def cache(self, name, kind, dtype, shape, window=0):
         """Declares memory that outlives a step; see CacheArray."""
-        made = CacheArray(name, kind, dtype, tuple(shape), window, self._group(window) if kind == "pages" else 0)
+        array = CacheArray(name, kind, dtype, tuple(shape), window, self._group(window) if kind == "pages" else 0)
         if not isinstance(window, int) or window < 0 or (window and kind != "pages"):
-            raise ValueError(f"{made}: expected a window of 0 or more for pages, and none for others")
+            raise ValueError(f"{array}: expected a window of 0 or more for pages, and none for others")
         if kind not in CACHE_KINDS or dtype not in DTYPES or not all(isinstance(n, int) and n > 0 for n in shape):
             kinds, dtypes = ", ".join(CACHE_KINDS), ", ".join(DTYPES)
-            raise ValueError(f"{made}: expected one of {kinds}, one of {dtypes}, and a shape of positive integers")
+            raise ValueError(f"{array}: expected one of {kinds}, one of {dtypes}, and a shape of positive integers")
         if any(cache.name == name for cache in self.caches):
-            raise ValueError(f"{made}: there is another cache of this name")
-        self.caches.append(made)
-        return made
+            raise ValueError(f"{array}: there is another cache of this name")
+        self.caches.append(array)
+        return array
 
     def windows(self) -> list[int]:
         """The window of each group of pages, by its number."""
@@ -176,23 +178,23 @@ class Program:
         return known.index(window) if window in known else len(known)
 
     def rewritten(self, ops):
-        """The same program with another list of ops. What is added to the one later is not in the other."""
-        other = Program()
-        other.ops, other.caches, other.given = list(ops), list(self.caches), list(self.given)
-        other.results, other._names = dict(self.results), set(self._names)
-        other._written = {*self.given, *(tensor for op in other.ops for tensor in op.outputs)}
-        return other
+        """A copy of the program with another list of ops; what is added to one of the two later is not in the other."""
+        copy = Program()
+        copy.ops, copy.caches, copy.given = list(ops), list(self.caches), list(self.given)
+        copy.results, copy._names = dict(self.results), set(self._names)
+        copy._written = {*self.given, *(tensor for op in copy.ops for tensor in op.outputs)}
+        return copy
 
     def weights(self):
         """Every weight, in order of first use, once."""
-        seen = {}
+        weights = {}
         for op in self.ops:
             for value in op.inputs:
                 if isinstance(value, Weight):
-                    seen.setdefault(value.name, value)
-        return list(seen.values())
+                    weights.setdefault(value.name, value)
+        return list(weights.values())
 
     def sources(self) -> list[PositionSource]:
-        """What computes the tables of positions, each once."""
-        found = {id(v.source): v.source for op in self.ops for v in op.inputs if isinstance(v, Table)}
-        return list(found.values())
+        """The sources of all tables, each once."""
+        sources = {id(v.source): v.source for op in self.ops for v in op.inputs if isinstance(v, Table)}
+        return list(sources.values())

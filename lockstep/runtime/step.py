@@ -31,7 +31,7 @@ def entry(array, index):
 
 @inlined
 def pages_of(batch, request, group):
-    """Where a request's page table of a group lies: int32, a page id for each 64 positions from 0 on."""
+    """Address of a request's page table in a group: int32, a page id for each 64 positions from 0 on."""
     return batch.page_table + 4 * batch.pages_per_request * (request * batch.num_page_groups + group)
 
 
@@ -47,7 +47,7 @@ def reader(declared):
 
 
 def _expression(word, first):
-    """How a field is read, the words of all of them beginning at word `first`."""
+    """The source code that reads a field; first: the word at which the fields begin."""
     place, kind = 8 * (first + word.index), "float32" if word.kind == "float" else "int64"
     if word.kind == "weight":
         parts = (f"peek(address + {place + 8 * i}, int64)" for i in range(len(WeightArrays._fields)))

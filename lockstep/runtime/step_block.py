@@ -27,7 +27,7 @@ class StepBlock(metaclass=Readable):
     query_start = ("S + 1",)
     context_len = ("S",)
     # page page_table[s W + w, p] of group w holds positions 64 p .. 64 (p + 1) of request s; where a group's layers see
-    # a window of keys only, pages before it are not there, and what stands for them is not read
+    # only a window of keys, there are no pages before the window, and their entries are not read
     page_table = ("S * W", "P")
     pages_per_request = "P"  # in one group
     num_page_groups = "W"
@@ -35,15 +35,13 @@ class StepBlock(metaclass=Readable):
     sampled_row = ("R",)  # output rows that reach the last norm and the head
     position = ("T",)  # of each token in its sequence
     request = ("T",)  # which request of the step each token belongs to
-    sampling = ("R",)  # records of ops.sample.SAMPLING_RECORD
+    sampling = ("R",)  # records, see SAMPLING_RECORD in ops/sampling/sample.py
     num_embedded = "E"
     embedded_row = ("E",)  # output rows whose last hidden state is wanted for itself
     num_outputs = "O"
     output_row = ("O",)  # rows of the step that are sampled or embedded
-    num_drafts = ("S",)  # of each request's rows, how many of the last are drafts: they may have to be forgotten
-    num_pending = (
-        "S",
-    )  # of each request's drafts of the step before, how many were right, and are still to be absorbed
+    num_drafts = ("S",)  # how many of each request's last rows are drafts, which may have to be forgotten
+    num_pending = ("S",)  # how many of each request's drafts in its last step were right and are to be absorbed now
 
     @classmethod
     @functools.cache
@@ -68,7 +66,7 @@ class StepBlock(metaclass=Readable):
 
     @classmethod
     def index(cls, name: str) -> int:
-        """The number of a field's word; ValueError for a name that is none."""
+        """The number of a field's word; ValueError for an unknown name."""
         if name not in cls.indices():
             raise ValueError(f"StepBlock: there is no field {name!r}; it has {', '.join(cls.indices())}")
         return cls.indices()[name]
@@ -86,14 +84,14 @@ class StepBlock(metaclass=Readable):
 
     @classmethod
     def made(cls, **fields: Any) -> np.ndarray:
-        """A block, int64[STEP_WORDS], with some of its fields; the others are 0."""
+        """A new block, int64[STEP_WORDS], with some fields set; the others are 0."""
         block = np.zeros(len(cls.words()), np.int64)
         cls.write(block, **fields)
         return block
 
     @classmethod
     def write(cls, block: np.ndarray, **fields: Any) -> None:
-        """Sets fields of a block: counts, and arrays, which whoever calls keeps alive. ValueError for anything else."""
+        """Sets fields of a block: counts, and arrays, which the caller keeps alive. ValueError for anything else."""
         numbers = cls.numbers()
         for name, value in fields.items():
             if name not in numbers:
@@ -106,7 +104,7 @@ class StepBlock(metaclass=Readable):
 
     @classmethod
     def _address(cls, name: str, array: Any) -> int:
-        """Where a field's array lies."""
+        """The address of a field's array; ValueError for an array that the field cannot be."""
         rank, is_records = len(getattr(cls, name)), name == "sampling"
         if not isinstance(array, np.ndarray) or array.ndim != rank or not array.flags.c_contiguous:
             found = f"shape {array.shape}" if isinstance(array, np.ndarray) else f"{array!r:.80}"

@@ -85,15 +85,15 @@ def run_step(shared, table, num_ops, step, clock, num_threads):
 
 
 @native
-def help_forever(shared, thread, num_threads, seen):
-    """A helper's life: wait for a step, walk the table, until told to quit."""
+def help_forever(shared, thread, num_threads, generation):
+    """The loop of a helper thread: wait for the next generation, walk the table of its step; ends when QUIT is set."""
     while True:
-        if not wait_until(shared + GENERATION, seen + 1, SPINS_BEFORE_SLEEP):
+        if not wait_until(shared + GENERATION, generation + 1, SPINS_BEFORE_SLEEP):
             fetch_add(shared + SLEEPERS, 1)
-            while load_acquire(shared + GENERATION) == seen:
-                sleep_while_equal(shared + GENERATION, seen & 0xFFFFFFFF)
+            while load_acquire(shared + GENERATION) == generation:
+                sleep_while_equal(shared + GENERATION, generation & 0xFFFFFFFF)
             fetch_add(shared + SLEEPERS, -1)
-        seen += 1
+        generation += 1
         if load_acquire(shared + QUIT) != 0:
             return
         run_ops(shared, thread, num_threads)
@@ -119,8 +119,10 @@ class Team:
         self._end = weakref.finalize(self, _quit, self._shared, self.num_threads)  # a team that is dropped ends, too
 
     def run(self, table, num_ops, step, clock=0):
-        """Runs num_ops rows of the table (addresses) on a step block; clock: address of int64[num_ops] end times or
-        0. RuntimeError once the team is closed."""
+        """Runs num_ops rows of a table on a step block; returns when all threads are done. RuntimeError once closed.
+
+        table, step: addresses. clock: address of int64[num_ops] for the time when each op ended, or 0.
+        """
         if not self._end.alive:
             raise RuntimeError("the threads are closed: nothing can run any more")
         if self._process != os.getpid():  # helpers do not survive a fork
@@ -137,7 +139,7 @@ class Team:
 
 
 def _live(memory, shared, thread, num_threads):
-    """A helper thread; it holds on to the memory that it watches."""
+    """What a helper thread runs; it holds a reference to the memory that it watches."""
     help_forever(shared, thread, num_threads, 0)
 
 

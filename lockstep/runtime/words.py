@@ -1,4 +1,4 @@
-"""Memory of 64-bit words with names: what op rows and step blocks have in common."""
+"""Blocks of named 64-bit words: what op rows and step blocks have in common."""
 
 import functools
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ def _compiled(shape: str) -> Any:
 
 
 def evaluated(shape: str, numbers: dict[str, Any]) -> tuple[int, ...]:
-    """The numbers that the expressions of a declared shape stand for, as of "2 * width" by {"width": 8}."""
+    """The numbers of a declared shape: those of "2 * width" with {"width": 8} are (16,)."""
     try:
         return eval(_compiled(shape), {"__builtins__": {}}, numbers)
     except NameError as error:

@@ -110,7 +110,7 @@ def _run_last(program, backend, op, written, caches, step, num_threads):
     rows = {letter: int(step[count]) for letter, count in ROW_COUNTS.items()}
     table, team = {"given": implementation, op.kind: implementation}, Team(num_threads)
     try:
-        executor = Executor(program, table, team, WeightStore(), rows, caches, keep=True)
+        executor = Executor(program, table, team, WeightStore(), rows, caches, keep_all=True)
         executor.fill(NAN_BYTES)
         for tensor, value in written:
             executor.view(tensor, len(value))[...] = value

@@ -1,4 +1,4 @@
-"""Where activations lie: never two at once in one place, and no more memory than the models are known to need."""
+"""The layout of activations: no two that live at once overlap, and published models need no more memory than known."""
 
 import itertools
 from functools import partial
@@ -38,12 +38,12 @@ def program(name):
 
 def lives(program):
     """{tensor: (index of the op that first writes it, of the last that touches it)}; results live to the end."""
-    made, end = {}, len(program.ops)
+    spans, end = {}, len(program.ops)
     for i, op in enumerate(program.ops):
         for value in (*op.outputs, *op.inputs):
             if isinstance(value, Tensor):
-                made[value] = made.get(value, (i, i))[0], end if value in program.results.values() else i
-    return made
+                spans[value] = spans.get(value, (i, i))[0], end if value in program.results.values() else i
+    return spans
 
 
 def num_bytes(tensor):
@@ -62,10 +62,9 @@ def test_no_two_activations_that_live_at_once_overlap(program):
         assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans)) and spans[-1][1] <= size
 
 
-# bytes of activations with the holes that small tensors leave in the place of large ones used; before, they were lost:
-# 149.9, 155.4, 269.2 and 500.2 MB
-MOST = {"QWEN3_0_6B": 131e6, "LLAMA_3_2_1B": 122e6, "QWEN3_5_0_8B": 231e6, "QWEN3_30B_A3B": 274e6}
+# bytes of activations, where the rest of a hole is used again; without that 149.9, 155.4, 269.2 and 500.2 MB
+MAX_BYTES = {"QWEN3_0_6B": 131e6, "LLAMA_3_2_1B": 122e6, "QWEN3_5_0_8B": 231e6, "QWEN3_30B_A3B": 274e6}
 
 
 def test_memory_of_published_models(name, program):
-    assert lay_out(program, ROWS, False)[1] <= MOST[name]
+    assert lay_out(program, ROWS, False)[1] <= MAX_BYTES[name]

@@ -1,4 +1,4 @@
-"""Declarations of ops: what is wrong is an error with a sentence while recording, and kernels read what was written."""
+"""Declarations of ops: wrong operands are errors while recording, and kernels read the fields that were written."""
 
 from typing import ClassVar
 
@@ -11,7 +11,7 @@ from lockstep.ops.elementwise.add import Add
 from lockstep.ops.elementwise.rms_norm import RmsNorm
 from lockstep.runtime.backend import Implementation, Layout
 from lockstep.runtime.operands import (
-    MOST_WORDS,
+    MAX_WORDS,
     Declaration,
     Operands,
     WeightArrays,
@@ -29,7 +29,7 @@ from tests.ops.harness import ragged_step, run_op, weight
 
 
 class Everything(Operands):
-    """One operand of each sort."""
+    """An op with one operand of each role."""
 
     rules = ("width % 16 == 0",)
     out: Tensor = output("2 * width")
@@ -58,7 +58,7 @@ PART = np.ones((4, 16), np.float32)
 def operands(**changed):
     program = Program()
     tensor = lambda name, width, dtype="f32": program.tensor(name, "T", width, dtype)
-    made = dict(
+    fields = dict(
         out=tensor("out", 32),
         spare=tensor("spare", 8, "i32"),
         x=tensor("x", 16),
@@ -72,7 +72,7 @@ def operands(**changed):
         shift=2.0,
         sharp=True,
     )
-    return made | changed
+    return fields | changed
 
 
 def test_an_op_knows_its_parts():
@@ -116,7 +116,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize("changed, message", WRONG)
-def test_what_is_wrong_is_said_while_recording(changed, message):
+def test_a_wrong_operand_is_an_error_while_recording(changed, message):
     with pytest.raises(ValueError, match=f"Everything: {message}"):
         Everything(**operands(**changed))
 
@@ -174,21 +174,21 @@ def test_a_wrong_declaration_is_refused_when_it_is_made(fields, message):
 
 
 def test_a_row_has_as_many_words_as_a_declaration_may():
-    assert MOST_WORDS == ROW_WORDS - OPERANDS
+    assert MAX_WORDS == ROW_WORDS - OPERANDS
 
 
-def test_what_is_missing_or_has_no_name_is_said():
-    made = operands()
-    del made["shift"]
+def test_an_operand_that_is_missing_or_given_by_position_is_an_error():
+    fields = operands()
+    del fields["shift"]
     with pytest.raises(ValueError, match="Everything: operand 'shift' is missing; it has out"):
-        Everything(**made)
+        Everything(**fields)
     with pytest.raises(ValueError, match="Everything: operands are given by name"):
-        Everything(made["out"])
+        Everything(fields["out"])
 
 
 @kernel
-def tell(op, step, thread, num_threads):
-    """Writes what it reads."""
+def write_fields(op, step, thread, num_threads):
+    """Writes the fields that it reads."""
     a, s = Everything.read(op), StepBlock.read(step)
     if thread == 0:
         for at, number in enumerate((a.scale, a.shift)):
@@ -201,7 +201,7 @@ def tell(op, step, thread, num_threads):
             poke(a.out + 56 + 8 * at, 1 if address != 0 else 0)
 
 
-def test_a_kernel_reads_what_was_declared():
+def test_a_kernel_reads_the_declared_fields():
     layout = Layout("two arrays", lambda w: (np.ones(4, np.float32), np.ones(4, np.float32)), ("codes", "d"))
     step, _held = ragged_step([3])
     given = dict(
@@ -213,7 +213,7 @@ def test_a_kernel_reads_what_was_declared():
         pages=np.ones((1, 2, 16), np.float32),
     )
     numbers = dict(width=16, scale=0.5, shift=2.0, sharp=True)
-    out = run_op(Implementation(tell, layout), Everything, step=step, **given, **numbers)["out"]
+    out = run_op(Implementation(write_fields, layout), Everything, step=step, **given, **numbers)["out"]
     assert out[0, :2].tolist() == [0.5, 2.0]
     assert out.view(np.int64).reshape(-1)[1:7].tolist() == [16, 1, 0, 0, 3, 1]
     assert out.view(np.int64).reshape(-1)[7:15].tolist() == [1] * 8

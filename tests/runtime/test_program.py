@@ -67,15 +67,15 @@ def live_ranges(program):
     return {t: (first[t], last[t]) for t in first}
 
 
-@pytest.mark.parametrize("keep", [False, True])
-def test_tensors_that_live_at_once_never_share_memory(keep):
+@pytest.mark.parametrize("keep_all", [False, True])
+def test_tensors_that_live_at_once_never_share_memory(keep_all):
     program = chain()
-    offsets, size = lay_out(program, ROWS, keep)
+    offsets, size = lay_out(program, ROWS, keep_all)
     ranges = live_ranges(program)
     for a in offsets:
         for b in offsets:
-            together = ranges[a][0] <= ranges[b][1] and ranges[b][0] <= ranges[a][1]
-            if a != b and (keep or together):
+            live_at_once = ranges[a][0] <= ranges[b][1] and ranges[b][0] <= ranges[a][1]
+            if a != b and (keep_all or live_at_once):
                 assert abs(offsets[a] - offsets[b]) >= 4 * 16 * ROWS["T"], (a, b)
         assert offsets[a] % 64 == 0 and offsets[a] + 4 * 16 * ROWS["T"] <= size
 
@@ -202,7 +202,7 @@ def test_a_norm_stays_where_its_rows_are_written_before_they_are_prepared():
     assert kinds == ["given", "rms_norm", "add", "quantize_q8", "linear_q8_0"]
 
 
-def test_what_is_read_after_the_step_is_not_fused_away():
+def test_a_result_that_is_read_after_the_step_is_not_fused_away():
     program = mlp()
     program.results["act"] = program.ops[3].out
     program.results["y"] = program.ops[4].out
@@ -223,7 +223,7 @@ def test_no_two_modules_implement_one_kind():
         backend("REFERENCE", dict(elementwise="add rms_norm add"))
 
 
-def test_swaps_name_what_is_missing():
+def test_a_swap_with_an_unknown_backend_or_op_is_refused():
     table = BACKENDS["cpu"]
     assert swapped(table, {"add": "reference"}, BACKENDS)["add"] is BACKENDS["reference"]["add"]
     with pytest.raises(ValueError, match="no such backend; there are cpu"):
@@ -239,11 +239,11 @@ def test_aligned_memory_starts_on_a_cache_line():
 
 
 def test_a_weight_is_laid_out_once_for_each_layout():
-    made, store, weight = [], WeightStore(), Weight("w", "f32", (2, 2), ())
-    layout = Layout("one", lambda w: made.append(w) or (np.zeros((2, 2), np.float32),))
-    assert store.arrays(weight, layout) is store.arrays(weight, layout) and len(made) == 1
+    calls, store, weight = [], WeightStore(), Weight("w", "f32", (2, 2), ())
+    layout = Layout("one", lambda w: calls.append(w) or (np.zeros((2, 2), np.float32),))
+    assert store.arrays(weight, layout) is store.arrays(weight, layout) and len(calls) == 1
     store.arrays(weight, Layout("two", layout.make))
-    assert len(made) == 2
+    assert len(calls) == 2
 
 
 class Recorder:
@@ -280,7 +280,7 @@ def test_closing_a_team_twice_is_harmless():
     team.close()
 
 
-def test_a_closed_team_says_so_instead_of_waiting_for_its_threads():
+def test_a_closed_team_raises_instead_of_waiting_for_its_threads():
     team = Team(2)
     team.close()
     with pytest.raises(RuntimeError, match="closed"):
@@ -330,7 +330,7 @@ def foreign(program):
         (foreign, "other is no cache of this program"),
     ],
 )
-def test_what_a_program_cannot_hold_is_refused_while_recording(record, message):
+def test_invalid_tensors_and_caches_are_refused_while_recording(record, message):
     with pytest.raises(ValueError, match=message):
         record(Program())
 

@@ -25,7 +25,7 @@ def test_fields_are_written_by_name():
 
 
 @pytest.mark.parametrize("name", ["num_token", "TOKEN_IDS"])
-def test_a_field_that_there_is_not_is_named(name):
+def test_an_unknown_field_is_named_in_the_error(name):
     with pytest.raises(ValueError, match=f"StepBlock: there is no field '{name}'; it has num_tokens, num_requests"):
         StepBlock.made(**{name: 1})
 
@@ -54,7 +54,7 @@ def test_arrays_of_a_test_step_have_the_declared_shapes():
         (dict(sampling=np.zeros(4, np.int32)), "sampling is int32, expected records"),
     ],
 )
-def test_what_no_field_may_hold_is_refused(field, message):
+def test_a_value_that_a_field_cannot_hold_is_refused(field, message):
     with pytest.raises(ValueError, match=f"StepBlock: {message}"):
         StepBlock.made(**field)
 

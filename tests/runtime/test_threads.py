@@ -21,11 +21,11 @@ def waited(address, least, spins):
 
 
 @kernel
-def count(op, step, thread, num_threads):
+def count_threads(op, step, thread, num_threads):
     """Counts the threads that have come, and waits for all of them."""
     counter = peek(op + 8 * COUNTER, int64)
-    came = fetch_add(counter, 1)
-    wait_until(counter, (came // num_threads + 1) * num_threads)
+    arrived = fetch_add(counter, 1)
+    wait_until(counter, (arrived // num_threads + 1) * num_threads)
 
 
 def test_a_wait_ends_after_its_spins():
@@ -52,7 +52,7 @@ def test_a_wait_ends_when_another_thread_has_raised_the_number():
 def test_threads_that_sleep_between_steps_come_to_each_step_once(num_threads):
     table, counter, team = aligned(16 * ROW_WORDS).view(np.int64), np.zeros(1, np.int64), Team(num_threads)
     for row in table.reshape(2, ROW_WORDS):
-        row[KERNEL], row[COUNTER] = count.address, counter.ctypes.data
+        row[KERNEL], row[COUNTER] = count_threads.address, counter.ctypes.data
     for step in range(1, 31):
         team.run(table.ctypes.data, 2, 0)
         assert counter[0] == 2 * num_threads * step

@@ -35,7 +35,7 @@ class AdjustLogits(Operands):
     """Rows of logits, `width` wide with vocab_size tokens each, as those want them that ask for something."""
 
     rules = ("vocab_size <= width",)
-    out: Tensor = output("width", asked=True)
+    out: Tensor = output("width", on_request=True)
     logits: Tensor = rows("width")
     vocab_size: int
     width: int

@@ -84,7 +84,7 @@ class Bindings:
         caches = {name: array.ctypes.data for name, array in self._runner.caches.items()}
         rows, program = self._runner.executor.max_rows, fuse(lower(program), self._table)
         bound_to = self._table, self._team, self._store, rows, caches
-        return Bound.of(Executor(program, *bound_to, keep=self._keep, elsewhere=given))
+        return Bound.of(Executor(program, *bound_to, keep_all=self._keep, elsewhere=given))
 
     def _first(self, program: Program, given: dict[Tensor, int]) -> Runner:
         """The runner of the first program, whose cache and step the others share."""

@@ -1,4 +1,4 @@
-"""Weight formats: each is a file with one value, and a line here. Every table of formats is made from FORMATS."""
+"""Weight formats: each is a file with one `Format`, listed in ALL. Every table of formats is made from FORMATS."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""BF16: the upper halves of float32, multiplied with activations rounded alike, in pairs."""
+"""BF16: the upper halves of float32, multiplied in pairs with activations that are rounded to bf16, too."""
 
 import ml_dtypes
 import numpy as np
@@ -15,7 +15,7 @@ from lockstep.native.kernel import definition, inlined
 from lockstep.native.simd import I32, constant, fma, load_bf16, store
 
 NUMBER = np.dtype(ml_dtypes.bfloat16)
-PANEL = np.dtype([("codes", "<u2", (FEATURES, 2))])  # of two k
+PANEL = np.dtype([("codes", "<u2", (FEATURES, 2))])  # for two k
 ZERO = np.float32(0)
 SMALLEST_NORMAL = np.float32(2.0**-126)
 FLUSH_BELOW = 2.0**-126 - 2.0**-151
@@ -68,7 +68,7 @@ def _pair_columns(s, i):
 
 
 def _pairs_native(s):
-    """VDPBF16PS: x holds bf16 pairs. Its denormals are zero and its results flushed, whatever MXCSR says."""
+    """VDPBF16PS: x holds bf16 pairs. It takes denormals as zero and flushes results, whatever MXCSR says."""
     b = s.b
 
     def step(i, acc):
@@ -80,7 +80,7 @@ def _pairs_native(s):
 
 
 def _pairs_wide(s):
-    """The same in two steps: x holds float32 pairs. Needs FLUSH mode."""
+    """The arithmetic of VDPBF16PS in two FMAs: x holds float32 pairs. Needs FLUSH mode."""
     b = s.b
 
     def step(i, acc):
@@ -99,9 +99,9 @@ def weight(row_B, i):
 
 
 @inlined
-def store_weights(place, scale, out):
-    """Sixteen weights."""
-    store(out, load_bf16(place) * scale)
+def store_weights(address, scale, out):
+    """Stores sixteen weights times scale."""
+    store(out, load_bf16(address) * scale)
 
 
 BF16 = Format(

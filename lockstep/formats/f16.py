@@ -1,4 +1,4 @@
-"""F16: numbers of 16 bits, multiplied as the float32 that they are."""
+"""F16: numbers of 16 bits, widened to float32 and multiplied as such."""
 
 import numpy as np
 
@@ -30,9 +30,9 @@ def weight(row_B, i):
 
 
 @inlined
-def store_weights(place, scale, out):
-    """Sixteen weights."""
-    store(out, load_f16(place) * scale)
+def store_weights(address, scale, out):
+    """Stores sixteen weights times scale."""
+    store(out, load_f16(address) * scale)
 
 
 F16 = Format(

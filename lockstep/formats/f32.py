@@ -29,9 +29,9 @@ def weight(row_B, i):
 
 
 @inlined
-def store_weights(place, scale, out):
-    """Sixteen weights."""
-    store(out, load(place) * scale)
+def store_weights(address, scale, out):
+    """Stores sixteen weights times scale."""
+    store(out, load(address) * scale)
 
 
 F32 = Format(

@@ -11,16 +11,16 @@ from lockstep.formats.parts.layout import offset
 from lockstep.formats.parts.panels import PANEL, Placed
 from lockstep.formats.parts.products import Product
 
-LINE_BYTES = 64  # of a cache
+LINE_BYTES = 64  # of a cache line
 SCALES = np.dtype([("d", "<f2", PANEL)])  # of a panel, for 32 weights of each feature
 
 
 class Stored(NamedTuple):
     """A block of `size` weights as a checkpoint has it; formats of plain numbers have blocks of one.
 
-    unpack: blocks [..., blocks] to the fields of their rows, as `Product.arrays` names them: codes [..., K], and what
-    belongs to several weights [..., fewer]. decode: blocks [num] to float32 [num, size]. encode: the reverse, rounded;
-    None: nothing is converted to the format.
+    unpack: blocks [..., blocks] to the fields of their rows, as `Product.arrays` names them: codes [..., K], and fields
+    that several weights share [..., fewer]. decode: blocks [num] to float32 [num, size]. encode: the reverse, rounded;
+    None: no tensor is converted to the format.
     """
 
     block: np.dtype
@@ -33,8 +33,8 @@ class Stored(NamedTuple):
 class Packed(NamedTuple):
     """A panel of sixteen features, as kernels read them, for `size` weights of each.
 
-    arrange: the fields of rows to {field of panel or scales, by its path: (how values lie in it, values [rows, ...])}.
-    scales: of a stream of its own, where scales are not in the panel.
+    arrange: the fields of rows to {path of a field of panel or scales: (its arrangement, values [rows, ...])}. scales:
+    one element of a separate stream of scales, where they are not in the panel.
     """
 
     panel: np.dtype
@@ -49,26 +49,26 @@ class Packed(NamedTuple):
 
 
 class Lookup(NamedTuple):
-    """Rows of a table of the format, decoded from the bytes of the checkpoint.
+    """How rows of a table of embeddings are decoded from the bytes of the checkpoint.
 
-    weight: the definition: (row int8 [bytes], i) to weight i of a row. store: the kernel's: (address of `count`
-    weights, factor, address to write them to), each multiplied by the factor.
+    weight: the definition: (row int8 [bytes], i) to weight i of a row. store: the kernel's function: (address of
+    num_weights weights, scale, address to write to) stores them as float32, times scale.
     """
 
     weight: Any
     store: Any
-    count: int
+    num_weights: int
 
 
 @dataclass(frozen=True, eq=False)
 class Format:
     """A weight format.
 
-    gguf_type: GGML's number of it. zero: what codes, as `unpack` has them, count too much. tile: emits the product of a
-    tile of prepared rows and panels, for a `tiles.Site`. fallback: the format that stands for it in rows that its
-    blocks, or those of prepared rows, do not fill. is_choice: whether `--weights` may ask for it. few_rows: so many
-    rows share each panel while it streams by, where registers hold sixteen lanes; more are bound by arithmetic, or by
-    loads. flushes: see `runtime.step.FLUSHES`. made_up_scale: of random blocks, where nothing is encoded.
+    gguf_type: GGML's number of the format. zero: the zero point of codes, as `unpack` has them. tile: emits the product
+    of a tile of prepared rows and panels, for a `tiles.Site`. fallback: the format of rows that its blocks, or those of
+    prepared rows, do not fill. is_choice: whether `--weights` may name it. few_rows: up to this many rows share each
+    panel while it streams by, where registers hold sixteen lanes; more rows are bound by arithmetic, or by loads.
+    flushes: see `runtime.step.FLUSHES`. made_up_scale: the scale of random blocks, in formats without `encode`.
     """
 
     name: str
@@ -100,7 +100,7 @@ class Format:
 
     @property
     def preparation(self) -> str:
-        """The kind of op that prepares rows for such weights; "" if they are multiplied as they are."""
+        """The kind of op that prepares rows for these weights; "" if rows are multiplied as they are."""
         return self.product.rows.preparation
 
     @property
@@ -120,12 +120,12 @@ class Format:
         return tuple(begin for kind, begin, *_ in fields.values() if kind == np.float16)
 
     def panel_bytes(self, width: int) -> int:
-        """Bytes of a packed panel of so many weights for each of its features, its scales included."""
+        """Bytes of a packed panel of `width` weights for each of its features, its scales included."""
         scales = self.packed.scales.itemsize * (width // self.stored.size) if self.packed.scales else 0
         return width // self.packed.size * self.packed.panel.itemsize + scales
 
     def fits(self, width: int) -> bool:
-        """Whether rows of so many weights can be multiplied in this format."""
+        """Whether rows of `width` weights can be multiplied in this format."""
         return width % self.stored.size == 0 and width % self.product.rows.block == 0
 
     def row_bytes(self, columns: int) -> int:

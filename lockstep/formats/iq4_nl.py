@@ -60,7 +60,7 @@ def weight(row_B, i):
 
 @inlined
 def store_block(block, scale, out):
-    """The weights of a block."""
+    """Stores the weights of a block times scale."""
     d = peek_f16(block + D)
     first, last = load_entries(block + CODES, NONLINEAR_WORDS)
     store(out, to_f32(first) * d * scale)

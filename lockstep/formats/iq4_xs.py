@@ -101,14 +101,14 @@ def tile(s):
 
 
 def _products(s, start, group):
-    """d * sc of each feature, for every panel; start, group: where the block's and its group's fields begin."""
-    b, made = s.b, []
+    """d * sc of each feature, for every panel; start, group: where the fields of the block and of its group begin."""
+    b, products = s.b, []
     for w, first in zip(s.w, s.first, strict=True):
         d = read(b, moved(b, moved(b, w, start), offset(PANEL, "d") + 4 * first), s.floats, 4 * s.lanes)
         place = moved(b, moved(b, w, group), offset(PANEL, "sc") + first)
         sc = b.sext(read(b, place, vector(I8, s.lanes), s.lanes), s.ints)
-        made.append(b.fmul(d, b.sitofp(sc, s.floats)))
-    return made
+        products.append(b.fmul(d, b.sitofp(sc, s.floats)))
+    return products
 
 
 @definition
@@ -123,7 +123,7 @@ def weight(row_B, i):
 
 @inlined
 def store_block(block, scale, out):
-    """The weights of a block, group after group."""
+    """Stores the weights of a block times scale, group after group."""
     high, d = np.int64(peek(block + HIGH, uint16)), peek_f16(block + D)
     for g in range(8):
         low = np.int64(peek(block + LOW + g // 2, uint8)) >> 4 * (g % 2) & 15

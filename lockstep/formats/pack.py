@@ -1,4 +1,4 @@
-"""Packing: a weight's stored rows in the layouts in which kernels and definitions read them.
+"""Packing: a weight's stored rows become the arrays that kernels and definitions read.
 
 The last panels are filled with zeros up to an even number of panels, so that a kernel may always take two.
 """
@@ -11,14 +11,14 @@ import numpy as np
 from lockstep.formats.format import Format
 from lockstep.formats.parts.finite import check_finite
 from lockstep.formats.parts.layout import view
-from lockstep.formats.parts.panels import PANEL, Arrange, Output, num_panels, padded_width
+from lockstep.formats.parts.panels import PANEL, Arrange, Destination, num_panels, padded_width
 from lockstep.runtime.program import Weight
 
-ROWS_AT_ONCE = 64 * PANEL  # packing works through a tensor in pieces of so many rows
+ROWS_AT_ONCE = 64 * PANEL  # rows of a piece: a tensor is packed piece by piece
 
 
 class StoredRows(Protocol):
-    """What packing asks of a tensor of a checkpoint; rows: of the first axis."""
+    """A tensor of a checkpoint, as far as packing needs it; rows: a slice of the first axis."""
 
     @property
     def name(self) -> str: ...
@@ -39,53 +39,53 @@ class StoredRows(Protocol):
 
 
 def _pieces(weight: Weight) -> Iterator[tuple[int, StoredRows, slice]]:
-    """(first row, float32 or stored blocks) of a weight, piece by piece: (row, part, slice)."""
+    """(row of the weight at which a piece begins, stored tensor, slice of the tensor's rows) of every piece."""
     row = 0
     for part in weight.parts:
-        count = part.shape[0]
-        for start in range(0, count, ROWS_AT_ONCE):
-            rows = slice(start, min(start + ROWS_AT_ONCE, count))
+        num_rows = part.shape[0]
+        for start in range(0, num_rows, ROWS_AT_ONCE):
+            rows = slice(start, min(start + ROWS_AT_ONCE, num_rows))
             yield row + start, part, rows
-        row += count
+        row += num_rows
 
 
 def fields(format: Format, part: StoredRows, rows: slice) -> tuple[np.ndarray, ...]:
-    """What `Stored.unpack` returns for rows of a tensor, as stored or encoded now; values or scales are finite.
+    """What `Stored.unpack` returns for rows of a tensor, which are encoded unless they are stored in the format.
 
-    Raises ValueError for a tensor in another format than one to which nothing is encoded.
+    ValueError for values or scales that are not finite, and for a tensor in another format if there is no `encode`.
     """
     if format.is_quantized and part.format == format.name:
-        found = format.split(part.read(rows))
-        _check_scales(found, part, rows)
-        return found
+        unpacked = format.split(part.read(rows))
+        _check_scales(unpacked, part, rows)
+        return unpacked
     if format.stored.encode is None:
         raise ValueError(
-            f"tensor {part.name!r} is stored as {part.format}: a {format.name} linear layer takes only that"
+            f"tensor {part.name!r} is stored as {part.format}: a {format.name} linear layer takes only {format.name}"
         )
     values = part.finite_f32(rows)
     if not format.is_quantized:
         return (format.stored.encode(values),)
     try:
-        found = format.split(format.quantize(values))
+        unpacked = format.split(format.quantize(values))
     except ValueError as error:
         raise ValueError(f"tensor {part.name!r}: {error}") from None
-    _check_scales(found, part, rows)
-    return found
+    _check_scales(unpacked, part, rows)
+    return unpacked
 
 
-def _check_scales(found: tuple[np.ndarray, ...], part: StoredRows, rows: slice) -> None:
-    for field in found:
+def _check_scales(unpacked: tuple[np.ndarray, ...], part: StoredRows, rows: slice) -> None:
+    for field in unpacked:
         if field.dtype == np.float16:
             check_finite(part, field, rows.start or 0, "block scales")
 
 
 def pack(format: Format, weight: Weight) -> tuple[np.ndarray, ...]:
     """The panels of a weight, and the stream of scales if the format has one: uint8 [panels, bytes] each."""
-    count, K = num_panels(weight.shape[0]), weight.shape[1]
+    num, K = num_panels(weight.shape[0]), weight.shape[1]
     arrays, places = [], {}
     for layout, size in ((format.packed.panel, format.packed.size), (format.packed.scales, format.stored.size)):
         if layout is not None:
-            arrays.append(np.zeros((count, K // size), layout))
+            arrays.append(np.zeros((num, K // size), layout))
             places |= {name: arrays[-1] for name in layout.names or ()}
     for row, part, rows in _pieces(weight):
         for path, (arrange, values) in format.packed.arrange(*fields(format, part, rows)).items():
@@ -95,14 +95,14 @@ def pack(format: Format, weight: Weight) -> tuple[np.ndarray, ...]:
 
 
 def _shaped(arrange: Arrange, shape: tuple[int, ...]) -> Arrange:
-    """An arrangement, as an array of panels of a shape."""
+    """An arrangement whose panels have the shape of their field."""
     return lambda values: arrange(values).reshape(len(values), *shape)
 
 
 def defined(format: Format, weight: Weight) -> tuple[np.ndarray, ...]:
-    """A weight as definitions read it: the fields of all rows, piece after piece, and of zeros up to whole panels.
+    """A weight as definitions read it: the fields of all rows, and zeros up to whole panels.
 
-    Codes are int8, without what they count too much; other fields are float32, if they are not int8.
+    Codes are int8, less the format's zero point; other fields are float32, unless they are int8.
     """
     pieces = [fields(format, part, slice(None)) for part in weight.parts]
     codes, *rest = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
@@ -112,19 +112,19 @@ def defined(format: Format, weight: Weight) -> tuple[np.ndarray, ...]:
 
 
 def scatter(
-    weight: Weight, outputs: Iterable[Output], convert: Callable[[StoredRows, slice], Iterable[np.ndarray]]
+    weight: Weight, destinations: Iterable[Destination], convert: Callable[[StoredRows, slice], Iterable[np.ndarray]]
 ) -> None:
-    """Fills row-major staging of ROWS_AT_ONCE rows and writes it to the outputs' panels.
+    """Converts the rows of a weight piece by piece, and writes them to the panels of arrays.
 
-    convert(part, rows) -> arrays [rows, ...]; outputs: (array [panels, ...], function from [panels, 16, ...] to it).
+    convert(part, rows): an array [rows, ...] for each of the destinations.
     """
     for row, part, rows in _pieces(weight):
-        for (array, arrange), values in zip(outputs, convert(part, rows), strict=True):
+        for (array, arrange), values in zip(destinations, convert(part, rows), strict=True):
             _place(array, arrange, values, row)
 
 
 def _place(array: np.ndarray, arrange: Arrange, values: np.ndarray, row: int) -> None:
-    """Writes rows (starting anywhere) into panels; rows of a panel that is only partly covered keep the others."""
+    """Writes rows (starting anywhere) into panels; other rows of the first and the last panel keep their values."""
     first, last = row // PANEL, -(-(row + len(values)) // PANEL)
     if row % PANEL == 0 and len(values) % PANEL == 0:
         array[first:last] = arrange(values.reshape(last - first, PANEL, *values.shape[1:]))

@@ -64,7 +64,7 @@ def weight(row_B, i):
 
 @inlined
 def store_block(block, scale, out):
-    """The weights of a block."""
+    """Stores the weights of a block times scale."""
     d, codes = peek_f16(block + D), load_u8(block + CODES)
     store(out, to_f32(bit_and(codes, 15) - EIGHT) * d * scale)
     store(out + 64, to_f32(shift_right(codes, 4) - EIGHT) * d * scale)

@@ -44,7 +44,7 @@ def weight(row_B, i):
 
 @inlined
 def store_block(block, scale, out):
-    """The weights of a block."""
+    """Stores the weights of a block times scale."""
     codes = load_u8(block + CODES)
     store_affine((bit_and(codes, 15), shift_right(codes, 4)), block + D, block + M, scale, out)
 

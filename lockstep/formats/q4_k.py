@@ -39,7 +39,7 @@ def weight(row_B, i):
 
 @inlined
 def store_block(block, scale, out):
-    """Pairs of 32 weights share 32 bytes of codes: the low nibbles, then the high ones."""
+    """Stores the weights of a block times scale: 64 weights share 32 bytes of codes, low nibbles first."""
     for pair in range(4):
         for i in range(0, 32, 16):
             codes, to = load_u8(block + CODES + 32 * pair + i), out + 256 * pair + 4 * i

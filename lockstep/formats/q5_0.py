@@ -46,7 +46,7 @@ def weight(row_B, i):
 
 @inlined
 def store_block(block, scale, out):
-    """The weights of a block."""
+    """Stores the weights of a block times scale."""
     d = peek_f16(block + D)
     first, last = loaded_codes(block + FIFTH, block + LOW)
     store(out, to_f32(first - SIXTEEN) * d * scale)

@@ -46,7 +46,7 @@ def weight(row_B, i):
 
 @inlined
 def store_block(block, scale, out):
-    """The weights of a block."""
+    """Stores the weights of a block times scale."""
     codes = five_bits.loaded_codes(block + FIFTH, block + LOW)
     affine.store_affine(codes, block + D, block + M, scale, out)
 

@@ -51,7 +51,7 @@ def weight(row_B, i):
 
 @inlined
 def store_block(block, scale, out):
-    """As of Q4_K; bit g of byte i of the fifth bits belongs to weight i of the g-th 32."""
+    """As of Q4_K, with fifth bits: bit g of byte i belongs to weight i of the g-th group of 32."""
     for pair in range(4):
         for i in range(0, 32, 16):
             codes, fifth = load_u8(block + LOW + 32 * pair + i), shift_right(load_u8(block + FIFTH + i), 2 * pair)

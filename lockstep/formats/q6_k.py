@@ -111,24 +111,24 @@ def row_dot(x, w, n, K):
 
 def tile(s):
     """acc = fma(float(sc0 * dot0 + sc1 * dot1), d * a_scale, acc): a scale for the first 16 and one for the last."""
-    dots, b = _q6_avx2 if s.how == "avx2" else _q6_wide, s.b
+    dots, b = _q6_avx2 if s.int_dot == "avx2" else _q6_wide, s.b
 
     def block(i, acc):
         start, j = block_of(s, i, PANEL.itemsize)
         for c, w in enumerate(s.w):
             low, high, scales = (
-                moved(b, moved(b, w, inside(s, start, j, size)), offset(PANEL, path) + each * s.first[c])
-                for path, size, each in (
+                moved(b, moved(b, w, inside(s, start, j, size)), offset(PANEL, path) + feature_bytes * s.first[c])
+                for path, size, feature_bytes in (
                     ("codes.low", part_bytes(PANEL, "codes"), 4),
                     ("codes.high", part_bytes(PANEL, "codes"), 4),
                     ("sc", 2 * part_bytes(PANEL, "sc"), 1),
                 )
             )
-            found = dots(s, i, low, high, [_scale(s, scales, half) for half in (0, 1)])
+            sums = dots(s, i, low, high, [_scale(s, scales, half) for half in (0, 1)])
             d = read(b, moved(b, moved(b, w, start), 4 * s.first[c]), s.floats, 4 * s.lanes)
             for r in range(s.rows):
                 factor = b.fmul(d, spread(b, s.a_scale(r, i), F32, s.lanes))
-                acc[r, c] = emit_fma(b, b.sitofp(found[r], s.floats), factor, acc[r, c])
+                acc[r, c] = emit_fma(b, b.sitofp(sums[r], s.floats), factor, acc[r, c])
         return acc
 
     return s.blocks(32, block, PANEL.itemsize // 8)
@@ -141,23 +141,23 @@ def _scale(s, scales, half):
 
 def _two_codes(s, low, high, half, first):
     """Codes 0..63 of groups `first` (0 or 2) and first + 1 of a half block: nibbles of low, two bits of high."""
-    b, kind = s.b, vector(I8, 4 * s.lanes)
-    nibble = nibbles(b, read(b, moved(b, low, 2 * GROUP_BYTES * half + GROUP_BYTES * first // 2), kind, 4 * s.lanes))
-    bits = words(b, read(b, moved(b, high, GROUP_BYTES * half), kind, 4 * s.lanes))
-    shift = lambda move, count: b.bitcast(move(bits, constant(bits.type, count)) if count else bits, kind)
+    b, quads = s.b, vector(I8, 4 * s.lanes)
+    nibble = nibbles(b, read(b, moved(b, low, 2 * GROUP_BYTES * half + GROUP_BYTES * first // 2), quads, 4 * s.lanes))
+    bits = words(b, read(b, moved(b, high, GROUP_BYTES * half), quads, 4 * s.lanes))
+    shift = lambda move, num_bits: b.bitcast(move(bits, constant(bits.type, num_bits)) if num_bits else bits, quads)
     upper = (shift(b.shl, 4), shift(b.shl, 2)) if first == 0 else (shift(b.shl, 0), shift(b.lshr, 2))
-    return [b.or_(n, b.and_(u, constant(kind, 0x30))) for n, u in zip(nibble, upper, strict=True)]
+    return [b.or_(n, b.and_(u, constant(quads, 0x30))) for n, u in zip(nibble, upper, strict=True)]
 
 
 def _zero_point(s, scale):
-    """Pairs of int16, -32 times the two scales: what codes 0..63 instead of -32..31 add too much per activation."""
+    """Pairs of int16, -32 times the two scales: times the sums of activations, they correct for codes 0..63."""
     b = s.b
     both = b.or_(b.and_(scale[0], constant(s.ints, 0xFFFF)), b.shl(scale[1], constant(s.ints, 16)))
     return b.mul(words(b, both), constant(words(b, both).type, -32))
 
 
 def _q6_wide(s, i, low, high, scale):
-    b, dot, totals = s.b, WIDE[s.how], [None] * s.rows
+    b, dot, totals = s.b, WIDE[s.int_dot], [None] * s.rows
     for half in (0, 1):
         dots = [constant(s.ints, 0)] * s.rows
         for first in (0, 2):
@@ -169,7 +169,7 @@ def _q6_wide(s, i, low, high, scale):
         totals = pinned(b, [b.add(t, v) for t, v in zip(totals, products, strict=True)] if half else products)
     zero_point = _zero_point(s, scale)
     sums = [words(b, spread(b, s.sums(r, i), I32, s.lanes)) for r in range(s.rows)]
-    return [PAIRS[s.how](b, total, zero_point, both) for total, both in zip(totals, sums, strict=True)]
+    return [PAIRS[s.int_dot](b, total, zero_point, both) for total, both in zip(totals, sums, strict=True)]
 
 
 def _pairs_vnni(b, acc, x, y):
@@ -218,7 +218,7 @@ def weight(row_B, i):
 
 @inlined
 def store_block(block, scale, out):
-    """Sixteen bytes of high bits serve four times sixteen weights, 32 apart."""
+    """Stores the weights of a block times scale: 16 bytes of high bits serve four times 16 weights, 32 apart."""
     for i in range(0, 64, 16):
         part, j = i // 32, i % 32
         low, high = block + LOW + 64 * part + j, load_u8(block + HIGH + 32 * part + j)

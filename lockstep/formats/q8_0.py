@@ -72,7 +72,7 @@ def weight(row_B, i):
 
 @inlined
 def store_block(block, scale, out):
-    """The weights of a block."""
+    """Stores the weights of a block times scale."""
     d = peek_f16(block + D)
     for i in range(0, 32, 16):
         store(out + 4 * i, to_f32(load_i8(block + CODES + i)) * d * scale)

@@ -1,6 +1,6 @@
 """Records in block_vectors.json with the gguf package: python -m tests.formats.record_block_vectors
 
-Random blocks and what gguf.quants makes of them, and random weights and what it quantizes them to.
+Random blocks and the weights that gguf.quants decodes from them; random weights and the blocks that it encodes.
 """
 
 import json
@@ -17,9 +17,9 @@ BLOCK_BYTES = {
 HIGH_BYTES = {"Q4_1": (1, 3), "Q5_1": (1, 3), "Q4_K": (1, 3), "Q5_K": (1, 3), "Q6_K": (209,)}
 
 
-def random_blocks(name: str, count: int, rng: np.random.Generator) -> np.ndarray:
-    """uint8 [2, count / 2 * block_bytes], two rows of blocks with random codes and finite scales."""
-    blocks = rng.integers(0, 256, (count, BLOCK_BYTES[name]), np.uint8)
+def random_blocks(name: str, num_blocks: int, rng: np.random.Generator) -> np.ndarray:
+    """uint8 [2, num_blocks / 2 * block_bytes], two rows of blocks with random codes and finite scales."""
+    blocks = rng.integers(0, 256, (num_blocks, BLOCK_BYTES[name]), np.uint8)
     for offset in HIGH_BYTES.get(name, (1,)):
         blocks[:, offset] &= 0xBB
     return blocks.reshape(2, -1)
@@ -38,7 +38,7 @@ def awkward_weights(rng: np.random.Generator) -> np.ndarray:
 
 
 def main() -> None:
-    """Add the vectors of formats that have none to those beside this file."""
+    """Adds vectors for formats without any to the file beside this one."""
     from gguf import GGMLQuantizationType, quants
 
     path = Path(__file__).with_name("block_vectors.json")

@@ -1,4 +1,4 @@
-"""Block formats against vectors recorded with the gguf package, and against it live where it is installed."""
+"""Block formats against vectors recorded with the gguf package, and against the package where it is installed."""
 
 import json
 import tracemalloc

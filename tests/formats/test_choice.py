@@ -1,4 +1,4 @@
-"""In which format a linear layer multiplies a tensor."""
+"""The format in which a linear layer multiplies a tensor."""
 
 import pytest
 

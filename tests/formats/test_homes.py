@@ -1,4 +1,4 @@
-"""A format is a file: nothing outside of the folder of formats knows one by name that nothing is converted to."""
+"""A format is a file: outside the folder of formats, no module names a format that nothing is converted to."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""IQ4_NL and IQ4_XS against what their layouts say, weight by weight, in a second reading of them."""
+"""IQ4_NL and IQ4_XS against a second implementation of their layouts, weight by weight."""
 
 from dataclasses import replace
 
@@ -32,7 +32,7 @@ def nonlinear_with_scales(block):
 
 
 @pytest.mark.parametrize("format, decode", [(IQ4_NL, nonlinear), (IQ4_XS, nonlinear_with_scales)], ids=["nl", "xs"])
-def test_a_block_is_what_its_layout_says(format, decode):
+def test_blocks_are_decoded_as_their_layout_says(format, decode):
     blocks = np.random.default_rng(3).integers(0, 256, (60, format.block_bytes), np.uint8)
     blocks[:, 1] &= 0xBB  # no exponent makes d infinite
     expected = np.array([decode(list(map(int, block))) for block in blocks], np.float32)
@@ -45,13 +45,13 @@ def test_rows_that_blocks_of_256_do_not_fill_are_multiplied_as_bf16():
 
 
 def test_bytes_in_memory():
-    """What decode reads: 4.5 bits a weight as of q4_0, and 4.375."""
+    """Bytes that decode reads: 4.5 bits a weight, as of q4_0, and 4.375."""
     assert IQ4_NL.panel_bytes(1024) == Q4_0.panel_bytes(1024) == 16 * 1024 * 4.5 / 8
     assert IQ4_XS.panel_bytes(1024) == 16 * 1024 * 4.375 / 8
 
 
 def test_codes_that_do_not_begin_a_cache_line_are_refused():
-    """A kernel would fault on them."""
+    """A kernel's aligned loads would fault on them."""
     panel = np.dtype([("d", "<f2", 16), ("codes", "u1", (4, 16, 4))])
     with pytest.raises(ValueError, match="iq4_nl: codes at byte 32 of panels of 288, expected multiples of 64"):
         replace(IQ4_NL, packed=IQ4_NL.packed._replace(panel=panel))

@@ -1,7 +1,7 @@
 """Records tests/golden/digests.json: python -m tests.golden.record_digests
 
 SHA-256 of the bundled model's logits on a fixed prompt, for every weight format, and of the model's weights. The file
-changes only with a decision: new weights, or other bits and then a new NUMERICS version.
+changes only with a decision: new weights, or other bits together with a new NUMERICS version.
 """
 
 import hashlib

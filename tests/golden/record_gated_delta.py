@@ -17,7 +17,7 @@ SIZES = {"in_proj_qkv": 2 * G * K + H * V, "in_proj_z": H * V, "in_proj_b": H, "
 
 
 class Columns(torch.nn.Module):
-    """A projection that hands on some columns of its input."""
+    """A projection that returns some columns of its input."""
 
     def __init__(self, start, size):
         super().__init__()
@@ -39,14 +39,14 @@ def layer():
         linear_conv_kernel_dim=4,
         layer_types=["linear_attention"],
     )
-    made, start = hf.Qwen3_5GatedDeltaNet(config, 0).float(), 0
+    delta_net, start = hf.Qwen3_5GatedDeltaNet(config, 0).float(), 0
     for name, size in SIZES.items():
-        setattr(made, name, Columns(start, size))
+        setattr(delta_net, name, Columns(start, size))
         start += size
-    made.out_proj = torch.nn.Identity()
-    for weight in (made.conv1d.weight, made.A_log, made.dt_bias, made.norm.weight):
+    delta_net.out_proj = torch.nn.Identity()
+    for weight in (delta_net.conv1d.weight, delta_net.A_log, delta_net.dt_bias, delta_net.norm.weight):
         torch.nn.init.normal_(weight, std=0.7)
-    return made
+    return delta_net
 
 
 def main():
@@ -59,15 +59,15 @@ def main():
         return out, state
 
     hf.torch_chunk_gated_delta_rule = rule
-    made, proj = layer(), torch.randn(T, sum(SIZES.values()))
+    delta_net, proj = layer(), torch.randn(T, sum(SIZES.values()))
     with torch.no_grad():
-        out = made(proj[None])[0]
+        out = delta_net(proj[None])[0]
     arrays = dict(
         proj=proj,
-        conv=made.conv1d.weight[:, 0],
-        a_log=made.A_log,
-        dt_bias=made.dt_bias,
-        norm=made.norm.weight,
+        conv=delta_net.conv1d.weight[:, 0],
+        a_log=delta_net.A_log,
+        dt_bias=delta_net.dt_bias,
+        norm=delta_net.norm.weight,
         out=out,
         state=states[0][0],
     )

@@ -27,12 +27,12 @@ def recorded_sampling():
 
 
 def recorded_ops(probe):
-    """{tensor or cache name: digest} of ops that no made-up model has."""
+    """{tensor or cache name: digest} of ops that none of the random models has."""
     return {name: digest for _, name, digest in selfcheck_ops.digests(probe, BACKENDS["reference"], fused=False)}
 
 
 if __name__ == "__main__":
-    made = {str(p): recorded(p) for p in all_probes()} | {selfcheck_sampling.NAME: recorded_sampling()}
-    made |= {str(p): recorded_ops(p) for p in selfcheck_ops.all_probes()}
-    there = [name for name in json.loads(GOLDEN.read_text()) if name in made]  # what is there keeps its place
-    GOLDEN.write_text(json.dumps({name: made[name] for name in there} | made, indent=0) + "\n")
+    recording = {str(p): recorded(p) for p in all_probes()} | {selfcheck_sampling.NAME: recorded_sampling()}
+    recording |= {str(p): recorded_ops(p) for p in selfcheck_ops.all_probes()}
+    known = [name for name in json.loads(GOLDEN.read_text()) if name in recording]  # these keep their place
+    GOLDEN.write_text(json.dumps({name: recording[name] for name in known} | recording, indent=0) + "\n")

@@ -2,8 +2,8 @@
 
     python -m tests.golden.record_models        (torch and transformers needed; writes models.npz beside this file)
 
-Stored: for each case its config (as JSON, so that a test sees when it no longer matches), and float32 logits. Cases
-that are stored with the config that they still have stay as they are.
+Stored for each case: its config (as JSON, so that a test sees when it no longer matches), and float32 logits. Cases
+whose config has not changed stay as they are.
 """
 
 import json
@@ -28,13 +28,13 @@ def record(folder, config):
 
 
 def main():
-    made = dict(np.load(GOLDEN)) if GOLDEN.exists() else {}
+    arrays = dict(np.load(GOLDEN)) if GOLDEN.exists() else {}
     for name, config in CASES.items():
-        if str(made.get(f"{name}.config")) == json.dumps(config):
+        if str(arrays.get(f"{name}.config")) == json.dumps(config):
             continue
         with tempfile.TemporaryDirectory() as folder:
-            made[f"{name}.config"], made[f"{name}.logits"] = record(pathlib.Path(folder), config)
-    np.savez_compressed(GOLDEN, **made)
+            arrays[f"{name}.config"], arrays[f"{name}.logits"] = record(pathlib.Path(folder), config)
+    np.savez_compressed(GOLDEN, **arrays)
     print(f"{GOLDEN}: {len(CASES)} cases, {GOLDEN.stat().st_size} bytes")
 
 

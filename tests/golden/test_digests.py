@@ -22,7 +22,7 @@ def test_the_digests_belong_to_these_weights_and_this_numerics():
 def test_logits_are_the_recorded_ones(weights, kv_dtype, recorded):
     assert logits_digest(weights, kv_dtype) == RECORDED[recorded][weights], (
         "The bits of the logits changed. That is a decision, not a repair: if an op's definition was changed on "
-        "purpose, "
-        "raise NUMERICS in lockstep/engine/selfcheck/check.py, record both golden files again, and commit only that. "
-        "Otherwise a kernel or the order of its arithmetic is wrong: `lockstep parity --first-difference` names the op."
+        "purpose, raise NUMERICS in lockstep/engine/selfcheck/check.py, record both golden files again, and commit "
+        "only that. Otherwise a kernel or the order of its arithmetic is wrong: `lockstep parity --first-difference` "
+        "names the op."
     )

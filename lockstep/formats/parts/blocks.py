@@ -44,15 +44,17 @@ def scaled(codes: np.ndarray, scale: np.ndarray, zero: int = 0) -> np.ndarray:
 
 
 def in_chunks(
-    blocks: np.ndarray, size: int, made: tuple[int, np.dtype], convert: Callable[[np.ndarray], np.ndarray]
+    blocks: np.ndarray,
+    size: int,
+    convert: Callable[[np.ndarray], np.ndarray],
+    dtype: np.dtype,
+    shape: tuple[int, ...] = (),
 ) -> np.ndarray:
-    """Blocks of `size` weights [num, ...] as `convert` makes them, a few rows' worth at a time.
+    """convert(blocks) for blocks of `size` weights [num, ...], a few rows' worth at a time.
 
-    made: how many values convert(blocks) has for each block (0: one element, without an axis of its own), and their
-    dtype.
+    dtype, shape: of the result for one block.
     """
-    width, dtype = made
-    result = np.empty((len(blocks), width) if width else len(blocks), dtype)
+    result = np.empty((len(blocks), *shape), dtype)
     step = CHUNK_WEIGHTS // size
     for start in range(0, len(blocks), step):
         result[start : start + step] = convert(blocks[start : start + step])
@@ -64,7 +66,7 @@ def decoded(packed: np.ndarray, size: int, block: np.dtype, decode: Callable[[np
     blocks = as_blocks(packed, block)
     # A damaged file may hold infinite scales: check_finite names them, NumPy's warnings would not.
     with np.errstate(invalid="ignore", over="ignore"):
-        values = in_chunks(blocks.reshape(-1), size, (size, np.dtype(np.float32)), decode)
+        values = in_chunks(blocks.reshape(-1), size, decode, np.dtype(np.float32), (size,))
     return values.reshape(*blocks.shape[:-1], blocks.shape[-1] * size)
 
 
@@ -75,9 +77,9 @@ def encoded(weights: np.ndarray, size: int, block: np.dtype, encode: Callable[[n
     """
     if weights.ndim == 0 or weights.shape[-1] % size:
         raise ValueError(f"weights of shape {weights.shape} are not whole blocks of {size}")
-    count = math.prod(weights.shape[:-1]) * (weights.shape[-1] // size)
-    values = weights.astype(np.float32, copy=False).reshape(count, size)
-    blocks = in_chunks(values, size, (0, block), encode)
+    num_blocks = math.prod(weights.shape[:-1]) * (weights.shape[-1] // size)
+    values = weights.astype(np.float32, copy=False).reshape(num_blocks, size)
+    blocks = in_chunks(values, size, encode, block)
     return blocks.view(np.uint8).reshape(*weights.shape[:-1], row_bytes(weights.shape[-1], size, block))
 
 

@@ -1,7 +1,7 @@
 """Linear tiles of codes: exact integer dots over blocks of 32, then the block's scales.
 
-Which instruction makes the dots is the target's (`targets.int_dot`). The integers are exact, so all give the same bits;
-the float32 steps that follow are those of the definitions in `products.py`.
+The target decides which instruction makes the dots (`targets.int_dot`). The integers are exact, so all instructions
+give the same bits; the float32 steps that follow are those of the definitions in `products.py`.
 """
 
 import numpy as np
@@ -14,7 +14,8 @@ from lockstep.native.emit import fma, halves_f32, moved, pinned, read, spread, s
 from lockstep.native.simd import F32, I32, call, constant, splat
 from lockstep.native.tiles_dots import WIDE, absolute, maddubs, pair_sums
 
-LOW_BITS = np.dtype(("u1", (4, PANEL, 4)))  # of 32 k: nibbles of k .. k + 3, low, and k + 4 .. k + 7, high, and so on
+# for 32 k: byte [n, feature, j] holds the codes of k = 8 n + j (low nibble) and of k = 8 n + 4 + j (high nibble)
+LOW_BITS = np.dtype(("u1", (4, PANEL, 4)))
 GROUP_BYTES = 4 * PANEL  # four codes of 8 bits, or eight of 4, of each feature
 
 
@@ -36,7 +37,7 @@ def scale_add(s, acc, dots, scales, i):
 
 
 def zero_points(s, i, shift):
-    """What unsigned codes add too much, for every row: bias >> shift in all lanes."""
+    """The correction for the zero point of unsigned codes, for every row: bias >> shift in all lanes."""
     biases = [spread(s.b, s.bias(r, i), I32, s.lanes) for r in range(s.rows)]
     return [s.b.ashr(v, constant(s.ints, shift)) if shift else v for v in biases]
 
@@ -52,12 +53,12 @@ def feature_halves(s, start, begin):
 
 def minimum_add(s, acc, minima, i):
     """acc = fma(minima, float(bias) * a_scale, acc), cell by cell."""
-    b, made = s.b, {}
+    b, sums = s.b, {}
     for r in range(s.rows):
         bias = b.fmul(b.sitofp(read(b, s.bias(r, i), I32, 4), F32), read(b, s.a_scale(r, i), F32, 4))
         for c in range(s.cols):
-            made[r, c] = fma(b, minima[c], splat(b, bias, s.floats), acc[r, c])
-    return made
+            sums[r, c] = fma(b, minima[c], splat(b, bias, s.floats), acc[r, c])
+    return sums
 
 
 # ---------------------------------------------------------------- codes of 4 bits and more
@@ -72,7 +73,8 @@ def nibbles(b, v):
 def with_zero_points(s, panel, dots, shift):
     """acc = fma(float(dot), w_scale * a_scale, acc), with scales in a stream of their own.
 
-    dots: of unsigned codes, which count bias >> shift too much: bias is -128 * (sum of the activations).
+    dots: emits the dots of unsigned codes, on top of the correction bias >> shift: bias is -128 * (sum of the
+    activations), so that the zero point of the codes is 128 >> shift.
     """
 
     def block(i, acc):
@@ -83,13 +85,16 @@ def with_zero_points(s, panel, dots, shift):
 
 
 def with_minima(s, panel, dots):
-    """acc = fma(-m / 128, float(bias) * a_scale, fma(float(dot), d * a_scale, acc)), codes unsigned: dots of them."""
+    """acc = fma(-m / 128, float(bias) * a_scale, fma(float(dot), d * a_scale, acc)).
+
+    dots: emits the dots of unsigned codes.
+    """
     b = s.b
 
     def block(i, acc):
         start = b.mul(i, s.int(panel.itemsize))
-        found = dots(s, i, b.add(start, s.int(offset(panel, "codes"))), None)
-        acc = scale_add(s, acc, found, feature_halves(s, start, offset(panel, "d")), i)
+        sums = dots(s, i, b.add(start, s.int(offset(panel, "codes"))), None)
+        acc = scale_add(s, acc, sums, feature_halves(s, start, offset(panel, "d")), i)
         minima = feature_halves(s, start, offset(panel, "m"))
         return minimum_add(s, acc, [b.fmul(m, constant(m.type, -(2.0**-7))) for m in minima], i)
 
@@ -105,17 +110,19 @@ def dots_u4(s, i, start, first):
     return unsigned_dots(s, i, columns, first, 8)
 
 
-def unsigned_dots(s, i, columns, first, groups):
+def unsigned_dots(s, i, columns, first, num_groups):
     """Dots of block i with unsigned codes, on top of first[row] (or of zero).
 
-    columns(g): for each column the codes of groups g and g + 1. groups: how many groups' sums of pairs, each twice a
-    code times 127 at most, 16 bits hold.
+    columns(g): for each column the codes of groups g and g + 1. num_groups: how many groups AVX2
+    may sum in 16 bits, where a group adds at most 2 * (largest code) * 127.
     """
-    return _unsigned_avx2(s, i, columns, first, groups) if s.how == "avx2" else _unsigned_wide(s, i, columns, first)
+    if s.int_dot == "avx2":
+        return _unsigned_avx2(s, i, columns, first, num_groups)
+    return _unsigned_wide(s, i, columns, first)
 
 
 def _unsigned_wide(s, i, columns, first):
-    b, dot = s.b, WIDE[s.how]
+    b, dot = s.b, WIDE[s.int_dot]
     dots = {(r, c): first[r] if first else constant(s.ints, 0) for r, c in s.cells}
     for g in range(0, 8, 2):
         codes = columns(g)
@@ -127,16 +134,16 @@ def _unsigned_wide(s, i, columns, first):
     return dots
 
 
-def _unsigned_avx2(s, i, columns, first, groups):
+def _unsigned_avx2(s, i, columns, first, num_groups):
     b, sums, dots = s.b, {}, {}
     for g in range(0, 8, 2):
         codes = columns(g)
         for half in (0, 1):
             for r, c in s.cells:
                 pairs = maddubs(b, codes[c][half], spread4(b, s.code(r, i, 4 * (g + half)), s.lanes))
-                sums[r, c] = b.add(sums[r, c], pairs) if (g + half) % groups else pairs
+                sums[r, c] = b.add(sums[r, c], pairs) if (g + half) % num_groups else pairs
             sums = dict(zip(sums, pinned(b, sums.values()), strict=True))
-        if (g + 2) % groups == 0:
+        if (g + 2) % num_groups == 0:
             wide = {cell: pair_sums(b, v) for cell, v in sums.items()}
             dots = {cell: b.add(dots[cell], v) for cell, v in wide.items()} if dots else wide
     return {(r, c): b.add(v, first[r]) if first else v for (r, c), v in dots.items()}
@@ -150,11 +157,11 @@ def byte_dots(s, i, column):
 
     column(c, g): the codes of group g in column c: signed, plus 128 where the target's dot takes unsigned weights.
     """
-    return (_byte_dots_avx2 if s.how == "avx2" else _byte_dots_wide)(s, i, column)
+    return (_byte_dots_avx2 if s.int_dot == "avx2" else _byte_dots_wide)(s, i, column)
 
 
 def _byte_dots_wide(s, i, column):
-    b, dot, unsigned = s.b, WIDE[s.how], "vnni" in s.how
+    b, dot, unsigned = s.b, WIDE[s.int_dot], "vnni" in s.int_dot
     first = zero_points(s, i, 0) if unsigned else [constant(s.ints, 0)] * s.rows
     dots = {(r, c): first[r] for r, c in s.cells}
     for g in range(8):
@@ -182,7 +189,7 @@ def _byte_dots_avx2(s, i, column):
 
 
 def _byte_dots_avx2_rows(s, i, column):
-    """The same with fewer multiplications a row: a xor the sign of w, which counts a as -a - 1 where w is negative.
+    """`_byte_dots_avx2` with fewer multiplications a row: a xor the sign of w counts a as -a - 1 where w is negative.
 
     At most 2 * 127 * 128 a pair. The excess is the sum of the negative w, the same for all rows.
     """
@@ -196,7 +203,7 @@ def _byte_dots_avx2_rows(s, i, column):
             for r in range(s.rows):
                 pairs = pair_sums(b, maddubs(b, size, b.xor(spread4(b, s.code(r, i, 4 * g), s.lanes), sign)))
                 dots[r, c] = b.add(dots[r, c], pairs) if g else pairs
-        held = dict(zip([*dots, *excess], pinned(b, [*dots.values(), *excess.values()]), strict=True))
-        dots, excess = {k: held[k] for k in dots}, {k: held[k] for k in excess}
+        values = dict(zip([*dots, *excess], pinned(b, [*dots.values(), *excess.values()]), strict=True))
+        dots, excess = {k: values[k] for k in dots}, {k: values[k] for k in excess}
     excess = {c: pair_sums(b, v) for c, v in excess.items()}
     return {(r, c): b.sub(v, excess[c]) for (r, c), v in dots.items()}

@@ -54,7 +54,7 @@ def fifth_bit(b, v, g):
 
 @definition
 def code(row_B, fifth, low, i):
-    """The code of weight i of a block of 32, whose bytes of fifth and of low bits start at bytes."""
+    """The code of weight i of a block of 32; fifth, low: the bytes at which its fifth and its low bits begin."""
     return low_bits(row_B, low, i) | (byte(row_B, fifth + i % 32 // 8) >> i % 8 & 1) << 4
 
 

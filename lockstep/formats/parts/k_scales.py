@@ -120,30 +120,30 @@ def inside(s, start, j, size):
 def tile(s, panel, dots):
     """acc = fma((dmin * m) / 128, float(bias) * a_scale, fma(float(dot), (d * sc) * a_scale, acc)).
 
-    panel: begins with PANEL_HEAD and ends with eight parts of codes; dots: of those of 32 k.
+    panel: begins with PANEL_HEAD and ends with eight parts of codes; dots: emits the dots of one part, of 32 k.
     """
     b = s.b
 
     def block(i, acc):
         start, j = block_of(s, i, panel.itemsize)
         codes = b.add(inside(s, start, j, part_bytes(panel, "codes")), s.int(offset(panel, "codes")))
-        found = dots(s, i, codes, None)
-        small = inside(s, start, j, part_bytes(panel, "sc"))
-        acc = scale_add(s, acc, found, _products(s, (start, small), panel, "d", "sc"), i)
-        minima = [b.fmul(v, constant(v.type, 2.0**-7)) for v in _products(s, (start, small), panel, "dmin", "m")]
+        sums = dots(s, i, codes, None)
+        part = inside(s, start, j, part_bytes(panel, "sc"))
+        acc = scale_add(s, acc, sums, _products(s, start, part, panel, "d", "sc"), i)
+        minima = [b.fmul(v, constant(v.type, 2.0**-7)) for v in _products(s, start, part, panel, "dmin", "m")]
         return minimum_add(s, acc, minima, i)
 
     return s.blocks(GROUP, block, panel.itemsize * GROUP // SIZE)
 
 
-def _products(s, places, panel, halves, small):
-    """A float16 for each feature times a byte for each, for every panel; places: of the block, and of its part."""
-    b, made, (start, part) = s.b, [], places
-    found = feature_halves(s, start, offset(panel, halves))
-    for half_, w, first in zip(found, s.w, s.first, strict=True):
-        bytes_ = bytes_f32(b, moved(b, moved(b, w, part), offset(panel, small) + first), s.lanes)
-        made.append(b.fmul(half_, bytes_))
-    return made
+def _products(s, start, part, panel, half_field, byte_field):
+    """A float16 of each feature times a byte of each, for every panel; start, part: where block and part begin."""
+    b, products = s.b, []
+    halves = feature_halves(s, start, offset(panel, half_field))
+    for half_, w, first in zip(halves, s.w, s.first, strict=True):
+        bytes_ = bytes_f32(b, moved(b, moved(b, w, part), offset(panel, byte_field) + first), s.lanes)
+        products.append(b.fmul(half_, bytes_))
+    return products
 
 
 # ---------------------------------------------------------------- single rows
@@ -167,7 +167,7 @@ def weight(block_B, i, code):
 
 @inlined
 def store_pair(low, high, block, pair, scale, out):
-    """Sixteen codes of the first 32 weights of a pair and of the second 32, as weights."""
+    """Stores sixteen weights of the first 32 of a pair, and sixteen of the second 32, times scale."""
     low_scale, low_minimum = group_scale(block, 2 * pair)
     high_scale, high_minimum = group_scale(block, 2 * pair + 1)
     store(out, (to_f32(low) * low_scale - low_minimum) * scale)

@@ -1,4 +1,4 @@
-"""Where the fields of a structured dtype lie: read by what packs weights and by what emits code for them alike."""
+"""Offsets of the fields of a structured dtype, for packing weights and for emitting code that reads them."""
 
 from typing import Any
 
@@ -27,8 +27,8 @@ def offsets(layout: np.dtype) -> tuple[int, ...]:
 
 def part_bytes(layout: np.dtype, path: str) -> int:
     """Bytes from one part of a field to the next; its parts are counted by its first axis."""
-    kind, _ = field(layout, path)
-    return kind.itemsize // kind.shape[0]
+    dtype, _ = field(layout, path)
+    return dtype.itemsize // dtype.shape[0]
 
 
 def view(array: np.ndarray, path: str) -> np.ndarray:

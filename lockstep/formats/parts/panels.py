@@ -1,6 +1,7 @@
 """Panels of sixteen output features: what the arrays of packed weights are made of, K in the order of the reduction.
 
-A format says as a structured dtype what a panel holds for the weights of a block; here is how values lie in a field.
+A format's structured dtype says what a panel holds for the weights of a block. The functions below arrange values
+[panels, 16, K] for a field of it.
 """
 
 from collections.abc import Callable
@@ -8,8 +9,8 @@ from collections.abc import Callable
 import numpy as np
 
 Arrange = Callable[[np.ndarray], np.ndarray]
-Output = tuple[np.ndarray, Arrange]
-Placed = dict[str, tuple[Arrange, np.ndarray]]  # what a field of a panel holds: values of rows, and how they lie
+Destination = tuple[np.ndarray, Arrange]  # an array [panels, ...], and how [panels, 16, ...] is arranged for it
+Placed = dict[str, tuple[Arrange, np.ndarray]]  # {path of a field of a panel: (its arrangement, values of rows)}
 PANEL = 16
 
 
@@ -40,7 +41,7 @@ def nibble_pairs(values: np.ndarray) -> np.ndarray:
 
 
 def fifth_bits(values: np.ndarray) -> np.ndarray:
-    """Bits 0 or 1 [panels, 16, K] to bytes [panels, K / 32, 16, 4]: bit g of byte j is that of k = 4 g + j."""
+    """Bits 0 or 1 [panels, 16, K] to bytes [panels, K / 32, 16, 4]: bit g of byte j belongs to k = 4 g + j."""
     eight = values.reshape(values.shape[0], PANEL, -1, 8, 4)
     shifts = np.arange(8, dtype=np.uint8)[:, None]
     return np.bitwise_or.reduce(eight.astype(np.uint8) << shifts, axis=3).transpose(0, 2, 1, 3)

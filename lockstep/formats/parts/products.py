@@ -1,7 +1,6 @@
-"""What the products of a row with a row of a weight are: definitions that several formats share.
+"""Definitions of the product of a prepared row of activations with a row of a weight, which several formats share.
 
-Each is one chain of operations over K, in ascending order and never split. A `Product` is how rows are prepared, the
-arrays in which a definition reads a weight, and the dot of a prepared row with row n of them.
+Each product is one chain of operations over K, in ascending order and never split.
 """
 
 from typing import Any, NamedTuple
@@ -18,8 +17,12 @@ ZERO, ONE_128TH = np.float32(0), np.float32(1 / 128)
 
 
 class Product(NamedTuple):
-    """How formats are multiplied. name: of the definitions' kernels. arrays: of `operands.WeightArrays`, in the order
-    in which a format's `unpack` has them. dot: (x, weight, n, K) to a sum, where x is what rows.read returns."""
+    """How weights are multiplied with activations.
+
+    name: of the definitions' kernels. rows: how the activations are prepared. arrays: fields of
+    `operands.WeightArrays`, in the order of a format's `unpack`. dot: (x, weight, n, K) to the product with row n of
+    the weight, where x is what rows.read returns.
+    """
 
     name: str
     rows: RowFormat
@@ -28,15 +31,15 @@ class Product(NamedTuple):
 
 
 @inlined
-def floats_at(address, n, count):
-    """Row n of a float32 array with so many values in a row."""
-    return carray(float_array(address + 4 * count * n), (count,))
+def floats_at(address, n, num_values):
+    """Row n of a float32 array with num_values values in a row."""
+    return carray(float_array(address + 4 * num_values * n), (num_values,))
 
 
 @inlined
-def codes_at(address, n, count):
-    """Row n of an int8 array."""
-    return carray(byte_array(address + count * n), (count,))
+def codes_at(address, n, num_values):
+    """Row n of an int8 array with num_values values in a row."""
+    return carray(byte_array(address + num_values * n), (num_values,))
 
 
 # ---------------------------------------------------------------- numbers

@@ -1,7 +1,7 @@
-"""Rows of activations as weights multiply them: as they are, rounded to bf16, or quantized to int8.
+"""Prepared rows of activations: float32 as they are, rounded to bf16, or quantized to int8.
 
-What prepares them is in `ops/elementwise/activations.py`; here is how they lie in memory, and how a definition reads
-them.
+The ops that prepare them are in `ops/elementwise/activations.py`; this file says how prepared rows lie in memory, and
+how a definition reads them.
 """
 
 from collections.abc import Callable
@@ -17,18 +17,18 @@ from lockstep.native.simd import bf16_f32, peek
 from lockstep.native.targets import bf16_dot
 from lockstep.runtime.program import DTYPES
 
-# 32 quantized activations: bias = -128 * (sum of the codes) is what weights stored as code + 128 add too much; the sums
-# of the first and the last 16 codes serve formats with a scale for every 16 weights
+# 32 quantized activations: bias = -128 * (sum of the codes) corrects for weights that are stored as code + 128; the
+# sums of the first and the last 16 codes serve formats with a scale for every 16 weights
 QUANTIZED_BLOCK = np.dtype([("codes", "i1", 32), ("scale", "<f4"), ("bias", "<i4"), ("sums", "<i2", 2)])
 BLOCK, BLOCK_BYTES = 32, QUANTIZED_BLOCK.itemsize
 CODES, SCALE, BIAS, SUMS = offsets(QUANTIZED_BLOCK)
 NATIVE_BF16 = bf16_dot()
-BF16_BYTES = 2 if NATIVE_BF16 else 4  # elsewhere the same values as float32
+BF16_BYTES = 2 if NATIVE_BF16 else 4  # without VDPBF16PS the same values as float32
 
 
 @inlined
 def f32_bytes(num_values):
-    """Bytes of a row as it is."""
+    """Bytes of a row of float32."""
     return 4 * num_values
 
 
@@ -64,17 +64,18 @@ def quantized_row(row, K):
     """Codes and scales of the quantized row at an address."""
     codes, scales = np.empty(K, np.int8), np.empty(K // BLOCK, np.float32)
     for b in range(K // BLOCK):
-        place = row + BLOCK_BYTES * b
-        codes[BLOCK * b : BLOCK * b + BLOCK] = carray(byte_array(place), (BLOCK,))
-        scales[b] = peek(place + SCALE, float32)
+        block = row + BLOCK_BYTES * b
+        codes[BLOCK * b : BLOCK * b + BLOCK] = carray(byte_array(block), (BLOCK,))
+        scales[b] = peek(block + SCALE, float32)
     return codes, scales
 
 
 class RowFormat(NamedTuple):
     """How prepared rows lie in memory.
 
-    preparation: the kind of op that prepares them; "" for rows as they are. dtype: of tensors of such rows. num_bytes:
-    of a row of so many values, a multiple of `block`. read: what a definition multiplies, from a row's address.
+    preparation: the kind of op that prepares them; "" for float32 as it is. dtype: of tensors of prepared rows.
+    num_bytes: (number of values, a multiple of `block`) to the bytes of a row. read: (address of a row, K) to what a
+    definition multiplies.
     """
 
     name: str
@@ -85,7 +86,7 @@ class RowFormat(NamedTuple):
     read: Callable[..., Any]
 
     def width(self, num_values: int) -> int:
-        """Elements of a tensor's row that holds so many values."""
+        """Elements of a row of a tensor that holds num_values prepared values."""
         return self.num_bytes.py_func(num_values) // DTYPES[self.dtype].itemsize
 
 

@@ -1,4 +1,4 @@
-"""Numbers at a byte of a row as a checkpoint stores it: for definitions, which decode one weight at a time."""
+"""Numbers at byte `at` of a row as a checkpoint stores it: for definitions, which decode one weight at a time."""
 
 import numpy as np
 
@@ -22,7 +22,7 @@ def nibble(row_B, at, high):
 
 @definition
 def low_bits(row_B, at, i):
-    """The low four bits of weight i, of a block of 32 whose 16 bytes of nibbles start at a byte."""
+    """The low four bits of weight i of a block of 32, whose 16 bytes of nibbles start at byte `at`."""
     return nibble(row_B, at + i % 16, i % 32 // 16)
 
 

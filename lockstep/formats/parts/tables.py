@@ -1,7 +1,7 @@
 """Codes of 4 bits that stand for entries of a table of sixteen integers: what formats with such tables share.
 
-A table is int8 [16], ascending, each entry once. In a panel lie the codes (`LOW_BITS`); a kernel looks them up and
-multiplies what it finds as codes of 8 bits.
+A table is int8 [16], ascending, each entry once. A panel holds the codes (`LOW_BITS`); a kernel looks up their entries
+and multiplies these as codes of 8 bits.
 """
 
 import numpy as np
@@ -13,13 +13,13 @@ from lockstep.native.kernel import definition, inlined
 from lockstep.native.lookup import lookup, lookup_i8, table_of, words_of
 from lockstep.native.simd import bit_and, load_u8, shift_right
 
-# steps that grow with the size, as GGML's formats with a table of 4 bits have them
+# the table of GGML's IQ4 formats: its steps grow with the magnitude
 NONLINEAR = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
 NONLINEAR_WORDS = words_of(NONLINEAR)
 
 
 def entries(packed: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """The entries for blocks of 32 codes, uint8 [..., 16]: low nibbles, then high ones: int8 [..., 32]."""
+    """Blocks of 32 codes, uint8 [..., 16], as entries, int8 [..., 32]: those of the low nibbles first."""
     return table[blk.nibbles(packed)]
 
 
@@ -30,25 +30,25 @@ def codes_of(values: np.ndarray, table: np.ndarray) -> np.ndarray:
 
 def table_dots(s, i, start, table):
     """Dots of block i with the entries whose codes begin `start` bytes into the panels."""
-    wanted, found = table_of(table.astype(np.int16) + (128 if "vnni" in s.how else 0)), {}
+    constant_table, pairs = table_of(table.astype(np.int16) + (128 if "vnni" in s.int_dot else 0)), {}
 
     def column(c, g):
         if g % 2 == 0:
-            found[c] = nibbles(s.b, s.codes(c, start, GROUP_BYTES * g // 2))
-        return lookup(s.b, s.magic, wanted, found[c][g % 2])
+            pairs[c] = nibbles(s.b, s.codes(c, start, GROUP_BYTES * g // 2))
+        return lookup(s.b, s.magic, constant_table, pairs[c][g % 2])
 
     return byte_dots(s, i, column)
 
 
 @definition
 def nonlinear(row_B, at, i):
-    """The entry of weight i of a block of 32 whose codes start at a byte."""
+    """The entry of weight i of a block of 32 whose codes start at byte `at`."""
     return np.float32(NONLINEAR[low_bits(row_B, at, i)])
 
 
 @inlined
 def load_entries(address, words):
-    """The first and the last 16 entries of a block of 32, from the address of its codes; words: of the table."""
+    """The first and the last 16 entries of a block of 32, from the address of its codes; words: the table's."""
     codes = load_u8(address)
     low, high = words
     return lookup_i8(bit_and(codes, 15), low, high), lookup_i8(shift_right(codes, 4), low, high)

@@ -1,7 +1,7 @@
 """Linear layers as register tiles: rows of activations by panels of sixteen features, through all of K or a part.
 
-A tile is `rows` x `cols` vectors of `lanes` features; what fits the registers is the target's choice, and so is how
-dots are made. Each format is one function of a `Site`, which emits the loop over K and returns the accumulators.
+A tile is `rows` x `cols` vectors of `lanes` features. The target decides how large a tile fits its registers, and which
+instruction makes dots. A format's function of a `Site` emits the loop over K and returns the accumulators.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from lockstep.native import targets
 from lockstep.native.emit import counted, fma, ir, moved, pointer, prefetch, read, spread, vector, write
 from lockstep.native.simd import F32, I1, I8, I32, I64, LANES, constant
 
-AHEAD_BYTES = 8192  # of a single stream: what passes by in the time that memory takes to answer
+AHEAD_BYTES = 8192  # prefetch distance in a single stream of weights: what is read during one latency of memory
 
 
 class Rows(NamedTuple):
@@ -22,8 +22,8 @@ class Rows(NamedTuple):
 
 
 class Panels(NamedTuple):
-    """A run of packed panels, and how much of K is worked on: codes and scales (0 in formats that have none), each with
-    the bytes from one panel to the next."""
+    """A run of packed panels, and how much of K is multiplied: addresses of codes and scales (0 in formats without a
+    stream of scales), each with the bytes from one panel to the next."""
 
     codes: int
     codes_stride: int
@@ -33,8 +33,8 @@ class Panels(NamedTuple):
 
 
 class Output(NamedTuple):
-    """Where rows of out and of the residual begin (0: none), bytes from one row to the next, how many panels are
-    stored, and whether out already holds the sums of what came before in K (0: no)."""
+    """Where rows of out and of the residual begin (0: no residual), bytes from one row to the next, how many panels are
+    stored, and whether out already holds the sums over the part of K before this one (0: no)."""
 
     address: int
     residual: int
@@ -44,26 +44,26 @@ class Output(NamedTuple):
 
 
 class Ahead(NamedTuple):
-    """The panels that will be read next; those of `wanted` (a bit each) are brought near meanwhile."""
+    """The panels that will be read next; panel p of them is prefetched meanwhile if bit p of panel_mask is set."""
 
     codes: int
     scales: int
-    wanted: int
+    panel_mask: int
 
 
 class Site:
-    """Where a tile is emitted: its shape, the target's dot, and pointers to what it reads.
+    """Where a tile is emitted: its shape, the target's instruction for dots, and pointers to its operands.
 
     columns: for each vector of `lanes` features the number of its panel and its first feature there. x: a pointer to
     each row; w, scales: to the panel of each column. The pointers do not change in the loop over K, so that an
-    instruction addresses by pointer, index and constant. start: what the accumulators hold at first. coming: for each
-    panel whether what comes next is wanted, and pointers to its codes and scales; ahead: how many bytes after those of
-    the block at hand.
+    instruction addresses by pointer, index and constant. start: the initial values of the accumulators. prefetched: for
+    each panel that may be prefetched (whether it is, pointers to its codes and its scales), distance: how many bytes
+    ahead of the current block, locality: into which cache.
     """
 
     def __init__(self, b, magic, height, columns, lanes, x, w):
         self.b, self.magic, self.K = b, magic, w.K
-        self.how, self.bf16 = targets.int_dot(magic), targets.bf16_dot(magic)
+        self.int_dot, self.bf16 = targets.int_dot(magic), targets.bf16_dot(magic)
         self.rows, self.cols, self.lanes, self.panels = height, len(columns), lanes, [p for p, _ in columns]
         self.first = [first for _, first in columns]
         self.cells = [(r, c) for r in range(self.rows) for c in range(self.cols)]
@@ -72,7 +72,7 @@ class Site:
         self.w = self.pointers(w.codes, w.codes_stride, self.panels)
         self.scales = self.pointers(w.scales, w.scales_stride, self.panels)
         self.start = {cell: constant(self.floats, 0.0) for cell in self.cells}
-        self.coming, self.ahead, self.near = [], 0, targets.prefetch_locality(magic)
+        self.prefetched, self.distance, self.locality = [], 0, targets.prefetch_locality(magic)
 
     def int(self, value):
         return ir.Constant(I64, value)
@@ -82,7 +82,7 @@ class Site:
         return [pointer(self.b, self.b.add(address, self.b.mul(stride, self.int(n)))) for n in numbers]
 
     def code(self, r, i, offset):
-        """Codes of row r's block i of quantized activations, and what follows them (see rows.py)."""
+        """A pointer into row r's block i of quantized activations, see QUANTIZED_BLOCK in rows.py."""
         return moved(self.b, moved(self.b, self.x[r], self.b.mul(i, self.int(BLOCK_BYTES))), offset)
 
     def a_scale(self, r, i):
@@ -99,26 +99,26 @@ class Site:
         place = moved(self.b, moved(self.b, self.w[c], start), offset + 4 * self.first[c])
         return read(self.b, place, vector(I8, 4 * self.lanes), 4 * self.lanes)
 
-    def place(self, c):
-        """Bytes into a row of out where column c lies."""
+    def out_offset(self, c):
+        """The byte of a row of out at which column c begins."""
         return 64 * self.panels[c] + 4 * self.first[c]
 
     def fetch(self, i, panel_bytes, scale_bytes):
-        """Asks for the block that comes `ahead` after block i: arithmetic of more rows than one hides the stream of
-        weights from the memory's own look-ahead."""
-        b, i = self.b, self.b.add(i, self.int(self.ahead // panel_bytes))
-        for wanted, codes, scales in self.coming:
-            with b.if_then(wanted):
+        """Prefetches the blocks that lie `distance` after block i: through the arithmetic of several rows, the
+        hardware's own prefetcher does not follow the stream of weights."""
+        b, i = self.b, self.b.add(i, self.int(self.distance // panel_bytes))
+        for is_prefetched, codes, scales in self.prefetched:
+            with b.if_then(is_prefetched):
                 block = moved(b, codes, b.mul(i, self.int(panel_bytes)))
                 for line in range(0, panel_bytes, 64):
-                    prefetch(b, moved(b, block, line), self.near)
+                    prefetch(b, moved(b, block, line), self.locality)
                 if scale_bytes:
-                    prefetch(b, moved(b, scales, b.mul(i, self.int(scale_bytes))), self.near)
+                    prefetch(b, moved(b, scales, b.mul(i, self.int(scale_bytes))), self.locality)
 
     def blocks(self, size, body, panel_bytes=0, scale_bytes=0):
         """The accumulators after body(i, accumulators) for each of K / size blocks.
 
-        panel_bytes, scale_bytes: of a block in a panel, where fetching the next panels ahead is worth it.
+        panel_bytes, scale_bytes: of a block in a panel, where prefetching pays; 0: nothing is prefetched.
         """
 
         def step(i, values):
@@ -148,22 +148,22 @@ def outer(s, acc, start, offset, columns):
     return {(r, c): fma(s.b, values[r], columns[c], acc[r, c]) for r, c in s.cells}
 
 
-def lanes_of(is_integer, how):
-    """Features of a vector: integer dots fill the registers of narrower targets with eight."""
-    return LANES // 2 if is_integer and how != "avx512_vnni" else LANES
+def lanes_per_vector(is_integer, int_dot):
+    """Features of a vector: eight for integer dots that are not of AVX-512, which fill narrower registers, else 16."""
+    return LANES // 2 if is_integer and int_dot != "avx512_vnni" else LANES
 
 
 def finish(s, acc, out):
-    """Adds the residual, if there is one, and stores the panels that are wanted."""
+    """Adds the residual, if there is one, and stores the first out.num_panels panels."""
     b, outs = s.b, s.pointers(out.address, out.stride, range(s.rows))
     with b.if_else(b.icmp_signed("!=", out.residual, s.int(0))) as (then, otherwise):
         with then:
-            helds = s.pointers(out.residual, out.stride, range(s.rows))
+            residuals = s.pointers(out.residual, out.stride, range(s.rows))
             _store(
                 s,
                 out.num_panels,
                 lambda r, c, at: write(
-                    b, moved(b, outs[r], at), b.fadd(read(b, moved(b, helds[r], at), s.floats, 4), acc[r, c]), 4
+                    b, moved(b, outs[r], at), b.fadd(read(b, moved(b, residuals[r], at), s.floats, 4), acc[r, c]), 4
                 ),
             )
         with otherwise:
@@ -174,20 +174,20 @@ def _store(s, num_panels, store):
     for c in range(s.cols):
         with s.b.if_then(s.b.icmp_signed(">", num_panels, s.int(s.panels[c]))):
             for r in range(s.rows):
-                store(r, c, s.place(c))
+                store(r, c, s.out_offset(c))
 
 
 def begin(s, out):
-    """Takes up the sums of an earlier tile over the first part of K, if there was one; prefetches the residual."""
+    """Starts from the sums that a tile over the part of K before left in out, if any; prefetches the residual."""
     b, zeros = s.b, list(s.start.values())
     with b.if_then(b.icmp_signed("!=", out.residual, s.int(0))):
         for place in s.pointers(out.residual, out.stride, range(s.rows)):
             for p in sorted(set(s.panels)):
-                prefetch(b, moved(b, place, 64 * p), s.near)
+                prefetch(b, moved(b, place, 64 * p), s.locality)
     with b.if_else(b.icmp_signed("!=", out.resume, s.int(0))) as (then, otherwise):
         with then:
             outs = s.pointers(out.address, out.stride, range(s.rows))
-            held = [read(b, moved(b, outs[r], s.place(c)), s.floats, 4) for r, c in s.cells]
+            held = [read(b, moved(b, outs[r], s.out_offset(c)), s.floats, 4) for r, c in s.cells]
             held_from = b.block
         with otherwise:
             zeros_from = b.block
@@ -198,21 +198,20 @@ def begin(s, out):
 
 
 def look_ahead(s, w, ahead):
-    """What comes next: of a single panel the bytes that follow, of several the next ones, p where bit p of `wanted` is
-    set.
+    """Sets what is prefetched: of a single panel the bytes that follow, of several the panels of `ahead`.
 
-    Targets whose few rows are bound by arithmetic need no help.
+    Targets with narrower registers need no prefetch: there few rows are bound by arithmetic already.
     """
     if s.lanes < LANES:
         return
     if s.cols == 1:
-        s.coming, s.ahead = [(constant(I1, 1), s.w[0], s.scales[0])], AHEAD_BYTES
+        s.prefetched, s.distance = [(constant(I1, 1), s.w[0], s.scales[0])], AHEAD_BYTES
         return
     for p in sorted(set(s.panels)):
         [codes], [scales] = s.pointers(ahead.codes, w.codes_stride, [p]), s.pointers(ahead.scales, w.scales_stride, [p])
-        s.coming.append((s.b.trunc(s.b.lshr(ahead.wanted, s.int(p)), I1), codes, scales))
+        s.prefetched.append((s.b.trunc(s.b.lshr(ahead.panel_mask, s.int(p)), I1), codes, scales))
 
 
-def fields(b, kind, value):
-    """The LLVM values of a named tuple, under their names."""
-    return kind.instance_class(*(b.extract_value(value, i) for i in range(len(kind.fields))))
+def fields(b, tuple_type, value):
+    """The LLVM values of the fields of a named tuple, as a named tuple of the same class."""
+    return tuple_type.instance_class(*(b.extract_value(value, i) for i in range(len(tuple_type.fields))))

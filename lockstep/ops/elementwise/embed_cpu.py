@@ -22,7 +22,7 @@ def embed(op, step, thread, num_threads):
 
 CPU = {}
 for _name, _format in FORMATS.items():
-    _constants = dict(STORE=_format.lookup.store, COUNT=_format.lookup.count)
+    _constants = dict(STORE=_format.lookup.store, COUNT=_format.lookup.num_weights)
     _constants |= dict(SIZE=_format.block_size, BLOCK_BYTES=_format.block_bytes)
     globals()[f"embed_{_name}"] = variant(embed, f"embed_{_name}", **_constants)
     CPU[f"embed_{_name}"] = Implementation(globals()[f"embed_{_name}"], RAW)

@@ -5,7 +5,7 @@ codes and the words of their features (see ops/integer/code_weights.py). Two pla
 Which instruction makes the products is the target's; all give the same integers.
 """
 
-from lockstep.formats.parts.tiles import Site, fields, finish, lanes_of, look_ahead
+from lockstep.formats.parts.tiles import Site, fields, finish, lanes_per_vector, look_ahead
 from lockstep.native import targets
 from lockstep.native.emit import ir, moved, pinned, pointer, read, spread, spread4, vector
 from lockstep.native.numbers import types
@@ -24,7 +24,7 @@ class CodeSite(Site):
         super().__init__(b, magic, height, columns, lanes, x, w)
         self.planes = range(planes)
         self.cells = [(r, p, c) for r in range(self.rows) for p in self.planes for c in range(self.cols)]
-        firsts = [self.word(c, 3, I32) if self.how == "avx2" else constant(self.ints, 0) for c in range(self.cols)]
+        firsts = [self.word(c, 3, I32) if self.int_dot == "avx2" else constant(self.ints, 0) for c in range(self.cols)]
         self.start = {cell: firsts[cell[2]] for cell in self.cells}
 
     def places(self):
@@ -50,12 +50,12 @@ class CodeSite(Site):
 
 def sums(s):
     """The products of all planes with all columns, exactly. On VNNI's the codes of weights count 128 too high."""
-    step = _avx2_step if s.how == "avx2" else _wide_step
+    step = _avx2_step if s.int_dot == "avx2" else _wide_step
     return s.blocks(BLOCK, lambda i, acc: step(s, i, acc), PANEL_BYTES)
 
 
 def _wide_step(s, i, acc):
-    b, dot, acc = s.b, WIDE[s.how], dict(acc)
+    b, dot, acc = s.b, WIDE[s.int_dot], dict(acc)
     start, k = b.mul(i, s.int(PANEL_BYTES)), b.mul(i, s.int(BLOCK))
     for g in range(BLOCK // 4):
         columns = [s.codes(c, start, 64 * g) for c in range(s.cols)]
@@ -200,7 +200,7 @@ def code_tile(context, shape, num_rows, x, w, out, ahead, grid):
 def _tile(b, magic, how, height, operands, grid):
     """All columns at once in registers of sixteen lanes; as many as fit in those of eight."""
     (planes, panels, scaling), (x, w, out, ahead) = how, operands
-    lanes = lanes_of(True, targets.int_dot(magic))
+    lanes = lanes_per_vector(True, targets.int_dot(magic))
     columns = [(p, first) for p in panels for first in range(0, LANES, lanes)]
     at_once = len(columns) if lanes == LANES else max(1, NARROW_SUMS // (height * planes))
     for start in range(0, len(columns), at_once):

@@ -2,7 +2,7 @@
 
 from lockstep.formats import FORMATS
 from lockstep.formats.parts.rows import QUANTIZED
-from lockstep.formats.parts.tiles import Site, begin, fields, finish, lanes_of, look_ahead
+from lockstep.formats.parts.tiles import Site, begin, fields, finish, lanes_per_vector, look_ahead
 from lockstep.native import targets
 from lockstep.native.emit import ir
 from lockstep.native.numbers import types
@@ -40,7 +40,7 @@ def linear_tile(context, format, shape, num_rows, x, w, out, ahead):
 
 def _tile(b, magic, format, height, panels, operands):
     x, w, out, ahead = operands
-    lanes = lanes_of(FORMATS[format].product.rows is QUANTIZED, targets.int_dot(magic))
+    lanes = lanes_per_vector(FORMATS[format].product.rows is QUANTIZED, targets.int_dot(magic))
     columns = [(p, first) for p in panels for first in range(0, LANES, lanes)]
     whole = height <= WHOLE_PANELS or lanes == LANES
     for group in [columns] if whole else [[column] for column in columns]:

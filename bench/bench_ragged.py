@@ -1,8 +1,8 @@
-"""Ragged paged attention on the head shape of Llama 3 8B: against the padded formulation, heads apart, and transposed.
+"""Speed of ragged paged attention on the head shape of Llama 3 8B, against padded, ungrouped and transposed variants.
 
     python bench/bench_ragged.py [--threads 2] [--rounds 5] [--dtype f32] [--mix mixed] [--contexts 4096,16384,65536]
 
---dtype: of the pages, f32, bf16 or e4m3 (float8).
+--dtype: the type of the pages, f32, bf16 or e4m3 (float8).
 
 The mixes of lengths are those that JAX's own tests publish. Variants, on the same kernel and the same numbers:
 
@@ -11,9 +11,9 @@ The mixes of lengths are those that JAX's own tests publish. Variants, on the sa
     ungrouped     each query head reads K and V for itself
     transposed    q and the sequences' K and V copied to [heads, tokens, head_dim], attended, copied back
 
-All run interleaved in one process; medians of the rounds. A multiply-add counts as two operations, only visible keys
-count; "% done" also counts what padding adds. The copies of "transposed" are NumPy's, on one thread. The ceilings are
-measured in the same run (`lockstep.lab.ceiling`).
+All variants run interleaved in one process; medians of the rounds. A multiply-add counts as two operations, only
+visible keys count; "% done" also counts operations on padding. The copies of "transposed" are NumPy's, on one thread.
+The ceilings are measured in the same run (`lockstep.lab.ceiling`).
 """
 
 import argparse
@@ -65,27 +65,28 @@ class Batch:
 
 
 def visible(q_lens, kv_lens):
-    """Pairs of a query and a key that it sees."""
+    """The number of pairs of a query and a key that the query sees."""
     return sum(int(n) * int(c) - int(n) * (int(n) - 1) // 2 for n, c in zip(q_lens, kv_lens, strict=True))
 
 
 def numbers(shape, dtype, seed):
-    """Random numbers on a cache line."""
-    made = aligned(int(np.prod(shape)) * dtype.itemsize).view(dtype).reshape(shape)
+    """An array of random numbers that begins on a cache line."""
+    array = aligned(int(np.prod(shape)) * dtype.itemsize).view(dtype).reshape(shape)
     rng = np.random.default_rng(seed)
-    for part in made:
+    for part in array:
         part[...] = rng.standard_normal(part.shape, np.float32)
-    return made
+    return array
 
 
 def batch(q_lens, kv_lens, dtype, page_size):
-    """Sequences on pages in a random order. dtype: of the pages; where it has one byte, queries are bfloat16."""
-    counts = [-(-c // page_size) for c in kv_lens]
-    order, table = np.random.default_rng(2).permutation(sum(counts)), np.zeros((len(counts), max(counts)), np.int32)
-    for s, count in enumerate(counts):
-        table[s, :count] = order[sum(counts[:s]) : sum(counts[: s + 1])]
+    """A Batch with pages in a random order. dtype: of the pages; where it has one byte, queries are bfloat16."""
+    num_pages = [-(-c // page_size) for c in kv_lens]
+    order = np.random.default_rng(2).permutation(sum(num_pages))
+    table = np.zeros((len(num_pages), max(num_pages)), np.int32)
+    for s, num in enumerate(num_pages):
+        table[s, :num] = order[sum(num_pages[:s]) : sum(num_pages[: s + 1])]
     q = numbers((sum(q_lens), HEADS, HEAD_DIM), dtype if dtype.itemsize > 1 else BF16, 0)
-    kv = numbers((sum(counts), page_size, 2 * KV_HEADS, HEAD_DIM), dtype, 1)
+    kv = numbers((sum(num_pages), page_size, 2 * KV_HEADS, HEAD_DIM), dtype, 1)
     starts = np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32)
     return Batch(q, kv, np.array(kv_lens, np.int32), table, starts, np.array([len(q_lens)], np.int32), np.empty_like(q))
 
@@ -103,15 +104,15 @@ def ungrouped(b, threads):
 
 
 def transposed(b, threads):
-    """Copies of q, K and V with heads outermost; attention reads those, and its result is copied back."""
-    page_size, kinds = b.kv.shape[1], pages(b.kv)
-    counts = -(-b.kv_lens // page_size)
-    kept = np.concatenate([b.table[s, :count] for s, count in enumerate(counts)])
+    """Copies q, K and V with heads outermost, attends over the copies, and copies the result back."""
+    page_size, k_and_v = b.kv.shape[1], pages(b.kv)
+    num_pages = -(-b.kv_lens // page_size)
+    used = np.concatenate([b.table[s, :num] for s, num in enumerate(num_pages)])
     table = np.zeros_like(b.table)
-    for s, count in enumerate(counts):
-        table[s, :count] = np.arange(counts[:s].sum(), counts[: s + 1].sum())
-    copies = [np.ascontiguousarray(x[kept].reshape(-1, KV_HEADS, HEAD_DIM).transpose(1, 0, 2)) for x in kinds]
-    k, v = (x.reshape(KV_HEADS, len(kept), page_size, HEAD_DIM).transpose(1, 2, 0, 3) for x in copies)
+    for s, num in enumerate(num_pages):
+        table[s, :num] = np.arange(num_pages[:s].sum(), num_pages[: s + 1].sum())
+    copies = [np.ascontiguousarray(x[used].reshape(-1, KV_HEADS, HEAD_DIM).transpose(1, 0, 2)) for x in k_and_v]
+    k, v = (x.reshape(KV_HEADS, len(used), page_size, HEAD_DIM).transpose(1, 2, 0, 3) for x in copies)
     q_HTK = np.ascontiguousarray(b.q.transpose(1, 0, 2))
     out_HTK = np.empty_like(q_HTK)
     ragged_paged_attention(
@@ -134,9 +135,9 @@ def seconds(run, *args):
     return time.perf_counter() - started
 
 
-def cases(args):
-    """{name: (variant, batch, operations that count)}, in the order in which they are shown."""
-    made = {}
+def make_cases(args):
+    """{name: (variant, its batch, the batch without padding)}, in the order in which they are shown."""
+    cases = {}
     for dtype in args.dtype or ("f32", "bf16"):
         for mix in args.mix or MIXES:
             whole = batch(MIXES[mix], KV, DTYPES[dtype], args.page_size)
@@ -147,12 +148,12 @@ def cases(args):
                 ("ungrouped", ungrouped, whole),
                 ("transposed", transposed, whole),
             ):
-                made[dtype, mix, name] = run, b, whole
+                cases[dtype, mix, name] = run, b, whole
         for context in args.contexts:
-            one = batch([1], [context], DTYPES[dtype], args.page_size)
+            decode = batch([1], [context], DTYPES[dtype], args.page_size)
             for name, run in (("ragged", ragged), ("ungrouped", ungrouped)):
-                made[dtype, f"decode {context}", name] = run, one, one
-    return made
+                cases[dtype, f"decode {context}", name] = run, decode, decode
+    return cases
 
 
 def main():
@@ -164,33 +165,34 @@ def main():
     parser.add_argument("--mix", choices=MIXES, action="append")
     parser.add_argument("--contexts", type=lambda s: [int(n) for n in s.split(",") if n], default=[4096, 16384, 65536])
     args = parser.parse_args()
-    made, team, tops = cases(args), workers(args.threads).team, []
-    times = {name: [] for name in made}
-    for _ in range(args.rounds + 1):
-        tops.append(ceiling.measure(team))
-        for name, (run, b, _whole) in made.items():
+    cases, team, ceilings = make_cases(args), workers(args.threads).team, []
+    times = {name: [] for name in cases}
+    for _ in range(args.rounds + 1):  # the first warms up
+        ceilings.append(ceiling.measure(team))
+        for name, (run, b, _whole) in cases.items():
             times[name].append(seconds(run, b, args.threads))
     show(
-        made,
+        cases,
         {name: statistics.median(t[1:]) for name, t in times.items()},
-        statistics.median(t.f32_per_second for t in tops),
-        statistics.median(t.bytes_per_second for t in tops),
+        statistics.median(t.f32_per_second for t in ceilings),
+        statistics.median(t.bytes_per_second for t in ceilings),
         args,
     )
 
 
-def show(made, took, f32_top, read_top, args):
+def show(cases, seconds_of, f32_ceiling, read_ceiling, args):
     print(
-        f"{args.threads} threads, {f32_top / 1e9:.0f} GFLOP/s, {read_top / 1e9:.1f} GB/s; {HEADS} query heads, "
+        f"{args.threads} threads, {f32_ceiling / 1e9:.0f} GFLOP/s, {read_ceiling / 1e9:.1f} GB/s; {HEADS} query heads, "
         f"{KV_HEADS} kv heads, head_dim {HEAD_DIM}, pages of {args.page_size}"
     )
-    for name, (_, b, whole) in made.items():
-        useful, done, read = whole.operations / took[name], b.operations / took[name], whole.bytes_read / took[name]
-        ratio = took[name] / took[*name[:2], "ragged"]
+    for name, (_, b, whole) in cases.items():
+        took = seconds_of[name]
+        useful, done, read = whole.operations / took, b.operations / took, whole.bytes_read / took
+        ratio = took / seconds_of[*name[:2], "ragged"]
         print(
-            f"{' '.join(name):32} {1e3 * took[name]:9.3f} ms {ratio:6.2f}x {useful / 1e9:7.1f} GFLOP/s = "
-            f"{100 * useful / f32_top:5.1f} % ({100 * done / f32_top:5.1f} % done) {read / 1e9:6.1f} GB/s ="
-            f" {100 * read / read_top:5.1f} %"
+            f"{' '.join(name):32} {1e3 * took:9.3f} ms {ratio:6.2f}x {useful / 1e9:7.1f} GFLOP/s = "
+            f"{100 * useful / f32_ceiling:5.1f} % ({100 * done / f32_ceiling:5.1f} % done) {read / 1e9:6.1f} GB/s ="
+            f" {100 * read / read_ceiling:5.1f} %"
         )
 
 

@@ -1,7 +1,7 @@
-"""Batches for ragged paged attention: scattered pages, NaN in every slot that is nobody's, garbage in unused entries.
+"""Batches for ragged paged attention: scattered pages, NaN in every unused slot, garbage in unused entries of tables.
 
-The numbers come from raw random bits and have seven of them, so that bfloat16 holds them too and no library's version
-changes them: recorded results need no recorded inputs. Imports nothing of Lockstep: the recorder runs beside JAX.
+The numbers are made of seven raw random bits each, so that bfloat16 holds them exactly and no library's version changes
+them: recorded results need no recorded inputs. Imports nothing of Lockstep: the recorder of results runs beside JAX.
 """
 
 from dataclasses import dataclass, field, replace
@@ -23,8 +23,8 @@ def numbers(shape, seed):
 
 @dataclass(frozen=True)
 class Batch:
-    """What one call is about. All numbers are such that their dtype holds them exactly, pages_dtype being that of K and
-    V where it is another."""
+    """The sequences and options of one call. Every number is exact in its dtype. pages_dtype: the dtype of K and V, if
+    it is not that of q."""
 
     lengths: list
     contexts: list
@@ -51,22 +51,22 @@ class Batch:
 
     def table(self):
         """(page_indices with a spare row and column of garbage, number of pages)."""
-        counts = [-(-c // self.page_size) for c in self.contexts]
-        order = np.random.PCG64(self.seed).random_raw(sum(counts) + 2).argsort(kind="stable")
-        table = np.resize(np.array(GARBAGE, np.int32), (len(counts) + 1, max(counts, default=0) + 1))
-        for s, count in enumerate(counts):
-            table[s, :count] = order[sum(counts[:s]) : sum(counts[: s + 1])]
+        num_pages = [-(-c // self.page_size) for c in self.contexts]
+        order = np.random.PCG64(self.seed).random_raw(sum(num_pages) + 2).argsort(kind="stable")
+        table = np.resize(np.array(GARBAGE, np.int32), (len(num_pages) + 1, max(num_pages, default=0) + 1))
+        for s, num in enumerate(num_pages):
+            table[s, :num] = order[sum(num_pages[:s]) : sum(num_pages[: s + 1])]
         return table, len(order)
 
     def pages(self):
         """kv_pages [N, B, 2 G, K], keys and values interleaved."""
         (table, N), (_, G, K) = self.table(), self.heads
         dtype = self.pages_dtype or self.dtype
-        made = np.full((N, self.page_size, 2 * G, K), 127 if dtype == I8 else np.nan, dtype)
+        pages = np.full((N, self.page_size, 2 * G, K), 127 if dtype == I8 else np.nan, dtype)
         for s, context in enumerate(self.contexts):
             page, slot = table[s, np.arange(context) // self.page_size], np.arange(context) % self.page_size
-            made[page, slot, 0::2], made[page, slot, 1::2] = self.kv(s)
-        return made
+            pages[page, slot, 0::2], pages[page, slot, 1::2] = self.kv(s)
+        return pages
 
     def arguments(self):
         """The six arrays, in the order of JAX's kernel."""

@@ -1,3 +1,5 @@
+"""Attention over the paged cache: kernels equal definitions, definitions equal float64, and only visible keys count."""
+
 import itertools
 import pathlib
 import subprocess
@@ -26,7 +28,7 @@ MIXED = [1, 65, 7, 130, 1], [1, 65, 1027, 1090, 2050]  # new tokens and context 
 
 
 class Batch:
-    """Requests with random queries, keys and values, and what attention makes of them."""
+    """Requests with random queries, keys and values, and attention over them."""
 
     def __init__(
         self, lengths, contexts, H, G, K, kv_dtype="f32", window=0, *, soft_cap=0.0, sinks=None, v_scale=1.0, seed=0
@@ -50,14 +52,14 @@ class Batch:
         requests=slice(None),
         group=0,
     ):
-        """(out, stats); rows, lengths, contexts and requests choose a part of the batch. group: where its page table
-        stands, behind those of other groups."""
+        """(out, stats); rows, lengths, contexts and requests choose a part of the batch. group: the page group; page
+        tables of the groups before it name pages that must not be read."""
         H, G, K = self.shape
         tables = np.concatenate([np.full_like(self.table, NEVER)] * group + [self.table], axis=1)[requests]
         tables = tables.reshape(-1, self.table.shape[1])
         step, _held = ragged_step(lengths or self.lengths, contexts or self.contexts, tables)
         gate = dict(gate=self.gate_TW[rows], gate_width=self.gate_TW.shape[1], gate_offset=5 + K, gate_stride=2 * K)
-        made = run_op(
+        outputs = run_op(
             backend,
             Attention,
             step=step,
@@ -76,7 +78,7 @@ class Batch:
             v_scale=self.v_scale,
             **(gate if gated else {}),
         )
-        return made["out"], made["stats"]
+        return outputs["out"], outputs["stats"]
 
     def spoil(self, request, position):
         """Makes a slot's key and value NaN and infinite."""
@@ -149,7 +151,7 @@ CASES = {
 
 
 def tolerance(batch):
-    """What rounding queries and weights (to bfloat16: 2**-9 of each) costs where scores and values are around 1."""
+    """The error of rounding queries and weights (to bfloat16: 2**-9 of each) where scores and values are around 1."""
     return {"f32": 5e-6, "bf16": 0.012, "q8": 0.03}[batch.kv_dtype]
 
 
@@ -165,13 +167,13 @@ def test_kernel_equals_definition(name):
     assert np.abs(expected[0] - batch.exact()).max() < tolerance(batch)
 
 
-@pytest.mark.parametrize(("kv_dtype", "cached", "in_all"), [("bf16", 0.002, 0.0035), ("q8", 0.006, 0.012)])
-def test_relative_error_from_the_cache_and_from_the_numbers_before_it(kv_dtype, cached, in_all):
+@pytest.mark.parametrize(("kv_dtype", "from_cache", "from_source"), [("bf16", 0.002, 0.0035), ("q8", 0.006, 0.012)])
+def test_relative_error_from_the_cache_and_from_the_numbers_before_it(kv_dtype, from_cache, from_source):
     shape = dict(H=8, G=2, K=128)
     batch, before = Batch(*MIXED, **shape, kv_dtype=kv_dtype), Batch(*MIXED, **shape)
     same_bits(batch.q_TD, before.q_TD)
     made, rms = batch.run(CPU, 2)[0], lambda x: np.sqrt((x**2).mean())
-    for exact, allowed in ((batch.exact(), cached), (before.exact(), in_all)):
+    for exact, allowed in ((batch.exact(), from_cache), (before.exact(), from_source)):
         assert rms(made - exact) < allowed * rms(exact)
 
 
@@ -318,10 +320,10 @@ def test_a_token_may_not_see_more_than_its_pages_are_kept_for(window):
     q, out = (Tensor(name, "T", 32) for name in ("q", "out"))
     shapes = zip("kv", page_shapes(1, 16, "f32"), strict=True)
     pages = {f"{p}_pages": program.cache(p, "pages", "f32", shape, 7) for p, shape in shapes}
-    made = dict(out=out, stats=Tensor("stats", "T", 4), q=q, **pages, **sizes)
-    Attention(**made, window=7)
+    operands = dict(out=out, stats=Tensor("stats", "T", 4), q=q, **pages, **sizes)
+    Attention(**operands, window=7)
     with pytest.raises(ValueError, match=f"Attention: window is {window}, but k is kept for 7 tokens"):
-        Attention(**made, window=window)
+        Attention(**operands, window=window)
     rounded = dict(max_keys=64, scale=0.25, additive=False, fill=0.0, grids=Setting("g", np.zeros((10, 8), np.float32)))
     sizes = dict(num_heads=2, num_kv_heads=1, head_dim=16)
     with pytest.raises(ValueError, match="RoundedAttention: k is kept for a window of 7 tokens, expected no window"):

@@ -1,3 +1,5 @@
+"""The op that prepares queries, keys and values: kernels equal definitions, and what is written where in the pages."""
+
 import numpy as np
 import pytest
 
@@ -19,7 +21,7 @@ SHAPES = {
     "no rotation": (7, 1, 16, 0, False),
     "widest, normed": (2, 1, 512, 256, True),
 }  # H, G, K, rope_dim, normed
-UNTOUCHED = 0xFF  # every byte of a page: no number that is written
+UNTOUCHED = 0xFF  # every byte of a page before a run: no number that the op writes has it
 GAP = 3  # columns between the parts of a row
 
 
@@ -31,7 +33,7 @@ def codes_and_scales(pages, K, cell):
 
 
 class Inputs:
-    """A projection of random numbers, its q and gate interleaved by head, and empty pages."""
+    """A projection of random numbers, with q and gate interleaved by head, and empty pages."""
 
     def __init__(self, H, G, K, rope_dim, normed, kv_dtype, group=0):
         rng = np.random.default_rng(0)
@@ -46,7 +48,7 @@ class Inputs:
         self.step, self.held = ragged_step(LENGTHS, CONTEXTS, tables.reshape(-1, self.table.shape[1]))
 
     def run(self, backend, num_threads=1):
-        """(q, k pages, v pages) of one run."""
+        """(q, K pages, V pages) of one run; q8 pages as codes and scales."""
         H, G, K = self.shape
         dtype = {"f32": np.float32, "bf16": np.uint16, "q8": np.int8}[self.kv_dtype]
         pages = [np.zeros((self.num_pages, G, *cell), dtype) for cell in ((K, 64), (64, K))]
@@ -137,7 +139,7 @@ def test_queries_keys_and_values_are_right_and_in_place(name, kv_dtype):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_keys_and_values_in_8_bits_are_right_and_in_place(name):
-    """Keys are what a float32 cache holds, quantized by NumPy: the same codes and scales; unwritten slots stay."""
+    """Codes and scales are those that NumPy makes of the keys and values of a float32 cache; other slots stay."""
     found = Inputs(*SHAPES[name], "q8").run(BACKENDS["cpu"], 2)[1:]
     plain = Inputs(*SHAPES[name], "f32")
     exact = plain.run(BACKENDS["cpu"], 2)[1:]
@@ -198,8 +200,8 @@ def declared(**changed):
     tables = {name: Table(name, np.zeros((9, 8), np.float32), None) for name in ("cos", "sin")}
     columns = dict(row_width=128, q_offset=0, q_stride=32, k_offset=64, v_offset=96)
     sizes = dict(num_heads=2, num_kv_heads=1, head_dim=32, rope_dim=16, eps=1e-6, norm_offset=0.0, bf16=False)
-    given = dict(q=part("q", 64), x=part("x", 128), **tables, **pages, **columns, **sizes)
-    return AttentionInputs(**given | changed)
+    operands = dict(q=part("q", 64), x=part("x", 128), **tables, **pages, **columns, **sizes)
+    return AttentionInputs(**operands | changed)
 
 
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)

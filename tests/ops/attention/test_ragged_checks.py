@@ -1,4 +1,4 @@
-"""What ragged paged attention refuses, and that a call neither compiles nor allocates."""
+"""Arguments that ragged paged attention refuses; and calls neither compile nor allocate."""
 
 import tracemalloc
 from functools import partial
@@ -35,7 +35,7 @@ def misplaced(array):
 
 
 def apart(array):
-    """The same numbers in rows that are no multiple of a number's bytes apart."""
+    """The same numbers, in rows whose stride is no multiple of a number's bytes."""
     rows = np.zeros((len(array), array[0].nbytes + 1), np.uint8)[:, :-1].view(array.dtype).reshape(array.shape)
     rows[...] = array
     return rows
@@ -110,8 +110,8 @@ OPTIONS = [
 
 
 def call(**arguments):
-    given = {"threads": 2} | dict(zip(NAMES, (Q, KV, KV_LENS, TABLE, STARTS, NUM_SEQS), strict=True)) | arguments
-    return ragged_paged_attention(**given)
+    defaults = {"threads": 2} | dict(zip(NAMES, (Q, KV, KV_LENS, TABLE, STARTS, NUM_SEQS), strict=True)) | arguments
+    return ragged_paged_attention(**defaults)
 
 
 @pytest.mark.parametrize("arguments, message", METADATA + SHAPES + OPTIONS, ids=lambda x: x if type(x) is str else "")
@@ -174,14 +174,14 @@ def random_mix(rng):
 
 @pytest.fixture
 def native_allocations():
-    """A function that counts what native code has allocated so far."""
+    """A function that returns the number of allocations by native code so far."""
     _nrt_python.memsys_enable_stats()
     yield lambda: rtsys.get_allocation_stats().alloc
     _nrt_python.memsys_disable_stats()
 
 
 def python_bytes(run):
-    """The most that Python's allocators, NumPy's included, held during a call beyond what they held before."""
+    """The most bytes that Python's allocators, NumPy's included, held during a call beyond those held before."""
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]

@@ -1,3 +1,5 @@
+"""Ragged paged attention: the kernel equals the definition and JAX, for any batch, page size, layout and target."""
+
 import ctypes
 import itertools
 import mmap
@@ -75,7 +77,7 @@ def test_bf16_is_rounded_once():
 @pytest.mark.parametrize("K", [16, 80])
 @pytest.mark.parametrize("dtype", [E4M3, E5M2, I8], ids=str)
 def test_all_codes_of_a_byte_are_what_they_are_in_float32(dtype, K):
-    """One row, which reads values where they are, and many rows, for which they are packed."""
+    """With one row, which reads values in place, and with many rows, for which values are packed."""
     codes = np.arange(256, dtype=np.uint8).view(dtype)
     finite = codes[np.isfinite(codes.astype(np.float32))]
     kv = np.resize(finite, (40, 7, 2, K))  # 7 * 2 * K is no multiple of the number of codes: each comes everywhere
@@ -161,7 +163,8 @@ def test_any_address_will_do():
 
 
 def guarded(array, at_end):
-    """A copy that ends (or starts) at a page of memory which must not be touched; what keeps it alive; its guards."""
+    """(copy, memory, guards): a copy that ends (or starts) at a page of memory which must not be touched, the memory
+    that holds the copy, and the addresses of the guarding pages."""
     page, size = mmap.PAGESIZE, -(-array.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
     memory = mmap.mmap(-1, size + 2 * page)
     whole = np.frombuffer(memory, np.uint8)

@@ -1,3 +1,5 @@
+"""Rotary position embedding: frequencies are those of transformers, tables and rotation are accurate."""
+
 import numpy as np
 import pytest
 
@@ -123,13 +125,13 @@ def test_table_compiled_equals_interpreted():
 @pytest.mark.parametrize("cuts", [[1, 511, 512, 513, 700, 3000], [2900], [5, 5, 4, 3000]])
 def test_rows_are_the_same_however_far_the_table_went_before(cuts):
     whole = rope.rope_table(3000, 8, 1e4, RopeScaling("yarn", 4.0))
-    made = rope.RopeTables(3000, 8, 1e4, RopeScaling("yarn", 4.0))
+    tables = rope.RopeTables(3000, 8, 1e4, RopeScaling("yarn", 4.0))
     for cut in cuts:
-        made.cover(cut)
-        assert cut <= made.num_covered <= min(3000, max(cuts) + 511)
-        same_bits(made.cos_PR[:cut], whole[0][:cut])
-        same_bits(made.sin_PR[:cut], whole[1][:cut])
-        assert not made.cos_PR[made.num_covered :].any()
+        tables.cover(cut)
+        assert cut <= tables.num_covered <= min(3000, max(cuts) + 511)
+        same_bits(tables.cos_PR[:cut], whole[0][:cut])
+        same_bits(tables.sin_PR[:cut], whole[1][:cut])
+        assert not tables.cos_PR[tables.num_covered :].any()
 
 
 def test_rotation():

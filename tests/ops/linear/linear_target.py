@@ -2,9 +2,9 @@
 
     python -m tests.ops.linear.linear_target VARIANT FORMAT...
 
-VARIANT native: whatever NUMBA_CPU_NAME says. The others run anywhere, the code emitted for a target with its own
-instructions spelled out in others: "avx512" (AVX512-VNNI and BF16, 2 panels of 16 lanes), "generic" (no dot
-instruction).
+VARIANT native: the target of NUMBA_CPU_NAME. The other variants run on any machine: "avx512" (AVX512-VNNI and BF16, 2
+panels of 16 lanes) is the code for that target with its own instructions replaced by general ones, "generic" the code
+for a target without a dot instruction.
 """
 
 import hashlib
@@ -17,17 +17,17 @@ from lockstep.native import targets
 ROWS, N = 9, 75
 
 
-def pretend(how, wide, bf16):
-    """Makes every module ask for this target; called before they are imported."""
+def pretend(int_dot, wide, bf16):
+    """Makes every module use this target; must be called before the modules are imported."""
     targets.int_dot, targets.wide_registers, targets.bf16_dot = (
-        lambda m=None: how,
+        lambda m=None: int_dot,
         lambda m=None: wide,
         lambda m=None: bf16,
     )
 
 
 def spell_out():
-    """Replaces AVX-512's instructions by what they do."""
+    """Replaces AVX-512's instructions by general instructions with the same results."""
     from lockstep.formats import bf16, q6_k
     from lockstep.native import lookup, tiles_dots
     from lockstep.native.emit import by_halves, cut, fma, join, vector, words
@@ -61,7 +61,7 @@ def spell_out():
 
 
 def digest(format):
-    """Digest of a linear layer on inputs that are the same in every process."""
+    """Digest of a linear layer's output; the inputs are the same in every process."""
     from lockstep.ops.linear import linear_cpu
     from tests.ops.linear import test_linear
 

@@ -1,5 +1,4 @@
-"""The experts' linear layers: fast kernels equal definitions bit for bit, and each row is the row of an ordinary
-linear layer."""
+"""The experts' linear layers: fast kernels equal definitions, and each row is that of an ordinary linear layer."""
 
 import numpy as np
 import pytest
@@ -31,7 +30,7 @@ def routed(T, seed):
 
 
 def both(declaration, T, **operands):
-    """The outputs of definition and kernel, which must be the same bits for several thread counts."""
+    """The output of the definition; the kernel must give the same bits with every number of threads."""
     step, _held = ragged_step([T])
     expected = run_op(experts.REFERENCE, declaration, step, **operands)["out"]
     for threads in (1, 3):
@@ -40,7 +39,7 @@ def both(declaration, T, **operands):
 
 
 def prepared(format, width):
-    """The output and parameters of an op that prepares the rows for weights of a format."""
+    """The operands of an op that prepares rows for weights of a format."""
     rows = ROW_FORMATS[PREPARATION[format]]
     return dict(out=(X * rows.width(width), rows.dtype), width=width, top_k=X, preparation=PREPARATION[format])
 
@@ -88,8 +87,8 @@ def test_a_row_is_that_of_an_ordinary_linear_layer():
     step, _held = ragged_step([9])
     rows = run_op(experts_cpu.CPU, ExpertRows, step, x=x, order=order, **prepared("f32", D))["out"]
     weights, shape = Weight("experts", "f32", (E * N, D), parts), dict(width=D, features=N, num_experts=E, top_k=X)
-    found = run_op(experts_cpu.CPU, ExpertLinear, step, x=rows, expert_start=start, weight=weights, **shape)["out"]
-    for s, row in enumerate(found.reshape(-1, N)):
+    out = run_op(experts_cpu.CPU, ExpertLinear, step, x=rows, expert_start=start, weight=weights, **shape)["out"]
+    for s, row in enumerate(out.reshape(-1, N)):
         e = int(np.searchsorted(start[0], s, "right")) - 1
         pair = int(order.reshape(-1)[s])
         same_bits(row, np.array([products.dot_f32(x[pair // X], w) for w in parts[e].data], np.float32))

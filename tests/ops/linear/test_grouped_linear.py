@@ -1,4 +1,4 @@
-"""A block-diagonal linear layer: as its definition, as a plain layer for each group, token-major, at any width."""
+"""A block-diagonal linear layer equals its definition and a plain layer for each group, for any number of rows."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from tests.ops.harness import Given, run_op, same_bits, weight
 from tests.ops.linear.test_linear import INTEGER_FORMATS, RNG, narrow, prepared, run, stored
 
 GROUPS, N = 3, 64
-# a kind of rows and of packing each, if not all: tests/ops/linear/test_linear.py has all tiles
+# by default one format for each kind of rows and of packing: tests/ops/linear/test_linear.py tests all tiles
 FORMATS = (*INTEGER_FORMATS, "bf16", "f32") if ALL_FORMATS else ("q8_0", "q4_k", "bf16", "f32")
 
 
@@ -49,16 +49,16 @@ def test_kernel_equals_definition_and_a_layer_for_each_group(format):
 @pytest.mark.parametrize("format", ["q8_0", "bf16"])
 def test_all_widths_and_per_token_give_the_same_bits(format):
     parts, x = weights(format), values(49, format)
-    alone = run_grouped(linear_cpu.PER_TOKEN, format, x, parts, num_threads=2)
-    for width in (*range(1, 17), 49):
-        same_bits(run_grouped(linear_cpu.CPU, format, x[:width], parts, num_threads=2), alone[:width])
+    per_token = run_grouped(linear_cpu.PER_TOKEN, format, x, parts, num_threads=2)
+    for num_rows in (*range(1, 17), 49):
+        same_bits(run_grouped(linear_cpu.CPU, format, x[:num_rows], parts, num_threads=2), per_token[:num_rows])
 
 
 def test_wide_groups_are_worked_on_in_parts_of_k():
-    """Where the panels of a tile exceed the nearest cache, its sums pass through out."""
+    """Where the panels of a tile exceed the first-level cache, the tile's sums pass through out."""
     parts, x = weights("q8_0", 2, 4096), RNG.standard_normal((20, 8192)).astype(np.float32)
-    together = run_grouped(linear_cpu.CPU, "q8_0", x, parts, num_threads=2)
-    same_bits(together, run_grouped(linear_cpu.PER_TOKEN, "q8_0", x, parts))
+    out = run_grouped(linear_cpu.CPU, "q8_0", x, parts, num_threads=2)
+    same_bits(out, run_grouped(linear_cpu.PER_TOKEN, "q8_0", x, parts))
 
 
 def recorded(program, **changed):

@@ -1,3 +1,5 @@
+"""Linear layers of all formats: kernels equal definitions, and rows do not depend on the other rows of a step."""
+
 import subprocess
 import sys
 
@@ -39,7 +41,7 @@ TOLERANCE = {
 
 
 def random_blocks(format, N, K):
-    """Random blocks: every code and every scale of a block of 256, with the float16 scales made small."""
+    """Blocks of random bytes, which have all codes and all scales within a block, with small float16 scales."""
     block = BLOCK_FORMATS[format]
     blocks = RNG.integers(0, 256, (N, K // block.block_size, block.block_bytes), np.uint8)
     size = 2e-3 if block.block_size == 32 else 2e-4
@@ -56,7 +58,7 @@ def stored(format, N, K, name="w"):
 
 
 def narrow(format):
-    """A width with an odd number of blocks of 32; of blocks of 256 two, the fewest that are not one."""
+    """A small width: three blocks of 32, or two blocks of 256."""
     return 512 if FORMATS[format].block_size == 256 else 96
 
 
@@ -97,7 +99,7 @@ def test_kernel_equals_definition(format, num_tokens):
 
 @pytest.mark.parametrize("format", INTEGER_FORMATS)
 def test_integer_formats_multiply_the_weights_of_the_file(format):
-    """Only activations are quantized: by quantized activations, the product is that of the decoded weights."""
+    """Only activations are quantized: a product equals that of the quantized activations and the decoded weights."""
     K = narrow(format)
     part, x = stored(format, 48, K), RNG.standard_normal((3, K)).astype(np.float32)
     rows = [quantized_row(row.ctypes.data, K) for row in prepared(format, x)]
@@ -108,7 +110,7 @@ def test_integer_formats_multiply_the_weights_of_the_file(format):
 
 @pytest.mark.parametrize("format", ["q4_1", "q5_0", "q5_1", "q5_k"])
 def test_keeping_a_format_is_nearer_than_requantizing_it(format):
-    """Against float64: what is left is the error of the activations. As q8_0, that of the weights comes on top."""
+    """Against float64: kept, a format has the error of the activations only; as q8_0, also that of the weights."""
     part, x = [stored(format, 256, 1024)], RNG.standard_normal((16, 1024)).astype(np.float32)
     exact = x.astype(np.float64) @ part[0].to_f32().T
     error = {f: np.sqrt(np.mean((run(linear_cpu.CPU, f, x, part) - exact) ** 2)) for f in (format, "q8_0")}
@@ -119,9 +121,9 @@ def test_keeping_a_format_is_nearer_than_requantizing_it(format):
 def test_many_rows_equal_each_row_alone(format):
     part = [stored(format, 96, 1024)]
     x = RNG.standard_normal((200, 1024)).astype(np.float32)
-    together = run(linear_cpu.CPU, format, x, part, num_threads=2)
+    out = run(linear_cpu.CPU, format, x, part, num_threads=2)
     for t in (0, 5, 101, 199):
-        same_bits(together[t : t + 1], run(linear_cpu.CPU, format, x[t : t + 1], part))
+        same_bits(out[t : t + 1], run(linear_cpu.CPU, format, x[t : t + 1], part))
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -147,7 +149,7 @@ def test_prepared_rows_equal_definition(kind):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_row_that_is_not_finite_gives_no_finite_number(format):
-    """Else a quantized layer would turn NaN into an ordinary answer. Its neighbours are what they are without it."""
+    """Otherwise a quantized layer would turn NaN into an ordinary number. The other rows keep their bits."""
     x = RNG.standard_normal((6, narrow(format))).astype(np.float32)
     parts, sound = [stored(format, 40, x.shape[1])], x.copy()
     x[1], x[2, 5], x[3, 40], x[4, 40] = np.nan, np.nan, np.inf, -np.inf
@@ -170,8 +172,8 @@ def test_fused_norm_and_gate_equal_their_parts(kind):
     for table in (activations_cpu.CPU, activations_cpu.PER_TOKEN):
         fused = run_op(table, RmsNorm, num_threads=2, out=out(128), preparation=kind, **norm)["out"]
         same_bits(fused, prepared(format, normed))
-        how = dict(num_threads=2, preparation=kind, width=64, activation="silu")
-        fused = run_op(table, GatedMul, out=out(64), x=x, **how)["out"]
+        gate = dict(preparation=kind, width=64, activation="silu")
+        fused = run_op(table, GatedMul, num_threads=2, out=out(64), x=x, **gate)["out"]
         same_bits(fused, prepared(format, gated))
 
 

@@ -1,3 +1,5 @@
+"""Mixture of experts: routing, grouping and the weighted sum; kernels equal definitions."""
+
 import numpy as np
 import pytest
 
@@ -10,28 +12,28 @@ RNG = np.random.default_rng(0)
 
 
 def logits_of(num_tokens, experts):
-    """Logits with ties: only a few distinct values in every other row."""
+    """Logits with ties: every other row has only a few distinct values."""
     logits = (2 * RNG.standard_normal((num_tokens, experts))).astype(np.float32)
     logits[::2] = np.round(logits[::2])
     return logits
 
 
 def route(backend, logits, top_k, renormalise=True, num_threads=1):
-    """Rows of logits are as wide as a linear layer's output, with anything after the experts'."""
+    """The outputs of a Route op. Rows of logits are padded to the width of a linear layer's output."""
     padded = np.pad(logits, ((0, 0), (0, -logits.shape[1] % 16)), constant_values=1e9)
-    how = dict(num_experts=logits.shape[1], top_k=top_k, renormalise=renormalise, width=padded.shape[1])
-    return run_op(backend, Route, num_threads=num_threads, logits=padded, **how)
+    sizes = dict(num_experts=logits.shape[1], top_k=top_k, width=padded.shape[1])
+    return run_op(backend, Route, num_threads=num_threads, logits=padded, renormalise=renormalise, **sizes)
 
 
 def group(backend, ids, experts, num_threads=1):
-    how = dict(num_experts=experts, top_k=ids.shape[1])
-    return run_op(backend, GroupExperts, num_threads=num_threads, expert_ids=ids, **how)
+    sizes = dict(num_experts=experts, top_k=ids.shape[1])
+    return run_op(backend, GroupExperts, num_threads=num_threads, expert_ids=ids, **sizes)
 
 
 def combine(backend, weights, y, num_threads=1):
     T, X, D = y.shape
-    given = dict(weights=weights, y=y.reshape(T, X * D), width=D, top_k=X)
-    return run_op(backend, CombineExperts, num_threads=num_threads, **given)["out"]
+    operands = dict(weights=weights, y=y.reshape(T, X * D), width=D, top_k=X)
+    return run_op(backend, CombineExperts, num_threads=num_threads, **operands)["out"]
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 7])

@@ -1,4 +1,4 @@
-"""Rows that nobody asks for end before the first linear layer after the last op that mixes tokens."""
+"""Rows without an output are dropped before the first linear layer after the last op that mixes tokens."""
 
 import pytest
 
@@ -16,7 +16,7 @@ TINY["ends with a gated delta rule"] = hybrid(layer_types=["full_attention"] * 3
 
 
 def recorded(config):
-    """(the program as a family's file records it, the program as it is run)."""
+    """(the program as recorded, the program after `output_rows_only`)."""
     ops, family = AnyTensor(), next(f for f in FAMILIES.values() if config["model_type"] in f.model_types)
     family.record(ops, family.read(config))
     return ops.program, output_rows_only(ops.program)
@@ -51,9 +51,10 @@ def rows_twice():
 
 def test_without_a_mixer_rows_end_before_the_first_linear_layer():
     program, x, _ = rows_twice()
-    made = output_rows_only(program)
-    assert [op.rows for op in made.ops] == ["O"] * 3 and isinstance(made.ops[0], SelectRows) and made.ops[0].x is x
-    assert made.ops[2].x is made.ops[1].x is made.ops[0].out  # copied once, read twice
+    rewritten = output_rows_only(program)
+    copy, linear, add = rewritten.ops
+    assert [op.rows for op in rewritten.ops] == ["O"] * 3 and isinstance(copy, SelectRows) and copy.x is x
+    assert add.x is linear.x is copy.out  # copied once, read twice
 
 
 def test_all_rows_go_on_where_they_are_a_result():

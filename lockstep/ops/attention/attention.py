@@ -244,7 +244,7 @@ def attend_head(q_K, keys, values, position, window, scales, out_K):
     return top, total
 
 
-def bound(body, name, **constants):
+def definition_variant(body, name, **constants):
     """The definition made from `body`, a plain function, with some of its global names bound to constants; it is cached
     under the given name."""
     code = body.__code__.replace(co_name=name, co_qualname=name)
@@ -253,8 +253,8 @@ def bound(body, name, **constants):
 
 def attention_of(name, **constants):
     """The variant of `attend_head` for a type of keys and values. constants: QUERY, SCORE, WEIGHT and ADD_VALUES."""
-    span = bound(attend_span, f"{name}_span", **constants)
-    return bound(attend_head, name, **constants, ATTEND_SPAN=span)
+    span = definition_variant(attend_span, f"{name}_span", **constants)
+    return definition_variant(attend_head, name, **constants, ATTEND_SPAN=span)
 
 
 attend = attention_of("attend", QUERY=as_it_is, SCORE=float_score, WEIGHT=as_it_is, ADD_VALUES=add_float_values)

@@ -72,6 +72,6 @@ CPU, PER_TOKEN = {}, {}
 for kind, layout in (("attention", SINGLE), ("attention_bf16", PAIRS), ("attention_q8", QUANTIZED)):
     for name, one_row, implementations in ((kind, False, CPU), (f"{kind}_per_token", True, PER_TOKEN)):
         globals()[name] = kernel = variant(attend, name, LAYOUT=layout, ONE_ROW=one_row)
-        # sums of pairs flush denormals; where that takes a mode of the CPU, it holds for the whole op, whose other
-        # results do not depend on it: they are `cleared`
+        # sums of pairs flush denormals; where that takes a mode of the CPU, the mode holds for the whole op, whose
+        # other results are `cleared` and do not depend on it
         implementations[kind] = Implementation(kernel, flushes=layout is PAIRS)

@@ -7,13 +7,14 @@ import numpy as np
 
 from lockstep.native.kernel import inlined
 from lockstep.native.simd import absolute, fma, maximum, minimum, pow2, rint, where_below
+from lockstep.ops.math import ONE, ZERO
 
 BLOCK = 64  # keys that share one maximum: a page
 SPAN = 1024  # keys whose partial result is merged with those before; BLOCK and SPAN are constants of the numerics
 MAX_HEAD_DIM = 512  # head dimensions are multiples of 16
 MAX_GROUP = 96  # query heads that share a kv head
 SMALLEST_KEPT = np.float32(2.0**-125)
-ZERO, ONE, TWO, SIXTY_FOUR = np.float32(0), np.float32(1), np.float32(2), np.float32(64)
+TWO, SIXTY_FOUR = np.float32(2), np.float32(64)
 LOG2E, LOWEST = np.float32(1.4426950408889634), np.float32(-126)
 C1, C2, C3, C4, C5, C6 = (
     np.float32(c)

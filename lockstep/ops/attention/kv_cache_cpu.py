@@ -5,8 +5,6 @@ Bound by the read of the projection, and by the scattered writes of K (one cache
 thread takes sixteen tokens at a time, so that one core writes whole lines of K while they are in its cache.
 """
 
-import numpy as np
-
 from lockstep.native.kernel import inlined, kernel
 from lockstep.native.machine import stack_memory
 from lockstep.native.numbers import float32, int32
@@ -18,7 +16,6 @@ from lockstep.ops.elementwise.rms_norm_cpu import norm_row
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.step import StepBlock, entry, num_rows, pages_of
 
-ONE, ZERO = np.float32(1), np.float32(0)
 TOKENS_AT_ONCE = 16
 MAX_HEAD_BYTES = 4 * MAX_HEAD_DIM
 

@@ -14,11 +14,10 @@ from lockstep.native.kernel import definition, inlined, kernel
 from lockstep.native.numbers import int8
 from lockstep.native.simd import bf16_bits, maximum, peek, peek_bf16, poke, rint, round_bf16, to_i32
 from lockstep.ops.attention.kv_cache import PAGE_TOKENS, SCALE_BYTES, AttentionInputs, token_inputs
-from lockstep.ops.elementwise.activations import INFINITY, ONE_127TH, SMALLEST, ZERO, magnitude
+from lockstep.ops.elementwise.activations import INFINITY, ONE_127TH, SMALLEST, magnitude
+from lockstep.ops.math import ONE, ZERO
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.step import StepBlock, num_rows
-
-ONE = np.float32(1)
 
 
 @inlined

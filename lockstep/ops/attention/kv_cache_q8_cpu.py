@@ -24,9 +24,10 @@ from lockstep.native.simd import (
     to_i32,
 )
 from lockstep.ops.attention.kv_cache_cpu import prepare, slot_of
-from lockstep.ops.attention.kv_cache_q8 import ONE, head_place, k_place, scale_place, v_place
-from lockstep.ops.elementwise.activations import ONE_127TH, SMALLEST, ZERO, magnitude
+from lockstep.ops.attention.kv_cache_q8 import head_place, k_place, scale_place, v_place
+from lockstep.ops.elementwise.activations import ONE_127TH, SMALLEST, magnitude
 from lockstep.ops.elementwise.activations_cpu import finite
+from lockstep.ops.math import ONE, ZERO
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.step import entry
 

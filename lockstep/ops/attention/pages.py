@@ -22,14 +22,14 @@ from lockstep.ops.elementwise.activations import NATIVE_BF16
 
 HEIGHT, COLS = (6, 2) if wide_registers() else (5, 1)  # HEIGHT x COLS x 16 lanes of accumulators fill the registers
 FEW_COLS = 4 if wide_registers() else 2  # of two rows: reads lines in the order of memory, with registers to spare
-FEW_ROWS = 8  # with at most so many rows, the read of K and V is the bound
+FEW_ROWS = 8  # up to this number of rows, the read of K and V is the bound
 K_ROW_BYTES = 4 * BLOCK  # of a row of a K page in either format; a row of a V page has 4 * head_dim
 PAIR_BYTES = 4 if NATIVE_BF16 else 8  # of a query's or weight's pair: float32 where no instruction multiplies pairs
 ALL = -1  # mask of both halves of a pair
 
 
 class RowPair(NamedTuple):
-    """A row, and if `second` is 1 (else 0) the row after it, from head dimension `start_dim` on. sums: address of the
+    """A row, and if `second` is 1 (not 0) the next row, from head dimension `start_dim` on. sums: address of the
     first row's sums of values."""
 
     row: int

@@ -32,7 +32,7 @@ from lockstep.ops.attention.softmax import (
 )
 
 COLS, MORE_COLS = (2, 4) if wide_registers() else (1, 1)  # 6 x COLS or 4 x MORE_COLS accumulators fill the registers
-FEW_ROWS = 4  # at most so many rows of one token read V in place: packing it would take longer
+FEW_ROWS = 4  # up to this number of rows of one token read V in place: packing V would take longer
 TABLE_BYTES = 8 * BLOCK
 PANELS = OWN
 TABLES = PANELS + 4 * BLOCK * (MAX_HEAD_DIM + 64)

@@ -73,7 +73,7 @@ def ragged_paged_attention(
     checks.metadata(q.shape[0], k.shape, sequences, sliding_window)
     scoring = scoring_of(sm_scale, soft_cap, k_scale, v_scale, sliding_window, sinks)
     if backend == "reference":
-        define(q, k, v, sequences, scoring, out)
+        run_definition(q, k, v, sequences, scoring, out)
     else:
         workers(num_threads).attend(q, k, v, sequences, scoring, out)
     return out
@@ -94,7 +94,7 @@ def scoring_of(sm_scale, soft_cap=None, k_scale=None, v_scale=None, sliding_wind
     )
 
 
-def define(q, k, v, sequences, scoring, out):
+def run_definition(q, k, v, sequences, scoring, out):
     """The definition on checked arguments: all numbers are widened to float32, and the result is rounded once."""
     q_THK, k_NBGK, v_NBGK = (np.ascontiguousarray(x, np.float32) for x in (q, k, v))
     out_THK = np.empty(q.shape, np.float32)

@@ -161,13 +161,6 @@ class RopeTables:
             self.num_covered = end
 
 
-def rope_table(num_positions, rope_dim, theta, scaling=RopeScaling()):
-    """The complete tables (cos, sin) of num_positions positions: see RopeTables."""
-    tables = RopeTables(num_positions, rope_dim, theta, scaling)
-    tables.cover(num_positions)
-    return tables.cos_PR, tables.sin_PR
-
-
 @definition
 def fill_table(frequency_R, factor, start, cos_PR, sin_PR):
     """cos and sin of position * frequency, times factor, for positions from `start` on.

@@ -102,10 +102,10 @@ def block_at(call, tile, number):
 
 @merged
 def attend_span(call, layout, tile, span, last_span, memory):
-    """Adds the blocks of one span to the rows that see any of their keys. last_span: up to which spans of this tile
-    follow, whose first block is prefetched.
+    """Adds the blocks of one span to the rows that see any of their keys.
 
     While a unit's keys and values are worked on, the next ones are prefetched: another unit's, or the next block's.
+    last_span: the last span of the tile that the thread works on, to which prefetching goes on.
     """
     first, seen = max(first_key(tile.position, call.window), span * SPAN) // BLOCK, tile.position + tile.num_tokens - 1
     last, last_ahead = min(seen, (span + 1) * SPAN - 1) // BLOCK, min(seen, (last_span + 1) * SPAN - 1) // BLOCK

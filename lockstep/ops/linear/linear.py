@@ -22,9 +22,8 @@ from lockstep.runtime.operands import Operands, output, packed, rows
 from lockstep.runtime.program import Tensor, Weight
 from lockstep.runtime.step import num_rows
 
-ROW_BYTES = READ = DOT = (
-    None  # constants of each variant: bytes of a row of x, how it is read, its dot with a weight row
-)
+# constants of each variant: the bytes of a row of x, how a row is read, and its dot with a row of the weight
+ROW_BYTES = READ = DOT = None
 # by format of weights: the kind of the op that prepares rows for it; "" if rows are multiplied as they are
 PREPARATION = {name: format.preparation for name, format in FORMATS.items()}
 PRODUCTS = {format.product.name: format.product for format in FORMATS.values()}

@@ -31,7 +31,7 @@ ALL_PANELS = (1 << COLS) - 1  # of a tile, one bit for each
 NEAR_BYTES = 34 * 1024  # weights of a tile that stay in the first-level cache, beside six rows of activations
 K_UNIT = max(format.packed.size for format in FORMATS.values())
 CACHE_BYTES = 192 * 1024  # activations that stay in the second-level cache while panels pass by
-CLAIMS_FEW_ROWS, CLAIMS_MANY_ROWS = 8, 16  # for each thread: few, for long streams; many, so that threads end together
+CLAIMS_FEW_ROWS, CLAIMS_MANY_ROWS = 8, 16  # a thread: few for long streams, many so that threads end together
 MAX_CLAIM = 64  # panels
 # Constants of each variant. OP: the op; ROWS_OF: finds the rows of a panel, as `whole_rows`; FORMAT: of the weights,
 # with BLOCK, PANEL_BYTES and ROW_BYTES; FEW: the most rows that are one tile; ONE_ROW: whether every row reads all

@@ -11,13 +11,11 @@ from lockstep.native.kernel import definition, kernel
 from lockstep.native.machine import float_array, int_array
 from lockstep.native.numbers import carray
 from lockstep.native.simd import fma
-from lockstep.ops.math import exp, tree_sum
+from lockstep.ops.math import ZERO, exp, tree_sum
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.operands import Operands, output, rows
 from lockstep.runtime.program import Tensor
 from lockstep.runtime.step import num_rows
-
-ZERO = np.float32(0)
 
 
 class Route(Operands):

@@ -6,11 +6,11 @@ from lockstep.native.kernel import inlined, kernel
 from lockstep.native.numbers import float32, int32
 from lockstep.native.simd import fma, lane_numbers, lanes, load, peek, poke, store, sum_lanes, to_f32, where_below
 from lockstep.ops.linear.moe import CombineExperts, GroupExperts, Route
-from lockstep.ops.math import exp
+from lockstep.ops.math import ZERO, exp
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.step import num_rows
 
-ZERO, INFINITY = np.float32(0), np.float32(np.inf)
+INFINITY = np.float32(np.inf)
 BLOCK = 512  # outputs of a row that a thread computes at a time
 
 

@@ -7,8 +7,8 @@ from lockstep.native.kernel import interpreted
 from lockstep.ops import BACKENDS
 from lockstep.ops.attention import kv_cache, kv_cache_q8
 from lockstep.ops.attention.kv_cache import KV_DTYPES, AttentionInputs, page_shapes
-from lockstep.ops.attention.rope import rope_table
 from lockstep.runtime.program import CacheArray, Table, Tensor
+from tests.ops.attention.test_rope import complete_tables
 from tests.ops.harness import ragged_step, run_op, same_bits, weight
 from tests.ops.pages import NEVER, by_row, in_fours, in_pairs, on_cache_line, page_table, quantize, round_bf16, widen
 
@@ -41,7 +41,7 @@ class Inputs:
         self.k_offset, self.v_offset = GAP + 2 * H * K, 2 * GAP + 2 * H * K + G * K
         self.x = rng.standard_normal((sum(LENGTHS), self.v_offset + G * K + GAP), np.float32)
         self.norms = [rng.standard_normal(K, np.float32) for _ in "qk"]
-        self.tables = rope_table(200, rope_dim or 16, 1e4)
+        self.tables = complete_tables(200, rope_dim or 16, 1e4)
         self.table, self.num_pages = page_table(CONTEXTS, rng)
         tables = np.concatenate([np.full_like(self.table, NEVER)] * group + [self.table], axis=1)
         self.group = group
@@ -183,7 +183,7 @@ def test_heads_of_extreme_size_are_quantized_as_numpy_does(x):
 
 def test_definition_compiled_equals_interpreted():
     x, norm = (np.random.default_rng(0).standard_normal(s, np.float32) for s in ((2, 16), 16))
-    cos, sin = (t[5] for t in rope_table(6, 8, 1e4))
+    cos, sin = (t[5] for t in complete_tables(6, 8, 1e4))
     outs = [
         f(x.copy(), norm, np.float32(1e-6), np.float32(1), cos, sin)
         for f in (kv_cache.prepared, interpreted(kv_cache.prepared))

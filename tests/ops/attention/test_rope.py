@@ -92,6 +92,13 @@ RECORDED = {
 }
 
 
+def complete_tables(num_positions, rope_dim, theta, *scaling):
+    """The tables (cos, sin) of num_positions positions."""
+    tables = rope.RopeTables(num_positions, rope_dim, theta, *scaling)
+    tables.cover(num_positions)
+    return tables.cos_PR, tables.sin_PR
+
+
 @pytest.mark.parametrize("name", RECORDED)
 def test_frequencies_are_those_of_transformers(name):
     theta, scaling, factor, recorded = RECORDED[name]
@@ -106,7 +113,7 @@ def test_unknown_scaling_is_refused():
 
 @pytest.mark.parametrize("scaling", [RopeScaling(), RopeScaling("yarn", 4.0)])
 def test_tables_are_accurate_far_out(scaling):
-    cos, sin = rope.rope_table(1 << 18, 4, 1e4, scaling)
+    cos, sin = complete_tables(1 << 18, 4, 1e4, scaling)
     far = np.r_[0:300, (1 << 18) - 300 : 1 << 18]
     angle = far[:, None] * rope.inverse_frequencies(4, 1e4, scaling).astype(np.float64)
     for table, exact in ((cos, np.cos(angle)), (sin, np.sin(angle))):
@@ -124,7 +131,7 @@ def test_table_compiled_equals_interpreted():
 
 @pytest.mark.parametrize("cuts", [[1, 511, 512, 513, 700, 3000], [2900], [5, 5, 4, 3000]])
 def test_rows_are_the_same_however_far_the_table_went_before(cuts):
-    whole = rope.rope_table(3000, 8, 1e4, RopeScaling("yarn", 4.0))
+    whole = complete_tables(3000, 8, 1e4, RopeScaling("yarn", 4.0))
     tables = rope.RopeTables(3000, 8, 1e4, RopeScaling("yarn", 4.0))
     for cut in cuts:
         tables.cover(cut)
@@ -136,7 +143,7 @@ def test_rows_are_the_same_however_far_the_table_went_before(cuts):
 
 def test_rotation():
     rng = np.random.default_rng(0)
-    x, (cos, sin) = rng.standard_normal(12, np.float32), (t[7] for t in rope.rope_table(8, 8, 1e4))
+    x, (cos, sin) = rng.standard_normal(12, np.float32), (t[7] for t in complete_tables(8, 8, 1e4))
     out, slow = np.full((2, 12), np.nan, np.float32)
     rope.rotate(x, cos, sin, out)
     interpreted(rope.rotate)(x, cos, sin, slow)

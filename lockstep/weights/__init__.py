@@ -1,1 +1,1 @@
-"""Weights: bytes on disk to arrays a kernel likes."""
+"""Weights: from checkpoint files to the packed arrays that kernels read."""

@@ -1,4 +1,4 @@
-"""Open a checkpoint, whatever its container: config and tensors under their Hugging Face names."""
+"""Opening a checkpoint of any container: its config, and its tensors under Hugging Face names."""
 
 import functools
 import hashlib
@@ -18,9 +18,8 @@ from lockstep.weights.tensor import TensorFile, TensorMap, merge
 class Checkpoint:
     """An opened checkpoint; nothing is read until a tensor is asked for.
 
-    `config` is config.json (or its equivalent), `tensors` maps Hugging Face names to StoredTensor,
-    `metadata` is GGUF's own (empty for safetensors; it holds a GGUF file's tokenizer and chat template).
-    `verify`: its content is read and hashed although its hash may be known.
+    config: config.json (or its equivalent). tensors: Hugging Face name -> StoredTensor. metadata: of a GGUF file, with
+    its tokenizer and chat template; empty for safetensors. verify: hash all weights, even if their hash is remembered.
     """
 
     path: Path
@@ -33,31 +32,31 @@ class Checkpoint:
 
     @functools.cached_property
     def stamps(self) -> tuple[Stamp, ...]:
-        """The weight files as they were when they were opened."""
+        """The stamp of each weight file, from the descriptors that were opened."""
         return tuple(stamp(file.path, descriptor_of(file.raw)) for file in self.files)
 
     @functools.cached_property
     def content(self) -> ContentHash:
-        """What the checkpoint is called: a hash of its weight files and its config. Begins to read what is unknown."""
+        """The hash of the weight files and the config. Files whose hash is not remembered are read from now on."""
         paths, tensors = [file.path for file in self.files], [file.infos.keys() for file in self.files]
         return ContentHash(paths, self.stamps, tensors, self.config, self.verify)
 
     @property
     def header_hash(self) -> str:
-        """A cheap hash of the files' headers, the tensors taken from each and the config, which all fine-tunes of a
-        model may share."""
+        """A cheap hash of the files' headers, the tensors taken from each and the config. Fine-tunes of one model may
+        have the same."""
         return content_hash(
             [file.header_hash for file in self.files], [file.infos.keys() for file in self.files], self.config
         )
 
     @property
     def provisional_name(self) -> str:
-        """What it is called before its content is known: by the stamps of these very files."""
+        """The checkpoint's name until its content hash is known, made from the stamps of its files."""
         known = [*(one.name for one in self.stamps), self.header_hash]
         return hashlib.sha256(repr(known).encode()).hexdigest()[:40]
 
     def check_unchanged(self) -> None:
-        """ValueError if a weight file is not what was opened."""
+        """ValueError if a weight file has changed since it was opened."""
         for file, stamped in zip(self.files, self.stamps, strict=True):
             check_unchanged(file.path, stamped)
 
@@ -65,9 +64,9 @@ class Checkpoint:
 def open_checkpoint(path: str | Path, architectures: Architectures, *, verify: bool = False) -> Checkpoint:
     """Open a Hugging Face folder, a .safetensors file beside its config.json, or a .gguf file.
 
-    architectures: that a .gguf file may have. verify: hash all of the weights, although their hash may be known.
+    architectures: those that a .gguf file may have. verify: hash all weights, even if their hash is remembered.
 
-    Raises ValueError that names the file, and the tensor if it is one, what was expected and what was found.
+    Raises ValueError that names the file (and the tensor, if a tensor is wrong), what was expected and what was found.
     """
     path = Path(path)
     if path.suffix == ".gguf":

@@ -1,4 +1,4 @@
-"""A stored table, checked for NaN and infinity without decoding it: by the exponents of its floats or block scales."""
+"""Checking a stored matrix for NaN and infinity without decoding it, by the exponents of its floats or block scales."""
 
 import numpy as np
 
@@ -7,26 +7,26 @@ from lockstep.formats.parts.blocks import as_blocks
 from lockstep.formats.parts.finite import check_finite
 from lockstep.weights.tensor import StoredTensor
 
-# Without the sign, a float's bits from here on are infinity or NaN.
+# By format: without the sign, a float whose bits are at least this number is infinite or NaN.
 INFINITY = {"f32": (np.uint32, 0x7F800000), "f16": (np.uint16, 0x7C00), "bf16": (np.uint16, 0x7F80)}
 PIECE_BYTES = 4 << 20
 
 
 def finite_bytes(tensor: StoredTensor) -> np.ndarray:
-    """A matrix's bytes as stored, uint8 [rows, bytes], in memory of their own.
+    """A copy of a matrix as stored, uint8 [rows, bytes per row].
 
     Raises ValueError that names the tensor and the first NaN or infinity ([row, column], or [row, block] of a scale),
     or the file if it was truncated. Error: none.
     """
     num_rows = tensor.shape[0]
     row_bytes = tensor.data.nbytes // num_rows
-    made = np.empty((num_rows, row_bytes), np.uint8)
+    copy = np.empty((num_rows, row_bytes), np.uint8)
     step = max(1, PIECE_BYTES // row_bytes)
     for start in range(0, num_rows, step):
         piece = tensor.read(slice(start, start + step))
         _check(tensor, piece, start)
-        made[start : start + step] = piece.reshape(len(piece), -1).view(np.uint8)
-    return made
+        copy[start : start + step] = piece.reshape(len(piece), -1).view(np.uint8)
+    return copy
 
 
 def _check(tensor: StoredTensor, piece: np.ndarray, first_row: int) -> None:

@@ -1,4 +1,4 @@
-"""Find a model: the bundled one, a local folder or file, or a download from the Hugging Face hub."""
+"""Finding a model: the bundled one, a local folder or file, or a download from the Hugging Face hub."""
 
 import os
 import re
@@ -56,20 +56,20 @@ def _download(name: str, repo: str, file: str | None, revision: str | None) -> P
     folder = _ask_hub(name, repo, revision, list(WANTED), list(UNWANTED))
     if not any(folder.glob("*.safetensors")):
         raise ValueError(f"{name}: the hub repository has no .safetensors file{_gguf_hint(repo, revision)}")
-    # The folder is named after its commit: what is asked for now belongs to the same one.
+    # The folder is named after its commit, so that the files of subfolders are taken from the same commit.
     _ask_hub(name, repo, folder.name, list(WANTED_OF_SUBFOLDERS), [])
     return folder
 
 
 def _parts(file: str) -> list[str]:
-    """All parts of a split GGUF file, the one to open first."""
+    """The names of all parts of a split GGUF file, in order; of another file its own name."""
     split = SPLIT_FILE.fullmatch(file)
     if split is None:
         return [file]
-    count = int(split[2])
-    if not 0 < count <= MAX_PARTS:
+    num_parts = int(split[2])
+    if not 0 < num_parts <= MAX_PARTS:
         raise ValueError(f"{file}: expected 1 to {MAX_PARTS} parts")
-    return [f"{split[1]}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
+    return [f"{split[1]}-{number:05d}-of-{num_parts:05d}.gguf" for number in range(1, num_parts + 1)]
 
 
 def _gguf_hint(repo: str, revision: str | None) -> str:
@@ -96,7 +96,7 @@ def _ask_hub(name: str, repo: str, revision: str | None, wanted: list[str], unwa
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost cause in one line: what the network said rather than what every layer made of it."""
+    """The innermost cause in one line: the network's own error, without those that wrap it."""
     while cause := error.__cause__ or error.__context__:
         error = cause
     first_line = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,12 +1,12 @@
-"""Read-only maps of files that stay as they are, whatever is done to the files.
+"""Read-only maps of files whose content stays the same, even if another process writes to or truncates the file.
 
-A map shows what others write to its file, and touching a page that was cut off ends the process (SIGBUS). So a file is
-mapped under a read lease (Linux, `fcntl` F_SETLEASE): whoever opens it for writing, or cuts it, is held up by the
-kernel, which tells the holder of the lease. A copy of the file then takes the place of the map, at the same addresses
-and in one step, and the lease is given back. Threads that read the map notice nothing.
+A map shows writes to its file, and reading a page that was cut off ends the process (SIGBUS). So a file is mapped under
+a read lease (Linux, `fcntl` F_SETLEASE): the kernel holds up every process that opens the file for writing or truncates
+it, and signals the holder of the lease. A copy of the file then replaces the map, at the same addresses and in one
+step, and the lease is given back. Threads that read the map notice nothing.
 
-The kernel waits for 45 s (/proc/sys/fs/lease-break-time). A process that could not make its copy in that time, since it
-was stopped, or has no memory left, ends instead of reading what the file has become.
+The kernel waits for 45 s (/proc/sys/fs/lease-break-time). A process that could not make its copy in that time, because
+it was stopped or out of memory, ends instead of reading the changed file.
 """
 
 import ctypes
@@ -30,44 +30,44 @@ log = logging.getLogger("lockstep.weights")
 
 
 class LeasedMaps:
-    """Maps files under leases, and watches over them in a thread of its own, which lives as long as any of the maps."""
+    """Maps files under leases. A thread watches the leases, and lives as long as any of the maps."""
 
     def __init__(self):
-        self._lock = threading.RLock()  # a map may be given up in the midst of making another
+        self._lock = threading.RLock()  # reentrant: a finalizer may drop a map while this thread makes another
         self._held: dict[int, tuple[int, int | None]] = {}  # address: (size, descriptor, or None after the copy)
         self._dropped: deque[int] = deque()  # addresses that nobody reads any more
         self._thread: threading.Thread | None = None
 
     @property
     def is_watching(self) -> bool:
-        """Whether the thread that watches over maps runs."""
+        """Whether the watching thread runs."""
         return self._thread is not None
 
     def map(self, descriptor: int) -> np.ndarray | None:
-        """The whole of an open file as read-only uint8 [size], for as long as it is used.
+        """The whole of an open file as read-only uint8 [size], mapped until the array is garbage-collected.
 
-        None where no lease is to be had: somebody has the file open for writing, it belongs to somebody else, it is
-        empty, or the system or the file system has no leases.
+        None if there is no lease: a process has the file open for writing, it belongs to another user, it is empty, or
+        the system or the file system has no leases.
         """
         if not hasattr(fcntl, "F_SETLEASE"):
             return None
-        own = os.dup(descriptor)
+        duplicate = os.dup(descriptor)
         try:
             with self._lock:
-                return self._map(own)
+                return self._map(duplicate)
         except OSError:
-            os.close(own)
+            os.close(duplicate)
             self._wake()
             return None
 
-    def _map(self, own: int) -> np.ndarray:
-        fcntl.fcntl(own, F_SETOWN_EX, struct.pack("ii", F_OWNER_TID, self._watcher_id()))
-        fcntl.fcntl(own, fcntl.F_SETLEASE, fcntl.F_RDLCK)
-        size = os.fstat(own).st_size
-        address = _mmap(size, mmap.PROT_READ, mmap.MAP_SHARED, own)
-        self._held[address] = size, own
+    def _map(self, descriptor: int) -> np.ndarray:
+        fcntl.fcntl(descriptor, F_SETOWN_EX, struct.pack("ii", F_OWNER_TID, self._watcher_id()))
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        size = os.fstat(descriptor).st_size
+        address = _mmap(size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor)
+        self._held[address] = size, descriptor
         memory = (ctypes.c_uint8 * size).from_address(address)
-        # At the process's end threads may still read; the system takes the memory back.
+        # Not at the process's end, when threads may still read; the system frees the memory.
         weakref.finalize(memory, self._drop, address).atexit = False
         array = np.frombuffer(memoryview(memory), np.uint8)
         array.flags.writeable = False
@@ -77,10 +77,10 @@ class LeasedMaps:
         self._dropped.append(address)
         self._wake()
 
-    # ------------------------------------------------------------ the watcher: the only one who unmaps or replaces
+    # ------------------------------------------------------------ the watching thread: only it unmaps or replaces
 
     def _watcher_id(self) -> int:
-        """The system's number of the watching thread, which is started if there is none. With the lock held."""
+        """The system's id of the watching thread, which is started if there is none. Called with the lock held."""
         if self._thread is None:
             ready = threading.Event()
             self._thread = threading.Thread(target=self._watch, args=(ready,), name="lockstep leases", daemon=True)
@@ -91,12 +91,12 @@ class LeasedMaps:
 
     def _wake(self) -> None:
         with self._lock:
-            # In a copy of the process the thread is not alive.
+            # In a forked process the thread is not alive.
             if self._thread is not None and self._thread.ident and self._thread.is_alive():
                 signal.pthread_kill(self._thread.ident, signal.SIGIO)
 
     def _watch(self, ready: threading.Event) -> None:
-        # The kernel tells this thread alone, which takes the signal as an answer and not as an interruption.
+        # The kernel signals this thread only; blocked, the signal is received by sigwaitinfo and interrupts nothing.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGIO})
         ready.set()
         while True:
@@ -118,15 +118,15 @@ class LeasedMaps:
             os.close(descriptor)
 
     def _replace(self, address: int, size: int, descriptor: int) -> None:
-        """Puts a copy in the place of a map, then lets those go on who want to change the file."""
+        """Replaces a map by a copy, then gives the lease back, so that the file may be changed."""
         try:
             copy = _mmap(size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
             _read(descriptor, memoryview((ctypes.c_uint8 * size).from_address(copy)).cast("B"))
             _check(_libc().mprotect(copy, size, mmap.PROT_READ))
             _check(_libc().mremap(copy, size, size, MREMAP_MAYMOVE | MREMAP_FIXED, address))
-            fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)  # fails where the kernel did not wait any longer
+            fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)  # fails if the kernel has stopped waiting
         except OSError as error:
-            # Rather no answer than a wrong one: the next step that reads here ends the process.
+            # No answer is better than a wrong one: the next step that reads here ends the process.
             _libc().mprotect(address, size, PROT_NONE)
             log.critical(
                 "packed weights were changed on disk before they could be copied (%s): this process ends with "
@@ -140,10 +140,10 @@ class LeasedMaps:
 def _read(descriptor: int, into: memoryview) -> None:
     position = 0
     while position < len(into):
-        count = os.preadv(descriptor, [into[position:]], position)
-        if count == 0:
+        num_read = os.preadv(descriptor, [into[position:]], position)
+        if num_read == 0:
             raise OSError(f"the file ends after {position} of {len(into)} bytes")
-        position += count
+        position += num_read
 
 
 def _libc() -> ctypes.CDLL:
@@ -161,7 +161,7 @@ def _mmap(size: int, protection: int, flags: int, descriptor: int) -> int:
 
 
 def _check(result: int | None) -> int:
-    """What a call returned. Raises OSError if it failed."""
+    """The result of a C call. Raises OSError if the call failed."""
     if result in (-1, FAILED):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))

@@ -1,8 +1,8 @@
-"""Read-only memory maps of checkpoint files, and small JSON files beside them, both bounded.
+"""Memory maps of checkpoint files, read-only, and reading JSON files of bounded size.
 
-A map is for finding one's way: touching a page of a file that was truncated since would end the process (SIGBUS). The
-weights themselves are read with `read_array`, which finds out. What remains is a file that is truncated in the instant
-in which its header is parsed, and a truncated metadata array (a tokenizer's) between opening and its first use.
+Only headers are read through a map, because touching a page of a file that was truncated meanwhile ends the process
+(SIGBUS). Weights are read with `read_array`, which raises an error instead. What remains is a file that is truncated
+while its header is parsed, or before a metadata array (a tokenizer's) is first read.
 """
 
 import json
@@ -19,7 +19,7 @@ MAX_JSON_VALUES = 12 << 17
 
 
 class MappedFile(mmap.mmap):
-    """A read-only map that can also be read as a file: `path`, `descriptor` (closed with the map)."""
+    """A read-only map that keeps its file open: `path`, `descriptor` (closed with the map)."""
 
     path: Path
     descriptor: int
@@ -34,13 +34,13 @@ def map_file(path: Path) -> np.ndarray:
         size = os.fstat(descriptor).st_size
         if size == 0:
             raise ValueError(f"{path}: the file is empty")
-        made = MappedFile(descriptor, size, access=mmap.ACCESS_READ)
+        mapped = MappedFile(descriptor, size, access=mmap.ACCESS_READ)
     except BaseException:
         os.close(descriptor)
         raise
-    made.path, made.descriptor = path, descriptor
-    weakref.finalize(made, os.close, descriptor)
-    return np.frombuffer(made, np.uint8)
+    mapped.path, mapped.descriptor = path, descriptor
+    weakref.finalize(mapped, os.close, descriptor)
+    return np.frombuffer(mapped, np.uint8)
 
 
 def read_array(array: np.ndarray) -> np.ndarray:
@@ -56,23 +56,23 @@ def read_array(array: np.ndarray) -> np.ndarray:
     start = array.ctypes.data - np.frombuffer(file, np.uint8).ctypes.data
     left = copy.reshape(-1).view(np.uint8)
     while len(left):
-        count = os.preadv(file.descriptor, [left.data], start)
-        if count == 0:
+        num_read = os.preadv(file.descriptor, [left.data], start)
+        if num_read == 0:
             size = os.fstat(file.descriptor).st_size
             raise ValueError(f"{file.path}: the file had {len(file)} bytes when it was opened and now has {size}")
-        left, start = left[count:], start + count
+        left, start = left[num_read:], start + num_read
     return copy
 
 
 def descriptor_of(array: np.ndarray) -> int:
-    """The open file that a mapped array lies in."""
+    """The descriptor of the mapped file that an array is a view of."""
     file = _mapped_file(array)
     assert file is not None, array.shape
     return file.descriptor
 
 
 def _mapped_file(array: np.ndarray) -> MappedFile | None:
-    """The mapped file that an array is a view of."""
+    """The mapped file that an array views; None for an array in memory."""
     owner = array
     while isinstance(owner, np.ndarray):
         owner = owner.base
@@ -81,7 +81,8 @@ def _mapped_file(array: np.ndarray) -> MappedFile | None:
 
 
 def read_json_object(path: Path) -> dict:
-    """A JSON file that holds one object. Raises ValueError naming the file if it is missing, huge or not that."""
+    """A JSON file that holds one object. Raises ValueError naming the file if it is missing, too large or not an
+    object."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     size = path.stat().st_size
@@ -105,7 +106,8 @@ def parse_json_object(raw: bytes, where: str) -> dict:
 
 
 def _check_density(raw: bytes, where: str) -> None:
-    # Megabytes of empty lists would take a hundred times their size once parsed; real headers have 1 in 20.
+    # Parsed, empty lists take a hundred times their size as text. In real headers one byte in 20 opens a list or
+    # object.
     containers = raw.count(b"[") + raw.count(b"{")
     if containers > (1 << 16) + len(raw) // 10:
         raise ValueError(f"{where}: {containers} lists and objects in {len(raw)} bytes of JSON")

@@ -1,4 +1,4 @@
-"""The folder of packed weights: one folder for each model and target CPU, and how much all of them may take."""
+"""The cache folder of packed weights: a subfolder for each model and target CPU, and a limit on their size."""
 
 import contextlib
 import json
@@ -18,14 +18,14 @@ SHARE_OF_FREE = 0.2
 DAY_SECONDS = 86400
 ABOUT = "about.json"
 HIDDEN = "."
-REMOVED = ".removed-"  # how folders begin that are being removed
-FORGOTTEN_SECONDS = 3600  # what is still being made after so long has been left behind
-PROVISIONAL = "provisional-"  # how folders begin whose model's content hash is not known yet
+REMOVED = ".removed-"  # prefix of folders that are being removed
+FORGOTTEN_SECONDS = 3600  # a file that is still unfinished after this time was left by a killed process
+PROVISIONAL = "provisional-"  # prefix of folders of models whose content hash is not known yet
 
 
 @dataclass(frozen=True)
 class PackedModel:
-    """A model's folder: path, what it was made from (empty where nothing says so), bytes, seconds since the epoch."""
+    """A packed model. about: what it was packed from, empty if unknown. last_used: seconds since the epoch."""
 
     folder: Path
     about: dict
@@ -34,12 +34,12 @@ class PackedModel:
 
     @property
     def model(self) -> str:
-        """Where the model was when it was packed."""
+        """The path of the model when it was packed."""
         return self.about.get("model", "of an earlier version of Lockstep")
 
 
 def models(root: Path) -> list[PackedModel]:
-    """All models that are packed, the one used longest ago first."""
+    """All packed models, the least recently used first."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         return sorted(map(_model, _folders(root)), key=lambda model: model.last_used)
     return []
@@ -62,15 +62,15 @@ def _model(folder: Path) -> PackedModel:
 
 
 def read_about(folder: Path) -> dict:
-    """What a folder was made from; empty where nothing says so."""
+    """What a folder was packed from; empty if unknown."""
     with contextlib.suppress(OSError, ValueError):
-        found = json.loads((folder / ABOUT).read_text())
-        return found if isinstance(found, dict) else {}
+        about = json.loads((folder / ABOUT).read_text())
+        return about if isinstance(about, dict) else {}
     return {}
 
 
 def write_about(folder: Path, about: dict) -> None:
-    """Says what a folder is made from, and that it is used now."""
+    """Writes what a folder was packed from, which also marks it as used now."""
     handle, beside = tempfile.mkstemp(dir=folder, prefix=MAKING)
     try:
         with os.fdopen(handle, "w") as file:
@@ -82,7 +82,7 @@ def write_about(folder: Path, about: dict) -> None:
 
 
 def num_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder. What vanishes meanwhile counts as nothing."""
+    """Bytes of all files below a folder, without those that are removed meanwhile."""
     total = 0
     for parent, _, files in os.walk(folder):
         for name in files:
@@ -92,26 +92,26 @@ def num_bytes(folder: Path) -> int:
 
 
 def allowed_bytes(root: Path, used: int) -> int:
-    """How much packed weights may take, given what they take: 20 % of what the disk has free for them, at most 64 GB.
+    """The limit of packed weights: 20 % of the disk's free bytes and the `used` bytes together, at most 64 GB.
 
-    LOCKSTEP_CACHE_GB names another number of gigabytes. Raises ValueError if it is none.
+    LOCKSTEP_CACHE_GB sets another number of gigabytes. Raises ValueError if it is not a number.
     """
-    told = os.environ.get(LIMIT_VARIABLE)
-    if not told:
+    setting = os.environ.get(LIMIT_VARIABLE)
+    if not setting:
         return min(MOST_BYTES, int(SHARE_OF_FREE * (shutil.disk_usage(root).free + used)))
     try:
-        gigabytes = float(told)
+        gigabytes = float(setting)
     except ValueError:
         gigabytes = -1.0
     if not 0 <= gigabytes < 1e9:
-        raise ValueError(f"{LIMIT_VARIABLE}: expected a number of gigabytes from 0, got {told!r:.80}")
+        raise ValueError(f"{LIMIT_VARIABLE}: expected a number of gigabytes from 0, got {setting!r:.80}")
     return int(gigabytes * 1e9)
 
 
 def remove(folder: Path) -> None:
-    """Removes a folder of the cache. A process that has its files mapped keeps them; another packs again.
+    """Removes a folder of the cache. A process that has its files mapped keeps them; other processes pack again.
 
-    It gets a name of its own first, so that nobody finds half of it.
+    The folder is renamed first, so that no process finds it half removed.
     """
     gone = folder.with_name(f"{REMOVED}{os.getpid()}-{folder.name}")
     with contextlib.suppress(OSError):
@@ -120,7 +120,7 @@ def remove(folder: Path) -> None:
 
 
 def remove_leftovers(root: Path) -> None:
-    """Removes what killed processes left behind: folders that were being removed, files that were being made."""
+    """Removes what killed processes left: half-removed folders and unfinished files."""
     with contextlib.suppress(OSError):
         for entry in os.scandir(root):
             if entry.name.startswith(REMOVED):
@@ -130,25 +130,28 @@ def remove_leftovers(root: Path) -> None:
                 path.unlink()
 
 
-def prune(root: Path, most_bytes: int, may_go: Callable[[PackedModel], bool] = lambda model: True) -> int:
-    """Removes models, those used longest ago first, until all take at most so many bytes; returns their bytes."""
+def prune(root: Path, max_bytes: int, may_go: Callable[[PackedModel], bool] = lambda model: True) -> int:
+    """Removes models, the least recently used first, until the rest takes at most max_bytes; returns their bytes.
+
+    may_go: whether a model may be removed.
+    """
     remove_leftovers(root)
-    found = models(root)
-    used = sum(model.num_bytes for model in found)
-    for model in found:
-        if used > most_bytes and may_go(model):
+    packed = models(root)
+    used = sum(model.num_bytes for model in packed)
+    for model in packed:
+        if used > max_bytes and may_go(model):
             remove(model.folder)
             used -= model.num_bytes
     return used
 
 
 def older_than(days: float) -> Callable[[PackedModel], bool]:
-    """Whether a model was last used more than so many days ago."""
+    """A test for models that were last used more than `days` days ago."""
     return lambda model: time.time() - model.last_used > days * DAY_SECONDS
 
 
 def remove_old(folder: Path, days: float) -> None:
-    """Removes what lies in a folder and was last used more than so many days ago."""
+    """Removes files and folders in a folder that were last used at least `days` days ago."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for entry in os.scandir(folder):
             with contextlib.suppress(OSError):

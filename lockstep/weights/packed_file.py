@@ -1,8 +1,8 @@
-"""A packed weight as a file: a page with its description and checksum, then its arrays, each from a page's start.
+"""A packed weight as a file: a page with its description and checksum, then its arrays, each at the start of a page.
 
-The file's modification time is made from its checksum, and from the boot of this machine, when the checksum was found
-to be right. A file that somebody has written to, or cut, since then has another time, and after a crash there is
-another boot: such a file is checked again before it is used.
+Once the checksum was found to be right, the file's modification time is set to a number made from the checksum and the
+id of this boot of the machine. A file that was written to or truncated since has another time, and after a crash there
+is another boot: such a file is checked again before it is used.
 """
 
 import contextlib
@@ -23,21 +23,21 @@ from lockstep.runtime.executor import aligned
 from lockstep.weights.leased_map import LeasedMaps
 
 MAGIC = b"lockstep packed1"
-MAKING = ".making-"  # how files begin that are not whole yet
+MAKING = ".making-"  # prefix of unfinished files
 PAGE = 4096
 DIGEST_BYTES = hashlib.sha256().digest_size
-CHECKED_SINCE_S = 1 << 29  # 1987: times that no file has by itself
+CHECKED_SINCE_S = 1 << 29  # marks are times from 1987 to 2004, which files written today never have
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Damaged(ValueError):
-    """A file that is not what was written."""
+    """A file whose content is not what was written."""
 
 
 def write(path: Path, what: str, arrays: Sequence[np.ndarray]) -> None:
-    """Writes a packed weight so that it is there whole or not at all.
+    """Writes a packed weight, whole or not at all.
 
-    what: names the weight and all that its arrays were made from. Raises OSError where the file cannot be written.
+    what: names the weight and everything that its arrays were made from. Raises OSError if the file cannot be written.
     """
     handle, beside = tempfile.mkstemp(dir=path.parent, prefix=MAKING)
     try:
@@ -70,26 +70,26 @@ def _write(file: BinaryIO, what: str, arrays: Sequence[np.ndarray]) -> bytes:
 
 
 def num_bytes(arrays: Sequence[np.ndarray]) -> int:
-    """How large the file of a packed weight is."""
+    """The size of the file of a packed weight."""
     return PAGE + sum(-(-array.nbytes // PAGE) * PAGE for array in arrays)
 
 
 def read(path: Path, what: str, maps: LeasedMaps, verify: bool = False) -> tuple[np.ndarray, ...]:
-    """The arrays of a packed weight, read-only: mapped where the file cannot change meanwhile, else read.
+    """The arrays of a packed weight, read-only: mapped under a lease, or a copy where there is no lease.
 
-    verify: check the checksum although it was found to be right before. Raises Damaged if the file is another weight's,
-    was cut or was written to; OSError if there is none.
+    verify: check the checksum even if it was found to be right before. Raises Damaged if the file is another weight's,
+    was truncated or was written to; OSError if there is no file.
     """
     with open(path, "rb") as file:
         raw = maps.map(file.fileno())
         if raw is None:
             raw = _contents(file)
-        found = os.fstat(file.fileno())  # after it was read, so that what was written meanwhile shows
+        status = os.fstat(file.fileno())  # after reading, so that a write in the meantime shows
     header = _header(raw[:PAGE].tobytes(), path)
-    if header["what"] != what or not header["size"] == found.st_size == len(raw):
-        raise Damaged(f"{path}: {found.st_size} bytes of {header['what']!r}, expected {header['size']} of {what!r}")
+    if header["what"] != what or not header["size"] == status.st_size == len(raw):
+        raise Damaged(f"{path}: {status.st_size} bytes of {header['what']!r}, expected {header['size']} of {what!r}")
     arrays = tuple(_array(raw, *described, path=path) for described in header["arrays"])
-    if verify or found.st_mtime_ns != _checked_time_ns(bytes.fromhex(header["sha256"])):
+    if verify or status.st_mtime_ns != _checked_time_ns(bytes.fromhex(header["sha256"])):
         check(path, arrays, header["sha256"])
     return arrays
 
@@ -118,6 +118,7 @@ def _array(raw: np.ndarray, dtype: str, shape: Sequence[int], begin: int, path: 
 
 
 def check(path: Path, arrays: Sequence[np.ndarray], expected: str) -> None:
+    """Damaged unless the arrays have the SHA-256 `expected`; marks the file as checked."""
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(array.reshape(-1).view(np.uint8).data)
@@ -133,13 +134,14 @@ def _mark_checked(path: Path | str, digest: bytes) -> None:
 
 
 def _checked_time_ns(digest: bytes) -> int:
-    drawn = int.from_bytes(hashlib.sha256(digest + _boot()).digest()[:8], "little")
-    return (CHECKED_SINCE_S + drawn % CHECKED_SINCE_S) * 1_000_000_000 + drawn // CHECKED_SINCE_S % 1_000_000_000
+    """The modification time that marks a file with this checksum as checked during this boot."""
+    number = int.from_bytes(hashlib.sha256(digest + _boot()).digest()[:8], "little")
+    return (CHECKED_SINCE_S + number % CHECKED_SINCE_S) * 1_000_000_000 + number // CHECKED_SINCE_S % 1_000_000_000
 
 
 @functools.cache
 def _boot() -> bytes:
-    """Names the time since this machine was started; empty where the system does not say."""
+    """The id of this boot of the machine; empty if the system has none."""
     with contextlib.suppress(OSError):
         return BOOT_ID.read_bytes()
     return b""

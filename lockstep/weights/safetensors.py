@@ -47,9 +47,9 @@ def open_file(path: Path) -> TensorFile:
 
 
 def open_folder(folder: Path) -> list[TensorFile]:
-    """Open a folder's checkpoint: the shards its index names, or else its single .safetensors file.
+    """Open a folder's checkpoint: the shards that its index names, or else its only .safetensors file.
 
-    Tensors that the index does not list, or lists in another shard, are not there.
+    A tensor counts only in the shard in which the index lists it.
     Raises ValueError if a shard or a tensor that the index names is missing, or a file is broken.
     """
     index_path = folder / INDEX_NAME
@@ -100,7 +100,7 @@ def _integers(value: object, max_length: int, where: str) -> list[int]:
     if not isinstance(value, list) or len(value) > max_length:
         raise ValueError(f"{where}: expected a list of at most {max_length} integers")
     for item in value:
-        # bool is a kind of int in Python, not in JSON.
+        # isinstance would also accept bools.
         if type(item) is not int or not 0 <= item < MAX_DIM:
             raise ValueError(f"{where}: expected integers from 0 to 2^48, found {item!r}")
     return value

@@ -1,5 +1,4 @@
-"""Packed weights: made once for all executors of a model, and kept on disk under the content of what they were made
-from."""
+"""Packed weights: made once for all executors of a model, and kept on disk under the checkpoint's content hash."""
 
 import contextlib
 import functools
@@ -21,8 +20,8 @@ from lockstep.weights.checkpoint import Checkpoint
 from lockstep.weights.content import Progress
 from lockstep.weights.leased_map import LeasedMaps
 
-# Layouts whose names end like this are kept on disk; the others are small. A kept table was checked when it was made,
-# and no step reads the checkpoint's file, which somebody might truncate.
+# Layouts with these suffixes are kept on disk; the others are small. Embedding tables (stored bytes) are kept, too:
+# they were checked when they were packed, and no step reads the checkpoint's file, which might be truncated.
 KEPT = ("panels", "stored bytes")
 
 
@@ -40,11 +39,12 @@ class WeightStore:
         return self._arrays[key]
 
     def make(self, weight, layout):
+        """The arrays of a weight in a layout, made anew."""
         return tuple(_line_aligned(a) for a in layout.make(weight))
 
 
 def _line_aligned(array):
-    """The array on a cache line; read-only ones are files in memory and stay where they lie."""
+    """The array, aligned to a cache line. Read-only arrays are mapped files and stay where they lie."""
     if not array.flags.writeable or (array.ctypes.data % ALIGNMENT == 0 and array.flags.c_contiguous):
         return array
     copy = aligned(array.nbytes).view(array.dtype).reshape(array.shape)
@@ -56,8 +56,9 @@ class PackedStore(WeightStore):
     """The packed weights of a checkpoint, kept in the user's cache folder.
 
     progress: called with ("packing", bytes done, None) as weights are packed, and with ("reading", bytes done, bytes in
-    all) while the content hash is waited for. Until that hash is known, weights are kept under the checkpoint's stamps.
-    A folder that cannot be written, or a full disk, only means that nothing is kept: `num_bytes_not_kept` counts it.
+    all) while the store waits for the content hash. Until the hash is known, weights are kept under the checkpoint's
+    provisional name. If the folder cannot be written or the disk is full, weights are packed again by the next process:
+    num_bytes_not_kept counts their bytes.
     """
 
     def __init__(self, checkpoint: Checkpoint, progress: Progress | None = None):
@@ -65,16 +66,16 @@ class PackedStore(WeightStore):
         self.checkpoint, self._progress, self._done = checkpoint, progress, 0
         self._root, self._lock, self._maps = _packed_folder(), threading.Lock(), LeasedMaps()
         self._suffix, self.num_bytes_not_kept = f"{packing_version()}-{target_name()}", 0
-        self._used: int | None = None  # bytes of all packed models, once they were counted
+        self._used: int | None = None  # bytes of all packed models; None until they are counted
         self.folder = self._root / f"{packed_cache.PROVISIONAL}{checkpoint.provisional_name}-{self._suffix}"
         if checkpoint.verify or (checkpoint.content.known is None and self._is_like_a_packed_one()):
             checkpoint.content.wait(progress)
         checkpoint.content.when_known(self._adopt)
 
     def _is_like_a_packed_one(self) -> bool:
-        """Whether a model with the same headers was packed: probably this one, so it pays to read its content first."""
+        """Whether a model with the same headers was packed: it is probably this one, so its content is hashed first."""
         header = self.checkpoint.header_hash
-        if self.folder.is_dir():  # what an earlier process packed of this very file
+        if self.folder.is_dir():  # an earlier process has packed this very file
             return False
         return any(
             model.about.get("header") == header
@@ -87,17 +88,17 @@ class PackedStore(WeightStore):
         if not name.endswith(KEPT):
             return super().make(weight, layout)
         what = described(weight, name)
-        kept = self._load(what)
-        if kept is None:
-            kept = super().make(weight, layout)
-            self._keep(what, kept)
-            self._done += sum(a.nbytes for a in kept)
+        arrays = self._load(what)
+        if arrays is None:
+            arrays = super().make(weight, layout)
+            self._keep(what, arrays)
+            self._done += sum(a.nbytes for a in arrays)
             if self._progress:
                 self._progress("packing", self._done, None)
-        return kept
+        return arrays
 
     def _load(self, what: str) -> tuple[np.ndarray, ...] | None:
-        """The arrays of a packed weight; None where they are not there or not as they were written."""
+        """The arrays of a packed weight; None if its file is missing or damaged."""
         with self._lock, contextlib.suppress(OSError, packed_file.Damaged):
             return packed_file.read(self.folder / file_name(what), what, self._maps, self.checkpoint.verify)
         return None
@@ -122,7 +123,7 @@ class PackedStore(WeightStore):
         )
 
     def _has_room(self, size: int) -> bool:
-        """Whether so many bytes more may be kept; makes room by removing the models that were used longest ago."""
+        """Whether `size` more bytes may be kept; makes room by removing the least recently used models."""
         if self._used is None:
             packed_cache.remove_leftovers(self._root)
             self._used = sum(model.num_bytes for model in packed_cache.models(self._root))
@@ -134,14 +135,14 @@ class PackedStore(WeightStore):
         return self._used <= allowed
 
     def _is_unchanged(self) -> bool:
-        """Whether the checkpoint's files still are what was opened."""
+        """Whether the checkpoint's files are unchanged since they were opened."""
         with contextlib.suppress(ValueError):
             self.checkpoint.check_unchanged()
             return True
         return False
 
     def _adopt(self, content: str) -> None:
-        """Keeps everything under the content hash from now on."""
+        """Moves the packed weights to the folder of the content hash, and keeps all others there."""
         provisional, final = self.folder, self._root / f"{content[:32]}-{self._suffix}"
         with self._lock, contextlib.suppress(OSError):
             self.folder = final
@@ -151,31 +152,31 @@ class PackedStore(WeightStore):
                     os.replace(entry.path, final / entry.name)
                 packed_cache.remove(provisional)
             if final.is_dir():
-                packed_cache.write_about(final, self._about())  # also says that it is used now
+                packed_cache.write_about(final, self._about())  # which also marks it as used now
 
 
 def _packed_folder() -> Path:
-    """Where packed weights are kept. NotPrivate if others can write there; where it cannot be made nothing is kept."""
+    """Where packed weights are kept. NotPrivate if others can write there; nothing is kept if it cannot be made."""
     with contextlib.suppress(OSError):
         return cache_subfolder("packed")
     return user_cache() / "packed"
 
 
 def described(weight: Weight, layout: str) -> str:
-    """All that a packed weight is made from, within its checkpoint."""
+    """A text that names a packed weight and everything in its checkpoint that it is made from."""
     parts = [(part.name, part.format, part.shape) for part in weight.parts]
     made_from = hashlib.sha256(repr((weight.format, weight.shape, parts)).encode()).hexdigest()[:16]
     return f"{weight.name[:500]} as {layout} from {made_from}"
 
 
 def file_name(what: str) -> str:
-    """The file of a packed weight."""
+    """The name of a packed weight's file, from its `described` text."""
     return hashlib.sha256(what.encode()).hexdigest()[:24] + ".packed"
 
 
 @functools.cache
 def packing_version() -> str:
-    """Changes with the source of anything that turns a checkpoint's bytes into packed ones."""
+    """A hash of the source of everything that turns a checkpoint's bytes into packed weights."""
     digest = hashlib.sha256()
     for folder in (Path(__file__).parent, Path(formats.__file__).parent):
         for path in sorted(folder.rglob("*.py")):

@@ -1,4 +1,4 @@
-"""One tensor as a checkpoint stores it: plain floats or integers, or rows of quantized blocks."""
+"""Tensors as a checkpoint stores them (plain floats or integers, or rows of quantized blocks), and files of them."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ PLAIN_FORMATS: Mapping[str, np.dtype] = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a tensor without reading it: `shape` is logical, `num_bytes` as stored."""
+    """What the header says of a tensor. shape: logical. num_bytes: as stored."""
 
     name: str
     format: str
@@ -57,12 +57,11 @@ class StoredTensor:
         assert self.data.shape == expected, (self.name, self.format, self.shape, self.data.shape, expected)
 
     def read(self, rows: slice = slice(None)) -> np.ndarray:
-        """The chosen rows (of the first axis) as stored, in memory of their own. ValueError if the file was
-        truncated."""
+        """A copy of the chosen rows (of the first axis) as stored. ValueError if the file was truncated."""
         return read_array(self.data[rows] if self.shape else self.data)
 
     def finite_f32(self, rows: slice = slice(None)) -> np.ndarray:
-        """`to_f32`, or a ValueError that names the tensor and the first value that is NaN or infinite."""
+        """`to_f32`. ValueError that names the tensor and the first value that is NaN or infinite."""
         values = self.to_f32(rows)
         check_finite(self, values, rows.start or 0)
         return values
@@ -79,9 +78,9 @@ class StoredTensor:
 
 
 class TensorMap(Mapping[str, StoredTensor]):
-    """Tensors by name, each brought into its Hugging Face form only when it is asked for.
+    """Tensors by Hugging Face name, each loaded when it is looked up.
 
-    Names, shapes and formats (`info`) are known at once and cost nothing.
+    Names, shapes and formats (`info`) need no loading.
     """
 
     def __init__(self, infos: Mapping[str, TensorInfo], load: Callable[[str], StoredTensor]):
@@ -105,9 +104,8 @@ class TensorMap(Mapping[str, StoredTensor]):
 
 @dataclass(frozen=True)
 class TensorFile:
-    """One mapped file under its own tensor names: `infos` and `begins` (byte offsets in `raw`) by name.
-
-    `metadata` is GGUF's own; empty for safetensors.
+    """One mapped file. infos, begins (byte offsets in `raw`): by the file's own tensor names. metadata: of a GGUF file;
+    empty for safetensors.
     """
 
     path: Path
@@ -118,7 +116,7 @@ class TensorFile:
     begins: Mapping[str, int]
 
     def load(self, name: str) -> StoredTensor:
-        """View one tensor of this file; nothing is copied."""
+        """One tensor of this file, as a view."""
         info, begin = self.infos[name], self.begins[name]
         return view_tensor(self.raw[begin : begin + info.num_bytes], info)
 
@@ -135,7 +133,7 @@ def merge(files: Sequence[TensorFile]) -> TensorMap:
 
 
 def stored_shape(format: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and dtype of the array that holds a tensor: itself, or uint8 rows for a block format."""
+    """Shape and dtype of the array that holds a tensor: its own, or uint8 rows for a block format."""
     if format in PLAIN_FORMATS:
         return shape, PLAIN_FORMATS[format]
     columns = shape[-1] if shape else 1
@@ -143,9 +141,9 @@ def stored_shape(format: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], 
 
 
 def view_tensor(raw: np.ndarray, info: TensorInfo) -> StoredTensor:
-    """See raw bytes uint8 [num_bytes] as the tensor that `info` describes, without copying.
+    """The tensor that `info` describes, as a view of raw bytes uint8 [num_bytes].
 
-    A file may place a tensor at an address its dtype does not allow; only then it is copied.
+    It is copied only if the file places it at an address that its dtype does not allow.
     """
     shape, dtype = stored_shape(info.format, info.shape)
     data = raw.view(dtype)

@@ -1,6 +1,6 @@
-"""Hugging Face tensors as conversion to GGUF would write them, by its own description (see gguf_undo.py).
+"""Hugging Face tensors as conversion to GGUF writes them: the inverse of lockstep/weights/gguf/undo.py.
 
-Written with reshapes where the reader uses index arrays, so that a shared mistake is unlikely.
+Written with reshapes where the code under test uses index arrays, so that a shared mistake is unlikely.
 """
 
 import numpy as np
@@ -57,14 +57,14 @@ def gguf_name(name: str, num_layers: int, post_norm: str) -> str:
 
 
 def interleave_rotary(rows: np.ndarray, num_heads: int) -> np.ndarray:
-    """Llama's q and k rows: from halves of a head to neighbours."""
+    """Llama's q and k rows: the two rows of a rotary pair, half a head apart, become adjacent."""
     size = rows.shape[0] // num_heads
     halves = rows.reshape(num_heads, 2, size // 2, *rows.shape[1:])
     return np.stack([halves[:, 0], halves[:, 1]], axis=2).reshape(rows.shape)
 
 
 def tile_heads(array: np.ndarray, axis: int, num_keys: int, num_values: int) -> np.ndarray:
-    """Value heads of the delta rule: from grouped by key head to one of each group in turn."""
+    """The delta rule's value heads, grouped by key head, reordered to one of each group in turn."""
     heads = np.split(array, num_values, axis=axis)
     per_key = num_values // num_keys
     order = [key * per_key + rank for rank in range(per_key) for key in range(num_keys)]
@@ -88,11 +88,11 @@ def convert_qwen35(name: str, array: np.ndarray, num_keys: int, num_values: int,
 
 
 def metadata(architecture: str, **values: object) -> dict[str, tuple[int, object]]:
-    """GGUF metadata of an architecture; keys use "__" for "."."""
-    found = {"general.architecture": (STRING, architecture)}
+    """GGUF metadata of an architecture. values: keys have "__" for "."."""
+    pairs = {"general.architecture": (STRING, architecture)}
     for key, value in values.items():
-        found[f"{architecture}.{key.replace('__', '.')}"] = typed(value)
-    return found
+        pairs[f"{architecture}.{key.replace('__', '.')}"] = typed(value)
+    return pairs
 
 
 def typed(value: object) -> tuple[int, object]:

@@ -1,4 +1,4 @@
-"""Writers of small checkpoint files, honest ones and lying ones."""
+"""Writers of small checkpoint files, valid and damaged."""
 
 import json
 import struct
@@ -39,7 +39,7 @@ def with_header(header: str, data: bytes) -> bytes:
 
 
 def one_tensor(data: bytes = bytes(24), **changes: object) -> bytes:
-    """A safetensors file with one float32 tensor "w" [2, 3], some of its header fields changed."""
+    """A safetensors file with one float32 tensor "w" [2, 3] and changed header fields."""
     entry = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]} | changes
     return with_header(json.dumps({"w": entry}), data)
 
@@ -79,7 +79,7 @@ def gguf_bytes(
 
 
 def plain_tensors(tensors: dict[str, np.ndarray]) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    """Float arrays as gguf_bytes wants them."""
+    """Float arrays in the form that gguf_bytes takes."""
     formats = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
     return {name: (formats[array.dtype.name], array.shape, array.tobytes()) for name, array in tensors.items()}
 

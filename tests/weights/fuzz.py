@@ -1,4 +1,4 @@
-"""Mutate the bytes of a small valid file and open it: nothing but ValueError may come out, and little memory go in."""
+"""Mutating the bytes of a small valid file and opening it: the only error is ValueError, and little memory is used."""
 
 import random
 import tracemalloc
@@ -20,7 +20,7 @@ def truncations(content: bytes, path: Path, read: Callable[[Path], object], stop
 
 
 def mutations(content: bytes, path: Path, read: Callable[[Path], object], rounds: int, seed: int) -> int:
-    """Open `rounds` mutants and return how many were accepted; they must stay within MAX_PEAK_BYTES."""
+    """Open `rounds` mutants, within MAX_PEAK_BYTES of memory; returns how many were accepted."""
     rng, accepted = random.Random(seed), 0
     tracemalloc.start()
     for _ in range(rounds):
@@ -37,7 +37,7 @@ def mutations(content: bytes, path: Path, read: Callable[[Path], object], rounds
 
 
 def mutant(content: bytes, rng: random.Random, stop: int | None = None) -> bytes:
-    """The bytes with a few of them changed, removed or added, all of them before `stop`."""
+    """The content with a few bytes before `stop` changed, removed or added."""
     mutant = bytearray(content)
     for _ in range(rng.choice((1, 1, 1, 2, 8))):
         at = rng.randrange(min(len(mutant), stop or len(mutant)))

@@ -1,4 +1,4 @@
-"""Opening a checkpoint whatever its container, and what that must not cost."""
+"""Opening checkpoints of every container, and the memory that opening may take."""
 
 import os
 import tracemalloc
@@ -48,7 +48,7 @@ def test_what_is_missing_is_named(tmp_path):
 
 
 def test_opening_does_not_read_the_weights(tmp_path):
-    """A file of 8 GB, of which the disk holds nothing but the header: opening takes no memory to speak of."""
+    """A sparse file of 8 GB, with only its header on disk: opening takes almost no memory."""
     rows = 1 << 20
     norm = ("f32", (4,), bytes(16))
     metadata = {"general.architecture": (STRING, "llama")}

@@ -1,4 +1,4 @@
-"""A checkpoint is called by its content: not by names, times or headers, and without reading what is known."""
+"""Content hashes depend on content only, not on names, times or headers; files with a known digest are not read."""
 
 import hashlib
 import json
@@ -19,15 +19,15 @@ OTHER = {"w": np.arange(1, 5, dtype=np.float32).reshape(2, 2)}
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """A user cache of the test's own."""
+    """A fresh user cache folder."""
     monkeypatch.setenv("LOCKSTEP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(content, "SETTLED_NS", 0)  # files of a test are young
+    monkeypatch.setattr(content, "SETTLED_NS", 0)  # a test's files are younger than the usual limit
     return tmp_path / "cache"
 
 
 @pytest.fixture
 def reads(monkeypatch):
-    """The paths that are read for their digest."""
+    """The paths that were read for their digest."""
     made, read = [], content.read_digest
     monkeypatch.setattr(content, "read_digest", lambda path, *rest: (made.append(path), read(path, *rest))[1])
     return made
@@ -64,7 +64,7 @@ def test_the_config_belongs_to_the_name(tmp_path):
 
 
 def test_an_index_that_takes_another_files_tensor_makes_another_model(tmp_path):
-    """Two folders of the same files, of which both have the tensor."""
+    """Two folders with the same two files, which both have the tensor; their indexes choose different ones."""
     names = []
     for chosen in ("1", "2"):
         folder = tmp_path / chosen
@@ -119,7 +119,7 @@ def test_a_damaged_memory_is_not_believed(damage, tmp_path, reads, cache):
 
 
 def hub_model(root, weights=WEIGHTS, digest=None):
-    """A model as the hub's cache has it: links to blobs, the large one named by its SHA-256."""
+    """A model in the layout of the hub's cache: links to blobs, where the large blob is named by its SHA-256."""
     raw = safetensors_bytes(weights)
     blobs, snapshot = root / "models--a--b" / "blobs", root / "models--a--b" / "snapshots" / ("5" * 40)
     blobs.mkdir(parents=True)
@@ -174,7 +174,7 @@ def test_where_the_hub_keeps_its_files(tmp_path, monkeypatch):
     assert content.hub_cache() == tmp_path / "c"
 
 
-# ---------------------------------------------------------------- while it is read
+# ---------------------------------------------------------------- while files are read
 
 
 def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Files that turn bad where no header tells: NaN weights anywhere, and truncation after they were opened."""
+"""Damage that no header shows: NaN weights anywhere, and truncation after a file was opened."""
 
 import os
 import subprocess
@@ -28,7 +28,7 @@ QWEN3 = CASES["qwen3"]
 
 
 def table(format):
-    """A valid table of a format, 70 rows of 256."""
+    """A valid matrix in a format, 70 rows of 256."""
     if format in BLOCK_FORMATS:
         block = BLOCK_FORMATS[format]
         shape = 70, 256 // block.block_size, block.block_bytes
@@ -42,7 +42,7 @@ def table(format):
 
 
 def spoil(tensor, row, column, bits):
-    """One float of a plain table, or the last scale of a block."""
+    """Overwrites one float of a plain matrix, or the last scale of a block."""
     raw = tensor.data.view(np.uint8).reshape(70, -1)
     size = {"f32": 4, "f16": 2, "bf16": 2}.get(tensor.format)
     block = BLOCK_FORMATS.get(tensor.format)
@@ -89,7 +89,7 @@ def test_a_model_with_a_nan_is_refused_and_the_tensor_named(name, tmp_path, monk
     arrays = tiny.tensors(QWEN3, 3)
     arrays[name].flat[7] = np.nan
     folder = tiny.write(tmp_path / "m", QWEN3, arrays)
-    for _ in range(2):  # a refused model leaves nothing behind that would let it pass
+    for _ in range(2):  # a refused model leaves nothing on disk that would be accepted the second time
         with pytest.raises(ValueError, match=f"tensor '{name}': expected finite weights, found 1 NaN"):
             LLM(str(folder))
 
@@ -135,7 +135,7 @@ def remove(path):
 def test_damaged_packed_weights_are_packed_again(damage, tmp_path, monkeypatch):
     monkeypatch.setenv("LOCKSTEP_CACHE", str(shared_kernels(tmp_path / "cache")))
     folder, answers = tiny.write(tmp_path / "m", QWEN3, tiny.tensors(QWEN3, 3)), []
-    for packed in (True, True, False):  # damaged: packed again; whole again: not
+    for packed in (True, True, False):  # damaged, so packed again; then whole, so not packed
         reports = []
         llm = LLM(str(folder), weights="q8_0", progress=lambda *report, reports=reports: reports.append(report))
         answers.append(llm.generate([[5, 6, 7]], SamplingParams(max_tokens=5, ignore_eos=True))[0].logprobs)
@@ -150,7 +150,7 @@ def test_damaged_packed_weights_are_packed_again(damage, tmp_path, monkeypatch):
 
 
 def test_a_model_that_is_written_to_while_it_is_loaded_is_refused(tmp_path, monkeypatch):
-    """Also after its content is known: some weights were read before, others after."""
+    """Also after the content hash is known, because some weights were read before the change, others after."""
     monkeypatch.setenv("LOCKSTEP_CACHE", str(shared_kernels(tmp_path / "cache")))
     folder, make = tiny.write(tmp_path / "m", QWEN3, tiny.tensors(QWEN3, 3)), PackedStore.make
 
@@ -197,7 +197,7 @@ def test_a_file_that_is_truncated_does_not_end_the_process(when, said, can_keep,
         (cache / "packed").write_text("a file where the folder of packed weights would be")
     path = os.pathsep.join(p for p in sys.path if p)
     environment = {**os.environ, "LOCKSTEP_CACHE": str(cache), "PYTHONPATH": path}
-    for _ in range(2 if when == "running" else 1):  # the second time from what the first has kept, if it could
+    for _ in range(2 if when == "running" else 1):  # the second run uses what the first kept on disk, if anything
         code = [sys.executable, "-c", TRUNCATED_WHILE_OPEN, str(folder), when]
         done = subprocess.run(code, capture_output=True, text=True, env=environment)
         assert done.returncode == 0 and said in done.stdout, (done.returncode, done.stdout, done.stderr[-2000:])

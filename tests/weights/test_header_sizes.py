@@ -1,4 +1,4 @@
-"""Headers of files that would fill the memory are refused; those of the largest models are read."""
+"""Headers that would fill the memory are refused; headers of the largest models are read."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def array(key, kind, length):
 
 
 def sparse(path, content, size):
-    """A file that says much and takes no room."""
+    """A file of `size` bytes that takes almost no room on disk."""
     write(path, content)
     os.truncate(path, size)
     return path

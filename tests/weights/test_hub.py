@@ -1,4 +1,4 @@
-"""Names of models: bundled, local, or on the hub; the hub itself is replaced by a folder here."""
+"""Resolving names of models: bundled, local, or on the hub, which a local folder stands for here."""
 
 import pytest
 from huggingface_hub.utils import filter_repo_objects
@@ -9,7 +9,7 @@ from lockstep.weights.hub import resolve_model
 
 @pytest.fixture
 def downloads(monkeypatch, tmp_path):
-    """What was asked of the hub; it answers with tmp_path / "cache", or raises what the test puts there."""
+    """Requests to the hub; it returns tmp_path / "cache", or raises the exception that the test puts there."""
     asked = []
 
     def snapshot_download(repo, **options):

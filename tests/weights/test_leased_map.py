@@ -1,4 +1,4 @@
-"""Packed weights that are cut or written to while a process uses them: it goes on, with the right bits."""
+"""Packed weights that are truncated or written to while a process uses them: it goes on, with the right bits."""
 
 import fcntl
 import gc
@@ -20,7 +20,7 @@ CONTENT = np.random.default_rng(0).integers(0, 256, 300_000, np.uint8)
 
 @pytest.fixture(autouse=True)
 def leases(tmp_path):
-    """Skips where the system or the file system has none."""
+    """Skips the test if the system or the file system has no leases."""
     if not hasattr(fcntl, "F_SETLEASE"):
         pytest.skip("leases are Linux's")
     (tmp_path / "empty").touch()

@@ -1,4 +1,4 @@
-"""Our safetensors reader: honest files, every kind of lying one, and random damage."""
+"""The safetensors reader: valid files, every kind of wrong header, and random damage."""
 
 import json
 
@@ -25,7 +25,7 @@ def small_tensors():
 
 
 def read(path):
-    """Open a file and touch all of it."""
+    """Opens a file and reads every tensor."""
     tensors = merge([safetensors.open_file(path)])
     return {name: tensor.to_f32() for name, tensor in tensors.items()}
 

@@ -1,4 +1,4 @@
-"""Packed weights on disk: found again by content, checked, made again where damaged, and bounded."""
+"""Packed weights on disk: found by content hash, checked, packed again if damaged, and limited in size."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def path(tmp_path):
 
 
 class NoLeases:
-    """A system, or a file, without leases."""
+    """LeasedMaps on a system, or for a file, without leases."""
 
     def map(self, descriptor):
         return None
@@ -120,12 +120,12 @@ def test_a_checked_file_is_not_checked_again_until_the_machine_was_started_again
     assert len(checks) == 2
 
 
-# ---------------------------------------------------------------- a model's
+# ---------------------------------------------------------------- the packed weights of a model
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """A user cache of the test's own."""
+    """A fresh user cache folder."""
     folder = tmp_path / "cache"
     monkeypatch.setenv("LOCKSTEP_CACHE", str(folder))
     monkeypatch.setattr(content, "SETTLED_NS", 0)
@@ -137,7 +137,7 @@ def weight_of(checkpoint):
 
 
 class Packing:
-    """A layout that counts how often it is made."""
+    """A layout that counts how often it is packed."""
 
     def __init__(self):
         self.count = 0
@@ -154,7 +154,7 @@ class Packing:
 
 
 def test_two_models_with_equal_headers_and_times_never_share_packed_weights(tmp_path):
-    """The review's finding: the second ran with the first's layers."""
+    """Otherwise the second model would run with weights of the first."""
     one, other, packing = model(tmp_path / "a"), model(tmp_path / "b", OTHER), Packing()
     for folder in (one, other):
         os.utime(folder / "model.safetensors", (1, 1))
@@ -165,7 +165,7 @@ def test_two_models_with_equal_headers_and_times_never_share_packed_weights(tmp_
 
 
 def test_two_indexes_over_the_same_files_never_share_packed_weights(tmp_path):
-    """By links, so that even the files' stamps are the same."""
+    """Through links, so that even the stamps of the files are equal."""
     files, packing, found = tmp_path / "files", Packing(), []
     files.mkdir()
     for number, weights in (("1", WEIGHTS), ("2", OTHER)):
@@ -199,14 +199,14 @@ def test_until_the_content_is_known_packed_weights_wait_under_a_name_of_that_fil
     made.arrays(weight_of(checkpoint), LAYOUT)
     waiting = list((cache / "packed").iterdir())
     assert [folder.name.startswith(packed_cache.PROVISIONAL) for folder in waiting] == [True]
-    # a process that ended before it knew: the next one finds what it packed, if the file is the same
+    # After a process ended before the hash was known, the next one finds its packed weights, if the file is the same.
     packing = Packing()
     again = open_checkpoint(tmp_path / "a")
     PackedStore(again).arrays(weight_of(again), Layout("f32 panels", packing.pack))
     assert packing.count == 0
     (tmp_path / "a" / "model.safetensors").touch()
     touched = open_checkpoint(tmp_path / "a")
-    monkeypatch.setattr(PackedStore, "_is_like_a_packed_one", lambda self: False)  # it would wait for the content
+    monkeypatch.setattr(PackedStore, "_is_like_a_packed_one", lambda self: False)  # else it would wait for the hash
     PackedStore(touched).arrays(weight_of(touched), Layout("f32 panels", packing.pack))
     assert packing.count == 1, "a file of another time may be another file"
     go_on.set()
@@ -251,7 +251,7 @@ def test_a_file_that_changes_while_it_is_packed_is_not_kept(tmp_path, cache):
     assert made.num_bytes_not_kept and not list(cache.rglob("*.packed"))
 
 
-# ---------------------------------------------------------------- how much
+# ---------------------------------------------------------------- limits
 
 
 def test_packed_weights_take_a_fifth_of_what_is_free_and_64_gb_at_most(tmp_path, monkeypatch):

@@ -1,5 +1,4 @@
-"""What a model family says of its GGUF files: the name of its architecture, its tensors' names, and what conversion did
-to them."""
+"""`Architecture`: what a model family declares about its GGUF files: name, config, tensor names, undoing conversion."""
 
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
@@ -8,13 +7,13 @@ from lockstep.weights.gguf.keys import Keys
 from lockstep.weights.gguf.undo import Undo
 
 
-def _as_it_is(config: dict, keys: Keys, names: Container[str]) -> dict:
-    """The config of an architecture that has nothing of its own."""
+def _no_own_keys(config: dict, keys: Keys, names: Container[str]) -> dict:
+    """The config of an architecture without keys of its own."""
     return config
 
 
-def _nothing(name: str, config: Mapping) -> Undo:
-    """What is undone where conversion changed nothing."""
+def _unchanged(name: str, config: Mapping) -> Undo:
+    """The Undo of an architecture whose conversion changes no tensor."""
     return Undo()
 
 
@@ -22,18 +21,19 @@ def _nothing(name: str, config: Mapping) -> Undo:
 class Architecture:
     """A GGUF architecture.
 
-    name: its `general.architecture`. model_type, class_name: of the Hugging Face model it was made from. names: of
-    tensors within a block, GGUF's and Hugging Face's; see `gguf_names`. config: (config.json as far as all have it,
-    metadata, names of the file's tensors) -> config.json. undo: (Hugging Face name, config.json) -> what was done to
-    the tensor. mtp_names: as names, of blocks that are multi-token-prediction layers.
+    name: the value of `general.architecture`. model_type, class_name: of the Hugging Face model. names: tensor names
+    within a block, GGUF's -> Hugging Face's; see `names.py`. config: completes a config.json, called with (the keys
+    that all architectures have, the file's metadata, the names of its tensors). undo: (Hugging Face name, config.json)
+    -> how to undo what conversion did to the tensor. mtp_names: as names, in blocks that are multi-token-prediction
+    layers.
     """
 
     name: str
     model_type: str
     class_name: str
     names: Mapping[str, str]
-    config: Callable[[dict, Keys, Container[str]], dict] = _as_it_is
-    undo: Callable[[str, Mapping], Undo] = _nothing
+    config: Callable[[dict, Keys, Container[str]], dict] = _no_own_keys
+    undo: Callable[[str, Mapping], Undo] = _unchanged
     mtp_names: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -41,13 +41,13 @@ Architectures = Mapping[str, Architecture]  # by name
 
 
 def has_biases(names: Container[str], *keys: str) -> dict[str, bool]:
-    """For keys of config.json, attention_bias and mlp_bias, whether a file has such tensors."""
-    signs = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_gate.bias"}
-    return {key: signs[key] in names for key in keys}
+    """attention_bias and mlp_bias of config.json, from whether the file has such tensors. keys: which of the two."""
+    tensors = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_gate.bias"}
+    return {key: tensors[key] in names for key in keys}
 
 
 def architecture_of(metadata: Mapping[str, object], architectures: Architectures, where: str) -> Architecture:
-    """The file's architecture. Raises ValueError unless it is one of those."""
+    """The file's architecture. Raises ValueError if it is not one of `architectures`."""
     name = metadata.get("general.architecture")
     if not isinstance(name, str) or name not in architectures:
         raise ValueError(f"{where}: architecture {name!r} is not supported, only {', '.join(architectures)}")

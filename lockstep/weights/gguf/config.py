@@ -1,4 +1,4 @@
-"""A Hugging Face config from GGUF metadata: what all architectures have. The rest is a model family's own.
+"""From GGUF metadata to a Hugging Face config: the keys that all architectures have. Each family adds its own.
 
 Source: src/llama-arch.cpp, src/llama-model.cpp and conversion/*.py of llama.cpp.
 """
@@ -12,7 +12,7 @@ from lockstep.weights.gguf.keys import Keys
 from lockstep.weights.gguf.rope import LLAMA3_CONTEXT, llama3_scaling
 from lockstep.weights.tensor import TensorInfo
 
-# By llama.cpp's numbers.
+# The pooling types of llama.cpp by number.
 POOLINGS: Mapping[int, str] = {0: "none", 1: "mean", 2: "cls", 3: "last", 4: "rank"}
 
 
@@ -25,8 +25,8 @@ def hf_config(
 ) -> dict:
     """The equivalent of config.json.
 
-    `infos` are GGUF's tensors by GGUF name and shape, `rope_factors` float32 [K / 2] the content of
-    rope_freqs.weight if there is one. Raises ValueError for what is missing, inconsistent or not supported.
+    infos: the file's tensors by GGUF name. rope_factors: float32 [K / 2], the tensor rope_freqs.weight, None without
+    it. where: the file, for errors. Raises ValueError for metadata that is missing, inconsistent or not supported.
     """
     keys = Keys(metadata, architecture.name, where)
     config = _common(keys, metadata, infos, architecture, where)
@@ -70,7 +70,7 @@ def _common(
 
 
 def _pooling(keys: Keys, where: str) -> dict[str, str]:
-    """How the hidden states of a text become its embedding, as `pooling_type`, which config.json does not know."""
+    """The pooling of hidden states into a text's embedding, as `pooling_type`: config.json has no such key."""
     number = keys.integer("pooling_type", 0)
     pooling = POOLINGS.get(number, str(number))
     if pooling not in ("none", "mean", "last"):
@@ -79,18 +79,18 @@ def _pooling(keys: Keys, where: str) -> dict[str, str]:
 
 
 def _token_ids(metadata: Mapping[str, object], vocab_size: int) -> dict[str, object]:
-    """Without ids that no token has: some conversions write 2^32 - 1 for none, see text/tokenizer/gguf.py."""
+    """The ids of special tokens, without ids outside the vocabulary: some conversions write 2^32 - 1 for none."""
     given = {name: metadata.get(f"tokenizer.ggml.{name}") for name in ("bos_token_id", "eos_token_id")}
-    is_there = lambda value: type(value) is not int or 0 <= value < vocab_size
-    return {name: value for name, value in given.items() if value is not None and is_there(value)}
+    is_token = lambda value: type(value) is not int or 0 <= value < vocab_size
+    return {name: value for name, value in given.items() if value is not None and is_token(value)}
 
 
 def _rope(keys: Keys, config: dict, factors: np.ndarray | None, where: str) -> dict:
     theta = keys.number("rope.freq_base", 10000.0)
     head_dim = config["head_dim"]
     rope_dim = keys.integer("rope.dimension_count", head_dim)
-    is_said = "rope.dimension_count" in keys  # otherwise the size of heads is checked with the model
-    if theta < 1 or (is_said and (rope_dim % 2 or not 0 < rope_dim <= head_dim)):
+    has_rope_dim = "rope.dimension_count" in keys  # otherwise it is head_dim, which is checked with the model
+    if theta < 1 or (has_rope_dim and (rope_dim % 2 or not 0 < rope_dim <= head_dim)):
         raise ValueError(f"{where}: rope.dimension_count {rope_dim}, base {theta} do not fit heads of {head_dim}")
     scaling = _scaling(keys, theta, rope_dim, factors, where)
     partial = {"partial_rotary_factor": rope_dim / head_dim} if rope_dim != head_dim else {}
@@ -98,16 +98,16 @@ def _rope(keys: Keys, config: dict, factors: np.ndarray | None, where: str) -> d
 
 
 def _scaling(keys: Keys, theta: float, rope_dim: int, factors: np.ndarray | None, where: str) -> dict | None:
-    kind = keys.text("rope.scaling.type", "none")
-    if factors is not None and kind in ("none", "llama3"):
+    scaling_type = keys.text("rope.scaling.type", "none")
+    if factors is not None and scaling_type in ("none", "llama3"):
         original = keys.integer("rope.scaling.original_context_length", LLAMA3_CONTEXT)
         return llama3_scaling(theta, rope_dim, factors, original, where)
-    if kind == "none":
+    if scaling_type == "none":
         return None
-    if kind == "linear":
+    if scaling_type == "linear":
         return {"rope_type": "linear", "factor": keys.number("rope.scaling.factor")}
-    if kind != "yarn":
-        raise ValueError(f"{where}: rope.scaling.type {kind!r} is not supported, only none, linear and yarn")
+    if scaling_type != "yarn":
+        raise ValueError(f"{where}: rope.scaling.type {scaling_type!r} is not supported, only none, linear and yarn")
     return _yarn_scaling(keys)
 
 

@@ -1,4 +1,4 @@
-"""GGUF versions 2 and 3, little-endian: metadata, tensor directory, aligned data; also split files.
+"""Opening GGUF files (versions 2 and 3, little-endian, also split): metadata, tensor directory, aligned data.
 
 Source: docs/gguf.md in github.com/ggml-org/ggml. Every count, length and offset is checked against the
 file and against a limit before anything is read or allocated with it.
@@ -24,7 +24,7 @@ MAX_ALIGNMENT = 1 << 20
 MAX_PARTS = 1 << 12
 SPLIT_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
-# GGML's type numbers; those without an entry in FORMAT_OF_TYPE are known by name only.
+# GGML's type numbers: the supported ones, then others, whose names appear in errors.
 FORMAT_OF_TYPE: Mapping[int, str] = dict(
     sorted(
         {format.gguf_type: name for name, format in FORMATS.items()}.items()
@@ -44,24 +44,24 @@ def open_parts(path: Path) -> list[TensorFile]:
     Raises ValueError if a part is missing or does not belong, or a tensor is in two parts.
     """
     first = open_file(path)
-    count = _unsigned(first.metadata, "split.count", 1, MAX_PARTS, path)
-    if count <= 1:
+    num_parts = _unsigned(first.metadata, "split.count", 1, MAX_PARTS, path)
+    if num_parts <= 1:
         return [first]
     allowance = Allowance()
-    parts = [open_file(part, allowance) for part in _part_paths(path, count)]
+    parts = [open_file(part, allowance) for part in _part_paths(path, num_parts)]
     for number, part in enumerate(parts):
-        _check_part(part, number, count)
-    found = len(merge(parts))
-    expected = parts[0].metadata.get("split.tensors.count", found)
-    if expected != found:
-        raise ValueError(f"{parts[0].path}: split.tensors.count is {expected}, the parts hold {found} tensors")
+        _check_part(part, number, num_parts)
+    num_tensors = len(merge(parts))
+    expected = parts[0].metadata.get("split.tensors.count", num_tensors)
+    if expected != num_tensors:
+        raise ValueError(f"{parts[0].path}: split.tensors.count is {expected}, the parts hold {num_tensors} tensors")
     return parts
 
 
 def open_file(path: Path, allowance: Allowance | None = None) -> TensorFile:
-    """Map one .gguf file and check its whole header, whose metadata is taken from the allowance.
+    """Map one .gguf file and check its whole header, whose metadata is charged to the allowance.
 
-    Raises ValueError saying what is wrong with it.
+    Raises ValueError that says what is wrong with the file.
     """
     raw = map_file(path)
     cursor = Cursor(raw, str(path), allowance)
@@ -109,9 +109,9 @@ def _read_tensor(cursor: Cursor, index: int) -> tuple[TensorInfo, int]:
 
 def _info(name: str, ggml_type: int, shape: tuple[int, ...], path: str) -> TensorInfo:
     if ggml_type not in FORMAT_OF_TYPE:
-        known = OTHER_TYPES.get(ggml_type, f"number {ggml_type}")
-        readable = ", ".join(format.upper() for format in FORMAT_OF_TYPE.values())
-        raise ValueError(f"{path}: tensor {name!r} has type {known}, which is not supported, only {readable}")
+        type_name = OTHER_TYPES.get(ggml_type, f"number {ggml_type}")
+        supported = ", ".join(format.upper() for format in FORMAT_OF_TYPE.values())
+        raise ValueError(f"{path}: tensor {name!r} has type {type_name}, which is not supported, only {supported}")
     format = FORMAT_OF_TYPE[ggml_type]
     try:
         stored, dtype = stored_shape(format, shape)
@@ -159,18 +159,18 @@ def _check_layout(
         previous_end = end
 
 
-def _part_paths(path: Path, count: int) -> list[Path]:
+def _part_paths(path: Path, num_parts: int) -> list[Path]:
     match = SPLIT_NAME.fullmatch(path.name)
-    if match is None or int(match[3]) != count:
-        raise ValueError(f"{path}: one of {count} parts, its name should end in -00001-of-{count:05d}.gguf")
-    parts = [path.with_name(f"{match[1]}-{number:05d}-of-{match[3]}.gguf") for number in range(1, count + 1)]
+    if match is None or int(match[3]) != num_parts:
+        raise ValueError(f"{path}: one of {num_parts} parts, its name should end in -00001-of-{num_parts:05d}.gguf")
+    parts = [path.with_name(f"{match[1]}-{number:05d}-of-{match[3]}.gguf") for number in range(1, num_parts + 1)]
     missing = [part.name for part in parts if not part.is_file()]
     if missing:
-        raise ValueError(f"{path}: {len(missing)} of {count} parts are missing, the first is {missing[0]}")
+        raise ValueError(f"{path}: {len(missing)} of {num_parts} parts are missing, the first is {missing[0]}")
     return parts
 
 
-def _check_part(part: TensorFile, number: int, count: int) -> None:
+def _check_part(part: TensorFile, number: int, num_parts: int) -> None:
     found = (part.metadata.get("split.no"), part.metadata.get("split.count"))
-    if found != (number, count):
-        raise ValueError(f"{part.path}: expected split.no, split.count = {(number, count)}, found {found}")
+    if found != (number, num_parts):
+        raise ValueError(f"{part.path}: expected split.no, split.count = {(number, num_parts)}, found {found}")

@@ -1,7 +1,7 @@
-"""The metadata of a GGUF file that describes its model.
+"""`Keys`: typed access to the metadata keys of one architecture in a GGUF file.
 
-Every key must be understood: one that is neither used nor known to be harmless is an error, because it might change the
-arithmetic.
+Every key must be understood: a key that is neither read nor known to be harmless is an error, because it might change
+the arithmetic.
 """
 
 from collections.abc import Mapping
@@ -10,20 +10,20 @@ import numpy as np
 
 MAX_FLOAT32 = 3.4e38
 HARMLESS = {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "expert_feed_forward_length"}
-# Values that mean "as usual" wherever these keys appear.
+# Values that change nothing: a key with this value need not be read.
 USUAL = {
     "expert_count": 0,
     "expert_used_count": 0,
     "attention.causal": True,
     "nextn_predict_layers": 0,
-    "attn_logit_softcapping": 0,  # no bound, as of the next two
+    "attn_logit_softcapping": 0,  # 0 is no cap, also in the next two
     "final_logit_softcapping": 0,
     "attention.clamp_kqv": 0,
 }
 
 
 class Keys:
-    """Metadata of one architecture; remembers which keys were used."""
+    """Metadata keys of one architecture, without its prefix; remembers which were read."""
 
     def __init__(self, metadata: Mapping[str, object], architecture: str, where: str):
         self._metadata, self._where = metadata, where
@@ -43,7 +43,7 @@ class Keys:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A finite number; a float32 comes as the shortest decimal that means it, as config.json would have it."""
+        """A finite number: the shortest decimal that rounds to the stored float32, as config.json would have it."""
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < MAX_FLOAT32:
             raise ValueError(f"{self._where}: {self._prefix}{key} must be a finite number, found {value!r}")
@@ -70,7 +70,7 @@ class Keys:
         return value
 
     def check_all_used(self) -> None:
-        """Raise ValueError naming the keys that nobody understood."""
+        """Raise ValueError that names the keys that were not read and are not harmless."""
         known = self._used | HARMLESS
         keys = [key.removeprefix(self._prefix) for key in self._metadata if key.startswith(self._prefix)]
         unknown = [key for key in keys if key not in known and not self._is_usual(key)]

@@ -1,7 +1,7 @@
-"""GGUF metadata: a bounded reader of typed key-value pairs.
+"""Reading GGUF metadata, typed key-value pairs, within limits.
 
-Numbers become int, float or bool, strings str, arrays of numbers read-only NumPy views into the file,
-arrays of strings a StringArray that decodes on demand, arrays of arrays lists.
+Numbers become int, float or bool, strings str, arrays of numbers read-only NumPy views of the file, arrays of strings a
+StringArray that decodes on demand, arrays of arrays lists.
 """
 
 import struct
@@ -31,25 +31,24 @@ LEAST_BYTES |= {STRING_TYPE: LENGTH_BYTES, ARRAY_TYPE: 4 + LENGTH_BYTES}
 
 @dataclass
 class Allowance:
-    """What all metadata of a model may still hold, over all files of a split one. Files may be sparse, so that their
-    sizes bound nothing.
+    """How much more metadata may be read, over all files of a model. File sizes are no limit: files may be sparse.
 
-    items: of all arrays; arrays: inside of other arrays; text_bytes: of keys and of values that are one string.
+    items: of all arrays. arrays: nested in arrays. text_bytes: of keys and of values that are one string.
     """
 
     items: int = MAX_ARRAY_ITEMS
     arrays: int = MAX_NESTED_ARRAYS
     text_bytes: int = MAX_TEXT_BYTES
 
-    def spend(self, name: str, count: int, what: str) -> None:
-        """Raise ValueError, starting with `what`, if fewer than `count` of `name` are left."""
+    def spend(self, name: str, amount: int, what: str) -> None:
+        """Takes `amount` from the field `name`. Raises ValueError, starting with `what`, if fewer are left."""
         left = getattr(self, name)
-        if count > left:
+        if amount > left:
             allowed = {field.name: field.default for field in fields(self)}[name]
             raise ValueError(
-                f"{what} has {count} {name.replace('_', ' ')}: {allowed} are allowed in all metadata, {left} are left"
+                f"{what} has {amount} {name.replace('_', ' ')}: {allowed} are allowed in all metadata, {left} are left"
             )
-        setattr(self, name, left - count)
+        setattr(self, name, left - amount)
 
 
 class Cursor:
@@ -76,7 +75,7 @@ class Cursor:
         return int.from_bytes(self.take(size, what), "little")
 
     def count(self, size: int, what: str, limit: int, item_bytes: int) -> int:
-        """The next unsigned integer, a number of items of at least `item_bytes` each that must follow."""
+        """The next unsigned integer: how many items follow, of at least `item_bytes` each."""
         number = self.unsigned(size, what)
         left = len(self.buffer) - self.position
         allowed = min(limit, left // item_bytes)
@@ -95,9 +94,9 @@ class Cursor:
 
 
 class StringArray(Sequence[str]):
-    """Length-prefixed strings in mapped bytes, decoded when asked for; bytes that are not UTF-8 become U+FFFD.
+    """Length-prefixed strings in mapped bytes, decoded on access; bytes that are not UTF-8 become U+FFFD.
 
-    start: where the first one's length is. ends: where each ends, and the next one's length is.
+    start: position of the first string's length. ends: where each string ends and the next one's length begins.
     """
 
     def __init__(self, buffer: memoryview, start: int, ends: array):

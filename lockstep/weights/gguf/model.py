@@ -1,4 +1,4 @@
-"""A GGUF file as the Hugging Face checkpoint it was made from: config, names, and conversions undone."""
+"""A GGUF file as the Hugging Face checkpoint that it was converted from: config, names, and conversion undone."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from lockstep.weights.tensor import StoredTensor, TensorFile, TensorInfo, Tensor
 
 @dataclass(frozen=True)
 class Recipe:
-    """Where a Hugging Face tensor comes from: `file` holds it as `source`, and `undo` brings it back."""
+    """How to load a Hugging Face tensor: `file` holds it under the name `source`, and `undo` undoes conversion."""
 
     info: TensorInfo
     file: TensorFile
@@ -31,8 +31,8 @@ class Recipe:
 
 
 def open_gguf(path: Path, architectures: Architectures) -> tuple[list[TensorFile], dict, TensorMap]:
-    """Open a GGUF file or split file of one of these architectures: its parts, its Hugging Face config and its tensors
-    by Hugging Face name."""
+    """Opens a GGUF file, or split file, of one of these architectures: (parts, Hugging Face config, tensors by Hugging
+    Face name)."""
     parts = open_parts(path)
     metadata = parts[0].metadata
     stored = merge(parts)
@@ -66,7 +66,7 @@ def _recipes_of(part: TensorFile, info: TensorInfo, architecture: Architecture, 
 
 
 def _undos(name: str, info: TensorInfo, architecture: Architecture, config: Mapping) -> dict[str, Undo]:
-    """Hugging Face names made from one GGUF tensor (several for stacked experts), and how."""
+    """The Hugging Face tensors in one GGUF tensor (several in stacked experts): {name: how to undo conversion}."""
     if "{expert}" in name:
         if len(info.shape) != 3 or info.shape[0] != config["num_experts"]:
             raise ValueError(f"expected a stack of {config['num_experts']} experts' matrices")

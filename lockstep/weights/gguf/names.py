@@ -1,4 +1,4 @@
-"""GGUF tensor names and their Hugging Face names: those that many architectures have, and how a name is translated.
+"""From GGUF tensor names to Hugging Face names: tables that architectures share, and the translation.
 
 Source: gguf-py/gguf/tensor_mapping.py and conversion/*.py of llama.cpp.
 """
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from lockstep.weights.gguf.architecture import Architecture
 
-# An entry without ".weight" or ".bias" stands for both.
+# Entries have no suffix: they hold for names with .weight and with .bias.
 TOP: Mapping[str, str] = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -39,15 +39,15 @@ EXPERTS: Mapping[str, str] = {
 }
 DENSE = {**ATTENTION, **MLP, "ffn_norm": "post_attention_layernorm"}
 
-# Their content reaches the model through the config.
+# Tensors whose content is a part of the config.
 IGNORED = {"rope_freqs.weight"}
 
 
 def hf_name(architecture: Architecture, name: str, num_layers: int) -> str | None:
-    """The Hugging Face name of GGUF tensor `name`, or None for one the config already tells.
+    """The Hugging Face name of GGUF tensor `name`; None for a tensor that is a part of the config.
 
-    Blocks from `num_layers` on are multi-token-prediction layers. Names of stacked experts contain
-    "{expert}". Raises ValueError for a name that the architecture does not have.
+    Blocks from `num_layers` on are multi-token-prediction layers. Names of stacked experts contain "{expert}". Raises
+    ValueError for a name that the architecture does not have.
     """
     if name in IGNORED:
         return None

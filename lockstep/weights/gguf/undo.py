@@ -1,6 +1,6 @@
-"""What conversion to GGUF did to a tensor, undone, so that it is again as in the Hugging Face checkpoint.
+"""Undoing what conversion to GGUF did to a tensor, so that it is again as in the Hugging Face checkpoint.
 
-Each class says what the tensor is afterwards (`info`, free of cost) and does it (`apply`, for one tensor).
+Each class tells the tensor's format and shape afterwards (`info`, without reading it) and does the work (`apply`).
 Source: conversion/llama.py and conversion/qwen.py of llama.cpp (modify_tensors).
 """
 
@@ -14,7 +14,7 @@ from lockstep.weights.tensor import BLOCK_FORMATS, StoredTensor, TensorInfo, sto
 
 
 class Undo:
-    """Nothing to undo."""
+    """Undoes nothing: the tensor is stored as in the Hugging Face checkpoint."""
 
     def info(self, info: TensorInfo) -> TensorInfo:
         """The tensor's format and Hugging Face shape after `apply`."""
@@ -27,7 +27,7 @@ class Undo:
 
 @dataclass(frozen=True)
 class HalfSplitRows(Undo):
-    """Rotary pairs of a head's rows, neighbours (2i, 2i + 1) in GGUF, back to half a head apart."""
+    """Moves the rows of rotary pairs, adjacent (2i, 2i + 1) in GGUF, back to half a head apart."""
 
     num_heads: int
 
@@ -41,7 +41,8 @@ class HalfSplitRows(Undo):
 
 @dataclass(frozen=True)
 class ValueHeads:
-    """Heads v of the delta rule: GGUF has them by rank within their group of one k head, Hugging Face by group."""
+    """The order of the delta rule's value heads. Hugging Face has them grouped by key head: all of the first key head,
+    then all of the second; GGUF has the first value head of every key head, then the second of every key head."""
 
     num_key_heads: int
     num_value_heads: int
@@ -54,7 +55,7 @@ class ValueHeads:
 
 @dataclass(frozen=True)
 class GroupedRows(Undo):
-    """Value heads regrouped along the first axis, from row `first` on (before it are q and k)."""
+    """Puts value heads back into groups along the first axis, from row `first` on (q and k are before)."""
 
     heads: ValueHeads
     first: int = 0
@@ -71,7 +72,7 @@ class GroupedRows(Undo):
 
 @dataclass(frozen=True)
 class GroupedColumns(Undo):
-    """Value heads regrouped along K: whole blocks move; where a block spans heads, weights become float32."""
+    """Puts value heads back into groups along K: whole blocks move; if a block spans heads, weights become float32."""
 
     heads: ValueHeads
 
@@ -95,7 +96,7 @@ class GroupedColumns(Undo):
 
 
 class MinusOne(Undo):
-    """A norm stored as s = 1 + w.
+    """Subtracts 1 from a norm stored as s = 1 + w.
 
     Error: none, and 1 + w in float32 gives s again, where s is 0.5 to 2^24 or the sum of 1 and a float32. Any other
     s, as blocks may hold, is off by at most half the spacing of float32 at s - 1: 2^-25 from 0 to 0.5.
@@ -110,7 +111,7 @@ class MinusOne(Undo):
 
 @dataclass(frozen=True)
 class DecayLog(Undo):
-    """A_log, stored as -exp(A_log).
+    """A_log from the stored -exp(A_log).
 
     Checkpoints keep A_log in bfloat16, so the nearest bfloat16 is taken where its exponential is the stored
     value (within the error of a float32 exp), which makes the round trip exact; otherwise the float32 logarithm.
@@ -131,7 +132,7 @@ class DecayLog(Undo):
 
 @dataclass(frozen=True)
 class ConvChannels(Undo):
-    """Convolution weights [channels, kernel] back to [channels, 1, kernel], value channels regrouped."""
+    """Convolution weights [channels, kernel] as [channels, 1, kernel], with the channels of value heads in groups."""
 
     heads: ValueHeads
     first: int
@@ -148,7 +149,7 @@ class ConvChannels(Undo):
 
 @dataclass(frozen=True)
 class Expert(Undo):
-    """One expert's matrix of a stack [experts, rows, K]: a view."""
+    """One expert's matrix, as a view of the stack [experts, rows, K]."""
 
     index: int
 
@@ -167,7 +168,7 @@ def _snapped_log(decay: float) -> float:
 
 
 def _of_whole_rows(info: TensorInfo) -> TensorInfo:
-    """Rows of blocks move as they are. A vector's elements lie within blocks, so that it becomes float32."""
+    """The info after rows were moved. Rows of blocks move as they are; a vector of blocks becomes float32."""
     return _as_f32(info) if info.format in BLOCK_FORMATS and len(info.shape) == 1 else info
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints with random weights, as Hugging Face has them and converted to GGUF, and whether both are the same."""
+"""Random checkpoints as Hugging Face tensors and converted to GGUF, and the comparison of both."""
 
 import ml_dtypes
 import numpy as np
@@ -40,7 +40,7 @@ def dense_tensors(rng, head_norms=False, biases=False, tied=True, mlp_biases=Fal
 
 
 def stored(name, array):
-    """Vectors become float32 in GGUF, matrices keep their format."""
+    """The array as GGUF stores it: vectors become float32, matrices keep their format."""
     return array.astype(np.float32) if array.ndim == 1 or name.endswith(("conv1d.weight", "A_log")) else array
 
 
@@ -131,7 +131,7 @@ def write_qwen35(path, tensors, num_keys, num_values, size=32, packed=None, **va
 
 
 def assert_same_qwen35(checkpoint, expected):
-    """As assert_same, but a norm w comes back as what 1 + w kept of it, which gives the same 1 + w."""
+    """assert_same, except for norms: w comes back rounded, so that 1 + w is the same."""
     assert set(checkpoint.tensors) == set(expected)
     for name, array in expected.items():
         tensor, info = checkpoint.tensors[name], checkpoint.tensors.info[name]

@@ -1,4 +1,4 @@
-"""Our GGUF reader: honest files of both versions, every kind of lying one, split files, and random damage."""
+"""The GGUF reader: valid files of both versions, every kind of wrong header, split files, and random damage."""
 
 import struct
 
@@ -66,7 +66,7 @@ def small_tensors():
 
 
 def read(path):
-    """Open a file and touch all of it."""
+    """Opens a file and reads every tensor."""
     for part in gguf.open_parts(path):
         for value in part.metadata.values():
             list(value) if hasattr(value, "__len__") else value

@@ -1,4 +1,4 @@
-"""Experts as GGUF files have them, fused into one tensor [experts, rows, columns], against one tensor per expert."""
+"""Experts in GGUF files, stacked in one tensor [experts, rows, columns], against one tensor per expert."""
 
 import ml_dtypes
 import numpy as np
@@ -38,7 +38,7 @@ PLAIN = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
 
 
 def encode(format, weights, rng):
-    """(bytes, the float32 weights that they mean) of a stack in a format; random ones where nothing quantizes to it."""
+    """A stack in a format: (bytes, its weights as float32). Formats that cannot be quantized to get random blocks."""
     if format in PLAIN:
         stored = weights.astype(PLAIN[format])
         return stored.tobytes(), stored.astype(np.float32)
@@ -58,7 +58,8 @@ def random_blocks(format, shape, rng):
 
 
 def fused_and_not(folder, formats, attention="f32"):
-    """Paths of a GGUF file with fused experts, gate, up and down in these formats, and of the folder that it means.
+    """Paths of a GGUF file with stacked experts (gate, up and down in these formats) and of the equal Hugging Face
+    folder.
 
     attention: the format of the matrices outside of the experts.
     """
@@ -122,7 +123,7 @@ def test_a_file_of_one_format_is_loaded_and_answers_as_its_definitions_do(attent
     monkeypatch.setenv("LOCKSTEP_CACHE", str(shared_kernels(tmp_path / "cache")))
     path, _ = fused_and_not(tmp_path, ("q4_k", "q4_k", "q6_k"), attention)
     answers = []
-    for ops in (None, None, {"linear": "reference"}):  # packed now, packed before, defined
+    for ops in (None, None, {"linear": "reference"}):  # weights packed now, packed before; then the definition
         llm = LLM(str(path), ops=ops, max_requests=1, threads=1)
         assert {w.format for w in llm.model.recorded.weights()} >= {attention, "q4_k", "q6_k", "f32"}
         answers += llm.generate([tiny.prompt(CONFIG, 20)], SamplingParams(max_tokens=5, ignore_eos=True))

@@ -1,4 +1,4 @@
-"""A GGUF file of Gemma 3: the folder that it was converted from computes the same bits."""
+"""A GGUF file of Gemma 3 computes the same bits as the folder that it was converted from."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from tests.models.running import load, logits_of
 from tests.weights import convert
 from tests.weights.files import gguf_bytes, plain_tensors, write
 
-CONFIG = windowed(query_pre_attn_scalar=32)  # that of the heads' size, which GGUF takes for granted
+CONFIG = windowed(query_pre_attn_scalar=32)  # equal to head_dim, as llama.cpp assumes
 STEMS = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -42,7 +42,7 @@ def gguf_name(name):
 
 
 def write_gemma3(path, arrays, **keys):
-    """A file as conversion writes it: norms as 1 + w."""
+    """Writes a file as conversion does: norms as 1 + w."""
     stored = {gguf_name(n): a + np.float32(1) if n.endswith("norm.weight") else a for n, a in arrays.items()}
     metadata = convert.metadata("gemma3", **{k: v for k, v in {**KEYS, **keys}.items() if v is not None})
     return write(path, gguf_bytes(metadata, plain_tensors(stored)))

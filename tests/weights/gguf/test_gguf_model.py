@@ -1,4 +1,4 @@
-"""A GGUF file gives back the Hugging Face checkpoint it was converted from: names, config and every value."""
+"""A GGUF file gives back the Hugging Face checkpoint that it was converted from: names, config and every value."""
 
 import numpy as np
 import pytest
@@ -65,7 +65,7 @@ def test_rope_scaling(tmp_path):
 
 
 def llama3_factors(factor, context=8192, low=1.0, high=4.0, size=8):
-    """As conversion writes them: float32 [head size / 2]."""
+    """The tensor rope_freqs.weight as conversion writes it: float32 [head size / 2]."""
     frequencies = 1 / 500000 ** (np.arange(0, size, 2) / size)
     lengths = 2 * np.pi / frequencies
     smooth = (context / lengths - low) / (high - low)
@@ -96,7 +96,7 @@ def test_llama3_rope_factors(tmp_path):
     "context, high", [(4096, 4.0), (2048, 4.0), (131072, 4.0), (1500, 4.0), (8192, 8.0), (700, 2.5)]
 )
 def test_llama3_rope_of_another_context(context, high, tmp_path):
-    """What is inferred turns each pair as far as what the factors were made of."""
+    """The recovered parameters rotate each pair as far as those that the factors were made from."""
     found = llama3_scaling(500000.0, 64, llama3_factors(32.0, context, 1.0, high, 64), 8192, "m.gguf")
     assert (found["original_max_position_embeddings"], found["high_freq_factor"]) == (context, high)
     doubled = llama3_scaling(500000.0, 64, llama3_factors(32.0, context, 2.0, high + 4, 64), 8192, "m.gguf")
@@ -106,7 +106,7 @@ def test_llama3_rope_of_another_context(context, high, tmp_path):
 
 
 def test_an_original_context_in_the_metadata_is_tried_first(tmp_path):
-    """With heads this small only one pair lies between the ends, too few to find an unusual context by."""
+    """In small heads only one pair has a factor between the ends, too few to solve for an unusual context."""
     extra = plain_tensors({"rope_freqs.weight": llama3_factors(32.0, 9000)})
     values, tensors = {"rope__scaling__original_context_length": 9000}, dense_tensors(np.random.default_rng(8))
     path = write_dense(tmp_path / "m.gguf", tensors, "llama", extra, rotary, **values)

@@ -32,7 +32,7 @@ def test_qwen35(num_keys, num_values, mtp, tmp_path):
 def test_qwen35_heads_that_turn_whole(tmp_path):
     tensors, path = qwen35_tensors(np.random.default_rng(12), 2, 2, mtp=False), tmp_path / "m.gguf"
     config = open_checkpoint(write_qwen35(path, tensors, 2, 2, rope__dimension_count=16)).config
-    assert model_config(config).layers[3].mixer.rope.dim == 16  # a silent config means a quarter
+    assert model_config(config).layers[3].mixer.rope.dim == 16  # the default factor is a quarter
     with pytest.raises(ValueError, match=r"qwen35\.rope\.dimension_sections must be an array of numbers, found 11"):
         open_checkpoint(write_qwen35(path, tensors, 2, 2, rope__dimension_sections=11))
 
@@ -56,7 +56,7 @@ def test_qwen35_columns_of_blocks_move_whole(block, tmp_path):
 
 
 def test_qwen35_columns_across_blocks_become_float32(tmp_path):
-    """Value heads of 64 in k-quant blocks of 256: a block spans heads, so the weights move, not blocks."""
+    """Value heads of 64 in k-quant blocks of 256: a block spans heads, so single weights move, not blocks."""
     rng, name = np.random.default_rng(14), "model.layers.0.linear_attn.out_proj.weight"
     tensors = qwen35_tensors(rng, 2, 4, size=64, mtp=False)
     del tensors[name]

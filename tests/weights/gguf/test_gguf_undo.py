@@ -1,4 +1,4 @@
-"""What conversion did to a tensor is undone in whatever format it is stored."""
+"""Conversion is undone in every format that a tensor may be stored in."""
 
 import numpy as np
 import pytest

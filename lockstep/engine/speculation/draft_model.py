@@ -1,11 +1,12 @@
-"""A smaller model that drafts for another: it reads what is known of each request and guesses how it goes on.
+"""A draft model: a smaller model that computes the known tokens of each request and guesses how the request goes on.
 
-It chooses as the target will, with the noise of the same seed, position and token id, the same temperature, penalties
-and biases: where both models find the same token likeliest, they choose the same. It has pages and states of its own.
-Prompts are computed a part in each step, so that nobody waits for them; a request that is behind has no drafts.
+It chooses as the target model will, with the noise of the same seed, position and token id, the same temperature,
+penalties and biases: where both models find the same token likeliest, they choose the same. It has pages and states of
+its own. It computes a part of a prompt in each step, so that no request waits for it; a request whose known tokens are
+not all computed gets no drafts.
 
-What it guessed wrong is overwritten where memory lies by position. Layers with recurrent state have two slots for each
-request: one is moved by known tokens only, and its copy by guesses.
+Keys and values of wrong guesses are overwritten, since they lie by position. Layers with recurrent state have two slots
+for each request: known tokens alone change one, and guesses change its copy.
 """
 
 import contextlib
@@ -21,34 +22,34 @@ from lockstep.engine.model import Model
 from lockstep.engine.request import Request
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.engine.sampling import guessed
-from lockstep.engine.speculation.draft_memory import DraftMemory, Follower
+from lockstep.engine.speculation.draft_memory import DraftMemory, DraftSequence
 from lockstep.engine.speculation.drafts import MODEL
 from lockstep.engine.speculation.step_costs import GUESS_GAIN, StepCosts
 from lockstep.native.kernel import OnCompile
 from lockstep.runtime.threads import Team
 
-SLOTS = 2  # of a request, for recurrent layers: moved by known tokens, and by guesses
-MAX_STEP = 16  # known tokens that may be new since the last step, if there were guesses in it
-CATCH_UP = 128  # known tokens that a step computes beside as many as the target does
+SLOTS = 2  # of a request, for recurrent layers: one that known tokens change, and one that guesses change
+MAX_STEP = 16  # the most known tokens that can be new since a step in which the request had guesses
+CATCH_UP = 128  # known tokens that a step may compute beyond the number that the target computes
 
 
 @contextlib.contextmanager
 def named(path: object) -> Iterator[None]:
-    """A ValueError raised within says that it is about the draft model, and which that is: the target has tensors and
-    config keys of the same names."""
+    """Within it, a ValueError says that it is about the draft model at a path: the target has tensors and config keys
+    of the same names."""
     try:
         yield
     except ValueError as error:
-        said = str(error) if str(error).startswith(str(path)) else f"{path}: {error}"
-        raise ValueError(f"speculate: the draft model {said}") from None
+        message = str(error) if str(error).startswith(str(path)) else f"{path}: {error}"
+        raise ValueError(f"speculate: the draft model {message}") from None
 
 
 def check_vocabulary(target: Model, draft: Model) -> None:
-    """ValueError for a draft model that knows another number of tokens, or that makes no text."""
-    expected, found = target.config.vocab_size, draft.config.vocab_size
-    if found != expected:
+    """ValueError for a draft model with another number of tokens, or without an lm_head."""
+    expected, got = target.config.vocab_size, draft.config.vocab_size
+    if got != expected:
         raise ValueError(
-            f"speculate: the draft model has another vocabulary: {found} tokens, expected {expected} as of the model"
+            f"speculate: the draft model has another vocabulary: {got} tokens, expected {expected} as of the model"
         )
     if not draft.can_generate:
         raise ValueError("speculate: the draft model has no lm_head: it makes embeddings, and no text")
@@ -56,9 +57,10 @@ def check_vocabulary(target: Model, draft: Model) -> None:
 
 @dataclass(eq=False)
 class Guesses:
-    """Guesses of a follower's next tokens: how many are wanted, and those made so far."""
+    """Guesses of a sequence's next tokens. most: how many are wanted; 0: only the known tokens are to be computed.
+    tokens: the guesses made so far."""
 
-    follower: Follower
+    sequence: DraftSequence
     most: int
     tokens: list[int] = field(default_factory=list)
 
@@ -66,9 +68,9 @@ class Guesses:
 class DraftModel:
     """Guesses of a smaller model: a `draft_head.Head`.
 
-    limits: the target's. groups: its own pages, of which there are as many as the target's (see DraftMemory); who finds
-    none is not followed. eos_ids: end tokens, after which nothing is guessed. ValueError for another vocabulary than
-    the target's."""
+    limits: the target's. groups: the draft model's own pages, as many as the target's; a request for which they do not
+    suffice is dropped. eos_ids: end tokens, after which nothing is guessed. ValueError for another vocabulary than the
+    target's."""
 
     def __init__(
         self,
@@ -92,160 +94,165 @@ class DraftModel:
         self.memory = DraftMemory(groups, limits.max_requests, bool(states))
         self._states = [self.runner.caches[c.name].reshape(-1, c.bytes_each) for c in states]
         self._first_copy = limits.max_requests
-        self.followers: dict[int, Follower] = {}
+        self.sequences: dict[int, DraftSequence] = {}
         self._costs = StepCosts(GUESS_GAIN, GUESS_GAIN)
 
     name = MODEL
 
     @property
     def may_rest(self) -> bool:
-        """It holds nothing that a step changes."""
+        """True: nothing that it needs is overwritten by a step of the target."""
         return True
 
     def wants_hidden(self, request: Request) -> bool:
-        """It reads tokens."""
+        """False: it needs token ids only."""
         return False
 
     def observe(self, request: Request, start: int, hidden: np.ndarray) -> None:
-        """Nothing is told."""
+        """Does nothing."""
 
     def ready(self, request: Request, most: int) -> int:
-        """`most`, unless a request is not followed any more."""
-        f = self.followers.get(request.id)
-        return 0 if f is not None and f.is_done else most
+        """`most`, or 0 for a request that was dropped."""
+        sequence = self.sequences.get(request.id)
+        return 0 if sequence is not None and sequence.is_dropped else most
 
     def guess(self, wanted: Sequence[tuple[Request, int]], num_planned: int) -> dict[int, list[int]]:
-        """{id of a request: guesses of its next tokens}, for each at most as many as wanted; 0: it has yet to be read.
+        """{id of a request: guesses of its next tokens}, at most as many as wanted: [(request, most), ...]. A request
+        with most 0 is computed only, for later guesses.
 
-        num_planned: tokens that the target computes in this step.
+        num_planned: how many tokens the target computes in this step.
         """
         began = time.perf_counter()
-        self._leave([f for f in self.followers.values() if f.request.slot is None])
+        self._end([sequence for sequence in self.sequences.values() if sequence.request.slot is None])
         if not wanted:
             return {}
-        guesses = [Guesses(self._follower(request, most), most) for request, most in wanted]
-        followed = [g for g in guesses if not g.follower.is_done]
-        has_read = any(g.most == 0 or g.follower.num_left > MAX_STEP for g in followed)
-        asking, num_steps = self._read(followed, CATCH_UP + num_planned), 1
-        self._copy_states(asking)
-        while asking:
-            asking, num_steps = self._go_on(asking), num_steps + 1
-        if followed and not has_read:
-            self._costs.note(len(followed), (time.perf_counter() - began) / num_steps)
-        return {g.follower.request.id: g.tokens for g in guesses}
+        guesses = [Guesses(self._sequence(request, most), most) for request, most in wanted]
+        active = [g for g in guesses if not g.sequence.is_dropped]
+        has_prompts = any(g.most == 0 or g.sequence.num_left > MAX_STEP for g in active)
+        unfinished, num_steps = self._compute_known(active, CATCH_UP + num_planned), 1
+        self._copy_states(unfinished)
+        while unfinished:
+            unfinished, num_steps = self._go_on(unfinished), num_steps + 1
+        if active and not has_prompts:
+            self._costs.note(len(active), (time.perf_counter() - began) / num_steps)
+        return {g.sequence.request.id: g.tokens for g in guesses}
 
     def seconds(self, num_requests: int) -> float:
-        """Seconds that one more guess for each of so many requests takes, all that is done for it included; 0 before
-        any was measured."""
+        """Seconds that one more guess for each of num_requests requests takes, with everything around it; 0 before any
+        was measured."""
         return self._costs.of(num_requests) if self._costs else 0.0
 
     def is_behind(self, request: Request) -> bool:
-        """Whether a request is read, and has known tokens that were not yet."""
-        f = self.followers.get(request.id)
-        return f is not None and not f.is_done and f.num_left > 0
+        """Whether the draft model has yet to compute known tokens of a request that it guesses for."""
+        sequence = self.sequences.get(request.id)
+        return sequence is not None and not sequence.is_dropped and sequence.num_left > 0
 
     def forget(self, request: Request) -> None:
-        """Takes leave of a request; it may come again."""
-        if request.id in self.followers:
-            self._leave([self.followers[request.id]])
+        """Ends a request's sequence; the request may come again."""
+        if request.id in self.sequences:
+            self._end([self.sequences[request.id]])
 
     # ------------------------------------------------------------ memory
 
-    def _follower(self, request: Request, most: int) -> Follower:
-        """A request's Follower, with pages for its known tokens and guesses; or done, where there is no room."""
-        if request.id not in self.followers:
-            self.followers[request.id] = self.memory.begin(request)
-        f = self.followers[request.id]
-        if f.is_done:
-            return f
-        self._keep_right(f)
+    def _sequence(self, request: Request, most: int) -> DraftSequence:
+        """A request's DraftSequence, with pages for its known tokens and guesses; dropped where there is no room."""
+        if request.id not in self.sequences:
+            self.sequences[request.id] = self.memory.begin(request)
+        sequence = self.sequences[request.id]
+        if sequence.is_dropped:
+            return sequence
+        self._keep_right_guesses(sequence)
         end = request.num_tokens + most
-        if end > self.model.max_context or not self.memory.grow(f, end):
-            self.memory.stop(f)  # for good: it would begin and stop again and again
-        return f
+        if end > self.model.max_context or not self.memory.grow(sequence, end):
+            self.memory.stop(sequence)  # for good: else the request would begin and stop again and again
+        return sequence
 
-    def _keep_right(self, f: Follower) -> None:
-        """Notes which known tokens are computed: also those that were guessed, unless they moved the copy of a state.
+    def _keep_right_guesses(self, sequence: DraftSequence) -> None:
+        """Counts right guesses as computed known tokens, unless there are recurrent states: guesses change their
+        copies.
 
-        The last known token never is: what follows it is asked for.
+        The last known token never counts, since its row chooses the next guess.
         """
-        last = f.request.num_tokens - 1
-        known = f.request.token_ids(f.num_fed, last) if not self._states else []
-        pairs = enumerate(zip(known, f.guessed, strict=False))
-        f.num_fed += next((i for i, (a, b) in pairs if a != b), min(len(known), len(f.guessed)))
-        f.guessed = []
-        if f.num_fed > last:  # a step that was broken off added none
-            f.num_fed = 0 if self._states else last
+        last = sequence.request.num_tokens - 1
+        known = sequence.request.token_ids(sequence.num_computed, last) if not self._states else []
+        pairs = enumerate(zip(known, sequence.guessed, strict=False))
+        sequence.num_computed += next((i for i, (a, b) in pairs if a != b), min(len(known), len(sequence.guessed)))
+        sequence.guessed = []
+        if sequence.num_computed > last:  # the target's step failed, and added no token
+            sequence.num_computed = 0 if self._states else last
 
-    def _leave(self, followers: Iterable[Follower]) -> None:
-        for f in followers:
-            if not f.is_done:
-                self._keep_right(f)
-            del self.followers[f.request.id]
-            self.memory.end(f)
+    def _end(self, sequences: Iterable[DraftSequence]) -> None:
+        for sequence in sequences:
+            if not sequence.is_dropped:
+                self._keep_right_guesses(sequence)
+            del self.sequences[sequence.request.id]
+            self.memory.end(sequence)
 
     def _copy_states(self, guesses: Sequence[Guesses]) -> None:
-        """What known tokens made of the states is where guesses go on from."""
+        """Copies the states after the known tokens, from which the guesses go on."""
         for rows in self._states if guesses else ():
             for g in guesses:
-                rows[self._copy_of(g.follower)] = rows[g.follower.slot]
+                rows[self._copy_of(g.sequence)] = rows[g.sequence.slot]
 
-    def _copy_of(self, f: Follower) -> int:
-        """The slot that guesses change."""
-        return f.slot + self._first_copy if self._states else f.slot
+    def _copy_of(self, sequence: DraftSequence) -> int:
+        """The slot whose states guesses change."""
+        return sequence.slot + self._first_copy if self._states else sequence.slot
 
     # ------------------------------------------------------------ steps
 
-    def _read(self, guesses: Sequence[Guesses], budget: int) -> list[Guesses]:
-        """Computes known tokens, up to the budget, of those first that have the fewest left. Returns those that have
-        none left, and of whose guesses more than the first are wanted."""
-        budget, spans, asking = min(budget, self.runner.limits.max_step_tokens), [], []
-        for g in sorted(guesses, key=lambda g: g.follower.num_left):
-            f = g.follower
-            count = self._with_pages(g, min(f.num_left - (g.most == 0), budget))
+    def _compute_known(self, guesses: Sequence[Guesses], budget: int) -> list[Guesses]:
+        """Computes known tokens, up to the budget, of the sequences with the fewest left first. A sequence with none
+        left gets its first guess; returns the Guesses of which more are wanted."""
+        budget, spans, sampled = min(budget, self.runner.limits.max_step_tokens), [], []
+        for g in sorted(guesses, key=lambda g: g.sequence.num_left):
+            sequence = g.sequence
+            count = self._with_pages(g, min(sequence.num_left - (g.most == 0), budget))
             if count:
-                asks = count == f.num_left
-                spans.append(self._span(g, f.request.token_ids(f.num_fed, f.num_fed + count), f.num_fed, f.slot, asks))
-                budget, f.num_fed = budget - count, f.num_fed + count
-                asking += [g] if asks else []
-        return self._run(spans, asking)
+                is_sampled, start = count == sequence.num_left, sequence.num_computed
+                token_ids = sequence.request.token_ids(start, start + count)
+                spans.append(self._span(g, token_ids, start, sequence.slot, is_sampled))
+                budget, sequence.num_computed = budget - count, start + count
+                sampled += [g] if is_sampled else []
+        return self._run(spans, sampled)
 
     def _with_pages(self, g: Guesses, count: int) -> int:
-        """How many of `count` known tokens there are pages for: not all that are left where guesses have none."""
-        f = g.follower
-        ahead = g.most if count == f.num_left else 0
-        found = self.memory.extend(f, count + ahead)
-        return count if found == count + ahead else max(0, min(count - (ahead > 0), found))
+        """For how many of `count` known tokens there are pages: for fewer than all that are left, if its guesses have
+        no pages."""
+        sequence = g.sequence
+        ahead = g.most if count == sequence.num_left else 0
+        num_tokens = self.memory.extend(sequence, count + ahead)
+        return count if num_tokens == count + ahead else max(0, min(count - (ahead > 0), num_tokens))
 
     def _go_on(self, guesses: Sequence[Guesses]) -> list[Guesses]:
-        """Computes the last guess of each; returns those of which more are wanted."""
+        """Computes the last guess of each; returns the Guesses of which more are wanted."""
         spans = []
         for g in guesses:
-            token, at = g.tokens[-1], g.follower.request.num_tokens + len(g.tokens) - 1
-            spans.append(self._span(g, [token], at, self._copy_of(g.follower), True))
-            g.follower.guessed.append(token)
+            token, at = g.tokens[-1], g.sequence.request.num_tokens + len(g.tokens) - 1
+            spans.append(self._span(g, [token], at, self._copy_of(g.sequence), True))
+            g.sequence.guessed.append(token)
         return self._run(spans, guesses)
 
-    def _span(self, g: Guesses, token_ids: list[int], start: int, slot: int, asks: bool) -> Span:
-        """Tokens of a request, and whether the next one is asked for."""
-        request, vocab_size = g.follower.request, self.model.config.vocab_size
-        chosen = {len(token_ids) - 1: guessed(request, self._eos_ids, vocab_size, g.tokens)} if asks else {}
-        return Span(token_ids, start, g.follower.pages, slot, chosen)
+    def _span(self, g: Guesses, token_ids: list[int], start: int, slot: int, is_sampled: bool) -> Span:
+        """The Span of tokens of a request. is_sampled: whether the last row chooses the next token."""
+        request, vocab_size = g.sequence.request, self.model.config.vocab_size
+        sampled = {len(token_ids) - 1: guessed(request, self._eos_ids, vocab_size, g.tokens)} if is_sampled else {}
+        return Span(token_ids, start, g.sequence.pages, slot, sampled)
 
-    def _run(self, spans: list[Span], asking: Sequence[Guesses]) -> list[Guesses]:
-        """Runs a step, if there is anything to run; those that ask, in the order of their spans, get a token. Returns
-        those that want more."""
+    def _run(self, spans: list[Span], sampled: Sequence[Guesses]) -> list[Guesses]:
+        """Runs a step, if there are spans. sampled: the Guesses that get a token, in the order of their spans. Returns
+        the Guesses of which more are wanted."""
         if not spans:
             return []
         tokens, logprobs, _ = self.runner.step(spans)
-        got = zip(asking, tokens[: len(asking)].tolist(), logprobs[: len(asking)].tolist(), strict=True)
-        return [g for g, token, logprob in got if self._takes(g, token, logprob)]
+        rows = zip(sampled, tokens[: len(sampled)].tolist(), logprobs[: len(sampled)].tolist(), strict=True)
+        return [g for g, token, logprob in rows if self._take_guess(g, token, logprob)]
 
-    def _takes(self, g: Guesses, token: int, logprob: float) -> bool:
-        """Takes in a guess; whether another one is wanted. What is no number ends the guesses, and nothing else."""
-        p = g.follower.request.params
+    def _take_guess(self, g: Guesses, token: int, logprob: float) -> bool:
+        """Takes in a guess; returns whether another one is wanted. A NaN or an infinity drops the sequence: the
+        target's answer does not depend on it."""
+        p = g.sequence.request.params
         if not math.isfinite(logprob):
-            self.memory.stop(g.follower)
+            self.memory.stop(g.sequence)
             return False
         if token in p.stop_token_ids or (token in self._eos_ids and not p.ignore_eos):
             return False

@@ -1,15 +1,17 @@
-"""Drafts: guesses of the next tokens, computed in the same step as the token before them, and kept if they are right.
+"""Speculative decoding: drafts are guesses of the next tokens, computed in the same step as the token before them, and
+kept if they are right.
 
-A draft changes nothing but the time. It takes tokens, sampled rows and pages of a step that are left over, so that
-nobody waits, is preempted or loses a cached block for it. A draft is right if the model, with the noise of its position
-and with what the request asks of its logits, chooses the same token. Of a wrong one nothing is left to undo: keys and
-values past the computed tokens of a request are overwritten before anybody reads them.
+A draft changes nothing but speed. It takes tokens, sampled rows and pages that a step has left over, so that no request
+waits, is preempted or loses a cached block for it. A draft is right if the model chooses the same token, with the noise
+of its position and with the request's penalties and masks. A wrong draft leaves nothing to undo: keys and values after
+the computed tokens of a request are overwritten before they are read.
 """
 
 import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,15 +25,16 @@ from lockstep.engine.speculation.earlier_answers import EarlierAnswers
 from lockstep.engine.speculation.lookup import Guess, Lookup
 from lockstep.text.speculative_mask import SpeculativeMask
 
-MAX_DRAFTS, MOST_BY_ITSELF = 15, 7  # of a request in a step: that may be asked for; where the width follows what pays
-ROUNDS = 4  # of asking for drafts that follow other drafts
+MAX_DRAFTS = 15  # the most drafts of a request in a step that options may ask for
+MOST_BY_ITSELF = 7  # the most where their number follows what pays
+ROUNDS = 4  # how many guesses of texts or of a grammar may follow one another in a step
 NOTHING = Guess([], "")
-DOUBTED = 0.99  # of the time that a head takes, for each step in which it was not asked
+DOUBTED = 0.99  # a factor on the measured time of a Head, for each step in which it did not guess
 
 
 @dataclass
 class Spare:
-    """What a step has left: tokens, and rows that sample."""
+    """The tokens and sampled rows that a step has left over."""
 
     tokens: int
     rows: int
@@ -39,8 +42,7 @@ class Spare:
 
 @dataclass(slots=True)
 class Drafts:
-    """Guessed tokens of a request, in order; where each comes from, and with which others it is judged: see
-    `Guess.kind`."""
+    """Guessed tokens of a request in order, and of each token its source and its kind (see `Guess.kind`)."""
 
     tokens: list[int] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
@@ -50,55 +52,65 @@ class Drafts:
         return len(self.tokens)
 
     def add(self, guess: Guess) -> None:
-        """Takes in what may follow them."""
+        """Appends a guess of the tokens after these drafts."""
         count = len(guess.tokens)
         self.tokens += guess.tokens
         self.sources += [guess.source] * count
         self.kinds += [guess.kind] * count
 
     def cut(self, count: int) -> None:
-        """Keeps the first `count`."""
+        """Keeps the first `count` drafts."""
         if count < len(self.tokens):
             del self.tokens[count:], self.sources[count:], self.kinds[count:]
 
 
-# (request, at most how many, drafts of its next tokens): what may follow the drafts
+# (request, most tokens, drafts of its next tokens) -> a Guess of the tokens after these drafts
 Source = Callable[[Request, int, Sequence[int]], Guess]
 
 
 def look_up(request: Request, most: int, drafts: Sequence[int]) -> Guess:
-    """What followed the same few tokens in the texts that a request looks in."""
+    """A guess from what followed the same last tokens in the request's texts: see `Lookup`."""
     assert request.lookup is not None, "the Drafter makes it"
     request.lookup.extend(request.token_ids(len(request.lookup), request.num_tokens))
     return request.lookup.guess(most, drafts)
 
 
-# of texts, by what the option `speculate` says; None: texts are not looked in
+# {value of the option `speculate`: the source of drafts from texts; None: there is none}
 SOURCES: dict[str, Source | None] = {"off": None, "auto": look_up, "mtp": None, "lookup": look_up}
-MODEL = "model"  # what it says where a smaller model drafts
+MODEL = "model"  # the value with which a draft model drafts
 
 
 def may_draft(request: Request) -> bool:
-    """Whether a request may have drafts when it decodes: not one that makes no tokens, nor one with a mask that cannot
-    be asked about tokens that may not come."""
+    """Whether a request may have drafts when it decodes: not if it only makes an embedding, nor if its logits_mask is a
+    plain function, which knows the mask after computed tokens only."""
     mask = request.params.logits_mask
     return request.pool is None and (mask is None or isinstance(mask, SpeculativeMask))
 
 
 class DraftCounts:
-    """How many drafts from one source were computed, and how many were right, by depth."""
+    """How many drafts of one source were computed, and how many were right, by depth."""
 
     def __init__(self) -> None:
         self.drafted, self.right = [0] * MAX_DRAFTS, [0] * MAX_DRAFTS
 
 
+class Active(NamedTuple):
+    """What may give drafts in a step: texts (and grammars), the Head, or the Head only if texts have no guess, since it
+    is due to be tried."""
+
+    texts: bool
+    head: bool
+    is_head_due: bool = False
+
+
 class Drafter:
     """Gives the requests of a step their drafts.
 
-    source: of texts, or None. num_drafts: of one request in a step; None: as many as pay. eos_ids: the model's end
-    tokens, after which nothing is drafted. head: a model that guesses where texts do not guess better. counts: {source:
-    DraftCounts}. is_untimed: whether the time of this step is not to be taken in: nothing would follow from it, or a
-    like step was timed a few steps ago. may_need_hidden: whether hidden states of this step may be needed.
+    source: of drafts from texts, or None. num_drafts: of one request in a step; None: as many as pay. eos_ids: the
+    model's end tokens, after which nothing is drafted. head: a Head, which guesses where texts have no better guess.
+    counts: {source: DraftCounts}. is_untimed: whether `time` is not to be called for this step: its time would change
+    nothing, or a like step was timed a few steps ago. may_need_hidden: whether the Head may need hidden states of this
+    step.
     """
 
     def __init__(
@@ -110,57 +122,57 @@ class Drafter:
         head: Head | None = None,
     ) -> None:
         self._scheduler, self._source, self._eos_ids, self.head = scheduler, source, eos_ids, head
-        self._seconds_guessing = 0.0  # of this step, by the head
-        self._since_asked = 0  # steps since it guessed
-        # of this step, where it guesses and texts had a guess, too: that one, and after how many tokens of the answer
+        self._seconds_guessing = 0.0  # of the Head, in this step
+        self._since_guess = 0  # steps since the Head guessed
+        # {request for which the Head guesses in this step: (the drafts of texts that it replaces, tokens of the
+        # answer)}
         self._passed_over: dict[Request, tuple[Drafts, int]] = {}
         self._is_fixed, self._num_drafts = num_drafts is not None, num_drafts or MOST_BY_ITSELF
-        self._weighs = num_drafts is None or (head is not None and source is not None)
+        self._weighs = num_drafts is None or (head is not None and source is not None)  # measures what pays
         self._choice = WidthChoice(self._num_drafts, follows=head is not None)
         self._answers = EarlierAnswers()
-        # steps that are surely like the last one, of so many requests; sorts of drafts that there are
-        self._num_quiet = self._num_rows = 0
-        self._sorts = [sort for sort, there_is in ((TEXTS, source), (HEAD, head)) if there_is is not None]
+        self._num_quiet = self._num_rows = 0  # steps in which all drafts rest while there are _num_rows requests
+        self._sorts = [sort for sort, origin in ((TEXTS, source), (HEAD, head)) if origin is not None]
         self.is_untimed = self.may_need_hidden = False
         self.counts: dict[str, DraftCounts] = {}
 
     def draft(self, plan: list[tuple[Request, int]]) -> dict[Request, Drafts]:
-        """Drafts of the next tokens of requests of a step, with pages to put them in, from what the step has left.
+        """Drafts of the next tokens of a step's requests, from the tokens, rows and pages that the step has left over.
 
-        Only for requests that decode and may have drafts.
+        plan: [(request, number of tokens), ...]. Only requests that decode and may have drafts get some.
         """
         if self._num_quiet > 0 and self._is_quiet(plan):
             return {}
         decoding = [request for request, _ in plan if request.num_left == 1]
         able = [request for request in decoding if may_draft(request)]
-        looking, guessing, is_due = self._awake(able, len(decoding), len(plan))
-        self._passed_over, self._seconds_guessing, self._since_asked = {}, 0.0, self._since_asked + 1
+        active = self._active(able, len(decoding), len(plan))
+        self._passed_over, self._seconds_guessing, self._since_guess = {}, 0.0, self._since_guess + 1
         self.is_untimed, self.may_need_hidden = not self._weighs, self.head is not None
-        if not (looking or guessing or is_due):
+        if not any(active):
             self.is_untimed = self.is_untimed or self._choice.was_timed(len(decoding))
             self._num_rows, self._num_quiet = len(plan), 0 if self._is_fixed else self._choice.num_quiet(self._sorts)
             return {}
         spare = self._left(plan)
-        made = {request: self._guessed(request, spare, len(decoding)) for request in able} if looking else {}
-        is_found = any(made.values())
-        if is_due and is_found:
+        drafts_of = {r: self._from_texts(r, spare, len(decoding)) for r in able} if active.texts else {}
+        has_drafts = any(drafts_of.values())
+        if active.is_head_due and has_drafts:
             self._choice.put_off()
-        guessing = guessing or (is_due and not is_found)
-        if not guessing and not is_found:
+        with_head = active.head or (active.is_head_due and not has_drafts)
+        if not with_head and not has_drafts:
             self._choice.found_nothing(len(decoding))
             self.is_untimed = self.is_untimed or self._choice.was_timed(len(decoding))
             return {}
-        asked = self._lent(able, made, self._chosen(able, made, len(decoding), spare, guessing), spare)
-        if self.head and guessing:
-            reads = [(r, 0) for r, _ in plan if r.num_left > 1 and may_draft(r) and self._is_read(r)]
-            self._ask(self.head, reads + list(asked.items()), made, sum(count for _, count in plan))
-        self.is_untimed = self.is_untimed or not any(
-            made.values()
-        )  # what it cost to find none is no part of such a step
-        return made
+        num_guesses = self._chosen(able, drafts_of, len(decoding), spare, with_head)
+        num_guesses = self._lent(able, drafts_of, num_guesses, spare)
+        if self.head and with_head:
+            prompts = [(r, 0) for r, _ in plan if r.num_left > 1 and may_draft(r) and self._is_followed(r)]
+            self._add_guesses(self.head, prompts + list(num_guesses.items()), drafts_of, sum(n for _, n in plan))
+        # the time spent without finding a draft is no part of a step without drafts
+        self.is_untimed = self.is_untimed or not any(drafts_of.values())
+        return drafts_of
 
     def _is_quiet(self, plan: list[tuple[Request, int]]) -> bool:
-        """Whether a step is surely like the last one, for which nothing had to be done."""
+        """Whether all drafts still rest in this step, so that nothing has to be done for it."""
         self._num_quiet -= 1
         for request, _ in plan:
             if request.num_left != 1 or request.params.logits_mask:
@@ -169,100 +181,101 @@ class Drafter:
             self._num_quiet = 0
             return False
         self._choice.begin()
-        self.is_untimed, self.may_need_hidden, self._since_asked = True, False, self._since_asked + 1
+        self.is_untimed, self.may_need_hidden, self._since_guess = True, False, self._since_guess + 1
         return True
 
-    def _awake(self, able: list[Request], rows: int, num_planned: int) -> tuple[bool, bool, bool]:
-        """Whether texts are to be looked in, and whether the head may have something to do, in a step of so many
-        requests: not where it is like those before it, in which none of their drafts was worth its row; and whether the
-        head is to be tried all the same, if texts say nothing."""
+    def _active(self, able: list[Request], rows: int, num_requests: int) -> Active:
+        """What is active in a step with `rows` decoding requests of num_requests in all: neither texts nor the Head
+        while their drafts rest, since none was worth its row in the steps before."""
         has_masks = any(request.params.logits_mask for request in able)
         if self._is_fixed:
-            return bool(able) and (has_masks or self._source is not None), self.head is not None, False
+            return Active(bool(able) and (has_masks or self._source is not None), self.head is not None)
         self._choice.begin()
-        if rows == num_planned and self._choice.is_to_be_timed(rows) and self._head_may_rest:
-            return False, False, False
-        looks = self._source is not None and bool(able) and not self._choice.rests(TEXTS, rows)
+        if rows == num_requests and self._choice.is_to_be_timed(rows) and self._head_may_rest:
+            return Active(False, False)
+        in_texts = self._source is not None and bool(able) and not self._choice.rests(TEXTS, rows)
         if self.head is None:
-            return looks or has_masks, False, False
-        is_idle = rows == num_planned and self._head_may_rest and self._choice.rests(HEAD, rows)
-        return looks or has_masks, not is_idle, self._choice.is_due()
+            return Active(in_texts or has_masks, False)
+        head_rests = rows == num_requests and self._head_may_rest and self._choice.rests(HEAD, rows)
+        return Active(in_texts or has_masks, not head_rests, self._choice.is_due())
 
     @property
     def _head_may_rest(self) -> bool:
         return self.head is None or self.head.may_rest
 
     def _left(self, plan: list[tuple[Request, int]]) -> Spare:
-        """What is left in a step of so many tokens of each request."""
+        """The tokens and sampled rows that the plan of a step leaves over."""
         limits, tokens = self._scheduler.limits, sum(count for _, count in plan)
         sampled = sum(num_rows(request, count) for request, count in plan)
         return Spare(limits.max_step_tokens - tokens, limits.max_sampled - sampled)
 
     def _chosen(
-        self, able: list[Request], made: dict[Request, Drafts], rows: int, spare: Spare, guessing: bool
+        self, able: list[Request], drafts_of: dict[Request, Drafts], rows: int, spare: Spare, with_head: bool
     ) -> dict[Request, int]:
-        """Cuts the drafts of texts to those that are worth their rows, and says how many the head, if it is asked, is
-        to guess instead where that gives more tokens a second."""
-        for request in able if len(made) < len(able) else ():
-            made[request] = Drafts()
-        if not self._weighs:  # there is but one sort, and what a grammar forces is better
-            ready = {r: self._ready(r, spare) for r in able if guessing and not made[r]}
+        """Cuts the drafts of texts to those that are worth their rows; drops them where guesses of the Head give more
+        tokens a second, and returns {request: how many the Head is to guess}."""
+        for request in able if len(drafts_of) < len(able) else ():
+            drafts_of[request] = Drafts()
+        if not self._weighs:  # one sort of drafts: all of them, where a grammar forces none, which are better
+            ready = {r: self._ready(r, spare) for r in able if with_head and not drafts_of[r]}
             return {request: count for request, count in ready.items() if count}
-        seen, found = [self._seen(r) for r in able], [made[r] for r in able]
-        most = [self._ready(request, spare) if guessing else 0 for request in able]
-        guesser = self._guesser(rows, most) if guessing else None
-        kinds = [drafts.kinds for drafts in found]
+        seen, of_text = [self._seen(r) for r in able], [drafts_of[r] for r in able]
+        most = [self._ready(request, spare) if with_head else 0 for request in able]
+        guesser = self._guesser(rows, most) if with_head else None
+        kinds = [drafts.kinds for drafts in of_text]
         choose = self._choice.best if self._is_fixed else self._choice.choose
-        widths, asked = choose(seen, kinds, rows, guesser), {}
-        for request, drafts, ready, of_texts, of_head in zip(able, found, most, *widths, strict=True):
+        widths, num_guesses = choose(seen, kinds, rows, guesser), {}
+        for request, drafts, ready, of_texts, of_head in zip(able, of_text, most, *widths, strict=True):
             if of_head and ready:
-                self._passed_over[request], made[request] = (drafts, len(request.output_ids)), Drafts()
-                asked[request] = min(of_head, ready)
+                self._passed_over[request], drafts_of[request] = (drafts, len(request.output_ids)), Drafts()
+                num_guesses[request] = min(of_head, ready)
             else:
                 drafts.cut(of_texts)
-        return asked
+        return num_guesses
 
     def _ready(self, request: Request, spare: Spare) -> int:
-        """How many drafts the head could give a request."""
+        """How many drafts the Head could give a request."""
         room = self._room(request, spare) if self.head else 0
         return self.head.ready(request, room) if self.head and room else 0
 
     def _guesser(self, num_requests: int, most: list[int] | None = None) -> Guesser | None:
-        """What choosing widths takes from the head, of which each request may have so many drafts; a measured time that
-        keeps it from being asked is doubted more and more."""
+        """The Guesser of the Head. most: how many drafts it can give each request."""
         if self.head is None:
             return None
-        return Guesser(self.head.name, self.head.seconds(num_requests), most, DOUBTED**self._since_asked)
+        return Guesser(self.head.name, self.head.seconds(num_requests), most, DOUBTED**self._since_guess)
 
     def _lent(
-        self, able: list[Request], made: dict[Request, Drafts], asked: dict[Request, int], spare: Spare
+        self, able: list[Request], drafts_of: dict[Request, Drafts], num_guesses: dict[Request, int], spare: Spare
     ) -> dict[Request, int]:
-        """Takes what drafts need from what is spare, and cuts them to what there is; returns how many are asked for."""
+        """Takes tokens, rows and pages for drafts, and cuts drafts and num_guesses to what is left over; returns
+        num_guesses."""
         for request in able:
-            drafts = made[request]
-            count = min(asked.get(request) or len(drafts), spare.tokens, spare.rows)
+            drafts = drafts_of[request]
+            count = min(num_guesses.get(request) or len(drafts), spare.tokens, spare.rows)
             count = self._scheduler.lend(request, count) if count > 0 else 0
             spare.tokens, spare.rows = spare.tokens - count, spare.rows - count
             drafts.cut(count)
-            if request in asked:
-                asked[request] = count
-        return {request: count for request, count in asked.items() if count}
+            if request in num_guesses:
+                num_guesses[request] = count
+        return {request: count for request, count in num_guesses.items() if count}
 
-    def _ask(self, head: Head, asked: list[tuple[Request, int]], made: dict[Request, Drafts], num_planned: int) -> None:
-        """Adds what the head guesses."""
+    def _add_guesses(
+        self, head: Head, wanted: list[tuple[Request, int]], drafts_of: dict[Request, Drafts], num_planned: int
+    ) -> None:
+        """Adds the Head's guesses to the drafts of requests. wanted, num_planned: see `Head.guess`."""
         began = time.perf_counter()
-        found = head.guess(asked, num_planned)
+        guesses = head.guess(wanted, num_planned)
         self._seconds_guessing = time.perf_counter() - began
-        for request, count in asked:
+        for request, count in wanted:
             if count:
-                self._since_asked = 0
+                self._since_guess = 0
                 if head.is_behind(request):
                     self._choice.try_again(self._seen(request))
                 with contextlib.suppress(ValueError):  # a limit of the grammar, as in `_next`
-                    made[request].add(self._allowed(request, Guess(found.get(request.id, []), head.name)))
+                    drafts_of[request].add(self._allowed(request, Guess(guesses.get(request.id, []), head.name)))
 
-    def _is_read(self, request: Request) -> bool:
-        """Whether the head is to know a request: not where its drafts are not worth their time."""
+    def _is_followed(self, request: Request) -> bool:
+        """Whether the Head is to compute a request's known tokens: not if its drafts are not worth their time."""
         if self._is_fixed or self.head is None:
             return True
         if request.num_left > 1:
@@ -271,27 +284,26 @@ class Drafter:
         return self._choice.is_tried_soon(self._seen(request))
 
     def wants_hidden(self, request: Request) -> bool:
-        """Whether `observe` is to be told the hidden states of a request's tokens."""
-        return bool(self.head and may_draft(request) and self.head.wants_hidden(request) and self._is_read(request))
+        """Whether the Head needs the hidden states of a request's tokens, see `observe`."""
+        return bool(self.head and may_draft(request) and self.head.wants_hidden(request) and self._is_followed(request))
 
     def observe(self, request: Request, start: int, hidden: np.ndarray) -> None:
-        """Tells the head a request's hidden states, see `Head.observe`."""
+        """Gives the Head a request's hidden states, see `Head.observe`."""
         if self.head:
             self.head.observe(request, start, hidden)
 
     def _room(self, request: Request, spare: Spare) -> int:
-        """The most drafts that a step has room for and the answer needs."""
+        """The most drafts for which the step has room and which the answer's max_tokens allow."""
         left = request.params.max_tokens - len(request.output_ids) - 1
         return max(0, min(self._num_drafts, spare.tokens, spare.rows, left))
 
-    def _guessed(self, request: Request, spare: Spare, rows: int) -> Drafts:
-        """Guesses of a request's next tokens, all of them before the first that would end the answer: what a grammar
-        forces, and what texts say."""
+    def _from_texts(self, request: Request, spare: Spare, rows: int) -> Drafts:
+        """Drafts of a request's next tokens from its grammar, which forces some tokens, and from texts; without the
+        token that would end the answer."""
         if request.lookup is None:
-            of_salt = self._answers, request.cache_salt
-            request.lookup = Lookup(len(request.prompt_ids), request.prediction, *of_salt)
+            request.lookup = Lookup(len(request.prompt_ids), request.prediction, self._answers, request.cache_salt)
         room = paying = self._room(request, spare)
-        if request.params.logits_mask is not None and not self._is_fixed:  # what it allows takes time to find out
+        if request.params.logits_mask is not None and not self._is_fixed:  # checking drafts against it takes time
             paying = min(
                 room, self._choice.most_of_texts(self._seen(request), rows, self.head.name if self.head else None)
             )
@@ -306,8 +318,8 @@ class Drafter:
         return drafts
 
     def _next(self, request: Request, room: int, paying: int, drafts: list[int]) -> Guess:
-        """What may follow the drafts: up to `room` tokens that a grammar forces, or else up to `paying` that the source
-        says and the grammar allows."""
+        """The next Guess after the drafts: up to `room` tokens that the grammar forces, or else up to `paying` tokens
+        from texts, as far as the grammar allows them."""
         output_ids, mask = request.output_ids, request.params.logits_mask
         assert mask is None or isinstance(mask, SpeculativeMask), "see may_draft"
         try:
@@ -316,19 +328,19 @@ class Drafter:
                 return Guess(forced[: self._num_before_end(request, forced)], FORCED)
             guess = self._source(request, paying, drafts) if self._source and paying > 0 else NOTHING
             return self._allowed(request, guess, drafts)
-        except ValueError:  # a limit of the grammar: where the answer itself reaches it, its next mask says so
+        except ValueError:  # a limit of the grammar: if the answer itself reaches it, its next mask raises, too
             return NOTHING
 
     def _allowed(self, request: Request, guess: Guess, drafts: Sequence[int] = ()) -> Guess:
-        """The guess, which follows drafts, before the first token that ends the answer or that a grammar forbids.
-        ValueError if a limit of the grammar is reached."""
+        """A guess after drafts, cut before the first token that ends the answer or that the grammar forbids. ValueError
+        if a limit of the grammar is reached."""
         mask, tokens = request.params.logits_mask, guess.tokens[: self._num_before_end(request, guess.tokens)]
         if isinstance(mask, SpeculativeMask) and tokens:
             tokens = tokens[: mask.num_allowed(request.output_ids, [*drafts, *tokens]) - len(drafts)]
         return guess._replace(tokens=tokens)
 
     def _seen(self, request: Request) -> Acceptance:
-        """How often a request's drafts were right; of a new one, how often those of all were."""
+        """The Acceptance of a request, made with its first drafts."""
         if request.acceptance is None:
             request.acceptance = self._choice.newcomer()
         return request.acceptance
@@ -347,23 +359,23 @@ class Drafter:
             counts.right[depth] += depth < num_right
 
     def _note_passed_over(self, request: Request) -> None:
-        """Takes in how right texts would have been where the head guessed: else nobody would look there again once the
-        head was better, whatever is found there later, or in another request."""
-        guessed, start = self._passed_over.pop(request, (None, 0))
-        if guessed:
-            came = request.output_ids[start:]
-            guessed.cut(len(came))
-            pairs = enumerate(zip(guessed.tokens, came, strict=False))
-            right = next((i for i, (guess, token) in pairs if guess != token), len(guessed))
-            self._choice.note(self._seen(request), guessed.kinds, right)
+        """Takes in how many drafts of texts would have been right where the Head guessed instead: else texts would
+        never be tried again after the Head was once better."""
+        drafts, start = self._passed_over.pop(request, (None, 0))
+        if drafts:
+            tokens = request.output_ids[start:]
+            drafts.cut(len(tokens))
+            pairs = enumerate(zip(drafts.tokens, tokens, strict=False))
+            num_right = next((i for i, (draft, token) in pairs if draft != token), len(drafts))
+            self._choice.note(self._seen(request), drafts.kinds, num_right)
 
     def time(self, counts: list[int], num_drafts: int, seconds: float) -> None:
-        """Takes in how long a step took that computed so many tokens of each request, and so many drafts in all."""
+        """Takes in the seconds of a step. counts: the number of tokens of each request. num_drafts: of all requests."""
         if max(counts) == 1:
             self._choice.time(len(counts), num_drafts, seconds - self._seconds_guessing)
 
     def end(self, request: Request) -> None:
-        """Takes leave of a request: others may look in its answer, if it has one."""
+        """A request ends: its answer, if it has one, becomes an earlier answer for later requests."""
         if request.finish_reason in ("stop", "length"):
             self._answers.add(request.cache_salt, request.prompt_ids, request.output_ids)
         request.lookup = request.prediction = None
@@ -371,7 +383,7 @@ class Drafter:
             self.head.forget(request)
 
     def _num_before_end(self, request: Request, drafts: Sequence[int]) -> int:
-        """How many drafts there are before the first that would end the answer: nothing follows that one."""
+        """How many drafts come before the first one that would end the answer."""
         p = request.params
         for i, token in enumerate(drafts):
             if token in p.stop_token_ids or (token in self._eos_ids and not p.ignore_eos):

@@ -1,4 +1,4 @@
-"""Who gives an engine its drafts: texts, the model's MTP head, a smaller model, as options ask for them."""
+"""Makes the Drafter that EngineOptions ask for: drafts from texts, from the model's MTP head, from a draft model."""
 
 from lockstep.engine.cache.size import page_groups
 from lockstep.engine.model import Model
@@ -24,10 +24,11 @@ def made_drafter(
     draft_model: Model | None,
     on_compile: OnCompile | None,
 ) -> Drafter | None:
-    """The Drafter that options ask for, if any, on the threads and with the op table of the model's own runner.
+    """The Drafter that options ask for, on the threads and with the op table of the model's Runner; None without
+    speculative decoding.
 
-    draft_model: a smaller model, where one is to draft. ValueError where the model has no MTP head, or a part of one,
-    and for a smaller model of another vocabulary.
+    draft_model: for speculate "model". ValueError for "mtp" where the model's MTP head is missing or incomplete, and
+    for a draft model with another vocabulary.
     """
     if not options.num_drafts:
         return None
@@ -48,12 +49,12 @@ def made_drafter(
         caches = {}
     if options.kv_tokens is not None:
         for array in caches.values():
-            array.fill(0)  # as of the model: see Engine
+            array.fill(0)  # claims the memory now, as Engine does for the model's own caches
     return Drafter(scheduler, SOURCES.get(options.speculate), options.draft, eos_ids, head)
 
 
 def _whole_group(scheduler: Scheduler) -> int:
-    """The group of pages that keeps all tokens of a request. ValueError where there is none."""
+    """The group of pages without a window, on whose pages the MTP head lies. ValueError where there is none."""
     windows = [group.window for group in scheduler.pages.groups]
     if 0 not in windows:
         raise ValueError(f"speculate: mtp needs a layer that sees all keys, this model has windows {windows}")

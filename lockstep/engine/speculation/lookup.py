@@ -1,8 +1,8 @@
-"""Guesses of the next tokens from texts: what followed a place that reads like the end of the request's own text.
+"""Prompt lookup: guesses of the next tokens from texts, namely what followed the same last tokens before.
 
-Looked at are the request's own text (its prompt and its answer), its prediction, and earlier answers (see
-earlier_answers.py). The place that agrees with the end of the own text for the most tokens gives the guess; among equal
-ones the own text's, then the prediction's.
+The texts are the request's own (its prompt and its answer), its prediction, and earlier answers (see
+earlier_answers.py). The place where the most tokens equal the end of the own text gives the guess; among equal places
+the own text's, then the prediction's.
 """
 
 from bisect import bisect_left, bisect_right
@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from lockstep.engine.speculation.earlier_answers import EarlierAnswers
 
-SIZES = (4, 3, 2)  # of the tails that are looked for in the own text, the longest first
+SIZES = (4, 3, 2)  # tokens of the tails that are looked up in the own text, the longest first
 SIZES_OF_PREDICTION = (8, *SIZES)
-READ_AT_ONCE = 4096  # tokens of a prediction
+READ_AT_ONCE = 4096  # tokens of a prediction that one `find` reads
 MOST_ALIKE = 16  # tokens before a place that are compared with the end of the own text
-GRADES = (4, 6, MOST_ALIKE)  # of them alike, from which guesses are judged by others of their like
+GRADES = (4, 6, MOST_ALIKE)  # numbers of equal tokens at which the next better kind of guess begins
 
 Tokens = Sequence[int]
 
 
 class Guess(NamedTuple):
-    """Tokens that may come next, and where they come from: "lookup", "prediction", "earlier_answers", ...; from a text,
-    how many tokens before them are alike."""
+    """Tokens that may come next. source: "lookup", "prediction", "earlier_answers", "mtp", ... num_alike: for a guess
+    from a text, how many tokens before it equal the end of the own text; else 0."""
 
     tokens: list[int]
     source: str
@@ -31,12 +31,14 @@ class Guess(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """With which guesses it is judged: the more tokens are alike, the likelier the next one is."""
+        """The guesses with which its acceptance is measured: the source, and for a text the grade of num_alike, since
+        the more tokens are alike, the likelier the next one is right."""
         return f"{self.source} {bisect_right(GRADES, self.num_alike)}" if self.num_alike else self.source
 
 
 class Place(NamedTuple):
-    """Where a text may go on: tokens[at] is what may come next, after `length` tokens that are alike."""
+    """A place in a text: tokens[at] may come next, since the `length` tokens before it equal the end of the own
+    text."""
 
     tokens: Tokens
     at: int
@@ -44,19 +46,19 @@ class Place(NamedTuple):
 
 
 def tail_key(tokens: Tokens, end: int, size: int) -> int:
-    """Stands for tokens end - size .. end. Where two tails are mistaken for each other, the guess is a worse one."""
+    """A hash of tokens end - size .. end. Where two tails have the same hash, the guess is worse, and nothing else."""
     return hash(tuple(tokens[end - size : end]))
 
 
 def tail_keys(tokens: Tokens, size: int) -> Iterator[int]:
-    """The keys of all tails of a size that another token follows, in order: the first of them ends at `size`."""
+    """The keys of all tails of a size after which a token follows, in order: the first tail ends at `size`."""
     num_tails = max(0, len(tokens) - size)
     return map(hash, zip(*(tokens[i : i + num_tails] for i in range(size)), strict=True))
 
 
 def own_keys(tokens: Tokens) -> Iterable[int]:
-    """The keys of the tails of each of SIZES, as far as there are so many tokens. It is asked for with every token: the
-    usual case is spelled out."""
+    """The keys of the last tokens, for each of SIZES that the text is long enough for. It is called for every token, so
+    that the usual case is written out."""
     if len(tokens) >= SIZES[0]:
         a, b, c, d = tokens[-SIZES[0] :]
         return hash((a, b, c, d)), hash((b, c, d)), hash((c, d))
@@ -64,34 +66,36 @@ def own_keys(tokens: Tokens) -> Iterable[int]:
 
 
 def is_longer(place: Place | None, other: Place | None) -> bool:
-    """Whether a place agrees for more tokens than another."""
+    """Whether a place has more equal tokens before it than another."""
     return place is not None and place.length > (other.length if other else 0)
 
 
 def num_alike(tokens: Tokens, at: int, tail: Tokens) -> int:
-    """How many of the tokens before a place are those at the end of `tail`, MOST_ALIKE at most."""
-    most, found = min(at, len(tail), MOST_ALIKE), 0
-    while found < most and tokens[at - 1 - found] == tail[-1 - found]:
-        found += 1
-    return found
+    """How many of the tokens before index `at` equal those at the end of `tail`, MOST_ALIKE at most."""
+    most, count = min(at, len(tail), MOST_ALIKE), 0
+    while count < most and tokens[at - 1 - count] == tail[-1 - count]:
+        count += 1
+    return count
 
 
 class Prediction:
-    """A text that a request's answer may be like, by its tails. It does not change: several requests may share it.
+    """A text that a request's answer may resemble, by its tails. Its tokens do not change: several requests may share
+    it.
 
-    It is read in parts, one with each `find`, so that nobody waits long for a long one.
+    Each `find` reads one more part of it, so that no step waits long for a long prediction.
     """
 
     def __init__(self, token_ids: Tokens) -> None:
         self.tokens = list(token_ids)
         self._num_read = 0
-        self._places: dict[int, list[int]] = {}  # by the key of a tail: where the tokens lie that follow it
+        self._places: dict[int, list[int]] = {}  # {key of a tail: the indices of the tokens that follow it}
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def find(self, tail: list[int], start: int) -> int | None:
-        """The place after the longest known tail: the first from `start` on, or else the last before it."""
+        """The index after the longest tail that the text has: the first index from `start` on, or else the last
+        before."""
         self._read_on()
         for size in SIZES_OF_PREDICTION:
             places = self._places.get(tail_key(tail, len(tail), size)) if len(tail) >= size else None
@@ -109,13 +113,13 @@ class Prediction:
         self._num_read = end
 
 
-class Follower:
-    """Where the answer of one request is in its prediction: at its beginning, until they differ; then where the tail of
-    the answer is found again, and from there on as long as they agree."""
+class PredictionCursor:
+    """The position of one request's answer in its prediction: it begins at the beginning, moves on while answer and
+    prediction agree, is lost where they differ, and begins anew where the tail of the answer is found again."""
 
     def __init__(self, prediction: Prediction) -> None:
         self._prediction, self._at, self._is_whole = prediction, 0, True
-        self._is_lost, self._passed = False, 0  # the end of what they had in common last
+        self._is_lost, self._passed = False, 0  # _passed: the end of the last part on which both agree
 
     def follow(self, token: int) -> None:
         """Takes in the answer's next token."""
@@ -129,7 +133,7 @@ class Follower:
             self._is_lost, self._is_whole = True, False
 
     def find(self, tail: list[int], drafts: list[int]) -> Place | None:
-        """Where the prediction goes on after a tail, whose last tokens are drafts."""
+        """The Place where the prediction goes on after a tail, whose last tokens are drafts."""
         tokens = self._prediction.tokens
         at = self._at + len(drafts)
         if not self._is_lost and at < len(tokens) and tokens[self._at : at] == drafts:
@@ -143,9 +147,9 @@ class Follower:
 
 
 class Lookup:
-    """The texts that one request looks in.
+    """The texts from which one request drafts.
 
-    num_prompt: tokens of its text before its answer. answers, salt: earlier answers of those that share its cache salt.
+    num_prompt: tokens of its prompt. answers, salt: earlier answers, and the cache salt of those that it may use.
     """
 
     def __init__(
@@ -156,16 +160,16 @@ class Lookup:
         salt: str = "",
     ) -> None:
         self._tokens: list[int] = []
-        self._after: dict[int, int] = {}  # by the key of a tail: where the token lies that followed it last
+        self._after: dict[int, int] = {}  # {key of a tail: the index of the token that followed it last}
         self._num_prompt, self._answers, self._salt = num_prompt, answers, salt
-        self._follower = None if prediction is None else Follower(prediction)
+        self._cursor = None if prediction is None else PredictionCursor(prediction)
 
     def __len__(self) -> int:
         return len(self._tokens)
 
     def extend(self, token_ids: Tokens) -> None:
-        """Takes in more of the request's own text, the first time at least its prompt."""
-        if not self._tokens:  # a prompt may be long
+        """Takes in more of the request's own text; the first call must have its whole prompt."""
+        if not self._tokens:  # all tails of a long prompt at once, which is faster
             token_ids, prompt = token_ids[self._num_prompt :], token_ids[: self._num_prompt]
             for size in SIZES:
                 self._after.update(zip(tail_keys(prompt, size), range(size, len(prompt)), strict=True))
@@ -174,24 +178,26 @@ class Lookup:
             self._append(token)
 
     def _append(self, token: int) -> None:
-        """Takes in one token that is not the first of the prompt."""
+        """Takes in the next token of the own text, which is not the first one."""
         tokens = self._tokens
         at = len(tokens)
         for key in own_keys(tokens):
             self._after[key] = at
         tokens.append(token)
-        if self._follower and at >= self._num_prompt:
-            self._follower.follow(token)
+        if self._cursor and at >= self._num_prompt:
+            self._cursor.follow(token)
 
     def guess(self, most: int, drafts: Sequence[int] = ()) -> Guess:
-        """Up to `most` tokens that may follow the own text and drafts after it; none if no text reads like their end.
+        """Up to `most` tokens that may follow the own text and the drafts after it; none if no text has their last
+        tokens.
 
-        Where the guess reaches the end of the own text, it goes on with itself: a text that repeats, repeats.
+        A guess that reaches the end of the own text goes on from its own beginning: a text that repeats itself may go
+        on repeating.
         """
         drafts = list(drafts)
         tail = self._tokens[-MOST_ALIKE:] + drafts
         place, source = self._own(tail), "lookup"
-        if self._follower and is_longer(other := self._follower.find(tail, drafts), place):
+        if self._cursor and is_longer(other := self._cursor.find(tail, drafts), place):
             place, source = other, "prediction"
         if self._answers and is_longer(other := self._answers.find(self._salt, tail), place):
             place, source = other, "earlier_answers"
@@ -204,7 +210,7 @@ class Lookup:
         return Guess(tokens, source, place.length)
 
     def _own(self, tail: list[int]) -> Place | None:
-        """The latest place in the own text after the longest tail that was there before."""
+        """The latest Place in the own text after the longest tail that occurs earlier in it."""
         for key in own_keys(tail):
             at = self._after.get(key)
             if at is not None:

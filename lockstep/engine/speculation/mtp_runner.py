@@ -19,18 +19,18 @@ from lockstep.runtime.executor import ALIGNMENT, Chain, Executor, aligned
 from lockstep.runtime.program import Program
 from lockstep.runtime.threads import Team
 
-KEPT_PAIRS = 16  # the most of a request that wait to be taken in with others
+KEPT_PAIRS = 16  # the most pairs of a request that wait until drafts are wanted
 LINE = ALIGNMENT // 4  # numbers in a cache line
 
 
 @dataclass
-class Chase:
-    """Pairs of one request: tokens that lie at positions start, ... of its pages, and the hidden states before them.
+class PairSpan:
+    """Pairs of one request in a call: each is a token and the hidden state of the token before it.
 
-    token_ids: n tokens. hidden: float32 [m, D], m <= n, of the last m; the others have zeros. pages: the first of
-    which holds position 0 (the head knows positions only by their distance, so that a request's first pages may be
-    left out). depth: how many drafts follow the last token. sampling: fields of the first one's SAMPLING_RECORD, each
-    later one's the same but for its position, and without a mask.
+    token_ids: n tokens, at positions start, start + 1, ... hidden: float32 [m, D], m <= n: those of the last m pairs;
+    the first n - m have zeros. pages: the first holds position 0 (only distances between positions matter to the head,
+    so that a request's first pages may be left out). depth: how many drafts follow the last token. sampling: fields of
+    the first draft's SAMPLING_RECORD; each later draft has the same fields but for its position, and no mask.
     """
 
     token_ids: list[int]
@@ -44,7 +44,7 @@ class Chase:
 class MtpRunner:
     """An MTP head bound to memory and threads. Everything is allocated here.
 
-    program: the head's, as the backend runs it. num_drafts: the most of one request in a step.
+    program: the head's, as the backend runs it. num_drafts: the most drafts of a request in a step.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class MtpRunner:
         [sample] = [op for op in self.program.ops if isinstance(op, Sample)]
         self._given = _rows(self.max_rows, D)
         self._hidden = [_rows(S, D) for _ in range(K)]
-        line = -(-S // LINE) * LINE + LINE  # of each depth, so that kernels may go past the end of a row
+        line = -(-S // LINE) * LINE + LINE  # numbers of each depth: kernels may go past the end of a row
         self._tokens, self._logprobs = _rows(K, line).view(np.int32), _rows(K, line)
         self._sampling, self._num_requests = np.zeros((K, S), SAMPLING_RECORD), S
         self._position, self._context_len = np.zeros((2, K, S), np.int32)
@@ -92,36 +92,38 @@ class MtpRunner:
                 )
             )
             self._steps.append(StepArrays(rows, pages, given=self._given_to(depth, rows["S"])))
-        self._layout: list[tuple[int, int]] = []  # of the last step: pairs and drafts of each request
+        self._layout: list[tuple[int, int]] = []  # of the last call: the number of pairs and drafts of each request
         self._chain = Chain(executors, [step.block for step in self._steps])
 
     def _given_to(self, depth: int, count: int) -> dict[str, np.ndarray]:
-        """Arrays of a depth's step block. Those after the first read the tokens of the one before, one of each request,
-        on the same pages."""
+        """Arrays of a depth's step block that are shared with others. Each depth after the first reads one token of
+        each request, the draft of the depth before, on the same pages."""
         records = {"sampling": self._sampling[depth]}
         if not depth:
             return records
-        each, first = np.arange(count, dtype=np.int32), self._steps[0].arrays
-        same = dict(request=each, output_row=each, sampled_row=each, query_start=np.arange(count + 1, dtype=np.int32))
-        there = dict(position=self._position[depth], context_len=self._context_len[depth])
-        return records | same | there | dict(token_ids=self._tokens[depth - 1], page_table=first["page_table"])
+        rows, first = np.arange(count, dtype=np.int32), self._steps[0].arrays
+        one_row = dict(
+            request=rows, output_row=rows, sampled_row=rows, query_start=np.arange(count + 1, dtype=np.int32)
+        )
+        places = dict(position=self._position[depth], context_len=self._context_len[depth])
+        return records | one_row | places | dict(token_ids=self._tokens[depth - 1], page_table=first["page_table"])
 
-    def run(self, chases: Sequence[Chase]) -> list[list[int]]:
-        """Takes in the pairs of all requests; returns the drafts of each, fewer where the head gives no numbers.
+    def run(self, spans: Sequence[PairSpan]) -> list[list[int]]:
+        """Computes the pairs of all requests; returns the drafts of each, fewer where the head's logits are not finite.
 
-        Those that draft must come first, the most drafts first.
+        Spans must be ordered by depth, the deepest first.
         """
-        layout = [(len(chase.token_ids), chase.depth) for chase in chases]
-        if layout != self._layout:  # while requests decode, it is often that of the step before
-            self._lay_out([chase.depth for chase in chases])
-            self._steps[0].lay_out([len(chase.token_ids) for chase in chases])
+        layout = [(len(span.token_ids), span.depth) for span in spans]
+        if layout != self._layout:  # while requests decode, the layout often stays the same
+            self._lay_out([span.depth for span in spans])
+            self._steps[0].lay_out([len(span.token_ids) for span in spans])
             self._layout = layout
-        self._fill(chases)
-        self._chain.run(max(1, chases[0].depth))
-        return [self._taken(s, chase.depth) for s, chase in enumerate(chases)]
+        self._fill(spans)
+        self._chain.run(max(1, spans[0].depth))
+        return [self._taken(s, span.depth) for s, span in enumerate(spans)]
 
     def _lay_out(self, depths: list[int]) -> None:
-        """Writes how many requests each step has, where so many drafts of each are wanted."""
+        """Writes the number of requests of each depth's step. depths: how many drafts of each request are wanted."""
         assert depths == sorted(depths, reverse=True), depths
         sampled = sum(depth > 0 for depth in depths)
         self._steps[0].set_counts(num_sampled=sampled, num_outputs=sampled)
@@ -130,42 +132,42 @@ class MtpRunner:
             self._steps[depth].set_counts(num_tokens=count, num_requests=count, num_sampled=count, num_outputs=count)
 
     def _taken(self, row: int, depth: int) -> list[int]:
-        """The drafts of a row, up to the first that is no choice."""
+        """The drafts of a request, up to the first whose log-probability is not finite."""
         logprobs = self._logprobs[:depth, row].tolist()
         count = next((i for i, logprob in enumerate(logprobs) if not math.isfinite(logprob)), depth)
         return self._tokens[:count, row].tolist()
 
-    def _fill(self, chases: Sequence[Chase]) -> None:
+    def _fill(self, spans: Sequence[PairSpan]) -> None:
         """Writes the step blocks of all depths."""
         step, at, longest = self._steps[0], 0, 0
-        for s, chase in enumerate(chases):
-            end = chase.start + len(chase.token_ids)
-            longest = max(longest, end + chase.depth)
-            step.set_tokens(s, at, chase.token_ids, chase.start)
-            step.set_pages(s, chase.pages)
-            known = at + len(chase.token_ids) - len(chase.hidden)
+        for s, span in enumerate(spans):
+            end = span.start + len(span.token_ids)
+            longest = max(longest, end + span.depth)
+            step.set_tokens(s, at, span.token_ids, span.start)
+            step.set_pages(s, span.pages)
+            known = at + len(span.token_ids) - len(span.hidden)
             if known > at:
                 self._given[at:known] = 0
-            at += len(chase.token_ids)
-            self._given[known:at] = chase.hidden
-            if chase.depth:
+            at += len(span.token_ids)
+            self._given[known:at] = span.hidden
+            if span.depth:
                 step.ints["output_row"][s], step.ints["sampled_row"][s] = at - 1, s
-                self._fill_sampling(s, chase, end)
+                self._fill_sampling(s, span, end)
         for source in self._sources:
             source.cover(longest)
 
-    def _fill_sampling(self, row: int, chase: Chase, end: int) -> None:
-        """How each draft of a request is chosen, and where the ones after the first lie."""
-        fields = dict(chase.sampling or {})
+    def _fill_sampling(self, row: int, span: PairSpan, end: int) -> None:
+        """Writes the SAMPLING_RECORD of each draft of a request, and the positions of the drafts."""
+        fields = dict(span.sampling or {})
         position = fields.get("position", 0)
-        for depth in range(chase.depth):
+        for depth in range(span.depth):
             fields["position"], at = position + depth, depth * self._num_requests + row
             write_record(self._records, at, fields)
             self._positions[at], self._context_lens[at] = end + depth - 1, end + depth
-            fields["mask"] = 0  # it is that of the first
+            fields["mask"] = 0  # the mask is that of the first draft only
 
 
 def _rows(count: int, width: int) -> np.ndarray:
-    """Zeroed float32 [count, width], and a cache line after it."""
+    """Zeroed float32 [count, width] in aligned memory, with a cache line after it."""
     size = 4 * count * width
     return aligned(size + ALIGNMENT)[:size].view(np.float32).reshape(count, width)

@@ -75,7 +75,7 @@ class Watched:
         return requests
 
     def close(self):
-        for request in [f.request for f in self.drafts.followers.values()]:
+        for request in [f.request for f in self.drafts.sequences.values()]:
             self.drafts.forget(request)
         check_all_is_back(self.drafts.memory, self.engine.limits)
         self.engine.close()
@@ -177,11 +177,11 @@ def test_preempted_and_cancelled_requests_give_their_memory_back(model, watched)
         made.step()
         if made.num_steps == 40:
             made.engine.cancel(requests[0])
-        held = {f.request for f in made.drafts.followers.values() if f.pages[0].ids}
+        held = {f.request for f in made.drafts.sequences.values() if f.pages[0].ids}
         gone = {r for r in held if r.slot is None}
         made.drafts.guess([], 0)
-        assert not gone.intersection(f.request for f in made.drafts.followers.values())
-    assert sum(r.num_preemptions for r in requests) and not made.drafts.followers
+        assert not gone.intersection(f.request for f in made.drafts.sequences.values())
+    assert sum(r.num_preemptions for r in requests) and not made.drafts.sequences
     assert not wrong(made.guesses) and sum(bool(g) for _, _, g in made.guesses) > 50
 
 
@@ -341,7 +341,7 @@ def test_drafts_of_another_model_change_no_answer(model, engine, config, options
     if "draft" in options:  # else it follows the clock
         assert sum(r.num_drafted for r in requests) > sum(r.num_accepted for r in requests)
     assert made.scheduler.pages.num_free == made.scheduler.pages.num_pages
-    assert not made.drafter.head.followers
+    assert not made.drafter.head.sequences
     check_all_is_back(made.drafter.head.memory, made.limits)
 
 

@@ -9,7 +9,7 @@ from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.model import load_model
 from lockstep.engine.request import SamplingParams
 from lockstep.engine.speculation.drafts import MAX_DRAFTS, Drafts
-from lockstep.engine.speculation.mtp import Known, MtpDrafts
+from lockstep.engine.speculation.mtp import HeadState, MtpDrafts
 from lockstep.models.checkpoint import open_checkpoint
 from lockstep.models.mtp import FEW_TOKENS, guessed_tokens
 from lockstep.ops.attention.kv_cache import PAGE_TOKENS
@@ -152,11 +152,11 @@ def test_a_found_prefix_is_known_to_the_head_too(engine):
         made.step()
     assert second.num_cached == 128 and first.num_cached == 0
     known = second.draft_state
-    assert isinstance(known, Known) and known.first_page == 0
+    assert isinstance(known, HeadState) and known.first_page == 0
     other = made.add([*prompt[:128], 3, 4, 5], LONG[0], cache_salt="another")
     while other.num_drafted == 0:
         made.step()
-    assert isinstance(other.draft_state, Known) and other.draft_state.first_page == 0 and other.num_cached == 0
+    assert isinstance(other.draft_state, HeadState) and other.draft_state.first_page == 0 and other.num_cached == 0
 
 
 def test_a_prefix_without_pairs_is_left_out(engine):
@@ -169,7 +169,7 @@ def test_a_prefix_without_pairs_is_left_out(engine):
     while second.num_drafted == 0:
         made.step()
     assert first.finish_reason and second.num_cached == 128
-    assert isinstance(second.draft_state, Known) and second.draft_state.first_page == 128 // PAGE_TOKENS
+    assert isinstance(second.draft_state, HeadState) and second.draft_state.first_page == 128 // PAGE_TOKENS
 
 
 def test_a_head_that_gives_no_numbers_drafts_nothing(engine, alone):

@@ -1,8 +1,9 @@
-"""Self-check: before an engine starts, each of its kernels reproduces on this CPU what the definitions gave elsewhere.
+"""Self-check: before an engine starts, each of its kernels must give on this CPU the bits that its definition gave when
+they were recorded.
 
-Tiny made-up models that use the same kinds of op run three steps; a digest of every activation is compared with digests
+Tiny made-up models with the same kinds of op run three steps; a digest of every activation is compared with digests
 recorded from the definitions (`golden_kernels.json`). Rows of quantized or bf16 activations have no digest of their
-own, since their layout depends on the target: what is multiplied with them has.
+own, since their layout depends on the target; the products that are computed from them have one.
 """
 
 import contextlib
@@ -40,14 +41,14 @@ from lockstep.user_cache import cache_subfolder
 
 NUMERICS = 4  # version of the arithmetic: any change of any bit raises it
 GOLDEN = pathlib.Path(__file__).with_name("golden_kernels.json")
-# token counts of two requests in each step: a page's end, tiles with rows to spare, decode beside prefill
+# the numbers of tokens of two requests in each step: the end of a page, tiles that are not full, decode beside prefill
 STEPS = ((61, 3), (5, 1), (1, 1))
 CONFIGS = {name: family.tiny for name, family in FAMILIES.items() if family.tiny}
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A made-up model: the name of its family, weight format, KV format."""
+    """A made-up model: the name of its family, its weight format and its KV format."""
 
     family: str
     weights: str
@@ -58,8 +59,8 @@ class Probe:
 
 
 def probes(program):
-    """The probes that together run every kind of op of a program. An embedding in a format that no layer has takes one
-    more."""
+    """The probes that together run every kind of op of a program. An embedding in a format that no linear layer has
+    needs one more probe."""
     formats = {weight.format for op in program.ops if isinstance(op, (Linear, ExpertLinear)) for weight in op.packed}
     tables = {op.table.format for op in program.ops if isinstance(op, Embed)} - formats
     kv = sorted({op.kv_dtype for op in program.ops if isinstance(op, AttentionInputs)})
@@ -69,7 +70,8 @@ def probes(program):
 
 
 def families_of(program):
-    """Names of families that together have all of a program's forms; first the one with most of them and least else."""
+    """Names of families that together have all forms of a program: each time the family with the most missing forms,
+    and among equals with the fewest others."""
     tiny = {name: tiny_forms(name) for name in CONFIGS}
     wanted, found = forms(program) & set().union(*tiny.values()), []
     while wanted:
@@ -79,9 +81,10 @@ def families_of(program):
 
 
 def forms(program):
-    """What tells one family's ops from another's: their declarations, optional operands and activations.
+    """The forms of a program's ops, in which families differ: (declaration, activation, optional operands).
 
-    Residuals do not: fusing adds them. What `verifying` puts in the place of an op counts as that op.
+    Residuals do not count, since fusing adds them. An op that `verifying` puts in the place of another counts as that
+    one.
     """
     return {(_recorded(type(op)), getattr(op, "activation", ""), frozenset(_optional(op))) for op in program.ops}
 
@@ -112,7 +115,7 @@ def recorded(family, ops):
 
 
 def probe_model(probe, table, fused):
-    """What a Runner wants of a model."""
+    """The model of a probe, for a Runner."""
     made_up = AnyTensor(lambda name, shape: stored(name, shape, probe.weights), probe.kv_dtype, CONTEXT)
     lowered = lower(recorded(probe.family, made_up))
     return ProbeModel(table, fuse(lowered, table) if fused else lowered, CONTEXT)
@@ -125,36 +128,39 @@ def digests(probe, table, fused=True, on_compile=None):
     """[(op, tensor name, digest)] of what each op of a probe's program writes, in order."""
     with contextlib.closing(Team(1)) as team:
         runner = Runner(probe_model(probe, table, fused), team, Limits(64, 2, 4, 3), keep=True, on_compile=on_compile)
-        made, at = {}, [0, 0]
+        hashes, at = {}, [0, 0]
         for counts in STEPS:
             runner.step([span(i, start, n) for i, (start, n) in enumerate(zip(at, counts, strict=True))])
             at = [start + n for start, n in zip(at, counts, strict=True)]
             for op, tensor in visible(runner.program):
                 rows = {"T": sum(counts), "O": sum(counts), "R": 3 if counts[0] > 1 else 2, "S": 2}[tensor.rows]
                 width = VOCABULARY if tensor.name == "logits" else tensor.width
-                made.setdefault((op, tensor.name), hashlib.sha256()).update(
+                hashes.setdefault((op, tensor.name), hashlib.sha256()).update(
                     np.ascontiguousarray(runner.executor.view(tensor, rows)[:, :width]).tobytes()
                 )
-        return [(op, name, digest.hexdigest()[:16]) for (op, name), digest in made.items()]
+        return [(op, name, digest.hexdigest()[:16]) for (op, name), digest in hashes.items()]
 
 
 def span(index, start, count):
-    """Tokens of a probe's request; its pages lie backwards. The first request also samples its first row.
+    """The Span of a probe's request number `index`, on pages in descending order. Request 0 also samples its first row.
 
-    All rows are embedded, so that the ops after the last mixer see as many rows as those before.
+    All rows are embedded, so that the ops after the last mixing of tokens see as many rows as those before.
     """
     ids = [(7 * p * p + 13 * index + 3) % VOCABULARY for p in range(start, start + count)]
     rows = sorted({0, count - 1}) if index == 0 else [count - 1]
-    how = [dict(temperature=0.8, top_p=0.9, top_k=20, min_p=0.01), dict(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0)]
-    sampled = {row: dict(how[(row + index) % 2], seed=index, position=start + row + 1) for row in rows}
+    params = [
+        dict(temperature=0.8, top_p=0.9, top_k=20, min_p=0.01),
+        dict(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0),
+    ]
+    sampled = {row: dict(params[(row + index) % 2], seed=index, position=start + row + 1) for row in rows}
     return Span(ids, start, everywhere([3 - 2 * index, 2 - 2 * index]), index, sampled, range(count))
 
 
 def visible(program):
     """(op, tensor) for every output whose bytes are the same on all targets.
 
-    Not: what only its own kernel reads; what is written where a row asks for it, which `selfcheck_sampling` looks at;
-    embedded rows, which pass the kernels of sampled ones.
+    Left out are scratch that only its own kernel reads, outputs that are written only for rows that ask for them (see
+    selfcheck/sampling.py), and embedded rows, for which the kernels of sampled rows run.
     """
     return [(op, t) for op in program.ops for t in op.kept if t.dtype != "i8" and t.rows != "E"]
 
@@ -163,10 +169,10 @@ def visible(program):
 
 
 def check(program, backend, on_compile=None):
-    """Runs the probes of a program on an op table. UnfitMachine at the first op whose bits are not the recorded ones;
-    ValueError at the first for which none are recorded.
+    """Runs the probes of a program on an op table. UnfitMachine at the first op whose bits differ from the recorded
+    ones; ValueError at the first op without a recorded digest.
 
-    What was found good is remembered in the user's cache folder for as long as sources, versions and CPU stay the same.
+    A check that passed is remembered in the user's cache folder, until sources, versions or the CPU change.
     """
     wanted, others, kinds = probes(program), selfcheck_ops.probes(program), {op.kind for op in program.ops}
     mark = cache_subfolder("selfcheck") / identity([*wanted, *others], [backend[kind].kernel for kind in kinds])
@@ -186,7 +192,7 @@ def check(program, backend, on_compile=None):
 
 
 def compare(probe, golden, found):
-    """UnfitMachine for the first digest found that is not the recorded one, ValueError if none is."""
+    """UnfitMachine for the first digest that differs from the recorded one, ValueError if none is recorded."""
     for op, name, digest in found:
         if name not in golden:
             raise ValueError(
@@ -205,7 +211,7 @@ def compare(probe, golden, found):
 
 
 def identity(wanted, kernels):
-    """A name for everything that the outcome of a check depends on."""
+    """A hash of everything on which the outcome of a check depends."""
     sources = sorted((module, fingerprint(module)) for module in {k.function.__module__ for k in kernels})
     names = sorted(k.name for k in kernels)
     files = GOLDEN.read_bytes(), pathlib.Path(__file__).read_bytes()

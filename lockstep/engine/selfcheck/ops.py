@@ -1,7 +1,8 @@
-"""What the self-check asks of ops that no made-up model has: gated delta rules over drafts, block-diagonal layers,
-layers in integer arithmetic, scores, attention on grids, and tensors side by side.
+"""Probes of ops that no made-up model has: gated delta rules over drafts, block-diagonal layers, layers in integer
+arithmetic, scores, attention on grids, and concatenated tensors.
 
-The ops work on rows of a table. Caches are looked at, too: what a step records of its drafts shows in a later one.
+The ops compute on rows of a made-up table. Caches have digests, too: the records that a step makes of its drafts are
+read by a later step.
 """
 
 import contextlib
@@ -42,13 +43,13 @@ from lockstep.runtime.operands import Operands
 from lockstep.runtime.program import Program, Setting, Tensor, Weight
 from lockstep.runtime.threads import Team
 
-ROWS, MOST_DRAFTS = 64, 3  # of a step; of a request in a step
-# of one step: of two requests the tokens that are known, the drafts after them, and how many of the last drafts hold
+ROWS, MOST_DRAFTS = 64, 3  # rows of a step; drafts of a request in a step
+# of one step, for each of two requests: (known tokens, drafts after them, right drafts of the step before)
 Counts = Sequence[tuple[int, int, int]]
 DRAFT_STEPS: tuple[Counts, ...] = (
-    ((37, 3, 0), (9, 0, 0)),  # more than a tile beside what only the plain rule sees
+    ((37, 3, 0), (9, 0, 0)),  # more than a tile with drafts, beside a request without drafts
     ((1, 3, 2), (1, 2, 0)),
-    ((1, 3, 3), (1, 1, 1)),  # a ring and the records begin again
+    ((1, 3, 3), (1, 1, 1)),  # the ring buffer and the records wrap around
     ((1, 0, 0), (2, 0, 0)),
 )
 ROW_STEPS: tuple[Counts, ...] = (((61, 0, 0), (3, 0, 0)), ((5, 0, 0), (1, 0, 0)), ((1, 0, 0), (1, 0, 0)))
@@ -56,7 +57,8 @@ ROW_STEPS: tuple[Counts, ...] = (((61, 0, 0), (3, 0, 0)), ((5, 0, 0), (1, 0, 0))
 
 @dataclass(frozen=True)
 class OpProbe:
-    """A program of few ops, made by `program`, and the steps that it runs. kinds: the ops that are looked at."""
+    """A program of few ops, made by `program`, and the steps that it runs. kinds: the ops whose outputs have
+    digests."""
 
     name: str
     program: Callable[[], Program]
@@ -68,7 +70,7 @@ class OpProbe:
 
 
 def drafts_program() -> Program:
-    """A gated delta rule with 5 blocks of value columns, over rows that are its projection."""
+    """A gated delta rule with 5 blocks of value columns, whose projected inputs are the table's rows."""
     G, H, K, V, J = 2, 4, 32, 80, 4
     C = 2 * G * K + H * V
     values = np.random.RandomState(6).randint(-4096, 4096, (2 * ROWS, C + 32)) * np.float32(2.0**-11)
@@ -95,7 +97,7 @@ def drafts_program() -> Program:
 
 
 def grouped_program(format: str) -> Program:
-    """A layer of two groups in a weight format, and its residual."""
+    """A block-diagonal layer of two groups in a weight format, and a residual addition."""
     groups, K, N = 2, 256, 512
     values = np.random.RandomState(7).randint(-4096, 4096, (2 * ROWS, groups * K)) * np.float32(2.0**-11)
     program, part = Program(), stored(f"grouped {format}", (N, K), format)
@@ -111,7 +113,7 @@ def grouped_program(format: str) -> Program:
 
 
 def concat_program() -> Program:
-    """Two tensors side by side."""
+    """Two concatenated tensors."""
     program, tensors = Program(), {}
     for name, width in (("first", 48), ("second", 16)):
         values = np.random.RandomState(width).randint(-4096, 4096, (2 * ROWS, width)) * np.float32(2.0**-11)
@@ -121,7 +123,7 @@ def concat_program() -> Program:
 
 
 def integer_program() -> Program:
-    """Two layers in integer arithmetic, on rows of codes in one plane and in two."""
+    """Two layers in integer arithmetic, on rows of 8-bit codes (one plane) and of 16-bit codes (two planes)."""
     K, N, ends = 256, 48, {"u8": (0, 255), "i16": (-32768, 32767)}
     values = np.random.RandomState(8).randint(-4096, 4096, (2 * ROWS, K)) * np.float32(2.0**-11)
     program, outs, draw = Program(), [], np.random.RandomState(9).randint
@@ -142,7 +144,8 @@ def integer_program() -> Program:
 
 
 def score_program(format: str) -> Program:
-    """Scores by a head in a weight format: on a grid and without a base, with a base of the format, and of float32."""
+    """Scores of a head in a weight format: on a grid without a base, with a base in the format, and with one in
+    float32."""
     K, V, program = 256, 4100, Program()
     values = np.random.RandomState(10).randint(-4096, 4096, (2 * ROWS, K)) * np.float32(2.0**-11)
     x = rows_of(program, "scored.rows", values.astype(np.float32))
@@ -183,7 +186,7 @@ def _coded(program: Program, x: Tensor) -> Tensor:
 
 
 def _ended(program: Program, rows: Tensor) -> Program:
-    """The program with a choice of tokens at its end, which every Runner wants."""
+    """The program with the choice of a token at its end, which every Runner needs."""
     logits = program.tensor("logits", "R", rows.width)
     program.emit(SelectRows(out=logits, x=rows, width=rows.width, selected=selected_rows("R")))
     emit_sampling(program, logits, rows.width)
@@ -205,17 +208,17 @@ CONCAT = OpProbe("concat", concat_program, ROW_STEPS, (Concat,))
 INTEGERS = OpProbe("integers", integer_program, ROW_STEPS, (CodeRows, CodeLinear, CodeFixed))
 ROUNDED = OpProbe("rounded", lambda: _ended(*rounded_rows(2 * ROWS)), ROW_STEPS, ROUNDED_KINDS)
 DRAFTS = OpProbe("drafts", drafts_program, DRAFT_STEPS, (DeltaInputsVerify, GatedDeltaVerify))
-PLAIN = (DRAFTS, CONCAT, INTEGERS, ROUNDED)  # of one form each
+PLAIN = (DRAFTS, CONCAT, INTEGERS, ROUNDED)  # the probes without a weight format
 HEAD_FORMATS = (*PREPARATION, CODES)
 
 
 def all_probes() -> list[OpProbe]:
-    """Every probe that a program may want."""
+    """All probes of this file."""
     return [*PLAIN, *map(grouped_probe, PREPARATION), *map(score_probe, HEAD_FORMATS)]
 
 
 def probes(program: Program) -> list[OpProbe]:
-    """The probes of ops that a program has."""
+    """The probes of the ops that a program has."""
     plain = [probe for probe in PLAIN if any(isinstance(op, probe.kinds) for op in program.ops)]
     formats = {op.weight.format for op in program.ops if isinstance(op, GroupedLinear)}
     heads = {op.weight.format for op in program.ops if isinstance(op, Score)}
@@ -224,7 +227,7 @@ def probes(program: Program) -> list[OpProbe]:
 
 
 def probe_model(probe: OpProbe, table: OpTable, fused: bool) -> ProbeModel:
-    """What a Runner wants of a model."""
+    """The model of a probe, for a Runner."""
     lowered = lower(probe.program())
     return ProbeModel(table, fuse(lowered, table) if fused else lowered, 2 * ROWS)
 
@@ -232,28 +235,29 @@ def probe_model(probe: OpProbe, table: OpTable, fused: bool) -> ProbeModel:
 def digests(
     probe: OpProbe, table: OpTable, fused: bool = True, on_compile: OnCompile | None = None
 ) -> list[tuple[Operands, str, str]]:
-    """[(op, tensor or cache name, digest)] of what a probe's ops write over all its steps, in order."""
+    """[(op, tensor or cache name, digest)] of all outputs of a probe's ops over all its steps, in order."""
     with contextlib.closing(Team(1)) as team:
         limits = Limits(ROWS, 2, 4, 2)
         runner = Runner(probe_model(probe, table, fused), team, limits, keep=True, on_compile=on_compile)
         ops = [op for op in runner.program.ops if isinstance(op, probe.kinds)]
-        made = {(op, value.name): hashlib.sha256() for op in ops for value in (*op.shared, *op.caches)}
+        hashes = {(op, value.name): hashlib.sha256() for op in ops for value in (*op.shared, *op.caches)}
         at = [0, 0]
         for counts in probe.steps:
-            at = [start + held for start, (_, _, held) in zip(at, counts, strict=True)]
+            at = [start + num_right for start, (_, _, num_right) in zip(at, counts, strict=True)]
             runner.step([span(i, start, *each) for i, (start, each) in enumerate(zip(at, counts, strict=True))])
             at = [start + known for start, (known, _, _) in zip(at, counts, strict=True)]
             num_rows = sum(known + drafts for known, drafts, _ in counts)
             for op in ops:
                 for tensor in op.shared:
-                    made[op, tensor.name].update(runner.executor.view(tensor, num_rows).tobytes())
+                    hashes[op, tensor.name].update(runner.executor.view(tensor, num_rows).tobytes())
                 for cache in op.caches:
-                    made[op, cache.name].update(runner.caches[cache.name].tobytes())
-        return [(op, name, digest.hexdigest()[:16]) for (op, name), digest in made.items()]
+                    hashes[op, cache.name].update(runner.caches[cache.name].tobytes())
+        return [(op, name, digest.hexdigest()[:16]) for (op, name), digest in hashes.items()]
 
 
-def span(index: int, start: int, known: int, drafts: int, held: int) -> Span:
-    """Tokens of a probe's request from position `start` on. Those of drafts depend on where they were guessed."""
+def span(index: int, start: int, known: int, drafts: int, num_right: int) -> Span:
+    """The Span of a probe's request from position `start` on; drafts have other token ids than known tokens. num_right: how
+    many drafts of the step before were right."""
     ids = [(7 * p * p + 13 * index + 3) % ROWS for p in range(start, start + known)]
     ids += [ROWS + (5 * p + start + index) % ROWS for p in range(start + known, start + known + drafts)]
-    return Span(ids, start, everywhere([]), index, {len(ids) - 1: {}}, num_drafts=drafts, num_pending=held)
+    return Span(ids, start, everywhere([]), index, {len(ids) - 1: {}}, num_drafts=drafts, num_pending=num_right)

@@ -1,4 +1,5 @@
-"""What the self-check asks of ops whose intermediates lie on grids: a program of few ops on made-up rows."""
+"""The probe of ops whose intermediates lie on the grids of a quantization plan: a program of few ops on made-up
+rows."""
 
 import numpy as np
 
@@ -26,8 +27,8 @@ KINDS = (RoundedInputs, RoundedAttention, RoundedSiluMul, FakeQuant)
 
 
 def rounded_rows(num_rows: int) -> tuple[Program, Tensor]:
-    """A program of attention's inputs, attention, SwiGLU's product and a tensor, all of their intermediates on grids,
-    and its last rows. num_rows: of the made-up table that it reads."""
+    """A program of attention's inputs, attention, fake quantization and SwiGLU's product, with all intermediates on
+    grids, and the tensor of its last rows. num_rows: of the made-up table that it reads."""
     H, G, K = 4, 2, 32
     width = (H + 2 * G) * K
     values = np.random.RandomState(10).randint(-4096, 4096, (num_rows, width)) * np.float32(2.0**-11)
@@ -66,7 +67,7 @@ def rounded_rows(num_rows: int) -> tuple[Program, Tensor]:
 
 
 def _some_grids(count: int) -> np.ndarray:
-    """So many grids, of each kind in turn."""
+    """Grids, one of each kind in turn: float32 [count, GRID_WORDS]."""
     made = np.zeros((count, GRID_WORDS), np.float32)
     kinds = (
         (INTEGER, 2.0**-7, 2.0**7, 3, -128, 127),

@@ -1,6 +1,6 @@
-"""What the self-check asks of the ops that choose tokens: rows of logits with every kind of wish, and no model.
+"""The probe of the ops that choose tokens: rows of made-up logits with every kind of SamplingParams, without a model.
 
-The other probes choose tokens too, but ask for nothing; here every output of these ops is looked at.
+The other probes choose tokens with plain parameters only; here every output of these ops has a digest.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from lockstep.runtime.threads import Team
 from lockstep.weights.store import WeightStore
 
 NAME = "sampling"
-ROWS, VOCABULARY, WIDTH = 8, 4101, 4112  # the last chunk of 4096 and the last word of a mask are not full
+ROWS, VOCABULARY, WIDTH = 8, 4101, 4112  # the last chunk of 4096 logits and the last word of a mask are not full
 SEEN, ALLOWED = [7, 4100, 7, 12], np.full(129, 0x5A5A5A5A, np.uint32)
 PENALTIES: dict[str, Any] = dict(
     repetition_penalty=1.2, presence_penalty=0.4, frequency_penalty=-0.3, logit_bias={4099: 2.5, 3: -1.5}
@@ -47,7 +47,7 @@ WISHES: tuple[dict[str, Any], ...] = (
 
 @dataclass(frozen=True)
 class ProbeModel:
-    """A made-up model for a Runner: one op table and one program, whatever is asked for."""
+    """A made-up model for a Runner: it always has the same op table and program."""
 
     table: OpTable
     program: Program
@@ -64,12 +64,12 @@ class ProbeModel:
 
 
 def digests(table: OpTable, on_compile: OnCompile | None = None) -> list[tuple[Operands, str, str]]:
-    """[(op, tensor name, digest)] of what the ops after the logits write, on an op table."""
+    """[(op, tensor name, digest)] of all outputs of the ops after the logits, on an op table."""
     with contextlib.closing(Team(1)) as team:
         runner = Runner(probe_model(table), team, Limits(ROWS, 1, 1, ROWS), keep=True, on_compile=on_compile)
         wishes = [SamplingParams(**w) for w in WISHES]
-        held = [Adjustment(SEEN, w, frozenset({0, 9}), VOCABULARY) for w in wishes]
-        sampled = {r: record(r, w, a) for r, (w, a) in enumerate(zip(wishes, held, strict=True))}
+        adjustments = [Adjustment(SEEN, w, frozenset({0, 9}), VOCABULARY) for w in wishes]
+        sampled = {r: record(r, w, a) for r, (w, a) in enumerate(zip(wishes, adjustments, strict=True))}
         sampled[0]["given"] = 1 + 4099
         runner.step([Span(list(range(ROWS)), 0, everywhere([0]), 0, sampled)])
         ops = [op for op in runner.program.ops if isinstance(op, (AdjustLogits, Sample))]
@@ -78,7 +78,7 @@ def digests(table: OpTable, on_compile: OnCompile | None = None) -> list[tuple[O
 
 
 def probe_model(table: OpTable) -> ProbeModel:
-    """What a Runner wants of a model; its logits are the rows of a table."""
+    """The model of this probe, for a Runner; its logits are the rows of a made-up table."""
     values = np.random.RandomState(5).randint(-4096, 4096, (ROWS, WIDTH)) * np.float32(2.0**-9)
     program = Program()
     rows = rows_of(program, NAME, values.astype(np.float32))
@@ -89,7 +89,7 @@ def probe_model(table: OpTable) -> ProbeModel:
 
 
 def record(row: int, p: SamplingParams, adjustment: Adjustment) -> dict[str, Any]:
-    """Fields of a row's SAMPLING_RECORD, for its SamplingParams."""
+    """The fields of a row's SAMPLING_RECORD for its SamplingParams."""
     return dict(
         temperature=p.temperature,
         top_p=p.top_p,
@@ -103,6 +103,6 @@ def record(row: int, p: SamplingParams, adjustment: Adjustment) -> dict[str, Any
 
 
 def digest(array: np.ndarray, tensor: Tensor) -> str:
-    """Of what the op must write: the padding of a row may hold anything."""
+    """The digest of a tensor without the padding of its rows, which may hold anything."""
     width = VOCABULARY if tensor.width == WIDTH else tensor.width
     return hashlib.sha256(np.ascontiguousarray(array[:, :width]).tobytes()).hexdigest()[:16]

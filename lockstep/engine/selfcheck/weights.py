@@ -13,9 +13,9 @@ from lockstep.weights.tensor import StoredTensor
 
 
 def stored(name, shape, format):
-    """A tensor of numbers that follow from its name. Matrices have the format; everything else is float32.
+    """A tensor whose numbers follow from its name. Matrices have the format; all other tensors are float32.
 
-    Rows that blocks do not fill have the format's fallback, as a linear layer would multiply them anyway.
+    A matrix whose rows are not whole blocks has the format's fallback, in which a linear layer would compute it anyway.
     """
     generator = np.random.RandomState(int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little"))
     unit = np.float32(2.0**-10 if len(shape) == 2 else 2.0**-7)
@@ -28,7 +28,7 @@ def stored(name, shape, format):
 
 
 def blocks(generator: np.random.RandomState, shape: tuple[int, ...], format: Format) -> np.ndarray:
-    """Blocks of a format: any bytes, but the float16 scales."""
+    """Blocks of a format: random bytes, with the format's made-up float16 scales."""
     made = generator.randint(0, 256, (shape[0], shape[1] // format.block_size, format.block_bytes)).astype(np.uint8)
     for at in format.scale_offsets:
         made[..., at : at + 2] = np.array([format.made_up_scale], np.float16).view(np.uint8)
@@ -36,12 +36,12 @@ def blocks(generator: np.random.RandomState, shape: tuple[int, ...], format: For
 
 
 def constant(name: str, *shape: int) -> Weight:
-    """A small float32 weight of numbers that follow from its name."""
+    """A float32 weight whose numbers follow from its name."""
     return Weight(name, "f32", shape, (stored(name, shape, "f32"),))
 
 
 def rows_of(program: Program, name: str, values: np.ndarray) -> Tensor:
-    """Begins a program: a step's token i is row i of values, float32 [rows, width]."""
+    """Begins a program with an embedding: token id i becomes row i of values, float32 [rows, width]."""
     table = Weight(name, "f32", values.shape, (StoredTensor(name, "f32", values.shape, values),))
     out, width = program.tensor("rows", "T", values.shape[1]), values.shape[1]
     program.emit(Embed(out=out, table=table, width=width, scale=1.0))

@@ -256,8 +256,8 @@ def digests(
 
 
 def span(index: int, start: int, known: int, drafts: int, num_right: int) -> Span:
-    """The Span of a probe's request from position `start` on; drafts have other token ids than known tokens. num_right: how
-    many drafts of the step before were right."""
+    """The Span of a probe's request from position `start` on; drafts have other token ids than known tokens. num_right:
+    how many drafts of the step before were right."""
     ids = [(7 * p * p + 13 * index + 3) % ROWS for p in range(start, start + known)]
     ids += [ROWS + (5 * p + start + index) % ROWS for p in range(start + known, start + known + drafts)]
     return Span(ids, start, everywhere([]), index, {len(ids) - 1: {}}, num_drafts=drafts, num_pending=num_right)

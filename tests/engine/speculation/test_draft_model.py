@@ -36,7 +36,7 @@ def model(request, tmp_path_factory):
 
 def check_all_is_back(memory, limits):
     """Nobody holds a page or slot, but what was left there and can be taken away."""
-    while memory.left:
+    while memory.leftovers:
         memory.drop_oldest()
     assert memory.pages.num_free == memory.pages.num_pages >= limits.num_pages
     assert sorted(memory.free_slots) == list(range(limits.max_requests))
@@ -223,7 +223,7 @@ def test_what_was_left_is_given_up_for_others(model, watched):
     for round in range(3):
         prompts = [[3 + (i * i + round) % 90 for i in range(n)] for n in (150, 70, 200)]
         made.run(prompts, [SamplingParams(max_tokens=30, seed=i, temperature=0.8, ignore_eos=True) for i in range(3)])
-        assert len(made.drafts.memory.left) <= 2
+        assert len(made.drafts.memory.leftovers) <= 2
     assert not wrong(made.guesses)
     late = {r.id for r, at, g in made.guesses if g and r.id >= 6}
     assert late == {6, 7, 8}

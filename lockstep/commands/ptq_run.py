@@ -30,7 +30,7 @@ def command(
     from lockstep.study.assemble import assembled, keep_recipe, save_winner
     from lockstep.study.recipe import Recipe
     from lockstep.study.records import check_folder
-    from lockstep.study.run import How, ranking, run_study
+    from lockstep.study.run import RunOptions, ranking, run_study
 
     folder = out or pathlib.Path(f"{recipe.stem}-study")
     check_folder(folder)
@@ -41,8 +41,8 @@ def command(
             study, subject = assembled(read, progress.packing)
             keep_recipe(folder, read)
         with made_team(threads) as team, Counter() as counter:
-            how = How(jobs, team.num_threads, counter.step, say)
-            trials = run_study(folder, study, subject, team, how)
+            options = RunOptions(jobs, team.num_threads, counter.step, say)
+            trials = run_study(folder, study, subject, team, options)
     ranked = ranking(trials)
     if ranked:
         save_winner(folder, read, ranked[0]["plan"])

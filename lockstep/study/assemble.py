@@ -1,4 +1,4 @@
-"""From a recipe to a study: its model loaded, its texts read, checked and cut."""
+"""Makes a study from a recipe: loads its model; reads, checks and cuts its texts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WINNER_RECIPE = "winner.toml"
 
 
 def assembled(recipe: Recipe, progress: Progress | None = None) -> tuple[Study, Subject]:
-    """The study that a recipe describes, and its model. ValueError or OSError for what is not there or not allowed."""
+    """The study that a recipe describes, and its model. ValueError or OSError for files that are missing or refused."""
     longest = max(choice.length for choice in (recipe.evaluate, recipe.calibrate) if choice)
     subject = load_subject(recipe.model, longest, recipe.weights, "f32", progress)
     tokenizer = subject.tokenizer
@@ -49,14 +49,15 @@ def _read(choice: TextChoice, tokenizer: Tokenizer) -> tuple[Text, list[Window]]
 
 
 def _calibration(choice: TextChoice, tokenizer: Tokenizer) -> tuple[Text, list[Window]]:
-    """The same of a calibration text: CALIBRATION_WINDOWS, or as many as it has, where the recipe does not say."""
+    """Text and windows of calibration: where the recipe gives no number, CALIBRATION_WINDOWS or as many as there
+    are."""
     text, every = _read(replace(choice, windows=None), tokenizer)
-    count = choice.windows or min(CALIBRATION_WINDOWS, len(every))
-    return text, windows_of(text, choice.length, count)
+    num_windows = choice.windows or min(CALIBRATION_WINDOWS, len(every))
+    return text, windows_of(text, choice.length, num_windows)
 
 
 def _record(choice: TextChoice, text: Text, windows: list[Window]) -> dict[str, Any]:
-    """What study.json says of a text."""
+    """The entry of study.json for a text."""
     return dict(
         file=choice.text.name,
         sha256=text.sha256,
@@ -73,8 +74,8 @@ def _record(choice: TextChoice, text: Text, windows: list[Window]) -> dict[str, 
 
 
 def keep_recipe(folder: Path, recipe: Recipe) -> None:
-    """Writes a recipe into the folder of its study. ValueError, with the first key that differs, if another one is
-    there: trials of two recipes are not mixed."""
+    """Writes a recipe into the folder of its study. ValueError, with the first key that differs, if the folder has
+    another recipe: trials of two recipes are not mixed."""
     path = folder / RECIPE
     if path.exists():
         found = first_difference(kept_recipe(folder).table, recipe.table)
@@ -89,7 +90,7 @@ def keep_recipe(folder: Path, recipe: Recipe) -> None:
 
 
 def kept_recipe(folder: Path) -> Recipe:
-    """The recipe of a study's folder. ValueError if there is none, or none that can be read."""
+    """The recipe of a study's folder. ValueError if it is missing or cannot be read."""
     check_folder(folder)
     if not (folder / RECIPE).is_file():
         raise ValueError(f"{folder}: there is no {RECIPE}; expected the folder of a study")
@@ -102,6 +103,6 @@ def kept_recipe(folder: Path) -> Recipe:
 
 
 def save_winner(folder: Path, recipe: Recipe, plan: dict[str, Any]) -> None:
-    """The winning plan as a recipe: on the same texts, without sweeps."""
+    """Writes the winning plan as a recipe on the same texts, without sweeps."""
     made = {**recipe.table, "plan": plan, "sweep": []}
     save(folder / WINNER_RECIPE, lambda beside: beside.write_text(to_toml(made), "utf-8"))

@@ -1,4 +1,4 @@
-"""The best trials once more on the twin `prefill`, head by head as hardware runs: all scores must have equal bits."""
+"""Runs the best trials again on the twin `prefill`, head by head as hardware does: all scores must have equal bits."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ COLUMNS = {score.NLL: "nll", score.KL: "kl", score.DELTA_P: "delta_p", score.SAM
 def confirm_study(
     folder: Path, study: Study, subject: Subject, team: Team, top: int, on_step: OnStep = lambda *_: None
 ) -> list[dict[str, Any]]:
-    """Runs the `top` best trials of a study on `prefill`, on all windows, and writes confirm.jsonl: for each its
-    figures there, both ranks, and whether all scores have the bits of `prefill_reference`, or the first that has not;
-    and the same plan in the other arithmetic, see `in_integers`.
+    """Runs the `top` best trials of a study on `prefill`, on all windows, and writes confirm.jsonl. A line has a
+    trial's figures on `prefill`, both ranks, whether all scores have the bits of `prefill_reference` (or the first
+    score that differs), and the figures of the same plan in the other arithmetic, see `in_integers`.
 
-    ValueError for a folder of another study, and for one in which no trial is done, or not all that there are.
+    ValueError for a folder of another study, and for one in which no trial, or not every trial, is done.
     """
     with held(folder):
         check_same(folder, study)
@@ -64,8 +64,8 @@ def confirm_study(
 
 
 class _Confirmation:
-    """Both twins of a study's model, the fast one made only where something differs. measured: figures of all
-    windows on the fast one, with digests of the scores, by trial."""
+    """Both twins of a study's model; the fast twin is made only if a score differs. measured: {trial: figures of all
+    windows on the fast twin, with digests of their scores}."""
 
     def __init__(
         self, folder: Path, study: Study, subject: Subject, team: Team, measured: Mapping[str, list[dict[str, Any]]]
@@ -80,7 +80,7 @@ class _Confirmation:
         return rig_for(self._subject, self._study.treatment, self._team, self._study.length, twin)
 
     def run(self, ids: Sequence[str], on_step: OnStep) -> list[dict[str, Any]]:
-        """All windows of all these trials."""
+        """Runs all windows of these trials; returns the records of confirm.jsonl."""
         setups = {FLOAT_NAME: FLOAT} | {id: self.setup(id) for id in ids}
         figures: dict[str, list[dict[str, Any]]] = {name: [] for name in setups}
         first: dict[str, dict[str, Any]] = {}
@@ -110,7 +110,7 @@ class _Confirmation:
         return rig.scores()
 
     def _difference(self, setup: Setup, index: int, base: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
-        """The first score of a window that the twins do not share."""
+        """The first score of a window that differs between the twins."""
         self._fast = self._fast or self._made(PREFILL_REFERENCE)
         fast = self._scores(self._fast, setup, index, base)
         return dict(window=index) | (first_difference(fast, scores) or dict(rounds="the study's were others"))
@@ -136,7 +136,7 @@ class _Confirmation:
 
 
 def _stats(path: Path, study: Study) -> dict[str, Stat]:
-    """What calibration saw, nothing where there was none. ValueError if it is missing."""
+    """Statistics of all sites; empty where nothing is calibrated. ValueError if their file is missing."""
     if path.exists():
         return load_stats(path)
     if study.calibration and study.treatment.sites:
@@ -145,8 +145,8 @@ def _stats(path: Path, study: Study) -> dict[str, Stat]:
 
 
 def _measured(folder: Path, study: Study, names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """Figures of all windows of some trials, with digests of their scores. ValueError, with file and line, for lines
-    that are missing or that somebody changed."""
+    """{trial: figures of all its windows, with digests of their scores}. ValueError, with file and line, for lines that
+    are missing or were changed."""
     path, found = folder / ROUNDS, dict[str, list[dict[str, Any]]]()
     for (_, name), record in sorted(read_rounds(Lines(path, ANEW)).items()):
         found.setdefault(name, []).extend(record.get("windows", ()))
@@ -160,7 +160,8 @@ def _measured(folder: Path, study: Study, names: Sequence[str]) -> dict[str, lis
 
 
 def first_difference(fast: np.ndarray, slow: np.ndarray) -> dict[str, Any] | None:
-    """Token, score and both values where two arrays of scores [tokens, NUM_SCORES] first have other bits."""
+    """Token, score and both values at the first place where two arrays of scores [tokens, NUM_SCORES] differ in a bit;
+    None if they are equal."""
     columns = list(COLUMNS)
     differs = fast[:, columns].view(np.int32) != slow[:, columns].view(np.int32)
     if not differs.any():

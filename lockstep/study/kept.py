@@ -1,4 +1,4 @@
-"""What a study's folder keeps from run to run: whose trials it holds, and what calibration saw."""
+"""Files that a study's folder keeps between runs: the ids of its trials, and the statistics of calibration."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lockstep.study.scoring.calibrate import COUNTED
 from lockstep.study.trials import Study
 
 IDS, CALIBRATION = "ids.json", "calibration.npz"
-# what NumPy says of files that it did not write, or not as a whole
+# exceptions with which NumPy refuses a file that is damaged or of another kind
 BROKEN = (ValueError, TypeError, AttributeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 def check_same(folder: Path, study: Study) -> None:
-    """ValueError if the folder is of other trials, or nothing in it says of which it is."""
+    """ValueError if the folder belongs to another study, or if nothing in it says to which it belongs."""
     path, ids = folder / IDS, ids_of(study)
     there = _read_ids(path) if path.exists() else _ids_of_rounds(folder, ids)
     if there != ids:
@@ -33,12 +33,12 @@ def check_same(folder: Path, study: Study) -> None:
 
 
 def save_ids(folder: Path, study: Study) -> None:
-    """Says in the folder which study it is of."""
+    """Writes into the folder to which study it belongs."""
     save(folder / IDS, lambda beside: beside.write_text(json.dumps(ids_of(study)) + "\n", "utf-8"))
 
 
 def ids_of(study: Study) -> list[str]:
-    """All that a folder is of: trials, whose ids are of model and texts too, and how long rounds are."""
+    """What identifies a study: the ids of its trials, which cover model and texts, and the windows of a round."""
     return [trial.id for trial in study.trials] + [str(study.round)]
 
 
@@ -50,8 +50,8 @@ def _read_ids(path: Path) -> Any:
 
 
 def _ids_of_rounds(folder: Path, ids: list[str]) -> list[str]:
-    """The ids of a study if all rounds in a folder without ids are of its trials; else theirs. ValueError for a
-    calibration of which nothing says whose it is."""
+    """For a folder without ids: the given ids if its rounds have no other trials, else the trials of its rounds.
+    ValueError if the folder has a calibration and no rounds, so that nothing says to which study it belongs."""
     found = {str(record.get("trial")) for record in Lines(folder / ROUNDS, ANEW).records} - {FLOAT_NAME}
     if not found and (folder / CALIBRATION).exists():
         raise ValueError(
@@ -65,7 +65,7 @@ def _ids_of_rounds(folder: Path, ids: list[str]) -> list[str]:
 
 
 def save_stats(path: Path, stats: Mapping[str, Stat]) -> None:
-    """Writes what calibration saw, whole or not at all. OSError, with the path."""
+    """Writes the statistics of calibration, whole or not at all. OSError, with the path."""
     save(path, lambda beside: _write_stats(beside, stats))
 
 
@@ -76,7 +76,7 @@ def _write_stats(path: Path, stats: Mapping[str, Stat]) -> None:
 
 
 def load_stats(path: Path) -> dict[str, Stat]:
-    """What a study's calibration saw. ValueError, with the path, for a file that does not hold it."""
+    """The statistics of a study's calibration. ValueError, with the path, for a file that does not hold them."""
     try:
         with np.load(path) as found:
             names = dict.fromkeys(key.rpartition("/")[0] for key in found.files)

@@ -1,4 +1,4 @@
-"""Recipes: what a study runs, as TOML. `docs/ptq.md` lists the keys."""
+"""Recipes: the description of a study, as TOML. `docs/ptq.md` lists the keys."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ HASH = re.compile(r"[0-9a-fA-F]{64}")
 
 @dataclass(frozen=True)
 class TextChoice:
-    """Which windows of which file: see `text.windows_of`. windows: None for all (of a calibration text: up to
-    CALIBRATION_WINDOWS)."""
+    """Which windows of which file, see `text.windows_of`. windows: their number; None for all (of a calibration text:
+    at most CALIBRATION_WINDOWS)."""
 
     text: Path
     sha256: str | None
@@ -40,9 +40,9 @@ class TextChoice:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Some trials. kind: "product", "one_at_a_time" or "leave_one_out". lists: {name: (glob of sites, specs)}; of the
-    other two kinds one, named as the kind. arithmetic: of a product, each in combination with the others; nothing: that
-    of the base plan."""
+    """A group of trials. kind: "product", "one_at_a_time" or "leave_one_out". lists: {name: (glob of sites, specs)};
+    the latter two kinds have one list, named as the kind. arithmetic: values that a product combines with its lists;
+    empty: the arithmetic of the base plan."""
 
     kind: str
     lists: Mapping[str, tuple[str, tuple[str, ...]]]
@@ -51,8 +51,9 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A study. round: windows after which trials are compared. early_stop: whether trials of products that are clearly
-    worse than the best end there. top: how many are confirmed."""
+    """A study. round: after how many windows trials are compared. early_stop: whether trials of products that are
+    clearly worse than the best are stopped then. top: how many trials are confirmed. table: the recipe as TOML's
+    table."""
 
     model: str
     weights: str
@@ -67,8 +68,8 @@ class Recipe:
 
     @staticmethod
     def load(path: Path, changes: Sequence[str] = ()) -> Recipe:
-        """The recipe of a file. changes: "key=value", as "evaluate.windows=8", in the place of what the file says.
-        Paths in it are relative to its folder. ValueError, with file and key, if it is none."""
+        """The recipe in a file. changes: "key=value", such as "evaluate.windows=8", replace values of the file. Paths
+        are relative to the file's folder. ValueError, with file and key, if it is not a recipe."""
         try:
             table = tomllib.loads(path.read_text("utf-8"))
             for change in changes:
@@ -81,15 +82,15 @@ class Recipe:
 
     @staticmethod
     def from_table(table: Mapping[str, Any], folder: Path) -> Recipe:
-        """The recipe of a table that was read from TOML."""
-        _known(table, KEYS, "")
+        """The recipe in a table that was read from TOML. folder: where relative paths begin."""
+        _check_keys(table, KEYS, "")
         evaluate = _table(table, "evaluate")
         choices = {name: _text(table, name, folder) for name in ("evaluate", "calibrate")}
         if choices["evaluate"] is None:
             raise ValueError("evaluate is missing; expected a table with text")
         plan = Plan.from_table(table.get("plan", {}))
         top = _table(table, "confirm")
-        _known(top, ("top",), "confirm.")
+        _check_keys(top, ("top",), "confirm.")
         made = Recipe(
             model=_model(table.get("model", BUNDLED), folder),
             weights=_word(table, "weights", CHOICES, "f32"),
@@ -97,9 +98,9 @@ class Recipe:
             evaluate=choices["evaluate"],
             plan=plan,
             sweeps=_sweeps(table.get("sweep", [])),
-            round=_count(evaluate, "round", "evaluate.", ROUND, 2) or ROUND,
+            round=_whole(evaluate, "round", "evaluate.", ROUND, 2) or ROUND,
             early_stop=_flag(evaluate, "early_stop", "evaluate.", True),
-            top=_count(top, "top", "confirm.", TOP, 0) or 0,
+            top=_whole(top, "top", "confirm.", TOP, 0) or 0,
         )
         object.__setattr__(made, "table", made.to_table())
         return made
@@ -116,7 +117,7 @@ class Recipe:
 
 
 def first_difference(old: Any, new: Any, key: str = "") -> str | None:
-    """Words for the first key in which two recipes' tables differ; None if they are equal."""
+    """A sentence about the first key in which two recipes' tables differ; None if they are equal."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for name in [*old, *(name for name in new if name not in old)]:
             inner = f"{key}.{name}" if key else name
@@ -139,7 +140,7 @@ BARE = re.compile(r"[A-Za-z0-9_-]+", re.ASCII)  # keys that TOML takes without q
 
 
 def to_toml(table: Mapping[str, Any]) -> str:
-    """A table as TOML: numbers and texts first, then tables, then lists of tables."""
+    """A table as TOML: numbers and texts first, then tables and lists of tables."""
     is_tables = lambda value: isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value)
     plain = {k: v for k, v in table.items() if not isinstance(v, dict) and not is_tables(v)}
     parts = ["".join(f"{_key(k)} = {_value(v)}\n" for k, v in plain.items() if v != [] or k == "rules")]
@@ -163,17 +164,17 @@ def _value(value: Any) -> str:
 
 
 def _key(name: str) -> str:
-    """A key as it is where TOML allows that, else in quotes."""
+    """A key, in quotes unless TOML allows it without."""
     return name if BARE.fullmatch(name) else _quoted(name)
 
 
 def _quoted(value: str) -> str:
-    """A TOML basic string; JSON's are such, but for DEL, and for surrogates in the place of other characters."""
+    """A TOML basic string. A JSON string is one, except for DEL and for escaped surrogates."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _change(table: dict[str, Any], change: str) -> None:
-    """Puts "key=value" into a table: the value as TOML, or a text where it is none."""
+    """Puts "key=value" into a table; a value that is not TOML is taken as a text."""
     key, equals, text = change.partition("=")
     *path, last = key.strip().split(".")
     if not equals or not last:
@@ -192,7 +193,7 @@ def _change(table: dict[str, Any], change: str) -> None:
 # ------------------------------------------------------------ keys
 
 
-def _known(table: Mapping[str, Any], allowed: Sequence[str], where: str) -> None:
+def _check_keys(table: Mapping[str, Any], allowed: Sequence[str], where: str) -> None:
     unknown = next((name for name in table if name not in allowed), None)
     if unknown is not None:
         raise ValueError(f"there is no {where}{unknown}; expected one of {', '.join(allowed)}")
@@ -206,26 +207,26 @@ def _table(table: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def _shown(value: Any) -> str:
-    """A value as TOML says it, at most 80 characters."""
+    """A value as TOML writes it, cut to 80 characters."""
     return str(value).lower() if isinstance(value, bool) else f"{value!r:.80}"
 
 
-def _count(table: Mapping[str, Any], key: str, where: str, usual: int | None, least: int) -> int | None:
-    found = table.get(key, usual)
+def _whole(table: Mapping[str, Any], key: str, where: str, default: int | None, least: int) -> int | None:
+    found = table.get(key, default)
     if found is not None and (type(found) is not int or found < least):
         raise ValueError(f"{where}{key} is {_shown(found)}, expected a whole number from {least} on")
     return found
 
 
-def _flag(table: Mapping[str, Any], key: str, where: str, usual: bool) -> bool:
-    found = table.get(key, usual)
+def _flag(table: Mapping[str, Any], key: str, where: str, default: bool) -> bool:
+    found = table.get(key, default)
     if not isinstance(found, bool):
         raise ValueError(f"{where}{key} is {_shown(found)}, expected true or false")
     return found
 
 
-def _word(table: Mapping[str, Any], key: str, allowed: Sequence[str], usual: str) -> str:
-    found = table.get(key, usual)
+def _word(table: Mapping[str, Any], key: str, allowed: Sequence[str], default: str) -> str:
+    found = table.get(key, default)
     if found not in allowed:
         raise ValueError(f"{key} is {_shown(found)}, expected one of {', '.join(allowed)}")
     return found
@@ -241,7 +242,7 @@ def _text(table: Mapping[str, Any], name: str, folder: Path) -> TextChoice | Non
     if name not in table:
         return None
     found, where = _table(table, name), f"{name}."
-    _known(found, TEXT_KEYS[name], where)
+    _check_keys(found, TEXT_KEYS[name], where)
     path, digest, like = found.get("text"), found.get("sha256"), found.get("like")
     if not isinstance(path, str) or not path:
         raise ValueError(f"{where}text is {_shown(path)}, expected the path of a file")
@@ -249,10 +250,10 @@ def _text(table: Mapping[str, Any], name: str, folder: Path) -> TextChoice | Non
         raise ValueError(f"{where}sha256 is {_shown(digest)}, expected 64 hexadecimal digits")
     if like is not None and like not in LIKE:
         raise ValueError(f"{where}like is {_shown(like)}, expected {' or '.join(LIKE)}")
-    usual = LENGTH if name == "evaluate" else _table(table, "evaluate").get("length", LENGTH)
-    length = _count(found, "length", where, usual, 2) or LENGTH
+    default = LENGTH if name == "evaluate" else _table(table, "evaluate").get("length", LENGTH)
+    length = _whole(found, "length", where, default, 2) or LENGTH
     least = 2 if name == "evaluate" else 1  # differences of one window have no interval
-    return TextChoice((folder / path).resolve(), digest, _count(found, "windows", where, None, least), length, like)
+    return TextChoice((folder / path).resolve(), digest, _whole(found, "windows", where, None, least), length, like)
 
 
 def _text_table(choice: TextChoice) -> dict[str, Any]:
@@ -299,7 +300,7 @@ def _list(name: str, found: Any, where: str, kind: str) -> tuple[str, tuple[str,
         raise ValueError(f"{where}{name!r:.80}: expected a name of one or more printable characters")
     if not isinstance(found, Mapping):
         raise ValueError(f'{where}{name} is {_shown(found)}, expected a table, as {{ sites = "L*.p", spec = ["u8"] }}')
-    _known(found, ("sites", "spec"), f"{where}{name}.")
+    _check_keys(found, ("sites", "spec"), f"{where}{name}.")
     glob, specs = found.get("sites"), found.get("spec", "off" if kind == LEAVE_ONE_OUT else None)
     if not isinstance(glob, str) or not glob:
         raise ValueError(f"{where}{name}.sites is {_shown(glob)}, expected names of sites with *, ? or [..]")

@@ -1,4 +1,4 @@
-"""Files of a study: lines of JSON that are only ever added to, and files that are written whole or not at all."""
+"""Files of a study: files of JSON lines, to which lines are only added, and files written whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-RECIPE = "recipe.toml"  # of a study, in its folder
+RECIPE = "recipe.toml"  # in a study's folder
 
 
 def going_on(folder: Path) -> str:
-    """The command that goes on with the study of a folder, and makes anew what follows from its rounds."""
+    """The command that continues the study of a folder, and makes anew the files that follow from its rounds."""
     recipe = shlex.quote(str(folder / RECIPE)) if (folder / RECIPE).is_file() else "RECIPE"
     return f"`lockstep ptq run {recipe} --out {shlex.quote(str(folder))}`"
 
 
 def check_folder(folder: Path) -> None:
-    """ValueError for a file in the place of a study's folder."""
+    """ValueError if the path of a study's folder is a file."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: it is a file, expected the folder of a study")
 
@@ -33,16 +33,16 @@ def line_of(record: Mapping[str, Any]) -> bytes:
 
 
 def reason_of(error: Exception) -> str:
-    """Why a line is no JSON, without a number of a line, which would be that inside the line."""
+    """Why a line is not JSON. The line number of a JSONDecodeError, which would be 1, is left out."""
     return f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 class Lines:
     """Records in a file, in order.
 
-    A last line that was cut short (by a crash or a full disk) is removed, and `was_torn` says so. ValueError, with file
-    and line, for a line that is no JSON object; advice: what it says to do then.
-    reads_only: the file may be one that another process adds to, and is left as it is.
+    A last line that was cut short (by a crash or a full disk) is removed, and `was_torn` is set. ValueError, with file
+    and line, for a line that is not a JSON object. advice: ends that message. reads_only: the file, to which another
+    process may be adding lines, is not changed.
     """
 
     def __init__(self, path: Path, advice: str = "", reads_only: bool = False) -> None:
@@ -54,7 +54,7 @@ class Lines:
         if rest:
             self.was_torn = True
         if rest and not reads_only:
-            with self._told():
+            with self._naming_the_file():
                 os.truncate(path, self._size)
 
     def _parsed(self, number: int, line: bytes) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class Lines:
     def add(self, record: Mapping[str, Any]) -> None:
         """Adds a line. OSError, with the path, if the disk is full; the lines before it stay as they are."""
         line = line_of(record)
-        with self._told():
+        with self._naming_the_file():
             try:
                 with open(self.path, "ab", buffering=0) as file:
                     write_all(file, line)
@@ -82,8 +82,8 @@ class Lines:
         self.records.append(json.loads(line))
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
-        """OSErrors that name the file."""
+    def _naming_the_file(self) -> Iterator[None]:
+        """Makes OSErrors name the file."""
         try:
             yield
         except OSError as error:
@@ -91,22 +91,22 @@ class Lines:
 
 
 def write_all(file: io.RawIOBase, content: bytes) -> None:
-    """Writes all of it, in as many pieces as the system wants; OSError if there is no room."""
+    """Writes all of `content`, in as many pieces as the system takes; OSError if there is no room."""
     rest = memoryview(content)
     while rest:
         rest = rest[file.write(rest) or 0 :]
 
 
 class Replayed:
-    """Lines that follow from others: what is in the file already must be what would be written."""
+    """A file of lines that are computed from another file: lines that it already has must equal the computed ones."""
 
     def __init__(self, path: Path, source: Path) -> None:
-        """source: the file that they follow from."""
+        """source: the file from which the lines are computed."""
         self._lines, self._next, self._source = Lines(path), 0, source
         self.was_torn = self._lines.was_torn
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Adds a line, or finds it there. ValueError, with file and line, for another one in its place."""
+        """Adds a line, or checks that the file has it. ValueError, with file and line, if the file has another line."""
         there, self._next = self._lines.records, self._next + 1
         if self._next > len(there):
             self._lines.add(record)
@@ -131,7 +131,7 @@ def save(path: Path, write: Callable[[Path], Any]) -> None:
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Keeps other runs out of a folder. ValueError if one is in it."""
+    """A context that keeps other runs out of a folder. ValueError if another run is at work in it."""
     with open(folder / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,5 +1,5 @@
-"""rounds.jsonl: what was measured, a line for each trial and round, with a digest; all else of a study follows from
-it."""
+"""rounds.jsonl: a line of measurements for each trial and round, with a digest. All other results of a study follow
+from these lines."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ ANEW = "what was measured cannot be made again from other files: expected a new 
 
 
 def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record with the digest of what it says."""
+    """A record with a digest of its content."""
     return {**record, DIGEST: hashlib.sha256(line_of(record)).hexdigest()[:DIGITS]}
 
 
 def read_rounds(lines: Lines) -> dict[tuple[int, str], dict[str, Any]]:
-    """Records by round and trial. ValueError, with file and line, for one that was changed, or that is there twice."""
+    """{(round, trial): record}. ValueError, with file and line, for a record that was changed or is there twice."""
     found: dict[tuple[int, str], dict[str, Any]] = {}
     for number, record in enumerate(lines.records, 1):
         where = f"{lines.path}, line {number}"
@@ -39,8 +39,8 @@ def read_rounds(lines: Lines) -> dict[tuple[int, str], dict[str, Any]]:
 
 
 def check_follows(folder: Path, trials: Sequence[Mapping[str, Any]]) -> None:
-    """ValueError, with file and line, for a line of trials whose scores are not those of rounds.jsonl. trials: all
-    lines of `folder`/trials.jsonl, of a study that may be under way."""
+    """ValueError, with file and line, for a trial whose scores do not follow from rounds.jsonl. trials: all lines of
+    trials.jsonl in the folder, of a study that may still be running."""
     path, windows, failed = folder / ROUNDS, dict[str, list[dict[str, Any]]](), set[str]()
     for (_, name), record in sorted(
         read_rounds(Lines(path, ANEW, reads_only=True)).items(), key=lambda item: item[0][0]
@@ -60,7 +60,7 @@ def check_follows(folder: Path, trials: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _same(trial: Mapping[str, Any], own: list[dict[str, Any]], base: list[dict[str, Any]]) -> bool:
-    """Whether a trial's metrics follow from its windows, with either estimate of errors."""
+    """Whether a trial's metrics follow from its windows, with one of the two estimates of standard errors."""
     compared = compared_figures(own, base[: len(own)])
     metrics = trial.get("metrics") or {}
     return any((text_figures(own, by_token) | compared).items() <= metrics.items() for by_token in (False, True))

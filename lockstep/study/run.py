@@ -1,7 +1,8 @@
-"""Runs a study: calibration once, then trials in rounds of windows; what was done is never done again.
+"""Runs a study: calibration once, then trials in rounds of windows; finished work is never repeated.
 
-rounds.jsonl has a line for each trial and round, as soon as it is there. All else follows from it: a run that was
-interrupted goes through the same rounds, and finds in the file what it had done.
+rounds.jsonl gets a line for each trial and round as soon as the round of that trial is done, and all other results
+follow from these lines: a run that goes on after an interruption passes through the same rounds, and takes the finished
+ones from the file.
 """
 
 from __future__ import annotations
@@ -30,17 +31,18 @@ from lockstep.study.trials import Study
 from lockstep.study.workers import Workers
 
 STUDY, TRIALS, TIMES, WINNER = "study.json", "trials.jsonl", "times.jsonl", "winner.json"
-CLEARLY = 3.0  # standard errors by which a trial must be worse than the best to end early
-LEAST_WINDOWS = 4  # from which a standard error is taken seriously
+CLEARLY = 3.0  # standard errors by which a trial must be worse than the best to be stopped early
+LEAST_WINDOWS = 4  # with fewer windows a standard error is too uncertain to stop a trial
 DONE, STOPPED, FAILED = "done", "stopped", "failed"
-# called with a part of the work, where it is, both in words, how much is done, and how much is to be done at most;
-# at the end of a round with True, too
+# called with words for the phase of the work, words for the place in it, how much is done and how much there is at
+# most; at the end of a round also with True
 OnStep = Callable[..., object]
 
 
 @dataclass(frozen=True)
-class How:
-    """How a study is run, which changes no bit of it. threads: of all jobs together."""
+class RunOptions:
+    """How a study is run, which changes no bit of its results. threads: of all jobs together. on_step: see OnStep. say:
+    called with lines for the user."""
 
     jobs: int = 1
     threads: int = 1
@@ -48,32 +50,32 @@ class How:
     say: Callable[[str], object] = lambda line: None
 
 
-def run_study(folder: Path, study: Study, subject: Subject, team: Team, how: How) -> list[dict[str, Any]]:
+def run_study(folder: Path, study: Study, subject: Subject, team: Team, options: RunOptions) -> list[dict[str, Any]]:
     """Runs a study in its folder, or goes on with it. Returns the lines of trials.jsonl.
 
-    ValueError for a folder whose files are of another study; OSError, with the path, for a file that cannot be written:
-    what was written before stays.
+    ValueError for a folder with the files of another study; OSError, with the path, for a file that cannot be written:
+    lines that were written before stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with held(folder):
         check_same(folder, study)
         save_ids(folder, study)
-        stats = _calibrated(folder, study, subject, team, how)
-        with Workers(study, subject, stats, how.jobs, how.threads, team) as workers:
-            return _Run(folder, study, subject, stats, workers, how).run()
+        stats = _calibrated(folder, study, subject, team, options)
+        with Workers(study, subject, stats, options.jobs, options.threads, team) as workers:
+            return _Run(folder, study, subject, stats, workers, options).run()
 
 
 # ------------------------------------------------------------ calibration
 
 
-def _calibrated(folder: Path, study: Study, subject: Subject, team: Team, how: How) -> dict[str, Stat]:
-    """What calibration saw: from the folder, or from one pass over each window."""
+def _calibrated(folder: Path, study: Study, subject: Subject, team: Team, options: RunOptions) -> dict[str, Stat]:
+    """Statistics of all sites: from the folder, or from one forward pass over each calibration window."""
     path = folder / CALIBRATION
     if path.exists():
         return load_stats(path)
     if not study.calibration or not study.treatment.sites:
         return {}
-    step = lambda done, total: how.on_step("calibrating", f"window {done} of {total}", done, total)
+    step = lambda done, total: options.on_step("calibrating", f"window {done} of {total}", done, total)
     stats = calibrate(subject.model, study.treatment, team, study.calibration, step)
     save_stats(path, stats)
     return stats
@@ -83,7 +85,7 @@ def _calibrated(folder: Path, study: Study, subject: Subject, team: Team, how: H
 
 
 class _Run:
-    """One run through all rounds. windows: figures by trial and window, as far as it has come."""
+    """One run through all rounds. windows: {trial: figures of each window that it has run so far}."""
 
     def __init__(
         self,
@@ -92,14 +94,14 @@ class _Run:
         subject: Subject,
         stats: Mapping[str, Stat],
         workers: Workers,
-        how: How,
+        options: RunOptions,
     ) -> None:
-        self._folder, self._study, self._stats, self._workers, self._how = folder, study, stats, workers, how
+        self._folder, self._study, self._stats, self._workers, self._options = folder, study, stats, workers, options
         self._lines, self._trials = Lines(folder / ROUNDS, ANEW), Replayed(folder / TRIALS, folder / ROUNDS)
         self._times, self._figures = Lines(folder / TIMES), Figures(study, subject, stats)
         for lines in (self._lines, self._trials, self._times):
             if lines.was_torn:
-                how.say(f"{folder}: the last line of a file was cut short and is left out: it is made again")
+                options.say(f"{folder}: the last line of a file was cut short and is left out: it is made again")
         self._known = read_rounds(self._lines)
         self.windows: dict[int, list[dict[str, Any]]] = {t: [] for t in range(FLOAT_TRIAL, len(study.trials))}
         self._layers = {t: [0, 0] for t in self.windows}
@@ -124,7 +126,7 @@ class _Run:
         return self._written
 
     def _round(self, number: int, windows: range, active: Sequence[int]) -> set[int]:
-        """Runs what of a round is not known yet; returns the trials that failed."""
+        """Runs the trials of a round that rounds.jsonl does not have yet; returns the trials that failed."""
         trials = [FLOAT_TRIAL, *active]
         if any((number, self._name(trial)) not in self._known for trial in trials):
             self._run_round(number, windows, active)
@@ -148,8 +150,8 @@ class _Run:
         return failed
 
     def _run_round(self, number: int, windows: range, active: Sequence[int]) -> None:
-        """Runs a round from its first trial that is not known on; the float model and the base plan always, since
-        others begin with what they leave."""
+        """Runs the trials of a round that are not known yet, and always the float model and the base plan, since other
+        trials begin with the states that these leave."""
         wanted = [trial for trial in active if trial == 0 or (number, self._name(trial)) not in self._known]
         before = time.perf_counter()
         for done, outcome in enumerate(self._workers.round(windows, wanted), 1):
@@ -167,13 +169,13 @@ class _Run:
             self._say_step(number, len(active) + 1, done, len(wanted) + 1)
 
     def _say_step(self, number: int, num_active: int, done: int, num_wanted: int) -> None:
-        """Tells that `done` trials of a round are done. Work is counted in windows of a trial; in later rounds are all
-        trials that may still be there."""
+        """Reports that `done` trials of a round are done. Work is counted in windows of a trial; every active trial is
+        assumed to run in all later rounds, too."""
         sizes = [len(windows) for windows in self._study.rounds()]
         self._windows_run += sizes[number]
         left = sizes[number] * (num_wanted - done) + num_active * sum(sizes[number + 1 :])
         where = f"round {number + 1} of {len(sizes)}, plan {done} of {num_wanted}"
-        self._how.on_step("measuring", where, self._windows_run, self._windows_run + left, done == num_wanted)
+        self._options.on_step("measuring", where, self._windows_run, self._windows_run + left, done == num_wanted)
 
     def _record(self, number: int, outcome: Outcome, windows: range) -> dict[str, Any]:
         made: dict[str, Any] = dict(round=number, trial=self._name(outcome.trial))
@@ -189,7 +191,7 @@ class _Run:
         return FLOAT_NAME if trial == FLOAT_TRIAL else self._study.trials[trial].id
 
     def _clearly_worse(self, active: Sequence[int]) -> list[int]:
-        """Trials that may stop and are worse than the best of the round, by window differences."""
+        """Trials that may stop early and are clearly worse than the best one, by differences window by window."""
         if not active or len(self.windows[FLOAT_TRIAL]) < LEAST_WINDOWS:
             return []
         best = min(active, key=lambda trial: (math.fsum(map(nll_of, self.windows[trial])), trial))
@@ -247,7 +249,7 @@ class _Run:
             window_nll=[nll_of(window) for window in windows],
         )
         forwards = len(self._study.calibration) if self._stats else 0
-        record = study_record(self._study, self._stats, forwards, self._how.threads, baseline)
+        record = study_record(self._study, self._stats, forwards, self._options.threads, baseline)
         text_of = json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
         save(self._folder / STUDY, lambda beside: beside.write_text(text_of, "utf-8"))
 
@@ -260,6 +262,6 @@ class _Run:
 
 
 def ranking(trials: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Trials that are done, the least loss first; of equal ones the smaller, then the earlier."""
+    """Trials that are done, the least loss first; among equal losses fewer weight bytes, then the earlier trial."""
     done = [trial for trial in trials if trial["status"] == DONE]
     return sorted(done, key=lambda trial: (trial["metrics"]["delta_nll"], trial["metrics"]["weight_bytes"]))

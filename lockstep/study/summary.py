@@ -1,4 +1,4 @@
-"""What a study's files say of its model: sites, what calibration saw there, and how grids fit it."""
+"""What a study's files say about its model: its sites, the statistics of calibration, and how well grids fit them."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from lockstep.study.trials import Study
 from lockstep.weights.tensor import StoredTensor
 
 FORM = 1
-BINS = 48  # of a histogram in study.json
+NUM_BINS = 48  # of a histogram in study.json
 
 
 def study_record(
     study: Study, stats: Mapping[str, Stat], forwards: int, threads: int, baseline: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """The content of study.json. baseline: figures of the model in float, None before it ran."""
+    """The content of study.json. forwards: forward passes of calibration. baseline: figures of the float model, None
+    before it ran."""
     return dict(
         form=FORM,
         model=dict(name=study.model_name, hash=study.content, weights=study.weights),
@@ -50,13 +51,13 @@ def study_record(
 
 
 def stat_record(stat: Stat) -> dict[str, Any]:
-    """Range and histogram of a site, with the range of each head; what was never seen has none."""
+    """Range and histogram of a site, with the range of each head; a site without numbers has neither."""
     made: dict[str, Any] = dict(count=int(stat.count.sum()), not_finite=int(stat.not_finite.sum()))
     if not stat.histogram.any():
         return made
     whole = stat.over_heads()
     points, weights = whole.points(0)
-    counts, edges = np.histogram(points, BINS, (float(whole.low[0]), float(whole.high[0])), weights=weights)
+    counts, edges = np.histogram(points, NUM_BINS, (float(whole.low[0]), float(whole.high[0])), weights=weights)
     made |= dict(min=float(whole.low[0]), max=float(whole.high[0]))
     made["histogram"] = dict(edges=edges.tolist(), counts=counts.round().tolist())
     if stat.num_heads > 1 and np.isfinite(stat.low).all() and np.isfinite(stat.high).all():
@@ -65,7 +66,7 @@ def stat_record(stat: Stat) -> dict[str, Any]:
 
 
 class Figures:
-    """What is said of trials besides their scores; equal grids of a site are looked at once."""
+    """Figures of trials besides their scores. Equal grids of a site are computed once."""
 
     def __init__(self, study: Study, subject: Subject, stats: Mapping[str, Stat]) -> None:
         self._study, self._stats = study, stats
@@ -77,20 +78,23 @@ class Figures:
         self._seen: dict[tuple[str, str], dict[str, Any]] = {}
 
     def sizes(self, specs: Mapping[str, Spec]) -> dict[str, Any]:
-        """weight_bytes, bits_per_weight, and kv_bytes a token, None where keys and values are not all rounded."""
-        total, count = weight_bytes(self._parts, specs)
-        return dict(weight_bytes=total, bits_per_weight=8 * total / count, kv_bytes=kv_bytes(self._study.sites, specs))
+        """weight_bytes, bits_per_weight, and kv_bytes for each token (None unless all keys and values are rounded)."""
+        total, num_weights = weight_bytes(self._parts, specs)
+        per_token = kv_bytes(self._study.sites, specs)
+        return dict(weight_bytes=total, bits_per_weight=8 * total / num_weights, kv_bytes=per_token)
 
     def integer(self, specs: Mapping[str, Spec]) -> dict[str, Any]:
-        """layers: how many linear layers are in integers under specs. floats: the others, each with its reason."""
+        """layers: how many linear layers multiply integers under specs. floats: {the other layers' sites: the
+        reason}."""
         choice = self._layers.choose(specs)
         return dict(layers=len(choice.layers), floats=choice.floats)
 
     def sites(
         self, specs: Mapping[str, Spec], grids: Mapping[str, np.ndarray], weights: Mapping[str, float | None]
     ) -> dict[str, Any]:
-        """{site: spec and, of a static grid of an activation, scale, zero, saturation, code_use, sqnr by head, of a
-        weight sqnr}, for all that are rounded. weights: signal to noise by site, as far as it is known."""
+        """{site: its figures} for all rounded sites: spec; for a static grid of an activation also scale, zero,
+        saturation, code_use and sqnr of each head; for a weight sqnr. weights: known signal to noise of weights, by
+        site."""
         made = {name: self._site(name, spec, grids.get(name)) for name, spec in specs.items() if not spec.is_off}
         return {name: site | dict(sqnr=[weights[name]]) if name in weights else site for name, site in made.items()}
 

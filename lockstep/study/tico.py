@@ -1,10 +1,11 @@
-"""A plan's numbers as TICO 0.3.0 takes them: scales and zero points by the names of its observers, for a Llama model.
+"""A plan's scales and zero points in the form in which TICO 0.3.0 loads them: by its observers' names, for a Llama
+model.
 
     for name, numbers in json.loads(text).items():
         scale, zero = torch.tensor(numbers["scale"]), torch.tensor(numbers["zero_point"])
         model.get_observer(name).load_qparams(scale, zero, lock=True)
 
-between TICO's `prepare` and `convert`. Then it needs no calibration of its own.
+between TICO's `prepare` and `convert`; TICO then needs no calibration of its own.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from lockstep.ptq.treatment import sites_for
 from lockstep.runtime.program import Program
 
 ROTATED = ("x1", "x2", "cat", "cos", "sin", "rot")
-LAYER = {  # our sites of a layer, and the observers that see the same numbers
+LAYER = {  # {site of a layer: TICO's observers of the same numbers}
     "norm1.in": ["input_layernorm.act_in"],
     "norm1.w": ["input_layernorm.weight"],
     "norm1": ["input_layernorm.act_out", "self_attn.hidden", *(f"self_attn.{x}_proj.act_in" for x in "qkv")],
@@ -55,7 +56,7 @@ LAYER = {  # our sites of a layer, and the observers that see the same numbers
     "down": ["mlp.down_proj.act_out"],
     "res.mlp": ["mlp_residual_out"],
 }
-OUTSIDE = {  # of all layers
+OUTSIDE = {  # the same, for sites that belong to no layer
     "embed.w": ["model.embed_tokens.weight"],
     "embed": ["model.embed_tokens.act_out"],
     "norm.in": ["model.norm.act_in"],
@@ -67,16 +68,17 @@ OUTSIDE = {  # of all layers
 
 
 def qparams(solved: Solved, model: Model) -> dict[str, dict[str, Any]]:
-    """{observer: {"scale", "zero_point"}} of a solved plan of a model: numbers, of a matrix's rows lists of them.
+    """{observer: {"scale", "zero_point"}} of a solved plan: numbers, or lists of numbers for a matrix with a grid a
+    row.
 
-    They can be written as JSON, whose digits give back the same float32. Observers of sites that are off are left out.
-    What TICO rounds and plans do not name, the mask and the scale of attention, has the kind of grid of the logits that
-    come out of them. TICO's configuration has to say the same kinds of grids.
+    Written as JSON, the digits give back the same float32. Observers of sites that are off are left out. The mask and
+    the scale of attention, which TICO rounds and plans do not name, get the kind of grid of the logits that are
+    computed with them. TICO's configuration has to name the same kinds of grids.
 
-    Its scale_fusion, "none", "q_proj" or "k_proj", is the plan's fuse_scale.
+    TICO's scale_fusion ("none", "q_proj" or "k_proj") corresponds to the plan's fuse_scale.
 
-    ValueError for what TICO does not have: another model_type than "llama", a structural mask, a grid after attention's
-    addition, and grids that are not integers, of a tensor or of a matrix's rows.
+    ValueError for what TICO cannot express: another model_type than "llama", a structural mask, a grid after
+    attention's addition, and grids that are not integers, of a tensor or of a matrix's rows.
     """
     _check(solved, model)
     sites = sites_for(model.recorded, solved.plan)
@@ -101,7 +103,7 @@ def _check(solved: Solved, model: Model) -> None:
 
 
 def _observers(site: Site, spec: Spec, num_layers: int) -> list[str]:
-    """The observers of a site that has a grid."""
+    """TICO's observers of a site that has a grid."""
     allowed = ("tensor", "row") if site.is_weight else ("tensor",)
     if not spec.what.is_integer or spec.per not in allowed:
         of = " or /".join(allowed)
@@ -116,13 +118,14 @@ def _observers(site: Site, spec: Spec, num_layers: int) -> list[str]:
 
 
 def _places(num_layers: int) -> list[str]:
-    """Where the tables of the rotation and the mask are rounded."""
+    """Prefixes of the modules in which TICO rounds the rope's tables and the mask."""
     layers = [f"model.layers.{layer}." for layer in range(num_layers)]
     return ["model.", *layers, *(f"{layer}self_attn." for layer in layers)]
 
 
 def _constants(solved: Solved, program: Program, specs: Mapping[str, Spec]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What plans do not name: mask and, where it is not in weights, scale of attention."""
+    """The grids that plans do not name: those of the mask and, unless it is fused into weights, of attention's
+    scale."""
     fill = USUAL_FILL if solved.plan.fill is None else solved.plan.fill
     attention = {layer_of(op.out.name): op for op in program.ops if isinstance(op, Attention)}
     for place in _places(len(attention)):
@@ -148,7 +151,7 @@ def _numbers(rows: np.ndarray) -> dict[str, Any]:
 
 
 def _weight(part: Part, spec: Spec) -> dict[str, Any]:
-    """Of a matrix a scale for each row, where the spec says so; a norm's weight is one row, and has one scale."""
+    """Scale and zero point of a weight: lists for a matrix whose spec is a row; a norm's weight has one of each."""
     stored = part.weight.parts[part.index]
     made = fold_part(stored, spec)
     assert made.scale is not None and made.zero is not None

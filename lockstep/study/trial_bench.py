@@ -1,4 +1,4 @@
-"""Trials on one rig: each on some windows, beginning at the first layer that differs from a plan that ran before."""
+"""Runs trials on one rig: each begins at the first layer that differs from a plan that has run before."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from lockstep.study.trials import Study
 
 FLOAT_TRIAL = -1  # the index of the model in float among trials
 State = dict[Tensor, np.ndarray]
-STATE_BYTES = 2 << 30  # of what layers read, kept for the windows of a round, in all processes together
+STATE_BYTES = 2 << 30  # for layers' inputs, kept for the windows of a round, in all processes together
 
 
 @dataclass
 class Outcome:
-    """A trial on windows. trial: its index, or FLOAT_TRIAL. windows: their indices and figures. layers_saved: that were
-    not run, because an earlier plan had run the same. weights: signal to noise of those that are rounded, in decibels,
-    by site. failure: (window, what went wrong); -1 where no window ran."""
+    """The results of a trial on some windows. trial: its index, or FLOAT_TRIAL. windows: {index: figures}.
+    layers_saved: layers that were not run because an earlier plan had run the same. weights: {site: signal to noise in
+    decibels} of rounded weights. failure: (window, what went wrong); the window is -1 if none ran."""
 
     trial: int
     windows: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -37,10 +37,10 @@ class Outcome:
 
 
 class Bench:
-    """`rig`, and what its windows left behind.
+    """A rig, and the layers' inputs that the float model and the base plan left for each window.
 
-    Only what the float model and the base plan leave is used by others: how many layers a trial runs depends on nothing
-    else, so that it is the same however trials are shared among processes or interrupted.
+    Other trials begin with these only: so the number of layers that a trial runs does not depend on how trials are
+    shared among processes or interrupted.
     """
 
     def __init__(
@@ -51,17 +51,17 @@ class Bench:
         self._study, self._subject, self._stats = study, subject, stats
         self.rig = rig_for(subject, study.treatment, team, study.length, PREFILL_REFERENCE)
         self._setups: dict[int, Setup | str] = {FLOAT_TRIAL: FLOAT}
-        self._most = state_bytes // study.round
+        self._max_state_bytes = state_bytes // study.round
 
     def round(self, windows: Sequence[int], trials: Sequence[int]) -> Iterator[Outcome]:
-        """Runs the model in float, and then trials, on some windows."""
+        """Runs the float model, and then trials, on some windows."""
         self._states: dict[int, dict[bytes, State]] = {window: {} for window in windows}
         self._hidden: dict[int, np.ndarray] = {}
         for trial in (FLOAT_TRIAL, *trials):
             yield self._run(trial, windows)
 
     def setup(self, trial: int) -> Setup | str:
-        """A trial's grids and weights, or why there are none."""
+        """A trial's grids and weights, or the reason why it has none."""
         if trial not in self._setups:
             self._setups[trial] = self._made(trial)
         return self._setups[trial]
@@ -75,7 +75,7 @@ class Bench:
         return Setup(plan.resolve(study.sites), solved.grids, plan.arithmetic)
 
     def _run(self, trial: int, windows: Sequence[int]) -> Outcome:
-        """A trial on its windows; it ends at the first that fails."""
+        """Runs a trial on its windows; it ends at the first window that fails."""
         outcome, setup, window = Outcome(trial), self.setup(trial), -1
         if isinstance(setup, str):
             outcome.failure = window, setup
@@ -108,15 +108,15 @@ class Bench:
         outcome.windows[index] = window_figures(rig.scores(), window, outcome.trial != FLOAT_TRIAL)
 
     def _run_keeping(self, first: int, known: int, prefixes: Sequence[bytes], states: dict[bytes, State]) -> int:
-        """Runs up to the last layer, and keeps what each layer reads as long as there is room; returns where to go
-        on. The first layer is not worth it."""
+        """Runs up to the last layer, and keeps the inputs of each layer but the first as long as there is room; returns
+        the index of the op to go on with."""
         used = sum(array.nbytes for state in states.values() for array in state.values())
         for k in range(max(known, 0) + 1, len(prefixes)):
             start = self.rig.layer_starts[k]
             self.rig.run(first, start)
             state, first = self.rig.state(start), start
             used += sum(array.nbytes for array in state.values())
-            if used > self._most:
+            if used > self._max_state_bytes:
                 break
             states[prefixes[k]] = state
         return first

@@ -1,4 +1,4 @@
-"""The trials of a study: plans that differ from its base plan in what its sweeps say."""
+"""The trials of a study: its base plan, and the plans that its sweeps make of it."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from lockstep.study.scoring.text import Window, windows_hash
 BASE = "base"
 ID_DIGITS = 16
 
-MOST_TRIALS = 10_000  # of a sweep
+MAX_TRIALS = 10_000  # of a sweep
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A plan to try. swept: what a table of trials has columns of, by name. may_stop: whether it ends early where it is
-    clearly worse than others. id: of the plan, the model, and the windows."""
+    """A plan to try. swept: {name: value} of what its sweep varied. may_stop: whether the trial is stopped early if it
+    is clearly worse than the best. id: a hash of plan, model and windows."""
 
     name: str
     swept: Mapping[str, str]
@@ -42,11 +42,11 @@ class Trial:
 
 @dataclass(frozen=True)
 class Study:
-    """All that decides a study's bits, and can be sent to another process.
+    """Everything that a study's results depend on; it can be sent to another process.
 
-    model: a name as of `load_subject`; content: the hash of its files. trials: the base plan first. calibration: token
-    ids of its windows. evaluation: windows. round: windows after which trials are compared. by_token: how errors are
-    estimated, see `scoring.text_figures`.
+    model: a name as in `load_subject`; content: the hash of the model's files. trials: the base plan comes first.
+    calibration: token ids of its windows. round: after how many windows trials are compared. by_token: how standard
+    errors are estimated, see `figures.text_figures`.
     """
 
     model: str
@@ -68,11 +68,11 @@ class Study:
 
     @property
     def model_name(self) -> str:
-        """The model as files and pages say it: of a folder or file its name, not where it is on this machine."""
+        """The model's name in files and reports: of a folder or file its last part, not its place on this machine."""
         return Path(self.model).name if Path(self.model).is_absolute() else self.model
 
     def rounds(self) -> list[range]:
-        """Windows of each round."""
+        """The indices of the windows of each round."""
         return [range(i, min(i + self.round, len(self.evaluation))) for i in range(0, len(self.evaluation), self.round)]
 
 
@@ -114,7 +114,7 @@ def make_study(
 
 
 def _with_id(trial: Trial, inside: Sequence[str], about: Sequence[Any]) -> Trial:
-    """The trial with its id. What the study takes apart is part of the plan, so that it has the same bits alone."""
+    """The trial with its id. Its plan names all that the study takes apart, so that it has the same bits outside."""
     plan = replace(trial.plan, apart=inside)
     digest = hashlib.sha256(json.dumps([plan.hash, *about]).encode()).hexdigest()
     return replace(trial, plan=plan, id=digest[:ID_DIGITS])
@@ -124,10 +124,10 @@ def _with_id(trial: Trial, inside: Sequence[str], about: Sequence[Any]) -> Trial
 
 
 def expand(plan: Plan, sweeps: Sequence[Sweep], sites: Sequence[Site], early_stop: bool = True) -> list[Trial]:
-    """The base plan and what sweeps make of it, in order. Of plans that round alike only the first is kept.
+    """The base plan and the plans that sweeps make of it, in order. Among plans that round alike the first is kept.
 
-    Trials of products may stop early; those that change one site may not, since each is to say how much its site
-    matters. ValueError for sites that there are none of, and for grids that they cannot have.
+    Trials of products may be stopped early. Trials that change one site may not: each is to show how much its site
+    matters. ValueError for a glob without sites, and for grids that a site cannot have.
     """
     made: dict[tuple[str | Spec, ...], Trial] = {}
     for trial in _all(plan, sweeps, sites, early_stop):
@@ -138,10 +138,10 @@ def expand(plan: Plan, sweeps: Sequence[Sweep], sites: Sequence[Site], early_sto
 def _all(plan: Plan, sweeps: Sequence[Sweep], sites: Sequence[Site], early_stop: bool) -> Iterator[Trial]:
     yield Trial(BASE, {}, plan)
     for sweep in sweeps:
-        count = math.prod(len(specs) for _, specs in sweep.lists.values()) * max(1, len(sweep.arithmetic))
-        if count > MOST_TRIALS:
+        num_trials = math.prod(len(specs) for _, specs in sweep.lists.values()) * max(1, len(sweep.arithmetic))
+        if num_trials > MAX_TRIALS:
             names = ", ".join([*sweep.lists, *([ARITHMETIC] if sweep.arithmetic else [])])
-            raise ValueError(f"sweep: {count} combinations of {names}, expected at most {MOST_TRIALS}")
+            raise ValueError(f"sweep: {num_trials} combinations of {names}, expected at most {MAX_TRIALS}")
         if sweep.kind == "product":
             yield from _product(plan, sweep, early_stop)
         else:
@@ -164,7 +164,7 @@ def _single(plan: Plan, sweep: Sweep, sites: Sequence[Site]) -> Iterator[Trial]:
     [(glob, specs)] = sweep.lists.values()
     found = [site.name for site in sites if fnmatch.fnmatchcase(site.name, glob)]
     if not found:
-        Plan([(glob, specs[0])]).resolve(sites)  # says which sites are near
+        Plan([(glob, specs[0])]).resolve(sites)  # raises an error that names similar sites
     for spec, name in itertools.product(specs, found):
         label = f"{name} {spec}" if sweep.kind == ONE_AT_A_TIME else f"without {name}"
         label += f" ({spec})" if sweep.kind != ONE_AT_A_TIME and spec != "off" else ""
@@ -172,5 +172,5 @@ def _single(plan: Plan, sweep: Sweep, sites: Sequence[Site]) -> Iterator[Trial]:
 
 
 def _literal(name: str) -> str:
-    """A glob that matches this name only."""
+    """A glob that matches only this name."""
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)

@@ -1,4 +1,4 @@
-"""Rounds of a study in this process or in several: windows are shared out, results come in one order."""
+"""Runs the rounds of a study in this process or in several, which share the windows; results come in one order."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ SECONDS_TO_END = 5
 class Workers:
     """A context: `jobs` processes, each with a rig of its own and its share of the threads.
 
-    subject: the model in this process, which is the only one with one job. More processes are started when the first
-    round is run.
+    subject: the model in this process, which does all work if jobs is 1. Other processes are started with the first
+    round.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Workers:
             process.join(SECONDS_TO_END)
 
     def round(self, windows: Sequence[int], trials: Sequence[int]) -> Iterator[Outcome]:
-        """What `Bench.round` gives, of all windows together."""
+        """The outcomes of `Bench.round`, each of all windows together."""
         if self._jobs == 1:
             self._bench = self._bench or Bench(self._study, self._subject, self._stats, self._team)
             return self._bench.round(windows, trials)
@@ -81,14 +81,14 @@ class Workers:
 
 @contextlib.contextmanager
 def interrupts_wait() -> Iterator[None]:
-    """A context in which Ctrl-C waits for its end, and at whose end it has not reached processes that were started.
+    """A context in which processes are started: Ctrl-C takes effect at its end, and never reaches those processes.
 
-    These are deaf from their first moment on, since what is blocked is blocked in them, too: until a new interpreter
-    has come as far as `_work`, it would tell of Ctrl-C in a traceback of its own.
+    A started process inherits the blocked signal. Otherwise Ctrl-C would end it with a traceback of its own until its
+    interpreter has come as far as `_work`.
     """
     noted: list[int] = []
     is_main = threading.current_thread() is threading.main_thread()
-    resource_tracker.ensure_running()  # it is started with the first process, and lets signals through again
+    resource_tracker.ensure_running()  # a tracker that starts with the first process would unblock the signal
     before = signal.signal(signal.SIGINT, lambda number, frame: noted.append(number)) if is_main else None
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
@@ -102,7 +102,7 @@ def interrupts_wait() -> Iterator[None]:
 
 
 def _joined(parts: Sequence[Outcome]) -> Outcome:
-    """Parts of one outcome as one: the failure of the earliest window counts."""
+    """The parts of an outcome that several processes computed, as one; the failure of the earliest window counts."""
     made, failures = Outcome(parts[0].trial), [part.failure for part in parts if part.failure]
     made.weights = parts[0].weights
     made.windows = dict(sorted(item for part in parts for item in part.windows.items()))
@@ -127,7 +127,7 @@ def _received(process: BaseProcess, connection: Connection) -> Outcome:
 
 
 def _work(study: Study, stats: Mapping[str, Stat], threads: int, connection: Connection) -> None:
-    """What a process does until nobody listens: rounds that it is sent."""
+    """Runs the rounds that a process is sent, until the other end of its connection is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process, which ends this one
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     with (

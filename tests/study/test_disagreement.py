@@ -24,10 +24,10 @@ def test_sixteen_bits_differ_in_some_codes_and_eight_in_hardly_any():
     model, wide = found(("*", "i16"), ("*.w", "i8/row"), ("head", "off"))
     assert set(wide) == {f"L{i}.{name}" for i in range(2) for name in ("q", "k", "v", "o", "gate", "up", "down")}
     heads = model.config.layers[0].mixer
-    assert wide["L0.q"].total == 2 * 60 * heads.num_heads * heads.head_dim
-    assert 0 < sum(one.count for one in wide.values()) < 0.02 * sum(one.total for one in wide.values())
+    assert wide["L0.q"].num_all == 2 * 60 * heads.num_heads * heads.head_dim
+    assert 0 < sum(one.num_different for one in wide.values()) < 0.02 * sum(one.num_all for one in wide.values())
     narrow = found(("*", "u8"), ("*.w", "i4/row"), ("head", "off"))[1]
-    assert sum(one.count for one in narrow.values()) < sum(one.count for one in wide.values())
+    assert sum(one.num_different for one in narrow.values()) < sum(one.num_different for one in wide.values())
 
 
 def test_layers_in_float_arithmetic_are_left_out():

@@ -23,7 +23,7 @@ from lockstep.study.records import Lines, held, line_of
 from lockstep.study.report.data import report_data
 from lockstep.study.report.report import write_report
 from lockstep.study.rounds import check_follows
-from lockstep.study.run import How, ranking, run_study
+from lockstep.study.run import RunOptions, ranking, run_study
 from lockstep.study.scoring.calibrate import calibrate
 from lockstep.study.scoring.rig import Rig
 from lockstep.study.scoring.subject import load_subject
@@ -53,7 +53,7 @@ def study_of(subject, plan=BASE, sweeps=SWEEPS, num_windows=5, num_calibration=2
 
 def run(folder, study, jobs=1, threads=1, **options):
     with contextlib.closing(Team(threads)) as team:
-        return run_study(folder, study, subject_of(), team, How(jobs, threads, **options))
+        return run_study(folder, study, subject_of(), team, RunOptions(jobs, threads, **options))
 
 
 def contents(folder):

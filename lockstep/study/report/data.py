@@ -1,4 +1,4 @@
-"""What a study's trials say, worked out from its folder: the content of report.json, and of the page."""
+"""The content of report.json and of the report's page, computed from the files in a study's folder."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from lockstep.study.run import ranking
 
 FORM = 2  # of report.json; another number when its content means something else
 ERRORS, SIZES = ("delta_nll", "kl_mean"), ("weight_bytes", "kv_bytes")
-SAID = ("form", "sites", "stats", "model", "baseline", "num_trials")  # of study.json, elsewhere in the report
-KEPT = (
+ELSEWHERE = ("form", "sites", "stats", "model", "baseline", "num_trials")  # keys of study.json that are not provenance
+TRIAL_KEYS = (
     "id",
     "name",
     "status",
@@ -51,7 +51,7 @@ def report_data(folder: Path) -> dict[str, Any]:
         confirmed=found.confirmed,
         work=work(found.study, trials),
         torn=found.torn,
-        provenance={key: value for key, value in found.study.items() if key not in SAID},
+        provenance={key: value for key, value in found.study.items() if key not in ELSEWHERE},
         recipe=found.recipe,
         winner_recipe=_winner_recipe(found, winner),
     )
@@ -63,7 +63,7 @@ def _trial(trial: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         plan = Plan.from_table(trial["plan"])
     except ValueError as error:
         raise ValueError(f"{folder / TRIALS}: trial {trial['id']!r}: {error}") from None
-    kept = {key: trial[key] for key in KEPT if trial.get(key) is not None}
+    kept = {key: trial[key] for key in TRIAL_KEYS if trial.get(key) is not None}
     metrics = {key: value for key, value in (trial.get("metrics") or {}).items() if not isinstance(value, (list, dict))}
     return kept | dict(metrics=metrics, plan=plan.to_table(), plan_text=plan.to_toml(), plan_hash=plan.hash)
 

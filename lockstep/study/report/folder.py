@@ -1,4 +1,4 @@
-"""What a study's folder holds, read for its report: every part is checked, and what is missing is named."""
+"""Reads the files of a study's folder for its report: every part is checked, and errors name what is missing."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ ENDS = ("delta_low", "delta_high")  # of the interval of a loss; a single window
 
 @dataclass(frozen=True)
 class StudyFolder:
-    """study: of study.json. trials, confirmed: lines in the order of their files. torn: files whose last line was cut
-    short, and left out. lacking: why trials are not all there, None if they are. recipe, winner_recipe: texts, empty if
-    there is none. winner: what winner.json says, None before there is one."""
+    """study: the content of study.json. trials, confirmed: lines in the order of their files. torn: files whose last
+    line was cut short and left out. lacking: why some trials are missing, None if all are there. recipe, winner_recipe:
+    TOML texts, empty without such a file. winner: the content of winner.json, None without the file."""
 
     study: Mapping[str, Any]
     trials: list[Mapping[str, Any]]
@@ -47,8 +47,8 @@ class StudyFolder:
 
 
 def read_folder(folder: Path) -> StudyFolder:
-    """Reads a study. ValueError, with file and key, for what is missing or is something else, and with what makes it
-    anew."""
+    """Reads a study's folder. ValueError for what is missing or wrong: it names file and key, and the command that
+    makes the file anew."""
     check_folder(folder)
     study = _study(folder)
     with _made_by(going_on(folder), TRIALS):
@@ -88,29 +88,29 @@ def _study(folder: Path) -> Mapping[str, Any]:
 
 @contextlib.contextmanager
 def _made_by(command: str, name: str) -> Iterator[None]:
-    """Errors of a file that say what makes it anew."""
+    """Adds to errors about a file the command that makes the file anew."""
     try:
         yield
     except ValueError as error:
         raise ValueError(f"{error}; delete {name}: {command} makes it anew") from None
 
 
-def _lacking(study: Mapping[str, Any], count: int, is_torn: bool, folder: Path) -> str | None:
-    """Words, with the command that makes them, for trials that are not all in their file; None if they are."""
+def _lacking(study: Mapping[str, Any], num_trials: int, is_torn: bool, folder: Path) -> str | None:
+    """Why trials are missing from their file, with the command that makes them; None if all are there."""
     total = study.get("num_trials")
     if not (folder / TRIALS).is_file():
         what = "it is missing"
     elif is_torn:
         what = "its last line is cut short"
-    elif not count or (isinstance(total, int) and count < total):
-        what = f"it has {count} of {total if isinstance(total, int) else 'the'} trials"
+    elif not num_trials or (isinstance(total, int) and num_trials < total):
+        what = f"it has {num_trials} of {total if isinstance(total, int) else 'the'} trials"
     else:
         return None
     return f"{folder / TRIALS}: {what}; {going_on(folder)} makes the others"
 
 
 def _check_known(confirmed: list[Mapping[str, Any]], known: set[Any], lacking: str | None, folder: Path) -> None:
-    """ValueError for a confirmation of a trial that is not there, with the file that is at fault."""
+    """ValueError, with the file that is at fault, for the confirmation of a trial that trials.jsonl does not have."""
     for number, row in enumerate(confirmed, 1):
         if row["id"] not in known:
             where = f"{folder / CONFIRM}, line {number}: id is {row['id']!r:.80}, and {TRIALS} has no such trial"
@@ -131,19 +131,19 @@ def latest(rows: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def need(table: Mapping[str, Any], key: str, kind: Any, where: str) -> Any:
-    """What a table has under a key. ValueError, with where it was, if it is missing or of another kind."""
+    """The value of a key. ValueError, beginning with `where`, if the key is missing or its value has another type."""
     if key not in table:
         raise ValueError(f"{where}: {key} is missing")
     return checked(table[key], key, kind, where)
 
 
 def optional(table: Mapping[str, Any], key: str, kind: Any, where: str) -> Any:
-    """The same, None if it is missing or null."""
+    """The value of a key as in `need`; None if the key is missing or null."""
     return None if table.get(key) is None else checked(table[key], key, kind, where)
 
 
 def checked(value: Any, key: str, kind: Any, where: str) -> Any:
-    """A value of a kind; ValueError for another."""
+    """The value, if it has the type `kind`; else ValueError."""
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"{where}: {key} is {value!r:.80}, expected {WORDS.get(kind, 'a number or a text')}")
     return value
@@ -187,7 +187,7 @@ def _check_trial(trial: Mapping[str, Any], where: str) -> None:
 
 
 def _lines(path: Path) -> tuple[list[Mapping[str, Any]], bool]:
-    """Objects of a file of lines, none if there is no file, and whether the last line had no end."""
+    """The JSON objects of a file of lines (none without the file), and whether its last line was cut short."""
     if not path.is_file():
         return [], False
     *whole, last = path.read_bytes().split(b"\n")
@@ -223,7 +223,7 @@ def _refuse(word: str) -> Any:
 
 
 def _toml(path: Path) -> str:
-    """A file of TOML, as text; empty if there is none."""
+    """The text of a TOML file; empty if there is no file."""
     if not path.is_file():
         return ""
     text = _text(path, path.read_bytes())

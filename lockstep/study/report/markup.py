@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 VOID = ("input", "meta", "br", "wbr")
-MINUS, NONE = "\N{MINUS SIGN}", "\N{EN DASH}"  # a real minus sign; what stands for a number that is not there
+MINUS, NONE = "\N{MINUS SIGN}", "\N{EN DASH}"  # a real minus sign; a dash in the place of a missing number
 
 
 class Markup(str):
     """Text that is HTML already."""
 
 
+class Metric(NamedTuple):
+    """A figure of a table: its heading, and the function that writes a value of it as text."""
+
+    heading: str
+    to_text: Callable[[Any], str]
+
+
 def tag(name: str, *children: Any, **attributes: Any) -> Markup:
-    """An element. Children that are not Markup are escaped, lists are laid out, None is left out; attributes that are
-    None or False are left out, True has no value, and class_, data_x stand for class, data-x."""
+    """An HTML element. Text that is not Markup is escaped, lists of children are joined, None is left out. Attributes
+    that are None or False are left out, True is an attribute without a value; class_ and data_x are class and
+    data-x."""
     words = "".join(map(_attribute, attributes.items()))
     inside = "".join(map(_child, children))
     return Markup(f"<{name}{words}>" if name in VOID else f"<{name}{words}>{inside}</{name}>")
@@ -44,7 +52,7 @@ def _attribute(item: tuple[str, Any]) -> str:
 
 
 def script_json(value: Any) -> Markup:
-    """JSON for a script element, which nothing in it can end."""
+    """JSON for a script element, escaped so that no text in it can end the element."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for sign in "<>&\u2028\u2029":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
@@ -55,7 +63,7 @@ def script_json(value: Any) -> Markup:
 
 
 def plain(x: float | None, digits: int = 4) -> str:
-    """A number with so many digits that count."""
+    """A number with `digits` significant digits."""
     if x is None:
         return NONE
     text = f"{x:.{digits}g}" if x == 0 or 1e-4 <= abs(x) < 1e6 else f"{x:.{digits - 1}e}"
@@ -63,7 +71,7 @@ def plain(x: float | None, digits: int = 4) -> str:
 
 
 def nats(x: float | None) -> str:
-    """A difference of losses, with its sign: always so many digits, so that columns can be read."""
+    """A difference of losses, with its sign, always with five decimals, so that columns can be compared."""
     return NONE if x is None else f"{x:+.5f}".replace("-", MINUS)
 
 
@@ -78,7 +86,7 @@ def signed(x: float | None, digits: int = 3) -> str:
 
 
 def interval(low: float | None, high: float | None) -> str:
-    """Its two ends."""
+    """The two ends of a confidence interval."""
     return NONE if low is None or high is None else f"[{nats(low)}, {nats(high)}]"
 
 
@@ -87,13 +95,13 @@ def percent(x: float | None, digits: int = 2) -> str:
     return NONE if x is None else f"{100 * x:.{digits}f} %".replace("-", MINUS)
 
 
-def part(x: float | None) -> str:
-    """A share of one, with fewer digits."""
+def rough_percent(x: float | None) -> str:
+    """A share of one, with one decimal."""
     return percent(x, 1)
 
 
-def num_bytes(x: float | None) -> str:
-    """In units of a thousand."""
+def byte_size(x: float | None) -> str:
+    """Bytes, in units of a thousand."""
     if x is None:
         return NONE
     for unit in ("B", "kB", "MB"):
@@ -103,8 +111,8 @@ def num_bytes(x: float | None) -> str:
     return f"{x:.4g} GB"
 
 
-def count(x: float | None) -> str:
-    """A whole number, its thousands apart."""
+def whole_number(x: float | None) -> str:
+    """A whole number, with spaces between its thousands."""
     return NONE if x is None else f"{x:,}".replace(",", "\u202f")
 
 
@@ -113,16 +121,16 @@ def decibels(x: float | None) -> str:
     return NONE if x is None else f"{x:.1f} dB".replace("-", MINUS)
 
 
-def many(number: int, word: str) -> str:
+def counted(number: int, word: str) -> str:
     """A number of things: "1 trial", "3 trials"."""
-    return f"{count(number)} {word}{'' if number == 1 else 's'}"
+    return f"{whole_number(number)} {word}{'' if number == 1 else 's'}"
 
 
-def spread(values: Any, how: Any) -> str:
-    """A number, or the least and the largest of a list of them."""
+def spread(values: Any, to_text: Callable[[Any], str]) -> str:
+    """A number, or the smallest and the largest of a list of numbers."""
     found = [x for x in (values if isinstance(values, list) else [values]) if x is not None]
     if not found:
         return NONE
-    low, high = how(min(found)), how(max(found))
+    low, high = to_text(min(found)), to_text(max(found))
     unit = high[high.rfind(" ") :] if " " in high else ""
     return low if low == high else f"{low.removesuffix(unit)} … {high}"

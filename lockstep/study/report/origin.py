@@ -1,11 +1,11 @@
-"""What was proved, what it took, and where it came from: the last parts of a report's page."""
+"""Parity of the twins, the work that was done, and where the results come from: the last parts of a report's page."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from lockstep.study.report.markup import NONE, Markup, count, joined, nats, percent, plain, tag
+from lockstep.study.report.markup import NONE, Markup, joined, nats, percent, plain, tag, whole_number
 
 WORK = {
     "calibration_forwards": "forward passes of calibration",
@@ -16,7 +16,7 @@ WORK = {
 
 
 def confirm_section(data: Mapping[str, Any]) -> Markup | None:
-    """Whether both twins have the same bits; places on the fast and on the confirmed path; float against integer."""
+    """Whether both twins have the same bits; ranks on the fast and on the confirmed path; float against integer."""
     if not data["confirmed"]:
         return None
     names = {trial["id"]: trial["name"] for trial in data["trials"]}
@@ -37,10 +37,11 @@ def _confirmed(row: Mapping[str, Any], name: str) -> Markup:
 
 
 def parity_words(parity: Mapping[str, Any], tokens: int | None) -> str:
-    """Whether the twins have the same bits."""
+    """Whether the twins have the same bits, in words."""
     if parity["equal"]:
-        return "equal to the bit" + (f" in {count(tokens)} tokens" if tokens else "")
-    exact = lambda value: f"{value:.9g}" if isinstance(value, float) else _text(value)  # other bits are other digits
+        return "equal to the bit" + (f" in {whole_number(tokens)} tokens" if tokens else "")
+    # nine digits tell any two float32 apart
+    exact = lambda value: f"{value:.9g}" if isinstance(value, float) else _value_text(value)
     first = ", ".join(f"{key} {exact(value)}" for key, value in (parity.get("first") or {}).items())
     return f"first difference: {first}" if first else "not equal"
 
@@ -60,7 +61,8 @@ def _disagreement(data: Mapping[str, Any], names: Mapping[Any, str]) -> Markup |
 
 def _different(site: str, pair: list[int]) -> Markup:
     button = tag("button", site, type="button", class_="link", data_site=site)
-    return tag("div", tag("dt", button), tag("dd", percent(_share(pair), 3), tag("small", f"of {count(pair[1])}")))
+    share = tag("dd", percent(_share(pair), 3), tag("small", f"of {whole_number(pair[1])}"))
+    return tag("div", tag("dt", button), share)
 
 
 def _share(pair: list[int]) -> float:
@@ -73,7 +75,7 @@ def _share(pair: list[int]) -> float:
 def work_section(data: Mapping[str, Any]) -> Markup | None:
     """Forward passes and layers."""
     work = data["work"]
-    facts = [(word, count(work[key])) for key, word in WORK.items() if key in work]
+    facts = [(word, whole_number(work[key])) for key, word in WORK.items() if key in work]
     if "layers_run" in work and "layers_saved" in work:
         every = work["layers_run"] + work["layers_saved"]
         facts.append(("of all layers saved", percent(work["layers_saved"] / every if every else None, 1)))
@@ -93,7 +95,7 @@ def origin_section(data: Mapping[str, Any]) -> Markup:
 
 
 def _flat(name: str, value: Any) -> list[tuple[str, str]]:
-    """Tables in tables as names with dots between."""
+    """A value as facts; values in nested tables get the names of all tables they are in."""
     if value is None:
         return []
     if isinstance(value, Mapping):
@@ -103,14 +105,14 @@ def _flat(name: str, value: Any) -> list[tuple[str, str]]:
             fact for i, inner in enumerate(value, 1) for fact in _flat(f"{name} {i}" if len(value) > 1 else name, inner)
         ]
     if isinstance(value, list):
-        return [(name, ", ".join(map(_text, value)))]
-    return [(name, _text(value))]
+        return [(name, ", ".join(map(_value_text, value)))]
+    return [(name, _value_text(value))]
 
 
-def _text(value: Any) -> str:
+def _value_text(value: Any) -> str:
     if isinstance(value, bool) or value is None or isinstance(value, str):
         return {True: "yes", False: "no", None: NONE}.get(value, str(value))
-    return count(value) if isinstance(value, int) else plain(value, 6)
+    return whole_number(value) if isinstance(value, int) else plain(value, 6)
 
 
 def facts_list(facts: list[tuple[str, str]]) -> Markup:

@@ -1,4 +1,4 @@
-"""Differences of two trials on the same windows, whose intervals say what is noise."""
+"""Differences of two trials on the same windows; their confidence intervals tell differences from noise."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lockstep.study.scoring.figures import INTERVAL, mean_and_error
 
 
 class Difference(NamedTuple):
-    """A mean difference of losses with its interval, of which a single window has none."""
+    """A mean difference of losses with its confidence interval, whose ends are None for a single window."""
 
     mean: float
     low: float | None

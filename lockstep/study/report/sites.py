@@ -1,4 +1,4 @@
-"""What a study's trials say of single sites: how much each of them hurts, and how its grids fit."""
+"""What a study's trials tell about single sites: how much rounding each site costs, and how well its grids fit."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def component(name: str, layer: int | None) -> str:
 
 
 def sensitivity(trials: Sequence[Mapping[str, Any]], sites: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Groups of trials that differ from each other in the sites of their last rule only: what each of these costs.
+    """Groups of trials whose plans differ in the site of their last rule only, with the cost of each such rule.
 
-    A group has a title, whether its sites were left as they are while others were rounded (spared), the trial without
-    that rule (base; None: the model in float), and a row for each rule, the one that matters most first. A row has the
-    difference to the base, delta_nll with its interval and kl_mean. Its site is the rule's, which is a glob where layer
-    and component are None and is_site is False.
+    A group has a title; spared: whether its rules leave a site unrounded while the other sites are rounded; base: the
+    trial without the last rule (None: the model in float); rows: one for each rule, the one that matters most first. A
+    row has the difference to the base, delta_nll with its interval and kl_mean. The row's site is that of the rule; if
+    this is a glob, is_site is False, and layer and component are None.
     """
     known = {site["name"]: site.get("layer") for site in sites}
     done = {_key(t["plan"], t["plan"]["rules"]): t for t in trials if t["status"] == "done"}
@@ -43,7 +43,7 @@ def sensitivity(trials: Sequence[Mapping[str, Any]], sites: Sequence[Mapping[str
 
 
 def _key(plan: Mapping[str, Any], rules: Sequence[Any]) -> str:
-    """A plan with other rules, as text."""
+    """A plan with its rules replaced by `rules`, as text that can be compared."""
     return json.dumps(dict(plan, rules=rules), sort_keys=True)
 
 
@@ -78,7 +78,7 @@ def _row(trial: Mapping[str, Any], base: Any, known: Mapping[str, Any]) -> dict[
 def sites_table(
     study: Mapping[str, Any], trials: Sequence[Mapping[str, Any]], folder: str
 ) -> dict[str, dict[str, Any]]:
-    """{site: what it is, what calibration saw, and how each grid that was tried fits it}."""
+    """{site: its kind and place, the range and histogram that calibration saw, and how well each tried grid fits}."""
     stats = optional(study, "stats", dict, f"{folder}: {STUDY}") or {}
     made = {site["name"]: _site(site, stats.get(site["name"]), folder) for site in study["sites"]}
     for trial in trials:
@@ -102,7 +102,7 @@ def _site(site: Mapping[str, Any], stat: Any, folder: str) -> dict[str, Any]:
 
 
 def _histogram(found: Any, where: str) -> dict[str, Any]:
-    """{edges [n + 1], counts [n]}."""
+    """The histogram, checked: {edges [n + 1], counts [n]}."""
     edges, counts = (found.get("edges"), found.get("counts")) if isinstance(found, Mapping) else (None, None)
     if not isinstance(edges, list) or not isinstance(counts, list) or len(edges) != len(counts) + 1:
         raise ValueError(f"{where}: histogram is {found!r:.80}, expected counts, and edges of which there is one more")
@@ -110,7 +110,7 @@ def _histogram(found: Any, where: str) -> dict[str, Any]:
 
 
 def _add(grids: list[dict[str, Any]], figures: Any, where: str) -> None:
-    """Adds a trial's figures of a site, equal ones once: calibration is the same for all trials."""
+    """Adds a trial's figures of a site. Equal figures are kept once, since all trials share one calibration."""
     if not isinstance(figures, Mapping) or not isinstance(figures.get("spec"), str):
         raise ValueError(f"{where}: {figures!r:.80}, expected figures with a spec")
     kept = {key: figures[key] for key in FIGURES if figures.get(key) is not None}
@@ -126,7 +126,7 @@ def _add(grids: list[dict[str, Any]], figures: Any, where: str) -> None:
 
 
 def _reach(figures: Mapping[str, Any]) -> list[float] | None:
-    """The lowest and the highest value that an integer grid has, of any head; None for grids that make scales."""
+    """The lowest and the highest value of an integer grid, over all heads; None for grids without a stored scale."""
     grid, scale, zero = Spec.parse(figures["spec"]).what, figures.get("scale"), figures.get("zero")
     if not grid.is_integer or scale is None or zero is None:
         return None
@@ -146,8 +146,8 @@ def by_head(sites: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def by_weight(sites: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Weights on the grids that were tried, site, spec, sqnr and number of trials: the most noise first. What a grid
-    holds exactly has no noise, and comes last."""
+    """Rows of site, spec, sqnr and number of trials for every weight and tried grid, the noisiest first. A weight that
+    its grid holds exactly has no noise and comes last."""
     rows = [
         dict(site=name, spec=grid["spec"], sqnr=grid["sqnr"][0], trials=grid["trials"])
         for name, site in sites.items()

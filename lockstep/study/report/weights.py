@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lockstep.study.report.heat import site_button
-from lockstep.study.report.markup import Markup, count, decibels, joined, tag
+from lockstep.study.report.markup import Markup, decibels, joined, tag, whole_number
 from lockstep.study.report.sites import by_weight
 
 HEADS = {"Weight": None, "Grid": None, "SQNR": "number", "Trials": "number"}
@@ -27,5 +27,5 @@ def weights_section(data: Mapping[str, Any]) -> Markup | None:
 
 def _row(row: Mapping[str, Any]) -> Markup:
     number = lambda text, value: tag("td", text, class_="number", data_value=value)
-    cells = number(decibels(row["sqnr"]), row["sqnr"]), number(count(row["trials"]), row["trials"])
+    cells = number(decibels(row["sqnr"]), row["sqnr"]), number(whole_number(row["trials"]), row["trials"])
     return tag("tr", tag("td", site_button(row["site"])), tag("td", row["spec"]), cells)

@@ -1,4 +1,4 @@
-"""Programs of a rig, each with a score for every token, on one cache, one step and one base that they share."""
+"""Programs of a rig, each with a score for every token; they share one cache, one step block and one base."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from lockstep.weights.store import WeightStore
 
 @dataclass(frozen=True)
 class Bound:
-    """A program that can run. score_index: of the op that scores. layer_starts: the index of the first op of every
-    decoder layer, in order. places: {weight: (index of an op that reads it, its operand's name), ...}, of the weights
-    that it was made with."""
+    """A program that is ready to run. score_index: the index of its Score op. layer_starts: the index of the first op
+    of every decoder layer, in order. places: {weight: [(index of an op that reads it, operand's name), ...]} of the
+    weights with which the program was made."""
 
     program: Program
     executor: Executor
@@ -38,7 +38,7 @@ class Bound:
 
     @staticmethod
     def of(executor: Executor) -> Bound:
-        """The program of an executor."""
+        """An executor with its program."""
         program = executor.program
         [score] = [i for i, op in enumerate(program.ops) if isinstance(op, Score)]
         return Bound(program, executor, score, layer_starts(program), _places(program))
@@ -47,7 +47,8 @@ class Bound:
 class Bindings:
     """Makes programs of a model ready to run on windows of `length` tokens; see `Rig`.
 
-    targets int32 [length], base float32 [length, width]: what scores compare with. num_bound: programs made so far.
+    targets int32 [length], base float32 [length, width]: the targets of a window, and the hidden states of the model
+    that it is compared with. num_bound: how many programs were made.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Bindings:
         self.num_bound = 0
 
     def bind(self, program: Program, grids: Mapping[str, np.ndarray]) -> Bound:
-        """The program with scores at its end. grids: of its sites."""
+        """Makes a program ready to run, with a Score op at its end. grids: of its sites."""
         program = program.rewritten(program.ops)
         score = self._scored(program, grids)
         given = {score.target: self.targets.ctypes.data}
@@ -87,7 +88,7 @@ class Bindings:
         return Bound.of(Executor(program, *bound_to, keep_all=self._keep, elsewhere=given))
 
     def _first(self, program: Program, given: dict[Tensor, int]) -> Runner:
-        """The runner of the first program, whose cache and step the others share."""
+        """The runner of the first program; the other programs share its cache and step block."""
         runnable = _Runnable(self._store, self._model.max_context, program, self._table)
         limits = Limits(self._length, 1, pages_for(self._length), 1)
         return Runner(runnable, self._team, limits, elsewhere=given, keep=self._keep)
@@ -98,7 +99,7 @@ class Bindings:
         return self._runner.prepare([Span(list(ids), 0, self._pages, 0, embedded=range(len(ids)))])
 
     def _scored(self, program: Program, grids: Mapping[str, np.ndarray]) -> Score:
-        """Ends the program with a score."""
+        """Adds a Score op to the end of the program."""
         [head] = [op for op in program.ops if self._model.logits in op.outputs and isinstance(op, (Linear, CodeLinear))]
         hidden, vocabulary = program.results["hidden"], self._model.config.vocab_size
         width, compares, base = scratch_width(vocabulary), self._compares, self._head.weight
@@ -127,7 +128,7 @@ def _coded(program: Program, hidden: Tensor, grids: Mapping[str, np.ndarray]) ->
 
 
 class _Runnable:
-    """A program as a Runner wants it."""
+    """A program in the form that a Runner needs."""
 
     def __init__(self, store: WeightStore, max_context: int, program: Program, table: OpTable) -> None:
         self._store, self._max_context, self._program, self._table = store, max_context, program, table
@@ -148,12 +149,12 @@ class _Runnable:
 
 
 def _same(weight: Weight) -> Weight:
-    """Another Weight with the same memory, which stays when the first is replaced."""
+    """Another Weight of the same tensor, which stays when the first is replaced by a rounded one."""
     return Weight(weight.name, weight.format, weight.shape, weight.parts)
 
 
 def _places(program: Program) -> dict[Weight, list[tuple[int, str]]]:
-    """{weight: (index of an op that reads it, its operand's name), ...}."""
+    """{weight: [(index of an op that reads it, operand's name), ...]}."""
     found: dict[Weight, list[tuple[int, str]]] = {}
     for index, op in enumerate(program.ops):
         for name, operand in op.declared():

@@ -1,4 +1,4 @@
-"""One pass over calibration text: what every site holds, once for all grids."""
+"""Calibration: one pass over a text counts the numbers at every site, once for all grids."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from lockstep.runtime.threads import Team
 from lockstep.study.scoring.rig import Rig
 
 OBSERVED = ("x", "width", "column", "stride", "head_width", "num_heads", "seen_only", "additive")
-HEAD = "head"  # the site that logits are
+HEAD = "head"  # the site of the logits
 COUNTED = ("count", "not_finite", "low", "high", "histogram")  # arrays of a Stat, by head
 
 
 class Observers:
     """Counters for all sites of a program.
 
-    They take the place of the ops that would round: an op is known by the memory of its grids, which is a part of its
-    site's. copies: of counters, one for each thread.
+    Each takes the place of a rounding op. Which site and head an op rounds is found by the memory of its grids, which
+    is a part of the site's grids. copies: of counters, one for each thread.
     """
 
     def __init__(self, rounded: Rounded, copies: int) -> None:
@@ -39,7 +39,7 @@ class Observers:
         self._copies, self._counters = copies, dict[tuple[str, int], np.ndarray]()
 
     def observing(self, program: Program) -> Program:
-        """The program with every rounding of a site replaced by counting; what rounds at none is left out."""
+        """The program with every rounding of a site replaced by counting; other rounding ops are left out."""
         return program.rewritten([made for op in program.ops for made in self._observed(op)])
 
     def _observed(self, op: Operands) -> Iterator[Operands]:
@@ -54,10 +54,10 @@ class Observers:
             counters = Setting(f"{place[0]}.counters", self._counters[place])
             yield Observe(**made, counters=counters, copies=self._copies)
         if op.out is not op.x:
-            yield op  # which only copies: its grid is off
+            yield op  # its grid is off, so that it only copies
 
     def observing_logits(self, program: Program, logits: Tensor) -> Program:
-        """The program with the logits of all rows, which are counted as site "head". They are in memory as a whole."""
+        """The program with the logits of all rows, held in memory as a whole and counted as site "head"."""
         [head] = [op for op in program.ops if isinstance(op, Linear) and op.out is logits]
         hidden = program.results["hidden"]
         x = program.emit(head.changed(x=hidden, out=program.tensor("head.seen", hidden.rows, head.out.width)))
@@ -69,7 +69,7 @@ class Observers:
         return program
 
     def take(self) -> dict[str, Stat]:
-        """What was counted since the last time, by site."""
+        """Statistics by site of what was counted since the last call."""
         found: dict[str, dict[int, Stat]] = {}
         for (name, head), counters in self._counters.items():
             stat = Stat.empty(name, len(counters) // self._copies)
@@ -79,7 +79,7 @@ class Observers:
 
 
 def _joined(name: str, heads: dict[int, Stat]) -> Stat:
-    """Statistics of a site that were counted head by head, as one."""
+    """The Stat of a site whose heads were counted one by one."""
     parts = [heads[head] for head in sorted(heads)]
     return Stat(name, *(np.concatenate([getattr(part, field) for part in parts]) for field in COUNTED))
 
@@ -93,8 +93,8 @@ def calibrate(
 ) -> dict[str, Stat]:
     """Statistics of every site of a treatment, from one forward pass over each window of token ids.
 
-    Nothing is rounded meanwhile, so that they hold for all grids. Attention is taken apart head by head: there every
-    intermediate is a tensor. on_window: called with how many windows are done, and how many there are.
+    Nothing is rounded during the pass, so that the statistics hold for all grids. Attention is taken apart head by
+    head, so that every intermediate is a tensor. on_window: called with the number of windows done and of all windows.
     """
     made: list[Observers] = []
 

@@ -19,10 +19,10 @@ from lockstep.study.scoring.rig import NO_TARGET, Rig
 
 
 class Different(NamedTuple):
-    """At a site, numbers that are another one in integer arithmetic, and numbers in all."""
+    """How many numbers at a site integer arithmetic gives another value, and how many numbers there are."""
 
-    count: int
-    total: int
+    num_different: int
+    num_all: int
 
 
 def disagreement(
@@ -35,14 +35,14 @@ def disagreement(
 ) -> dict[str, Different]:
     """{site of a layer's output: Different} over windows of token ids, for layers that have an integer kernel.
 
-    Every layer is given what the float program gave it, so that only its own arithmetic differs.
+    Every layer gets its input from the float program, so that only its own arithmetic differs.
     """
     pair = _Pair(model, treatment, team, max(map(len, windows)), grids, specs)
     found: dict[str, Different] = {}
     for ids in windows:
         for site, one in pair.compare(ids):
             before = found.get(site, Different(0, 0))
-            found[site] = Different(before.count + one.count, before.total + one.total)
+            found[site] = Different(*(a + b for a, b in zip(before, one, strict=True)))
     return found
 
 
@@ -64,7 +64,7 @@ class _Pair:
             rig.set_weights(specs, arithmetic)
 
     def compare(self, ids: Sequence[int]) -> Iterator[tuple[str, Different]]:
-        """(site, Different) of a window."""
+        """(site, Different) for each integer layer's output of a window."""
         for rig in (self._float, self._integer):
             rig.load(ids, [NO_TARGET] * len(ids))
         self._float.run()
@@ -75,14 +75,14 @@ class _Pair:
                     yield op.grids.name, self._differences(op)
 
     def _outputs(self) -> list[Tensor]:
-        """What integer layers write for every token and something rounds."""
+        """Outputs of integer layers that are computed for every token and rounded."""
         ops = self._integer.program.ops
         rounded = {op.out for op in ops if isinstance(op, FakeQuant)}
         layers = [op.out for op in ops if isinstance(op, CodeLinear) and op.out.rows != "R"]  # no row is sampled
         return [out for out in dict.fromkeys(layers) if out in rounded]
 
     def _run(self, out: Tensor) -> None:
-        """The integer layers that write a tensor, and what rounds it."""
+        """Runs the integer layers that write a tensor, on the float program's input, and the op that rounds it."""
         ops = self._integer.program.ops
         for index, op in enumerate(ops):
             if isinstance(op, CodeLinear) and op.out is out:

@@ -1,4 +1,4 @@
-"""One model, with or without a plan, on one text."""
+"""Scores of one model, with or without a plan, on one text."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def rig_for(subject: Subject, treatment: Treatment, team: Team, length: int, twi
 
 @dataclass(frozen=True)
 class Setup:
-    """A plan ready to be set on a rig. specs: of every site. grids: of activations, float32 rows. arithmetic: "float"
-    or "integer"."""
+    """A plan that can be put on a rig. specs: by site. grids: of activations, by site, as float32 rows. arithmetic:
+    "float" or "integer"."""
 
     specs: Mapping[str, Spec]
     grids: Mapping[str, np.ndarray]
@@ -58,8 +58,8 @@ def solve(
     windows: Sequence[Window],
     on_window: OnWindow | None = None,
 ) -> Solved:
-    """The plan's grids from one pass over calibration windows; no pass where the plan needs no ranges. ValueError for a
-    plan that has no grids."""
+    """The plan with its grids, from one pass over calibration windows unless the plan needs no ranges. ValueError if
+    grids cannot be made."""
     sites = sites_for(subject.model.recorded, plan)
     stats: dict[str, Stat] = {}
     if needs_ranges(plan, subject):
@@ -72,7 +72,7 @@ def solve(
 
 
 def needs_ranges(plan: Plan, subject: Subject) -> bool:
-    """Whether a plan rounds an activation to a grid that is found by an observer."""
+    """Whether a plan rounds an activation to a grid whose range calibration has to find."""
     sites = sites_for(subject.model.recorded, plan)
     specs = plan.resolve(sites)
     return any(specs[s.name].observer is not None for s in sites if not s.is_weight)
@@ -87,11 +87,11 @@ def evaluate(
     by_token: bool = False,
     on_window: OnWindow | None = None,
 ) -> dict[str, Any]:
-    """Figures of a text as `scoring` has them: {"float": .., "plan": .., "against float": ..}, the last two of a plan.
+    """Figures of a text: {"float": .., "plan": .., "against float": ..}, the latter two only with a plan.
 
-    "float" is the same program with nothing rounded; without a plan it has the engine's own bits. Of a plan in integer
-    arithmetic "in floats" says which layers are not, and why. by_token: see `scoring.text_figures`. on_window: called
-    with how many windows are done, and how many there are.
+    "float" is the same program with nothing rounded; without a plan it has the engine's own bits. For a plan in integer
+    arithmetic "in floats" names the layers that stay in floats, with the reasons. by_token: see `figures.text_figures`.
+    on_window: called with the number of windows done and of all windows.
     """
     length, program = max(len(w.ids) for w in windows), subject.model.recorded
     specs, treatment = {}, Treatment(sites=())

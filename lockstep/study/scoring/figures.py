@@ -1,4 +1,4 @@
-"""From scores of tokens to figures of a window, and of a text. Sums are exact, so that their order does not matter."""
+"""Figures of a window and of a text, from scores of tokens. Sums are exact, so that their order does not matter."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from lockstep.ops.sampling.score import DELTA_P, KL, NLL, SAME_TOP, TOP, TOP_LOG
 from lockstep.study.scoring.text import NO_TARGET, Window
 
 INTERVAL = 1.96  # standard errors on either side of a mean: 95 % of a normal distribution
-OWN = [NLL, TOP, TOP_LOGPROB]  # columns of scores that need no base; NLL stays the first
-TAIL = 0.99  # of KL, which is reported beside mean and largest
+OWN = [NLL, TOP, TOP_LOGPROB]  # columns of scores that need no base model; NLL is the first of them, too
+TAIL = 0.99  # the quantile of KL that is reported beside the mean and the largest
 
 
 def window_figures(scores: np.ndarray, window: Window, has_base: bool) -> dict[str, Any]:
-    """What is kept of a window's scores, float32 [tokens, NUM_SCORES], as JSON can hold it.
+    """What is kept of a window's scores, float32 [tokens, NUM_SCORES], as values that JSON can hold.
 
-    tokens: how many were scored. nll, nll_squares: sums over them. digest: SHA-256 of all scores. With a base also:
-    kl: each token's, base64 of float32; same_top: how many; delta_p: their sum. ValueError for scores that are NaN.
+    tokens: how many were scored. nll, nll_squares: sums over these tokens. digest: SHA-256 of all scores. With a base
+    also kl: of each token, base64 of float32; same_top: in how many tokens the likeliest token is the same; delta_p: a
+    sum. ValueError for scores that are not finite.
     """
-    scores = scores if has_base else scores[:, OWN]  # the others are of whatever base was there before
+    scores = scores if has_base else scores[:, OWN]  # other columns compare with the base of an earlier window
     rows = scores[np.array(window.targets) != NO_TARGET]
     unscored = int((~np.isfinite(rows).all(1)).sum())
     if unscored:
@@ -52,7 +53,7 @@ def kl_of(window: dict[str, Any]) -> np.ndarray:
 
 
 def nll_of(window: dict[str, Any]) -> float:
-    """The mean of a window."""
+    """The mean negative log-likelihood of a window's tokens."""
     return window["nll"] / window["tokens"]
 
 
@@ -75,8 +76,8 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
 def text_figures(windows: Sequence[dict[str, Any]], by_token: bool = False) -> dict[str, Any]:
     """tokens, nll (mean over tokens), nll_error, ppl (perplexity) and ppl_error; errors are None for a single window.
 
-    Errors take windows as independent; by_token: tokens, as llama-perplexity does, which is too small where
-    neighbouring tokens are alike.
+    Errors assume that windows are independent; by_token: that tokens are, as llama-perplexity does, which gives too
+    small an error where neighbouring tokens are alike.
     """
     tokens = sum(w["tokens"] for w in windows)
     if not tokens:
@@ -93,10 +94,9 @@ def text_figures(windows: Sequence[dict[str, Any]], by_token: bool = False) -> d
 def compared_figures(windows: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Figures against the float model on the same windows.
 
-    delta_nll: mean of the windows' differences; delta_error: its standard error; delta_low, delta_high: 95 %, normal;
-    None for a single window.
-    kl_mean, kl_p99, kl_max, top1 (share of tokens with the same likeliest one), delta_p (mean change of the target's
-    probability).
+    delta_nll: mean of the windows' differences; delta_error: its standard error; delta_low, delta_high: its 95 %
+    interval (normal distribution); these three are None for a single window. kl_mean, kl_p99, kl_max; top1: the share
+    of tokens whose likeliest next token is the same; delta_p: the mean change of the target's probability.
     """
     tokens = sum(w["tokens"] for w in windows)
     delta, error = mean_and_error([nll_of(w) - nll_of(b) for w, b in zip(windows, base, strict=True)])

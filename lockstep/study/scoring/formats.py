@@ -1,4 +1,4 @@
-"""Whether a model's layers multiply what a plan gives them: rounded weights are float32."""
+"""Whether a plan can round a model's weights: rounded weights are float32, and their layers have to multiply that."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lockstep.runtime.program import Program
 
 def check_formats(program: Program, specs: Iterable[Mapping[str, Spec]]) -> None:
     """ValueError if a plan, given by its specs by site, rounds the weights of a layer that multiplies another format
-    than float32. program: as it was recorded."""
+    than float32. program: as recorded."""
     named = {name for each in specs for name, spec in each.items() if not spec.is_off}
     formats = {op.weight: op.format or op.weight.format for op in program.ops if isinstance(op, Linear)}
     for name, parts in rounded(program, Treatment(sites=())).weights.items():

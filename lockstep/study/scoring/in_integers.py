@@ -1,4 +1,4 @@
-"""A confirmed plan in the other arithmetic, float or integer; layers that stay in floats, and codes that differ."""
+"""Runs a confirmed plan in the other arithmetic, float or integer: figures, layers in floats, codes that differ."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from lockstep.study.scoring.figures import compared_figures, text_figures, windo
 from lockstep.study.scoring.subject import Subject
 from lockstep.study.trials import Study
 
-MOST_WINDOWS = 2  # whose codes are compared
+MAX_WINDOWS = 2  # whose codes are compared
 
 
 class InIntegers:
-    """The evaluation windows of a study under plans whose linear layers multiply integers wherever they can, and under
-    the same in floats."""
+    """Scores the evaluation windows of a study under plans in integer arithmetic and the same plans in floats."""
 
     def __init__(self, study: Study, subject: Subject, team: Team) -> None:
         self._study, self._subject, self._team = study, subject, team
@@ -33,9 +32,9 @@ class InIntegers:
             self._base.append(window_figures(self._rig.scores(), window, False))
 
     def record(self, setup: Setup, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """{"integer": {metrics, how many layers are integer, those that stay in floats with the reason}, "float":
-        {metrics} where the setup is in integers, "disagreement": {site: [numbers that differ, all]}}; nothing where no
-        layer is integer. metrics: of the setup."""
+        """{"integer": {metrics, number of integer layers, layers in floats with the reasons}, "float": {metrics} if the
+        setup is in integers, "disagreement": {site: [numbers that differ, all]}}; empty if no layer can be integer.
+        metrics: those of the setup."""
         choice = self._rig.layers.choose(setup.specs)
         if not choice.layers:
             return {}
@@ -57,7 +56,7 @@ class InIntegers:
         return text_figures(figures, self._study.by_token) | compared_figures(figures, self._base)
 
     def _disagreement(self, setup: Setup) -> dict[str, Sequence[int]]:
-        windows = [window.ids for window in self._study.evaluation[:MOST_WINDOWS]]
+        windows = [window.ids for window in self._study.evaluation[:MAX_WINDOWS]]
         treatment = self._study.treatment
         found = disagreement(self._subject.model, treatment, self._team, windows, setup.grids, setup.specs)
         return {site: list(different) for site, different in found.items()}

@@ -1,11 +1,11 @@
-"""A model on the test bench: programs with a score for every token, whose grids and weights change between runs.
+"""A rig: a model's programs with a score for every token, whose grids and weights change between runs.
 
-Everything is recorded, compiled and allocated once. A trial writes grids where the program's kernels find them, and
-puts rounded weights in the place of others; a window of text then runs as one step. A run may begin at a later layer
-where an earlier run with the same grids before it has left what that layer reads: the bits are the same.
+Everything is recorded, compiled and allocated once. A trial writes its grids into the memory that kernels read, and
+replaces weights by rounded ones; a window of text then runs as one step. A run may begin at a later layer if the input
+of this layer was kept from a run with the same grids and weights before it: the bits are the same.
 
-Which linear layers multiply integers is part of a program, so there is one for each such choice, made when a trial
-first has it: all trials with the same choice, whatever their grids, have one program.
+Which linear layers multiply integers is part of a program. So there is a program for each choice of integer layers,
+made when a trial first needs it; all trials with this choice share it, whatever their grids.
 """
 
 from __future__ import annotations
@@ -30,20 +30,19 @@ from lockstep.runtime.program import Program, Setting, Tensor, Weight
 from lockstep.runtime.threads import Team
 from lockstep.study.scoring.bound import Bindings, Bound
 
-NO_TARGET = -1  # of a row after which no token is known
-# with layers in integers, beside that in floats: those used last stay, each with the weights that it read last
-MOST_PROGRAMS = 8
+NO_TARGET = -1  # of a row whose next token is not known
+MAX_PROGRAMS = 8  # with integer layers, each with the weights that it read last; the least recently used goes first
 
 
 class Rig:
     """A model whose windows of text are scored under changing grids.
 
-    model: with float32 weights where weights are to be rounded. treatment: which sites have grids at all. length: of a
-    window, in tokens. change: makes another program of it, such as `ptq.unroll.unroll` of its own. table: the op table.
-    keep: give every tensor memory of its own, so that all can be looked at after a run. compares: whether scores tell
-    how far a window is from another model's hidden states, which takes another head.
+    model: with float32 weights if weights are to be rounded. treatment: which sites can have grids. length: of a
+    window, in tokens. change: rewrites the rounded program, such as `ptq.unroll.unroll`. table: the op table. keep:
+    give every tensor memory of its own, so that all can be read after a run. compares: whether scores compare a window
+    with the hidden states of a base model, which takes a second head.
 
-    layers: which linear layers can be in integers, and why others cannot.
+    layers: which linear layers can multiply integers, and why others cannot.
     """
 
     def __init__(
@@ -74,12 +73,12 @@ class Rig:
 
     @property
     def program(self) -> Program:
-        """The program that runs now."""
+        """The program that is in use."""
         return self._now.program
 
     @property
     def score_index(self) -> int:
-        """The index of its op that scores."""
+        """The index of its Score op."""
         return self._now.score_index
 
     @property
@@ -92,7 +91,7 @@ class Rig:
         """How many programs were made."""
         return self._bindings.num_bound
 
-    # ------------------------------------------------------------ what is rounded
+    # ------------------------------------------------------------ grids and weights
 
     def set_grids(self, grids: Mapping[str, np.ndarray]) -> None:
         """Gives sites their grids, float32 [heads or 1, GRID_WORDS]; sites that are not named are not rounded."""
@@ -100,11 +99,11 @@ class Rig:
             rows[...] = grids.get(name, 0)
 
     def set_weights(self, specs: Mapping[str, Spec], arithmetic: str = "float") -> None:
-        """Rounds weights, by site; those that are not named are as the model has them. ValueError for weights that are
-        not multiplied as float32.
+        """Rounds weights, by site; weights that are not named stay as in the model. ValueError for weights that are not
+        multiplied as float32.
 
-        arithmetic: of a plan. "integer": linear layers multiply integers wherever specs, of weights and of what they
-        are multiplied with, allow it.
+        arithmetic: of a plan. "integer": linear layers multiply integers wherever the specs of their weights and
+        inputs allow it.
         """
         self._now = self._chosen(specs) if arithmetic == INTEGER else self._in_floats
         for weight, places in self._now.places.items():
@@ -115,8 +114,8 @@ class Rig:
                     self._now.executor.change(index, with_weight(op, name, made))
 
     def weight_noise(self, specs: Mapping[str, Spec]) -> dict[str, float | None]:
-        """{site: signal to quantization noise in decibels, None if there is no noise} of the weights that are rounded
-        now, under the specs that were set."""
+        """{site: signal to quantization noise in decibels, None without noise} of the rounded weights. specs: those
+        that were set last."""
         made = {}
         for name, parts in self.rounded.weights.items():
             spec = specs.get(name)
@@ -126,12 +125,12 @@ class Rig:
         return made
 
     def _chosen(self, specs: Mapping[str, Spec]) -> Bound:
-        """The program for the layers that can be integer."""
+        """The program in which all layers that can be integer under specs are."""
         choice, made = self.layers.choose(specs), self._in_integers
         if not choice.layers:
             return self._in_floats
         if choice.layers not in made:
-            while len(made) >= MOST_PROGRAMS:
+            while len(made) >= MAX_PROGRAMS:
                 made.popitem(last=False)
             made[choice.layers] = self._bound(self.layers.program(choice, self._folded, specs))
         made.move_to_end(choice.layers)
@@ -142,8 +141,8 @@ class Rig:
     def load(self, ids: Sequence[int], targets: Sequence[int], base: np.ndarray | None = None) -> None:
         """Makes a window ready.
 
-        targets: the token after each, -1 for none. base: hidden states [len(ids), width] of the model that is compared
-        with; None: those of the window before.
+        targets: the token after each token, -1 for none. base: hidden states [len(ids), width] of the base model; None:
+        those that were loaded last.
         """
         self.num_tokens = len(ids)
         self._bindings.targets[: len(ids)] = targets
@@ -165,15 +164,15 @@ class Rig:
         return self.view(self.program.results["hidden"]).copy()
 
     def scores(self) -> np.ndarray:
-        """Scores of the last run, float32 [tokens, NUM_SCORES], see `ops.score.scores`: a copy."""
+        """Scores of the last run, float32 [tokens, NUM_SCORES], see `ops/sampling/score.py`: a copy."""
         return self.view(self.program.ops[self.score_index].out).copy()
 
     def state(self, index: int) -> dict[Tensor, np.ndarray]:
-        """What the ops from an index on read of those before: copies."""
+        """Copies of the tensors that ops before an index write and ops from it on read."""
         return {tensor: self.view(tensor).copy() for tensor in tensors_between(self.program, index)}
 
     def restore(self, index: int, state: Mapping[Tensor, np.ndarray]) -> None:
-        """Puts such a state back, which another program may have left that is the same before the index."""
+        """Writes a state of `state` back; it may come from another program with the same ops before the index."""
         for tensor in tensors_between(self.program, index):
             self.view(tensor)[...] = state[tensor]
 
@@ -189,7 +188,7 @@ class Rig:
 
 
 def _configuration(op: Operands) -> bytes:
-    """The kind of an op, and what of it a trial may change, as bytes."""
+    """The kind of an op, its grids and the names of its weights, as bytes."""
     parts = [op.kind.encode()]
     for name, _ in op.declared():
         value = getattr(op, name)

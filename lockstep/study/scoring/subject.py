@@ -1,4 +1,4 @@
-"""The model of a study, its sites, and how its program has to be taken apart so that plans can round it."""
+"""The model of a study, and what plans do to it: how its program is taken apart, and the bytes of its weights."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from lockstep.weights.hub import resolve_model
 from lockstep.weights.store import PackedStore
 from lockstep.weights.tensor import StoredTensor
 
-HEAD = "head"  # the site of logits
-BUNDLED = "bundled"  # what the model that comes with the package is called in files
+HEAD = "head"  # the site of the logits
+BUNDLED = "bundled"  # the name of the package's own model in files
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A loaded model. name: as it was asked for. content: the hash of its files."""
+    """A loaded model. name: as the user gave it. content: the hash of the model's files."""
 
     name: str
     path: Path
@@ -43,7 +43,7 @@ class Subject:
 def load_subject(
     name: str | None, length: int, weights: str, kv_dtype: str | None = None, progress: Progress | None = None
 ) -> Subject:
-    """Loads a model for windows of `length` tokens. name: as of `LLM`; None or "bundled": that of the package.
+    """Loads a model for windows of `length` tokens. name: as for `LLM`; None or "bundled": the package's own model.
 
     ValueError for a model that cannot be loaded, and for windows that are longer than its context.
     """
@@ -61,7 +61,8 @@ def load_subject(
 
 
 def treatment_for(program: Program, plan: Plan, specs: Iterable[Mapping[str, Spec]], length: int) -> Treatment:
-    """`treatment_of` of plans for windows of so many tokens. ValueError for a grid that logits cannot be scored on."""
+    """`treatment_of` for plans on windows of `length` tokens. ValueError for a grid on which logits cannot be
+    scored."""
     specs = list(specs)
     if any(each[HEAD].per == "row" for each in specs if HEAD in each):
         raise ValueError(
@@ -74,10 +75,10 @@ def treatment_for(program: Program, plan: Plan, specs: Iterable[Mapping[str, Spe
 
 
 def weight_bytes(parts: Mapping[str, Sequence[StoredTensor]], specs: Mapping[str, Spec]) -> tuple[int, int]:
-    """(Bytes of all weights under a plan, scales included; how many numbers they are).
+    """(Bytes of all weights under a plan with their scales, number of weights).
 
-    What is not rounded counts as it is stored. A tensor that two sites are (a head tied to the embedding) counts once
-    if both have the same grid.
+    A weight that is not rounded counts as it is stored. A tensor with two sites (a head tied to the embedding) counts
+    once if both have the same grid.
     """
     counted = {(part.name, str(specs.get(site, ""))): (part, specs.get(site)) for site in parts for part in parts[site]}
     total = sum(_bytes_of(part, spec) for part, spec in counted.values())
@@ -98,9 +99,9 @@ def _bytes_of(part: StoredTensor, spec: Spec | None) -> int:
 
 
 def kv_bytes(sites: Iterable[Site], specs: Mapping[str, Spec]) -> int | None:
-    """Bytes that a token takes in the KV cache, where all keys and values (k.all, v.all) are rounded; else None.
+    """Bytes that a token takes in the KV cache if all keys and values (k.all, v.all) are rounded; else None.
 
-    A scale that each row makes itself is a float32, a zero point as many bits as a code, a block's scale a byte.
+    The scale of a `/row` grid is a float32 and its zero point as wide as a code; the scale of a block is a byte.
     """
     there = [site for site in sites if site.name.endswith((".k.all", ".v.all"))]
     if not there or any(specs.get(site.name, Spec("off")).is_off for site in there):

@@ -1,4 +1,4 @@
-"""Texts of a study: files by path and SHA-256, cut into windows of tokens that know nothing of each other."""
+"""Texts of a study: files by path and SHA-256, cut into independent windows of tokens."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 from lockstep.text.tokenizer.tokenizer import Tokenizer
 
 NO_TARGET = -1  # of a row that is not scored
-SHINGLE = 32  # tokens in a row that two texts may not share
-SHOWN = 60  # characters of a text in an error
+SHINGLE = 32  # two texts may not share this many tokens in a row
+MAX_EXCERPT = 60  # characters of a text in an error
 LIKE = ("llama.cpp",)
 
 
 @dataclass(frozen=True)
 class Window:
-    """Tokens that run as one sequence, and for each the token that follows it, NO_TARGET where it is not scored."""
+    """Tokens that run as one sequence. targets: the token after each, NO_TARGET where a token is not scored."""
 
     ids: tuple[int, ...]
     targets: tuple[int, ...]
@@ -25,7 +25,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Text:
-    """A text that was read. sha256: of the file. ids: its tokens. first: the token that begins texts, if any."""
+    """A text. sha256: of its file. ids: its tokens. first: the token with which the tokenizer begins texts, if any."""
 
     path: Path
     sha256: str
@@ -35,7 +35,7 @@ class Text:
 
 
 def read_text(path: Path, tokenizer: Tokenizer, sha256: str | None = None) -> Text:
-    """Reads and tokenizes a file. ValueError if it is not UTF-8, is empty, or has another SHA-256 than is expected;
+    """Reads and tokenizes a file. ValueError if it is not UTF-8, is empty, or does not have the expected SHA-256;
     OSError if it cannot be read."""
     content = path.read_bytes()
     found = hashlib.sha256(content).hexdigest()
@@ -54,24 +54,24 @@ def read_text(path: Path, tokenizer: Tokenizer, sha256: str | None = None) -> Te
 # ------------------------------------------------------------ windows
 
 
-def windows_of(text: Text, length: int, count: int | None = None, like: str | None = None) -> list[Window]:
+def windows_of(text: Text, length: int, num_windows: int | None = None, like: str | None = None) -> list[Window]:
     """Windows of `length` tokens of a text.
 
-    count: how many are used, evenly spread over the text (the first ones, if they are to be like llama.cpp's, which
-    does so); None: all. The target of each row is the next token of the text; the tokens after the last window are
-    not used. like: "llama.cpp" cuts and scores as llama-perplexity does. ValueError for what the text cannot give.
+    num_windows: how many are taken, evenly spread over the text (with like: the first ones); None: all. The target of
+    each token is the next token of the text; tokens after the last window are not used. like: "llama.cpp" cuts and
+    scores as llama-perplexity does. ValueError if the text is too short.
     """
-    least = 3 if like else 2  # of which one is scored
+    least = 3 if like else 2  # tokens of a window in which one token is scored
     if length < least:
         raise ValueError(f"windows of {length} tokens, expected at least {least}")
     made = (_like_llama_cpp if like else _one_after_another)(text, length)
     if not made:
         raise ValueError(f"{text.path}: {len(text.ids)} tokens, expected more than {length} for one window of {length}")
-    if count is None:
+    if num_windows is None:
         return made
-    if not 1 <= count <= len(made):
-        raise ValueError(f"{text.path}: {count} windows of {length} tokens wanted, it has {len(made)}")
-    return made[:count] if like else [made[i * len(made) // count] for i in range(count)]
+    if not 1 <= num_windows <= len(made):
+        raise ValueError(f"{text.path}: {num_windows} windows of {length} tokens wanted, it has {len(made)}")
+    return made[:num_windows] if like else [made[i * len(made) // num_windows] for i in range(num_windows)]
 
 
 def _one_after_another(text: Text, length: int) -> list[Window]:
@@ -80,8 +80,8 @@ def _one_after_another(text: Text, length: int) -> list[Window]:
 
 
 def _like_llama_cpp(text: Text, length: int) -> list[Window]:
-    """As llama-perplexity: the first token of every window becomes the one that begins texts, if there is one, and
-    rows from length / 2 to the last but one are scored, each with the next token of its own window."""
+    """Windows as llama-perplexity has them: the first token of each is replaced by the token that begins texts, if
+    there is one; tokens from length / 2 to the last but one are scored, each with the next token of its own window."""
     made, first = [], length // 2
     for start in range(0, len(text.ids) - length + 1, length):
         ids = list(text.ids[start : start + length])
@@ -93,7 +93,7 @@ def _like_llama_cpp(text: Text, length: int) -> list[Window]:
 
 
 def windows_hash(windows: Sequence[Window]) -> str:
-    """SHA-256 of what windows say, in hexadecimal."""
+    """SHA-256 of the windows' tokens and targets, in hexadecimal."""
     return hashlib.sha256(repr([(w.ids, w.targets) for w in windows]).encode()).hexdigest()
 
 
@@ -101,14 +101,14 @@ def windows_hash(windows: Sequence[Window]) -> str:
 
 
 def check_disjoint(calibration: Text, evaluation: Text, tokenizer: Tokenizer) -> None:
-    """ValueError, with the place, if the two texts share SHINGLE tokens in a row: a plan may not be fitted to what it
-    is judged by."""
+    """ValueError, with both places, if the texts share SHINGLE tokens in a row: a plan may not be fitted to the text
+    that judges it."""
     found = shared_tokens(calibration.ids, evaluation.ids)
     if found is None:
         return
     a, b = found
     last = min(SHINGLE, len(calibration.ids), len(evaluation.ids)) - 1
-    excerpt = tokenizer.decode(evaluation.ids[b : b + last + 1])[:SHOWN]
+    excerpt = tokenizer.decode(evaluation.ids[b : b + last + 1])[:MAX_EXCERPT]
     raise ValueError(
         f"{calibration.path}: its tokens {a} to {a + last} are tokens {b} to {b + last} of the "
         f"evaluation text {evaluation.path}, {excerpt!r}; expected texts that share no {SHINGLE} tokens in a row"

@@ -1,10 +1,10 @@
-"""How often the MTP head of the bundled model is right, by depth, along the model's own continuations.
+"""How often the MTP head of the bundled model guesses right, by depth, along the model's own continuations.
 
     python bench/bench_acceptance.py [--prompts 60] [--tokens 64]
 
 Prompts are 192 tokens of files of this Python's library that the model was not trained on. Each answer is computed
-without drafts; from every place in it the head guesses up to seven tokens. Printed is how often the guess at each depth
-is right if those before it are: with the noise that the model chooses with, and with noise of another seed.
+without drafts; from every position in it the head guesses up to seven tokens. Printed is how often the guess at each
+depth is right if the guesses before it are: with the noise with which the model samples, and with another seed's.
 """
 
 import argparse
@@ -23,7 +23,7 @@ SKIPPED = {"site-packages", "test", "tests", "idle_test", "encodings", "_bundled
 
 
 def held_out_files() -> list[pathlib.Path]:
-    """The library's files that training left out, by the hash of their names (training/prepare.py)."""
+    """Files of Python's library that training held out, by the hash of their names (training/prepare.py)."""
     library = pathlib.Path(sysconfig.get_paths()["stdlib"])
     names = ((path, path.relative_to(library)) for path in sorted(library.rglob("*.py")))
     kept = [(path, name) for path, name in names if not SKIPPED.intersection(name.parts)]
@@ -44,7 +44,7 @@ def prompts_of(llm: LLM, count: int) -> list[list[int]]:
 
 
 def acceptance(llm: LLM, prompts: list[list[int]], tokens: int, temperature: float, other_seed: int) -> np.ndarray:
-    """int [DEPTHS, 2]: right and tried."""
+    """int [DEPTHS, 2]: guesses that were right, and all guesses."""
     engine, seen, found = llm.engine, [], np.zeros((DEPTHS, 2), int)
     draft, head = engine.drafter.draft, engine.drafter.head
     assert isinstance(head, MtpDrafts)

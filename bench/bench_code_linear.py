@@ -2,9 +2,9 @@
 
     python bench/bench_code_linear.py [--shapes 4096x1024] [--rows 512] [--threads 1,2] [--rounds 7]
 
-A shape is features x values. Plans: bits of weights and activations. Each line: the layer's time, the time that making
-codes of its rows takes on top, GOP/s of the layer (two for each multiply-add), and how many times as fast as linear_f32
-and linear_q8_0 it is: the medians, over rounds, of the ratios of neighbours in time, since the cores may be shared.
+A shape is features x values; a plan is the bits of weights and activations. Each line: the layer's time, the time for
+quantizing its rows, GOP/s of the layer (two for each multiply-add), and how many times as fast as linear_f32 and
+linear_q8_0 it is: medians of the ratios within each round, since the cores may be shared.
 """
 
 import argparse
@@ -30,7 +30,7 @@ FLOATS = ("f32", "q8_0")
 
 
 def symmetric(bits: int, largest: float) -> list[float]:
-    """An integer grid for numbers up to a size: see `ops/rounded/grids.py`."""
+    """A symmetric integer grid for numbers up to a size, see `ops/rounded/grids.py`."""
     high = 2 ** (bits - 1) - 1
     scale = np.float32(largest / high)
     return [INTEGER, scale, np.float32(1) / scale, 0, -high - 1, high, 0, 0]
@@ -68,7 +68,7 @@ class Plan:
 
 
 def random_weight(bits: int, N: int, K: int) -> CodeTensor:
-    """Codes of so many bits [N, K]."""
+    """Random codes [N, K] of a number of bits."""
     most = 2 ** (bits - 1)
     codes = np.random.default_rng(0).integers(-most, most, (N, K))
     return code_tensor("w", codes, np.full(N, 0.01, np.float32), np.zeros(N, np.int32))

@@ -1,9 +1,9 @@
-"""Drafts against none: one request at a time, all settings in turns, and whether the answers are the same.
+"""Speed with drafts against without: one request at a time, all settings in turns, and whether answers are equal.
 
     python bench/bench_drafts.py [MODEL] [--text FILE] [--speculate lookup,mtp,auto] [--draft 2,4,7] [--rounds 5]
 
-Prompts are other 3000 characters of the text in each round. Printed are the median milliseconds of 200 tokens after the
-first, the median ratio to the same round without drafts, and how many drafts were right.
+Each round takes another 3000 characters of the text as its prompt. Printed are the median milliseconds of 200 tokens
+after the first, the median ratio to the same round without drafts, and how many drafts were right.
 """
 
 import argparse

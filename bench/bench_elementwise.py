@@ -2,8 +2,8 @@
 
     python bench/bench_elementwise.py [--threads 2] [--rounds 15]
 
-Both forms and NumPy's sum of two arrays (one thread; what one core moves) run interleaved; medians count. GB/s counts
-what an op must read and write once.
+Both forms and NumPy's sum of two arrays (on one thread: the bandwidth of one core) run interleaved; medians of the
+rounds. GB/s counts once what an op must read and write.
 """
 
 import argparse
@@ -28,7 +28,7 @@ SHAPES = [(1, 1024), (512, 1024), (512, 6144)]
 
 @kernel
 def nothing(op, step, thread, num_threads):
-    """Stands for the ops that made the inputs."""
+    """A kernel in the place of the ops that produce the inputs."""
 
 
 def emit(program, kind, width):

@@ -36,7 +36,7 @@ HALF = np.float32(0.5)
 
 
 class Projection(Operands):
-    """Stands for the linear layer before the others: its rows are written once."""
+    """An op in the place of the linear layer that produces the inputs: its rows are written once."""
 
     out: Tensor = output()
 
@@ -49,7 +49,7 @@ class FmaRate(Operands):
 
 @kernel
 def nothing(op, step, thread, num_threads):
-    """Stands for the projection."""
+    """The kernel of Projection: it computes nothing."""
 
 
 @kernel
@@ -96,7 +96,7 @@ def layer(program, proj, i, fused, weights):
 
 
 def build(num_layers, num_slots, num_tokens, team, backend, fused):
-    """An executor of so many layers, with random weights and a random projection, and what keeps its caches alive."""
+    """An executor with random weights and a random projection, and the arrays that keep its caches alive."""
     rng = np.random.default_rng(0)
     shapes = {"conv": (C, J), "a_log": H, "dt_bias": H, "norm": V}
     weights = {name: weight(rng.standard_normal(shape) * 0.3, name) for name, shape in shapes.items()}
@@ -128,7 +128,7 @@ def times(executor, step):
 
 
 def fma_floor():
-    """Microseconds that 4 H K V multiplications and FMAs take on one core."""
+    """Microseconds that 4 H K V multiplications or FMAs take on one core."""
     program = Program()
     program.emit(FmaRate(out=program.tensor("x", "T", 32)))
     executor = Executor(program, BACKEND, Team(1), WeightStore(), dict(T=1, S=1, R=1), {})
@@ -142,7 +142,7 @@ def fma_floor():
 
 
 def measure(lengths, contexts, num_layers, team, rounds):
-    """Prints a line for each way: microseconds per token and layer of each op."""
+    """Prints a line for each variant: microseconds per token and layer of each op."""
     step, _keep = ragged_step(lengths, contexts)
     per_token = {**BACKEND, **gated_delta_cpu.PER_TOKEN}
     ways = {"unfused": (BACKEND, False), "fused": (BACKEND, True), "per token": (per_token, True)}
@@ -188,7 +188,7 @@ class Rule:
             self.executor.view(tensor, num_tokens)[...] = rng.random((num_tokens, tensor.width), np.float32) * 0.1
 
     def seconds(self, num_tokens, pending=0):
-        """Of one layer; what most took counts, since some are held up by others on the machine."""
+        """Seconds of one layer: the median, since other processes may disturb some runs."""
         counts = dict(num_drafts=[num_tokens - 1], num_pending=[pending]) if self.drafts else {}
         step, _keep = ragged_step([num_tokens], [100], **counts)
         clock = np.zeros(len(self.executor.program.ops), np.int64)
@@ -197,7 +197,7 @@ class Rule:
 
 
 def measure_drafts(team, rounds, pendings=(0, 4, 7)):
-    """Prints for numbers of rows what they take with drafts, of which some are pending, against the plain op."""
+    """Prints the time of steps with drafts, some of them pending, against the plain op, by number of rows."""
     plain, verify = Rule(False, MOST + 1, team), Rule(True, MOST + 1, team)
     print("recurrence of one request, us a layer: plain, and with one certain row and drafts, by how many are pending")
     for rows in range(1, MOST + 2):

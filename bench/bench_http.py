@@ -1,9 +1,9 @@
-"""What HTTP costs: streams over HTTP beside the same requests through the AsyncEngine, in turns, on one engine.
+"""The cost of HTTP: streams over HTTP against the same requests through the AsyncEngine, in turns, on one engine.
 
     python bench/bench_http.py [MODEL] [--streams 8 32] [--tokens 128] [--rounds 5]
 
-The server is a process of its own; this one sends the requests over plain sockets and reads what comes, as cheaply as
-Python can, but on the same cores: what it takes, the engine does not get.
+The server is a process of its own; this process sends the requests over plain sockets and reads the answers as cheaply
+as Python can, but on the same cores: time that it takes is lost to the engine.
 """
 
 import argparse
@@ -29,7 +29,7 @@ END = b"0\r\n\r\n"
 
 
 def prompts(count, round_number, vocab_size):
-    """Token ids that no earlier round had."""
+    """Prompts, as token ids, that differ from those of all earlier rounds."""
     return [
         [(7 * i + 31 * stream + 1013 * round_number) % (vocab_size - 8) + 4 for i in range(PROMPT_TOKENS)]
         for stream in range(count)
@@ -40,7 +40,7 @@ def prompts(count, round_number, vocab_size):
 
 
 def serve(pipe, model, threads, weights):
-    """Says where it listens, then runs what is asked for without HTTP, until it is told to end."""
+    """The server's process: prints its address, then runs rounds without HTTP on request, until it is told to end."""
     llm = LLM(model, weights=weights, threads=threads, max_requests=32, max_context=512)
     service, [listening] = Service("model"), bind("127.0.0.1", 0)
     service.open(llm)

@@ -1,9 +1,8 @@
-"""What reading prompts costs an MTP head: prefill with `--speculate mtp` against prefill without, in turns.
+"""How much longer a prompt takes where the MTP head reads it: prefill with `--speculate mtp` against without, in turns.
 
     python bench/bench_mtp_prefill.py MODEL [--weights q8_0] [--prompts 128,500,1000] [--rounds 5]
 
-One thread, whose processor time is counted, so that others on the machine matter little. Printed are the median ratio
-and all of them.
+One thread, measured in processor time, so that other processes matter little. Printed are the ratios and their median.
 """
 
 import argparse
@@ -17,7 +16,7 @@ from lockstep.llm import LLM
 
 
 def seconds(llm, ids):
-    """Until the first token, and until the head has taken in the prompt's hidden states."""
+    """Processor seconds until the first token is there and the head has read the prompt's hidden states."""
     request, began = llm.engine.add(ids, SamplingParams(max_tokens=2, ignore_eos=True)), time.thread_time()
     while not request.output_ids:
         llm.engine.step()
@@ -36,8 +35,12 @@ def main():
     parser.add_argument("--prompts", default="128,500,1000")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    how = dict(weights=args.weights, threads=1, max_context=2048, max_requests=4, prefix_cache=False)
-    plain, mtp, rng = LLM(args.model, **how), LLM(args.model, speculate="mtp", draft=1, **how), np.random.default_rng(0)
+    options = dict(weights=args.weights, threads=1, max_context=2048, max_requests=4, prefix_cache=False)
+    plain, mtp, rng = (
+        LLM(args.model, **options),
+        LLM(args.model, speculate="mtp", draft=1, **options),
+        np.random.default_rng(0),
+    )
     for length in map(int, args.prompts.split(",")):
         ratios = []
         for _ in range(args.rounds + 1):  # the first warms up

@@ -1,9 +1,9 @@
-"""Sampling: time of the ops after the head, by what the rows ask for.
+"""Sampling: time of the ops after the head, by the sampling parameters of the rows.
 
     python bench/bench_sample.py [--threads 2] [--rounds 40] [--vocabulary 151936]
 
-Logits are normal with 300 tokens that stand out, as a language model's do, or without ("flat": the worst case).
-Medians; the two ops are adjust_logits and sample.
+Logits are normally distributed, with 300 tokens that stand out as in a language model, or without ("flat": the worst
+case). Medians; the two ops are adjust_logits and sample.
 """
 
 import argparse
@@ -38,7 +38,7 @@ WISHES = {
 
 
 def model(vocabulary, flat):
-    """What a Runner wants of a model: logits are the rows of a table."""
+    """A model for a Runner whose logits are the rows of a table."""
     logits = (3 * np.random.RandomState(1).standard_normal((ROWS, vocabulary))).astype(np.float32)
     if not flat:
         logits[:, np.random.RandomState(2).permutation(vocabulary)[:300]] += np.linspace(14, 0, 300, dtype=np.float32)
@@ -58,7 +58,7 @@ def model(vocabulary, flat):
 
 
 def fields(wishes, vocabulary):
-    """(Fields of a row's record, what keeps their memory)."""
+    """(Fields of a row's record, the arrays that hold their memory)."""
     if "logits_mask" in wishes:
         bits = np.full(-(-vocabulary // 32), 0x7FFFFFFF, np.uint32)
         wishes = dict(logits_mask=lambda _: bits)

@@ -1,11 +1,11 @@
-"""Scores of rows against the linear layer that makes their logits: what nll costs beyond it, and what KL does.
+"""Time of scores against the linear layer that computes the logits: for the nll alone, and with KL.
 
     python bench/bench_score.py [--formats f32,q8_0] [--vocabularies 4096,151936] [--rows 512] [--cpu-time]
 
 One line for each vocabulary and format: time of the layer alone, which writes all logits, of `score` without a base,
 and of `score` with a base of the same head, which multiplies twice; the latter two as shares of the layer's time. The
-three run one after the other in every round; medians of the rounds, and of the rounds' shares. --cpu-time counts the
-thread's processor time instead, of one thread: for a machine that others use, too.
+three run one after the other in every round; medians of the rounds, and of the rounds' shares. --cpu-time measures
+processor time of one thread, for a machine that is shared.
 """
 
 import argparse
@@ -33,13 +33,13 @@ TABLE = {**activations_cpu.CPU, **linear_cpu.CPU, **score_cpu.CPU, "given": Impl
 
 
 class Given(Operands):
-    """Rows that are written before a step."""
+    """An op in the place of those that produce the rows, which are written before a step."""
 
     out: Tensor = output(dtype=None)
 
 
 def executor(format: str, vocabulary: int, width: int, rows: int, team: Team) -> Executor:
-    """A program of a head's layer, its scores without a base and with one."""
+    """The executor of a program with a head's linear layer, and scores without and with a base."""
     program, part = Program(), stored(format, vocabulary, width)
     head = Weight("head", format, (vocabulary, width), (part,))
     x, base = program.tensor("x", "T", width), program.tensor("base", "T", width)
@@ -80,7 +80,7 @@ def seconds(made: Executor, rows: int, rounds: int, cpu_time: bool) -> np.ndarra
 
 
 def processor_seconds(made: Executor, index: int, step: np.ndarray) -> float:
-    """What one op takes of the thread that calls."""
+    """Processor time that an op takes in the calling thread."""
     started = time.thread_time()
     made.run_op(index, step)
     return time.thread_time() - started

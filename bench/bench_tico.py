@@ -28,7 +28,8 @@ from lockstep.ptq.treatment import treatment_of
 from lockstep.ptq.unroll import unroll
 from lockstep.runtime.threads import Team
 from lockstep.study.scoring.calibrate import calibrate
-from lockstep.study.scoring.rig import NO_TARGET, Rig
+from lockstep.study.scoring.rig import Rig
+from lockstep.study.scoring.text import NO_TARGET
 from lockstep.weights.store import WeightStore
 
 SHAPE = {"hidden": 1024, "ffn": 3072, "heads": 16, "kv-heads": 8, "head-dim": 128}
@@ -36,7 +37,7 @@ WORKER = Path(__file__).with_name("tico_worker.py")
 
 
 class Tico:
-    """The other process."""
+    """TICO's process."""
 
     def __init__(self, python, folder, args):
         sizes = SHAPE | {name: getattr(args, name) for name in ("layers", "vocab", "tokens", "threads", "bits", "act")}
@@ -62,7 +63,7 @@ class Tico:
 
 
 def plan_of(args, arithmetic):
-    """TICO's plan in our words."""
+    """TICO's plan as a Plan."""
     rules = [["*", args.act], ["*.w", f"u{args.bits}/row"], ["embed.w", "u8/row"], ["head.w", "u8/row"]]
     rules += [["*norm*.w", "i16/tensor"], ["L*.res.attn", "off"]]
     rope = dict(mask="additive", rope="pre_negated")

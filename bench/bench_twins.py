@@ -2,9 +2,9 @@
 
     python bench/bench_twins.py FOLDER [--tokens 512] [--threads 2] [--rounds 7] [--weights f32]
 
-Every site has an int16 grid. The programs run interleaved, without head and score; medians count, of wall clock and of
-the process's own processor time (on a machine that others use the honest one of the two, with --threads 1). Also how
-long a program takes to make, its ops, the memory of its activations, and whether the hidden states have equal bits.
+Every site has an int16 grid. The programs run interleaved, without head and score. Printed are medians of wall clock
+and of processor time (the better measure on a shared machine, with --threads 1), the time that making a program takes,
+its number of ops, the memory of its activations, and whether the hidden states have equal bits.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def compare(model, team, num_tokens, additive, rounds):
     hidden = [rig.hidden().tobytes() for rig, _ in rigs.values()]
     for name, (rig, made) in rigs.items():
         pairs = zip(("wall", "busy"), medians[name], medians["prefill_reference"], strict=True)
-        shown = "  ".join(f"{how} {1e3 * taken:8.1f} ms {taken / least:5.2f}x" for how, taken, least in pairs)
+        shown = "  ".join(f"{clock} {1e3 * taken:8.1f} ms {taken / least:5.2f}x" for clock, taken, least in pairs)
         print(
             f"{'additive' if additive else 'structural':11}{name:18} {shown}  "
             f"{len(rig.program.ops):6} ops, {memory(rig) / 1e6:.0f} MB, made in {made:.2f} s"
@@ -86,11 +86,11 @@ def main():
     for name, default in (("tokens", 512), ("threads", 2), ("rounds", 7)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--weights", default="f32")
-    how = parser.parse_args()
-    model = load_model(open_checkpoint(how.folder), WeightStore(), how.weights, "f32", how.tokens)
-    with closing(Team(how.threads)) as team:
+    args = parser.parse_args()
+    model = load_model(open_checkpoint(args.folder), WeightStore(), args.weights, "f32", args.tokens)
+    with closing(Team(args.threads)) as team:
         for additive in (False, True):
-            compare(model, team, how.tokens, additive, how.rounds)
+            compare(model, team, args.tokens, additive, args.rounds)
 
 
 if __name__ == "__main__":

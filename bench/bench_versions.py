@@ -1,4 +1,4 @@
-"""This version against another of itself: two processes in turns, the same work, the ratio of each pair of rounds.
+"""This version of Lockstep against another: two processes take turns at the same work; ratios of the rounds' times.
 
     git worktree add ../before COMMIT
     python bench/bench_versions.py ../before [--models qwen3-0.6b,qwen3.5-0.8b] [--weights q8_0,bf16,q4_k_m] [--ragged]
@@ -28,7 +28,7 @@ SHAPES = {"qwen3-0.6b": "QWEN3_0_6B", "qwen3.5-0.8b": "QWEN3_5_0_8B"}
 
 
 def found(name, *modules):
-    """A name of the first of these modules that there is and that has it: older versions have other folders."""
+    """A name from the first of these modules that exists and has it: older versions have other folders."""
     for module in modules:
         try:
             return getattr(importlib.import_module(module), name)
@@ -153,7 +153,7 @@ def ragged_tasks():
 
 
 def work(what):
-    """A worker: for every name on its input a round, and on its output how long it took and what it gave."""
+    """A worker: runs a round for every name on its input; writes its seconds and a digest of its results."""
     tasks = ragged_tasks() if what == ["ragged"] else model_tasks(*what)
     print(*tasks, sep="\t", flush=True)
     for line in sys.stdin:

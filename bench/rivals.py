@@ -1,7 +1,7 @@
-"""Lockstep beside other engines on this machine: separate processes, taking turns, medians and ratios.
+"""Lockstep against other engines on this machine: separate processes that take turns; medians and ratios.
 
-    python bench/rivals.py PEERS_SCRIPTS MODEL_DIR --model qwen3-0.6b --rounds 3 --json docs/rivals.json --plot
-    docs/rivals.png
+    python bench/rivals.py PEERS_SCRIPTS MODEL_DIR --model qwen3-0.6b --rounds 3 \\
+        --json docs/figures/rivals.json --plot docs/figures/rivals.png
 
 PEERS_SCRIPTS is a folder with bench_peers.py (see its own help for how peers are set up and PEERS_DIR); MODEL_DIR holds
 the models it made. Both sides see the same random weights, prompts of the same lengths, the same number of threads.
@@ -149,7 +149,7 @@ def report(found):
 
 
 def draw(found, path):
-    """Bars by metric, one group for each model and format."""
+    """Draws bars by metric, a group for each model and format."""
     import matplotlib
 
     matplotlib.use("Agg")

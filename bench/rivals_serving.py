@@ -1,4 +1,4 @@
-"""Many requests at once: Lockstep beside other engines, in processes that take turns; medians and ratios.
+"""Many requests at once: Lockstep against other engines, in processes that take turns; medians and ratios.
 
     python bench/rivals_serving.py PEERS_SCRIPTS PEERS_DIR --model qwen3-0.6b --requests 4,8,32 --rounds 3
 
@@ -35,7 +35,7 @@ VARIABLES = {
 
 
 def measure(name, a, requests):
-    """[{seconds, first, ...}] of one process of an engine."""
+    """The measurements [{seconds, first, ...}] of one process of an engine."""
     venv, model = PEERS[name]
     python = sys.executable if venv is None else a.peers / venv / "bin" / "python"
     command = [

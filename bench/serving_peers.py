@@ -3,8 +3,8 @@
     python bench/serving_peers.py lockstep|vllm|openvino|llama.cpp MODEL --requests 8 [--scripts PEERS_SCRIPTS]
 
 All requests arrive together; an engine batches them as it likes. Every engine gets the same prompts, generates the
-same number of tokens greedily and may take 512 tokens a step. llama.cpp has batches but no scheduler in its library,
-so it gets this project's rule: one token for each running answer, then chunks of prompts.
+same number of tokens greedily and may take 512 tokens a step. llama.cpp's library has batches but no scheduler, so
+it gets this project's rule: one token for each running answer, then chunks of prompts.
 """
 
 import argparse

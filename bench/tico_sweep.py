@@ -1,4 +1,4 @@
-"""What a plan of a sweep takes TICO 0.3.0, which calibrates for each: beside studies/recipes/sixteen-bits.toml.
+"""Time that TICO 0.3.0 takes for each plan of a sweep, calibration included: for studies/recipes/sixteen-bits.toml.
 
     PYTHON bench/tico_sweep.py [--threads 1] [--plans 2] [--act u8|i16] [--bits 8]
 
@@ -32,7 +32,7 @@ def windows_of(text, count):
 
 
 def nll(model, ids):
-    """The mean over a window's tokens that have one before them."""
+    """The mean negative log-likelihood of a window's tokens but the first."""
     logits = model(ids, use_cache=False).logits[0, :-1]
     return torch.nn.functional.cross_entropy(logits, ids[0, 1:]).item()
 

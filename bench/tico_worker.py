@@ -1,7 +1,7 @@
 """TICO's side of bench_tico.py: runs in an environment that has torch, transformers and tico 0.3.0.
 
-Makes a random Llama model, writes it to a folder, calibrates both of TICO's profiles on random windows, and then waits
-on its standard input: for each line that names a run it does that once and prints the seconds it took.
+Makes a random Llama model, writes it to a folder, calibrates both of TICO's profiles on random windows, and then reads
+its standard input: for each line, the name of a run, it does this run once and prints its seconds.
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""The budget of `make test`: processor time of the whole run, the processes that it started included.
+"""The budget of `make test`: processor time of the whole run, including the processes that it started.
 
-A pytest plugin. It adds up, for each test file, what its tests and fixtures took; at the end it prints the sum of the
-run, its budget if LOCKSTEP_TEST_BUDGET says one, and the files that took most. See docs/testing.md.
+A pytest plugin. It adds up the processor time of each test file, fixtures included; at the end of the run it prints the
+sum, the budget if LOCKSTEP_TEST_BUDGET gives one, and the files that took most. See docs/testing.md.
 """
 
 import os
@@ -13,24 +13,24 @@ import pytest
 
 from tests.slowness import is_within
 
-NUM_SHOWN = 10  # files
+NUM_SHOWN = 10  # files that are listed
 
 
 def used_seconds() -> float:
-    """Processor time, user's and system's, of this process and of all that it started and has seen end."""
+    """Processor time (user and system) of this process and of all child processes that it has waited for."""
     whose = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(each.ru_utime + each.ru_stime for each in whose)  # os.times counts in hundredths, and cuts each off
+    return sum(each.ru_utime + each.ru_stime for each in whose)  # os.times would round each down to 1/100 s
 
 
 class Budget:
-    """Counts in every process that runs tests; prints in the one that was started."""
+    """The plugin: counts in every process that runs tests, and prints in the main process."""
 
     def __init__(self) -> None:
         self.files: Counter[str] = Counter()
         self._counted = 0.0
 
     def _count(self, name: str) -> None:
-        """Whatever was used since the last call belongs to this name."""
+        """Adds the processor time since the last call to this name."""
         now = used_seconds()
         self.files[name] += now - self._counted
         self._counted = now
@@ -59,7 +59,7 @@ class Budget:
 
 
 def summary(used: float, budget: str | None, files: dict[str, float]) -> list[str]:
-    """What is printed at the end of a run that took so many seconds in all."""
+    """The lines that are printed at the end of a run. used: its processor seconds; files: {name: seconds}."""
     allowed = f" of a budget of {budget}" if budget else ""
     lines = [f"{used:.0f} CPU seconds{allowed}, child processes included; most of them in"]
     largest = sorted(files.items(), key=lambda item: -item[1])[:NUM_SHOWN]

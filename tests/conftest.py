@@ -1,4 +1,4 @@
-"""What every run of the tests has: a budget, kernels compiled once, and a room in which a test can be alone."""
+"""Registers the plugins of every test run: the budget, kernels compiled once, and tests that run alone."""
 
 import pytest
 

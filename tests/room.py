@@ -1,7 +1,7 @@
-"""Tests that have the machine to themselves, though others run in other processes.
+"""Tests that run alone, although the workers of pytest-xdist run tests at the same time.
 
-A pytest plugin. A test marked `alone` measures seconds, stalls or memory that a neighbour would change: it waits until
-the tests that are running have ended, and none begins before it has ended. Without pytest-xdist nothing waits.
+A pytest plugin. A test marked `alone` measures seconds, stalls or memory, which other tests would change: it waits
+until all running tests have ended, and no test begins before it has ended. Without pytest-xdist no test waits.
 """
 
 import contextlib
@@ -12,30 +12,30 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-MARKER = "alone: no other test runs meanwhile, in no process of this run"
+MARKER = "alone: no other test runs at the same time in any process of this run"
 
 
 class Room:
-    """A room for any number of tests, or for one that is alone. folder: the same in all processes."""
+    """A lock that any number of tests share, or that one test holds alone. folder: the same in all processes."""
 
     def __init__(self, folder: Path) -> None:
         self._door, self._room = folder / "door", folder / "room"
 
     @contextlib.contextmanager
     def entered(self, alone: bool) -> Iterator[None]:
-        """While this lasts, nobody else is in the room if alone, and nobody who is alone otherwise."""
+        """A context: if alone, no other test is in the room; otherwise no test that is alone."""
         with open(self._door, "a") as door, open(self._room, "a") as room:
-            fcntl.flock(door, fcntl.LOCK_EX)  # who waits for the others to leave keeps more from coming in
+            fcntl.flock(door, fcntl.LOCK_EX)  # a test that waits to be alone keeps the others from entering
             fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
             fcntl.flock(door, fcntl.LOCK_UN)
             try:
                 yield
             finally:
-                fcntl.flock(room, fcntl.LOCK_UN)  # closing would not do while a forked process has the file, too
+                fcntl.flock(room, fcntl.LOCK_UN)  # closing is not enough while a forked process holds the file
 
 
 class RoomForTests:
-    """The plugin. The process that was started makes the folder, the workers are told of it."""
+    """The plugin: the main process makes the folder of the locks, and passes its name to the workers."""
 
     def __init__(self) -> None:
         self._folder: TemporaryDirectory | None = None

@@ -1,17 +1,17 @@
-"""Bounds on processor time that hold on any machine: one that is slower than usual gets more."""
+"""Bounds on processor time that hold on any machine: a slower machine is allowed more time."""
 
 import time
 
-USUAL_SECONDS = 0.08  # of `work`, where the bounds were chosen: a core of a Zen 5 server
+USUAL_SECONDS = 0.08  # for `work` on the machine where bounds are chosen: a core of a Zen 5 server
 
 
 def is_within(seconds: float, bound: float) -> bool:
-    """Whether so many seconds on the processor are below a bound, or would be on the machine where it was chosen."""
+    """Whether processor seconds are below a bound, or would be on the machine where the bound was chosen."""
     return seconds < bound or seconds < bound * slowness()
 
 
 def slowness() -> float:
-    """How many times as long this machine takes for `work` as that one."""
+    """How many times as long `work` takes on this machine as on the machine where bounds are chosen."""
     found = []
     for _ in range(3):
         began = time.thread_time()
@@ -21,7 +21,7 @@ def slowness() -> float:
 
 
 def work() -> None:
-    """Something that takes the interpreter a while: lists, sorting and text."""
+    """Work for the interpreter: lists, sorting and text."""
     made = [i * 7 % 1009 for i in range(300_000)]
     made.sort()
     "".join(map(str, made)).count("99")

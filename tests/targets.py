@@ -1,7 +1,7 @@
-"""Other CPUs that tests compile for, and whether that is possible here and tells anything new.
+"""Other CPUs for which tests compile kernels, and skips where that is impossible or tests nothing new.
 
-LOCKSTEP_ALL_TARGETS=1 (`make test-targets`) also takes those that have this machine's own instructions: there the
-kernels are made as they are here, only LLVM orders their instructions otherwise.
+LOCKSTEP_ALL_TARGETS=1 (`make test-targets`) includes CPUs with the same instructions as this machine: their kernels
+differ only in the order in which LLVM puts the instructions.
 """
 
 import os
@@ -16,7 +16,7 @@ FEATURES = {"haswell": ("avx2", "fma"), "znver4": ("avx512f", "avx512_vnni", "av
 
 
 def skip_without(*features: str) -> None:
-    """Skips a test on a machine that lacks any of these."""
+    """Skips a test on a machine that lacks any of these CPU features."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     flags = next((line.split(":")[1].split() for line in lines if line.startswith("flags")), [])
@@ -25,15 +25,15 @@ def skip_without(*features: str) -> None:
 
 
 def skip_own(name: str) -> None:
-    """Skips a test of instructions, named as `lockstep.native.targets.name` does, that all other tests are about."""
+    """Skips a test of a target, named as in `lockstep.native.targets.name`, if it is this machine's own."""
     if name == targets.name() and not os.environ.get("LOCKSTEP_ALL_TARGETS"):
-        pytest.skip(f"{name} is what this machine has: make test-targets runs this, too")
+        pytest.skip(f"{name} is this machine's own target: make test-targets runs this test, too")
 
 
 def compiling_for(cpu: str) -> dict[str, str]:
-    """The environment of a process that compiles for one of FEATURES; skips the test if there is no need to.
+    """The environment of a process that compiles for a CPU of FEATURES; skips the test where that tests nothing new.
 
-    The folders of compiled kernels are named by the target, so it shares the cache.
+    Folders of compiled kernels are named by the target, so the process shares the cache.
     """
     skip_without(*FEATURES[cpu])
     skip_own(targets.name((target()[0], cpu, "")))
@@ -41,6 +41,6 @@ def compiling_for(cpu: str) -> dict[str, str]:
 
 
 def pretending(cache: Path) -> dict[str, str]:
-    """The environment of a process that makes kernels as if for another target: no name tells them, so its cache is
-    its own."""
+    """The environment of a process that makes kernels for a target it only pretends to have. The names of their folders
+    do not show this, so the process gets a cache of its own."""
     return os.environ | {"LOCKSTEP_CACHE": str(cache)}

@@ -1,4 +1,4 @@
-"""What the tests' own plugins do: count processor time, and let a test be alone."""
+"""The tests' own plugins: they count processor time, and let a test run alone."""
 
 import fcntl
 import subprocess

@@ -1,4 +1,4 @@
-"""Documents name what is there: links, headings, files, modules and make targets."""
+"""Everything that documents name exists: links, headings, files, modules and make targets."""
 
 import pathlib
 import re
@@ -7,7 +7,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "studies" / "README.md"])
-# The changelog names what was there at the time; its links lead to what is there now.
+# The changelog names files that existed at the time; its links must lead to files that exist now.
 DATED = {"CHANGELOG.md"}
 FOLDERS = ("lockstep", "tests", "bench", "docs", "studies", "training")
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
@@ -23,7 +23,7 @@ def file_names():
 
 
 def slugs(path):
-    """The anchors of a document's headings, as forges make them."""
+    """The anchors that forges make of a document's headings."""
     titles = re.findall(r"^#+ (.*)", re.sub(r"```.*?```", "", path.read_text("utf-8"), flags=re.DOTALL), re.MULTILINE)
     plain = (re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", title) for title in titles)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in plain}
@@ -41,13 +41,13 @@ def broken_links(path):
 
 
 def words(path):
-    """All words of a document that may be paths, whether in a sentence, a link or code."""
+    """All words of a document that may be paths, in sentences, links or code."""
     for word in WORD.findall(re.sub(r"https?://\S+", "", path.read_text("utf-8"))):
         yield word.strip(".-/")
 
 
 def strangers(text):
-    """Pairs (name, file) of `name` in `file.py` or `name` (`file.py`), where the file has no such name."""
+    """Pairs (name, file) from `name` in `file.py` or `name` (`file.py`), if the file does not contain the name."""
     for name, place in NAME_IN_FILE.findall(text):
         path = ROOT / place
         if path.exists() and not re.search(rf"\b{name.rpartition('.')[2]}\b", path.read_text("utf-8")):
@@ -55,12 +55,12 @@ def strangers(text):
 
 
 def is_placeholder(word):
-    """Whether a word stands for names of the reader's own: NAME_cpu.py."""
+    """Whether a word is a placeholder for a name of the reader's choice, such as NAME_cpu.py."""
     return bool(re.search(r"[A-Z]{3}", word)) and pathlib.Path(word).stem not in ("README", "LICENSE")
 
 
 def missing(path, file_names):
-    """Paths from the repository's root, or from the package, that are not there; names of modules that no file has."""
+    """Paths, from the repository's root or from the package, that do not exist, and module names that no file has."""
     for word in words(path):
         first, _, rest = word.partition("/")
         if is_placeholder(word):

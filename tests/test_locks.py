@@ -1,4 +1,4 @@
-"""The lock files: every package that is installed has a version that pyproject.toml allows, and hashes."""
+"""The lock files: every locked package has hashes and a version that pyproject.toml allows."""
 
 import re
 import tomllib
@@ -18,12 +18,12 @@ WANTED = {
     "requirements-test.lock": [*RUN, *EXTRAS["test"]],
     "requirements-dev.lock": EXTRAS["dev"],
 }
-# the first versions without a hole that was known when the floors were set
+# the first versions without a vulnerability that was known when the floors were set
 SOUND = {"jinja2": "3.1.6", "starlette": "1.3.1", "setuptools": "78.1.1", "pytest": "9.0.3"}
 
 
 def locked(name):
-    """{package: [(Version, number of hashes), ...]}, one for each marker."""
+    """{package: [(Version, number of hashes), ...]}, an entry for each environment marker."""
     text, found = (ROOT / name).read_text().replace("\\\n", " "), {}
     for line in text.splitlines():
         if line.strip() and not line.lstrip().startswith("#"):

@@ -16,7 +16,7 @@ STUDIES, BUNDLED = ROOT / "studies", ROOT / "lockstep" / "bundled"
 MODEL = STUDIES / "llama-6x256"
 WINDOW = 256
 TEXTS = ("calibration", "evaluation")
-# the longest run of characters that both texts may have
+# the longest run of characters that the two texts may share
 MAX_SHARED_RUN = 99
 
 

@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.study.recipe import CALIBRATION_WINDOWS, Recipe, TextChoice, first_difference, to_toml
-from lockstep.study.records import RECIPE, check_folder, save
+from lockstep.study.records import RECIPE, WINNER_RECIPE, check_folder, save_text
 from lockstep.study.scoring.subject import Subject, load_subject
 from lockstep.study.scoring.text import Text, Window, check_disjoint, read_text, windows_hash, windows_of
 from lockstep.study.trials import Study, make_study
 from lockstep.text.tokenizer.tokenizer import Tokenizer
 from lockstep.weights.content import Progress
-
-WINNER_RECIPE = "winner.toml"
 
 
 def assembled(recipe: Recipe, progress: Progress | None = None) -> tuple[Study, Subject]:
@@ -86,7 +84,7 @@ def keep_recipe(folder: Path, recipe: Recipe) -> None:
             )
         return
     folder.mkdir(parents=True, exist_ok=True)
-    save(path, lambda beside: beside.write_text(to_toml(recipe.table), "utf-8"))
+    save_text(path, to_toml(recipe.table))
 
 
 def kept_recipe(folder: Path) -> Recipe:
@@ -105,4 +103,4 @@ def kept_recipe(folder: Path) -> Recipe:
 def save_winner(folder: Path, recipe: Recipe, plan: dict[str, Any]) -> None:
     """Writes the winning plan as a recipe on the same texts, without sweeps."""
     made = {**recipe.table, "plan": plan, "sweep": []}
-    save(folder / WINNER_RECIPE, lambda beside: beside.write_text(to_toml(made), "utf-8"))
+    save_text(folder / WINNER_RECIPE, to_toml(made))

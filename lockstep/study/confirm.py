@@ -12,10 +12,10 @@ from lockstep.ops.sampling import score
 from lockstep.ptq.observers import Stat
 from lockstep.ptq.solved import Solved
 from lockstep.runtime.threads import Team
-from lockstep.study.kept import CALIBRATION, check_same, load_stats
-from lockstep.study.records import Lines, going_on, held, line_of, save
-from lockstep.study.rounds import ANEW, FLOAT_NAME, ROUNDS, check_follows, read_rounds
-from lockstep.study.run import TRIALS, OnStep, ranking
+from lockstep.study.kept import check_same, load_stats
+from lockstep.study.records import CALIBRATION, CONFIRM, ROUNDS, TRIALS, Lines, going_on, held, line_of, save
+from lockstep.study.rounds import ANEW, FLOAT_NAME, check_follows, read_rounds
+from lockstep.study.run import OnStep, ranking
 from lockstep.study.scoring.evaluate import FLOAT, PREFILL, PREFILL_REFERENCE, Setup, rig_for
 from lockstep.study.scoring.figures import compared_figures, text_figures, window_figures
 from lockstep.study.scoring.in_integers import InIntegers
@@ -23,7 +23,6 @@ from lockstep.study.scoring.rig import Rig
 from lockstep.study.scoring.subject import Subject
 from lockstep.study.trials import Study
 
-CONFIRM = "confirm.jsonl"
 COLUMNS = {score.NLL: "nll", score.KL: "kl", score.DELTA_P: "delta_p", score.SAME_TOP: "same_top", score.TOP: "top"}
 
 

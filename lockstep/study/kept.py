@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 
 from lockstep.ptq.observers import Stat
-from lockstep.study.records import Lines, going_on, save
-from lockstep.study.rounds import ANEW, FLOAT_NAME, ROUNDS
+from lockstep.study.records import CALIBRATION, IDS, ROUNDS, Lines, going_on, save, save_text
+from lockstep.study.rounds import ANEW, FLOAT_NAME
 from lockstep.study.scoring.calibrate import COUNTED
 from lockstep.study.trials import Study
 
-IDS, CALIBRATION = "ids.json", "calibration.npz"
 # exceptions with which NumPy refuses a file that is damaged or of another kind
 BROKEN = (ValueError, TypeError, AttributeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
@@ -34,7 +33,7 @@ def check_same(folder: Path, study: Study) -> None:
 
 def save_ids(folder: Path, study: Study) -> None:
     """Writes into the folder to which study it belongs."""
-    save(folder / IDS, lambda beside: beside.write_text(json.dumps(ids_of(study)) + "\n", "utf-8"))
+    save_text(folder / IDS, json.dumps(ids_of(study)) + "\n")
 
 
 def ids_of(study: Study) -> list[str]:

@@ -12,7 +12,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-RECIPE = "recipe.toml"  # in a study's folder
+# the files in a study's folder
+RECIPE, STUDY, TRIALS, ROUNDS = "recipe.toml", "study.json", "trials.jsonl", "rounds.jsonl"
+CONFIRM, WINNER, WINNER_RECIPE = "confirm.jsonl", "winner.json", "winner.toml"
+IDS, CALIBRATION, TIMES = "ids.json", "calibration.npz", "times.jsonl"
 
 
 def going_on(folder: Path) -> str:
@@ -127,6 +130,11 @@ def save(path: Path, write: Callable[[Path], Any]) -> None:
         with contextlib.suppress(OSError):
             beside.unlink()
         raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def save_text(path: Path, text: str) -> None:
+    """Writes a text file, whole or not at all. OSError, with the path."""
+    save(path, lambda beside: beside.write_text(text, "utf-8"))
 
 
 @contextlib.contextmanager

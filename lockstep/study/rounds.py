@@ -8,17 +8,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lockstep.study.records import Lines, line_of
+from lockstep.study.records import ROUNDS, TRIALS, Lines, line_of
 from lockstep.study.scoring.figures import compared_figures, nll_of, text_figures
 
-ROUNDS, FLOAT_NAME, DIGEST = "rounds.jsonl", "float", "sha256"  # FLOAT_NAME: in the place of a trial's id
-DIGITS = 16
+FLOAT_NAME = "float"  # the float model, in the place of a trial's id
+DIGEST, NUM_DIGITS = "sha256", 16  # the key of a line's digest, and its hexadecimal digits
 ANEW = "what was measured cannot be made again from other files: expected a new folder"
 
 
 def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record with a digest of its content."""
-    return {**record, DIGEST: hashlib.sha256(line_of(record)).hexdigest()[:DIGITS]}
+    return {**record, DIGEST: hashlib.sha256(line_of(record)).hexdigest()[:NUM_DIGITS]}
 
 
 def read_rounds(lines: Lines) -> dict[tuple[int, str], dict[str, Any]]:
@@ -54,7 +54,7 @@ def check_follows(folder: Path, trials: Sequence[Mapping[str, Any]]) -> None:
         is_right &= (trial.get("window_nll") or []) == [nll_of(window) for window in own]
         if not is_right or (own and not _same(trial, own, base)):
             raise ValueError(
-                f"{folder / 'trials.jsonl'}, line {number}: its scores are not those that {path} gives; one of the two "
+                f"{folder / TRIALS}, line {number}: its scores are not those that {path} gives; one of the two "
                 f"was changed, or made by another version; only a new folder is safe"
             )
 

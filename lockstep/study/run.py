@@ -19,9 +19,9 @@ from lockstep.ptq.integer import INTEGER
 from lockstep.ptq.observers import Stat
 from lockstep.ptq.solved import Solved
 from lockstep.runtime.threads import Team
-from lockstep.study.kept import CALIBRATION, check_same, load_stats, save_ids, save_stats
-from lockstep.study.records import Lines, Replayed, held, save
-from lockstep.study.rounds import ANEW, FLOAT_NAME, ROUNDS, read_rounds, sealed
+from lockstep.study.kept import check_same, load_stats, save_ids, save_stats
+from lockstep.study.records import CALIBRATION, ROUNDS, STUDY, TIMES, TRIALS, WINNER, Lines, Replayed, held, save_text
+from lockstep.study.rounds import ANEW, FLOAT_NAME, read_rounds, sealed
 from lockstep.study.scoring.calibrate import calibrate
 from lockstep.study.scoring.figures import compared_figures, mean_and_error, nll_of, text_figures
 from lockstep.study.scoring.subject import Subject
@@ -30,7 +30,6 @@ from lockstep.study.trial_bench import FLOAT_TRIAL, Outcome
 from lockstep.study.trials import Study
 from lockstep.study.workers import Workers
 
-STUDY, TRIALS, TIMES, WINNER = "study.json", "trials.jsonl", "times.jsonl", "winner.json"
 CLEARLY = 3.0  # standard errors by which a trial must be worse than the best to be stopped early
 LEAST_WINDOWS = 4  # with fewer windows a standard error is too uncertain to stop a trial
 DONE, STOPPED, FAILED = "done", "stopped", "failed"
@@ -250,8 +249,7 @@ class _Run:
         )
         forwards = len(self._study.calibration) if self._stats else 0
         record = study_record(self._study, self._stats, forwards, self._options.threads, baseline)
-        text_of = json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-        save(self._folder / STUDY, lambda beside: beside.write_text(text_of, "utf-8"))
+        save_text(self._folder / STUDY, json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
 
     def _save_winner(self) -> None:
         """The plan of the best trial with its grids, for `serve --plan`."""

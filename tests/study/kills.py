@@ -1,4 +1,4 @@
-"""A study that is killed (SIGKILL) again and again gives the bytes of one that is not: python -m tests.study.kills.
+"""A study that is killed (SIGKILL) many times gives the same bytes as an undisturbed one: python -m tests.study.kills.
 
 More than 50 trials on the bundled model, by one process or two; the kills come at moments that are spread over
 the whole run.

@@ -31,7 +31,7 @@ SIXTEEN = {  # heads of 16, so that attention's scale is a power of two
 
 @functools.cache
 def folder(name):
-    """A model's folder, which stays until the process ends."""
+    """A model's folder, which exists until the process ends."""
     made, config = pathlib.Path(_root().name) / name, {**CONFIGS, **SIXTEEN, **WINDOWS}[name]
     return tiny.write(made, config, tiny.tensors(config, 5))
 
@@ -43,11 +43,11 @@ def _root():
 
 @functools.cache
 def recorded(name, weights="f32", kv_dtype="f32"):
-    """A loaded model, shared by tests: nothing of it may be changed."""
+    """A loaded model that tests share and must not change."""
     return load_model(open_checkpoint(folder(name)), WeightStore(), weights, kv_dtype, 256)
 
 
 def window(model, length, seed=0):
-    """(token ids, the token after each)."""
+    """(Token ids, the token after each)."""
     ids = np.random.RandomState(seed).randint(0, model.config.vocab_size, length + 1).tolist()
     return ids[:-1], ids[1:]

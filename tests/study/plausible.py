@@ -24,7 +24,7 @@ LOUD = {"down": 2.5, "mul": 3.0, "qk": 1.8, "p": 2.2, "res.mlp": 1.6, "norm2": 0
 
 
 def write(folder, seed=7, num_trials=60, confirmed=5):
-    """Writes a study of so many trials; returns its folder."""
+    """Writes a study; returns its folder."""
     rng, sites = np.random.RandomState(seed), all_sites()
     folder.mkdir(parents=True, exist_ok=True)
     plans = [("base", {}, Plan(BASE)), *alone(sites), *products()][:num_trials]
@@ -62,14 +62,14 @@ def all_sites():
 
 
 def alone(sites):
-    """Plans that differ from the base at one activation of some kinds."""
+    """Plans that differ from the base plan at one activation."""
     for s in sites:
         if s["name"].split(".", 1)[-1] in ("qk", "p", "k.all", "mul", "down", "res.mlp", "norm2"):
             yield f"{s['name']} u8", {"site": s["name"], "spec": "u8"}, Plan([*BASE, [s["name"], "u8"]])
 
 
 def products():
-    """Plans of grids of weights, of caches and of the weights of softmax."""
+    """Plans with different grids for weights, for the KV cache and for softmax weights."""
     for weights in ("u4/row:mse", "i6/row"):
         for cache in ("i16", "i8", "i8/head"):
             for p in ("u12", "u8", "u8/head"):
@@ -78,7 +78,7 @@ def products():
 
 
 def hurt(specs):
-    """Roughly how much grids cost, in nats."""
+    """A rough cost of a plan's grids, in nats."""
     total = 0.0
     for name, spec in specs.items():
         loud = next((x for end, x in LOUD.items() if name.endswith("." + end)), 0.6)
@@ -109,12 +109,12 @@ def trial(number, name, swept, plan, sites, noise):
 
 
 def base_nll():
-    """Of the model in float, by window."""
+    """Made-up losses of the float model, by window."""
     return NLL + np.random.RandomState(1).normal(0, 0.2, WINDOWS)
 
 
 def bits_of(spec):
-    """Of a code."""
+    """The number of bits of a code."""
     return Spec.parse(spec).bits
 
 
@@ -145,7 +145,7 @@ def metrics(deltas, specs):
 
 @functools.cache
 def figures(name, spec, num_heads):
-    """Of a site on a grid; the same whenever they are asked for."""
+    """Made-up figures of a site on a grid; equal in every call with the same arguments."""
     own = np.random.RandomState(int(digest(f"{name} {spec}")[:8], 16))
     heads, bits = num_heads if "/head" in spec else 1, bits_of(spec)
     return dict(

@@ -1,4 +1,4 @@
-"""Calibration: what is counted is what the tensors hold, in one pass, whatever the threads."""
+"""Calibration: counts are those of the tensors' numbers, in one pass, with any number of threads."""
 
 import contextlib
 
@@ -16,9 +16,9 @@ from tests.study.models import recorded, window
 LENGTH = 40
 
 
-def stats_of(model, windows, threads=2, **how):
+def stats_of(model, windows, threads=2, **options):
     with contextlib.closing(Team(threads)) as team:
-        return calibrate(model, Treatment(inside=INSIDE, **how), team, windows)
+        return calibrate(model, Treatment(inside=INSIDE, **options), team, windows)
 
 
 @pytest.mark.parametrize("name", ["plain", "hybrid"])

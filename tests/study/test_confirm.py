@@ -1,4 +1,4 @@
-"""Confirmation: both twins give the same bits, and where they do not, the first token that differs is named."""
+"""Confirmation: both twins give the same bits; if they do not, the first token that differs is named."""
 
 import contextlib
 import json
@@ -80,7 +80,7 @@ def test_nothing_to_confirm(made, tmp_path):
 
 
 def test_a_scale_in_the_keys_is_confirmed(made, tmp_path):
-    """One quarter, so that scores are those of the study that multiplies by it."""
+    """A scale of 1/4: exact, so that scores equal those of the study that multiplies by the scale."""
     _, _, trials = made
     study = study_of(subject_of(), replace(BASE, fuse_scale="k"), SWEEPS[:1], num_windows=3)
     found = {trial["name"]: trial for trial in run(tmp_path, study)}

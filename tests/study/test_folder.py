@@ -1,5 +1,5 @@
-"""A study's folder in which files are missing, cut short or of something else: the one at fault is named, with what
-makes it anew."""
+"""A study's folder with files that are missing, cut short or wrong: errors name the file and the command that makes it
+anew."""
 
 import shutil
 from types import SimpleNamespace
@@ -28,7 +28,7 @@ def copy(whole, tmp_path):
 
 
 def cut(path):
-    """Cuts a file in half; TOML inside its last string, since a half may be whole by itself."""
+    """Cuts a file in half; a TOML file inside its last string, since half of it may be valid TOML."""
     content = path.read_bytes()
     path.write_bytes(content[: content.rindex(b'"') if path.suffix == ".toml" else len(content) // 2])
 

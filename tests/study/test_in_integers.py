@@ -1,4 +1,4 @@
-"""Plans in integer arithmetic: in `evaluate` on both twins, and beside each confirmed plan."""
+"""Plans in integer arithmetic: `evaluate` on both twins, and the figures beside each confirmed plan."""
 
 import contextlib
 

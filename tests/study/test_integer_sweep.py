@@ -1,5 +1,5 @@
-"""Sweeps of plans in integer arithmetic: the figures of `evaluate`, the same bytes however they are run, and a program
-for each choice of layers."""
+"""Sweeps of plans in integer arithmetic have the figures of `evaluate`, the same bytes with any number of jobs and
+threads, and one program for each choice of integer layers."""
 
 import contextlib
 import json
@@ -11,10 +11,10 @@ from lockstep.ptq.plan import Plan
 from lockstep.ptq.solved import Solved
 from lockstep.runtime.threads import Team
 from lockstep.study.confirm import confirm_study
+from lockstep.study.kept import load_stats
 from lockstep.study.recipe import Sweep
-from lockstep.study.run import load_stats
 from lockstep.study.scoring.evaluate import evaluate
-from lockstep.study.scoring.rig import MOST_PROGRAMS, Rig
+from lockstep.study.scoring.rig import MAX_PROGRAMS, Rig
 from lockstep.study.trial_bench import Bench
 from tests.study.models import recorded, window
 from tests.study.test_in_integers import RULES
@@ -133,8 +133,8 @@ def test_a_known_choice_of_layers_records_nothing(made):
 
 def test_programs_that_were_not_used_for_long_are_made_again(made, monkeypatch):
     study = made[0]
-    monkeypatch.setattr("lockstep.study.scoring.rig.MOST_PROGRAMS", 1)
-    assert MOST_PROGRAMS > 1
+    monkeypatch.setattr("lockstep.study.scoring.rig.MAX_PROGRAMS", 1)
+    assert MAX_PROGRAMS > 1
     plan = lambda *rules: Plan((*RULES, *rules)).resolve(study.sites)
     with contextlib.closing(Team(1)) as team:
         rig = Rig(recorded("plain"), study.treatment, team, LENGTH)

@@ -1,4 +1,4 @@
-"""Recipes: what they say is what is run; every mistake names its key; sweeps become trials."""
+"""Recipes: what is read is what is run; errors name the key; sweeps become trials."""
 
 import hashlib
 import pathlib

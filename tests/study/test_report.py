@@ -1,4 +1,4 @@
-"""A study's report: what it says, that it needs nothing else, and that bad folders are named."""
+"""A study's report: its content, that the page loads nothing else, and errors for bad folders."""
 
 import json
 import re

@@ -65,7 +65,7 @@ def test_arrow_keys_walk_a_heat_map_and_a_cell_shows_its_site(page, study):
 
 
 def test_what_is_said_of_a_grid_stands_under_it(page, study):
-    """Also where grids of heads stand between: a site that was tried on several."""
+    """Checks a site that was tried on several grids, also with tables of heads between them."""
     page.run("document.querySelector('.heads [data-site=\"L0.k.all\"]').click()")
     grids = report_data(study)["sites"]["L0.k.all"]["grids"]
     rows = page.run("return [...document.querySelector('#detail tbody').rows].map(row => row.textContent)")

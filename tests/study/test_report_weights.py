@@ -1,4 +1,4 @@
-"""A study's report: its table of weights, and where it came from."""
+"""A study's report: its table of weights, and its origin."""
 
 import pytest
 

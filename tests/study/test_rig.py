@@ -1,4 +1,5 @@
-"""The rig: without grids the engine's own bits; runs that begin later give the same; nothing is made for a trial."""
+"""The rig: without grids it has the engine's bits; runs that begin at a later layer give the same; a trial compiles and
+allocates nothing."""
 
 import contextlib
 

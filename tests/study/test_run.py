@@ -1,4 +1,4 @@
-"""Studies: the same bytes however they are run."""
+"""Studies give the same bytes with any number of jobs and threads, and after interruptions."""
 
 import contextlib
 import errno
@@ -255,7 +255,7 @@ def test_lines_that_somebody_changed(made, tmp_path):
 
 
 def test_scores_that_do_not_follow_from_rounds_are_refused_without_running(made, tmp_path):
-    """What `show` and `confirm` check; it leaves a study alone whose last line is being written."""
+    """The check of `show` and `confirm`, which accepts a study whose last line is still being written."""
     _, folder, _ = made
     rounds, trials = (Lines(folder / name, reads_only=True).records for name in ("rounds.jsonl", "trials.jsonl"))
     path, text = tmp_path / "rounds.jsonl", (folder / "rounds.jsonl").read_bytes()

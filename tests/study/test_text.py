@@ -1,4 +1,4 @@
-"""Texts: what is read is what was meant; windows; a calibration text may not be in the text it is judged by."""
+"""Texts: files are checked by their hash; windows; a calibration text may not share a passage with the evaluation's."""
 
 import hashlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Names of TICO's observers, and what has none; tests/oracles/test_tico_plan.py asks TICO itself."""
+"""Names of TICO's observers, and sites without one; tests/oracles/test_tico_plan.py compares with TICO itself."""
 
 import json
 
@@ -14,7 +14,7 @@ from tests.study.models import recorded
 
 
 def solved(*rules, mask="additive", **options):
-    """Without grids: of weights, and for errors, none is needed."""
+    """A solved plan without grids: weights and errors need none."""
     return Solved(Plan(rules, mask=mask, **options), "", "", {})
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.ptq.plan import Plan
-from lockstep.study.records import going_on
-from lockstep.study.report.folder import TRIALS, WINNER, StudyFolder, read_folder
+from lockstep.study.records import TRIALS, WINNER, going_on
+from lockstep.study.report.folder import StudyFolder, read_folder
 from lockstep.study.report.pairs import difference, from_float
 from lockstep.study.report.sites import sensitivity, sites_table
 from lockstep.study.run import ranking

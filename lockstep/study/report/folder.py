@@ -10,11 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lockstep.study.records import RECIPE, check_folder, going_on, reason_of
-from lockstep.study.rounds import ROUNDS, check_follows
+from lockstep.study.records import (
+    CONFIRM,
+    RECIPE,
+    ROUNDS,
+    STUDY,
+    TRIALS,
+    WINNER,
+    WINNER_RECIPE,
+    check_folder,
+    going_on,
+    reason_of,
+)
+from lockstep.study.rounds import check_follows
 
-STUDY, TRIALS, CONFIRM, WINNER = "study.json", "trials.jsonl", "confirm.jsonl", "winner.json"
-WINNER_RECIPE = "winner.toml"
 STATUSES = ("done", "stopped", "failed")
 NUMBER = (int, float)
 WORDS = {

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
-from lockstep.study.report.folder import TRIALS
+from lockstep.study.records import TRIALS
 from lockstep.study.report.heat import heads_section, sensitivity_section
 from lockstep.study.report.markup import (
     NONE,

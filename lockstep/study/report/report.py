@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lockstep.study.records import save_text
 from lockstep.study.report.data import report_data
 from lockstep.study.report.html import COLUMNS, METRICS, page, torn_words
 from lockstep.study.report.markup import MINUS, interval
@@ -24,8 +23,8 @@ def write_report(folder: Path) -> Path:
     with the path, if it cannot be written.
     """
     data = report_data(folder)
-    _save(folder / DATA, json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    _save(folder / REPORT, page(data))
+    save_text(folder / DATA, json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    save_text(folder / REPORT, page(data))
     return folder / REPORT
 
 
@@ -73,15 +72,3 @@ def _aligned(rows: list[list[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     side = lambda i, cell: cell.ljust(widths[i]) if i in (1, len(widths) - 1) else cell.rjust(widths[i])
     return ["  ".join(side(i, cell) for i, cell in enumerate(row)).rstrip() for row in rows]
-
-
-def _save(path: Path, text: str) -> None:
-    """Writes a file, whole or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(text, "utf-8")
-        os.replace(beside, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        raise OSError(error.errno, error.strerror, str(path)) from None

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lockstep.ptq.spec import Spec
-from lockstep.study.report.folder import STUDY, TRIALS, optional
+from lockstep.study.records import STUDY, TRIALS
+from lockstep.study.report.folder import optional
 from lockstep.study.report.pairs import difference, from_float
 
 FIGURES = ("spec", "scale", "zero", "saturation", "code_use", "sqnr")

@@ -17,9 +17,10 @@ from lockstep.runtime.operands import Operands
 from lockstep.runtime.program import Program, Setting, Tensor
 from lockstep.runtime.threads import Team
 from lockstep.study.scoring.rig import Rig
+from lockstep.study.scoring.subject import HEAD
+from lockstep.study.scoring.text import NO_TARGET
 
 OBSERVED = ("x", "width", "column", "stride", "head_width", "num_heads", "seen_only", "additive")
-HEAD = "head"  # the site of the logits
 COUNTED = ("count", "not_finite", "low", "high", "histogram")  # arrays of a Stat, by head
 
 
@@ -106,7 +107,7 @@ def calibrate(
     rig = Rig(model, treatment, team, max(map(len, windows)), observing)
     stats: dict[str, Stat] = {}
     for done, ids in enumerate(windows, 1):
-        rig.load(ids, [-1] * len(ids))
+        rig.load(ids, [NO_TARGET] * len(ids))
         rig.run(last=rig.score_index)
         for name, stat in made[0].take().items():
             stats[name] = stats[name].merge(stat) if name in stats else stat

@@ -15,7 +15,8 @@ from lockstep.ptq.rewrite import Treatment
 from lockstep.ptq.spec import Spec
 from lockstep.runtime.program import Tensor
 from lockstep.runtime.threads import Team
-from lockstep.study.scoring.rig import NO_TARGET, Rig
+from lockstep.study.scoring.rig import Rig
+from lockstep.study.scoring.text import NO_TARGET
 
 
 class Different(NamedTuple):

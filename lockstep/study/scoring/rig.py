@@ -30,7 +30,6 @@ from lockstep.runtime.program import Program, Setting, Tensor, Weight
 from lockstep.runtime.threads import Team
 from lockstep.study.scoring.bound import Bindings, Bound
 
-NO_TARGET = -1  # of a row whose next token is not known
 MAX_PROGRAMS = 8  # with integer layers, each with the weights that it read last; the least recently used goes first
 
 

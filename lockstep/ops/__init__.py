@@ -6,7 +6,7 @@ the fast arithmetic one token at a time (what the batched forms are measured aga
 
 from importlib import import_module
 
-# tables of implementations: REFERENCE of definitions; CPU and PER_TOKEN of kernels
+# modules with tables of implementations, by folder: REFERENCE of definitions; CPU and PER_TOKEN of kernels
 MODULES = dict(
     attention="attention attention_cpu attention_q8 kv_cache kv_cache_cpu kv_cache_q8 kv_cache_q8_cpu",
     elementwise="activations activations_cpu add add_bias add_cpu concat concat_cpu embed embed_cpu gated_mul "
@@ -22,16 +22,14 @@ MODULES = dict(
 
 
 def backend(table, modules=MODULES):
-    """The tables of a name of all modules as one; ValueError if two implement one kind of op."""
-    made = {}
+    """The tables of one name ("CPU") of all modules, merged; ValueError if two modules implement one kind of op."""
+    merged = {}
     for folder, name in ((folder, name) for folder, names in modules.items() for name in names.split()):
-        found = getattr(import_module(f"lockstep.ops.{folder}.{name}"), table, {})
-        if made.keys() & found.keys():
-            raise ValueError(
-                f"ops/{folder}/{name}.py: {table} has {min(made.keys() & found.keys())!r}, as another module's has"
-            )
-        made |= found
-    return made
+        implementations = getattr(import_module(f"lockstep.ops.{folder}.{name}"), table, {})
+        if twice := merged.keys() & implementations.keys():
+            raise ValueError(f"ops/{folder}/{name}.py: {table} has {min(twice)!r}, as another module's has")
+        merged |= implementations
+    return merged
 
 
 BACKENDS = {"reference": backend("REFERENCE"), "cpu": backend("CPU"), "per_token": backend("PER_TOKEN")}

@@ -113,7 +113,7 @@ def softplus(x):
 
 @inlined
 def tree_sum(lane):
-    """Sum of 16 float32, the lanes of every sum here: each pair 8 apart, then 4, 2, 1; as `simd.sum_lanes` does."""
+    """Sum of the 16 lanes of an accumulator: lanes 8 apart are added, then 4, 2 and 1 apart, as in `simd.sum_lanes`."""
     width = 8
     while width >= 1:
         for i in range(width):

@@ -4,14 +4,14 @@ from lockstep.native.kernel import inlined
 
 
 @inlined
-def dealt(total, thread, num_threads, alone):
-    """The thread's tasks of so many, dealt to threads in turn. alone: the first thread does all of them."""
-    if alone:
-        return range(0, total if thread == 0 else 0, 1)
-    return range(thread, total, num_threads)
+def strided(num_tasks, thread, num_threads, one_thread):
+    """The thread's share of num_tasks dealt to threads in turn. one_thread: the first thread has all of them."""
+    if one_thread:
+        return range(0, num_tasks if thread == 0 else 0, 1)
+    return range(thread, num_tasks, num_threads)
 
 
 @inlined
-def contiguous(total, thread, num_threads):
-    """The thread's contiguous share of so many tasks."""
-    return range(total * thread // num_threads, total * (thread + 1) // num_threads)
+def contiguous(num_tasks, thread, num_threads):
+    """The thread's share of num_tasks cut into one run for each thread."""
+    return range(num_tasks * thread // num_threads, num_tasks * (thread + 1) // num_threads)

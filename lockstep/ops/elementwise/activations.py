@@ -1,4 +1,4 @@
-"""What a linear layer makes of its input rows before it multiplies: the definitions.
+"""Preparation of the input rows of linear layers (int8 codes, or bf16): the definitions.
 
 Weights of 4 to 8 bits multiply int8 activations with one float32 scale per block of 32; bf16 weights multiply
 activations rounded to bf16. Both are done per row, never per batch.
@@ -30,23 +30,26 @@ from lockstep.runtime.program import Tensor
 from lockstep.runtime.step import num_rows
 
 ZERO, ONE_127TH, HIGHEST, INFINITY = np.float32(0), np.float32(1 / 127), np.float32(127), np.float32(np.inf)
-PUT = ROW_BYTES = None  # of a variant: what writes a prepared row, and its bytes
+PUT = ROW_BYTES = None  # constants of a variant: functions that write a prepared row, and count its bytes
 SMALLEST = np.float32(1e-30)  # a block whose largest value is below this is taken as zero: 127 / amax must stay finite
 
 
-def check_rows(op: Operands, name: str, preparation: str, num_values: int, count: int = 1) -> None:
-    """ValueError if an op's operand is not `count` rows, side by side, of so many values, prepared by a kind of op."""
+def check_rows(op: Operands, name: str, preparation: str, num_values: int, num_parts: int = 1) -> None:
+    """ValueError unless rows of an op's operand are num_parts rows of num_values values side by side, each prepared.
+
+    preparation: the kind of op that prepares them, "" for float32.
+    """
     tensor, declared = getattr(op, name), type(op).__name__
     if preparation not in ROW_FORMATS:
         known = ", ".join(map(repr, ROW_FORMATS))
         raise ValueError(f"{declared}: preparation is {preparation!r}, expected one of {known}")
-    dtype, width = ROW_FORMATS[preparation].dtype, count * ROW_FORMATS[preparation].width(num_values)
+    dtype, width = ROW_FORMATS[preparation].dtype, num_parts * ROW_FORMATS[preparation].width(num_values)
     if (tensor.dtype, tensor.width) != (dtype, width):
         raise ValueError(f"{declared}: {name} is {tensor}, expected {dtype}[{tensor.rows}, {width}]")
 
 
 class Preparation(Operands):
-    """out = the rows of x [rows, width] as linear layers of some formats multiply them."""
+    """out = the rows of x [rows, width] in the form that linear layers of some weight formats multiply."""
 
     group = "linear"
     out: Tensor = output(dtype=None)
@@ -66,9 +69,9 @@ class RoundBf16(Preparation):
 
 
 class Preparable(Operands):
-    """An op that makes rows of `width` values, which can end with their preparation.
+    """An op that makes rows of `width` values and may prepare them for linear layers in the same pass.
 
-    preparation: the kind of op that it ends with; "" leaves out float32.
+    preparation: the kind of op that prepares them; "" leaves them float32.
     """
 
     out: Tensor = output(dtype=None)
@@ -77,7 +80,7 @@ class Preparable(Operands):
 
     @property
     def own_kind(self):
-        """Its kind without a preparation."""
+        """The kind of the op without a preparation."""
         return self.name()
 
     @property
@@ -100,7 +103,7 @@ def quantize_block(x, codes):
 
     Error: half a code, amax / 254. Order: amax exactly; scale = amax * (1 / 127); inverse = 127 / amax;
       code = rint(x * inverse), ties to even; blocks with amax < 1e-30 are all zero. A block with a NaN or an infinity
-      has codes of zero and an infinite scale, so that what is multiplied with it is NaN.
+      has codes of zero and an infinite scale, so that every product with it is NaN.
     """
     amax = ZERO
     for i in range(BLOCK):

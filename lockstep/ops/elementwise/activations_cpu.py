@@ -1,4 +1,4 @@
-"""What a linear layer makes of its input rows: the fast kernels, each fused with the op that produces the row.
+"""Preparation of the input rows of linear layers: the fast kernels, alone and fused with the op that makes the row.
 
 The values of a block of 32 are made and quantized in registers; nothing goes through memory in between. Bound by the
 read of the row. Fused kernels give the bits of the op followed by `quantize_q8` or `round_bf16`.
@@ -42,12 +42,13 @@ from lockstep.ops.elementwise.gated_mul import GatedMul
 from lockstep.ops.elementwise.gates import GATES
 from lockstep.ops.elementwise.rms_norm import RmsNorm
 from lockstep.ops.elementwise.rms_norm_cpu import inverse_rms
-from lockstep.ops.share import dealt
+from lockstep.ops.share import strided
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.step import num_rows
 
-# of a variant: what stores 32 values, bytes of a row, whether one thread makes token after token, and one of GATES
-PUT = ROW_BYTES = ALONE = GATE = None
+# constants of a variant: functions that store 32 values, and count bytes of a row; whether one thread does all rows;
+# one of GATES
+PUT = ROW_BYTES = ONE_THREAD = GATE = None
 
 
 @inlined
@@ -63,10 +64,10 @@ def store_q8(low, high, out, K, i):
     scale, inverse = amax * ONE_127TH, HIGHEST / amax
     if amax < SMALLEST:
         scale, inverse = ZERO, ZERO
-    a, b = to_i32(rint(finite(low) * inverse)), to_i32(rint(finite(high) * inverse))
-    first, last, place = sum_lanes(a), sum_lanes(b), out + i // BLOCK * BLOCK_BYTES
-    store_i8(place, a)
-    store_i8(place + 16, b)
+    low_codes, high_codes = to_i32(rint(finite(low) * inverse)), to_i32(rint(finite(high) * inverse))
+    first, last, place = sum_lanes(low_codes), sum_lanes(high_codes), out + i // BLOCK * BLOCK_BYTES
+    store_i8(place, low_codes)
+    store_i8(place + 16, high_codes)
     poke(place + SCALE, float32(scale))
     poke(place + BIAS, int32(-128 * (first + last)))
     poke(place + SUMS, int32(last * 65536 + (first & 65535)))
@@ -84,18 +85,18 @@ def store_rounded(low, high, out, K, i):
 
 
 def plain(op, step, thread, num_threads):
-    """x as it is."""
+    """Prepares the rows of x."""
     a = Preparation.read(op)
-    for t in dealt(num_rows(op, step), thread, num_threads, ALONE):
+    for t in strided(num_rows(op, step), thread, num_threads, ONE_THREAD):
         x, out = a.x + 4 * a.width * t, a.out + ROW_BYTES(a.width) * t
         for i in range(0, a.width, 32):
             PUT(load(x + 4 * i), load(x + 4 * i + 64), out, a.width, i)
 
 
 def normed(op, step, thread, num_threads):
-    """rms_norm."""
+    """`rms_norm`, then the preparation."""
     a = RmsNorm.read(op)
-    for t in dealt(num_rows(op, step), thread, num_threads, ALONE):
+    for t in strided(num_rows(op, step), thread, num_threads, ONE_THREAD):
         x, out = a.x + 4 * a.width * t, a.out + ROW_BYTES(a.width) * t
         scale = inverse_rms(x, a.width, a.eps)
         for i in range(0, a.width, 32):
@@ -105,9 +106,9 @@ def normed(op, step, thread, num_threads):
 
 
 def gated(op, step, thread, num_threads):
-    """The product of an activated gate and a value."""
+    """The product of an activated gate and a value, then the preparation."""
     a = GatedMul.read(op)
-    for t in dealt(num_rows(op, step), thread, num_threads, ALONE):
+    for t in strided(num_rows(op, step), thread, num_threads, ONE_THREAD):
         x, out = a.x + 8 * a.width * t, a.out + ROW_BYTES(a.width) * t
         for i in range(0, a.width, 32):
             gate, up = x + 4 * i, x + 4 * (a.width + i)
@@ -116,14 +117,14 @@ def gated(op, step, thread, num_threads):
 
 QUANTIZED = dict(PUT=store_q8, ROW_BYTES=q8_bytes)
 ROUNDED = dict(PUT=store_rounded, ROW_BYTES=bf16_bytes)
-quantize_q8 = variant(plain, "quantize_q8", **QUANTIZED, ALONE=False)
-round_to_bf16 = variant(plain, "round_to_bf16", **ROUNDED, ALONE=False)
+quantize_q8 = variant(plain, "quantize_q8", **QUANTIZED, ONE_THREAD=False)
+round_to_bf16 = variant(plain, "round_to_bf16", **ROUNDED, ONE_THREAD=False)
 CPU = {"quantize_q8": Implementation(quantize_q8), "round_bf16": Implementation(round_to_bf16)}
-PER_TOKEN = {}  # one token after another on one thread, as the ops that they are made of
+PER_TOKEN = {}  # of fused ops: one token after another on one thread
 _fused = {"rms_norm": (normed, {})} | {f"{name}_mul": (gated, dict(GATE=gate)) for name, gate in GATES.items()}
 for _first, (_body, _gate) in _fused.items():
     for _then, _constants in (("quantize_q8", QUANTIZED), ("round_bf16", ROUNDED)):
-        for _table, _alone, _suffix in ((CPU, False, ""), (PER_TOKEN, True, "_per_token")):
+        for _table, _one_thread, _suffix in ((CPU, False, ""), (PER_TOKEN, True, "_per_token")):
             _kernel = f"{_first}_{_then}{_suffix}"
-            globals()[_kernel] = variant(_body, _kernel, **_constants, **_gate, ALONE=_alone)
+            globals()[_kernel] = variant(_body, _kernel, **_constants, **_gate, ONE_THREAD=_one_thread)
             _table[f"{_first}+{_then}"] = Implementation(globals()[_kernel])

@@ -1,4 +1,4 @@
-"""Adds the same row to every row: the definition and, as its plain loop vectorises, the kernel too.
+"""Adds one row of biases to every row: the definition, whose plain loop vectorises, so that it is the kernel, too.
 
 out[t, i] = x[t, i] + bias[i]
 """
@@ -37,7 +37,7 @@ def add_bias(x_TD, bias_D, out_TD):
 
 
 def padded_bias(weight):
-    """The biases of all parts, end to end, then zeros up to the row's width."""
+    """The weight layout: biases of all parts end to end, then zeros up to the row's width."""
     joined = np.concatenate([part.finite_f32().reshape(-1) for part in weight.parts])
     return (np.pad(joined, (0, weight.shape[-1] - len(joined))),)
 

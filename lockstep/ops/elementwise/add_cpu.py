@@ -3,32 +3,32 @@
 from lockstep.native.kernel import inlined, variant
 from lockstep.native.simd import load, store
 from lockstep.ops.elementwise.add import Add
-from lockstep.ops.share import dealt
+from lockstep.ops.share import strided
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.step import num_rows
 
 BLOCK = 4096  # bytes that one thread takes at a time
-ALONE = None  # of a variant: whether one thread adds row after row
+ONE_THREAD = None  # constant of a variant: whether one thread adds row after row
 
 
 def add_blocks(op, step, thread, num_threads):
     """Rows lie end to end, so blocks of the whole activation are dealt to threads in turn."""
     a = Add.read(op)
-    num_bytes, block = 4 * a.width * num_rows(op, step), 4 * a.width if ALONE else BLOCK
-    for task in dealt((num_bytes + block - 1) // block, thread, num_threads, ALONE):
+    num_bytes, block = 4 * a.width * num_rows(op, step), 4 * a.width if ONE_THREAD else BLOCK
+    for task in strided((num_bytes + block - 1) // block, thread, num_threads, ONE_THREAD):
         start = block * task
         add_row(a.x + start, a.y + start, min(block, num_bytes - start), a.out + start)
 
 
 @inlined
 def add_row(x, y, num_bytes, out):
-    """Adds num_bytes of float32; whole lanes are stored, up to 60 bytes past the end."""
+    """Adds num_bytes of float32; whole vectors are stored, up to 60 bytes past the end."""
     for i in range(0, num_bytes, 64):
         store(out + i, load(x + i) + load(y + i))
 
 
-add = variant(add_blocks, "add", ALONE=False)
-add_per_token = variant(add_blocks, "add_per_token", ALONE=True)
+add = variant(add_blocks, "add", ONE_THREAD=False)
+add_per_token = variant(add_blocks, "add_per_token", ONE_THREAD=True)
 
 CPU = {"add": Implementation(add)}
 PER_TOKEN = {"add": Implementation(add_per_token)}

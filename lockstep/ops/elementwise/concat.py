@@ -26,7 +26,7 @@ class Concat(Operands):
 
 @definition
 def concat(first_TD, second_TE, out_TF):
-    """Copies each row of the first, then that of the second.
+    """Copies each row of first, then the same row of second.
 
     Shapes: first [T, D], second [T, E] float32; out [T, D + E].
     Error: none.

@@ -19,7 +19,7 @@ def concat(op, step, thread, num_threads):
 
 @inlined
 def copy(source, out, num_bytes):
-    """A multiple of 64 bytes."""
+    """Copies num_bytes, a multiple of 64."""
     for i in range(0, num_bytes, 64):
         store(out + i, load(source + i))
 

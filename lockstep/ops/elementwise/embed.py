@@ -14,7 +14,7 @@ from lockstep.runtime.program import Tensor, Weight
 from lockstep.runtime.step import StepBlock, entry, num_rows
 from lockstep.weights.finite import finite_bytes
 
-WEIGHT = SIZE = BLOCK_BYTES = None  # of a variant: weight i of a row, and the weights and bytes of a block
+WEIGHT = SIZE = BLOCK_BYTES = None  # of a variant: decodes a row's weight i; weights and bytes of a block
 
 
 class Embed(Operands):
@@ -40,7 +40,7 @@ class Embed(Operands):
 
 
 def raw_bytes(weight):
-    """Weight layout: uint8 [V, bytes] as stored, in memory of their own, and all finite."""
+    """The weight layout: uint8 [V, bytes] as stored, a copy. ValueError for a NaN or an infinity."""
     assert len(weight.parts) == 1, weight.name
     return (finite_bytes(weight.parts[0]),)
 
@@ -50,7 +50,7 @@ RAW = Layout("stored bytes", raw_bytes)
 
 @inlined
 def row_bytes(width, size, block_bytes):
-    """Bytes of a row of so many weights."""
+    """Bytes of a row of `width` weights, in blocks of `size`."""
     return width // size * block_bytes
 
 
@@ -59,7 +59,7 @@ def embed(op, step, thread, num_threads):
 
     Shapes: token_ids [T] int32; table [V, B] int8, rows of D weights in a block format or little-endian floats;
       out [T, D] float32; D a multiple of a block's weights.
-    Error: none but the addition of a minimum, in formats that have one, and the product with scale.
+    Error: one rounding for the product with scale, and one for adding the minimum in formats that have one.
     Order: w * scale, w as the format defines it: products of the block's float16 scale and small integers, each exact.
     Source: block_* in ggml-common.h.
     """

@@ -1,4 +1,4 @@
-"""Rows of the embedding matrix: the fast kernel. Bound by the read of the rows needed; nothing else is touched."""
+"""Rows of the embedding matrix: the fast kernel. Bound by reading these rows; no others are touched."""
 
 from lockstep.formats import FORMATS
 from lockstep.native.kernel import variant
@@ -6,7 +6,7 @@ from lockstep.ops.elementwise.embed import RAW, Embed, row_bytes
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.step import StepBlock, entry, num_rows
 
-# of a variant: what stores so many weights, and the weights and bytes of a block
+# constants of a variant: STORE decodes and stores COUNT weights; a block has SIZE weights in BLOCK_BYTES
 STORE = COUNT = SIZE = BLOCK_BYTES = None
 
 

@@ -13,13 +13,13 @@ from lockstep.runtime.operands import rows
 from lockstep.runtime.program import Tensor
 from lockstep.runtime.step import num_rows
 
-GATE = None  # of a variant: one of GATES
+GATE = None  # constant of a variant: one of GATES
 
 
 class GatedMul(Preparable):
-    """out = activation(first half of x) * second half; x [rows, 2 width], out [rows, width] or as prepared.
+    """out = activation(first half of x) * second half; x [rows, 2 width], out [rows, width] or prepared.
 
-    activation: one of GATES, where its order of arithmetic stands. Its kind is named after it: silu_mul.
+    activation: one of GATES, which state their order of arithmetic. The op's kind is named after it: silu_mul.
     """
 
     group = "elementwise"
@@ -39,7 +39,7 @@ class GatedMul(Preparable):
 
 
 def check_gate(op) -> None:
-    """ValueError if an op's activation is not one that there are kernels for."""
+    """ValueError if an op's activation is not one of GATES."""
     if op.activation not in GATES:
         allowed = ", ".join(map(repr, GATES))
         raise ValueError(f"{type(op).__name__}: activation is {op.activation!r}, expected one of {allowed}")

@@ -5,20 +5,20 @@ from lockstep.native.kernel import variant
 from lockstep.native.simd import load, store
 from lockstep.ops.elementwise.gated_mul import GatedMul
 from lockstep.ops.elementwise.gates import GATES
-from lockstep.ops.share import dealt
+from lockstep.ops.share import strided
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.step import num_rows
 
 BLOCK = 512  # outputs that one thread takes at a time
-GATE = ALONE = None  # of a variant: one of GATES, and whether one thread makes token after token
+GATE = ONE_THREAD = None  # constants of a variant: one of GATES, and whether one thread does all rows
 
 
 def multiply_blocks(op, step, thread, num_threads):
     """Blocks of every row are dealt to threads in turn, so that one row alone keeps all of them busy."""
     a = GatedMul.read(op)
-    F, blocks = a.width, (a.width + BLOCK - 1) // BLOCK
-    for task in dealt(num_rows(op, step) * blocks, thread, num_threads, ALONE):
-        t, first = task // blocks, task % blocks * BLOCK
+    F, num_blocks = a.width, (a.width + BLOCK - 1) // BLOCK
+    for task in strided(num_rows(op, step) * num_blocks, thread, num_threads, ONE_THREAD):
+        t, first = task // num_blocks, task % num_blocks * BLOCK
         gate, out = a.x + 4 * (2 * F * t + first), a.out + 4 * (F * t + first)
         for i in range(0, 4 * min(BLOCK, F - first), 64):
             store(out + i, GATE(load(gate + i), load(gate + 4 * F + i)))
@@ -26,7 +26,7 @@ def multiply_blocks(op, step, thread, num_threads):
 
 CPU, PER_TOKEN = {}, {}
 for _name, _gate in GATES.items():
-    for _table, _alone, _suffix in ((CPU, False, ""), (PER_TOKEN, True, "_per_token")):
+    for _table, _one_thread, _suffix in ((CPU, False, ""), (PER_TOKEN, True, "_per_token")):
         _kernel = f"{_name}_mul{_suffix}"
-        globals()[_kernel] = variant(multiply_blocks, _kernel, GATE=_gate, ALONE=_alone)
+        globals()[_kernel] = variant(multiply_blocks, _kernel, GATE=_gate, ONE_THREAD=_one_thread)
         _table[f"{_name}_mul"] = Implementation(globals()[_kernel])

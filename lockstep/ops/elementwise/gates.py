@@ -1,7 +1,7 @@
-"""What a gated MLP makes of a gate and the value beside it, by the name of its activation.
+"""The gates of gated MLPs, activation(gate) * up, by the name of the activation.
 
 One formula for scalars and for lanes. A new activation is a function, in a file of its own unless it is short, and a
-line in GATES: the ops that multiply by it, alone, with the preparation of their rows, and for experts, are derived.
+line in GATES, from which its ops are derived: the product, the product with prepared rows, and that of experts.
 """
 
 from lockstep.native.kernel import inlined

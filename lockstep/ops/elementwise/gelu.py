@@ -6,7 +6,7 @@ from lockstep.native.kernel import inlined
 from lockstep.native.simd import fma, minimum
 from lockstep.ops.math import EXP_HIGHEST, ONE, exp
 
-SLOPE, CUBIC = np.float32(1.5957691216057308), np.float32(0.07135481627159596)  # 2 sqrt(2 / pi), 0.044715 of it
+SLOPE, CUBIC = np.float32(1.5957691216057308), np.float32(0.07135481627159596)  # 2 sqrt(2 / pi), and 0.044715 of that
 
 
 @inlined

@@ -10,17 +10,15 @@ from lockstep.native.machine import float_array
 from lockstep.native.numbers import carray
 from lockstep.native.simd import fma, sqrt
 from lockstep.ops.elementwise.activations import Preparable
-from lockstep.ops.math import tree_sum
+from lockstep.ops.math import ONE, tree_sum
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.operands import constant, rows
 from lockstep.runtime.program import Tensor, Weight
 from lockstep.runtime.step import num_rows
 
-ONE = np.float32(1)
-
 
 class RmsNorm(Preparable):
-    """out = x / rms(x) * (weight + offset), row by row; x [rows, width], out likewise or as prepared."""
+    """out = x / rms(x) * (weight + offset), row by row; x [rows, width], out likewise or prepared."""
 
     group = "elementwise"
     rules = ("width % 16 == 0", "eps >= 0")

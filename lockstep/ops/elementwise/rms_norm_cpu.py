@@ -5,24 +5,24 @@ import numpy as np
 from lockstep.native.kernel import inlined, variant
 from lockstep.native.simd import fma, lanes, load, sqrt, store, sum_lanes
 from lockstep.ops.elementwise.rms_norm import RmsNorm
-from lockstep.ops.share import dealt
+from lockstep.ops.math import ONE, ZERO
+from lockstep.ops.share import strided
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.step import num_rows
 
-ONE, ZERO = np.float32(1), np.float32(0)
-ALONE = None  # of a variant: whether one thread norms token after token
+ONE_THREAD = None  # constant of a variant: whether one thread norms all rows
 
 
 def norm_rows(op, step, thread, num_threads):
     """Rows are dealt to threads in turn."""
     a = RmsNorm.read(op)
-    for t in dealt(num_rows(op, step), thread, num_threads, ALONE):
+    for t in strided(num_rows(op, step), thread, num_threads, ONE_THREAD):
         norm_row(a.x + 4 * a.width * t, a.weight, a.width, a.eps, a.offset, a.out + 4 * a.width * t)
 
 
 @inlined
 def inverse_rms(x, D, eps):
-    """1 / the root of the mean square (+ eps) of D float32 at address x."""
+    """1 / sqrt(mean square + eps) of D float32 at address x."""
     total = lanes(ZERO)
     for i in range(0, 4 * D, 64):
         v = load(x + i)
@@ -38,8 +38,8 @@ def norm_row(x, weight, D, eps, offset, out):
         store(out + i, (load(x + i) * scale) * (load(weight + i) + offset))
 
 
-rms_norm = variant(norm_rows, "rms_norm", ALONE=False)
-rms_norm_per_token = variant(norm_rows, "rms_norm_per_token", ALONE=True)
+rms_norm = variant(norm_rows, "rms_norm", ONE_THREAD=False)
+rms_norm_per_token = variant(norm_rows, "rms_norm_per_token", ONE_THREAD=True)
 
 CPU = {"rms_norm": Implementation(rms_norm)}
 PER_TOKEN = {"rms_norm": Implementation(rms_norm_per_token)}

@@ -1,4 +1,4 @@
-"""Some rows of a tensor, those with an output: the definition.
+"""Copies some rows of a tensor, such as those with an output: the definition.
 
 out[r] = x[selected[r]]
 """
@@ -12,12 +12,12 @@ from lockstep.runtime.operands import Operands, output, rows
 from lockstep.runtime.program import Tensor
 from lockstep.runtime.step import StepBlock, num_rows
 
-# which array of the step block says which rows go on, by the letter that counts them
+# the step block's array of the selected rows, by the letter that counts them
 SELECTED = {"O": "output_row", "R": "sampled_row", "E": "embedded_row"}
 
 
 class SelectRows(Operands):
-    """out[r] = x[selected[r]]. selected: the number of the step block's word that has the rows: see `selected_rows`."""
+    """out[r] = x[selected[r]]. selected: the step block's word with the array of rows, see `selected_rows`."""
 
     out: Tensor = output("width")
     x: Tensor = rows("width", other_rows=True)
@@ -31,13 +31,13 @@ class SelectRows(Operands):
 
 
 def selected_rows(letter):
-    """The number of the step block's word that has the rows counted by a letter."""
+    """The index of the step block's word with the array of selected rows that a letter counts."""
     return StepBlock.index(SELECTED[letter])
 
 
 @definition
 def select_rows(x_TD, selected_R, out_RD):
-    """Copies the rows that go on.
+    """Copies the selected rows.
 
     Shapes: x [T, D] float32; selected [R] int32, each a row of x; out [R, D].
     Error: none.

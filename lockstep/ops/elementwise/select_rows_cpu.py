@@ -1,4 +1,4 @@
-"""Some rows of a step: the fast kernel. Bound by memory, and rarely more than a few rows."""
+"""Copies some rows of a tensor: the fast kernel. Bound by memory, and rarely more than a few rows."""
 
 from lockstep.native.kernel import kernel
 from lockstep.native.numbers import int64

@@ -31,7 +31,7 @@ from lockstep.ops.integer.code_rows import (
 )
 from lockstep.ops.rounded.grids import HIGH, INTEGER, INVERSE, KIND, LOW, ONE, SCALE, UNKNOWN, ZERO, ZERO_POINT
 from lockstep.ops.rounded.grids_cpu import range_of, word
-from lockstep.ops.share import dealt
+from lockstep.ops.share import strided
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.step import num_rows
 
@@ -78,7 +78,7 @@ def write_row(x, K, grid, out):
 def code_rows(op, step, thread, num_threads):
     """Rows are dealt to threads in turn."""
     a = CodeRows.read(op)
-    for t in dealt(num_rows(op, step), thread, num_threads, False):
+    for t in strided(num_rows(op, step), thread, num_threads, False):
         write_row(a.x + 4 * a.width * t, a.width, a.grid, a.out + code_bytes(a.width) * t)
 
 

@@ -21,7 +21,7 @@ from lockstep.ops.rounded.grids import GRID_WORDS
 from lockstep.ops.rounded.grids_cpu import quantize_row
 from lockstep.ops.rounded.row_keys import row_keys
 from lockstep.ops.rounded.row_math_cpu import add_mask_row, copy_row, scale_row, softmax_row
-from lockstep.ops.share import dealt
+from lockstep.ops.share import strided
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.step import StepBlock, entry, pages_of
 
@@ -31,7 +31,7 @@ MAX_HEAD_DIM = 256
 Q_BYTES = 4 * MAX_HEAD_DIM
 SPARE_BYTES = 64  # after a row of scores, so that rows do not all fall into the same sets of a cache
 SCRATCH_BYTES = HEIGHT * (Q_BYTES + 4 * MAX_KEYS + 4 * PAGE_TOKENS + SPARE_BYTES)
-ALONE = None  # of a variant: whether one thread takes row after row
+ONE_THREAD = None  # of a variant: whether one thread takes row after row
 
 # keys and values of one kv head of a sequence. k, v: where the head is in page 0; table: address of the sequence's page
 # ids; page_bytes, row_bytes: of a page, and of a value
@@ -159,18 +159,18 @@ def attend_rows(a, batch, request, g, first, count, memory):
 def attend(op, step, thread, num_threads):
     """Groups of rows are dealt to threads in turn, so that short and long rows are shared out evenly."""
     a, batch, memory = RoundedAttention.read(op), StepBlock.read(step), stack_memory(SCRATCH_BYTES)
-    group, task, tall = a.num_heads // a.num_kv_heads, int64(0), 1 if ALONE else HEIGHT
+    group, task, tall = a.num_heads // a.num_kv_heads, int64(0), 1 if ONE_THREAD else HEIGHT
     for request in range(batch.num_requests):
         num_rows = group * (entry(batch.query_start, request + 1) - entry(batch.query_start, request))
         tiles = (num_rows + tall - 1) // tall
-        for i in dealt(tiles * a.num_kv_heads, (thread - task) % num_threads, num_threads, ALONE):
+        for i in strided(tiles * a.num_kv_heads, (thread - task) % num_threads, num_threads, ONE_THREAD):
             first = i // a.num_kv_heads * tall
             attend_rows(a, batch, request, i % a.num_kv_heads, first, min(tall, num_rows - first), memory)
         task += tiles * a.num_kv_heads
 
 
-rounded_attention = variant(attend, "rounded_attention", ALONE=False)
-rounded_attention_per_token = variant(attend, "rounded_attention_per_token", ALONE=True)
+rounded_attention = variant(attend, "rounded_attention", ONE_THREAD=False)
+rounded_attention_per_token = variant(attend, "rounded_attention_per_token", ONE_THREAD=True)
 
 CPU = {"rounded_attention": Implementation(rounded_attention)}
 PER_TOKEN = {"rounded_attention": Implementation(rounded_attention_per_token)}

@@ -6,17 +6,17 @@ from lockstep.native.simd import load, peek, poke, store
 from lockstep.ops.rounded.fake_quant import FakeQuant, seen_width
 from lockstep.ops.rounded.grids import GRID_WORDS
 from lockstep.ops.rounded.grids_cpu import quantize_row
-from lockstep.ops.share import dealt
+from lockstep.ops.share import strided
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.step import num_rows
 
-ALONE = None  # of a variant: whether one thread takes row after row
+ONE_THREAD = None  # of a variant: whether one thread takes row after row
 
 
 def quantize_rows(op, step, thread, num_threads):
     """Rows are dealt to threads in turn."""
     a = FakeQuant.read(op)
-    for t in dealt(num_rows(op, step), thread, num_threads, ALONE):
+    for t in strided(num_rows(op, step), thread, num_threads, ONE_THREAD):
         row, count = 4 * a.width * t, seen_width(a, step, t)
         if a.out != a.x:
             copy_row(a.x + row, a.width, a.out + row)
@@ -34,8 +34,8 @@ def copy_row(x, count, out):
         poke(out + i, peek(x + i, float32))
 
 
-fake_quant = variant(quantize_rows, "fake_quant", ALONE=False)
-fake_quant_per_token = variant(quantize_rows, "fake_quant_per_token", ALONE=True)
+fake_quant = variant(quantize_rows, "fake_quant", ONE_THREAD=False)
+fake_quant_per_token = variant(quantize_rows, "fake_quant_per_token", ONE_THREAD=True)
 
 CPU = {"fake_quant": Implementation(fake_quant)}
 PER_TOKEN = {"fake_quant": Implementation(fake_quant_per_token)}

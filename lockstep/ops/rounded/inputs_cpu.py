@@ -20,7 +20,7 @@ MAX_HEAD_DIM = 256
 ROW = 4 * MAX_HEAD_DIM  # bytes of a vector of scratch
 COSINES, SINES, FIRST, SECOND, SWAPPED, PRODUCT, KEY = (i * ROW for i in range(7))
 SCRATCH_BYTES = 7 * ROW
-ALONE = None  # of a variant: whether one thread takes all tokens
+ONE_THREAD = None  # of a variant: whether one thread takes all tokens
 
 # a head's norm weight (0: none), the grids of its kind of head, from its own on, and how many such heads there are
 Head = namedtuple("Head", "norm grids num_heads")
@@ -113,7 +113,7 @@ def make_tokens(op, step, thread, num_threads):
     a, batch, memory = RoundedInputs.read(op), StepBlock.read(step), stack_memory(SCRATCH_BYTES)
     T, H = num_rows(op, step), a.num_heads
     first, last = (
-        (0, T if thread == 0 else 0) if ALONE else (T * thread // num_threads, T * (thread + 1) // num_threads)
+        (0, T if thread == 0 else 0) if ONE_THREAD else (T * thread // num_threads, T * (thread + 1) // num_threads)
     )
     for t in range(first, last):
         row = a.x + 4 * a.row_width * t
@@ -126,8 +126,8 @@ def make_tokens(op, step, thread, num_threads):
             keep(a, row, page, slot, g, memory)
 
 
-rounded_inputs = variant(make_tokens, "rounded_inputs", ALONE=False)
-rounded_inputs_per_token = variant(make_tokens, "rounded_inputs_per_token", ALONE=True)
+rounded_inputs = variant(make_tokens, "rounded_inputs", ONE_THREAD=False)
+rounded_inputs_per_token = variant(make_tokens, "rounded_inputs_per_token", ONE_THREAD=True)
 
 CPU = {"rounded_inputs": Implementation(rounded_inputs)}
 PER_TOKEN = {"rounded_inputs": Implementation(rounded_inputs_per_token)}

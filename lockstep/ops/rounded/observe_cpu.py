@@ -23,7 +23,7 @@ from lockstep.ops.rounded.observe import (
     ZERO,
     Observe,
 )
-from lockstep.ops.share import dealt
+from lockstep.ops.share import strided
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.step import num_rows
 
@@ -91,7 +91,7 @@ def observe(op, step, thread, num_threads):
     if thread < a.copies:
         for h in range(a.num_heads):
             words = a.counters + 4 * WORDS * (thread * a.num_heads + h)
-            for t in dealt(num_rows(op, step), thread, min(num_threads, a.copies), False):
+            for t in strided(num_rows(op, step), thread, min(num_threads, a.copies), False):
                 x = a.x + 4 * (a.width * t + a.column + h * a.stride)
                 observe_row(x, seen_width(a, step, t), words)
 

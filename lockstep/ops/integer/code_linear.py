@@ -3,9 +3,9 @@
     out = float32(float64(acc) * (float64(s_x) * float64(s_w[n]))) (+ residual)
     acc = sum over k of (c_x[k] - z_x) (c_w[n, k] - z_w[n]), exactly
 
-x is codes of a grid (`ops/integer/code_rows.py`), with a scale and a zero point of its own in each row; the weight
-codes of at most 8 bits, with a scale and a zero point for each output row (`ops/integer/code_weights.py`). Sums of
-integers have no order.
+x holds codes of a grid (`ops/integer/code_rows.py`), with a scale and a zero point for each row; the weight holds codes
+of at most 8 bits, with a scale and a zero point for each output row (`ops/integer/code_weights.py`). Sums of integers
+have no order.
 """
 
 import numpy as np
@@ -25,13 +25,13 @@ from lockstep.runtime.operands import Operands, output, packed, rows
 from lockstep.runtime.program import Tensor, Weight
 from lockstep.runtime.step import num_rows
 
-MOST_VALUES = 32768  # of a row: 255 * 255 * 32768 < 2**31, so int32 holds the sums of a plane, zero points and all
+MOST_VALUES = 32768  # of a row: 255 * 255 * 32768 < 2**31, so int32 holds the sums of a plane, zero points included
 
 
 class CodeLinear(Operands):
     """out = x W^T (+ residual) in columns column .. column + out_features; W [out_features, in_features] of codes.
 
-    out, residual [rows, width]. x: rows of codes of in_features values, all of them of the same grid. Kernels write
+    out, residual [rows, width]. x: rows of codes of in_features values, all of the same grid. Kernels write
     whole panels: zeros (+ residual) up to a multiple of 16 columns.
     """
 
@@ -88,7 +88,7 @@ def code_dot(x_K, w_K, zero):
 
 @definition
 def scaled(acc, x_scale, w_scale):
-    """The value of a sum: float32(float64(acc) * (float64(x_scale) * float64(w_scale))).
+    """The value of an integer sum: float32(float64(acc) * (float64(x_scale) * float64(w_scale))).
 
     Error: the product of scales is exact; acc times it is rounded to float64, then to float32.
     """
@@ -97,7 +97,7 @@ def scaled(acc, x_scale, w_scale):
 
 @kernel
 def _run(op, step, thread, num_threads):
-    """Row by row, each thread a contiguous share of the features; those up to whole panels are zeros."""
+    """Row by row, each thread a contiguous share of the features, which are zero past the last up to whole panels."""
     a = CodeLinear.read(op)
     K = a.in_features
     for t in range(num_rows(op, step)):

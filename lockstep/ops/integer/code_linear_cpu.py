@@ -27,8 +27,9 @@ from lockstep.ops.linear.linear_cpu import (
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.step import COUNTER, num_rows
 
-WORD_BYTES = 256  # of a panel: what its features have beside codes
-OP = SCALING = GRID = None  # of a variant: the op, how its sums become values, and where the grid of these is
+WORD_BYTES = 256  # of a panel beside its codes: four words for each of 16 features
+# constants of a variant: the op; the key of `code_tile.SCALINGS` for its sums; a function for the address of its grid
+OP = SCALING = GRID = None
 
 
 @inlined
@@ -42,19 +43,19 @@ def own_grid(a):
 
 
 @merged
-def tiles(planes, scaling, x, w, out, ahead, grid, left):
-    """COLS panels by `left` rows, in tiles of nearly equal height; the first one brings what comes next near."""
-    while left > 0:
-        count = (left + MAX_ROWS - 1) // MAX_ROWS
-        rows = (left + count - 1) // count
+def tiles(planes, scaling, x, w, out, ahead, grid, rows_left):
+    """COLS panels by rows_left rows, in tiles of nearly equal height; the first tile prefetches the next panels."""
+    while rows_left > 0:
+        num_tiles = (rows_left + MAX_ROWS - 1) // MAX_ROWS
+        rows = (rows_left + num_tiles - 1) // num_tiles
         code_tile((planes, (1, MAX_ROWS), COLS, scaling), rows, x, w, out, ahead, grid)
-        left, x, out = left - rows, Rows(x.address + rows * x.stride, x.stride), below(out, rows)
+        rows_left, x, out = rows_left - rows, Rows(x.address + rows * x.stride, x.stride), below(out, rows)
         ahead = Ahead(ahead.codes, ahead.scales, 0)
 
 
 @merged
 def sweep(planes, scaling, a, grid, num_rows, first, last):
-    """Panels first .. last by all rows, so many at a time as stay near while panels pass by."""
+    """All rows by panels first .. last - 1; as many rows at a time as stay in the cache while the panels pass by."""
     K, row, at_once = plane_bytes(a.in_features), code_bytes(a.in_features), rows_at_once(planes * a.in_features)
     num_panels = (a.out_features + 15) // 16
     for t in range(0, num_rows, at_once):

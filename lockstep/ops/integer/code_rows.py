@@ -3,17 +3,17 @@
     code = clamp(rint(x * (1 / scale)) + zero, low, high)          value = (code - zero) * scale
 
 The grid is one of the kinds INTEGER, ROW_SYMMETRIC and ROW_ASYMMETRIC of `ops/rounded/grids.py`, and the values are
-those to which `fake_quant` rounds. It is read when the op runs, so that another grid is a change of memory and of
-nothing else.
+those to which `fake_quant` rounds. The grid is read when the op runs: another grid is other numbers in memory, and
+nothing is compiled again.
 
 A row of codes is two planes of int8 and a tail of 16 bytes, so that a kernel needs one pointer a row. A plane is as
 long as the row, with zeros up to a multiple of 32. Grids of at most 256 codes use the first plane only.
-    one plane     a = code - shift, an int8
+    one plane     a = code - shift, an int8: first
     two planes    a = code - shift, an int16: 256 * first + second + 128
     tail          float32 scale | int32 zero | int32 sum | int32 number of planes
-zero and sum make of the planes' products those of the codes, see `ops/integer/code_linear.py`:
-    one plane     zero = the grid's - shift             sum = the sum of a
-    two planes    zero = the grid's - shift - 128       sum = the sum of (a - 128)
+zero and sum correct the sums of products of planes to those of codes, see `exact` in `ops/integer/code_tile.py`:
+    one plane     zero = zero point - shift             sum = the sum of a
+    two planes    zero = zero point - shift - 128       sum = the sum of (a - 128)
 """
 
 import numpy as np
@@ -54,27 +54,27 @@ MOST_OF_A_PLANE, INT8_END, INT16_END = np.float32(255), np.float32(128), np.floa
 
 @inlined
 def plane_bytes(num_values):
-    """Bytes of a plane of so many codes."""
+    """Bytes of a plane of num_values codes."""
     return (num_values + BLOCK - 1) // BLOCK * BLOCK
 
 
 @inlined
 def code_bytes(num_values):
-    """Bytes of a row of so many codes."""
+    """Bytes of a row of num_values codes."""
     return 2 * ((num_values + BLOCK - 1) // BLOCK * BLOCK) + TAIL_BYTES
 
 
 def row_width(num_values: int) -> int:
-    """Width of a tensor, of dtype i8, whose rows hold so many codes."""
+    """Width of an i8 tensor whose rows hold num_values codes each."""
     return code_bytes.py_func(num_values)
 
 
 class CodeRows(Operands):
     """out i8 [rows, row_width(width)] = the rows of x [rows, width] as codes of a grid.
 
-    grid: an integer grid of at most 65536 codes, its zero point one of them. A row that `fake_quant` would make NaN, or
-    a value of it, has the scale NaN, so that what is multiplied with it is NaN; so has every row on another kind of
-    grid.
+    grid: an integer grid of at most 65536 codes, its zero point one of them. A row that has a value which `fake_quant`
+    would make NaN has the scale NaN, so that every product with the row is NaN. On a grid of another kind every row
+    has the scale NaN.
     """
 
     group = "linear"
@@ -88,7 +88,7 @@ class CodeRows(Operands):
 
 
 def check_codes(op: Operands, name: str, num_values: int) -> None:
-    """ValueError if an op's operand is not rows of so many codes."""
+    """ValueError unless an op's operand is rows of num_values codes."""
     tensor = getattr(op, name)
     if (tensor.dtype, tensor.width) != ("i8", row_width(num_values)):
         raise ValueError(
@@ -104,7 +104,7 @@ def num_planes(low, high):
 
 @inlined
 def code_shift(low, high):
-    """What brings codes low .. high into int8, or if they are more than 256 into int16; 0 if they are there."""
+    """The shift that brings codes low .. high into int8, or more than 256 codes into int16; 0 where they fit as is."""
     end = INT8_END if high - low <= MOST_OF_A_PLANE else INT16_END
     return ZERO if -end <= low and high < end else low + end
 
@@ -113,8 +113,8 @@ def code_shift(low, high):
 def row_grid(kind, grid, lowest, highest, amax):
     """(scale, 1 / scale, zero) for a row on a grid (scale, 1 / scale, zero, low, high) of a kind.
 
-    lowest, highest, amax: of the row's values and 0; amax infinite if one is not finite. A scale that is not finite is
-    NaN, and the others 0.
+    lowest, highest, amax: smallest, largest and largest absolute value of the row and 0; amax is infinite if a value is
+    not finite. (NaN, 0, 0) for a scale that is not finite.
     """
     scale, inverse, zero, low, high = grid
     if kind == ROW_SYMMETRIC:
@@ -131,7 +131,7 @@ def row_grid(kind, grid, lowest, highest, amax):
 
 @inlined
 def grid_code(x, inverse, zero, low, high):
-    """The code of a number, as float32; of NaN the highest."""
+    """The code of a number, as float32; the highest code for NaN."""
     return maximum(minimum(rint(x * inverse) + zero, high), low)
 
 
@@ -161,20 +161,20 @@ def code_row(x_K, grid, first_P, second_P):
     if planes == 2:
         second_P[:] = 0
     for k in range(x_K.size):
-        a = to_i32(grid_code(x_K[k], inverse, zero, low, high)) - shift
-        total += a
-        first_P[k] = a if planes == 1 else a >> 8
+        shifted = to_i32(grid_code(x_K[k], inverse, zero, low, high)) - shift
+        total += shifted
+        first_P[k] = shifted if planes == 1 else shifted >> 8
         if planes == 2:
-            second_P[k] = (a & 255) - 128
+            second_P[k] = (shifted & 255) - 128
         if unknown(x_K[k]) == ONE:
             scale = UNKNOWN
-    added = 128 * (planes - 1)
-    return scale, to_i32(zero) - shift - added, total - added * x_K.size, planes
+    offset = 128 * (planes - 1)
+    return scale, to_i32(zero) - shift - offset, total - offset * x_K.size, planes
 
 
 @inlined
 def write_tail(tail, scale, zero, total, planes):
-    """Writes what follows the planes of a row."""
+    """Writes the tail of a row of codes."""
     poke(tail + TAIL_SCALE, float32(scale))
     poke(tail + TAIL_ZERO, int32(zero))
     poke(tail + TAIL_SUM, int32(total))

@@ -37,19 +37,19 @@ from lockstep.runtime.step import num_rows
 
 
 @inlined
-def before(i, K, value, other):
-    """value in the lanes that are numbers i .. i + 15 of a row of K; the other after its end."""
+def within(i, K, value, other):
+    """`value` in lanes of values i .. i + 15 that a row of K has; `other` in lanes past its end."""
     return where_below(to_f32(lane_numbers()), float32(K - i), value, other)
 
 
 @inlined
-def store_codes(out, plane, planes, a):
-    """Sixteen codes in one plane or two: whole, or the upper byte and the lower less 128."""
+def store_codes(out, plane, planes, shifted):
+    """Stores sixteen shifted codes: whole in one plane; or the upper byte, and the lower byte less 128, in two."""
     if planes == 1:
-        store_i8(out, a)
+        store_i8(out, shifted)
     else:
-        store_i8(out, shift_right(a, 8))
-        store_i8(out + plane, bit_xor(a, 128))
+        store_i8(out, shift_right(shifted, 8))
+        store_i8(out + plane, bit_xor(shifted, 128))
 
 
 @inlined
@@ -60,18 +60,18 @@ def write_row(x, K, grid, out):
     lowest, highest, amax = (ZERO, ZERO, ZERO) if kind == INTEGER else range_of(x, K)
     scale, inverse, zero = row_grid(kind, words, lowest, highest, amax)
     planes, shift = num_planes(low, high), code_shift(low, high)
-    added = 128 * (planes - 1)  # a of which both planes are zero
-    total, spoilt = to_i32(lanes(ZERO)), lanes(ZERO)
+    padding = 128 * (planes - 1)  # the shifted code whose bytes in all planes are zero
+    total, has_nan = to_i32(lanes(ZERO)), lanes(ZERO)
     for i in range(0, K, 16):
-        v = before(i, K, load(x + 4 * i), ZERO)
-        a = to_i32(before(i, K, grid_code(v, inverse, zero, low, high) - shift, float32(added)))
-        total, spoilt = total + a, maximum(unknown(v), spoilt)
-        store_codes(out + i, plane, planes, a)
+        v = within(i, K, load(x + 4 * i), ZERO)
+        shifted = to_i32(within(i, K, grid_code(v, inverse, zero, low, high) - shift, float32(padding)))
+        total, has_nan = total + shifted, maximum(unknown(v), has_nan)
+        store_codes(out + i, plane, planes, shifted)
     lanes_done = (K + 15) // 16 * 16
     if lanes_done < plane:
-        store_codes(out + lanes_done, plane, planes, to_i32(lanes(float32(added))))
-    scale = UNKNOWN if max_lanes(spoilt) == ONE else scale
-    write_tail(out + 2 * plane, scale, to_i32(zero - shift) - added, sum_lanes(total) - added * lanes_done, planes)
+        store_codes(out + lanes_done, plane, planes, to_i32(lanes(float32(padding))))
+    scale = UNKNOWN if max_lanes(has_nan) == ONE else scale
+    write_tail(out + 2 * plane, scale, to_i32(zero - shift) - padding, sum_lanes(total) - padding * lanes_done, planes)
 
 
 @kernel

@@ -2,8 +2,11 @@
 
 A row of x is one plane of int8 codes or two, and a tail (see ops/integer/code_rows.py); weights are panels of int8
 codes and the words of their features (see ops/integer/code_weights.py). Two planes are two rows to the loop over K.
-Which instruction makes the products is the target's; all give the same integers.
+The target says which instruction multiplies; all give the same integers.
 """
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from lockstep.formats.parts.tiles import Site, fields, finish, lanes_per_vector, look_ahead
 from lockstep.native import targets
@@ -12,13 +15,21 @@ from lockstep.native.numbers import types
 from lockstep.native.simd import F32, I32, I64, LANES, constant, primitive, splat
 from lockstep.native.tiles_dots import WIDE, absolute, maddubs, pair_sums
 
-BLOCK, PANEL_BYTES = 32, 512  # k of a turn of the loop, and bytes that they take in a panel
-NARROW_SUMS = 6  # vectors of sums that registers of eight lanes hold
+BLOCK, PANEL_BYTES = 32, 512  # values of K in a turn of the loop, and their bytes in a panel
+NARROW_SUMS = 6  # accumulators that fit into registers of eight lanes
 F64 = ir.DoubleType()
 
 
+class CodeTile(NamedTuple):
+    """What a tile multiplies, whatever its height: planes of x, columns of w by panel; and an entry of SCALINGS."""
+
+    planes: int
+    panels: range
+    scaling: Callable[..., dict[tuple[int, int], Any]]
+
+
 class CodeSite(Site):
-    """A `Site` whose cells are (row, plane, column), with int32 sums that begin as the weights' words say."""
+    """A `Site` whose cells are (row, plane, column), with int32 sums that start as the weights' words say."""
 
     def __init__(self, b, magic, height, columns, lanes, x, w, *, planes):
         super().__init__(b, magic, height, columns, lanes, x, w)
@@ -28,28 +39,28 @@ class CodeSite(Site):
         self.start = {cell: firsts[cell[2]] for cell in self.cells}
 
     def places(self):
-        """(row, column) of all values."""
+        """(row, column) of every value of the tile."""
         return [(r, c) for r in range(self.rows) for c in range(self.cols)]
 
-    def a(self, r, plane, k):
-        """Four codes of a row from k on, for each feature."""
+    def x_codes(self, r, plane, k):
+        """Four codes of row r from k on, the same for each feature."""
         place = moved(self.b, moved(self.b, self.x[r], k), 0)
         return spread4(self.b, moved(self.b, place, self.b.mul(self.K, self.int(plane))), self.lanes)
 
-    def word(self, c, number, element):
+    def word(self, c, index, element):
         """One of the four words of each feature of column c."""
         return read(
-            self.b, moved(self.b, self.scales[c], 64 * number + 4 * self.first[c]), vector(element, self.lanes), 4
+            self.b, moved(self.b, self.scales[c], 64 * index + 4 * self.first[c]), vector(element, self.lanes), 4
         )
 
-    def tail(self, r, number, element):
-        """One of the words after row r's planes, for each feature."""
+    def tail(self, r, index, element):
+        """One of the words of row r's tail, the same for each feature."""
         place = moved(self.b, self.x[r], self.b.mul(self.K, self.int(2)))
-        return spread(self.b, moved(self.b, place, 4 * number), element, self.lanes)
+        return spread(self.b, moved(self.b, place, 4 * index), element, self.lanes)
 
 
 def sums(s):
-    """The products of all planes with all columns, exactly. On VNNI's the codes of weights count 128 too high."""
+    """Exact sums of products of all planes with all columns. With VNNI, weights' codes and zeros have 128 added."""
     step = _avx2_step if s.int_dot == "avx2" else _wide_step
     return s.blocks(BLOCK, lambda i, acc: step(s, i, acc), PANEL_BYTES)
 
@@ -61,14 +72,14 @@ def _wide_step(s, i, acc):
         columns = [s.codes(c, start, 64 * g) for c in range(s.cols)]
         for r in range(s.rows):
             for p in s.planes:
-                a = s.a(r, p, b.add(k, s.int(4 * g)))
+                x = s.x_codes(r, p, b.add(k, s.int(4 * g)))
                 for c in range(s.cols):
-                    acc[r, p, c] = dot(b, acc[r, p, c], columns[c], a)
+                    acc[r, p, c] = dot(b, acc[r, p, c], columns[c], x)
     return acc
 
 
 def _avx2_step(s, i, acc):
-    """|w| times a xor the sign of w, which counts a as -a - 1 where w is negative: from -32768 to 32512 a pair."""
+    """|w| * (x xor the sign of w), where -x - 1 stands for -x if w is negative. A pair has from -32768 to 32512."""
     b, acc = s.b, dict(acc)
     start, k = b.mul(i, s.int(PANEL_BYTES)), b.mul(i, s.int(BLOCK))
     for g in range(BLOCK // 4):
@@ -77,8 +88,8 @@ def _avx2_step(s, i, acc):
             sign, size = b.sext(b.icmp_signed("<", w, constant(w.type, 0)), w.type), absolute(b, w)
             for r in range(s.rows):
                 for p in s.planes:
-                    a = b.xor(s.a(r, p, b.add(k, s.int(4 * g))), sign)
-                    acc[r, p, c] = b.add(acc[r, p, c], pair_sums(b, maddubs(b, size, a)))
+                    x = b.xor(s.x_codes(r, p, b.add(k, s.int(4 * g))), sign)
+                    acc[r, p, c] = b.add(acc[r, p, c], pair_sums(b, maddubs(b, size, x)))
         acc = dict(zip(acc, pinned(b, acc.values()), strict=True))
     return acc
 
@@ -92,23 +103,23 @@ def scaled(s, acc, grid):
 
 
 def requantized(s, acc, grid):
-    """Values of the grid at an address, made as `ops.code_fixed` says. The constants are its own, and its steps."""
+    """Values on the grid at an address, by the steps and with the constants of `code_fixed.fixed_value`."""
     b, values, longs = s.b, {}, vector(I64, s.lanes)
     word = lambda n: splat(b, read(b, moved(b, pointer(b, grid), 4 * n), F32, 4), s.floats)
     kind, y_scale, zero, low, high = (word(n) for n in (0, 1, 3, 4, 5))
-    known = b.fcmp_ordered("==", kind, constant(s.floats, 1.0))
+    integer = b.fcmp_ordered("==", kind, constant(s.floats, 1.0))
     for r, c in s.places():
         m = b.fdiv(scale(s, r, c), b.fpext(y_scale, vector(F64, s.lanes)))
-        sound = b.and_(known, b.fcmp_ordered("ord", m, m))
-        r32 = b.sitofp(_fixed(b, b.fptosi(exact(s, acc, r, c), longs), m), s.floats)
-        code = _clamped(b, b.fadd(zero, r32), low, high)
+        is_known = b.and_(integer, b.fcmp_ordered("ord", m, m))
+        rounded = b.sitofp(_fixed(b, b.fptosi(exact(s, acc, r, c), longs), m), s.floats)
+        code = _clamped(b, b.fadd(zero, rounded), low, high)
         value = b.fmul(b.fsub(code, zero), y_scale)
-        values[r, c] = b.select(sound, value, constant(s.floats, float("nan")))
+        values[r, c] = b.select(is_known, value, constant(s.floats, float("nan")))
     return values
 
 
 def _fixed(b, acc, m):
-    """round(acc * M / 2**shift), half away from zero, at most 2**20 in size, where m = M / 2**shift nearly."""
+    """`code_fixed.requantized` of int64 sums acc and float64 multipliers m."""
     of = lambda n: constant(acc.type, n)
     bits = b.bitcast(m, acc.type)
     shift = b.sub(of(31 + 1022), b.and_(b.lshr(bits, of(52)), of(2047)))
@@ -117,13 +128,13 @@ def _fixed(b, acc, m):
     negative = b.icmp_signed("<", acc, of(0))
     size = b.select(negative, b.sub(of(0), acc), acc)
     large = b.icmp_signed("<", shift, of(17))
-    of_large = b.mul(_least(b, size, of(1 << 18)), M)
+    large_product = b.mul(_least(b, size, of(1 << 18)), M)
     upper = b.mul(size, b.lshr(M, of(16)))
-    of_others = b.add(upper, b.lshr(b.mul(size, b.and_(M, of(65535))), of(16)))
-    total = b.select(large, of_large, of_others)
-    by = b.select(large, shift, b.sub(shift, of(16)))
-    by = _least(b, b.select(b.icmp_signed("<", by, of(1)), of(1), by), of(62))
-    rounded = b.lshr(b.add(total, b.shl(of(1), b.sub(by, of(1)))), by)
+    product = b.add(upper, b.lshr(b.mul(size, b.and_(M, of(65535))), of(16)))
+    product = b.select(large, large_product, product)
+    right = b.select(large, shift, b.sub(shift, of(16)))
+    right = _least(b, b.select(b.icmp_signed("<", right, of(1)), of(1), right), of(62))
+    rounded = b.lshr(b.add(product, b.shl(of(1), b.sub(right, of(1)))), right)
     rounded = _least(b, rounded, of(1 << 20))
     return b.select(negative, b.sub(of(0), rounded), rounded)
 
@@ -144,10 +155,10 @@ def scale(s, r, c):
 
 
 def exact(s, acc, r, c):
-    """The sum of a row and a column in float64, which has all of them exactly.
+    """The sum of products of a row's and a column's codes less their zero points, in float64, which holds it exactly.
 
-    It is the sum of a w - w's zero * the row's sum - the row's zero * sum of (w - zero). One plane: below 2**31, so
-    that int32 may wrap on the way. Two: 256 * first + second.
+    It is acc - zero of w * sum of the row - zero of the row * sum of (w - zero). With one plane the result is below
+    2**31, so that int32 may wrap on the way; with two planes acc is 256 * first + second.
     """
     return (_exact_of_one if len(s.planes) == 1 else _exact_of_two)(s, acc, r, c)
 
@@ -172,15 +183,15 @@ SCALINGS = {"float": scaled, "fixed": requantized}
 
 @primitive()
 def code_tile(context, shape, num_rows, x, w, out, ahead, grid):
-    """out = x W^T (+ residual) for num_rows rows by a number of panels, over all of K.
+    """out = x W^T (+ residual) for num_rows rows by some panels, over all of K.
 
-    shape: literals: planes, 1 or 2; (fewest, most) rows; panels; one of SCALINGS. x: `tiles.Rows` of codes. w:
-    `tiles.Panels`, K that of a plane. out: `tiles.Output`. ahead: `tiles.Ahead`. grid: the address
-    of the output's grid, if it has one.
+    shape: literals: planes, 1 or 2; (fewest, most) rows; number of panels; a key of SCALINGS. x: `tiles.Rows` of codes.
+    w: `tiles.Panels`, K that of a plane. out: `tiles.Output`. ahead: `tiles.Ahead`. grid: the address of the output's
+    grid, if it has one.
     """
     planes, rows, panels, scaling = shape
     fewest, most = (n.literal_value for n in rows)
-    how = planes.literal_value, range(panels.literal_value), SCALINGS[scaling.literal_value]
+    tile = CodeTile(planes.literal_value, range(panels.literal_value), SCALINGS[scaling.literal_value])
 
     def codegen(ctx, b, sig, args):
         magic = ctx.codegen().magic_tuple()
@@ -189,7 +200,7 @@ def code_tile(context, shape, num_rows, x, w, out, ahead, grid):
         for height in range(fewest, most + 1):
             choice.add_case(ir.Constant(I64, height), block := b.append_basic_block(f"rows_{height}"))
             b.position_at_start(block)
-            _tile(b, magic, how, height, operands, args[6])
+            _emit_tile(b, magic, tile, height, operands, args[6])
             b.branch(end)
         b.position_at_start(end)
         return ctx.get_dummy_value()
@@ -197,13 +208,13 @@ def code_tile(context, shape, num_rows, x, w, out, ahead, grid):
     return types.void(shape, types.int64, x, w, out, ahead, types.int64), codegen
 
 
-def _tile(b, magic, how, height, operands, grid):
-    """All columns at once in registers of sixteen lanes; as many as fit in those of eight."""
-    (planes, panels, scaling), (x, w, out, ahead) = how, operands
+def _emit_tile(b, magic, tile, height, operands, grid):
+    """A tile of `height` rows: all columns at once in registers of sixteen lanes, as many as fit in those of eight."""
+    x, w, out, ahead = operands
     lanes = lanes_per_vector(True, targets.int_dot(magic))
-    columns = [(p, first) for p in panels for first in range(0, LANES, lanes)]
-    at_once = len(columns) if lanes == LANES else max(1, NARROW_SUMS // (height * planes))
+    columns = [(panel, first) for panel in tile.panels for first in range(0, LANES, lanes)]
+    at_once = len(columns) if lanes == LANES else max(1, NARROW_SUMS // (height * tile.planes))
     for start in range(0, len(columns), at_once):
-        s = CodeSite(b, magic, height, columns[start : start + at_once], lanes, x, w, planes=planes)
+        s = CodeSite(b, magic, height, columns[start : start + at_once], lanes, x, w, planes=tile.planes)
         look_ahead(s, w, ahead)
-        finish(s, scaling(s, sums(s), grid), out)
+        finish(s, tile.scaling(s, sums(s), grid), out)

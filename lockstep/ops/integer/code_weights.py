@@ -2,11 +2,11 @@
 
     panels   [panel][k / 4][16][4] int8 codes, k up to a multiple of 32 (plus 128 where the target's dot takes unsigned
              weights), and for each panel [4][16] words: float32 scale, int32 zero, int32 sum of (code - zero), and
-             int32 what the sums of products begin with
+             int32 start of the sums of products
     rows     codes int8 [N, K], scale float32 [N], zero int32 [N], for the definition
 
-AVX2 multiplies the size of a code with a, or with -a - 1 where the code is negative: it counts the negative codes too
-often, so its sums begin with minus their sum.
+AVX2 multiplies |code| with a, or with -a - 1 instead of -a where the code is negative, which is |code| too little, so
+its sums start with minus the sum of the negative codes.
 """
 
 from dataclasses import dataclass
@@ -20,14 +20,14 @@ from lockstep.ops.integer.code_rows import plane_bytes
 from lockstep.runtime.backend import Layout
 from lockstep.runtime.program import Weight
 
-FORMAT = "codes"  # of weights whose parts are code tensors
+FORMAT = "codes"  # of weights whose parts are CodeTensors
 
 
 @dataclass(frozen=True)
 class CodeTensor:
     """A matrix [N, K] of weights (code - zero) * scale.
 
-    codes: int8 [N, K]. scale: float32 [N]. zero: int32 [N], in int8's range. ValueError for anything else.
+    codes: int8 [N, K]. scale: float32 [N]. zero: int32 [N], from -128 to 127. ValueError for anything else.
     """
 
     name: str
@@ -72,8 +72,8 @@ def code_tensor(name: str, codes: np.ndarray, scale: np.ndarray, zero: np.ndarra
     shift = 128 if high > 127 else 0
     if low - shift < -128 or high - shift > 127:
         raise ValueError(f"weight {name!r}: codes and zero points from {low} to {high}, expected -128..127 or 0..255")
-    moved = (codes.astype(np.int16) - np.int16(shift)).astype(np.int8)
-    return CodeTensor(name, moved, scale.astype(np.float32), zero.astype(np.int32) - np.int32(shift))
+    shifted = (codes.astype(np.int16) - np.int16(shift)).astype(np.int8)
+    return CodeTensor(name, shifted, scale.astype(np.float32), zero.astype(np.int32) - np.int32(shift))
 
 
 def _of_rows(name: str, array: np.ndarray, num_rows: int) -> np.ndarray:
@@ -105,31 +105,31 @@ def pack_panels(weight: Weight) -> tuple[np.ndarray, ...]:
 
 
 def fill_panels(weight: Weight, codes: np.ndarray, words: np.ndarray) -> None:
-    """Writes a weight to panels that were made for another one of its shape."""
+    """Writes a weight to panels that were made for another weight of the same shape."""
     K, padded, offset = weight.shape[1], codes.shape[1] * 4, _offset()
-    negative = targets.int_dot() == "avx2"
+    is_avx2 = targets.int_dot() == "avx2"
 
     def convert(part: CodeTensor, rows: slice) -> tuple[np.ndarray, np.ndarray]:
-        c, zero = part.codes[rows], part.zero[rows]
-        total = c.sum(1, dtype=np.int32)
-        start = -np.minimum(c, 0).sum(1, dtype=np.int32) if negative else np.zeros_like(total)
+        part_codes, zero = part.codes[rows], part.zero[rows]
+        total = part_codes.sum(1, dtype=np.int32)
+        start = -np.minimum(part_codes, 0).sum(1, dtype=np.int32) if is_avx2 else np.zeros_like(total)
         fields = part.scale[rows].view(np.int32), zero + offset, total - K * zero, start
-        return np.pad(c.view(np.uint8) + np.uint8(offset), ((0, 0), (0, padded - K))), np.stack(fields, 1)
+        return np.pad(part_codes.view(np.uint8) + np.uint8(offset), ((0, 0), (0, padded - K))), np.stack(fields, 1)
 
     scatter(weight, [(codes, grouped(4)), (words, k_major)], convert)
 
 
 def _offset() -> int:
-    """What panels add to codes and zero points."""
+    """What is added to codes and zero points in panels."""
     return 128 if targets.unsigned_weights() else 0
 
 
-def code_rows(weight: Weight) -> tuple[np.ndarray, ...]:
-    """Codes, scales and zeros of all rows, and zeros up to whole panels."""
+def stacked_rows(weight: Weight) -> tuple[np.ndarray, ...]:
+    """Codes, scales and zero points of all rows, with zeros up to whole panels."""
     pieces = zip(*((part.codes, part.scale, part.zero) for part in weight.parts), strict=True)
     missing = padded_width(weight.shape[0]) - weight.shape[0]
     return tuple(np.concatenate([*piece, np.zeros((missing, *piece[0].shape[1:]), piece[0].dtype)]) for piece in pieces)
 
 
 PANELS = Layout("panels of codes", pack_panels, ("codes", "d"))
-ROWS = Layout("rows of codes", code_rows, ("codes", "d", "m"))
+ROWS = Layout("rows of codes", stacked_rows, ("codes", "d", "m"))

@@ -2,7 +2,8 @@
 
     python -m tests.ops.integer.code_target VARIANT NAME...
 
-VARIANT native: whatever NUMBA_CPU_NAME says; "avx512", "avx_vnni", "generic": as in `tests.ops.linear.linear_target`.
+VARIANT "native": the target that NUMBA_CPU_NAME names; "avx512", "avx_vnni", "generic": as in
+`tests.ops.linear.linear_target`.
 NAME: "u8", "i16" or "fixed".
 """
 

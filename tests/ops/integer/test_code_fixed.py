@@ -58,9 +58,9 @@ def test_every_multiplier():
     as_python = interpreted(code_fixed.requantized)
     for m in [*exact, *np.exp2(rng.uniform(-45, 20, 50))]:
         for acc in sums:
-            expected = max(-code_fixed.MOST, min(code_fixed.MOST, rounded(acc, float(m))))
+            expected = max(-code_fixed.MAX_RESULT, min(code_fixed.MAX_RESULT, rounded(acc, float(m))))
             found = code_fixed.requantized(acc, float(m))
-            beyond = abs(expected) >= code_fixed.MOST_OF_LARGE // 2 and m >= 0.5  # a clamp hides by how far
+            beyond = abs(expected) >= code_fixed.MAX_LARGE_SUM // 2 and m >= 0.5  # a clamp hides the difference
             assert found == expected or (beyond and abs(found) > 2**17 and (found > 0) == (expected > 0)), (acc, m)
             assert as_python(acc, float(m)) == found
     assert [code_fixed.requantized(n, 0.5) for n in (1, -1, 3, -3)] == [1, -1, 2, -2]
@@ -74,11 +74,11 @@ def test_extreme_scales(scale):
 
 
 def test_what_has_no_code_is_nan():
-    made, spoilt = cases.layer(cases.U8, 3), OUTS[0].copy()
-    spoilt[0, KIND] = FLOAT
+    made, float_grid = cases.layer(cases.U8, 3), OUTS[0].copy()
+    float_grid[0, KIND] = FLOAT
     x = np.zeros((3, 100), np.float32)
     x[1, 4] = np.nan
     for backend in ("cpu", "reference"):
-        assert np.isnan(run(made, spoilt, backend)).all()
-        made_of_nan = cases.Layer(cases.coded(x, cases.U8), made.codes, made.scale, made.zero)
-        assert np.isnan(run(made_of_nan, OUTS[0], backend)).all(1).tolist() == [False, True, False]
+        assert np.isnan(run(made, float_grid, backend)).all()
+        with_nan = cases.Layer(cases.coded(x, cases.U8), made.codes, made.scale, made.zero)
+        assert np.isnan(run(with_nan, OUTS[0], backend)).all(1).tolist() == [False, True, False]

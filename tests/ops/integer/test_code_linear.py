@@ -26,7 +26,7 @@ from tests.targets import compiling_for, pretending, skip_own
 
 
 def grid(scale, zero, low, high, kind=INTEGER):
-    """A grid as `ops/rounded/grids.py` says."""
+    """A grid [1, GRID_WORDS], laid out as `ops/rounded/grids.py` says."""
     scale = np.float32(scale)
     return np.array([[kind, scale, np.float32(1) / scale, zero, low, high, 0, 0]], np.float32)
 
@@ -48,7 +48,7 @@ WEIGHTS = [(-128, 127), (0, 255), (0, 15)]  # the codes of an 8-bit, an unsigned
 
 
 def coded(x, grid, backend="cpu", num_threads=1):
-    """The rows of codes of x."""
+    """x as rows of codes."""
     out, table = (row_width(x.shape[1]), "i8"), BACKENDS[backend]
     return run_op(table, CodeRows, num_threads=num_threads, out=out, x=x, grid=grid, width=x.shape[1])["out"]
 
@@ -62,7 +62,7 @@ def decoded(rows, K):
 
 @dataclass
 class Layer:
-    """A layer on rows of codes; weight codes and zeros as integers, of several parts."""
+    """A layer on rows of codes, whose weight has several parts; its codes and zero points are integers."""
 
     rows: np.ndarray
     codes: np.ndarray
@@ -98,9 +98,9 @@ def layer(grid, T=7, K=100, N=75, codes=(-128, 127), residual=False, seed=0):
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((T, K)).astype(np.float32) * 3
     w = rng.integers(codes[0], codes[1] + 1, (N, K))
-    held = rng.standard_normal((T, padded_width(N))).astype(np.float32) if residual else None
+    residuals = rng.standard_normal((T, padded_width(N))).astype(np.float32) if residual else None
     scale = (rng.random(N) * 0.01).astype(np.float32)
-    return Layer(coded(x, grid), w, scale, rng.integers(codes[0], codes[1] + 1, N), held)
+    return Layer(coded(x, grid), w, scale, rng.integers(codes[0], codes[1] + 1, N), residuals)
 
 
 def extreme_layer(grid, K=3072, N=40):
@@ -155,7 +155,7 @@ def test_shapes(K, N, codes):
 @pytest.mark.parametrize("grid", ENDS, ids=name_of)
 @pytest.mark.parametrize("K", [3072, MOST_VALUES])
 def test_sums_are_those_of_pythons_integers(grid, K):
-    """Of 16 bits they exceed 32 bits by far, or cancel after partial sums that do."""
+    """With 16-bit codes, sums exceed 32 bits by far, or cancel after partial sums that do."""
     made = extreme_layer(grid, K)
     sums = made.sums()
     assert max(abs(n) for n in sums.flat) > (2**31 if grid[0, HIGH] > 255 else 2**31 * 0.99 * K / MOST_VALUES)
@@ -189,7 +189,7 @@ def test_definitions_interpreted():
 
 @pytest.mark.parametrize("grid", [U8, I16, OF_ROWS[0], OF_ROWS[1]], ids=name_of)
 def test_a_row_that_is_not_finite_gives_nan(grid):
-    """Else a clamp would turn NaN into an ordinary answer. An infinity saturates on a grid that is not the row's."""
+    """A clamp must not turn NaN into an ordinary answer. An infinity saturates on a grid with a scale of its own."""
     x = np.random.default_rng(4).standard_normal((4, 40)).astype(np.float32)
     sound = layer(grid, 4, 40)
     spoilt = Layer(None, sound.codes, sound.scale, sound.zero)
@@ -247,7 +247,7 @@ def test_weights_that_have_no_kernel_are_refused():
 
 @pytest.mark.parametrize("spec", ["i8/tensor", "u8", "i4/row:mse", "u4/row"])
 def test_folded_weights_are_multiplied_as_they_are(spec):
-    """What a plan folds is what is multiplied: on rows of a grid of whole numbers, sums are exact in float64."""
+    """The codes that a plan folds are multiplied unchanged: sums of whole numbers are exact in float64."""
     folded = fold(np.random.default_rng(5).standard_normal((20, 64)).astype(np.float32), Spec.parse(spec))
     weight = code_weight("w", code_tensor("w", folded.codes, folded.scale, folded.zero))
     x = np.random.default_rng(6).integers(-100, 101, (3, 64)).astype(np.float32)
@@ -279,7 +279,7 @@ def test_what_does_not_fit_is_refused():
 
 @pytest.mark.parametrize("variant, cpu", [("native", "haswell"), ("avx512", ""), ("avx_vnni", ""), ("generic", "")])
 def test_other_targets_give_the_same_bits(variant, cpu, tmp_path):
-    if variant.startswith("avx"):  # of avx_vnni only the width is another
+    if variant.startswith("avx"):  # avx_vnni differs only in the width of registers
         skip_own("avx512_vnni-bf16")
     names = ["u8", "i16", *["fixed"][: variant == "native"]]
     environment = compiling_for(cpu) if cpu else pretending(tmp_path)
